@@ -1,0 +1,121 @@
+"""The command line: answers what needs no heavy import, then hands over to LightningCLI or a command of our own."""
+
+import importlib
+import sys
+from pathlib import Path
+from typing import Any
+
+from oumi_pl import __version__, recipe_files
+from oumi_pl.errors import UserError, nearest
+
+HELP = """\
+usage: oumi_pl COMMAND [options]          (or: python -m oumi_pl COMMAND)
+
+  fit       train on a recipe:             oumi_pl fit --config quickstart/sft
+  validate  metrics of held-out rows:      oumi_pl validate --config RECIPE --ckpt_path FILE
+  test      metrics of the test rows
+  predict   one completion per row, as jsonl
+  export    a checkpoint to a folder that transformers loads
+
+options of fit, validate, test and predict:
+  --config NAME|FILE      a recipe, by name or path; several merge, the later wins
+  --KEY VALUE             any value of a recipe: --data.batch_size 8 --trainer.max_steps 100
+  --resume [RUN]          fit: go on with the last unfinished run of the recipe, or with this run folder
+  --print_config          print what would run, and stop
+  --help                  all options (this one takes some seconds)
+
+A recipe can name any Python class, so running a recipe is running code: run only those that you trust.
+"""
+
+TRAINER_COMMANDS = ("fit", "validate", "test", "predict")
+COMMANDS = (*TRAINER_COMMANDS, "export")
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Runs a command line and returns its exit code: 0, or 2 for a mistake of the user's."""
+    try:
+        return _run(list(sys.argv[1:] if argv is None else argv))
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 130
+
+
+def _run(argv: list[str]) -> int:
+    if not argv or argv[0] in ("-h", "--help", "help"):
+        print(HELP, end="")
+        return 0
+    if argv[0] == "--version":
+        print(f"oumi_pl {__version__}")
+        return 0
+    command, *rest = argv
+    if command not in COMMANDS:
+        raise UserError(f"unknown command {command!r}{nearest(command, COMMANDS)}")
+    # classes of one's own, named by class_path, lie beside the recipe that one runs
+    if "" not in sys.path and str(Path.cwd()) not in sys.path:
+        sys.path.insert(0, str(Path.cwd()))
+    if command not in TRAINER_COMMANDS:
+        return int(importlib.import_module(f"oumi_pl.commands.{command}").main(rest))
+    return _train(command, rest)
+
+
+def _train(command: str, rest: list[str]) -> int:
+    args, configs, trees = _with_recipe_paths(rest)
+    resume, args = _take_resume(args)
+    if not configs and resume is None and not {"-h", "--help"} & set(args):
+        raise UserError(f"{command} needs a recipe: oumi_pl {command} --config quickstart/sft; recipes: " + ", ".join(recipe_files.names()))
+    recipe = "-".join(recipe_files.recipe_name(path) for path in configs) or "run"
+    tree = {key: value for recipe_tree in trees for key, value in recipe_tree.items()}
+    folder = None
+    if resume is not None:
+        from oumi_pl import resuming
+
+        folder, recipe, args = resuming.arguments(command, resume, recipe, args)
+    from oumi_pl.callbacks.preemption import Stopped
+    from oumi_pl.cli import CLI
+
+    try:
+        CLI([command, *args], recipe=recipe, resume=folder, tree=tree)
+    except Stopped as stop:
+        print(f"{stop}; go on with: oumi_pl fit --resume DIR", file=sys.stderr)
+        return stop.exit_code
+    return 0
+
+
+def _with_recipe_paths(args: list[str]) -> tuple[list[str], list[Path], list[dict[str, Any]]]:
+    """Replaces recipe names by paths and refuses recipes that can't be read, before anything heavy is imported."""
+    out: list[str] = []
+    found: list[Path] = []
+    trees: list[dict[str, Any]] = []
+    rest = iter(args)
+    for arg in rest:
+        flag, equals, value = arg.partition("=")
+        if flag not in ("--config", "-c"):
+            out.append(arg)
+            continue
+        value = value if equals else next(rest, "")
+        if not value or value.startswith("--"):
+            raise UserError("--config: name a recipe or a file; recipes: " + ", ".join(recipe_files.names()))
+        path = recipe_files.find(value)
+        trees.append(recipe_files.check(path))
+        found.append(path)
+        out += ["--config", str(path)]
+    return out, found, trees
+
+
+def _take_resume(args: list[str]) -> tuple[str | None, list[str]]:
+    """Takes `--resume [RUN]` off the arguments; an empty string means the last unfinished run."""
+    for i, arg in enumerate(args):
+        flag, equals, value = arg.partition("=")
+        if flag != "--resume":
+            continue
+        if not equals and i + 1 < len(args) and not args[i + 1].startswith("-"):
+            return args[i + 1], args[:i] + args[i + 2 :]
+        return value, args[:i] + args[i + 1 :]
+    return None, args
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,107 @@
+"""Greedy answers to held-out questions, before, during and after training: the score, and what they look like."""
+
+import itertools
+from typing import Any
+
+import lightning as L
+from lightning.pytorch.utilities.rank_zero import rank_zero_only
+
+from oumi_pl.generation import complete
+
+
+class Answers(L.Callback):
+    """Answers held-out prompts greedily, logs the share that equals the reference, and shows some before and after.
+
+    Args:
+        rows: Held-out rows to answer.
+        show: How many to show in the terminal.
+        max_new_tokens: Longest answer.
+        batch_size: Prompts per forward pass.
+        at_start: Answer before the first step as well.
+    """
+
+    def __init__(
+        self, rows: int = 200, show: int = 6, max_new_tokens: int = 64, batch_size: int = 64, at_start: bool = True
+    ) -> None:
+        self.rows = rows
+        self.show = show
+        self.max_new_tokens = max_new_tokens
+        self.batch_size = batch_size
+        self.at_start = at_start
+        self.before: list[str] = []
+        self.after: list[str] = []
+        self.score_before: float | None = None
+        self.score: float | None = None
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: Any) -> None:
+        """Answers once with the weights that training starts from."""
+        if self.at_start and trainer.global_step == 0:
+            self.before, self.score_before = self.answer(trainer, pl_module)
+
+    def on_validation_epoch_end(self, trainer: L.Trainer, pl_module: Any) -> None:
+        """Answers and logs `val/exact_match`."""
+        if trainer.sanity_checking:
+            return
+        self.after, self.score = self.answer(trainer, pl_module)
+        pl_module.log("val/exact_match", self.score, rank_zero_only=False, sync_dist=False)
+
+    def on_train_end(self, trainer: L.Trainer, pl_module: Any) -> None:
+        """Shows the answers before and after."""
+        self._show(trainer)
+
+    def answer(self, trainer: Any, pl_module: Any) -> tuple[list[str], float]:
+        """The answers, and the share that equals the reference to the letter."""
+        prompts, references = self._questions(trainer)
+        data = trainer.datamodule
+        answers: list[str] = []
+        for start in range(0, len(prompts), self.batch_size):
+            answers += complete(
+                pl_module.causal_lm.hf,
+                data.tokenizer,
+                prompts[start : start + self.batch_size],
+                max_new_tokens=self.max_new_tokens,
+                stop=data.stop_tokens,
+            )
+        right = sum(a.strip() == r.strip() for a, r in zip(answers, references, strict=True))
+        return answers, right / max(1, len(answers))
+
+    def _questions(self, trainer: Any) -> tuple[list[list[int]], list[str]]:
+        rows = list(itertools.islice(trainer.datamodule.prompts("validation"), self.rows))
+        return [ids for ids, _ in rows], [reference for _, reference in rows]
+
+    @rank_zero_only
+    def _show(self, trainer: Any) -> None:
+        from rich import box
+        from rich.console import Console
+        from rich.markup import escape
+        from rich.table import Table
+
+        if not self.after:
+            return
+        prompts, references = self._questions(trainer)
+        table = Table(box=box.SIMPLE, title=f"Greedy answers to {len(references)} held-out questions")
+        table.add_column("question")
+        table.add_column("expected", style="bold")
+        table.add_column("before", style="dim", max_width=28, overflow="ellipsis", no_wrap=True)
+        table.add_column("after")
+        shown = range(0, len(references), max(1, len(references) // self.show))
+        for i in itertools.islice(shown, self.show):
+            right = self.after[i].strip() == references[i].strip()
+            question = _question(trainer.datamodule.tokenizer.decode(prompts[i], skip_special_tokens=True))
+            before = _one_line(self.before[i]) if self.before else ""
+            mark = "[green]✓ [/]" if right else "[red]✗ [/]"
+            table.add_row(escape(question), escape(references[i]), escape(before), mark + escape(_one_line(self.after[i])))
+        console = Console()
+        console.print(table)
+        before = f" (before training: {self.score_before:.1%})" if self.score_before is not None else ""
+        console.print(f"exact match: [bold]{self.score:.1%}[/] of {len(references)}{before}")
+
+
+def _question(prompt: str) -> str:
+    """The last turn of a rendered prompt, without the role names that templates write around it."""
+    lines = [line for line in prompt.splitlines() if line.strip() and line.strip() not in ("assistant", "user", "system")]
+    return _one_line(lines[-1].removeprefix("user")) if lines else ""
+
+
+def _one_line(text: str) -> str:
+    return "".join(c if c.isprintable() else "·" for c in text)

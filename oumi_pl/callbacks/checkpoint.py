@@ -1,0 +1,93 @@
+"""When checkpoints are written: between two updates only, the new one whole before an old one goes."""
+
+from pathlib import Path
+from typing import Any, Literal
+
+import lightning as L
+import torch
+from lightning.pytorch.callbacks import Checkpoint
+
+from oumi_pl.checkpoint_files import HALF, checkpoint_name, remove, saved_steps
+from oumi_pl.errors import UserError, nearest
+
+
+class Checkpoints(Checkpoint):
+    """Writes `step-*.ckpt` to resume from, and `best.ckpt` with the weights that did best.
+
+    Args:
+        every: Optimizer steps between checkpoints; one is written at the end in any case.
+        keep: How many of the newest to keep.
+        monitor: Metric that decides what is best, `val/loss` for example; without it no `best.ckpt` is written.
+        mode: Whether the metric should be low or high.
+    """
+
+    def __init__(
+        self, every: int = 500, keep: int = 1, monitor: str | None = None, mode: Literal["min", "max"] = "min"
+    ) -> None:
+        if every < 1 or keep < 1:
+            raise UserError(f"checkpoint: every ({every}) and keep ({keep}) have to be at least 1")
+        self.every = every
+        self.keep = keep
+        self.monitor = monitor
+        self.mode = mode
+        self.directory: Path | None = None
+        self.best_score: float | None = None
+        self.best_model_path = ""
+        self._saved_step = -1
+
+    def on_train_batch_end(self, trainer: L.Trainer, *_: Any) -> None:
+        """Saves at the end of every n-th update; in the middle of one there is nothing to go on from."""
+        if not trainer.fit_loop._should_accumulate() and trainer.global_step % self.every == 0:
+            self.save(trainer)
+
+    def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Saves the end of the run."""
+        self.save(trainer)
+
+    def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Keeps the weights if the monitored metric is the best so far."""
+        if self.monitor is None or trainer.sanity_checking or self.directory is None:
+            return
+        if self.monitor not in trainer.callback_metrics:
+            raise UserError(
+                f"checkpoint.monitor: there is no metric {self.monitor!r}{nearest(self.monitor, trainer.callback_metrics)}"
+            )
+        score = float(trainer.callback_metrics[self.monitor])
+        if self.best_score is None or (score < self.best_score if self.mode == "min" else score > self.best_score):
+            self.best_score = score
+            self.best_model_path = str(self.directory / "best.ckpt")
+            _save_whole(trainer, Path(self.best_model_path), weights_only=True)
+
+    def save(self, trainer: L.Trainer) -> None:
+        """Writes a checkpoint of this step unless it is there, then removes those beyond `keep`."""
+        step = trainer.global_step
+        if self.directory is None or step == self._saved_step:
+            return
+        self._saved_step = step
+        _save_whole(trainer, self.directory / checkpoint_name(step))
+        if trainer.is_global_zero:
+            for old in saved_steps(self.directory)[: -self.keep]:
+                remove(old)
+
+    def state_dict(self) -> dict[str, Any]:
+        """The best score so far."""
+        return {"best_score": self.best_score, "best_model_path": self.best_model_path}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Goes on with the best score so far."""
+        self.best_score = state_dict["best_score"]
+        self.best_model_path = state_dict["best_model_path"]
+
+
+def _save_whole(trainer: L.Trainer, path: Path, weights_only: bool = False) -> None:
+    """Saves under another name and renames: sharded checkpoints are directories, which no strategy writes atomically."""
+    half = path.with_name(path.name + HALF)
+    trainer.save_checkpoint(half, weights_only=weights_only)
+    trainer.strategy.barrier("checkpoint written")
+    if trainer.is_global_zero:
+        if path.exists():
+            remove(path)
+        half.replace(path)
+    trainer.strategy.barrier("checkpoint in place")
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()

@@ -1,0 +1,52 @@
+"""`predict`: one completion per row, as lines of JSON."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+
+from oumi_pl.callbacks.run_folder import RunFolder
+
+
+class Predictions(L.Callback):
+    """Writes what `predict_step` returns to `predictions.jsonl`; each rank its own part, joined in row order at the end.
+
+    Args:
+        max_new_tokens: Longest completion.
+        temperature: Of sampling; 0 is greedy.
+    """
+
+    def __init__(self, max_new_tokens: int = 256, temperature: float = 0.0) -> None:
+        self.settings = {"max_new_tokens": max_new_tokens, "temperature": temperature}
+        self._part: Path | None = None
+
+    def on_predict_start(self, trainer: Any, pl_module: Any) -> None:
+        """Opens this rank's part."""
+        pl_module.generation_settings = self.settings
+        folder = next(c.directory for c in trainer.callbacks if isinstance(c, RunFolder))
+        self._part = folder / f"predictions.{trainer.global_rank}.part"
+        self._part.write_text("")
+
+    def on_predict_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, *_: Any) -> None:
+        """Appends a batch, so that a kill loses only the running one."""
+        assert self._part is not None
+        with self._part.open("a", encoding="utf-8") as out:
+            out.writelines(json.dumps(line, ensure_ascii=False) + "\n" for line in outputs)
+
+    def on_predict_end(self, trainer: Any, pl_module: Any) -> None:
+        """Joins the parts."""
+        assert self._part is not None
+        trainer.strategy.barrier("predictions written")
+        if not trainer.is_global_zero:
+            return
+        parts = sorted(self._part.parent.glob("predictions.*.part"))
+        lines = [json.loads(line) for part in parts for line in part.read_text(encoding="utf-8").splitlines()]
+        file = self._part.parent / "predictions.jsonl"
+        with file.open("w", encoding="utf-8") as out:
+            out.writelines(
+                json.dumps(line, ensure_ascii=False) + "\n" for line in sorted(lines, key=lambda line: line["row"])
+            )
+        for part in parts:
+            part.unlink()
+        print(f"{len(lines)} completions -> {file}")

@@ -1,0 +1,91 @@
+"""Gives a run its folder: rank 0 chooses the name, everything that writes is told, and `run.json` follows the state."""
+
+import json
+import os
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+from lightning.pytorch.utilities.rank_zero import rank_zero_only
+
+from oumi_pl import __version__, runs
+from oumi_pl.callbacks.checkpoint import Checkpoints
+from oumi_pl.callbacks.preemption import Stopped
+from oumi_pl.metrics import MetricsCSV
+
+
+class RunFolder(L.Callback):
+    """Creates or continues `runs/<name>` and keeps `run.json`, `config.yaml` and `data.json` in it.
+
+    Args:
+        root: Directory of all runs.
+        name: Name of the run; a number is added when it is taken.
+        recipe: What the run is found by when it is resumed.
+        config: The whole config as YAML.
+        resume: Folder of the run to continue.
+    """
+
+    def __init__(self, root: Path, name: str, recipe: str, config: str, resume: Path | None = None) -> None:
+        self.root = root
+        self.name = name
+        self.recipe = recipe
+        self.config = config
+        self.resume = resume
+        self.directory: Path | None = None
+
+    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        """Rank 0 makes the folder, the others are told."""
+        pl_module.run_config = self.config  # type: ignore[assignment]
+        if stage not in ("fit", "predict") or trainer.fast_dev_run:  # type: ignore[attr-defined]
+            return
+        chosen = self._make() if trainer.is_global_zero else None
+        directory = Path(trainer.strategy.broadcast(str(chosen)))
+        self.directory = directory
+        for callback in trainer.checkpoint_callbacks:
+            if isinstance(callback, Checkpoints):
+                callback.directory = directory / runs.CHECKPOINTS
+        if stage == "fit" and trainer.is_global_zero:
+            self._describe(trainer, directory)
+
+    def _make(self) -> Path:
+        if self.resume is not None:
+            return self.resume
+        return runs.create(self.root, self.name)
+
+    def _describe(self, trainer: Any, directory: Path) -> None:
+        (directory / runs.CONFIG).write_text(self.config)
+        (directory / "data.json").write_text(json.dumps(trainer.datamodule.report(), indent=1) + "\n")
+        created = {} if self.resume else {"created": time.strftime("%Y-%m-%dT%H:%M:%S%z"), "created_ns": time.time_ns()}
+        runs.write_state(
+            directory,
+            recipe=self.recipe,
+            status="running",
+            command=" ".join(sys.argv),
+            pid=os.getpid(),
+            oumi_pl=__version__,
+            **created,
+        )
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Opens the metrics file where the run stands."""
+        for logger in trainer.loggers:
+            if isinstance(logger, MetricsCSV) and self.directory is not None and trainer.is_global_zero:
+                logger.open(self.directory / "metrics.csv", trainer.global_step)
+
+    @rank_zero_only
+    def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Marks the run as finished."""
+        if self.directory is not None:
+            metrics = {k: float(v) for k, v in trainer.callback_metrics.items() if k.startswith(("train/", "val/"))}
+            runs.write_state(self.directory, status="finished", step=trainer.global_step, metrics=metrics)
+
+    @rank_zero_only
+    def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
+        """Marks the run as stopped or failed, and writes the metrics that are still in memory."""
+        for logger in trainer.loggers:
+            logger.finalize("failed")
+        if self.directory is not None:
+            stopped = isinstance(exception, Stopped | KeyboardInterrupt)
+            runs.write_state(self.directory, status="stopped" if stopped else "failed", step=trainer.global_step)

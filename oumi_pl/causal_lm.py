@@ -1,0 +1,130 @@
+"""The wrapper around Hugging Face models: a batch goes in, the loss comes out.
+
+The loss is computed inside `forward`, so that DDP and FSDP2 see the whole of it: FSDP2 gathers the wrapper's own
+parameters, the output head among them, exactly while `forward` runs.
+"""
+
+import sys
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from oumi_pl.attention import packed
+from oumi_pl.errors import UserError
+from oumi_pl.losses.causal import TokenLossOutput, token_loss_sum
+from oumi_pl.types import IGNORE_INDEX, Batch, TokenLoss
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+PROBE_TOKENS = 8
+
+
+class CausalLM(nn.Module):
+    """A causal LM (or a PEFT model around one) that maps batches to summed token losses, without full logits."""
+
+    def __init__(self, hf: Any) -> None:
+        super().__init__()
+        self.hf = hf
+
+    @property
+    def base(self) -> "PreTrainedModel":
+        """The Hugging Face model itself, adapters in place but without PEFT's wrapper."""
+        return self.hf.get_base_model() if hasattr(self.hf, "peft_config") else self.hf
+
+    @property
+    def logit_transform(self) -> Callable[[Tensor], Tensor] | None:
+        """What the architecture does to its logits after the head: scaling, soft cap; None for most."""
+        config = self.base.config.get_text_config()
+        scale = getattr(config, "logit_scale", None) or 1.0  # Cohere multiplies
+        scale /= getattr(config, "logits_scaling", None) or 1.0  # Granite divides
+        cap = getattr(config, "final_logit_softcapping", None)  # Gemma
+        if scale == 1.0 and cap is None:
+            return None
+        return lambda logits: _scaled_and_capped(logits, scale, cap)
+
+    def forward(self, batch: Batch, token_loss: TokenLoss) -> TokenLossOutput:
+        """Sum of `token_loss` over the batch's targets, with the router loss of mixture-of-experts models added.
+
+        The router loss is a mean over the micro-batch; it is weighted by the micro-batch's target tokens, so that it
+        survives the division by the update's token count with the weight that the config gives it.
+        """
+        hidden, router_loss = self.hidden_states(batch)
+        labels = batch["labels"]
+        carries_loss = labels != IGNORE_INDEX
+        # masked before the head: tokens without loss need no logits
+        out = token_loss_sum(
+            hidden[carries_loss], labels[carries_loss], self.head, token_loss, transform=self.logit_transform
+        )
+        if router_loss is not None:
+            out = out._replace(loss_sum=out.loss_sum + router_loss * out.target_tokens)
+        return out
+
+    @property
+    def head(self) -> nn.Module:
+        """The module from hidden states to logits."""
+        return self.base.get_output_embeddings()
+
+    def hidden_states(self, batch: Batch) -> tuple[Tensor, Tensor | None]:
+        """Last hidden states `[batch, seq, hidden]`, and the weighted router loss where the model has one."""
+        lengths = batch.get("document_lengths")
+        kwargs: dict[str, Any] = {"document_lengths": lengths} if lengths is not None else {}
+        coefficient = self._router_coefficient
+        if coefficient:
+            kwargs["output_router_logits"] = True
+        with packed(lengths):
+            # no cache: it would make transformers ignore where packed documents begin
+            output = self.base.base_model(
+                input_ids=batch["input_ids"],
+                position_ids=batch["position_ids"],
+                attention_mask=batch.get("attention_mask"),
+                use_cache=False,
+                **kwargs,
+            )
+        router_loss = self._router_loss(output.router_logits, batch) * coefficient if coefficient else None
+        return output.last_hidden_state, router_loss
+
+    @property
+    def _router_coefficient(self) -> float:
+        config = self.base.config.get_text_config()
+        if not getattr(config, "output_router_logits", False):
+            return 0.0
+        return float(getattr(config, "router_aux_loss_coef", 0.0))
+
+    def _router_loss(self, router_logits: Any, batch: Batch) -> Tensor:
+        # each architecture's own balancing loss, from its own module
+        balance = sys.modules[type(self.base).__module__].load_balancing_loss_func  # type: ignore[attr-defined]
+        experts = getattr(self.base, "num_experts", None) or self.base.config.num_local_experts
+        return balance(router_logits, experts, self.base.config.num_experts_per_tok, batch.get("attention_mask"))
+
+    @torch.no_grad()
+    def refuse_unknown_logits(self) -> None:
+        """Compares our logits on a few tokens with the model's own.
+
+        Raises:
+            UserError: if the architecture does something to its logits that this wrapper does not know.
+        """
+        training = self.training
+        self.eval()
+        embeddings = self.base.get_input_embeddings().weight
+        ids = torch.arange(PROBE_TOKENS, device=embeddings.device).unsqueeze(0) % embeddings.shape[0]
+        position_ids = torch.arange(PROBE_TOKENS, device=embeddings.device).unsqueeze(0)
+        batch: Batch = {"input_ids": ids, "position_ids": position_ids, "labels": ids}
+        logits = self.head(self.hidden_states(batch)[0]).float()
+        if self.logit_transform is not None:
+            logits = self.logit_transform(logits)
+        own = self.base(input_ids=ids, position_ids=position_ids, use_cache=False).logits.float()
+        self.train(training)
+        tolerance = 1e-4 if embeddings.dtype in (torch.float32, torch.float64) else 5e-2
+        if not torch.allclose(logits, own, rtol=tolerance, atol=tolerance * float(own.abs().max())):
+            raise UserError(
+                f"{type(self.base).__name__} computes its logits in a way that is not known here, so the loss would be "
+                "wrong; please report the architecture"
+            )
+
+
+def _scaled_and_capped(logits: Tensor, scale: float, cap: float | None) -> Tensor:
+    logits = logits * scale
+    return logits if cap is None else cap * torch.tanh(logits / cap)

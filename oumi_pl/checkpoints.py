@@ -1,0 +1,62 @@
+"""How checkpoints are written and read, so that a kill at any moment leaves a whole one; and the generators' state."""
+
+import os
+import random
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from lightning.fabric.plugins import TorchCheckpointIO
+
+from oumi_pl.checkpoint_files import HALF, remove
+
+
+class AtomicCheckpointIO(TorchCheckpointIO):
+    """Writes a checkpoint beside its place, forces it to the disk, and moves it there in one step.
+
+    Lightning's own builds the file in memory and moves it from the system's temporary directory, which across file
+    systems is a copy that a kill can cut short.
+    """
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any | None = None) -> None:
+        """Saves to a local path, atomically."""
+        path = Path(path)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        half = path.with_name(path.name + HALF)
+        with half.open("wb") as file:
+            torch.save(checkpoint, file)
+            file.flush()
+            os.fsync(file.fileno())
+        if path.is_dir():  # a sharded checkpoint of an earlier layout
+            remove(path)
+        half.replace(path)
+
+    def load_checkpoint(
+        self, path: str | Path, map_location: Any | None = "cpu", weights_only: bool | None = None
+    ) -> dict[str, Any]:
+        """Loads tensors and plain containers, never code, unless asked to."""
+        return super().load_checkpoint(path, map_location, weights_only=weights_only is not False)
+
+
+def rng_state() -> dict[str, Any]:
+    """The state of every generator that training may draw from, as plain values that load with `weights_only=True`."""
+    kind, keys, position, has_gauss, gauss = np.random.get_state()  # noqa: NPY002 - the global state is what is saved
+    version, internal, gauss_next = random.getstate()
+    return {
+        "python": [version, list(internal), gauss_next],
+        "numpy": [kind, torch.from_numpy(np.asarray(keys).astype(np.int64)), position, has_gauss, gauss],
+        "torch": torch.get_rng_state(),
+        "cuda": torch.cuda.get_rng_state() if torch.cuda.is_available() else None,
+    }
+
+
+def set_rng_state(state: dict[str, Any]) -> None:
+    """Puts every generator back to a saved state."""
+    version, internal, gauss_next = state["python"]
+    random.setstate((version, tuple(internal), gauss_next))
+    kind, keys, position, has_gauss, gauss = state["numpy"]
+    np.random.set_state((kind, keys.numpy().astype(np.uint32), position, has_gauss, gauss))  # noqa: NPY002
+    torch.set_rng_state(state["torch"].cpu())
+    if state["cuda"] is not None and torch.cuda.is_available():
+        torch.cuda.set_rng_state(state["cuda"].cpu())

@@ -1,0 +1,227 @@
+"""LightningCLI with the callbacks, loggers and defaults that every run has, and errors that fit in a line or two."""
+
+import logging
+import os
+import warnings
+from pathlib import Path
+from typing import Any, ClassVar, Literal
+
+from jsonargparse import Namespace
+from lightning.pytorch.callbacks import Callback, ProgressBar
+from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+from torch.optim import Optimizer
+
+# Short class names in recipes (`class_path: SFT`) are found among the subclasses that are imported.
+from oumi_pl.callbacks.answers import Answers
+from oumi_pl.callbacks.checkpoint import Checkpoints
+from oumi_pl.callbacks.export import Export
+from oumi_pl.callbacks.predictions import Predictions
+from oumi_pl.callbacks.preemption import Preemption
+from oumi_pl.callbacks.progress import ProgressLine
+from oumi_pl.callbacks.run_folder import RunFolder
+from oumi_pl.callbacks.start import Start
+from oumi_pl.callbacks.throughput import Throughput
+from oumi_pl.checkpoints import AtomicCheckpointIO
+from oumi_pl.data.base import TextData
+from oumi_pl.data.sft import SFTData
+from oumi_pl.data.sources import Source
+from oumi_pl.data.tokenizers import TokenizerFactory
+from oumi_pl.errors import UserError
+from oumi_pl.explain import explain, parameters, subclasses
+from oumi_pl.metrics import MetricsCSV
+from oumi_pl.modules.base import LanguageModule
+from oumi_pl.modules.sft import SFT
+from oumi_pl.optim import Schedule
+from oumi_pl.types import TokenLoss
+
+__all__ = ["CLI", "SFT", "Answers", "SFTData"]
+
+TRAINER_DEFAULTS = {
+    "use_distributed_sampler": False,  # the plan is cut by rank already
+    "log_every_n_steps": 1,
+    "num_sanity_val_steps": 0,
+    "enable_model_summary": False,
+}
+
+
+class Parser(LightningArgumentParser):
+    """An argument parser whose errors are one message: what is wrong, where, and the nearest right name."""
+
+    tree: ClassVar[dict[str, Any]] = {}
+    """The recipe as it was read, for errors to point into."""
+    flags: ClassVar[list[str]] = []
+    """The options of the command that is run."""
+
+    def error(self, message: str, ex: Exception | None = None) -> Any:
+        """Raises instead of printing a page of usage.
+
+        Raises:
+            UserError: always, but in the parsers of nested classes, whose errors the outer one reports.
+        """
+        if not self.exit_on_error:
+            return super().error(message, ex)
+        raise UserError(explain(message, self.flags, _known_classes(), self.tree)) from ex
+
+
+class CLI(LightningCLI):
+    """`fit`, `validate`, `test` and `predict` on a recipe.
+
+    Args:
+        args: The command line after the program's name.
+        recipe: What the runs of this recipe are found by.
+        resume: Run folder to continue.
+        tree: The recipe as it was read, for errors to point into.
+    """
+
+    def __init__(self, args: list[str], recipe: str = "run", resume: Path | None = None, tree: dict[str, Any] | None = None) -> None:
+        self.recipe = recipe
+        self.resume = resume
+        Parser.tree = tree or {}
+        _quiet()
+        super().__init__(
+            LanguageModule,
+            TextData,
+            subclass_mode_model=True,
+            subclass_mode_data=True,
+            save_config_callback=None,
+            trainer_defaults=TRAINER_DEFAULTS,
+            seed_everything_default=42,
+            parser_class=Parser,
+            parser_kwargs={name: {"allow_abbrev": False} for name in self.subcommands()} | {"allow_abbrev": False},
+            auto_configure_optimizers=False,
+            load_from_checkpoint_support=False,
+            args=args,
+        )
+
+    def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
+        """Parses, with the command's options at hand for errors."""
+        command = self._subcommand_parsers.get(args[0]) if args else None
+        Parser.flags = [flag for action in command._actions for flag in action.option_strings] if command else []
+        super().parse_arguments(parser, args)
+
+    def instantiate_classes(self) -> None:
+        """Instantiates module, data and trainer; a mistake found on the way keeps its own words.
+
+        Raises:
+            UserError: whatever the classes found wrong with their arguments.
+        """
+        try:
+            super().instantiate_classes()
+        except (ValueError, TypeError) as error:
+            cause: BaseException | None = error
+            while cause is not None and not isinstance(cause, UserError):
+                cause = cause.__cause__ or cause.__context__
+            if cause is None:
+                raise
+            raise cause from None
+
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        """Adds the keys of a recipe that are neither model, data nor trainer."""
+        parser.add_argument(
+            "--engine", type=Literal["lightning"], default="lightning", help="What drives the training loop."
+        )
+        parser.add_argument("--name", type=str | None, default=None, help="Name of the run; the recipe's when left out.")
+        parser.add_argument("--runs_dir", type=str, default="runs", help="Where run folders are made.")
+        parser.add_argument(
+            "--val_every", type=int | None, default=None, help="Optimizer steps between validations; per epoch if left out."
+        )
+        parser.add_class_arguments(Checkpoints, "checkpoint")
+        parser.add_class_arguments(Export, "export")
+        parser.add_class_arguments(Predictions, "predictions")
+
+    def instantiate_trainer(self, **kwargs: Any) -> Any:
+        """Adds what every run has to the trainer that the recipe describes."""
+        config = self._get(self.config_init, "trainer")
+        get = lambda key: self._get(self.config_init, key)  # noqa: E731
+        folder = RunFolder(
+            Path(get("runs_dir")).expanduser(), get("name") or self.recipe, self.recipe, self._yaml(), self.resume
+        )
+        if self.subcommand == "predict":
+            folder.name += "-predict"
+        own = [folder, Start(), Throughput(), get("predictions")]
+        callbacks = config.get("callbacks") or []
+        callbacks = callbacks if isinstance(callbacks, list) else [callbacks]
+        if not any(isinstance(c, ProgressBar) for c in callbacks) and config.get("enable_progress_bar") is not False:
+            own.append(ProgressLine())
+        # saving comes last, so that what the other callbacks did in this step is in the checkpoint
+        kwargs["callbacks"] = [*own, *callbacks, get("checkpoint"), Preemption(), get("export")]
+        loggers = config.get("logger")
+        kwargs["logger"] = [MetricsCSV(), *_as_list(loggers)] if loggers is not False else False
+        kwargs["plugins"] = [*_as_list(config.get("plugins")), AtomicCheckpointIO()]
+        if config.get("max_epochs") is None and config.get("max_steps") == -1 and config.get("max_time") is None:
+            kwargs["max_epochs"] = 1
+        if get("val_every") is not None:
+            kwargs |= self._validation_by_steps(config, get("val_every"))
+        return self.trainer_class(**{**config, **kwargs})
+
+    @staticmethod
+    def _validation_by_steps(config: Any, val_every: int) -> dict[str, Any]:
+        if config.get("val_check_interval") is not None:
+            raise UserError(
+                "val_every and trainer.val_check_interval both say when to validate: keep val_every (optimizer steps)"
+            )
+        if val_every < 1:
+            raise UserError(f"val_every is {val_every}, but has to be at least 1 optimizer step")
+        # Lightning counts micro-batches
+        return {
+            "val_check_interval": val_every * int(config.get("accumulate_grad_batches") or 1),
+            "check_val_every_n_epoch": None,
+        }
+
+    def _yaml(self) -> str:
+        """The config that reproduces this run: without what belongs to this start of it alone."""
+        subcommand = str(self.subcommand)
+        config: Namespace = self.config[subcommand].clone()
+        for key in ("config", "ckpt_path", "weights_only"):
+            config.pop(key, None)
+        return self._parser(subcommand).dump(config, skip_none=False, skip_validation=True)
+
+
+def instantiate(config: dict[str, Any]) -> tuple[LanguageModule, TextData]:
+    """Module and data of a recipe, without a trainer: what an export needs."""
+    _quiet()
+    parser = Parser()
+    parser.add_subclass_arguments(LanguageModule, "model")
+    parser.add_subclass_arguments(TextData, "data")
+    parsed = parser.parse_object({"model": config["model"], "data": config["data"]})
+    made = parser.instantiate_classes(parsed)
+    return made.model, made.data
+
+
+def _as_list(value: Any) -> list[Any]:
+    if value is None or isinstance(value, bool):
+        return []
+    return list(value) if isinstance(value, list | tuple) else [value]
+
+
+def _quiet() -> None:
+    """Silences what Lightning says about itself; warnings about the run stay."""
+    for name in ("lightning.pytorch", "lightning.fabric"):
+        logging.getLogger(name).setLevel(logging.WARNING)
+    from transformers.utils import logging as hf_logging
+
+    hf_logging.disable_progress_bar()
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
+    for harmless in (
+        ".*does not have many workers.*",  # tokenizing is done before training: collating is all that a worker would do
+        ".*ModelCheckpoint.*",
+        ".*`isinstance\\(treespec, LeafSpec\\)` is deprecated.*",
+        ".*LightningCLI's args parameter is intended.*",
+        ".*already initialized or opened.*",
+    ):
+        warnings.filterwarnings("ignore", harmless)
+
+
+def _known_classes() -> dict[str, dict[str, list[str]]]:
+    """Classes that recipes name by their short name, with their parameters, by section of a recipe."""
+    bases = {
+        "model": (LanguageModule, Optimizer, Schedule, TokenLoss),
+        "data": (TextData, TokenizerFactory),
+        "trainer": (Callback,),
+    }
+    known = {
+        section: {cls.__name__: parameters(cls) for base in of_section for cls in subclasses(base)}
+        for section, of_section in bases.items()
+    }
+    known["data"]["Source"] = parameters(Source)
+    return known

@@ -1,0 +1,352 @@
+"""The DataModule that all trainer types share: sources to cached examples, the report, and loaders that follow a plan."""
+
+import hashlib
+import inspect
+import itertools
+import os
+from abc import abstractmethod
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import cached_property, partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import lightning as L
+import numpy as np
+from torch.utils.data import ConcatDataset, DataLoader
+
+from oumi_pl.data import report as reports
+from oumi_pl.data.collate import flatten_rows, pad_rows
+from oumi_pl.data.formats import find_format, rename_columns, resolve_format
+from oumi_pl.data.loader import PlanLoader, eval_loader
+from oumi_pl.data.mixture import mixture_epoch
+from oumi_pl.data.plan import Layout, Plan, plan_epoch, plan_in_order
+from oumi_pl.data.progress import track
+from oumi_pl.data.sources import Source, as_sources, fingerprint, is_held_out, rows
+from oumi_pl.data.store import REPORT, ExampleStore, cache_key, cache_root, write_store
+from oumi_pl.data.tokenize import Dropped
+from oumi_pl.data.load_tokenizer import load_tokenizer, tokenizer_fingerprint
+from oumi_pl.data.tokenizers import TokenizerFactory
+from oumi_pl.errors import UserError
+from oumi_pl.types import Example, Record, Row
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+Sources = str | Source | list[str | Source]
+
+ENCODE_BATCH = 1000
+"""Rows that the tokenizer sees at once."""
+
+
+class TextData(L.LightningDataModule):
+    """Reads, tokenizes, caches, plans and loads text. Subclasses say how a record becomes an example.
+
+    Args:
+        train: Where the training rows come from: a hub id, a file, directory or glob, `bundled/NAME`, or a list of
+            these (a mixture).
+        validation: A source, or the fraction of the training rows to hold out (chosen by a hash of the row).
+        test: Source for `test`.
+        predict: Source of prompts for `predict`; the test or validation rows when left out.
+        tokenizer: Hub id or directory, or a class that makes one; the model's own when left out.
+        max_length: Longest example in tokens, and the size of a pack.
+        packing: Put several examples into one row, isolated from each other.
+        batch_size: Rows per micro-batch and device (packs, when packing).
+        eval_batch_size: The same for validation and test; `batch_size` when left out.
+        group_by_length: Without packing, put examples of similar length into the same update.
+        workers: Loader processes per device.
+        seed: Of the order; the run's `seed_everything` when left out.
+        trust_remote_code: Let the tokenizer run code that came with it.
+    """
+
+    def __init__(
+        self,
+        train: Sources | None = None,
+        validation: float | Sources | None = None,
+        test: Sources | None = None,
+        predict: Sources | None = None,
+        *,
+        tokenizer: str | TokenizerFactory | None = None,
+        max_length: int = 1024,
+        packing: bool = False,
+        batch_size: int = 8,
+        eval_batch_size: int | None = None,
+        group_by_length: bool = True,
+        workers: int = 0,
+        seed: int | None = None,
+        trust_remote_code: bool = False,
+    ) -> None:
+        super().__init__()
+        for name, value in {"max_length": max_length, "batch_size": batch_size, "eval_batch_size": eval_batch_size}.items():
+            if value is not None and value < 1:
+                raise UserError(f"data.{name} is {value}, but has to be at least 1")
+        if isinstance(validation, float) and not 0 < validation < 1:
+            raise UserError(f"data.validation is {validation}, but a held-out fraction lies between 0 and 1")
+        self.sources = {"train": train, "validation": validation, "test": test, "predict": predict}
+        self.tokenizer_spec = tokenizer
+        self.max_length = max_length
+        self.packing = packing
+        self.batch_size = batch_size
+        self.eval_batch_size = eval_batch_size or batch_size
+        self.group_by_length = group_by_length
+        self.workers = workers
+        self.seed = seed
+        self.trust_remote_code = trust_remote_code
+        self.added_tokens: list[int] = []
+        self._stores: dict[str, list[ExampleStore]] = {}
+        self._train_loader: PlanLoader | None = None
+        self._position: dict[str, int] | None = None
+
+    # ---- what a subclass says
+
+    @abstractmethod
+    def encode(self, records: Sequence[Record]) -> list[Example | Dropped]:
+        """Turns records into examples, or into the reason why not."""
+
+    @abstractmethod
+    def encoding_key(self) -> list[Any]:
+        """What `encode` depends on besides tokenizer and `max_length`: part of the cache's key."""
+
+    def prepare_tokenizer(self, tokenizer: "PreTrainedTokenizerBase") -> list[int]:
+        """Adapts the tokenizer (template, special tokens) and returns the ids that were added to its vocabulary."""
+        return []
+
+    # ---- tokenizer
+
+    @cached_property
+    def tokenizer(self) -> "PreTrainedTokenizerBase":
+        """The tokenizer, loaded when first asked for."""
+        spec: Any = self.tokenizer_spec
+        if spec is None and self.trainer is not None:
+            spec = getattr(self.trainer.lightning_module, "model_name", None)
+        if spec is None:
+            raise UserError("data.tokenizer: no tokenizer is named, and the model (random weights) brings none")
+        tokenizer = load_tokenizer(spec, self.trust_remote_code)
+        self.added_tokens = self.prepare_tokenizer(tokenizer)
+        return tokenizer
+
+    # ---- stages
+
+    def prepare_data(self) -> None:
+        """Tokenizes what is not in the cache yet: once per node, before the other ranks look."""
+        for split, sources in self.sources.items():
+            if sources is not None and split != "predict":
+                self.stores(split)
+
+    def setup(self, stage: str) -> None:
+        """Opens what the stage needs, and stops before any weight is loaded if there is nothing to train on."""
+        needed = {"fit": ["train", "validation"], "validate": ["validation"], "test": ["test"]}.get(stage, [])
+        for split in needed:
+            if self.sources[split] is None:
+                if split == "validation" and stage == "fit":
+                    continue
+                raise UserError(f"data.{split}: `{stage}` needs a source here, and the recipe names none")
+            if not sum(len(store) for store in self.stores(split)):
+                total = reports.merged([store.report for store in self.stores(split)])
+                reasons = ", ".join(f"{n} {reason}" for reason, n in total["dropped"].items()) or "no rows held out"
+                raise UserError(f"data.{split}: none of {total['rows']} rows is left ({reasons})")
+
+    # ---- examples
+
+    def stores(self, split: str) -> list[ExampleStore]:
+        """The tokenized sources of a split, from the cache or made now."""
+        if split not in self._stores:
+            value = self.sources[split]
+            keep: Callable[[Row], bool] | None = None
+            held_out = self.sources["validation"]
+            if isinstance(held_out, float) and split in ("train", "validation"):
+                value = self.sources["train"]
+                keep = partial(is_held_out, fraction=held_out)
+                if split == "train":
+                    keep = partial(_not_held_out, fraction=held_out)
+            assert value is not None
+            assert not isinstance(value, float)
+            side = f"{split} {held_out}" if keep else None
+            self._stores[split] = [self._store(source, keep, side) for source in as_sources(value)]
+        return self._stores[split]
+
+    def examples(self, split: str) -> Any:
+        """All examples of a split as one map-style dataset."""
+        return ConcatDataset(self.stores(split))  # type: ignore[arg-type]
+
+    def lengths(self, split: str) -> np.ndarray:
+        """Tokens of every example of a split, `[examples]`."""
+        return np.concatenate([store.lengths for store in self.stores(split)])
+
+    def records(self, split: str) -> Iterator[tuple[str, Record]]:
+        """The records of a split with their origin, not tokenized: what `predict` and samples start from."""
+        value: Any = self.sources[split]
+        keep = None
+        if isinstance(value, float):
+            keep, value = partial(is_held_out, fraction=value), self.sources["train"]
+        for source in as_sources(value):
+            yield from self._records(source, keep, {"rows": 0})
+
+    def _store(self, source: Source, keep: Callable[[Row], bool] | None, side: str | None) -> ExampleStore:
+        key = cache_key(
+            fingerprint(source),
+            source.columns,
+            _code_of(source.format),
+            side,
+            tokenizer_fingerprint(self.tokenizer),
+            self.max_length,
+            self.encoding_key(),
+            _own_code(),
+        )
+        directory = cache_root() / "examples" / key
+        if (directory / REPORT).exists():
+            return ExampleStore(directory)
+        report = reports.empty(source.path)
+        records = track(self._records(source, keep, report), f"tokenizing {source.path}")
+        return write_store(directory, self._encoded(records, report), report)
+
+    def _records(self, source: Source, keep: Callable | None, report: dict[str, Any]) -> Iterator[tuple[str, Record]]:
+        convert = resolve_format(source.format) if source.format else None
+        for origin, row in rows(source):
+            if keep is not None and not keep(row):
+                continue
+            report["rows"] += 1
+            try:
+                renamed = rename_columns(row, source.columns or {})
+                convert = convert or find_format(renamed.keys())
+                record = convert(renamed)
+            except UserError as error:
+                raise UserError(f"{origin}: {error}") from None
+            yield origin, record
+
+    def _encoded(self, records: Iterable[tuple[str, Record]], report: dict[str, Any]) -> Iterator[Example]:
+        for batch in _batched(records, ENCODE_BATCH):
+            try:
+                encoded = self.encode([record for _, record in batch])
+            except UserError:
+                self._name_the_row(batch)
+                raise
+            for example in encoded:
+                reports.count(report, example)
+                if isinstance(example, Example):
+                    yield example
+
+    def _name_the_row(self, batch: list[tuple[str, Record]]) -> None:
+        """Encodes row by row to tell which one is wrong: only ever called on the way out."""
+        for origin, record in batch:
+            try:
+                self.encode([record])
+            except UserError as error:
+                raise UserError(f"{origin}: {error}") from None
+
+    # ---- plans and loaders
+
+    @property
+    def layout(self) -> Layout:
+        """How an update is cut, as the trainer says."""
+        trainer = self.trainer
+        if trainer is None:
+            return Layout(self.batch_size)
+        ranks = trainer.distributed_sampler_kwargs or {"num_replicas": 1, "rank": 0}
+        return Layout(self.batch_size, trainer.accumulate_grad_batches, ranks["num_replicas"], ranks["rank"])
+
+    def plan(self, epoch: int) -> Plan:
+        """The training plan of one epoch, a pure function of data, seed and epoch."""
+        seed = self.seed if self.seed is not None else int(os.environ.get("PL_GLOBAL_SEED", "0"))
+        weights = [source.weight for source in as_sources(self.sources["train"])]  # type: ignore[arg-type]
+        ids = mixture_epoch([len(store) for store in self.stores("train")], weights, seed, epoch)
+        return plan_epoch(
+            self.lengths("train"),
+            ids,
+            self.layout.rows_per_update,
+            seed=seed,
+            epoch=epoch,
+            capacity=self.max_length if self.packing else None,
+            group_by_length=self.group_by_length,
+        )
+
+    def updates(self, epochs: int) -> int:
+        """Optimizer updates in so many epochs."""
+        weighted = any(source.weight is not None for source in as_sources(self.sources["train"]))  # type: ignore[arg-type]
+        if weighted:  # a mixture is drawn anew for each epoch, so that packs may differ in number
+            return sum(len(self.plan(epoch)) for epoch in range(epochs))
+        return len(self.plan(0)) * epochs
+
+    def train_dataloader(self) -> PlanLoader:
+        """The training loader, at the position where a resumed run stopped."""
+        if self.trainer is not None and self.trainer._accelerator_connector.use_distributed_sampler:
+            self.trainer._accelerator_connector.use_distributed_sampler = False  # the plan is already cut by rank
+        loader = PlanLoader(self.examples("train"), self.plan, self.layout, self._collate, self.workers, self._pin)
+        if self._position is not None:
+            loader.load_state_dict(self._position)
+        self._train_loader = loader
+        return loader
+
+    def val_dataloader(self) -> DataLoader | list:
+        """Every held-out example once; an empty list without `validation`."""
+        return self._eval_loader("validation") if self.sources["validation"] is not None else []
+
+    def test_dataloader(self) -> DataLoader:
+        """Every test example once."""
+        return self._eval_loader("test")
+
+    def _eval_loader(self, split: str) -> DataLoader:
+        layout = Layout(self.eval_batch_size, 1, self.layout.ranks, self.layout.rank)
+        plan = plan_in_order(self.lengths(split), layout.rows_per_update, capacity=self._capacity)
+        return eval_loader(self.examples(split), plan, layout, self._collate, self.workers, self._pin)
+
+    @property
+    def _capacity(self) -> int | None:
+        return self.max_length if self.packing else None
+
+    @property
+    def _pin(self) -> bool:
+        return self.trainer is not None and self.trainer.strategy.root_device.type == "cuda"
+
+    @property
+    def _collate(self) -> Callable[[list], Any]:
+        pad_id = self.tokenizer.pad_token_id
+        return partial(flatten_rows if self.packing else pad_rows, pad_id=pad_id if isinstance(pad_id, int) else 0)
+
+    # ---- state and report
+
+    def state_dict(self) -> dict[str, Any]:
+        """Where the training data stand: `{epoch, update, ...}`, the same on every rank."""
+        return {} if self._train_loader is None else self._train_loader.state_dict()
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Takes up a position; the loader starts there when it is made."""
+        self._position = state_dict or None
+
+    def report(self) -> dict[str, Any]:
+        """What became of the rows, per split: read, kept, dropped, cut, tokens, lengths, fill or padding."""
+        splits = [s for s in ("train", "validation", "test") if s in self._stores]
+        return {split: self._split_report(split) for split in splits}
+
+    def _split_report(self, split: str) -> dict[str, Any]:
+        stores = self.stores(split)
+        plan = self.plan(0) if split == "train" else None
+        layout = self.layout if split == "train" else Layout(self.eval_batch_size)
+        if plan is None:
+            plan = plan_in_order(self.lengths(split), layout.rows_per_update, capacity=self._capacity)
+        return reports.describe(stores, self.lengths(split), plan, self._capacity, layout.batch_size)
+
+
+def _not_held_out(row: Row, fraction: float) -> bool:
+    return not is_held_out(row, fraction)
+
+
+def _batched(items: Iterable, size: int) -> Iterator[list]:
+    iterator = iter(items)
+    while batch := list(itertools.islice(iterator, size)):
+        yield batch
+
+
+def _code_of(format_name: str | None) -> list[str | None]:
+    """Name and source text of a format function: changing a function of one's own must not hit the old cache."""
+    if format_name is None:
+        return [None, None]
+    return [format_name, inspect.getsource(resolve_format(format_name))]
+
+
+def _own_code() -> str:
+    """Hash of the code that makes examples, so that no version of the package reads another's cache."""
+    here = Path(__file__).parent
+    digest = hashlib.blake2b(digest_size=16)
+    for name in ("formats.py", "tokenize.py", "template.py", "store.py"):
+        digest.update((here / name).read_bytes())
+    return digest.hexdigest()

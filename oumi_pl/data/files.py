@@ -1,0 +1,256 @@
+"""Rows of one local text file: JSON (lines, or one document), CSV and plain text, each also as `.gz` or `.zst`.
+
+Read here, line by line, rather than by `datasets`: a mistake is told with its file and line, and a row keeps exactly
+the keys that it has. Arrow would give all rows the same keys, so that a tool call gets the arguments of all others.
+"""
+
+import csv
+import gzip
+import io
+import json
+import zlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import IO, Any
+
+from oumi_pl.errors import UserError
+from oumi_pl.types import Row
+
+KINDS = {
+    ".jsonl": "jsonl",
+    ".ndjson": "jsonl",
+    ".json": "json",
+    ".csv": "csv",
+    ".txt": "txt",
+    ".parquet": "parquet",
+    ".arrow": "arrow",
+}
+"""File suffix -> kind of file. Parquet and Arrow files are read elsewhere, and compress themselves."""
+
+_MAX_CELL = 2**31 - 1  # characters of a CSV cell; the module's own limit of 131,072 is too short for documents
+_ZSTD_CHUNK = 1 << 16  # compressed bytes taken at once: what they grow to has to fit into memory
+
+
+def kind_of(path: Path) -> str | None:
+    """Kind of a data file by its suffix (`a.jsonl.gz` -> `jsonl`), or None if it isn't one."""
+    suffixes = [suffix.lower() for suffix in path.suffixes[-2:]]
+    if suffixes and suffixes[-1] in (".gz", ".zst"):
+        kind = KINDS.get(suffixes[0]) if len(suffixes) == 2 else None
+        return None if kind in ("parquet", "arrow") else kind
+    return KINDS.get(suffixes[-1]) if suffixes else None
+
+
+def read_file(path: Path, name: str) -> Iterator[tuple[str, Row]]:
+    """Reads the rows of a text file, each with its origin.
+
+    JSON lines, CSV and text hold one row in memory, a JSON document the whole file. CSV cells are text, empty ones
+    too. A text file is one row with the column `text`.
+
+    Args:
+        path: the file; its kind is one of `KINDS`, less Parquet and Arrow.
+        name: what messages call the file.
+
+    Yields:
+        `("name:17", row)`, counted in lines, or `("name row 3", row)`; both start at 1.
+
+    Raises:
+        UserError: the file can't be read to its end, or something in it isn't a row.
+    """
+    kind = kind_of(path)
+    if kind == "jsonl":
+        return _json_lines(path, name)
+    if kind == "json":
+        return _json(path, name)
+    return _csv(path, name) if kind == "csv" else _text(path, name)
+
+
+def count_rows(path: Path, name: str) -> int:
+    """Number of rows of a text file; JSON lines are counted without parsing them."""
+    if kind_of(path) == "jsonl":
+        return sum(1 for _, line in _lines(path, name) if line.strip())
+    return sum(1 for _ in read_file(path, name))
+
+
+# --- kinds of file ---------------------------------------------------------------------------------------------------
+
+
+def _json_lines(path: Path, name: str) -> Iterator[tuple[str, Row]]:
+    for number, line in _lines(path, name):
+        if line.strip():
+            where = f"{name}:{number}"
+            yield where, _row(_parse(line.rstrip(), name, number), where)
+
+
+def _json(path: Path, name: str) -> Iterator[tuple[str, Row]]:
+    if _holds_lines(path, name):
+        yield from _json_lines(path, name)
+        return
+    text = "".join(line for _, line in _lines(path, name))
+    if not text.strip():
+        return
+    value = _parse(text, name)
+    if isinstance(value, dict):
+        value = _unwrapped(value, name)
+    if not isinstance(value, list):
+        raise UserError(f"{name}: expected a list of objects (the rows), found {_word(value)}")
+    for number, item in enumerate(value, 1):
+        where = f"{name} row {number}"
+        yield where, _row(item, where)
+
+
+def _holds_lines(path: Path, name: str) -> bool:
+    """Whether a `.json` file is JSON lines: its first line is an object and more follow."""
+    filled = (line for _, line in _lines(path, name) if line.strip())
+    first, second = next(filled, ""), next(filled, None)
+    if second is None or not first.lstrip().startswith("{"):
+        return False
+    try:
+        json.loads(first)
+    except ValueError:
+        return False
+    return True
+
+
+def _unwrapped(value: dict[str, Any], name: str) -> list[Any]:
+    """The rows of a document such as `{"data": [...]}`; an object with turns, or without a list, is a row itself."""
+    lists = {key: items for key, items in value.items() if isinstance(items, list) and items}
+    lists = {key: items for key, items in lists.items() if all(isinstance(item, dict) for item in items)}
+    if any(_are_turns(items) for items in lists.values()):
+        return [value]
+    if len(lists) > 1:
+        raise UserError(f"{name}: several lists of objects ({', '.join(lists)}), where one list of rows is expected")
+    return next(iter(lists.values()), [value])
+
+
+def _are_turns(items: list[dict[str, Any]]) -> bool:
+    return all("role" in item or {"from", "value"} <= item.keys() for item in items)
+
+
+def _csv(path: Path, name: str) -> Iterator[tuple[str, Row]]:
+    if csv.field_size_limit() < _MAX_CELL:
+        csv.field_size_limit(_MAX_CELL)
+    reader = csv.reader((line for _, line in _lines(path, name)), strict=True)
+    header: list[str] | None = None
+    number = 0
+    try:
+        for cells in reader:
+            if not cells:
+                continue
+            if header is None:
+                header = cells
+                repeated = {column for column in header if header.count(column) > 1}
+                if repeated:
+                    raise UserError(f"{name}:{reader.line_num}: two columns are named {min(repeated)!r}")
+                continue
+            number += 1
+            if len(cells) != len(header):
+                raise UserError(f"{name} row {number}: {len(cells)} cells under {len(header)} column names")
+            yield f"{name} row {number}", dict(zip(header, cells, strict=True))
+    except csv.Error as error:
+        raise UserError(f"{name}:{reader.line_num}: not valid CSV: {error}") from error
+
+
+def _text(path: Path, name: str) -> Iterator[tuple[str, Row]]:
+    text = "".join(line for _, line in _lines(path, name))
+    if text.strip():
+        yield name, {"text": text}
+
+
+# --- bytes to lines to values ----------------------------------------------------------------------------------------
+
+
+def _lines(path: Path, name: str) -> Iterator[tuple[int, str]]:
+    """Decoded lines with their numbers, from 1, and with their line ends."""
+    number = 0
+    try:
+        with _open(path) as file:
+            for number, line in enumerate(file, 1):
+                yield number, _decoded(line, name, number)
+    except (OSError, EOFError, zlib.error) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise UserError(f"{name}: cannot be read beyond line {number}: {reason}") from error
+
+
+def _open(path: Path) -> gzip.GzipFile | IO[bytes]:
+    suffix = path.suffix.lower()
+    if suffix == ".gz":
+        return gzip.open(path, "rb")
+    return io.BufferedReader(_Zstd(path), _ZSTD_CHUNK) if suffix == ".zst" else path.open("rb")
+
+
+class _Zstd(io.RawIOBase):
+    """Bytes of a `.zst` file of one or more frames. The library's own reader takes a cut file for a complete one."""
+
+    def __init__(self, path: Path) -> None:
+        import zstandard
+
+        self._frames = zstandard.ZstdDecompressor(max_window_size=2**31)
+        self._error = zstandard.ZstdError
+        self._frame: Any = None
+        self._input = b""
+        self._output = memoryview(b"")
+        self._file = path.open("rb")
+
+    def readable(self) -> bool:
+        return True
+
+    def close(self) -> None:
+        self._file.close()
+        super().close()
+
+    def readinto(self, buffer: Any) -> int:
+        while not self._output:
+            self._input = self._input or self._file.read(_ZSTD_CHUNK)
+            if not self._input:
+                if self._frame is not None:
+                    raise EOFError("the compressed file ends too early")
+                return 0
+            self._frame = self._frame or self._frames.decompressobj()
+            try:
+                self._output = memoryview(self._frame.decompress(self._input))
+            except self._error as error:
+                raise OSError(str(error)) from error
+            self._input = self._frame.unused_data if self._frame.eof else b""
+            self._frame = None if self._frame.eof else self._frame
+        size = min(len(buffer), len(self._output))
+        buffer[:size], self._output = self._output[:size], self._output[size:]
+        return size
+
+
+def _decoded(line: bytes, name: str, number: int) -> str:
+    if number == 1:
+        line = line.removeprefix(b"\xef\xbb\xbf")  # the mark that some editors put in front of UTF-8
+    if b"\0" in line:
+        raise UserError(f"{name}:{number}: binary data (a zero byte), where text is expected")
+    try:
+        return line.decode()
+    except UnicodeDecodeError as error:
+        byte = f"0x{line[error.start]:02x} at byte {error.start + 1} of the line"
+        raise UserError(f"{name}:{number}: not UTF-8 text ({byte})") from error
+
+
+def _parse(text: str, name: str, number: int = 1) -> Any:
+    """Parses JSON that starts at line `number` of a file."""
+    try:
+        value = json.loads(text)
+        if "\\ud" in text or "\\uD" in text:  # half a surrogate pair parses, but no tokenizer takes it
+            json.dumps(value, ensure_ascii=False).encode()
+    except json.JSONDecodeError as error:
+        where = f"{name}:{number + error.lineno - 1}"
+        raise UserError(f"{where}: not valid JSON: {error.msg} (column {error.colno})") from error
+    except UnicodeEncodeError as error:
+        raise UserError(f"{name}:{number}: not valid text: half of a surrogate pair") from error
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{name}:{number}: not readable as JSON: {error}") from error
+    return value
+
+
+def _row(value: Any, where: str) -> Row:
+    if not isinstance(value, dict):
+        raise UserError(f"{where}: expected an object (one row), found {_word(value)}")
+    return value
+
+
+def _word(value: Any) -> str:
+    words = {list: "a list", str: "a string", bool: "a boolean", int: "a number", float: "a number"}
+    return words.get(type(value), "null")

@@ -1,0 +1,145 @@
+"""The loader that walks a plan, and whose position is two numbers: epoch and update."""
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import numpy as np
+import torch
+from torch.utils.data import DataLoader, Dataset, Sampler
+
+from oumi_pl.data.plan import Layout, Plan
+from oumi_pl.errors import UserError
+from oumi_pl.types import Example
+
+
+class Rows(Dataset):
+    """Looks up rows: an array of example ids becomes `(ids, examples)`."""
+
+    def __init__(self, examples: Any) -> None:
+        self.examples = examples
+
+    def __getitem__(self, row: np.ndarray) -> tuple[list[int], list[Example]]:
+        ids = row.tolist()
+        return ids, [self.examples[i] for i in ids]
+
+
+class PlanSampler(Sampler[list[np.ndarray]]):
+    """Yields the micro-batches of one rank, from a position on.
+
+    Lightning announces a new epoch by `set_epoch` on `loader.batch_sampler.sampler`, hence the property `sampler`.
+    """
+
+    def __init__(self, plan: Callable[[int], Plan], layout: Layout) -> None:
+        self.plan = plan
+        self.layout = layout
+        self.epoch = 0
+        self.update = 0
+        self._planned: tuple[int, Plan] | None = None
+
+    @property
+    def sampler(self) -> "PlanSampler":
+        """Itself: where Lightning looks for `set_epoch`."""
+        return self
+
+    @property
+    def current(self) -> Plan:
+        """The plan of the current epoch, made once."""
+        if self._planned is None or self._planned[0] != self.epoch:
+            self._planned = (self.epoch, self.plan(self.epoch))
+        return self._planned[1]
+
+    def set_epoch(self, epoch: int) -> None:
+        """Begins an epoch; a position within the same epoch is kept, which is what a resume needs."""
+        if epoch != self.epoch:
+            self.epoch, self.update = epoch, 0
+
+    def __len__(self) -> int:
+        """Micro-batches of a whole epoch on one rank, whatever the position."""
+        return len(self.current) * self.layout.micro_batches
+
+    def __iter__(self) -> Iterator[list[np.ndarray]]:
+        plan = self.current
+        for update in range(self.update, len(plan)):
+            yield from plan.micro_batches(update, self.layout)
+
+
+class PlanLoader(DataLoader):
+    """A DataLoader over a plan that knows where it is and can go on from there.
+
+    Its state is `{epoch, update}`, counted as batches are handed out, so that prefetching workers can't run ahead of
+    it. It is the same on every rank: Lightning keeps only rank 0's.
+    """
+
+    def __init__(
+        self,
+        examples: Any,
+        plan: Callable[[int], Plan],
+        layout: Layout,
+        collate: Callable[[list], Any],
+        workers: int = 0,
+        pin_memory: bool = False,
+    ) -> None:
+        self.position = PlanSampler(plan, layout)
+        super().__init__(
+            Rows(examples),
+            batch_sampler=self.position,
+            collate_fn=collate,
+            num_workers=workers,
+            pin_memory=pin_memory,
+            # its own generator: the seeds of workers must not be drawn from the stream that dropout uses
+            generator=torch.Generator().manual_seed(0),
+        )
+
+    def __iter__(self) -> Iterator[Any]:  # type: ignore[override]
+        # A generator, so that nothing is fetched before `set_epoch` and `load_state_dict` have had their say:
+        # Lightning calls iter() first.
+        position, micro_batches = self.position, self.position.layout.micro_batches
+        handed = position.update * micro_batches
+        for batch in super().__iter__():
+            handed += 1
+            position.update = handed // micro_batches
+            yield batch
+
+    def state_dict(self) -> dict[str, int]:
+        """Position between two updates, and the layout it was reached with."""
+        layout = self.position.layout
+        return {
+            "epoch": self.position.epoch,
+            "update": self.position.update,
+            "micro_batches": layout.micro_batches,
+            "rows_per_update": layout.rows_per_update,
+        }
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        """Goes to a position.
+
+        Raises:
+            UserError: if an update has another number of rows than when the state was saved.
+        """
+        layout = self.position.layout
+        if state["rows_per_update"] != layout.rows_per_update:
+            raise UserError(
+                f"the checkpoint was made with {state['rows_per_update']} rows per update, this run has "
+                f"{layout.rows_per_update} (batch_size {layout.batch_size} x accumulate_grad_batches "
+                f"{layout.micro_batches} x {layout.ranks} ranks): a run resumes with any layout of the same product"
+            )
+        self.position.epoch, self.position.update = state["epoch"], state["update"]
+
+
+def eval_loader(
+    examples: Any,
+    plan: Plan,
+    layout: Layout,
+    collate: Callable[[list], Any],
+    workers: int = 0,
+    pin_memory: bool = False,
+) -> DataLoader:
+    """A loader that goes through a plan once per pass, from the start: for validation and test."""
+    return DataLoader(
+        Rows(examples),
+        batch_sampler=[rows for update in range(len(plan)) for rows in plan.micro_batches(update, layout)],  # type: ignore[arg-type]
+        collate_fn=collate,
+        num_workers=workers,
+        pin_memory=pin_memory,
+        generator=torch.Generator().manual_seed(0),
+    )

@@ -1,0 +1,74 @@
+"""The data report: what became of the rows, counted while they are made and described once they are planned."""
+
+from collections import Counter
+from typing import Any
+
+import numpy as np
+
+from oumi_pl.data.plan import Plan
+from oumi_pl.data.store import ExampleStore
+from oumi_pl.data.tokenize import Dropped
+from oumi_pl.types import Example
+
+PERCENTILES = (0, 5, 25, 50, 75, 95, 100)
+
+
+def empty(source: str) -> dict[str, Any]:
+    """A report with nothing counted yet."""
+    return {"source": source, "rows": 0, "kept": 0, "dropped": {}, "cut": 0, "straddled": 0}
+
+
+def count(report: dict[str, Any], example: Example | Dropped) -> None:
+    """Adds one encoded row to a report, in place."""
+    if isinstance(example, Dropped):
+        report["dropped"][example.reason] = report["dropped"].get(example.reason, 0) + 1
+        return
+    report["kept"] += 1
+    report["cut"] += example.cut
+    report["straddled"] += example.straddled
+
+
+def merged(reports: list[dict[str, Any]]) -> dict[str, Any]:
+    """The sum of the sources' reports."""
+    total: dict[str, Any] = {key: sum(r[key] for r in reports) for key in ("rows", "kept", "cut", "straddled")}
+    dropped: Counter[str] = Counter()
+    for report in reports:
+        dropped.update(report["dropped"])
+    return total | {"dropped": dict(dropped)}
+
+
+def describe(
+    stores: list[ExampleStore], lengths: np.ndarray, plan: Plan, capacity: int | None, batch_size: int
+) -> dict[str, Any]:
+    """Counts, tokens, length percentiles, and how full the rows of a plan are.
+
+    `fill` is the share of the packs' capacity that holds tokens; `padding` the share of the padded tensors that holds
+    none, in micro-batches of `batch_size` rows.
+    """
+    tokens = int(lengths.sum())
+    described = merged([store.report for store in stores]) | {
+        "tokens": tokens,
+        "target_tokens": sum(store.target_tokens for store in stores),
+        "lengths": {f"p{p}": int(np.percentile(lengths, p, method="nearest")) for p in PERCENTILES} if tokens else {},
+        "rows_planned": plan.rows,
+        "updates_per_epoch": len(plan),
+    }
+    if capacity is not None:
+        planned = lengths[plan.example_ids].sum()
+        described["fill"] = round(float(planned / max(1, plan.rows * capacity)), 6)
+    else:
+        described["padding"] = round(_padding(lengths[plan.example_ids], batch_size), 6)
+    if len(stores) > 1:
+        described["sources"] = [store.report for store in stores]
+    return described
+
+
+def _padding(lengths: np.ndarray, batch_size: int) -> float:
+    rows = -(-len(lengths) // batch_size)
+    if not rows:
+        return 0.0
+    padded = np.zeros(rows * batch_size, dtype=np.int64)
+    padded[: len(lengths)] = lengths
+    longest = padded.reshape(rows, batch_size).max(axis=1)
+    in_batch = np.minimum(batch_size, len(lengths) - np.arange(rows) * batch_size)
+    return float(1 - lengths.sum() / (longest * in_batch).sum())

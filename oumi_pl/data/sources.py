@@ -1,0 +1,283 @@
+"""Where rows come from: files, directories, bundled data, the hub. The only user of `datasets` in the package."""
+
+import hashlib
+import itertools
+import json
+import os
+import re
+import sys
+import textwrap
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from oumi_pl.data.files import count_rows, kind_of, read_file
+from oumi_pl.data.find import BUNDLED, find_files, hint
+from oumi_pl.errors import UserError, nearest
+from oumi_pl.types import Row
+
+_TABLES = ("parquet", "arrow")
+_INFO = "dataset_info.json"
+_BATCH = 1000  # rows of a table in memory
+
+
+@dataclass(frozen=True)
+class Source:
+    """Where rows come from, and how they are read.
+
+    Args:
+        path: A local file, directory or glob (JSON, JSON lines, CSV, text, Parquet, Arrow), a folder that
+            `save_to_disk` made, `bundled/NAME` or `bundled/NAME/SPLIT`, or the id of a data set on the hub.
+        config: Which configuration of a hub data set.
+        split: Which split, or a slice of it as in `datasets`: `train[:100]`, `train[10:20]`, `train[:5%]`.
+        revision: Branch, tag or commit of a hub data set.
+        weight: Share of this source in a mixture, relative to the others' weights.
+        format: How rows are read: the name of a format, or the dotted path of a function of yours.
+        columns: New names for columns, as `{theirs: ours}`.
+    """
+
+    path: str
+    config: str | None = None
+    split: str = "train"
+    revision: str | None = None
+    weight: float | None = None
+    format: str | None = None
+    columns: dict[str, str] | None = None
+
+
+@dataclass(frozen=True)
+class _Split:
+    """A local split: `files` are what it is made of, `read` starts over each time."""
+
+    files: list[Path]
+    read: Callable[[], Iterator[tuple[str, Row]]]
+    count: Callable[[], int]
+
+
+def as_sources(value: str | Source | list[str | Source]) -> list[Source]:
+    """Sources of a recipe's entry: a path, a source, or a list of these.
+
+    Raises:
+        UserError: the list is empty.
+    """
+    values = value if isinstance(value, list) else [value]
+    if not values:
+        raise UserError("an empty list of sources; name at least one file, directory or hub id")
+    return [Source(item) if isinstance(item, str) else item for item in values]
+
+
+def rows(source: Source) -> Iterator[tuple[str, Row]]:
+    """Finds a source at once and reads its rows lazily, each with its origin for messages.
+
+    Yields:
+        `("data/train.jsonl:17", row)` for JSON lines, `("data/train.csv row 12", row)` for other files,
+        `("org/name[train] row 5", row)` for the hub. Lines and rows count from 1.
+
+    Raises:
+        UserError: nothing is there, the split is unknown, or the hub can't be reached (when called); a file is
+            damaged, something in it isn't a row, or there are no rows (while reading).
+    """
+    splits = _local_splits(source)
+    found = _hub_rows(source) if splits is None else _cut(source, splits)
+    return _not_empty(found, source)
+
+
+def fingerprint(source: Source) -> str:
+    """Hash of all that decides which rows come, in which order: 32 hex digits.
+
+    Of local data the contents count, not the names; of hub data what `datasets` knows them by. `split`, `config` and
+    `revision` count, `weight`, `format` and `columns` do not.
+
+    Raises:
+        UserError: the source can't be found, as for `rows`.
+    """
+    digest = hashlib.blake2b(digest_size=16)
+    digest.update(json.dumps([source.config, source.split, source.revision]).encode())
+    splits = _local_splits(source)
+    if splits is None:
+        digest.update(_load_hub(source)._fingerprint.encode())
+        return digest.hexdigest()
+    for name in _names(source, splits):
+        for path in splits[name].files:
+            try:
+                with path.open("rb") as file:
+                    content = hashlib.file_digest(file, "blake2b").hexdigest()
+            except OSError as error:
+                raise UserError(f"{path}: cannot be read: {error.strerror}") from error
+            digest.update(f"{name} {kind_of(path)} {content}\n".encode())
+    return digest.hexdigest()
+
+
+def is_held_out(row: Row, fraction: float) -> bool:
+    """Whether a row belongs to the held-out `fraction` of its source, by a hash of what it says.
+
+    The same row falls on the same side in every run and wherever it stands; equal rows are never torn apart.
+    """
+    content = json.dumps(row, sort_keys=True, default=str).encode()
+    return int.from_bytes(hashlib.blake2b(content, digest_size=8).digest(), "big") < fraction * 2**64
+
+
+# --- local data ------------------------------------------------------------------------------------------------------
+
+
+def _local_splits(source: Source) -> dict[str, _Split] | None:
+    """The splits of a local source by name; None if the path is a hub id."""
+    path = Path(source.path).expanduser()
+    splits: dict[str, _Split]
+    if (path / "dataset_dict.json").exists() or ((path / "state.json").exists() and (path / _INFO).exists()):
+        splits = _saved_splits(path)
+    elif (files := find_files(source.path)) is not None:
+        splits = {name: _file_split(members, source.path) for name, members in files.items()}
+    else:
+        return None
+    for key in ("config", "revision"):
+        if getattr(source, key) is not None:
+            raise UserError(f"{source.path}: {key!r} is for data from the hub, and this is local; leave it out")
+    return splits
+
+
+def _file_split(files: list[Path], name: str) -> _Split:
+    kinds = {kind_of(path): path.name for path in files}
+    if len(kinds) > 1:
+        first, second, *_ = kinds.values()
+        raise UserError(f"{name}: different kinds of files ({first}, {second}); choose one with a glob such as *.jsonl")
+
+    def read() -> Iterator[tuple[str, Row]]:
+        return itertools.chain.from_iterable(_read(path) for path in files)
+
+    return _Split(files, read, lambda: sum(_count(path) for path in files))
+
+
+def _cut(source: Source, splits: dict[str, _Split]) -> Iterator[tuple[str, Row]]:
+    """Reads what `source.split` names: whole splits or slices, added up with `+`."""
+    names = _names(source, splits)
+    if names == source.split.split("+"):
+        return itertools.chain.from_iterable(splits[name].read() for name in names)
+    import datasets
+
+    counted = "%" in source.split or "-" in source.split  # only these need to know where the rows end
+    try:
+        instruction = datasets.ReadInstruction.from_spec(source.split)
+        pieces = instruction.to_absolute({n: splits[n].count() if counted else sys.maxsize for n in names})
+    except ValueError as error:
+        examples = "train, train[:100], train[10:20] or train[:5%]"
+        raise UserError(f"{source.path}: no split {source.split!r} ({error}); write for example {examples}") from error
+    return itertools.chain.from_iterable(
+        itertools.islice(splits[piece.splitname].read(), piece.from_, piece.to) for piece in pieces
+    )
+
+
+def _names(source: Source, splits: dict[str, _Split]) -> list[str]:
+    names = [re.split(r"[\[(]", piece)[0].strip() for piece in source.split.split("+")]
+    for name in names:
+        if name not in splits:
+            raise UserError(f"{source.path}: no split {name!r}{nearest(name, splits)}")
+    return names
+
+
+def _not_empty(found: Iterator[tuple[str, Row]], source: Source) -> Iterator[tuple[str, Row]]:
+    empty = True
+    for item in found:
+        empty = False
+        yield item
+    if empty:
+        raise UserError(f"{source.path}: split {source.split!r} has no rows")
+
+
+def _read(path: Path) -> Iterator[tuple[str, Row]]:
+    name = str(path.relative_to(BUNDLED.parent) if path.is_relative_to(BUNDLED) else path)
+    return _table_rows(path, name) if kind_of(path) in _TABLES else read_file(path, name)
+
+
+def _count(path: Path) -> int:
+    if kind_of(path) in _TABLES:
+        return sum(batch.num_rows for batch in _batches(path, str(path)))
+    return count_rows(path, str(path))
+
+
+def _table_rows(path: Path, name: str) -> Iterator[tuple[str, Row]]:
+    import datasets
+
+    number = 0
+    for batch in _batches(path, name):
+        decode = datasets.Features.from_arrow_schema(batch.schema).decode_example  # else JSON columns stay text
+        for row in batch.to_pylist():
+            number += 1
+            yield f"{name} row {number}", decode(row)
+
+
+def _batches(path: Path, name: str) -> Iterator[Any]:
+    """Record batches of a Parquet or Arrow file."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    try:
+        if kind_of(path) == "parquet":
+            yield from pq.ParquetFile(path).iter_batches(_BATCH)
+            return
+        mapped = pa.memory_map(str(path))
+        try:
+            batches = iter(pa.ipc.open_stream(mapped))
+        except pa.ArrowInvalid:  # the other layout of such files, which can be read from any place
+            file = pa.ipc.open_file(mapped)
+            batches = (file.get_batch(i) for i in range(file.num_record_batches))
+        yield from batches
+    except (OSError, pa.ArrowException) as error:
+        raise UserError(f"{name}: damaged, or not a file of this kind: {error}") from error
+
+
+def _saved_splits(path: Path) -> dict[str, _Split]:
+    import datasets
+
+    try:
+        loaded = datasets.load_from_disk(str(path))
+    except (OSError, ValueError, KeyError) as error:
+        raise UserError(f"{path}: not a complete `save_to_disk` folder: {error}") from error
+    if isinstance(loaded, datasets.Dataset):
+        return {"train": _saved_split(loaded, path, str(path))}
+    return {str(name): _saved_split(part, path / str(name), f"{path}[{name}]") for name, part in loaded.items()}
+
+
+def _saved_split(dataset: Any, folder: Path, name: str) -> _Split:
+    files = sorted(p for p in folder.rglob("*") if p.is_file())
+    return _Split(files, partial(_numbered, dataset, name), partial(len, dataset))
+
+
+def _numbered(dataset: Any, name: str) -> Iterator[tuple[str, Row]]:
+    for number, row in enumerate(dataset, 1):
+        yield f"{name} row {number}", row
+
+
+# --- the hub ---------------------------------------------------------------------------------------------------------
+
+
+def _hub_rows(source: Source) -> Iterator[tuple[str, Row]]:
+    return _numbered(_load_hub(source), f"{source.path}[{source.split}]")
+
+
+def _load_hub(source: Source) -> Any:
+    import datasets
+
+    try:
+        return datasets.load_dataset(source.path, source.config, split=source.split, revision=source.revision)
+    except (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError) as error:
+        raise UserError(f"{source.path}: {_hub_reason(source, error)}") from error
+
+
+def _hub_reason(source: Source, error: Exception) -> str:
+    from datasets.exceptions import DatasetNotFoundError
+
+    nothing_here = f"no such file or directory here{hint(Path(source.path), listing=False)}"
+    if isinstance(error, ConnectionError):
+        offline = os.environ.get("HF_HUB_OFFLINE", "0").upper() in ("1", "ON", "YES", "TRUE")
+        remedy = "unset HF_HUB_OFFLINE to download it" if offline else "HF_HUB_OFFLINE=1 uses cached data only"
+        return f"{nothing_here}; the hub can't be reached and no copy is in its cache ({remedy})"
+    if isinstance(error, DatasetNotFoundError):
+        return f"{nothing_here}; {error} Private and gated data need `hf auth login`"
+    reason = " ".join(str(error).partition("Example of usage")[0].split())
+    if error.__cause__ is not None:
+        reason += f": {error.__cause__}"
+    asked = "".join(f", {key} {value!r}" for key in ("config", "revision") if (value := getattr(source, key)))
+    return textwrap.shorten(f"split {source.split!r}{asked} can't be had from the hub: {reason}", 400)

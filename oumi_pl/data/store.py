@@ -1,0 +1,91 @@
+"""Tokenized examples on disk, memory-mapped: written once, found again by what they were made from."""
+
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any, cast
+
+import numpy as np
+
+from oumi_pl.types import Example
+
+REPORT = "report.json"
+
+
+def cache_root() -> Path:
+    """Where tokenized data are kept: `$OUMI_PL_CACHE`, else `oumi_pl` in the user's cache directory."""
+    if explicit := os.environ.get("OUMI_PL_CACHE"):
+        return Path(explicit).expanduser()
+    return Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")).expanduser() / "oumi_pl"
+
+
+def cache_key(*parts: Any) -> str:
+    """Hash of everything the examples depend on; equal parts give equal keys in every process."""
+    text = json.dumps(parts, sort_keys=True, default=str)
+    return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
+
+
+class ExampleStore:
+    """Examples of one source as flat arrays: ids `[tokens]`, loss mask `[tokens]`, offsets `[examples + 1]`."""
+
+    def __init__(self, directory: Path) -> None:
+        self.directory = directory
+        self.report: dict[str, Any] = json.loads((directory / REPORT).read_text())
+        self.input_ids = _mapped(directory / "input_ids.bin", np.int32)
+        self.loss_mask = _mapped(directory / "loss_mask.bin", np.bool_)
+        self.offsets = np.load(directory / "offsets.npy")
+
+    def __len__(self) -> int:
+        return len(self.offsets) - 1
+
+    def __getitem__(self, index: int) -> Example:
+        start, stop = self.offsets[index], self.offsets[index + 1]
+        return Example(np.asarray(self.input_ids[start:stop]), np.asarray(self.loss_mask[start:stop]))
+
+    @property
+    def lengths(self) -> np.ndarray:
+        """Tokens per example, `[examples]`."""
+        return np.diff(self.offsets)
+
+    @property
+    def target_tokens(self) -> int:
+        """Tokens that carry loss, over all examples."""
+        return int(np.count_nonzero(self.loss_mask))
+
+
+def write_store(directory: Path, examples: Iterable[Example], report: dict[str, Any]) -> ExampleStore:
+    """Writes examples beside their final place and moves them there in one step, so that a kill leaves no half store.
+
+    `report` is written last: whatever consuming `examples` adds to it is kept.
+    """
+    directory.parent.mkdir(parents=True, exist_ok=True)
+    half = Path(tempfile.mkdtemp(prefix=f".{directory.name}-", dir=directory.parent))
+    try:
+        offsets = [0]
+        with (half / "input_ids.bin").open("wb") as ids, (half / "loss_mask.bin").open("wb") as masks:
+            for example in examples:
+                ids.write(example.input_ids.astype(np.int32, copy=False).tobytes())
+                masks.write(example.loss_mask.astype(np.bool_, copy=False).tobytes())
+                offsets.append(offsets[-1] + len(example.input_ids))
+        np.save(half / "offsets.npy", np.array(offsets, dtype=np.int64))
+        (half / REPORT).write_text(json.dumps(report, indent=1))
+        half.chmod(0o755)
+        try:
+            half.rename(directory)
+        except OSError:
+            # another process made the same store meanwhile, and its content is the same by construction
+            if not (directory / REPORT).exists():
+                raise
+    finally:
+        shutil.rmtree(half, ignore_errors=True)
+    return ExampleStore(directory)
+
+
+def _mapped(file: Path, dtype: type) -> np.ndarray:
+    if file.stat().st_size == 0:  # an empty file can't be mapped
+        return np.empty(0, dtype=dtype)
+    return cast("np.ndarray", np.memmap(file, dtype=dtype, mode="r"))

@@ -1,0 +1,236 @@
+"""From records to token ids with a loss mask, and to prompts for generation.
+
+Which tokens carry loss is decided in characters, on the text as it is rendered, and carried over to tokens by the
+offsets that a fast tokenizer reports. Ids are never looked at: a pad token that equals EOS, or an answer that repeats
+the question, can't mislead it.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import chain
+from typing import TYPE_CHECKING, Literal, get_args
+
+import numpy as np
+
+from oumi_pl.data.template import ChatRenderer, Span, adds_bos
+from oumi_pl.errors import UserError, nearest
+from oumi_pl.types import Conversation, Example, Record, Text
+
+if TYPE_CHECKING:
+    from tokenizers import Encoding, Tokenizer
+    from transformers import PreTrainedTokenizerBase
+
+TrainOn = Literal["completion", "assistant", "last_turn", "all"]
+Overflow = Literal["truncate", "drop", "error"]
+
+
+@dataclass(frozen=True)
+class Dropped:
+    """A record that gives no example, and why."""
+
+    reason: str
+
+
+@dataclass(frozen=True)
+class _Marked:
+    """A text and the spans of it that carry loss; `eos`: an EOS token has to end it."""
+
+    text: str
+    targets: list[Span]
+    eos: bool = False
+
+
+class Tokenize:
+    """Turns records into examples, a batch at a time.
+
+    Args:
+        tokenizer: A fast tokenizer with its chat template and special tokens in place (`apply_template`).
+        max_length: Longest example in tokens.
+        train_on: Which tokens carry loss: `completion` (what follows the prompt), `assistant` (all assistant turns),
+            `last_turn` (the last of them) or `all`. None: the completion where there is a prompt, all assistant turns
+            of a conversation, all of a text.
+        overflow: What becomes of longer records: `truncate` cuts the context's start, and the answer's end if it has
+            to; `drop`; or `error`.
+
+    Raises:
+        UserError: a setting is unknown, or the tokenizer can't tell which characters a token stands for.
+    """
+
+    def __init__(
+        self,
+        tokenizer: "PreTrainedTokenizerBase",
+        max_length: int,
+        train_on: TrainOn | None = None,
+        overflow: Overflow = "truncate",
+    ) -> None:
+        if train_on is not None and train_on not in get_args(TrainOn):
+            raise UserError(f"unknown train_on {train_on!r}{nearest(str(train_on), get_args(TrainOn))}")
+        if overflow not in get_args(Overflow):
+            raise UserError(f"unknown overflow {overflow!r}{nearest(str(overflow), get_args(Overflow))}")
+        if max_length < 2:
+            raise UserError(f"max_length is {max_length}; an example needs at least 2 tokens")
+        if not getattr(tokenizer, "is_fast", False):
+            raise UserError(
+                f"{type(tokenizer).__name__} doesn't report which characters a token stands for, which exact masks "
+                "need; use a fast tokenizer (one with a tokenizer.json)"
+            )
+        self._max_length, self._train_on, self._overflow = max_length, train_on, overflow
+        self._renderer = ChatRenderer(tokenizer)
+        self._backend = _with_exact_offsets(tokenizer)
+        self._bos, self._eos = tokenizer.bos_token_id, tokenizer.eos_token_id
+        self._adds_bos = adds_bos(tokenizer)
+        added = tokenizer.added_tokens_decoder.items()
+        self._greedy = [index for index, token in added if token.lstrip or token.rstrip]
+
+    def __call__(self, records: Sequence[Record]) -> list[Example | Dropped]:
+        """Tokenizes records, each to one example or the reason why there is none, in order.
+
+        Raises:
+            UserError: `train_on` doesn't fit a record, the chat template refuses it or can't be masked exactly, or it
+                is too long and `overflow` is `error`.
+        """
+        marked = [self._marked(record) for record in records]
+        encodings = self._backend.encode_batch([m.text for m in marked], add_special_tokens=False)
+        return [self._example(m, encoding) for m, encoding in zip(marked, encodings, strict=True)]
+
+    def prompt_ids(self, record: Record) -> tuple[list[int], str]:
+        """Tokenizes what comes before the answer, ready for generation, and returns the answer that the row gives.
+
+        The prompt is what precedes the completion or the final assistant turn; a conversation that ends with somebody
+        else's turn, and a text without prompt, are prompts as a whole (their answer is ""). Not cut to `max_length`.
+
+        Returns:
+            The prompt's ids, with generation prompt and the one BOS that a training row has, and the answer's text.
+
+        Raises:
+            UserError: the chat template refuses the prompt.
+        """
+        if isinstance(record, Text):
+            prompt, answer = (record.prompt, record.text) if record.prompt else (record.text, "")
+        else:
+            messages, border = record.messages, record.prompt_messages
+            if border is None:
+                border = len(messages) - (messages[-1]["role"] == "assistant")
+            prompt = self._renderer.prompt(messages[:border], record.tools)
+            answer = "\n".join(m["content"] or "" for m in messages[border:] if m["role"] == "assistant")
+        ids = self._backend.encode(prompt, add_special_tokens=False).ids
+        return [self._bos, *ids] if self._lacks_bos(ids) else ids, answer
+
+    # --- which characters carry loss
+
+    def _marked(self, record: Record) -> _Marked:
+        if isinstance(record, Text):
+            return self._marked_text(record)
+        text, targets = self._renderer.spans(record, self._turns(record))
+        return _Marked(text, [(0, len(text))] if self._train_on == "all" else targets)
+
+    def _marked_text(self, record: Text) -> _Marked:
+        if self._train_on in {"assistant", "last_turn"}:
+            raise UserError(
+                f"train_on: {self._train_on} needs conversations, and this row is text: completion and all fit"
+            )
+        if self._eos is None:
+            raise UserError("the tokenizer has no end-of-text token (eos_token), so texts would have no end to learn")
+        text = record.prompt + record.text
+        return _Marked(text, [(0 if self._train_on == "all" else len(record.prompt), len(text))], eos=True)
+
+    def _turns(self, record: Conversation) -> list[int]:
+        """Indices of the messages that carry loss; none for `all`, which asks for no borders."""
+        border = record.prompt_messages
+        train_on = self._train_on or ("assistant" if border is None else "completion")
+        turns = [i for i, message in enumerate(record.messages) if message["role"] == "assistant"]
+        if train_on == "completion":
+            if border is None:
+                raise UserError(
+                    "train_on: completion needs rows of prompt and completion, and this one is a conversation: "
+                    "assistant, last_turn and all fit"
+                )
+            return [i for i in turns if i >= border]
+        return {"assistant": turns, "last_turn": turns[-1:], "all": []}[train_on]
+
+    # --- which tokens that makes
+
+    def _example(self, marked: _Marked, encoding: "Encoding") -> Example | Dropped:
+        ids = np.array(encoding.ids, dtype=np.int32)
+        mask, straddled = self._mask(marked, ids, encoding.offsets)
+        if marked.eos and (not len(ids) or ids[-1] != self._eos):
+            ids, mask = np.append(ids, np.int32(self._eos)), np.append(mask, True)
+        if self._lacks_bos(ids):
+            ids, mask = np.insert(ids, 0, self._bos), np.insert(mask, 0, False)
+        mask[:1] = False  # nothing predicts the first token
+        if not mask.any():
+            return Dropped("no target tokens")
+        if len(ids) <= self._max_length:
+            return Example(ids, mask, straddled=straddled)
+        if self._overflow == "drop":
+            return Dropped("longer than max_length")
+        if self._overflow == "error":
+            raise UserError(
+                f"{len(ids)} tokens, but max_length is {self._max_length}; raise it, or let overflow truncate"
+            )
+        kept = _kept(len(ids), int(mask.argmax()), self._max_length, keep_first=bool(ids[0] == self._bos))
+        return Example(ids[kept], mask[kept], cut=True, straddled=straddled)
+
+    def _lacks_bos(self, ids: Sequence[int] | np.ndarray) -> bool:
+        return self._adds_bos and (len(ids) == 0 or ids[0] != self._bos)
+
+    def _mask(self, marked: _Marked, ids: np.ndarray, offsets: list[Span]) -> tuple[np.ndarray, bool]:
+        """Marks the tokens that hold a character of a target, and tells whether one also holds others.
+
+        Shapes: `ids` `[seq]`, `offsets` `seq` pairs of characters; returns a bool `[seq]`.
+        """
+        borders = np.fromiter(chain.from_iterable(offsets), np.int64, 2 * len(ids)).reshape(-1, 2)
+        starts, ends = borders[:, 0], borders[:, 1]
+        if self._greedy:
+            _shrink_greedy(marked.text, starts, ends, np.flatnonzero(np.isin(ids, self._greedy)))
+        if (empty := starts == ends).any():
+            # A token without characters of its own holds those that no token before it took.
+            taken = np.maximum.accumulate(np.concatenate(([0], ends[:-1])))
+            starts = np.where(empty, np.minimum(taken, starts), starts)
+        mask, straddled = np.zeros(len(ids), dtype=bool), False
+        for first, last in marked.targets:
+            inside = (starts < last) & (ends > first)
+            straddled |= bool((inside & ((starts < first) | (ends > last))).any())
+            mask |= inside
+        return mask, straddled
+
+
+def _with_exact_offsets(tokenizer: "PreTrainedTokenizerBase") -> "Tokenizer":
+    """A copy of the tokenizer's engine whose offsets hold all characters of a token.
+
+    The last step of many engines cuts spaces off the offsets (not off the tokens), on both sides, so that nothing
+    tells any more whose they were. That step otherwise adds BOS and EOS, which are added here.
+    """
+    from tokenizers import Tokenizer
+
+    backend = Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())
+    backend.post_processor = None
+    backend.no_truncation()
+    backend.no_padding()
+    backend.encode_special_tokens = tokenizer.backend_tokenizer.encode_special_tokens
+    return backend
+
+
+def _shrink_greedy(text: str, starts: np.ndarray, ends: np.ndarray, where: np.ndarray) -> None:
+    """Takes the spaces that a special token swallowed around it (`lstrip`, `rstrip`) off its offsets, in place.
+
+    Otherwise the end of a prompt would carry loss wherever an answer begins with a space.
+    """
+    for i in where:
+        piece = text[starts[i] : ends[i]]
+        starts[i] += len(piece) - len(piece.lstrip())
+        ends[i] -= len(piece) - len(piece.rstrip())
+
+
+def _kept(length: int, first_target: int, max_length: int, keep_first: bool) -> np.ndarray:
+    """Positions that stay when a row is cut: the context loses its start, and what follows its end if it has to.
+
+    Returns:
+        `[max_length]` ascending positions below `length`.
+    """
+    answer = length - first_target
+    context = max_length - answer if answer < max_length else min(first_target, max_length // 2)
+    kept = np.arange(first_target - context, first_target - context + max_length)
+    if keep_first and context:
+        kept[0] = 0
+    return kept

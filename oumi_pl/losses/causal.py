@@ -1,0 +1,216 @@
+"""Token losses and log-probabilities straight from hidden states, a chunk of logits at a time.
+
+The logits of a batch, `[n, vocab]`, are by far its largest tensor. Nothing here holds more than a chunk of their rows:
+`token_loss_sum` computes the gradients of a chunk while its logits are at hand, so that the backward pass has only to
+scale them; `token_logps` serves losses that weigh each token by what the whole sequence did (DPO and its family), and
+computes the logits again in the backward pass.
+
+Shapes: `n` tokens that carry a loss (callers select them *before* the head), `hidden` the width of the model, `vocab`.
+"""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from oumi_pl.errors import UserError
+from oumi_pl.losses.linear_head import (
+    LinearLogps,
+    LinearTokenLoss,
+    LossTask,
+    Task,
+    Transform,
+    at_target,
+    checked_losses,
+    chunks,
+    full_precision,
+    is_largest,
+    is_plain_linear,
+    transformed,
+)
+from oumi_pl.types import TokenLoss
+
+
+class CrossEntropy:
+    """Cross entropy per token, optionally smoothed and with a penalty on the size of the logits.
+
+    `loss = (1 - s) * (lse - x[target]) + s * (lse - mean(x)) + z * lse^2`, where `x` are the logits and
+    `lse = logsumexp(x)`. Smoothing by `s` is that of `torch.nn.functional.cross_entropy` (Szegedy et al. 2016,
+    arXiv:1512.00567); the term in `z` is the z-loss of PaLM (Chowdhery et al. 2022, arXiv:2204.02311, section 5).
+    """
+
+    def __init__(self, label_smoothing: float = 0.0, z_loss: float = 0.0) -> None:
+        """Args:
+            label_smoothing: the share of the target's probability that is spread over the vocabulary, from 0 to 1.
+            z_loss: the coefficient of `logsumexp(logits)^2`; PaLM trained with 1e-4.
+
+        Raises:
+            UserError: a value is out of its range.
+        """
+        if not 0.0 <= label_smoothing <= 1.0:
+            raise UserError(f"label_smoothing is a share from 0 to 1, not {label_smoothing}")
+        if not 0.0 <= z_loss < float("inf"):
+            raise UserError(f"z_loss is a coefficient of 0 or more, not {z_loss}")
+        self.label_smoothing = label_smoothing
+        self.z_loss = z_loss
+
+    def __call__(self, logits: Tensor, targets: Tensor) -> Tensor:
+        """Maps float32 `logits` `[n, vocab]` and `targets` `[n]` to losses `[n]`."""
+        mean = logits.mean(-1) if self.label_smoothing else None
+        return self._losses(logits.logsumexp(-1), at_target(logits, targets), mean)
+
+    def loss_and_gradient(self, logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+        """Does the work of a call and of its backward pass at once, about twice as fast. Overwrites `logits`.
+
+        A token loss may offer this method to spare `token_loss_sum` the detour through autograd.
+
+        Args:
+            logits: `[n, vocab]`, float32, or lower where the head computes in it and nothing transforms its output.
+            targets: `[n]`.
+
+        Returns:
+            The losses `[n]` and the gradient of their sum by the logits `[n, vocab]`, both float32 (float64 for
+            float64 logits).
+        """
+        smoothing = self.label_smoothing
+        mean = logits.mean(-1, dtype=full_precision(logits.dtype)) if smoothing else None
+        target_logits = at_target(logits, targets).to(full_precision(logits.dtype))
+        gradient, lse = _softmax(logits, targets, target_logits)
+        losses = self._losses(lse, target_logits, mean)
+        if self.z_loss:
+            gradient.mul_((1 + 2 * self.z_loss * lse).unsqueeze(-1))
+        if smoothing:
+            gradient.sub_(smoothing / logits.shape[-1])
+        gradient.scatter_add_(-1, targets.unsqueeze(-1), gradient.new_full((len(targets), 1), smoothing - 1))
+        return losses, gradient
+
+    def _losses(self, lse: Tensor, target_logits: Tensor, mean: Tensor | None) -> Tensor:
+        losses = lse - target_logits
+        if mean is not None:
+            losses = torch.lerp(losses, lse - mean, self.label_smoothing)
+        return losses + self.z_loss * lse.square() if self.z_loss else losses
+
+
+class TokenLossOutput(NamedTuple):
+    """The sum of a batch's token losses, and what the metrics need beside it."""
+
+    loss_sum: Tensor
+    """Scalar, float32 (float64 if the head computes in it), differentiable."""
+    target_tokens: Tensor
+    """Scalar, int64: how many tokens were summed."""
+    correct: Tensor
+    """Scalar, int64: how many targets had the largest logit; a tie counts as one."""
+
+
+def token_loss_sum(
+    hidden: Tensor,
+    targets: Tensor,
+    head: nn.Module,
+    token_loss: TokenLoss,
+    *,
+    transform: Transform | None = None,
+    chunk_size: int | None = None,
+) -> TokenLossOutput:
+    """Sums a token loss over the logits that `head` makes of `hidden`, without ever holding them all.
+
+    For a plain `nn.Linear` the gradients are computed chunk by chunk in the forward pass and scaled in the backward
+    pass; any other head (LoRA, quantised, sharded on its own) runs under activation checkpointing, chunk by chunk. With
+    gradients disabled only losses are computed. Matrix products run in autocast's dtype where it is active, in that of
+    `hidden` elsewhere; losses and sums over tokens are float32 (float64 in a float64 model).
+
+    Args:
+        hidden: `[n, hidden]`, only the positions that carry a loss. `n` may be 0: then the sum is 0 and the gradients
+            are zeros, so that every rank of a distributed run sees the same parameters used.
+        targets: `[n]` int64, each a token id.
+        head: maps `[n, hidden]` to logits `[n, vocab]`.
+        token_loss: called with float32 logits; its own parameters, if it has any, get no gradient.
+        transform: applied to the float32 logits before the loss.
+        chunk_size: rows of logits alive at a time; None chooses by vocabulary and device.
+
+    Raises:
+        UserError: `chunk_size` is not positive.
+    """
+    _check(hidden, targets)
+    if is_plain_linear(head, hidden):
+        task = LossTask(targets, transform, chunk_size, token_loss, torch.is_grad_enabled())
+        loss_sum, correct = LinearTokenLoss.apply(hidden, head.weight, head.bias, task)
+    else:
+
+        def of_chunk(states: Tensor, wanted: Tensor) -> tuple[Tensor, ...]:
+            logits = transformed(head(states), transform)
+            return checked_losses(token_loss, logits, wanted), is_largest(logits, wanted)
+
+        losses, hits = _checkpointed(of_chunk, hidden, targets, head, chunk_size)
+        loss_sum, correct = losses.sum(), hits.sum()
+    return TokenLossOutput(loss_sum, torch.tensor(len(targets), device=hidden.device), correct)
+
+
+def token_logps(
+    hidden: Tensor,
+    targets: Tensor,
+    head: nn.Module,
+    *,
+    transform: Transform | None = None,
+    chunk_size: int | None = None,
+) -> Tensor:
+    """Computes the log-probability of each target, for losses that weigh tokens in a way known only afterwards.
+
+    The backward pass computes the logits again: four matrix products, where `token_loss_sum` needs three. Arguments,
+    dtypes, the case of `n = 0` and errors are as for `token_loss_sum`.
+
+    Returns:
+        `[n]`, float32 (float64 in a float64 model).
+    """
+    _check(hidden, targets)
+    if is_plain_linear(head, hidden):
+        return LinearLogps.apply(hidden, head.weight, head.bias, Task(targets, transform, chunk_size))
+
+    def of_chunk(states: Tensor, wanted: Tensor) -> tuple[Tensor, ...]:
+        logits = transformed(head(states), transform)
+        return (at_target(logits, wanted) - logits.logsumexp(-1),)
+
+    return _checkpointed(of_chunk, hidden, targets, head, chunk_size)[0]
+
+
+def _checkpointed(
+    of_chunk: Callable[[Tensor, Tensor], tuple[Tensor, ...]],
+    hidden: Tensor,
+    targets: Tensor,
+    head: nn.Module,
+    chunk_size: int | None,
+) -> list[Tensor]:
+    """Runs `of_chunk` over rows under activation checkpointing and joins each of its outputs, `[n]`."""
+    n = len(targets)
+    if n == 0:  # a row of zeros takes the place of the missing ones, so that the head is part of the graph
+        hidden, targets = torch.cat([hidden, hidden.new_zeros(1, hidden.shape[1])]), targets.new_zeros(1)
+    outputs = [
+        checkpoint(of_chunk, hidden[rows], targets[rows], use_reentrant=False)
+        for rows in chunks(len(targets), _vocab(head), hidden.device, chunk_size)
+    ]
+    return [torch.cat(column)[:n] for column in zip(*outputs, strict=True)]
+
+
+def _vocab(head: nn.Module) -> int:
+    """Returns how many logits the head makes, to choose a chunk size by; a large guess where it does not say."""
+    return int(getattr(head, "out_features", 0)) or 2**17
+
+
+def _softmax(logits: Tensor, targets: Tensor, target_logits: Tensor) -> tuple[Tensor, Tensor]:
+    """Returns softmax `[n, vocab]` and logsumexp `[n]` in full precision. May overwrite `logits`."""
+    full = full_precision(logits.dtype)
+    if logits.device.type == "cpu":  # memory is slow to get and a pass over it cheap: work in place
+        logits = logits.to(full)
+        top = logits.amax(-1, keepdim=True)
+        total = logits.sub_(top).exp_().sum(-1, keepdim=True)
+        return logits.div_(total), (top + total.log()).squeeze(-1)
+    logps = F.log_softmax(logits, -1, dtype=full)
+    lse = target_logits - at_target(logps, targets)
+    return logps.exp_(), lse
+
+
+def _check(hidden: Tensor, targets: Tensor) -> None:
+    if hidden.dim() != 2 or targets.shape != hidden.shape[:1]:
+        raise ValueError(f"hidden is [n, hidden] and targets [n]: got {list(hidden.shape)} and {list(targets.shape)}")

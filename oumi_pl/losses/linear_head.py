@@ -1,0 +1,317 @@
+"""The arithmetic of a linear output head, a chunk of rows at a time: its logits, and the gradients it hands back.
+
+Shapes: `n` tokens, `hidden` the width of the model, `vocab`, `rows` the size of a chunk.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+
+from oumi_pl.errors import UserError
+from oumi_pl.types import TokenLoss
+
+Transform = Callable[[Tensor], Tensor]
+"""Maps float32 logits `[n, vocab]` to the logits that count, element by element: a soft cap, a scale."""
+
+CHUNK_ELEMENTS = {"cpu": 2**24, "cuda": 2**26}
+"""Logits alive at a time, per type of device: 64 MB of float32 on a CPU, where larger chunks ran no faster."""
+MIN_ROWS = 128
+"""Fewest rows that are worth a pass over the head's weight and its gradient, however large the vocabulary."""
+_ROW_ALIGNMENT = 64
+
+
+def chunks(n: int, vocab: int, device: torch.device, chunk_size: int | None) -> list[slice]:
+    """Cuts `n` rows into equal chunks of at most `chunk_size`, or of a size that suits `vocab` and `device`.
+
+    Raises:
+        UserError: `chunk_size` is not positive.
+    """
+    if chunk_size is None:
+        chunk_size = max(MIN_ROWS, CHUNK_ELEMENTS.get(device.type, CHUNK_ELEMENTS["cuda"]) // vocab)
+    if chunk_size < 1:
+        raise UserError(f"chunk_size is a number of rows, at least 1, not {chunk_size}")
+    count = -(-n // chunk_size)
+    return [slice(n * i // count, n * (i + 1) // count) for i in range(count)]
+
+
+def full_precision(dtype: torch.dtype) -> torch.dtype:
+    """Returns the dtype of losses and sums for logits of `dtype`: float64 for float64, else float32."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def is_plain_linear(head: nn.Module, hidden: Tensor) -> bool:
+    """Tells whether calling `head` is nothing but a matrix product and a bias, with tensors we may read directly.
+
+    Subclasses (LoRA, quantised, FSDP), hooks, parametrisations, sharded or offloaded weights all make it False.
+    """
+    return (
+        type(head) is nn.Linear
+        and type(head.weight) is nn.Parameter
+        and head.weight.device == hidden.device
+        and head.weight.is_floating_point()
+        and not (head._forward_hooks or head._forward_pre_hooks or head._backward_hooks or head._backward_pre_hooks)
+    )
+
+
+@dataclass(frozen=True)
+class Task:
+    """What is asked of the logits, beside the tensors that gradients flow to."""
+
+    targets: Tensor
+    """`[n]` int64."""
+    transform: Transform | None
+    chunk_size: int | None
+
+
+@dataclass(frozen=True)
+class LossTask(Task):
+    """A task that ends in a loss."""
+
+    token_loss: TokenLoss
+    with_gradients: bool
+
+
+class LinearHead:
+    """Hidden states and the head above them, both in the dtype that the products run in.
+
+    Call `logits` in order of the rows; each call overwrites what the last one returned.
+    """
+
+    def __init__(self, hidden: Tensor, weight: Tensor, bias: Tensor | None, dtype: torch.dtype | None = None) -> None:
+        """Args:
+        hidden: `[n, hidden]`.
+        weight: `[vocab, hidden]`.
+        bias: `[vocab]` or None.
+        dtype: that of the products; None takes autocast's where it is active and that of `hidden` elsewhere.
+        """
+        self.dtype = dtype or _compute_dtype(hidden)
+        self.hidden = hidden.detach().to(self.dtype)
+        self.weight = weight.detach().to(self.dtype)
+        self.bias = None if bias is None else bias.detach().to(self.dtype)
+        self.vocab = len(weight)
+        self._buffer: Tensor | None = None
+
+    def logits(self, rows: slice) -> Tensor:
+        """Computes the logits `[rows, vocab]` of a slice of the hidden states."""
+        states = self.hidden[rows]
+        if self._buffer is None or len(self._buffer) < len(states):
+            # One buffer, because fresh pages cost more than a softmax; rows that begin on an aligned address, because
+            # with an odd vocabulary the product took 1.5 times longer otherwise (float32, MKL).
+            width = -(-self.vocab // _ROW_ALIGNMENT) * _ROW_ALIGNMENT
+            self._buffer = torch.empty(len(states) + 1, width, dtype=self.dtype, device=states.device)
+        out = self._buffer[: len(states), : self.vocab]
+        torch.mm(states, self.weight.t(), out=out)
+        return out if self.bias is None else out.add_(self.bias)
+
+
+class HeadGradients:
+    """Gradients of a sum over tokens by hidden states, weight and bias, gathered chunk by chunk.
+
+    `tensors` holds the three, None where none was asked for. Those of the head are summed in full precision: chunks
+    rounded to bfloat16 before they are added would bias the sum.
+    """
+
+    def __init__(self, head: LinearHead, needed: Sequence[bool]) -> None:
+        """Args:
+        head: whose gradients.
+        needed: whether each of hidden states, weight and bias needs one.
+        """
+        self._head = head
+        full = full_precision(head.dtype)
+        self._hidden = torch.empty_like(head.hidden) if needed[0] else None
+        self._weight = torch.zeros_like(head.weight, dtype=full) if needed[1] else None
+        self._bias = torch.zeros_like(head.weight[:, 0], dtype=full) if needed[2] else None
+
+    @property
+    def tensors(self) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+        """The gradients by hidden states `[n, hidden]`, weight `[vocab, hidden]` and bias `[vocab]`."""
+        return self._hidden, self._weight, self._bias
+
+    def add(self, rows: slice, by_logits: Tensor) -> None:
+        """Adds a chunk, given the gradient by its logits: `[rows, vocab]` in full precision."""
+        low = by_logits.to(self._head.dtype)
+        states = self._head.hidden[rows]
+        if self._hidden is not None:
+            torch.mm(low, self._head.weight, out=self._hidden[rows])
+        if self._bias is not None:
+            self._bias += by_logits.sum(0)
+        if self._weight is None:
+            return
+        if self._weight.is_cuda and low.dtype != self._weight.dtype:
+            torch.addmm(self._weight, low.t(), states, out_dtype=self._weight.dtype, out=self._weight)
+        else:
+            self._weight.addmm_(by_logits.t(), states.to(by_logits.dtype))
+
+
+class LinearTokenLoss(torch.autograd.Function):
+    """Loss sum of a linear head; its gradients are ready when the forward pass ends, but for the upstream factor."""
+
+    @staticmethod
+    def forward(ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, task: LossTask) -> tuple[Tensor, Tensor]:
+        """Returns the sum of the losses and the count of targets whose logit is the largest, both scalars."""
+        head, targets = LinearHead(hidden, weight, bias), task.targets
+        needed = ctx.needs_input_grad[:3]
+        gradients = HeadGradients(head, needed) if task.with_gradients and any(needed) else None
+        losses = torch.empty(len(hidden), dtype=full_precision(head.dtype), device=hidden.device)
+        hits = torch.empty_like(losses, dtype=torch.bool)
+        with torch.autocast(hidden.device.type, enabled=False):
+            for rows in chunks(len(hidden), head.vocab, hidden.device, task.chunk_size):
+                logits = head.logits(rows)
+                if gradients is None:
+                    logits = transformed(logits, task.transform)
+                    losses[rows] = checked_losses(task.token_loss, logits, targets[rows])
+                    hits[rows] = is_largest(logits, targets[rows])
+                else:
+                    losses[rows], hits[rows], gradient = _with_gradient(task, logits, targets[rows])
+                    gradients.add(rows, gradient)
+        if gradients is not None:
+            ctx.save_for_backward(*gradients.tensors)
+            ctx.dtypes = [t if t is None else t.dtype for t in (hidden, weight, bias)]
+        correct = hits.sum()
+        ctx.mark_non_differentiable(correct)
+        return losses.sum(), correct
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, upstream: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+        """Scales what the forward pass computed."""
+        # In place unless the graph is kept for another pass: a second tensor of the weight's size would be the peak.
+        scale = Tensor.mul if _graph_is_kept() else Tensor.mul_
+        scaled = [
+            None if gradient is None else scale(gradient, upstream).to(dtype)
+            for gradient, dtype in zip(ctx.saved_tensors, ctx.dtypes, strict=True)
+        ]
+        return *scaled, None
+
+
+class LinearLogps(torch.autograd.Function):
+    """Log-probabilities under a linear head; the backward pass computes each chunk's logits again."""
+
+    @staticmethod
+    def forward(ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, task: Task) -> Tensor:
+        """Returns the log-probabilities of the targets, `[n]`."""
+        head, targets = LinearHead(hidden, weight, bias), task.targets
+        lse = torch.empty(len(hidden), dtype=full_precision(head.dtype), device=hidden.device)
+        logps = torch.empty_like(lse)
+        with torch.autocast(hidden.device.type, enabled=False):
+            for rows in chunks(len(hidden), head.vocab, hidden.device, task.chunk_size):
+                logits = transformed(head.logits(rows), task.transform)
+                lse[rows] = logits.logsumexp(-1)
+                logps[rows] = at_target(logits, targets[rows]) - lse[rows]
+        ctx.save_for_backward(hidden, weight, bias, lse)
+        ctx.task, ctx.dtype = task, head.dtype
+        return logps
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
+        """Computes the logits again and turns them into gradients, chunk by chunk."""
+        hidden, weight, bias, lse = ctx.saved_tensors
+        task: Task = ctx.task
+        head = LinearHead(hidden, weight, bias, ctx.dtype)
+        gradients = HeadGradients(head, ctx.needs_input_grad[:3])
+        with torch.autocast(hidden.device.type, enabled=False):
+            for rows in chunks(len(hidden), head.vocab, hidden.device, task.chunk_size):
+                leaf, logits = _leaf_and_logits(head.logits(rows), task.transform)
+                weights = upstream[rows].unsqueeze(-1)
+                # The gradient of a log-probability by the logits is one-hot - softmax.
+                shift = logits.detach().sub if task.transform else logits.sub_  # a transform may have saved its output
+                gradient = shift(lse[rows].unsqueeze(-1)).exp_().mul_(-weights)
+                gradient.scatter_add_(-1, task.targets[rows].unsqueeze(-1), weights)
+                gradients.add(rows, _to_leaf(leaf, logits, gradient))
+        inputs = (hidden, weight, bias)
+        cast = [g if g is None else g.to(t.dtype) for g, t in zip(gradients.tensors, inputs, strict=True)]
+        return *cast, None
+
+
+def transformed(logits: Tensor, transform: Transform | None) -> Tensor:
+    """Applies `transform` to logits in full precision."""
+    logits = logits.to(full_precision(logits.dtype))
+    return logits if transform is None else transform(logits)
+
+
+def at_target(logits: Tensor, targets: Tensor) -> Tensor:
+    """Picks each target's entry, `[n]`."""
+    return logits.gather(-1, targets.unsqueeze(-1)).squeeze(-1)
+
+
+def is_largest(logits: Tensor, targets: Tensor) -> Tensor:
+    """Tells of each target whether its logit is the largest, `[n]` bool."""
+    logits = logits.detach()
+    return at_target(logits, targets) >= logits.amax(-1)
+
+
+def checked_losses(token_loss: TokenLoss, logits: Tensor, targets: Tensor) -> Tensor:
+    """Calls `token_loss`.
+
+    Raises:
+        UserError: it returned anything but one loss per token.
+    """
+    losses = token_loss(logits, targets)
+    if losses.shape != targets.shape:
+        raise UserError(
+            f"{type(token_loss).__name__} returned a tensor of shape {list(losses.shape)} for {len(targets)} tokens; "
+            "a token loss returns one loss per token, neither summed nor averaged"
+        )
+    return losses
+
+
+def _with_gradient(task: LossTask, logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Returns the losses `[n]`, whether each target's logit is the largest `[n]`, and the gradient by `logits`."""
+    quick = _quick_method(task.token_loss)
+    if quick and task.transform is None:
+        hits = is_largest(logits, targets)
+        losses, gradient = quick(logits, targets)
+        return losses, hits, gradient
+    leaf, last = _leaf_and_logits(logits, task.transform)
+    hits = is_largest(last, targets)
+    if quick:
+        losses, gradient = quick(last.detach().clone(), targets)
+    else:
+        inputs = last.detach().requires_grad_()
+        with torch.enable_grad():
+            losses = checked_losses(task.token_loss, inputs, targets)
+        (gradient,) = torch.autograd.grad(losses, inputs, torch.ones_like(losses))
+    return losses.detach(), hits, _to_leaf(leaf, last, gradient)
+
+
+def _quick_method(token_loss: TokenLoss) -> Callable[[Tensor, Tensor], tuple[Tensor, Tensor]] | None:
+    """Finds `loss_and_gradient`, unless a subclass changed the loss without changing that method along with it."""
+    for cls in type(token_loss).__mro__:
+        if "loss_and_gradient" in vars(cls):
+            return token_loss.loss_and_gradient  # type: ignore[attr-defined]
+        if "__call__" in vars(cls) or "forward" in vars(cls):
+            return None
+    return None
+
+
+def _leaf_and_logits(logits: Tensor, transform: Transform | None) -> tuple[Tensor, Tensor]:
+    """Returns logits in full precision and what `transform` makes of them, joined by a graph if there is one."""
+    leaf = logits.to(full_precision(logits.dtype))
+    if transform is None:
+        return leaf, leaf
+    leaf = leaf.detach().requires_grad_()
+    with torch.enable_grad():
+        return leaf, transform(leaf)
+
+
+def _to_leaf(leaf: Tensor, last: Tensor, gradient: Tensor) -> Tensor:
+    return gradient if last is leaf else torch.autograd.grad(last, leaf, gradient)[0]
+
+
+def _graph_is_kept() -> bool:
+    """Tells, within a backward pass, whether the caller retains the graph. True where this torch can't tell."""
+    ask = getattr(torch._C._autograd, "_get_current_graph_task_keep_graph", None)
+    return ask is None or bool(ask())
+
+
+def _compute_dtype(hidden: Tensor) -> torch.dtype:
+    device = hidden.device.type
+    # Autocast leaves float64 alone, and so do we.
+    if torch.is_autocast_enabled(device) and hidden.dtype != torch.float64:
+        return torch.get_autocast_dtype(device)
+    return hidden.dtype

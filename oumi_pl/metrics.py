@@ -1,0 +1,114 @@
+"""`metrics.csv`: one line per optimizer step, which a resume cuts back to its checkpoint and goes on with.
+
+Every metric's name, meaning and window; names are TRL's where it has one. "Update" is one optimizer step: all its
+micro-batches on all ranks.
+
+| name | meaning | window |
+|---|---|---|
+| `step` | optimizer steps done | |
+| `epoch` | epochs done, as a fraction | |
+| `train/loss` | training loss per target token | the update |
+| `train/mean_token_accuracy` | share of target tokens that are the most likely ones | the update |
+| `train/grad_norm` | 2-norm of the gradient before clipping | the update |
+| `train/lr` | learning rate of the first parameter group | the update |
+| `train/num_tokens` | tokens seen, without padding | the run, resumes included |
+| `train/target_tokens` | tokens seen that carried loss | the run, resumes included |
+| `train/tokens_per_second` | tokens over wall time, waiting for data included, validation excluded | the update |
+| `train/mfu` | model FLOPs utilisation: achieved over peak dense bf16 FLOP/s; only on known GPUs | the update |
+| `train/padding` | share of the input tensors that is padding | the update |
+| `train/peak_memory_gb` | peak memory: allocated on CUDA, resident elsewhere; 1e9 bytes | the run on rank 0 |
+| `val/loss` | the training loss on held-out tokens, per target token | all of `validation` |
+| `val/nll` | cross-entropy in nats per target token; equals `val/loss` unless another loss is trained | all of `validation` |
+| `val/perplexity` | exp of `val/nll` | all of `validation` |
+| `val/mean_token_accuracy` | as in training | all of `validation` |
+| `val/exact_match` | share of greedy answers equal to the reference (with the `Answers` callback) | its rows |
+| `test/...` | as `val/...` | all of `test` |
+"""
+
+import csv
+import os
+from argparse import Namespace
+from pathlib import Path
+from typing import Any
+
+from lightning.pytorch.loggers.logger import Logger, rank_zero_experiment
+from lightning.pytorch.utilities.rank_zero import rank_zero_only
+
+
+class MetricsCSV(Logger):
+    """Appends to `metrics.csv`. Lightning's CSVLogger starts by deleting what was there, so a resume would lose it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.file: Path | None = None
+        self.columns: list[str] = ["step", "epoch"]
+        self._row: dict[str, Any] = {}
+
+    def open(self, file: Path, step: int = 0) -> None:
+        """Begins a file, or goes on with one from `step` on: later lines are cut off."""
+        self.file = file
+        rows = [row for row in _read(file) if int(row["step"]) <= step]
+        self.columns = list(rows[0]) if rows else ["step", "epoch"]
+        self._rewrite(rows)
+
+    @rank_zero_only
+    def log_metrics(self, metrics: dict[str, float], step: int | None = None) -> None:
+        """Adds metrics to the line of a step; training and validation of one step share a line."""
+        if self.file is None or step is None:
+            return
+        if self._row and self._row["step"] != step:
+            self._write_row()
+        self._row = {**self._row, **metrics, "step": step}
+
+    @rank_zero_only
+    def finalize(self, status: str) -> None:
+        """Writes the line that is still open."""
+        self._write_row()
+
+    def _write_row(self) -> None:
+        if not self._row or self.file is None:
+            return
+        new = [name for name in self._row if name not in self.columns]
+        if new:
+            self.columns += sorted(new)
+            self._rewrite(_read(self.file))
+        with self.file.open("a", newline="") as out:
+            csv.DictWriter(out, self.columns, restval="").writerow(self._row)
+        self._row = {}
+
+    def _rewrite(self, rows: list[dict[str, Any]]) -> None:
+        assert self.file is not None
+        half = self.file.with_name(self.file.name + ".half")
+        with half.open("w", newline="") as out:
+            writer = csv.DictWriter(out, self.columns, restval="")
+            writer.writeheader()
+            writer.writerows(rows)
+        os.replace(half, self.file)
+
+    @property
+    def name(self) -> str:
+        """Name of the logger."""
+        return "metrics"
+
+    @property
+    def version(self) -> str:
+        """A run folder holds one file; its versions are the run folders."""
+        return ""
+
+    @property
+    @rank_zero_experiment
+    def experiment(self) -> Any:
+        """Nothing beyond the file."""
+        return None
+
+    @rank_zero_only
+    def log_hyperparams(self, params: dict[str, Any] | Namespace, *args: Any, **kwargs: Any) -> None:
+        """`config.yaml` is the record."""
+
+
+def _read(file: Path) -> list[dict[str, Any]]:
+    if not file.exists():
+        return []
+    with file.open(newline="") as lines:
+        # a kill can leave the last line unfinished: without its step it is not a line
+        return [row for row in csv.DictReader(lines) if (row.get("step") or "").isdigit()]

@@ -1,0 +1,378 @@
+"""What is identical for all trainer types: the model, the optimizer, the end of an update, the metrics.
+
+The end of an update happens here and in this order: gradients are rescaled by the true count of targets over all
+micro-batches and ranks, the norm is taken and checked, gradients are clipped, the metrics are logged.
+"""
+
+from abc import abstractmethod
+from collections.abc import Sequence
+from typing import Any, Literal, cast
+
+import lightning as L
+import torch
+from lightning.pytorch.cli import OptimizerCallable
+from torch import Tensor
+from torch.optim import AdamW, Optimizer
+from torch.optim.lr_scheduler import LambdaLR
+
+from oumi_pl import attention
+from oumi_pl.causal_lm import CausalLM
+from oumi_pl.checkpoints import rng_state, set_rng_state
+from oumi_pl.errors import UserError
+from oumi_pl.generation import complete
+from oumi_pl.models import DType, build_model, lora_config
+from oumi_pl.optim import Constant, Schedule, parameter_groups
+from oumi_pl.sharding import shard
+from oumi_pl.types import Batch
+
+LOSS_SCALE = 1024.0
+"""What each micro-batch's summed loss is divided by until the true count is known: any constant gives the same update;
+a power of two near a micro-batch's token count rounds nothing and keeps float16 gradients in range."""
+
+
+class LanguageModule(L.LightningModule):
+    """Trains a causal language model. Subclasses say what the loss of a batch is.
+
+    Args:
+        model: Hub id or directory of a pretrained model; leave it out to start from random weights.
+        config: `model_type` and values of a config to start from; with `model`, values to override.
+        dtype: Of the weights; `auto` takes the checkpoint's. Compute precision is `trainer.precision`.
+        attn: Attention implementation; the fastest exact one for the data and the device when left out.
+        lora: Arguments of `peft.LoraConfig` (`r`, `lora_alpha`, `target_modules`, `use_dora`, ...); all linear layers
+            unless `target_modules` says otherwise.
+        quantization: Load the frozen weights in 4 or 8 bits (QLoRA); needs a CUDA device and `lora`.
+        freeze: Names of modules whose parameters are not trained.
+        gradient_checkpointing: Recompute activations in the backward pass to save memory.
+        compile: Compile the model's layers with `torch.compile`.
+        revision: Branch, tag or commit of the model on the hub.
+        trust_remote_code: Run code that came with the model.
+        optimizer: Class and arguments of the optimizer.
+        schedule: Learning rate over optimizer steps.
+    """
+
+    def __init__(
+        self,
+        model: str | None = None,
+        config: dict[str, Any] | None = None,
+        *,
+        dtype: DType = "float32",
+        attn: str | None = None,
+        lora: dict[str, Any] | None = None,
+        quantization: Literal["nf4", "int8"] | None = None,
+        freeze: Sequence[str] = (),
+        gradient_checkpointing: bool = False,
+        compile: bool = False,
+        revision: str | None = None,
+        trust_remote_code: bool = False,
+        optimizer: OptimizerCallable = lambda params: AdamW(params, lr=2e-5, weight_decay=0.0),
+        schedule: Schedule | None = None,
+    ) -> None:
+        super().__init__()
+        if model is None and not (config or {}).get("model_type"):
+            raise UserError("model: name a model (`model: HuggingFaceTB/SmolLM2-135M`) or a `config: {model_type: llama, …}`")
+        if quantization is not None and lora is None:
+            raise UserError("model.quantization: quantized weights can't be trained; add `lora: {r: 16}`")
+        if lora is not None:
+            lora_config(lora)  # a misspelt key is told before any data is read
+        self.model_name = model
+        self.config = config
+        self.dtype_name: DType = dtype
+        self.attn = attn
+        self.lora = lora
+        self.quantization = quantization
+        self.freeze_modules = freeze
+        self.gradient_checkpointing = gradient_checkpointing
+        self.compile_layers = compile
+        self.revision = revision
+        self.trust_remote_code = trust_remote_code
+        self.optimizer = optimizer
+        self.schedule = schedule or Constant()
+        self.model: CausalLM | None = None
+        # what Lightning checks before loading: frozen weights that can be loaded again are not in checkpoints
+        self.strict_loading = False
+        self.last_update: dict[str, float] = {}
+        """Sums of the last update over all micro-batches and ranks, for callbacks to read."""
+        self.tokens_seen = {"tokens": 0, "targets": 0}
+        self.run_config = ""
+        """The recipe as YAML, kept in checkpoints so that one can be exported by itself."""
+        self.generation_settings: dict[str, Any] = {}
+        """Arguments of `complete` for `predict`."""
+        self._sums: dict[str, Tensor] = {}
+        self._hyperparameters: list[dict[str, Any]] = []
+        self._rng_to_restore: dict[str, Any] | None = None
+
+    # ---- model
+
+    def configure_model(self) -> None:
+        """Builds the model, once the data say which tokenizer it has to fit; under FSDP2, shards it."""
+        if self.model is not None:
+            return
+        data: Any = getattr(self.trainer, "datamodule", None)
+        self.model = self.build(
+            getattr(data, "tokenizer", None), getattr(data, "added_tokens", ()), getattr(data, "packing", False)
+        )
+        shard(self.model, self)
+
+    def build(self, tokenizer: Any, added_tokens: Sequence[int] = (), packing: bool = False) -> CausalLM:
+        """The model that the arguments describe, for a tokenizer; no trainer is needed."""
+        hf = build_model(
+            self.model_name,
+            config=self.config,
+            tokenizer=tokenizer,
+            added_tokens=added_tokens,
+            dtype=self.dtype_name,
+            attn=self.attn or ("documents" if packing else "sdpa"),
+            lora=self.lora,
+            quantization=self.quantization,
+            freeze=self.freeze_modules,
+            gradient_checkpointing=self.gradient_checkpointing,
+            revision=self.revision,
+            trust_remote_code=self.trust_remote_code,
+        )
+        if self.compile_layers:
+            hf.base_model.compile()
+        return CausalLM(hf)
+
+    @property
+    def causal_lm(self) -> CausalLM:
+        """The model; configured by the time that any hook runs."""
+        assert self.model is not None
+        return self.model
+
+    def on_fit_start(self) -> None:
+        """Refuses models whose loss or packing would be wrong, by looking at what they compute."""
+        if self._is_sharded:
+            return  # sharded weights: the parts alone can't be run
+        self.causal_lm.refuse_unknown_logits()
+        if getattr(getattr(self.trainer, "datamodule", None), "packing", False):
+            attention.refuse_unless_isolating(self.causal_lm.base)
+
+    # ---- optimizer
+
+    def configure_optimizers(self) -> Any:
+        """The optimizer over named groups, and its schedule in optimizer steps."""
+        self._keep_adapters_in_float32()
+        groups = parameter_groups(self.named_parameters())
+        if not groups:
+            raise UserError("model: no parameter is trainable; look at model.freeze and model.lora")
+        optimizer = self.optimizer(groups)
+        self._hyperparameters = [{k: v for k, v in g.items() if k != "params"} for g in optimizer.param_groups]
+        total = self.total_steps()
+        schedule = LambdaLR(optimizer, lambda step: self.schedule(step, total))
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+    def total_steps(self) -> int:
+        """Optimizer steps of the whole run."""
+        trainer = self.trainer
+        limits = [trainer.max_steps] if trainer.max_steps > 0 else []
+        if trainer.max_epochs is not None and trainer.max_epochs > 0:
+            # not `estimated_stepping_batches`: it builds the loader before a checkpoint is loaded, which drops its position
+            data: Any = getattr(trainer, "datamodule", None)
+            limits.append(data.updates(trainer.max_epochs) if data else int(trainer.estimated_stepping_batches))
+        if not limits:
+            raise UserError("trainer: set max_steps or max_epochs, so that the schedule knows how long the run is")
+        return min(limits)
+
+    def on_train_start(self) -> None:
+        """Lets what the recipe says now win over the optimizer settings in the checkpoint."""
+        optimizer = cast("Optimizer", self.optimizers(use_pl_optimizer=False))
+        schedule = cast("LambdaLR", self.lr_schedulers())
+        for group, values in zip(optimizer.param_groups, self._hyperparameters, strict=True):
+            group.update(values)
+            group["initial_lr"] = values["lr"]
+        schedule.base_lrs = [values["lr"] for values in self._hyperparameters]
+        for group, base_lr, factor in zip(optimizer.param_groups, schedule.base_lrs, schedule.lr_lambdas, strict=True):
+            group["lr"] = base_lr * factor(schedule.last_epoch)
+
+    def on_train_epoch_start(self) -> None:
+        """Tells Lightning how long this epoch is: a mixture that is drawn anew need not pack into as many rows."""
+        loop = self.trainer.fit_loop
+        loader = self.trainer.train_dataloader
+        if self.trainer.limit_train_batches == 1.0 and hasattr(loader, "position"):
+            loop.max_batches = len(loader)
+            cast("Any", loop._combined_loader).limits = [len(loader)]
+
+    def _keep_adapters_in_float32(self) -> None:
+        # `precision: bf16-true` casts every parameter; adapters learn by steps that bfloat16 rounds away
+        if self.lora is not None:
+            for parameter in self.parameters():
+                if parameter.requires_grad and parameter.dtype in (torch.bfloat16, torch.float16):
+                    parameter.data = parameter.data.float()
+
+    # ---- the end of an update
+
+    def add_to_update(self, batch: Batch, **sums: Tensor) -> None:
+        """Adds a micro-batch's sums to those of the update; `targets` is what the gradient is divided by."""
+        mask = batch.get("attention_mask")
+        tokens = torch.tensor(batch["input_ids"].numel()) if mask is None else mask.sum()
+        sums |= {"tokens": tokens, "positions": torch.tensor(batch["input_ids"].numel())}
+        if not batch.get("sample_ids", [0]):  # the stand-in of a rank that ran out of rows
+            sums |= {"tokens": torch.tensor(0), "positions": torch.tensor(0)}
+        for name, value in sums.items():
+            total = value.detach().to(self.device, torch.float32 if self.device.type == "mps" else torch.float64)
+            self._sums[name] = self._sums[name] + total if name in self._sums else total
+
+    @abstractmethod
+    def update_metrics(self, sums: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Metrics of an update from its sums over all micro-batches and ranks."""
+
+    def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
+        """Rescales the gradients to the mean over all targets of the update, then logs what the update was."""
+        sums = self._sums_over_ranks()
+        metrics = self.update_metrics(sums)
+        # Lightning has divided by the micro-batches, and the strategy has averaged over the ranks
+        micro_batches, ranks = self.trainer.accumulate_grad_batches, self._data_parallel_ranks
+        scale = LOSS_SCALE * micro_batches * ranks / max(1.0, float(sums["targets"]))
+        gradients = [p.grad for p in self.parameters() if p.grad is not None]
+        torch._foreach_mul_(gradients, scale)
+        norm = torch.nn.utils.get_total_norm(gradients)
+        self._grad_norm = norm.full_tensor() if hasattr(norm, "full_tensor") else norm
+        self._refuse_non_finite(metrics["loss"], self._grad_norm)
+        self._log_update(sums, metrics, optimizer.param_groups[0]["lr"])
+
+    def _log_update(self, sums: dict[str, Tensor], metrics: dict[str, Tensor], lr: float) -> None:
+        self.last_update = {name: float(value) for name, value in sums.items()}
+        for name in self.tokens_seen:
+            self.tokens_seen[name] += int(self.last_update[name])
+        logged: dict[str, Any] = {f"train/{name}": value.float() for name, value in metrics.items()}
+        logged |= {
+            "train/grad_norm": self._grad_norm.float(),
+            "train/lr": lr,
+            "train/num_tokens": float(self.tokens_seen["tokens"]),
+            "train/target_tokens": float(self.tokens_seen["targets"]),
+            "step": float(self.global_step + 1),
+            "epoch": self._epochs_done(),
+        }
+        self.log_dict(logged, batch_size=1)
+
+    def _epochs_done(self) -> float:
+        loop = self.trainer.fit_loop
+        return self.current_epoch + min(1.0, loop.epoch_loop.batch_progress.current.ready / max(1, loop.max_batches))
+
+    def configure_gradient_clipping(
+        self,
+        optimizer: Optimizer,
+        gradient_clip_val: int | float | None = None,
+        gradient_clip_algorithm: str | None = None,
+    ) -> None:
+        """Clips by the norm that was logged, so that it is not computed twice."""
+        if gradient_clip_algorithm == "value" or gradient_clip_val is None:
+            self.clip_gradients(optimizer, gradient_clip_val, gradient_clip_algorithm)
+            return
+        parameters = [p for p in self.parameters() if p.grad is not None]
+        torch.nn.utils.clip_grads_with_norm_(parameters, gradient_clip_val, self._grad_norm)
+
+    def _sums_over_ranks(self) -> dict[str, Tensor]:
+        names = sorted(self._sums)
+        flat = torch.stack([self._sums[name] for name in names])
+        if self._data_parallel_ranks > 1:
+            flat = cast("Tensor", self.trainer.strategy.reduce(flat, reduce_op="sum"))
+        self._sums = {}
+        return dict(zip(names, flat, strict=True))
+
+    @property
+    def _data_parallel_ranks(self) -> int:
+        return int((self.trainer.distributed_sampler_kwargs or {"num_replicas": 1})["num_replicas"])
+
+    def _refuse_non_finite(self, loss: Tensor, grad_norm: Tensor) -> None:
+        if getattr(self.trainer.precision_plugin, "scaler", None) is not None:
+            return  # float16: the scaler skips such updates and lowers its scale
+        for name, value in {"train/loss": loss, "train/grad_norm": grad_norm}.items():
+            if not torch.isfinite(value):
+                raise UserError(
+                    f"{name} became {float(value)} at step {self.global_step + 1}; the last checkpoint is untouched. "
+                    "A lower learning rate, a warm-up or trainer.gradient_clip_val: 1.0 usually helps"
+                )
+
+    # ---- predict
+
+    def predict_step(self, batch: dict[str, Any], batch_idx: int) -> list[dict[str, Any]]:
+        """Completes a batch of prompts: `{row, prompt, completion, reference}` each."""
+        data: Any = self.trainer.datamodule  # type: ignore[attr-defined]
+        texts = complete(
+            self.causal_lm.hf, data.tokenizer, batch["prompts"], stop=data.stop_tokens, **self.generation_settings
+        )
+        prompts = [data.tokenizer.decode(ids) for ids in batch["prompts"]]
+        columns = zip(batch["rows"], prompts, texts, batch["references"], strict=True)
+        return [dict(zip(("row", "prompt", "completion", "reference"), line, strict=True)) for line in columns]
+
+    # ---- checkpoints
+
+    def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        """Weights; without those that are frozen and come from a pretrained model, which is loaded again anyway."""
+        state = super().state_dict(*args, **kwargs)
+        if self.lora is None or self.model_name is None:
+            return state
+        trainable = {name for name, p in self.named_parameters() if p.requires_grad}
+        return {name: value for name, value in state.items() if name in trainable}
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Adds what Lightning leaves out: the generators of every rank, and the tokens seen."""
+        states: list[Any] = [None] * self.trainer.world_size
+        if self.trainer.world_size > 1:
+            torch.distributed.all_gather_object(states, rng_state())
+        else:
+            states = [rng_state()]
+        checkpoint["rng"] = states
+        checkpoint["tokens_seen"] = dict(self.tokens_seen)
+        checkpoint["micro_batches"] = self.trainer.accumulate_grad_batches
+        checkpoint["config"] = self.run_config
+        metrics = self.trainer.callback_metrics
+        checkpoint["metrics"] = {k: float(v) for k, v in metrics.items() if k.startswith(("train/", "val/"))}
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Takes up what `on_save_checkpoint` added.
+
+        Raises:
+            UserError: if the checkpoint is of another model, or can't be trained on from.
+        """
+        self._refuse_other_weights(checkpoint.get("state_dict", {}))
+        if self._trainer is None or self.trainer.state.fn != "fit":
+            return
+        if "optimizer_states" not in checkpoint and "loops" in checkpoint and not self._is_sharded:
+            raise UserError("this checkpoint holds weights only (a best.ckpt): resume from a step-*.ckpt")
+        self.tokens_seen = checkpoint["tokens_seen"]
+        states = checkpoint["rng"]
+        # with more ranks than before, the new ones keep the generators they were seeded with
+        self._rng_to_restore = states[self.global_rank] if self.global_rank < len(states) else None
+        _recount(checkpoint["loops"], checkpoint["micro_batches"], self.trainer.accumulate_grad_batches)
+
+    def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:
+        """Restores the generators at the last moment: whatever ran in between may have drawn from them."""
+        if self._rng_to_restore is not None:
+            set_rng_state(self._rng_to_restore)
+            self._rng_to_restore = None
+
+    def load_weights(self, saved_state: dict[str, Any]) -> None:
+        """Loads the weights of a checkpoint into the model that was built.
+
+        Raises:
+            UserError: if they are of another model.
+        """
+        self._refuse_other_weights(saved_state)
+        self.load_state_dict(saved_state, strict=False)
+
+    @property
+    def _is_sharded(self) -> bool:
+        return any(hasattr(p, "full_tensor") for p in self.parameters())
+
+    def _refuse_other_weights(self, saved_state: dict[str, Any]) -> None:
+        own = {name: tuple(value.shape) for name, value in self.state_dict().items()}
+        saved = {name: tuple(value.shape) for name, value in saved_state.items()}
+        wrong = sorted(name for name in own.keys() | saved.keys() if own.get(name) != saved.get(name))
+        if wrong and saved:
+            name = wrong[0]
+            raise UserError(
+                f"the checkpoint is of another model: {len(wrong)} weights differ in name or shape, first {name} "
+                f"(here {own.get(name, 'absent')}, checkpoint {saved.get(name, 'absent')})"
+            )
+
+
+def _recount(loops: dict[str, Any], before: int, now: int) -> None:
+    """Converts Lightning's count of micro-batches to another accumulation of the same updates."""
+    progress = loops["fit_loop"]["epoch_loop.batch_progress"]
+    for span in ("total", "current"):
+        for name in ("ready", "started", "processed", "completed"):
+            # `ready` may be one update ahead of `completed` by a single micro-batch, which is not a multiple
+            whole, rest = divmod(progress[span][name], before)
+            progress[span][name] = whole * now if not rest else (whole + 1) * now - (before - rest)

@@ -1,0 +1,122 @@
+"""Parameter groups, and learning-rate schedules in optimizer steps."""
+
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Iterable
+from typing import Any
+
+from torch import nn
+
+from oumi_pl.errors import UserError
+
+
+def parameter_groups(named: Iterable[tuple[str, nn.Parameter]]) -> list[dict[str, Any]]:
+    """Splits the trainable parameters into `decay` (matrices) and `no_decay` (biases, norms: one dimension or none).
+
+    Decaying a norm's scale or a bias pulls it to zero without regularising anything.
+    """
+    decay, no_decay = [], []
+    for _, parameter in named:
+        if parameter.requires_grad:
+            (decay if parameter.ndim > 1 else no_decay).append(parameter)
+    groups: list[dict[str, Any]] = [
+        {"params": decay, "name": "decay"},
+        {"params": no_decay, "name": "no_decay", "weight_decay": 0.0},
+    ]
+    return [group for group in groups if group["params"]]
+
+
+def in_steps(value: int | float, total: int) -> int:
+    """A number of steps: `value` itself, or below 1 a share of `total`, rounded up as `transformers` does."""
+    return math.ceil(value * total) if value < 1 else int(value)
+
+
+class Schedule(ABC):
+    """A factor on the learning rate, as a function of the optimizer step. Subclass it to add one.
+
+    Args:
+        warmup: Steps of linear warm-up from 0; below 1, the share of all steps.
+    """
+
+    def __init__(self, warmup: int | float = 0) -> None:
+        if warmup < 0:
+            raise UserError(f"schedule.warmup is {warmup}, but can't be negative")
+        self.warmup = warmup
+
+    def __call__(self, step: int, total: int) -> float:
+        """Factor for the update that follows `step` updates, in a run of `total`."""
+        start = in_steps(self.warmup, total)
+        return step / start if step < start else self.factor(step, start, total)
+
+    @abstractmethod
+    def factor(self, step: int, start: int, total: int) -> float:
+        """Factor at `step`, once the warm-up has ended at `start`."""
+
+
+class Constant(Schedule):
+    """Warm-up, then the full learning rate."""
+
+    def factor(self, step: int, start: int, total: int) -> float:
+        """1."""
+        return 1.0
+
+
+class Linear(Schedule):
+    """Warm-up, then a straight line down to `floor`.
+
+    Args:
+        warmup: Steps of linear warm-up from 0; below 1, the share of all steps.
+        floor: Factor at the end.
+    """
+
+    def __init__(self, warmup: int | float = 0, floor: float = 0.0) -> None:
+        super().__init__(warmup)
+        self.floor = floor
+
+    def factor(self, step: int, start: int, total: int) -> float:
+        """1 at `start`, `floor` at `total` and after."""
+        return self.floor + (1 - self.floor) * (1 - _progress(step, start, total))
+
+
+class Cosine(Schedule):
+    """Warm-up, then half a cosine down to `floor` (Loshchilov & Hutter 2017, arXiv:1608.03983).
+
+    Args:
+        warmup: Steps of linear warm-up from 0; below 1, the share of all steps.
+        floor: Factor at the end.
+    """
+
+    def __init__(self, warmup: int | float = 0, floor: float = 0.0) -> None:
+        super().__init__(warmup)
+        self.floor = floor
+
+    def factor(self, step: int, start: int, total: int) -> float:
+        """1 at `start`, `floor` at `total` and after."""
+        return self.floor + (1 - self.floor) * 0.5 * (1 + math.cos(math.pi * _progress(step, start, total)))
+
+
+class WarmupStableDecay(Schedule):
+    """Warm-up, a plateau, then a straight line down over the last steps (Hu et al. 2024, arXiv:2404.06395).
+
+    Args:
+        warmup: Steps of linear warm-up from 0; below 1, the share of all steps.
+        decay: Steps of decay at the end; below 1, the share of all steps.
+        floor: Factor at the end.
+    """
+
+    def __init__(self, warmup: int | float = 0, decay: int | float = 0.1, floor: float = 0.0) -> None:
+        super().__init__(warmup)
+        if decay <= 0:
+            raise UserError(f"schedule.decay is {decay}, but a decay takes at least one step")
+        self.decay = decay
+        self.floor = floor
+
+    def factor(self, step: int, start: int, total: int) -> float:
+        """1 until the decay begins, `floor` at `total` and after."""
+        begin = max(start, total - in_steps(self.decay, total))
+        return self.floor + (1 - self.floor) * (1 - _progress(step, begin, total))
+
+
+def _progress(step: int, start: int, total: int) -> float:
+    """How far `step` is from `start` to `total`, between 0 and 1."""
+    return min(1.0, max(0.0, (step - start) / max(1, total - start)))

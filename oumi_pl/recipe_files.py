@@ -1,0 +1,94 @@
+"""Finds recipes by name or path and refuses broken YAML, with the standard library and PyYAML alone.
+
+Nothing heavy is imported here, so that a misspelt name is told in a fraction of a second.
+"""
+
+from pathlib import Path
+from typing import Any
+
+from oumi_pl.errors import UserError, nearest
+
+ENDINGS = (".yaml", ".yml")
+
+
+def shipped() -> Path:
+    """Directory of the recipes that come with the package: inside it when installed, beside it in a checkout."""
+    package = Path(__file__).parent
+    inside = package / "recipes"
+    return inside if inside.is_dir() else package.parent / "recipes"
+
+
+def names() -> list[str]:
+    """Names of the shipped recipes, `quickstart/sft` for example."""
+    root = shipped()
+    return sorted(p.relative_to(root).with_suffix("").as_posix() for p in root.rglob("*.yaml"))
+
+
+def find(name: str) -> Path:
+    """The file of a recipe, given by path or by name.
+
+    Raises:
+        UserError: if there is none; offers the nearest name.
+    """
+    path = Path(name).expanduser()
+    if path.is_file():
+        return path
+    if name in names():
+        return shipped() / f"{name}.yaml"
+    if path.suffix in ENDINGS:
+        beside = [p.as_posix() for p in path.parent.glob("*.y*ml")] if path.parent.is_dir() else []
+        by_name = [f"recipes/{n}.yaml" for n in names()]
+        raise UserError(f"--config: no file {name!r}{nearest(name, [*beside, *by_name])}")
+    raise UserError(f"--config: no recipe {name!r}{nearest(name, names())}")
+
+
+def recipe_name(path: Path) -> str:
+    """What runs of a recipe are called: `quickstart-sft` for recipes/quickstart/sft.yaml."""
+    root = shipped().resolve()
+    resolved = path.resolve()
+    if resolved.is_relative_to(root):
+        return "-".join(resolved.relative_to(root).with_suffix("").parts)
+    return path.stem
+
+
+def check(path: Path) -> dict[str, Any]:
+    """Parses a recipe and returns it.
+
+    Raises:
+        UserError: if it can't be read, isn't YAML, isn't a mapping, or has a key twice (YAML would keep the last).
+    """
+    import yaml
+
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: can't be read: {error}") from error
+    try:
+        root = yaml.compose(text, Loader=yaml.SafeLoader)
+        _refuse_repeated_keys(root, path, "")
+        value = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        where = f" line {mark.line + 1}" if mark else ""
+        raise UserError(f"{path}{where}: not valid YAML: {getattr(error, 'problem', error)}") from error
+    if not isinstance(value, dict):
+        raise UserError(f"{path}: a recipe is a mapping (model:, data:, trainer:), and this is {type(value).__name__}")
+    return value
+
+
+def _refuse_repeated_keys(node: Any, path: Path, prefix: str) -> None:
+    import yaml
+
+    if isinstance(node, yaml.SequenceNode):
+        for i, item in enumerate(node.value):
+            _refuse_repeated_keys(item, path, f"{prefix}[{i}]")
+    if not isinstance(node, yaml.MappingNode):
+        return
+    seen: dict[str, int] = {}
+    for key, value in node.value:
+        name = f"{prefix}.{key.value}" if prefix else str(key.value)
+        line = key.start_mark.line + 1
+        if name in seen:
+            raise UserError(f"{path} line {line}: the key {name} is there twice, first in line {seen[name]}; keep one")
+        seen[name] = line
+        _refuse_repeated_keys(value, path, name)

@@ -1,0 +1,38 @@
+"""FSDP2: which modules are sharded, when Lightning's ModelParallelStrategy asks for it."""
+
+from typing import Any
+
+import lightning as L
+from torch import nn
+
+from oumi_pl.causal_lm import CausalLM
+from oumi_pl.errors import UserError
+
+
+def shard(model: CausalLM, module: L.LightningModule) -> None:
+    """Shards each decoder layer, then the wrapper as the root, over the data-parallel ranks.
+
+    The root holds what is left: embeddings, final norm and head. It is gathered while the wrapper's `forward` runs,
+    which is where the chunked loss reads the head's weight. Does nothing under any other strategy.
+
+    Raises:
+        UserError: under tensor parallelism, for which no plan is written.
+    """
+    from lightning.pytorch.strategies import ModelParallelStrategy
+
+    if not isinstance(module.trainer.strategy, ModelParallelStrategy):
+        return
+    from torch.distributed.fsdp import fully_shard
+
+    mesh: Any = module.device_mesh
+    if mesh["tensor_parallel"].size() > 1:
+        raise UserError("trainer.strategy: tensor_parallel_size has to be 1; shard over data_parallel_size instead")
+    for layer in decoder_layers(model):
+        fully_shard(layer, mesh=mesh["data_parallel"])
+    fully_shard(model, mesh=mesh["data_parallel"])
+
+
+def decoder_layers(model: CausalLM) -> list[nn.Module]:
+    """The transformer blocks, as the architecture itself names what must not be split."""
+    names = set(model.base._no_split_modules or [])
+    return [m for m in model.base.modules() if type(m).__name__ in names]

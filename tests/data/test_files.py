@@ -1,0 +1,171 @@
+import gzip
+import json
+
+import pytest
+import zstandard
+from source_files import ROWS, lines, mistake, read, values, write
+
+from oumi_pl.data.sources import Source, rows
+from oumi_pl.errors import UserError
+
+
+@pytest.fixture(autouse=True)
+def in_tmp_path(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+
+
+def compressed(name, content):
+    if name.endswith(".gz"):
+        return gzip.compress(content)
+    return zstandard.ZstdCompressor().compress(content)
+
+
+# --- kinds of file
+
+
+@pytest.mark.parametrize("suffix", [".jsonl", ".ndjson", ".json", ".JSONL", ".jsonl.gz", ".ndjson.zst", ".json.gz"])
+def test_json_lines(suffix):
+    content = lines(ROWS).encode()
+    write("a" + suffix, compressed(suffix, content) if suffix.endswith(("gz", "zst")) else content)
+    assert read("a" + suffix) == [(f"a{suffix}:{i + 1}", row) for i, row in enumerate(ROWS)]
+
+
+def test_lines_are_counted_with_the_blank_ones_and_line_separators_in_text_end_none():
+    write("a.jsonl", '\n{"t": "a\u2028b\x85c"}\r\n   \n{"t": 2}')
+    assert read("a.jsonl") == [("a.jsonl:2", {"t": "a\u2028b\x85c"}), ("a.jsonl:4", {"t": 2})]
+
+
+def test_rows_keep_the_keys_they_have():
+    calls = [{"arguments": {"city": "Rome"}}, {"arguments": {"n": [1, "two"]}}]
+    write("a.jsonl", lines(calls))
+    assert [row for _, row in read("a.jsonl")] == calls
+
+
+def test_byte_order_mark_is_skipped():
+    write("a.jsonl", b"\xef\xbb\xbf" + lines(ROWS).encode())
+    assert values("a.jsonl") == list(range(10))
+
+
+@pytest.mark.parametrize("indent", [None, 2])
+@pytest.mark.parametrize("document", [ROWS, {"data": ROWS}, {"version": 1, "rows": ROWS, "tags": ["x"]}])
+def test_json_document(document, indent):
+    write("a.json", json.dumps(document, indent=indent))
+    assert read("a.json") == [(f"a.json row {i + 1}", row) for i, row in enumerate(ROWS)]
+
+
+@pytest.mark.parametrize("indent", [None, 2])
+def test_json_document_that_is_a_single_row(indent):
+    row = {"messages": [{"role": "user", "content": "hi"}], "tools": [{"type": "function"}]}
+    write("a.json", json.dumps(row, indent=indent))
+    assert [row for _, row in read("a.json")] == [row]
+
+
+def test_csv():
+    write("a.csv", 'text,n\r\n"two\nlines, and a ""quote""",1\r\n\r\nNA,\r\n')
+    assert read("a.csv") == [
+        ("a.csv row 1", {"text": 'two\nlines, and a "quote"', "n": "1"}),
+        ("a.csv row 2", {"text": "NA", "n": ""}),
+    ]
+
+
+def test_csv_takes_long_cells():
+    write("a.csv", "text\n" + "x" * 200_000 + "\n")
+    assert len(read("a.csv")[0][1]["text"]) == 200_000
+
+
+def test_text_file_is_one_row():
+    write("a.txt", "one\ntwo\n")
+    assert read("a.txt") == [("a.txt", {"text": "one\ntwo\n"})]
+
+
+def test_zst_of_several_frames():
+    content = lines(ROWS).encode()
+    write("a.jsonl.zst", compressed(".zst", content[:50]) + compressed(".zst", content[50:]))
+    assert values("a.jsonl.zst") == list(range(10))
+
+
+@pytest.mark.parametrize("suffix", [".parquet", ".arrow"])
+def test_tables(suffix):
+    import pyarrow as pa
+    import pyarrow.feather
+    import pyarrow.parquet
+
+    table = pa.Table.from_pylist(ROWS)
+    if suffix == ".parquet":
+        pa.parquet.write_table(table, "a.parquet", row_group_size=3)
+    else:
+        pa.feather.write_feather(table, "a.arrow", chunksize=3)
+    assert read("a" + suffix) == [(f"a{suffix} row {i + 1}", row) for i, row in enumerate(ROWS)]
+    assert values("a" + suffix, split="train[-2:]") == [8, 9]
+
+
+def test_tables_of_datasets_keep_their_json_columns():
+    import datasets
+
+    calls = [{"arguments": {"city": "Rome"}}, {"arguments": {"n": [1, "two"]}}]
+    features = datasets.Features({"arguments": datasets.Json()})
+    datasets.Dataset.from_list(calls, features=features).to_parquet("a.parquet")
+    assert [row for _, row in read("a.parquet")] == calls
+
+
+def test_reads_lazily():
+    write("a.jsonl", lines(ROWS[:3]) + "broken")
+    found = rows(Source("a.jsonl"))
+    assert [next(found)[1]["n"] for _ in range(3)] == [0, 1, 2]
+    with pytest.raises(UserError, match=r"a\.jsonl:4"):
+        next(found)
+
+
+# --- what is wrong with a file
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "parts"),
+    [
+        ("a.jsonl", '{"n": 1}\n\n{"n": 2\n', ["a.jsonl:3", "not valid JSON", "column 8"]),
+        ("a.jsonl", '{"n": 1}\n[1]\n', ["a.jsonl:2", "expected an object", "a list"]),
+        ("a.jsonl", '{"n": 1}\n"x"\n', ["a.jsonl:2", "a string"]),
+        ("a.jsonl", '{"n": 1}\nnull\n', ["a.jsonl:2", "null"]),
+        ("a.jsonl", '{"n": "\\ud83d"}\n', ["a.jsonl:1", "surrogate"]),
+        ("a.jsonl", "[" * 100_000, ["a.jsonl:1", "JSON"]),
+        ("a.jsonl", '{"n": ' + "1" * 5000 + "}", ["a.jsonl:1", "JSON"]),
+        ("a.jsonl", b'{"n": 1}\n{"n": "\xff"}\n', ["a.jsonl:2", "not UTF-8", "0xff at byte 8"]),
+        ("a.jsonl", b'{"n": 1}\n\x00\x01\x02', ["a.jsonl:2", "binary"]),
+        ("a.jsonl", '{"n": 1}'.encode("utf-16"), ["a.jsonl:1", "binary"]),
+        ("a.json", '[{"n": 1},\n {"n": }]', ["a.json:2", "not valid JSON"]),
+        ("a.json", '{"n": 1}\n{"n": 2\n', ["a.json:2", "not valid JSON"]),
+        ("a.json", '[{"n": 1}, 2]', ["a.json row 2", "expected an object", "a number"]),
+        ("a.json", "3", ["a.json", "list of objects", "a number"]),
+        ("a.json", '{"a": [{"n": 1}], "b": [{"n": 2}]}', ["a.json", "a, b", "one list"]),
+        ("a.csv", "a,b\n1,2\n3\n", ["a.csv row 2", "1 cells under 2"]),
+        ("a.csv", "a,a\n1,2\n", ["a.csv:1", "'a'"]),
+        ("a.csv", 'a\n1\n"2', ["a.csv:3", "not valid CSV"]),
+        ("a.csv", b"a\n\xe9\n", ["a.csv:2", "not UTF-8"]),
+        ("a.jsonl.gz", lines(ROWS), ["a.jsonl.gz", "beyond line 0", "gzip"]),
+        ("a.jsonl.gz", gzip.compress(lines(ROWS).encode())[:-12], ["a.jsonl.gz", "beyond line"]),
+        ("a.jsonl.zst", lines(ROWS), ["a.jsonl.zst", "beyond line 0"]),
+        ("a.jsonl.zst", compressed(".zst", lines(ROWS).encode())[:-12], ["a.jsonl.zst", "too early"]),
+        ("a.parquet", b"PAR1nothing", ["a.parquet", "damaged"]),
+        ("a.arrow", b"nothing at all", ["a.arrow", "damaged"]),
+        ("a.xlsx", b"PK", ["a.xlsx", "no reader for '.xlsx'", ".parquet"]),
+        ("a.parquet.gz", b"", ["a.parquet.gz", "no reader"]),
+    ],
+)
+def test_damage_is_told_with_its_place(name, content, parts):
+    write(name, content)
+    message = mistake(name)
+    for part in parts:
+        assert part in message
+
+
+@pytest.mark.parametrize("name", ["a.jsonl", "a.json", "a.csv", "a.txt", "a.jsonl.gz", "a.jsonl.zst"])
+def test_no_rows(name):
+    write(name, b"")
+    assert f"{name}: split 'train' has no rows" in mistake(name)
+
+
+def test_unreadable_bytes_between_good_ones_are_found_in_a_gz():
+    content = bytearray(gzip.compress(lines([{"n": i} for i in range(50_000)]).encode()))
+    content[len(content) // 2] ^= 0xFF
+    write("a.jsonl.gz", bytes(content))
+    assert "a.jsonl.gz" in mistake("a.jsonl.gz")

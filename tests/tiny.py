@@ -1,0 +1,81 @@
+"""A tiny model and tiny data, made here: what most tests train on."""
+
+import json
+import random
+from pathlib import Path
+
+import lightning as L
+import torch
+
+from oumi_pl.data.sft import SFTData
+from oumi_pl.data.tokenizers import ByteTokenizer
+from oumi_pl.modules.sft import SFT
+
+LLAMA = {
+    "model_type": "llama",
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 512,
+}
+
+
+def conversations(n, seed=0, longest=12):
+    """Rows of ragged length: the laws are about those."""
+    rng = random.Random(seed)
+    word = lambda: "".join(rng.choice("abcdefgh") for _ in range(rng.randint(1, 6)))
+    text = lambda: " ".join(word() for _ in range(rng.randint(1, longest)))
+    return [
+        {"messages": [{"role": "user", "content": text()}, {"role": "assistant", "content": text()}]} for _ in range(n)
+    ]
+
+
+def write_jsonl(path: Path, rows) -> str:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return str(path)
+
+
+def data(path: Path, n=16, seed=0, **kwargs) -> SFTData:
+    file = path / f"rows-{n}-{seed}.jsonl"
+    if not file.exists():
+        write_jsonl(file, conversations(n, seed))
+    return SFTData(str(file), **({"tokenizer": ByteTokenizer(), "max_length": 256, "seed": 0} | kwargs))
+
+
+def module(optimizer=None, config=None, **kwargs) -> SFT:
+    sgd = lambda params: torch.optim.SGD(params, lr=0.1)
+    return SFT(config=LLAMA | (config or {}), optimizer=optimizer or sgd, **kwargs)
+
+
+def trainer(**kwargs) -> L.Trainer:
+    defaults = {
+        "accelerator": "cpu",
+        "devices": 1,
+        "logger": False,
+        "enable_checkpointing": False,
+        "enable_progress_bar": False,
+        "enable_model_summary": False,
+        "num_sanity_val_steps": 0,
+        "log_every_n_steps": 1,
+        "use_distributed_sampler": False,
+    }
+    return L.Trainer(**(defaults | kwargs))
+
+
+def fit(sft: SFT, sft_data: SFTData, seed=1, **kwargs) -> dict[str, torch.Tensor]:
+    """Trains and returns the weights."""
+    L.seed_everything(seed)
+    trainer(**kwargs).fit(sft, sft_data)
+    return weights(sft)
+
+
+def weights(sft: SFT) -> dict[str, torch.Tensor]:
+    return {name: p.detach().clone() for name, p in sft.causal_lm.hf.named_parameters()}
+
+
+def distance(ours, theirs) -> float:
+    """Largest relative distance of two sets of tensors: norm of the difference over the norm, per tensor."""
+    assert ours.keys() == theirs.keys()
+    return max(float((ours[n] - theirs[n]).norm() / theirs[n].norm().clamp(min=1e-12)) for n in ours)
