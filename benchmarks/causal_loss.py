@@ -2,8 +2,8 @@
 
     python benchmarks/causal_loss.py --tokens 4096 --hidden 512 --vocab 50257 --threads 1
 
-Every way runs in a process of its own. Time is the best of `--repeats` passes after a warm-up; memory is the peak during
-them minus what the process held before (resident memory on a CPU, allocated memory on CUDA).
+Every way runs in a process of its own. Time is the best of `--repeats` passes after a warm-up; memory is the peak
+during them minus what the process held before (resident memory on a CPU, allocated memory on CUDA).
 """
 
 import argparse

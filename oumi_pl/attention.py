@@ -5,9 +5,9 @@ implementation `"documents"`; a model loaded with it and called within `packed(d
 document as if it were alone, without a mask of the row's length squared. Outside of `packed` (padded batches,
 generation with a cache) it does what transformers' `"sdpa"` does.
 
-How it works: transformers asks for a mask once per forward pass and hands what it gets to every layer. Ours is no tensor
-but a `Documents`, which says where documents begin and end. Because it travels as an argument, activation checkpointing
-finds it again when it recomputes a layer in the backward pass, where `packed` is no longer in force.
+How it works: transformers asks for a mask once per forward pass and hands what it gets to every layer. Ours is no
+tensor but a `Documents`, which says where documents begin and end. Because it travels as an argument, activation
+checkpointing finds it again when it recomputes a layer in the backward pass, where `packed` is no longer in force.
 
 Shapes: `seq` tokens of the row, `docs` documents, `heads`, `dim` of a head.
 """
@@ -27,7 +27,7 @@ from oumi_pl.errors import UserError
 
 NAME = "documents"
 """The attention implementation to load a model with, once `register` was called."""
-_ISOLATING = f"attn_implementation: {NAME!r} or 'flash_attention_2'"
+_NO_PACKING = "turn packing off"
 _lengths: ContextVar[Sequence[int] | None] = ContextVar("document_lengths", default=None)
 
 
@@ -35,9 +35,9 @@ _lengths: ContextVar[Sequence[int] | None] = ContextVar("document_lengths", defa
 class Documents:
     """Stands where transformers' models expect a mask, and tells the attention function where documents lie.
 
-    starts: `[docs + 1]`, from 0 to `seq`. window: how many tokens back a layer of this kind may look, None if all.
-    masks: per document None where attention is plainly causal, else `[1, 1, length, length]` bool, True where a query
-    may look. cumulative: `starts` as int32 on the model's device.
+    starts: `[docs + 1]`, from 0 to `seq`. window: the width of the window or chunk that a layer of this kind looks at,
+    None if at everything. masks: per document, None where attention is plainly causal, else `[1, 1, length, length]`
+    bool, True where a query may look. cumulative: `starts` as int32 on the model's device.
     """
 
     starts: tuple[int, ...]
@@ -77,6 +77,7 @@ def packed(document_lengths: Sequence[int] | None) -> Iterator[None]:
 
 
 def make_mask(
+    *,
     batch_size: int,
     q_length: int,
     kv_length: int,
@@ -105,18 +106,11 @@ def make_mask(
     """
     from transformers.masking_utils import sdpa_mask
 
-    keywords: dict[str, Any] = {"mask_function": mask_function, "use_vmap": use_vmap, "device": device}
+    rule: dict[str, Any] = {"mask_function": mask_function, "use_vmap": use_vmap, "device": device}
     lengths = _lengths.get()
     if lengths is None:
-        return sdpa_mask(
-            batch_size,
-            q_length,
-            kv_length,
-            attention_mask=attention_mask,
-            local_size=local_size,
-            **settings,
-            **keywords,
-        )
+        settings |= rule | {"attention_mask": attention_mask, "local_size": local_size}
+        return sdpa_mask(batch_size, q_length, kv_length, **settings)
     if batch_size != 1 or not sum(lengths) == q_length == kv_length or attention_mask is not None:
         raise ValueError(
             f"documents of {list(lengths)} tokens are a single row without cache and attention mask; the model was "
@@ -127,11 +121,12 @@ def make_mask(
         size = end - start
         if not use_vmap and (local_size is None or size <= local_size):
             return None
-        return sdpa_mask(1, size, size, q_offset=start, kv_offset=start, allow_is_causal_skip=False, **keywords)
+        return sdpa_mask(1, size, size, q_offset=start, kv_offset=start, allow_is_causal_skip=False, **rule)
 
     starts = (0, *accumulate(lengths))
     cumulative = torch.tensor(starts, dtype=torch.int32).to(device, non_blocking=True)
-    return Documents(starts, local_size, tuple(mask(*border) for border in pairwise(starts)), cumulative)
+    window = None if use_vmap else local_size
+    return Documents(starts, window, tuple(mask(*border) for border in pairwise(starts)), cumulative)
 
 
 def attend(
@@ -160,18 +155,22 @@ def attend(
     """
     from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
-    is_packed = isinstance(attention_mask, Documents)
-    _refuse_unknown_terms(module, settings, is_packed)
-    if not isinstance(attention_mask, Documents):
-        return sdpa_attention_forward(module, query, key, value, attention_mask, **settings)
-    documents = attention_mask
+    documents = attention_mask if isinstance(attention_mask, Documents) else None
+    _refuse_unknown_terms(module, settings, documents is not None)
+    if documents is None:
+        if _lengths.get() is not None:
+            name = type(module).__name__
+            raise UserError(
+                f"{name} ignores transformers' mask functions: its documents can't be packed; {_NO_PACKING}"
+            )
+        return sdpa_attention_forward(module, query, key, value, attention_mask, **settings)  # type: ignore[arg-type]
     if _varlen_fits(query, value, documents, settings):
         return _attend_varlen(query, key, value, documents, settings.get("scaling")), None
     # One call per document, shaped as if it were alone: the same kernels, the same rounding, no square of `seq`.
-    pieces = [
-        sdpa_attention_forward(module, *(x[:, :, start:end] for x in (query, key, value)), mask, **settings)[0]
-        for (start, end), mask in zip(pairwise(documents.starts), documents.masks, strict=True)
-    ]
+    pieces = []
+    for (start, end), mask in zip(pairwise(documents.starts), documents.masks, strict=True):
+        q, k, v = query[:, :, start:end], key[:, :, start:end], value[:, :, start:end]
+        pieces.append(sdpa_attention_forward(module, q, k, v, mask, **settings)[0])
     return torch.cat(pieces, dim=1), None
 
 
@@ -188,7 +187,7 @@ def refuse_unless_isolating(model: nn.Module) -> None:
         UserError: a document's hidden states depend on its neighbours.
     """
     base = _base_model(model)
-    weight = base.get_input_embeddings().weight
+    weight: Tensor = base.get_input_embeddings().weight
     tolerance = 1e-4 if weight.dtype in (torch.float32, torch.float64) else 3e-2
     implementation = getattr(base.config, "_attn_implementation", None)
     modes = {module: module.training for module in model.modules()}
@@ -203,13 +202,14 @@ def refuse_unless_isolating(model: nn.Module) -> None:
             together = _hidden_states(base, first, second)
             beside_another = _hidden_states(base, changed, second)[:, first.shape[1] :]
     except TypeError as error:  # a forward method without position_ids has no way to tell documents apart
-        raise UserError(f"{type(base).__name__} can't be packed ({error}); turn packing off") from error
+        raise UserError(f"{type(base).__name__} can't be packed ({error}); {_NO_PACKING}") from error
     finally:
         for module, mode in modes.items():
             module.training = mode
     off = max(_distance(together, torch.cat(alone, 1)), _distance(beside_another, alone[1]))
     if not off <= tolerance:
-        remedy = "turn packing off" if implementation == NAME else f"load it with {_ISOLATING}, or turn packing off"
+        others = f"load it with attn_implementation: {NAME!r} or 'flash_attention_2', or "
+        remedy = ("" if implementation == NAME else others) + _NO_PACKING
         raise UserError(
             f"{type(base).__name__} with attn_implementation {implementation!r} lets packed documents see each other: "
             f"the hidden states of a document changed by {off:.1e} (relative) beside another one; {remedy}"
@@ -217,17 +217,21 @@ def refuse_unless_isolating(model: nn.Module) -> None:
 
 
 def _base_model(model: nn.Module) -> Any:
-    model = model.get_base_model() if hasattr(model, "get_base_model") else model
+    unwrap = getattr(model, "get_base_model", None)  # PEFT's
+    model = unwrap() if callable(unwrap) else model
     return getattr(model, "base_model", model)
 
 
-def _hidden_states(base: nn.Module, *documents: Tensor) -> Tensor:
+def _hidden_states(base: Any, *documents: Tensor) -> Tensor:
     """Runs documents `[1, length]` packed and returns the last hidden states, `[1, seq, hidden]`."""
     ids = torch.cat(documents, 1)
     lengths = [document.shape[1] for document in documents]
     positions = torch.cat([torch.arange(length, device=ids.device) for length in lengths])[None]
     with packed(lengths):
-        return base(input_ids=ids, position_ids=positions, use_cache=False).last_hidden_state
+        output = base(input_ids=ids, position_ids=positions, use_cache=False)
+    if not hasattr(output, "last_hidden_state"):
+        raise UserError(f"{type(base).__name__} returns no hidden states: its documents can't be packed; {_NO_PACKING}")
+    return output.last_hidden_state
 
 
 def _distance(a: Tensor, b: Tensor) -> float:
@@ -248,7 +252,7 @@ def _refuse_unknown_terms(module: nn.Module, settings: dict[str, Any], is_packed
             )
     causal = settings.get("is_causal")
     if is_packed and not (getattr(module, "is_causal", True) if causal is None else causal):
-        raise UserError(f"{type(module).__name__} is not causal: its documents can't be packed; turn packing off")
+        raise UserError(f"{type(module).__name__} is not causal: its documents can't be packed; {_NO_PACKING}")
 
 
 def _varlen_fits(query: Tensor, value: Tensor, documents: Documents, settings: dict[str, Any]) -> bool:
@@ -261,7 +265,7 @@ def _varlen_fits(query: Tensor, value: Tensor, documents: Documents, settings: d
         and query.shape[-1] % 8 == 0
         and not settings.get("dropout")
         # A mask may also be that of a chunk; only for a window does the layer tell the width.
-        and (plain or documents.window == settings.get("sliding_window"))
+        and (plain or (documents.window is not None and documents.window == settings.get("sliding_window")))
         and torch.cuda.get_device_capability(query.device) >= (8, 0)
         and _varlen_parameters() >= {"window_size", "scale"}
     )
@@ -285,7 +289,9 @@ def _attend_varlen(query: Tensor, key: Tensor, value: Tensor, documents: Documen
     elif groups > 1:
         key, value = key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1)
     # The kernel counts how many tokens to look back, transformers how many to look at.
-    back = -1 if all(mask is None for mask in documents.masks) or documents.window is None else documents.window - 1
-    borders = documents.cumulative, documents.cumulative, documents.longest, documents.longest
-    tokens = (x[0].transpose(0, 1).contiguous() for x in (query, key, value))  # [seq, heads, dim]
-    return varlen_attn(*tokens, *borders, window_size=(back, 0), **options)[None]
+    window, longest = documents.window, documents.longest
+    options["window_size"] = (-1 if window is None or window >= longest else window - 1, 0)
+    q, k, v = (x[0].transpose(0, 1).contiguous() for x in (query, key, value))  # [seq, heads, dim]
+    borders = documents.cumulative
+    output: Any = varlen_attn(q, k, v, borders, borders, longest, longest, **options)
+    return output.unsqueeze(0)

@@ -69,12 +69,9 @@ class CausalLM(nn.Module):
 
     def hidden_states(self, batch: Batch) -> tuple[Tensor, Tensor | None]:
         """Last hidden states `[batch, seq, hidden]`, and the weighted router loss where the model has one."""
-        lengths = batch.get("document_lengths")
-        kwargs: dict[str, Any] = {"document_lengths": lengths} if lengths is not None else {}
         coefficient = self._router_coefficient
-        if coefficient:
-            kwargs["output_router_logits"] = True
-        with packed(lengths):
+        kwargs: dict[str, Any] = {"output_router_logits": True} if coefficient else {}
+        with packed(batch.get("document_lengths")):
             # no cache: it would make transformers ignore where packed documents begin
             output = self.base.base_model(
                 input_ids=batch["input_ids"],

@@ -3,6 +3,7 @@
 from typing import Any
 
 import lightning as L
+import torch
 from torch import nn
 
 from oumi_pl.causal_lm import CausalLM
@@ -22,14 +23,17 @@ def shard(model: CausalLM, module: L.LightningModule) -> None:
 
     if not isinstance(module.trainer.strategy, ModelParallelStrategy):
         return
-    from torch.distributed.fsdp import fully_shard
+    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
     mesh: Any = module.device_mesh
     if mesh["tensor_parallel"].size() > 1:
         raise UserError("trainer.strategy: tensor_parallel_size has to be 1; shard over data_parallel_size instead")
-    for layer in decoder_layers(model):
-        fully_shard(layer, mesh=mesh["data_parallel"])
-    fully_shard(model, mesh=mesh["data_parallel"])
+    policy = MixedPrecisionPolicy()
+    if module.trainer.precision == "bf16-mixed":
+        # gathered and multiplied in bfloat16, kept and summed over the ranks in float32
+        policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
+    for layer in [*decoder_layers(model), model]:
+        fully_shard(layer, mesh=mesh["data_parallel"], mp_policy=policy)
 
 
 def decoder_layers(model: CausalLM) -> list[nn.Module]:

@@ -71,6 +71,7 @@ def mixture_epoch(sizes: Sequence[int], weights: Sequence[float | None], seed: i
         if count:
             passes, remainder = divmod(count, size)
             # in order, since the result is shuffled anyway
-            drawn += [np.tile(np.arange(size), passes) + start, rng.permutation(size)[:remainder] + start]
+            remaining = rng.choice(size, remainder, replace=False, shuffle=False)
+            drawn += [np.tile(np.arange(size), passes) + start, remaining + start]
         start += size
     return rng.permutation(np.concatenate(drawn))

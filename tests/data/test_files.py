@@ -3,10 +3,10 @@ import json
 
 import pytest
 import zstandard
-from source_files import ROWS, lines, mistake, read, values, write
 
 from oumi_pl.data.sources import Source, rows
 from oumi_pl.errors import UserError
+from tests.data.source_files import ROWS, lines, mistake, read, values, write
 
 
 @pytest.fixture(autouse=True)
@@ -33,6 +33,8 @@ def test_json_lines(suffix):
 def test_lines_are_counted_with_the_blank_ones_and_line_separators_in_text_end_none():
     write("a.jsonl", '\n{"t": "a\u2028b\x85c"}\r\n   \n{"t": 2}')
     assert read("a.jsonl") == [("a.jsonl:2", {"t": "a\u2028b\x85c"}), ("a.jsonl:4", {"t": 2})]
+    write("a.json", '\n{"t": 1}\n\n{"t": 2}')
+    assert read("a.json") == [("a.json:2", {"t": 1}), ("a.json:4", {"t": 2})]
 
 
 def test_rows_keep_the_keys_they_have():
@@ -143,6 +145,7 @@ def test_reads_lazily():
         ("a.csv", b"a\n\xe9\n", ["a.csv:2", "not UTF-8"]),
         ("a.jsonl.gz", lines(ROWS), ["a.jsonl.gz", "beyond line 0", "gzip"]),
         ("a.jsonl.gz", gzip.compress(lines(ROWS).encode())[:-12], ["a.jsonl.gz", "beyond line"]),
+        ("a.jsonl.gz", gzip.compress(b"")[:10] + b"\xff" * 20, ["a.jsonl.gz", "beyond line 0"]),
         ("a.jsonl.zst", lines(ROWS), ["a.jsonl.zst", "beyond line 0"]),
         ("a.jsonl.zst", compressed(".zst", lines(ROWS).encode())[:-12], ["a.jsonl.zst", "too early"]),
         ("a.parquet", b"PAR1nothing", ["a.parquet", "damaged"]),

@@ -2,7 +2,8 @@ import gzip
 from pathlib import Path
 
 import pytest
-from source_files import ROWS, lines, mistake, read, values, write
+
+from tests.data.source_files import ROWS, lines, mistake, read, values, write
 
 
 @pytest.fixture(autouse=True)
@@ -17,6 +18,7 @@ def test_directory_reads_all_its_files_in_order():
     write("d/README.md", "no data")
     write("d/.hidden.jsonl", "broken")
     write("d/.git/x.jsonl", "broken")
+    Path("d/directory.jsonl").mkdir()
     assert [origin for origin, _ in read("d")][::2] == ["d/a.ndjson:1", "d/b.jsonl:1", "d/sub/c.jsonl.gz:1"]
     assert values("d/") == list(range(6))
 
@@ -44,7 +46,7 @@ def test_different_kinds_are_not_mixed(path):
 def test_splits_of_a_directory():
     write("d/train-00001-of-00002.jsonl", lines(ROWS[3:5]))
     write("d/train-00000-of-00002.jsonl", lines(ROWS[:3]))
-    write("d/sub/my_test.jsonl", lines(ROWS[5:8]))
+    write("d/train/my_test.jsonl", lines(ROWS[5:8]))
     write("d/validation/a.jsonl", lines(ROWS[8:]))
     assert values("d") == [0, 1, 2, 3, 4]
     assert values("d", split="test") == [5, 6, 7]

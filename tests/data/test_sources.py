@@ -1,10 +1,10 @@
 from pathlib import Path
 
 import pytest
-from source_files import ROWS, lines, mistake, read, values, write
 
 from oumi_pl.data.sources import Source, as_sources, fingerprint, is_held_out
 from oumi_pl.errors import UserError
+from tests.data.source_files import ROWS, lines, mistake, read, values, write
 
 SHARED = Path(__file__).parents[2] / ".." / "shared" / "data"
 
@@ -37,8 +37,9 @@ def test_slices_mean_what_datasets_means(split):
 
 
 def test_a_slice_reads_no_further_than_it_has_to():
-    write("a.jsonl", lines(ROWS[:3]) + "broken\n")
+    write("a.jsonl", lines(ROWS[:3]).encode() + b"\xff\n")  # what even counting would stumble over
     assert values("a.jsonl", split="train[:3]") == [0, 1, 2]
+    assert "a.jsonl:4" in mistake("a.jsonl", split="train[:50%]")
 
 
 @pytest.mark.parametrize("split", ["train[5]", "train[:5", "train[:200%]", "train[:5%](up)"])

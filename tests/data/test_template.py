@@ -203,9 +203,15 @@ def test_conversations_without_any_template_are_refused():
 
 
 def test_the_end_of_turn_is_unknown_where_the_answer_is_not_written():
-    tokenizer = byte_tokenizer()
-    tokenizer.chat_template = "{% for m in messages %}<eos>{{ m.role }}{% endfor %}"
+    tokenizer = byte_tokenizer(bos="<s>")
+    tokenizer.chat_template = "<s>{% for m in messages %}{{ m.role }}{% endfor %}"
     assert load_template(tokenizer, None).end_of_turn is None
+
+
+def test_a_key_without_a_value_is_not_there():
+    tokenizer = byte_tokenizer()
+    tokenizer.chat_template = "{% for m in messages %}{{ 'content' in m }}{% endfor %}"
+    assert ChatRenderer(tokenizer).prompt(TURNS[1:3], None) == "TrueFalse"
 
 
 def test_named_templates_with_one_for_tools():

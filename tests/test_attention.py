@@ -1,0 +1,345 @@
+"""Documents packed into one row against the same documents alone."""
+
+import copy
+
+import pytest
+import torch
+import transformers
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+
+from oumi_pl import attention
+from oumi_pl.attention import NAME, packed, refuse_unless_isolating, register
+from oumi_pl.errors import UserError
+
+LENGTHS = [9, 1, 14, 6]
+VOCAB = 61
+SIZES = {
+    "vocab_size": VOCAB,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 8,
+    "max_position_embeddings": 64,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
+MOE = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16}
+ARCHITECTURES = {
+    "llama": {},
+    "qwen2": {"use_sliding_window": True, "sliding_window": 4, "max_window_layers": 1},
+    "qwen3": {},
+    "mistral": {"sliding_window": 4},
+    "gpt2": {
+        "n_embd": 32,
+        "n_layer": 2,
+        "n_head": 4,
+        "n_positions": 64,
+        "resid_pdrop": 0,
+        "embd_pdrop": 0,
+        "attn_pdrop": 0,
+    },
+    "gpt_neox": {},
+    "gemma3_text": {"sliding_window": 4, "layer_types": ["sliding_attention", "full_attention"]},
+    "phi3": {"sliding_window": 4},
+    "smollm3": {},
+    "olmo2": {},
+    "mixtral": {"num_local_experts": 4},
+    "qwen3_moe": MOE,
+    "llama4_text": {
+        "attention_chunk_size": 4,
+        "no_rope_layers": [1, 1],
+        "num_local_experts": 2,
+        "interleave_moe_layer_step": 2,
+    },
+}
+
+
+@pytest.fixture(autouse=True)
+def registered():
+    register()
+
+
+def make(name, implementation=NAME, **changes):
+    config = AutoConfig.for_model(name, **(SIZES | ARCHITECTURES.get(name, {}) | changes))
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(config, attn_implementation=implementation)
+    with torch.no_grad():  # as they are initialised, tiny models hardly attend to anything
+        for parameter in model.parameters():
+            if parameter.dim() > 1:
+                parameter.mul_(5)
+    return model
+
+
+def documents():
+    generator = torch.Generator().manual_seed(1)
+    return [torch.randint(3, VOCAB, (1, n), generator=generator) for n in LENGTHS]
+
+
+def states(model, docs, **keywords):
+    positions = torch.cat([torch.arange(d.shape[1]) for d in docs])[None]
+    with packed([d.shape[1] for d in docs]):
+        base = body(model)
+        return base(input_ids=torch.cat(docs, 1), position_ids=positions, use_cache=False, **keywords).last_hidden_state
+
+
+def body(model):
+    return model.model if hasattr(model, "model") else model.base_model
+
+
+def gradients(model, value):
+    found = torch.autograd.grad(value, list(body(model).parameters()), allow_unused=True)
+    return [torch.zeros(()) if g is None else g for g in found]
+
+
+def project(hidden):
+    """A scalar that weighs every number differently, so that no error cancels."""
+    return (hidden * torch.randn(hidden.shape, generator=torch.Generator().manual_seed(2))).sum()
+
+
+def assert_close(ours, theirs, tolerance=1e-5):
+    for a, b in zip(ours, theirs, strict=True):
+        assert a.shape == b.shape
+        assert (a - b).norm() <= tolerance * max(b.norm(), 1e-3), f"off by {(a - b).norm() / b.norm():.1e}"
+
+
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_packed_equals_alone(name):
+    model, reference = make(name), make(name, "eager")
+    ours = states(model, documents())
+    theirs = torch.cat([body(reference)(d, use_cache=False).last_hidden_state for d in documents()], 1)
+    assert_close([ours], [theirs])
+    assert_close(gradients(model, project(ours)), gradients(reference, project(theirs)))
+    refuse_unless_isolating(body(model))
+
+
+@pytest.mark.parametrize("name", ["llama", "mistral", "gpt2", "gemma3_text", "llama4_text"])
+def test_neighbours_of_a_changed_document_stay_bit_identical(name):
+    model = make(name).eval()
+    docs = documents()
+    before = states(model, docs).split(LENGTHS, 1)
+    docs[2] = (docs[2] + 1) % VOCAB
+    after = states(model, docs).split(LENGTHS, 1)
+    assert [torch.equal(a, b) for a, b in zip(before, after, strict=True)] == [True, True, False, True]
+
+
+def test_no_mask_is_built_and_no_product_is_larger_than_a_document(monkeypatch):
+    calls = []
+    real = torch.nn.functional.scaled_dot_product_attention
+
+    def spy(query, key, value, attn_mask=None, **keywords):
+        calls.append((query.shape[2], key.shape[2], attn_mask, keywords["is_causal"]))
+        return real(query, key, value, attn_mask=attn_mask, **keywords)
+
+    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", spy)
+    states(make("llama"), documents())
+    assert calls == [(n, n, None, n > 1) for n in LENGTHS] * 2
+
+
+def test_a_window_masks_only_documents_that_are_longer(monkeypatch):
+    masks = []
+    monkeypatch.setattr(
+        "transformers.integrations.sdpa_attention.sdpa_attention_forward",
+        lambda module, q, k, v, mask, **s: masks.append(mask) or sdpa_attention_forward(module, q, k, v, mask, **s),
+    )
+    states(make("mistral", sliding_window=9, num_hidden_layers=1), documents())
+    assert [m if m is None else m.shape for m in masks] == [None, None, (1, 1, 14, 14), None]
+    i = torch.arange(14)
+    assert torch.equal(masks[2][0, 0], (i[None] <= i[:, None]) & (i[None] > i[:, None] - 9))
+
+
+@pytest.mark.parametrize("name", ["llama", "mistral", "gpt2", "gemma3_text", "qwen3_moe"])
+def test_checkpointing_recomputes_outside_of_packed(name):
+    model = make(name).train()
+    plain = states(model, documents())
+    expected = gradients(model, project(plain))
+    model.gradient_checkpointing_enable({"use_reentrant": False})
+    recomputed = []
+    model.base_model.register_forward_pre_hook(lambda *_: recomputed.clear())
+    watched = next(m for m in model.modules() if m is not model and type(m).__name__.endswith("Attention"))
+    watched.register_forward_hook(lambda *_: recomputed.append(attention._lengths.get()))
+    hidden = states(model, documents())
+    assert_close(gradients(model, project(hidden)), expected)
+    assert recomputed == [LENGTHS, None]
+
+
+@pytest.mark.parametrize("name", ["llama", "mistral", "gpt2"])
+def test_padded_batches_equal_sdpa(name):
+    ours, theirs = make(name), make(name, "sdpa")
+    ids = torch.randint(3, VOCAB, (3, 11), generator=torch.Generator().manual_seed(3))
+    mask = torch.ones_like(ids)
+    mask[1, 7:] = mask[2, :4] = 0
+    arguments = {"input_ids": ids, "attention_mask": mask, "use_cache": False}
+    with packed(None):
+        hidden = ours.base_model(**arguments).last_hidden_state
+    assert torch.equal(hidden, theirs.base_model(**arguments).last_hidden_state)
+    assert_close(gradients(ours, project(hidden[0])), gradients(ours, project(ours.base_model(**arguments)[0][0])), 0)
+
+
+@pytest.mark.parametrize("name", ["llama", "mistral", "gemma3_text", "gpt2"])
+def test_generation_equals_sdpa(name):
+    ids = torch.randint(3, VOCAB, (2, 6), generator=torch.Generator().manual_seed(4))
+    mask = torch.ones_like(ids)
+    mask[1, :3] = 0
+    arguments = {"input_ids": ids, "attention_mask": mask, "max_new_tokens": 12, "do_sample": False}
+    assert torch.equal(make(name).generate(**arguments), make(name, "sdpa").generate(**arguments))
+
+
+def test_dropout_and_scaling_reach_each_document():
+    torch.manual_seed(0)
+    layer, dropout = nn.Identity(), 0.5
+    query, key, value = (torch.randn(1, 2, 5, 4) for _ in range(3))
+    with packed([3, 2]):
+        mask = attention.make_mask(batch_size=1, q_length=5, kv_length=5, mask_function=None)
+    got = attention.attend(layer, query, key, value, mask, scaling=0.3)[0]
+    for rows in (slice(0, 3), slice(3, 5)):
+        piece = [x[:, :, rows] for x in (query, key, value)]
+        expected = nn.functional.scaled_dot_product_attention(*piece, scale=0.3, is_causal=True)
+        assert torch.equal(got[:, rows], expected.transpose(1, 2))
+    assert not torch.equal(attention.attend(layer, query, key, value, mask, scaling=0.3, dropout=dropout)[0], got)
+
+
+def faulty(module, query, key, value, mask, **settings):
+    """Plain causal attention over the whole row."""
+    return sdpa_attention_forward(module, query, key, value, None, **settings)
+
+
+@pytest.fixture
+def fault():
+    transformers.AttentionInterface.register("faulty", faulty)
+    transformers.AttentionMaskInterface.register("faulty", lambda **_: None)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("name", ["llama", "gpt2", "mistral"])
+def test_attention_that_mixes_documents_is_refused(name, dtype, fault):
+    model = make(name, "faulty").to(dtype)
+    with pytest.raises(UserError, match=r"'faulty' lets packed documents .* 'documents' or 'flash_attention_2'"):
+        refuse_unless_isolating(model)
+    for implementation in (NAME, "sdpa", "eager"):
+        refuse_unless_isolating(make(name, implementation).to(dtype))
+
+
+def test_untouched_weights_show_a_mixture_too(fault):
+    """The check has to work on models as they are initialised, when they hardly attend to anything."""
+    config = AutoConfig.for_model("llama", **SIZES)
+    with pytest.raises(UserError):
+        refuse_unless_isolating(AutoModelForCausalLM.from_config(config, attn_implementation="faulty"))
+
+
+RECURRENT = {
+    "mamba": {"state_size": 4},
+    "mamba2": {"state_size": 4, "num_heads": 4, "head_dim": 16, "n_groups": 1, "chunk_size": 4},
+    "qwen3_next": MOE
+    | {
+        "layer_types": ["linear_attention", "full_attention"],
+        "linear_num_key_heads": 2,
+        "linear_num_value_heads": 2,
+        "linear_key_head_dim": 8,
+        "linear_value_head_dim": 8,
+        "shared_expert_intermediate_size": 16,
+    },
+}
+
+
+@pytest.mark.parametrize("name", RECURRENT)
+def test_recurrent_architectures_are_refused(name):
+    model = make(name, None if name.startswith("mamba") else NAME, **RECURRENT[name])
+    with pytest.raises(UserError, match="packing off"):
+        refuse_unless_isolating(model)
+
+
+def test_the_check_leaves_no_trace():
+    model = make("llama", attention_dropout=0.5).train()
+    model.model.layers[1].eval()
+    modes, before = [m.training for m in model.modules()], torch.get_rng_state()
+    weights = copy.deepcopy(model.state_dict())
+    refuse_unless_isolating(model)
+    assert modes == [m.training for m in model.modules()]
+    assert torch.equal(before, torch.get_rng_state())
+    assert all(torch.equal(weights[k], v) for k, v in model.state_dict().items())
+    assert all(p.grad is None for p in model.parameters())
+    assert attention._lengths.get() is None
+
+
+def test_the_check_sees_through_peft(fault):
+    peft = pytest.importorskip("peft")
+    config = peft.LoraConfig(r=2, target_modules=["q_proj"], task_type="CAUSAL_LM")
+    refuse_unless_isolating(peft.get_peft_model(make("llama"), config))
+    with pytest.raises(UserError, match="LlamaModel"):
+        refuse_unless_isolating(peft.get_peft_model(make("llama", "faulty"), config))
+
+
+def test_terms_that_it_cannot_compute_are_refused():
+    gemma2 = make("gemma2", sliding_window=4, attn_logit_softcapping=20.0)
+    for call in (lambda: states(gemma2, documents()), lambda: gemma2(documents()[0])):
+        with pytest.raises(UserError, match="soft cap"):
+            call()
+    refuse_unless_isolating(make("gemma2", sliding_window=4, attn_logit_softcapping=None))
+    sinks = make("gpt_oss", num_local_experts=2, sliding_window=4)
+    with pytest.raises(UserError, match="sinks"):
+        states(sinks, documents())
+    layer = nn.Identity()
+    x = torch.randn(1, 2, 5, 4)
+    with packed([3, 2]):
+        mask = attention.make_mask(batch_size=1, q_length=5, kv_length=5, mask_function=None)
+    for argument in ("position_bias", "head_mask"):
+        with pytest.raises(UserError, match=argument.replace("_", " ")):
+            attention.attend(layer, x, x, x, mask, **{argument: torch.zeros(1)})
+    with pytest.raises(UserError, match="not causal"):
+        attention.attend(layer, x, x, x, mask, is_causal=False)
+
+
+def test_what_is_no_packed_row_is_refused():
+    with pytest.raises(UserError, match="no hidden states"):
+        refuse_unless_isolating(make("llama4_text"))
+    model = make("llama")
+    ids = torch.cat(documents(), 1)
+    calls = {
+        "two rows": {"input_ids": ids.expand(2, -1)},
+        "a mask of ones": {"input_ids": ids, "attention_mask": torch.ones_like(ids)},
+        "too short": {"input_ids": ids[:, 1:]},
+    }
+    for arguments in calls.values():
+        with packed(LENGTHS), pytest.raises(ValueError, match="a single row"):
+            model.model(**arguments, use_cache=False)
+    x = torch.randn(1, 2, 5, 4)
+    with packed([3, 2]), pytest.raises(UserError, match="ignores"):
+        attention.attend(nn.Identity(), x, x, x, None)
+
+
+def test_a_cache_does_not_mix_documents():
+    model = make("llama")
+    positions = torch.cat([torch.arange(n) for n in LENGTHS])[None]
+    with packed(LENGTHS):
+        cached = model.model(torch.cat(documents(), 1), position_ids=positions, use_cache=True).last_hidden_state
+    assert torch.equal(cached, states(model, documents()))
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("name", ["llama", "mistral", "gpt2"])
+def test_variable_length_kernel(name, monkeypatch):
+    model = make(name).cuda().to(torch.bfloat16)
+    docs = [d.cuda() for d in documents()]
+    calls = []
+    real = attention._attend_varlen
+    monkeypatch.setattr(attention, "_attend_varlen", lambda *a: calls.append(1) or real(*a))
+    positions = torch.cat([torch.arange(n) for n in LENGTHS])[None].cuda()
+
+    def run():
+        with packed(LENGTHS):
+            return model.base_model(torch.cat(docs, 1), position_ids=positions, use_cache=False).last_hidden_state
+
+    fast = run()
+    assert calls
+    monkeypatch.setattr(attention, "_varlen_fits", lambda *_: False)
+    slow = run()
+    weights = torch.randn(fast.shape, generator=torch.Generator().manual_seed(2)).cuda()
+    assert (fast - slow).float().norm() <= 2e-2 * slow.float().norm()
+    for a, b in zip(gradients(model, (fast * weights).sum()), gradients(model, (slow * weights).sum()), strict=True):
+        assert (a - b).float().norm() <= 5e-2 * b.float().norm() + 1e-3
