@@ -44,11 +44,18 @@ class MetricsCSV(Logger):
         self.columns: list[str] = ["step", "epoch"]
         self._row: dict[str, Any] = {}
 
-    def open(self, file: Path, step: int = 0) -> None:
-        """Begins a file, or goes on with one from `step` on: later lines are cut off."""
+    def open(self, file: Path, step: int = 0, row: dict[str, Any] | None = None) -> None:
+        """Begins a file, or goes on with one from `step` on: later lines are cut off.
+
+        `row` is the line of `step` as the checkpoint holds it: the run may have been killed before it was written.
+        """
         self.file = file
-        rows = [row for row in _read(file) if int(row["step"]) <= step]
+        rows = [line for line in _read(file) if int(line["step"]) <= step]
         self.columns = list(rows[0]) if rows else ["step", "epoch"]
+        if row:
+            rows = [line for line in rows if int(line["step"]) < row["step"]]
+            self.columns += sorted(row.keys() - set(self.columns))
+            self._row = dict(row)
         self._rewrite(rows)
 
     @rank_zero_only

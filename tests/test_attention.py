@@ -146,10 +146,10 @@ def test_a_window_masks_only_documents_that_are_longer(monkeypatch):
         "transformers.integrations.sdpa_attention.sdpa_attention_forward",
         lambda module, q, k, v, mask, **s: masks.append(mask) or sdpa_attention_forward(module, q, k, v, mask, **s),
     )
-    states(make("mistral", sliding_window=9, num_hidden_layers=1), documents())
+    states(make("mistral", sliding_window=13, num_hidden_layers=1), documents())
     assert [m if m is None else m.shape for m in masks] == [None, None, (1, 1, 14, 14), None]
     i = torch.arange(14)
-    assert torch.equal(masks[2][0, 0], (i[None] <= i[:, None]) & (i[None] > i[:, None] - 9))
+    assert torch.equal(masks[2][0, 0], (i[None] <= i[:, None]) & (i[None] > i[:, None] - 13))
 
 
 @pytest.mark.parametrize("name", ["llama", "mistral", "gpt2", "gemma3_text", "qwen3_moe"])
@@ -254,8 +254,12 @@ def test_recurrent_architectures_are_refused(name):
 
 
 def test_the_check_leaves_no_trace():
+    def draw(*_):
+        torch.rand(1)
+
     model = make("llama", attention_dropout=0.5).train()
     model.model.layers[1].eval()
+    model.model.layers[0].register_forward_pre_hook(draw)
     modes, before = [m.training for m in model.modules()], torch.get_rng_state()
     weights = copy.deepcopy(model.state_dict())
     refuse_unless_isolating(model)

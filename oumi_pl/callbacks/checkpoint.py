@@ -34,10 +34,18 @@ class Checkpoints(Checkpoint):
         self.best_score: float | None = None
         self.best_model_path = ""
         self._saved_step = -1
+        self._due = False
 
     def on_train_batch_end(self, trainer: L.Trainer, *_: Any) -> None:
-        """Saves at the end of every n-th update; in the middle of one there is nothing to go on from."""
-        if not trainer.fit_loop._should_accumulate() and trainer.global_step % self.every == 0:
+        """Saves at the end of every n-th update; in the middle of one there is nothing to go on from.
+
+        Where validation follows, after it: a resumed run would not repeat it, and its metrics would be lost.
+        """
+        if trainer.fit_loop._should_accumulate() or trainer.global_step % self.every:
+            return
+        if _validation_follows(trainer):
+            self._due = True
+        else:
             self.save(trainer)
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
@@ -45,17 +53,21 @@ class Checkpoints(Checkpoint):
         self.save(trainer)
 
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Keeps the weights if the monitored metric is the best so far."""
-        if self.monitor is None or trainer.sanity_checking or self.directory is None:
+        """Keeps the weights if the monitored metric is the best so far, and saves if it is time."""
+        if trainer.sanity_checking or self.directory is None:
             return
-        if self.monitor not in trainer.callback_metrics:
-            raise UserError(
-                f"checkpoint.monitor: there is no metric {self.monitor!r}{nearest(self.monitor, trainer.callback_metrics)}"
-            )
-        score = float(trainer.callback_metrics[self.monitor])
+        if self.monitor is not None:
+            self._keep_best(trainer, self.directory, self.monitor)
+        if self._due:
+            self.save(trainer)
+
+    def _keep_best(self, trainer: L.Trainer, directory: Path, monitor: str) -> None:
+        if monitor not in trainer.callback_metrics:
+            raise UserError(f"checkpoint.monitor: there is no metric {monitor!r}{nearest(monitor, trainer.callback_metrics)}")
+        score = float(trainer.callback_metrics[monitor])
         if self.best_score is None or (score < self.best_score if self.mode == "min" else score > self.best_score):
             self.best_score = score
-            self.best_model_path = str(self.directory / "best.ckpt")
+            self.best_model_path = str(directory / "best.ckpt")
             _save_whole(trainer, Path(self.best_model_path), weights_only=True)
 
     def save(self, trainer: L.Trainer) -> None:
@@ -64,6 +76,7 @@ class Checkpoints(Checkpoint):
         if self.directory is None or step == self._saved_step:
             return
         self._saved_step = step
+        self._due = False
         _save_whole(trainer, self.directory / checkpoint_name(step))
         if trainer.is_global_zero:
             for old in saved_steps(self.directory)[: -self.keep]:
@@ -77,6 +90,11 @@ class Checkpoints(Checkpoint):
         """Goes on with the best score so far."""
         self.best_score = state_dict["best_score"]
         self.best_model_path = state_dict["best_model_path"]
+
+
+def _validation_follows(trainer: L.Trainer) -> bool:
+    fetcher = trainer.fit_loop._data_fetcher
+    return fetcher is not None and trainer.fit_loop.epoch_loop._should_check_val_fx(fetcher)
 
 
 def _save_whole(trainer: L.Trainer, path: Path, weights_only: bool = False) -> None:

@@ -34,6 +34,7 @@ class RunFolder(L.Callback):
         self.config = config
         self.resume = resume
         self.directory: Path | None = None
+        self._row: dict[str, Any] | None = None
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         """Rank 0 makes the folder, the others are told."""
@@ -72,7 +73,17 @@ class RunFolder(L.Callback):
         """Opens the metrics file where the run stands."""
         for logger in trainer.loggers:
             if isinstance(logger, MetricsCSV) and self.directory is not None and trainer.is_global_zero:
-                logger.open(self.directory / "metrics.csv", trainer.global_step)
+                logger.open(self.directory / "metrics.csv", trainer.global_step, self._row)
+
+    def on_save_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
+        """Keeps the metrics of this step in the checkpoint: a kill may come before they are in the file."""
+        kinds = ("train/", "val/", "epoch") if trainer.validating else ("train/", "epoch")
+        row = {name: float(value) for name, value in trainer.logged_metrics.items() if name.startswith(kinds)}
+        checkpoint["metrics_row"] = row | {"step": trainer.global_step}
+
+    def on_load_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
+        """Takes up the metrics of the checkpoint's step."""
+        self._row = checkpoint.get("metrics_row")
 
     @rank_zero_only
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:

@@ -51,6 +51,7 @@ def smoothed_with_z(logits, targets):
     return F.cross_entropy(logits, targets, reduction="none", label_smoothing=0.1) + 1e-2 * lse**2
 
 
+TRANSFORMS = [None, soft_cap, torch.tanh]  # the last one's gradient reads its output, which must not be overwritten
 LOSSES = {
     "plain": (CrossEntropy(), plain_cross_entropy),
     "smoothed": (
@@ -95,7 +96,7 @@ def assert_close(ours, theirs, tolerance):
 
 
 @pytest.mark.parametrize("wrap", [False, True], ids=["linear", "wrapped"])
-@pytest.mark.parametrize("transform", [None, soft_cap], ids=["", "capped"])
+@pytest.mark.parametrize("transform", TRANSFORMS)
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
 @pytest.mark.parametrize("name", LOSSES)
 def test_loss_and_gradients_equal_full_logits(name, dtype, transform, wrap):
@@ -115,7 +116,7 @@ def test_loss_and_gradients_equal_full_logits(name, dtype, transform, wrap):
 
 
 @pytest.mark.parametrize("wrap", [False, True], ids=["linear", "wrapped"])
-@pytest.mark.parametrize("transform", [None, soft_cap], ids=["", "capped"])
+@pytest.mark.parametrize("transform", TRANSFORMS)
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
 def test_logps_equal_full_logits_under_any_weights(dtype, transform, wrap):
     hidden, targets, head = make(dtype=dtype, bias=True)
@@ -145,6 +146,17 @@ def test_only_what_needs_a_gradient_gets_one(function, frozen):
     if expected.requires_grad:
         inputs = hidden, *head.parameters()
         assert_close(gradients(value, *inputs), gradients(expected, *inputs), 1e-10)
+
+
+def test_evaluation_computes_no_gradients(monkeypatch):
+    hidden, targets, head = make()
+    expected = token_loss_sum(hidden, targets, head, CrossEntropy(), chunk_size=CHUNK)
+    monkeypatch.setattr(linear_head, "HeadGradients", None)
+    with torch.no_grad():
+        output = token_loss_sum(hidden, targets, head, CrossEntropy(), chunk_size=CHUNK)
+    assert not output.loss_sum.requires_grad
+    assert_close([output.loss_sum], [expected.loss_sum.detach()], 1e-10)
+    assert output[1:] == expected[1:]
 
 
 def test_frozen_head_holds_no_gradient_buffer():

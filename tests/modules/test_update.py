@@ -136,8 +136,7 @@ def on_two_processes(tmp_path, strategy, batch_size, micro_batches, clip=None):
     environment = os.environ | {"OUMI_PL_CACHE": str(tmp_path / "cache"), "OMP_NUM_THREADS": "1"}
     data(tmp_path, ROWS).stores("train")  # both processes find it in the cache
     done = subprocess.run(
-        [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--master_port=0", str(script)]
-        + [strategy, str(batch_size), str(micro_batches), str(tmp_path)],
+        [sys.executable, str(script), strategy, str(batch_size), str(micro_batches), str(tmp_path)],
         env=environment,
         capture_output=True,
         text=True,

@@ -1,0 +1,229 @@
+"""Killed at any moment and resumed: the same samples in the same order and bit-identical weights, as if never killed."""
+
+import csv
+import json
+import os
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+
+import lightning as L
+import pytest
+import torch
+
+from oumi_pl.callbacks.checkpoint import Checkpoints
+from oumi_pl.checkpoints import AtomicCheckpointIO
+from tests.tiny import conversations, data, module, trainer, weights, write_jsonl
+
+DROPOUT = {"attention_dropout": 0.2}
+ROWS, BATCH, MICRO = 14, 2, 2  # updates of 4 rows: 4 in an epoch, the last one short
+
+
+class Kill(L.Callback):
+    """Ends training after so many micro-batches, in the middle of whatever is going on."""
+
+    def __init__(self, after):
+        self.after = after
+        self.seen = []
+
+    def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+        if len(self.seen) == self.after:
+            raise InterruptedError
+        self.seen.append(batch["sample_ids"])
+
+
+def adamw(params):
+    return torch.optim.AdamW(params, lr=1e-2)
+
+
+def run(tmp_path, directory, kill=10**9, every=3, resume=None, seed=1, workers=0, **kwargs):
+    checkpoints = Checkpoints(every=every, keep=1)
+    checkpoints.directory = directory
+    directory.mkdir(exist_ok=True)
+    killer = Kill(kill)
+    sft = module(adamw, DROPOUT)
+    L.seed_everything(seed)
+    loop = trainer(
+        **{"max_epochs": 3, "accumulate_grad_batches": MICRO, "enable_checkpointing": True} | kwargs,
+        callbacks=[killer, checkpoints],
+        plugins=[AtomicCheckpointIO()],
+    )
+    sft_data = data(tmp_path, ROWS, batch_size=BATCH, workers=workers, validation=0.2)
+    try:
+        loop.fit(sft, sft_data, ckpt_path=resume, weights_only=True)
+    except InterruptedError:
+        pass
+    return sft, killer.seen
+
+
+def newest(directory):
+    return max(directory.glob("step-*.ckpt"), default=None)
+
+
+@pytest.mark.parametrize("kill", [1, 5, 6, 7, 8, 11, 12, 13, 17])
+def test_killed_and_resumed_equals_uninterrupted(tmp_path, kill):
+    whole, seen = run(tmp_path, tmp_path / "whole")
+    _, before = run(tmp_path, tmp_path / "killed", kill)
+    assert before == seen[:kill]
+    checkpoint = newest(tmp_path / "killed")
+    # another seed: whatever is drawn anew instead of restored shows
+    resumed, after = run(tmp_path, tmp_path / "killed", resume=checkpoint, seed=1 if checkpoint is None else 2)
+    step = 0 if checkpoint is None else int(checkpoint.stem.split("-")[1])
+    assert after == seen[step * MICRO :]
+    assert all(torch.equal(a, b) for a, b in zip(weights(resumed).values(), weights(whole).values(), strict=True))
+
+
+def test_killed_in_the_middle_of_max_steps(tmp_path):
+    limits = {"max_steps": 7, "max_epochs": None}
+    whole, seen = run(tmp_path, tmp_path / "whole", **limits)
+    run(tmp_path, tmp_path / "killed", 11, **limits)
+    resumed, after = run(tmp_path, tmp_path / "killed", resume=newest(tmp_path / "killed"), seed=2, **limits)
+    assert after == seen[3 * MICRO :]
+    assert all(torch.equal(a, b) for a, b in zip(weights(resumed).values(), weights(whole).values(), strict=True))
+
+
+def test_without_the_generators_it_would_differ(tmp_path, monkeypatch):
+    whole, _ = run(tmp_path, tmp_path / "whole")
+    run(tmp_path, tmp_path / "killed", 8)
+    monkeypatch.setattr("oumi_pl.modules.base.set_rng_state", lambda state: None)
+    resumed, _ = run(tmp_path, tmp_path / "killed", resume=newest(tmp_path / "killed"), seed=2)
+    assert any(not torch.equal(a, b) for a, b in zip(weights(resumed).values(), weights(whole).values(), strict=True))
+
+
+def test_resumes_with_another_layout_of_the_same_update(tmp_path):
+    """Elastic: 2 x 2 rows become 1 x 4, and each update still sees the same rows."""
+    _, seen = run(tmp_path, tmp_path / "whole")
+    updates = [sorted(i for batch in seen[k : k + MICRO] for i in batch) for k in range(0, len(seen), MICRO)]
+    run(tmp_path, tmp_path / "killed", 8)
+
+    kill = Kill(10**9)
+    sft_data = data(tmp_path, ROWS, batch_size=1, validation=0.2)
+    loop = trainer(max_epochs=3, accumulate_grad_batches=4, callbacks=[kill])
+    loop.fit(module(adamw, DROPOUT), sft_data, ckpt_path=newest(tmp_path / "killed"), weights_only=True)
+    after = [sorted(i for batch in kill.seen[k : k + 4] for i in batch) for k in range(0, len(kill.seen), 4)]
+    assert after == updates[3:]
+    assert loop.global_step == len(updates)
+
+
+def test_refuses_another_size_of_update(tmp_path):
+    run(tmp_path, tmp_path / "killed", 8)
+    loop = trainer(max_epochs=3, accumulate_grad_batches=4)
+    with pytest.raises(Exception, match="made with 4 rows per update, this run has 8"):
+        loop.fit(
+            module(adamw, DROPOUT),
+            data(tmp_path, ROWS, batch_size=BATCH, validation=0.2),
+            ckpt_path=newest(tmp_path / "killed"),
+            weights_only=True,
+        )
+
+
+def test_what_the_recipe_says_now_wins_over_the_checkpoint(tmp_path):
+    run(tmp_path, tmp_path / "killed", 8)
+    sft = module(lambda params: torch.optim.AdamW(params, lr=5e-4, weight_decay=0.3), DROPOUT)
+    loop = trainer(max_epochs=3, accumulate_grad_batches=MICRO)
+    sft_data = data(tmp_path, ROWS, batch_size=BATCH, validation=0.2)
+    loop.fit(sft, sft_data, ckpt_path=newest(tmp_path / "killed"), weights_only=True)
+    assert {group["lr"] for group in loop.optimizers[0].param_groups} == {5e-4}
+    assert {group["weight_decay"] for group in loop.optimizers[0].param_groups} == {0.3, 0.0}
+
+
+RECIPE = """
+model:
+  class_path: SFT
+  init_args:
+    config: {{model_type: llama, hidden_size: 32, intermediate_size: 64, num_hidden_layers: 2, num_attention_heads: 4,
+             num_key_value_heads: 2, max_position_embeddings: 512, attention_dropout: 0.2}}
+    optimizer: {{class_path: AdamW, init_args: {{lr: 1.0e-2}}}}
+    schedule: {{class_path: Cosine, init_args: {{warmup: 2}}}}
+data:
+  class_path: SFTData
+  init_args:
+    train: rows.jsonl
+    validation: 0.2
+    tokenizer: {{class_path: ByteTokenizer}}
+    max_length: 256
+    batch_size: 2
+    workers: {workers}
+trainer:
+  accelerator: cpu
+  max_epochs: 3
+  accumulate_grad_batches: 2
+  callbacks: [{{class_path: kill.Kill}}]
+checkpoint: {{every: 2}}
+"""
+
+KILL = """
+import os, signal
+from lightning.pytorch.callbacks import Callback
+
+class Kill(Callback):
+    def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+        if str(trainer.fit_loop.epoch_loop.total_batch_idx) == os.environ.get("KILL_AT"):
+            os.kill(os.getpid(), getattr(signal, os.environ["KILL_WITH"]))
+"""
+
+
+def command(folder, *args, **environment):
+    return subprocess.run(
+        [sys.executable, "-m", "oumi_pl", "fit", *args],
+        cwd=folder,
+        env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parents[1])} | environment,
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+
+
+def final_weights(folder):
+    return torch.load(newest(folder / "checkpoints"), weights_only=True)["state_dict"]
+
+
+def prepare(folder, workers):
+    folder.mkdir()
+    (folder / "recipe.yaml").write_text(textwrap.dedent(RECIPE.format(workers=workers)))
+    (folder / "kill.py").write_text(KILL)
+    write_jsonl(folder / "rows.jsonl", conversations(ROWS))
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("whole") / "work"
+    prepare(folder, workers=0)
+    done = command(folder, "--config", "recipe.yaml", OUMI_PL_CACHE=str(folder / "cache"))
+    assert done.returncode == 0, done.stderr
+    return folder / "runs" / "recipe"
+
+
+@pytest.mark.parametrize(
+    ("workers", "kill_at", "kill_with", "exit_code"),
+    [
+        (0, "8", "SIGKILL", -9),  # right after the validation and the checkpoint that end the first epoch
+        (2, "11", "SIGKILL", -9),  # in the second epoch, between checkpoints, in the middle of an update
+        (0, "11", "SIGTERM", 143),
+    ],
+)
+def test_the_command_killed_and_resumed_equals_uninterrupted(
+    tmp_path, uninterrupted, workers, kill_at, kill_with, exit_code
+):
+    """Weights and metrics as if never killed, whatever the number of loader workers."""
+    folder = tmp_path / "work"
+    prepare(folder, workers)
+    killed = command(folder, "--config", "recipe.yaml", KILL_AT=kill_at, KILL_WITH=kill_with)
+    assert killed.returncode == exit_code, killed.stderr
+    run_folder = folder / "runs" / "recipe"
+    assert json.loads((run_folder / "run.json").read_text())["status"] == ("stopped" if exit_code == 143 else "running")
+    resumed = command(folder, "--config", "recipe.yaml", "--resume")
+    assert resumed.returncode == 0, resumed.stderr
+    assert "resuming" in resumed.stdout
+    assert [p.name for p in (folder / "runs").iterdir()] == ["recipe"]
+
+    expected, got = final_weights(uninterrupted), final_weights(run_folder)
+    assert all(torch.equal(got[name], expected[name]) for name in expected)
+    assert losses(run_folder) == losses(uninterrupted)
+    assert json.loads((run_folder / "run.json").read_text())["status"] == "finished"
+
+
+def losses(run_folder):
+    with (run_folder / "metrics.csv").open(newline="") as lines:
+        return [(row["step"], row["train/loss"], row["train/num_tokens"], row["val/loss"]) for row in csv.DictReader(lines)]
