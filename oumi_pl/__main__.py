@@ -2,11 +2,12 @@
 
 import importlib
 import sys
+import traceback
 from pathlib import Path
 from typing import Any
 
 from oumi_pl import __version__, recipe_files
-from oumi_pl.errors import UserError, nearest
+from oumi_pl.errors import UserError, nearest, of_the_machine
 
 HELP = """\
 usage: oumi_pl COMMAND [options]          (or: python -m oumi_pl COMMAND)
@@ -32,7 +33,7 @@ COMMANDS = (*TRAINER_COMMANDS, "export")
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Runs a command line and returns its exit code: 0, or 2 for a mistake of the user's."""
+    """Runs a command line and returns its exit code: 0, 2 for a mistake of the user's, 1 for a bug."""
     try:
         return _run(list(sys.argv[1:] if argv is None else argv))
     except UserError as error:
@@ -41,6 +42,15 @@ def main(argv: list[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 130
+    except SystemExit as stop:  # the parser's way to end after --help and --print_config
+        return stop.code if isinstance(stop.code, int) else int(stop.code is not None)
+    except Exception as error:
+        if message := of_the_machine(error):
+            print(f"error: {message}", file=sys.stderr)
+            return 2
+        traceback.print_exc()
+        print(_whose(error), file=sys.stderr)
+        return 1
 
 
 def _run(argv: list[str]) -> int:
@@ -64,20 +74,24 @@ def _run(argv: list[str]) -> int:
 def _train(command: str, rest: list[str]) -> int:
     args, configs, trees = _with_recipe_paths(rest)
     resume, args = _take_resume(args)
-    if not configs and resume is None and not {"-h", "--help"} & set(args):
-        raise UserError(f"{command} needs a recipe: oumi_pl {command} --config quickstart/sft; recipes: " + ", ".join(recipe_files.names()))
+    if not configs and resume is None and not any(arg in ("-h", "--help") or arg.endswith(".help") for arg in args):
+        recipes = ", ".join(recipe_files.names())
+        raise UserError(f"{command} needs a recipe: oumi_pl {command} --config NAME or FILE; recipes: {recipes}")
     recipe = "-".join(recipe_files.recipe_name(path) for path in configs) or "run"
-    tree = {key: value for recipe_tree in trees for key, value in recipe_tree.items()}
+    tree: dict[str, Any] = {}
+    for recipe_tree in trees:
+        tree = recipe_files.merge(tree, recipe_tree)
     folder = None
     if resume is not None:
-        from oumi_pl import resuming
+        from oumi_pl import resuming, runs
 
-        folder, recipe, args = resuming.arguments(command, resume, recipe, args)
+        folder, recipe, args = resuming.arguments(command, resume, recipe, args, tree)
+        trees = [recipe_files.check(folder / runs.CONFIG)]
     from oumi_pl.callbacks.preemption import Stopped
     from oumi_pl.cli import CLI
 
     try:
-        CLI([command, *args], recipe=recipe, resume=folder, tree=tree)
+        CLI([command, *args], recipe=recipe, resume=folder, trees=trees)
     except Stopped as stop:
         print(f"{stop}; go on with: oumi_pl fit --resume DIR", file=sys.stderr)
         return stop.exit_code
@@ -115,6 +129,16 @@ def _take_resume(args: list[str]) -> tuple[str | None, list[str]]:
             return args[i + 1], args[:i] + args[i + 2 :]
         return value, args[:i] + args[i + 1 :]
     return None, args
+
+
+def _whose(error: Exception) -> str:
+    """The last line under a traceback: whether it ends in a file of the user's, or looks like a bug of ours."""
+    frames = traceback.extract_tb(error.__traceback__)
+    ours = str(Path(__file__).parent)
+    theirs = [f for f in frames if f.filename.startswith(str(Path.cwd())) and not f.filename.startswith((ours, sys.prefix))]
+    if theirs:
+        return f"this comes from a file of yours: {theirs[-1].filename} line {theirs[-1].lineno}"
+    return "this looks like a bug of oumi_pl; please report it with the lines above"
 
 
 if __name__ == "__main__":

@@ -46,10 +46,11 @@ class CausalLM(nn.Module):
         return lambda logits: _scaled_and_capped(logits, scale, cap)
 
     def forward(self, batch: Batch, token_loss: TokenLoss) -> TokenLossOutput:
-        """Sum of `token_loss` over the batch's targets, with the router loss of mixture-of-experts models added.
+        """Sum of `token_loss` over the batch's targets; in training, with the router loss of mixtures of experts added.
 
         The router loss is a mean over the micro-batch; it is weighted by the micro-batch's target tokens, so that it
-        survives the division by the update's token count with the weight that the config gives it.
+        survives the division by the update's token count with the weight that the config gives it. In evaluation it is
+        left out: it is no likelihood, and depends on which rows happen to share a batch.
         """
         hidden, router_loss = self.hidden_states(batch)
         labels = batch["labels"]
@@ -86,7 +87,7 @@ class CausalLM(nn.Module):
     @property
     def _router_coefficient(self) -> float:
         config = self.base.config.get_text_config()
-        if not getattr(config, "output_router_logits", False):
+        if not self.training or not getattr(config, "output_router_logits", False):
             return 0.0
         return float(getattr(config, "router_aux_loss_coef", 0.0))
 
@@ -98,23 +99,28 @@ class CausalLM(nn.Module):
 
     @torch.no_grad()
     def refuse_unknown_logits(self) -> None:
-        """Compares our logits on a few tokens with the model's own.
+        """Compares our logits on a few tokens with the model's own. Leaves generators and training modes as they were.
 
         Raises:
             UserError: if the architecture does something to its logits that this wrapper does not know.
         """
-        training = self.training
+        weight = next(p for p in self.base.parameters() if p.is_floating_point())
+        vocabulary = self.base.get_input_embeddings().weight.shape[0]
+        positions = torch.arange(PROBE_TOKENS, device=weight.device).unsqueeze(0)
+        ids = positions % vocabulary
+        batch: Batch = {"input_ids": ids, "position_ids": positions, "labels": ids}
+        modes = {module: module.training for module in self.modules()}
         self.eval()
-        embeddings = self.base.get_input_embeddings().weight
-        ids = torch.arange(PROBE_TOKENS, device=embeddings.device).unsqueeze(0) % embeddings.shape[0]
-        position_ids = torch.arange(PROBE_TOKENS, device=embeddings.device).unsqueeze(0)
-        batch: Batch = {"input_ids": ids, "position_ids": position_ids, "labels": ids}
-        logits = self.head(self.hidden_states(batch)[0]).float()
+        try:
+            with torch.random.fork_rng([weight.device] if weight.is_cuda else []):
+                logits = self.head(self.hidden_states(batch)[0]).float()
+                own = self.base(input_ids=ids, position_ids=positions, use_cache=False).logits.float()
+        finally:
+            for module, mode in modes.items():
+                module.training = mode
         if self.logit_transform is not None:
             logits = self.logit_transform(logits)
-        own = self.base(input_ids=ids, position_ids=position_ids, use_cache=False).logits.float()
-        self.train(training)
-        tolerance = 1e-4 if embeddings.dtype in (torch.float32, torch.float64) else 5e-2
+        tolerance = 1e-4 if weight.dtype in (torch.float32, torch.float64) else 5e-2
         if not torch.allclose(logits, own, rtol=tolerance, atol=tolerance * float(own.abs().max())):
             raise UserError(
                 f"{type(self.base).__name__} computes its logits in a way that is not known here, so the loss would be "

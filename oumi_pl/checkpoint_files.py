@@ -20,6 +20,12 @@ def saved_steps(directory: Path) -> list[Path]:
     return sorted(p for p in directory.glob("step-*.ckpt") if _STEP.search(p.name))
 
 
+def step_of(checkpoint: Path) -> int:
+    """Updates that a checkpoint has behind it, by its name; -1 for `best.ckpt` and others without a step."""
+    found = _STEP.search(checkpoint.name)
+    return int(found.group(1)) if found else -1
+
+
 def remove(path: Path) -> None:
     """Deletes a checkpoint, file or sharded directory."""
     if path.is_dir():

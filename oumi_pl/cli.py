@@ -3,12 +3,17 @@
 import logging
 import os
 import warnings
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 from jsonargparse import Namespace
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.accelerators import AcceleratorRegistry
 from lightning.pytorch.callbacks import Callback, ProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+from lightning.pytorch.loggers.logger import Logger
+from lightning.pytorch.strategies import StrategyRegistry
 from torch.optim import Optimizer
 
 # Short class names in recipes (`class_path: SFT`) are found among the subclasses that are imported.
@@ -26,15 +31,20 @@ from oumi_pl.data.base import TextData
 from oumi_pl.data.sft import SFTData
 from oumi_pl.data.sources import Source
 from oumi_pl.data.tokenizers import TokenizerFactory
-from oumi_pl.errors import UserError
-from oumi_pl.explain import explain, parameters, subclasses
+from oumi_pl.errors import UserError, nearest
+from oumi_pl.explain import explain, subclasses
 from oumi_pl.metrics import MetricsCSV
 from oumi_pl.modules.base import LanguageModule
 from oumi_pl.modules.sft import SFT
 from oumi_pl.optim import Schedule
+from oumi_pl.recipe_keys import refuse_unknown_keys
+from oumi_pl.refusals import refuse_contradictions
 from oumi_pl.types import TokenLoss
 
 __all__ = ["CLI", "SFT", "Answers", "SFTData"]
+
+ACCIDENTAL = ("accelerate", "transformers")
+"""Packages that happen to be imported, and define optimizers of the same names as torch's."""
 
 TRAINER_DEFAULTS = {
     "use_distributed_sampler": False,  # the plan is cut by rank already
@@ -47,10 +57,10 @@ TRAINER_DEFAULTS = {
 class Parser(LightningArgumentParser):
     """An argument parser whose errors are one message: what is wrong, where, and the nearest right name."""
 
-    tree: ClassVar[dict[str, Any]] = {}
-    """The recipe as it was read, for errors to point into."""
     flags: ClassVar[list[str]] = []
     """The options of the command that is run."""
+    args: ClassVar[list[str]] = []
+    """What was typed."""
 
     def error(self, message: str, ex: Exception | None = None) -> Any:
         """Raises instead of printing a page of usage.
@@ -60,7 +70,11 @@ class Parser(LightningArgumentParser):
         """
         if not self.exit_on_error:
             return super().error(message, ex)
-        raise UserError(explain(message, self.flags, _known_classes(), self.tree)) from ex
+        raise UserError(explain(message, self.flags, _known_classes(), self.args)) from ex
+
+    def _add_signature_parameter(self, *args: Any, **kwargs: Any) -> Any:
+        """Takes text for text: jsonargparse would open a data file named in a recipe and read it as a config."""
+        return super()._add_signature_parameter(*args, **{**kwargs, "sub_configs": False})
 
 
 class CLI(LightningCLI):
@@ -70,13 +84,19 @@ class CLI(LightningCLI):
         args: The command line after the program's name.
         recipe: What the runs of this recipe are found by.
         resume: Run folder to continue.
-        tree: The recipe as it was read, for errors to point into.
+        trees: The recipes as they were read, to be checked key by key.
     """
 
-    def __init__(self, args: list[str], recipe: str = "run", resume: Path | None = None, tree: dict[str, Any] | None = None) -> None:
+    def __init__(
+        self,
+        args: list[str],
+        recipe: str = "run",
+        resume: Path | None = None,
+        trees: Sequence[dict[str, Any]] = (),
+    ) -> None:
         self.recipe = recipe
         self.resume = resume
-        Parser.tree = tree or {}
+        self.trees = trees
         _quiet()
         super().__init__(
             LanguageModule,
@@ -94,10 +114,16 @@ class CLI(LightningCLI):
         )
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
-        """Parses, with the command's options at hand for errors."""
+        """Checks the keys of the recipes, and parses, with the command's options at hand for errors."""
         command = self._subcommand_parsers.get(args[0]) if args else None
         Parser.flags = [flag for action in command._actions for flag in action.option_strings] if command else []
+        Parser.args = list(args or [])
+        for tree in self.trees:
+            refuse_unknown_keys(tree, Parser.flags, _known_classes())
         super().parse_arguments(parser, args)
+
+    def _parse_ckpt_path(self) -> None:
+        """Reads no hyper-parameters from a checkpoint: none are in it, and it would be loaded whole to find out."""
 
     def instantiate_classes(self) -> None:
         """Instantiates module, data and trainer; a mistake found on the way keeps its own words.
@@ -114,6 +140,15 @@ class CLI(LightningCLI):
             if cause is None:
                 raise
             raise cause from None
+        config = self.config_init[self.subcommand]
+        refuse_contradictions(str(self.subcommand), config, self.model, self.datamodule, self.trainer.callbacks)
+
+    def _run_subcommand(self, subcommand: str) -> None:
+        """Runs the command; what Lightning finds wrong with the settings is the user's to mend."""
+        try:
+            super()._run_subcommand(subcommand)
+        except MisconfigurationException as error:
+            raise UserError(f"trainer: {_first_sentence(error)}") from error
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """Adds the keys of a recipe that are neither model, data nor trainer."""
@@ -152,7 +187,11 @@ class CLI(LightningCLI):
             kwargs["max_epochs"] = 1
         if get("val_every") is not None:
             kwargs |= self._validation_by_steps(config, get("val_every"))
-        return self.trainer_class(**{**config, **kwargs})
+        _refuse_unknown_devices(config)
+        try:
+            return self.trainer_class(**{**config, **kwargs})
+        except (MisconfigurationException, ValueError) as error:
+            raise UserError(f"trainer: {_first_sentence(error)}") from error
 
     @staticmethod
     def _validation_by_steps(config: Any, val_every: int) -> dict[str, Any]:
@@ -206,22 +245,44 @@ def _quiet() -> None:
         ".*does not have many workers.*",  # tokenizing is done before training: collating is all that a worker would do
         ".*ModelCheckpoint.*",
         ".*`isinstance\\(treespec, LeafSpec\\)` is deprecated.*",
+        ".*Total length of `list` across ranks is zero.*",  # no validation was asked for
         ".*LightningCLI's args parameter is intended.*",
         ".*already initialized or opened.*",
     ):
         warnings.filterwarnings("ignore", harmless)
 
 
-def _known_classes() -> dict[str, dict[str, list[str]]]:
-    """Classes that recipes name by their short name, with their parameters, by section of a recipe."""
-    bases = {
-        "model": (LanguageModule, Optimizer, Schedule, TokenLoss),
-        "data": (TextData, TokenizerFactory),
-        "trainer": (Callback,),
+def _known_classes() -> dict[str, dict[str, type]]:
+    """Classes that recipes name by their short name, by their place in a recipe."""
+    bases: dict[str, type] = {
+        "model": LanguageModule,
+        "model.optimizer": Optimizer,
+        "model.schedule": Schedule,
+        "model.loss": TokenLoss,
+        "data": TextData,
+        "data.tokenizer": TokenizerFactory,
+        "trainer.callbacks": Callback,
+        "trainer.logger": Logger,
     }
     known = {
-        section: {cls.__name__: parameters(cls) for base in of_section for cls in subclasses(base)}
-        for section, of_section in bases.items()
+        place: {
+            cls.__name__: cls
+            for cls in subclasses(base)
+            if not cls.__name__.startswith("_") and cls.__module__.split(".")[0] not in ACCIDENTAL
+        }
+        for place, base in bases.items()
     }
-    known["data"]["Source"] = parameters(Source)
-    return known
+    return known | {f"data.{split}": {"Source": Source} for split in ("train", "validation", "test", "predict")}
+
+
+def _refuse_unknown_devices(config: Any) -> None:
+    known = {"accelerator": AcceleratorRegistry.available_accelerators(), "strategy": StrategyRegistry.available_strategies()}
+    for key, names in known.items():
+        name = config.get(key)
+        if isinstance(name, str) and name not in {"auto", "gpu", *names}:
+            raise UserError(f"trainer.{key}: there is no {name!r}{nearest(name, ['auto', *names])}")
+
+
+def _first_sentence(error: Exception) -> str:
+    """What Lightning complains about, without its advice."""
+    return " ".join(str(error).split()).split(". ")[0][:300].rstrip(".")

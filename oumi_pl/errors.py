@@ -1,8 +1,8 @@
 """The user's mistakes: one short message each, and the nearest name that would have been right."""
 
 import difflib
+import errno
 from collections.abc import Iterable
-
 
 LISTED = 12
 """How many known names an error lists at the most."""
@@ -23,9 +23,29 @@ def nearest(name: str, names: Iterable[str]) -> str:
         `"; did you mean 'x'?"` or `"; known: 'a', 'b'"`.
     """
     known = list(names)
-    close = difflib.get_close_matches(name, known, n=1, cutoff=0.6)
+    # capitals are the commonest slip: `adamw` is one letter from `adam`, but none from `AdamW`
+    by_case = {candidate.casefold(): candidate for candidate in known}
+    close = difflib.get_close_matches(name.casefold(), by_case, n=1, cutoff=0.6)
     if close:
-        return f"; did you mean {close[0]!r}?"
+        return f"; did you mean {by_case[close[0]]!r}?"
+    if not known:
+        return ""
     shown = sorted(known)[:LISTED]
     more = f", ... ({len(known)} in all)" if len(known) > LISTED else ""
     return "; known: " + ", ".join(repr(n) for n in shown) + more
+
+
+def of_the_machine(error: BaseException) -> str | None:
+    """What to say of an error that is neither the user's mistake nor a bug: a full disk, no memory; None for others."""
+    seen: BaseException | None = error
+    while seen is not None:  # writers tend to fail again while they clean up after a full disk
+        if isinstance(seen, OSError) and seen.errno in (errno.ENOSPC, errno.EDQUOT, errno.EROFS):
+            place = f", writing {seen.filename}" if seen.filename else ""
+            return f"{seen.strerror}{place}; make room, or choose another --runs_dir"
+        if type(seen).__name__ == "OutOfMemoryError":  # torch's, which is not imported here
+            return (
+                "out of memory on the device; smaller micro-batches give the same updates: halve data.batch_size and "
+                "double trainer.accumulate_grad_batches, or set model.gradient_checkpointing"
+            )
+        seen = seen.__cause__ or seen.__context__
+    return None

@@ -1,54 +1,26 @@
 """Builds and loads causal language models. The only place that loads weights."""
 
-import inspect
+import json
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, Literal
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, cast
 
 import torch
-from torch import nn
+from torch import Tensor
 
 from oumi_pl import attention
 from oumi_pl.errors import UserError, nearest
+from oumi_pl.hub import locate, reason
+from oumi_pl.lora import with_lora
+from oumi_pl.model_config import build_config, loaded, vocabulary
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 DType = Literal["auto", "float32", "bfloat16", "float16"]
 
-
-def build_config(
-    model: str | None, config: dict[str, Any] | None, tokenizer: "PreTrainedTokenizerBase | None", **hub: Any
-) -> "PretrainedConfig":
-    """The model's config: from `config` alone (`model_type` and its values), or a pretrained one with values overridden.
-
-    Without a pretrained config, vocabulary size and special token ids follow the tokenizer.
-
-    Raises:
-        UserError: for an unknown model type or key, a config that can't be loaded, or neither `model` nor `config`.
-    """
-    from transformers import CONFIG_MAPPING, AutoConfig
-
-    values = dict(config or {})
-    if model is not None:
-        hf_config = _loaded(AutoConfig.from_pretrained, model, **hub)
-        _refuse_unknown_keys(hf_config, values)
-        for key, value in values.items():
-            setattr(hf_config, key, value)
-        return hf_config
-    model_type = values.pop("model_type", None)
-    if model_type is None:
-        raise UserError("model: name a model (`model: HuggingFaceTB/SmolLM2-135M`) or a `config: {model_type: llama, …}`")
-    if model_type not in CONFIG_MAPPING:
-        raise UserError(f"model.config.model_type: unknown architecture {model_type!r}{nearest(model_type, CONFIG_MAPPING)}")
-    if tokenizer is not None:
-        values.setdefault("vocab_size", len(tokenizer))
-        values = {
-            "bos_token_id": tokenizer.bos_token_id,
-            "eos_token_id": tokenizer.eos_token_id,
-            "pad_token_id": tokenizer.pad_token_id,
-        } | values
-    _refuse_unknown_keys(CONFIG_MAPPING[model_type](), values)
-    return AutoConfig.for_model(model_type, **values)
+_HARMLESS = ("dropout", "pdrop", "router", "use_cache")
+"""Parts of the names of config values that do not change what a trained model computes."""
 
 
 def build_model(
@@ -58,7 +30,7 @@ def build_model(
     tokenizer: "PreTrainedTokenizerBase | None" = None,
     added_tokens: Sequence[int] = (),
     dtype: DType = "float32",
-    attn: str = "sdpa",
+    attn: str | None = None,
     lora: dict[str, Any] | None = None,
     quantization: Literal["nf4", "int8"] | None = None,
     freeze: Sequence[str] = (),
@@ -68,137 +40,188 @@ def build_model(
 ) -> "PreTrainedModel":
     """A causal LM in training mode: weights, new token rows, frozen parts, adapters. Arguments as of the modules.
 
+    `model` may also be the folder of an adapter: it is then added to its base, for training to go on from both. Without
+    `attn`, the architecture's own best (sdpa where it can).
+
     Raises:
         UserError: for anything that can't be loaded or does not fit together.
     """
     attention.register()
+    base = None if model is None else locate(model, "model", revision)
+    adapter = None
+    if base is not None and _is_adapter(Path(base)):
+        adapter = base
+        base, revision = _base_of(adapter)
     hub = {"revision": revision, "trust_remote_code": trust_remote_code}
-    hf_config = build_config(model, config, tokenizer, **hub)
-    if model is None:
+    hf_config = build_config(base, config, tokenizer, **hub)
+    if base is None:
         hf = _random_weights(hf_config, attn, dtype, trust_remote_code)
     else:
-        hf = _pretrained(model, hf_config, attn, dtype, quantization, hub)
-    _add_token_rows(hf, tokenizer, added_tokens)
+        hf = _pretrained(base, hf_config, attn, dtype, **_quantized(quantization), **hub)
+    if adapter:
+        hf = _with_adapter_merged(hf, adapter)
+    rows = _fit_vocabulary(hf, tokenizer, added_tokens, pretrained=base is not None)
     _freeze(hf, freeze)
     if gradient_checkpointing:
         hf.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     if lora is not None:
-        hf = _with_lora(hf, lora, added_tokens)
+        hf = with_lora(hf, lora, added_tokens, revision)
+        hf.why_not_alone = _why_not_alone(base, adapter, config or {}, rows)
     # from_pretrained returns eval mode, and Lightning would keep it
     return hf.train()
 
 
-def lora_config(lora: dict[str, Any], added_tokens: Sequence[int] = ()) -> Any:
-    """`peft.LoraConfig` from a recipe's `lora:`; all linear layers unless `target_modules` says otherwise.
-
-    Rows of added tokens are trained (and saved) with the adapter: a frozen mean would never learn what they mean.
-
-    Raises:
-        UserError: for a key that `peft.LoraConfig` does not know.
-    """
-    from peft import LoraConfig
-
-    known = inspect.signature(LoraConfig).parameters
-    for key in lora:
-        if key not in known:
-            raise UserError(f"model.lora.{key}: unknown key{nearest(key, known)} (the keys are those of peft.LoraConfig)")
-    values = {"task_type": "CAUSAL_LM", "target_modules": "all-linear"} | lora
-    if added_tokens:
-        values.setdefault("trainable_token_indices", list(added_tokens))
-    return LoraConfig(**values)
-
-
-def _loaded(load: Any, name: str, **kwargs: Any) -> Any:
-    try:
-        return load(name, **kwargs)
-    except (OSError, ValueError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise UserError(f"model: can't load {name!r}: {reason}") from error
-
-
-def _refuse_unknown_keys(hf_config: "PretrainedConfig", values: dict[str, Any]) -> None:
-    # HF configs take any keyword silently, so a typo would train another model than the recipe says
-    known = set(hf_config.to_dict()) | set(inspect.signature(type(hf_config).__init__).parameters) | set(hf_config.attribute_map)
-    for key in values:
-        if key not in known:
-            raise UserError(f"model.config.{key}: {hf_config.model_type} has no such value{nearest(key, known)}")
+def _why_not_alone(base: str | None, adapter: str | None, config: dict[str, Any], new_rows: int) -> str:
+    """Why an adapter, put on its base as that is on the disk, would not be the model that was trained; else empty."""
+    if base is None:
+        return "its base model has random weights"
+    if adapter:
+        return "its base model is itself made of an adapter"
+    if new_rows:
+        return f"its vocabulary has {new_rows} rows more than the base model on the disk, for added tokens"
+    changed = [key for key in config if not any(part in key for part in _HARMLESS)]
+    return f"its base model was changed by model.config ({', '.join(changed)})" if changed else ""
 
 
 def _torch_dtype(dtype: DType) -> torch.dtype:
     return getattr(torch, "float32" if dtype == "auto" else dtype)
 
 
-def _random_weights(hf_config: "PretrainedConfig", attn: str, dtype: DType, trust_remote_code: bool) -> "PreTrainedModel":
+def _random_weights(
+    hf_config: "PretrainedConfig", attn: str | None, dtype: DType, trust_remote_code: bool
+) -> "PreTrainedModel":
     from transformers import AutoModelForCausalLM
 
     try:
         return AutoModelForCausalLM.from_config(
             hf_config, attn_implementation=attn, dtype=_torch_dtype(dtype), trust_remote_code=trust_remote_code
         )
-    except (ValueError, ImportError) as error:
-        raise UserError(f"model: {str(error).strip().splitlines()[0]}") from error
+    except Exception as error:  # sizes that don't go together fail wherever they meet
+        _refuse_attention(attn, error)
+        raise UserError(
+            f"model.config: can't build this {hf_config.model_type}: {type(error).__name__}: {reason(error)}"
+        ) from error
 
 
 def _pretrained(
-    model: str, hf_config: "PretrainedConfig", attn: str, dtype: DType, quantization: str | None, hub: dict[str, Any]
+    model: str, hf_config: "PretrainedConfig", attn: str | None, dtype: DType, **kwargs: Any
 ) -> "PreTrainedModel":
     from transformers import AutoModelForCausalLM
 
-    kwargs: dict[str, Any] = {"dtype": "auto" if dtype == "auto" else _torch_dtype(dtype)}
-    if quantization is not None:
-        kwargs["quantization_config"] = _quantization_config(quantization)
-    return _loaded(
-        AutoModelForCausalLM.from_pretrained,
-        model,
-        config=hf_config,
-        attn_implementation=attn,
-        use_safetensors=True,
-        **kwargs,
-        **hub,
-    )
+    kwargs |= {
+        "config": hf_config,
+        "attn_implementation": attn,
+        "dtype": dtype if dtype == "auto" else _torch_dtype(dtype),
+    }
+    try:
+        hf, info = loaded(
+            AutoModelForCausalLM.from_pretrained, model, use_safetensors=True, output_loading_info=True, **kwargs
+        )
+    except UserError as error:
+        _refuse_attention(attn, error.__cause__ or error)
+        raise
+    except RuntimeError as error:  # transformers has printed which
+        raise UserError(
+            f"model: the weights in {model} have other shapes than the config with model.config says"
+        ) from error
+    if missing := sorted(info["missing_keys"]):
+        # transformers would fill them with random numbers and go on
+        raise UserError(
+            f"model: {model} lacks {len(missing)} of the weights that {type(hf).__name__} has, first {missing[0]}: "
+            "it is of another architecture, or model.config asks for more than it holds"
+        )
+    return hf
 
 
-def _quantization_config(quantization: str) -> Any:
+def _refuse_attention(attn: str | None, error: BaseException) -> None:
+    if attn is not None and ("attention implementation" in str(error) or "attn_implementation" in str(error)):
+        raise UserError(
+            f"model.attn: {attn!r} does not work for this model; leave it out, or try 'eager' or 'flash_attention_2'"
+        ) from error
+
+
+def _quantized(quantization: str | None) -> dict[str, Any]:
     from importlib.util import find_spec
 
+    if quantization is None:
+        return {}
     if find_spec("bitsandbytes") is None:
         raise UserError("model.quantization needs bitsandbytes: pip install 'oumi_pl[gpu]'")
     if not torch.cuda.is_available():
-        raise UserError("model.quantization needs a CUDA device, and none is visible; leave it out to train in full precision")
+        raise UserError(
+            "model.quantization needs a CUDA device, and none is visible; leave it out to train in full precision"
+        )
     from transformers import BitsAndBytesConfig
 
     if quantization == "int8":
-        return BitsAndBytesConfig(load_in_8bit=True)
+        return {"quantization_config": BitsAndBytesConfig(load_in_8bit=True)}
     # QLoRA's storage format (Dettmers et al. 2023, arXiv:2305.14314)
-    return BitsAndBytesConfig(
+    nf4 = BitsAndBytesConfig(
         load_in_4bit=True,
         bnb_4bit_quant_type="nf4",
         bnb_4bit_use_double_quant=True,
         bnb_4bit_compute_dtype=torch.bfloat16,
     )
+    return {"quantization_config": nf4}
+
+
+def _is_adapter(folder: Path) -> bool:
+    return (folder / "adapter_config.json").is_file() and not (folder / "config.json").is_file()
+
+
+def _base_of(adapter: str) -> tuple[str, str | None]:
+    """Where the base model of an adapter lies, and its revision."""
+    config = json.loads((Path(adapter) / "adapter_config.json").read_text())
+    name, revision = config.get("base_model_name_or_path"), config.get("revision")
+    if not name:
+        raise UserError(f"model: the adapter in {adapter} doesn't say what its base model is; export it with --merge")
+    return locate(str(name), f"model: the base of {adapter}", revision), revision
+
+
+def _with_adapter_merged(hf: "PreTrainedModel", adapter: str) -> "PreTrainedModel":
+    from peft import PeftModel
+
+    try:
+        return PeftModel.from_pretrained(hf, adapter).merge_and_unload()
+    except (ValueError, RuntimeError, IndexError) as error:
+        raise UserError(f"model: the adapter in {adapter} does not fit its base model: {reason(error)}") from error
 
 
 @torch.no_grad()
-def _add_token_rows(
-    hf: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase | None", added_tokens: Sequence[int]
-) -> None:
-    """Gives added tokens a row, initialised to the mean of the rows that were trained."""
+def _fit_vocabulary(
+    hf: "PreTrainedModel",
+    tokenizer: "PreTrainedTokenizerBase | None",
+    added_tokens: Sequence[int],
+    pretrained: bool,
+) -> int:
+    """Gives added tokens a row, initialised to the mean of the rows that were trained; returns how many were appended.
+
+    The mean starts a token near what the model may say anyway (Hewitt 2021, "Initializing New Word Embeddings for
+    Pretrained Language Models"); rows of a vocabulary padded beyond its tokens were never trained, and don't count.
+
+    Raises:
+        UserError: the tokenizer has ids that the model has no row for, beside those that were added.
+    """
     if tokenizer is None:
-        return
-    rows = hf.get_input_embeddings().weight.shape[0]
-    if len(tokenizer) > rows:
-        if not added_tokens:
-            raise UserError(
-                f"the tokenizer has {len(tokenizer)} tokens, the model's vocabulary {rows}: "
-                "they don't belong together; set data.tokenizer to the model's own"
-            )
-        hf.resize_token_embeddings(len(tokenizer), mean_resizing=False)
-    if not added_tokens:
-        return
-    old = min(added_tokens)
-    for layer in {hf.get_input_embeddings(), hf.get_output_embeddings()}:
-        if layer is not None:
-            layer.weight[list(added_tokens)] = layer.weight[:old].float().mean(dim=0).to(layer.weight.dtype)
+        return 0
+    rows = len(cast("Tensor", hf.get_input_embeddings().weight))
+    needed = vocabulary(tokenizer)
+    own = min(added_tokens, default=needed)
+    if own > rows or (needed > rows and not pretrained):
+        advice = "set data.tokenizer to the model's own" if pretrained else "leave out model.config.vocab_size"
+        raise UserError(
+            f"model: the tokenizer has {needed if not pretrained else own} tokens, the model's vocabulary {rows}: "
+            f"they don't belong together; {advice}"
+        )
+    if not added_tokens or not pretrained:
+        return 0
+    if needed > rows:
+        hf.resize_token_embeddings(needed, mean_resizing=False)
+    for layer in (hf.get_input_embeddings(), hf.get_output_embeddings()):
+        for values in (getattr(layer, "weight", None), getattr(layer, "bias", None)):
+            if values is not None:
+                values[list(added_tokens)] = values[:own].mean(dim=0, dtype=torch.float32).to(values.dtype)
+    return max(0, needed - rows)
 
 
 def _freeze(hf: "PreTrainedModel", freeze: Sequence[str]) -> None:
@@ -207,17 +230,3 @@ def _freeze(hf: "PreTrainedModel", freeze: Sequence[str]) -> None:
         if name not in modules:
             raise UserError(f"model.freeze: the model has no module {name!r}{nearest(name, modules)}")
         modules[name].requires_grad_(False)
-
-
-def _with_lora(hf: "PreTrainedModel", lora: dict[str, Any], added_tokens: Sequence[int]) -> Any:
-    from peft import get_peft_model, prepare_model_for_kbit_training
-
-    if getattr(hf, "is_quantized", False):
-        hf = prepare_model_for_kbit_training(hf, use_gradient_checkpointing=False)
-    try:
-        return get_peft_model(hf, lora_config(lora, added_tokens))
-    except ValueError as error:
-        linear = sorted({name.rsplit(".", 1)[-1] for name, m in hf.named_modules() if isinstance(m, nn.Linear)})
-        raise UserError(
-            f"model.lora: {str(error).strip().splitlines()[0]} (linear layers of this model: {', '.join(linear)})"
-        ) from error

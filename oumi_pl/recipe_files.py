@@ -3,6 +3,7 @@
 Nothing heavy is imported here, so that a misspelt name is told in a fraction of a second.
 """
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -60,20 +61,32 @@ def check(path: Path) -> dict[str, Any]:
     import yaml
 
     try:
-        text = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{path}: can't be read: {error}") from error
+        text = path.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        line = error.object[: error.start].count(b"\n") + 1
+        raise UserError(f"{path} line {line}: not UTF-8 text; save the recipe as UTF-8") from error
+    except OSError as error:
+        raise UserError(f"{path}: can't be read: {error.strerror}") from error
     try:
-        root = yaml.compose(text, Loader=yaml.SafeLoader)
-        _refuse_repeated_keys(root, path, "")
+        _refuse_repeated_keys(yaml.compose(text, Loader=yaml.SafeLoader), path, "")
         value = yaml.safe_load(text)
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, ValueError, RecursionError) as error:  # ValueError: a date that there is not
         mark = getattr(error, "problem_mark", None)
         where = f" line {mark.line + 1}" if mark else ""
-        raise UserError(f"{path}{where}: not valid YAML: {getattr(error, 'problem', error)}") from error
+        raise UserError(f"{path}{where}: not valid YAML: {getattr(error, 'problem', None) or error}") from error
     if not isinstance(value, dict):
-        raise UserError(f"{path}: a recipe is a mapping (model:, data:, trainer:), and this is {type(value).__name__}")
+        kind = {type(None): "empty", list: "a list", str: "text"}.get(type(value), f"a {type(value).__name__}")
+        raise UserError(f"{path}: a recipe is a mapping (model:, data:, trainer:), and this file is {kind}")
     return value
+
+
+def merge(first: Mapping[str, Any], second: Mapping[str, Any]) -> dict[str, Any]:
+    """Two recipes in one: the later wins, key by key."""
+    merged = dict(first)
+    for key, value in second.items():
+        old = merged.get(key)
+        merged[key] = merge(old, value) if isinstance(old, Mapping) and isinstance(value, Mapping) else value
+    return merged
 
 
 def _refuse_repeated_keys(node: Any, path: Path, prefix: str) -> None:

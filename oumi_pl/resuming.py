@@ -1,30 +1,51 @@
 """`--resume`: which run goes on, from which checkpoint, with which arguments."""
 
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from oumi_pl import runs
+from oumi_pl.checkpoint_files import step_of
 from oumi_pl.errors import UserError, nearest
 
+LONGER = ("--trainer.max_steps", "--trainer.max_epochs", "--trainer.max_time")
+"""Options that give a finished run more to do."""
 
-def arguments(command: str, resume: str, recipe: str, args: list[str]) -> tuple[Path, str, list[str]]:
+
+def arguments(
+    command: str, resume: str, recipe: str, args: list[str], tree: Mapping[str, Any]
+) -> tuple[Path, str, list[str]]:
     """The run folder, its recipe's name, and the command line that continues it.
 
     The run's own `config.yaml` takes the place of `--config`, for it is the record of what was running; what is typed
     beside it wins.
+
+    Args:
+        command: Has to be `fit`.
+        resume: A run folder; empty for the last unfinished run of the recipe.
+        recipe: Name of the recipe.
+        args: What was typed.
+        tree: The recipe, which may say where its runs are.
 
     Raises:
         UserError: if there is nothing to resume, or it is finished.
     """
     if command != "fit":
         raise UserError(f"--resume goes with fit; for {command}, name the weights: --ckpt_path FILE")
-    typed = _without_config(args)
-    run = runs.last_unfinished(_runs_dir(args), recipe) if not resume else _given(Path(resume).expanduser())
-    state = runs.read_state(run)
+    if _typed("--ckpt_path", args) is not None:
+        raise UserError("--resume goes on from the run's newest checkpoint: leave out --ckpt_path, or --resume")
+    if resume:
+        run = _given(Path(resume).expanduser())
+    else:
+        root = Path(str(_typed("--runs_dir", args) or tree.get("runs_dir") or "runs")).expanduser()
+        run = runs.last_unfinished(root, recipe, _typed("--name", args) or tree.get("name"))
     config = run / runs.CONFIG
     if not config.is_file():
         raise UserError(f"--resume: {run} has no {runs.CONFIG}, so it was stopped before it began; start it anew")
-    arguments = ["--config", str(config), *typed]
+    state = runs.read_state(run)
     checkpoint = runs.newest_checkpoint(run)
+    _refuse_finished(run, state, checkpoint, args)
+    arguments = ["--config", str(config), *_without_config(args)]
     if checkpoint is not None:
         arguments.append(f"--ckpt_path={checkpoint}")
     print(f"resuming {run} from {checkpoint.name if checkpoint else 'the start: it has no checkpoint yet'}")
@@ -33,11 +54,28 @@ def arguments(command: str, resume: str, recipe: str, args: list[str]) -> tuple[
 
 def _given(path: Path) -> Path:
     if (path / runs.RUN).is_file():
+        if not runs.read_state(path):
+            raise UserError(f"--resume: {path / runs.RUN} can't be read, so {path} is not a run folder that can go on")
         return path
     if path.is_dir():
         raise UserError(f"--resume: {path} is not a run folder (it has no {runs.RUN})")
     beside = [p.as_posix() for p in path.parent.glob("*") if p.is_dir()] if path.parent.is_dir() else []
     raise UserError(f"--resume: no run folder {path}{nearest(path.as_posix(), beside) if beside else ''}")
+
+
+def _refuse_finished(run: Path, state: Mapping[str, Any], checkpoint: Path | None, args: list[str]) -> None:
+    """Tells at once what the trainer would find out after loading everything: that there is nothing left to do."""
+    more = [option for option in LONGER if _typed(option, args) is not None]
+    if state.get("status") == "finished" and not more:
+        raise UserError(
+            f"--resume: {run} is finished, at step {state.get('step', '?')}; "
+            f"to train it further: --resume {run} --trainer.max_steps MORE (or --trainer.max_epochs)"
+        )
+    steps = _typed("--trainer.max_steps", args) or ""
+    if checkpoint is not None and steps.isdigit() and int(steps) <= step_of(checkpoint):
+        raise UserError(
+            f"--resume: {run} is at step {step_of(checkpoint)} already, so --trainer.max_steps {steps} leaves nothing to do"
+        )
 
 
 def _without_config(args: list[str]) -> list[str]:
@@ -53,9 +91,11 @@ def _without_config(args: list[str]) -> list[str]:
     return out
 
 
-def _runs_dir(args: list[str]) -> Path:
-    for i, arg in enumerate(args):
-        flag, equals, value = arg.partition("=")
-        if flag == "--runs_dir":
-            return Path(value if equals else args[i + 1]).expanduser()
-    return Path("runs")
+def _typed(option: str, args: list[str]) -> str | None:
+    """The value that an option has on the command line: the last one, as everywhere."""
+    value = None
+    for arg, following in zip(args, [*args[1:], ""], strict=True):
+        flag, equals, attached = arg.partition("=")
+        if flag == option:
+            value = attached if equals else following
+    return value

@@ -11,6 +11,7 @@
 
 import json
 import os
+import re
 import time
 from pathlib import Path
 from typing import Any
@@ -44,6 +45,21 @@ def create(root: Path, name: str) -> Path:
     raise UserError(f"runs_dir: {root} holds too many runs named {name}")
 
 
+def refuse_unwritable(root: Path) -> None:
+    """Tells early, and without writing anything, that no run folder can be made in `root`.
+
+    Raises:
+        UserError: if `root`, or what is there of its path, is not a directory that can be written to.
+    """
+    there = root
+    while not there.exists() and there != there.parent:
+        there = there.parent
+    if not there.is_dir():
+        raise UserError(f"runs_dir: can't write to {root}: {there} is not a directory")
+    if not os.access(there, os.W_OK | os.X_OK):
+        raise UserError(f"runs_dir: can't write to {root}: no permission to write to {there}")
+
+
 def write_state(run: Path, **values: Any) -> None:
     """Updates `run.json`, atomically: a kill leaves the old one."""
     state = read_state(run) | values | {"updated": time.strftime("%Y-%m-%dT%H:%M:%S%z")}
@@ -53,26 +69,36 @@ def write_state(run: Path, **values: Any) -> None:
 
 
 def read_state(run: Path) -> dict[str, Any]:
-    """What `run.json` says; empty if there is none."""
+    """What `run.json` says; empty if there is none that can be read."""
     try:
-        return json.loads((run / RUN).read_text())
-    except FileNotFoundError:
+        state = json.loads((run / RUN).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
         return {}
+    return state if isinstance(state, dict) else {}
 
 
-def last_unfinished(root: Path, recipe: str) -> Path:
-    """The newest run of a recipe that did not finish.
+def last_unfinished(root: Path, recipe: str, name: str | None = None) -> Path:
+    """The newest run of a recipe that did not finish; with `name`, among the runs of that name.
 
     Raises:
         UserError: if there is none.
     """
-    runs = [p.parent for p in root.glob(f"*/{RUN}")] if root.is_dir() else []
-    own = [r for r in runs if read_state(r).get("recipe") == recipe]
-    unfinished = [r for r in own if read_state(r).get("status") != "finished"]
+    runs = {p.parent: read_state(p.parent) for p in root.glob(f"*/{RUN}")} if root.is_dir() else {}
+    own = {run: state for run, state in runs.items() if state.get("recipe") == recipe and _is_named(run, name)}
+    unfinished = {run: state for run, state in own.items() if state.get("status") != "finished"}
     if not unfinished:
-        hint = f"its {len(own)} runs are finished" if own else "it has no run"
-        raise UserError(f"--resume: nothing to resume for recipe {recipe!r} in {root}: {hint}; leave --resume out to start one")
-    return max(unfinished, key=lambda r: read_state(r).get("created_ns", 0))
+        whose = f"recipe {recipe!r}" + (f" named {name!r}" if name else "")
+        newest = max(own, key=lambda r: own[r].get("created_ns", 0), default=None)
+        hint = "there is no run of it; leave --resume out to start one"
+        if newest is not None:
+            hint = f"all {len(own)} are finished; to train one further: --resume {newest} --trainer.max_steps MORE"
+        raise UserError(f"--resume: nothing to resume for {whose} in {root}: {hint}")
+    return max(unfinished, key=lambda r: unfinished[r].get("created_ns", 0))
+
+
+def _is_named(run: Path, name: str | None) -> bool:
+    """Whether `create` may have made this folder for the name."""
+    return name is None or re.fullmatch(rf"{re.escape(name)}(-\d+)?", run.name) is not None
 
 
 def newest_checkpoint(run: Path) -> Path | None:

@@ -3,8 +3,9 @@
 Shapes use `batch` (rows of a tensor), `seq` (tokens of a row) and `docs` (documents packed one after the other).
 """
 
+from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from typing import Any, NotRequired, Protocol, Required, TypedDict
+from typing import Any, NotRequired, Required, TypedDict
 
 import numpy as np
 import torch
@@ -88,9 +89,9 @@ class Batch(TypedDict):
     sample_ids: NotRequired[list[int]]  # which examples these are, in order
 
 
-class TokenLoss(Protocol):
-    """A loss per token. Write a class with this signature and name it by `class_path` to train with it."""
+class TokenLoss(ABC):
+    """A loss per token. Subclass it and name the class by `class_path` to train with it."""
 
+    @abstractmethod
     def __call__(self, logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
         """Maps float32 `logits` `[n, vocab]` and `targets` `[n]` to losses `[n]`, token by token."""
-        ...

@@ -1,5 +1,6 @@
 """Gives a run its folder: rank 0 chooses the name, everything that writes is told, and `run.json` follows the state."""
 
+import contextlib
 import json
 import os
 import sys
@@ -13,6 +14,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_only
 from oumi_pl import __version__, runs
 from oumi_pl.callbacks.checkpoint import Checkpoints
 from oumi_pl.callbacks.preemption import Stopped
+from oumi_pl.errors import UserError
 from oumi_pl.metrics import MetricsCSV
 
 
@@ -37,23 +39,20 @@ class RunFolder(L.Callback):
         self._row: dict[str, Any] | None = None
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        """Rank 0 makes the folder, the others are told."""
+        """Looks whether a folder can be made; it is made when all else stands, so that no mistake leaves one behind."""
         pl_module.run_config = self.config  # type: ignore[assignment]
-        if stage not in ("fit", "predict") or trainer.fast_dev_run:  # type: ignore[attr-defined]
+        if stage in ("fit", "predict") and trainer.is_global_zero and not trainer.fast_dev_run:  # type: ignore[attr-defined]
+            runs.refuse_unwritable(self.resume or self.root)
+
+    def _make(self, trainer: L.Trainer) -> None:
+        """Rank 0 makes the folder, the others are told."""
+        if trainer.fast_dev_run:  # type: ignore[attr-defined]
             return
-        chosen = self._make() if trainer.is_global_zero else None
-        directory = Path(trainer.strategy.broadcast(str(chosen)))
-        self.directory = directory
+        chosen = (self.resume or runs.create(self.root, self.name)) if trainer.is_global_zero else None
+        self.directory = Path(trainer.strategy.broadcast(str(chosen)))
         for callback in trainer.checkpoint_callbacks:
             if isinstance(callback, Checkpoints):
-                callback.directory = directory / runs.CHECKPOINTS
-        if stage == "fit" and trainer.is_global_zero:
-            self._describe(trainer, directory)
-
-    def _make(self) -> Path:
-        if self.resume is not None:
-            return self.resume
-        return runs.create(self.root, self.name)
+                callback.directory = self.directory / runs.CHECKPOINTS
 
     def _describe(self, trainer: Any, directory: Path) -> None:
         (directory / runs.CONFIG).write_text(self.config)
@@ -70,7 +69,10 @@ class RunFolder(L.Callback):
         )
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Opens the metrics file where the run stands."""
+        """Makes the folder, says in it what runs, and opens the metrics file where the run stands."""
+        self._make(trainer)
+        if self.directory is not None and trainer.is_global_zero:
+            self._describe(trainer, self.directory)
         for logger in trainer.loggers:
             if isinstance(logger, MetricsCSV) and self.directory is not None and trainer.is_global_zero:
                 logger.open(self.directory / "metrics.csv", trainer.global_step, self._row)
@@ -85,6 +87,22 @@ class RunFolder(L.Callback):
         """Takes up the metrics of the checkpoint's step."""
         self._row = checkpoint.get("metrics_row")
 
+    def on_predict_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Makes the folder."""
+        self._make(trainer)
+
+    def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Says so if there was nothing to train: the checkpoint stands where the run ends, or beyond.
+
+        Raises:
+            UserError: if no update was due.
+        """
+        if self.directory is None and not trainer.fast_dev_run:  # type: ignore[attr-defined]
+            raise UserError(
+                f"nothing is left to train: the run ends at step {trainer.global_step}, where the checkpoint stands; "
+                "raise trainer.max_steps or trainer.max_epochs"
+            )
+
     @rank_zero_only
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Marks the run as finished."""
@@ -95,8 +113,10 @@ class RunFolder(L.Callback):
     @rank_zero_only
     def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
         """Marks the run as stopped or failed, and writes the metrics that are still in memory."""
-        for logger in trainer.loggers:
-            logger.finalize("failed")
+        with contextlib.suppress(OSError):  # a disk that is full: what went wrong first is what is told
+            for logger in trainer.loggers:
+                logger.finalize("failed")
         if self.directory is not None:
             stopped = isinstance(exception, Stopped | KeyboardInterrupt)
-            runs.write_state(self.directory, status="stopped" if stopped else "failed", step=trainer.global_step)
+            with contextlib.suppress(OSError):
+                runs.write_state(self.directory, status="stopped" if stopped else "failed", step=trainer.global_step)

@@ -4,6 +4,7 @@ import hashlib
 from typing import TYPE_CHECKING, Any
 
 from oumi_pl.errors import UserError
+from oumi_pl.hub import locate
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -21,6 +22,7 @@ def load_tokenizer(spec: Any, trust_remote_code: bool = False) -> "PreTrainedTok
         return spec
     from transformers import AutoTokenizer
 
+    spec = locate(spec, "data.tokenizer")
     try:
         return AutoTokenizer.from_pretrained(spec, trust_remote_code=trust_remote_code)
     except (OSError, ValueError) as error:

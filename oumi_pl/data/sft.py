@@ -97,7 +97,8 @@ class SFTData(TextData):
             raise UserError("data.predict: `predict` needs a source of prompts here, and the recipe names none")
         rows = [(row, ids, reference) for row, (ids, reference) in enumerate(self.prompts(split))]
         layout = self.layout
-        return DataLoader(rows[layout.rank :: layout.ranks], self.eval_batch_size, collate_fn=_prompt_batch)  # type: ignore[arg-type]
+        share = rows[layout.rank :: layout.ranks]
+        return DataLoader(share, batch_size=self.eval_batch_size, collate_fn=_prompt_batch)  # type: ignore[arg-type]
 
 
 def _prompt_batch(rows: list[tuple[int, list[int], str]]) -> dict[str, list[Any]]:

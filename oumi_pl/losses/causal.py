@@ -34,7 +34,7 @@ from oumi_pl.losses.linear_head import (
 from oumi_pl.types import TokenLoss
 
 
-class CrossEntropy:
+class CrossEntropy(TokenLoss):
     """Cross entropy per token, optionally smoothed and with a penalty on the size of the logits.
 
     `loss = (1 - s) * (lse - x[target]) + s * (lse - mean(x)) + z * lse^2`, where `x` are the logits and

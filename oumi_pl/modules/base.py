@@ -20,7 +20,8 @@ from oumi_pl.causal_lm import CausalLM
 from oumi_pl.checkpoints import rng_state, set_rng_state
 from oumi_pl.errors import UserError
 from oumi_pl.generation import complete
-from oumi_pl.models import DType, build_model, lora_config
+from oumi_pl.lora import lora_config
+from oumi_pl.models import DType, build_model
 from oumi_pl.optim import Constant, Schedule, parameter_groups
 from oumi_pl.sharding import shard
 from oumi_pl.types import Batch
@@ -121,7 +122,7 @@ class LanguageModule(L.LightningModule):
             tokenizer=tokenizer,
             added_tokens=added_tokens,
             dtype=self.dtype_name,
-            attn=self.attn or ("documents" if packing else "sdpa"),
+            attn=self.attn or ("documents" if packing else None),
             lora=self.lora,
             quantization=self.quantization,
             freeze=self.freeze_modules,

@@ -4,14 +4,14 @@
 
 rewrites `instructions/train.jsonl` and `instructions/heldout.jsonl` beside this file, byte for byte the same each time.
 
-A row asks for something to be done to a word: say it twice, put it in capitals, spell it, answer as a system turn asks,
-recall a name from an earlier turn. Several phrasings ask for each kind of answer.
+A row asks for something to be done to a word: put it in capitals, spell it, say it twice, answer as a system turn asks.
+Each kind is asked for in several phrasings, and every phrasing ends with the word, so that a small model soon finds it.
 
-Training uses made-up words only ("brolu", "tasken"); the held-out questions use real English words, none of which is
-a training word. So a held-out answer can be neither recalled nor guessed: every answer holds each letter of a word of
-four letters or more that the model has never met, and the model has to compute it from the question. A model that
-ignored the instruction would also fail, since each word fits every kind. The held-out score is therefore 0 % for an
-untrained model, and stays there until the model has learned both to read the instruction and to carry a word over.
+Training uses made-up words only ("brolu", "taske"); the held-out questions use real English words, none of which is a
+training word. So a held-out answer can be neither recalled nor guessed: it holds all five letters of a word that the
+model has never met, and the model has to compute it from the question. Any word fits any kind, so a model that ignored
+the instruction would fail too. The held-out score is 0 % for an untrained model, and stays near that until the model
+has learned both to read the instruction and to carry a word over letter by letter.
 """
 
 import json
@@ -21,98 +21,71 @@ from pathlib import Path
 
 Message = dict[str, str]
 
-TRAIN_ROWS = 4800
+TRAIN_ROWS = 6000
 HELDOUT_ROWS = 240
 
-# The words of the held-out questions; no training word is among them.
+# The words of the held-out questions; no training word is among them. Five letters each, as the made-up ones.
 ENGLISH_WORDS = """
-acorn amber angle apple april arrow autumn badge baker basil basket beach berry bird black blanket blue boat bottle
-branch bread breeze brick bridge brook brown brush bucket butter button cabin cable camel candle carpet castle cedar
-chair chalk cherry circle clock cloud clover coast cotton cousin crane cream crowd crown dance desert dinner dolphin
-dragon dream eagle earth echo elbow ember engine falcon farmer feather fence field finger flame flute forest fountain
-frost garden ginger glass globe gold grape grass green guitar hammer harbor harvest hazel heron hill honey horse
-island ivory jacket jaguar jelly jungle kettle kitten knight ladder lake lamp lantern laurel leaf lemon linen lion
-lizard maple marble market meadow melon mint mirror monkey moon morning mountain museum needle nest north nutmeg
-ocean olive onion orange orchid otter oven owner oyster paint palace panda paper parrot peach pearl pebble pencil
-pepper piano pillow pine planet plum pocket pond poplar potato prince pumpkin purple quartz queen quilt rabbit rain
-raven ribbon rice river robin rocket rope rose ruby saddle salmon sand scarf school season shadow sheep shell ship
-silver smoke snow soap sparrow spider spoon spring squirrel star stone storm stream street sugar summer sunset table
-temple thunder tiger timber tomato tower trail train tulip tunnel turtle valley velvet village violet violin voyage
-wagon walnut water wheat wheel willow window winter wolf wonder wood yellow zebra
+acorn actor adobe album alder amber angel ankle apple apron arrow aspen atlas bacon badge bagel baker banjo basil
+beach beard berry birch bison black bloom board boots brain brass bread brick bride broom brown brush cabin cable
+camel canal candy canoe cargo cedar chain chair chalk charm chess chest child cider clock cloth cloud clown coast
+cocoa comet coral couch cream creek crown curry daisy dance depot diary diver dough dream dress drink eagle earth
+easel elbow ember fence fever field flame flask flock flour flute forge frost fruit ghost giant glass globe glove
+goose grain grape grass green guest habit hazel heart hedge heron hobby honey horse hotel house igloo ivory jeans
+jelly jewel judge juice kayak koala label lemon light lilac llama lodge lotus lunch lyric mango maple marsh medal
+melon metal model moose mouse music nacho nurse ocean olive onion opera orbit otter paint panda paper party pasta
+peach pearl pecan piano piece pilot pizza plant plate poppy prism prune pupil quail queen quiet quilt radio raven
+ridge river roast robin robot salad scarf scone shark sheep shelf shell shirt shore skate skirt sloth snail snake
+spice spoon stamp steam stone storm sugar swamp sword syrup table tango tiger toast topaz torch tower train trout
+trunk tulip uncle vapor viola wagon waltz water whale wheat wheel widow world wrist yacht yeast zebra
 """.split()
 
-ONSETS = "b c d f g h j k l m n p r s t v w y z bl br ch cl cr dr fl fr gl gr pl pr qu sh sk sl sm sn sp st str th tr wh"
-VOWELS = "a a e e i i o o u a e i o u ai ea ee oa oo ou"
-CODAS = "b ck d f g k l ll m n nd ng nk p r rd rm rn s sh ss st t th tt v w x y z"
+CONSONANTS = "bcdfghjklmnpqrstvwxyz"
+VOWELS = "aeiouy"
+SHAPES = "CVCVC CVCCV VCCVC CVVCC CCVCV CCVCC VCVCV CVCCC CCVVC CVCVV".split()
 
 
 def made_up_word(rng: random.Random) -> str:
-    """A word of four to eight letters that can be pronounced: "brolu", "tasken"."""
+    """Five letters that can nearly be pronounced, as "brolu" or "taske", and are none of the held-out words."""
     while True:
-        syllables = []
-        for _ in range(rng.choice([1, 2, 2, 2, 3])):
-            onset = rng.choice(ONSETS.split()) if rng.random() < 0.9 else ""
-            coda = rng.choice(CODAS.split()) if rng.random() < 0.5 else ""
-            syllables.append(onset + rng.choice(VOWELS.split()) + coda)
-        word = "".join(syllables)
-        if 4 <= len(word) <= 8:
+        word = "".join(rng.choice(CONSONANTS if place == "C" else VOWELS) for place in rng.choice(SHAPES))
+        if word not in ENGLISH_WORDS:
             return word
 
 
-def user(content: str) -> Message:
-    """A user turn."""
-    return {"role": "user", "content": content}
+def turn(role: str, content: str) -> Message:
+    """One turn of a conversation."""
+    return {"role": role, "content": content}
 
 
-def assistant(content: str) -> Message:
-    """An assistant turn."""
-    return {"role": "assistant", "content": content}
-
-
-def system(content: str) -> Message:
-    """A system turn."""
-    return {"role": "system", "content": content}
-
-
-# Phrasings of the kinds that are one question about one word, and the answer as a function of the word.
+# Each kind of question about one word: the answer as a function of the word, and the phrasings.
 ONE_WORD: dict[str, tuple[Callable[[str], str], list[str]]] = {
-    "say": (lambda word: word, ["Say {}.", 'Repeat the word "{}".', "Please write {} for me."]),
-    "twice": (
-        lambda word: f"{word} {word}",
-        ["Say {} twice.", 'Write "{}" two times.', "Please repeat {} two times."],
-    ),
-    "capitals": (
-        str.upper,
-        ['Write "{}" in capital letters.', "Say {} in capitals.", "Turn {} into upper case."],
-    ),
-    "spell": ("-".join, ["Spell {}.", 'Spell the word "{}".', "How do you spell {}?"]),
-    "brackets": (lambda word: f"({word})", ["Put {} in brackets.", 'Write "{}" in brackets.']),
-    "reverse": (lambda word: word[::-1], ["Reverse {}.", 'Write "{}" backwards.', "What is {} spelled backwards?"]),
+    "say": (lambda word: word, ["Say {}", "Repeat the word {}", "Please copy {}"]),
+    "capitals": (str.upper, ["Write in capital letters: {}", "Say in capitals: {}", "Turn into upper case: {}"]),
+    "name": (str.capitalize, ["Write as a name: {}", "Start with a capital letter: {}", "Capitalize {}"]),
+    "shout": (lambda word: f"{word.upper()}!", ["Shout {}", "Shout the word {}", "Say it very loudly: {}"]),
+    "ask": (lambda word: f"{word}?", ["Ask {}", "Turn into a question: {}", "Add a question mark to {}"]),
+    "twice": (lambda word: f"{word} {word}", ["Say twice: {}", "Write two times: {}", "Double the word {}"]),
+    "spell": ("-".join, ["Spell {}", "Spell the word {}", "How do you spell {}"]),
 }
-SWAP = ["Swap {} and {}.", 'Change the order of "{} {}".', "Put {} after {}."]
+SWAP = ["Swap {} and {}", "Change the order: {} {}", "Say the second word first: {} {}"]
+ORDERS = {"Answer in capital letters.": "capitals", "Answer with a question mark.": "ask"}
+KINDS = [*ONE_WORD, "swap", "system"]
 
 
-def conversation(kind: str, words: list[str], rng: random.Random) -> list[Message]:
-    """One conversation of a kind about the given words; `rng` picks the phrasing."""
-    first, second = words
-    if kind in ONE_WORD:
-        answer, phrasings = ONE_WORD[kind]
-        return [user(rng.choice(phrasings).format(first)), assistant(answer(first))]
+def conversation(kind: str, rng: random.Random, draw: Callable[[random.Random], str]) -> list[Message]:
+    """One conversation of a kind; `draw` gives its words."""
+    word = draw(rng)
     if kind == "swap":
-        return [user(rng.choice(SWAP).format(first, second)), assistant(f"{second} {first}")]
+        other = draw(rng)
+        return [turn("user", rng.choice(SWAP).format(word, other)), turn("assistant", f"{other} {word}")]
     if kind == "system":
-        order, style = rng.choice([("Answer in capital letters.", str.upper), ("Answer in brackets.", "({})".format)])
-        question = rng.choice(["Say {}.", 'Repeat the word "{}".']).format(first)
-        return [system(order), user(question), assistant(style(first))]
-    if kind == "name":
-        name = first.capitalize()
-        hello = rng.choice(["My name is {}.", "Hello, I am {}."]).format(name)
-        question = rng.choice(["What is my name?", "Who am I?"])
-        return [user(hello), assistant(f"Hello, {name}!"), user(question), assistant(f"You are {name}.")]
-    raise ValueError(f"no kind is called {kind!r}")
-
-
-KINDS = [*ONE_WORD, "swap", "system", "name"]
+        order = rng.choice(list(ORDERS))
+        question = rng.choice(ONE_WORD["say"][1]).format(word)
+        answer = ONE_WORD[ORDERS[order]][0](word)
+        return [turn("system", order), turn("user", question), turn("assistant", answer)]
+    compute, phrasings = ONE_WORD[kind]
+    return [turn("user", rng.choice(phrasings).format(word)), turn("assistant", compute(word))]
 
 
 def make_rows(count: int, draw: Callable[[random.Random], str], seed: int) -> list[dict[str, list[Message]]]:
@@ -120,21 +93,11 @@ def make_rows(count: int, draw: Callable[[random.Random], str], seed: int) -> li
     rng = random.Random(seed)
     rows: dict[str, dict[str, list[Message]]] = {}
     while len(rows) < count:
-        first, second = draw(rng), draw(rng)
-        if first == second:
-            continue
-        row = {"messages": conversation(KINDS[len(rows) % len(KINDS)], [first, second], rng)}
+        row = {"messages": conversation(KINDS[len(rows) % len(KINDS)], rng, draw)}
         rows[json.dumps(row)] = row
     shuffled = list(rows.values())
     rng.shuffle(shuffled)
     return shuffled
-
-
-def training_word(rng: random.Random) -> str:
-    """A made-up word that is not among the held-out words."""
-    while (word := made_up_word(rng)) in ENGLISH_WORDS:
-        pass
-    return word
 
 
 def main() -> None:
@@ -142,7 +105,7 @@ def main() -> None:
     folder = Path(__file__).parent / "instructions"
     folder.mkdir(exist_ok=True)
     parts = {
-        "train": make_rows(TRAIN_ROWS, training_word, seed=1),
+        "train": make_rows(TRAIN_ROWS, made_up_word, seed=1),
         "heldout": make_rows(HELDOUT_ROWS, lambda rng: rng.choice(ENGLISH_WORDS), seed=2),
     }
     for name, rows in parts.items():

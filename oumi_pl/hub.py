@@ -1,0 +1,81 @@
+"""Where a model or tokenizer lies: in a local folder, in the cache, or on the hub; and a short message if nowhere."""
+
+from pathlib import Path
+
+from oumi_pl.errors import UserError, nearest
+
+TIMEOUT = 10.0
+"""Seconds to wait for the hub's first answer."""
+
+
+def locate(name: str, key: str, revision: str | None = None) -> str:
+    """Finds out whether anything can be loaded under a name, before anything is loaded.
+
+    Left alone, transformers asks an unreachable hub again and again, for minutes; here one request has to be answered.
+
+    Args:
+        name: Path of a folder, or id on the hub.
+        key: Where the recipe says so, for the message.
+        revision: Branch, tag or commit on the hub.
+
+    Returns:
+        The folder's absolute path, which stays right wherever it is written down; a hub id as it is.
+
+    Raises:
+        UserError: it is neither a folder nor in the cache nor on the hub, or the hub can't be reached.
+    """
+    from huggingface_hub.errors import HFValidationError
+    from huggingface_hub.utils import validate_repo_id
+
+    path = Path(name).expanduser()
+    if path.is_dir():
+        return str(path.resolve())
+    if path.is_file():
+        advice = "; export it first: oumi_pl export --checkpoint FILE --output DIR" if path.suffix == ".ckpt" else ""
+        raise UserError(f"{key}: {name} is a file, not the folder of a model{advice}")
+    try:
+        validate_repo_id(name)
+    except HFValidationError:
+        beside = [p.as_posix() for p in path.parent.glob("*") if p.is_dir()] if path.parent.is_dir() else []
+        hint = nearest(path.as_posix(), beside) if beside else ""
+        raise UserError(f"{key}: there is no folder {name!r}{hint}") from None
+    _refuse_unreachable(name, key, revision)
+    return name
+
+
+def reason(error: BaseException) -> str:
+    """The first line of an error's message, or its kind where it has none."""
+    lines = str(error).strip().splitlines()
+    return lines[0] if lines else type(error).__name__
+
+
+def _refuse_unreachable(name: str, key: str, revision: str | None) -> None:
+    from huggingface_hub import constants, get_hf_file_metadata, hf_hub_url
+    from huggingface_hub.errors import (
+        EntryNotFoundError,
+        GatedRepoError,
+        RepositoryNotFoundError,
+        RevisionNotFoundError,
+    )
+    from huggingface_hub.file_download import repo_folder_name
+
+    cache = Path(constants.HF_HUB_CACHE)
+    if (cache / repo_folder_name(repo_id=name, repo_type="model")).is_dir():
+        return
+    absent = f"{key}: {name!r} is no folder and not in the cache ({cache})"
+    if constants.is_offline_mode():
+        raise UserError(f"{absent}, and HF_HUB_OFFLINE is set, so that it can't be fetched")
+    try:
+        get_hf_file_metadata(hf_hub_url(name, "config.json", revision=revision), timeout=TIMEOUT)
+    except EntryNotFoundError:  # an adapter, or a tokenizer alone: the repository is there
+        return
+    except GatedRepoError as error:
+        raise UserError(
+            f"{key}: {name!r} is gated: accept its terms on {constants.ENDPOINT}/{name}, then `hf auth login`"
+        ) from error
+    except RevisionNotFoundError as error:
+        raise UserError(f"{key}: {name!r} has no revision {revision!r} on the hub") from error
+    except RepositoryNotFoundError as error:
+        raise UserError(f"{absent} nor on the hub; if it is private: `hf auth login`") from error
+    except Exception as error:  # whatever the network did, of whichever HTTP library
+        raise UserError(f"{absent}, and {constants.ENDPOINT} can't be reached: {reason(error)}") from error

@@ -1,0 +1,89 @@
+"""LoRA through PEFT: the recipe's `lora:`, the rows of added tokens, and whether an adapter can stand alone."""
+
+import inspect
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+from torch import nn
+
+from oumi_pl.errors import UserError, nearest
+from oumi_pl.hub import reason
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+_REWRITES_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
+
+
+def lora_config(lora: dict[str, Any]) -> Any:
+    """`peft.LoraConfig` from a recipe's `lora:`; all linear layers unless `target_modules` says otherwise.
+
+    Raises:
+        UserError: for a key or value that `peft.LoraConfig` does not take, or an initialisation that rewrites the base.
+    """
+    from peft import LoraConfig
+
+    known = inspect.signature(LoraConfig).parameters
+    for key in lora:
+        if key not in known:
+            raise UserError(
+                f"model.lora.{key}: unknown key{nearest(key, known)} (the keys are those of peft.LoraConfig)"
+            )
+    start = lora.get("init_lora_weights")
+    if isinstance(start, str) and start.lower().startswith(_REWRITES_BASE):
+        # checkpoints and adapters hold the adapter alone, on top of the base as it is on the disk
+        raise UserError(f"model.lora.init_lora_weights: {start!r} rewrites the base weights; use true, or 'gaussian'")
+    try:
+        return LoraConfig(**{"task_type": "CAUSAL_LM", "target_modules": "all-linear"} | lora)
+    except (ValueError, TypeError) as error:
+        raise UserError(f"model.lora: {reason(error)}") from error
+
+
+def with_lora(
+    hf: "PreTrainedModel", lora: dict[str, Any], added_tokens: Sequence[int] = (), revision: str | None = None
+) -> Any:
+    """Puts LoRA layers into a model and freezes the rest, but for the rows of added tokens.
+
+    Those rows are trained and saved with the adapter: frozen at their first value, they would never learn what they
+    mean. Adapters are float32 whatever the base is.
+
+    Raises:
+        UserError: what `lora` names is not there, or the rows can't be trained.
+    """
+    from peft import get_peft_model, prepare_model_for_kbit_training
+
+    config = lora_config(lora)
+    if added_tokens and "trainable_token_indices" not in lora:
+        config.trainable_token_indices = _token_rows(hf, added_tokens, lora.get("modules_to_save") or ())
+    if getattr(hf, "is_quantized", False):
+        hf = prepare_model_for_kbit_training(hf, use_gradient_checkpointing=False)
+    try:
+        return get_peft_model(hf, config, revision=revision)
+    except ValueError as error:
+        linear = sorted({name.rsplit(".", 1)[-1] for name, m in hf.named_modules() if isinstance(m, _linear_types())})
+        raise UserError(f"model.lora: {reason(error)} (linear layers of this model: {', '.join(linear)})") from error
+
+
+def _token_rows(
+    hf: "PreTrainedModel", added_tokens: Sequence[int], saved: Sequence[str]
+) -> dict[str, list[int]] | None:
+    """Which rows of which layers to train: of the embedding, and of the head unless it shares them."""
+    names = {module: name for name, module in hf.named_modules()}
+    embedding, head = hf.get_input_embeddings(), hf.get_output_embeddings()
+    layers = [embedding]
+    if head is not None and head.weight is not embedding.weight:
+        layers.append(head)
+    layers = [layer for layer in layers if not names[layer].endswith(tuple(saved))]
+    if head in layers and getattr(head, "bias", None) is not None:
+        name, both = names[head], f"[{names[embedding]}, {names[head]}]"
+        raise UserError(
+            f"model.lora: tokens were added, and {name} has a bias, so that PEFT can't train single rows of it; "
+            f"train it whole (modules_to_save: {both}), or use a chat template without new tokens"
+        )
+    return {names[layer]: list(added_tokens) for layer in layers} or None
+
+
+def _linear_types() -> tuple[type, ...]:
+    from transformers.pytorch_utils import Conv1D
+
+    return (nn.Linear, Conv1D)

@@ -1,0 +1,75 @@
+"""Schedules against transformers' own, and parameter groups."""
+
+import pytest
+import torch
+import transformers
+
+from oumi_pl.errors import UserError
+from oumi_pl.optim import Constant, Cosine, Linear, WarmupStableDecay, parameter_groups
+
+TOTAL, WARMUP = 40, 7
+
+
+def theirs(name, **kwargs):
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=1.0)
+    schedule = getattr(transformers, name)(optimizer, num_warmup_steps=WARMUP, **kwargs)
+    factors = []
+    for _ in range(TOTAL):
+        factors.append(schedule.get_last_lr()[0])
+        optimizer.step()
+        schedule.step()
+    return factors
+
+
+@pytest.mark.parametrize(
+    ("ours", "expected"),
+    [
+        (Constant(WARMUP), lambda: theirs("get_constant_schedule_with_warmup")),
+        (Linear(WARMUP), lambda: theirs("get_linear_schedule_with_warmup", num_training_steps=TOTAL)),
+        (Cosine(WARMUP), lambda: theirs("get_cosine_schedule_with_warmup", num_training_steps=TOTAL)),
+        (
+            Cosine(WARMUP, floor=0.1),
+            lambda: theirs("get_cosine_with_min_lr_schedule_with_warmup", num_training_steps=TOTAL, min_lr_rate=0.1),
+        ),
+        (
+            WarmupStableDecay(WARMUP, decay=10),
+            lambda: theirs(
+                "get_wsd_schedule", num_training_steps=TOTAL, num_decay_steps=10, decay_type="linear", warmup_type="linear"
+            ),
+        ),
+    ],
+    ids=["constant", "linear", "cosine", "cosine-floor", "wsd"],
+)
+def test_equals_transformers(ours, expected):
+    assert [ours(step, TOTAL) for step in range(TOTAL)] == pytest.approx(expected(), abs=1e-12)
+
+
+def test_shares_are_of_all_steps_and_rounded_up():
+    assert Linear(0.03)(1, 100) == pytest.approx(1 / 3)
+    assert Linear(0.101)(10, 100) == pytest.approx(10 / 11)
+    assert WarmupStableDecay(0.1, decay=0.2)(80, 100) == 1.0
+    assert WarmupStableDecay(0.1, decay=0.2)(90, 100) == pytest.approx(0.5)
+
+
+def test_the_floor_is_reached_and_kept():
+    for schedule in (Linear(2, floor=0.1), Cosine(2, floor=0.1), WarmupStableDecay(2, floor=0.1)):
+        assert schedule(TOTAL, TOTAL) == pytest.approx(0.1)
+        assert schedule(TOTAL + 5, TOTAL) == pytest.approx(0.1)
+
+
+def test_nonsense_is_refused():
+    with pytest.raises(UserError, match="warmup"):
+        Linear(-1)
+    with pytest.raises(UserError, match="decay"):
+        WarmupStableDecay(decay=0)
+
+
+def test_only_matrices_decay():
+    model = torch.nn.Sequential(torch.nn.Embedding(5, 4), torch.nn.Linear(4, 3), torch.nn.LayerNorm(3))
+    model[0].weight.requires_grad_(False)
+    groups = {g["name"]: g for g in parameter_groups(model.named_parameters())}
+    assert [p.shape for p in groups["decay"]["params"]] == [(3, 4)]
+    assert [p.shape for p in groups["no_decay"]["params"]] == [(3,), (3,), (3,)]
+    assert groups["no_decay"]["weight_decay"] == 0.0
+    optimizer = torch.optim.AdamW(list(groups.values()), lr=1.0, weight_decay=0.1)
+    assert [g["weight_decay"] for g in optimizer.param_groups] == [0.1, 0.0]
