@@ -6,7 +6,7 @@ import traceback
 from pathlib import Path
 from typing import Any
 
-from oumi_pl import __version__, recipe_files
+from oumi_pl import __version__, recipe_files, runs
 from oumi_pl.errors import UserError, nearest, of_the_machine
 
 HELP = """\
@@ -23,7 +23,7 @@ options of fit, validate, test and predict:
   --KEY VALUE             any value of a recipe: --data.batch_size 8 --trainer.max_steps 100
   --resume [RUN]          fit: go on with the last unfinished run of the recipe, or with this run folder
   --print_config          print what would run, and stop
-  --help                  all options (this one takes some seconds)
+  --help                  all options, and --model.help SFT those of a class (these take some seconds)
 
 A recipe can name any Python class, so running a recipe is running code: run only those that you trust.
 """
@@ -74,16 +74,17 @@ def _run(argv: list[str]) -> int:
 def _train(command: str, rest: list[str]) -> int:
     args, configs, trees = _with_recipe_paths(rest)
     resume, args = _take_resume(args)
-    if not configs and resume is None and not any(arg in ("-h", "--help") or arg.endswith(".help") for arg in args):
+    asks_for_help = any(arg.partition("=")[0].endswith((".help", "--help")) or arg == "-h" for arg in args)
+    if not configs and resume is None and not asks_for_help:
         recipes = ", ".join(recipe_files.names())
         raise UserError(f"{command} needs a recipe: oumi_pl {command} --config NAME or FILE; recipes: {recipes}")
-    recipe = "-".join(recipe_files.recipe_name(path) for path in configs) or "run"
+    recipe = "-".join(runs.recipe_of(path) or recipe_files.recipe_name(path) for path in configs) or "run"
     tree: dict[str, Any] = {}
     for recipe_tree in trees:
         tree = recipe_files.merge(tree, recipe_tree)
     folder = None
     if resume is not None:
-        from oumi_pl import resuming, runs
+        from oumi_pl import resuming
 
         folder, recipe, args = resuming.arguments(command, resume, recipe, args, tree)
         trees = [recipe_files.check(folder / runs.CONFIG)]
@@ -93,7 +94,7 @@ def _train(command: str, rest: list[str]) -> int:
     try:
         CLI([command, *args], recipe=recipe, resume=folder, trees=trees)
     except Stopped as stop:
-        print(f"{stop}; go on with: oumi_pl fit --resume DIR", file=sys.stderr)
+        print(stop, file=sys.stderr)
         return stop.exit_code
     return 0
 
@@ -133,11 +134,11 @@ def _take_resume(args: list[str]) -> tuple[str | None, list[str]]:
 
 def _whose(error: Exception) -> str:
     """The last line under a traceback: whether it ends in a file of the user's, or looks like a bug of ours."""
-    frames = traceback.extract_tb(error.__traceback__)
-    ours = str(Path(__file__).parent)
-    theirs = [f for f in frames if f.filename.startswith(str(Path.cwd())) and not f.filename.startswith((ours, sys.prefix))]
-    if theirs:
-        return f"this comes from a file of yours: {theirs[-1].filename} line {theirs[-1].lineno}"
+    ours, installed = str(Path(__file__).parent), (sys.prefix, sys.base_prefix, "<")
+    files = [(f.filename, f.lineno) for f in traceback.extract_tb(error.__traceback__)]
+    files = [(file, line) for file, line in files if file.startswith(ours) or not file.startswith(installed)]
+    if files and not files[-1][0].startswith(ours):
+        return f"this comes from a file of yours: {files[-1][0]} line {files[-1][1]}"
     return "this looks like a bug of oumi_pl; please report it with the lines above"
 
 

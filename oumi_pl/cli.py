@@ -9,11 +9,9 @@ from typing import Any, ClassVar, Literal
 
 from jsonargparse import Namespace
 from lightning.fabric.utilities.exceptions import MisconfigurationException
-from lightning.pytorch.accelerators import AcceleratorRegistry
 from lightning.pytorch.callbacks import Callback, ProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers.logger import Logger
-from lightning.pytorch.strategies import StrategyRegistry
 from torch.optim import Optimizer
 
 # Short class names in recipes (`class_path: SFT`) are found among the subclasses that are imported.
@@ -31,14 +29,14 @@ from oumi_pl.data.base import TextData
 from oumi_pl.data.sft import SFTData
 from oumi_pl.data.sources import Source
 from oumi_pl.data.tokenizers import TokenizerFactory
-from oumi_pl.errors import UserError, nearest
+from oumi_pl.errors import UserError
 from oumi_pl.explain import explain, subclasses
 from oumi_pl.metrics import MetricsCSV
 from oumi_pl.modules.base import LanguageModule
 from oumi_pl.modules.sft import SFT
 from oumi_pl.optim import Schedule
 from oumi_pl.recipe_keys import refuse_unknown_keys
-from oumi_pl.refusals import refuse_contradictions
+from oumi_pl.refusals import refuse_contradictions, refuse_unknown_devices
 from oumi_pl.types import TokenLoss
 
 __all__ = ["CLI", "SFT", "Answers", "SFTData"]
@@ -59,8 +57,8 @@ class Parser(LightningArgumentParser):
 
     flags: ClassVar[list[str]] = []
     """The options of the command that is run."""
-    args: ClassVar[list[str]] = []
-    """What was typed."""
+    typed: ClassVar[list[str]] = []
+    """The command line."""
 
     def error(self, message: str, ex: Exception | None = None) -> Any:
         """Raises instead of printing a page of usage.
@@ -70,7 +68,7 @@ class Parser(LightningArgumentParser):
         """
         if not self.exit_on_error:
             return super().error(message, ex)
-        raise UserError(explain(message, self.flags, _known_classes(), self.args)) from ex
+        raise UserError(explain(message, self.flags, _known_classes(), self.typed)) from ex
 
     def _add_signature_parameter(self, *args: Any, **kwargs: Any) -> Any:
         """Takes text for text: jsonargparse would open a data file named in a recipe and read it as a config."""
@@ -97,6 +95,7 @@ class CLI(LightningCLI):
         self.recipe = recipe
         self.resume = resume
         self.trees = trees
+        self.command = args[0]
         _quiet()
         super().__init__(
             LanguageModule,
@@ -113,11 +112,15 @@ class CLI(LightningCLI):
             args=args,
         )
 
+    def subcommands(self) -> dict[str, set[str]]:  # type: ignore[override]
+        """The command that is run: making the parsers of the others takes longer than all the parsing."""
+        return {self.command: LightningCLI.subcommands()[self.command]}
+
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
         """Checks the keys of the recipes, and parses, with the command's options at hand for errors."""
         command = self._subcommand_parsers.get(args[0]) if args else None
         Parser.flags = [flag for action in command._actions for flag in action.option_strings] if command else []
-        Parser.args = list(args or [])
+        Parser.typed = list(args or [])
         for tree in self.trees:
             refuse_unknown_keys(tree, Parser.flags, _known_classes())
         super().parse_arguments(parser, args)
@@ -141,7 +144,8 @@ class CLI(LightningCLI):
                 raise
             raise cause from None
         config = self.config_init[self.subcommand]
-        refuse_contradictions(str(self.subcommand), config, self.model, self.datamodule, self.trainer.callbacks)
+        callbacks: Any = self.trainer.callbacks  # type: ignore[attr-defined]
+        refuse_contradictions(str(self.subcommand), config, self.model, self.datamodule, callbacks)
 
     def _run_subcommand(self, subcommand: str) -> None:
         """Runs the command; what Lightning finds wrong with the settings is the user's to mend."""
@@ -155,10 +159,15 @@ class CLI(LightningCLI):
         parser.add_argument(
             "--engine", type=Literal["lightning"], default="lightning", help="What drives the training loop."
         )
-        parser.add_argument("--name", type=str | None, default=None, help="Name of the run; the recipe's when left out.")
+        parser.add_argument(
+            "--name", type=str | None, default=None, help="Name of the run; the recipe's when left out."
+        )
         parser.add_argument("--runs_dir", type=str, default="runs", help="Where run folders are made.")
         parser.add_argument(
-            "--val_every", type=int | None, default=None, help="Optimizer steps between validations; per epoch if left out."
+            "--val_every",
+            type=int | None,
+            default=None,
+            help="Optimizer steps between validations; per epoch if left out.",
         )
         parser.add_class_arguments(Checkpoints, "checkpoint")
         parser.add_class_arguments(Export, "export")
@@ -187,10 +196,10 @@ class CLI(LightningCLI):
             kwargs["max_epochs"] = 1
         if get("val_every") is not None:
             kwargs |= self._validation_by_steps(config, get("val_every"))
-        _refuse_unknown_devices(config)
+        refuse_unknown_devices(config)
         try:
             return self.trainer_class(**{**config, **kwargs})
-        except (MisconfigurationException, ValueError) as error:
+        except (MisconfigurationException, ValueError, RuntimeError) as error:
             raise UserError(f"trainer: {_first_sentence(error)}") from error
 
     @staticmethod
@@ -273,14 +282,6 @@ def _known_classes() -> dict[str, dict[str, type]]:
         for place, base in bases.items()
     }
     return known | {f"data.{split}": {"Source": Source} for split in ("train", "validation", "test", "predict")}
-
-
-def _refuse_unknown_devices(config: Any) -> None:
-    known = {"accelerator": AcceleratorRegistry.available_accelerators(), "strategy": StrategyRegistry.available_strategies()}
-    for key, names in known.items():
-        name = config.get(key)
-        if isinstance(name, str) and name not in {"auto", "gpu", *names}:
-            raise UserError(f"trainer.{key}: there is no {name!r}{nearest(name, ['auto', *names])}")
 
 
 def _first_sentence(error: Exception) -> str:

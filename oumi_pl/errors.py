@@ -40,8 +40,8 @@ def of_the_machine(error: BaseException) -> str | None:
     seen: BaseException | None = error
     while seen is not None:  # writers tend to fail again while they clean up after a full disk
         if isinstance(seen, OSError) and seen.errno in (errno.ENOSPC, errno.EDQUOT, errno.EROFS):
-            place = f", writing {seen.filename}" if seen.filename else ""
-            return f"{seen.strerror}{place}; make room, or choose another --runs_dir"
+            place = f" to write {seen.filename}" if seen.filename else ""
+            return f"{seen.strerror}{place}; make room, and go on with --resume, or choose another --runs_dir"
         if type(seen).__name__ == "OutOfMemoryError":  # torch's, which is not imported here
             return (
                 "out of memory on the device; smaller micro-batches give the same updates: halve data.batch_size and "

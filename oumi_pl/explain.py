@@ -1,5 +1,6 @@
-"""Turns jsonargparse's messages, which quote whole configs, into one line: where, what is wrong, what would be right."""
+"""Turns jsonargparse's messages, which quote whole configs, into one line: where, what is wrong, what is right."""
 
+import difflib
 import inspect
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -21,9 +22,10 @@ _UNKNOWN_CLASS = re.compile(r"Expected a dot import path string: (\S+)")
 _NO_MODULE = re.compile(r"(No module named '[^']+'|module '[^']+' has no attribute '[^']+')")
 _NOT_PYTHON = re.compile(r" - ([^-]+ \(\S+\.py, line \d+\))")
 _WRONG_CLASS = re.compile(r"Import path (\S+) does not correspond to a subclass of (\w+)")
+_NO_CLASS = re.compile(r"Not a valid subclass of (\w+) .*Given value: (.+)$")
 _NESTED = re.compile(r"NestedArg\(key='([^']+)', val=(.*?)\)(?= - |$)")
 _EXPECTED = re.compile(r"Expected an? (typing\.Literal\[[^\]]*\]|<class '[^']+'>|\S+)")
-_GIVEN = re.compile(r"(?:Got value|Given value): (.+?)(?= - |$)")
+_GIVEN = re.compile(r"(?:Got value|Given value): (.+?)(?= - |\. Got value|$)")
 
 
 def explain(message: str, flags: Iterable[str], classes: Classes, args: Sequence[str] = ()) -> str:
@@ -36,32 +38,43 @@ def explain(message: str, flags: Iterable[str], classes: Classes, args: Sequence
         args: The command line.
     """
     message = re.sub(r"\s+", " ", message).strip()
-    flags = list(flags)
     path = _path(message)
-    where = ".".join(path) or "the recipe"
+    said = _of_options(message, path, list(flags), classes, args) or _of_classes(message, path, classes)
+    return said or _wrong_value(message, path)
+
+
+def _of_options(message: str, path: list[str], flags: list[str], classes: Classes, args: Sequence[str]) -> str | None:
+    """Options and keys that there are not, or that lack something."""
     if found := _UNKNOWN_FLAG.search(message):
         return _unknown_flag(found.group(1).split("=")[0], flags, classes)
     if found := _UNKNOWN_OPTION.search(message):
         return unknown_key(found.group(1), flags, classes)
     if found := _NO_VALUE.search(message):
-        bare = [a for a, b in zip(args, [*args[1:], "--"], strict=True) if a.startswith(found.group(1)) and b[:2] == "--"]
-        return f"{bare[0] if bare else found.group(1)}: a value is missing"
+        flag = found.group(1)  # of a class's parameter, only the class is named
+        bare = (a for a, b in zip(args, [*args[1:], "--"], strict=True) if a.startswith(flag) and b.startswith("--"))
+        return f"{next(bare, flag)}: a value is missing"
     if found := _REQUIRED.search(message):
         names = ", ".join(".".join([*path, name.split(".")[-1]]) for name in found.group(1).split(", "))
         return f"{names}: missing, and there is no default"
+    return None
+
+
+def _of_classes(message: str, path: list[str], classes: Classes) -> str | None:
+    """Classes that can't be had, and keys that they don't take."""
+    where = ".".join(path)
     if found := _UNKNOWN_KEY.search(message):
         nested = _nested(message)
-        place = where if not nested else ".".join([_KEY.findall(message)[0], *nested])
-        place = place if nested else f"{where}.{found.group(1)}"
-        return f"{place}: unknown key{nearest(found.group(1), _parameters_there(message, path, classes))}"
+        place = ".".join([_KEY.findall(message)[0], *nested]) if nested else f"{where}.{found.group(1)}"
+        return misspelt(place, _parameters_there(message, path, classes), classes)
     if found := _NO_MODULE.search(message) or _NOT_PYTHON.search(message):
         return f"{where}: {found.group(1)}"
     if found := _WRONG_CLASS.search(message):
-        known = classes_at(where, classes)
-        return f"{where}: {found.group(1)} is no {found.group(2)}; subclass it, or take one of: {', '.join(known)}"
-    if (found := _UNKNOWN_CLASS.search(message)) and classes_at(where, classes):
-        return f"{where}: unknown class {found.group(1)!r}{nearest(found.group(1), classes_at(where, classes))}"
-    return _wrong_value(message, path)
+        return f"{where}: {found.group(1)} is not a subclass of {found.group(2)}"
+    if found := _NO_CLASS.search(message):
+        return f"{where}: {found.group(2)[:80]} does not name a {found.group(1)}; write class_path: NAME"
+    if (found := _UNKNOWN_CLASS.search(message)) and (known := classes_at(where, classes)):
+        return f"{where}: unknown class {found.group(1)!r}{nearest(found.group(1), known)}"
+    return None
 
 
 def unknown_key(key: str, flags: Iterable[str], classes: Classes) -> str:
@@ -72,24 +85,43 @@ def unknown_key(key: str, flags: Iterable[str], classes: Classes) -> str:
     if siblings:
         return f"{key}: unknown key{nearest(key, siblings)}"
     top = {name.split(".")[0] for name in known if not name.startswith("-")} - {"help", "config", "print_config"}
-    near = nearest(key.split(".")[0], top)
+    near = nearest(key.partition(".")[0], top)
     if not near.startswith("; did") and (elsewhere := _elsewhere(key, known, classes)):
         return f"{key}: unknown key; did you mean {elsewhere!r}?"
     return f"{key}: unknown key{near}"
 
 
+def misspelt(place: str, known: Iterable[str], classes: Classes) -> str:
+    """What to say of a key that a class does not take: the nearest that it takes, else where this name belongs."""
+    key = place.rpartition(".")[2]
+    near = nearest(key, known)
+    if not near.startswith("; did") and (elsewhere := _elsewhere(key, (), classes)):
+        return f"{place}: unknown key; did you mean {elsewhere!r}?"
+    return f"{place}: unknown key{near}"
+
+
 def _unknown_flag(flag: str, flags: list[str], classes: Classes) -> str:
     if not flag.startswith("-"):
         return f"{flag!r} belongs to no option; a recipe is given as --config NAME or FILE"
-    if elsewhere := _elsewhere(flag.lstrip("-"), [name.lstrip("-") for name in flags], classes):
-        return f"unknown option {flag}; did you mean '--{elsewhere}'?"
-    near = nearest(flag, flags)
-    return f"unknown option {flag}{near if near.startswith('; did') else '; `--help` lists all, `--model.help SFT` those of a class'}"
+    key, names = flag.lstrip("-"), [name.lstrip("-") for name in flags if not name.endswith(".help")]
+    found = _elsewhere(key, names, classes) or _near(key, names)
+    hint = f"did you mean '--{found}'?" if found else "`--help` lists all, `--model.help SFT` those of a class"
+    return f"unknown option {flag}; {hint}"
+
+
+def _near(key: str, names: list[str]) -> str | None:
+    """The nearest option, by its whole name or by its last part: `max_epochs` stands for `trainer.max_epochs`."""
+    by_any = {name.rpartition(".")[2]: name for name in names} | {name: name for name in names}
+    close = difflib.get_close_matches(key, by_any, n=1, cutoff=0.6)
+    return by_any[close[0]] if close else None
 
 
 def _elsewhere(key: str, names: Iterable[str], classes: Classes) -> str | None:
     """Where a key of this very name belongs: `batch_size` to `data.batch_size`."""
-    of_classes = (f"{place}.{name}" for place, known in classes.items() for cls in known.values() for name in parameters(cls))
+    of_classes: list[str] = []
+    for place, known in classes.items():
+        if not place.startswith("trainer."):  # lists of classes: an option does not say of which
+            of_classes += [f"{place}.{name}" for kind in known.values() for name in parameters(kind)]
     return next((name for name in [*names, *of_classes] if name.rpartition(".")[2] == key and name != key), None)
 
 
@@ -100,18 +132,35 @@ def classes_at(place: str, classes: Classes) -> Mapping[str, type]:
 
 def subclasses(base: type) -> Iterator[type]:
     """All imported subclasses of a class."""
+    cls: type
     for cls in base.__subclasses__():
         yield cls
         yield from subclasses(cls)
 
 
 def parameters(cls: type) -> list[str]:
-    """Names that a class's constructor takes, those that it hands on to its bases included."""
-    names: dict[str, None] = {}
+    """Names that a class's constructor takes, those that it hands on to its bases as `**kwargs` included."""
+    named, _ = signature(cls)
+    return named
+
+
+def signature(cls: type) -> tuple[list[str], bool]:
+    """Names that a constructor takes, and whether these are all: no `**kwargs` is left open at the end."""
+    names: dict[str, inspect.Parameter] = {}
     for owner in cls.__mro__[:-1]:
         if "__init__" in vars(owner):
-            names |= dict.fromkeys(inspect.signature(owner).parameters)
-    return [name for name in names if name not in ("self", "args", "kwargs")]
+            own = inspect.signature(vars(owner)["__init__"]).parameters
+            names |= dict(list(own.items())[1:])
+            if inspect.Parameter.VAR_KEYWORD not in [p.kind for p in own.values()]:
+                break
+    else:
+        return _named(names), not names
+    return _named(names), True
+
+
+def _named(names: Mapping[str, inspect.Parameter]) -> list[str]:
+    variable = (inspect.Parameter.VAR_KEYWORD, inspect.Parameter.VAR_POSITIONAL)
+    return [name for name, parameter in names.items() if parameter.kind not in variable]
 
 
 def _path(message: str) -> list[str]:

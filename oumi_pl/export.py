@@ -1,15 +1,20 @@
 """From live weights to a folder that `transformers` loads: safetensors, tokenizer, chat template, model card."""
 
 import copy
-from collections.abc import Mapping, Sequence
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import Tensor
 
 from oumi_pl import __version__
 from oumi_pl.causal_lm import CausalLM
+from oumi_pl.checkpoint_files import HALF, remove
 from oumi_pl.errors import UserError
+from oumi_pl.hub import reason
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -21,100 +26,185 @@ def export_model(
     tokenizer: "PreTrainedTokenizerBase | None" = None,
     *,
     merge: bool = False,
+    keep: bool = True,
     stop_tokens: Sequence[int] = (),
     card: str | None = None,
 ) -> None:
     """Writes a folder that `AutoModelForCausalLM.from_pretrained` loads, with the live model's logits.
 
-    An adapter is written alone unless `merge` adds it to a copy of the base weights, which needs memory for both.
-    Under FSDP2 all ranks have to call this; rank 0 writes.
+    The folder appears when it is whole. Under FSDP2 all ranks have to call this; rank 0 writes.
+
+    Args:
+        model: What to write; unchanged afterwards.
+        directory: Where; new or empty.
+        tokenizer: Written beside the weights, with its chat template.
+        merge: Add a LoRA adapter to its base weights; else it is written alone, to be loaded onto its base.
+        keep: Merge in a copy. False needs no memory for one, and leaves `model` useless.
+        stop_tokens: Ids that end an answer besides EOS.
+        card: Text of the model card.
 
     Raises:
-        UserError: for an adapter alone whose base model has no name to load it by, or merging sharded weights.
+        UserError: for an adapter alone that its base on the disk does not fit, for merging weights that are sharded or
+            quantised, and if the folder holds something or can't be written.
     """
-    hf = model.hf
-    is_adapter = hasattr(hf, "peft_config")
-    if is_adapter and not merge and not model.base.config._name_or_path:
-        raise UserError("the adapter's base model has random weights and can't be loaded by name: export with --merge")
+    is_adapter = hasattr(model.hf, "peft_config")
+    if is_adapter and not merge and (why := why_not_alone(model)):
+        raise UserError(
+            f"the adapter can't be exported alone, because {why}; merge it (--merge, or export.merge: true)"
+        )
+    if is_adapter and merge and (is_sharded(model) or getattr(model.base, "is_quantized", False)):
+        raise UserError("sharded or quantised weights can't be merged in place: export the checkpoint with --merge")
     state = _gathered(model)
-    if not _is_rank_zero():
+    if torch.distributed.is_initialized() and torch.distributed.get_rank() > 0:
         return
+    hf = model.hf
     if is_adapter and merge:
-        if state is not None:
-            raise UserError("a sharded adapter can't be merged here: export the checkpoint with --merge afterwards")
-        hf = copy.deepcopy(hf).merge_and_unload()
-    _set_generation_config(model, tokenizer, stop_tokens)
-    directory.mkdir(parents=True, exist_ok=True)
-    hf.save_pretrained(directory, **({} if state is None else {"state_dict": state}))
+        hf = (copy.deepcopy(hf) if keep else hf).merge_and_unload()
+    kwargs: dict[str, Any] = {} if state is None else {"state_dict": state}
     if is_adapter and not merge:
-        model.base.generation_config.save_pretrained(directory)
-    if tokenizer is not None:
-        tokenizer.save_pretrained(directory)
-    if card is not None:
-        (directory / "README.md").write_text(card)
+        kwargs["save_embedding_layers"] = False  # their trained rows are in the adapter, the others on the disk
+    with _folder(directory) as half, _generation_config(hf, tokenizer, stop_tokens) as generation:
+        hf.save_pretrained(half, **kwargs)
+        if is_adapter and not merge and _is_dora(hf):
+            _rename_magnitudes(half / "adapter_model.safetensors")
+        generation.save_pretrained(half)
+        if tokenizer is not None:
+            tokenizer.save_pretrained(half)
+        if card is not None:
+            (half / "README.md").write_text(card, encoding="utf-8")
 
 
-def model_card(config: Mapping[str, Any], yaml_text: str, metrics: Mapping[str, float], recipe: str) -> str:
+def why_not_alone(model: CausalLM) -> str:
+    """Why an adapter would not be the trained model once it is put on its base as that lies on the disk; else empty."""
+    unnamed = "its base model has no name to be loaded by"
+    return getattr(model.hf, "why_not_alone", "" if model.base.config._name_or_path else unnamed)
+
+
+def is_sharded(model: torch.nn.Module) -> bool:
+    """Whether FSDP2 holds the weights in parts."""
+    return any(hasattr(p, "full_tensor") for p in model.parameters())
+
+
+def read_checkpoint(path: Path) -> dict[str, Any]:
+    """Reads a checkpoint without running code from it: all of a file, and of a sharded one all but the optimizer.
+
+    Tensors of a file stay on the disk until they are used.
+
+    Raises:
+        UserError: if it is not a checkpoint.
+    """
+    try:
+        if path.is_file():
+            return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        return _read_sharded(path)
+    except Exception as error:  # bytes can be wrong in any way
+        raise UserError(f"--checkpoint: {path} can't be read as a checkpoint: {reason(error)}") from error
+
+
+def model_card(
+    config: Mapping[str, Any], yaml_text: str, metrics: Mapping[str, float], title: str, adapter: bool = False
+) -> str:
     """A model card: what it was made from, on which data, how, and how well it did."""
     base = _argument(config, "model", "model")
-    data = _argument(config, "data", "train")
-    scores = "\n".join(f"| `{name}` | {value:.4g} |" for name, value in sorted(metrics.items()))
-    header = ["---", "library_name: transformers", "tags: [oumi_pl]"]
-    if base:
+    sources = _argument(config, "data", "train")
+    sources = sources if isinstance(sources, list) else [sources]
+    data = ", ".join(f"`{s.get('path') if isinstance(s, Mapping) else s}`" for s in sources)
+    trainer = str((config.get("model") or {}).get("class_path", "")).rsplit(".", 1)[-1]
+    header = [f"library_name: {'peft' if adapter else 'transformers'}", "tags: [oumi_pl]"]
+    if base and not Path(base).expanduser().exists():  # the hub takes its own ids only
         header.append(f"base_model: {base}")
-    trainer = _class_name(config.get("model"))
-    return "\n".join(
-        [
-            *header,
-            "---",
-            "",
-            f"# {recipe}",
-            "",
-            f"Trained by `oumi_pl` {__version__} ({trainer}) from {f'`{base}`' if base else 'random weights'} "
-            f"on `{data}`.",
-            "",
-            "| metric | value |",
-            "|---|---|",
-            scores,
-            "",
-            "## Recipe",
-            "",
-            "```yaml",
-            yaml_text.strip(),
-            "```",
-            "",
-        ]
-    )
+    scores = [f"| `{name}` | {value:.4g} |" for name, value in sorted(metrics.items())]
+    lines = [
+        *("---", *header, "---", "", f"# {title}", ""),
+        f"{'A LoRA adapter, trained' if adapter else 'Trained'} by `oumi_pl` {__version__} ({trainer}) "
+        f"from {f'`{base}`' if base else 'random weights'} on {data}.",
+        *(("", "| metric | value |", "|---|---|", *scores) if scores else ()),
+        *("", "## Recipe", "", "```yaml", yaml_text.strip(), "```", ""),
+    ]
+    return "\n".join(lines)
 
 
 def _argument(config: Mapping[str, Any], section: str, name: str) -> Any:
     return ((config.get(section) or {}).get("init_args") or {}).get(name)
 
 
-def _class_name(section: Any) -> str:
-    return str((section or {}).get("class_path", "")).rsplit(".", 1)[-1]
+@contextmanager
+def _folder(directory: Path) -> Iterator[Path]:
+    """A folder beside `directory` that takes its place when all went well."""
+    half = directory.with_name(directory.name + HALF)
+    try:
+        if directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
+            raise UserError(f"{directory} is there and not an empty folder; name another one to export to")
+        remove(half)
+        half.mkdir(parents=True)
+    except OSError as error:
+        raise UserError(f"can't write to {directory}: {error.strerror}") from error
+    try:
+        yield half
+        half.replace(directory)
+    finally:
+        remove(half)
 
 
-def _set_generation_config(model: CausalLM, tokenizer: Any, stop_tokens: Sequence[int]) -> None:
-    """Lets plain `generate` stop where an answer ends."""
-    if tokenizer is None:
-        return
-    generation = model.base.generation_config
-    eos = generation.eos_token_id
-    ends = {*stop_tokens, *(eos if isinstance(eos, list) else [eos]), tokenizer.eos_token_id} - {None}
-    generation.eos_token_id = sorted(ends) if len(ends) > 1 else next(iter(ends), None)
+@contextmanager
+def _generation_config(hf: Any, tokenizer: Any, stop_tokens: Sequence[int]) -> Iterator[Any]:
+    """Puts a generation config in force with which plain `generate` stops where an answer ends."""
+    base = hf.get_base_model() if hasattr(hf, "peft_config") else hf
+    own = base.generation_config
+    generation = copy.deepcopy(own)
+    ends = own.eos_token_id if isinstance(own.eos_token_id, list) else [own.eos_token_id]
+    ends = sorted({*stop_tokens, *ends, getattr(tokenizer, "eos_token_id", None)} - {None})
+    generation.eos_token_id = ends if len(ends) > 1 else next(iter(ends), None)
     if generation.pad_token_id is None:
-        generation.pad_token_id = tokenizer.pad_token_id
+        generation.pad_token_id = getattr(tokenizer, "pad_token_id", None)
+    sampling = (generation.temperature, generation.top_p, generation.top_k, generation.min_p, generation.typical_p)
+    if not generation.do_sample and any(value is not None for value in sampling):
+        generation.do_sample = True  # some published models have a temperature without it, which can't be saved
+    base.generation_config = generation
+    try:
+        yield generation
+    finally:
+        base.generation_config = own
+
+
+def _is_dora(hf: Any) -> bool:
+    return any(getattr(config, "use_dora", False) for config in hf.peft_config.values())
+
+
+def _rename_magnitudes(file: Path) -> None:
+    """Gives DoRA's magnitudes the name that PEFT and transformers both read.
+
+    PEFT leaves off the `.weight` when it writes; transformers 5 then does not find them, and goes on with those of the
+    base.
+    """
+    from safetensors.torch import load_file, save_file
+
+    ending = "lora_magnitude_vector"
+    tensors = {f"{name}.weight" if name.endswith(ending) else name: t for name, t in load_file(file).items()}
+    save_file(tensors, file, metadata={"format": "pt"})
 
 
 def _gathered(model: CausalLM) -> dict[str, Any] | None:
     """The whole state dict of a sharded model on rank 0, in the names that `save_pretrained` expects; None if whole."""
-    if not any(hasattr(p, "full_tensor") for p in model.parameters()):
+    if not is_sharded(model):
         return None
     from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 
     return get_model_state_dict(model.hf, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
 
 
-def _is_rank_zero() -> bool:
-    return not torch.distributed.is_initialized() or torch.distributed.get_rank() == 0
+def _read_sharded(path: Path) -> dict[str, Any]:
+    from torch.distributed import checkpoint as dcp
+    from torch.distributed.checkpoint.metadata import TensorStorageMetadata
+
+    content = torch.load(path / "meta.pt", map_location="cpu", weights_only=True)
+    prefix = "state_dict."
+    saved = dcp.FileSystemReader(path).read_metadata().state_dict_metadata
+    weights: dict[str, Tensor] = {
+        name: torch.empty(entry.size, dtype=entry.properties.dtype)
+        for name, entry in saved.items()
+        if name.startswith(prefix) and isinstance(entry, TensorStorageMetadata)
+    }
+    with warnings.catch_warnings(action="ignore"):  # it says that there is one process, which is meant
+        dcp.load(weights, checkpoint_id=path, no_dist=True)
+    return content | {"state_dict": {name.removeprefix(prefix): value for name, value in weights.items()}}

@@ -13,12 +13,12 @@ micro-batches on all ranks.
 | `train/lr` | learning rate of the first parameter group | the update |
 | `train/num_tokens` | tokens seen, without padding | the run, resumes included |
 | `train/target_tokens` | tokens seen that carried loss | the run, resumes included |
-| `train/tokens_per_second` | tokens over wall time, waiting for data included, validation excluded | the update |
+| `train/tokens_per_second` | tokens over wall time, with waiting for data, without validation | the update |
 | `train/mfu` | model FLOPs utilisation: achieved over peak dense bf16 FLOP/s; only on known GPUs | the update |
 | `train/padding` | share of the input tensors that is padding | the update |
 | `train/peak_memory_gb` | peak memory: allocated on CUDA, resident elsewhere; 1e9 bytes | the run on rank 0 |
 | `val/loss` | the training loss on held-out tokens, per target token | all of `validation` |
-| `val/nll` | cross-entropy in nats per target token; equals `val/loss` unless another loss is trained | all of `validation` |
+| `val/nll` | cross-entropy in nats per target token; `val/loss` unless another loss is trained | all of `validation` |
 | `val/perplexity` | exp of `val/nll` | all of `validation` |
 | `val/mean_token_accuracy` | as in training | all of `validation` |
 | `val/exact_match` | share of greedy answers equal to the reference (with the `Answers` callback) | its rows |
@@ -26,7 +26,6 @@ micro-batches on all ranks.
 """
 
 import csv
-import os
 from argparse import Namespace
 from pathlib import Path
 from typing import Any
@@ -90,7 +89,7 @@ class MetricsCSV(Logger):
             writer = csv.DictWriter(out, self.columns, restval="")
             writer.writeheader()
             writer.writerows(rows)
-        os.replace(half, self.file)
+        half.replace(self.file)
 
     @property
     def name(self) -> str:

@@ -45,6 +45,11 @@ def build_config(
             "eos_token_id": tokenizer.eos_token_id,
             "pad_token_id": tokenizer.pad_token_id,
         } | values
+        if isinstance(values["vocab_size"], int) and values["vocab_size"] < vocabulary(tokenizer):
+            raise UserError(
+                f"model.config.vocab_size: {values['vocab_size']} is too small, the tokenizer has "
+                f"{vocabulary(tokenizer)} tokens; leave it out to make it fit"
+            )
     try:
         return AutoConfig.for_model(model_type, **values)
     except Exception as error:  # each architecture checks its values in its own way
@@ -77,7 +82,7 @@ def _overridden(hf_config: "PretrainedConfig", values: dict[str, Any]) -> "Pretr
     _refuse_unknown_keys(hf_config, values)
     for key, value in values.items():
         old = getattr(hf_config, key, None)
-        if isinstance(value, dict) and hasattr(old, "to_dict"):  # the text part of a model that also sees
+        if isinstance(value, dict) and old is not None and hasattr(old, "to_dict"):  # a part of a model
             _overridden(old, value)
             continue
         try:

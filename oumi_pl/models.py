@@ -60,13 +60,15 @@ def build_model(
         hf = _pretrained(base, hf_config, attn, dtype, **_quantized(quantization), **hub)
     if adapter:
         hf = _with_adapter_merged(hf, adapter)
-    rows = _fit_vocabulary(hf, tokenizer, added_tokens, pretrained=base is not None)
+    new_rows = 0
+    if base is not None and tokenizer is not None:
+        new_rows = _fit_vocabulary(hf, tokenizer, added_tokens)
     _freeze(hf, freeze)
     if gradient_checkpointing:
         hf.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     if lora is not None:
         hf = with_lora(hf, lora, added_tokens, revision)
-        hf.why_not_alone = _why_not_alone(base, adapter, config or {}, rows)
+        hf.why_not_alone = _why_not_alone(base, adapter, config or {}, new_rows)
     # from_pretrained returns eval mode, and Lightning would keep it
     return hf.train()
 
@@ -188,39 +190,38 @@ def _with_adapter_merged(hf: "PreTrainedModel", adapter: str) -> "PreTrainedMode
 
 
 @torch.no_grad()
-def _fit_vocabulary(
-    hf: "PreTrainedModel",
-    tokenizer: "PreTrainedTokenizerBase | None",
-    added_tokens: Sequence[int],
-    pretrained: bool,
-) -> int:
+def _fit_vocabulary(hf: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase", added_tokens: Sequence[int]) -> int:
     """Gives added tokens a row, initialised to the mean of the rows that were trained; returns how many were appended.
 
     The mean starts a token near what the model may say anyway (Hewitt 2021, "Initializing New Word Embeddings for
     Pretrained Language Models"); rows of a vocabulary padded beyond its tokens were never trained, and don't count.
 
+    Args:
+        hf: A pretrained model.
+        tokenizer: The tokenizer, with the added tokens.
+        added_tokens: Ids that were added to the tokenizer.
+
     Raises:
         UserError: the tokenizer has ids that the model has no row for, beside those that were added.
     """
-    if tokenizer is None:
-        return 0
     rows = len(cast("Tensor", hf.get_input_embeddings().weight))
-    needed = vocabulary(tokenizer)
-    own = min(added_tokens, default=needed)
-    if own > rows or (needed > rows and not pretrained):
-        advice = "set data.tokenizer to the model's own" if pretrained else "leave out model.config.vocab_size"
+    own = max(set(tokenizer.get_vocab().values()) - set(added_tokens), default=-1) + 1
+    if own > rows:
         raise UserError(
-            f"model: the tokenizer has {needed if not pretrained else own} tokens, the model's vocabulary {rows}: "
-            f"they don't belong together; {advice}"
+            f"model: the tokenizer has {own} tokens, the model's vocabulary {rows}: they don't belong together; "
+            "set data.tokenizer to the model's own"
         )
-    if not added_tokens or not pretrained:
+    if not added_tokens:
         return 0
+    needed = vocabulary(tokenizer)
     if needed > rows:
         hf.resize_token_embeddings(needed, mean_resizing=False)
     for layer in (hf.get_input_embeddings(), hf.get_output_embeddings()):
         for values in (getattr(layer, "weight", None), getattr(layer, "bias", None)):
             if values is not None:
-                values[list(added_tokens)] = values[:own].mean(dim=0, dtype=torch.float32).to(values.dtype)
+                values[list(added_tokens)] = (
+                    values[: min(added_tokens)].mean(dim=0, dtype=torch.float32).to(values.dtype)
+                )
     return max(0, needed - rows)
 
 

@@ -15,7 +15,8 @@ def parameter_groups(named: Iterable[tuple[str, nn.Parameter]]) -> list[dict[str
 
     Decaying a norm's scale or a bias pulls it to zero without regularising anything.
     """
-    decay, no_decay = [], []
+    decay: list[nn.Parameter] = []
+    no_decay: list[nn.Parameter] = []
     for _, parameter in named:
         if parameter.requires_grad:
             (decay if parameter.ndim > 1 else no_decay).append(parameter)
@@ -40,7 +41,7 @@ class Schedule(ABC):
 
     def __init__(self, warmup: int | float = 0) -> None:
         if warmup < 0:
-            raise UserError(f"schedule.warmup is {warmup}, but can't be negative")
+            raise UserError(f"model.schedule.warmup is {warmup}, but can't be negative")
         self.warmup = warmup
 
     def __call__(self, step: int, total: int) -> float:
@@ -107,7 +108,7 @@ class WarmupStableDecay(Schedule):
     def __init__(self, warmup: int | float = 0, decay: int | float = 0.1, floor: float = 0.0) -> None:
         super().__init__(warmup)
         if decay <= 0:
-            raise UserError(f"schedule.decay is {decay}, but a decay takes at least one step")
+            raise UserError(f"model.schedule.decay is {decay}, but a decay takes at least one step")
         self.decay = decay
         self.floor = floor
 

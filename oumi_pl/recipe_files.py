@@ -75,7 +75,7 @@ def check(path: Path) -> dict[str, Any]:
         where = f" line {mark.line + 1}" if mark else ""
         raise UserError(f"{path}{where}: not valid YAML: {getattr(error, 'problem', None) or error}") from error
     if not isinstance(value, dict):
-        kind = {type(None): "empty", list: "a list", str: "text"}.get(type(value), f"a {type(value).__name__}")
+        kind = {type(None): "empty", list: "a list", str: "text"}.get(type(value), f"of type {type(value).__name__}")
         raise UserError(f"{path}: a recipe is a mapping (model:, data:, trainer:), and this file is {kind}")
     return value
 

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from oumi_pl.errors import UserError, nearest
-from oumi_pl.explain import Classes, classes_at, parameters, unknown_key
+from oumi_pl.explain import Classes, classes_at, misspelt, parameters, signature, unknown_key
 
 CLASS_KEYS = ("class_path", "init_args", "dict_kwargs")
 
@@ -82,20 +82,13 @@ def _check_class(value: Mapping[str, Any], place: str, classes: Classes) -> None
 def _check_arguments(arguments: Any, cls: Any, place: str, classes: Classes) -> None:
     if not isinstance(arguments, Mapping):
         raise UserError(f"{place}.init_args: {arguments!r} is given, but here is a mapping of keys to values")
-    if inspect.isclass(cls) and _says_all(cls):
-        known = parameters(cls)
+    if inspect.isclass(cls):
+        known, all_of_them = signature(cls)
         for key in arguments:
-            if key not in known:
-                raise UserError(f"{place}.{key}: unknown key{nearest(str(key), known)}")
+            if all_of_them and key not in known:
+                raise UserError(misspelt(f"{place}.{key}", known, classes))
     for key, item in arguments.items():
         _check_value(item, f"{place}.{key}", classes)
-
-
-def _says_all(cls: type) -> bool:
-    """Whether the signatures name every argument: the last one of those that hand on `**kwargs` must not."""
-    own = [vars(owner)["__init__"] for owner in cls.__mro__[:-1] if "__init__" in vars(owner)]
-    kinds = [p.kind for p in inspect.signature(own[-1]).parameters.values()] if own else []
-    return inspect.Parameter.VAR_KEYWORD not in kinds
 
 
 def _class(name: str, place: str, classes: Classes) -> Any:

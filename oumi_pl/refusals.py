@@ -7,7 +7,12 @@ from typing import Any
 
 from oumi_pl.errors import UserError, nearest
 
-NEEDS = {"fit": ("train",), "validate": ("validation",), "test": ("test",), "predict": ("predict", "test", "validation")}
+NEEDS = {
+    "fit": ("train",),
+    "validate": ("validation",),
+    "test": ("test",),
+    "predict": ("predict", "test", "validation"),
+}
 """Command -> the sources under `data` of which it needs one."""
 
 
@@ -44,6 +49,22 @@ def refuse_contradictions(
             _refuse_unknown_metric(getattr(callback, "monitor", None), callback, model, callbacks)
 
 
+def refuse_unknown_devices(trainer: Mapping[str, Any]) -> None:
+    """Tells a misspelt accelerator or strategy, for Lightning lists them all or some.
+
+    Raises:
+        UserError: if there is no such name; offers the nearest.
+    """
+    from lightning.pytorch.accelerators import AcceleratorRegistry
+    from lightning.pytorch.strategies import StrategyRegistry
+
+    accelerators, strategies = AcceleratorRegistry.available_accelerators(), StrategyRegistry.available_strategies()
+    for key, names in {"accelerator": accelerators, "strategy": strategies}.items():
+        name, known = trainer.get(key), ["auto", "gpu", *names] if key == "accelerator" else ["auto", *names]
+        if isinstance(name, str) and name not in known:
+            raise UserError(f"trainer.{key}: there is no {name!r}{nearest(name, known)}")
+
+
 def _refuse_name(name: str | None) -> None:
     if name is not None and (not name or Path(name).name != name or name.startswith(".")):
         raise UserError(f"name: {name!r} can't be the name of a folder; where folders go is said with runs_dir")
@@ -57,7 +78,9 @@ def _refuse_without_validation(config: Mapping[str, Any], callbacks: Sequence[An
         elif str(getattr(callback, "monitor", None) or "").startswith("val/"):
             asks = f"{_place(callback)}: {callback.monitor!r}"
     if asks:
-        raise UserError(f"{asks} needs held-out rows, and the recipe names none; set data.validation, to 0.05 for example")
+        raise UserError(
+            f"{asks} needs held-out rows, and the recipe names none; set data.validation, to 0.05 for example"
+        )
 
 
 def _refuse_unknown_metric(monitor: str | None, callback: Any, model: Any, callbacks: Sequence[Any]) -> None:

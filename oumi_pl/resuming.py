@@ -74,7 +74,8 @@ def _refuse_finished(run: Path, state: Mapping[str, Any], checkpoint: Path | Non
     steps = _typed("--trainer.max_steps", args) or ""
     if checkpoint is not None and steps.isdigit() and int(steps) <= step_of(checkpoint):
         raise UserError(
-            f"--resume: {run} is at step {step_of(checkpoint)} already, so --trainer.max_steps {steps} leaves nothing to do"
+            f"--resume: {run} is at step {step_of(checkpoint)} already: "
+            f"--trainer.max_steps {steps} leaves nothing to do"
         )
 
 
@@ -94,8 +95,8 @@ def _without_config(args: list[str]) -> list[str]:
 def _typed(option: str, args: list[str]) -> str | None:
     """The value that an option has on the command line: the last one, as everywhere."""
     value = None
-    for arg, following in zip(args, [*args[1:], ""], strict=True):
+    for i, arg in enumerate(args):
         flag, equals, attached = arg.partition("=")
         if flag == option:
-            value = attached if equals else following
+            value = attached if equals else "".join(args[i + 1 : i + 2])
     return value

@@ -1,12 +1,13 @@
 """The run folder: its name, what it holds, and finding the one to resume.
 
-    runs/<name>/
-      run.json       recipe, command, state, versions
-      config.yaml    what ran; `fit --config` of it runs it again
-      data.json      the data report
-      metrics.csv    one line per optimizer step
-      checkpoints/   step-*.ckpt, and best.ckpt (weights only) when a metric is monitored
-      model/         the trained model, for `transformers`
+What lies in `runs/<name>/`:
+
+- `run.json`: recipe, command, state, versions
+- `config.yaml`: what ran; `fit --config` of it runs it again
+- `data.json`: the data report
+- `metrics.csv`: one line per optimizer step
+- `checkpoints/`: `step-*.ckpt`, and `best.ckpt` (weights only) when a metric is monitored
+- `model/`: the trained model, for `transformers`
 """
 
 import json
@@ -65,7 +66,7 @@ def write_state(run: Path, **values: Any) -> None:
     state = read_state(run) | values | {"updated": time.strftime("%Y-%m-%dT%H:%M:%S%z")}
     half = run / f"{RUN}.half"
     half.write_text(json.dumps(state, indent=1) + "\n")
-    os.replace(half, run / RUN)
+    half.replace(run / RUN)
 
 
 def read_state(run: Path) -> dict[str, Any]:
@@ -75,6 +76,11 @@ def read_state(run: Path) -> dict[str, Any]:
     except (OSError, ValueError):
         return {}
     return state if isinstance(state, dict) else {}
+
+
+def recipe_of(config: Path) -> str | None:
+    """The recipe that a run's `config.yaml` comes from, so that running it again makes a run of the same name."""
+    return read_state(config.parent).get("recipe") if config.name == CONFIG else None
 
 
 def last_unfinished(root: Path, recipe: str, name: str | None = None) -> Path:
@@ -91,7 +97,7 @@ def last_unfinished(root: Path, recipe: str, name: str | None = None) -> Path:
         newest = max(own, key=lambda r: own[r].get("created_ns", 0), default=None)
         hint = "there is no run of it; leave --resume out to start one"
         if newest is not None:
-            hint = f"all {len(own)} are finished; to train one further: --resume {newest} --trainer.max_steps MORE"
+            hint = f"{newest} is finished; to train it further: --resume {newest} --trainer.max_steps MORE"
         raise UserError(f"--resume: nothing to resume for {whose} in {root}: {hint}")
     return max(unfinished, key=lambda r: unfinished[r].get("created_ns", 0))
 

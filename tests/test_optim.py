@@ -34,7 +34,11 @@ def theirs(name, **kwargs):
         (
             WarmupStableDecay(WARMUP, decay=10),
             lambda: theirs(
-                "get_wsd_schedule", num_training_steps=TOTAL, num_decay_steps=10, decay_type="linear", warmup_type="linear"
+                "get_wsd_schedule",
+                num_training_steps=TOTAL,
+                num_decay_steps=10,
+                decay_type="linear",
+                warmup_type="linear",
             ),
         ),
     ],

@@ -1,5 +1,6 @@
-"""Killed at any moment and resumed: the same samples in the same order and bit-identical weights, as if never killed."""
+"""Killed at any moment and resumed: the same samples in the same order, bit-identical weights, as if never killed."""
 
+import contextlib
 import csv
 import json
 import os
@@ -50,10 +51,8 @@ def run(tmp_path, directory, kill=10**9, every=3, resume=None, seed=1, workers=0
         plugins=[AtomicCheckpointIO()],
     )
     sft_data = data(tmp_path, ROWS, batch_size=BATCH, workers=workers, validation=0.2)
-    try:
+    with contextlib.suppress(InterruptedError):
         loop.fit(sft, sft_data, ckpt_path=resume, weights_only=True)
-    except InterruptedError:
-        pass
     return sft, killer.seen
 
 
@@ -226,4 +225,6 @@ def test_the_command_killed_and_resumed_equals_uninterrupted(
 
 def losses(run_folder):
     with (run_folder / "metrics.csv").open(newline="") as lines:
-        return [(row["step"], row["train/loss"], row["train/num_tokens"], row["val/loss"]) for row in csv.DictReader(lines)]
+        return [
+            (row["step"], row["train/loss"], row["train/num_tokens"], row["val/loss"]) for row in csv.DictReader(lines)
+        ]

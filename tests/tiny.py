@@ -25,8 +25,13 @@ LLAMA = {
 def conversations(n, seed=0, longest=12):
     """Rows of ragged length: the laws are about those."""
     rng = random.Random(seed)
-    word = lambda: "".join(rng.choice("abcdefgh") for _ in range(rng.randint(1, 6)))
-    text = lambda: " ".join(word() for _ in range(rng.randint(1, longest)))
+
+    def word():
+        return "".join(rng.choice("abcdefgh") for _ in range(rng.randint(1, 6)))
+
+    def text():
+        return " ".join(word() for _ in range(rng.randint(1, longest)))
+
     return [
         {"messages": [{"role": "user", "content": text()}, {"role": "assistant", "content": text()}]} for _ in range(n)
     ]
@@ -45,8 +50,11 @@ def data(path: Path, n=16, seed=0, **kwargs) -> SFTData:
 
 
 def module(optimizer=None, config=None, **kwargs) -> SFT:
-    sgd = lambda params: torch.optim.SGD(params, lr=0.1)
     return SFT(config=LLAMA | (config or {}), optimizer=optimizer or sgd, **kwargs)
+
+
+def sgd(params):
+    return torch.optim.SGD(params, lr=0.1)
 
 
 def trainer(**kwargs) -> L.Trainer:

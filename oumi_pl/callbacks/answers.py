@@ -20,6 +20,9 @@ class Answers(L.Callback):
         at_start: Answer before the first step as well.
     """
 
+    needs_validation = True
+    validation_metrics = ("val/exact_match",)
+
     def __init__(
         self, rows: int = 200, show: int = 6, max_new_tokens: int = 64, batch_size: int = 64, at_start: bool = True
     ) -> None:
@@ -90,7 +93,8 @@ class Answers(L.Callback):
             question = _question(trainer.datamodule.tokenizer.decode(prompts[i], skip_special_tokens=True))
             before = _one_line(self.before[i]) if self.before else ""
             mark = "[green]✓ [/]" if right else "[red]✗ [/]"
-            table.add_row(escape(question), escape(references[i]), escape(before), mark + escape(_one_line(self.after[i])))
+            after = mark + escape(_one_line(self.after[i]))
+            table.add_row(escape(question), escape(references[i]), escape(before), after)
         console = Console()
         console.print(table)
         before = f" (before training: {self.score_before:.1%})" if self.score_before is not None else ""
@@ -99,7 +103,7 @@ class Answers(L.Callback):
 
 def _question(prompt: str) -> str:
     """The last turn of a rendered prompt, without the role names that templates write around it."""
-    lines = [line for line in prompt.splitlines() if line.strip() and line.strip() not in ("assistant", "user", "system")]
+    lines = [line for line in prompt.splitlines() if line.strip() not in ("", "assistant", "user", "system")]
     return _one_line(lines[-1].removeprefix("user")) if lines else ""
 
 

@@ -63,7 +63,8 @@ class Checkpoints(Checkpoint):
 
     def _keep_best(self, trainer: L.Trainer, directory: Path, monitor: str) -> None:
         if monitor not in trainer.callback_metrics:
-            raise UserError(f"checkpoint.monitor: there is no metric {monitor!r}{nearest(monitor, trainer.callback_metrics)}")
+            hint = nearest(monitor, trainer.callback_metrics)
+            raise UserError(f"checkpoint.monitor: there is no metric {monitor!r}{hint}")
         score = float(trainer.callback_metrics[monitor])
         if self.best_score is None or (score < self.best_score if self.mode == "min" else score > self.best_score):
             self.best_score = score
@@ -98,7 +99,7 @@ def _validation_follows(trainer: L.Trainer) -> bool:
 
 
 def _save_whole(trainer: L.Trainer, path: Path, weights_only: bool = False) -> None:
-    """Saves under another name and renames: sharded checkpoints are directories, which no strategy writes atomically."""
+    """Saves under another name and renames: sharded checkpoints are directories, not written in one step."""
     half = path.with_name(path.name + HALF)
     trainer.save_checkpoint(half, weights_only=weights_only)
     trainer.strategy.barrier("checkpoint written")

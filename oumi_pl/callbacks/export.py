@@ -9,7 +9,9 @@ import yaml
 
 from oumi_pl.callbacks.checkpoint import Checkpoints
 from oumi_pl.callbacks.run_folder import RunFolder
-from oumi_pl.export import export_model, model_card
+from oumi_pl.causal_lm import CausalLM
+from oumi_pl.checkpoint_files import remove
+from oumi_pl.export import export_model, model_card, read_checkpoint, why_not_alone
 from oumi_pl.runs import CONFIG
 
 
@@ -18,7 +20,8 @@ class Export(L.Callback):
 
     Args:
         enabled: Whether to export at all.
-        merge: Add a LoRA adapter to its base weights; alone, an adapter is small and needs its base to load.
+        merge: Add a LoRA adapter to its base weights. Alone it is small, and needs its base to load; where it would not
+            fit its base (added tokens that this has no rows for, random weights) it is merged in any case.
     """
 
     def __init__(self, enabled: bool = True, merge: bool = False) -> None:
@@ -31,25 +34,65 @@ class Export(L.Callback):
         if not self.enabled or folder is None or trainer.fast_dev_run:  # type: ignore[attr-defined]
             return
         best = next((c.best_model_path for c in trainer.checkpoint_callbacks if isinstance(c, Checkpoints)), "")
+        metrics: dict[str, Any] = dict(trainer.callback_metrics)
         last = None
-        if best and Path(best).is_file():
+        if best and Path(best).exists():
             last = {name: value.detach().clone() for name, value in pl_module.state_dict().items()}
-            pl_module.load_weights(torch.load(best, map_location="cpu", weights_only=True)["state_dict"])
-        self.write(trainer, pl_module, folder)
+            metrics = _load(pl_module, Path(best))
+        self.write(trainer, pl_module, folder, metrics)
         if last is not None:
             pl_module.load_weights(last)
 
-    def write(self, trainer: Any, pl_module: Any, folder: Path) -> None:
-        """Exports the weights that the module has now."""
+    def write(self, trainer: Any, pl_module: Any, folder: Path, metrics: Any) -> None:
+        """Exports the weights that the module has now, in place of what an earlier end of the run exported."""
         data = trainer.datamodule
         text = (folder / CONFIG).read_text() if (folder / CONFIG).exists() else ""
-        metrics = {k: float(v) for k, v in trainer.callback_metrics.items() if k.startswith(("train/", "val/"))}
+        metrics = {k: float(v) for k, v in metrics.items() if k.startswith(("train/", "val/"))}
+        model = pl_module.causal_lm
+        has_adapter = pl_module.lora is not None
+        merge = has_adapter and (self.merge or bool(why_not_alone(model)))
+        if merge:
+            model = _copy_on_cpu(pl_module, data, trainer.is_global_zero)
+        if trainer.is_global_zero:
+            remove(folder / "model")
         export_model(
-            pl_module.causal_lm,
+            model,
             folder / "model",
             getattr(data, "tokenizer", None),
-            merge=self.merge or (pl_module.lora is not None and pl_module.model_name is None),
+            merge=merge,
+            keep=False,
             stop_tokens=getattr(data, "stop_tokens", ()),
-            card=model_card(yaml.safe_load(text) or {}, text, metrics, folder.name),
+            card=model_card(yaml.safe_load(text) or {}, text, metrics, folder.name, has_adapter and not merge),
         )
 
+
+def _load(pl_module: Any, checkpoint: Path) -> dict[str, float]:
+    """Loads the weights of a checkpoint into the live model and returns the metrics that it had."""
+    if checkpoint.is_file():
+        content = read_checkpoint(checkpoint)
+        pl_module.load_weights(content["state_dict"])
+        return content.get("metrics", {})
+    from torch.distributed import checkpoint as dcp
+
+    dcp.load({"state_dict": pl_module.state_dict()}, checkpoint_id=checkpoint)  # into the live shards
+    return torch.load(checkpoint / "meta.pt", map_location="cpu", weights_only=True).get("metrics", {})
+
+
+def _copy_on_cpu(pl_module: Any, data: Any, is_rank_zero: bool) -> CausalLM:
+    """The trained model built anew, to be merged: whole, in full precision, and not on a device that is full already.
+
+    All ranks have to call this. Those that don't write get the live model back.
+    """
+    weights = {}
+    for name, value in pl_module.state_dict().items():
+        whole = value.full_tensor() if hasattr(value, "full_tensor") else value
+        weights[name.removeprefix("model.")] = whole.detach().cpu()
+    if not is_rank_zero:
+        return pl_module.causal_lm
+    quantization, pl_module.quantization = pl_module.quantization, None
+    try:
+        built: CausalLM = pl_module.build(getattr(data, "tokenizer", None), getattr(data, "added_tokens", ()))
+    finally:
+        pl_module.quantization = quantization
+    built.load_state_dict(weights, strict=False)
+    return built

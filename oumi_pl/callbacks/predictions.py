@@ -10,7 +10,7 @@ from oumi_pl.callbacks.run_folder import RunFolder
 
 
 class Predictions(L.Callback):
-    """Writes what `predict_step` returns to `predictions.jsonl`; each rank its own part, joined in row order at the end.
+    """Writes what `predict_step` returns to `predictions.jsonl`; each rank its part, joined in row order at the end.
 
     Args:
         max_new_tokens: Longest completion.
@@ -25,6 +25,7 @@ class Predictions(L.Callback):
         """Opens this rank's part."""
         pl_module.generation_settings = self.settings
         folder = next(c.directory for c in trainer.callbacks if isinstance(c, RunFolder))
+        assert folder is not None
         self._part = folder / f"predictions.{trainer.global_rank}.part"
         self._part.write_text("")
 

@@ -1,6 +1,7 @@
 """SIGTERM and Ctrl-C end a run between two updates, with a checkpoint."""
 
 import signal
+from pathlib import Path
 from types import FrameType
 from typing import Any
 
@@ -9,11 +10,12 @@ import lightning as L
 from oumi_pl.callbacks.checkpoint import Checkpoints
 
 
-class Stopped(Exception):
+class Stopped(Exception):  # noqa: N818 - no error: what was asked for has been done
     """The run was asked to stop, has saved, and can be resumed."""
 
-    def __init__(self, signum: int, step: int) -> None:
-        super().__init__(f"stopped by {signal.Signals(signum).name} after step {step}, with a checkpoint")
+    def __init__(self, signum: int, step: int, run: Path | None) -> None:
+        how = f"go on with: oumi_pl fit --resume {run}" if run else "no checkpoint is written in this run"
+        super().__init__(f"stopped by {signal.Signals(signum).name} after step {step}; {how}")
         self.exit_code = 128 + signum
 
 
@@ -44,10 +46,12 @@ class Preemption(L.Callback):
             return
         if not trainer.strategy.reduce_boolean_decision(bool(self._signal), all=False):
             return
+        run = None
         for callback in trainer.checkpoint_callbacks:
-            if isinstance(callback, Checkpoints):
+            if isinstance(callback, Checkpoints) and callback.directory is not None:
                 callback.save(trainer)
-        raise Stopped(self._signal or signal.SIGTERM, trainer.global_step)
+                run = callback.directory.parent
+        raise Stopped(self._signal or signal.SIGTERM, trainer.global_step, run)
 
     def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         """Gives the signals back."""

@@ -44,7 +44,7 @@ class ProgressLine(ProgressBar):
         self._started = (time.monotonic(), trainer.global_step)
         self._total = pl_module.total_steps()
 
-    def on_train_batch_end(self, trainer: Any, pl_module: Any, *_: Any) -> None:  # type: ignore[override]
+    def on_train_batch_end(self, trainer: Any, pl_module: Any, *_: Any) -> None:
         """Shows the line after an update, if it is time."""
         if trainer.fit_loop._should_accumulate() or not self._enabled:
             return

@@ -35,9 +35,10 @@ class Start(L.Callback):
             console.print(f"chat template: {template.source}{added}")
         for group in trainer.optimizers[0].param_groups:
             numel = sum(p.numel() for p in group["params"])
+            optimizer = f"{type(trainer.optimizers[0]).__name__}, {group.get('name', 'all')}"
             console.print(
-                f"optimizer: {type(trainer.optimizers[0]).__name__}, {group.get('name', 'all')}: {len(group['params'])} "
-                f"tensors, {numel:,} values, lr {group['initial_lr']:g}, weight decay {group.get('weight_decay', 0):g}"
+                f"optimizer: {optimizer}: {len(group['params'])} tensors, {numel:,} values, "
+                f"lr {group['initial_lr']:g}, weight decay {group.get('weight_decay', 0):g}"
             )
         resumed = f", resumed at step {trainer.global_step}" if trainer.global_step else ""
         console.print(f"{pl_module.total_steps():,} optimizer steps{resumed}")

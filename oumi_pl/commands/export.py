@@ -1,9 +1,8 @@
 """`export`: any checkpoint to a folder that `transformers` loads."""
 
 import argparse
-import tempfile
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import NoReturn
 
 from oumi_pl.errors import UserError, nearest
 
@@ -16,15 +15,20 @@ class _Parser(argparse.ArgumentParser):
 def main(args: list[str]) -> int:
     """Runs the command; returns its exit code."""
     parser = _Parser(prog="oumi_pl export", description=__doc__, allow_abbrev=False)
-    parser.add_argument("--checkpoint", type=Path, required=True, help="a .ckpt file, a sharded checkpoint, or a run folder")
-    parser.add_argument("--output", type=Path, required=True, help="folder to write; must not hold a model yet")
+    parser.add_argument(
+        "--checkpoint", type=Path, required=True, help="a .ckpt file, a sharded checkpoint, or a run folder"
+    )
+    parser.add_argument("--output", type=Path, required=True, help="folder to write, new or empty")
     parser.add_argument("--merge", action="store_true", help="add a LoRA adapter to its base weights")
     parser.add_argument("--push_to_hub", metavar="NAME", help="also upload the folder to this hub repository")
     options = parser.parse_args(args)
-    export_checkpoint(_find(options.checkpoint), options.output, merge=options.merge)
-    print(f"exported to {options.output}")
+    checkpoint, output = _find(options.checkpoint.expanduser()), options.output.expanduser()
     if options.push_to_hub:
-        _push(options.output, options.push_to_hub)
+        _check_name(options.push_to_hub)
+    export_checkpoint(checkpoint, output, merge=options.merge)
+    print(f"exported {checkpoint} to {output}")
+    if options.push_to_hub:
+        _push(output, options.push_to_hub)
     return 0
 
 
@@ -32,56 +36,39 @@ def export_checkpoint(checkpoint: Path, output: Path, *, merge: bool = False) ->
     """Builds the model that a checkpoint's own config describes, loads the weights and writes the folder.
 
     Raises:
-        UserError: if the checkpoint can't be read, has no config, or the folder holds a model.
+        UserError: if the checkpoint can't be read or has no config, what it is built on can't be loaded, or the folder
+            can't be written.
     """
-    if (output / "config.json").exists() or (output / "adapter_config.json").exists():
-        raise UserError(f"--output: {output} holds a model already; name another folder")
-    content = load(checkpoint)
-    if "config" not in content:
-        raise UserError(f"--checkpoint: {checkpoint} holds no recipe, so it was not written by oumi_pl")
+    if output.exists() and (not output.is_dir() or any(output.iterdir())):
+        raise UserError(f"--output: {output} is there and not an empty folder; name another one")
     import yaml
 
+    from oumi_pl.export import export_model, model_card, read_checkpoint
+
+    content = read_checkpoint(checkpoint)
+    if not content.get("config") or "state_dict" not in content:
+        raise UserError(f"--checkpoint: {checkpoint} holds no recipe, so it was not written by `oumi_pl fit`")
     from oumi_pl.cli import instantiate
-    from oumi_pl.export import export_model, model_card
 
     config = yaml.safe_load(content["config"])
     module, data = instantiate(config)
     data.tokenizer_spec = data.tokenizer_spec or module.model_name
     tokenizer = data.tokenizer
+    module.quantization = None  # only saves memory in training: adapters belong to the base in full precision
     module.model = module.build(tokenizer, data.added_tokens)
     module.load_weights(content["state_dict"])
+    if module.lora is None:  # trained in bfloat16 (`precision: bf16-true`), exported in bfloat16
+        module.model.to(next(iter(content["state_dict"].values())).dtype)
+    adapter = module.lora is not None and not merge
     export_model(
         module.model,
         output,
         tokenizer,
         merge=merge,
-        stop_tokens=data.stop_tokens,
-        card=model_card(config, content["config"], content.get("metrics", {}), output.resolve().name),
+        keep=False,
+        stop_tokens=getattr(data, "stop_tokens", ()),
+        card=model_card(config, content["config"], content.get("metrics", {}), output.resolve().name, adapter),
     )
-
-
-def load(checkpoint: Path) -> dict[str, Any]:
-    """Reads a checkpoint, whole or sharded, without running code from it.
-
-    Raises:
-        UserError: if it is not a checkpoint.
-    """
-    import pickle
-
-    import torch
-
-    try:
-        if checkpoint.is_file():
-            return torch.load(checkpoint, map_location="cpu", weights_only=True)
-        from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
-
-        with tempfile.TemporaryDirectory() as scratch:
-            whole = Path(scratch) / "whole.ckpt"
-            dcp_to_torch_save(checkpoint, whole)
-            content = torch.load(whole, map_location="cpu", weights_only=True)
-        return content | torch.load(checkpoint / "meta.pt", map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError, OSError) as error:
-        raise UserError(f"--checkpoint: {checkpoint} can't be read: {str(error).splitlines()[0]}") from error
 
 
 def _find(path: Path) -> Path:
@@ -101,13 +88,24 @@ def _find(path: Path) -> Path:
     raise UserError(f"--checkpoint: there is no checkpoint in {path}")
 
 
+def _check_name(name: str) -> None:
+    from huggingface_hub.errors import HFValidationError
+    from huggingface_hub.utils import validate_repo_id
+
+    try:
+        validate_repo_id(name)
+    except HFValidationError as error:
+        raise UserError(f"--push_to_hub: {error}") from None
+
+
 def _push(folder: Path, name: str) -> None:
     from huggingface_hub import HfApi
-    from huggingface_hub.errors import HfHubHTTPError
+
+    from oumi_pl.hub import reason
 
     try:
         api = HfApi()
         api.create_repo(name, exist_ok=True)
         print(f"pushed to {api.upload_folder(repo_id=name, folder_path=folder)}")
-    except (HfHubHTTPError, OSError) as error:
-        raise UserError(f"--push_to_hub: {name}: {str(error).splitlines()[0]}; the folder {folder} is written") from error
+    except Exception as error:  # of the hub, of the network, of whichever HTTP library
+        raise UserError(f"--push_to_hub: {name}: {reason(error)}; the folder {folder} is written") from error

@@ -1,13 +1,9 @@
-"""The DataModule that all trainer types share: sources to cached examples, the report, and loaders that follow a plan."""
+"""The DataModule that all trainer types share: sources to cached examples, the report, loaders that follow a plan."""
 
-import hashlib
-import inspect
-import itertools
 import os
 from abc import abstractmethod
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import cached_property, partial
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import lightning as L
@@ -15,16 +11,15 @@ import numpy as np
 from torch.utils.data import ConcatDataset, DataLoader
 
 from oumi_pl.data import report as reports
+from oumi_pl.data.cache import example_store, source_records
 from oumi_pl.data.collate import flatten_rows, pad_rows
-from oumi_pl.data.formats import find_format, rename_columns, resolve_format
+from oumi_pl.data.load_tokenizer import load_tokenizer, tokenizer_fingerprint
 from oumi_pl.data.loader import PlanLoader, eval_loader
 from oumi_pl.data.mixture import mixture_epoch
 from oumi_pl.data.plan import Layout, Plan, plan_epoch, plan_in_order
-from oumi_pl.data.progress import track
-from oumi_pl.data.sources import Source, as_sources, fingerprint, is_held_out, rows
-from oumi_pl.data.store import REPORT, ExampleStore, cache_key, cache_root, write_store
+from oumi_pl.data.sources import Source, as_sources, is_held_out
+from oumi_pl.data.store import ExampleStore
 from oumi_pl.data.tokenize import Dropped
-from oumi_pl.data.load_tokenizer import load_tokenizer, tokenizer_fingerprint
 from oumi_pl.data.tokenizers import TokenizerFactory
 from oumi_pl.errors import UserError
 from oumi_pl.types import Example, Record, Row
@@ -33,9 +28,6 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 Sources = str | Source | list[str | Source]
-
-ENCODE_BATCH = 1000
-"""Rows that the tokenizer sees at once."""
 
 
 class TextData(L.LightningDataModule):
@@ -76,7 +68,11 @@ class TextData(L.LightningDataModule):
         trust_remote_code: bool = False,
     ) -> None:
         super().__init__()
-        for name, value in {"max_length": max_length, "batch_size": batch_size, "eval_batch_size": eval_batch_size}.items():
+        for name, value in {
+            "max_length": max_length,
+            "batch_size": batch_size,
+            "eval_batch_size": eval_batch_size,
+        }.items():
             if value is not None and value < 1:
                 raise UserError(f"data.{name} is {value}, but has to be at least 1")
         if isinstance(validation, float) and not 0 < validation < 1:
@@ -179,59 +175,11 @@ class TextData(L.LightningDataModule):
         if isinstance(value, float):
             keep, value = partial(is_held_out, fraction=value), self.sources["train"]
         for source in as_sources(value):
-            yield from self._records(source, keep, {"rows": 0})
+            yield from source_records(source, keep)
 
     def _store(self, source: Source, keep: Callable[[Row], bool] | None, side: str | None) -> ExampleStore:
-        key = cache_key(
-            fingerprint(source),
-            source.columns,
-            _code_of(source.format),
-            side,
-            tokenizer_fingerprint(self.tokenizer),
-            self.max_length,
-            self.encoding_key(),
-            _own_code(),
-        )
-        directory = cache_root() / "examples" / key
-        if (directory / REPORT).exists():
-            return ExampleStore(directory)
-        report = reports.empty(source.path)
-        records = track(self._records(source, keep, report), f"tokenizing {source.path}")
-        return write_store(directory, self._encoded(records, report), report)
-
-    def _records(self, source: Source, keep: Callable | None, report: dict[str, Any]) -> Iterator[tuple[str, Record]]:
-        convert = resolve_format(source.format) if source.format else None
-        for origin, row in rows(source):
-            if keep is not None and not keep(row):
-                continue
-            report["rows"] += 1
-            try:
-                renamed = rename_columns(row, source.columns or {})
-                convert = convert or find_format(renamed.keys())
-                record = convert(renamed)
-            except UserError as error:
-                raise UserError(f"{origin}: {error}") from None
-            yield origin, record
-
-    def _encoded(self, records: Iterable[tuple[str, Record]], report: dict[str, Any]) -> Iterator[Example]:
-        for batch in _batched(records, ENCODE_BATCH):
-            try:
-                encoded = self.encode([record for _, record in batch])
-            except UserError:
-                self._name_the_row(batch)
-                raise
-            for example in encoded:
-                reports.count(report, example)
-                if isinstance(example, Example):
-                    yield example
-
-    def _name_the_row(self, batch: list[tuple[str, Record]]) -> None:
-        """Encodes row by row to tell which one is wrong: only ever called on the way out."""
-        for origin, record in batch:
-            try:
-                self.encode([record])
-            except UserError as error:
-                raise UserError(f"{origin}: {error}") from None
+        key = [side, tokenizer_fingerprint(self.tokenizer), self.max_length, self.encoding_key()]
+        return example_store(source, key, self.encode, keep)
 
     # ---- plans and loaders
 
@@ -270,7 +218,7 @@ class TextData(L.LightningDataModule):
         """The training loader, at the position where a resumed run stopped."""
         if self.trainer is not None and self.trainer._accelerator_connector.use_distributed_sampler:
             self.trainer._accelerator_connector.use_distributed_sampler = False  # the plan is already cut by rank
-        loader = PlanLoader(self.examples("train"), self.plan, self.layout, self._collate, self.workers, self._pin)
+        loader = PlanLoader(self.examples("train"), self.plan, self.layout, self._collate, **self._fetching)
         if self._position is not None:
             loader.load_state_dict(self._position)
         self._train_loader = loader
@@ -287,15 +235,16 @@ class TextData(L.LightningDataModule):
     def _eval_loader(self, split: str) -> DataLoader:
         layout = Layout(self.eval_batch_size, 1, self.layout.ranks, self.layout.rank)
         plan = plan_in_order(self.lengths(split), layout.rows_per_update, capacity=self._capacity)
-        return eval_loader(self.examples(split), plan, layout, self._collate, self.workers, self._pin)
+        return eval_loader(self.examples(split), plan, layout, self._collate, **self._fetching)
 
     @property
     def _capacity(self) -> int | None:
         return self.max_length if self.packing else None
 
     @property
-    def _pin(self) -> bool:
-        return self.trainer is not None and self.trainer.strategy.root_device.type == "cuda"
+    def _fetching(self) -> dict[str, Any]:
+        on_cuda = self.trainer is not None and self.trainer.strategy.root_device.type == "cuda"
+        return {"workers": self.workers, "pin_memory": on_cuda}
 
     @property
     def _collate(self) -> Callable[[list], Any]:
@@ -328,25 +277,3 @@ class TextData(L.LightningDataModule):
 
 def _not_held_out(row: Row, fraction: float) -> bool:
     return not is_held_out(row, fraction)
-
-
-def _batched(items: Iterable, size: int) -> Iterator[list]:
-    iterator = iter(items)
-    while batch := list(itertools.islice(iterator, size)):
-        yield batch
-
-
-def _code_of(format_name: str | None) -> list[str | None]:
-    """Name and source text of a format function: changing a function of one's own must not hit the old cache."""
-    if format_name is None:
-        return [None, None]
-    return [format_name, inspect.getsource(resolve_format(format_name))]
-
-
-def _own_code() -> str:
-    """Hash of the code that makes examples, so that no version of the package reads another's cache."""
-    here = Path(__file__).parent
-    digest = hashlib.blake2b(digest_size=16)
-    for name in ("formats.py", "tokenize.py", "template.py", "store.py"):
-        digest.update((here / name).read_bytes())
-    return digest.hexdigest()

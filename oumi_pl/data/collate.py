@@ -60,7 +60,7 @@ def _joined(parts: list[np.ndarray]) -> torch.Tensor:
 
 
 def _no_targets(pad_id: int) -> dict[str, Any]:
-    """A micro-batch without targets, for ranks that ran out of rows: two tokens, because every rank has to take part."""
+    """A micro-batch without targets, for ranks that ran out of rows: two tokens, for every rank has to take part."""
     return {
         "input_ids": torch.full((1, 2), pad_id),
         "position_ids": torch.arange(2).unsqueeze(0),

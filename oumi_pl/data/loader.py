@@ -76,6 +76,7 @@ class PlanLoader(DataLoader):
         plan: Callable[[int], Plan],
         layout: Layout,
         collate: Callable[[list], Any],
+        *,
         workers: int = 0,
         pin_memory: bool = False,
     ) -> None:
@@ -131,13 +132,14 @@ def eval_loader(
     plan: Plan,
     layout: Layout,
     collate: Callable[[list], Any],
+    *,
     workers: int = 0,
     pin_memory: bool = False,
 ) -> DataLoader:
     """A loader that goes through a plan once per pass, from the start: for validation and test."""
     return DataLoader(
         Rows(examples),
-        batch_sampler=[rows for update in range(len(plan)) for rows in plan.micro_batches(update, layout)],  # type: ignore[arg-type]
+        batch_sampler=[rows for update in range(len(plan)) for rows in plan.micro_batches(update, layout)],
         collate_fn=collate,
         num_workers=workers,
         pin_memory=pin_memory,

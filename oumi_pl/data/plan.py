@@ -5,6 +5,7 @@ examples do not depend on the number of ranks or micro-batches, a run resumes ex
 layout of the same `rows_per_update`.
 """
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -54,7 +55,7 @@ class Plan:
 
     def __len__(self) -> int:
         """Number of updates; the last may be short."""
-        return -(-self.rows // self.rows_per_update)
+        return math.ceil(self.rows / self.rows_per_update)
 
     def row(self, index: int) -> np.ndarray:
         """Example ids of one row."""

@@ -18,7 +18,7 @@ def track(items: Iterable, what: str) -> Iterator:
     start, count = time.monotonic(), 0
     with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
         task = bar.add_task(what, total=None)
-        for count, item in enumerate(items, start=1):  # noqa: B007
+        for count, item in enumerate(items, start=1):
             yield item
             if count % 256 == 0:
                 bar.update(task, completed=count)

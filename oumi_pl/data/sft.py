@@ -63,9 +63,11 @@ class SFTData(TextData):
 
     def prepare_tokenizer(self, tokenizer: "PreTrainedTokenizerBase") -> list[int]:
         """Puts the chat template in force and adds the special tokens that it needs."""
+        before = set(tokenizer.get_vocab().values())
         self.template = load_template(tokenizer, self.template_spec)
-        added = apply_template(tokenizer, self.template)
-        return list(range(len(tokenizer) - added, len(tokenizer)))
+        apply_template(tokenizer, self.template)
+        # what was in the vocabulary already, and only became special, has a trained row
+        return sorted(set(tokenizer.get_vocab().values()) - before)
 
     @cached_property
     def _tokenize(self) -> Tokenize:

@@ -1,30 +1,63 @@
-"""PLACEHOLDER until the real file is written: overwrite freely."""
+"""Tokenizers made in code. A recipe's `tokenizer:` names one by class_path where it wants no file and no hub."""
 
 from abc import ABC, abstractmethod
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+SPECIAL_TOKENS = ["<|pad|>", "<|endoftext|>", "<|im_start|>", "<|im_end|>"]
+"""Ids 256 to 259 of the `ByteTokenizer`."""
 
 
 class TokenizerFactory(ABC):
+    """Makes a tokenizer. A recipe's `tokenizer:` may name a subclass by class_path, with init_args of its own."""
+
     @abstractmethod
-    def build(self): ...
+    def build(self) -> "PreTrainedTokenizerBase":
+        """Makes the tokenizer."""
 
 
 class ByteTokenizer(TokenizerFactory):
-    def __init__(self, chat_template: bool = True):
+    """Makes a tokenizer whose tokens are the 256 bytes (a token's id is its byte) and four special tokens.
+
+    It needs no training and no files, and represents any text exactly; a text takes as many tokens as UTF-8 bytes.
+
+    Args:
+        chat_template: Give it the ChatML template, and end generation with `<|im_end|>`. Without, it has no template
+            and the end-of-text token is `<|endoftext|>`.
+    """
+
+    def __init__(self, chat_template: bool = True) -> None:
         self.chat_template = chat_template
 
-    def build(self):
+    def build(self) -> "PreTrainedTokenizerBase":
+        """Makes the tokenizer."""
         from tokenizers import Tokenizer, decoders, models, pre_tokenizers
         from transformers import PreTrainedTokenizerFast
 
-        symbols = sorted(pre_tokenizers.ByteLevel.alphabet())
-        t = Tokenizer(models.BPE(vocab={s: i for i, s in enumerate(symbols)}, merges=[]))
-        t.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False, trim_offsets=False)
-        t.decoder = decoders.ByteLevel()
-        t.add_special_tokens(["<|pad|>", "<|endoftext|>", "<|im_start|>", "<|im_end|>"])
-        tok = PreTrainedTokenizerFast(
-            tokenizer_object=t, pad_token="<|pad|>", eos_token="<|im_end|>" if self.chat_template else "<|endoftext|>"
+        backend = Tokenizer(models.BPE(vocab={symbol: byte for byte, symbol in enumerate(_symbols())}, merges=[]))
+        backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False, trim_offsets=False)
+        backend.decoder = decoders.ByteLevel()
+        backend.add_special_tokens(SPECIAL_TOKENS)
+        tokenizer = PreTrainedTokenizerFast(
+            tokenizer_object=backend,
+            pad_token="<|pad|>",
+            eos_token="<|im_end|>" if self.chat_template else "<|endoftext|>",
+            clean_up_tokenization_spaces=False,
         )
         if self.chat_template:
-            tok.chat_template = (Path(__file__).parent / "templates" / "chatml.jinja").read_text()
-        return tok
+            template = Path(__file__).parent / "templates" / "chatml.jinja"
+            tokenizer.chat_template = template.read_text(encoding="utf-8")
+        return tokenizer
+
+
+def _symbols() -> list[str]:
+    """The character that stands for each byte inside byte-level tokenizers.
+
+    Bytes that are visible in Latin-1 stand for themselves, the others take the code points from 256 on.
+    """
+    visible = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
+    spare = iter(range(0x100, 0x200))
+    return [chr(byte if byte in visible else next(spare)) for byte in range(0x100)]

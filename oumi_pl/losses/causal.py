@@ -43,7 +43,9 @@ class CrossEntropy(TokenLoss):
     """
 
     def __init__(self, label_smoothing: float = 0.0, z_loss: float = 0.0) -> None:
-        """Args:
+        """Sets how much the targets are smoothed and the logits held down; by default neither.
+
+        Args:
             label_smoothing: the share of the target's probability that is spread over the vocabulary, from 0 to 1.
             z_loss: the coefficient of `logsumexp(logits)^2`; PaLM trained with 1e-4.
 
@@ -63,7 +65,7 @@ class CrossEntropy(TokenLoss):
         return self._losses(logits.logsumexp(-1), at_target(logits, targets), mean)
 
     def loss_and_gradient(self, logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-        """Does the work of a call and of its backward pass at once, about twice as fast. Overwrites `logits`.
+        """Does the work of a call and of its backward pass at once, on a CPU in place. Overwrites `logits`.
 
         A token loss may offer this method to spare `token_loss_sum` the detour through autograd.
 

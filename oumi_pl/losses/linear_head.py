@@ -82,11 +82,9 @@ class LinearHead:
     """
 
     def __init__(self, hidden: Tensor, weight: Tensor, bias: Tensor | None, dtype: torch.dtype | None = None) -> None:
-        """Args:
-        hidden: `[n, hidden]`.
-        weight: `[vocab, hidden]`.
-        bias: `[vocab]` or None.
-        dtype: that of the products; None takes autocast's where it is active and that of `hidden` elsewhere.
+        """Takes `hidden` `[n, hidden]`, `weight` `[vocab, hidden]`, `bias` `[vocab]` and the dtype of the products.
+
+        `dtype=None` is autocast's where it is active, and that of `hidden` elsewhere.
         """
         self.dtype = dtype or _compute_dtype(hidden)
         self.hidden = hidden.detach().to(self.dtype)
@@ -116,10 +114,7 @@ class HeadGradients:
     """
 
     def __init__(self, head: LinearHead, needed: Sequence[bool]) -> None:
-        """Args:
-        head: whose gradients.
-        needed: whether each of hidden states, weight and bias needs one.
-        """
+        """Takes the head, and whether each of hidden states, weight and bias needs a gradient."""
         self._head = head
         full = full_precision(head.dtype)
         self._hidden = torch.empty_like(head.hidden) if needed[0] else None

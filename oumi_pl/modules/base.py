@@ -1,17 +1,10 @@
-"""What is identical for all trainer types: the model, the optimizer, the end of an update, the metrics.
+"""What is identical for all trainer types: the model, the optimizer, prediction, and what checkpoints hold."""
 
-The end of an update happens here and in this order: gradients are rescaled by the true count of targets over all
-micro-batches and ranks, the norm is taken and checked, gradients are clipped, the metrics are logged.
-"""
-
-from abc import abstractmethod
 from collections.abc import Sequence
 from typing import Any, Literal, cast
 
-import lightning as L
 import torch
 from lightning.pytorch.cli import OptimizerCallable
-from torch import Tensor
 from torch.optim import AdamW, Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
@@ -21,17 +14,15 @@ from oumi_pl.checkpoints import rng_state, set_rng_state
 from oumi_pl.errors import UserError
 from oumi_pl.generation import complete
 from oumi_pl.lora import lora_config
+from oumi_pl.model_config import build_config
 from oumi_pl.models import DType, build_model
+from oumi_pl.modules.update import UpdateModule
 from oumi_pl.optim import Constant, Schedule, parameter_groups
 from oumi_pl.sharding import shard
 from oumi_pl.types import Batch
 
-LOSS_SCALE = 1024.0
-"""What each micro-batch's summed loss is divided by until the true count is known: any constant gives the same update;
-a power of two near a micro-batch's token count rounds nothing and keeps float16 gradients in range."""
 
-
-class LanguageModule(L.LightningModule):
+class LanguageModule(UpdateModule):
     """Trains a causal language model. Subclasses say what the loss of a batch is.
 
     Args:
@@ -50,6 +41,9 @@ class LanguageModule(L.LightningModule):
         optimizer: Class and arguments of the optimizer.
         schedule: Learning rate over optimizer steps.
     """
+
+    validation_metrics: tuple[str, ...] = ()
+    """What validation logs, if that is known beforehand: a misspelt `monitor` is then told before training."""
 
     def __init__(
         self,
@@ -70,11 +64,18 @@ class LanguageModule(L.LightningModule):
     ) -> None:
         super().__init__()
         if model is None and not (config or {}).get("model_type"):
-            raise UserError("model: name a model (`model: HuggingFaceTB/SmolLM2-135M`) or a `config: {model_type: llama, …}`")
+            raise UserError(
+                "model: name a model (`model: HuggingFaceTB/SmolLM2-135M`) or a `config: {model_type: llama, …}`"
+            )
+        if quantization is not None and model is None:
+            raise UserError("model.quantization: there are no pretrained weights to load in fewer bits; name a model")
         if quantization is not None and lora is None:
             raise UserError("model.quantization: quantized weights can't be trained; add `lora: {r: 16}`")
         if lora is not None:
             lora_config(lora)  # a misspelt key is told before any data is read
+        if model is None:
+            build_config(None, config, None)
+        _made(optimizer, parameter_groups([("probe", torch.nn.Parameter(torch.zeros(1, 1)))]))  # a negative lr, say
         self.model_name = model
         self.config = config
         self.dtype_name: DType = dtype
@@ -91,14 +92,10 @@ class LanguageModule(L.LightningModule):
         self.model: CausalLM | None = None
         # what Lightning checks before loading: frozen weights that can be loaded again are not in checkpoints
         self.strict_loading = False
-        self.last_update: dict[str, float] = {}
-        """Sums of the last update over all micro-batches and ranks, for callbacks to read."""
-        self.tokens_seen = {"tokens": 0, "targets": 0}
         self.run_config = ""
         """The recipe as YAML, kept in checkpoints so that one can be exported by itself."""
         self.generation_settings: dict[str, Any] = {}
         """Arguments of `complete` for `predict`."""
-        self._sums: dict[str, Tensor] = {}
         self._hyperparameters: list[dict[str, Any]] = []
         self._rng_to_restore: dict[str, Any] | None = None
 
@@ -156,7 +153,7 @@ class LanguageModule(L.LightningModule):
         groups = parameter_groups(self.named_parameters())
         if not groups:
             raise UserError("model: no parameter is trainable; look at model.freeze and model.lora")
-        optimizer = self.optimizer(groups)
+        optimizer = _made(self.optimizer, groups)
         self._hyperparameters = [{k: v for k, v in g.items() if k != "params"} for g in optimizer.param_groups]
         total = self.total_steps()
         schedule = LambdaLR(optimizer, lambda step: self.schedule(step, total))
@@ -167,7 +164,7 @@ class LanguageModule(L.LightningModule):
         trainer = self.trainer
         limits = [trainer.max_steps] if trainer.max_steps > 0 else []
         if trainer.max_epochs is not None and trainer.max_epochs > 0:
-            # not `estimated_stepping_batches`: it builds the loader before a checkpoint is loaded, which drops its position
+            # not `estimated_stepping_batches`: it builds the loader, whose position a checkpoint would set too late
             data: Any = getattr(trainer, "datamodule", None)
             limits.append(data.updates(trainer.max_epochs) if data else int(trainer.estimated_stepping_batches))
         if not limits:
@@ -190,8 +187,8 @@ class LanguageModule(L.LightningModule):
         loop = self.trainer.fit_loop
         loader = self.trainer.train_dataloader
         if self.trainer.limit_train_batches == 1.0 and hasattr(loader, "position"):
-            loop.max_batches = len(loader)
-            cast("Any", loop._combined_loader).limits = [len(loader)]
+            loop.max_batches = len(cast("Any", loader))
+            cast("Any", loop._combined_loader).limits = [loop.max_batches]
 
     def _keep_adapters_in_float32(self) -> None:
         # `precision: bf16-true` casts every parameter; adapters learn by steps that bfloat16 rounds away
@@ -199,91 +196,6 @@ class LanguageModule(L.LightningModule):
             for parameter in self.parameters():
                 if parameter.requires_grad and parameter.dtype in (torch.bfloat16, torch.float16):
                     parameter.data = parameter.data.float()
-
-    # ---- the end of an update
-
-    def add_to_update(self, batch: Batch, **sums: Tensor) -> None:
-        """Adds a micro-batch's sums to those of the update; `targets` is what the gradient is divided by."""
-        mask = batch.get("attention_mask")
-        tokens = torch.tensor(batch["input_ids"].numel()) if mask is None else mask.sum()
-        sums |= {"tokens": tokens, "positions": torch.tensor(batch["input_ids"].numel())}
-        if not batch.get("sample_ids", [0]):  # the stand-in of a rank that ran out of rows
-            sums |= {"tokens": torch.tensor(0), "positions": torch.tensor(0)}
-        for name, value in sums.items():
-            total = value.detach().to(self.device, torch.float32 if self.device.type == "mps" else torch.float64)
-            self._sums[name] = self._sums[name] + total if name in self._sums else total
-
-    @abstractmethod
-    def update_metrics(self, sums: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Metrics of an update from its sums over all micro-batches and ranks."""
-
-    def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
-        """Rescales the gradients to the mean over all targets of the update, then logs what the update was."""
-        sums = self._sums_over_ranks()
-        metrics = self.update_metrics(sums)
-        # Lightning has divided by the micro-batches, and the strategy has averaged over the ranks
-        micro_batches, ranks = self.trainer.accumulate_grad_batches, self._data_parallel_ranks
-        scale = LOSS_SCALE * micro_batches * ranks / max(1.0, float(sums["targets"]))
-        gradients = [p.grad for p in self.parameters() if p.grad is not None]
-        torch._foreach_mul_(gradients, scale)
-        norm = torch.nn.utils.get_total_norm(gradients)
-        self._grad_norm = norm.full_tensor() if hasattr(norm, "full_tensor") else norm
-        self._refuse_non_finite(metrics["loss"], self._grad_norm)
-        self._log_update(sums, metrics, optimizer.param_groups[0]["lr"])
-
-    def _log_update(self, sums: dict[str, Tensor], metrics: dict[str, Tensor], lr: float) -> None:
-        self.last_update = {name: float(value) for name, value in sums.items()}
-        for name in self.tokens_seen:
-            self.tokens_seen[name] += int(self.last_update[name])
-        logged: dict[str, Any] = {f"train/{name}": value.float() for name, value in metrics.items()}
-        logged |= {
-            "train/grad_norm": self._grad_norm.float(),
-            "train/lr": lr,
-            "train/num_tokens": float(self.tokens_seen["tokens"]),
-            "train/target_tokens": float(self.tokens_seen["targets"]),
-            "step": float(self.global_step + 1),
-            "epoch": self._epochs_done(),
-        }
-        self.log_dict(logged, batch_size=1)
-
-    def _epochs_done(self) -> float:
-        loop = self.trainer.fit_loop
-        return self.current_epoch + min(1.0, loop.epoch_loop.batch_progress.current.ready / max(1, loop.max_batches))
-
-    def configure_gradient_clipping(
-        self,
-        optimizer: Optimizer,
-        gradient_clip_val: int | float | None = None,
-        gradient_clip_algorithm: str | None = None,
-    ) -> None:
-        """Clips by the norm that was logged, so that it is not computed twice."""
-        if gradient_clip_algorithm == "value" or gradient_clip_val is None:
-            self.clip_gradients(optimizer, gradient_clip_val, gradient_clip_algorithm)
-            return
-        parameters = [p for p in self.parameters() if p.grad is not None]
-        torch.nn.utils.clip_grads_with_norm_(parameters, gradient_clip_val, self._grad_norm)
-
-    def _sums_over_ranks(self) -> dict[str, Tensor]:
-        names = sorted(self._sums)
-        flat = torch.stack([self._sums[name] for name in names])
-        if self._data_parallel_ranks > 1:
-            flat = cast("Tensor", self.trainer.strategy.reduce(flat, reduce_op="sum"))
-        self._sums = {}
-        return dict(zip(names, flat, strict=True))
-
-    @property
-    def _data_parallel_ranks(self) -> int:
-        return int((self.trainer.distributed_sampler_kwargs or {"num_replicas": 1})["num_replicas"])
-
-    def _refuse_non_finite(self, loss: Tensor, grad_norm: Tensor) -> None:
-        if getattr(self.trainer.precision_plugin, "scaler", None) is not None:
-            return  # float16: the scaler skips such updates and lowers its scale
-        for name, value in {"train/loss": loss, "train/grad_norm": grad_norm}.items():
-            if not torch.isfinite(value):
-                raise UserError(
-                    f"{name} became {float(value)} at step {self.global_step + 1}; the last checkpoint is untouched. "
-                    "A lower learning rate, a warm-up or trainer.gradient_clip_val: 1.0 usually helps"
-                )
 
     # ---- predict
 
@@ -299,7 +211,7 @@ class LanguageModule(L.LightningModule):
 
     # ---- checkpoints
 
-    def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
+    def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:  # type: ignore[override]
         """Weights; without those that are frozen and come from a pretrained model, which is loaded again anyway."""
         state = super().state_dict(*args, **kwargs)
         if self.lora is None or self.model_name is None:
@@ -367,6 +279,13 @@ class LanguageModule(L.LightningModule):
                 f"the checkpoint is of another model: {len(wrong)} weights differ in name or shape, first {name} "
                 f"(here {own.get(name, 'absent')}, checkpoint {saved.get(name, 'absent')})"
             )
+
+
+def _made(optimizer: OptimizerCallable, parameters: Any) -> Optimizer:
+    try:
+        return optimizer(parameters)
+    except (ValueError, TypeError) as error:
+        raise UserError(f"model.optimizer: {error}") from error
 
 
 def _recount(loops: dict[str, Any], before: int, now: int) -> None:

@@ -7,7 +7,8 @@ from torch import Tensor, nn
 from torchmetrics import SumMetric
 
 from oumi_pl.losses.causal import CrossEntropy, TokenLossOutput
-from oumi_pl.modules.base import LOSS_SCALE, LanguageModule
+from oumi_pl.modules.base import LanguageModule
+from oumi_pl.modules.update import LOSS_SCALE
 from oumi_pl.types import Batch, TokenLoss
 
 
@@ -20,6 +21,8 @@ class SFT(LanguageModule):
         config: `model_type` and values of a config to start from; with `model`, values to override.
         kwargs: As of `LanguageModule`.
     """
+
+    validation_metrics = ("val/loss", "val/nll", "val/perplexity", "val/mean_token_accuracy")
 
     def __init__(
         self,

@@ -24,7 +24,8 @@ def test_tokens_and_padding_are_those_of_the_batches(tmp_path):
     seen = 0
     for row, update in zip(rows, updates, strict=True):
         real = [b for b in update if b["sample_ids"]]
-        tokens, positions = (sum(int(f(b)) for b in real) for f in (lambda b: b["attention_mask"].sum(), lambda b: b["input_ids"].numel()))
+        tokens = sum(int(b["attention_mask"].sum()) for b in real)
+        positions = sum(b["input_ids"].numel() for b in real)
         seen += tokens
         assert float(row["train/num_tokens"]) == seen
         assert abs(float(row["train/padding"]) - (1 - tokens / positions)) < 1e-6

@@ -125,7 +125,9 @@ def test_a_mixture_keeps_its_proportions_and_changes_with_the_epoch(tmp_path):
 
 
 def test_nothing_left_is_an_error_that_says_why(tmp_path):
-    made = SFTData(write_jsonl(tmp_path / "rows.jsonl", conversations(5)), tokenizer=ByteTokenizer(), max_length=4, overflow="drop")
+    made = SFTData(
+        write_jsonl(tmp_path / "rows.jsonl", conversations(5)), tokenizer=ByteTokenizer(), max_length=4, overflow="drop"
+    )
     with pytest.raises(UserError, match=r"none of 5 rows is left \(5 longer than max_length\)"):
         made.setup("fit")
 

@@ -154,7 +154,15 @@ def test_a_loss_of_ones_own(recipe, monkeypatch):
 def test_predict_writes_a_completion_per_row(recipe):
     first_loss(recipe, name="run")
     checkpoint = next((recipe / "runs/run/checkpoints").glob("*.ckpt"))
-    command = ["predict", "--config", "recipe.yaml", "--ckpt_path", str(checkpoint), "--predictions.max_new_tokens", "4"]
+    command = [
+        "predict",
+        "--config",
+        "recipe.yaml",
+        "--ckpt_path",
+        str(checkpoint),
+        "--predictions.max_new_tokens",
+        "4",
+    ]
     assert main(command) == 0
     lines = [json.loads(line) for line in (recipe / "runs/recipe-predict/predictions.jsonl").read_text().splitlines()]
     assert [line["row"] for line in lines] == list(range(ROWS))

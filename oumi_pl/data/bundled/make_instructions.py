@@ -4,14 +4,14 @@
 
 rewrites `instructions/train.jsonl` and `instructions/heldout.jsonl` beside this file, byte for byte the same each time.
 
-A row asks for something to be done to a word: put it in capitals, spell it, say it twice, answer as a system turn asks.
+A row asks for something to be done to a word: put it in capitals, shout it, say it twice, answer as a system turn asks.
 Each kind is asked for in several phrasings, and every phrasing ends with the word, so that a small model soon finds it.
 
 Training uses made-up words only ("brolu", "taske"); the held-out questions use real English words, none of which is a
 training word. So a held-out answer can be neither recalled nor guessed: it holds all five letters of a word that the
-model has never met, and the model has to compute it from the question. Any word fits any kind, so a model that ignored
-the instruction would fail too. The held-out score is 0 % for an untrained model, and stays near that until the model
-has learned both to read the instruction and to carry a word over letter by letter.
+model has never met, and the model has to compute it from the question. Any word fits any kind, so a model that carried
+the word over and ignored the instruction would be right less than once in five. The held-out score is 0 % for an
+untrained model, and nears 100 % only once the model reads the instruction and carries words over letter by letter.
 """
 
 import json
@@ -25,7 +25,7 @@ TRAIN_ROWS = 6000
 HELDOUT_ROWS = 240
 
 # The words of the held-out questions; no training word is among them. Five letters each, as the made-up ones.
-ENGLISH_WORDS = """
+ENGLISH = """
 acorn actor adobe album alder amber angel ankle apple apron arrow aspen atlas bacon badge bagel baker banjo basil
 beach beard berry birch bison black bloom board boots brain brass bread brick bride broom brown brush cabin cable
 camel canal candy canoe cargo cedar chain chair chalk charm chess chest child cider clock cloth cloud clown coast
@@ -38,11 +38,12 @@ peach pearl pecan piano piece pilot pizza plant plate poppy prism prune pupil qu
 ridge river roast robin robot salad scarf scone shark sheep shelf shell shirt shore skate skirt sloth snail snake
 spice spoon stamp steam stone storm sugar swamp sword syrup table tango tiger toast topaz torch tower train trout
 trunk tulip uncle vapor viola wagon waltz water whale wheat wheel widow world wrist yacht yeast zebra
-""".split()
+"""
+ENGLISH_WORDS = ENGLISH.split()
 
 CONSONANTS = "bcdfghjklmnpqrstvwxyz"
 VOWELS = "aeiouy"
-SHAPES = "CVCVC CVCCV VCCVC CVVCC CCVCV CCVCC VCVCV CVCCC CCVVC CVCVV".split()
+SHAPES = ["CVCVC", "CVCCV", "VCCVC", "CVVCC", "CCVCV", "CCVCC", "VCVCV", "CVCCC", "CCVVC", "CVCVV"]
 
 
 def made_up_word(rng: random.Random) -> str:
@@ -66,9 +67,8 @@ ONE_WORD: dict[str, tuple[Callable[[str], str], list[str]]] = {
     "shout": (lambda word: f"{word.upper()}!", ["Shout {}", "Shout the word {}", "Say it very loudly: {}"]),
     "ask": (lambda word: f"{word}?", ["Ask {}", "Turn into a question: {}", "Add a question mark to {}"]),
     "twice": (lambda word: f"{word} {word}", ["Say twice: {}", "Write two times: {}", "Double the word {}"]),
-    "spell": ("-".join, ["Spell {}", "Spell the word {}", "How do you spell {}"]),
 }
-SWAP = ["Swap {} and {}", "Change the order: {} {}", "Say the second word first: {} {}"]
+SWAP = ["Swap these two words: {} {}", "Change the order: {} {}", "Say the second word first: {} {}"]
 ORDERS = {"Answer in capital letters.": "capitals", "Answer with a question mark.": "ask"}
 KINDS = [*ONE_WORD, "swap", "system"]
 

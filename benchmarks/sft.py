@@ -1,0 +1,216 @@
+"""SFT steps per second and peak memory: oumi_pl against TRL on the same rows, model and machine, in one run.
+
+    python benchmarks/sft.py [--rows train.jsonl] [--steps 12] [--threads 2]
+
+Each engine trains the same random Llama (4 layers x 256, GPT-2-sized vocabulary) on the same prompt/completion rows
+with the same tokenizer, in a process of its own. Tokens per second are of the steps after the first three, waiting for
+data included; memory is the process's peak. TRL runs with its defaults where nothing else is said.
+"""
+
+import argparse
+import json
+import os
+import platform
+import random
+import resource
+import subprocess
+import sys
+import tempfile
+import time
+from importlib.metadata import version
+from pathlib import Path
+
+WARMUP = 3
+MAX_LENGTH = 1024
+LLAMA = {
+    "model_type": "llama",
+    "hidden_size": 256,
+    "intermediate_size": 1024,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 8,
+    "max_position_embeddings": MAX_LENGTH,
+    "tie_word_embeddings": True,
+    "vocab_size": 50257,
+}
+CASES = {
+    "packed": [("oumi_pl", {}), ("trl", {"gradient_checkpointing": False}), ("trl (its defaults)", {})],
+    "padded": [("oumi_pl", {}), ("trl", {"gradient_checkpointing": False}), ("trl (its defaults)", {})],
+}
+
+
+def make_rows(file: Path, n: int = 2000) -> None:
+    """Rows of GSM8K's lengths, when no file is given."""
+    rng = random.Random(0)
+    words = ["".join(rng.choice("abcdefghijklmnopqrstuvwxyz") for _ in range(rng.randint(2, 8))) for _ in range(3000)]
+    text = lambda low, high: " ".join(rng.choice(words) for _ in range(rng.randint(low, high)))  # noqa: E731
+    with file.open("w") as out:
+        for _ in range(n):
+            out.write(json.dumps({"prompt": text(10, 40), "completion": " " + text(20, 80)}) + "\n")
+
+
+def make_tokenizer(directory: Path, rows: Path) -> None:
+    """A byte-level BPE trained on the rows, padded with unused tokens to GPT-2's size."""
+    from tokenizers import ByteLevelBPETokenizer
+    from transformers import PreTrainedTokenizerFast
+
+    bpe = ByteLevelBPETokenizer()
+    bpe.train_from_iterator((row for row in rows.read_text().splitlines()), vocab_size=8000, special_tokens=["<eos>"])
+    PreTrainedTokenizerFast(tokenizer_object=bpe._tokenizer, eos_token="<eos>", pad_token="<eos>").save_pretrained(
+        directory
+    )
+
+
+def run_ours(folder: Path, packing: bool, steps: int, **_: object) -> dict[str, float]:
+    import lightning as L
+    import torch
+
+    from oumi_pl.data.sft import SFTData
+    from oumi_pl.modules.sft import SFT
+
+    class Clock(L.Callback):
+        def __init__(self) -> None:
+            self.times: list[float] = []
+            self.tokens = 0
+
+        def on_train_batch_end(self, trainer, pl_module, *_args) -> None:
+            self.times.append(time.perf_counter())
+            if len(self.times) > WARMUP:
+                self.tokens += pl_module.last_update["tokens"]
+
+    clock = Clock()
+    L.seed_everything(0)
+    data = SFTData(
+        str(folder / "rows.jsonl"),
+        tokenizer=str(folder / "tokenizer"),
+        max_length=MAX_LENGTH,
+        packing=packing,
+        batch_size=2 if packing else 8,
+        group_by_length=False,
+    )
+    module = SFT(config=LLAMA, optimizer=lambda params: torch.optim.AdamW(params, lr=1e-4))
+    trainer = L.Trainer(
+        max_steps=steps,
+        accelerator="cpu",
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        gradient_clip_val=1.0,
+        callbacks=[clock],
+    )
+    trainer.fit(module, data)
+    return {"tokens_per_second": clock.tokens / (clock.times[-1] - clock.times[WARMUP - 1])}
+
+
+def run_trl(folder: Path, packing: bool, steps: int, **options: bool) -> dict[str, float]:
+    from datasets import load_dataset
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, TrainerCallback, set_seed
+    from trl import SFTConfig, SFTTrainer
+
+    class Clock(TrainerCallback):
+        def __init__(self) -> None:
+            self.times: list[float] = []
+            self.tokens: list[float] = []
+
+        def on_step_end(self, args, state, control, **kwargs) -> None:
+            self.times.append(time.perf_counter())
+
+        def on_log(self, args, state, control, logs=None, **kwargs) -> None:
+            if logs and "num_tokens" in logs:
+                self.tokens.append(logs["num_tokens"])
+
+    clock = Clock()
+    set_seed(0)
+    config = dict(LLAMA)
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(config.pop("model_type"), **config))
+    args = SFTConfig(
+        output_dir=str(folder / "trl"),
+        max_steps=steps,
+        per_device_train_batch_size=2 if packing else 8,
+        packing=packing,
+        max_length=MAX_LENGTH,
+        use_cpu=True,
+        bf16=False,
+        learning_rate=1e-4,
+        max_grad_norm=1.0,
+        save_strategy="no",
+        report_to="none",
+        logging_steps=1,
+        disable_tqdm=True,
+        **options,
+    )
+    rows = load_dataset("json", data_files=str(folder / "rows.jsonl"), split="train")
+    tokenizer = AutoTokenizer.from_pretrained(folder / "tokenizer")
+    trainer = SFTTrainer(model=model, args=args, train_dataset=rows, processing_class=tokenizer, callbacks=[clock])
+    trainer.train()
+    tokens = clock.tokens[-1] - clock.tokens[WARMUP - 1]
+    return {"tokens_per_second": tokens / (clock.times[-1] - clock.times[WARMUP - 1])}
+
+
+def child(args: argparse.Namespace) -> None:
+    import torch
+
+    torch.set_num_threads(args.threads)
+    options = json.loads(args.options)
+    run = run_ours if args.child == "oumi_pl" else run_trl
+    result = run(args.folder, args.case == "packed", args.steps, **options)
+    result["peak_gb"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9
+    print("RESULT " + json.dumps(result))
+
+
+def measure(engine: str, case: str, options: dict, args: argparse.Namespace, folder: Path) -> dict[str, float]:
+    command = [sys.executable, __file__, "--child", engine.split()[0], "--case", case, "--folder", str(folder)]
+    command += ["--steps", str(args.steps), "--threads", str(args.threads), "--options", json.dumps(options)]
+    environment = os.environ | {"OMP_NUM_THREADS": str(args.threads), "OUMI_PL_CACHE": str(folder / "cache")}
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
+    lines = [line for line in done.stdout.splitlines() if line.startswith("RESULT ")]
+    if not lines:
+        sys.exit(done.stderr[-3000:])
+    return json.loads(lines[0].removeprefix("RESULT "))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rows", type=Path, help="jsonl of question/answer or prompt/completion rows")
+    parser.add_argument("--tokenizer", type=Path, help="directory of a tokenizer")
+    parser.add_argument("--steps", type=int, default=12)
+    parser.add_argument("--threads", type=int, default=os.cpu_count())
+    for hidden in ("child", "case", "options"):
+        parser.add_argument(f"--{hidden}", help=argparse.SUPPRESS)
+    parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.child:
+        child(args)
+        return
+    versions = ", ".join(f"{name} {version(name)}" for name in ("torch", "transformers", "trl", "lightning"))
+    machine = platform.processor() or platform.machine()
+    print(f"{versions}, python {platform.python_version()}; {machine}, {args.threads} threads")
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = Path(scratch)
+        if args.rows:
+            rows = [json.loads(line) for line in args.rows.read_text().splitlines()]
+            keys = ("prompt", "completion") if "prompt" in rows[0] else ("question", "answer")
+            lines = [json.dumps({"prompt": r[keys[0]] + "\n", "completion": r[keys[1]]}) + "\n" for r in rows]
+            (folder / "rows.jsonl").write_text("".join(lines))
+        else:
+            make_rows(folder / "rows.jsonl")
+        if args.tokenizer:
+            (folder / "tokenizer").symlink_to(args.tokenizer.resolve())
+        else:
+            make_tokenizer(folder / "tokenizer", folder / "rows.jsonl")
+        for case, engines in CASES.items():
+            ours: dict[str, float] = {}
+            for engine, options in engines:
+                got = measure(engine, case, options, args, folder)
+                ours = ours or got
+                speed, memory = (ours[k] / got[k] for k in ("tokens_per_second", "peak_gb"))
+                print(
+                    f"{case:8} {engine:20} {got['tokens_per_second']:9,.0f} tokens/s  {got['peak_gb']:5.2f} GB   "
+                    f"ours is {speed:.2f}x as fast, with {memory:.2f}x the memory",
+                    flush=True,
+                )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,63 @@
+"""Every shipped recipe parses, instantiates and runs two steps, with hub names replaced by a tiny local model."""
+
+import json
+
+import pytest
+import transformers
+import yaml
+
+from oumi_pl import recipe_files
+from oumi_pl.__main__ import main
+from oumi_pl.data.tokenizers import ByteTokenizer
+from tests.tiny import LLAMA, conversations, write_jsonl
+
+ALPACA = [{"instruction": f"Say {i}.", "input": "", "output": "x" * (i + 1)} for i in range(40)]
+RECIPES = recipe_files.names()
+
+
+@pytest.fixture(scope="module")
+def tiny_model(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("model")
+    tokenizer = ByteTokenizer().build()
+    config = transformers.AutoConfig.for_model(**(LLAMA | {"vocab_size": len(tokenizer)}))
+    transformers.AutoModelForCausalLM.from_config(config).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return str(folder)
+
+
+def test_there_are_recipes():
+    assert {"quickstart/sft", "sft/gsm8k_small"} <= set(RECIPES)
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_a_recipe_is_short_and_says_what_it_is(name):
+    lines = (recipe_files.shipped() / f"{name}.yaml").read_text().splitlines()
+    header = "\n".join(line for line in lines if line.startswith("#"))
+    assert len(lines) <= 50
+    assert f"python -m oumi_pl fit --config {name}" in header
+    assert "Hardware:" in header
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_a_recipe_runs_two_steps(name, tiny_model, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    recipe = yaml.safe_load((recipe_files.shipped() / f"{name}.yaml").read_text())
+    model, data = recipe["model"]["init_args"], recipe["data"]["init_args"]
+    args = ["--trainer.max_steps=2", "--trainer.max_epochs=null", "--trainer.accelerator=cpu", "--trainer.devices=1"]
+    args += ["--val_every=2", "--trainer.strategy=auto", "--trainer.accumulate_grad_batches=1"]
+    if "model" in model:
+        args.append(f"--model.model={tiny_model}")
+    if "quantization" in model:
+        args.append("--model.quantization=null")  # needs a CUDA device
+    if isinstance(data.get("tokenizer"), str):
+        args.append(f"--data.tokenizer={tiny_model}")
+    if not str(data["train"]).startswith("bundled/"):
+        write_jsonl(tmp_path / "rows.jsonl", ALPACA if "alpaca" in str(data["train"]) else conversations(40))
+        args += ["--data.train=rows.jsonl", "--data.validation=0.2", "--data.batch_size=2", "--data.max_length=256"]
+    assert main(["fit", "--config", name, *args]) == 0
+    run = tmp_path / "runs" / name.replace("/", "-")
+    state = json.loads((run / "run.json").read_text())
+    assert (state["status"], state["step"]) == ("finished", 2)
+    assert {"config.yaml", "data.json", "metrics.csv", "checkpoints", "model"} <= {p.name for p in run.iterdir()}
+    loaded = transformers.AutoModelForCausalLM.from_pretrained(run / "model")
+    assert loaded.config.model_type == "llama"

@@ -1,0 +1,133 @@
+"""Answers that need no heavy import, and exit codes."""
+
+import json
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+
+import pytest
+
+from oumi_pl import __version__
+from oumi_pl.__main__ import main
+
+ROOT = Path(__file__).parents[1]
+
+LIGHT = {
+    "no arguments": ([], 0, "usage: oumi_pl COMMAND"),
+    "--help": (["--help"], 0, "fit       train on a recipe"),
+    "--version": (["--version"], 0, f"oumi_pl {__version__}"),
+    "unknown command": (["fitt"], 2, "unknown command 'fitt'; did you mean 'fit'?"),
+    "no recipe": (["fit"], 2, "fit needs a recipe: oumi_pl fit --config NAME or FILE; recipes: "),
+    "recipe that there is not": (
+        ["fit", "--config", "sft/gsm8k_smal"],
+        2,
+        "no recipe 'sft/gsm8k_smal'; did you mean 'sft/gsm8k_small'?",
+    ),
+    "file that there is not": (
+        ["fit", "--config", "lst.yaml"],
+        2,
+        "--config: no file 'lst.yaml'; did you mean 'list.yaml'?",
+    ),
+    "--config without value": (["fit", "--config"], 2, "--config: name a recipe or a file; recipes: "),
+    "--config before an option": (["fit", "--config", "--name", "x"], 2, "--config: name a recipe or a file"),
+    "broken YAML": (["fit", "-c", "broken.yaml"], 2, "broken.yaml line 2: not valid YAML: "),
+    "key twice": (["fit", "--config=twice.yaml"], 2, "twice.yaml line 4: the key a.b is there twice, first in line 2"),
+    "list": (
+        ["fit", "--config", "list.yaml"],
+        2,
+        "a recipe is a mapping (model:, data:, trainer:), and this file is a list",
+    ),
+    "empty": (["fit", "--config", "empty.yaml"], 2, "and this file is empty"),
+    "not UTF-8": (["fit", "--config", "latin.yaml"], 2, "latin.yaml line 2: not UTF-8 text; save the recipe as UTF-8"),
+    "no such date": (["fit", "--config", "date.yaml"], 2, "date.yaml: not valid YAML: "),
+    "nothing to resume": (
+        ["fit", "--config", "one.yaml", "--resume"],
+        2,
+        "--resume: nothing to resume for recipe 'one'",
+    ),
+    "no run folder": (["fit", "--resume", "run"], 2, "--resume: no run folder run; did you mean 'runs'?"),
+    "resume of validate": (["validate", "-c", "one.yaml", "--resume"], 2, "--resume goes with fit; for validate, name"),
+    "export without checkpoint": (
+        ["export"],
+        2,
+        "export: the following arguments are required: --checkpoint, --output",
+    ),
+}
+
+FILES = {
+    "one.yaml": b"model: SFT\n",
+    "list.yaml": b"- 1\n",
+    "empty.yaml": b"# nothing\n",
+    "broken.yaml": b"a: 1\n  b: [\n",
+    "twice.yaml": b"a:\n  b: 1\n  c: 2\n  b: 3\n",
+    "latin.yaml": b"# x\n# caf\xe9\n",
+    "date.yaml": b"day: 2020-13-45\n",
+    "runs/x": b"",
+}
+
+SCRIPT = """
+    import contextlib, io, json, sys
+    from oumi_pl.__main__ import main
+
+    answers = []
+    for args in json.loads(sys.argv[1]):
+        text = io.StringIO()
+        with contextlib.redirect_stdout(text), contextlib.redirect_stderr(text):
+            code = main(args)
+        heavy = {"torch", "lightning", "transformers", "jsonargparse", "numpy"} & sys.modules.keys()
+        answers.append([code, text.getvalue(), sorted(heavy)])
+    print(json.dumps(answers))
+"""
+
+
+@pytest.fixture(scope="module")
+def answers(tmp_path_factory):
+    """All light answers, from one interpreter that has imported nothing else."""
+    directory = tmp_path_factory.mktemp("light")
+    for name, content in FILES.items():
+        (directory / name).parent.mkdir(exist_ok=True)
+        (directory / name).write_bytes(content)
+    before = sorted(directory.rglob("*"))
+    command = [sys.executable, "-c", textwrap.dedent(SCRIPT), json.dumps([args for args, _, _ in LIGHT.values()])]
+    env = {"PYTHONPATH": str(ROOT), "PATH": ""}
+    done = subprocess.run(command, cwd=directory, env=env, capture_output=True, text=True, check=True)
+    assert sorted(directory.rglob("*")) == before
+    return dict(zip(LIGHT, json.loads(done.stdout), strict=True))
+
+
+@pytest.mark.parametrize("case", LIGHT)
+def test_light_answer(answers, case):
+    _, code, text = LIGHT[case]
+    given_code, given_text, heavy = answers[case]
+    assert text in given_text
+    assert given_code == code
+    assert not heavy
+    assert "Traceback" not in given_text
+    assert code == 0 or len(given_text.splitlines()) == 1
+
+
+def test_module_is_the_command(tmp_path):
+    env = {"PYTHONPATH": str(ROOT), "PATH": ""}
+    command = [sys.executable, "-m", "oumi_pl", "fitt"]
+    done = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    assert done.stderr == "error: unknown command 'fitt'; did you mean 'fit'?\n"
+
+
+def test_interrupted(monkeypatch, capsys):
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("oumi_pl.__main__._run", interrupt)
+    assert main(["fit"]) == 130
+    assert capsys.readouterr().err == "interrupted\n"
+
+
+@pytest.mark.parametrize(("stop", "code"), [(SystemExit(), 0), (SystemExit(3), 3), (SystemExit("no"), 1)])
+def test_system_exit_becomes_the_code(monkeypatch, stop, code):
+    def leave(*_):
+        raise stop
+
+    monkeypatch.setattr("oumi_pl.__main__._run", leave)
+    assert main(["fit"]) == code

@@ -1,0 +1,334 @@
+"""Building and loading models: what a recipe says is what is trained, and what can't be is told in a line."""
+
+import json
+import socket
+import time
+
+import pytest
+import torch
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from oumi_pl import hub
+from oumi_pl.causal_lm import CausalLM
+from oumi_pl.data.sft import SFTData
+from oumi_pl.data.tokenizers import ByteTokenizer
+from oumi_pl.errors import UserError
+from oumi_pl.losses.causal import CrossEntropy
+from oumi_pl.models import build_model
+from tests.tiny import LLAMA
+
+GPT2 = {"model_type": "gpt2", "n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 64}
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return ByteTokenizer().build()
+
+
+def save(path, tokenizer=None, dtype=torch.float32, **values):
+    """A "pretrained" model: random weights in a folder."""
+    torch.manual_seed(0)
+    config = {"vocab_size": len(tokenizer) if tokenizer else 97} | LLAMA | values
+    hf = AutoModelForCausalLM.from_config(AutoConfig.for_model(**config), dtype=dtype)
+    hf.save_pretrained(path)
+    return hf
+
+
+def logits(hf, ids=None):
+    ids = torch.arange(12)[None] if ids is None else ids
+    training = hf.training
+    with torch.no_grad():
+        out = hf.eval()(ids).logits
+    hf.train(training)
+    return out
+
+
+def refused(words, *args, **kwargs):
+    with pytest.raises(UserError) as error:
+        build_model(*args, **kwargs)
+    message = str(error.value)
+    assert all(word in message for word in words), message
+    assert "\n" not in message
+    return message
+
+
+# ---- from a config
+
+
+def test_random_weights_follow_the_tokenizer(tokenizer):
+    hf = build_model(None, config=LLAMA, tokenizer=tokenizer)
+    assert hf.training
+    assert hf.config.vocab_size == len(hf.get_input_embeddings().weight) == len(tokenizer)
+    assert (hf.config.eos_token_id, hf.config.pad_token_id) == (tokenizer.eos_token_id, tokenizer.pad_token_id)
+    assert {p.dtype for p in hf.parameters()} == {torch.float32}
+
+
+@pytest.mark.parametrize(
+    ("config", "words"),
+    [
+        ({"hidden_sise": 32}, ["model.config.hidden_sise", "did you mean 'hidden_size'"]),
+        ({"model_type": "lama"}, ["model.config.model_type", "'lama'", "did you mean 'llama'"]),
+        ({"model_type": None}, ["name a model", "model_type"]),
+        ({"hidden_size": "wide"}, ["model.config", "hidden_size", "expected int"]),
+        ({"hidden_act": "relux"}, ["model.config", "llama", "relux"]),
+        ({"vocab_size": 100}, ["model.config.vocab_size: 100", "tokens", "leave it out"]),
+    ],
+)
+def test_configs_that_make_no_model(tokenizer, config, words):
+    refused(words, None, config=LLAMA | config, tokenizer=tokenizer)
+
+
+def test_rope_values_under_their_old_names_count():
+    values = {"vocab_size": 97, "rope_theta": 5.0, "rope_scaling": {"rope_type": "linear", "factor": 2.0}}
+    rope = build_model(None, config=LLAMA | values).config.rope_parameters
+    assert rope == {"rope_type": "linear", "factor": 2.0, "rope_theta": 5.0}
+
+
+def test_attention_falls_back_where_an_architecture_lacks_it(tokenizer):
+    gemma = LLAMA | {"model_type": "gemma2", "head_dim": 8}
+    assert build_model(None, config=gemma, tokenizer=tokenizer).config._attn_implementation == "eager"
+    assert build_model(None, config=LLAMA, tokenizer=tokenizer).config._attn_implementation == "sdpa"
+    refused(["model.attn", "'sdpa'", "leave it out"], None, config=gemma, tokenizer=tokenizer, attn="sdpa")
+
+
+# ---- from a folder
+
+
+def test_a_folder_is_loaded_as_it_is(tmp_path, tokenizer):
+    saved = save(tmp_path, tokenizer)
+    hf = build_model(str(tmp_path), tokenizer=tokenizer)
+    assert hf.training
+    assert torch.equal(logits(hf), logits(saved))
+    assert hf.config._name_or_path == str(tmp_path.resolve())
+
+
+@pytest.mark.parametrize(
+    ("dtype", "expected"), [("auto", torch.bfloat16), ("float32", torch.float32), ("float16", torch.float16)]
+)
+def test_dtype(tmp_path, dtype, expected):
+    save(tmp_path, dtype=torch.bfloat16)
+    assert {p.dtype for p in build_model(str(tmp_path), dtype=dtype).parameters()} == {expected}
+
+
+def test_config_values_override_the_pretrained_ones(tmp_path):
+    save(tmp_path, rope_parameters={"rope_type": "default", "rope_theta": 77.0})
+    plain = build_model(str(tmp_path))
+    linear = {"rope_scaling": {"rope_type": "linear", "factor": 4.0}}
+    hf = build_model(str(tmp_path), config={"max_position_embeddings": 99, "attention_dropout": 0.5} | linear)
+    assert (hf.config.max_position_embeddings, hf.config.attention_dropout) == (99, 0.5)
+    # the frequency of the pretrained model stays
+    assert hf.config.rope_parameters == {"rope_type": "linear", "factor": 4.0, "rope_theta": 77.0}
+    assert not torch.allclose(logits(hf), logits(plain))
+    theta = build_model(str(tmp_path), config={"rope_theta": 10.0})
+    assert not torch.allclose(logits(theta), logits(plain))
+
+
+@pytest.mark.parametrize(
+    ("config", "words"),
+    [
+        ({"atention_dropout": 0.1}, ["model.config.atention_dropout", "did you mean 'attention_dropout'"]),
+        ({"num_hidden_layers": 3}, ["lacks", "layers.2", "model.config asks for more"]),
+        ({"hidden_size": 64}, ["other shapes", "model.config"]),
+        ({"num_hidden_layers": "two"}, ["model.config.num_hidden_layers", "expected int"]),
+    ],
+)
+def test_overrides_that_do_not_fit(tmp_path, config, words):
+    save(tmp_path)
+    refused(words, str(tmp_path), config=config)
+
+
+def test_weights_that_are_missing_are_not_made_up(tmp_path):
+    """A tied model has no head of its own: untied by the recipe, transformers would start it at random and go on."""
+    save(tmp_path, tie_word_embeddings=True)
+    refused(["lacks 1", "lm_head.weight"], str(tmp_path), config={"tie_word_embeddings": False})
+
+
+def test_folders_that_hold_no_model(tmp_path, monkeypatch):
+    (tmp_path / "smollm").mkdir()
+    monkeypatch.chdir(tmp_path)
+    refused(["./smolm", "no folder", "did you mean 'smollm'"], "./smolm")
+    refused(["runs/x/model", "no folder"], "runs/x/model")
+    refused(["smollm", "config.json"], "smollm")
+    (tmp_path / "step-1.ckpt").write_bytes(b"x")
+    refused(["step-1.ckpt is a file", "oumi_pl export"], "step-1.ckpt")
+
+
+def test_only_safetensors_are_loaded(tmp_path):
+    hf = save(tmp_path)
+    (tmp_path / "model.safetensors").unlink()
+    refused(["model.safetensors"], str(tmp_path))
+    torch.save(hf.state_dict(), tmp_path / "pytorch_model.bin")  # a pickle, which may run code
+    refused(["model.safetensors"], str(tmp_path))
+
+
+def test_code_of_a_model_does_not_run(tmp_path):
+    save(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    config |= {"model_type": "ours", "auto_map": {"AutoConfig": "ours.Config", "AutoModelForCausalLM": "ours.Model"}}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    (tmp_path / "ours.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')\n")
+    refused(["trust_remote_code: true"], str(tmp_path))
+    assert not (tmp_path / "ran").exists()
+
+
+# ---- hub names
+
+
+def test_a_hub_name_offline_says_where_it_was_looked_for(monkeypatch, tmp_path):
+    from huggingface_hub import constants
+
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
+    refused(["'someone/model'", str(tmp_path), "HF_HUB_OFFLINE"], "someone/model")
+
+
+def test_an_unreachable_hub_is_given_up_soon(monkeypatch, tmp_path):
+    """A listening socket that never answers: left alone, transformers would ask for minutes."""
+    from huggingface_hub import constants
+
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        monkeypatch.setattr(constants, "ENDPOINT", f"http://127.0.0.1:{silent.getsockname()[1]}")
+        monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+        monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
+        monkeypatch.setattr(
+            constants, "HUGGINGFACE_CO_URL_TEMPLATE", constants.ENDPOINT + "/{repo_id}/resolve/{revision}/{filename}"
+        )
+        monkeypatch.setattr(hub, "TIMEOUT", 1.0)
+        start = time.monotonic()
+        refused(["'someone/model'", constants.ENDPOINT, "can't be reached"], "someone/model")
+        assert time.monotonic() - start < 5
+
+
+@pytest.mark.parametrize(
+    ("kind", "words"),
+    [
+        ("RepositoryNotFoundError", ["nor on the hub", "hf auth login"]),
+        ("GatedRepoError", ["is gated", "accept its terms"]),
+        ("RevisionNotFoundError", ["no revision 'v2'"]),
+    ],
+)
+def test_what_the_hub_answers_is_told(monkeypatch, tmp_path, kind, words):
+    import huggingface_hub
+    from huggingface_hub import constants, errors
+
+    def answer(*_, **__):
+        error = getattr(errors, kind)
+        raise error.__new__(error)
+
+    monkeypatch.setattr(huggingface_hub, "get_hf_file_metadata", answer)
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
+    refused(["'someone/model'", *words], "someone/model", revision="v2")
+    kind = (
+        "EntryNotFoundError"  # no config.json, which a tokenizer alone does without: it is for the loader to find out
+    )
+    assert hub.locate("someone/model", "data.tokenizer") == "someone/model"
+
+
+# ---- vocabularies
+
+
+def last_two(tokenizer):
+    return [len(tokenizer) - 2, len(tokenizer) - 1]
+
+
+def test_a_tokenizer_of_another_model_is_refused(tmp_path, tokenizer):
+    save(tmp_path)
+    refused([f"{len(tokenizer)} tokens", "vocabulary 97", "data.tokenizer"], str(tmp_path), tokenizer=tokenizer)
+    # with tokens added it would be resized without a word
+    words = [f"{len(tokenizer) - 2} tokens", "vocabulary 97"]
+    refused(words, str(tmp_path), tokenizer=tokenizer, added_tokens=last_two(tokenizer))
+
+
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("room", [-2, 4])
+def test_rows_of_added_tokens_are_the_mean_of_the_trained_ones(tmp_path, tokenizer, tied, room):
+    """Appended, or in the room that a padded vocabulary has: its unused rows don't count."""
+    n = len(tokenizer)
+    saved = save(tmp_path, vocab_size=n + room, tie_word_embeddings=tied)
+    hf = build_model(str(tmp_path), tokenizer=tokenizer, added_tokens=last_two(tokenizer))
+    assert hf.config.vocab_size == max(n + room, n)
+    assert (hf.lm_head.weight is hf.model.embed_tokens.weight) is tied
+    for layer, old in ((hf.model.embed_tokens, saved.model.embed_tokens), (hf.lm_head, saved.lm_head)):
+        assert torch.equal(layer.weight[: n - 2], old.weight[: n - 2])
+        torch.testing.assert_close(layer.weight[n - 2 : n], old.weight[: n - 2].mean(0).expand(2, -1))
+        assert torch.equal(layer.weight[n:], old.weight[n:])
+
+
+def test_a_token_that_was_there_before_keeps_its_row(tmp_path):
+    """A template makes `<|im_end|>` special where the vocabulary has it already: then it is not new."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    symbols = [*sorted(pre_tokenizers.ByteLevel.alphabet()), "<|im_end|>", "<|endoftext|>"]
+    raw = Tokenizer(models.BPE(vocab={symbol: i for i, symbol in enumerate(symbols)}, merges=[]))
+    raw.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=raw, eos_token="<|endoftext|>")
+    before = tokenizer.get_vocab()
+    added = SFTData(template="chatml").prepare_tokenizer(tokenizer)
+    assert tokenizer.convert_ids_to_tokens(added) == ["<|im_start|>"]
+    assert all(tokenizer.get_vocab()[token] == i for token, i in before.items())
+    saved = save(tmp_path, vocab_size=len(symbols))
+    hf = build_model(str(tmp_path), tokenizer=tokenizer, added_tokens=added)
+    assert torch.equal(hf.model.embed_tokens.weight[: len(symbols)], saved.model.embed_tokens.weight)
+
+
+def test_random_weights_stay_random(tokenizer):
+    """Two added tokens with the same row would start as the same token, for no reason."""
+    hf = build_model(None, config=LLAMA, tokenizer=tokenizer, added_tokens=last_two(tokenizer))
+    assert not torch.equal(*hf.model.embed_tokens.weight[-2:])
+
+
+# ---- what is trained
+
+
+def test_freeze(tmp_path):
+    save(tmp_path)
+    hf = build_model(str(tmp_path), freeze=["model.embed_tokens", "model.layers.0"])
+    frozen = {name for name, p in hf.named_parameters() if not p.requires_grad}
+    assert frozen == {n for n, _ in hf.named_parameters() if n.startswith(("model.embed_tokens", "model.layers.0."))}
+    refused(
+        ["model.freeze", "model.embed_token", "did you mean 'model.embed_tokens'"],
+        str(tmp_path),
+        freeze=["model.embed_token"],
+    )
+
+
+@pytest.mark.parametrize("config", [LLAMA, GPT2 | {"resid_pdrop": 0.2}], ids=["llama", "gpt2 with dropout"])
+def test_gradient_checkpointing_changes_no_gradient(tokenizer, config):
+    ids = torch.arange(30).view(2, 15)
+    batch = {"input_ids": ids, "labels": ids, "position_ids": torch.arange(15).expand(2, -1)}
+    losses, gradients = [], []
+    for checkpointing in (False, True):
+        torch.manual_seed(0)
+        hf = build_model(None, config=config, tokenizer=tokenizer, gradient_checkpointing=checkpointing)
+        calls = count_calls(hf)
+        torch.manual_seed(1)
+        loss = CausalLM(hf)(batch, CrossEntropy()).loss_sum
+        loss.backward()
+        assert len(calls) == (4 if checkpointing else 2), "layers were not run again in the backward pass"
+        losses.append(loss)
+        gradients.append([p.grad for p in hf.parameters()])
+    assert torch.equal(*losses)
+    assert all(torch.equal(a, b) for a, b in zip(*gradients, strict=True))
+
+
+def count_calls(hf):
+    calls = []
+    for module in hf.modules():
+        if type(module).__name__ in ("LlamaAttention", "GPT2Attention") and isinstance(module, nn.Module):
+            module.register_forward_hook(lambda *_: calls.append(1))
+    return calls
+
+
+def test_quantization_needs_what_is_not_there(tmp_path):
+    save(tmp_path)
+    words = ["model.quantization", "CUDA" if hub_has("bitsandbytes") else "oumi_pl[gpu]"]
+    if not (hub_has("bitsandbytes") and torch.cuda.is_available()):
+        refused(words, str(tmp_path), quantization="nf4", lora={"r": 4})
+
+
+def hub_has(package):
+    from importlib.util import find_spec
+
+    return find_spec(package) is not None

@@ -1,0 +1,150 @@
+"""Run folders: their names, their state, and which one goes on."""
+
+import json
+import os
+
+import pytest
+
+from oumi_pl import resuming, runs
+from oumi_pl.checkpoint_files import checkpoint_name
+from oumi_pl.errors import UserError
+
+
+def run(root, name="r", recipe="r", status="stopped", created=0, step=None, config=True):
+    """A run folder as a run leaves it, with a checkpoint at `step`."""
+    folder = root / name
+    (folder / runs.CHECKPOINTS).mkdir(parents=True)
+    runs.write_state(folder, recipe=recipe, status=status, created_ns=created, step=step)
+    if config:
+        (folder / runs.CONFIG).write_text("trainer: {max_steps: 9}\n")
+    if step is not None:
+        (folder / runs.CHECKPOINTS / checkpoint_name(step)).write_bytes(b"")
+    return folder
+
+
+def arguments(args=(), resume="", recipe="r", tree=None, command="fit"):
+    return resuming.arguments(command, resume, recipe, list(args), tree or {})
+
+
+def refusal(*args, **kwargs) -> str:
+    with pytest.raises(UserError) as error:
+        arguments(*args, **kwargs)
+    return str(error.value)
+
+
+@pytest.fixture(autouse=True)
+def here(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+
+
+def test_names_are_numbered(tmp_path):
+    made = [runs.create(tmp_path / "a" / "runs", "r").name for _ in range(3)]
+    assert made == ["r", "r-2", "r-3"]
+    assert (tmp_path / "a/runs/r-3/checkpoints").is_dir()
+
+
+def test_where_nothing_can_be_written(tmp_path):
+    (tmp_path / "file").write_text("")
+    for refuse in (runs.refuse_unwritable, lambda root: runs.create(root, "r")):
+        with pytest.raises(UserError, match=r"runs_dir: can't write to .*file/runs"):
+            refuse(tmp_path / "file" / "runs")
+    runs.refuse_unwritable(tmp_path / "new" / "runs")
+    assert not (tmp_path / "new").exists()
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may write anywhere")
+def test_without_permission(tmp_path):
+    tmp_path.chmod(0o500)
+    with pytest.raises(UserError, match="no permission"):
+        runs.refuse_unwritable(tmp_path / "runs")
+
+
+def test_state(tmp_path):
+    assert runs.read_state(tmp_path) == {}
+    runs.write_state(tmp_path, status="running", step=1)
+    runs.write_state(tmp_path, status="failed")
+    assert runs.read_state(tmp_path).items() >= {"status": "failed", "step": 1}.items()
+    for garbage in ("{", "[]", ""):
+        (tmp_path / runs.RUN).write_text(garbage)
+        assert runs.read_state(tmp_path) == {}
+
+
+def test_newest_unfinished_run_of_the_recipe(tmp_path):
+    run(tmp_path, "r", created=1)
+    run(tmp_path, "r-2", created=5, status="finished")
+    run(tmp_path, "r-3", created=3, status="running")
+    run(tmp_path, "other", created=9, recipe="other")
+    (tmp_path / "no-run").mkdir()
+    assert runs.last_unfinished(tmp_path, "r").name == "r-3"
+
+
+def test_named_run(tmp_path):
+    run(tmp_path, "first", created=1)
+    run(tmp_path, "first-2", created=2)
+    run(tmp_path, "firsts", created=3)
+    run(tmp_path, "second", created=4)
+    assert runs.last_unfinished(tmp_path, "r", "first").name == "first-2"
+    with pytest.raises(UserError, match="nothing to resume for recipe 'r' named 'third'"):
+        runs.last_unfinished(tmp_path, "r", "third")
+
+
+def test_config_of_a_run_stands_for_its_recipe(tmp_path):
+    folder = run(tmp_path, "some-name-2", recipe="some")
+    assert runs.recipe_of(folder / runs.CONFIG) == "some"
+    assert runs.recipe_of(folder / "other.yaml") is None
+    assert runs.recipe_of(tmp_path / runs.CONFIG) is None
+
+
+def test_goes_on_from_the_newest_checkpoint(tmp_path, capsys):
+    folder = run(tmp_path / "runs", step=4)
+    (folder / runs.CHECKPOINTS / checkpoint_name(10)).write_bytes(b"")
+    (folder / runs.CHECKPOINTS / "step-00000011.ckpt.half").write_bytes(b"")
+    found, recipe, args = arguments(["--config", "r.yaml", "--trainer.max_steps", "20"])
+    assert (found.name, recipe) == ("r", "r")
+    config, checkpoint = "runs/r/config.yaml", "runs/r/checkpoints/step-00000010.ckpt"
+    assert args == ["--config", config, "--trainer.max_steps", "20", f"--ckpt_path={checkpoint}"]
+    assert capsys.readouterr().out == "resuming runs/r from step-00000010.ckpt\n"
+
+
+def test_goes_on_from_the_start(tmp_path, capsys):
+    run(tmp_path / "runs")
+    _, _, args = arguments()
+    assert args == ["--config", "runs/r/config.yaml"]
+    assert "from the start: it has no checkpoint yet" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("args", "tree"), [(["--runs_dir", "out"], {"runs_dir": "no"}), (["--runs_dir=out"], {}), ([], {"runs_dir": "out"})]
+)
+def test_looks_where_the_runs_are(tmp_path, args, tree):
+    run(tmp_path / "out")
+    assert arguments(args, tree=tree)[0].as_posix() == "out/r"
+
+
+def test_given_folder_says_the_recipe(tmp_path):
+    run(tmp_path, "x", recipe="theirs")
+    assert arguments(resume="x", recipe="run")[1] == "theirs"
+
+
+def test_refusals(tmp_path):
+    run(tmp_path, "early", config=False)
+    run(tmp_path, "broken")
+    (tmp_path / "broken" / runs.RUN).write_text("{")
+    (tmp_path / "folder").mkdir()
+    assert "there is no run of it; leave --resume out to start one" in refusal()
+    assert refusal(resume="erly") == "--resume: no run folder erly; did you mean 'early'?"
+    assert "folder is not a run folder (it has no run.json)" in refusal(resume="folder")
+    assert "has no config.yaml, so it was stopped before it began; start it anew" in refusal(resume="early")
+    assert "broken/run.json can't be read" in refusal(resume="broken")
+    assert "leave out --ckpt_path, or --resume" in refusal(["--ckpt_path", "x"], resume="early")
+    assert "--resume goes with fit; for test, name the weights" in refusal(command="test")
+
+
+def test_finished_run(tmp_path):
+    run(tmp_path / "runs", status="finished", step=9)
+    more = "runs/r --trainer.max_steps MORE"
+    assert f"runs/r is finished; to train it further: --resume {more}" in refusal()
+    assert f"runs/r is finished, at step 9; to train it further: --resume {more}" in refusal(resume="runs/r")
+    assert "runs/r is at step 9 already" in refusal(["--trainer.max_steps", "9"], resume="runs/r")
+    assert arguments(["--trainer.max_steps=10"], resume="runs/r")[0].name == "r"
+    assert json.loads((tmp_path / "runs/r/run.json").read_text())["status"] == "finished"
