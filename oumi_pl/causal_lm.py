@@ -6,7 +6,7 @@ parameters, the output head among them, exactly while `forward` runs.
 
 import sys
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -93,7 +93,12 @@ class CausalLM(nn.Module):
 
     def _router_loss(self, router_logits: Any, batch: Batch) -> Tensor:
         # each architecture's own balancing loss, from its own module
-        balance = sys.modules[type(self.base).__module__].load_balancing_loss_func  # type: ignore[attr-defined]
+        balance = getattr(sys.modules[type(self.base).__module__], "load_balancing_loss_func", None)
+        if balance is None:
+            name = type(self.base).__name__
+            raise UserError(
+                f"model.config.output_router_logits: {name} has no loss that balances its experts; leave it out"
+            )
         experts = getattr(self.base, "num_experts", None) or self.base.config.num_local_experts
         return balance(router_logits, experts, self.base.config.num_experts_per_tok, batch.get("attention_mask"))
 
@@ -105,7 +110,7 @@ class CausalLM(nn.Module):
             UserError: if the architecture does something to its logits that this wrapper does not know.
         """
         weight = next(p for p in self.base.parameters() if p.is_floating_point())
-        vocabulary = self.base.get_input_embeddings().weight.shape[0]
+        vocabulary = len(cast("Tensor", self.base.get_input_embeddings().weight))
         positions = torch.arange(PROBE_TOKENS, device=weight.device).unsqueeze(0)
         ids = positions % vocabulary
         batch: Batch = {"input_ids": ids, "position_ids": positions, "labels": ids}

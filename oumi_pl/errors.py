@@ -47,5 +47,7 @@ def of_the_machine(error: BaseException) -> str | None:
                 "out of memory on the device; smaller micro-batches give the same updates: halve data.batch_size and "
                 "double trainer.accumulate_grad_batches, or set model.gradient_checkpointing"
             )
+        if "Connection closed by peer" in str(seen):  # gloo's way to say that another rank is gone
+            return "another process of this run has stopped; its message tells why"
         seen = seen.__cause__ or seen.__context__
     return None

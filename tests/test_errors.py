@@ -1,4 +1,4 @@
-"""The battery: what a user may do wrong, and the one message that it ends in."""
+"""What a user may do wrong with keys, options, values and classes, and the one message it ends in; bugs; full disks."""
 
 import errno
 
@@ -6,22 +6,15 @@ import pytest
 import torch
 
 from oumi_pl.errors import UserError, nearest, of_the_machine
-from tests.command_line import GONE, CommandLine, jsonl
+from tests.command_line import GONE, CommandLine
 
 FIT = ("fit", "--config", "r.yaml")
 VALIDATION = {"data.init_args.validation": 0.3}
-GOOD = {"prompt": "a b", "response": "c d"}
-CHAT = {"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}
 
 
 @pytest.fixture
 def cli(tmp_path, monkeypatch, capsys):
     return CommandLine(tmp_path, monkeypatch, capsys)
-
-
-def trained_on(rows: str, **changes):
-    """A recipe that trains on `data.jsonl`, and that file."""
-    return {"data.init_args.train": "data.jsonl"} | changes, {"data.jsonl": rows}
 
 
 MISSPELT = {
@@ -207,171 +200,6 @@ def test_class_of_another_kind(cli):
     assert "trainer.callbacks: own_f.Own is not a subclass of Callback" in cli.fails(*FIT)
 
 
-DATA = {
-    "no file": (
-        {"data.init_args.train": "row.jsonl"},
-        {},
-        "row.jsonl: no such file or directory (in .: did you mean 'rows.jsonl'?)",
-    ),
-    "empty": (*trained_on(""), "data.jsonl: split 'train' has no rows"),
-    "not JSON": (*trained_on(jsonl(GOOD, GOOD) + '{"prompt": "a\n'), "data.jsonl:3: not valid JSON"),
-    "lacks a column": (*trained_on(jsonl(GOOD, {"prompt": "a"})), "data.jsonl:2: no column 'response'"),
-    "unknown columns": (*trained_on(jsonl({"x": 1, "y": 2})), "data.jsonl:1: no format fits the columns x, y"),
-    "two formats": (*trained_on(jsonl(GOOD, CHAT)), "data.jsonl:2: no column 'prompt'"),
-    "two kinds of files": (
-        {"data.init_args.train": "both"},
-        {"both/a.jsonl": jsonl(GOOD), "both/b.csv": "prompt,response\na,b\n"},
-        "both: different kinds of files (a.jsonl, b.csv); choose one with a glob",
-    ),
-    "all too long": (
-        *trained_on(jsonl(CHAT, CHAT), **{"data.init_args.overflow": "drop", "data.init_args.max_length": 5}),
-        "data.train: none of 2 rows is left (2 longer than max_length)",
-    ),
-    "one too long": (
-        *trained_on(jsonl(CHAT), **{"data.init_args.overflow": "error", "data.init_args.max_length": 5}),
-        "data.jsonl:1: ",
-    ),
-    "template": ({"data.init_args.template": "chatm"}, {}, "unknown chat template 'chatm'; did you mean 'chatml'?"),
-    "template file": (
-        {"data.init_args.template": "mine.jinja"},
-        {"main.jinja": "x"},
-        "no chat template file 'mine.jinja'; did you mean 'main.jinja'?",
-    ),
-    "no template": (
-        {"data.init_args.tokenizer.init_args": {"chat_template": False}},
-        {},
-        "rows.jsonl:1: rows are conversations and the tokenizer has no chat template; choose one with `template`",
-    ),
-    "template that can't be masked": (
-        {"data.init_args.template": "t.jinja"},
-        {"t.jinja": "{{ messages|length }}{% for m in messages %}{{ m.content }}{% endfor %}"},
-        "rows.jsonl:1: with this chat template, turn 2 can't be masked exactly",
-    ),
-    "template that is no Jinja": (
-        {"data.init_args.template": "t.jinja"},
-        {"t.jinja": "{% for m in messages %}\n{{ m.content }\n{% endfor %}"},
-        "chat template (file t.jinja) isn't valid Jinja, line 2",
-    ),
-    "tokenizer": (
-        {"data.init_args.tokenizer": "no/such"},
-        {},
-        "data.tokenizer: 'no/such' is no folder and not in the cache",
-    ),
-    "broken tokenizer": ({"data.init_args.tokenizer": "./tok"}, {"tok/x": ""}, "data.tokenizer: can't load"),
-}
-
-
-@pytest.mark.parametrize(("changes", "files", "message"), DATA.values(), ids=DATA)
-def test_data(cli, monkeypatch, changes, files, message):
-    """Told before any weight is made."""
-    monkeypatch.setattr("oumi_pl.modules.base.build_model", None)
-    cli.recipe(changes)
-    for name, content in files.items():
-        cli.write(name, content)
-    assert message in cli.fails(*FIT)
-
-
-def test_a_data_file_is_not_read_as_a_config(cli):
-    """A parser of configs would open it, and take its one row for the arguments of a source."""
-    cli.recipe({"data.init_args.train": "data.json"})
-    cli.write("data.json", '{"path": "rows.jsonl"}')
-    assert "data.json row 1: no format fits the columns path" in cli.fails(*FIT)
-
-
-PRETRAINED = {"model.init_args.config": GONE, "model.init_args.model": "./there"}
-MODELS = {
-    "no folder": (PRETRAINED, "model: there is no folder './there'"),
-    "lora targets": (
-        {"model.init_args.lora": {"r": 2, "target_modules": ["qproj"]}},
-        "model.lora: Target modules {'qproj'} not found in the base model",
-    ),
-    "freeze": (
-        {"model.init_args.freeze": ["model.layer"]},
-        "model.freeze: the model has no module 'model.layer'; did you mean 'model.layers'?",
-    ),
-    "attention": ({"model.init_args.attn": "spda"}, "model.attn: 'spda' does not work for this model"),
-}
-
-
-@pytest.mark.parametrize(("changes", "message"), MODELS.values(), ids=MODELS)
-def test_model(cli, changes, message):
-    cli.recipe(changes)
-    assert message in cli.fails(*FIT)
-
-
-TOGETHER = {
-    "val_every twice": (
-        VALIDATION | {"val_every": 1, "trainer.val_check_interval": 2},
-        "val_every and trainer.val_check_interval both say when to validate",
-    ),
-    "val_every without rows": ({"val_every": 1}, "val_every needs held-out rows, and the recipe names none"),
-    "callback without rows": (
-        {"trainer.callbacks": [{"class_path": "Answers"}]},
-        "the callback Answers needs held-out rows, and the recipe names none",
-    ),
-    "monitor without rows": (
-        {"checkpoint.monitor": "val/loss"},
-        "checkpoint.monitor: 'val/loss' needs held-out rows, and the recipe names none",
-    ),
-    "monitor": (
-        VALIDATION | {"checkpoint.monitor": "val/los"},
-        "checkpoint.monitor: there is no metric 'val/los'; did you mean 'val/loss'?",
-    ),
-    "early stopping": (
-        VALIDATION | {"trainer.callbacks": [{"class_path": "EarlyStopping", "init_args": {"monitor": "val/los"}}]},
-        "monitor of EarlyStopping: there is no metric 'val/los'; did you mean 'val/loss'?",
-    ),
-    "quantization": (
-        {"model.init_args.quantization": "nf4", "model.init_args.lora": {"r": 2}},
-        "model.quantization: there are no pretrained weights",
-    ),
-    "no training rows": (
-        {"data.init_args.train": GONE},
-        "data.train: `fit` needs a source here, and the recipe names none",
-    ),
-    "runs_dir": (
-        {"runs_dir": "rows.jsonl/runs"},
-        "runs_dir: can't write to rows.jsonl/runs: rows.jsonl is not a directory",
-    ),
-}
-
-
-@pytest.mark.parametrize(("changes", "message"), TOGETHER.values(), ids=TOGETHER)
-def test_what_does_not_go_together(cli, monkeypatch, changes, message):
-    """Told before any weight is made, and where it can be before any row is read."""
-    monkeypatch.setattr("oumi_pl.modules.base.build_model", None)
-    if "runs_dir" not in changes:
-        monkeypatch.setattr("oumi_pl.data.base.rows", None)
-    cli.recipe(changes)
-    assert message in cli.fails(*FIT)
-
-
-@pytest.mark.parametrize("command", ["validate", "test", "predict"])
-def test_command_without_its_rows(cli, command):
-    message = cli.fails(command, "--config", "r.yaml")
-    assert "needs a source here, and the recipe names none" in message
-    assert f"`{command}`" in message
-
-
-CHECKPOINTS = {
-    "absent": ("ck.ckpt", "--ckpt_path: no file 'ck.ckpt'; did you mean 'cut.ckpt'?"),
-    "keyword": ("last", "--ckpt_path: no file 'last'"),
-    "garbage": ("cut.ckpt", "--ckpt_path: cut.ckpt is not a checkpoint, or was cut short"),
-    "folder": ("folder", "--ckpt_path: folder is a directory and no sharded checkpoint; name the file, folder/x.ckpt"),
-    "weights alone": ("weights.pt", "weights.pt: is not a checkpoint of a run (it has no state_dict)"),
-}
-
-
-@pytest.mark.parametrize("command", ["fit", "validate"])
-@pytest.mark.parametrize(("path", "message"), CHECKPOINTS.values(), ids=CHECKPOINTS)
-def test_checkpoint(cli, command, path, message):
-    cli.recipe(VALIDATION)
-    cli.write("cut.ckpt", "abc")
-    cli.write("folder/x.ckpt", "abc")
-    torch.save({"weight": torch.zeros(2)}, "weights.pt")
-    assert message in cli.fails(command, "--config", "r.yaml", "--ckpt_path", path)
-
-
 @pytest.mark.parametrize("hidden", [False, True])
 def test_full_disk(cli, monkeypatch, hidden):
     """One message, and the run is marked as failed; torch's writer may hide the reason behind an error of its own."""
@@ -398,6 +226,10 @@ def test_full_disk(cli, monkeypatch, hidden):
 def test_out_of_memory():
     assert "halve data.batch_size" in of_the_machine(torch.OutOfMemoryError("CUDA out of memory"))
     assert of_the_machine(RuntimeError("other")) is None
+
+
+def test_another_rank_gone():
+    assert "another process" in of_the_machine(RuntimeError("[pair.cc:553] Connection closed by peer [::1]:1"))
 
 
 def test_bug_of_ours_keeps_its_traceback(cli, monkeypatch):
