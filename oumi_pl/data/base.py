@@ -30,6 +30,10 @@ if TYPE_CHECKING:
 Sources = str | Source | list[str | Source]
 
 
+NEEDED = {"fit": ("train", "validation"), "validate": ("validation",), "test": ("test",)}
+"""Stage -> the splits that it reads as examples; `predict` reads prompts."""
+
+
 class TextData(L.LightningDataModule):
     """Reads, tokenizes, caches, plans and loads text. Subclasses say how a record becomes an example.
 
@@ -123,15 +127,15 @@ class TextData(L.LightningDataModule):
     # ---- stages
 
     def prepare_data(self) -> None:
-        """Tokenizes what is not in the cache yet: once per node, before the other ranks look."""
-        for split, sources in self.sources.items():
-            if sources is not None and split != "predict":
+        """Tokenizes what the stage needs and the cache lacks: once per node, before the other ranks look."""
+        stage = self.trainer.state.fn.value if self.trainer is not None and self.trainer.state.fn else "fit"
+        for split in NEEDED.get(str(stage), ()):
+            if self.sources[split] is not None:
                 self.stores(split)
 
     def setup(self, stage: str) -> None:
         """Opens what the stage needs, and stops before any weight is loaded if there is nothing to train on."""
-        needed = {"fit": ["train", "validation"], "validate": ["validation"], "test": ["test"]}.get(stage, [])
-        for split in needed:
+        for split in NEEDED.get(stage, ()):
             if self.sources[split] is None:
                 if split == "validation" and stage == "fit":
                     continue
