@@ -5,6 +5,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from oumi_pl.errors import UserError
+
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
@@ -33,9 +35,16 @@ def complete(
         max_new_tokens: Longest completion.
         stop: Token ids that end a completion, besides the tokenizer's and the model's EOS.
         temperature: 0 is greedy; else samples from the whole distribution.
+
+    Raises:
+        UserError: if the weights are sharded over ranks, which `generate` can't gather.
     """
     if not prompts:
         return []
+    if any(hasattr(p, "full_tensor") for p in model.parameters()):
+        raise UserError(
+            "can't generate from sharded weights: export the checkpoint, and generate from that on one device"
+        )
     device = next(model.parameters()).device
     longest = max(len(p) for p in prompts)
     pad = tokenizer.pad_token_id if isinstance(tokenizer.pad_token_id, int) else 0

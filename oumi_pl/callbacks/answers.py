@@ -102,9 +102,9 @@ class Answers(L.Callback):
 
 
 def _question(prompt: str) -> str:
-    """The last turn of a rendered prompt, without the role names that templates write around it."""
-    lines = [line for line in prompt.splitlines() if line.strip() not in ("", "assistant", "user", "system")]
-    return _one_line(lines[-1].removeprefix("user")) if lines else ""
+    """A rendered prompt in one line, without the role names that templates write around its turns."""
+    lines = [line.strip() for line in prompt.splitlines()]
+    return _one_line(" | ".join(line for line in lines if line not in ("", "assistant", "user", "system")))
 
 
 def _one_line(text: str) -> str:
