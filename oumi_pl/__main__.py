@@ -1,12 +1,14 @@
 """The command line: answers what needs no heavy import, then hands over to LightningCLI or a command of our own."""
 
 import importlib
+import os
 import sys
 import traceback
 from pathlib import Path
 from typing import Any
 
-from oumi_pl import __version__, recipe_files, runs
+from oumi_pl import __version__, runs
+from oumi_pl.config import files as recipe_files
 from oumi_pl.errors import UserError, nearest, of_the_machine
 
 HELP = """\
@@ -84,10 +86,13 @@ def _train(command: str, rest: list[str]) -> int:
         tree = recipe_files.merge(tree, recipe_tree)
     folder = None
     if resume is not None:
-        from oumi_pl import resuming
+        from oumi_pl.config import resuming
 
         folder, recipe, args = resuming.arguments(command, resume, recipe, args, tree)
         trees = [recipe_files.check(folder / runs.CONFIG)]
+    # Threads that wait by spinning stand in each other's way as soon as anything else runs on the machine: a small model
+    # then trains several times slower. Read when torch is loaded, so it is set before.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     from oumi_pl.callbacks.preemption import Stopped
     from oumi_pl.cli import CLI
 

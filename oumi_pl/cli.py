@@ -25,18 +25,18 @@ from oumi_pl.callbacks.run_folder import RunFolder
 from oumi_pl.callbacks.start import Start
 from oumi_pl.callbacks.throughput import Throughput
 from oumi_pl.checkpoints import AtomicCheckpointIO
+from oumi_pl.config.explain import explain, subclasses
+from oumi_pl.config.keys import refuse_unknown_keys
+from oumi_pl.config.refusals import refuse_contradictions, refuse_unknown_devices
 from oumi_pl.data.base import TextData
 from oumi_pl.data.sft import SFTData
 from oumi_pl.data.sources import Source
 from oumi_pl.data.tokenizers import TokenizerFactory
 from oumi_pl.errors import UserError
-from oumi_pl.explain import explain, subclasses
 from oumi_pl.metrics import MetricsCSV
 from oumi_pl.modules.base import LanguageModule
 from oumi_pl.modules.sft import SFT
 from oumi_pl.optim import Schedule
-from oumi_pl.recipe_keys import refuse_unknown_keys
-from oumi_pl.refusals import refuse_contradictions, refuse_unknown_devices
 from oumi_pl.types import TokenLoss
 
 __all__ = ["CLI", "SFT", "Answers", "SFTData"]

@@ -11,10 +11,10 @@ import torch
 from torch import Tensor
 
 from oumi_pl import __version__
-from oumi_pl.causal_lm import CausalLM
 from oumi_pl.checkpoint_files import HALF, remove
 from oumi_pl.errors import UserError
 from oumi_pl.hub import reason
+from oumi_pl.models.causal_lm import CausalLM
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

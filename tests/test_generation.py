@@ -6,7 +6,7 @@ import torch
 from oumi_pl import attention
 from oumi_pl.data.tokenizers import ByteTokenizer
 from oumi_pl.generation import complete
-from oumi_pl.models import build_model
+from oumi_pl.models.build import build_model
 from tests.tiny import LLAMA
 
 

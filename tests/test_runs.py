@@ -5,8 +5,9 @@ import os
 
 import pytest
 
-from oumi_pl import resuming, runs
+from oumi_pl import runs
 from oumi_pl.checkpoint_files import checkpoint_name
+from oumi_pl.config import resuming
 from oumi_pl.errors import UserError
 
 

@@ -13,14 +13,13 @@ from torch.utils.data import ConcatDataset, DataLoader
 from oumi_pl.data import report as reports
 from oumi_pl.data.cache import example_store, source_records
 from oumi_pl.data.collate import flatten_rows, pad_rows
-from oumi_pl.data.load_tokenizer import load_tokenizer, tokenizer_fingerprint
 from oumi_pl.data.loader import PlanLoader, eval_loader
 from oumi_pl.data.mixture import mixture_epoch
 from oumi_pl.data.plan import Layout, Plan, plan_epoch, plan_in_order
 from oumi_pl.data.sources import Source, as_sources, is_held_out
 from oumi_pl.data.store import ExampleStore
 from oumi_pl.data.tokenize import Dropped
-from oumi_pl.data.tokenizers import TokenizerFactory
+from oumi_pl.data.tokenizers import TokenizerFactory, load_tokenizer, tokenizer_fingerprint
 from oumi_pl.errors import UserError
 from oumi_pl.types import Example, Record, Row
 

@@ -1,8 +1,12 @@
-"""Tokenizers made in code. A recipe's `tokenizer:` names one by class_path where it wants no file and no hub."""
+"""Tokenizers: loaded by name or directory, or made in code by a class that a recipe's `tokenizer:` names."""
 
+import hashlib
 from abc import ABC, abstractmethod
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
+
+from oumi_pl.errors import UserError
+from oumi_pl.hub import locate
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -61,3 +65,31 @@ def _symbols() -> list[str]:
     visible = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
     spare = iter(range(0x100, 0x200))
     return [chr(byte if byte in visible else next(spare)) for byte in range(0x100)]
+
+
+def load_tokenizer(spec: Any, trust_remote_code: bool = False) -> "PreTrainedTokenizerBase":
+    """The tokenizer that `spec` stands for: a hub id or directory, a factory with `build()`, or a tokenizer.
+
+    Raises:
+        UserError: if there is none to be loaded, or it has no fast implementation.
+    """
+    if hasattr(spec, "build"):
+        return spec.build()
+    if not isinstance(spec, str):
+        return spec
+    from transformers import AutoTokenizer
+
+    spec = locate(spec, "data.tokenizer")
+    try:
+        return AutoTokenizer.from_pretrained(spec, trust_remote_code=trust_remote_code)
+    except (OSError, ValueError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise UserError(f"data.tokenizer: can't load {spec!r}: {reason}") from error
+
+
+def tokenizer_fingerprint(tokenizer: "PreTrainedTokenizerBase") -> str:
+    """Hash of all that a tokenizer does to text: vocabulary, merges, special tokens, chat template."""
+    digest = hashlib.blake2b(digest_size=16)
+    for part in (tokenizer.backend_tokenizer.to_str(), str(tokenizer.chat_template), str(tokenizer.special_tokens_map)):
+        digest.update(part.encode())
+    return digest.hexdigest()

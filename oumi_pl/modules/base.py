@@ -9,16 +9,16 @@ from torch.optim import AdamW, Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
 from oumi_pl import attention
-from oumi_pl.causal_lm import CausalLM
 from oumi_pl.checkpoints import rng_state, set_rng_state
 from oumi_pl.errors import UserError
 from oumi_pl.generation import complete
-from oumi_pl.lora import lora_config
-from oumi_pl.model_config import build_config
-from oumi_pl.models import DType, build_model
+from oumi_pl.models.build import DType, build_model
+from oumi_pl.models.causal_lm import CausalLM
+from oumi_pl.models.config import build_config
+from oumi_pl.models.lora import lora_config
+from oumi_pl.models.sharding import shard
 from oumi_pl.modules.update import UpdateModule
 from oumi_pl.optim import Constant, Schedule, parameter_groups
-from oumi_pl.sharding import shard
 from oumi_pl.types import Batch
 
 

@@ -8,9 +8,9 @@ import pytest
 import torch
 
 from oumi_pl.__main__ import main
-from oumi_pl.causal_lm import CausalLM
 from oumi_pl.errors import UserError
 from oumi_pl.losses.causal import CrossEntropy
+from oumi_pl.models.causal_lm import CausalLM
 from oumi_pl.modules.sft import SFT
 from tests.tiny import conversations, data, distance, fit, module, trainer, weights, write_jsonl
 

@@ -9,7 +9,7 @@ import lightning as L
 import pytest
 import torch
 
-from oumi_pl.causal_lm import CausalLM
+from oumi_pl.models.causal_lm import CausalLM
 from oumi_pl.modules.base import LanguageModule
 from tests.tiny import data, distance, fit, module, trainer, weights
 

@@ -6,8 +6,8 @@ import pytest
 import transformers
 import yaml
 
-from oumi_pl import recipe_files
 from oumi_pl.__main__ import main
+from oumi_pl.config import files as recipe_files
 from oumi_pl.data.tokenizers import ByteTokenizer
 from tests.tiny import LLAMA, conversations, write_jsonl
 

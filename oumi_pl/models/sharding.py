@@ -6,8 +6,8 @@ import lightning as L
 import torch
 from torch import nn
 
-from oumi_pl.causal_lm import CausalLM
 from oumi_pl.errors import UserError
+from oumi_pl.models.causal_lm import CausalLM
 
 
 def shard(model: CausalLM, module: L.LightningModule) -> None:

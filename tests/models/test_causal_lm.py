@@ -6,9 +6,9 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, LlamaForCausalLM
 
 from oumi_pl import attention
-from oumi_pl.causal_lm import CausalLM
 from oumi_pl.errors import UserError
 from oumi_pl.losses.causal import CrossEntropy
+from oumi_pl.models.causal_lm import CausalLM
 from oumi_pl.types import IGNORE_INDEX
 
 SIZES = {

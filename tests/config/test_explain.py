@@ -2,9 +2,9 @@
 
 import pytest
 
+from oumi_pl.config.explain import explain, parameters, signature
+from oumi_pl.config.keys import refuse_unknown_keys
 from oumi_pl.errors import UserError
-from oumi_pl.explain import explain, parameters, signature
-from oumi_pl.recipe_keys import refuse_unknown_keys
 
 
 class Base:

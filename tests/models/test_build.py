@@ -10,12 +10,12 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from oumi_pl import hub
-from oumi_pl.causal_lm import CausalLM
 from oumi_pl.data.sft import SFTData
 from oumi_pl.data.tokenizers import ByteTokenizer
 from oumi_pl.errors import UserError
 from oumi_pl.losses.causal import CrossEntropy
-from oumi_pl.models import build_model
+from oumi_pl.models.build import build_model
+from oumi_pl.models.causal_lm import CausalLM
 from tests.tiny import LLAMA
 
 GPT2 = {"model_type": "gpt2", "n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 64}

@@ -14,7 +14,7 @@ ENDINGS = (".yaml", ".yml")
 
 def shipped() -> Path:
     """Directory of the recipes that come with the package: inside it when installed, beside it in a checkout."""
-    package = Path(__file__).parent
+    package = Path(__file__).parent.parent
     inside = package / "recipes"
     return inside if inside.is_dir() else package.parent / "recipes"
 

@@ -11,8 +11,8 @@ from torch import Tensor
 from oumi_pl import attention
 from oumi_pl.errors import UserError, nearest
 from oumi_pl.hub import locate, reason
-from oumi_pl.lora import with_lora
-from oumi_pl.model_config import build_config, loaded, vocabulary
+from oumi_pl.models.config import build_config, loaded, vocabulary
+from oumi_pl.models.lora import with_lora
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase

@@ -8,10 +8,10 @@ from pathlib import Path
 
 import pytest
 
-from oumi_pl import recipe_files
+from oumi_pl.config import files as recipe_files
 from oumi_pl.errors import UserError
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 
 
 def test_found_by_name_from_anywhere(tmp_path, monkeypatch):

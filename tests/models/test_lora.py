@@ -7,12 +7,12 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from oumi_pl.callbacks.checkpoint import Checkpoints
-from oumi_pl.causal_lm import CausalLM
 from oumi_pl.checkpoints import AtomicCheckpointIO
 from oumi_pl.data.tokenizers import ByteTokenizer
 from oumi_pl.errors import UserError
 from oumi_pl.losses.causal import CrossEntropy
-from oumi_pl.models import build_model
+from oumi_pl.models.build import build_model
+from oumi_pl.models.causal_lm import CausalLM
 from oumi_pl.modules.sft import SFT
 from tests.tiny import LLAMA, data, trainer
 

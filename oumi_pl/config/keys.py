@@ -12,8 +12,8 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+from oumi_pl.config.explain import Classes, classes_at, misspelt, parameters, signature, unknown_key
 from oumi_pl.errors import UserError, nearest
-from oumi_pl.explain import Classes, classes_at, misspelt, parameters, signature, unknown_key
 
 CLASS_KEYS = ("class_path", "init_args", "dict_kwargs")
 

@@ -1,0 +1,42 @@
+"""Answers: the score is the share of equal answers, and answering leaves training as it was."""
+
+import pytest
+import torch
+
+from oumi_pl.callbacks import answers as answers_module
+from oumi_pl.callbacks.answers import Answers
+from tests.tiny import conversations, data, distance, fit, module, write_jsonl
+
+ROWS = conversations(6, seed=4)
+
+
+@pytest.fixture
+def validation(tmp_path):
+    return write_jsonl(tmp_path / "val.jsonl", ROWS)
+
+
+def test_the_score_is_the_share_of_equal_answers(tmp_path, validation, monkeypatch, capsys):
+    right = {row["messages"][0]["content"]: row["messages"][1]["content"] for row in ROWS[:4]}
+
+    def complete(model, tokenizer, prompts, **_):
+        questions = [tokenizer.decode(ids, skip_special_tokens=True).split("\n")[1] for ids in prompts]
+        return [right.get(question, "something else") for question in questions]
+
+    monkeypatch.setattr(answers_module, "complete", complete)
+    callback = Answers(rows=6, show=6, batch_size=4)
+    fit(module(), data(tmp_path, validation=validation), max_epochs=1, callbacks=[callback])
+    assert callback.score == pytest.approx(4 / 6)
+    shown = capsys.readouterr().out
+    assert "exact match: 66.7% of 6 (before training: 66.7%)" in shown
+    assert shown.count("✓") == 4
+    assert shown.count("✗") == 2
+
+
+def test_answering_changes_nothing_in_training(tmp_path, validation):
+    dropout = {"attention_dropout": 0.3}
+    kwargs = {"max_epochs": 2, "limit_val_batches": 1.0}
+    plain = fit(module(config=dropout), data(tmp_path, validation=validation), **kwargs)
+    answering = [Answers(rows=3, max_new_tokens=4)]
+    answered = fit(module(config=dropout), data(tmp_path, validation=validation), callbacks=answering, **kwargs)
+    assert distance(answered, plain) == 0
+    assert all(torch.equal(answered[name], plain[name]) for name in plain)
