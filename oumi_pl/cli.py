@@ -18,6 +18,7 @@ from torch.optim import Optimizer
 from oumi_pl.callbacks.answers import Answers
 from oumi_pl.callbacks.checkpoint import Checkpoints
 from oumi_pl.callbacks.export import Export
+from oumi_pl.callbacks.last_step import LastStep
 from oumi_pl.callbacks.predictions import Predictions
 from oumi_pl.callbacks.preemption import Preemption
 from oumi_pl.callbacks.progress import ProgressLine
@@ -27,7 +28,7 @@ from oumi_pl.callbacks.throughput import Throughput
 from oumi_pl.checkpoints import AtomicCheckpointIO
 from oumi_pl.config.explain import explain, subclasses
 from oumi_pl.config.keys import refuse_unknown_keys
-from oumi_pl.config.refusals import refuse_contradictions, refuse_unknown_devices
+from oumi_pl.config.refusals import refuse_contradictions, refuse_missing_gpus, refuse_unknown_devices
 from oumi_pl.data.base import TextData
 from oumi_pl.data.sft import SFTData
 from oumi_pl.data.sources import Source
@@ -154,6 +155,19 @@ class CLI(LightningCLI):
         except MisconfigurationException as error:
             raise UserError(f"trainer: {_first_sentence(error)}") from error
 
+    def _prepare_subcommand_kwargs(self, subcommand: str) -> dict[str, Any]:
+        """Lightning's table of results is left out: the metrics are printed once, below."""
+        kwargs = super()._prepare_subcommand_kwargs(subcommand)
+        return kwargs | {"verbose": False} if "verbose" in kwargs else kwargs
+
+    def after_validate(self) -> None:
+        """Prints the metrics of the held-out rows."""
+        _print_metrics(self.trainer.callback_metrics)
+
+    def after_test(self) -> None:
+        """Prints the metrics of the test rows."""
+        _print_metrics(self.trainer.callback_metrics)
+
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """Adds the keys of a recipe that are neither model, data nor trainer."""
         parser.add_argument(
@@ -182,7 +196,7 @@ class CLI(LightningCLI):
         )
         if self.subcommand == "predict":
             folder.name += "-predict"
-        own = [folder, Start(), Throughput(), get("predictions")]
+        own = [folder, Start(), LastStep(), Throughput(), get("predictions")]
         callbacks = config.get("callbacks") or []
         callbacks = callbacks if isinstance(callbacks, list) else [callbacks]
         if not any(isinstance(c, ProgressBar) for c in callbacks) and config.get("enable_progress_bar") is not False:
@@ -198,9 +212,11 @@ class CLI(LightningCLI):
             kwargs |= self._validation_by_steps(config, get("val_every"))
         refuse_unknown_devices(config)
         try:
-            return self.trainer_class(**{**config, **kwargs})
+            trainer = self.trainer_class(**{**config, **kwargs})
         except (MisconfigurationException, ValueError, RuntimeError) as error:
             raise UserError(f"trainer: {_first_sentence(error)}") from error
+        refuse_missing_gpus(config, trainer)
+        return trainer
 
     @staticmethod
     def _validation_by_steps(config: Any, val_every: int) -> dict[str, Any]:
@@ -236,6 +252,12 @@ def instantiate(config: dict[str, Any]) -> tuple[LanguageModule, TextData]:
     return made.model, made.data
 
 
+def _print_metrics(metrics: Any) -> None:
+    for name, value in metrics.items():
+        if "/" in name:
+            print(f"{name:28} {float(value):.6g}")
+
+
 def _as_list(value: Any) -> list[Any]:
     if value is None or isinstance(value, bool):
         return []
@@ -257,6 +279,7 @@ def _quiet() -> None:
         ".*Total length of `list` across ranks is zero.*",  # no validation was asked for
         ".*LightningCLI's args parameter is intended.*",
         ".*already initialized or opened.*",
+        ".*`is_gradient_checkpointing` is deprecated.*",  # peft asks for it
     ):
         warnings.filterwarnings("ignore", harmless)
 

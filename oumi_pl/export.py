@@ -20,6 +20,10 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 
+NO_SCORES = ("lr", "grad_norm", "padding", "peak_memory_gb", "tokens_per_second", "mfu")
+"""Metrics of how a run went, not of how good the model is."""
+
+
 def export_model(
     model: CausalLM,
     directory: Path,
@@ -72,6 +76,8 @@ def export_model(
             tokenizer.save_pretrained(half)
         if card is not None:
             (half / "README.md").write_text(card, encoding="utf-8")
+        for weights in half.glob("*.safetensors"):  # safetensors writes them for the owner alone
+            weights.chmod((half / "generation_config.json").stat().st_mode)
 
 
 def why_not_alone(model: CausalLM) -> str:
@@ -113,7 +119,8 @@ def model_card(
     header = [f"library_name: {'peft' if adapter else 'transformers'}", "tags: [oumi_pl]"]
     if base and not Path(base).expanduser().exists():  # the hub takes its own ids only
         header.append(f"base_model: {base}")
-    scores = [f"| `{name}` | {value:.4g} |" for name, value in sorted(metrics.items())]
+    names = [name for name in sorted(metrics) if name.rpartition("/")[2] not in NO_SCORES]
+    scores = [f"| `{name}` | {metrics[name]:.4g} |" for name in names]
     lines = [
         *("---", *header, "---", "", f"# {title}", ""),
         f"{'A LoRA adapter, trained' if adapter else 'Trained'} by `oumi_pl` {__version__} ({trainer}) "

@@ -14,6 +14,7 @@ import pytest
 import torch
 
 from oumi_pl.callbacks.checkpoint import Checkpoints
+from oumi_pl.callbacks.last_step import LastStep
 from oumi_pl.checkpoints import AtomicCheckpointIO
 from tests.tiny import conversations, data, module, trainer, weights, write_jsonl
 
@@ -47,7 +48,7 @@ def run(tmp_path, directory, kill=10**9, every=3, resume=None, seed=1, workers=0
     L.seed_everything(seed)
     loop = trainer(
         **{"max_epochs": 3, "accumulate_grad_batches": MICRO, "enable_checkpointing": True} | kwargs,
-        callbacks=[killer, checkpoints],
+        callbacks=[killer, LastStep(), checkpoints],
         plugins=[AtomicCheckpointIO()],
     )
     sft_data = data(tmp_path, ROWS, batch_size=BATCH, workers=workers, validation=0.2)
@@ -80,6 +81,18 @@ def test_killed_in_the_middle_of_max_steps(tmp_path):
     resumed, after = run(tmp_path, tmp_path / "killed", resume=newest(tmp_path / "killed"), seed=2, **limits)
     assert after == seen[3 * MICRO :]
     assert all(torch.equal(a, b) for a, b in zip(weights(resumed).values(), weights(whole).values(), strict=True))
+
+
+@pytest.mark.parametrize("end", [4, 5, 6])
+def test_a_finished_run_goes_on_as_if_it_had_been_longer(tmp_path, end):
+    """Its last checkpoint stands in the middle of an epoch, or at the end of one (3 updates each)."""
+    whole, seen = run(tmp_path, tmp_path / "whole", every=100, max_steps=8, max_epochs=None)
+    run(tmp_path, tmp_path / "short", every=100, max_steps=end, max_epochs=None)
+    longer, after = run(
+        tmp_path, tmp_path / "short", every=100, resume=newest(tmp_path / "short"), seed=2, max_steps=8, max_epochs=None
+    )
+    assert after == seen[end * MICRO :]
+    assert all(torch.equal(a, b) for a, b in zip(weights(longer).values(), weights(whole).values(), strict=True))
 
 
 def test_without_the_generators_it_would_differ(tmp_path, monkeypatch):

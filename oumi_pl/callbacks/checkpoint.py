@@ -37,11 +37,11 @@ class Checkpoints(Checkpoint):
         self._due = False
 
     def on_train_batch_end(self, trainer: L.Trainer, *_: Any) -> None:
-        """Saves at the end of every n-th update; in the middle of one there is nothing to go on from.
+        """Saves at the end of every n-th update and of the last; in the middle of one there is nothing to go on from.
 
         Where validation follows, after it: a resumed run would not repeat it, and its metrics would be lost.
         """
-        if trainer.fit_loop._should_accumulate() or trainer.global_step % self.every:
+        if trainer.fit_loop._should_accumulate() or (trainer.global_step % self.every and not trainer.should_stop):
             return
         if _validation_follows(trainer):
             self._due = True
@@ -49,7 +49,10 @@ class Checkpoints(Checkpoint):
             self.save(trainer)
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Saves the end of the run."""
+        """Saves the end of a run that ended without being told to, and so has not saved it yet.
+
+        By now Lightning counts the epoch that was cut short as done, so a longer run could not go on from here exactly.
+        """
         self.save(trainer)
 
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
@@ -58,7 +61,7 @@ class Checkpoints(Checkpoint):
             return
         if self.monitor is not None:
             self._keep_best(trainer, self.directory, self.monitor)
-        if self._due:
+        if self._due or trainer.should_stop:
             self.save(trainer)
 
     def _keep_best(self, trainer: L.Trainer, directory: Path, monitor: str) -> None:

@@ -64,6 +64,8 @@ class Export(L.Callback):
             stop_tokens=getattr(data, "stop_tokens", ()),
             card=model_card(yaml.safe_load(text) or {}, text, metrics, folder.name, has_adapter and not merge),
         )
+        if trainer.is_global_zero:
+            print(f"model -> {folder / 'model'}")
 
 
 def _load(pl_module: Any, checkpoint: Path) -> dict[str, float]:

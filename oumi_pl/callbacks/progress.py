@@ -40,9 +40,13 @@ class ProgressLine(ProgressBar):
         print(*args, **kwargs)
 
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
-        """Notes where the run starts, and how far it will go."""
-        self._started = (time.monotonic(), trainer.global_step)
+        """Notes how far the run will go."""
         self._total = pl_module.total_steps()
+
+    def on_train_batch_start(self, trainer: Any, pl_module: Any, *_: Any) -> None:
+        """Starts the clock, now that the other callbacks have done what they do before the first update."""
+        if not self._started[0]:
+            self._started = (time.monotonic(), trainer.global_step)
 
     def on_train_batch_end(self, trainer: Any, pl_module: Any, *_: Any) -> None:
         """Shows the line after an update, if it is time."""
@@ -62,7 +66,7 @@ class ProgressLine(ProgressBar):
     def on_validation_end(self, trainer: Any, pl_module: Any) -> None:
         """Shows what validation found, on a line that stays."""
         metrics = {k: float(v) for k, v in trainer.callback_metrics.items() if k.startswith("val/")}
-        if not self._enabled or trainer.sanity_checking or not metrics:
+        if not self._enabled or trainer.state.fn != "fit" or trainer.sanity_checking or not metrics:
             return
         self._end_line()
         shown = "  ".join(f"{name} {value:.4g}" for name, value in metrics.items())
@@ -82,7 +86,7 @@ class ProgressLine(ProgressBar):
         metrics = trainer.callback_metrics
         return (
             f"step {step}/{self._total}  epoch {float(metrics.get('epoch', 0)):.2f}  "
-            f"loss {self._smooth['train/loss']:.4f}  lr {float(metrics.get('train/lr', 0)):.2e}  "
+            f"loss {self._smooth['train/loss']:.4f} (smoothed)  lr {float(metrics.get('train/lr', 0)):.2e}  "
             f"{self._smooth['train/tokens_per_second']:,.0f} tokens/s  "
             f"{float(metrics.get('train/peak_memory_gb', 0)):.1f} GB  {_clock(left)} left"
         )

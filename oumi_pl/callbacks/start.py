@@ -7,6 +7,9 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_only
 
 from oumi_pl.callbacks.run_folder import RunFolder
 
+CUT_SHARE = 0.01
+"""Share of rows cut to length above which the run says so."""
+
 
 class Start(L.Callback):
     """Prints model, data report, optimizer groups and steps before the first update."""
@@ -29,6 +32,11 @@ class Start(L.Callback):
         )
         for split, report in trainer.datamodule.report().items():
             console.print(f"{split}: {summary(report)}")
+            if report["kept"] and report["cut"] / report["kept"] > CUT_SHARE:
+                console.print(
+                    f"[yellow]warning: {report['cut'] / report['kept']:.1%} of the {split} rows are cut to "
+                    f"data.max_length {trainer.datamodule.max_length}; raise it, or let overflow drop them[/]"
+                )
         template = getattr(trainer.datamodule, "template", None)
         if template is not None:
             added = f", {len(trainer.datamodule.added_tokens)} tokens added" if trainer.datamodule.added_tokens else ""

@@ -36,6 +36,8 @@ def refuse_contradictions(
     if sources and all(sources.get(name) is None for name in NEEDS[command]):
         raise UserError(f"data.{NEEDS[command][0]}: `{command}` needs a source here, and the recipe names none")
     _refuse_checkpoint(config.get("ckpt_path"))
+    if command != "fit" and config.get("ckpt_path") is None and not getattr(model, "model_name", True):
+        raise UserError(f"`{command}` of random weights says nothing: name the trained ones with --ckpt_path FILE")
     if command == "fit":
         trainer = config.get("trainer") or {}
         for key in ("max_steps", "max_epochs"):
@@ -47,6 +49,19 @@ def refuse_contradictions(
             _refuse_without_validation(config, callbacks)
         for callback in callbacks:
             _refuse_unknown_metric(getattr(callback, "monitor", None), callback, model, callbacks)
+
+
+def refuse_missing_gpus(config: Mapping[str, Any], trainer: Any) -> None:
+    """Refuses to put a recipe for several GPUs on as many processes of a machine without any, unless asked to.
+
+    Raises:
+        UserError: if several devices are asked for, no accelerator is named, and there is none but the CPU.
+    """
+    if config.get("accelerator") == "auto" and trainer.num_devices > 1 and trainer.strategy.root_device.type == "cpu":
+        raise UserError(
+            f"trainer.devices: {trainer.num_devices} devices are asked for, and no GPU is visible; "
+            "for as many processes on the CPU, add --trainer.accelerator cpu"
+        )
 
 
 def refuse_unknown_devices(trainer: Mapping[str, Any]) -> None:

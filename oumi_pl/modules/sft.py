@@ -93,6 +93,7 @@ class SFT(LanguageModule):
             f"{prefix}/nll": per_token["nll"],
             f"{prefix}/perplexity": per_token["nll"].exp(),
             f"{prefix}/mean_token_accuracy": per_token["correct"],
-            "step": torch.tensor(self.global_step),
         }
+        if self.trainer.state.fn == "fit":  # where `metrics.csv` puts it
+            logged["step"] = torch.tensor(self.global_step)
         self.log_dict({name: value.float() for name, value in logged.items()})

@@ -171,6 +171,33 @@ def test_predict_writes_a_completion_per_row(recipe):
     assert all(rows[i]["messages"][0]["content"] in line["prompt"] for i, line in enumerate(lines))
 
 
-def test_test_reports_the_metrics_of_the_split(recipe, capsys):
-    assert main(["test", "--config", "recipe.yaml"]) == 0
-    assert "test/perplexity" in capsys.readouterr().out
+def test_test_reports_the_metrics_of_the_split_once(recipe, capsys):
+    first_loss(recipe, name="run")
+    checkpoint = next((recipe / "runs/run/checkpoints").glob("*.ckpt"))
+    capsys.readouterr()
+    assert main(["test", "--config", "recipe.yaml", "--ckpt_path", str(checkpoint)]) == 0
+    assert capsys.readouterr().out.count("test/perplexity") == 1
+
+
+def test_random_weights_are_not_scored(recipe, capsys):
+    assert main(["test", "--config", "recipe.yaml"]) == 2
+    assert "random weights" in capsys.readouterr().err
+
+
+def test_a_run_shorter_than_val_every_is_validated_at_its_end(recipe):
+    args = ["--data.validation", "0.3", "--val_every", "100", "--name", "run"]
+    assert main(["fit", "--config", "recipe.yaml", *args]) == 0
+    header, *lines = (recipe / "runs/run/metrics.csv").read_text().splitlines()
+    column = header.split(",").index("val/loss")
+    assert [bool(line.split(",")[column]) for line in lines] == [False, True]
+
+
+def test_many_rows_cut_to_length_are_warned_of(recipe, capsys):
+    assert main(["fit", "--config", "recipe.yaml", "--data.max_length", "48"]) == 0
+    assert "of the train rows are cut to data.max_length 48" in " ".join(capsys.readouterr().err.split())
+
+
+def test_several_devices_without_a_gpu_are_refused(recipe, capsys, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert main(["fit", "--config", "recipe.yaml", "--trainer.accelerator", "auto", "--trainer.devices", "8"]) == 2
+    assert "no GPU is visible" in capsys.readouterr().err
