@@ -90,9 +90,9 @@ def _train(command: str, rest: list[str]) -> int:
 
         folder, recipe, args = resuming.arguments(command, resume, recipe, args, tree)
         trees = [recipe_files.check(folder / runs.CONFIG)]
-    # Threads that wait by spinning stand in each other's way as soon as anything else runs on the machine, and a small
-    # model then trains several times slower. It is read when torch is loaded, so it is set before.
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    # Threads that wait by spinning for long stand in each other's way as soon as anything else runs on the machine, and
+    # a small model then trains several times slower. Read (by GNU OpenMP) when torch is loaded, so it is set before.
+    os.environ.setdefault("GOMP_SPINCOUNT", "10000")
     from oumi_pl.callbacks.preemption import Stopped
     from oumi_pl.cli import CLI
 
