@@ -9,8 +9,8 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
-from oumi_pl import attention
-from oumi_pl.attention import NAME, packed, refuse_unless_isolating, register
+from oumi_pl.attention import NAME, interface, packed, refuse_unless_isolating, register
+from oumi_pl.attention.blocks import in_force
 from oumi_pl.errors import UserError
 
 LENGTHS = [9, 1, 14, 6]
@@ -161,10 +161,10 @@ def test_checkpointing_recomputes_outside_of_packed(name):
     recomputed = []
     model.base_model.register_forward_pre_hook(lambda *_: recomputed.clear())
     watched = next(m for m in model.modules() if m is not model and type(m).__name__.endswith("Attention"))
-    watched.register_forward_hook(lambda *_: recomputed.append(attention._lengths.get()))
+    watched.register_forward_hook(lambda *_: recomputed.append(in_force.get() is not None))
     hidden = states(model, documents())
     assert_close(gradients(model, project(hidden)), expected)
-    assert recomputed == [LENGTHS, None]
+    assert recomputed == [True, False]
 
 
 @pytest.mark.parametrize("name", ["llama", "mistral", "gpt2"])
@@ -194,13 +194,13 @@ def test_dropout_and_scaling_reach_each_document():
     layer, dropout = nn.Identity(), 0.5
     query, key, value = (torch.randn(1, 2, 5, 4) for _ in range(3))
     with packed([3, 2]):
-        mask = attention.make_mask(batch_size=1, q_length=5, kv_length=5, mask_function=None)
-    got = attention.attend(layer, query, key, value, mask, scaling=0.3)[0]
+        mask = interface.make_mask(batch_size=1, q_length=5, kv_length=5, mask_function=None)
+    got = interface.attend(layer, query, key, value, mask, scaling=0.3)[0]
     for rows in (slice(0, 3), slice(3, 5)):
         piece = [x[:, :, rows] for x in (query, key, value)]
         expected = nn.functional.scaled_dot_product_attention(*piece, scale=0.3, is_causal=True)
         assert torch.equal(got[:, rows], expected.transpose(1, 2))
-    assert not torch.equal(attention.attend(layer, query, key, value, mask, scaling=0.3, dropout=dropout)[0], got)
+    assert not torch.equal(interface.attend(layer, query, key, value, mask, scaling=0.3, dropout=dropout)[0], got)
 
 
 def faulty(module, query, key, value, mask, **settings):
@@ -267,7 +267,7 @@ def test_the_check_leaves_no_trace():
     assert torch.equal(before, torch.get_rng_state())
     assert all(torch.equal(weights[k], v) for k, v in model.state_dict().items())
     assert all(p.grad is None for p in model.parameters())
-    assert attention._lengths.get() is None
+    assert in_force.get() is None
 
 
 def test_the_check_sees_through_peft(fault):
@@ -290,12 +290,12 @@ def test_terms_that_it_cannot_compute_are_refused():
     layer = nn.Identity()
     x = torch.randn(1, 2, 5, 4)
     with packed([3, 2]):
-        mask = attention.make_mask(batch_size=1, q_length=5, kv_length=5, mask_function=None)
+        mask = interface.make_mask(batch_size=1, q_length=5, kv_length=5, mask_function=None)
     for argument in ("position_bias", "head_mask"):
         with pytest.raises(UserError, match=argument.replace("_", " ")):
-            attention.attend(layer, x, x, x, mask, **{argument: torch.zeros(1)})
+            interface.attend(layer, x, x, x, mask, **{argument: torch.zeros(1)})
     with pytest.raises(UserError, match="not causal"):
-        attention.attend(layer, x, x, x, mask, is_causal=False)
+        interface.attend(layer, x, x, x, mask, is_causal=False)
 
 
 def test_what_is_no_packed_row_is_refused():
@@ -313,7 +313,7 @@ def test_what_is_no_packed_row_is_refused():
             model.model(**arguments, use_cache=False)
     x = torch.randn(1, 2, 5, 4)
     with packed([3, 2]), pytest.raises(UserError, match="ignores"):
-        attention.attend(nn.Identity(), x, x, x, None)
+        interface.attend(nn.Identity(), x, x, x, None)
 
 
 def test_a_cache_does_not_mix_documents():
@@ -331,8 +331,8 @@ def test_variable_length_kernel(name, monkeypatch):
     model = make(name).cuda().to(torch.bfloat16)
     docs = [d.cuda() for d in documents()]
     calls = []
-    real = attention._attend_varlen
-    monkeypatch.setattr(attention, "_attend_varlen", lambda *a: calls.append(1) or real(*a))
+    real = interface.attend_varlen
+    monkeypatch.setattr(interface, "attend_varlen", lambda *a: calls.append(1) or real(*a))
     positions = torch.cat([torch.arange(n) for n in LENGTHS])[None].cuda()
 
     def run():
@@ -341,7 +341,7 @@ def test_variable_length_kernel(name, monkeypatch):
 
     fast = run()
     assert calls
-    monkeypatch.setattr(attention, "_varlen_fits", lambda *_: False)
+    monkeypatch.setattr(interface, "varlen_fits", lambda *_: False)
     slow = run()
     weights = torch.randn(fast.shape, generator=torch.Generator().manual_seed(2)).cuda()
     assert (fast - slow).float().norm() <= 2e-2 * slow.float().norm()

@@ -1,0 +1,163 @@
+"""The attention implementation `"documents"`, as transformers knows it: a function for masks, and one that attends."""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from oumi_pl.attention.blocks import Block, Blocks, in_force
+from oumi_pl.attention.varlen import attend_varlen, varlen_fits
+from oumi_pl.errors import UserError
+
+NAME = "documents"
+"""The attention implementation to load a model with, once `register` was called."""
+NO_PACKING = "turn packing off"
+
+
+def register() -> None:
+    """Makes the attention implementation `"documents"` known to transformers. Call it before a model is loaded."""
+    from transformers import AttentionInterface, AttentionMaskInterface
+
+    AttentionInterface.register(NAME, attend)
+    AttentionMaskInterface.register(NAME, make_mask)
+
+
+def make_mask(
+    *,
+    batch_size: int,
+    q_length: int,
+    kv_length: int,
+    mask_function: Callable,
+    attention_mask: Tensor | None = None,
+    local_size: int | None = None,
+    use_vmap: bool = False,
+    device: torch.device | str = "cpu",
+    **settings: Any,
+) -> Tensor | Blocks | None:
+    """Makes what `attend` reads as its mask; registered in transformers' `AttentionMaskInterface`.
+
+    Args:
+        batch_size: rows.
+        q_length: tokens that ask.
+        kv_length: tokens that answer, more than `q_length` where there is a cache.
+        mask_function: transformers' rule, from indices of row, head, query and key to whether the key is seen.
+        attention_mask: `[batch, kv]`, True where a token is; must be None for packed rows.
+        local_size: width of the window or chunk of a layer that looks at neighbours only.
+        use_vmap: the rule is more than transformers' own.
+        device: the model's.
+        settings: the rest of what transformers passes on.
+
+    Raises:
+        ValueError: within `packed`, called with anything but one row of the packed blocks.
+        UserError: shared prompts, and a mask that is not causality or a window.
+    """
+    from transformers.masking_utils import sdpa_mask
+
+    rule: dict[str, Any] = {"mask_function": mask_function, "use_vmap": use_vmap, "device": device}
+    blocks = in_force.get()
+    if blocks is None:
+        settings |= rule | {"attention_mask": attention_mask, "local_size": local_size}
+        return sdpa_mask(batch_size, q_length, kv_length, **settings)
+    lengths = [block.length for block in blocks]
+    if batch_size != 1 or not sum(lengths) == q_length == kv_length or attention_mask is not None:
+        raise ValueError(
+            f"blocks of {lengths} tokens are a single row without cache and attention mask; the model was "
+            f"called with {batch_size} row(s) of {q_length} queries and {kv_length} keys"
+        )
+    if use_vmap and any(block.prefix for block in blocks):
+        raise UserError("this model's attention has a mask of its own, which is not known for shared prompts")
+
+    def mask_of(block: Block) -> Tensor | None:
+        if block.prefix:
+            return _continued(block, local_size, device)
+        if not use_vmap and (local_size is None or block.length <= local_size):
+            return None
+        start, size = block.start, block.length
+        return sdpa_mask(1, size, size, q_offset=start, kv_offset=start, allow_is_causal_skip=False, **rule)
+
+    longest = max(block.keys for block in blocks)
+    causal = not use_vmap and (local_size is None or longest <= local_size)
+    return Blocks(blocks, causal, None if use_vmap else local_size, mask_of, device)
+
+
+def _continued(block: Block, window: int | None, device: torch.device | str) -> Tensor:
+    """The mask of a block that continues another. transformers' rule can't make it: it goes by places in the row."""
+    keys = torch.arange(block.keys, device=device)
+    queries = keys[block.prefix :, None]
+    seen = keys <= queries
+    return (seen if window is None else seen & (keys > queries - window))[None, None]
+
+
+def attend(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | Blocks | None,
+    **settings: Any,
+) -> tuple[Tensor, None]:
+    """Attends within blocks if `attention_mask` says where they lie; registered in `AttentionInterface`.
+
+    Args:
+        module: the attention layer.
+        query: `[batch, heads, seq, dim]`.
+        key: as `query`, possibly with fewer heads.
+        value: as `key`.
+        attention_mask: what `make_mask` returned.
+        settings: transformers' further arguments: `dropout`, `scaling`, `sliding_window`, ...
+
+    Returns:
+        `[batch, seq, heads, dim]`, and None for the attention weights.
+
+    Raises:
+        UserError: the model's attention has a term that scaled dot products don't have.
+    """
+    from transformers.integrations.sdpa_attention import sdpa_attention_forward
+
+    blocks = attention_mask if isinstance(attention_mask, Blocks) else None
+    _refuse_unknown_terms(module, settings, blocks)
+    if blocks is None:
+        if in_force.get() is not None:
+            name = type(module).__name__
+            raise UserError(f"{name} ignores transformers' mask functions: its documents can't be packed; {NO_PACKING}")
+        return sdpa_attention_forward(module, query, key, value, attention_mask, **settings)  # type: ignore[arg-type]
+    if varlen_fits(query, value, blocks, settings):
+        return attend_varlen(query, key, value, blocks, settings.get("scaling")), None
+    # One call per block, shaped as if it were alone: the same kernels, the same rounding, no square of `seq`. Split
+    # rather than sliced: the backward pass of a slice fills a whole row with zeros.
+    lengths = [block.length for block in blocks.blocks]
+    pieces, before = [], None
+    split = zip(*(x.split(lengths, dim=2) for x in (query, key, value)), strict=True)
+    for block, mask, (q, *own) in zip(blocks.blocks, blocks.masks, split, strict=True):
+        k, v = _with_prefix(own, before, block.prefix)
+        pieces.append(sdpa_attention_forward(module, q, k, v, mask, **settings)[0])
+        before = own
+    return torch.cat(pieces, dim=1), None
+
+
+def _with_prefix(own: list[Tensor], before: list[Tensor] | None, prefix: int) -> list[Tensor]:
+    """Keys and values that a block sees: its own, after those of the tokens that it continues."""
+    if not prefix or before is None:
+        return own
+    return [torch.cat([b[:, :, :prefix], o], dim=2) for b, o in zip(before, own, strict=True)]
+
+
+def _refuse_unknown_terms(module: nn.Module, settings: dict[str, Any], blocks: Blocks | None) -> None:
+    """Refuses what scaled dot products would ignore, and for packed rows what is laid out for a whole row."""
+    # transformers' own function ignores sinks, and knows how to apply the other terms to whole rows.
+    terms = {"s_aux": "attention sinks", "softcap": "a soft cap on attention logits"}
+    if blocks is not None:
+        terms |= {"position_bias": "a position bias", "head_mask": "a head mask"}
+    for argument, term in terms.items():
+        if settings.get(argument) is not None:
+            raise UserError(
+                f"{type(module).__name__} has {term}, which attn_implementation {NAME!r} can't compute; "
+                "load the model with attn_implementation: 'flash_attention_2' or 'eager'"
+            )
+    causal = settings.get("is_causal")
+    if blocks is not None and not (getattr(module, "is_causal", True) if causal is None else causal):
+        raise UserError(f"{type(module).__name__} is not causal: its documents can't be packed; {NO_PACKING}")
+    # A width may also be that of a chunk; only for a window does the layer tell it.
+    if blocks is not None and blocks.continued and blocks.window not in (None, settings.get("sliding_window")):
+        raise UserError(f"{type(module).__name__} sees chunks, which is not known for shared prompts")
