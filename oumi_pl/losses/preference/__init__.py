@@ -1,0 +1,51 @@
+"""Preference losses: what a pair of responses, the better one first, says about a policy.
+
+`pairwise` compares the two responses' scores, `unpaired` holds each response against its own reference, `transport`
+compares the sorted scores of a micro-batch, `reference_free` does without a reference, `combined` makes losses of
+losses, and `divergences` says what a log-ratio is worth as a score.
+"""
+
+from oumi_pl.losses.preference.combined import LDDPO, WeightedSum
+from oumi_pl.losses.preference.divergences import Alpha, Divergence, ForwardKL, JensenShannon, ReverseKL
+from oumi_pl.losses.preference.pairwise import (
+    EXO,
+    IPO,
+    DiscoPOP,
+    Hinge,
+    LengthNormalizedSigmoid,
+    PairwiseLoss,
+    Robust,
+    Sigmoid,
+)
+from oumi_pl.losses.preference.reference_free import CPO, ORPO, SFTTerm, SimPO
+from oumi_pl.losses.preference.transport import AOT, AOTUnpaired
+from oumi_pl.losses.preference.unpaired import BCO, NCA, SPPO, APODown, APOZero
+
+__all__ = [
+    "AOT",
+    "BCO",
+    "CPO",
+    "EXO",
+    "IPO",
+    "LDDPO",
+    "NCA",
+    "ORPO",
+    "SPPO",
+    "AOTUnpaired",
+    "APODown",
+    "APOZero",
+    "Alpha",
+    "DiscoPOP",
+    "Divergence",
+    "ForwardKL",
+    "Hinge",
+    "JensenShannon",
+    "LengthNormalizedSigmoid",
+    "PairwiseLoss",
+    "ReverseKL",
+    "Robust",
+    "SFTTerm",
+    "Sigmoid",
+    "SimPO",
+    "WeightedSum",
+]

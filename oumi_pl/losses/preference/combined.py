@@ -1,0 +1,103 @@
+"""Losses made of losses: weighted sums, and a loss that looks less at what lies beyond the shorter response.
+
+Both are modules, so that a loss inside them which keeps state has it saved and moved to the device.
+"""
+
+from dataclasses import replace
+
+import torch
+from torch import Tensor, nn
+
+from oumi_pl.errors import UserError
+from oumi_pl.losses.preference.ranges import require, zero_or_more
+from oumi_pl.types import Pairs, PreferenceLoss
+
+
+class WeightedSum(PreferenceLoss, nn.Module):
+    """`sum_k weights[k] losses[k]`: several aims at once.
+
+    MPO, for example, is DPO, BCO and SFT with weights 0.8, 0.2 and 1 (Wang et al. 2024, arXiv:2411.10442). Rewards are
+    those of the first loss that has any, i.e. whose `beta` is not 0.
+    """
+
+    def __init__(self, losses: list[PreferenceLoss], weights: list[float]) -> None:
+        """Sets the losses and their weights.
+
+        Args:
+            losses: at least one.
+            weights: one for each loss, 0 or more.
+
+        Raises:
+            UserError: the lists are empty or of different lengths, or a weight is below 0.
+        """
+        super().__init__()
+        if not losses or len(losses) != len(weights):
+            raise UserError(
+                f"losses has {len(losses)} entries and weights {len(weights)}, but one weight goes with each"
+            )
+        for index, weight in enumerate(weights):
+            zero_or_more(f"weights[{index}]", weight)
+        self.losses = list(losses)
+        self.weights = list(weights)
+        for index, loss in enumerate(losses):
+            if isinstance(loss, nn.Module):
+                self.add_module(str(index), loss)
+        self.beta = next((loss.beta for loss in losses if loss.beta), 0.0)
+        self.needs_reference = any(loss.needs_reference for loss in losses)
+        starts = [loss.loss_at_start for loss in losses]
+        known = [start * weight for start, weight in zip(starts, weights, strict=True) if start is not None]
+        self.loss_at_start = sum(known) if len(known) == len(losses) else None
+
+    def __call__(self, pairs: Pairs) -> Tensor:
+        """Maps pairs to their losses, `[pairs]`."""
+        terms = [weight * loss(pairs) for weight, loss in zip(self.weights, self.losses, strict=True)]
+        return torch.stack(terms).sum(0)
+
+    def rewards(self, pairs: Pairs) -> tuple[Tensor, Tensor]:
+        """Rewards of the first loss that has any, `[pairs]` each; zeros if none has."""
+        first = next((loss for loss in self.losses if loss.beta), self.losses[0])
+        return first.rewards(pairs)
+
+
+class LDDPO(PreferenceLoss, nn.Module):
+    """Any loss, with tokens beyond the length of the shorter response weighing `alpha`, for policy and reference alike.
+
+    Liu et al. 2024, arXiv:2409.06411 (length-desensitised DPO): the longer response has more tokens to be told by, and
+    losses that sum over tokens learn to be verbose from it. Where the loss divides by numbers of tokens, those are
+    still the full ones. Around a `WeightedSum` it weighs the tokens of an `SFTTerm` too; inside one it does not.
+    """
+
+    def __init__(self, loss: PreferenceLoss, alpha: float) -> None:
+        """Sets the loss and the weight of the longer response's surplus.
+
+        Args:
+            loss: of the reweighted log-probabilities.
+            alpha: from 0, as if the surplus did not exist, to 1, which changes nothing.
+
+        Raises:
+            UserError: alpha is out of its range.
+        """
+        super().__init__()
+        require(0 <= alpha <= 1, "alpha", alpha, "from 0 to 1")
+        self.loss = loss
+        self.alpha = alpha
+        self.beta = loss.beta
+        self.needs_reference = loss.needs_reference
+        self.loss_at_start = loss.loss_at_start
+
+    def __call__(self, pairs: Pairs) -> Tensor:
+        """Maps pairs to their losses, `[pairs]`."""
+        return self.loss(self._reweighted(pairs))
+
+    def rewards(self, pairs: Pairs) -> tuple[Tensor, Tensor]:
+        """Rewards of the loss, made of reweighted log-probabilities, `[pairs]` each."""
+        return self.loss.rewards(self._reweighted(pairs))
+
+    def _reweighted(self, pairs: Pairs) -> Pairs:
+        branches = pairs.branches
+        lengths = branches.new_zeros(2 * pairs.count).index_add(0, branches, torch.ones_like(branches))
+        starts = lengths.cumsum(0) - lengths
+        positions = torch.arange(len(branches), device=branches.device) - starts[branches]
+        surplus = positions >= lengths.view(-1, 2).amin(1)[branches // 2]
+        weights = torch.ones_like(pairs.logps).masked_fill(surplus, self.alpha)
+        return replace(pairs, logps=pairs.logps * weights, ref_logps=pairs.ref_logps * weights)

@@ -1,0 +1,247 @@
+"""Losses of the difference between the chosen and the rejected response's score.
+
+Only the difference counts, so that constants which a divergence adds to both scores drop out: these are the losses that
+take any divergence.
+"""
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from oumi_pl.losses.preference.divergences import Divergence, ReverseKL
+from oumi_pl.losses.preference.logistic import logistic_loss
+from oumi_pl.losses.preference.ranges import above_zero, less_than_half, require
+from oumi_pl.types import Pairs, PreferenceLoss
+
+
+class PairwiseLoss(PreferenceLoss):
+    """What these losses share: rewards are `beta` times scores, and a pair's logit is the difference of its rewards."""
+
+    def __init__(self, beta: float, divergence: Divergence | None) -> None:
+        """Sets how scores are made: by `divergence`, or the reverse KL of DPO where it is None.
+
+        Raises:
+            UserError: beta is not above 0.
+        """
+        above_zero("beta", beta)
+        self.beta = beta
+        self.divergence = divergence or ReverseKL()
+
+    def scores(self, pairs: Pairs) -> tuple[Tensor, Tensor]:
+        """Scores of the chosen and the rejected responses, `[pairs]` each."""
+        return self.divergence(pairs.chosen_logratios), self.divergence(pairs.rejected_logratios)
+
+    def rewards(self, pairs: Pairs) -> tuple[Tensor, Tensor]:
+        """`beta` times the scores, `[pairs]` each: `beta f'(policy / reference)`, as in f-DPO."""
+        chosen, rejected = self.scores(pairs)
+        return self.beta * chosen, self.beta * rejected
+
+    def logits(self, pairs: Pairs) -> Tensor:
+        """By how much the chosen response's reward exceeds the rejected one's, `[pairs]`."""
+        chosen, rejected = self.rewards(pairs)
+        return chosen - rejected
+
+
+class Sigmoid(PairwiseLoss):
+    """DPO: `-log sigmoid(beta (s_w - s_l))`, `s` the log-ratio of a response, `w` the chosen and `l` the rejected one.
+
+    Rafailov et al. 2023, arXiv:2305.18290: the likelihood of the preferences under a Bradley-Terry model whose reward
+    is the policy's own. With `label_smoothing` it is conservative DPO (Mitchell 2023), for labels that are now and then
+    wrong.
+    """
+
+    loss_at_start = math.log(2)
+
+    def __init__(self, beta: float = 0.1, label_smoothing: float = 0.0, divergence: Divergence | None = None) -> None:
+        """Sets how strongly the policy is held to the reference and the labels are trusted.
+
+        Args:
+            beta: the strength of the regularisation, above 0; the larger, the nearer the policy stays.
+            label_smoothing: the share of labels taken to be wrong, from 0 to below 0.5.
+            divergence: what the regularisation measures; None is the reverse KL divergence of DPO.
+
+        Raises:
+            UserError: a value is out of its range.
+        """
+        super().__init__(beta, divergence)
+        less_than_half(label_smoothing)
+        self.label_smoothing = label_smoothing
+
+    def __call__(self, pairs: Pairs) -> Tensor:
+        """Maps pairs to their losses, `[pairs]`."""
+        return logistic_loss(self.logits(pairs), self.label_smoothing)
+
+
+class LengthNormalizedSigmoid(Sigmoid):
+    """DPO per token: `-log sigmoid(beta (s_w / |w| - s_l / |l|))`, with the number `|.|` of a response's tokens.
+
+    Lambert et al. 2024 (Tulu 3), arXiv:2411.15124: a long response cannot win by its length. Rewards are per token too,
+    and therefore `beta` is far larger than in DPO.
+    """
+
+    def __init__(self, beta: float = 5.0, label_smoothing: float = 0.0, divergence: Divergence | None = None) -> None:
+        """Sets the arguments of `Sigmoid`; Tulu 3 trained with a `beta` of 5.
+
+        Raises:
+            UserError: a value is out of its range.
+        """
+        super().__init__(beta, label_smoothing, divergence)
+
+    def scores(self, pairs: Pairs) -> tuple[Tensor, Tensor]:
+        """Scores per token of the chosen and the rejected responses, `[pairs]` each."""
+        return _per_token(pairs, super().scores(pairs))
+
+
+class Hinge(PairwiseLoss):
+    """`max(0, 1 - beta (s_w - s_l))`: pairs that are told apart by a margin of 1 are left alone.
+
+    The hinge of SLiC (Zhao et al. 2023, arXiv:2305.10425) on log-ratios, as RSO has it (Liu et al. 2023,
+    arXiv:2309.06657).
+    """
+
+    loss_at_start = 1.0
+
+    def __init__(self, beta: float = 0.1, divergence: Divergence | None = None) -> None:
+        """Sets the scale of log-ratios, above 0 (the inverse of SLiC's margin), and the divergence.
+
+        Raises:
+            UserError: beta is not above 0.
+        """
+        super().__init__(beta, divergence)
+
+    def __call__(self, pairs: Pairs) -> Tensor:
+        """Maps pairs to their losses, `[pairs]`."""
+        return torch.relu(1 - self.logits(pairs))
+
+
+class IPO(PairwiseLoss):
+    """`(s_w / |w| - s_l / |l| - 1 / (2 beta))^2`: log-ratios per token are to differ by a fixed amount, and no more.
+
+    Azar et al. 2023, arXiv:2310.12036, equation 17, whose `tau` is `beta`: the target keeps preferences that are
+    unanimous from driving the policy ever further away. The paper writes sums over tokens. As in TRL, whose authors had
+    it confirmed by those of the paper, log-ratios are divided by the number `|.|` of tokens: otherwise one target
+    would be far for short and near for long responses, and the square would let the long ones rule.
+    """
+
+    def __init__(self, beta: float = 0.1, divergence: Divergence | None = None) -> None:
+        """Sets the target, `1 / (2 beta)` per token, by a `beta` above 0, and the divergence.
+
+        Raises:
+            UserError: beta is not above 0.
+        """
+        super().__init__(beta, divergence)
+        self.loss_at_start = 1 / (4 * beta**2)
+
+    def scores(self, pairs: Pairs) -> tuple[Tensor, Tensor]:
+        """Scores per token of the chosen and the rejected responses, `[pairs]` each."""
+        return _per_token(pairs, super().scores(pairs))
+
+    def __call__(self, pairs: Pairs) -> Tensor:
+        """Maps pairs to their losses, `[pairs]`."""
+        chosen, rejected = self.scores(pairs)
+        return (chosen - rejected - 1 / (2 * self.beta)).square()
+
+
+class EXO(PairwiseLoss):
+    """`q_w log(q_w / (1 - e)) + q_l log(q_l / e)`, with `q_w = sigmoid(beta (s_w - s_l))` and `q_l = 1 - q_w`.
+
+    Ji et al. 2024, arXiv:2402.00856, equation 16: the reverse KL divergence from the labels, smoothed by `e`, to what
+    the policy prefers, where DPO minimises the forward one. Its minimum lies at a logit of `log((1 - e) / e)`; pairs
+    that are ranked very wrongly have hardly a gradient.
+    """
+
+    def __init__(self, beta: float = 0.1, label_smoothing: float = 1e-3, divergence: Divergence | None = None) -> None:
+        """Sets the scale of log-ratios, the smoothing and the divergence.
+
+        Args:
+            beta: the strength of the regularisation, above 0.
+            label_smoothing: `e`, above 0 and below 0.5: without it the divergence is infinite. The paper takes 1e-3.
+            divergence: what the regularisation measures; None is the reverse KL divergence.
+
+        Raises:
+            UserError: a value is out of its range.
+        """
+        super().__init__(beta, divergence)
+        require(0 < label_smoothing < 0.5, "label_smoothing", label_smoothing, "above 0 and below 0.5")
+        self.label_smoothing = label_smoothing
+        self.loss_at_start = -math.log(2) - 0.5 * math.log(label_smoothing * (1 - label_smoothing))
+
+    def __call__(self, pairs: Pairs) -> Tensor:
+        """Maps pairs to their losses, `[pairs]`."""
+        logits = self.logits(pairs)
+        chosen = logits.sigmoid() * (F.logsigmoid(logits) - math.log1p(-self.label_smoothing))
+        rejected = (-logits).sigmoid() * (F.logsigmoid(-logits) - math.log(self.label_smoothing))
+        return chosen + rejected
+
+
+class Robust(PairwiseLoss):
+    """`(-(1 - e) log sigmoid(z) + e log sigmoid(-z)) / (1 - 2 e)`, with `z = beta (s_w - s_l)`.
+
+    Chowdhury et al. 2024, arXiv:2403.00409 (rDPO): if a share `e` of the labels is flipped at random, its expectation
+    is DPO's loss on the right labels. It has no lower bound: single losses below 0 are no mistake.
+    """
+
+    loss_at_start = math.log(2)
+
+    def __init__(self, beta: float = 0.1, label_smoothing: float = 0.1, divergence: Divergence | None = None) -> None:
+        """Sets the scale of log-ratios, how many labels are wrong, and the divergence.
+
+        Args:
+            beta: the strength of the regularisation, above 0.
+            label_smoothing: the share `e` of flipped labels, from 0 to below 0.5; 0 gives DPO.
+            divergence: what the regularisation measures; None is the reverse KL divergence.
+
+        Raises:
+            UserError: a value is out of its range.
+        """
+        super().__init__(beta, divergence)
+        less_than_half(label_smoothing)
+        self.label_smoothing = label_smoothing
+
+    def __call__(self, pairs: Pairs) -> Tensor:
+        """Maps pairs to their losses, `[pairs]`."""
+        logits, flipped = self.logits(pairs), self.label_smoothing
+        right, wrong = -F.logsigmoid(logits), -F.logsigmoid(-logits)
+        return ((1 - flipped) * right - flipped * wrong) / (1 - 2 * flipped)
+
+
+class DiscoPOP(PairwiseLoss):
+    """`(1 - m) (-log sigmoid(z)) + m exp(-z)`, with `z = beta (s_w - s_l)` and `m = sigmoid(z / tau)`.
+
+    Lu et al. 2024, arXiv:2406.08414, equation 5: a loss that a language model proposed, logistic where the pair is
+    ranked wrongly and exponential where it is ranked right. It is not convex: it dips around `z = 0`.
+    """
+
+    loss_at_start = 0.5 * math.log(2) + 0.5
+
+    def __init__(self, beta: float = 0.1, tau: float = 0.05, divergence: Divergence | None = None) -> None:
+        """Sets the scale of log-ratios, how sharply one loss gives way to the other, and the divergence.
+
+        Args:
+            beta: the strength of the regularisation, above 0.
+            tau: the width of the passage, above 0 and at most 1: above 1 the exponential part would grow without bound
+                on pairs that are ranked wrongly. The paper takes 0.05.
+            divergence: what the regularisation measures; None is the reverse KL divergence.
+
+        Raises:
+            UserError: a value is out of its range.
+        """
+        super().__init__(beta, divergence)
+        require(0 < tau <= 1, "tau", tau, "above 0 and at most 1")
+        self.tau = tau
+
+    def __call__(self, pairs: Pairs) -> Tensor:
+        """Maps pairs to their losses, `[pairs]`."""
+        logits = self.logits(pairs)
+        modulation = logits / self.tau
+        logistic = torch.sigmoid(-modulation) * -F.logsigmoid(logits)
+        # the product of both factors is bounded where exp(-z) alone would overflow
+        exponential = torch.exp(F.logsigmoid(modulation) - logits)
+        return logistic + exponential
+
+
+def _per_token(pairs: Pairs, scores: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+    """Divides scores of whole responses by the responses' numbers of tokens."""
+    return scores[0] / pairs.chosen_tokens, scores[1] / pairs.rejected_tokens
