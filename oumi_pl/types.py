@@ -106,20 +106,28 @@ class PreferenceExample(Example):
         return self.chosen_start, self.rejected_start - self.chosen_start, len(self.input_ids) - self.rejected_start
 
 
-class Batch(TypedDict):
-    """One micro-batch as the model sees it.
+class Inputs(TypedDict):
+    """What a model reads.
 
-    `labels[b, t]` is the token that position `t` has to predict, i.e. already shifted by one: nothing downstream
-    shifts again. Packed batches have one row (`batch` = 1) of concatenated documents, no `attention_mask`, and say
-    where documents end; padded batches have an `attention_mask` and no `document_lengths`.
+    Padded inputs have an `attention_mask`. Packed ones have one row (`batch` = 1), no `attention_mask`, and say where
+    documents end, or where the prompt and the responses of each pair do.
     """
 
     input_ids: torch.Tensor  # [batch, seq] int64
     position_ids: torch.Tensor  # [batch, seq] int64, starting at 0 in each document
-    labels: torch.Tensor  # [batch, seq] int64, IGNORE_INDEX where no loss
     attention_mask: NotRequired[torch.Tensor]  # [batch, seq] int64, 1 where a token is
     document_lengths: NotRequired[list[int]]  # [docs], sums to seq; on the host, so that no kernel waits for it
     pair_lengths: NotRequired[list[tuple[int, int, int]]]  # [pairs], as in `PreferenceBatch`, whose layout it then is
+
+
+class Batch(Inputs):
+    """One micro-batch as the model sees it.
+
+    `labels[b, t]` is the token that position `t` has to predict, i.e. already shifted by one: nothing downstream
+    shifts again.
+    """
+
+    labels: torch.Tensor  # [batch, seq] int64, IGNORE_INDEX where no loss
     sample_ids: NotRequired[list[int]]  # which examples these are, in order
 
 
@@ -155,7 +163,7 @@ class Pairs:
 
     logps: `[targets]`, of each target token under the policy, float32, differentiable.
     ref_logps: `[targets]`, the same under the reference; zeros where a loss needs none.
-    branches: `[targets]`, the response of a token: `2 i` is pair `i`'s chosen one, `2 i + 1` its rejected one.
+    branches: `[targets]`, ascending: `2 i` for tokens of pair `i`'s chosen response, `2 i + 1` for its rejected one's.
     count: number of pairs.
     margins: `[pairs]`, how much better the chosen response is, NaN where unknown.
     """

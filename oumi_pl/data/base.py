@@ -12,7 +12,8 @@ from torch.utils.data import ConcatDataset, DataLoader
 
 from oumi_pl.data import report as reports
 from oumi_pl.data.cache import example_store, source_records
-from oumi_pl.data.collate import flatten_rows, pad_rows
+from oumi_pl.data.collate import FetchedRow, flatten_rows, pad_rows
+from oumi_pl.data.formats import FORMATS, Formats
 from oumi_pl.data.loader import PlanLoader, eval_loader
 from oumi_pl.data.mixture import mixture_epoch
 from oumi_pl.data.plan import Layout, Plan, plan_epoch, plan_in_order
@@ -109,6 +110,21 @@ class TextData(L.LightningDataModule):
         """Adapts the tokenizer (template, special tokens) and returns the ids that were added to its vocabulary."""
         return []
 
+    formats: Formats = FORMATS
+    """The formats that rows may have."""
+    prompt_formats: Formats = FORMATS
+    """The same for the rows of `predict`, of which only the prompt is read."""
+
+    @property
+    def capacity(self) -> int | None:
+        """Tokens that a pack holds; None without packing."""
+        return self.max_length if self.packing else None
+
+    @property
+    def collate(self) -> Callable[[list[FetchedRow]], Any]:
+        """Makes a micro-batch of rows, each as a list of ids and one of examples."""
+        return partial(flatten_rows if self.packing else pad_rows, pad_id=self.pad_id)
+
     # ---- tokenizer
 
     @cached_property
@@ -122,6 +138,12 @@ class TextData(L.LightningDataModule):
         tokenizer = load_tokenizer(spec, self.trust_remote_code)
         self.added_tokens = self.prepare_tokenizer(tokenizer)
         return tokenizer
+
+    @property
+    def pad_id(self) -> int:
+        """The tokenizer's pad token; any id will do where it has none."""
+        pad_id = self.tokenizer.pad_token_id
+        return pad_id if isinstance(pad_id, int) else 0
 
     # ---- stages
 
@@ -178,11 +200,11 @@ class TextData(L.LightningDataModule):
         if isinstance(value, float):
             keep, value = partial(is_held_out, fraction=value), self.sources["train"]
         for source in as_sources(value):
-            yield from source_records(source, keep)
+            yield from source_records(source, keep, formats=self.prompt_formats if split == "predict" else self.formats)
 
     def _store(self, source: Source, keep: Callable[[Row], bool] | None, side: str | None) -> ExampleStore:
         key = [side, tokenizer_fingerprint(self.tokenizer), self.max_length, self.encoding_key()]
-        return example_store(source, key, self.encode, keep)
+        return example_store(source, key, self.encode, keep, self.formats)
 
     # ---- plans and loaders
 
@@ -206,7 +228,7 @@ class TextData(L.LightningDataModule):
             self.layout.rows_per_update,
             seed=seed,
             epoch=epoch,
-            capacity=self.max_length if self.packing else None,
+            capacity=self.capacity,
             group_by_length=self.group_by_length,
         )
 
@@ -221,7 +243,7 @@ class TextData(L.LightningDataModule):
         """The training loader, at the position where a resumed run stopped."""
         if self.trainer is not None and self.trainer._accelerator_connector.use_distributed_sampler:
             self.trainer._accelerator_connector.use_distributed_sampler = False  # the plan is already cut by rank
-        loader = PlanLoader(self.examples("train"), self.plan, self.layout, self._collate, **self._fetching)
+        loader = PlanLoader(self.examples("train"), self.plan, self.layout, self.collate, **self._fetching)
         if self._position is not None:
             loader.load_state_dict(self._position)
         self._train_loader = loader
@@ -237,22 +259,13 @@ class TextData(L.LightningDataModule):
 
     def _eval_loader(self, split: str) -> DataLoader:
         layout = Layout(self.eval_batch_size, 1, self.layout.ranks, self.layout.rank)
-        plan = plan_in_order(self.lengths(split), layout.rows_per_update, capacity=self._capacity)
-        return eval_loader(self.examples(split), plan, layout, self._collate, **self._fetching)
-
-    @property
-    def _capacity(self) -> int | None:
-        return self.max_length if self.packing else None
+        plan = plan_in_order(self.lengths(split), layout.rows_per_update, capacity=self.capacity)
+        return eval_loader(self.examples(split), plan, layout, self.collate, **self._fetching)
 
     @property
     def _fetching(self) -> dict[str, Any]:
         on_cuda = self.trainer is not None and self.trainer.strategy.root_device.type == "cuda"
         return {"workers": self.workers, "pin_memory": on_cuda}
-
-    @property
-    def _collate(self) -> Callable[[list], Any]:
-        pad_id = self.tokenizer.pad_token_id
-        return partial(flatten_rows if self.packing else pad_rows, pad_id=pad_id if isinstance(pad_id, int) else 0)
 
     # ---- state and report
 
@@ -274,8 +287,8 @@ class TextData(L.LightningDataModule):
         plan = self.plan(0) if split == "train" else None
         layout = self.layout if split == "train" else Layout(self.eval_batch_size)
         if plan is None:
-            plan = plan_in_order(self.lengths(split), layout.rows_per_update, capacity=self._capacity)
-        return reports.describe(stores, self.lengths(split), plan, self._capacity, layout.batch_size)
+            plan = plan_in_order(self.lengths(split), layout.rows_per_update, capacity=self.capacity)
+        return reports.describe(stores, self.lengths(split), plan, self.capacity, layout.batch_size)
 
 
 def _not_held_out(row: Row, fraction: float) -> bool:

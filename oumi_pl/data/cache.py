@@ -8,12 +8,12 @@ from pathlib import Path
 from typing import Any
 
 from oumi_pl.data import report as reports
-from oumi_pl.data.formats import find_format, rename_columns, resolve_format
-from oumi_pl.data.progress import track
+from oumi_pl.data.formats import FORMATS, Formats, find_format, rename_columns, resolve_format
 from oumi_pl.data.sources import Source, fingerprint, rows
 from oumi_pl.data.store import REPORT, ExampleStore, cache_key, cache_root, write_store
 from oumi_pl.data.tokenize import Dropped
 from oumi_pl.errors import UserError
+from oumi_pl.progress import track
 from oumi_pl.types import Example, Record, Row
 
 ENCODE_BATCH = 1000
@@ -23,7 +23,11 @@ Encode = Callable[[Sequence[Record]], list[Example | Dropped]]
 
 
 def example_store(
-    source: Source, key: list[Any], encode: Encode, keep: Callable[[Row], bool] | None = None
+    source: Source,
+    key: list[Any],
+    encode: Encode,
+    keep: Callable[[Row], bool] | None = None,
+    formats: Formats = FORMATS,
 ) -> ExampleStore:
     """The tokenized rows of a source, from the cache or made now.
 
@@ -32,28 +36,33 @@ def example_store(
         key: What the examples depend on besides the source's content, its format and this package's code.
         encode: Turns records into examples, or into the reason why not.
         keep: Which rows to take; all when left out.
+        formats: The formats that rows may have.
 
     Raises:
         UserError: for whatever is wrong with a row, with its file and line.
     """
-    parts = [fingerprint(source), source.columns, _code_of(source.format), key, _own_code()]
+    names = [function.__name__ for function, _ in formats]
+    parts = [fingerprint(source), source.columns, _code_of(source.format, formats), names, key, _own_code()]
     directory = cache_root() / "examples" / cache_key(*parts)
     if (directory / REPORT).exists():
         return ExampleStore(directory)
     report = reports.empty(source.path)
-    records = track(source_records(source, keep, report), f"tokenizing {source.path}")
+    records = track(source_records(source, keep, report, formats), f"tokenizing {source.path}")
     return write_store(directory, _encoded(records, report, encode), report)
 
 
 def source_records(
-    source: Source, keep: Callable[[Row], bool] | None = None, report: dict[str, Any] | None = None
+    source: Source,
+    keep: Callable[[Row], bool] | None = None,
+    report: dict[str, Any] | None = None,
+    formats: Formats = FORMATS,
 ) -> Iterator[tuple[str, Record]]:
     """The records of a source with their origin (file and line); rows are counted in `report`.
 
     Raises:
         UserError: for a row that the format can't make a record of.
     """
-    convert = resolve_format(source.format) if source.format else None
+    convert = resolve_format(source.format, formats) if source.format else None
     for origin, row in rows(source):
         if keep is not None and not keep(row):
             continue
@@ -61,7 +70,7 @@ def source_records(
             report["rows"] += 1
         try:
             renamed = rename_columns(row, source.columns or {})
-            convert = convert or find_format(renamed.keys())
+            convert = convert or find_format(renamed.keys(), formats)
             record = convert(renamed)
         except UserError as error:
             raise UserError(f"{origin}: {error}") from None
@@ -91,17 +100,18 @@ def _name_the_row(batch: list[tuple[str, Record]], encode: Encode) -> None:
             raise UserError(f"{origin}: {error}") from None
 
 
-def _code_of(format_name: str | None) -> list[str | None]:
+def _code_of(format_name: str | None, formats: Formats) -> list[str | None]:
     """Name and source text of a format function: changing a function of one's own must not hit the old cache."""
     if format_name is None:
         return [None, None]
-    return [format_name, inspect.getsource(resolve_format(format_name))]
+    return [format_name, inspect.getsource(resolve_format(format_name, formats))]
 
 
 def _own_code() -> str:
     """Hash of the code that makes examples, so that no version of the package reads another's cache."""
     here = Path(__file__).parent
+    data = ("columns", "formats", "preferences", "template", "tokenize", "pairs", "store")
     digest = hashlib.blake2b(digest_size=16)
-    for name in ("formats.py", "tokenize.py", "template.py", "store.py"):
-        digest.update((here / name).read_bytes())
+    for file in (here.parent / "types.py", *(here / f"{name}.py" for name in data)):
+        digest.update(file.read_bytes())
     return digest.hexdigest()

@@ -1,12 +1,12 @@
 """Examples become tensors. Pads or flattens, and shifts the labels: the one place where a label meets its position."""
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
 
-from oumi_pl.types import IGNORE_INDEX, Batch, Example
+from oumi_pl.types import IGNORE_INDEX, Batch, Example, PreferenceBatch, PreferenceExample
 
 FetchedRow = tuple[list[int], list[Example]]
 
@@ -55,6 +55,41 @@ def flatten_rows(rows: list[FetchedRow], pad_id: int) -> Batch:
     }
 
 
+def flatten_pairs(rows: list[FetchedRow], pad_id: int) -> PreferenceBatch:
+    """Joins the pairs of all rows into one row without padding, each as prompt, chosen and rejected: `[1, tokens]`.
+
+    Without rows the batch holds one pair of three pad tokens, since every rank has to take part, and no targets.
+    """
+    pairs = [cast(PreferenceExample, example) for _, row in rows for example in row]
+    if not pairs:
+        pairs = [PreferenceExample(np.full(3, pad_id), np.zeros(3, dtype=bool), chosen_start=1, rejected_start=2)]
+    targets, predictors, branches, start = [], [], [], 0
+    for i, pair in enumerate(pairs):
+        at = np.flatnonzero(pair.loss_mask)
+        # the first token of either response is predicted at the prompt's end
+        before = np.where(at == pair.rejected_start, pair.chosen_start, at) - 1
+        targets.append(pair.input_ids[at].astype(np.int64))
+        predictors.append(start + before)
+        branches.append(2 * i + (at >= pair.rejected_start))
+        start += len(pair.input_ids)
+    return {
+        "input_ids": _joined([pair.input_ids.astype(np.int64) for pair in pairs]),
+        "position_ids": _joined([_branched_positions(pair) for pair in pairs]),
+        "pair_lengths": [pair.lengths for pair in pairs],
+        "targets": torch.from_numpy(np.concatenate(targets)),
+        "predictors": torch.from_numpy(np.concatenate(predictors)),
+        "branches": torch.from_numpy(np.concatenate(branches)),
+        "margins": torch.tensor([pair.margin for pair in pairs], dtype=torch.float32),
+        "sample_ids": [i for ids, _ in rows for i in ids],
+    }
+
+
+def _branched_positions(pair: PreferenceExample) -> np.ndarray:
+    """Both responses continue from the prompt's end. `[seq]`."""
+    prompt, chosen, rejected = pair.lengths
+    return np.concatenate([np.arange(prompt + chosen), np.arange(prompt, prompt + rejected)])
+
+
 def _joined(parts: list[np.ndarray]) -> torch.Tensor:
     return torch.from_numpy(np.concatenate(parts)).unsqueeze(0)
 
@@ -69,4 +104,4 @@ def _no_targets(pad_id: int) -> dict[str, Any]:
     }
 
 
-Collate = Callable[[list[FetchedRow], int], Batch]
+Collate = Callable[[list[FetchedRow], int], Batch | PreferenceBatch]

@@ -1,23 +1,15 @@
 """Data for supervised fine-tuning: conversations and completions, with the tokens to train on marked."""
 
-from collections.abc import Iterator, Sequence
 from functools import cached_property
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
-from torch.utils.data import DataLoader
-
-from oumi_pl.data.base import Sources, TextData
-from oumi_pl.data.template import ChatTemplate, apply_template, load_template
-from oumi_pl.data.tokenize import Dropped, Tokenize
+from oumi_pl.data.base import Sources
+from oumi_pl.data.chat import ChatData
+from oumi_pl.data.tokenize import Tokenize
 from oumi_pl.data.tokenizers import TokenizerFactory
-from oumi_pl.errors import UserError
-from oumi_pl.types import Example, Record
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
 
 
-class SFTData(TextData):
+class SFTData(ChatData):
     """Rows become conversations, are rendered by a chat template, and carry loss on what the model should learn to say.
 
     Args:
@@ -55,54 +47,16 @@ class SFTData(TextData):
         overflow: Literal["truncate", "drop", "error"] = "truncate",
         **kwargs: Any,
     ) -> None:
-        super().__init__(train, validation, test, predict, tokenizer=tokenizer, **kwargs)
-        self.template_spec = template
+        super().__init__(
+            train, validation, test, predict, tokenizer=tokenizer, template=template, overflow=overflow, **kwargs
+        )
         self.train_on = train_on
-        self.overflow = overflow
-        self.template: ChatTemplate | None = None
-
-    def prepare_tokenizer(self, tokenizer: "PreTrainedTokenizerBase") -> list[int]:
-        """Puts the chat template in force and adds the special tokens that it needs."""
-        before = set(tokenizer.get_vocab().values())
-        self.template = load_template(tokenizer, self.template_spec)
-        apply_template(tokenizer, self.template)
-        # what was in the vocabulary already, and only became special, has a trained row
-        return sorted(set(tokenizer.get_vocab().values()) - before)
 
     @cached_property
-    def _tokenize(self) -> Tokenize:
+    def tokenize(self) -> Tokenize:
+        """Turns records into examples: by template, offsets and `train_on`."""
         return Tokenize(self.tokenizer, self.max_length, self.train_on, self.overflow)
-
-    def encode(self, records: Sequence[Record]) -> list[Example | Dropped]:
-        """Records to examples by template, offsets and `train_on`."""
-        return self._tokenize(list(records))
 
     def encoding_key(self) -> list[Any]:
         """Which tokens are trained, and what happens to long rows."""
         return [self.train_on, self.overflow]
-
-    def prompts(self, split: str) -> Iterator[tuple[list[int], str]]:
-        """Prompt ids and reference answer of each row of a split: what completions are sampled for."""
-        for _, record in self.records(split):
-            yield self._tokenize.prompt_ids(record)
-
-    @property
-    def stop_tokens(self) -> list[int]:
-        """Ids that end an answer besides EOS: the template's end of turn."""
-        end = self.template.end_of_turn if self.template else None
-        return [self.tokenizer.convert_tokens_to_ids(end)] if end else []  # type: ignore[list-item]
-
-    def predict_dataloader(self) -> DataLoader:
-        """Prompts of the `predict` rows (else test, else validation), each rank its share, in row order."""
-        split = next((s for s in ("predict", "test", "validation") if self.sources[s] is not None), None)
-        if split is None:
-            raise UserError("data.predict: `predict` needs a source of prompts here, and the recipe names none")
-        rows = [(row, ids, reference) for row, (ids, reference) in enumerate(self.prompts(split))]
-        layout = self.layout
-        share = rows[layout.rank :: layout.ranks]
-        return DataLoader(share, batch_size=self.eval_batch_size, collate_fn=_prompt_batch)  # type: ignore[arg-type]
-
-
-def _prompt_batch(rows: list[tuple[int, list[int], str]]) -> dict[str, list[Any]]:
-    numbers, prompts, references = zip(*rows, strict=True)
-    return {"rows": list(numbers), "prompts": list(prompts), "references": list(references)}

@@ -1,11 +1,14 @@
 """Tokenized examples on disk, memory-mapped: written once, found again by what they were made from."""
 
 import hashlib
+import importlib
 import json
 import os
 import shutil
 import tempfile
 from collections.abc import Iterable
+from dataclasses import fields
+from functools import cached_property
 from pathlib import Path
 from typing import Any, cast
 
@@ -14,6 +17,13 @@ import numpy as np
 from oumi_pl.types import Example
 
 REPORT = "report.json"
+KIND = "kind.json"
+ADDED = "added.npz"
+
+COUNTED_AT_ONCE = 4096
+"""Examples whose targets are counted in one step: the whole mask as integers wouldn't fit into memory."""
+
+_EXAMPLE_FIELDS = {field.name for field in fields(Example)}
 
 
 def cache_root() -> Path:
@@ -30,7 +40,10 @@ def cache_key(*parts: Any) -> str:
 
 
 class ExampleStore:
-    """Examples of one source as flat arrays: ids `[tokens]`, loss mask `[tokens]`, offsets `[examples + 1]`."""
+    """Examples of one source as flat arrays: ids `[tokens]`, loss mask `[tokens]`, offsets `[examples + 1]`.
+
+    The fields that a subclass of `Example` adds, numbers all, are arrays `[examples]` in `added`, by name.
+    """
 
     def __init__(self, directory: Path) -> None:
         self.directory = directory
@@ -38,13 +51,18 @@ class ExampleStore:
         self.input_ids = _mapped(directory / "input_ids.bin", np.int32)
         self.loss_mask = _mapped(directory / "loss_mask.bin", np.bool_)
         self.offsets = np.load(directory / "offsets.npy")
+        kind = json.loads((directory / KIND).read_text())
+        self.kind: type[Example] = getattr(importlib.import_module(kind["module"]), kind["name"])
+        with np.load(directory / ADDED) as added:
+            self.added: dict[str, np.ndarray] = dict(added)
 
     def __len__(self) -> int:
         return len(self.offsets) - 1
 
     def __getitem__(self, index: int) -> Example:
         start, stop = self.offsets[index], self.offsets[index + 1]
-        return Example(np.asarray(self.input_ids[start:stop]), np.asarray(self.loss_mask[start:stop]))
+        added = {name: values[index].item() for name, values in self.added.items()}
+        return self.kind(np.asarray(self.input_ids[start:stop]), np.asarray(self.loss_mask[start:stop]), **added)
 
     @property
     def lengths(self) -> np.ndarray:
@@ -56,22 +74,46 @@ class ExampleStore:
         """Tokens that carry loss, over all examples."""
         return int(np.count_nonzero(self.loss_mask))
 
+    @cached_property
+    def target_counts(self) -> np.ndarray:
+        """Tokens that carry loss, per example, `[examples]` int64."""
+        counts = np.empty(len(self), dtype=np.int64)
+        for first in range(0, len(self), COUNTED_AT_ONCE):
+            borders = self.offsets[first : first + COUNTED_AT_ONCE + 1]
+            targets = np.flatnonzero(self.loss_mask[borders[0] : borders[-1]])
+            counts[first : first + COUNTED_AT_ONCE] = np.diff(np.searchsorted(targets, borders - borders[0]))
+        return counts
+
 
 def write_store(directory: Path, examples: Iterable[Example], report: dict[str, Any]) -> ExampleStore:
     """Writes examples beside their final place and moves them there in one step, so that a kill leaves no half store.
 
-    `report` is written last: whatever consuming `examples` adds to it is kept.
+    Examples are all of one class, which the store gives back; of the fields of `Example` itself, `cut` and `straddled`
+    are only counted in the report. `report` is written last: whatever consuming `examples` adds to it is kept.
     """
     directory.parent.mkdir(parents=True, exist_ok=True)
     half = Path(tempfile.mkdtemp(prefix=f".{directory.name}-", dir=directory.parent))
     try:
-        offsets = [0]
+        offsets: list[int] = [0]
+        kind: type[Example] | None = None
+        added: dict[str, list] = {}
         with (half / "input_ids.bin").open("wb") as ids, (half / "loss_mask.bin").open("wb") as masks:
             for example in examples:
+                if kind is None:
+                    kind = type(example)
+                    added = {field.name: [] for field in fields(kind) if field.name not in _EXAMPLE_FIELDS}
+                elif type(example) is not kind:
+                    raise TypeError(f"a {type(example).__name__} among examples of class {kind.__name__}")
+                for name, values in added.items():
+                    values.append(getattr(example, name))
                 ids.write(example.input_ids.astype(np.int32, copy=False).tobytes())
                 masks.write(example.loss_mask.astype(np.bool_, copy=False).tobytes())
                 offsets.append(offsets[-1] + len(example.input_ids))
         np.save(half / "offsets.npy", np.array(offsets, dtype=np.int64))
+        columns: dict[str, Any] = {name: np.array(values) for name, values in added.items()}
+        np.savez(half / ADDED, **columns)
+        kind = kind or Example
+        (half / KIND).write_text(json.dumps({"module": kind.__module__, "name": kind.__qualname__}))
         (half / REPORT).write_text(json.dumps(report, indent=1))
         half.chmod(0o755)
         try:

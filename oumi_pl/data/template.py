@@ -256,7 +256,7 @@ class ChatRenderer:
         try:
             return _render(template, messages, tools, self._names, **kwargs)
         except Exception as error:  # whatever a template does wrong, it is this template and this row
-            raise UserError(f"the chat template refuses this conversation: {error}") from error
+            raise RefusedError(f"the chat template refuses this conversation: {error}") from error
 
     def _span_by_prefix(self, text: str, conversation: Conversation, turn: int) -> Span:
         try:
@@ -292,6 +292,10 @@ class ChatRenderer:
                 "the template writes nothing at the turn's end, so a model couldn't learn to stop there"
             )
         return len(before), len(through)
+
+
+class RefusedError(UserError):
+    """The chat template refuses a conversation."""
 
 
 class _InexactError(Exception):

@@ -8,16 +8,16 @@ the question, can't mislead it.
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import chain
-from typing import TYPE_CHECKING, Literal, get_args
+from typing import TYPE_CHECKING, Literal, NamedTuple, get_args
 
 import numpy as np
 
 from oumi_pl.data.template import ChatRenderer, Span, adds_bos
 from oumi_pl.errors import UserError, nearest
-from oumi_pl.types import Conversation, Example, Record, Text
+from oumi_pl.types import Conversation, Example, Preference, Record, Text
 
 if TYPE_CHECKING:
-    from tokenizers import Encoding, Tokenizer
+    from tokenizers import Tokenizer
     from transformers import PreTrainedTokenizerBase
 
 TrainOn = Literal["completion", "assistant", "last_turn", "all"]
@@ -32,12 +32,24 @@ class Dropped:
 
 
 @dataclass(frozen=True)
-class _Marked:
+class Marked:
     """A text and the spans of it that carry loss; `eos`: an EOS token has to end it."""
 
     text: str
     targets: list[Span]
     eos: bool = False
+
+
+class Tokens(NamedTuple):
+    """A record's tokens as they are before anything is cut.
+
+    ids: `[seq]` int32. mask: `[seq]` bool, True where a token holds a character that carries loss. straddled: one of
+    these holds other characters as well.
+    """
+
+    ids: np.ndarray
+    mask: np.ndarray
+    straddled: bool
 
 
 class Tokenize:
@@ -74,7 +86,8 @@ class Tokenize:
                 f"{type(tokenizer).__name__} doesn't report which characters a token stands for, which exact masks "
                 "need; use a fast tokenizer (one with a tokenizer.json)"
             )
-        self._max_length, self._train_on, self._overflow = max_length, train_on, overflow
+        self.max_length, self.overflow = max_length, overflow
+        self._train_on = train_on
         self._renderer = ChatRenderer(tokenizer)
         self._backend = _with_exact_offsets(tokenizer)
         self._bos, self._eos = tokenizer.bos_token_id, tokenizer.eos_token_id
@@ -89,15 +102,14 @@ class Tokenize:
             UserError: `train_on` doesn't fit a record, the chat template refuses it or can't be masked exactly, or it
                 is too long and `overflow` is `error`.
         """
-        marked = [self._marked(record) for record in records]
-        encodings = self._backend.encode_batch([m.text for m in marked], add_special_tokens=False)
-        return [self._example(m, encoding) for m, encoding in zip(marked, encodings, strict=True)]
+        return [self._example(tokens) for tokens in self.tokens([self.mark(record) for record in records])]
 
     def prompt_ids(self, record: Record) -> tuple[list[int], str]:
         """Tokenizes what comes before the answer, ready for generation, and returns the answer that the row gives.
 
         The prompt is what precedes the completion or the final assistant turn; a conversation that ends with somebody
-        else's turn, and a text without prompt, are prompts as a whole (their answer is ""). Not cut to `max_length`.
+        else's turn, and a text without prompt, are prompts as a whole (their answer is ""). Of two responses, the
+        chosen one is the answer. Not cut to `max_length`.
 
         Returns:
             The prompt's ids, with generation prompt and the one BOS that a training row has, and the answer's text.
@@ -105,6 +117,8 @@ class Tokenize:
         Raises:
             UserError: the chat template refuses the prompt.
         """
+        if isinstance(record, Preference):
+            record = record.chosen
         if isinstance(record, Text):
             prompt, answer = (record.prompt, record.text) if record.prompt else (record.text, "")
         else:
@@ -118,13 +132,20 @@ class Tokenize:
 
     # --- which characters carry loss
 
-    def _marked(self, record: Record) -> _Marked:
+    def mark(self, record: Record) -> Marked:
+        """Renders a record and says which of its characters carry loss.
+
+        Raises:
+            UserError: `train_on` doesn't fit the record, or the chat template refuses it or can't be masked exactly.
+        """
         if isinstance(record, Text):
             return self._marked_text(record)
+        if isinstance(record, Preference):
+            raise UserError("this row is a pair of responses, a chosen and a rejected one, which is data for DPO")
         text, targets = self._renderer.spans(record, self._turns(record))
-        return _Marked(text, [(0, len(text))] if self._train_on == "all" else targets)
+        return Marked(text, [(0, len(text))] if self._train_on == "all" else targets)
 
-    def _marked_text(self, record: Text) -> _Marked:
+    def _marked_text(self, record: Text) -> Marked:
         if self._train_on in {"assistant", "last_turn"}:
             raise UserError(
                 f"train_on: {self._train_on} needs conversations, and this row is text: completion and all fit"
@@ -132,7 +153,7 @@ class Tokenize:
         if self._eos is None:
             raise UserError("the tokenizer has no end-of-text token (eos_token), so texts would have no end to learn")
         text = record.prompt + record.text
-        return _Marked(text, [(0 if self._train_on == "all" else len(record.prompt), len(text))], eos=True)
+        return Marked(text, [(0 if self._train_on == "all" else len(record.prompt), len(text))], eos=True)
 
     def _turns(self, record: Conversation) -> list[int]:
         """Indices of the messages that carry loss; none for `all`, which asks for no borders."""
@@ -150,31 +171,58 @@ class Tokenize:
 
     # --- which tokens that makes
 
-    def _example(self, marked: _Marked, encoding: "Encoding") -> Example | Dropped:
-        ids = np.array(encoding.ids, dtype=np.int32)
-        mask, straddled = self._mask(marked, ids, encoding.offsets)
-        if marked.eos and (not len(ids) or ids[-1] != self._eos):
-            ids, mask = np.append(ids, np.int32(self._eos)), np.append(mask, True)
-        if self._lacks_bos(ids):
-            ids, mask = np.insert(ids, 0, self._bos), np.insert(mask, 0, False)
+    def tokens(self, marked: Sequence[Marked]) -> list[Tokens]:
+        """Tokenizes marked texts, each once, with the BOS and EOS that they need."""
+        encodings = self._backend.encode_batch([m.text for m in marked], add_special_tokens=False)
+        tokenized = []
+        for m, encoding in zip(marked, encodings, strict=True):
+            ids = np.array(encoding.ids, dtype=np.int32)
+            mask, straddled = self._mask(m, ids, encoding.offsets)
+            if m.eos and (not len(ids) or ids[-1] != self._eos):
+                ids, mask = np.append(ids, np.int32(self._eos)), np.append(mask, True)
+            if self._lacks_bos(ids):
+                ids, mask = np.insert(ids, 0, self._bos), np.insert(mask, 0, False)
+            tokenized.append(Tokens(ids, mask, straddled))
+        return tokenized
+
+    def kept(self, ids: np.ndarray, first_target: int) -> np.ndarray | Dropped:
+        """Chooses the positions of `ids` `[seq]` that fit into `max_length`, as `overflow` says; ascending.
+
+        Where something has to go, the context (what comes before `first_target`) loses its start, but not its BOS; if
+        the answer alone is too long, the context keeps up to half of `max_length`, and the answer loses its end.
+
+        Raises:
+            UserError: it is too long and `overflow` is `error`.
+        """
+        length = len(ids)
+        if length <= self.max_length:
+            return np.arange(length)
+        if self.overflow == "drop":
+            return Dropped("longer than max_length")
+        if self.overflow == "error":
+            raise UserError(f"{length} tokens, but max_length is {self.max_length}; raise it, or let overflow truncate")
+        answer = length - first_target
+        fits = answer < self.max_length
+        context = self.max_length - answer if fits else min(first_target, self.max_length // 2)
+        kept = np.arange(first_target - context, first_target - context + self.max_length)
+        if context and ids[0] == self._bos:
+            kept[0] = 0
+        return kept
+
+    def _example(self, tokens: Tokens) -> Example | Dropped:
+        ids, mask, straddled = tokens
         mask[:1] = False  # nothing predicts the first token
         if not mask.any():
             return Dropped("no target tokens")
-        if len(ids) <= self._max_length:
-            return Example(ids, mask, straddled=straddled)
-        if self._overflow == "drop":
-            return Dropped("longer than max_length")
-        if self._overflow == "error":
-            raise UserError(
-                f"{len(ids)} tokens, but max_length is {self._max_length}; raise it, or let overflow truncate"
-            )
-        kept = _kept(len(ids), int(mask.argmax()), self._max_length, keep_first=bool(ids[0] == self._bos))
-        return Example(ids[kept], mask[kept], cut=True, straddled=straddled)
+        kept = self.kept(ids, int(mask.argmax()))
+        if isinstance(kept, Dropped):
+            return kept
+        return Example(ids[kept], mask[kept], cut=len(kept) < len(ids), straddled=straddled)
 
     def _lacks_bos(self, ids: Sequence[int] | np.ndarray) -> bool:
         return self._adds_bos and (len(ids) == 0 or ids[0] != self._bos)
 
-    def _mask(self, marked: _Marked, ids: np.ndarray, offsets: list[Span]) -> tuple[np.ndarray, bool]:
+    def _mask(self, marked: Marked, ids: np.ndarray, offsets: list[Span]) -> tuple[np.ndarray, bool]:
         """Marks the tokens that hold a character of a target, and tells whether one also holds others.
 
         Shapes: `ids` `[seq]`, `offsets` `seq` pairs of characters; returns a bool `[seq]`.
@@ -220,17 +268,3 @@ def _shrink_greedy(text: str, starts: np.ndarray, ends: np.ndarray, where: np.nd
         piece = text[starts[i] : ends[i]]
         starts[i] += len(piece) - len(piece.lstrip())
         ends[i] -= len(piece) - len(piece.rstrip())
-
-
-def _kept(length: int, first_target: int, max_length: int, keep_first: bool) -> np.ndarray:
-    """Positions that stay when a row is cut: the context loses its start, and what follows its end if it has to.
-
-    Returns:
-        `[max_length]` ascending positions below `length`.
-    """
-    answer = length - first_target
-    context = max_length - answer if answer < max_length else min(first_target, max_length // 2)
-    kept = np.arange(first_target - context, first_target - context + max_length)
-    if keep_first and context:
-        kept[0] = 0
-    return kept

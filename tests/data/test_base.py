@@ -74,6 +74,14 @@ def test_a_changed_file_or_format_function_tokenizes_anew(tmp_path, tokenized, m
     assert len(tokenized) == 80
 
 
+def test_another_table_of_formats_tokenizes_anew(tmp_path, tokenized, monkeypatch):
+    file = write_jsonl(tmp_path / "rows.jsonl", [{"question": "q", "answer": "a", "text": "t"}])
+    make(file)
+    monkeypatch.setattr(SFTData, "formats", SFTData.formats[::-1])
+    make(file)
+    assert [type(record).__name__ for record in tokenized] == ["Conversation", "Text"]
+
+
 def test_held_out_rows_are_disjoint_and_stable(tmp_path):
     rows = conversations(200)
     made = make(write_jsonl(tmp_path / "rows.jsonl", rows), validation=0.2)

@@ -2,75 +2,22 @@
 
 import json
 import re
-from itertools import groupby
 from pathlib import Path
 
 import numpy as np
 import pytest
-from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
-from transformers import AutoTokenizer, PreTrainedTokenizerFast
+from tokenizers import AddedToken, models
+from transformers import AutoTokenizer
 
 from oumi_pl.data.formats import question_answer
 from oumi_pl.data.template import BUILT_IN, ChatRenderer, apply_template, load_template
 from oumi_pl.data.tokenize import Dropped, Tokenize
 from oumi_pl.errors import UserError
 from oumi_pl.types import Conversation, Text
+from tests.data.byte_level import WORDS, byte_tokenizer, chat, pieces, turn, wrap
 
 DATA = Path(__file__).parents[2] / ".." / "shared" / "data"
 needs_data = pytest.mark.skipif(not DATA.is_dir(), reason="needs ../shared/data (GPT-2's tokenizer, GSM8K)")
-
-
-def wrap(model, trained_on=(), use_regex=True, trim_offsets=None, adds_bos=False, **kwargs):
-    """A byte-level tokenizer around `model`; merges are learnt from the lines of `trained_on`."""
-    backend = Tokenizer(model)
-    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=use_regex)
-    backend.decoder = decoders.ByteLevel()
-    if trained_on:
-        alphabet = pre_tokenizers.ByteLevel.alphabet()
-        backend.train_from_iterator(
-            trained_on, trainers.BpeTrainer(vocab_size=400, initial_alphabet=alphabet, show_progress=False)
-        )
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, **{"eos_token": "<eos>", **kwargs})
-    if trim_offsets is not None:
-        tokenizer.backend_tokenizer.post_processor = processors.ByteLevel(trim_offsets=trim_offsets)
-    if adds_bos:
-        pair = (tokenizer.bos_token, tokenizer.bos_token_id)
-        tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
-            f"{pair[0]} $A", special_tokens=[pair]
-        )
-    return tokenizer
-
-
-def byte_tokenizer(template=None, **kwargs):
-    """One token per byte, so that every border can be hit; ready to use with `template`, a name or Jinja text."""
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    tokenizer = wrap(models.BPE(vocab={c: i for i, c in enumerate(alphabet)}, merges=[]), **kwargs)
-    if template in BUILT_IN or template is None:
-        apply_template(tokenizer, load_template(tokenizer, template))
-    else:
-        tokenizer.chat_template = template
-    return tokenizer
-
-
-WORDS = ["the answer is 42 .\n", " the answer to this question", "42 is an answer ;"] * 20
-
-
-def turn(role, content, **rest):
-    return {"role": role, "content": content, **rest}
-
-
-def chat(*contents, border=None):
-    """Turns of user and assistant, alternating."""
-    roles = ("user", "assistant")
-    return Conversation(tuple(turn(roles[i % 2], c) for i, c in enumerate(contents)), prompt_messages=border)
-
-
-def pieces(tokenizer, example):
-    """The example as text, cut where the mask changes: [(text, carries loss)]."""
-    assert example.input_ids.dtype == np.int32
-    assert example.loss_mask.dtype == bool
-    pairs = zip(example.loss_mask.tolist(), example.input_ids.tolist(), strict=True)
-    return [(tokenizer.decode([i for _, i in group]), loss) for loss, group in groupby(pairs, key=lambda pair: pair[0])]
 
 
 def one(tokenizer, record, max_length=1000, **kwargs):

@@ -1,8 +1,8 @@
-"""Makes the quickstart's conversations: short instructions about words, in eight kinds.
+"""Makes the quickstart's conversations, short instructions about words in eight kinds, and its preferences on them.
 
     python -m oumi_pl.data.bundled.make_instructions
 
-rewrites `instructions/train.jsonl` and `instructions/heldout.jsonl` beside this file, byte for byte the same each time.
+rewrites `instructions/` and `preferences/` beside this file, byte for byte the same each time.
 
 A row asks for something to be done to a word: put it in capitals, shout it, say it twice, answer as a system turn asks.
 Each kind is asked for in several phrasings, and every phrasing ends with the word, so that a small model soon finds it.
@@ -12,6 +12,9 @@ training word. So a held-out answer can be neither recalled nor guessed: it hold
 model has never met, and the model has to compute it from the question. Any word fits any kind, so a model that carried
 the word over and ignored the instruction would be right less than once in five. The held-out score is 0 % for an
 untrained model, and nears 100 % only once the model reads the instruction and carries words over letter by letter.
+
+A preference holds two right answers to such a question: the plain one, which a model trained on the instructions gives,
+is rejected for the same with a smile at its end. A model that never smiled learns to, and has to stay right.
 """
 
 import json
@@ -23,6 +26,8 @@ Message = dict[str, str]
 
 TRAIN_ROWS = 6000
 HELDOUT_ROWS = 240
+PREFERENCES = 1200
+SMILE = " :)"
 
 # The words of the held-out questions; no training word is among them. Five letters each, as the made-up ones.
 ENGLISH = """
@@ -100,17 +105,26 @@ def make_rows(count: int, draw: Callable[[random.Random], str], seed: int) -> li
     return shuffled
 
 
+def preference(row: dict[str, list[Message]]) -> dict[str, list[Message]]:
+    """The question of a conversation, its answer with a smile, and the plain one, which is rejected."""
+    *prompt, answer = row["messages"]
+    smiling = answer | {"content": answer["content"] + SMILE}
+    return {"prompt": prompt, "chosen": [smiling], "rejected": [answer]}
+
+
 def main() -> None:
-    """Write the two files beside this one."""
-    folder = Path(__file__).parent / "instructions"
-    folder.mkdir(exist_ok=True)
+    """Write the files beside this one."""
+    heldout = make_rows(HELDOUT_ROWS, lambda rng: rng.choice(ENGLISH_WORDS), seed=2)
     parts = {
-        "train": make_rows(TRAIN_ROWS, made_up_word, seed=1),
-        "heldout": make_rows(HELDOUT_ROWS, lambda rng: rng.choice(ENGLISH_WORDS), seed=2),
+        "instructions/train": make_rows(TRAIN_ROWS, made_up_word, seed=1),
+        "instructions/heldout": heldout,
+        "preferences/train": [preference(row) for row in make_rows(PREFERENCES, made_up_word, seed=3)],
+        "preferences/heldout": [preference(row) for row in heldout],
     }
     for name, rows in parts.items():
-        lines = [json.dumps(row, ensure_ascii=False) + "\n" for row in rows]
-        (folder / f"{name}.jsonl").write_text("".join(lines), encoding="utf-8")
+        file = Path(__file__).parent / f"{name}.jsonl"
+        file.parent.mkdir(exist_ok=True)
+        file.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -1,0 +1,93 @@
+"""What data that go through a chat template share: the template, prompts for generation, and where answers end."""
+
+from abc import abstractmethod
+from collections.abc import Iterator, Sequence
+from functools import cached_property
+from typing import TYPE_CHECKING, Any, Literal
+
+from torch.utils.data import DataLoader
+
+from oumi_pl.data.base import Sources, TextData
+from oumi_pl.data.template import ChatTemplate, apply_template, load_template
+from oumi_pl.data.tokenize import Dropped, Tokenize
+from oumi_pl.data.tokenizers import TokenizerFactory
+from oumi_pl.errors import UserError
+from oumi_pl.types import Example, Record
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+
+class ChatData(TextData):
+    """Rows become conversations or texts, and are tokenized with the characters that carry loss known.
+
+    Args:
+        train: Where the training rows come from: a hub id, a file, directory or glob, `bundled/NAME`, or a list of
+            these (a mixture).
+        validation: A source, or the fraction of the training rows to hold out (chosen by a hash of the row).
+        test: Source for `test`.
+        predict: Source of prompts for `predict`; the test or validation rows when left out.
+        tokenizer: Hub id or directory, or a class that makes one; the model's own when left out.
+        template: Chat template: `chatml`, `llama3` or `plain`, or a `.jinja` file; the tokenizer's own when left out.
+        overflow: What becomes of rows that are too long: `truncate`, `drop`, or `error`.
+    """
+
+    def __init__(
+        self,
+        train: Sources | None = None,
+        validation: float | Sources | None = None,
+        test: Sources | None = None,
+        predict: Sources | None = None,
+        *,
+        tokenizer: str | TokenizerFactory | None = None,
+        template: str | None = None,
+        overflow: Literal["truncate", "drop", "error"] = "truncate",
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(train, validation, test, predict, tokenizer=tokenizer, **kwargs)
+        self.template_spec = template
+        self.overflow = overflow
+        self.template: ChatTemplate | None = None
+
+    @cached_property
+    @abstractmethod
+    def tokenize(self) -> Tokenize:
+        """Turns records into examples."""
+
+    def prepare_tokenizer(self, tokenizer: "PreTrainedTokenizerBase") -> list[int]:
+        """Puts the chat template in force and adds the special tokens that it needs."""
+        before = set(tokenizer.get_vocab().values())
+        self.template = load_template(tokenizer, self.template_spec)
+        apply_template(tokenizer, self.template)
+        # what was in the vocabulary already, and only became special, has a trained row
+        return sorted(set(tokenizer.get_vocab().values()) - before)
+
+    def encode(self, records: Sequence[Record]) -> list[Example | Dropped]:
+        """Records to examples by template and offsets."""
+        return self.tokenize(list(records))
+
+    def prompts(self, split: str) -> Iterator[tuple[list[int], str]]:
+        """Prompt ids and reference answer of each row of a split: what completions are sampled for."""
+        for _, record in self.records(split):
+            yield self.tokenize.prompt_ids(record)
+
+    @property
+    def stop_tokens(self) -> list[int]:
+        """Ids that end an answer besides EOS: the template's end of turn."""
+        end = self.template.end_of_turn if self.template else None
+        return [self.tokenizer.convert_tokens_to_ids(end)] if end else []  # type: ignore[list-item]
+
+    def predict_dataloader(self) -> DataLoader:
+        """Prompts of the `predict` rows (else test, else validation), each rank its share, in row order."""
+        split = next((s for s in ("predict", "test", "validation") if self.sources[s] is not None), None)
+        if split is None:
+            raise UserError("data.predict: `predict` needs a source of prompts here, and the recipe names none")
+        rows = [(row, ids, reference) for row, (ids, reference) in enumerate(self.prompts(split))]
+        layout = self.layout
+        share = rows[layout.rank :: layout.ranks]
+        return DataLoader(share, batch_size=self.eval_batch_size, collate_fn=_prompt_batch)  # type: ignore[arg-type]
+
+
+def _prompt_batch(rows: list[tuple[int, list[int], str]]) -> dict[str, list[Any]]:
+    numbers, prompts, references = zip(*rows, strict=True)
+    return {"rows": list(numbers), "prompts": list(prompts), "references": list(references)}

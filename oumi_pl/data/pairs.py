@@ -1,0 +1,148 @@
+"""From preferences to pairs of token sequences that share their prompt.
+
+Both responses are rendered and tokenized as whole texts, as they would be alone, and the prompt is what their ids have
+in common: no token is glued together from two pieces that were tokenized apart.
+"""
+
+from collections.abc import Sequence
+from itertools import pairwise
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from oumi_pl.data.template import RefusedError
+from oumi_pl.data.tokenize import Dropped, Marked, Overflow, Tokenize, Tokens
+from oumi_pl.errors import UserError
+from oumi_pl.types import Conversation, Example, Preference, PreferenceExample, Record, Text
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+EQUAL = "chosen equals rejected"
+
+
+class TokenizePairs(Tokenize):
+    """Turns preferences into pairs, a batch at a time.
+
+    The prompt is the longest common prefix of both token sequences that holds no token with a character of a response:
+    a token across the border belongs to the response, in both branches. Response tokens carry loss as in SFT, i.e.
+    those of the assistant's turns, and so do tokens between the prompt's end and the first of these, so that each
+    branch is all of what follows the prompt.
+
+    Args:
+        tokenizer: A fast tokenizer with its chat template and special tokens in place (`apply_template`).
+        max_length: Longest prompt with one response, in tokens.
+        overflow: What becomes of longer pairs: `truncate` cuts the prompt's start, and the responses' ends if it has
+            to, by the same rule as `Tokenize`, where the longer response counts as the answer; `drop`; or `error`.
+
+    Raises:
+        UserError: a setting is unknown, or the tokenizer can't tell which characters a token stands for.
+    """
+
+    def __init__(self, tokenizer: "PreTrainedTokenizerBase", max_length: int, overflow: Overflow = "truncate") -> None:
+        super().__init__(tokenizer, max_length, overflow=overflow)
+
+    def __call__(self, records: Sequence[Record]) -> list[Example | Dropped]:
+        """Tokenizes preferences, each to one `PreferenceExample` or the reason why there is none, in order.
+
+        Dropped are pairs whose responses are equal, or one of them empty, and pairs without a token of a prompt.
+
+        Raises:
+            UserError: a record is no preference or its prompts differ, the chat template refuses it or can't be masked
+                exactly, or it is too long and `overflow` is `error`.
+        """
+        preferences = [_checked(record) for record in records]
+        marked = [self._marked_pair(preference) for preference in preferences]
+        tokens = iter(self.tokens([m for pair in marked if not isinstance(pair, Dropped) for m in pair]))
+        return [
+            pair if isinstance(pair, Dropped) else self._pair(next(tokens), next(tokens), preference.margin)
+            for preference, pair in zip(preferences, marked, strict=True)
+        ]
+
+    def _marked_pair(self, preference: Preference) -> tuple[Marked, Marked] | Dropped:
+        chosen, rejected = preference.chosen, preference.rejected
+        if _is_blank(chosen) or _is_blank(rejected):
+            return Dropped("empty response")
+        try:
+            return self.mark(chosen), self.mark(rejected)
+        except RefusedError:
+            # Dialogues as people wrote them don't always alternate, and some templates insist.
+            if any(_repeats_a_role(response) for response in (chosen, rejected)):
+                return Dropped("the same role twice in a row, which the chat template refuses")
+            raise
+
+    def _pair(self, chosen: Tokens, rejected: Tokens, margin: float | None) -> PreferenceExample | Dropped:
+        if not (chosen.mask.any() and rejected.mask.any()):
+            return Dropped("no target tokens")
+        shared = _common_prefix(chosen.ids, rejected.ids)
+        if shared == len(chosen.ids) == len(rejected.ids):
+            return Dropped(EQUAL)
+        border = min(shared, int(chosen.mask.argmax()), int(rejected.mask.argmax()))
+        if not border:
+            return Dropped("no prompt")
+        kept = self.kept(max(chosen.ids, rejected.ids, key=len), border)
+        if isinstance(kept, Dropped):
+            return kept
+        prompt = kept[kept < border]
+        room = len(kept) - len(prompt)
+        branches = [_branch(tokens, border, room) for tokens in (chosen, rejected)]
+        (chosen_ids, chosen_mask), (rejected_ids, rejected_mask) = branches
+        if np.array_equal(chosen_ids, rejected_ids):
+            return Dropped(f"{EQUAL} once cut")
+        rejected_start = len(prompt) + len(chosen_ids)
+        return PreferenceExample(
+            np.concatenate([chosen.ids[prompt], chosen_ids, rejected_ids]),
+            np.concatenate([np.zeros(len(prompt), dtype=bool), chosen_mask, rejected_mask]),
+            cut=len(kept) < max(len(chosen.ids), len(rejected.ids)),
+            straddled=chosen.straddled or rejected.straddled,
+            chosen_start=len(prompt),
+            rejected_start=rejected_start,
+            margin=float("nan") if margin is None else margin,
+        )
+
+
+def _branch(tokens: Tokens, border: int, room: int) -> tuple[np.ndarray, np.ndarray]:
+    """Ids and loss mask of a response from the prompt's end on, at most `room` tokens. Its first carries loss."""
+    mask = tokens.mask[border:].copy()
+    mask[: mask.argmax()] = True
+    return tokens.ids[border:][:room], mask[:room]
+
+
+def _common_prefix(a: np.ndarray, b: np.ndarray) -> int:
+    """How many leading ids two sequences have in common."""
+    shorter = min(len(a), len(b))
+    differs = a[:shorter] != b[:shorter]
+    return int(differs.argmax()) if differs.any() else shorter
+
+
+def _checked(record: Record) -> Preference:
+    """Refuses what a format of one's own may get wrong."""
+    if not isinstance(record, Preference):
+        raise UserError("this row is no pair of responses; DPO needs a chosen and a rejected one")
+    if _prompt(record.chosen) != _prompt(record.rejected):
+        raise UserError("chosen and rejected hold different prompts")
+    return record
+
+
+def _prompt(response: Conversation | Text) -> object:
+    if isinstance(response, Text):
+        return response.prompt
+    if response.prompt_messages is None:
+        raise UserError("a pair of conversations without prompt_messages: nothing says where the responses begin")
+    return response.messages[: response.prompt_messages], response.tools
+
+
+def _is_blank(response: Conversation | Text) -> bool:
+    if isinstance(response, Text):
+        return not response.text.strip()
+    said = [turn for turn in response.messages[response.prompt_messages :] if turn["role"] == "assistant"]
+    return not any(
+        (turn["content"] or "").strip() or turn.get("tool_calls") or turn.get("reasoning_content") for turn in said
+    )
+
+
+def _repeats_a_role(response: Conversation | Text) -> bool:
+    if isinstance(response, Text):
+        return False
+    roles = [turn["role"] for turn in response.messages]
+    return any(role == following for role, following in pairwise(roles))

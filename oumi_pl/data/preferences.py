@@ -1,0 +1,178 @@
+"""From a row to a `Preference`: two responses to one prompt, in the layouts that preference data are published in.
+
+Pure functions as in `formats.py`. Where a row doesn't say what the prompt is, it is what both conversations begin with,
+turn by turn: a prompt never ends within a turn, so that equal first words of two responses stay part of them. How much
+better the chosen response is comes from `margin`, or from two scores, where a row has such columns.
+"""
+
+import math
+import re
+from collections.abc import Callable
+from itertools import takewhile
+from typing import Any
+
+from oumi_pl.data.columns import column, kind_name, message, sharegpt_message, tools_column, turns_column
+from oumi_pl.data.formats import Formats
+from oumi_pl.errors import UserError
+from oumi_pl.types import Conversation, Message, Preference, Row, Text
+
+Turns = tuple[Message, ...]
+
+_RESPONSES = ("chosen", "rejected")
+_SCORES = (("score_chosen", "score_rejected"), ("chosen_score", "rejected_score"), ("chosen_rating", "rejected_rating"))
+_SPEAKER = re.compile(r"\n\n(Human|Assistant):")
+_HH_ROLES = {"Human": "user", "Assistant": "assistant"}
+
+
+# --- formats ----------------------------------------------------------------------------------------------------------
+
+
+def prompt_preference(row: Row) -> Preference:
+    """Reads `prompt`, `chosen` and `rejected`: text that no chat template touches, or turns; optionally `tools`.
+
+    A text beside turns is one turn: the user's in `prompt`, the assistant's in a response. Responses that are whole
+    conversations, i.e. that repeat the prompt, are read as `implicit_prompt` does.
+
+    Raises:
+        UserError: `prompt` and one response are text and the other isn't, a turn isn't a turn, or a response doesn't
+            begin with the assistant.
+    """
+    prompt = column(row, "prompt", (str, list), "text or turns")
+    if isinstance(prompt, list):
+        return _after(turns_column(row, "prompt"), row, message)
+    chosen, rejected = (column(row, name, (str, list), "text or turns") for name in _RESPONSES)
+    if isinstance(chosen, str) != isinstance(rejected, str):
+        raise UserError(
+            f"'chosen' holds {kind_name(chosen)} and 'rejected' {kind_name(rejected)}; both must be text, or both turns"
+        )
+    if isinstance(chosen, str):
+        return Preference(Text(chosen, prompt), Text(rejected, prompt), _margin(row))
+    chosen, rejected = (turns_column(row, name) for name in _RESPONSES)
+    if not chosen[0]["role"] == rejected[0]["role"] == "assistant":
+        return _whole(chosen, rejected, row)
+    return _after(({"role": "user", "content": prompt},), row, message)
+
+
+def messages_preference(row: Row) -> Preference:
+    """Reads `messages`, the turns of the prompt, and `chosen` and `rejected`: text, a turn or turns.
+
+    Raises:
+        UserError: a turn isn't a turn, or a response doesn't begin with the assistant.
+    """
+    return _after(turns_column(row, "messages"), row, message)
+
+
+def sharegpt_preference(row: Row) -> Preference:
+    """Reads `conversations`, `chosen` and `rejected` as `messages_preference`, turns with `from` and `value`.
+
+    Raises:
+        UserError: a turn isn't a turn, or a response doesn't begin with the assistant.
+    """
+    return _after(turns_column(row, "conversations", sharegpt_message), row, sharegpt_message)
+
+
+def implicit_prompt(row: Row) -> Preference:
+    """Reads `chosen` and `rejected`, whole conversations: the turns that both begin with are the prompt.
+
+    Texts are read as `anthropic_hh` does.
+
+    Raises:
+        UserError: the first turns that differ aren't both the assistant's, or one conversation ends before that.
+    """
+    chosen, rejected = (column(row, name, (str, list), "turns, or a dialogue as text") for name in _RESPONSES)
+    if isinstance(chosen, str) and isinstance(rejected, str):
+        return anthropic_hh(row)
+    return _whole(turns_column(row, "chosen"), turns_column(row, "rejected"), row)
+
+
+def anthropic_hh(row: Row) -> Preference:
+    r"""Reads `chosen` and `rejected`, dialogues as text: `\n\nHuman: ...\n\nAssistant: ...`, as in Anthropic's HH data.
+
+    The turns, without the spaces around them, are then read as `implicit_prompt` does.
+
+    Raises:
+        UserError: a text doesn't begin with the human's turn, or as for `implicit_prompt`.
+    """
+    return _whole(_dialogue(row, "chosen"), _dialogue(row, "rejected"), row)
+
+
+# `prompt` first: published data add the chosen conversation again as `messages`, which is no prompt then.
+PREFERENCE_FORMATS: Formats = (
+    (prompt_preference, ("prompt", "chosen", "rejected")),
+    (sharegpt_preference, ("conversations", "chosen", "rejected")),
+    (messages_preference, ("messages", "chosen", "rejected")),
+    (implicit_prompt, ("chosen", "rejected")),
+    (anthropic_hh, ("chosen", "rejected")),
+)
+
+
+# --- pieces -----------------------------------------------------------------------------------------------------------
+
+
+def _after(prompt: Turns, row: Row, read: Callable[[Any, str], Message]) -> Preference:
+    """Joins a prompt with the responses, unless these repeat it."""
+    chosen, rejected = (_response(row, name, read) for name in _RESPONSES)
+    if chosen[: len(prompt)] == prompt == rejected[: len(prompt)]:
+        return _whole(chosen, rejected, row)
+    for name, response in zip(_RESPONSES, (chosen, rejected), strict=True):
+        if (role := response[0]["role"]) != "assistant":
+            raise UserError(f"{name}[0] is a turn of {role!r}, but a response begins with a turn of 'assistant'")
+    return _preference(prompt, chosen, rejected, row)
+
+
+def _response(row: Row, name: str, read: Callable[[Any, str], Message]) -> Turns:
+    response = column(row, name, (str, dict, list), "text or turns")
+    if isinstance(response, str):
+        return ({"role": "assistant", "content": response},)
+    return turns_column({name: [response]} if isinstance(response, dict) else row, name, read)
+
+
+def _whole(chosen: Turns, rejected: Turns, row: Row) -> Preference:
+    """Splits two whole conversations where they begin to differ."""
+    shared = len(list(takewhile(lambda pair: pair[0] == pair[1], zip(chosen, rejected, strict=False))))
+    if chosen == rejected:  # the response is what is dropped as equal later, and counted
+        shared = max((i for i, turn in enumerate(chosen) if turn["role"] == "assistant"), default=shared)
+    for name, turns, other in (("chosen", chosen, "rejected"), ("rejected", rejected, "chosen")):
+        if shared == len(turns):
+            raise UserError(f"{name!r} ends after turn {shared}, where {other!r} goes on: its response is missing")
+    roles = chosen[shared]["role"], rejected[shared]["role"]
+    if roles != ("assistant", "assistant"):
+        raise UserError(
+            f"the prompts of chosen and rejected differ in turn {shared + 1} ({roles[0]!r} and {roles[1]!r}); they may "
+            "differ from a turn of 'assistant' on"
+        )
+    return _preference(chosen[:shared], chosen[shared:], rejected[shared:], row)
+
+
+def _preference(prompt: Turns, chosen: Turns, rejected: Turns, row: Row) -> Preference:
+    tools = tools_column(row)
+    return Preference(
+        Conversation(prompt + chosen, tools, prompt_messages=len(prompt)),
+        Conversation(prompt + rejected, tools, prompt_messages=len(prompt)),
+        _margin(row),
+    )
+
+
+def _dialogue(row: Row, name: str) -> Turns:
+    text = column(row, name, str, "a dialogue as text")
+    if not text.startswith("\n\nHuman:"):
+        raise UserError(
+            f"column {name!r} holds text that doesn't begin with an empty line and 'Human:', so it is no dialogue; "
+            "a mere response needs a `prompt`: say which column that is with `columns`, e.g. {prompt: my_column}"
+        )
+    _, *parts = _SPEAKER.split(text)
+    speakers, said = parts[::2], parts[1::2]
+    return tuple({"role": _HH_ROLES[who], "content": what.strip()} for who, what in zip(speakers, said, strict=True))
+
+
+def _margin(row: Row) -> float | None:
+    if _is_number(row.get("margin")):
+        return float(row["margin"])
+    for better, worse in _SCORES:
+        if _is_number(row.get(better)) and _is_number(row.get(worse)):
+            return float(row[better]) - float(row[worse])
+    return None
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)

@@ -1,0 +1,75 @@
+"""Log-probabilities under a reference model on disk: computed once, in chunks, so that a kill loses at most one."""
+
+import json
+import os
+import tempfile
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from oumi_pl.data.store import cache_key, cache_root
+
+CHUNK = 512
+"""Examples per file."""
+
+
+class ReferenceLogps:
+    """Log-probabilities of each example's target tokens, float32, found by what they were computed from.
+
+    Args:
+        parts: All that they depend on: the model, the examples, the precision. Other parts are another place.
+        target_counts: Target tokens per example, `[examples]`.
+    """
+
+    def __init__(self, parts: dict[str, Any], target_counts: np.ndarray) -> None:
+        self.directory = cache_root() / "reference" / cache_key(parts)
+        self.parts = parts
+        self.offsets = np.concatenate([[0], np.cumsum(target_counts)])
+        self._chunks: dict[int, np.ndarray] = {}
+
+    @property
+    def chunks(self) -> int:
+        """Number of chunks."""
+        return -(-(len(self.offsets) - 1) // CHUNK)
+
+    def examples(self, chunk: int) -> range:
+        """The examples of a chunk."""
+        return range(chunk * CHUNK, min((chunk + 1) * CHUNK, len(self.offsets) - 1))
+
+    def missing(self) -> list[int]:
+        """The chunks that are still to be computed, those of another size among them."""
+        return [chunk for chunk in range(self.chunks) if not self._is_whole(chunk)]
+
+    def write(self, chunk: int, logps: np.ndarray) -> None:
+        """Keeps the log-probabilities of a chunk's targets, in order of examples; whole or not at all."""
+        self.directory.mkdir(parents=True, exist_ok=True)
+        (self.directory / "made_from.json").write_text(json.dumps(self.parts, indent=1, default=str) + "\n")
+        handle, half = tempfile.mkstemp(suffix=".half", dir=self.directory)
+        with os.fdopen(handle, "wb") as out:
+            out.write(logps.astype(np.float32, copy=False).tobytes())
+            out.flush()
+            os.fsync(out.fileno())
+        Path(half).replace(self._file(chunk))
+
+    def logps(self, examples: Iterable[int]) -> np.ndarray:
+        """Log-probabilities of the targets of some examples, in their order, `[targets]` float32."""
+        parts = [self._of(example) for example in examples]
+        return np.concatenate(parts) if parts else np.empty(0, dtype=np.float32)
+
+    def _of(self, example: int) -> np.ndarray:
+        chunk = example // CHUNK
+        if chunk not in self._chunks:
+            self._chunks[chunk] = np.memmap(self._file(chunk), dtype=np.float32, mode="r")
+        start = self.offsets[chunk * CHUNK]
+        return self._chunks[chunk][self.offsets[example] - start : self.offsets[example + 1] - start]
+
+    def _file(self, chunk: int) -> Path:
+        return self.directory / f"{chunk:06}.bin"
+
+    def _is_whole(self, chunk: int) -> bool:
+        ids = self.examples(chunk)
+        size = 4 * int(self.offsets[ids.stop] - self.offsets[ids.start])
+        file = self._file(chunk)
+        return file.is_file() and file.stat().st_size == size
