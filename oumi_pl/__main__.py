@@ -90,6 +90,10 @@ def _train(command: str, rest: list[str]) -> int:
 
         folder, recipe, args = resuming.arguments(command, resume, recipe, args, tree)
         trees = [recipe_files.check(folder / runs.CONFIG)]
+    if not asks_for_help:
+        from oumi_pl.config import recipe_models
+
+        args = recipe_models.with_model(args, {} if folder else tree)
     # Threads that spin while they wait stand in each other's way when anything else runs on the machine: 80 steps of
     # the quickstart on two busy cores took 92 s with GNU OpenMP's default and 29 s with this; on quiet ones 120 steps
     # took 14 s with either. Read when torch is loaded, so it is set before.

@@ -9,41 +9,28 @@ from typing import Any, ClassVar, Literal
 
 from jsonargparse import Namespace
 from lightning.fabric.utilities.exceptions import MisconfigurationException
-from lightning.pytorch.callbacks import Callback, ProgressBar
+from lightning.pytorch.callbacks import ProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
-from lightning.pytorch.loggers.logger import Logger
-from torch.optim import Optimizer
 
-# Short class names in recipes (`class_path: SFT`) are found among the subclasses that are imported.
-from oumi_pl.callbacks.answers import Answers
 from oumi_pl.callbacks.checkpoint import Checkpoints
 from oumi_pl.callbacks.export import Export
 from oumi_pl.callbacks.last_step import LastStep
 from oumi_pl.callbacks.predictions import Predictions
 from oumi_pl.callbacks.preemption import Preemption
+from oumi_pl.callbacks.preference import PreferenceWarnings
 from oumi_pl.callbacks.progress import ProgressLine
 from oumi_pl.callbacks.run_folder import RunFolder
 from oumi_pl.callbacks.start import Start
 from oumi_pl.callbacks.throughput import Throughput
 from oumi_pl.checkpoints import AtomicCheckpointIO
-from oumi_pl.config.explain import explain, subclasses
+from oumi_pl.classes import known_classes
+from oumi_pl.config.explain import explain
 from oumi_pl.config.keys import refuse_unknown_keys
 from oumi_pl.config.refusals import refuse_contradictions, refuse_missing_gpus, refuse_unknown_devices
 from oumi_pl.data.base import TextData
-from oumi_pl.data.sft import SFTData
-from oumi_pl.data.sources import Source
-from oumi_pl.data.tokenizers import TokenizerFactory
 from oumi_pl.errors import UserError
 from oumi_pl.metrics import MetricsCSV
 from oumi_pl.modules.base import LanguageModule
-from oumi_pl.modules.sft import SFT
-from oumi_pl.optim import Schedule
-from oumi_pl.types import TokenLoss
-
-__all__ = ["CLI", "SFT", "Answers", "SFTData"]
-
-ACCIDENTAL = ("accelerate", "transformers")
-"""Packages that happen to be imported, and define optimizers of the same names as torch's."""
 
 TRAINER_DEFAULTS = {
     "use_distributed_sampler": False,  # the plan is cut by rank already
@@ -69,7 +56,7 @@ class Parser(LightningArgumentParser):
         """
         if not self.exit_on_error:
             return super().error(message, ex)
-        raise UserError(explain(message, self.flags, _known_classes(), self.typed)) from ex
+        raise UserError(explain(message, self.flags, known_classes(), self.typed)) from ex
 
     def _add_signature_parameter(self, *args: Any, **kwargs: Any) -> Any:
         """Takes text for text: jsonargparse would open a data file named in a recipe and read it as a config."""
@@ -123,7 +110,7 @@ class CLI(LightningCLI):
         Parser.flags = [flag for action in command._actions for flag in action.option_strings] if command else []
         Parser.typed = list(args or [])
         for tree in self.trees:
-            refuse_unknown_keys(tree, Parser.flags, _known_classes())
+            refuse_unknown_keys(tree, Parser.flags, known_classes())
         super().parse_arguments(parser, args)
 
     def _parse_ckpt_path(self) -> None:
@@ -196,7 +183,7 @@ class CLI(LightningCLI):
         )
         if self.subcommand == "predict":
             folder.name += "-predict"
-        own = [folder, Start(), LastStep(), Throughput(), get("predictions")]
+        own = [folder, Start(), LastStep(), Throughput(), PreferenceWarnings(), get("predictions")]
         callbacks = config.get("callbacks") or []
         callbacks = callbacks if isinstance(callbacks, list) else [callbacks]
         if not any(isinstance(c, ProgressBar) for c in callbacks) and config.get("enable_progress_bar") is not False:
@@ -282,29 +269,6 @@ def _quiet() -> None:
         ".*`is_gradient_checkpointing` is deprecated.*",  # peft asks for it
     ):
         warnings.filterwarnings("ignore", harmless)
-
-
-def _known_classes() -> dict[str, dict[str, type]]:
-    """Classes that recipes name by their short name, by their place in a recipe."""
-    bases: dict[str, type] = {
-        "model": LanguageModule,
-        "model.optimizer": Optimizer,
-        "model.schedule": Schedule,
-        "model.loss": TokenLoss,
-        "data": TextData,
-        "data.tokenizer": TokenizerFactory,
-        "trainer.callbacks": Callback,
-        "trainer.logger": Logger,
-    }
-    known = {
-        place: {
-            cls.__name__: cls
-            for cls in subclasses(base)
-            if not cls.__name__.startswith("_") and cls.__module__.split(".")[0] not in ACCIDENTAL
-        }
-        for place, base in bases.items()
-    }
-    return known | {f"data.{split}": {"Source": Source} for split in ("train", "validation", "test", "predict")}
 
 
 def _first_sentence(error: Exception) -> str:

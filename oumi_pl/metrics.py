@@ -7,7 +7,7 @@ micro-batches on all ranks.
 |---|---|---|
 | `step` | optimizer steps done | |
 | `epoch` | epochs done, as a fraction | |
-| `train/loss` | training loss per target token | the update |
+| `train/loss` | training loss per target token; per pair in preference training | the update |
 | `train/mean_token_accuracy` | share of target tokens that are the most likely ones | the update |
 | `train/grad_norm` | 2-norm of the gradient before clipping | the update |
 | `train/lr` | learning rate of the first parameter group | the update |
@@ -17,11 +17,19 @@ micro-batches on all ranks.
 | `train/mfu` | model FLOPs utilisation: achieved over peak dense bf16 FLOP/s; only on known GPUs | the update |
 | `train/padding` | share of the input tensors that is padding | the update |
 | `train/peak_memory_gb` | peak memory: allocated on CUDA, resident elsewhere; 1e9 bytes | the run on rank 0 |
-| `val/loss` | the training loss on held-out tokens, per target token | all of `validation` |
+| `train/rewards/chosen`, `/rejected` | rewards of the responses, as the loss defines them | the update's pairs |
+| `train/rewards/margins` | chosen minus rejected reward | the update's pairs |
+| `train/rewards/accuracies` | share of pairs whose margin is above 0; exactly 0 counts half | the update's pairs |
+| `train/logps/chosen`, `/rejected` | log-probability of a response, in nats | the update's pairs |
+| `train/lengths/chosen`, `/rejected` | target tokens of a response | the update's pairs |
+| `train/kl` | half the squared log-ratio to the reference, an estimate of the KL divergence | the update's targets |
+| `train/pairs_per_second` | pairs over wall time, as for tokens | the update |
+| `val/loss` | the training loss on held-out tokens or pairs | all of `validation` |
 | `val/nll` | cross-entropy in nats per target token; `val/loss` unless another loss is trained | all of `validation` |
 | `val/perplexity` | exp of `val/nll` | all of `validation` |
 | `val/mean_token_accuracy` | as in training | all of `validation` |
 | `val/exact_match` | share of greedy answers equal to the reference (with the `Answers` callback) | its rows |
+| `val/rewards/...`, `val/logps/...`, `val/lengths/...`, `val/kl` | as in training | all of `validation` |
 | `test/...` | as `val/...` | all of `test` |
 """
 

@@ -102,6 +102,18 @@ def last_unfinished(root: Path, recipe: str, name: str | None = None) -> Path:
     return max(unfinished, key=lambda r: unfinished[r].get("created_ns", 0))
 
 
+def last_model(root: Path, recipe: str) -> Path | None:
+    """The exported model of the newest finished run of a recipe; None if there is none."""
+    states = {p.parent: read_state(p.parent) for p in root.glob(f"*/{RUN}")} if root.is_dir() else {}
+    finished = [
+        run
+        for run, state in states.items()
+        if state.get("recipe") == recipe and state.get("status") == "finished" and (run / "model").is_dir()
+    ]
+    newest = max(finished, key=lambda run: states[run].get("created_ns", 0), default=None)
+    return None if newest is None else newest / "model"
+
+
 def _is_named(run: Path, name: str | None) -> bool:
     """Whether `create` may have made this folder for the name."""
     return name is None or re.fullmatch(rf"{re.escape(name)}(-\d+)?", run.name) is not None

@@ -65,7 +65,8 @@ class ProgressLine(ProgressBar):
 
     def on_validation_end(self, trainer: Any, pl_module: Any) -> None:
         """Shows what validation found, on a line that stays."""
-        metrics = {k: float(v) for k, v in trainer.callback_metrics.items() if k.startswith("val/")}
+        found = {k: float(v) for k, v in trainer.callback_metrics.items() if k.startswith("val/")}
+        metrics = {k: v for k, v in found.items() if k.removeprefix("val/") not in pl_module.details}
         if not self._enabled or trainer.state.fn != "fit" or trainer.sanity_checking or not metrics:
             return
         self._end_line()
@@ -84,9 +85,11 @@ class ProgressLine(ProgressBar):
         started, first = self._started
         left = (now - started) / max(1, step - first) * (self._total - step)
         metrics = trainer.callback_metrics
+        names = {"accuracy": "train/rewards/accuracies", "margin": "train/rewards/margins"}
+        compared = "".join(f"{word} {float(metrics[name]):.3g}  " for word, name in names.items() if name in metrics)
         return (
             f"step {step}/{self._total}  epoch {float(metrics.get('epoch', 0)):.2f}  "
-            f"loss {self._smooth['train/loss']:.4f} (smoothed)  lr {float(metrics.get('train/lr', 0)):.2e}  "
+            f"loss {self._smooth['train/loss']:.4f} (smoothed)  {compared}lr {float(metrics.get('train/lr', 0)):.2e}  "
             f"{self._smooth['train/tokens_per_second']:,.0f} tokens/s  "
             f"{float(metrics.get('train/peak_memory_gb', 0)):.1f} GB  {_clock(left)} left"
         )

@@ -37,6 +37,8 @@ class Start(L.Callback):
                     f"[yellow]warning: {report['cut'] / report['kept']:.1%} of the {split} rows are cut to "
                     f"data.max_length {trainer.datamodule.max_length}; raise it, or let overflow drop them[/]"
                 )
+        for note in getattr(pl_module, "notes", ()):
+            console.print(note)
         template = getattr(trainer.datamodule, "template", None)
         if template is not None:
             added = f", {len(trainer.datamodule.added_tokens)} tokens added" if trainer.datamodule.added_tokens else ""
@@ -64,4 +66,6 @@ def summary(report: dict[str, Any]) -> str:
     parts.append(f"{report['tokens']:,} tokens, {report['target_tokens']:,} carry loss")
     parts.append(f"length {lengths['p0']}/{lengths['p50']}/{lengths['p100']} (min/median/max)")
     parts.append(f"fill {report['fill']:.1%}" if "fill" in report else f"padding {report['padding']:.1%}")
+    if "saved_by_sharing" in report:
+        parts.append(f"{report['saved_by_sharing']:.1%} of the tokens saved by sharing prompts")
     return ", ".join(parts)

@@ -94,6 +94,8 @@ class Throughput(L.Callback):
             "train/padding": 1 - counts["tokens"] / max(1, counts["positions"]),
             "train/peak_memory_gb": peak_memory(pl_module.device) / 1e9,
         }
+        if "pairs" in counts:
+            metrics["train/pairs_per_second"] = counts["pairs"] / seconds
         if self._peak is not None and self._flops_per_token is not None:
             flops = counts["tokens"] * self._flops_per_token / seconds
             metrics["train/mfu"] = flops / (self._peak * trainer.world_size)

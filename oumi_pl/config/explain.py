@@ -198,6 +198,7 @@ def _wrong_value(message: str, path: list[str]) -> str:
     choices = [kind for kind in expected if kind.startswith("one of")]
     if choices:
         names = re.findall(r"'([^']+)'", " ".join(choices))
+        names += ["true", "false"] if any("bool" in kind for kind in expected) else []
         hint = nearest(given.strip("'\""), names) if len(names) > 1 else f"; the only one so far is {names[0]!r}"
         return f"{where}: {given} is not a valid value{hint}"
     if len(given) > 80:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from oumi_pl.attention import packed
 from oumi_pl.errors import UserError
 from oumi_pl.losses.causal import TokenLossOutput, token_loss_sum
-from oumi_pl.types import IGNORE_INDEX, Batch, TokenLoss
+from oumi_pl.types import IGNORE_INDEX, Batch, Inputs, TokenLoss
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -68,11 +68,11 @@ class CausalLM(nn.Module):
         """The module from hidden states to logits."""
         return self.base.get_output_embeddings()
 
-    def hidden_states(self, batch: Batch) -> tuple[Tensor, Tensor | None]:
+    def hidden_states(self, batch: Inputs) -> tuple[Tensor, Tensor | None]:
         """Last hidden states `[batch, seq, hidden]`, and the weighted router loss where the model has one."""
         coefficient = self._router_coefficient
         kwargs: dict[str, Any] = {"output_router_logits": True} if coefficient else {}
-        with packed(batch.get("document_lengths")):
+        with packed(batch.get("document_lengths"), batch.get("pair_lengths")):
             # no cache: it would make transformers ignore where packed documents begin
             output = self.base.base_model(
                 input_ids=batch["input_ids"],
@@ -91,7 +91,7 @@ class CausalLM(nn.Module):
             return 0.0
         return float(getattr(config, "router_aux_loss_coef", 0.0))
 
-    def _router_loss(self, router_logits: Any, batch: Batch) -> Tensor:
+    def _router_loss(self, router_logits: Any, batch: Inputs) -> Tensor:
         # each architecture's own balancing loss, from its own module
         balance = getattr(sys.modules[type(self.base).__module__], "load_balancing_loss_func", None)
         if balance is None:
@@ -113,7 +113,7 @@ class CausalLM(nn.Module):
         vocabulary = len(cast("Tensor", self.base.get_input_embeddings().weight))
         positions = torch.arange(PROBE_TOKENS, device=weight.device).unsqueeze(0)
         ids = positions % vocabulary
-        batch: Batch = {"input_ids": ids, "position_ids": positions, "labels": ids}
+        batch: Inputs = {"input_ids": ids, "position_ids": positions}
         modes = {module: module.training for module in self.modules()}
         self.eval()
         try:

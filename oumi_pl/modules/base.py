@@ -1,15 +1,15 @@
 """What is identical for all trainer types: the model, the optimizer, prediction, and what checkpoints hold."""
 
 from collections.abc import Sequence
-from typing import Any, Literal, cast
+from typing import Any, ClassVar, Literal, cast
 
 import torch
 from lightning.pytorch.cli import OptimizerCallable
+from torch import Tensor
 from torch.optim import AdamW, Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
 from oumi_pl import attention
-from oumi_pl.checkpoints import rng_state, set_rng_state
 from oumi_pl.errors import UserError
 from oumi_pl.generation import complete
 from oumi_pl.models.build import DType, build_model
@@ -17,12 +17,11 @@ from oumi_pl.models.causal_lm import CausalLM
 from oumi_pl.models.config import build_config
 from oumi_pl.models.lora import lora_config
 from oumi_pl.models.sharding import shard
-from oumi_pl.modules.update import UpdateModule
+from oumi_pl.modules.restorable import RestorableModule
 from oumi_pl.optim import Constant, Schedule, parameter_groups
-from oumi_pl.types import Batch
 
 
-class LanguageModule(UpdateModule):
+class LanguageModule(RestorableModule):
     """Trains a causal language model. Subclasses say what the loss of a batch is.
 
     Args:
@@ -42,8 +41,12 @@ class LanguageModule(UpdateModule):
         schedule: Learning rate over optimizer steps.
     """
 
+    wrapper: ClassVar[type[CausalLM]] = CausalLM
+    """What makes a loss, or what a loss is made of, from a batch."""
     validation_metrics: tuple[str, ...] = ()
     """What validation logs, if that is known beforehand: a misspelt `monitor` is then told before training."""
+    details: ClassVar[tuple[str, ...]] = ()
+    """Metrics that are logged, and not shown in the terminal after each validation."""
 
     def __init__(
         self,
@@ -90,14 +93,14 @@ class LanguageModule(UpdateModule):
         self.optimizer = optimizer
         self.schedule = schedule or Constant()
         self.model: CausalLM | None = None
-        # what Lightning checks before loading: frozen weights that can be loaded again are not in checkpoints
-        self.strict_loading = False
-        self.run_config = ""
-        """The recipe as YAML, kept in checkpoints so that one can be exported by itself."""
         self.generation_settings: dict[str, Any] = {}
         """Arguments of `complete` for `predict`."""
         self._hyperparameters: list[dict[str, Any]] = []
-        self._rng_to_restore: dict[str, Any] | None = None
+
+    @property
+    def keeps_trained_weights_only(self) -> bool:
+        """With adapters on a pretrained model, which is loaded again anyway."""
+        return self.lora is not None and self.model_name is not None
 
     # ---- model
 
@@ -109,7 +112,11 @@ class LanguageModule(UpdateModule):
         self.model = self.build(
             getattr(data, "tokenizer", None), getattr(data, "added_tokens", ()), getattr(data, "packing", False)
         )
+        self.on_model_built()
         shard(self.model, self)
+
+    def on_model_built(self) -> None:
+        """Called once, with the weights that training starts from: none are restored or sharded yet."""
 
     def build(self, tokenizer: Any, added_tokens: Sequence[int] = (), packing: bool = False) -> CausalLM:
         """The model that the arguments describe, for a tokenizer; no trainer is needed."""
@@ -129,7 +136,7 @@ class LanguageModule(UpdateModule):
         )
         if self.compile_layers:
             hf.base_model.compile()
-        return CausalLM(hf)
+        return self.wrapper(hf)
 
     @property
     def causal_lm(self) -> CausalLM:
@@ -142,6 +149,14 @@ class LanguageModule(UpdateModule):
         if self._is_sharded:
             return  # sharded weights: the parts alone can't be run
         self.causal_lm.refuse_unknown_logits()
+        self.refuse_inexact_packing()
+
+    def refuse_inexact_packing(self) -> None:
+        """Refuses a model that lets packed documents see each other.
+
+        Raises:
+            UserError: if it does, and documents are packed.
+        """
         if getattr(getattr(self.trainer, "datamodule", None), "packing", False):
             attention.refuse_unless_isolating(self.causal_lm.base)
 
@@ -197,6 +212,15 @@ class LanguageModule(UpdateModule):
                 if parameter.requires_grad and parameter.dtype in (torch.bfloat16, torch.float16):
                     parameter.data = parameter.data.float()
 
+    # ---- evaluation
+
+    def log_evaluation(self, prefix: str, metrics: dict[str, Tensor]) -> None:
+        """Logs what a pass through held-out data found: `val/loss`, …"""
+        logged = {f"{prefix}/{name}": value.float() for name, value in metrics.items()}
+        if self.trainer.state.fn == "fit":  # where `metrics.csv` puts it
+            logged["step"] = torch.tensor(float(self.global_step))
+        self.log_dict(logged)
+
     # ---- predict
 
     def predict_step(self, batch: dict[str, Any], batch_idx: int) -> list[dict[str, Any]]:
@@ -209,90 +233,9 @@ class LanguageModule(UpdateModule):
         columns = zip(batch["rows"], prompts, texts, batch["references"], strict=True)
         return [dict(zip(("row", "prompt", "completion", "reference"), line, strict=True)) for line in columns]
 
-    # ---- checkpoints
-
-    def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:  # type: ignore[override]
-        """Weights; without those that are frozen and come from a pretrained model, which is loaded again anyway."""
-        state = super().state_dict(*args, **kwargs)
-        if self.lora is None or self.model_name is None:
-            return state
-        trainable = {name for name, p in self.named_parameters() if p.requires_grad}
-        return {name: value for name, value in state.items() if name in trainable}
-
-    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Adds what Lightning leaves out: the generators of every rank, and the tokens seen."""
-        states: list[Any] = [None] * self.trainer.world_size
-        if self.trainer.world_size > 1:
-            torch.distributed.all_gather_object(states, rng_state())
-        else:
-            states = [rng_state()]
-        checkpoint["rng"] = states
-        checkpoint["tokens_seen"] = dict(self.tokens_seen)
-        checkpoint["micro_batches"] = self.trainer.accumulate_grad_batches
-        checkpoint["config"] = self.run_config
-        metrics = self.trainer.callback_metrics
-        checkpoint["metrics"] = {k: float(v) for k, v in metrics.items() if k.startswith(("train/", "val/"))}
-
-    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Takes up what `on_save_checkpoint` added.
-
-        Raises:
-            UserError: if the checkpoint is of another model, or can't be trained on from.
-        """
-        self._refuse_other_weights(checkpoint.get("state_dict", {}))
-        if self._trainer is None or self.trainer.state.fn != "fit":
-            return
-        if "optimizer_states" not in checkpoint and "loops" in checkpoint and not self._is_sharded:
-            raise UserError("this checkpoint holds weights only (a best.ckpt): resume from a step-*.ckpt")
-        self.tokens_seen = checkpoint["tokens_seen"]
-        states = checkpoint["rng"]
-        # with more ranks than before, the new ones keep the generators they were seeded with
-        self._rng_to_restore = states[self.global_rank] if self.global_rank < len(states) else None
-        _recount(checkpoint["loops"], checkpoint["micro_batches"], self.trainer.accumulate_grad_batches)
-
-    def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:
-        """Restores the generators at the last moment: whatever ran in between may have drawn from them."""
-        if self._rng_to_restore is not None:
-            set_rng_state(self._rng_to_restore)
-            self._rng_to_restore = None
-
-    def load_weights(self, saved_state: dict[str, Any]) -> None:
-        """Loads the weights of a checkpoint into the model that was built.
-
-        Raises:
-            UserError: if they are of another model.
-        """
-        self._refuse_other_weights(saved_state)
-        self.load_state_dict(saved_state, strict=False)
-
-    @property
-    def _is_sharded(self) -> bool:
-        return any(hasattr(p, "full_tensor") for p in self.parameters())
-
-    def _refuse_other_weights(self, saved_state: dict[str, Any]) -> None:
-        own = {name: tuple(value.shape) for name, value in self.state_dict().items()}
-        saved = {name: tuple(value.shape) for name, value in saved_state.items()}
-        wrong = sorted(name for name in own.keys() | saved.keys() if own.get(name) != saved.get(name))
-        if wrong and saved:
-            name = wrong[0]
-            raise UserError(
-                f"the checkpoint is of another model: {len(wrong)} weights differ in name or shape, first {name} "
-                f"(here {own.get(name, 'absent')}, checkpoint {saved.get(name, 'absent')})"
-            )
-
 
 def _made(optimizer: OptimizerCallable, parameters: Any) -> Optimizer:
     try:
         return optimizer(parameters)
     except (ValueError, TypeError) as error:
         raise UserError(f"model.optimizer: {error}") from error
-
-
-def _recount(loops: dict[str, Any], before: int, now: int) -> None:
-    """Converts Lightning's count of micro-batches to another accumulation of the same updates."""
-    progress = loops["fit_loop"]["epoch_loop.batch_progress"]
-    for span in ("total", "current"):
-        for name in ("ready", "started", "processed", "completed"):
-            # `ready` may be one update ahead of `completed` by a single micro-batch, which is not a multiple
-            whole, rest = divmod(progress[span][name], before)
-            progress[span][name] = whole * now if not rest else (whole + 1) * now - (before - rest)

@@ -1,13 +1,12 @@
 """Supervised fine-tuning: the next-token loss on the tokens that the data mark."""
 
-from typing import Any
+from typing import Any, cast
 
-import torch
 from torch import Tensor, nn
-from torchmetrics import SumMetric
 
 from oumi_pl.losses.causal import CrossEntropy, TokenLossOutput
 from oumi_pl.modules.base import LanguageModule
+from oumi_pl.modules.sums import Sums
 from oumi_pl.modules.update import LOSS_SCALE
 from oumi_pl.types import Batch, TokenLoss
 
@@ -34,17 +33,13 @@ class SFT(LanguageModule):
     ) -> None:
         super().__init__(model, config, **kwargs)
         self.loss = loss or CrossEntropy()
-        self.evaluation = nn.ModuleDict()
-        for stage in ("validate", "test"):
-            # float64 sums: a mean over millions of tokens must not depend on the order they came in
-            self.evaluation[stage] = nn.ModuleDict(
-                {name: SumMetric().set_dtype(torch.float64) for name in ("loss", "nll", "targets", "correct")}
-            )
+        self.evaluation = nn.ModuleDict({s: Sums("loss", "nll", "targets", "correct") for s in ("validate", "test")})
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """Sum of the micro-batch's token losses, over a constant: the update's end divides by the true count."""
         out: TokenLossOutput = self.causal_lm(batch, self.loss)
-        self.add_to_update(batch, loss=out.loss_sum, targets=out.target_tokens, correct=out.correct)
+        sums = {"loss": out.loss_sum, "targets": out.target_tokens, "correct": out.correct}
+        self.add_to_update(batch, batch.get("sample_ids"), **sums)
         return out.loss_sum / LOSS_SCALE
 
     def update_metrics(self, sums: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -71,11 +66,8 @@ class SFT(LanguageModule):
     def _evaluate(self, stage: str, batch: Batch) -> None:
         out: TokenLossOutput = self.causal_lm(batch, self.loss)
         plain: TokenLossOutput = out if self._loss_is_nll else self.causal_lm(batch, CrossEntropy())
-        metrics: Any = self.evaluation[stage]
-        for name, value in {"loss": out.loss_sum, "nll": plain.loss_sum}.items():
-            metrics[name].update(value)
-        metrics["targets"].update(out.target_tokens)
-        metrics["correct"].update(out.correct)
+        sums = {"loss": out.loss_sum, "nll": plain.loss_sum, "targets": out.target_tokens, "correct": out.correct}
+        cast("Sums", self.evaluation[stage]).add(sums)
 
     @property
     def _loss_is_nll(self) -> bool:
@@ -83,17 +75,14 @@ class SFT(LanguageModule):
         return type(loss) is CrossEntropy and loss.label_smoothing == loss.z_loss == 0
 
     def _log_evaluation(self, stage: str, prefix: str) -> None:
-        metrics: Any = self.evaluation[stage]
-        sums = {name: metric.compute() for name, metric in metrics.items()}
-        for metric in metrics.values():
-            metric.reset()
+        sums = cast("Sums", self.evaluation[stage]).take()
         per_token = {name: sums[name] / sums["targets"].clamp(min=1) for name in ("loss", "nll", "correct")}
-        logged = {
-            f"{prefix}/loss": per_token["loss"],
-            f"{prefix}/nll": per_token["nll"],
-            f"{prefix}/perplexity": per_token["nll"].exp(),
-            f"{prefix}/mean_token_accuracy": per_token["correct"],
-        }
-        if self.trainer.state.fn == "fit":  # where `metrics.csv` puts it
-            logged["step"] = torch.tensor(self.global_step)
-        self.log_dict({name: value.float() for name, value in logged.items()})
+        self.log_evaluation(
+            prefix,
+            {
+                "loss": per_token["loss"],
+                "nll": per_token["nll"],
+                "perplexity": per_token["nll"].exp(),
+                "mean_token_accuracy": per_token["correct"],
+            },
+        )

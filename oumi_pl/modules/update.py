@@ -7,7 +7,8 @@ ranks, the norm is taken and checked, the metrics are logged, gradients are clip
 """
 
 from abc import abstractmethod
-from typing import Any, cast
+from collections.abc import Sequence
+from typing import Any, ClassVar, cast
 
 import lightning as L
 import torch
@@ -15,7 +16,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from oumi_pl.errors import UserError
-from oumi_pl.types import Batch
+from oumi_pl.types import Inputs
 
 LOSS_SCALE = 1024.0
 """What each micro-batch's summed loss is divided by until the true count is known: any constant gives the same update;
@@ -25,6 +26,9 @@ a power of two near a micro-batch's token count rounds nothing and keeps float16
 class UpdateModule(L.LightningModule):
     """Normalises each update by its number of targets. Subclasses add up sums in `training_step`."""
 
+    normalised_by: ClassVar[str] = "targets"
+    """The sum that the gradient of an update is divided by: target tokens, or pairs of responses."""
+
     def __init__(self) -> None:
         super().__init__()
         self.last_update: dict[str, float] = {}
@@ -32,13 +36,18 @@ class UpdateModule(L.LightningModule):
         self.tokens_seen = {"tokens": 0, "targets": 0}
         self._sums: dict[str, Tensor] = {}
 
-    def add_to_update(self, batch: Batch, **sums: Tensor) -> None:
-        """Adds a micro-batch's sums to those of the update; `targets` is what the gradient is divided by."""
-        mask = batch.get("attention_mask")
-        tokens = torch.tensor(batch["input_ids"].numel()) if mask is None else mask.sum()
-        sums |= {"tokens": tokens, "positions": torch.tensor(batch["input_ids"].numel())}
-        if not batch.get("sample_ids", [0]):  # the stand-in of a rank that ran out of rows
-            sums |= {"tokens": torch.tensor(0), "positions": torch.tensor(0)}
+    def add_to_update(self, inputs: Inputs, sample_ids: Sequence[int] | None, **sums: Tensor) -> None:
+        """Adds a micro-batch's sums to those of the update.
+
+        Args:
+            inputs: What the model read.
+            sample_ids: Which examples these are; empty for the stand-in of a rank that ran out of rows.
+            sums: By name; `targets`, the tokens that carry loss, and `normalised_by` are needed.
+        """
+        mask = inputs.get("attention_mask")
+        positions = torch.tensor(inputs["input_ids"].numel() if sample_ids != [] else 0)
+        tokens = positions if mask is None or sample_ids == [] else mask.sum()
+        sums |= {"tokens": tokens, "positions": positions}
         for name, value in sums.items():
             total = value.detach().to(self.device, torch.float32 if self.device.type == "mps" else torch.float64)
             self._sums[name] = self._sums[name] + total if name in self._sums else total
@@ -53,7 +62,7 @@ class UpdateModule(L.LightningModule):
         metrics = self.update_metrics(sums)
         # Lightning has divided by the micro-batches, and the strategy has averaged over the ranks
         micro_batches, ranks = self.trainer.accumulate_grad_batches, self._data_parallel_ranks
-        scale = LOSS_SCALE * micro_batches * ranks / max(1.0, float(sums["targets"]))
+        scale = LOSS_SCALE * micro_batches * ranks / max(1.0, float(sums[self.normalised_by]))
         gradients = [p.grad for p in self.parameters() if p.grad is not None]
         torch._foreach_mul_(gradients, scale)
         norm = torch.nn.utils.get_total_norm(gradients)

@@ -320,7 +320,7 @@ WITH_BETA = [type(loss) for loss, _ in CASES.values() if hasattr(loss, "beta") a
 @pytest.mark.parametrize("beta", [-0.1, 0, math.nan, math.inf])
 def test_beta_is_positive(loss, beta):
     wanted = "finite" if beta == math.inf else "above 0"
-    with pytest.raises(UserError, match=f"^beta is {beta}, but has to be {wanted}$"):
+    with pytest.raises(UserError, match=f"^model.loss: beta is {beta}, but has to be {wanted}$"):
         loss(beta=beta)
 
 
@@ -348,5 +348,5 @@ def test_beta_is_positive(loss, beta):
     ],
 )
 def test_mistakes(make, message):
-    with pytest.raises(UserError, match=f"^{message}"):
+    with pytest.raises(UserError, match=f"^model.loss: {message}"):
         make()

@@ -12,7 +12,27 @@ from oumi_pl.data.tokenizers import ByteTokenizer
 from tests.tiny import LLAMA, conversations, write_jsonl
 
 ALPACA = [{"instruction": f"Say {i}.", "input": "", "output": "x" * (i + 1)} for i in range(40)]
+ULTRAFEEDBACK = [
+    {
+        "prompt": f"Say {i}.",
+        "chosen": [{"role": "user", "content": f"Say {i}."}, {"role": "assistant", "content": f"{i}!"}],
+        "rejected": [{"role": "user", "content": f"Say {i}."}, {"role": "assistant", "content": f"{i}?"}],
+        "score_chosen": 8.0,
+        "score_rejected": 2.5,
+    }
+    for i in range(40)
+]
+HH = [
+    {"chosen": f"\n\nHuman: Say {i}.\n\nAssistant: {i}!", "rejected": f"\n\nHuman: Say {i}.\n\nAssistant: No."}
+    for i in range(40)
+]
 RECIPES = recipe_files.names()
+
+
+def rows_like(source):
+    """Rows of the shape that a hub data set has."""
+    shapes = {"alpaca": ALPACA, "ultrafeedback": ULTRAFEEDBACK, "hh-rlhf": HH}
+    return next((rows for name, rows in shapes.items() if name in str(source)), None) or conversations(40)
 
 
 @pytest.fixture(scope="module")
@@ -26,7 +46,7 @@ def tiny_model(tmp_path_factory):
 
 
 def test_there_are_recipes():
-    assert {"quickstart/sft", "sft/gsm8k_small"} <= set(RECIPES)
+    assert {"quickstart/sft", "quickstart/dpo", "sft/gsm8k_small", "dpo/hh_small"} <= set(RECIPES)
 
 
 @pytest.mark.parametrize("name", RECIPES)
@@ -52,7 +72,7 @@ def test_a_recipe_runs_two_steps(name, tiny_model, tmp_path, monkeypatch):
     if isinstance(data.get("tokenizer"), str):
         args.append(f"--data.tokenizer={tiny_model}")
     if not str(data["train"]).startswith("bundled/"):
-        write_jsonl(tmp_path / "rows.jsonl", ALPACA if "alpaca" in str(data["train"]) else conversations(40))
+        write_jsonl(tmp_path / "rows.jsonl", rows_like(data["train"]))
         args += ["--data.train=rows.jsonl", "--data.validation=0.2", "--data.batch_size=2", "--data.max_length=256"]
     assert main(["fit", "--config", name, *args]) == 0
     run = tmp_path / "runs" / name.replace("/", "-")

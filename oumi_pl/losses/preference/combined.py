@@ -33,7 +33,7 @@ class WeightedSum(PreferenceLoss, nn.Module):
         super().__init__()
         if not losses or len(losses) != len(weights):
             raise UserError(
-                f"losses has {len(losses)} entries and weights {len(weights)}, but one weight goes with each"
+                f"model.loss: losses has {len(losses)} entries and weights {len(weights)}, but each loss has its weight"
             )
         for index, weight in enumerate(weights):
             zero_or_more(f"weights[{index}]", weight)

@@ -12,7 +12,7 @@ def require(holds: bool, name: str, value: float, wanted: str) -> None:
         UserError: it does not hold; `wanted` ends the sentence "but has to be".
     """
     if not holds:
-        raise UserError(f"{name} is {value}, but has to be {wanted}")
+        raise UserError(f"model.loss: {name} is {value}, but has to be {wanted}")
 
 
 def above_zero(name: str, value: float) -> None:

@@ -1,0 +1,72 @@
+"""`model: recipe:NAME`: go on from the model that another recipe trains, and train that first if need be."""
+
+import os
+import subprocess
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from oumi_pl import runs
+from oumi_pl.config import files as recipe_files
+from oumi_pl.errors import UserError
+
+PREFIX = "recipe:"
+OPTIONS = ("--model.init_args.model", "--model.model")
+
+
+def with_model(args: list[str], tree: Mapping[str, Any]) -> list[str]:
+    """The command line with the folder of the trained model in place of `recipe:NAME`.
+
+    Args:
+        args: What was typed.
+        tree: The recipe.
+
+    Raises:
+        UserError: there is no such recipe, or its run did not finish.
+    """
+    name = _typed(args)
+    if name is None:
+        model = tree.get("model")
+        arguments = model.get("init_args") if isinstance(model, Mapping) else None
+        name = arguments.get("model") if isinstance(arguments, Mapping) else None
+    if not isinstance(name, str) or not name.startswith(PREFIX):
+        return args
+    root = Path(str(_value("--runs_dir", args) or tree.get("runs_dir") or "runs")).expanduser()
+    return [*args, f"{OPTIONS[0]}={trained(name.removeprefix(PREFIX), root)}"]
+
+
+def trained(recipe: str, root: Path) -> Path:
+    """The model of the newest finished run of a recipe in `root`; the recipe is run if there is none.
+
+    Raises:
+        UserError: there is no such recipe, or its run did not finish.
+    """
+    name = recipe_files.recipe_name(recipe_files.find(recipe))
+    if found := runs.last_model(root, name):
+        print(f"model: {found}")
+        return found
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise UserError(f"model: recipe:{recipe} has no finished run in {root}; train it first, on its own")
+    command = [sys.executable, "-m", "oumi_pl", "fit", "--config", recipe, "--runs_dir", str(root)]
+    print(f"model: recipe:{recipe} has no finished run in {root}, so it is trained first", flush=True)
+    status = subprocess.run(command, check=False).returncode
+    found = runs.last_model(root, name)
+    if status or found is None:
+        raise UserError(f"model: the run of recipe:{recipe} did not finish; run it by itself: fit --config {recipe}")
+    return found
+
+
+def _typed(args: list[str]) -> str | None:
+    values = [value for option in OPTIONS if (value := _value(option, args)) is not None]
+    return values[-1] if values else None
+
+
+def _value(option: str, args: list[str]) -> str | None:
+    """The last value that an option has on the command line."""
+    value = None
+    for i, arg in enumerate(args):
+        flag, equals, attached = arg.partition("=")
+        if flag == option:
+            value = attached if equals else "".join(args[i + 1 : i + 2])
+    return value

@@ -1,0 +1,68 @@
+"""What tells weights apart: a hash of all of them, for caches of what a model computed."""
+
+import hashlib
+import json
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from oumi_pl.hub import locate
+from oumi_pl.models.config import loaded
+
+_CHUNK = 1 << 24
+
+
+def weights_fingerprint(model: nn.Module) -> str:
+    """Hash of a model's parameters and buffers by name, dtype, shape and bytes: 32 hex digits."""
+    entries = sorted(model.state_dict().items())
+    with ThreadPoolExecutor() as pool:  # hashing lets other threads run
+        parts = list(pool.map(_tensor_digest, (value for _, value in entries)))
+    digest = hashlib.blake2b(digest_size=16)
+    for (name, _), part in zip(entries, parts, strict=True):
+        digest.update(name.encode() + b"\0" + part)
+    return digest.hexdigest()
+
+
+def model_fingerprint(name: str, key: str) -> str:
+    """What tells a model on disk or on the hub from others, without loading it: contents, or the hub's commit.
+
+    Args:
+        name: Path of a folder (of a model, or of an adapter), or id on the hub.
+        key: Where the recipe says so, for messages.
+
+    Raises:
+        UserError: it can't be found.
+    """
+    place = locate(name, key)
+    folder = Path(place)
+    if not folder.is_dir():
+        from transformers import AutoConfig
+
+        return f"{place}@{loaded(AutoConfig.from_pretrained, place)._commit_hash}"
+    found = _folder_digest(folder)
+    adapter = folder / "adapter_config.json"
+    if adapter.is_file() and not (folder / "config.json").is_file():
+        base = json.loads(adapter.read_text()).get("base_model_name_or_path")
+        found += f" on {model_fingerprint(str(base), key)}"
+    return found
+
+
+def _folder_digest(folder: Path) -> str:
+    digest = hashlib.blake2b(digest_size=16)
+    for file in sorted(folder.glob("*")):
+        if file.suffix in (".safetensors", ".py") or file.name in ("config.json", "adapter_config.json"):
+            digest.update(file.name.encode() + b"\0")
+            with file.open("rb") as content:
+                while block := content.read(_CHUNK):
+                    digest.update(block)
+    return digest.hexdigest()
+
+
+def _tensor_digest(value: Tensor) -> bytes:
+    digest = hashlib.blake2b(f"{value.dtype} {list(value.shape)}".encode(), digest_size=16)
+    flat = value.detach().cpu().contiguous().view(-1)
+    if flat.numel():
+        digest.update(flat.view(torch.uint8).numpy().data)
+    return digest.digest()

@@ -1,0 +1,105 @@
+"""What a checkpoint holds besides what Lightning puts into it, and how a run goes on from one."""
+
+from typing import Any
+
+import torch
+
+from oumi_pl.checkpoints import rng_state, set_rng_state
+from oumi_pl.errors import UserError
+from oumi_pl.modules.update import UpdateModule
+
+
+class RestorableModule(UpdateModule):
+    """Saves and restores what an exact resume needs, and refuses the checkpoint of another model."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        # what Lightning checks before loading: frozen weights that can be loaded again are not in checkpoints
+        self.strict_loading = False
+        self.run_config = ""
+        """The recipe as YAML, kept in checkpoints so that one can be exported by itself."""
+        self._rng_to_restore: dict[str, Any] | None = None
+
+    @property
+    def keeps_trained_weights_only(self) -> bool:
+        """Whether frozen weights are left out of checkpoints, since they can be loaded again."""
+        return False
+
+    def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:  # type: ignore[override]
+        """Weights; without those that are frozen and come from a pretrained model, which is loaded again anyway."""
+        state = super().state_dict(*args, **kwargs)
+        if not self.keeps_trained_weights_only:
+            return state
+        trainable = {name for name, p in self.named_parameters() if p.requires_grad}
+        return {name: value for name, value in state.items() if name in trainable}
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Adds what Lightning leaves out: the generators of every rank, and the tokens seen."""
+        states: list[Any] = [None] * self.trainer.world_size
+        if self.trainer.world_size > 1:
+            torch.distributed.all_gather_object(states, rng_state())
+        else:
+            states = [rng_state()]
+        checkpoint["rng"] = states
+        checkpoint["tokens_seen"] = dict(self.tokens_seen)
+        checkpoint["micro_batches"] = self.trainer.accumulate_grad_batches
+        checkpoint["config"] = self.run_config
+        metrics = self.trainer.callback_metrics
+        checkpoint["metrics"] = {k: float(v) for k, v in metrics.items() if k.startswith(("train/", "val/"))}
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Takes up what `on_save_checkpoint` added.
+
+        Raises:
+            UserError: if the checkpoint is of another model, or can't be trained on from.
+        """
+        self._refuse_other_weights(checkpoint.get("state_dict", {}))
+        if self._trainer is None or self.trainer.state.fn != "fit":
+            return
+        if "optimizer_states" not in checkpoint and "loops" in checkpoint and not self._is_sharded:
+            raise UserError("this checkpoint holds weights only (a best.ckpt): resume from a step-*.ckpt")
+        self.tokens_seen = checkpoint["tokens_seen"]
+        states = checkpoint["rng"]
+        # with more ranks than before, the new ones keep the generators they were seeded with
+        self._rng_to_restore = states[self.global_rank] if self.global_rank < len(states) else None
+        _recount(checkpoint["loops"], checkpoint["micro_batches"], self.trainer.accumulate_grad_batches)
+
+    def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
+        """Restores the generators at the last moment: whatever ran in between may have drawn from them."""
+        if self._rng_to_restore is not None:
+            set_rng_state(self._rng_to_restore)
+            self._rng_to_restore = None
+
+    def load_weights(self, saved_state: dict[str, Any]) -> None:
+        """Loads the weights of a checkpoint into the model that was built.
+
+        Raises:
+            UserError: if they are of another model.
+        """
+        self._refuse_other_weights(saved_state)
+        self.load_state_dict(saved_state, strict=False)
+
+    @property
+    def _is_sharded(self) -> bool:
+        return any(hasattr(p, "full_tensor") for p in self.parameters())
+
+    def _refuse_other_weights(self, saved_state: dict[str, Any]) -> None:
+        own = {name: tuple(value.shape) for name, value in self.state_dict().items()}
+        saved = {name: tuple(value.shape) for name, value in saved_state.items()}
+        wrong = sorted(name for name in own.keys() | saved.keys() if own.get(name) != saved.get(name))
+        if wrong and saved:
+            name = wrong[0]
+            raise UserError(
+                f"the checkpoint is of another model: {len(wrong)} weights differ in name or shape, first {name} "
+                f"(here {own.get(name, 'absent')}, checkpoint {saved.get(name, 'absent')})"
+            )
+
+
+def _recount(loops: dict[str, Any], before: int, now: int) -> None:
+    """Converts Lightning's count of micro-batches to another accumulation of the same updates."""
+    progress = loops["fit_loop"]["epoch_loop.batch_progress"]
+    for span in ("total", "current"):
+        for name in ("ready", "started", "processed", "completed"):
+            # `ready` may be one update ahead of `completed` by a single micro-batch, which is not a multiple
+            whole, rest = divmod(progress[span][name], before)
+            progress[span][name] = whole * now if not rest else (whole + 1) * now - (before - rest)
