@@ -168,5 +168,3 @@ def test_a_recipe_that_fails_ends_in_a_message(cli, monkeypatch):
     monkeypatch.setattr("subprocess.run", lambda *_, **__: type("Failed", (), {"returncode": 2}))
     message = cli.fails(*FIT, "--model.model", "recipe:quickstart/sft")
     assert "the run of recipe:quickstart/sft did not finish" in message
-        *FIT, "--model.model", "recipe:quickstart/sft"
-    )

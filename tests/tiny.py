@@ -7,8 +7,10 @@ from pathlib import Path
 import lightning as L
 import torch
 
+from oumi_pl.data.dpo import DPOData
 from oumi_pl.data.sft import SFTData
 from oumi_pl.data.tokenizers import ByteTokenizer
+from oumi_pl.modules.dpo import DPO
 from oumi_pl.modules.sft import SFT
 
 LLAMA = {
@@ -37,6 +39,15 @@ def conversations(n, seed=0, longest=12):
     ]
 
 
+def pairs(n, seed=0, longest=12):
+    """Rows of two responses to one prompt, all of ragged length."""
+    made, rows = conversations(2 * n, seed, longest), []
+    for a, b in zip(made[::2], made[1::2], strict=True):
+        (prompt, chosen), (_, rejected) = a["messages"], b["messages"]
+        rows.append({"prompt": [prompt], "chosen": [chosen], "rejected": [rejected]})
+    return rows
+
+
 def write_jsonl(path: Path, rows) -> str:
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     return str(path)
@@ -51,6 +62,19 @@ def data(path: Path, n=16, seed=0, **kwargs) -> SFTData:
 
 def module(optimizer=None, config=None, **kwargs) -> SFT:
     return SFT(config=LLAMA | (config or {}), optimizer=optimizer or sgd, **kwargs)
+
+
+def dpo_data(path: Path, n=16, seed=0, **kwargs) -> DPOData:
+    file = path / f"pairs-{n}-{seed}.jsonl"
+    if not file.exists():
+        write_jsonl(file, pairs(n, seed))
+    return DPOData(str(file), **({"tokenizer": ByteTokenizer(), "max_length": 256, "seed": 0} | kwargs))
+
+
+def dpo(model=None, optimizer=None, config=None, **kwargs) -> DPO:
+    """A DPO module; from random weights unless it names a model."""
+    config = LLAMA | (config or {}) if model is None else config
+    return DPO(model, config, optimizer=optimizer or sgd, **kwargs)
 
 
 def sgd(params):

@@ -184,9 +184,12 @@ def _with_adapter_merged(hf: "PreTrainedModel", adapter: str) -> "PreTrainedMode
     from peft import PeftModel
 
     try:
-        return PeftModel.from_pretrained(hf, adapter).merge_and_unload()
+        merged = PeftModel.from_pretrained(hf, adapter).merge_and_unload()
     except (ValueError, RuntimeError, IndexError) as error:
         raise UserError(f"model: the adapter in {adapter} does not fit its base model: {reason(error)}") from error
+    for parameter in merged.parameters():  # PEFT froze the base
+        parameter.requires_grad_(parameter.is_floating_point())
+    return merged
 
 
 @torch.no_grad()

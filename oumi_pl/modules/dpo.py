@@ -107,9 +107,8 @@ class DPO(LanguageModule):
 
     def refuse_inexact_packing(self) -> None:
         """Looks again at what the attention does, now that the model is on its device."""
-        if self.device.type == "cpu":
-            return
-        self.policy.layout, self.policy.layout_reason = choose_layout(self.policy, self.policy.layout is shared)
+        if self.device.type != "cpu" and self.policy.layout is shared:
+            self.policy.layout, self.policy.layout_reason = choose_layout(self.policy)
 
     def on_fit_start(self) -> None:
         """Makes the reference ready."""
@@ -130,8 +129,9 @@ class DPO(LanguageModule):
         self._open_reference()
 
     def _open_reference(self) -> None:
-        if self.reference.opened is None:
-            self.reference.open(SPLIT[str(cast("Any", self.trainer.state.fn).value)])
+        splits = SPLIT[str(cast("Any", self.trainer.state.fn).value)]
+        if not self.reference.covers(splits):
+            self.reference.open(splits)
             self.notes = [self.reference.description, self._layout_note()]
 
     def _layout_note(self) -> str:
@@ -161,7 +161,9 @@ class DPO(LanguageModule):
         assert self.reference.opened is not None
         reference = self.reference.opened.logps(batch, split)
         pairs = Pairs(out.logps, reference.float(), batch["branches"], len(batch["pair_lengths"]), batch["margins"])
-        return pairs, self.loss(pairs), out
+        # a stand-in is no pair: a loss that keeps a running mean must not see it
+        losses = self.loss(pairs) if batch["sample_ids"] else pairs.logps.new_zeros(pairs.count)
+        return pairs, losses, out
 
     @torch.no_grad()
     def _measure(self, pairs: Pairs, losses: Tensor, batch: PreferenceBatch) -> dict[str, Tensor]:
@@ -192,6 +194,8 @@ class DPO(LanguageModule):
     def update_metrics(self, sums: dict[str, Tensor]) -> dict[str, Tensor]:
         """Means over the pairs of the update, and the KL estimate per token."""
         means = {name: sums[name] / sums["pairs"].clamp(min=1) for name in PER_PAIR}
+        if self.reference.kind == "none":
+            return means
         return means | {"kl": sums["kl"] / sums["targets"].clamp(min=1)}
 
     def optimizer_step(self, *args: Any, **kwargs: Any) -> None:

@@ -98,8 +98,19 @@ class ReferenceSetup:
         if self.kind == "online" or self._is_policy_on_disk:
             self._fingerprint = weights_fingerprint(model)
 
+    def covers(self, splits: tuple[str, ...]) -> bool:
+        """Whether the reference is ready for the pairs of these splits, as far as there are any."""
+        if not isinstance(self.opened, Precomputed):
+            return self.opened is not None
+        data: Any = self.module.trainer.datamodule  # type: ignore[attr-defined]
+        return all(split in self.opened.stores or data.sources[split] is None for split in splits)
+
     def open(self, splits: tuple[str, ...]) -> None:
-        """Makes the reference ready for the pairs of these splits, computing what the cache lacks."""
+        """Makes the reference ready for the pairs of these splits, computing what the cache lacks.
+
+        Raises:
+            UserError: log-probabilities of the initial model are missing, and it has been trained since.
+        """
         if self.kind == "none":
             self.opened, self.description = NoReference(), f"no reference: {type(self.module.loss).__name__} needs none"
         elif self.kind == "adapters":
@@ -128,10 +139,15 @@ class ReferenceSetup:
         stores = {split: data.reference_logps(split, parts) for split in splits if data.sources[split] is not None}
         missing = trainer.strategy.broadcast(any(store.missing() for store in stores.values()))
         if missing:
+            if self.opened is not None and self._is_policy_on_disk and self.module.tokens_seen["tokens"]:
+                raise UserError(
+                    f"the reference of {', '.join(stores)} can't be computed: the initial model has been trained "
+                    "since; use a new module, and the checkpoint as ckpt_path"
+                )
             model = self._model()
             for split, store in stores.items():
                 precompute(trainer, model, split, store)
-        self.opened = Precomputed(stores)
+        self.opened = Precomputed((self.opened.stores if isinstance(self.opened, Precomputed) else {}) | stores)
         of = "the initial model" if self.name == "initial" else self.name
         self.description = f"reference: {of}, {'computed before training' if missing else 'from the cache'}"
 

@@ -17,6 +17,8 @@ class Sums(nn.Module):
     def add(self, sums: dict[str, Tensor]) -> None:
         """Adds a batch."""
         for name, metric in self.metrics.items():
+            if metric.sum_value.is_inference() and not torch.is_inference_mode_enabled():
+                metric.reset()  # left by `validate`; validation within `fit` may not write to it
             metric.update(sums[name])
 
     def take(self) -> dict[str, Tensor]:
