@@ -2,7 +2,7 @@
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from typing import Any
 
 from torch import nn
@@ -10,21 +10,26 @@ from torch import nn
 from oumi_pl.errors import UserError
 
 
-def parameter_groups(named: Iterable[tuple[str, nn.Parameter]]) -> list[dict[str, Any]]:
-    """Splits the trainable parameters into `decay` (matrices) and `no_decay` (biases, norms: one dimension or none).
+def parameter_groups(
+    named: Iterable[tuple[str, nn.Parameter]], embeddings: Collection[nn.Parameter] = ()
+) -> list[dict[str, Any]]:
+    """Splits the trainable parameters into `matrices`, `embeddings` and `no_decay` (biases, norms).
 
-    Decaying a norm's scale or a bias pulls it to zero without regularising anything.
+    Decaying a norm's scale or a bias pulls it to zero without regularising anything. Optimizers like Muon are for the
+    matrices between the layers, and not for the rows of a vocabulary.
+
+    Args:
+        named: The parameters with their names.
+        embeddings: Those of embeddings and of the head.
     """
-    decay: list[nn.Parameter] = []
-    no_decay: list[nn.Parameter] = []
+    rows = {id(parameter) for parameter in embeddings}
+    groups: dict[str, list[nn.Parameter]] = {"matrices": [], "embeddings": [], "no_decay": []}
     for _, parameter in named:
         if parameter.requires_grad:
-            (decay if parameter.ndim > 1 else no_decay).append(parameter)
-    groups: list[dict[str, Any]] = [
-        {"params": decay, "name": "decay"},
-        {"params": no_decay, "name": "no_decay", "weight_decay": 0.0},
-    ]
-    return [group for group in groups if group["params"]]
+            kind = "no_decay" if parameter.ndim < 2 else "embeddings" if id(parameter) in rows else "matrices"
+            groups[kind].append(parameter)
+    undecayed: dict[str, dict[str, Any]] = {"no_decay": {"weight_decay": 0.0}}
+    return [{"params": found, "name": name} | undecayed.get(name, {}) for name, found in groups.items() if found]
 
 
 def in_steps(value: int | float, total: int) -> int:

@@ -72,7 +72,7 @@ def test_only_matrices_decay():
     model = torch.nn.Sequential(torch.nn.Embedding(5, 4), torch.nn.Linear(4, 3), torch.nn.LayerNorm(3))
     model[0].weight.requires_grad_(False)
     groups = {g["name"]: g for g in parameter_groups(model.named_parameters())}
-    assert [p.shape for p in groups["decay"]["params"]] == [(3, 4)]
+    assert [p.shape for p in groups["matrices"]["params"]] == [(3, 4)]
     assert [p.shape for p in groups["no_decay"]["params"]] == [(3,), (3,), (3,)]
     assert groups["no_decay"]["weight_decay"] == 0.0
     optimizer = torch.optim.AdamW(list(groups.values()), lr=1.0, weight_decay=0.1)

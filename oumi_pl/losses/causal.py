@@ -3,7 +3,7 @@
 The logits of a batch, `[n, vocab]`, are by far its largest tensor. Nothing here holds more than a chunk of their rows:
 `token_loss_sum` computes the gradients of a chunk while its logits are at hand, so that the backward pass has only to
 scale them; `token_logps` serves losses that weigh each token by what the whole sequence did (DPO and its family), and
-computes the logits again in the backward pass.
+computes the logits again in the backward pass where it can't keep them.
 
 Shapes: `n` tokens that carry a loss (callers select them *before* the head), `hidden` the width of the model, `vocab`.
 """
@@ -18,7 +18,6 @@ from torch.utils.checkpoint import checkpoint
 
 from oumi_pl.errors import UserError
 from oumi_pl.losses.linear_head import (
-    LinearLogps,
     LinearTokenLoss,
     LossTask,
     Task,
@@ -31,6 +30,7 @@ from oumi_pl.losses.linear_head import (
     is_plain_linear,
     transformed,
 )
+from oumi_pl.losses.linear_logps import LinearLogps
 from oumi_pl.types import TokenLoss
 
 
@@ -137,7 +137,7 @@ def token_loss_sum(
     """
     _check(hidden, targets)
     if is_plain_linear(head, hidden):
-        task = LossTask(targets, transform, chunk_size, token_loss, torch.is_grad_enabled())
+        task = LossTask(targets, transform, chunk_size, torch.is_grad_enabled(), token_loss)
         loss_sum, correct = LinearTokenLoss.apply(hidden, head.weight, head.bias, task)
     else:
 
@@ -160,15 +160,17 @@ def token_logps(
 ) -> Tensor:
     """Computes the log-probability of each target, for losses that weigh tokens in a way known only afterwards.
 
-    The backward pass computes the logits again: four matrix products, where `token_loss_sum` needs three. Arguments,
-    dtypes, the case of `n = 0` and errors are as for `token_loss_sum`.
+    On a CPU the softmax of the first 128 MB of logits is kept for the backward pass; the rest is computed again, which
+    makes four matrix products where `token_loss_sum` needs three. Arguments, dtypes, the case of `n = 0` and errors are
+    as for `token_loss_sum`.
 
     Returns:
         `[n]`, float32 (float64 in a float64 model).
     """
     _check(hidden, targets)
     if is_plain_linear(head, hidden):
-        return LinearLogps.apply(hidden, head.weight, head.bias, Task(targets, transform, chunk_size))
+        task = Task(targets, transform, chunk_size, torch.is_grad_enabled())
+        return LinearLogps.apply(hidden, head.weight, head.bias, task)
 
     def of_chunk(states: Tensor, wanted: Tensor) -> tuple[Tensor, ...]:
         logits = transformed(head(states), transform)

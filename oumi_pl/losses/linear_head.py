@@ -65,6 +65,8 @@ class Task:
     """`[n]` int64."""
     transform: Transform | None
     chunk_size: int | None
+    with_gradients: bool
+    """Whether a backward pass will follow."""
 
 
 @dataclass(frozen=True)
@@ -72,13 +74,12 @@ class LossTask(Task):
     """A task that ends in a loss."""
 
     token_loss: TokenLoss
-    with_gradients: bool
 
 
 class LinearHead:
     """Hidden states and the head above them, both in the dtype that the products run in.
 
-    Call `logits` in order of the rows; each call overwrites what the last one returned.
+    Call `logits` in order of the rows; each call overwrites what the last one returned, unless that was kept.
     """
 
     def __init__(self, hidden: Tensor, weight: Tensor, bias: Tensor | None, dtype: torch.dtype | None = None) -> None:
@@ -104,6 +105,10 @@ class LinearHead:
         out = self._buffer[: len(states), : self.vocab]
         torch.mm(states, self.weight.t(), out=out)
         return out if self.bias is None else out.add_(self.bias)
+
+    def keep(self) -> None:
+        """Leaves what the last call returned to the caller: the next one makes a new buffer."""
+        self._buffer = None
 
 
 class HeadGradients:
@@ -175,52 +180,12 @@ class LinearTokenLoss(torch.autograd.Function):
     def backward(ctx: Any, upstream: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
         """Scales what the forward pass computed."""
         # In place unless the graph is kept for another pass: a second tensor of the weight's size would be the peak.
-        scale = Tensor.mul if _graph_is_kept() else Tensor.mul_
+        scale = Tensor.mul if graph_is_kept() else Tensor.mul_
         scaled = [
             None if gradient is None else scale(gradient, upstream).to(dtype)
             for gradient, dtype in zip(ctx.saved_tensors, ctx.dtypes, strict=True)
         ]
         return *scaled, None
-
-
-class LinearLogps(torch.autograd.Function):
-    """Log-probabilities under a linear head; the backward pass computes each chunk's logits again."""
-
-    @staticmethod
-    def forward(ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, task: Task) -> Tensor:
-        """Returns the log-probabilities of the targets, `[n]`."""
-        head, targets = LinearHead(hidden, weight, bias), task.targets
-        lse = torch.empty(len(hidden), dtype=full_precision(head.dtype), device=hidden.device)
-        logps = torch.empty_like(lse)
-        with torch.autocast(hidden.device.type, enabled=False):
-            for rows in chunks(len(hidden), head.vocab, hidden.device, task.chunk_size):
-                logits = transformed(head.logits(rows), task.transform)
-                lse[rows] = logits.logsumexp(-1)
-                logps[rows] = at_target(logits, targets[rows]) - lse[rows]
-        ctx.save_for_backward(hidden, weight, bias, lse)
-        ctx.task, ctx.dtype = task, head.dtype
-        return logps
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
-        """Computes the logits again and turns them into gradients, chunk by chunk."""
-        hidden, weight, bias, lse = ctx.saved_tensors
-        task: Task = ctx.task
-        head = LinearHead(hidden, weight, bias, ctx.dtype)
-        gradients = HeadGradients(head, ctx.needs_input_grad[:3])
-        with torch.autocast(hidden.device.type, enabled=False):
-            for rows in chunks(len(hidden), head.vocab, hidden.device, task.chunk_size):
-                leaf, logits = _leaf_and_logits(head.logits(rows), task.transform)
-                weights = upstream[rows].unsqueeze(-1)
-                # The gradient of a log-probability by the logits is one-hot - softmax.
-                shift = logits.detach().sub if task.transform else logits.sub_  # a transform may have saved its output
-                gradient = shift(lse[rows].unsqueeze(-1)).exp_().mul_(-weights)
-                gradient.scatter_add_(-1, task.targets[rows].unsqueeze(-1), weights)
-                gradients.add(rows, _to_leaf(leaf, logits, gradient))
-        inputs = (hidden, weight, bias)
-        cast = [g if g is None else g.to(t.dtype) for g, t in zip(gradients.tensors, inputs, strict=True)]
-        return *cast, None
 
 
 def transformed(logits: Tensor, transform: Transform | None) -> Tensor:
@@ -262,7 +227,7 @@ def _with_gradient(task: LossTask, logits: Tensor, targets: Tensor) -> tuple[Ten
         hits = is_largest(logits, targets)
         losses, gradient = quick(logits, targets)
         return losses, hits, gradient
-    leaf, last = _leaf_and_logits(logits, task.transform)
+    leaf, last = leaf_and_logits(logits, task.transform)
     hits = is_largest(last, targets)
     if quick:
         losses, gradient = quick(last.detach().clone(), targets)
@@ -271,7 +236,7 @@ def _with_gradient(task: LossTask, logits: Tensor, targets: Tensor) -> tuple[Ten
         with torch.enable_grad():
             losses = checked_losses(task.token_loss, inputs, targets)
         (gradient,) = torch.autograd.grad(losses, inputs, torch.ones_like(losses))
-    return losses.detach(), hits, _to_leaf(leaf, last, gradient)
+    return losses.detach(), hits, to_leaf(leaf, last, gradient)
 
 
 def _quick_method(token_loss: TokenLoss) -> Callable[[Tensor, Tensor], tuple[Tensor, Tensor]] | None:
@@ -284,7 +249,7 @@ def _quick_method(token_loss: TokenLoss) -> Callable[[Tensor, Tensor], tuple[Ten
     return None
 
 
-def _leaf_and_logits(logits: Tensor, transform: Transform | None) -> tuple[Tensor, Tensor]:
+def leaf_and_logits(logits: Tensor, transform: Transform | None) -> tuple[Tensor, Tensor]:
     """Returns logits in full precision and what `transform` makes of them, joined by a graph if there is one."""
     leaf = logits.to(full_precision(logits.dtype))
     if transform is None:
@@ -294,11 +259,12 @@ def _leaf_and_logits(logits: Tensor, transform: Transform | None) -> tuple[Tenso
         return leaf, transform(leaf)
 
 
-def _to_leaf(leaf: Tensor, last: Tensor, gradient: Tensor) -> Tensor:
+def to_leaf(leaf: Tensor, last: Tensor, gradient: Tensor) -> Tensor:
+    """Takes a gradient by the last logits back to the first."""
     return gradient if last is leaf else torch.autograd.grad(last, leaf, gradient)[0]
 
 
-def _graph_is_kept() -> bool:
+def graph_is_kept() -> bool:
     """Tells, within a backward pass, whether the caller retains the graph. True where this torch can't tell."""
     ask = getattr(torch._C._autograd, "_get_current_graph_task_keep_graph", None)
     return ask is None or bool(ask())

@@ -68,6 +68,12 @@ class CausalLM(nn.Module):
         """The module from hidden states to logits."""
         return self.base.get_output_embeddings()
 
+    @property
+    def vocabulary_weights(self) -> list[nn.Parameter]:
+        """Parameters with a row per token or position: embeddings, and the output head."""
+        layers = [m for m in self.base.modules() if isinstance(m, nn.Embedding)]
+        return [p for layer in (*layers, self.head) for p in layer.parameters()]
+
     def hidden_states(self, batch: Inputs) -> tuple[Tensor, Tensor | None]:
         """Last hidden states `[batch, seq, hidden]`, and the weighted router loss where the model has one."""
         coefficient = self._router_coefficient

@@ -6,7 +6,7 @@ from typing import Any, ClassVar, Literal, cast
 import torch
 from lightning.pytorch.cli import OptimizerCallable
 from torch import Tensor
-from torch.optim import AdamW, Optimizer
+from torch.optim import Adam, AdamW, Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
 from oumi_pl import attention
@@ -165,14 +165,26 @@ class LanguageModule(RestorableModule):
     def configure_optimizers(self) -> Any:
         """The optimizer over named groups, and its schedule in optimizer steps."""
         self._keep_adapters_in_float32()
-        groups = parameter_groups(self.named_parameters())
+        groups = parameter_groups(self.named_parameters(), self.causal_lm.vocabulary_weights)
         if not groups:
             raise UserError("model: no parameter is trainable; look at model.freeze and model.lora")
         optimizer = _made(self.optimizer, groups)
+        self._fuse(optimizer)
         self._hyperparameters = [{k: v for k, v in g.items() if k != "params"} for g in optimizer.param_groups]
         total = self.total_steps()
         schedule = LambdaLR(optimizer, lambda step: self.schedule(step, total))
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+    def _fuse(self, optimizer: Optimizer) -> None:
+        """Lets AdamW take its step in one pass over memory, unless the recipe says how it does.
+
+        Not in float16, where Lightning refuses to clip for an optimizer that unscales the gradients itself.
+        """
+        undecided = all(group.get("fused") is None and group.get("foreach") is None for group in optimizer.param_groups)
+        unscaled = getattr(self.trainer.precision_plugin, "scaler", None) is None
+        if isinstance(optimizer, AdamW | Adam) and undecided and unscaled and self.device.type in ("cpu", "cuda"):
+            for group in optimizer.param_groups:
+                group["fused"] = True
 
     def total_steps(self) -> int:
         """Optimizer steps of the whole run."""
@@ -202,7 +214,10 @@ class LanguageModule(RestorableModule):
         loop = self.trainer.fit_loop
         loader = self.trainer.train_dataloader
         if self.trainer.limit_train_batches == 1.0 and hasattr(loader, "position"):
-            loop.max_batches = len(cast("Any", loader))
+            try:
+                loop.max_batches = len(cast("Any", loader))
+            except TypeError:  # a stream whose end isn't known
+                return
             cast("Any", loop._combined_loader).limits = [loop.max_batches]
 
     def _keep_adapters_in_float32(self) -> None:

@@ -12,7 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from oumi_pl.errors import UserError
-from oumi_pl.losses import linear_head
+from oumi_pl.losses import linear_head, linear_logps
 from oumi_pl.losses.causal import CrossEntropy, _softmax, token_logps, token_loss_sum
 
 N, HIDDEN, VOCAB, CHUNK = 23, 12, 37, 5
@@ -127,6 +127,18 @@ def test_logps_equal_full_logits_under_any_weights(dtype, transform, wrap):
     assert_close([logps], [expected], TOLERANCE[dtype])
     inputs = hidden, *head.parameters()
     assert_close(gradients(logps @ weights, *inputs), gradients(expected @ weights, *inputs), TOLERANCE[dtype])
+
+
+@pytest.mark.parametrize("kept", [0.0, 1.5, 1e9], ids=["none", "the first chunk", "all"])
+def test_what_is_kept_for_the_backward_pass_changes_nothing(kept, monkeypatch):
+    monkeypatch.setitem(linear_logps.KEPT_ELEMENTS, "cpu", int(kept * CHUNK * VOCAB))
+    hidden, targets, head = make(bias=True)
+    inputs, weights = (hidden, *head.parameters()), torch.linspace(-1, 2, N, dtype=torch.float64)
+    logps = token_logps(hidden, targets, head, chunk_size=CHUNK)
+    wanted = gradients(-naive(hidden, targets, head, plain_cross_entropy)[0] @ weights, *inputs)
+    first = gradients(logps @ weights, *inputs, retain_graph=True)
+    for found in (first, gradients(logps @ weights, *inputs)):  # a graph that is kept can be gone through again
+        assert_close(found, wanted, TOLERANCE[torch.float64])
 
 
 @pytest.mark.parametrize("frozen", ["head", "hidden", "bias", "both"])

@@ -1,0 +1,87 @@
+"""Log-probabilities under a linear output head, for losses that weigh tokens in a way known only afterwards."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from oumi_pl.losses.linear_head import (
+    HeadGradients,
+    LinearHead,
+    Task,
+    at_target,
+    chunks,
+    full_precision,
+    graph_is_kept,
+    leaf_and_logits,
+    to_leaf,
+    transformed,
+)
+
+KEPT_ELEMENTS = {"cpu": 2**25}
+"""Entries of the softmax that are kept for the backward pass, per type of device; the rest is computed again. 128 MB of
+float32 on a CPU, where a matrix product costs more than the memory; none elsewhere."""
+
+
+class LinearLogps(torch.autograd.Function):
+    """Log-probabilities under a linear head; what the backward pass needs is kept within a budget, or made again."""
+
+    @staticmethod
+    def forward(ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, task: Task) -> Tensor:
+        """Returns the log-probabilities of the targets, `[n]`."""
+        head, targets = LinearHead(hidden, weight, bias), task.targets
+        lse = torch.empty(len(hidden), dtype=full_precision(head.dtype), device=hidden.device)
+        logps = torch.empty_like(lse)
+        # in place only where the logits are ours to overwrite, and of the precision that the sums have
+        in_place = task.transform is None and head.dtype == lse.dtype and hidden.device.type == "cpu"
+        budget = KEPT_ELEMENTS.get(hidden.device.type, 0) if in_place and task.with_gradients else 0
+        ctx.kept = {}
+        with torch.autocast(hidden.device.type, enabled=False):
+            for number, rows in enumerate(chunks(len(hidden), head.vocab, hidden.device, task.chunk_size)):
+                logits = transformed(head.logits(rows), task.transform)
+                target_logits = at_target(logits, targets[rows])
+                if in_place:
+                    lse[rows], total = _exponentials(logits)
+                    budget -= logits.numel()
+                    if budget >= 0:
+                        ctx.kept[number] = logits, total
+                        head.keep()
+                else:
+                    lse[rows] = logits.logsumexp(-1)
+                logps[rows] = target_logits - lse[rows]
+        ctx.save_for_backward(hidden, weight, bias, lse)
+        ctx.task, ctx.dtype = task, head.dtype
+        return logps
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
+        """Turns probabilities into gradients, chunk by chunk: those that were kept, or made anew of the logits."""
+        hidden, weight, bias, lse = ctx.saved_tensors
+        task: Task = ctx.task
+        head = LinearHead(hidden, weight, bias, ctx.dtype)
+        gradients = HeadGradients(head, ctx.needs_input_grad[:3])
+        with torch.autocast(hidden.device.type, enabled=False):
+            for number, rows in enumerate(chunks(len(hidden), head.vocab, hidden.device, task.chunk_size)):
+                # The gradient of a log-probability by the logits is one-hot - softmax.
+                weights, wanted = upstream[rows].unsqueeze(-1), task.targets[rows].unsqueeze(-1)
+                if number in ctx.kept:
+                    exponentials, total = ctx.kept[number] if graph_is_kept() else ctx.kept.pop(number)
+                    scale = exponentials.mul if graph_is_kept() else exponentials.mul_
+                    gradients.add(rows, scale(-weights / total).scatter_add_(-1, wanted, weights))
+                    continue
+                leaf, logits = leaf_and_logits(head.logits(rows), task.transform)
+                shift = logits.detach().sub if task.transform else logits.sub_  # a transform may have saved its output
+                gradient = shift(lse[rows].unsqueeze(-1)).exp_().mul_(-weights).scatter_add_(-1, wanted, weights)
+                gradients.add(rows, to_leaf(leaf, logits, gradient))
+        inputs = (hidden, weight, bias)
+        cast = [g if g is None else g.to(t.dtype) for g, t in zip(gradients.tensors, inputs, strict=True)]
+        return *cast, None
+
+
+def _exponentials(logits: Tensor) -> tuple[Tensor, Tensor]:
+    """Overwrites logits `[n, vocab]` with `exp(logits - max)`; returns logsumexp `[n]` and the sums `[n, 1]`."""
+    top = logits.amax(-1, keepdim=True)
+    total = logits.sub_(top).exp_().sum(-1, keepdim=True)
+    return (top + total.log()).squeeze(-1), total
