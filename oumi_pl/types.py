@@ -129,6 +129,8 @@ class Batch(Inputs):
 
     labels: torch.Tensor  # [batch, seq] int64, IGNORE_INDEX where no loss
     sample_ids: NotRequired[list[int]]  # which examples these are, in order
+    source: NotRequired[int]  # which source all rows of a held-out batch come from
+    text_bytes: NotRequired[int]  # bytes of UTF-8 text that the targets of a held-out batch stand for
 
 
 class PreferenceBatch(TypedDict):

@@ -1,28 +1,18 @@
-"""The DataModule that all trainer types share: sources to cached examples, the report, loaders that follow a plan."""
+"""The DataModule that all trainer types share: sources, tokenizer, how updates are cut, prompts, the position."""
 
 import os
 from abc import abstractmethod
-from collections.abc import Callable, Iterator, Sequence
-from functools import cached_property, partial
+from collections.abc import Iterator
+from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 import lightning as L
-import numpy as np
-from torch.utils.data import ConcatDataset, DataLoader
+from torch.utils.data import DataLoader
 
-from oumi_pl.data import report as reports
-from oumi_pl.data.cache import example_store, source_records
-from oumi_pl.data.collate import FetchedRow, flatten_rows, pad_rows
-from oumi_pl.data.formats import FORMATS, Formats
-from oumi_pl.data.loader import PlanLoader, eval_loader
-from oumi_pl.data.mixture import mixture_epoch
-from oumi_pl.data.plan import Layout, Plan, plan_epoch, plan_in_order
-from oumi_pl.data.sources import Source, as_sources, is_held_out
-from oumi_pl.data.store import ExampleStore
-from oumi_pl.data.tokenize import Dropped
-from oumi_pl.data.tokenizers import TokenizerFactory, load_tokenizer, tokenizer_fingerprint
+from oumi_pl.data.plan import Layout
+from oumi_pl.data.sources import Source
+from oumi_pl.data.tokenizers import TokenizerFactory, load_tokenizer
 from oumi_pl.errors import UserError
-from oumi_pl.types import Example, Record, Row
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -31,11 +21,11 @@ Sources = str | Source | list[str | Source]
 
 
 NEEDED = {"fit": ("train", "validation"), "validate": ("validation",), "test": ("test",)}
-"""Stage -> the splits that it reads as examples; `predict` reads prompts."""
+"""Stage -> the splits that it reads; `predict` reads prompts."""
 
 
 class TextData(L.LightningDataModule):
-    """Reads, tokenizes, caches, plans and loads text. Subclasses say how a record becomes an example.
+    """Reads and tokenizes text, and hands it out update by update. Subclasses say what becomes of a row.
 
     Args:
         train: Where the training rows come from: a hub id, a file, directory or glob, `bundled/NAME`, or a list of
@@ -44,15 +34,16 @@ class TextData(L.LightningDataModule):
         test: Source for `test`.
         predict: Source of prompts for `predict`; the test or validation rows when left out.
         tokenizer: Hub id or directory, or a class that makes one; the model's own when left out.
-        max_length: Longest example in tokens, and the size of a pack.
-        packing: Put several examples into one row, isolated from each other.
-        batch_size: Rows per micro-batch and device (packs, when packing).
+        max_length: Tokens of the longest row.
+        batch_size: Rows per micro-batch and device.
         eval_batch_size: The same for validation and test; `batch_size` when left out.
-        group_by_length: Without packing, put examples of similar length into the same update.
         workers: Loader processes per device.
         seed: Of the order; the run's `seed_everything` when left out.
         trust_remote_code: Let the tokenizer run code that came with it.
     """
+
+    packing: bool = False
+    """Whether rows hold several documents that must not see each other."""
 
     def __init__(
         self,
@@ -63,10 +54,8 @@ class TextData(L.LightningDataModule):
         *,
         tokenizer: str | TokenizerFactory | None = None,
         max_length: int = 1024,
-        packing: bool = False,
         batch_size: int = 8,
         eval_batch_size: int | None = None,
-        group_by_length: bool = True,
         workers: int = 0,
         seed: int | None = None,
         trust_remote_code: bool = False,
@@ -84,46 +73,41 @@ class TextData(L.LightningDataModule):
         self.sources = {"train": train, "validation": validation, "test": test, "predict": predict}
         self.tokenizer_spec = tokenizer
         self.max_length = max_length
-        self.packing = packing
         self.batch_size = batch_size
         self.eval_batch_size = eval_batch_size or batch_size
-        self.group_by_length = group_by_length
         self.workers = workers
         self.seed = seed
         self.trust_remote_code = trust_remote_code
         self.added_tokens: list[int] = []
-        self._stores: dict[str, list[ExampleStore]] = {}
-        self._train_loader: PlanLoader | None = None
-        self._position: dict[str, int] | None = None
+        self._train_loader: Any = None
+        self._position: dict[str, Any] | None = None
 
     # ---- what a subclass says
 
     @abstractmethod
-    def encode(self, records: Sequence[Record]) -> list[Example | Dropped]:
-        """Turns records into examples, or into the reason why not."""
+    def make(self, split: str) -> None:
+        """Makes what a split needs on the disk, or finds it there."""
 
     @abstractmethod
-    def encoding_key(self) -> list[Any]:
-        """What `encode` depends on besides tokenizer and `max_length`: part of the cache's key."""
+    def updates(self, epochs: int) -> int:
+        """Optimizer updates in so many epochs."""
+
+    @abstractmethod
+    def prompts(self, split: str) -> Iterator[tuple[list[int], str]]:
+        """Prompt ids of each row of a split, and what the row goes on with: what completions are sampled for."""
+
+    @abstractmethod
+    def report(self) -> dict[str, Any]:
+        """What became of the rows, per split."""
 
     def prepare_tokenizer(self, tokenizer: "PreTrainedTokenizerBase") -> list[int]:
         """Adapts the tokenizer (template, special tokens) and returns the ids that were added to its vocabulary."""
         return []
 
-    formats: Formats = FORMATS
-    """The formats that rows may have."""
-    prompt_formats: Formats = FORMATS
-    """The same for the rows of `predict`, of which only the prompt is read."""
-
     @property
-    def capacity(self) -> int | None:
-        """Tokens that a pack holds; None without packing."""
-        return self.max_length if self.packing else None
-
-    @property
-    def collate(self) -> Callable[[list[FetchedRow]], Any]:
-        """Makes a micro-batch of rows, each as a list of ids and one of examples."""
-        return partial(flatten_rows if self.packing else pad_rows, pad_id=self.pad_id)
+    def stop_tokens(self) -> list[int]:
+        """Ids that end a completion besides EOS."""
+        return []
 
     # ---- tokenizer
 
@@ -148,65 +132,30 @@ class TextData(L.LightningDataModule):
     # ---- stages
 
     def prepare_data(self) -> None:
-        """Tokenizes what the stage needs and the cache lacks: once per node, before the other ranks look."""
+        """Makes what the stage needs and the cache lacks: once per node, before the other ranks look."""
         stage = self.trainer.state.fn.value if self.trainer is not None and self.trainer.state.fn else "fit"
         for split in NEEDED.get(str(stage), ()):
             if self.sources[split] is not None:
-                self.stores(split)
+                self.make(split)
 
-    def setup(self, stage: str) -> None:
-        """Opens what the stage needs, and stops before any weight is loaded if there is nothing to train on."""
+    def needed(self, stage: str) -> Iterator[str]:
+        """The splits that a stage reads.
+
+        Raises:
+            UserError: the recipe names no source for one; `fit` does without validation.
+        """
         for split in NEEDED.get(stage, ()):
-            if self.sources[split] is None:
-                if split == "validation" and stage == "fit":
-                    continue
+            if self.sources[split] is not None:
+                yield split
+            elif not (split == "validation" and stage == "fit"):
                 raise UserError(f"data.{split}: `{stage}` needs a source here, and the recipe names none")
-            if not sum(len(store) for store in self.stores(split)):
-                total = reports.merged([store.report for store in self.stores(split)])
-                reasons = ", ".join(f"{n} {reason}" for reason, n in total["dropped"].items()) or "no rows held out"
-                raise UserError(f"data.{split}: none of {total['rows']} rows is left ({reasons})")
 
-    # ---- examples
+    # ---- how updates are cut, and where the data stand
 
-    def stores(self, split: str) -> list[ExampleStore]:
-        """The tokenized sources of a split, from the cache or made now."""
-        if split not in self._stores:
-            value = self.sources[split]
-            keep: Callable[[Row], bool] | None = None
-            held_out = self.sources["validation"]
-            if isinstance(held_out, float) and split in ("train", "validation"):
-                value = self.sources["train"]
-                keep = partial(is_held_out, fraction=held_out)
-                if split == "train":
-                    keep = partial(_not_held_out, fraction=held_out)
-            assert value is not None
-            assert not isinstance(value, float)
-            side = f"{split} {held_out}" if keep else None
-            self._stores[split] = [self._store(source, keep, side) for source in as_sources(value)]
-        return self._stores[split]
-
-    def examples(self, split: str) -> Any:
-        """All examples of a split as one map-style dataset."""
-        return ConcatDataset(self.stores(split))  # type: ignore[arg-type]
-
-    def lengths(self, split: str) -> np.ndarray:
-        """Tokens of every example of a split, `[examples]`."""
-        return np.concatenate([store.lengths for store in self.stores(split)])
-
-    def records(self, split: str) -> Iterator[tuple[str, Record]]:
-        """The records of a split with their origin, not tokenized: what `predict` and samples start from."""
-        value: Any = self.sources[split]
-        keep = None
-        if isinstance(value, float):
-            keep, value = partial(is_held_out, fraction=value), self.sources["train"]
-        for source in as_sources(value):
-            yield from source_records(source, keep, formats=self.prompt_formats if split == "predict" else self.formats)
-
-    def _store(self, source: Source, keep: Callable[[Row], bool] | None, side: str | None) -> ExampleStore:
-        key = [side, tokenizer_fingerprint(self.tokenizer), self.max_length, self.encoding_key()]
-        return example_store(source, key, self.encode, keep, self.formats)
-
-    # ---- plans and loaders
+    @property
+    def run_seed(self) -> int:
+        """The seed of the order."""
+        return self.seed if self.seed is not None else int(os.environ.get("PL_GLOBAL_SEED", "0"))
 
     @property
     def layout(self) -> Layout:
@@ -217,57 +166,18 @@ class TextData(L.LightningDataModule):
         ranks = trainer.distributed_sampler_kwargs or {"num_replicas": 1, "rank": 0}
         return Layout(self.batch_size, trainer.accumulate_grad_batches, ranks["num_replicas"], ranks["rank"])
 
-    def plan(self, epoch: int) -> Plan:
-        """The training plan of one epoch, a pure function of data, seed and epoch."""
-        seed = self.seed if self.seed is not None else int(os.environ.get("PL_GLOBAL_SEED", "0"))
-        weights = [source.weight for source in as_sources(self.sources["train"])]  # type: ignore[arg-type]
-        ids = mixture_epoch([len(store) for store in self.stores("train")], weights, seed, epoch)
-        return plan_epoch(
-            self.lengths("train"),
-            ids,
-            self.layout.rows_per_update,
-            seed=seed,
-            epoch=epoch,
-            capacity=self.capacity,
-            group_by_length=self.group_by_length,
-        )
-
-    def updates(self, epochs: int) -> int:
-        """Optimizer updates in so many epochs."""
-        weighted = any(source.weight is not None for source in as_sources(self.sources["train"]))  # type: ignore[arg-type]
-        if weighted:  # a mixture is drawn anew for each epoch, so that packs may differ in number
-            return sum(len(self.plan(epoch)) for epoch in range(epochs))
-        return len(self.plan(0)) * epochs
-
-    def train_dataloader(self) -> PlanLoader:
-        """The training loader, at the position where a resumed run stopped."""
+    def _refuse_another_sampler(self) -> None:
+        """Keeps Lightning from cutting by rank what is already cut."""
         if self.trainer is not None and self.trainer._accelerator_connector.use_distributed_sampler:
-            self.trainer._accelerator_connector.use_distributed_sampler = False  # the plan is already cut by rank
-        loader = PlanLoader(self.examples("train"), self.plan, self.layout, self.collate, **self._fetching)
-        if self._position is not None:
-            loader.load_state_dict(self._position)
-        self._train_loader = loader
-        return loader
-
-    def val_dataloader(self) -> DataLoader | list:
-        """Every held-out example once; an empty list without `validation`."""
-        return self._eval_loader("validation") if self.sources["validation"] is not None else []
-
-    def test_dataloader(self) -> DataLoader:
-        """Every test example once."""
-        return self._eval_loader("test")
-
-    def _eval_loader(self, split: str) -> DataLoader:
-        layout = Layout(self.eval_batch_size, 1, self.layout.ranks, self.layout.rank)
-        plan = plan_in_order(self.lengths(split), layout.rows_per_update, capacity=self.capacity)
-        return eval_loader(self.examples(split), plan, layout, self.collate, **self._fetching)
+            self.trainer._accelerator_connector.use_distributed_sampler = False
 
     @property
     def _fetching(self) -> dict[str, Any]:
-        on_cuda = self.trainer is not None and self.trainer.strategy.root_device.type == "cuda"
-        return {"workers": self.workers, "pin_memory": on_cuda}
+        return {"workers": self.workers, "pin_memory": self._pin_memory}
 
-    # ---- state and report
+    @property
+    def _pin_memory(self) -> bool:
+        return self.trainer is not None and self.trainer.strategy.root_device.type == "cuda"
 
     def state_dict(self) -> dict[str, Any]:
         """Where the training data stand: `{epoch, update, ...}`, the same on every rank."""
@@ -277,19 +187,19 @@ class TextData(L.LightningDataModule):
         """Takes up a position; the loader starts there when it is made."""
         self._position = state_dict or None
 
-    def report(self) -> dict[str, Any]:
-        """What became of the rows, per split: read, kept, dropped, cut, tokens, lengths, fill or padding."""
-        splits = [s for s in ("train", "validation", "test") if s in self._stores]
-        return {split: self._split_report(split) for split in splits}
+    # ---- predict
 
-    def _split_report(self, split: str) -> dict[str, Any]:
-        stores = self.stores(split)
-        plan = self.plan(0) if split == "train" else None
-        layout = self.layout if split == "train" else Layout(self.eval_batch_size)
-        if plan is None:
-            plan = plan_in_order(self.lengths(split), layout.rows_per_update, capacity=self.capacity)
-        return reports.describe(stores, self.lengths(split), plan, self.capacity, layout.batch_size)
+    def predict_dataloader(self) -> DataLoader:
+        """Prompts of the `predict` rows (else test, else validation), each rank its share, in row order."""
+        split = next((s for s in ("predict", "test", "validation") if self.sources[s] is not None), None)
+        if split is None:
+            raise UserError("data.predict: `predict` needs a source of prompts here, and the recipe names none")
+        rows = [(row, ids, reference) for row, (ids, reference) in enumerate(self.prompts(split))]
+        layout = self.layout
+        share = rows[layout.rank :: layout.ranks]
+        return DataLoader(share, batch_size=self.eval_batch_size, collate_fn=_prompt_batch)  # type: ignore[arg-type]
 
 
-def _not_held_out(row: Row, fraction: float) -> bool:
-    return not is_held_out(row, fraction)
+def _prompt_batch(rows: list[tuple[int, list[int], str]]) -> dict[str, list[Any]]:
+    numbers, prompts, references = zip(*rows, strict=True)
+    return {"rows": list(numbers), "prompts": list(prompts), "references": list(references)}

@@ -5,20 +5,18 @@ from collections.abc import Iterator, Sequence
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, Literal
 
-from torch.utils.data import DataLoader
-
-from oumi_pl.data.base import Sources, TextData
+from oumi_pl.data.base import Sources
+from oumi_pl.data.examples import ExampleData
 from oumi_pl.data.template import ChatTemplate, apply_template, load_template
 from oumi_pl.data.tokenize import Dropped, Tokenize
 from oumi_pl.data.tokenizers import TokenizerFactory
-from oumi_pl.errors import UserError
 from oumi_pl.types import Example, Record
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 
-class ChatData(TextData):
+class ChatData(ExampleData):
     """Rows become conversations or texts, and are tokenized with the characters that carry loss known.
 
     Args:
@@ -76,18 +74,3 @@ class ChatData(TextData):
         """Ids that end an answer besides EOS: the template's end of turn."""
         end = self.template.end_of_turn if self.template else None
         return [self.tokenizer.convert_tokens_to_ids(end)] if end else []  # type: ignore[list-item]
-
-    def predict_dataloader(self) -> DataLoader:
-        """Prompts of the `predict` rows (else test, else validation), each rank its share, in row order."""
-        split = next((s for s in ("predict", "test", "validation") if self.sources[s] is not None), None)
-        if split is None:
-            raise UserError("data.predict: `predict` needs a source of prompts here, and the recipe names none")
-        rows = [(row, ids, reference) for row, (ids, reference) in enumerate(self.prompts(split))]
-        layout = self.layout
-        share = rows[layout.rank :: layout.ranks]
-        return DataLoader(share, batch_size=self.eval_batch_size, collate_fn=_prompt_batch)  # type: ignore[arg-type]
-
-
-def _prompt_batch(rows: list[tuple[int, list[int], str]]) -> dict[str, list[Any]]:
-    numbers, prompts, references = zip(*rows, strict=True)
-    return {"rows": list(numbers), "prompts": list(prompts), "references": list(references)}

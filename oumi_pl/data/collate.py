@@ -21,7 +21,7 @@ def shifted_labels(example: Example) -> np.ndarray:
 def pad_rows(rows: list[FetchedRow], pad_id: int) -> Batch:
     """Pads one example per row on the right to the longest: `[batch, longest]`."""
     if not rows:
-        return _no_targets(pad_id) | {"attention_mask": torch.ones(1, 2, dtype=torch.long)}  # type: ignore[return-value]
+        return no_targets(pad_id) | {"attention_mask": torch.ones(1, 2, dtype=torch.long)}  # type: ignore[return-value]
     examples = [examples[0] for _, examples in rows]
     shape = len(examples), max(len(e.input_ids) for e in examples)
     input_ids = np.full(shape, pad_id, dtype=np.int64)
@@ -44,7 +44,7 @@ def pad_rows(rows: list[FetchedRow], pad_id: int) -> Batch:
 def flatten_rows(rows: list[FetchedRow], pad_id: int) -> Batch:
     """Joins the documents of all packed rows into one row without padding: `[1, tokens]`."""
     if not rows:
-        return _no_targets(pad_id) | {"document_lengths": [2]}  # type: ignore[return-value]
+        return no_targets(pad_id) | {"document_lengths": [2]}  # type: ignore[return-value]
     examples = [example for _, row in rows for example in row]
     return {
         "input_ids": _joined([e.input_ids.astype(np.int64) for e in examples]),
@@ -94,7 +94,7 @@ def _joined(parts: list[np.ndarray]) -> torch.Tensor:
     return torch.from_numpy(np.concatenate(parts)).unsqueeze(0)
 
 
-def _no_targets(pad_id: int) -> dict[str, Any]:
+def no_targets(pad_id: int) -> dict[str, Any]:
     """A micro-batch without targets, for ranks that ran out of rows: two tokens, for every rank has to take part."""
     return {
         "input_ids": torch.full((1, 2), pad_id),

@@ -9,7 +9,9 @@ import gzip
 import io
 import json
 import zlib
+from collections import Counter
 from collections.abc import Iterator
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any
 
@@ -31,6 +33,20 @@ _MAX_CELL = 2**31 - 1  # characters of a CSV cell; the module's own limit of 131
 _ZSTD_CHUNK = 1 << 16  # compressed bytes taken at once: what they grow to has to fit into memory
 
 
+@dataclass(frozen=True)
+class Reading:
+    """How text files are read.
+
+    documents: what a document of a `.txt` file is: the `file`, what lies between `blank_lines`, or between two
+    occurrences of this very text. replace: bytes that aren't UTF-8 become U+FFFD instead of an error. counts:
+    `replaced` tells how many did.
+    """
+
+    documents: str = "file"
+    replace: bool = False
+    counts: Counter[str] = field(default_factory=Counter)
+
+
 def kind_of(path: Path) -> str | None:
     """Kind of a data file by its suffix (`a.jsonl.gz` -> `jsonl`), or None if it isn't one."""
     suffixes = [suffix.lower() for suffix in path.suffixes[-2:]]
@@ -40,15 +56,16 @@ def kind_of(path: Path) -> str | None:
     return KINDS.get(suffixes[-1]) if suffixes else None
 
 
-def read_file(path: Path, name: str) -> Iterator[tuple[str, Row]]:
+def read_file(path: Path, name: str, how: Reading | None = None) -> Iterator[tuple[str, Row]]:
     """Reads the rows of a text file, each with its origin.
 
     JSON lines, CSV and text hold one row in memory, a JSON document the whole file. CSV cells are text, empty ones
-    too. A text file is one row with the column `text`.
+    too. A text file's rows are its documents, with the column `text`.
 
     Args:
         path: the file; its kind is one of `KINDS`, less Parquet and Arrow.
         name: what messages call the file.
+        how: how it is read; strictly, and as one document, when left out.
 
     Yields:
         `("name:17", row)`, counted in lines, or `("name row 3", row)`; both start at 1.
@@ -56,36 +73,41 @@ def read_file(path: Path, name: str) -> Iterator[tuple[str, Row]]:
     Raises:
         UserError: the file can't be read to its end, or something in it isn't a row.
     """
-    kind = kind_of(path)
+    kind, how = kind_of(path), how or Reading()
     if kind == "jsonl":
-        return _json_lines(path, name)
+        return _json_lines(path, name, how)
     if kind == "json":
-        return _json(path, name)
-    return _csv(path, name) if kind == "csv" else _text(path, name)
+        return _json(path, name, how)
+    if kind == "csv":
+        return _csv(path, name, how)
+    if how.documents == "file":
+        return _text(path, name, how)
+    return _paragraphs(path, name, how) if how.documents == "blank_lines" else _separated(path, name, how)
 
 
-def count_rows(path: Path, name: str) -> int:
+def count_rows(path: Path, name: str, how: Reading | None = None) -> int:
     """Number of rows of a text file; JSON lines are counted without parsing them."""
+    how = how or Reading()
     if kind_of(path) == "jsonl":
-        return sum(1 for _, line in _lines(path, name) if line.strip())
-    return sum(1 for _ in read_file(path, name))
+        return sum(1 for _, line in _lines(path, name, how) if line.strip())
+    return sum(1 for _ in read_file(path, name, how))
 
 
 # --- kinds of file ---------------------------------------------------------------------------------------------------
 
 
-def _json_lines(path: Path, name: str) -> Iterator[tuple[str, Row]]:
-    for number, line in _lines(path, name):
+def _json_lines(path: Path, name: str, how: Reading) -> Iterator[tuple[str, Row]]:
+    for number, line in _lines(path, name, how):
         if line.strip():
             where = f"{name}:{number}"
             yield where, _row(_parse(line.rstrip(), name, number), where)
 
 
-def _json(path: Path, name: str) -> Iterator[tuple[str, Row]]:
-    if _holds_lines(path, name):
-        yield from _json_lines(path, name)
+def _json(path: Path, name: str, how: Reading) -> Iterator[tuple[str, Row]]:
+    if _holds_lines(path, name, how):
+        yield from _json_lines(path, name, how)
         return
-    text = "".join(line for _, line in _lines(path, name))
+    text = "".join(line for _, line in _lines(path, name, how))
     if not text.strip():
         return
     value = _parse(text, name)
@@ -98,9 +120,10 @@ def _json(path: Path, name: str) -> Iterator[tuple[str, Row]]:
         yield where, _row(item, where)
 
 
-def _holds_lines(path: Path, name: str) -> bool:
+def _holds_lines(path: Path, name: str, how: Reading) -> bool:
     """Whether a `.json` file is JSON lines: its first line is an object and more follow."""
-    filled = (line for _, line in _lines(path, name) if line.strip())
+    look = Reading(replace=how.replace)  # counts nothing: the lines are read again
+    filled = (line for _, line in _lines(path, name, look) if line.strip())
     first, second = next(filled, ""), next(filled, None)
     if second is None or not first.lstrip().startswith("{"):
         return False
@@ -126,10 +149,10 @@ def _are_turns(items: list[dict[str, Any]]) -> bool:
     return all("role" in item or {"from", "value"} <= item.keys() for item in items)
 
 
-def _csv(path: Path, name: str) -> Iterator[tuple[str, Row]]:
+def _csv(path: Path, name: str, how: Reading) -> Iterator[tuple[str, Row]]:
     if csv.field_size_limit() < _MAX_CELL:
         csv.field_size_limit(_MAX_CELL)
-    reader = csv.reader((line for _, line in _lines(path, name)), strict=True)
+    reader = csv.reader((line for _, line in _lines(path, name, how)), strict=True)
     header: list[str] | None = None
     number = 0
     try:
@@ -150,22 +173,58 @@ def _csv(path: Path, name: str) -> Iterator[tuple[str, Row]]:
         raise UserError(f"{name}:{reader.line_num}: not valid CSV: {error}") from error
 
 
-def _text(path: Path, name: str) -> Iterator[tuple[str, Row]]:
-    text = "".join(line for _, line in _lines(path, name))
+def _text(path: Path, name: str, how: Reading) -> Iterator[tuple[str, Row]]:
+    text = "".join(line for _, line in _lines(path, name, how))
     if text.strip():
         yield name, {"text": text}
+
+
+def _paragraphs(path: Path, name: str, how: Reading) -> Iterator[tuple[str, Row]]:
+    """Documents between lines that are empty, or hold nothing but spaces."""
+    lines: list[str] = []
+    number = 0
+    for number, line in _lines(path, name, how):
+        if line.strip():
+            lines.append(line)
+        elif lines:
+            yield f"{name}:{number - len(lines)}", {"text": "".join(lines).rstrip("\r\n")}
+            lines = []
+    if lines:
+        yield f"{name}:{number - len(lines) + 1}", {"text": "".join(lines).rstrip("\r\n")}
+
+
+def _separated(path: Path, name: str, how: Reading) -> Iterator[tuple[str, Row]]:
+    """Documents between separators, without the line ends around them."""
+    parts: list[str] = []
+    start, begun = 1, False
+    overlap = ""  # the separator may begin in a line and end in another
+    for number, line in _lines(path, name, how):
+        start, begun = start if begun else number, begun or not line.isspace()
+        parts.append(line)
+        overlap += line
+        if how.documents in overlap:
+            *whole, rest = "".join(parts).split(how.documents)
+            for text in whole:
+                if text.strip():
+                    yield f"{name}:{start}", {"text": text.strip("\r\n")}
+                start = number
+            parts, begun, overlap = [rest], bool(rest.strip()), rest
+        overlap = overlap[max(0, len(overlap) - len(how.documents) + 1) :]
+    if begun:
+        yield f"{name}:{start}", {"text": "".join(parts).strip("\r\n")}
 
 
 # --- bytes to lines to values ----------------------------------------------------------------------------------------
 
 
-def _lines(path: Path, name: str) -> Iterator[tuple[int, str]]:
+def _lines(path: Path, name: str, how: Reading) -> Iterator[tuple[int, str]]:
     """Decoded lines with their numbers, from 1, and with their line ends."""
-    number = 0
+    number = offset = 0
     try:
         with _open(path) as file:
             for number, line in enumerate(file, 1):
-                yield number, _decoded(line, name, number)
+                yield number, _decoded(line, name, number, offset, how)
+                offset += len(line)
     except (OSError, EOFError, zlib.error) as error:
         reason = getattr(error, "strerror", None) or error
         raise UserError(f"{name}: cannot be read beyond line {number}: {reason}") from error
@@ -217,16 +276,20 @@ class _Zstd(io.RawIOBase):
         return size
 
 
-def _decoded(line: bytes, name: str, number: int) -> str:
-    if number == 1:
-        line = line.removeprefix(b"\xef\xbb\xbf")  # the mark that some editors put in front of UTF-8
+def _decoded(line: bytes, name: str, number: int, offset: int, how: Reading) -> str:
+    if number == 1 and line.startswith(b"\xef\xbb\xbf"):  # the mark that some editors put in front of UTF-8
+        line, offset = line[3:], 3
     if b"\0" in line:
         raise UserError(f"{name}:{number}: binary data (a zero byte), where text is expected")
     try:
         return line.decode()
     except UnicodeDecodeError as error:
-        byte = f"0x{line[error.start]:02x} at byte {error.start + 1} of the line"
-        raise UserError(f"{name}:{number}: not UTF-8 text ({byte})") from error
+        if how.replace:
+            text = line.decode(errors="replace")
+            how.counts["replaced"] += text.count("\ufffd") - line.count(b"\xef\xbf\xbd")
+            return text
+        byte = f"0x{line[error.start]:02x} at byte {error.start + 1} of the line, {offset + error.start} of the file"
+        raise UserError(f"{name}:{number}: not UTF-8 text ({byte}); `errors: replace` reads on") from error
 
 
 def _parse(text: str, name: str, number: int = 1) -> Any:

@@ -8,7 +8,7 @@ from oumi_pl.data.files import KINDS, kind_of
 from oumi_pl.errors import UserError, nearest
 
 BUNDLED = Path(__file__).parent / "bundled"
-"""Data that come with the package: `bundled/NAME` is `NAME/train.jsonl` in here, `bundled/NAME/SPLIT` another file."""
+"""Data that come with the package: `bundled/NAME` is `NAME/train.jsonl` or `.txt`, `bundled/NAME/SPLIT` another."""
 
 _HUB_ID = re.compile(r"[\w-][\w.-]*(/[\w.-]+)?")
 _SPLIT_WORD = re.compile(r"(?<![a-z])(train|validation|test)(?![a-z])", re.IGNORECASE)
@@ -32,6 +32,8 @@ def find_files(name: str) -> dict[str, list[Path]] | None:
     if "://" in name:
         raise UserError(f"{name}: URLs are not read; download the file, or name a data set on the hub as org/name")
     if path.is_dir():
+        if next(path.rglob("tokens-00000.bin"), None):
+            raise UserError(f"{name}: these are token shards, which only PretrainData reads; name the texts themselves")
         return _by_split(sorted(p for p in path.rglob("*") if _is_data(p, path)), path)
     if path.exists():
         if kind_of(path) is None:
@@ -74,7 +76,8 @@ def _by_split(files: list[Path], root: Path) -> dict[str, list[Path]]:
 
 
 def _bundled(name: str) -> Path:
-    known = {f"bundled/{p.parent.name}/{p.stem}": p for p in sorted(BUNDLED.glob("*/*.jsonl"))}
+    files = sorted(p for p in BUNDLED.glob("*/*") if p.suffix in (".jsonl", ".txt"))
+    known = {f"bundled/{p.parent.name}/{p.stem}": p for p in files}
     known |= {key.removesuffix("/train"): path for key, path in known.items() if key.endswith("/train")}
     if name not in known:
         raise UserError(f"no bundled data {name!r}; there are: {', '.join(sorted(known))}")

@@ -117,14 +117,27 @@ class PlanLoader(DataLoader):
         Raises:
             UserError: if an update has another number of rows than when the state was saved.
         """
-        layout = self.position.layout
-        if state["rows_per_update"] != layout.rows_per_update:
-            raise UserError(
-                f"the checkpoint was made with {state['rows_per_update']} rows per update, this run has "
-                f"{layout.rows_per_update} (batch_size {layout.batch_size} x accumulate_grad_batches "
-                f"{layout.micro_batches} x {layout.ranks} ranks): a run resumes with any layout of the same product"
-            )
+        refuse_other_rows(state, self.position.layout)
         self.position.epoch, self.position.update = state["epoch"], state["update"]
+
+
+def as_it_is(batch: Any) -> Any:
+    """Collates nothing: for a DataLoader whose items are what it is to yield."""
+    return batch
+
+
+def refuse_other_rows(state: dict[str, Any], layout: Layout) -> None:
+    """Refuses a position that was reached with another number of rows per update.
+
+    Raises:
+        UserError: it was.
+    """
+    if state["rows_per_update"] != layout.rows_per_update:
+        raise UserError(
+            f"the checkpoint was made with {state['rows_per_update']} rows per update, this run has "
+            f"{layout.rows_per_update} (batch_size {layout.batch_size} x accumulate_grad_batches "
+            f"{layout.micro_batches} x {layout.ranks} ranks): a run resumes with any layout of the same product"
+        )
 
 
 def eval_loader(

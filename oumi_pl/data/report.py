@@ -6,6 +6,7 @@ from typing import Any
 import numpy as np
 
 from oumi_pl.data.plan import Plan
+from oumi_pl.data.shards import Shards
 from oumi_pl.data.store import ExampleStore
 from oumi_pl.data.tokenize import Dropped
 from oumi_pl.types import Example
@@ -61,6 +62,50 @@ def describe(
     if len(stores) > 1:
         described["sources"] = [store.report for store in stores]
     return described
+
+
+def describe_documents(shards: list[Shards], across: bool = False) -> dict[str, Any]:
+    """Counts of documents, with the keys of `describe` where they fit: nothing is ever cut off.
+
+    `replaced` counts the characters that stand for bytes which weren't UTF-8; `bytes` are of UTF-8 text.
+
+    Args:
+        shards: The documents of each source.
+        across: Targets may be the first tokens of documents, all but the very first.
+    """
+    lengths = np.concatenate([s.lengths for s in shards])
+    tokens = int(lengths.sum())
+    sources = [_source_report(s) for s in shards]
+    text_bytes = sum(source["bytes"] for source in sources)
+    empty = sum(source["empty"] for source in sources)
+    described: dict[str, Any] = {
+        **{key: sum(source[key] for source in sources) for key in ("rows", "kept", "replaced")},
+        "dropped": {"empty": empty} if empty else {},
+        "cut": 0,
+        "straddled": 0,
+        "documents": len(lengths),
+        "tokens": tokens,
+        "target_tokens": max(0, tokens - (1 if across else len(lengths))),
+        "bytes": text_bytes,
+        "bytes_per_token": round(text_bytes / max(1, tokens), 4),
+        "lengths": {f"p{p}": int(np.percentile(lengths, p, method="nearest")) for p in PERCENTILES} if tokens else {},
+    }
+    return described | ({"sources": sources} if len(sources) > 1 else {})
+
+
+def _source_report(shards: Shards) -> dict[str, Any]:
+    counts = {"documents": len(shards), "tokens": shards.tokens, "bytes": int(shards.manifest["text_bytes"])}
+    return {"source": shards.name} | shards.manifest["report"] | counts
+
+
+def windows_padding(windows: list[np.ndarray], batch_size: int) -> float:
+    """Share of the padded tensors that holds no tokens, for windows `[n, 4]` of each source (`sliding_windows`)."""
+    tokens = padded = 0.0
+    for found in windows:
+        lengths = np.sort(found[:, 3] - found[:, 1] - 1)[::-1]
+        tokens += lengths.sum()
+        padded += lengths.sum() / max(1e-9, 1 - _padding(lengths, batch_size))
+    return round(float(1 - tokens / padded), 6) if padded else 0.0
 
 
 def _padding(lengths: np.ndarray, batch_size: int) -> float:

@@ -7,13 +7,14 @@ import os
 import re
 import sys
 import textwrap
+from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, get_args
 
-from oumi_pl.data.files import count_rows, kind_of, read_file
+from oumi_pl.data.files import Reading, count_rows, kind_of, read_file
 from oumi_pl.data.find import BUNDLED, find_files, hint
 from oumi_pl.errors import UserError, nearest
 from oumi_pl.types import Row
@@ -21,6 +22,8 @@ from oumi_pl.types import Row
 _TABLES = ("parquet", "arrow")
 _INFO = "dataset_info.json"
 _BATCH = 1000  # rows of a table in memory
+_DOCUMENTS = ("file", "blank_lines")
+Errors = Literal["strict", "replace"]
 
 
 @dataclass(frozen=True)
@@ -36,6 +39,9 @@ class Source:
         weight: Share of this source in a mixture, relative to the others' weights.
         format: How rows are read: the name of a format, or the dotted path of a function of yours.
         columns: New names for columns, as `{theirs: ours}`.
+        documents: What a document of a `.txt` file is: the whole `file`, which is so when left out; what lies between
+            `blank_lines`; or between two occurrences of a text of your own, `<|endoftext|>` for example.
+        errors: What becomes of bytes that aren't UTF-8: the run stops (`strict`), or they become U+FFFD (`replace`).
     """
 
     path: str
@@ -45,6 +51,8 @@ class Source:
     weight: float | None = None
     format: str | None = None
     columns: dict[str, str] | None = None
+    documents: str | None = None
+    errors: Errors = "strict"
 
 
 @dataclass(frozen=True)
@@ -68,8 +76,13 @@ def as_sources(value: str | Source | list[str | Source]) -> list[Source]:
     return [Source(item) if isinstance(item, str) else item for item in values]
 
 
-def rows(source: Source) -> Iterator[tuple[str, Row]]:
+def rows(source: Source, *, streaming: bool = False, counts: Counter[str] | None = None) -> Iterator[tuple[str, Row]]:
     """Finds a source at once and reads its rows lazily, each with its origin for messages.
+
+    Args:
+        source: Where they are.
+        streaming: Read data of the hub as they come, instead of downloading them first.
+        counts: `replaced` is raised by the characters that `errors: replace` put in place of bytes.
 
     Yields:
         `("data/train.jsonl:17", row)` for JSON lines, `("data/train.csv row 12", row)` for other files,
@@ -79,22 +92,33 @@ def rows(source: Source) -> Iterator[tuple[str, Row]]:
         UserError: nothing is there, the split is unknown, or the hub can't be reached (when called); a file is
             damaged, something in it isn't a row, or there are no rows (while reading).
     """
-    splits = _local_splits(source)
-    found = _hub_rows(source) if splits is None else _cut(source, splits)
+    splits = _local_splits(source, counts)
+    found = _hub_rows(source, streaming) if splits is None else _cut(source, splits)
     return _not_empty(found, source)
+
+
+def is_on_hub(source: Source) -> bool:
+    """Whether a source is the id of a data set on the hub.
+
+    Raises:
+        UserError: it is neither that nor anything here.
+    """
+    return _local_splits(source) is None
 
 
 def fingerprint(source: Source) -> str:
     """Hash of all that decides which rows come, in which order: 32 hex digits.
 
-    Of local data the contents count, not the names; of hub data what `datasets` knows them by. `split`, `config` and
-    `revision` count, `weight`, `format` and `columns` do not.
+    Of local data the contents count, not the names; of hub data what `datasets` knows them by. `split`, `config`,
+    `revision`, `documents` and `errors` count, `weight`, `format` and `columns` do not.
 
     Raises:
         UserError: the source can't be found, as for `rows`.
     """
     digest = hashlib.blake2b(digest_size=16)
     digest.update(json.dumps([source.config, source.split, source.revision]).encode())
+    if source.documents is not None or source.errors != "strict":
+        digest.update(json.dumps([source.documents, source.errors]).encode())
     splits = _local_splits(source)
     if splits is None:
         digest.update(_load_hub(source)._fingerprint.encode())
@@ -119,17 +143,23 @@ def is_held_out(row: Row, fraction: float) -> bool:
     return int.from_bytes(hashlib.blake2b(content, digest_size=8).digest(), "big") < fraction * 2**64
 
 
+def is_not_held_out(row: Row, fraction: float) -> bool:
+    """Whether a row is left for training."""
+    return not is_held_out(row, fraction)
+
+
 # --- local data ------------------------------------------------------------------------------------------------------
 
 
-def _local_splits(source: Source) -> dict[str, _Split] | None:
+def _local_splits(source: Source, counts: Counter[str] | None = None) -> dict[str, _Split] | None:
     """The splits of a local source by name; None if the path is a hub id."""
     path = Path(source.path).expanduser()
+    how = _reading(source, counts)
     splits: dict[str, _Split]
     if (path / "dataset_dict.json").exists() or ((path / "state.json").exists() and (path / _INFO).exists()):
         splits = _saved_splits(path)
     elif (files := find_files(source.path)) is not None:
-        splits = {name: _file_split(members, source.path) for name, members in files.items()}
+        splits = {name: _file_split(members, source, how) for name, members in files.items()}
     else:
         return None
     for key in ("config", "revision"):
@@ -138,16 +168,28 @@ def _local_splits(source: Source) -> dict[str, _Split] | None:
     return splits
 
 
-def _file_split(files: list[Path], name: str) -> _Split:
-    kinds = {kind_of(path): path.name for path in files}
+def _reading(source: Source, counts: Counter[str] | None) -> Reading:
+    if source.errors not in get_args(Errors):
+        raise UserError(f"{source.path}: unknown errors {source.errors!r}{nearest(source.errors, get_args(Errors))}")
+    documents = source.documents or "file"
+    if documents not in _DOCUMENTS and re.fullmatch(r"\w*", documents):  # it would split words
+        hint = nearest(documents, _DOCUMENTS)
+        raise UserError(f"{source.path}: unknown documents {documents!r}{hint} (a separator holds more than letters)")
+    return Reading(documents, source.errors == "replace", Counter() if counts is None else counts)
+
+
+def _file_split(files: list[Path], source: Source, how: Reading) -> _Split:
+    name, kinds = source.path, {kind_of(path): path.name for path in files}
     if len(kinds) > 1:
         first, second, *_ = kinds.values()
         raise UserError(f"{name}: different kinds of files ({first}, {second}); choose one with a glob such as *.jsonl")
+    if source.documents is not None and "txt" not in kinds:
+        raise UserError(f"{name}: 'documents' divides .txt files, and the rows of other files are documents already")
 
     def read() -> Iterator[tuple[str, Row]]:
-        return itertools.chain.from_iterable(_read(path) for path in files)
+        return itertools.chain.from_iterable(_read(path, how) for path in files)
 
-    return _Split(files, read, lambda: sum(_count(path) for path in files))
+    return _Split(files, read, lambda: sum(_count(path, how) for path in files))
 
 
 def _cut(source: Source, splits: dict[str, _Split]) -> Iterator[tuple[str, Row]]:
@@ -186,15 +228,15 @@ def _not_empty(found: Iterator[tuple[str, Row]], source: Source) -> Iterator[tup
         raise UserError(f"{source.path}: split {source.split!r} has no rows")
 
 
-def _read(path: Path) -> Iterator[tuple[str, Row]]:
+def _read(path: Path, how: Reading) -> Iterator[tuple[str, Row]]:
     name = str(path.relative_to(BUNDLED.parent) if path.is_relative_to(BUNDLED) else path)
-    return _table_rows(path, name) if kind_of(path) in _TABLES else read_file(path, name)
+    return _table_rows(path, name) if kind_of(path) in _TABLES else read_file(path, name, how)
 
 
-def _count(path: Path) -> int:
+def _count(path: Path, how: Reading) -> int:
     if kind_of(path) in _TABLES:
         return sum(batch.num_rows for batch in _batches(path, str(path)))
-    return count_rows(path, str(path))
+    return count_rows(path, str(path), Reading(how.documents, how.replace))
 
 
 def _table_rows(path: Path, name: str) -> Iterator[tuple[str, Row]]:
@@ -253,15 +295,18 @@ def _numbered(dataset: Any, name: str) -> Iterator[tuple[str, Row]]:
 # --- the hub ---------------------------------------------------------------------------------------------------------
 
 
-def _hub_rows(source: Source) -> Iterator[tuple[str, Row]]:
-    return _numbered(_load_hub(source), f"{source.path}[{source.split}]")
+def _hub_rows(source: Source, streaming: bool = False) -> Iterator[tuple[str, Row]]:
+    if source.documents is not None:
+        raise UserError(f"{source.path}: 'documents' divides .txt files, and rows of the hub are documents already")
+    return _numbered(_load_hub(source, streaming), f"{source.path}[{source.split}]")
 
 
-def _load_hub(source: Source) -> Any:
+def _load_hub(source: Source, streaming: bool = False) -> Any:
     import datasets
 
+    how = {"streaming": True} if streaming else {}
     try:
-        return datasets.load_dataset(source.path, source.config, split=source.split, revision=source.revision)
+        return datasets.load_dataset(source.path, source.config, split=source.split, revision=source.revision, **how)
     except (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError) as error:
         raise UserError(f"{source.path}: {_hub_reason(source, error)}") from error
 

@@ -87,9 +87,10 @@ def load_tokenizer(spec: Any, trust_remote_code: bool = False) -> "PreTrainedTok
         raise UserError(f"data.tokenizer: can't load {spec!r}: {reason}") from error
 
 
-def tokenizer_fingerprint(tokenizer: "PreTrainedTokenizerBase") -> str:
-    """Hash of all that a tokenizer does to text: vocabulary, merges, special tokens, chat template."""
+def tokenizer_fingerprint(tokenizer: "PreTrainedTokenizerBase", *, chat: bool = True) -> str:
+    """Hash of all that a tokenizer does to text: vocabulary, merges, special tokens; with `chat` its chat template."""
     digest = hashlib.blake2b(digest_size=16)
-    for part in (tokenizer.backend_tokenizer.to_str(), str(tokenizer.chat_template), str(tokenizer.special_tokens_map)):
+    template = str(tokenizer.chat_template) if chat else ""
+    for part in (tokenizer.backend_tokenizer.to_str(), template, str(tokenizer.special_tokens_map)):
         digest.update(part.encode())
     return digest.hexdigest()

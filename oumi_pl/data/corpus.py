@@ -1,0 +1,94 @@
+"""A split's sources as shards: a folder that was prepared, or one in the cache, made once."""
+
+import re
+from collections import Counter
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from oumi_pl.data.documents import TokenizeDocuments, code_of, texts
+from oumi_pl.data.shards import FORMAT, MADE_FROM, MANIFEST, Shards, write_shards
+from oumi_pl.data.sources import Source, fingerprint, is_on_hub
+from oumi_pl.data.store import cache_key, cache_root
+from oumi_pl.data.tokenizers import tokenizer_fingerprint
+from oumi_pl.errors import UserError
+from oumi_pl.types import Row
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+
+class Part(NamedTuple):
+    """What a split takes of a source.
+
+    keep: which rows; all if None. side: what tells these rows from the others, for the cache's key.
+    """
+
+    source: Source
+    keep: Callable[[Row], bool] | None = None
+    side: str | None = None
+
+    @property
+    def name(self) -> str:
+        """What messages and metrics call the source: the last part of its path, without endings."""
+        parts = [part for part in re.split(r"[/\\]", self.source.path) if part and not re.search(r"[*?\[]", part)]
+        return (parts[-1].split(".")[0] if parts else "") or self.source.path
+
+    @property
+    def prepared(self) -> Path | None:
+        """The folder of shards that the source's path names; None if it names something else.
+
+        That is the folder itself, or the one in it that has the split's name.
+
+        Raises:
+            UserError: it holds the shards of several sources, or only the first ones.
+        """
+        path = Path(self.source.path).expanduser()
+        for folder in (path / self.source.split, path):
+            if (folder / MANIFEST).is_file() and any(folder.glob("tokens-*.bin")):
+                return folder
+            if (folder / MADE_FROM).is_file() and any(folder.glob("tokens-*.bin")):
+                raise UserError(f"{folder}: preparing these shards was not finished; run `prepare` again")
+        if (path / f"{self.source.split}-1" / MANIFEST).is_file():
+            folders = sorted(folder.as_posix() for folder in path.glob(f"{self.source.split}-*"))
+            raise UserError(f"{path}: holds the shards of several sources: name them one by one: {', '.join(folders)}")
+        return None
+
+    def texts(self, counts: Counter[str] | None = None, streaming: bool = False) -> Iterator[str]:
+        """Starts over the documents' texts."""
+        return texts(self.source, self.keep, counts, streaming)
+
+    def made_from(self, streaming: bool = False) -> list[Any]:
+        """What the texts depend on. Data of the hub that are streamed count by their name alone."""
+        source = self.source
+        if streaming and is_on_hub(source):
+            content = str([source.path, source.config, source.split, source.revision])
+        else:
+            content = fingerprint(source)
+        return [content, source.columns, code_of(source.format), self.side]
+
+
+def shards_of(part: Part, tokenizer: "PreTrainedTokenizerBase") -> Shards:
+    """The shards of a source: those that its path names, or those in the cache, made now if they aren't there.
+
+    Raises:
+        UserError: for whatever is wrong with a row or with the shards.
+    """
+    ids = tokenizer_fingerprint(tokenizer, chat=False)
+    if part.prepared is None:
+        directory = cache_root() / "tokens" / cache_key(FORMAT, part.made_from(), ids)
+        if not (directory / MANIFEST).exists():
+            write_part(part, tokenizer, directory)
+        return Shards(directory, ids)
+    if part.keep is not None:
+        raise UserError(
+            f"data.validation: of {part.prepared} no fraction can be held out, since it holds tokens: name a source, "
+            "or hold out when it is prepared"
+        )
+    return Shards(part.prepared, ids)
+
+
+def write_part(part: Part, tokenizer: "PreTrainedTokenizerBase", directory: Path) -> None:
+    """Writes the shards of a source to a folder, or goes on with those that were begun there."""
+    made_from = {"tokenizer": tokenizer_fingerprint(tokenizer, chat=False), "source": part.made_from()}
+    write_shards(directory, part.texts, TokenizeDocuments(tokenizer), made_from, name=part.name)

@@ -1,0 +1,236 @@
+"""Documents for pretraining: from the rows of a source to texts, and from texts to token ids.
+
+Both ways in, prepared shards and tokenizing on the fly, come through here, so they see the same documents in the same
+order.
+"""
+
+import inspect
+import re
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
+from typing import TYPE_CHECKING, NamedTuple, Protocol
+
+import numpy as np
+
+from oumi_pl.data.formats import FORMATS, Format, Formats, find_format, rename_columns, resolve_format, text
+from oumi_pl.data.sources import Source, rows
+from oumi_pl.data.template import adds_bos
+from oumi_pl.errors import UserError
+from oumi_pl.types import Row, Text
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+DOCUMENTS: Formats = ((text, ("text",)),)
+"""The formats that rows of documents have; a recipe may name any other that makes a `Text`."""
+CONVERSATIONS = ("messages", "conversations")
+"""Columns that tell a conversation."""
+
+PIECE = 1 << 17
+"""Characters of a document beyond which it is tokenized in pieces: an encoding takes about a hundred bytes a token."""
+CHUNK_DOCUMENTS = 256
+CHUNK_CHARACTERS = 1 << 20
+"""What the tokenizer is given at once, for its threads to share."""
+
+_LINE_END = re.compile(r"(?<=[^\s])\n(?=[^\s])")
+
+
+class Document(NamedTuple):
+    """A tokenized document.
+
+    ids: `[tokens]`, of the tokenizer's `token_dtype`, EOS at the end. text_bytes: of its UTF-8 text. target_bytes: of
+    these, what the tokens that can be targets stand for, i.e. all but a first token that nothing predicts.
+    """
+
+    ids: np.ndarray
+    text_bytes: int
+    target_bytes: int
+
+
+class Documents(Protocol):
+    """The tokenized documents of a source, in its order."""
+
+    name: str
+    """What messages and metrics call the source."""
+
+    def read(self, start: int) -> Iterator[np.ndarray]:
+        """The ids of each document, `[tokens]`, from number `start` on, counted from 0."""
+        ...
+
+
+# --- from rows to texts ----------------------------------------------------------------------------------------------
+
+
+def texts(
+    source: Source,
+    keep: Callable[[Row], bool] | None = None,
+    counts: Counter[str] | None = None,
+    streaming: bool = False,
+) -> Iterator[str]:
+    """The text of each document of a source, in order, without those that are empty.
+
+    Args:
+        source: Where they are.
+        keep: Which rows to take; all when left out.
+        counts: What became of them is added up here: `rows`, `kept`, `empty`, `replaced`.
+        streaming: Read data of the hub as they come.
+
+    Raises:
+        UserError: for a row that is no document, with its file and line; and as `rows` does.
+    """
+    counts = Counter() if counts is None else counts
+    convert = resolve_format(source.format, FORMATS) if source.format else None
+    for origin, row in rows(source, streaming=streaming, counts=counts):
+        if keep is not None and not keep(row):
+            continue
+        counts["rows"] += 1
+        try:
+            document = _text_of(rename_columns(row, source.columns or {}), convert)
+        except UserError as error:
+            raise UserError(f"{origin}: {error}") from None
+        kept = bool(document.strip())
+        counts["kept" if kept else "empty"] += 1
+        if kept:
+            yield document
+
+
+def _text_of(row: Row, convert: Format | None) -> str:
+    if convert is None and "text" not in row and any(name in row for name in CONVERSATIONS):
+        raise UserError(
+            "this row is a conversation, which SFT trains on; pretraining reads documents (a column 'text', or a "
+            "'format' that makes a Text)"
+        )
+    record = (convert or find_format(row.keys(), DOCUMENTS))(row)
+    if not isinstance(record, Text):
+        raise UserError(
+            f"the format makes a {type(record).__name__} of this row, which SFT or DPO trains on; pretraining reads "
+            "documents: name a 'format' that makes a Text"
+        )
+    return record.prompt + record.text
+
+
+def code_of(format_name: str | None) -> list[str | None]:
+    """Name and source text of a source's format, as part of what its documents depend on."""
+    if format_name is None:
+        return [None, None]
+    return [format_name, inspect.getsource(resolve_format(format_name, FORMATS))]
+
+
+# --- from texts to tokens --------------------------------------------------------------------------------------------
+
+
+def in_chunks(items: Iterable[str]) -> Iterator[list[str]]:
+    """Texts in lists of what the tokenizer is given at once."""
+    chunk: list[str] = []
+    characters = 0
+    for item in items:
+        chunk.append(item)
+        characters += len(item)
+        if len(chunk) >= CHUNK_DOCUMENTS or characters >= CHUNK_CHARACTERS:
+            yield chunk
+            chunk, characters = [], 0
+    if chunk:
+        yield chunk
+
+
+def token_dtype(tokenizer: "PreTrainedTokenizerBase") -> type[np.unsignedinteger]:
+    """The smallest type that holds every id of a tokenizer, the added ones included: uint16 or uint32."""
+    largest = max(len(tokenizer) - 1, *tokenizer.get_vocab().values())
+    return np.uint16 if largest < 1 << 16 else np.uint32
+
+
+class TokenizeDocuments:
+    """Turns texts into token ids that end with EOS, and begin with BOS where the tokenizer by itself adds one.
+
+    A long document is tokenized in pieces, so that memory doesn't grow with it. It is cut at the end of a line, between
+    two characters that are no white space, and only if the tokenizer takes such line ends for borders anyway: the ids
+    are those of the whole text. Where it doesn't (it marks the beginning of a text, for example), or where there is no
+    such line end, the document is encoded whole.
+
+    Args:
+        tokenizer: A fast tokenizer with an EOS token.
+
+    Raises:
+        UserError: the tokenizer is not a fast one, or has no EOS token.
+    """
+
+    def __init__(self, tokenizer: "PreTrainedTokenizerBase") -> None:
+        from tokenizers import Tokenizer
+
+        if not getattr(tokenizer, "is_fast", False):
+            raise UserError(
+                f"{type(tokenizer).__name__} is a slow tokenizer; pretraining needs a fast one (with a tokenizer.json)"
+            )
+        if tokenizer.eos_token_id is None:
+            raise UserError("the tokenizer has no end-of-text token (eos_token), so documents would have no end")
+        self.dtype = token_dtype(tokenizer)
+        self._backend = Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())
+        self._backend.post_processor = None  # adds BOS and EOS, which is done here
+        self._backend.no_truncation()
+        self._backend.no_padding()
+        self._bos, self._eos = tokenizer.bos_token_id, tokenizer.eos_token_id
+        self._adds_bos = adds_bos(tokenizer)
+        self._cuts = self._cuts_at_line_ends()
+        self._first_tokens: dict[int, str] = {}
+
+    def __call__(self, documents: list[str]) -> list[Document]:
+        """Tokenizes documents, one chunk of them."""
+        pieces = [self._pieces(document) for document in documents]
+        encoded = self._encoded(piece for split in pieces for piece in split)
+        return [
+            self._document(document, [next(encoded) for _ in split])
+            for document, split in zip(documents, pieces, strict=True)
+        ]
+
+    def prompt(self, document: str) -> list[int]:
+        """The ids of a text that is to be gone on with: no EOS at its end."""
+        ids = self([document])[0].ids.tolist()
+        return ids[:-1] if ids[-1] == self._eos and len(ids) > 1 else ids
+
+    def _document(self, document: str, parts: list[np.ndarray]) -> Document:
+        text_bytes = len(document.encode())
+        ids = parts[0] if len(parts) == 1 else np.concatenate(parts)
+        target_bytes = text_bytes
+        if self._adds_bos:
+            if not len(ids) or ids[0] != self._bos:
+                ids = np.insert(ids, 0, self._bos)
+        elif len(ids):
+            target_bytes -= self._bytes_of_first(int(ids[0]), document)
+        if not len(ids) or ids[-1] != self._eos:
+            ids = np.append(ids, self.dtype(self._eos))
+        return Document(ids, text_bytes, max(0, target_bytes))
+
+    def _bytes_of_first(self, token: int, document: str) -> int:
+        """Bytes of text that the first token stands for; one that holds a part of a character leaves it to the next."""
+        if token not in self._first_tokens:
+            self._first_tokens[token] = self._backend.decode([token], skip_special_tokens=False)
+        decoded = self._first_tokens[token]
+        if not document.startswith(decoded):
+            decoded = decoded.rstrip("\ufffd")
+        return len(decoded.encode())
+
+    def _pieces(self, document: str) -> list[str]:
+        if len(document) <= PIECE or not self._cuts:
+            return [document]
+        pieces, start = [], 0
+        while len(document) - start > PIECE and (found := _LINE_END.search(document, start + PIECE)):
+            pieces.append(document[start : found.end()])
+            start = found.end()
+        return [*pieces, document[start:]]
+
+    def _encoded(self, pieces: Iterable[str]) -> Iterator[np.ndarray]:
+        for chunk in in_chunks(pieces):
+            # this one keeps no offsets, which takes a third of the time
+            for encoding in self._backend.encode_batch_fast(chunk, add_special_tokens=False):
+                yield np.array(encoding.ids, dtype=self.dtype)
+
+    def _cuts_at_line_ends(self) -> bool:
+        """Whether the tokenizer itself never joins what stands on both sides of a line end."""
+        before, after = "one two.\n", "three"
+        splitter = self._backend.pre_tokenizer
+        if splitter is None or len(before) not in [
+            start for _, (start, _) in splitter.pre_tokenize_str(before + after)
+        ]:
+            return False
+        apart, whole = (list(self._encoded(pieces)) for pieces in ([before, after], [before + after]))
+        return np.array_equal(np.concatenate(apart), whole[0])

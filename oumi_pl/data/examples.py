@@ -1,0 +1,197 @@
+"""Data that are rows of their own: sources to cached examples, the report, loaders that follow a plan."""
+
+from abc import abstractmethod
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+from typing import Any
+
+import numpy as np
+from torch.utils.data import ConcatDataset, DataLoader
+
+from oumi_pl.data import report as reports
+from oumi_pl.data.base import Sources, TextData
+from oumi_pl.data.cache import example_store, source_records
+from oumi_pl.data.collate import FetchedRow, flatten_rows, pad_rows
+from oumi_pl.data.formats import FORMATS, Formats
+from oumi_pl.data.loader import PlanLoader, eval_loader
+from oumi_pl.data.mixture import mixture_epoch
+from oumi_pl.data.plan import Layout, Plan, plan_epoch, plan_in_order
+from oumi_pl.data.sources import Source, as_sources, is_held_out, is_not_held_out
+from oumi_pl.data.store import ExampleStore
+from oumi_pl.data.tokenize import Dropped
+from oumi_pl.data.tokenizers import tokenizer_fingerprint
+from oumi_pl.errors import UserError
+from oumi_pl.types import Example, Record, Row
+
+
+class ExampleData(TextData):
+    """Reads, tokenizes, caches, plans and loads examples. Subclasses say how a record becomes an example.
+
+    Args:
+        train: Where the training rows come from: a hub id, a file, directory or glob, `bundled/NAME`, or a list of
+            these (a mixture).
+        validation: A source, or the fraction of the training rows to hold out (chosen by a hash of the row).
+        test: Source for `test`.
+        predict: Source of prompts for `predict`; the test or validation rows when left out.
+        max_length: Longest example in tokens, and the size of a pack.
+        packing: Put several examples into one row, isolated from each other.
+        batch_size: Rows per micro-batch and device (packs, when packing).
+        eval_batch_size: The same for validation and test; `batch_size` when left out.
+        group_by_length: Without packing, put examples of similar length into the same update.
+        kwargs: As of `TextData`.
+    """
+
+    def __init__(
+        self,
+        train: Sources | None = None,
+        validation: float | Sources | None = None,
+        test: Sources | None = None,
+        predict: Sources | None = None,
+        *,
+        packing: bool = False,
+        group_by_length: bool = True,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(train, validation, test, predict, **kwargs)
+        self.packing = packing
+        self.group_by_length = group_by_length
+        self._stores: dict[str, list[ExampleStore]] = {}
+
+    # ---- what a subclass says
+
+    @abstractmethod
+    def encode(self, records: Sequence[Record]) -> list[Example | Dropped]:
+        """Turns records into examples, or into the reason why not."""
+
+    @abstractmethod
+    def encoding_key(self) -> list[Any]:
+        """What `encode` depends on besides tokenizer and `max_length`: part of the cache's key."""
+
+    formats: Formats = FORMATS
+    """The formats that rows may have."""
+    prompt_formats: Formats = FORMATS
+    """The same for the rows of `predict`, of which only the prompt is read."""
+
+    @property
+    def capacity(self) -> int | None:
+        """Tokens that a pack holds; None without packing."""
+        return self.max_length if self.packing else None
+
+    @property
+    def collate(self) -> Callable[[list[FetchedRow]], Any]:
+        """Makes a micro-batch of rows, each as a list of ids and one of examples."""
+        return partial(flatten_rows if self.packing else pad_rows, pad_id=self.pad_id)
+
+    # ---- stages
+
+    def make(self, split: str) -> None:
+        """Tokenizes a split, if the cache lacks it."""
+        self.stores(split)
+
+    def setup(self, stage: str) -> None:
+        """Opens what the stage needs, and stops before any weight is loaded if there is nothing to train on."""
+        for split in self.needed(stage):
+            if not sum(len(store) for store in self.stores(split)):
+                total = reports.merged([store.report for store in self.stores(split)])
+                reasons = ", ".join(f"{n} {reason}" for reason, n in total["dropped"].items()) or "no rows held out"
+                raise UserError(f"data.{split}: none of {total['rows']} rows is left ({reasons})")
+
+    # ---- examples
+
+    def stores(self, split: str) -> list[ExampleStore]:
+        """The tokenized sources of a split, from the cache or made now."""
+        if split not in self._stores:
+            value = self.sources[split]
+            keep: Callable[[Row], bool] | None = None
+            held_out = self.sources["validation"]
+            if isinstance(held_out, float) and split in ("train", "validation"):
+                value = self.sources["train"]
+                keep = partial(is_held_out, fraction=held_out)
+                if split == "train":
+                    keep = partial(is_not_held_out, fraction=held_out)
+            assert value is not None
+            assert not isinstance(value, float)
+            side = f"{split} {held_out}" if keep else None
+            self._stores[split] = [self._store(source, keep, side) for source in as_sources(value)]
+        return self._stores[split]
+
+    def examples(self, split: str) -> Any:
+        """All examples of a split as one map-style dataset."""
+        return ConcatDataset(self.stores(split))  # type: ignore[arg-type]
+
+    def lengths(self, split: str) -> np.ndarray:
+        """Tokens of every example of a split, `[examples]`."""
+        return np.concatenate([store.lengths for store in self.stores(split)])
+
+    def records(self, split: str) -> Iterator[tuple[str, Record]]:
+        """The records of a split with their origin, not tokenized: what `predict` and samples start from."""
+        value: Any = self.sources[split]
+        keep = None
+        if isinstance(value, float):
+            keep, value = partial(is_held_out, fraction=value), self.sources["train"]
+        for source in as_sources(value):
+            yield from source_records(source, keep, formats=self.prompt_formats if split == "predict" else self.formats)
+
+    def _store(self, source: Source, keep: Callable[[Row], bool] | None, side: str | None) -> ExampleStore:
+        key = [side, tokenizer_fingerprint(self.tokenizer), self.max_length, self.encoding_key()]
+        return example_store(source, key, self.encode, keep, self.formats)
+
+    # ---- plans and loaders
+
+    def plan(self, epoch: int) -> Plan:
+        """The training plan of one epoch, a pure function of data, seed and epoch."""
+        weights = [source.weight for source in as_sources(self.sources["train"])]  # type: ignore[arg-type]
+        ids = mixture_epoch([len(store) for store in self.stores("train")], weights, self.run_seed, epoch)
+        return plan_epoch(
+            self.lengths("train"),
+            ids,
+            self.layout.rows_per_update,
+            seed=self.run_seed,
+            epoch=epoch,
+            capacity=self.capacity,
+            group_by_length=self.group_by_length,
+        )
+
+    def updates(self, epochs: int) -> int:
+        """Optimizer updates in so many epochs."""
+        weighted = any(source.weight is not None for source in as_sources(self.sources["train"]))  # type: ignore[arg-type]
+        if weighted:  # a mixture is drawn anew for each epoch, so that packs may differ in number
+            return sum(len(self.plan(epoch)) for epoch in range(epochs))
+        return len(self.plan(0)) * epochs
+
+    def train_dataloader(self) -> PlanLoader:
+        """The training loader, at the position where a resumed run stopped."""
+        self._refuse_another_sampler()
+        loader = PlanLoader(self.examples("train"), self.plan, self.layout, self.collate, **self._fetching)
+        if self._position is not None:
+            loader.load_state_dict(self._position)
+        self._train_loader = loader
+        return loader
+
+    def val_dataloader(self) -> DataLoader | list:
+        """Every held-out example once; an empty list without `validation`."""
+        return self._eval_loader("validation") if self.sources["validation"] is not None else []
+
+    def test_dataloader(self) -> DataLoader:
+        """Every test example once."""
+        return self._eval_loader("test")
+
+    def _eval_loader(self, split: str) -> DataLoader:
+        layout = Layout(self.eval_batch_size, 1, self.layout.ranks, self.layout.rank)
+        plan = plan_in_order(self.lengths(split), layout.rows_per_update, capacity=self.capacity)
+        return eval_loader(self.examples(split), plan, layout, self.collate, **self._fetching)
+
+    # ---- report
+
+    def report(self) -> dict[str, Any]:
+        """What became of the rows, per split: read, kept, dropped, cut, tokens, lengths, fill or padding."""
+        splits = [s for s in ("train", "validation", "test") if s in self._stores]
+        return {split: self._split_report(split) for split in splits}
+
+    def _split_report(self, split: str) -> dict[str, Any]:
+        stores = self.stores(split)
+        plan = self.plan(0) if split == "train" else None
+        layout = self.layout if split == "train" else Layout(self.eval_batch_size)
+        if plan is None:
+            plan = plan_in_order(self.lengths(split), layout.rows_per_update, capacity=self.capacity)
+        return reports.describe(stores, self.lengths(split), plan, self.capacity, layout.batch_size)

@@ -1,0 +1,89 @@
+"""Held-out documents in full: windows that slide over them, each token a target once, source by source."""
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from torch.utils.data import DataLoader, Dataset
+
+from oumi_pl.data.loader import as_it_is
+from oumi_pl.data.plan import Layout, Plan
+from oumi_pl.data.rows import Row, batch_of
+from oumi_pl.data.shards import Shards
+from oumi_pl.types import IGNORE_INDEX, Batch
+
+
+def sliding_windows(lengths: np.ndarray, max_length: int, stride: int) -> np.ndarray:
+    """Windows over documents so that every token but a document's first is a target in exactly one.
+
+    Args:
+        lengths: Tokens of every document, `[documents]`.
+        max_length: Input tokens of a window, at most.
+        stride: Targets of each window after a document's first, which has up to `max_length`. What is less than
+            `max_length` of it is context that the targets see besides.
+
+    Returns:
+        `[windows, 4]` int64: document, first input, first target, and where inputs and targets end: the inputs are
+        tokens `first input .. end - 1`, the targets `first target .. end`, both without the last.
+    """
+    targets = np.maximum(0, lengths - 1)
+    more = -(-np.maximum(0, targets - max_length) // stride)
+    counts = np.where(targets > 0, 1 + more, 0)
+    document = np.repeat(np.arange(len(lengths)), counts)
+    number = np.arange(len(document)) - np.repeat(np.cumsum(counts) - counts, counts)
+    end = np.minimum(lengths[document], max_length + 1 + number * stride)
+    first_target = np.where(number == 0, 1, max_length + 1 + (number - 1) * stride)
+    return np.stack([document, np.maximum(0, end - 1 - max_length), first_target, end], axis=1)
+
+
+class HeldOut(Dataset):
+    """Micro-batches of windows, looked up by `(source, window numbers)`; `text_bytes` and `source` are theirs.
+
+    The bytes of a document are shared out among its windows by their targets, so that they add up exactly over it.
+    """
+
+    def __init__(self, sources: Sequence[Shards], max_length: int, stride: int, pad_id: int) -> None:
+        self.sources = sources
+        self.windows = [sliding_windows(source.lengths, max_length, stride) for source in sources]
+        self.pad_id = pad_id
+
+    def __getitem__(self, item: tuple[int, np.ndarray]) -> Batch:
+        source, numbers = item
+        rows, text_bytes = [], 0
+        for document, start, first, end in self.windows[source][numbers].tolist():
+            ids, _, total = self.sources[source][document]
+            tokens = ids[start:end].astype(np.int32)
+            labels = tokens[1:].copy()
+            labels[: first - start - 1] = IGNORE_INDEX
+            rows.append(Row(tokens[:-1], labels, np.array([len(labels)], dtype=np.int32)))
+            targets = len(ids) - 1
+            text_bytes += total * (end - 1) // targets - total * (first - 1) // targets
+        batch = batch_of(rows, numbers.tolist(), self.pad_id, isolate=False)
+        if not rows:  # the stand-in of a rank that ran out of rows
+            batch["attention_mask"] = torch.ones_like(batch["input_ids"])
+        batch["source"], batch["text_bytes"] = source, text_bytes
+        return batch
+
+    def batches(self, layout: Layout) -> list[tuple[int, np.ndarray]]:
+        """The micro-batches of one rank, as many on each; windows of similar length together, of one source each."""
+        found = []
+        for source, windows in enumerate(self.windows):
+            longest_first = np.argsort(windows[:, 1] - windows[:, 3], kind="stable")
+            plan = Plan(longest_first, np.arange(len(windows) + 1), layout.rows_per_update)
+            for update in range(len(plan)):
+                for rows in plan.micro_batches(update, layout):
+                    found.append((source, np.concatenate([np.empty(0, dtype=np.int64), *rows])))
+        return found
+
+
+def held_out_loader(held_out: HeldOut, layout: Layout, *, workers: int = 0, pin_memory: bool = False) -> DataLoader:
+    """A loader that goes through all held-out documents once per pass."""
+    return DataLoader(
+        held_out,
+        sampler=held_out.batches(layout),
+        batch_size=None,
+        collate_fn=as_it_is,
+        num_workers=workers,
+        pin_memory=pin_memory,
+        generator=torch.Generator().manual_seed(0),
+    )

@@ -1,0 +1,215 @@
+"""Token shards: the ids of a source's documents on disk, memory-mapped, with random access by document number.
+
+A folder of shards holds `tokens-00000.bin` (the ids, one document after the other), `index-00000.npy` (per document:
+where it ends, bytes of its text, bytes that its targets stand for) and so on, and `manifest.json`, written last.
+"""
+
+import itertools
+import json
+import os
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
+from functools import cached_property
+from pathlib import Path
+from typing import Any, cast
+
+import numpy as np
+
+from oumi_pl.data.documents import Document, TokenizeDocuments, in_chunks
+from oumi_pl.errors import UserError
+from oumi_pl.progress import track
+
+FORMAT = 1
+"""Of the files, and of how documents become tokens: raised when either changes."""
+MANIFEST = "manifest.json"
+MADE_FROM = "made_from.json"
+SHARD_TOKENS = 1 << 26
+"""Tokens after which a shard is closed, at the end of a document."""
+
+
+class Shards:
+    """The tokenized documents of a source, as `write_shards` left them.
+
+    Args:
+        directory: Where they are.
+        tokenizer: Fingerprint of the tokenizer that the ids have to be of.
+
+    Raises:
+        UserError: they are of another tokenizer or version, or a file is cut short.
+    """
+
+    def __init__(self, directory: Path, tokenizer: str) -> None:
+        self.directory = directory
+        self.manifest: dict[str, Any] = json.loads((directory / MANIFEST).read_text())
+        self.name: str = self.manifest["name"]
+        if self.manifest["format"] != FORMAT:
+            raise UserError(f"{directory}: shards of another version of oumi_pl; prepare them again")
+        if self.manifest["tokenizer"] != tokenizer:
+            raise UserError(
+                f"{directory}: these shards were made with another tokenizer; set data.tokenizer to that one, or "
+                "prepare them again"
+            )
+        self.dtype = np.dtype(self.manifest["dtype"])
+        counts = [shard["documents"] for shard in self.manifest["shards"]]
+        self.starts = np.concatenate([[0], np.cumsum(counts, dtype=np.int64)])
+        self._tokens = [self._open(i, shard["tokens"]) for i, shard in enumerate(self.manifest["shards"])]
+        self._indices = [self._open_index(i, shard) for i, shard in enumerate(self.manifest["shards"])]
+
+    def __len__(self) -> int:
+        return int(self.starts[-1])
+
+    def __getitem__(self, number: int) -> Document:
+        shard = int(np.searchsorted(self.starts, number, side="right")) - 1
+        local = number - int(self.starts[shard])
+        end, text_bytes, target_bytes = self._indices[shard][local].tolist()
+        start = int(self._indices[shard][local - 1, 0]) if local else 0
+        return Document(self._tokens[shard][start:end], text_bytes, target_bytes)
+
+    def read(self, start: int) -> Iterator[np.ndarray]:
+        """The ids of each document, `[tokens]`, from number `start` on."""
+        for shard, (tokens, index) in enumerate(zip(self._tokens, self._indices, strict=True)):
+            first = max(0, start - int(self.starts[shard]))
+            if first >= len(index):
+                continue
+            begin = int(index[first - 1, 0]) if first else 0
+            for chunk in range(first, len(index), 4096):  # plain ints a few at a time: an index may be large
+                for end in index[chunk : chunk + 4096, 0].tolist():
+                    yield tokens[begin:end]
+                    begin = end
+
+    @property
+    def tokens(self) -> int:
+        """Tokens of all documents."""
+        return int(self.manifest["tokens"])
+
+    @cached_property
+    def lengths(self) -> np.ndarray:
+        """Tokens of every document, `[documents]`."""
+        parts = [np.diff(index[:, 0], prepend=0) for index in self._indices]
+        return np.concatenate(parts) if parts else np.empty(0, dtype=np.int64)
+
+    def _open(self, number: int, tokens: int) -> np.ndarray:
+        file = self.directory / f"tokens-{number:05}.bin"
+        size = file.stat().st_size if file.is_file() else None
+        if size != tokens * self.dtype.itemsize:
+            found = "is missing" if size is None else f"holds {size} bytes"
+            raise UserError(
+                f"{file}: {found}, where the manifest says {tokens * self.dtype.itemsize} bytes; prepare it again"
+            )
+        return np.memmap(file, dtype=self.dtype, mode="r").view(np.ndarray)
+
+    def _open_index(self, number: int, shard: dict[str, int]) -> np.ndarray:
+        file = self.directory / f"index-{number:05}.npy"
+        try:
+            index = cast("np.ndarray", np.load(file, mmap_mode="r")).view(np.ndarray)
+        except (OSError, ValueError) as error:
+            raise UserError(f"{file}: missing or damaged; prepare it again") from error
+        if index.shape != (shard["documents"], 3) or int(index[-1, 0]) != shard["tokens"]:
+            raise UserError(f"{file}: doesn't fit its shard; prepare it again")
+        return index
+
+
+def write_shards(
+    directory: Path,
+    documents: Callable[[Counter[str]], Iterator[str]],
+    tokenize: TokenizeDocuments,
+    made_from: dict[str, Any],
+    *,
+    name: str,
+    shard_tokens: int | None = None,
+) -> None:
+    """Writes the shards of a source, or goes on after the last whole one that is there; does nothing if all are.
+
+    Args:
+        directory: Where to.
+        documents: Starts over the source's texts, and counts in what it is given what becomes of the rows.
+        tokenize: Makes ids of texts.
+        made_from: All that the shards depend on, the fingerprint of the `tokenizer` among it.
+        name: What the source is called.
+        shard_tokens: Tokens after which a shard is closed; `SHARD_TOKENS` when left out.
+
+    Raises:
+        UserError: the folder holds the beginning of other shards; or for whatever is wrong with a row.
+    """
+    directory.mkdir(parents=True, exist_ok=True)
+    shard_tokens = shard_tokens or SHARD_TOKENS
+    made_from = {"format": FORMAT, "dtype": np.dtype(tokenize.dtype).name, "shard_tokens": shard_tokens} | made_from
+    _take_up(directory, made_from)
+    if (directory / MANIFEST).exists():
+        return
+    whole = _whole_shards(directory, np.dtype(tokenize.dtype))
+    counts: Counter[str] = Counter()
+    # those in whole shards are read again, which costs little beside tokenizing, so that the counts are complete
+    rest = itertools.islice(documents(counts), sum(shard["documents"] for shard in whole), None)
+    tracked = track(rest, f"tokenizing {name}", unit="documents")
+    tokenized = itertools.chain.from_iterable(map(tokenize, in_chunks(tracked)))
+    while shard := _write_shard(directory, len(whole), tokenized, shard_tokens):
+        whole.append(shard)
+    totals = {key: sum(shard[key] for shard in whole) for key in ("documents", "tokens", "text_bytes")}
+    report = {key: counts[key] for key in ("rows", "kept", "empty", "replaced")}
+    manifest = made_from | totals | {"name": name, "report": report, "shards": whole}
+    _write_whole(directory / MANIFEST, json.dumps(manifest, indent=1).encode())
+
+
+def _take_up(directory: Path, made_from: dict[str, Any]) -> None:
+    """Notes what the shards are made from, or checks that what is there was made from the same."""
+    file, text = directory / MADE_FROM, json.dumps(made_from, indent=1, default=str)
+    if not file.exists():
+        if any(directory.glob("tokens-*.bin")):
+            raise UserError(f"{directory}: holds shards of unknown origin; name another folder, or remove it")
+        _write_whole(file, text.encode())
+    elif file.read_text() != text:
+        raise UserError(
+            f"{directory}: holds shards of other texts, another tokenizer or other settings; name another folder, or "
+            "remove it"
+        )
+
+
+def _whole_shards(directory: Path, dtype: np.dtype) -> list[dict[str, int]]:
+    """The shards that are whole, up to the first that isn't: an index is written after its tokens."""
+    whole: list[dict[str, int]] = []
+    while (file := directory / f"index-{len(whole):05}.npy").exists():
+        index = np.load(file)
+        tokens = directory / f"tokens-{len(whole):05}.bin"
+        if not tokens.exists() or tokens.stat().st_size != index[-1, 0] * dtype.itemsize:
+            break
+        whole.append(_described(index))
+    return whole
+
+
+def _described(index: np.ndarray) -> dict[str, int]:
+    return {"documents": len(index), "tokens": int(index[-1, 0]), "text_bytes": int(index[:, 1].sum())}
+
+
+def _write_shard(
+    directory: Path, number: int, documents: Iterable[Document], shard_tokens: int
+) -> dict[str, int] | None:
+    """Writes one shard, tokens first; None if no documents are left."""
+    index: list[tuple[int, int, int]] = []
+    half = directory / f".tokens-{number:05}.{os.getpid()}"
+    end = 0
+    try:
+        with half.open("wb") as out:
+            for document in documents:
+                out.write(document.ids.tobytes())
+                end += len(document.ids)
+                index.append((end, document.text_bytes, document.target_bytes))
+                if end >= shard_tokens:
+                    break
+            out.flush()
+            os.fsync(out.fileno())
+        if not index:
+            return None
+        half.replace(directory / f"tokens-{number:05}.bin")
+        half = directory / f".index-{number:05}.{os.getpid()}.npy"
+        np.save(half, np.array(index, dtype=np.int64))
+        half.replace(directory / f"index-{number:05}.npy")
+    finally:
+        half.unlink(missing_ok=True)
+    return _described(np.array(index, dtype=np.int64))
+
+
+def _write_whole(file: Path, content: bytes) -> None:
+    half = file.with_name(f".{file.name}.{os.getpid()}")
+    half.write_bytes(content)
+    half.replace(file)

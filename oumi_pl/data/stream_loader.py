@@ -1,0 +1,158 @@
+"""The loader over a stream of rows: cut by update, micro-batch and rank, with a position for each update."""
+
+import itertools
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import torch
+
+from oumi_pl.data.loader import refuse_other_rows
+from oumi_pl.data.plan import Layout
+from oumi_pl.data.row_stream import RowStream, as_state
+from oumi_pl.data.rows import Row
+from oumi_pl.errors import UserError
+from oumi_pl.types import Batch
+
+KEPT = 4
+"""Updates whose positions are kept: Lightning fetches at most one micro-batch ahead of the one that it trains on."""
+
+
+class StreamLoader:
+    """Yields the micro-batches of one rank: each goes through the whole stream, and takes its share of every update.
+
+    Update `u` has the rows `[u * rows_per_update, (u + 1) * rows_per_update)` of the pass, cut as a plan is. Where a
+    short last update runs out of rows, micro-batches without targets are left over.
+
+    Its state is that after the updates that were trained, however far the stream was read ahead. It is the same on
+    every rank: Lightning keeps only rank 0's.
+
+    Args:
+        stream: Makes the stream of an epoch, at its beginning.
+        layout: How an update is cut.
+        collate: Makes a batch of rows and their numbers.
+        updates: Updates of a pass, where that is known; the loader has a length then.
+        trained: How many updates were trained in the whole run; when left out, those whose batches were handed out.
+        pin_memory: Put batches where a GPU copies them from without waiting.
+    """
+
+    def __init__(
+        self,
+        stream: Callable[[int], RowStream],
+        layout: Layout,
+        collate: Callable[[Sequence[Row], Sequence[int]], Batch],
+        *,
+        updates: int | None = None,
+        trained: Callable[[], int] | None = None,
+        pin_memory: bool = False,
+    ) -> None:
+        self.stream = stream
+        self.layout = layout
+        self.collate = collate
+        self.updates = updates
+        self.pin_memory = pin_memory
+        self.epoch = 0
+        self._trained = trained or self._handed_out
+        self._update = 0
+        self._saved: dict[str, Any] | None = None
+        self._handed = 0
+        self._begun_at = 0
+        self._positions: dict[int, dict[str, Any]] = {}
+        self._last: tuple[dict[str, Any], dict[str, Any]] | None = None
+
+    @property
+    def sampler(self) -> "StreamLoader":
+        """Itself: where Lightning looks for `set_epoch`."""
+        return self
+
+    def set_epoch(self, epoch: int) -> None:
+        """Begins an epoch; a position within the same epoch is kept, which is what a resume needs."""
+        if epoch != self.epoch:
+            self.epoch, self._update, self._saved = epoch, 0, None
+
+    def __len__(self) -> int:
+        """Micro-batches of a whole pass on one rank, whatever the position.
+
+        Raises:
+            TypeError: that isn't known.
+        """
+        if self.updates is None:
+            raise TypeError("how long a pass is isn't known")
+        return self.updates * self.layout.micro_batches
+
+    def __iter__(self) -> Iterator[Batch]:
+        # A generator, so that nothing is read before `set_epoch` and `load_state_dict` have had their say
+        while True:
+            resumed, handed = self._saved is not None, 0
+            for batch in self._pass():
+                handed += 1
+                yield batch
+            if handed or not resumed:
+                break
+            # The checkpoint stood at the end of an epoch: where Lightning doesn't know the length of a pass, it asks
+            # for the first batch of the next one before it says that it has begun.
+            self.set_epoch(self.epoch + 1)
+        if not handed:
+            raise UserError("data.train: the documents don't make a single row: there is nothing to predict in them")
+
+    def _pass(self) -> Iterator[Batch]:
+        """The rest of one pass."""
+        layout, update = self.layout, self._update
+        stream = self.stream(self.epoch)
+        if self._saved is not None:
+            stream.restore(self._saved)
+        self._handed, epoch = 0, self.epoch
+        self._begun_at = self._trained()
+        self._positions = {0: {"epoch": epoch, "update": update, "stream": stream.snapshot()}}
+        rows = iter(stream)
+        for done in itertools.count(1):
+            taken = list(itertools.islice(rows, layout.rows_per_update))
+            if not taken:
+                return
+            self._positions[done] = {"epoch": epoch, "update": update + done, "stream": stream.snapshot()}
+            self._positions.pop(done - KEPT, None)
+            first = (update + done - 1) * layout.rows_per_update
+            for micro in range(layout.micro_batches):
+                start = (micro * layout.ranks + layout.rank) * layout.batch_size
+                share = taken[start : start + layout.batch_size]
+                self._handed += 1
+                yield self._batch(share, range(first + start, first + start + len(share)))
+
+    def _batch(self, rows: Sequence[Row], numbers: Sequence[int]) -> Batch:
+        batch = self.collate(rows, numbers)
+        if self.pin_memory:
+            for name, value in batch.items():
+                if isinstance(value, torch.Tensor):
+                    batch[name] = value.pin_memory()  # type: ignore[literal-required]
+        return batch
+
+    def _handed_out(self) -> int:
+        return self._handed // self.layout.micro_batches
+
+    def position(self) -> dict[str, Any]:
+        """Where the updates that were trained end: epoch, update, and what the stream was like; not to be changed."""
+        if not self._positions:
+            return {}
+        return self._positions[self._trained() - self._begun_at]
+
+    def state_dict(self) -> dict[str, Any]:
+        """The position between two updates, as plain numbers and tensors, and the layout it was reached with."""
+        position = self.position()
+        if not position:
+            return {}
+        # Lightning keeps the state of loaders as well as that of the data: the same tensors are saved once
+        if self._last is None or self._last[0] is not position:
+            self._last = position, as_state(position["stream"])
+        return position | {
+            "stream": self._last[1],
+            "micro_batches": self.layout.micro_batches,
+            "rows_per_update": self.layout.rows_per_update,
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Goes to a position.
+
+        Raises:
+            UserError: if an update has another number of rows than when the state was saved.
+        """
+        refuse_other_rows(state, self.layout)
+        self.epoch, self._update, self._saved = state["epoch"], state["update"], state["stream"]

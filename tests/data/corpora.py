@@ -1,0 +1,57 @@
+"""What the tests of pretraining data share: small corpora of ragged documents, and what a loader hands out."""
+
+import random
+
+import torch
+
+from oumi_pl.data.pretrain import PretrainData
+from oumi_pl.data.sources import Source
+from oumi_pl.data.tokenizers import ByteTokenizer
+from tests.tiny import write_jsonl
+
+BIG = 10**9
+
+
+def documents(n, seed=0, longest=120):
+    """Texts of ragged length, a few longer than a row."""
+    rng = random.Random(seed)
+    sizes = [rng.randint(1, longest) * (5 if rng.random() < 0.1 else 1) for _ in range(n)]
+    return ["".join(rng.choice("abcdefghij klmnop\n") for _ in range(size)) + "." for size in sizes]
+
+
+def corpus(path, n=40, seed=0, name=None, **source):
+    """A source of `n` documents, written under `path`."""
+    file = path / f"{name or f'corpus-{n}-{seed}'}.jsonl"
+    if not file.exists():
+        write_jsonl(file, [{"text": text} for text in documents(n, seed)])
+    return Source(str(file), **source)
+
+
+def pretrain_data(train, **kwargs):
+    defaults = {
+        "tokenizer": ByteTokenizer(chat_template=False),
+        "max_length": 64,
+        "batch_size": 2,
+        "shuffle_buffer": 7,
+        "seed": 0,
+    }
+    made = PretrainData(train, **(defaults | kwargs))
+    made.prepare_data()
+    made.setup("fit")
+    return made
+
+
+def handed_out(batches):
+    """Input ids and labels of batches, as lists."""
+    return [(batch["input_ids"].tolist(), batch["labels"].tolist()) for batch in batches]
+
+
+def rows_of(batches):
+    """Rows of padded batches, as lists of inputs."""
+    return [row for batch in batches for row in batch["input_ids"].tolist()]
+
+
+def as_saved(state, path):
+    """A state as a checkpoint gives it back."""
+    torch.save(state, path)
+    return torch.load(path, weights_only=True)

@@ -1,0 +1,79 @@
+"""Held-out documents: every token but the first a target once, its bytes counted, by source, whatever the ranks."""
+
+import itertools
+from collections import Counter
+
+import numpy as np
+import pytest
+
+from oumi_pl.data.held_out import sliding_windows
+from oumi_pl.data.plan import Layout
+from oumi_pl.data.pretrain import PretrainData
+from oumi_pl.types import IGNORE_INDEX
+from tests.data.corpora import corpus, documents, pretrain_data
+
+LENGTHS = np.array([1, 2, 8, 9, 10, 17, 18, 100, 3])
+
+
+@pytest.mark.parametrize("stride", [1, 3, 8])
+def test_windows_have_every_target_once_with_all_the_context_that_fits(stride):
+    found = sliding_windows(LENGTHS, 8, stride)
+    targets = Counter()
+    for document, start, first, end in found.tolist():
+        assert start < first < end <= LENGTHS[document]
+        assert end - 1 - start <= 8
+        assert start == 0 or end - 1 - start == 8, "a later window sees as much as it can"
+        targets.update((document, token) for token in range(first, end))
+    assert targets == Counter((d, token) for d, length in enumerate(LENGTHS.tolist()) for token in range(1, length))
+
+
+def test_without_a_stride_there_are_as_few_windows_as_can_be():
+    found = sliding_windows(LENGTHS, 8, 8)
+    assert Counter(found[:, 0].tolist()) == {d: -(-(n - 1) // 8) for d, n in enumerate(LENGTHS.tolist()) if n > 1}
+
+
+@pytest.mark.parametrize("kwargs", [{}, {"isolate": True}, {"eval_stride": 20}, {"streaming": True}])
+def test_batches_hold_every_target_once_and_its_bytes(tmp_path, kwargs, monkeypatch):
+    sources = [corpus(tmp_path, 23, 5), corpus(tmp_path, 8, 6)]
+    expected = [
+        Counter(pair for text in documents(n, seed) for pair in pairs([*text.encode(), 257]))
+        for n, seed in ((23, 5), (8, 6))
+    ]
+    found, sizes, counts = [Counter(), Counter()], [0, 0], []
+    for rank in range(2):
+        monkeypatch.setattr(PretrainData, "layout", Layout(4, 1, 2, rank))
+        batches = list(pretrain_data(corpus(tmp_path), validation=sources, **kwargs).val_dataloader())
+        counts.append(len(batches))
+        for batch in batches:
+            sizes[batch["source"]] += batch["text_bytes"]
+            carries = batch["labels"] != IGNORE_INDEX
+            inputs, labels = batch["input_ids"][carries].tolist(), batch["labels"][carries].tolist()
+            found[batch["source"]].update(zip(inputs, labels, strict=True))
+            if "attention_mask" in batch:
+                assert batch["attention_mask"][carries].all()
+    assert found == expected
+    # a byte per token here, and the first of a document is no target
+    assert sizes == [sum(map(len, documents(n, seed))) - n for n, seed in ((23, 5), (8, 6))]
+    assert counts[0] == counts[1]
+
+
+def pairs(ids):
+    return list(itertools.pairwise(ids))
+
+
+def test_a_held_out_fraction_is_of_documents_that_training_never_sees(tmp_path):
+    for streaming in (False, True):
+        made = pretrain_data(corpus(tmp_path, 200), validation=0.2, streaming=streaming, shuffle_buffer=0)
+        held = [bytes(ids[:-1].tolist()).decode() for ids in made.shards("validation")[0].read(0)]
+        trained = [bytes(ids[:-1].tolist()).decode() for ids in made.documents[0].read(0)]
+        assert 20 <= len(held) <= 60
+        assert sorted(held + trained) == sorted(documents(200))
+        assert made.source_names("validation") == ["corpus-200-0"]
+
+
+def test_prompts_are_beginnings_of_held_out_documents(tmp_path):
+    made = pretrain_data(corpus(tmp_path), validation=corpus(tmp_path, 9, 5))
+    for (ids, reference), text in zip(made.prompts("validation"), documents(9, 5), strict=True):
+        prompt = bytes(ids).decode()
+        assert 1 <= len(prompt) <= 32
+        assert text.startswith(prompt + reference)

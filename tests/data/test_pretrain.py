@@ -1,0 +1,315 @@
+"""The pretraining DataModule: what it refuses, what it reports, and a run that is killed and resumed."""
+
+import contextlib
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import lightning as L
+import pytest
+import torch
+
+from oumi_pl.callbacks.checkpoint import Checkpoints
+from oumi_pl.callbacks.last_step import LastStep
+from oumi_pl.callbacks.start import Start
+from oumi_pl.checkpoints import AtomicCheckpointIO
+from oumi_pl.data.documents import TokenizeDocuments
+from oumi_pl.data.pretrain import PretrainData
+from oumi_pl.data.sft import SFTData
+from oumi_pl.data.sources import Source
+from oumi_pl.data.tokenizers import ByteTokenizer
+from oumi_pl.data.trained_bpe import TrainedBPE
+from oumi_pl.errors import UserError
+from tests.data.corpora import corpus, documents, handed_out, pretrain_data
+from tests.test_resume import DROPOUT, Kill, adamw, newest
+from tests.tiny import distance, fit, module, trainer, weights, write_jsonl
+
+# --- batches
+
+
+def test_rows_that_are_not_isolated_are_full_and_need_no_mask(tmp_path):
+    made = pretrain_data(corpus(tmp_path), shuffle_buffer=0)
+    assert not made.packing
+    *full, last = made.train_dataloader()
+    for batch in full:
+        assert set(batch) == {"input_ids", "position_ids", "labels", "sample_ids"}
+        assert batch["input_ids"].shape == batch["labels"].shape == (2, 64)
+        assert batch["position_ids"].tolist() == [list(range(64))] * 2
+    assert last["attention_mask"].sum() < last["input_ids"].numel()
+    assert (last["labels"][last["attention_mask"] == 0] == -100).all()
+
+
+def test_isolated_documents_lie_in_one_row_with_their_lengths(tmp_path):
+    made = pretrain_data(corpus(tmp_path), isolate=True)
+    assert made.packing
+    for batch in made.train_dataloader():
+        assert "attention_mask" not in batch
+        assert batch["input_ids"].shape == (1, sum(batch["document_lengths"]))
+        expected = [p for n in batch["document_lengths"] for p in range(n)]
+        assert batch["position_ids"].tolist() == [expected]
+
+
+# --- the cache
+
+
+def test_the_second_run_tokenizes_nothing_and_any_change_does(tmp_path, monkeypatch):
+    tokenized = []
+    original = TokenizeDocuments.__call__
+    monkeypatch.setattr(
+        TokenizeDocuments, "__call__", lambda self, texts: tokenized.extend(texts) or original(self, texts)
+    )
+    source = corpus(tmp_path)
+    first = handed_out(pretrain_data(source).train_dataloader())
+    assert len(tokenized) == 40
+    assert handed_out(pretrain_data(source, max_length=64, workers=1).train_dataloader()) == first
+    pretrain_data(source, max_length=32, packing="best_fit")
+    assert len(tokenized) == 40, "shards are of the documents alone"
+    pretrain_data(source, tokenizer=ByteTokenizer())
+    pretrain_data(Source(source.path, split="train[:30]"))
+    assert len(tokenized) == 40 + 40 + 30
+    write_jsonl(tmp_path / "corpus-40-0.jsonl", [{"text": "another"}])
+    pretrain_data(source)
+    assert len(tokenized) == 111
+
+
+# --- refusals
+
+
+@pytest.mark.parametrize(
+    ("kwargs", "message"),
+    [
+        ({"packing": "concatenate"}, "data.packing: unknown 'concatenate'; did you mean 'concat'"),
+        ({"exhausted": "restrat"}, "data.exhausted: unknown 'restrat'; did you mean 'restart'"),
+        ({"shuffle_buffer": -1}, "data.shuffle_buffer is -1"),
+        ({"max_length": 8, "eval_stride": 9}, "data.eval_stride is 9, but has to lie between 1 and max_length, 8"),
+        ({"validation": 1.5}, "data.validation is 1.5"),
+        ({"train": [Source("a", weight=1), "b"]}, "1 of 2 sources have a weight"),
+        ({"train": [Source("a", weight=1), Source("b", weight=-2)]}, "source number 2 has the weight -2"),
+    ],
+)
+def test_contradictions_are_told_before_anything_is_read(kwargs, message):
+    with pytest.raises(UserError) as caught:
+        PretrainData(**({"train": "nowhere.txt"} | kwargs))
+    assert message in str(caught.value)
+
+
+def test_sources_without_documents_are_refused(tmp_path):
+    blank = write_jsonl(tmp_path / "blank.jsonl", [{"text": " "}, {"text": ""}])
+    with pytest.raises(UserError, match=r"data.train: blank: there are no documents in it \(2 rows, 2 of them empty\)"):
+        pretrain_data([blank, corpus(tmp_path)])
+    with pytest.raises(UserError, match=r"data.validation: corpus-5-0: .* \(no rows held out\)"):
+        pretrain_data(corpus(tmp_path, 5), validation=0.0001)
+    with pytest.raises(UserError, match="blank: there are no documents in it"):
+        list(pretrain_data(blank, streaming=True).train_dataloader())
+    with pytest.raises(UserError, match="the documents don't make a single row"):
+        single = write_jsonl(tmp_path / "single.jsonl", [{"text": "x"}])
+        list(pretrain_data(single, isolate=True, tokenizer=only_eos()).train_dataloader())
+    with pytest.raises(UserError, match="no such file"):
+        pretrain_data(str(tmp_path / "gone.jsonl"), streaming=True)
+
+
+def only_eos():
+    """A tokenizer that sees nothing in any text."""
+    from tokenizers import normalizers
+
+    tokenizer = ByteTokenizer(chat_template=False).build()
+    tokenizer.backend_tokenizer.normalizer = normalizers.Replace("x", "")
+    return tokenizer
+
+
+@pytest.mark.parametrize(
+    ("kwargs", "why"), [({"streaming": True}, "a length that isn't known"), ({"exhausted": "restart"}, "no end")]
+)
+def test_epochs_of_unknown_length_are_refused(tmp_path, kwargs, why):
+    with pytest.raises(UserError, match=f"a pass through the documents has {why}.*set trainer.max_steps"):
+        pretrain_data(corpus(tmp_path), **kwargs).updates(1)
+
+
+def test_token_shards_are_refused_by_other_data_and_as_a_fraction(tmp_path):
+    made = pretrain_data(corpus(tmp_path)).shards("train")[0].directory
+    again = pretrain_data(str(made))
+    assert handed_out(again.train_dataloader()) == handed_out(pretrain_data(corpus(tmp_path)).train_dataloader())
+    with pytest.raises(UserError, match="token shards, which only PretrainData reads"):
+        SFTData(str(made), tokenizer=ByteTokenizer()).prepare_data()
+    with pytest.raises(UserError, match="no fraction can be held out, since it holds tokens"):
+        pretrain_data(str(made), validation=0.1)
+    with pytest.raises(UserError, match="made with another tokenizer"):
+        pretrain_data(str(made), tokenizer=ByteTokenizer())
+
+
+def test_a_fraction_of_what_is_streamed_from_the_hub_is_refused(tmp_path):
+    with pytest.raises(UserError, match="to hold out a fraction of org/name means to download all of it"):
+        pretrain_data("org/name", streaming=True, validation=0.1)
+
+
+# --- report
+
+
+@pytest.mark.parametrize("kwargs", [{}, {"isolate": True}, {"packing": "best_fit"}, {"exhausted": "restart"}], ids=str)
+def test_the_report_adds_up(tmp_path, kwargs):
+    texts = documents(50)
+    rows = write_jsonl(tmp_path / "rows.jsonl", [{"text": text} for text in [*texts, ""]])
+    made = pretrain_data(rows, validation=corpus(tmp_path, 9, 5), **kwargs)
+    report = made.report()
+    train = report["train"]
+    assert (train["rows"], train["kept"], train["documents"], train["dropped"]) == (51, 50, 50, {"empty": 1})
+    assert train["bytes"] == sum(len(text) for text in texts)
+    assert train["tokens"] == train["bytes"] + 50
+    assert train["bytes_per_token"] == pytest.approx(train["bytes"] / train["tokens"], abs=1e-4)
+    if "exhausted" in kwargs:
+        assert "rows_planned" not in train
+    else:
+        batches = list(made.train_dataloader())
+        targets = sum(int((batch["labels"] != -100).sum()) for batch in batches)
+        assert targets == train["target_tokens"]
+        assert train["rows_planned"] == sum(len(batch["sample_ids"]) for batch in batches)
+        assert train["updates_per_epoch"] == len(batches)
+        inputs = sum(int(batch.get("attention_mask", batch["input_ids"] + 1).bool().sum()) for batch in batches)
+        assert train["fill"] == pytest.approx(inputs / (64 * train["rows_planned"]), abs=0.02)
+    held = list(made.val_dataloader())
+    assert report["validation"]["windows"] == sum(len(batch["sample_ids"]) for batch in held)
+    padding = 1 - sum(int(b["attention_mask"].sum()) if "attention_mask" in b else b["input_ids"].numel() for b in held)
+    padding = 1 + (padding - 1) / sum(batch["input_ids"].numel() for batch in held)
+    assert report["validation"]["padding"] == pytest.approx(padding, abs=1e-6)
+    json.dumps(report)
+
+
+def test_what_was_consumed_is_told_with_the_shares_that_were_aimed_at(tmp_path):
+    sources = [corpus(tmp_path, 200, 0, weight=3), corpus(tmp_path, 6, 1, weight=1)]
+    made = pretrain_data(sources, exhausted="restart", shuffle_buffer=0)
+    assert made.consumed() == []
+    for _, _ in zip(range(60), made.train_dataloader(), strict=False):
+        pass
+    first, second = made.consumed()
+    assert first["source"], second["source"] == ("corpus-200-0", "corpus-6-1")
+    assert first["tokens"] + second["tokens"] == pytest.approx(60 * 2 * 64, abs=700)
+    assert first["share"] == pytest.approx(0.75, abs=0.1)
+    assert (first["wanted"], second["wanted"]) == (0.75, 0.25)
+    assert second["passes"] > 0 == first["passes"]
+
+
+# --- runs
+
+
+def run(path, directory, kill=10**9, resume=None, seed=1, every=3, **kwargs):
+    """A run of SFT's loss on a mixture, with validation, in updates of two micro-batches."""
+    checkpoints = Checkpoints(every=every, keep=1)
+    checkpoints.directory = directory
+    directory.mkdir(exist_ok=True)
+    killer, model = Kill(kill), module(adamw, DROPOUT)
+    limits = {name: kwargs.pop(name) for name in ("max_steps", "max_epochs") if name in kwargs}
+    L.seed_everything(seed)
+    loop = trainer(
+        **{"max_steps": 14, "accumulate_grad_batches": 2, "enable_checkpointing": True} | limits,
+        callbacks=[killer, LastStep(), Start(), checkpoints],
+        plugins=[AtomicCheckpointIO()],
+    )
+    sources = [corpus(path, 40, 0, weight=3), corpus(path, 3, 1, weight=1)]
+    settings = {"exhausted": "stop", "shuffle_buffer": 5, "validation": corpus(path, 3, 5)} | kwargs
+    data = PretrainData(
+        sources, tokenizer=ByteTokenizer(chat_template=False), max_length=64, batch_size=2, seed=0, **settings
+    )
+    with contextlib.suppress(InterruptedError):
+        loop.fit(model, data, ckpt_path=resume, weights_only=True)
+    return model, killer.seen, loop
+
+
+def assert_same_weights(ours, theirs):
+    assert all(torch.equal(a, b) for a, b in zip(weights(ours).values(), weights(theirs).values(), strict=True))
+
+
+KINDS = {
+    "prepared": {},
+    "streamed": {"streaming": True},
+    "endless": {"exhausted": "restart", "streaming": True, "workers": 1},
+    "no_validation": {"streaming": True, "validation": None},
+    "isolated": {"isolate": True, "packing": "best_fit", "streaming": True},
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_killed_and_resumed_equals_uninterrupted(tmp_path, kind):
+    """Kills fall into the first pass, next to its end, and into later ones."""
+    whole, seen, loop = run(tmp_path, tmp_path / "whole", **KINDS[kind])
+    assert loop.global_step == 14
+    assert (loop.current_epoch > 1) == (kind != "endless"), "several passes"
+    for kill in (5, 15, 25):
+        directory = tmp_path / f"killed-{kill}"
+        _, before, _ = run(tmp_path, directory, kill, **KINDS[kind])
+        assert before == seen[:kill]
+        checkpoint = newest(directory)
+        if checkpoint is None:
+            continue
+        # another seed: whatever is drawn anew instead of restored shows
+        resumed, after, _ = run(tmp_path, directory, resume=checkpoint, seed=2, **KINDS[kind])
+        assert after == seen[2 * int(checkpoint.stem.split("-")[1]) :]
+        assert_same_weights(resumed, whole)
+
+
+@pytest.mark.parametrize("kind", ["prepared", "streamed", "isolated"])
+def test_a_run_goes_on_from_the_very_end_of_a_pass(tmp_path, kind):
+    """Where Lightning doesn't know the length of a pass, it fetches ahead, across the border."""
+    whole, seen, _ = run(tmp_path, tmp_path / "whole", every=100, **KINDS[kind])
+    numbers = [batch[0] for batch in seen if batch]
+    ends = [i // 2 for i in range(1, len(seen)) if seen[i] and seen[i][0] == 0]
+    assert numbers.count(0) > 2
+    for end in (ends[0] - 1, ends[0], ends[0] + 1, ends[1]):
+        directory = tmp_path / f"short-{end}"
+        run(tmp_path, directory, every=100, max_steps=end, **KINDS[kind])
+        longer, after, _ = run(tmp_path, directory, every=100, resume=newest(directory), seed=2, **KINDS[kind])
+        assert after == seen[2 * end :]
+        assert_same_weights(longer, whole)
+
+
+def test_epochs_of_prepared_documents(tmp_path):
+    """Every row of a pass once per epoch, and as many updates as were told."""
+    _, seen, loop = run(tmp_path, tmp_path / "runs", max_steps=-1, max_epochs=2)
+    numbers = [number for batch in seen for number in batch]
+    rows = len(numbers) // 2
+    assert numbers == [*range(rows)] * 2
+    assert loop.global_step == 2 * -(-rows // 4)
+
+
+WORKER = """
+import sys
+sys.path.insert(0, {root!r})
+import torch
+torch.set_num_threads(1)
+from pathlib import Path
+from tests.data.test_pretrain import on_ranks
+on_ranks(Path(sys.argv[1]), 2)
+"""
+
+
+def on_ranks(path, ranks):
+    """Trains on a tokenizer that is learnt first, in updates of four rows, and keeps weights and validation loss."""
+    streamed = PretrainData(
+        corpus(path, 40),
+        corpus(path, 7, 5),
+        tokenizer=TrainedBPE(300),
+        max_length=64,
+        batch_size=4 // ranks,
+        streaming=True,
+        seed=0,
+    )
+    model = module()
+    devices = {"devices": 2, "strategy": "ddp"} if ranks == 2 else {}
+    result = fit(model, streamed, max_steps=20, **devices)
+    if model.global_rank == 0:
+        torch.save((result, model.trainer.callback_metrics["val/loss"]), path / f"result-{ranks}.pt")
+
+
+def test_two_processes_train_as_one(tmp_path):
+    """In passes whose length neither of them knows; the rows of the last update don't go round."""
+    on_ranks(tmp_path, 1)
+    script = tmp_path / "worker.py"
+    script.write_text(WORKER.format(root=str(Path(__file__).parents[2])))
+    environment = os.environ | {"OUMI_PL_CACHE": str(tmp_path / "other"), "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, str(script), str(tmp_path)]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=240)
+    assert done.returncode == 0, done.stderr[-3000:]
+    (one, one_loss), (two, two_loss) = (torch.load(tmp_path / f"result-{n}.pt", weights_only=True) for n in (1, 2))
+    assert distance(two, one) < 1e-5
+    assert float(two_loss) == pytest.approx(float(one_loss), rel=1e-5)

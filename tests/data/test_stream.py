@@ -1,0 +1,230 @@
+"""The stream: the same rows whichever way documents come in, for any ranks and workers, and from any update on."""
+
+import itertools
+
+import pytest
+import torch
+
+from oumi_pl.data.plan import Layout
+from oumi_pl.data.pretrain import PretrainData
+from oumi_pl.data.stream_loader import StreamLoader
+from oumi_pl.errors import UserError
+from tests.data.corpora import as_saved, corpus, handed_out, pretrain_data, rows_of
+
+KINDS = [("concat", False), ("concat", True), ("best_fit", False), ("best_fit", True)]
+
+
+@pytest.fixture
+def laid_out(monkeypatch):
+    """Sets the layout of all data, without a trainer."""
+    return lambda *args: monkeypatch.setattr(PretrainData, "layout", Layout(*args))
+
+
+def mixture(path, **kwargs):
+    """Two sources by weight, the smaller one several times over, shuffled."""
+    sources = [corpus(path, 40, 0, weight=3), corpus(path, 6, 1, weight=1)]
+    return pretrain_data(sources, **({"exhausted": "restart"} | kwargs))
+
+
+def first(made, n):
+    return list(itertools.islice(made.train_dataloader(), n))
+
+
+@pytest.mark.parametrize(("packing", "isolate"), KINDS)
+def test_prepared_and_streamed_are_the_same_for_any_number_of_workers(tmp_path, packing, isolate):
+    kwargs = {"packing": packing, "isolate": isolate, "validation": 0.1}
+    prepared = pretrain_data(corpus(tmp_path, 80), **kwargs)
+    expected = handed_out(prepared.train_dataloader())
+    assert len(expected) == prepared.updates(1) > 20
+    for workers in (0, 1, 2):
+        streamed = pretrain_data(corpus(tmp_path, 80), streaming=True, workers=workers, **kwargs)
+        assert handed_out(streamed.train_dataloader()) == expected
+
+
+def test_a_mixture_is_the_same_prepared_and_streamed(tmp_path):
+    expected = handed_out(first(mixture(tmp_path), 60))
+    assert handed_out(first(mixture(tmp_path, streaming=True), 60)) == expected
+    assert handed_out(first(mixture(tmp_path, streaming=True, workers=2), 60)) == expected
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_ranks_and_micro_batches_share_an_update_among_them(tmp_path, laid_out, streaming):
+    """Together every row once, and each update the same rows, as for a single rank."""
+    laid_out(8)
+    alone = [batch["input_ids"].tolist() for batch in pretrain_data(corpus(tmp_path, 80)).train_dataloader()]
+    shares = []
+    for rank in range(2):
+        laid_out(2, 2, 2, rank)
+        batches = list(pretrain_data(corpus(tmp_path, 80), streaming=streaming).train_dataloader())
+        assert len(batches) == 2 * len(alone)
+        shares.append(batches)
+    for update, expected in enumerate(alone):
+        micro = [shares[rank][2 * update + m] for m in range(2) for rank in range(2)]
+        together = [row for batch in micro if batch["sample_ids"] for row in batch["input_ids"].tolist()]
+        assert together == expected
+        numbers = [number for batch in micro for number in batch["sample_ids"]]
+        assert numbers == list(range(8 * update, 8 * update + len(expected)))
+
+
+def test_a_short_last_update_is_filled_up_with_batches_without_targets(tmp_path, laid_out):
+    laid_out(4, 5)
+    for isolate in (False, True):
+        made = pretrain_data(corpus(tmp_path, 10), isolate=isolate)
+        batches = list(made.train_dataloader())
+        assert len(batches) == len(made.train_dataloader()) == 5 * made.updates(1)
+        assert batches[-1]["sample_ids"] == []
+        assert (batches[-1]["labels"] == -100).all()
+        assert ("document_lengths" in batches[-1]) == isolate
+
+
+@pytest.mark.parametrize("buffer", [0, 1, 7, 1000])
+def test_shuffling_loses_nothing_and_follows_seed_and_epoch(tmp_path, buffer):
+    def numbered(**kwargs):
+        return rows_of(pretrain_data(corpus(tmp_path), shuffle_buffer=buffer, **kwargs).train_dataloader())
+
+    in_order = rows_of(pretrain_data(corpus(tmp_path), shuffle_buffer=0).train_dataloader())
+    assert sorted(numbered()) == sorted(in_order)
+    assert numbered() == numbered()
+    assert (numbered() == in_order) == (buffer < 2)
+    if buffer > 1:
+        assert numbered() != numbered(seed=1)
+        made = pretrain_data(corpus(tmp_path), shuffle_buffer=buffer)
+        loader = made.train_dataloader()
+        epochs = [rows_of(loader)]
+        loader.sampler.set_epoch(1)
+        epochs.append(rows_of(loader))
+        assert epochs[0] != epochs[1]
+        assert sorted(epochs[0]) == sorted(epochs[1])
+
+
+@pytest.mark.parametrize("after", [0, 1, 3, 11, 30])
+@pytest.mark.parametrize(
+    "kwargs",
+    [
+        {},
+        {"streaming": True, "workers": 2},
+        {"packing": "best_fit", "isolate": True, "shuffle_buffer": 0},
+        {"packing": "best_fit", "streaming": True},
+    ],
+    ids=str,
+)
+def test_goes_on_from_any_update_as_if_never_interrupted(tmp_path, laid_out, kwargs, after):
+    laid_out(2, 2)
+    whole = handed_out(first(mixture(tmp_path, **kwargs), 80))
+    loader = mixture(tmp_path, **kwargs).train_dataloader()
+    before = handed_out(itertools.islice(loader, 2 * after))
+    state = as_saved(loader.state_dict(), tmp_path / "state.pt")
+    resumed = mixture(tmp_path, **kwargs)
+    resumed.load_state_dict(state)
+    assert before + handed_out(first(resumed, 80 - 2 * after)) == whole
+
+
+def test_goes_on_within_a_document_that_fills_many_rows(tmp_path):
+    """Nothing of the document is in the state, which says only how many of its rows are out."""
+    (tmp_path / "long.txt").write_text("".join(f"{i} " for i in range(4000)))
+    made = pretrain_data(str(tmp_path / "long.txt"), shuffle_buffer=0)
+    whole = handed_out(made.train_dataloader())
+    assert len(whole) > 100
+    loader = made.train_dataloader()
+    list(itertools.islice(loader, 50))
+    state = loader.state_dict()
+    assert state["stream"]["out"] == 100
+    assert len(state["stream"]["carried"]["values"]) == 0
+    resumed = pretrain_data(str(tmp_path / "long.txt"), shuffle_buffer=0)
+    resumed.load_state_dict(state)
+    assert handed_out(resumed.train_dataloader()) == whole[50:]
+
+
+def test_a_prepared_run_goes_on_streaming_and_the_other_way_round(tmp_path):
+    whole = handed_out(first(mixture(tmp_path), 40))
+    for streaming in (False, True):
+        loader = mixture(tmp_path, streaming=streaming).train_dataloader()
+        list(itertools.islice(loader, 17))
+        resumed = mixture(tmp_path, streaming=not streaming)
+        resumed.load_state_dict(loader.state_dict())
+        assert handed_out(first(resumed, 23)) == whole[17:]
+
+
+def test_goes_on_with_another_layout_of_the_same_update_only(tmp_path, laid_out):
+    laid_out(2, 2)
+    loader = mixture(tmp_path).train_dataloader()
+    batches = iter(loader)
+    list(itertools.islice(batches, 10))
+    state = loader.state_dict()
+    rest = rows_of(itertools.islice(batches, 20))
+    laid_out(4, 1)
+    resumed = mixture(tmp_path)
+    resumed.load_state_dict(state)
+    assert rows_of(first(resumed, 10)) == rest
+    laid_out(4, 2)
+    other = mixture(tmp_path)
+    other.load_state_dict(state)
+    with pytest.raises(UserError, match="made with 4 rows per update, this run has 8"):
+        other.train_dataloader()
+
+
+def test_reading_ahead_does_not_move_the_position(tmp_path, laid_out):
+    """The state is that after what was trained, not after what was fetched."""
+    laid_out(2, 1)
+    made, trained = mixture(tmp_path), [0]
+    loader = StreamLoader(made.stream, made.layout, made.train_dataloader().collate, trained=lambda: trained[0])
+    batches = iter(loader)
+    expected = []
+    for ahead in (1, 2, 1, 2):
+        taken = [next(batches) for _ in range(ahead)]
+        expected.append(taken[0]["sample_ids"])
+        trained[0] += ahead
+        fetched = next(batches)
+        assert loader.state_dict()["update"] == trained[0]
+        assert fetched["sample_ids"] == [2 * trained[0], 2 * trained[0] + 1]
+        trained[0] += 1
+    resumed = StreamLoader(made.stream, made.layout, loader.collate, trained=lambda: 100)
+    resumed.load_state_dict(loader.state_dict())
+    assert next(iter(resumed))["sample_ids"] == [2 * trained[0], 2 * trained[0] + 1]
+
+
+def test_each_epoch_begins_anew_and_an_epoch_that_was_resumed_at_its_end_gives_way_to_the_next(tmp_path):
+    made = pretrain_data(corpus(tmp_path), streaming=True)
+    loader = made.train_dataloader()
+    whole = handed_out(loader)
+    state = loader.state_dict()
+    loader.sampler.set_epoch(1)
+    second = handed_out(loader)
+    assert whole != second
+    resumed = made.train_dataloader()
+    resumed.load_state_dict(state)
+    # Lightning asks for a batch before it announces the epoch
+    batches = iter(resumed)
+    begun = [next(batches)]
+    resumed.sampler.set_epoch(1)
+    assert handed_out([*begun, *batches]) == second
+    assert resumed.state_dict()["epoch"] == 1
+
+
+def test_only_the_known_length_of_a_pass_is_told(tmp_path):
+    prepared = pretrain_data(corpus(tmp_path)).train_dataloader()
+    assert len(prepared) == len(list(prepared))
+    for unknown in ({"streaming": True}, {"exhausted": "restart"}):
+        with pytest.raises(TypeError):
+            len(pretrain_data(corpus(tmp_path), **unknown).train_dataloader())
+
+
+def test_does_not_draw_from_the_global_generators(tmp_path):
+    torch.manual_seed(0)
+    expected = torch.rand(1)
+    torch.manual_seed(0)
+    first(mixture(tmp_path, streaming=True, workers=1), 20)
+    assert torch.equal(torch.rand(1), expected)
+
+
+def test_mistakes_in_a_row_are_told_by_workers_in_the_words_of_the_reader(tmp_path):
+    file = tmp_path / "rows.jsonl"
+    file.write_text('{"text": "a good one"}\n' * 300 + '{"text": 3}\n')
+    for workers in (0, 2):
+        made = pretrain_data(str(file), streaming=True, workers=workers, shuffle_buffer=0)
+        batches = iter(made.train_dataloader())
+        next(batches)
+        with pytest.raises(UserError) as caught:
+            list(batches)
+        assert str(caught.value).startswith(f"{file}:301: column 'text'")
+        assert "\n" not in str(caught.value)
