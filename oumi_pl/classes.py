@@ -7,20 +7,37 @@ from lightning.pytorch.loggers.logger import Logger
 from torch.optim import Optimizer
 
 from oumi_pl.callbacks.answers import Answers
+from oumi_pl.callbacks.samples import Samples
+from oumi_pl.callbacks.trigram import TrigramBaseline
 from oumi_pl.config.explain import subclasses
 from oumi_pl.data.base import TextData
 from oumi_pl.data.dpo import DPOData
+from oumi_pl.data.pretrain import PretrainData
 from oumi_pl.data.sft import SFTData
 from oumi_pl.data.sources import Source
 from oumi_pl.data.tokenizers import TokenizerFactory
 from oumi_pl.losses.preference import Divergence
 from oumi_pl.modules.base import LanguageModule
 from oumi_pl.modules.dpo import DPO
+from oumi_pl.modules.pretrain import Pretrain
 from oumi_pl.modules.sft import SFT
+from oumi_pl.muon import MuonAdamW
 from oumi_pl.optim import Schedule
 from oumi_pl.types import PreferenceLoss, TokenLoss
 
-__all__ = ["DPO", "SFT", "Answers", "DPOData", "SFTData", "known_classes"]
+__all__ = [
+    "DPO",
+    "SFT",
+    "Answers",
+    "DPOData",
+    "MuonAdamW",
+    "Pretrain",
+    "PretrainData",
+    "SFTData",
+    "Samples",
+    "TrigramBaseline",
+    "known_classes",
+]
 
 ACCIDENTAL = ("accelerate", "transformers")
 """Packages that happen to be imported, and define optimizers of the same names as torch's."""

@@ -1,6 +1,7 @@
 """LightningCLI with the callbacks, loggers and defaults that every run has, and errors that fit in a line or two."""
 
 import logging
+import math
 import os
 import warnings
 from collections.abc import Sequence
@@ -170,6 +171,9 @@ class CLI(LightningCLI):
             default=None,
             help="Optimizer steps between validations; per epoch if left out.",
         )
+        parser.add_argument(
+            "--max_tokens", type=float | None, default=None, help="Tokens to train on, as whole optimizer steps."
+        )
         parser.add_class_arguments(Checkpoints, "checkpoint")
         parser.add_class_arguments(Export, "export")
         parser.add_class_arguments(Predictions, "predictions")
@@ -193,8 +197,9 @@ class CLI(LightningCLI):
         loggers = config.get("logger")
         kwargs["logger"] = [MetricsCSV(), *_as_list(loggers)] if loggers is not False else False
         kwargs["plugins"] = [*_as_list(config.get("plugins")), AtomicCheckpointIO()]
-        if config.get("max_epochs") is None and config.get("max_steps") == -1 and config.get("max_time") is None:
-            kwargs["max_epochs"] = 1
+        endless = config.get("max_epochs") is None and config.get("max_steps") == -1 and config.get("max_time") is None
+        if endless:
+            kwargs["max_epochs"] = 1 if get("max_tokens") is None else -1
         if get("val_every") is not None:
             kwargs |= self._validation_by_steps(config, get("val_every"))
         refuse_unknown_devices(config)
@@ -203,7 +208,20 @@ class CLI(LightningCLI):
         except (MisconfigurationException, ValueError, RuntimeError) as error:
             raise UserError(f"trainer: {_first_sentence(error)}") from error
         refuse_missing_gpus(config, trainer)
+        if get("max_tokens") is not None:
+            self._limit_tokens(trainer, config, get("max_tokens"))
         return trainer
+
+    def _limit_tokens(self, trainer: Any, config: Any, max_tokens: float) -> None:
+        """Sets the trainer's steps by tokens: rows of an update times their length, padding counted."""
+        if config.get("max_steps", -1) != -1:
+            raise UserError("max_tokens and trainer.max_steps both say how long to train: drop one")
+        data: Any = self.datamodule
+        ranks = (trainer.distributed_sampler_kwargs or {"num_replicas": 1})["num_replicas"]
+        tokens = data.batch_size * trainer.accumulate_grad_batches * ranks * data.max_length
+        if max_tokens < tokens:
+            raise UserError(f"max_tokens is {max_tokens:g}, but a single update has {tokens:,} tokens")
+        trainer.fit_loop.epoch_loop.max_steps = math.ceil(max_tokens / tokens)
 
     @staticmethod
     def _validation_by_steps(config: Any, val_every: int) -> dict[str, Any]:

@@ -86,7 +86,7 @@ def unknown_key(key: str, flags: Iterable[str], classes: Classes) -> str:
         return f"{key}: unknown key{nearest(key, siblings)}"
     top = {name.split(".")[0] for name in known if not name.startswith("-")} - {"help", "config", "print_config"}
     near = nearest(key.partition(".")[0], top)
-    if not near.startswith("; did") and (elsewhere := _elsewhere(key, known, classes)):
+    if elsewhere := _elsewhere(key, known, classes):  # of this very name, where near ones are only similar
         return f"{key}: unknown key; did you mean {elsewhere!r}?"
     return f"{key}: unknown key{near}"
 

@@ -21,7 +21,7 @@ class SFT(LanguageModule):
         kwargs: As of `LanguageModule`.
     """
 
-    validation_metrics = ("val/loss", "val/nll", "val/perplexity", "val/mean_token_accuracy")
+    validation_metrics: tuple[str, ...] = ("val/loss", "val/nll", "val/perplexity", "val/mean_token_accuracy")
 
     def __init__(
         self,
@@ -63,11 +63,12 @@ class SFT(LanguageModule):
         """Logs exact means over all test tokens."""
         self._log_evaluation("test", "test")
 
-    def _evaluate(self, stage: str, batch: Batch) -> None:
+    def _evaluate(self, stage: str, batch: Batch) -> dict[str, Tensor]:
         out: TokenLossOutput = self.causal_lm(batch, self.loss)
         plain: TokenLossOutput = out if self._loss_is_nll else self.causal_lm(batch, CrossEntropy())
         sums = {"loss": out.loss_sum, "nll": plain.loss_sum, "targets": out.target_tokens, "correct": out.correct}
         cast("Sums", self.evaluation[stage]).add(sums)
+        return sums
 
     @property
     def _loss_is_nll(self) -> bool:

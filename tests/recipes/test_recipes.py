@@ -29,9 +29,13 @@ HH = [
 RECIPES = recipe_files.names()
 
 
+TEXTS = [{"text": f"Document {i}: " + "one more word " * (i % 5 + 3)} for i in range(80)]
+
+
 def rows_like(source):
     """Rows of the shape that a hub data set has."""
     shapes = {"alpaca": ALPACA, "ultrafeedback": ULTRAFEEDBACK, "hh-rlhf": HH}
+    shapes |= dict.fromkeys(("fineweb", "c4", "my_texts", "input.txt"), TEXTS)
     return next((rows for name, rows in shapes.items() if name in str(source)), None) or conversations(40)
 
 
@@ -46,7 +50,9 @@ def tiny_model(tmp_path_factory):
 
 
 def test_there_are_recipes():
-    assert {"quickstart/sft", "quickstart/dpo", "sft/gsm8k_small", "dpo/hh_small"} <= set(RECIPES)
+    assert {"quickstart/sft", "quickstart/dpo", "quickstart/pretrain", "sft/gsm8k_small", "dpo/hh_small"} <= set(
+        RECIPES
+    )
 
 
 @pytest.mark.parametrize("name", RECIPES)
@@ -69,15 +75,20 @@ def test_a_recipe_runs_two_steps(name, tiny_model, tmp_path, monkeypatch):
         args.append(f"--model.model={tiny_model}")
     if "quantization" in model:
         args.append("--model.quantization=null")  # needs a CUDA device
+    if recipe["model"]["class_path"] == "Pretrain":
+        args += ["--max_tokens=null", "--data.batch_size=2"]
+        args += ["--model.shape=1m"] if "shape" in model else []
+        args += ["--model.compile=false"] if "compile" in model else []  # takes a C++ compiler, and minutes
     if isinstance(data.get("tokenizer"), str):
         args.append(f"--data.tokenizer={tiny_model}")
     if not str(data["train"]).startswith("bundled/"):
         write_jsonl(tmp_path / "rows.jsonl", rows_like(data["train"]))
-        args += ["--data.train=rows.jsonl", "--data.validation=0.2", "--data.batch_size=2", "--data.max_length=256"]
+        args += ["--data.train=rows.jsonl", "--data.validation=0.2", "--data.batch_size=2"]
+        args += ["--data.max_length=" + ("64" if "input.txt" in str(data["train"]) else "256")]
     assert main(["fit", "--config", name, *args]) == 0
     run = tmp_path / "runs" / name.replace("/", "-")
     state = json.loads((run / "run.json").read_text())
     assert (state["status"], state["step"]) == ("finished", 2)
     assert {"config.yaml", "data.json", "metrics.csv", "checkpoints", "model"} <= {p.name for p in run.iterdir()}
     loaded = transformers.AutoModelForCausalLM.from_pretrained(run / "model")
-    assert loaded.config.model_type == "llama"
+    assert loaded.config.model_type == (model.get("config") or {}).get("model_type", "llama")

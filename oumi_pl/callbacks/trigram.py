@@ -1,0 +1,88 @@
+"""What counting bytes achieves: a baseline that a pretrained model has to beat, whatever its tokenizer."""
+
+import itertools
+import math
+from collections.abc import Iterable
+from typing import Any
+
+import lightning as L
+import numpy as np
+from lightning.pytorch.utilities.rank_zero import rank_zero_only
+
+
+class TrigramBytes:
+    """Predicts a byte from the two before it, backing off to one and none by Witten-Bell interpolation.
+
+    `p(c | ab) = (n(abc) + t(ab) p(c | b)) / (n(ab) + t(ab))`, where `n` counts occurrences in the training text and `t`
+    the different bytes seen after a context; likewise for shorter contexts, down to all 256 bytes alike (Witten and
+    Bell 1991; Chen and Goodman 1999, section 2.5). Holds 256^3 counts: 64 MiB.
+
+    Args:
+        texts: The training documents, UTF-8. Contexts do not cross from one to the next.
+    """
+
+    def __init__(self, texts: Iterable[bytes]) -> None:
+        self.counts = [np.zeros((256,) * order, dtype=np.int32) for order in (1, 2, 3)]
+        for text in texts:
+            codes = np.frombuffer(text, dtype=np.uint8)
+            for order, counts in enumerate(self.counts, 1):
+                np.add.at(counts, _grams(codes, order), 1)
+
+    def bits(self, text: bytes) -> float:
+        """Bits that the model needs for a document, all bytes together."""
+        codes = np.frombuffer(text, dtype=np.uint8)
+        p = np.full(len(codes), 1 / 256)
+        for order, counts in enumerate(self.counts, 1):
+            grams = _grams(codes, order)
+            context = grams[:-1]
+            followed = counts.sum(-1, dtype=np.int64)[context]
+            kinds = np.count_nonzero(counts, axis=-1)[context]
+            weight = followed + kinds
+            lower = p[order - 1 :]
+            p[order - 1 :] = np.where(weight > 0, (counts[grams] + kinds * lower) / np.maximum(1, weight), lower)
+        return float(-np.log2(p).sum())
+
+
+def _grams(codes: np.ndarray, order: int) -> tuple[np.ndarray, ...]:
+    """All runs of `order` bytes as index arrays, `order` times `[n]`."""
+    n = max(0, len(codes) - order + 1)
+    return tuple(codes[i : i + n] for i in range(order))
+
+
+class TrigramBaseline(L.Callback):
+    """Fits a trigram model of bytes on the training text, and shows its bits per byte beside the model's.
+
+    Args:
+        max_bytes: Bytes of training text to count, and of held-out text to score.
+    """
+
+    needs_validation = True
+
+    def __init__(self, max_bytes: int = 10_000_000) -> None:
+        self.max_bytes = max_bytes
+        self.bits_per_byte = math.nan
+
+    @rank_zero_only
+    def on_train_start(self, trainer: Any, pl_module: Any) -> None:
+        """Fits and scores."""
+        model = TrigramBytes(self._texts(trainer, "train"))
+        bits, size = 0.0, 0
+        for text in self._texts(trainer, "validation"):
+            bits, size = bits + model.bits(text), size + len(text)
+        self.bits_per_byte = bits / max(1, size)
+        print(f"a trigram model of bytes: {self.bits_per_byte:.3f} bits per byte of held-out text")
+
+    @rank_zero_only
+    def on_train_end(self, trainer: Any, pl_module: Any) -> None:
+        """Shows both."""
+        own = float(trainer.callback_metrics.get("val/bits_per_byte", math.nan))
+        print(f"bits per byte of held-out text: {own:.3f} (a trigram model of bytes: {self.bits_per_byte:.3f})")
+
+    def _texts(self, trainer: Any, split: str) -> Iterable[bytes]:
+        left = self.max_bytes
+        for text in itertools.chain.from_iterable(part.texts() for part in trainer.datamodule.parts(split)):
+            piece = text.encode()[:left]
+            left -= len(piece)
+            yield piece
+            if left <= 0:
+                return

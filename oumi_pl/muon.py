@@ -1,0 +1,85 @@
+"""Muon for the hidden matrices and AdamW for the rest, as the one optimizer that Lightning's automatic loop takes."""
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from torch.optim import AdamW, Muon, Optimizer
+
+from oumi_pl.errors import UserError
+
+MATRICES = "matrices"
+"""Name of the parameter group that Muon takes: see `oumi_pl.optim.parameter_groups`."""
+
+
+class MuonAdamW(Optimizer):
+    """Orthogonalised momentum for hidden matrices, AdamW for embeddings, the head, norms and biases.
+
+    Muon (Jordan 2024, kellerjordan.github.io/posts/muon) replaces the momentum of a matrix by the nearest orthogonal
+    one. Its updates are scaled to the size of AdamW's (`match_rms_adamw`, Liu et al. 2025, arXiv:2502.16982), so that
+    one learning rate, the one that suits AdamW, serves both.
+
+    Args:
+        params: Groups as `parameter_groups` makes them; those named `matrices` go to Muon.
+        lr: Learning rate of all.
+        weight_decay: Decoupled, of all groups that do not say otherwise.
+        momentum: Of Muon.
+        ns_steps: Newton-Schulz iterations of Muon.
+        betas: Of AdamW.
+        eps: Of AdamW.
+        fused: Of AdamW.
+
+    Raises:
+        UserError: no group is named `matrices`.
+    """
+
+    def __init__(
+        self,
+        params: Iterable[dict[str, Any]],
+        *,
+        lr: float = 1e-3,
+        weight_decay: float = 0.1,
+        momentum: float = 0.95,
+        ns_steps: int = 5,
+        betas: tuple[float, float] = (0.9, 0.95),
+        eps: float = 1e-8,
+        fused: bool | None = None,
+    ) -> None:
+        groups = [dict(group) for group in params]
+        if not any(group.get("name") == MATRICES for group in groups):
+            raise UserError("model.optimizer: MuonAdamW needs hidden matrices to train, and there are none")
+        super().__init__(groups, {"lr": lr, "weight_decay": weight_decay})
+        hidden = [group for group in self.param_groups if group["name"] == MATRICES]
+        others = [group for group in self.param_groups if group["name"] != MATRICES]
+        scaled = "match_rms_adamw"
+        self._muon = Muon(hidden, lr, weight_decay, momentum=momentum, ns_steps=ns_steps, adjust_lr_fn=scaled)
+        self._adamw = AdamW(others, lr, betas, eps, weight_decay, fused=fused) if others else None
+        # the same dictionaries in both places: a schedule that sets `lr` here sets it there
+        order = [id(group["params"][0]) for group in self.param_groups]
+        made = [*self._muon.param_groups, *(self._adamw.param_groups if self._adamw else [])]
+        self.param_groups = sorted(made, key=lambda group: order.index(id(group["params"][0])))
+        self._share()
+
+    def _share(self) -> None:
+        """Makes both optimizers work on the groups and the state that are seen, saved and restored here."""
+        self._muon.param_groups = [group for group in self.param_groups if group["name"] == MATRICES]
+        self._muon.state = self.state
+        if self._adamw is not None:
+            self._adamw.param_groups = [group for group in self.param_groups if group["name"] != MATRICES]
+            self._adamw.state = self.state
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Takes up what `state_dict` gave."""
+        super().load_state_dict(state_dict)
+        self._share()
+
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """Takes a step with both."""
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        self._muon.step()
+        if self._adamw is not None:
+            self._adamw.step()
+        return loss
