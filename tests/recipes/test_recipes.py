@@ -50,9 +50,8 @@ def tiny_model(tmp_path_factory):
 
 
 def test_there_are_recipes():
-    assert {"quickstart/sft", "quickstart/dpo", "quickstart/pretrain", "sft/gsm8k_small", "dpo/hh_small"} <= set(
-        RECIPES
-    )
+    names = {"quickstart/sft", "quickstart/dpo", "quickstart/pretrain", "sft/gsm8k_small", "dpo/hh_small"}
+    assert names <= set(RECIPES)
 
 
 @pytest.mark.parametrize("name", RECIPES)
