@@ -277,6 +277,8 @@ def _quiet() -> None:
 
     hf_logging.disable_progress_bar()
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
+    # a user needs what is wrong, not which line of which file says so
+    warnings.formatwarning = lambda message, *_, **__: f"warning: {message}\n"
     for harmless in (
         ".*does not have many workers.*",  # tokenizing is done before training: collating is all that a worker would do
         ".*ModelCheckpoint.*",

@@ -7,6 +7,8 @@ from typing import Any
 
 SHOW_AFTER = 1.0
 """Seconds of work below which nothing is shown."""
+LINE_EVERY = 30.0
+"""Seconds between two lines where there is no terminal."""
 EVERY = 0.2
 """Seconds between two looks of the bar."""
 
@@ -36,15 +38,20 @@ def track(
     counted = TextColumn("{task.description}: {task.completed:,}" + f"{of} {unit}")
     known = () if total is None else (BarColumn(), TimeRemainingColumn())
     start, count, shown = time.monotonic(), 0, 0.0
+    said = start
     columns = (SpinnerColumn(), counted, *known, TimeElapsedColumn())
     with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
         task = bar.add_task(what, total=total)
         for item in items:
             yield item
             count += size(item)
-            if time.monotonic() - shown > EVERY:
+            now = time.monotonic()
+            if now - shown > EVERY:
                 bar.update(task, completed=count)
-                shown = time.monotonic()
+                shown = now
+            if not console.is_terminal and now - said > LINE_EVERY:
+                sys.stderr.write(f"{what}: {count:,}{of} {unit}\n")
+                said = now
     seconds = time.monotonic() - start
     if seconds > SHOW_AFTER:
         sys.stderr.write(f"{what}: {count:,} {unit} in {seconds:.1f} s\n")

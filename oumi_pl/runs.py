@@ -103,12 +103,15 @@ def last_unfinished(root: Path, recipe: str, name: str | None = None) -> Path:
 
 
 def last_model(root: Path, recipe: str) -> Path | None:
-    """The exported model of the newest finished run of a recipe; None if there is none."""
+    """The exported model of the newest finished run of a recipe that has no other name; None if there is none."""
     states = {p.parent: read_state(p.parent) for p in root.glob(f"*/{RUN}")} if root.is_dir() else {}
     finished = [
         run
         for run, state in states.items()
-        if state.get("recipe") == recipe and state.get("status") == "finished" and (run / "model").is_dir()
+        if state.get("recipe") == recipe
+        and state.get("status") == "finished"
+        and (run / "model").is_dir()
+        and _is_named(run, recipe)
     ]
     newest = max(finished, key=lambda run: states[run].get("created_ns", 0), default=None)
     return None if newest is None else newest / "model"

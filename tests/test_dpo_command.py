@@ -59,7 +59,7 @@ def test_the_first_lines_say_what_is_compared_with_what(cli):
     said = [cli.run(*FIT, *extra)[2] for extra in ((), (), ("--model.share_prompt", "false"))]
     assert "reference: the initial model, computed before training" in said[0]
     assert "prompts are computed once per pair" in said[0]
-    assert "of the tokens saved by sharing prompts" in said[0]
+    assert "of the tokens saved where prompts are shared" in said[0]
     assert "reference: the initial model, from the cache" in said[1]
     assert "prompts are computed twice per pair: share_prompt is off" in said[2]
 
@@ -68,6 +68,32 @@ def test_a_loss_of_ones_own(cli):
     cli.write("offset.py", OFFSET)
     cli.works(*FIT, "--model.loss", "offset.Offset", "--model.loss.beta", "0.2", "--name", "own")
     assert float(cli.column("runs/own", "train/loss")[1]) == pytest.approx(1.3132617)  # log(1 + e), at a margin of 1
+
+
+WRONG_LOSSES = {
+    "averaged": ("(chosen - rejected).sigmoid().mean()", "returned a tensor of shape [] for 2 pairs"),
+    "of a column": ("(chosen - rejected)[:, None]", "returned a tensor of shape [2, 1] for 2 pairs"),
+    "detached": ("(chosen - rejected).detach()", "returned losses without a gradient"),
+    "without margins": ("chosen - rejected - pairs.margins", "there are rows without a margin"),
+}
+
+
+@pytest.mark.parametrize("name", WRONG_LOSSES)
+def test_a_loss_of_ones_own_that_is_wrong(cli, name):
+    (value, message), module = WRONG_LOSSES[name], name.replace(" ", "_")
+    write_jsonl(cli.directory / "pairs.jsonl", pairs(24))
+    cli.write(f"{module}.py", OFFSET.replace("-F.logsigmoid(chosen - rejected - pairs.margins)", value))
+    code, _, err = cli.run(*FIT, "--model.loss", f"{module}.Offset")
+    assert (code, "Traceback" in err) == (2, False)
+    assert message in err
+
+
+def test_a_run_does_not_go_on_with_other_rows(cli):
+    cli.works(*FIT, "--trainer.max_steps", "2")
+    write_jsonl(cli.directory / "pairs.jsonl", pairs(20))
+    code, _, err = cli.run("fit", "--resume", "runs/r", "--trainer.max_steps", "4")
+    assert code == 2
+    assert "have changed since the checkpoint was written" in err
 
 
 def test_validate_compares_a_checkpoint_with_its_reference(cli):
@@ -99,6 +125,10 @@ ROWS = {
         [{"chosen": [TURN, TURN], "rejected": [TURN | {"content": "x"}, TURN]}],
         "pairs.jsonl:1: the prompts of chosen and rejected differ in turn 1",
     ),
+    "a margin of text": (
+        [{"prompt": "a ", "chosen": "b", "rejected": "c", "margin": "big"}],
+        "pairs.jsonl:1: column 'margin' holds 'big' instead of a number",
+    ),
     "rows of SFT": ([{"prompt": "a ", "completion": "b"}], "pairs.jsonl:1: no column 'chosen'"),
 }
 
@@ -125,6 +155,8 @@ OPTIONS = {
     "mixup": ("--model.sync_every 1 --model.mixup 2", "model.mixup is 2.0"),
     "share": ("--model.share_prompt ture", "'ture' is not a valid value; did you mean 'true'?"),
     "share in vain": ("--model.share_prompt true --model.attn eager", "model.share_prompt: LlamaModel mixes responses"),
+    "no reference to move": ("--model.loss SimPO --model.sync_every 2", "SimPO compares with no reference"),
+    "data of SFT": ("--data SFTData --data.train rows.jsonl", "data: SFTData gives tokens, and DPO trains on pairs"),
     "recipe": ("--model.model recipe:quickstart/stf", "no recipe 'quickstart/stf'; did you mean 'quickstart/sft'?"),
 }
 
@@ -141,11 +173,12 @@ def finished(cli, recipe, name):
 
 def test_the_model_of_a_recipe_is_that_of_its_newest_finished_run(cli):
     tree = {"model": {"init_args": {"model": "recipe:quickstart/sft"}}}
-    finished(cli, "quickstart-sft", "old")
-    finished(cli, "quickstart-sft", "newer")
+    finished(cli, "quickstart-sft", "quickstart-sft")
+    finished(cli, "quickstart-sft", "quickstart-sft-2")
+    finished(cli, "quickstart-sft", "a-try-with-a-name-of-its-own")
     finished(cli, "quickstart-dpo", "of-another")
     cli.write("runs/unfinished/run.json", json.dumps({"recipe": "quickstart-sft", "created_ns": 99}))
-    assert recipe_models.with_model([], tree) == ["--model.init_args.model=runs/newer/model"]
+    assert recipe_models.with_model([], tree) == ["--model.init_args.model=runs/quickstart-sft-2/model"]
     assert recipe_models.with_model(["--model.model", "mine"], tree) == ["--model.model", "mine"]
     assert recipe_models.with_model(["--x"], {}) == ["--x"]
 

@@ -5,7 +5,7 @@ from typing import Any
 import lightning as L
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 
-EARLY = 5
+EARLY = 3
 """Updates in which hardly anything can have been learned."""
 ENOUGH_PAIRS = 32
 """Pairs below which being right about all of them may be chance."""

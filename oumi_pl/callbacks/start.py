@@ -42,7 +42,7 @@ class Start(L.Callback):
         template = getattr(trainer.datamodule, "template", None)
         if template is not None:
             added = f", {len(trainer.datamodule.added_tokens)} tokens added" if trainer.datamodule.added_tokens else ""
-            console.print(f"chat template: {template.source}{added}")
+            console.print(f"chat template of rows with turns: {template.source}{added}")
         for group in trainer.optimizers[0].param_groups:
             numel = sum(p.numel() for p in group["params"])
             optimizer = f"{type(trainer.optimizers[0]).__name__}, {group.get('name', 'all')}"
@@ -67,5 +67,5 @@ def summary(report: dict[str, Any]) -> str:
     parts.append(f"length {lengths['p0']}/{lengths['p50']}/{lengths['p100']} (min/median/max)")
     parts.append(f"fill {report['fill']:.1%}" if "fill" in report else f"padding {report['padding']:.1%}")
     if "saved_by_sharing" in report:
-        parts.append(f"{report['saved_by_sharing']:.1%} of the tokens saved by sharing prompts")
+        parts.append(f"{report['saved_by_sharing']:.1%} of the tokens saved where prompts are shared")
     return ", ".join(parts)

@@ -16,6 +16,9 @@ NEEDS = {
 """Command -> the sources under `data` of which it needs one."""
 
 
+PARTNERS = "SFT goes with SFTData, DPO with DPOData, Pretrain with PretrainData"
+
+
 def refuse_contradictions(
     command: str, config: Mapping[str, Any], model: Any, data: Any, callbacks: Sequence[Any]
 ) -> None:
@@ -32,6 +35,9 @@ def refuse_contradictions(
         UserError: at the first thing that can't be.
     """
     _refuse_name(config.get("name"))
+    if command != "predict" and (reads := getattr(model, "reads", None)) != (gives := getattr(data, "gives", reads)):
+        module, kind = type(model).__name__, type(data).__name__
+        raise UserError(f"data: {kind} gives {gives}, and {module} trains on {reads}; {PARTNERS}")
     sources = getattr(data, "sources", {})
     if sources and all(sources.get(name) is None for name in NEEDS[command]):
         raise UserError(f"data.{NEEDS[command][0]}: `{command}` needs a source here, and the recipe names none")

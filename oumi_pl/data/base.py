@@ -4,7 +4,7 @@ import os
 from abc import abstractmethod
 from collections.abc import Iterator
 from functools import cached_property
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import lightning as L
 from torch.utils.data import DataLoader
@@ -42,6 +42,8 @@ class TextData(L.LightningDataModule):
         trust_remote_code: Let the tokenizer run code that came with it.
     """
 
+    gives: ClassVar[str] = "tokens"
+    """What its batches are made of: `tokens`, or `pairs` of responses."""
     packing: bool = False
     """Whether rows hold several documents that must not see each other."""
 

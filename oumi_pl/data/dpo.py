@@ -41,6 +41,7 @@ class DPOData(ChatData):
         trust_remote_code: Let the tokenizer run code that came with it.
     """
 
+    gives = "pairs"
     formats = PREFERENCE_FORMATS
     prompt_formats = (*PREFERENCE_FORMATS, *FORMATS)
 

@@ -164,9 +164,25 @@ class ExampleData(TextData):
         self._refuse_another_sampler()
         loader = PlanLoader(self.examples("train"), self.plan, self.layout, self.collate, **self._fetching)
         if self._position is not None:
+            self._refuse_other_rows(self._position.get("made_from"))
             loader.load_state_dict(self._position)
         self._train_loader = loader
         return loader
+
+    def state_dict(self) -> dict[str, Any]:
+        """Where the training data stand, and which these are."""
+        position = super().state_dict()
+        return position and position | {"made_from": self._made_from()}
+
+    def _made_from(self) -> list[str]:
+        return [store.directory.name for store in self.stores("train")]
+
+    def _refuse_other_rows(self, before: list[str] | None) -> None:
+        if before is not None and before != self._made_from():
+            raise UserError(
+                "data.train: the rows, or how they are tokenized, have changed since the checkpoint was written: "
+                "the run can't go on where it was; undo the change, or start anew from its model"
+            )
 
     def val_dataloader(self) -> DataLoader | list:
         """Every held-out example once; an empty list without `validation`."""

@@ -166,8 +166,12 @@ def _dialogue(row: Row, name: str) -> Turns:
 
 
 def _margin(row: Row) -> float | None:
-    if _is_number(row.get("margin")):
+    margin = row.get("margin")
+    if _is_number(margin):
         return float(row["margin"])
+    empty = isinstance(margin, float) and math.isnan(margin)  # as tables have it
+    if margin is not None and not empty:
+        raise UserError(f"column 'margin' holds {margin!r} instead of a number")
     for better, worse in _SCORES:
         if _is_number(row.get(better)) and _is_number(row.get(worse)):
             return float(row[better]) - float(row[worse])

@@ -45,6 +45,8 @@ class LanguageModule(RestorableModule):
     """What makes a loss, or what a loss is made of, from a batch."""
     validation_metrics: tuple[str, ...] = ()
     """What validation logs, if that is known beforehand: a misspelt `monitor` is then told before training."""
+    reads: ClassVar[str] = "tokens"
+    """What its batches are made of: `tokens`, or `pairs` of responses. The data have to give the same."""
     details: ClassVar[tuple[str, ...]] = ()
     """Metrics that are logged, and not shown in the terminal after each validation."""
 

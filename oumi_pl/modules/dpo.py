@@ -54,6 +54,7 @@ class DPO(LanguageModule):
     """
 
     normalised_by = "pairs"
+    reads = "pairs"
     wrapper: ClassVar = PreferenceLM
     details = ("logps/chosen", "logps/rejected", "lengths/chosen", "lengths/rejected")
     validation_metrics = (*(f"val/{name}" for name in PER_PAIR), "val/kl")
@@ -81,6 +82,7 @@ class DPO(LanguageModule):
         names = (*PER_PAIR, "pairs", "targets", "kl")
         self.evaluation = nn.ModuleDict({stage: Sums(*names) for stage in ("validate", "test")})
         self._check_start = False
+        self._lacks_margins: Tensor | bool = False
 
     # ---- model
 
@@ -147,6 +149,7 @@ class DPO(LanguageModule):
         if self._check_start:
             self._check_start = False
             self.reference.check_start(batch, pairs)
+        self._lacks_margins = batch["margins"].isnan().any()
         sums = self._measure(pairs, losses, batch)
         self.add_to_update(out.inputs, batch["sample_ids"], **sums)
         # the stand-in of a rank without rows has no targets: their sum is 0, and every parameter takes part in it
@@ -162,8 +165,26 @@ class DPO(LanguageModule):
         reference = self.reference.opened.logps(batch, split)
         pairs = Pairs(out.logps, reference.float(), batch["branches"], len(batch["pair_lengths"]), batch["margins"])
         # a stand-in is no pair: a loss that keeps a running mean must not see it
-        losses = self.loss(pairs) if batch["sample_ids"] else pairs.logps.new_zeros(pairs.count)
+        losses = self._losses(pairs) if batch["sample_ids"] else pairs.logps.new_zeros(pairs.count)
         return pairs, losses, out
+
+    def _losses(self, pairs: Pairs) -> Tensor:
+        """The loss of each pair.
+
+        Raises:
+            UserError: a loss of the user's gives something else.
+        """
+        losses, name = self.loss(pairs), type(self.loss).__name__
+        if losses.shape != (pairs.count,):
+            raise UserError(
+                f"model.loss: {name} returned a tensor of shape {list(losses.shape)} for {pairs.count} pairs; a "
+                "preference loss returns one loss per pair, neither summed nor averaged"
+            )
+        if pairs.logps.requires_grad and not losses.requires_grad:
+            raise UserError(
+                f"model.loss: {name} returned losses without a gradient: something in it detaches the pairs"
+            )
+        return losses
 
     @torch.no_grad()
     def _measure(self, pairs: Pairs, losses: Tensor, batch: PreferenceBatch) -> dict[str, Tensor]:
@@ -197,6 +218,17 @@ class DPO(LanguageModule):
         if self.reference.kind == "none":
             return means
         return means | {"kl": sums["kl"] / sums["targets"].clamp(min=1)}
+
+    def _refuse_non_finite(self, loss: Tensor, grad_norm: Tensor) -> None:
+        try:
+            super()._refuse_non_finite(loss, grad_norm)
+        except UserError as error:
+            if self._lacks_margins:
+                raise UserError(
+                    "the loss is not a number, and there are rows without a margin, which is NaN for them: give all "
+                    "rows one, or let the loss do without (pairs.margins.nan_to_num())"
+                ) from error
+            raise
 
     def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
         """Takes the step, then moves the reference if it is time: before anything of this step is saved."""

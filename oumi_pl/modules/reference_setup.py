@@ -67,6 +67,15 @@ class ReferenceSetup:
                 "loss without one (SimPO, ORPO, CPO)"
             )
         if not loss.needs_reference:
+            asked = (
+                "sync_every"
+                if self.sync_every is not None
+                else "reference"
+                if self.name not in ("initial", "none")
+                else ""
+            )
+            if asked:
+                raise UserError(f"model.{asked}: {type(loss).__name__} compares with no reference; leave it out")
             return "none"
         if self.name == "online" or self.sync_every is not None:
             return "online"

@@ -3,7 +3,7 @@
 import pytest
 
 from oumi_pl.data.formats import FORMATS, find_format, resolve_format
-from oumi_pl.data.preferences import PREFERENCE_FORMATS, anthropic_hh, implicit_prompt
+from oumi_pl.data.preferences import PREFERENCE_FORMATS, anthropic_hh, implicit_prompt, prompt_preference
 from oumi_pl.errors import UserError
 from oumi_pl.types import Conversation, Preference, Text
 
@@ -110,6 +110,12 @@ def test_identical_conversations_keep_their_last_answer_as_the_response():
     assert implicit_prompt({"chosen": turns, "rejected": turns}) == pair(turns[:3], turns[3:], turns[3:])
 
 
+@pytest.mark.parametrize("value", ["much", True, float("inf"), [1.0]])
+def test_a_margin_is_a_number(value):
+    with pytest.raises(UserError, match=r"column 'margin' holds .* instead of a number"):
+        prompt_preference({"prompt": "q", "chosen": "good", "rejected": "bad", "margin": value})
+
+
 @pytest.mark.parametrize(
     ("columns", "margin"),
     [
@@ -120,8 +126,6 @@ def test_identical_conversations_keep_their_last_answer_as_the_response():
         ({"chosen_rating": 5.0, "rejected_rating": 4.0}, 1.0),
         ({"margin": None, "chosen_rating": 5.0, "rejected_rating": 4.0}, 1.0),
         ({"score_chosen": 8.5, "score_rejected": None}, None),
-        ({"margin": "much"}, None),
-        ({"margin": True}, None),
         ({"margin": float("nan")}, None),
         ({}, None),
     ],
