@@ -147,7 +147,7 @@ OPTIONS = {
         '--model.loss WeightedSum --model.loss.losses [{"class_path":"SFTTrem"}] --model.loss.weights [1]',
         "model.loss.losses: unknown class 'SFTTrem'; did you mean 'SFTTerm'?",
     ),
-    "token loss": ("--model.loss CrossEntropy", "model.loss"),
+    "token loss": ("--model.loss CrossEntropy", "model.loss: CrossEntropy is for another kind of model"),
     "no reference": ("--model.reference none", "Sigmoid compares with a reference"),
     "misspelt": ("--model.reference initail", "did you mean 'initial'?"),
     "absent": ("--model.reference ./nowhere", "model.reference: there is no folder './nowhere'"),

@@ -62,9 +62,11 @@ def loaded(load: Any, name: str, **kwargs: Any) -> Any:
     Raises:
         UserError: it did not work.
     """
+    from safetensors import SafetensorError
+
     try:
         return load(name, **kwargs)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, SafetensorError) as error:
         if "trust_remote_code" in str(error):
             raise UserError(
                 f"model: {name} needs code of its own to run; if you trust it, set model.trust_remote_code: true"

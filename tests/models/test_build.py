@@ -332,3 +332,10 @@ def hub_has(package):
     from importlib.util import find_spec
 
     return find_spec(package) is not None
+
+
+def test_damaged_weights_are_told(tmp_path):
+    AutoModelForCausalLM.from_config(AutoConfig.for_model(**LLAMA)).save_pretrained(tmp_path)
+    (tmp_path / "model.safetensors").write_bytes(b"cut short")
+    with pytest.raises(UserError, match="can't load"):
+        build_model(str(tmp_path))
