@@ -73,9 +73,9 @@ def _of_classes(message: str, path: list[str], classes: Classes) -> str | None:
     if found := _NO_CLASS.search(message):
         return f"{where}: {found.group(2)[:80]} does not name a {found.group(1)}; write class_path: NAME"
     if (found := _UNKNOWN_CLASS.search(message)) and (known := classes_at(where, classes)):
-        if found.group(1) in known:
-            return f"{where}: {found.group(1)} is for another kind of model; those of each kind are in the README"
-        return f"{where}: unknown class {found.group(1)!r}{nearest(found.group(1), known)}"
+        name = found.group(1)
+        other = f"{name} is for another kind of model; those of each kind are in the README"
+        return f"{where}: {other if name in known else f'unknown class {name!r}{nearest(name, known)}'}"
     return None
 
 
