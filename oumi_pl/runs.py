@@ -89,8 +89,7 @@ def last_unfinished(root: Path, recipe: str, name: str | None = None) -> Path:
     Raises:
         UserError: if there is none.
     """
-    runs = {p.parent: read_state(p.parent) for p in root.glob(f"*/{RUN}")} if root.is_dir() else {}
-    own = {run: state for run, state in runs.items() if state.get("recipe") == recipe and _is_named(run, name)}
+    own = _runs_of(root, recipe, name)
     unfinished = {run: state for run, state in own.items() if state.get("status") != "finished"}
     if not unfinished:
         whose = f"recipe {recipe!r}" + (f" named {name!r}" if name else "")
@@ -104,17 +103,16 @@ def last_unfinished(root: Path, recipe: str, name: str | None = None) -> Path:
 
 def last_model(root: Path, recipe: str) -> Path | None:
     """The exported model of the newest finished run of a recipe that has no other name; None if there is none."""
-    states = {p.parent: read_state(p.parent) for p in root.glob(f"*/{RUN}")} if root.is_dir() else {}
-    finished = [
-        run
-        for run, state in states.items()
-        if state.get("recipe") == recipe
-        and state.get("status") == "finished"
-        and (run / "model").is_dir()
-        and _is_named(run, recipe)
-    ]
+    states = _runs_of(root, recipe, name=recipe)
+    finished = [run for run, s in states.items() if s.get("status") == "finished" and (run / "model").is_dir()]
     newest = max(finished, key=lambda run: states[run].get("created_ns", 0), default=None)
     return None if newest is None else newest / "model"
+
+
+def _runs_of(root: Path, recipe: str, name: str | None) -> dict[Path, dict[str, Any]]:
+    """The runs of a recipe and their states; with `name`, those of that name."""
+    states = {p.parent: read_state(p.parent) for p in root.glob(f"*/{RUN}")} if root.is_dir() else {}
+    return {run: state for run, state in states.items() if state.get("recipe") == recipe and _is_named(run, name)}
 
 
 def _is_named(run: Path, name: str | None) -> bool:

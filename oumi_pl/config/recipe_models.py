@@ -9,6 +9,7 @@ from typing import Any
 
 from oumi_pl import runs
 from oumi_pl.config import files as recipe_files
+from oumi_pl.config.typed import typed
 from oumi_pl.errors import UserError
 
 PREFIX = "recipe:"
@@ -25,14 +26,15 @@ def with_model(args: list[str], tree: Mapping[str, Any]) -> list[str]:
     Raises:
         UserError: there is no such recipe, or its run did not finish.
     """
-    name = _typed(args)
+    values = [value for option in OPTIONS if (value := typed(option, args)) is not None]
+    name = values[-1] if values else None
     if name is None:
         model = tree.get("model")
         arguments = model.get("init_args") if isinstance(model, Mapping) else None
         name = arguments.get("model") if isinstance(arguments, Mapping) else None
     if not isinstance(name, str) or not name.startswith(PREFIX):
         return args
-    root = Path(str(_value("--runs_dir", args) or tree.get("runs_dir") or "runs")).expanduser()
+    root = Path(str(typed("--runs_dir", args) or tree.get("runs_dir") or "runs")).expanduser()
     return [*args, f"{OPTIONS[0]}={trained(name.removeprefix(PREFIX), root)}"]
 
 
@@ -55,18 +57,3 @@ def trained(recipe: str, root: Path) -> Path:
     if status or found is None:
         raise UserError(f"model: the run of recipe:{recipe} did not finish; run it by itself: fit --config {recipe}")
     return found
-
-
-def _typed(args: list[str]) -> str | None:
-    values = [value for option in OPTIONS if (value := _value(option, args)) is not None]
-    return values[-1] if values else None
-
-
-def _value(option: str, args: list[str]) -> str | None:
-    """The last value that an option has on the command line."""
-    value = None
-    for i, arg in enumerate(args):
-        flag, equals, attached = arg.partition("=")
-        if flag == option:
-            value = attached if equals else "".join(args[i + 1 : i + 2])
-    return value

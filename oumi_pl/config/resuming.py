@@ -6,6 +6,7 @@ from typing import Any
 
 from oumi_pl import runs
 from oumi_pl.checkpoint_files import step_of
+from oumi_pl.config.typed import typed
 from oumi_pl.errors import UserError, nearest
 
 LONGER = ("--trainer.max_steps", "--trainer.max_epochs", "--trainer.max_time")
@@ -32,13 +33,13 @@ def arguments(
     """
     if command != "fit":
         raise UserError(f"--resume goes with fit; for {command}, name the weights: --ckpt_path FILE")
-    if _typed("--ckpt_path", args) is not None:
+    if typed("--ckpt_path", args) is not None:
         raise UserError("--resume goes on from the run's newest checkpoint: leave out --ckpt_path, or --resume")
     if resume:
         run = _given(Path(resume).expanduser())
     else:
-        root = Path(str(_typed("--runs_dir", args) or tree.get("runs_dir") or "runs")).expanduser()
-        run = runs.last_unfinished(root, recipe, _typed("--name", args) or tree.get("name"))
+        root = Path(str(typed("--runs_dir", args) or tree.get("runs_dir") or "runs")).expanduser()
+        run = runs.last_unfinished(root, recipe, typed("--name", args) or tree.get("name"))
     config = run / runs.CONFIG
     if not config.is_file():
         raise UserError(f"--resume: {run} has no {runs.CONFIG}, so it was stopped before it began; start it anew")
@@ -65,13 +66,13 @@ def _given(path: Path) -> Path:
 
 def _refuse_finished(run: Path, state: Mapping[str, Any], checkpoint: Path | None, args: list[str]) -> None:
     """Tells at once what the trainer would find out after loading everything: that there is nothing left to do."""
-    more = [option for option in LONGER if _typed(option, args) is not None]
+    more = [option for option in LONGER if typed(option, args) is not None]
     if state.get("status") == "finished" and not more:
         raise UserError(
             f"--resume: {run} is finished, at step {state.get('step', '?')}; "
             f"to train it further: --resume {run} --trainer.max_steps MORE (or --trainer.max_epochs)"
         )
-    steps = _typed("--trainer.max_steps", args) or ""
+    steps = typed("--trainer.max_steps", args) or ""
     if checkpoint is not None and steps.isdigit() and int(steps) <= step_of(checkpoint):
         raise UserError(
             f"--resume: {run} is at step {step_of(checkpoint)} already: "
@@ -90,13 +91,3 @@ def _without_config(args: list[str]) -> list[str]:
         else:
             out.append(arg)
     return out
-
-
-def _typed(option: str, args: list[str]) -> str | None:
-    """The value that an option has on the command line: the last one, as everywhere."""
-    value = None
-    for i, arg in enumerate(args):
-        flag, equals, attached = arg.partition("=")
-        if flag == option:
-            value = attached if equals else "".join(args[i + 1 : i + 2])
-    return value

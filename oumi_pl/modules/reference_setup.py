@@ -67,13 +67,8 @@ class ReferenceSetup:
                 "loss without one (SimPO, ORPO, CPO)"
             )
         if not loss.needs_reference:
-            asked = (
-                "sync_every"
-                if self.sync_every is not None
-                else "reference"
-                if self.name not in ("initial", "none")
-                else ""
-            )
+            named = "reference" if self.name not in ("initial", "none") else ""
+            asked = "sync_every" if self.sync_every is not None else named
             if asked:
                 raise UserError(f"model.{asked}: {type(loss).__name__} compares with no reference; leave it out")
             return "none"
@@ -81,12 +76,11 @@ class ReferenceSetup:
             return "online"
         # biases are trained in the base itself, where disabling adapters does not undo it
         bias = (self.module.lora or {}).get("bias", "none")
-        kind = (
-            "adapters" if self.name == "initial" and self.module.lora is not None and bias == "none" else "precomputed"
-        )
-        if self.dtype is not None and self.name == "initial":
+        if self.name != "initial":
+            return "precomputed"
+        if self.dtype is not None:
             raise UserError("model.reference_dtype: the initial model is the policy itself; set reference: online")
-        return kind
+        return "adapters" if self.module.lora is not None and bias == "none" else "precomputed"
 
     @property
     def is_initial(self) -> bool:
