@@ -149,7 +149,7 @@ class DPO(LanguageModule):
         if self._check_start:
             self._check_start = False
             self.reference.check_start(batch, pairs)
-        self._lacks_margins = batch["margins"].isnan().any()
+        self._lacks_margins = self._lacks_margins | batch["margins"].isnan().any()
         sums = self._measure(pairs, losses, batch)
         self.add_to_update(out.inputs, batch["sample_ids"], **sums)
         # the stand-in of a rank without rows has no targets: their sum is 0, and every parameter takes part in it
