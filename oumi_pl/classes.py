@@ -7,6 +7,7 @@ from lightning.pytorch.loggers.logger import Logger
 from torch.optim import Optimizer
 
 from oumi_pl.callbacks.answers import Answers
+from oumi_pl.callbacks.ema import EMA
 from oumi_pl.callbacks.samples import Samples
 from oumi_pl.callbacks.trigram import TrigramBaseline
 from oumi_pl.config.explain import subclasses
@@ -27,6 +28,7 @@ from oumi_pl.types import PreferenceLoss, TokenLoss
 
 __all__ = [
     "DPO",
+    "EMA",
     "SFT",
     "Answers",
     "DPOData",

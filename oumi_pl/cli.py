@@ -14,6 +14,7 @@ from lightning.pytorch.callbacks import ProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 
 from oumi_pl.callbacks.checkpoint import Checkpoints
+from oumi_pl.callbacks.consumed import Consumed
 from oumi_pl.callbacks.export import Export
 from oumi_pl.callbacks.last_step import LastStep
 from oumi_pl.callbacks.predictions import Predictions
@@ -187,7 +188,7 @@ class CLI(LightningCLI):
         )
         if self.subcommand == "predict":
             folder.name += "-predict"
-        own = [folder, Start(), LastStep(), Throughput(), PreferenceWarnings(), get("predictions")]
+        own = [folder, Start(), LastStep(), Throughput(), PreferenceWarnings(), Consumed(), get("predictions")]
         callbacks = config.get("callbacks") or []
         callbacks = callbacks if isinstance(callbacks, list) else [callbacks]
         if not any(isinstance(c, ProgressBar) for c in callbacks) and config.get("enable_progress_bar") is not False:

@@ -1,11 +1,13 @@
 """When checkpoints are written: between two updates only, the new one whole before an old one goes."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
 
 import lightning as L
 import torch
-from lightning.pytorch.callbacks import Checkpoint
+from lightning.pytorch.callbacks import Checkpoint, WeightAveraging
 
 from oumi_pl.checkpoint_files import HALF, checkpoint_name, remove, saved_steps
 from oumi_pl.errors import UserError, nearest
@@ -72,7 +74,8 @@ class Checkpoints(Checkpoint):
         if self.best_score is None or (score < self.best_score if self.mode == "min" else score > self.best_score):
             self.best_score = score
             self.best_model_path = str(directory / "best.ckpt")
-            _save_whole(trainer, Path(self.best_model_path), weights_only=True)
+            with _validated_weights(trainer):
+                _save_whole(trainer, Path(self.best_model_path), weights_only=True)
 
     def save(self, trainer: L.Trainer) -> None:
         """Writes a checkpoint of this step unless it is there, then removes those beyond `keep`."""
@@ -99,6 +102,19 @@ class Checkpoints(Checkpoint):
 def _validation_follows(trainer: L.Trainer) -> bool:
     fetcher = trainer.fit_loop._data_fetcher
     return fetcher is not None and trainer.fit_loop.epoch_loop._should_check_val_fx(fetcher)
+
+
+@contextmanager
+def _validated_weights(trainer: L.Trainer) -> Iterator[None]:
+    """Puts averaged weights in place, where there are any: Lightning adds them to checkpoints to resume from only."""
+    averages = [c for c in trainer.callbacks if isinstance(c, WeightAveraging)]  # type: ignore[attr-defined]
+    for average in averages:
+        average._swap_models(trainer.lightning_module)
+    try:
+        yield
+    finally:
+        for average in averages:
+            average._swap_models(trainer.lightning_module)
 
 
 def _save_whole(trainer: L.Trainer, path: Path, weights_only: bool = False) -> None:

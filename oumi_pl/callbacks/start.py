@@ -37,6 +37,8 @@ class Start(L.Callback):
                     f"[yellow]warning: {report['cut'] / report['kept']:.1%} of the {split} rows are cut to "
                     f"data.max_length {trainer.datamodule.max_length}; raise it, or let overflow drop them[/]"
                 )
+        for name in getattr(trainer.datamodule, "streamed", ()):
+            console.print(f"train: {name}, tokenized while it is streamed")
         for note in getattr(pl_module, "notes", ()):
             console.print(note)
         template = getattr(trainer.datamodule, "template", None)

@@ -18,7 +18,7 @@ from oumi_pl.data.plan import Layout
 from oumi_pl.data.report import describe_documents, windows_padding
 from oumi_pl.data.row_stream import RowStream
 from oumi_pl.data.rows import batch_of
-from oumi_pl.data.shards import Shards
+from oumi_pl.data.shards import Lengths, Shards
 from oumi_pl.data.sources import as_sources, is_held_out, is_not_held_out, is_on_hub
 from oumi_pl.data.stream_loader import StreamLoader
 from oumi_pl.data.streamed import StreamedDocuments
@@ -147,6 +147,12 @@ class PretrainData(TextData):
             for part in self.parts("train")
         ]
 
+    @property
+    def streamed(self) -> list[str]:
+        """Names of the training sources of which nothing is known before they are read."""
+        names = zip(self.source_names("train"), self.documents, strict=True)
+        return [name for name, documents in names if not isinstance(documents, Shards)]
+
     def _corpus(self) -> tuple[Any, Iterator[str]]:
         """What `TrainedBPE` learns from."""
         if self.sources["train"] is None:
@@ -217,7 +223,7 @@ class PretrainData(TextData):
             return None
         if self.weights[0] is None and self.method == "concat":
             return self.windows().count([s.tokens for s in shards])
-        mixture = TokenMixture([_Lengths(s) for s in shards], self.weights, "stop")
+        mixture = TokenMixture([Lengths(s) for s in shards], self.weights, "stop")
         return self.windows().count(map(len, mixture))
 
     def updates(self, epochs: int) -> int:
@@ -316,15 +322,3 @@ class PretrainData(TextData):
             if wanted:
                 described[-1]["wanted"] = round(wanted[i] / sum(wanted), 6)
         return described
-
-
-class _Lengths:
-    """The documents of shards with their lengths alone, to count rows by."""
-
-    def __init__(self, shards: Shards) -> None:
-        self.name = shards.name
-        self._shards = shards
-
-    def read(self, start: int) -> Iterator[Any]:
-        """Something as long as each document."""
-        return map(range, self._shards.lengths[start:].tolist())

@@ -1,9 +1,9 @@
 """The end of an update, for all trainer types.
 
-It happens here and in this order: gradients are rescaled by the true count of targets over all micro-batches and
-ranks, the norm is taken and checked, the metrics are logged, gradients are clipped. Callbacks' own
-`on_before_optimizer_step` run before the module's and would see gradients that are not rescaled yet: they read
-`last_update` and the logged metrics instead.
+It happens here and in this order: the norm of the gradients is taken, of what they will be once they are rescaled by
+the true count of targets over all micro-batches and ranks; it is checked, the metrics are logged; then gradients are
+rescaled and clipped in one pass over memory. Callbacks' own `on_before_optimizer_step` run before that and would see
+gradients that are not rescaled yet: they read `last_update` and the logged metrics instead.
 """
 
 from abc import abstractmethod
@@ -57,16 +57,14 @@ class UpdateModule(L.LightningModule):
         """Metrics of an update from its sums over all micro-batches and ranks."""
 
     def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
-        """Rescales the gradients to the mean over all targets of the update, then logs what the update was."""
+        """Finds by what the gradients have to be scaled to be those of the mean over all targets; logs the update."""
         sums = self._sums_over_ranks()
         metrics = self.update_metrics(sums)
         # Lightning has divided by the micro-batches, and the strategy has averaged over the ranks
         micro_batches, ranks = self.trainer.accumulate_grad_batches, self._data_parallel_ranks
-        scale = LOSS_SCALE * micro_batches * ranks / max(1.0, float(sums[self.normalised_by]))
-        gradients = [p.grad for p in self.parameters() if p.grad is not None]
-        torch._foreach_mul_(gradients, scale)
-        norm = torch.nn.utils.get_total_norm(gradients)
-        self._grad_norm = norm.full_tensor() if hasattr(norm, "full_tensor") else norm
+        self._scale = LOSS_SCALE * micro_batches * ranks / max(1.0, float(sums[self.normalised_by]))
+        norm = torch.nn.utils.get_total_norm(self._gradients())
+        self._grad_norm = self._scale * (norm.full_tensor() if hasattr(norm, "full_tensor") else norm)
         self._refuse_non_finite(metrics["loss"], self._grad_norm)
         self._log_update(sums, metrics, optimizer.param_groups[0]["lr"])
 
@@ -95,12 +93,23 @@ class UpdateModule(L.LightningModule):
         gradient_clip_val: int | float | None = None,
         gradient_clip_algorithm: str | None = None,
     ) -> None:
-        """Clips by the norm that was logged, so that it is not computed twice."""
-        if gradient_clip_algorithm == "value" or gradient_clip_val is None:
+        """Rescales the gradients, and clips them by the norm that was logged, in the same pass."""
+        if gradient_clip_val is None or gradient_clip_algorithm == "value":
+            torch._foreach_mul_(self._gradients(), self._scale)
             self.clip_gradients(optimizer, gradient_clip_val, gradient_clip_algorithm)
             return
-        parameters = [p for p in self.parameters() if p.grad is not None]
-        torch.nn.utils.clip_grads_with_norm_(parameters, gradient_clip_val, self._grad_norm)
+        # as `clip_grads_with_norm_` does; the small number keeps a norm of 0 from dividing
+        clip = (gradient_clip_val / (self._grad_norm + 1e-6)).clamp(max=1.0)
+        torch._foreach_mul_(self._gradients(), float(clip) * self._scale)
+
+    def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
+        """Steps, and frees the gradients: Lightning would keep them through the next forward pass."""
+        super().optimizer_step(*args, **kwargs)
+        for gradient in self.parameters():
+            gradient.grad = None
+
+    def _gradients(self) -> list[Tensor]:
+        return [p.grad for p in self.parameters() if p.grad is not None]
 
     def _sums_over_ranks(self) -> dict[str, Tensor]:
         names = sorted(self._sums)

@@ -1,0 +1,69 @@
+"""A moving average of the weights, beside those that are trained."""
+
+import warnings
+from typing import Any
+
+import lightning as L
+from lightning.pytorch.callbacks import EMAWeightAveraging
+from lightning.pytorch.strategies import FSDPStrategy, ModelParallelStrategy
+
+from oumi_pl.errors import UserError
+
+
+class EMA(EMAWeightAveraging):
+    """Averages the weights exponentially; the average is what is validated, sampled from, exported and called best.
+
+    `average = decay * average + (1 - decay) * weights` (Polyak and Juditsky 1992). Training goes on with the weights
+    themselves. A `step-*.ckpt` holds both, the average as its `state_dict`, so that `validate`, `predict` and `export`
+    read the model that was scored. A second copy of all weights is held on the device.
+
+    Args:
+        decay: Of the average; it looks back over about `1 / (1 - decay)` of its updates.
+        every: Optimizer steps between its updates.
+        start: Optimizer steps before its first; until then it is what training began with.
+    """
+
+    def __init__(self, decay: float = 0.999, every: int = 1, start: int = 0) -> None:
+        if not 0 <= decay < 1:
+            raise UserError(f"EMA: decay is {decay}, but has to be at least 0 and below 1")
+        if every < 1 or start < 0:
+            raise UserError(f"EMA: every ({every}) has to be at least 1, and start ({start}) at least 0")
+        super().__init__(decay=decay, update_every_n_steps=every, update_starting_at_step=start)
+
+    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        """Copies the weights that training starts from to where they are trained.
+
+        Raises:
+            UserError: if the strategy divides the weights among the ranks.
+        """
+        if isinstance(trainer.strategy, FSDPStrategy | ModelParallelStrategy):
+            raise UserError("EMA: sharded weights can't be averaged; train with strategy ddp, or without EMA")
+        self._device = trainer.strategy.root_device  # the module itself is not there yet
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", ".*overrides the configure_model.*")  # it is about sharding
+            super().setup(trainer, pl_module, stage)
+
+    def on_validation_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Keeps the average in place: other callbacks look at the model in this hook, before or after this one."""
+
+    def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Gives the module its own weights back."""
+        if self._average_model is not None:
+            self._swap_models(pl_module)
+
+    def on_save_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
+        """Makes the average the checkpoint's model, in the module's own choice of weights, and adds the trained one."""
+        if self._average_model is not None:
+            checkpoint["current_model_state"] = checkpoint["state_dict"]
+            checkpoint["state_dict"] = self._average_model.module.state_dict()
+            checkpoint["averaging_state"] = {"n_averaged": self._average_model.n_averaged}
+
+    def on_load_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
+        """Takes both up again; of a run without EMA, the average starts from its weights."""
+        if self._average_model is None:
+            return  # not training: the average is the model
+        # frozen weights that can be loaded again are in neither
+        self._average_model.module.load_state_dict(checkpoint["state_dict"], strict=False)
+        if "current_model_state" in checkpoint:
+            pl_module.load_state_dict(checkpoint["current_model_state"], strict=False)
+            self._average_model.n_averaged.copy_(checkpoint["averaging_state"]["n_averaged"])
