@@ -39,7 +39,7 @@ def adamw(params):
     return torch.optim.AdamW(params, lr=1e-2)
 
 
-def run(tmp_path, directory, kill=10**9, every=3, resume=None, seed=1, workers=0, **kwargs):
+def run(tmp_path, directory, kill=10**9, every=3, resume=None, seed=1, workers=0, validation=0.2, **kwargs):
     checkpoints = Checkpoints(every=every, keep=1)
     checkpoints.directory = directory
     directory.mkdir(exist_ok=True)
@@ -51,7 +51,7 @@ def run(tmp_path, directory, kill=10**9, every=3, resume=None, seed=1, workers=0
         callbacks=[killer, LastStep(), checkpoints],
         plugins=[AtomicCheckpointIO()],
     )
-    sft_data = data(tmp_path, ROWS, batch_size=BATCH, workers=workers, validation=0.2)
+    sft_data = data(tmp_path, ROWS, batch_size=BATCH, workers=workers, validation=validation)
     with contextlib.suppress(InterruptedError):
         loop.fit(sft, sft_data, ckpt_path=resume, weights_only=True)
     return sft, killer.seen
@@ -83,14 +83,15 @@ def test_killed_in_the_middle_of_max_steps(tmp_path):
     assert all(torch.equal(a, b) for a, b in zip(weights(resumed).values(), weights(whole).values(), strict=True))
 
 
+@pytest.mark.parametrize("validation", [0.2, None])
 @pytest.mark.parametrize("end", [4, 5, 6])
-def test_a_finished_run_goes_on_as_if_it_had_been_longer(tmp_path, end):
+def test_a_finished_run_goes_on_as_if_it_had_been_longer(tmp_path, end, validation):
     """Its last checkpoint stands in the middle of an epoch, or at the end of one (3 updates each)."""
-    whole, seen = run(tmp_path, tmp_path / "whole", every=100, max_steps=8, max_epochs=None)
-    run(tmp_path, tmp_path / "short", every=100, max_steps=end, max_epochs=None)
-    longer, after = run(
-        tmp_path, tmp_path / "short", every=100, resume=newest(tmp_path / "short"), seed=2, max_steps=8, max_epochs=None
-    )
+    settings = {"every": 100, "max_epochs": None, "validation": validation}
+    whole, seen = run(tmp_path, tmp_path / "whole", max_steps=8, **settings)
+    run(tmp_path, tmp_path / "short", max_steps=end, **settings)
+    last = newest(tmp_path / "short")
+    longer, after = run(tmp_path, tmp_path / "short", resume=last, seed=2, max_steps=8, **settings)
     assert after == seen[end * MICRO :]
     assert all(torch.equal(a, b) for a, b in zip(weights(longer).values(), weights(whole).values(), strict=True))
 

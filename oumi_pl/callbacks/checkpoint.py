@@ -101,7 +101,9 @@ class Checkpoints(Checkpoint):
 
 def _validation_follows(trainer: L.Trainer) -> bool:
     fetcher = trainer.fit_loop._data_fetcher
-    return fetcher is not None and trainer.fit_loop.epoch_loop._should_check_val_fx(fetcher)
+    if fetcher is None or not sum(trainer.num_val_batches):  # at the end Lightning would say so without any to do
+        return False
+    return trainer.fit_loop.epoch_loop._should_check_val_fx(fetcher)
 
 
 @contextmanager

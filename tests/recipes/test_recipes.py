@@ -35,7 +35,7 @@ TEXTS = [{"text": f"Document {i}: " + "one more word " * (i % 5 + 3)} for i in r
 def rows_like(source):
     """Rows of the shape that a hub data set has."""
     shapes = {"alpaca": ALPACA, "ultrafeedback": ULTRAFEEDBACK, "hh-rlhf": HH}
-    shapes |= dict.fromkeys(("fineweb", "c4", "my_texts", "input.txt"), TEXTS)
+    shapes |= dict.fromkeys(("fineweb", "c4", "my_texts", "train.txt"), TEXTS)
     return next((rows for name, rows in shapes.items() if name in str(source)), None) or conversations(40)
 
 
@@ -83,7 +83,7 @@ def test_a_recipe_runs_two_steps(name, tiny_model, tmp_path, monkeypatch):
     if not str(data["train"]).startswith("bundled/"):
         write_jsonl(tmp_path / "rows.jsonl", rows_like(data["train"]))
         args += ["--data.train=rows.jsonl", "--data.validation=0.2", "--data.batch_size=2"]
-        args += ["--data.max_length=" + ("64" if "input.txt" in str(data["train"]) else "256")]
+        args += ["--data.max_length=" + ("64" if "train.txt" in str(data["train"]) else "256")]
     assert main(["fit", "--config", name, *args]) == 0
     run = tmp_path / "runs" / name.replace("/", "-")
     state = json.loads((run / "run.json").read_text())
