@@ -114,7 +114,7 @@ def model_card(
     base = _argument(config, "model", "model")
     sources = _argument(config, "data", "train")
     sources = sources if isinstance(sources, list) else [sources]
-    data = ", ".join(f"`{s.get('path') if isinstance(s, Mapping) else s}`" for s in sources)
+    data = ", ".join(f"`{_path(source)}`" for source in sources)
     trainer = str((config.get("model") or {}).get("class_path", "")).rsplit(".", 1)[-1]
     header = [f"library_name: {'peft' if adapter else 'transformers'}", "tags: [oumi_pl]"]
     if base and not Path(base).expanduser().exists():  # the hub takes its own ids only
@@ -129,6 +129,12 @@ def model_card(
         *("", "## Recipe", "", "```yaml", yaml_text.strip(), "```", ""),
     ]
     return "\n".join(lines)
+
+
+def _path(source: Any) -> Any:
+    """The path of a source, written as a path, as its arguments, or as a class with these."""
+    arguments = source.get("init_args", source) if isinstance(source, Mapping) else {"path": source}
+    return arguments.get("path")
 
 
 def _argument(config: Mapping[str, Any], section: str, name: str) -> Any:

@@ -46,8 +46,8 @@ def create(root: Path, name: str) -> Path:
     raise UserError(f"runs_dir: {root} holds too many runs named {name}")
 
 
-def refuse_unwritable(root: Path) -> None:
-    """Tells early, and without writing anything, that no run folder can be made in `root`.
+def refuse_unwritable(root: Path, key: str = "runs_dir") -> None:
+    """Tells early, and without writing anything, that no folder can be made in `root`, which `key` names.
 
     Raises:
         UserError: if `root`, or what is there of its path, is not a directory that can be written to.
@@ -56,9 +56,9 @@ def refuse_unwritable(root: Path) -> None:
     while not there.exists() and there != there.parent:
         there = there.parent
     if not there.is_dir():
-        raise UserError(f"runs_dir: can't write to {root}: {there} is not a directory")
+        raise UserError(f"{key}: can't write to {root}: {there} is not a directory")
     if not os.access(there, os.W_OK | os.X_OK):
-        raise UserError(f"runs_dir: can't write to {root}: no permission to write to {there}")
+        raise UserError(f"{key}: can't write to {root}: no permission to write to {there}")
 
 
 def write_state(run: Path, **values: Any) -> None:

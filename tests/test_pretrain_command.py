@@ -100,3 +100,44 @@ def test_the_end_tells_what_was_read_of_each_source_and_the_start_what_is_stream
     consumed = json.loads((cli.directory / "runs/r/data.json").read_text())["consumed"]
     assert [source["source"] for source in consumed] == ["texts", "more"]
     assert consumed[0]["share"] == pytest.approx(0.75, abs=0.05)
+
+
+def test_a_branch_without_the_average_goes_on_from_the_trained_weights_and_says_so(cli, recwarn):
+    average = {"trainer.callbacks": [{"class_path": "EMA", "init_args": {"decay": 0.5}}]}
+    cli.recipe(CHANGES | average)
+    cli.works("fit", "--config", "r.yaml", "--checkpoint.every", "6", "--checkpoint.keep", "9")
+    cli.recipe(CHANGES, "plain.yaml")
+    cli.works("fit", "--config", "plain.yaml")
+    start = "runs/r/checkpoints/step-00000006.ckpt"
+    cli.works("fit", "--config", "plain.yaml", "--ckpt_path", start, "--name", "on")
+    assert any("averaged its weights" in str(warning.message) for warning in recwarn)
+    ours, theirs = saved(cli, "on", 20), saved(cli, "plain", 20)
+    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+
+
+def test_a_rate_that_jumps_at_a_checkpoint_is_told(cli, recwarn):
+    cli.works("fit", "--config", "r.yaml", "--trainer.max_steps", "6")
+    decayed = "runs/r/checkpoints/step-00000006.ckpt"
+    cli.works("fit", "--config", "r.yaml", "--ckpt_path", decayed, "--name", "on", "--trainer.max_steps", "12")
+    told = [str(warning.message) for warning in recwarn if "learning rate" in str(warning.message)]
+    assert told == ["the learning rate was 0 where the checkpoint stands, and goes on with 0.001"]
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_documents_that_changed_are_not_gone_on_with(cli, streaming):
+    cli.works("fit", "--config", "r.yaml", f"--data.streaming={streaming}")
+    write_jsonl(cli.directory / "texts.jsonl", [{"text": f"document {i} says something else"} for i in range(30)])
+    options = ["--resume", "runs/r", "--trainer.max_steps", "30"]
+    assert "texts.jsonl has changed since the checkpoint was written" in cli.fails("fit", *options)
+
+
+def test_the_card_of_a_mixture_names_its_sources(cli):
+    write_jsonl(cli.directory / "more.jsonl", [{"text": f"another {i}"} for i in range(50)])
+    sources = [{"path": "texts.jsonl", "weight": 3}, {"path": "more.jsonl", "weight": 1}]
+    cli.recipe(CHANGES | {"data.init_args.train": sources, "trainer.max_steps": 2})
+    cli.works("fit", "--config", "r.yaml")
+    assert "random weights on `texts.jsonl`, `more.jsonl`." in (cli.directory / "runs/r/model/README.md").read_text()
+    cli.works("fit", "--config", "runs/r/config.yaml", "--name", "again")
+    assert cli.column("runs/again", "train/loss") == cli.column("runs/r", "train/loss")
+    cli.works("export", "--checkpoint", "runs/r/checkpoints/step-00000002.ckpt", "--output", "out")
+    assert "random weights on `texts.jsonl`, `more.jsonl`." in (cli.directory / "out/README.md").read_text()

@@ -10,7 +10,7 @@ from oumi_pl.callbacks.run_folder import RunFolder
 
 
 class Consumed(L.Callback):
-    """Prints and keeps in `data.json` how much of each source was trained on, and the shares that were aimed at."""
+    """Keeps in `data.json` how much of each source was read in the last pass; of a mixture, prints the shares."""
 
     @rank_zero_only
     def on_train_end(self, trainer: Any, pl_module: Any) -> None:
@@ -18,11 +18,11 @@ class Consumed(L.Callback):
         consumed = trainer.datamodule.consumed() if hasattr(trainer.datamodule, "consumed") else []
         folder = next((c.directory for c in trainer.callbacks if isinstance(c, RunFolder)), None)
         for source in consumed:
-            wanted = f" ({source['wanted']:.2%} wanted)" if "wanted" in source else ""
-            print(
-                f"read of {source['source']}: {source['tokens']:,} tokens, {source['share']:.2%} of all{wanted}, in "
-                f"{source['passes']} whole passes and {source['documents']:,} documents"
-            )
+            if "wanted" in source and source["tokens"]:
+                print(
+                    f"read of {source['source']}: {source['share']:.2%} of the tokens ({source['wanted']:.2%} wanted), "
+                    f"what lies ready in the shuffle buffer included"
+                )
         if consumed and folder is not None:
             file = folder / "data.json"
             file.write_text(json.dumps(json.loads(file.read_text()) | {"consumed": consumed}, indent=1) + "\n")

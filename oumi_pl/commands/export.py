@@ -1,6 +1,7 @@
 """`export`: any checkpoint to a folder that `transformers` loads."""
 
 import argparse
+import copy
 from pathlib import Path
 from typing import NoReturn
 
@@ -51,7 +52,7 @@ def export_checkpoint(checkpoint: Path, output: Path, *, merge: bool = False) ->
     from oumi_pl.cli import instantiate
 
     config = yaml.safe_load(content["config"])
-    module, data = instantiate(config)
+    module, data = instantiate(copy.deepcopy(config))  # parsing changes it in place
     data.tokenizer_spec = data.tokenizer_spec or module.model_name
     tokenizer = data.tokenizer
     module.quantization = None  # only saves memory in training: adapters belong to the base in full precision

@@ -6,6 +6,7 @@ from typing import Any, NoReturn
 
 from oumi_pl.config import files as recipe_files
 from oumi_pl.errors import UserError
+from oumi_pl.runs import refuse_unwritable
 
 SPLITS = ("train", "validation")
 
@@ -44,6 +45,8 @@ def prepare(recipe: dict[str, Any], output: Path | None = None) -> None:
             raise UserError(f"prepare: the recipe has no section {section!r}")
     if output is not None and output.exists() and not output.is_dir():
         raise UserError(f"--output: {output} is a file; name a folder")
+    if output is not None:
+        refuse_unwritable(output, "--output")
     from oumi_pl.data.pretrain import PretrainData
 
     module, data = _instantiated(recipe)
@@ -54,8 +57,15 @@ def prepare(recipe: dict[str, Any], output: Path | None = None) -> None:
     made = {split: _prepare_split(data, split, output) for split in SPLITS if data.sources[split] is not None}
     if output is not None:
         data.tokenizer.save_pretrained(output / "tokenizer")
-        named = [f"{split}: {found[0] if len(found) == 1 else found}" for split, found in made.items()]
-        print(f"in a recipe: {', '.join(named)}, tokenizer: {output / 'tokenizer'}".replace("'", ""))
+        named = [f"{split}: {_in_recipe(data, split, found)}" for split, found in made.items()]
+        print(f"in a recipe: {', '.join(named)}, tokenizer: {output / 'tokenizer'}")
+
+
+def _in_recipe(data: Any, split: str, folders: list[str]) -> str:
+    """Folders as a recipe names them, with the shares of the sources that they were made of."""
+    weights = data.weights if split == "train" else [None] * len(folders)
+    named = [f if w is None else f"{{path: {f}, weight: {w:g}}}" for f, w in zip(folders, weights, strict=True)]
+    return named[0] if len(named) == 1 else f"[{', '.join(named)}]"
 
 
 def _instantiated(recipe: dict[str, Any]) -> Any:

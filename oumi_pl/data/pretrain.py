@@ -15,7 +15,7 @@ from oumi_pl.data.held_out import HeldOut, held_out_loader, sliding_windows
 from oumi_pl.data.mixture import mixture_counts
 from oumi_pl.data.mixture_stream import Exhausted, TokenMixture
 from oumi_pl.data.plan import Layout
-from oumi_pl.data.report import describe_documents, windows_padding
+from oumi_pl.data.report import describe_consumed, describe_documents, windows_padding
 from oumi_pl.data.row_stream import RowStream
 from oumi_pl.data.rows import batch_of
 from oumi_pl.data.shards import Lengths, Shards
@@ -24,6 +24,7 @@ from oumi_pl.data.stream_loader import StreamLoader
 from oumi_pl.data.streamed import StreamedDocuments
 from oumi_pl.data.tokenizers import TokenizerFactory
 from oumi_pl.data.trained_bpe import TrainedBPE, first_bytes
+from oumi_pl.data.unchanged import identities, refuse_changed
 from oumi_pl.data.windows import BestFit, Concat, Windows
 from oumi_pl.errors import UserError, nearest
 
@@ -193,7 +194,9 @@ class PretrainData(TextData):
             empty = [s for s in shards if not len(s)]
             if empty and (split == "train" or len(empty) == len(shards) or self.parts(split)[0].keep is None):
                 rows = empty[0].manifest["report"]
-                why = f"{rows['rows']} rows, {rows['empty']} of them empty" if rows["rows"] else "no rows held out"
+                why = f"{rows['rows']} rows, {rows['empty']} of them empty"
+                if not rows["rows"] and self.parts(split)[0].keep is not None:
+                    why = "a fraction holds out whole documents; a text file is one unless `documents` divides it"
                 raise UserError(f"data.{split}: {empty[0].name}: there are no documents in it ({why})")
 
     # ---- the stream
@@ -234,7 +237,9 @@ class PretrainData(TextData):
         """
         if self.rows_per_pass is None:
             why = "has no end" if self.exhausted == "restart" else "has a length that isn't known while it is streamed"
-            raise UserError(f"trainer.max_epochs: a pass through the documents {why}; set trainer.max_steps alone")
+            raise UserError(
+                f"a pass through the documents {why}; say how long to train by trainer.max_steps or max_tokens"
+            )
         return math.ceil(self.rows_per_pass / self.layout.rows_per_update) * epochs
 
     def train_dataloader(self) -> StreamLoader:
@@ -251,9 +256,16 @@ class PretrainData(TextData):
             pin_memory=self._pin_memory,
         )
         if self._position is not None:
+            parts = self.parts("train")
+            refuse_changed(self._position.get("made_from", []), identities(parts, self.documents), parts)
             loader.load_state_dict(self._position)
         self._train_loader = loader
         return loader
+
+    def state_dict(self) -> dict[str, Any]:
+        """Where the training data stand, and which these are."""
+        position = super().state_dict()
+        return position and position | {"made_from": identities(self.parts("train"), self.documents)}
 
     # ---- held-out documents
 
@@ -306,19 +318,8 @@ class PretrainData(TextData):
         return report
 
     def consumed(self) -> list[dict[str, Any]]:
-        """What was trained on in the running pass, per source: documents, whole passes, tokens, and their share.
-
-        With weights, also the share that was aimed at.
-        """
+        """What was read in the running pass, per source: see `describe_consumed`."""
         position = self._train_loader.position() if self._train_loader is not None else {}
         if not position:
             return []
-        mixture = position["stream"]["mixture"]
-        total, wanted = max(1, sum(mixture["tokens"])), [w for w in self.weights if w is not None]
-        described = []
-        for i, name in enumerate(self.source_names("train")):
-            counts = {key: mixture[key][i] for key in ("documents", "passes", "tokens")}
-            described.append({"source": name, **counts, "share": round(mixture["tokens"][i] / total, 6)})
-            if wanted:
-                described[-1]["wanted"] = round(wanted[i] / sum(wanted), 6)
-        return described
+        return describe_consumed(position["stream"]["mixture"], self.source_names("train"), self.weights)

@@ -1,6 +1,7 @@
 """The data report: what became of the rows, counted while they are made and described once they are planned."""
 
 from collections import Counter
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -117,3 +118,20 @@ def _padding(lengths: np.ndarray, batch_size: int) -> float:
     longest = padded.reshape(rows, batch_size).max(axis=1)
     in_batch = np.minimum(batch_size, len(lengths) - np.arange(rows) * batch_size)
     return float(1 - lengths.sum() / (longest * in_batch).sum())
+
+
+def describe_consumed(
+    mixture: dict[str, Any], names: Sequence[str], weights: Sequence[float | None]
+) -> list[dict[str, Any]]:
+    """What was read of each source in the running pass: documents, whole passes, tokens, and their share.
+
+    With weights, also the share that was aimed at. `mixture` is the state of a `TokenMixture`.
+    """
+    total, wanted = max(1, sum(mixture["tokens"])), [w for w in weights if w is not None]
+    described = []
+    for i, name in enumerate(names):
+        counts = {key: mixture[key][i] for key in ("documents", "passes", "tokens")}
+        described.append({"source": name, **counts, "share": round(mixture["tokens"][i] / total, 6)})
+        if wanted:
+            described[-1]["wanted"] = round(wanted[i] / sum(wanted), 6)
+    return described

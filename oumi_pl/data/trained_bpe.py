@@ -74,6 +74,8 @@ class TrainedBPE(TokenizerFactory):
             show_progress=False,
         )
         backend.train_from_iterator(texts, trainer)
+        if (learnt := backend.get_vocab_size()) < self.vocab_size:
+            print(f"TrainedBPE: these texts have pairs for {learnt} tokens, not for {self.vocab_size}")
         tokenizer = PreTrainedTokenizerFast(
             tokenizer_object=backend,
             pad_token="<|pad|>",

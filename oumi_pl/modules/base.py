@@ -1,5 +1,6 @@
 """What is identical for all trainer types: the model, the optimizer, prediction, and what checkpoints hold."""
 
+import warnings
 from collections.abc import Sequence
 from typing import Any, ClassVar, Literal, cast
 
@@ -204,12 +205,17 @@ class LanguageModule(RestorableModule):
         """Lets what the recipe says now win over the optimizer settings in the checkpoint."""
         optimizer = cast("Optimizer", self.optimizers(use_pl_optimizer=False))
         schedule = cast("LambdaLR", self.lr_schedulers())
+        before = optimizer.param_groups[0]["lr"]
         for group, values in zip(optimizer.param_groups, self._hyperparameters, strict=True):
             group.update(values)
             group["initial_lr"] = values["lr"]
         schedule.base_lrs = [values["lr"] for values in self._hyperparameters]
         for group, base_lr, factor in zip(optimizer.param_groups, schedule.base_lrs, schedule.lr_lambdas, strict=True):
             group["lr"] = base_lr * factor(schedule.last_epoch)
+        now = optimizer.param_groups[0]["lr"]
+        if self.global_step and abs(now - before) > 0.01 * max(now, before):
+            told = f"the learning rate was {before:.3g} where the checkpoint stands, and goes on with {now:.3g}"
+            warnings.warn(told, stacklevel=2)
 
     def on_train_epoch_start(self) -> None:
         """Tells Lightning how long this epoch is: a mixture that is drawn anew need not pack into as many rows."""

@@ -1,8 +1,10 @@
 """What a checkpoint holds besides what Lightning puts into it, and how a run goes on from one."""
 
+import warnings
 from typing import Any
 
 import torch
+from lightning.pytorch.callbacks import WeightAveraging
 
 from oumi_pl.checkpoints import rng_state, set_rng_state
 from oumi_pl.errors import UserError
@@ -58,6 +60,10 @@ class RestorableModule(UpdateModule):
             return
         if "optimizer_states" not in checkpoint and "loops" in checkpoint and not self._is_sharded:
             raise UserError("this checkpoint holds weights only (a best.ckpt): resume from a step-*.ckpt")
+        if "current_model_state" in checkpoint and not any(isinstance(c, WeightAveraging) for c in self._callbacks):
+            told = "the run of this checkpoint averaged its weights; this one goes on from the trained ones alone"
+            warnings.warn(told, stacklevel=2)
+            checkpoint["state_dict"] = checkpoint["current_model_state"]
         self.tokens_seen = checkpoint["tokens_seen"]
         states = checkpoint["rng"]
         # with more ranks than before, the new ones keep the generators they were seeded with
@@ -78,6 +84,10 @@ class RestorableModule(UpdateModule):
         """
         self._refuse_other_weights(saved_state)
         self.load_state_dict(saved_state, strict=False)
+
+    @property
+    def _callbacks(self) -> list[Any]:
+        return list(self.trainer.callbacks)  # type: ignore[attr-defined]
 
     @property
     def _is_sharded(self) -> bool:

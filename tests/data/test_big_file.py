@@ -15,7 +15,7 @@ from tests.data.corpora import pretrain_data
 
 GIGABYTES = 2
 WORDS = [f"{i:0>99}" for i in range(1000)]  # long ones, so that tokenizing is quick
-GROWTH = 250e6
+GROWTH = 100e6
 
 
 class Peak:

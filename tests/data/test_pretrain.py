@@ -99,7 +99,7 @@ def test_sources_without_documents_are_refused(tmp_path):
     blank = write_jsonl(tmp_path / "blank.jsonl", [{"text": " "}, {"text": ""}])
     with pytest.raises(UserError, match=r"data.train: blank: there are no documents in it \(2 rows, 2 of them empty\)"):
         pretrain_data([blank, corpus(tmp_path)])
-    with pytest.raises(UserError, match=r"data.validation: corpus-5-0: .* \(no rows held out\)"):
+    with pytest.raises(UserError, match=r"data.validation: corpus-5-0: .* \(a fraction holds out whole documents"):
         pretrain_data(corpus(tmp_path, 5), validation=0.0001)
     with pytest.raises(UserError, match="blank: there are no documents in it"):
         list(pretrain_data(blank, streaming=True).train_dataloader())
@@ -123,7 +123,7 @@ def only_eos():
     ("kwargs", "why"), [({"streaming": True}, "a length that isn't known"), ({"exhausted": "restart"}, "no end")]
 )
 def test_epochs_of_unknown_length_are_refused(tmp_path, kwargs, why):
-    with pytest.raises(UserError, match=f"a pass through the documents has {why}.*set trainer.max_steps"):
+    with pytest.raises(UserError, match=f"a pass through the documents has {why}.*trainer.max_steps or max_tokens"):
         pretrain_data(corpus(tmp_path), **kwargs).updates(1)
 
 
