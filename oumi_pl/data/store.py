@@ -14,6 +14,7 @@ from typing import Any, cast
 
 import numpy as np
 
+from oumi_pl.errors import UserError
 from oumi_pl.types import Example
 
 REPORT = "report.json"
@@ -27,10 +28,19 @@ _EXAMPLE_FIELDS = {field.name for field in fields(Example)}
 
 
 def cache_root() -> Path:
-    """Where tokenized data are kept: `$OUMI_PL_CACHE`, else `oumi_pl` in the user's cache directory."""
-    if explicit := os.environ.get("OUMI_PL_CACHE"):
-        return Path(explicit).expanduser()
-    return Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")).expanduser() / "oumi_pl"
+    """Where tokenized data are kept: `$OUMI_PL_CACHE`, else `oumi_pl` in the user's cache directory.
+
+    Raises:
+        UserError: no such directory can be made.
+    """
+    explicit = os.environ.get("OUMI_PL_CACHE")
+    root = Path(explicit or Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")) / "oumi_pl").expanduser()
+    try:
+        root.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        reason = f"can't make the cache directory {root}: {error.strerror}"
+        raise UserError(f"{reason}; name another one with the environment variable OUMI_PL_CACHE") from error
+    return root
 
 
 def cache_key(*parts: Any) -> str:

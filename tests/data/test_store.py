@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 
 from oumi_pl.data import cache, store
-from oumi_pl.data.store import ExampleStore, write_store
+from oumi_pl.data.store import ExampleStore, cache_root, write_store
+from oumi_pl.errors import UserError
 from oumi_pl.types import Example, PreferenceExample
 
 
@@ -105,3 +106,10 @@ def test_all_code_that_makes_examples_is_part_of_the_caches_key(monkeypatch):
         for node in ast.walk(ast.parse(file.read_text())):
             if isinstance(node, ast.ImportFrom) and node.module.startswith("oumi_pl.data."):
                 assert here / f"{node.module.rpartition('.')[2]}.py" in hashed, f"{file.name} needs {node.module}"
+
+
+def test_a_cache_that_can_not_be_made_is_told(tmp_path, monkeypatch):
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("OUMI_PL_CACHE", str(tmp_path / "file/cache"))
+    with pytest.raises(UserError, match="can't make the cache directory .*OUMI_PL_CACHE"):
+        cache_root()
