@@ -20,11 +20,15 @@ usage: oumi_pl COMMAND [options]          (or: python -m oumi_pl COMMAND)
   predict   one completion per row, as jsonl
   prepare   tokenize a pretraining corpus once, into shards
   export    a checkpoint to a folder that transformers loads
+  compare   a recipe on several engines:   oumi_pl compare --config RECIPE --engines lightning,trl
+  train     an Oumi training config:       oumi_pl train -c oumi.yaml --training.max_steps 3
+  convert   an Oumi config as a recipe:    oumi_pl convert oumi.yaml
 
 options of fit, validate, test and predict:
   --config NAME|FILE      a recipe, by name or path; several merge, the later wins
   --KEY VALUE             any value of a recipe: --data.batch_size 8 --trainer.max_steps 100
   --resume [RUN]          fit: go on with the last unfinished run of the recipe, or with this run folder
+  --engine hf|trl         fit: with transformers' Trainer or TRL's, the same training
   --print_config          print what would run, and stop
   --help                  all options, and --model.help SFT those of a class (these take some seconds)
 
@@ -32,7 +36,7 @@ A recipe can name any Python class, so running a recipe is running code: run onl
 """
 
 TRAINER_COMMANDS = ("fit", "validate", "test", "predict")
-COMMANDS = (*TRAINER_COMMANDS, "prepare", "export")
+COMMANDS = (*TRAINER_COMMANDS, "prepare", "export", "compare", "train", "convert")
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -45,8 +49,8 @@ def main(argv: list[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 130
-    except SystemExit as stop:  # the parser's way to end after --help and --print_config
-        return stop.code if isinstance(stop.code, int) else int(stop.code is not None)
+    except SystemExit as stop:  # the parser's way to end after --help and --print_config; Lightning's after Ctrl-C
+        return _code_of(stop)
     except Exception as error:
         if message := of_the_machine(error):
             print(f"error: {message}", file=sys.stderr)
@@ -54,6 +58,13 @@ def main(argv: list[str] | None = None) -> int:
         traceback.print_exc()
         print(_whose(error), file=sys.stderr)
         return 1
+
+
+def _code_of(stop: SystemExit) -> int:
+    if isinstance(stop.__context__, KeyboardInterrupt):
+        print("interrupted; fit --resume goes on from the last checkpoint", file=sys.stderr)
+        return 130
+    return stop.code if isinstance(stop.code, int) else int(stop.code is not None)
 
 
 def _run(argv: list[str]) -> int:

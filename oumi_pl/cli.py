@@ -75,6 +75,9 @@ class CLI(LightningCLI):
         trees: The recipes as they were read, to be checked key by key.
     """
 
+    engine_callbacks: Sequence[Any] = ()
+    """Callbacks of transformers for engines other than Lightning."""
+
     def __init__(
         self,
         args: list[str],
@@ -134,15 +137,32 @@ class CLI(LightningCLI):
                 raise
             raise cause from None
         config = self.config_init[self.subcommand]
+        if self.subcommand != "fit" and config["engine"] != "lightning":
+            raise UserError(f"engine: {config['engine']} drives fit alone; {self.subcommand} needs --engine lightning")
         callbacks: Any = self.trainer.callbacks  # type: ignore[attr-defined]
         refuse_contradictions(str(self.subcommand), config, self.model, self.datamodule, callbacks)
 
     def _run_subcommand(self, subcommand: str) -> None:
         """Runs the command; what Lightning finds wrong with the settings is the user's to mend."""
+        engine = self._get(self.config_init, "engine")
+        self._refuse_other_engine(engine)
         try:
-            super()._run_subcommand(subcommand)
+            if engine == "lightning":
+                super()._run_subcommand(subcommand)
+            else:
+                from oumi_pl import adapters
+
+                adapters.run(engine, self.trainer, self.model, self.datamodule, self.engine_callbacks)
         except MisconfigurationException as error:
             raise UserError(f"trainer: {_first_sentence(error)}") from error
+
+    def _refuse_other_engine(self, engine: str) -> None:
+        """Refuses to go on with what another engine left."""
+        ckpt_path = self._get(self.config_init, "ckpt_path")
+        if engine != "lightning" and ckpt_path is not None:
+            raise UserError(f"engine: {ckpt_path} is a checkpoint of Lightning's, which {engine} can't go on from")
+        if engine == "lightning" and self.resume is not None and any(self.resume.glob("checkpoints/checkpoint-*")):
+            raise UserError(f"--resume: {self.resume} was trained by another engine; name that one with --engine")
 
     def _prepare_subcommand_kwargs(self, subcommand: str) -> dict[str, Any]:
         """Lightning's table of results is left out: the metrics are printed once, below."""
@@ -160,7 +180,10 @@ class CLI(LightningCLI):
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """Adds the keys of a recipe that are neither model, data nor trainer."""
         parser.add_argument(
-            "--engine", type=Literal["lightning"], default="lightning", help="What drives the training loop."
+            "--engine",
+            type=Literal["lightning", "hf", "trl"],
+            default="lightning",
+            help="What drives the training loop: Lightning, transformers.Trainer, or TRL's trainers.",
         )
         parser.add_argument(
             "--name", type=str | None, default=None, help="Name of the run; the recipe's when left out."

@@ -90,15 +90,38 @@ class Cosine(Schedule):
     Args:
         warmup: Steps of linear warm-up from 0; below 1, the share of all steps.
         floor: Factor at the end.
+        cycles: Waves of the cosine: with 0.5 it goes down once, with 1.5 down, up and down again.
     """
 
-    def __init__(self, warmup: int | float = 0, floor: float = 0.0) -> None:
+    def __init__(self, warmup: int | float = 0, floor: float = 0.0, cycles: float = 0.5) -> None:
         super().__init__(warmup)
         self.floor = floor
+        self.cycles = cycles
 
     def factor(self, step: int, start: int, total: int) -> float:
-        """1 at `start`, `floor` at `total` and after."""
-        return self.floor + (1 - self.floor) * 0.5 * (1 + math.cos(math.pi * _progress(step, start, total)))
+        """1 at `start`; with half a wave `floor` at `total` and after."""
+        wave = 0.5 * (1 + math.cos(2 * math.pi * self.cycles * _progress(step, start, total)))
+        return self.floor + (1 - self.floor) * wave
+
+
+class CosineRestarts(Schedule):
+    """Warm-up, then half a cosine down to 0 several times over, each from 1 (arXiv:1608.03983, its warm restarts).
+
+    Args:
+        warmup: Steps of linear warm-up from 0; below 1, the share of all steps.
+        cycles: How often it goes down.
+    """
+
+    def __init__(self, warmup: int | float = 0, cycles: int = 1) -> None:
+        super().__init__(warmup)
+        if cycles < 1:
+            raise UserError(f"model.schedule.cycles is {cycles}, but has to be at least 1")
+        self.cycles = cycles
+
+    def factor(self, step: int, start: int, total: int) -> float:
+        """1 at `start` and after each restart, 0 at `total` and after."""
+        progress = _progress(step, start, total)
+        return 0.0 if progress >= 1 else 0.5 * (1 + math.cos(math.pi * (self.cycles * progress % 1)))
 
 
 class WarmupStableDecay(Schedule):

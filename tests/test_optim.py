@@ -5,7 +5,7 @@ import torch
 import transformers
 
 from oumi_pl.errors import UserError
-from oumi_pl.optim import Constant, Cosine, Linear, WarmupStableDecay, parameter_groups
+from oumi_pl.optim import Constant, Cosine, CosineRestarts, Linear, WarmupStableDecay, parameter_groups
 
 TOTAL, WARMUP = 40, 7
 
@@ -32,6 +32,25 @@ def theirs(name, **kwargs):
             lambda: theirs("get_cosine_with_min_lr_schedule_with_warmup", num_training_steps=TOTAL, min_lr_rate=0.1),
         ),
         (
+            Cosine(WARMUP, cycles=1.5),
+            lambda: theirs("get_cosine_schedule_with_warmup", num_training_steps=TOTAL, num_cycles=1.5),
+        ),
+        (
+            Cosine(WARMUP, floor=0.2, cycles=1.0),
+            lambda: theirs(
+                "get_cosine_with_min_lr_schedule_with_warmup",
+                num_training_steps=TOTAL,
+                min_lr_rate=0.2,
+                num_cycles=1.0,
+            ),
+        ),
+        (
+            CosineRestarts(WARMUP, cycles=3),
+            lambda: theirs(
+                "get_cosine_with_hard_restarts_schedule_with_warmup", num_training_steps=TOTAL, num_cycles=3
+            ),
+        ),
+        (
             WarmupStableDecay(WARMUP, decay=10),
             lambda: theirs(
                 "get_wsd_schedule",
@@ -42,7 +61,7 @@ def theirs(name, **kwargs):
             ),
         ),
     ],
-    ids=["constant", "linear", "cosine", "cosine-floor", "wsd"],
+    ids=["constant", "linear", "cosine", "cosine-floor", "cosine-cycles", "cosine-floor-cycles", "restarts", "wsd"],
 )
 def test_equals_transformers(ours, expected):
     assert [ours(step, TOTAL) for step in range(TOTAL)] == pytest.approx(expected(), abs=1e-12)
@@ -66,6 +85,8 @@ def test_nonsense_is_refused():
         Linear(-1)
     with pytest.raises(UserError, match="decay"):
         WarmupStableDecay(decay=0)
+    with pytest.raises(UserError, match="cycles"):
+        CosineRestarts(cycles=0)
 
 
 def test_only_matrices_decay():

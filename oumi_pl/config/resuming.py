@@ -49,7 +49,9 @@ def arguments(
     arguments = ["--config", str(config), *_without_config(args)]
     if checkpoint is not None:
         arguments.append(f"--ckpt_path={checkpoint}")
-    print(f"resuming {run} from {checkpoint.name if checkpoint else 'the start: it has no checkpoint yet'}")
+    engines = any((run / runs.CHECKPOINTS).glob("checkpoint-*"))  # of transformers or TRL, which tell themselves
+    if checkpoint is not None or not engines:
+        print(f"resuming {run} from {checkpoint.name if checkpoint else 'the start: it has no checkpoint yet'}")
     return run, str(state.get("recipe", recipe)), arguments
 
 

@@ -3,12 +3,12 @@
 from abc import abstractmethod
 from collections.abc import Iterator, Sequence
 from functools import cached_property
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 from oumi_pl.data.base import Sources
 from oumi_pl.data.examples import ExampleData
 from oumi_pl.data.template import ChatTemplate, apply_template, load_template
-from oumi_pl.data.tokenize import Dropped, Tokenize
+from oumi_pl.data.tokenize import Dropped, Overflow, Tokenize
 from oumi_pl.data.tokenizers import TokenizerFactory
 from oumi_pl.types import Example, Record
 
@@ -27,7 +27,7 @@ class ChatData(ExampleData):
         predict: Source of prompts for `predict`; the test or validation rows when left out.
         tokenizer: Hub id or directory, or a class that makes one; the model's own when left out.
         template: Chat template: `chatml`, `llama3` or `plain`, or a `.jinja` file; the tokenizer's own when left out.
-        overflow: What becomes of rows that are too long: `truncate`, `drop`, or `error`.
+        overflow: What becomes of rows that are too long: `truncate`, `keep_start`, `drop`, or `error`.
     """
 
     def __init__(
@@ -39,7 +39,7 @@ class ChatData(ExampleData):
         *,
         tokenizer: str | TokenizerFactory | None = None,
         template: str | None = None,
-        overflow: Literal["truncate", "drop", "error"] = "truncate",
+        overflow: Overflow = "truncate",
         **kwargs: Any,
     ) -> None:
         super().__init__(train, validation, test, predict, tokenizer=tokenizer, **kwargs)

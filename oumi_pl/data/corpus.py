@@ -10,6 +10,7 @@ from oumi_pl.data.documents import TokenizeDocuments, code_of, texts
 from oumi_pl.data.shards import FORMAT, MADE_FROM, MANIFEST, Shards, write_shards
 from oumi_pl.data.sources import Source, fingerprint, is_on_hub
 from oumi_pl.data.store import cache_key, cache_root
+from oumi_pl.data.template import Rendering
 from oumi_pl.data.tokenizers import tokenizer_fingerprint
 from oumi_pl.errors import UserError
 from oumi_pl.types import Row
@@ -21,12 +22,14 @@ if TYPE_CHECKING:
 class Part(NamedTuple):
     """What a split takes of a source.
 
-    keep: which rows; all if None. side: what tells these rows from the others, for the cache's key.
+    keep: which rows; all if None. side: what tells these rows from the others, for the cache's key. render: makes texts
+    of conversations, where there may be any.
     """
 
     source: Source
     keep: Callable[[Row], bool] | None = None
     side: str | None = None
+    render: Rendering | None = None
 
     @property
     def name(self) -> str:
@@ -56,7 +59,7 @@ class Part(NamedTuple):
 
     def texts(self, counts: Counter[str] | None = None, streaming: bool = False) -> Iterator[str]:
         """Starts over the documents' texts."""
-        return texts(self.source, self.keep, counts, streaming)
+        return texts(self.source, self.keep, counts, streaming, self.render)
 
     def made_from(self, streaming: bool = False) -> list[Any]:
         """What the texts depend on. Data of the hub that are streamed count by their name alone."""
@@ -65,7 +68,8 @@ class Part(NamedTuple):
             content = str([source.path, source.config, source.split, source.revision])
         else:
             content = fingerprint(source)
-        return [content, source.columns, code_of(source.format), self.side]
+        made_from = [content, source.columns, code_of(source.format), self.side]
+        return made_from if self.render is None else [*made_from, self.render.template]
 
 
 def shards_of(part: Part, tokenizer: "PreTrainedTokenizerBase") -> Shards:

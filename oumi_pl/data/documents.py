@@ -16,7 +16,7 @@ from oumi_pl.data.formats import FORMATS, Format, Formats, find_format, rename_c
 from oumi_pl.data.sources import Source, rows
 from oumi_pl.data.template import adds_bos
 from oumi_pl.errors import UserError
-from oumi_pl.types import Row, Text
+from oumi_pl.types import Conversation, Row, Text
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -66,6 +66,7 @@ def texts(
     keep: Callable[[Row], bool] | None = None,
     counts: Counter[str] | None = None,
     streaming: bool = False,
+    render: Callable[[Conversation], str] | None = None,
 ) -> Iterator[str]:
     """The text of each document of a source, in order, without those that are empty.
 
@@ -74,6 +75,7 @@ def texts(
         keep: Which rows to take; all when left out.
         counts: What became of them is added up here: `rows`, `kept`, `empty`, `replaced`.
         streaming: Read data of the hub as they come.
+        render: Makes a text of a row that is a conversation; without, such rows are refused.
 
     Raises:
         UserError: for a row that is no document, with its file and line; and as `rows` does.
@@ -85,7 +87,7 @@ def texts(
             continue
         counts["rows"] += 1
         try:
-            document = _text_of(rename_columns(row, source.columns or {}), convert)
+            document = _text_of(rename_columns(row, source.columns or {}), convert, render)
         except UserError as error:
             raise UserError(f"{origin}: {error}") from None
         kept = bool(document.strip())
@@ -94,19 +96,28 @@ def texts(
             yield document
 
 
-def _text_of(row: Row, convert: Format | None) -> str:
-    if convert is None and "text" not in row and any(name in row for name in CONVERSATIONS):
-        raise UserError(
-            "this row is a conversation, which SFT trains on; pretraining reads documents (a column 'text', or a "
-            "'format' that makes a Text)"
-        )
-    record = (convert or find_format(row.keys(), DOCUMENTS))(row)
+def _text_of(row: Row, convert: Format | None, render: Callable[[Conversation], str] | None) -> str:
+    if render is not None:
+        record = (convert or find_format(row.keys()))(row)
+        if isinstance(record, Conversation):
+            return render(record)
+    else:
+        _refuse_conversation(row, convert)
+        record = (convert or find_format(row.keys(), DOCUMENTS))(row)
     if not isinstance(record, Text):
         raise UserError(
             f"the format makes a {type(record).__name__} of this row, which SFT or DPO trains on; pretraining reads "
             "documents: name a 'format' that makes a Text"
         )
     return record.prompt + record.text
+
+
+def _refuse_conversation(row: Row, convert: Format | None) -> None:
+    if convert is None and "text" not in row and any(name in row for name in CONVERSATIONS):
+        raise UserError(
+            "this row is a conversation, which SFT trains on; pretraining reads documents (a column 'text', or a "
+            "'format' that makes a Text)"
+        )
 
 
 def code_of(format_name: str | None) -> list[str | None]:

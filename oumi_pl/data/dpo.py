@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 from functools import cached_property, partial
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 
@@ -13,6 +13,7 @@ from oumi_pl.data.formats import FORMATS
 from oumi_pl.data.pairs import TokenizePairs
 from oumi_pl.data.preferences import PREFERENCE_FORMATS
 from oumi_pl.data.reference import ReferenceLogps
+from oumi_pl.data.tokenize import Overflow
 from oumi_pl.data.tokenizers import TokenizerFactory
 
 
@@ -28,8 +29,9 @@ class DPOData(ChatData):
             left out.
         tokenizer: Hub id or directory, or a class that makes one; the model's own when left out.
         template: Chat template: `chatml`, `llama3` or `plain`, or a `.jinja` file; the tokenizer's own when left out.
-        overflow: What becomes of pairs longer than `max_length`: the prompt loses its start, and the responses their
-            ends if they have to; the pair is dropped; or the run stops.
+        overflow: What becomes of pairs longer than `max_length`: with `truncate` the prompt loses its start, and the
+            responses their ends if they have to; with `keep_start` only ends are cut; the pair is dropped; or the run
+            stops.
         max_length: Longest prompt with one response, in tokens. A pack holds twice as many, so that every pair fits.
         packing: Put several pairs into one row, isolated from each other.
         batch_size: Pairs per micro-batch and device (packs, when packing).
@@ -54,7 +56,7 @@ class DPOData(ChatData):
         *,
         tokenizer: str | TokenizerFactory | None = None,
         template: str | None = None,
-        overflow: Literal["truncate", "drop", "error"] = "truncate",
+        overflow: Overflow = "truncate",
         max_length: int = 1024,
         packing: bool = False,
         batch_size: int = 8,

@@ -33,7 +33,8 @@ class TokenizePairs(Tokenize):
         tokenizer: A fast tokenizer with its chat template and special tokens in place (`apply_template`).
         max_length: Longest prompt with one response, in tokens.
         overflow: What becomes of longer pairs: `truncate` cuts the prompt's start, and the responses' ends if it has
-            to, by the same rule as `Tokenize`, where the longer response counts as the answer; `drop`; or `error`.
+            to, by the same rule as `Tokenize`, where the longer response counts as the answer; `keep_start` cuts the
+            responses' ends alone; `drop`; or `error`.
 
     Raises:
         UserError: a setting is unknown, or the tokenizer can't tell which characters a token stands for.

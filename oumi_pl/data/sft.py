@@ -5,7 +5,7 @@ from typing import Any, Literal
 
 from oumi_pl.data.base import Sources
 from oumi_pl.data.chat import ChatData
-from oumi_pl.data.tokenize import Tokenize
+from oumi_pl.data.tokenize import Overflow, Tokenize
 from oumi_pl.data.tokenizers import TokenizerFactory
 
 
@@ -22,8 +22,8 @@ class SFTData(ChatData):
         template: Chat template: `chatml`, `llama3` or `plain`, or a `.jinja` file; the tokenizer's own when left out.
         train_on: Which tokens carry loss. When left out: the completion where there is one, all assistant turns of a
             conversation, all of a plain text.
-        overflow: What becomes of rows longer than `max_length`: the answer is kept where it can be, the row is dropped,
-            or the run stops.
+        overflow: What becomes of rows longer than `max_length`: `truncate` keeps the answer where it can, `keep_start`
+            cuts the row's end; the row is dropped; or the run stops.
         max_length: Longest example in tokens, and the size of a pack.
         packing: Put several examples into one row, isolated from each other.
         batch_size: Rows per micro-batch and device (packs, when packing).
@@ -44,7 +44,7 @@ class SFTData(ChatData):
         tokenizer: str | TokenizerFactory | None = None,
         template: str | None = None,
         train_on: Literal["completion", "assistant", "last_turn", "all"] | None = None,
-        overflow: Literal["truncate", "drop", "error"] = "truncate",
+        overflow: Overflow = "truncate",
         **kwargs: Any,
     ) -> None:
         super().__init__(

@@ -16,12 +16,13 @@ from typing import Any, Literal, get_args
 
 from oumi_pl.data.files import Reading, count_rows, kind_of, read_file
 from oumi_pl.data.find import BUNDLED, find_files, hint
+from oumi_pl.data.sampling import sampled
+from oumi_pl.data.tables import table_batches, table_rows
 from oumi_pl.errors import UserError, nearest
 from oumi_pl.types import Row
 
 _TABLES = ("parquet", "arrow")
 _INFO = "dataset_info.json"
-_BATCH = 1000  # rows of a table in memory
 _DOCUMENTS = ("file", "blank_lines")
 Errors = Literal["strict", "replace"]
 
@@ -42,6 +43,9 @@ class Source:
         documents: What a document of a `.txt` file is: the whole `file`, which is so when left out; what lies between
             `blank_lines`; or between two occurrences of a text of your own, `<|endoftext|>` for example.
         errors: What becomes of bytes that aren't UTF-8: the run stops (`strict`), or they become U+FFFD (`replace`).
+        sample: Exactly so many rows: the first ones, or some drawn at random if `sample_seed` is given; all of them
+            again, as often as it takes, where there are too few.
+        sample_seed: Which rows are drawn.
     """
 
     path: str
@@ -53,6 +57,8 @@ class Source:
     columns: dict[str, str] | None = None
     documents: str | None = None
     errors: Errors = "strict"
+    sample: int | None = None
+    sample_seed: int | None = None
 
 
 @dataclass(frozen=True)
@@ -93,7 +99,11 @@ def rows(source: Source, *, streaming: bool = False, counts: Counter[str] | None
             damaged, something in it isn't a row, or there are no rows (while reading).
     """
     splits = _local_splits(source, counts)
-    found = _hub_rows(source, streaming) if splits is None else _cut(source, splits)
+
+    def start() -> Iterator[tuple[str, Row]]:
+        return _hub_rows(source, streaming) if splits is None else _cut(source, splits)
+
+    found = start() if source.sample is None else sampled(start, source.sample, source.sample_seed)
     return _not_empty(found, source)
 
 
@@ -110,7 +120,7 @@ def fingerprint(source: Source) -> str:
     """Hash of all that decides which rows come, in which order: 32 hex digits.
 
     Of local data the contents count, not the names; of hub data what `datasets` knows them by. `split`, `config`,
-    `revision`, `documents` and `errors` count, `weight`, `format` and `columns` do not.
+    `revision`, `documents`, `errors` and `sample` count, `weight`, `format` and `columns` do not.
 
     Raises:
         UserError: the source can't be found, as for `rows`.
@@ -119,6 +129,8 @@ def fingerprint(source: Source) -> str:
     digest.update(json.dumps([source.config, source.split, source.revision]).encode())
     if source.documents is not None or source.errors != "strict":
         digest.update(json.dumps([source.documents, source.errors]).encode())
+    if source.sample is not None:
+        digest.update(json.dumps(["sample", source.sample, source.sample_seed]).encode())
     splits = _local_splits(source)
     if splits is None:
         digest.update(_load_hub(source)._fingerprint.encode())
@@ -230,44 +242,13 @@ def _not_empty(found: Iterator[tuple[str, Row]], source: Source) -> Iterator[tup
 
 def _read(path: Path, how: Reading) -> Iterator[tuple[str, Row]]:
     name = str(path.relative_to(BUNDLED.parent) if path.is_relative_to(BUNDLED) else path)
-    return _table_rows(path, name) if kind_of(path) in _TABLES else read_file(path, name, how)
+    return table_rows(path, name) if kind_of(path) in _TABLES else read_file(path, name, how)
 
 
 def _count(path: Path, how: Reading) -> int:
     if kind_of(path) in _TABLES:
-        return sum(batch.num_rows for batch in _batches(path, str(path)))
+        return sum(batch.num_rows for batch in table_batches(path, str(path)))
     return count_rows(path, str(path), Reading(how.documents, how.replace))
-
-
-def _table_rows(path: Path, name: str) -> Iterator[tuple[str, Row]]:
-    import datasets
-
-    number = 0
-    for batch in _batches(path, name):
-        decode = datasets.Features.from_arrow_schema(batch.schema).decode_example  # else JSON columns stay text
-        for row in batch.to_pylist():
-            number += 1
-            yield f"{name} row {number}", decode(row)
-
-
-def _batches(path: Path, name: str) -> Iterator[Any]:
-    """Record batches of a Parquet or Arrow file."""
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
-    try:
-        if kind_of(path) == "parquet":
-            yield from pq.ParquetFile(path).iter_batches(_BATCH)
-            return
-        mapped = pa.memory_map(str(path))
-        try:
-            batches = iter(pa.ipc.open_stream(mapped))
-        except pa.ArrowInvalid:  # the other layout of such files, which can be read from any place
-            file = pa.ipc.open_file(mapped)
-            batches = (file.get_batch(i) for i in range(file.num_record_batches))
-        yield from batches
-    except (OSError, pa.ArrowException) as error:
-        raise UserError(f"{name}: damaged, or not a file of this kind: {error}") from error
 
 
 def _saved_splits(path: Path) -> dict[str, _Split]:

@@ -19,6 +19,10 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 BUILT_IN = ("chatml", "llama3", "plain")
+OUMI = tuple(
+    f"oumi/{name}" for name in ("chat_ml", "default", "gemma2-it", "gpt2", "llama3-instruct", "phi3-instruct", "zephyr")
+)
+"""Those that recipes of Oumi name. They add no token to a tokenizer: what it lacks is tokenized as text."""
 _OWN = "the tokenizer's own"
 _HELP = f"a built-in template ({', '.join(BUILT_IN)})"
 
@@ -65,7 +69,7 @@ def load_template(tokenizer: "PreTrainedTokenizerBase", template: str | None) ->
     text, source = _read(tokenizer, template)
     _check(tokenizer, text, source)
     # A tokenizer knows what its own template needs: only a foreign one brings tokens along.
-    written = set() if source == _OWN else set(_CONTROL_TOKEN.findall(_COMMENT.sub("", text)))
+    written = set() if source == _OWN or template in OUMI else set(_CONTROL_TOKEN.findall(_COMMENT.sub("", text)))
     missing = tuple(token for token in sorted(written) if not _is_token(tokenizer, token))
     return ChatTemplate(text, source, missing, _end_of_turn(tokenizer, text, missing))
 
@@ -96,6 +100,8 @@ def _read(tokenizer: "PreTrainedTokenizerBase", template: str | None) -> tuple[s
     """Text and source of a template that is there."""
     if template is None:
         return tokenizer.get_chat_template(), _OWN
+    if template in OUMI:
+        return (Path(__file__).parent / "templates" / f"{template}.jinja").read_text("utf-8"), template
     if template in BUILT_IN:
         text = (Path(__file__).parent / "templates" / f"{template}.jinja").read_text("utf-8")
         # Where the tokenizer begins every text with BOS, so does every conversation, in exported templates too.
@@ -107,7 +113,7 @@ def _read(tokenizer: "PreTrainedTokenizerBase", template: str | None) -> tuple[s
         return path.read_text("utf-8"), f"file {path.name}"
     if path.suffix != ".jinja":
         raise UserError(
-            f"unknown chat template {template!r}{nearest(template, BUILT_IN)}; or the path of a .jinja file"
+            f"unknown chat template {template!r}{nearest(template, (*BUILT_IN, *OUMI))}; or the path of a .jinja file"
         )
     beside = [str(file) for file in path.parent.glob("*.jinja")]
     raise UserError(f"no chat template file {template!r}{nearest(template, [*beside, *BUILT_IN])}")
@@ -292,6 +298,25 @@ class ChatRenderer:
                 "the template writes nothing at the turn's end, so a model couldn't learn to stop there"
             )
         return len(before), len(through)
+
+
+class Rendering:
+    """Makes a text of a conversation, with the template that a tokenizer has now.
+
+    template: what its texts depend on.
+    """
+
+    def __init__(self, tokenizer: "PreTrainedTokenizerBase") -> None:
+        self._renderer = ChatRenderer(tokenizer)
+        self.template = f"{tokenizer.chat_template} {tokenizer.special_tokens_map}"
+
+    def __call__(self, conversation: Conversation) -> str:
+        """Renders all turns.
+
+        Raises:
+            UserError: there is no template, or it refuses these turns.
+        """
+        return self._renderer.spans(conversation, [])[0]
 
 
 class RefusedError(UserError):

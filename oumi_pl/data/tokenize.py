@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 TrainOn = Literal["completion", "assistant", "last_turn", "all"]
-Overflow = Literal["truncate", "drop", "error"]
+Overflow = Literal["truncate", "keep_start", "drop", "error"]
 
 
 @dataclass(frozen=True)
@@ -62,7 +62,7 @@ class Tokenize:
             `last_turn` (the last of them) or `all`. None: the completion where there is a prompt, all assistant turns
             of a conversation, all of a text.
         overflow: What becomes of longer records: `truncate` cuts the context's start, and the answer's end if it has
-            to; `drop`; or `error`.
+            to; `keep_start` cuts the end, whatever that is; `drop`; or `error`.
 
     Raises:
         UserError: a setting is unknown, or the tokenizer can't tell which characters a token stands for.
@@ -189,7 +189,8 @@ class Tokenize:
         """Chooses the positions of `ids` `[seq]` that fit into `max_length`, as `overflow` says; ascending.
 
         Where something has to go, the context (what comes before `first_target`) loses its start, but not its BOS; if
-        the answer alone is too long, the context keeps up to half of `max_length`, and the answer loses its end.
+        the answer alone is too long, the context keeps up to half of `max_length`, and the answer loses its end. With
+        `keep_start` it is always the end that goes.
 
         Raises:
             UserError: it is too long and `overflow` is `error`.
@@ -201,6 +202,8 @@ class Tokenize:
             return Dropped("longer than max_length")
         if self.overflow == "error":
             raise UserError(f"{length} tokens, but max_length is {self.max_length}; raise it, or let overflow truncate")
+        if self.overflow == "keep_start":
+            return np.arange(self.max_length)
         answer = length - first_target
         fits = answer < self.max_length
         context = self.max_length - answer if fits else min(first_target, self.max_length // 2)
@@ -217,6 +220,8 @@ class Tokenize:
         kept = self.kept(ids, int(mask.argmax()))
         if isinstance(kept, Dropped):
             return kept
+        if not mask[kept].any():
+            return Dropped("no target tokens once cut")
         return Example(ids[kept], mask[kept], cut=len(kept) < len(ids), straddled=straddled)
 
     def _lacks_bos(self, ids: Sequence[int] | np.ndarray) -> bool:

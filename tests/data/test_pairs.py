@@ -215,6 +215,17 @@ def test_drop_and_error():
         one(tokenizer, record, 9, overflow="error")
 
 
+@pytest.mark.parametrize(
+    ("max_length", "expected"),
+    [(10, ("123456", "abc<eos>", "x<eos>")), (9, ("123456", "abc", "x<eos>")), (7, ("123456", "a", "x"))],
+)
+def test_keep_start_cuts_the_responses_ends_alone(max_length, expected):
+    tokenizer = byte_tokenizer()
+    example = one(tokenizer, texts("123456", "abc", "x"), max_length, overflow="keep_start")
+    assert tuple(tokenizer.decode(ids) for ids in parts(example)) == expected
+    assert one(tokenizer, texts("123456", "abc", "x"), 6, overflow="keep_start") == ONCE_CUT
+
+
 # --- what is dropped --------------------------------------------------------------------------------------------------
 
 ONCE_CUT = Dropped("chosen equals rejected once cut")

@@ -111,5 +111,5 @@ def test_all_code_that_makes_examples_is_part_of_the_caches_key(monkeypatch):
 def test_a_cache_that_can_not_be_made_is_told(tmp_path, monkeypatch):
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("OUMI_PL_CACHE", str(tmp_path / "file/cache"))
-    with pytest.raises(UserError, match="can't make the cache directory .*OUMI_PL_CACHE"):
+    with pytest.raises(UserError, match=r"can't make the cache directory .*OUMI_PL_CACHE"):
         cache_root()

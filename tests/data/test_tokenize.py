@@ -476,3 +476,27 @@ def test_rendering_does_not_change_the_record():
     before = json.dumps(LONG.messages)
     ChatRenderer(byte_tokenizer("chatml")).spans(LONG, [2, 4, 6])
     assert json.dumps(LONG.messages) == before
+
+
+# --- only the end is cut ----------------------------------------------------------------------------------------------
+
+
+def test_keep_start_cuts_the_end_whatever_that_is():
+    tokenizer = byte_tokenizer("chatml")
+    record = chat("question", "answer")
+    whole = one(tokenizer, record, train_on="all")
+    cut = one(tokenizer, record, max_length=20, train_on="all", overflow="keep_start")
+    assert cut.cut
+    assert np.array_equal(cut.input_ids, whole.input_ids[:20])
+    assert np.array_equal(cut.loss_mask, whole.loss_mask[:20])
+    fits = one(tokenizer, record, max_length=len(whole.input_ids), train_on="all", overflow="keep_start")
+    assert not fits.cut
+
+
+def test_keep_start_drops_rows_whose_answer_is_cut_away():
+    tokenizer = byte_tokenizer("chatml")
+    record = chat("question", "answer")
+    whole = one(tokenizer, record)
+    first = int(whole.loss_mask.argmax())
+    assert one(tokenizer, record, max_length=first, overflow="keep_start") == Dropped("no target tokens once cut")
+    assert one(tokenizer, record, max_length=first + 1, overflow="keep_start").target_tokens == 1

@@ -1,0 +1,150 @@
+"""Our losses in the engines' terms. A loss that an engine can't compute is refused by name, never left out."""
+
+from collections.abc import Callable
+from typing import Any
+
+from torch import Tensor
+
+from oumi_pl.errors import UserError
+from oumi_pl.losses.causal import CrossEntropy
+from oumi_pl.losses.linear_head import checked_losses
+from oumi_pl.losses.preference import (
+    AOT,
+    BCO,
+    EXO,
+    IPO,
+    LDDPO,
+    NCA,
+    SPPO,
+    Alpha,
+    AOTUnpaired,
+    APODown,
+    APOZero,
+    DiscoPOP,
+    ForwardKL,
+    Hinge,
+    JensenShannon,
+    LengthNormalizedSigmoid,
+    ReverseKL,
+    Robust,
+    Sigmoid,
+    WeightedSum,
+)
+from oumi_pl.types import IGNORE_INDEX, PreferenceLoss, TokenLoss
+
+TRL_NAMES: dict[type, str] = {
+    Sigmoid: "sigmoid",
+    LengthNormalizedSigmoid: "sigmoid_norm",
+    Hinge: "hinge",
+    IPO: "ipo",
+    EXO: "exo_pair",
+    Robust: "robust",
+    DiscoPOP: "discopop",
+    NCA: "nca_pair",
+    BCO: "bco_pair",
+    SPPO: "sppo_hard",
+    AOT: "aot",
+    AOTUnpaired: "aot_unpaired",
+    APOZero: "apo_zero",
+    APODown: "apo_down",
+}
+"""Our class -> TRL's `loss_type`, where both compute the same (`tests/parity/test_trl_losses.py`)."""
+DIVERGENCES: dict[type, str] = {
+    ReverseKL: "reverse_kl",
+    ForwardKL: "forward_kl",
+    JensenShannon: "js_divergence",
+    Alpha: "alpha_divergence",
+}
+SMOOTHED = (EXO, Robust, AOT, AOTUnpaired)
+"""The losses whose smoothing TRL computes."""
+INSTEAD = "or train with --engine lightning"
+
+
+def is_plain(loss: TokenLoss) -> bool:
+    """Whether a token loss is the cross entropy that every causal language model of transformers has inside."""
+    return type(loss) is CrossEntropy and loss.label_smoothing == loss.z_loss == 0
+
+
+def compute_loss_func(loss: TokenLoss) -> Callable[..., Tensor]:
+    """A token loss as the `compute_loss_func` of an engine: on the model's full logits, normalised by the update.
+
+    Called with the model's output, our shifted labels `[batch, seq]`, and the target tokens of the whole update.
+    """
+
+    def function(output: Any, labels: Tensor, num_items_in_batch: Tensor) -> Tensor:
+        carries_loss = labels != IGNORE_INDEX
+        logits = output.logits[carries_loss].float()
+        if not len(logits):  # a micro-batch without targets: the gradient is 0, and every parameter takes part
+            return output.logits.sum() * 0.0
+        return checked_losses(loss, logits, labels[carries_loss]).sum() / num_items_in_batch
+
+    return function
+
+
+def dpo_settings(loss: PreferenceLoss) -> dict[str, Any]:
+    """The arguments of `trl.DPOConfig` that make TRL compute a preference loss.
+
+    Raises:
+        UserError: TRL has no such loss, or not with these settings.
+    """
+    losses, weights, alphas = _terms(loss)
+    for term in losses:
+        _refuse_unknown(term)
+    settings = {
+        "loss_type": [TRL_NAMES[type(term)] for term in losses],
+        "loss_weights": weights,
+        "beta": _common("beta", [term.beta for term in losses]),
+        "ld_alpha": _common("alpha of LDDPO", alphas),
+        "label_smoothing": _common(
+            "label_smoothing", [t.label_smoothing for t in losses if isinstance(t, SMOOTHED)] or [0.0]
+        ),
+    }
+    if temperatures := [term.tau for term in losses if isinstance(term, DiscoPOP)]:
+        settings["discopop_tau"] = _common("tau", temperatures)
+    divergences = [getattr(term, "divergence", None) or ReverseKL() for term in losses]
+    settings["f_divergence_type"] = _common("divergence", [DIVERGENCES[type(d)] for d in divergences])
+    if alpha := [divergence.alpha for divergence in divergences if isinstance(divergence, Alpha)]:
+        settings["f_alpha_divergence_coef"] = _common("alpha of the divergence", alpha)
+    return settings
+
+
+def _terms(loss: PreferenceLoss) -> tuple[list[Any], list[float], list[float | None]]:
+    """The losses of a weighted sum, their weights, and what `LDDPO` says of each; of another loss, itself alone."""
+    if type(loss) is LDDPO:
+        losses, weights, alphas = _terms(loss.loss)
+        if any(alpha is not None for alpha in alphas):
+            raise UserError(f"model.loss: LDDPO within LDDPO has no counterpart in TRL; take one, {INSTEAD}")
+        return losses, weights, [loss.alpha] * len(losses)
+    if type(loss) is WeightedSum:
+        parts = [_terms(part) for part in loss.losses]
+        return (
+            [term for part in parts for term in part[0]],
+            [own * weight for part, own in zip(parts, loss.weights, strict=True) for weight in part[1]],
+            [alpha for part in parts for alpha in part[2]],
+        )
+    return [loss], [1.0], [None]
+
+
+def _refuse_unknown(loss: Any) -> None:
+    name = type(loss).__name__
+    if type(loss) not in TRL_NAMES:
+        why = {
+            "SFTTerm": ": TRL's averages over the tokens of a micro-batch, and not within each pair",
+        }.get(name, "")
+        known = ", ".join(cls.__name__ for cls in TRL_NAMES)
+        raise UserError(f"model.loss: {name} has no counterpart in TRL{why}; --engine trl knows {known}; {INSTEAD}")
+    if not isinstance(loss, SMOOTHED) and getattr(loss, "label_smoothing", False):
+        raise UserError(f"model.loss: TRL's {name} has no label_smoothing; set it to 0, take Robust, {INSTEAD}")
+    divergence = getattr(loss, "divergence", None)
+    if divergence is not None and type(divergence) not in DIVERGENCES:
+        raise UserError(f"model.loss: TRL has no divergence {type(divergence).__name__}; {INSTEAD[3:]}")
+
+
+def _common(name: str, values: list[Any]) -> Any:
+    """The one value that all losses of a sum share: TRL has one for all."""
+    if any(value != values[0] for value in values):
+        raise UserError(
+            f"model.loss: TRL has one {name} for all losses of a sum, and here there are "
+            f"{', '.join(map(str, values))}; use one, {INSTEAD}"
+        )
+    return values[0]

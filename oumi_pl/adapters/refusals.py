@@ -1,0 +1,186 @@
+"""What an engine can't do as the recipe says: refused by name, before any row is read where that is possible."""
+
+import os
+from typing import Any
+
+import torch
+from lightning.pytorch.strategies import SingleDeviceStrategy
+from torch import nn
+
+from oumi_pl import attention
+from oumi_pl.adapters.losses import INSTEAD, dpo_settings, is_plain
+from oumi_pl.callbacks.answers import Answers
+from oumi_pl.callbacks.checkpoint import Checkpoints
+from oumi_pl.callbacks.consumed import Consumed
+from oumi_pl.callbacks.export import Export
+from oumi_pl.callbacks.last_step import LastStep
+from oumi_pl.callbacks.predictions import Predictions
+from oumi_pl.callbacks.preemption import Preemption
+from oumi_pl.callbacks.preference import PreferenceWarnings
+from oumi_pl.callbacks.progress import ProgressLine
+from oumi_pl.callbacks.run_folder import RunFolder
+from oumi_pl.callbacks.samples import Samples
+from oumi_pl.callbacks.start import Start
+from oumi_pl.callbacks.throughput import Throughput
+from oumi_pl.callbacks.trigram import TrigramBaseline
+from oumi_pl.errors import UserError
+from oumi_pl.modules.base import LanguageModule
+from oumi_pl.modules.dpo import DPO
+from oumi_pl.modules.pretrain import Pretrain
+from oumi_pl.modules.sft import SFT
+from oumi_pl.types import IGNORE_INDEX
+
+FITS: dict[type, tuple[str, ...]] = {
+    DPO: ("lightning", "trl"),
+    Pretrain: ("lightning", "hf"),
+    SFT: ("lightning", "hf", "trl"),
+}
+"""Trainer type -> the engines that can drive it. The first that a module is an instance of counts."""
+WATCHERS = (
+    *(RunFolder, Start, Throughput, PreferenceWarnings, Consumed, ProgressLine),
+    *(Answers, Samples, TrigramBaseline, Export),
+)
+"""Callbacks that look at what happened between two updates, and may be called by any engine."""
+REPLACED = (LastStep, Checkpoints, Preemption, Predictions)
+"""Callbacks whose settings are handed on, and whose work is done otherwise."""
+PRECISIONS = ("32-true", "bf16-mixed", "16-mixed", "bf16-true", "16-true")
+OWN_STEPS = ("training_step", "on_before_optimizer_step", "configure_gradient_clipping", "optimizer_step")
+"""What an engine does in a module's place."""
+
+
+def refuse_engine(engine: str, module: LanguageModule) -> None:
+    """Refuses an engine that can't drive a trainer type.
+
+    Raises:
+        UserError: with the engines that can.
+    """
+    kind = next((kind for kind in FITS if isinstance(module, kind)), LanguageModule)
+    fitting = FITS.get(kind, ("lightning",))
+    if engine not in fitting:
+        raise UserError(f"engine: {engine} can't drive {type(module).__name__}; what can: {', '.join(fitting)}")
+    for name in OWN_STEPS:
+        if getattr(type(module), name) is not getattr(kind, name):
+            raise UserError(
+                f"engine: {engine} has a training loop of its own, and would leave out {type(module).__name__}.{name}; "
+                "train with --engine lightning"
+            )
+
+
+def refuse_settings(engine: str, trainer: Any) -> None:
+    """Refuses settings of the Lightning trainer that an engine would not heed.
+
+    Raises:
+        UserError: at the first one.
+    """
+    if not isinstance(trainer.strategy, SingleDeviceStrategy) or int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        strategy = type(trainer.strategy).__name__
+        raise UserError(
+            f"trainer.devices: --engine {engine} trains on one device, and this run has {trainer.world_size} "
+            f"({strategy}): updates are cut by rank and averaged in Lightning alone; set devices: 1, {INSTEAD}"
+        )
+    if trainer.strategy.root_device.index not in (None, 0):
+        raise UserError(
+            f"trainer.devices: --engine {engine} takes the first visible GPU; name yours with CUDA_VISIBLE_DEVICES"
+        )
+    if str(trainer.precision) not in PRECISIONS:
+        raise UserError(
+            f"trainer.precision: {trainer.precision} is unknown to --engine {engine}; take one of "
+            f"{', '.join(PRECISIONS)}, {INSTEAD}"
+        )
+    if trainer.gradient_clip_val and trainer.gradient_clip_algorithm == "value":
+        raise UserError(f"trainer.gradient_clip_algorithm: --engine {engine} clips by norm; take it, {INSTEAD}")
+    unheeded = {
+        "fast_dev_run": trainer.fast_dev_run,
+        "overfit_batches": trainer.overfit_batches,
+        "limit_train_batches": trainer.limit_train_batches != 1.0,
+        "limit_val_batches": trainer.limit_val_batches != 1.0,
+        "val_check_interval as a time": getattr(trainer, "_val_check_time_interval", None) is not None,
+        "reload_dataloaders_every_n_epochs": trainer.reload_dataloaders_every_n_epochs,
+    }
+    for name, is_set in unheeded.items():
+        if is_set:
+            raise UserError(f"trainer.{name} means nothing to --engine {engine}; leave it out, {INSTEAD}")
+    for callback in trainer.callbacks:
+        if not isinstance(callback, WATCHERS + REPLACED):
+            name = type(callback).__name__
+            place = "trainer.max_time" if name == "Timer" else f"trainer.callbacks: {name}"
+            raise UserError(
+                f"{place} belongs to Lightning's loop, which --engine {engine} does not run; leave it out, {INSTEAD}"
+            )
+
+
+def refuse_preferences(module: DPO) -> None:
+    """Refuses a loss or a reference that TRL does not have.
+
+    Raises:
+        UserError: with what would work.
+    """
+    dpo_settings(module.loss)
+    if module.share_prompt is True:
+        raise UserError(f"model.share_prompt: TRL computes prompts twice; leave it out, {INSTEAD}")
+    reference = module.reference
+    if not reference.is_initial:
+        raise UserError(
+            f"model.reference: --engine trl compares with the initial model, not with {reference.name}; {INSTEAD[3:]}"
+        )
+    if reference.sync_every is not None:
+        raise UserError(f"model.sync_every: with --engine trl the reference stays what it is; leave it out, {INSTEAD}")
+    if module.lora is not None and reference.kind != "adapters":
+        raise UserError(
+            "model.reference: with LoRA, --engine trl compares with the base, adapters disabled: leave out "
+            f"reference and lora.bias, {INSTEAD}"
+        )
+
+
+def refuse_model(engine: str, module: Any, packing: bool) -> None:
+    """Refuses a model whose loss would be another one in an engine, by looking at what it is and computes.
+
+    Raises:
+        UserError: with the reason.
+    """
+    model = module.causal_lm
+    model.refuse_unknown_logits()  # of our validation
+    if packing and not isinstance(module, DPO):
+        try:
+            attention.refuse_unless_isolating(model.base)
+        except UserError as error:
+            raise UserError(
+                f"data.packing: {type(model.base).__name__} with transformers' own attention lets packed documents see "
+                f"each other, and --engine {engine} runs no other; turn packing off, {INSTEAD}"
+            ) from error
+    config = model.base.config.get_text_config()
+    if getattr(config, "output_router_logits", False) and getattr(config, "router_aux_loss_coef", 0.0):
+        raise UserError(
+            f"model.config.output_router_logits: --engine {engine} weighs the experts' balancing loss by micro-batch "
+            f"and not by token; leave it out, {INSTEAD}"
+        )
+    if engine == "hf" and is_plain(module.loss) and not _averages_over_targets(model.base):
+        raise UserError(
+            f"{type(model.base).__name__} averages its loss in a way of its own, so that transformers.Trainer can't "
+            f"weigh all target tokens of an update alike; {INSTEAD[3:]}"
+        )
+    if engine == "trl" and (not isinstance(model.head, nn.Linear) or hasattr(model.head, "base_layer")):
+        raise UserError(
+            "model.lora: --engine trl multiplies by the output head's weight itself, so that an adapter or added "
+            f"tokens on it would not be trained; leave the head out, {INSTEAD}"
+        )
+
+
+@torch.no_grad()
+def _averages_over_targets(base: Any) -> bool:
+    """Whether a model's loss is the cross entropy of `shift_labels` over `num_items_in_batch`, found out by trying."""
+    weight = base.get_input_embeddings().weight
+    ids = torch.arange(8, device=weight.device)[None] % len(weight)
+    targets = ids.roll(-1, 1).index_fill(1, torch.tensor([0, 1, 4], device=weight.device), IGNORE_INDEX)
+    given = {"labels": ids, "shift_labels": targets, "num_items_in_batch": torch.tensor(7, device=weight.device)}
+    modes = {module: module.training for module in base.modules()}
+    base.eval()
+    try:
+        output = base(input_ids=ids, use_cache=False, **given)
+    except TypeError:  # a forward method that takes no such arguments
+        return False
+    finally:
+        for module, mode in modes.items():
+            module.training = mode
+    expected = nn.functional.cross_entropy(output.logits[0].float(), targets[0], reduction="sum") / 7
+    return getattr(base, "accepts_loss_kwargs", True) and bool(torch.isclose(output.loss.float(), expected, rtol=1e-2))

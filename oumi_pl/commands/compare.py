@@ -1,0 +1,98 @@
+"""`compare`: a recipe on several engines, step by step from the same weights; exit code 1 if they differ."""
+
+import argparse
+import contextlib
+import copy
+import shutil
+from pathlib import Path
+from typing import Any, NoReturn
+
+import yaml
+
+from oumi_pl.config import files as recipe_files
+from oumi_pl.config import recipe_models
+from oumi_pl.errors import UserError, nearest
+
+ENGINES = ("lightning", "hf", "trl")
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise UserError(f"compare: {message}; see: oumi_pl compare --help")
+
+
+def main(args: list[str]) -> int:
+    """Runs the command; returns its exit code: 1 if an engine differs from the first by more than the tolerance."""
+    parser = _Parser(prog="oumi_pl compare", description=__doc__, allow_abbrev=False)
+    parser.add_argument("--config", action="append", required=True, help="a recipe; several merge, the later wins")
+    parser.add_argument("--engines", help="two or more of lightning,hf,trl; the first is what the others are held to")
+    parser.add_argument("--steps", type=int, default=50, help="optimizer steps; the schedule runs its course in them")
+    parser.add_argument("--tolerance", type=float, default=1e-5, help="largest relative difference")
+    parser.add_argument(
+        "--output", type=Path, help="folder for table, picture and runs; runs/RECIPE-compare if left out"
+    )
+    options, overrides = parser.parse_known_args(args)
+    if options.steps < 1:
+        raise UserError(f"--steps is {options.steps}, but has to be at least 1")
+    recipe: dict[str, Any] = {}
+    for name in options.config:
+        recipe = recipe_files.merge(recipe, recipe_files.check(recipe_files.find(name)))
+    engines = _engines(options.engines, recipe)
+    title = "-".join(recipe_files.recipe_name(recipe_files.find(name)) for name in options.config)
+    folder = (options.output or Path("runs") / f"{title}-compare").expanduser()
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise UserError(f"--output: {folder} holds something already; name another folder")
+    overrides = recipe_models.with_model(overrides, recipe)
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "recipe.yaml").write_text(yaml.safe_dump(_bare(recipe), sort_keys=False), encoding="utf-8")
+    try:
+        return _compare(title, [str(folder / "recipe.yaml"), *overrides], engines, options, folder)
+    except UserError:
+        shutil.rmtree(folder)  # nothing was compared
+        with contextlib.suppress(OSError):  # it holds other runs, or is gone
+            folder.parent.rmdir()
+        raise
+
+
+def _compare(title: str, recipe: list[str], engines: list[str], options: argparse.Namespace, folder: Path) -> int:
+    from oumi_pl.compare import report
+    from oumi_pl.compare.run import compare, first_difference
+
+    found = compare(recipe, engines, options.steps, folder)
+    report.write_csv(found, folder / "steps.csv")
+    report.picture(found, f"{title}: {', '.join(engines)}", folder / "compare.png")
+    print(report.table(found))
+    differences = [first_difference(found[0], other, options.tolerance) for other in found[1:]]
+    for other, difference in zip(found[1:], differences, strict=True):
+        print(report.verdict(other.name, found[0].name, len(found[0].held), difference, options.tolerance))
+    print(f"all steps -> {folder / 'steps.csv'}, picture -> {folder / 'compare.png'}")
+    return int(any(differences))
+
+
+def _bare(recipe: dict[str, Any]) -> dict[str, Any]:
+    """The recipe without what no update depends on and takes time: validation, callbacks, the best checkpoint."""
+    bare = copy.deepcopy(recipe)
+    data = bare.get("data") or {}
+    for section, keys in (
+        (bare, ("val_every", "engine", "name", "runs_dir", "checkpoint", "export", "max_tokens")),
+        (bare.get("trainer") or {}, ("callbacks", "logger", "max_steps", "max_epochs", "val_check_interval")),
+        (data, ("validation", "test", "predict")),
+        (data.get("init_args") or {}, ("validation", "test", "predict")),
+    ):
+        for key in keys:
+            section.pop(key, None)
+    return bare
+
+
+def _engines(wanted: str | None, recipe: dict[str, Any]) -> list[str]:
+    """The engines to run: those named, or Lightning and whatever else can train the recipe's module."""
+    module = str((recipe.get("model") or {}).get("class_path", "")).rsplit(".", 1)[-1]
+    if wanted is None:
+        return ["lightning", *{"SFT": ("hf", "trl"), "DPO": ("trl",)}.get(module, ("hf",))]
+    engines = [name.strip() for name in wanted.split(",")]
+    for name in engines:
+        if name not in ENGINES:
+            raise UserError(f"--engines: there is no {name!r}{nearest(name, ENGINES)}")
+    if len(engines) < 2 or len(set(engines)) < len(engines):
+        raise UserError(f"--engines: name two or three different ones of {', '.join(ENGINES)}")
+    return engines

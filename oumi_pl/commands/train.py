@@ -1,0 +1,43 @@
+"""`train`: an Oumi training config, run as it stands."""
+
+import argparse
+import sys
+from pathlib import Path
+from typing import NoReturn
+
+from oumi_pl.errors import UserError
+
+ENGINES = ("lightning", "trl", "hf")
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise UserError(f"train: {message}; see: oumi_pl train --help")
+
+
+def main(args: list[str]) -> int:
+    """Runs the command; returns its exit code."""
+    parser = _Parser(
+        prog="oumi_pl train",
+        description=__doc__,
+        allow_abbrev=False,
+        epilog="anything else puts a value in place of the config's, as for Oumi: --training.max_steps 100",
+    )
+    parser.add_argument("-c", "--config", required=True, help="a config as `oumi train` reads it")
+    parser.add_argument("--engine", choices=ENGINES, help="what drives the loop; as Oumi's trainer type when left out")
+    parser.add_argument("-v", "--verbose", action="store_true", help="print what each key of the config became")
+    options, overrides = parser.parse_known_args(args)
+    if options.config.startswith("oumi:"):
+        raise UserError(f"train: {options.config} is an address; download the file, and name it")
+    from oumi_pl.callbacks.preemption import Stopped
+    from oumi_pl.core.configs import TrainingConfig
+    from oumi_pl.train import train
+
+    config = TrainingConfig.from_yaml_and_arg_list(Path(options.config).expanduser(), overrides)
+    config.finalize_and_validate()
+    try:
+        train(config, options.engine, options.verbose)
+    except Stopped as stop:
+        print(stop, file=sys.stderr)
+        return stop.exit_code
+    return 0

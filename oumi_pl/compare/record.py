@@ -1,0 +1,139 @@
+"""Notes what an engine does at each update, and holds it to the weights of the first engine where that is asked for."""
+
+import json
+import math
+import time
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any, Literal
+
+import lightning as L
+import torch
+from safetensors.torch import load_file, save_file
+from torch import nn
+from transformers import TrainerCallback
+
+from oumi_pl.callbacks.throughput import peak_memory
+from oumi_pl.compare.documents import Document, digest, documents_of
+
+Role = Literal["lead", "held", "free"]
+"""`lead` leaves its weights of every step behind; `held` starts every step from those; `free` goes its own way."""
+
+
+class Record:
+    """Writes a line per update to `steps.jsonl`: batch hash, seconds, distance of the update or weights to the lead's.
+
+    The distance of an update is the norm of its difference to the lead's over the norm of the lead's, less what follows
+    from rounding the weights: where the learning rate is small, an update is a few last digits of the weights that it
+    is added to. That of the weights likewise, with all their digits.
+
+    Args:
+        folder: Where `steps.jsonl` goes.
+        snapshots: Where the lead's weights are.
+        role: See `Role`.
+    """
+
+    def __init__(self, folder: Path, snapshots: Path, role: Role) -> None:
+        self.file = folder / "steps.jsonl"
+        self.snapshots = snapshots
+        self.role = role
+        self._began = 0.0
+        folder.mkdir(parents=True, exist_ok=True)
+        snapshots.mkdir(parents=True, exist_ok=True)
+        self.file.write_text("")
+
+    def before(self, step: int, model: nn.Module) -> None:
+        """Before update `step` (from 0): leaves the weights, or takes those of the lead."""
+        if self.role == "lead" and step == 0:
+            self._save(0, model)
+        if self.role == "held":
+            self._load(step, model)
+        self._began = time.perf_counter()
+
+    def after(self, step: int, model: nn.Module, documents: Iterable[Document]) -> None:
+        """After update `step` (from 0)."""
+        seconds = time.perf_counter() - self._began
+        if self.role == "lead":
+            self._save(step + 1, model)
+        device = next(model.parameters()).device
+        line = {
+            "step": step + 1,
+            "batch": digest(documents),
+            "seconds": seconds,
+            "peak_memory_gb": peak_memory(device) / 1e9,
+            **self._distance(step, model),
+        }
+        with self.file.open("a") as out:
+            out.write(json.dumps(line) + "\n")
+
+    def _path(self, step: int) -> Path:
+        return self.snapshots / f"{step:06}.safetensors"
+
+    def _save(self, step: int, model: nn.Module) -> None:
+        save_file({name: p.detach().cpu().clone() for name, p in _trained(model)}, self._path(step))
+
+    def _load(self, step: int, model: nn.Module) -> None:
+        weights = load_file(self._path(step))
+        with torch.no_grad():
+            for name, parameter in _trained(model):
+                parameter.copy_(weights[name])
+
+    def _distance(self, step: int, model: nn.Module) -> dict[str, float]:
+        if self.role == "lead":
+            return {}
+        theirs = load_file(self._path(step + 1))
+        start = load_file(self._path(step)) if self.role == "held" else {}
+        off = size = rounding = 0.0
+        for name, parameter in _trained(model):
+            target = theirs[name].double()
+            off += float((parameter.detach().cpu().double() - target).square().sum())
+            size += float((target - start[name].double() if start else target).square().sum())
+            if start:  # half a last digit in each of the two
+                rounding += float((target * torch.finfo(parameter.dtype).eps).square().sum())
+        beyond = off if math.isnan(off) else max(0.0, off**0.5 - rounding**0.5)
+        distance = beyond / size**0.5 if size else float("inf") if beyond else 0.0
+        return {"update" if self.role == "held" else "weights": distance}
+
+
+def _trained(model: nn.Module) -> list[tuple[str, nn.Parameter]]:
+    return [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
+
+
+class RecordLightning(L.Callback):
+    """Tells a `Record` what Lightning does."""
+
+    def __init__(self, record: Record) -> None:
+        self.record = record
+        self._documents: list[Document] = []
+
+    def on_train_batch_start(self, trainer: L.Trainer, pl_module: Any, batch: Any, batch_idx: int) -> None:
+        """Before the first micro-batch of an update."""
+        if not self._documents:
+            self.record.before(trainer.global_step, pl_module.causal_lm.hf)
+        self._documents += documents_of(batch)
+
+    def on_train_batch_end(self, trainer: L.Trainer, pl_module: Any, *_: Any) -> None:
+        """After the last one."""
+        if not trainer.fit_loop._should_accumulate():
+            self.record.after(trainer.global_step - 1, pl_module.causal_lm.hf, self._documents)
+            self._documents = []
+
+
+class RecordEngine(TrainerCallback):
+    """Tells a `Record` what transformers' Trainer, or one of TRL's, does."""
+
+    trainer: Any
+    """The engine's trainer, which holds the micro-batches of the update."""
+
+    def __init__(self, record: Record) -> None:
+        self.record = record
+        self._documents: list[Document] = []
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Before the first micro-batch of an update."""
+        self._documents = [d for batch in self.trainer.update_batches for d in documents_of(batch)]
+        self.record.before(state.global_step, kwargs["model"])
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """After the last one."""
+        self.record.after(state.global_step - 1, kwargs["model"], self._documents)

@@ -1,0 +1,112 @@
+"""What a comparison found: a table, the first difference in words, a csv of all steps, and a picture."""
+
+import csv
+from collections.abc import Sequence
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+from oumi_pl.compare.run import Difference, Engine, relative
+
+MEANING = {
+    "batch": "it trains on other tokens or targets",
+    "target_tokens": "it counts other targets",
+    "lr": "its learning rate is another",
+    "loss": "its loss is another on the same batch and weights: look at how it is masked, shifted and averaged",
+    "grad_norm": "its gradient is another though the loss agrees: look at how micro-batches are weighed, at dropout",
+    "update": "its update is another though the gradient's norm agrees: look at clipping and the optimizer",
+    "steps": "it takes another number of steps",
+}
+
+
+def table(engines: Sequence[Engine]) -> str:
+    """One line per engine: largest differences when held to the lead's weights, distance when free, speed."""
+    lead = engines[0]
+    head = (
+        f"{'engine':10} {'lr':>9} {'loss':>9} {'grad_norm':>9} {'update':>9}   {'weights':>9} {'last loss':>10}"
+        f"   {'s/update':>8} {'peak GB':>8}"
+    )
+    lines = [f"{'':10} {'largest relative difference per step':>39}   {'run free':>20}", head]
+    for engine in engines:
+        differences = [
+            "" if engine is lead else f"{_largest(lead, engine, what):.1e}" for what in ("lr", "loss", "grad_norm")
+        ]
+        differences.append("" if engine is lead else f"{max(line['update'] for line in engine.held):.1e}")
+        weights = "" if engine is lead else f"{engine.free[-1]['weights']:.1e}"
+        lines.append(
+            f"{engine.name:10} {differences[0]:>9} {differences[1]:>9} {differences[2]:>9} {differences[3]:>9}   "
+            f"{weights:>9} {engine.free[-1]['loss']:10.6f}   {median(line['seconds'] for line in engine.free):8.3f} "
+            f"{engine.free[-1]['peak_memory_gb']:8.2f}"
+        )
+    return "\n".join(lines)
+
+
+def _largest(lead: Engine, other: Engine, what: str) -> float:
+    return max(relative(a[what], b[what]) for a, b in zip(lead.held, other.held, strict=False))
+
+
+def verdict(name: str, lead: str, steps: int, difference: Difference | None, tolerance: float) -> str:
+    """One engine's result in a sentence."""
+    if difference is None:
+        return f"{name} equals {lead} in all {steps} steps, within {tolerance:g}"
+    values = f"{lead} {_shown(difference.lead)}, {name} {_shown(difference.other)}"
+    if difference.what == "update":
+        values = f"by {difference.other:.2e} of {lead}'s"
+    where = f"{name} differs from {lead} first in {difference.what} at step {difference.step} ({values})"
+    return f"{where}: {MEANING[difference.what]}"
+
+
+def _shown(value: Any) -> str:
+    return f"{value:.9g}" if isinstance(value, float) else str(value)
+
+
+def write_csv(engines: Sequence[Engine], file: Path) -> None:
+    """All steps of all engines, held and free."""
+    columns = ("engine", "run", "step", "batch", "target_tokens", "lr", "loss", "grad_norm", "update", "weights")
+    with file.open("w", newline="") as out:
+        writer = csv.DictWriter(out, (*columns, "seconds", "peak_memory_gb"), restval="")
+        writer.writeheader()
+        for engine in engines:
+            for run, lines in (("held", engine.held), ("free", engine.free)):
+                writer.writerows({"engine": engine.name, "run": run, **line} for line in lines)
+
+
+def picture(engines: Sequence[Engine], title: str, file: Path) -> None:
+    """Loss, gradient norm and learning rate, run free, and each engine's differences to the lead, held."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(13, 6.5), layout="constrained")
+    axes = figure.subplots(2, 3)
+    lead = engines[0]
+    styles = ("-", "--", ":", "-.")
+    for engine, style in zip(engines, styles, strict=False):
+        steps = [line["step"] for line in engine.free]
+        for axis, what in zip(axes[0], ("loss", "grad_norm", "lr"), strict=True):
+            axis.plot(steps, [line[what] for line in engine.free], style, label=engine.name, linewidth=2)
+            axis.set_title(f"{what}, run free")
+        if engine is lead:
+            continue
+        held = [line["step"] for line in engine.held]
+        pairs = list(zip(lead.held, engine.held, strict=False))
+        for axis, what in zip(axes[1], ("loss", "grad_norm"), strict=False):
+            axis.plot(
+                held[: len(pairs)], [_visible(relative(a[what], b[what])) for a, b in pairs], style, label=engine.name
+            )
+            axis.set_title(f"{what}: difference per step, weights re-synchronised")
+        axes[1][2].plot(held, [_visible(line["update"]) for line in engine.held], style, label=f"{engine.name}: update")
+        free = [_visible(line["weights"]) for line in engine.free]
+        axes[1][2].plot(steps, free, style, label=f"{engine.name}: weights, run free", alpha=0.6)
+        axes[1][2].set_title("distance of updates and weights")
+    for axis in axes[1]:
+        axis.set_yscale("log")
+    for axis in axes.flat:
+        axis.set_xlabel("step")
+        axis.grid(alpha=0.3)
+        axis.legend(fontsize="small")
+    figure.suptitle(title)
+    figure.savefig(file, dpi=110)
+
+
+def _visible(value: float) -> float:
+    """A difference as a logarithmic axis can show it: none at all lies at the bottom."""
+    return max(value, 1e-9)

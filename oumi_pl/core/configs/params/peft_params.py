@@ -1,0 +1,92 @@
+"""Low-rank adapters (Hu et al. 2021, arXiv:2106.09685), and the 4-bit base under them (arXiv:2305.14314)."""
+
+from dataclasses import dataclass
+from enum import Enum, StrEnum
+
+from oumi_pl.core.configs.errors import OumiConfigError
+from oumi_pl.core.configs.params.base_params import BaseParams
+
+
+class PeftSaveMode(Enum):
+    """What is saved at the end of a run with adapters."""
+
+    ADAPTER_ONLY = "adapter_only"
+    ADAPTER_AND_BASE_MODEL = "adapter_and_base_model"
+    MERGED = "merged"
+
+
+class LoraWeightInitialization(StrEnum):
+    """How adapters begin; PISA is Oumi's spelling of PiSSA."""
+
+    DEFAULT = "default"
+    RANDOM = "random"
+    GAUSSIAN = "gaussian"
+    EVA = "eva"
+    PISA = "pissa"
+    PISSA_NITER = "pissa_niter_[number of iters]"
+    LOFTQ = "loftq"
+    OLORA = "olora"
+
+
+class TaskType(StrEnum):
+    """PEFT's kinds of tasks, by PEFT's names."""
+
+    SEQ_CLS = "SEQ_CLS"
+    SEQ_2_SEQ_LM = "SEQ_2_SEQ_LM"
+    CAUSAL_LM = "CAUSAL_LM"
+    TOKEN_CLS = "TOKEN_CLS"
+    QUESTION_ANS = "QUESTION_ANS"
+    FEATURE_EXTRACTION = "FEATURE_EXTRACTION"
+
+
+@dataclass
+class PeftParams(BaseParams):
+    """LoRA and QLoRA; read when `training.use_peft` is true."""
+
+    lora_r: int = 8
+    """Rank of the adapters."""
+    lora_alpha: int = 8
+    """Adapters are scaled by this over the rank."""
+    lora_dropout: float = 0.0
+    """Dropout before the adapters, from 0 to 1."""
+    lora_target_modules: list[str] | None = None
+    """Modules with adapters, by the end of their names; `[all-linear]`: all linear ones; null: PEFT's choice."""
+    lora_exclude_modules: list[str] | None = None
+    """Regular expressions of modules that get no adapters, whatever the targets say."""
+    lora_target_parameters: list[str] | None = None
+    """Parameters with adapters of their own, for fused experts."""
+    lora_modules_to_save: list[str] | None = None
+    """Modules that are trained whole and saved with the adapters."""
+    lora_bias: str = "none"
+    """Which biases are trained: `none`, `all`, or `lora_only`."""
+    lora_init_weights: LoraWeightInitialization = LoraWeightInitialization.DEFAULT
+    """How adapters begin."""
+    lora_task_type: TaskType = TaskType.CAUSAL_LM
+    """What the model is for."""
+    q_lora: bool = False
+    """Whether the base is quantized (bitsandbytes)."""
+    q_lora_bits: int = 4
+    """Bits of the quantized base: 4 or 8."""
+    bnb_4bit_quant_type: str = "fp4"
+    """Which 4 bits: `fp4` or `nf4`."""
+    llm_int8_skip_modules: list[str] | None = None
+    """Modules that are not quantized."""
+    use_bnb_nested_quant: bool = False
+    """Whether the quantization's constants are quantized as well."""
+    bnb_4bit_quant_storage: str = "uint8"
+    """Type in which the 4-bit numbers are stored."""
+    bnb_4bit_compute_dtype: str = "float32"
+    """Type in which the 4-bit numbers are computed with."""
+    peft_save_mode: PeftSaveMode = PeftSaveMode.ADAPTER_ONLY
+    """What is saved at the end."""
+
+    def _check(self) -> None:
+        self._at_least(1, "lora_r")
+        if not 0 <= self.lora_dropout <= 1:
+            raise OumiConfigError(f"lora_dropout is {self.lora_dropout:g}, but has to be between 0 and 1")
+        if self.lora_target_modules == [] and not self.lora_target_parameters:
+            raise OumiConfigError("lora_target_modules: empty, so nothing is trained; null leaves the choice to PEFT")
+        self._one_of("lora_bias", ("none", "all", "lora_only"))
+        if self.q_lora_bits not in (4, 8):
+            raise OumiConfigError(f"q_lora_bits is {self.q_lora_bits}, but has to be 4 or 8")
+        self._one_of("bnb_4bit_quant_type", ("fp4", "nf4"))

@@ -1,0 +1,272 @@
+"""How long and how fast is trained, and what is logged and saved meanwhile."""
+
+import hashlib
+import re
+from dataclasses import dataclass, field
+from enum import Enum, StrEnum
+from pathlib import Path
+from typing import Any
+
+from oumi_pl.core.configs.errors import OumiConfigError
+from oumi_pl.core.configs.params.base_params import BaseParams
+from oumi_pl.core.configs.params.profiler_params import ProfilerParams
+from oumi_pl.core.configs.params.rl_params import GkdParams, GoldParams, GrpoParams
+from oumi_pl.core.configs.params.telemetry_params import TelemetryParams
+from oumi_pl.core.configs.params.trainer_arguments import set_elsewhere
+
+NOT_HERE = ("TRL_KTO", "TRL_GRPO", "TRL_GKD", "TRL_GOLD", "VERL_GRPO")
+LONGEST_NAME = 100
+"""Trackers take names of 128 characters, and put some of their own around this one."""
+
+
+class TrainerType(Enum):
+    """Who trains: as Oumi's trainers of these names do, or oumi_pl as it does by itself."""
+
+    TRL_SFT = "trl_sft"
+    TRL_DPO = "trl_dpo"
+    HF = "hf"
+    OUMI = "oumi"
+    SFT = "sft"
+    DPO = "dpo"
+    PRETRAIN = "pretrain"
+
+
+THROUGH_TRANSFORMERS = (TrainerType.TRL_SFT, TrainerType.TRL_DPO, TrainerType.HF)
+
+
+class SchedulerType(StrEnum):
+    """Schedules of the learning rate; a field takes the value, not the name."""
+
+    LINEAR = "linear"
+    COSINE = "cosine"
+    COSINE_WITH_RESTARTS = "cosine_with_restarts"
+    COSINE_WITH_MIN_LR = "cosine_with_min_lr"
+    CONSTANT = "constant"
+
+
+class MixedPrecisionDtype(StrEnum):
+    """Type that is computed in when weights stay float32."""
+
+    NONE = "none"
+    FP16 = "fp16"
+    BF16 = "bf16"
+
+
+@dataclass
+class TrainingParams(BaseParams):
+    """Everything about the loop."""
+
+    use_peft: bool = False
+    """Whether adapters are trained, as the section `peft` says."""
+    trainer_type: TrainerType = TrainerType.HF
+    """Who trains."""
+    enable_gradient_checkpointing: bool = False
+    """Whether activations are computed again on the way back: less memory, more time."""
+    gradient_checkpointing_kwargs: dict[str, Any] = field(default_factory=dict)
+    """Arguments of that, as `use_reentrant: false`."""
+    output_dir: str = "output"
+    """Where everything is written."""
+    per_device_train_batch_size: int = 8
+    """Rows of a micro-batch."""
+    per_device_eval_batch_size: int = 8
+    """Rows of a micro-batch when evaluating."""
+    gradient_accumulation_steps: int = 1
+    """Micro-batches of an update."""
+    max_steps: int = -1
+    """Updates; positive: wins over the epochs."""
+    num_train_epochs: int = 3
+    """Times that the data are gone through."""
+    save_epoch: bool = False
+    """Whether there is a checkpoint after each epoch, if `save_steps` is 0."""
+    save_steps: int = 500
+    """Updates between two checkpoints; 0: none."""
+    save_final_model: bool = True
+    """Whether the model is saved at the end."""
+    seed: int = 42
+    """Seed of weights and dropout."""
+    data_seed: int = 42
+    """Seed of the order of the rows."""
+    use_deterministic: bool = False
+    """Whether cuDNN has to be deterministic."""
+    full_determinism: bool = False
+    """Whether everything has to be deterministic, at whatever cost."""
+    run_name: str | None = None
+    """Name of the run for trackers; letters, digits, `_`, `-` and `.`, others become `_`."""
+    metrics_function: str | None = None
+    """Function that makes metrics of predictions, by its registered name."""
+    reward_functions: list[str] | None = None
+    """For reinforcement learning, which is not here."""
+    reward_function_kwargs: dict[str, Any] = field(default_factory=dict)
+    """For reinforcement learning, which is not here."""
+    grpo: GrpoParams = field(default_factory=GrpoParams)
+    """For a trainer type that is not here."""
+    gkd: GkdParams = field(default_factory=GkdParams)
+    """For a trainer type that is not here."""
+    gold: GoldParams = field(default_factory=GoldParams)
+    """For a trainer type that is not here."""
+    log_level: str = "info"
+    """From which level on the library's own messages are shown."""
+    dep_log_level: str = "warning"
+    """From which level on those of other libraries are."""
+    log_examples: bool = False
+    """Whether an example of the data is logged as it is trained on."""
+    enable_wandb: bool = False
+    """Whether Weights & Biases gets the metrics."""
+    enable_mlflow: bool = False
+    """Whether MLflow does."""
+    enable_tensorboard: bool = True
+    """Whether TensorBoard does."""
+    logging_strategy: str = "steps"
+    """When metrics are logged: `steps`, `epoch` or `no`."""
+    logging_dir: str | None = None
+    """Folder of TensorBoard; null: `tensorboard` in the output directory."""
+    logging_steps: int = 50
+    """Updates between two logs."""
+    logging_first_step: bool = False
+    """Whether the first update is logged as well."""
+    eval_strategy: str = "no"
+    """When the validation split is evaluated: `no`, `steps` or `epoch`."""
+    eval_steps: int | float = 500
+    """Updates between two evaluations; below 1: a share of all updates."""
+    learning_rate: float = 5e-5
+    """Highest learning rate."""
+    lr_scheduler_type: str = "linear"
+    """Schedule of the learning rate, by its name in transformers."""
+    lr_scheduler_kwargs: dict[str, Any] = field(default_factory=dict)
+    """Arguments of the schedule, as `min_lr_rate` or `num_cycles`."""
+    warmup_ratio: float | None = None
+    """Share of the updates in which the learning rate rises, from 0 to 1."""
+    warmup_steps: int | None = None
+    """Updates in which the learning rate rises; wins over the ratio."""
+    optimizer: str = "adamw_torch"
+    """Optimizer, by its name in transformers."""
+    weight_decay: float = 0.0
+    """Decay of the weights."""
+    adam_beta1: float = 0.9
+    """Adam's average of the gradients."""
+    adam_beta2: float = 0.999
+    """Adam's average of their squares."""
+    adam_epsilon: float = 1e-8
+    """Adam's guard against a division by zero."""
+    sgd_momentum: float = 0.0
+    """Momentum, if the optimizer is `sgd`."""
+    mixed_precision_dtype: MixedPrecisionDtype = MixedPrecisionDtype.NONE
+    """Type that is computed in when weights are float32; NONE: that of the weights."""
+    compile: bool = False
+    """Whether torch.compile compiles the model."""
+    include_performance_metrics: bool = False
+    """Whether speed and utilization are logged."""
+    include_alternative_mfu_metrics: bool = False
+    """Whether utilization is logged by transformers' count of operations as well."""
+    log_model_summary: bool = False
+    """Whether the modules of the model are logged."""
+    resume_from_checkpoint: str | None = None
+    """Checkpoint to go on from."""
+    try_resume_from_last_checkpoint: bool = False
+    """Whether to go on from the last checkpoint of the output directory, if there is one."""
+    dataloader_num_workers: int | str = 0
+    """Processes that read rows while training: a number, or `auto`."""
+    dataloader_persistent_workers: bool = False
+    """Whether these processes live on after an epoch."""
+    dataloader_prefetch_factor: int | None = None
+    """Batches that each process reads ahead."""
+    dataloader_main_process_only: bool | None = None
+    """Whether the first rank reads for all."""
+    ddp_find_unused_parameters: bool | None = None
+    """Whether DDP looks for parameters without gradients; null: as the trainer type does."""
+    max_grad_norm: float | None = 1.0
+    """Norm that gradients are clipped to; 0 or null: they are not."""
+    trainer_kwargs: dict[str, Any] = field(default_factory=dict)
+    """Further arguments of transformers' and TRL's trainers, as `beta`."""
+    verl_config_overrides: dict[str, Any] = field(default_factory=dict)
+    """For verl, which is not here."""
+    profiler: ProfilerParams = field(default_factory=ProfilerParams)
+    """What torch.profiler records."""
+    telemetry: TelemetryParams = field(default_factory=TelemetryParams)
+    """What the run writes down of itself."""
+    empty_device_cache_steps: int | None = None
+    """Updates after which unused memory of the GPU is given back."""
+    nccl_default_timeout_minutes: float | None = None
+    """Minutes until a rank that waits for others gives up."""
+    label_ignore_index: int | None = None
+    """Label of tokens that are not learnt; null: -100, or the model's."""
+
+    @property
+    def telemetry_dir(self) -> Path | None:
+        """Where telemetry is written; None for nowhere."""
+        directory = self.telemetry.telemetry_dir
+        return Path(self.output_dir) / directory if directory else None
+
+    def __post_init__(self) -> None:
+        """Names the trainer types that are Oumi's, but not here, before anything is converted."""
+        asked = str(self.trainer_type).removeprefix("TrainerType.").upper()
+        if asked in NOT_HERE:
+            here = ", ".join(TrainerType.__members__)
+            raise OumiConfigError(f"trainer_type: Oumi's {asked} is not among the trainer types here: {here}")
+        super().__post_init__()
+
+    def _check(self) -> None:
+        self.run_name = _fit_for_trackers(self.run_name)
+        workers = self.dataloader_num_workers
+        if isinstance(workers, str) and workers != "auto":
+            raise OumiConfigError(f"dataloader_num_workers: {workers!r} is not an int or 'auto'")
+        self._check_length()
+        self._check_warmup()
+        self._check_eval_steps()
+        self._check_rewards()
+        if self.trainer_type in THROUGH_TRANSFORMERS:
+            for key in self.trainer_kwargs:
+                if reason := set_elsewhere(key):
+                    raise OumiConfigError(f"trainer_kwargs.{key}: {reason}")
+
+    def _check_length(self) -> None:
+        self._at_least(1, "gradient_accumulation_steps", "per_device_train_batch_size", "per_device_eval_batch_size")
+        if self.max_grad_norm is not None and self.max_grad_norm < 0:
+            raise OumiConfigError(
+                f"max_grad_norm is {self.max_grad_norm:g}, but has to be at least 0, which clips nothing"
+            )
+        if self.max_steps <= 0 and self.num_train_epochs <= 0:
+            raise OumiConfigError(
+                f"max_steps is {self.max_steps} and num_train_epochs {self.num_train_epochs}, so there is nothing to "
+                "train; one of them has to be positive"
+            )
+        if not self.output_dir:
+            raise OumiConfigError("output_dir: empty, but there has to be a folder to write to")
+
+    def _check_warmup(self) -> None:
+        ratio = self.warmup_ratio
+        if ratio is not None and not 0 <= ratio <= 1:
+            raise OumiConfigError(
+                f"warmup_ratio is {ratio:g}, but has to be between 0 and 1; warmup_steps counts updates"
+            )
+        self._at_least(0, "warmup_steps")
+        if None not in (ratio, self.warmup_steps) and self.trainer_type not in THROUGH_TRANSFORMERS:
+            raise OumiConfigError("warmup_ratio: warmup_steps is given as well; keep one")
+
+    def _check_eval_steps(self) -> None:
+        self._one_of("logging_strategy", ("steps", "epoch", "no"))
+        self._one_of("eval_strategy", ("steps", "epoch", "no"))
+        steps = self.eval_steps
+        if isinstance(steps, float):
+            if not 0 < steps < 1:
+                raise OumiConfigError(f"eval_steps is {steps}, but has to be an int, or a share between 0 and 1")
+            if self.trainer_type == TrainerType.OUMI:
+                raise OumiConfigError(f"eval_steps is {steps}, but for trainer_type: OUMI it has to be an int")
+        elif self.eval_strategy == "steps":
+            self._at_least(1, "eval_steps")
+
+    def _check_rewards(self) -> None:
+        for name in ("reward_functions", "reward_function_kwargs", "verl_config_overrides"):
+            if any(getattr(self, name) or ()):
+                raise OumiConfigError(f"{name}: reinforcement learning is not among the trainer types here; remove it")
+
+
+def _fit_for_trackers(name: str | None) -> str | None:
+    """A run's name as trackers take it: other characters become `_`, and a long one ends in a hash of itself."""
+    if not name:
+        return name
+    fit = re.sub(r"[^A-Za-z0-9_.-]", "_", name)
+    if len(fit) > LONGEST_NAME:
+        ending = "..." + hashlib.shake_128(name.encode()).hexdigest(8)
+        fit = fit[: LONGEST_NAME - len(ending)] + ending
+    return fit

@@ -1,0 +1,135 @@
+"""YAML as Oumi reads it: OmegaConf's numbers, references from one value to another, keys that were typed."""
+
+import warnings
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import yaml
+from omegaconf import OmegaConf
+from omegaconf.errors import ConfigIndexError, OmegaConfBaseException
+
+from oumi_pl.config.files import merge
+from oumi_pl.core.configs.errors import OumiConfigError
+
+REFERENCE = "${"
+LITERAL = "$\ue000{"
+"""Stands for a `${` that is to stay as it is while others are resolved; a character for private use."""
+
+
+def parsed(text: str, where: str, literal: bool) -> dict[str, Any]:
+    """The keys and values of a text.
+
+    Args:
+        text: YAML.
+        where: What to call it in a message.
+        literal: Whether `${...}` stays the text that it is.
+
+    Raises:
+        OumiConfigError: if it isn't YAML, isn't a mapping, or has a key twice.
+    """
+    if literal:
+        text = text.replace(REFERENCE, LITERAL)
+    try:
+        tree: Any = OmegaConf.to_container(OmegaConf.create(text), resolve=False)
+    except yaml.MarkedYAMLError as error:
+        raise OumiConfigError(f"{where}{_line(error)}: {_problem(error)}") from error
+    except (yaml.YAMLError, OmegaConfBaseException, ValueError, RecursionError) as error:
+        raise OumiConfigError(f"{where}: not valid YAML: {_first_line(error)}") from error
+    if not isinstance(tree, dict) or (len(tree) == 1 and text.strip() in tree):
+        kind = "a list" if isinstance(tree, list) else "text"
+        raise OumiConfigError(f"{where}: a configuration is a mapping (model:, data:, training:), and this is {kind}")
+    return tree
+
+
+def resolved(defaults: Mapping[str, Any], given: Mapping[str, Any], typed: Iterable[tuple[str, str]]) -> dict[str, Any]:
+    """Defaults, over them what was given, over that what was typed; references are replaced by what they stand for.
+
+    Raises:
+        OumiConfigError: if a key can't be set, or a reference leads nowhere.
+    """
+    place = ""
+    try:
+        config = OmegaConf.create(merge(defaults, given))
+        for place, text in typed:
+            OmegaConf.update(config, place, _typed_value(text, place))
+        tree = OmegaConf.to_container(config, resolve=True)
+    except ConfigIndexError as error:
+        raise OumiConfigError(f"{place}: there is no such element; a longer list is given as a whole") from error
+    except OmegaConfBaseException as error:
+        raise OumiConfigError(f"{error.full_key or place}: {_first_line(error)}") from error
+    except ValueError as error:  # of a list, elements are named by their numbers
+        raise OumiConfigError(f"{place}: there is no such element; the first is [0]") from error
+    return dict(_with_literals(tree))
+
+
+def written(tree: Mapping[str, Any]) -> str:
+    """A tree as YAML that `parsed` reads back to the same; what YAML has no word for is left out with a warning."""
+    return yaml.dump(_writable(tree, ""), Dumper=_Dumper, sort_keys=False, allow_unicode=True)
+
+
+def _typed_value(text: str, place: str) -> Any:
+    try:
+        typed: Any = OmegaConf.to_container(OmegaConf.from_dotlist([f"value={text}"]), resolve=False)
+    except yaml.MarkedYAMLError as error:
+        raise OumiConfigError(f"{place}: {text!r}: {_problem(error)}") from error
+    except OmegaConfBaseException as error:
+        raise OumiConfigError(f"{place}: {text!r}: {_first_line(error)}") from error
+    return typed["value"]
+
+
+def _with_literals(value: Any) -> Any:
+    if isinstance(value, str):
+        return value.replace(LITERAL, REFERENCE)
+    if isinstance(value, dict):
+        return {_with_literals(key): _with_literals(item) for key, item in value.items()}
+    return [_with_literals(item) for item in value] if isinstance(value, list) else value
+
+
+def _line(error: yaml.MarkedYAMLError) -> str:
+    return f" line {error.problem_mark.line + 1}" if error.problem_mark else ""
+
+
+def _problem(error: yaml.MarkedYAMLError) -> str:
+    problem = error.problem or str(error)
+    if problem.startswith("found duplicate key"):
+        return f"the key {problem.removeprefix('found duplicate key').strip()} is there twice; keep one"
+    return f"not valid YAML: {problem}".replace(LITERAL, REFERENCE)
+
+
+def _first_line(error: BaseException) -> str:
+    return str(error).partition("\n")[0].replace(LITERAL, REFERENCE)
+
+
+class _Dumper(yaml.SafeDumper):
+    """Quotes text that the reader would take for a number: YAML 1.1 has no `1e3`, but OmegaConf has."""
+
+    def ignore_aliases(self, data: Any) -> bool:
+        """Equal values are written out each time."""
+        return True
+
+
+def _text(dumper: yaml.SafeDumper, text: str) -> yaml.ScalarNode:
+    try:
+        float(text)
+    except ValueError:
+        return dumper.represent_scalar("tag:yaml.org,2002:str", text)
+    return dumper.represent_scalar("tag:yaml.org,2002:str", text, style="'")
+
+
+_Dumper.add_representer(str, _text)
+
+
+def _writable(value: Any, place: str) -> Any:
+    if isinstance(value, dict):
+        kept = {key: item for key, item in value.items() if _is_plain(item, f"{place}.{key}")}
+        return {key: _writable(item, f"{place}.{key}") for key, item in kept.items()}
+    if isinstance(value, list):
+        return [_writable(item, f"{place}[{i}]") for i, item in enumerate(value) if _is_plain(item, f"{place}[{i}]")]
+    return value
+
+
+def _is_plain(value: Any, place: str) -> bool:
+    if value is None or type(value) in (str, int, float, bool, dict, list):
+        return True
+    warnings.warn(f"{place.lstrip('.')}: {value!r} can't be written as YAML and is left out", stacklevel=4)
+    return False

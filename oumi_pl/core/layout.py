@@ -1,0 +1,70 @@
+"""What Oumi leaves in an output directory, where its users look for it: made from a run folder, which stays."""
+
+import csv
+import json
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+from oumi_pl.core.configs import TrainingConfig
+from oumi_pl.runs import CHECKPOINTS, read_state
+
+NAMES = {"train/loss": "loss", "train/grad_norm": "grad_norm", "train/lr": "learning_rate"}
+"""Columns of `metrics.csv` that Oumi's rows know by another name; `train/x` else is `x`, `val/x` is `eval_x`."""
+
+
+def write_layout(run: Path, config: TrainingConfig, world_size: int = 1) -> None:
+    """Puts model, tokenizer, checkpoints, logged metrics and telemetry where Oumi's trainers would.
+
+    Files of `model/` are there twice by name and once on the disk, as far as the file system allows.
+
+    Args:
+        run: Folder of a run that has ended.
+        config: What it was made from.
+        world_size: Number of processes.
+    """
+    for file in sorted((run / "model").rglob("*")) if (run / "model").is_dir() else []:
+        if file.is_file():
+            _link(file, run / file.relative_to(run / "model"))
+    for folder in sorted((run / CHECKPOINTS).glob("checkpoint-*")):
+        _point(run / folder.name, folder)
+    rows = _rows(run / "metrics.csv")
+    with (run / "metrics_rank0000.jsonl").open("w") as out:
+        out.writelines(json.dumps(row) + "\n" for row in rows)
+    last = rows[-1] if rows else {}
+    state = {"global_step": read_state(run).get("step", 0), "epoch": last.get("epoch"), "log_history": rows}
+    (run / "trainer_state.json").write_text(json.dumps(state, indent=2) + "\n")
+    if (name := config.training.telemetry.telemetry_dir) is not None:
+        folder = run / name
+        folder.mkdir(parents=True, exist_ok=True)
+        config.to_yaml(folder / "training_config.yaml")
+        (folder / "world_size.json").write_text(json.dumps({"WORLD_SIZE": world_size}) + "\n")
+
+
+def _rows(metrics: Path) -> list[dict[str, Any]]:
+    """A row of training per step and, where there was one, a row of evaluation after it, under Oumi's names."""
+    rows: list[dict[str, Any]] = []
+    with metrics.open(newline="") as lines:
+        for line in csv.DictReader(lines):
+            values = {name: float(value) for name, value in line.items() if value}
+            stand = {"epoch": values.pop("epoch", 0.0), "step": int(values.pop("step"))}
+            train = {n.removeprefix("train/"): v for n, v in values.items() if n.startswith("train/")}
+            train = {NAMES.get(f"train/{name}", name): value for name, value in train.items()}
+            held_out = {"eval_" + n.removeprefix("val/"): v for n, v in values.items() if n.startswith("val/")}
+            rows += [row | stand for row in (train, held_out) if row]
+    return rows
+
+
+def _link(file: Path, place: Path) -> None:
+    place.parent.mkdir(parents=True, exist_ok=True)
+    place.unlink(missing_ok=True)
+    try:
+        place.hardlink_to(file)
+    except OSError:  # another file system, or one without links
+        shutil.copy2(file, place)
+
+
+def _point(place: Path, folder: Path) -> None:
+    if not place.is_symlink() and not place.exists():
+        place.symlink_to(os.path.relpath(folder, place.parent), target_is_directory=True)

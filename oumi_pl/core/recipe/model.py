@@ -1,0 +1,119 @@
+"""The model of an Oumi config: weights, precision, adapters, what is frozen."""
+
+import inspect
+from typing import Any
+
+from oumi_pl.core.configs import ModelParams, TrainingConfig
+from oumi_pl.core.recipe.lora import lora
+from oumi_pl.core.recipe.notes import Notes, refuse
+
+CUSTOM = ("MLPEncoder", "CNNClassifier")
+DROPPED = ("architectures", "dtype", "torch_dtype", "transformers_version", "_name_or_path", "auto_map")
+"""Keys of a model's config file that don't describe its shape."""
+
+
+def model(config: TrainingConfig, notes: Notes) -> dict[str, Any]:
+    """The arguments of the LightningModule but for optimizer, schedule and loss.
+
+    Raises:
+        UserError: something has no counterpart.
+    """
+    params, training = config.model, config.training
+    _refuse_names(params)
+    made: dict[str, Any] = _weights(params, notes)
+    made |= _dtype(params, notes)
+    if params.attn_implementation not in (None, "sdpa"):
+        made["attn"] = params.attn_implementation
+    if training.use_peft:
+        made |= lora(config, notes)
+    if params.freeze_layers:
+        made["freeze"] = list(params.freeze_layers)
+        notes.comment("model.init_args.freeze", "a name that the model doesn't have is refused, and not passed over")
+    made |= _checkpointing(config, notes)
+    if training.compile:
+        made["compile"] = True
+    if params.model_revision is not None:
+        made["revision"] = params.model_revision
+        notes.comment("model.init_args.revision", "of the model alone: the tokenizer is that of the default branch")
+    if params.trust_remote_code:
+        made["trust_remote_code"] = True
+    return made
+
+
+def _refuse_names(params: ModelParams) -> None:
+    name = params.model_name
+    if "://" in name:
+        refuse("model.model_name", f"{name!r} is an address; name a model of the hub or a folder")
+    if name in CUSTOM:
+        refuse("model.model_name", f"Oumi's {name} is no language model; name a model of the hub or a folder")
+    for key in params.tokenizer_kwargs:
+        if key not in ("pad_token", "padding_side"):
+            refuse(f"model.tokenizer_kwargs.{key}", "has no counterpart; save such a tokenizer, and name its folder")
+
+
+def _weights(params: ModelParams, notes: Notes) -> dict[str, Any]:
+    values = dict(params.model_kwargs)
+    disable_dropout = values.pop("disable_dropout", False)
+    if "quantization_config" in values:
+        refuse("model.model_kwargs.quantization_config", "weights that are quantized on the disk are not read")
+    if params.load_pretrained_weights:
+        if disable_dropout:
+            values = _no_dropout(_read_config(params)) | values
+        return {"model": params.model_name} | ({"config": values} if values else {})
+    read = _read_config(params)
+    shape = {"model_type": read.model_type, "vocab_size": read.vocab_size} | _not_default(read)
+    shape |= _no_dropout(read) if disable_dropout else {}
+    notes.became["model.model_name"] = "model.config, its shape with random weights, and data.tokenizer"
+    return {"config": shape | values}
+
+
+def _read_config(params: ModelParams) -> Any:
+    """The config of the model on the disk or the hub."""
+    from transformers import AutoConfig
+
+    from oumi_pl.hub import locate
+    from oumi_pl.models.config import loaded
+
+    folder = locate(params.model_name, "model.model_name", params.model_revision)
+    hub = {"revision": params.model_revision, "trust_remote_code": params.trust_remote_code}
+    return loaded(AutoConfig.from_pretrained, folder, **hub)
+
+
+def _not_default(read: Any) -> dict[str, Any]:
+    """What a config says beyond the defaults of its architecture; keys that this doesn't read are left out."""
+    default = type(read)()
+    values = default.to_dict()
+    known = set(values) | set(inspect.signature(type(read).__init__).parameters)
+    given = read.to_dict().items()
+    return {k: v for k, v in given if k in known and k not in DROPPED and v != values.get(k)}
+
+
+def _no_dropout(read: Any) -> dict[str, float]:
+    return {key: 0.0 for key, value in read.to_dict().items() if "drop" in key and isinstance(value, float) and value}
+
+
+def _dtype(params: ModelParams, notes: Notes) -> dict[str, Any]:
+    name = params.dtype
+    if name in ("float64", "uint8"):
+        refuse("model.torch_dtype_str", f"{params.torch_dtype_str}: weights are float32, bfloat16 or float16")
+    if name is None and not params.load_pretrained_weights:
+        notes.comment("model.init_args.config", "random weights are float32, whatever the checkpoint's type is")
+        return {}
+    notes.became["model.torch_dtype_str"] = f"model.dtype {name or 'auto'}"
+    return {} if name == "float32" else {"dtype": name or "auto"}
+
+
+def _checkpointing(config: TrainingConfig, notes: Notes) -> dict[str, Any]:
+    training = config.training
+    for key, value in training.gradient_checkpointing_kwargs.items():
+        if (key, value) != ("use_reentrant", False):
+            refuse(
+                f"training.gradient_checkpointing_kwargs.{key}",
+                f"{value!r} has no counterpart: activations are recomputed with use_reentrant: false",
+            )
+    if not training.enable_gradient_checkpointing:
+        return {}
+    if training.use_deterministic and training.trainer_type.name != "OUMI":
+        notes.became["training.enable_gradient_checkpointing"] = "nothing: use_deterministic turns it off in Oumi"
+        return {}
+    return {"gradient_checkpointing": True}

@@ -1,0 +1,99 @@
+"""From an Oumi config to the recipe that trains the same."""
+
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from oumi_pl.core.configs import TrainingConfig
+from oumi_pl.core.recipe import data as data_section
+from oumi_pl.core.recipe import optimisation
+from oumi_pl.core.recipe import trainer as trainer_section
+from oumi_pl.core.recipe.fields import note_fields
+from oumi_pl.core.recipe.keywords import note_keywords
+from oumi_pl.core.recipe.model import model
+from oumi_pl.core.recipe.notes import Notes
+from oumi_pl.core.recipe.preference import preference
+
+Engine = Literal["lightning", "trl", "hf"]
+
+ENGINES: dict[str, Engine] = {
+    "TRL_SFT": "trl",
+    "TRL_DPO": "trl",
+    "HF": "hf",
+    "OUMI": "lightning",
+    "SFT": "lightning",
+    "DPO": "lightning",
+    "PRETRAIN": "lightning",
+}
+"""Trainer type -> what drives the training loop."""
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """A native recipe, and what is told about where it comes from.
+
+    tree: what `fit --config` reads. became: field of the config that was set, or that matters -> what it became.
+    comments: key of the tree by its dotted path, empty for all of it -> where Oumi does something else. resume: what
+    `fit --resume` is given, empty for the last unfinished run; None to start anew.
+    """
+
+    tree: dict[str, Any]
+    became: dict[str, str] = field(default_factory=dict)
+    comments: dict[str, list[str]] = field(default_factory=dict)
+    resume: str | None = None
+
+
+def to_recipe(config: TrainingConfig, engine: Engine | None = None, devices: int | None = None) -> Recipe:
+    """Converts an Oumi config: each field is honoured with the same meaning, or refused by its name.
+
+    Args:
+        config: The config, finalized or not.
+        engine: What drives the training loop; what Oumi's trainer type does so with when left out.
+        devices: Devices per node; as many as there are when left out.
+
+    Raises:
+        UserError: a field has no counterpart; the message begins with its dotted path.
+    """
+    notes = Notes()
+    note_fields(config, notes)
+    kind = data_section.kind(config, notes)
+    note_keywords(config, kind, notes)
+    training = config.training
+    module = model(config, notes)
+    if kind == "DPO":
+        module |= preference(training.trainer_kwargs)
+        if not training.use_peft and config.model.dtype != "float32":
+            notes.comment("model", "the reference is the model as training starts, where Oumi loads it in float32")
+    elif smoothing := training.trainer_kwargs.get("label_smoothing_factor"):
+        module["loss"] = {"class_path": "CrossEntropy", "init_args": {"label_smoothing": float(smoothing)}}
+    module["optimizer"] = optimisation.optimizer(training, notes)
+    if (schedule := optimisation.schedule(training, notes)) is not None:
+        module["schedule"] = schedule
+    if kind == "Pretrain" and "model" not in module:
+        notes.comment(
+            "model", "random weights begin with scaled residual projections, in Oumi as the architecture does"
+        )
+    chosen: Engine = engine or ENGINES[training.trainer_type.name]
+    tree: dict[str, Any] = {"seed_everything": training.seed}
+    tree |= {"engine": chosen} if chosen != "lightning" else {}
+    tree |= {
+        "model": {"class_path": kind, "init_args": module},
+        "data": data_section.data(config, kind, notes),
+        "trainer": trainer_section.trainer(config, notes, devices),
+    }
+    tree |= trainer_section.around(config, notes)
+    if chosen == "lightning" and kind != "Pretrain" and ENGINES[training.trainer_type.name] != "lightning":
+        notes.comment("data", "the order of the rows is drawn by another sampler than transformers'")
+    if training.trainer_type.name == "OUMI":
+        _comment_on_oumi(notes, training.max_steps)
+    return Recipe(tree, notes.became, notes.comments, trainer_section.resume(training))
+
+
+def _comment_on_oumi(notes: Notes, max_steps: int) -> None:
+    """Defects of Oumi's own trainer, which are not carried over."""
+    notes.comment(
+        "trainer",
+        "the last update is a whole one, and an update that is cut short by the end of an epoch is done, where Oumi's "
+        "own trainer takes one micro-batch, or none",
+    )
+    if max_steps <= 0:
+        notes.comment("model.init_args.schedule", "its end is that of the run, also where gradients are accumulated")

@@ -1,0 +1,164 @@
+"""Datasets of an Oumi config as sources of a recipe."""
+
+from pathlib import Path
+from typing import Any
+
+from oumi_pl.core.configs import DatasetParams
+from oumi_pl.core.recipe.notes import Notes, refuse
+from oumi_pl.core.recipe.registry import (
+    ANY,
+    FORMATS,
+    NOT_READ,
+    OF_KIND,
+    VISION,
+    VISION_KWARGS,
+    Registered,
+    known_kwargs,
+    registered,
+)
+from oumi_pl.errors import nearest
+
+RAW = Registered("raw", kwargs=OF_KIND["chat"])
+READ = (".jsonl", ".json", ".parquet")
+
+
+def entry_of(dataset: DatasetParams, place: str) -> Registered:
+    """How Oumi reads a dataset; of kind `raw` if it only knows the hub's name of it.
+
+    Raises:
+        UserError: it has images, or rows that can't be read here.
+    """
+    name = dataset.dataset_name
+    if "://" in name:
+        refuse(f"{place}.dataset_name", f"{name!r} is an address; download it, and name the file as dataset_path")
+    for key in VISION_KWARGS:
+        if key in dataset.dataset_kwargs:
+            refuse(f"{place}.dataset_kwargs.{key}", "is for images, and images are not trained on")
+    if name.lower() in VISION:
+        refuse(f"{place}.dataset_name", f"{name!r} has images, and images are not trained on")
+    if why := NOT_READ.get(name.lower()):
+        refuse(f"{place}.dataset_name", f"{name!r} has no counterpart: {why}; prepare its rows as text_sft_jsonl")
+    return registered(name) or RAW
+
+
+def source(
+    dataset: DatasetParams, place: str, notes: Notes, seed: int, text_field: str | None = None
+) -> str | dict[str, Any] | None:
+    """The source of a dataset; None if its share in the mixture is 0.
+
+    Args:
+        dataset: The dataset.
+        place: Its path in the config.
+        notes: Where comments go.
+        seed: Of the run, where the dataset has none.
+        text_field: Column of the text, of data that Oumi doesn't register.
+
+    Raises:
+        UserError: it has images, options without a counterpart, or no rows that can be found.
+    """
+    entry = entry_of(dataset, place)
+    _check_kwargs(dataset, entry, place)
+    if dataset.mixture_proportion == 0:
+        notes.became[f"{place}.mixture_proportion"] = "the source is left out"
+        return None
+    made: dict[str, Any] = {"path": _path(dataset, entry, place, notes)}
+    if dataset.subset is not None:
+        made["config"] = dataset.subset
+    local_file = dataset.dataset_path is not None and Path(dataset.dataset_path).suffix != ""
+    if dataset.split != "train" and not local_file:
+        made["split"] = dataset.split
+    elif dataset.split != "train":
+        _split_of_file(dataset, place, made, notes)
+    made |= {"format": _format(dataset, entry, place), "columns": _columns(dataset, entry, text_field)}
+    if dataset.mixture_proportion is not None:
+        made["weight"] = dataset.mixture_proportion
+    made |= _sample(dataset, place, seed)
+    if "sample_seed" not in made:
+        notes.nothing(f"{place}.seed", "no rows are drawn; the seed of the run decides on their order")
+        notes.nothing(f"{place}.shuffle", "the run draws an order of its own for each epoch")
+    made = {key: value for key, value in made.items() if value not in (None, {})}
+    notes.became[f"{place}.dataset_name"] = ", ".join(f"{key} {value}" for key, value in made.items())
+    return made["path"] if set(made) == {"path"} else made
+
+
+def _split_of_file(dataset: DatasetParams, place: str, made: dict[str, Any], notes: Notes) -> None:
+    """Oumi reads a file as a whole whatever the split; a slice is what was meant by one."""
+    _, bracket, _ = dataset.split.partition("[")
+    if bracket:
+        refuse(f"{place}.split", f"{dataset.split!r}: Oumi reads a file as a whole; say sample_count for fewer rows")
+    notes.became[f"{place}.split"] = "nothing: a file has one split, and is read as a whole"
+
+
+def _path(dataset: DatasetParams, entry: Registered, place: str, notes: Notes) -> str:
+    kwargs = dataset.dataset_kwargs
+    if dataset.dataset_path is not None:
+        path = Path(dataset.dataset_path)
+        if path.suffix == ".xlsx":
+            refuse(f"{place}.dataset_path", f"{path}: spreadsheets are not read; save it as .jsonl or .parquet")
+        if entry is RAW and path.suffix:
+            why = f"Oumi ignores it for {dataset.dataset_name!r}, which it doesn't know"
+            refuse(f"{place}.dataset_path", f"{why}; name text_sft_jsonl, or text_dpo_jsonl, as dataset_name")
+        if path.suffix and path.suffix not in READ:
+            refuse(f"{place}.dataset_path", f"{path}: Oumi reads {', '.join(READ)} and folders of save_to_disk")
+        if dataset.subset is not None:
+            refuse(f"{place}.subset", "is for data from the hub, and dataset_path is local; leave it out")
+        notes.became[f"{place}.dataset_path"] = "path"
+        return str(dataset.dataset_path)
+    if "hf_dataset_path" in entry.kwargs:
+        if not kwargs.get("hf_dataset_path"):
+            refuse(f"{place}.dataset_kwargs.hf_dataset_path", "missing: the data set on the hub, or dataset_path")
+        return str(kwargs["hf_dataset_path"])
+    if entry.path == "":
+        refuse(f"{place}.dataset_path", f"missing: {dataset.dataset_name} reads a local file")
+    return str(kwargs.get("dataset_name_override") or entry.path or dataset.dataset_name)
+
+
+def _format(dataset: DatasetParams, entry: Registered, place: str) -> str | None:
+    kwargs = dataset.dataset_kwargs
+    if not kwargs.get("include_system_prompt", True):
+        return f"{FORMATS}.alpaca_without_system"
+    if not kwargs.get("use_new_fields", True):
+        return f"{FORMATS}.dolly_original"
+    if kwargs.get("exclude_final_assistant_message"):
+        return f"{FORMATS}.without_final_answer"
+    if kwargs.get("format") not in (None, "oumi", "alpaca"):
+        refuse(f"{place}.dataset_kwargs.format", f"unknown {kwargs['format']!r}; known: oumi, alpaca")
+    return entry.format
+
+
+def _columns(dataset: DatasetParams, entry: Registered, text_field: str | None) -> dict[str, str]:
+    kwargs = dataset.dataset_kwargs
+    named = {"prompt": "prompt_column", "response": "response_column", "messages": "messages_column"}
+    named |= {"text": "dataset_text_field"}
+    given = {ours: kwargs[key] for ours, key in named.items() if kwargs.get(key)}
+    if entry is RAW and text_field is not None:
+        given["text"] = text_field
+    columns = {**entry.columns, **given}
+    return {ours: theirs for ours, theirs in columns.items() if ours != theirs}
+
+
+def _sample(dataset: DatasetParams, place: str, seed: int) -> dict[str, Any]:
+    if dataset.sample_count is None:
+        return {}
+    if dataset.sample_count == 0:
+        refuse(f"{place}.sample_count", "is 0, so there is nothing to read; leave the dataset out")
+    if not dataset.shuffle:
+        return {"sample": dataset.sample_count}
+    return {"sample": dataset.sample_count, "sample_seed": seed if dataset.seed is None else dataset.seed}
+
+
+def _check_kwargs(dataset: DatasetParams, entry: Registered, place: str) -> None:
+    known = (*ANY, *entry.kwargs) if entry is RAW else known_kwargs(entry)
+    expected = {
+        "task": ("sft",),
+        "return_conversations": (False, None),
+        "append_concat_token": (True,),
+        "add_special_tokens": (True,),
+    }
+    for key, value in dataset.dataset_kwargs.items():
+        if key not in known:
+            why = f"{dataset.dataset_name} is read without it{nearest(key, known)}"
+            refuse(f"{place}.dataset_kwargs.{key}", f"has no counterpart: {why}")
+        if key in expected and value not in expected[key]:
+            words = " or ".join(str(one).lower() for one in expected[key] if one is not None)
+            refuse(f"{place}.dataset_kwargs.{key}", f"{value!r} has no counterpart; the only value is {words}")

@@ -1,0 +1,132 @@
+"""Which tokens of an Oumi config carry loss, and by which chat template rows are rendered."""
+
+from typing import Any
+
+from oumi_pl.core.configs import DatasetSplitParams, ModelParams, TrainingConfig
+from oumi_pl.core.recipe.notes import Notes, refuse
+from oumi_pl.core.recipe.registry import Registered
+from oumi_pl.data.template import OUMI
+from oumi_pl.errors import nearest
+
+COMPLETIONS = "text_completions_only_with_padding"
+PADDING = "text_with_padding"
+HARMLESS = ("ignore_index", "pad_to_multiple_of", "max_variable_sized_dims", "debug")
+"""Options of collators that don't decide what carries loss."""
+TEMPLATES = ("response_template", "instruction_template", "end_of_turn_template")
+NESTED = ("tool_response_template", "end_of_tool_response_template")
+
+VISION_TEMPLATES = ("qwen2-vl-instruct", "qwen3-vl-instruct", "internvl3", "llava", "molmo")
+PLACE = "data.init_args.train_on"
+
+
+def template(params: ModelParams, notes: Notes) -> str | None:
+    """`data.template`; None for the tokenizer's own.
+
+    Raises:
+        UserError: there is no such template, or it is for images.
+    """
+    name = params.chat_template
+    known = {path.rpartition("/")[2]: path for path in OUMI} | {"default_gen": "oumi/default"}
+    if name is None:
+        if "gpt2" in params.model_name.lower():
+            notes.comment("data.init_args.template", "Oumi puts this in place of whatever template a GPT-2 has")
+            return known["gpt2"]
+        return None
+    if name == "auto":
+        return None
+    if name.lower() in VISION_TEMPLATES:
+        refuse("model.chat_template", f"{name} is for models that see, and images are not trained on")
+    if name.lower() not in known:
+        refuse("model.chat_template", f"Oumi has no template {name!r}{nearest(name, [*known, 'auto'])}")
+    return known[name.lower()]
+
+
+def train_on(config: TrainingConfig, entries: list[Registered], notes: Notes) -> str:
+    """`data.train_on` of conversations: `all` unless the config says otherwise in one of Oumi's three ways.
+
+    Args:
+        config: The config.
+        entries: How Oumi reads each training set.
+        notes: Where comments go.
+
+    Raises:
+        UserError: collator options without a counterpart, or ways that contradict each other.
+    """
+    split = config.data.train
+    name = split.collator_name
+    asked = {_assistant_only(split, i) for i in range(len(split.datasets))}
+    raw = all(entry.kind == "raw" for entry in entries)
+    if name == COMPLETIONS:
+        found = _by_collator(split)
+        notes.comment(
+            PLACE,
+            "what the assistant writes is found by the template, and not by searching ids; the newlines around it, "
+            "which Oumi trains, carry no loss, and rows without any are left out",
+        )
+    elif asked == {True}:
+        found = "assistant"
+    elif raw:
+        found = _by_trl(config.training.trainer_kwargs, notes)
+    else:
+        found = "all"
+        _comment_on_labels(config, notes)
+    if len(asked) > 1:
+        refuse("data.train.datasets", "some say dataset_kwargs.assistant_only and others do not; train_on is for all")
+    notes.became["data.train.collator_name"] = f"data.train_on: {found}"
+    return found
+
+
+def refuse_collators(split: DatasetSplitParams, place: str, allowed: tuple[str | None, ...]) -> None:
+    """Refuses collators of images, and those that this kind of training has no use for.
+
+    Raises:
+        UserError: at such a collator, or an option of it without a counterpart.
+    """
+    name = split.collator_name
+    if name is not None and name.startswith("vision"):
+        refuse(f"{place}.collator_name", f"{name} is for images, and images are not trained on")
+    if name not in allowed:
+        refuse(f"{place}.collator_name", f"{name} has no counterpart here; leave it out")
+    for key, value in split.collator_kwargs.items():
+        if key in NESTED and value is not None:
+            refuse(f"{place}.collator_kwargs.{key}", "results of tools are turns of their own here, without loss")
+        if key not in (*HARMLESS, *TEMPLATES, *NESTED, "train_target"):
+            refuse(f"{place}.collator_kwargs.{key}", "has no counterpart; leave it out")
+
+
+def _assistant_only(split: DatasetSplitParams, number: int) -> bool:
+    return bool(split.datasets[number].dataset_kwargs.get("assistant_only"))
+
+
+def _by_collator(split: DatasetSplitParams) -> str:
+    kwargs = split.collator_kwargs
+    target = kwargs.get("train_target") or (split.train_target.value if split.train_target else None)
+    if target is not None:
+        names = {"all_assistant_turns": "assistant", "final_assistant_turn": "last_turn"}
+        if str(target).lower() not in names:
+            refuse("data.train.collator_kwargs.train_target", f"unknown {target!r}{nearest(str(target), names)}")
+        return names[str(target).lower()]
+    if not kwargs.get("response_template"):
+        refuse("data.train.train_target", f"missing: {COMPLETIONS} needs it, e.g. ALL_ASSISTANT_TURNS")
+    several = kwargs.get("end_of_turn_template") or kwargs.get("instruction_template")
+    return "assistant" if several else "last_turn"
+
+
+def _by_trl(kwargs: dict[str, Any], notes: Notes) -> str:
+    """What TRL trains on of rows that Oumi hands to it as they are."""
+    if kwargs.get("assistant_only_loss"):
+        return "assistant"
+    if kwargs.get("completion_only_loss"):
+        return "completion"
+    if kwargs.get("completion_only_loss") is None and not kwargs.get("dataset_text_field"):
+        notes.comment(
+            PLACE, "of rows with `prompt` and `completion`, TRL trains on the completion: set train_on: completion"
+        )
+    return "all"
+
+
+def _comment_on_labels(config: TrainingConfig, notes: Notes) -> None:
+    trainer, collator = config.training.trainer_type.name, config.data.train.collator_name
+    if trainer in ("HF", "OUMI") or (trainer == "TRL_SFT" and collator == PADDING):
+        made = f"{trainer} with {collator or 'no collator'}"
+        notes.comment(PLACE, f"{made} has no labels in Oumi and fails; here every token is trained, as with TRL_SFT")

@@ -1,0 +1,161 @@
+"""The loop of an Oumi config: how long, how often, on what, and what is saved."""
+
+import math
+import os
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+from oumi_pl.core.configs import TrainingConfig, TrainingParams
+from oumi_pl.core.recipe.notes import Notes, refuse
+from oumi_pl.core.recipe.sharding import strategy
+
+NEVER = 1_000_000_000
+"""Steps that no run reaches."""
+ALL = 1000
+"""Checkpoints to keep, where Oumi keeps whatever it writes."""
+
+
+def trainer(config: TrainingConfig, notes: Notes, devices: int | None) -> dict[str, Any]:
+    """The section `trainer`.
+
+    Raises:
+        UserError: something has no counterpart.
+    """
+    training = config.training
+    made: dict[str, Any] = {} if devices is None else {"devices": devices}
+    made |= strategy(config, notes, devices)
+    if training.max_steps > 0:
+        made["max_steps"] = training.max_steps
+        if training.num_train_epochs != 3:
+            notes.became["training.num_train_epochs"] = "nothing: max_steps wins"
+    else:
+        made["max_epochs"] = training.num_train_epochs
+    if training.gradient_accumulation_steps != 1:
+        made["accumulate_grad_batches"] = training.gradient_accumulation_steps
+        if training.trainer_type.name in ("OUMI", "TRL_DPO", "DPO"):
+            notes.comment(
+                "trainer.accumulate_grad_batches",
+                "an update is the mean over all of it; in Oumi, that of the means of its micro-batches",
+            )
+    if training.max_grad_norm:
+        made["gradient_clip_val"] = training.max_grad_norm
+    if (precision := training.mixed_precision_dtype.name) != "NONE":
+        made["precision"] = {"FP16": "16-mixed", "BF16": "bf16-mixed"}[precision]
+    made |= _determinism(training, notes)
+    if training.log_model_summary:
+        made["enable_model_summary"] = True
+    loggers = _loggers(training, notes)
+    return made | ({"logger": loggers} if loggers else {})
+
+
+def _determinism(training: TrainingParams, notes: Notes) -> dict[str, Any]:
+    if training.full_determinism:
+        return {"deterministic": True}
+    if training.use_deterministic:
+        notes.comment("trainer.deterministic", "Oumi sets cuDNN alone; this warns of other operations as well")
+        return {"deterministic": "warn"}
+    return {}
+
+
+def _loggers(training: TrainingParams, notes: Notes) -> list[dict[str, Any]]:
+    made = []
+    project = "oumi" if training.trainer_type.name == "OUMI" else "huggingface"
+    named = {"name": training.run_name} if training.run_name else {}
+    if training.enable_wandb:
+        project = os.environ.get("WANDB_PROJECT", project)
+        made.append({"class_path": "WandbLogger", "init_args": {"project": project, **named}})
+    if training.enable_mlflow:
+        run = {"run_name": training.run_name} if training.run_name else {}
+        made.append({"class_path": "MLFlowLogger", "init_args": run} if run else {"class_path": "MLFlowLogger"})
+    installed = find_spec("tensorboard") or find_spec("tensorboardX")
+    if not installed:
+        notes.nothing("training.enable_tensorboard", "TensorBoard is not installed")
+    if training.enable_tensorboard and installed:
+        output = Path(training.output_dir)
+        folder = Path(training.logging_dir) if training.logging_dir else output.parent / "tensorboard" / output.name
+        arguments = {"save_dir": str(folder.parent), "name": folder.name, "version": ""}
+        made.append({"class_path": "TensorBoardLogger", "init_args": arguments})
+    elif training.enable_tensorboard:
+        notes.comment(
+            "trainer", "metrics are written to metrics.csv; for TensorBoard as well: pip install 'oumi_pl[tracking]'"
+        )
+    if not any(one["class_path"] == "TensorBoardLogger" for one in made):
+        notes.nothing("training.logging_dir", "it is TensorBoard's, which gets no metrics")
+    if training.run_name and not made:
+        notes.became["training.run_name"] = "nothing: it is the name for trackers, and none is enabled"
+    return made
+
+
+def around(config: TrainingConfig, notes: Notes) -> dict[str, Any]:
+    """What stands beside the sections: folders, validation, checkpoints, the export.
+
+    Raises:
+        UserError: something has no counterpart.
+    """
+    training = config.training
+    folder = Path(training.output_dir).expanduser()
+    name = folder.name or folder.resolve().name
+    if not name or name.startswith("."):
+        refuse("training.output_dir", f"{training.output_dir!r} can't be the name of a run; name a folder for it")
+    made: dict[str, Any] = {"name": name, "runs_dir": str(folder.parent)}
+    notes.became["training.output_dir"] = f"{folder}: runs_dir and name; where it is taken, a number is added"
+    if (every := _validation(training, notes)) is not None:
+        made["val_every"] = every
+    made["checkpoint"] = _checkpoints(training, notes)
+    export = _export(config, notes)
+    return made | ({"export": export} if export else {})
+
+
+def _validation(training: TrainingParams, notes: Notes) -> int | None:
+    if training.eval_strategy == "epoch":
+        notes.nothing("training.eval_steps", "training.eval_strategy is epoch")
+    if training.eval_strategy != "steps":
+        return None
+    if training.eval_steps >= 1:
+        return int(training.eval_steps)
+    if training.max_steps <= 0:
+        refuse("training.eval_steps", f"{training.eval_steps} is a share of max_steps, which is not set; count steps")
+    return math.ceil(training.eval_steps * training.max_steps)
+
+
+def _checkpoints(training: TrainingParams, notes: Notes) -> dict[str, Any]:
+    if training.save_steps <= 0:
+        if training.save_epoch:
+            refuse("training.save_epoch", "checkpoints come by steps; set save_steps to those of an epoch")
+        notes.comment("checkpoint", "none but that of the end: save_steps is 0")
+        return {"every": NEVER}
+    if training.save_epoch:
+        notes.became["training.save_epoch"] = "nothing: save_steps wins"
+    made: dict[str, Any] = {"every": training.save_steps}
+    kwargs = training.trainer_kwargs
+    if kwargs.get("save_total_limit"):
+        made["keep"] = int(kwargs["save_total_limit"])
+    else:
+        made["keep"] = ALL
+    if kwargs.get("load_best_model_at_end"):
+        metric = str(kwargs.get("metric_for_best_model") or "loss").removeprefix("eval_")
+        higher = kwargs.get("greater_is_better", not metric.endswith("loss"))
+        made |= {"monitor": f"val/{metric}"} | ({"mode": "max"} if higher else {})
+    return made
+
+
+def _export(config: TrainingConfig, notes: Notes) -> dict[str, Any]:
+    made: dict[str, Any] = {}
+    if not config.training.save_final_model:
+        made["enabled"] = False
+    mode = config.peft.peft_save_mode.name
+    if not config.training.use_peft:
+        return made
+    if mode == "ADAPTER_AND_BASE_MODEL":
+        refuse("peft.peft_save_mode", f"{mode}: Oumi writes a model that can't be loaded; set MERGED or ADAPTER_ONLY")
+    if mode == "MERGED":
+        made["merge"] = True
+    return made
+
+
+def resume(training: TrainingParams) -> str | None:
+    """What `fit --resume` is given: a run, empty for the last unfinished one; None to start anew."""
+    if training.resume_from_checkpoint:
+        return training.resume_from_checkpoint
+    return "" if training.try_resume_from_last_checkpoint else None

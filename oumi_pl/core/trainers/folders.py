@@ -1,0 +1,102 @@
+"""`checkpoint-N` folders: what is in them, how they appear whole, how the last is found."""
+
+import json
+import re
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from oumi_pl.checkpoint_files import HALF, remove
+from oumi_pl.errors import UserError
+
+if TYPE_CHECKING:
+    from transformers.trainer_callback import TrainerState
+
+STATE = "trainer_state.json"
+TRAINING = "training_state.pt"
+"""Optimizer, schedule, generators, position in the data: plain values that load with `weights_only=True`."""
+
+_NUMBERED = re.compile(r"checkpoint-(\d+)$")
+
+
+def checkpoints(output_dir: Path) -> list[Path]:
+    """The whole checkpoints of a run, oldest first."""
+    found = {int(m.group(1)): p for p in output_dir.glob("checkpoint-*") if (m := _NUMBERED.search(p.name))}
+    return [found[step] for step in sorted(found) if (found[step] / STATE).is_file()]
+
+
+def find_checkpoint(asked: str | None, output_dir: Path, try_last: bool) -> Path | None:
+    """Where a run goes on from: the folder that is named, else the last of `output_dir` if that may be tried.
+
+    An output folder is taken for the last checkpoint in it.
+
+    Raises:
+        UserError: if the named folder is not one of this trainer's checkpoints.
+    """
+    if asked is None:
+        last = checkpoints(output_dir)[-1:] if try_last else []
+        return last[0] if last else None
+    folder = Path(asked)
+    if not (folder / TRAINING).is_file() and (inside := checkpoints(folder)):
+        folder = inside[-1]
+    if not (folder / TRAINING).is_file():
+        why = "holds no " + TRAINING if folder.is_dir() else "is not there"
+        raise UserError(f"training.resume_from_checkpoint: {folder} {why}; name a checkpoint-N folder of this trainer")
+    return folder
+
+
+def begin_folder(folder: Path) -> Path:
+    """An empty folder beside the one that is to be."""
+    half = folder.with_name(folder.name + HALF)
+    if half.exists():
+        remove(half)
+    half.mkdir(parents=True)
+    return half
+
+
+def finish_folder(half: Path, folder: Path) -> None:
+    """Puts the folder in its place, now that it is whole."""
+    if folder.exists():
+        remove(folder)
+    half.replace(folder)
+
+
+def write_state(file: Path, state: "TrainerState", total_tokens_seen: int) -> None:
+    """Writes `trainer_state.json`: transformers' fields, and `total_tokens_seen`."""
+    content = asdict(state) | {"total_tokens_seen": total_tokens_seen}
+    half = file.with_name(file.name + HALF)
+    half.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+    half.replace(file)
+
+
+def read_state(folder: Path) -> tuple[dict[str, Any], int]:
+    """What `write_state` wrote: transformers' fields, and the tokens seen."""
+    content = json.loads((folder / STATE).read_text(encoding="utf-8"))
+    return content, content.pop("total_tokens_seen")
+
+
+def read_training(folder: Path) -> dict[str, Any]:
+    """Reads `training_state.pt`, running no code from it.
+
+    Raises:
+        UserError: if it can't be read.
+    """
+    try:
+        return torch.load(folder / TRAINING, map_location="cpu", weights_only=True)
+    except Exception as error:  # bytes can be wrong in any way
+        raise UserError(f"{folder / TRAINING}: can't be read: {str(error).partition(chr(10))[0]}") from error
+
+
+def keep_last(output_dir: Path, limit: int | None, best: str | None) -> None:
+    """Removes the oldest checkpoints beyond a number; the best one stays, and counts."""
+    if limit is None or limit < 1:
+        return
+    found = checkpoints(output_dir)
+    spared = [p for p in found if best is not None and p == Path(best)]
+    others = [p for p in found if p not in spared]
+    # the newest is always kept: the run goes on from it
+    kept = max(1, limit - len(spared))
+    for old in others[:-kept]:
+        remove(old)

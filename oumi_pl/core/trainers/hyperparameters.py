@@ -1,0 +1,151 @@
+"""Oumi's training parameters as the arguments of transformers' and TRL's trainers."""
+
+import dataclasses
+import logging
+from typing import TYPE_CHECKING, Any
+
+from oumi_pl.core.trainers.loggers import INSTALL, installed
+from oumi_pl.core.trainers.workers import workers
+from oumi_pl.errors import UserError, nearest
+
+if TYPE_CHECKING:
+    from transformers import TrainingArguments
+
+    from oumi_pl.core.configs import TrainerType, TrainingParams
+
+logger = logging.getLogger("oumi_pl")
+
+
+def to_hf(params: "TrainingParams", trainer_type: "TrainerType | None" = None) -> "TrainingArguments":
+    """The arguments of the trainer that a type names: TrainingArguments, SFTConfig or DPOConfig.
+
+    TRL's own defaults never apply to what Oumi has a field for: the learning rate of DPO is 5e-5 unless it is set.
+
+    Args:
+        params: Oumi's parameters.
+        trainer_type: HF, TRL_SFT or TRL_DPO; that of the parameters if left out.
+
+    Raises:
+        UserError: for `trainer_kwargs` that a field sets already or that the class does not have, and for parameters
+            that have no effect there.
+    """
+    kind = trainer_type or params.trainer_type
+    made = arguments_class(kind.name)
+    if params.metrics_function:
+        raise UserError("training.metrics_function: there is no registry; give compute_metrics to the trainer instead")
+    _refuse_unknown_names(params)
+    passed = _lengths_and_files(params) | _optimization(params) | _devices(params)
+    known = [field.name for field in dataclasses.fields(made) if field.init]
+    for name in params.trainer_kwargs:
+        if name in passed:
+            raise UserError(f"training.trainer_kwargs: {name} is set by a field of training already")
+        if name not in known:
+            raise UserError(f"training.trainer_kwargs: {made.__name__} has no {name!r}{nearest(name, known)}")
+    try:
+        return made(**passed, **params.trainer_kwargs)
+    except ValueError as error:
+        raise UserError(f"training: {error}") from error
+
+
+def arguments_class(kind: str) -> Any:
+    """The class of a trainer's arguments, by the name of the trainer type."""
+    if kind == "HF":
+        from transformers import TrainingArguments
+
+        return TrainingArguments
+    import trl
+
+    return {"TRL_SFT": trl.SFTConfig, "TRL_DPO": trl.DPOConfig}[kind]
+
+
+def _refuse_unknown_names(params: "TrainingParams") -> None:
+    from transformers.trainer_utils import SchedulerType
+    from transformers.training_args import OptimizerNames
+
+    for field, names in (("optimizer", OptimizerNames), ("lr_scheduler_type", SchedulerType)):
+        value, known = getattr(params, field), [str(name.value) for name in names]
+        if value not in known:
+            raise UserError(f"training.{field}: transformers has no {value!r}{nearest(value, known)}")
+
+
+def _lengths_and_files(params: "TrainingParams") -> dict[str, Any]:
+    saves = "steps" if params.save_steps > 0 else "epoch" if params.save_epoch else "no"
+    silent = params.logging_strategy == "steps" and params.logging_steps <= 0
+    return {
+        "output_dir": params.output_dir,
+        "max_steps": params.max_steps,
+        "num_train_epochs": params.num_train_epochs,
+        "per_device_train_batch_size": params.per_device_train_batch_size,
+        "per_device_eval_batch_size": params.per_device_eval_batch_size,
+        "gradient_accumulation_steps": params.gradient_accumulation_steps,
+        "save_strategy": saves,
+        "save_steps": params.save_steps or 500,
+        "eval_strategy": params.eval_strategy,
+        "eval_steps": params.eval_steps,
+        "logging_strategy": "no" if silent else params.logging_strategy,
+        "logging_steps": params.logging_steps or 500,
+        "logging_first_step": params.logging_first_step,
+        "logging_nan_inf_filter": True,
+        "log_level": params.dep_log_level,
+        "report_to": _reports(params),
+        "run_name": params.run_name,
+        "push_to_hub": False,
+        "include_num_input_tokens_seen": params.include_performance_metrics,
+    }
+
+
+def _reports(params: "TrainingParams") -> list[str]:
+    wanted = {"wandb": params.enable_wandb, "mlflow": params.enable_mlflow}
+    for name, on in wanted.items():
+        if on and not installed(name):
+            raise UserError(f"training.enable_{name}: {name} is not installed; {INSTALL}")
+    # on unless it is switched off, so that it may be absent
+    if params.enable_tensorboard and not (installed("tensorboard") or installed("tensorboardX")):
+        logger.warning("training.enable_tensorboard: tensorboard is not installed; %s", INSTALL)
+    elif params.enable_tensorboard:
+        wanted["tensorboard"] = True
+    return [name for name, on in wanted.items() if on]
+
+
+def _optimization(params: "TrainingParams") -> dict[str, Any]:
+    # a float of 1 or more would be read as a number of steps
+    ratio = min(params.warmup_ratio or 0.0, 1 - 1e-9)
+    return {
+        "optim": params.optimizer,
+        "learning_rate": params.learning_rate,
+        "lr_scheduler_type": params.lr_scheduler_type,
+        "lr_scheduler_kwargs": dict(params.lr_scheduler_kwargs),
+        "warmup_steps": params.warmup_steps if params.warmup_steps is not None else ratio,
+        "weight_decay": params.weight_decay,
+        "adam_beta1": params.adam_beta1,
+        "adam_beta2": params.adam_beta2,
+        "adam_epsilon": params.adam_epsilon,
+        "max_grad_norm": params.max_grad_norm or 0.0,
+        "gradient_checkpointing": params.enable_gradient_checkpointing and not params.use_deterministic,
+        "gradient_checkpointing_kwargs": dict(params.gradient_checkpointing_kwargs) or None,
+        "seed": params.seed,
+        "data_seed": params.data_seed,
+        "full_determinism": params.full_determinism,
+    }
+
+
+def _devices(params: "TrainingParams") -> dict[str, Any]:
+    exact, number = params.use_deterministic, workers(params.dataloader_num_workers)
+    dispatches = False if exact else params.dataloader_main_process_only
+    accelerator = {"split_batches": False, "even_batches": True, "use_seedable_sampler": True}
+    passed: dict[str, Any] = {
+        "fp16": params.mixed_precision_dtype.name == "FP16",
+        "bf16": params.mixed_precision_dtype.name == "BF16",
+        "torch_compile": params.compile,
+        "torch_empty_cache_steps": params.empty_device_cache_steps,
+        "dataloader_num_workers": number,
+        "dataloader_prefetch_factor": params.dataloader_prefetch_factor if number else None,
+        "dataloader_persistent_workers": params.dataloader_persistent_workers and number > 0,
+        "dataloader_pin_memory": True,
+        "ddp_broadcast_buffers": True if exact else None,
+        "ddp_find_unused_parameters": False if exact else params.ddp_find_unused_parameters,
+        "accelerator_config": accelerator | {"dispatch_batches": dispatches},
+    }
+    if params.nccl_default_timeout_minutes is not None:
+        passed["ddp_timeout"] = round(60 * params.nccl_default_timeout_minutes)
+    return passed

@@ -1,0 +1,220 @@
+"""One recipe on Lightning, on transformers.Trainer and on TRL: the same losses, norms, rates, metrics and weights."""
+
+import lightning as L
+import pytest
+import torch
+from transformers import TrainerCallback
+
+from oumi_pl import adapters
+from oumi_pl.errors import UserError
+from oumi_pl.losses.causal import CrossEntropy
+from oumi_pl.losses.preference import BCO, LDDPO, JensenShannon, Robust, Sigmoid, WeightedSum
+from oumi_pl.modules.pretrain import Pretrain
+from oumi_pl.optim import Linear
+from oumi_pl.types import TokenLoss
+from tests.data.corpora import corpus, pretrain_data
+from tests.tiny import LLAMA, data, distance, dpo, dpo_data, module, trainer, weights
+
+ROWS, BATCH, MICRO = 21, 2, 4
+"""Updates of 8, 8 and 5 rows: the last one has a short micro-batch and an empty one."""
+LORA = {"r": 4, "lora_alpha": 8}
+
+
+class Squared(TokenLoss):
+    """A loss of one's own."""
+
+    def __call__(self, logits, targets):
+        nll = torch.nn.functional.cross_entropy(logits, targets, reduction="none")
+        return 0.5 * nll.square()
+
+
+class Follow(L.Callback):
+    """What Lightning logs after each update."""
+
+    def __init__(self):
+        self.rows = []
+
+    def on_train_batch_end(self, trainer, *_):
+        if not trainer.fit_loop._should_accumulate():
+            self.rows.append({name: float(value) for name, value in trainer.callback_metrics.items()})
+
+
+class Record(TrainerCallback):
+    """What the engine itself logs after each update."""
+
+    def __init__(self):
+        self.rows, self.sizes = [], []
+
+    def on_step_end(self, args, state, control, **kwargs):
+        self.sizes.append(
+            [int((b["shift_labels"] != -100).sum()) for b in self.trainer.update_batches if "labels" in b]
+        )
+
+    def on_log(self, args, state, control, logs=None, **kwargs):
+        if "loss" in logs:
+            self.rows.append(logs)
+
+
+def adamw(params):
+    return torch.optim.AdamW(params, lr=3e-3, weight_decay=0.1)
+
+
+def sft(tmp_path, packing=False, **kwargs):
+    layout = {"packing": True, "batch_size": 1, "max_length": 128} if packing else {"batch_size": BATCH}
+    return module(adamw, schedule=Linear(2), **kwargs), data(tmp_path, ROWS, **layout)
+
+
+def pretrain(tmp_path, **kwargs):
+    train = corpus(tmp_path, 20)
+    return Pretrain(config=LLAMA, optimizer=adamw, schedule=Linear(2)), pretrain_data(train, **kwargs)
+
+
+def preferences(tmp_path, packing=False, config=None, **kwargs):
+    layout = {"packing": True, "batch_size": 1, "max_length": 128} if packing else {"batch_size": BATCH}
+    made = dpo(None, adamw, {"attention_dropout": 0.1} | (config or {}), schedule=Linear(2), **kwargs)
+    return made, dpo_data(tmp_path, ROWS, **layout)
+
+
+def run(engine, make, tmp_path, precision="32-true", **kwargs):
+    """The trained module, its last metrics, and losses, norms and rates by update."""
+    trained, its_data = make(tmp_path, **kwargs)
+    L.seed_everything(3)
+    record = Follow() if engine == "lightning" else Record()
+    loop = trainer(
+        max_epochs=2,
+        accumulate_grad_batches=MICRO,
+        gradient_clip_val=0.5,
+        precision=precision,
+        callbacks=[record] if engine == "lightning" else [],
+    )
+    if engine == "lightning":
+        loop.fit(trained, its_data)
+        names = ("train/loss", "train/grad_norm", "train/lr")
+    else:
+        adapters.run(engine, loop, trained, its_data, [record])
+        names = ("loss", "grad_norm", "learning_rate")
+    return trained, loop, [[row[name] for row in record.rows] for name in names], record
+
+
+def assert_equal(engine, make, tmp_path, **kwargs):
+    ours, our_loop, (losses, norms, rates), _ = run("lightning", make, tmp_path, **kwargs)
+    theirs, their_loop, found, record = run(engine, make, tmp_path, **kwargs)
+    assert len(losses) >= 5
+    assert abs(losses[-1] - losses[0]) > 1e-3, "nothing moved"
+    assert found[0] == pytest.approx(losses, rel=1e-5)
+    assert found[1] == pytest.approx(norms, rel=1e-5)
+    assert found[2] == pytest.approx(rates, rel=1e-5, abs=1e-12)
+    assert distance(weights(theirs), weights(ours)) < 1e-4
+    ours, theirs = ({k: float(v) for k, v in loop.callback_metrics.items()} for loop in (our_loop, their_loop))
+    ours.pop("step")
+    assert theirs.keys() == ours.keys()
+    twice = {"train/num_tokens"} if make is preferences else set()  # prompts, which TRL computes twice
+    for name in ours.keys() - twice:
+        assert theirs[name] == pytest.approx(ours[name], rel=1e-4, abs=1e-5), name
+    return record
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("engine", ["hf", "trl"])
+def test_padded_rows(tmp_path, engine):
+    record = assert_equal(engine, sft, tmp_path)
+    assert [len(sizes) for sizes in record.sizes] == [MICRO] * 6
+    assert [sizes.count(0) for sizes in record.sizes] == [0, 0, 1] * 2
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("engine", ["hf", "trl"])
+def test_packed_documents(tmp_path, engine):
+    assert_equal(engine, sft, tmp_path, packing=True)
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("engine", ["hf", "trl"])
+@pytest.mark.parametrize("loss", [CrossEntropy(label_smoothing=0.1, z_loss=1e-3), Squared()])
+def test_other_token_losses(tmp_path, engine, loss):
+    assert_equal(engine, sft, tmp_path, loss=loss)
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("engine", ["hf", "trl"])
+def test_adapters_and_frozen_parts(tmp_path, engine):
+    assert_equal(engine, sft, tmp_path, lora=LORA)
+    assert_equal(engine, sft, tmp_path, freeze=["model.embed_tokens"], gradient_checkpointing=True)
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize(
+    "kwargs",
+    [
+        {"packing": "concat", "isolate": False},  # a row's last target is the next row's first token
+        {"packing": "best_fit", "isolate": True},
+    ],
+)
+def test_pretraining(tmp_path, kwargs):
+    assert_equal("hf", pretrain, tmp_path, **kwargs)
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("kwargs", [{}, {"lora": LORA}, {"packing": True}, {"reference": "online"}])
+def test_preferences(tmp_path, kwargs):
+    """Micro-batches of an update have different numbers of pairs."""
+    assert_equal("trl", preferences, tmp_path, **kwargs)
+
+
+GEMMA = {"model_type": "gemma2", "head_dim": 8, "query_pre_attn_scalar": 8, "sliding_window": 16}
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_an_architecture_with_an_attention_and_logits_of_its_own(tmp_path):
+    """Lightning reads its pairs as padded rows, too; logits have a soft cap, and layers a window."""
+    assert_equal("trl", preferences, tmp_path, config=GEMMA)
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize(
+    "loss",
+    [
+        LDDPO(WeightedSum([Sigmoid(0.2), BCO(0.2)], [0.7, 0.5]), alpha=0.3),
+        Robust(beta=0.3, label_smoothing=0.2, divergence=JensenShannon()),
+    ],
+)
+def test_other_preference_losses(tmp_path, loss):
+    assert_equal("trl", preferences, tmp_path, loss=loss)
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize(("make", "engine"), [(sft, "hf"), (sft, "trl"), (preferences, "trl")])
+@pytest.mark.parametrize("precision", ["bf16-mixed", "bf16-true"])
+def test_half_precision(tmp_path, make, engine, precision):
+    """Up to the rounding of bfloat16: weights and matrix products have the same dtypes."""
+    ours, _, expected, _ = run("lightning", make, tmp_path, precision)
+    theirs, _, found, _ = run(engine, make, tmp_path, precision)
+    assert found[0] == pytest.approx(expected[0], rel=1e-2)
+    assert found[1] == pytest.approx(expected[1], rel=5e-2)
+    assert found[0] != pytest.approx(run(engine, make, tmp_path)[2][0], rel=1e-6)
+    dtypes = {p.dtype for p in theirs.parameters()}
+    assert dtypes == {p.dtype for p in ours.parameters()}
+    assert dtypes == {torch.float32 if precision == "bf16-mixed" else torch.bfloat16}
+
+
+class Infinite(TokenLoss):
+    def __call__(self, logits, targets):
+        return torch.nn.functional.cross_entropy(logits, targets, reduction="none") * float("inf")
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_a_loss_that_is_no_number_ends_the_run(tmp_path):
+    with pytest.raises(UserError, match="train/loss became inf at step 1"):
+        run("hf", sft, tmp_path, loss=Infinite())
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_the_model_is_left_as_it_was_built(tmp_path):
+    """Configs and forward methods, which engines change while they train."""
+    trained, _, _, _ = run("trl", preferences, tmp_path, lora=LORA)
+    base = trained.causal_lm.base
+    built = preferences(tmp_path, lora=LORA)[0].build(trained.trainer.datamodule.tokenizer)
+    assert "forward" not in vars(base)
+    assert base.config.to_dict() == built.base.config.to_dict()
+    assert list(trained.causal_lm.hf.peft_config) == ["default"]
+    assert trained.causal_lm.hf.peft_config["default"].to_dict() == built.hf.peft_config["default"].to_dict()

@@ -1,0 +1,41 @@
+"""`compare` from the command line: each engine in a process of its own, a table, a picture, an exit code."""
+
+import pytest
+
+from tests.command_line import CommandLine
+
+
+@pytest.fixture
+def cli(tmp_path, monkeypatch, capsys):
+    return CommandLine(tmp_path, monkeypatch, capsys)
+
+
+def test_a_recipe_on_two_engines(cli):
+    code, out, err = cli.run("compare", "--config", "r.yaml", "--engines", "lightning,trl", "--steps", "3")
+    assert code == 0, err
+    assert "trl equals lightning in all 3 steps, within 1e-05" in out
+    found = cli.files()
+    assert {"runs/r-compare/steps.csv", "runs/r-compare/compare.png"} <= found
+    assert not any("weights" in name for name in found)
+    assert "holds something already" in cli.run("compare", "--config", "r.yaml")[2]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (("--engines", "lightning,tlr"), "there is no 'tlr'; did you mean 'trl'?"),
+        (("--engines", "lightning"), "name two or three different ones of lightning, hf, trl"),
+        (("--steps", "0"), "--steps is 0, but has to be at least 1"),
+        (("--step", "3"), "--step"),
+        (("--config", "nope"), "no recipe 'nope'"),
+    ],
+)
+def test_mistakes_are_told_before_anything_runs(cli, options, message):
+    assert message in cli.fails("compare", "--config", "r.yaml", *options)
+
+
+def test_an_engine_that_refuses_the_recipe_says_so(cli):
+    cli.recipe({"trainer.gradient_clip_val": 1.0, "trainer.gradient_clip_algorithm": "value"})
+    code, _, err = cli.run("compare", "--config", "r.yaml", "--engines", "lightning,hf", "--steps", "1")
+    assert code == 2
+    assert "error: hf: trainer.gradient_clip_algorithm: --engine hf clips by norm" in err

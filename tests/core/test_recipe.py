@@ -1,0 +1,439 @@
+"""Oumi's configs as recipes: what each key becomes, by hand."""
+
+import re
+from enum import Enum
+
+import pytest
+
+from oumi_pl.core.configs import TrainingConfig
+from oumi_pl.core.recipe import FIELDS, to_recipe
+from oumi_pl.core.recipe.fields import field_of, walk
+from oumi_pl.errors import UserError
+from tests.core.oumi import config, recipe, section, tiny_model
+
+ALPACA = "oumi_pl.core.recipe.formats.alpaca"
+
+
+# --- all fields -------------------------------------------------------------------------------------------------------
+
+
+def test_something_is_said_of_every_field():
+    full = config(data__validation__datasets='[{"dataset_name": "x"}]', data__train__datasets='[{"dataset_name": "y"}]')
+    paths = [path for path, _, _ in walk(full)]
+    assert len(paths) > 150
+    assert [path for path in paths if field_of(path) is None] == []
+    assert {field.how for field in FIELDS.values()} == {"honoured", "refused", "harmless"}
+    assert all(len(field.why) > 3 for field in FIELDS.values())
+
+
+def test_the_table_names_no_field_that_there_is_not():
+    full = config(data__validation__datasets='[{"dataset_name": "x"}]', data__train__datasets='[{"dataset_name": "y"}]')
+    known = {re.sub(r"\[\d+\]", "", path) for path, _, _ in walk(full)}
+    sections = {path.rpartition(".")[0] for path in known} | {"data.test"}
+    assert set(FIELDS) <= known | sections
+
+
+VALUES = {int: 7, float: 0.25, str: "eager"}
+SECTIONS = {
+    "model": {},
+    "training": {},
+    "peft": {
+        "training__use_peft": True,
+        "peft__q_lora": True,
+        "peft__bnb_4bit_quant_type": "nf4",
+        "peft__bnb_4bit_compute_dtype": "bfloat16",
+    },
+    "fsdp": {"fsdp__enable_fsdp": True},
+    "data.train": {},
+}
+
+
+def changed(value):
+    """Another value than this one."""
+    if isinstance(value, bool):
+        return not value
+    return [*type(value)][-1].name if isinstance(value, Enum) else VALUES.get(type(value), "7")
+
+
+@pytest.mark.parametrize("section", SECTIONS)
+def test_a_field_that_is_set_is_told_of_or_refused_by_its_name(section, tmp_path):
+    """Each plain field of a section is changed alone."""
+    given = {"model__model_name": tiny_model(tmp_path)} | SECTIONS[section]
+    base, paths, silent = to_recipe(config(**given)), [], []
+    for path, value, default in walk(config(**given)):
+        if not path.startswith(f"{section}.") or value != default or isinstance(value, list | dict):
+            continue
+        paths.append(path)
+        try:
+            other = config(**given | {path.replace(".", "__"): changed(value)})
+        except UserError as error:
+            assert path.rpartition(".")[2] in str(error)  # the config itself takes no such value
+            continue
+        if path not in {field for field, now, default in walk(other) if now != default}:
+            continue  # the config itself says it in another field
+        try:
+            made = to_recipe(other)
+        except UserError as error:
+            assert str(error).startswith(f"{path}: "), (path, str(error))
+        else:
+            told = made.became[path]
+            if not told.startswith("nothing: ") and (made.tree, made.resume) == (base.tree, base.resume):
+                silent.append(path)
+    assert silent == []
+    assert len(paths) > 9
+
+
+# --- golden -----------------------------------------------------------------------------------------------------------
+
+
+def test_trl_sft_on_alpaca():
+    made = recipe(
+        engine=None,
+        model__model_max_length=2048,
+        model__torch_dtype_str="bfloat16",
+        model__attn_implementation="sdpa",
+        model__trust_remote_code=True,
+        training__output_dir="output/smol",
+        training__max_steps=10,
+        training__learning_rate=2e-5,
+        training__optimizer="adamw_torch_fused",
+        training__lr_scheduler_type="cosine",
+        training__warmup_ratio=0.03,
+        training__weight_decay=0.01,
+        training__gradient_accumulation_steps=4,
+        training__per_device_train_batch_size=2,
+        training__enable_gradient_checkpointing=True,
+        training__save_steps=100,
+        training__include_performance_metrics=True,
+    )
+    assert made.tree == {
+        "seed_everything": 42,
+        "engine": "trl",
+        "model": {
+            "class_path": "SFT",
+            "init_args": {
+                "model": "org/model",
+                "dtype": "bfloat16",
+                "gradient_checkpointing": True,
+                "trust_remote_code": True,
+                "optimizer": {"class_path": "AdamW", "init_args": {"lr": 2e-5, "weight_decay": 0.01}},
+                "schedule": {"class_path": "Cosine", "init_args": {"warmup": 0.03}},
+            },
+        },
+        "data": {
+            "class_path": "SFTData",
+            "init_args": {
+                "train": {"path": "yahma/alpaca-cleaned", "format": ALPACA},
+                "train_on": "all",
+                "max_length": 2048,
+                "overflow": "keep_start",
+                "group_by_length": False,
+                "batch_size": 2,
+                "trust_remote_code": True,
+            },
+        },
+        "trainer": {"max_steps": 10, "accumulate_grad_batches": 4, "gradient_clip_val": 1.0},
+        "name": "smol",
+        "runs_dir": "output",
+        "checkpoint": {"every": 100, "keep": 1000},
+    }
+    assert made.became["training.learning_rate"] == "model.optimizer.lr"
+    assert made.became["training.include_performance_metrics"].startswith("nothing: ")
+    assert made.resume is None
+
+
+def test_oumis_defaults_are_honoured():
+    made = recipe()
+    assert section(made, "model")["optimizer"] == {
+        "class_path": "AdamW",
+        "init_args": {"lr": 5e-5, "weight_decay": 0.0},
+    }
+    assert section(made, "model")["schedule"] == {"class_path": "Linear"}
+    assert section(made, "model")["dtype"] == "auto"
+    assert section(made, "data")["max_length"] == 1024
+    assert section(made, "data")["batch_size"] == 8
+    assert made.tree["trainer"] == {"max_epochs": 3, "gradient_clip_val": 1.0}
+    assert made.tree["checkpoint"] == {"every": 500, "keep": 1000}
+    assert (made.tree["name"], made.tree["runs_dir"]) == ("output", ".")
+    assert "engine" not in made.tree
+
+
+@pytest.mark.parametrize(
+    ("trainer_type", "engine", "data", "module"),
+    [
+        ("TRL_SFT", "trl", "SFTData", "SFT"),
+        ("HF", "hf", "SFTData", "SFT"),
+        ("OUMI", None, "SFTData", "SFT"),
+        ("SFT", None, "SFTData", "SFT"),
+    ],
+)
+def test_trainer_types(trainer_type, engine, data, module):
+    made = recipe(engine=None, training__trainer_type=trainer_type, model__model_max_length=64)
+    assert made.tree.get("engine") == engine
+    assert (made.tree["model"]["class_path"], made.tree["data"]["class_path"]) == (module, data)
+    assert (
+        "engine"
+        not in to_recipe(config(training__trainer_type=trainer_type, model__model_max_length=64), "lightning").tree
+    )
+
+
+def test_trl_dpo():
+    made = recipe(
+        {"dataset_name": "mlabonne/orpo-dpo-mix-40k"},
+        engine=None,
+        training__trainer_type="TRL_DPO",
+        training__trainer_kwargs='{"beta": 0.2, "loss_type": "ipo"}',
+        training__data_seed=7,
+        model__model_max_length=512,
+    )
+    assert made.tree["engine"] == "trl"
+    assert made.tree["model"]["class_path"] == "DPO"
+    assert section(made, "model")["loss"] == {"class_path": "IPO", "init_args": {"beta": 0.2}}
+    assert section(made, "model")["optimizer"]["init_args"]["lr"] == 5e-5  # and not TRL's own 1e-6
+    assert made.tree["data"] == {
+        "class_path": "DPOData",
+        "init_args": {
+            "train": {
+                "path": "mlabonne/orpo-dpo-mix-40k",
+                "format": "oumi_pl.core.recipe.formats.turns_preference",
+            },
+            "max_length": 512,
+            "overflow": "keep_start",
+            "batch_size": 8,
+            "seed": 7,
+        },
+    }
+    assert any("EOS twice" in text for text in made.comments["data"])
+    assert any("float32" in text for text in made.comments["model"])
+
+
+def test_registered_documents():
+    made = recipe(
+        {
+            "dataset_name": "HuggingFaceFW/fineweb-edu",
+            "subset": "sample-10BT",
+            "dataset_kwargs": {"seq_length": 128},
+        },
+        data__train__stream=True,
+        data__train__pack=True,
+        training__max_steps=10,
+        model__model_max_length=64,
+    )
+    assert made.tree["model"]["class_path"] == "Pretrain"
+    assert made.tree["data"] == {
+        "class_path": "PretrainData",
+        "init_args": {
+            "train": {"path": "HuggingFaceFW/fineweb-edu", "config": "sample-10BT"},
+            "max_length": 128,
+            "streaming": True,
+            "shuffle_buffer": 0,
+            "batch_size": 8,
+        },
+    }
+    assert "seq_length" in made.became["model.model_max_length"]
+
+
+def test_packed_conversations():
+    made = recipe(data__train__pack=True, model__chat_template="zephyr", training__max_steps=3)
+    assert made.tree["data"]["class_path"].endswith(".PackedChatData")
+    assert section(made, "data")["template"] == "oumi/zephyr"
+    assert section(made, "data")["max_length"] == 1024
+    assert section(made, "data")["train"]["format"] == ALPACA
+
+
+def test_resuming():
+    assert recipe(training__try_resume_from_last_checkpoint=True).resume == ""
+    assert recipe(training__resume_from_checkpoint="runs/x").resume == "runs/x"
+
+
+# --- parts ------------------------------------------------------------------------------------------------------------
+
+
+def model_of(**changes):
+    return section(recipe(**changes), "model")
+
+
+def test_lora():
+    made = recipe(
+        training__use_peft=True,
+        peft__lora_r=16,
+        peft__lora_alpha=32,
+        peft__lora_dropout=0.05,
+        peft__lora_target_modules="[q_proj, v_proj]",
+        peft__lora_exclude_modules="[a.*, b]",
+        peft__lora_bias="all",
+        peft__lora_init_weights="GAUSSIAN",
+        peft__peft_save_mode="MERGED",
+    )
+    assert section(made, "model")["lora"] == {
+        "r": 16,
+        "lora_alpha": 32,
+        "lora_dropout": 0.05,
+        "target_modules": ["q_proj", "v_proj"],
+        "exclude_modules": "(?:a.*)|(?:b)",
+        "bias": "all",
+        "init_lora_weights": "gaussian",
+    }
+    assert made.tree["export"] == {"merge": True}
+    assert model_of(training__use_peft=True)["lora"] == {"r": 8, "lora_alpha": 8, "target_modules": None}
+    all_linear = model_of(training__use_peft=True, peft__lora_target_modules="[all-linear]")
+    assert all_linear["lora"] == {"r": 8, "lora_alpha": 8}
+
+
+def test_a_peft_block_alone_does_nothing():
+    made = recipe(peft__lora_r=16, peft__q_lora=True)
+    assert "lora" not in section(made, "model")
+    assert made.became["peft.lora_r"] == "nothing: it is only read with training.use_peft"
+
+
+def test_qlora():
+    made = model_of(
+        training__use_peft=True,
+        peft__q_lora=True,
+        peft__bnb_4bit_quant_type="nf4",
+        peft__bnb_4bit_compute_dtype="bfloat16",
+    )
+    assert made["quantization"] == "nf4"
+    assert model_of(training__use_peft=True, peft__q_lora=True, peft__q_lora_bits=8)["quantization"] == "int8"
+
+
+@pytest.mark.parametrize(
+    ("changes", "expected"),
+    [
+        ({"optimizer": "sgd"}, {"class_path": "SGD", "init_args": {"lr": 5e-5, "weight_decay": 0.0}}),
+        (
+            {"optimizer": "adafactor", "weight_decay": 0.1},
+            {
+                "class_path": "transformers.Adafactor",
+                "init_args": {"lr": 5e-5, "relative_step": False, "scale_parameter": False, "weight_decay": 0.1},
+            },
+        ),
+        (
+            {"adam_beta2": 0.95, "adam_epsilon": 1e-6},
+            {"class_path": "AdamW", "init_args": {"lr": 5e-5, "betas": [0.9, 0.95], "eps": 1e-6, "weight_decay": 0.0}},
+        ),
+        (
+            {"optimizer": "paged_adamw_8bit"},
+            {"class_path": "bitsandbytes.optim.PagedAdamW8bit", "init_args": {"lr": 5e-5, "weight_decay": 0.0}},
+        ),
+        (
+            {"trainer_type": "OUMI", "optimizer": "SGD", "sgd_momentum": 0.9},
+            {"class_path": "SGD", "init_args": {"lr": 5e-5, "momentum": 0.9, "weight_decay": 0.0}},
+        ),
+    ],
+)
+def test_optimizers(changes, expected):
+    changes = {f"training__{key}": value for key, value in changes.items()}
+    assert model_of(model__model_max_length=64, **changes)["optimizer"] == expected
+
+
+@pytest.mark.parametrize(
+    ("changes", "expected"),
+    [
+        ({"warmup_steps": 5}, {"class_path": "Linear", "init_args": {"warmup": 5}}),
+        ({"warmup_steps": 5, "warmup_ratio": 0.5}, {"class_path": "Linear", "init_args": {"warmup": 5}}),
+        ({"warmup_ratio": 1.0}, {"class_path": "Linear", "init_args": {"warmup": 1}}),  # one step, in transformers 5
+        ({"lr_scheduler_type": "constant", "warmup_steps": 5}, None),
+        (
+            {"lr_scheduler_type": "constant_with_warmup", "warmup_steps": 5},
+            {"class_path": "Constant", "init_args": {"warmup": 5}},
+        ),
+        (
+            {"lr_scheduler_type": "constant", "warmup_steps": 5, "trainer_type": "OUMI"},
+            {"class_path": "Constant", "init_args": {"warmup": 5}},
+        ),
+        (
+            {"lr_scheduler_type": "cosine", "lr_scheduler_kwargs": '{"num_cycles": 1.5}'},
+            {"class_path": "Cosine", "init_args": {"cycles": 1.5}},
+        ),
+        (
+            {"lr_scheduler_type": "cosine_with_restarts", "lr_scheduler_kwargs": '{"num_cycles": 3}'},
+            {"class_path": "CosineRestarts", "init_args": {"cycles": 3}},
+        ),
+        (
+            {
+                "lr_scheduler_type": "cosine_with_min_lr",
+                "lr_scheduler_kwargs": '{"min_lr": 2.0e-6}',
+                "learning_rate": 2e-5,
+            },
+            {"class_path": "Cosine", "init_args": {"floor": 0.1}},
+        ),
+    ],
+)
+def test_schedules(changes, expected):
+    changes = {f"training__{key}": value for key, value in changes.items()}
+    assert model_of(model__model_max_length=64, **changes).get("schedule") == expected
+
+
+def test_precision():
+    made = recipe(model__torch_dtype_str="float32", training__mixed_precision_dtype="BF16")
+    assert "dtype" not in section(made, "model")
+    assert made.tree["trainer"]["precision"] == "bf16-mixed"
+    # pure bfloat16 is what Oumi means by its dtype: no autocast
+    assert "precision" not in recipe(model__torch_dtype_str="bf16").tree["trainer"]
+
+
+def test_validation():
+    made = recipe(
+        data__validation__datasets='[{"dataset_name": "yahma/alpaca-cleaned", "split": "train[:10]"}]',
+        training__eval_strategy="steps",
+        training__eval_steps=0.25,
+        training__max_steps=10,
+        training__per_device_eval_batch_size=2,
+    )
+    assert section(made, "data")["validation"] == {
+        "path": "yahma/alpaca-cleaned",
+        "split": "train[:10]",
+        "format": ALPACA,
+    }
+    assert made.tree["val_every"] == 3  # transformers rounds up
+    assert section(made, "data")["eval_batch_size"] == 2
+    quiet = recipe(data__validation__datasets='[{"dataset_name": "yahma/alpaca-cleaned"}]')
+    assert "validation" not in section(quiet, "data")
+
+
+def test_fsdp(monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    made = recipe(
+        fsdp__enable_fsdp=True,
+        fsdp__mixed_precision="bf16",
+        model__torch_dtype_str="float32",
+        fsdp__forward_prefetch=True,
+        fsdp__auto_wrap_policy="TRANSFORMER_BASED_WRAP",
+    )
+    assert made.tree["trainer"]["strategy"] == {
+        "class_path": "ModelParallelStrategy",
+        "init_args": {"data_parallel_size": 4, "tensor_parallel_size": 1},
+    }
+    assert made.tree["trainer"]["precision"] == "bf16-mixed"
+    assert recipe(fsdp__enable_fsdp=True, fsdp__sharding_strategy="NO_SHARD").tree["trainer"]["strategy"] == "ddp"
+    unused = recipe(fsdp__sharding_strategy="SHARD_GRAD_OP")
+    assert "strategy" not in unused.tree["trainer"]
+    given = to_recipe(config(fsdp__enable_fsdp=True), devices=8).tree["trainer"]
+    assert (given["devices"], given["strategy"]["init_args"]["data_parallel_size"]) == (8, 8)
+
+
+def test_loggers(monkeypatch):
+    monkeypatch.setenv("WANDB_PROJECT", "mine")
+    made = recipe(training__enable_wandb=True, training__enable_mlflow=True, training__run_name="a b")
+    wandb, mlflow, *_ = made.tree["trainer"]["logger"]
+    assert wandb == {"class_path": "WandbLogger", "init_args": {"project": "mine", "name": "a_b"}}
+    assert mlflow == {"class_path": "MLFlowLogger", "init_args": {"run_name": "a_b"}}
+
+
+@pytest.mark.parametrize("installed", [True, False])
+def test_tensorboard_is_on_by_default_where_it_is_installed(installed, monkeypatch):
+    monkeypatch.setattr("oumi_pl.core.recipe.trainer.find_spec", lambda name: object() if installed else None)
+    made = recipe(training__enable_tensorboard=True, training__output_dir="out/x")
+    if installed:
+        (logger,) = made.tree["trainer"]["logger"]
+        arguments = {"save_dir": "out/tensorboard", "name": "x", "version": ""}
+        assert logger == {"class_path": "TensorBoardLogger", "init_args": arguments}
+    else:
+        assert "logger" not in made.tree["trainer"]
+        assert any("metrics.csv" in text for text in made.comments["trainer"])
+
+
+def test_a_config_of_defaults_names_what_is_missing():
+    with pytest.raises(UserError, match=r"data\.train\.datasets"):
+        to_recipe(TrainingConfig())

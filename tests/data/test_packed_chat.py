@@ -1,0 +1,62 @@
+"""Conversations as a stream of tokens: rendered by the template, each ended by EOS, cut into windows."""
+
+import pytest
+
+from oumi_pl.data.packed_chat import PackedChatData
+from oumi_pl.data.pretrain import PretrainData
+from oumi_pl.data.tokenizers import ByteTokenizer
+from oumi_pl.errors import UserError
+from tests.tiny import write_jsonl
+
+ROWS = [
+    {"messages": [{"role": "user", "content": "a?"}, {"role": "assistant", "content": "b"}]},
+    {"messages": [{"role": "user", "content": "c?"}, {"role": "assistant", "content": "dd"}]},
+]
+
+
+def data(tmp_path, rows=ROWS, cls=PackedChatData, **kwargs):
+    path = write_jsonl(tmp_path / "rows.jsonl", rows)
+    return cls(path, **({"tokenizer": ByteTokenizer(), "max_length": 16, "shuffle_buffer": 0} | kwargs))
+
+
+def stream(made):
+    """All ids, in order: the first row's first one, and what each position predicts."""
+    batches = list(made.train_dataloader())
+    labels = [int(label) for batch in batches for row in batch["labels"] for label in row if label != -100]
+    return [int(batches[0]["input_ids"][0, 0]), *labels]
+
+
+def chatml(row):
+    turns = (f"<|im_start|>{m['role']}\n{m['content']}<|im_end|>\n" for m in row["messages"])
+    return "".join(turns) + "<|im_end|>"
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_the_stream_is_what_the_template_writes(tmp_path, streaming):
+    made = data(tmp_path, streaming=streaming)
+    expected = "".join(chatml(row) for row in ROWS)
+    assert stream(made) == made.tokenizer(expected, add_special_tokens=False)["input_ids"]
+
+
+def test_another_template_is_another_stream(tmp_path):
+    one = stream(data(tmp_path))
+    other = data(tmp_path, template="oumi/gpt2")
+    eos = "<|im_end|>"
+    expected = "".join(f"{m['content']}{eos}" for row in ROWS for m in row["messages"])
+    assert stream(other) == other.tokenizer(expected, add_special_tokens=False)["input_ids"] != one
+
+
+def test_texts_stay_texts(tmp_path):
+    made = data(tmp_path, [{"text": "hello"}, {"prompt": "a", "completion": "b"}])
+    assert stream(made) == made.tokenizer("hello<|im_end|>ab<|im_end|>", add_special_tokens=False)["input_ids"]
+
+
+def test_documents_alone_refuse_conversations(tmp_path):
+    with pytest.raises(UserError, match="this row is a conversation"):
+        stream(data(tmp_path, cls=PretrainData))
+
+
+def test_turns_that_the_template_refuses_are_told_with_their_line(tmp_path):
+    wrong = {"messages": [{"role": "user", "content": "a"}, {"role": "user", "content": "b"}]}
+    with pytest.raises(UserError, match=r"rows\.jsonl:3: .*have to alternate"):
+        stream(data(tmp_path, [*ROWS, wrong], template="oumi/zephyr"))
