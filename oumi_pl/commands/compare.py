@@ -60,7 +60,7 @@ def _compare(title: str, recipe: list[str], engines: list[str], options: argpars
 
     found = compare(recipe, engines, options.steps, folder)
     report.write_csv(found, folder / "steps.csv")
-    report.picture(found, f"{title}: {', '.join(engines)}", folder / "compare.png")
+    report.picture(found, f"{title}: {', '.join(engines)}", folder / "compare.png", options.tolerance)
     print(report.table(found))
     differences = [first_difference(found[0], other, options.tolerance) for other in found[1:]]
     for other, difference in zip(found[1:], differences, strict=True):

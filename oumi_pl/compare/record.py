@@ -1,7 +1,6 @@
 """Notes what an engine does at each update, and holds it to the weights of the first engine where that is asked for."""
 
 import json
-import math
 import time
 from collections.abc import Iterable
 from pathlib import Path
@@ -23,9 +22,9 @@ Role = Literal["lead", "held", "free"]
 class Record:
     """Writes a line per update to `steps.jsonl`: batch hash, seconds, distance of the update or weights to the lead's.
 
-    The distance of an update is the norm of its difference to the lead's over the norm of the lead's, less what follows
-    from rounding the weights: where the learning rate is small, an update is a few last digits of the weights that it
-    is added to. That of the weights likewise, with all their digits.
+    `update` is the norm of an update's difference to the lead's over the norm of the lead's, `weights` the same of the
+    weights. `rounding` is the sum of `|update| ulp(weight)` over the squared norm of the update: see `allowed`. Seconds
+    are from the end of one update to that of the next, fetching data included, recording not.
 
     Args:
         folder: Where `steps.jsonl` goes.
@@ -37,22 +36,27 @@ class Record:
         self.file = folder / "steps.jsonl"
         self.snapshots = snapshots
         self.role = role
-        self._began = 0.0
+        self._ended: float | None = None
+        self._aside = 0.0
         folder.mkdir(parents=True, exist_ok=True)
         snapshots.mkdir(parents=True, exist_ok=True)
         self.file.write_text("")
 
     def before(self, step: int, model: nn.Module) -> None:
         """Before update `step` (from 0): leaves the weights, or takes those of the lead."""
+        began = time.perf_counter()
         if self.role == "lead" and step == 0:
             self._save(0, model)
         if self.role == "held":
             self._load(step, model)
-        self._began = time.perf_counter()
+        self._aside = time.perf_counter() - began
+        if self._ended is None:
+            self._ended = began
 
     def after(self, step: int, model: nn.Module, documents: Iterable[Document]) -> None:
         """After update `step` (from 0)."""
-        seconds = time.perf_counter() - self._began
+        assert self._ended is not None
+        seconds = time.perf_counter() - self._ended - self._aside
         if self.role == "lead":
             self._save(step + 1, model)
         device = next(model.parameters()).device
@@ -65,6 +69,7 @@ class Record:
         }
         with self.file.open("a") as out:
             out.write(json.dumps(line) + "\n")
+        self._ended = time.perf_counter()
 
     def _path(self, step: int) -> Path:
         return self.snapshots / f"{step:06}.safetensors"
@@ -86,13 +91,15 @@ class Record:
         off = size = rounding = 0.0
         for name, parameter in _trained(model):
             target = theirs[name].double()
+            moved = target - start[name].double() if start else target
             off += float((parameter.detach().cpu().double() - target).square().sum())
-            size += float((target - start[name].double() if start else target).square().sum())
-            if start:  # half a last digit in each of the two
-                rounding += float((target * torch.finfo(parameter.dtype).eps).square().sum())
-        beyond = off if math.isnan(off) else max(0.0, off**0.5 - rounding**0.5)
-        distance = beyond / size**0.5 if size else float("inf") if beyond else 0.0
-        return {"update" if self.role == "held" else "weights": distance}
+            size += float(moved.square().sum())
+            if start:
+                rounding += float((moved * target).abs().sum()) * torch.finfo(parameter.dtype).eps
+        distance = (off / size) ** 0.5 if size else float("inf") if off else 0.0
+        if self.role == "free":
+            return {"weights": distance}
+        return {"update": distance, "rounding": rounding / size if size else 0.0}
 
 
 def _trained(model: nn.Module) -> list[tuple[str, nn.Parameter]]:

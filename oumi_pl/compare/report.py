@@ -6,7 +6,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from oumi_pl.compare.run import Difference, Engine, relative
+from oumi_pl.compare.run import Difference, Engine, allowed, relative
 
 MEANING = {
     "batch": "it trains on other tokens or targets",
@@ -62,16 +62,16 @@ def _shown(value: Any) -> str:
 
 def write_csv(engines: Sequence[Engine], file: Path) -> None:
     """All steps of all engines, held and free."""
-    columns = ("engine", "run", "step", "batch", "target_tokens", "lr", "loss", "grad_norm", "update", "weights")
+    columns = ("engine", "run", "step", "batch", "target_tokens", "lr", "loss", "grad_norm", "update")
     with file.open("w", newline="") as out:
-        writer = csv.DictWriter(out, (*columns, "seconds", "peak_memory_gb"), restval="")
+        writer = csv.DictWriter(out, (*columns, "rounding", "weights", "seconds", "peak_memory_gb"), restval="")
         writer.writeheader()
         for engine in engines:
             for run, lines in (("held", engine.held), ("free", engine.free)):
                 writer.writerows({"engine": engine.name, "run": run, **line} for line in lines)
 
 
-def picture(engines: Sequence[Engine], title: str, file: Path) -> None:
+def picture(engines: Sequence[Engine], title: str, file: Path, tolerance: float = 1e-5) -> None:
     """Loss, gradient norm and learning rate, run free, and each engine's differences to the lead, held."""
     from matplotlib.figure import Figure
 
@@ -92,18 +92,22 @@ def picture(engines: Sequence[Engine], title: str, file: Path) -> None:
             axis.plot(
                 held[: len(pairs)], [_visible(relative(a[what], b[what])) for a, b in pairs], style, label=engine.name
             )
-            axis.set_title(f"{what}: difference per step, weights re-synchronised")
-        axes[1][2].plot(held, [_visible(line["update"]) for line in engine.held], style, label=f"{engine.name}: update")
+            axis.set_title(f"{what}: difference per step")
+        update = [_visible(line["update"]) for line in engine.held]
+        axes[1][2].plot(held, update, style, label=f"{engine.name}: update")
         free = [_visible(line["weights"]) for line in engine.free]
-        axes[1][2].plot(steps, free, style, label=f"{engine.name}: weights, run free", alpha=0.6)
-        axes[1][2].set_title("distance of updates and weights")
+        axes[1][2].plot(steps, free, style, label=f"{engine.name}: weights", alpha=0.6)
+        axes[1][2].set_title("update: distance per step; weights: run free")
+    if len(engines) > 1:
+        bound = [allowed(line, tolerance) for line in engines[1].held]
+        axes[1][2].plot(range(1, len(bound) + 1), bound, color="gray", linewidth=1, label="allowed update")
     for axis in axes[1]:
         axis.set_yscale("log")
     for axis in axes.flat:
         axis.set_xlabel("step")
         axis.grid(alpha=0.3)
         axis.legend(fontsize="small")
-    figure.suptitle(title)
+    figure.suptitle(f"{title}   (lower row: each step from the weights of {lead.name})")
     figure.savefig(file, dpi=110)
 
 

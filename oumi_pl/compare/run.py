@@ -112,12 +112,12 @@ def first_difference(lead: Engine, other: Engine, tolerance: float) -> Differenc
     """What differs first, at the first step that differs; None if nothing does.
 
     Hashes and counts have to be equal; the learning rate, the loss and the norm of the gradient may differ by
-    `tolerance` of the larger; the update by `tolerance` of the lead's norm.
+    `tolerance` of the larger; the update by what `allowed` says.
     """
     for ours, theirs in zip(lead.held, other.held, strict=False):
         for what in CHECKED:
             if what == "update":
-                if not theirs[what] <= tolerance:
+                if not theirs[what] <= allowed(theirs, tolerance):
                     return Difference(what, ours["step"], 0.0, theirs[what])
             elif what in ("batch", "target_tokens"):
                 if ours[what] != theirs[what]:
@@ -127,6 +127,15 @@ def first_difference(lead: Engine, other: Engine, tolerance: float) -> Differenc
     if len(lead.held) != len(other.held):
         return Difference("steps", min(len(lead.held), len(other.held)) + 1, len(lead.held), len(other.held))
     return None
+
+
+def allowed(line: dict[str, Any], tolerance: float) -> float:
+    """How far an update may be from the lead's, in its norm, if before it was rounded it agreed within `tolerance`.
+
+    A difference `d` in an element makes its rounded sums differ by a last digit of the weight, `ulp`, with probability
+    `d / ulp`: a squared difference of `d ulp` on average. Where the learning rate is small this is all that one sees.
+    """
+    return float((tolerance**2 + tolerance * line["rounding"]) ** 0.5)
 
 
 def relative(a: float, b: float) -> float:

@@ -1,9 +1,10 @@
 """What differs first is named, in the order in which one difference causes the next."""
 
+import numpy as np
 import pytest
 
 from oumi_pl.compare import report
-from oumi_pl.compare.run import Engine, first_difference
+from oumi_pl.compare.run import Engine, allowed, first_difference
 
 LINE = {"batch": "aa", "target_tokens": 7.0, "lr": 1e-3, "loss": 2.0, "grad_norm": 0.5, "seconds": 0.1}
 
@@ -12,7 +13,9 @@ def engine(name="hf", steps=3, at=None, **changes):
     lines = []
     for step in range(1, steps + 1):
         own = changes if step == at else {}
-        lines.append(LINE | {"step": step, "update": 1e-7, "weights": 1e-6, "peak_memory_gb": 1.0} | own)
+        lines.append(
+            LINE | {"step": step, "update": 1e-7, "weights": 1e-6, "rounding": 1e-9, "peak_memory_gb": 1.0} | own
+        )
     return Engine(name, lines, lines)
 
 
@@ -41,6 +44,22 @@ def test_the_cause_is_named_and_not_what_follows_from_it(changes, what):
     assert (found.what, found.step) == (what, 2)
     told = report.verdict("hf", "lightning", 3, found, 1e-5)
     assert told.startswith(f"hf differs from lightning first in {what} at step 2 (")
+
+
+def test_an_update_may_differ_by_what_rounding_the_weights_makes_of_its_tolerance():
+    """Updates that agree to 1e-5, added to weights of which they are the last digits."""
+    rng = np.random.default_rng(0)
+    weights = rng.normal(size=100_000).astype(np.float32)
+    for rate in (1e-2, 1e-4, 1e-6):
+        update = rate * rng.normal(size=len(weights))
+        other = update * (1 + 1e-5 * rng.normal(size=len(weights)))
+        ours, theirs = (np.float32(weights + u).astype(float) for u in (update, other))
+        moved = ours - weights
+        distance = np.linalg.norm(theirs - ours) / np.linalg.norm(moved)
+        rounding = np.abs(moved * ours).sum() * np.finfo(np.float32).eps / (moved**2).sum()
+        limit = allowed({"rounding": rounding}, 1e-5)
+        assert limit / 4 < distance < 1.5 * limit
+        assert allowed({"rounding": rounding}, 1e-7) < distance
 
 
 def test_an_engine_that_stops_early_differs():
