@@ -1,0 +1,119 @@
+"""`train` runs an Oumi config as it stands: the losses of the recipe that `convert` prints, Oumi's files, resume."""
+
+import json
+
+import pytest
+import transformers
+import yaml
+
+from tests.command_line import CommandLine, jsonl
+from tests.core.oumi import tiny_model
+from tests.tiny import pairs
+
+CONFIG = {
+    "model": {"model_name": "tiny", "torch_dtype_str": "float32", "model_max_length": 128},
+    "data": {"train": {"datasets": [{"dataset_name": "text_sft_jsonl", "dataset_path": "rows.jsonl"}]}},
+    "training": {
+        "trainer_type": "TRL_SFT",
+        "output_dir": "out/run",
+        "max_steps": 4,
+        "save_steps": 2,
+        "per_device_train_batch_size": 2,
+        "gradient_accumulation_steps": 2,
+        "learning_rate": 1e-3,
+        "lr_scheduler_type": "cosine",
+        "warmup_steps": 1,
+        "enable_tensorboard": False,
+    },
+}
+DPO = [
+    "--data.train.datasets=[{dataset_name: mlabonne/orpo-dpo-mix-40k, dataset_path: pairs.jsonl}]",
+    "--training.trainer_type=TRL_DPO",
+]
+
+
+@pytest.fixture
+def cli(tmp_path, monkeypatch, capsys):
+    line = CommandLine(tmp_path, monkeypatch, capsys)
+    tiny_model(tmp_path / "tiny")
+    line.write("pairs.jsonl", jsonl(*pairs(16)))
+    line.write("oumi.yaml", yaml.safe_dump(CONFIG))
+    return line
+
+
+@pytest.mark.parametrize(("options", "columns"), [([], ()), (DPO, ("rewards/margins",))], ids=["sft", "dpo"])
+def test_the_recipe_that_convert_prints_gives_the_same_losses(cli, options, columns):
+    cli.works("train", "-c", "oumi.yaml", *options)
+    for engine in ("trl", "lightning"):
+        cli.write("native.yaml", cli.works("convert", "oumi.yaml", "--engine", engine, *options))
+        cli.works("fit", "--config", "native.yaml", "--name", engine, "--trainer.accelerator", "cpu")
+        for column in ("loss", "grad_norm", "lr", *columns):
+            theirs = cli.column("out/run", f"train/{column}")
+            ours = cli.column(f"out/{engine}", f"train/{column}")
+            assert ours.keys() == theirs.keys() == {1, 2, 3, 4}
+            for step, value in theirs.items():
+                assert float(ours[step]) == pytest.approx(float(value), rel=1e-5, abs=1e-7), (column, step)
+
+
+def test_oumis_users_find_their_files(cli):
+    out = cli.works("train", "-c", "oumi.yaml")
+    assert "output -> out/run" in out
+    found = {name.removeprefix("out/run/") for name in cli.files() if name.startswith("out/run/")}
+    wanted = {"model.safetensors", "config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json"}
+    wanted |= {"trainer_state.json", "metrics_rank0000.jsonl", "telemetry/training_config.yaml", "checkpoint-2"}
+    assert wanted <= found
+    run = cli.directory / "out/run"
+    transformers.AutoModelForCausalLM.from_pretrained(run)
+    transformers.AutoModelForCausalLM.from_pretrained(run / "checkpoint-2")
+    state = json.loads((run / "trainer_state.json").read_text())
+    assert state["global_step"] == 4
+    rates = [row["learning_rate"] for row in state["log_history"] if "learning_rate" in row]
+    assert rates == pytest.approx([0.0, 1e-3, 7.5e-4, 2.5e-4])
+    assert json.loads((run / "telemetry/world_size.json").read_text()) == {"WORLD_SIZE": 1}
+    saved = yaml.safe_load((run / "telemetry/training_config.yaml").read_text())
+    assert saved["training"]["max_steps"] == 4
+
+
+def test_each_key_is_told_with_what_it_became(cli):
+    code, _, err = cli.run("train", "-c", "oumi.yaml", "-v", "--training.max_steps", "1")
+    assert code == 0
+    told = dict(
+        line.split(maxsplit=1) for line in err.splitlines() if line.startswith(("training.", "model.", "data."))
+    )
+    set_here = {f"training.{key}" for key in CONFIG["training"]} | {f"model.{key}" for key in CONFIG["model"]}
+    assert set_here <= told.keys()
+    assert told["training.learning_rate"] == "model.optimizer.lr"
+
+
+@pytest.mark.parametrize("engine", ["lightning", "trl"])
+def test_a_run_that_stopped_goes_on(cli, engine):
+    options = ["--engine", engine, "--training.save_steps", "1", "--training.lr_scheduler_type", "constant"]
+    cli.works("train", "-c", "oumi.yaml", *options, "--training.output_dir", "out/whole")
+    cli.works("train", "-c", "oumi.yaml", *options, "--training.max_steps", "2")
+    more = ["--training.resume_from_checkpoint", "out/run/checkpoint-2"]
+    more = more if engine == "trl" else ["--training.resume_from_checkpoint", "out/run"]
+    cli.works("train", "-c", "oumi.yaml", *options, *more)
+    assert cli.column("out/run", "train/loss") == cli.column("out/whole", "train/loss")
+    assert (cli.directory / "out/run/checkpoints").exists()
+
+
+def test_with_nothing_to_go_on_with_it_starts_anew_and_else_it_goes_on(cli):
+    again = ["--training.try_resume_from_last_checkpoint", "true"]
+    cli.works("train", "-c", "oumi.yaml", *again, "--training.max_steps", "2")
+    assert cli.state("out/run")["step"] == 2
+    cli.works("train", "-c", "oumi.yaml", *again)
+    assert cli.state("out/run")["step"] == 4
+    assert not (cli.directory / "out/run-2").exists()
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--training.max_step", "3"], "max_steps"),
+        (["--engine", "tlr"], "invalid choice: 'tlr'"),
+        (["--training.trainer_type", "TRL_GRPO"], "TRL_GRPO"),
+        (["--data.train.datasets=[{dataset_name: text_sft, dataset_path: gone.jsonl}]"], "gone.jsonl"),
+    ],
+)
+def test_mistakes_are_one_message(cli, options, message):
+    assert message in cli.fails("train", "-c", "oumi.yaml", *options)
