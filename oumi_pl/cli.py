@@ -311,6 +311,7 @@ def _quiet() -> None:
         ".*LightningCLI's args parameter is intended.*",
         ".*already initialized or opened.*",
         ".*`is_gradient_checkpointing` is deprecated.*",  # peft asks for it
+        ".*`gradient_checkpointing_enable` is deprecated.*",  # trl calls it
     ):
         warnings.filterwarnings("ignore", harmless)
 

@@ -1,6 +1,8 @@
 """`train(config)`: a whole Oumi training config, from its data to the files that it leaves."""
 
+import math
 import os
+import re
 import sys
 import tempfile
 from pathlib import Path
@@ -8,12 +10,19 @@ from typing import Any
 
 import yaml
 
-from oumi_pl.core.configs import TrainingConfig
-from oumi_pl.core.layout import write_layout
+from oumi_pl.core.configs import PeftSaveMode, TrainingConfig
+from oumi_pl.core.layout import write_base, write_layout
 from oumi_pl.core.recipe import Engine, Recipe, to_recipe
 from oumi_pl.errors import UserError
+from oumi_pl.runs import CONFIG, read_state
 
 LENGTH = ("max_steps", "max_epochs")
+WORDS = {
+    "--resume": "training.resume_from_checkpoint",
+    "--trainer.max_steps": "--training.max_steps",
+    "--trainer.max_epochs": "--training.num_train_epochs",
+}
+"""Options of `fit` -> those of `train`."""
 
 
 def train(config: TrainingConfig, engine: Engine | None = None, verbose: bool = False) -> None:
@@ -27,6 +36,8 @@ def train(config: TrainingConfig, engine: Engine | None = None, verbose: bool = 
     Raises:
         UserError: a key has no counterpart, or whatever else is wrong with config or data.
     """
+    from oumi_pl.callbacks.preemption import Stopped
+
     recipe = to_recipe(config, engine)
     if verbose:
         print(listing(recipe), file=sys.stderr)
@@ -34,9 +45,16 @@ def train(config: TrainingConfig, engine: Engine | None = None, verbose: bool = 
         name = str(recipe.tree.get("name", "output"))
         file = Path(scratch) / f"{name}.yaml"
         file.write_text(yaml.safe_dump(recipe.tree, sort_keys=False), encoding="utf-8")
-        run, ranks = _fit(file, recipe, name)
+        try:
+            made, run = _fit(file, recipe, name)
+        except Stopped:  # by Ctrl-C, say: what is there so far is to be found where it always is
+            if stopped := _newest(Path(recipe.tree["runs_dir"]).expanduser(), name):
+                write_layout(Path(stopped), config)
+            raise
     if run is not None and int(os.environ.get("RANK", "0")) == 0:
-        write_layout(run, config, ranks)
+        write_layout(run, config, made.trainer.world_size, str(made.model.causal_lm.hf))
+        if config.training.use_peft and config.peft.peft_save_mode == PeftSaveMode.ADAPTER_AND_BASE_MODEL:
+            write_base(run, made.model.causal_lm.hf)
         print(f"output -> {run}")
 
 
@@ -47,8 +65,12 @@ def listing(recipe: Recipe) -> str:
     return "\n".join([*lines, *(f"note: {text}" for texts in recipe.comments.values() for text in texts)])
 
 
-def _fit(file: Path, recipe: Recipe, name: str) -> tuple[Path | None, int]:
-    """Runs the recipe, or goes on with the run that it names; returns the run's folder and the number of processes."""
+def _fit(file: Path, recipe: Recipe, name: str) -> tuple[Any, Path | None]:
+    """Runs the recipe, or goes on with the run that it names.
+
+    Returns:
+        The command line that ran, and the run's folder; twice None if the run to go on with has ended.
+    """
     from oumi_pl.callbacks.run_folder import RunFolder
     from oumi_pl.cli import CLI
     from oumi_pl.config import files, resuming
@@ -56,14 +78,41 @@ def _fit(file: Path, recipe: Recipe, name: str) -> tuple[Path | None, int]:
     args, tree, folder = ["--config", str(file)], files.check(file), None
     if recipe.resume is not None:
         # the run's own config is the record of what it does; how long may have changed
-        args += [f"--trainer.{key}={tree['trainer'][key]}" for key in LENGTH if key in tree["trainer"]]
-        try:
-            folder, name, args = resuming.arguments("fit", recipe.resume, name, args, tree)
-            tree = files.check(folder / "config.yaml")
-        except UserError as error:
-            if recipe.resume:  # a run that was named has to be there
-                raise
-            print(f"{error}; starting anew", file=sys.stderr)
+        length = {key: tree["trainer"][key] for key in LENGTH if key in tree["trainer"]}
+        run = recipe.resume or _newest(Path(tree["runs_dir"]).expanduser(), name)
+        if run and not recipe.resume and _has_ended(Path(run), length):
+            print(f"{run} is finished, and has nothing left to train; raise training.max_steps, or num_train_epochs")
+            return None, None
+        if run:
+            args += [f"--trainer.{key}={value}" for key, value in length.items()]
+            try:
+                folder, name, args = resuming.arguments("fit", run, name, args, tree)
+            except UserError as error:
+                raise UserError(_in_oumis_words(str(error))) from error
+            tree = files.check(folder / CONFIG)
     made: Any = CLI(["fit", *args], recipe=name, resume=folder, trees=[tree])
     found = next((c for c in made.trainer.callbacks if isinstance(c, RunFolder)), None)
-    return (None if found is None else found.directory), made.trainer.world_size
+    return made, None if found is None else found.directory
+
+
+def _newest(root: Path, name: str) -> str | None:
+    """The newest run of an output directory that has begun; None if there is none."""
+    runs = [
+        path.parent for path in root.glob(f"*/{CONFIG}") if re.fullmatch(rf"{re.escape(name)}(-\d+)?", path.parent.name)
+    ]
+    return str(max(runs, key=lambda run: read_state(run).get("created_ns", 0))) if runs else None
+
+
+def _has_ended(run: Path, length: dict[str, int]) -> bool:
+    """Whether a run is finished, and was as long as it is to be now."""
+    trainer = yaml.safe_load((run / CONFIG).read_text(encoding="utf-8")).get("trainer") or {}
+    state = read_state(run)
+    enough = state.get("step", 0) >= length.get("max_steps", math.inf)
+    return state.get("status") == "finished" and (enough or all(trainer.get(k) == v for k, v in length.items()))
+
+
+def _in_oumis_words(message: str) -> str:
+    """What is wrong with resuming, under the names that these options have here."""
+    for native, ours in WORDS.items():
+        message = message.replace(native, ours)
+    return message

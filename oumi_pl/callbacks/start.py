@@ -53,7 +53,8 @@ class Start(L.Callback):
                 f"lr {group['initial_lr']:g}, weight decay {group.get('weight_decay', 0):g}"
             )
         resumed = f", resumed at step {trainer.global_step}" if trainer.global_step else ""
-        console.print(f"{pl_module.total_steps():,} optimizer steps{resumed}")
+        total = pl_module.total_steps()
+        console.print(f"{total:,} optimizer step{'s' if total > 1 else ''}{resumed}")
 
 
 def summary(report: dict[str, Any]) -> str:

@@ -14,6 +14,10 @@ from oumi_pl.config import recipe_models
 from oumi_pl.errors import UserError, nearest
 
 ENGINES = ("lightning", "hf", "trl")
+FITS = {"SFT": ("hf", "trl"), "DPO": ("trl",), "Pretrain": ("hf",)}
+"""Trainer type -> the engines that can drive it besides Lightning."""
+BFLOAT16 = 2.0**-8
+"""Relative rounding of bfloat16."""
 
 
 class _Parser(argparse.ArgumentParser):
@@ -26,7 +30,12 @@ def main(args: list[str]) -> int:
     parser = _Parser(prog="oumi_pl compare", description=__doc__, allow_abbrev=False)
     parser.add_argument("--config", action="append", required=True, help="a recipe; several merge, the later wins")
     parser.add_argument("--engines", help="two or more of lightning,hf,trl; the first is what the others are held to")
-    parser.add_argument("--steps", type=int, default=50, help="optimizer steps; the schedule runs its course in them")
+    parser.add_argument(
+        "--steps",
+        type=int,
+        default=50,
+        help="optimizer steps; what a schedule has in shares of the run runs its course in them",
+    )
     parser.add_argument("--tolerance", type=float, default=1e-5, help="largest relative difference")
     parser.add_argument(
         "--output", type=Path, help="folder for table, picture and runs; runs/RECIPE-compare if left out"
@@ -38,6 +47,7 @@ def main(args: list[str]) -> int:
     for name in options.config:
         recipe = recipe_files.merge(recipe, recipe_files.check(recipe_files.find(name)))
     engines = _engines(options.engines, recipe)
+    options.optimizer = str(((recipe.get("model") or {}).get("init_args") or {}).get("optimizer"))
     title = "-".join(recipe_files.recipe_name(recipe_files.find(name)) for name in options.config)
     folder = (options.output or Path("runs") / f"{title}-compare").expanduser()
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
@@ -62,7 +72,11 @@ def _compare(title: str, recipe: list[str], engines: list[str], options: argpars
     report.write_csv(found, folder / "steps.csv")
     report.picture(found, f"{title}: {', '.join(engines)}", folder / "compare.png", options.tolerance)
     print(report.table(found))
-    differences = [first_difference(found[0], other, options.tolerance) for other in found[1:]]
+    updates = None
+    if "Muon" in options.optimizer:
+        updates = max(options.tolerance, BFLOAT16)
+        print(f"updates are held to {updates:g}: Muon computes them in bfloat16, whose rounding multiplies differences")
+    differences = [first_difference(found[0], other, options.tolerance, updates) for other in found[1:]]
     for other, difference in zip(found[1:], differences, strict=True):
         print(report.verdict(other.name, found[0].name, len(found[0].held), difference, options.tolerance))
     print(f"all steps -> {folder / 'steps.csv'}, picture -> {folder / 'compare.png'}")
@@ -88,11 +102,13 @@ def _engines(wanted: str | None, recipe: dict[str, Any]) -> list[str]:
     """The engines to run: those named, or Lightning and whatever else can train the recipe's module."""
     module = str((recipe.get("model") or {}).get("class_path", "")).rsplit(".", 1)[-1]
     if wanted is None:
-        return ["lightning", *{"SFT": ("hf", "trl"), "DPO": ("trl",)}.get(module, ("hf",))]
+        return ["lightning", *FITS.get(module, ("hf",))]
     engines = [name.strip() for name in wanted.split(",")]
     for name in engines:
         if name not in ENGINES:
             raise UserError(f"--engines: there is no {name!r}{nearest(name, ENGINES)}")
+        if name != "lightning" and name not in FITS.get(module, ENGINES):
+            raise UserError(f"--engines: {name} can't drive {module}; what can: lightning, {', '.join(FITS[module])}")
     if len(engines) < 2 or len(set(engines)) < len(engines):
         raise UserError(f"--engines: name two or three different ones of {', '.join(ENGINES)}")
     return engines

@@ -1,6 +1,7 @@
 """`train`: an Oumi training config, run as it stands."""
 
 import argparse
+import logging
 import sys
 from pathlib import Path
 from typing import NoReturn
@@ -8,6 +9,7 @@ from typing import NoReturn
 from oumi_pl.errors import UserError
 
 ENGINES = ("lightning", "trl", "hf")
+LEVELS = ("DEBUG", "INFO", "WARNING", "ERROR", "CRITICAL")
 
 
 class _Parser(argparse.ArgumentParser):
@@ -25,8 +27,11 @@ def main(args: list[str]) -> int:
     )
     parser.add_argument("-c", "--config", required=True, help="a config as `oumi train` reads it")
     parser.add_argument("--engine", choices=ENGINES, help="what drives the loop; as Oumi's trainer type when left out")
+    parser.add_argument("-log", "--log-level", type=str.upper, choices=LEVELS, help="of the messages of oumi_pl")
     parser.add_argument("-v", "--verbose", action="store_true", help="print what each key of the config became")
     options, overrides = parser.parse_known_args(args)
+    if options.log_level is not None:
+        logging.getLogger("oumi_pl").setLevel(options.log_level)
     if options.config.startswith("oumi:"):
         raise UserError(f"train: {options.config} is an address; download the file, and name it")
     from oumi_pl.callbacks.preemption import Stopped

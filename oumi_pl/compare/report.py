@@ -12,8 +12,8 @@ MEANING = {
     "batch": "it trains on other tokens or targets",
     "target_tokens": "it counts other targets",
     "lr": "its learning rate is another",
-    "loss": "its loss is another on the same batch and weights: look at how it is masked, shifted and averaged",
-    "grad_norm": "its gradient is another though the loss agrees: look at how micro-batches are weighed, at dropout",
+    "loss": "its loss is another on the same batch and weights: look at masks, shift, averaging and dropout",
+    "grad_norm": "its gradient is another though the loss agrees: look at how micro-batches are weighed",
     "update": "its update is another though the gradient's norm agrees: look at clipping and the optimizer",
     "steps": "it takes another number of steps",
 }

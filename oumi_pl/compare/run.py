@@ -108,16 +108,18 @@ def _lines(place: Path) -> list[dict[str, Any]]:
     return recorded
 
 
-def first_difference(lead: Engine, other: Engine, tolerance: float) -> Difference | None:
+def first_difference(
+    lead: Engine, other: Engine, tolerance: float, update_tolerance: float | None = None
+) -> Difference | None:
     """What differs first, at the first step that differs; None if nothing does.
 
     Hashes and counts have to be equal; the learning rate, the loss and the norm of the gradient may differ by
-    `tolerance` of the larger; the update by what `allowed` says.
+    `tolerance` of the larger; the update by what `allowed` says of `update_tolerance`, which is the same if left out.
     """
     for ours, theirs in zip(lead.held, other.held, strict=False):
         for what in CHECKED:
             if what == "update":
-                if not theirs[what] <= allowed(theirs, tolerance):
+                if not theirs[what] <= allowed(theirs, update_tolerance or tolerance):
                     return Difference(what, ours["step"], 0.0, theirs[what])
             elif what in ("batch", "target_tokens"):
                 if ours[what] != theirs[what]:

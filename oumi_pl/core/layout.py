@@ -14,7 +14,7 @@ NAMES = {"train/loss": "loss", "train/grad_norm": "grad_norm", "train/lr": "lear
 """Columns of `metrics.csv` that Oumi's rows know by another name; `train/x` else is `x`, `val/x` is `eval_x`."""
 
 
-def write_layout(run: Path, config: TrainingConfig, world_size: int = 1) -> None:
+def write_layout(run: Path, config: TrainingConfig, world_size: int = 1, summary: str = "") -> None:
     """Puts model, tokenizer, checkpoints, logged metrics and telemetry where Oumi's trainers would.
 
     Files of `model/` are there twice by name and once on the disk, as far as the file system allows.
@@ -23,6 +23,7 @@ def write_layout(run: Path, config: TrainingConfig, world_size: int = 1) -> None
         run: Folder of a run that has ended.
         config: What it was made from.
         world_size: Number of processes.
+        summary: The modules of the model, written where the config asks for it.
     """
     for file in sorted((run / "model").rglob("*")) if (run / "model").is_dir() else []:
         if file.is_file():
@@ -40,11 +41,30 @@ def write_layout(run: Path, config: TrainingConfig, world_size: int = 1) -> None
         folder.mkdir(parents=True, exist_ok=True)
         config.to_yaml(folder / "training_config.yaml")
         (folder / "world_size.json").write_text(json.dumps({"WORLD_SIZE": world_size}) + "\n")
+        if config.training.log_model_summary:
+            (folder / "model_summary.txt").write_text(summary + "\n")
+
+
+def write_base(run: Path, model: Any) -> None:
+    """Puts the model under an adapter beside it, without a trace of the adapter.
+
+    Args:
+        run: Folder of a run that has ended.
+        model: What was trained, in PEFT's wrapping.
+    """
+    if not (run / "adapter_config.json").exists():  # it was merged, or nothing was to be saved
+        return
+    from oumi_pl.core.trainers.loss import bare
+    from oumi_pl.core.trainers.saving import base_state
+
+    bare(model).save_pretrained(run, state_dict=base_state(model))
 
 
 def _rows(metrics: Path) -> list[dict[str, Any]]:
     """A row of training per step and, where there was one, a row of evaluation after it, under Oumi's names."""
     rows: list[dict[str, Any]] = []
+    if not metrics.is_file():  # stopped before the first update
+        return rows
     with metrics.open(newline="") as lines:
         for line in csv.DictReader(lines):
             values = {name: float(value) for name, value in line.items() if value}

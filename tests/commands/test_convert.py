@@ -44,6 +44,7 @@ data:
     group_by_length: false
     batch_size: 8
 trainer:
+  devices: 1
   max_steps: 10
   gradient_clip_val: 1.0
 name: output

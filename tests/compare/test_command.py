@@ -25,6 +25,7 @@ def test_a_recipe_on_two_engines(cli):
     [
         (("--engines", "lightning,tlr"), "there is no 'tlr'; did you mean 'trl'?"),
         (("--engines", "lightning"), "name two or three different ones of lightning, hf, trl"),
+        (("--config", "dpo/hh_small", "--engines", "lightning,hf"), "hf can't drive DPO; what can: lightning, trl"),
         (("--steps", "0"), "--steps is 0, but has to be at least 1"),
         (("--step", "3"), "--step"),
         (("--config", "nope"), "no recipe 'nope'"),

@@ -9,6 +9,7 @@ from oumi_pl.core.configs import (
     DatasetParams,
     DatasetSplitParams,
     ModelParams,
+    OumiConfigError,
     PeftParams,
     PeftSaveMode,
     ShardingStrategy,
@@ -255,3 +256,12 @@ def test_a_section_does_not_change_what_it_was_made_of():
     training = TrainingParams(trainer_type=TrainerType.TRL_DPO, trainer_kwargs=arguments)
     TrainingConfig(model=ModelParams(model_max_length=8), training=training)
     assert arguments == {"beta": 0.1}
+
+
+def test_a_misspelt_field_can_not_be_set():
+    training = TrainingParams()
+    training.learning_rate = 1e-3
+    with pytest.raises(
+        OumiConfigError, match="TrainingParams has no field 'learning_rat'; did you mean 'learning_rate'"
+    ):
+        training.learning_rat = 1e-3

@@ -132,7 +132,7 @@ def test_trl_sft_on_alpaca():
                 "trust_remote_code": True,
             },
         },
-        "trainer": {"max_steps": 10, "accumulate_grad_batches": 4, "gradient_clip_val": 1.0},
+        "trainer": {"devices": 1, "max_steps": 10, "accumulate_grad_batches": 4, "gradient_clip_val": 1.0},
         "name": "smol",
         "runs_dir": "output",
         "checkpoint": {"every": 100, "keep": 1000},
@@ -305,7 +305,13 @@ def test_qlora():
             {"optimizer": "adafactor", "weight_decay": 0.1},
             {
                 "class_path": "transformers.Adafactor",
-                "init_args": {"lr": 5e-5, "relative_step": False, "scale_parameter": False, "weight_decay": 0.1},
+                "init_args": {
+                    "lr": 5e-5,
+                    "eps": [1e-30, 1e-3],
+                    "relative_step": False,
+                    "scale_parameter": False,
+                    "weight_decay": 0.1,
+                },
             },
         ),
         (

@@ -41,7 +41,10 @@ def dataset(**fields):
             r"peft\.bnb_4bit_compute_dtype: float32 has no counterpart; set bfloat16",
         ),
         ({**PEFT, **FSDP, "peft__q_lora": True}, r"peft\.q_lora: a quantized base is not sharded"),
-        ({**PEFT, "peft__peft_save_mode": "ADAPTER_AND_BASE_MODEL"}, r"peft\.peft_save_mode: .*set MERGED"),
+        (
+            {**PEFT, **FSDP, "peft__peft_save_mode": "ADAPTER_AND_BASE_MODEL"},
+            r"peft\.peft_save_mode: .*set ADAPTER_ONLY",
+        ),
         # devices
         ({**FSDP, "fsdp__sharding_strategy": "SHARD_GRAD_OP"}, r"fsdp\.sharding_strategy: .* FULL_SHARD gives"),
         ({**FSDP, "fsdp__cpu_offload": True}, r"fsdp\.cpu_offload: true is set"),
@@ -62,7 +65,11 @@ def dataset(**fields):
             {"training__gradient_checkpointing_kwargs": '{"use_reentrant": true}'},
             r"training\.gradient_checkpointing_kwargs\.use_reentrant: True has no counterpart",
         ),
-        ({"training__save_steps": 0, "training__save_epoch": True}, r"training\.save_epoch: .*set save_steps"),
+        (
+            {"engine": "trl", "training__save_steps": 0, "training__save_epoch": True},
+            r"training\.save_epoch: trl can't do checkpoints by epoch here",
+        ),
+        ({**FSDP, "engine": "hf"}, r"fsdp\.enable_fsdp: hf can't do several devices here"),
         ({"training__eval_strategy": "epoch"}, r"training\.eval_strategy: epoch needs a dataset in data\.validation"),
         ({"training__metrics_function": "f"}, r"training\.metrics_function: f is set"),
         ({"training__profiler__enable_cpu_profiling": True}, r"training\.profiler\.enable_cpu_profiling: .*pytorch"),

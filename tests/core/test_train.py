@@ -1,11 +1,14 @@
 """`train` runs an Oumi config as it stands: the losses of the recipe that `convert` prints, Oumi's files, resume."""
 
 import json
+import os
+import signal
 
 import pytest
 import transformers
 import yaml
 
+from oumi_pl.callbacks.checkpoint import Checkpoints
 from tests.command_line import CommandLine, jsonl
 from tests.core.oumi import tiny_model
 from tests.tiny import pairs
@@ -117,3 +120,18 @@ def test_with_nothing_to_go_on_with_it_starts_anew_and_else_it_goes_on(cli):
 )
 def test_mistakes_are_one_message(cli, options, message):
     assert message in cli.fails("train", "-c", "oumi.yaml", *options)
+
+
+def test_what_a_stopped_run_has_left_is_where_it_always_is(cli, monkeypatch):
+    saves, signals = Checkpoints.save, [signal.SIGINT]
+
+    def interrupted(self, trainer):
+        saves(self, trainer)
+        if signals:
+            os.kill(os.getpid(), signals.pop())
+
+    monkeypatch.setattr(Checkpoints, "save", interrupted)
+    code, _, err = cli.run("train", "-c", "oumi.yaml", "--engine", "lightning")
+    assert code == 130
+    assert "stopped by SIGINT after step" in err
+    assert {"out/run/trainer_state.json", "out/run/metrics_rank0000.jsonl"} <= cli.files()

@@ -162,6 +162,13 @@ def _common(config: TrainingConfig, notes: Notes) -> dict[str, Any]:
                 f"{config.training.eval_strategy} needs a dataset in data.validation, and there is none",
             )
         made["validation"] = _sources(config, "validation", notes)
+        if config.data.validation.pack != config.data.train.pack and config.training.trainer_type.name != "PRETRAIN":
+            notes.became["data.validation.pack"] = (
+                "nothing: rows to evaluate on are packed where data.train.pack is true"
+            )
+            notes.comment(
+                "data.init_args.validation", "packed if the training rows are; Oumi packs each split by itself"
+            )
     else:
         for path in list(notes.became):
             if path.startswith("data.validation.") or path in EVALUATION:

@@ -57,9 +57,12 @@ def optimizer(params: TrainingParams, notes: Notes) -> dict[str, Any]:
         arguments |= {"momentum": params.sgd_momentum} if params.sgd_momentum else {}
     elif name == "adafactor":
         path = "transformers.Adafactor"
-        arguments |= {"relative_step": False, "scale_parameter": False}
+        # its two small numbers are said, lest the one of AdamW, the default, be taken for them
+        arguments |= {"eps": [1e-30, 1e-3], "relative_step": False, "scale_parameter": False}
     else:
-        refuse("training.optimizer", f"no counterpart of {name!r}{nearest(name, [*adam, 'sgd', 'adafactor'])}")
+        usual = "; did you mean 'adamw_torch'?" if name.lower() in ("adam", "adamw") else ""
+        near = usual or nearest(name, [*adam, "sgd", "adafactor"])
+        refuse("training.optimizer", f"no counterpart of {name!r}{near}")
     _refuse_options_of_others(params, name, name in adam, theirs)
     if params.weight_decay and not theirs:
         notes.comment("model.init_args.optimizer", "Oumi's own trainer decays the scales of RMSNorm too; here not")

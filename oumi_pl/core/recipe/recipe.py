@@ -1,30 +1,18 @@
 """From an Oumi config to the recipe that trains the same."""
 
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any
 
 from oumi_pl.core.configs import TrainingConfig
 from oumi_pl.core.recipe import data as data_section
 from oumi_pl.core.recipe import optimisation
 from oumi_pl.core.recipe import trainer as trainer_section
+from oumi_pl.core.recipe.engine import ENGINES, Engine, engine_of
 from oumi_pl.core.recipe.fields import note_fields
 from oumi_pl.core.recipe.keywords import note_keywords
 from oumi_pl.core.recipe.model import model
 from oumi_pl.core.recipe.notes import Notes
 from oumi_pl.core.recipe.preference import preference
-
-Engine = Literal["lightning", "trl", "hf"]
-
-ENGINES: dict[str, Engine] = {
-    "TRL_SFT": "trl",
-    "TRL_DPO": "trl",
-    "HF": "hf",
-    "OUMI": "lightning",
-    "SFT": "lightning",
-    "DPO": "lightning",
-    "PRETRAIN": "lightning",
-}
-"""Trainer type -> what drives the training loop."""
 
 
 @dataclass(frozen=True)
@@ -72,13 +60,13 @@ def to_recipe(config: TrainingConfig, engine: Engine | None = None, devices: int
         notes.comment(
             "model", "random weights begin with scaled residual projections, in Oumi as the architecture does"
         )
-    chosen: Engine = engine or ENGINES[training.trainer_type.name]
+    chosen = engine_of(config, kind, engine, devices, notes)
     tree: dict[str, Any] = {"seed_everything": training.seed}
     tree |= {"engine": chosen} if chosen != "lightning" else {}
     tree |= {
         "model": {"class_path": kind, "init_args": module},
         "data": data_section.data(config, kind, notes),
-        "trainer": trainer_section.trainer(config, notes, devices),
+        "trainer": trainer_section.trainer(config, notes, devices, chosen),
     }
     tree |= trainer_section.around(config, notes)
     if chosen == "lightning" and kind != "Pretrain" and ENGINES[training.trainer_type.name] != "lightning":

@@ -2,29 +2,38 @@
 
 import math
 import os
+import re
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 from oumi_pl.core.configs import TrainingConfig, TrainingParams
+from oumi_pl.core.recipe.engine import Engine
 from oumi_pl.core.recipe.notes import Notes, refuse
 from oumi_pl.core.recipe.sharding import strategy
+from oumi_pl.runs import CHECKPOINTS
 
 NEVER = 1_000_000_000
 """Steps that no run reaches."""
 ALL = 1000
 """Checkpoints to keep, where Oumi keeps whatever it writes."""
+CHECKPOINT = re.compile(r"(?:checkpoint|step)-(\d+)(?:\.ckpt)?")
+"""Name of a checkpoint, of transformers or of Lightning."""
 
 
-def trainer(config: TrainingConfig, notes: Notes, devices: int | None) -> dict[str, Any]:
-    """The section `trainer`.
+def trainer(config: TrainingConfig, notes: Notes, devices: int | None, engine: Engine) -> dict[str, Any]:
+    """The section `trainer`; engines other than Lightning train on one device.
 
     Raises:
         UserError: something has no counterpart.
     """
     training = config.training
+    if engine != "lightning":
+        devices = devices or 1
+        notes.nothing("training.ddp_find_unused_parameters", "it trains on one device")
+        notes.nothing("training.log_model_summary", "train writes telemetry/model_summary.txt beside the run")
     made: dict[str, Any] = {} if devices is None else {"devices": devices}
-    made |= strategy(config, notes, devices)
+    made |= strategy(config, notes, devices) if engine == "lightning" else {}
     if training.max_steps > 0:
         made["max_steps"] = training.max_steps
         if training.num_train_epochs != 3:
@@ -43,8 +52,10 @@ def trainer(config: TrainingConfig, notes: Notes, devices: int | None) -> dict[s
     if (precision := training.mixed_precision_dtype.name) != "NONE":
         made["precision"] = {"FP16": "16-mixed", "BF16": "bf16-mixed"}[precision]
     made |= _determinism(training, notes)
-    if training.log_model_summary:
+    if training.log_model_summary and engine == "lightning":
         made["enable_model_summary"] = True
+    if training.save_epoch and training.save_steps <= 0:
+        made["callbacks"] = [{"class_path": "oumi_pl.core.recipe.epochs.SaveEachEpoch"}]
     loggers = _loggers(training, notes)
     return made | ({"logger": loggers} if loggers else {})
 
@@ -122,7 +133,8 @@ def _validation(training: TrainingParams, notes: Notes) -> int | None:
 def _checkpoints(training: TrainingParams, notes: Notes) -> dict[str, Any]:
     if training.save_steps <= 0:
         if training.save_epoch:
-            refuse("training.save_epoch", "checkpoints come by steps; set save_steps to those of an epoch")
+            notes.became["training.save_epoch"] = "trainer.callbacks, SaveEachEpoch"
+            return {"every": NEVER, "keep": ALL}
         notes.comment("checkpoint", "none but that of the end: save_steps is 0")
         return {"every": NEVER}
     if training.save_epoch:
@@ -148,14 +160,36 @@ def _export(config: TrainingConfig, notes: Notes) -> dict[str, Any]:
     if not config.training.use_peft:
         return made
     if mode == "ADAPTER_AND_BASE_MODEL":
-        refuse("peft.peft_save_mode", f"{mode}: Oumi writes a model that can't be loaded; set MERGED or ADAPTER_ONLY")
+        if config.peft.q_lora or config.fsdp.enable_fsdp:
+            refuse("peft.peft_save_mode", f"{mode} needs the base whole and in full precision; set ADAPTER_ONLY")
+        notes.became["peft.peft_save_mode"] = "the adapter in model/, and beside it the base, which train writes"
+        notes.comment("export", "train writes the base model beside the adapter; fit writes the adapter alone")
     if mode == "MERGED":
         made["merge"] = True
     return made
 
 
 def resume(training: TrainingParams) -> str | None:
-    """What `fit --resume` is given: a run, empty for the last unfinished one; None to start anew."""
-    if training.resume_from_checkpoint:
-        return training.resume_from_checkpoint
-    return "" if training.try_resume_from_last_checkpoint else None
+    """What `fit --resume` is given: a run, empty for the last unfinished one; None to start anew.
+
+    Raises:
+        UserError: a checkpoint is named that is not the newest of its run.
+    """
+    given = training.resume_from_checkpoint
+    if not given:
+        return "" if training.try_resume_from_last_checkpoint else None
+    place = Path(given).expanduser()
+    if CHECKPOINT.fullmatch(place.name) is None:
+        return given
+    folder = place.parent
+    saved = [one for one in folder.iterdir() if CHECKPOINT.fullmatch(one.name)] if folder.is_dir() else []
+    newest = max(saved, key=_step, default=place)
+    if not place.exists() or _step(newest) != _step(place):
+        why = f"a run goes on from its newest checkpoint, {newest.name}" if place.exists() else "there is none"
+        refuse("training.resume_from_checkpoint", f"{given}: {why}")
+    return str(folder.parent if folder.name == CHECKPOINTS else folder)
+
+
+def _step(checkpoint: Path) -> int:
+    found = CHECKPOINT.fullmatch(checkpoint.name)
+    return int(found[1]) if found else -1

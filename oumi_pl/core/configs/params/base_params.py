@@ -26,6 +26,17 @@ class BaseParams:
             setattr(self, name, converted(getattr(self, name), hint, name))
         self._check()
 
+    def __setattr__(self, name: str, value: Any) -> None:
+        """Sets a field.
+
+        Raises:
+            OumiConfigError: there is none of that name: a misspelt one would be set, and never read.
+        """
+        known = [field.name for field in dataclasses.fields(self)]
+        if name not in known:
+            raise OumiConfigError(f"{type(self).__name__} has no field {name!r}{nearest(name, known)}")
+        super().__setattr__(name, value)
+
     def finalize_and_validate(self) -> None:
         """Checks all again, for values may have been assigned since, and what depends on the machine as well.
 
