@@ -16,6 +16,13 @@ def own_cache(tmp_path, monkeypatch):
 
 
 @pytest.fixture(autouse=True)
+def own_port(monkeypatch):
+    """A run on several processes leaves its port in the environment, where the next one would find it taken."""
+    for name in ("MASTER_ADDR", "MASTER_PORT", "NODE_RANK", "LOCAL_RANK"):
+        monkeypatch.delenv(name, raising=False)
+
+
+@pytest.fixture(autouse=True)
 def quiet():
     from oumi_pl.cli import _quiet
 

@@ -76,7 +76,7 @@ OPTIONS = {
     "literal": ("--data.overflow dropp", "data.overflow: 'dropp' is not a valid value; did you mean 'drop'?"),
     "class name": ("--model.optimizer AdamX", "model.optimizer: unknown class 'AdamX'; did you mean 'Adamax'?"),
     "class path": ("--model.loss nowhere.Loss", "model.loss: No module named 'nowhere'"),
-    "engine": ("--engine trl", "engine: 'trl' is not a valid value; the only one so far is 'lightning'"),
+    "engine": ("--engine tlr", "engine: 'tlr' is not a valid value; did you mean 'trl'?"),
     "name": ("--name a/b", "name: 'a/b' can't be the name of a folder"),
 }
 
@@ -129,7 +129,7 @@ VALUES = {
         {"model.init_args.config.model_type": "lama"},
         "model.config.model_type: unknown architecture 'lama'; did you mean 'llama'?",
     ),
-    "engine": ({"engine": "trl"}, "engine: 'trl' is not a valid value; the only one so far is 'lightning'"),
+    "engine": ({"engine": "tlr"}, "engine: 'tlr' is not a valid value; did you mean 'trl'?"),
 }
 
 

@@ -46,7 +46,7 @@ def explain(message: str, flags: Iterable[str], classes: Classes, args: Sequence
 def _of_options(message: str, path: list[str], flags: list[str], classes: Classes, args: Sequence[str]) -> str | None:
     """Options and keys that there are not, or that lack something."""
     if found := _UNKNOWN_FLAG.search(message):
-        return _unknown_flag(found.group(1).split("=")[0], flags, classes)
+        return _unknown_flag(_as_typed(found.group(1).split("=")[0], args), flags, classes)
     if found := _UNKNOWN_OPTION.search(message):
         return unknown_key(found.group(1), flags, classes)
     if found := _NO_VALUE.search(message):
@@ -102,13 +102,28 @@ def misspelt(place: str, known: Iterable[str], classes: Classes) -> str:
     return f"{place}: unknown key{near}"
 
 
+def _as_typed(flag: str, args: Sequence[str]) -> str:
+    """An option as it stands on the command line: of `--model.optimzer.lr`, jsonargparse tells `--optimzer.lr`."""
+    typed = (arg.partition("=")[0] for arg in args if "." in flag)
+    return next((arg for arg in typed if arg.endswith(f".{flag.lstrip('-')}")), flag)
+
+
 def _unknown_flag(flag: str, flags: list[str], classes: Classes) -> str:
     if not flag.startswith("-"):
         return f"{flag!r} belongs to no option; a recipe is given as --config NAME or FILE"
     key, names = flag.lstrip("-"), [name.lstrip("-") for name in flags if not name.endswith(".help")]
-    found = _elsewhere(key, names, classes) or _near(key, names)
+    found = _elsewhere(key, names, classes) or _near_argument(key, classes) or _near(key, names)
     hint = f"did you mean '--{found}'?" if found else "`--help` lists all, `--model.help SFT` those of a class"
     return f"unknown option {flag}; {hint}"
+
+
+def _near_argument(key: str, classes: Classes) -> str | None:
+    """The nearest argument of the classes that stand where the option begins: `model.optimizer.lr`."""
+    section, _, rest = key.partition(".")
+    name, dot, end = rest.removeprefix("init_args.").partition(".")
+    known = [argument for cls in classes.get(section, {}).values() for argument in parameters(cls)]
+    close = difflib.get_close_matches(name, known, n=1, cutoff=0.6)
+    return f"{section}.{close[0]}{dot}{end}" if close else None
 
 
 def _near(key: str, names: list[str]) -> str | None:

@@ -121,3 +121,8 @@ def test_refuse_unknown_keys(tree, message):
 )
 def test_known_keys(tree):
     refuse_unknown_keys(tree, FLAGS, CLASSES)
+
+
+def test_an_option_of_a_class_is_told_as_it_was_typed():
+    said = explain("Unrecognized arguments: --sise.deep 1", FLAGS, CLASSES, ["fit", "--model.sise.deep", "1"])
+    assert said == "unknown option --model.sise.deep; did you mean '--model.size.deep'?"
