@@ -37,6 +37,6 @@ def test_mistakes_are_told_before_anything_runs(cli, options, message):
 
 def test_an_engine_that_refuses_the_recipe_says_so(cli):
     cli.recipe({"trainer.gradient_clip_val": 1.0, "trainer.gradient_clip_algorithm": "value"})
-    code, _, err = cli.run("compare", "--config", "r.yaml", "--engines", "lightning,hf", "--steps", "1")
+    code, _, err = cli.run("compare", "--config", "r.yaml", "--engines", "hf,lightning", "--steps", "1")
     assert code == 2
     assert "error: hf: trainer.gradient_clip_algorithm: --engine hf clips by norm" in err

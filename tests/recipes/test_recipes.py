@@ -75,7 +75,7 @@ def test_a_recipe_runs_two_steps(name, tiny_model, tmp_path, monkeypatch):
     if "quantization" in model:
         args.append("--model.quantization=null")  # needs a CUDA device
     if recipe["model"]["class_path"] == "Pretrain":
-        args += ["--max_tokens=null", "--data.batch_size=2"]
+        args += ["--max_tokens=null", "--data.batch_size=2", "--data.workers=0"]
         args += ["--model.shape=1m"] if "shape" in model else []
         args += ["--model.compile=false"] if "compile" in model else []  # takes a C++ compiler, and minutes
     if isinstance(data.get("tokenizer"), str):
