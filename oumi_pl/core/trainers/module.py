@@ -87,7 +87,7 @@ class TrainingModule(EvaluatingModule):
         self.unlogged = torch.zeros((), device=self.device)
         self.last_logged = self.flow.state.global_step
         self.at_start()
-        self._losses = [-self._reduced(self.unlogged)]  # what an earlier session trained, and this one will log
+        self._losses = [-self._reduced(self.unlogged)]  # trained before the resume, and logged after it
         handler = self.flow.handler
         handler.optimizer, handler.lr_scheduler = self.trainer.optimizers[0], self.lr_schedulers()
         handler.train_dataloader, handler.eval_dataloader = self.windows, self.trainer.val_dataloaders
