@@ -5,10 +5,11 @@ import contextlib
 import copy
 import shutil
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import yaml
 
+from oumi_pl.commands.parser import Parser
 from oumi_pl.config import files as recipe_files
 from oumi_pl.config import recipe_models
 from oumi_pl.errors import UserError, nearest
@@ -20,14 +21,9 @@ BFLOAT16 = 2.0**-8
 """Relative rounding of bfloat16."""
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        raise UserError(f"compare: {message}; see: oumi_pl compare --help")
-
-
 def main(args: list[str]) -> int:
     """Runs the command; returns its exit code: 1 if an engine differs from the first by more than the tolerance."""
-    parser = _Parser(prog="oumi_pl compare", description=__doc__, allow_abbrev=False)
+    parser = Parser("compare", __doc__)
     parser.add_argument("--config", action="append", required=True, help="a recipe; several merge, the later wins")
     parser.add_argument("--engines", help="two or more of lightning,hf,trl; the first is what the others are held to")
     parser.add_argument(

@@ -1,25 +1,19 @@
 """`convert`: an Oumi config as a native recipe, printed."""
 
-import argparse
 from pathlib import Path
-from typing import NoReturn, get_args
+from typing import get_args
 
+from oumi_pl.commands.parser import Parser
 from oumi_pl.errors import UserError
 
 ENGINES = ("lightning", "trl", "hf")
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        raise UserError(f"convert: {message}; see: oumi_pl convert --help")
-
-
 def main(args: list[str]) -> int:
     """Runs the command; returns its exit code."""
-    parser = _Parser(
-        prog="oumi_pl convert",
-        description=__doc__,
-        allow_abbrev=False,
+    parser = Parser(
+        "convert",
+        __doc__,
         epilog="anything else puts a value in place of the config's, as for Oumi: --training.max_steps 100",
     )
     parser.add_argument("config", type=Path, help="a config as `oumi train` reads it")

@@ -1,21 +1,15 @@
 """`export`: any checkpoint to a folder that `transformers` loads."""
 
-import argparse
 import copy
 from pathlib import Path
-from typing import NoReturn
 
+from oumi_pl.commands.parser import Parser
 from oumi_pl.errors import UserError, nearest
-
-
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        raise UserError(f"export: {message}; see: oumi_pl export --help")
 
 
 def main(args: list[str]) -> int:
     """Runs the command; returns its exit code."""
-    parser = _Parser(prog="oumi_pl export", description=__doc__, allow_abbrev=False)
+    parser = Parser("export", __doc__)
     parser.add_argument(
         "--checkpoint", type=Path, required=True, help="a .ckpt file, a sharded checkpoint, or a run folder"
     )

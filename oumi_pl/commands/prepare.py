@@ -1,9 +1,9 @@
 """`prepare`: the documents of a pretraining recipe as token shards, made once and found again by every run."""
 
-import argparse
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
+from oumi_pl.commands.parser import Parser
 from oumi_pl.config import files as recipe_files
 from oumi_pl.errors import UserError
 from oumi_pl.runs import refuse_unwritable
@@ -11,14 +11,9 @@ from oumi_pl.runs import refuse_unwritable
 SPLITS = ("train", "validation")
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        raise UserError(f"prepare: {message}; see: oumi_pl prepare --help")
-
-
 def main(args: list[str]) -> int:
     """Runs the command; returns its exit code."""
-    parser = _Parser(prog="oumi_pl prepare", description=__doc__, allow_abbrev=False)
+    parser = Parser("prepare", __doc__)
     parser.add_argument("--config", action="append", required=True, help="a recipe; several merge, the later wins")
     parser.add_argument("--output", type=Path, help="folder to write; the cache, which `fit` looks into, if left out")
     options = parser.parse_args(args)

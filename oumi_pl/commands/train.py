@@ -1,28 +1,21 @@
 """`train`: an Oumi training config, run as it stands."""
 
-import argparse
 import logging
 import sys
 from pathlib import Path
-from typing import NoReturn
 
+from oumi_pl.commands.parser import Parser
 from oumi_pl.errors import UserError
 
 ENGINES = ("lightning", "trl", "hf")
 LEVELS = ("DEBUG", "INFO", "WARNING", "ERROR", "CRITICAL")
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        raise UserError(f"train: {message}; see: oumi_pl train --help")
-
-
 def main(args: list[str]) -> int:
     """Runs the command; returns its exit code."""
-    parser = _Parser(
-        prog="oumi_pl train",
-        description=__doc__,
-        allow_abbrev=False,
+    parser = Parser(
+        "train",
+        __doc__,
         epilog="anything else puts a value in place of the config's, as for Oumi: --training.max_steps 100",
     )
     parser.add_argument("-c", "--config", required=True, help="a config as `oumi train` reads it")
