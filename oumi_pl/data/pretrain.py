@@ -255,9 +255,9 @@ class PretrainData(TextData):
             trained=None if trainer is None else lambda: trainer.global_step,
             pin_memory=self._pin_memory,
         )
+        made_from = self._made_from  # of now: what is changed while it is read is not what was begun with
         if self._position is not None:
-            parts = self.parts("train")
-            refuse_changed(self._position.get("made_from", []), identities(parts, self.documents), parts)
+            refuse_changed(self._position.get("made_from", []), made_from, self.parts("train"))
             loader.load_state_dict(self._position)
         self._train_loader = loader
         return loader
@@ -265,7 +265,11 @@ class PretrainData(TextData):
     def state_dict(self) -> dict[str, Any]:
         """Where the training data stand, and which these are."""
         position = super().state_dict()
-        return position and position | {"made_from": identities(self.parts("train"), self.documents)}
+        return position and position | {"made_from": self._made_from}
+
+    @cached_property
+    def _made_from(self) -> list[dict[str, Any]]:
+        return identities(self.parts("train"), self.documents)
 
     # ---- held-out documents
 
