@@ -1,12 +1,9 @@
 """LightningCLI with the callbacks, loggers and defaults that every run has, and errors that fit in a line or two."""
 
-import logging
 import math
-import os
-import warnings
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import Any, Literal
 
 from jsonargparse import Namespace
 from lightning.fabric.utilities.exceptions import MisconfigurationException
@@ -26,13 +23,14 @@ from oumi_pl.callbacks.start import Start
 from oumi_pl.callbacks.throughput import Throughput
 from oumi_pl.checkpoints import AtomicCheckpointIO
 from oumi_pl.classes import known_classes
-from oumi_pl.config.explain import explain
 from oumi_pl.config.keys import refuse_unknown_keys
 from oumi_pl.config.refusals import refuse_contradictions, refuse_missing_gpus, refuse_unknown_devices
 from oumi_pl.data.base import TextData
 from oumi_pl.errors import UserError
 from oumi_pl.metrics import MetricsCSV
 from oumi_pl.modules.base import LanguageModule
+from oumi_pl.parsing import Parser, mistake_in
+from oumi_pl.quiet import quiet
 
 TRAINER_DEFAULTS = {
     "use_distributed_sampler": False,  # the plan is cut by rank already
@@ -40,29 +38,6 @@ TRAINER_DEFAULTS = {
     "num_sanity_val_steps": 0,
     "enable_model_summary": False,
 }
-
-
-class Parser(LightningArgumentParser):
-    """An argument parser whose errors are one message: what is wrong, where, and the nearest right name."""
-
-    flags: ClassVar[list[str]] = []
-    """The options of the command that is run."""
-    typed: ClassVar[list[str]] = []
-    """The command line."""
-
-    def error(self, message: str, ex: Exception | None = None) -> Any:
-        """Raises instead of printing a page of usage.
-
-        Raises:
-            UserError: always, but in the parsers of nested classes, whose errors the outer one reports.
-        """
-        if not self.exit_on_error:
-            return super().error(message, ex)
-        raise UserError(explain(message, self.flags, known_classes(), self.typed)) from ex
-
-    def _add_signature_parameter(self, *args: Any, **kwargs: Any) -> Any:
-        """Takes text for text: jsonargparse would open a data file named in a recipe and read it as a config."""
-        return super()._add_signature_parameter(*args, **{**kwargs, "sub_configs": False})
 
 
 class CLI(LightningCLI):
@@ -89,7 +64,7 @@ class CLI(LightningCLI):
         self.resume = resume
         self.trees = trees
         self.command = args[0]
-        _quiet()
+        quiet()
         super().__init__(
             LanguageModule,
             TextData,
@@ -130,12 +105,9 @@ class CLI(LightningCLI):
         try:
             super().instantiate_classes()
         except (ValueError, TypeError) as error:
-            cause: BaseException | None = error
-            while cause is not None and not isinstance(cause, UserError):
-                cause = cause.__cause__ or cause.__context__
-            if cause is None:
-                raise
-            raise cause from None
+            if mistake := mistake_in(error):
+                raise mistake from None
+            raise
         config = self.config_init[self.subcommand]
         if self.subcommand != "fit" and config["engine"] != "lightning":
             raise UserError(f"engine: {config['engine']} drives fit alone; {self.subcommand} needs --engine lightning")
@@ -271,13 +243,21 @@ class CLI(LightningCLI):
 
 
 def instantiate(config: dict[str, Any]) -> tuple[LanguageModule, TextData]:
-    """Module and data of a recipe, without a trainer: what an export needs."""
-    _quiet()
+    """Module and data of a recipe, without a trainer: what an export or a preview needs.
+
+    Raises:
+        UserError: whatever the classes found wrong with their arguments.
+    """
+    quiet()
     parser = Parser()
     parser.add_subclass_arguments(LanguageModule, "model")
     parser.add_subclass_arguments(TextData, "data")
-    parsed = parser.parse_object({"model": config["model"], "data": config["data"]})
-    made = parser.instantiate_classes(parsed)
+    try:
+        made = parser.instantiate_classes(parser.parse_object({"model": config["model"], "data": config["data"]}))
+    except (ValueError, TypeError) as error:
+        if mistake := mistake_in(error):
+            raise mistake from None
+        raise
     return made.model, made.data
 
 
@@ -291,29 +271,6 @@ def _as_list(value: Any) -> list[Any]:
     if value is None or isinstance(value, bool):
         return []
     return list(value) if isinstance(value, list | tuple) else [value]
-
-
-def _quiet() -> None:
-    """Silences what Lightning says about itself; warnings about the run stay."""
-    for name in ("lightning.pytorch", "lightning.fabric"):
-        logging.getLogger(name).setLevel(logging.WARNING)
-    from transformers.utils import logging as hf_logging
-
-    hf_logging.disable_progress_bar()
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
-    # a user needs what is wrong, not which line of which file says so
-    warnings.formatwarning = lambda message, *_, **__: f"warning: {message}\n"
-    for harmless in (
-        ".*does not have many workers.*",  # tokenizing is done before training: collating is all that a worker would do
-        ".*ModelCheckpoint.*",
-        ".*`isinstance\\(treespec, LeafSpec\\)` is deprecated.*",
-        ".*Total length of `list` across ranks is zero.*",  # no validation was asked for
-        ".*LightningCLI's args parameter is intended.*",
-        ".*already initialized or opened.*",
-        ".*`is_gradient_checkpointing` is deprecated.*",  # peft asks for it
-        ".*`gradient_checkpointing_enable` is deprecated.*",  # trl calls it
-    ):
-        warnings.filterwarnings("ignore", harmless)
 
 
 def _first_sentence(error: Exception) -> str:

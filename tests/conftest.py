@@ -23,7 +23,7 @@ def own_port(monkeypatch):
 
 
 @pytest.fixture(autouse=True)
-def quiet():
-    from oumi_pl.cli import _quiet
+def quietly():
+    from oumi_pl.quiet import quiet
 
-    _quiet()
+    quiet()

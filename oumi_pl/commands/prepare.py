@@ -42,9 +42,10 @@ def prepare(recipe: dict[str, Any], output: Path | None = None) -> None:
         raise UserError(f"--output: {output} is a file; name a folder")
     if output is not None:
         refuse_unwritable(output, "--output")
+    from oumi_pl.cli import instantiate
     from oumi_pl.data.pretrain import PretrainData
 
-    module, data = _instantiated(recipe)
+    module, data = instantiate(recipe)
     if not isinstance(data, PretrainData):
         raise UserError(f"prepare: token shards are for PretrainData, and this recipe has {type(data).__name__}")
     data.tokenizer_spec = data.tokenizer_spec or module.model_name
@@ -61,21 +62,6 @@ def _in_recipe(data: Any, split: str, folders: list[str]) -> str:
     weights = data.weights if split == "train" else [None] * len(folders)
     named = [f if w is None else f"{{path: {f}, weight: {w:g}}}" for f, w in zip(folders, weights, strict=True)]
     return named[0] if len(named) == 1 else f"[{', '.join(named)}]"
-
-
-def _instantiated(recipe: dict[str, Any]) -> Any:
-    """Module and data; a mistake that a class finds in its arguments keeps its own words."""
-    from oumi_pl.cli import instantiate
-
-    try:
-        return instantiate(recipe)
-    except (ValueError, TypeError) as error:
-        cause: BaseException | None = error
-        while cause is not None and not isinstance(cause, UserError):
-            cause = cause.__cause__ or cause.__context__
-        if cause is None:
-            raise
-        raise cause from None
 
 
 def _prepare_split(data: Any, split: str, output: Path | None) -> list[str]:
