@@ -14,8 +14,13 @@ from oumi_pl.errors import UserError, nearest, of_the_machine
 HELP = """\
 usage: oumi_pl COMMAND [options]          (or: python -m oumi_pl COMMAND)
 
-  fit       train on a recipe:             oumi_pl fit --config quickstart/sft
-  validate  metrics of held-out rows:      oumi_pl validate --config RECIPE --ckpt_path FILE
+  recipes   those that come with it:      oumi_pl recipes; recipes show NAME; recipes copy NAME FILE
+  preview   what a model will see:        oumi_pl preview --config quickstart/sft
+  fit       train on a recipe:            oumi_pl fit --config quickstart/sft
+  runs      what was trained, and how far: oumi_pl runs; runs compare A B
+  generate  completions:                  oumi_pl generate --model runs/NAME/model --prompt TEXT
+
+  validate  metrics of held-out rows:     oumi_pl validate --config RECIPE --ckpt_path FILE
   test      metrics of the test rows
   predict   one completion per row, as jsonl
   prepare   tokenize a pretraining corpus once, into shards
@@ -36,7 +41,11 @@ A recipe can name any Python class, so running a recipe is running code: run onl
 """
 
 TRAINER_COMMANDS = ("fit", "validate", "test", "predict")
-COMMANDS = (*TRAINER_COMMANDS, "prepare", "export", "compare", "train", "convert")
+COMMANDS = (
+    *TRAINER_COMMANDS,
+    *("recipes", "preview", "runs", "generate"),
+    *("prepare", "export", "compare", "train", "convert"),
+)
 
 
 def main(argv: list[str] | None = None) -> int:
