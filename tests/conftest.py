@@ -1,6 +1,9 @@
 """What all tests share: no network, no cache of the user's, one thread per process so that sums come out the same."""
 
+import contextlib
 import os
+import random
+import socket
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 
@@ -15,11 +18,21 @@ def own_cache(tmp_path, monkeypatch):
     monkeypatch.setenv("OUMI_PL_CACHE", str(tmp_path / "cache"))
 
 
+def free_port() -> str:
+    """A port below those that the system hands out by itself: nothing else gets it between the choice and its use."""
+    for port in random.SystemRandom().sample(range(10_000, 32_000), 100):
+        with socket.socket() as free, contextlib.suppress(OSError):
+            free.bind(("127.0.0.1", port))
+            return str(port)
+    raise AssertionError("no port is free")
+
+
 @pytest.fixture(autouse=True)
 def own_port(monkeypatch):
     """A run on several processes leaves its port in the environment, where the next one would find it taken."""
-    for name in ("MASTER_ADDR", "MASTER_PORT", "NODE_RANK", "LOCAL_RANK"):
+    for name in ("MASTER_ADDR", "NODE_RANK", "LOCAL_RANK"):
         monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("MASTER_PORT", free_port())
 
 
 @pytest.fixture(autouse=True)

@@ -17,6 +17,7 @@ from oumi_pl.losses.preference import Sigmoid
 from oumi_pl.models.build import build_model
 from oumi_pl.models.preference import documents, shared
 from oumi_pl.modules.dpo import DPO, PER_PAIR
+from tests.conftest import free_port
 from tests.models.test_lora import pretrained
 from tests.tiny import LLAMA, distance, dpo, dpo_data, fit, trainer, weights
 
@@ -402,7 +403,7 @@ def on_two_processes(base, other, tmp_path_factory):
     folder = tmp_path_factory.mktemp("processes")
     script = folder / "worker.py"
     script.write_text(WORKER.format(root=str(Path(__file__).parents[2])))
-    environment = os.environ | {"OUMI_PL_CACHE": str(folder / "cache"), "OMP_NUM_THREADS": "1"}
+    environment = os.environ | {"OUMI_PL_CACHE": str(folder / "cache"), "OMP_NUM_THREADS": "1", "MASTER_PORT": free_port()}
     done = subprocess.run(
         [sys.executable, str(script), base, other, str(folder)],
         env=environment,
