@@ -46,6 +46,8 @@ class TextData(L.LightningDataModule):
     """What its batches are made of: `tokens`, or `pairs` of responses."""
     packing: bool = False
     """Whether rows hold several documents that must not see each other."""
+    micro_batches: int = 1
+    """Micro-batches per update where no trainer says how many."""
 
     def __init__(
         self,
@@ -68,8 +70,12 @@ class TextData(L.LightningDataModule):
             "batch_size": batch_size,
             "eval_batch_size": eval_batch_size,
         }.items():
-            if value is not None and value < 1:
-                raise UserError(f"data.{name} is {value}, but has to be at least 1")
+            least = 2 if name == "max_length" else 1  # a token, and one to predict
+            if value is not None and value < least:
+                raise UserError(f"data.{name} is {value}, but has to be at least {least}")
+        for name, value in {"workers": workers, "seed": seed}.items():
+            if value is not None and value < 0:
+                raise UserError(f"data.{name} is {value}, but can't be negative")
         if isinstance(validation, float) and not 0 < validation < 1:
             raise UserError(f"data.validation is {validation}, but a held-out fraction lies between 0 and 1")
         self.sources = {"train": train, "validation": validation, "test": test, "predict": predict}
@@ -164,7 +170,7 @@ class TextData(L.LightningDataModule):
         """How an update is cut, as the trainer says."""
         trainer = self.trainer
         if trainer is None:
-            return Layout(self.batch_size)
+            return Layout(self.batch_size, self.micro_batches)
         ranks = trainer.distributed_sampler_kwargs or {"num_replicas": 1, "rank": 0}
         return Layout(self.batch_size, trainer.accumulate_grad_batches, ranks["num_replicas"], ranks["rank"])
 

@@ -23,6 +23,14 @@ from oumi_pl.data.tokenizers import tokenizer_fingerprint
 from oumi_pl.errors import UserError
 from oumi_pl.types import Example, Record, Row
 
+REMEDIES = {
+    "max_length": "; raise data.max_length, which is {}, or set data.overflow: truncate",
+    "empty answer": "; an answer needs words to learn",
+    "once cut": "; raise data.max_length, which is {}",
+    "no target tokens": "; a row needs an answer, which is a turn of the assistant, to learn from",
+}
+"""Part of a reason why rows are dropped -> what to do where none is left."""
+
 
 class ExampleData(TextData):
     """Reads, tokenizes, caches, plans and loads examples. Subclasses say how a record becomes an example.
@@ -93,27 +101,37 @@ class ExampleData(TextData):
         for split in self.needed(stage):
             if not sum(len(store) for store in self.stores(split)):
                 total = reports.merged([store.report for store in self.stores(split)])
-                reasons = ", ".join(f"{n} {reason}" for reason, n in total["dropped"].items()) or "no rows held out"
-                raise UserError(f"data.{split}: none of {total['rows']} rows is left ({reasons})")
+                if not total["rows"]:
+                    held_out = self.sources["validation"]
+                    told = f"{held_out} of the rows of data.train, chosen by a hash of each, leaves none for {split}"
+                    raise UserError(f"data.validation: {told}; name a source for validation, or another fraction")
+                reasons = ", ".join(f"{n} {reason}" for reason, n in total["dropped"].items())
+                right = next((told for part, told in REMEDIES.items() if part in reasons), "").format(self.max_length)
+                raise UserError(f"data.{split}: none of {total['rows']} rows is left ({reasons}){right}")
 
     # ---- examples
 
     def stores(self, split: str) -> list[ExampleStore]:
         """The tokenized sources of a split, from the cache or made now."""
         if split not in self._stores:
-            value = self.sources[split]
-            keep: Callable[[Row], bool] | None = None
-            held_out = self.sources["validation"]
-            if isinstance(held_out, float) and split in ("train", "validation"):
-                value = self.sources["train"]
-                keep = partial(is_held_out, fraction=held_out)
-                if split == "train":
-                    keep = partial(is_not_held_out, fraction=held_out)
-            assert value is not None
-            assert not isinstance(value, float)
-            side = f"{split} {held_out}" if keep else None
-            self._stores[split] = [self._store(source, keep, side) for source in as_sources(value)]
+            sources, keep = self.taken(split)
+            side = f"{split} {self.sources['validation']}" if keep else None
+            self._stores[split] = [self._store(source, keep, side) for source in sources]
         return self._stores[split]
+
+    def taken(self, split: str) -> tuple[list[Source], Callable[[Row], bool] | None]:
+        """What a split takes: its sources, and which of their rows; all if None."""
+        value = self.sources[split]
+        keep: Callable[[Row], bool] | None = None
+        held_out = self.sources["validation"]
+        if isinstance(held_out, float) and split in ("train", "validation"):
+            value = self.sources["train"]
+            keep = partial(is_held_out, fraction=held_out)
+            if split == "train":
+                keep = partial(is_not_held_out, fraction=held_out)
+        assert value is not None
+        assert not isinstance(value, float)
+        return as_sources(value), keep
 
     def examples(self, split: str) -> Any:
         """All examples of a split as one map-style dataset."""

@@ -1,0 +1,153 @@
+"""`preview`: builds the data only, and shows examples as the model will see them, then the data report."""
+
+import argparse
+import difflib
+import os
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from oumi_pl.commands.parser import Parser
+from oumi_pl.config import files as recipe_files
+from oumi_pl.errors import UserError, nearest
+
+if TYPE_CHECKING:
+    from oumi_pl.preview.shown import Preview, Shown
+
+SPLITS = ("train", "validation", "test")
+EPILOG = """\
+Anything else puts a value in place of the recipe's, as for fit: --data.max_length 256 --data.train my_rows.jsonl
+
+  oumi_pl preview --config quickstart/sft                      the first rows, and the data report
+  oumi_pl preview --config quickstart/sft --row 17 --tokens    row 17, token by token with ids
+  oumi_pl preview --config quickstart/dpo --longest -n 1       the longest pair
+  oumi_pl preview --config mine.yaml --cut                     where rows were cut to data.max_length
+  oumi_pl preview --config mine.yaml --html mine.html          a page to send to a colleague
+
+No weights are loaded. What is tokenized is kept, and found again by fit.
+"""
+
+
+def main(args: list[str]) -> int:
+    """Runs the command; returns its exit code."""
+    parser = _parser()
+    options, overrides = parser.parse_known_args(args)
+    if not options.config:
+        recipes = ", ".join(recipe_files.names())
+        raise UserError(f"preview needs a recipe: oumi_pl preview --config NAME or FILE; recipes: {recipes}")
+    _refuse_misspelt(parser, overrides)
+    if options.rows < 1:
+        raise UserError(f"--rows is {options.rows}, but has to be at least 1")
+    if options.split not in SPLITS:
+        raise UserError(f"--split: there is no {options.split!r}{nearest(options.split, SPLITS)}")
+    configs = [recipe_files.find(name) for name in options.config]
+    for path in configs:
+        recipe_files.check(path)
+    from oumi_pl.preview import page
+
+    html = options.html.expanduser() if options.html else None
+    if html is not None:
+        page.refuse_place(html)
+    from oumi_pl.preview import recipe, terminal
+
+    data, notes = recipe.read(configs, overrides)
+    preview = _preview(data, options, recipe.title(configs), notes)
+    if html is not None:
+        page.write(preview, html)
+        print(f"{len(preview.examples)} examples and the data report -> {html}")
+        return 0
+    plain = options.plain or not sys.stdout.isatty() or bool(os.environ.get("NO_COLOR"))
+    terminal.show(preview, plain=plain, tokens=options.tokens, full=options.full)
+    return 0
+
+
+def _parser() -> Parser:
+    parser = Parser("preview", __doc__, epilog=EPILOG)
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    add = parser.add_argument
+    add("--config", "-c", action="append", help="a recipe by name or path, or a run's config.yaml; several merge")
+    add("-n", "--rows", type=int, default=3, metavar="N", help="how many to show; 3 if left out")
+    which = parser.add_mutually_exclusive_group()
+    which.add_argument("--row", type=int, nargs="+", metavar="I", help="rows by their number in the split, from 1")
+    which.add_argument("--longest", action="store_true", help="the longest examples")
+    which.add_argument("--cut", action="store_true", help="examples that were cut to data.max_length")
+    which.add_argument("--dropped", action="store_true", help="rows that were dropped, and why")
+    add("--split", default="train", help="train, validation or test; train if left out")
+    add("--packs", action="store_true", help="how the packs of the first micro-batch are filled, without examples")
+    add("--tokens", action="store_true", help="token by token, with position and id")
+    add("--full", action="store_true", help="long rows whole, instead of their beginnings and ends")
+    add("--plain", action="store_true", help="no escape codes; so it is in a pipe, and where NO_COLOR is set")
+    add("--html", type=Path, metavar="FILE", help="write a self-contained page instead")
+    return parser
+
+
+def _refuse_misspelt(parser: Parser, overrides: list[str]) -> None:
+    """Offers an option of this command where a misspelt one would be looked for among those of `fit`."""
+    own = [flag for action in parser._actions for flag in action.option_strings]
+    for arg in overrides:
+        flag = arg.partition("=")[0]
+        close = difflib.get_close_matches(flag, own, n=1, cutoff=0.75) if "." not in flag else []
+        if flag.startswith("--") and close:
+            raise UserError(f"preview: unknown option {flag}; did you mean {close[0]!r}?")
+
+
+def _preview(data: Any, options: argparse.Namespace, title: str, notes: list[str]) -> "Preview":
+    """Builds the data of the splits that `fit` reads, and of the one that is asked for."""
+    from oumi_pl.preview import report
+    from oumi_pl.preview.shown import Preview
+
+    _refuse_other_data(data, options)
+    data.prepare_data()
+    data.setup("fit")
+    if options.split == "test":
+        data.make("test")
+        data.setup("test")
+    by_default = options.split == "train" and not options.row and _chosen(options) is None
+    packed = options.packs or (by_default and getattr(data, "capacity", None) is not None)
+    packs = report.packs(data) if packed else None
+    shown = [] if options.packs else _examples(data, options)
+    return Preview(title, [*notes, *report.notes(data)], shown, packs, report.tables(data), report.histograms(data))
+
+
+def _refuse_other_data(data: Any, options: argparse.Namespace) -> None:
+    """Refuses, before anything is read, to show what these data do not have."""
+    from oumi_pl.data.examples import ExampleData
+    from oumi_pl.data.pretrain import PretrainData
+
+    if data.sources[options.split] is None:
+        raise UserError(f"--split {options.split}: the recipe names no source in data.{options.split}")
+    if isinstance(data, ExampleData):
+        if options.packs and data.capacity is None:
+            raise UserError("--packs: there are none, since data.packing is off: each row is one example")
+        return
+    if not isinstance(data, PretrainData):
+        raise UserError(f"preview: {type(data).__name__} is neither ExampleData nor PretrainData, which it can show")
+    if options.packs:
+        raise UserError("--packs: the rows of pretraining are shown as they are; packs are for SFTData and DPOData")
+    if chosen := _chosen(options):
+        raise UserError(
+            f"--{chosen}: the rows of pretraining are cut from one stream, so that all are as long, and nothing is "
+            "lost; -n and --row show some"
+        )
+
+
+def _chosen(options: argparse.Namespace) -> str | None:
+    return next((name for name in ("longest", "cut", "dropped") if getattr(options, name)), None)
+
+
+def _examples(data: Any, options: argparse.Namespace) -> "list[Shown]":
+    """The examples that are asked for; where there are none, one that says so."""
+    from oumi_pl.data.pretrain import PretrainData
+    from oumi_pl.preview import examples, stream
+    from oumi_pl.preview.pieces import Decoder
+    from oumi_pl.preview.shown import Shown
+
+    split, count, decoder = options.split, options.rows, Decoder(data.tokenizer)
+    if isinstance(data, PretrainData):
+        return stream.rows(data, split, decoder, count, options.row)
+    if options.row is not None:
+        found = examples.numbered(data, split, options.row)
+    else:
+        found = getattr(examples, _chosen(options) or "first")(data, split, count)
+    shown = [examples.shown(data, split, row, decoder) for row in found]
+    return shown or [Shown(split, [f"no {split} row was {_chosen(options)}"])]

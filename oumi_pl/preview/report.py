@@ -1,0 +1,148 @@
+"""The data report for people: what became of the rows of each split, tokenizer and template, packs and lengths."""
+
+from typing import Any
+
+import numpy as np
+
+from oumi_pl.data.base import TextData
+from oumi_pl.data.examples import ExampleData
+from oumi_pl.data.pretrain import PretrainData
+from oumi_pl.data.sources import as_sources
+from oumi_pl.preview.rows import numbered_alike
+from oumi_pl.preview.shown import Histogram, Pack, Packs, Table
+
+BINS = 32
+"""Ranges of a histogram, at most."""
+LISTED = 8
+"""Added tokens that are named."""
+
+
+def tables(data: TextData) -> list[Table]:
+    """What became of the rows, a column per split; and of the rows of each source, where there are several."""
+    report = data.report()
+    if not report:
+        return []
+    names = list(report)
+    rows: dict[str, list[str]] = {}
+    for column, split in enumerate(report.values()):
+        for name, value in _lines(split).items():
+            rows.setdefault(name, [""] * len(names))[column] = value
+    made = [Table("what became of the rows", ["", *names], [[name, *cells] for name, cells in rows.items()])]
+    several = {split: described["sources"] for split, described in report.items() if "sources" in described}
+    return made + [_sources(split, sources, _weights(data, split)) for split, sources in several.items()]
+
+
+def _weights(data: TextData, split: str) -> list[float]:
+    """The weights of a split's sources; empty if they have none. Only training draws by them."""
+    if split != "train":
+        return []
+    sources: Any = data.sources[split]
+    return [source.weight for source in as_sources(sources) if source.weight is not None]
+
+
+def _lines(report: dict[str, Any]) -> dict[str, str]:
+    """Names and values of a split's report."""
+    lengths = report["lengths"]
+    rows, tokens, targets = report["rows"], report["tokens"], report["target_tokens"]
+    lines = {"rows": f"{rows:,}", "kept": f"{report['kept']:,}"}
+    lines |= {f"dropped: {reason}": _share(n, rows) for reason, n in report["dropped"].items()}
+    for key, name in (("cut", "cut to length"), ("straddled", "a token across the border of prompt and answer")):
+        if report[key]:
+            lines[name] = _share(report[key], report["kept"])
+    for key in ("documents", "replaced", "split"):
+        if report.get(key):
+            name = {"replaced": "characters that weren't UTF-8", "split": "documents longer than a row"}.get(key, key)
+            lines[name] = f"{report[key]:,}"
+    lines |= {"tokens": f"{tokens:,}", "carry loss": _share(targets, tokens)}
+    if "bytes_per_token" in report:
+        lines["bytes per token"] = f"{report['bytes_per_token']:.2f}"
+    if lengths and report["kept"] > 1:
+        lines["length: shortest, median, longest"] = f"{lengths['p0']:,}, {lengths['p50']:,}, {lengths['p100']:,}"
+        lines["length: 5 %, 25 %, 75 %, 95 %"] = ", ".join(f"{lengths[p]:,}" for p in ("p5", "p25", "p75", "p95"))
+    for key, name in (("rows_planned", "rows of an epoch"), ("updates_per_epoch", "updates of an epoch, one device")):
+        if key in report:
+            lines[name] = f"{report[key]:,}"
+    lines |= {"windows": f"{report['windows']:,}"} if "windows" in report else {}
+    for key, name in (
+        ("fill", "fill of the rows"),
+        ("padding", "padding"),
+        ("saved_by_sharing", "saved by sharing prompts"),
+    ):
+        if key in report:
+            lines[name] = f"{report[key]:.1%}"
+    return lines
+
+
+def _share(count: int, total: int) -> str:
+    return f"{count:,} ({count / total:.1%})" if total else f"{count:,}"
+
+
+def _sources(split: str, sources: list[dict[str, Any]], weights: list[float]) -> Table:
+    keys = [key for key in ("rows", "kept", "cut", "documents", "tokens") if any(source.get(key) for source in sources)]
+    rows = []
+    for source in sources:
+        gone = source["rows"] - source["kept"]
+        rows.append([source["source"], *(f"{source.get(key, 0):,}" for key in keys), f"{gone:,}"])
+    columns = ["", *keys, "dropped"]
+    if weights:
+        columns.append("share by weight")
+        for row, weight in zip(rows, weights, strict=True):
+            row.append(f"{weight / sum(weights):.1%}")
+    return Table(f"sources of {split}", columns, rows)
+
+
+def histograms(data: TextData) -> list[Histogram]:
+    """Lengths of the examples, or documents, of each split."""
+    made = []
+    for split in data.report():
+        if isinstance(data, ExampleData):
+            lengths, what = data.lengths(split), "examples"
+        elif isinstance(data, PretrainData):
+            lengths, what = np.concatenate([shards.lengths for shards in data.shards(split)]), "documents"
+        else:
+            continue
+        if len(lengths) > 1:
+            low, high = int(lengths.min()), int(lengths.max())
+            width = -(-(high - low + 1) // BINS)  # whole tokens: other ranges would hold unequally many lengths
+            counts = np.bincount((lengths - low) // width)
+            made.append(Histogram(f"{split}, {what}", low, high, counts.tolist()))
+    return made
+
+
+def notes(data: Any) -> list[str]:
+    """Tokenizer, template, added tokens, what is streamed."""
+    tokenizer = data.tokenizer
+    spec = data.tokenizer_spec
+    name = spec if isinstance(spec, str) else type(spec).__name__ if hasattr(spec, "build") else "that of the recipe"
+    made = [f"tokenizer: {name}, {len(tokenizer):,} tokens, EOS {tokenizer.eos_token}, padding {tokenizer.pad_token}"]
+    template = getattr(data, "template", None)
+    if template is not None:
+        made.append(f"chat template of rows with turns: {template.source}")
+    elif hasattr(data, "template_spec"):
+        made.append(f"chat template: {data.template_spec or 'the tokenizer' + chr(39) + 's own, if it has one'}")
+    if data.added_tokens:
+        named = [f"{token} ({i})" for i, token in zip(data.added_tokens, _names(data), strict=False)]
+        more = f" and {len(data.added_tokens) - LISTED:,} more" if len(data.added_tokens) > LISTED else ""
+        made.append(f"added to the vocabulary: {', '.join(named)}{more}")
+    made += [
+        f"train: {name} is tokenized while it is streamed, so nothing of it is counted"
+        for name in getattr(data, "streamed", ())
+    ]
+    return made
+
+
+def _names(data: TextData) -> list[str]:
+    return list(data.tokenizer.convert_ids_to_tokens(data.added_tokens[:LISTED]))
+
+
+def packs(data: ExampleData) -> Packs:
+    """The packs of the first micro-batch of training; `capacity` says how many tokens one holds."""
+    assert data.capacity is not None
+    numbered = numbered_alike(data, "train")
+    lengths = data.lengths("train")
+    first = next(data.plan(0).micro_batches(0, data.layout))
+    made = [Pack(lengths[ids].tolist(), [i + 1 if numbered else 0 for i in ids.tolist()]) for ids in first]
+    total = sum(sum(pack.lengths) for pack in made)
+    share = total / (len(made) * data.capacity)
+    title = f"packs of the first micro-batch: {len(made)} of {data.capacity:,} tokens, {share:.1%} filled"
+    return Packs(title, data.capacity, made)

@@ -1,0 +1,141 @@
+"""What is shown of an example, before it is decided how: pieces of text in sections, with marks between them."""
+
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from itertools import groupby
+from typing import Literal
+
+from oumi_pl.preview.pieces import Piece
+
+SHOWN_TOKENS = 480
+"""Pieces of a section beyond which its middle is left out."""
+SHOWN_RUNS = 24
+"""Stretches of a section (turns, documents) beyond which those in the middle are left out."""
+KEPT_OF_A_RUN = 24
+"""Pieces that are shown of each stretch at least."""
+
+
+@dataclass(frozen=True)
+class Mark:
+    """Something to know at a place between two pieces: tokens that were `cut` off, a `border` of documents, or pieces
+    that are `hidden` here alone.
+    """
+
+    kind: Literal["cut", "border", "hidden"]
+    text: str
+    hidden: tuple[Piece, ...] = ()
+
+
+@dataclass(frozen=True)
+class Section:
+    """A part of an example: the prompt of a pair, a response, or all of it."""
+
+    title: str
+    items: list[Piece | Mark]
+
+    @property
+    def pieces(self) -> list[Piece]:
+        """The pieces without the marks."""
+        return [item for item in self.items if isinstance(item, Piece)]
+
+
+@dataclass(frozen=True)
+class Shown:
+    """An example: its name, what there is to know of it, its parts."""
+
+    title: str
+    facts: list[str]
+    sections: list[Section] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class Table:
+    """A table of texts; the first column names the rows."""
+
+    title: str
+    columns: list[str]
+    rows: list[list[str]]
+
+
+@dataclass(frozen=True)
+class Pack:
+    """A row of several examples: how many tokens each has, and of which row it is, 0 if that isn't known."""
+
+    lengths: list[int]
+    rows: list[int]
+
+
+@dataclass(frozen=True)
+class Packs:
+    """The packs of the first micro-batch."""
+
+    title: str
+    capacity: int
+    packs: list[Pack]
+
+
+@dataclass(frozen=True)
+class Histogram:
+    """How many examples of a split have which length: `counts` of equally wide ranges from `low` to `high` tokens."""
+
+    title: str
+    low: int
+    high: int
+    counts: list[int]
+
+
+@dataclass(frozen=True)
+class Preview:
+    """All that is shown."""
+
+    title: str
+    notes: list[str]
+    examples: list[Shown]
+    packs: Packs | None
+    tables: list[Table]
+    histograms: list[Histogram]
+
+
+def shortened(section: Section) -> Section:
+    """A section with the middle of its long stretches left out, so that each border of loss stays in sight."""
+    if len(section.pieces) <= SHOWN_TOKENS:
+        return section
+    runs = _runs(section.items)
+    if len(runs) > SHOWN_RUNS:
+        half = SHOWN_RUNS // 2
+        middle = [item for run in runs[half:-half] for item in run]
+        runs = [*runs[:half], [_hidden(middle)], *runs[-half:]]
+    each = max(KEPT_OF_A_RUN, SHOWN_TOKENS // len(runs)) // 2
+    items: list[Piece | Mark] = []
+    for run in runs:
+        items += run if len(run) <= 2 * each + KEPT_OF_A_RUN else [*run[:each], _hidden(run[each:-each]), *run[-each:]]
+    return Section(section.title, items)
+
+
+def stretches(items: Iterable[Piece | Mark]) -> Iterator[list[Piece] | Mark]:
+    """Marks, and the pieces between two of them together."""
+    pieces: list[Piece] = []
+    for item in items:
+        if isinstance(item, Piece):
+            pieces.append(item)
+            continue
+        if pieces:
+            yield pieces
+        pieces = []
+        yield item
+    if pieces:
+        yield pieces
+
+
+def _runs(items: Sequence[Piece | Mark]) -> list[list[Piece | Mark]]:
+    """Stretches of pieces that all carry loss, or of which none does; each mark is one of its own."""
+    keyed = groupby(enumerate(items), lambda x: x[1].target if isinstance(x[1], Piece) else ("mark", x[0]))
+    return [[item for _, item in run] for _, run in keyed]
+
+
+def _hidden(items: Sequence[Piece | Mark]) -> Mark:
+    pieces = tuple(item for item in items if isinstance(item, Piece))
+    tokens = sum(len(piece.ids) for piece in pieces)
+    targets = sum(len(piece.ids) for piece in pieces if piece.target)
+    loss = "" if targets in (0, tokens) else f", {targets:,} of them with loss"
+    return Mark("hidden", f"… {tokens:,} tokens not shown here{loss}", pieces)
