@@ -27,6 +27,8 @@ micro-batches on all ranks.
 | `val/loss` | the training loss on held-out tokens or pairs | all of `validation` |
 | `val/nll` | cross-entropy in nats per target token; `val/loss` unless another loss is trained | all of `validation` |
 | `val/perplexity` | exp of `val/nll` | all of `validation` |
+| `val/bits_per_byte` | bits per byte of UTF-8 text, which compares tokenizers; of pretraining | all of `validation` |
+| `val/nll/SOURCE`, `val/perplexity/SOURCE`, `val/bits_per_byte/SOURCE` | the same of one source | all of it |
 | `val/mean_token_accuracy` | as in training | all of `validation` |
 | `val/exact_match` | share of greedy answers equal to the reference (with the `Answers` callback) | its rows |
 | `val/rewards/...`, `val/logps/...`, `val/lengths/...`, `val/kl` | as in training | all of `validation` |

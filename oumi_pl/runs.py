@@ -2,26 +2,36 @@
 
 What lies in `runs/<name>/`:
 
-- `run.json`: recipe, command, state, versions
+- `run.json`: recipe, command, state, versions, where the time went
 - `config.yaml`: what ran; `fit --config` of it runs it again
+- `recipe.yaml`: the recipe as it was written, before options of the command line and defaults
 - `data.json`: the data report
 - `metrics.csv`: one line per optimizer step
+- `samples.jsonl`: what the model wrote on the way, where a callback asks it to
+- `curves.png`, `report.html`: pictures of the metrics, and one page with all of this
 - `checkpoints/`: `step-*.ckpt`, and `best.ckpt` (weights only) when a metric is monitored
 - `model/`: the trained model, for `transformers`
 """
 
+import csv
 import json
 import os
 import re
+import shutil
+import socket
+import subprocess
 import time
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
 from oumi_pl.checkpoint_files import saved_steps
-from oumi_pl.errors import UserError
+from oumi_pl.errors import UserError, nearest
 
 RUN = "run.json"
 CONFIG = "config.yaml"
+RECIPE = "recipe.yaml"
+METRICS = "metrics.csv"
 CHECKPOINTS = "checkpoints"
 
 
@@ -76,6 +86,107 @@ def read_state(run: Path) -> dict[str, Any]:
     except (OSError, ValueError):
         return {}
     return state if isinstance(state, dict) else {}
+
+
+def process() -> dict[str, Any]:
+    """What tells this process from all others: its machine, its number there, and when it began."""
+    return {"host": socket.gethostname(), "pid": os.getpid(), "began": _began(os.getpid())}
+
+
+def condition(state: dict[str, Any]) -> str:
+    """The state of a run as it is now: what `run.json` says, unless its process is gone.
+
+    Returns:
+        `finished`, `stopped`, `failed`, `running`; `killed` where it says running and no such process is there; and
+        `running?` where that can't be known, on another machine for example; `unknown` if nothing is said.
+    """
+    status = str(state.get("status") or "unknown")
+    owner = state.get("process")
+    if status != "running":
+        return status
+    if not isinstance(owner, dict) or owner.get("host") != socket.gethostname() or not owner.get("began"):
+        return "running?"
+    return "running" if _began(owner.get("pid")) == owner["began"] else "killed"
+
+
+def _began(pid: object) -> str | None:
+    """When a process began, in the system's words; None if there is none, or the system doesn't tell.
+
+    A process number alone is given to another process sooner or later.
+    """
+    if Path("/proc/self/stat").exists():
+        try:
+            fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+            boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+        except OSError:
+            return None
+        return None if fields[0] in "ZX" else f"{boot}:{fields[19]}"  # ended, and not yet buried by its parent
+    if shutil.which("ps") is None:
+        return None
+    told = subprocess.run(["ps", "-o", "lstart=", "-p", str(pid)], capture_output=True, text=True, check=False)
+    return told.stdout.strip() or None
+
+
+Column = tuple[list[int], list[float]]
+"""The steps of a metric, and its values."""
+
+
+def read_metrics(run: Path, only: Collection[str] | None = None) -> dict[str, Column]:
+    """The columns of `metrics.csv`, or some of them, without empty cells; empty if there is no such file.
+
+    A line that a kill left unfinished is passed over.
+    """
+    found: dict[str, Column] = {}
+    try:
+        with (run / METRICS).open(newline="", encoding="utf-8") as text:
+            names = next(csv.reader(text), [])
+            wanted = [(i, *found.setdefault(n, ([], []))) for i, n in enumerate(names) if only is None or n in only]
+            for line in text:
+                cells = line.rstrip().split(",")  # numbers alone: nothing is quoted below the names
+                if len(cells) != len(names) or not cells[0].isdigit():
+                    continue
+                step = int(cells[0])
+                for i, steps, values in wanted:
+                    if cells[i]:
+                        steps.append(step)
+                        values.append(float(cells[i]))
+    except (OSError, ValueError):
+        pass
+    return {name: column for name, column in found.items() if column[0]}
+
+
+def seconds(run: Path, state: dict[str, Any]) -> float | None:
+    """How long a run took, with what it was resumed from; up to its last line where its end is not recorded."""
+    if state.get("status") != "running":
+        return sum(map(_number, state["times"].values())) if isinstance(state.get("times"), dict) else None
+    try:
+        last = (run / METRICS).stat().st_mtime
+    except OSError:
+        return None
+    begun = _number(state.get("begun"))
+    return max(0.0, last - begun) + _number(state.get("before")) if begun else None
+
+
+def find(name: str, root: Path) -> Path:
+    """A run by name or path.
+
+    Raises:
+        UserError: if there is none; offers the nearest name.
+    """
+    for path in (root / name, Path(name).expanduser()):
+        if (path / RUN).is_file():
+            return path
+    raise UserError(f"no run {name!r} in {root}{nearest(name, [run.name for run in folders(root)])}")
+
+
+def folders(root: Path) -> list[Path]:
+    """The run folders in a directory, oldest first."""
+    found = {file.parent: read_state(file.parent) for file in root.glob(f"*/{RUN}")} if root.is_dir() else {}
+    return sorted(found, key=lambda run: (_number(found[run].get("created_ns")), run.name))
+
+
+def _number(value: Any) -> float:
+    return float(value) if isinstance(value, int | float) else 0.0
 
 
 def recipe_of(config: Path) -> str | None:

@@ -3,19 +3,26 @@
 import contextlib
 import json
 import os
+import shlex
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import lightning as L
+import torch
+import yaml
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
 
 from oumi_pl import __version__, runs
 from oumi_pl.callbacks.checkpoint import Checkpoints
 from oumi_pl.callbacks.preemption import Stopped
+from oumi_pl.config import files as recipe_files
 from oumi_pl.errors import UserError
 from oumi_pl.metrics import MetricsCSV
+from oumi_pl.report.clock import Clock
+from oumi_pl.report.environment import environment
 
 
 class RunFolder(L.Callback):
@@ -27,19 +34,33 @@ class RunFolder(L.Callback):
         recipe: What the run is found by when it is resumed.
         config: The whole config as YAML.
         resume: Folder of the run to continue.
+        recipes: The files that the config was merged from.
     """
 
-    def __init__(self, root: Path, name: str, recipe: str, config: str, resume: Path | None = None) -> None:
+    def __init__(
+        self,
+        root: Path,
+        name: str,
+        recipe: str,
+        config: str,
+        resume: Path | None = None,
+        *,
+        recipes: Sequence[Path] = (),
+    ) -> None:
         self.root = root
         self.name = name
         self.recipe = recipe
         self.config = config
         self.resume = resume
+        self.recipes = recipes
         self.directory: Path | None = None
+        self.clock = Clock()
+        self._before: dict[str, float] = {}
         self._row: dict[str, Any] | None = None
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         """Looks whether a folder can be made; it is made when all else stands, so that no mistake leaves one behind."""
+        self.clock.enter("model")
         pl_module.run_config = self.config  # type: ignore[assignment]
         if stage in ("fit", "predict") and trainer.is_global_zero and not trainer.fast_dev_run:  # type: ignore[attr-defined]
             runs.refuse_unwritable(self.resume or self.root)
@@ -54,31 +75,85 @@ class RunFolder(L.Callback):
             if isinstance(callback, Checkpoints):
                 callback.directory = self.directory / runs.CHECKPOINTS
 
-    def _describe(self, trainer: Any, directory: Path) -> None:
+    def _describe(self, trainer: Any, pl_module: Any, directory: Path) -> None:
         (directory / runs.CONFIG).write_text(self.config)
         (directory / "data.json").write_text(json.dumps(trainer.datamodule.report(), indent=1) + "\n")
-        created = {} if self.resume else {"created": time.strftime("%Y-%m-%dT%H:%M:%S%z"), "created_ns": time.time_ns()}
+        earlier = runs.read_state(directory) if self.resume else {}
+        told: dict[str, Any]
+        if self.resume:
+            stood = [step for step in earlier.get("resumed", []) if step < trainer.global_step]
+            told = {"resumed": [*stood, trainer.global_step], "reason": None}
+        else:
+            told = {"created": time.strftime("%Y-%m-%dT%H:%M:%S%z"), "created_ns": time.time_ns()}
+            self._write_recipe(directory)
+        self._before = dict(earlier.get("times", {}))
+        unnoted = (runs.seconds(directory, earlier) or 0.0) - sum(self._before.values())
+        if unnoted > 0:
+            self._before["killed"] = self._before.get("killed", 0.0) + unnoted
         runs.write_state(
             directory,
             recipe=self.recipe,
             status="running",
-            command=" ".join(sys.argv),
+            command=_command(),
             pid=os.getpid(),
+            process=runs.process(),
             oumi_pl=__version__,
-            **created,
+            steps=pl_module.total_steps(),
+            model=_model(trainer, pl_module),
+            environment=environment() | _devices(pl_module.device, trainer.world_size),
+            begun=time.time() - sum(self.clock.read().values()),
+            before=sum(self._before.values()),
+            **told,
         )
+
+    def _write_recipe(self, directory: Path) -> None:
+        """The recipe as it was written, with its comments; several are merged, which loses these."""
+        if len(self.recipes) == 1:
+            (directory / runs.RECIPE).write_bytes(self.recipes[0].read_bytes())
+        elif self.recipes:
+            merged: dict[str, Any] = {}
+            for file in self.recipes:
+                merged = recipe_files.merge(merged, recipe_files.check(file))
+            header = f"# Merged, the later wins: {', '.join(map(str, self.recipes))}\n"
+            (directory / runs.RECIPE).write_text(header + yaml.safe_dump(merged, sort_keys=False), encoding="utf-8")
+
+    @rank_zero_only
+    def note(self, **values: Any) -> None:
+        """Writes down where the time has gone so far, and what else is to be known, if there is a folder."""
+        if self.directory is not None:
+            runs.write_state(self.directory, times=self.clock.read(self._before), **values)
+
+    def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Time: the model is made."""
+        self.clock.enter("checks")
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Makes the folder, says in it what runs, and opens the metrics file where the run stands."""
+        self.clock.enter("start")
         self._make(trainer)
         if self.directory is not None and trainer.is_global_zero:
-            self._describe(trainer, self.directory)
+            self._describe(trainer, pl_module, self.directory)
         for logger in trainer.loggers:
             if isinstance(logger, MetricsCSV) and self.directory is not None and trainer.is_global_zero:
-                logger.open(self.directory / "metrics.csv", trainer.global_step, self._row)
+                logger.open(self.directory / runs.METRICS, trainer.global_step, self._row)
+
+    def on_train_batch_start(self, trainer: L.Trainer, *_: Any) -> None:
+        """Time: what was done between two updates is done."""
+        if self.clock.phase != "training":
+            self.clock.enter("training")
+
+    def on_validation_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Time: validation begins."""
+        self.clock.enter("validation")
+
+    def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Time: validation is done, and what it took is written down, for a run may be killed."""
+        self.clock.enter("training")
+        self.note(step=trainer.global_step)
 
     def on_save_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
         """Keeps the metrics of this step in the checkpoint: a kill may come before they are in the file."""
+        self.clock.enter("saving")
         kinds = ("train/", "val/", "epoch") if trainer.validating else ("train/", "epoch")
         row = {name: float(value) for name, value in trainer.logged_metrics.items() if name.startswith(kinds)}
         checkpoint["metrics_row"] = row | {"step": trainer.global_step}
@@ -106,9 +181,9 @@ class RunFolder(L.Callback):
     @rank_zero_only
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Marks the run as finished."""
-        if self.directory is not None:
-            metrics = {k: float(v) for k, v in trainer.callback_metrics.items() if k.startswith(("train/", "val/"))}
-            runs.write_state(self.directory, status="finished", step=trainer.global_step, metrics=metrics)
+        self.clock.enter("end")
+        metrics = {k: float(v) for k, v in trainer.callback_metrics.items() if k.startswith(("train/", "val/"))}
+        self.note(status="finished", step=trainer.global_step, metrics=metrics)
 
     @rank_zero_only
     def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
@@ -116,7 +191,40 @@ class RunFolder(L.Callback):
         with contextlib.suppress(OSError):  # a disk that is full: what went wrong first is what is told
             for logger in trainer.loggers:
                 logger.finalize("failed")
-        if self.directory is not None:
-            stopped = isinstance(exception, Stopped | KeyboardInterrupt)
-            with contextlib.suppress(OSError):
-                runs.write_state(self.directory, status="stopped" if stopped else "failed", step=trainer.global_step)
+        stopped = isinstance(exception, Stopped | KeyboardInterrupt)
+        with contextlib.suppress(OSError):
+            self.note(status="stopped" if stopped else "failed", step=trainer.global_step, reason=_reason(exception))
+
+
+def _command() -> str:
+    """The command line, ready to be pasted."""
+    program = Path(sys.argv[0])
+    is_ours = program.name == "__main__.py" and program.parent.name == "oumi_pl"  # python -m oumi_pl
+    return shlex.join(["oumi_pl" if is_ours else sys.argv[0], *sys.argv[1:]])
+
+
+def _reason(error: BaseException) -> str | None:
+    """What ended a run, in a line or two."""
+    if isinstance(error, KeyboardInterrupt):
+        return "Ctrl-C"
+    text = str(error).strip()[:500]
+    return text if isinstance(error, Stopped | UserError) else f"{type(error).__name__}: {text}"
+
+
+def _model(trainer: Any, pl_module: Any) -> dict[str, Any]:
+    """What is trained, for the run's record."""
+    parameters = list(pl_module.parameters())
+    return {
+        "trainer": type(pl_module).__name__,
+        "architecture": type(pl_module.causal_lm.base).__name__,
+        "name": pl_module.model_name,
+        "parameters": sum(p.numel() for p in parameters),
+        "trainable": sum(p.numel() for p in parameters if p.requires_grad),
+        "loss": type(getattr(pl_module, "loss", None)).__name__,
+        "precision": str(trainer.precision),
+    }
+
+
+def _devices(device: torch.device, count: int) -> dict[str, Any]:
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+    return {"device": name, "devices": count}

@@ -1,0 +1,111 @@
+"""`runs`: what was trained, and how far; runs side by side; a run's report made anew."""
+
+import shutil
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from oumi_pl import runs
+from oumi_pl.commands.parser import Parser
+from oumi_pl.errors import UserError, nearest
+from oumi_pl.report import listing
+
+ACTIONS = ("compare", "report")
+EPILOG = "further: oumi_pl runs compare A B ... (overlay curves, tell what was set otherwise); oumi_pl runs report RUN"
+
+
+def main(args: list[str]) -> int:
+    """Runs the command; returns its exit code."""
+    if args and not args[0].startswith("-"):
+        if args[0] not in ACTIONS:
+            raise UserError(f"runs: unknown {args[0]!r}{nearest(args[0], ACTIONS)}")
+        return {"compare": _compare, "report": _report}[args[0]](args[1:])
+    options = _parser("runs", __doc__, EPILOG).parse_args(args)
+    root = options.runs_dir.expanduser()
+    folders = runs.folders(root)
+    if not folders:
+        if not root.is_dir() and root != Path("runs"):
+            raise UserError(f"runs: no directory {root}")
+        print(f"no runs in {root} yet; start one: oumi_pl fit --config quickstart/sft")
+        return 0
+    lines = [listing.line(run) for run in folders]
+    print(listing.table(lines, shutil.get_terminal_size().columns if sys.stdout.isatty() else None))
+    for note in listing.notes(folders, lines):
+        print(f"note: {note}")
+    return 0
+
+
+def _parser(command: str, description: str | None, epilog: str | None = None) -> Parser:
+    parser = Parser(command, description, epilog)
+    parser.add_argument(
+        "--runs_dir", type=Path, default=Path("runs"), help="where the run folders are; runs if left out"
+    )
+    return parser
+
+
+def _report(args: list[str]) -> int:
+    """Makes the report of a run anew: a run that is going on, or was killed, has none else."""
+    parser = _parser("runs report", "Makes curves.png and report.html of any run anew, running and killed ones too.")
+    parser.add_argument("run", nargs="+", help="a run's name or folder")
+    options = parser.parse_args(args)
+    found = [runs.find(name, options.runs_dir.expanduser()) for name in options.run]
+    from oumi_pl.report.page import make
+
+    for run in found:
+        page = make(run)
+        if page is None:
+            raise UserError(f"runs report: {run} has no metrics yet: not one step was written to {runs.METRICS}")
+        print(f"report -> {page}")
+    return 0
+
+
+def _compare(args: list[str]) -> int:
+    """Overlays runs, and tells what was set otherwise."""
+    what = "What came out of runs, side by side; what was set otherwise; and their losses in one picture."
+    parser = _parser("runs compare", what)
+    parser.add_argument("run", nargs="+", help="names or folders of two runs or more")
+    parser.add_argument("--output", type=Path, help="file of the picture; compare.png beside the runs if left out")
+    options = parser.parse_args(args)
+    root = options.runs_dir.expanduser()
+    found = [runs.find(name, root) for name in dict.fromkeys(options.run)]
+    if len(found) < 2:
+        others = ", ".join(run.name for run in runs.folders(root) if run.resolve() != found[0].resolve())
+        raise UserError(f"runs compare: name two runs or more{f'; there are also {others}' if others else ''}")
+    output = (options.output or root / "compare.png").expanduser()
+    if output.suffix != ".png":
+        raise UserError(f"--output: {output} is the name of a picture, and ends in .png")
+    if not output.parent.is_dir():
+        raise UserError(f"--output: no directory {output.parent}")
+    from oumi_pl.report import beside
+    from oumi_pl.report.record import Record
+
+    records = [Record(run) for run in found]
+    for run in records:
+        if not run.metrics:
+            raise UserError(f"runs compare: {run.folder} has no metrics yet: not one step was written")
+    names = _names(found)
+    print(_table(["", *names], [[name, *cells] for name, cells in beside.outcomes(records).items()]))
+    differing = beside.differences(records)
+    print("\nset otherwise:" if differing else "\nnothing was set otherwise")
+    for key, values in differing.items():
+        print(f"  {key}: {' | '.join(values)}")
+    if note := beside.not_alike(records):
+        print(f"\nnote: {note}")
+    beside.picture(records, names, output)
+    print(f"\npicture -> {output}")
+    return 0
+
+
+def _names(found: Sequence[Path]) -> list[str]:
+    """Names of the runs; their paths where two have the same name."""
+    names = [run.resolve().name for run in found]
+    return names if len(set(names)) == len(names) else [str(run) for run in found]
+
+
+def _table(head: list[str], rows: list[list[str]]) -> str:
+    sizes = [max(len(row[i]) for row in (head, *rows)) for i in range(len(head))]
+    lines = [
+        [row[0].ljust(sizes[0]), *(c.rjust(s) for c, s in zip(row[1:], sizes[1:], strict=True))]
+        for row in (head, *rows)
+    ]
+    return "\n".join("  ".join(line).rstrip() for line in lines)

@@ -1,0 +1,312 @@
+"""The curves of a run: which panels its metrics fill, and how one is drawn, in a picture of all or each for itself."""
+
+import io
+import math
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from oumi_pl.report.series import POINTS, envelope, smooth, thin, window_of
+from oumi_pl.runs import Column
+
+COLORS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9")
+"""Colours that the colour-blind tell apart (Okabe and Ito 2008, "Color Universal Design"); styles differ as well."""
+INK, FAINT = "#333333", "#999999"
+STYLES: dict[Any, Any] = {
+    "svg.fonttype": "none",
+    "svg.hashsalt": "oumi_pl",
+    "font.family": "sans-serif",
+    "font.size": 9.5,
+    "axes.edgecolor": FAINT,
+    "axes.labelcolor": INK,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "text.color": INK,
+    "xtick.color": INK,
+    "ytick.color": INK,
+    "path.simplify": True,
+    "text.usetex": False,
+}
+
+
+@dataclass(frozen=True)
+class Line:
+    """A metric in a panel: a training metric as a line, one of validation as points."""
+
+    column: str
+    label: str
+    color: str
+    style: str = "-"
+
+
+@dataclass(frozen=True)
+class Panel:
+    """One picture: a title, its lines, and what the values lie between where that is known."""
+
+    title: str
+    lines: tuple[Line, ...]
+    low: float | None = None
+    high: float | None = None
+    middle: float | None = None
+    """A value to compare with, drawn as a thin line: chance, for example."""
+
+
+def panels(metrics: Mapping[str, Column]) -> list[Panel]:
+    """The panels that these metrics fill, those that say most first."""
+    blue, orange, green, purple = COLORS[:4]
+    pairs = "train/rewards/margins" in metrics or "val/rewards/margins" in metrics
+    both = lambda name: (Line(f"train/{name}", "training", blue), Line(f"val/{name}", "validation", orange))  # noqa: E731
+    rewards = (
+        Line("train/rewards/chosen", "chosen", green),
+        Line("train/rewards/rejected", "rejected", purple, "--"),
+        Line("val/rewards/chosen", "chosen, validation", green),
+        Line("val/rewards/rejected", "rejected, validation", purple),
+    )
+    wanted = [
+        Panel("Loss per pair" if pairs else "Loss, nats per target token", both("loss")),
+        Panel("Reward margin: chosen minus rejected", both("rewards/margins"), middle=0.0),
+        Panel("Share of pairs ranked right", both("rewards/accuracies"), 0.0, 1.0, middle=0.5),
+        Panel("Rewards", rewards, middle=0.0),
+        Panel("Bits per byte, validation", _by_source(metrics, "bits_per_byte")),
+        Panel("Perplexity, validation", _by_source(metrics, "perplexity")),
+        Panel("Exact answers, share of held-out", (Line("val/exact_match", "validation", orange),), 0.0, 1.0),
+        Panel("Token accuracy", both("mean_token_accuracy"), low=0.0),
+        Panel("KL divergence to the reference, nats", both("kl"), low=0.0),
+        Panel("Learning rate", (Line("train/lr", "training", blue),), low=0.0),
+        Panel("Gradient norm, before clipping", (Line("train/grad_norm", "training", blue),)),
+        Panel("Tokens per second", (Line("train/tokens_per_second", "training", blue),), low=0.0),
+        Panel("Model FLOPs utilisation", (Line("train/mfu", "training", blue),), low=0.0),
+    ]
+    if _same(metrics, "val/nll", "val/loss") or "val/nll" not in metrics:
+        nll = []
+    else:
+        nll = [Panel("Cross-entropy, nats per target token", (Line("val/nll", "validation", orange),))]
+    wanted[1:1] = nll
+    there = []
+    for panel in wanted:
+        lines = tuple(line for line in panel.lines if line.column in metrics)
+        if lines:
+            there.append(Panel(panel.title, lines, panel.low, panel.high, panel.middle))
+    return there
+
+
+def _same(metrics: Mapping[str, Column], first: str, second: str) -> bool:
+    if first not in metrics or second not in metrics:
+        return False
+    (steps, values), (others, theirs) = metrics[first], metrics[second]
+    return steps == others and np.array_equal(values, theirs, equal_nan=True)
+
+
+def _by_source(metrics: Mapping[str, Column], name: str) -> tuple[Line, ...]:
+    if "val/bits_per_byte" not in metrics:  # of one kind of text, perplexity says no more than the loss
+        return ()
+    found = sorted(column for column in metrics if re.fullmatch(rf"val/{name}(/.+)?", column))
+    labels = [column.removeprefix(f"val/{name}").lstrip("/") or ("all" if len(found) > 1 else "") for column in found]
+    colors = (COLORS[1], COLORS[0], *COLORS[2:])
+    return tuple(Line(c, text, colors[i % len(colors)]) for i, (c, text) in enumerate(zip(found, labels, strict=True)))
+
+
+# ---- drawing
+
+
+@contextmanager
+def styled() -> Iterator[None]:
+    """Our look, for as long as something is drawn; settings of whoever called are left as they were."""
+    import matplotlib
+
+    with matplotlib.rc_context(STYLES):
+        yield
+
+
+def png(metrics: Mapping[str, Column], title: str, file: Path, resumed: Sequence[int] = ()) -> None:
+    """Draws all panels into one picture, in place of what is there."""
+    from matplotlib.figure import Figure
+
+    wanted = panels(metrics)
+    columns = min(4 if len(wanted) in (4, 7, 8, 10, 11, 12) else 3, len(wanted))
+    rows = math.ceil(len(wanted) / columns)
+    with styled():
+        size = (4.4 * columns, 2.75 * rows + 0.55)
+        figure = Figure(figsize=size)
+        # tick labels are short by their making, so fixed margins do, at half the time that a layout engine takes
+        width, height = (size[0] - 0.65 * columns - 0.15) / columns, 2.1
+        margins(figure, left=0.65, right=0.15, bottom=0.5, top=0.7, wspace=0.65 / width, hspace=0.65 / height)
+        axes = np.atleast_1d(figure.subplots(rows, columns, sharex=True)).flat
+        for i, axis in enumerate(axes):
+            if i >= len(wanted):
+                axis.remove()
+                continue
+            draw(axis, wanted[i], metrics, resumed)
+            axis.tick_params(labelbottom=True)
+            if i >= len(wanted) - columns:
+                axis.set_xlabel("step")
+        heading = f"{title}   ({legend(metrics, resumed)})"
+        figure.text(0.1 / size[0], 1 - 0.12 / size[1], heading, va="top", fontsize=10.5, parse_math=False)
+        half = file.with_name(f"{file.name}.half")
+        figure.savefig(half, dpi=110, format="png")
+    half.replace(file)
+
+
+def legend(metrics: Mapping[str, Column], resumed: Sequence[int] = ()) -> str:
+    """What thin and bold lines are, in words."""
+    width = max((window_of(len(steps)) for name, (steps, _) in metrics.items() if name.startswith("train/")), default=1)
+    words = [f"thin: each update, bold: mean of {width}"] if width > 1 else ["each update"]
+    if resumed:
+        words.append(f"vertical: resumed at step {', '.join(f'{step:,}' for step in resumed)}")
+    return "; ".join(words)
+
+
+def svg(panel: Panel, metrics: Mapping[str, Column], resumed: Sequence[int] = ()) -> str:
+    """One panel as an SVG element for a page, with colours that the page may change: `var(--c0)`, `var(--ink)`, ..."""
+    from matplotlib.figure import Figure
+
+    with styled():
+        figure = Figure(figsize=(4.3, 2.5))
+        margins(figure, left=0.55, right=0.1, bottom=0.3, top=0.3)
+        draw(figure.subplots(), panel, metrics, resumed)
+        figure.patch.set_alpha(0.0)
+        text = io.StringIO()
+        figure.savefig(text, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
+    markup = text.getvalue()
+    markup = markup[markup.index("<svg") :]
+    markup = re.sub(r"<metadata>.*?</metadata>", "", markup, flags=re.DOTALL)
+    markup = re.sub(r'<g id="[^"]*"', "<g", markup)
+    markup = re.sub(r'(<svg[^>]*?) width="[^"]*"', r"\1", re.sub(r'(<svg[^>]*?) height="[^"]*"', r"\1", markup))
+    markup = re.sub(r"font: ([\d.]+px) [^;\"]*", r"font-size: \1", markup)
+    own = re.sub(r"\W+", "", panel.title)  # several such elements in a page share its names
+    markup = re.sub(r'(id="|url\(#|href="#)', rf"\1{own}-", markup)
+    for i, color in enumerate(COLORS):
+        markup = markup.replace(color, f"var(--c{i})")
+    return markup.replace(INK, "var(--ink)").replace(FAINT, "var(--faint)").replace("\n", " ").strip()
+
+
+def margins(figure: Any, *, left: float, right: float, bottom: float, top: float, **spaces: float) -> None:
+    """Sets the margins of a figure, in inches."""
+    width, height = figure.get_size_inches()
+    figure.subplots_adjust(left / width, bottom / height, 1 - right / width, 1 - top / height, **spaces)
+
+
+def draw(axis: Any, panel: Panel, metrics: Mapping[str, Column], resumed: Sequence[int] = ()) -> None:
+    """Draws a panel: training thin and, smoothed, bold; validation as points; the last values beside the title."""
+    spans: list[tuple[float, float] | None] = []
+    for line in panel.lines:
+        steps, values = metrics[line.column]
+        drawn = _points if line.column.startswith("val/") else _line
+        spans.append(drawn(axis, line, steps, values))
+    for step in resumed:
+        axis.axvline(step, color=FAINT, linewidth=0.8, linestyle=(0, (2, 3)), zorder=0)
+    if panel.middle is not None:
+        axis.axhline(panel.middle, color=FAINT, linewidth=0.8, zorder=0)
+    axis.set_xlim(*steps_of(metrics.values()))
+    _limits(axis, panel, [span for span in spans if span is not None])
+    axis.set_title(panel.title, loc="left", fontsize=9.5, fontweight="bold", parse_math=False)
+    if len(panel.lines) == 1:
+        last = _last(np.asarray(metrics[panel.lines[0].column][1]))
+        axis.set_title(_short(last), loc="right", fontsize=8.5)
+    axis.grid(alpha=0.25, linewidth=0.6, color=FAINT)
+    axis.set_axisbelow(True)
+    if len(panel.lines) > 1:
+        handles, labels = axis.get_legend_handles_labels()
+        axis.legend(handles, labels, fontsize=8, frameon=False, loc="best", handlelength=1.8)
+
+
+def steps_of(columns: Iterable[Column]) -> tuple[float, float]:
+    """The bounds of an axis that shows all steps of these columns."""
+    found = [(steps[0], steps[-1]) for steps, _ in columns]
+    first, last = min(low for low, _ in found), max(high for _, high in found)
+    room = max(0.03 * (last - first), 0.5)
+    return first - room, last + room
+
+
+def _line(axis: Any, line: Line, steps: list[int], values: list[float]) -> tuple[float, float] | None:
+    y = np.asarray(values)
+    width = 1 if line.column == "train/lr" else window_of(len(y))
+    mean = smooth(y, width)
+    marker = "o" if len(y) < 3 else ""
+    label = f"{line.label} {_short(_last(mean))}"
+    if width > 1:
+        if len(y) > POINTS:
+            x, low, high = envelope(steps, y)
+            axis.fill_between(x, low, high, color=line.color, alpha=0.18, linewidth=0)
+        else:
+            axis.plot(steps, y, color=line.color, alpha=0.3, linewidth=0.8)
+    axis.plot(*thin(steps, mean), line.style, color=line.color, linewidth=1.7, label=label, marker=marker, markersize=4)
+    lost = np.flatnonzero(~np.isfinite(y))
+    if len(lost):
+        where = f"not finite: {len(lost):,} of {len(y):,}, first at step {steps[lost[0]]:,}"
+        axis.text(0.02, 0.03, where, transform=axis.transAxes, fontsize=8, color=COLORS[1])
+    return _span(np.concatenate([mean, y]))
+
+
+def _points(axis: Any, line: Line, steps: list[int], values: list[float]) -> tuple[float, float] | None:
+    x, y = thin(steps, values)
+    few = len(x) <= 60
+    label = f"{line.label} {_short(_last(y))}".strip()
+    axis.plot(
+        x, y, ":", color=line.color, linewidth=1.2, marker="o" if few else "", markersize=3.5, label=label, zorder=3
+    )
+    return _span(y)
+
+
+def _span(y: np.ndarray) -> tuple[float, float] | None:
+    finite = y[np.isfinite(y)]
+    return (float(finite.min()), float(finite.max())) if len(finite) else None
+
+
+def _last(y: np.ndarray) -> float:
+    return float(y[-1]) if len(y) else math.nan
+
+
+def _short(value: float) -> str:
+    if 0 < abs(value) < 0.01:
+        return _tick(value)
+    return f"{value:,.0f}" if 1000 <= abs(value) < 1e9 else f"{value:.3g}"
+
+
+def _limits(axis: Any, panel: Panel, spans: list[tuple[float, float]]) -> None:
+    """Logarithmic where values of no known bounds go over more than a decade; else between the bounds."""
+    from matplotlib.ticker import LogFormatter
+
+    class Short(LogFormatter):
+        def __call__(self, value: float, position: int | None = None) -> str:
+            return _tick(value) if super().__call__(value, position) else ""
+
+    ticks(axis)
+    if not spans:
+        return
+    low, high = min(span[0] for span in spans), max(span[1] for span in spans)
+    unbounded = panel.low is None and panel.middle is None
+    if unbounded and low > 0 and high / low > 10:
+        axis.set_yscale("log")
+        formatter = Short(labelOnlyBase=high / low > 1000, minor_thresholds=(2, 1))
+        axis.yaxis.set_major_formatter(formatter)
+        axis.yaxis.set_minor_formatter(formatter)
+        return
+    if panel.low is not None:
+        axis.set_ylim(bottom=panel.low - (0.03 if panel.high else 0))
+    if panel.high is not None:
+        axis.set_ylim(top=panel.high + 0.03)
+
+
+def ticks(axis: Any) -> None:
+    """Whole steps along the bottom, and short numbers on both axes."""
+    from matplotlib.ticker import MaxNLocator
+
+    axis.xaxis.set_major_locator(MaxNLocator(nbins=6, integer=True, steps=[1, 2, 5, 10], min_n_ticks=1))
+    for side in (axis.xaxis, axis.yaxis):
+        side.set_major_formatter(lambda value, _: _tick(value))
+
+
+def _tick(value: float) -> str:
+    """A number as short as an axis wants it: 15k, 0.25, 3e-4."""
+    if abs(value) >= 10_000:
+        return f"{value / 1000:,.6g}k"
+    if 0 < abs(value) < 0.01:
+        mantissa, exponent = f"{value:.2e}".split("e")
+        return f"{float(mantissa):g}e{int(exponent)}"
+    return f"{value:.6g}"

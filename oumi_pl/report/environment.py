@@ -1,0 +1,75 @@
+"""What a run ran on: machine, packages, and the state of the code beside it."""
+
+import importlib.metadata
+import os
+import platform
+import shutil
+import subprocess
+from pathlib import Path
+from typing import Any
+
+PACKAGES = ("torch", "lightning", "transformers", "peft", "trl", "datasets", "bitsandbytes")
+
+
+def environment() -> dict[str, Any]:
+    """Python, platform, processor, memory, package versions and git commit, in some hundredths of a second."""
+    return {
+        "python": platform.python_version(),
+        "platform": platform.platform(terse=True),
+        "machine": platform.machine(),
+        "cpu": _cpu(),
+        "cpus": _usable_cpus(),
+        **_memory(),
+        "packages": _versions(),
+        **_git(Path.cwd()),
+    }
+
+
+def _cpu() -> str:
+    try:
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    except OSError:
+        pass
+    return platform.processor() or platform.machine()
+
+
+def _usable_cpus() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def _memory() -> dict[str, float]:
+    try:
+        return {"memory_gb": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 1e9, 1)}
+    except (AttributeError, ValueError, OSError):  # not on Windows
+        return {}
+
+
+def _versions() -> dict[str, str]:
+    found = {}
+    for name in PACKAGES:
+        try:
+            found[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+def _git(directory: Path) -> dict[str, Any]:
+    """Commit of the repository that a directory lies in, and how many tracked files differ; empty without one."""
+    git = shutil.which("git")
+    if git is None:
+        return {}
+    command = [git, "--no-optional-locks", "status", "--porcelain=v2", "--branch", "--untracked-files=no"]
+    try:
+        told = subprocess.run(
+            command, cwd=directory, capture_output=True, text=True, errors="replace", timeout=2, check=True
+        )
+    except (subprocess.SubprocessError, OSError):
+        return {}
+    lines = told.stdout.splitlines()
+    commit = next((line.split()[-1] for line in lines if line.startswith("# branch.oid")), "(initial)")
+    if commit == "(initial)":
+        return {}
+    return {"git": {"commit": commit, "changed_files": sum(not line.startswith("#") for line in lines)}}

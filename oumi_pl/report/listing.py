@@ -1,0 +1,77 @@
+"""The runs of a folder as a table, from their small files alone: nothing heavy is imported."""
+
+import math
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+from oumi_pl import runs
+from oumi_pl.report.words import ago, clock, number
+
+COLUMNS = ("name", "recipe", "state", "step", "loss", "val", "best val", "time", "begun")
+RIGHT = ("step", "loss", "val", "best val", "time")
+DISPENSABLE = ("recipe", "best val", "begun", "time", "loss")
+"""Columns that a narrow terminal does without, the first of them first."""
+GAP = "  "
+
+
+def line(run: Path) -> dict[str, str]:
+    """One run's cells. What can't be read is a dash."""
+    state = runs.read_state(run)
+    metrics = runs.read_metrics(run, only=("train/loss", "val/loss", "step"))
+    condition = runs.condition(state)
+    noted = state.get("step")
+    done = max([noted if isinstance(noted, int) else 0, *(steps[-1] for steps, _ in metrics.values())])
+    steps = state.get("steps")
+    begun = state.get("created_ns")
+    val = [value for value in metrics.get("val/loss", ([], []))[1] if math.isfinite(value)]
+    return {
+        "name": run.name,
+        "recipe": str(state.get("recipe", "-")),
+        "state": condition,
+        "step": f"{done:,}/{steps:,}" if isinstance(steps, int) else f"{done:,}",
+        "loss": number(metrics["train/loss"][1][-1]) if "train/loss" in metrics else "-",
+        "val": number(metrics["val/loss"][1][-1]) if "val/loss" in metrics else "-",
+        "best val": number(min(val)) if val else "-",
+        "time": clock(runs.seconds(run, state)),
+        "begun": ago(time.time() - begun / 1e9) if isinstance(begun, int | float) else "-",
+    }
+
+
+def table(lines: Sequence[dict[str, str]], width: int | None) -> str:
+    """The lines below a head; where that is wider than `width`, with fewer columns, and names cut at last."""
+    columns = [c for c in COLUMNS if c != "recipe" or any(cells["recipe"] != cells["name"] for cells in lines)]
+    sizes = {c: max(len(c), *(len(cells[c]) for cells in lines)) for c in columns}
+    total = lambda: sum(sizes[c] + len(GAP) for c in columns) - len(GAP)  # noqa: E731
+    if width is not None:
+        for column in DISPENSABLE:
+            if total() > width and column in columns:
+                columns.remove(column)
+        if total() > width:
+            sizes["name"] = max(8, sizes["name"] - (total() - width))
+    return "\n".join(_row(cells, columns, sizes) for cells in ({c: c for c in COLUMNS}, *lines))
+
+
+def _row(cells: dict[str, str], columns: Sequence[str], sizes: dict[str, int]) -> str:
+    shown = []
+    for column in columns:
+        text, size = cells[column], sizes[column]
+        if len(text) > size:
+            text = text[: size - 1] + "…"
+        shown.append(text.rjust(size) if column in RIGHT else text.ljust(size))
+    return GAP.join(shown).rstrip()
+
+
+def notes(folders: Sequence[Path], lines: Sequence[dict[str, str]]) -> list[str]:
+    """What the words in the table don't say: where a run runs that can't be seen, and how to go on with one."""
+    told = []
+    unseen = [run for run, cells in zip(folders, lines, strict=True) if cells["state"] == "running?"]
+    for run in unseen:
+        owner = runs.read_state(run).get("process")
+        host = owner.get("host") if isinstance(owner, dict) else None
+        try:
+            last = f"its last step was written {ago(time.time() - (run / runs.METRICS).stat().st_mtime)}"
+        except OSError:
+            last = "it has written no step yet"
+        told.append(f"{run.name} says it is running{f' on {host}' if host else ''}, unseen from here; {last}")
+    return told

@@ -1,0 +1,96 @@
+"""What a run folder holds, read: whatever is missing or broken in it is empty."""
+
+import json
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from oumi_pl import runs
+
+
+@dataclass(frozen=True)
+class Record:
+    """A run folder, each of its files read when it is asked for."""
+
+    folder: Path
+
+    @property
+    def name(self) -> str:
+        """The run's name."""
+        return self.folder.resolve().name
+
+    @cached_property
+    def state(self) -> dict[str, Any]:
+        """What `run.json` says."""
+        return runs.read_state(self.folder)
+
+    @cached_property
+    def condition(self) -> str:
+        """The state as it is now."""
+        return runs.condition(self.state)
+
+    @cached_property
+    def metrics(self) -> dict[str, runs.Column]:
+        """The columns of `metrics.csv`."""
+        return runs.read_metrics(self.folder)
+
+    @cached_property
+    def data(self) -> dict[str, Any]:
+        """The data report, by split."""
+        try:
+            found = json.loads(self._text("data.json"))
+        except ValueError:
+            return {}
+        return found if isinstance(found, dict) else {}
+
+    @cached_property
+    def config(self) -> dict[str, Any]:
+        """The whole config."""
+        import yaml
+
+        try:
+            found = yaml.load(self.config_text, Loader=getattr(yaml, "CSafeLoader", yaml.SafeLoader))
+        except yaml.YAMLError:
+            return {}
+        return found if isinstance(found, dict) else {}
+
+    @cached_property
+    def config_text(self) -> str:
+        """The whole config as it is written."""
+        return self._text(runs.CONFIG)
+
+    @cached_property
+    def recipe_text(self) -> str:
+        """The recipe as its author wrote it."""
+        return self._text(runs.RECIPE)
+
+    @cached_property
+    def samples(self) -> list[dict[str, Any]]:
+        """The lines of `samples.jsonl` that are whole."""
+        found = []
+        for line in self._text("samples.jsonl").splitlines():
+            try:
+                sample = json.loads(line)
+            except ValueError:
+                continue
+            if isinstance(sample, dict) and isinstance(sample.get("step"), int) and "prompt" in sample:
+                found.append(sample)
+        return found
+
+    @property
+    def step(self) -> int:
+        """The last step that is known to be done."""
+        return max([int(self.state.get("step") or 0), *(steps[-1] for steps, _ in self.metrics.values())])
+
+    @property
+    def resumed(self) -> list[int]:
+        """The steps that the run was resumed at; one that was begun again from the start was not."""
+        found = self.state.get("resumed")
+        return [step for step in found if isinstance(step, int) and step > 0] if isinstance(found, list) else []
+
+    def _text(self, name: str) -> str:
+        try:
+            return (self.folder / name).read_text(encoding="utf-8", errors="replace")
+        except OSError:
+            return ""

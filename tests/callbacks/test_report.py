@@ -1,0 +1,118 @@
+"""What a run leaves for those who look at it: report, recipe, environment and times; and what goes wrong on the way."""
+
+import json
+import sys
+
+import lightning as L
+import pytest
+
+from oumi_pl import runs
+from oumi_pl.callbacks.preemption import Preemption
+from oumi_pl.callbacks.report import Report
+from oumi_pl.callbacks.run_folder import RunFolder, _command
+from oumi_pl.metrics import MetricsCSV
+from oumi_pl.report import page
+from oumi_pl.report.clock import Clock
+from tests.command_line import CommandLine
+from tests.tiny import data, module, trainer
+
+FIT = ("fit", "--config", "r.yaml", "--report", "true", "--data.validation", "0.2", "--val_every", "1")
+
+
+@pytest.fixture
+def cli(tmp_path, monkeypatch, capsys):
+    return CommandLine(tmp_path, monkeypatch, capsys)
+
+
+def test_a_run_leaves_what_one_wants_to_know_of_it(cli):
+    cli.write("r.yaml", "# a comment of mine\n" + (cli.directory / "r.yaml").read_text())
+    out = cli.works(*FIT)
+    assert "report -> runs/r/report.html" in out
+    folder = cli.directory / "runs/r"
+    assert (folder / runs.RECIPE).read_bytes() == (cli.directory / "r.yaml").read_bytes()
+    state = cli.state("runs/r")
+    assert state["status"] == "finished"
+    assert state["steps"] == state["step"] == 2
+    assert state["process"]["began"] == runs.process()["began"]
+    assert state["model"]["trainer"] == "SFT"
+    assert state["model"]["parameters"] == state["model"]["trainable"] > 0
+    assert state["environment"]["packages"]["torch"]
+    times = state["times"]
+    assert {"data", "model", "training", "validation", "saving", "end"} <= times.keys()
+    assert all(seconds >= 0 for seconds in times.values())
+    text = (folder / page.PAGE).read_text()
+    assert "a comment of mine" in text
+    assert "step 2 of 2" in text
+    assert cli.column("runs/r", "train/loss").keys() == {1, 2}, (
+        "the report ends the last line, and no line is there twice"
+    )
+    assert cli.column("runs/r", "val/loss").keys() == {1, 2}
+
+    before = sum(times.values())
+    cli.works("fit", "--resume", "runs/r", "--trainer.max_steps", "3")
+    state = cli.state("runs/r")
+    assert state["resumed"] == [2]
+    assert sum(state["times"].values()) > before
+    assert "resumed at step 2" in (folder / page.PAGE).read_text()
+    assert (folder / runs.RECIPE).read_bytes() == (cli.directory / "r.yaml").read_bytes()
+
+
+def fit(tmp_path, *callbacks, **limits):
+    folder = RunFolder(tmp_path, "run", "run", "{}")
+    made = trainer(callbacks=[folder, *callbacks, Preemption(), Report()], logger=[MetricsCSV()], **limits)
+    made.fit(module(), data(tmp_path, batch_size=2))
+    return folder.directory
+
+
+def test_a_failure_in_drawing_is_told_and_the_run_goes_on(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr("oumi_pl.report.page.make", {}.__getitem__)
+    folder = fit(tmp_path, max_steps=1)
+    assert runs.read_state(folder)["status"] == "finished"
+    told = capsys.readouterr().err
+    assert f"warning: no report: KeyError: {folder!r}" in told
+    assert f"to try again: oumi_pl runs report {folder}" in told
+
+
+class Failing(L.Callback):
+    """Raises before the third update."""
+
+    def __init__(self, error):
+        self.error = error
+
+    def on_train_batch_start(self, trainer, *_):
+        if trainer.global_step == 2:
+            raise self.error
+
+
+def test_a_run_that_fails_is_reported_with_its_reason(tmp_path):
+    with pytest.raises(ZeroDivisionError):
+        fit(tmp_path, Failing(ZeroDivisionError("<of mine>")), max_steps=4)
+    state = json.loads((tmp_path / "run" / runs.RUN).read_text())
+    assert (state["status"], state["reason"]) == ("failed", "ZeroDivisionError: <of mine>")
+    assert "ZeroDivisionError: &lt;of mine&gt;" in (tmp_path / "run" / page.PAGE).read_text()
+
+
+def test_who_presses_ctrl_c_twice_does_not_wait_for_a_report(tmp_path):
+    with pytest.raises((KeyboardInterrupt, SystemExit)):
+        fit(tmp_path, Failing(KeyboardInterrupt()), max_steps=4)
+    assert runs.read_state(tmp_path / "run")["status"] == "stopped"
+    assert not (tmp_path / "run" / page.PAGE).exists()
+
+
+def test_the_phases_of_a_clock_sum_to_the_whole(monkeypatch):
+    now = iter([0.0, 2.0, 5.0, 6.0])
+    monkeypatch.setattr("oumi_pl.report.clock.time.perf_counter", lambda: next(now))
+    clock = Clock()
+    clock.enter("training")
+    clock.enter("validation")
+    assert clock.read({"training": 10.0, "saving": 1.0}) == {
+        "data": 2.0,
+        "training": 13.0,
+        "validation": 1.0,
+        "saving": 1.0,
+    }
+
+
+def test_the_command_is_kept_ready_to_be_pasted(monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["/x/oumi_pl/__main__.py", "fit", "--config", "my file.yaml"])
+    assert _command() == "oumi_pl fit --config 'my file.yaml'"

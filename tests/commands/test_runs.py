@@ -1,0 +1,175 @@
+"""`runs`: the list, the comparison and the report, of runs in any state."""
+
+import json
+import os
+import socket
+import subprocess
+import sys
+import time
+
+import pytest
+
+from oumi_pl import runs
+from oumi_pl.__main__ import main
+from oumi_pl.report import listing
+from tests.report.folders import columns, curve, run_folder, write_metrics
+
+TYPES = json.dumps(
+    {"created_ns": "x", "steps": "x", "step": "x", "times": {"a": "x"}, "recipe": 3, "begun": "x", "before": []}
+    | {"status": "running", "process": {"pid": "x", "host": socket.gethostname(), "began": "x"}}
+)
+
+
+@pytest.fixture
+def here(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    return tmp_path / "runs"
+
+
+def works(capsys, *args) -> str:
+    assert main(["runs", *args]) == 0
+    return capsys.readouterr().out
+
+
+def fails(capsys, *args) -> str:
+    assert main(["runs", *args]) == 2
+    return capsys.readouterr().err.strip().removeprefix("error: ")
+
+
+def cells(out: str) -> dict[str, list[str]]:
+    return {line.split()[0]: line.split() for line in out.splitlines() if line}
+
+
+def test_lists_runs_the_newest_last_with_state_step_and_losses(here, capsys):
+    run_folder(here, "b", created_ns=time.time_ns())
+    run_folder(here, "a", created_ns=time.time_ns() - 10**9 * 7200, status="stopped", step=41)
+    runs.write_state(here / "a", steps=90)
+    out = works(capsys)
+    assert [line.split()[0] for line in out.splitlines()] == ["name", "a", "b"]
+    assert cells(out)["a"] == ["a", "r", "stopped", "41/90", "0.6325", "0.7906", "0.7906", "10", "s", "2", "h", "ago"]
+    assert cells(out)["b"][-1] == "now"
+
+
+def test_a_run_whose_process_is_gone_was_killed(here, capsys):
+    gone = runs.process() | {"pid": 2**22 - 1}
+    reused = runs.process() | {"began": "at another time"}
+    elsewhere = runs.process() | {"host": "elsewhere"}
+    for name, process in {"gone": gone, "reused": reused, "here": runs.process(), "there": elsewhere}.items():
+        run_folder(here, name, status="running", process=process, begun=time.time() - 60, before=10)
+    out = works(capsys)
+    states = {name: line[2] for name, line in cells(out).items()}
+    assert (states["gone"], states["reused"], states["here"], states["there"]) == (
+        *("killed", "killed", "running", "running?"),
+    )
+    assert "note: there says it is running on elsewhere, unseen from here; its last step was written now" in out
+    assert cells(out)["gone"][-3:-1] == ["1:10", "min"], "up to the last line, with the sessions before"
+
+
+def test_an_ended_child_that_nobody_waited_for_is_gone():
+    child = subprocess.Popen([sys.executable, "-c", ""])
+    try:
+        deadline = time.monotonic() + 20
+        while runs._began(child.pid) is not None and time.monotonic() < deadline:
+            time.sleep(0.01)
+        assert runs._began(child.pid) is None
+    finally:
+        child.wait()
+    assert runs._began(os.getpid()) == runs.process()["began"]
+
+
+def test_broken_folders_do_not_break_the_list(here, capsys):
+    run_folder(here, "good")
+    for name, text in {"text": "{", "list": "[]", "types": TYPES}.items():
+        (here / name).mkdir()
+        (here / name / runs.RUN).write_text(text)
+    (here / "types" / runs.METRICS).write_text("step,train/loss\nx,y\n1")
+    (here / "no-run").mkdir()
+    assert set(cells(works(capsys))) == {"name", "good", "text", "list", "types"}
+
+
+def test_no_runs_says_how_to_start_one(here, capsys):
+    assert "no runs in runs yet; start one: oumi_pl fit --config quickstart/sft" in works(capsys)
+    assert "no directory other" in fails(capsys, "--runs_dir", "other")
+
+
+def test_a_narrow_terminal_gets_fewer_columns(here):
+    lines = [listing.line(run_folder(here, "a-name-that-is-rather-long", recipe="r"))]
+    assert "recipe" in listing.table(lines, None)
+    for width in (100, 80, 60, 40):
+        table = listing.table(lines, width)
+        assert max(map(len, table.splitlines())) <= width
+        assert {"name", "state", "step", "val"} <= set(table.split())
+    assert "a-name-that-is…" in listing.table(lines, 40)
+
+
+def test_the_list_imports_nothing_heavy(here):
+    run_folder(here, "r")
+    code = (
+        "import sys; from oumi_pl.__main__ import main; main(['runs']); "
+        "print({'torch', 'numpy', 'matplotlib', 'lightning', 'yaml', 'rich'} & set(sys.modules))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines()[-1] == "set()"
+
+
+def test_compares_what_came_out_and_what_was_set_otherwise(here, capsys):
+    run_folder(here, "one", lr=0.1)
+    write_metrics(here / "one", columns() | {"val/loss": {10: 3.0, 20: 1.0, 40: 2.0}})
+    run_folder(here, "two", lr=0.2, steps=20)
+    out = works(capsys, "compare", "one", str(here / "two"))
+    rows = {line.split("  ")[0]: line.split("  ") for line in out.splitlines()}
+    assert [c.strip() for c in rows["val/loss, best"] if c.strip()][1:] == ["1 at 20", "1.118 at 20"]
+    assert "  model.lr: 0.1 | 0.2\n" in out
+    assert "  trainer.max_steps: 40 | 20\n" in out
+    assert "name:" not in out
+    assert "model.model" not in out, "null in both"
+    assert "picture -> runs/compare.png" in out
+    assert (here / "compare.png").read_bytes().startswith(b"\x89PNG")
+    assert "not of one kind" not in out
+
+
+def test_runs_with_other_losses_are_compared_with_a_warning(here, capsys):
+    run_folder(here, "one")
+    run_folder(here, "two", model={"trainer": "DPO", "loss": "Sigmoid"})
+    out = works(capsys, "compare", "one", "two", "--output", "p.png")
+    assert "these losses are not of one kind (one: SFT with L, two: DPO with Sigmoid)" in out
+
+
+def test_report_is_made_of_a_run_that_was_killed(here, capsys):
+    run_folder(here, "r", status="running", process=runs.process() | {"began": "long ago"})
+    assert works(capsys, "report", "r") == "report -> runs/r/report.html\n"
+    assert "killed after step 40" in (here / "r/report.html").read_text()
+    assert json.loads((here / "r" / runs.RUN).read_text())["status"] == "running", "what is written stays"
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        (["compare", "first", "secnd"], "no run 'secnd' in runs; did you mean 'second'?"),
+        (["compare", "first"], "runs compare: name two runs or more; there are also second, empty"),
+        (["compare", "first", "first"], "runs compare: name two runs or more"),
+        (["compare", "first", "empty"], "has no metrics yet"),
+        (["compare", "first", "second", "--output", "a/b.png"], "--output: no directory a"),
+        (["compare", "first", "second", "--output", "x.pdf"], "--output: x.pdf is the name of a picture"),
+        (["compare"], "the following arguments are required: run"),
+        (["report", "empty"], "has no metrics yet"),
+        (["report", "fist"], "did you mean 'first'?"),
+        (["compere", "a"], "runs: unknown 'compere'; did you mean 'compare'?"),
+    ],
+)
+def test_mistakes(here, capsys, args, message):
+    for name in ("first", "second"):
+        run_folder(here, name)
+    run_folder(here, "empty", steps=0)
+    assert message in fails(capsys, *args)
+
+
+def test_metrics_of_a_run_that_is_being_written(tmp_path):
+    write_metrics(tmp_path, {"train/loss": curve(5), "val/loss": {2: 7.0}})
+    with (tmp_path / runs.METRICS).open("a") as out:
+        out.write("6,0.1")
+    found = runs.read_metrics(tmp_path)
+    assert found["train/loss"][0] == [1, 2, 3, 4, 5]
+    assert found["val/loss"] == ([2], [7.0])
+    assert runs.read_metrics(tmp_path, only=("val/loss",)).keys() == {"val/loss"}
+    assert runs.read_metrics(tmp_path / "none") == {}

@@ -1,0 +1,145 @@
+"""The page of a run: what it says, that it is whole in itself, and that what files hold can't break it."""
+
+import json
+from html.parser import HTMLParser
+
+import pytest
+
+from oumi_pl import runs
+from oumi_pl.report import page
+from oumi_pl.report.words import ago, clock, large, meaning, number
+from tests.report.folders import run_folder, write_metrics
+
+EVIL = "<script>alert(1)</script>&\"'</pre>"
+
+
+class Elements(HTMLParser):
+    """The elements of a page and their attributes; refuses those that are closed in another order."""
+
+    EMPTY = ("meta", "link", "br", "path", "use", "rect", "img")
+
+    def __init__(self, text):
+        super().__init__()
+        self.open, self.found, self.text = [], [], ""
+        self.feed(text)
+        assert not self.open
+
+    def handle_starttag(self, tag, attrs):
+        self.found.append((tag, dict(attrs)))
+        if tag not in self.EMPTY:
+            self.open.append(tag)
+
+    def handle_endtag(self, tag):
+        if tag not in self.EMPTY:
+            assert self.open.pop() == tag
+
+    def handle_data(self, data):
+        self.text += data
+
+
+def read(folder):
+    made = page.make(folder)
+    assert made == folder / "report.html"
+    text = made.read_text(encoding="utf-8")
+    return text, Elements(text)
+
+
+@pytest.fixture(scope="module")
+def evil(tmp_path_factory):
+    """A run all of whose files hold what would break a page."""
+    folder = run_folder(tmp_path_factory.mktemp("a b"), recipe=EVIL, command=EVIL, status="failed", reason=EVIL)
+    runs.write_state(folder, warnings=[EVIL], environment={"packages": {EVIL: EVIL}}, resumed=[20])
+    samples = [
+        {"step": step, "prompt": EVIL, "completion": f"{EVIL} at {step}", "reference": EVIL} for step in (0, 20, 40)
+    ]
+    (folder / "samples.jsonl").write_text("".join(json.dumps(s) + "\n" for s in samples) + '{"step": 41, "pro')
+    (folder / runs.RECIPE).write_text(EVIL)
+    (folder / runs.CONFIG).write_text(EVIL)
+    (folder / "data.json").write_text(json.dumps({EVIL: {"rows": 3, "sources": [{"source": EVIL, EVIL: EVIL}]}}))
+    write_metrics(
+        folder, {"train/loss": {1: 2.0, 2: 1.0}, f"val/bits_per_byte/{EVIL}": {2: 1.0}, "val/bits_per_byte": {2: 1}}
+    )
+    return read(folder)
+
+
+def test_nothing_in_a_file_becomes_markup(evil):
+    _, elements = evil
+    assert not [tag for tag, _ in elements.found if tag == "script"]
+    assert elements.text.count(EVIL) > 8
+
+
+def test_the_page_needs_nothing_else(evil):
+    _, elements = evil
+    addresses = [
+        value for _, attrs in elements.found for key, value in attrs.items() if key in ("src", "href", "xlink:href")
+    ]
+    assert addresses
+    assert all(value.startswith(("#", "data:")) for value in addresses)
+    assert "@import" not in elements.text
+
+
+def test_samples_before_and_after_stand_beside_the_reference(evil):
+    _, elements = evil
+    assert "Before the first update" in elements.text
+    assert f"{EVIL} at 40" in elements.text
+    assert f"{EVIL} at 20" not in elements.text
+    assert "Reference" in elements.text
+
+
+def test_what_a_finished_run_says(tmp_path):
+    folder = run_folder(tmp_path)
+    (folder / "checkpoints" / "step-00000040.ckpt").write_bytes(b"")
+    (folder / "model").mkdir()
+    _, elements = read(folder)
+    text = elements.text
+    for told in (
+        "finished",
+        "SFT of Llama (random weights; 5 parameters), loss L",
+        "rows.jsonl (400 tokens in 10 rows)",
+    ):
+        assert told in text
+    assert "0.7906" in text, "the last validation loss"
+    assert "the best so far" in text
+    assert "2 (empty)" in text, "why rows were dropped"
+    assert "10 s" in text, "all in all"
+    assert "# mine" in text
+    assert "torch" in text
+    assert f"oumi_pl fit --resume {folder} --trainer.max_steps 80" in text
+    assert f"oumi_pl export --checkpoint {folder} --output {folder}-model" in text
+    assert f"oumi_pl generate --model {folder}/model --prompt" in text
+    assert (folder / "curves.png").stat().st_size > 10_000
+
+
+def test_paths_with_spaces_are_quoted(tmp_path):
+    folder = run_folder(tmp_path / "my runs", status="stopped", reason="stopped by SIGTERM")
+    _, elements = read(folder)
+    assert f"fit --resume '{folder}'" in elements.text
+    assert "stopped by SIGTERM" in elements.text
+
+
+def test_a_folder_with_metrics_alone_is_reported(tmp_path):
+    (tmp_path / "r").mkdir()
+    assert page.make(tmp_path / "r") is None
+    write_metrics(tmp_path / "r", {"train/loss": {1: 2.0}})
+    for name in (runs.RUN, "data.json", runs.CONFIG, "samples.jsonl"):
+        (tmp_path / "r" / name).write_text("{")
+    _, elements = read(tmp_path / "r")
+    assert "unknown" in elements.text
+
+
+def test_numbers_as_people_read_them():
+    assert [clock(s) for s in (0.04, 12, 59.7, 185, 3723, 200_000, None)] == [
+        *("0.0 s", "12 s", "60 s", "3:05 min", "1:02:03 h", "2 d 07 h", "-")
+    ]
+    assert [ago(s) for s in (5, 600, 3 * 3600, 4 * 86400)] == ["now", "10 min ago", "3 h ago", "4 d ago"]
+    assert [large(n) for n in (950, 12_400, 135e6, 1.24e9)] == ["950", "12.4k", "135M", "1.24B"]
+    assert [number(v) for v in (0.123456, 1234567.0, 7, None, "x", float("nan"))] == [
+        *("0.1235", "1,234,567", "7", "-", "x", "nan")
+    ]
+
+
+def test_meanings_are_those_of_the_table_of_metrics():
+    assert meaning("train/rewards/rejected") == meaning("val/rewards/chosen") != ""
+    assert meaning("val/loss") == "the training loss on held-out tokens or pairs"
+    assert meaning("val/perplexity/web") == meaning("val/perplexity") == "exp of val/nll"
+    assert meaning("val/something") == meaning("val") == ""
