@@ -1,9 +1,10 @@
 """Completions of prompts, greedy unless asked otherwise."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import Tensor
 
 from oumi_pl.errors import UserError
 
@@ -12,6 +13,9 @@ if TYPE_CHECKING:
 
 PLAIN: dict[str, Any] = {"repetition_penalty": 1.0, "no_repeat_ngram_size": 0, "num_beams": 1}
 """What published models may set otherwise in their generation config, so that greedy would not be greedy."""
+
+UNFINISHED = "\N{REPLACEMENT CHARACTER}"
+"""What bytes of a character decode to as long as its other bytes are missing."""
 
 
 @torch.no_grad()
@@ -23,6 +27,8 @@ def complete(
     max_new_tokens: int = 256,
     stop: Sequence[int] = (),
     temperature: float = 0.0,
+    top_p: float = 1.0,
+    on_text: Callable[[str], None] | None = None,
 ) -> list[str]:
     """Completes a batch of prompts of token ids and returns the text, without special tokens.
 
@@ -35,6 +41,8 @@ def complete(
         max_new_tokens: Longest completion.
         stop: Token ids that end a completion, besides the tokenizer's and the model's EOS.
         temperature: 0 is greedy; else samples from the whole distribution.
+        top_p: Samples from the likeliest tokens that make up this much of it (Holtzman et al. 2020, arXiv:1904.09751).
+        on_text: For a single prompt: gets each piece of the text as soon as it is there.
 
     Raises:
         UserError: if the weights are sharded over ranks, which `generate` can't gather.
@@ -52,7 +60,7 @@ def complete(
     mask = torch.tensor([[0] * (longest - len(p)) + [1] * len(p) for p in prompts], device=device)
     sampling: dict[str, Any] = {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}
     if temperature > 0:
-        sampling = {"do_sample": True, "temperature": temperature, "top_p": 1.0, "top_k": 0}
+        sampling = {"do_sample": True, "temperature": temperature, "top_p": top_p, "top_k": 0}
     modes = {module: module.training for module in model.modules()}
     model.eval()
     try:
@@ -62,6 +70,7 @@ def complete(
             max_new_tokens=max_new_tokens,
             eos_token_id=_ends(model, tokenizer, stop) or None,
             pad_token_id=pad,
+            streamer=None if on_text is None else _Stream(tokenizer, on_text),
             **PLAIN,
             **sampling,
         )
@@ -74,3 +83,36 @@ def complete(
 def _ends(model: Any, tokenizer: "PreTrainedTokenizerBase", stop: Sequence[int]) -> list[int]:
     own = model.generation_config.eos_token_id
     return sorted({*stop, tokenizer.eos_token_id, *(own if isinstance(own, list) else [own])} - {None})
+
+
+class _Stream:
+    """Takes tokens from `generate` one by one, and passes on the text that they are sure to be.
+
+    The whole text is decoded anew for each token: where a token's text depends on those before it, parts would differ.
+    """
+
+    def __init__(self, tokenizer: "PreTrainedTokenizerBase", on_text: Callable[[str], None]) -> None:
+        self.tokenizer = tokenizer
+        self.on_text = on_text
+        self.ids: list[int] | None = None
+        self.passed = ""
+
+    def put(self, ids: Tensor) -> None:
+        """Takes the prompt first, which is not passed on, and then a token at a time."""
+        if self.ids is None:
+            self.ids = []
+            return
+        self.ids += ids.flatten().tolist()
+        self._pass(self._text().rstrip(UNFINISHED))
+
+    def end(self) -> None:
+        """Passes on the rest."""
+        self._pass(self._text())
+
+    def _text(self) -> str:
+        return str(self.tokenizer.decode(self.ids or [], skip_special_tokens=True))
+
+    def _pass(self, text: str) -> None:
+        if len(text) > len(self.passed) and text.startswith(self.passed):
+            self.on_text(text[len(self.passed) :])
+            self.passed = text

@@ -5,7 +5,7 @@ import torch
 
 from oumi_pl import attention
 from oumi_pl.data.tokenizers import ByteTokenizer
-from oumi_pl.generation import complete
+from oumi_pl.generation import _Stream, complete
 from oumi_pl.models.build import build_model
 from tests.tiny import LLAMA
 
@@ -46,6 +46,47 @@ def test_a_batch_is_answered_as_one_by_one(tokenizer, attn):
         ids = ids[: ids.index(tokenizer.eos_token_id)] if tokenizer.eos_token_id in ids else ids
         assert answer == tokenizer.decode(ids, skip_special_tokens=True)
     assert len(set(together)) > 1, "the same answer to all would hide what a neighbour does"
+
+
+def test_a_streamed_answer_is_the_answer_in_whole_characters(tokenizer):
+    hf, count = build(tokenizer), 0
+    for prompt in prompts(tokenizer):
+        pieces = []
+        (answer,) = complete(hf, tokenizer, [prompt], max_new_tokens=40, on_text=pieces.append)
+        assert answer == complete(hf, tokenizer, [prompt], max_new_tokens=40)[0]
+        assert "".join(pieces) == answer
+        assert all(pieces)
+        count += len(pieces)
+    assert count > 20
+
+
+def test_bytes_of_a_character_are_held_back_until_it_is_whole(tokenizer):
+    pieces = []
+    stream = _Stream(tokenizer, pieces.append)
+    stream.put(torch.tensor([[1, 2, 3]]))  # the prompt, which is not passed on
+    for byte in "aé€\ufffd😀!".encode()[:-2]:
+        stream.put(torch.tensor([byte]))
+    assert pieces == ["a", "é", "€"]  # a replacement character of the text's own waits for what follows it
+    stream.end()
+    assert "".join(pieces) == tokenizer.decode(stream.ids)
+    assert pieces[-1].startswith("\ufffd")
+
+
+def test_greedy_is_what_transformers_generates(tokenizer):
+    hf = build(tokenizer).eval()
+    for prompt in prompts(tokenizer):
+        out = hf.generate(torch.tensor([prompt]), max_new_tokens=12, do_sample=False)
+        expected = tokenizer.decode(out[0, len(prompt) :], skip_special_tokens=True)
+        assert complete(hf, tokenizer, [prompt], max_new_tokens=12) == [expected]
+
+
+def test_top_p_leaves_only_the_likeliest(tokenizer):
+    hf = build(tokenizer)
+    prompt = prompts(tokenizer)[0]
+    greedy = complete(hf, tokenizer, [prompt], max_new_tokens=6)
+    torch.manual_seed(0)
+    assert complete(hf, tokenizer, [prompt], max_new_tokens=6, temperature=5.0, top_p=1e-6) == greedy
+    assert complete(hf, tokenizer, [prompt], max_new_tokens=6, temperature=5.0) != greedy
 
 
 def test_an_answer_ends_at_the_end_of_turn(tokenizer):

@@ -2,9 +2,11 @@
 
 import copy
 from pathlib import Path
+from typing import Any
 
 from oumi_pl.commands.parser import Parser
-from oumi_pl.errors import UserError, nearest
+from oumi_pl.errors import UserError
+from oumi_pl.nearby import nearby
 
 
 def main(args: list[str]) -> int:
@@ -17,7 +19,7 @@ def main(args: list[str]) -> int:
     parser.add_argument("--merge", action="store_true", help="add a LoRA adapter to its base weights")
     parser.add_argument("--push_to_hub", metavar="NAME", help="also upload the folder to this hub repository")
     options = parser.parse_args(args)
-    checkpoint, output = _find(options.checkpoint.expanduser()), options.output.expanduser()
+    checkpoint, output = find(options.checkpoint.expanduser()), options.output.expanduser()
     if options.push_to_hub:
         _check_name(options.push_to_hub)
     export_checkpoint(checkpoint, output, merge=options.merge)
@@ -36,9 +38,30 @@ def export_checkpoint(checkpoint: Path, output: Path, *, merge: bool = False) ->
     """
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
         raise UserError(f"--output: {output} is there and not an empty folder; name another one")
+    from oumi_pl.export import export_model, model_card
+
+    module, data, config, content = built(checkpoint)
+    adapter = module.lora is not None and not merge
+    export_model(
+        module.model,
+        output,
+        data.tokenizer,
+        merge=merge,
+        keep=False,
+        stop_tokens=getattr(data, "stop_tokens", ()),
+        card=model_card(config, content["config"], content.get("metrics", {}), output.resolve().name, adapter),
+    )
+
+
+def built(checkpoint: Path) -> tuple[Any, Any, dict[str, Any], dict[str, Any]]:
+    """Module and data that a checkpoint's own config describes, with its weights; the config, and all of the content.
+
+    Raises:
+        UserError: if the checkpoint can't be read or has no config, or what it is built on can't be loaded.
+    """
     import yaml
 
-    from oumi_pl.export import export_model, model_card, read_checkpoint
+    from oumi_pl.export import read_checkpoint
 
     content = read_checkpoint(checkpoint)
     if not content.get("config") or "state_dict" not in content:
@@ -48,31 +71,20 @@ def export_checkpoint(checkpoint: Path, output: Path, *, merge: bool = False) ->
     config = yaml.safe_load(content["config"])
     module, data = instantiate(copy.deepcopy(config))  # parsing changes it in place
     data.tokenizer_spec = data.tokenizer_spec or module.model_name
-    tokenizer = data.tokenizer
     module.quantization = None  # only saves memory in training: adapters belong to the base in full precision
-    module.model = module.build(tokenizer, data.added_tokens)
+    module.model = module.build(data.tokenizer, data.added_tokens)
     module.load_weights(content["state_dict"])
-    if module.lora is None:  # trained in bfloat16 (`precision: bf16-true`), exported in bfloat16
+    if module.lora is None:  # trained in bfloat16 (`precision: bf16-true`), and in bfloat16 from here on
         module.model.to(next(iter(content["state_dict"].values())).dtype)
-    adapter = module.lora is not None and not merge
-    export_model(
-        module.model,
-        output,
-        tokenizer,
-        merge=merge,
-        keep=False,
-        stop_tokens=getattr(data, "stop_tokens", ()),
-        card=model_card(config, content["config"], content.get("metrics", {}), output.resolve().name, adapter),
-    )
+    return module, data, config, content
 
 
-def _find(path: Path) -> Path:
+def find(path: Path) -> Path:
     """The checkpoint itself, or the one that counts in a run folder: the best, else the newest."""
     from oumi_pl.checkpoint_files import saved_steps
 
     if not path.exists():
-        beside = [p.as_posix() for p in path.parent.glob("*")] if path.parent.is_dir() else []
-        raise UserError(f"--checkpoint: no file {path}{nearest(path.as_posix(), beside) if beside else ''}")
+        raise UserError(f"--checkpoint: no file {path}{nearby(path, lambda p: p.is_dir() or p.suffix == '.ckpt')}")
     folder = path / "checkpoints" if (path / "checkpoints").is_dir() else path
     if folder.is_file() or (folder / "meta.pt").exists():
         return folder

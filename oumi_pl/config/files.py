@@ -3,13 +3,27 @@
 Nothing heavy is imported here, so that a misspelt name is told in a fraction of a second.
 """
 
+import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from oumi_pl.errors import UserError, nearest
 
 ENDINGS = (".yaml", ".yml")
+ORDER = ("quickstart", "sft", "dpo", "pretrain")
+"""Folders of shipped recipes, and the recipes of the first, in the order in which one tries them."""
+
+
+class Header(NamedTuple):
+    """What the comment at the top of a recipe says."""
+
+    purpose: str
+    """What is trained, on what."""
+    commands: list[str]
+    """Command lines that run it."""
+    hardware: str
+    """What it needs, in a few words."""
 
 
 def shipped() -> Path:
@@ -22,7 +36,30 @@ def shipped() -> Path:
 def names() -> list[str]:
     """Names of the shipped recipes, `quickstart/sft` for example."""
     root = shipped()
-    return sorted(p.relative_to(root).with_suffix("").as_posix() for p in root.rglob("*.yaml"))
+    found = [p.relative_to(root).with_suffix("").as_posix() for p in root.rglob("*.yaml")]
+    return sorted(found, key=lambda name: [(_rank(part), part) for part in name.split("/")])
+
+
+def _rank(part: str) -> int:
+    return ORDER.index(part) if part in ORDER else len(ORDER)
+
+
+def header(recipe: Path) -> Header:
+    """Reads the comment at the top of a recipe.
+
+    Its first lines tell the purpose, lines that are set in are commands, and the first clause after `Hardware:` tells
+    what it needs.
+    """
+    lines: list[str] = []
+    for line in recipe.read_text(encoding="utf-8").splitlines():
+        if not line.startswith("#"):
+            break
+        lines.append(line.removeprefix("#"))
+    commands = [i for i, line in enumerate(lines) if line.startswith("  ")]
+    purpose = " ".join(line.strip() for line in lines[: min(commands, default=0)])
+    hardware = next((line.strip().removeprefix("Hardware:") for line in lines if line.startswith(" Hardware:")), "")
+    needs = re.split(r"[.;](?:\s|$)", hardware.strip(), maxsplit=1)[0]
+    return Header(purpose, [lines[i].strip().replace("python -m oumi_pl", "oumi_pl") for i in commands], needs)
 
 
 def find(name: str) -> Path:

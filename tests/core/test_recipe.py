@@ -424,7 +424,10 @@ def test_loggers(monkeypatch):
     made = recipe(training__enable_wandb=True, training__enable_mlflow=True, training__run_name="a b")
     wandb, mlflow, *_ = made.tree["trainer"]["logger"]
     assert wandb == {"class_path": "WandbLogger", "init_args": {"project": "mine", "name": "a_b"}}
-    assert mlflow == {"class_path": "MLFlowLogger", "init_args": {"run_name": "a_b"}}
+    assert mlflow == {
+        "class_path": "MLFlowLogger",
+        "init_args": {"run_name": "a_b", "tracking_uri": "sqlite:///mlflow.db"},
+    }
 
 
 @pytest.mark.parametrize("installed", [True, False])

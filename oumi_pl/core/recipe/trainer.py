@@ -21,6 +21,10 @@ CHECKPOINT = re.compile(r"(?:checkpoint|step)-(\d+)(?:\.ckpt)?")
 """Name of a checkpoint, of transformers or of Lightning."""
 
 
+MLFLOW_STORE = "sqlite:///mlflow.db"
+"""MLflow's own default, and so that of transformers' callback; Lightning's is a folder, which MLflow takes no more."""
+
+
 def trainer(config: TrainingConfig, notes: Notes, devices: int | None, engine: Engine) -> dict[str, Any]:
     """The section `trainer`; engines other than Lightning train on one device.
 
@@ -78,7 +82,8 @@ def _loggers(training: TrainingParams, notes: Notes) -> list[dict[str, Any]]:
         made.append({"class_path": "WandbLogger", "init_args": {"project": project, **named}})
     if training.enable_mlflow:
         run = {"run_name": training.run_name} if training.run_name else {}
-        made.append({"class_path": "MLFlowLogger", "init_args": run} if run else {"class_path": "MLFlowLogger"})
+        store = {"tracking_uri": os.environ.get("MLFLOW_TRACKING_URI", MLFLOW_STORE)}
+        made.append({"class_path": "MLFlowLogger", "init_args": run | store})
     installed = find_spec("tensorboard") or find_spec("tensorboardX")
     if not installed:
         notes.nothing("training.enable_tensorboard", "TensorBoard is not installed")

@@ -42,7 +42,7 @@ def loggers(params: "TrainingParams") -> list[Any]:
         if not installed("mlflow"):
             raise UserError(f"training.enable_mlflow: mlflow is not installed; {INSTALL}")
         experiment = os.environ.get("MLFLOW_EXPERIMENT_NAME", "oumi")
-        uri = os.environ.get("MLFLOW_TRACKING_URI")
+        uri = os.environ.get("MLFLOW_TRACKING_URI", "sqlite:///mlflow.db")  # MLflow's own default
         made.append(MLFlowLogger(experiment, run_name=params.run_name, tracking_uri=uri, save_dir=params.output_dir))
     return made
 

@@ -1,0 +1,241 @@
+"""`generate`: completions of prompts by a model folder, or by a checkpoint as it is."""
+
+import argparse
+import json
+import os
+import sys
+import unicodedata
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from oumi_pl.commands.parser import Parser
+from oumi_pl.errors import UserError
+
+LONGEST = 256
+"""Tokens of a completion, unless told otherwise."""
+
+
+class Loaded(NamedTuple):
+    """What completions are made with."""
+
+    model: Any
+    """A Hugging Face model."""
+    tokenizer: Any
+    stop: list[int]
+    """Ids that end a completion, besides the model's own and EOS."""
+
+
+def main(args: list[str]) -> int:
+    """Runs the command; returns its exit code."""
+    options = _options(args)
+    prompts = _prompts(options)
+    if options.model:
+        _refuse_no_model(Path(options.model).expanduser())
+        loaded = from_folder(options.model, options.trust_remote_code)
+    else:
+        loaded = from_checkpoint(options.checkpoint.expanduser())
+    ids = [prompt_ids(loaded.tokenizer, prompt, options.system, options.raw) for prompt in prompts]
+    limits = [_limit(loaded.model, len(one), options.max_new_tokens) for one in ids]
+    import torch
+
+    from oumi_pl.generation import complete
+
+    loaded.model.to("cuda" if torch.cuda.is_available() else "cpu")
+    if options.seed is not None:
+        torch.manual_seed(options.seed)
+    chat = is_chat(loaded.tokenizer, options.raw)
+    sampling = {"temperature": options.temperature, "top_p": options.top_p or 1.0, "stop": loaded.stop}
+    for i, (prompt, one, limit) in enumerate(zip(prompts, ids, limits, strict=True)):
+        streamed = not options.json and sys.stdout.isatty()
+        if streamed:
+            print("\n" * (i > 0) + _dim(visible(prompt)), end="\n" if chat else "", flush=True)
+        try:
+            answers = complete(
+                loaded.model,
+                loaded.tokenizer,
+                [one],
+                max_new_tokens=limit,
+                on_text=_write if streamed else None,
+                **sampling,
+            )
+        except KeyboardInterrupt:
+            print()  # what is there of the completion stays on its line
+            raise
+        if options.json:
+            print(json.dumps({"prompt": prompt, "completion": answers[0]}, ensure_ascii=False), flush=True)
+        elif streamed:
+            print("" if answers[0] else _dim("(nothing)"))
+        else:
+            print(answers[0], flush=True)
+    return 0
+
+
+def from_folder(name: str, trust_remote_code: bool = False) -> Loaded:
+    """A model by folder or hub id, in the precision that it is saved in; a LoRA adapter on its base.
+
+    Raises:
+        UserError: it can't be loaded, or lacks weights.
+    """
+    from oumi_pl.hub import locate, reason
+    from oumi_pl.quiet import quiet
+
+    quiet()
+    path = locate(name, "--model")
+    adapter = Path(path) / "adapter_config.json"
+    if adapter.is_file() and (base := json.loads(adapter.read_text()).get("base_model_name_or_path")):
+        locate(base, f"--model: the base of the adapter {name}")
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers.utils import logging
+
+    logging.set_verbosity_error()  # of what is missing we tell ourselves
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code)
+        load: Any = AutoModelForCausalLM.from_pretrained
+        model, info = load(path, dtype="auto", trust_remote_code=trust_remote_code, output_loading_info=True)
+    except Exception as error:  # files can be wrong in any way, and so can code from the hub
+        if "trust_remote_code" in str(error):
+            raise UserError(
+                f"--model: {name} needs code of its own to run; if you trust it, add --trust_remote_code"
+            ) from error
+        raise UserError(f"--model: can't load {name}: {reason(error)}") from error
+    if missing := sorted(info["missing_keys"]):
+        raise UserError(f"--model: {name} lacks {len(missing)} of the model's weights, first {missing[0]}")
+    return Loaded(model, tokenizer, [])
+
+
+def from_checkpoint(path: Path) -> Loaded:
+    """The model of a checkpoint file, or of the best, else the newest one in a run folder.
+
+    Raises:
+        UserError: it can't be read, or what it is built on can't be loaded.
+    """
+    from oumi_pl.commands.export import built, find
+
+    module, data, _, _ = built(find(path))
+    return Loaded(module.causal_lm.hf, data.tokenizer, list(getattr(data, "stop_tokens", ())))
+
+
+def is_chat(tokenizer: Any, raw: bool) -> bool:
+    """Whether a prompt is a user's turn."""
+    return bool(tokenizer.chat_template) and not raw
+
+
+def prompt_ids(tokenizer: Any, prompt: str, system: str | None = None, raw: bool = False) -> list[int]:
+    """The ids of a prompt: a user's turn in the tokenizer's chat template, if it has one, else the text as it stands.
+
+    Raises:
+        UserError: the template refuses it, or there is none and `system` asks for one.
+    """
+    if not is_chat(tokenizer, raw):
+        if system is not None:
+            raise UserError("--system: this tokenizer has no chat template, in which it would have a place")
+        return list(tokenizer(prompt)["input_ids"])
+    from jinja2 import TemplateError
+
+    from oumi_pl.data.template import adds_bos
+
+    turns = [{"role": "system", "content": system}] if system is not None else []
+    turns.append({"role": "user", "content": prompt})
+    try:
+        text = tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
+    except TemplateError as error:
+        raise UserError(f"the chat template refuses this prompt: {error}; --raw does without it") from error
+    ids = list(tokenizer(text, add_special_tokens=False)["input_ids"])
+    # as in a training row, which begins with it whether the template writes it or not
+    lacks_bos = adds_bos(tokenizer) and ids[:1] != [tokenizer.bos_token_id]
+    return [tokenizer.bos_token_id, *ids] if lacks_bos else ids
+
+
+def visible(text: str) -> str:
+    """Text with its control characters made visible, so that a terminal does not obey them."""
+    return "".join(_picture(c) if unicodedata.category(c) == "Cc" and c not in "\n\t" else c for c in text)
+
+
+def _picture(character: str) -> str:
+    code = ord(character)
+    return chr(0x2400 + code) if code < 0x20 else "␡" if code == 0x7F else "�"
+
+
+def _dim(text: str) -> str:
+    return text if "NO_COLOR" in os.environ else f"\033[2m{text}\033[0m"
+
+
+def _write(text: str) -> None:
+    print(visible(text), end="", flush=True)
+
+
+def _options(args: list[str]) -> argparse.Namespace:
+    """The command line, with what can be known to be wrong refused."""
+    parser = Parser("generate", __doc__)
+    parser.add_argument("--model", metavar="DIR", help="a model folder, a LoRA adapter's too, or a name on the hub")
+    parser.add_argument("--checkpoint", type=Path, metavar="FILE", help="a .ckpt file, or a run folder: its best")
+    parser.add_argument("--prompt", action="append", default=[], metavar="TEXT", help="may be given several times")
+    parser.add_argument("--file", metavar="FILE", help="a prompt per line; - is the standard input")
+    parser.add_argument("--system", metavar="TEXT", help="the system turn before the prompt")
+    parser.add_argument("--raw", action="store_true", help="the prompt as it stands, without the chat template")
+    parser.add_argument("--max_new_tokens", type=int, metavar="N", help=f"longest completion; {LONGEST}")
+    parser.add_argument("--temperature", type=float, default=0.0, metavar="T", help="0, the default, is greedy")
+    parser.add_argument("--top_p", type=float, metavar="P", help="sample from the likeliest tokens that make up P")
+    parser.add_argument("--seed", type=int, metavar="N", help="of sampling")
+    parser.add_argument("--json", action="store_true", help="a line of JSON per prompt")
+    parser.add_argument("--trust_remote_code", action="store_true", help="run code that a model brings along")
+    options = parser.parse_args(args)
+    if bool(options.model) == bool(options.checkpoint):
+        both = "name one of the two" if options.model else "name --model DIR or --checkpoint FILE"
+        raise UserError(f"generate: {both}; see: oumi_pl generate --help")
+    if options.max_new_tokens is not None and options.max_new_tokens < 1:
+        raise UserError(f"--max_new_tokens is {options.max_new_tokens}, but has to be at least 1")
+    if options.temperature < 0:
+        raise UserError(f"--temperature is {options.temperature:g}, but can't be below 0")
+    if options.top_p is not None and not 0 < options.top_p <= 1:
+        raise UserError(f"--top_p is {options.top_p:g}, but has to be above 0 and at most 1")
+    if options.top_p is not None and options.temperature == 0:
+        raise UserError("--top_p is for sampling, and without --temperature completions are greedy")
+    if options.raw and options.system is not None:
+        raise UserError("--system is a turn of the chat template, which --raw does without")
+    return options
+
+
+def _prompts(options: argparse.Namespace) -> list[str]:
+    prompts = list(options.prompt)
+    if any(not prompt.strip() for prompt in prompts):
+        raise UserError("--prompt is empty")
+    if options.file is not None:
+        try:
+            text = sys.stdin.read() if options.file == "-" else Path(options.file).expanduser().read_text("utf-8")
+        except OSError as error:
+            raise UserError(f"--file: {options.file} can't be read: {error.strerror}") from error
+        except UnicodeDecodeError as error:
+            raise UserError(f"--file: {options.file} is not UTF-8 text") from error
+        prompts += [line for line in text.splitlines() if line.strip()]
+    if not prompts:
+        raise UserError("generate: name a --prompt TEXT, or a --file with one per line (- for the standard input)")
+    return prompts
+
+
+def _refuse_no_model(path: Path) -> None:
+    """Tells at once that something is no model folder, and where the model may be."""
+    if path.is_file():
+        raise UserError(f"--model: {path} is a file; a checkpoint goes by --checkpoint {path}")
+    if not path.is_dir():
+        return  # a name on the hub, perhaps
+    if (path / "run.json").is_file():
+        model = f"--model {path / 'model'}" if (path / "model").is_dir() else f"--checkpoint {path}"
+        raise UserError(f"--model: {path} is a run folder; its model: {model}")
+    if not any((path / name).is_file() for name in ("config.json", "adapter_config.json")):
+        raise UserError(f"--model: {path} is no model folder: it has no config.json")
+    if not any([*path.glob("*.safetensors"), *path.glob("*.bin")]):
+        raise UserError(f"--model: there are no weights in {path}")
+
+
+def _limit(model: Any, prompt: int, asked: int | None) -> int:
+    """The longest completion: what was asked for, as far as the model has positions for it."""
+    positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    if positions is None:
+        return asked or LONGEST
+    if prompt >= positions:
+        raise UserError(f"--prompt: it has {prompt:,} tokens, and the model positions for {positions:,}")
+    if asked is not None and asked > positions - prompt:
+        left = f"the prompt leaves {positions - prompt:,} of the model's {positions:,} positions"
+        print(f"note: {left}, so that a completion ends there", file=sys.stderr)
+    return min(asked or LONGEST, positions - prompt)
