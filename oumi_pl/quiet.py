@@ -3,6 +3,14 @@
 import logging
 import os
 import warnings
+from typing import Any
+
+from oumi_pl.progress import styled, terminal_width, wrapped
+
+
+def _formatted(message: Any, *_: Any, **__: Any) -> str:
+    """A warning in yellow, its lines cut between words; where there is no terminal, one line."""
+    return styled(wrapped(f"warning: {message}", terminal_width()), "yellow") + "\n"
 
 
 def quiet() -> None:
@@ -14,7 +22,7 @@ def quiet() -> None:
     hf_logging.disable_progress_bar()
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
     # a user needs what is wrong, not which line of which file says so
-    warnings.formatwarning = lambda message, *_, **__: f"warning: {message}\n"
+    warnings.formatwarning = _formatted
     for harmless in (
         ".*does not have many workers.*",  # tokenizing is done before training: collating is all that a worker would do
         ".*ModelCheckpoint.*",
@@ -22,6 +30,7 @@ def quiet() -> None:
         ".*Total length of `list` across ranks is zero.*",  # no validation was asked for
         ".*LightningCLI's args parameter is intended.*",
         ".*already initialized or opened.*",
+        ".*recommended to use `self.log\\('(val|test)/.*sync_dist=True.*",  # they are sums over all ranks
         ".*`is_gradient_checkpointing` is deprecated.*",  # peft asks for it
         ".*`gradient_checkpointing_enable` is deprecated.*",  # trl calls it
     ):

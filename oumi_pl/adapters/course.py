@@ -181,6 +181,7 @@ class Course(TrainerCallback):
             module.on_validation_start()
             for i, batch in enumerate(self.data.val_dataloader()):
                 module.validation_step(trainer.strategy.batch_to_device(batch), i)
+                self.watch("on_validation_batch_end", None, batch, i)
             self.watch("on_validation_epoch_end")
             module.on_validation_epoch_end()
         self.watch("on_validation_end")

@@ -194,6 +194,7 @@ def _train(driven: Any, changes: contextlib.ExitStack, resumed: Path | None) -> 
             driven.train(resume_from_checkpoint=None if resumed is None else str(resumed))
             changes.close()  # the export is to see the model as it was built
             course.watch("on_train_end")
+            course.watch("on_fit_end")
             for logger in course.lightning.loggers:
                 logger.finalize("success")
         except BaseException as error:

@@ -9,19 +9,23 @@ from torch import nn
 
 from oumi_pl import attention
 from oumi_pl.adapters.losses import INSTEAD, dpo_settings, is_plain
+from oumi_pl.callbacks.advice import Advice
 from oumi_pl.callbacks.answers import Answers
 from oumi_pl.callbacks.checkpoint import Checkpoints
 from oumi_pl.callbacks.consumed import Consumed
 from oumi_pl.callbacks.export import Export
 from oumi_pl.callbacks.last_step import LastStep
+from oumi_pl.callbacks.memory import Memory
 from oumi_pl.callbacks.predictions import Predictions
 from oumi_pl.callbacks.preemption import Preemption
 from oumi_pl.callbacks.preference import PreferenceWarnings
 from oumi_pl.callbacks.progress import ProgressLine
+from oumi_pl.callbacks.report import Report
 from oumi_pl.callbacks.run_folder import RunFolder
 from oumi_pl.callbacks.samples import Samples
 from oumi_pl.callbacks.start import Start
 from oumi_pl.callbacks.throughput import Throughput
+from oumi_pl.callbacks.tracking import Tracking
 from oumi_pl.callbacks.trigram import TrigramBaseline
 from oumi_pl.errors import UserError
 from oumi_pl.modules.base import LanguageModule
@@ -38,10 +42,10 @@ FITS: dict[type, tuple[str, ...]] = {
 """Trainer type -> the engines that can drive it. The first that a module is an instance of counts."""
 WATCHERS = (
     *(RunFolder, Start, Throughput, PreferenceWarnings, Consumed, ProgressLine),
-    *(Answers, Samples, TrigramBaseline, Export),
+    *(Advice, Answers, Samples, TrigramBaseline, Export, Report, Tracking),
 )
 """Callbacks that look at what happened between two updates, and may be called by any engine."""
-REPLACED = (LastStep, Checkpoints, Preemption, Predictions)
+REPLACED = (LastStep, Memory, Checkpoints, Preemption, Predictions)
 """Callbacks whose settings are handed on, and whose work is done otherwise."""
 PRECISIONS = ("32-true", "bf16-mixed", "16-mixed", "bf16-true", "16-true")
 OWN_STEPS = ("training_step", "on_before_optimizer_step", "configure_gradient_clipping", "optimizer_step")
@@ -146,7 +150,7 @@ def refuse_model(engine: str, module: Any, packing: bool) -> None:
         except UserError as error:
             raise UserError(
                 f"data.packing: {type(model.base).__name__} with transformers' own attention lets packed documents see "
-                f"each other, and --engine {engine} runs no other; turn packing off, {INSTEAD}"
+                f"each other, and --engine {engine} runs no other; set data.packing to false, {INSTEAD}"
             ) from error
     config = model.base.config.get_text_config()
     if getattr(config, "output_router_logits", False) and getattr(config, "router_aux_loss_coef", 0.0):

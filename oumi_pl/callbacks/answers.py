@@ -6,11 +6,15 @@ from typing import Any
 import lightning as L
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
 
+from oumi_pl.callbacks.samples import SampleFile, as_it_was, printable, readable
 from oumi_pl.generation import complete
+from oumi_pl.progress import working
 
 
 class Answers(L.Callback):
     """Answers held-out prompts greedily, logs the share that equals the reference, and shows some before and after.
+
+    Those that are shown are kept in `samples.jsonl`.
 
     Args:
         rows: Held-out rows to answer.
@@ -35,17 +39,23 @@ class Answers(L.Callback):
         self.after: list[str] = []
         self.score_before: float | None = None
         self.score: float | None = None
+        self._file = SampleFile()
 
     def on_train_start(self, trainer: L.Trainer, pl_module: Any) -> None:
         """Answers once with the weights that training starts from."""
+        if trainer.is_global_zero:
+            self._file.open(trainer)
         if self.at_start and trainer.global_step == 0:
             self.before, self.score_before = self.answer(trainer, pl_module)
+            self._keep(trainer, self.before)
 
     def on_validation_epoch_end(self, trainer: L.Trainer, pl_module: Any) -> None:
         """Answers and logs `val/exact_match`."""
         if trainer.sanity_checking:
             return
         self.after, self.score = self.answer(trainer, pl_module)
+        if trainer.state.fn == "fit":
+            self._keep(trainer, self.after)
         pl_module.log("val/exact_match", self.score, rank_zero_only=False, sync_dist=False)
 
     def on_train_end(self, trainer: L.Trainer, pl_module: Any) -> None:
@@ -57,20 +67,33 @@ class Answers(L.Callback):
         prompts, references = self._questions(trainer)
         data = trainer.datamodule
         answers: list[str] = []
-        for start in range(0, len(prompts), self.batch_size):
-            answers += complete(
-                pl_module.causal_lm.hf,
-                data.tokenizer,
-                prompts[start : start + self.batch_size],
-                max_new_tokens=self.max_new_tokens,
-                stop=data.stop_tokens,
-            )
+        with working(f"answering {len(prompts)} held-out questions"), as_it_was(trainer, pl_module):
+            for start in range(0, len(prompts), self.batch_size):
+                answers += complete(
+                    pl_module.causal_lm.hf,
+                    data.tokenizer,
+                    prompts[start : start + self.batch_size],
+                    max_new_tokens=self.max_new_tokens,
+                    stop=data.stop_tokens,
+                )
         right = sum(a.strip() == r.strip() for a, r in zip(answers, references, strict=True))
         return answers, right / max(1, len(answers))
 
     def _questions(self, trainer: Any) -> tuple[list[list[int]], list[str]]:
         rows = list(itertools.islice(trainer.datamodule.prompts("validation"), self.rows))
         return [ids for ids, _ in rows], [reference for _, reference in rows]
+
+    def _rows_to_show(self, count: int) -> list[int]:
+        """Some from all over the held-out rows."""
+        return list(range(0, count, max(1, count // self.show)))[: self.show] if self.show > 0 else []
+
+    @rank_zero_only
+    def _keep(self, trainer: Any, answers: list[str]) -> None:
+        prompts, references = self._questions(trainer)
+        decode = trainer.datamodule.tokenizer.decode
+        rows = self._rows_to_show(len(references))
+        kept = [{"prompt": decode(prompts[i]), "completion": answers[i], "reference": references[i]} for i in rows]
+        self._file.write(trainer.global_step, kept)
 
     @rank_zero_only
     def _show(self, trainer: Any) -> None:
@@ -87,25 +110,14 @@ class Answers(L.Callback):
         table.add_column("expected", style="bold")
         table.add_column("before", style="dim", max_width=28, overflow="ellipsis", no_wrap=True)
         table.add_column("after")
-        shown = range(0, len(references), max(1, len(references) // self.show))
-        for i in itertools.islice(shown, self.show):
+        for i in self._rows_to_show(len(references)):
             right = self.after[i].strip() == references[i].strip()
-            question = _question(trainer.datamodule.tokenizer.decode(prompts[i], skip_special_tokens=True))
-            before = _one_line(self.before[i]) if self.before else ""
+            question = readable(trainer.datamodule.tokenizer, prompts[i])
+            before = printable(self.before[i]) if self.before else ""
             mark = "[green]✓ [/]" if right else "[red]✗ [/]"
-            after = mark + escape(_one_line(self.after[i]))
+            after = mark + escape(printable(self.after[i]))
             table.add_row(escape(question), escape(references[i]), escape(before), after)
         console = Console()
         console.print(table)
         before = f" (before training: {self.score_before:.1%})" if self.score_before is not None else ""
         console.print(f"exact match: [bold]{self.score:.1%}[/] of {len(references)}{before}")
-
-
-def _question(prompt: str) -> str:
-    """A rendered prompt in one line, without the role names that templates write around its turns."""
-    lines = [line.strip() for line in prompt.splitlines()]
-    return _one_line(" | ".join(line for line in lines if line not in ("", "assistant", "user", "system")))
-
-
-def _one_line(text: str) -> str:
-    return "".join(c if c.isprintable() else "·" for c in text)

@@ -11,6 +11,7 @@ from lightning.pytorch.callbacks import Checkpoint, WeightAveraging
 
 from oumi_pl.checkpoint_files import HALF, checkpoint_name, remove, saved_steps
 from oumi_pl.errors import UserError, nearest
+from oumi_pl.progress import working
 
 
 class Checkpoints(Checkpoint):
@@ -122,8 +123,9 @@ def _validated_weights(trainer: L.Trainer) -> Iterator[None]:
 def _save_whole(trainer: L.Trainer, path: Path, weights_only: bool = False) -> None:
     """Saves under another name and renames: sharded checkpoints are directories, not written in one step."""
     half = path.with_name(path.name + HALF)
-    trainer.save_checkpoint(half, weights_only=weights_only)
-    trainer.strategy.barrier("checkpoint written")
+    with working(f"saving {path.name}"):
+        trainer.save_checkpoint(half, weights_only=weights_only)
+        trainer.strategy.barrier("checkpoint written")
     if trainer.is_global_zero:
         if path.exists():
             remove(path)

@@ -12,6 +12,7 @@ from oumi_pl.callbacks.run_folder import RunFolder
 from oumi_pl.checkpoint_files import remove
 from oumi_pl.export import export_model, model_card, read_checkpoint, why_not_alone
 from oumi_pl.models.causal_lm import CausalLM
+from oumi_pl.progress import working
 from oumi_pl.runs import CONFIG
 
 
@@ -39,7 +40,8 @@ class Export(L.Callback):
         if best and Path(best).exists():
             last = {name: value.detach().clone() for name, value in pl_module.state_dict().items()}
             metrics = _load(pl_module, Path(best))
-        self.write(trainer, pl_module, folder, metrics)
+        with working("exporting the model"):
+            self.write(trainer, pl_module, folder, metrics)
         if last is not None:
             pl_module.load_weights(last)
 

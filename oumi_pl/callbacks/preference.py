@@ -3,7 +3,8 @@
 from typing import Any
 
 import lightning as L
-from lightning.pytorch.utilities.rank_zero import rank_zero_warn
+
+from oumi_pl.callbacks.advice import tell
 
 EARLY = 3
 """Updates in which hardly anything can have been learned."""
@@ -29,11 +30,12 @@ class PreferenceWarnings(L.Callback):
         counts = pl_module.last_update
         if trainer.fit_loop._should_accumulate() or "rewards/accuracies" not in counts:
             return
-        self._watch_leak(trainer.global_step, counts)
+        self._watch_leak(trainer, counts)
         if pl_module.loss.needs_reference:
-            self._watch_displacement(counts)
+            self._watch_displacement(trainer, counts)
 
-    def _watch_leak(self, step: int, counts: dict[str, float]) -> None:
+    def _watch_leak(self, trainer: Any, counts: dict[str, float]) -> None:
+        step = trainer.global_step
         if step > EARLY or self._told_leak:
             return
         # margins are exactly 0 before the first update, which counts half
@@ -42,13 +44,14 @@ class PreferenceWarnings(L.Callback):
             self._pairs += counts["pairs"]
         if self._pairs >= ENOUGH_PAIRS and self._right == self._pairs:
             self._told_leak = True
-            rank_zero_warn(
+            tell(
+                trainer,
                 f"each of {self._pairs:.0f} pairs is ranked right after {step} updates: something tells the chosen "
                 "responses apart that is easier than what you want to teach (length, a phrase, a format, the data's "
-                "order); look at some pairs"
+                "order); look at some pairs",
             )
 
-    def _watch_displacement(self, counts: dict[str, float]) -> None:
+    def _watch_displacement(self, trainer: Any, counts: dict[str, float]) -> None:
         chosen, rejected, margin = (
             counts[f"rewards/{name}"] / max(1.0, counts["pairs"]) for name in ("chosen", "rejected", "margins")
         )
@@ -58,8 +61,10 @@ class PreferenceWarnings(L.Callback):
         grows = sum(self._margins[half:]) > sum(self._margins[:half])
         if len(self._margins) >= DISPLACED and grows and not self._told_displacement:
             self._told_displacement = True
-            rank_zero_warn(
+            tell(
+                trainer,
                 f"for {len(self._margins)} updates the chosen responses have become less likely, too, while the margin "
                 "grows (likelihood displacement, Razin et al. 2024, arXiv:2410.08847): what the model gains in their "
-                "stead is neither; a larger beta, a smaller learning rate, APOZero, or an SFTTerm in a WeightedSum help"
+                "stead is neither; a larger beta, a smaller learning rate, APOZero, or an SFTTerm in a WeightedSum "
+                "help",
             )

@@ -1,33 +1,57 @@
-"""One line that tells how the run is doing: rewritten in place on a terminal, a line now and then elsewhere."""
+"""How the run is doing: a bar with figures at the bottom of a terminal, a line now and then elsewhere."""
 
+import math
 import sys
 import time
 from typing import Any
 
 from lightning.pytorch.callbacks import ProgressBar
 
-SMOOTHING = 0.9
-"""Weight of the past in the displayed loss and speed (an exponential mean)."""
+from oumi_pl import runs
+from oumi_pl.callbacks.checkpoint import Checkpoints
+from oumi_pl.callbacks.figures import BAR, Figure, bar, drawn, pairs, short
+from oumi_pl.callbacks.pace import Pace
+from oumi_pl.callbacks.run_folder import RunFolder
+from oumi_pl.callbacks.throughput import peak_memory
+from oumi_pl.progress import EVERY, LINE_EVERY, Line, clock, styled, terminal_width, wrapped
+
+SMOOTHING = 0.95
+"""Weight of the past in the displayed loss (an exponential mean, corrected for its start): about 20 updates count."""
+LINES_GROW = 0.02
+"""Where there is no terminal: share of the time so far between two lines, once that is more than the least."""
+LINES_AT_MOST = 300.0
+"""Seconds between two lines at the most."""
+LOGGED = (
+    ("grad_norm", "train/grad_norm", ".3g", "grad"),
+    ("accuracy", "train/rewards/accuracies", ".2f", "accuracy"),
+    ("margin", "train/rewards/margins", ".3g", "margin"),
+    ("lr", "train/lr", ".1e", "lr"),
+)
+"""Name of a figure, its metric, how it is written, and its label."""
 
 
 class ProgressLine(ProgressBar):
-    """Step, loss, learning rate, speed, memory and time left.
+    """Step, epoch, loss, learning rate, speed, memory and time left; validation has a bar of its own.
 
     Args:
-        every_seconds: How often to write a line when the output is not a terminal.
+        every_seconds: The least time between two lines where there is no terminal. They become rarer as a run goes on.
     """
 
     def __init__(self, every_seconds: float = 10.0) -> None:
         super().__init__()
         self.every_seconds = every_seconds
-        self._smooth: dict[str, float] = {}
-        self._last = 0.0
-        self._started = (0.0, 0)
+        self.line = Line()
+        self.pace = Pace()
         self._enabled = True
         self._total = 0
+        self._smooth = self._weight = 0.0
+        self._shown = self._since = float("-inf")
+        self._widths: dict[str, int] = {}
+        self._monitor, self._lower = "val/loss", True
+        self._best: tuple[int, float] | None = None
 
     def enable(self) -> None:
-        """Shows the line; Lightning calls this on rank 0."""
+        """Shows the bar; Lightning calls this on rank 0."""
         self._enabled = True
 
     def disable(self) -> None:
@@ -35,78 +59,184 @@ class ProgressLine(ProgressBar):
         self._enabled = False
 
     def print(self, *args: Any, **kwargs: Any) -> None:
-        """Prints above the line."""
-        self._end_line()
+        """Prints above the bar."""
         print(*args, **kwargs)
 
+    # ---- training
+
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
-        """Notes how far the run will go."""
+        """Notes how far the run will go, and what was best before it was resumed."""
         self._total = pl_module.total_steps()
+        checkpoints = next((c for c in trainer.callbacks if isinstance(c, Checkpoints)), None)
+        if checkpoints is not None and checkpoints.monitor is not None:
+            self._monitor, self._lower = checkpoints.monitor, checkpoints.mode == "min"
+        folder = next((c.directory for c in trainer.callbacks if isinstance(c, RunFolder)), None)
+        if self._enabled and trainer.global_step and folder is not None:
+            earlier = runs.read_metrics(folder, [self._monitor]).get(self._monitor, ([], []))
+            for step, value in zip(*earlier, strict=True):
+                self._is_best(step, value)
 
     def on_train_batch_start(self, trainer: Any, pl_module: Any, *_: Any) -> None:
         """Starts the clock, now that the other callbacks have done what they do before the first update."""
-        if not self._started[0]:
-            self._started = (time.monotonic(), trainer.global_step)
+        if self.pace.began:
+            return
+        self.pace.begin(trainer.global_step)
+        if self._enabled and terminal_width() is not None:
+            steps = f"{trainer.global_step:,}/{self._total:,}"
+            self.line.show(f"{bar(0, 1, BAR[0])}  {steps}  {styled('the first update …', 'dim')}")
 
     def on_train_batch_end(self, trainer: Any, pl_module: Any, *_: Any) -> None:
-        """Shows the line after an update, if it is time."""
+        """Counts the update, and shows how it stands if it is time."""
         if trainer.fit_loop._should_accumulate() or not self._enabled:
             return
-        for name in ("train/loss", "train/tokens_per_second"):
-            value = float(trainer.callback_metrics.get(name, 0.0))
-            past = self._smooth.get(name, value)
-            self._smooth[name] = SMOOTHING * past + (1 - SMOOTHING) * value
-        now, step = time.monotonic(), trainer.global_step
-        wait = 0.1 if sys.stderr.isatty() else self.every_seconds
-        if now - self._last < wait and step not in (1, self._total):
+        counts, now, step = pl_module.last_update, time.monotonic(), trainer.global_step
+        self.pace.update_ends(step, counts["tokens"])
+        loss = counts["loss"] / max(1.0, counts[pl_module.normalised_by])
+        if math.isfinite(loss):
+            self._smooth = SMOOTHING * self._smooth + (1 - SMOOTHING) * loss
+            self._weight = SMOOTHING * self._weight + (1 - SMOOTHING)
+        width, wait = terminal_width(), EVERY
+        if width is None:
+            wait = min(max(self.every_seconds, LINES_GROW * self.pace.elapsed), LINES_AT_MOST)
+        if now - self._shown < wait and step not in (self.pace.first_step + 1, self._total):
             return
-        self._last = now
-        self._write(self._line(trainer, step, now))
+        self._shown = now
+        figures = self._figures(trainer, pl_module, step)
+        if width is None:
+            _write(pairs(figures))
+        else:
+            self.line.show(drawn(figures, step / max(1, self._total), width - 2, self._widths))  # "^C" has room
 
-    def on_validation_end(self, trainer: Any, pl_module: Any) -> None:
-        """Shows what validation found, on a line that stays."""
-        found = {k: float(v) for k, v in trainer.callback_metrics.items() if k.startswith("val/")}
-        metrics = {k: v for k, v in found.items() if k.removeprefix("val/") not in pl_module.details}
-        if not self._enabled or trainer.state.fn != "fit" or trainer.sanity_checking or not metrics:
-            return
-        self._end_line()
-        shown = "  ".join(f"{name} {value:.4g}" for name, value in metrics.items())
-        sys.stderr.write(f"step {trainer.global_step}  {shown}\n")
+    def _figures(self, trainer: Any, pl_module: Any, step: int) -> list[Figure]:
+        metrics = trainer.callback_metrics
+        loss = f"{self._smooth / max(1e-9, self._weight):.4f}"
+        endless = getattr(trainer.fit_loop, "max_batches", 0) == float("inf")
+        epoch = [] if endless else [f"{float(metrics.get('epoch', 0.0)):.2f}"]
+        speed, memory = self.pace.tokens_per_second, peak_memory(pl_module.device) / 1e9
+        left, gone = clock(self.pace.left(self._total - step)), clock(self.pace.elapsed)
+        logged = [
+            Figure(name, format(float(metrics[metric]), form), format(float(metrics[metric]), form), label)
+            for name, metric, form, label in LOGGED
+            if metric in metrics
+        ]
+        return [
+            Figure("step", f"{step}/{self._total}", f"{step:>{len(f'{self._total:,}')},}/{self._total:,}"),
+            *(Figure("epoch", value, value, "epoch") for value in epoch),
+            Figure("loss", loss, loss, "loss"),
+            *logged,
+            Figure("tokens/s", f"{speed:.0f}", f"{short(speed)} tokens/s"),
+            Figure("memory_gb", f"{memory:.2f}", f"{memory:.1f} GB"),
+            Figure("elapsed", gone.replace(" ", ""), gone, "elapsed"),
+            Figure("left", left.replace(" ", ""), f"{left} left"),
+        ]
 
     def on_train_end(self, trainer: Any, pl_module: Any) -> None:
-        """Ends the line."""
-        self._end_line()
+        """Takes the bar away, and says how long it took."""
+        self.line.close()
+        if self._enabled and self.pace.began:
+            done = trainer.global_step - self.pace.first_step
+            best = f"; best {self._monitor} {self._best[1]:.4g} at step {self._best[0]}" if self._best else ""
+            _write(f"trained {done:,} step{'s' if done != 1 else ''} in {clock(self.pace.elapsed)}{best}")
 
     def on_exception(self, trainer: Any, pl_module: Any, exception: BaseException) -> None:
-        """Ends the line, so that the message stands alone."""
-        self._end_line()
+        """Takes the bar away, so that the message stands alone."""
+        self.line.close()
 
-    def _line(self, trainer: Any, step: int, now: float) -> str:
-        started, first = self._started
-        left = (now - started) / max(1, step - first) * (self._total - step)
-        metrics = trainer.callback_metrics
-        names = {"accuracy": "train/rewards/accuracies", "margin": "train/rewards/margins"}
-        compared = "".join(f"{word} {float(metrics[name]):.3g}  " for word, name in names.items() if name in metrics)
-        return (
-            f"step {step}/{self._total}  epoch {float(metrics.get('epoch', 0)):.2f}  "
-            f"loss {self._smooth['train/loss']:.4f} (smoothed)  {compared}lr {float(metrics.get('train/lr', 0)):.2e}  "
-            f"{self._smooth['train/tokens_per_second']:,.0f} tokens/s  "
-            f"{float(metrics.get('train/peak_memory_gb', 0)):.1f} GB  {_clock(left)} left"
-        )
+    def teardown(self, trainer: Any, pl_module: Any, stage: str) -> None:
+        """Takes the bar away, whatever else happened."""
+        self.line.close()
 
-    def _write(self, line: str) -> None:
-        if sys.stderr.isatty():
-            sys.stderr.write(f"\r\033[K{line}")
-        else:
-            sys.stderr.write(f"{line}\n")
-        sys.stderr.flush()
+    # ---- held-out rows
 
-    def _end_line(self) -> None:
-        if self._enabled and sys.stderr.isatty():
-            sys.stderr.write("\r\033[K")
+    def on_validation_start(self, trainer: Any, pl_module: Any) -> None:
+        """Begins another bar."""
+        self.pace.validation_begins()
+        if not trainer.sanity_checking:
+            self._begin("validating")
+
+    def on_test_start(self, trainer: Any, pl_module: Any) -> None:
+        """Begins another bar."""
+        self._begin("testing")
+
+    def on_predict_start(self, trainer: Any, pl_module: Any) -> None:
+        """Begins another bar."""
+        self._begin("predicting")
+
+    def on_validation_batch_end(self, trainer: Any, pl_module: Any, out: Any, batch: Any, index: int, *_: Any) -> None:
+        """Shows how far validation has come."""
+        if not trainer.sanity_checking:
+            self._advance("validating", index + 1, trainer.num_val_batches)
+
+    def on_test_batch_end(self, trainer: Any, pl_module: Any, out: Any, batch: Any, index: int, *_: Any) -> None:
+        """Shows how far the test has come."""
+        self._advance("testing", index + 1, trainer.num_test_batches)
+
+    def on_predict_batch_end(self, trainer: Any, pl_module: Any, out: Any, batch: Any, index: int, *_: Any) -> None:
+        """Shows how far prediction has come."""
+        self._advance("predicting", index + 1, trainer.num_predict_batches)
+
+    def on_validation_end(self, trainer: Any, pl_module: Any) -> None:
+        """Shows what validation found, on a line that stays, with the best so far."""
+        self.pace.validation_ends()
+        if trainer.state.fn != "fit":
+            self.line.close()
+        elif self._enabled and not trainer.sanity_checking:
+            self._tell_validation(trainer, pl_module.details)
+
+    def _tell_validation(self, trainer: Any, details: tuple[str, ...]) -> None:
+        found = {k: float(v) for k, v in trainer.callback_metrics.items() if k.startswith("val/")}
+        if found.get("val/nll") == found.get("val/loss"):
+            found.pop("val/nll", None)
+        told = "".join(f"  {name} {v:.4g}" for name, v in found.items() if name.removeprefix("val/") not in details)
+        if not told:
+            return
+        before, best = self._best, ""
+        if self._monitor in found and self._is_best(trainer.global_step, found[self._monitor]):
+            best = styled("best so far", "green") if terminal_width() is not None else "best 1"
+        elif before is not None:
+            kept = f"(best {before[1]:.4g} at step {before[0]})"
+            best = styled(kept, "dim") if terminal_width() is not None else "best 0"
+        _write(wrapped(f"step {trainer.global_step}{told}", terminal_width()) + f"  {best}".rstrip())
+
+    def on_test_end(self, trainer: Any, pl_module: Any) -> None:
+        """Takes the bar away."""
+        self.line.close()
+
+    def on_predict_end(self, trainer: Any, pl_module: Any) -> None:
+        """Takes the bar away."""
+        self.line.close()
+
+    def _begin(self, what: str) -> None:
+        self._since = self._said = time.monotonic()
+        self._advance(what, 0, None)
+
+    def _advance(self, what: str, done: int, batches: Any) -> None:
+        """Shows how many batches are done; `batches` says of how many, for each loader."""
+        if not self._enabled:
+            return
+        now, width = time.monotonic(), terminal_width()
+        counts = batches if isinstance(batches, list) else [batches]
+        total = sum(counts) if counts and all(isinstance(n, int) for n in counts) else 0
+        of = f"{done}/{total}" if total else f"{done}"
+        if width is None:
+            if now - self._said > LINE_EVERY:
+                self._said = now
+                _write(f"{what}  batch {of}")
+        elif done in (0, total) or now - self._shown > EVERY:
+            self._shown = now
+            text = f"{what}  batch {of}  {clock(now - self._since)}" if done else f"{what} …"
+            room = min(BAR[1], width - 3 - len(text))
+            self.line.show(f"{bar(done, total, room, 'magenta')}  {text}" if room >= BAR[0] else text[: width - 1])
+
+    def _is_best(self, step: int, value: float) -> bool:
+        """Whether a value is the best so far; remembers it if it is."""
+        better = self._best is None or (value < self._best[1] if self._lower else value > self._best[1])
+        if better and math.isfinite(value):
+            self._best = (step, value)
+            return True
+        return False
 
 
-def _clock(seconds: float) -> str:
-    minutes, seconds = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02}:{seconds:02}" if hours else f"{minutes}:{seconds:02}"
+def _write(text: str) -> None:
+    sys.stderr.write(f"{text}\n")
+    sys.stderr.flush()

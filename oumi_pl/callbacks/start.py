@@ -1,65 +1,121 @@
 """The first lines of a run: what is trained, on what, with which loss, where it goes."""
 
+import inspect
+import sys
+from collections.abc import Iterator
 from typing import Any
 
 import lightning as L
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
 
+from oumi_pl.callbacks.figures import short
 from oumi_pl.callbacks.run_folder import RunFolder
+from oumi_pl.progress import styled, terminal_width, wrapped
 
-CUT_SHARE = 0.01
-"""Share of rows cut to length above which the run says so."""
+LABEL = 12
+"""Columns of the names at the left."""
 
 
 class Start(L.Callback):
-    """Prints model, data report, optimizer groups and steps before the first update."""
+    """Prints model, data, loss, optimizer and steps before the first update."""
 
     @rank_zero_only
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
         """Prints."""
-        from rich.console import Console
+        first, *rest = list(lines(trainer, pl_module))
+        width = terminal_width()
+        text = [styled(wrapped(first, width, "  "), "bold")]
+        for label, value in rest:
+            if width is None:
+                text.append(f"{label}: {value}" if label else value)
+            else:
+                text.append(styled(f"{label:{LABEL}}", "dim") + wrapped(value, width - LABEL, " " * LABEL))
+        sys.stderr.write("\n".join(text) + "\n")
+        sys.stderr.flush()
 
-        console = Console(stderr=True, highlight=False, soft_wrap=True)
-        folder = next((c.directory for c in trainer.callbacks if isinstance(c, RunFolder)), None)
-        base = pl_module.causal_lm.base
-        trainable = sum(p.numel() for p in pl_module.parameters() if p.requires_grad)
-        everything = sum(p.numel() for p in pl_module.parameters())
-        loss = type(getattr(pl_module, "loss", None)).__name__
-        console.print(
-            f"[bold]{type(pl_module).__name__}[/] of {type(base).__name__} "
-            f"({pl_module.model_name or 'random weights'}), {trainable:,} of {everything:,} parameters trainable, "
-            f"{loss}, {trainer.precision}, on {pl_module.device} x {trainer.world_size} -> {folder}"
-        )
-        for split, report in trainer.datamodule.report().items():
-            console.print(f"{split}: {summary(report)}")
-            if report["kept"] and report["cut"] / report["kept"] > CUT_SHARE:
-                console.print(
-                    f"[yellow]warning: {report['cut'] / report['kept']:.1%} of the {split} rows are cut to "
-                    f"data.max_length {trainer.datamodule.max_length}; raise it, or let overflow drop them[/]"
-                )
-        for name in getattr(trainer.datamodule, "streamed", ()):
-            console.print(f"train: {name}, tokenized while it is streamed")
-        for note in getattr(pl_module, "notes", ()):
-            console.print(note)
-        template = getattr(trainer.datamodule, "template", None)
-        if template is not None:
-            added = f", {len(trainer.datamodule.added_tokens)} tokens added" if trainer.datamodule.added_tokens else ""
-            console.print(f"chat template of rows with turns: {template.source}{added}")
-        for group in trainer.optimizers[0].param_groups:
-            numel = sum(p.numel() for p in group["params"])
-            optimizer = f"{type(trainer.optimizers[0]).__name__}, {group.get('name', 'all')}"
-            console.print(
-                f"optimizer: {optimizer}: {len(group['params'])} tensors, {numel:,} values, "
-                f"lr {group['initial_lr']:g}, weight decay {group.get('weight_decay', 0):g}"
-            )
-        resumed = f", resumed at step {trainer.global_step}" if trainer.global_step else ""
-        total = pl_module.total_steps()
-        console.print(f"{total:,} optimizer step{'s' if total > 1 else ''}{resumed}")
+
+def lines(trainer: Any, pl_module: Any) -> Iterator[Any]:
+    """The first line, and then pairs of a name and what there is to say."""
+    data = trainer.datamodule
+    folder = next((c.directory for c in trainer.callbacks if isinstance(c, RunFolder)), None)
+    base, loss = pl_module.causal_lm.base, getattr(pl_module, "loss", None)
+    everything = sum(p.numel() for p in pl_module.parameters())
+    model = pl_module.model_name or f"a new {type(base).__name__}"
+    source = _sources(data, "train")
+    named = f", loss {type(loss).__name__}" if loss is not None else ""
+    yield (
+        f"{type(pl_module).__name__} of {model} ({short(everything)} parameters) on {source}{named} -> "
+        f"{folder or 'nowhere'}"
+    )
+    yield "model", _model(pl_module, everything)
+    if loss is not None:
+        yield "loss", described(loss)
+    for note in getattr(pl_module, "notes", ()):
+        name, colon, rest = note.partition(": ")
+        yield (name, rest) if colon and len(name) < LABEL and " " not in name else ("", note)
+    for split, report in data.report().items():
+        yield split, summary(report)
+    for name in getattr(data, "streamed", ()):
+        yield "train", f"{name}, tokenized while it is streamed"
+    if (template := getattr(data, "template", None)) is not None:
+        added = f", {len(data.added_tokens)} tokens added" if data.added_tokens else ""
+        yield "template", f"{template.source}, for rows with turns{added}"
+    yield "optimizer", _optimizer(trainer.optimizers[0])
+    devices = f"{trainer.world_size} x {pl_module.device.type}"
+    yield "device", f"{devices}, precision {trainer.precision}"
+    yield "steps", _steps(trainer, pl_module)
+
+
+def _model(pl_module: Any, everything: int) -> str:
+    trained = sum(p.numel() for p in pl_module.parameters() if p.requires_grad)
+    weights = f"weights of {pl_module.model_name}" if pl_module.model_name else "random weights"
+    share = f"all {trained:,} parameters are trained"
+    if trained < everything:
+        how = "as adapters (LoRA)" if pl_module.lora is not None else "the others are frozen"
+        share = f"{trained:,} of {everything:,} parameters are trained ({trained / everything:.2%}), {how}"
+    return f"{type(pl_module.causal_lm.base).__name__}, {weights}; {share}"
+
+
+def described(loss: Any) -> str:
+    """A loss and the first sentence of what it says of itself."""
+    says = (inspect.getdoc(type(loss)) or "").partition("\n\n")[0].replace("\n", " ")
+    parts = ", ".join(type(part).__name__ for part in getattr(loss, "losses", ()))
+    return f"{type(loss).__name__}{f' of {parts}' if parts else ''}{f': {says}' if says else ''}"
+
+
+def _optimizer(optimizer: Any) -> str:
+    rates = {group["initial_lr"] for group in optimizer.param_groups}
+    lr = f"lr {min(rates):g}" + (f" to {max(rates):g}" if len(rates) > 1 else "")
+    decays: dict[float, int] = {}
+    for group in optimizer.param_groups:
+        decay = group.get("weight_decay", 0)
+        decays[decay] = decays.get(decay, 0) + sum(p.numel() for p in group["params"])
+    decayed = " and ".join(f"{decay:g} for {short(count)} values" for decay, count in decays.items())
+    return f"{type(optimizer).__name__}, {lr}, weight decay {decayed}"
+
+
+def _steps(trainer: Any, pl_module: Any) -> str:
+    total, rows = pl_module.total_steps(), trainer.datamodule.layout.rows_per_update
+    resumed = f"; resumed at step {trainer.global_step:,}" if trainer.global_step else ""
+    return (
+        f"{total:,} update{'s' if total > 1 else ''} of {rows:,} row{'s' if rows > 1 else ''} each{resumed}; the loss "
+        "shown from here on is smoothed, over about 20 updates"
+    )
+
+
+def _sources(data: Any, split: str) -> str:
+    found = getattr(data, "sources", {}).get(split)
+    found = found if isinstance(found, list) else [found]
+    names = [str(getattr(source, "path", source)) for source in found]
+    return names[0] if len(names) == 1 else f"a mixture of {len(names)} sources"
 
 
 def summary(report: dict[str, Any]) -> str:
     """A split's report in a line."""
-    parts = [f"{report['rows']:,} rows, {report['kept']:,} kept"]
+    kept = "all" if report["kept"] == report["rows"] else f"{report['kept']:,}"
+    parts = [f"{report['rows']:,} row{'s' if report['rows'] != 1 else ''}, {kept} kept"]
+    if report.get("documents", report["kept"]) != report["kept"]:
+        parts.append(f"{report['documents']:,} documents")
     parts += [f"{n:,} dropped ({reason})" for reason, n in report["dropped"].items()]
     if report["cut"]:
         parts.append(f"{report['cut']:,} cut to length")
@@ -67,7 +123,10 @@ def summary(report: dict[str, Any]) -> str:
         parts.append(f"{report['straddled']:,} with a token across the border of prompt and answer")
     lengths = report["lengths"]
     parts.append(f"{report['tokens']:,} tokens, {report['target_tokens']:,} carry loss")
-    parts.append(f"length {lengths['p0']}/{lengths['p50']}/{lengths['p100']} (min/median/max)")
+    if lengths and lengths["p0"] == lengths["p100"]:
+        parts.append(f"length {lengths['p0']:,}")
+    elif lengths:
+        parts.append(f"length {lengths['p0']}/{lengths['p50']}/{lengths['p100']} (min/median/max)")
     parts.append(f"fill {report['fill']:.1%}" if "fill" in report else f"padding {report['padding']:.1%}")
     if "saved_by_sharing" in report:
         parts.append(f"{report['saved_by_sharing']:.1%} of the tokens saved where prompts are shared")

@@ -32,7 +32,8 @@ def main(args: list[str]) -> int:
         args: Engine, role, own folder, folder of the lead's weights, optimizer steps, recipe, and any overrides.
     """
     engine, role, place, snapshots, steps, recipe, *overrides = args
-    own = {"engine": engine, "runs_dir": f"{place}/runs", "name": "run", "export.enabled": False}
+    own = {"engine": engine, "runs_dir": f"{place}/runs", "name": "run", "export.enabled": False, "samples.rows": 0}
+    own |= {"report": False, "logger": "null"}
     own |= {"trainer.max_steps": steps, "trainer.max_epochs": "null", "checkpoint.every": 10**9}
     options = [f"--{key}={value}" for key, value in own.items()]
     try:

@@ -1,10 +1,13 @@
 """Answers: the score is the share of equal answers, and answering leaves training as it was."""
 
+import json
+
 import pytest
 import torch
 
 from oumi_pl.callbacks import answers as answers_module
 from oumi_pl.callbacks.answers import Answers
+from oumi_pl.callbacks.run_folder import RunFolder
 from tests.tiny import conversations, data, distance, fit, module, write_jsonl
 
 ROWS = conversations(6, seed=4)
@@ -24,12 +27,18 @@ def test_the_score_is_the_share_of_equal_answers(tmp_path, validation, monkeypat
 
     monkeypatch.setattr(answers_module, "complete", complete)
     callback = Answers(rows=6, show=6, batch_size=4)
-    fit(module(), data(tmp_path, validation=validation), max_epochs=1, callbacks=[callback])
+    folder = RunFolder(tmp_path, "run", "run", "{}")
+    fit(module(), data(tmp_path, validation=validation), max_epochs=1, callbacks=[folder, callback])
     assert callback.score == pytest.approx(4 / 6)
     shown = capsys.readouterr().out
     assert "exact match: 66.7% of 6 (before training: 66.7%)" in shown
     assert shown.count("✓") == 4
     assert shown.count("✗") == 2
+    kept = [json.loads(line) for line in (folder.directory / "samples.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in kept] == [0] * 6 + [2] * 6
+    assert [line["reference"] for line in kept[:6]] == [row["messages"][1]["content"] for row in ROWS]
+    assert [line["completion"] == line["reference"] for line in kept[6:]] == [True] * 4 + [False] * 2
+    assert all(row["messages"][0]["content"] in line["prompt"] for row, line in zip(ROWS, kept, strict=False))
 
 
 def test_answering_changes_nothing_in_training(tmp_path, validation):

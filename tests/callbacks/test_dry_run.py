@@ -1,0 +1,212 @@
+"""`fit --dry_run`: what it says is what the run then is, and nothing of it stays."""
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import yaml
+
+from oumi_pl.callbacks import dry_run_table
+from oumi_pl.callbacks.dry_run import SomeLogps, largest_micro_batch
+from oumi_pl.callbacks.dry_run_table import clock, free_name
+from oumi_pl.modules.sft import SFT
+from tests.command_line import CommandLine
+from tests.test_dpo_command import DPO
+from tests.tiny import LLAMA, data, pairs, write_jsonl
+
+FIT = ("fit", "--config", "r.yaml")
+TRAINED = (*FIT, "--export.enabled", "false", "--report", "false", "--samples.rows", "0")
+
+
+@pytest.fixture
+def cli(tmp_path, monkeypatch, capsys):
+    return CommandLine(tmp_path, monkeypatch, capsys)
+
+
+def told(printed) -> dict[str, str]:
+    """Name -> value of the table; sections and names stand in columns."""
+    lines = [line for line in printed.splitlines() if re.match(r".{11}\S", line)]
+    return {line[11:28].strip(): line[28:].strip() for line in reversed(lines)}
+
+
+def number(text) -> int:
+    return int(re.match(r"[\d,]+", text).group().replace(",", ""))
+
+
+def test_what_it_says_is_what_the_run_is(cli):
+    """Parameters, steps, tokens, groups, folder: each against the run itself. Nothing but the cache is left."""
+    cli.recipe({"data.init_args.validation": 0.2, "trainer.max_steps": 5, "trainer.accumulate_grad_batches": 3})
+    before = cli.files()
+    found = told(cli.works(*FIT, "--dry_run"))
+    assert cli.files() == before
+    assert found["folder"] == "runs/r"
+    cli.works(*TRAINED)
+    assert cli.state("runs/r")["status"] == "finished"
+    assert "dry_run" not in (cli.directory / "runs/r/config.yaml").read_text()
+    tokens = cli.column("runs/r", "train/num_tokens")
+    assert number(found["optimizer steps"]) == max(tokens)
+    assert number(found["tokens in all"]) == float(tokens[5])
+    assert number(found["tokens per step"]) == round(float(tokens[5]) / 5)
+    saved = torch.load(cli.directory / "runs/r/checkpoints/step-00000005.ckpt", weights_only=True)
+    numel = sum(value.numel() for value in saved["state_dict"].values())
+    assert found["parameters"] == f"{numel:,} trainable of {numel:,} (all)"
+    assert found["weights"] == "float32"
+    assert found["gradients"] == f"{numel * 4 / 1e3:.0f} kB"
+    state = saved["optimizer_states"][0]["state"].values()
+    held = sum(tensor.numel() * tensor.element_size() for moments in state for tensor in moments.values())
+    assert found["optimizer state"] == f"{held / 1e3:.0f} kB"
+    assert found["rows per update"].startswith("6: 2 x 3 x 1 ")
+    for group in saved["optimizer_states"][0]["param_groups"]:
+        decay = group["weight_decay"]
+        assert found[group["name"]].startswith(f"{len(group['params'])} tensor")
+        assert found[group["name"]].endswith(f" lr {group['initial_lr']:g}, weight decay {decay:g}")
+    assert told(cli.works(*FIT, "--dry_run", "true"))["folder"] == "runs/r-2"
+
+
+def test_it_trains_on_the_largest_micro_batch_and_then_on_nothing_else(cli, monkeypatch):
+    shapes, training_step = [], SFT.training_step
+    monkeypatch.setattr(
+        SFT, "training_step", lambda self, b, i: shapes.append(b["input_ids"].shape) or training_step(self, b, i)
+    )
+    cli.recipe({"trainer.accumulate_grad_batches": 3, "val_every": 1, "data.init_args.validation": "rows.jsonl"})
+    found = told(cli.works(*FIT, "--dry_run"))
+    assert len(shapes) in range(4, 13)  # two to six updates of two micro-batches, as long as they are quick
+    assert len(set(shapes)) == 1
+    assert found["measured on"].startswith(f"micro-batches of {shapes[0][0]} x {shapes[0][1]} tokens, the largest")
+    assert "validation on 2 x" in found["measured on"]
+
+
+def test_the_largest_micro_batch_is_found_by_its_tensor(tmp_path):
+    for settings in ({"batch_size": 3}, {"batch_size": 2, "packing": True}):
+        made = data(tmp_path, n=25, **settings)
+        made.setup("fit")
+        plan, layout = made.plan(0), made.layout
+        all_of_them = [rows for u in range(len(plan)) for rows in plan.micro_batches(u, layout)]
+        examples = made.examples("train")
+
+        def size(rows, made=made, examples=examples):
+            return made.collate([(row.tolist(), [examples[i] for i in row]) for row in rows])["input_ids"].numel()
+
+        sizes = [size(rows) for rows in all_of_them]
+        assert size(largest_micro_batch(made)) == max(sizes)
+        assert len(set(sizes)) > 1
+
+
+def test_a_reference_is_computed_for_the_tried_pairs_alone(cli, monkeypatch):
+    write_jsonl(cli.directory / "pairs.jsonl", pairs(40))
+    cli.recipe(DPO | {"trainer.max_steps": 3, "data.init_args.validation": 0.2})
+    computed = []
+    write = SomeLogps.write
+    monkeypatch.setattr(SomeLogps, "write", lambda self, c, logps: computed.append(c) or write(self, c, logps))
+    found = told(cli.works(*FIT, "--dry_run"))
+    assert len(computed) == 4  # two pairs to train on, two to validate
+    assert found["reference"].startswith("log-probabilities of 40 pairs are to be computed before the first update")
+    assert not list((cli.directory / "cache").rglob("000000.bin"))
+    cli.works(*TRAINED)
+    tokens = cli.column("runs/r", "train/num_tokens")
+    assert number(found["tokens in all"]) == float(tokens[3])
+    assert told(cli.works(*FIT, "--dry_run"))["reference"] == "the initial model, from the cache"
+
+
+def test_a_stream_is_tried_as_it_comes(cli):
+    write_jsonl(cli.directory / "texts.jsonl", [{"text": f"document {i} says {i * i}"} for i in range(30)])
+    changes = {
+        "model.class_path": "Pretrain",
+        "data": {"class_path": "PretrainData", "init_args": {"train": "texts.jsonl", "max_length": 16}},
+        "data.init_args.tokenizer": {"class_path": "ByteTokenizer"},
+        "data.init_args.streaming": True,
+        "data.init_args.shuffle_buffer": 0,
+        "data.init_args.batch_size": 3,
+        "trainer.max_steps": 4,
+        "trainer.accumulate_grad_batches": 2,
+    }
+    cli.recipe(changes)
+    found = told(cli.works(*FIT, "--dry_run"))
+    assert found["measured on"] == "micro-batches of 3 x 16 tokens, as all of them are"
+    cli.works(*TRAINED)
+    assert number(found["tokens in all"]) == float(cli.column("runs/r", "train/num_tokens")[4]) == 4 * 2 * 3 * 16
+
+
+def test_a_run_to_be_resumed_is_tried_where_it_stands(cli):
+    cli.works(*TRAINED)
+    before = {name: (cli.directory / name).stat().st_mtime_ns for name in cli.files()}
+    out = cli.works("fit", "--resume", "runs/r", "--trainer.max_steps", "9", "--dry_run")
+    assert told(out)["optimizer steps"] == "9, of which 2 are done"
+    assert told(out)["folder"] == "runs/r"
+    assert {name: (cli.directory / name).stat().st_mtime_ns for name in cli.files()} == before
+
+
+def test_what_has_no_dry_run(cli):
+    assert "unknown option --dry_run" in cli.fails("validate", "--config", "r.yaml", "--dry_run")
+    assert "--dry_run tries Lightning's loop, and --engine hf" in cli.fails(*FIT, "--dry_run", "--engine", "hf")
+    cli.recipe({"trainer.max_steps": 3, "checkpoint": {"monitor": "val/los"}, "data.init_args.validation": 0.2})
+    assert "did you mean 'val/loss'?" in cli.fails(*FIT, "--dry_run")
+    cli.recipe({"runs_dir": "rows.jsonl"})
+    assert "can't write to rows.jsonl" in cli.fails(*FIT, "--dry_run")
+
+
+def test_adapters_and_their_base_are_told_apart(cli):
+    found = told(cli.works(*FIT, "--dry_run", "--model.lora.r", "4"))
+    hidden, inner, layers, kv = LLAMA["hidden_size"], LLAMA["intermediate_size"], LLAMA["num_hidden_layers"], 16
+    shapes = [(hidden, hidden), (hidden, kv), (hidden, kv), (hidden, hidden), *[(hidden, inner)] * 3]
+    adapters = 4 * layers * sum(a + b for a, b in shapes)
+    assert found["parameters"].startswith(f"{adapters:,} trainable of ")
+    assert found["gradients"] == f"{4 * adapters / 1e3:.0f} kB"
+
+
+def test_tokens_beyond_the_epochs_that_are_counted_are_reckoned(tmp_path, monkeypatch):
+    monkeypatch.setattr(dry_run_table, "EXACT_EPOCHS", 2)
+    made = data(tmp_path, n=10, batch_size=2)
+    made.setup("fit")
+    tokens, _ = dry_run_table.tokens_of_run(made, None, 5 * 7)
+    assert tokens == 7 * int(np.sum(made.lengths("train")))
+
+
+def test_names_and_times(tmp_path):
+    assert free_name(tmp_path, "a") == tmp_path / "a"
+    (tmp_path / "a").mkdir()
+    (tmp_path / "a-2").mkdir()
+    assert free_name(tmp_path, "a") == tmp_path / "a-3"
+    assert [clock(s) for s in (0.21, 47.4, 300, 7 * 3600, 8 * 86400)] == [
+        "0.21 s",
+        "47 s",
+        "5 min",
+        "7.0 h",
+        "8.0 days",
+    ]
+
+
+@pytest.mark.slow
+def test_on_two_processes(tmp_path):
+    """Pairs, whose reference is computed by each for itself, and an update that is shared: none waits for the other."""
+    write_jsonl(tmp_path / "pairs.jsonl", pairs(24))
+    recipe = tmp_path / "r.yaml"
+    recipe.write_text(
+        yaml.safe_dump(
+            {
+                "model": {"class_path": "DPO", "init_args": {"config": LLAMA}},
+                "data": {
+                    "class_path": "DPOData",
+                    "init_args": {
+                        "train": "pairs.jsonl",
+                        "validation": 0.25,
+                        "tokenizer": {"class_path": "ByteTokenizer"},
+                        "max_length": 128,
+                        "batch_size": 2,
+                    },
+                },
+                "trainer": {"max_steps": 3, "accelerator": "cpu", "devices": 2, "strategy": "ddp"},
+            }
+        )
+    )
+    env = os.environ | {"PYTHONPATH": str(Path(__file__).parents[2]), "OUMI_PL_CACHE": str(tmp_path / "cache")}
+    command = [sys.executable, "-m", "oumi_pl", "fit", "--config", "r.yaml", "--dry_run"]
+    done = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True, timeout=300, check=True)
+    assert done.stdout.count("optimizer steps") == 1  # one of them prints
+    assert told(done.stdout)["pairs per update"].startswith("4: 2 x 1 x 2 ")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["cache", "pairs.jsonl", "r.yaml"]
