@@ -1,15 +1,16 @@
 """The command line: answers what needs no heavy import, then hands over to LightningCLI or a command of our own."""
 
+import contextlib
 import importlib
+import itertools
 import os
 import sys
-import traceback
 from pathlib import Path
 from typing import Any
 
-from oumi_pl import __version__, runs
+from oumi_pl import __version__
 from oumi_pl.config import files as recipe_files
-from oumi_pl.errors import UserError, nearest, of_the_machine
+from oumi_pl.errors import UserError, nearest, of_the_machine, versions
 
 HELP = """\
 usage: oumi_pl COMMAND [options]          (or: python -m oumi_pl COMMAND)
@@ -33,9 +34,10 @@ options of fit, validate, test and predict:
   --config NAME|FILE      a recipe, by name or path; several merge, the later wins
   --KEY VALUE             any value of a recipe: --data.batch_size 8 --trainer.max_steps 100
   --resume [RUN]          fit: go on with the last unfinished run of the recipe, or with this run folder
+  --dry_run               fit: everything but training; what it would be, what memory and time it takes
   --engine hf|trl         fit: with transformers' Trainer or TRL's, the same training
   --print_config          print what would run, and stop
-  --help                  all options, and --model.help SFT those of a class (these take some seconds)
+  --help [TOPIC]          all options; of a section, a class: fit --help model, fit --help Cosine (takes seconds)
 
 A recipe can name any Python class, so running a recipe is running code: run only those that you trust.
 """
@@ -51,22 +53,32 @@ COMMANDS = (
 def main(argv: list[str] | None = None) -> int:
     """Runs a command line and returns its exit code: 0, 2 for a mistake of the user's, 1 for a bug."""
     try:
-        return _run(list(sys.argv[1:] if argv is None else argv))
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+        code = _run(list(sys.argv[1:] if argv is None else argv))
+        sys.stdout.flush()
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 130
     except SystemExit as stop:  # the parser's way to end after --help and --print_config; Lightning's after Ctrl-C
         return _code_of(stop)
+    except BrokenPipeError:  # whoever read the output has seen enough of it, as `head` does
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        return 128 + 13
     except Exception as error:
-        if message := of_the_machine(error):
-            print(f"error: {message}", file=sys.stderr)
-            return 2
-        traceback.print_exc()
-        print(_whose(error), file=sys.stderr)
-        return 1
+        return _told(error)
+    return code
+
+
+def _told(error: Exception) -> int:
+    """Prints an error: the user's and the machine's in a message, a bug with all there is to know of it."""
+    message = str(error) if isinstance(error, UserError) else of_the_machine(error)
+    if message is not None:
+        print(f"error: {message}", file=sys.stderr)
+        return 2
+    import traceback
+
+    traceback.print_exc()
+    print(_whose(error), file=sys.stderr)
+    return 1
 
 
 def _code_of(stop: SystemExit) -> int:
@@ -91,11 +103,19 @@ def _run(argv: list[str]) -> int:
         sys.path.insert(0, str(Path.cwd()))
     if command not in TRAINER_COMMANDS:
         return int(importlib.import_module(f"oumi_pl.commands.{command}").main(rest))
+    if (topic := _help_topic(rest)) not in (None, "all"):
+        from oumi_pl.commands import help as help_pages
+
+        return help_pages.main(command, topic)
+    if topic == "all":
+        rest = ["--help"]
     return _train(command, rest)
 
 
 def _train(command: str, rest: list[str]) -> int:
-    args, configs, trees = _with_recipe_paths(rest)
+    args, configs, trees = _with_recipe_paths(_with_values(rest))
+    from oumi_pl import runs
+
     resume, args = _take_resume(args)
     asks_for_help = any(arg.partition("=")[0].endswith((".help", "--help")) or arg == "-h" for arg in args)
     if not configs and resume is None and not asks_for_help:
@@ -153,6 +173,21 @@ def _with_recipe_paths(args: list[str]) -> tuple[list[str], list[Path], list[dic
     return out, found, trees
 
 
+def _with_values(args: list[str]) -> list[str]:
+    """Gives `--dry_run` the value that it may be typed without."""
+    pairs = itertools.pairwise([*args, ""])
+    return [f"{a}=true" if a == "--dry_run" and after.lower() not in ("true", "false") else a for a, after in pairs]
+
+
+def _help_topic(args: list[str]) -> str | None:
+    """What `--help` is asked about: a topic, nothing in particular (an empty string); None if it isn't asked."""
+    for arg, after in itertools.pairwise([*args, ""]):
+        flag, equals, value = arg.partition("=")
+        if flag in ("-h", "--help"):
+            return value if equals else after if not after.startswith("--") else ""
+    return None
+
+
 def _take_resume(args: list[str]) -> tuple[str | None, list[str]]:
     """Takes `--resume [RUN]` off the arguments; an empty string means the last unfinished run."""
     for i, arg in enumerate(args):
@@ -166,13 +201,26 @@ def _take_resume(args: list[str]) -> tuple[str | None, list[str]]:
 
 
 def _whose(error: Exception) -> str:
-    """The last line under a traceback: whether it ends in a file of the user's, or looks like a bug of ours."""
+    """What stands under a traceback: whether it ends in a file of the user's, or looks like a bug of ours."""
+    import traceback
+
     ours, installed = str(Path(__file__).parent), (sys.prefix, sys.base_prefix, "<")
     files = [(f.filename, f.lineno) for f in traceback.extract_tb(error.__traceback__)]
     files = [(file, line) for file, line in files if file.startswith(ours) or not file.startswith(installed)]
     if files and not files[-1][0].startswith(ours):
         return f"this comes from a file of yours: {files[-1][0]} line {files[-1][1]}"
-    return "this looks like a bug of oumi_pl; please report it with the lines above"
+    return f"{versions()}\nthis looks like a bug of oumi_pl; please report it with all of these lines{_address()}"
+
+
+def _address() -> str:
+    """Where to report, if the package says so."""
+    from importlib import metadata
+
+    with contextlib.suppress(metadata.PackageNotFoundError):
+        urls = [line.partition(", ") for line in metadata.metadata("oumi_pl").get_all("Project-URL") or ()]
+        ranked = sorted(urls, key=lambda url: url[0].lower() not in ("issues", "bug tracker", "tracker"))
+        return f": {ranked[0][2]}" if ranked else ""
+    return ""
 
 
 if __name__ == "__main__":

@@ -10,23 +10,37 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.callbacks import ProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 
+from oumi_pl.callbacks.advice import Advice
+from oumi_pl.callbacks.answers import Answers
 from oumi_pl.callbacks.checkpoint import Checkpoints
 from oumi_pl.callbacks.consumed import Consumed
+from oumi_pl.callbacks.dry_run import dry_run
 from oumi_pl.callbacks.export import Export
 from oumi_pl.callbacks.last_step import LastStep
+from oumi_pl.callbacks.memory import Memory
 from oumi_pl.callbacks.predictions import Predictions
 from oumi_pl.callbacks.preemption import Preemption
 from oumi_pl.callbacks.preference import PreferenceWarnings
 from oumi_pl.callbacks.progress import ProgressLine
+from oumi_pl.callbacks.report import Report
 from oumi_pl.callbacks.run_folder import RunFolder
+from oumi_pl.callbacks.samples import Samples
 from oumi_pl.callbacks.start import Start
 from oumi_pl.callbacks.throughput import Throughput
+from oumi_pl.callbacks.tracking import Tracking
 from oumi_pl.checkpoints import AtomicCheckpointIO
 from oumi_pl.classes import known_classes
 from oumi_pl.config.keys import refuse_unknown_keys
-from oumi_pl.config.refusals import refuse_contradictions, refuse_missing_gpus, refuse_unknown_devices
+from oumi_pl.config.refusals import (
+    refuse_contradictions,
+    refuse_missing_gpus,
+    refuse_seed,
+    refuse_unknown_devices,
+    refuse_unsupported_precision,
+)
 from oumi_pl.data.base import TextData
 from oumi_pl.errors import UserError
+from oumi_pl.loggers import names as logger_names
 from oumi_pl.metrics import MetricsCSV
 from oumi_pl.modules.base import LanguageModule
 from oumi_pl.parsing import Parser, mistake_in
@@ -92,6 +106,7 @@ class CLI(LightningCLI):
         for tree in self.trees:
             refuse_unknown_keys(tree, Parser.flags, known_classes())
         super().parse_arguments(parser, args)
+        refuse_seed(self.config[self.command].get("seed_everything"))
 
     def _parse_ckpt_path(self) -> None:
         """Reads no hyper-parameters from a checkpoint: none are in it, and it would be loaded whole to find out."""
@@ -119,7 +134,9 @@ class CLI(LightningCLI):
         engine = self._get(self.config_init, "engine")
         self._refuse_other_engine(engine)
         try:
-            if engine == "lightning":
+            if self._get(self.config_init, "dry_run"):
+                dry_run(self.trainer, self.model, self.datamodule, self._get(self.config_init, "ckpt_path"))
+            elif engine == "lightning":
                 super()._run_subcommand(subcommand)
             else:
                 from oumi_pl import adapters
@@ -131,6 +148,8 @@ class CLI(LightningCLI):
     def _refuse_other_engine(self, engine: str) -> None:
         """Refuses to go on with what another engine left."""
         ckpt_path = self._get(self.config_init, "ckpt_path")
+        if engine != "lightning" and self._get(self.config_init, "dry_run"):
+            raise UserError(f"--dry_run tries Lightning's loop, and --engine {engine} runs another: leave one out")
         if engine != "lightning" and ckpt_path is not None:
             raise UserError(f"engine: {ckpt_path} is a checkpoint of Lightning's, which {engine} can't go on from")
         if engine == "lightning" and self.resume is not None and any(self.resume.glob("checkpoints/checkpoint-*")):
@@ -170,26 +189,48 @@ class CLI(LightningCLI):
         parser.add_argument(
             "--max_tokens", type=float | None, default=None, help="Tokens to train on, as whole optimizer steps."
         )
+        if self.command == "fit":
+            parser.add_argument(
+                "--dry_run",
+                type=bool,
+                default=False,
+                help="Do everything but train: a few updates on the largest micro-batch, and what they took.",
+            )
+        parser.add_argument("--report", type=bool, default=True, help="Make curves.png and report.html at the end.")
+        loggers = "Beside metrics.csv: tensorboard, wandb, mlflow, or several, with commas between them or as a list."
+        parser.add_argument("--logger", type=list[str] | str | None, default=None, help=loggers)
         parser.add_class_arguments(Checkpoints, "checkpoint")
         parser.add_class_arguments(Export, "export")
         parser.add_class_arguments(Predictions, "predictions")
+        parser.add_class_arguments(Samples, "samples")
 
     def instantiate_trainer(self, **kwargs: Any) -> Any:
         """Adds what every run has to the trainer that the recipe describes."""
         config = self._get(self.config_init, "trainer")
         get = lambda key: self._get(self.config_init, key)  # noqa: E731
         folder = RunFolder(
-            Path(get("runs_dir")).expanduser(), get("name") or self.recipe, self.recipe, self._yaml(), self.resume
+            Path(get("runs_dir")).expanduser(),
+            get("name") or self.recipe,
+            self.recipe,
+            self._yaml(),
+            self.resume,
+            recipes=[Path(str(path)) for path in self._get(self.config, "config") or []],
         )
         if self.subcommand == "predict":
             folder.name += "-predict"
-        own = [folder, Start(), LastStep(), Throughput(), PreferenceWarnings(), Consumed(), get("predictions")]
+        own = [folder, Start(), LastStep(), Memory(), Throughput(), PreferenceWarnings(), Consumed()]
+        own.append(get("predictions"))
         callbacks = config.get("callbacks") or []
         callbacks = callbacks if isinstance(callbacks, list) else [callbacks]
         if not any(isinstance(c, ProgressBar) for c in callbacks) and config.get("enable_progress_bar") is not False:
             own.append(ProgressLine())
         # saving comes last, so that what the other callbacks did in this step is in the checkpoint
-        kwargs["callbacks"] = [*own, *callbacks, get("checkpoint"), Preemption(), get("export")]
+        samples = [] if any(isinstance(c, Answers | Samples) for c in callbacks) else [get("samples")]
+        kwargs["callbacks"] = [*own, Advice(), *callbacks, *samples, get("checkpoint"), Preemption(), get("export")]
+        if get("report"):
+            kwargs["callbacks"].append(Report())
+        if ((named := logger_names(get("logger"))) or config.get("logger")) and self.subcommand == "fit":
+            kwargs["callbacks"].append(Tracking(named))
         loggers = config.get("logger")
         kwargs["logger"] = [MetricsCSV(), *_as_list(loggers)] if loggers is not False else False
         kwargs["plugins"] = [*_as_list(config.get("plugins")), AtomicCheckpointIO()]
@@ -204,6 +245,7 @@ class CLI(LightningCLI):
         except (MisconfigurationException, ValueError, RuntimeError) as error:
             raise UserError(f"trainer: {_first_sentence(error)}") from error
         refuse_missing_gpus(config, trainer)
+        refuse_unsupported_precision(config.get("precision"), trainer.strategy.root_device)
         if get("max_tokens") is not None:
             self._limit_tokens(trainer, config, get("max_tokens"))
         return trainer
@@ -237,7 +279,7 @@ class CLI(LightningCLI):
         """The config that reproduces this run: without what belongs to this start of it alone."""
         subcommand = str(self.subcommand)
         config: Namespace = self.config[subcommand].clone()
-        for key in ("config", "ckpt_path", "weights_only"):
+        for key in ("config", "ckpt_path", "weights_only", "dry_run"):
             config.pop(key, None)
         return self._parser(subcommand).dump(config, skip_none=False, skip_validation=True)
 

@@ -1,6 +1,6 @@
 """The user's mistakes: one short message each, and the nearest name that would have been right."""
 
-import difflib
+import contextlib
 import errno
 from collections.abc import Iterable
 
@@ -22,6 +22,8 @@ def nearest(name: str, names: Iterable[str]) -> str:
     Returns:
         `"; did you mean 'x'?"` or `"; known: 'a', 'b'"`.
     """
+    import difflib
+
     known = list(names)
     # capitals are the commonest slip: `adamw` is one letter from `adam`, but none from `AdamW`
     by_case = {candidate.casefold(): candidate for candidate in known}
@@ -35,18 +37,56 @@ def nearest(name: str, names: Iterable[str]) -> str:
     return "; known: " + ", ".join(repr(n) for n in shown) + more
 
 
+LIBRARIES = ("torch", "lightning", "transformers", "jsonargparse", "peft", "datasets")
+"""Whose versions matter most when something breaks."""
+
+
+def versions() -> str:
+    """What this runs on, in a line to be pasted into a report."""
+    import platform
+    from importlib import metadata
+
+    found = []
+    for name in ("oumi_pl", *LIBRARIES):
+        with contextlib.suppress(metadata.PackageNotFoundError):
+            found.append(f"{name} {metadata.version(name)}")
+    return ", ".join([*found, f"Python {platform.python_version()}", platform.platform()])
+
+
+OUT_OF_MEMORY = ("DefaultCPUAllocator: ", "MPS backend out of memory", "CUDA error: out of memory", "ALLOC_FAILED")
+"""What errors of torch say that are about memory, and of no kind of their own."""
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an error, or what it was raised from, says that there is no memory: on a device, or on the host."""
+    seen: BaseException | None = error
+    while seen is not None:
+        # the first is torch's, which is not imported here
+        if type(seen).__name__ == "OutOfMemoryError" or isinstance(seen, MemoryError):
+            return True
+        if isinstance(seen, RuntimeError) and any(words in str(seen) for words in OUT_OF_MEMORY):
+            return True
+        seen = seen.__cause__ or seen.__context__
+    return False
+
+
+def _noted(error: BaseException) -> str:
+    """What was noted on an error while it was on its way: see `oumi_pl.callbacks.memory`."""
+    return "\n".join(note for note in getattr(error, "__notes__", ()) if note.startswith("out of memory"))
+
+
 def of_the_machine(error: BaseException) -> str | None:
     """What to say of an error that is neither the user's mistake nor a bug: a full disk, no memory; None for others."""
+    if is_out_of_memory(error):
+        return _noted(error) or (
+            "out of memory; smaller micro-batches give the same updates: halve data.batch_size and double "
+            "trainer.accumulate_grad_batches, or set model.gradient_checkpointing"
+        )
     seen: BaseException | None = error
     while seen is not None:  # writers tend to fail again while they clean up after a full disk
         if isinstance(seen, OSError) and seen.errno in (errno.ENOSPC, errno.EDQUOT, errno.EROFS):
             place = f" to write {seen.filename}" if seen.filename else ""
             return f"{seen.strerror}{place}; make room, and go on with --resume, or choose another --runs_dir"
-        if type(seen).__name__ == "OutOfMemoryError":  # torch's, which is not imported here
-            return (
-                "out of memory on the device; smaller micro-batches give the same updates: halve data.batch_size and "
-                "double trainer.accumulate_grad_batches, or set model.gradient_checkpointing"
-            )
         if "Connection closed by peer" in str(seen):  # gloo's way to say that another rank is gone
             return "another process of this run has stopped; its message tells why"
         seen = seen.__cause__ or seen.__context__

@@ -32,6 +32,8 @@ RECIPE = {
         },
     },
     "trainer": {"max_steps": 2, "accelerator": "cpu"},
+    "report": False,
+    "samples": {"rows": 0},
 }
 
 GONE = object()

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from oumi_pl import __version__
-from oumi_pl.__main__ import main
+from oumi_pl.__main__ import _help_topic, _with_values, main
 
 ROOT = Path(__file__).parents[1]
 
@@ -17,6 +17,7 @@ LIGHT = {
     "no arguments": ([], 0, "usage: oumi_pl COMMAND"),
     "--help": (["--help"], 0, "fit       train on a recipe"),
     "--version": (["--version"], 0, f"oumi_pl {__version__}"),
+    "recipes": (["recipes"], 0, "quickstart/sft"),
     "unknown command": (["fitt"], 2, "unknown command 'fitt'; did you mean 'fit'?"),
     "no recipe": (["fit"], 2, "fit needs a recipe: oumi_pl fit --config NAME or FILE; recipes: "),
     "recipe that there is not": (
@@ -46,7 +47,7 @@ LIGHT = {
         2,
         "--resume: nothing to resume for recipe 'one'",
     ),
-    "no run folder": (["fit", "--resume", "run"], 2, "--resume: no run folder run; did you mean 'runs'?"),
+    "no run folder": (["fit", "--resume", "runs/erly"], 2, "no run folder runs/erly; did you mean 'runs/early'?"),
     "resume of validate": (["validate", "-c", "one.yaml", "--resume"], 2, "--resume goes with fit; for validate, name"),
     "export without checkpoint": (
         ["export"],
@@ -63,7 +64,7 @@ FILES = {
     "twice.yaml": b"a:\n  b: 1\n  c: 2\n  b: 3\n",
     "latin.yaml": b"# x\n# caf\xe9\n",
     "date.yaml": b"day: 2020-13-45\n",
-    "runs/x": b"",
+    "runs/early/run.json": b"{}",
 }
 
 SCRIPT = """
@@ -75,7 +76,7 @@ SCRIPT = """
         text = io.StringIO()
         with contextlib.redirect_stdout(text), contextlib.redirect_stderr(text):
             code = main(args)
-        heavy = {"torch", "lightning", "transformers", "jsonargparse", "numpy"} & sys.modules.keys()
+        heavy = {"torch", "lightning", "transformers", "jsonargparse", "numpy", "rich"} & sys.modules.keys()
         answers.append([code, text.getvalue(), sorted(heavy)])
     print(json.dumps(answers))
 """
@@ -86,7 +87,7 @@ def answers(tmp_path_factory):
     """All light answers, from one interpreter that has imported nothing else."""
     directory = tmp_path_factory.mktemp("light")
     for name, content in FILES.items():
-        (directory / name).parent.mkdir(exist_ok=True)
+        (directory / name).parent.mkdir(parents=True, exist_ok=True)
         (directory / name).write_bytes(content)
     before = sorted(directory.rglob("*"))
     command = [sys.executable, "-c", textwrap.dedent(SCRIPT), json.dumps([args for args, _, _ in LIGHT.values()])]
@@ -107,12 +108,68 @@ def test_light_answer(answers, case):
     assert code == 0 or len(given_text.splitlines()) == 1
 
 
+def test_what_reads_no_recipe_imports_no_more_than_it_needs(tmp_path):
+    """The interpreter itself starts in 20 ms; each of these would take as long again."""
+    code = """if True:
+        import contextlib, io, sys
+        from oumi_pl.__main__ import main
+        with contextlib.redirect_stdout(io.StringIO()):
+            main(["--help"]), main(["--version"])
+        print({"yaml", "subprocess", "traceback", "difflib", "json", "importlib.metadata"} & sys.modules.keys())
+    """
+    env = {"PYTHONPATH": str(ROOT), "PATH": ""}
+    command = [sys.executable, "-c", code]
+    done = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True, check=True)
+    assert done.stdout == "set()\n"
+
+
+@pytest.mark.parametrize(
+    ("typed", "topic"),
+    [
+        ("--config r.yaml", None),
+        ("--help", ""),
+        ("-h", ""),
+        ("--help model", "model"),
+        ("--help=model", "model"),
+        ("--config r.yaml --help --name x", ""),
+        ("--model.help SFT", None),
+        ("", None),
+    ],
+)
+def test_what_help_is_asked_about(typed, topic):
+    assert _help_topic(typed.split()) == topic
+
+
+@pytest.mark.parametrize(
+    ("typed", "read"),
+    [
+        ("--dry_run", "--dry_run=true"),
+        ("--dry_run --name x", "--dry_run=true --name x"),
+        ("--dry_run false --name x", "--dry_run false --name x"),
+        ("--dry_run=True", "--dry_run=True"),
+        ("--name x", "--name x"),
+        ("", ""),
+    ],
+)
+def test_a_dry_run_needs_no_value(typed, read):
+    assert _with_values(typed.split()) == read.split()
+
+
 def test_module_is_the_command(tmp_path):
     env = {"PYTHONPATH": str(ROOT), "PATH": ""}
     command = [sys.executable, "-m", "oumi_pl", "fitt"]
     done = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True, check=False)
     assert done.returncode == 2
     assert done.stderr == "error: unknown command 'fitt'; did you mean 'fit'?\n"
+
+
+def test_a_reader_that_has_seen_enough_is_no_error(tmp_path):
+    """As `oumi_pl recipes | head -1`."""
+    reader = "import sys; sys.stdin.read(1)"
+    piped = f"{sys.executable} -m oumi_pl recipes | {sys.executable} -c '{reader}'"
+    env = {"PYTHONPATH": str(ROOT), "PATH": "", "PYTHONUNBUFFERED": "1"}
+    done = subprocess.run(["/bin/sh", "-c", piped], cwd=tmp_path, env=env, capture_output=True, text=True, check=True)
+    assert done.stderr == ""
 
 
 def test_interrupted(monkeypatch, capsys):

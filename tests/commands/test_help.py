@@ -1,0 +1,173 @@
+"""`--help`: the project's own options first, and every topic; all of it is read from signatures and docstrings."""
+
+import ast
+import inspect
+import re
+import textwrap
+
+import pytest
+
+from oumi_pl.__main__ import main
+from oumi_pl.callbacks.checkpoint import Checkpoints
+from oumi_pl.classes import known_classes
+from oumi_pl.cli import CLI
+from oumi_pl.commands import help as help_pages
+from oumi_pl.commands.help import _default, _kind
+from oumi_pl.config.explain import parameters
+from oumi_pl.data.sft import SFTData
+from oumi_pl.modules.base import LanguageModule
+from tests.command_line import CommandLine
+
+
+@pytest.fixture
+def ask(capsys, monkeypatch):
+    def ask(*args, columns=100):
+        monkeypatch.setenv("COLUMNS", str(columns))
+        assert main(list(args)) == 0
+        return capsys.readouterr().out
+
+    return ask
+
+
+def options(page) -> list[str]:
+    return re.findall(r"^  (?:--)?([\w.]+)", page, re.MULTILINE)
+
+
+def words(text) -> str:
+    return " ".join(text.split())
+
+
+def test_own_options_come_first_in_groups(ask):
+    page = ask("fit", "--help")
+    assert page.startswith("usage: oumi_pl fit --config")
+    own = ["config", "resume", "engine", "name", "runs_dir", "dry_run", "checkpoint.every", "export.merge"]
+    found = options(page)
+    assert [name for name in found if name in own] == sorted(own, key=found.index)
+    assert found.index("checkpoint.mode") < found.index("model.KEY")
+    assert len(page.splitlines()) < 90
+    headings = [line for line in page.splitlines() if line and not line.startswith(" ")]
+    assert headings[1] == "the run"
+    assert any(line.startswith("checkpoint: Writes `step-*.ckpt`") for line in headings)
+
+
+def test_whatever_the_command_line_adds_is_in_it_with_its_words(ask):
+    """Against the source of the command line: an option that another adds turns up by itself."""
+    tree = ast.parse(textwrap.dedent(inspect.getsource(CLI.add_arguments_to_parser)))
+    calls = [node for node in ast.walk(tree) if isinstance(node, ast.Call) and hasattr(node.func, "attr")]
+    added = [call.args[0].value.lstrip("-") for call in calls if call.func.attr == "add_argument"]
+    classes = [call.args[1].value for call in calls if call.func.attr == "add_class_arguments"]
+    assert {"dry_run", "engine"} <= set(added)
+    page = ask("fit", "--help")
+    found = options(page)
+    assert set(added) <= set(found)
+    for section in set(classes) - {"predictions"}:
+        assert any(name.startswith(f"{section}.") for name in found)
+    for name in inspect.signature(Checkpoints).parameters:
+        assert f"checkpoint.{name}" in found
+    assert "How many of the newest to keep. (default: 1)" in page
+
+
+def test_each_command_has_its_own(ask):
+    assert "dry_run" not in options(ask("validate", "--help"))
+    assert "predictions.max_new_tokens" in options(ask("predict", "-h"))
+    assert not {"resume", "checkpoint.every", "engine"} & set(options(ask("predict", "-h")))
+    assert options(ask("fit", "--config", "quickstart/sft", "--help")) == options(ask("fit", "--help"))
+
+
+def test_a_section_shows_its_classes_with_what_is_their_own_and_what_they_share(ask):
+    page = ask("fit", "--help", "model")
+    assert "model: one of" in page
+    for name in ("SFT", "DPO", "Pretrain"):
+        assert re.search(rf"^{name}: ", page, re.MULTILINE)
+    every = {f"model.{name}" for cls in known_classes()["model"].values() for name in parameters(cls)}
+    found = options(page)
+    assert every - {f"model.{name}" for name in ("self",)} <= set(found)
+    assert found.count("model.gradient_checkpointing") == 1
+    assert found.count("model.loss") == 3
+    assert found.count("model.reference") == 1
+    assert "LanguageModule" not in page
+    assert not inspect.isabstract(LanguageModule) or "ExampleData" not in ask("fit", "--help", "data")
+
+
+def test_a_class_is_described_by_its_docstring(ask):
+    page = words(ask("fit", "--help", "SFTData", columns=80))
+    assert "SFTData, for data" in page
+    assert "Rows become conversations, are rendered by a chat template" in page
+    documented = re.findall(r"^    (\w+): (.+)", inspect.getdoc(SFTData).split("Args:")[1], re.MULTILINE)
+    assert len(documented) > 10
+    for name, doc in documented:
+        assert f"--data.{name} " in page
+        assert doc in page
+    assert "--data.overflow truncate|keep_start|drop|error" in page
+
+
+def test_places_of_many_classes_and_of_one(ask):
+    page = ask("fit", "--help", "model.optimizer")
+    assert {"AdamW", "MuonAdamW", "SGD"} <= set(options(page))
+    assert "model.optimizer.lr" not in page
+    assert "data.train.weight" in options(ask("fit", "--help=data.train"))
+    assert options(ask("fit", "--help", "AdamW"))[:2] == ["model.optimizer.lr", "model.optimizer.betas"]
+    assert "aligned" not in ask("fit", "--help", "AdamW")  # torch's formulas are for a browser
+    assert "trainer.max_steps" in options(ask("fit", "--help", "trainer"))
+
+
+def test_a_callback_is_shown_as_a_recipe_has_it(ask):
+    page = ask("fit", "--help", "EMA")
+    assert "in a recipe: trainer.callbacks: [{class_path: EMA, init_args: {decay: 0.999}}]" in page
+    assert options(page) == ["decay", "every", "start"]
+
+
+def test_an_option_alone_says_whose_it_is(ask):
+    page = ask("fit", "--help", "data.batch_size")
+    assert options(page) == ["data.batch_size"] * 3
+    assert "DPOData\n  --data.batch_size int           Pairs per micro-batch" in page
+    assert "the newest to keep" in ask("fit", "--help", "--checkpoint.keep")
+
+
+def test_a_class_of_ones_own(tmp_path, monkeypatch, capsys, ask):
+    line = CommandLine(tmp_path, monkeypatch, capsys)
+    line.write(
+        "own_help.py",
+        "from oumi_pl.types import TokenLoss\n\n\nclass Tilted(TokenLoss):\n"
+        '    """Leans to one side.\n\n    Args:\n        angle: By how much.\n    """\n\n'
+        "    def __init__(self, angle: float = 0.5):\n        pass\n\n"
+        "    def __call__(self, logits, targets):\n        pass\n",
+    )
+    page = ask("fit", "--help", "own_help.Tilted")
+    assert "Tilted, for model.loss\nLeans to one side." in page
+    assert "  --model.loss.angle float        By how much. (default: 0.5)" in page
+
+
+@pytest.mark.parametrize(
+    ("topic", "nearest"),
+    [("modle", "model"), ("cosine", "Cosine"), ("data.batchsize", "data.batch_size")],
+)
+def test_a_misspelt_topic(capsys, topic, nearest):
+    assert main(["fit", "--help", topic]) == 2
+    assert capsys.readouterr().err == f"error: --help: there is no topic {topic!r}; did you mean {nearest!r}?\n"
+
+
+def test_all_is_the_parsers_own_page(capsys, monkeypatch):
+    asked = []
+    monkeypatch.setattr("oumi_pl.cli.CLI", lambda args, **_: asked.append(args))
+    assert main(["fit", "--help", "all"]) == 0
+    assert asked == [["fit", "--help"]]
+    assert capsys.readouterr().out == ""
+
+
+@pytest.mark.parametrize("columns", [80, 120])
+def test_lines_fit_the_terminal(ask, columns):
+    for topic in ([], ["model"], ["data"], ["trainer"], ["DPO"]):
+        lines = ask("fit", "--help", *topic, columns=columns).splitlines()
+        assert max(map(len, lines)) <= columns
+        assert not [line for line in lines if line != line.rstrip()]
+
+
+def test_types_and_defaults_are_short():
+    assert _kind(int) == "int"
+    assert _kind(str | None) == "str"
+    assert _kind(list[str] | str | None) == "list or str"
+    assert _kind(bool) == "bool"
+    assert [_default(v) for v in (None, False, 3, 0.5, (), "x")] == ["", "false", "3", "0.5", "", "x"]
+    assert _default({"class_path": "a.b.C", "init_args": {"x": 1}}) == "C(x=1)"
+    assert help_pages._plain("see  :class:`~a.B` in\n``c``") == "see a.B in c"
