@@ -4,6 +4,7 @@ from itertools import chain
 
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.loggers.logger import Logger
+from lightning.pytorch.strategies import Strategy
 from torch.optim import Optimizer
 
 from oumi_pl.callbacks.answers import Answers
@@ -59,6 +60,7 @@ def known_classes() -> dict[str, dict[str, type]]:
         "data.tokenizer": (TokenizerFactory,),
         "trainer.callbacks": (Callback,),
         "trainer.logger": (Logger,),
+        "trainer.strategy": (Strategy,),
     }
     known = {
         place: {

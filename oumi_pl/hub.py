@@ -1,8 +1,13 @@
 """Where a model or tokenizer lies: in a local folder, in the cache, or on the hub; and a short message if nowhere."""
 
+import textwrap
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
-from oumi_pl.errors import UserError, nearest
+from oumi_pl.errors import UserError
+from oumi_pl.nearby import nearby
 
 TIMEOUT = 10.0
 """Seconds to wait for the hub's first answer."""
@@ -36,16 +41,45 @@ def locate(name: str, key: str, revision: str | None = None) -> str:
     try:
         validate_repo_id(name)
     except HFValidationError:
-        beside = [p.as_posix() for p in path.parent.glob("*") if p.is_dir()] if path.parent.is_dir() else []
-        hint = nearest(path.as_posix(), beside) if beside else ""
-        raise UserError(f"{key}: there is no folder {name!r}{hint}") from None
+        raise UserError(f"{key}: there is no folder {name!r}{nearby(path)}") from None
     _refuse_unreachable(name, key, revision)
     return name
+
+
+@contextmanager
+def asked_once(*settings: Any) -> Iterator[None]:
+    """Has the libraries look into the cache alone where the hub does not answer one request.
+
+    Left alone, they ask again and again, half a minute long, and say so each time.
+
+    Args:
+        settings: Modules of other libraries that keep a `HF_HUB_OFFLINE` of their own.
+    """
+    from huggingface_hub import constants
+    from huggingface_hub.utils import get_session
+
+    if constants.is_offline_mode():
+        yield
+        return
+    try:
+        get_session().head(constants.ENDPOINT, timeout=TIMEOUT)
+    except Exception:  # whatever the network did, of whichever HTTP library
+        for module in (constants, *settings):
+            module.HF_HUB_OFFLINE = True
+        try:
+            yield
+        finally:
+            for module in (constants, *settings):
+                module.HF_HUB_OFFLINE = False
+        return
+    yield
 
 
 def reason(error: BaseException) -> str:
     """The first line of an error's message, or its kind where it has none."""
     lines = str(error).strip().splitlines()
+    if lines and lines[0].rstrip().endswith(":"):  # what it announces is the reason
+        return textwrap.shorten(" ".join(lines), 250)
     return lines[0] if lines else type(error).__name__
 
 
@@ -64,7 +98,7 @@ def _refuse_unreachable(name: str, key: str, revision: str | None) -> None:
         return
     absent = f"{key}: {name!r} is no folder and not in the cache ({cache})"
     if constants.is_offline_mode():
-        raise UserError(f"{absent}, and HF_HUB_OFFLINE is set, so that it can't be fetched")
+        raise UserError(f"{absent}, and HF_HUB_OFFLINE is set: unset it to fetch it, or name a folder")
     try:
         get_hf_file_metadata(hf_hub_url(name, "config.json", revision=revision), timeout=TIMEOUT)
     except EntryNotFoundError:  # an adapter, or a tokenizer alone: the repository is there
@@ -78,4 +112,7 @@ def _refuse_unreachable(name: str, key: str, revision: str | None) -> None:
     except RepositoryNotFoundError as error:
         raise UserError(f"{absent} nor on the hub; if it is private: `hf auth login`") from error
     except Exception as error:  # whatever the network did, of whichever HTTP library
-        raise UserError(f"{absent}, and {constants.ENDPOINT} can't be reached: {reason(error)}") from error
+        told = f"{absent}, and {constants.ENDPOINT} can't be reached: {reason(error)}"
+        raise UserError(
+            f"{told}; without a network, name a folder, or fill the cache and set HF_HUB_OFFLINE=1"
+        ) from error

@@ -37,6 +37,18 @@ def in_steps(value: int | float, total: int) -> int:
     return math.ceil(value * total) if value < 1 else int(value)
 
 
+def _refuse_part_of_a_step(name: str, value: int | float) -> None:
+    if value > 1 and value != int(value):
+        told = "a number of steps is whole, and a share of them lies below 1"
+        raise UserError(f"model.schedule.{name} is {value}: {told}")
+
+
+def _share(floor: float) -> float:
+    if not 0 <= floor <= 1:
+        raise UserError(f"model.schedule.floor is {floor}, but it is a share of the full rate, from 0 to 1")
+    return floor
+
+
 class Schedule(ABC):
     """A factor on the learning rate, as a function of the optimizer step. Subclass it to add one.
 
@@ -47,12 +59,20 @@ class Schedule(ABC):
     def __init__(self, warmup: int | float = 0) -> None:
         if warmup < 0:
             raise UserError(f"model.schedule.warmup is {warmup}, but can't be negative")
+        _refuse_part_of_a_step("warmup", warmup)
         self.warmup = warmup
 
     def __call__(self, step: int, total: int) -> float:
         """Factor for the update that follows `step` updates, in a run of `total`."""
         start = in_steps(self.warmup, total)
         return step / start if step < start else self.factor(step, start, total)
+
+    def doubts(self, total: int) -> list[str]:
+        """What can't be as the recipe says in a run of `total` steps; empty where all is well."""
+        start = in_steps(self.warmup, total)
+        if start < total:
+            return []
+        return [f"model.schedule.warmup takes {start} steps and the run has {total}: it ends before the full rate"]
 
     @abstractmethod
     def factor(self, step: int, start: int, total: int) -> float:
@@ -77,7 +97,7 @@ class Linear(Schedule):
 
     def __init__(self, warmup: int | float = 0, floor: float = 0.0) -> None:
         super().__init__(warmup)
-        self.floor = floor
+        self.floor = _share(floor)
 
     def factor(self, step: int, start: int, total: int) -> float:
         """1 at `start`, `floor` at `total` and after."""
@@ -95,7 +115,7 @@ class Cosine(Schedule):
 
     def __init__(self, warmup: int | float = 0, floor: float = 0.0, cycles: float = 0.5) -> None:
         super().__init__(warmup)
-        self.floor = floor
+        self.floor = _share(floor)
         self.cycles = cycles
 
     def factor(self, step: int, start: int, total: int) -> float:
@@ -137,8 +157,17 @@ class WarmupStableDecay(Schedule):
         super().__init__(warmup)
         if decay <= 0:
             raise UserError(f"model.schedule.decay is {decay}, but a decay takes at least one step")
+        _refuse_part_of_a_step("decay", decay)
         self.decay = decay
-        self.floor = floor
+        self.floor = _share(floor)
+
+    def doubts(self, total: int) -> list[str]:
+        """As of every schedule, and whether warm-up and decay fit into the run."""
+        start, decay = in_steps(self.warmup, total), in_steps(self.decay, total)
+        if start + decay <= total or start >= total:
+            return super().doubts(total)
+        told = f"model.schedule: {start} steps of warm-up and {decay} of decay don't fit into a run of {total}"
+        return [f"{told}: the decay is cut to {total - start}, and there is no plateau"]
 
     def factor(self, step: int, start: int, total: int) -> float:
         """1 until the decay begins, `floor` at `total` and after."""

@@ -87,6 +87,24 @@ def test_nonsense_is_refused():
         WarmupStableDecay(decay=0)
     with pytest.raises(UserError, match="cycles"):
         CosineRestarts(cycles=0)
+    with pytest.raises(UserError, match=r"warmup is 1.5: a number of steps is whole"):
+        Linear(1.5)
+
+
+@pytest.mark.parametrize(
+    ("schedule", "told"),
+    [
+        (Linear(10), None),
+        (Linear(100), "warmup takes 100 steps and the run has 100"),
+        (WarmupStableDecay(10, decay=90), None),
+        (WarmupStableDecay(10, decay=95), "10 steps of warm-up and 95 of decay don't fit into a run of 100: the decay"),
+        (WarmupStableDecay(200, decay=5), "warmup takes 200 steps"),
+    ],
+)
+def test_what_does_not_fit_into_the_run_is_told(schedule, told):
+    doubts = schedule.doubts(100)
+    assert bool(doubts) == (told is not None)
+    assert all(told in doubt for doubt in doubts)
 
 
 def test_only_matrices_decay():

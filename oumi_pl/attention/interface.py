@@ -12,7 +12,7 @@ from oumi_pl.errors import UserError
 
 NAME = "documents"
 """The attention implementation to load a model with, once `register` was called."""
-NO_PACKING = "turn packing off"
+NO_PACKING = "set data.packing to false (data.isolate, of PretrainData)"
 
 
 def register() -> None:

@@ -32,15 +32,18 @@ def refuse_unless_isolating(model: nn.Module) -> None:
             alone = _hidden_states(base, first), _hidden_states(base, second)
             together = _hidden_states(base, first, second)
             beside_another = _hidden_states(base, changed, second)[:, first.shape[1] :]
-    except TypeError as error:  # a forward method without position_ids has no way to tell documents apart
-        raise UserError(f"{type(base).__name__} can't be packed ({error}); {NO_PACKING}") from error
+    except (UserError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:  # no position_ids, a mask of its own kind: architectures trip over it in many ways
+        told = f"the attention of {type(base).__name__} can't keep packed documents apart"
+        raise UserError(f"{told}; {NO_PACKING}") from error
     off = max(_distance(together, torch.cat(alone, 1)), _distance(beside_another, alone[1]))
     if not off <= _tolerance(base):
         implementation = getattr(base.config, "_attn_implementation", None)
-        others = f"load it with attn_implementation: {NAME!r} or 'flash_attention_2', or "
+        others = f"set model.attn to {NAME!r} or 'flash_attention_2', or "
         remedy = ("" if implementation == NAME else others) + NO_PACKING
         raise UserError(
-            f"{type(base).__name__} with attn_implementation {implementation!r} lets packed documents see each other: "
+            f"{type(base).__name__} with the attention {implementation!r} lets packed documents see each other: "
             f"the hidden states of a document changed by {off:.1e} (relative) beside another one; {remedy}"
         )
 

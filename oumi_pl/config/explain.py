@@ -5,7 +5,7 @@ import inspect
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 
-from oumi_pl.errors import nearest
+from oumi_pl.errors import LISTED, nearest
 
 Classes = Mapping[str, Mapping[str, type]]
 """Place in a recipe (`model.optimizer`) -> the classes that may stand there, by the short name that recipes use."""
@@ -22,10 +22,25 @@ _UNKNOWN_CLASS = re.compile(r"Expected a dot import path string: (\S+)")
 _NO_MODULE = re.compile(r"(No module named '[^']+'|module '[^']+' has no attribute '[^']+')")
 _NOT_PYTHON = re.compile(r" - ([^-]+ \(\S+\.py, line \d+\))")
 _WRONG_CLASS = re.compile(r"Import path (\S+) does not correspond to a subclass of (\w+)")
-_NO_CLASS = re.compile(r"Not a valid subclass of (\w+) .*Given value: (.+)$")
+_NO_CLASS = re.compile(r"Not a valid subclass of (\w+) .*?Given value: (.+?)(?= - | Given value|$)")
+_ABSTRACT = re.compile(r"Expected an instantiatable class, but \S*?(\w+) is abstract")
 _NESTED = re.compile(r"NestedArg\(key='([^']+)', val=(.*?)\)(?= - |$)")
 _EXPECTED = re.compile(r"Expected an? (typing\.Literal\[[^\]]*\]|<class '[^']+'>|\S+)")
-_GIVEN = re.compile(r"(?:Got value|Given value): (.+?)(?= - |\. Got value|$)")
+_GIVEN = re.compile(r"(?:Got value|Given value): (.+?)(?= - |\. Got value| Given value|$)")
+_NO_TEXT = re.compile(r"[-+]?(?:\d+\.?\d*|\.\d+)(?:[eE][-+]?\d+)?|\[.*\]|\{.*\}|True|False")
+
+EXAMPLES = {
+    "lora": "{r: 16}",
+    "config": "{model_type: llama}",
+    "betas": "[0.9, 0.999]",
+    "columns": "{question: my_column}",
+    "optimizer": "{class_path: AdamW, init_args: {lr: 2.0e-5}}",
+    "schedule": "{class_path: Cosine, init_args: {warmup: 100}}",
+    "callbacks": "[{class_path: EMA}]",
+    "freeze": "[model.embed_tokens]",
+    "tokenizer": "HuggingFaceTB/SmolLM2-135M",
+}
+"""Last part of a key -> a value that would be right, for those that aren't plain numbers or names."""
 
 
 def explain(message: str, flags: Iterable[str], classes: Classes, args: Sequence[str] = ()) -> str:
@@ -38,7 +53,8 @@ def explain(message: str, flags: Iterable[str], classes: Classes, args: Sequence
         args: The command line.
     """
     message = re.sub(r"\s+", " ", message).strip()
-    path = _path(message)
+    asked = re.search(r"--([\w.]+)\.help: ", message)
+    path = asked.group(1).split(".") if asked else _path(message)
     said = _of_options(message, path, list(flags), classes, args) or _of_classes(message, path, classes)
     return said or _wrong_value(message, path)
 
@@ -70,12 +86,25 @@ def _of_classes(message: str, path: list[str], classes: Classes) -> str | None:
         return f"{where}: {found.group(1)}"
     if found := _WRONG_CLASS.search(message):
         return f"{where}: {found.group(1)} is not a subclass of {found.group(2)}"
-    if found := _NO_CLASS.search(message):
-        return f"{where}: {found.group(2)[:80]} does not name a {found.group(1)}; write class_path: NAME"
+    if said := _of_no_class(message, path):
+        return said
     if (found := _UNKNOWN_CLASS.search(message)) and (known := classes_at(where, classes)):
         name = found.group(1)
         other = f"{name} is for another kind of model; those of each kind are in the README"
         return f"{where}: {other if name in known else f'unknown class {name!r}{nearest(name, known)}'}"
+    return None
+
+
+def _of_no_class(message: str, path: list[str]) -> str | None:
+    """A value where a class belongs, or an argument of a class that isn't named."""
+    where, innermost = ".".join(path), _innermost(message)
+    if _ABSTRACT.search(innermost):
+        key = _NESTED.findall(message)
+        option = f"--{where}.{key[0][0]}" if key else where
+        return f"{option}: no class is named that takes it; name one before it: --{where} NAME"
+    if found := _NO_CLASS.search(innermost):
+        right = "a path, or {path: rows.jsonl}" if found.group(1) == "Source" else "class_path: NAME"
+        return f"{where}: {found.group(2)[:80]} does not name a {found.group(1)}; write {_example(path) or right}"
     return None
 
 
@@ -96,8 +125,9 @@ def unknown_key(key: str, flags: Iterable[str], classes: Classes) -> str:
 def misspelt(place: str, known: Iterable[str], classes: Classes) -> str:
     """What to say of a key that a class does not take: the nearest that it takes, else where this name belongs."""
     key = place.rpartition(".")[2]
-    near = nearest(key, known)
-    if not near.startswith("; did") and (elsewhere := _elsewhere(key, (), classes)):
+    near = nearest(key, [name for name in known if name != "params"])  # an optimizer's, which no recipe gives
+    elsewhere = _elsewhere(key, (), classes)
+    if not near.startswith("; did") and elsewhere and elsewhere != place:
         return f"{place}: unknown key; did you mean {elsewhere!r}?"
     return f"{place}: unknown key{near}"
 
@@ -112,7 +142,11 @@ def _unknown_flag(flag: str, flags: list[str], classes: Classes) -> str:
     if not flag.startswith("-"):
         return f"{flag!r} belongs to no option; a recipe is given as --config NAME or FILE"
     key, names = flag.lstrip("-"), [name.lstrip("-") for name in flags if not name.endswith(".help")]
-    found = _elsewhere(key, names, classes) or _near_argument(key, classes) or _near(key, names)
+    found = _elsewhere(key, names, classes) or _near_argument(key, classes)
+    found = found or _in_the_nearest_section(key, names, classes) or _near(key, names)
+    siblings = [name for name in names if name.startswith(f"{key.rpartition('.')[0]}.")]
+    if not found and siblings:
+        return f"unknown option {flag}; known: {', '.join(f'--{name}' for name in siblings[:LISTED])}"
     hint = f"did you mean '--{found}'?" if found else "`--help` lists all, `--model.help SFT` those of a class"
     return f"unknown option {flag}; {hint}"
 
@@ -126,8 +160,23 @@ def _near_argument(key: str, classes: Classes) -> str | None:
     return f"{section}.{close[0]}{dot}{end}" if close else None
 
 
+def _in_the_nearest_section(key: str, names: list[str], classes: Classes) -> str | None:
+    """The option with its first part mended: `modle.optimizer.lr` stands for `model.optimizer.lr`."""
+    section, dot, rest = key.partition(".")
+    sections = {name.partition(".")[0] for name in (*names, *classes) if "." in name}
+    close = difflib.get_close_matches(section, sections - {section}, n=1, cutoff=0.6)
+    if not dot or section in sections or not close:
+        return None
+    mended = f"{close[0]}.{rest}"
+    return mended if mended in names else _near_argument(mended, classes) or _near(mended, names)
+
+
 def _near(key: str, names: list[str]) -> str | None:
     """The nearest option, by its whole name or by its last part: `max_epochs` stands for `trainer.max_epochs`."""
+    section = key.rpartition(".")[0]
+    if section and (siblings := [name for name in names if name.startswith(f"{section}.")]):
+        names = siblings  # the section stands, so that only its own keys can be meant
+        key = key.rpartition(".")[2]
     by_any = {name.rpartition(".")[2]: name for name in names} | {name: name for name in names}
     close = difflib.get_close_matches(key, by_any, n=1, cutoff=0.6)
     return by_any[close[0]] if close else None
@@ -201,13 +250,15 @@ def _parameters_there(message: str, path: list[str], classes: Classes) -> list[s
 
 def _wrong_value(message: str, path: list[str]) -> str:
     """`data.batch_size: 'abc' is not an int`, from the innermost complaint."""
-    innermost = message[message.rfind("Parser key") :] if "Parser key" in message else message
-    expected = [_readable(kind) for kind in _EXPECTED.findall(innermost)]
+    innermost = _innermost(message)
+    expected = [_readable(kind) for kind in _EXPECTED.findall(innermost.partition(" Given value type")[0])]
     expected = list(dict.fromkeys(kind for kind in expected if kind not in ("null", "NoneType", "dot", "Tensor")))
     nested = _NESTED.search(message)
     given = nested.group(2) if nested else None
     if given is None and (values := _GIVEN.findall(innermost)):
         given = repr(values[0])
+    if given is not None and _NO_TEXT.fullmatch(given.strip("'\"")):
+        given = given.strip("'\"")
     where = ".".join(path) or "the recipe"
     if not expected or given is None:
         complaint = re.split(r" Errors: - | Given value", re.sub(r'Parser key "[^"]+": ', "", innermost))
@@ -220,14 +271,27 @@ def _wrong_value(message: str, path: list[str]) -> str:
         return f"{where}: {given} is not a valid value{hint}"
     if len(given) > 80:
         given = given[:77] + "..."
-    return f"{where}: {given} is not {' or '.join(_with_article(kind) for kind in expected)}"
+    if expected == ["list"] and given.startswith("["):
+        expected = ["list of such values"]
+    right = f"; write {example}" if (example := _example(path)) else ""
+    return f"{where}: {given} is not {' or '.join(_with_article(kind) for kind in expected)}{right}"
+
+
+def _innermost(message: str) -> str:
+    """The complaint about the deepest key: those around it quote the whole of what holds it."""
+    return message[message.rfind("Parser key") :] if "Parser key" in message else message
+
+
+def _example(path: list[str]) -> str | None:
+    return next((f"for example `{key}: {EXAMPLES[key]}`" for key in path[-1:] if key in EXAMPLES), None)
 
 
 def _readable(kind: str) -> str:
     if kind.startswith("typing.Literal"):
         return "one of " + kind.removeprefix("typing.Literal[").removesuffix("]")
     found = re.match(r"<class '(?:\w+\.)*(\w+)'>", kind)
-    return found.group(1) if found else kind.rstrip(".")
+    name = found.group(1) if found else kind.rstrip(".")
+    return {"dict": "mapping", "tuple": "list", "Sequence": "list"}.get(name, name)
 
 
 def _with_article(kind: str) -> str:

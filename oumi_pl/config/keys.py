@@ -16,6 +16,8 @@ from oumi_pl.config.explain import Classes, classes_at, misspelt, parameters, si
 from oumi_pl.errors import UserError, nearest
 
 CLASS_KEYS = ("class_path", "init_args", "dict_kwargs")
+ARGUMENTS = {"model": ("SFT", "model"), "data": ("SFTData", "train")}
+"""Sections that are a class, and which argument of it the name of a model or of a file belongs to."""
 
 
 def refuse_unknown_keys(tree: Mapping[str, Any], flags: Iterable[str], classes: Classes) -> None:
@@ -29,6 +31,9 @@ def refuse_unknown_keys(tree: Mapping[str, Any], flags: Iterable[str], classes: 
     Raises:
         UserError: at the first key or class that there is not; offers the nearest.
     """
+    model = tree.get("model")
+    if isinstance(tree.get("training"), Mapping) or (isinstance(model, Mapping) and "model_name" in model):
+        raise UserError("this is a config of Oumi's, not a recipe: run it with oumi_pl train -c FILE, or convert it")
     known = [f for f in flags if f.startswith("--") and not f.endswith(".help")]
     known = [f for f in known if f not in ("--help", "--config", "--print_config")]
     _check_section(tree, "", known, classes)
@@ -50,6 +55,11 @@ def _check_section(section: Mapping[str, Any], prefix: str, flags: list[str], cl
 
 def _check_value(value: Any, place: str, classes: Classes) -> None:
     """A value: a class with its arguments, or something that holds such."""
+    if isinstance(value, str) and place in ARGUMENTS and ("/" in value or Path(value).exists()):
+        raise UserError(
+            f"{place}: {value!r} is not the name of a class; write "
+            f"`{place}: {{class_path: {ARGUMENTS[place][0]}, init_args: {{{ARGUMENTS[place][1]}: {value}}}}}`"
+        )
     if isinstance(value, list):
         for number, item in enumerate(value):
             _check_value(item, f"{place}.{number}", classes)

@@ -1,11 +1,14 @@
 """Refuses what does not go together in a recipe, or with the command, before any row is read or weight loaded."""
 
+import re
+import sys
 import zipfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from oumi_pl.errors import UserError, nearest
+from oumi_pl.nearby import nearby
 
 NEEDS = {
     "fit": ("train",),
@@ -42,8 +45,10 @@ def refuse_contradictions(
     if sources and all(sources.get(name) is None for name in NEEDS[command]):
         raise UserError(f"data.{NEEDS[command][0]}: `{command}` needs a source here, and the recipe names none")
     _refuse_checkpoint(config.get("ckpt_path"))
-    if command != "fit" and config.get("ckpt_path") is None and not getattr(model, "model_name", True):
-        raise UserError(f"`{command}` of random weights says nothing: name the trained ones with --ckpt_path FILE")
+    if command != "fit" and config.get("ckpt_path") is None:
+        _tell_what_is_run(command, getattr(model, "model_name", "a model"))
+    if command == "predict":
+        _refuse_predictions(callbacks)
     if command == "fit":
         trainer = config.get("trainer") or {}
         for key in ("max_steps", "max_epochs"):
@@ -55,6 +60,21 @@ def refuse_contradictions(
             _refuse_without_validation(config, callbacks)
         for callback in callbacks:
             _refuse_unknown_metric(getattr(callback, "monitor", None), callback, model, callbacks)
+
+
+def _tell_what_is_run(command: str, model: str | None) -> None:
+    """Without a checkpoint: weights from a folder or the hub, as they are."""
+    if model is None:
+        raise UserError(f"`{command}` of random weights says nothing: name the trained ones with --ckpt_path FILE")
+    print(f"no --ckpt_path is given: {command} runs with {model} as it lies there", file=sys.stderr)
+
+
+def _refuse_predictions(callbacks: Sequence[Any]) -> None:
+    for settings in (callback.settings for callback in callbacks if type(callback).__name__ == "Predictions"):
+        if settings["max_new_tokens"] < 1:
+            raise UserError(f"predictions.max_new_tokens is {settings['max_new_tokens']}, but has to be at least 1")
+        if settings["temperature"] < 0:
+            raise UserError(f"predictions.temperature is {settings['temperature']}, but can't be negative; 0 is greedy")
 
 
 def refuse_missing_gpus(config: Mapping[str, Any], trainer: Any) -> None:
@@ -71,19 +91,90 @@ def refuse_missing_gpus(config: Mapping[str, Any], trainer: Any) -> None:
 
 
 def refuse_unknown_devices(trainer: Mapping[str, Any]) -> None:
-    """Tells a misspelt accelerator or strategy, for Lightning lists them all or some.
+    """Tells a misspelt or absent accelerator, devices that can't be counted, and a strategy that can't be had.
 
     Raises:
-        UserError: if there is no such name; offers the nearest.
+        UserError: if there is no such name (offers the nearest), or the strategy can't do what the recipe asks for.
     """
     from lightning.pytorch.accelerators import AcceleratorRegistry
     from lightning.pytorch.strategies import StrategyRegistry
 
+    if trainer.get("max_steps", -1) is None:
+        raise UserError("trainer.max_steps is null: leave it out for no limit")
     accelerators, strategies = AcceleratorRegistry.available_accelerators(), StrategyRegistry.available_strategies()
     for key, names in {"accelerator": accelerators, "strategy": strategies}.items():
         name, known = trainer.get(key), ["auto", "gpu", *names] if key == "accelerator" else ["auto", *names]
         if isinstance(name, str) and name not in known:
             raise UserError(f"trainer.{key}: there is no {name!r}{nearest(name, known)}")
+    there = {name: AcceleratorRegistry[name]["accelerator"].is_available() for name in accelerators}
+    there |= {"gpu": there["cuda"] or there["mps"], "auto": True}
+    accelerator = trainer.get("accelerator")
+    if isinstance(accelerator, str) and not there[accelerator]:
+        raise UserError(f"trainer.accelerator: {accelerator!r}, and none is visible here; leave it out to take what is")
+    on_cpu = accelerator == "cpu" or (accelerator == "auto" and not there["gpu"] and not there["tpu"])
+    _refuse_devices(trainer.get("devices", "auto"), on_cpu)
+    _refuse_strategy(trainer.get("strategy"), trainer.get("gradient_clip_val"))
+
+
+def _refuse_devices(devices: Any, on_cpu: bool) -> None:
+    """Tells what is neither a number of devices nor a choice among them; processors are counted, never chosen."""
+    written = re.sub(r"[\[\]\s]", "", str(devices))
+    if str(devices) == "0" or not re.fullmatch(r"auto|-1|\d+(,\d+)*,?", written):
+        raise UserError(
+            f"trainer.devices: {devices!r} is neither how many (2), nor which ('0,2'), nor 'auto', which takes all"
+        )
+    if on_cpu and not re.fullmatch(r"auto|\d+", written):
+        raise UserError(
+            f"trainer.devices: {devices!r} chooses among GPUs, and this runs on the CPU: say how many, as 2"
+        )
+
+
+def _refuse_strategy(strategy: Any, clip: float | None) -> None:
+    """Tells a strategy under which gradients can't be rescaled or clipped as an update needs it."""
+    name = strategy if isinstance(strategy, str) else type(strategy).__name__
+    instead = "take FSDP2, strategy: {class_path: ModelParallelStrategy}, as the recipe sft/llama3.1_8b_fsdp2 does"
+    if name.lower().startswith("deepspeed"):
+        raise UserError(
+            f"trainer.strategy: {name} keeps gradients where they can't be rescaled by the targets; {instead}"
+        )
+    if clip and name.lower().startswith("fsdp"):
+        raise UserError(
+            f"trainer.gradient_clip_val: under {name} no process sees the norm of all gradients, by which they are "
+            f"clipped; {instead}, or leave out clipping"
+        )
+    if clip is not None and clip < 0:
+        raise UserError(f"trainer.gradient_clip_val is {clip}, but a norm lies above 0; leave it out to clip nothing")
+
+
+def refuse_unsupported_precision(precision: Any, device: Any) -> None:
+    """Tells that a GPU has no bfloat16: it would be emulated, slower than float32.
+
+    Args:
+        precision: As the recipe says.
+        device: What is trained on.
+
+    Raises:
+        UserError: if the precision needs another GPU.
+    """
+    import torch
+
+    if device.type != "cuda" or "bf16" not in str(precision):
+        return
+    if not torch.cuda.is_bf16_supported(including_emulation=False):
+        raise UserError(
+            f"trainer.precision: {precision} needs a GPU that has bfloat16 (NVIDIA's from Ampere on), and "
+            f"{torch.cuda.get_device_name(device)} has none; set it to 16-mixed or 32-true"
+        )
+
+
+def refuse_seed(seed: Any) -> None:
+    """Tells a seed that no generator takes.
+
+    Raises:
+        UserError: if it is negative, or above 2**32 - 1.
+    """
+    if isinstance(seed, int) and not 0 <= seed < 2**32:
+        raise UserError(f"seed_everything is {seed}, but a seed lies between 0 and {2**32 - 1}")
 
 
 def _refuse_name(name: str | None) -> None:
@@ -131,7 +222,6 @@ def _refuse_checkpoint(name: str | None) -> None:
         hint = f"; name the file, {inside[-1]} for example" if inside else ""
         raise UserError(f"--ckpt_path: {name} is a directory and no sharded checkpoint{hint}")
     if not path.is_file():
-        beside = [p.as_posix() for p in path.parent.glob("*.ckpt")] if path.parent.is_dir() else []
-        raise UserError(f"--ckpt_path: no file {name!r}{nearest(path.as_posix(), beside)}")
+        raise UserError(f"--ckpt_path: no file {name!r}{nearby(path, lambda p: p.suffix == '.ckpt')}")
     if not zipfile.is_zipfile(path):  # what torch writes is a zip archive, whose index comes last
         raise UserError(f"--ckpt_path: {name} is not a checkpoint, or was cut short while it was written")

@@ -1,16 +1,21 @@
 """`--resume`: which run goes on, from which checkpoint, with which arguments."""
 
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from oumi_pl import runs
 from oumi_pl.checkpoint_files import step_of
+from oumi_pl.config import files as recipe_files
 from oumi_pl.config.typed import typed
-from oumi_pl.errors import UserError, nearest
+from oumi_pl.errors import UserError
+from oumi_pl.nearby import nearby
 
 LONGER = ("--trainer.max_steps", "--trainer.max_epochs", "--trainer.max_time")
 """Options that give a finished run more to do."""
+LISTED = 4
+"""Differences between a recipe and its run that are named."""
 
 
 def arguments(
@@ -35,10 +40,10 @@ def arguments(
         raise UserError(f"--resume goes with fit; for {command}, name the weights: --ckpt_path FILE")
     if typed("--ckpt_path", args) is not None:
         raise UserError("--resume goes on from the run's newest checkpoint: leave out --ckpt_path, or --resume")
+    root = Path(str(typed("--runs_dir", args) or tree.get("runs_dir") or "runs")).expanduser()
     if resume:
-        run = _given(Path(resume).expanduser())
+        run = _given(Path(resume).expanduser(), root)
     else:
-        root = Path(str(typed("--runs_dir", args) or tree.get("runs_dir") or "runs")).expanduser()
         run = runs.last_unfinished(root, recipe, typed("--name", args) or tree.get("name"))
     config = run / runs.CONFIG
     if not config.is_file():
@@ -46,6 +51,16 @@ def arguments(
     state = runs.read_state(run)
     checkpoint = runs.newest_checkpoint(run)
     _refuse_finished(run, state, checkpoint, args)
+    if differences := differing(tree, recipe_files.check(config) if tree else {}):
+        listed = ", ".join(
+            f"{key} ({ours} there, {theirs} in the recipe)" for key, ours, theirs in differences[:LISTED]
+        )
+        more = f" and {len(differences) - LISTED} more" if len(differences) > LISTED else ""
+        print(
+            f"note: {config} is what goes on, and differs from the recipe in {listed}{more}; "
+            f"to change a value, type it, as --{differences[0][0]} VALUE",
+            file=sys.stderr,
+        )
     arguments = ["--config", str(config), *_without_config(args)]
     if checkpoint is not None:
         arguments.append(f"--ckpt_path={checkpoint}")
@@ -55,15 +70,52 @@ def arguments(
     return run, str(state.get("recipe", recipe)), arguments
 
 
-def _given(path: Path) -> Path:
+def differing(recipe: Mapping[str, Any], run: Mapping[str, Any], above: str = "") -> list[tuple[str, Any, Any]]:
+    """Values of a recipe that a run's config has otherwise: option, the run's value, the recipe's.
+
+    A run's config is the recipe as it was parsed: class names are whole paths there, and numbers are numbers.
+    """
+    found: list[tuple[str, Any, Any]] = []
+    for key, theirs in recipe.items():
+        option, ours = (above if key == "init_args" else f"{above}.{key}".lstrip(".")), run.get(key)
+        if isinstance(theirs, Mapping) and isinstance(ours, Mapping):
+            found += differing(theirs, ours, option)
+        elif not _equal(theirs, ours):
+            found.append((option.removesuffix(".class_path"), ours, theirs))
+    return found
+
+
+def _equal(theirs: Any, ours: Any) -> bool:
+    if isinstance(ours, Mapping) and isinstance(theirs, str):  # a class by its name alone
+        return _equal(theirs, ours.get("class_path"))
+    if isinstance(theirs, list) and isinstance(ours, list):
+        return len(theirs) == len(ours) and all(map(_equal_item, theirs, ours))
+    if isinstance(theirs, str) and isinstance(ours, str):
+        return theirs == ours or theirs.startswith("recipe:") or ours.endswith(f".{theirs}")
+    try:
+        return theirs == ours or float(theirs) == float(ours)
+    except (TypeError, ValueError):
+        return False
+
+
+def _equal_item(theirs: Any, ours: Any) -> bool:
+    both = isinstance(theirs, Mapping) and isinstance(ours, Mapping)
+    return not differing(theirs, ours) if both else _equal(theirs, ours)
+
+
+def _given(path: Path, root: Path) -> Path:
     if (path / runs.RUN).is_file():
         if not runs.read_state(path):
             raise UserError(f"--resume: {path / runs.RUN} can't be read, so {path} is not a run folder that can go on")
         return path
     if path.is_dir():
         raise UserError(f"--resume: {path} is not a run folder (it has no {runs.RUN})")
-    beside = [p.as_posix() for p in path.parent.glob("*") if p.is_dir()] if path.parent.is_dir() else []
-    raise UserError(f"--resume: no run folder {path}{nearest(path.as_posix(), beside) if beside else ''}")
+    meant = f"; did you mean {(root / path).as_posix()!r}?" if _is_run(root / path) else nearby(path, _is_run)
+    raise UserError(f"--resume: no run folder {path}{meant}")
+
+
+def _is_run(path: Path) -> bool:
+    return (path / runs.RUN).is_file()
 
 
 def _refuse_finished(run: Path, state: Mapping[str, Any], checkpoint: Path | None, args: list[str]) -> None:

@@ -5,10 +5,10 @@ import inspect
 import itertools
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 from oumi_pl.data import report as reports
-from oumi_pl.data.formats import FORMATS, Formats, find_format, rename_columns, resolve_format
+from oumi_pl.data.formats import FORMATS, Format, Formats, find_format, raised, rename_columns, resolve_format
 from oumi_pl.data.sources import Source, fingerprint, rows
 from oumi_pl.data.store import REPORT, ExampleStore, cache_key, cache_root, write_store
 from oumi_pl.data.tokenize import Dropped
@@ -73,8 +73,30 @@ def source_records(
             convert = convert or find_format(renamed.keys(), formats)
             record = convert(renamed)
         except UserError as error:
-            raise UserError(f"{origin}: {error}") from None
+            other = source.format is None and convert is not None and _other_format(renamed, convert, formats)
+            raise UserError(f"{origin}: {other or error}") from None
+        except Exception as error:
+            if source.format is None:
+                raise
+            raise UserError(f"{origin}: {raised(source.format, error)}") from error
+        if not isinstance(record, get_args(Record)):
+            made = f"{source.format} made a {type(record).__name__} of this row"
+            raise UserError(f"{origin}: {made}; a format makes a Conversation, a Text or a Preference")
         yield origin, record
+
+
+def _other_format(row: Row, before: Format, formats: Formats) -> str | None:
+    """What to say of a row that has another format than those before it; None if it has none at all."""
+    try:
+        own = find_format(row.keys(), formats)
+    except UserError:
+        return None
+    if own is before:
+        return None
+    return (
+        f"a row of the format {own.__name__}, and those before it are {before.__name__}; put the rows of each format "
+        "in a file of its own, and name both as sources"
+    )
 
 
 def _encoded(records: Iterable[tuple[str, Record]], report: dict[str, Any], encode: Encode) -> Iterator[Example]:

@@ -46,6 +46,8 @@ class ChatData(ExampleData):
         self.template_spec = template
         self.overflow = overflow
         self.template: ChatTemplate | None = None
+        self.own_template: Any = None
+        self.own_pad: Any = None
 
     @cached_property
     @abstractmethod
@@ -55,6 +57,7 @@ class ChatData(ExampleData):
     def prepare_tokenizer(self, tokenizer: "PreTrainedTokenizerBase") -> list[int]:
         """Puts the chat template in force and adds the special tokens that it needs."""
         before = set(tokenizer.get_vocab().values())
+        self.own_template, self.own_pad = tokenizer.chat_template, tokenizer.pad_token
         self.template = load_template(tokenizer, self.template_spec)
         apply_template(tokenizer, self.template)
         # what was in the vocabulary already, and only became special, has a trained row

@@ -50,6 +50,10 @@ class Part(NamedTuple):
         for folder in (path / self.source.split, path):
             if (folder / MANIFEST).is_file() and any(folder.glob("tokens-*.bin")):
                 return folder
+            if (folder / MANIFEST).is_file() and (folder / MADE_FROM).is_file():
+                raise UserError(
+                    f"{folder}: the token files (tokens-*.bin) are missing; copy them too, or prepare it again"
+                )
             if (folder / MADE_FROM).is_file() and any(folder.glob("tokens-*.bin")):
                 raise UserError(f"{folder}: preparing these shards was not finished; run `prepare` again")
         if (path / f"{self.source.split}-1" / MANIFEST).is_file():
@@ -79,17 +83,18 @@ def shards_of(part: Part, tokenizer: "PreTrainedTokenizerBase") -> Shards:
         UserError: for whatever is wrong with a row or with the shards.
     """
     ids = tokenizer_fingerprint(tokenizer, chat=False)
+    vocabulary = max(tokenizer.get_vocab().values(), default=-1) + 1
     if part.prepared is None:
         directory = cache_root() / "tokens" / cache_key(FORMAT, part.made_from(), ids)
         if not (directory / MANIFEST).exists():
             write_part(part, tokenizer, directory)
-        return Shards(directory, ids)
+        return Shards(directory, ids, vocabulary)
     if part.keep is not None:
         raise UserError(
             f"data.validation: of {part.prepared} no fraction can be held out, since it holds tokens: name a source, "
             "or hold out when it is prepared"
         )
-    return Shards(part.prepared, ids)
+    return Shards(part.prepared, ids, vocabulary)
 
 
 def write_part(part: Part, tokenizer: "PreTrainedTokenizerBase", directory: Path) -> None:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 import numpy as np
 
-from oumi_pl.data.formats import FORMATS, Format, Formats, find_format, rename_columns, resolve_format, text
+from oumi_pl.data.formats import FORMATS, Format, Formats, find_format, raised, rename_columns, resolve_format, text
 from oumi_pl.data.sources import Source, rows
 from oumi_pl.data.template import adds_bos
 from oumi_pl.errors import UserError
@@ -90,6 +90,10 @@ def texts(
             document = _text_of(rename_columns(row, source.columns or {}), convert, render)
         except UserError as error:
             raise UserError(f"{origin}: {error}") from None
+        except Exception as error:
+            if source.format is None:
+                raise
+            raise UserError(f"{origin}: {raised(source.format, error)}") from error
         kept = bool(document.strip())
         counts["kept" if kept else "empty"] += 1
         if kept:

@@ -161,13 +161,16 @@ def _csv(path: Path, name: str, how: Reading) -> Iterator[tuple[str, Row]]:
                 continue
             if header is None:
                 header = cells
+                if len(header) == 1 and (other := next((c for c in ";\t|" if c in header[0]), None)):
+                    raise UserError(f"{name}:1: no commas between columns, but {other!r}; save it with commas")
                 repeated = {column for column in header if header.count(column) > 1}
                 if repeated:
                     raise UserError(f"{name}:{reader.line_num}: two columns are named {min(repeated)!r}")
                 continue
             number += 1
             if len(cells) != len(header):
-                raise UserError(f"{name} row {number}: {len(cells)} cells under {len(header)} column names")
+                told = f"{len(cells)} cells under {len(header)} column names ({', '.join(header)})"
+                raise UserError(f"{name} row {number}: {told}; commas within a text need quotes around it")
             yield f"{name} row {number}", dict(zip(header, cells, strict=True))
     except csv.Error as error:
         raise UserError(f"{name}:{reader.line_num}: not valid CSV: {error}") from error
@@ -227,7 +230,7 @@ def _lines(path: Path, name: str, how: Reading) -> Iterator[tuple[int, str]]:
                 offset += len(line)
     except (OSError, EOFError, zlib.error) as error:
         reason = getattr(error, "strerror", None) or error
-        raise UserError(f"{name}: cannot be read beyond line {number}: {reason}") from error
+        raise UserError(f"{name}: cannot be read{f' beyond line {number}' if number else ''}: {reason}") from error
 
 
 def _open(path: Path) -> gzip.GzipFile | IO[bytes]:
@@ -279,8 +282,11 @@ class _Zstd(io.RawIOBase):
 def _decoded(line: bytes, name: str, number: int, offset: int, how: Reading) -> str:
     if number == 1 and line.startswith(b"\xef\xbb\xbf"):  # the mark that some editors put in front of UTF-8
         line, offset = line[3:], 3
+    if number == 1 and line.startswith((b"\xff\xfe", b"\xfe\xff")):
+        raise UserError(f"{name}:1: UTF-16 text, where UTF-8 is expected; save it as UTF-8")
     if b"\0" in line:
-        raise UserError(f"{name}:{number}: binary data (a zero byte), where text is expected")
+        told = "binary data (a zero byte), where text is expected; tables are read from .parquet and .arrow files"
+        raise UserError(f"{name}:{number}: {told}")
     try:
         return line.decode()
     except UnicodeDecodeError as error:
@@ -289,7 +295,8 @@ def _decoded(line: bytes, name: str, number: int, offset: int, how: Reading) -> 
             how.counts["replaced"] += text.count("\ufffd") - line.count(b"\xef\xbf\xbd")
             return text
         byte = f"0x{line[error.start]:02x} at byte {error.start + 1} of the line, {offset + error.start} of the file"
-        raise UserError(f"{name}:{number}: not UTF-8 text ({byte}); `errors: replace` reads on") from error
+        right = "save it as UTF-8, or let the source read on with `errors: replace`"
+        raise UserError(f"{name}:{number}: not UTF-8 text ({byte}); {right}") from error
 
 
 def _parse(text: str, name: str, number: int = 1) -> Any:

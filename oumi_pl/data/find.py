@@ -5,7 +5,8 @@ import re
 from pathlib import Path
 
 from oumi_pl.data.files import KINDS, kind_of
-from oumi_pl.errors import UserError, nearest
+from oumi_pl.errors import UserError
+from oumi_pl.nearby import nearby
 
 BUNDLED = Path(__file__).parent / "bundled"
 """Data that come with the package: `bundled/NAME` is `NAME/train.jsonl` or `.txt`, `bundled/NAME/SPLIT` another."""
@@ -13,7 +14,6 @@ BUNDLED = Path(__file__).parent / "bundled"
 _HUB_ID = re.compile(r"[\w-][\w.-]*(/[\w.-]+)?")
 _SPLIT_WORD = re.compile(r"(?<![a-z])(train|validation|test)(?![a-z])", re.IGNORECASE)
 _NOT_DATA = ("dataset_info.json", "dataset_infos.json")  # descriptions that lie beside data
-_MANY = 12  # names that an error message still lists
 
 
 def find_files(name: str) -> dict[str, list[Path]] | None:
@@ -49,7 +49,7 @@ def find_files(name: str) -> dict[str, list[Path]] | None:
     if name.startswith("bundled/"):
         return {"train": [_bundled(name)]}
     if name.startswith((".", "/", "~")) or kind_of(path) or not _HUB_ID.fullmatch(name):
-        raise UserError(f"{name}: no such file or directory{hint(path)}")
+        raise UserError(f"{name}: no such file or directory{nearby(path, could_be_meant)}")
     return None
 
 
@@ -84,16 +84,6 @@ def _bundled(name: str) -> Path:
     return known[name]
 
 
-def hint(path: Path, listing: bool = True) -> str:
-    """Ends a message about a missing path: what the first missing part of it may have meant, or nothing.
-
-    With `listing`, the names that are there are listed if none is close and they are few.
-    """
-    while not path.parent.exists():
-        path = path.parent
-    if not path.parent.is_dir():
-        return ""
-    names = [p.name for p in path.parent.iterdir() if p.is_dir() or kind_of(p)]
-    found = nearest(path.name, names).removeprefix("; ")
-    close = found.startswith("did")
-    return f" (in {path.parent}: {found})" if close or (listing and 0 < len(names) <= _MANY) else ""
+def could_be_meant(path: Path) -> bool:
+    """Whether what is there may be data: a directory, or a file of a kind that is read."""
+    return path.is_dir() or kind_of(path) is not None

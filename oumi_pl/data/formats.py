@@ -5,7 +5,9 @@ is tokenized as it stands; those of `preferences.py` return a `Preference`, whic
 is a function `row -> record` that a recipe names by its dotted path.
 """
 
+import difflib
 import importlib
+import traceback
 from collections.abc import Callable, Collection, Mapping
 from typing import cast
 
@@ -133,11 +135,25 @@ def find_format(columns: Collection[str], formats: Formats = FORMATS) -> Format:
             f"no column {name!r}{nearest(name, columns)}; say which of your columns it is with `columns`, "
             f"e.g. {{{name}: my_column}}"
         )
+    if meant := _nearest_format(columns, formats):
+        raise UserError(f"no format fits the columns {', '.join(sorted(columns))}; {meant}")
     known = "; ".join(f"{_name(function)} ({', '.join(needed)})" for function, needed in formats)
     raise UserError(
         f"no format fits the columns {', '.join(sorted(columns)) or '(none)'}; formats and what they need: {known}; "
         "say which of your columns is which with `columns`, e.g. {question: my_column}"
     )
+
+
+def _nearest_format(columns: Collection[str], formats: Formats) -> str | None:
+    """What to say where the columns are nearly those of a format: misspelt, or capitals, or one named otherwise."""
+    by_case = {column.casefold(): column for column in columns}
+    for function, needed in formats:
+        close = {name: difflib.get_close_matches(name, by_case, n=1, cutoff=0.7) for name in needed}
+        if len(needed) > 1 and all(close.values()):
+            theirs = {name: by_case[found[0]] for name, found in close.items()}
+            renamed = ", ".join(f"{name}: {own}" for name, own in theirs.items() if own != name)
+            return f"{_name(function)} needs {' and '.join(needed)}: give the source columns: {{{renamed}}}"
+    return None
 
 
 def resolve_format(name: str, formats: Formats = FORMATS) -> Format:
@@ -151,7 +167,7 @@ def resolve_format(name: str, formats: Formats = FORMATS) -> Format:
         return known[name]
     module_name, _, attribute = name.rpartition(".")
     if not module_name:
-        raise UserError(f"unknown format {name!r}{nearest(name, known)}; or a path like 'package.module.function'")
+        raise UserError(f"unknown format {name!r}{nearest(name, known)} (or a path, as 'package.module.function')")
     try:
         module = importlib.import_module(module_name)
     except ImportError as error:
@@ -161,6 +177,12 @@ def resolve_format(name: str, formats: Formats = FORMATS) -> Format:
         own = [key for key, value in vars(module).items() if callable(value) and not key.startswith("_")]
         raise UserError(f"{module_name!r} has no function {attribute!r}{nearest(attribute, own)}")
     return cast(Format, function)
+
+
+def raised(name: str, error: Exception) -> str:
+    """What to say of a format function of the user's that failed: how, and in which line."""
+    frame = traceback.extract_tb(error.__traceback__)[-1]
+    return f"{name} raised {type(error).__name__}: {error} ({frame.filename} line {frame.lineno})"
 
 
 def rename_columns(row: Row, columns: Mapping[str, str]) -> Row:

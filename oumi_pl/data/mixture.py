@@ -31,15 +31,17 @@ def mixture_counts(sizes: Sequence[int], weights: Sequence[float | None]) -> lis
     if len(given) < len(weights):
         missing = ", ".join(str(k) for k, weight in enumerate(weights, 1) if weight is None)
         raise UserError(
-            f"{len(given)} of {len(weights)} sources have a weight, but not number {missing}; give all or none"
+            f"data.train: {len(given)} of {len(weights)} sources have a weight, but not number {missing}; give "
+            "all or none"
         )
     for k, (size, weight) in enumerate(zip(sizes, given, strict=True), 1):
         if not 0 < weight < float("inf"):
             raise UserError(
-                f"source number {k} has the weight {weight}, but a weight lies above 0; leave the source out"
+                f"data.train: source number {k} has the weight {weight}, but a weight lies above 0; leave the source "
+                "out"
             )
         if not size:
-            raise UserError(f"source number {k} has the weight {weight}, but no rows are left of it")
+            raise UserError(f"data.train: source number {k} has the weight {weight}, but no rows are left of it")
     total = sum(sizes)
     exact = np.array(given, dtype=np.float64) / max(given)
     exact *= total / exact.sum()

@@ -23,6 +23,8 @@ FORMAT = 1
 """Of the files, and of how documents become tokens: raised when either changes."""
 MANIFEST = "manifest.json"
 MADE_FROM = "made_from.json"
+LOOKED_AT = 1 << 16
+"""Ids at the start of each shard that are looked at when it is opened; the others are when they are read."""
 SHARD_TOKENS = 1 << 26
 """Tokens after which a shard is closed, at the end of a document."""
 
@@ -33,13 +35,15 @@ class Shards:
     Args:
         directory: Where they are.
         tokenizer: Fingerprint of the tokenizer that the ids have to be of.
+        vocabulary: Ids that the tokenizer has; whoever reads a larger one is told, at once if it is an early one.
 
     Raises:
-        UserError: they are of another tokenizer or version, or a file is cut short.
+        UserError: they are of another tokenizer or version, a file is cut short, or holds what is no id.
     """
 
-    def __init__(self, directory: Path, tokenizer: str) -> None:
+    def __init__(self, directory: Path, tokenizer: str, vocabulary: int | None = None) -> None:
         self.directory = directory
+        self._vocabulary = vocabulary
         self.manifest: dict[str, Any] = json.loads((directory / MANIFEST).read_text())
         self.name: str = self.manifest["name"]
         if self.manifest["format"] != FORMAT:
@@ -63,7 +67,7 @@ class Shards:
         local = number - int(self.starts[shard])
         end, text_bytes, target_bytes = self._indices[shard][local].tolist()
         start = int(self._indices[shard][local - 1, 0]) if local else 0
-        return Document(self._tokens[shard][start:end], text_bytes, target_bytes)
+        return Document(self._checked(self._tokens[shard][start:end], shard), text_bytes, target_bytes)
 
     def read(self, start: int) -> Iterator[np.ndarray]:
         """The ids of each document, `[tokens]`, from number `start` on."""
@@ -74,7 +78,7 @@ class Shards:
             begin = int(index[first - 1, 0]) if first else 0
             for chunk in range(first, len(index), 4096):  # plain ints a few at a time: an index may be large
                 for end in index[chunk : chunk + 4096, 0].tolist():
-                    yield tokens[begin:end]
+                    yield self._checked(tokens[begin:end], shard)
                     begin = end
 
     @property
@@ -96,7 +100,18 @@ class Shards:
             raise UserError(
                 f"{file}: {found}, where the manifest says {tokens * self.dtype.itemsize} bytes; prepare it again"
             )
-        return np.memmap(file, dtype=self.dtype, mode="r").view(np.ndarray)
+        ids = np.memmap(file, dtype=self.dtype, mode="r").view(np.ndarray)
+        self._checked(ids[:LOOKED_AT], number)
+        return ids
+
+    def _checked(self, ids: np.ndarray, shard: int) -> np.ndarray:
+        """The ids, if all are of the vocabulary: a model would look up others beyond its table."""
+        if self._vocabulary is not None and len(ids) and (largest := int(ids.max())) >= self._vocabulary:
+            raise UserError(
+                f"{self.directory / f'tokens-{shard:05}.bin'}: holds the id {largest}, and the tokenizer has "
+                f"{self._vocabulary}: it was overwritten or damaged; prepare it again"
+            )
+        return ids
 
     def _open_index(self, number: int, shard: dict[str, int]) -> np.ndarray:
         file = self.directory / f"index-{number:05}.npy"

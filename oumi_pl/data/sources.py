@@ -15,10 +15,12 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 from oumi_pl.data.files import Reading, count_rows, kind_of, read_file
-from oumi_pl.data.find import BUNDLED, find_files, hint
+from oumi_pl.data.find import BUNDLED, could_be_meant, find_files
 from oumi_pl.data.sampling import sampled
 from oumi_pl.data.tables import table_batches, table_rows
 from oumi_pl.errors import UserError, nearest
+from oumi_pl.hub import asked_once
+from oumi_pl.nearby import nearby
 from oumi_pl.types import Row
 
 _TABLES = ("parquet", "arrow")
@@ -78,7 +80,7 @@ def as_sources(value: str | Source | list[str | Source]) -> list[Source]:
     """
     values = value if isinstance(value, list) else [value]
     if not values:
-        raise UserError("an empty list of sources; name at least one file, directory or hub id")
+        raise UserError("data: a list of sources is empty; name at least one file, directory or hub id")
     return [Source(item) if isinstance(item, str) else item for item in values]
 
 
@@ -237,7 +239,9 @@ def _not_empty(found: Iterator[tuple[str, Row]], source: Source) -> Iterator[tup
         empty = False
         yield item
     if empty:
-        raise UserError(f"{source.path}: split {source.split!r} has no rows")
+        path = Path(source.path).expanduser()
+        empty = path.is_file() and not path.stat().st_size
+        raise UserError(f"{source.path}: {'the file is empty' if empty else f'split {source.split!r} has no rows'}")
 
 
 def _read(path: Path, how: Reading) -> Iterator[tuple[str, Row]]:
@@ -287,7 +291,9 @@ def _load_hub(source: Source, streaming: bool = False) -> Any:
 
     how = {"streaming": True} if streaming else {}
     try:
-        return datasets.load_dataset(source.path, source.config, split=source.split, revision=source.revision, **how)
+        with asked_once(datasets.config):
+            split, revision = source.split, source.revision
+            return datasets.load_dataset(source.path, source.config, split=split, revision=revision, **how)
     except (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError) as error:
         raise UserError(f"{source.path}: {_hub_reason(source, error)}") from error
 
@@ -295,11 +301,16 @@ def _load_hub(source: Source, streaming: bool = False) -> Any:
 def _hub_reason(source: Source, error: Exception) -> str:
     from datasets.exceptions import DatasetNotFoundError
 
-    nothing_here = f"no such file or directory here{hint(Path(source.path), listing=False)}"
+    beside = nearby(Path(source.path), could_be_meant, tell_where=False)
+    nothing_here = f"no such file or directory here{beside}"
     if isinstance(error, ConnectionError):
         offline = os.environ.get("HF_HUB_OFFLINE", "0").upper() in ("1", "ON", "YES", "TRUE")
-        remedy = "unset HF_HUB_OFFLINE to download it" if offline else "HF_HUB_OFFLINE=1 uses cached data only"
-        return f"{nothing_here}; the hub can't be reached and no copy is in its cache ({remedy})"
+        import datasets
+
+        remedy = "without a network, name a file, or fill the cache and set HF_HUB_OFFLINE=1"
+        remedy = "unset HF_HUB_OFFLINE to download it, or name a file" if offline else remedy
+        cache = f"no copy of data set {source.path!r} is in the cache ({datasets.config.HF_DATASETS_CACHE})"
+        return f"{nothing_here}; {cache}, and the hub can't be reached; {remedy}"
     if isinstance(error, DatasetNotFoundError):
         return f"{nothing_here}; {error} Private and gated data need `hf auth login`"
     reason = " ".join(str(error).partition("Example of usage")[0].split())

@@ -113,10 +113,11 @@ def _read(tokenizer: "PreTrainedTokenizerBase", template: str | None) -> tuple[s
         return path.read_text("utf-8"), f"file {path.name}"
     if path.suffix != ".jinja":
         raise UserError(
-            f"unknown chat template {template!r}{nearest(template, (*BUILT_IN, *OUMI))}; or the path of a .jinja file"
+            f"data.template: unknown chat template {template!r}{nearest(template, (*BUILT_IN, *OUMI))} (or name a "
+            ".jinja file)"
         )
     beside = [str(file) for file in path.parent.glob("*.jinja")]
-    raise UserError(f"no chat template file {template!r}{nearest(template, [*beside, *BUILT_IN])}")
+    raise UserError(f"data.template: no chat template file {template!r}{nearest(template, [*beside, *BUILT_IN])}")
 
 
 def _check(tokenizer: "PreTrainedTokenizerBase", text: str, source: str) -> None:
@@ -125,7 +126,8 @@ def _check(tokenizer: "PreTrainedTokenizerBase", text: str, source: str) -> None
     try:
         _render(text, [{"role": "user", "content": "?"}], None, {})
     except jinja2.TemplateSyntaxError as error:
-        raise UserError(f"chat template ({source}) isn't valid Jinja, line {error.lineno}: {error.message}") from error
+        told = f"chat template ({source}) isn't valid Jinja, line {error.lineno}: {error.message}"
+        raise UserError(f"data.template: {told}") from error
     except Exception:  # it may want other turns, or a tool: rows will tell
         pass
     if "eos_token" in text and tokenizer.eos_token is None and source.startswith("built-in"):

@@ -102,7 +102,10 @@ class Tokenize:
             UserError: `train_on` doesn't fit a record, the chat template refuses it or can't be masked exactly, or it
                 is too long and `overflow` is `error`.
         """
-        return [self._example(tokens) for tokens in self.tokens([self.mark(record) for record in records])]
+        marked = [self.mark(record) for record in records]
+        silent = [self._train_on != "all" and says_nothing(record) for record in records]
+        tokens = iter(self.tokens([m for m, empty in zip(marked, silent, strict=True) if not empty]))
+        return [Dropped("empty answer") if empty else self._example(next(tokens)) for empty in silent]
 
     def prompt_ids(self, record: Record) -> tuple[list[int], str]:
         """Tokenizes what comes before the answer, ready for generation, and returns the answer that the row gives.
@@ -246,6 +249,17 @@ class Tokenize:
             straddled |= bool((inside & ((starts < first) | (ends > last))).any())
             mask |= inside
         return mask, straddled
+
+
+def says_nothing(record: Record) -> bool:
+    """Whether the answer to a prompt is empty, or that of all turns: to end at once is all there is to learn."""
+    if isinstance(record, Text):
+        return bool(record.prompt) and not record.text.strip()
+    if not isinstance(record, Conversation):
+        return False
+    answers = [turn for turn in record.messages[record.prompt_messages or 0 :] if turn["role"] == "assistant"]
+    said = [(a["content"] or "").strip() or a.get("tool_calls") or a.get("reasoning_content") for a in answers]
+    return bool(answers) and not any(said)
 
 
 def _with_exact_offsets(tokenizer: "PreTrainedTokenizerBase") -> "Tokenizer":

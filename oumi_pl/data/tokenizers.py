@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from oumi_pl.errors import UserError
-from oumi_pl.hub import locate
+from oumi_pl.hub import locate, reason
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -41,7 +41,7 @@ class ByteTokenizer(TokenizerFactory):
         from tokenizers import Tokenizer, decoders, models, pre_tokenizers
         from transformers import PreTrainedTokenizerFast
 
-        backend = Tokenizer(models.BPE(vocab={symbol: byte for byte, symbol in enumerate(_symbols())}, merges=[]))
+        backend = Tokenizer(models.BPE(vocab={symbol: byte for byte, symbol in enumerate(byte_symbols())}, merges=[]))
         backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False, trim_offsets=False)
         backend.decoder = decoders.ByteLevel()
         backend.add_special_tokens(SPECIAL_TOKENS)
@@ -57,7 +57,7 @@ class ByteTokenizer(TokenizerFactory):
         return tokenizer
 
 
-def _symbols() -> list[str]:
+def byte_symbols() -> list[str]:
     """The character that stands for each byte inside byte-level tokenizers.
 
     Bytes that are visible in Latin-1 stand for themselves, the others take the code points from 256 on.
@@ -83,8 +83,7 @@ def load_tokenizer(spec: Any, trust_remote_code: bool = False) -> "PreTrainedTok
     try:
         return AutoTokenizer.from_pretrained(spec, trust_remote_code=trust_remote_code)
     except (OSError, ValueError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise UserError(f"data.tokenizer: can't load {spec!r}: {reason}") from error
+        raise UserError(f"data.tokenizer: can't load {spec!r}: {reason(error)}") from error
 
 
 def tokenizer_fingerprint(tokenizer: "PreTrainedTokenizerBase", *, chat: bool = True) -> str:

@@ -1,7 +1,8 @@
 """Builds and loads causal language models. The only place that loads weights."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, cast
 
@@ -9,10 +10,12 @@ import torch
 from torch import Tensor
 
 from oumi_pl import attention
+from oumi_pl.attention.interface import NO_PACKING
 from oumi_pl.errors import UserError, nearest
 from oumi_pl.hub import locate, reason
 from oumi_pl.models.config import build_config, loaded, vocabulary
 from oumi_pl.models.lora import with_lora
+from oumi_pl.progress import working
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
@@ -49,6 +52,8 @@ def build_model(
     attention.register()
     base = None if model is None else locate(model, "model", revision)
     adapter = None
+    if base is not None:
+        _refuse_without_config(Path(base))
     if base is not None and _is_adapter(Path(base)):
         adapter = base
         base, revision = _base_of(adapter)
@@ -115,19 +120,22 @@ def _pretrained(
         "attn_implementation": attn,
         "dtype": dtype if dtype == "auto" else _torch_dtype(dtype),
     }
+    _refuse_without_weights(Path(model))
+    # what doesn't fit is told below, in a line: transformers would print a table of it, and fill in random numbers
+    kwargs |= {"use_safetensors": True, "output_loading_info": True, "ignore_mismatched_sizes": True}
     try:
-        hf, info = loaded(
-            AutoModelForCausalLM.from_pretrained, model, use_safetensors=True, output_loading_info=True, **kwargs
-        )
-    except UserError as error:
+        with working(f"loading {model}"), _untold():
+            hf, info = loaded(AutoModelForCausalLM.from_pretrained, model, **kwargs)
+    except (UserError, KeyError) as error:
         _refuse_attention(attn, error.__cause__ or error)
         raise
-    except RuntimeError as error:  # transformers has printed which
+    if wrong := sorted(info["mismatched_keys"]):
+        name, saved, own = wrong[0]
         raise UserError(
-            f"model: the weights in {model} have other shapes than the config with model.config says"
-        ) from error
+            f"model: the weights in {model} have other shapes than the config with model.config says: {name} is "
+            f"{list(saved)} there and {list(own)} here"
+        )
     if missing := sorted(info["missing_keys"]):
-        # transformers would fill them with random numbers and go on
         raise UserError(
             f"model: {model} lacks {len(missing)} of the weights that {type(hf).__name__} has, first {missing[0]}: "
             "it is of another architecture, or model.config asks for more than it holds"
@@ -135,7 +143,40 @@ def _pretrained(
     return hf
 
 
+@contextmanager
+def _untold() -> Iterator[None]:
+    """Keeps transformers' report of what it loaded from the terminal."""
+    from transformers.utils import logging as hf_logging
+
+    verbosity = hf_logging.get_verbosity()
+    hf_logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        hf_logging.set_verbosity(verbosity)
+
+
+def _refuse_without_config(folder: Path) -> None:
+    if not folder.is_dir() or (folder / "config.json").is_file() or _is_adapter(folder):
+        return
+    inside = folder / "model"  # of a run
+    meant = f"; did you mean {inside.as_posix()!r}?" if (inside / "config.json").is_file() else ""
+    raise UserError(f"model: {folder} has no config.json, so it is not the folder of a model{meant}")
+
+
+def _refuse_without_weights(folder: Path) -> None:
+    if not folder.is_dir() or any(folder.glob("*.safetensors")):
+        return
+    pickled = next(folder.glob("*.bin"), None)
+    right = "a run leaves them in its model/, and `export` makes them of a checkpoint"
+    if pickled:
+        right = f"{pickled.name} may run code when it is read: save it as safetensors"
+    raise UserError(f"model: {folder} holds no weights (no *.safetensors); {right}")
+
+
 def _refuse_attention(attn: str | None, error: BaseException) -> None:
+    if attn == attention.NAME and isinstance(error, KeyError):  # classes of its own, by the name of an implementation
+        raise UserError(f"this architecture's attention can't keep packed documents apart; {NO_PACKING}")
     if attn is not None and ("attention implementation" in str(error) or "attn_implementation" in str(error)):
         raise UserError(
             f"model.attn: {attn!r} does not work for this model; leave it out, or try 'eager' or 'flash_attention_2'"

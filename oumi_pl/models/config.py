@@ -53,7 +53,8 @@ def build_config(
     try:
         return AutoConfig.for_model(model_type, **values)
     except Exception as error:  # each architecture checks its values in its own way
-        raise UserError(f"model.config: {' '.join(str(error).split())}") from error
+        told = " ".join(str(error).split()).rpartition("ValueError: ")[2]
+        raise UserError(f"model.config: {told}") from error
 
 
 def loaded(load: Any, name: str, **kwargs: Any) -> Any:
@@ -71,7 +72,8 @@ def loaded(load: Any, name: str, **kwargs: Any) -> Any:
             raise UserError(
                 f"model: {name} needs code of its own to run; if you trust it, set model.trust_remote_code: true"
             ) from error
-        raise UserError(f"model: can't load {name!r}: {reason(error)}") from error
+        damaged = "; the file is damaged or cut short: fetch it again" if isinstance(error, SafetensorError) else ""
+        raise UserError(f"model: can't load {name!r}: {reason(error)}{damaged}") from error
 
 
 def vocabulary(tokenizer: "PreTrainedTokenizerBase") -> int:

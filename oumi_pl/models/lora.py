@@ -12,6 +12,12 @@ from oumi_pl.hub import reason
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
+_VALUES: dict[str, tuple[Any, Any, str]] = {
+    "r": (int, lambda r: r > 0, "a whole number, at least 1"),
+    "lora_alpha": (int | float, lambda alpha: alpha > 0, "a number above 0"),
+    "bias": (str, lambda bias: bias in ("none", "all", "lora_only"), "none, all or lora_only"),
+    "lora_dropout": (int | float, lambda p: 0 <= p < 1, "a number from 0 to below 1"),
+}
 _REWRITES_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
 
 
@@ -29,6 +35,7 @@ def lora_config(lora: dict[str, Any]) -> Any:
             raise UserError(
                 f"model.lora.{key}: unknown key{nearest(key, known)} (the keys are those of peft.LoraConfig)"
             )
+    _refuse_values(lora)
     start = lora.get("init_lora_weights")
     if isinstance(start, str) and start.lower().startswith(_REWRITES_BASE):
         # checkpoints and adapters hold the adapter alone, on top of the base as it is on the disk
@@ -57,11 +64,37 @@ def with_lora(
         config.trainable_token_indices = _token_rows(hf, added_tokens, lora.get("modules_to_save") or ())
     if getattr(hf, "is_quantized", False):
         hf = prepare_model_for_kbit_training(hf, use_gradient_checkpointing=False)
+    _refuse_unsaved(hf, lora.get("modules_to_save") or ())
     try:
         return get_peft_model(hf, config, revision=revision)
     except ValueError as error:
         linear = sorted({name.rsplit(".", 1)[-1] for name, m in hf.named_modules() if isinstance(m, _linear_types())})
-        raise UserError(f"model.lora: {reason(error)} (linear layers of this model: {', '.join(linear)})") from error
+        layers = f"linear layers of this model: {', '.join(linear)}"
+        targets = lora.get("target_modules")
+        if targets is None or "not found" not in str(error):
+            raise UserError(f"model.lora: {reason(error)} ({layers})") from error
+        named = [targets] if isinstance(targets, str) else list(targets)
+        wrong = next((target for target in named if target not in linear), named[0])
+        near = nearest(wrong, linear)
+        hint = f"{near} {layers}" if near.startswith("; did") else f"; {layers}"
+        raise UserError(f"model.lora.target_modules: {wrong!r} matches no layer{hint}") from error
+
+
+def _refuse_unsaved(hf: "PreTrainedModel", saved: Sequence[str]) -> None:
+    """Tells modules to be trained whole that there are not: PEFT passes over them."""
+    paths = [name for name, _ in hf.named_modules() if name]
+    for wanted in [saved] if isinstance(saved, str) else saved:
+        if not any(path == wanted or path.endswith(f".{wanted}") for path in paths):
+            known = {path.rpartition(".")[2] for path in paths if not path.rpartition(".")[2].isdigit()}
+            raise UserError(f"model.lora.modules_to_save: the model has no module {wanted!r}{nearest(wanted, known)}")
+
+
+def _refuse_values(lora: dict[str, Any]) -> None:
+    """Tells values that PEFT would trip over once it makes layers."""
+    for key, (kind, fits, right) in _VALUES.items():
+        value = lora.get(key)
+        if value is not None and (isinstance(value, bool) or not isinstance(value, kind) or not fits(value)):
+            raise UserError(f"model.lora.{key} is {value!r}, but has to be {right}")
 
 
 def _token_rows(

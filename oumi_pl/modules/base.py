@@ -17,6 +17,7 @@ from oumi_pl.models.build import DType, build_model
 from oumi_pl.models.causal_lm import CausalLM
 from oumi_pl.models.config import build_config
 from oumi_pl.models.lora import lora_config
+from oumi_pl.models.positions import refuse_too_few_positions
 from oumi_pl.models.sharding import shard
 from oumi_pl.modules.restorable import RestorableModule
 from oumi_pl.optim import Constant, Schedule, parameter_groups
@@ -115,6 +116,8 @@ class LanguageModule(RestorableModule):
         self.model = self.build(
             getattr(data, "tokenizer", None), getattr(data, "added_tokens", ()), getattr(data, "packing", False)
         )
+        if data is not None:
+            refuse_too_few_positions(self.model.base, data.max_length)
         self.on_model_built()
         shard(self.model, self)
 
@@ -151,8 +154,8 @@ class LanguageModule(RestorableModule):
         """Refuses models whose loss or packing would be wrong, by looking at what they compute."""
         if self._is_sharded:
             return  # sharded weights: the parts alone can't be run
-        self.causal_lm.refuse_unknown_logits()
         self.refuse_inexact_packing()
+        self.causal_lm.refuse_unknown_logits()
 
     def refuse_inexact_packing(self) -> None:
         """Refuses a model that lets packed documents see each other.
@@ -175,6 +178,10 @@ class LanguageModule(RestorableModule):
         self._fuse(optimizer)
         self._hyperparameters = [{k: v for k, v in g.items() if k != "params"} for g in optimizer.param_groups]
         total = self.total_steps()
+        if not isinstance(factor := self.schedule(total - 1, total), int | float):
+            raise UserError(f"model.schedule: {type(self.schedule).__name__} gives {factor!r} instead of a number")
+        for doubt in self.schedule.doubts(total):
+            warnings.warn(doubt, stacklevel=2)
         schedule = LambdaLR(optimizer, lambda step: self.schedule(step, total))
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 

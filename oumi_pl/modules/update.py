@@ -94,7 +94,7 @@ class UpdateModule(L.LightningModule):
         gradient_clip_algorithm: str | None = None,
     ) -> None:
         """Rescales the gradients, and clips them by the norm that was logged, in the same pass."""
-        if gradient_clip_val is None or gradient_clip_algorithm == "value":
+        if not gradient_clip_val or gradient_clip_algorithm == "value":  # 0 is Lightning's way to say: not at all
             torch._foreach_mul_(self._gradients(), self._scale)
             self.clip_gradients(optimizer, gradient_clip_val, gradient_clip_algorithm)
             return

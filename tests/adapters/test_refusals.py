@@ -133,7 +133,7 @@ BLOOM = {"model_type": "bloom", "n_layer": 1, "n_head": 2, "hidden_size": 16}
 def test_an_attention_that_packs_wrongly(tmp_path, config):
     packed = data(tmp_path, 16, packing=True)
     said = refused("hf", SFT(config=config, optimizer=sgd), its_data=packed)
-    assert "lets packed documents see each other, and --engine hf runs no other; turn packing off" in said
+    assert "lets packed documents see each other, and --engine hf runs no other; set data.packing to false" in said
 
 
 def mean_of_means(logits, labels, vocab_size, **kwargs):

@@ -249,7 +249,7 @@ RECURRENT = {
 @pytest.mark.parametrize("name", RECURRENT)
 def test_recurrent_architectures_are_refused(name):
     model = make(name, None if name.startswith("mamba") else NAME, **RECURRENT[name])
-    with pytest.raises(UserError, match="packing off"):
+    with pytest.raises(UserError, match=r"data\.packing to false"):
         refuse_unless_isolating(model)
 
 

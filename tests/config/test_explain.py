@@ -92,6 +92,8 @@ def test_explain(message, line):
         ({"trainer": {"depht": {}}}, "trainer.depht: unknown key; did you mean 'trainer.depth'?"),
         ({"trainer": 3}, "trainer: 3 is given, but here is a mapping"),
         ({"config": "x.yaml"}, "config: unknown key"),
+        ({"training": {"max_steps": 1}}, "this is a config of Oumi's, not a recipe: run it with oumi_pl train -c FILE"),
+        ({"model": {"model_name": "x"}}, "this is a config of Oumi's"),
         ({"model": {"class_path": "Child", "init_args": {"sise": 1}}}, "model.sise: unknown key; did you mean 'size'?"),
         ({"model": {"class_path": "Child", "size": 1}}, "model.size: belongs one level deeper, under model.init_args"),
         ({"model": {"class_path": "Child", "init_arg": {}}}, "model.init_arg: unknown key; did you mean 'init_args'?"),

@@ -1,9 +1,14 @@
 """What a user may do wrong with data, models, checkpoints and what has to go together; nothing is begun for it."""
 
+import sys
+
 import pytest
 import torch
 
+from oumi_pl.callbacks.predictions import Predictions
+from oumi_pl.config import refusals
 from oumi_pl.data.base import TextData
+from oumi_pl.errors import UserError
 from oumi_pl.modules.base import LanguageModule
 from tests.command_line import GONE, CommandLine, jsonl
 
@@ -28,30 +33,16 @@ def trained_on(rows: str, **changes):
 
 
 DATA = {
-    "no file": (
-        {"data.init_args.train": "row.jsonl"},
-        {},
-        "row.jsonl: no such file or directory (in .: did you mean 'rows.jsonl'?)",
-    ),
-    "empty": (*trained_on(""), "data.jsonl: split 'train' has no rows"),
-    "not JSON": (*trained_on(jsonl(GOOD, GOOD) + '{"prompt": "a\n'), "data.jsonl:3: not valid JSON"),
-    "lacks a column": (*trained_on(jsonl(GOOD, {"prompt": "a"})), "data.jsonl:2: no column 'response'"),
     "unknown columns": (*trained_on(jsonl({"x": 1, "y": 2})), "data.jsonl:1: no format fits the columns x, y"),
-    "two formats": (*trained_on(jsonl(GOOD, CHAT)), "data.jsonl:2: no column 'prompt'"),
     "two kinds of files": (
         {"data.init_args.train": "both"},
         {"both/a.jsonl": jsonl(GOOD), "both/b.csv": "prompt,response\na,b\n"},
         "both: different kinds of files (a.jsonl, b.csv); choose one with a glob",
     ),
-    "all too long": (
-        *trained_on(jsonl(CHAT, CHAT), **{"data.init_args.overflow": "drop", "data.init_args.max_length": 5}),
-        "data.train: none of 2 rows is left (2 longer than max_length)",
-    ),
     "one too long": (
         *trained_on(jsonl(CHAT), **{"data.init_args.overflow": "error", "data.init_args.max_length": 5}),
         "data.jsonl:1: ",
     ),
-    "template": ({"data.init_args.template": "chatm"}, {}, "unknown chat template 'chatm'; did you mean 'chatml'?"),
     "template file": (
         {"data.init_args.template": "mine.jinja"},
         {"main.jinja": "x"},
@@ -101,10 +92,6 @@ def test_a_data_file_is_not_read_as_a_config(cli):
 PRETRAINED = {"model.init_args.config": GONE, "model.init_args.model": "./there"}
 MODELS = {
     "no folder": (PRETRAINED, "model: there is no folder './there'"),
-    "lora targets": (
-        {"model.init_args.lora": {"r": 2, "target_modules": ["qproj"]}},
-        "model.lora: Target modules {'qproj'} not found in the base model",
-    ),
     "freeze": (
         {"model.init_args.freeze": ["model.layer"]},
         "model.freeze: the model has no module 'model.layer'; did you mean 'model.layers'?",
@@ -149,19 +136,14 @@ TOGETHER = {
         {"data.init_args.train": GONE},
         "data.train: `fit` needs a source here, and the recipe names none",
     ),
-    "runs_dir": (
-        {"runs_dir": "rows.jsonl/runs"},
-        "runs_dir: can't write to rows.jsonl/runs: rows.jsonl is not a directory",
-    ),
 }
 
 
 @pytest.mark.parametrize(("changes", "message"), TOGETHER.values(), ids=TOGETHER)
 def test_what_does_not_go_together(cli, monkeypatch, changes, message):
-    """Told before any weight is made, and where it can be before any row is read."""
+    """Told before any weight is made or row read."""
     monkeypatch.setattr(LanguageModule, "build", must_not_run)
-    if "runs_dir" not in changes:
-        monkeypatch.setattr(TextData, "prepare_data", must_not_run)
+    monkeypatch.setattr(TextData, "prepare_data", must_not_run)
     cli.recipe(changes)
     assert message in cli.fails(*FIT)
 
@@ -173,8 +155,33 @@ def test_command_without_its_rows(cli, command):
     assert f"`{command}`" in message
 
 
+def test_without_a_checkpoint_it_is_said_what_is_measured(cli):
+    refusals._tell_what_is_run("validate", "org/name")
+    assert cli.capsys.readouterr().err == "no --ckpt_path is given: validate runs with org/name as it lies there\n"
+
+
+@pytest.mark.parametrize(("setting", "value"), [("max_new_tokens", 0), ("temperature", -1.0)])
+def test_predictions_that_cannot_be(setting, value):
+    with pytest.raises(UserError, match=f"predictions.{setting} is {value}"):
+        refusals._refuse_predictions([Predictions(**{setting: value})])
+
+
+OWN_FORMATS = {
+    "fails": ("row['nope']", "rows.jsonl:1: own_h.read raised KeyError: 'nope' (HERE/own_h.py line 2)"),
+    "makes no record": ("3", "rows.jsonl:1: own_h.read made a int of this row; a format makes a Conversation"),
+}
+
+
+@pytest.mark.parametrize(("made", "message"), OWN_FORMATS.values(), ids=OWN_FORMATS)
+def test_format_of_ones_own(cli, monkeypatch, made, message):
+    monkeypatch.delitem(sys.modules, "own_h", raising=False)
+    cli.write("own_h.py", f"def read(row):\n    return {made}\n")
+    cli.recipe({"data.init_args.train": {"path": "rows.jsonl", "format": "own_h.read"}})
+    assert message in cli.fails(*FIT).replace(str(cli.directory), "HERE")
+
+
 CHECKPOINTS = {
-    "absent": ("ck.ckpt", "--ckpt_path: no file 'ck.ckpt'; did you mean 'cut.ckpt'?"),
+    "absent": ("ct.ckpt", "--ckpt_path: no file 'ct.ckpt'; did you mean 'cut.ckpt'?"),
     "keyword": ("last", "--ckpt_path: no file 'last'"),
     "garbage": ("cut.ckpt", "--ckpt_path: cut.ckpt is not a checkpoint, or was cut short"),
     "folder": ("folder", "--ckpt_path: folder is a directory and no sharded checkpoint; name the file, folder/x.ckpt"),

@@ -68,9 +68,9 @@ def test_file_has_only_train_whatever_its_name():
 @pytest.mark.parametrize(
     ("path", "parts"),
     [
-        ("data/trian.jsonl", ["data/trian.jsonl: no such file", "in data", "did you mean 'train.jsonl'?"]),
+        ("data/trian.jsonl", ["data/trian.jsonl: no such file", "did you mean 'data/train.jsonl'?"]),
         ("dta/train.jsonl", ["dta/train.jsonl: no such file", "did you mean 'data'?"]),
-        ("./nothing", ["./nothing: no such file", "known: 'data'"]),
+        ("./nothing", ["./nothing: no such file", "it is looked for in /"]),
         ("~/no-such-directory-here/x", ["no such file"]),
         ("a/b/c", ["a/b/c: no such file"]),
         ("https://example.org/a.jsonl", ["URLs are not read", "download"]),

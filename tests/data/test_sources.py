@@ -188,7 +188,7 @@ def test_as_sources():
     assert as_sources("a") == [Source("a")]
     assert as_sources(source) == [source]
     assert as_sources(["a", source]) == [Source("a"), source]
-    with pytest.raises(UserError, match="empty list"):
+    with pytest.raises(UserError, match="a list of sources is empty"):
         as_sources([])
 
 

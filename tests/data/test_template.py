@@ -188,7 +188,7 @@ def test_the_tokenizers_own_template_is_left_alone():
 def test_wrong_names_and_files_offer_the_nearest(tmp_path):
     (tmp_path / "mine.jinja").write_text("{% for %}")
     for template, message in {
-        "chatmll": r"unknown chat template 'chatmll'; did you mean 'chatml'\?; or the path of a .jinja file",
+        "chatmll": r"unknown chat template 'chatmll'; did you mean 'chatml'\? \(or name a .jinja file\)",
         str(tmp_path / "mime.jinja"): r"no chat template file '.*'; did you mean '.*mine.jinja'",
         str(tmp_path / "mine.jinja"): r"\(file mine.jinja\) isn't valid Jinja, line 1",
     }.items():

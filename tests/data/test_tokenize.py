@@ -390,6 +390,15 @@ def test_drop_and_error():
     assert Tokenize(tokenizer, 9)(nothing) == [Dropped("no target tokens")] * 3
 
 
+def test_an_empty_answer_is_dropped_where_nothing_else_carries_loss():
+    tokenizer = byte_tokenizer("plain")
+    silent = [Text("  ", prompt="q"), chat("a", ""), chat("a", "b", "c", "", border=3)]
+    assert Tokenize(tokenizer, 99)(silent) == [Dropped("empty answer")] * 3
+    speaking = [chat("a", "b", "c", ""), Text("x", prompt="q")]
+    assert not any(isinstance(example, Dropped) for example in Tokenize(tokenizer, 99)(speaking))
+    assert not any(isinstance(example, Dropped) for example in Tokenize(tokenizer, 99, "all")(silent))
+
+
 # --- prompts ----------------------------------------------------------------------------------------------------------
 
 

@@ -403,7 +403,11 @@ def on_two_processes(base, other, tmp_path_factory):
     folder = tmp_path_factory.mktemp("processes")
     script = folder / "worker.py"
     script.write_text(WORKER.format(root=str(Path(__file__).parents[2])))
-    environment = os.environ | {"OUMI_PL_CACHE": str(folder / "cache"), "OMP_NUM_THREADS": "1", "MASTER_PORT": free_port()}
+    environment = os.environ | {
+        "OUMI_PL_CACHE": str(folder / "cache"),
+        "OMP_NUM_THREADS": "1",
+        "MASTER_PORT": free_port(),
+    }
     done = subprocess.run(
         [sys.executable, str(script), base, other, str(folder)],
         env=environment,

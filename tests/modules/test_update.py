@@ -152,3 +152,8 @@ def test_equals_a_plain_loop_on_two_processes(tmp_path, strategy):
     got = on_two_processes(tmp_path, strategy, 2, 2)
     assert distance(got["weights"], expected) < 1e-6
     assert got["losses"] == pytest.approx(expected_losses, rel=1e-6)
+
+
+def test_clipping_at_0_is_none_as_lightning_has_it(tmp_path):
+    plain = fit(module(), data(tmp_path), max_steps=2)
+    assert distance(fit(module(), data(tmp_path), max_steps=2, gradient_clip_val=0.0), plain) == 0

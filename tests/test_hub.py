@@ -1,0 +1,33 @@
+"""An unreachable hub is asked once; then the libraries look into their caches alone, for as long as it takes."""
+
+from types import SimpleNamespace
+
+import pytest
+from huggingface_hub import constants
+
+from oumi_pl.hub import asked_once
+
+
+@pytest.mark.parametrize("reachable", [True, False])
+def test_asked_once(monkeypatch, reachable):
+    asked, own = [], SimpleNamespace(HF_HUB_OFFLINE=False)
+
+    def head(url, timeout):
+        asked.append(url)
+        if not reachable:
+            raise OSError("Name or service not known")
+
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr("huggingface_hub.utils.get_session", lambda: SimpleNamespace(head=head))
+    with asked_once(own):
+        assert constants.is_offline_mode() is own.HF_HUB_OFFLINE is not reachable
+    assert asked == [constants.ENDPOINT]
+    assert constants.is_offline_mode() is own.HF_HUB_OFFLINE is False
+
+
+def test_not_asked_at_all_where_that_is_said(monkeypatch):
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr("huggingface_hub.utils.get_session", None)
+    with asked_once():
+        assert constants.is_offline_mode()
+    assert constants.is_offline_mode()

@@ -1,0 +1,28 @@
+"""Of what lies where a path leads nowhere, only what is spelt like it is offered."""
+
+from pathlib import Path
+
+import pytest
+
+from oumi_pl.nearby import nearby
+
+
+@pytest.mark.parametrize(
+    ("path", "end"),
+    [
+        ("rwos.jsonl", "; did you mean 'rows.jsonl'?"),
+        ("Rows.json", "; did you mean 'rows.jsonl'?"),
+        ("dta/rows.jsonl", "; did you mean 'data'?"),
+        ("data/x.jsonl", "; it is looked for in HERE/data"),
+        ("nope.jsonl", "; it is looked for in HERE"),  # an ending in common is no likeness
+        ("nodes.jsonl", "; it is looked for in HERE"),  # notes.md does not fit
+        ("rows.jsonl/x", "; rows.jsonl is not a directory"),
+    ],
+)
+def test_nearby(tmp_path, monkeypatch, path, end):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "data").mkdir()
+    for name in ("rows.jsonl", "notes.md"):
+        (tmp_path / name).write_text("")
+    said = nearby(Path(path), lambda p: p.suffix == ".jsonl")
+    assert said.replace(str(tmp_path.resolve()), "HERE") == end
