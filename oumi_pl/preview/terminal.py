@@ -54,8 +54,9 @@ def _print(preview: Preview, plain: bool, tokens: bool, full: bool) -> None:
                 console.print(renderable, soft_wrap=isinstance(renderable, Text))
             lines = printed.get().removesuffix("\n").split("\n")
             sys.stdout.writelines(f"{line.rstrip(' ')}\n" for line in lines)
-        else:
-            console.print(renderable)
+        else:  # printing joins texts to a new one, which forgets whether it may be wrapped
+            no_wrap = getattr(renderable, "no_wrap", None)
+            console.print(renderable, no_wrap=no_wrap, overflow="ellipsis" if no_wrap else None)
 
 
 def _console(plain: bool) -> Console:
@@ -190,7 +191,7 @@ def _cell(piece: Piece, plain: bool) -> Text:
 def _packs(packs: Packs, plain: bool) -> Iterator[RenderableType]:
     yield Text(packs.title, style="" if plain else "bold")
     for number, pack in enumerate(packs.packs[:LISTED_PACKS], 1):
-        text, drawn, end = Text(f"{number:>4} "), 0, 0
+        text, drawn, end = Text(f"{number:>4} ", no_wrap=not plain), 0, 0
         for i, length in enumerate(pack.lengths):
             end += length
             width = round(end / packs.capacity * BAR) - drawn
