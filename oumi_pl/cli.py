@@ -208,29 +208,7 @@ class CLI(LightningCLI):
         """Adds what every run has to the trainer that the recipe describes."""
         config = self._get(self.config_init, "trainer")
         get = lambda key: self._get(self.config_init, key)  # noqa: E731
-        folder = RunFolder(
-            Path(get("runs_dir")).expanduser(),
-            get("name") or self.recipe,
-            self.recipe,
-            self._yaml(),
-            self.resume,
-            recipes=[Path(str(path)) for path in self._get(self.config, "config") or []],
-        )
-        if self.subcommand == "predict":
-            folder.name += "-predict"
-        own = [folder, Start(), LastStep(), Memory(), Throughput(), PreferenceWarnings(), Consumed()]
-        own.append(get("predictions"))
-        callbacks = config.get("callbacks") or []
-        callbacks = callbacks if isinstance(callbacks, list) else [callbacks]
-        if not any(isinstance(c, ProgressBar) for c in callbacks) and config.get("enable_progress_bar") is not False:
-            own.append(ProgressLine())
-        # saving comes last, so that what the other callbacks did in this step is in the checkpoint
-        samples = [] if any(isinstance(c, Answers | Samples) for c in callbacks) else [get("samples")]
-        kwargs["callbacks"] = [*own, Advice(), *callbacks, *samples, get("checkpoint"), Preemption(), get("export")]
-        if get("report"):
-            kwargs["callbacks"].append(Report())
-        if ((named := logger_names(get("logger"))) or config.get("logger")) and self.subcommand == "fit":
-            kwargs["callbacks"].append(Tracking(named))
+        kwargs["callbacks"] = self._callbacks(config)
         loggers = config.get("logger")
         kwargs["logger"] = [MetricsCSV(), *_as_list(loggers)] if loggers is not False else False
         kwargs["plugins"] = [*_as_list(config.get("plugins")), AtomicCheckpointIO()]
@@ -249,6 +227,33 @@ class CLI(LightningCLI):
         if get("max_tokens") is not None:
             self._limit_tokens(trainer, config, get("max_tokens"))
         return trainer
+
+    def _callbacks(self, config: Any) -> list[Any]:
+        """What every run has around the callbacks of the recipe, in the order in which they are called."""
+        get = lambda key: self._get(self.config_init, key)  # noqa: E731
+        folder = RunFolder(
+            Path(get("runs_dir")).expanduser(),
+            get("name") or self.recipe,
+            self.recipe,
+            self._yaml(),
+            self.resume,
+            recipes=[Path(str(path)) for path in self._get(self.config, "config") or []],
+        )
+        if self.subcommand == "predict":
+            folder.name += "-predict"
+        own = _as_list(config.get("callbacks"))
+        watching = [Start(), LastStep(), Memory(), Throughput(), PreferenceWarnings(), Consumed(), get("predictions")]
+        if not any(isinstance(c, ProgressBar) for c in own) and config.get("enable_progress_bar") is not False:
+            watching.append(ProgressLine())
+        samples = [] if any(isinstance(c, Answers | Samples) for c in own) else [get("samples")]
+        # saving comes last, so that what the other callbacks did in this step is in the checkpoint
+        saving = [get("checkpoint"), Preemption(), get("export")]
+        # and is then drawn and sent
+        telling: list[Any] = [Report()] if get("report") else []
+        named = logger_names(get("logger"))
+        if self.subcommand == "fit" and (named or config.get("logger")):
+            telling.append(Tracking(named))
+        return [folder, *watching, Advice(), *own, *samples, *saving, *telling]
 
     def _limit_tokens(self, trainer: Any, config: Any, max_tokens: float) -> None:
         """Sets the trainer's steps by tokens: rows of an update times their length, padding counted."""
