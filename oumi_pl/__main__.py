@@ -121,6 +121,9 @@ def _train(command: str, rest: list[str]) -> int:
     if not configs and resume is None and not asks_for_help:
         recipes = ", ".join(recipe_files.names())
         raise UserError(f"{command} needs a recipe: oumi_pl {command} --config NAME or FILE; recipes: {recipes}")
+    if resume == "" and not configs:
+        told = "name the recipe of the run (--config NAME or FILE), or its folder (--resume RUN; oumi_pl runs lists them)"
+        raise UserError(f"--resume: {told}")
     recipe = "-".join(runs.recipe_of(path) or recipe_files.recipe_name(path) for path in configs) or "run"
     tree: dict[str, Any] = {}
     for recipe_tree in trees:

@@ -98,6 +98,14 @@ def own_id(logger: Logger) -> str | None:
     return None if isinstance(logger, TensorBoardLogger) else str(logger.version)
 
 
+def not_logged(logger: Logger, row: Mapping[str, float], step: int) -> dict[str, float]:
+    """What of a step's metrics a resumed run has yet to log: MLflow would keep, and show, what it is told twice."""
+    if not isinstance(logger, MLFlowLogger):
+        return dict(row)
+    history = logger.experiment.get_metric_history
+    return {name: value for name, value in row.items() if all(m.step != step for m in history(logger.run_id, name))}
+
+
 def log_config(logger: Logger, config: dict[str, Any], resumed: bool) -> None:
     """Logs what a config sets as hyper-parameters, to compare runs by."""
     config = _set(config)

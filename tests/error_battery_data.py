@@ -45,9 +45,8 @@ ROWS = {
     ),
     "wrong encoding": reads(
         jsonl(GOOD).encode() + '{"prompt": "café"}'.encode("latin-1"),
-        "data.jsonl:2: not UTF-8 text (0xe9 at byte 16 of the line, 52 of the file); save it as UTF-8, or let "
-        "the source "
-        "read on with `errors: replace`",
+        "data.jsonl:2: not UTF-8 text (0xe9 at byte 16 of the line, 53 of the file); save it as UTF-8, or let "
+        "the source read on: {path: data.jsonl, errors: replace}",
     ),
     "wrong encoding, UTF-16": reads(
         jsonl(GOOD).encode("utf-16"), "data.jsonl:1: UTF-16 text, where UTF-8 is expected; save it as UTF-8"

@@ -323,8 +323,10 @@ def test_wandb_and_mlflow_offline_hold_a_run_that_was_stopped_and_resumed(tmp_pa
 
     client = MlflowClient(f"sqlite:///{tmp_path / 'runs' / 'mlflow' / 'mlflow.db'}")
     kept = client.get_run(known["mlflow"])
-    points = {(k, m.step): m.value for k in kept.data.metrics for m in client.get_metric_history(known["mlflow"], k)}
+    logged = [(k, m) for k in kept.data.metrics for m in client.get_metric_history(known["mlflow"], k)]
+    points = {(k, m.step): m.value for k, m in logged}
     assert points == pytest.approx(expected)
+    assert len(logged) == len(points)
     assert (kept.info.status, kept.info.run_name) == ("FINISHED", "r")
     assert kept.data.params["model/init_args/config/hidden_size"] == "32"
     artifacts = {one.path for one in client.list_artifacts(known["mlflow"])}

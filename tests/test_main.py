@@ -47,6 +47,7 @@ LIGHT = {
         2,
         "--resume: nothing to resume for recipe 'one'",
     ),
+    "resume of no recipe": (["fit", "--resume"], 2, "--resume: name the recipe of the run (--config NAME or FILE), or"),
     "no run folder": (["fit", "--resume", "runs/erly"], 2, "no run folder runs/erly; did you mean 'runs/early'?"),
     "resume of validate": (["validate", "-c", "one.yaml", "--resume"], 2, "--resume goes with fit; for validate, name"),
     "export without checkpoint": (

@@ -55,7 +55,7 @@ class Tracking(L.Callback):
         config, row = yaml.safe_load(folder.config), dict(folder._row or {})
         if step := row.pop("step", None):  # of a checkpoint: the run may have been stopped before it was logged
             for logger in self.added:
-                logger.log_metrics(row, step)
+                logger.log_metrics(loggers.not_logged(logger, row, step), step)
         for logger in trainer.loggers:
             loggers.log_config(logger, config, resumed=loggers.own_id(logger) in earlier.values())
         self._log_files(trainer, run, AT_START)

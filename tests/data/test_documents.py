@@ -63,7 +63,7 @@ def test_what_documents_can_not_be():
 
 def test_invalid_bytes_are_an_error_with_their_place_or_replaced_and_counted():
     write("a.txt", b"one\ntw\xffo\n\xe2\x82 \xef\xbf\xbd\n")
-    assert "a.txt:2: not UTF-8 text (0xff at byte 3 of the line, 6 of the file); save it as UTF-8" in mistake("a.txt")
+    assert "a.txt:2: not UTF-8 text (0xff at byte 3 of the line, 7 of the file); save it as UTF-8" in mistake("a.txt")
     counts = Counter()
     assert list(texts(Source("a.txt", errors="replace"), counts=counts)) == ["one\ntw\ufffdo\n\ufffd \ufffd\n"]
     assert counts["replaced"] == 2, "the third one was there before"
