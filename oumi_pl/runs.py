@@ -21,7 +21,7 @@ import shutil
 import socket
 import subprocess
 import time
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -129,6 +129,8 @@ def _began(pid: object) -> str | None:
 
 Column = tuple[list[int], list[float]]
 """The steps of a metric, and its values."""
+RECENT = 20
+"""Updates over which a training loss is averaged where it is told: that of a single one is noise."""
 
 
 def read_metrics(run: Path, only: Collection[str] | None = None) -> dict[str, Column]:
@@ -153,6 +155,12 @@ def read_metrics(run: Path, only: Collection[str] | None = None) -> dict[str, Co
     except (OSError, ValueError):
         pass
     return {name: column for name, column in found.items() if column[0]}
+
+
+def recent(values: Sequence[float]) -> float:
+    """The mean of the last `RECENT` values, which a loss is told by; NaN while one of them is no number."""
+    last = values[-RECENT:]
+    return sum(last) / len(last) if last else float("nan")
 
 
 def seconds(run: Path, state: dict[str, Any]) -> float | None:

@@ -1,6 +1,7 @@
 """Run folders: their names, their state, and which one goes on."""
 
 import json
+import math
 import os
 
 import pytest
@@ -149,3 +150,9 @@ def test_finished_run(tmp_path):
     assert "runs/r is at step 9 already" in refusal(["--trainer.max_steps", "9"], resume="runs/r")
     assert arguments(["--trainer.max_steps=10"], resume="runs/r")[0].name == "r"
     assert json.loads((tmp_path / "runs/r/run.json").read_text())["status"] == "finished"
+
+
+def test_a_loss_is_told_as_the_mean_of_the_last_updates():
+    assert runs.recent([100.0, *[2.0] * 10, *[4.0] * 10]) == 3.0
+    assert runs.recent([1.0, 2.0]) == 1.5
+    assert math.isnan(runs.recent([1.0, math.nan]))

@@ -18,7 +18,7 @@ ROWS = {
     "target_tokens": ("tokens that carry loss", "n"),
     "bytes": ("bytes of text", "n"),
     "bytes_per_token": ("bytes per token", "n"),
-    "rows_planned": ("rows of a pass, after packing", "n"),
+    "rows_planned": ("rows of an epoch", "n"),
     "windows": ("windows", "n"),
     "updates_per_epoch": ("updates per epoch", "n"),
     "fill": ("fill of the rows", "%"),

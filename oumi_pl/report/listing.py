@@ -30,7 +30,7 @@ def line(run: Path) -> dict[str, str]:
         "recipe": str(state.get("recipe", "-")),
         "state": condition,
         "step": f"{done:,}/{steps:,}" if isinstance(steps, int) else f"{done:,}",
-        "loss": number(metrics["train/loss"][1][-1]) if "train/loss" in metrics else "-",
+        "loss": number(runs.recent(metrics["train/loss"][1])) if "train/loss" in metrics else "-",
         "val": number(metrics["val/loss"][1][-1]) if "val/loss" in metrics else "-",
         "best val": number(min(val)) if val else "-",
         "time": clock(runs.seconds(run, state)),

@@ -78,7 +78,8 @@ def _commands(run: Record) -> str:
     resumable = bool(saved_steps(run.folder / CHECKPOINTS))
     if run.condition == "finished":
         more = max(2 * run.step, 1)
-        told.append(("Train it further", _command("fit", "--resume", folder, "--trainer.max_steps", str(more))))
+        further = "Train it further; a schedule that had come to its end begins to fall from higher up again"
+        told.append((further, _command("fit", "--resume", folder, "--trainer.max_steps", str(more))))
     elif run.condition != "running":
         again = "Go on where it was" if resumable else "Start it again (there is no checkpoint yet)"
         again += ", if it is running no more" if run.condition == "running?" else ""
@@ -104,6 +105,8 @@ def _recipe(run: Record) -> str:
     parts = []
     if command := run.state.get("command"):
         parts.append(f'<p class="label">The command that started it</p><pre class="wrap">{escape(str(command))}</pre>')
+    if run.resumed and (last := run.state.get("resumed_by")):
+        parts.append(f'<p class="label">And the last that resumed it</p><pre class="wrap">{escape(str(last))}</pre>')
     if run.recipe_text:
         parts.append(f'<p class="label">The recipe, as it was written</p><pre>{escape(run.recipe_text)}</pre>')
     if run.config_text:

@@ -9,7 +9,6 @@ from typing import Any
 from oumi_pl import runs
 from oumi_pl.report.clock import PHASES
 from oumi_pl.report.record import Record
-from oumi_pl.report.series import smooth, window_of
 from oumi_pl.report.words import clock, large, meaning, moment, number
 
 SHOWN = 12
@@ -96,9 +95,8 @@ def _tiles(run: Record) -> list[str]:
     tiles = []
     if "train/loss" in metrics:
         values = metrics["train/loss"][1]
-        mean = smooth(values, window_of(len(values)))
-        last = f"began at {number(values[0])}; smoothed"
-        tiles.append(_tile("Training loss", number(float(mean[-1])), last, meaning("train/loss")))
+        last = f"mean of the last {min(runs.RECENT, len(values))} updates; began at {number(values[0])}"
+        tiles.append(_tile("Training loss", number(runs.recent(values)), last, meaning("train/loss")))
     if "val/loss" in metrics:
         tiles.append(_tile("Validation loss", number(metrics["val/loss"][1][-1]), *_best(metrics, "val/loss")))
     for name, title in TILES.items():
@@ -119,7 +117,7 @@ def _best(metrics: dict[str, runs.Column], name: str) -> tuple[str, str]:
         return f"at step {steps[-1]:,}", meaning(name)
     best, step = (max if name.endswith(HIGHER_IS_BETTER) else min)(finite)
     where = "the best so far" if step == steps[-1] else f"best {number(best)} at step {step:,}"
-    return f"began at {number(values[0])}; {where}", meaning(name)
+    return f"{number(values[0])} at step {steps[0]:,}; {where}", meaning(name)
 
 
 def _tile(title: str, value: str, below: str, hover: str) -> str:

@@ -24,7 +24,7 @@ def cli(tmp_path, monkeypatch, capsys):
     return CommandLine(tmp_path, monkeypatch, capsys)
 
 
-def test_a_run_leaves_what_one_wants_to_know_of_it(cli):
+def test_a_run_leaves_what_one_wants_to_know_of_it(cli, monkeypatch):
     cli.write("r.yaml", "# a comment of mine\n" + (cli.directory / "r.yaml").read_text())
     out = cli.works(*FIT)
     assert "report -> runs/r/report.html" in out
@@ -37,7 +37,7 @@ def test_a_run_leaves_what_one_wants_to_know_of_it(cli):
     assert state["model"]["trainer"] == "SFT"
     assert state["model"]["parameters"] == state["model"]["trainable"] > 0
     assert state["environment"]["packages"]["torch"]
-    times = state["times"]
+    command, times = state["command"], state["times"]
     assert {"data", "model", "training", "validation", "saving", "end"} <= times.keys()
     assert all(seconds >= 0 for seconds in times.values())
     text = (folder / page.PAGE).read_text()
@@ -49,9 +49,13 @@ def test_a_run_leaves_what_one_wants_to_know_of_it(cli):
     assert cli.column("runs/r", "val/loss").keys() == {1, 2}
 
     before = sum(times.values())
+    monkeypatch.setattr("sys.argv", ["/an/environment/bin/oumi_pl", "fit", "--resume", "runs/r"])
     cli.works("fit", "--resume", "runs/r", "--trainer.max_steps", "3")
     state = cli.state("runs/r")
     assert state["resumed"] == [2]
+    assert state["command"] == command
+    assert state["resumed_by"] == "oumi_pl fit --resume runs/r"
+    assert "oumi_pl fit --resume runs/r" in (folder / page.PAGE).read_text()
     assert sum(state["times"].values()) > before
     assert "resumed at step 2" in (folder / page.PAGE).read_text()
     assert (folder / runs.RECIPE).read_bytes() == (cli.directory / "r.yaml").read_bytes()

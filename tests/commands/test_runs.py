@@ -1,6 +1,7 @@
 """`runs`: the list, the comparison and the report, of runs in any state."""
 
 import json
+import math
 import os
 import socket
 import subprocess
@@ -46,7 +47,8 @@ def test_lists_runs_the_newest_last_with_state_step_and_losses(here, capsys):
     runs.write_state(here / "a", steps=90)
     out = works(capsys)
     assert [line.split()[0] for line in out.splitlines()] == ["name", "a", "b"]
-    assert cells(out)["a"] == ["a", "r", "stopped", "41/90", "0.6325", "0.7906", "0.7906", "10", "s", "2", "h", "ago"]
+    assert cells(out)["a"] == ["a", "r", "stopped", "41/90", "0.7345", "0.7906", "0.7906", "10", "s", "2", "h", "ago"]
+    assert sum(4 / math.sqrt(step) for step in range(21, 41)) / 20 == pytest.approx(0.7345, abs=1e-4)
     assert cells(out)["b"][-1] == "now"
 
 
