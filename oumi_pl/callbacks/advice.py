@@ -7,12 +7,14 @@ them under `warnings`.
 import math
 import os
 import statistics
+import sys
 import time
+import warnings
 from typing import Any
 
 import lightning as L
 import torch
-from lightning.pytorch.utilities.rank_zero import rank_zero_only, rank_zero_warn
+from lightning.pytorch.utilities.rank_zero import rank_zero_only
 from torch.optim import Adam, AdamW
 
 from oumi_pl import runs
@@ -62,13 +64,11 @@ NOT_FINITE = 10
 
 
 def tell(trainer: Any, message: str) -> None:
-    """Warns on rank 0, and notes it in `run.json`."""
-    rank_zero_warn(message, stacklevel=3)
-    _note(trainer, message)
-
-
-@rank_zero_only
-def _note(trainer: Any, message: str) -> None:
+    """Warns on rank 0, at each call, and notes it in `run.json`."""
+    if getattr(rank_zero_only, "rank", 0):
+        return
+    caller = sys._getframe(1)  # no registry is given: in one, Python notes for the whole process what it has said
+    warnings.warn_explicit(message, UserWarning, caller.f_code.co_filename, caller.f_lineno)
     folder = next((c.directory for c in getattr(trainer, "callbacks", ()) if isinstance(c, RunFolder)), None)
     if folder is not None:
         told = runs.read_state(folder).get("warnings", [])
@@ -89,6 +89,7 @@ class Advice(L.Callback):
             if message := look(trainer, pl_module):
                 tell(trainer, message)
         self.loss.is_watching = trainer.global_step == 0
+        self.loss.in_float16 = str(trainer.precision).startswith("16")
         self.wait.follow(trainer.fit_loop.epoch_loop)
 
     def on_train_batch_start(self, trainer: Any, pl_module: Any, *_: Any) -> None:
@@ -141,26 +142,27 @@ def unusual_lr(trainer: Any, module: Any) -> str | None:
         return None  # others count in other units
     kind = "lora" if module.lora is not None else "full" if module.model_name else "scratch"
     lr = max(group["initial_lr"] for group in optimizer.param_groups)
-    low, high = usual_lr(module.reads, kind, sum(p.numel() for p in module.parameters()))
-    if low <= lr <= high:
+    usual = usual_lr(module.reads, kind, sum(p.numel() for p in module.parameters()))
+    if usual is None or usual[0] <= lr <= usual[1]:
         return None
-    what = f"{KINDS[kind]}{' on preferences' if module.reads == 'pairs' else ''}"
+    low, high = usual
+    what = f"{KINDS[kind]}{' on preferences' if module.reads == 'pairs' else ''}, {low:.0e} to {high:.0e}"
     if lr > high:
         return (
-            f"the learning rate {lr:.2g} is above what is usual for {what}, {low:.0e} to {high:.0e}: such steps "
-            "tend to destroy more than they teach; unless you know it works, set model.optimizer.lr to "
-            f"{high:.0e} or less"
+            f"the learning rate {lr:.2g} is above what is usual for {what}: such steps tend to destroy more than they "
+            f"teach; unless you know it works, set model.optimizer.lr to {high:.0e} or less"
         )
     return (
-        f"the learning rate {lr:.2g} is below what is usual for {what}, {low:.0e} to {high:.0e}: hardly anything will "
-        f"be learned; unless you know it works, set model.optimizer.lr to {low:.0e} or more"
+        f"the learning rate {lr:.2g} is below what is usual for {what}: hardly anything will be learned; unless you "
+        f"know it works, set model.optimizer.lr to {low:.0e} or more"
     )
 
 
-def usual_lr(reads: str, kind: str, parameters: int) -> tuple[float, float]:
-    """The least and the largest usual learning rate of Adam, for a model with so many parameters."""
-    low, high = USUAL_LR[reads, kind]
-    return low, high * (SMALL_FACTOR if kind == "full" and parameters < SMALL else 1.0)
+def usual_lr(reads: str, kind: str, parameters: int) -> tuple[float, float] | None:
+    """The least and the largest usual learning rate of Adam for so many parameters; None if nobody knows."""
+    usual = USUAL_LR.get((reads, kind))
+    factor = SMALL_FACTOR if kind == "full" and parameters < SMALL else 1.0
+    return (usual[0], usual[1] * factor) if usual else None
 
 
 def cut_rows(trainer: Any, module: Any) -> str | None:
@@ -170,8 +172,7 @@ def cut_rows(trainer: Any, module: Any) -> str | None:
             return (
                 f"{report['cut'] / report['kept']:.1%} of the {split} rows are cut to data.max_length "
                 f"{trainer.datamodule.max_length} ({report['cut']:,} of {report['kept']:,}): what was cut is never "
-                "learned, the ends of answers above all; raise data.max_length, or drop such rows with data.overflow: "
-                "drop"
+                "learned (preview --cut shows where); raise data.max_length, or drop such rows with data.overflow: drop"
             )
     return None
 
@@ -281,6 +282,7 @@ class LossWatch:
 
     def __init__(self) -> None:
         self.is_watching = True
+        self.in_float16 = False
         self._losses: list[float] = []
         self._not_finite = 0
 
@@ -288,12 +290,9 @@ class LossWatch:
         """Takes the loss of an update, its learning rate and that of the whole run; says what is wrong."""
         if not math.isfinite(loss):
             self._not_finite += 1
-            if self._not_finite != NOT_FINITE:
-                return None
-            return (
-                f"the loss has been {loss} for {NOT_FINITE} updates, which were skipped: in float16, large activations "
-                "overflow. trainer.precision: bf16-mixed has room for them, or 32-true; a lower learning rate may help"
-            )
+            return _no_number(loss, self.in_float16) if self._not_finite == NOT_FINITE else None
+        if self._not_finite < NOT_FINITE:  # else it has been told
+            self._not_finite = 0
         if not self.is_watching or lr < 0.5 * peak:
             return None
         self._losses.append(loss)
@@ -301,6 +300,13 @@ class LossWatch:
             return None
         self.is_watching = False
         return _stuck(self._losses, peak)
+
+
+def _no_number(loss: float, in_float16: bool) -> str:
+    why = "a lower learning rate, a warm-up or trainer.gradient_clip_val: 1.0 usually helps"
+    if in_float16:
+        why = "in float16, large activations overflow; trainer.precision: bf16-mixed has room for them, or 32-true"
+    return f"the loss has been {loss} for {NOT_FINITE} updates in a row: {why}"
 
 
 def _stuck(losses: list[float], lr: float) -> str | None:

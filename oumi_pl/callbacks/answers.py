@@ -40,6 +40,11 @@ class Answers(L.Callback):
         self.score_before: float | None = None
         self.score: float | None = None
         self._file = SampleFile()
+        self._asked: list[tuple[list[int], str]] | None = None
+
+    def setup(self, trainer: L.Trainer, pl_module: Any, stage: str) -> None:
+        """Forgets the questions of other data."""
+        self._asked = None
 
     def on_train_start(self, trainer: L.Trainer, pl_module: Any) -> None:
         """Answers once with the weights that training starts from."""
@@ -57,6 +62,14 @@ class Answers(L.Callback):
         if trainer.state.fn == "fit":
             self._keep(trainer, self.after)
         pl_module.log("val/exact_match", self.score, rank_zero_only=False, sync_dist=False)
+
+    def state_dict(self) -> dict[str, Any]:
+        """The answers before training, which a resumed run shows as well."""
+        return {"before": self.before, "score_before": self.score_before}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Takes them up."""
+        self.before, self.score_before = state_dict["before"], state_dict["score_before"]
 
     def on_train_end(self, trainer: L.Trainer, pl_module: Any) -> None:
         """Shows the answers before and after."""
@@ -80,8 +93,9 @@ class Answers(L.Callback):
         return answers, right / max(1, len(answers))
 
     def _questions(self, trainer: Any) -> tuple[list[list[int]], list[str]]:
-        rows = list(itertools.islice(trainer.datamodule.prompts("validation"), self.rows))
-        return [ids for ids, _ in rows], [reference for _, reference in rows]
+        if self._asked is None:
+            self._asked = list(itertools.islice(trainer.datamodule.prompts("validation"), self.rows))
+        return [ids for ids, _ in self._asked], [reference for _, reference in self._asked]
 
     def _rows_to_show(self, count: int) -> list[int]:
         """Some from all over the held-out rows."""
@@ -117,7 +131,7 @@ class Answers(L.Callback):
             mark = "[green]✓ [/]" if right else "[red]✗ [/]"
             after = mark + escape(printable(self.after[i]))
             table.add_row(escape(question), escape(references[i]), escape(before), after)
-        console = Console()
+        console = Console(highlight=False)
         console.print(table)
         before = f" (before training: {self.score_before:.1%})" if self.score_before is not None else ""
         console.print(f"exact match: [bold]{self.score:.1%}[/] of {len(references)}{before}")

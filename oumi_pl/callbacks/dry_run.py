@@ -14,12 +14,13 @@ import lightning as L
 import numpy as np
 import torch
 from lightning.pytorch.callbacks import Checkpoint, WeightAveraging
+from lightning.pytorch.loggers.logger import DummyLogger
 from lightning.pytorch.profilers import PassThroughProfiler
 
 from oumi_pl.callbacks.checkpoint import Checkpoints
-from oumi_pl.callbacks.dry_run_table import Measured, sections, shape_of, show
-from oumi_pl.callbacks.memory import Memory
-from oumi_pl.callbacks.run_folder import RunFolder
+from oumi_pl.callbacks.dry_run_table import Measured, sections, show
+from oumi_pl.callbacks.memory import Memory, shape_of
+from oumi_pl.callbacks.run_folder import RunFolder, nothing_left
 from oumi_pl.callbacks.throughput import peak_memory
 from oumi_pl.data.plan import Layout, Plan, plan_in_order
 from oumi_pl.runs import refuse_unwritable
@@ -49,7 +50,7 @@ def dry_run(trainer: Any, module: Any, data: Any, ckpt_path: str | None = None) 
     refuse_unwritable(folder.resume or folder.root)
     attempt = DryRun(data, trainer.callbacks)
     trainer.callbacks = [*(c for c in trainer.callbacks if _takes_part(c)), Memory(), attempt]
-    trainer.loggers = []
+    trainer.loggers = [DummyLogger() for _ in trainer.loggers]  # nothing is kept, and callbacks of the user's log
     trainer.profiler = PassThroughProfiler()
     trainer.limit_val_batches = min(1, trainer.limit_val_batches)
     trainer.num_sanity_val_steps = 1
@@ -119,7 +120,7 @@ class DryRun(L.Callback):
 
     def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
         """Notes the shape of what is trained on."""
-        self.measured.shape = shape_of(batch)
+        self.measured.shape = shape_of(batch)[0]
 
     def on_train_batch_end(self, trainer: Any, pl_module: Any, *_: Any) -> None:
         """At the end of an update: how long it took, what it came to."""
@@ -137,7 +138,7 @@ class DryRun(L.Callback):
 
     def on_validation_batch_start(self, trainer: Any, pl_module: Any, batch: Any, *_: Any) -> None:
         """Notes the shape of what is validated on."""
-        self.measured.validated = shape_of(batch)
+        self.measured.validated = shape_of(batch)[0]
 
     def on_train_end(self, trainer: Any, pl_module: Any) -> None:
         """Prints."""
@@ -147,6 +148,15 @@ class DryRun(L.Callback):
         if trainer.is_global_zero:
             show(sections(trainer, pl_module, self.data, self.callbacks, self.measured))
             print("\nnothing of this dry run was kept; the same command without --dry_run trains")
+
+    def on_fit_end(self, trainer: Any, pl_module: Any) -> None:
+        """Says so if there was nothing to train, as the run would.
+
+        Raises:
+            UserError: if no update was due.
+        """
+        if not self.measured.updates:
+            raise nothing_left(trainer.global_step)
 
 
 class OneBatch(Plan):

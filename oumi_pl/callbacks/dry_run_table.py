@@ -6,12 +6,12 @@ import statistics
 import textwrap
 from collections import Counter
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
+from oumi_pl import runs
 from oumi_pl.callbacks.checkpoint import Checkpoints
 from oumi_pl.callbacks.memory import gigabytes, size_of, state_size, there
 from oumi_pl.callbacks.run_folder import RunFolder
@@ -60,11 +60,6 @@ class Measured:
         self.layout, self.report = trainer.datamodule.layout, trainer.datamodule.report()
         self.tokens, self.positions = tokens_of_run(trainer.datamodule, module, self.total)
         self.alike = not hasattr(trainer.datamodule, "plan")
-
-
-def shape_of(batch: Any) -> str:
-    """Rows and tokens of a batch."""
-    return " x ".join(map(str, batch["input_ids"].shape)) + " tokens"
 
 
 def show(table: dict[str, Lines]) -> None:
@@ -192,16 +187,16 @@ def _time(measured: Measured) -> Lines:
     each = per_position * measured.positions / measured.total
     yield (
         "one update",
-        f"about {clock(each)}: median of {len(updates)}, with {min(measured.micro_batches, 2)} of "
-        f"{measured.micro_batches} micro-batches, after a first that took {clock(measured.updates[0][0])}",
+        f"about {roughly(each)}: median of {len(updates)}, with {min(measured.micro_batches, 2)} of "
+        f"{measured.micro_batches} micro-batches, after a first that took {roughly(measured.updates[0][0])}",
     )
     what = "what is left" if measured.step else "whole run"
-    left = clock((measured.total - measured.step) * each)
+    left = roughly((measured.total - measured.step) * each)
     yield what, f"about {left}, reckoned by tokens from that; validation, saving and samples are not counted"
 
 
 def _output(folder: RunFolder, checkpoints: Checkpoints, module: Any, optimizer: Any) -> Lines:
-    place = folder.resume or free_name(folder.root, folder.name)
+    place = folder.resume or runs.free(folder.root, folder.name)
     yield "folder", str(place)
     saved = {v.data_ptr(): v for v in module.state_dict().values() if isinstance(v, torch.Tensor)}  # tied ones once
     size = size_of(saved.values()) + state_size(optimizer)
@@ -248,16 +243,8 @@ def _lengths(data: Any, module: Any) -> np.ndarray:
     return lengths
 
 
-def free_name(root: Path, name: str) -> Path:
-    """The folder that a run of this name would make now."""
-    number = 1
-    while (place := root / (name if number == 1 else f"{name}-{number}")).exists():
-        number += 1
-    return place
-
-
-def clock(seconds: float) -> str:
-    """A time as people say it."""
+def roughly(seconds: float) -> str:
+    """A time to two digits or so, as people say it: it is an estimate."""
     if seconds < 100:
         return f"{seconds:.0f} s" if seconds >= 10 else f"{seconds:.2g} s"
     minutes = seconds / 60

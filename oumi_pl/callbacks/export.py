@@ -48,7 +48,7 @@ class Export(L.Callback):
     def write(self, trainer: Any, pl_module: Any, folder: Path, metrics: Any) -> None:
         """Exports the weights that the module has now, in place of what an earlier end of the run exported."""
         data = trainer.datamodule
-        text = (folder / CONFIG).read_text() if (folder / CONFIG).exists() else ""
+        text = (folder / CONFIG).read_text(encoding="utf-8") if (folder / CONFIG).exists() else ""
         metrics = {k: float(v) for k, v in metrics.items() if k.startswith(("train/", "val/"))}
         model = pl_module.causal_lm
         has_adapter = pl_module.lora is not None

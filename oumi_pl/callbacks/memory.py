@@ -4,12 +4,14 @@ import contextlib
 import os
 import re
 import resource
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import lightning as L
 import torch
+from torch.utils._pytree import tree_leaves
 
 from oumi_pl.callbacks.checkpoint import Checkpoints
 from oumi_pl.callbacks.throughput import peak_memory
@@ -125,6 +127,16 @@ def state_size(optimizer: Any) -> int:
     return size_of(value for value in values if isinstance(value, torch.Tensor))
 
 
+def shape_of(batch: Any) -> tuple[str, int]:
+    """The shape of a batch in words, and how many positions it has; its largest tensor counts if it has no tokens."""
+    ids = batch.get("input_ids") if isinstance(batch, Mapping) else None
+    if isinstance(ids, torch.Tensor):
+        return f"{' x '.join(map(str, ids.shape))} tokens", ids.numel()
+    tensors = [leaf for leaf in tree_leaves(batch) if isinstance(leaf, torch.Tensor)]
+    largest = max(tensors, key=torch.numel, default=torch.empty(0))
+    return f"{' x '.join(map(str, largest.shape))} values", largest.numel()
+
+
 class Memory(L.Callback):
     """Notes what each micro-batch takes. When memory runs out, the error gets a note: where, and what would fit."""
 
@@ -176,9 +188,7 @@ class Memory(L.Callback):
                 exception.add_note(self._told(trainer, pl_module, exception))
 
     def _note_shape(self, batch: Any) -> None:
-        ids = batch["input_ids"]
-        self._shape = f"{ids.shape[0]} x {ids.shape[1]} tokens"
-        self._positions = ids.numel()
+        self._shape, self._positions = shape_of(batch)
 
     def _measure(self, pl_module: Any) -> None:
         peak = peak_memory(pl_module.device)

@@ -27,7 +27,7 @@ class Predictions(L.Callback):
         folder = next(c.directory for c in trainer.callbacks if isinstance(c, RunFolder))
         assert folder is not None
         self._part = folder / f"predictions.{trainer.global_rank}.part"
-        self._part.write_text("")
+        self._part.write_text("", encoding="utf-8")
 
     def on_predict_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, *_: Any) -> None:
         """Appends a batch, so that a kill loses only the running one."""
@@ -42,7 +42,8 @@ class Predictions(L.Callback):
         if not trainer.is_global_zero:
             return
         parts = sorted(self._part.parent.glob("predictions.*.part"))
-        lines = [json.loads(line) for part in parts for line in part.read_text(encoding="utf-8").splitlines()]
+        written = "".join(part.read_text(encoding="utf-8") for part in parts)
+        lines = [json.loads(line) for line in written.split("\n") if line]  # JSON leaves other line ends in its texts
         file = self._part.parent / "predictions.jsonl"
         with file.open("w", encoding="utf-8") as out:
             out.writelines(

@@ -76,15 +76,17 @@ class RunFolder(L.Callback):
                 callback.directory = self.directory / runs.CHECKPOINTS
 
     def _describe(self, trainer: Any, pl_module: Any, directory: Path) -> None:
-        (directory / runs.CONFIG).write_text(self.config)
-        (directory / "data.json").write_text(json.dumps(trainer.datamodule.report(), indent=1) + "\n")
+        (directory / runs.CONFIG).write_text(self.config, encoding="utf-8")
+        report = json.dumps(trainer.datamodule.report(), indent=1)
+        (directory / "data.json").write_text(report + "\n", encoding="utf-8")
         earlier = runs.read_state(directory) if self.resume else {}
         told: dict[str, Any]
         if self.resume:
             stood = [step for step in earlier.get("resumed", []) if step < trainer.global_step]
-            told = {"resumed": [*stood, trainer.global_step], "reason": None}
+            told = {"resumed": [*stood, trainer.global_step], "resumed_by": _command(), "reason": None}
         else:
-            told = {"created": time.strftime("%Y-%m-%dT%H:%M:%S%z"), "created_ns": time.time_ns()}
+            now = {"created": time.strftime("%Y-%m-%dT%H:%M:%S%z"), "created_ns": time.time_ns()}
+            told = {"command": _command(), **now}
             self._write_recipe(directory)
         self._before = dict(earlier.get("times", {}))
         unnoted = (runs.seconds(directory, earlier) or 0.0) - sum(self._before.values())
@@ -94,7 +96,6 @@ class RunFolder(L.Callback):
             directory,
             recipe=self.recipe,
             status="running",
-            command=_command(),
             pid=os.getpid(),
             process=runs.process(),
             oumi_pl=__version__,
@@ -173,10 +174,7 @@ class RunFolder(L.Callback):
             UserError: if no update was due.
         """
         if self.directory is None and not trainer.fast_dev_run:  # type: ignore[attr-defined]
-            raise UserError(
-                f"nothing is left to train: the run ends at step {trainer.global_step}, where the checkpoint stands; "
-                "raise trainer.max_steps or trainer.max_epochs"
-            )
+            raise nothing_left(trainer.global_step)
 
     @rank_zero_only
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
@@ -196,10 +194,19 @@ class RunFolder(L.Callback):
             self.note(status="stopped" if stopped else "failed", step=trainer.global_step, reason=_reason(exception))
 
 
+def nothing_left(step: int) -> UserError:
+    """What is said of a run whose checkpoint stands at its end, or beyond."""
+    return UserError(
+        f"nothing is left to train: the run ends at step {step}, where the checkpoint stands; "
+        "raise trainer.max_steps or trainer.max_epochs"
+    )
+
+
 def _command() -> str:
     """The command line, ready to be pasted."""
     program = Path(sys.argv[0])
-    is_ours = program.name == "__main__.py" and program.parent.name == "oumi_pl"  # python -m oumi_pl
+    # python -m oumi_pl, or the script of whichever environment
+    is_ours = program.name == "oumi_pl" or (program.name == "__main__.py" and program.parent.name == "oumi_pl")
     return shlex.join(["oumi_pl" if is_ours else sys.argv[0], *sys.argv[1:]])
 
 

@@ -41,7 +41,8 @@ class SampleFile:
         self._last_step = -1
         if self._path is None or not self._path.exists():
             return
-        kept = [line for line in map(_parsed, self._path.read_text("utf-8").splitlines()) if line is not None]
+        written = self._path.read_text("utf-8").split("\n")  # JSON leaves other line ends, such as U+2028, in its texts
+        kept = [line for line in map(_parsed, written) if line is not None]
         kept = [line for line in kept if line["step"] <= trainer.global_step]
         half = self._path.with_name(FILE + ".half")
         half.write_text("".join(_line(line) for line in kept), encoding="utf-8")

@@ -121,6 +121,8 @@ def summary(report: dict[str, Any]) -> str:
         parts.append(f"{report['cut']:,} cut to length")
     if report["straddled"]:
         parts.append(f"{report['straddled']:,} with a token across the border of prompt and answer")
+    if report.get("empty_answers"):
+        parts.append(f"{report['empty_answers']:,} with an empty answer")
     lengths = report["lengths"]
     parts.append(f"{report['tokens']:,} tokens, {report['target_tokens']:,} carry loss")
     if lengths and lengths["p0"] == lengths["p100"]:

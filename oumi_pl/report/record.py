@@ -69,7 +69,7 @@ class Record:
     def samples(self) -> list[dict[str, Any]]:
         """The lines of `samples.jsonl` that are whole."""
         found = []
-        for line in self._text("samples.jsonl").splitlines():
+        for line in self._text("samples.jsonl").split("\n"):  # JSON leaves other line ends in its texts
             try:
                 sample = json.loads(line)
             except ValueError:

@@ -1,7 +1,9 @@
 """Each warning is given once where it belongs, says what to do, and stays away from runs that are as they should be."""
 
+import io
 import json
 import random
+import sys
 import time
 import warnings
 from types import SimpleNamespace
@@ -91,6 +93,7 @@ def test_a_learning_rate_far_from_the_usual_is_told_with_the_usual(kwargs, word)
         {"lr": 5e-6, "reads": "pairs", "lora": {"r": 8}},
         {"lr": 4e-3, "model": None, "optimizer": MuonAdamW},
         {"lr": 10.0, "optimizer": SGD},
+        {"lr": 10.0, "reads": "images"},
     ],
 )
 def test_usual_learning_rates_are_not(kwargs):
@@ -192,6 +195,16 @@ def test_a_loss_that_stays_no_number_is_told_once():
     (said,) = course([2.0, *[nan] * 30])
     assert "the loss has been nan for 10 updates" in said
     assert course([2.0, *[nan] * 5]) == []
+    assert "float16" not in said
+
+
+def test_only_what_is_no_number_in_a_row_counts_and_float16_is_named_where_it_is():
+    nan, watch = float("nan"), LossWatch()
+    watch.in_float16 = True
+    said = [watch.update(loss, 1e-3, 1e-3) for loss in (2.0, *[nan] * 9) * 3]
+    assert said == [None] * 30
+    assert "in float16, large activations overflow" in watch.update(nan, 1e-3, 1e-3)
+    assert [watch.update(loss, 1e-3, 1e-3) for loss in (2.0, *[nan] * 20)] == [None] * 21
 
 
 def test_waiting_is_measured_between_batches_and_told_once(monkeypatch):
@@ -258,11 +271,30 @@ def test_a_warning_is_noted_once_in_a_run_that_is_resumed(tmp_path):
     assert json.loads((tmp_path / "run.json").read_text())["warnings"] == ["a", "b"]
 
 
+def test_each_run_of_a_process_is_told_where_its_warning_comes_from(monkeypatch):
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("default")  # as Python has it: a text once per place
+        for rank in (0, 0, 1):
+            monkeypatch.setattr(advice.rank_zero_only, "rank", rank)
+            tell(SimpleNamespace(callbacks=[]), "a")
+    assert [(str(w.message), w.filename) for w in caught] == [("a", __file__)] * 2
+    with warnings.catch_warnings(), pytest.raises(UserWarning, match="a"):
+        warnings.simplefilter("error")
+        monkeypatch.setattr(advice.rank_zero_only, "rank", 0)
+        tell(SimpleNamespace(callbacks=[]), "a")
+
+
 def test_warnings_are_yellow_and_not_broken_within_words_on_a_terminal(monkeypatch):
+    terminal = io.StringIO()
+    terminal.isatty = lambda: True
+    monkeypatch.setattr(sys, "stderr", terminal)
+    monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.delenv("NO_COLOR", raising=False)
     for place in ("oumi_pl.quiet", "oumi_pl.progress"):
         monkeypatch.setattr(f"{place}.terminal_width", lambda: 30)
     shown = quiet._formatted("something is as it should not be, and so on")
     assert shown == "\033[33mwarning: something is as it\n  should not be, and so on\033[0m\n"
     for place in ("oumi_pl.quiet", "oumi_pl.progress"):
         monkeypatch.setattr(f"{place}.terminal_width", lambda: None)
+    monkeypatch.setattr(sys, "stderr", io.StringIO())
     assert quiet._formatted("something is as it should not be") == "warning: something is as it should not be\n"

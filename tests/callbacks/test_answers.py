@@ -8,6 +8,7 @@ import torch
 from oumi_pl.callbacks import answers as answers_module
 from oumi_pl.callbacks.answers import Answers
 from oumi_pl.callbacks.run_folder import RunFolder
+from oumi_pl.data.sft import SFTData
 from tests.tiny import conversations, data, distance, fit, module, write_jsonl
 
 ROWS = conversations(6, seed=4)
@@ -26,10 +27,13 @@ def test_the_score_is_the_share_of_equal_answers(tmp_path, validation, monkeypat
         return [right.get(question, "something else") for question in questions]
 
     monkeypatch.setattr(answers_module, "complete", complete)
+    read, prompts = [], SFTData.prompts
+    monkeypatch.setattr(SFTData, "prompts", lambda self, split: read.append(split) or prompts(self, split))
     callback = Answers(rows=6, show=6, batch_size=4)
     folder = RunFolder(tmp_path, "run", "run", "{}")
     fit(module(), data(tmp_path, validation=validation), max_epochs=1, callbacks=[folder, callback])
     assert callback.score == pytest.approx(4 / 6)
+    assert read == ["validation"]  # tokenized once, however often they are answered
     shown = capsys.readouterr().out
     assert "exact match: 66.7% of 6 (before training: 66.7%)" in shown
     assert shown.count("✓") == 4
@@ -49,3 +53,11 @@ def test_answering_changes_nothing_in_training(tmp_path, validation):
     answered = fit(module(config=dropout), data(tmp_path, validation=validation), callbacks=answering, **kwargs)
     assert distance(answered, plain) == 0
     assert all(torch.equal(answered[name], plain[name]) for name in plain)
+
+
+def test_a_resumed_run_shows_the_answers_before_training_as_well(tmp_path):
+    whole, resumed = Answers(), Answers()
+    whole.before, whole.score_before = ["a", "b"], 0.5
+    torch.save(whole.state_dict(), tmp_path / "state.pt")
+    resumed.load_state_dict(torch.load(tmp_path / "state.pt", weights_only=True))
+    assert (resumed.before, resumed.score_before) == (["a", "b"], 0.5)

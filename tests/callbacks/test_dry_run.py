@@ -13,7 +13,7 @@ import yaml
 
 from oumi_pl.callbacks import dry_run_table
 from oumi_pl.callbacks.dry_run import SomeLogps, largest_micro_batch
-from oumi_pl.callbacks.dry_run_table import clock, free_name
+from oumi_pl.callbacks.dry_run_table import roughly
 from oumi_pl.modules.sft import SFT
 from tests.command_line import CommandLine
 from tests.test_dpo_command import DPO
@@ -139,6 +139,18 @@ def test_a_run_to_be_resumed_is_tried_where_it_stands(cli):
     assert told(out)["optimizer steps"] == "9, of which 2 are done"
     assert told(out)["folder"] == "runs/r"
     assert {name: (cli.directory / name).stat().st_mtime_ns for name in cli.files()} == before
+    at_its_end = (*FIT, "--ckpt_path", "runs/r/checkpoints/step-00000002.ckpt")
+    assert "nothing is left to train: the run ends at step 2" in (said := cli.fails(*at_its_end, "--dry_run"))
+    assert said == cli.fails(*at_its_end)
+
+
+def test_callbacks_that_need_a_logger_take_part(cli):
+    cli.recipe({"trainer.callbacks": [{"class_path": "LearningRateMonitor"}], "trainer.max_steps": 3})
+    before = cli.files()
+    assert told(cli.works(*FIT, "--dry_run"))["optimizer steps"] == "3"
+    assert cli.files() == before
+    assert "no logger" in cli.fails(*FIT, "--trainer.logger", "false", "--dry_run")
+    assert "no logger" in cli.run(*FIT, "--trainer.logger", "false")[2]
 
 
 def test_what_has_no_dry_run(cli):
@@ -167,12 +179,8 @@ def test_tokens_beyond_the_epochs_that_are_counted_are_reckoned(tmp_path, monkey
     assert tokens == 7 * int(np.sum(made.lengths("train")))
 
 
-def test_names_and_times(tmp_path):
-    assert free_name(tmp_path, "a") == tmp_path / "a"
-    (tmp_path / "a").mkdir()
-    (tmp_path / "a-2").mkdir()
-    assert free_name(tmp_path, "a") == tmp_path / "a-3"
-    assert [clock(s) for s in (0.21, 47.4, 300, 7 * 3600, 8 * 86400)] == [
+def test_times():
+    assert [roughly(s) for s in (0.21, 47.4, 300, 7 * 3600, 8 * 86400)] == [
         "0.21 s",
         "47 s",
         "5 min",

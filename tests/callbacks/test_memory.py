@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from oumi_pl.callbacks import memory
-from oumi_pl.callbacks.memory import Shortage, gigabytes, shorter, smaller, tried
+from oumi_pl.callbacks.memory import Shortage, gigabytes, shape_of, shorter, smaller, tried
 from oumi_pl.modules.sft import SFT
 from tests.command_line import CommandLine
 from tests.test_dpo_command import DPO
@@ -66,6 +66,14 @@ def test_what_an_allocator_says_it_was_asked_for():
     assert tried(RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 4096 bytes.")) == 4096
     assert tried(MemoryError()) == 0
     assert [gigabytes(n) for n in (0, 5000, 5_000_000, 12.34e9)] == ["0 kB", "5 kB", "5 MB", "12.3 GB"]
+
+
+def test_the_shape_of_a_batch_is_that_of_its_tokens_else_of_its_largest_tensor():
+    ids, other = torch.ones(2, 30), torch.ones(3, 4, 50)
+    assert shape_of({"input_ids": ids, "pixels": other}) == ("2 x 30 tokens", 60)
+    assert shape_of({"pixels": other, "labels": [ids, None]}) == ("3 x 4 x 50 values", 600)
+    assert shape_of((ids, "name")) == ("2 x 30 values", 60)
+    assert shape_of(["name"]) == ("0 values", 0)
 
 
 @pytest.fixture

@@ -5,6 +5,7 @@ import logging
 import re
 import sys
 import time
+from contextlib import suppress
 from types import SimpleNamespace
 
 import pytest
@@ -14,6 +15,7 @@ from oumi_pl import progress
 from oumi_pl.callbacks import pace as pace_module
 from oumi_pl.callbacks.pace import Pace
 from oumi_pl.callbacks.progress import SMOOTHING, ProgressLine
+from oumi_pl.cli import CLI
 from oumi_pl.progress import ERASE, Line, clock, working
 
 STYLE = re.compile(r"\033\[[0-9;]*m")
@@ -43,6 +45,7 @@ class Terminal(io.StringIO):
 def on_terminal(monkeypatch):
     """Called in a test, lets both streams go to one terminal; pytest takes them itself when a test begins."""
     made = Terminal()
+    monkeypatch.setenv("TERM", "xterm")
 
     def begin(width=120):
         made.width = width
@@ -159,6 +162,83 @@ def test_the_streams_are_given_back_and_nothing_is_left_of_the_bar(on_terminal):
     assert "\033[?25l" not in terminal.getvalue(), "the cursor is never hidden"
 
 
+def test_whoever_kept_the_stream_of_a_bar_that_is_gone_does_not_bring_it_back(on_terminal):
+    terminal = on_terminal()
+    line, other = Line(), Line()
+    line.show("the bar")
+    held = sys.stderr
+    line.close()
+    held.write("after\n")
+    assert terminal.screen == ["after", ""]
+    other.show("another bar")
+    held.write("above\n")
+    assert terminal.screen == ["after", "above", "another bar"]
+    sys.stderr = held  # as the end of `redirect_stderr` does
+    line.show("the bar")
+    print("once")
+    assert terminal.screen == ["after", "above", "once", "the bar"]
+
+
+def test_lines_that_alternate_give_the_streams_back(on_terminal):
+    terminal = on_terminal()
+    first, second = Line(), Line()
+    for i in range(50):
+        first.show(f"first {i}")
+        second.show(f"second {i}")
+    assert sys.stderr._stream is terminal
+    print("half a", end="")
+    first.show("first")
+    print(" line")
+    first.close()
+    second.close()
+    assert (sys.stdout, sys.stderr, Line.current) == (terminal, terminal, None)
+    assert terminal.screen == ["half a", " line", ""]
+
+
+def test_no_bar_outlives_the_command(on_terminal):
+    terminal = on_terminal()
+
+    class Run(CLI):
+        def __init__(self):
+            self.config_init = {"engine": "lightning", "ckpt_path": None, "dry_run": True}
+            self.subcommand, self.resume, self.trainer, self.model, self.datamodule = None, None, None, None, None
+
+    def fails(*_):
+        Line().show("the bar")
+        raise RuntimeError
+
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(RuntimeError):
+        patch.setattr("oumi_pl.cli.dry_run", fails)
+        Run()._run_subcommand("fit")
+    assert (sys.stdout, sys.stderr, terminal.screen) == (terminal, terminal, [""])
+
+
+def test_a_stream_that_is_closed_or_no_stream_at_all_harms_nothing(on_terminal, monkeypatch):
+    terminal = on_terminal()
+    monkeypatch.setattr(sys, "stdout", object())
+    line = Line()
+    line.show("the bar")
+    terminal.close()
+    line.show("still")
+    line.close()
+    assert sys.stderr is terminal
+    line.show("no more")
+    line.close()
+    assert sys.stderr is terminal
+
+
+def test_on_a_dumb_terminal_nothing_is_rewritten(monkeypatch):
+    terminal = Terminal()
+    monkeypatch.setattr(sys, "stderr", terminal)
+    monkeypatch.setenv("TERM", "dumb")
+    display, (trainer, module) = ProgressLine(every_seconds=0.0), made_run(total=2)
+    train(display, trainer, module, [1.0, 1.0])
+    display.on_train_end(trainer, module)
+    assert terminal.getvalue().startswith("step 1/2  epoch")
+    assert "\033" not in terminal.getvalue()
+    assert "\r" not in terminal.getvalue()
+
+
 def test_validation_has_a_bar_and_leaves_a_line_with_the_best(on_terminal):
     terminal = on_terminal()
     display, (trainer, module) = ProgressLine(), made_run()
@@ -183,6 +263,11 @@ def test_saving_is_shown_while_it_lasts(on_terminal):
     train(display, trainer, module, [1.0])
     with working("saving step-00000001.ckpt"):
         assert terminal.screen == ["saving step-00000001.ckpt …"]
+        with suppress(OSError), working("sending it"):
+            assert terminal.screen == ["sending it …"]
+            raise OSError
+        assert terminal.screen == ["saving step-00000001.ckpt …"]
+    assert "1/12,000" in terminal.screen[-1]
     train(display, trainer, module, [1.0])
     assert "2/12,000" in terminal.screen[-1]
 

@@ -7,12 +7,14 @@ import pytest
 import torch
 
 from oumi_pl.callbacks import samples as samples_module
+from oumi_pl.callbacks.predictions import Predictions
 from oumi_pl.callbacks.run_folder import RunFolder
 from oumi_pl.callbacks.samples import SampleFile, Samples, shown
 from oumi_pl.data.pretrain import PretrainData
 from oumi_pl.data.tokenizers import ByteTokenizer
 from oumi_pl.generation import complete
 from oumi_pl.modules.pretrain import Pretrain
+from oumi_pl.report.record import Record
 from tests.command_line import CommandLine
 from tests.tiny import LLAMA, module, sgd, trainer, weights
 from tests.tiny import data as sft_data
@@ -40,7 +42,7 @@ def run(tmp_path, *callbacks, validation=True):
 
 
 def lines(folder):
-    return [json.loads(line) for line in (folder / "samples.jsonl").read_text().splitlines()]
+    return [json.loads(line) for line in (folder / "samples.jsonl").read_text("utf-8").split("\n") if line]
 
 
 def test_the_same_prompts_are_completed_at_the_start_and_at_each_validation(tmp_path):
@@ -93,6 +95,36 @@ def test_a_resume_keeps_the_lines_up_to_its_step_and_writes_none_twice(unvalidat
     assert [line["step"] for line in lines(tmp_path)] == [0, 0, 4, 4, 6]
     writer.open(SimpleNamespace(callbacks=[folder], global_step=3))
     assert [line["step"] for line in lines(tmp_path)] == [0, 0]
+
+
+OTHER_LINE_ENDS = "one\u2028two\u2029three\u0085four\x0bfive\x0csix\x1cseven\r\neight"
+"""Where `str.splitlines` cuts, and JSON need not escape."""
+
+
+def test_whatever_line_ends_a_model_writes_a_sample_is_one_line(tmp_path):
+    folder = RunFolder(tmp_path, "run", "run", "{}")
+    folder.directory = tmp_path
+    trainer = SimpleNamespace(callbacks=[folder], global_step=4)
+    sample = {"prompt": OTHER_LINE_ENDS, "completion": OTHER_LINE_ENDS, "reference": ""}
+    writer = SampleFile()
+    writer.open(trainer)
+    writer.write(4, [sample])
+    SampleFile().open(trainer)
+    assert lines(tmp_path) == Record(tmp_path).samples == [{"step": 4, **sample}]
+
+
+def test_whatever_line_ends_a_model_writes_a_prediction_is_one_line(tmp_path):
+    folder = RunFolder(tmp_path, "run", "run", "{}")
+    folder.directory = tmp_path
+    strategy = SimpleNamespace(barrier=lambda _: None)
+    trainer = SimpleNamespace(callbacks=[folder], global_rank=0, is_global_zero=True, strategy=strategy)
+    rows = [{"row": row, "completion": OTHER_LINE_ENDS} for row in (1, 0)]
+    writer = Predictions()
+    writer.on_predict_start(trainer, SimpleNamespace())
+    writer.on_predict_batch_end(trainer, None, rows)
+    writer.on_predict_end(trainer, None)
+    written = (tmp_path / "predictions.jsonl").read_text("utf-8").split("\n")
+    assert [json.loads(line) for line in written if line] == rows[::-1]
 
 
 def test_a_model_that_can_not_write_is_trained_all_the_same(tmp_path, monkeypatch, capsys):
