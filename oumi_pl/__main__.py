@@ -11,6 +11,7 @@ from typing import Any
 from oumi_pl import __version__
 from oumi_pl.config import files as recipe_files
 from oumi_pl.errors import UserError, nearest, of_the_machine, versions
+from oumi_pl.screen import meanwhile
 
 HELP = """\
 usage: oumi_pl COMMAND [options]          (or: python -m oumi_pl COMMAND)
@@ -122,7 +123,9 @@ def _train(command: str, rest: list[str]) -> int:
         recipes = ", ".join(recipe_files.names())
         raise UserError(f"{command} needs a recipe: oumi_pl {command} --config NAME or FILE; recipes: {recipes}")
     if resume == "" and not configs:
-        told = "name the recipe of the run (--config NAME or FILE), or its folder (--resume RUN; oumi_pl runs lists them)"
+        told = (
+            "name the recipe of the run (--config NAME or FILE), or its folder (--resume RUN; oumi_pl runs lists them)"
+        )
         raise UserError(f"--resume: {told}")
     recipe = "-".join(runs.recipe_of(path) or recipe_files.recipe_name(path) for path in configs) or "run"
     tree: dict[str, Any] = {}
@@ -144,8 +147,9 @@ def _train(command: str, rest: list[str]) -> int:
     os.environ.setdefault("GOMP_SPINCOUNT", "2000")
     # Large tensors in large pages, where Linux has them: a step of a small model spends less time on fresh memory.
     os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
-    from oumi_pl.callbacks.preemption import Stopped
-    from oumi_pl.cli import CLI
+    with meanwhile("loading PyTorch and Lightning"):
+        from oumi_pl.callbacks.preemption import Stopped
+        from oumi_pl.cli import CLI
 
     try:
         CLI([command, *args], recipe=recipe, resume=folder, trees=trees)

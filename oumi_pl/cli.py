@@ -44,6 +44,7 @@ from oumi_pl.loggers import names as logger_names
 from oumi_pl.metrics import MetricsCSV
 from oumi_pl.modules.base import LanguageModule
 from oumi_pl.parsing import Parser, mistake_in
+from oumi_pl.progress import Line
 from oumi_pl.quiet import quiet
 
 TRAINER_DEFAULTS = {
@@ -144,6 +145,8 @@ class CLI(LightningCLI):
                 adapters.run(engine, self.trainer, self.model, self.datamodule, self.engine_callbacks)
         except MisconfigurationException as error:
             raise UserError(f"trainer: {_first_sentence(error)}") from error
+        finally:
+            Line.end()  # also if another callback failed before the bar's own was told of the end
 
     def _refuse_other_engine(self, engine: str) -> None:
         """Refuses to go on with what another engine left."""
@@ -176,19 +179,12 @@ class CLI(LightningCLI):
             default="lightning",
             help="What drives the training loop: Lightning, transformers.Trainer, or TRL's trainers.",
         )
-        parser.add_argument(
-            "--name", type=str | None, default=None, help="Name of the run; the recipe's when left out."
-        )
+        parser.add_argument("--name", type=str | None, default=None, help="Name of the run; the recipe's if left out.")
         parser.add_argument("--runs_dir", type=str, default="runs", help="Where run folders are made.")
-        parser.add_argument(
-            "--val_every",
-            type=int | None,
-            default=None,
-            help="Optimizer steps between validations; per epoch if left out.",
-        )
-        parser.add_argument(
-            "--max_tokens", type=float | None, default=None, help="Tokens to train on, as whole optimizer steps."
-        )
+        steps = "Optimizer steps between validations; per epoch if left out."
+        parser.add_argument("--val_every", type=int | None, default=None, help=steps)
+        tokens = "Tokens to train on, as whole optimizer steps."
+        parser.add_argument("--max_tokens", type=float | None, default=None, help=tokens)
         if self.command == "fit":
             parser.add_argument(
                 "--dry_run",
@@ -245,7 +241,7 @@ class CLI(LightningCLI):
         watching = [Start(), LastStep(), Memory(), Throughput(), PreferenceWarnings(), Consumed(), get("predictions")]
         if not any(isinstance(c, ProgressBar) for c in own) and config.get("enable_progress_bar") is not False:
             watching.append(ProgressLine())
-        samples = [] if any(isinstance(c, Answers | Samples) for c in own) else [get("samples")]
+        samples = [] if self._has_samples(own) else [get("samples")]
         # saving comes last, so that what the other callbacks did in this step is in the checkpoint
         saving = [get("checkpoint"), Preemption(), get("export")]
         # and is then drawn and sent
@@ -254,6 +250,14 @@ class CLI(LightningCLI):
         if self.subcommand == "fit" and (named or config.get("logger")):
             telling.append(Tracking(named))
         return [folder, *watching, Advice(), *own, *samples, *saving, *telling]
+
+    def _has_samples(self, own: list[Any]) -> bool:
+        """Whether a callback of the recipe does what `samples` is for, so that settings of it would be for nothing."""
+        names = [type(c).__name__ for c in own if isinstance(c, Answers | Samples)]
+        parser, given = self._parser(str(self.subcommand)), self._get(self.config, "samples")
+        if names and given["rows"] and given != parser.get_defaults(skip_validation=True)["samples"]:
+            raise UserError(f"samples: the recipe's {names[0]} shows what the model writes; set its own arguments")
+        return bool(names)
 
     def _limit_tokens(self, trainer: Any, config: Any, max_tokens: float) -> None:
         """Sets the trainer's steps by tokens: rows of an update times their length, padding counted."""

@@ -58,21 +58,21 @@ def asked_once(*settings: Any) -> Iterator[None]:
     from huggingface_hub import constants
     from huggingface_hub.utils import get_session
 
-    if constants.is_offline_mode():
-        yield
-        return
-    try:
-        get_session().head(constants.ENDPOINT, timeout=TIMEOUT)
-    except Exception:  # whatever the network did, of whichever HTTP library
-        for module in (constants, *settings):
-            module.HF_HUB_OFFLINE = True
+    modules = (constants, *settings)
+    before = [module.HF_HUB_OFFLINE for module in modules]
+    answers = True
+    if not any(before):  # datasets has an environment variable of its own for it
         try:
-            yield
-        finally:
-            for module in (constants, *settings):
-                module.HF_HUB_OFFLINE = False
-        return
-    yield
+            get_session().head(constants.ENDPOINT, timeout=TIMEOUT)
+        except Exception:  # whatever the network did, of whichever HTTP library
+            answers = False
+    try:
+        for module, is_offline in zip(modules, before, strict=True):
+            module.HF_HUB_OFFLINE = is_offline or not answers
+        yield
+    finally:
+        for module, was_offline in zip(modules, before, strict=True):
+            module.HF_HUB_OFFLINE = was_offline
 
 
 def reason(error: BaseException) -> str:

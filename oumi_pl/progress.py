@@ -10,6 +10,8 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from typing import Any
 
+from oumi_pl.screen import has_colours, is_terminal
+
 SHOW_AFTER = 1.0
 """Seconds of work below which nothing is shown."""
 SAY_AFTER = 10.0
@@ -36,20 +38,25 @@ class Line:
     """The one that is shown now."""
 
     def __init__(self) -> None:
+        self.text = ""
         self._terminal: Any = None
-        self._text = ""
         self._is_drawn = False
         self._is_free = True
         self._taken: dict[str, tuple[Any, Any]] = {}
 
     def show(self, text: str) -> None:
         """Draws the line. `text` has to be narrower than the terminal."""
-        if Line.current is not self:
+        other = Line.current
+        if other is not self:
+            self._is_free = True
+            if other is not None:  # its text makes room, and the streams are never wrapped twice
+                other.close()
+                self._is_free = other._is_free
             self._take_streams()
             Line.current = self
-        elif text == self._text and self._is_drawn:
+        elif text == self.text and self._is_drawn:
             return
-        self._text = text
+        self.text = text
         if not self._is_free:  # something was printed without the end of its line
             self._write("\n")
             self._is_free = True
@@ -57,28 +64,33 @@ class Line:
 
     def close(self) -> None:
         """Erases the line, and gives the streams back."""
-        if Line.current is not self:
-            return
-        self._erase()
-        for name, (stream, above) in self._taken.items():
+        if Line.current is self:
+            self._erase()
+            Line.current = None
+        taken, self._taken = self._taken, {}
+        for name, (stream, above) in taken.items():
             if getattr(sys, name) is above:
                 setattr(sys, name, stream)
             _redirect_logs(above, stream)
-        self._taken = {}
-        Line.current = None
+
+    @staticmethod
+    def end() -> None:
+        """Closes the one that is shown, if there is one."""
+        if (shown := Line.current) is not None:
+            shown.close()
 
     def _take_streams(self) -> None:
-        self._terminal = sys.stderr
+        self._terminal = _below(sys.stderr)
         for name in ("stdout", "stderr"):
-            stream = getattr(sys, name)
-            if stream.isatty():
-                above = _Above(stream, self)
+            stream = _below(getattr(sys, name))
+            if is_terminal(stream):
+                above = _Above(stream)
                 self._taken[name] = (stream, above)
                 setattr(sys, name, above)
                 _redirect_logs(stream, above)
 
     def _draw(self) -> None:
-        self._write(ERASE + self._text)
+        self._write(ERASE + self.text)
         self._is_drawn = True
 
     def _erase(self) -> None:
@@ -88,7 +100,7 @@ class Line:
 
     def _write(self, text: str) -> None:
         # a signal handler may print in the midst of this, and a terminal may be closed: neither is worth the run
-        with suppress(RuntimeError, OSError):
+        with suppress(RuntimeError, OSError, ValueError):
             self._terminal.write(text)
             self._terminal.flush()
 
@@ -99,25 +111,38 @@ class Line:
         self._is_free = text.endswith("\n")
         if self._is_free:
             stream.flush()
-            self._draw()
+            if Line.current is self:  # else another thread has closed it meanwhile
+                self._draw()
         return written
 
 
 class _Above:
-    """A stream whose text comes above the line; in all else the stream itself."""
+    """A stream whose text comes above the line that is shown then, if any; in all else the stream itself.
 
-    def __init__(self, stream: Any, line: Line) -> None:
+    Whoever took it from `sys` while a line was shown may keep it for good.
+    """
+
+    def __init__(self, stream: Any) -> None:
         self._stream = stream
-        self._line = line
 
     def write(self, text: str) -> int:
-        return self._line.print_above(self._stream, text) if text else 0
+        line = Line.current
+        if line is None or not text:
+            return int(self._stream.write(text))
+        return line.print_above(self._stream, text)
 
     def writelines(self, lines: Iterable[str]) -> None:
         self.write("".join(lines))
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._stream, name)
+
+
+def _below(stream: Any) -> Any:
+    """The stream itself, also where somebody has put an `_Above` back into `sys`."""
+    while isinstance(stream, _Above):
+        stream = stream._stream
+    return stream
 
 
 def _redirect_logs(old: Any, new: Any) -> None:
@@ -129,8 +154,8 @@ def _redirect_logs(old: Any, new: Any) -> None:
 
 
 def terminal_width() -> int | None:
-    """Columns of the terminal that stderr writes to; None if it writes elsewhere."""
-    if not sys.stderr.isatty():
+    """Columns of the terminal that stderr writes to; None if it writes elsewhere, or lines can't be rewritten there."""
+    if not is_terminal(sys.stderr):
         return None
     try:
         return os.get_terminal_size(sys.stderr.fileno()).columns or 80
@@ -139,9 +164,8 @@ def terminal_width() -> int | None:
 
 
 def styled(text: str, style: str) -> str:
-    """Text in a colour where stderr is a terminal, unless the environment asks for none (no-color.org)."""
-    plain = not text or terminal_width() is None or os.environ.get("NO_COLOR")
-    return text if plain else f"\033[{STYLES[style]}m{text}\033[0m"
+    """Text in a colour where stderr has colours."""
+    return f"\033[{STYLES[style]}m{text}\033[0m" if text and has_colours(sys.stderr) else text
 
 
 def wrapped(text: str, width: int | None, indent: str = "  ") -> str:
@@ -180,9 +204,10 @@ def working(what: str) -> Iterator[None]:
 
     start, line = time.monotonic(), Line.current
     done = threading.Event()
-    watcher = None
+    watcher, before, told = None, "", _shortened(f"{what} …")
     if line is not None:
-        line.show(_shortened(f"{what} …"))
+        before = line.text
+        line.show(told)
     elif not getattr(rank_zero_only, "rank", 0):
         watcher = threading.Thread(target=_tell_of, args=(what, done), daemon=True)
         watcher.start()
@@ -194,6 +219,8 @@ def working(what: str) -> Iterator[None]:
         done.set()
         if watcher is not None:
             watcher.join()
+        if line is not None and Line.current is line and line.text == told:
+            line.show(before)
         seconds = time.monotonic() - start
         _worked[0] += seconds
         if finished and watcher is not None and seconds > SAY_AFTER:
@@ -203,18 +230,20 @@ def working(what: str) -> Iterator[None]:
 def _tell_of(what: str, done: threading.Event) -> None:
     """Turns a spinner on a terminal, from a second on until it is done; elsewhere, writes a line once."""
     start, turn = time.monotonic(), 0
-    is_terminal = terminal_width() is not None
-    if done.wait(SHOW_AFTER if is_terminal else SAY_AFTER):
+    rewritten = terminal_width() is not None
+    if done.wait(SHOW_AFTER if rewritten else SAY_AFTER):
         return
-    if not is_terminal:
+    if not rewritten:
         sys.stderr.write(f"{what} ...\n")
         sys.stderr.flush()
         return
     line = Line()
-    while not done.wait(EVERY if turn else 0.0):
-        turn += 1
-        line.show(_shortened(f"{SPINNER[turn % len(SPINNER)]} {what} {clock(time.monotonic() - start)}"))
-    line.close()
+    try:
+        while not done.wait(EVERY if turn else 0.0):
+            turn += 1
+            line.show(_shortened(f"{SPINNER[turn % len(SPINNER)]} {what} {clock(time.monotonic() - start)}"))
+    finally:
+        line.close()
 
 
 def _shortened(text: str) -> str:
@@ -241,14 +270,14 @@ def track(
     from rich.console import Console
     from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-    console = Console(stderr=True)
+    console, rewritten = Console(stderr=True), terminal_width() is not None
     of = "" if total is None else f" of {total:,}"
     counted = TextColumn("{task.description}: {task.completed:,}" + f"{of} {unit}")
     known = () if total is None else (BarColumn(), TimeRemainingColumn())
     start, count, shown = time.monotonic(), 0, 0.0
     said = start
     columns = (SpinnerColumn(), counted, *known, TimeElapsedColumn())
-    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
+    with Progress(*columns, console=console, transient=True, disable=not rewritten) as bar:
         task = bar.add_task(what, total=total)
         for item in items:
             yield item
@@ -257,7 +286,7 @@ def track(
             if now - shown > EVERY:
                 bar.update(task, completed=count)
                 shown = now
-            if not console.is_terminal and now - said > LINE_EVERY:
+            if not rewritten and now - said > LINE_EVERY:
                 sys.stderr.write(f"{what}: {count:,}{of} {unit}\n")
                 said = now
     seconds = time.monotonic() - start

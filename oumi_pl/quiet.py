@@ -30,7 +30,8 @@ def quiet() -> None:
         ".*Total length of `list` across ranks is zero.*",  # no validation was asked for
         ".*LightningCLI's args parameter is intended.*",
         ".*already initialized or opened.*",
-        ".*recommended to use `self.log\\('(val|test)/.*sync_dist=True.*",  # they are sums over all ranks
+        # sums over all ranks, and the step, are the same on each
+        ".*recommended to use `self.log\\('(step|(val|test)/.*)', .*sync_dist=True.*",
         ".*`is_gradient_checkpointing` is deprecated.*",  # peft asks for it
         ".*`gradient_checkpointing_enable` is deprecated.*",  # trl calls it
     ):

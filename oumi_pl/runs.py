@@ -21,7 +21,7 @@ import shutil
 import socket
 import subprocess
 import time
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -43,8 +43,7 @@ def create(root: Path, name: str) -> Path:
     """
     try:
         root.mkdir(parents=True, exist_ok=True)
-        for number in range(1, 100_000):
-            run = root / (name if number == 1 else f"{name}-{number}")
+        for run in _names(root, name):
             try:
                 run.mkdir()
             except FileExistsError:
@@ -54,6 +53,16 @@ def create(root: Path, name: str) -> Path:
     except OSError as error:
         raise UserError(f"runs_dir: can't write to {root}: {error.strerror}") from error
     raise UserError(f"runs_dir: {root} holds too many runs named {name}")
+
+
+def free(root: Path, name: str) -> Path:
+    """The folder that `create` would make now."""
+    return next(run for run in _names(root, name) if not run.exists())
+
+
+def _names(root: Path, name: str) -> Iterator[Path]:
+    yield root / name
+    yield from (root / f"{name}-{number}" for number in range(2, 100_000))
 
 
 def refuse_unwritable(root: Path, key: str = "runs_dir") -> None:
@@ -75,7 +84,7 @@ def write_state(run: Path, **values: Any) -> None:
     """Updates `run.json`, atomically: a kill leaves the old one."""
     state = read_state(run) | values | {"updated": time.strftime("%Y-%m-%dT%H:%M:%S%z")}
     half = run / f"{RUN}.half"
-    half.write_text(json.dumps(state, indent=1) + "\n")
+    half.write_text(json.dumps(state, indent=1) + "\n", encoding="utf-8")
     half.replace(run / RUN)
 
 

@@ -74,13 +74,15 @@ class Example:
 
     input_ids: `[seq]` int32. loss_mask: `[seq]` bool, True where the *token at that position* carries loss; position 0
     is always False, since nothing predicts it. cut: tokens were removed to fit. straddled: a token crosses a border
-    between prompt and target, so that it holds characters of both.
+    between prompt and target, so that it holds characters of both. empty_answer: all there is to learn is to
+    end at once.
     """
 
     input_ids: np.ndarray
     loss_mask: np.ndarray
     cut: bool = False
     straddled: bool = False
+    empty_answer: bool = False
 
     @property
     def target_tokens(self) -> int:

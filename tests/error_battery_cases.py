@@ -187,7 +187,8 @@ NO_PACKING = "set data.packing to false (data.isolate, of PretrainData)"
 FSDP2 = "take FSDP2, strategy: {class_path: ModelParallelStrategy}, as the recipe sft/llama3.1_8b_fsdp2 does"
 TOGETHER = {
     "packing with an attention that can't isolate": Case(
-        f"the attention of BloomModel can't keep packed documents apart; {NO_PACKING}",
+        "the attention of BloomModel can't keep packed documents apart (TypeError: unsupported operand type(s) for +: "
+        f"'Tensor' and 'Blocks'); {NO_PACKING}",
         {
             f"{MODEL}config": {"model_type": "bloom", "hidden_size": 32, "n_layer": 1, "n_head": 4},
             f"{DATA}packing": True,

@@ -62,8 +62,8 @@ ROWS = {
         "format in a file of its own, and name both as sources",
     ),
     "empty answer": reads(
-        jsonl(GOOD | {"response": ""}),
-        "data.train: none of 1 rows is left (1 empty answer); an answer needs words to learn",
+        jsonl(*[GOOD | {"response": ""}] * 2),
+        "data.train: the answers of all 2 rows are empty; there is nothing to learn from them but to end at once",
     ),
     "all rows dropped": reads(
         jsonl(CHAT, CHAT),

@@ -53,6 +53,14 @@ def test_overrides(cli):
     assert float(cli.column("out/r", "train/lr")[2]) == pytest.approx(3e-4)
 
 
+def test_settings_of_samples_are_not_dropped_without_a_word(cli):
+    cli.recipe({"trainer.callbacks": [{"class_path": "Samples", "init_args": {"rows": 0}}], "trainer.max_steps": 1})
+    message = cli.fails(*FIT, "--samples.rows", "2")
+    assert message.startswith("error: samples: the recipe's Samples shows what the model writes; set its own arguments")
+    cli.works(*FIT)  # whose own is `rows: 0`
+    cli.works(*FIT, "--samples.rows", "3")  # as it is by default
+
+
 def test_loss_of_ones_own(cli):
     cli.write(
         "own_loss.py",

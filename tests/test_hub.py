@@ -25,9 +25,13 @@ def test_asked_once(monkeypatch, reachable):
     assert constants.is_offline_mode() is own.HF_HUB_OFFLINE is False
 
 
-def test_not_asked_at_all_where_that_is_said(monkeypatch):
-    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+@pytest.mark.parametrize(("hub", "own"), [(True, True), (True, False), (False, True)])
+def test_not_asked_at_all_where_that_is_said(monkeypatch, hub, own):
+    """As by HF_DATASETS_OFFLINE, which says it to one library alone."""
+    library = SimpleNamespace(HF_HUB_OFFLINE=own)
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", hub)
     monkeypatch.setattr("huggingface_hub.utils.get_session", None)
-    with asked_once():
-        assert constants.is_offline_mode()
-    assert constants.is_offline_mode()
+    for _ in range(2):
+        with asked_once(library):
+            assert (constants.is_offline_mode(), library.HF_HUB_OFFLINE) == (hub, own)
+        assert (constants.is_offline_mode(), library.HF_HUB_OFFLINE) == (hub, own)

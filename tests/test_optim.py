@@ -1,11 +1,16 @@
 """Schedules against transformers' own, and parameter groups."""
 
+import warnings
+
+import numpy as np
 import pytest
 import torch
 import transformers
+from lightning.pytorch.utilities.rank_zero import rank_zero_only
 
 from oumi_pl.errors import UserError
-from oumi_pl.optim import Constant, Cosine, CosineRestarts, Linear, WarmupStableDecay, parameter_groups
+from oumi_pl.optim import Constant, Cosine, CosineRestarts, Linear, Schedule, WarmupStableDecay, parameter_groups
+from tests.tiny import module, trainer
 
 TOTAL, WARMUP = 40, 7
 
@@ -105,6 +110,44 @@ def test_what_does_not_fit_into_the_run_is_told(schedule, told):
     doubts = schedule.doubts(100)
     assert bool(doubts) == (told is not None)
     assert all(told in doubt for doubt in doubts)
+
+
+class Halved(Schedule):
+    """A schedule of one's own."""
+
+    def __init__(self, number):
+        super().__init__()
+        self.number = number
+
+    def factor(self, step, start, total):
+        return self.number(0.5)
+
+
+def optimized(schedule):
+    sft = module(config={"vocab_size": 99}, schedule=schedule)
+    sft.model, sft.trainer = sft.build(None), trainer(max_steps=5)
+    return sft.configure_optimizers()["lr_scheduler"]["scheduler"].get_last_lr()
+
+
+@pytest.mark.parametrize("number", [float, np.float32, torch.tensor, lambda x: torch.tensor([x], dtype=torch.bfloat16)])
+def test_a_schedule_may_give_any_kind_of_number(number):
+    (lr,) = set(optimized(Halved(number)))
+    assert (lr, type(lr)) == (0.05, float)
+
+
+@pytest.mark.parametrize("number", [lambda _: None, lambda _: "half", lambda x: torch.tensor([x, x])])
+def test_a_schedule_that_gives_no_number_is_refused(number):
+    with pytest.raises(UserError, match=r"model\.schedule: Halved gives .* instead of a number"):
+        optimized(Halved(number))
+
+
+def test_doubts_are_told_by_the_first_rank_alone(monkeypatch):
+    with pytest.warns(UserWarning, match="warmup takes 9 steps"):
+        optimized(Linear(9))
+    monkeypatch.setattr(rank_zero_only, "rank", 1, raising=False)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        optimized(Linear(9))
 
 
 def test_only_matrices_decay():

@@ -40,8 +40,9 @@ def here(tmp_path, monkeypatch):
 
 
 def test_names_are_numbered(tmp_path):
-    made = [runs.create(tmp_path / "a" / "runs", "r").name for _ in range(3)]
-    assert made == ["r", "r-2", "r-3"]
+    root = tmp_path / "a" / "runs"
+    told_and_made = [(runs.free(root, "r").name, runs.create(root, "r").name) for _ in range(3)]
+    assert told_and_made == [("r", "r"), ("r-2", "r-2"), ("r-3", "r-3")]
     assert (tmp_path / "a/runs/r-3/checkpoints").is_dir()
 
 

@@ -9,7 +9,13 @@ from torch import Tensor, nn
 
 from oumi_pl.attention.blocks import packed
 from oumi_pl.attention.interface import NAME, NO_PACKING
-from oumi_pl.errors import UserError
+from oumi_pl.errors import UserError, is_out_of_memory
+from oumi_pl.hub import reason
+
+TRIPPED = (TypeError, ValueError, KeyError, AttributeError, IndexError, NotImplementedError)
+"""What architectures raise that take no `position_ids`, or make something of a mask of their own kind."""
+SHAPES = ("shape", "size")
+"""What torch says, in an error of no kind of its own, of tensors that don't fit together."""
 
 
 def refuse_unless_isolating(model: nn.Module) -> None:
@@ -32,11 +38,11 @@ def refuse_unless_isolating(model: nn.Module) -> None:
             alone = _hidden_states(base, first), _hidden_states(base, second)
             together = _hidden_states(base, first, second)
             beside_another = _hidden_states(base, changed, second)[:, first.shape[1] :]
-    except (UserError, torch.OutOfMemoryError):
-        raise
-    except Exception as error:  # no position_ids, a mask of its own kind: architectures trip over it in many ways
+    except (*TRIPPED, RuntimeError) as error:
+        if not _is_of_the_attention(error):
+            raise
         told = f"the attention of {type(base).__name__} can't keep packed documents apart"
-        raise UserError(f"{told}; {NO_PACKING}") from error
+        raise UserError(f"{told} ({type(error).__name__}: {reason(error)}); {NO_PACKING}") from error
     off = max(_distance(together, torch.cat(alone, 1)), _distance(beside_another, alone[1]))
     if not off <= _tolerance(base):
         implementation = getattr(base.config, "_attn_implementation", None)
@@ -116,6 +122,12 @@ def _hidden_states(base: Any, *documents: Tensor) -> Tensor:
     positions = torch.cat([torch.arange(length, device=ids.device) for length in lengths])[None]
     with packed(lengths):
         return _last(base, ids, positions)
+
+
+def _is_of_the_attention(error: Exception) -> bool:
+    if is_out_of_memory(error):
+        return False
+    return isinstance(error, TRIPPED) or any(word in str(error) for word in SHAPES)
 
 
 def _last(base: Any, ids: Tensor, positions: Tensor) -> Tensor:

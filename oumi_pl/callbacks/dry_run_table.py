@@ -15,7 +15,7 @@ from oumi_pl import runs
 from oumi_pl.callbacks.checkpoint import Checkpoints
 from oumi_pl.callbacks.memory import gigabytes, size_of, state_size, there
 from oumi_pl.callbacks.run_folder import RunFolder
-from oumi_pl.callbacks.start import summary
+from oumi_pl.callbacks.start import summary, unit
 from oumi_pl.data.plan import Layout
 from oumi_pl.optim import in_steps
 
@@ -119,10 +119,8 @@ def _data(data: Any, module: Any, measured: Measured) -> Lines:
     for name in getattr(data, "streamed", ()):
         yield "train", f"{name}, tokenized while it is streamed"
     layout = measured.layout
-    rows = "packs" if data.packing and data.gives != "pairs" and hasattr(data, "plan") else "rows"
-    rows = "pairs" if data.gives == "pairs" and not data.packing else rows
     yield (
-        f"{rows} per update",
+        f"{unit(data)}s per update",
         f"{layout.batch_size * measured.micro_batches * layout.ranks}: {layout.batch_size} x "
         f"{measured.micro_batches} x {layout.ranks} (batch_size x accumulate_grad_batches x devices)",
     )

@@ -3,6 +3,7 @@
 import math
 import sys
 import time
+from collections import deque
 from typing import Any
 
 from lightning.pytorch.callbacks import ProgressBar
@@ -15,8 +16,6 @@ from oumi_pl.callbacks.run_folder import RunFolder
 from oumi_pl.callbacks.throughput import peak_memory
 from oumi_pl.progress import EVERY, LINE_EVERY, Line, clock, styled, terminal_width, wrapped
 
-SMOOTHING = 0.95
-"""Weight of the past in the displayed loss (an exponential mean, corrected for its start): about 20 updates count."""
 LINES_GROW = 0.02
 """Where there is no terminal: share of the time so far between two lines, once that is more than the least."""
 LINES_AT_MOST = 300.0
@@ -44,10 +43,10 @@ class ProgressLine(ProgressBar):
         self.pace = Pace()
         self._enabled = True
         self._total = 0
-        self._smooth = self._weight = 0.0
+        self._losses: deque[float] = deque(maxlen=runs.RECENT)
         self._shown = self._since = float("-inf")
         self._widths: dict[str, int] = {}
-        self._monitor, self._lower = "val/loss", True
+        self._monitor, self._lower, self._keeps_best = "val/loss", True, False
         self._best: tuple[int, float] | None = None
 
     def enable(self) -> None:
@@ -69,11 +68,12 @@ class ProgressLine(ProgressBar):
         self._total = pl_module.total_steps()
         checkpoints = next((c for c in trainer.callbacks if isinstance(c, Checkpoints)), None)
         if checkpoints is not None and checkpoints.monitor is not None:
-            self._monitor, self._lower = checkpoints.monitor, checkpoints.mode == "min"
+            self._monitor, self._lower, self._keeps_best = checkpoints.monitor, checkpoints.mode == "min", True
         folder = next((c.directory for c in trainer.callbacks if isinstance(c, RunFolder)), None)
         if self._enabled and trainer.global_step and folder is not None:
-            earlier = runs.read_metrics(folder, [self._monitor]).get(self._monitor, ([], []))
-            for step, value in zip(*earlier, strict=True):
+            earlier = runs.read_metrics(folder, ["train/loss", self._monitor])
+            self._losses.extend(earlier.get("train/loss", ([], []))[1])
+            for step, value in zip(*earlier.get(self._monitor, ([], [])), strict=True):
                 self._is_best(step, value)
 
     def on_train_batch_start(self, trainer: Any, pl_module: Any, *_: Any) -> None:
@@ -92,9 +92,7 @@ class ProgressLine(ProgressBar):
         counts, now, step = pl_module.last_update, time.monotonic(), trainer.global_step
         self.pace.update_ends(step, counts["tokens"])
         loss = counts["loss"] / max(1.0, counts[pl_module.normalised_by])
-        if math.isfinite(loss):
-            self._smooth = SMOOTHING * self._smooth + (1 - SMOOTHING) * loss
-            self._weight = SMOOTHING * self._weight + (1 - SMOOTHING)
+        self._losses.append(loss)
         width, wait = terminal_width(), EVERY
         if width is None:
             wait = min(max(self.every_seconds, LINES_GROW * self.pace.elapsed), LINES_AT_MOST)
@@ -109,7 +107,7 @@ class ProgressLine(ProgressBar):
 
     def _figures(self, trainer: Any, pl_module: Any, step: int) -> list[Figure]:
         metrics = trainer.callback_metrics
-        loss = f"{self._smooth / max(1e-9, self._weight):.4f}"
+        loss = f"{runs.recent(list(self._losses)):.4f}"
         endless = getattr(trainer.fit_loop, "max_batches", 0) == float("inf")
         epoch = [] if endless else [f"{float(metrics.get('epoch', 0.0)):.2f}"]
         speed, memory = self.pace.tokens_per_second, peak_memory(pl_module.device) / 1e9
@@ -135,8 +133,11 @@ class ProgressLine(ProgressBar):
         self.line.close()
         if self._enabled and self.pace.began:
             done = trainer.global_step - self.pace.first_step
-            best = f"; best {self._monitor} {self._best[1]:.4g} at step {self._best[0]}" if self._best else ""
-            _write(f"trained {done:,} step{'s' if done != 1 else ''} in {clock(self.pace.elapsed)}{best}")
+            best = f"; best {self._monitor} {self._best[1]:.4g} at step {self._best[0]:,}" if self._best else ""
+            if self._best and self._best[0] < trainer.global_step and not self._keeps_best:
+                best += f", not kept: the model is the last step's (--checkpoint.monitor {self._monitor} keeps it)"
+            told = f"trained {done:,} step{'s' if done != 1 else ''} in {clock(self.pace.elapsed)}{best}"
+            _write(wrapped(told, terminal_width()))
 
     def on_exception(self, trainer: Any, pl_module: Any, exception: BaseException) -> None:
         """Takes the bar away, so that the message stands alone."""
@@ -190,13 +191,17 @@ class ProgressLine(ProgressBar):
         told = "".join(f"  {name} {v:.4g}" for name, v in found.items() if name.removeprefix("val/") not in details)
         if not told:
             return
-        before, best = self._best, ""
+        before, best, style = self._best, "", ""
         if self._monitor in found and self._is_best(trainer.global_step, found[self._monitor]):
-            best = styled("best so far", "green") if terminal_width() is not None else "best 1"
+            best, style = "best so far", "green"
         elif before is not None:
-            kept = f"(best {before[1]:.4g} at step {before[0]})"
-            best = styled(kept, "dim") if terminal_width() is not None else "best 0"
-        _write(wrapped(f"step {trainer.global_step}{told}", terminal_width()) + f"  {best}".rstrip())
+            best, style = f"(best {before[1]:.4g} at step {before[0]})", "dim"
+        line = f"step {trainer.global_step}{told}"
+        if terminal_width() is None:
+            _write(line + (f"  best {self._best[1]:.4g}  best_step {self._best[0]}" if self._best else ""))
+            return
+        together = best.replace(" ", "\N{NO-BREAK SPACE}")
+        _write(wrapped(f"{line}  {together}".rstrip(), terminal_width()).replace(together, styled(best, style) or ""))
 
     def on_test_end(self, trainer: Any, pl_module: Any) -> None:
         """Takes the bar away."""

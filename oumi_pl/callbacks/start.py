@@ -8,6 +8,7 @@ from typing import Any
 import lightning as L
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
 
+from oumi_pl import runs
 from oumi_pl.callbacks.figures import short
 from oumi_pl.callbacks.run_folder import RunFolder
 from oumi_pl.progress import styled, terminal_width, wrapped
@@ -94,12 +95,20 @@ def _optimizer(optimizer: Any) -> str:
     return f"{type(optimizer).__name__}, {lr}, weight decay {decayed}"
 
 
+def unit(data: Any) -> str:
+    """What `data.batch_size` counts."""
+    if data.packing and hasattr(data, "plan"):  # without a plan, rows are filled whether documents are apart or not
+        return "pack"
+    return "pair" if data.gives == "pairs" else "row"
+
+
 def _steps(trainer: Any, pl_module: Any) -> str:
     total, rows = pl_module.total_steps(), trainer.datamodule.layout.rows_per_update
+    what = unit(trainer.datamodule)
     resumed = f"; resumed at step {trainer.global_step:,}" if trainer.global_step else ""
     return (
-        f"{total:,} update{'s' if total > 1 else ''} of {rows:,} row{'s' if rows > 1 else ''} each{resumed}; the loss "
-        "shown from here on is smoothed, over about 20 updates"
+        f"{total:,} update{'s' if total > 1 else ''} of {rows:,} {what}{'s' if rows > 1 else ''} each{resumed}; the "
+        f"loss shown from here on is the mean of the last {runs.RECENT} updates"
     )
 
 

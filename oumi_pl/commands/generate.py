@@ -2,14 +2,13 @@
 
 import argparse
 import json
-import os
 import sys
-import unicodedata
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from oumi_pl.commands.parser import Parser
 from oumi_pl.errors import UserError
+from oumi_pl.screen import has_colours, meanwhile, visible
 
 LONGEST = 256
 """Tokens of a completion, unless told otherwise."""
@@ -31,9 +30,11 @@ def main(args: list[str]) -> int:
     prompts = _prompts(options)
     if options.model:
         _refuse_no_model(Path(options.model).expanduser())
-        loaded = from_folder(options.model, options.trust_remote_code)
-    else:
-        loaded = from_checkpoint(options.checkpoint.expanduser())
+    with meanwhile("loading the model"):
+        if options.model:
+            loaded = from_folder(options.model, options.trust_remote_code)
+        else:
+            loaded = from_checkpoint(options.checkpoint.expanduser())
     ids = [prompt_ids(loaded.tokenizer, prompt, options.system, options.raw) for prompt in prompts]
     limits = [_limit(loaded.model, len(one), options.max_new_tokens) for one in ids]
     import torch
@@ -146,18 +147,8 @@ def prompt_ids(tokenizer: Any, prompt: str, system: str | None = None, raw: bool
     return [tokenizer.bos_token_id, *ids] if lacks_bos else ids
 
 
-def visible(text: str) -> str:
-    """Text with its control characters made visible, so that a terminal does not obey them."""
-    return "".join(_picture(c) if unicodedata.category(c) == "Cc" and c not in "\n\t" else c for c in text)
-
-
-def _picture(character: str) -> str:
-    code = ord(character)
-    return chr(0x2400 + code) if code < 0x20 else "␡" if code == 0x7F else "�"
-
-
 def _dim(text: str) -> str:
-    return text if "NO_COLOR" in os.environ else f"\033[2m{text}\033[0m"
+    return f"\033[2m{text}\033[0m" if has_colours(sys.stdout) else text
 
 
 def _write(text: str) -> None:

@@ -14,6 +14,7 @@ from collections.abc import Iterable, Iterator
 from typing import Any, NamedTuple
 
 from oumi_pl.errors import UserError, nearest
+from oumi_pl.screen import has_colours
 
 WIDEST = 120
 COLUMN = 34
@@ -304,7 +305,7 @@ def _entry(name: str, doc: str) -> Iterator[str]:
 def _heading(title: str) -> Iterator[str]:
     yield ""
     for line in textwrap.wrap(title, _width()):
-        yield f"\033[1m{line}\033[0m" if sys.stdout.isatty() else line
+        yield f"\033[1m{line}\033[0m" if has_colours(sys.stdout) else line
 
 
 def _summary(cls: type) -> str:

@@ -2,7 +2,6 @@
 
 import argparse
 import difflib
-import os
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -10,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from oumi_pl.commands.parser import Parser
 from oumi_pl.config import files as recipe_files
 from oumi_pl.errors import UserError, nearest
+from oumi_pl.screen import has_colours, meanwhile
 
 if TYPE_CHECKING:
     from oumi_pl.preview.shown import Preview, Shown
@@ -48,15 +48,16 @@ def main(args: list[str]) -> int:
     html = options.html.expanduser() if options.html else None
     if html is not None:
         page.refuse_place(html)
-    from oumi_pl.preview import recipe, terminal
+    with meanwhile("loading PyTorch and Lightning"):
+        from oumi_pl.preview import recipe, terminal
 
-    data, notes = recipe.read(configs, overrides)
+        data, notes = recipe.read(configs, overrides)
     preview = _preview(data, options, recipe.title(configs), notes)
     if html is not None:
         page.write(preview, html)
         print(f"{len(preview.examples)} examples and the data report -> {html}")
         return 0
-    plain = options.plain or not sys.stdout.isatty() or bool(os.environ.get("NO_COLOR"))
+    plain = options.plain or not has_colours(sys.stdout)
     terminal.show(preview, plain=plain, tokens=options.tokens, full=options.full)
     return 0
 

@@ -1,6 +1,5 @@
 """`recipes`: those that come with it, what each is for, and a copy to begin one's own with."""
 
-import os
 import shlex
 import sys
 import textwrap
@@ -8,6 +7,7 @@ from pathlib import Path
 
 from oumi_pl.config import files as recipe_files
 from oumi_pl.errors import UserError, nearest
+from oumi_pl.screen import has_colours
 
 HELP = """\
 usage: oumi_pl recipes [FOLDER]             what there is, in {folders}
@@ -33,9 +33,9 @@ def main(args: list[str]) -> int:
             usage = {"show": "show NAME", "copy": "copy NAME FILE"}[args[0]]
             raise UserError(f"recipes: {args[0]} needs {usage.removeprefix(args[0])[1:]}: oumi_pl recipes {usage}")
         case []:
-            print(listing(recipe_files.names(), _is_bold()))
+            print(listing(recipe_files.names(), has_colours(sys.stdout)))
         case [part] if names := [one for one in recipe_files.names() if f"{one}/".startswith(part.rstrip("/") + "/")]:
-            print(listing(names, _is_bold()))
+            print(listing(names, has_colours(sys.stdout)))
         case _:
             known = ["show", "copy", *_folders(), *recipe_files.names()]
             raise UserError(f"recipes: there is no {' '.join(args)!r} here{nearest(args[0], known)}")
@@ -105,7 +105,3 @@ def _file(name: str) -> Path:
 
 def _folders() -> list[str]:
     return list(dict.fromkeys(name.partition("/")[0] for name in recipe_files.names()))
-
-
-def _is_bold() -> bool:
-    return sys.stdout.isatty() and "NO_COLOR" not in os.environ

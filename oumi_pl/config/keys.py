@@ -6,6 +6,7 @@ behind a page about the types that it tried.
 
 import dataclasses
 import importlib
+import importlib.util
 import inspect
 import traceback
 from collections.abc import Iterable, Mapping
@@ -55,7 +56,7 @@ def _check_section(section: Mapping[str, Any], prefix: str, flags: list[str], cl
 
 def _check_value(value: Any, place: str, classes: Classes) -> None:
     """A value: a class with its arguments, or something that holds such."""
-    if isinstance(value, str) and place in ARGUMENTS and ("/" in value or Path(value).exists()):
+    if isinstance(value, str) and place in ARGUMENTS and _is_no_class(value, classes_at(place, classes)):
         raise UserError(
             f"{place}: {value!r} is not the name of a class; write "
             f"`{place}: {{class_path: {ARGUMENTS[place][0]}, init_args: {{{ARGUMENTS[place][1]}: {value}}}}}`"
@@ -74,6 +75,24 @@ def _check_value(value: Any, place: str, classes: Classes) -> None:
     else:
         for key, item in value.items():
             _check_value(item, f"{place}.{key}", classes)
+
+
+def _is_no_class(value: str, known: Mapping[str, type]) -> bool:
+    """Whether a value is the name of a model or a file: there is such a file, and no class or module of that name."""
+    if "/" in value:
+        return True
+    return Path(value).exists() and value not in known and not _is_in_a_module(value)
+
+
+def _is_in_a_module(name: str) -> bool:
+    module = name.rpartition(".")[0]
+    try:
+        spec = importlib.util.find_spec(module) if module else None
+    except ModuleNotFoundError:
+        return False
+    except Exception:  # the package around it is there, and can't be imported: told where the class is looked for
+        return True
+    return spec is not None and spec.origin is not None  # a folder without code has none
 
 
 def _check_class(value: Mapping[str, Any], place: str, classes: Classes) -> None:

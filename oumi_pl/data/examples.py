@@ -25,7 +25,6 @@ from oumi_pl.types import Example, Record, Row
 
 REMEDIES = {
     "max_length": "; raise data.max_length, which is {}, or set data.overflow: truncate",
-    "empty answer": "; an answer needs words to learn",
     "once cut": "; raise data.max_length, which is {}",
     "no target tokens": "; a row needs an answer, which is a turn of the assistant, to learn from",
 }
@@ -99,8 +98,8 @@ class ExampleData(TextData):
     def setup(self, stage: str) -> None:
         """Opens what the stage needs, and stops before any weight is loaded if there is nothing to train on."""
         for split in self.needed(stage):
-            if not sum(len(store) for store in self.stores(split)):
-                total = reports.merged([store.report for store in self.stores(split)])
+            total = reports.merged([store.report for store in self.stores(split)])
+            if not total["kept"]:
                 if not total["rows"]:
                     held_out = self.sources["validation"]
                     told = f"{held_out} of the rows of data.train, chosen by a hash of each, leaves none for {split}"
@@ -108,6 +107,10 @@ class ExampleData(TextData):
                 reasons = ", ".join(f"{n} {reason}" for reason, n in total["dropped"].items())
                 right = next((told for part, told in REMEDIES.items() if part in reasons), "").format(self.max_length)
                 raise UserError(f"data.{split}: none of {total['rows']} rows is left ({reasons}){right}")
+            if split == "train" and total["empty_answers"] == total["kept"]:
+                which = "all" if total["kept"] == total["rows"] else "the"
+                told = f"the answers of {which} {total['kept']} rows are empty"
+                raise UserError(f"data.{split}: {told}; there is nothing to learn from them but to end at once")
 
     # ---- examples
 

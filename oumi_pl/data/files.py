@@ -294,7 +294,9 @@ def _decoded(line: bytes, name: str, number: int, offset: int, how: Reading) -> 
             text = line.decode(errors="replace")
             how.counts["replaced"] += text.count("\ufffd") - line.count(b"\xef\xbf\xbd")
             return text
-        byte = f"0x{line[error.start]:02x} at byte {error.start + 1} of the line, {offset + error.start + 1} of the file"
+        byte = (
+            f"0x{line[error.start]:02x} at byte {error.start + 1} of the line, {offset + error.start + 1} of the file"
+        )
         right = f"save it as UTF-8, or let the source read on: {{path: {name}, errors: replace}}"
         raise UserError(f"{name}:{number}: not UTF-8 text ({byte}); {right}") from error
 

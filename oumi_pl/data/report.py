@@ -17,7 +17,7 @@ PERCENTILES = (0, 5, 25, 50, 75, 95, 100)
 
 def empty(source: str) -> dict[str, Any]:
     """A report with nothing counted yet."""
-    return {"source": source, "rows": 0, "kept": 0, "dropped": {}, "cut": 0, "straddled": 0}
+    return {"source": source, "rows": 0, "kept": 0, "dropped": {}, "cut": 0, "straddled": 0, "empty_answers": 0}
 
 
 def count(report: dict[str, Any], example: Example | Dropped) -> None:
@@ -28,11 +28,13 @@ def count(report: dict[str, Any], example: Example | Dropped) -> None:
     report["kept"] += 1
     report["cut"] += example.cut
     report["straddled"] += example.straddled
+    report["empty_answers"] += example.empty_answer
 
 
 def merged(reports: list[dict[str, Any]]) -> dict[str, Any]:
     """The sum of the sources' reports."""
-    total: dict[str, Any] = {key: sum(r[key] for r in reports) for key in ("rows", "kept", "cut", "straddled")}
+    counts = ("rows", "kept", "cut", "straddled", "empty_answers")
+    total: dict[str, Any] = {key: sum(r[key] for r in reports) for key in counts}
     dropped: Counter[str] = Counter()
     for report in reports:
         dropped.update(report["dropped"])
@@ -84,6 +86,7 @@ def describe_documents(shards: list[Shards], across: bool = False) -> dict[str, 
         "dropped": {"empty": empty} if empty else {},
         "cut": 0,
         "straddled": 0,
+        "empty_answers": 0,
         "documents": len(lengths),
         "tokens": tokens,
         "target_tokens": max(0, tokens - (1 if across else len(lengths))),

@@ -80,6 +80,15 @@ class ExampleStore:
         return np.diff(self.offsets)
 
     @property
+    def longest(self) -> int:
+        """Positions that the longest example needs: of a pair, those of the prompt and the longer response."""
+        lengths = self.lengths
+        if "rejected_start" in self.added:
+            rejected = self.added["rejected_start"]
+            lengths = lengths - np.minimum(rejected - self.added["chosen_start"], lengths - rejected)
+        return int(lengths.max(initial=0))
+
+    @property
     def target_tokens(self) -> int:
         """Tokens that carry loss, over all examples."""
         return int(np.count_nonzero(self.loss_mask))
@@ -98,8 +107,8 @@ class ExampleStore:
 def write_store(directory: Path, examples: Iterable[Example], report: dict[str, Any]) -> ExampleStore:
     """Writes examples beside their final place and moves them there in one step, so that a kill leaves no half store.
 
-    Examples are all of one class, which the store gives back; of the fields of `Example` itself, `cut` and `straddled`
-    are only counted in the report. `report` is written last: whatever consuming `examples` adds to it is kept.
+    Examples are all of one class, which the store gives back; of the fields of `Example` itself, those beside ids
+    and mask are only counted in the report. `report` is written last: whatever consuming `examples` adds to it is kept.
     """
     directory.parent.mkdir(parents=True, exist_ok=True)
     half = Path(tempfile.mkdtemp(prefix=f".{directory.name}-", dir=directory.parent))

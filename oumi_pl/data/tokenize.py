@@ -98,14 +98,15 @@ class Tokenize:
     def __call__(self, records: Sequence[Record]) -> list[Example | Dropped]:
         """Tokenizes records, each to one example or the reason why there is none, in order.
 
+        An empty answer is an example too: it teaches to end at once.
+
         Raises:
             UserError: `train_on` doesn't fit a record, the chat template refuses it or can't be masked exactly, or it
                 is too long and `overflow` is `error`.
         """
-        marked = [self.mark(record) for record in records]
+        tokens = self.tokens([self.mark(record) for record in records])
         silent = [self._train_on != "all" and says_nothing(record) for record in records]
-        tokens = iter(self.tokens([m for m, empty in zip(marked, silent, strict=True) if not empty]))
-        return [Dropped("empty answer") if empty else self._example(next(tokens)) for empty in silent]
+        return [self._example(*row) for row in zip(tokens, silent, strict=True)]
 
     def prompt_ids(self, record: Record) -> tuple[list[int], str]:
         """Tokenizes what comes before the answer, ready for generation, and returns the answer that the row gives.
@@ -215,7 +216,7 @@ class Tokenize:
             kept[0] = 0
         return kept
 
-    def _example(self, tokens: Tokens) -> Example | Dropped:
+    def _example(self, tokens: Tokens, empty_answer: bool) -> Example | Dropped:
         ids, mask, straddled = tokens
         mask[:1] = False  # nothing predicts the first token
         if not mask.any():
@@ -225,7 +226,7 @@ class Tokenize:
             return kept
         if not mask[kept].any():
             return Dropped("no target tokens once cut")
-        return Example(ids[kept], mask[kept], cut=len(kept) < len(ids), straddled=straddled)
+        return Example(ids[kept], mask[kept], len(kept) < len(ids), straddled, empty_answer)
 
     def _lacks_bos(self, ids: Sequence[int] | np.ndarray) -> bool:
         return self._adds_bos and (len(ids) == 0 or ids[0] != self._bos)

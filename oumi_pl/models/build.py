@@ -175,8 +175,9 @@ def _refuse_without_weights(folder: Path) -> None:
 
 
 def _refuse_attention(attn: str | None, error: BaseException) -> None:
-    if attn == attention.NAME and isinstance(error, KeyError):  # classes of its own, by the name of an implementation
-        raise UserError(f"this architecture's attention can't keep packed documents apart; {NO_PACKING}")
+    if attn == attention.NAME and isinstance(error, KeyError) and error.args[:1] == (attn,):
+        # it looks classes of its own up by the name of an implementation
+        raise UserError(f"this architecture's attention can't keep packed documents apart; {NO_PACKING}") from error
     if attn is not None and ("attention implementation" in str(error) or "attn_implementation" in str(error)):
         raise UserError(
             f"model.attn: {attn!r} does not work for this model; leave it out, or try 'eager' or 'flash_attention_2'"

@@ -1,11 +1,11 @@
 """What is identical for all trainer types: the model, the optimizer, prediction, and what checkpoints hold."""
 
-import warnings
 from collections.abc import Sequence
 from typing import Any, ClassVar, Literal, cast
 
 import torch
 from lightning.pytorch.cli import OptimizerCallable
+from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import Tensor
 from torch.optim import Adam, AdamW, Optimizer
 from torch.optim.lr_scheduler import LambdaLR
@@ -17,7 +17,7 @@ from oumi_pl.models.build import DType, build_model
 from oumi_pl.models.causal_lm import CausalLM
 from oumi_pl.models.config import build_config
 from oumi_pl.models.lora import lora_config
-from oumi_pl.models.positions import refuse_too_few_positions
+from oumi_pl.models.positions import longest_document, refuse_too_few_positions
 from oumi_pl.models.sharding import shard
 from oumi_pl.modules.restorable import RestorableModule
 from oumi_pl.optim import Constant, Schedule, parameter_groups
@@ -117,7 +117,9 @@ class LanguageModule(RestorableModule):
             getattr(data, "tokenizer", None), getattr(data, "added_tokens", ()), getattr(data, "packing", False)
         )
         if data is not None:
-            refuse_too_few_positions(self.model.base, data.max_length)
+            stage = self.trainer.state.fn.value if self.trainer.state.fn else "fit"
+            documents = longest_document(data, list(data.needed(stage)))
+            refuse_too_few_positions(self.model.base, data.max_length, documents)
         self.on_model_built()
         shard(self.model, self)
 
@@ -178,11 +180,15 @@ class LanguageModule(RestorableModule):
         self._fuse(optimizer)
         self._hyperparameters = [{k: v for k, v in g.items() if k != "params"} for g in optimizer.param_groups]
         total = self.total_steps()
-        if not isinstance(factor := self.schedule(total - 1, total), int | float):
-            raise UserError(f"model.schedule: {type(self.schedule).__name__} gives {factor!r} instead of a number")
+        factor = self.schedule(total - 1, total)
+        try:
+            float(factor)  # whatever kind of number a schedule of the user's gives
+        except (TypeError, ValueError, RuntimeError) as error:
+            told = f"model.schedule: {type(self.schedule).__name__} gives {factor!r} instead of a number"
+            raise UserError(told) from error
         for doubt in self.schedule.doubts(total):
-            warnings.warn(doubt, stacklevel=2)
-        schedule = LambdaLR(optimizer, lambda step: self.schedule(step, total))
+            rank_zero_warn(doubt)
+        schedule = LambdaLR(optimizer, lambda step: float(self.schedule(step, total)))
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
     def _fuse(self, optimizer: Optimizer) -> None:
@@ -221,8 +227,10 @@ class LanguageModule(RestorableModule):
             group["lr"] = base_lr * factor(schedule.last_epoch)
         now = optimizer.param_groups[0]["lr"]
         if self.global_step and abs(now - before) > 0.01 * max(now, before):
-            told = f"the learning rate was {before:.3g} where the checkpoint stands, and goes on with {now:.3g}"
-            warnings.warn(told, stacklevel=2)
+            told = (
+                f"where the checkpoint stands, the next learning rate was {before:.3g}; this run goes on with {now:.3g}"
+            )
+            rank_zero_warn(told)
 
     def on_train_epoch_start(self) -> None:
         """Tells Lightning how long this epoch is: a mixture that is drawn anew need not pack into as many rows."""

@@ -1,10 +1,10 @@
 """What a checkpoint holds besides what Lightning puts into it, and how a run goes on from one."""
 
-import warnings
 from typing import Any
 
 import torch
 from lightning.pytorch.callbacks import WeightAveraging
+from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 
 from oumi_pl.checkpoints import rng_state, set_rng_state
 from oumi_pl.errors import UserError
@@ -62,7 +62,7 @@ class RestorableModule(UpdateModule):
             raise UserError("this checkpoint holds weights only (a best.ckpt): resume from a step-*.ckpt")
         if "current_model_state" in checkpoint and not any(isinstance(c, WeightAveraging) for c in self._callbacks):
             told = "the run of this checkpoint averaged its weights; this one goes on from the trained ones alone"
-            warnings.warn(told, stacklevel=2)
+            rank_zero_warn(told)
             checkpoint["state_dict"] = checkpoint["current_model_state"]
         self.tokens_seen = checkpoint["tokens_seen"]
         states = checkpoint["rng"]

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from oumi_pl import screen
 from oumi_pl.data.tokenizers import byte_symbols
 
 if TYPE_CHECKING:
@@ -22,9 +23,6 @@ OPEN, CLOSE = "⟦", "⟧"
 """What stands around tokens that carry loss; in the text itself these two are written as their code points."""
 _BYTE_TOKEN = re.compile(r"<0x([0-9A-Fa-f]{2})>")
 _SPACES = re.compile(r" {2,}|^ | $", re.MULTILINE)
-_NAMES = {"\0": "NUL", "\a": "BEL", "\b": "BS", "\r": "CR", "\x1b": "ESC", "\x7f": "DEL"}
-_KEPT = "\u200c\u200d"
-"""Joiners: Persian, Indic scripts and emoji are misspelt without."""
 
 
 @dataclass(frozen=True)
@@ -151,8 +149,5 @@ def _visible(character: str) -> str:
         return "⏎\n"
     if character == "\t":
         return "⇥   "
-    if character in _NAMES:
-        return f"⟨{_NAMES[character]}⟩"
-    hidden = unicodedata.category(character) in ("Cc", "Cf", "Cs", "Co", "Cn", "Zl", "Zp") and character not in _KEPT
     odd_space = unicodedata.category(character) == "Zs" and character != " "
-    return f"⟨U+{ord(character):04X}⟩" if hidden or odd_space or character in OPEN + CLOSE else character
+    return screen.named(character) if odd_space or character in OPEN + CLOSE else screen.visible(character)

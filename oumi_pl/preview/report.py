@@ -46,8 +46,12 @@ def _lines(report: dict[str, Any]) -> dict[str, str]:
     rows, tokens, targets = report["rows"], report["tokens"], report["target_tokens"]
     lines = {"rows": f"{rows:,}", "kept": f"{report['kept']:,}"}
     lines |= {f"dropped: {reason}": _share(n, rows) for reason, n in report["dropped"].items()}
-    for key, name in (("cut", "cut to length"), ("straddled", "a token across the border of prompt and answer")):
-        if report[key]:
+    for key, name in (
+        ("cut", "cut to length"),
+        ("straddled", "a token across the border of prompt and answer"),
+        ("empty_answers", "an empty answer"),
+    ):
+        if report.get(key):
             lines[name] = _share(report[key], report["kept"])
     for key in ("documents", "replaced", "split"):
         if report.get(key):

@@ -38,7 +38,7 @@ def outcomes(records: Sequence[Record]) -> dict[str, list[str]]:
         "tokens": [_last(run, "train/num_tokens", large) for run in records],
         "tokens/s, median": [_median(run, "train/tokens_per_second") for run in records],
         "peak memory, GB": [_last(run, "train/peak_memory_gb", number) for run in records],
-        "train/loss, smoothed": [_smoothed(run) for run in records],
+        f"train/loss, mean of {runs.RECENT}": [_recent(run) for run in records],
     }
     names = dict.fromkeys(name for run in records for name in run.metrics if name.startswith("val/"))
     order = sorted(names, key=lambda name: (name != "val/loss", name))
@@ -57,11 +57,10 @@ def _median(run: Record, name: str) -> str:
     return number(statistics.median(run.metrics[name][1])) if name in run.metrics else "-"
 
 
-def _smoothed(run: Record) -> str:
+def _recent(run: Record) -> str:
     if "train/loss" not in run.metrics:
         return "-"
-    values = run.metrics["train/loss"][1]
-    return number(float(smooth(values, window_of(len(values)))[-1]))
+    return number(runs.recent(run.metrics["train/loss"][1]))
 
 
 def _best(run: Record) -> str:

@@ -194,10 +194,13 @@ def margins(figure: Any, *, left: float, right: float, bottom: float, top: float
 def draw(axis: Any, panel: Panel, metrics: Mapping[str, Column], resumed: Sequence[int] = ()) -> None:
     """Draws a panel: training thin and, smoothed, bold; validation as points; the last values beside the title."""
     spans: list[tuple[float, float] | None] = []
+    handles: list[Any] = []
     for line in panel.lines:
         steps, values = metrics[line.column]
         drawn = _points if line.column.startswith("val/") else _line
-        spans.append(drawn(axis, line, steps, values))
+        handle, span = drawn(axis, line, steps, values)
+        handles.append(handle)
+        spans.append(span)
     for step in resumed:
         axis.axvline(step, color=FAINT, linewidth=0.8, linestyle=(0, (2, 3)), zorder=0)
     if panel.middle is not None:
@@ -211,8 +214,16 @@ def draw(axis: Any, panel: Panel, metrics: Mapping[str, Column], resumed: Sequen
     axis.grid(alpha=0.25, linewidth=0.6, color=FAINT)
     axis.set_axisbelow(True)
     if len(panel.lines) > 1:
-        handles, labels = axis.get_legend_handles_labels()
-        axis.legend(handles, labels, fontsize=8, frameon=False, loc="best", handlelength=1.8)
+        _name_lines(axis, handles)
+
+
+def _name_lines(axis: Any, handles: list[Any]) -> None:
+    """A legend of names that may be of any characters: those of sources are a user's."""
+    blank = [" "] * len(handles)  # a label with an underscore first would be left out
+    legend = axis.legend(handles, blank, fontsize=8, frameon=False, loc="best", handlelength=1.8)
+    for text, handle in zip(legend.get_texts(), handles, strict=True):
+        text.set_parse_math(False)
+        text.set_text(handle.get_label())
 
 
 def steps_of(columns: Iterable[Column]) -> tuple[float, float]:
@@ -223,7 +234,11 @@ def steps_of(columns: Iterable[Column]) -> tuple[float, float]:
     return first - room, last + room
 
 
-def _line(axis: Any, line: Line, steps: list[int], values: list[float]) -> tuple[float, float] | None:
+Drawn = tuple[Any, tuple[float, float] | None]
+"""What a legend shows of a line, and what its finite values lie between."""
+
+
+def _line(axis: Any, line: Line, steps: list[int], values: list[float]) -> Drawn:
     y = np.asarray(values)
     width = 1 if line.column == "train/lr" else window_of(len(y))
     mean = smooth(y, width)
@@ -235,22 +250,23 @@ def _line(axis: Any, line: Line, steps: list[int], values: list[float]) -> tuple
             axis.fill_between(x, low, high, color=line.color, alpha=0.18, linewidth=0)
         else:
             axis.plot(steps, y, color=line.color, alpha=0.3, linewidth=0.8)
-    axis.plot(*thin(steps, mean), line.style, color=line.color, linewidth=1.7, label=label, marker=marker, markersize=4)
+    x, y_mean = thin(steps, mean)
+    look: dict[str, Any] = {"color": line.color, "linewidth": 1.7, "marker": marker, "markersize": 4}
+    (handle,) = axis.plot(x, y_mean, line.style, label=label, **look)
     lost = np.flatnonzero(~np.isfinite(y))
     if len(lost):
         where = f"not finite: {len(lost):,} of {len(y):,}, first at step {steps[lost[0]]:,}"
         axis.text(0.02, 0.03, where, transform=axis.transAxes, fontsize=8, color=COLORS[1])
-    return _span(np.concatenate([mean, y]))
+    return handle, _span(np.concatenate([mean, y]))
 
 
-def _points(axis: Any, line: Line, steps: list[int], values: list[float]) -> tuple[float, float] | None:
+def _points(axis: Any, line: Line, steps: list[int], values: list[float]) -> Drawn:
     x, y = thin(steps, values)
     few = len(x) <= 60
     label = f"{line.label} {_short(_last(y))}".strip()
-    axis.plot(
-        x, y, ":", color=line.color, linewidth=1.2, marker="o" if few else "", markersize=3.5, label=label, zorder=3
-    )
-    return _span(y)
+    look: dict[str, Any] = {"color": line.color, "linewidth": 1.2, "marker": "o" if few else "", "markersize": 3.5}
+    (handle,) = axis.plot(x, y, ":", label=label, zorder=3, **look)
+    return handle, _span(y)
 
 
 def _span(y: np.ndarray) -> tuple[float, float] | None:

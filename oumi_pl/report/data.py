@@ -12,6 +12,7 @@ ROWS = {
     "kept": ("kept", "n"),
     "dropped": ("dropped", "reasons"),
     "cut": ("cut to length", "n"),
+    "empty_answers": ("empty answers", "n"),
     "straddled": ("a token crosses the border of prompt and answer", "n"),
     "replaced": ("characters that were not UTF-8", "n"),
     "tokens": ("tokens", "n"),

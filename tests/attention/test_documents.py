@@ -253,6 +253,29 @@ def test_recurrent_architectures_are_refused(name):
         refuse_unless_isolating(model)
 
 
+@pytest.mark.parametrize(
+    ("error", "is_told"),
+    [
+        (TypeError("no position_ids"), True),
+        (RuntimeError("The size of tensor a (8) must match the size of tensor b (64)"), True),
+        (RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate tensors of a size"), False),
+        (MemoryError(), False),
+        (RuntimeError("CUDA error: device-side assert triggered"), False),
+        (ZeroDivisionError("a bug"), False),
+    ],
+)
+def test_only_what_an_attention_trips_over_is_told_as_that(error, is_told):
+    def trip(*_):
+        raise error
+
+    model = make("llama")
+    model.model.layers[0].register_forward_pre_hook(trip)
+    kind = UserError if is_told else type(error)
+    with pytest.raises(kind, match=rf"apart \({type(error).__name__}: {str(error)[:8]}" if is_told else None) as raised:
+        refuse_unless_isolating(model)
+    assert (raised.value.__cause__ if is_told else raised.value) is error
+
+
 def test_the_check_leaves_no_trace():
     def draw(*_):
         torch.rand(1)

@@ -14,7 +14,7 @@ import torch
 from oumi_pl import progress
 from oumi_pl.callbacks import pace as pace_module
 from oumi_pl.callbacks.pace import Pace
-from oumi_pl.callbacks.progress import SMOOTHING, ProgressLine
+from oumi_pl.callbacks.progress import ProgressLine
 from oumi_pl.cli import CLI
 from oumi_pl.progress import ERASE, Line, clock, working
 
@@ -121,14 +121,14 @@ def test_half_of_the_bar_is_full_half_way(on_terminal):
     assert filled + empty >= 10
 
 
-def test_the_loss_is_an_exponential_mean_without_the_zeros_before_the_start(on_terminal):
+def test_the_loss_is_the_mean_of_the_last_updates(on_terminal):
     terminal = on_terminal()
     display, (trainer, module) = ProgressLine(), made_run()
-    losses = [4.0, 3.0, 5.0]
-    train(display, trainer, module, losses)
-    weights = [SMOOTHING ** (len(losses) - 1 - i) for i in range(len(losses))]
-    mean = sum(w * x for w, x in zip(weights, losses, strict=True)) / sum(weights)
-    assert f"loss {mean:.4f}" in terminal.screen[-1]
+    train(display, trainer, module, [4.0, 3.0, 5.5])
+    assert "loss 4.1667" in terminal.screen[-1]
+    display._shown = 0.0  # time to draw again
+    train(display, trainer, module, [1.0] * 20)
+    assert "loss 1.0000" in terminal.screen[-1]
 
 
 def test_what_others_print_comes_above_the_bar_and_whole(on_terminal):

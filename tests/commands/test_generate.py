@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from oumi_pl.__main__ import main
 from oumi_pl.commands import generate
-from oumi_pl.commands.generate import prompt_ids, visible
+from oumi_pl.commands.generate import prompt_ids
 from oumi_pl.data.sft import SFTData
 from oumi_pl.data.template import apply_template, load_template
 from oumi_pl.data.tokenizers import ByteTokenizer
@@ -111,18 +111,21 @@ def test_a_seed_repeats_what_was_drawn(run, capsys):
 
 
 def test_a_terminal_shows_prompts_and_streams(run, monkeypatch, capsys):
+    monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.delenv("NO_COLOR", raising=False)
     whole = said(capsys, "--model", run / "model", "--prompt", "x", "--max_new_tokens", 12)
     monkeypatch.setattr("sys.stdout.isatty", lambda: True, raising=False)
     pieces = []
     monkeypatch.setattr(generate, "_write", pieces.append)
     shown = said(capsys, "--model", run / "model", "--prompt", "x\033[2J", "--prompt", "x", "--max_new_tokens", 12)
-    assert shown.startswith("\033[2mx␛[2J\033[0m\n")
+    assert shown.startswith("\033[2mx⟨ESC⟩[2J\033[0m\n")
     assert "".join(pieces).endswith(whole[:-1])
     assert len(pieces) > 4
 
 
-def test_a_terminal_is_not_driven():
-    assert visible("a\033[31m\r\n\tb\x9b\x7f é😀") == "a␛[31m␍\n\tb�␡ é😀"
+def test_a_terminal_is_not_driven(capsys):
+    generate._write("a\033[31m\r\n\tb\x9b\x7f é😀\u202eright to left\u2066")
+    assert capsys.readouterr().out == "a⟨ESC⟩[31m⟨CR⟩\n\tb⟨U+009B⟩⟨DEL⟩ é😀⟨U+202E⟩right to left⟨U+2066⟩"
 
 
 def test_an_interruption_ends_the_line_and_the_program(run, monkeypatch, capsys):

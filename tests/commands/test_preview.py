@@ -134,7 +134,7 @@ def test_help_has_an_example_of_the_main_uses(capsys):
 
 
 def test_sources_of_a_mixture_are_told_apart(cli):
-    cli.write("more.jsonl", jsonl({"prompt": "a? ", "completion": "b"}, {"prompt": "a? ", "completion": ""}))
+    cli.write("more.jsonl", jsonl({"prompt": "a? ", "completion": "b"}, {"prompt": "", "completion": ""}))
     mixture = [{"path": "rows.jsonl", "weight": 3}, {"path": "more.jsonl", "weight": 1}]
     cli.recipe({"data.init_args.train": mixture, "data.init_args.validation": "rows.jsonl"})
     out = cli.works("preview", "--config", "r.yaml", "--row", 17, "--data.max_length", 256)

@@ -125,6 +125,17 @@ def test_known_keys(tree):
     refuse_unknown_keys(tree, FLAGS, CLASSES)
 
 
+@pytest.mark.parametrize("value", ["Child", "decimal.Decimal"])
+def test_a_class_is_one_whatever_lies_in_the_folder(tmp_path, monkeypatch, value):
+    monkeypatch.chdir(tmp_path)
+    for name in (value, "rows.jsonl", "rows"):
+        (tmp_path / name).mkdir()
+    monkeypatch.syspath_prepend(tmp_path)
+    refuse_unknown_keys({"model": value}, FLAGS, CLASSES)
+    with pytest.raises(UserError, match=r"'rows\.jsonl' is not the name of a class"):
+        refuse_unknown_keys({"model": "rows.jsonl"}, FLAGS, CLASSES)
+
+
 def test_an_option_of_a_class_is_told_as_it_was_typed():
     said = explain("Unrecognized arguments: --sise.deep 1", FLAGS, CLASSES, ["fit", "--model.sise.deep", "1"])
     assert said == "unknown option --model.sise.deep; did you mean '--model.size.deep'?"

@@ -4,10 +4,12 @@ import json
 
 import pytest
 
+from oumi_pl.callbacks import start
 from oumi_pl.data import base
 from oumi_pl.data.sft import SFTData
 from oumi_pl.data.tokenizers import ByteTokenizer
 from oumi_pl.errors import UserError
+from oumi_pl.preview import report as preview
 from tests.tiny import conversations, write_jsonl
 
 
@@ -108,6 +110,22 @@ def test_the_report_adds_up(tmp_path):
     assert report["lengths"]["p0"] == lengths.min() and report["lengths"]["p100"] == 96
     assert report["fill"] == pytest.approx(lengths.sum() / (report["rows_planned"] * 96), abs=1e-6)
     json.dumps(report)
+
+
+def test_empty_answers_are_trained_counted_and_told_and_refused_where_there_are_no_others(tmp_path):
+    rows = conversations(4)
+    for row in rows[:3]:
+        row["messages"][-1]["content"] = " "
+    made = make(write_jsonl(tmp_path / "rows.jsonl", rows))
+    report = made.report()["train"]
+    assert (report["kept"], report["empty_answers"], report["dropped"]) == (4, 3, {})
+    assert "4 rows, all kept, 3 with an empty answer, " in start.summary(report)
+    (table,) = preview.tables(made)
+    assert ["an empty answer", "3 (75.0%)"] in table.rows
+    silent = write_jsonl(tmp_path / "empty.jsonl", rows[:3])
+    with pytest.raises(UserError, match=r"data\.train: the answers of all 3 rows are empty"):
+        make(silent).setup("fit")
+    make(silent, train_on="all").setup("fit")
 
 
 def test_padding_is_that_of_the_batches(tmp_path):

@@ -390,13 +390,16 @@ def test_drop_and_error():
     assert Tokenize(tokenizer, 9)(nothing) == [Dropped("no target tokens")] * 3
 
 
-def test_an_empty_answer_is_dropped_where_nothing_else_carries_loss():
+def test_an_empty_answer_teaches_to_end_at_once_and_is_told():
     tokenizer = byte_tokenizer("plain")
-    silent = [Text("  ", prompt="q"), chat("a", ""), chat("a", "b", "c", "", border=3)]
-    assert Tokenize(tokenizer, 99)(silent) == [Dropped("empty answer")] * 3
-    speaking = [chat("a", "b", "c", ""), Text("x", prompt="q")]
-    assert not any(isinstance(example, Dropped) for example in Tokenize(tokenizer, 99)(speaking))
-    assert not any(isinstance(example, Dropped) for example in Tokenize(tokenizer, 99, "all")(silent))
+    silent = [Text("", prompt="q"), chat("a", ""), chat("a", "b", "c", "", border=3)]
+    for example in Tokenize(tokenizer, 99)(silent):
+        assert example.empty_answer
+        assert "".join(text for text, carries in pieces(tokenizer, example) if carries) in ("<eos>", " <eos>")
+    assert Tokenize(tokenizer, 99)([Text("  ", prompt="q")])[0].empty_answer
+    speaking = [chat("a", "b", "c", ""), Text("x", prompt="q"), Text("x")]
+    assert not any(example.empty_answer for example in Tokenize(tokenizer, 99)(speaking))
+    assert not any(example.empty_answer for example in Tokenize(tokenizer, 99, "all")(silent))
 
 
 # --- prompts ----------------------------------------------------------------------------------------------------------

@@ -92,6 +92,23 @@ def test_attention_falls_back_where_an_architecture_lacks_it(tokenizer):
     refused(["model.attn", "'sdpa'", "leave it out"], None, config=gemma, tokenizer=tokenizer, attn="sdpa")
 
 
+@pytest.mark.parametrize(
+    ("key", "words"),
+    [("documents", "can't keep packed documents apart"), ("hidden", "can't build this llama: KeyError: 'hidden'")],
+)
+def test_a_missing_key_is_the_attention_s_only_if_it_names_it(monkeypatch, tmp_path, key, words):
+    def fail(*_, **__):
+        raise KeyError(key)
+
+    monkeypatch.setattr(AutoModelForCausalLM, "from_config", fail)
+    refused([words], None, config=LLAMA | {"vocab_size": 99}, attn="documents")
+    monkeypatch.undo()
+    save(tmp_path)
+    monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", fail)
+    with pytest.raises(UserError if key == "documents" else KeyError):
+        build_model(str(tmp_path), attn="documents")
+
+
 # ---- from a folder
 
 

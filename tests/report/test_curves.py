@@ -3,6 +3,7 @@
 import math
 import random
 import time
+from xml.etree import ElementTree
 
 import matplotlib
 import numpy as np
@@ -61,6 +62,15 @@ def test_any_series_is_drawn_without_a_warning(tmp_path, values, recwarn):
     assert all(text.startswith("<svg") and text.endswith("</svg>") for text in drawn)
     assert ("not finite" in drawn[0]) == (not all(map(math.isfinite, values)))
     assert not [str(w.message) for w in recwarn]
+
+
+def test_a_source_may_have_any_name(tmp_path):
+    sources = ["_corpus", "a$b_{c$", "<b>&amp", r"\frac$\frac$"]
+    metrics = {f"val/bits_per_byte{name}": column([2.0, 1.0]) for name in ["", *(f"/{source}" for source in sources)]}
+    curves.png(metrics, "run", tmp_path / "c.png")
+    (panel,) = curves.panels(metrics)
+    named = "".join(ElementTree.fromstring(curves.svg(panel, metrics)).itertext())
+    assert [name for name in ["all", *sources] if f"{name} 1" not in named] == []
 
 
 def test_drawing_leaves_the_settings_of_others_alone(tmp_path):

@@ -1,0 +1,90 @@
+"""Streams: which of them obey escape codes and show colours, and what none of them is given."""
+
+import io
+import sys
+import unicodedata
+
+import pytest
+
+from oumi_pl import progress
+from oumi_pl.commands import generate, preview, recipes
+from oumi_pl.preview import pieces
+from oumi_pl.screen import has_colours, is_terminal, meanwhile, visible
+
+
+class Stream(io.StringIO):
+    def __init__(self, tty):
+        super().__init__()
+        self.tty = tty
+
+    def isatty(self):
+        return self.tty
+
+
+@pytest.mark.parametrize(
+    ("tty", "term", "no_color", "obeys", "colours"),
+    [
+        (True, "xterm-256color", None, True, True),
+        (True, None, None, True, True),
+        (True, "xterm", "", True, True),
+        (True, "xterm", "1", True, False),
+        (True, "dumb", None, False, False),
+        (False, "xterm", None, False, False),
+    ],
+)
+def test_every_command_decides_alike_on_colours(monkeypatch, tty, term, no_color, obeys, colours):
+    for name, value in {"TERM": term, "NO_COLOR": no_color}.items():
+        monkeypatch.delenv(name, raising=False) if value is None else monkeypatch.setenv(name, value)
+    stream, shown = Stream(tty), []
+    assert (is_terminal(stream), has_colours(stream)) == (obeys, colours)
+    with monkeypatch.context() as patch:
+        patch.setattr(sys, "stdout", stream)
+        patch.setattr(sys, "stderr", stream)
+        patch.setattr(recipes, "listing", lambda names, bold=False: str(bold))
+        patch.setattr("oumi_pl.preview.recipe.read", lambda *_: (None, []))
+        patch.setattr(preview, "_preview", lambda *_: None)
+        patch.setattr("oumi_pl.preview.terminal.show", lambda *_, plain, **__: shown.append(not plain))
+        recipes.main([])
+        preview.main(["--config", "quickstart/sft"])
+        shown += ["\033" in generate._dim("a"), "\033" in progress.styled("a", "red"), "True" in stream.getvalue()]
+        assert (progress.terminal_width() is not None) == obeys
+    assert shown == [colours] * 4
+
+
+@pytest.mark.parametrize("stream", [object(), None])
+def test_what_is_no_stream_is_no_terminal(stream):
+    assert not is_terminal(stream)
+
+
+def test_a_closed_stream_is_no_terminal():
+    stream = io.StringIO()
+    stream.close()
+    assert not is_terminal(stream)
+
+
+def test_nothing_that_is_shown_drives_a_terminal_or_hides():
+    everything = "".join(map(chr, range(sys.maxunicode + 1)))
+    shown = visible(everything)
+    odd = {c for c in shown if unicodedata.category(c) in ("Cc", "Cf", "Zl", "Zp", "Co", "Cs", "Cn")}
+    assert odd == {"\n", "\t", "\u200c", "\u200d"}
+    assert visible("a\x1b[0m\r\n\tb\u202e\ud800") == "a⟨ESC⟩[0m⟨CR⟩\n\tb⟨U+202E⟩⟨U+D800⟩"
+
+
+def test_what_people_write_stays_as_it_is():
+    text = "naïve 你好\u3000世界 10\u00a0€ 👩\u200d👧 ಕ್\u200cಷ ⟦x⟧"
+    assert visible(text) == text
+    assert pieces.visible([text]) == [
+        text.replace("\u3000", "⟨U+3000⟩")
+        .replace("\u00a0", "⟨U+00A0⟩")
+        .replace("⟦", "⟨U+27E6⟩")
+        .replace("⟧", "⟨U+27E7⟩")
+    ]
+
+
+def test_what_goes_on_is_told_on_a_terminal_and_taken_away(monkeypatch):
+    monkeypatch.setenv("TERM", "xterm")
+    for tty, expected in ((True, "loading …\r\033[K"), (False, "")):
+        monkeypatch.setattr(sys, "stderr", Stream(tty))
+        with pytest.raises(KeyError), meanwhile("loading"):
+            raise KeyError
+        assert sys.stderr.getvalue() == expected
