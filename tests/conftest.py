@@ -36,6 +36,12 @@ def own_port(monkeypatch):
 
 
 @pytest.fixture(autouse=True)
+def own_seed(monkeypatch):
+    """A run leaves its seed in the environment, where the next one would draw its order from it."""
+    monkeypatch.delenv("PL_GLOBAL_SEED", raising=False)
+
+
+@pytest.fixture(autouse=True)
 def quietly():
     from oumi_pl.quiet import quiet
 

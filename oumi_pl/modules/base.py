@@ -227,10 +227,7 @@ class LanguageModule(RestorableModule):
             group["lr"] = base_lr * factor(schedule.last_epoch)
         now = optimizer.param_groups[0]["lr"]
         if self.global_step and abs(now - before) > 0.01 * max(now, before):
-            told = (
-                f"where the checkpoint stands, the next learning rate was {before:.3g}; this run goes on with {now:.3g}"
-            )
-            rank_zero_warn(told)
+            rank_zero_warn(f"the checkpoint's next learning rate was {before:.3g}, and this run goes on with {now:.3g}")
 
     def on_train_epoch_start(self) -> None:
         """Tells Lightning how long this epoch is: a mixture that is drawn anew need not pack into as many rows."""
