@@ -86,7 +86,7 @@ def _compare(args: list[str]) -> int:
     names = _names(found)
     print(_table(["", *names], [[name, *cells] for name, cells in beside.outcomes(records).items()]))
     differing = beside.differences(records)
-    print("\nset otherwise:" if differing else "\nnothing was set otherwise")
+    print(f"\nset otherwise ({' | '.join(names)}):" if differing else "\nnothing was set otherwise")
     for key, values in differing.items():
         print(f"  {key}: {' | '.join(values)}")
     if note := beside.not_alike(records):
