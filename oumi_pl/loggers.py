@@ -255,6 +255,7 @@ def _to_wandb(logger: WandbLogger, file: Path) -> None:
     if file.suffix == ".png":
         logger.log_image(file.stem, [str(file)])
     elif file.suffix == ".html":
-        logger.log_metrics({file.stem: wandb.Html(str(file), inject=False)})  # type: ignore[dict-item]
+        page: Any = wandb.Html(str(file), inject=False)
+        logger.log_metrics({file.stem: page})
     elif file.name == "data.json":
         experiment.summary["data"] = json.loads(file.read_text(encoding="utf-8"))

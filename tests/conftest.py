@@ -41,6 +41,23 @@ def own_seed(monkeypatch):
     monkeypatch.delenv("PL_GLOBAL_SEED", raising=False)
 
 
+DRAWN = (
+    "tests.report",
+    "tests.recipes",
+    "tests.callbacks.test_report",
+    "tests.commands.test_runs",
+    "tests.test_loggers",
+)
+"""Where runs are reported as they are by default."""
+
+
+@pytest.fixture(autouse=True)
+def undrawn(request, monkeypatch):
+    """Drawing the report of a run takes a second, which most tests have no use for."""
+    if not request.module.__name__.startswith(DRAWN):
+        monkeypatch.setattr("oumi_pl.report.page.make", lambda run: None)
+
+
 @pytest.fixture(autouse=True)
 def quietly():
     from oumi_pl.quiet import quiet

@@ -207,7 +207,7 @@ if __name__ == "__main__":
 """
 
 
-@pytest.mark.parametrize("lora", [None, {"r": 4}])
+@pytest.mark.parametrize("lora", [pytest.param(None, marks=pytest.mark.slow), {"r": 4}])
 def test_a_sharded_run(tmp_path, lora):
     """FSDP2 on two processes: the run exports its best weights, and its checkpoints can be exported too."""
     base = pretrained(tmp_path / "base", tie_word_embeddings=True)
