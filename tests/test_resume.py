@@ -213,7 +213,7 @@ def uninterrupted(tmp_path_factory):
     [
         (0, "8", "SIGKILL", -9),  # right after the validation and the checkpoint that end the first epoch
         (2, "11", "SIGKILL", -9),  # in the second epoch, between checkpoints, in the middle of an update
-        (0, "11", "SIGTERM", 143),
+        pytest.param(0, "11", "SIGTERM", 143, marks=pytest.mark.slow),
     ],
 )
 def test_the_command_killed_and_resumed_equals_uninterrupted(

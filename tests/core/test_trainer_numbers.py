@@ -221,6 +221,7 @@ Trainer(llama(), ByteTokenizer().build(), values, token_rows(9), eval_dataset=to
 """
 
 
+@pytest.mark.slow
 def test_two_processes_train_as_one(tmp_path):
     """Updates of 8 rows and of 1, for which the second process has none."""
     root = str(Path(__file__).parents[2])

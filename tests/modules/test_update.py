@@ -146,7 +146,7 @@ def on_two_processes(tmp_path, strategy, batch_size, micro_batches, clip=None):
     return torch.load(tmp_path / "result.pt", weights_only=True)
 
 
-@pytest.mark.parametrize("strategy", ["ddp", "fsdp2"])
+@pytest.mark.parametrize("strategy", ["ddp", pytest.param("fsdp2", marks=pytest.mark.slow)])
 def test_equals_a_plain_loop_on_two_processes(tmp_path, strategy):
     expected, expected_losses = reference(tmp_path)
     got = on_two_processes(tmp_path, strategy, 2, 2)
