@@ -200,8 +200,10 @@ class ProgressLine(ProgressBar):
         if terminal_width() is None:
             _write(line + (f"  best {self._best[1]:.4g}  best_step {self._best[0]}" if self._best else ""))
             return
-        together = best.replace(" ", "\N{NO-BREAK SPACE}")
-        _write(wrapped(f"{line}  {together}".rstrip(), terminal_width()).replace(together, styled(best, style) or ""))
+        # names stay with their values, and the words about the best together
+        joined = [part.replace(" ", "\N{NO-BREAK SPACE}") for part in (*line.split("  "), *([best] if best else ()))]
+        shown = wrapped("  ".join(joined), terminal_width()).replace("\N{NO-BREAK SPACE}", " ")
+        _write(shown.replace(best, styled(best, style)) if best else shown)
 
     def on_test_end(self, trainer: Any, pl_module: Any) -> None:
         """Takes the bar away."""

@@ -353,3 +353,16 @@ def test_a_spinner_turns_on_a_terminal_while_something_is_loaded(on_terminal, mo
 
 def test_clocks():
     assert [clock(s) for s in (7, 754, 3723, 273_600)] == ["0:07", "12:34", "1:02:03", "3 d 4 h"]
+
+
+def test_a_narrow_terminal_tears_no_value_from_its_name(on_terminal):
+    terminal = on_terminal(48)  # the name alone would have room
+    display, (trainer, module) = ProgressLine(), made_run()
+    train(display, trainer, module, [1.0])
+    trainer.callback_metrics |= {"val/loss": torch.tensor(0.25), "val/mean_token_accuracy": torch.tensor(0.5)}
+    display.on_validation_start(trainer, module)
+    display.on_validation_end(trainer, module)
+    told = [line.strip() for line in terminal.screen[-4:]]
+    assert "step 1  val/loss 0.25" in told
+    assert any("val/mean_token_accuracy 0.5" in line for line in told)
+    assert any(line.endswith("best so far") for line in told)
