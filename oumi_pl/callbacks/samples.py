@@ -17,6 +17,7 @@ from oumi_pl.callbacks.run_folder import RunFolder
 from oumi_pl.checkpoints import rng_state, set_rng_state
 from oumi_pl.generation import complete
 from oumi_pl.progress import styled, terminal_width, working
+from oumi_pl.screen import visible
 
 FILE = "samples.jsonl"
 LOOKED_AT = 50
@@ -217,5 +218,5 @@ def readable(tokenizer: Any, prompt: list[int]) -> str:
 
 
 def printable(text: str) -> str:
-    """A text in one line: line ends as `⏎`, other control characters as a dot."""
-    return "".join("⏎" if c == "\n" else c if c.isprintable() else "·" for c in text)
+    """A text in one line that can't drive a terminal: line ends as `⏎`, tabs as `⇥`, control characters by name."""
+    return visible(text).replace("\n", "⏎").replace("\t", "⇥")

@@ -156,15 +156,19 @@ def test_prompts_that_leave_no_room_in_the_positions_are_passed_over(tmp_path):
 def test_what_is_shown_fits_and_can_not_drive_the_terminal(monkeypatch):
     monkeypatch.setattr(samples_module, "terminal_width", lambda: 60)
     long = "word " * 200
-    told = shown(3, [("short", "\033[2Jan\nanswer\r\a"), (f"begin {long}end", long), ("empty", "")])
-    first, short, prompt, *completion, empty = told.splitlines()
+    told = shown(
+        3,
+        [("short", "\033[2Jan\nanswer\r\a"), (f"begin {long}end", long), ("empty", ""), ("joined", "👩\u200d🚀\u202e")],
+    )
+    first, short, prompt, *completion, empty, joined = told.splitlines()
     assert first == "step 3  samples"
-    assert short == "  short > ·[2Jan⏎answer··"
+    assert short == "  short > ⟨ESC⟩[2Jan⏎answer⟨CR⟩⟨BEL⟩"
     assert prompt.startswith("  …")
     assert prompt.endswith("end")
     assert len(completion) == samples_module.LINES
     assert completion[-1].endswith(" …")
     assert empty == "  empty > (nothing)"
+    assert joined == "  joined > 👩\u200d🚀⟨U+202E⟩"
     assert max(len(line) for line in told.splitlines()) < 60
 
 
