@@ -139,9 +139,9 @@ def run_ours(folder: Path, scratch: Path, **options: Any) -> Result:
     from oumi_pl.callbacks.progress import ProgressLine
     from oumi_pl.callbacks.start import Start
     from oumi_pl.callbacks.throughput import Throughput
-    from oumi_pl.cli import TRAINER_DEFAULTS
-    from oumi_pl.metrics import MetricsCSV
+    from oumi_pl.config.cli import TRAINER_DEFAULTS
     from oumi_pl.modules.dpo import DPO
+    from oumi_pl.runs.metrics import MetricsCSV
 
     baseline, clock = peak_memory(), Clock()
 

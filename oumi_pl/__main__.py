@@ -11,7 +11,7 @@ from typing import Any
 from oumi_pl import __version__
 from oumi_pl.config import files as recipe_files
 from oumi_pl.errors import UserError, nearest, of_the_machine, versions
-from oumi_pl.screen import meanwhile
+from oumi_pl.terminal.screen import meanwhile
 
 HELP = """\
 usage: oumi_pl COMMAND [options]          (or: python -m oumi_pl COMMAND)
@@ -115,7 +115,7 @@ def _run(argv: list[str]) -> int:
 
 def _train(command: str, rest: list[str]) -> int:
     args, configs, trees = _with_recipe_paths(_with_values(rest))
-    from oumi_pl import runs
+    from oumi_pl.runs import folders
 
     resume, args = _take_resume(args)
     asks_for_help = any(arg.partition("=")[0].endswith((".help", "--help")) or arg == "-h" for arg in args)
@@ -127,7 +127,7 @@ def _train(command: str, rest: list[str]) -> int:
             "name the recipe of the run (--config NAME or FILE), or its folder (--resume RUN; oumi_pl runs lists them)"
         )
         raise UserError(f"--resume: {told}")
-    recipe = "-".join(runs.recipe_of(path) or recipe_files.recipe_name(path) for path in configs) or "run"
+    recipe = "-".join(folders.recipe_of(path) or recipe_files.recipe_name(path) for path in configs) or "run"
     tree: dict[str, Any] = {}
     for recipe_tree in trees:
         tree = recipe_files.merge(tree, recipe_tree)
@@ -136,7 +136,7 @@ def _train(command: str, rest: list[str]) -> int:
         from oumi_pl.config import resuming
 
         folder, recipe, args = resuming.arguments(command, resume, recipe, args, tree)
-        trees = [recipe_files.check(folder / runs.CONFIG)]
+        trees = [recipe_files.check(folder / folders.CONFIG)]
     if not asks_for_help:
         from oumi_pl.config import recipe_models
 
@@ -149,7 +149,7 @@ def _train(command: str, rest: list[str]) -> int:
     os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
     with meanwhile("loading PyTorch and Lightning"):
         from oumi_pl.callbacks.preemption import Stopped
-        from oumi_pl.cli import CLI
+        from oumi_pl.config.cli import CLI
 
     try:
         CLI([command, *args], recipe=recipe, resume=folder, trees=trees)

@@ -1,8 +1,11 @@
 """The user's mistakes: one short message each, and the nearest name that would have been right."""
 
 import contextlib
+import difflib
 import errno
-from collections.abc import Iterable
+import textwrap
+from collections.abc import Callable, Iterable
+from pathlib import Path
 
 LISTED = 12
 """How many known names an error lists at the most."""
@@ -22,8 +25,6 @@ def nearest(name: str, names: Iterable[str]) -> str:
     Returns:
         `"; did you mean 'x'?"` or `"; known: 'a', 'b'"`.
     """
-    import difflib
-
     known = list(names)
     # capitals are the commonest slip: `adamw` is one letter from `adam`, but none from `AdamW`
     by_case = {candidate.casefold(): candidate for candidate in known}
@@ -35,6 +36,43 @@ def nearest(name: str, names: Iterable[str]) -> str:
     shown = sorted(known)[:LISTED]
     more = f", ... ({len(known)} in all)" if len(known) > LISTED else ""
     return "; known: " + ", ".join(repr(n) for n in shown) + more
+
+
+CLOSE = 0.6
+"""Share of letters in common from which on a name is offered. Endings don't count: all data files share theirs."""
+
+
+def nearby(path: Path, fits: Callable[[Path], object] = Path.is_dir, *, tell_where: bool = True) -> str:
+    """Ends a message about a missing path.
+
+    Args:
+        path: What there is not.
+        fits: Whether something that is there could have been meant; directories are offered in place of one.
+        tell_where: Whether the directory that was searched is told where no name in it is close.
+
+    Returns:
+        `"; did you mean 'data/train.jsonl'?"`, or `"; it is looked for in /home/me"`, or nothing.
+    """
+    missing = path
+    while not missing.parent.exists():
+        missing = missing.parent
+    there = missing.parent
+    if not there.is_dir():
+        return f"; {there} is not a directory"
+    could = Path.is_dir if missing != path else fits
+    names = {p.stem.casefold(): p for p in sorted(there.iterdir()) if not p.name.startswith(".") and could(p)}
+    close = difflib.get_close_matches(missing.stem.casefold(), names, n=1, cutoff=CLOSE)
+    if close:
+        return f"; did you mean {names[close[0]].as_posix()!r}?"
+    return f"; it is looked for in {there.resolve()}" if tell_where else ""
+
+
+def reason(error: BaseException) -> str:
+    """The first line of an error's message, or its kind where it has none."""
+    lines = str(error).strip().splitlines()
+    if lines and lines[0].rstrip().endswith(":"):  # what it announces is the reason
+        return textwrap.shorten(" ".join(lines), 250)
+    return lines[0] if lines else type(error).__name__
 
 
 LIBRARIES = ("torch", "lightning", "transformers", "jsonargparse", "peft", "datasets")

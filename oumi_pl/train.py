@@ -14,7 +14,7 @@ from oumi_pl.core.configs import PeftSaveMode, TrainingConfig
 from oumi_pl.core.layout import write_base, write_layout
 from oumi_pl.core.recipe import Engine, Recipe, to_recipe
 from oumi_pl.errors import UserError
-from oumi_pl.runs import CONFIG, read_state
+from oumi_pl.runs.folders import CONFIG, read_state
 
 LENGTH = ("max_steps", "max_epochs")
 WORDS = {
@@ -72,8 +72,8 @@ def _fit(file: Path, recipe: Recipe, name: str) -> tuple[Any, Path | None]:
         The command line that ran, and the run's folder; twice None if the run to go on with has ended.
     """
     from oumi_pl.callbacks.run_folder import RunFolder
-    from oumi_pl.cli import CLI
     from oumi_pl.config import files, resuming
+    from oumi_pl.config.cli import CLI
 
     args, tree, folder = ["--config", str(file)], files.check(file), None
     if recipe.resume is not None:

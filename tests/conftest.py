@@ -46,7 +46,7 @@ DRAWN = (
     "tests.recipes",
     "tests.callbacks.test_report",
     "tests.commands.test_runs",
-    "tests.test_loggers",
+    "tests.runs.test_loggers",
 )
 """Where runs are reported as they are by default."""
 
@@ -60,6 +60,6 @@ def undrawn(request, monkeypatch):
 
 @pytest.fixture(autouse=True)
 def quietly():
-    from oumi_pl.quiet import quiet
+    from oumi_pl.terminal.quiet import quiet
 
     quiet()

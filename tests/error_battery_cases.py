@@ -67,7 +67,7 @@ def without_bitsandbytes(cli: CommandLine, patch: pytest.MonkeyPatch) -> None:
 
 def on_an_old_gpu(cli: CommandLine, patch: pytest.MonkeyPatch) -> None:
     refuse = refusals.refuse_unsupported_precision
-    patch.setattr("oumi_pl.cli.refuse_unsupported_precision", lambda p, _: refuse(p, torch.device("cuda")))
+    patch.setattr("oumi_pl.config.cli.refuse_unsupported_precision", lambda p, _: refuse(p, torch.device("cuda")))
     patch.setattr("torch.cuda.is_bf16_supported", lambda including_emulation: False)
     patch.setattr("torch.cuda.get_device_name", lambda device: "Tesla T4")
 

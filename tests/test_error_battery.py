@@ -66,7 +66,7 @@ def test_full_disk_leaves_whole_checkpoints_and_the_run_goes_on(cli, monkeypatch
             raise OSError(errno.ENOSPC, "No space left on device")
         save(content, file)
 
-    monkeypatch.setattr("oumi_pl.checkpoints.torch.save", filling_up)
+    monkeypatch.setattr("oumi_pl.runs.checkpoints.torch.save", filling_up)
     steps = ("--trainer.max_steps", "3", "--checkpoint.every", "1")
     code, _, err = cli.run(*FIT, *steps)
     assert code == 2

@@ -15,7 +15,7 @@ import torch
 
 from oumi_pl.callbacks.checkpoint import Checkpoints
 from oumi_pl.callbacks.last_step import LastStep
-from oumi_pl.checkpoints import AtomicCheckpointIO
+from oumi_pl.runs.checkpoints import AtomicCheckpointIO
 from tests.tiny import conversations, data, module, trainer, weights, write_jsonl
 
 DROPOUT = {"attention_dropout": 0.2}

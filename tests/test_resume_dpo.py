@@ -14,9 +14,9 @@ from torch import nn
 
 from oumi_pl.callbacks.checkpoint import Checkpoints
 from oumi_pl.callbacks.last_step import LastStep
-from oumi_pl.checkpoints import AtomicCheckpointIO
 from oumi_pl.errors import UserError
 from oumi_pl.losses.preference import Sigmoid
+from oumi_pl.runs.checkpoints import AtomicCheckpointIO
 from tests.models.test_lora import pretrained
 from tests.test_resume import DROPOUT, Kill, newest
 from tests.tiny import dpo, dpo_data, trainer, weights

@@ -9,7 +9,6 @@ import torch
 from torch import Tensor
 from transformers import TrainerCallback
 
-from oumi_pl import runs
 from oumi_pl.adapters import position
 from oumi_pl.adapters.batches import Batches, EngineBatch, in_our_order
 from oumi_pl.adapters.refusals import WATCHERS
@@ -18,6 +17,7 @@ from oumi_pl.callbacks.checkpoint import Checkpoints
 from oumi_pl.callbacks.preemption import Preemption, Stopped
 from oumi_pl.callbacks.run_folder import RunFolder
 from oumi_pl.errors import UserError
+from oumi_pl.runs import folders
 from oumi_pl.types import IGNORE_INDEX, Pairs
 
 SAME = {True: 5e-2, False: 1e-5}
@@ -119,7 +119,7 @@ class Course(TrainerCallback):
         self.watch("on_train_start")
         folder: RunFolder | None = find(self.lightning, RunFolder)
         if folder is not None and folder.directory is not None:
-            args.output_dir = str(folder.directory / runs.CHECKPOINTS)
+            args.output_dir = str(folder.directory / folders.CHECKPOINTS)
         if self.preemption is not None:
             self.preemption.on_train_start(self.lightning, self.module)
         self.watch("on_train_batch_start", None, 0)

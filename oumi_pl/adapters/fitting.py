@@ -13,7 +13,7 @@ from lightning.pytorch.utilities.types import LRSchedulerConfig
 from transformers import PrinterCallback, TrainerCallback
 from transformers import __version__ as transformers_version
 
-from oumi_pl import attention, runs
+from oumi_pl import attention
 from oumi_pl.adapters import batches, engines, position
 from oumi_pl.adapters.course import Course
 from oumi_pl.adapters.losses import is_plain
@@ -24,6 +24,7 @@ from oumi_pl.callbacks.run_folder import RunFolder
 from oumi_pl.models.preference import choose_layout
 from oumi_pl.modules.dpo import DPO
 from oumi_pl.modules.reference import FrozenModel
+from oumi_pl.runs import folders
 
 
 def run(engine: str, trainer: Any, module: Any, data: Any, callbacks: Sequence[TrainerCallback] = ()) -> Any:
@@ -83,7 +84,7 @@ def _prepared(
     trainer.strategy.lr_scheduler_configs = [LRSchedulerConfig(schedule)]
 
     folder, checkpoints = find(trainer, RunFolder), find(trainer, Checkpoints)
-    resumed = None if folder is None or folder.resume is None else position.newest(folder.resume / runs.CHECKPOINTS)
+    resumed = None if folder is None or folder.resume is None else position.newest(folder.resume / folders.CHECKPOINTS)
     if resumed is not None:
         position.load(resumed, trainer, folder, checkpoints)
         print(f"engine {engine}: going on from {resumed}")

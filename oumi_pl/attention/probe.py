@@ -9,8 +9,7 @@ from torch import Tensor, nn
 
 from oumi_pl.attention.blocks import packed
 from oumi_pl.attention.interface import NAME, NO_PACKING
-from oumi_pl.errors import UserError, is_out_of_memory
-from oumi_pl.hub import reason
+from oumi_pl.errors import UserError, is_out_of_memory, reason
 
 TRIPPED = (TypeError, ValueError, KeyError, AttributeError, IndexError, NotImplementedError)
 """What architectures raise that take no `position_ids`, or make something of a mask of their own kind."""

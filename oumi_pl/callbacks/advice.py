@@ -17,8 +17,8 @@ import torch
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
 from torch.optim import Adam, AdamW
 
-from oumi_pl import runs
 from oumi_pl.callbacks.run_folder import RunFolder
+from oumi_pl.runs import folders
 
 CUT_SHARE = 0.01
 """Share of rows cut to length above which it is no longer a few odd rows that lose their ends."""
@@ -71,9 +71,9 @@ def tell(trainer: Any, message: str) -> None:
     warnings.warn_explicit(message, UserWarning, caller.f_code.co_filename, caller.f_lineno)
     folder = next((c.directory for c in getattr(trainer, "callbacks", ()) if isinstance(c, RunFolder)), None)
     if folder is not None:
-        told = runs.read_state(folder).get("warnings", [])
+        told = folders.read_state(folder).get("warnings", [])
         if message not in told:
-            runs.write_state(folder, warnings=[*told, message])
+            folders.write_state(folder, warnings=[*told, message])
 
 
 class Advice(L.Callback):

@@ -7,8 +7,8 @@ import lightning as L
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
 
 from oumi_pl.callbacks.samples import SampleFile, as_it_was, printable, readable
-from oumi_pl.generation import complete
-from oumi_pl.progress import working
+from oumi_pl.models.generation import complete
+from oumi_pl.terminal.progress import working
 
 
 class Answers(L.Callback):

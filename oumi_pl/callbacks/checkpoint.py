@@ -9,9 +9,9 @@ import lightning as L
 import torch
 from lightning.pytorch.callbacks import Checkpoint, WeightAveraging
 
-from oumi_pl.checkpoint_files import HALF, checkpoint_name, remove, saved_steps
 from oumi_pl.errors import UserError, nearest
-from oumi_pl.progress import working
+from oumi_pl.runs.checkpoint_files import HALF, checkpoint_name, remove, saved_steps
+from oumi_pl.terminal.progress import working
 
 
 class Checkpoints(Checkpoint):

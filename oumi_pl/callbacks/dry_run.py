@@ -23,7 +23,7 @@ from oumi_pl.callbacks.memory import Memory, shape_of
 from oumi_pl.callbacks.run_folder import RunFolder, nothing_left
 from oumi_pl.callbacks.throughput import peak_memory
 from oumi_pl.data.plan import Layout, Plan, plan_in_order
-from oumi_pl.runs import refuse_unwritable
+from oumi_pl.runs.folders import refuse_unwritable
 
 UPDATES = 2
 """At least so many: there is an optimizer state from the second on, and no memory is new."""

@@ -11,13 +11,13 @@ from typing import Any
 import numpy as np
 import torch
 
-from oumi_pl import runs
 from oumi_pl.callbacks.checkpoint import Checkpoints
 from oumi_pl.callbacks.memory import gigabytes, size_of, state_size, there
 from oumi_pl.callbacks.run_folder import RunFolder
 from oumi_pl.callbacks.start import summary, unit
 from oumi_pl.data.plan import Layout
-from oumi_pl.optim import in_steps
+from oumi_pl.optim.schedules import in_steps
+from oumi_pl.runs import folders
 
 SECTION, NAME = 11, 17
 """Widths of columns."""
@@ -194,7 +194,7 @@ def _time(measured: Measured) -> Lines:
 
 
 def _output(folder: RunFolder, checkpoints: Checkpoints, module: Any, optimizer: Any) -> Lines:
-    place = folder.resume or runs.free(folder.root, folder.name)
+    place = folder.resume or folders.free(folder.root, folder.name)
     yield "folder", str(place)
     saved = {v.data_ptr(): v for v in module.state_dict().values() if isinstance(v, torch.Tensor)}  # tied ones once
     size = size_of(saved.values()) + state_size(optimizer)

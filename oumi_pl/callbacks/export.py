@@ -9,11 +9,11 @@ import yaml
 
 from oumi_pl.callbacks.checkpoint import Checkpoints
 from oumi_pl.callbacks.run_folder import RunFolder
-from oumi_pl.checkpoint_files import remove
-from oumi_pl.export import export_model, model_card, read_checkpoint, why_not_alone
 from oumi_pl.models.causal_lm import CausalLM
-from oumi_pl.progress import working
-from oumi_pl.runs import CONFIG
+from oumi_pl.models.export import export_model, model_card, read_checkpoint, why_not_alone
+from oumi_pl.runs.checkpoint_files import remove
+from oumi_pl.runs.folders import CONFIG
+from oumi_pl.terminal.progress import working
 
 
 class Export(L.Callback):

@@ -3,7 +3,7 @@
 import sys
 from typing import NamedTuple
 
-from oumi_pl.progress import styled
+from oumi_pl.terminal.progress import styled
 
 BAR = (10, 40)
 """Columns of the bar: the figures leave it the least, and it grows no longer than the most."""

@@ -15,8 +15,8 @@ from torch.utils._pytree import tree_leaves
 
 from oumi_pl.callbacks.checkpoint import Checkpoints
 from oumi_pl.callbacks.throughput import peak_memory
-from oumi_pl.checkpoint_files import saved_steps
 from oumi_pl.errors import is_out_of_memory
+from oumi_pl.runs.checkpoint_files import saved_steps
 
 USABLE = 0.95
 """Share of what is free that is planned with: an allocator can't use the last pieces of it."""

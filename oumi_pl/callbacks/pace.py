@@ -3,7 +3,7 @@
 import time
 from collections import deque
 
-from oumi_pl.progress import worked
+from oumi_pl.terminal.progress import worked
 
 RECENT = 100
 """Updates of which speed and time left are told."""

@@ -8,13 +8,13 @@ from typing import Any
 
 from lightning.pytorch.callbacks import ProgressBar
 
-from oumi_pl import runs
 from oumi_pl.callbacks.checkpoint import Checkpoints
 from oumi_pl.callbacks.figures import BAR, Figure, bar, drawn, pairs, short
 from oumi_pl.callbacks.pace import Pace
 from oumi_pl.callbacks.run_folder import RunFolder
 from oumi_pl.callbacks.throughput import peak_memory
-from oumi_pl.progress import EVERY, LINE_EVERY, Line, clock, styled, terminal_width, wrapped
+from oumi_pl.runs import folders
+from oumi_pl.terminal.progress import EVERY, LINE_EVERY, Line, clock, styled, terminal_width, wrapped
 
 LINES_GROW = 0.02
 """Where there is no terminal: share of the time so far between two lines, once that is more than the least."""
@@ -43,7 +43,7 @@ class ProgressLine(ProgressBar):
         self.pace = Pace()
         self._enabled = True
         self._total = 0
-        self._losses: deque[float] = deque(maxlen=runs.RECENT)
+        self._losses: deque[float] = deque(maxlen=folders.RECENT)
         self._shown = self._since = float("-inf")
         self._widths: dict[str, int] = {}
         self._monitor, self._lower, self._keeps_best = "val/loss", True, False
@@ -71,7 +71,7 @@ class ProgressLine(ProgressBar):
             self._monitor, self._lower, self._keeps_best = checkpoints.monitor, checkpoints.mode == "min", True
         folder = next((c.directory for c in trainer.callbacks if isinstance(c, RunFolder)), None)
         if self._enabled and trainer.global_step and folder is not None:
-            earlier = runs.read_metrics(folder, ["train/loss", self._monitor])
+            earlier = folders.read_metrics(folder, ["train/loss", self._monitor])
             self._losses.extend(earlier.get("train/loss", ([], []))[1])
             for step, value in zip(*earlier.get(self._monitor, ([], [])), strict=True):
                 self._is_best(step, value)
@@ -107,7 +107,7 @@ class ProgressLine(ProgressBar):
 
     def _figures(self, trainer: Any, pl_module: Any, step: int) -> list[Figure]:
         metrics = trainer.callback_metrics
-        loss = f"{runs.recent(list(self._losses)):.4f}"
+        loss = f"{folders.recent(list(self._losses)):.4f}"
         endless = getattr(trainer.fit_loop, "max_batches", 0) == float("inf")
         epoch = [] if endless else [f"{float(metrics.get('epoch', 0.0)):.2f}"]
         speed, memory = self.pace.tokens_per_second, peak_memory(pl_module.device) / 1e9

@@ -7,7 +7,7 @@ import lightning as L
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
 
 from oumi_pl.callbacks.run_folder import RunFolder
-from oumi_pl.metrics import MetricsCSV
+from oumi_pl.runs.metrics import MetricsCSV
 
 
 class Report(L.Callback):

@@ -6,23 +6,21 @@ import os
 import shlex
 import sys
 import time
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import lightning as L
 import torch
-import yaml
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
 
-from oumi_pl import __version__, runs
+from oumi_pl import __version__
 from oumi_pl.callbacks.checkpoint import Checkpoints
 from oumi_pl.callbacks.preemption import Stopped
-from oumi_pl.config import files as recipe_files
 from oumi_pl.errors import UserError
-from oumi_pl.metrics import MetricsCSV
 from oumi_pl.report.clock import Clock
 from oumi_pl.report.environment import environment
+from oumi_pl.runs import folders
+from oumi_pl.runs.metrics import MetricsCSV
 
 
 class RunFolder(L.Callback):
@@ -34,7 +32,7 @@ class RunFolder(L.Callback):
         recipe: What the run is found by when it is resumed.
         config: The whole config as YAML.
         resume: Folder of the run to continue.
-        recipes: The files that the config was merged from.
+        recipe_text: The recipe as it was written, with its comments.
     """
 
     def __init__(
@@ -45,14 +43,14 @@ class RunFolder(L.Callback):
         config: str,
         resume: Path | None = None,
         *,
-        recipes: Sequence[Path] = (),
+        recipe_text: bytes | None = None,
     ) -> None:
         self.root = root
         self.name = name
         self.recipe = recipe
         self.config = config
         self.resume = resume
-        self.recipes = recipes
+        self.recipe_text = recipe_text
         self.directory: Path | None = None
         self.clock = Clock()
         self._before: dict[str, float] = {}
@@ -63,23 +61,23 @@ class RunFolder(L.Callback):
         self.clock.enter("model")
         pl_module.run_config = self.config  # type: ignore[assignment]
         if stage in ("fit", "predict") and trainer.is_global_zero and not trainer.fast_dev_run:  # type: ignore[attr-defined]
-            runs.refuse_unwritable(self.resume or self.root)
+            folders.refuse_unwritable(self.resume or self.root)
 
     def _make(self, trainer: L.Trainer) -> None:
         """Rank 0 makes the folder, the others are told."""
         if trainer.fast_dev_run:  # type: ignore[attr-defined]
             return
-        chosen = (self.resume or runs.create(self.root, self.name)) if trainer.is_global_zero else None
+        chosen = (self.resume or folders.create(self.root, self.name)) if trainer.is_global_zero else None
         self.directory = Path(trainer.strategy.broadcast(str(chosen)))
         for callback in trainer.checkpoint_callbacks:
             if isinstance(callback, Checkpoints):
-                callback.directory = self.directory / runs.CHECKPOINTS
+                callback.directory = self.directory / folders.CHECKPOINTS
 
     def _describe(self, trainer: Any, pl_module: Any, directory: Path) -> None:
-        (directory / runs.CONFIG).write_text(self.config, encoding="utf-8")
+        (directory / folders.CONFIG).write_text(self.config, encoding="utf-8")
         report = json.dumps(trainer.datamodule.report(), indent=1)
         (directory / "data.json").write_text(report + "\n", encoding="utf-8")
-        earlier = runs.read_state(directory) if self.resume else {}
+        earlier = folders.read_state(directory) if self.resume else {}
         told: dict[str, Any]
         if self.resume:
             stood = [step for step in earlier.get("resumed", []) if step < trainer.global_step]
@@ -87,17 +85,18 @@ class RunFolder(L.Callback):
         else:
             now = {"created": time.strftime("%Y-%m-%dT%H:%M:%S%z"), "created_ns": time.time_ns()}
             told = {"command": _command(), **now}
-            self._write_recipe(directory)
+            if self.recipe_text is not None:
+                (directory / folders.RECIPE).write_bytes(self.recipe_text)
         self._before = dict(earlier.get("times", {}))
-        unnoted = (runs.seconds(directory, earlier) or 0.0) - sum(self._before.values())
+        unnoted = (folders.seconds(directory, earlier) or 0.0) - sum(self._before.values())
         if unnoted > 0:
             self._before["killed"] = self._before.get("killed", 0.0) + unnoted
-        runs.write_state(
+        folders.write_state(
             directory,
             recipe=self.recipe,
             status="running",
             pid=os.getpid(),
-            process=runs.process(),
+            process=folders.process(),
             oumi_pl=__version__,
             steps=pl_module.total_steps(),
             model=_model(trainer, pl_module),
@@ -107,22 +106,11 @@ class RunFolder(L.Callback):
             **told,
         )
 
-    def _write_recipe(self, directory: Path) -> None:
-        """The recipe as it was written, with its comments; several are merged, which loses these."""
-        if len(self.recipes) == 1:
-            (directory / runs.RECIPE).write_bytes(self.recipes[0].read_bytes())
-        elif self.recipes:
-            merged: dict[str, Any] = {}
-            for file in self.recipes:
-                merged = recipe_files.merge(merged, recipe_files.check(file))
-            header = f"# Merged, the later wins: {', '.join(map(str, self.recipes))}\n"
-            (directory / runs.RECIPE).write_text(header + yaml.safe_dump(merged, sort_keys=False), encoding="utf-8")
-
     @rank_zero_only
     def note(self, **values: Any) -> None:
         """Writes down where the time has gone so far, and what else is to be known, if there is a folder."""
         if self.directory is not None:
-            runs.write_state(self.directory, times=self.clock.read(self._before), **values)
+            folders.write_state(self.directory, times=self.clock.read(self._before), **values)
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Time: the model is made."""
@@ -136,7 +124,7 @@ class RunFolder(L.Callback):
             self._describe(trainer, pl_module, self.directory)
         for logger in trainer.loggers:
             if isinstance(logger, MetricsCSV) and self.directory is not None and trainer.is_global_zero:
-                logger.open(self.directory / runs.METRICS, trainer.global_step, self._row)
+                logger.open(self.directory / folders.METRICS, trainer.global_step, self._row)
 
     def on_train_batch_start(self, trainer: L.Trainer, *_: Any) -> None:
         """Time: what was done between two updates is done."""

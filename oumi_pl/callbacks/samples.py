@@ -14,10 +14,10 @@ import torch
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
 
 from oumi_pl.callbacks.run_folder import RunFolder
-from oumi_pl.checkpoints import rng_state, set_rng_state
-from oumi_pl.generation import complete
-from oumi_pl.progress import styled, terminal_width, working
-from oumi_pl.screen import visible
+from oumi_pl.models.generation import complete
+from oumi_pl.runs.checkpoints import rng_state, set_rng_state
+from oumi_pl.terminal.progress import styled, terminal_width, working
+from oumi_pl.terminal.screen import visible
 
 FILE = "samples.jsonl"
 LOOKED_AT = 50

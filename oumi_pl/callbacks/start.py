@@ -8,10 +8,10 @@ from typing import Any
 import lightning as L
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
 
-from oumi_pl import runs
 from oumi_pl.callbacks.figures import short
 from oumi_pl.callbacks.run_folder import RunFolder
-from oumi_pl.progress import styled, terminal_width, wrapped
+from oumi_pl.runs import folders
+from oumi_pl.terminal.progress import styled, terminal_width, wrapped
 
 LABEL = 12
 """Columns of the names at the left."""
@@ -108,7 +108,7 @@ def _steps(trainer: Any, pl_module: Any) -> str:
     resumed = f"; resumed at step {trainer.global_step:,}" if trainer.global_step else ""
     return (
         f"{total:,} update{'s' if total > 1 else ''} of {rows:,} {what}{'s' if rows > 1 else ''} each{resumed}; the "
-        f"loss shown from here on is the mean of the last {runs.RECENT} updates"
+        f"loss shown from here on is the mean of the last {folders.RECENT} updates"
     )
 
 

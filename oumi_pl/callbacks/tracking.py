@@ -9,10 +9,10 @@ import lightning as L
 import yaml
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
 
-from oumi_pl import loggers, runs
 from oumi_pl.callbacks.run_folder import RunFolder
+from oumi_pl.runs import folders, loggers
 
-AT_START = (runs.CONFIG, runs.RECIPE, "data.json")
+AT_START = (folders.CONFIG, folders.RECIPE, "data.json")
 AT_END = ("curves.png", "report.html")
 RESULTS = ("train/loss", "val/loss", "val/nll", "val/mean_token_accuracy", "val/exact_match")
 """Metrics that runs are compared by."""
@@ -43,14 +43,14 @@ class Tracking(L.Callback):
         if folder is None or folder.directory is None:
             return
         run = folder.directory
-        earlier = runs.read_state(run).get("loggers", {}) if folder.resume else {}
+        earlier = folders.read_state(run).get("loggers", {}) if folder.resume else {}
         kept = dict(earlier)
         for name in self.names:
             logger, where = loggers.make(name, run, trainer.global_step, earlier)
             self.added.append(logger)
             kept |= {name: own} if (own := loggers.own_id(logger)) else {}
             print(f"{name:<11} {where}", file=sys.stderr)  # under the lines of `Start`
-        runs.write_state(run, loggers=kept)
+        folders.write_state(run, loggers=kept)
         trainer.loggers = [*trainer.loggers, *self.added]
         config, row = yaml.safe_load(folder.config), dict(folder._row or {})
         if step := row.pop("step", None):  # of a checkpoint: the run may have been stopped before it was logged

@@ -5,8 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from oumi_pl.commands.parser import Parser
-from oumi_pl.errors import UserError
-from oumi_pl.nearby import nearby
+from oumi_pl.errors import UserError, nearby
 
 
 def main(args: list[str]) -> int:
@@ -38,7 +37,7 @@ def export_checkpoint(checkpoint: Path, output: Path, *, merge: bool = False) ->
     """
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
         raise UserError(f"--output: {output} is there and not an empty folder; name another one")
-    from oumi_pl.export import export_model, model_card
+    from oumi_pl.models.export import export_model, model_card
 
     module, data, config, content = built(checkpoint)
     adapter = module.lora is not None and not merge
@@ -61,12 +60,12 @@ def built(checkpoint: Path) -> tuple[Any, Any, dict[str, Any], dict[str, Any]]:
     """
     import yaml
 
-    from oumi_pl.export import read_checkpoint
+    from oumi_pl.models.export import read_checkpoint
 
     content = read_checkpoint(checkpoint)
     if not content.get("config") or "state_dict" not in content:
         raise UserError(f"--checkpoint: {checkpoint} holds no recipe, so it was not written by `oumi_pl fit`")
-    from oumi_pl.cli import instantiate
+    from oumi_pl.config.cli import instantiate
 
     config = yaml.safe_load(content["config"])
     module, data = instantiate(copy.deepcopy(config))  # parsing changes it in place
@@ -81,7 +80,7 @@ def built(checkpoint: Path) -> tuple[Any, Any, dict[str, Any], dict[str, Any]]:
 
 def find(path: Path) -> Path:
     """The checkpoint itself, or the one that counts in a run folder: the best, else the newest."""
-    from oumi_pl.checkpoint_files import saved_steps
+    from oumi_pl.runs.checkpoint_files import saved_steps
 
     if not path.exists():
         raise UserError(f"--checkpoint: no file {path}{nearby(path, lambda p: p.is_dir() or p.suffix == '.ckpt')}")
@@ -108,7 +107,7 @@ def _check_name(name: str) -> None:
 def _push(folder: Path, name: str) -> None:
     from huggingface_hub import HfApi
 
-    from oumi_pl.hub import reason
+    from oumi_pl.errors import reason
 
     try:
         api = HfApi()

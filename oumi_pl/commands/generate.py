@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 from oumi_pl.commands.parser import Parser
 from oumi_pl.errors import UserError
-from oumi_pl.screen import has_colours, meanwhile, visible
+from oumi_pl.terminal.screen import has_colours, meanwhile, visible
 
 LONGEST = 256
 """Tokens of a completion, unless told otherwise."""
@@ -39,7 +39,7 @@ def main(args: list[str]) -> int:
     limits = [_limit(loaded.model, len(one), options.max_new_tokens) for one in ids]
     import torch
 
-    from oumi_pl.generation import complete
+    from oumi_pl.models.generation import complete
 
     loaded.model.to("cuda" if torch.cuda.is_available() else "cpu")
     if options.seed is not None:
@@ -77,8 +77,9 @@ def from_folder(name: str, trust_remote_code: bool = False) -> Loaded:
     Raises:
         UserError: it can't be loaded, or lacks weights.
     """
-    from oumi_pl.hub import locate, reason
-    from oumi_pl.quiet import quiet
+    from oumi_pl.errors import reason
+    from oumi_pl.models.hub import locate
+    from oumi_pl.terminal.quiet import quiet
 
     quiet()
     path = locate(name, "--model")

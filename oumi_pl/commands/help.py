@@ -14,7 +14,7 @@ from collections.abc import Iterable, Iterator
 from typing import Any, NamedTuple
 
 from oumi_pl.errors import UserError, nearest
-from oumi_pl.screen import has_colours
+from oumi_pl.terminal.screen import has_colours
 
 WIDEST = 120
 COLUMN = 34
@@ -168,14 +168,14 @@ def _page(cls: type, place: str) -> Iterator[str]:
 
 def _titled(group: str) -> str:
     """A group of options, and what the class that takes them does."""
-    from oumi_pl import cli
+    from oumi_pl.config import cli
 
     kind = {"checkpoint": "Checkpoints"}.get(group, group.capitalize())
     return f"{group}: {_summary(getattr(cli, kind))}" if hasattr(cli, kind) else group
 
 
 def _places() -> dict[str, dict[str, type]]:
-    from oumi_pl.classes import known_classes
+    from oumi_pl.config.classes import known_classes
 
     whole = {
         place: {name: cls for name, cls in classes.items() if not inspect.isabstract(cls)}
@@ -200,8 +200,8 @@ def _values(topic: str, places: dict[str, dict[str, type]]) -> Iterator[tuple[st
 
 def _own(command: str) -> list[tuple[str, list[Option]]]:
     """The options that this project adds to a command, by group."""
-    from oumi_pl.cli import CLI
-    from oumi_pl.parsing import Parser
+    from oumi_pl.config.cli import CLI
+    from oumi_pl.config.parser import Parser
 
     cli = CLI.__new__(CLI)
     cli.command = command
@@ -221,7 +221,7 @@ def _arguments(cls: type, place: str) -> list[Option]:
     """What the constructor of a class takes, as options below its place in a recipe."""
     from torch.optim import Optimizer
 
-    from oumi_pl.parsing import Parser
+    from oumi_pl.config.parser import Parser
 
     parser = Parser()
     try:

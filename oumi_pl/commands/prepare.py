@@ -6,7 +6,7 @@ from typing import Any
 from oumi_pl.commands.parser import Parser
 from oumi_pl.config import files as recipe_files
 from oumi_pl.errors import UserError
-from oumi_pl.runs import refuse_unwritable
+from oumi_pl.runs.folders import refuse_unwritable
 
 SPLITS = ("train", "validation")
 
@@ -42,7 +42,7 @@ def prepare(recipe: dict[str, Any], output: Path | None = None) -> None:
         raise UserError(f"--output: {output} is a file; name a folder")
     if output is not None:
         refuse_unwritable(output, "--output")
-    from oumi_pl.cli import instantiate
+    from oumi_pl.config.cli import instantiate
     from oumi_pl.data.pretrain import PretrainData
 
     module, data = instantiate(recipe)

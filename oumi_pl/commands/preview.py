@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from oumi_pl.commands.parser import Parser
 from oumi_pl.config import files as recipe_files
 from oumi_pl.errors import UserError, nearest
-from oumi_pl.screen import has_colours, meanwhile
+from oumi_pl.terminal.screen import has_colours, meanwhile
 
 if TYPE_CHECKING:
     from oumi_pl.preview.shown import Preview, Shown

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from oumi_pl.config import files as recipe_files
 from oumi_pl.errors import UserError, nearest
-from oumi_pl.screen import has_colours
+from oumi_pl.terminal.screen import has_colours
 
 HELP = """\
 usage: oumi_pl recipes [FOLDER]             what there is, in {folders}

@@ -5,10 +5,10 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from oumi_pl import runs
 from oumi_pl.commands.parser import Parser
 from oumi_pl.errors import UserError, nearest
 from oumi_pl.report import listing
+from oumi_pl.runs import folders
 
 ACTIONS = ("compare", "report")
 EPILOG = "further: oumi_pl runs compare A B ... (overlay curves, tell what was set otherwise); oumi_pl runs report RUN"
@@ -22,15 +22,15 @@ def main(args: list[str]) -> int:
         return {"compare": _compare, "report": _report}[args[0]](args[1:])
     options = _parser("runs", __doc__, EPILOG).parse_args(args)
     root = options.runs_dir.expanduser()
-    folders = runs.folders(root)
-    if not folders:
+    found = folders.all_runs(root)
+    if not found:
         if not root.is_dir() and root != Path("runs"):
             raise UserError(f"runs: no directory {root}")
         print(f"no runs in {root} yet; start one: oumi_pl fit --config quickstart/sft")
         return 0
-    lines = [listing.line(run) for run in folders]
+    lines = [listing.line(run) for run in found]
     print(listing.table(lines, shutil.get_terminal_size().columns if sys.stdout.isatty() else None))
-    for note in listing.notes(folders, lines):
+    for note in listing.notes(found, lines):
         print(f"note: {note}")
     return 0
 
@@ -48,13 +48,13 @@ def _report(args: list[str]) -> int:
     parser = _parser("runs report", "Makes curves.png and report.html of any run anew, running and killed ones too.")
     parser.add_argument("run", nargs="+", help="a run's name or folder")
     options = parser.parse_args(args)
-    found = [runs.find(name, options.runs_dir.expanduser()) for name in options.run]
+    found = [folders.find(name, options.runs_dir.expanduser()) for name in options.run]
     from oumi_pl.report.page import make
 
     for run in found:
         page = make(run)
         if page is None:
-            raise UserError(f"runs report: {run} has no metrics yet: not one step was written to {runs.METRICS}")
+            raise UserError(f"runs report: {run} has no metrics yet: not one step was written to {folders.METRICS}")
         print(f"report -> {page}")
     return 0
 
@@ -67,9 +67,9 @@ def _compare(args: list[str]) -> int:
     parser.add_argument("--output", type=Path, help="file of the picture; compare.png beside the runs if left out")
     options = parser.parse_args(args)
     root = options.runs_dir.expanduser()
-    found = [runs.find(name, root) for name in dict.fromkeys(options.run)]
+    found = [folders.find(name, root) for name in dict.fromkeys(options.run)]
     if len(found) < 2:
-        others = ", ".join(run.name for run in runs.folders(root) if run.resolve() != found[0].resolve())
+        others = ", ".join(run.name for run in folders.all_runs(root) if run.resolve() != found[0].resolve())
         raise UserError(f"runs compare: name two runs or more{f'; there are also {others}' if others else ''}")
     output = (options.output or root / "compare.png").expanduser()
     if output.suffix != ".png":

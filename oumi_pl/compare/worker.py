@@ -4,9 +4,9 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from oumi_pl.cli import CLI
 from oumi_pl.compare.record import Record, RecordEngine, RecordLightning
 from oumi_pl.config import files as recipe_files
+from oumi_pl.config.cli import CLI
 from oumi_pl.errors import UserError
 
 

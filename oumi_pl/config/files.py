@@ -4,7 +4,7 @@ Nothing heavy is imported here, so that a misspelt name is told in a fraction of
 """
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -124,6 +124,21 @@ def merge(first: Mapping[str, Any], second: Mapping[str, Any]) -> dict[str, Any]
         old = merged.get(key)
         merged[key] = merge(old, value) if isinstance(old, Mapping) and isinstance(value, Mapping) else value
     return merged
+
+
+def as_written(paths: Sequence[Path]) -> bytes | None:
+    """The text of a recipe, comments included; several are merged, which loses them. None without a file."""
+    import yaml
+
+    if len(paths) == 1:
+        return paths[0].read_bytes()
+    if not paths:
+        return None
+    merged: dict[str, Any] = {}
+    for path in paths:
+        merged = merge(merged, check(path))
+    header = f"# Merged, the later wins: {', '.join(map(str, paths))}\n"
+    return (header + yaml.safe_dump(merged, sort_keys=False)).encode()
 
 
 def _refuse_repeated_keys(node: Any, path: Path, prefix: str) -> None:

@@ -7,10 +7,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from oumi_pl import runs
 from oumi_pl.config import files as recipe_files
 from oumi_pl.config.typed import typed
 from oumi_pl.errors import UserError
+from oumi_pl.runs import folders
 
 PREFIX = "recipe:"
 OPTIONS = ("--model.init_args.model", "--model.model")
@@ -45,7 +45,7 @@ def trained(recipe: str, root: Path) -> Path:
         UserError: there is no such recipe, or its run did not finish.
     """
     name = recipe_files.recipe_name(recipe_files.find(recipe))
-    if found := runs.last_model(root, name):
+    if found := folders.last_model(root, name):
         print(f"model: {found}")
         return found
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
@@ -53,7 +53,7 @@ def trained(recipe: str, root: Path) -> Path:
     command = [sys.executable, "-m", "oumi_pl", "fit", "--config", recipe, "--runs_dir", str(root)]
     print(f"model: recipe:{recipe} has no finished run in {root}, so it is trained first", flush=True)
     status = subprocess.run(command, check=False).returncode
-    found = runs.last_model(root, name)
+    found = folders.last_model(root, name)
     if status or found is None:
         raise UserError(f"model: the run of recipe:{recipe} did not finish; run it by itself: fit --config {recipe}")
     return found

@@ -7,8 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from oumi_pl.errors import UserError, nearest
-from oumi_pl.nearby import nearby
+from oumi_pl.errors import UserError, nearby, nearest
 
 NEEDS = {
     "fit": ("train",),

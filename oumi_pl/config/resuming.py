@@ -5,12 +5,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from oumi_pl import runs
-from oumi_pl.checkpoint_files import step_of
 from oumi_pl.config import files as recipe_files
 from oumi_pl.config.typed import typed
-from oumi_pl.errors import UserError
-from oumi_pl.nearby import nearby
+from oumi_pl.errors import UserError, nearby
+from oumi_pl.runs import folders
+from oumi_pl.runs.checkpoint_files import step_of
 
 LONGER = ("--trainer.max_steps", "--trainer.max_epochs", "--trainer.max_time")
 """Options that give a finished run more to do."""
@@ -44,12 +43,12 @@ def arguments(
     if resume:
         run = _given(Path(resume).expanduser(), root)
     else:
-        run = runs.last_unfinished(root, recipe, typed("--name", args) or tree.get("name"))
-    config = run / runs.CONFIG
+        run = folders.last_unfinished(root, recipe, typed("--name", args) or tree.get("name"))
+    config = run / folders.CONFIG
     if not config.is_file():
-        raise UserError(f"--resume: {run} has no {runs.CONFIG}, so it was stopped before it began; start it anew")
-    state = runs.read_state(run)
-    checkpoint = runs.newest_checkpoint(run)
+        raise UserError(f"--resume: {run} has no {folders.CONFIG}, so it was stopped before it began; start it anew")
+    state = folders.read_state(run)
+    checkpoint = folders.newest_checkpoint(run)
     _refuse_finished(run, state, checkpoint, args)
     if differences := differing(tree, recipe_files.check(config) if tree else {}):
         listed = ", ".join(
@@ -64,7 +63,7 @@ def arguments(
     arguments = ["--config", str(config), *_without_config(args)]
     if checkpoint is not None:
         arguments.append(f"--ckpt_path={checkpoint}")
-    engines = any((run / runs.CHECKPOINTS).glob("checkpoint-*"))  # of transformers or TRL, which tell themselves
+    engines = any((run / folders.CHECKPOINTS).glob("checkpoint-*"))  # of transformers or TRL, which tell themselves
     if checkpoint is not None or not engines:
         print(f"resuming {run} from {checkpoint.name if checkpoint else 'the start: it has no checkpoint yet'}")
     return run, str(state.get("recipe", recipe)), arguments
@@ -104,18 +103,20 @@ def _equal_item(theirs: Any, ours: Any) -> bool:
 
 
 def _given(path: Path, root: Path) -> Path:
-    if (path / runs.RUN).is_file():
-        if not runs.read_state(path):
-            raise UserError(f"--resume: {path / runs.RUN} can't be read, so {path} is not a run folder that can go on")
+    if (path / folders.RUN).is_file():
+        if not folders.read_state(path):
+            raise UserError(
+                f"--resume: {path / folders.RUN} can't be read, so {path} is not a run folder that can go on"
+            )
         return path
     if path.is_dir():
-        raise UserError(f"--resume: {path} is not a run folder (it has no {runs.RUN})")
+        raise UserError(f"--resume: {path} is not a run folder (it has no {folders.RUN})")
     meant = f"; did you mean {(root / path).as_posix()!r}?" if _is_run(root / path) else nearby(path, _is_run)
     raise UserError(f"--resume: no run folder {path}{meant}")
 
 
 def _is_run(path: Path) -> bool:
-    return (path / runs.RUN).is_file()
+    return (path / folders.RUN).is_file()
 
 
 def _refuse_finished(run: Path, state: Mapping[str, Any], checkpoint: Path | None, args: list[str]) -> None:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from oumi_pl.core.configs import TrainingConfig
-from oumi_pl.runs import CHECKPOINTS, read_state
+from oumi_pl.runs.folders import CHECKPOINTS, read_state
 
 NAMES = {"train/loss": "loss", "train/grad_norm": "grad_norm", "train/lr": "learning_rate"}
 """Columns of `metrics.csv` that Oumi's rows know by another name; `train/x` else is `x`, `val/x` is `eval_x`."""

@@ -13,7 +13,7 @@ from oumi_pl.data.sources import Source, fingerprint, rows
 from oumi_pl.data.store import REPORT, ExampleStore, cache_key, cache_root, write_store
 from oumi_pl.data.tokenize import Dropped
 from oumi_pl.errors import UserError
-from oumi_pl.progress import track
+from oumi_pl.terminal.progress import track
 from oumi_pl.types import Example, Record, Row
 
 ENCODE_BATCH = 1000

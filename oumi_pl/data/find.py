@@ -5,8 +5,7 @@ import re
 from pathlib import Path
 
 from oumi_pl.data.files import KINDS, kind_of
-from oumi_pl.errors import UserError
-from oumi_pl.nearby import nearby
+from oumi_pl.errors import UserError, nearby
 
 BUNDLED = Path(__file__).parent / "bundled"
 """Data that come with the package: `bundled/NAME` is `NAME/train.jsonl` or `.txt`, `bundled/NAME/SPLIT` another."""

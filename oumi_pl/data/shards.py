@@ -17,7 +17,7 @@ import numpy as np
 
 from oumi_pl.data.documents import Document, TokenizeDocuments, in_chunks
 from oumi_pl.errors import UserError
-from oumi_pl.progress import track
+from oumi_pl.terminal.progress import track
 
 FORMAT = 1
 """Of the files, and of how documents become tokens: raised when either changes."""

@@ -18,9 +18,8 @@ from oumi_pl.data.files import Reading, count_rows, kind_of, read_file
 from oumi_pl.data.find import BUNDLED, could_be_meant, find_files
 from oumi_pl.data.sampling import sampled
 from oumi_pl.data.tables import table_batches, table_rows
-from oumi_pl.errors import UserError, nearest
-from oumi_pl.hub import asked_once
-from oumi_pl.nearby import nearby
+from oumi_pl.errors import UserError, nearby, nearest
+from oumi_pl.models.hub import asked_once
 from oumi_pl.types import Row
 
 _TABLES = ("parquet", "arrow")

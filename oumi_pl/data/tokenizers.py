@@ -5,8 +5,8 @@ from abc import ABC, abstractmethod
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from oumi_pl.errors import UserError
-from oumi_pl.hub import locate, reason
+from oumi_pl.errors import UserError, reason
+from oumi_pl.models.hub import locate
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

@@ -11,11 +11,11 @@ from torch import Tensor
 
 from oumi_pl import attention
 from oumi_pl.attention.interface import NO_PACKING
-from oumi_pl.errors import UserError, nearest
-from oumi_pl.hub import locate, reason
+from oumi_pl.errors import UserError, nearest, reason
 from oumi_pl.models.config import build_config, loaded, vocabulary
+from oumi_pl.models.hub import locate
 from oumi_pl.models.lora import with_lora
-from oumi_pl.progress import working
+from oumi_pl.terminal.progress import working
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase

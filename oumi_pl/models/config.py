@@ -3,8 +3,7 @@
 import inspect
 from typing import TYPE_CHECKING, Any
 
-from oumi_pl.errors import UserError, nearest
-from oumi_pl.hub import reason
+from oumi_pl.errors import UserError, nearest, reason
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedTokenizerBase

@@ -8,8 +8,8 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from oumi_pl.hub import locate
 from oumi_pl.models.config import loaded
+from oumi_pl.models.hub import locate
 
 _CHUNK = 1 << 24
 

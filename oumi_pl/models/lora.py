@@ -6,8 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
-from oumi_pl.errors import UserError, nearest
-from oumi_pl.hub import reason
+from oumi_pl.errors import UserError, nearest, reason
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

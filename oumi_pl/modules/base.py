@@ -12,10 +12,10 @@ from torch.optim.lr_scheduler import LambdaLR
 
 from oumi_pl import attention
 from oumi_pl.errors import UserError
-from oumi_pl.generation import complete
 from oumi_pl.models.build import DType, build_model
 from oumi_pl.models.causal_lm import CausalLM
 from oumi_pl.models.config import build_config
+from oumi_pl.models.generation import complete
 from oumi_pl.models.lora import lora_config
 from oumi_pl.models.positions import longest_document, refuse_too_few_positions
 from oumi_pl.models.sharding import shard

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from oumi_pl.errors import UserError
 from oumi_pl.models.preference import PreferenceLM
-from oumi_pl.progress import track
+from oumi_pl.terminal.progress import track
 from oumi_pl.types import PreferenceBatch
 
 

@@ -10,9 +10,9 @@ from torch import Tensor, nn
 
 from oumi_pl.attention import NAME
 from oumi_pl.errors import UserError
-from oumi_pl.hub import locate
 from oumi_pl.models.build import DType, build_model
 from oumi_pl.models.fingerprint import model_fingerprint, weights_fingerprint
+from oumi_pl.models.hub import locate
 from oumi_pl.models.preference import PreferenceLM, with_layout
 from oumi_pl.modules.reference import FrozenModel, NoReference, Precomputed, Reference, WithoutAdapters, precompute
 from oumi_pl.types import Pairs, PreferenceBatch

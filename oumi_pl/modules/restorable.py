@@ -6,9 +6,9 @@ import torch
 from lightning.pytorch.callbacks import WeightAveraging
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 
-from oumi_pl.checkpoints import rng_state, set_rng_state
 from oumi_pl.errors import UserError
 from oumi_pl.modules.update import UpdateModule
+from oumi_pl.runs.checkpoints import rng_state, set_rng_state
 
 
 class RestorableModule(UpdateModule):

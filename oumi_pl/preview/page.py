@@ -7,7 +7,7 @@ from pathlib import Path
 from oumi_pl.errors import UserError
 from oumi_pl.preview.pieces import Piece, visible
 from oumi_pl.preview.shown import Histogram, Mark, Packs, Preview, Shown, Table, shortened, stretches
-from oumi_pl.runs import refuse_unwritable
+from oumi_pl.runs.folders import refuse_unwritable
 
 SIGN = '<meta name="generator" content="oumi_pl preview">'
 """What tells a page of ours, which may be written over, from a file of the user's."""

@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from oumi_pl import screen
 from oumi_pl.data.tokenizers import byte_symbols
+from oumi_pl.terminal import screen
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

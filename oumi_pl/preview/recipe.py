@@ -4,11 +4,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from oumi_pl import runs
-from oumi_pl.cli import CLI, instantiate
 from oumi_pl.config import files as recipe_files
+from oumi_pl.config.cli import CLI, instantiate
 from oumi_pl.data.base import TextData
 from oumi_pl.errors import UserError
+from oumi_pl.runs import folders
 
 PREFIX = "recipe:"
 
@@ -58,7 +58,7 @@ def _tokenizer_of(model: str, root: Path) -> tuple[Any, list[str]]:
         return model, []
     name = model.removeprefix(PREFIX)
     path = recipe_files.find(name)
-    if found := runs.last_model(root, recipe_files.recipe_name(path)):
+    if found := folders.last_model(root, recipe_files.recipe_name(path)):
         return str(found), [f"tokenizer: of {found}, the newest model of {model}"]
     try:
         data, _ = read([path], [])
@@ -74,4 +74,4 @@ def _tokenizer_of(model: str, root: Path) -> tuple[Any, list[str]]:
 
 def title(configs: Sequence[Path]) -> str:
     """What the recipes are called."""
-    return " + ".join(runs.recipe_of(path) or recipe_files.recipe_name(path) for path in configs)
+    return " + ".join(folders.recipe_of(path) or recipe_files.recipe_name(path) for path in configs)

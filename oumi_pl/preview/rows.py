@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 from oumi_pl.data.cache import source_records
 from oumi_pl.data.examples import ExampleData
-from oumi_pl.progress import track
+from oumi_pl.terminal.progress import track
 from oumi_pl.types import Example, Record
 
 AT_ONCE = 256

@@ -7,11 +7,11 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from oumi_pl import runs
 from oumi_pl.report.curves import COLORS, FAINT, margins, steps_of, styled, ticks
 from oumi_pl.report.record import Record
 from oumi_pl.report.series import smooth, thin, window_of
 from oumi_pl.report.words import clock, large, number
+from oumi_pl.runs import folders
 
 NOISE = ("name", "runs_dir", "report", "config")
 """Keys of a config that say where a run goes, not what it is."""
@@ -34,11 +34,11 @@ def outcomes(records: Sequence[Record]) -> dict[str, list[str]]:
     rows: dict[str, list[str]] = {
         "state": [run.condition for run in records],
         "steps": [f"{run.step:,}" for run in records],
-        "time": [clock(runs.seconds(run.folder, run.state)) for run in records],
+        "time": [clock(folders.seconds(run.folder, run.state)) for run in records],
         "tokens": [_last(run, "train/num_tokens", large) for run in records],
         "tokens/s, median": [_median(run, "train/tokens_per_second") for run in records],
         "peak memory, GB": [_last(run, "train/peak_memory_gb", number) for run in records],
-        f"train/loss, mean of {runs.RECENT}": [_recent(run) for run in records],
+        f"train/loss, mean of {folders.RECENT}": [_recent(run) for run in records],
     }
     names = dict.fromkeys(name for run in records for name in run.metrics if name.startswith("val/"))
     order = sorted(names, key=lambda name: (name != "val/loss", name))
@@ -60,7 +60,7 @@ def _median(run: Record, name: str) -> str:
 def _recent(run: Record) -> str:
     if "train/loss" not in run.metrics:
         return "-"
-    return number(runs.recent(run.metrics["train/loss"][1]))
+    return number(folders.recent(run.metrics["train/loss"][1]))
 
 
 def _best(run: Record) -> str:
@@ -158,7 +158,7 @@ def picture(records: Sequence[Record], names: Sequence[str], file: Path) -> None
     half.replace(file)
 
 
-def _draw(axis: Any, metric: str, column: runs.Column, index: int) -> None:
+def _draw(axis: Any, metric: str, column: folders.Column, index: int) -> None:
     steps, values = column
     is_validation = metric.startswith("val/")
     y = values if is_validation else smooth(values, window_of(len(values)))

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from oumi_pl.report.series import POINTS, envelope, smooth, thin, window_of
-from oumi_pl.runs import Column
+from oumi_pl.runs.folders import Column
 
 COLORS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9")
 """Colours that the colour-blind tell apart (Okabe and Ito 2008, "Color Universal Design"); styles differ as well."""

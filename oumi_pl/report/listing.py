@@ -5,8 +5,8 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from oumi_pl import runs
 from oumi_pl.report.words import ago, clock, number
+from oumi_pl.runs import folders
 
 COLUMNS = ("name", "recipe", "state", "step", "loss", "val", "best val", "time", "begun")
 RIGHT = ("step", "loss", "val", "best val", "time")
@@ -17,9 +17,9 @@ GAP = "  "
 
 def line(run: Path) -> dict[str, str]:
     """One run's cells. What can't be read is a dash."""
-    state = runs.read_state(run)
-    metrics = runs.read_metrics(run, only=("train/loss", "val/loss", "step"))
-    condition = runs.condition(state)
+    state = folders.read_state(run)
+    metrics = folders.read_metrics(run, only=("train/loss", "val/loss", "step"))
+    condition = folders.condition(state)
     noted = state.get("step")
     done = max([noted if isinstance(noted, int) else 0, *(steps[-1] for steps, _ in metrics.values())])
     steps = state.get("steps")
@@ -30,10 +30,10 @@ def line(run: Path) -> dict[str, str]:
         "recipe": str(state.get("recipe", "-")),
         "state": condition,
         "step": f"{done:,}/{steps:,}" if isinstance(steps, int) else f"{done:,}",
-        "loss": number(runs.recent(metrics["train/loss"][1])) if "train/loss" in metrics else "-",
+        "loss": number(folders.recent(metrics["train/loss"][1])) if "train/loss" in metrics else "-",
         "val": number(metrics["val/loss"][1][-1]) if "val/loss" in metrics else "-",
         "best val": number(min(val)) if val else "-",
-        "time": clock(runs.seconds(run, state)),
+        "time": clock(folders.seconds(run, state)),
         "begun": ago(time.time() - begun / 1e9) if isinstance(begun, int | float) else "-",
     }
 
@@ -62,15 +62,15 @@ def _row(cells: dict[str, str], columns: Sequence[str], sizes: dict[str, int]) -
     return GAP.join(shown).rstrip()
 
 
-def notes(folders: Sequence[Path], lines: Sequence[dict[str, str]]) -> list[str]:
+def notes(runs: Sequence[Path], lines: Sequence[dict[str, str]]) -> list[str]:
     """What the words in the table don't say: where a run runs that can't be seen, and how to go on with one."""
     told = []
-    unseen = [run for run, cells in zip(folders, lines, strict=True) if cells["state"] == "running?"]
+    unseen = [run for run, cells in zip(runs, lines, strict=True) if cells["state"] == "running?"]
     for run in unseen:
-        owner = runs.read_state(run).get("process")
+        owner = folders.read_state(run).get("process")
         host = owner.get("host") if isinstance(owner, dict) else None
         try:
-            last = f"its last step was written {ago(time.time() - (run / runs.METRICS).stat().st_mtime)}"
+            last = f"its last step was written {ago(time.time() - (run / folders.METRICS).stat().st_mtime)}"
         except OSError:
             last = "it has written no step yet"
         told.append(f"{run.name} says it is running{f' on {host}' if host else ''}, unseen from here; {last}")

@@ -6,12 +6,12 @@ from html import escape
 from pathlib import Path
 
 from oumi_pl import __version__
-from oumi_pl.checkpoint_files import saved_steps
 from oumi_pl.report import curves, data, sections
 from oumi_pl.report.record import Record
 from oumi_pl.report.style import CSS
 from oumi_pl.report.words import meaning
-from oumi_pl.runs import CHECKPOINTS, CONFIG
+from oumi_pl.runs.checkpoint_files import saved_steps
+from oumi_pl.runs.folders import CHECKPOINTS, CONFIG
 
 PAGE = "report.html"
 PICTURE = "curves.png"

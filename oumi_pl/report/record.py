@@ -6,7 +6,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from oumi_pl import runs
+from oumi_pl.runs import folders
 
 
 @dataclass(frozen=True)
@@ -23,17 +23,17 @@ class Record:
     @cached_property
     def state(self) -> dict[str, Any]:
         """What `run.json` says."""
-        return runs.read_state(self.folder)
+        return folders.read_state(self.folder)
 
     @cached_property
     def condition(self) -> str:
         """The state as it is now."""
-        return runs.condition(self.state)
+        return folders.condition(self.state)
 
     @cached_property
-    def metrics(self) -> dict[str, runs.Column]:
+    def metrics(self) -> dict[str, folders.Column]:
         """The columns of `metrics.csv`."""
-        return runs.read_metrics(self.folder)
+        return folders.read_metrics(self.folder)
 
     @cached_property
     def data(self) -> dict[str, Any]:
@@ -58,12 +58,12 @@ class Record:
     @cached_property
     def config_text(self) -> str:
         """The whole config as it is written."""
-        return self._text(runs.CONFIG)
+        return self._text(folders.CONFIG)
 
     @cached_property
     def recipe_text(self) -> str:
         """The recipe as its author wrote it."""
-        return self._text(runs.RECIPE)
+        return self._text(folders.RECIPE)
 
     @cached_property
     def samples(self) -> list[dict[str, Any]]:

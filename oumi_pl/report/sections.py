@@ -6,10 +6,10 @@ from collections.abc import Sequence
 from html import escape
 from typing import Any
 
-from oumi_pl import runs
 from oumi_pl.report.clock import PHASES
 from oumi_pl.report.record import Record
 from oumi_pl.report.words import clock, large, meaning, moment, number
+from oumi_pl.runs import folders
 
 SHOWN = 12
 """Prompts whose samples a page shows at the most."""
@@ -95,14 +95,14 @@ def _tiles(run: Record) -> list[str]:
     tiles = []
     if "train/loss" in metrics:
         values = metrics["train/loss"][1]
-        last = f"mean of the last {min(runs.RECENT, len(values))} updates; began at {number(values[0])}"
-        tiles.append(_tile("Training loss", number(runs.recent(values)), last, meaning("train/loss")))
+        last = f"mean of the last {min(folders.RECENT, len(values))} updates; began at {number(values[0])}"
+        tiles.append(_tile("Training loss", number(folders.recent(values)), last, meaning("train/loss")))
     if "val/loss" in metrics:
         tiles.append(_tile("Validation loss", number(metrics["val/loss"][1][-1]), *_best(metrics, "val/loss")))
     for name, title in TILES.items():
         if name in metrics:
             tiles.append(_tile(title, number(metrics[name][1][-1]), *_best(metrics, name)))
-    took = runs.seconds(run.folder, run.state)
+    took = folders.seconds(run.folder, run.state)
     tiles.append(_tile("Time", clock(took), "all in all, resumes included" if run.resumed else "all in all", ""))
     if "train/num_tokens" in metrics:
         tokens = metrics["train/num_tokens"][1][-1]
@@ -110,7 +110,7 @@ def _tiles(run: Record) -> list[str]:
     return tiles
 
 
-def _best(metrics: dict[str, runs.Column], name: str) -> tuple[str, str]:
+def _best(metrics: dict[str, folders.Column], name: str) -> tuple[str, str]:
     steps, values = metrics[name]
     finite = [(value, step) for step, value in zip(steps, values, strict=True) if math.isfinite(value)]
     if len(finite) < 2 or name == "val/kl":

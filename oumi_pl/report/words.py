@@ -57,7 +57,7 @@ def large(value: float) -> str:
 @cache
 def meanings() -> dict[str, str]:
     """Name of a metric -> what it means, from the table in `oumi_pl/metrics.py`; read, for importing it takes long."""
-    file = Path(__file__).parent.parent / "metrics.py"
+    file = Path(__file__).parents[1] / "runs" / "metrics.py"
     table = ast.get_docstring(ast.parse(file.read_text(encoding="utf-8"))) or ""
     found: dict[str, str] = {}
     for line in table.splitlines():

@@ -10,7 +10,7 @@ from oumi_pl.errors import UserError
 from oumi_pl.losses.causal import CrossEntropy
 from oumi_pl.losses.preference import BCO, LDDPO, JensenShannon, Robust, Sigmoid, WeightedSum
 from oumi_pl.modules.pretrain import Pretrain
-from oumi_pl.optim import Linear
+from oumi_pl.optim.schedules import Linear
 from oumi_pl.types import TokenLoss
 from tests.data.corpora import corpus, pretrain_data
 from tests.tiny import LLAMA, data, distance, dpo, dpo_data, module, trainer, weights

@@ -163,6 +163,6 @@ def test_without_trl(monkeypatch):
 
 def test_the_switch_is_lazy():
     heavy = ("trl", "transformers.trainer", "oumi_pl.adapters")
-    code = f"import sys, oumi_pl.cli; print([name for name in {heavy} if name in sys.modules])"
+    code = f"import sys, oumi_pl.config.cli; print([name for name in {heavy} if name in sys.modules])"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.splitlines()[-1] == "[]"

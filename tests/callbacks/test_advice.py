@@ -13,7 +13,6 @@ import torch
 import yaml
 from torch.optim import SGD, AdamW
 
-from oumi_pl import quiet
 from oumi_pl.callbacks import advice
 from oumi_pl.callbacks.advice import STUCK_AFTER, Advice, LossWatch, Wait, tell, usual_lr
 from oumi_pl.callbacks.run_folder import RunFolder
@@ -21,7 +20,8 @@ from oumi_pl.config import files as recipe_files
 from oumi_pl.data.sft import SFTData
 from oumi_pl.data.template import load_template
 from oumi_pl.data.tokenizers import ByteTokenizer
-from oumi_pl.muon import MuonAdamW
+from oumi_pl.optim.muon import MuonAdamW
+from oumi_pl.terminal import quiet
 from tests.tiny import data, module, trainer
 
 REPORT = {"train": {"kept": 200, "cut": 0}, "validation": {"kept": 10, "cut": 0}}
@@ -290,11 +290,11 @@ def test_warnings_are_yellow_and_not_broken_within_words_on_a_terminal(monkeypat
     monkeypatch.setattr(sys, "stderr", terminal)
     monkeypatch.setenv("TERM", "xterm")
     monkeypatch.delenv("NO_COLOR", raising=False)
-    for place in ("oumi_pl.quiet", "oumi_pl.progress"):
+    for place in ("oumi_pl.terminal.quiet", "oumi_pl.terminal.progress"):
         monkeypatch.setattr(f"{place}.terminal_width", lambda: 30)
     shown = quiet._formatted("something is as it should not be, and so on")
     assert shown == "\033[33mwarning: something is as it\n  should not be, and so on\033[0m\n"
-    for place in ("oumi_pl.quiet", "oumi_pl.progress"):
+    for place in ("oumi_pl.terminal.quiet", "oumi_pl.terminal.progress"):
         monkeypatch.setattr(f"{place}.terminal_width", lambda: None)
     monkeypatch.setattr(sys, "stderr", io.StringIO())
     assert quiet._formatted("something is as it should not be") == "warning: something is as it should not be\n"

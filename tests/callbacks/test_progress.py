@@ -11,12 +11,12 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from oumi_pl import progress
 from oumi_pl.callbacks import pace as pace_module
 from oumi_pl.callbacks.pace import Pace
 from oumi_pl.callbacks.progress import ProgressLine
-from oumi_pl.cli import CLI
-from oumi_pl.progress import ERASE, Line, clock, working
+from oumi_pl.config.cli import CLI
+from oumi_pl.terminal import progress
+from oumi_pl.terminal.progress import ERASE, Line, clock, working
 
 STYLE = re.compile(r"\033\[[0-9;]*m")
 FULL = {
@@ -53,7 +53,7 @@ def on_terminal(monkeypatch):
         monkeypatch.setattr(sys, "stdout", made)
         return made
 
-    for module in ("oumi_pl.progress", "oumi_pl.callbacks.progress"):
+    for module in ("oumi_pl.terminal.progress", "oumi_pl.callbacks.progress"):
         monkeypatch.setattr(f"{module}.terminal_width", lambda: made.width)
     monkeypatch.setattr("oumi_pl.callbacks.progress.EVERY", 0.0)
     yield begin
@@ -208,7 +208,7 @@ def test_no_bar_outlives_the_command(on_terminal):
         raise RuntimeError
 
     with pytest.MonkeyPatch.context() as patch, pytest.raises(RuntimeError):
-        patch.setattr("oumi_pl.cli.dry_run", fails)
+        patch.setattr("oumi_pl.config.cli.dry_run", fails)
         Run()._run_subcommand("fit")
     assert (sys.stdout, sys.stderr, terminal.screen) == (terminal, terminal, [""])
 

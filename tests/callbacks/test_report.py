@@ -6,13 +6,13 @@ import sys
 import lightning as L
 import pytest
 
-from oumi_pl import runs
 from oumi_pl.callbacks.preemption import Preemption
 from oumi_pl.callbacks.report import Report
 from oumi_pl.callbacks.run_folder import RunFolder, _command
-from oumi_pl.metrics import MetricsCSV
 from oumi_pl.report import page
 from oumi_pl.report.clock import Clock
+from oumi_pl.runs import folders
+from oumi_pl.runs.metrics import MetricsCSV
 from tests.command_line import CommandLine
 from tests.tiny import data, module, trainer
 
@@ -29,11 +29,11 @@ def test_a_run_leaves_what_one_wants_to_know_of_it(cli, monkeypatch):
     out = cli.works(*FIT)
     assert "report -> runs/r/report.html" in out
     folder = cli.directory / "runs/r"
-    assert (folder / runs.RECIPE).read_bytes() == (cli.directory / "r.yaml").read_bytes()
+    assert (folder / folders.RECIPE).read_bytes() == (cli.directory / "r.yaml").read_bytes()
     state = cli.state("runs/r")
     assert state["status"] == "finished"
     assert state["steps"] == state["step"] == 2
-    assert state["process"]["began"] == runs.process()["began"]
+    assert state["process"]["began"] == folders.process()["began"]
     assert state["model"]["trainer"] == "SFT"
     assert state["model"]["parameters"] == state["model"]["trainable"] > 0
     assert state["environment"]["packages"]["torch"]
@@ -58,7 +58,7 @@ def test_a_run_leaves_what_one_wants_to_know_of_it(cli, monkeypatch):
     assert "oumi_pl fit --resume runs/r" in (folder / page.PAGE).read_text()
     assert sum(state["times"].values()) > before
     assert "resumed at step 2" in (folder / page.PAGE).read_text()
-    assert (folder / runs.RECIPE).read_bytes() == (cli.directory / "r.yaml").read_bytes()
+    assert (folder / folders.RECIPE).read_bytes() == (cli.directory / "r.yaml").read_bytes()
 
 
 def fit(tmp_path, *callbacks, **limits):
@@ -71,7 +71,7 @@ def fit(tmp_path, *callbacks, **limits):
 def test_a_failure_in_drawing_is_told_and_the_run_goes_on(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr("oumi_pl.report.page.make", {}.__getitem__)
     folder = fit(tmp_path, max_steps=1)
-    assert runs.read_state(folder)["status"] == "finished"
+    assert folders.read_state(folder)["status"] == "finished"
     told = capsys.readouterr().err
     assert f"warning: no report: KeyError: {folder!r}" in told
     assert f"to try again: oumi_pl runs report {folder}" in told
@@ -91,7 +91,7 @@ class Failing(L.Callback):
 def test_a_run_that_fails_is_reported_with_its_reason(tmp_path):
     with pytest.raises(ZeroDivisionError):
         fit(tmp_path, Failing(ZeroDivisionError("<of mine>")), max_steps=4)
-    state = json.loads((tmp_path / "run" / runs.RUN).read_text())
+    state = json.loads((tmp_path / "run" / folders.RUN).read_text())
     assert (state["status"], state["reason"]) == ("failed", "ZeroDivisionError: <of mine>")
     assert "ZeroDivisionError: &lt;of mine&gt;" in (tmp_path / "run" / page.PAGE).read_text()
 
@@ -99,7 +99,7 @@ def test_a_run_that_fails_is_reported_with_its_reason(tmp_path):
 def test_who_presses_ctrl_c_twice_does_not_wait_for_a_report(tmp_path):
     with pytest.raises((KeyboardInterrupt, SystemExit)):
         fit(tmp_path, Failing(KeyboardInterrupt()), max_steps=4)
-    assert runs.read_state(tmp_path / "run")["status"] == "stopped"
+    assert folders.read_state(tmp_path / "run")["status"] == "stopped"
     assert not (tmp_path / "run" / page.PAGE).exists()
 
 

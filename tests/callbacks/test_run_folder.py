@@ -5,9 +5,9 @@ from types import SimpleNamespace
 
 import torch
 
-from oumi_pl import runs
 from oumi_pl.callbacks.run_folder import RunFolder
 from oumi_pl.report.record import Record
+from oumi_pl.runs import folders
 
 CONFIG = "name: Größe 大\n"
 
@@ -33,4 +33,4 @@ def test_what_is_read_as_utf_8_is_written_so_whatever_the_locale(tmp_path, monke
     RunFolder(tmp_path, "r", "r", CONFIG)._describe(trainer, module, tmp_path)
     assert Record(tmp_path).config_text == CONFIG
     assert Record(tmp_path).data == {"train": {"rows": 3}}
-    assert runs.read_state(tmp_path)["steps"] == 5
+    assert folders.read_state(tmp_path)["steps"] == 5

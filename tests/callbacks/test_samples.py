@@ -12,7 +12,7 @@ from oumi_pl.callbacks.run_folder import RunFolder
 from oumi_pl.callbacks.samples import SampleFile, Samples, shown
 from oumi_pl.data.pretrain import PretrainData
 from oumi_pl.data.tokenizers import ByteTokenizer
-from oumi_pl.generation import complete
+from oumi_pl.models.generation import complete
 from oumi_pl.modules.pretrain import Pretrain
 from oumi_pl.report.record import Record
 from tests.command_line import CommandLine

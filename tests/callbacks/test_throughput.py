@@ -6,7 +6,7 @@ import torch
 
 from oumi_pl.callbacks import throughput
 from oumi_pl.callbacks.throughput import Throughput, flops_per_token, peak_flops
-from oumi_pl.metrics import MetricsCSV
+from oumi_pl.runs.metrics import MetricsCSV
 from tests.tiny import data, module, trainer
 
 

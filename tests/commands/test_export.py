@@ -14,9 +14,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from oumi_pl.__main__ import main
 from oumi_pl.commands.export import export_checkpoint
 from oumi_pl.errors import UserError
-from oumi_pl.export import model_card
+from oumi_pl.models.export import model_card
+from tests.models.test_export import assert_same, logits, names
 from tests.models.test_lora import plain_tokenizer, pretrained
-from tests.test_export import assert_same, logits, names
 from tests.tiny import LLAMA, conversations, write_jsonl
 
 ROOT = Path(__file__).parents[2]

@@ -18,9 +18,9 @@ from oumi_pl.data.sft import SFTData
 from oumi_pl.data.template import apply_template, load_template
 from oumi_pl.data.tokenizers import ByteTokenizer
 from oumi_pl.errors import UserError
-from oumi_pl.export import export_model
 from oumi_pl.models.build import build_model
 from oumi_pl.models.causal_lm import CausalLM
+from oumi_pl.models.export import export_model
 from tests.models.test_lora import plain_tokenizer, pretrained
 from tests.tiny import LLAMA, conversations, write_jsonl
 

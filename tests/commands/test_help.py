@@ -7,13 +7,13 @@ import textwrap
 
 import pytest
 
-from oumi_pl import classes
 from oumi_pl.__main__ import main
 from oumi_pl.callbacks.checkpoint import Checkpoints
-from oumi_pl.classes import known_classes
-from oumi_pl.cli import CLI
 from oumi_pl.commands import help as help_pages
 from oumi_pl.commands.help import _default, _kind
+from oumi_pl.config import classes
+from oumi_pl.config.classes import known_classes
+from oumi_pl.config.cli import CLI
 from oumi_pl.config.explain import parameters
 from oumi_pl.data.sft import SFTData
 from oumi_pl.modules.base import LanguageModule
@@ -157,7 +157,7 @@ def test_a_misspelt_topic(capsys, topic, nearest):
 
 def test_all_is_the_parsers_own_page(capsys, monkeypatch):
     asked = []
-    monkeypatch.setattr("oumi_pl.cli.CLI", lambda args, **_: asked.append(args))
+    monkeypatch.setattr("oumi_pl.config.cli.CLI", lambda args, **_: asked.append(args))
     assert main(["fit", "--help", "all"]) == 0
     assert asked == [["fit", "--help"]]
     assert capsys.readouterr().out == ""

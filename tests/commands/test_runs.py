@@ -10,9 +10,9 @@ import time
 
 import pytest
 
-from oumi_pl import runs
 from oumi_pl.__main__ import main
 from oumi_pl.report import listing
+from oumi_pl.runs import folders
 from tests.report.folders import columns, curve, run_folder, write_metrics
 
 TYPES = json.dumps(
@@ -44,7 +44,7 @@ def cells(out: str) -> dict[str, list[str]]:
 def test_lists_runs_the_newest_last_with_state_step_and_losses(here, capsys):
     run_folder(here, "b", created_ns=time.time_ns())
     run_folder(here, "a", created_ns=time.time_ns() - 10**9 * 7200, status="stopped", step=41)
-    runs.write_state(here / "a", steps=90)
+    folders.write_state(here / "a", steps=90)
     out = works(capsys)
     assert [line.split()[0] for line in out.splitlines()] == ["name", "a", "b"]
     assert cells(out)["a"] == ["a", "r", "stopped", "41/90", "0.7345", "0.7906", "0.7906", "10", "s", "2", "h", "ago"]
@@ -53,10 +53,10 @@ def test_lists_runs_the_newest_last_with_state_step_and_losses(here, capsys):
 
 
 def test_a_run_whose_process_is_gone_was_killed(here, capsys):
-    gone = runs.process() | {"pid": 2**22 - 1}
-    reused = runs.process() | {"began": "at another time"}
-    elsewhere = runs.process() | {"host": "elsewhere"}
-    for name, process in {"gone": gone, "reused": reused, "here": runs.process(), "there": elsewhere}.items():
+    gone = folders.process() | {"pid": 2**22 - 1}
+    reused = folders.process() | {"began": "at another time"}
+    elsewhere = folders.process() | {"host": "elsewhere"}
+    for name, process in {"gone": gone, "reused": reused, "here": folders.process(), "there": elsewhere}.items():
         run_folder(here, name, status="running", process=process, begun=time.time() - 60, before=10)
     out = works(capsys)
     states = {name: line[2] for name, line in cells(out).items()}
@@ -71,20 +71,20 @@ def test_an_ended_child_that_nobody_waited_for_is_gone():
     child = subprocess.Popen([sys.executable, "-c", ""])
     try:
         deadline = time.monotonic() + 20
-        while runs._began(child.pid) is not None and time.monotonic() < deadline:
+        while folders._began(child.pid) is not None and time.monotonic() < deadline:
             time.sleep(0.01)
-        assert runs._began(child.pid) is None
+        assert folders._began(child.pid) is None
     finally:
         child.wait()
-    assert runs._began(os.getpid()) == runs.process()["began"]
+    assert folders._began(os.getpid()) == folders.process()["began"]
 
 
 def test_broken_folders_do_not_break_the_list(here, capsys):
     run_folder(here, "good")
     for name, text in {"text": "{", "list": "[]", "types": TYPES}.items():
         (here / name).mkdir()
-        (here / name / runs.RUN).write_text(text)
-    (here / "types" / runs.METRICS).write_text("step,train/loss\nx,y\n1")
+        (here / name / folders.RUN).write_text(text)
+    (here / "types" / folders.METRICS).write_text("step,train/loss\nx,y\n1")
     (here / "no-run").mkdir()
     assert set(cells(works(capsys))) == {"name", "good", "text", "list", "types"}
 
@@ -138,10 +138,10 @@ def test_runs_with_other_losses_are_compared_with_a_warning(here, capsys):
 
 
 def test_report_is_made_of_a_run_that_was_killed(here, capsys):
-    run_folder(here, "r", status="running", process=runs.process() | {"began": "long ago"})
+    run_folder(here, "r", status="running", process=folders.process() | {"began": "long ago"})
     assert works(capsys, "report", "r") == "report -> runs/r/report.html\n"
     assert "killed after step 40" in (here / "r/report.html").read_text()
-    assert json.loads((here / "r" / runs.RUN).read_text())["status"] == "running", "what is written stays"
+    assert json.loads((here / "r" / folders.RUN).read_text())["status"] == "running", "what is written stays"
 
 
 @pytest.mark.parametrize(
@@ -168,10 +168,10 @@ def test_mistakes(here, capsys, args, message):
 
 def test_metrics_of_a_run_that_is_being_written(tmp_path):
     write_metrics(tmp_path, {"train/loss": curve(5), "val/loss": {2: 7.0}})
-    with (tmp_path / runs.METRICS).open("a") as out:
+    with (tmp_path / folders.METRICS).open("a") as out:
         out.write("6,0.1")
-    found = runs.read_metrics(tmp_path)
+    found = folders.read_metrics(tmp_path)
     assert found["train/loss"][0] == [1, 2, 3, 4, 5]
     assert found["val/loss"] == ([2], [7.0])
-    assert runs.read_metrics(tmp_path, only=("val/loss",)).keys() == {"val/loss"}
-    assert runs.read_metrics(tmp_path / "none") == {}
+    assert folders.read_metrics(tmp_path, only=("val/loss",)).keys() == {"val/loss"}
+    assert folders.read_metrics(tmp_path / "none") == {}

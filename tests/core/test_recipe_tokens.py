@@ -5,7 +5,7 @@ from itertools import pairwise
 import numpy as np
 import pytest
 
-from oumi_pl.cli import instantiate
+from oumi_pl.config.cli import instantiate
 from tests.core.oumi import recipe, tiny_model
 from tests.tiny import write_jsonl
 

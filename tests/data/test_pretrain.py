@@ -14,7 +14,6 @@ import torch
 from oumi_pl.callbacks.checkpoint import Checkpoints
 from oumi_pl.callbacks.last_step import LastStep
 from oumi_pl.callbacks.start import Start
-from oumi_pl.checkpoints import AtomicCheckpointIO
 from oumi_pl.data.documents import TokenizeDocuments
 from oumi_pl.data.pretrain import PretrainData
 from oumi_pl.data.sft import SFTData
@@ -22,6 +21,7 @@ from oumi_pl.data.sources import Source
 from oumi_pl.data.tokenizers import ByteTokenizer
 from oumi_pl.data.trained_bpe import TrainedBPE
 from oumi_pl.errors import UserError
+from oumi_pl.runs.checkpoints import AtomicCheckpointIO
 from tests.data.corpora import corpus, documents, handed_out, pretrain_data
 from tests.test_resume import DROPOUT, Kill, adamw, newest
 from tests.tiny import distance, fit, module, trainer, weights, write_jsonl

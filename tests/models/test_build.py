@@ -9,11 +9,11 @@ import torch
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from oumi_pl import hub
 from oumi_pl.data.sft import SFTData
 from oumi_pl.data.tokenizers import ByteTokenizer
 from oumi_pl.errors import UserError
 from oumi_pl.losses.causal import CrossEntropy
+from oumi_pl.models import hub
 from oumi_pl.models.build import build_model
 from oumi_pl.models.causal_lm import CausalLM
 from tests.tiny import LLAMA

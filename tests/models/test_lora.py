@@ -7,13 +7,13 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from oumi_pl.callbacks.checkpoint import Checkpoints
-from oumi_pl.checkpoints import AtomicCheckpointIO
 from oumi_pl.data.tokenizers import ByteTokenizer
 from oumi_pl.errors import UserError
 from oumi_pl.losses.causal import CrossEntropy
 from oumi_pl.models.build import build_model
 from oumi_pl.models.causal_lm import CausalLM
 from oumi_pl.modules.sft import SFT
+from oumi_pl.runs.checkpoints import AtomicCheckpointIO
 from tests.tiny import LLAMA, data, trainer
 
 LINEAR = {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"}

@@ -4,7 +4,7 @@ import lightning as L
 import pytest
 import torch
 
-from oumi_pl.optim import Linear
+from oumi_pl.optim.schedules import Linear
 from tests.tiny import data, distance, module, trainer, weights
 
 ROWS, BATCH, MICRO, LR, CLIP = 12, 2, 2, 1e-2, 0.5

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from oumi_pl.models.preference import documents, shared
-from oumi_pl.optim import Linear
+from oumi_pl.optim.schedules import Linear
 from tests.models.test_lora import trainable
 from tests.parity.test_trl import Record
 from tests.tiny import distance, dpo, dpo_data, trainer, weights

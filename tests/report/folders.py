@@ -5,7 +5,7 @@ import json
 import math
 import time
 
-from oumi_pl import runs
+from oumi_pl.runs import folders
 
 CONFIG = """\
 model:
@@ -23,7 +23,7 @@ PERCENTILES = ("p0", "p5", "p25", "p50", "p75", "p95", "p100")
 def write_metrics(folder, columns):
     """A `metrics.csv` of columns `{name: {step: value}}`."""
     steps = sorted({step for values in columns.values() for step in values})
-    with (folder / runs.METRICS).open("w", newline="") as out:
+    with (folder / folders.METRICS).open("w", newline="") as out:
         lines = csv.writer(out)
         lines.writerow(["step", *columns])
         lines.writerows([step, *(values.get(step, "") for values in columns.values())] for step in steps)
@@ -47,12 +47,12 @@ def columns(steps=40):
 def run_folder(root, name="r", steps=40, lr=0.1, **state):
     """A finished run of so many steps, with all its files."""
     folder = root / name
-    (folder / runs.CHECKPOINTS).mkdir(parents=True)
+    (folder / folders.CHECKPOINTS).mkdir(parents=True)
     lengths = dict(zip(PERCENTILES, (1, 2, 3, 4, 5, 6, 9), strict=True))
     train = {"rows": 12, "kept": 10, "dropped": {"empty": 2}, "tokens": 400, "lengths": lengths, "fill": 0.75}
     (folder / "data.json").write_text(json.dumps({"train": train}))
-    (folder / runs.CONFIG).write_text(CONFIG.format(lr=lr, steps=steps, name=name))
-    (folder / runs.RECIPE).write_text(f"# mine\nlr: {lr}\n")
+    (folder / folders.CONFIG).write_text(CONFIG.format(lr=lr, steps=steps, name=name))
+    (folder / folders.RECIPE).write_text(f"# mine\nlr: {lr}\n")
     if steps:
         write_metrics(folder, columns(steps))
     model = {"trainer": "SFT", "architecture": "Llama", "name": None, "parameters": 5, "trainable": 5, "loss": "L"}
@@ -65,5 +65,5 @@ def run_folder(root, name="r", steps=40, lr=0.1, **state):
         "model": model,
     }
     written |= {"times": {"data": 1.0, "training": 8.0, "validation": 1.0}, "environment": {"packages": {"torch": "2"}}}
-    runs.write_state(folder, **(written | state))
+    folders.write_state(folder, **(written | state))
     return folder

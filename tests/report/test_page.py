@@ -5,9 +5,9 @@ from html.parser import HTMLParser
 
 import pytest
 
-from oumi_pl import runs
 from oumi_pl.report import page
 from oumi_pl.report.words import ago, clock, large, meaning, number
+from oumi_pl.runs import folders
 from tests.report.folders import run_folder, write_metrics
 
 EVIL = "<script>alert(1)</script>&\"'</pre>"
@@ -48,13 +48,13 @@ def read(folder):
 def evil(tmp_path_factory):
     """A run all of whose files hold what would break a page."""
     folder = run_folder(tmp_path_factory.mktemp("a b"), recipe=EVIL, command=EVIL, status="failed", reason=EVIL)
-    runs.write_state(folder, warnings=[EVIL], environment={"packages": {EVIL: EVIL}}, resumed=[20])
+    folders.write_state(folder, warnings=[EVIL], environment={"packages": {EVIL: EVIL}}, resumed=[20])
     samples = [
         {"step": step, "prompt": EVIL, "completion": f"{EVIL} at {step}", "reference": EVIL} for step in (0, 20, 40)
     ]
     (folder / "samples.jsonl").write_text("".join(json.dumps(s) + "\n" for s in samples) + '{"step": 41, "pro')
-    (folder / runs.RECIPE).write_text(EVIL)
-    (folder / runs.CONFIG).write_text(EVIL)
+    (folder / folders.RECIPE).write_text(EVIL)
+    (folder / folders.CONFIG).write_text(EVIL)
     (folder / "data.json").write_text(json.dumps({EVIL: {"rows": 3, "sources": [{"source": EVIL, EVIL: EVIL}]}}))
     write_metrics(
         folder, {"train/loss": {1: 2.0, 2: 1.0}, f"val/bits_per_byte/{EVIL}": {2: 1.0}, "val/bits_per_byte": {2: 1}}
@@ -121,7 +121,7 @@ def test_a_folder_with_metrics_alone_is_reported(tmp_path):
     (tmp_path / "r").mkdir()
     assert page.make(tmp_path / "r") is None
     write_metrics(tmp_path / "r", {"train/loss": {1: 2.0}})
-    for name in (runs.RUN, "data.json", runs.CONFIG, "samples.jsonl"):
+    for name in (folders.RUN, "data.json", folders.CONFIG, "samples.jsonl"):
         (tmp_path / "r" / name).write_text("{")
     _, elements = read(tmp_path / "r")
     assert "unknown" in elements.text

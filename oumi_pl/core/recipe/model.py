@@ -71,8 +71,8 @@ def _read_config(params: ModelParams) -> Any:
     """The config of the model on the disk or the hub."""
     from transformers import AutoConfig
 
-    from oumi_pl.hub import locate
     from oumi_pl.models.config import loaded
+    from oumi_pl.models.hub import locate
 
     folder = locate(params.model_name, "model.model_name", params.model_revision)
     hub = {"revision": params.model_revision, "trust_remote_code": params.trust_remote_code}

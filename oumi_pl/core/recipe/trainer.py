@@ -11,7 +11,7 @@ from oumi_pl.core.configs import TrainingConfig, TrainingParams
 from oumi_pl.core.recipe.engine import Engine
 from oumi_pl.core.recipe.notes import Notes, refuse
 from oumi_pl.core.recipe.sharding import strategy
-from oumi_pl.runs import CHECKPOINTS
+from oumi_pl.runs.folders import CHECKPOINTS
 
 NEVER = 1_000_000_000
 """Steps that no run reaches."""

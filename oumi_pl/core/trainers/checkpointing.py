@@ -6,7 +6,6 @@ from typing import Any
 import lightning as L
 import torch
 
-from oumi_pl.checkpoints import rng_state, set_rng_state
 from oumi_pl.core.trainers.folders import (
     STATE,
     TRAINING,
@@ -20,6 +19,7 @@ from oumi_pl.core.trainers.folders import (
 from oumi_pl.core.trainers.module import TrainingModule
 from oumi_pl.core.trainers.saving import load_weights, save_weights
 from oumi_pl.errors import UserError
+from oumi_pl.runs.checkpoints import rng_state, set_rng_state
 
 
 class Checkpointer:

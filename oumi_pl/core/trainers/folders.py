@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from oumi_pl.checkpoint_files import HALF, remove
 from oumi_pl.errors import UserError
+from oumi_pl.runs.checkpoint_files import HALF, remove
 
 if TYPE_CHECKING:
     from transformers.trainer_callback import TrainerState

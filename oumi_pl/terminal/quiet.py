@@ -5,7 +5,7 @@ import os
 import warnings
 from typing import Any
 
-from oumi_pl.progress import styled, terminal_width, wrapped
+from oumi_pl.terminal.progress import styled, terminal_width, wrapped
 
 
 def _formatted(message: Any, *_: Any, **__: Any) -> str:

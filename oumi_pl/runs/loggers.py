@@ -27,7 +27,8 @@ from lightning.pytorch.loggers import MLFlowLogger, TensorBoardLogger, WandbLogg
 from lightning.pytorch.loggers.logger import Logger
 
 from oumi_pl.errors import UserError, nearest
-from oumi_pl.hub import TIMEOUT, reason
+from oumi_pl.models.hub import TIMEOUT
+from oumi_pl.errors import reason
 
 PACKAGES = {"tensorboard": ("tensorboard",), "wandb": ("wandb",), "mlflow": ("mlflow", "sqlalchemy", "alembic")}
 """Name -> what has to be installed for it."""

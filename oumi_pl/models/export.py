@@ -11,10 +11,9 @@ import torch
 from torch import Tensor
 
 from oumi_pl import __version__
-from oumi_pl.checkpoint_files import HALF, remove
-from oumi_pl.errors import UserError
-from oumi_pl.hub import reason
+from oumi_pl.errors import UserError, reason
 from oumi_pl.models.causal_lm import CausalLM
+from oumi_pl.runs.checkpoint_files import HALF, remove
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

@@ -6,10 +6,10 @@ import unicodedata
 
 import pytest
 
-from oumi_pl import progress
 from oumi_pl.commands import generate, preview, recipes
 from oumi_pl.preview import pieces
-from oumi_pl.screen import has_colours, is_terminal, meanwhile, visible
+from oumi_pl.terminal import progress
+from oumi_pl.terminal.screen import has_colours, is_terminal, meanwhile, visible
 
 
 class Stream(io.StringIO):

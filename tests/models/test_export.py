@@ -8,10 +8,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 from oumi_pl.data.template import apply_template, load_template
 from oumi_pl.data.tokenizers import ByteTokenizer
 from oumi_pl.errors import UserError
-from oumi_pl.export import export_model
 from oumi_pl.losses.causal import CrossEntropy
 from oumi_pl.models.build import build_model
 from oumi_pl.models.causal_lm import CausalLM
+from oumi_pl.models.export import export_model
 from tests.models.test_lora import batch, moved, plain_tokenizer, pretrained
 from tests.tiny import LLAMA
 

@@ -7,8 +7,8 @@ import torch
 from torch import nn
 
 from oumi_pl.errors import UserError
-from oumi_pl.muon import MuonAdamW
 from oumi_pl.optim import parameter_groups
+from oumi_pl.optim.muon import MuonAdamW
 
 
 def network():

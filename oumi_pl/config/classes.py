@@ -23,8 +23,8 @@ from oumi_pl.modules.base import LanguageModule
 from oumi_pl.modules.dpo import DPO
 from oumi_pl.modules.pretrain import Pretrain
 from oumi_pl.modules.sft import SFT
-from oumi_pl.muon import MuonAdamW
-from oumi_pl.optim import Schedule
+from oumi_pl.optim.muon import MuonAdamW
+from oumi_pl.optim.schedules import Schedule
 from oumi_pl.types import PreferenceLoss, TokenLoss
 
 __all__ = [

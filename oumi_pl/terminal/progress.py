@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from typing import Any
 
-from oumi_pl.screen import has_colours, is_terminal
+from oumi_pl.terminal.screen import has_colours, is_terminal
 
 SHOW_AFTER = 1.0
 """Seconds of work below which nothing is shown."""

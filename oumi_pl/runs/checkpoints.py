@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from lightning.fabric.plugins import TorchCheckpointIO
 
-from oumi_pl.checkpoint_files import HALF, remove
+from oumi_pl.runs.checkpoint_files import HALF, remove
 from oumi_pl.errors import UserError
 
 

@@ -25,7 +25,7 @@ from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from oumi_pl.checkpoint_files import saved_steps
+from oumi_pl.runs.checkpoint_files import saved_steps
 from oumi_pl.errors import UserError, nearest
 
 RUN = "run.json"
@@ -193,10 +193,10 @@ def find(name: str, root: Path) -> Path:
     for path in (root / name, Path(name).expanduser()):
         if (path / RUN).is_file():
             return path
-    raise UserError(f"no run {name!r} in {root}{nearest(name, [run.name for run in folders(root)])}")
+    raise UserError(f"no run {name!r} in {root}{nearest(name, [run.name for run in all_runs(root)])}")
 
 
-def folders(root: Path) -> list[Path]:
+def all_runs(root: Path) -> list[Path]:
     """The run folders in a directory, oldest first."""
     found = {file.parent: read_state(file.parent) for file in root.glob(f"*/{RUN}")} if root.is_dir() else {}
     return sorted(found, key=lambda run: (_number(found[run].get("created_ns")), run.name))

@@ -19,13 +19,13 @@ from lightning.pytorch.loggers.logger import DummyLogger
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
 from PIL import Image
 
-from oumi_pl import loggers
+from oumi_pl.runs import loggers
 from oumi_pl.callbacks.tracking import Tracking
 from oumi_pl.errors import UserError
 from tests.command_line import RECIPE, CommandLine
 from tests.tiny import conversations, write_jsonl
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 WHOLE = {"val_every": 1, "data.init_args.validation": "rows.jsonl", "report": True}
 
 

@@ -5,8 +5,8 @@ import torch
 
 from oumi_pl import attention
 from oumi_pl.data.tokenizers import ByteTokenizer
-from oumi_pl.generation import _Stream, complete
 from oumi_pl.models.build import build_model
+from oumi_pl.models.generation import _Stream, complete
 from tests.tiny import LLAMA
 
 

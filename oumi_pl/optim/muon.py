@@ -9,7 +9,7 @@ from torch.optim import AdamW, Muon, Optimizer
 from oumi_pl.errors import UserError
 
 MATRICES = "matrices"
-"""Name of the parameter group that Muon takes: see `oumi_pl.optim.parameter_groups`."""
+"""Name of the parameter group that Muon takes: see `oumi_pl.optim.schedules.parameter_groups`."""
 
 
 class MuonAdamW(Optimizer):

@@ -4,7 +4,7 @@ from typing import Any, ClassVar
 
 from lightning.pytorch.cli import LightningArgumentParser
 
-from oumi_pl.classes import known_classes
+from oumi_pl.config.classes import known_classes
 from oumi_pl.config.explain import explain
 from oumi_pl.errors import UserError
 

@@ -6,8 +6,8 @@ import os
 
 import pytest
 
-from oumi_pl import runs
-from oumi_pl.checkpoint_files import checkpoint_name
+from oumi_pl.runs import folders
+from oumi_pl.runs.checkpoint_files import checkpoint_name
 from oumi_pl.config import resuming
 from oumi_pl.errors import UserError
 
@@ -15,12 +15,12 @@ from oumi_pl.errors import UserError
 def run(root, name="r", recipe="r", status="stopped", created=0, step=None, config=True):
     """A run folder as a run leaves it, with a checkpoint at `step`."""
     folder = root / name
-    (folder / runs.CHECKPOINTS).mkdir(parents=True)
-    runs.write_state(folder, recipe=recipe, status=status, created_ns=created, step=step)
+    (folder / folders.CHECKPOINTS).mkdir(parents=True)
+    folders.write_state(folder, recipe=recipe, status=status, created_ns=created, step=step)
     if config:
-        (folder / runs.CONFIG).write_text("trainer: {max_steps: 9}\n")
+        (folder / folders.CONFIG).write_text("trainer: {max_steps: 9}\n")
     if step is not None:
-        (folder / runs.CHECKPOINTS / checkpoint_name(step)).write_bytes(b"")
+        (folder / folders.CHECKPOINTS / checkpoint_name(step)).write_bytes(b"")
     return folder
 
 
@@ -41,17 +41,17 @@ def here(tmp_path, monkeypatch):
 
 def test_names_are_numbered(tmp_path):
     root = tmp_path / "a" / "runs"
-    told_and_made = [(runs.free(root, "r").name, runs.create(root, "r").name) for _ in range(3)]
+    told_and_made = [(folders.free(root, "r").name, folders.create(root, "r").name) for _ in range(3)]
     assert told_and_made == [("r", "r"), ("r-2", "r-2"), ("r-3", "r-3")]
     assert (tmp_path / "a/runs/r-3/checkpoints").is_dir()
 
 
 def test_where_nothing_can_be_written(tmp_path):
     (tmp_path / "file").write_text("")
-    for refuse in (runs.refuse_unwritable, lambda root: runs.create(root, "r")):
+    for refuse in (folders.refuse_unwritable, lambda root: folders.create(root, "r")):
         with pytest.raises(UserError, match=r"runs_dir: can't write to .*file/runs"):
             refuse(tmp_path / "file" / "runs")
-    runs.refuse_unwritable(tmp_path / "new" / "runs")
+    folders.refuse_unwritable(tmp_path / "new" / "runs")
     assert not (tmp_path / "new").exists()
 
 
@@ -59,17 +59,17 @@ def test_where_nothing_can_be_written(tmp_path):
 def test_without_permission(tmp_path):
     tmp_path.chmod(0o500)
     with pytest.raises(UserError, match="no permission"):
-        runs.refuse_unwritable(tmp_path / "runs")
+        folders.refuse_unwritable(tmp_path / "runs")
 
 
 def test_state(tmp_path):
-    assert runs.read_state(tmp_path) == {}
-    runs.write_state(tmp_path, status="running", step=1)
-    runs.write_state(tmp_path, status="failed")
-    assert runs.read_state(tmp_path).items() >= {"status": "failed", "step": 1}.items()
+    assert folders.read_state(tmp_path) == {}
+    folders.write_state(tmp_path, status="running", step=1)
+    folders.write_state(tmp_path, status="failed")
+    assert folders.read_state(tmp_path).items() >= {"status": "failed", "step": 1}.items()
     for garbage in ("{", "[]", ""):
-        (tmp_path / runs.RUN).write_text(garbage)
-        assert runs.read_state(tmp_path) == {}
+        (tmp_path / folders.RUN).write_text(garbage)
+        assert folders.read_state(tmp_path) == {}
 
 
 def test_newest_unfinished_run_of_the_recipe(tmp_path):
@@ -78,7 +78,7 @@ def test_newest_unfinished_run_of_the_recipe(tmp_path):
     run(tmp_path, "r-3", created=3, status="running")
     run(tmp_path, "other", created=9, recipe="other")
     (tmp_path / "no-run").mkdir()
-    assert runs.last_unfinished(tmp_path, "r").name == "r-3"
+    assert folders.last_unfinished(tmp_path, "r").name == "r-3"
 
 
 def test_named_run(tmp_path):
@@ -86,22 +86,22 @@ def test_named_run(tmp_path):
     run(tmp_path, "first-2", created=2)
     run(tmp_path, "firsts", created=3)
     run(tmp_path, "second", created=4)
-    assert runs.last_unfinished(tmp_path, "r", "first").name == "first-2"
+    assert folders.last_unfinished(tmp_path, "r", "first").name == "first-2"
     with pytest.raises(UserError, match="nothing to resume for recipe 'r' named 'third'"):
-        runs.last_unfinished(tmp_path, "r", "third")
+        folders.last_unfinished(tmp_path, "r", "third")
 
 
 def test_config_of_a_run_stands_for_its_recipe(tmp_path):
     folder = run(tmp_path, "some-name-2", recipe="some")
-    assert runs.recipe_of(folder / runs.CONFIG) == "some"
-    assert runs.recipe_of(folder / "other.yaml") is None
-    assert runs.recipe_of(tmp_path / runs.CONFIG) is None
+    assert folders.recipe_of(folder / folders.CONFIG) == "some"
+    assert folders.recipe_of(folder / "other.yaml") is None
+    assert folders.recipe_of(tmp_path / folders.CONFIG) is None
 
 
 def test_goes_on_from_the_newest_checkpoint(tmp_path, capsys):
     folder = run(tmp_path / "runs", step=4)
-    (folder / runs.CHECKPOINTS / checkpoint_name(10)).write_bytes(b"")
-    (folder / runs.CHECKPOINTS / "step-00000011.ckpt.half").write_bytes(b"")
+    (folder / folders.CHECKPOINTS / checkpoint_name(10)).write_bytes(b"")
+    (folder / folders.CHECKPOINTS / "step-00000011.ckpt.half").write_bytes(b"")
     found, recipe, args = arguments(["--config", "r.yaml", "--trainer.max_steps", "20"])
     assert (found.name, recipe) == ("r", "r")
     config, checkpoint = "runs/r/config.yaml", "runs/r/checkpoints/step-00000010.ckpt"
@@ -132,7 +132,7 @@ def test_given_folder_says_the_recipe(tmp_path):
 def test_refusals(tmp_path):
     run(tmp_path, "early", config=False)
     run(tmp_path, "broken")
-    (tmp_path / "broken" / runs.RUN).write_text("{")
+    (tmp_path / "broken" / folders.RUN).write_text("{")
     (tmp_path / "folder").mkdir()
     assert "there is no run of it; leave --resume out to start one" in refusal()
     assert refusal(resume="erly") == "--resume: no run folder erly; did you mean 'early'?"
@@ -154,6 +154,6 @@ def test_finished_run(tmp_path):
 
 
 def test_a_loss_is_told_as_the_mean_of_the_last_updates():
-    assert runs.recent([100.0, *[2.0] * 10, *[4.0] * 10]) == 3.0
-    assert runs.recent([1.0, 2.0]) == 1.5
-    assert math.isnan(runs.recent([1.0, math.nan]))
+    assert folders.recent([100.0, *[2.0] * 10, *[4.0] * 10]) == 3.0
+    assert folders.recent([1.0, 2.0]) == 1.5
+    assert math.isnan(folders.recent([1.0, math.nan]))

@@ -2,7 +2,7 @@
 
 import csv
 
-from oumi_pl.metrics import MetricsCSV
+from oumi_pl.runs.metrics import MetricsCSV
 
 
 def lines(file):

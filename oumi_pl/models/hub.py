@@ -1,13 +1,11 @@
 """Where a model or tokenizer lies: in a local folder, in the cache, or on the hub; and a short message if nowhere."""
 
-import textwrap
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from oumi_pl.errors import UserError
-from oumi_pl.nearby import nearby
+from oumi_pl.errors import UserError, nearby, reason
 
 TIMEOUT = 10.0
 """Seconds to wait for the hub's first answer."""
@@ -73,14 +71,6 @@ def asked_once(*settings: Any) -> Iterator[None]:
     finally:
         for module, was_offline in zip(modules, before, strict=True):
             module.HF_HUB_OFFLINE = was_offline
-
-
-def reason(error: BaseException) -> str:
-    """The first line of an error's message, or its kind where it has none."""
-    lines = str(error).strip().splitlines()
-    if lines and lines[0].rstrip().endswith(":"):  # what it announces is the reason
-        return textwrap.shorten(" ".join(lines), 250)
-    return lines[0] if lines else type(error).__name__
 
 
 def _refuse_unreachable(name: str, key: str, revision: str | None) -> None:

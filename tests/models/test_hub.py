@@ -5,7 +5,7 @@ from types import SimpleNamespace
 import pytest
 from huggingface_hub import constants
 
-from oumi_pl.hub import asked_once
+from oumi_pl.models.hub import asked_once
 
 
 @pytest.mark.parametrize("reachable", [True, False])

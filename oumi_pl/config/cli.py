@@ -28,9 +28,10 @@ from oumi_pl.callbacks.samples import Samples
 from oumi_pl.callbacks.start import Start
 from oumi_pl.callbacks.throughput import Throughput
 from oumi_pl.callbacks.tracking import Tracking
-from oumi_pl.checkpoints import AtomicCheckpointIO
-from oumi_pl.classes import known_classes
+from oumi_pl.config.classes import known_classes
+from oumi_pl.config.files import as_written
 from oumi_pl.config.keys import refuse_unknown_keys
+from oumi_pl.config.parser import Parser, mistake_in
 from oumi_pl.config.refusals import (
     refuse_contradictions,
     refuse_missing_gpus,
@@ -40,12 +41,12 @@ from oumi_pl.config.refusals import (
 )
 from oumi_pl.data.base import TextData
 from oumi_pl.errors import UserError
-from oumi_pl.loggers import names as logger_names
-from oumi_pl.metrics import MetricsCSV
 from oumi_pl.modules.base import LanguageModule
-from oumi_pl.parsing import Parser, mistake_in
-from oumi_pl.progress import Line
-from oumi_pl.quiet import quiet
+from oumi_pl.runs.checkpoints import AtomicCheckpointIO
+from oumi_pl.runs.loggers import names as logger_names
+from oumi_pl.runs.metrics import MetricsCSV
+from oumi_pl.terminal.progress import Line
+from oumi_pl.terminal.quiet import quiet
 
 TRAINER_DEFAULTS = {
     "use_distributed_sampler": False,  # the plan is cut by rank already
@@ -233,7 +234,7 @@ class CLI(LightningCLI):
             self.recipe,
             self._yaml(),
             self.resume,
-            recipes=[Path(str(path)) for path in self._get(self.config, "config") or []],
+            recipe_text=as_written([Path(str(path)) for path in self._get(self.config, "config") or []]),
         )
         if self.subcommand == "predict":
             folder.name += "-predict"

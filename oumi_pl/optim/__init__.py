@@ -1,0 +1,16 @@
+"""Optimizers, parameter groups and learning-rate schedules."""
+
+from oumi_pl.optim.groups import parameter_groups
+from oumi_pl.optim.muon import MuonAdamW
+from oumi_pl.optim.schedules import Constant, Cosine, CosineRestarts, Linear, Schedule, WarmupStableDecay
+
+__all__ = [
+    "Constant",
+    "Cosine",
+    "CosineRestarts",
+    "Linear",
+    "MuonAdamW",
+    "Schedule",
+    "WarmupStableDecay",
+    "parameter_groups",
+]
