@@ -2,26 +2,24 @@
 
 import os
 from abc import abstractmethod
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from functools import cached_property
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any
 
 import lightning as L
+import numpy as np
 from torch.utils.data import DataLoader
 
 from oumi_pl.data.plan import Layout
 from oumi_pl.data.sources import Source
 from oumi_pl.data.tokenizers import TokenizerFactory, load_tokenizer
 from oumi_pl.errors import UserError
+from oumi_pl.types import SPLITS
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 Sources = str | Source | list[str | Source]
-
-
-NEEDED = {"fit": ("train", "validation"), "validate": ("validation",), "test": ("test",)}
-"""Stage -> the splits that it reads; `predict` reads prompts."""
 
 
 class TextData(L.LightningDataModule):
@@ -42,10 +40,12 @@ class TextData(L.LightningDataModule):
         trust_remote_code: Let the tokenizer run code that came with it.
     """
 
-    gives: ClassVar[str] = "tokens"
-    """What its batches are made of: `tokens`, or `pairs` of responses."""
     packing: bool = False
-    """Whether rows hold several documents that must not see each other."""
+    """Whether a row of the plan holds several examples that must not see each other."""
+    branching: bool = False
+    """Whether examples may have segments that continue others."""
+    streaming: bool = False
+    """Whether training rows are known only once they are read."""
     micro_batches: int = 1
     """Micro-batches per update where no trainer says how many."""
 
@@ -108,6 +108,22 @@ class TextData(L.LightningDataModule):
     def report(self) -> dict[str, Any]:
         """What became of the rows, per split."""
 
+    @abstractmethod
+    def longest_path(self, splits: Iterable[str]) -> tuple[int, int] | None:
+        """Positions that the longest path of these splits needs surely, and at most; None for `max_length`."""
+
+    def largest_micro_batch(self) -> list[np.ndarray] | None:
+        """Rows of the largest micro-batch of the first epoch, over all ranks; None if all are alike."""
+        return None
+
+    def consumed(self) -> list[dict[str, Any]]:
+        """What was read of each source in the running pass, where that is not the plan's."""
+        return []
+
+    def source_names(self, split: str) -> list[str]:
+        """Names of the sources that have held-out metrics of their own; a single name if there are none."""
+        return ["all"]
+
     def prepare_tokenizer(self, tokenizer: "PreTrainedTokenizerBase") -> list[int]:
         """Adapts the tokenizer (template, special tokens) and returns the ids that were added to its vocabulary."""
         return []
@@ -142,7 +158,7 @@ class TextData(L.LightningDataModule):
     def prepare_data(self) -> None:
         """Makes what the stage needs and the cache lacks: once per node, before the other ranks look."""
         stage = self.trainer.state.fn.value if self.trainer is not None and self.trainer.state.fn else "fit"
-        for split in NEEDED.get(str(stage), ()):
+        for split in SPLITS.get(str(stage), ()):
             if self.sources[split] is not None:
                 self.make(split)
 
@@ -152,7 +168,7 @@ class TextData(L.LightningDataModule):
         Raises:
             UserError: the recipe names no source for one; `fit` does without validation.
         """
-        for split in NEEDED.get(stage, ()):
+        for split in SPLITS.get(stage, ()):
             if self.sources[split] is not None:
                 yield split
             elif not (split == "validation" and stage == "fit"):
@@ -184,6 +200,11 @@ class TextData(L.LightningDataModule):
         return {"workers": self.workers, "pin_memory": self._pin_memory}
 
     @property
+    def _limit(self) -> int | float:
+        """Micro-batches of an epoch that will be trained on, or the share of them."""
+        return 1.0 if self.trainer is None else self.trainer.limit_train_batches
+
+    @property
     def _pin_memory(self) -> bool:
         return self.trainer is not None and self.trainer.strategy.root_device.type == "cuda"
 
@@ -192,7 +213,7 @@ class TextData(L.LightningDataModule):
         return {} if self._train_loader is None else self._train_loader.state_dict()
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Takes up a position; the loader starts there when it is made."""
+        """Restores a position: the loader starts there when it is made."""
         self._position = state_dict or None
 
     # ---- predict

@@ -1,7 +1,7 @@
 """Data that are rows of their own: sources to cached examples, the report, loaders that follow a plan."""
 
 from abc import abstractmethod
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
 from typing import Any
 
@@ -9,19 +9,20 @@ import numpy as np
 from torch.utils.data import ConcatDataset, DataLoader
 
 from oumi_pl.data import report as reports
-from oumi_pl.data.base import Sources, TextData
-from oumi_pl.data.cache import example_store, source_records
-from oumi_pl.data.collate import FetchedRow, flatten_rows, pad_rows
+from oumi_pl.data.base import TextData
+from oumi_pl.data.cache import code_of, example_store, source_records
+from oumi_pl.data.collate import collate
 from oumi_pl.data.formats import FORMATS, Formats
 from oumi_pl.data.loader import PlanLoader, eval_loader
 from oumi_pl.data.mixture import mixture_epoch
 from oumi_pl.data.plan import Layout, Plan, plan_epoch, plan_in_order
+from oumi_pl.data.reference import ReferenceLogps
 from oumi_pl.data.sources import Source, as_sources, is_held_out, is_not_held_out
 from oumi_pl.data.store import ExampleStore
 from oumi_pl.data.tokenize import Dropped
 from oumi_pl.data.tokenizers import tokenizer_fingerprint
 from oumi_pl.errors import UserError
-from oumi_pl.types import Example, Record, Row
+from oumi_pl.types import Batch, Example, Record, Row
 
 REMEDIES = {
     "max_length": "; raise data.max_length, which is {}, or set data.overflow: truncate",
@@ -35,31 +36,15 @@ class ExampleData(TextData):
     """Reads, tokenizes, caches, plans and loads examples. Subclasses say how a record becomes an example.
 
     Args:
-        train: Where the training rows come from: a hub id, a file, directory or glob, `bundled/NAME`, or a list of
-            these (a mixture).
-        validation: A source, or the fraction of the training rows to hold out (chosen by a hash of the row).
-        test: Source for `test`.
-        predict: Source of prompts for `predict`; the test or validation rows when left out.
-        max_length: Longest example in tokens, and the size of a pack.
+        args: As of `TextData`.
         packing: Put several examples into one row, isolated from each other.
-        batch_size: Rows per micro-batch and device (packs, when packing).
-        eval_batch_size: The same for validation and test; `batch_size` when left out.
-        group_by_length: Without packing, put examples of similar length into the same update.
+        group_by_length: Without packing, put examples of similar length into the same update: saves padding for models
+            that need it.
         kwargs: As of `TextData`.
     """
 
-    def __init__(
-        self,
-        train: Sources | None = None,
-        validation: float | Sources | None = None,
-        test: Sources | None = None,
-        predict: Sources | None = None,
-        *,
-        packing: bool = False,
-        group_by_length: bool = True,
-        **kwargs: Any,
-    ) -> None:
-        super().__init__(train, validation, test, predict, **kwargs)
+    def __init__(self, *args: Any, packing: bool = False, group_by_length: bool = True, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
         self.packing = packing
         self.group_by_length = group_by_length
         self._stores: dict[str, list[ExampleStore]] = {}
@@ -70,9 +55,12 @@ class ExampleData(TextData):
     def encode(self, records: Sequence[Record]) -> list[Example | Dropped]:
         """Turns records into examples, or into the reason why not."""
 
-    @abstractmethod
     def encoding_key(self) -> list[Any]:
-        """What `encode` depends on besides tokenizer and `max_length`: part of the cache's key."""
+        """What `encode` depends on besides tokenizer, `max_length` and code: part of the cache's key.
+
+        The code of this class, and of all that it uses, is part of the key in any case.
+        """
+        return []
 
     formats: Formats = FORMATS
     """The formats that rows may have."""
@@ -83,11 +71,6 @@ class ExampleData(TextData):
     def capacity(self) -> int | None:
         """Tokens that a pack holds; None without packing."""
         return self.max_length if self.packing else None
-
-    @property
-    def collate(self) -> Callable[[list[FetchedRow]], Any]:
-        """Makes a micro-batch of rows, each as a list of ids and one of examples."""
-        return partial(flatten_rows if self.packing else pad_rows, pad_id=self.pad_id)
 
     # ---- stages
 
@@ -144,6 +127,17 @@ class ExampleData(TextData):
         """Tokens of every example of a split, `[examples]`."""
         return np.concatenate([store.lengths for store in self.stores(split)])
 
+    def targets(self, split: str) -> np.ndarray:
+        """Tokens that carry loss, of every example of a split, `[examples]`."""
+        return np.concatenate([store.targets for store in self.stores(split)])
+
+    def longest_path(self, splits: Iterable[str]) -> tuple[int, int] | None:
+        """Positions that the longest path needs, where rows hold several; None for `max_length`."""
+        if not self.packing:
+            return None
+        longest = max((store.longest for split in splits for store in self.stores(split)), default=0)
+        return longest, longest
+
     def records(self, split: str) -> Iterator[tuple[str, Record]]:
         """The records of a split with their origin, not tokenized: what `predict` and samples start from."""
         value: Any = self.sources[split]
@@ -155,7 +149,37 @@ class ExampleData(TextData):
 
     def _store(self, source: Source, keep: Callable[[Row], bool] | None, side: str | None) -> ExampleStore:
         key = [side, tokenizer_fingerprint(self.tokenizer), self.max_length, self.encoding_key()]
-        return example_store(source, key, self.encode, keep, self.formats)
+        code = code_of(type(self), *(function for function, _ in self.formats))
+        return example_store(source, [*key, code], self.encode, keep, self.formats)
+
+    def batch(self, split: str, ids: Sequence[int]) -> Batch:
+        """A batch of some examples of a split, by id."""
+        examples = self.examples(split)
+        return collate([([i], [examples[i]]) for i in ids], self.pad_id)
+
+    def in_batches(self, split: str, ids: range) -> list[list[int]]:
+        """Ids in batches of at most as many tokens as a micro-batch of validation may have, longest first."""
+        lengths = self.lengths(split)[ids.start : ids.stop]
+        budget = self.eval_batch_size * (self.capacity or int(lengths.max()))
+        batches: list[list[int]] = []
+        tokens = budget
+        for i in np.argsort(-lengths, kind="stable").tolist():
+            tokens += int(lengths[i])
+            if tokens > budget:
+                batches.append([])
+                tokens = int(lengths[i])
+            batches[-1].append(ids.start + i)
+        return batches
+
+    def reference_logps(self, split: str, parts: dict[str, Any]) -> ReferenceLogps:
+        """Where log-probabilities of a split's targets are kept.
+
+        Args:
+            split: `train`, `validation` or `test`.
+            parts: What they depend on besides the examples: the reference model, its precision.
+        """
+        names = [store.directory.name for store in self.stores(split)]
+        return ReferenceLogps(parts | {"examples": names}, self.targets(split))
 
     # ---- plans and loaders
 
@@ -173,6 +197,13 @@ class ExampleData(TextData):
             group_by_length=self.group_by_length,
         )
 
+    def largest_micro_batch(self) -> list[np.ndarray]:
+        """Rows of the micro-batch of the first epoch that has the most tokens, over all ranks."""
+        plan, size = self.plan(0), self.batch_size
+        lengths = np.add.reduceat(self.lengths("train")[plan.example_ids], plan.row_starts[:-1])
+        first = int(np.add.reduceat(lengths, np.arange(0, len(lengths), size)).argmax()) * size
+        return [plan.row(i) for i in range(first, min(first + size, plan.rows))]
+
     def updates(self, epochs: int) -> int:
         """Optimizer updates in so many epochs."""
         weighted = any(source.weight is not None for source in as_sources(self.sources["train"]))  # type: ignore[arg-type]
@@ -183,7 +214,15 @@ class ExampleData(TextData):
     def train_dataloader(self) -> PlanLoader:
         """The training loader, at the position where a resumed run stopped."""
         self._refuse_another_sampler()
-        loader = PlanLoader(self.examples("train"), self.plan, self.layout, self.collate, **self._fetching)
+        loader = PlanLoader(
+            self.examples("train"),
+            self.targets("train"),
+            self.plan,
+            self.layout,
+            partial(collate, pad_id=self.pad_id),
+            limit=self._limit,
+            **self._fetching,
+        )
         if self._position is not None:
             self._refuse_other_rows(self._position.get("made_from"))
             loader.load_state_dict(self._position)
@@ -216,12 +255,13 @@ class ExampleData(TextData):
     def _eval_loader(self, split: str) -> DataLoader:
         layout = Layout(self.eval_batch_size, 1, self.layout.ranks, self.layout.rank)
         plan = plan_in_order(self.lengths(split), layout.rows_per_update, capacity=self.capacity)
-        return eval_loader(self.examples(split), plan, layout, self.collate, **self._fetching)
+        collated = partial(collate, pad_id=self.pad_id)
+        return eval_loader(self.examples(split), plan, layout, collated, **self._fetching)
 
     # ---- report
 
     def report(self) -> dict[str, Any]:
-        """What became of the rows, per split: read, kept, dropped, cut, tokens, lengths, fill or padding."""
+        """What became of the rows, per split: read, kept, dropped, cut, tokens, lengths, how full packs are."""
         splits = [s for s in ("train", "validation", "test") if s in self._stores]
         return {split: self._split_report(split) for split in splits}
 
@@ -231,4 +271,8 @@ class ExampleData(TextData):
         layout = self.layout if split == "train" else Layout(self.eval_batch_size)
         if plan is None:
             plan = plan_in_order(self.lengths(split), layout.rows_per_update, capacity=self.capacity)
-        return reports.describe(stores, self.lengths(split), plan, self.capacity, layout.batch_size)
+        report = reports.describe(stores, self.lengths(split), plan, self.capacity)
+        if self.branching:
+            spared = sum(store.shared for store in stores)
+            report["saved_by_sharing"] = round(spared / max(1, spared + report["tokens"]), 6)
+        return report
