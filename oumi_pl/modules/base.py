@@ -128,17 +128,31 @@ class LanguageModule(RestorableModule):
             return
         data = self.data
         if data is None:
-            self.model = self.build(None)
+            model = self.assemble(None)
         else:
             stage = self.trainer.state.fn.value if self.trainer.state.fn else "fit"
-            self.model = self.build(data.tokenizer, data.added_tokens, branching=data.branching)
-            refuse_too_few_positions(self.model.base, data.max_length, data.longest_path(list(data.needed(stage))))
-        self.model.refuse_unknown_logits()  # before the weights are sharded: parts alone can't be run
-        self.load_heads()
+            model = self.assemble(data.tokenizer, data.added_tokens, branching=data.branching)
+            refuse_too_few_positions(model.base, data.max_length, data.longest_path(list(data.needed(stage))))
+        model.refuse_unknown_logits()  # before the weights are sharded: parts alone can't be run
         self.on_model_built()
         if self.compile_layers:
-            self.model.hf.base_model.compile()
-        shard(self.model, self)
+            model.hf.base_model.compile()
+        shard(model, self)
+
+    def assemble(self, tokenizer: Any, added_tokens: Sequence[int] = (), *, branching: bool | None = False) -> LM:
+        """Builds the model and the heads beside it, and makes them the module's own; arguments as of `build`.
+
+        Raises:
+            UserError: the folder that the model comes from holds heads that this trainer type does not have.
+        """
+        self.model = self.build(tokenizer, added_tokens, branching=branching)
+        self.make_heads(self.model)
+        if self.model_name is not None and (heads := self.heads()):
+            read_heads(Path(self.model_name).expanduser(), heads)
+        return self.model
+
+    def make_heads(self, model: LM) -> None:
+        """Makes what a trainer type trains beside the model, such as a reward head: assign it to `self`."""
 
     def on_model_built(self) -> None:
         """Called once, with the weights that training starts from: none are restored or sharded yet."""
@@ -279,16 +293,6 @@ class LanguageModule(RestorableModule):
     def heads(self) -> dict[str, Tensor]:
         """The weights that a trainer type has beside the language model, by name."""
         return {name: value for name, value in self.named_parameters() if not name.startswith("model.")}
-
-    def load_heads(self) -> None:
-        """Loads the heads that an earlier run saved beside the model that this one starts from.
-
-        Raises:
-            UserError: they are others than this trainer type has.
-        """
-        folder = Path(self.model_name).expanduser() if self.model_name is not None else None
-        if folder is not None and (heads := self.heads()):
-            read_heads(folder, heads)
 
     def save(self, directory: Path, *, model: LM | None = None, **settings: Any) -> None:
         """Writes a folder that `transformers` loads, with the heads that were trained beside the model.

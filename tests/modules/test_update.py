@@ -9,8 +9,8 @@ import lightning as L
 import pytest
 import torch
 
-from oumi_pl.models.causal_lm import CausalLM
 from oumi_pl.modules.base import LanguageModule
+from oumi_pl.modules.sft import SFT
 from tests.tiny import data, distance, fit, module, trainer, weights
 
 ROWS = 11  # an update of 8 rows and a short one of 3
@@ -90,21 +90,17 @@ def test_equals_a_plain_loop_however_it_is_cut(tmp_path, batch_size, micro_batch
 
 def test_a_mean_of_means_would_be_caught(tmp_path, monkeypatch):
     expected, _ = reference(tmp_path)
-    whole = LanguageModule._sums_over_ranks
-
-    def mean_of_means(self):
-        return whole(self) | {"targets": torch.tensor(1024.0)}
-
-    monkeypatch.setattr(LanguageModule, "_sums_over_ranks", mean_of_means)
-    original = CausalLM.forward
-
-    def mean(self, batch, loss):
-        out = original(self, batch, loss)
-        return out._replace(loss_sum=out.loss_sum * 1024 / out.target_tokens.clamp(min=1) / 4)
-
-    monkeypatch.setattr(CausalLM, "forward", mean)
+    monkeypatch.setattr(LanguageModule, "share", lambda self, batch: 1 / max(1, len(batch["targets"])))
     got, _ = trained(tmp_path, 2, 4)
     assert distance(got, expected) > 1e-4
+
+
+def test_an_update_that_was_divided_by_a_wrong_count_is_an_error(tmp_path, monkeypatch):
+    """The totals come from the plan, and what was trained on is counted: the two have to agree."""
+    original = SFT.count
+    monkeypatch.setattr(SFT, "count", lambda self, batch: original(self, batch) | {"targets": 1})
+    with pytest.raises(RuntimeError, match=r"update 1 was divided by \d+ targets, and 4 were trained on"):
+        trained(tmp_path, 2, 4)
 
 
 WORKER = """
