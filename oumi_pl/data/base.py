@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import lightning as L
 import numpy as np
+import torch
 from torch.utils.data import DataLoader
 
 from oumi_pl.data.plan import Layout
@@ -227,6 +228,13 @@ class TextData(L.LightningDataModule):
         """How loaders fetch: `workers` and `pin_memory`."""
         on_gpu = self.trainer is not None and self.trainer.strategy.root_device.type == "cuda"
         return {"workers": self.workers, "pin_memory": on_gpu}
+
+    def transfer_batch_to_device(self, batch: Any, device: torch.device, dataloader_idx: int) -> Any:
+        """As Lightning does, which would walk through every segment: 10 ms for 300 of them."""
+        if not isinstance(batch, dict) or "segments" not in batch:
+            return super().transfer_batch_to_device(batch, device, dataloader_idx)
+        segments = batch.pop("segments")
+        return super().transfer_batch_to_device(batch, device, dataloader_idx) | {"segments": segments}
 
     def train_dataloader(self) -> Any:
         """The training loader, at the position where a resumed run stopped."""
