@@ -1,7 +1,7 @@
 """The wrapper around Hugging Face models: a batch goes in, a loss or log-probabilities come out, never full logits.
 
-What is made of hidden states is made inside `forward`, so that DDP and FSDP2 see the whole of it: FSDP2 gathers the
-wrapper's own parameters, the output head among them, exactly while `forward` runs.
+Losses and log-probabilities are computed inside `forward`, so that DDP and FSDP2 see the whole computation: FSDP2
+gathers the wrapper's own parameters, the output head among them, only while `forward` runs.
 """
 
 import sys

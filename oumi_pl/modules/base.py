@@ -87,7 +87,7 @@ class LanguageModule(RestorableModule):
         if quantization is not None and lora is None:
             raise UserError("model.quantization: quantized weights can't be trained; add `lora: {r: 16}`")
         if lora is not None:
-            lora_config(lora)  # a misspelt key is told before any data is read
+            lora_config(lora)  # a misspelt key is reported before any data is read
         if model is None:
             build_config(None, config, None)
         # a negative learning rate, for example, is refused now
@@ -321,7 +321,7 @@ class LanguageModule(RestorableModule):
         total = self.total_steps()
         factor = self.schedule(total - 1, total)
         try:
-            float(factor)  # whatever kind of number a schedule of the user's gives
+            float(factor)  # a schedule of the user's may return any kind of number
         except (TypeError, ValueError, RuntimeError) as error:
             name = type(self.schedule).__name__
             raise UserError(f"model.schedule: {name} gives {factor!r} instead of a number") from error
@@ -367,10 +367,12 @@ class LanguageModule(RestorableModule):
             group["lr"] = base_lr * factor(schedule.last_epoch)
         now = optimizer.param_groups[0]["lr"]
         if self.global_step and abs(now - before) > 0.01 * max(now, before):
-            rank_zero_warn(f"the checkpoint's next learning rate was {before:.3g}, and this run goes on with {now:.3g}")
+            rank_zero_warn(
+                f"the checkpoint's next learning rate was {before:.3g}, and this run continues with {now:.3g}"
+            )
 
     def on_train_epoch_start(self) -> None:
-        """Tells Lightning how long this epoch is: a mixture that is drawn anew need not pack into as many rows."""
+        """Sets the length of this epoch in Lightning: a mixture is redrawn, and may pack into another number of rows."""
         loop = self.trainer.fit_loop
         loader = self.trainer.train_dataloader
         if self.trainer.limit_train_batches == 1.0 and hasattr(loader, "position"):

@@ -104,7 +104,7 @@ class Reference:
             if self.sync_every < 1:
                 raise UserError(f"model.sync_every is {self.sync_every}, but has to be at least 1 optimizer step")
             if not 0 < self.mixup <= 1:
-                raise UserError(f"model.mixup is {self.mixup}, but lies above 0 and at most at 1")
+                raise UserError(f"model.mixup is {self.mixup}, but has to be above 0 and at most 1")
             if self.name not in ("initial", "online"):
                 raise UserError(f"model.sync_every moves the reference, and model.reference is {self.name!r}: drop one")
         if (close := difflib.get_close_matches(self.name, WORDS, n=1, cutoff=0.7)) and self.name not in WORDS:

@@ -1,4 +1,4 @@
-"""What a checkpoint holds besides what Lightning puts into it, and how a run goes on from one."""
+"""What checkpoints hold beside Lightning's own state, and how a run resumes from it."""
 
 from typing import Any
 
@@ -62,7 +62,7 @@ class RestorableModule(UpdateModule):
         if "optimizer_states" not in checkpoint and "loops" in checkpoint and not is_sharded(self):
             raise UserError("this checkpoint holds weights only (a best.ckpt): resume from a step-*.ckpt")
         if "current_model_state" in checkpoint and not any(isinstance(c, WeightAveraging) for c in self.__callbacks):
-            message = "the run of this checkpoint averaged its weights; this one goes on from the trained ones alone"
+            message = "the run of this checkpoint averaged its weights; this one resumes from the trained weights, without an average"
             rank_zero_warn(message)
             checkpoint["state_dict"] = checkpoint["current_model_state"]
         self.tokens_seen = checkpoint["tokens_seen"]
@@ -72,7 +72,7 @@ class RestorableModule(UpdateModule):
         _recount(checkpoint["loops"], checkpoint["micro_batches"], self.trainer.accumulate_grad_batches)
 
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
-        """Restores the generators at the last moment: whatever ran in between may have drawn from them."""
+        """Restores the random generators at the last moment: callbacks and loaders may have drawn from them."""
         if self.__rng_to_restore is not None:
             set_rng_state(self.__rng_to_restore)
             self.__rng_to_restore = None
