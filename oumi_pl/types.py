@@ -192,6 +192,8 @@ class RunData(Protocol):
     """Whether examples may have segments that continue others."""
     streaming: bool
     """Whether training rows are known only once they are read."""
+    train_loader: Any
+    """The training loader, once it is made."""
     added_tokens: list[int]
     """Ids that were added to the tokenizer's vocabulary."""
 

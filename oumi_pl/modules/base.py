@@ -372,10 +372,10 @@ class LanguageModule(RestorableModule):
             )
 
     def on_train_epoch_start(self) -> None:
-        """Sets the length of this epoch in Lightning: a mixture is redrawn, and may pack into another number of rows."""
+        """Sets the length of this epoch in Lightning: a mixture is redrawn, and may pack into fewer or more rows."""
         loop = self.trainer.fit_loop
         loader = self.trainer.train_dataloader
-        if self.trainer.limit_train_batches == 1.0 and hasattr(loader, "position"):
+        if self.trainer.limit_train_batches == 1.0 and self.data is not None and loader is self.data.train_loader:
             try:
                 loop.max_batches = len(cast("Any", loader))
             except TypeError:  # a stream whose end isn't known

@@ -62,8 +62,7 @@ class RestorableModule(UpdateModule):
         if "optimizer_states" not in checkpoint and "loops" in checkpoint and not is_sharded(self):
             raise UserError("this checkpoint holds weights only (a best.ckpt): resume from a step-*.ckpt")
         if "current_model_state" in checkpoint and not any(isinstance(c, WeightAveraging) for c in self.__callbacks):
-            message = "the run of this checkpoint averaged its weights; this one resumes from the trained weights, without an average"
-            rank_zero_warn(message)
+            rank_zero_warn("this checkpoint's run averaged its weights; this run resumes without the average")
             checkpoint["state_dict"] = checkpoint["current_model_state"]
         self.tokens_seen = checkpoint["tokens_seen"]
         states = checkpoint["rng"]
