@@ -6,7 +6,7 @@ Shapes use `batch` (rows of a tensor), `seq` (tokens of a row) and `docs` (docum
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, NotRequired, Required, TypedDict
+from typing import Any, NamedTuple, NotRequired, Required, TypedDict
 
 import numpy as np
 import torch
@@ -106,6 +106,23 @@ class PreferenceExample(Example):
     def lengths(self) -> tuple[int, int, int]:
         """Tokens of prompt, chosen and rejected response."""
         return self.chosen_start, self.rejected_start - self.chosen_start, len(self.input_ids) - self.rejected_start
+
+
+class Segment(NamedTuple):
+    """A run of tokens in a packed row; it starts anew, or continues the first tokens of another segment's path.
+
+    A segment's path is the first `shared` tokens of its parent's path, followed by its own tokens, whose positions are
+    `shared`, `shared + 1`, ... A document is a root. Responses to one prompt are a root, prompt and first response, and
+    one more segment per other response, which shares the prompt.
+
+    length: own tokens, at least 1. parent: index (in the row) of the segment that it continues, always an earlier one;
+    -1 if none. shared: how many leading tokens of the parent's path (counted from the path's root) come before its own;
+    0 for a root.
+    """
+
+    length: int
+    parent: int = -1
+    shared: int = 0
 
 
 class Inputs(TypedDict):

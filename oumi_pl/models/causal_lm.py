@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from oumi_pl.attention import packed
 from oumi_pl.errors import UserError
 from oumi_pl.losses.causal import TokenLossOutput, token_loss_sum
-from oumi_pl.types import IGNORE_INDEX, Batch, Inputs, TokenLoss
+from oumi_pl.types import IGNORE_INDEX, Batch, Inputs, Segment, TokenLoss
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -78,7 +78,7 @@ class CausalLM(nn.Module):
         """Last hidden states `[batch, seq, hidden]`, and the weighted router loss where the model has one."""
         coefficient = self._router_coefficient
         kwargs: dict[str, Any] = {"output_router_logits": True} if coefficient else {}
-        with packed(batch.get("document_lengths"), batch.get("pair_lengths")):
+        with packed(_segments(batch)):
             # no cache: it would make transformers ignore where packed documents begin
             output = self.base.base_model(
                 input_ids=batch["input_ids"],
@@ -142,3 +142,13 @@ class CausalLM(nn.Module):
 def _scaled_and_capped(logits: Tensor, scale: float, cap: float | None) -> Tensor:
     logits = logits * scale
     return logits if cap is None else cap * torch.tanh(logits / cap)
+
+
+def _segments(batch: Inputs) -> list[Segment] | None:
+    """The segments of a packed row; None for padded rows."""
+    if "pair_lengths" in batch:
+        segments: list[Segment] = []
+        for prompt, chosen, rejected in batch["pair_lengths"]:
+            segments += [Segment(prompt + chosen), Segment(rejected, parent=len(segments), shared=prompt)]
+        return segments
+    return [Segment(length) for length in batch["document_lengths"]] if "document_lengths" in batch else None
