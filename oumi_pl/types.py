@@ -79,7 +79,7 @@ class Segment(NamedTuple):
     """
 
     length: int
-    """Own tokens."""
+    """Own tokens, at least 1."""
     parent: int = -1
     """Index of the segment whose path it continues, an earlier one; -1 if it starts anew."""
     shared: int = 0
