@@ -79,27 +79,12 @@ NOT_READ = {
 }
 """Registered names without a counterpart, and why."""
 
-VISION = frozenset(
-    [
-        "merve/vqav2-small",
-        "hf_vision",
-        "vl_sft",
-        "vision_language_jsonl",
-        "vision_dpo_jsonl",
-        "openbmb/rlaif-v-dataset",
-        "huggingfaceh4/llava-instruct-mix-vsft",
-        "coco_captions",
-        "nlphuji/flickr30k",
-        "huggingfacem4/the_cauldron",
-        "huggingfacem4/docmatix",
-        "allenai/pixmo-cap",
-        "allenai/pixmo-ask-model-anything",
-        "allenai/pixmo-cap-qa",
-        "ylecun/mnist",
-        "lmms-lab/multimodal-open-r1-8k-verified",
-        "hiyouga/geometry3k",
-    ]
-)
+VISION = (
+    "merve/vqav2-small", "hf_vision", "vl_sft", "vision_language_jsonl", "vision_dpo_jsonl",
+    "openbmb/rlaif-v-dataset", "huggingfaceh4/llava-instruct-mix-vsft", "coco_captions", "nlphuji/flickr30k",
+    "huggingfacem4/the_cauldron", "huggingfacem4/docmatix", "allenai/pixmo-cap", "allenai/pixmo-ask-model-anything",
+    "allenai/pixmo-cap-qa", "ylecun/mnist", "lmms-lab/multimodal-open-r1-8k-verified", "hiyouga/geometry3k",
+)  # fmt: skip
 """Registered names of data with images."""
 
 VISION_KWARGS = ("processor_name", "processor_kwargs", "image_column", "question_column", "answer_column", "limit")

@@ -37,23 +37,11 @@ OF_TOKENS = {
     "completion_only_loss": "data.train_on",
     "label_smoothing_factor": "model.loss",
 }
-OF_PREFERENCES = dict.fromkeys(
-    [
-        "beta",
-        "loss_type",
-        "loss_weights",
-        "label_smoothing",
-        "discopop_tau",
-        "ld_alpha",
-        "sync_ref_model",
-        "ref_model_sync_steps",
-        "ref_model_mixup_alpha",
-        "precompute_ref_log_probs",
-        "disable_dropout",
-        "truncation_mode",
-    ],
-    "model.loss and the reference",
-)
+_OF_DPO = (
+    "beta", "loss_type", "loss_weights", "label_smoothing", "discopop_tau", "ld_alpha", "sync_ref_model",
+    "ref_model_sync_steps", "ref_model_mixup_alpha", "precompute_ref_log_probs", "disable_dropout", "truncation_mode",
+)  # fmt: skip
+OF_PREFERENCES = dict.fromkeys(_OF_DPO, "model.loss and the reference")
 """Argument -> the key of the recipe that says the same: of all trainers, of those of tokens, and of TRL's DPO."""
 
 GONE = {
