@@ -1,9 +1,7 @@
 """The user's mistakes: one short message each, and the nearest name that would have been right."""
 
 import contextlib
-import difflib
 import errno
-import textwrap
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
@@ -25,6 +23,8 @@ def nearest(name: str, names: Iterable[str]) -> str:
     Returns:
         `"; did you mean 'x'?"` or `"; known: 'a', 'b'"`.
     """
+    import difflib  # imports of this module are those of the light commands
+
     known = list(names)
     # capitals are the commonest slip: `adamw` is one letter from `adam`, but none from `AdamW`
     by_case = {candidate.casefold(): candidate for candidate in known}
@@ -53,6 +53,8 @@ def nearby(path: Path, fits: Callable[[Path], object] = Path.is_dir, *, tell_whe
     Returns:
         `"; did you mean 'data/train.jsonl'?"`, or `"; it is looked for in /home/me"`, or nothing.
     """
+    import difflib
+
     missing = path
     while not missing.parent.exists():
         missing = missing.parent
@@ -69,6 +71,8 @@ def nearby(path: Path, fits: Callable[[Path], object] = Path.is_dir, *, tell_whe
 
 def reason(error: BaseException) -> str:
     """The first line of an error's message, or its kind where it has none."""
+    import textwrap
+
     lines = str(error).strip().splitlines()
     if lines and lines[0].rstrip().endswith(":"):  # what it announces is the reason
         return textwrap.shorten(" ".join(lines), 250)
