@@ -49,7 +49,7 @@ def test_a_run_leaves_metrics_reports_and_a_model(cli):
     for name in ("rewards/chosen", "rewards/rejected", "logps/chosen", "logps/rejected", "kl", "lengths/chosen"):
         assert list(cli.column("runs/r", f"train/{name}")) == [1, 2, 3, 4]
         assert list(cli.column("runs/r", f"val/{name}")) == [2, 4]
-    assert float(cli.column("runs/r", "train/pairs_per_second")[2]) > 0
+    assert float(cli.column("runs/r", "train/rows_per_second")[2]) > 0
     report = json.loads((cli.directory / "runs/r/data.json").read_text())
     assert 0 < report["train"]["saved_by_sharing"] < 0.5
     assert transformers.AutoModelForCausalLM.from_pretrained("runs/r/model").config.model_type == "llama"

@@ -18,6 +18,8 @@ NEEDS = {
 """Command -> the sources under `data` of which it needs one."""
 
 
+GIVES = {False: "tokens", True: "pairs"}
+"""Whether examples branch -> what they are called."""
 PARTNERS = "SFT goes with SFTData, DPO with DPOData, Pretrain with PretrainData"
 
 
@@ -37,13 +39,15 @@ def refuse_contradictions(
         UserError: at the first thing that can't be.
     """
     _refuse_name(config.get("name"))
-    if command != "predict" and (reads := getattr(model, "reads", None)) != (gives := getattr(data, "gives", reads)):
-        module, kind = type(model).__name__, type(data).__name__
-        raise UserError(f"data: {kind} gives {gives}, and {module} trains on {reads}; {PARTNERS}")
+    if command != "predict" and model.branching not in (None, data.branching):
+        module, kind, gives = type(model).__name__, type(data).__name__, GIVES[data.branching]
+        raise UserError(f"data: {kind} gives {gives}, and {module} trains on {GIVES[model.branching]}; {PARTNERS}")
     sources = getattr(data, "sources", {})
     if sources and all(sources.get(name) is None for name in NEEDS[command]):
         raise UserError(f"data.{NEEDS[command][0]}: `{command}` needs a source here, and the recipe names none")
     _refuse_checkpoint(config.get("ckpt_path"))
+    if command == "predict" and not model.generates:
+        raise UserError(f"predict: {type(model).__name__} does not complete prompts; use `validate` or `test`")
     if command != "fit" and config.get("ckpt_path") is None:
         _tell_what_is_run(command, getattr(model, "model_name", "a model"))
     if command == "predict":

@@ -245,6 +245,15 @@ class PretrainData(TextData):
             )
         return math.ceil(self.rows_per_pass / self.layout.rows_per_update) * epochs
 
+    def tokens(self, updates: int) -> int:
+        """Tokens that the first so many updates train on: rows of `max_length`, the unfilled part of a last row too."""
+        per_pass, per_update = self.rows_per_pass, self.layout.rows_per_update
+        rows = updates * per_update
+        if per_pass is not None:
+            passes, rest = divmod(updates, math.ceil(per_pass / per_update))
+            rows = passes * per_pass + min(rest * per_update, per_pass)
+        return rows * self.max_length
+
     def make_train_loader(self) -> StreamLoader:
         """A loader that reads the stream."""
         trainer = self.trainer

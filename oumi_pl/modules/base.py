@@ -49,6 +49,8 @@ class LanguageModule(RestorableModule):
         schedule: Learning rate over optimizer steps.
     """
 
+    branching: ClassVar[bool | None] = None
+    """Whether it trains on examples with segments that continue others, such as pairs; None: on any examples."""
     validation_metrics: tuple[str, ...] = ()
     """What validation logs, if that is known beforehand: a misspelt `monitor` is then refused before training."""
     generates: ClassVar[bool] = True
@@ -106,6 +108,8 @@ class LanguageModule(RestorableModule):
         self.optimizer = optimizer
         self.schedule = schedule or Constant()
         self.model: LM | None = None
+        self.loss: Any = None
+        """What computes the loss of a token or pair, for a trainer type that has such a part."""
         self.generation_settings: dict[str, Any] = {}
         """Arguments of `complete` for `predict`."""
         self.__hyperparameters: list[dict[str, Any]] = []
@@ -214,7 +218,7 @@ class LanguageModule(RestorableModule):
         data, model = self.data, self.causal_lm
         notes = [] if self.reference is None else [self.reference.description]
         if data is not None and data.branching:
-            twice = f"prompts are computed twice per pair: {model.layout_reason}"
+            twice = f"prompts are computed twice per pair: {model.layout_reason or 'share_prompt is off'}"
             notes.append("prompts are computed once per pair" if model.layout is forest else twice)
         elif data is not None and data.packing and model.layout is padded:
             notes.append(f"packed documents are computed in rows of their own, padded: {model.layout_reason}")

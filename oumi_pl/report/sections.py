@@ -77,7 +77,8 @@ def _what(run: Record) -> str:
         origin = model.get("name") or "random weights"
         count, trained = model.get("parameters", 0), model.get("trainable", 0)
         sizes = f"{large(count)} parameters" + ("" if trained == count else f", {large(trained)} of them trained")
-        parts.append(f"{model['trainer']} of {model.get('architecture')} ({origin}; {sizes}), loss {model.get('loss')}")
+        loss = f", loss {model['loss']}" if model.get("loss") else ""
+        parts.append(f"{model['trainer']} of {model.get('architecture')} ({origin}; {sizes}){loss}")
     init = (run.config.get("data") or {}).get("init_args")
     source = init.get("train") if isinstance(init, dict) else None
     train = run.data.get("train")
@@ -277,7 +278,7 @@ def times(run: Record) -> str:
             parts.append('<p class="quiet small">Up to the last validation.</p>')
     speeds = [
         ("Tokens per second, median", "train/tokens_per_second"),
-        ("Pairs per second, median", "train/pairs_per_second"),
+        ("Rows per second, median", "train/rows_per_second"),
     ]
     speeds += [("Model FLOPs utilisation, median", "train/mfu"), ("Padding, median", "train/padding")]
     told = {title: number(_median(run.metrics[name][1])) for title, name in speeds if name in run.metrics}

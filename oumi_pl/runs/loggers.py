@@ -26,9 +26,8 @@ from typing import Any
 from lightning.pytorch.loggers import MLFlowLogger, TensorBoardLogger, WandbLogger
 from lightning.pytorch.loggers.logger import Logger
 
-from oumi_pl.errors import UserError, nearest
+from oumi_pl.errors import UserError, nearest, reason
 from oumi_pl.models.hub import TIMEOUT
-from oumi_pl.errors import reason
 
 PACKAGES = {"tensorboard": ("tensorboard",), "wandb": ("wandb",), "mlflow": ("mlflow", "sqlalchemy", "alembic")}
 """Name -> what has to be installed for it."""

@@ -6,10 +6,10 @@ import os
 
 import pytest
 
-from oumi_pl.runs import folders
-from oumi_pl.runs.checkpoint_files import checkpoint_name
 from oumi_pl.config import resuming
 from oumi_pl.errors import UserError
+from oumi_pl.runs import folders
+from oumi_pl.runs.checkpoint_files import checkpoint_name
 
 
 def run(root, name="r", recipe="r", status="stopped", created=0, step=None, config=True):

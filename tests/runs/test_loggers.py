@@ -19,9 +19,9 @@ from lightning.pytorch.loggers.logger import DummyLogger
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
 from PIL import Image
 
-from oumi_pl.runs import loggers
 from oumi_pl.callbacks.tracking import Tracking
 from oumi_pl.errors import UserError
+from oumi_pl.runs import loggers
 from tests.command_line import RECIPE, CommandLine
 from tests.tiny import conversations, write_jsonl
 
