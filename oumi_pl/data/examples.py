@@ -102,7 +102,11 @@ class ExampleData(TextData):
         if split not in self._stores:
             sources, keep = self.taken(split)
             side = f"{split} {self.sources['validation']}" if keep else None
-            self._stores[split] = [self._store(source, keep, side) for source in sources]
+            stores = [self._store(source, keep, side) for source in sources]
+            names = [sorted(store.fields) for store in stores if len(store)]
+            if names != names[:1] * len(names):
+                raise UserError(f"data.{split}: the examples of its sources have different fields: {names}")
+            self._stores[split] = stores
         return self._stores[split]
 
     def taken(self, split: str) -> tuple[list[Source], Callable[[Row], bool] | None]:
