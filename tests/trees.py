@@ -3,8 +3,10 @@
 import random
 
 import numpy as np
+import torch
 
-from oumi_pl.types import Example, Segment
+from oumi_pl.data.collate import collate
+from oumi_pl.types import Batch, Example, Segment
 
 
 def random_tree(rng: random.Random, depth: int, segments: int = 6, longest: int = 5) -> tuple[Segment, ...]:
@@ -24,9 +26,11 @@ def random_tree(rng: random.Random, depth: int, segments: int = 6, longest: int 
     return tuple(tree)
 
 
-def random_example(rng: random.Random, depth: int = 1, vocabulary: int = 50, fields: tuple[str, ...] = ()) -> Example:
+def random_example(
+    rng: random.Random, depth: int = 1, vocabulary: int = 50, fields: tuple[str, ...] = (), longest: int = 5
+) -> Example:
     """A tree of random tokens, about half of which carry loss; the first of the root doesn't."""
-    tree = random_tree(rng, depth, segments=max(depth, rng.randint(1, 6)) if depth > 1 else 1)
+    tree = random_tree(rng, depth, max(depth, rng.randint(1, 6)) if depth > 1 else 1, longest)
     tokens = sum(segment.length for segment in tree)
     return Example(
         np.array([rng.randrange(vocabulary) for _ in range(tokens)], dtype=np.int32),
@@ -52,3 +56,23 @@ def pair_lengths(example: Example) -> tuple[int, int, int]:
     (first, parent, shared), (rejected, of_first, prompt) = example.segments
     assert (parent, shared, of_first) == (-1, 0, 0)
     return prompt, first - prompt, rejected
+
+
+def batch_of(*examples: Example) -> Batch:
+    """A batch of examples, numbered from 0."""
+    return collate([([i], [example]) for i, example in enumerate(examples)], pad_id=0)
+
+
+def batch_of_rows(input_ids: torch.Tensor, labels: torch.Tensor) -> Batch:
+    """A batch of documents of equal length, with something to predict at every position. Both `[rows, length]`."""
+    rows, length = input_ids.shape
+    return {
+        "input_ids": input_ids.reshape(1, -1),
+        "position_ids": torch.arange(length).repeat(rows)[None],
+        "segments": [Segment(length)] * rows,
+        "targets": labels.flatten(),
+        "predictors": torch.arange(rows * length),
+        "target_segments": torch.arange(rows).repeat_interleave(length),
+        "fields": {},
+        "sample_ids": list(range(rows)),
+    }

@@ -200,7 +200,7 @@ class LanguageModule(RestorableModule):
         data, model = self.data, self.causal_lm
         notes = [] if self.reference is None else [self.reference.description]
         if data is not None and data.branching:
-            twice = f"prompts are computed twice per pair: {model.layout_reason}"
+            twice = f"prompts are computed twice per pair: {model.layout_reason or 'share_prompt is off'}"
             notes.append("prompts are computed once per pair" if model.layout is forest else twice)
         elif data is not None and data.packing and model.layout is padded:
             notes.append(f"packed documents are computed in rows of their own, padded: {model.layout_reason}")
