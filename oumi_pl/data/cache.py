@@ -1,10 +1,16 @@
 """From a source to its examples on disk: made once, found again as long as nothing they depend on has changed."""
 
+import ast
+import contextlib
 import hashlib
 import inspect
 import itertools
+import os
 import sys
+import textwrap
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from importlib.machinery import PathFinder
+from importlib.util import resolve_name
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -44,7 +50,8 @@ def example_store(
         UserError: for whatever is wrong with a row, with its file and line.
     """
     code = source.format and code_of(resolve_format(source.format, formats))
-    parts = [fingerprint(source), source.columns, source.format, code, key, _own_code()]
+    table = [(function.__module__, function.__qualname__, columns) for function, columns in formats]
+    parts = [fingerprint(source), source.columns, source.format, code, table, key, _own_code()]
     directory = cache_root() / "examples" / cache_key(*parts)
     if (directory / REPORT).exists():
         return ExampleStore(directory)
@@ -127,38 +134,75 @@ def _name_the_row(batch: list[tuple[str, Record]], encode: Encode) -> None:
 def code_of(*parts: type | Callable[..., Any]) -> str:
     """Hash of the source of classes and functions and of all that they use, but for libraries and this package.
 
-    A change in any of it has to miss the cache. Followed are the bases of classes, and what the modules of all these
-    name: functions, classes, and other modules.
+    A change in any of it has to miss the cache. Followed are the bases of classes, and the imports of all files that
+    are reached, inside functions too. Of what was typed into a notebook, functions and methods count.
     """
-    modules: dict[str, ModuleType] = {}
-    waiting: list[Any] = [base for part in parts for base in (part.__mro__ if isinstance(part, type) else (part,))]
+    waiting = [base.__module__ for part in parts for base in (part.__mro__ if isinstance(part, type) else (part,))]
+    sources: dict[str, bytes] = {}
     while waiting:
-        part = waiting.pop()
-        module = part if isinstance(part, ModuleType) else sys.modules.get(getattr(part, "__module__", None) or "")
-        if module is None or module.__name__ in modules or _is_library(module):
+        name = waiting.pop()
+        if name in sources or (source := _own_source(name)) is None:
             continue
-        modules[module.__name__] = module
-        waiting += [value for value in vars(module).values() if isinstance(value, type | ModuleType) or callable(value)]
+        sources[name] = source
+        waiting += _imported(name, source)
     digest = hashlib.blake2b(digest_size=16)
-    for name in sorted(modules):
-        file = getattr(modules[name], "__file__", None)
-        text = Path(file).read_bytes() if file else _typed_source(parts, name)
-        digest.update(name.encode() + b"\0" + text)
+    for name in sorted(sources):
+        digest.update(name.encode() + b"\0" + sources[name] + b"\0")
     return digest.hexdigest()
 
 
-def _is_library(module: ModuleType) -> bool:
-    """Whether a module is this package's, the standard library's or an installed one."""
-    name, file = module.__name__.partition(".")[0], getattr(module, "__file__", None)
-    if name == "oumi_pl" or name in sys.stdlib_module_names - {"__main__"} or (file is None and name != "__main__"):
-        return True
-    return file is not None and any(part in ("site-packages", "dist-packages") for part in Path(file).parts)
+def _own_source(name: str) -> bytes | None:
+    """The source of a module of the user's; None if it is this package's, a library's, or no module."""
+    top = name.partition(".")[0]
+    if top == "oumi_pl" or top in sys.stdlib_module_names:
+        return None
+    file = _located(name)[0]
+    if file is None:
+        return _typed_source() if name == "__main__" else None
+    path = Path(file)
+    if path.suffix != ".py" or {"site-packages", "dist-packages"} & set(path.parts):
+        return None
+    return path.read_bytes()
 
 
-def _typed_source(parts: Sequence[Any], module: str) -> bytes:
-    """The source of what was typed into a notebook or an interpreter: there is no file to read."""
-    own = [part for part in parts if part.__module__ == module]
-    return "".join(inspect.getsource(part) for part in own).encode()
+def _located(name: str) -> tuple[str | None, Sequence[str] | None]:
+    """The file of a module, and the folders of its submodules if it is a package. Nothing is imported."""
+    if (module := sys.modules.get(name)) is not None:
+        return getattr(module, "__file__", None), getattr(module, "__path__", None)
+    parent = name.rpartition(".")[0]
+    folders = _located(parent)[1] if parent else None
+    spec = PathFinder.find_spec(name, folders) if folders is not None or not parent else None
+    return (None, None) if spec is None else (spec.origin, spec.submodule_search_locations)
+
+
+def _imported(name: str, source: bytes) -> Iterator[str]:
+    """Names of what a module imports, modules or not, and of the packages above each."""
+    file, folders = _located(name)
+    package = name if folders is not None else name.rpartition(".")[0]
+    names = []
+    if file is None:  # a notebook, whose imports are in no source
+        values = vars(sys.modules[name]).values()
+        names = [v.__name__ if isinstance(v, ModuleType) else getattr(v, "__module__", None) or "" for v in values]
+    with contextlib.suppress(SyntaxError, ImportError):  # of a file that is imported later, and fails then
+        for node in ast.walk(ast.parse(source)):
+            if isinstance(node, ast.Import):
+                names += [alias.name for alias in node.names]
+            elif isinstance(node, ast.ImportFrom):
+                origin = resolve_name("." * node.level + (node.module or ""), package) if node.level else node.module
+                names += [f"{origin}.{alias.name}" for alias in node.names]
+    for imported in names:
+        yield from itertools.accumulate(imported.split("."), "{}.{}".format)
+
+
+def _typed_source() -> bytes:
+    """The functions and methods that were typed into a notebook; if they can't be read, they never hit the cache."""
+    own = [value for value in vars(sys.modules["__main__"]).values() if getattr(value, "__module__", "") == "__main__"]
+    members = [member for value in own for member in (vars(value).values() if isinstance(value, type) else (value,))]
+    try:
+        sources = [textwrap.dedent(inspect.getsource(member)) for member in members if inspect.isfunction(member)]
+    except OSError:
+        return f"# {os.urandom(16).hex()}".encode()
+    return "\n".join(sources).encode()
 
 
 def _own_code() -> str:

@@ -122,7 +122,11 @@ class ExampleData(TextData):
         if split not in self.__stores:
             sources, keep = self.taken(split)
             side = f"{split} {self.sources['validation']}" if keep else None
-            self.__stores[split] = [self.__store(source, keep, side) for source in sources]
+            stores = [self.__store(source, keep, side) for source in sources]
+            names = [sorted(store.fields) for store in stores if len(store)]
+            if names != names[:1] * len(names):
+                raise UserError(f"data.{split}: the examples of its sources have different fields: {names}")
+            self.__stores[split] = stores
         return self.__stores[split]
 
     def taken(self, split: str) -> tuple[list[Source], Callable[[Row], bool] | None]:

@@ -11,6 +11,7 @@ from typing import Any, cast
 
 import numpy as np
 
+from oumi_pl.attention.segments import check_segments
 from oumi_pl.errors import UserError
 from oumi_pl.types import Example, Segment
 
@@ -100,6 +101,9 @@ def write_store(directory: Path, examples: Iterable[Example], report: dict[str, 
 
     What an example says of how it was made is only counted in the report, which is written last: whatever consuming
     `examples` adds to it is kept.
+
+    Raises:
+        ValueError: an example is not a tree of segments, or has other fields than those before it.
     """
     directory.parent.mkdir(parents=True, exist_ok=True)
     half = Path(tempfile.mkdtemp(prefix=f".{directory.name}-", dir=directory.parent))
@@ -111,6 +115,7 @@ def write_store(directory: Path, examples: Iterable[Example], report: dict[str, 
         fields: dict[str, list[float]] = {}
         with (half / "input_ids.bin").open("wb") as ids, (half / "loss_mask.bin").open("wb") as masks:
             for example in examples:
+                _check(example)
                 if not lengths:
                     fields = {name: [] for name in example.fields}
                 elif example.fields.keys() != fields.keys():
@@ -142,6 +147,19 @@ def write_store(directory: Path, examples: Iterable[Example], report: dict[str, 
     finally:
         shutil.rmtree(half, ignore_errors=True)
     return ExampleStore(directory)
+
+
+def _check(example: Example) -> None:
+    """Refuses what would train on other tokens than meant, without any other sign of it."""
+    tokens, segments = len(example.input_ids), example.segments
+    check_segments(segments)
+    if not sum(segment.length for segment in segments) == tokens == len(example.loss_mask):
+        lengths = [segment.length for segment in segments]
+        raise ValueError(f"{tokens} tokens, {len(example.loss_mask)} places in the loss mask, segments of {lengths}")
+    if [i for i, segment in enumerate(segments) if not segment.shared] != [0]:
+        raise ValueError(f"the first segment of an example starts anew, and all others continue one: {segments}")
+    if example.loss_mask[0]:
+        raise ValueError("the first token carries loss, and nothing predicts it")
 
 
 def _mapped(file: Path, dtype: type) -> np.ndarray:
