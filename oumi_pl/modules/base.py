@@ -108,6 +108,8 @@ class LanguageModule(RestorableModule):
         self.model: LM | None = None
         self.generation_settings: dict[str, Any] = {}
         """Arguments of `complete` for `predict`."""
+        self.engine_notes: list[str] = []
+        """Lines that an engine other than Lightning adds to `notes`."""
         self.__hyperparameters: list[dict[str, Any]] = []
         self.__is_start = False
 
@@ -198,7 +200,7 @@ class LanguageModule(RestorableModule):
     def notes(self) -> list[str]:
         """What the run says about the model before the first update."""
         data, model = self.data, self.causal_lm
-        notes = [] if self.reference is None else [self.reference.description]
+        notes = [*self.engine_notes] + ([] if self.reference is None else [self.reference.description])
         if data is not None and data.branching:
             twice = f"prompts are computed twice per pair: {model.layout_reason}"
             notes.append("prompts are computed once per pair" if model.layout is forest else twice)
