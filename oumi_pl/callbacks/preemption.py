@@ -36,6 +36,11 @@ class Preemption(L.Callback):
         for signum in (signal.SIGTERM, signal.SIGINT):
             self._previous[signum] = signal.signal(signum, self._note)
 
+    @property
+    def signum(self) -> int:
+        """The signal that asked the run to stop; 0 for none."""
+        return self._signal
+
     def _note(self, signum: int, frame: FrameType | None) -> None:
         if self._signal == signal.SIGINT == signum:
             raise KeyboardInterrupt

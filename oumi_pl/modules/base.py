@@ -112,6 +112,8 @@ class LanguageModule(RestorableModule):
         """What computes the loss of a token or pair, for a trainer type that has such a part."""
         self.generation_settings: dict[str, Any] = {}
         """Arguments of `complete` for `predict`."""
+        self.engine_notes: list[str] = []
+        """Lines that an engine other than Lightning adds to `notes`."""
         self.__hyperparameters: list[dict[str, Any]] = []
         self.__is_start = False
 
@@ -216,7 +218,7 @@ class LanguageModule(RestorableModule):
     def notes(self) -> list[str]:
         """What the run says about the model before the first update."""
         data, model = self.data, self.causal_lm
-        notes = [] if self.reference is None else [self.reference.description]
+        notes = [*self.engine_notes] + ([] if self.reference is None else [self.reference.description])
         if data is not None and data.branching:
             twice = f"prompts are computed twice per pair: {model.layout_reason or 'share_prompt is off'}"
             notes.append("prompts are computed once per pair" if model.layout is forest else twice)
