@@ -147,7 +147,10 @@ OPTIONS = {
         '--model.loss WeightedSum --model.loss.losses [{"class_path":"SFTTrem"}] --model.loss.weights [1]',
         "model.loss.losses: unknown class 'SFTTrem'; did you mean 'SFTTerm'?",
     ),
-    "token loss": ("--model.loss CrossEntropy", "model.loss: CrossEntropy is for another kind of model"),
+    "token loss": (
+        "--model.loss CrossEntropy",
+        "model.loss: CrossEntropy is not a subclass of PreferenceLoss; known: ",
+    ),
     "no reference": ("--model.reference none", "Sigmoid compares with a reference"),
     "misspelt": ("--model.reference initail", "did you mean 'initial'?"),
     "absent": ("--model.reference ./nowhere", "model.reference: there is no folder './nowhere'"),
@@ -156,7 +159,7 @@ OPTIONS = {
     "share": ("--model.share_prompt ture", "'ture' is not a valid value; did you mean 'true'?"),
     "share in vain": ("--model.share_prompt true --model.attn eager", "model.share_prompt: LlamaModel mixes responses"),
     "no reference to move": ("--model.loss SimPO --model.sync_every 2", "SimPO compares with no reference"),
-    "data of SFT": ("--data SFTData --data.train rows.jsonl", "data: SFTData gives tokens, and DPO trains on pairs"),
+    "data of SFT": ("--data SFTData --data.train rows.jsonl", "data: SFTData gives tokens, but DPO trains on pairs"),
     "recipe": ("--model.model recipe:quickstart/stf", "no recipe 'quickstart/stf'; did you mean 'quickstart/sft'?"),
 }
 

@@ -153,7 +153,7 @@ def test_an_unknown_logger_is_refused(command):
 def test_a_command_that_does_not_train_needs_none(command, monkeypatch):
     monkeypatch.setattr(loggers, "find_spec", lambda package: None)
     command.recipe(WHOLE | {"logger": "wandb"})
-    assert "random weights says nothing" in command.fails("validate", "--config", "r.yaml")
+    assert "would run on untrained weights" in command.fails("validate", "--config", "r.yaml")
 
 
 def test_only_the_first_rank_logs(monkeypatch):
