@@ -12,7 +12,7 @@ LISTED = 12
 
 
 class UserError(Exception):
-    """A mistake of the user's, told in one message and without a traceback.
+    """A mistake of the user's, reported in one message without a traceback.
 
     The message says what is wrong, where (key path, file and row) and what would be right. The command line prints it
     and exits with code 2; anything else that is raised is a bug of ours and keeps its traceback.
@@ -46,9 +46,9 @@ def nearby(path: Path, fits: Callable[[Path], object] = Path.is_dir, *, tell_whe
     """Ends a message about a missing path.
 
     Args:
-        path: What there is not.
+        path: A path that does not exist.
         fits: Whether something that is there could have been meant; directories are offered in place of one.
-        tell_where: Whether the directory that was searched is told where no name in it is close.
+        tell_where: Whether to name the directory that was searched if no name in it is close.
 
     Returns:
         `"; did you mean 'data/train.jsonl'?"`, or `"; it is looked for in /home/me"`, or nothing.
@@ -126,6 +126,6 @@ def of_the_machine(error: BaseException) -> str | None:
             place = f" to write {seen.filename}" if seen.filename else ""
             return f"{seen.strerror}{place}; make room, and go on with --resume, or choose another --runs_dir"
         if "Connection closed by peer" in str(seen):  # gloo's way to say that another rank is gone
-            return "another process of this run has stopped; its message tells why"
+            return "another rank exited; see its output for the cause"
         seen = seen.__cause__ or seen.__context__
     return None

@@ -1,12 +1,13 @@
 """What travels between the rooms of the package: rows become records, records examples, examples batches.
 
-Shapes use `batch` (rows of a tensor), `seq` (tokens of a row) and `docs` (documents packed one after the other).
+Shapes use `batch` (rows of a tensor), `seq` (tokens of a row), `targets` (tokens that carry loss), `rows` (examples).
 """
 
 from abc import ABC, abstractmethod
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any, NotRequired, Required, TypedDict
+from typing import Any, ClassVar, NamedTuple, NotRequired, Protocol, Required, TypedDict
 
 import numpy as np
 import torch
@@ -29,8 +30,12 @@ class Message(TypedDict, total=False):
     reasoning_content: str
 
 
+class Record:
+    """What a format makes of a row. Subclass it for a kind of data that the package does not have."""
+
+
 @dataclass(frozen=True)
-class Conversation:
+class Conversation(Record):
     """Turns that a chat template renders.
 
     `prompt_messages` is the number of leading messages that are the prompt, for rows that come as prompt and
@@ -43,7 +48,7 @@ class Conversation:
 
 
 @dataclass(frozen=True)
-class Text:
+class Text(Record):
     """Text that no chat template touches: a document, or the completion of a `prompt`."""
 
     text: str
@@ -51,12 +56,12 @@ class Text:
 
 
 @dataclass(frozen=True)
-class Preference:
+class Preference(Record):
     """Two responses to one prompt, the better one first.
 
     `chosen` and `rejected` are of the same kind and hold the same prompt: `prompt_messages` equal leading messages and
     the same `tools` in conversations, an equal `prompt` in texts. `margin` says by how much the chosen one is better
-    (the difference of two scores, for example), where the row tells.
+    (the difference of two scores, for example), where the row has one.
     """
 
     chosen: Conversation | Text
@@ -64,25 +69,46 @@ class Preference:
     margin: float | None = None
 
 
-Record = Conversation | Text | Preference
-"""What a format makes of a row."""
+class Segment(NamedTuple):
+    """A run of tokens that starts anew, or continues the first tokens of an earlier segment's path.
+
+    The path of a segment is the first `shared` tokens of its parent's path, followed by its own tokens: what its last
+    token sees. A document is a segment without a parent. A preference pair is two: the prompt with the chosen response,
+    and the rejected response, which continues the prompt. A conversation may have one for each answer. Tokens that
+    several paths share are stored and computed once.
+    """
+
+    length: int
+    """Own tokens, at least 1."""
+    parent: int = -1
+    """Index of the segment whose path it continues, an earlier one; -1 if it starts anew."""
+    shared: int = 0
+    """Tokens of the parent's path, counted from its beginning, that come before its own; 0 if it starts anew."""
 
 
 @dataclass(frozen=True)
 class Example:
-    """One tokenized row.
+    """One tokenized row: a tree of segments, one after the other in `input_ids`.
 
-    input_ids: `[seq]` int32. loss_mask: `[seq]` bool, True where the *token at that position* carries loss; position 0
-    is always False, since nothing predicts it. cut: tokens were removed to fit. straddled: a token crosses a border
-    between prompt and target, so that it holds characters of both. empty_answer: all there is to learn is to
-    end at once.
+    input_ids: `[tokens]` int32. loss_mask: `[tokens]` bool, True where the *token at that position* carries loss; False
+    where a path begins, since nothing predicts its first token. segments: they add up to `tokens`, and only the first
+    starts anew; one for all of it when left out. fields: numbers that belong to the row (a margin, a label, a score),
+    NaN where it has none; all examples of a data set have the same names. cut: tokens were removed to fit. straddled:
+    a token crosses a border between prompt and target, so that it holds characters of both. empty_answer: all there is
+    to learn is to end at once.
     """
 
     input_ids: np.ndarray
     loss_mask: np.ndarray
+    segments: tuple[Segment, ...] = ()
+    fields: Mapping[str, float] = field(default_factory=dict)
     cut: bool = False
     straddled: bool = False
     empty_answer: bool = False
+
+    def __post_init__(self) -> None:
+        if not self.segments:
+            object.__setattr__(self, "segments", (Segment(len(self.input_ids)),))
 
     @property
     def target_tokens(self) -> int:
@@ -90,67 +116,169 @@ class Example:
         return int(self.loss_mask.sum())
 
 
-@dataclass(frozen=True)
-class PreferenceExample(Example):
-    """One tokenized pair: prompt, chosen response, rejected response, one after the other in `input_ids` `[seq]`.
-
-    chosen_start: where the chosen response begins, i.e. the tokens of the prompt, at least 1. rejected_start: where the
-    rejected response begins; it continues the prompt, not the chosen response. margin: NaN where the row tells none.
-    """
-
-    chosen_start: int = 0
-    rejected_start: int = 0
-    margin: float = float("nan")
-
-    @property
-    def lengths(self) -> tuple[int, int, int]:
-        """Tokens of prompt, chosen and rejected response."""
-        return self.chosen_start, self.rejected_start - self.chosen_start, len(self.input_ids) - self.rejected_start
-
-
 class Inputs(TypedDict):
     """What a model reads.
 
-    Padded inputs have an `attention_mask`. Packed ones have one row (`batch` = 1), no `attention_mask`, and say where
-    documents end, or where the prompt and the responses of each pair do.
+    Padded inputs have an `attention_mask`. Packed ones have one row (`batch` = 1), no `attention_mask`, and `segments`.
+    Rows of equal length, each a document, need neither.
     """
 
     input_ids: torch.Tensor  # [batch, seq] int64
-    position_ids: torch.Tensor  # [batch, seq] int64, starting at 0 in each document
+    position_ids: torch.Tensor  # [batch, seq] int64, the place of each token in its path
     attention_mask: NotRequired[torch.Tensor]  # [batch, seq] int64, 1 where a token is
-    document_lengths: NotRequired[list[int]]  # [docs], sums to seq; on the host, so that no kernel waits for it
-    pair_lengths: NotRequired[list[tuple[int, int, int]]]  # [pairs], as in `PreferenceBatch`, whose layout it then is
+    segments: NotRequired[list[Segment]]  # of the row; on the host, so that no kernel waits for them
 
 
-class Batch(Inputs):
-    """One micro-batch as the model sees it.
+class Update(NamedTuple):
+    """What the optimizer update that a micro-batch belongs to comes to, over all its micro-batches and ranks."""
 
-    `labels[b, t]` is the token that position `t` has to predict, i.e. already shifted by one: nothing downstream
-    shifts again.
+    targets: int
+    """Tokens that carry loss."""
+    rows: int
+    """Examples."""
+    parts: int
+    """Micro-batches, over all ranks: Lightning averages their gradients."""
+
+
+class Batch(TypedDict):
+    """One micro-batch: a row of segments without padding, and the targets in it.
+
+    A target is a token that carries loss. What predicts it is the token before it in its path, which for the first
+    token of a segment lies in the segment that it continues. `oumi_pl.models.layouts` makes of this what a model reads.
     """
 
-    labels: torch.Tensor  # [batch, seq] int64, IGNORE_INDEX where no loss
-    sample_ids: NotRequired[list[int]]  # which examples these are, in order
+    input_ids: torch.Tensor  # [1, seq] int64
+    position_ids: torch.Tensor  # [1, seq] int64, the place of each token in its path
+    segments: list[Segment]  # they add up to seq; each example begins with one that starts anew
+    targets: torch.Tensor  # [targets] int64, the token to predict
+    predictors: torch.Tensor  # [targets] int64, the position in the row whose hidden state predicts it
+    target_segments: torch.Tensor  # [targets] int64, ascending: the segment that holds it
+    fields: dict[str, torch.Tensor]  # [rows] float32 each: the numbers of the examples
+    sample_ids: list[int]  # [rows], which examples these are; empty for the stand-in of a rank that ran out of rows
+    update: NotRequired[Update]  # in training
     source: NotRequired[int]  # which source all rows of a held-out batch come from
     text_bytes: NotRequired[int]  # bytes of UTF-8 text that the targets of a held-out batch stand for
 
 
-class PreferenceBatch(TypedDict):
-    """One micro-batch of pairs: pair after pair in one row, each as prompt, chosen and rejected response.
+Sums = dict[str, torch.Tensor]
+"""Sums over the targets or rows of a batch by name, scalars each."""
 
-    A target is a response token that carries loss. What predicts it is the position before it in its branch: for a
-    response's first token that is the prompt's last one, in both branches. Branch `2 i` is the chosen response of pair
-    `i`, branch `2 i + 1` the rejected one.
-    """
 
-    input_ids: torch.Tensor  # [1, seq] int64
-    position_ids: torch.Tensor  # [1, seq] int64, from 0 in each prompt; both responses continue from the prompt's end
-    pair_lengths: list[tuple[int, int, int]]  # [pairs]: tokens of prompt, chosen and rejected response; sum to seq
-    targets: torch.Tensor  # [targets] int64, the token to predict
-    predictors: torch.Tensor  # [targets] int64, the position in the row whose hidden state predicts it
-    branches: torch.Tensor  # [targets] int64, ascending
-    margins: torch.Tensor  # [pairs] float32, NaN where unknown
-    sample_ids: list[int]  # [pairs]; empty for the stand-in of a rank that ran out of rows, which has one pair
+class Cut(Protocol):
+    """How an optimizer update is cut: `ranks` x `micro_batches` x `batch_size` rows."""
+
+    batch_size: int
+    micro_batches: int
+    ranks: int
+    rank: int
+
+    @property
+    def rows_per_update(self) -> int:
+        """Rows of one update, over all ranks and micro-batches."""
+
+
+class RunData(Protocol):
+    """What modules, callbacks, preview, dry run, adapters and exports need of a data module."""
+
+    sources: dict[str, Any]
+    """`train`, `validation`, `test`, `predict` -> what the recipe says; None for a split that it leaves out."""
+    max_length: int
+    batch_size: int
+    eval_batch_size: int
+    tokenizer_spec: Any
+    packing: bool
+    """Whether a row of the plan holds several examples that must not see each other."""
+    branching: bool
+    """Whether examples may have segments that continue others."""
+    streaming: bool
+    """Whether training rows are known only once they are read."""
+    train_loader: Any
+    """The training loader, once it is made."""
+    added_tokens: list[int]
+    """Ids that were added to the tokenizer's vocabulary."""
+
+    @property
+    def tokenizer(self) -> Any:
+        """The tokenizer, loaded when first asked for."""
+
+    @property
+    def stop_tokens(self) -> list[int]:
+        """Ids that end a completion besides EOS."""
+
+    @property
+    def layout(self) -> Cut:
+        """How an update is cut."""
+
+    def needed(self, stage: str) -> Iterator[str]:
+        """The splits that a stage reads."""
+
+    def updates(self, epochs: int) -> int:
+        """Optimizer updates in so many epochs."""
+
+    def longest_path(self, splits: Iterable[str]) -> tuple[int, int] | None:
+        """Positions that the longest path of these splits needs surely, and at most; None for `max_length`."""
+
+    def prompts(self, split: str) -> Iterator[tuple[list[int], str]]:
+        """Prompt ids of each row of a split, and the reference answer that follows."""
+
+    def report(self) -> dict[str, Any]:
+        """What became of the rows, per split."""
+
+    def consumed(self) -> list[dict[str, Any]]:
+        """What was read of each source in the running pass, where that is not the plan's."""
+
+    def source_names(self, split: str) -> list[str]:
+        """Names of the sources that have held-out metrics of their own; a single name if there are none."""
+
+    def train_dataloader(self) -> Any:
+        """The training loader."""
+
+    def val_dataloader(self) -> Any:
+        """The loader of held-out rows."""
+
+
+class RunModule(Protocol):
+    """What callbacks, the dry run, references, adapters and exports need of a module."""
+
+    trainer: Any
+    unit: ClassVar[str]
+    """The sum that an update is divided by: `targets` or `rows`."""
+    generates: ClassVar[bool]
+    """Whether the model completes prompts, so that samples and predictions make sense."""
+    details: ClassVar[tuple[str, ...]]
+    """Metrics that are logged, and not shown in the terminal after each validation."""
+    lora: dict[str, Any] | None
+    model_name: str | None
+    dtype_name: Any
+    trust_remote_code: bool
+    last_update: dict[str, float]
+    """Sums of the last update over all micro-batches and ranks."""
+    tokens_seen: dict[str, int]
+
+    @property
+    def causal_lm(self) -> Any:
+        """The model, an `oumi_pl.models.lm.LM`."""
+
+    @property
+    def device(self) -> torch.device:
+        """Where it is."""
+
+    @property
+    def notes(self) -> list[str]:
+        """What the run says about the model before the first update."""
+
+    def total_steps(self) -> int:
+        """Optimizer steps of the whole run."""
+
+    def load_weights(self, saved_state: dict[str, Any]) -> None:
+        """Loads the weights of a checkpoint."""
+
+    def save(self, directory: Any, **settings: Any) -> None:
+        """Writes what a user gets: the model with every head that it trained."""
+
+
+SPLITS = {"fit": ("train", "validation"), "validate": ("validation",), "test": ("test",)}
+"""Stage -> the splits that it reads; `predict` reads prompts."""
 
 
 class TokenLoss(ABC):
@@ -163,7 +291,7 @@ class TokenLoss(ABC):
 
 @dataclass(frozen=True)
 class Pairs:
-    """The log-probabilities of pairs of responses: what preference losses are made of.
+    """Log-probabilities of pairs of responses: the input of preference losses.
 
     logps: `[targets]`, of each target token under the policy, float32, differentiable.
     ref_logps: `[targets]`, the same under the reference; zeros where a loss needs none.

@@ -1,6 +1,6 @@
-"""Who sees whom in a packed row: blocks of tokens, each causal within itself.
+"""Which tokens of a packed row see each other: each segment of the row sees its own path, causally.
 
-Shapes: `seq` tokens of the row, `docs` documents, `pairs` pairs of responses.
+Shapes: `seq` tokens of the row, `segments` of the row.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -8,53 +8,42 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
 from functools import cached_property
-from itertools import chain
 
+import numpy as np
 import torch
 from torch import Tensor
 
-PairLengths = Sequence[tuple[int, int, int]]
+from oumi_pl.attention.segments import check_segments, earlier_pieces, segment_starts
+from oumi_pl.types import Segment
 
 
 @dataclass(frozen=True)
 class Block:
-    """A run of tokens that see those of the run up to themselves, and the first `prefix` tokens of the block before.
+    """A segment as the attention reads it: its own tokens ask, and all tokens of its path answer.
 
-    start, length: where it lies in the row. prefix: tokens of the block before it that it continues, 0 if none.
+    start, length: of its own tokens in the row. earlier: the pieces of its path that lie in earlier segments, as
+    `earlier_pieces` returns them; empty for a root.
     """
 
     start: int
     length: int
-    previous: int = 0
-    prefix: int = 0
+    earlier: tuple[tuple[int, int], ...] = ()
+
+    @cached_property
+    def prefix(self) -> int:
+        """Tokens of its path that lie in earlier segments."""
+        return sum(length for _, length in self.earlier)
 
     @property
     def keys(self) -> int:
         """Tokens that its last token sees."""
         return self.prefix + self.length
 
-    def key_positions(self) -> Iterator[int]:
-        """Where these lie in the row, in order."""
-        return chain(range(self.previous, self.previous + self.prefix), range(self.start, self.start + self.length))
 
-
-def document_blocks(lengths: Sequence[int]) -> tuple[Block, ...]:
-    """One block per document, `[docs]`."""
-    blocks, start = [], 0
-    for length in lengths:
-        blocks.append(Block(start, length))
-        start += length
-    return tuple(blocks)
-
-
-def pair_blocks(lengths: PairLengths) -> tuple[Block, ...]:
-    """Two blocks per pair, `[2 x pairs]`: prompt and chosen response, then the rejected one, which sees the prompt."""
-    blocks, start = [], 0
-    for prompt, chosen, rejected in lengths:
-        blocks.append(Block(start, prompt + chosen))
-        blocks.append(Block(start + prompt + chosen, rejected, previous=start, prefix=prompt))
-        start += prompt + chosen + rejected
-    return tuple(blocks)
+def blocks_of(segments: Sequence[Segment]) -> tuple[Block, ...]:
+    """One block per segment, `[segments]`."""
+    starts = segment_starts(segments)
+    return tuple(Block(starts[i], s.length, earlier_pieces(segments, i)) for i, s in enumerate(segments))
 
 
 in_force: ContextVar[tuple[Block, ...] | None] = ContextVar("blocks", default=None)
@@ -62,21 +51,21 @@ in_force: ContextVar[tuple[Block, ...] | None] = ContextVar("blocks", default=No
 
 
 @contextmanager
-def packed(document_lengths: Sequence[int] | None = None, pair_lengths: PairLengths | None = None) -> Iterator[None]:
-    """Says that forward passes within it are of one packed row. Without either, nothing changes: padded batches pass.
+def packed(segments: Sequence[Segment] | None) -> Iterator[None]:
+    """Forward passes within it are of one packed row. With None nothing changes: padded batches pass.
 
-    The model is called with `input_ids` `[1, seq]`, `position_ids` that start at 0 in each document (in each prompt,
-    with both responses continuing from its end), `use_cache=False` and no attention mask. The backward pass may run
-    outside.
+    The model is called with `input_ids` `[1, seq]`, `position_ids` that count from 0 along each path (see
+    `oumi_pl.attention.position_ids`), `use_cache=False` and no attention mask. The backward pass may run outside.
 
     Args:
-        document_lengths: `[docs]`, in tokens, summing to `seq`.
-        pair_lengths: `[pairs]`: tokens of prompt, chosen and rejected response, which follow each other in the row.
+        segments: `[segments]` of the row, in order; their lengths sum to `seq`.
+
+    Raises:
+        ValueError: a segment is empty, or continues one that is not earlier, or more tokens than its path has.
     """
-    blocks = document_blocks(document_lengths) if document_lengths is not None else None
-    if pair_lengths is not None:
-        blocks = pair_blocks(pair_lengths)
-    token = in_force.set(blocks)
+    if segments is not None:
+        check_segments(segments)
+    token = in_force.set(None if segments is None else blocks_of(segments))
     try:
         yield
     finally:
@@ -85,7 +74,7 @@ def packed(document_lengths: Sequence[int] | None = None, pair_lengths: PairLeng
 
 @dataclass(frozen=True)
 class Blocks:
-    """Stands where transformers' models expect a mask, and tells the attention function who sees whom.
+    """Passed to transformers' models in place of a mask; tells the attention function which tokens see each other.
 
     blocks: of the row, in order, covering it. causal: nothing but causality restricts what a block sees. window: the
     width of the window that a layer of this kind looks at, None if it is no window. mask_of: the mask of a block.
@@ -99,9 +88,14 @@ class Blocks:
     device: torch.device | str
 
     @cached_property
+    def lengths(self) -> list[int]:
+        """Own tokens of each block, `[segments]`."""
+        return [block.length for block in self.blocks]
+
+    @cached_property
     def continued(self) -> bool:
-        """Whether any block continues the one before."""
-        return any(block.prefix for block in self.blocks)
+        """Whether any block continues another."""
+        return any(block.earlier for block in self.blocks)
 
     @cached_property
     def masks(self) -> tuple[Tensor | None, ...]:
@@ -110,7 +104,7 @@ class Blocks:
 
     @cached_property
     def cumulative(self) -> tuple[Tensor, Tensor]:
-        """Where the blocks' queries and keys begin when laid end to end, `[blocks + 1]` int32 each."""
+        """Where the blocks' queries and keys begin when laid end to end, `[segments + 1]` int32 each."""
         counts = torch.tensor([[0, 0], *([block.length, block.keys] for block in self.blocks)])
         both = counts.cumsum(0).T.contiguous().to(self.device, torch.int32, non_blocking=True)
         return both[0], both[1]
@@ -120,5 +114,7 @@ class Blocks:
         """The positions whose keys the blocks see, laid end to end, `[keys]`; None if these are the row as it is."""
         if not self.continued:
             return None
-        positions = [p for block in self.blocks for p in block.key_positions()]
-        return torch.tensor(positions).to(self.device, non_blocking=True)
+        starts = [block.start for block in self.blocks]
+        pieces = [piece for i, b in enumerate(self.blocks) for piece in (*b.earlier, (i, b.length))]
+        positions = np.concatenate([np.arange(starts[i], starts[i] + length) for i, length in pieces])
+        return torch.from_numpy(positions).to(self.device, non_blocking=True)

@@ -50,7 +50,7 @@ def make_mask(
 
     Raises:
         ValueError: within `packed`, called with anything but one row of the packed blocks.
-        UserError: shared prompts, and a mask that is not causality or a window.
+        UserError: shared tokens, and a mask that is neither causality nor a window.
     """
     from transformers.masking_utils import sdpa_mask
 
@@ -82,7 +82,11 @@ def make_mask(
 
 
 def _continued(block: Block, window: int | None, device: torch.device | str) -> Tensor:
-    """The mask of a block that continues another. transformers' rule can't make it: it goes by places in the row."""
+    """The mask of a block that continues others, by positions in its path; transformers' rule goes by those in the row.
+
+    Returns:
+        `[1, 1, length, keys]` bool, True where seen.
+    """
     keys = torch.arange(block.keys, device=device)
     queries = keys[block.prefix :, None]
     seen = keys <= queries
@@ -126,21 +130,19 @@ def attend(
         return attend_varlen(query, key, value, blocks, settings.get("scaling")), None
     # One call per block, shaped as if it were alone: the same kernels, the same rounding, no square of `seq`. Split
     # rather than sliced: the backward pass of a slice fills a whole row with zeros.
-    lengths = [block.length for block in blocks.blocks]
-    pieces, before = [], None
-    split = zip(*(x.split(lengths, dim=2) for x in (query, key, value)), strict=True)
-    for block, mask, (q, *own) in zip(blocks.blocks, blocks.masks, split, strict=True):
-        k, v = _with_prefix(own, before, block.prefix)
-        pieces.append(sdpa_attention_forward(module, q, k, v, mask, **settings)[0])
-        before = own
-    return torch.cat(pieces, dim=1), None
+    queries, keys, values = (x.split(blocks.lengths, dim=2) for x in (query, key, value))
+    outputs = []
+    for i, (block, mask) in enumerate(zip(blocks.blocks, blocks.masks, strict=True)):
+        k, v = _along_path(keys, i, block), _along_path(values, i, block)
+        outputs.append(sdpa_attention_forward(module, queries[i], k, v, mask, **settings)[0])
+    return torch.cat(outputs, dim=1), None
 
 
-def _with_prefix(own: list[Tensor], before: list[Tensor] | None, prefix: int) -> list[Tensor]:
-    """Keys and values that a block sees: its own, after those of the tokens that it continues."""
-    if not prefix or before is None:
-        return own
-    return [torch.cat([b[:, :, :prefix], o], dim=2) for b, o in zip(before, own, strict=True)]
+def _along_path(own: tuple[Tensor, ...], index: int, block: Block) -> Tensor:
+    """Keys or values of a block's path, of each block's `own` ones, `[batch, heads, keys, dim]`."""
+    if not block.earlier:
+        return own[index]
+    return torch.cat([*(own[i][:, :, :length] for i, length in block.earlier), own[index]], dim=2)
 
 
 def _refuse_unknown_terms(module: nn.Module, settings: dict[str, Any], blocks: Blocks | None) -> None:

@@ -1,6 +1,6 @@
-"""What a model's attention really does in a packed row, found out by trying it on a few random tokens."""
+"""Checks of what a model's attention really does in a packed row: the model is run on a few random tokens."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -9,16 +9,29 @@ from torch import Tensor, nn
 
 from oumi_pl.attention.blocks import packed
 from oumi_pl.attention.interface import NAME, NO_PACKING
+from oumi_pl.attention.segments import path_positions, position_ids
 from oumi_pl.errors import UserError, is_out_of_memory, reason
+from oumi_pl.types import Segment
 
 TRIPPED = (TypeError, ValueError, KeyError, AttributeError, IndexError, NotImplementedError)
 """What architectures raise that take no `position_ids`, or make something of a mask of their own kind."""
 SHAPES = ("shape", "size")
 """What torch says, in an error of no kind of its own, of tensors that don't fit together."""
+FOREST = (
+    Segment(9),
+    Segment(6, parent=0, shared=5),
+    Segment(4, parent=0, shared=9),
+    Segment(3, parent=1, shared=8),
+    Segment(5, parent=1, shared=3),  # ends inside its grandparent
+    Segment(7),
+    Segment(4, parent=5, shared=2),
+    Segment(2, parent=3, shared=7),  # likewise; and its tree is continued after another one
+)
+"""What `why_not_shared` tries: two trees, up to four segments deep."""
 
 
 def refuse_unless_isolating(model: nn.Module) -> None:
-    """Refuses a model that lets packed documents see each other, found out by trying.
+    """Refuses a model that lets packed documents see each other.
 
     Runs two documents of a few random tokens alone, packed, and packed with the first one changed, and compares hidden
     states. Leaves the random number generators and each module's training mode as they were.
@@ -30,18 +43,21 @@ def refuse_unless_isolating(model: nn.Module) -> None:
         UserError: a document's hidden states depend on its neighbours.
     """
     base = _base_model(model)
-    first, second = _random_ids(base, 7, 6)
+    documents = [Segment(7), Segment(6)]
+    first, second = _random_ids(base, 13).split([7, 6], 1)
     changed = (first + 1) % len(_embedding(base))
     try:
         with _undisturbed(model):
-            alone = _hidden_states(base, first), _hidden_states(base, second)
-            together = _hidden_states(base, first, second)
-            beside_another = _hidden_states(base, changed, second)[:, first.shape[1] :]
+            alone = _hidden_states(base, first, documents[:1]), _hidden_states(base, second, documents[1:])
+            together = _hidden_states(base, torch.cat([first, second], 1), documents)
+            beside_another = _hidden_states(base, torch.cat([changed, second], 1), documents)[:, 7:]
     except (*TRIPPED, RuntimeError) as error:
         if not _is_of_the_attention(error):
             raise
-        told = f"the attention of {type(base).__name__} can't keep packed documents apart"
-        raise UserError(f"{told} ({type(error).__name__}: {reason(error)}); {NO_PACKING}") from error
+        raise UserError(
+            f"the attention of {type(base).__name__} can't keep packed documents apart "
+            f"({type(error).__name__}: {reason(error)}); {NO_PACKING}"
+        ) from error
     off = max(_distance(together, torch.cat(alone, 1)), _distance(beside_another, alone[1]))
     if not off <= _tolerance(base):
         implementation = getattr(base.config, "_attn_implementation", None)
@@ -53,30 +69,41 @@ def refuse_unless_isolating(model: nn.Module) -> None:
         )
 
 
-def why_not_shared(model: nn.Module) -> str | None:
-    """Tells why a model can't compute the prompt of a pair once for both responses; None if it can, exactly.
+def why_not_isolating(model: nn.Module) -> str | None:
+    """Why packed documents would see each other in a model; None if they don't. See `refuse_unless_isolating`."""
+    try:
+        refuse_unless_isolating(model)
+    except UserError as error:
+        return str(error)
+    return None
 
-    Compares hidden states of two pairs laid out as prompt, chosen, rejected with those of the four sequences alone.
-    Arguments and side effects as for `refuse_unless_isolating`.
+
+def why_not_shared(model: nn.Module) -> str | None:
+    """Why a model can't compute tokens once that several segments share; None if it can, exactly.
+
+    Compares the hidden states of each segment of a small forest with those of its path run alone. Arguments and side
+    effects as for `refuse_unless_isolating`.
     """
     base = _base_model(model)
-    pair_lengths = [(5, 4, 6), (3, 7, 2)]
-    pieces = _random_ids(base, *(n for lengths in pair_lengths for n in lengths))
+    positions = position_ids(FOREST)
+    ids = _random_ids(base, len(positions))
     try:
         with _undisturbed(model):
-            alone = []
-            for prompt, chosen, rejected in zip(pieces[::3], pieces[1::3], pieces[2::3], strict=True):
-                alone.append(_hidden_states(base, torch.cat([prompt, chosen], 1)))
-                alone.append(_hidden_states(base, torch.cat([prompt, rejected], 1))[:, prompt.shape[1] :])
-            ids = torch.cat(pieces, 1)
-            positions = [p for n, c, r in pair_lengths for p in (*range(n + c), *range(n, n + r))]
-            with packed(pair_lengths=pair_lengths):
-                shared = _last(base, ids, torch.tensor([positions], device=ids.device))
-    except (TypeError, UserError) as error:
+            together = _hidden_states(base, ids, FOREST).split([segment.length for segment in FOREST], 1)
+            distances = []
+            for i, segment in enumerate(FOREST):
+                path = path_positions(FOREST, i)
+                alone = _hidden_states(base, ids[:, path], [Segment(len(path))])
+                distances.append(_distance(together[i], alone[:, segment.shared :]))
+    except UserError as error:
         return str(error)
-    off = _distance(shared, torch.cat(alone, 1))
-    if off <= _tolerance(base):
+    except (*TRIPPED, RuntimeError) as error:
+        if not _is_of_the_attention(error):
+            raise
+        return f"the attention of {type(base).__name__} can't share tokens ({type(error).__name__}: {reason(error)})"
+    if all(distance <= _tolerance(base) for distance in distances):
         return None
+    off = max(distances)
     return f"{type(base).__name__} mixes responses that share a prompt (hidden states off by {off:.1e}, relative)"
 
 
@@ -108,32 +135,26 @@ def _tolerance(base: Any) -> float:
     return 1e-4 if _embedding(base).dtype in (torch.float32, torch.float64) else 3e-2
 
 
-def _random_ids(base: Any, *lengths: int) -> list[Tensor]:
-    """Random tokens, `[1, length]` each."""
+def _random_ids(base: Any, length: int) -> Tensor:
+    """Random tokens, `[1, length]`."""
     weight, generator = _embedding(base), torch.Generator().manual_seed(0)
-    return [torch.randint(len(weight), (1, n), generator=generator).to(weight.device) for n in lengths]
+    return torch.randint(len(weight), (1, length), generator=generator).to(weight.device)
 
 
-def _hidden_states(base: Any, *documents: Tensor) -> Tensor:
-    """Runs documents `[1, length]` packed and returns the last hidden states, `[1, seq, hidden]`."""
-    ids = torch.cat(documents, 1)
-    lengths = [document.shape[1] for document in documents]
-    positions = torch.cat([torch.arange(length, device=ids.device) for length in lengths])[None]
-    with packed(lengths):
-        return _last(base, ids, positions)
+def _hidden_states(base: Any, ids: Tensor, segments: Sequence[Segment]) -> Tensor:
+    """Runs a packed row `[1, seq]` and returns the last hidden states, `[1, seq, hidden]`."""
+    positions = torch.from_numpy(position_ids(segments)).to(ids.device)[None]
+    with packed(segments):
+        output = base(input_ids=ids, position_ids=positions, use_cache=False)
+    if not hasattr(output, "last_hidden_state"):
+        raise UserError(f"{type(base).__name__} returns no hidden states: its documents can't be packed; {NO_PACKING}")
+    return output.last_hidden_state
 
 
 def _is_of_the_attention(error: Exception) -> bool:
     if is_out_of_memory(error):
         return False
     return isinstance(error, TRIPPED) or any(word in str(error) for word in SHAPES)
-
-
-def _last(base: Any, ids: Tensor, positions: Tensor) -> Tensor:
-    output = base(input_ids=ids, position_ids=positions, use_cache=False)
-    if not hasattr(output, "last_hidden_state"):
-        raise UserError(f"{type(base).__name__} returns no hidden states: its documents can't be packed; {NO_PACKING}")
-    return output.last_hidden_state
 
 
 def _distance(a: Tensor, b: Tensor) -> float:

@@ -35,7 +35,8 @@ def _parameters() -> set[str]:
 def attend_varlen(query: Tensor, key: Tensor, value: Tensor, blocks: Blocks, scale: float | None) -> Tensor:
     """Attends in one call and returns `[1, seq, heads, dim]`.
 
-    The kernel aligns the last query of a block with its last key, so that what continues a prompt needs no mask.
+    The kernel aligns the last query of a block with its last key, so that a block that continues others needs no mask,
+    and its window goes by positions in its path.
     """
     from torch.nn.attention.varlen import varlen_attn
 

@@ -9,8 +9,8 @@ import yaml
 
 from oumi_pl.callbacks.checkpoint import Checkpoints
 from oumi_pl.callbacks.run_folder import RunFolder
-from oumi_pl.models.causal_lm import CausalLM
-from oumi_pl.models.export import export_model, model_card, read_checkpoint, why_not_alone
+from oumi_pl.models.export import model_card, read_checkpoint, whole, why_not_alone
+from oumi_pl.models.lm import LM
 from oumi_pl.runs.checkpoint_files import remove
 from oumi_pl.runs.folders import CONFIG
 from oumi_pl.terminal.progress import working
@@ -57,13 +57,13 @@ class Export(L.Callback):
             model = _copy_on_cpu(pl_module, data, trainer.is_global_zero)
         if trainer.is_global_zero:
             remove(folder / "model")
-        export_model(
-            model,
+        pl_module.save(
             folder / "model",
-            getattr(data, "tokenizer", None),
+            model=model,
+            tokenizer=data.tokenizer,
             merge=merge,
             keep=False,
-            stop_tokens=getattr(data, "stop_tokens", ()),
+            stop_tokens=data.stop_tokens,
             card=model_card(yaml.safe_load(text) or {}, text, metrics, folder.name, has_adapter and not merge),
         )
         if trainer.is_global_zero:
@@ -82,20 +82,19 @@ def _load(pl_module: Any, checkpoint: Path) -> dict[str, float]:
     return torch.load(checkpoint / "meta.pt", map_location="cpu", weights_only=True).get("metrics", {})
 
 
-def _copy_on_cpu(pl_module: Any, data: Any, is_rank_zero: bool) -> CausalLM:
+def _copy_on_cpu(pl_module: Any, data: Any, is_rank_zero: bool) -> LM:
     """The trained model built anew, to be merged: whole, in full precision, and not on a device that is full already.
 
     All ranks have to call this. Those that don't write get the live model back.
     """
     weights = {}
     for name, value in pl_module.state_dict().items():
-        whole = value.full_tensor() if hasattr(value, "full_tensor") else value
-        weights[name.removeprefix("model.")] = whole.detach().cpu()
+        weights[name.removeprefix("model.")] = whole(value)
     if not is_rank_zero:
         return pl_module.causal_lm
     quantization, pl_module.quantization = pl_module.quantization, None
     try:
-        built: CausalLM = pl_module.build(getattr(data, "tokenizer", None), getattr(data, "added_tokens", ()))
+        built: LM = pl_module.build(data.tokenizer, data.added_tokens, branching=None)
     finally:
         pl_module.quantization = quantization
     built.load_state_dict(weights, strict=False)

@@ -37,17 +37,16 @@ def export_checkpoint(checkpoint: Path, output: Path, *, merge: bool = False) ->
     """
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
         raise UserError(f"--output: {output} is there and not an empty folder; name another one")
-    from oumi_pl.models.export import export_model, model_card
+    from oumi_pl.models.export import model_card
 
     module, data, config, content = built(checkpoint)
     adapter = module.lora is not None and not merge
-    export_model(
-        module.model,
+    module.save(
         output,
-        data.tokenizer,
+        tokenizer=data.tokenizer,
         merge=merge,
         keep=False,
-        stop_tokens=getattr(data, "stop_tokens", ()),
+        stop_tokens=data.stop_tokens,
         card=model_card(config, content["config"], content.get("metrics", {}), output.resolve().name, adapter),
     )
 
@@ -71,10 +70,10 @@ def built(checkpoint: Path) -> tuple[Any, Any, dict[str, Any], dict[str, Any]]:
     module, data = instantiate(copy.deepcopy(config))  # parsing changes it in place
     data.tokenizer_spec = data.tokenizer_spec or module.model_name
     module.quantization = None  # only saves memory in training: adapters belong to the base in full precision
-    module.model = module.build(data.tokenizer, data.added_tokens)
+    model = module.assemble(data.tokenizer, data.added_tokens, branching=None)
     module.load_weights(content["state_dict"])
     if module.lora is None:  # trained in bfloat16 (`precision: bf16-true`), and in bfloat16 from here on
-        module.model.to(next(iter(content["state_dict"].values())).dtype)
+        model.to(next(iter(content["state_dict"].values())).dtype)
     return module, data, config, content
 
 

@@ -3,9 +3,11 @@
 import hashlib
 import inspect
 import itertools
+import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, get_args
+from types import ModuleType
+from typing import Any
 
 from oumi_pl.data import report as reports
 from oumi_pl.data.formats import FORMATS, Format, Formats, find_format, raised, rename_columns, resolve_format
@@ -41,8 +43,8 @@ def example_store(
     Raises:
         UserError: for whatever is wrong with a row, with its file and line.
     """
-    names = [function.__name__ for function, _ in formats]
-    parts = [fingerprint(source), source.columns, _code_of(source.format, formats), names, key, _own_code()]
+    code = source.format and code_of(resolve_format(source.format, formats))
+    parts = [fingerprint(source), source.columns, source.format, code, key, _own_code()]
     directory = cache_root() / "examples" / cache_key(*parts)
     if (directory / REPORT).exists():
         return ExampleStore(directory)
@@ -79,7 +81,7 @@ def source_records(
             if source.format is None:
                 raise
             raise UserError(f"{origin}: {raised(source.format, error)}") from error
-        if not isinstance(record, get_args(Record)):
+        if not isinstance(record, Record):
             made = f"{source.format} made a {type(record).__name__} of this row"
             raise UserError(f"{origin}: {made}; a format makes a Conversation, a Text or a Preference")
         yield origin, record
@@ -122,18 +124,47 @@ def _name_the_row(batch: list[tuple[str, Record]], encode: Encode) -> None:
             raise UserError(f"{origin}: {error}") from None
 
 
-def _code_of(format_name: str | None, formats: Formats) -> list[str | None]:
-    """Name and source text of a format function: changing a function of one's own must not hit the old cache."""
-    if format_name is None:
-        return [None, None]
-    return [format_name, inspect.getsource(resolve_format(format_name, formats))]
+def code_of(*parts: type | Callable[..., Any]) -> str:
+    """Hash of the source of classes and functions and of all that they use, but for libraries and this package.
+
+    A change in any of it has to miss the cache. Followed are the bases of classes, and what the modules of all these
+    name: functions, classes, and other modules.
+    """
+    modules: dict[str, ModuleType] = {}
+    waiting: list[Any] = [base for part in parts for base in (part.__mro__ if isinstance(part, type) else (part,))]
+    while waiting:
+        part = waiting.pop()
+        module = part if isinstance(part, ModuleType) else sys.modules.get(getattr(part, "__module__", None) or "")
+        if module is None or module.__name__ in modules or _is_library(module):
+            continue
+        modules[module.__name__] = module
+        waiting += [value for value in vars(module).values() if isinstance(value, type | ModuleType) or callable(value)]
+    digest = hashlib.blake2b(digest_size=16)
+    for name in sorted(modules):
+        file = getattr(modules[name], "__file__", None)
+        text = Path(file).read_bytes() if file else _typed_source(parts, name)
+        digest.update(name.encode() + b"\0" + text)
+    return digest.hexdigest()
+
+
+def _is_library(module: ModuleType) -> bool:
+    """Whether a module is this package's, the standard library's or an installed one."""
+    name, file = module.__name__.partition(".")[0], getattr(module, "__file__", None)
+    if name == "oumi_pl" or name in sys.stdlib_module_names - {"__main__"} or (file is None and name != "__main__"):
+        return True
+    return file is not None and any(part in ("site-packages", "dist-packages") for part in Path(file).parts)
+
+
+def _typed_source(parts: Sequence[Any], module: str) -> bytes:
+    """The source of what was typed into a notebook or an interpreter: there is no file to read."""
+    own = [part for part in parts if part.__module__ == module]
+    return "".join(inspect.getsource(part) for part in own).encode()
 
 
 def _own_code() -> str:
     """Hash of the code that makes examples, so that no version of the package reads another's cache."""
     here = Path(__file__).parent
-    data = ("columns", "formats", "preferences", "template", "tokenize", "pairs", "store")
     digest = hashlib.blake2b(digest_size=16)
-    for file in (here.parent / "types.py", *(here / f"{name}.py" for name in data)):
+    for file in (here.parent / "types.py", *sorted(here.glob("*.py"))):
         digest.update(file.read_bytes())
     return digest.hexdigest()

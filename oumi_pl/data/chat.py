@@ -5,11 +5,9 @@ from collections.abc import Iterator, Sequence
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
-from oumi_pl.data.base import Sources
 from oumi_pl.data.examples import ExampleData
 from oumi_pl.data.template import ChatTemplate, apply_template, load_template
 from oumi_pl.data.tokenize import Dropped, Overflow, Tokenize
-from oumi_pl.data.tokenizers import TokenizerFactory
 from oumi_pl.types import Example, Record
 
 if TYPE_CHECKING:
@@ -20,29 +18,15 @@ class ChatData(ExampleData):
     """Rows become conversations or texts, and are tokenized with the characters that carry loss known.
 
     Args:
-        train: Where the training rows come from: a hub id, a file, directory or glob, `bundled/NAME`, or a list of
-            these (a mixture).
-        validation: A source, or the fraction of the training rows to hold out (chosen by a hash of the row).
-        test: Source for `test`.
-        predict: Source of prompts for `predict`; the test or validation rows when left out.
-        tokenizer: Hub id or directory, or a class that makes one; the model's own when left out.
+        args: As of `TextData`.
         template: Chat template: `chatml`, `llama3` or `plain`, or a `.jinja` file; the tokenizer's own when left out.
-        overflow: What becomes of rows that are too long: `truncate`, `keep_start`, `drop`, or `error`.
+        overflow: What becomes of rows longer than `max_length`: `truncate` keeps the answer where it can, `keep_start`
+            cuts the row's end; the row is dropped; or the run stops.
+        kwargs: As of `ExampleData`.
     """
 
-    def __init__(
-        self,
-        train: Sources | None = None,
-        validation: float | Sources | None = None,
-        test: Sources | None = None,
-        predict: Sources | None = None,
-        *,
-        tokenizer: str | TokenizerFactory | None = None,
-        template: str | None = None,
-        overflow: Overflow = "truncate",
-        **kwargs: Any,
-    ) -> None:
-        super().__init__(train, validation, test, predict, tokenizer=tokenizer, **kwargs)
+    def __init__(self, *args: Any, template: str | None = None, overflow: Overflow = "truncate", **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
         self.template_spec = template
         self.overflow = overflow
         self.template: ChatTemplate | None = None

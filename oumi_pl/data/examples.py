@@ -1,7 +1,7 @@
 """Data that are rows of their own: sources to cached examples, the report, loaders that follow a plan."""
 
 from abc import abstractmethod
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
 from typing import Any
 
@@ -9,19 +9,20 @@ import numpy as np
 from torch.utils.data import ConcatDataset, DataLoader
 
 from oumi_pl.data import report as reports
-from oumi_pl.data.base import Sources, TextData
-from oumi_pl.data.cache import example_store, source_records
-from oumi_pl.data.collate import FetchedRow, flatten_rows, pad_rows
+from oumi_pl.data.base import TextData
+from oumi_pl.data.cache import code_of, example_store, source_records
+from oumi_pl.data.collate import collate
 from oumi_pl.data.formats import FORMATS, Formats
 from oumi_pl.data.loader import PlanLoader, eval_loader
 from oumi_pl.data.mixture import mixture_epoch
 from oumi_pl.data.plan import Layout, Plan, plan_epoch, plan_in_order
+from oumi_pl.data.reference import ReferenceLogps
 from oumi_pl.data.sources import Source, as_sources, is_held_out, is_not_held_out
 from oumi_pl.data.store import ExampleStore
 from oumi_pl.data.tokenize import Dropped
 from oumi_pl.data.tokenizers import tokenizer_fingerprint
 from oumi_pl.errors import UserError
-from oumi_pl.types import Example, Record, Row
+from oumi_pl.types import Batch, Example, Record, Row
 
 REMEDIES = {
     "max_length": "; raise data.max_length, which is {}, or set data.overflow: truncate",
@@ -35,34 +36,18 @@ class ExampleData(TextData):
     """Reads, tokenizes, caches, plans and loads examples. Subclasses say how a record becomes an example.
 
     Args:
-        train: Where the training rows come from: a hub id, a file, directory or glob, `bundled/NAME`, or a list of
-            these (a mixture).
-        validation: A source, or the fraction of the training rows to hold out (chosen by a hash of the row).
-        test: Source for `test`.
-        predict: Source of prompts for `predict`; the test or validation rows when left out.
-        max_length: Longest example in tokens, and the size of a pack.
+        args: As of `TextData`.
         packing: Put several examples into one row, isolated from each other.
-        batch_size: Rows per micro-batch and device (packs, when packing).
-        eval_batch_size: The same for validation and test; `batch_size` when left out.
-        group_by_length: Without packing, put examples of similar length into the same update.
+        group_by_length: Without packing, put examples of similar length into the same update: saves padding for models
+            that need it.
         kwargs: As of `TextData`.
     """
 
-    def __init__(
-        self,
-        train: Sources | None = None,
-        validation: float | Sources | None = None,
-        test: Sources | None = None,
-        predict: Sources | None = None,
-        *,
-        packing: bool = False,
-        group_by_length: bool = True,
-        **kwargs: Any,
-    ) -> None:
-        super().__init__(train, validation, test, predict, **kwargs)
+    def __init__(self, *args: Any, packing: bool = False, group_by_length: bool = True, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
         self.packing = packing
         self.group_by_length = group_by_length
-        self._stores: dict[str, list[ExampleStore]] = {}
+        self.__stores: dict[str, list[ExampleStore]] = {}
 
     # ---- what a subclass says
 
@@ -70,9 +55,12 @@ class ExampleData(TextData):
     def encode(self, records: Sequence[Record]) -> list[Example | Dropped]:
         """Turns records into examples, or into the reason why not."""
 
-    @abstractmethod
     def encoding_key(self) -> list[Any]:
-        """What `encode` depends on besides tokenizer and `max_length`: part of the cache's key."""
+        """What `encode` depends on besides tokenizer, `max_length` and code: part of the cache's key.
+
+        The code of this class, and of all that it uses, is part of the key in any case.
+        """
+        return []
 
     formats: Formats = FORMATS
     """The formats that rows may have."""
@@ -83,11 +71,6 @@ class ExampleData(TextData):
     def capacity(self) -> int | None:
         """Tokens that a pack holds; None without packing."""
         return self.max_length if self.packing else None
-
-    @property
-    def collate(self) -> Callable[[list[FetchedRow]], Any]:
-        """Makes a micro-batch of rows, each as a list of ids and one of examples."""
-        return partial(flatten_rows if self.packing else pad_rows, pad_id=self.pad_id)
 
     # ---- stages
 
@@ -116,11 +99,11 @@ class ExampleData(TextData):
 
     def stores(self, split: str) -> list[ExampleStore]:
         """The tokenized sources of a split, from the cache or made now."""
-        if split not in self._stores:
+        if split not in self.__stores:
             sources, keep = self.taken(split)
             side = f"{split} {self.sources['validation']}" if keep else None
-            self._stores[split] = [self._store(source, keep, side) for source in sources]
-        return self._stores[split]
+            self.__stores[split] = [self.__store(source, keep, side) for source in sources]
+        return self.__stores[split]
 
     def taken(self, split: str) -> tuple[list[Source], Callable[[Row], bool] | None]:
         """What a split takes: its sources, and which of their rows; all if None."""
@@ -144,6 +127,17 @@ class ExampleData(TextData):
         """Tokens of every example of a split, `[examples]`."""
         return np.concatenate([store.lengths for store in self.stores(split)])
 
+    def targets(self, split: str) -> np.ndarray:
+        """Tokens that carry loss, of every example of a split, `[examples]`."""
+        return np.concatenate([store.targets for store in self.stores(split)])
+
+    def longest_path(self, splits: Iterable[str]) -> tuple[int, int] | None:
+        """Positions that the longest path needs, where rows hold several; None for `max_length`."""
+        if not self.packing:
+            return None
+        longest = max((store.longest for split in splits for store in self.stores(split)), default=0)
+        return longest, longest
+
     def records(self, split: str) -> Iterator[tuple[str, Record]]:
         """The records of a split with their origin, not tokenized: what `predict` and samples start from."""
         value: Any = self.sources[split]
@@ -153,9 +147,39 @@ class ExampleData(TextData):
         for source in as_sources(value):
             yield from source_records(source, keep, formats=self.prompt_formats if split == "predict" else self.formats)
 
-    def _store(self, source: Source, keep: Callable[[Row], bool] | None, side: str | None) -> ExampleStore:
+    def __store(self, source: Source, keep: Callable[[Row], bool] | None, side: str | None) -> ExampleStore:
         key = [side, tokenizer_fingerprint(self.tokenizer), self.max_length, self.encoding_key()]
-        return example_store(source, key, self.encode, keep, self.formats)
+        code = code_of(type(self), *(function for function, _ in self.formats))
+        return example_store(source, [*key, code], self.encode, keep, self.formats)
+
+    def batch(self, split: str, ids: Sequence[int]) -> Batch:
+        """A batch of some examples of a split, by id."""
+        examples = self.examples(split)
+        return collate([([i], [examples[i]]) for i in ids], self.pad_id)
+
+    def in_batches(self, split: str, ids: range) -> list[list[int]]:
+        """Ids in batches of at most as many tokens as a micro-batch of validation may have, longest first."""
+        lengths = self.lengths(split)[ids.start : ids.stop]
+        budget = self.eval_batch_size * (self.capacity or int(lengths.max()))
+        batches: list[list[int]] = []
+        tokens = budget
+        for i in np.argsort(-lengths, kind="stable").tolist():
+            tokens += int(lengths[i])
+            if tokens > budget:
+                batches.append([])
+                tokens = int(lengths[i])
+            batches[-1].append(ids.start + i)
+        return batches
+
+    def reference_logps(self, split: str, parts: dict[str, Any]) -> ReferenceLogps:
+        """Where log-probabilities of a split's targets are kept.
+
+        Args:
+            split: `train`, `validation` or `test`.
+            parts: What they depend on besides the examples: the reference model, its precision.
+        """
+        names = [store.directory.name for store in self.stores(split)]
+        return ReferenceLogps(parts | {"examples": names}, self.targets(split))
 
     # ---- plans and loaders
 
@@ -173,6 +197,13 @@ class ExampleData(TextData):
             group_by_length=self.group_by_length,
         )
 
+    def largest_micro_batch(self) -> list[np.ndarray]:
+        """Rows of the micro-batch of the first epoch that has the most tokens, over all ranks."""
+        plan, size = self.plan(0), self.batch_size
+        lengths = np.add.reduceat(self.lengths("train")[plan.example_ids], plan.row_starts[:-1])
+        first = int(np.add.reduceat(lengths, np.arange(0, len(lengths), size)).argmax()) * size
+        return [plan.row(i) for i in range(first, min(first + size, plan.rows))]
+
     def updates(self, epochs: int) -> int:
         """Optimizer updates in so many epochs."""
         weighted = any(source.weight is not None for source in as_sources(self.sources["train"]))  # type: ignore[arg-type]
@@ -180,55 +211,43 @@ class ExampleData(TextData):
             return sum(len(self.plan(epoch)) for epoch in range(epochs))
         return len(self.plan(0)) * epochs
 
-    def train_dataloader(self) -> PlanLoader:
-        """The training loader, at the position where a resumed run stopped."""
-        self._refuse_another_sampler()
-        loader = PlanLoader(self.examples("train"), self.plan, self.layout, self.collate, **self._fetching)
-        if self._position is not None:
-            self._refuse_other_rows(self._position.get("made_from"))
-            loader.load_state_dict(self._position)
-        self._train_loader = loader
-        return loader
+    def make_train_loader(self) -> PlanLoader:
+        """A loader that follows the plan."""
+        return PlanLoader(
+            self.examples("train"),
+            self.targets("train"),
+            self.plan,
+            self.layout,
+            partial(collate, pad_id=self.pad_id),
+            limit=self.limit,
+            **self.fetching,
+        )
 
-    def state_dict(self) -> dict[str, Any]:
-        """Where the training data stand, and which these are."""
-        position = super().state_dict()
-        return position and position | {"made_from": self._made_from()}
-
-    def _made_from(self) -> list[str]:
-        return [store.directory.name for store in self.stores("train")]
-
-    def _refuse_other_rows(self, before: list[str] | None) -> None:
-        if before is not None and before != self._made_from():
-            raise UserError(
-                "data.train: the rows, or how they are tokenized, have changed since the checkpoint was written: "
-                "the run can't go on where it was; undo the change, or start anew from its model"
-            )
-
-    def val_dataloader(self) -> DataLoader | list:
-        """Every held-out example once; an empty list without `validation`."""
-        return self._eval_loader("validation") if self.sources["validation"] is not None else []
-
-    def test_dataloader(self) -> DataLoader:
-        """Every test example once."""
-        return self._eval_loader("test")
-
-    def _eval_loader(self, split: str) -> DataLoader:
+    def make_eval_loader(self, split: str) -> DataLoader:
+        """Every example of a split once, longest first."""
         layout = Layout(self.eval_batch_size, 1, self.layout.ranks, self.layout.rank)
         plan = plan_in_order(self.lengths(split), layout.rows_per_update, capacity=self.capacity)
-        return eval_loader(self.examples(split), plan, layout, self.collate, **self._fetching)
+        return eval_loader(self.examples(split), plan, layout, partial(collate, pad_id=self.pad_id), **self.fetching)
+
+    def made_from(self) -> list[str]:
+        """Names of the stores, which are hashes of all that the examples depend on."""
+        return [store.directory.name for store in self.stores("train")]
 
     # ---- report
 
     def report(self) -> dict[str, Any]:
-        """What became of the rows, per split: read, kept, dropped, cut, tokens, lengths, fill or padding."""
-        splits = [s for s in ("train", "validation", "test") if s in self._stores]
-        return {split: self._split_report(split) for split in splits}
+        """What became of the rows, per split: read, kept, dropped, cut, tokens, lengths, how full packs are."""
+        splits = [s for s in ("train", "validation", "test") if s in self.__stores]
+        return {split: self.__split_report(split) for split in splits}
 
-    def _split_report(self, split: str) -> dict[str, Any]:
+    def __split_report(self, split: str) -> dict[str, Any]:
         stores = self.stores(split)
         plan = self.plan(0) if split == "train" else None
         layout = self.layout if split == "train" else Layout(self.eval_batch_size)
         if plan is None:
             plan = plan_in_order(self.lengths(split), layout.rows_per_update, capacity=self.capacity)
-        return reports.describe(stores, self.lengths(split), plan, self.capacity, layout.batch_size)
+        report = reports.describe(stores, self.lengths(split), plan, self.capacity)
+        if self.branching:
+            spared = sum(store.shared for store in stores)
+            report["saved_by_sharing"] = round(spared / max(1, spared + report["tokens"]), 6)
+        return report

@@ -58,9 +58,7 @@ class HeldOut(Dataset):
             rows.append(Row(tokens[:-1], labels, np.array([len(labels)], dtype=np.int32)))
             targets = len(ids) - 1
             text_bytes += total * (end - 1) // targets - total * (first - 1) // targets
-        batch = batch_of(rows, numbers.tolist(), self.pad_id, isolate=False)
-        if not rows:  # the stand-in of a rank that ran out of rows
-            batch["attention_mask"] = torch.ones_like(batch["input_ids"])
+        batch = batch_of(rows, numbers.tolist(), self.pad_id)
         batch["source"], batch["text_bytes"] = source, text_bytes
         return batch
 

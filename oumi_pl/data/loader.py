@@ -9,7 +9,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 
 from oumi_pl.data.plan import Layout, Plan
 from oumi_pl.errors import UserError
-from oumi_pl.types import Example
+from oumi_pl.types import Example, Update
 
 
 class Rows(Dataset):
@@ -66,6 +66,8 @@ class PlanSampler(Sampler[list[np.ndarray]]):
 class PlanLoader(DataLoader):
     """A DataLoader over a plan that knows where it is and can go on from there.
 
+    Each micro-batch carries what its update comes to over all micro-batches and ranks (`Batch.update`).
+
     Its state is `{epoch, update}`, counted as batches are handed out, so that prefetching workers can't run ahead of
     it. It is the same on every rank: Lightning keeps only rank 0's.
     """
@@ -73,14 +75,30 @@ class PlanLoader(DataLoader):
     def __init__(
         self,
         examples: Any,
+        targets: np.ndarray,
         plan: Callable[[int], Plan],
         layout: Layout,
         collate: Callable[[list], Any],
         *,
+        limit: int | float = 1.0,
         workers: int = 0,
         pin_memory: bool = False,
     ) -> None:
+        """Makes the loader.
+
+        Args:
+            examples: By id.
+            targets: Tokens that carry loss, per example, `[examples]`.
+            plan: Of an epoch.
+            layout: How an update is cut.
+            collate: Rows to a micro-batch.
+            limit: Micro-batches of an epoch that will be trained on, or the share of them (`limit_train_batches`).
+            workers: Processes that fetch.
+            pin_memory: Put batches where a GPU copies them from without waiting.
+        """
         self.position = PlanSampler(plan, layout)
+        self.targets = targets
+        self.limit = limit
         super().__init__(
             Rows(examples),
             batch_sampler=self.position,
@@ -96,10 +114,20 @@ class PlanLoader(DataLoader):
         # Lightning calls iter() first.
         position, micro_batches = self.position, self.position.layout.micro_batches
         handed = position.update * micro_batches
+        update: Update | None = None
         for batch in super().__iter__():
+            if handed % micro_batches == 0 or update is None:
+                update = self._comes_to(position.update)
+            batch["update"] = update
             handed += 1
             position.update = handed // micro_batches
             yield batch
+
+    def _comes_to(self, update: int) -> Update:
+        """Targets, rows and micro-batches of an update; of one that the limit cuts short, those within it."""
+        layout, plan = self.position.layout, self.position.current
+        ids = plan.examples_of(update, layout, layout.within(self.limit, update, len(plan)))
+        return Update(int(self.targets[ids].sum()), len(ids), layout.parts)
 
     def state_dict(self) -> dict[str, int]:
         """Position between two updates, and the layout it was reached with."""

@@ -3,11 +3,9 @@
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
-from oumi_pl.data.base import Sources
 from oumi_pl.data.corpus import Part
 from oumi_pl.data.pretrain import PretrainData
 from oumi_pl.data.template import Rendering, apply_template, load_template
-from oumi_pl.data.tokenizers import TokenizerFactory
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -20,27 +18,13 @@ class PackedChatData(PretrainData):
     apart from each other. Here each ends with EOS, and the next one sees it unless `isolate` is set.
 
     Args:
-        train: Where the rows come from, in any format of `SFTData`.
-        validation: A source, or the fraction of the training rows to hold out (chosen by a hash of the row).
-        test: Source for `test`.
-        predict: Source of prompts for `predict`.
-        tokenizer: Hub id or directory, or a class that makes one; the model's own when left out.
+        args: As of `TextData`; rows come in any format of `SFTData`.
         template: Chat template: `chatml`, `llama3` or `plain`, or a `.jinja` file; the tokenizer's own when left out.
         kwargs: As of `PretrainData`.
     """
 
-    def __init__(
-        self,
-        train: Sources | None = None,
-        validation: float | Sources | None = None,
-        test: Sources | None = None,
-        predict: Sources | None = None,
-        *,
-        tokenizer: str | TokenizerFactory | None = None,
-        template: str | None = None,
-        **kwargs: Any,
-    ) -> None:
-        super().__init__(train, validation, test, predict, tokenizer=tokenizer, **kwargs)
+    def __init__(self, *args: Any, template: str | None = None, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
         self.template_spec = template
 
     def prepare_tokenizer(self, tokenizer: "PreTrainedTokenizerBase") -> list[int]:
@@ -50,9 +34,10 @@ class PackedChatData(PretrainData):
         return sorted(set(tokenizer.get_vocab().values()) - before)
 
     @cached_property
-    def _rendering(self) -> Rendering:
+    def rendering(self) -> Rendering:
+        """Turns conversations into texts."""
         return Rendering(self.tokenizer)
 
     def parts(self, split: str) -> list[Part]:
         """What a split takes of which sources, with conversations as texts."""
-        return [part._replace(render=self._rendering) for part in super().parts(split)]
+        return [part._replace(render=self.rendering) for part in super().parts(split)]

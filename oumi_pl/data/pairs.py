@@ -13,7 +13,7 @@ import numpy as np
 from oumi_pl.data.template import RefusedError
 from oumi_pl.data.tokenize import Dropped, Marked, Overflow, Tokenize, Tokens
 from oumi_pl.errors import UserError
-from oumi_pl.types import Conversation, Example, Preference, PreferenceExample, Record, Text
+from oumi_pl.types import Conversation, Example, Preference, Record, Segment, Text
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -44,7 +44,10 @@ class TokenizePairs(Tokenize):
         super().__init__(tokenizer, max_length, overflow=overflow)
 
     def __call__(self, records: Sequence[Record]) -> list[Example | Dropped]:
-        """Tokenizes preferences, each to one `PreferenceExample` or the reason why there is none, in order.
+        """Tokenizes preferences, each to a prompt with two branches or the reason why there is none, in order.
+
+        The first segment is the prompt with the chosen response, the second the rejected one, which continues the
+        prompt. The field `margin` is NaN where the row has none.
 
         Dropped are pairs whose responses are equal, or one of them empty, and pairs without a token of a prompt.
 
@@ -72,7 +75,7 @@ class TokenizePairs(Tokenize):
                 return Dropped("the same role twice in a row, which the chat template refuses")
             raise
 
-    def _pair(self, chosen: Tokens, rejected: Tokens, margin: float | None) -> PreferenceExample | Dropped:
+    def _pair(self, chosen: Tokens, rejected: Tokens, margin: float | None) -> Example | Dropped:
         if not (chosen.mask.any() and rejected.mask.any()):
             return Dropped("no target tokens")
         shared = _common_prefix(chosen.ids, rejected.ids)
@@ -90,15 +93,13 @@ class TokenizePairs(Tokenize):
         (chosen_ids, chosen_mask), (rejected_ids, rejected_mask) = branches
         if np.array_equal(chosen_ids, rejected_ids):
             return Dropped(f"{EQUAL} once cut")
-        rejected_start = len(prompt) + len(chosen_ids)
-        return PreferenceExample(
+        return Example(
             np.concatenate([chosen.ids[prompt], chosen_ids, rejected_ids]),
             np.concatenate([np.zeros(len(prompt), dtype=bool), chosen_mask, rejected_mask]),
+            (Segment(len(prompt) + len(chosen_ids)), Segment(len(rejected_ids), parent=0, shared=len(prompt))),
+            {"margin": float("nan") if margin is None else margin},
             cut=len(kept) < max(len(chosen.ids), len(rejected.ids)),
             straddled=chosen.straddled or rejected.straddled,
-            chosen_start=len(prompt),
-            rejected_start=rejected_start,
-            margin=float("nan") if margin is None else margin,
         )
 
 

@@ -31,9 +31,26 @@ class Layout:
     rank: int = 0
 
     @property
+    def parts(self) -> int:
+        """Micro-batches of an update, over all ranks."""
+        return self.micro_batches * self.ranks
+
+    @property
     def rows_per_update(self) -> int:
         """Rows that one optimizer update sees, over all ranks and micro-batches."""
-        return self.batch_size * self.micro_batches * self.ranks
+        return self.batch_size * self.parts
+
+    def within(self, limit: int | float, update: int, updates: int | None) -> int:
+        """Micro-batches of an update, on one rank, that lie within `limit_train_batches`.
+
+        Args:
+            limit: Micro-batches of an epoch, or below 1.0 the share of them.
+            update: Counted from 0.
+            updates: Of the epoch; None if that isn't known.
+        """
+        if isinstance(limit, float):
+            limit = self.micro_batches * (update + 1) if updates is None else int(limit * updates * self.micro_batches)
+        return min(self.micro_batches, max(0, limit - update * self.micro_batches))
 
 
 class Plan:
@@ -60,6 +77,12 @@ class Plan:
     def row(self, index: int) -> np.ndarray:
         """Example ids of one row."""
         return self.example_ids[self.row_starts[index] : self.row_starts[index + 1]]
+
+    def examples_of(self, update: int, layout: Layout, micro_batches: int) -> np.ndarray:
+        """Ids of the examples of one update, over all ranks, in its first micro-batches. `[n]`."""
+        start = update * self.rows_per_update
+        stop = min(start + micro_batches * layout.batch_size * layout.ranks, self.rows)
+        return self.example_ids[self.row_starts[start] : self.row_starts[stop]]
 
     def micro_batches(self, update: int, layout: Layout) -> Iterator[list[np.ndarray]]:
         """Cuts one update for one rank: `layout.micro_batches` lists of rows.

@@ -1,28 +1,27 @@
 """Data for pretraining: documents as one stream of rows, from shards on the disk or tokenized as they are read."""
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from functools import cached_property, partial
 from itertools import chain
 from typing import Any, Literal, get_args
 
 from torch.utils.data import DataLoader
 
-from oumi_pl.data.base import Sources, TextData
+from oumi_pl.data.base import TextData
 from oumi_pl.data.corpus import Part, shards_of
 from oumi_pl.data.documents import Documents, TokenizeDocuments
 from oumi_pl.data.held_out import HeldOut, held_out_loader, sliding_windows
 from oumi_pl.data.mixture import mixture_counts
 from oumi_pl.data.mixture_stream import Exhausted, TokenMixture
 from oumi_pl.data.plan import Layout
-from oumi_pl.data.report import describe_consumed, describe_documents, windows_padding
+from oumi_pl.data.report import describe_consumed, describe_documents
 from oumi_pl.data.row_stream import RowStream
 from oumi_pl.data.rows import batch_of
 from oumi_pl.data.shards import Lengths, Shards
 from oumi_pl.data.sources import as_sources, is_held_out, is_not_held_out, is_on_hub
 from oumi_pl.data.stream_loader import StreamLoader
 from oumi_pl.data.streamed import StreamedDocuments
-from oumi_pl.data.tokenizers import TokenizerFactory
 from oumi_pl.data.trained_bpe import TrainedBPE, first_bytes
 from oumi_pl.data.unchanged import identities, refuse_changed
 from oumi_pl.data.windows import BestFit, Concat, Windows
@@ -37,15 +36,11 @@ PROMPT_TOKENS = 32
 class PretrainData(TextData):
     """Documents become rows of exactly `max_length` tokens, every token a target, in one long reproducible stream.
 
+    Documents are text files, rows with a column `text`, or a folder that `prepare` made. The weights of sources are
+    shares in the tokens. `TrainedBPE` learns a tokenizer from the training documents.
+
     Args:
-        train: Where the documents come from: text files, rows with a column `text`, a hub id, a folder that `prepare`
-            made, or a list of these. With weights, these are shares in the tokens.
-        validation: A source, or the fraction of the training documents to hold out (chosen by a hash of the row).
-        test: Source for `test`.
-        predict: Source of prompts for `predict`; the beginnings of the test or validation documents when left out.
-        tokenizer: Hub id or directory, or a class that makes one (`TrainedBPE` learns it from the training documents);
-            the model's own when left out.
-        max_length: Tokens of a row.
+        args: As of `TextData`.
         packing: Join the documents and cut every `max_length` tokens, or pack whole documents by best fit and cut only
             those that are longer than a row.
         isolate: Keep the documents of a row apart: attention doesn't cross their borders, positions start anew.
@@ -53,24 +48,15 @@ class PretrainData(TextData):
         shuffle_buffer: Rows of which each next one is drawn; 0 leaves them in the order of the documents.
         exhausted: At the end of a source, `stop`: the pass (an epoch) is over; or `restart` that source: the stream has
             no end, and `trainer.max_steps` says when the run has.
-        batch_size: Rows per micro-batch and device.
-        eval_batch_size: The same for validation and test; `batch_size` when left out.
         eval_stride: Tokens by which the window moves on over a held-out document. Less than `max_length`, which it is
             when left out, gives each token more context, and takes more time.
-        workers: Processes per source that tokenize, when streaming; else, that load held-out documents.
-        seed: Of the shuffle; the run's `seed_everything` when left out.
-        trust_remote_code: Let the tokenizer run code that came with it.
+        kwargs: As of `TextData`. `workers` are processes per source that tokenize, when streaming; else, processes that
+            load held-out documents.
     """
 
     def __init__(
         self,
-        train: Sources | None = None,
-        validation: float | Sources | None = None,
-        test: Sources | None = None,
-        predict: Sources | None = None,
-        *,
-        tokenizer: str | TokenizerFactory | None = None,
-        max_length: int = 1024,
+        *args: Any,
         packing: Packing = "concat",
         isolate: bool = False,
         streaming: bool = False,
@@ -79,26 +65,27 @@ class PretrainData(TextData):
         eval_stride: int | None = None,
         **kwargs: Any,
     ) -> None:
-        super().__init__(train, validation, test, predict, tokenizer=tokenizer, max_length=max_length, **kwargs)
+        super().__init__(*args, **kwargs)
         for name, value, known in (("packing", packing, Packing), ("exhausted", exhausted, Exhausted)):
             if value not in get_args(known):
                 raise UserError(f"data.{name}: unknown {value!r}{nearest(str(value), get_args(known))}")
         if shuffle_buffer < 0:
             raise UserError(f"data.shuffle_buffer is {shuffle_buffer}, but has to be at least 0")
-        if eval_stride is not None and not 1 <= eval_stride <= max_length:
-            raise UserError(f"data.eval_stride is {eval_stride}, but has to lie between 1 and max_length, {max_length}")
-        if train is not None:
-            mixture_counts([1] * len(as_sources(train)), self.weights)  # refuses what adds up to nothing
+        if eval_stride is not None and not 1 <= eval_stride <= self.max_length:
+            between = f"between 1 and max_length, {self.max_length}"
+            raise UserError(f"data.eval_stride is {eval_stride}, but has to lie {between}")
+        if self.sources["train"] is not None:
+            mixture_counts([1] * len(self.weights), self.weights)  # refuses what adds up to nothing
         self.packing = isolate
         self.isolate = isolate
         self.method: Packing = packing
         self.streaming = streaming
         self.shuffle_buffer = shuffle_buffer
         self.exhausted: Exhausted = exhausted
-        self.eval_stride = eval_stride or max_length
-        self._shards: dict[str, list[Shards]] = {}
-        if isinstance(tokenizer, TrainedBPE):
-            tokenizer.corpus = self._corpus
+        self.eval_stride = eval_stride or self.max_length
+        self.__shards: dict[str, list[Shards]] = {}
+        if isinstance(self.tokenizer_spec, TrainedBPE):
+            self.tokenizer_spec.corpus = self.__corpus
 
     # ---- sources
 
@@ -122,18 +109,34 @@ class PretrainData(TextData):
                 )
         return parts
 
+    def longest_path(self, splits: Iterable[str]) -> tuple[int, int] | None:
+        """Positions that the longest document needs surely, and at most; None where rows go from end to end.
+
+        The two differ where documents are streamed, of which nothing is known but that rows end at `max_length`, and
+        where they are joined and cut, so that a row may begin within one.
+        """
+        if not self.isolate:
+            return None
+        sources = [s for split in splits for s in (self.documents if split == "train" else self.shards(split))]
+        known = [source for source in sources if isinstance(source, Shards)]
+        lengths = [int(source.lengths.max()) for source in known if len(source)]
+        # a document's last token is a label, and among the inputs only where the next document is joined to it
+        surely = min(self.max_length, max(lengths, default=1) - 1)
+        at_most = min(self.max_length, surely + (self.method == "concat"))
+        return surely, at_most if len(known) == len(sources) else self.max_length
+
     def source_names(self, split: str) -> list[str]:
         """Names of a split's sources, each once: what `source` in a held-out batch counts."""
         names = [part.name for part in self.parts(split)]
-        if split in self._shards:
-            names = [shards.name for shards in self._shards[split]]
+        if split in self.__shards:
+            names = [shards.name for shards in self.__shards[split]]
         return [f"{name}-{i}" if names.count(name) > 1 else name for i, name in enumerate(names, 1)]
 
     def shards(self, split: str) -> list[Shards]:
         """A split's documents on the disk: prepared, from the cache, or made now."""
-        if split not in self._shards:
-            self._shards[split] = [shards_of(part, self.tokenizer) for part in self.parts(split)]
-        return self._shards[split]
+        if split not in self.__shards:
+            self.__shards[split] = [shards_of(part, self.tokenizer) for part in self.parts(split)]
+        return self.__shards[split]
 
     @cached_property
     def documents(self) -> Sequence[Documents]:
@@ -154,7 +157,7 @@ class PretrainData(TextData):
         names = zip(self.source_names("train"), self.documents, strict=True)
         return [name for name, documents in names if not isinstance(documents, Shards)]
 
-    def _corpus(self) -> tuple[Any, Iterator[str]]:
+    def __corpus(self) -> tuple[Any, Iterator[str]]:
         """What `TrainedBPE` learns from."""
         if self.sources["train"] is None:
             raise UserError("data.tokenizer: TrainedBPE learns from data.train, and the recipe names no source there")
@@ -242,49 +245,38 @@ class PretrainData(TextData):
             )
         return math.ceil(self.rows_per_pass / self.layout.rows_per_update) * epochs
 
-    def train_dataloader(self) -> StreamLoader:
-        """The training loader, at the position where a resumed run stopped."""
-        self._refuse_another_sampler()
+    def make_train_loader(self) -> StreamLoader:
+        """A loader that reads the stream."""
         trainer = self.trainer
-        width = 0 if self.isolate else self.max_length
-        loader = StreamLoader(
+        return StreamLoader(
             self.stream,
             self.layout,
-            partial(batch_of, pad_id=self.pad_id, isolate=self.isolate, width=width),
+            partial(batch_of, pad_id=self.pad_id),
             updates=None if self.rows_per_pass is None else self.updates(1),
             trained=None if trainer is None else lambda: trainer.global_step,
-            pin_memory=self._pin_memory,
+            limit=self.limit,
+            pin_memory=self.fetching["pin_memory"],
         )
-        made_from = self._made_from  # of now: what is changed while it is read is not what was begun with
-        if self._position is not None:
-            refuse_changed(self._position.get("made_from", []), made_from, self.parts("train"))
-            loader.load_state_dict(self._position)
-        self._train_loader = loader
-        return loader
 
-    def state_dict(self) -> dict[str, Any]:
-        """Where the training data stand, and which these are."""
-        position = super().state_dict()
-        return position and position | {"made_from": self._made_from}
-
-    @cached_property
-    def _made_from(self) -> list[dict[str, Any]]:
+    def made_from(self) -> list[dict[str, Any]]:
+        """What tells the documents from others, as far as that can be known without reading them."""
         return identities(self.parts("train"), self.documents)
+
+    def refuse_changed(self, before: list[Any] | None, now: list[Any]) -> None:
+        """Refuses to resume on other documents; says which.
+
+        Raises:
+            UserError: they are others.
+        """
+        refuse_changed(before or [], now, self.parts("train"))
 
     # ---- held-out documents
 
-    def val_dataloader(self) -> DataLoader | list:
-        """Every held-out document once; an empty list without `validation`."""
-        return self._eval_loader("validation") if self.sources["validation"] is not None else []
-
-    def test_dataloader(self) -> DataLoader:
-        """Every test document once."""
-        return self._eval_loader("test")
-
-    def _eval_loader(self, split: str) -> DataLoader:
+    def make_eval_loader(self, split: str) -> DataLoader:
+        """Every document of a split once."""
         layout = Layout(self.eval_batch_size, 1, self.layout.ranks, self.layout.rank)
         held_out = HeldOut(self.shards(split), self.max_length, self.eval_stride, self.pad_id)
-        return held_out_loader(held_out, layout, **self._fetching)
+        return held_out_loader(held_out, layout, **self.fetching)
 
     def prompts(self, split: str) -> Iterator[tuple[list[int], str]]:
         """The beginning of each document of a split, and as much of how it goes on; of `predict`, whole texts."""
@@ -303,14 +295,15 @@ class PretrainData(TextData):
 
     def report(self) -> dict[str, Any]:
         """What became of the rows, per split whose documents are on the disk: see `describe_documents`."""
-        return {split: self._split_report(split) for split in ("train", "validation", "test") if split in self._shards}
+        return {
+            split: self.__split_report(split) for split in ("train", "validation", "test") if split in self.__shards
+        }
 
-    def _split_report(self, split: str) -> dict[str, Any]:
+    def __split_report(self, split: str) -> dict[str, Any]:
         shards = self.shards(split)
         if split != "train":
             windows = [sliding_windows(s.lengths, self.max_length, self.eval_stride) for s in shards]
-            described = {"windows": sum(map(len, windows)), "padding": windows_padding(windows, self.eval_batch_size)}
-            return describe_documents(shards) | described
+            return describe_documents(shards) | {"windows": sum(map(len, windows))}
         report = describe_documents(shards, across=self.method == "concat" and not self.isolate)
         inputs = report["tokens"] - 1
         if self.method == "best_fit":
@@ -323,7 +316,7 @@ class PretrainData(TextData):
 
     def consumed(self) -> list[dict[str, Any]]:
         """What was read in the running pass, per source: see `describe_consumed`."""
-        position = self._train_loader.position() if self._train_loader is not None else {}
+        position = self.train_loader.position() if self.train_loader is not None else {}
         if not position:
             return []
         return describe_consumed(position["stream"]["mixture"], self.source_names("train"), self.weights)

@@ -41,14 +41,8 @@ def merged(reports: list[dict[str, Any]]) -> dict[str, Any]:
     return total | {"dropped": dict(dropped)}
 
 
-def describe(
-    stores: list[ExampleStore], lengths: np.ndarray, plan: Plan, capacity: int | None, batch_size: int
-) -> dict[str, Any]:
-    """Counts, tokens, length percentiles, and how full the rows of a plan are.
-
-    `fill` is the share of the packs' capacity that holds tokens; `padding` the share of the padded tensors that holds
-    none, in micro-batches of `batch_size` rows.
-    """
+def describe(stores: list[ExampleStore], lengths: np.ndarray, plan: Plan, capacity: int | None) -> dict[str, Any]:
+    """Counts, tokens, length percentiles, and `fill`, the share of the packs' capacity that holds tokens."""
     tokens = int(lengths.sum())
     described = merged([store.report for store in stores]) | {
         "tokens": tokens,
@@ -60,8 +54,6 @@ def describe(
     if capacity is not None:
         planned = lengths[plan.example_ids].sum()
         described["fill"] = round(float(planned / max(1, plan.rows * capacity)), 6)
-    else:
-        described["padding"] = round(_padding(lengths[plan.example_ids], batch_size), 6)
     if len(stores) > 1:
         described["sources"] = [store.report for store in stores]
     return described
@@ -100,27 +92,6 @@ def describe_documents(shards: list[Shards], across: bool = False) -> dict[str, 
 def _source_report(shards: Shards) -> dict[str, Any]:
     counts = {"documents": len(shards), "tokens": shards.tokens, "bytes": int(shards.manifest["text_bytes"])}
     return {"source": shards.name} | shards.manifest["report"] | counts
-
-
-def windows_padding(windows: list[np.ndarray], batch_size: int) -> float:
-    """Share of the padded tensors that holds no tokens, for windows `[n, 4]` of each source (`sliding_windows`)."""
-    tokens = padded = 0.0
-    for found in windows:
-        lengths = np.sort(found[:, 3] - found[:, 1] - 1)[::-1]
-        tokens += lengths.sum()
-        padded += lengths.sum() / max(1e-9, 1 - _padding(lengths, batch_size))
-    return round(float(1 - tokens / padded), 6) if padded else 0.0
-
-
-def _padding(lengths: np.ndarray, batch_size: int) -> float:
-    rows = -(-len(lengths) // batch_size)
-    if not rows:
-        return 0.0
-    padded = np.zeros(rows * batch_size, dtype=np.int64)
-    padded[: len(lengths)] = lengths
-    longest = padded.reshape(rows, batch_size).max(axis=1)
-    in_batch = np.minimum(batch_size, len(lengths) - np.arange(rows) * batch_size)
-    return float(1 - lengths.sum() / (longest * in_batch).sum())
 
 
 def describe_consumed(

@@ -6,8 +6,8 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
-from oumi_pl.data.collate import no_targets
-from oumi_pl.types import IGNORE_INDEX, Batch
+from oumi_pl.data.collate import stand_in
+from oumi_pl.types import IGNORE_INDEX, Batch, Segment
 
 
 class Row(NamedTuple):
@@ -22,46 +22,29 @@ class Row(NamedTuple):
     lengths: np.ndarray
 
 
-def batch_of(rows: Sequence[Row], numbers: Sequence[int], pad_id: int, *, isolate: bool, width: int = 0) -> Batch:
-    """Makes a micro-batch of rows.
-
-    Isolated documents are laid out one after the other without padding, `[1, tokens]`, with `document_lengths`. Other
-    rows are padded on the right to the longest, and to at least `width`, `[batch, seq]`; an `attention_mask` is there
-    only if there is padding. Without rows, the batch is a stand-in that has no targets.
+def batch_of(rows: Sequence[Row], numbers: Sequence[int], pad_id: int) -> Batch:
+    """Makes a micro-batch of rows. Without rows, it is a stand-in that has no targets.
 
     Args:
         rows: What it holds.
         numbers: Of the rows, for `sample_ids`.
-        pad_id: What padding holds.
-        isolate: Whether documents are kept apart.
-        width: Tokens of a padded row, at least.
+        pad_id: What the stand-in holds.
     """
     if not rows:
-        return no_targets(pad_id) | ({"document_lengths": [2]} if isolate else {})  # type: ignore[return-value]
-    if isolate:
-        lengths = np.concatenate([row.lengths for row in rows]).tolist()
-        return {
-            "input_ids": _tensor(np.concatenate([row.input_ids for row in rows])).unsqueeze(0),
-            "position_ids": _tensor(np.concatenate([np.arange(n) for n in lengths])).unsqueeze(0),
-            "labels": _tensor(np.concatenate([row.labels for row in rows])).unsqueeze(0),
-            "document_lengths": lengths,
-            "sample_ids": list(numbers),
-        }
-    shape = len(rows), max(width, *(len(row.input_ids) for row in rows))
-    input_ids, labels = (np.full(shape, value, dtype=np.int64) for value in (pad_id, IGNORE_INDEX))
-    for i, row in enumerate(rows):
-        input_ids[i, : len(row.input_ids)] = row.input_ids
-        labels[i, : len(row.labels)] = row.labels
-    batch: Batch = {
-        "input_ids": torch.from_numpy(input_ids),
-        "position_ids": torch.arange(shape[1]).expand(shape).contiguous(),
-        "labels": torch.from_numpy(labels),
+        return stand_in(pad_id)
+    labels = np.concatenate([row.labels for row in rows])
+    lengths = np.concatenate([row.lengths for row in rows])
+    predictors = np.flatnonzero(labels != IGNORE_INDEX)
+    return {
+        "input_ids": _tensor(np.concatenate([row.input_ids for row in rows])).unsqueeze(0),
+        "position_ids": _tensor(np.concatenate([np.arange(n) for n in lengths])).unsqueeze(0),
+        "segments": [Segment(length) for length in lengths.tolist()],
+        "targets": _tensor(labels[predictors]),
+        "predictors": _tensor(predictors),
+        "target_segments": _tensor(np.searchsorted(np.cumsum(lengths), predictors, side="right")),
+        "fields": {},
         "sample_ids": list(numbers),
     }
-    if any(len(row.input_ids) < shape[1] for row in rows):
-        ends = torch.tensor([[len(row.input_ids)] for row in rows])
-        batch["attention_mask"] = (torch.arange(shape[1]) < ends).long()
-    return batch
 
 
 def arrays_to_state(arrays: Sequence[np.ndarray]) -> dict[str, torch.Tensor]:

@@ -1,30 +1,23 @@
 """Tokenized examples on disk, memory-mapped: written once, found again by what they were made from."""
 
 import hashlib
-import importlib
 import json
 import os
 import shutil
 import tempfile
 from collections.abc import Iterable
-from dataclasses import fields
-from functools import cached_property
 from pathlib import Path
 from typing import Any, cast
 
 import numpy as np
 
 from oumi_pl.errors import UserError
-from oumi_pl.types import Example
+from oumi_pl.types import Example, Segment
 
 REPORT = "report.json"
-KIND = "kind.json"
-ADDED = "added.npz"
-
-COUNTED_AT_ONCE = 4096
-"""Examples whose targets are counted in one step: the whole mask as integers wouldn't fit into memory."""
-
-_EXAMPLE_FIELDS = {field.name for field in fields(Example)}
+TABLES = "tables.npz"
+FIELD = "field "
+"""Begins the names of tables that are fields of the examples."""
 
 
 def cache_root() -> Path:
@@ -50,9 +43,10 @@ def cache_key(*parts: Any) -> str:
 
 
 class ExampleStore:
-    """Examples of one source as flat arrays: ids `[tokens]`, loss mask `[tokens]`, offsets `[examples + 1]`.
+    """Examples of one source as flat arrays: ids and loss mask `[tokens]`, offsets `[examples + 1]`, the segments.
 
-    The fields that a subclass of `Example` adds, numbers all, are arrays `[examples]` in `added`, by name.
+    targets: tokens that carry loss, per example, `[examples]` int64. fields: the numbers of the examples by name,
+    `[examples]` float64 each.
     """
 
     def __init__(self, directory: Path) -> None:
@@ -60,19 +54,25 @@ class ExampleStore:
         self.report: dict[str, Any] = json.loads((directory / REPORT).read_text())
         self.input_ids = _mapped(directory / "input_ids.bin", np.int32)
         self.loss_mask = _mapped(directory / "loss_mask.bin", np.bool_)
-        self.offsets = np.load(directory / "offsets.npy")
-        kind = json.loads((directory / KIND).read_text())
-        self.kind: type[Example] = getattr(importlib.import_module(kind["module"]), kind["name"])
-        with np.load(directory / ADDED) as added:
-            self.added: dict[str, np.ndarray] = dict(added)
+        with np.load(directory / TABLES) as tables:
+            self.offsets = tables["offsets"]
+            self.targets = tables["targets"]
+            self._segments = tables["segments"]  # [segments, 3], as in `Segment`
+            self._first_segment = tables["first_segment"]  # [examples + 1]
+            self.fields = {name[len(FIELD) :]: tables[name] for name in tables.files if name.startswith(FIELD)}
 
     def __len__(self) -> int:
         return len(self.offsets) - 1
 
     def __getitem__(self, index: int) -> Example:
         start, stop = self.offsets[index], self.offsets[index + 1]
-        added = {name: values[index].item() for name, values in self.added.items()}
-        return self.kind(np.asarray(self.input_ids[start:stop]), np.asarray(self.loss_mask[start:stop]), **added)
+        first, end = self._first_segment[index], self._first_segment[index + 1]
+        return Example(
+            np.asarray(self.input_ids[start:stop]),
+            np.asarray(self.loss_mask[start:stop]),
+            tuple(Segment(*values) for values in self._segments[first:end].tolist()),
+            {name: values[index].item() for name, values in self.fields.items()},
+        )
 
     @property
     def lengths(self) -> np.ndarray:
@@ -81,58 +81,56 @@ class ExampleStore:
 
     @property
     def longest(self) -> int:
-        """Positions that the longest example needs: of a pair, those of the prompt and the longer response."""
-        lengths = self.lengths
-        if "rejected_start" in self.added:
-            rejected = self.added["rejected_start"]
-            lengths = lengths - np.minimum(rejected - self.added["chosen_start"], lengths - rejected)
-        return int(lengths.max(initial=0))
+        """Tokens of the longest path: of a pair, those of the prompt and the longer response."""
+        return int((self._segments[:, 0] + self._segments[:, 2]).max(initial=0))
+
+    @property
+    def shared(self) -> int:
+        """Tokens that are spared by computing what several paths share once."""
+        return int(self._segments[:, 2].sum())
 
     @property
     def target_tokens(self) -> int:
         """Tokens that carry loss, over all examples."""
-        return int(np.count_nonzero(self.loss_mask))
-
-    @cached_property
-    def target_counts(self) -> np.ndarray:
-        """Tokens that carry loss, per example, `[examples]` int64."""
-        counts = np.empty(len(self), dtype=np.int64)
-        for first in range(0, len(self), COUNTED_AT_ONCE):
-            borders = self.offsets[first : first + COUNTED_AT_ONCE + 1]
-            targets = np.flatnonzero(self.loss_mask[borders[0] : borders[-1]])
-            counts[first : first + COUNTED_AT_ONCE] = np.diff(np.searchsorted(targets, borders - borders[0]))
-        return counts
+        return int(self.targets.sum())
 
 
 def write_store(directory: Path, examples: Iterable[Example], report: dict[str, Any]) -> ExampleStore:
     """Writes examples beside their final place and moves them there in one step, so that a kill leaves no half store.
 
-    Examples are all of one class, which the store gives back; of the fields of `Example` itself, those beside ids
-    and mask are only counted in the report. `report` is written last: whatever consuming `examples` adds to it is kept.
+    What an example says of how it was made is only counted in the report, which is written last: whatever consuming
+    `examples` adds to it is kept.
     """
     directory.parent.mkdir(parents=True, exist_ok=True)
     half = Path(tempfile.mkdtemp(prefix=f".{directory.name}-", dir=directory.parent))
     try:
-        offsets: list[int] = [0]
-        kind: type[Example] | None = None
-        added: dict[str, list] = {}
+        lengths: list[int] = []
+        targets: list[int] = []
+        segments: list[Segment] = []
+        counts: list[int] = []
+        fields: dict[str, list[float]] = {}
         with (half / "input_ids.bin").open("wb") as ids, (half / "loss_mask.bin").open("wb") as masks:
             for example in examples:
-                if kind is None:
-                    kind = type(example)
-                    added = {field.name: [] for field in fields(kind) if field.name not in _EXAMPLE_FIELDS}
-                elif type(example) is not kind:
-                    raise TypeError(f"a {type(example).__name__} among examples of class {kind.__name__}")
-                for name, values in added.items():
-                    values.append(getattr(example, name))
+                if not lengths:
+                    fields = {name: [] for name in example.fields}
+                elif example.fields.keys() != fields.keys():
+                    raise ValueError(f"an example with the fields {[*example.fields]} among others with {[*fields]}")
+                for name, values in fields.items():
+                    values.append(example.fields[name])
                 ids.write(example.input_ids.astype(np.int32, copy=False).tobytes())
                 masks.write(example.loss_mask.astype(np.bool_, copy=False).tobytes())
-                offsets.append(offsets[-1] + len(example.input_ids))
-        np.save(half / "offsets.npy", np.array(offsets, dtype=np.int64))
-        columns: dict[str, Any] = {name: np.array(values) for name, values in added.items()}
-        np.savez(half / ADDED, **columns)
-        kind = kind or Example
-        (half / KIND).write_text(json.dumps({"module": kind.__module__, "name": kind.__qualname__}))
+                lengths.append(len(example.input_ids))
+                targets.append(example.target_tokens)
+                segments += example.segments
+                counts.append(len(example.segments))
+        tables: dict[str, Any] = {
+            "offsets": np.cumsum([0, *lengths], dtype=np.int64),
+            "targets": np.array(targets, dtype=np.int64),
+            "segments": np.array(segments, dtype=np.int64).reshape(-1, 3),
+            "first_segment": np.cumsum([0, *counts], dtype=np.int64),
+        }
+        tables |= {FIELD + name: np.array(values, dtype=np.float64) for name, values in fields.items()}
+        np.savez(half / TABLES, **tables)
         (half / REPORT).write_text(json.dumps(report, indent=1))
         half.chmod(0o755)
         try:

@@ -4,6 +4,7 @@ import itertools
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 
 from oumi_pl.data.loader import refuse_other_rows
@@ -11,7 +12,7 @@ from oumi_pl.data.plan import Layout
 from oumi_pl.data.row_stream import RowStream, as_state
 from oumi_pl.data.rows import Row
 from oumi_pl.errors import UserError
-from oumi_pl.types import Batch
+from oumi_pl.types import IGNORE_INDEX, Batch, Update
 
 KEPT = 4
 """Updates whose positions are kept: Lightning fetches at most one micro-batch ahead of the one that it trains on."""
@@ -32,6 +33,7 @@ class StreamLoader:
         collate: Makes a batch of rows and their numbers.
         updates: Updates of a pass, where that is known; the loader has a length then.
         trained: How many updates were trained in the whole run; when left out, those whose batches were handed out.
+        limit: Micro-batches of an epoch that will be trained on, or the share of them (`limit_train_batches`).
         pin_memory: Put batches where a GPU copies them from without waiting.
     """
 
@@ -43,12 +45,14 @@ class StreamLoader:
         *,
         updates: int | None = None,
         trained: Callable[[], int] | None = None,
+        limit: int | float = 1.0,
         pin_memory: bool = False,
     ) -> None:
         self.stream = stream
         self.layout = layout
         self.collate = collate
         self.updates = updates
+        self.limit = limit
         self.pin_memory = pin_memory
         self.epoch = 0
         self._trained = trained or self._handed_out
@@ -111,14 +115,22 @@ class StreamLoader:
             self._positions[done] = {"epoch": epoch, "update": update + done, "stream": stream.snapshot()}
             self._positions.pop(done - KEPT, None)
             first = (update + done - 1) * layout.rows_per_update
+            comes_to = self._comes_to(taken, update + done - 1)
             for micro in range(layout.micro_batches):
                 start = (micro * layout.ranks + layout.rank) * layout.batch_size
                 share = taken[start : start + layout.batch_size]
                 self._handed += 1
-                yield self._batch(share, range(first + start, first + start + len(share)))
+                yield self._batch(share, range(first + start, first + start + len(share)), comes_to)
 
-    def _batch(self, rows: Sequence[Row], numbers: Sequence[int]) -> Batch:
+    def _comes_to(self, rows: Sequence[Row], update: int) -> Update:
+        """Targets, rows and micro-batches of an update; of one that the limit cuts short, those within it."""
+        layout = self.layout
+        rows = rows[: layout.within(self.limit, update, self.updates) * layout.batch_size * layout.ranks]
+        return Update(sum(int(np.count_nonzero(row.labels != IGNORE_INDEX)) for row in rows), len(rows), layout.parts)
+
+    def _batch(self, rows: Sequence[Row], numbers: Sequence[int], update: Update) -> Batch:
         batch = self.collate(rows, numbers)
+        batch["update"] = update
         if self.pin_memory:
             for name, value in batch.items():
                 if isinstance(value, torch.Tensor):

@@ -126,6 +126,7 @@ class Tokenize:
         if isinstance(record, Text):
             prompt, answer = (record.prompt, record.text) if record.prompt else (record.text, "")
         else:
+            record = _conversation(record)
             messages, border = record.messages, record.prompt_messages
             if border is None:
                 border = len(messages) - (messages[-1]["role"] == "assistant")
@@ -146,6 +147,7 @@ class Tokenize:
             return self._marked_text(record)
         if isinstance(record, Preference):
             raise UserError("this row is a pair of responses, a chosen and a rejected one, which is data for DPO")
+        record = _conversation(record)
         text, targets = self._renderer.spans(record, self._turns(record))
         return Marked(text, [(0, len(text))] if self._train_on == "all" else targets)
 
@@ -226,7 +228,8 @@ class Tokenize:
             return kept
         if not mask[kept].any():
             return Dropped("no target tokens once cut")
-        return Example(ids[kept], mask[kept], len(kept) < len(ids), straddled, empty_answer)
+        cut = len(kept) < len(ids)
+        return Example(ids[kept], mask[kept], cut=cut, straddled=straddled, empty_answer=empty_answer)
 
     def _lacks_bos(self, ids: Sequence[int] | np.ndarray) -> bool:
         return self._adds_bos and (len(ids) == 0 or ids[0] != self._bos)
@@ -250,6 +253,13 @@ class Tokenize:
             straddled |= bool((inside & ((starts < first) | (ends > last))).any())
             mask |= inside
         return mask, straddled
+
+
+def _conversation(record: Record) -> Conversation:
+    """Refuses a record of the user's own kind: only a data module of the user's own can tokenize it."""
+    if not isinstance(record, Conversation):
+        raise UserError(f"this row is a {type(record).__name__}, which this data module can't tokenize")
+    return record
 
 
 def says_nothing(record: Record) -> bool:

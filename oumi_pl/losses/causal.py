@@ -96,6 +96,11 @@ class CrossEntropy(TokenLoss):
         return losses + self.z_loss * lse.square() if self.z_loss else losses
 
 
+def is_cross_entropy(loss: TokenLoss) -> bool:
+    """Whether a loss is plain cross entropy: the negative log-likelihood, and what other engines compute by default."""
+    return type(loss) is CrossEntropy and loss.label_smoothing == loss.z_loss == 0
+
+
 class TokenLossOutput(NamedTuple):
     """The sum of a batch's token losses, and what the metrics need beside it."""
 

@@ -8,23 +8,27 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from oumi_pl import __version__
 from oumi_pl.errors import UserError, reason
-from oumi_pl.models.causal_lm import CausalLM
+from oumi_pl.models.lm import LM
+from oumi_pl.models.sharding import is_sharded
 from oumi_pl.runs.checkpoint_files import HALF, remove
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 
+HEADS = "heads.safetensors"
+"""File of a model folder for the weights that a trainer type has beside the language model."""
 NO_SCORES = ("lr", "grad_norm", "padding", "peak_memory_gb", "tokens_per_second", "mfu")
 """Metrics of how a run went, not of how good the model is."""
 
 
 def export_model(
-    model: CausalLM,
+    model: LM,
     directory: Path,
     tokenizer: "PreTrainedTokenizerBase | None" = None,
     *,
@@ -32,6 +36,7 @@ def export_model(
     keep: bool = True,
     stop_tokens: Sequence[int] = (),
     card: str | None = None,
+    heads: Mapping[str, Tensor] | None = None,
 ) -> None:
     """Writes a folder that `AutoModelForCausalLM.from_pretrained` loads, with the live model's logits.
 
@@ -45,12 +50,13 @@ def export_model(
         keep: Merge in a copy. False needs no memory for one, and leaves `model` useless.
         stop_tokens: Ids that end an answer besides EOS.
         card: Text of the model card.
+        heads: Weights that a trainer type has beside the model, kept in a file of their own.
 
     Raises:
         UserError: for an adapter alone that its base on the disk does not fit, for merging weights that are sharded or
             quantised, and if the folder holds something or can't be written.
     """
-    is_adapter = hasattr(model.hf, "peft_config")
+    is_adapter = model.has_adapters
     if is_adapter and not merge and (why := why_not_alone(model)):
         raise UserError(
             f"the adapter can't be exported alone, because {why}; merge it (--merge, or export.merge: true)"
@@ -58,6 +64,7 @@ def export_model(
     if is_adapter and merge and (is_sharded(model) or getattr(model.base, "is_quantized", False)):
         raise UserError("sharded or quantised weights can't be merged in place: export the checkpoint with --merge")
     state = _gathered(model)
+    whole_heads = {name: whole(value) for name, value in (heads or {}).items()}
     if torch.distributed.is_initialized() and torch.distributed.get_rank() > 0:
         return
     hf = model.hf
@@ -71,6 +78,8 @@ def export_model(
         if is_adapter and not merge and _is_dora(hf):
             _rename_magnitudes(half / "adapter_model.safetensors")
         generation.save_pretrained(half)
+        if whole_heads:
+            save_file(whole_heads, half / HEADS, metadata={"format": "pt"})
         if tokenizer is not None:
             tokenizer.save_pretrained(half)
         if card is not None:
@@ -79,15 +88,36 @@ def export_model(
             weights.chmod((half / "generation_config.json").stat().st_mode)
 
 
-def why_not_alone(model: CausalLM) -> str:
-    """Why an adapter would not be the trained model once it is put on its base as that lies on the disk; else empty."""
+def read_heads(folder: Path, heads: Mapping[str, Tensor]) -> None:
+    """Loads the heads in a model folder into live ones; does nothing if it has none.
+
+    Raises:
+        UserError: they differ in name or shape.
+    """
+    file = folder / HEADS
+    if not file.is_file():
+        return
+    saved = load_file(file)
+    wanted = {name: list(value.shape) for name, value in heads.items()}
+    given = {name: list(value.shape) for name, value in saved.items()}
+    if wanted != given:
+        raise UserError(f"model: {file} holds the heads {given}, and this trainer type has {wanted}")
+    with torch.no_grad():
+        for name, value in saved.items():
+            heads[name].copy_(value)
+
+
+def whole(value: Tensor) -> Tensor:
+    """A weight on the CPU, gathered if it is sharded: all ranks have to call this."""
+    from torch.distributed.tensor import DTensor
+
+    return (value.full_tensor() if isinstance(value, DTensor) else value).detach().cpu().contiguous()
+
+
+def why_not_alone(model: LM) -> str:
+    """Why an adapter, loaded onto its base from disk, would not be the trained model; empty if it would be."""
     unnamed = "its base model has no name to be loaded by"
     return getattr(model.hf, "why_not_alone", "" if model.base.config._name_or_path else unnamed)
-
-
-def is_sharded(model: torch.nn.Module) -> bool:
-    """Whether FSDP2 holds the weights in parts."""
-    return any(hasattr(p, "full_tensor") for p in model.parameters())
 
 
 def read_checkpoint(path: Path) -> dict[str, Any]:
@@ -186,17 +216,14 @@ def _is_dora(hf: Any) -> bool:
 def _rename_magnitudes(file: Path) -> None:
     """Gives DoRA's magnitudes the name that PEFT and transformers both read.
 
-    PEFT leaves off the `.weight` when it writes; transformers 5 then does not find them, and goes on with those of the
-    base.
+    PEFT leaves off the `.weight` when it writes; transformers 5 then does not find them and uses those of the base.
     """
-    from safetensors.torch import load_file, save_file
-
     ending = "lora_magnitude_vector"
     tensors = {f"{name}.weight" if name.endswith(ending) else name: t for name, t in load_file(file).items()}
     save_file(tensors, file, metadata={"format": "pt"})
 
 
-def _gathered(model: CausalLM) -> dict[str, Any] | None:
+def _gathered(model: LM) -> dict[str, Any] | None:
     """The whole state dict of a sharded model on rank 0, in the names that `save_pretrained` expects; None if whole."""
     if not is_sharded(model):
         return None

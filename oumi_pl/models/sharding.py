@@ -7,10 +7,10 @@ import torch
 from torch import nn
 
 from oumi_pl.errors import UserError
-from oumi_pl.models.causal_lm import CausalLM
+from oumi_pl.models.lm import LM
 
 
-def shard(model: CausalLM, module: L.LightningModule) -> None:
+def shard(model: LM, module: L.LightningModule) -> None:
     """Shards each decoder layer, then the wrapper as the root, over the data-parallel ranks.
 
     The root holds what is left: embeddings, final norm and head. It is gathered while the wrapper's `forward` runs,
@@ -32,11 +32,20 @@ def shard(model: CausalLM, module: L.LightningModule) -> None:
     if module.trainer.precision == "bf16-mixed":
         # gathered and multiplied in bfloat16, kept and summed over the ranks in float32
         policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
-    for layer in [*decoder_layers(model), model]:
+    # what a trainer type has beside the model, a reward head for example, is sharded and reduced like it
+    heads = [child for child in module.children() if child is not model and any(True for _ in child.parameters())]
+    for layer in [*decoder_layers(model), model, *heads]:
         fully_shard(layer, mesh=mesh["data_parallel"], mp_policy=policy)
 
 
-def decoder_layers(model: CausalLM) -> list[nn.Module]:
+def is_sharded(model: nn.Module) -> bool:
+    """Whether each rank holds only parts of the weights."""
+    from torch.distributed.tensor import DTensor
+
+    return any(isinstance(p, DTensor) for p in model.parameters())
+
+
+def decoder_layers(model: LM) -> list[nn.Module]:
     """The transformer blocks, as the architecture itself names what must not be split."""
     names = set(model.base._no_split_modules or [])
     return [m for m in model.base.modules() if type(m).__name__ in names]

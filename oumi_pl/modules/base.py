@@ -1,6 +1,8 @@
 """What is identical for all trainer types: the model, the optimizer, prediction, and what checkpoints hold."""
 
 from collections.abc import Sequence
+from contextlib import nullcontext
+from pathlib import Path
 from typing import Any, ClassVar, Literal, cast
 
 import torch
@@ -13,14 +15,18 @@ from torch.optim.lr_scheduler import LambdaLR
 from oumi_pl import attention
 from oumi_pl.errors import UserError
 from oumi_pl.models.build import DType, build_model
-from oumi_pl.models.causal_lm import CausalLM
 from oumi_pl.models.config import build_config
+from oumi_pl.models.export import export_model, read_heads
 from oumi_pl.models.generation import complete
+from oumi_pl.models.layouts import forest, padded
+from oumi_pl.models.lm import LM, choose_layout, disable_dropout, with_layout
 from oumi_pl.models.lora import lora_config
-from oumi_pl.models.positions import longest_document, refuse_too_few_positions
-from oumi_pl.models.sharding import shard
+from oumi_pl.models.positions import refuse_too_few_positions
+from oumi_pl.models.sharding import is_sharded, shard
+from oumi_pl.modules.reference import Reference
 from oumi_pl.modules.restorable import RestorableModule
 from oumi_pl.optim import Constant, Schedule, parameter_groups
+from oumi_pl.types import SPLITS, Batch, RunData
 
 
 class LanguageModule(RestorableModule):
@@ -43,14 +49,16 @@ class LanguageModule(RestorableModule):
         schedule: Learning rate over optimizer steps.
     """
 
-    wrapper: ClassVar[type[CausalLM]] = CausalLM
-    """What makes a loss, or what a loss is made of, from a batch."""
     validation_metrics: tuple[str, ...] = ()
-    """What validation logs, if that is known beforehand: a misspelt `monitor` is then told before training."""
-    reads: ClassVar[str] = "tokens"
-    """What its batches are made of: `tokens`, or `pairs` of responses. The data have to give the same."""
+    """What validation logs, if that is known beforehand: a misspelt `monitor` is then refused before training."""
+    generates: ClassVar[bool] = True
+    """Whether the model completes prompts. Without, no samples are written and `predict` is refused."""
     details: ClassVar[tuple[str, ...]] = ()
     """Metrics that are logged, and not shown in the terminal after each validation."""
+    reference: Reference | None = None
+    """What a policy is compared with, where a trainer type sets it in its constructor. Dropout is then off."""
+    share_prompt: Literal["auto"] | bool = "auto"
+    """Whether tokens that several segments share are computed once. `auto`: where the model can do so exactly."""
 
     def __init__(
         self,
@@ -79,10 +87,11 @@ class LanguageModule(RestorableModule):
         if quantization is not None and lora is None:
             raise UserError("model.quantization: quantized weights can't be trained; add `lora: {r: 16}`")
         if lora is not None:
-            lora_config(lora)  # a misspelt key is told before any data is read
+            lora_config(lora)  # a misspelt key is reported before any data is read
         if model is None:
             build_config(None, config, None)
-        _made(optimizer, parameter_groups([("probe", torch.nn.Parameter(torch.zeros(1, 1)))]))  # a negative lr, say
+        # a negative learning rate, for example, is refused now
+        _optimizer(optimizer, parameter_groups([("probe", torch.nn.Parameter(torch.zeros(1, 1)))]))
         self.model_name = model
         self.config = config
         self.dtype_name: DType = dtype
@@ -96,10 +105,11 @@ class LanguageModule(RestorableModule):
         self.trust_remote_code = trust_remote_code
         self.optimizer = optimizer
         self.schedule = schedule or Constant()
-        self.model: CausalLM | None = None
+        self.model: LM | None = None
         self.generation_settings: dict[str, Any] = {}
         """Arguments of `complete` for `predict`."""
-        self._hyperparameters: list[dict[str, Any]] = []
+        self.__hyperparameters: list[dict[str, Any]] = []
+        self.__is_start = False
 
     @property
     def keeps_trained_weights_only(self) -> bool:
@@ -109,89 +119,218 @@ class LanguageModule(RestorableModule):
     # ---- model
 
     def configure_model(self) -> None:
-        """Builds the model, once the data say which tokenizer it has to fit; under FSDP2, shards it."""
+        """Builds the model, once the data say which tokenizer it has to fit; under FSDP2, shards it.
+
+        Raises:
+            UserError: the model can't be built, does not fit the data, or computes something else than is assumed.
+        """
         if self.model is not None:
             return
-        data: Any = getattr(self.trainer, "datamodule", None)
-        self.model = self.build(
-            getattr(data, "tokenizer", None), getattr(data, "added_tokens", ()), getattr(data, "packing", False)
-        )
-        if data is not None:
+        data = self.data
+        if data is None:
+            model = self.assemble(None)
+        else:
             stage = self.trainer.state.fn.value if self.trainer.state.fn else "fit"
-            documents = longest_document(data, list(data.needed(stage)))
-            refuse_too_few_positions(self.model.base, data.max_length, documents)
+            model = self.assemble(data.tokenizer, data.added_tokens, branching=data.branching)
+            refuse_too_few_positions(model.base, data.max_length, data.longest_path(list(data.needed(stage))))
+        model.refuse_unknown_logits()  # before the weights are sharded: parts alone can't be run
         self.on_model_built()
-        shard(self.model, self)
+        if self.compile_layers:
+            model.hf.base_model.compile()
+        shard(model, self)
+
+    def assemble(self, tokenizer: Any, added_tokens: Sequence[int] = (), *, branching: bool | None = False) -> LM:
+        """Builds the model and the heads beside it, and makes them the module's own; arguments as of `build`.
+
+        Raises:
+            UserError: the folder that the model comes from holds heads that this trainer type does not have.
+        """
+        self.model = self.build(tokenizer, added_tokens, branching=branching)
+        self.make_heads(self.model)
+        if self.model_name is not None and (heads := self.heads()):
+            read_heads(Path(self.model_name).expanduser(), heads)
+        return self.model
+
+    def make_heads(self, model: LM) -> None:
+        """Makes what a trainer type trains beside the model, such as a reward head: assign it to `self`."""
 
     def on_model_built(self) -> None:
         """Called once, with the weights that training starts from: none are restored or sharded yet."""
+        if self.reference is not None:
+            self.reference.remember(self.causal_lm)
 
-    def build(self, tokenizer: Any, added_tokens: Sequence[int] = (), packing: bool = False) -> CausalLM:
-        """The model that the arguments describe, for a tokenizer; no trainer is needed."""
-        hf = build_model(
-            self.model_name,
-            config=self.config,
-            tokenizer=tokenizer,
-            added_tokens=added_tokens,
-            dtype=self.dtype_name,
-            attn=self.attn or ("documents" if packing else None),
-            lora=self.lora,
-            quantization=self.quantization,
-            freeze=self.freeze_modules,
-            gradient_checkpointing=self.gradient_checkpointing,
-            revision=self.revision,
-            trust_remote_code=self.trust_remote_code,
-        )
-        if self.compile_layers:
-            hf.base_model.compile()
-        return self.wrapper(hf)
+    def build(self, tokenizer: Any, added_tokens: Sequence[int] = (), *, branching: bool | None = False) -> LM:
+        """The model that the arguments describe, for a tokenizer; no trainer is needed.
+
+        Args:
+            tokenizer: What its vocabulary has to fit; not looked at if None.
+            added_tokens: Ids that were added to the tokenizer.
+            branching: Whether segments may continue others, so that the best layout for these is looked for; None for a
+                model that will not read batches: none is looked for.
+
+        Raises:
+            UserError: `share_prompt: true`, and the model can't.
+        """
+
+        def build(packed: bool) -> Any:
+            return build_model(
+                self.model_name,
+                config=self.config,
+                tokenizer=tokenizer,
+                added_tokens=added_tokens,
+                dtype=self.dtype_name,
+                attn=self.attn or (attention.NAME if packed else None),
+                lora=self.lora,
+                quantization=self.quantization,
+                freeze=self.freeze_modules,
+                gradient_checkpointing=self.gradient_checkpointing,
+                revision=self.revision,
+                trust_remote_code=self.trust_remote_code,
+            )
+
+        if branching is None:
+            return LM(build(False))
+        model = with_layout(build, branching and self.share_prompt is not False)
+        if branching and self.share_prompt is True and model.layout is not forest:
+            raise UserError(f"model.share_prompt: {model.layout_reason}; leave it out to compute prompts twice")
+        if self.reference is not None:
+            disable_dropout(model)
+        return model
 
     @property
-    def causal_lm(self) -> CausalLM:
+    def causal_lm(self) -> LM:
         """The model; configured by the time that any hook runs."""
         assert self.model is not None
         return self.model
 
-    def on_fit_start(self) -> None:
-        """Refuses models whose loss or packing would be wrong, by looking at what they compute."""
-        if self._is_sharded:
-            return  # sharded weights: the parts alone can't be run
-        self.refuse_inexact_packing()
-        self.causal_lm.refuse_unknown_logits()
+    @property
+    def data(self) -> RunData | None:
+        """The data module of the run; None if it was given loaders alone."""
+        return getattr(self.trainer, "datamodule", None)
 
-    def refuse_inexact_packing(self) -> None:
-        """Refuses a model that lets packed documents see each other.
+    @property
+    def notes(self) -> list[str]:
+        """What the run says about the model before the first update."""
+        data, model = self.data, self.causal_lm
+        notes = [] if self.reference is None else [self.reference.description]
+        if data is not None and data.branching:
+            twice = f"prompts are computed twice per pair: {model.layout_reason}"
+            notes.append("prompts are computed once per pair" if model.layout is forest else twice)
+        elif data is not None and data.packing and model.layout is padded:
+            notes.append(f"packed documents are computed in rows of their own, padded: {model.layout_reason}")
+        return notes
+
+    def count(self, batch: Batch) -> dict[str, int]:
+        """As of `UpdateModule`, with the positions that the model computes."""
+        counts = super().count(batch)
+        return counts | {"positions": self.causal_lm.positions(batch) if counts["rows"] else 0}
+
+    def on_fit_start(self) -> None:
+        """Looks again at what a GPU's attention does, which is not a CPU's; makes the reference ready."""
+        if self.device.type != "cpu" and not is_sharded(self):
+            self.__check_on_device()
+        self.__open_reference()
+
+    def __check_on_device(self) -> None:
+        model, data = self.causal_lm, self.data
+        with torch.compiler.set_stance("force_eager") if self.compile_layers else nullcontext():
+            if model.layout is not padded and data is not None:
+                share = data.branching and self.share_prompt is not False
+                model.layout, model.layout_reason = choose_layout(model.hf, share)
+            model.refuse_unknown_logits()
+
+    # ---- reference
+
+    def on_validation_start(self) -> None:
+        """Makes the reference ready, where validation is all that runs."""
+        self.__open_reference()
+
+    def on_test_start(self) -> None:
+        """Makes the reference ready."""
+        self.__open_reference()
+
+    def __open_reference(self) -> None:
+        splits = SPLITS[str(cast("Any", self.trainer.state.fn).value)]
+        if self.reference is not None and not self.reference.covers(splits):
+            self.reference.open(splits)
+
+    def check_start(self, batch: Batch) -> None:
+        """Checks the first batch of a run before it is trained on: policy and reference have to be equal.
 
         Raises:
-            UserError: if it does, and documents are packed.
+            UserError: they are not.
         """
-        if getattr(getattr(self.trainer, "datamodule", None), "packing", False):
-            attention.refuse_unless_isolating(self.causal_lm.base)
+        if self.reference is not None:
+            self.reference.check_start(batch)
+
+    def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
+        """As of `UpdateModule`; the very first batch is checked before."""
+        if self.__is_start:
+            self.__is_start = False
+            self.check_start(batch)
+        return super().training_step(batch, batch_idx)
+
+    def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
+        """Takes the step, then moves the reference if it is time: before anything of this step is saved."""
+        super().optimizer_step(*args, **kwargs)
+        if self.reference is not None:
+            self.reference.after_step(self.global_step + 1)
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Adds which weights training started from, and the reference if it moves."""
+        super().on_save_checkpoint(checkpoint)
+        if self.reference is not None:
+            checkpoint["reference"] = self.reference.state()
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Restores what `on_save_checkpoint` added."""
+        super().on_load_checkpoint(checkpoint)
+        if self.reference is not None:
+            self.reference.load_state(checkpoint.get("reference") or {})
+
+    # ---- what a user gets
+
+    def heads(self) -> dict[str, Tensor]:
+        """The weights that a trainer type has beside the language model, by name."""
+        return {name: value for name, value in self.named_parameters() if not name.startswith("model.")}
+
+    def save(self, directory: Path, *, model: LM | None = None, **settings: Any) -> None:
+        """Writes a folder that `transformers` loads, with the heads that were trained beside the model.
+
+        A trainer type whose model is more than a language model writes what its users load. Under FSDP2 all ranks have
+        to call this; rank 0 writes.
+
+        Args:
+            directory: Where; new or empty.
+            model: What to write in place of the module's own model.
+            settings: As of `oumi_pl.models.export.export_model`.
+        """
+        export_model(model or self.causal_lm, directory, heads=self.heads(), **settings)
 
     # ---- optimizer
 
     def configure_optimizers(self) -> Any:
         """The optimizer over named groups, and its schedule in optimizer steps."""
-        self._keep_adapters_in_float32()
+        self.keep_adapters_in_float32()
         groups = parameter_groups(self.named_parameters(), self.causal_lm.vocabulary_weights)
         if not groups:
             raise UserError("model: no parameter is trainable; look at model.freeze and model.lora")
-        optimizer = _made(self.optimizer, groups)
-        self._fuse(optimizer)
-        self._hyperparameters = [{k: v for k, v in g.items() if k != "params"} for g in optimizer.param_groups]
+        optimizer = _optimizer(self.optimizer, groups)
+        self.__fuse(optimizer)
+        self.__hyperparameters = [{k: v for k, v in g.items() if k != "params"} for g in optimizer.param_groups]
         total = self.total_steps()
         factor = self.schedule(total - 1, total)
         try:
-            float(factor)  # whatever kind of number a schedule of the user's gives
+            float(factor)  # a schedule of the user's may return any kind of number
         except (TypeError, ValueError, RuntimeError) as error:
-            told = f"model.schedule: {type(self.schedule).__name__} gives {factor!r} instead of a number"
-            raise UserError(told) from error
+            name = type(self.schedule).__name__
+            raise UserError(f"model.schedule: {name} gives {factor!r} instead of a number") from error
         for doubt in self.schedule.doubts(total):
             rank_zero_warn(doubt)
         schedule = LambdaLR(optimizer, lambda step: float(self.schedule(step, total)))
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
-    def _fuse(self, optimizer: Optimizer) -> None:
+    def __fuse(self, optimizer: Optimizer) -> None:
         """Lets AdamW take its step in one pass over memory, unless the recipe says how it does.
 
         Not in float16, where Lightning refuses to clip for an optimizer that unscales the gradients itself.
@@ -208,7 +347,7 @@ class LanguageModule(RestorableModule):
         limits = [trainer.max_steps] if trainer.max_steps > 0 else []
         if trainer.max_epochs is not None and trainer.max_epochs > 0:
             # not `estimated_stepping_batches`: it builds the loader, whose position a checkpoint would set too late
-            data: Any = getattr(trainer, "datamodule", None)
+            data = self.data
             limits.append(data.updates(trainer.max_epochs) if data else int(trainer.estimated_stepping_batches))
         if not limits:
             raise UserError("trainer: set max_steps or max_epochs, so that the schedule knows how long the run is")
@@ -216,51 +355,47 @@ class LanguageModule(RestorableModule):
 
     def on_train_start(self) -> None:
         """Lets what the recipe says now win over the optimizer settings in the checkpoint."""
+        self.__is_start = self.global_step == 0
         optimizer = cast("Optimizer", self.optimizers(use_pl_optimizer=False))
         schedule = cast("LambdaLR", self.lr_schedulers())
         before = optimizer.param_groups[0]["lr"]
-        for group, values in zip(optimizer.param_groups, self._hyperparameters, strict=True):
+        for group, values in zip(optimizer.param_groups, self.__hyperparameters, strict=True):
             group.update(values)
             group["initial_lr"] = values["lr"]
-        schedule.base_lrs = [values["lr"] for values in self._hyperparameters]
+        schedule.base_lrs = [values["lr"] for values in self.__hyperparameters]
         for group, base_lr, factor in zip(optimizer.param_groups, schedule.base_lrs, schedule.lr_lambdas, strict=True):
             group["lr"] = base_lr * factor(schedule.last_epoch)
         now = optimizer.param_groups[0]["lr"]
         if self.global_step and abs(now - before) > 0.01 * max(now, before):
-            rank_zero_warn(f"the checkpoint's next learning rate was {before:.3g}, and this run goes on with {now:.3g}")
+            rank_zero_warn(
+                f"the checkpoint's next learning rate was {before:.3g}, and this run continues with {now:.3g}"
+            )
 
     def on_train_epoch_start(self) -> None:
-        """Tells Lightning how long this epoch is: a mixture that is drawn anew need not pack into as many rows."""
+        """Sets the length of this epoch in Lightning: a mixture is redrawn, and may pack into fewer or more rows."""
         loop = self.trainer.fit_loop
         loader = self.trainer.train_dataloader
-        if self.trainer.limit_train_batches == 1.0 and hasattr(loader, "position"):
+        if self.trainer.limit_train_batches == 1.0 and self.data is not None and loader is self.data.train_loader:
             try:
                 loop.max_batches = len(cast("Any", loader))
             except TypeError:  # a stream whose end isn't known
                 return
             cast("Any", loop._combined_loader).limits = [loop.max_batches]
 
-    def _keep_adapters_in_float32(self) -> None:
+    def keep_adapters_in_float32(self) -> None:
+        """Undoes the rounding of trained adapters by a 16-bit precision."""
         # `precision: bf16-true` casts every parameter; adapters learn by steps that bfloat16 rounds away
         if self.lora is not None:
             for parameter in self.parameters():
                 if parameter.requires_grad and parameter.dtype in (torch.bfloat16, torch.float16):
                     parameter.data = parameter.data.float()
 
-    # ---- evaluation
-
-    def log_evaluation(self, prefix: str, metrics: dict[str, Tensor]) -> None:
-        """Logs what a pass through held-out data found: `val/loss`, …"""
-        logged = {f"{prefix}/{name}": value.float() for name, value in metrics.items()}
-        if self.trainer.state.fn == "fit":  # where `metrics.csv` puts it
-            logged["step"] = torch.tensor(float(self.global_step))
-        self.log_dict(logged)
-
     # ---- predict
 
     def predict_step(self, batch: dict[str, Any], batch_idx: int) -> list[dict[str, Any]]:
         """Completes a batch of prompts: `{row, prompt, completion, reference}` each."""
-        data: Any = self.trainer.datamodule  # type: ignore[attr-defined]
+        data = self.data
+        assert data is not None
         texts = complete(
             self.causal_lm.hf, data.tokenizer, batch["prompts"], stop=data.stop_tokens, **self.generation_settings
         )
@@ -269,7 +404,7 @@ class LanguageModule(RestorableModule):
         return [dict(zip(("row", "prompt", "completion", "reference"), line, strict=True)) for line in columns]
 
 
-def _made(optimizer: OptimizerCallable, parameters: Any) -> Optimizer:
+def _optimizer(optimizer: OptimizerCallable, parameters: Any) -> Optimizer:
     try:
         return optimizer(parameters)
     except (ValueError, TypeError) as error:

@@ -1,8 +1,6 @@
 """Preference training: DPO and its family, on pairs of responses of which one is better."""
 
-from collections.abc import Sequence
-from functools import partial
-from typing import Any, ClassVar, Literal, cast
+from typing import Any, ClassVar, Literal
 
 import torch
 from lightning.pytorch.cli import OptimizerCallable
@@ -12,33 +10,19 @@ from torch.optim import AdamW
 from oumi_pl.errors import UserError
 from oumi_pl.losses.preference import Sigmoid
 from oumi_pl.models.build import DType
-from oumi_pl.models.preference import PairOutput, PreferenceLM, choose_layout, shared, with_layout
+from oumi_pl.models.lm import States
 from oumi_pl.modules.base import LanguageModule
-from oumi_pl.modules.reference_setup import ReferenceSetup
-from oumi_pl.modules.sums import Sums
-from oumi_pl.modules.update import LOSS_SCALE
-from oumi_pl.types import Pairs, PreferenceBatch, PreferenceLoss
-
-SPLIT = {"fit": ("train", "validation"), "validate": ("validation",), "test": ("test",)}
-"""Command -> the splits whose pairs it compares."""
-PER_PAIR = (
-    "loss",
-    "rewards/chosen",
-    "rewards/rejected",
-    "rewards/margins",
-    "rewards/accuracies",
-    "logps/chosen",
-    "logps/rejected",
-    "lengths/chosen",
-    "lengths/rejected",
-)
-"""Metrics that are means over pairs."""
+from oumi_pl.modules.reference import Reference
+from oumi_pl.modules.update import Split
+from oumi_pl.types import Batch, Pairs, PreferenceLoss, Sums
 
 
 class DPO(LanguageModule):
     """Trains on pairs of responses, normalised by their number over the whole update. Dropout is off.
 
     Args:
+        model: Hub id or directory of a pretrained model, usually one that was fine-tuned (SFT); an adapter's too.
+        config: `model_type` and values of a config to start from; with `model`, values to override.
         loss: Loss of a pair; `Sigmoid` (DPO with beta 0.1) when left out.
         reference: What the policy is compared with. `initial`: the model as it is when training starts; with LoRA that
             is the base without its adapters, without LoRA its log-probabilities are computed once, before training, and
@@ -48,16 +32,16 @@ class DPO(LanguageModule):
         sync_every: Optimizer steps after which the reference moves towards the policy (TR-DPO); keeps a copy in memory.
         mixup: How far it moves, from 0 to 1.
         share_prompt: Compute the prompt of a pair once for both responses. `auto`: where the model can do so exactly.
-        model: Hub id or directory of a pretrained model, usually one that was fine-tuned (SFT); an adapter's too.
-        config: `model_type` and values of a config to start from; with `model`, values to override.
         kwargs: As of `LanguageModule`.
     """
 
-    normalised_by = "pairs"
-    reads = "pairs"
-    wrapper: ClassVar = PreferenceLM
-    details = ("logps/chosen", "logps/rejected", "lengths/chosen", "lengths/rejected")
-    validation_metrics = (*(f"val/{name}" for name in PER_PAIR), "val/kl")
+    unit = "rows"
+    details: ClassVar[tuple[str, ...]] = ("logps/chosen", "logps/rejected", "lengths/chosen", "lengths/rejected")
+    validation_metrics = (
+        *("val/loss", "val/kl"),
+        *("val/rewards/chosen", "val/rewards/rejected", "val/rewards/margins", "val/rewards/accuracies"),
+        *(f"val/{name}" for name in details),
+    )
 
     def __init__(
         self,
@@ -76,99 +60,68 @@ class DPO(LanguageModule):
         super().__init__(model, config, optimizer=optimizer, **kwargs)
         self.loss = loss or Sigmoid()
         self.share_prompt = share_prompt
-        self.reference = ReferenceSetup(self, reference, reference_dtype, sync_every, mixup)
-        self.notes: list[str] = []
-        """What the run says about itself before the first update."""
-        names = (*PER_PAIR, "pairs", "targets", "kl")
-        self.evaluation = nn.ModuleDict({stage: Sums(*names) for stage in ("validate", "test")})
-        self._check_start = False
-        self._lacks_margins: Tensor | bool = False
+        self.reference: Reference = Reference(
+            self,
+            reference,
+            reference_dtype,
+            sync_every,
+            mixup,
+            share_prompt=share_prompt is not False,
+            needed=self.loss.needs_reference,
+            user=type(self.loss).__name__,
+        )
+        self.__lacks_margins: Tensor | bool = False
 
-    # ---- model
+    def loss_sums(self, batch: Batch, split: Split) -> Sums:
+        """Sums over the pairs of their losses and of what is logged of them."""
 
-    def build(self, tokenizer: Any, added_tokens: Sequence[int] = (), packing: bool = False) -> PreferenceLM:
-        """The model that the arguments describe, with the layout of pairs that has the least work and is exact.
+        def compute(states: States) -> tuple[Tensor, Tensor | None]:
+            return states.logps(), states.router_loss
 
-        Raises:
-            UserError: `share_prompt: true`, and the model can't.
-        """
-        build = partial(super().build, tokenizer, added_tokens)
-        model = with_layout(cast("Any", build), self.share_prompt is not False)
-        if self.share_prompt is True and model.layout is not shared:
-            raise UserError(f"model.share_prompt: {model.layout_reason}; leave it out to compute prompts twice")
-        return model
+        logps, router_loss = self.causal_lm(batch, compute)
+        pairs = self.pairs(batch, logps, self.reference.logps(batch, split))
+        self.__lacks_margins = self.__lacks_margins | pairs.margins.isnan().any()
+        # the stand-in of a rank without rows has no pairs, and a loss that keeps a running mean must not see it
+        losses = self.__losses(pairs) if pairs.count else logps
+        sums = self.pair_sums(pairs, losses) | {"loss": losses.sum()}
+        return sums if router_loss is None else sums | {"objective": sums["loss"] + router_loss * pairs.count}
 
-    def on_model_built(self) -> None:
-        """Remembers the weights that training starts from, as far as the reference needs them."""
-        self.reference.remember(self.policy)
+    @staticmethod
+    def pairs(batch: Batch, logps: Tensor, ref_logps: Tensor) -> Pairs:
+        """The pairs of a batch, with the log-probabilities of its targets under policy and reference."""
+        count = len(batch["sample_ids"])
+        margins = batch["fields"].get("margin", logps.new_full((count,), float("nan")))
+        return Pairs(logps, ref_logps, batch["target_segments"], count, margins)
 
-    @property
-    def policy(self) -> PreferenceLM:
-        """The model that is trained."""
-        return cast("PreferenceLM", self.causal_lm)
+    @torch.no_grad()
+    def pair_sums(self, pairs: Pairs, losses: Tensor) -> Sums:
+        """Sums over the pairs of all that is logged of them."""
+        chosen, rejected = self.loss.rewards(pairs)
+        margins = chosen - rejected
+        of_pairs = {
+            "loss": losses,
+            "rewards/chosen": chosen,
+            "rewards/rejected": rejected,
+            "rewards/margins": margins,
+            "rewards/accuracies": (margins > 0).double() + 0.5 * (margins == 0).double(),
+            "logps/chosen": pairs.chosen_logps,
+            "logps/rejected": pairs.rejected_logps,
+            "lengths/chosen": pairs.chosen_tokens,
+            "lengths/rejected": pairs.rejected_tokens,
+        }
+        sums = {name: values.double().sum() for name, values in of_pairs.items()}
+        return sums | {"kl": 0.5 * (pairs.logps - pairs.ref_logps).double().square().sum()}
 
-    def refuse_inexact_packing(self) -> None:
-        """Looks again at what the attention does, now that the model is on its device."""
-        if self.device.type != "cpu" and self.policy.layout is shared:
-            self.policy.layout, self.policy.layout_reason = choose_layout(self.policy)
+    def metrics(self, sums: Sums, split: Split) -> dict[str, Tensor]:
+        """Means over the pairs, and the KL estimate per token."""
+        metrics = super().metrics(sums, split)
+        if self.reference.kind == "none":
+            del metrics["kl"]
+        else:
+            metrics["kl"] = sums["kl"] / sums["targets"].clamp(min=1)
+        return metrics
 
-    def on_fit_start(self) -> None:
-        """Makes the reference ready."""
-        super().on_fit_start()
-        self._open_reference()
-
-    def on_train_start(self) -> None:
-        """Notes whether this is where training starts: only there policy and reference have to be equal."""
-        super().on_train_start()
-        self._check_start = self.trainer.global_step == 0
-
-    def on_validation_start(self) -> None:
-        """Makes the reference ready, where validation is all that runs."""
-        self._open_reference()
-
-    def on_test_start(self) -> None:
-        """Makes the reference ready."""
-        self._open_reference()
-
-    def _open_reference(self) -> None:
-        splits = SPLIT[str(cast("Any", self.trainer.state.fn).value)]
-        if not self.reference.covers(splits):
-            self.reference.open(splits)
-            self.notes = [self.reference.description, self._layout_note()]
-
-    def _layout_note(self) -> str:
-        if self.policy.layout is shared:
-            return "prompts are computed once per pair"
-        return f"prompts are computed twice per pair: {self.policy.layout_reason}"
-
-    # ---- training
-
-    def training_step(self, batch: PreferenceBatch, batch_idx: int) -> Tensor:
-        """Sum of the micro-batch's losses, over a constant: the update's end divides by the true number of pairs."""
-        pairs, losses, out = self._compare(batch, "train")
-        if self._check_start:
-            self._check_start = False
-            self.reference.check_start(batch, pairs)
-        self._lacks_margins = self._lacks_margins | batch["margins"].isnan().any()
-        sums = self._measure(pairs, losses, batch)
-        self.add_to_update(out.inputs, batch["sample_ids"], **sums)
-        # the stand-in of a rank without rows has no targets: their sum is 0, and every parameter takes part in it
-        loss_sum = losses.sum() if batch["sample_ids"] else out.logps.sum()
-        if out.router_loss is not None:
-            loss_sum = loss_sum + out.router_loss * len(batch["sample_ids"])
-        return loss_sum / LOSS_SCALE
-
-    def _compare(self, batch: PreferenceBatch, split: str) -> tuple[Pairs, Tensor, PairOutput]:
-        """Log-probabilities under policy and reference, and the losses, `[pairs]`."""
-        out: PairOutput = self.policy(batch)
-        assert self.reference.opened is not None
-        reference = self.reference.opened.logps(batch, split)
-        pairs = Pairs(out.logps, reference.float(), batch["branches"], len(batch["pair_lengths"]), batch["margins"])
-        # a stand-in is no pair: a loss that keeps a running mean must not see it
-        losses = self._losses(pairs) if batch["sample_ids"] else pairs.logps.new_zeros(pairs.count)
-        return pairs, losses, out
-
-    def _losses(self, pairs: Pairs) -> Tensor:
+    def __losses(self, pairs: Pairs) -> Tensor:
         """The loss of each pair.
 
         Raises:
@@ -187,92 +140,39 @@ class DPO(LanguageModule):
         return losses
 
     @torch.no_grad()
-    def _measure(self, pairs: Pairs, losses: Tensor, batch: PreferenceBatch) -> dict[str, Tensor]:
-        """Sums over the pairs of a batch, of all that is logged."""
-        chosen, rejected = self.loss.rewards(pairs)
-        margins = chosen - rejected
-        per_pair = (
-            losses,
-            chosen,
-            rejected,
-            margins,
-            (margins > 0).double() + 0.5 * (margins == 0).double(),
-            pairs.chosen_logps,
-            pairs.rejected_logps,
-            pairs.chosen_tokens,
-            pairs.rejected_tokens,
-        )
-        real = 1.0 if batch["sample_ids"] else 0.0
-        sums = {
-            name: value.double().sum() if real else value.new_zeros(())
-            for name, value in zip(PER_PAIR, per_pair, strict=True)
-        }
-        sums["pairs"] = losses.new_tensor(float(len(batch["sample_ids"])))
-        sums["targets"] = losses.new_tensor(float(len(batch["targets"])))
-        sums["kl"] = 0.5 * (pairs.logps - pairs.ref_logps).double().square().sum()
-        return sums
+    def check_start(self, batch: Batch) -> None:
+        """Checks that policy and reference are equal, and that the loss is what it then has to be (ln 2 for DPO).
 
-    def update_metrics(self, sums: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Means over the pairs of the update, and the KL estimate per token."""
-        means = {name: sums[name] / sums["pairs"].clamp(min=1) for name in PER_PAIR}
-        if self.reference.kind == "none":
-            return means
-        return means | {"kl": sums["kl"] / sums["targets"].clamp(min=1)}
+        Raises:
+            UserError: they are not, or it is not.
+        """
+        super().check_start(batch)
+        loss, expected = self.loss, self.loss.loss_at_start
+        keeps_state = isinstance(loss, nn.Module) and next(loss.buffers(), None) is not None
+        if expected is None or keeps_state or not self.reference.is_initial or not batch["sample_ids"]:
+            return
+        logps = self.reference.logps(batch, "train")
+        value = float(loss(self.pairs(batch, logps, logps)).mean())
+        if abs(value - expected) > (1e-1 if self.reference.is_half_precision else 1e-4) * max(1.0, abs(expected)):
+            raise UserError(f"{type(loss).__name__} is {value:.6g} where policy and reference agree, not {expected:g}")
 
-    def _refuse_non_finite(self, loss: Tensor, grad_norm: Tensor) -> None:
+    def refuse_non_finite(self, loss: Tensor, grad_norm: Tensor) -> None:
+        """As of `UpdateModule`; where rows lack the margin that a loss reads, that is the reason.
+
+        Raises:
+            UserError: the loss or the norm is not a finite number.
+        """
         try:
-            super()._refuse_non_finite(loss, grad_norm)
+            super().refuse_non_finite(loss, grad_norm)
         except UserError as error:
-            if self._lacks_margins:
+            if self.__lacks_margins:
                 raise UserError(
                     "the loss is not a number, and there are rows without a margin, which is NaN for them: give all "
                     "rows one, or let the loss do without (pairs.margins.nan_to_num())"
                 ) from error
             raise
 
-    def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
-        """Takes the step, then moves the reference if it is time: before anything of this step is saved."""
-        super().optimizer_step(*args, **kwargs)
-        self.reference.after_step(self.global_step + 1)
-
-    # ---- evaluation
-
-    def validation_step(self, batch: PreferenceBatch, batch_idx: int) -> None:
-        """Adds a batch to the sums over the held-out pairs."""
-        self._evaluate("validate", "validation", batch)
-
-    def test_step(self, batch: PreferenceBatch, batch_idx: int) -> None:
-        """Adds a batch to the sums over the test pairs."""
-        self._evaluate("test", "test", batch)
-
-    def on_validation_epoch_end(self) -> None:
-        """Logs exact means over all held-out pairs."""
-        self._log_evaluation("validate", "val")
-
-    def on_test_epoch_end(self) -> None:
-        """Logs exact means over all test pairs."""
-        self._log_evaluation("test", "test")
-
-    def _evaluate(self, stage: str, split: str, batch: PreferenceBatch) -> None:
-        pairs, losses, _ = self._compare(batch, split)
-        cast("Sums", self.evaluation[stage]).add(self._measure(pairs, losses, batch))
-
-    def _log_evaluation(self, stage: str, prefix: str) -> None:
-        self.log_evaluation(prefix, self.update_metrics(cast("Sums", self.evaluation[stage]).take()))
-
-    # ---- checkpoints
-
     def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:  # type: ignore[override]
         """Weights as of `LanguageModule`, and what the loss keeps from batch to batch."""
         state = super().state_dict(*args, **kwargs)
         return state | (self.loss.state_dict(prefix="loss.") if isinstance(self.loss, nn.Module) else {})
-
-    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Adds which weights training started from, and the reference if it moves."""
-        super().on_save_checkpoint(checkpoint)
-        checkpoint["reference"] = self.reference.state()
-
-    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Takes up what `on_save_checkpoint` added."""
-        super().on_load_checkpoint(checkpoint)
-        self.reference.load_state(checkpoint.get("reference") or {})

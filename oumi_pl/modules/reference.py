@@ -1,71 +1,385 @@
-"""What a policy is compared with: nothing, its base without adapters, a frozen copy, or numbers on disk.
+"""What a policy is compared with: which reference it gets, how that is made ready, and whether training starts at it.
 
-None of these is part of the module: a reference is in no checkpoint, no optimizer, and never in training mode.
+Any trainer type may have one: `self.reference = Reference(self, ...)` is all, and `self.reference.logps(batch, split)`
+gives the log-probabilities. None of the models here is part of the module: a reference is in no checkpoint and no
+optimizer, and never in training mode.
 """
 
+import difflib
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
+from copy import deepcopy
 from typing import Any, cast
 
 import numpy as np
 import torch
+from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import Tensor
 
+from oumi_pl.attention import NAME
 from oumi_pl.errors import UserError
-from oumi_pl.models.preference import PreferenceLM
+from oumi_pl.models.build import DType, build_model
+from oumi_pl.models.fingerprint import model_fingerprint, weights_fingerprint
+from oumi_pl.models.hub import locate
+from oumi_pl.models.lm import LM, disable_dropout, with_layout
+from oumi_pl.models.sharding import is_sharded
 from oumi_pl.terminal.progress import track
-from oumi_pl.types import PreferenceBatch
+from oumi_pl.types import Batch, RunModule
+
+WORDS = ("initial", "online", "none")
+"""What `reference` may say besides the name of a model."""
+EQUAL_LOGPS = {True: 5e-2, False: 1e-5}
+"""Half precision or not -> nats by which a token's log-probability may differ between two runs of the same model."""
+CACHED_LOGPS = {True: 2e-1, False: 1e-3}
+"""The same between batches of other examples, as the cache was made from."""
 
 
-class Reference(ABC):
-    """Gives the log-probabilities of targets under the reference."""
+class Reference:
+    """The reference of a module. The module calls its hooks; a trainer type only asks for `logps`.
+
+    Args:
+        module: Whose reference it is.
+        name: `initial`: the model as it is when training starts; `online`: the same, as a frozen copy in memory;
+            `none`; or a hub id or directory of another model.
+        dtype: Of a frozen copy or another model; that of the policy when left out.
+        sync_every: Optimizer steps after which the reference moves towards the policy; keeps a copy in memory.
+        mixup: How far it moves, from 0 to 1.
+        share_prompt: Whether another model may compute shared tokens once.
+        needed: Whether the loss compares with a reference at all.
+        user: What compares, for messages: the name of the loss.
+
+    Raises:
+        UserError: the arguments contradict each other or the loss.
+    """
+
+    def __init__(
+        self,
+        module: RunModule,
+        name: str = "initial",
+        dtype: DType | None = None,
+        sync_every: int | None = None,
+        mixup: float = 0.6,
+        *,
+        share_prompt: bool = True,
+        needed: bool = True,
+        user: str = "this loss",
+    ) -> None:
+        self.name = name
+        self.dtype = dtype
+        self.sync_every = sync_every
+        self.mixup = mixup
+        self.description = ""
+        """What the run says about it before the first update."""
+        self._module = module
+        self._share_prompt = share_prompt
+        self._user = user
+        self._check(needed)
+        self.kind = self._kind(needed)
+        """`none`, `adapters` (the base with its adapters disabled), `online` or `precomputed`."""
+        self.opened: Opened | None = None
+        """What gives the log-probabilities; None until `open` was called."""
+        self._kept: LM | None = None
+        self._fingerprint: str | None = None
+        self._moved: dict[str, Tensor] | None = None
+
+    def logps(self, batch: Batch, split: str) -> Tensor:
+        """Log-probability of each target under the reference, `[targets]` float32, without gradient."""
+        assert self.opened is not None
+        return self.opened.logps(batch, split).float()
+
+    @property
+    def is_initial(self) -> bool:
+        """Whether policy and reference are equal before the first update."""
+        return self.kind != "none" and self.name in WORDS
+
+    @property
+    def frozen_model(self) -> LM | None:
+        """The model in memory that is the reference, if there is one."""
+        return self.opened.model if isinstance(self.opened, FrozenModel) else None
+
+    # ---- which one it is
+
+    def _check(self, needed: bool) -> None:
+        if self.sync_every is not None:
+            if self.sync_every < 1:
+                raise UserError(f"model.sync_every is {self.sync_every}, but has to be at least 1 optimizer step")
+            if not 0 < self.mixup <= 1:
+                raise UserError(f"model.mixup is {self.mixup}, but has to be above 0 and at most 1")
+            if self.name not in ("initial", "online"):
+                raise UserError(f"model.sync_every moves the reference, and model.reference is {self.name!r}: drop one")
+        if (close := difflib.get_close_matches(self.name, WORDS, n=1, cutoff=0.7)) and self.name not in WORDS:
+            raise UserError(f"model.reference: {self.name!r}; did you mean {close[0]!r}? (or the name of a model)")
+        if self.name == "none" and needed:
+            raise UserError(
+                f"model.reference: none, but {self._user} compares with a reference; leave it out, or take a loss "
+                "without one (SimPO, ORPO, CPO)"
+            )
+        if not needed:
+            named = "reference" if self.name not in ("initial", "none") else ""
+            asked = "sync_every" if self.sync_every is not None else named
+            if asked:
+                raise UserError(f"model.{asked}: {self._user} compares with no reference; leave it out")
+
+    def _kind(self, needed: bool) -> str:
+        if not needed:
+            return "none"
+        if self.name == "online" or self.sync_every is not None:
+            return "online"
+        if self.name != "initial":
+            return "precomputed"
+        if self.dtype is not None:
+            raise UserError("model.reference_dtype: the initial model is the policy itself; set reference: online")
+        # biases are trained in the base itself, where disabling adapters does not undo it
+        lora = self._module.lora
+        return "adapters" if lora is not None and lora.get("bias", "none") == "none" else "precomputed"
+
+    @property
+    def _is_policy_on_disk(self) -> bool:
+        """Whether the reference is what the policy itself says before the first update, kept in the cache."""
+        return self.kind == "precomputed" and self.name == "initial"
+
+    # ---- before the first update
+
+    def remember(self, model: LM) -> None:
+        """Takes note of the model before a checkpoint is restored into it."""
+        if self.kind == "online":
+            self._kept = deepcopy(model)
+        if self.kind == "online" or self._is_policy_on_disk:
+            self._fingerprint = weights_fingerprint(model)
+
+    def covers(self, splits: tuple[str, ...]) -> bool:
+        """Whether the reference is ready for the examples of these splits, as far as there are any."""
+        if not isinstance(self.opened, Precomputed):
+            return self.opened is not None
+        data = self._module.trainer.datamodule
+        return all(split in self.opened.stores or data.sources[split] is None for split in splits)
+
+    def open(self, splits: tuple[str, ...]) -> None:
+        """Makes the reference ready for the examples of these splits, computing what the cache lacks.
+
+        Raises:
+            UserError: log-probabilities of the initial model are missing, and it has been trained since.
+        """
+        if self.kind == "none":
+            self.opened, self.description = NoReference(), f"no reference: {self._user} needs none"
+        elif self.kind == "adapters":
+            self.opened = WithoutAdapters(self._module.causal_lm)
+            self.description = "reference: the base model, adapters disabled"
+        elif self.kind == "online":
+            assert self._kept is not None
+            if is_sharded(self._module.causal_lm):
+                raise UserError("model.reference: a frozen copy is not sharded; set reference: initial")
+            opened = FrozenModel(self._placed(self._kept))
+            if self._moved:
+                opened.model.load_state_dict(self._moved, strict=False)
+            self.opened = opened
+            moving = f", moved by {self.mixup:g} every {self.sync_every} steps" if self.sync_every else ""
+            self.description = f"reference: a frozen copy of the initial model{moving}"
+        else:
+            self._open_precomputed(splits)
+        self._kept = self._moved = None
+
+    def _open_precomputed(self, splits: tuple[str, ...]) -> None:
+        module, trainer = self._module, self._module.trainer
+        data = trainer.datamodule
+        parts: dict[str, Any] = {"model": self._model_fingerprint(), "precision": str(trainer.precision)}
+        parts |= {"dtype": self.dtype or module.dtype_name}
+        if self.name == "initial":  # model.config changes what the same weights say
+            parts["config"] = _settings(module.causal_lm)
+        stores = {split: data.reference_logps(split, parts) for split in splits if data.sources[split] is not None}
+        missing = trainer.strategy.broadcast(any(store.missing() for store in stores.values()))
+        if missing:
+            if self.opened is not None and self._is_policy_on_disk and module.tokens_seen["tokens"]:
+                raise UserError(
+                    f"the reference of {', '.join(stores)} can't be computed: the initial model has been trained "
+                    "since; use a new module, and the checkpoint as ckpt_path"
+                )
+            model = self._model()
+            for split, store in stores.items():
+                precompute(trainer, model, split, store)
+        self.opened = Precomputed((self.opened.stores if isinstance(self.opened, Precomputed) else {}) | stores)
+        of = "the initial model" if self.name == "initial" else self.name
+        self.description = f"reference: {of}, {'computed before training' if missing else 'from the cache'}"
+
+    def _model_fingerprint(self) -> str:
+        if self.name == "initial":
+            assert self._fingerprint is not None
+            return self._fingerprint
+        return model_fingerprint(self.name, "model.reference")
+
+    def _model(self) -> LM:
+        """The model whose log-probabilities are missing."""
+        if self.name != "initial":
+            return self._placed(self._other_model())
+        return self._module.causal_lm if self._kept is None else self._placed(self._kept)
+
+    def _other_model(self) -> LM:
+        """Another model than the policy.
+
+        Raises:
+            UserError: it has another vocabulary.
+        """
+        module, data = self._module, self._module.trainer.datamodule
+        _refuse_other_vocabulary(self.name, data.tokenizer)
+
+        def build(packed: bool) -> Any:
+            return build_model(
+                self.name,
+                tokenizer=data.tokenizer,
+                added_tokens=data.added_tokens,
+                dtype=self.dtype or module.dtype_name,
+                attn=NAME if packed else None,
+                trust_remote_code=module.trust_remote_code,
+            )
+
+        model = with_layout(build, data.branching and self._share_prompt)
+        disable_dropout(model)
+        return model
+
+    def _placed(self, model: LM) -> LM:
+        if self.dtype not in (None, "auto"):
+            model = model.to(getattr(torch, str(self.dtype)))
+        else:
+            model = self._module.trainer.precision_plugin.convert_module(model)
+        return model.to(self._module.device)
+
+    # ---- the law of the first step
+
+    @torch.no_grad()
+    def check_start(self, batch: Batch) -> None:
+        """Checks on the first batch that policy and reference are equal.
+
+        Raises:
+            UserError: the same model gives other log-probabilities when it is run again as the reference.
+        """
+        if not self.is_initial:
+            return
+        policy = self._module.causal_lm
+        logps, reference = policy(batch), self.logps(batch, "train")
+        online = reference
+        if self.kind == "precomputed":  # on a rank without rows too: sharded weights are gathered by all together
+            policy.eval()
+            online = policy(batch)
+            policy.train()
+        if not len(logps):
+            return
+        refuse_other_start(float((logps - online).abs().max()), half := self.is_half_precision)
+        cached = float((reference - online).abs().max())
+        if cached > CACHED_LOGPS[half]:
+            rank_zero_warn(
+                f"cached log-probabilities of the reference differ by up to {cached:.2g} nats per token from what "
+                "the same model gives now; has the precision or the hardware changed?"
+            )
+
+    @property
+    def is_half_precision(self) -> bool:
+        """Whether policy or reference compute in 16 bits."""
+        module = self._module
+        dtypes = (self.dtype, module.trainer.precision, *(p.dtype for p in module.causal_lm.parameters()))
+        return any("16" in str(dtype) for dtype in dtypes)
+
+    # ---- later
+
+    def after_step(self, step: int) -> None:
+        """Moves the reference if this optimizer step is a multiple of `sync_every`."""
+        if self.sync_every is not None and step % self.sync_every == 0 and isinstance(self.opened, FrozenModel):
+            self.opened.move_towards(self._module.causal_lm, self.mixup)
+
+    def state(self) -> dict[str, Any]:
+        """What a resume needs: which weights training started from, and those of a reference that moves."""
+        state: dict[str, Any] = {"fingerprint": self._fingerprint}
+        if self.sync_every is not None and isinstance(self.opened, FrozenModel):
+            trained = {name for name, p in self._module.causal_lm.named_parameters() if p.requires_grad}
+            state["moved"] = {k: v for k, v in self.opened.model.state_dict().items() if k in trained}
+        return state
+
+    def load_state(self, state: dict[str, Any]) -> None:
+        """Restores the state returned by `state`.
+
+        Raises:
+            UserError: the model on disk is another than the one that training started from.
+        """
+        self._moved = state.get("moved")
+        if self._is_policy_on_disk and self.opened is None:
+            self._kept = deepcopy(self._module.causal_lm)  # the checkpoint's weights are about to take its place
+        saved = state.get("fingerprint")
+        if saved is not None and self._fingerprint is not None and saved != self._fingerprint:
+            raise UserError(
+                "the model that training started from has changed since, and the reference with it: "
+                f"{self._module.model_name or 'its random weights'} gives other weights now"
+            )
+
+
+def refuse_other_start(difference: float, half: bool) -> None:
+    """Refuses a run whose policy is not its reference before the first update.
+
+    Args:
+        difference: Largest difference of a token's log-probability, in nats.
+        half: Whether the models compute in 16 bits.
+
+    Raises:
+        UserError: it is larger than rounding explains.
+    """
+    if not difference <= EQUAL_LOGPS[half]:
+        raise UserError(
+            f"before the first update the policy has to equal its reference, but log-probabilities differ by up to "
+            f"{difference:.2g} nats per token: dropout is still active in the model, or an adapter doesn't start at "
+            "zero (model.lora.init_lora_weights)"
+        )
+
+
+# ---- what gives the log-probabilities
+
+
+class Opened(ABC):
+    """A reference that is ready."""
 
     @abstractmethod
-    def logps(self, batch: PreferenceBatch, split: str) -> Tensor:
-        """`[targets]` float32, without gradient, for a batch of examples of a split."""
+    def logps(self, batch: Batch, split: str) -> Tensor:
+        """`[targets]`, without gradient, for a batch of examples of a split."""
 
 
-class NoReference(Reference):
-    """For losses that need none."""
+class NoReference(Opened):
+    """For losses that need none: zeros."""
 
-    def logps(self, batch: PreferenceBatch, split: str) -> Tensor:
+    def logps(self, batch: Batch, split: str) -> Tensor:
         """Zeros."""
         return torch.zeros(len(batch["targets"]), device=batch["targets"].device)
 
 
-class WithoutAdapters(Reference):
+class WithoutAdapters(Opened):
     """The policy itself with its adapters disabled: needs no memory."""
 
-    def __init__(self, policy: PreferenceLM) -> None:
+    def __init__(self, policy: LM) -> None:
         self.policy = policy
 
     @torch.no_grad()
-    def logps(self, batch: PreferenceBatch, split: str) -> Tensor:
+    def logps(self, batch: Batch, split: str) -> Tensor:
         """Runs the base model."""
         with self.policy.hf.disable_adapter():
-            return self.policy(batch).logps
+            return self.policy(batch)
 
 
-class FrozenModel(Reference):
+class FrozenModel(Opened):
     """Another model, or a copy of the policy as it was at the start, kept in memory."""
 
-    def __init__(self, model: PreferenceLM) -> None:
-        self.model: PreferenceLM = model.eval().requires_grad_(False)
+    def __init__(self, model: LM) -> None:
+        self.model: LM = model.eval().requires_grad_(False)
 
     @torch.no_grad()
-    def logps(self, batch: PreferenceBatch, split: str) -> Tensor:
+    def logps(self, batch: Batch, split: str) -> Tensor:
         """Runs the model."""
-        return self.model(batch).logps
+        return self.model(batch)
 
     @torch.no_grad()
-    def move_towards(self, policy: PreferenceLM, share: float) -> None:
+    def move_towards(self, policy: LM, share: float) -> None:
         """Sets the weights to `(1 - share) reference + share policy` (Gorbatovski et al. 2024, arXiv:2404.09656)."""
         for mine, theirs in zip(self.model.parameters(), policy.parameters(), strict=True):
             if theirs.requires_grad:  # the others are equal
                 mine.lerp_(theirs.to(mine), share)
 
 
-class Precomputed(Reference):
+class Precomputed(Opened):
     """Log-probabilities computed before training and read from disk: no second model is in memory.
 
     Args:
@@ -75,13 +389,16 @@ class Precomputed(Reference):
     def __init__(self, stores: dict[str, Any]) -> None:
         self.stores = stores
 
-    def logps(self, batch: PreferenceBatch, split: str) -> Tensor:
+    def logps(self, batch: Batch, split: str) -> Tensor:
         """Looks the examples up."""
-        found = torch.from_numpy(self.stores[split].logps(batch["sample_ids"]))
-        return found.to(batch["targets"].device, non_blocking=True)
+        values = torch.from_numpy(self.stores[split].logps(batch["sample_ids"]))
+        return values.to(batch["targets"].device, non_blocking=True)
 
 
-def precompute(trainer: Any, model: PreferenceLM, split: str, store: Any) -> None:
+# ---- computing them
+
+
+def precompute(trainer: Any, model: LM, split: str, store: Any) -> None:
     """Computes the chunks that a store lacks, shared out over the ranks.
 
     Raises:
@@ -95,7 +412,7 @@ def precompute(trainer: Any, model: PreferenceLM, split: str, store: Any) -> Non
         if trainer.is_global_zero and missing:
             total = sum(len(store.examples(chunk)) for chunk in missing) // trainer.world_size
             what = f"reference log-probabilities, {split}"
-            batches = track(batches, what, total=total, unit="pairs", size=len)
+            batches = track(batches, what, total=total, unit="rows", size=len)
         for _ in batches:
             pass
     finally:
@@ -108,7 +425,7 @@ def precompute(trainer: Any, model: PreferenceLM, split: str, store: Any) -> Non
         )
 
 
-def _computed(trainer: Any, model: PreferenceLM, split: str, store: Any, missing: list[int]) -> Iterator[list[int]]:
+def _computed(trainer: Any, model: LM, split: str, store: Any, missing: list[int]) -> Iterator[list[int]]:
     """Computes this rank's share of the missing chunks, and yields the examples of each batch that is done.
 
     Every rank runs the model equally often: sharded weights are gathered by all of them together.
@@ -116,40 +433,47 @@ def _computed(trainer: Any, model: PreferenceLM, split: str, store: Any, missing
     ranks, rank = trainer.world_size, trainer.global_rank
     for first in range(0, len(missing), ranks):
         chunks = missing[first : first + ranks]
-        plans = [_batches(store.examples(chunk), trainer.datamodule, split) for chunk in chunks]
+        plans = [trainer.datamodule.in_batches(split, store.examples(chunk)) for chunk in chunks]
         mine = plans[rank] if rank < len(plans) else []
-        found: dict[int, np.ndarray] = {}
+        logps: dict[int, np.ndarray] = {}
         for step in range(max(map(len, plans))):
             ids = mine[step] if step < len(mine) else []
-            found |= _logps(trainer, model, split, ids)
+            logps |= _logps(trainer, model, split, ids)
             yield ids
         if mine:
-            store.write(chunks[rank], np.concatenate([found[i] for i in store.examples(chunks[rank])]))
-
-
-def _batches(examples: range, data: Any, split: str) -> list[list[int]]:
-    """Examples in batches of at most as many tokens as a micro-batch of validation may have, longest first."""
-    lengths = data.lengths(split)[examples.start : examples.stop]
-    budget = data.eval_batch_size * (data.capacity if data.packing else int(lengths.max()))
-    batches: list[list[int]] = []
-    tokens = budget
-    for i in np.argsort(-lengths, kind="stable").tolist():
-        tokens += int(lengths[i])
-        if tokens > budget:
-            batches.append([])
-            tokens = int(lengths[i])
-        batches[-1].append(examples.start + i)
-    return batches
+            store.write(chunks[rank], np.concatenate([logps[i] for i in store.examples(chunks[rank])]))
 
 
 @torch.no_grad()
-def _logps(trainer: Any, model: PreferenceLM, split: str, ids: list[int]) -> dict[int, np.ndarray]:
+def _logps(trainer: Any, model: LM, split: str, ids: list[int]) -> dict[int, np.ndarray]:
     """Log-probabilities of each example's targets."""
     data = trainer.datamodule
-    examples = data.examples(split)
-    batch = trainer.strategy.batch_to_device(data.collate([([i], [examples[i]]) for i in ids]))
+    batch = trainer.strategy.batch_to_device(data.batch(split, ids))
     with trainer.precision_plugin.forward_context():
-        logps = model(batch).logps
-    counts = [examples[i].target_tokens for i in ids]
+        logps = model(batch)
+    counts = [data.examples(split)[i].target_tokens for i in ids]
     pieces = cast("Any", logps.float().cpu()).split(counts) if ids else []
     return {i: piece.numpy() for i, piece in zip(ids, pieces, strict=True)}
+
+
+def _settings(model: LM) -> dict[str, Any]:
+    """The config of a model, without what says where it came from."""
+    return {k: v for k, v in model.base.config.to_dict().items() if k[0] != "_" and k != "transformers_version"}
+
+
+def _refuse_other_vocabulary(name: str, tokenizer: Any) -> None:
+    """Compares the tokenizer beside a reference with that of the data; a folder without one says nothing."""
+    from transformers import AutoTokenizer
+
+    try:
+        theirs = AutoTokenizer.from_pretrained(locate(name, "model.reference")).get_vocab()
+    except (OSError, ValueError):
+        return
+    ours = tokenizer.get_vocab()
+    other = [token for token, index in theirs.items() if token in ours and ours[token] != index]
+    if other or not set(theirs) & set(ours):
+        raise UserError(
+            f"model.reference: {name} has another vocabulary than the data's tokenizer"
+            + (f" ({other[0]!r} is {theirs[other[0]]} there and {ours[other[0]]} here)" if other else "")
+            + "; a reference has to read the same tokens"
+        )

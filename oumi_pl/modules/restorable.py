@@ -1,4 +1,4 @@
-"""What a checkpoint holds besides what Lightning puts into it, and how a run goes on from one."""
+"""What checkpoints hold beside Lightning's own state, and how a run resumes from it."""
 
 from typing import Any
 
@@ -7,6 +7,7 @@ from lightning.pytorch.callbacks import WeightAveraging
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 
 from oumi_pl.errors import UserError
+from oumi_pl.models.sharding import is_sharded
 from oumi_pl.modules.update import UpdateModule
 from oumi_pl.runs.checkpoints import rng_state, set_rng_state
 
@@ -20,7 +21,7 @@ class RestorableModule(UpdateModule):
         self.strict_loading = False
         self.run_config = ""
         """The recipe as YAML, kept in checkpoints so that one can be exported by itself."""
-        self._rng_to_restore: dict[str, Any] | None = None
+        self.__rng_to_restore: dict[str, Any] | None = None
 
     @property
     def keeps_trained_weights_only(self) -> bool:
@@ -50,31 +51,30 @@ class RestorableModule(UpdateModule):
         checkpoint["metrics"] = {k: float(v) for k, v in metrics.items() if k.startswith(("train/", "val/"))}
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Takes up what `on_save_checkpoint` added.
+        """Restores what `on_save_checkpoint` added.
 
         Raises:
             UserError: if the checkpoint is of another model, or can't be trained on from.
         """
-        self._refuse_other_weights(checkpoint.get("state_dict", {}))
+        self.__refuse_other_weights(checkpoint.get("state_dict", {}))
         if self._trainer is None or self.trainer.state.fn != "fit":
             return
-        if "optimizer_states" not in checkpoint and "loops" in checkpoint and not self._is_sharded:
+        if "optimizer_states" not in checkpoint and "loops" in checkpoint and not is_sharded(self):
             raise UserError("this checkpoint holds weights only (a best.ckpt): resume from a step-*.ckpt")
-        if "current_model_state" in checkpoint and not any(isinstance(c, WeightAveraging) for c in self._callbacks):
-            told = "the run of this checkpoint averaged its weights; this one goes on from the trained ones alone"
-            rank_zero_warn(told)
+        if "current_model_state" in checkpoint and not any(isinstance(c, WeightAveraging) for c in self.__callbacks):
+            rank_zero_warn("this checkpoint's run averaged its weights; this run resumes without the average")
             checkpoint["state_dict"] = checkpoint["current_model_state"]
         self.tokens_seen = checkpoint["tokens_seen"]
         states = checkpoint["rng"]
         # with more ranks than before, the new ones keep the generators they were seeded with
-        self._rng_to_restore = states[self.global_rank] if self.global_rank < len(states) else None
+        self.__rng_to_restore = states[self.global_rank] if self.global_rank < len(states) else None
         _recount(checkpoint["loops"], checkpoint["micro_batches"], self.trainer.accumulate_grad_batches)
 
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
-        """Restores the generators at the last moment: whatever ran in between may have drawn from them."""
-        if self._rng_to_restore is not None:
-            set_rng_state(self._rng_to_restore)
-            self._rng_to_restore = None
+        """Restores the random generators at the last moment: callbacks and loaders may have drawn from them."""
+        if self.__rng_to_restore is not None:
+            set_rng_state(self.__rng_to_restore)
+            self.__rng_to_restore = None
 
     def load_weights(self, saved_state: dict[str, Any]) -> None:
         """Loads the weights of a checkpoint into the model that was built.
@@ -82,18 +82,14 @@ class RestorableModule(UpdateModule):
         Raises:
             UserError: if they are of another model.
         """
-        self._refuse_other_weights(saved_state)
+        self.__refuse_other_weights(saved_state)
         self.load_state_dict(saved_state, strict=False)
 
     @property
-    def _callbacks(self) -> list[Any]:
+    def __callbacks(self) -> list[Any]:
         return list(self.trainer.callbacks)  # type: ignore[attr-defined]
 
-    @property
-    def _is_sharded(self) -> bool:
-        return any(hasattr(p, "full_tensor") for p in self.parameters())
-
-    def _refuse_other_weights(self, saved_state: dict[str, Any]) -> None:
+    def __refuse_other_weights(self, saved_state: dict[str, Any]) -> None:
         own = {name: tuple(value.shape) for name, value in self.state_dict().items()}
         saved = {name: tuple(value.shape) for name, value in saved_state.items()}
         wrong = sorted(name for name in own.keys() | saved.keys() if own.get(name) != saved.get(name))

@@ -1,0 +1,250 @@
+"""The wrapper around Hugging Face models: a batch goes in, a loss or log-probabilities come out, never full logits.
+
+Losses and log-probabilities are computed inside `forward`, so that DDP and FSDP2 see the whole computation: FSDP2
+gathers the wrapper's own parameters, the output head among them, only while `forward` runs.
+"""
+
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from oumi_pl.attention import NAME, packed, why_not_isolating, why_not_shared
+from oumi_pl.errors import UserError
+from oumi_pl.losses.causal import TokenLossOutput, token_logps, token_loss_sum
+from oumi_pl.models.layouts import Arranged, Layout, documents, forest, padded, positions
+from oumi_pl.types import Batch, Inputs, TokenLoss
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+PROBE_TOKENS = 8
+
+
+@dataclass(frozen=True)
+class States:
+    """The hidden states of a batch, and what can be computed from them. Only valid while `LM.forward` runs.
+
+    router_loss: Scalar, the weighted router loss of a mixture of experts in training, a mean over the batch; else None.
+    """
+
+    lm: "LM"
+    batch: Batch
+    arranged: Arranged
+    hidden: Tensor
+    """`[batch, seq, hidden]`, in the layout that the model reads."""
+    router_loss: Tensor | None
+
+    def at(self, positions: Tensor) -> Tensor:
+        """Hidden states `[n, hidden]` at positions `[n]` of the batch's row."""
+        return self.arranged.at(self.hidden, positions)
+
+    @property
+    def predicting(self) -> Tensor:
+        """Hidden states `[targets, hidden]` that predict the targets."""
+        return self.at(self.batch["predictors"])
+
+    @property
+    def ends(self) -> Tensor:
+        """Hidden states `[segments, hidden]` at the last token of each segment."""
+        lengths = torch.tensor([segment.length for segment in self.batch["segments"]])
+        return self.at((lengths.cumsum(0) - 1).to(self.hidden.device))
+
+    def loss_sum(self, token_loss: TokenLoss) -> TokenLossOutput:
+        """Sum of `token_loss` over the targets; in training, with the router loss of mixtures of experts added.
+
+        The router loss is weighted by the batch's targets, so that it survives the division by those of the update
+        with the weight that the config gives it. In evaluation it is left out: it is no likelihood, and depends on
+        which rows happen to share a batch.
+        """
+        lm = self.lm
+        out = token_loss_sum(self.predicting, self.batch["targets"], lm.head, token_loss, transform=lm.logit_transform)
+        if self.router_loss is not None:
+            out = out._replace(loss_sum=out.loss_sum + self.router_loss * out.target_tokens)
+        return out
+
+    def logps(self) -> Tensor:
+        """Log-probability of each target, `[targets]` float32, differentiable."""
+        return token_logps(self.predicting, self.batch["targets"], self.lm.head, transform=self.lm.logit_transform)
+
+
+class LM(nn.Module):
+    """A causal LM (or a PEFT model around one), called with a batch and what to compute from its hidden states."""
+
+    def __init__(self, hf: Any, layout: Layout = forest, layout_reason: str = "") -> None:
+        super().__init__()
+        self.hf = hf
+        self.layout = layout
+        self.layout_reason = layout_reason
+        """Why no layout with less work was chosen."""
+
+    def forward(self, batch: Batch, compute: Callable[[States], Any] = States.logps) -> Any:
+        """Runs the model and returns what `compute` makes of the hidden states; log-probabilities of the targets, say.
+
+        Whatever needs the output head belongs into `compute`: sharded weights are whole only while this runs.
+        """
+        return compute(self.states(batch))
+
+    def states(self, batch: Batch) -> States:
+        """Runs the model up to its last hidden states."""
+        arranged = self.layout(batch)
+        hidden, router_loss = self.hidden_states(arranged.inputs)
+        return States(self, batch, arranged, hidden, router_loss)
+
+    def positions(self, batch: Batch) -> int:
+        """Positions that are computed for a batch, padding and repeated tokens included."""
+        return positions(batch, self.layout)
+
+    # ---- the Hugging Face model
+
+    @property
+    def base(self) -> "PreTrainedModel":
+        """The Hugging Face model itself, adapters in place but without PEFT's wrapper."""
+        return self.hf.get_base_model() if self.has_adapters else self.hf
+
+    @property
+    def has_adapters(self) -> bool:
+        """Whether PEFT has put adapters into it."""
+        return hasattr(self.hf, "peft_config")
+
+    @property
+    def logit_transform(self) -> Callable[[Tensor], Tensor] | None:
+        """What the architecture does to its logits after the head: scaling, soft cap; None for most."""
+        config = self.base.config.get_text_config()
+        scale = getattr(config, "logit_scale", None) or 1.0  # Cohere multiplies
+        scale /= getattr(config, "logits_scaling", None) or 1.0  # Granite divides
+        cap = getattr(config, "final_logit_softcapping", None)  # Gemma
+        if scale == 1.0 and cap is None:
+            return None
+        return lambda logits: _scaled_and_capped(logits, scale, cap)
+
+    @property
+    def head(self) -> nn.Module:
+        """The module from hidden states to logits."""
+        return self.base.get_output_embeddings()
+
+    @property
+    def vocabulary_weights(self) -> list[nn.Parameter]:
+        """Parameters with a row per token or position: embeddings, and the output head."""
+        layers = [m for m in self.base.modules() if isinstance(m, nn.Embedding)]
+        return [p for layer in (*layers, self.head) for p in layer.parameters()]
+
+    def hidden_states(self, inputs: Inputs) -> tuple[Tensor, Tensor | None]:
+        """Last hidden states `[batch, seq, hidden]`, and the weighted router loss where the model has one."""
+        coefficient = self._router_coefficient
+        kwargs: dict[str, Any] = {"output_router_logits": True} if coefficient else {}
+        with packed(inputs.get("segments")):
+            # no cache: it would make transformers ignore where packed documents begin
+            output = self.base.base_model(
+                input_ids=inputs["input_ids"],
+                position_ids=inputs["position_ids"],
+                attention_mask=inputs.get("attention_mask"),
+                use_cache=False,
+                **kwargs,
+            )
+        router_loss = self._router_loss(output.router_logits, inputs) * coefficient if coefficient else None
+        return output.last_hidden_state, router_loss
+
+    @property
+    def _router_coefficient(self) -> float:
+        config = self.base.config.get_text_config()
+        if not self.training or not getattr(config, "output_router_logits", False):
+            return 0.0
+        return float(getattr(config, "router_aux_loss_coef", 0.0))
+
+    def _router_loss(self, router_logits: Any, inputs: Inputs) -> Tensor:
+        # each architecture's own balancing loss, from its own module
+        balance = getattr(sys.modules[type(self.base).__module__], "load_balancing_loss_func", None)
+        if balance is None:
+            name = type(self.base).__name__
+            raise UserError(
+                f"model.config.output_router_logits: {name} has no loss that balances its experts; leave it out"
+            )
+        experts = getattr(self.base, "num_experts", None) or self.base.config.num_local_experts
+        return balance(router_logits, experts, self.base.config.num_experts_per_tok, inputs.get("attention_mask"))
+
+    @torch.no_grad()
+    def refuse_unknown_logits(self) -> None:
+        """Compares our logits on a few tokens with the model's own. Leaves generators and training modes as they were.
+
+        Raises:
+            UserError: if the architecture does something to its logits that this wrapper does not know.
+        """
+        weight = next(p for p in self.base.parameters() if p.is_floating_point())
+        vocabulary = len(cast("Tensor", self.base.get_input_embeddings().weight))
+        places = torch.arange(PROBE_TOKENS, device=weight.device).unsqueeze(0)
+        ids = places % vocabulary
+        inputs: Inputs = {"input_ids": ids, "position_ids": places}
+        modes = {module: module.training for module in self.modules()}
+        self.eval()
+        try:
+            with torch.random.fork_rng([weight.device] if weight.is_cuda else []):
+                logits = self.head(self.hidden_states(inputs)[0]).float()
+                own = self.base(input_ids=ids, position_ids=places, use_cache=False).logits.float()
+        finally:
+            for module, mode in modes.items():
+                module.training = mode
+        if self.logit_transform is not None:
+            logits = self.logit_transform(logits)
+        tolerance = 1e-4 if weight.dtype in (torch.float32, torch.float64) else 5e-2
+        if not torch.allclose(logits, own, rtol=tolerance, atol=tolerance * float(own.abs().max())):
+            raise UserError(
+                f"{type(self.base).__name__} computes its logits in a way that is not known here, so the loss would be "
+                "wrong; please report the architecture"
+            )
+
+
+def choose_layout(hf: Any, share: bool = True) -> tuple[Layout, str]:
+    """The layout with the least work that is exact for a model, by trying, and why there is none with less.
+
+    Args:
+        hf: Unsharded; left as it was.
+        share: Whether tokens that several paths share may be computed once, and need be: not tried otherwise.
+    """
+    why = ""
+    if share:
+        why = why_not_shared(hf) or ""
+        if not why:
+            return forest, ""
+    apart = why_not_isolating(hf)
+    return (documents, why) if apart is None else (padded, apart)
+
+
+def with_layout(build: Callable[[bool], Any], share: bool = True) -> LM:
+    """Builds a model, and finds the layout that is exact for it with the least work.
+
+    Args:
+        build: Makes the Hugging Face model, with the attention that packed rows need (True) or with its own (False).
+        share: As of `choose_layout`.
+    """
+    state, hf = torch.get_rng_state(), None
+    try:
+        hf = build(True)
+        layout, reason = choose_layout(hf, share)
+    except UserError as error:  # there are architectures that no such attention is written for
+        layout, reason = padded, str(error)
+    if layout is padded and (hf is None or hf.config._attn_implementation == NAME):
+        torch.set_rng_state(state)  # random weights are the same, whichever attention reads them
+        hf = build(False)
+    return LM(hf, layout, reason)
+
+
+def disable_dropout(model: nn.Module) -> None:
+    """Turns dropout off, for good: policy and reference have to be the same model (Rafailov et al. 2023).
+
+    `eval()` would do, but it turns gradient checkpointing off as well, and Lightning turns it back.
+    """
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+        for name, value in vars(module).items():
+            if isinstance(value, float) and ("dropout" in name or "pdrop" in name):
+                setattr(module, name, 0.0)
+
+
+def _scaled_and_capped(logits: Tensor, scale: float, cap: float | None) -> Tensor:
+    logits = logits * scale
+    return logits if cap is None else cap * torch.tanh(logits / cap)
