@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from oumi_pl.report.curves import COLORS, FAINT, margins, smooth, steps_of, styled, thin, ticks, window_of
+from oumi_pl.report.curves import COLORS, FAINT, grid, smooth, steps_of, thin, ticks, window_of
 from oumi_pl.report.record import Record
 from oumi_pl.report.words import clock, large, number
 from oumi_pl.runs import folders
@@ -122,21 +122,11 @@ def not_alike(records: Sequence[Record]) -> str | None:
 
 def picture(records: Sequence[Record], names: Sequence[str], file: Path) -> None:
     """The losses of all runs, overlaid, each run in a colour and a style of its own."""
-    from matplotlib.figure import Figure
-
     having = {name: sum(name in run.metrics for run in records) for name in DRAWN}
     there = {name: title for name, title in DRAWN.items() if having[name] > (0 if name.endswith("/loss") else 1)}
-    columns = min(3, len(there))
-    rows = -(-len(there) // columns)
-    with styled():
-        legend = 0.22 * len(records) + 0.2
-        size = (max(6.4, 4.8 * columns), 3.1 * rows + legend + 0.3)
-        figure = Figure(figsize=size)
-        width = (size[0] - 0.65 * columns - 0.15) / columns
-        margins(figure, left=0.65, right=0.15, bottom=0.5, top=legend + 0.35, wspace=0.65 / width, hspace=0.3)
-        axes = list(figure.subplots(rows, columns, squeeze=False).flat)
+    with grid(file, len(there), min(3, len(there)), (4.8, 3.1), 0.22 * len(records) + 0.35) as (figure, axes):
         bounds = steps_of(run.metrics[name] for name in there for run in records if name in run.metrics)
-        for axis, (metric, title) in zip(axes, there.items(), strict=False):
+        for axis, (metric, title) in zip(axes, there.items(), strict=True):
             for i, run in enumerate(records):
                 if metric in run.metrics:
                     _draw(axis, metric, run.metrics[metric], i)
@@ -145,16 +135,12 @@ def picture(records: Sequence[Record], names: Sequence[str], file: Path) -> None
             axis.grid(alpha=0.25, linewidth=0.6, color=FAINT)
             axis.set_xlim(*bounds)
             ticks(axis)
-        for axis in axes[len(there) :]:
-            axis.remove()
+        width, height = figure.get_size_inches()
         for i, name in enumerate(names):
-            y = 1 - (0.18 + 0.22 * i) / size[1]
-            line = figure.add_artist(_sample(i, (0.1 / size[0], 0.55 / size[0]), y))
+            y = 1 - (0.18 + 0.22 * i) / height
+            line = figure.add_artist(_sample(i, (0.1 / width, 0.55 / width), y))
             line.set_transform(figure.transFigure)
-            figure.text(0.65 / size[0], y, name, va="center", fontsize=9.5, parse_math=False)
-        half = file.with_name(f"{file.name}.half")
-        figure.savefig(half, dpi=110, format="png")
-    half.replace(file)
+            figure.text(0.65 / width, y, name, va="center", fontsize=9.5, parse_math=False)
 
 
 def _draw(axis: Any, metric: str, column: folders.Column, index: int) -> None:
