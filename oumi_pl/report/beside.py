@@ -1,4 +1,4 @@
-"""Runs beside each other: what came out, what was set otherwise, and their losses in one picture."""
+"""Runs side by side: results, differences of their settings, and their losses in one picture."""
 
 import json
 import math
@@ -14,6 +14,8 @@ from oumi_pl.runs import folders
 
 NOISE = ("name", "runs_dir", "report", "config")
 """Keys of a config that say where a run goes, not what it is."""
+MACHINE = ("python", "packages", "git", "device", "devices", "cpu")
+"""Keys of a run's environment that are compared."""
 DRAWN = {
     "train/loss": "Training loss, smoothed",
     "val/loss": "Validation loss",
@@ -29,7 +31,7 @@ LONGEST = 60
 
 
 def outcomes(records: Sequence[Record]) -> dict[str, list[str]]:
-    """What came out of each run: name of a row -> a cell for each run."""
+    """The results of each run: name of a row -> a cell for each run."""
     rows: dict[str, list[str]] = {
         "state": [run.condition for run in records],
         "steps": [f"{run.step:,}" for run in records],
@@ -64,27 +66,24 @@ def _recent(run: Record) -> str:
 
 def _best(run: Record) -> str:
     steps, values = run.metrics.get("val/loss", ([], []))
-    found = [(value, step) for step, value in zip(steps, values, strict=True) if math.isfinite(value)]
-    return f"{number(min(found)[0])} at {min(found)[1]:,}" if found else "-"
+    finite = [(value, step) for step, value in zip(steps, values, strict=True) if math.isfinite(value)]
+    return f"{number(min(finite)[0])} at {min(finite)[1]:,}" if finite else "-"
 
 
 def differences(records: Sequence[Record]) -> dict[str, list[str]]:
     """The dotted keys of the configs that are not the same in all runs, with each run's value; then of the machines."""
-    trees = [flat({key: value for key, value in run.config.items() if key not in NOISE}) for run in records]
-    found = _differing(trees)
-    grounds = []
+    configs = [flat({key: value for key, value in run.config.items() if key not in NOISE}) for run in records]
+    machines = []
     for run in records:
-        place = run.state.get("environment")
-        place = place if isinstance(place, dict) else {}
-        kept = {key: place[key] for key in ("python", "packages", "git", "device", "devices", "cpu") if key in place}
-        grounds.append(flat({"environment": kept | {"oumi_pl": run.state.get("oumi_pl")}}))
-    return found | _differing(grounds)
+        kept = {key: value for key, value in run.part("environment").items() if key in MACHINE}
+        machines.append(flat({"environment": kept | {"oumi_pl": run.state.get("oumi_pl")}}))
+    return _differing(configs) | _differing(machines)
 
 
 def _differing(trees: Sequence[Mapping[str, Any]]) -> dict[str, list[str]]:
     keys = dict.fromkeys(key for tree in trees for key in tree)
     values = {key: [tree.get(key) for tree in trees] for key in keys}  # null and left out are the same
-    return {key: list(map(_shown, found)) for key, found in values.items() if any(v != found[0] for v in found)}
+    return {key: list(map(_shown, each)) for key, each in values.items() if any(v != each[0] for v in each)}
 
 
 def flat(value: Any, prefix: str = "") -> dict[str, Any]:
@@ -108,16 +107,11 @@ def _shown(value: Any) -> str:
 
 
 def not_alike(records: Sequence[Record]) -> str | None:
-    """A word of warning where the losses are not of one kind, and so not to be compared."""
-    kinds = {}
-    for run in records:
-        model = run.state.get("model")
-        if isinstance(model, dict):
-            kinds[run.name] = f"{model.get('trainer')} with {model.get('loss')}"
-    if len(set(kinds.values())) < 2:
-        return None
-    told = ", ".join(f"{name}: {kind}" for name, kind in kinds.items())
-    return f"these losses are not of one kind ({told})"
+    """A warning where the losses are not of one kind, and can't be compared."""
+    models = {run.name: model for run in records if (model := run.part("model"))}
+    kinds = {name: f"{model.get('trainer')} with {model.get('loss')}" for name, model in models.items()}
+    listed = ", ".join(f"{name}: {kind}" for name, kind in kinds.items())
+    return f"these losses are not of one kind ({listed})" if len(set(kinds.values())) > 1 else None
 
 
 def picture(records: Sequence[Record], names: Sequence[str], file: Path) -> None:

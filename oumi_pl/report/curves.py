@@ -110,10 +110,10 @@ def _same(metrics: Mapping[str, Column], first: str, second: str) -> bool:
 def _by_source(metrics: Mapping[str, Column], name: str) -> tuple[Line, ...]:
     if "val/bits_per_byte" not in metrics:  # of one kind of text, perplexity says no more than the loss
         return ()
-    found = sorted(column for column in metrics if re.fullmatch(rf"val/{name}(/.+)?", column))
-    labels = [column.removeprefix(f"val/{name}").lstrip("/") or ("all" if len(found) > 1 else "") for column in found]
+    names = sorted(column for column in metrics if re.fullmatch(rf"val/{name}(/.+)?", column))
+    labels = [column.removeprefix(f"val/{name}").lstrip("/") or ("all" if len(names) > 1 else "") for column in names]
     colors = (COLORS[1], COLORS[0], *COLORS[2:])
-    return tuple(Line(c, text, colors[i % len(colors)]) for i, (c, text) in enumerate(zip(found, labels, strict=True)))
+    return tuple(Line(c, text, colors[i % len(colors)]) for i, (c, text) in enumerate(zip(names, labels, strict=True)))
 
 
 # ---- long series, shortened without losing what stands out
@@ -289,8 +289,8 @@ def _name_lines(axis: Any, handles: list[Any]) -> None:
 
 def steps_of(columns: Iterable[Column]) -> tuple[float, float]:
     """The bounds of an axis that shows all steps of these columns."""
-    found = [(steps[0], steps[-1]) for steps, _ in columns]
-    first, last = min(low for low, _ in found), max(high for _, high in found)
+    bounds = [(steps[0], steps[-1]) for steps, _ in columns]
+    first, last = min(low for low, _ in bounds), max(high for _, high in bounds)
     room = max(0.03 * (last - first), 0.5)
     return first - room, last + room
 

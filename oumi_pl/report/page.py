@@ -56,7 +56,7 @@ def page(run: Record) -> str:
         environment=sections.environment(run),
         meanings={name: meaning(name) for name in sorted(run.metrics) if meaning(name)},
         version=__version__,
-        made=time.strftime("%Y-%m-%d %H:%M:%S %z"),
+        created=time.strftime("%Y-%m-%d %H:%M:%S %z"),
         update=_command("runs", "report", str(run.folder)),
     )
 

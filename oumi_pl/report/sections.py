@@ -73,8 +73,7 @@ def headline(run: Record) -> dict[str, Any]:
 
 def _summary(run: Record) -> str:
     """What is trained, on what: one sentence."""
-    model = run.state.get("model")
-    model = model if isinstance(model, dict) else {}
+    model = run.part("model")
     parts = []
     if model.get("trainer"):
         origin = model.get("name") or "random weights"
@@ -105,7 +104,7 @@ def _ending(run: Record) -> str:
     if run.condition == "killed":
         return f"The run was killed after step {run.step:,}, or its machine went down: its process is gone."
     if run.condition == "running?":
-        host = (run.state.get("process") or {}).get("host")
+        host = run.part("process").get("host")
         return f"The run says it is running{f' on {host}' if host else ''}, which can't be seen from here."
     reason = run.state.get("reason")
     return str(reason) if reason and run.condition in ("failed", "stopped") else ""
@@ -148,14 +147,14 @@ def samples(run: Record) -> list[tuple[str, list[tuple[str, str]]]]:
     for sample in run.samples:
         by_prompt.setdefault(str(sample["prompt"]), []).append(sample)
     cards = []
-    for prompt, found in by_prompt.items():
-        found.sort(key=lambda sample: sample["step"])
+    for prompt, known in by_prompt.items():
+        known.sort(key=lambda sample: sample["step"])
         texts = []
-        for sample in found[:1] + found[1:][-1:]:
+        for sample in known[:1] + known[1:][-1:]:
             when = f"Step {sample['step']:,}" if sample["step"] else "Before the first update"
             completion = sample.get("completion")
             texts.append((when, "" if completion is None else str(completion)))
-        if reference := found[-1].get("reference"):
+        if reference := known[-1].get("reference"):
             texts.append(("Reference", str(reference)))
         cards.append((prompt, texts))
     return cards
@@ -173,28 +172,28 @@ def tables(run: Record) -> list[Table]:
     for key, (title, kind) in ROWS.items():
         if any(report.get(key) not in (None, {}) and (report.get(key) or key == "kept") for report in splits.values()):
             rows.append([title, *(_cell(report.get(key), kind) for report in splits.values())])
-    made = [(["", *splits], rows, "")]
+    shown = [(["", *splits], rows, "")]
     lengths = {name: report["lengths"] for name, report in splits.items() if report.get("lengths")}
     if lengths:
-        cells = [[name, *(f"{found.get(p, 0):,}" for p in PERCENTILES)] for name, found in lengths.items()]
-        made.append((["", *PERCENTILES.values()], cells, "Length in tokens"))
+        cells = [[name, *(f"{percentiles.get(p, 0):,}" for p in PERCENTILES)] for name, percentiles in lengths.items()]
+        shown.append((["", *PERCENTILES.values()], cells, "Length in tokens"))
     for name, report in splits.items():
         if isinstance(report.get("sources"), list):
-            made.append(_sources(f"Sources of {name}", report["sources"]))
+            shown.append(_sources(f"Sources of {name}", report["sources"]))
     consumed = run.data.get("consumed")
     if isinstance(consumed, list) and any(source.get("tokens") for source in consumed if isinstance(source, dict)):
-        made.append(_sources("Read in the running pass", consumed))
-    return made
+        shown.append(_sources("Read in the running pass", consumed))
+    return shown
 
 
 def strips(run: Record) -> dict[str, dict[str, float]]:
     """Split -> where the percentiles of its lengths are, 500 being the longest of all; empty if all are as long."""
     lengths = {name: report["lengths"] for name, report in _splits(run).items() if report.get("lengths")}
-    longest = max((found.get("p100", 0) for found in lengths.values()), default=0)
-    if all(min(found.values()) == max(found.values()) for found in lengths.values()):
+    longest = max((percentiles.get("p100", 0) for percentiles in lengths.values()), default=0)
+    if all(min(percentiles.values()) == max(percentiles.values()) for percentiles in lengths.values()):
         return {}
-    whole = {name: found for name, found in lengths.items() if found.keys() >= PERCENTILES.keys()}
-    return {name: {p: 500 * found[p] / longest for p in PERCENTILES} for name, found in whole.items()}
+    whole = {name: percentiles for name, percentiles in lengths.items() if percentiles.keys() >= PERCENTILES.keys()}
+    return {name: {p: 500 * percentiles[p] / longest for p in PERCENTILES} for name, percentiles in whole.items()}
 
 
 def _splits(run: Record) -> dict[str, dict[str, Any]]:
@@ -210,11 +209,11 @@ def _cell(value: Any, kind: str) -> str:
 
 
 def _sources(title: str, sources: list[Any]) -> Table:
-    found = [source for source in sources if isinstance(source, dict)]
-    keys = [key for key in dict.fromkeys(key for source in found for key in source) if key != "source"]
-    keys = [key for key in keys if any(source.get(key) for source in found)]
+    mappings = [source for source in sources if isinstance(source, dict)]
+    keys = [key for key in dict.fromkeys(key for source in mappings for key in source) if key != "source"]
+    keys = [key for key in keys if any(source.get(key) for source in mappings)]
     rows = []
-    for source in found:
+    for source in mappings:
         cells = (_cell(source.get(key), "%" if key in ("share", "wanted") else "reasons") for key in keys)
         rows.append([str(source.get("source", "")), *cells])
     return ["", *(key.replace("_", " ") for key in keys)], rows, title
@@ -225,8 +224,7 @@ def _sources(title: str, sources: list[Any]) -> Table:
 
 def phases(run: Record) -> list[dict[str, Any]]:
     """Where the time went: the phases with their seconds, shares of the whole, and colours."""
-    known = run.state.get("times")
-    spent = {phase: s for phase, s in known.items() if s >= 0.0005} if isinstance(known, dict) else {}
+    spent = {phase: s for phase, s in run.part("times").items() if s >= 0.0005}
     colors = [*(f"var(--c{i})" for i in range(6)), *("var(--faint)", "var(--quiet)") * len(spent)]
     return [
         {
@@ -242,37 +240,32 @@ def phases(run: Record) -> list[dict[str, Any]]:
 
 def speeds(run: Record) -> dict[str, str]:
     """How fast the updates were, and how much memory they took."""
-    found = {}
+    facts = {}
     for name, title in SPEEDS.items():
         if name in run.metrics:
             finite = [value for value in run.metrics[name][1] if math.isfinite(value)]
-            found[title] = number(statistics.median(finite) if finite else math.nan)
+            facts[title] = number(statistics.median(finite) if finite else math.nan)
     if "train/peak_memory_gb" in run.metrics:
-        found["Peak memory, GB"] = number(max(run.metrics["train/peak_memory_gb"][1]))
-    return found
+        facts["Peak memory, GB"] = number(max(run.metrics["train/peak_memory_gb"][1]))
+    return facts
 
 
 def environment(run: Record) -> dict[str, Any]:
     """The machine and the versions."""
-    found = run.state.get("environment")
-    found = found if isinstance(found, dict) else {}
-    model, owner, git = run.state.get("model"), run.state.get("process"), found.get("git")
-    facts: dict[str, Any] = {"oumi_pl": run.state.get("oumi_pl"), "python": found.get("python")}
-    if isinstance(found.get("packages"), dict):
-        facts |= found["packages"]
-    if "device" in found:
-        facts["device"] = f"{found.get('devices', 1)} x {found['device']}"
-    if "cpu" in found:
-        memory = f", {found['memory_gb']} GB" if found.get("memory_gb") else ""
-        facts["processor"] = f"{found['cpu']}, {found.get('cpus')} usable{memory}"
-    if "platform" in found:
-        facts["platform"] = f"{found['platform']}, {found.get('machine')}"
+    machine, git = run.part("environment"), run.part("environment").get("git")
+    facts: dict[str, Any] = {"oumi_pl": run.state.get("oumi_pl"), "python": machine.get("python")}
+    if isinstance(machine.get("packages"), dict):
+        facts |= machine["packages"]
+    if "device" in machine:
+        facts["device"] = f"{machine.get('devices', 1)} x {machine['device']}"
+    if "cpu" in machine:
+        memory = f", {machine['memory_gb']} GB" if machine.get("memory_gb") else ""
+        facts["processor"] = f"{machine['cpu']}, {machine.get('cpus')} usable{memory}"
+    if "platform" in machine:
+        facts["platform"] = f"{machine['platform']}, {machine.get('machine')}"
     if isinstance(git, dict):
         changed = git.get("changed_files")
         files = "file differs" if changed == 1 else "files differ"
         facts["git"] = f"{git.get('commit')}" + (f", {changed} tracked {files} from it" if changed else ", clean")
-    if isinstance(model, dict):
-        facts["precision"] = model.get("precision")
-    if isinstance(owner, dict):
-        facts["host"] = owner.get("host")
+    facts |= {"precision": run.part("model").get("precision"), "host": run.part("process").get("host")}
     return {name: value for name, value in facts.items() if value is not None}
