@@ -56,7 +56,7 @@ def large(value: float) -> str:
 
 @cache
 def meanings() -> dict[str, str]:
-    """Name of a metric -> what it means, from the table in `runs/metrics.py`, which is slow to import and read as text."""
+    """Name of a metric -> what it means, from the table in `runs/metrics.py`; read as text, since imports are slow."""
     file = Path(__file__).parents[1] / "runs" / "metrics.py"
     table = ast.get_docstring(ast.parse(file.read_text(encoding="utf-8"))) or ""
     by_name: dict[str, str] = {}
