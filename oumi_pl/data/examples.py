@@ -273,7 +273,6 @@ class ExampleData(TextData):
         """Names of the stores, which are hashes of all that the examples depend on."""
         return [store.directory.name for store in self.stores("train")]
 
-
     # ---- report
 
     def report(self) -> dict[str, Any]:

@@ -23,7 +23,7 @@ TILES = {
 """Metrics of validation that the head of a page shows -> their titles."""
 SPEEDS = {
     "train/tokens_per_second": "Tokens per second, median",
-    "train/pairs_per_second": "Pairs per second, median",
+    "train/rows_per_second": "Rows per second, median",
     "train/mfu": "Model FLOPs utilisation, median",
     "train/padding": "Padding, median",
 }
