@@ -11,15 +11,13 @@ from torch.utils.data import ConcatDataset, DataLoader
 
 from oumi_pl.data import report as reports
 from oumi_pl.data.base import TextData
-from oumi_pl.data.cache import code_of, example_store, source_records
 from oumi_pl.data.collate import collate
 from oumi_pl.data.formats import FORMATS, Formats
 from oumi_pl.data.loader import PlanLoader, eval_loader
-from oumi_pl.data.mixture import mixture_epoch
-from oumi_pl.data.plan import Layout, Plan, plan_epoch, plan_in_order
+from oumi_pl.data.plan import Layout, Plan, mixture_epoch, plan_epoch, plan_in_order
 from oumi_pl.data.reference import ReferenceLogps
 from oumi_pl.data.sources import Source, as_sources, is_held_out, is_not_held_out
-from oumi_pl.data.store import ExampleStore
+from oumi_pl.data.store import ExampleStore, code_of, example_store, source_records
 from oumi_pl.data.tokenize import Dropped
 from oumi_pl.data.tokenizers import tokenizer_fingerprint
 from oumi_pl.errors import UserError

@@ -11,8 +11,8 @@ from typing import Any
 
 import numpy as np
 
-from oumi_pl.data.packing import pack
-from oumi_pl.data.rows import Row
+from oumi_pl.data.plan import pack
+from oumi_pl.data.row_stream import Row
 from oumi_pl.types import IGNORE_INDEX
 
 BUFFERED_ROWS = 128

@@ -15,13 +15,12 @@ from torch.optim.lr_scheduler import LambdaLR
 from oumi_pl import attention
 from oumi_pl.errors import UserError
 from oumi_pl.models.build import DType, build_model
-from oumi_pl.models.config import build_config
+from oumi_pl.models.config import build_config, refuse_too_few_positions
 from oumi_pl.models.export import export_model, read_heads
 from oumi_pl.models.generation import complete
 from oumi_pl.models.layouts import forest, padded
 from oumi_pl.models.lm import LM, choose_layout, disable_dropout, with_layout
 from oumi_pl.models.lora import lora_config
-from oumi_pl.models.positions import refuse_too_few_positions
 from oumi_pl.models.sharding import is_sharded, shard
 from oumi_pl.modules.reference import Reference
 from oumi_pl.modules.restorable import RestorableModule

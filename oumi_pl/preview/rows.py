@@ -7,8 +7,8 @@ import itertools
 from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
-from oumi_pl.data.cache import source_records
 from oumi_pl.data.examples import ExampleData
+from oumi_pl.data.store import source_records
 from oumi_pl.terminal.progress import track
 from oumi_pl.types import Example, Record
 

@@ -7,7 +7,7 @@ import numpy as np
 
 from oumi_pl.data.held_out import HeldOut
 from oumi_pl.data.pretrain import PretrainData
-from oumi_pl.data.rows import batch_of
+from oumi_pl.data.row_stream import batch_of
 from oumi_pl.errors import UserError
 from oumi_pl.preview.marks import Tokens, segments_of
 from oumi_pl.preview.pieces import Decoder, Piece
