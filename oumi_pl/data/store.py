@@ -21,7 +21,6 @@ from typing import Any, cast
 import numpy as np
 
 from oumi_pl.attention.segments import check_segments
-from oumi_pl.data import report as reports
 from oumi_pl.data.formats import FORMATS, Format, Formats, find_format, raised, rename_columns, resolve_format
 from oumi_pl.data.sources import Source, fingerprint, rows
 from oumi_pl.data.tokenize import Dropped
@@ -213,7 +212,7 @@ def example_store(
     directory = cache_root() / "examples" / cache_key(*parts)
     if (directory / REPORT).exists():
         return ExampleStore(directory)
-    report = reports.empty(source.path)
+    report = _empty_report(source.path)
     records = track(source_records(source, keep, report, formats), f"tokenizing {source.path}")
     return write_store(directory, _encoded(records, report, encode), report)
 
@@ -275,7 +274,7 @@ def _encoded(records: Iterable[tuple[str, Record]], report: dict[str, Any], enco
             _name_the_row(batch, encode)
             raise
         for example in encoded:
-            reports.count(report, example)
+            _count(report, example)
             if isinstance(example, Example):
                 yield example
 
@@ -370,3 +369,19 @@ def _own_code() -> str:
     for file in (here.parent / "types.py", *sorted(here.glob("*.py"))):
         digest.update(file.read_bytes())
     return digest.hexdigest()
+
+
+def _empty_report(source: str) -> dict[str, Any]:
+    """A report with nothing counted yet."""
+    return {"source": source, "rows": 0, "kept": 0, "dropped": {}, "cut": 0, "straddled": 0, "empty_answers": 0}
+
+
+def _count(report: dict[str, Any], example: Example | Dropped) -> None:
+    """Adds one encoded row to a report, in place."""
+    if isinstance(example, Dropped):
+        report["dropped"][example.reason] = report["dropped"].get(example.reason, 0) + 1
+        return
+    report["kept"] += 1
+    report["cut"] += example.cut
+    report["straddled"] += example.straddled
+    report["empty_answers"] += example.empty_answer
