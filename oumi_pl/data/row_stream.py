@@ -2,7 +2,7 @@
 
 import itertools
 from collections.abc import Iterator, Sequence
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -10,21 +10,9 @@ import torch
 from oumi_pl.data.collate import stand_in
 from oumi_pl.data.documents import Documents
 from oumi_pl.data.plan import mixture_counts
-from oumi_pl.data.windows import Windows
+from oumi_pl.data.windows import Row, Windows
 from oumi_pl.errors import UserError
 from oumi_pl.types import IGNORE_INDEX, Batch, Segment
-
-
-class Row(NamedTuple):
-    """A row of tokens. Arrays are never changed once they are in a row.
-
-    input_ids: `[seq]` int32. labels: `[seq]` int32, what each position has to predict, IGNORE_INDEX where nothing.
-    lengths: `[docs]` int32, tokens of the documents that are kept apart; sums to `seq`.
-    """
-
-    input_ids: np.ndarray
-    labels: np.ndarray
-    lengths: np.ndarray
 
 
 def batch_of(rows: Sequence[Row], numbers: Sequence[int], pad_id: int) -> Batch:

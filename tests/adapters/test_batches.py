@@ -5,7 +5,8 @@ import torch
 
 from oumi_pl.adapters.batches import EngineLoader, pair_inputs, target_values, token_inputs
 from oumi_pl.data.collate import collate
-from oumi_pl.data.row_stream import Row, batch_of
+from oumi_pl.data.row_stream import batch_of
+from oumi_pl.data.windows import Row
 from oumi_pl.errors import UserError
 from oumi_pl.models.layouts import documents, padded
 from oumi_pl.types import Example, Segment
