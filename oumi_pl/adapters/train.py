@@ -8,6 +8,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import torch
 from lightning.pytorch.trainer.states import TrainerFn, TrainerStatus
 from lightning.pytorch.utilities.types import LRSchedulerConfig
 from transformers import PrinterCallback, TrainerCallback
@@ -54,7 +55,9 @@ def run(engine: str, trainer: Any, module: SFT | DPO, data: TextData, callbacks:
         import_trl()
     _connect(trainer, module, data)
     _build_model(trainer, module, data)
-    refuse_model(engine, module, data.packing)
+    # a few tokens for a check are not worth compiling for
+    with torch.compiler.set_stance("force_eager") if module.compile_layers else contextlib.nullcontext():
+        refuse_model(engine, module, data.packing)
     module.engine_notes = list(_notes(engine, module))
     optimizer, schedule = _optimizers(trainer, module)
     checkpoint, position = _resume(trainer)

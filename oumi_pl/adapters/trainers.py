@@ -37,8 +37,8 @@ class EngineMixin:
         self.micro_batch, outputs = inputs, []
         # hooks, because the engine's own step returns the loss alone
         hooks = [
-            model.register_forward_hook(lambda _model, _args, output: outputs.append(self.reduce_output(output)))
-            for model in self.observed_models()
+            observed.register_forward_hook(lambda _model, _args, output: outputs.append(self.reduce_output(output)))
+            for observed in self.observed_models()
         ]
         try:
             loss = super().training_step(model, inputs, *args, **kwargs)  # type: ignore[misc]
