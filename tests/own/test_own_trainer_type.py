@@ -140,7 +140,7 @@ def test_killed_and_resumed_it_is_bit_identical(work, lora):
     assert whole.returncode == 0, whole.stderr
     killed = fit("--name", "killed", KILL_AT="15")  # between two checkpoints, in the middle of an update
     assert killed.returncode == -signal.SIGKILL, killed.stderr
-    resumed = fit("--resume", "killed")
+    resumed = fit("--resume", "runs/killed")
     assert resumed.returncode == 0, resumed.stderr
     expected, got = (
         torch.load(saved_steps(work / "runs" / name / "checkpoints")[-1], weights_only=True)["state_dict"]
