@@ -147,12 +147,12 @@ VALUES = {
         "data.train.0.weight: 'a lot' is not a float", {f"{DATA}train": [{"path": "rows.jsonl", "weight": "a lot"}]}
     ),
     "wrong type: a number for a class": Case(
-        "model.schedule: 100 is not the name of a Schedule class; write for example "
+        "model.schedule: 100 is not a Schedule; write for example "
         "`schedule: {class_path: Cosine, init_args: {warmup: 100}}`",
         {f"{MODEL}schedule": 100},
     ),
     "wrong type: the name of a model for a class": Case(
-        "model: 'org/name' is not the name of a LanguageModule class; write for example "
+        "model: 'org/name' is not a LanguageModule; write for example "
         "`model: {class_path: SFT, init_args: {model: org/name}}`",
         {"model": "org/name"},
     ),

@@ -141,7 +141,10 @@ def test_rows_that_are_no_pairs(cli, rows, message):
 
 OPTIONS = {
     "beta": ("--model.loss Sigmoid --model.loss.beta 0", "model.loss: beta is 0.0, but has to be above 0"),
-    "key": ("--model.loss Sigmoid --model.loss.betta 1", "model.loss.betta: unknown key; did you mean 'beta'?"),
+    "key": (
+        "--model.loss Sigmoid --model.loss.betta 1",
+        "unknown option --model.loss.betta; did you mean '--model.loss.beta'?",
+    ),
     "class": ("--model.loss Sigmod", "model.loss: unknown class 'Sigmod'; did you mean 'Sigmoid'?"),
     "class in a sum": (
         '--model.loss WeightedSum --model.loss.losses [{"class_path":"SFTTrem"}] --model.loss.weights [1]',

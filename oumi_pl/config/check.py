@@ -12,9 +12,8 @@ import inspect
 import re
 import traceback
 from collections.abc import Iterable, Mapping, Sequence
-from functools import cache
 from pathlib import Path
-from typing import Any, Literal, get_args, get_origin
+from typing import Any, Literal, Union, get_args, get_origin
 
 import yaml
 from jsonargparse import ArgumentError, ArgumentParser
@@ -52,7 +51,7 @@ class Checker:
 
     def __init__(self, root: Mapping[str, Argument]) -> None:
         self.root = root
-        self.named: dict[str, Any] = {}  # the class, or function, that was last named at each place
+        self.named: dict[str, Any] = {}  # what was last named at each place: a class, a function, or some text
         self.option = ""  # the one that is checked; empty in recipes
 
     def check_recipe(self, tree: Mapping[str, Any]) -> None:
@@ -158,8 +157,9 @@ class Checker:
             for number, item in enumerate(value):
                 self._check_value(item, kind.items, place if self.option else f"{place}.{number}")
         elif kind.plain and _accepts(kind.plain, value):
-            pass
-        elif kind.bases and (isinstance(value, str) or not (kind.plain or kind.items)):
+            if isinstance(value, str):  # it may name a class, as `strategy: DDPStrategy` does
+                self.named[_without_numbers(place)] = known_classes(kind.bases).get(value, value)
+        elif kind.bases and isinstance(value, str):
             self._find_class(value, kind.bases, place)
         else:
             raise _wrong_value(value, hint, place)
@@ -168,17 +168,17 @@ class Checker:
         name = value.get("class_path")
         cls = self._class_before(bases, place, default) if name is None else self._find_class(name, bases, place)
         if cls is not None and not inspect.isclass(cls):
-            return  # a function that makes an instance
+            return  # a function that makes an instance, or text that only jsonargparse can tell from a class
         owners = [cls] if cls is not None else list(known_classes(bases).values())
         known = {key: argument for owner in owners for key, argument in arguments(owner).items()}
         if not isinstance(inside := value.get("init_args", {}), Mapping):
             raise UserError(f"{place}.init_args: {inside!r} is given, but here is a mapping of keys to values")
         beside = {key: value[key] for key in value if key not in CLASS_KEYS}
-        if not self.option and not (name is None and all(map(dataclasses.is_dataclass, owners))):
-            for key in beside:
-                if key in known:
-                    raise UserError(f"{place}.{key}: belongs one level deeper, under {place}.init_args")
-                raise UserError(f"{place}.{key}: unknown key{nearest(str(key), CLASS_KEYS)}")
+        if beside and not self.option and not (name is None and all(map(dataclasses.is_dataclass, owners))):
+            key = next(iter(beside))
+            unknown = f"unknown key{nearest(str(key), CLASS_KEYS)}"
+            deeper = f"belongs one level deeper, under {place}.init_args"
+            raise UserError(f"{place}.{key}: {deeper if key in known else unknown}")
         given = {**inside, **beside}
         self._check_keys(given, known, f"{place}.")
         takes_them = (not inspect.isabstract(base) and given.keys() <= arguments(base).keys() for base in bases)
@@ -198,23 +198,22 @@ class Checker:
         Raises:
             UserError: if there is none, or it is of another kind.
         """
-        known, kind = known_classes(bases), " or ".join(base.__name__ for base in bases)
-        right = _example(place) or "class_path: NAME"
-        no_class = UserError(f"{place}: {name!r} is not the name of a {kind} class; write {right}")
+        no_class = _wrong_value(name, Union[bases or (type,)], place)  # noqa: UP007
         if not isinstance(name, str) or "/" in name:
             raise no_class
+        known = known_classes(bases)
         cls: Any = known.get(name)
         try:
             if cls is None and "." in name:
                 cls = _imported(name, place)
             elif cls is None:
                 cls = places(self.root).get(_without_numbers(place), {}).get(name)  # for another kind of model
+            if cls is None:
+                raise UserError(f"{place}: unknown class {name!r}{nearest(name, known)}")
         except UserError as error:
             raise no_class if Path(name).exists() else error from None
-        if cls is None:
-            unknown = UserError(f"{place}: unknown class {name!r}{nearest(name, known)}")
-            raise no_class if Path(name).exists() else unknown
         if not _fits(cls, bases):
+            kind = " or ".join(base.__name__ for base in bases)
             raise UserError(f"{place}: {name} is not a subclass of {kind}{'' if '.' in name else _listed(known)}")
         self.named[_without_numbers(place)] = cls
         return cls
@@ -246,21 +245,18 @@ def _loaded(value: Any) -> Any:
     """A list or a mapping that was typed on a command line; anything else as it is."""
     if isinstance(value, str) and value.startswith(("[", "{")):
         with contextlib.suppress(yaml.YAMLError):
-            return yaml.safe_load(value)
+            loaded = yaml.safe_load(value)
+            if not isinstance(loaded, dict) or any(item is not None for item in loaded.values()):  # `{r:8}` is text
+                return loaded
     return value
-
-
-@cache
-def _parser_of(hint: Any) -> ArgumentParser:
-    parser = ArgumentParser(exit_on_error=False)
-    parser.add_argument("--value", type=hint)
-    return parser
 
 
 def _accepts(hint: Any, value: Any) -> bool:
     """Whether jsonargparse takes a value for this type."""
+    parser = ArgumentParser(exit_on_error=False)
+    parser.add_argument("--value", type=hint)
     try:
-        _parser_of(hint).parse_object({"value": value})
+        parser.parse_object({"value": value})
     except ArgumentError:
         return False
     return True
@@ -271,14 +267,14 @@ def _wrong_value(value: Any, hint: Any, place: str) -> UserError:
     with contextlib.suppress(yaml.YAMLError):  # a number that was typed
         value = loaded if isinstance(loaded := yaml.safe_load(str(value)), int | float) else value
     shown = repr(value) if len(repr(value)) <= 80 else f"{repr(value)[:77]}..."
-    plain = [*members(hint)]
-    choices = [str(choice) for member in plain if get_origin(member) is Literal for choice in get_args(member)]
+    alternatives = [*members(hint)]
+    choices = [str(choice) for one in alternatives if get_origin(one) is Literal for choice in get_args(one)]
     if choices:
-        choices += ["true", "false"] * (bool in plain)
+        choices += ["true", "false"] * (bool in alternatives)
         return UserError(f"{place}: {shown} is not a valid value{nearest(str(value), choices)}")
     names = " or ".join(f"an {name}" if name[0] in "aeiou" else f"a {name}" for name in type_names(hint))
-    example = _example(place)
-    return UserError(f"{place}: {shown} is not {names}" + (f"; write {example}" if example else ""))
+    right = _example(place) or "class_path: NAME" * bool(kinds(hint).bases)
+    return UserError(f"{place}: {shown} is not {names}" + (f"; write {right}" if right else ""))
 
 
 # ---- imports

@@ -161,12 +161,12 @@ class CLI(LightningCLI):
         return kwargs | {"verbose": False} if "verbose" in kwargs else kwargs
 
     def after_validate(self) -> None:
-        """Prints the metrics of the held-out rows."""
-        _print_metrics(self.trainer.callback_metrics)
+        """Prints the metrics."""
+        for name, value in self.trainer.callback_metrics.items():
+            if "/" in name:
+                print(f"{name:28} {float(value):.6g}")
 
-    def after_test(self) -> None:
-        """Prints the metrics of the test rows."""
-        _print_metrics(self.trainer.callback_metrics)
+    after_test = after_validate
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """Adds the keys of a recipe other than model, data and trainer."""
@@ -304,12 +304,6 @@ def instantiate(config: dict[str, Any]) -> tuple[LanguageModule, TextData]:
     with unwrapped_mistakes():
         parts = parser.instantiate_classes(parser.parse_object(tree))
     return parts.model, parts.data
-
-
-def _print_metrics(metrics: Any) -> None:
-    for name, value in metrics.items():
-        if "/" in name:
-            print(f"{name:28} {float(value):.6g}")
 
 
 def _as_list(value: Any) -> list[Any]:

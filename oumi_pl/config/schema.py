@@ -107,23 +107,21 @@ def type_names(hint: Any) -> list[str]:
     return list(dict.fromkeys(names))
 
 
-def places(root: Mapping[str, Argument]) -> dict[str, dict[str, type]]:
+def places(level: Mapping[str, Argument], above: str = "") -> dict[str, dict[str, type]]:
     """The classes that a recipe can name, by their place in it (`model.optimizer`) and their short name.
 
     Args:
-        root: What a recipe can set at the top, as `model` and `trainer.callbacks`.
+        level: What a recipe can set at the top, as `model` and `trainer.callbacks`; or the arguments of a class.
+        above: Place of that class, with a dot at its end.
     """
     known: dict[str, dict[str, type]] = {}
-    _add_places(root, "", known)
-    return known
-
-
-def _add_places(level: Mapping[str, Argument], above: str, known: dict[str, dict[str, type]]) -> None:
     for name, argument in level.items():
         place, kind = f"{above}{name}", kinds(argument.hint)
         classes = known_classes(kind.bases or kinds(kind.items).bases)
         if classes:
-            known[place] = known.get(place, {}) | classes
+            known[place] = classes
         # the arguments of Lightning's own parts are many, and few are for recipes
         for cls in classes.values() if place.count(".") < 2 and not place.startswith("trainer.") else ():
-            _add_places(arguments(cls), f"{place}.", known)
+            for inner, others in places(arguments(cls), f"{place}.").items():
+                known[inner] = known.get(inner, {}) | others
+    return known

@@ -44,6 +44,7 @@ class Cart(Vehicle):
         wheel: Wheel | None = None,
         spares: list[Wheel] | Wheel | None = None,
         roads: str | Road | list[Road] | None = None,
+        rim: str | Wheel = "none",
         load: dict[str, Any] | None = None,
         names: Sequence[str] = (),
         optimizer: Callable[[Iterable], Optimizer] = lambda params: AdamW(params, lr=0.1),
@@ -144,7 +145,7 @@ def cart(**arguments):
         ({"model": {"class_path": "Cat"}}, "model: unknown class 'Cat'; did you mean 'Cart'?"),
         ({"model": "Wide"}, "model: unknown class 'Wide'"),
         ({"model": {"class_path": "decimal.Decimal"}}, "model: decimal.Decimal is not a subclass of Vehicle"),
-        ({"model": 3}, "model: 3 is not the name of a Vehicle class; write for example `model: {class_path: SFT"),
+        ({"model": 3}, "model: 3 is not a Vehicle; write for example `model: {class_path: SFT"),
         ({"model": {"init_args": {"wheel": "Wid"}}}, "model.wheel: unknown class 'Wid'; did you mean 'Wide'?"),
         ({"model": {"class_path": "decimal.Decimall"}}, "module 'decimal' has no 'Decimall'; did you mean 'Decimal'?"),
         (cart(size="big"), "model.size: 'big' is not an int"),
@@ -155,6 +156,8 @@ def cart(**arguments):
         ),
         (cart(roads={"length": "far"}), "model.roads.length: 'far' is not a float"),
         (cart(load=3), "model.load: 3 is not a mapping"),
+        (cart(size={"class_path": "a/b"}), "model.size: 'a/b' is not a type"),
+        (cart(size={"class_path": 3}), "model.size: 3 is not a type"),
         (cart(names=["a", 1]), "model.names.1: 1 is not a str"),
         (cart(spares=["Wide", {"class_path": "Wid"}]), "model.spares.1: unknown class 'Wid'"),
         (cart(wheel={"class_path": "Wide", "init_args": {"width": "x"}}), "model.wheel.width: 'x' is not a float"),
@@ -224,6 +227,8 @@ def test_a_later_recipe_need_not_name_the_class_again(root):
         ("--trainer.callbacks+=Wid", "trainer.callbacks: unknown class 'Wid'"),
         ("--trainer.callbacks+=Wide --trainer.callbacks.widht 3", "did you mean '--trainer.callbacks.width'?"),
         ('--model.roads [{"surfac":1}]', "model.roads.surfac: unknown key; did you mean 'model.roads.surface'?"),
+        ("--model.rim Wide --model.rim.widht 3", "did you mean '--model.rim.width'?"),
+        ("--model.load {x:1}", "model.load: '{x:1}' is not a mapping"),
         ("--model Open --model.wheel Wide", "unknown option --model.wheel; "),
     ],
 )
@@ -243,6 +248,10 @@ def test_mistake_in_an_option(root, typed, message):
         "--model.roads.surface tar --model.names+=x --model.names [a,b]",
         '--model.roads [{"surface":"tar"}] --config r.yaml --print_config',
         "--model Open --model.colour blue --model.class_path Bare",
+        "--model.roads Road --model.roads.surface tar",
+        "--model.roads tar.jsonl --model.roads.surface tar",
+        "--model.rim Wide --model.rim.width 3",
+        f"--model.rim {__name__}.Wide --model.rim.width 3",
     ],
 )
 def test_no_mistake_in_options(root, typed):
@@ -265,9 +274,7 @@ def test_a_class_is_found_whatever_files_are_in_the_folder(root, tmp_path, monke
     monkeypatch.syspath_prepend(tmp_path)
     Checker(root | {"model": Argument(hint)}).check_recipe({"model": value})
     for name in ("rows.jsonl", "rows", "org/name"):
-        assert f"model: {name!r} is not the name of a Vehicle class" in refusal(
-            Checker(root).check_recipe, {"model": name}
-        )
+        assert f"model: {name!r} is not a Vehicle" in refusal(Checker(root).check_recipe, {"model": name})
 
 
 @pytest.mark.parametrize(

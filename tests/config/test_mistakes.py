@@ -160,7 +160,7 @@ CLASSES = {
     ),
     "no class": (
         {"model": [1]},
-        "model: [1] is not the name of a LanguageModule class; write for example `model: {class_path: SFT",
+        "model: [1] is not a LanguageModule; write for example `model: {class_path: SFT",
     ),
     "no model": ({"model": GONE}, "model: missing, and there is no default"),
 }
