@@ -13,8 +13,7 @@ from torch import nn
 from oumi_pl.core.configs import MixedPrecisionDtype
 from oumi_pl.core.trainers import Trainer
 from oumi_pl.core.trainers.collate import default_collator
-from oumi_pl.core.trainers.optimizers import optimizer
-from oumi_pl.core.trainers.schedules import schedule
+from oumi_pl.core.trainers.optimisation import optimizer, schedule
 from oumi_pl.data.tokenizers import ByteTokenizer
 from oumi_pl.errors import UserError
 from tests.core.test_trainer import Points, Regression, llama, logged, params, rows_of, token_rows
@@ -136,14 +135,14 @@ def test_schedules_are_those_of_transformers(tmp_path, name, kwargs, theirs):
     steps = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=2.0)
     reference = transformers.get_scheduler(theirs, steps, 3, 20, scheduler_specific_kwargs=kwargs)
     for step in range(22):
-        assert 2.0 * factor(step) == pytest.approx(steps.param_groups[0]["lr"], abs=1e-12)
+        assert 2.0 * factor(step, 20) == pytest.approx(steps.param_groups[0]["lr"], abs=1e-12)
         steps.step()
         reference.step()
 
 
 def test_a_minimum_is_said_once(tmp_path):
     both = {"min_lr": 0.1, "min_lr_rate": 0.1}
-    with pytest.raises(UserError, match="set one of them"):
+    with pytest.raises(UserError, match="both are set; keep one"):
         schedule(params(tmp_path, lr_scheduler_type="cosine_with_min_lr", lr_scheduler_kwargs=both), 10)
 
 

@@ -6,17 +6,18 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch
-
+from oumi_pl.core.trainers.saving import save_weights
 from oumi_pl.errors import UserError
 from oumi_pl.runs.checkpoint_files import HALF, remove
 
 if TYPE_CHECKING:
     from transformers.trainer_callback import TrainerState
 
+    from oumi_pl.core.trainers.module import LossModule
+
 STATE = "trainer_state.json"
 TRAINING = "training_state.pt"
-"""Optimizer, schedule, generators, position in the data: plain values that load with `weights_only=True`."""
+"""Lightning's checkpoint, without the weights: optimizer, schedule, generators, position in the data, callbacks."""
 
 _NUMBERED = re.compile(r"checkpoint-(\d+)$")
 
@@ -47,22 +48,6 @@ def find_checkpoint(asked: str | None, output_dir: Path, try_last: bool) -> Path
     return folder
 
 
-def begin_folder(folder: Path) -> Path:
-    """An empty folder beside the one that is to be."""
-    half = folder.with_name(folder.name + HALF)
-    if half.exists():
-        remove(half)
-    half.mkdir(parents=True)
-    return half
-
-
-def finish_folder(half: Path, folder: Path) -> None:
-    """Puts the folder in its place, now that it is whole."""
-    if folder.exists():
-        remove(folder)
-    half.replace(folder)
-
-
 def write_state(file: Path, state: "TrainerState", total_tokens_seen: int) -> None:
     """Writes `trainer_state.json`: transformers' fields, and `total_tokens_seen`."""
     content = asdict(state) | {"total_tokens_seen": total_tokens_seen}
@@ -77,18 +62,6 @@ def read_state(folder: Path) -> tuple[dict[str, Any], int]:
     return content, content.pop("total_tokens_seen")
 
 
-def read_training(folder: Path) -> dict[str, Any]:
-    """Reads `training_state.pt`, running no code from it.
-
-    Raises:
-        UserError: if it can't be read.
-    """
-    try:
-        return torch.load(folder / TRAINING, map_location="cpu", weights_only=True)
-    except Exception as error:  # bytes can be wrong in any way
-        raise UserError(f"{folder / TRAINING}: can't be read: {str(error).partition(chr(10))[0]}") from error
-
-
 def keep_last(output_dir: Path, limit: int | None, best: str | None) -> None:
     """Removes the oldest checkpoints beyond a number; the best one stays, and counts."""
     if limit is None or limit < 1:
@@ -100,3 +73,40 @@ def keep_last(output_dir: Path, limit: int | None, best: str | None) -> None:
     kept = max(1, limit - len(spared))
     for old in others[:-kept]:
         remove(old)
+
+
+class CheckpointFolders:
+    """Writes the `checkpoint-N` folders of a run.
+
+    Args:
+        output_dir: Where.
+        tokenizer: Written beside the weights.
+    """
+
+    def __init__(self, output_dir: Path, tokenizer: Any) -> None:
+        self.output_dir = output_dir
+        self.tokenizer = tokenizer
+        self.is_saving = False
+        """Whether the checkpoint that Lightning writes is one of these."""
+
+    def save(self, module: "LossModule") -> None:
+        """Writes the checkpoint of this step; the folder appears when it is whole. All processes have to call this."""
+        trainer, flow, state = module.trainer, module.flow, module.flow.state
+        folder = self.output_dir / f"checkpoint-{state.global_step}"
+        half = folder.with_name(folder.name + HALF)
+        if trainer.is_global_zero:
+            remove(half)
+            save_weights(module.model, half, self.tokenizer)
+        self.is_saving = True
+        trainer.save_checkpoint(half / TRAINING)
+        self.is_saving = False
+        if trainer.is_global_zero:
+            flow.export_callbacks()
+            best = self.output_dir / f"checkpoint-{state.best_global_step}"
+            if best == folder or best.is_dir():
+                state.best_model_checkpoint = str(best)
+            write_state(half / STATE, state, module.tokens_seen["tokens"])
+            remove(folder)
+            half.replace(folder)
+            keep_last(self.output_dir, flow.args.save_total_limit, state.best_model_checkpoint)
+        trainer.strategy.barrier("checkpoint written")

@@ -4,8 +4,8 @@ import dataclasses
 import logging
 from typing import TYPE_CHECKING, Any
 
-from oumi_pl.core.trainers.loggers import INSTALL, installed
-from oumi_pl.core.trainers.workers import workers
+from oumi_pl.core.trainers.data import number_of_workers
+from oumi_pl.core.trainers.loggers import trackers
 from oumi_pl.errors import UserError, nearest
 
 if TYPE_CHECKING:
@@ -87,24 +87,11 @@ def _lengths_and_files(params: "TrainingParams") -> dict[str, Any]:
         "logging_first_step": params.logging_first_step,
         "logging_nan_inf_filter": True,
         "log_level": params.dep_log_level,
-        "report_to": _reports(params),
+        "report_to": trackers(params),
         "run_name": params.run_name,
         "push_to_hub": False,
         "include_num_input_tokens_seen": params.include_performance_metrics,
     }
-
-
-def _reports(params: "TrainingParams") -> list[str]:
-    wanted = {"wandb": params.enable_wandb, "mlflow": params.enable_mlflow}
-    for name, on in wanted.items():
-        if on and not installed(name):
-            raise UserError(f"training.enable_{name}: {name} is not installed; {INSTALL}")
-    # on unless it is switched off, so that it may be absent
-    if params.enable_tensorboard and not (installed("tensorboard") or installed("tensorboardX")):
-        logger.warning("training.enable_tensorboard: tensorboard is not installed; %s", INSTALL)
-    elif params.enable_tensorboard:
-        wanted["tensorboard"] = True
-    return [name for name, on in wanted.items() if on]
 
 
 def _optimization(params: "TrainingParams") -> dict[str, Any]:
@@ -130,7 +117,7 @@ def _optimization(params: "TrainingParams") -> dict[str, Any]:
 
 
 def _devices(params: "TrainingParams") -> dict[str, Any]:
-    exact, number = params.use_deterministic, workers(params.dataloader_num_workers)
+    exact, number = params.use_deterministic, number_of_workers(params.dataloader_num_workers)
     dispatches = False if exact else params.dataloader_main_process_only
     accelerator = {"split_batches": False, "even_batches": True, "use_seedable_sampler": True}
     passed: dict[str, Any] = {

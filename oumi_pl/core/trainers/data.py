@@ -1,0 +1,391 @@
+"""Any dataset, update by update: the plan, the loaders and the positions of `oumi_pl.data`, for batches of any kind.
+
+How many targets rows have is known only once they are collated. So the micro-batches of an update are collated ahead,
+counted, and given the sum over all processes, before the first of them is trained on.
+"""
+
+import copy
+import itertools
+import os
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+from typing import TYPE_CHECKING, Any, NotRequired, Protocol, TypedDict, cast, runtime_checkable
+
+import lightning as L
+import numpy as np
+import torch
+from torch.utils.data import DataLoader, IterableDataset
+
+from oumi_pl.core.trainers.collate import Collator
+from oumi_pl.core.trainers.loss import Counter
+from oumi_pl.core.trainers.records import Timers
+from oumi_pl.data.loader import PlanLoader, as_it_is, eval_loader
+from oumi_pl.data.plan import Layout, Plan
+from oumi_pl.data.stream_loader import StreamLoader
+from oumi_pl.errors import UserError
+from oumi_pl.types import Update
+
+if TYPE_CHECKING:
+    from oumi_pl.core.configs import TrainingParams
+
+
+@runtime_checkable
+class MapStyle(Protocol):
+    """A dataset whose rows can be read in any order."""
+
+    def __getitem__(self, row: int) -> Any:
+        """A row."""
+
+    def __len__(self) -> int:
+        """Number of rows."""
+
+
+@runtime_checkable
+class HasEpochs(Protocol):
+    """A dataset that wants to know the epoch."""
+
+    def set_epoch(self, epoch: int) -> None:
+        """Begins an epoch."""
+
+
+@runtime_checkable
+class HasState(Protocol):
+    """An iterable dataset that knows where it is."""
+
+    def state_dict(self) -> Any:
+        """Where it is."""
+
+    def load_state_dict(self, state: Any) -> None:
+        """Goes there."""
+
+
+class MicroBatch(TypedDict):
+    """What one training step reads."""
+
+    inputs: Any  # what the collator made; None of no rows
+    counts: dict[str, int]  # its own targets, rows, tokens; zeros where a rank ran out of rows
+    update: NotRequired[Update]  # in training
+
+
+NOTHING = {"targets": 0, "rows": 0, "tokens": 0, "positions": 0}
+
+
+class Collate:
+    """Collates rows and counts what is in the batch; a class, so that workers can be spawned with it."""
+
+    def __init__(self, collate: Collator, count: Counter) -> None:
+        self.collate = collate
+        self.count = count
+
+    def __call__(self, rows: Sequence[Any]) -> MicroBatch:
+        """The micro-batch of some rows."""
+        if not rows:
+            return MicroBatch(inputs=None, counts=NOTHING)
+        inputs = self.collate(list(rows))
+        return MicroBatch(inputs=inputs, counts=self.count(inputs))
+
+    def planned(self, rows: Sequence[tuple[Any, list[Any]]]) -> MicroBatch:
+        """The same of rows as `PlanLoader` looks them up: with their numbers."""
+        return self([example for _, examples in rows for example in examples])
+
+
+Finish = Callable[[Sequence[MicroBatch], int, Callable[[], MicroBatch]], Iterator[MicroBatch]]
+"""Finishes an update, given a rank's micro-batches, the rows on all ranks, and what makes a stand-in for lacking ones."""
+
+
+class MapLoader(PlanLoader):
+    """A `PlanLoader` that reads each update ahead, and hands out no micro-batch that no rank has rows for.
+
+    Args:
+        dataset: The rows.
+        plan: Of an epoch.
+        layout: How an update is cut.
+        collate: Rows to a micro-batch.
+        finish: Called with each update.
+        begin: Called with the epoch, right before the first row of a pass is read.
+        seed: Of the loader processes, with the epoch added.
+        fetching: Arguments of `DataLoader`.
+    """
+
+    def __init__(
+        self,
+        dataset: MapStyle,
+        plan: Callable[[int], Plan],
+        layout: Layout,
+        collate: Collate,
+        *,
+        finish: Finish,
+        begin: Callable[[int], None],
+        seed: int,
+        **fetching: Any,
+    ) -> None:
+        super().__init__(dataset, np.empty(0), plan, layout, collate.planned, **fetching)
+        self.finish = finish
+        self.begin = begin
+        self.seed = seed
+
+    def __len__(self) -> int:
+        """Micro-batches of a whole epoch on one rank, whatever the position."""
+        layout = self.position.layout
+        full, rest = divmod(self.position.current.rows, layout.rows_per_update)
+        return full * layout.micro_batches + layout.filled(rest)
+
+    def __iter__(self) -> Iterator[MicroBatch]:  # type: ignore[override]
+        position, layout, plan = self.position, self.position.layout, self.position.current
+        self.begin(position.epoch)
+        self.generator.manual_seed(self.seed + position.epoch)
+        batches = DataLoader.__iter__(self)
+        for update in range(position.update, len(plan)):
+            first = update * layout.rows_per_update
+            rows = range(first, min(first + layout.rows_per_update, plan.rows))
+            own = list(itertools.islice(batches, layout.micro_batches))
+            position.update = update + 1  # not before: the sampler has read the position by now
+            yield from self.finish(own, len(rows), partial(self._stand_in, plan, rows[: layout.batch_size]))
+
+    def _stand_in(self, plan: Plan, rows: range) -> MicroBatch:
+        return self.collate_fn([self.dataset[plan.row(i)] for i in rows])
+
+
+class IterableLoader(StreamLoader):
+    """A `StreamLoader` that reads each update ahead, and hands out no micro-batch that no rank has rows for.
+
+    Args:
+        stream: Of an epoch.
+        layout: How an update is cut.
+        collate: Rows to a micro-batch.
+        finish: Called with each update.
+        trained: How many updates were trained in the whole run.
+    """
+
+    nothing = "train_dataset: it gave no rows"
+
+    def __init__(
+        self,
+        stream: "Callable[[int], DatasetStream]",
+        layout: Layout,
+        collate: Collate,
+        *,
+        finish: Finish,
+        trained: Callable[[], int],
+    ) -> None:
+        super().__init__(stream, layout, cast("Any", collate), trained=trained)
+        self.finish = finish
+
+    def _batches(self, rows: Sequence[Any], update: int) -> Iterator[MicroBatch]:
+        collate, size = cast("Collate", self.collate), self.layout.batch_size
+        batches = [collate(rows[share.start : share.stop]) for share in self.layout.shares(len(rows))]
+        return self.finish(batches, len(rows), lambda: collate(rows[:size]))
+
+
+class DatasetStream:
+    """One pass through an iterable dataset, as a `oumi_pl.data.stream_loader.Stream`.
+
+    A dataset with a state goes back to where it was; any other is read again from the start of the epoch. So are
+    streams of `datasets`, since their state loses what is in shuffle buffers, and what a loader process reads.
+
+    Args:
+        dataset: Its `set_epoch` is called if it has one.
+        epoch: Which pass it is.
+        start: State of the dataset at the beginning of a pass; None to read again.
+        workers: Processes that read ahead: at most one, which keeps the order.
+    """
+
+    def __init__(self, dataset: Any, epoch: int, start: Any, workers: int) -> None:
+        self.dataset = dataset
+        self.start = start
+        self.workers = workers
+        self.read = self._skipped = 0
+        if start is not None:
+            dataset.load_state_dict(copy.deepcopy(start))
+        if isinstance(dataset, HasEpochs):
+            dataset.set_epoch(epoch)
+
+    def __iter__(self) -> Iterator[Any]:
+        rows = self.dataset
+        if self.workers:
+            rows = DataLoader(rows, batch_size=None, collate_fn=as_it_is, num_workers=1, generator=torch.Generator())
+        for row in itertools.islice(rows, self._skipped, None):
+            self.read += 1
+            yield row
+
+    def snapshot(self) -> dict[str, Any]:
+        """How many rows were read, and the dataset's own state."""
+        own = None if self.start is None else copy.deepcopy(self.dataset.state_dict())
+        return {"read": self.read, "dataset": own}
+
+    def as_state(self, snapshot: dict[str, Any]) -> dict[str, Any]:
+        """The same: plain values already."""
+        return snapshot
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """Goes to where a pass was."""
+        self.read = state["read"]
+        if self.start is None:
+            self._skipped = self.read
+        else:
+            self.dataset.load_state_dict(copy.deepcopy(state["dataset"]))
+
+
+class DatasetModule(L.LightningDataModule):
+    """Trains and evaluates on any datasets.
+
+    An update has `rows_per_update` rows, cut as a plan is. The order of a map-style dataset is a permutation drawn from
+    `data_seed + epoch`. An iterable dataset is read by every rank, which keeps its own micro-batches: nothing has to be
+    sharded by the dataset. No row is left out or repeated; the last update of an epoch may be short.
+
+    Args:
+        train: Map-style or iterable rows.
+        evaluation: The same to evaluate on; None for nothing.
+        collate: Rows to a micro-batch.
+        layout: How an update is cut.
+        params: What the run was given.
+        timers: Times the counting.
+    """
+
+    def __init__(
+        self,
+        train: Any,
+        evaluation: Any,
+        *,
+        collate: Collate,
+        layout: Layout,
+        params: "TrainingParams",
+        timers: Timers,
+    ) -> None:
+        super().__init__()
+        self.train = train
+        self.evaluation = evaluation
+        self.collate = collate
+        self.layout = layout
+        self.params = params
+        self.timers = timers
+        self.rows = None if is_iterable(train) else len(train)
+        if self.rows == 0:
+            raise UserError("train_dataset: it has no rows")
+        self.loader: Any = None
+        self._position: dict[str, Any] | None = None
+
+    @property
+    def updates_per_epoch(self) -> int | None:
+        """Updates of a whole epoch; None where the length is not known."""
+        return None if self.rows is None else len(self._plan(0))
+
+    def _plan(self, epoch: int) -> Plan:
+        assert self.rows is not None
+        order = torch.randperm(self.rows, generator=torch.Generator().manual_seed(self.params.data_seed + epoch))
+        return Plan(order.numpy(), np.arange(self.rows + 1), self.layout.rows_per_update)
+
+    def train_dataloader(self) -> Any:
+        """The training loader, at the position that was restored."""
+        workers, pin_memory = number_of_workers(self.params.dataloader_num_workers), torch.cuda.is_available()
+        if self.rows is None:
+            start = None
+            is_stream = type(self.train).__module__.startswith("datasets.")
+            if isinstance(self.train, HasState) and not is_stream and not workers:
+                start = copy.deepcopy(self.train.state_dict())
+            self.loader = IterableLoader(
+                lambda epoch: DatasetStream(self.train, epoch, start, workers),
+                self.layout,
+                self.collate,
+                finish=self._finish,
+                trained=lambda: cast("L.Trainer", self.trainer).global_step,
+            )
+        else:
+            self.loader = MapLoader(
+                self.train,
+                self._plan,
+                self.layout,
+                self.collate,
+                finish=self._finish,
+                begin=self._begin,
+                seed=self.params.data_seed,
+                workers=workers,
+                pin_memory=pin_memory,
+                prefetch_factor=self.params.dataloader_prefetch_factor if workers else None,
+                persistent_workers=self.params.dataloader_persistent_workers and workers > 0,
+            )
+        if self._position is not None:
+            self.loader.load_state_dict(self._position)
+        return self.loader
+
+    def val_dataloader(self) -> Any:
+        """The rows of one process to evaluate on; on all processes as many batches."""
+        workers = number_of_workers(self.params.dataloader_num_workers)
+        layout = Layout(self.params.per_device_eval_batch_size, 1, self.layout.ranks, self.layout.rank)
+        if self.evaluation is None:
+            return []
+        if is_iterable(self.evaluation):
+            rows, number = _Shares(self.evaluation, layout), min(workers, 1)
+            seeded = torch.Generator().manual_seed(0)  # evaluating must not change what training draws
+            return DataLoader(rows, batch_size=None, collate_fn=self.collate, num_workers=number, generator=seeded)
+        number = len(self.evaluation)
+        plan = Plan(np.arange(number), np.arange(number + 1), layout.rows_per_update)
+        return eval_loader(self.evaluation, plan, layout, self.collate.planned, workers=workers)
+
+    def _begin(self, epoch: int) -> None:
+        if isinstance(self.train, HasEpochs):
+            self.train.set_epoch(epoch)
+        # rows are read right when they are needed, and may draw from the generators
+        cast("Any", self.trainer).lightning_module.restore_generators()
+
+    def _finish(
+        self, batches: Sequence[MicroBatch], rows: int, stand_in: Callable[[], MicroBatch]
+    ) -> Iterator[MicroBatch]:
+        """The micro-batches of an update with what it comes to, but for those that no rank has rows for."""
+        batches = batches[: self.layout.filled(rows)]
+        with self.timers.time("computing tokens"):
+            targets = self._over_ranks(sum(batch["counts"]["targets"] for batch in batches))
+        update = Update(targets, rows, self.layout.parts)
+        for batch in batches:
+            # a rank that ran out of rows runs the model on others: DDP needs that
+            inputs = stand_in()["inputs"] if batch["inputs"] is None else batch["inputs"]
+            yield MicroBatch(inputs=inputs, counts=batch["counts"], update=update)
+
+    def _over_ranks(self, number: int) -> int:
+        if self.layout.ranks == 1:
+            return number
+        strategy = cast("Any", self.trainer).strategy
+        return int(strategy.reduce(torch.tensor(number, device=strategy.root_device), reduce_op="sum"))
+
+    # ---- position
+
+    @property
+    def epoch_is_done(self) -> bool:
+        """Whether the update that was trained last ends the epoch."""
+        return cast("Any", self.trainer).fit_loop.epoch_loop.batch_progress.is_last_batch
+
+    def state_dict(self) -> dict[str, Any]:
+        """The position between two updates: in an epoch that is not over."""
+        state = self.loader.state_dict()
+        return state | {"epoch": state["epoch"] + 1, "update": 0, "stream": None} if self.epoch_is_done else state
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Keeps a position: the loader starts there when it is made."""
+        self._position = state_dict
+
+
+def is_iterable(dataset: Any) -> bool:
+    """Whether rows can only be read one after the other."""
+    return isinstance(dataset, IterableDataset) or not isinstance(dataset, MapStyle)
+
+
+def number_of_workers(number: int | str) -> int:
+    """The number itself, or for `auto` one that suits the processes on this machine and its cores."""
+    if number != "auto":
+        return int(number)
+    local = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    return max(1, min(2 * local, 8, (os.cpu_count() or 1) // 4))
+
+
+class _Shares(IterableDataset):
+    """A rank's share of an iterable dataset: lists of rows, empty where there are none left for it."""
+
+    def __init__(self, rows: Any, layout: Layout) -> None:
+        self.rows = rows
+        self.layout = layout
+
+    def __iter__(self) -> Iterator[list[Any]]:
+        rows = iter(self.rows)
+        while taken := list(itertools.islice(rows, self.layout.rows_per_update)):
+            for share in self.layout.shares(len(taken)):
+                yield taken[share.start : share.stop]
