@@ -90,7 +90,7 @@ class Collate:
 
 
 Finish = Callable[[Sequence[MicroBatch], int, Callable[[], MicroBatch]], Iterator[MicroBatch]]
-"""Finishes an update, given a rank's micro-batches, the rows on all ranks, and what makes a stand-in for lacking ones."""
+"""Finishes an update: from a rank's micro-batches, the number of rows on all ranks, and what makes a stand-in."""
 
 
 class MapLoader(PlanLoader):
@@ -139,8 +139,10 @@ class MapLoader(PlanLoader):
             first = update * layout.rows_per_update
             rows = range(first, min(first + layout.rows_per_update, plan.rows))
             own = list(itertools.islice(batches, layout.micro_batches))
-            position.update = update + 1  # not before: the sampler has read the position by now
-            yield from self.finish(own, len(rows), partial(self._stand_in, plan, rows[: layout.batch_size]))
+            finished = self.finish(own, len(rows), partial(self._stand_in, plan, rows[: layout.batch_size]))
+            for micro, batch in enumerate(finished, 1):
+                position.update = update + micro // layout.filled(len(rows))
+                yield batch
 
     def _stand_in(self, plan: Plan, rows: range) -> MicroBatch:
         return self.collate_fn([self.dataset[plan.row(i)] for i in rows])
@@ -262,6 +264,8 @@ class DatasetModule(L.LightningDataModule):
         self.rows = None if is_iterable(train) else len(train)
         if self.rows == 0:
             raise UserError("train_dataset: it has no rows")
+        if evaluation is not None and not is_iterable(evaluation) and not len(evaluation):
+            raise UserError("eval_dataset: it has no rows")
         self.loader: Any = None
         self._position: dict[str, Any] | None = None
 
@@ -385,7 +389,10 @@ class _Shares(IterableDataset):
         self.layout = layout
 
     def __iter__(self) -> Iterator[list[Any]]:
-        rows = iter(self.rows)
-        while taken := list(itertools.islice(rows, self.layout.rows_per_update)):
-            for share in self.layout.shares(len(taken)):
-                yield taken[share.start : share.stop]
+        rows, size = iter(self.rows), self.layout.rows_per_update
+        taken = list(itertools.islice(rows, size))
+        if not taken:
+            raise UserError("eval_dataset: it gave no rows")
+        while taken:
+            yield from (taken[share.start : share.stop] for share in self.layout.shares(len(taken)))
+            taken = list(itertools.islice(rows, size))

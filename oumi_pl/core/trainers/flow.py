@@ -18,7 +18,7 @@ from transformers.trainer_callback import (
     TrainerState,
 )
 
-from oumi_pl.core.trainers.arguments import callback_arguments
+from oumi_pl.core.trainers.hyperparameters import callback_arguments
 from oumi_pl.errors import UserError, nearest
 
 if TYPE_CHECKING:

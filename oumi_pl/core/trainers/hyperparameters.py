@@ -1,10 +1,10 @@
 """Oumi's training parameters as the arguments of transformers' and TRL's trainers."""
 
 import dataclasses
-import logging
 from typing import TYPE_CHECKING, Any
 
 from oumi_pl.core.trainers.data import number_of_workers
+from oumi_pl.core.trainers.honoured import EXTRA
 from oumi_pl.core.trainers.loggers import trackers
 from oumi_pl.errors import UserError, nearest
 
@@ -12,8 +12,6 @@ if TYPE_CHECKING:
     from transformers import TrainingArguments
 
     from oumi_pl.core.configs import TrainerType, TrainingParams
-
-logger = logging.getLogger("oumi_pl")
 
 
 def to_hf(params: "TrainingParams", trainer_type: "TrainerType | None" = None) -> "TrainingArguments":
@@ -34,7 +32,7 @@ def to_hf(params: "TrainingParams", trainer_type: "TrainerType | None" = None) -
     if params.metrics_function:
         raise UserError("training.metrics_function: there is no registry; give compute_metrics to the trainer instead")
     _refuse_unknown_names(params)
-    passed = _lengths_and_files(params) | _optimization(params) | _devices(params)
+    passed = _arguments(params) | {"report_to": trackers(params)}
     known = [field.name for field in dataclasses.fields(made) if field.init]
     for name in params.trainer_kwargs:
         if name in passed:
@@ -45,6 +43,36 @@ def to_hf(params: "TrainingParams", trainer_type: "TrainerType | None" = None) -
         return made(**passed, **params.trainer_kwargs)
     except ValueError as error:
         raise UserError(f"training: {error}") from error
+
+
+def callback_arguments(params: "TrainingParams") -> "TrainingArguments":
+    """What callbacks of transformers are given as `args`: a TrainingArguments that tells what a native run does.
+
+    It is made without its own `__post_init__`, which would choose a device and start process groups: those are
+    Lightning's.
+    """
+    from transformers import TrainingArguments
+    from transformers.trainer_utils import IntervalStrategy, SaveStrategy
+
+    made: Any = TrainingArguments.__new__(TrainingArguments)
+    for field in dataclasses.fields(TrainingArguments):
+        factory: Any = field.default_factory
+        default = field.default if factory is dataclasses.MISSING else factory()
+        setattr(made, field.name, None if default is dataclasses.MISSING else default)
+    values = _arguments(params) | EXTRA | params.trainer_kwargs | {"logging_dir": params.logging_dir, "report_to": []}
+    metric = values["metric_for_best_model"]
+    if values["greater_is_better"] is None and metric is not None:
+        values["greater_is_better"] = not metric.endswith("loss")
+    for name, value in values.items():
+        setattr(made, name, value)
+    made.save_strategy = SaveStrategy(made.save_strategy)
+    made.eval_strategy = IntervalStrategy(made.eval_strategy)
+    made.logging_strategy = IntervalStrategy(made.logging_strategy)
+    return made
+
+
+def _arguments(params: "TrainingParams") -> dict[str, Any]:
+    return _lengths_and_files(params) | _optimization(params) | _devices(params)
 
 
 def arguments_class(kind: str) -> Any:
@@ -87,7 +115,6 @@ def _lengths_and_files(params: "TrainingParams") -> dict[str, Any]:
         "logging_first_step": params.logging_first_step,
         "logging_nan_inf_filter": True,
         "log_level": params.dep_log_level,
-        "report_to": trackers(params),
         "run_name": params.run_name,
         "push_to_hub": False,
         "include_num_input_tokens_seen": params.include_performance_metrics,

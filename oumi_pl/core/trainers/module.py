@@ -22,9 +22,10 @@ from oumi_pl.core.trainers.loss import Loss
 from oumi_pl.core.trainers.optimisation import optimizer, schedule
 from oumi_pl.core.trainers.records import MetricsFile, Timers
 from oumi_pl.core.trainers.saving import load_weights
+from oumi_pl.errors import UserError
 from oumi_pl.modules.restorable import RestorableModule
 from oumi_pl.modules.update import Split
-from oumi_pl.optim import fuse
+from oumi_pl.optim import fuse, parameter_groups
 from oumi_pl.types import Sums
 
 if TYPE_CHECKING:
@@ -112,9 +113,9 @@ class LossModule(RestorableModule):
             self._evaluated = {name: float(value) for name, value in sums.items()}
         return {"loss": sums["loss"] / sums["targets"].clamp(min=1)}
 
-    def log_dict(self, *args: Any, **kwargs: Any) -> None:
+    def log_dict(self, dictionary: Any, *args: Any, **kwargs: Any) -> None:
         """For Lightning's callbacks only: its loggers get the rows that the flow has logged."""
-        super().log_dict(*args, **kwargs, logger=False)
+        super().log_dict(dictionary, *args, **(kwargs | {"logger": False}))
 
     # ---- beginning and end
 
@@ -341,6 +342,13 @@ class LossModule(RestorableModule):
         checkpoint["micro_batches"] = micro_batches
         checkpoint["loops"] = self._loops(position["epoch"], position["update"] * micro_batches)
         super().on_load_checkpoint(checkpoint)
+        saved = [len(group["params"]) for group in checkpoint["optimizer_states"][0]["param_groups"]]
+        own = [len(group["params"]) for group in parameter_groups(self.named_parameters())]
+        if saved != own:
+            raise UserError(
+                f"the checkpoint is of another optimizer or model: {sum(saved)} weights were trained, "
+                f"in groups of {saved}; here it is {own}"
+            )
         self.unlogged, self.last_logged = checkpoint["unlogged"], checkpoint["last_logged"]
 
     def _loops(self, epoch: int, micro_batches: int) -> dict[str, Any]:
