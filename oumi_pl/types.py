@@ -79,7 +79,7 @@ class Segment(NamedTuple):
     """
 
     length: int
-    """Own tokens."""
+    """Own tokens, at least 1."""
     parent: int = -1
     """Index of the segment whose path it continues, an earlier one; -1 if it starts anew."""
     shared: int = 0
@@ -192,6 +192,8 @@ class RunData(Protocol):
     """Whether examples may have segments that continue others."""
     streaming: bool
     """Whether training rows are known only once they are read."""
+    train_loader: Any
+    """The training loader, once it is made."""
     added_tokens: list[int]
     """Ids that were added to the tokenizer's vocabulary."""
 
@@ -217,7 +219,7 @@ class RunData(Protocol):
         """Positions that the longest path of these splits needs surely, and at most; None for `max_length`."""
 
     def prompts(self, split: str) -> Iterator[tuple[list[int], str]]:
-        """Prompt ids of each row of a split, and what the row goes on with."""
+        """Prompt ids of each row of a split, and the reference answer that follows."""
 
     def report(self) -> dict[str, Any]:
         """What became of the rows, per split."""
@@ -289,7 +291,7 @@ class TokenLoss(ABC):
 
 @dataclass(frozen=True)
 class Pairs:
-    """The log-probabilities of pairs of responses: what preference losses are made of.
+    """Log-probabilities of pairs of responses: the input of preference losses.
 
     logps: `[targets]`, of each target token under the policy, float32, differentiable.
     ref_logps: `[targets]`, the same under the reference; zeros where a loss needs none.

@@ -158,7 +158,7 @@ VALUES = {
         "model.optimizer: Invalid learning rate: -0.001", {f"{MODEL}optimizer.init_args.lr": -1e-3}
     ),
     "out of range: warm-up": Case(
-        "model.schedule.warmup is 1.5: a number of steps is whole, and a share of them lies below 1",
+        "model.schedule.warmup is 1.5: a number of steps is whole, and a share of all steps is below 1",
         {f"{MODEL}schedule.init_args.warmup": 1.5},
     ),
     "out of range: held-out fraction": Case(

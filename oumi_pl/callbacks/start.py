@@ -138,7 +138,8 @@ def summary(report: dict[str, Any]) -> str:
         parts.append(f"length {lengths['p0']:,}")
     elif lengths:
         parts.append(f"length {lengths['p0']}/{lengths['p50']}/{lengths['p100']} (min/median/max)")
-    parts.append(f"fill {report['fill']:.1%}" if "fill" in report else f"padding {report['padding']:.1%}")
+    if "fill" in report:
+        parts.append(f"fill {report['fill']:.1%}")
     if "saved_by_sharing" in report:
         parts.append(f"{report['saved_by_sharing']:.1%} of the tokens saved where prompts are shared")
     return ", ".join(parts)

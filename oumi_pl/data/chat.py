@@ -47,6 +47,10 @@ class ChatData(ExampleData):
         # what was in the vocabulary already, and only became special, has a trained row
         return sorted(set(tokenizer.get_vocab().values()) - before)
 
+    def encoding_key(self) -> list[Any]:
+        """What happens to long rows."""
+        return [self.overflow]
+
     def encode(self, records: Sequence[Record]) -> list[Example | Dropped]:
         """Records to examples by template and offsets."""
         return self.tokenize(list(records))

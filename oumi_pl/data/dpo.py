@@ -34,10 +34,6 @@ class DPOData(ChatData):
         """Turns preferences into pairs."""
         return TokenizePairs(self.tokenizer, self.max_length, self.overflow)
 
-    def encoding_key(self) -> list[Any]:
-        """That these are pairs, and what happens to long ones."""
-        return ["pairs", self.overflow]
-
     @property
     def capacity(self) -> int | None:
         """Tokens that a pack holds; None without packing."""

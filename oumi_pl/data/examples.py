@@ -47,7 +47,7 @@ class ExampleData(TextData):
         super().__init__(*args, **kwargs)
         self.packing = packing
         self.group_by_length = group_by_length
-        self._stores: dict[str, list[ExampleStore]] = {}
+        self.__stores: dict[str, list[ExampleStore]] = {}
 
     # ---- what a subclass says
 
@@ -99,11 +99,11 @@ class ExampleData(TextData):
 
     def stores(self, split: str) -> list[ExampleStore]:
         """The tokenized sources of a split, from the cache or made now."""
-        if split not in self._stores:
+        if split not in self.__stores:
             sources, keep = self.taken(split)
             side = f"{split} {self.sources['validation']}" if keep else None
-            self._stores[split] = [self._store(source, keep, side) for source in sources]
-        return self._stores[split]
+            self.__stores[split] = [self.__store(source, keep, side) for source in sources]
+        return self.__stores[split]
 
     def taken(self, split: str) -> tuple[list[Source], Callable[[Row], bool] | None]:
         """What a split takes: its sources, and which of their rows; all if None."""
@@ -147,7 +147,7 @@ class ExampleData(TextData):
         for source in as_sources(value):
             yield from source_records(source, keep, formats=self.prompt_formats if split == "predict" else self.formats)
 
-    def _store(self, source: Source, keep: Callable[[Row], bool] | None, side: str | None) -> ExampleStore:
+    def __store(self, source: Source, keep: Callable[[Row], bool] | None, side: str | None) -> ExampleStore:
         key = [side, tokenizer_fingerprint(self.tokenizer), self.max_length, self.encoding_key()]
         code = code_of(type(self), *(function for function, _ in self.formats))
         return example_store(source, [*key, code], self.encode, keep, self.formats)
@@ -211,61 +211,36 @@ class ExampleData(TextData):
             return sum(len(self.plan(epoch)) for epoch in range(epochs))
         return len(self.plan(0)) * epochs
 
-    def train_dataloader(self) -> PlanLoader:
-        """The training loader, at the position where a resumed run stopped."""
-        self._refuse_another_sampler()
-        loader = PlanLoader(
+    def make_train_loader(self) -> PlanLoader:
+        """A loader that follows the plan."""
+        return PlanLoader(
             self.examples("train"),
             self.targets("train"),
             self.plan,
             self.layout,
             partial(collate, pad_id=self.pad_id),
-            limit=self._limit,
-            **self._fetching,
+            limit=self.limit,
+            **self.fetching,
         )
-        if self._position is not None:
-            self._refuse_other_rows(self._position.get("made_from"))
-            loader.load_state_dict(self._position)
-        self._train_loader = loader
-        return loader
 
-    def state_dict(self) -> dict[str, Any]:
-        """Where the training data stand, and which these are."""
-        position = super().state_dict()
-        return position and position | {"made_from": self._made_from()}
-
-    def _made_from(self) -> list[str]:
-        return [store.directory.name for store in self.stores("train")]
-
-    def _refuse_other_rows(self, before: list[str] | None) -> None:
-        if before is not None and before != self._made_from():
-            raise UserError(
-                "data.train: the rows, or how they are tokenized, have changed since the checkpoint was written: "
-                "the run can't go on where it was; undo the change, or start anew from its model"
-            )
-
-    def val_dataloader(self) -> DataLoader | list:
-        """Every held-out example once; an empty list without `validation`."""
-        return self._eval_loader("validation") if self.sources["validation"] is not None else []
-
-    def test_dataloader(self) -> DataLoader:
-        """Every test example once."""
-        return self._eval_loader("test")
-
-    def _eval_loader(self, split: str) -> DataLoader:
+    def make_eval_loader(self, split: str) -> DataLoader:
+        """Every example of a split once, longest first."""
         layout = Layout(self.eval_batch_size, 1, self.layout.ranks, self.layout.rank)
         plan = plan_in_order(self.lengths(split), layout.rows_per_update, capacity=self.capacity)
-        collated = partial(collate, pad_id=self.pad_id)
-        return eval_loader(self.examples(split), plan, layout, collated, **self._fetching)
+        return eval_loader(self.examples(split), plan, layout, partial(collate, pad_id=self.pad_id), **self.fetching)
+
+    def made_from(self) -> list[str]:
+        """Names of the stores, which are hashes of all that the examples depend on."""
+        return [store.directory.name for store in self.stores("train")]
 
     # ---- report
 
     def report(self) -> dict[str, Any]:
         """What became of the rows, per split: read, kept, dropped, cut, tokens, lengths, how full packs are."""
-        splits = [s for s in ("train", "validation", "test") if s in self._stores]
-        return {split: self._split_report(split) for split in splits}
+        splits = [s for s in ("train", "validation", "test") if s in self.__stores]
+        return {split: self.__split_report(split) for split in splits}
 
-    def _split_report(self, split: str) -> dict[str, Any]:
+    def __split_report(self, split: str) -> dict[str, Any]:
         stores = self.stores(split)
         plan = self.plan(0) if split == "train" else None
         layout = self.layout if split == "train" else Layout(self.eval_batch_size)

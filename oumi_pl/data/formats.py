@@ -52,7 +52,7 @@ def alpaca(row: Row) -> Conversation:
     question, context = text_column(row, "instruction"), row.get("input")
     if context is not None and not isinstance(context, str):
         raise UserError(f"column 'input' holds {kind_name(context)} instead of text")
-    return _exchange(f"{question}\n\n{context}" if context else question, text_column(row, "output"))
+    return exchange(f"{question}\n\n{context}" if context else question, text_column(row, "output"))
 
 
 def prompt_completion(row: Row) -> Record:
@@ -79,7 +79,7 @@ def prompt_response(row: Row) -> Conversation:
     Raises:
         UserError: a column isn't text.
     """
-    return _exchange(text_column(row, "prompt"), text_column(row, "response"))
+    return exchange(text_column(row, "prompt"), text_column(row, "response"))
 
 
 def question_answer(row: Row) -> Conversation:
@@ -88,7 +88,7 @@ def question_answer(row: Row) -> Conversation:
     Raises:
         UserError: a column isn't text.
     """
-    return _exchange(text_column(row, "question"), text_column(row, "answer"))
+    return exchange(text_column(row, "question"), text_column(row, "answer"))
 
 
 def text(row: Row) -> Text:
@@ -100,7 +100,8 @@ def text(row: Row) -> Text:
     return Text(text_column(row, "text"))
 
 
-def _exchange(question: str, answer: str) -> Conversation:
+def exchange(question: str, answer: str) -> Conversation:
+    """A user's question and an assistant's answer; the question is the prompt."""
     turns: tuple[Message, ...] = ({"role": "user", "content": question}, {"role": "assistant", "content": answer})
     return Conversation(turns, prompt_messages=1)
 

@@ -34,9 +34,10 @@ class PackedChatData(PretrainData):
         return sorted(set(tokenizer.get_vocab().values()) - before)
 
     @cached_property
-    def _rendering(self) -> Rendering:
+    def rendering(self) -> Rendering:
+        """Turns conversations into texts."""
         return Rendering(self.tokenizer)
 
     def parts(self, split: str) -> list[Part]:
         """What a split takes of which sources, with conversations as texts."""
-        return [part._replace(render=self._rendering) for part in super().parts(split)]
+        return [part._replace(render=self.rendering) for part in super().parts(split)]

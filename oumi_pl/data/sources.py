@@ -17,12 +17,10 @@ from typing import Any, Literal, get_args
 from oumi_pl.data.files import Reading, count_rows, kind_of, read_file
 from oumi_pl.data.find import BUNDLED, could_be_meant, find_files
 from oumi_pl.data.sampling import sampled
-from oumi_pl.data.tables import table_batches, table_rows
 from oumi_pl.errors import UserError, nearby, nearest
 from oumi_pl.models.hub import asked_once
 from oumi_pl.types import Row
 
-_TABLES = ("parquet", "arrow")
 _INFO = "dataset_info.json"
 _DOCUMENTS = ("file", "blank_lines")
 Errors = Literal["strict", "replace"]
@@ -200,9 +198,14 @@ def _file_split(files: list[Path], source: Source, how: Reading) -> _Split:
         raise UserError(f"{name}: 'documents' divides .txt files, and the rows of other files are documents already")
 
     def read() -> Iterator[tuple[str, Row]]:
-        return itertools.chain.from_iterable(_read(path, how) for path in files)
+        return itertools.chain.from_iterable(read_file(path, _name(path), how) for path in files)
 
-    return _Split(files, read, lambda: sum(_count(path, how) for path in files))
+    return _Split(files, read, lambda: sum(count_rows(path, _name(path), how) for path in files))
+
+
+def _name(path: Path) -> str:
+    """What messages call a file; bundled ones go by the name that recipes use."""
+    return str(path.relative_to(BUNDLED.parent) if path.is_relative_to(BUNDLED) else path)
 
 
 def _cut(source: Source, splits: dict[str, _Split]) -> Iterator[tuple[str, Row]]:
@@ -241,17 +244,6 @@ def _not_empty(found: Iterator[tuple[str, Row]], source: Source) -> Iterator[tup
         path = Path(source.path).expanduser()
         empty = path.is_file() and not path.stat().st_size
         raise UserError(f"{source.path}: {'the file is empty' if empty else f'split {source.split!r} has no rows'}")
-
-
-def _read(path: Path, how: Reading) -> Iterator[tuple[str, Row]]:
-    name = str(path.relative_to(BUNDLED.parent) if path.is_relative_to(BUNDLED) else path)
-    return table_rows(path, name) if kind_of(path) in _TABLES else read_file(path, name, how)
-
-
-def _count(path: Path, how: Reading) -> int:
-    if kind_of(path) in _TABLES:
-        return sum(batch.num_rows for batch in table_batches(path, str(path)))
-    return count_rows(path, str(path), Reading(how.documents, how.replace))
 
 
 def _saved_splits(path: Path) -> dict[str, _Split]:

@@ -83,7 +83,7 @@ def _why_not_alone(base: str | None, adapter: str | None, config: dict[str, Any]
     if base is None:
         return "its base model has random weights"
     if adapter:
-        return "its base model is itself made of an adapter"
+        return "its base model was itself loaded from an adapter"
     if new_rows:
         return f"its vocabulary has {new_rows} rows more than the base model on the disk, for added tokens"
     changed = [key for key in config if not any(part in key for part in _HARMLESS)]
@@ -121,10 +121,10 @@ def _pretrained(
         "dtype": dtype if dtype == "auto" else _torch_dtype(dtype),
     }
     _refuse_without_weights(Path(model))
-    # what doesn't fit is told below, in a line: transformers would print a table of it, and fill in random numbers
+    # mismatches are reported below, in one line: transformers would print a table, and fill in random numbers
     kwargs |= {"use_safetensors": True, "output_loading_info": True, "ignore_mismatched_sizes": True}
     try:
-        with working(f"loading {model}"), _untold():
+        with working(f"loading {model}"), _without_load_report():
             hf, info = loaded(AutoModelForCausalLM.from_pretrained, model, **kwargs)
     except (UserError, KeyError) as error:
         _refuse_attention(attn, error.__cause__ or error)
@@ -144,8 +144,8 @@ def _pretrained(
 
 
 @contextmanager
-def _untold() -> Iterator[None]:
-    """Keeps transformers' report of what it loaded from the terminal."""
+def _without_load_report() -> Iterator[None]:
+    """Silences transformers' report of missing and unexpected weights."""
     from transformers.utils import logging as hf_logging
 
     verbosity = hf_logging.get_verbosity()
@@ -214,7 +214,7 @@ def _is_adapter(folder: Path) -> bool:
 
 
 def _base_of(adapter: str) -> tuple[str, str | None]:
-    """Where the base model of an adapter lies, and its revision."""
+    """Path or hub id of the base model of an adapter, and its revision."""
     config = json.loads((Path(adapter) / "adapter_config.json").read_text())
     name, revision = config.get("base_model_name_or_path"), config.get("revision")
     if not name:

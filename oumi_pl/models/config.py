@@ -52,8 +52,8 @@ def build_config(
     try:
         return AutoConfig.for_model(model_type, **values)
     except Exception as error:  # each architecture checks its values in its own way
-        told = " ".join(str(error).split()).rpartition("ValueError: ")[2]
-        raise UserError(f"model.config: {told}") from error
+        cause = " ".join(str(error).split()).rpartition("ValueError: ")[2]
+        raise UserError(f"model.config: {cause}") from error
 
 
 def loaded(load: Any, name: str, **kwargs: Any) -> Any:

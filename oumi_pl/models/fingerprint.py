@@ -1,4 +1,4 @@
-"""What tells weights apart: a hash of all of them, for caches of what a model computed."""
+"""Fingerprints of model weights, for caches of what a model computed."""
 
 import hashlib
 import json
@@ -26,7 +26,7 @@ def weights_fingerprint(model: nn.Module) -> str:
 
 
 def model_fingerprint(name: str, key: str) -> str:
-    """What tells a model on disk or on the hub from others, without loading it: contents, or the hub's commit.
+    """Fingerprint of a model on disk (its contents) or on the hub (its commit), without loading it.
 
     Args:
         name: Path of a folder (of a model, or of an adapter), or id on the hub.

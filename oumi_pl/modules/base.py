@@ -86,7 +86,7 @@ class LanguageModule(RestorableModule):
         if quantization is not None and lora is None:
             raise UserError("model.quantization: quantized weights can't be trained; add `lora: {r: 16}`")
         if lora is not None:
-            lora_config(lora)  # a misspelt key is told before any data is read
+            lora_config(lora)  # a misspelt key is reported before any data is read
         if model is None:
             build_config(None, config, None)
         # a negative learning rate, for example, is refused now
@@ -126,17 +126,31 @@ class LanguageModule(RestorableModule):
             return
         data = self.data
         if data is None:
-            self.model = self.build(None)
+            model = self.assemble(None)
         else:
             stage = self.trainer.state.fn.value if self.trainer.state.fn else "fit"
-            self.model = self.build(data.tokenizer, data.added_tokens, branching=data.branching)
-            refuse_too_few_positions(self.model.base, data.max_length, data.longest_path(list(data.needed(stage))))
-        self.model.refuse_unknown_logits()  # before the weights are sharded: parts alone can't be run
-        self.load_heads()
+            model = self.assemble(data.tokenizer, data.added_tokens, branching=data.branching)
+            refuse_too_few_positions(model.base, data.max_length, data.longest_path(list(data.needed(stage))))
+        model.refuse_unknown_logits()  # before the weights are sharded: parts alone can't be run
         self.on_model_built()
         if self.compile_layers:
-            self.model.hf.base_model.compile()
-        shard(self.model, self)
+            model.hf.base_model.compile()
+        shard(model, self)
+
+    def assemble(self, tokenizer: Any, added_tokens: Sequence[int] = (), *, branching: bool | None = False) -> LM:
+        """Builds the model and the heads beside it, and makes them the module's own; arguments as of `build`.
+
+        Raises:
+            UserError: the folder that the model comes from holds heads that this trainer type does not have.
+        """
+        self.model = self.build(tokenizer, added_tokens, branching=branching)
+        self.make_heads(self.model)
+        if self.model_name is not None and (heads := self.heads()):
+            read_heads(Path(self.model_name).expanduser(), heads)
+        return self.model
+
+    def make_heads(self, model: LM) -> None:
+        """Makes what a trainer type trains beside the model, such as a reward head: assign it to `self`."""
 
     def on_model_built(self) -> None:
         """Called once, with the weights that training starts from: none are restored or sharded yet."""
@@ -278,16 +292,6 @@ class LanguageModule(RestorableModule):
         """The weights that a trainer type has beside the language model, by name."""
         return {name: value for name, value in self.named_parameters() if not name.startswith("model.")}
 
-    def load_heads(self) -> None:
-        """Loads the heads that an earlier run saved beside the model that this one starts from.
-
-        Raises:
-            UserError: they are others than this trainer type has.
-        """
-        folder = Path(self.model_name).expanduser() if self.model_name is not None else None
-        if folder is not None and (heads := self.heads()):
-            read_heads(folder, heads)
-
     def save(self, directory: Path, *, model: LM | None = None, **settings: Any) -> None:
         """Writes a folder that `transformers` loads, with the heads that were trained beside the model.
 
@@ -316,7 +320,7 @@ class LanguageModule(RestorableModule):
         total = self.total_steps()
         factor = self.schedule(total - 1, total)
         try:
-            float(factor)  # whatever kind of number a schedule of the user's gives
+            float(factor)  # a schedule of the user's may return any kind of number
         except (TypeError, ValueError, RuntimeError) as error:
             name = type(self.schedule).__name__
             raise UserError(f"model.schedule: {name} gives {factor!r} instead of a number") from error
@@ -342,10 +346,10 @@ class LanguageModule(RestorableModule):
         super().on_train_start()
 
     def on_train_epoch_start(self) -> None:
-        """Tells Lightning how long this epoch is: a mixture that is drawn anew need not pack into as many rows."""
+        """Sets the length of this epoch in Lightning: a mixture is redrawn, and may pack into fewer or more rows."""
         loop = self.trainer.fit_loop
         loader = self.trainer.train_dataloader
-        if self.trainer.limit_train_batches == 1.0 and hasattr(loader, "position"):
+        if self.trainer.limit_train_batches == 1.0 and self.data is not None and loader is self.data.train_loader:
             try:
                 loop.max_batches = len(cast("Any", loader))
             except TypeError:  # a stream whose end isn't known

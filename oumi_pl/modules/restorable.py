@@ -1,4 +1,4 @@
-"""What a checkpoint holds besides what Lightning puts into it, and how a run goes on from one."""
+"""What checkpoints hold beside Lightning's own state, and how a run resumes from it."""
 
 from collections.abc import Callable
 from typing import Any, cast
@@ -66,8 +66,7 @@ class RestorableModule(UpdateModule):
         if "optimizer_states" not in checkpoint and "loops" in checkpoint and not is_sharded(self):
             raise UserError("this checkpoint holds weights only (a best.ckpt): resume from a step-*.ckpt")
         if "current_model_state" in checkpoint and not any(isinstance(c, WeightAveraging) for c in self.__callbacks):
-            message = "the run of this checkpoint averaged its weights; this one goes on from the trained ones alone"
-            rank_zero_warn(message)
+            rank_zero_warn("this checkpoint's run averaged its weights; this run resumes without the average")
             checkpoint["state_dict"] = checkpoint["current_model_state"]
         self.tokens_seen = checkpoint["tokens_seen"]
         states = checkpoint["rng"]
@@ -98,14 +97,16 @@ class RestorableModule(UpdateModule):
             group["lr"] = base_lr * factor(schedule.last_epoch)
         now = optimizer.param_groups[0]["lr"]
         if self.global_step and abs(now - before) > 0.01 * max(now, before):
-            rank_zero_warn(f"the checkpoint's next learning rate was {before:.3g}, and this run goes on with {now:.3g}")
+            rank_zero_warn(
+                f"the checkpoint's next learning rate was {before:.3g}, and this run continues with {now:.3g}"
+            )
 
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
-        """Restores the generators at the last moment: whatever ran in between may have drawn from them."""
+        """Restores the random generators at the last moment: callbacks and loaders may have drawn from them."""
         self.restore_generators()
 
     def restore_generators(self) -> None:
-        """Restores the generators from the checkpoint, the first time that it is called."""
+        """Restores the random generators from the checkpoint; does nothing when called again."""
         if self.__rng_to_restore is not None:
             set_rng_state(self.__rng_to_restore)
             self.__rng_to_restore = None

@@ -53,8 +53,10 @@ class UpdateModule(L.LightningModule):
     def loss_sums(self, batch: Any, split: Split) -> Sums:
         """Sums over a batch, scalars by name.
 
-        `loss` is needed; in training it is differentiable. The counts of `count` are added by the caller. The stand-in
-        of a rank that ran out of rows has no targets, and its loss is a differentiable 0 that the model took part in.
+        `loss` is needed; in training it is differentiable. `objective` is what is minimised where that is more than the
+        loss that is logged, the router loss of a mixture of experts for example. The names are the same for every
+        batch. The counts of `count` are added by the caller. The stand-in of a rank that ran out of rows has no
+        targets, and its loss is a differentiable 0 that the model took part in.
         """
 
     def metrics(self, sums: Sums, split: Split) -> dict[str, Tensor]:
@@ -99,10 +101,11 @@ class UpdateModule(L.LightningModule):
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
         """The micro-batch's share of the update's mean loss."""
         sums = self.loss_sums(batch, "train")
+        objective = sums.pop("objective", sums["loss"])
         self.add_to_update(sums | self.__counts(batch, sums["loss"].device))
         update = batch.get("update")
         self.__expected = None if update is None else getattr(update, self.unit)
-        return sums["loss"] * self.share(batch)
+        return objective * self.share(batch)
 
     def add_to_update(self, sums: Mapping[str, Tensor]) -> None:
         """Adds a micro-batch's sums to those that are logged of the update."""
@@ -207,6 +210,7 @@ class UpdateModule(L.LightningModule):
 
     def __evaluate(self, batch: Any, split: Split) -> None:
         sums = self.loss_sums(batch, split)
+        sums.pop("objective", None)
         self.__evaluated.add(sums | self.__counts(batch, sums["loss"].device))
 
     def __log_evaluation(self, split: Split) -> None:

@@ -13,8 +13,8 @@ def in_steps(value: int | float, total: int) -> int:
 
 def _refuse_part_of_a_step(name: str, value: int | float) -> None:
     if value > 1 and value != int(value):
-        told = "a number of steps is whole, and a share of them lies below 1"
-        raise UserError(f"model.schedule.{name} is {value}: {told}")
+        right = "a number of steps is whole, and a share of all steps is below 1"
+        raise UserError(f"model.schedule.{name} is {value}: {right}")
 
 
 def _share(floor: float) -> float:
@@ -144,8 +144,8 @@ class WarmupStableDecay(Schedule):
         start, decay = in_steps(self.warmup, total), in_steps(self.decay, total)
         if start + decay <= total or start >= total:
             return super().doubts(total)
-        told = f"model.schedule: {start} steps of warm-up and {decay} of decay don't fit into a run of {total}"
-        return [f"{told}: the decay is cut to {total - start}, and there is no plateau"]
+        problem = f"model.schedule: {start} steps of warm-up and {decay} of decay don't fit into a run of {total}"
+        return [f"{problem}: the decay is cut to {total - start}, and there is no plateau"]
 
     def factor(self, step: int, start: int, total: int) -> float:
         """1 until the decay begins, `floor` at `total` and after."""

@@ -7,9 +7,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from oumi_pl.report.curves import COLORS, FAINT, margins, steps_of, styled, ticks
+from oumi_pl.report.curves import COLORS, FAINT, margins, smooth, steps_of, styled, thin, ticks, window_of
 from oumi_pl.report.record import Record
-from oumi_pl.report.series import smooth, thin, window_of
 from oumi_pl.report.words import clock, large, number
 from oumi_pl.runs import folders
 

@@ -6,15 +6,49 @@ from html import escape
 from pathlib import Path
 
 from oumi_pl import __version__
-from oumi_pl.report import curves, data, sections
+from oumi_pl.report import curves, html, sections
 from oumi_pl.report.record import Record
-from oumi_pl.report.style import CSS
 from oumi_pl.report.words import meaning
 from oumi_pl.runs.checkpoint_files import saved_steps
 from oumi_pl.runs.folders import CHECKPOINTS, CONFIG
 
 PAGE = "report.html"
 PICTURE = "curves.png"
+STYLE = """
+:root { --code: #f3f4f6; --good: #1a7f37; --bad: #b42318; --warn: #9a6700; --warned: #fff8e1; }
+@media (prefers-color-scheme: dark) { :root { --code: #23282d; --good: #4ac26b; --bad: #ff7b72; --warn: #e3b341;
+  --warned: #2d2716; } }
+.head { display: flex; flex-wrap: wrap; gap: 6px 12px; align-items: center; }
+.state { border: 1px solid currentColor; border-radius: 99px; padding: 1px 10px; font-size: 13px; font-weight: 600; }
+.finished { color: var(--good); } .failed, .killed { color: var(--bad); } .stopped, .unknown { color: var(--warn); }
+.running { color: var(--c0); }
+nav { display: flex; flex-wrap: wrap; gap: 2px 14px; margin: 12px 0 0; font-size: 14px; }
+a { color: var(--c0); }
+.note { background: var(--warned); border-left: 4px solid var(--warn); padding: 8px 12px; margin: 10px 0;
+  border-radius: 4px; white-space: pre-wrap; overflow-wrap: anywhere; }
+.note.bad { border-color: var(--bad); }
+.tiles { display: grid; grid-template-columns: repeat(auto-fill, minmax(158px, 1fr)); gap: 10px; margin: 16px 0; }
+.tile, .card { background: var(--card); border: 1px solid var(--edge); border-radius: 8px; }
+.tile { padding: 9px 12px; } .tile b { display: block; font-size: 20px; font-weight: 600; line-height: 1.3; }
+.tile span { color: var(--quiet); font-size: 13px; }
+abbr { text-decoration: underline dotted var(--faint); cursor: help; }
+.curves { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(100%, 330px), 1fr)); gap: 10px; }
+figure svg { display: block; width: 100%; height: auto; } figure svg text { font-family: inherit; }
+.samples { display: grid; gap: 12px; grid-template-columns: minmax(0, 1fr); } .card { padding: 10px 12px; }
+.pair { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 260px), 1fr)); gap: 8px 18px;
+  margin-top: 8px; border-top: 1px solid var(--edge); padding-top: 8px; }
+.bar { display: flex; height: 14px; border-radius: 4px; overflow: hidden; margin: 4px 0 10px; background: var(--edge); }
+.key { display: inline-block; width: 10px; height: 10px; border-radius: 2px; margin-right: 7px; }
+pre { background: var(--code); border-radius: 6px; padding: 10px 12px; overflow-x: auto; margin: 6px 0 12px;
+  font: 13px/1.45 ui-monospace, Menlo, Consolas, monospace; max-width: 100%; }
+pre.wrap { white-space: pre-wrap; overflow-wrap: anywhere; }
+details { margin: 8px 0; }
+dl { display: grid; grid-template-columns: minmax(90px, max-content) minmax(0, 1fr); gap: 3px 16px;
+  margin: 6px 0; font-size: 14px; }
+dt { color: var(--quiet); overflow-wrap: anywhere; } dd { margin: 0; overflow-wrap: anywhere; }
+.strip { display: block; width: 100%; max-width: 560px; height: 26px; }
+@media print { nav { display: none; } details { display: block; } }
+"""
 SECTIONS = ("Curves", "Samples", "Data", "Time", "Commands", "Recipe", "Environment", "Metrics")
 
 
@@ -39,7 +73,7 @@ def page(run: Record) -> str:
     bodies = {
         "Curves": _curves(run),
         "Samples": sections.samples(run),
-        "Data": data.tables(run),
+        "Data": sections.data(run),
         "Time": sections.times(run),
         "Commands": _commands(run),
         "Recipe": _recipe(run),
@@ -50,14 +84,12 @@ def page(run: Record) -> str:
     links = "".join(f'<a href="#{name.lower()}">{name}</a>' for name in there)
     parts = "".join(f'<h2 id="{name.lower()}">{name}</h2>{bodies[name]}' for name in there)
     made = time.strftime("%Y-%m-%d %H:%M:%S %z")
-    return (
-        '<!doctype html><html lang="en"><head><meta charset="utf-8">'
-        '<meta name="viewport" content="width=device-width, initial-scale=1">'
-        f"<title>{escape(run.name)}</title><link rel='icon' href='data:,'><style>{CSS}</style></head><body><main>"
-        f"{sections.headline(run)}<nav>{links}</nav>{parts}"
-        f'<p class="quiet small">Made by oumi_pl {escape(__version__)} at {made}; made anew by '
-        f"<code>{escape(_command('runs', 'report', str(run.folder)))}</code></p></main></body></html>\n"
+    foot = (
+        f'<p class="quiet small">Made by oumi_pl {escape(__version__)} at {made}; update it with '
+        f"<code>{escape(_command('runs', 'report', str(run.folder)))}</code></p>"
     )
+    body = f"{sections.headline(run)}<nav>{links}</nav>{parts}{foot}"
+    return html.document(escape(run.name), body, STYLE, "<link rel='icon' href='data:,'>")
 
 
 def _curves(run: Record) -> str:

@@ -1,4 +1,4 @@
-"""The sections of a report's page, each the HTML of one question: what came out, what it writes, where time went."""
+"""The sections of a report's page, each the HTML of one question: results, samples, the data, where the time went."""
 
 import math
 import statistics
@@ -7,6 +7,7 @@ from html import escape
 from typing import Any
 
 from oumi_pl.report.clock import PHASES
+from oumi_pl.report.html import table
 from oumi_pl.report.record import Record
 from oumi_pl.report.words import clock, large, meaning, moment, number
 from oumi_pl.runs import folders
@@ -23,7 +24,28 @@ TILES = {
     "val/mean_token_accuracy": "Token accuracy",
     "val/kl": "KL to the reference",
 }
-"""Metrics of validation that the head of a page tells -> their titles."""
+"""Metrics of validation that the head of a page shows -> their titles."""
+ROWS = {
+    "rows": ("rows read", "n"),
+    "documents": ("documents", "n"),
+    "kept": ("kept", "n"),
+    "dropped": ("dropped", "reasons"),
+    "cut": ("cut to length", "n"),
+    "empty_answers": ("empty answers", "n"),
+    "straddled": ("a token crosses the border of prompt and answer", "n"),
+    "replaced": ("characters that were not UTF-8", "n"),
+    "tokens": ("tokens", "n"),
+    "target_tokens": ("tokens that carry loss", "n"),
+    "bytes": ("bytes of text", "n"),
+    "bytes_per_token": ("bytes per token", "n"),
+    "rows_planned": ("rows of an epoch", "n"),
+    "windows": ("windows", "n"),
+    "updates_per_epoch": ("updates per epoch", "n"),
+    "fill": ("fill of the rows", "%"),
+    "padding": ("padding", "%"),
+    "saved_by_sharing": ("tokens saved where prompts are shared", "%"),
+}
+"""Key of a data report -> what it counts, and how it is written."""
 
 
 def headline(run: Record) -> str:
@@ -158,6 +180,82 @@ def _text(text: Any) -> str:
     return escape(shown) if shown.strip() else '<span class="quiet">(nothing)</span>'
 
 
+def data(run: Record) -> str:
+    """The data report of all splits, side by side; empty if there is none."""
+    splits = {name: report for name, report in run.data.items() if isinstance(report, dict)}
+    if not splits:
+        return ""
+    rows = []
+    for key, (title, kind) in ROWS.items():
+        if any(report.get(key) not in (None, {}) and (report.get(key) or key == "kept") for report in splits.values()):
+            rows.append([title, *(_cell(report.get(key), kind) for report in splits.values())])
+    parts = [table(["", *map(escape, splits)], rows)]
+    lengths = {name: report["lengths"] for name, report in splits.items() if report.get("lengths")}
+    if lengths:
+        parts.append(f'<p class="label">Length in tokens</p>{_lengths(lengths)}')
+    for name, report in splits.items():
+        if isinstance(report.get("sources"), list):
+            parts.append(_sources(f"Sources of {name}", report["sources"]))
+    consumed = run.data.get("consumed")
+    if isinstance(consumed, list) and any(source.get("tokens") for source in consumed if isinstance(source, dict)):
+        parts.append(_sources("Read in the running pass", consumed))
+    return "".join(parts)
+
+
+def _cell(value: Any, kind: str) -> str:
+    if value is None or value == {}:
+        return ""
+    if kind == "reasons" and isinstance(value, dict):
+        return "<br>".join(f"{escape(number(n))} ({escape(str(reason))})" for reason, n in value.items())
+    return f"{value:.1%}" if kind == "%" and isinstance(value, int | float) else escape(number(value))
+
+
+def _lengths(splits: dict[str, dict[str, int]]) -> str:
+    """Percentiles of each split as a strip, all to one scale, and in numbers."""
+    longest = max(max(lengths.values()) for lengths in splits.values()) or 1
+    differ = any(min(lengths.values()) < max(lengths.values()) for lengths in splits.values())
+    percentiles = list(next(iter(splits.values())))
+    rows = [[escape(name), *(f"{found.get(p, 0):,}" for p in percentiles)] for name, found in splits.items()]
+    numbers = table(["", *map(_percentile, percentiles)], rows)
+    if not differ:
+        return numbers
+    strips = [f'<span class="label">{escape(n)}</span>{_strip(found, longest)}' for n, found in splits.items()]
+    legend = '<p class="quiet small">Line: all rows; pale: 90 % of them; dark: half of them; mark: the median.</p>'
+    return "".join(strips) + legend + numbers
+
+
+def _percentile(name: str) -> str:
+    return {"p0": "least", "p50": "median", "p100": "most"}.get(name, f"{name[1:]} %")
+
+
+def _strip(found: dict[str, int], longest: int) -> str:
+    """A box plot, 0 to the longest row of all splits, drawn in 500 by 26 units and stretched to the page."""
+    at = {p: 500 * found[p] / longest for p in ("p0", "p5", "p25", "p50", "p75", "p95", "p100") if p in found}
+    if len(at) < 7:
+        return ""
+    box = lambda low, high, y, height, fill: (  # noqa: E731
+        f'<rect x="{at[low]:.1f}" y="{y}" width="{max(1.5, at[high] - at[low]):.1f}" height="{height}" {fill}/>'
+    )
+    return (
+        '<svg class="strip" viewBox="0 0 504 26" preserveAspectRatio="none" aria-hidden="true">'
+        + box("p0", "p100", 12, 2, 'fill="var(--faint)"')
+        + box("p5", "p95", 7, 12, 'fill="var(--c0)" opacity="0.3"')
+        + box("p25", "p75", 7, 12, 'fill="var(--c0)" opacity="0.7"')
+        + f'<rect x="{at["p50"] - 1:.1f}" y="3" width="3" height="20" fill="var(--c1)"/></svg>'
+    )
+
+
+def _sources(title: str, sources: list[Any]) -> str:
+    found = [source for source in sources if isinstance(source, dict)]
+    keys = [key for key in dict.fromkeys(key for source in found for key in source) if key != "source"]
+    keys = [key for key in keys if any(source.get(key) for source in found)]
+    rows = []
+    for source in found:
+        cells = (_cell(source.get(key), "%" if key in ("share", "wanted") else "reasons") for key in keys)
+        rows.append([escape(str(source.get("source", ""))), *cells])
+    return table(["", *(escape(key.replace("_", " ")) for key in keys)], rows, escape(title))
+
+
 def times(run: Record) -> str:
     """Where the time went, and how fast the updates were."""
     known = run.state.get("times")
@@ -169,13 +267,12 @@ def times(run: Record) -> str:
             f'<span style="width:{100 * s / whole:.3f}%;background:{_color(i)}"></span>'
             for i, s in enumerate(spent.values())
         )
-        rows = "".join(
-            f'<tr><td><span class="key" style="background:{_color(i)}"></span>{escape(PHASES.get(p, p))}</td>'
-            f'<td class="n">{clock(s)}</td><td class="n">{s / whole:.1%}</td></tr>'
+        key = '<span class="key" style="background:{}"></span>{}'
+        rows = [
+            [key.format(_color(i), escape(PHASES.get(p, p))), clock(s), f"{s / whole:.1%}"]
             for i, (p, s) in enumerate(spent.items())
-        )
-        total = f'<tr><th>All in all</th><th class="n">{clock(whole)}</th><th class="n"></th></tr>'
-        parts.append(f'<div class="bar">{bar}</div><div class="scroll"><table>{rows}{total}</table></div>')
+        ]
+        parts.append(f'<div class="bar">{bar}</div>{table(["All in all", clock(whole), ""], rows)}')
         if run.condition not in ("finished", "stopped", "failed"):
             parts.append('<p class="quiet small">Up to the last validation.</p>')
     speeds = [

@@ -121,7 +121,7 @@ def own_id(logger: Logger) -> str | None:
 
 
 def not_logged(logger: Logger, row: Mapping[str, float], step: int) -> dict[str, float]:
-    """What of a step's metrics a resumed run has yet to log: MLflow would keep, and show, what it is told twice."""
+    """Metrics of a step that a resumed run has not logged yet: MLflow would keep and show duplicates."""
     if not isinstance(logger, MLFlowLogger):
         return dict(row)
     history = logger.experiment.get_metric_history

@@ -1,4 +1,4 @@
-"""`metrics.csv`: one line per optimizer step, which a resume cuts back to its checkpoint and goes on with.
+"""`metrics.csv`: one line per optimizer step, which a resume truncates to its checkpoint and continues.
 
 Every metric's name, meaning and window; names are TRL's where it has one. "Update" is one optimizer step: all its
 micro-batches on all ranks.
@@ -54,7 +54,7 @@ class MetricsCSV(Logger):
         self._row: dict[str, Any] = {}
 
     def open(self, file: Path, step: int = 0, row: dict[str, Any] | None = None) -> None:
-        """Begins a file, or goes on with one from `step` on: later lines are cut off.
+        """Starts a file, or continues one from `step`: later lines are cut off.
 
         `row` is the line of `step` as the checkpoint holds it: the run may have been killed before it was written.
         """

@@ -15,7 +15,7 @@ from oumi_pl.errors import UserError
 from oumi_pl.losses.causal import CrossEntropy
 from oumi_pl.models import hub
 from oumi_pl.models.build import build_model
-from oumi_pl.models.causal_lm import CausalLM
+from oumi_pl.models.lm import LM
 from tests.tiny import LLAMA
 
 GPT2 = {"model_type": "gpt2", "n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 64}
@@ -321,7 +321,7 @@ def test_gradient_checkpointing_changes_no_gradient(tokenizer, config):
         hf = build_model(None, config=config, tokenizer=tokenizer, gradient_checkpointing=checkpointing)
         calls = count_calls(hf)
         torch.manual_seed(1)
-        loss = CausalLM(hf)(batch, CrossEntropy()).loss_sum
+        loss = LM(hf)(batch, CrossEntropy()).loss_sum
         loss.backward()
         assert len(calls) == (4 if checkpointing else 2), "layers were not run again in the backward pass"
         losses.append(loss)

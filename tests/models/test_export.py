@@ -10,7 +10,7 @@ from oumi_pl.data.tokenizers import ByteTokenizer
 from oumi_pl.errors import UserError
 from oumi_pl.losses.causal import CrossEntropy
 from oumi_pl.models.build import build_model
-from oumi_pl.models.causal_lm import CausalLM
+from oumi_pl.models.lm import LM
 from oumi_pl.models.export import export_model
 from tests.models.test_lora import batch, moved, plain_tokenizer, pretrained
 from tests.tiny import LLAMA
@@ -47,7 +47,7 @@ def names(folder):
 def test_a_whole_model(tmp_path, tied):
     base = pretrained(tmp_path / "base", plain_tokenizer(), tie_word_embeddings=tied)
     tokenizer, added, end = with_chat(base)
-    model = CausalLM(build_model(base, tokenizer=tokenizer, added_tokens=added))
+    model = LM(build_model(base, tokenizer=tokenizer, added_tokens=added))
     before = logits(model.hf)
     model.train()
     export_model(model, tmp_path / "out", tokenizer, stop_tokens=[end], card="# card")
@@ -68,13 +68,13 @@ def test_generate_stops_at_the_end_of_turn(tmp_path):
     hf = build_model(base, tokenizer=tokenizer, added_tokens=added)
     with torch.no_grad():  # a model that has nothing to say
         hf.lm_head.weight[end] = 100 * hf.model.norm(hf.model(torch.tensor([[5, 6, 7]])).last_hidden_state[0, -1])
-    export_model(CausalLM(hf), tmp_path / "out", tokenizer, stop_tokens=[end])
+    export_model(LM(hf), tmp_path / "out", tokenizer, stop_tokens=[end])
     out = AutoModelForCausalLM.from_pretrained(tmp_path / "out").generate(torch.tensor([[5, 6, 7]]), do_sample=False)
     assert out[0, 3:].tolist() == [end]
 
 
 def test_the_attention_of_training_is_not_written_down(tmp_path):
-    model = CausalLM(build_model(None, config=LLAMA, tokenizer=ByteTokenizer().build(), attn="documents"))
+    model = LM(build_model(None, config=LLAMA, tokenizer=ByteTokenizer().build(), attn="documents"))
     export_model(model, tmp_path / "out")
     assert "documents" not in (tmp_path / "out" / "config.json").read_text()
     assert_same(tmp_path / "out", model.hf)
@@ -82,7 +82,7 @@ def test_the_attention_of_training_is_not_written_down(tmp_path):
 
 def test_a_generation_config_that_contradicts_itself_is_put_right(tmp_path):
     """Some published models have a temperature but greedy decoding: transformers would refuse to save it."""
-    model = CausalLM(build_model(None, config=LLAMA | {"vocab_size": 97}))
+    model = LM(build_model(None, config=LLAMA | {"vocab_size": 97}))
     model.hf.generation_config.temperature = 0.6
     with pytest.raises(ValueError, match="temperature"):
         model.hf.save_pretrained(tmp_path / "plain")
@@ -96,7 +96,7 @@ def test_a_generation_config_that_contradicts_itself_is_put_right(tmp_path):
 @pytest.mark.parametrize("tied", [True, False])
 def test_a_merged_adapter(tmp_path, tied, lora):
     base = pretrained(tmp_path / "base", tie_word_embeddings=tied)
-    model = CausalLM(moved(base, lora=lora))
+    model = LM(moved(base, lora=lora))
     before = logits(model.hf)
     export_model(model, tmp_path / "out", merge=True)
     assert "adapter_config.json" not in names(tmp_path / "out")
@@ -110,7 +110,7 @@ def test_a_merged_adapter(tmp_path, tied, lora):
 def test_a_mixture_of_experts(tmp_path):
     """Its experts lie in the folder one by one, and fused in the live model."""
     experts = {"model_type": "mixtral", "num_local_experts": 4, "num_experts_per_tok": 2, "vocab_size": 97}
-    model = CausalLM(build_model(None, config=LLAMA | experts))
+    model = LM(build_model(None, config=LLAMA | experts))
     export_model(model, tmp_path / "out")
     assert_same(tmp_path / "out", model.hf)
 
@@ -121,7 +121,7 @@ def test_an_adapter_alone(tmp_path, monkeypatch, tied, lora):
     """Small, and found its base again from anywhere, though the recipe named it by a relative path."""
     pretrained(tmp_path / "base", tie_word_embeddings=tied)
     monkeypatch.chdir(tmp_path)
-    model = CausalLM(moved("base", lora=lora))
+    model = LM(moved("base", lora=lora))
     before = logits(model.hf)
     export_model(model, tmp_path / "out", ByteTokenizer().build(), card="# card")
     assert "model.safetensors" not in names(tmp_path / "out")
@@ -137,7 +137,7 @@ def test_an_adapter_alone(tmp_path, monkeypatch, tied, lora):
 def test_an_adapter_with_added_tokens_where_the_base_has_room(tmp_path, tied):
     base = pretrained(tmp_path / "base", plain_tokenizer(), tie_word_embeddings=tied, room=8)
     tokenizer, added, _ = with_chat(base)
-    model = CausalLM(moved(base, tokenizer=tokenizer, added_tokens=added, lora={"r": 4}))
+    model = LM(moved(base, tokenizer=tokenizer, added_tokens=added, lora={"r": 4}))
     ids = torch.tensor([[5, added[0], 6, added[1], 7]])
     export_model(model, tmp_path / "out", tokenizer)
     assert_same(tmp_path / "out", model.hf, ids=ids)
@@ -152,7 +152,7 @@ def test_an_adapter_with_added_tokens_that_the_base_has_no_rows_for(tmp_path, ti
     """On the base as it is on the disk, neither transformers nor PEFT could load it."""
     base = pretrained(tmp_path / "base", plain_tokenizer(), tie_word_embeddings=tied)
     tokenizer, added, _ = with_chat(base)
-    model = CausalLM(moved(base, tokenizer=tokenizer, added_tokens=added, lora={"r": 4}))
+    model = LM(moved(base, tokenizer=tokenizer, added_tokens=added, lora={"r": 4}))
     with pytest.raises(UserError, match=r"2 rows more than the base.*--merge"):
         export_model(model, tmp_path / "out", tokenizer)
     assert not (tmp_path / "out").exists()
@@ -173,7 +173,7 @@ def test_an_adapter_with_added_tokens_that_the_base_has_no_rows_for(tmp_path, ti
 )
 def test_adapters_whose_base_is_not_that_on_the_disk(tmp_path, folder, config, why):
     base = pretrained(tmp_path / "base") if folder else None
-    model = CausalLM(moved(base, config=config, lora={"r": 4}))
+    model = LM(moved(base, config=config, lora={"r": 4}))
     if why is None:
         export_model(model, tmp_path / "out")
         assert_same(tmp_path / "out", model.hf)
@@ -185,7 +185,7 @@ def test_adapters_whose_base_is_not_that_on_the_disk(tmp_path, folder, config, w
 
 
 def test_only_new_or_empty_folders_are_written(tmp_path):
-    model = CausalLM(build_model(None, config=LLAMA | {"vocab_size": 97}))
+    model = LM(build_model(None, config=LLAMA | {"vocab_size": 97}))
     (tmp_path / "empty").mkdir()
     export_model(model, tmp_path / "empty")
     (tmp_path / "file").write_text("mine")
@@ -198,7 +198,7 @@ def test_only_new_or_empty_folders_are_written(tmp_path):
 
 
 def test_a_failure_leaves_no_half_folder(tmp_path, monkeypatch):
-    model = CausalLM(build_model(None, config=LLAMA | {"vocab_size": 97}))
+    model = LM(build_model(None, config=LLAMA | {"vocab_size": 97}))
     tokenizer = ByteTokenizer().build()
 
     def full_disk(*_, **__):

@@ -11,7 +11,7 @@ from oumi_pl.data.tokenizers import ByteTokenizer
 from oumi_pl.errors import UserError
 from oumi_pl.losses.causal import CrossEntropy
 from oumi_pl.models.build import build_model
-from oumi_pl.models.causal_lm import CausalLM
+from oumi_pl.models.lm import LM
 from oumi_pl.modules.sft import SFT
 from oumi_pl.runs.checkpoints import AtomicCheckpointIO
 from tests.tiny import LLAMA, data, trainer
@@ -131,7 +131,7 @@ def test_gradients_are_those_of_the_naive_loss(tmp_path, tied):
     """The head is frozen: only gradients by the hidden states may leave the loss, and they must be all there."""
     folder = pretrained(tmp_path, tie_word_embeddings=tied)
     ours, naive = (moved(folder, lora={"r": 4}) for _ in range(2))
-    out = CausalLM(ours)(batch(), CrossEntropy())
+    out = LM(ours)(batch(), CrossEntropy())
     out.loss_sum.backward()
     inputs = batch()
     logits = naive(input_ids=inputs["input_ids"], use_cache=False).logits
@@ -150,7 +150,7 @@ def test_gradient_checkpointing_changes_no_gradient(tmp_path):
     for checkpointing in (False, True):
         hf = moved(folder, lora=ADAPTER, gradient_checkpointing=checkpointing)
         torch.manual_seed(2)  # LoRA's dropout
-        CausalLM(hf)(batch(), CrossEntropy()).loss_sum.backward()
+        LM(hf)(batch(), CrossEntropy()).loss_sum.backward()
         gradients.append({name: p.grad for name, p in trainable(hf).items()})
     assert all(torch.equal(gradients[0][name], gradients[1][name]) for name in gradients[0])
     assert all(gradient.norm() > 0 for gradient in gradients[1].values())
@@ -236,7 +236,7 @@ def test_gradients_of_added_rows_are_those_of_the_naive_loss(tmp_path, tied):
     ours, naive = (moved(folder, **kwargs) for _ in range(2))
     inputs = batch()
     inputs["input_ids"][:, ::3] = inputs["labels"][:, 1::4] = added[0]
-    out = CausalLM(ours)(inputs, CrossEntropy())
+    out = LM(ours)(inputs, CrossEntropy())
     out.loss_sum.backward()
     logits = naive(input_ids=inputs["input_ids"], use_cache=False).logits
     nn.functional.cross_entropy(logits.flatten(0, 1), inputs["labels"].flatten(), reduction="sum").backward()

@@ -5,8 +5,7 @@ from typing import Any
 
 from oumi_pl.core.configs import DatasetSplitParams, TrainingConfig
 from oumi_pl.core.recipe.notes import Notes, refuse
-from oumi_pl.core.recipe.registry import Registered
-from oumi_pl.core.recipe.sources import entry_of, source
+from oumi_pl.core.recipe.sources import Registered, entry_of, source
 from oumi_pl.core.recipe.targets import COMPLETIONS, PADDING, refuse_collators, template, train_on
 
 KINDS = {

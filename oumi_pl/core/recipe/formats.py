@@ -38,7 +38,7 @@ def alpaca_without_system(row: Row) -> Conversation:
     asked = text_column(row, "instruction")
     if row.get("input"):
         asked = f"{asked}\n\n### Input:\n{text_column(row, 'input')}"
-    return _exchange(asked, text_column(row, "output"))
+    return formats.exchange(asked, text_column(row, "output"))
 
 
 def text_sft(row: Row) -> Conversation:
@@ -53,7 +53,7 @@ def text_sft(row: Row) -> Conversation:
         return formats.messages(row["conversation"])
     if "instruction" in row:
         asked = f"{text_column(row, 'instruction')}\n\n{row.get('input') or ''}".strip()
-        return _exchange(asked, text_column(row, "output"))
+        return formats.exchange(asked, text_column(row, "output"))
     raise UserError(
         f"columns {', '.join(sorted(row))}; text_sft reads `messages`, a `conversation`, or `instruction`, `input` and "
         "`output`"
@@ -117,7 +117,7 @@ def _dolly(row: Row, prefixes: tuple[str, ...]) -> Conversation:
     )
     if not instruction or not response:
         raise UserError(f"no columns '{prefixes[-1]}-instruction' and '{prefixes[-1]}-response' with text in them")
-    return _exchange(f"{instruction}\n\n{context}" if context else instruction, response)
+    return formats.exchange(f"{instruction}\n\n{context}" if context else instruction, response)
 
 
 def _value(column: Any) -> str:
@@ -125,8 +125,3 @@ def _value(column: Any) -> str:
     value = column.get("value") if isinstance(column, dict) else column
     value = value[0] if isinstance(value, list) and value else value
     return value if isinstance(value, str) else ""
-
-
-def _exchange(asked: str, answer: str) -> Conversation:
-    turns: tuple[Message, ...] = ({"role": "user", "content": asked}, {"role": "assistant", "content": answer})
-    return Conversation(turns, prompt_messages=1)

@@ -4,7 +4,7 @@ from typing import Any
 
 from oumi_pl.core.configs import DatasetSplitParams, ModelParams, TrainingConfig
 from oumi_pl.core.recipe.notes import Notes, refuse
-from oumi_pl.core.recipe.registry import Registered
+from oumi_pl.core.recipe.sources import Registered
 from oumi_pl.data.template import OUMI
 from oumi_pl.errors import nearest
 

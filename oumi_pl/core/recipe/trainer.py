@@ -1,17 +1,28 @@
-"""The loop of an Oumi config: how long, how often, on what, and what is saved."""
+"""The loop of an Oumi config: its engine and devices, how long and how often, and what is saved."""
 
 import math
 import os
 import re
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from oumi_pl.core.configs import TrainingConfig, TrainingParams
-from oumi_pl.core.recipe.engine import Engine
 from oumi_pl.core.recipe.notes import Notes, refuse
-from oumi_pl.core.recipe.sharding import strategy
 from oumi_pl.runs.folders import CHECKPOINTS
+
+Engine = Literal["lightning", "trl", "hf"]
+
+ENGINES: dict[str, Engine] = {
+    "TRL_SFT": "trl",
+    "TRL_DPO": "trl",
+    "HF": "hf",
+    "OUMI": "lightning",
+    "SFT": "lightning",
+    "DPO": "lightning",
+    "PRETRAIN": "lightning",
+}
+"""Trainer type -> what drives the training loop."""
 
 NEVER = 1_000_000_000
 """Steps that no run reaches."""
@@ -19,10 +30,47 @@ ALL = 1000
 """Checkpoints to keep, where Oumi keeps whatever it writes."""
 CHECKPOINT = re.compile(r"(?:checkpoint|step)-(\d+)(?:\.ckpt)?")
 """Name of a checkpoint, of transformers or of Lightning."""
-
-
 MLFLOW_STORE = "sqlite:///mlflow.db"
 """MLflow's own default, and so that of transformers' callback; Lightning's is a folder, which MLflow takes no more."""
+STRATEGY = "trainer.strategy"
+
+
+def engine_of(config: TrainingConfig, kind: str, asked: Engine | None, devices: int | None, notes: Notes) -> Engine:
+    """What drives the training loop: what was asked for, else what the trainer type stands for, as far as it can.
+
+    Args:
+        config: The config.
+        kind: `SFT`, `DPO` or `Pretrain`.
+        asked: What the user named; None for the trainer type's.
+        devices: Devices per node; None for as many as there are.
+        notes: Where comments go.
+
+    Raises:
+        UserError: what was asked for can't do something that the config says.
+    """
+    training = config.training
+    usual = asked or ENGINES[training.trainer_type.name]
+    if usual == "lightning":
+        return usual
+    peft = config.peft
+    only_lightning = {
+        "peft.lora_modules_to_save": (training.use_peft and peft.lora_modules_to_save, "modules trained as a whole"),
+        "fsdp.enable_fsdp": (config.fsdp.enable_fsdp, "several devices"),
+        "training.save_epoch": (training.save_epoch and training.save_steps <= 0, "checkpoints by epoch"),
+    }
+    for path, (is_set, what) in only_lightning.items():
+        if is_set and asked:
+            refuse(path, f"{asked} can't do {what} here; leave --engine out, or name lightning")
+        if is_set:
+            notes.comment("", f"Lightning drives it, and not {usual}, which can't do {what} here")
+            return "lightning"
+    if not asked and max(devices or 1, int(os.environ.get("WORLD_SIZE", "1"))) > 1:
+        notes.comment("", f"Lightning drives it, and not {usual}, which trains on one device")
+        return "lightning"
+    if not asked and (usual, kind) == ("trl", "Pretrain"):
+        notes.comment("", "transformers' Trainer drives it, and not TRL's SFT, which does no more with rows of tokens")
+        return "hf"
+    return usual
 
 
 def trainer(config: TrainingConfig, notes: Notes, devices: int | None, engine: Engine) -> dict[str, Any]:
@@ -37,7 +85,7 @@ def trainer(config: TrainingConfig, notes: Notes, devices: int | None, engine: E
         notes.nothing("training.ddp_find_unused_parameters", "it trains on one device")
         notes.nothing("training.log_model_summary", "train writes telemetry/model_summary.txt beside the run")
     made: dict[str, Any] = {} if devices is None else {"devices": devices}
-    made |= strategy(config, notes, devices) if engine == "lightning" else {}
+    made |= _strategy(config, notes, devices) if engine == "lightning" else {}
     if training.max_steps > 0:
         made["max_steps"] = training.max_steps
         if training.num_train_epochs != 3:
@@ -62,6 +110,47 @@ def trainer(config: TrainingConfig, notes: Notes, devices: int | None, engine: E
         made["callbacks"] = [{"class_path": "oumi_pl.core.recipe.epochs.SaveEachEpoch"}]
     loggers = _loggers(training, notes)
     return made | ({"logger": loggers} if loggers else {})
+
+
+def _strategy(config: TrainingConfig, notes: Notes, devices: int | None) -> dict[str, Any]:
+    """`trainer.strategy`, and the precision that goes with it."""
+    fsdp = config.fsdp
+    if not fsdp.enable_fsdp:
+        return {"strategy": "ddp_find_unused_parameters_true"} if config.training.ddp_find_unused_parameters else {}
+    made: dict[str, Any] = _sharded_precision(config, notes)
+    name = fsdp.sharding_strategy.name
+    if name == "NO_SHARD":
+        notes.became["fsdp.sharding_strategy"] = "trainer.strategy ddp, which is what it comes to"
+        return {"strategy": "ddp"} | made
+    if name in ("SHARD_GRAD_OP", "HYBRID_SHARD_ZERO2"):
+        refuse("fsdp.sharding_strategy", f"{name} has no counterpart; FULL_SHARD gives the same numbers in less memory")
+    if name == "HYBRID_SHARD":
+        notes.comment(
+            STRATEGY, "HYBRID_SHARD shards within a node; on several, this shards over all, with equal numbers"
+        )
+    size = devices or int(os.environ.get("WORLD_SIZE", "0")) or _visible_devices()
+    notes.comment(STRATEGY, "data_parallel_size is the number of all GPUs")
+    notes.became["fsdp.enable_fsdp"] = f"trainer.strategy ModelParallelStrategy (FSDP2) over {size} devices"
+    arguments = {"data_parallel_size": size, "tensor_parallel_size": 1}
+    return {"strategy": {"class_path": "ModelParallelStrategy", "init_args": arguments}} | made
+
+
+def _sharded_precision(config: TrainingConfig, notes: Notes) -> dict[str, Any]:
+    name = config.fsdp.mixed_precision
+    if name is None:
+        return {}
+    if name == "fp16":
+        refuse("fsdp.mixed_precision", "fp16 is not sharded; set bf16")
+    if config.model.dtype != "float32":
+        notes.became["fsdp.mixed_precision"] = f"nothing: the weights are {config.model.torch_dtype_str} already"
+        return {}
+    return {"precision": "bf16-mixed"}
+
+
+def _visible_devices() -> int:
+    import torch
+
+    return max(1, torch.cuda.device_count())
 
 
 def _determinism(training: TrainingParams, notes: Notes) -> dict[str, Any]:

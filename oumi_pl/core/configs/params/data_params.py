@@ -7,9 +7,7 @@ from enum import Enum, StrEnum
 from pathlib import Path
 from typing import Any
 
-from oumi_pl.core.configs.errors import OumiConfigError
-from oumi_pl.core.configs.params.base_params import MISSING, BaseParams
-from oumi_pl.core.configs.params.values import hints, shown
+from oumi_pl.core.configs.params.base_params import MISSING, BaseParams, OumiConfigError, hints, shown
 
 COMPLETIONS_COLLATOR = "text_completions_only_with_padding"
 COLLATORS = ("text_with_padding", COMPLETIONS_COLLATOR, "vision_language_with_padding", "vision_language_sft")
@@ -68,9 +66,7 @@ class DatasetParams(BaseParams):
 
     def _check(self) -> None:
         self._at_least(0, "sample_count")
-        share = self.mixture_proportion
-        if share is not None and not 0 <= share <= 1:
-            raise OumiConfigError(f"mixture_proportion is {share}, but has to be between 0 and 1")
+        self._is_share("mixture_proportion")
         workers = self.transform_num_workers
         if workers is not None and workers != "auto" and not (isinstance(workers, int) and workers > 0):
             raise OumiConfigError(f"transform_num_workers: {workers!r} is not a positive int or 'auto'")

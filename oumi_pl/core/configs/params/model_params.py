@@ -7,9 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from oumi_pl.core.configs.errors import OumiConfigError
-from oumi_pl.core.configs.params.base_params import MISSING, BaseParams
-from oumi_pl.core.configs.params.values import hints
+from oumi_pl.core.configs.params.base_params import MISSING, BaseParams, OumiConfigError, hints
 from oumi_pl.errors import nearest
 
 DTYPES = {

@@ -3,8 +3,7 @@
 from dataclasses import dataclass
 from enum import Enum, StrEnum
 
-from oumi_pl.core.configs.errors import OumiConfigError
-from oumi_pl.core.configs.params.base_params import BaseParams
+from oumi_pl.core.configs.params.base_params import BaseParams, OumiConfigError
 
 
 class PeftSaveMode(Enum):
@@ -82,8 +81,7 @@ class PeftParams(BaseParams):
 
     def _check(self) -> None:
         self._at_least(1, "lora_r")
-        if not 0 <= self.lora_dropout <= 1:
-            raise OumiConfigError(f"lora_dropout is {self.lora_dropout:g}, but has to be between 0 and 1")
+        self._is_share("lora_dropout")
         if self.lora_target_modules == [] and not self.lora_target_parameters:
             raise OumiConfigError("lora_target_modules: empty, so nothing is trained; null leaves the choice to PEFT")
         self._one_of("lora_bias", ("none", "all", "lora_only"))

@@ -7,12 +7,8 @@ from enum import Enum, StrEnum
 from pathlib import Path
 from typing import Any
 
-from oumi_pl.core.configs.errors import OumiConfigError
-from oumi_pl.core.configs.params.base_params import BaseParams
-from oumi_pl.core.configs.params.profiler_params import ProfilerParams
-from oumi_pl.core.configs.params.rl_params import GkdParams, GoldParams, GrpoParams
-from oumi_pl.core.configs.params.telemetry_params import TelemetryParams
-from oumi_pl.core.configs.params.trainer_arguments import set_elsewhere
+from oumi_pl.core.configs.params.base_params import BaseParams, OumiConfigError, hints
+from oumi_pl.core.configs.params.unsupported_params import GkdParams, GoldParams, GrpoParams
 
 NOT_HERE = ("TRL_KTO", "TRL_GRPO", "TRL_GKD", "TRL_GOLD", "VERL_GRPO")
 LONGEST_NAME = 100
@@ -50,6 +46,86 @@ class MixedPrecisionDtype(StrEnum):
     NONE = "none"
     FP16 = "fp16"
     BF16 = "bf16"
+
+
+SET_BY: dict[str, str] = {
+    "optim": "optimizer",
+    "log_level": "dep_log_level",
+    "gradient_checkpointing": "enable_gradient_checkpointing",
+    "torch_compile": "compile",
+    "fp16": "mixed_precision_dtype",
+    "bf16": "mixed_precision_dtype",
+    "report_to": "enable_wandb, enable_mlflow and enable_tensorboard",
+    "torch_empty_cache_steps": "empty_device_cache_steps",
+    "save_strategy": "save_steps and save_epoch",
+    "include_num_input_tokens_seen": "include_performance_metrics",
+    "include_tokens_per_second": "include_performance_metrics",
+    "ddp_broadcast_buffers": "use_deterministic",
+    "accelerator_config": "dataloader_main_process_only",
+}
+"""Argument of transformers' and TRL's trainers -> the field of another name that sets it."""
+FIXED = ("logging_nan_inf_filter", "push_to_hub", "dataloader_pin_memory")
+"""Arguments of these trainers that no field sets."""
+
+
+@dataclass
+class TelemetryParams(BaseParams):
+    """Timings, devices, and the configuration of a run."""
+
+    telemetry_dir: str | None = "telemetry"
+    """Where it is written, within the output directory unless absolute; null: nowhere."""
+    collect_telemetry_for_all_ranks: bool = False
+    """Whether all ranks are written down, not only the first."""
+    track_gpu_temperature: bool = False
+    """Whether the GPU's temperature is written down at each step."""
+
+
+@dataclass
+class ProfilerScheduleParams(BaseParams):
+    """Which steps are recorded."""
+
+    enable_schedule: bool = False
+    """false: the whole run is recorded."""
+    wait: int = 0
+    """Steps of a cycle that are passed over."""
+    warmup: int = 1
+    """Steps that are traced and thrown away."""
+    active: int = 3
+    """Steps that are recorded."""
+    repeat: int = 1
+    """Number of cycles; 0: until the end."""
+    skip_first: int = 1
+    """Steps before the first cycle."""
+
+    def _check(self) -> None:
+        self._at_least(0, "wait", "warmup", "repeat", "skip_first")
+        self._at_least(1, "active")
+
+
+@dataclass
+class ProfilerParams(BaseParams):
+    """What is recorded; off unless one of the two `enable_` is true."""
+
+    save_dir: str | None = None
+    """Where profiles are written; null: `profiler` in the output directory."""
+    enable_cpu_profiling: bool = False
+    """Whether the CPU's time is recorded."""
+    enable_cuda_profiling: bool = False
+    """Whether the GPU's time is recorded."""
+    record_shapes: bool = False
+    """Whether operations are told apart by their shapes."""
+    profile_memory: bool = False
+    """Whether memory is recorded."""
+    with_stack: bool = False
+    """Whether lines of code are recorded."""
+    with_flops: bool = False
+    """Whether floating-point operations are estimated."""
+    with_modules: bool = False
+    """Whether operations are told apart by their modules."""
+    row_limit: int = 50
+    """Rows of a table; -1: all."""
+    schedule: ProfilerScheduleParams = field(default_factory=ProfilerScheduleParams)
+    """Which steps are recorded."""
 
 
 @dataclass
@@ -215,9 +291,15 @@ class TrainingParams(BaseParams):
         self._check_eval_steps()
         self._check_rewards()
         if self.trainer_type in THROUGH_TRANSFORMERS:
-            for key in self.trainer_kwargs:
-                if reason := set_elsewhere(key):
-                    raise OumiConfigError(f"trainer_kwargs.{key}: {reason}")
+            self._check_trainer_kwargs()
+
+    def _check_trainer_kwargs(self) -> None:
+        """Refuses arguments that fields set already."""
+        for key in self.trainer_kwargs:
+            if key in FIXED:
+                raise OumiConfigError(f"trainer_kwargs.{key}: is fixed, and can't be set")
+            if key in SET_BY or key in hints(TrainingParams):
+                raise OumiConfigError(f"trainer_kwargs.{key}: is set by training.{SET_BY.get(key, key)}")
 
     def _check_length(self) -> None:
         self._at_least(1, "gradient_accumulation_steps", "per_device_train_batch_size", "per_device_eval_batch_size")
@@ -234,13 +316,9 @@ class TrainingParams(BaseParams):
             raise OumiConfigError("output_dir: empty, but there has to be a folder to write to")
 
     def _check_warmup(self) -> None:
-        ratio = self.warmup_ratio
-        if ratio is not None and not 0 <= ratio <= 1:
-            raise OumiConfigError(
-                f"warmup_ratio is {ratio:g}, but has to be between 0 and 1; warmup_steps counts updates"
-            )
+        self._is_share("warmup_ratio", "; warmup_steps counts updates")
         self._at_least(0, "warmup_steps")
-        if None not in (ratio, self.warmup_steps) and self.trainer_type not in THROUGH_TRANSFORMERS:
+        if None not in (self.warmup_ratio, self.warmup_steps) and self.trainer_type not in THROUGH_TRANSFORMERS:
             raise OumiConfigError("warmup_ratio: warmup_steps is given as well; keep one")
 
     def _check_eval_steps(self) -> None:
