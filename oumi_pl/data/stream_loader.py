@@ -133,11 +133,11 @@ class StreamLoader:
                 return
             self._positions[done] = {"epoch": epoch, "update": update + done, "stream": stream.snapshot()}
             self._positions.pop(done - KEPT, None)
-            for batch in self._batches(taken, update + done - 1):
+            for batch in self.batches_of(taken, update + done - 1):
                 self._handed += 1
                 yield batch
 
-    def _batches(self, rows: Sequence[Any], update: int) -> Iterator[Any]:
+    def batches_of(self, rows: Sequence[Any], update: int) -> Iterator[Any]:
         """The micro-batches of this rank in an update, each with what the update comes to."""
         first, comes_to = update * self.layout.rows_per_update, self._comes_to(rows, update)
         for share in self.layout.shares(len(rows)):

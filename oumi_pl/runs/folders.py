@@ -25,8 +25,8 @@ from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from oumi_pl.runs.checkpoint_files import saved_steps
 from oumi_pl.errors import UserError, nearest
+from oumi_pl.runs.checkpoint_files import saved_steps
 
 RUN = "run.json"
 CONFIG = "config.yaml"

@@ -27,9 +27,8 @@ from typing import Any
 from lightning.pytorch.loggers import MLFlowLogger, TensorBoardLogger, WandbLogger
 from lightning.pytorch.loggers.logger import Logger
 
-from oumi_pl.errors import UserError, nearest
+from oumi_pl.errors import UserError, nearest, reason
 from oumi_pl.models.hub import TIMEOUT
-from oumi_pl.errors import reason
 
 PACKAGES = {"tensorboard": ("tensorboard",), "wandb": ("wandb",), "mlflow": ("mlflow", "sqlalchemy", "alembic")}
 """Name -> what has to be installed for it."""
@@ -226,9 +225,7 @@ def _wandb(run: Path, earlier: str | None, name: str, project: str) -> tuple[Log
     return WandbLogger(experiment=begun), where if begun.offline else str(begun.url)
 
 
-def _mlflow(
-    run: Path, earlier: str | None, name: str, project: str, *, store: str | None = None
-) -> tuple[Logger, str]:
+def _mlflow(run: Path, earlier: str | None, name: str, project: str, *, store: str | None = None) -> tuple[Logger, str]:
     from mlflow.exceptions import MlflowException
     from mlflow.tracking import MlflowClient
 

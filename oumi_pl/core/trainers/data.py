@@ -9,7 +9,7 @@ import itertools
 import os
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
-from typing import TYPE_CHECKING, Any, NotRequired, Protocol, TypedDict, cast, runtime_checkable
+from typing import TYPE_CHECKING, Any, NotRequired, TypedDict, cast
 
 import lightning as L
 import numpy as np
@@ -17,6 +17,7 @@ import torch
 from torch.utils.data import DataLoader, IterableDataset
 
 from oumi_pl.core.trainers.collate import Collator
+from oumi_pl.core.trainers.kinds import HasEpochs, HasState, MapStyle
 from oumi_pl.core.trainers.loss import Counter
 from oumi_pl.core.trainers.records import Timers
 from oumi_pl.data.loader import PlanLoader, as_it_is, eval_loader
@@ -27,36 +28,6 @@ from oumi_pl.types import Update
 
 if TYPE_CHECKING:
     from oumi_pl.core.configs import TrainingParams
-
-
-@runtime_checkable
-class MapStyle(Protocol):
-    """A dataset whose rows can be read in any order."""
-
-    def __getitem__(self, row: int) -> Any:
-        """A row."""
-
-    def __len__(self) -> int:
-        """Number of rows."""
-
-
-@runtime_checkable
-class HasEpochs(Protocol):
-    """A dataset that wants to know the epoch."""
-
-    def set_epoch(self, epoch: int) -> None:
-        """Begins an epoch."""
-
-
-@runtime_checkable
-class HasState(Protocol):
-    """An iterable dataset that knows where it is."""
-
-    def state_dict(self) -> Any:
-        """Where it is."""
-
-    def load_state_dict(self, state: Any) -> None:
-        """Goes there."""
 
 
 class MicroBatch(TypedDict):
@@ -89,40 +60,15 @@ class Collate:
         return self([example for _, examples in rows for example in examples])
 
 
-Finish = Callable[[Sequence[MicroBatch], int, Callable[[], MicroBatch]], Iterator[MicroBatch]]
-"""Finishes an update: from a rank's micro-batches, the number of rows on all ranks, and what makes a stand-in."""
-
-
 class MapLoader(PlanLoader):
-    """A `PlanLoader` that reads each update ahead, and hands out no micro-batch that no rank has rows for.
+    """The `PlanLoader` of a map-style dataset: it reads each update ahead.
 
-    Args:
-        dataset: The rows.
-        plan: Of an epoch.
-        layout: How an update is cut.
-        collate: Rows to a micro-batch.
-        finish: Called with each update.
-        begin: Called with the epoch, right before the first row of a pass is read.
-        seed: Of the loader processes, with the epoch added.
-        fetching: Arguments of `DataLoader`.
+    It hands out no micro-batch that no rank has rows for; the last update of an epoch may have fewer.
     """
 
-    def __init__(
-        self,
-        dataset: MapStyle,
-        plan: Callable[[int], Plan],
-        layout: Layout,
-        collate: Collate,
-        *,
-        finish: Finish,
-        begin: Callable[[int], None],
-        seed: int,
-        **fetching: Any,
-    ) -> None:
-        super().__init__(dataset, np.empty(0), plan, layout, collate.planned, **fetching)
-        self.finish = finish
-        self.begin = begin
-        self.seed = seed
+    def __init__(self, data: "DatasetModule", **fetching: Any) -> None:
+        super().__init__(data.train, np.empty(0), data.plan, data.layout, data.collate.planned, **fetching)
+        self.data = data
 
     def __len__(self) -> int:
         """Micro-batches of a whole epoch on one rank, whatever the position."""
@@ -132,15 +78,16 @@ class MapLoader(PlanLoader):
 
     def __iter__(self) -> Iterator[MicroBatch]:  # type: ignore[override]
         position, layout, plan = self.position, self.position.layout, self.position.current
-        self.begin(position.epoch)
-        self.generator.manual_seed(self.seed + position.epoch)
+        self.data.begin(position.epoch)
+        # workers are seeded by the epoch, so that a resumed run's are as well
+        self.generator.manual_seed(self.data.params.data_seed + position.epoch)
         batches = DataLoader.__iter__(self)
         for update in range(position.update, len(plan)):
             first = update * layout.rows_per_update
             rows = range(first, min(first + layout.rows_per_update, plan.rows))
             own = list(itertools.islice(batches, layout.micro_batches))
-            finished = self.finish(own, len(rows), partial(self._stand_in, plan, rows[: layout.batch_size]))
-            for micro, batch in enumerate(finished, 1):
+            stand_in = partial(self._stand_in, plan, rows[: layout.batch_size])
+            for micro, batch in enumerate(self.data.finish(own, len(rows), stand_in), 1):
                 position.update = update + micro // layout.filled(len(rows))
                 yield batch
 
@@ -149,34 +96,19 @@ class MapLoader(PlanLoader):
 
 
 class IterableLoader(StreamLoader):
-    """A `StreamLoader` that reads each update ahead, and hands out no micro-batch that no rank has rows for.
-
-    Args:
-        stream: Of an epoch.
-        layout: How an update is cut.
-        collate: Rows to a micro-batch.
-        finish: Called with each update.
-        trained: How many updates were trained in the whole run.
-    """
+    """The `StreamLoader` of an iterable dataset: it reads each update ahead."""
 
     nothing = "train_dataset: it gave no rows"
 
-    def __init__(
-        self,
-        stream: "Callable[[int], DatasetStream]",
-        layout: Layout,
-        collate: Collate,
-        *,
-        finish: Finish,
-        trained: Callable[[], int],
-    ) -> None:
-        super().__init__(stream, layout, cast("Any", collate), trained=trained)
-        self.finish = finish
+    def __init__(self, data: "DatasetModule") -> None:
+        super().__init__(data.stream, data.layout, cast("Any", data.collate), trained=lambda: data.loop.global_step)
+        self.data = data
 
-    def _batches(self, rows: Sequence[Any], update: int) -> Iterator[MicroBatch]:
-        collate, size = cast("Collate", self.collate), self.layout.batch_size
+    def batches_of(self, rows: Sequence[Any], update: int) -> Iterator[MicroBatch]:
+        """The micro-batches of this rank in an update, each with what the update comes to."""
+        collate, size = self.data.collate, self.layout.batch_size
         batches = [collate(rows[share.start : share.stop]) for share in self.layout.shares(len(rows))]
-        return self.finish(batches, len(rows), lambda: collate(rows[:size]))
+        return self.data.finish(batches, len(rows), lambda: collate(rows[:size]))
 
 
 class DatasetStream:
@@ -267,75 +199,80 @@ class DatasetModule(L.LightningDataModule):
         if evaluation is not None and not is_iterable(evaluation) and not len(evaluation):
             raise UserError("eval_dataset: it has no rows")
         self.loader: Any = None
+        self.workers = number_of_workers(params.dataloader_num_workers)
+        self._start: Any = None
         self._position: dict[str, Any] | None = None
+
+    @property
+    def loop(self) -> Any:
+        """Lightning's Trainer, by the time that anything is read."""
+        return self.trainer
 
     @property
     def updates_per_epoch(self) -> int | None:
         """Updates of a whole epoch; None where the length is not known."""
-        return None if self.rows is None else len(self._plan(0))
+        return None if self.rows is None else len(self.plan(0))
 
-    def _plan(self, epoch: int) -> Plan:
+    def plan(self, epoch: int) -> Plan:
+        """The order of a map-style dataset in an epoch."""
         assert self.rows is not None
         order = torch.randperm(self.rows, generator=torch.Generator().manual_seed(self.params.data_seed + epoch))
         return Plan(order.numpy(), np.arange(self.rows + 1), self.layout.rows_per_update)
 
+    def stream(self, epoch: int) -> DatasetStream:
+        """A pass through an iterable dataset."""
+        return DatasetStream(self.train, epoch, self._start, self.workers)
+
     def train_dataloader(self) -> Any:
         """The training loader, at the position that was restored."""
-        workers, pin_memory = number_of_workers(self.params.dataloader_num_workers), torch.cuda.is_available()
-        if self.rows is None:
-            start = None
-            is_stream = type(self.train).__module__.startswith("datasets.")
-            if isinstance(self.train, HasState) and not is_stream and not workers:
-                start = copy.deepcopy(self.train.state_dict())
-            self.loader = IterableLoader(
-                lambda epoch: DatasetStream(self.train, epoch, start, workers),
-                self.layout,
-                self.collate,
-                finish=self._finish,
-                trained=lambda: cast("L.Trainer", self.trainer).global_step,
+        params, workers = self.params, self.workers
+        if self.rows is not None:
+            self.loader = MapLoader(
+                self,
+                workers=workers,
+                pin_memory=torch.cuda.is_available(),
+                prefetch_factor=params.dataloader_prefetch_factor if workers else None,
+                persistent_workers=params.dataloader_persistent_workers and workers > 0,
             )
         else:
-            self.loader = MapLoader(
-                self.train,
-                self._plan,
-                self.layout,
-                self.collate,
-                finish=self._finish,
-                begin=self._begin,
-                seed=self.params.data_seed,
-                workers=workers,
-                pin_memory=pin_memory,
-                prefetch_factor=self.params.dataloader_prefetch_factor if workers else None,
-                persistent_workers=self.params.dataloader_persistent_workers and workers > 0,
-            )
+            is_stream = type(self.train).__module__.startswith("datasets.")
+            if isinstance(self.train, HasState) and not is_stream and not workers:
+                self._start = copy.deepcopy(self.train.state_dict())
+            self.loader = IterableLoader(self)
         if self._position is not None:
             self.loader.load_state_dict(self._position)
         return self.loader
 
     def val_dataloader(self) -> Any:
         """The rows of one process to evaluate on; on all processes as many batches."""
-        workers = number_of_workers(self.params.dataloader_num_workers)
         layout = Layout(self.params.per_device_eval_batch_size, 1, self.layout.ranks, self.layout.rank)
         if self.evaluation is None:
             return []
         if is_iterable(self.evaluation):
-            rows, number = _Shares(self.evaluation, layout), min(workers, 1)
+            rows, number = _Shares(self.evaluation, layout), min(self.workers, 1)
             seeded = torch.Generator().manual_seed(0)  # evaluating must not change what training draws
             return DataLoader(rows, batch_size=None, collate_fn=self.collate, num_workers=number, generator=seeded)
         number = len(self.evaluation)
         plan = Plan(np.arange(number), np.arange(number + 1), layout.rows_per_update)
-        return eval_loader(self.evaluation, plan, layout, self.collate.planned, workers=workers)
+        return eval_loader(self.evaluation, plan, layout, self.collate.planned, workers=self.workers)
 
-    def _begin(self, epoch: int) -> None:
+    def begin(self, epoch: int) -> None:
+        """Called right before the first row of a pass through a map-style dataset is read."""
         if isinstance(self.train, HasEpochs):
             self.train.set_epoch(epoch)
         # rows are read right when they are needed, and may draw from the generators
-        cast("Any", self.trainer).lightning_module.restore_generators()
+        self.loop.lightning_module.restore_generators()
 
-    def _finish(
+    def finish(
         self, batches: Sequence[MicroBatch], rows: int, stand_in: Callable[[], MicroBatch]
     ) -> Iterator[MicroBatch]:
-        """The micro-batches of an update with what it comes to, but for those that no rank has rows for."""
+        """The micro-batches of an update with what it comes to, but for those that no rank has rows for.
+
+        Args:
+            batches: Of this rank, without inputs where it ran out of rows.
+            rows: Of the update, on all ranks.
+            stand_in: Makes a micro-batch of other rows.
+        """
         batches = batches[: self.layout.filled(rows)]
         with self.timers.time("computing tokens"):
             targets = self._over_ranks(sum(batch["counts"]["targets"] for batch in batches))
@@ -348,7 +285,7 @@ class DatasetModule(L.LightningDataModule):
     def _over_ranks(self, number: int) -> int:
         if self.layout.ranks == 1:
             return number
-        strategy = cast("Any", self.trainer).strategy
+        strategy = self.loop.strategy
         return int(strategy.reduce(torch.tensor(number, device=strategy.root_device), reduce_op="sum"))
 
     # ---- position
@@ -356,7 +293,7 @@ class DatasetModule(L.LightningDataModule):
     @property
     def epoch_is_done(self) -> bool:
         """Whether the update that was trained last ends the epoch."""
-        return cast("Any", self.trainer).fit_loop.epoch_loop.batch_progress.is_last_batch
+        return self.loop.fit_loop.epoch_loop.batch_progress.is_last_batch
 
     def state_dict(self) -> dict[str, Any]:
         """The position between two updates: in an epoch that is not over."""

@@ -15,30 +15,13 @@ targets.
 import inspect
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Protocol, runtime_checkable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from oumi_pl.core.trainers.kinds import bare
 from oumi_pl.errors import UserError
-
-
-@runtime_checkable
-class Adapted(Protocol):
-    """A model in PEFT's wrapper."""
-
-    peft_config: Any
-
-    def get_base_model(self) -> Any:
-        """The model inside."""
-
-    def save_pretrained(self, directory: Any) -> None:
-        """Writes the adapter."""
-
-
-def bare(model: nn.Module) -> Any:
-    """The model inside of PEFT's wrapper; itself if it is in none."""
-    return model.get_base_model() if isinstance(model, Adapted) else model
 
 
 @dataclass(frozen=True)

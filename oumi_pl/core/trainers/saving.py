@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from oumi_pl.core.trainers.loss import bare
+from oumi_pl.core.trainers.kinds import Adapted, Pretrained, bare
 from oumi_pl.errors import UserError
 
 ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors")
@@ -29,16 +29,15 @@ def save_weights(model: nn.Module, directory: Path, tokenizer: Any = None, mode:
         UserError: if quantised weights are to be merged or written as a base.
     """
     directory.mkdir(parents=True, exist_ok=True)
-    hf: Any = model
-    if hasattr(model, "peft_config"):
+    if isinstance(model, Adapted):
         _save_peft(model, directory, mode)
-    elif hasattr(model, "save_pretrained"):
-        hf.save_pretrained(directory)
+    elif isinstance(model, Pretrained):
+        model.save_pretrained(directory)
     else:
         from safetensors.torch import save_model
 
         save_model(model, str(directory / "model.safetensors"))
-    if hasattr(tokenizer, "save_pretrained"):
+    if isinstance(tokenizer, Pretrained):
         tokenizer.save_pretrained(directory)
     for weights in directory.glob("*.safetensors"):
         weights.chmod(0o644)  # safetensors writes them for the owner alone
@@ -88,7 +87,7 @@ def load_weights(model: nn.Module, directory: Path) -> None:
     Raises:
         UserError: if the folder holds no weights, or those of another model.
     """
-    if hasattr(model, "peft_config"):
+    if isinstance(model, Adapted):
         from peft import load_peft_weights, set_peft_model_state_dict
 
         if not (directory / ADAPTER_FILES[1]).is_file():

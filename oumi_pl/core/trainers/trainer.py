@@ -22,6 +22,7 @@ from oumi_pl.core.trainers.data import Collate, DatasetModule
 from oumi_pl.core.trainers.flow import Flow
 from oumi_pl.core.trainers.folders import STATE, TRAINING, CheckpointFolders, find_checkpoint, write_state
 from oumi_pl.core.trainers.honoured import refuse_what_is_not_honoured
+from oumi_pl.core.trainers.kinds import Adapted, Pretrained, Recomputing, bare
 from oumi_pl.core.trainers.loggers import loggers
 from oumi_pl.core.trainers.loss import Loss
 from oumi_pl.core.trainers.module import LossModule
@@ -114,16 +115,16 @@ class Trainer(BaseTrainer):
         self._prepare_model()
 
     def _prepare_model(self) -> None:
-        params, model = self.params, cast("Any", self.model)
+        params, model = self.params, bare(self.model)
         if params.enable_gradient_checkpointing:
-            if not hasattr(model, "gradient_checkpointing_enable"):
+            if not isinstance(model, Recomputing):
                 name = type(model).__name__
                 raise UserError(f"training.enable_gradient_checkpointing: {name} has no gradient_checkpointing_enable")
             model.gradient_checkpointing_enable(params.gradient_checkpointing_kwargs or None)
-            if hasattr(model, "enable_input_require_grads") and hasattr(model, "peft_config"):
-                model.enable_input_require_grads()
+            if isinstance(self.model, Adapted) and isinstance(model, Pretrained):
+                cast("Any", model).enable_input_require_grads()  # frozen embeddings would give none to the first layer
         if params.compile:
-            model.compile()
+            self.model.compile()
 
     @property
     def state(self) -> "TrainerState":
