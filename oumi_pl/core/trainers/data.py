@@ -301,7 +301,7 @@ class DatasetModule(L.LightningDataModule):
         return state | {"epoch": state["epoch"] + 1, "update": 0, "stream": None} if self.epoch_is_done else state
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Keeps a position: the loader starts there when it is made."""
+        """Keeps a position: the loader starts there when it is built."""
         self._position = state_dict
 
 

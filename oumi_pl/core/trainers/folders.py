@@ -1,4 +1,4 @@
-"""`checkpoint-N` folders: what is in them, how they appear whole, how the last is found."""
+"""`checkpoint-N` folders: what is in them, how they are written as a whole, which is the last."""
 
 import json
 import re
@@ -24,22 +24,22 @@ _NUMBERED = re.compile(r"checkpoint-(\d+)$")
 
 def checkpoints(output_dir: Path) -> list[Path]:
     """The whole checkpoints of a run, oldest first."""
-    found = {int(m.group(1)): p for p in output_dir.glob("checkpoint-*") if (m := _NUMBERED.search(p.name))}
-    return [found[step] for step in sorted(found) if (found[step] / STATE).is_file()]
+    folders = {int(m.group(1)): p for p in output_dir.glob("checkpoint-*") if (m := _NUMBERED.search(p.name))}
+    return [folders[step] for step in sorted(folders) if (folders[step] / STATE).is_file()]
 
 
-def find_checkpoint(asked: str | None, output_dir: Path, try_last: bool) -> Path | None:
-    """Where a run goes on from: the folder that is named, else the last of `output_dir` if that may be tried.
+def find_checkpoint(named: str | None, output_dir: Path, try_last: bool) -> Path | None:
+    """Where a run resumes from: the folder that is named, else the last of `output_dir` if that may be tried.
 
     An output folder is taken for the last checkpoint in it.
 
     Raises:
         UserError: if the named folder is not one of this trainer's checkpoints.
     """
-    if asked is None:
+    if named is None:
         last = checkpoints(output_dir)[-1:] if try_last else []
         return last[0] if last else None
-    folder = Path(asked)
+    folder = Path(named)
     if not (folder / TRAINING).is_file() and (inside := checkpoints(folder)):
         folder = inside[-1]
     if not (folder / TRAINING).is_file():
@@ -66,10 +66,10 @@ def keep_last(output_dir: Path, limit: int | None, best: str | None) -> None:
     """Removes the oldest checkpoints beyond a number; the best one stays, and counts."""
     if limit is None or limit < 1:
         return
-    found = checkpoints(output_dir)
-    spared = [p for p in found if best is not None and p == Path(best)]
-    others = [p for p in found if p not in spared]
-    # the newest is always kept: the run goes on from it
+    folders = checkpoints(output_dir)
+    spared = [p for p in folders if best is not None and p == Path(best)]
+    others = [p for p in folders if p not in spared]
+    # the newest is always kept: the run resumes from it
     kept = max(1, limit - len(spared))
     for old in others[:-kept]:
         remove(old)

@@ -28,47 +28,47 @@ def to_hf(params: "TrainingParams", trainer_type: "TrainerType | None" = None) -
             that have no effect there.
     """
     kind = trainer_type or params.trainer_type
-    made = arguments_class(kind.name)
+    cls = arguments_class(kind.name)
     if params.metrics_function:
         raise UserError("training.metrics_function: there is no registry; give compute_metrics to the trainer instead")
     _refuse_unknown_names(params)
     passed = _arguments(params) | {"report_to": trackers(params)}
-    known = [field.name for field in dataclasses.fields(made) if field.init]
+    known = [field.name for field in dataclasses.fields(cls) if field.init]
     for name in params.trainer_kwargs:
         if name in passed:
             raise UserError(f"training.trainer_kwargs: {name} is set by a field of training already")
         if name not in known:
-            raise UserError(f"training.trainer_kwargs: {made.__name__} has no {name!r}{nearest(name, known)}")
+            raise UserError(f"training.trainer_kwargs: {cls.__name__} has no {name!r}{nearest(name, known)}")
     try:
-        return made(**passed, **params.trainer_kwargs)
+        return cls(**passed, **params.trainer_kwargs)
     except ValueError as error:
         raise UserError(f"training: {error}") from error
 
 
 def callback_arguments(params: "TrainingParams") -> "TrainingArguments":
-    """What callbacks of transformers are given as `args`: a TrainingArguments that tells what a native run does.
+    """What callbacks of transformers are given as `args`: a TrainingArguments with what a native run does.
 
-    It is made without its own `__post_init__`, which would choose a device and start process groups: those are
+    It is built without its own `__post_init__`, which would choose a device and start process groups: those are
     Lightning's.
     """
     from transformers import TrainingArguments
     from transformers.trainer_utils import IntervalStrategy, SaveStrategy
 
-    made: Any = TrainingArguments.__new__(TrainingArguments)
+    arguments: Any = TrainingArguments.__new__(TrainingArguments)
     for field in dataclasses.fields(TrainingArguments):
         factory: Any = field.default_factory
         default = field.default if factory is dataclasses.MISSING else factory()
-        setattr(made, field.name, None if default is dataclasses.MISSING else default)
+        setattr(arguments, field.name, None if default is dataclasses.MISSING else default)
     values = _arguments(params) | EXTRA | params.trainer_kwargs | {"logging_dir": params.logging_dir, "report_to": []}
     metric = values["metric_for_best_model"]
     if values["greater_is_better"] is None and metric is not None:
         values["greater_is_better"] = not metric.endswith("loss")
     for name, value in values.items():
-        setattr(made, name, value)
-    made.save_strategy = SaveStrategy(made.save_strategy)
-    made.eval_strategy = IntervalStrategy(made.eval_strategy)
-    made.logging_strategy = IntervalStrategy(made.logging_strategy)
-    return made
+        setattr(arguments, name, value)
+    arguments.save_strategy = SaveStrategy(arguments.save_strategy)
+    arguments.eval_strategy = IntervalStrategy(arguments.eval_strategy)
+    arguments.logging_strategy = IntervalStrategy(arguments.logging_strategy)
+    return arguments
 
 
 def _arguments(params: "TrainingParams") -> dict[str, Any]:

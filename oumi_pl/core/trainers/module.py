@@ -19,7 +19,7 @@ from oumi_pl.core.trainers.data import DatasetModule, MicroBatch
 from oumi_pl.core.trainers.flow import Flow
 from oumi_pl.core.trainers.folders import CheckpointFolders, read_state
 from oumi_pl.core.trainers.loss import Loss
-from oumi_pl.core.trainers.optimisation import optimizer, schedule
+from oumi_pl.core.trainers.optimisation import build_optimizer, build_schedule
 from oumi_pl.core.trainers.records import MetricsFile, Timers
 from oumi_pl.core.trainers.saving import load_weights
 from oumi_pl.errors import UserError
@@ -121,12 +121,12 @@ class LossModule(RestorableModule):
 
     def configure_optimizers(self) -> Any:
         """The optimizer that the parameters name, and its schedule."""
-        made, total = optimizer(self.model, self.params), self.flow.state.max_steps
+        optimizer, total = build_optimizer(self.model, self.params), self.flow.state.max_steps
         # a fused step unscales float16 gradients by itself, after they would have been clipped
         if self._scaler is None and self.device.type == "cuda":
-            fuse(made)
-        factor = schedule(self.params, total)
-        return self.scheduled(made, lambda step: factor(step, total))
+            fuse(optimizer)
+        factor = build_schedule(self.params, total)
+        return self.scheduled(optimizer, lambda step: factor(step, total))
 
     def on_train_start(self) -> None:
         """Starts the clocks and the log, and tells callbacks."""
@@ -284,7 +284,7 @@ class LossModule(RestorableModule):
     # ---- evaluation
 
     def evaluate(self) -> None:
-        """Goes through the evaluation data by Lightning's own loop, which its callbacks see, then tells the flow."""
+        """Goes through the evaluation data by Lightning's own loop, which its callbacks see, then informs the flow."""
         trainer, started = self.trainer, time.time()
         first = trainer._logger_connector._first_loop_iter
         trainer.validating = True

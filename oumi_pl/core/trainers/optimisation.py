@@ -1,4 +1,4 @@
-"""The optimizer and the schedule that training parameters name: those of the recipe that they become, made."""
+"""The optimizer and the schedule that training parameters name: built from the recipe that they become."""
 
 import copy
 from importlib import import_module
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from oumi_pl.core.configs import TrainingParams
 
 
-def optimizer(model: nn.Module, params: "TrainingParams") -> Optimizer:
+def build_optimizer(model: nn.Module, params: "TrainingParams") -> Optimizer:
     """The optimizer that the parameters name, over the trainable parameters of a model.
 
     Weights with two or more dimensions are decayed; biases and the scales of norms are not, those of RMSNorm included.
@@ -41,7 +41,7 @@ def optimizer(model: nn.Module, params: "TrainingParams") -> Optimizer:
         raise UserError(f"training.optimizer: {error}") from error
 
 
-def schedule(params: "TrainingParams", total: int) -> optim.Schedule:
+def build_schedule(params: "TrainingParams", total: int) -> optim.Schedule:
     """The schedule that the parameters name, for a run of `total` optimizer steps.
 
     Raises:
@@ -50,10 +50,10 @@ def schedule(params: "TrainingParams", total: int) -> optim.Schedule:
     native = _native(params)
     native.max_steps = total
     spec = optimisation.schedule(native, Notes()) or {"class_path": "Constant"}
-    made = getattr(optim, spec["class_path"])(**spec.get("init_args", {}))
-    if isinstance(made, optim.Cosine):
-        made.keeps_floor = False
-    return made
+    schedule = getattr(optim, spec["class_path"])(**spec.get("init_args", {}))
+    if isinstance(schedule, optim.Cosine):
+        schedule.keeps_floor = False
+    return schedule
 
 
 def refuse_unknown_names(params: "TrainingParams") -> None:
@@ -63,7 +63,7 @@ def refuse_unknown_names(params: "TrainingParams") -> None:
         UserError: with the nearest name.
     """
     optimisation.optimizer(_native(params), Notes())
-    schedule(params, 1)
+    build_schedule(params, 1)
 
 
 def _native(params: "TrainingParams") -> "TrainingParams":

@@ -92,13 +92,13 @@ def load_weights(model: nn.Module, directory: Path) -> None:
 
         if not (directory / ADAPTER_FILES[1]).is_file():
             raise UserError(f"{directory}: holds no adapter ({ADAPTER_FILES[1]})")
-        found: Any = set_peft_model_state_dict(model, load_peft_weights(str(directory), device="cpu"))
-        if found.unexpected_keys:
-            raise UserError(f"{directory}: the adapter is of another model, first {found.unexpected_keys[0]}")
+        result: Any = set_peft_model_state_dict(model, load_peft_weights(str(directory), device="cpu"))
+        if result.unexpected_keys:
+            raise UserError(f"{directory}: the adapter is of another model, first {result.unexpected_keys[0]}")
         return
     state = _read(directory)
     try:
-        found = model.load_state_dict(state, strict=False)
+        result = model.load_state_dict(state, strict=False)
     except RuntimeError as error:
         raise UserError(
             f"{directory}: the weights are of another model: {str(error).splitlines()[-1].strip()}"
@@ -106,13 +106,15 @@ def load_weights(model: nn.Module, directory: Path) -> None:
     own = model.state_dict()
     loaded = {own[name].data_ptr() for name in state if name in own}
     # tied weights are written once
-    missing = [name for name in found.missing_keys if own[name].data_ptr() not in loaded]
-    if (missing or found.unexpected_keys) and hasattr(type(model), "from_pretrained"):
+    missing = [name for name in result.missing_keys if own[name].data_ptr() not in loaded]
+    if (missing or result.unexpected_keys) and hasattr(type(model), "from_pretrained"):
         # some architectures are written under other names than they have in memory
         fresh = type(model).from_pretrained(directory, dtype=next(model.parameters()).dtype)  # type: ignore[attr-defined]
         model.load_state_dict(fresh.state_dict())
-    elif missing or found.unexpected_keys:
-        raise UserError(f"{directory}: the weights are of another model, first {[*missing, *found.unexpected_keys][0]}")
+    elif missing or result.unexpected_keys:
+        raise UserError(
+            f"{directory}: the weights are of another model, first {[*missing, *result.unexpected_keys][0]}"
+        )
 
 
 def _read(directory: Path) -> dict[str, Tensor]:

@@ -46,8 +46,8 @@ class Trainer(BaseTrainer):
     """Trains any `torch.nn.Module` that returns a loss: `model(**batch)["loss"]`, or an attribute `.loss`.
 
     An update's gradient is that of the mean over its targets, whatever the micro-batches, the processes and the length
-    of the last window of an epoch: see `oumi_pl.core.trainers.loss` for what a target is. Killed and resumed equals
-    uninterrupted to the bit, for a map-style dataset that gives a row the same each time.
+    of the last update of an epoch: see `oumi_pl.core.trainers.loss` for what a target is. A killed and resumed run is
+    bit-identical to an uninterrupted one, for a map-style dataset that gives a row the same each time.
 
     Several processes are those that `torchrun` starts; gradients are averaged by DDP.
 
@@ -140,8 +140,8 @@ class Trainer(BaseTrainer):
             resume_from_checkpoint: A `checkpoint-N` folder; otherwise what the parameters say decides.
         """
         params, flow = self.params, self._flow
-        asked = resume_from_checkpoint or params.resume_from_checkpoint
-        folder = find_checkpoint(asked, self.output_dir, params.try_resume_from_last_checkpoint)
+        named = resume_from_checkpoint or params.resume_from_checkpoint
+        folder = find_checkpoint(named, self.output_dir, params.try_resume_from_last_checkpoint)
         if folder is None and params.try_resume_from_last_checkpoint:
             logger.warning("training.try_resume_from_last_checkpoint: %s has no checkpoint; starting", self.output_dir)
         self.output_dir.mkdir(parents=True, exist_ok=True)
@@ -194,7 +194,7 @@ class Trainer(BaseTrainer):
         """Writes the model and its tokenizer at the top of the output folder, once per step and mode.
 
         Args:
-            config: Of it, `peft.peft_save_mode` is read; else of the config that the trainer was made with.
+            config: Of it, `peft.peft_save_mode` is read; else of the config of the trainer.
             final: Whether an adapter may be merged.
         """
         config = config or self.config
