@@ -13,6 +13,7 @@ from torch.utils.data import DataLoader
 
 from oumi_pl.data.plan import Layout
 from oumi_pl.data.sources import Source
+from oumi_pl.data.template import ChatTemplate
 from oumi_pl.data.tokenizers import TokenizerFactory, load_tokenizer
 from oumi_pl.errors import UserError
 from oumi_pl.types import SPLITS
@@ -47,6 +48,8 @@ class TextData(L.LightningDataModule):
     """Whether examples may have segments that continue others."""
     streaming: bool = False
     """Whether training rows are known only once they are read."""
+    template: ChatTemplate | None = None
+    """The chat template in force; None where rows have no turns."""
     micro_batches: int = 1
     """Micro-batches per update where no trainer says how many."""
 
@@ -88,6 +91,8 @@ class TextData(L.LightningDataModule):
         self.seed = seed
         self.trust_remote_code = trust_remote_code
         self.added_tokens: list[int] = []
+        self.own_template: Any = None
+        self.own_pad: str | None = None
         self.train_loader: Any = None
         """The training loader, once it is made."""
         self.position: dict[str, Any] | None = None
@@ -140,6 +145,10 @@ class TextData(L.LightningDataModule):
     def longest_path(self, splits: Iterable[str]) -> tuple[int, int] | None:
         """Positions that the longest path of these splits needs surely, and at most; None for `max_length`."""
 
+    @abstractmethod
+    def tokens(self, updates: int) -> int:
+        """Tokens that the first so many updates train on; an estimate beyond the first few epochs."""
+
     def largest_micro_batch(self) -> list[np.ndarray] | None:
         """Rows of the largest micro-batch of the first epoch, over all ranks; None if all are alike."""
         return None
@@ -161,6 +170,16 @@ class TextData(L.LightningDataModule):
         """Ids that end a completion besides EOS."""
         return []
 
+    @property
+    def row_name(self) -> str:
+        """What `batch_size` counts: `row`, `pack` or `pair`."""
+        return "row"
+
+    @property
+    def streamed(self) -> list[str]:
+        """Names of the training sources of which nothing is known before they are read."""
+        return []
+
     # ---- tokenizer
 
     @cached_property
@@ -172,6 +191,7 @@ class TextData(L.LightningDataModule):
         if spec is None:
             raise UserError("data.tokenizer: no tokenizer is named, and the model (random weights) brings none")
         tokenizer = load_tokenizer(spec, self.trust_remote_code)
+        self.own_template, self.own_pad = tokenizer.chat_template, tokenizer.pad_token
         self.added_tokens = self.prepare_tokenizer(tokenizer)
         return tokenizer
 

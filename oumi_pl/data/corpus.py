@@ -1,15 +1,17 @@
 """A split's sources as shards: a folder that was prepared, or one in the cache, made once."""
 
+import inspect
 import re
 from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from oumi_pl.data.documents import TokenizeDocuments, code_of, texts
+from oumi_pl.data.documents import TokenizeDocuments, texts
+from oumi_pl.data.formats import resolve_format
 from oumi_pl.data.shards import FORMAT, MADE_FROM, MANIFEST, Shards, write_shards
 from oumi_pl.data.sources import Source, fingerprint, is_on_hub
-from oumi_pl.data.store import cache_key, cache_root
+from oumi_pl.data.store import cache_key, cache_root, code_of
 from oumi_pl.data.template import Rendering
 from oumi_pl.data.tokenizers import tokenizer_fingerprint
 from oumi_pl.errors import UserError
@@ -72,8 +74,16 @@ class Part(NamedTuple):
             content = str([source.path, source.config, source.split, source.revision])
         else:
             content = fingerprint(source)
-        made_from = [content, source.columns, code_of(source.format), self.side]
+        made_from = [content, source.columns, _format_code(source.format), self.side]
         return made_from if self.render is None else [*made_from, self.render.template]
+
+
+def _format_code(name: str | None) -> list[str | None]:
+    """Name and code of a source's format, with all that one of the user's uses."""
+    if name is None:
+        return [None, None]
+    function = resolve_format(name)
+    return [name, inspect.getsource(function) + code_of(function)]
 
 
 def shards_of(part: Part, tokenizer: "PreTrainedTokenizerBase") -> Shards:

@@ -4,7 +4,6 @@ Both ways in, prepared shards and tokenizing on the fly, come through here, so t
 order.
 """
 
-import inspect
 import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
@@ -122,13 +121,6 @@ def _refuse_conversation(row: Row, convert: Format | None) -> None:
             "this row is a conversation, which SFT trains on; pretraining reads documents (a column 'text', or a "
             "'format' that makes a Text)"
         )
-
-
-def code_of(format_name: str | None) -> list[str | None]:
-    """Name and source text of a source's format, as part of what its documents depend on."""
-    if format_name is None:
-        return [None, None]
-    return [format_name, inspect.getsource(resolve_format(format_name, FORMATS))]
 
 
 # --- from texts to tokens --------------------------------------------------------------------------------------------

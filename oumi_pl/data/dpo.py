@@ -23,6 +23,7 @@ class DPOData(ChatData):
     """
 
     branching = True
+    segment_names = ("chosen", "rejected")
     formats = PREFERENCE_FORMATS
     prompt_formats = (*PREFERENCE_FORMATS, *FORMATS)
 
@@ -33,6 +34,11 @@ class DPOData(ChatData):
     def tokenize(self) -> TokenizePairs:
         """Turns preferences into pairs."""
         return TokenizePairs(self.tokenizer, self.max_length, self.overflow)
+
+    @property
+    def row_name(self) -> str:
+        """What `batch_size` counts."""
+        return "pack" if self.packing else "pair"
 
     @property
     def capacity(self) -> int | None:

@@ -1,5 +1,6 @@
 """Data that are rows of their own: sources to cached examples, the report, loaders that follow a plan."""
 
+import math
 from abc import abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
@@ -10,20 +11,20 @@ from torch.utils.data import ConcatDataset, DataLoader
 
 from oumi_pl.data import report as reports
 from oumi_pl.data.base import TextData
-from oumi_pl.data.cache import code_of, example_store, source_records
 from oumi_pl.data.collate import collate
 from oumi_pl.data.formats import FORMATS, Formats
 from oumi_pl.data.loader import PlanLoader, eval_loader
-from oumi_pl.data.mixture import mixture_epoch
-from oumi_pl.data.plan import Layout, Plan, plan_epoch, plan_in_order
+from oumi_pl.data.plan import Layout, Plan, mixture_epoch, plan_epoch, plan_in_order
 from oumi_pl.data.reference import ReferenceLogps
 from oumi_pl.data.sources import Source, as_sources, is_held_out, is_not_held_out
-from oumi_pl.data.store import ExampleStore
+from oumi_pl.data.store import ExampleStore, code_of, example_store, source_records
 from oumi_pl.data.tokenize import Dropped
 from oumi_pl.data.tokenizers import tokenizer_fingerprint
 from oumi_pl.errors import UserError
 from oumi_pl.types import Batch, Example, Record, Row
 
+EXACT_EPOCHS = 10
+"""Epochs whose tokens are counted one by one; those beyond are estimated from these."""
 REMEDIES = {
     "max_length": "; raise data.max_length, which is {}, or set data.overflow: truncate",
     "once cut": "; raise data.max_length, which is {}",
@@ -67,6 +68,23 @@ class ExampleData(TextData):
     prompt_formats: Formats = FORMATS
     """The same for the rows of `predict`, of which only the prompt is read."""
 
+    segment_names: Sequence[str] = ()
+    """What the segments of an example are called where there are several, in their order."""
+
+    def uncut(self, record: Record) -> tuple[Example, list[np.ndarray]] | None:
+        """A record's example before anything is cut off, and what is kept of it, for people to look at.
+
+        Returns:
+            The whole example, and for each of its segments which of its own tokens are kept, ascending. None where
+            there is no example, or these data don't say.
+        """
+        return None
+
+    @property
+    def row_name(self) -> str:
+        """What `batch_size` counts."""
+        return "pack" if self.packing else "row"
+
     @property
     def capacity(self) -> int | None:
         """Tokens that a pack holds; None without packing."""
@@ -102,7 +120,11 @@ class ExampleData(TextData):
         if split not in self.__stores:
             sources, keep = self.taken(split)
             side = f"{split} {self.sources['validation']}" if keep else None
-            self.__stores[split] = [self.__store(source, keep, side) for source in sources]
+            stores = [self.__store(source, keep, side) for source in sources]
+            names = [sorted(store.fields) for store in stores if len(store)]
+            if names != names[:1] * len(names):
+                raise UserError(f"data.{split}: the examples of its sources have different fields: {names}")
+            self.__stores[split] = stores
         return self.__stores[split]
 
     def taken(self, split: str) -> tuple[list[Source], Callable[[Row], bool] | None]:
@@ -204,6 +226,18 @@ class ExampleData(TextData):
         first = int(np.add.reduceat(lengths, np.arange(0, len(lengths), size)).argmax()) * size
         return [plan.row(i) for i in range(first, min(first + size, plan.rows))]
 
+    def tokens(self, updates: int) -> int:
+        """Tokens that the first so many updates train on: counted over `EXACT_EPOCHS`, in proportion beyond."""
+        lengths = self.lengths("train")
+        tokens, left, epochs = 0, updates, 0
+        while left > 0 and epochs < EXACT_EPOCHS:
+            plan = self.plan(epochs)
+            rows = min(left * plan.rows_per_update, plan.rows)
+            tokens += int(lengths[plan.example_ids[: plan.row_starts[rows]]].sum())
+            left -= math.ceil(rows / plan.rows_per_update)
+            epochs += 1
+        return round(tokens * updates / (updates - left))
+
     def updates(self, epochs: int) -> int:
         """Optimizer updates in so many epochs."""
         weighted = any(source.weight is not None for source in as_sources(self.sources["train"]))  # type: ignore[arg-type]
@@ -223,11 +257,15 @@ class ExampleData(TextData):
             **self.fetching,
         )
 
+    def eval_plan(self, split: str) -> tuple[Plan, Layout]:
+        """The plan of a pass over held-out examples, and how it is cut."""
+        layout = Layout(self.eval_batch_size, 1, self.layout.ranks, self.layout.rank)
+        return plan_in_order(self.lengths(split), layout.rows_per_update, capacity=self.capacity), layout
+
     def make_eval_loader(self, split: str) -> DataLoader:
         """Every example of a split once, longest first."""
-        layout = Layout(self.eval_batch_size, 1, self.layout.ranks, self.layout.rank)
-        plan = plan_in_order(self.lengths(split), layout.rows_per_update, capacity=self.capacity)
-        return eval_loader(self.examples(split), plan, layout, partial(collate, pad_id=self.pad_id), **self.fetching)
+        collated = partial(collate, pad_id=self.pad_id)
+        return eval_loader(self.examples(split), *self.eval_plan(split), collated, **self.fetching)
 
     def made_from(self) -> list[str]:
         """Names of the stores, which are hashes of all that the examples depend on."""

@@ -30,7 +30,8 @@ class PackedChatData(PretrainData):
     def prepare_tokenizer(self, tokenizer: "PreTrainedTokenizerBase") -> list[int]:
         """Puts the chat template in force and adds the special tokens that it needs."""
         before = set(tokenizer.get_vocab().values())
-        apply_template(tokenizer, load_template(tokenizer, self.template_spec))
+        self.template = load_template(tokenizer, self.template_spec)
+        apply_template(tokenizer, self.template)
         return sorted(set(tokenizer.get_vocab().values()) - before)
 
     @cached_property

@@ -12,12 +12,9 @@ from oumi_pl.data.base import TextData
 from oumi_pl.data.corpus import Part, shards_of
 from oumi_pl.data.documents import Documents, TokenizeDocuments
 from oumi_pl.data.held_out import HeldOut, held_out_loader, sliding_windows
-from oumi_pl.data.mixture import mixture_counts
-from oumi_pl.data.mixture_stream import Exhausted, TokenMixture
-from oumi_pl.data.plan import Layout
+from oumi_pl.data.plan import Layout, mixture_counts
 from oumi_pl.data.report import describe_consumed, describe_documents
-from oumi_pl.data.row_stream import RowStream
-from oumi_pl.data.rows import batch_of
+from oumi_pl.data.row_stream import Exhausted, RowStream, TokenMixture, batch_of
 from oumi_pl.data.shards import Lengths, Shards
 from oumi_pl.data.sources import as_sources, is_held_out, is_not_held_out, is_on_hub
 from oumi_pl.data.stream_loader import StreamLoader
@@ -244,6 +241,15 @@ class PretrainData(TextData):
                 f"a pass through the documents {why}; say how long to train by trainer.max_steps or max_tokens"
             )
         return math.ceil(self.rows_per_pass / self.layout.rows_per_update) * epochs
+
+    def tokens(self, updates: int) -> int:
+        """Tokens that the first so many updates train on: rows of `max_length`, the unfilled part of a last row too."""
+        per_pass, per_update = self.rows_per_pass, self.layout.rows_per_update
+        rows = updates * per_update
+        if per_pass is not None:
+            passes, rest = divmod(updates, math.ceil(per_pass / per_update))
+            rows = passes * per_pass + min(rest * per_update, per_pass)
+        return rows * self.max_length
 
     def make_train_loader(self) -> StreamLoader:
         """A loader that reads the stream."""

@@ -9,7 +9,7 @@ import torch
 
 from oumi_pl.data.loader import refuse_other_rows
 from oumi_pl.data.plan import Layout
-from oumi_pl.data.rows import Row
+from oumi_pl.data.windows import Row
 from oumi_pl.errors import UserError
 from oumi_pl.types import IGNORE_INDEX, Batch, Update
 

@@ -14,13 +14,12 @@ from torch.optim import AdamW, Optimizer
 from oumi_pl import attention
 from oumi_pl.errors import UserError
 from oumi_pl.models.build import DType, build_model
-from oumi_pl.models.config import build_config
+from oumi_pl.models.config import build_config, refuse_too_few_positions
 from oumi_pl.models.export import export_model, read_heads
 from oumi_pl.models.generation import complete
 from oumi_pl.models.layouts import forest, padded
 from oumi_pl.models.lm import LM, choose_layout, disable_dropout, with_layout
 from oumi_pl.models.lora import lora_config
-from oumi_pl.models.positions import refuse_too_few_positions
 from oumi_pl.models.sharding import is_sharded, shard
 from oumi_pl.modules.reference import Reference
 from oumi_pl.modules.restorable import RestorableModule
@@ -48,6 +47,8 @@ class LanguageModule(RestorableModule):
         schedule: Learning rate over optimizer steps.
     """
 
+    branching: ClassVar[bool | None] = None
+    """Whether it trains on examples with segments that continue others, such as pairs; None: on any examples."""
     validation_metrics: tuple[str, ...] = ()
     """What validation logs, if that is known beforehand: a misspelt `monitor` is then refused before training."""
     generates: ClassVar[bool] = True
@@ -105,8 +106,12 @@ class LanguageModule(RestorableModule):
         self.optimizer = optimizer
         self.schedule = schedule or Constant()
         self.model: LM | None = None
+        self.loss: Any = None
+        """What computes the loss of a token or pair, for a trainer type that has such a part."""
         self.generation_settings: dict[str, Any] = {}
         """Arguments of `complete` for `predict`."""
+        self.engine_notes: list[str] = []
+        """Lines that an engine other than Lightning adds to `notes`."""
         self.__is_start = False
 
     @property
@@ -210,9 +215,9 @@ class LanguageModule(RestorableModule):
     def notes(self) -> list[str]:
         """What the run says about the model before the first update."""
         data, model = self.data, self.causal_lm
-        notes = [] if self.reference is None else [self.reference.description]
+        notes = [*self.engine_notes] + ([] if self.reference is None else [self.reference.description])
         if data is not None and data.branching:
-            twice = f"prompts are computed twice per pair: {model.layout_reason}"
+            twice = f"prompts are computed twice per pair: {model.layout_reason or 'share_prompt is off'}"
             notes.append("prompts are computed once per pair" if model.layout is forest else twice)
         elif data is not None and data.packing and model.layout is padded:
             notes.append(f"packed documents are computed in rows of their own, padded: {model.layout_reason}")

@@ -36,6 +36,7 @@ class DPO(LanguageModule):
     """
 
     unit = "rows"
+    branching = True
     details: ClassVar[tuple[str, ...]] = ("logps/chosen", "logps/rejected", "lengths/chosen", "lengths/rejected")
     validation_metrics = (
         *("val/loss", "val/kl"),

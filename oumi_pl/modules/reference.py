@@ -154,8 +154,13 @@ class Reference:
         data = self._module.trainer.datamodule
         return all(split in self.opened.stores or data.sources[split] is None for split in splits)
 
-    def open(self, splits: tuple[str, ...]) -> None:
+    def open(self, splits: tuple[str, ...], *, in_memory: bool = False) -> None:
         """Makes the reference ready for the examples of these splits, computing what the cache lacks.
+
+        Args:
+            splits: `train`, `validation` or `test`.
+            in_memory: Keep the initial model as a frozen copy (`frozen_model`) where its log-probabilities would be
+                computed beforehand: for engines that run the reference themselves. Call it before the first update.
 
         Raises:
             UserError: log-probabilities of the initial model are missing, and it has been trained since.
@@ -165,11 +170,10 @@ class Reference:
         elif self.kind == "adapters":
             self.opened = WithoutAdapters(self._module.causal_lm)
             self.description = "reference: the base model, adapters disabled"
-        elif self.kind == "online":
-            assert self._kept is not None
+        elif self.kind == "online" or in_memory:
             if is_sharded(self._module.causal_lm):
                 raise UserError("model.reference: a frozen copy is not sharded; set reference: initial")
-            opened = FrozenModel(self._placed(self._kept))
+            opened = FrozenModel(self._placed(self._kept or deepcopy(self._module.causal_lm)))
             if self._moved:
                 opened.model.load_state_dict(self._moved, strict=False)
             self.opened = opened

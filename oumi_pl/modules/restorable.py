@@ -140,7 +140,18 @@ def _recount(loops: dict[str, Any], before: int, now: int) -> None:
     """Converts Lightning's count of micro-batches to another accumulation of the same updates."""
     progress = loops["fit_loop"]["epoch_loop.batch_progress"]
     for span in ("total", "current"):
-        for name in ("ready", "started", "processed", "completed"):
-            # `ready` may be one update ahead of `completed` by a single micro-batch, which is not a multiple
-            whole, rest = divmod(progress[span][name], before)
-            progress[span][name] = whole * now if not rest else (whole + 1) * now - (before - rest)
+        for name in COUNTS:
+            progress[span][name] = recounted(progress[span][name], before, now)
+
+
+COUNTS = ("ready", "started", "processed", "completed")
+"""What Lightning counts of micro-batches."""
+
+
+def recounted(micro_batches: int, before: int, now: int) -> int:
+    """A count of micro-batches at the end of an update, with `now` instead of `before` of them per update.
+
+    Lightning saves before it counts the last one as completed: what is missing to a whole update then stays missing.
+    """
+    updates, rest = divmod(micro_batches, before)
+    return updates * now if not rest else (updates + 1) * now - (before - rest)

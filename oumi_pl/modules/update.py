@@ -6,7 +6,7 @@ gradients are true as they come, for Lightning's clipping, for callbacks and for
 """
 
 from abc import abstractmethod
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, ClassVar, Literal, cast
 
 import lightning as L
@@ -42,6 +42,9 @@ class UpdateModule(L.LightningModule):
         """Sums of the last update over all micro-batches and ranks, for callbacks to read."""
         self.tokens_seen = {"tokens": 0, "targets": 0}
         """What was trained on so far, without padding."""
+        self.log_to: Callable[[dict[str, Any]], None] | None = None
+        """Called with all that `log` and `log_dict` are given, in place of Lightning, which only logs within its own
+        loops. Set by an engine that runs another loop."""
         self.__update: Sums = {}
         self.__expected: int | None = None
         self.__finished = -1
@@ -219,6 +222,22 @@ class UpdateModule(L.LightningModule):
         if self.trainer.state.fn == "fit":  # where `metrics.csv` puts it
             logged["step"] = torch.tensor(float(self.global_step))
         self.log_dict(logged)
+
+    # ---- logging
+
+    def log(self, name: str, value: Any, *args: Any, **kwargs: Any) -> None:
+        """As of `LightningModule`, unless `log_to` is set."""
+        if self.log_to is None:
+            super().log(name, value, *args, **kwargs)
+        else:
+            self.log_to({name: value})
+
+    def log_dict(self, dictionary: Any, *args: Any, **kwargs: Any) -> None:
+        """As of `LightningModule`, unless `log_to` is set."""
+        if self.log_to is None:
+            super().log_dict(dictionary, *args, **kwargs)
+        else:
+            self.log_to(dict(dictionary))
 
     # ---- sums
 

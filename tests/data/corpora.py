@@ -7,6 +7,7 @@ import torch
 from oumi_pl.data.pretrain import PretrainData
 from oumi_pl.data.sources import Source
 from oumi_pl.data.tokenizers import ByteTokenizer
+from oumi_pl.types import IGNORE_INDEX
 from tests.tiny import write_jsonl
 
 BIG = 10**9
@@ -42,13 +43,27 @@ def pretrain_data(train, **kwargs):
 
 
 def handed_out(batches):
-    """Input ids and labels of batches, as lists."""
-    return [(batch["input_ids"].tolist(), batch["labels"].tolist()) for batch in batches]
+    """Inputs, targets and their predictors, and segments of batches, as lists."""
+    names = ("input_ids", "position_ids", "targets", "predictors", "target_segments")
+    return [(*(batch[name].tolist() for name in names), batch["segments"]) for batch in batches]
+
+
+def documents_of(batch):
+    """The inputs of each document of a batch, as lists; rows, where documents are not kept apart."""
+    assert not any(segment.shared for segment in batch["segments"])
+    return [ids.tolist() for ids in batch["input_ids"][0].split([segment.length for segment in batch["segments"]])]
 
 
 def rows_of(batches):
-    """Rows of padded batches, as lists of inputs."""
-    return [row for batch in batches for row in batch["input_ids"].tolist()]
+    """Rows whose documents are not kept apart, as lists of inputs."""
+    return [row for batch in batches for row in documents_of(batch)]
+
+
+def labels_of(batch):
+    """What each position of a batch's row of documents has to predict, -100 where nothing. `[seq]`."""
+    labels = torch.full(batch["input_ids"].shape[1:], IGNORE_INDEX)
+    labels[batch["predictors"]] = batch["targets"]
+    return labels
 
 
 def as_saved(state, path):

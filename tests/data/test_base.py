@@ -1,6 +1,7 @@
-"""The DataModule: the cache is hit when nothing has changed and missed when anything has; the report adds up."""
+"""The DataModule: the cache is used only as long as nothing changes; the report counts all rows."""
 
 import json
+from dataclasses import replace
 
 import pytest
 
@@ -10,6 +11,7 @@ from oumi_pl.data.sft import SFTData
 from oumi_pl.data.tokenizers import ByteTokenizer
 from oumi_pl.errors import UserError
 from oumi_pl.preview import report as preview
+from oumi_pl.types import Text
 from tests.tiny import conversations, write_jsonl
 
 
@@ -52,7 +54,7 @@ def test_the_second_run_tokenizes_nothing(tmp_path, tokenized):
     ],
     ids=lambda change: "-".join(change),
 )
-def test_any_change_tokenizes_anew(tmp_path, tokenized, change):
+def test_a_changed_setting_tokenizes_again(tmp_path, tokenized, change):
     file = write_jsonl(tmp_path / "rows.jsonl", conversations(20))
     make(file)
     before = len(tokenized)
@@ -60,7 +62,7 @@ def test_any_change_tokenizes_anew(tmp_path, tokenized, change):
     assert len(tokenized) > before
 
 
-def test_a_changed_file_or_format_function_tokenizes_anew(tmp_path, tokenized, monkeypatch):
+def test_a_changed_file_or_format_function_tokenizes_again(tmp_path, tokenized, monkeypatch):
     file = write_jsonl(tmp_path / "rows.jsonl", conversations(20))
     make(file)
     write_jsonl(tmp_path / "rows.jsonl", conversations(19) + conversations(1, seed=9))
@@ -76,7 +78,7 @@ def test_a_changed_file_or_format_function_tokenizes_anew(tmp_path, tokenized, m
     assert len(tokenized) == 80
 
 
-def test_another_table_of_formats_tokenizes_anew(tmp_path, tokenized, monkeypatch):
+def test_formats_in_another_order_tokenize_again(tmp_path, tokenized, monkeypatch):
     file = write_jsonl(tmp_path / "rows.jsonl", [{"question": "q", "answer": "a", "text": "t"}])
     make(file)
     monkeypatch.setattr(SFTData, "formats", SFTData.formats[::-1])
@@ -84,7 +86,7 @@ def test_another_table_of_formats_tokenizes_anew(tmp_path, tokenized, monkeypatc
     assert [type(record).__name__ for record in tokenized] == ["Conversation", "Text"]
 
 
-def test_held_out_rows_are_disjoint_and_stable(tmp_path):
+def test_held_out_rows_are_disjoint_from_training_and_do_not_depend_on_the_order(tmp_path):
     rows = conversations(200)
     made = make(write_jsonl(tmp_path / "rows.jsonl", rows), validation=0.2)
     train, held = made.report()["train"], made.report()["validation"]
@@ -95,7 +97,7 @@ def test_held_out_rows_are_disjoint_and_stable(tmp_path):
     assert sorted(reference for _, reference in again.prompts("validation")) == sorted(references)
 
 
-def test_the_report_adds_up(tmp_path):
+def test_the_report_counts_what_became_of_all_rows(tmp_path):
     rows = conversations(30, longest=40)
     rows[3]["messages"] = rows[3]["messages"][:1]  # no answer: no target tokens
     made = make(write_jsonl(tmp_path / "rows.jsonl", rows), max_length=96, batch_size=4, packing=True)
@@ -112,7 +114,7 @@ def test_the_report_adds_up(tmp_path):
     json.dumps(report)
 
 
-def test_empty_answers_are_trained_counted_and_told_and_refused_where_there_are_no_others(tmp_path):
+def test_empty_answers_are_trained_and_counted_and_refused_if_all_are_empty(tmp_path):
     rows = conversations(4)
     for row in rows[:3]:
         row["messages"][-1]["content"] = " "
@@ -128,13 +130,35 @@ def test_empty_answers_are_trained_counted_and_told_and_refused_where_there_are_
     make(silent, train_on="all").setup("fit")
 
 
-def test_padding_is_that_of_the_batches(tmp_path):
-    made = make(write_jsonl(tmp_path / "rows.jsonl", conversations(10)), batch_size=4)
-    padded = total = 0
-    for batch in made.train_dataloader():
-        padded += int((batch["attention_mask"] == 0).sum())
-        total += batch["attention_mask"].numel()
-    assert made.report()["train"]["padding"] == pytest.approx(padded / total, abs=1e-6)
+@pytest.mark.parametrize("packing", [False, True])
+def test_batches_hold_the_tokens_of_their_rows_without_padding(tmp_path, packing):
+    made = make(write_jsonl(tmp_path / "rows.jsonl", conversations(10)), batch_size=4, packing=packing)
+    batches = list(made.train_dataloader())
+    assert sum(batch["input_ids"].numel() for batch in batches) == made.report()["train"]["tokens"]
+    assert "padding" not in made.report()["train"]
+    for batch in batches:
+        examples = [made.examples("train")[i] for i in batch["sample_ids"]]
+        assert batch["input_ids"].tolist() == [[token for e in examples for token in e.input_ids.tolist()]]
+
+
+class Scored(SFTData):
+    """Rows that may come with a score."""
+
+    formats = ((lambda row: Text(row["text"], f"score {row['score']}" if "score" in row else "q"), ("text",)),)
+
+    def encode(self, records):
+        fields = [{"score": float(r.prompt[6:])} if r.prompt.startswith("score ") else {} for r in records]
+        return [replace(e, fields=f) for e, f in zip(super().encode(records), fields, strict=True)]
+
+
+def test_sources_with_different_fields_are_refused(tmp_path):
+    with_score = write_jsonl(tmp_path / "a.jsonl", [{"text": "a", "score": 1}, {"text": "b", "score": 0.5}])
+    without = write_jsonl(tmp_path / "b.jsonl", [{"text": "a"}])
+    made = Scored(with_score, tokenizer=ByteTokenizer())
+    made.prepare_data()
+    assert sorted(next(iter(made.train_dataloader()))["fields"]["score"].tolist()) == [0.5, 1.0]
+    with pytest.raises(UserError, match=r"data.train: the examples of its sources have different fields"):
+        Scored([with_score, without], tokenizer=ByteTokenizer()).prepare_data()
 
 
 def test_a_mixture_keeps_its_proportions_and_changes_with_the_epoch(tmp_path):
@@ -150,7 +174,7 @@ def test_a_mixture_keeps_its_proportions_and_changes_with_the_epoch(tmp_path):
     assert made.updates(2) == 10
 
 
-def test_nothing_left_is_an_error_that_says_why(tmp_path):
+def test_an_error_says_why_no_row_is_left(tmp_path):
     made = SFTData(
         write_jsonl(tmp_path / "rows.jsonl", conversations(5)), tokenizer=ByteTokenizer(), max_length=4, overflow="drop"
     )

@@ -1,52 +1,48 @@
-"""Collating: labels meet their positions here, and nothing else carries loss."""
+"""Collating examples of segments: each target, what predicts it, and where every token is in its path."""
 
 import random
 
 import numpy as np
+import pytest
 import torch
 
-from oumi_pl.data.collate import flatten_pairs, flatten_rows, pad_rows
-from oumi_pl.types import IGNORE_INDEX, Example, PreferenceExample
+from oumi_pl.data import collate as collating
+from oumi_pl.data.collate import collate
+from oumi_pl.types import Example, Segment
+from tests.trees import naive_paths, random_example
 
 
 def example(ids, mask):
     return Example(np.array(ids, dtype=np.int32), np.array(mask, dtype=bool))
 
 
-# the token 0 is pad, and a target as well: only positions decide
+# The token 0 is pad, and a target as well: only positions decide what carries loss.
 A = example([5, 6, 0, 8], [0, 0, 1, 1])
 B = example([7, 0], [0, 1])
 
 
-def test_padded_labels_are_shifted_once_and_pad_ids_that_are_targets_stay():
-    batch = pad_rows([([0], [A]), ([1], [B])], pad_id=0)
-    assert batch["input_ids"].tolist() == [[5, 6, 0, 8], [7, 0, 0, 0]]
-    assert batch["labels"].tolist() == [[-100, 0, 8, -100], [0, -100, -100, -100]]
-    assert batch["attention_mask"].tolist() == [[1, 1, 1, 1], [1, 1, 0, 0]]
-    assert batch["position_ids"].tolist() == [[0, 1, 2, 3], [0, 1, 2, 3]]
-    assert batch["sample_ids"] == [0, 1]
-
-
-def test_flattened_documents_start_at_position_zero_and_predict_nothing_across_borders():
-    batch = flatten_rows([([0, 1], [A, B]), ([0], [A])], pad_id=0)
+def test_documents_begin_at_position_zero_and_nothing_is_predicted_across_their_borders():
+    batch = collate([([0, 1], [A, B]), ([0], [A])], pad_id=0)
     assert batch["input_ids"].tolist() == [[5, 6, 0, 8, 7, 0, 5, 6, 0, 8]]
     assert batch["position_ids"].tolist() == [[0, 1, 2, 3, 0, 1, 0, 1, 2, 3]]
-    assert batch["labels"].tolist() == [[-100, 0, 8, -100, 0, -100, -100, 0, 8, -100]]
-    assert batch["document_lengths"] == [4, 2, 4]
-    assert "attention_mask" not in batch
+    assert batch["segments"] == [Segment(4), Segment(2), Segment(4)]
+    assert batch["targets"].tolist() == [0, 8, 0, 0, 8]
+    assert batch["predictors"].tolist() == [1, 2, 4, 7, 8]
+    assert batch["target_segments"].tolist() == [0, 0, 1, 2, 2]
+    assert batch["sample_ids"] == [0, 1, 0]
+    assert batch["fields"] == {}
 
 
-def test_an_empty_micro_batch_has_no_targets():
-    for collate in (pad_rows, flatten_rows):
-        batch = collate([], pad_id=3)
-        assert (batch["labels"] == IGNORE_INDEX).all()
-        assert batch["sample_ids"] == []
+def test_one_example_per_row_and_packed_rows_give_the_same_batch():
+    apart, packed = collate([([0], [A]), ([1], [B])], pad_id=0), collate([([0, 1], [A, B])], pad_id=0)
+    assert differing(apart, packed) == []
 
 
 def pair(prompt, chosen, rejected, mask, margin=float("nan")):
-    ids, first = [*prompt, *chosen, *rejected], len(prompt)
-    added = {"chosen_start": first, "rejected_start": first + len(chosen), "margin": margin}
-    return PreferenceExample(np.array(ids, dtype=np.int32), np.array([0] * first + mask, dtype=bool), **added)
+    """A prompt with the chosen response, and the rejected response, which continues the prompt."""
+    segments = (Segment(len(prompt) + len(chosen)), Segment(len(rejected), parent=0, shared=len(prompt)))
+    ids = np.array([*prompt, *chosen, *rejected], dtype=np.int32)
+    return Example(ids, np.array([0] * len(prompt) + mask, dtype=bool), segments, {"margin": margin})
 
 
 P = pair([1, 2], [3, 0], [0, 5, 6], [1, 1, 1, 0, 1], margin=0.5)
@@ -54,79 +50,125 @@ R = pair([7], [8], [9], [1, 1])
 
 
 def test_both_responses_continue_the_prompt_and_are_predicted_from_its_end():
-    batch = flatten_pairs([([4, 0], [P, R]), ([4], [P])], pad_id=0)
+    batch = collate([([4, 0], [P, R]), ([4], [P])], pad_id=0)
     assert batch["input_ids"].tolist() == [[1, 2, 3, 0, 0, 5, 6, 7, 8, 9, 1, 2, 3, 0, 0, 5, 6]]
     assert batch["position_ids"].tolist() == [[0, 1, 2, 3, 2, 3, 4, 0, 1, 1, 0, 1, 2, 3, 2, 3, 4]]
-    assert batch["pair_lengths"] == [(2, 2, 3), (1, 1, 1), (2, 2, 3)]
+    expected = [(4, -1, 0), (3, 0, 2), (2, -1, 0), (1, 2, 1), (4, -1, 0), (3, 4, 2)]
+    assert batch["segments"] == expected
     assert batch["targets"].tolist() == [3, 0, 0, 6, 8, 9, 3, 0, 0, 6]
     assert batch["predictors"].tolist() == [1, 2, 1, 5, 7, 7, 11, 12, 11, 15]
-    assert batch["branches"].tolist() == [0, 0, 1, 1, 2, 3, 4, 4, 5, 5]
-    assert batch["margins"].nan_to_num(-1).tolist() == [0.5, -1, 0.5]
+    assert batch["target_segments"].tolist() == [0, 0, 1, 1, 2, 3, 4, 4, 5, 5]
+    assert batch["fields"]["margin"].nan_to_num(-1).tolist() == [0.5, -1, 0.5]
     assert batch["sample_ids"] == [4, 0, 4]
 
 
-def naive_pairs(examples):
-    """Every branch as a sequence of its own, whose tokens remember where in the row they lie."""
-    row, positions, targets = [], [], []
-    for i, example in enumerate(examples):
-        start, first, second = len(row), example.chosen_start, example.rejected_start
-        places = [
-            (start + t, int(example.input_ids[t]), bool(example.loss_mask[t])) for t in range(len(example.input_ids))
-        ]
-        at = {}
-        for branch, response in ((0, places[first:second]), (1, places[second:])):
-            sequence = places[:first] + response
-            at |= {place: position for position, (place, _, _) in enumerate(sequence)}
-            for t in range(1, len(sequence)):
-                place, token, loss = sequence[t]
-                if loss:
-                    targets.append((place, token, sequence[t - 1][0], 2 * i + branch))
-        row += [token for _, token, _ in places]
-        positions += [at[place] for place, _, _ in places]
-    return row, positions, [target[1:] for target in sorted(targets)]
+# ---- trees of any depth
 
 
-def test_flattened_pairs_are_what_a_naive_loop_makes_of_their_branches():
-    rng = random.Random(0)
+def naive_batch(rows):
+    """Every path of every example as a sequence of its own, whose tokens remember where in the row they lie."""
+    ids, positions, segments, targets = [], [], [], []
+    for example in (example for _, row in rows for example in row):
+        start, first = len(ids), len(segments)
+        ids += example.input_ids.tolist()
+        for i, (segment, path) in enumerate(zip(example.segments, naive_paths(example.segments), strict=True)):
+            for k in range(segment.shared, len(path)):
+                positions.append(k)
+                if example.loss_mask[path[k]]:
+                    targets.append((int(example.input_ids[path[k]]), start + path[k - 1], first + i))
+            segments.append(segment if segment.parent < 0 else segment._replace(parent=segment.parent + first))
+    tokens, predictors, owners = zip(*targets, strict=True) if targets else ((), (), ())
+    return {
+        "input_ids": torch.tensor([ids]),
+        "position_ids": torch.tensor([positions]),
+        "segments": segments,
+        "targets": torch.tensor(tokens, dtype=torch.long),
+        "predictors": torch.tensor(predictors, dtype=torch.long),
+        "target_segments": torch.tensor(owners, dtype=torch.long),
+        "fields": {
+            name: torch.tensor([e.fields[name] for _, row in rows for e in row]) for name in rows[0][1][0].fields
+        },
+        "sample_ids": [i for numbers, _ in rows for i in numbers],
+    }
 
-    def ids(most):
-        return [rng.randrange(50) for _ in range(rng.randint(1, most))]
 
-    for _ in range(200):
-        examples = []
-        for _ in range(rng.randint(1, 5)):
-            prompt, chosen, rejected = ids(6), ids(6), ids(6)
-            # the first token of a response always carries loss
-            masks = [[1] + [rng.randint(0, 1) for _ in response[1:]] for response in (chosen, rejected)]
-            examples.append(pair(prompt, chosen, rejected, [*masks[0], *masks[1]]))
-        numbers = list(range(len(examples)))
-        split = rng.randint(0, len(examples))
-        rows = [(numbers[:split], examples[:split]), (numbers[split:], examples[split:])]
-        batch = flatten_pairs(rows, pad_id=0)
-        row, positions, targets = naive_pairs(examples)
-        assert batch["input_ids"].tolist() == [row]
-        assert batch["position_ids"].tolist() == [positions]
-        made = (batch["targets"].tolist(), batch["predictors"].tolist(), batch["branches"].tolist())
-        assert list(zip(*made, strict=True)) == targets
-        assert made[2] == sorted(made[2])
-        assert batch["pair_lengths"] == [example.lengths for example in examples]
-        assert batch["sample_ids"] == numbers
+def differing(batch, expected):
+    """The entries of two batches that are not equal; NaN equals NaN."""
+
+    def equal(one, other):
+        if isinstance(one, torch.Tensor):
+            return one.dtype == other.dtype and np.array_equal(one, other, equal_nan=one.is_floating_point())
+        if isinstance(one, dict):
+            return one.keys() == other.keys() and all(equal(one[name], other[name]) for name in one)
+        return one == other
+
+    assert batch.keys() == expected.keys()
+    return [name for name in expected if not equal(batch[name], expected[name])]
 
 
-def test_the_stand_in_for_pairs_is_one_pair_without_targets():
-    batch = flatten_pairs([], pad_id=3)
-    assert batch["input_ids"].tolist() == [[3, 3, 3]]
-    assert batch["position_ids"].tolist() == [[0, 1, 1]]
-    assert batch["pair_lengths"] == [(1, 1, 1)]
-    for name in ("targets", "predictors", "branches"):
+def random_rows(seed, depth):
+    """Rows of the plan: several examples in some, trees of up to `depth` segments below each other."""
+    rng = random.Random(seed)
+    depths = [depth, *(rng.randint(1, depth) for _ in range(rng.randint(0, 4)))]
+    examples = [random_example(rng, deep, fields=("margin", "score")) for deep in depths]
+    split, numbers = rng.randint(0, len(examples) - 1), rng.sample(range(100), len(examples))
+    rows = [(numbers[:split], examples[:split]), (numbers[split:], examples[split:])]
+    return [row for row in rows if row[0]]
+
+
+@pytest.mark.parametrize("depth", [1, 2, 3, 4])
+def test_collate_equals_a_naive_loop_over_the_paths_of_random_trees(depth):
+    for seed in range(60):
+        rows = random_rows(seed, depth)
+        batch = collate(rows, pad_id=0)
+        assert differing(batch, naive_batch(rows)) == []
+        assert batch["target_segments"].tolist() == sorted(batch["target_segments"].tolist())
+
+
+def token_before_in_the_row(example, at, starts):
+    return at - 1
+
+
+def end_of_the_parent(example, at, starts):
+    """As if each segment continued all of its parent's path."""
+    before, ends = at - 1, np.cumsum([segment.length for segment in example.segments])
+    for i, segment in enumerate(example.segments):
+        if segment.shared:
+            before[at == starts[i]] = ends[segment.parent] - 1
+    return before
+
+
+FAULTS = {
+    "predictors": [("_predictors", token_before_in_the_row), ("_predictors", end_of_the_parent)],
+    "position_ids": [("position_ids", lambda segments: np.arange(sum(s.length for s in segments)))],
+    "target_segments": [("segment_starts", lambda segments: [i and 1 << 20 for i in range(len(segments) + 1)])],
+}
+
+
+@pytest.mark.parametrize(("entry", "fault"), [(entry, fault) for entry, faults in FAULTS.items() for fault in faults])
+def test_the_naive_loop_catches_planted_faults(monkeypatch, entry, fault):
+    monkeypatch.setattr(collating, *fault)
+    found = [differing(collate(rows, pad_id=0), naive_batch(rows)) for rows in (random_rows(s, 3) for s in range(20))]
+    assert sum(entry in names for names in found) > 10
+
+
+# ---- the stand-in
+
+
+def test_the_stand_in_has_two_tokens_and_no_targets():
+    batch = collate([], pad_id=3)
+    assert batch["input_ids"].tolist() == [[3, 3]]
+    assert batch["position_ids"].tolist() == [[0, 1]]
+    assert batch["segments"] == [Segment(2)]
+    for name in ("targets", "predictors", "target_segments"):
         assert batch[name].shape == (0,)
-    assert batch["margins"].isnan().tolist() == [True]
+    assert batch["fields"] == {}
     assert batch["sample_ids"] == []
 
 
-def test_the_tensors_of_pairs_have_one_type_with_and_without_rows():
-    for batch in (flatten_pairs([], pad_id=3), flatten_pairs([([0], [R])], pad_id=3)):
-        assert {name: v.dtype for name, v in batch.items() if isinstance(v, torch.Tensor)} == {
-            **dict.fromkeys(("input_ids", "position_ids", "targets", "predictors", "branches"), torch.int64),
-            "margins": torch.float32,
-        }
+def test_tensors_have_one_type_with_and_without_rows():
+    for batch in (collate([], pad_id=3), collate([([0], [R])], pad_id=3), collate([([0], [example([5], [0])])], 3)):
+        tensors = {name: value.dtype for name, value in batch.items() if isinstance(value, torch.Tensor)}
+        names = ("input_ids", "position_ids", "targets", "predictors", "target_segments")
+        assert tensors == dict.fromkeys(names, torch.int64)
+        assert {value.dtype for value in batch["fields"].values()} <= {torch.float32}

@@ -14,8 +14,8 @@ from oumi_pl.data.sft import SFTData
 from oumi_pl.data.sources import Source
 from oumi_pl.data.tokenizers import ByteTokenizer
 from oumi_pl.errors import UserError
-from oumi_pl.types import PreferenceExample
 from tests.tiny import conversations, write_jsonl
+from tests.trees import pair_lengths
 
 DATA = Path(__file__).parents[2] / ".." / "shared" / "data"
 needs_data = pytest.mark.skipif(not DATA.is_dir(), reason="needs ../shared/data (GPT-2's tokenizer, HH dialogues)")
@@ -55,22 +55,20 @@ def tokenized(monkeypatch):
 # --- stores and reports -----------------------------------------------------------------------------------------------
 
 
-def test_the_second_run_tokenizes_nothing_and_knows_the_same(rows_file, tokenized):
+def test_a_second_run_reads_the_cache(rows_file, tokenized):
     first, second = make(rows_file), make(rows_file)
     assert len(tokenized) == 20
     assert second.report() == first.report()
     for i in range(20):
         a, b = first.examples("train")[i], second.examples("train")[i]
-        assert isinstance(b, PreferenceExample)
-        assert (a.input_ids.tolist(), a.loss_mask.tolist(), a.lengths) == (
-            *(b.input_ids.tolist(), b.loss_mask.tolist()),
-            b.lengths,
-        )
-        assert b.margin == i - 0.5 if i % 2 else math.isnan(b.margin)
+        assert (a.input_ids.tolist(), a.loss_mask.tolist()) == (b.input_ids.tolist(), b.loss_mask.tolist())
+        assert pair_lengths(a) == pair_lengths(b)
+        margin = b.fields["margin"]
+        assert margin == i - 0.5 if i % 2 else math.isnan(margin)
 
 
 @pytest.mark.parametrize("change", [{"max_length": 128}, {"template": "plain"}, {"overflow": "drop"}], ids=str)
-def test_any_change_tokenizes_anew(rows_file, tokenized, change):
+def test_a_changed_setting_tokenizes_again(rows_file, tokenized, change):
     make(rows_file)
     make(rows_file, **change)
     assert len(tokenized) == 40
@@ -96,13 +94,13 @@ def test_the_report_adds_up(tmp_path):
     examples = [data.examples("train")[i] for i in range(28)]
     assert report["tokens"] == sum(len(e.input_ids) for e in examples) == data.lengths("train").sum()
     assert report["target_tokens"] == sum(e.target_tokens for e in examples)
-    assert data.stores("train")[0].target_counts.tolist() == [e.target_tokens for e in examples]
-    longest = [p + max(c, r) for p, c, r in (e.lengths for e in examples)]
+    assert data.targets("train").tolist() == [e.target_tokens for e in examples]
+    longest = [p + max(c, r) for p, c, r in map(pair_lengths, examples)]
     assert report["cut"] == sum(n == 128 for n in longest) > 0
     assert max(longest) == 128
-    apart = sum(2 * p + c + r for p, c, r in (e.lengths for e in examples))
+    apart = sum(2 * p + c + r for p, c, r in map(pair_lengths, examples))
     assert report["saved_by_sharing"] == pytest.approx(1 - report["tokens"] / apart, abs=1e-6)
-    assert report["padding"] == 0.0
+    assert "padding" not in report
     assert (report["rows_planned"], report["updates_per_epoch"]) == (28, 7)
     json.dumps(report)
 
@@ -158,8 +156,9 @@ def test_a_format_of_ones_own(tmp_path, monkeypatch):
     rows = [{"q": "q", "answers": ["a", "b", "c"]}, {"q": "q", "answers": ["a", "b"]}]
     data = make(Source(write_jsonl(tmp_path / "rows.jsonl", rows), format="own_preferences.ranked"))
     examples = [data.examples("train")[i] for i in range(2)]
-    assert [e.margin for e in examples] == [3, 2]
-    assert [bytes(e.input_ids[[0, 1, e.rejected_start]].astype(np.uint8)) for e in examples] == [b"qac", b"qab"]
+    assert [e.fields for e in examples] == [{"margin": 3}, {"margin": 2}]
+    firsts = [[0, 1, sum(pair_lengths(e)[:2])] for e in examples]  # of prompt, chosen and rejected response
+    assert [bytes(e.input_ids[at].astype(np.uint8)) for e, at in zip(examples, firsts, strict=True)] == [b"qac", b"qab"]
     with pytest.raises(UserError, match="unknown format 'rankd'"):
         make(Source(str(tmp_path / "rows.jsonl"), format="rankd"))
 
@@ -173,9 +172,13 @@ def test_packing_never_splits_a_pair_and_every_pair_fits(tmp_path):
     assert data.lengths("train").max() > 96, "a pair may be longer than max_length"
     seen = []
     for batch in data.train_dataloader():
-        assert sum(map(sum, batch["pair_lengths"])) == batch["input_ids"].shape[1] <= 2 * 2 * 96
-        for number, lengths in zip(batch["sample_ids"], batch["pair_lengths"], strict=True):
-            assert lengths == data.examples("train")[number].lengths
+        segments = batch["segments"]
+        assert sum(segment.length for segment in segments) == batch["input_ids"].shape[1] <= 2 * 2 * 96
+        assert len(segments) == 2 * len(batch["sample_ids"])
+        for i, number in enumerate(batch["sample_ids"]):
+            first, second = segments[2 * i : 2 * i + 2]
+            assert (first, second._replace(parent=0)) == data.examples("train")[number].segments
+            assert second.parent == 2 * i
         seen += batch["sample_ids"]
     assert sorted(seen) == list(range(60))
     report = data.report()["train"]
@@ -187,9 +190,10 @@ def test_packing_never_splits_a_pair_and_every_pair_fits(tmp_path):
 
 def test_without_packing_a_batch_has_as_many_pairs_as_it_should(rows_file):
     data = make(rows_file, batch_size=8, validation=rows_file, eval_batch_size=5)
-    assert [len(batch["pair_lengths"]) for batch in data.train_dataloader()] == [8, 8, 4]
-    assert [len(batch["pair_lengths"]) for batch in data.val_dataloader()] == [5, 5, 5, 5]
-    assert data.report()["validation"]["padding"] == 0.0
+    assert [len(batch["sample_ids"]) for batch in data.train_dataloader()] == [8, 8, 4]
+    assert [len(batch["segments"]) for batch in data.train_dataloader()] == [16, 16, 8]
+    assert [len(batch["sample_ids"]) for batch in data.val_dataloader()] == [5, 5, 5, 5]
+    assert "padding" not in data.report()["validation"]
 
 
 def test_pairs_are_not_grouped_by_length_unless_asked(rows_file):
@@ -202,12 +206,26 @@ def test_pairs_are_not_grouped_by_length_unless_asked(rows_file):
     assert spread() == spread(group_by_length=False) > spread(group_by_length=True)
 
 
-def test_collate_is_for_any_examples(rows_file):
+def test_a_batch_of_any_examples(rows_file):
     data = make(rows_file)
-    batch = data.collate([([i], [data.examples("train")[i]]) for i in (3, 1)])
+    batch = data.batch("train", [3, 1])
     assert batch["sample_ids"] == [3, 1]
-    assert len(batch["targets"]) == data.stores("train")[0].target_counts[[3, 1]].sum()
-    assert data.collate([])["sample_ids"] == []
+    assert len(batch["targets"]) == data.targets("train")[[3, 1]].sum()
+    assert batch["fields"]["margin"].tolist() == [2.5, 0.5]
+    assert data.batch("train", [])["sample_ids"] == []
+
+
+@pytest.mark.parametrize("packing", [False, True])
+def test_examples_in_batches_of_about_equal_numbers_of_tokens(rows_file, packing):
+    data = make(rows_file, packing=packing, eval_batch_size=3)
+    ids, lengths = range(4, 18), data.lengths("train")
+    batches = data.in_batches("train", ids)
+    assert sorted(i for batch in batches for i in batch) == list(ids)
+    budget = 3 * (2 * 256 if packing else lengths[4:18].max())
+    tokens = [sum(lengths[i] for i in batch) for batch in batches]
+    assert max(tokens) <= budget
+    # none would have fitted into the batch before it
+    assert all(before + lengths[batch[0]] > budget for before, batch in zip(tokens, batches[1:], strict=False))
 
 
 # --- prompts ----------------------------------------------------------------------------------------------------------
@@ -218,7 +236,7 @@ def test_prompts_are_what_training_sees_with_the_chosen_answer(rows_file):
     rows = [json.loads(line) for line in Path(rows_file).read_text().splitlines()]
     for i, (ids, answer) in enumerate(data.prompts("train")):
         example = data.examples("train")[i]
-        assert ids == example.input_ids[: example.chosen_start].tolist()
+        assert ids == example.input_ids[: pair_lengths(example)[0]].tolist()
         assert answer == rows[i]["chosen"][1]["content"]
 
 
@@ -268,7 +286,7 @@ def test_real_dialogues_by_hand():
             ids.append(data.tokenizer(answer["content"] + "<|im_end|>\n")["input_ids"])
         example = examples[kept]
         assert example.input_ids.tolist() == list(chain(*ids))
-        assert example.lengths == tuple(map(len, ids))
+        assert pair_lengths(example) == tuple(map(len, ids))
         mask = [[False] * len(ids[0]), *([True] * (len(answer) - 1) + [False] for answer in ids[1:])]
         assert example.loss_mask.tolist() == list(chain(*mask))
         kept += 1

@@ -1,4 +1,4 @@
-"""Held-out documents: every token but the first a target once, its bytes counted, by source, whatever the ranks."""
+"""Held-out documents: each token but a document's first is a target once; bytes are counted; ranks don't matter."""
 
 import itertools
 from collections import Counter
@@ -9,14 +9,13 @@ import pytest
 from oumi_pl.data.held_out import sliding_windows
 from oumi_pl.data.plan import Layout
 from oumi_pl.data.pretrain import PretrainData
-from oumi_pl.types import IGNORE_INDEX
 from tests.data.corpora import corpus, documents, pretrain_data
 
 LENGTHS = np.array([1, 2, 8, 9, 10, 17, 18, 100, 3])
 
 
 @pytest.mark.parametrize("stride", [1, 3, 8])
-def test_windows_have_every_target_once_with_all_the_context_that_fits(stride):
+def test_windows_cover_each_target_once_with_as_much_context_as_fits(stride):
     found = sliding_windows(LENGTHS, 8, stride)
     targets = Counter()
     for document, start, first, end in found.tolist():
@@ -27,13 +26,13 @@ def test_windows_have_every_target_once_with_all_the_context_that_fits(stride):
     assert targets == Counter((d, token) for d, length in enumerate(LENGTHS.tolist()) for token in range(1, length))
 
 
-def test_without_a_stride_there_are_as_few_windows_as_can_be():
+def test_a_stride_of_max_length_needs_the_fewest_windows():
     found = sliding_windows(LENGTHS, 8, 8)
     assert Counter(found[:, 0].tolist()) == {d: -(-(n - 1) // 8) for d, n in enumerate(LENGTHS.tolist()) if n > 1}
 
 
 @pytest.mark.parametrize("kwargs", [{}, {"isolate": True}, {"eval_stride": 20}, {"streaming": True}])
-def test_batches_hold_every_target_once_and_its_bytes(tmp_path, kwargs, monkeypatch):
+def test_batches_of_all_ranks_hold_each_target_and_its_bytes_once(tmp_path, kwargs, monkeypatch):
     sources = [corpus(tmp_path, 23, 5), corpus(tmp_path, 8, 6)]
     expected = [
         Counter(pair for text in documents(n, seed) for pair in pairs([*text.encode(), 257]))
@@ -46,11 +45,11 @@ def test_batches_hold_every_target_once_and_its_bytes(tmp_path, kwargs, monkeypa
         counts.append(len(batches))
         for batch in batches:
             sizes[batch["source"]] += batch["text_bytes"]
-            carries = batch["labels"] != IGNORE_INDEX
-            inputs, labels = batch["input_ids"][carries].tolist(), batch["labels"][carries].tolist()
-            found[batch["source"]].update(zip(inputs, labels, strict=True))
-            if "attention_mask" in batch:
-                assert batch["attention_mask"][carries].all()
+            inputs, targets = batch["input_ids"][0, batch["predictors"]].tolist(), batch["targets"].tolist()
+            found[batch["source"]].update(zip(inputs, targets, strict=True))
+            ends = np.cumsum([segment.length for segment in batch["segments"]])
+            owners = np.searchsorted(ends, batch["predictors"], side="right")
+            assert batch["target_segments"].tolist() == owners.tolist(), "predicted from within another window"
     assert found == expected
     # a byte per token here, and the first of a document is no target
     assert sizes == [sum(map(len, documents(n, seed))) - n for n, seed in ((23, 5), (8, 6))]
@@ -61,7 +60,7 @@ def pairs(ids):
     return list(itertools.pairwise(ids))
 
 
-def test_a_held_out_fraction_is_of_documents_that_training_never_sees(tmp_path):
+def test_held_out_documents_are_never_trained_on(tmp_path):
     for streaming in (False, True):
         made = pretrain_data(corpus(tmp_path, 200), validation=0.2, streaming=streaming, shuffle_buffer=0)
         held = [bytes(ids[:-1].tolist()).decode() for ids in made.shards("validation")[0].read(0)]

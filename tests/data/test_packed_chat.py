@@ -22,8 +22,7 @@ def data(tmp_path, rows=ROWS, cls=PackedChatData, **kwargs):
 def stream(made):
     """All ids, in order: the first row's first one, and what each position predicts."""
     batches = list(made.train_dataloader())
-    labels = [int(label) for batch in batches for row in batch["labels"] for label in row if label != -100]
-    return [int(batches[0]["input_ids"][0, 0]), *labels]
+    return [int(batches[0]["input_ids"][0, 0]), *(token for batch in batches for token in batch["targets"].tolist())]
 
 
 def chatml(row):
@@ -46,17 +45,17 @@ def test_another_template_is_another_stream(tmp_path):
     assert stream(other) == other.tokenizer(expected, add_special_tokens=False)["input_ids"] != one
 
 
-def test_texts_stay_texts(tmp_path):
+def test_texts_are_not_rendered_by_the_template(tmp_path):
     made = data(tmp_path, [{"text": "hello"}, {"prompt": "a", "completion": "b"}])
     assert stream(made) == made.tokenizer("hello<|im_end|>ab<|im_end|>", add_special_tokens=False)["input_ids"]
 
 
-def test_documents_alone_refuse_conversations(tmp_path):
+def test_pretrain_data_refuses_conversations(tmp_path):
     with pytest.raises(UserError, match="this row is a conversation"):
         stream(data(tmp_path, cls=PretrainData))
 
 
-def test_turns_that_the_template_refuses_are_told_with_their_line(tmp_path):
+def test_turns_that_the_template_refuses_are_an_error_with_file_and_line(tmp_path):
     wrong = {"messages": [{"role": "user", "content": "a"}, {"role": "user", "content": "b"}]}
     with pytest.raises(UserError, match=r"rows\.jsonl:3: .*have to alternate"):
         stream(data(tmp_path, [*ROWS, wrong], template="oumi/zephyr"))

@@ -11,8 +11,9 @@ from oumi_pl.data.pairs import TokenizePairs
 from oumi_pl.data.template import BUILT_IN
 from oumi_pl.data.tokenize import Dropped, Tokenize
 from oumi_pl.errors import UserError
-from oumi_pl.types import Conversation, Example, Preference, PreferenceExample, Text
+from oumi_pl.types import Conversation, Example, Preference, Text
 from tests.data.byte_level import WORDS, byte_tokenizer, chat, pieces, turn, wrap
+from tests.trees import pair_lengths
 
 Q = turn("user", "q")
 
@@ -32,15 +33,26 @@ def one(tokenizer, record, max_length=1000, **kwargs):
     return example
 
 
+def is_pair(example):
+    """Whether an example is a prompt with two responses."""
+    return isinstance(example, Example) and min(pair_lengths(example)) > 0
+
+
+def starts(example):
+    """Where the chosen and the rejected response begin in the example's tokens."""
+    prompt, chosen, _ = pair_lengths(example)
+    return prompt, prompt + chosen
+
+
 def parts(example):
     """Ids of prompt, chosen and rejected response, as lists."""
-    ids, first, second = example.input_ids.tolist(), example.chosen_start, example.rejected_start
+    ids, (first, second) = example.input_ids.tolist(), starts(example)
     return ids[:first], ids[first:second], ids[second:]
 
 
 def as_text(tokenizer, example):
     """The prompt, and both responses in pieces: [(text, carries loss)]."""
-    first, second = example.chosen_start, example.rejected_start
+    first, second = starts(example)
     assert not example.loss_mask[:first].any()
     cuts = [slice(first, second), slice(second, None)]
     branches = [pieces(tokenizer, Example(example.input_ids[cut], example.loss_mask[cut])) for cut in cuts]
@@ -59,9 +71,8 @@ def test_chatml_by_hand():
     assert parts(example) == (ids[0], ids[1] + ids[3], ids[2] + ids[3])
     carries = [[False] * len(ids[0]), *([True] * len(branch) + [False] for branch in ids[1:3])]
     assert example.loss_mask.tolist() == list(chain(*carries))
-    assert isinstance(example, PreferenceExample)
-    assert example.lengths == (len(ids[0]), len(ids[1]) + 1, len(ids[2]) + 1)
-    assert math.isnan(example.margin)
+    assert pair_lengths(example) == (len(ids[0]), len(ids[1]) + 1, len(ids[2]) + 1)
+    assert math.isnan(example.fields["margin"])
     assert not example.cut
     assert not example.straddled
 
@@ -88,7 +99,7 @@ def test_each_branch_is_what_sft_makes_of_it(name):
     sft = Tokenize(tokenizer, 1000)
     for record, example in zip(records, TokenizePairs(tokenizer, 1000)(records), strict=True):
         prompt, chosen, rejected = parts(example)
-        first, second = example.chosen_start, example.rejected_start
+        first, second = starts(example)
         masks = example.loss_mask[first:second].tolist(), example.loss_mask[second:].tolist()
         for alone, ids, mask in zip(sft([record.chosen, record.rejected]), (chosen, rejected), masks, strict=True):
             assert alone.input_ids.tolist() == prompt + ids
@@ -101,7 +112,7 @@ def test_texts_share_their_prompt_and_learn_to_end():
     tokenizer = byte_tokenizer()
     example = one(tokenizer, texts("12", "34", "35", margin=1.5))
     assert as_text(tokenizer, example) == ("12", [("34<eos>", True)], [("35<eos>", True)])
-    assert example.margin == 1.5
+    assert example.fields == {"margin": 1.5}
 
 
 def test_a_token_over_the_border_belongs_to_the_responses():
@@ -198,7 +209,7 @@ def test_overflow_laws(adds_bos):
                 assert len(example[0]) == min(len(whole[0]), max_length // 2)
         made = one(tokenizer, record, max_length)
         assert made.cut == any(lost)
-        first, second = made.chosen_start, made.rejected_start
+        first, second = starts(made)
         assert made.loss_mask.tolist() == [False] * first + [True] * (len(made.input_ids) - first)
         assert second - first == len(example[1])
         for overflow in ("drop", "error"):
@@ -237,13 +248,13 @@ def test_equal_responses_are_dropped_before_and_after_cutting():
     assert TokenizePairs(tokenizer, 1000)(records)[:2] == [Dropped("chosen equals rejected")] * 2
     short = TokenizePairs(tokenizer, 5)(records)
     assert short[:3] == [Dropped("chosen equals rejected")] * 2 + [ONCE_CUT]
-    assert isinstance(short[3], PreferenceExample)
-    assert isinstance(one(tokenizer, records[2], 6), PreferenceExample)
+    assert is_pair(short[3])
+    assert is_pair(one(tokenizer, records[2], 6))
 
 
 def test_what_a_template_trims_makes_no_difference():
     assert one(byte_tokenizer("llama3"), chats("same", "same \n")) == Dropped("chosen equals rejected")
-    assert isinstance(one(byte_tokenizer("chatml"), chats("same", "same \n")), PreferenceExample)
+    assert is_pair(one(byte_tokenizer("chatml"), chats("same", "same \n")))
 
 
 @pytest.mark.parametrize("blank", ["", " \n"])
@@ -255,7 +266,7 @@ def test_empty_responses_are_dropped(blank):
     call = {"type": "function", "function": {"name": "f", "arguments": {}}}
     says_something = [turn("assistant", None, tool_calls=[call])], [*several[:-1], turn("assistant", "a")]
     for response in says_something:
-        assert isinstance(one(tokenizer, chats(response, "b")), PreferenceExample)
+        assert is_pair(one(tokenizer, chats(response, "b")))
 
 
 def test_a_pair_needs_a_token_of_a_prompt():
@@ -279,12 +290,12 @@ ALTERNATES = (
 
 def test_dialogues_that_do_not_alternate_are_dropped_only_where_the_template_refuses_them():
     twice = chats([turn("assistant", "a"), turn("assistant", "b")], "c")
-    assert isinstance(one(byte_tokenizer("chatml"), twice), PreferenceExample)
+    assert is_pair(one(byte_tokenizer("chatml"), twice))
     reason = "the same role twice in a row, which the chat template refuses"
     strict = TokenizePairs(byte_tokenizer(ALTERNATES), 1000)
     dropped, kept = strict([twice, chats("a", "b")])
     assert dropped == Dropped(reason)
-    assert isinstance(kept, PreferenceExample)
+    assert is_pair(kept)
 
 
 def test_what_the_template_refuses_for_other_reasons_is_an_error():

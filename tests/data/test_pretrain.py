@@ -21,7 +21,9 @@ from oumi_pl.data.sources import Source
 from oumi_pl.data.tokenizers import ByteTokenizer
 from oumi_pl.data.trained_bpe import TrainedBPE
 from oumi_pl.errors import UserError
+from oumi_pl.models.layouts import forest
 from oumi_pl.runs.checkpoints import AtomicCheckpointIO
+from oumi_pl.types import Segment
 from tests.data.corpora import corpus, documents, handed_out, pretrain_data
 from tests.test_resume import DROPOUT, Kill, adamw, newest
 from tests.tiny import distance, fit, module, trainer, weights, write_jsonl
@@ -29,32 +31,42 @@ from tests.tiny import distance, fit, module, trainer, weights, write_jsonl
 # --- batches
 
 
-def test_rows_that_are_not_isolated_are_full_and_need_no_mask(tmp_path):
+ENTRIES = {"input_ids", "position_ids", "segments", "targets", "predictors", "target_segments", "fields", "sample_ids"}
+
+
+def test_rows_are_full_and_each_a_segment_unless_documents_are_isolated(tmp_path):
     made = pretrain_data(corpus(tmp_path), shuffle_buffer=0)
     assert not made.packing
     *full, last = made.train_dataloader()
     for batch in full:
-        assert set(batch) == {"input_ids", "position_ids", "labels", "sample_ids"}
-        assert batch["input_ids"].shape == batch["labels"].shape == (2, 64)
-        assert batch["position_ids"].tolist() == [list(range(64))] * 2
-    assert last["attention_mask"].sum() < last["input_ids"].numel()
-    assert (last["labels"][last["attention_mask"] == 0] == -100).all()
+        assert set(batch) == ENTRIES | {"update"}
+        assert batch["segments"] == [Segment(64), Segment(64)]
+        assert batch["input_ids"].shape == (1, 128)
+        assert batch["position_ids"].tolist() == [[*range(64), *range(64)]]
+        assert batch["predictors"].tolist() == list(range(128)), "every position predicts the next token"
+        assert batch["target_segments"].tolist() == [0] * 64 + [1] * 64
+        assert set(forest(batch).inputs) == {"input_ids", "position_ids"}, "what the model reads needs no mask"
+    assert last["input_ids"].numel() == sum(segment.length for segment in last["segments"]) < 128
+    assert len(last["targets"]) == last["input_ids"].numel()
 
 
-def test_isolated_documents_lie_in_one_row_with_their_lengths(tmp_path):
+def test_isolated_documents_are_segments_of_one_row(tmp_path):
     made = pretrain_data(corpus(tmp_path), isolate=True)
     assert made.packing
     for batch in made.train_dataloader():
-        assert "attention_mask" not in batch
-        assert batch["input_ids"].shape == (1, sum(batch["document_lengths"]))
-        expected = [p for n in batch["document_lengths"] for p in range(n)]
-        assert batch["position_ids"].tolist() == [expected]
+        assert set(batch) == ENTRIES | {"update"}
+        lengths = [segment.length for segment in batch["segments"]]
+        assert batch["segments"] == [Segment(length) for length in lengths]
+        assert batch["input_ids"].shape == (1, sum(lengths))
+        assert batch["position_ids"].tolist() == [[p for n in lengths for p in range(n)]]
+        owners = [i for i, length in enumerate(lengths) for _ in range(length)]
+        assert batch["target_segments"].tolist() == [owners[p] for p in batch["predictors"].tolist()]
 
 
 # --- the cache
 
 
-def test_the_second_run_tokenizes_nothing_and_any_change_does(tmp_path, monkeypatch):
+def test_documents_are_tokenized_once_as_long_as_nothing_changes(tmp_path, monkeypatch):
     tokenized = []
     original = TokenizeDocuments.__call__
     monkeypatch.setattr(
@@ -89,7 +101,7 @@ def test_the_second_run_tokenizes_nothing_and_any_change_does(tmp_path, monkeypa
         ({"train": [Source("a", weight=1), Source("b", weight=-2)]}, "source number 2 has the weight -2"),
     ],
 )
-def test_contradictions_are_told_before_anything_is_read(kwargs, message):
+def test_contradictory_settings_are_refused_before_anything_is_read(kwargs, message):
     with pytest.raises(UserError) as caught:
         PretrainData(**({"train": "nowhere.txt"} | kwargs))
     assert message in str(caught.value)
@@ -148,7 +160,7 @@ def test_a_fraction_of_what_is_streamed_from_the_hub_is_refused(tmp_path):
 
 
 @pytest.mark.parametrize("kwargs", [{}, {"isolate": True}, {"packing": "best_fit"}, {"exhausted": "restart"}], ids=str)
-def test_the_report_adds_up(tmp_path, kwargs):
+def test_the_report_counts_what_became_of_all_documents(tmp_path, kwargs):
     texts = documents(50)
     rows = write_jsonl(tmp_path / "rows.jsonl", [{"text": text} for text in [*texts, ""]])
     made = pretrain_data(rows, validation=corpus(tmp_path, 9, 5), **kwargs)
@@ -162,21 +174,20 @@ def test_the_report_adds_up(tmp_path, kwargs):
         assert "rows_planned" not in train
     else:
         batches = list(made.train_dataloader())
-        targets = sum(int((batch["labels"] != -100).sum()) for batch in batches)
+        targets = sum(len(batch["targets"]) for batch in batches)
         assert targets == train["target_tokens"]
         assert train["rows_planned"] == sum(len(batch["sample_ids"]) for batch in batches)
         assert train["updates_per_epoch"] == len(batches)
-        inputs = sum(int(batch.get("attention_mask", batch["input_ids"] + 1).bool().sum()) for batch in batches)
+        inputs = sum(batch["input_ids"].numel() for batch in batches)
         assert train["fill"] == pytest.approx(inputs / (64 * train["rows_planned"]), abs=0.02)
     held = list(made.val_dataloader())
     assert report["validation"]["windows"] == sum(len(batch["sample_ids"]) for batch in held)
-    padding = 1 - sum(int(b["attention_mask"].sum()) if "attention_mask" in b else b["input_ids"].numel() for b in held)
-    padding = 1 + (padding - 1) / sum(batch["input_ids"].numel() for batch in held)
-    assert report["validation"]["padding"] == pytest.approx(padding, abs=1e-6)
+    assert report["validation"]["target_tokens"] == sum(len(batch["targets"]) for batch in held)
+    assert "padding" not in train | report["validation"]
     json.dumps(report)
 
 
-def test_what_was_consumed_is_told_with_the_shares_that_were_aimed_at(tmp_path):
+def test_the_consumed_share_of_each_source_is_reported_beside_the_wanted_one(tmp_path):
     sources = [corpus(tmp_path, 200, 0, weight=3), corpus(tmp_path, 6, 1, weight=1)]
     made = pretrain_data(sources, exhausted="restart", shuffle_buffer=0)
     assert made.consumed() == []
@@ -230,7 +241,7 @@ KINDS = {
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_killed_and_resumed_equals_uninterrupted(tmp_path, kind):
+def test_a_killed_and_resumed_run_is_bit_identical_to_an_uninterrupted_one(tmp_path, kind):
     """Kills fall into the first pass, next to its end, and into later ones."""
     whole, seen, loop = run(tmp_path, tmp_path / "whole", **KINDS[kind])
     assert loop.global_step == 14
@@ -249,7 +260,7 @@ def test_killed_and_resumed_equals_uninterrupted(tmp_path, kind):
 
 
 @pytest.mark.parametrize("kind", ["prepared", "streamed", "isolated"])
-def test_a_run_goes_on_from_the_very_end_of_a_pass(tmp_path, kind):
+def test_a_run_resumes_at_the_end_of_a_pass(tmp_path, kind):
     """Where Lightning doesn't know the length of a pass, it fetches ahead, across the border."""
     whole, seen, _ = run(tmp_path, tmp_path / "whole", every=100, **KINDS[kind])
     numbers = [batch[0] for batch in seen if batch]
@@ -263,7 +274,7 @@ def test_a_run_goes_on_from_the_very_end_of_a_pass(tmp_path, kind):
         assert_same_weights(longer, whole)
 
 
-def test_epochs_of_prepared_documents(tmp_path):
+def test_each_epoch_reads_every_row_of_prepared_documents_once(tmp_path):
     """Every row of a pass once per epoch, and as many updates as were told."""
     _, seen, loop = run(tmp_path, tmp_path / "runs", max_steps=-1, max_epochs=2)
     numbers = [number for batch in seen for number in batch]
@@ -301,7 +312,7 @@ def on_ranks(path, ranks):
         torch.save((result, model.trainer.callback_metrics["val/loss"]), path / f"result-{ranks}.pt")
 
 
-def test_two_processes_train_as_one(tmp_path):
+def test_two_processes_train_the_same_weights_as_one(tmp_path):
     """In passes whose length neither of them knows; the rows of the last update don't go round."""
     on_ranks(tmp_path, 1)
     script = tmp_path / "worker.py"

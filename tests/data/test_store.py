@@ -1,105 +1,131 @@
-"""Examples on disk: what is read is what was written, whatever a kind of example adds."""
+"""Examples on disk: what is read is what was written, with all segments and fields."""
 
 import ast
-from dataclasses import dataclass
+import random
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from oumi_pl.data import cache, store
+from oumi_pl.data import store
 from oumi_pl.data.store import ExampleStore, cache_root, write_store
 from oumi_pl.errors import UserError
-from oumi_pl.types import Example, PreferenceExample
+from oumi_pl.types import Example, Segment
+from tests.trees import naive_paths, random_example
 
 
-@dataclass(frozen=True)
-class Scored(Example):
-    """A kind of example of one's own."""
-
-    score: float = 0.0
-    turns: int = 0
-    checked: bool = False
+def random_examples(n, depth=1, fields=()):
+    rng = random.Random(0)
+    return [random_example(rng, rng.randint(1, depth), 1000, fields) for _ in range(n)]
 
 
-def random_example(rng, kind=Example, **added):
-    length = int(rng.integers(2, 9))
-    ids = rng.integers(0, 1000, length).astype(np.int32)
-    return kind(ids, np.concatenate([[False], rng.random(length - 1) < 0.5]), **added)
+def assert_equal(one: Example, other: Example):
+    assert (one.input_ids.dtype, one.loss_mask.dtype) == (np.int32, np.bool_)
+    assert one.input_ids.tolist() == other.input_ids.tolist()
+    assert one.loss_mask.tolist() == other.loss_mask.tolist()
+    assert one.segments == other.segments
+    assert all(isinstance(segment, Segment) for segment in one.segments)
+    assert one.fields.keys() == other.fields.keys()
+    for name, value in one.fields.items():
+        assert type(value) is float
+        assert np.array_equal(value, other.fields[name], equal_nan=True)
 
 
-def equal(one, other):
-    same = one.input_ids.tolist() == other.input_ids.tolist() and one.loss_mask.tolist() == other.loss_mask.tolist()
-    return same and type(one) is type(other)
+@pytest.mark.parametrize("depth", [1, 2, 4])
+@pytest.mark.parametrize("fields", [(), ("margin",), ("label", "score of the judge")])
+def test_examples_come_back_as_they_were(tmp_path, depth, fields):
+    examples = random_examples(30, depth, fields)
+    written = write_store(tmp_path / "store", examples, {"rows": 30})
+    for opened in (written, ExampleStore(tmp_path / "store")):
+        assert len(opened) == 30
+        for i, example in enumerate(examples):
+            assert_equal(opened[i], example)
+        assert opened.report == {"rows": 30}
+        assert opened.fields.keys() == set(fields)
+        for name in fields:
+            np.testing.assert_array_equal(opened.fields[name], [example.fields[name] for example in examples])
 
 
-def test_examples_come_back_as_they_were(tmp_path):
-    rng = np.random.default_rng(0)
-    examples = [random_example(rng) for _ in range(20)]
-    made = write_store(tmp_path / "store", examples, {"rows": 20})
-    for opened in (made, ExampleStore(tmp_path / "store")):
-        assert all(equal(a, b) for a, b in zip(examples, map(opened.__getitem__, range(20)), strict=True))
-        assert opened.report == {"rows": 20}
-        assert opened.added == {}
+def test_a_changed_border_of_a_segment_is_noticed(tmp_path):
+    """The comparison above has to be one of segments too, not only of tokens."""
+    examples = random_examples(30, depth=3)
+    with np.load(write_store(tmp_path / "store", examples, {}).directory / store.TABLES) as tables:
+        changed = dict(tables)
+    shared = np.flatnonzero(changed["segments"][:, 2] > 1)[0]
+    changed["segments"][shared, 2] -= 1
+    np.savez(tmp_path / "store" / store.TABLES, **changed)
+    opened = ExampleStore(tmp_path / "store")
+    assert sum(opened[i].segments != example.segments for i, example in enumerate(examples)) == 1
 
 
-@pytest.mark.parametrize(
-    "added",
-    [
-        [{"score": 0.5, "turns": 3, "checked": True}, {"score": -1.0}, {"turns": 7}],
-        [{"score": 1.5}] * 3,
-    ],
-)
-def test_fields_that_a_kind_of_example_adds_are_kept(tmp_path, added):
-    rng = np.random.default_rng(0)
-    examples = [random_example(rng, Scored, **fields) for fields in added]
+def test_integers_and_booleans_are_kept_as_numbers(tmp_path):
+    """A label of 0 or 1 may be written as what it is; batches hold float32 in any case."""
+    examples = [
+        replace(example, fields={"turns": i, "desirable": i % 2 == 0}) for i, example in enumerate(random_examples(3))
+    ]
     opened = write_store(tmp_path / "store", examples, {})
-    for i, example in enumerate(examples):
-        assert equal(opened[i], example)
-        for name in ("score", "turns", "checked"):
-            value = getattr(opened[i], name)
-            assert value == getattr(example, name)
-            assert type(value) is type(getattr(example, name))
-    assert opened.added["turns"].tolist() == [example.turns for example in examples]
+    assert [opened[i].fields for i in range(3)] == [{"turns": i, "desirable": i % 2 == 0} for i in range(3)]
 
 
-def test_pairs_come_back_with_their_borders_and_margins(tmp_path):
-    rng = np.random.default_rng(0)
-    fields = [{"chosen_start": 1, "rejected_start": 2 + i % 2, "margin": [0.25, float("nan")][i % 2]} for i in range(6)]
-    examples = [random_example(rng, PreferenceExample, **added) for added in fields]
+@pytest.mark.parametrize("depth", [1, 3])
+def test_counts_of_targets_and_lengths_are_those_of_the_examples(tmp_path, depth):
+    examples = random_examples(50, depth)
     opened = write_store(tmp_path / "store", examples, {})
-    assert [opened[i].lengths for i in range(6)] == [example.lengths for example in examples]
-    assert np.array_equal([opened[i].margin for i in range(6)], [f["margin"] for f in fields], equal_nan=True)
-
-
-@pytest.mark.parametrize("at_once", [1, 7, 4096])
-def test_target_counts(tmp_path, monkeypatch, at_once):
-    monkeypatch.setattr(store, "COUNTED_AT_ONCE", at_once)
-    rng = np.random.default_rng(0)
-    examples = [random_example(rng) for _ in range(50)]
-    opened = write_store(tmp_path / "store", examples, {})
-    assert opened.target_counts.tolist() == [example.target_tokens for example in examples]
-    assert opened.target_counts.sum() == opened.target_tokens
+    assert opened.targets.tolist() == [example.target_tokens for example in examples]
+    assert opened.target_tokens == opened.targets.sum()
+    assert opened.lengths.tolist() == [len(example.input_ids) for example in examples]
+    paths = [naive_paths(example.segments) for example in examples]
+    assert opened.longest == max(len(path) for tree in paths for path in tree)
+    # every path run alone has this many tokens more
+    apart = sum(len(path) for tree in paths for path in tree)
+    assert opened.shared == apart - opened.lengths.sum()
+    assert (opened.shared > 0) == (depth > 1)
 
 
 def test_a_store_without_examples(tmp_path):
     opened = write_store(tmp_path / "store", [], {"rows": 3})
-    assert (len(opened), opened.target_tokens, opened.target_counts.shape) == (0, 0, (0,))
+    assert (len(opened), opened.target_tokens, opened.targets.shape, opened.lengths.shape) == (0, 0, (0,), (0,))
+    assert (opened.longest, opened.shared, opened.fields) == (0, 0, {})
 
 
-def test_kinds_are_not_mixed(tmp_path):
-    rng = np.random.default_rng(0)
-    for kinds in ((Example, Scored), (Scored, Example)):
-        with pytest.raises(TypeError, match=f"a {kinds[1].__name__} among examples of class {kinds[0].__name__}"):
-            write_store(tmp_path / "store", [random_example(rng, kind) for kind in kinds], {})
+@pytest.mark.parametrize("names", [((), ("margin",)), (("margin",), ()), (("margin",), ("label",))])
+def test_examples_with_different_fields_are_refused(tmp_path, names):
+    examples = [random_examples(1, fields=fields)[0] for fields in names]
+    with pytest.raises(ValueError, match=r"an example with the fields .* among others with"):
+        write_store(tmp_path / "store", examples, {})
     assert not list(tmp_path.iterdir()), "half a store was left"
+
+
+def tree(*segments, mask=None):
+    tokens = sum(length for length, *_ in segments)
+    mask = [False] + [True] * (tokens - 1) if mask is None else mask
+    return Example(np.arange(tokens, dtype=np.int32), np.array(mask), tuple(Segment(*s) for s in segments))
+
+
+@pytest.mark.parametrize(
+    ("example", "message"),
+    [
+        (tree((3,), mask=[True, False, True]), "the first token carries loss"),
+        (tree((3,), (2,)), "the first segment of an example starts anew, and all others continue one"),
+        (tree((3,), (2, 0, 4)), "can share 3 tokens at most"),
+        (tree((3,), (2, 1, 1)), "a parent before it in the row"),
+        (tree((3,), mask=[False, True]), r"3 tokens, 2 places in the loss mask, segments of \[3\]"),
+        (replace(tree((3,)), segments=(Segment(2),)), r"3 tokens, 3 places in the loss mask, segments of \[2\]"),
+    ],
+)
+def test_what_is_no_tree_is_refused(tmp_path, example, message):
+    """Collating would pair targets with the wrong predictors and say nothing."""
+    with pytest.raises(ValueError, match=message):
+        write_store(tmp_path / "store", [tree((3,), (2, 0, 3)), example], {})
+    assert not list(tmp_path.iterdir())
 
 
 def test_all_code_that_makes_examples_is_part_of_the_caches_key(monkeypatch):
     hashed = []
     read = Path.read_bytes
     monkeypatch.setattr(Path, "read_bytes", lambda self: hashed.append(self) or read(self))
-    cache._own_code()
+    store._own_code()
     here = Path(store.__file__).parent
     assert {here / "pairs.py", here / "preferences.py", here / "store.py", here.parent / "types.py"} <= set(hashed)
     for file in hashed:
@@ -108,7 +134,7 @@ def test_all_code_that_makes_examples_is_part_of_the_caches_key(monkeypatch):
                 assert here / f"{node.module.rpartition('.')[2]}.py" in hashed, f"{file.name} needs {node.module}"
 
 
-def test_a_cache_that_can_not_be_made_is_told(tmp_path, monkeypatch):
+def test_a_cache_directory_that_can_not_be_made_is_an_error(tmp_path, monkeypatch):
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("OUMI_PL_CACHE", str(tmp_path / "file/cache"))
     with pytest.raises(UserError, match=r"can't make the cache directory .*OUMI_PL_CACHE"):

@@ -1,15 +1,18 @@
-"""The stream: the same rows whichever way documents come in, for any ranks and workers, and from any update on."""
+"""The stream of rows does not depend on how documents are read, on ranks or workers, or on where a run resumed."""
 
 import itertools
+from functools import partial
 
 import pytest
 import torch
 
 from oumi_pl.data.plan import Layout
 from oumi_pl.data.pretrain import PretrainData
+from oumi_pl.data.row_stream import batch_of
 from oumi_pl.data.stream_loader import StreamLoader
 from oumi_pl.errors import UserError
-from tests.data.corpora import as_saved, corpus, handed_out, pretrain_data, rows_of
+from oumi_pl.types import Segment
+from tests.data.corpora import as_saved, corpus, documents_of, handed_out, pretrain_data, rows_of
 
 KINDS = [("concat", False), ("concat", True), ("best_fit", False), ("best_fit", True)]
 
@@ -48,10 +51,10 @@ def test_a_mixture_is_the_same_prepared_and_streamed(tmp_path):
 
 
 @pytest.mark.parametrize("streaming", [False, True])
-def test_ranks_and_micro_batches_share_an_update_among_them(tmp_path, laid_out, streaming):
+def test_ranks_and_micro_batches_divide_the_rows_of_an_update(tmp_path, laid_out, streaming):
     """Together every row once, and each update the same rows, as for a single rank."""
     laid_out(8)
-    alone = [batch["input_ids"].tolist() for batch in pretrain_data(corpus(tmp_path, 80)).train_dataloader()]
+    alone = [documents_of(batch) for batch in pretrain_data(corpus(tmp_path, 80)).train_dataloader()]
     shares = []
     for rank in range(2):
         laid_out(2, 2, 2, rank)
@@ -60,7 +63,7 @@ def test_ranks_and_micro_batches_share_an_update_among_them(tmp_path, laid_out, 
         shares.append(batches)
     for update, expected in enumerate(alone):
         micro = [shares[rank][2 * update + m] for m in range(2) for rank in range(2)]
-        together = [row for batch in micro if batch["sample_ids"] for row in batch["input_ids"].tolist()]
+        together = [row for batch in micro if batch["sample_ids"] for row in documents_of(batch)]
         assert together == expected
         numbers = [number for batch in micro for number in batch["sample_ids"]]
         assert numbers == list(range(8 * update, 8 * update + len(expected)))
@@ -73,8 +76,12 @@ def test_a_short_last_update_is_filled_up_with_batches_without_targets(tmp_path,
         batches = list(made.train_dataloader())
         assert len(batches) == len(made.train_dataloader()) == 5 * made.updates(1)
         assert batches[-1]["sample_ids"] == []
-        assert (batches[-1]["labels"] == -100).all()
-        assert ("document_lengths" in batches[-1]) == isolate
+        assert len(batches[-1]["targets"]) == len(batches[-1]["predictors"]) == 0
+        assert batches[-1]["segments"] == [Segment(2)]
+        # one segment per document where they are kept apart, else one per row
+        rows = sum(len(batch["sample_ids"]) for batch in batches)
+        segments = sum(len(batch["segments"]) for batch in batches if batch["sample_ids"])
+        assert segments > rows if isolate else segments == rows
 
 
 @pytest.mark.parametrize("buffer", [0, 1, 7, 1000])
@@ -108,7 +115,7 @@ def test_shuffling_loses_nothing_and_follows_seed_and_epoch(tmp_path, buffer):
     ],
     ids=str,
 )
-def test_goes_on_from_any_update_as_if_never_interrupted(tmp_path, laid_out, kwargs, after):
+def test_a_stream_resumed_at_any_update_yields_the_remaining_batches(tmp_path, laid_out, kwargs, after):
     laid_out(2, 2)
     whole = handed_out(first(mixture(tmp_path, **kwargs), 80))
     loader = mixture(tmp_path, **kwargs).train_dataloader()
@@ -119,7 +126,7 @@ def test_goes_on_from_any_update_as_if_never_interrupted(tmp_path, laid_out, kwa
     assert before + handed_out(first(resumed, 80 - 2 * after)) == whole
 
 
-def test_goes_on_within_a_document_that_fills_many_rows(tmp_path):
+def test_a_stream_resumes_within_a_document_that_fills_many_rows(tmp_path):
     """Nothing of the document is in the state, which says only how many of its rows are out."""
     (tmp_path / "long.txt").write_text("".join(f"{i} " for i in range(4000)))
     made = pretrain_data(str(tmp_path / "long.txt"), shuffle_buffer=0)
@@ -135,7 +142,7 @@ def test_goes_on_within_a_document_that_fills_many_rows(tmp_path):
     assert handed_out(resumed.train_dataloader()) == whole[50:]
 
 
-def test_a_prepared_run_goes_on_streaming_and_the_other_way_round(tmp_path):
+def test_a_prepared_run_may_be_resumed_streaming_and_the_other_way_round(tmp_path):
     whole = handed_out(first(mixture(tmp_path), 40))
     for streaming in (False, True):
         loader = mixture(tmp_path, streaming=streaming).train_dataloader()
@@ -145,7 +152,7 @@ def test_a_prepared_run_goes_on_streaming_and_the_other_way_round(tmp_path):
         assert handed_out(first(resumed, 23)) == whole[17:]
 
 
-def test_goes_on_with_another_layout_of_the_same_update_only(tmp_path, laid_out):
+def test_a_run_resumes_with_another_layout_of_the_same_update_only(tmp_path, laid_out):
     laid_out(2, 2)
     loader = mixture(tmp_path).train_dataloader()
     batches = iter(loader)
@@ -167,7 +174,8 @@ def test_reading_ahead_does_not_move_the_position(tmp_path, laid_out):
     """The state is that after what was trained, not after what was fetched."""
     laid_out(2, 1)
     made, trained = mixture(tmp_path), [0]
-    loader = StreamLoader(made.stream, made.layout, made.train_dataloader().collate, trained=lambda: trained[0])
+    collate = partial(batch_of, pad_id=0)
+    loader = StreamLoader(made.stream, made.layout, collate, trained=lambda: trained[0])
     batches = iter(loader)
     expected = []
     for ahead in (1, 2, 1, 2):
@@ -178,12 +186,12 @@ def test_reading_ahead_does_not_move_the_position(tmp_path, laid_out):
         assert loader.state_dict()["update"] == trained[0]
         assert fetched["sample_ids"] == [2 * trained[0], 2 * trained[0] + 1]
         trained[0] += 1
-    resumed = StreamLoader(made.stream, made.layout, loader.collate, trained=lambda: 100)
+    resumed = StreamLoader(made.stream, made.layout, collate, trained=lambda: 100)
     resumed.load_state_dict(loader.state_dict())
     assert next(iter(resumed))["sample_ids"] == [2 * trained[0], 2 * trained[0] + 1]
 
 
-def test_each_epoch_begins_anew_and_an_epoch_that_was_resumed_at_its_end_gives_way_to_the_next(tmp_path):
+def test_a_stream_resumed_at_the_end_of_an_epoch_begins_the_next(tmp_path):
     made = pretrain_data(corpus(tmp_path), streaming=True)
     loader = made.train_dataloader()
     whole = handed_out(loader)
@@ -201,7 +209,7 @@ def test_each_epoch_begins_anew_and_an_epoch_that_was_resumed_at_its_end_gives_w
     assert resumed.state_dict()["epoch"] == 1
 
 
-def test_only_the_known_length_of_a_pass_is_told(tmp_path):
+def test_a_loader_has_a_length_only_if_that_of_a_pass_is_known(tmp_path):
     prepared = pretrain_data(corpus(tmp_path)).train_dataloader()
     assert len(prepared) == len(list(prepared))
     for unknown in ({"streaming": True}, {"exhausted": "restart"}):
@@ -209,7 +217,7 @@ def test_only_the_known_length_of_a_pass_is_told(tmp_path):
             len(pretrain_data(corpus(tmp_path), **unknown).train_dataloader())
 
 
-def test_does_not_draw_from_the_global_generators(tmp_path):
+def test_streaming_does_not_use_the_global_generator(tmp_path):
     torch.manual_seed(0)
     expected = torch.rand(1)
     torch.manual_seed(0)
@@ -217,7 +225,7 @@ def test_does_not_draw_from_the_global_generators(tmp_path):
     assert torch.equal(torch.rand(1), expected)
 
 
-def test_mistakes_in_a_row_are_told_by_workers_in_the_words_of_the_reader(tmp_path):
+def test_workers_report_a_wrong_row_with_the_message_of_the_reader(tmp_path):
     file = tmp_path / "rows.jsonl"
     file.write_text('{"text": "a good one"}\n' * 300 + '{"text": 3}\n')
     for workers in (0, 2):

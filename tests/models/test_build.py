@@ -17,6 +17,7 @@ from oumi_pl.models import hub
 from oumi_pl.models.build import build_model
 from oumi_pl.models.lm import LM
 from tests.tiny import LLAMA
+from tests.trees import batch_of_rows
 
 GPT2 = {"model_type": "gpt2", "n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 64}
 
@@ -314,14 +315,14 @@ def test_freeze(tmp_path):
 @pytest.mark.parametrize("config", [LLAMA, GPT2 | {"resid_pdrop": 0.2}], ids=["llama", "gpt2 with dropout"])
 def test_gradient_checkpointing_changes_no_gradient(tokenizer, config):
     ids = torch.arange(30).view(2, 15)
-    batch = {"input_ids": ids, "labels": ids, "position_ids": torch.arange(15).expand(2, -1)}
+    batch = batch_of_rows(ids, ids)
     losses, gradients = [], []
     for checkpointing in (False, True):
         torch.manual_seed(0)
         hf = build_model(None, config=config, tokenizer=tokenizer, gradient_checkpointing=checkpointing)
         calls = count_calls(hf)
         torch.manual_seed(1)
-        loss = LM(hf)(batch, CrossEntropy()).loss_sum
+        loss = LM(hf)(batch, lambda states: states.loss_sum(CrossEntropy())).loss_sum
         loss.backward()
         assert len(calls) == (4 if checkpointing else 2), "layers were not run again in the backward pass"
         losses.append(loss)

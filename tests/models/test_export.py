@@ -1,18 +1,18 @@
-"""Exported folders: plain transformers loads them, with the logits of the live model, which goes on unchanged."""
+"""Exported folders load in plain transformers with the logits of the live model, which is left unchanged."""
 
 import pytest
 import torch
 from peft import PeftModel
+from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 from oumi_pl.data.template import apply_template, load_template
 from oumi_pl.data.tokenizers import ByteTokenizer
 from oumi_pl.errors import UserError
-from oumi_pl.losses.causal import CrossEntropy
 from oumi_pl.models.build import build_model
+from oumi_pl.models.export import HEADS, export_model, read_heads
 from oumi_pl.models.lm import LM
-from oumi_pl.models.export import export_model
-from tests.models.test_lora import batch, moved, plain_tokenizer, pretrained
+from tests.models.test_lora import batch, loss_of, moved, plain_tokenizer, pretrained
 from tests.tiny import LLAMA
 
 
@@ -66,21 +66,21 @@ def test_generate_stops_at_the_end_of_turn(tmp_path):
     base = pretrained(tmp_path / "base", plain_tokenizer())
     tokenizer, added, end = with_chat(base)
     hf = build_model(base, tokenizer=tokenizer, added_tokens=added)
-    with torch.no_grad():  # a model that has nothing to say
+    with torch.no_grad():  # a model that ends every answer at once
         hf.lm_head.weight[end] = 100 * hf.model.norm(hf.model(torch.tensor([[5, 6, 7]])).last_hidden_state[0, -1])
     export_model(LM(hf), tmp_path / "out", tokenizer, stop_tokens=[end])
     out = AutoModelForCausalLM.from_pretrained(tmp_path / "out").generate(torch.tensor([[5, 6, 7]]), do_sample=False)
     assert out[0, 3:].tolist() == [end]
 
 
-def test_the_attention_of_training_is_not_written_down(tmp_path):
+def test_the_attention_of_training_is_not_in_the_exported_config(tmp_path):
     model = LM(build_model(None, config=LLAMA, tokenizer=ByteTokenizer().build(), attn="documents"))
     export_model(model, tmp_path / "out")
     assert "documents" not in (tmp_path / "out" / "config.json").read_text()
     assert_same(tmp_path / "out", model.hf)
 
 
-def test_a_generation_config_that_contradicts_itself_is_put_right(tmp_path):
+def test_a_contradictory_generation_config_is_repaired(tmp_path):
     """Some published models have a temperature but greedy decoding: transformers would refuse to save it."""
     model = LM(build_model(None, config=LLAMA | {"vocab_size": 97}))
     model.hf.generation_config.temperature = 0.6
@@ -103,12 +103,12 @@ def test_a_merged_adapter(tmp_path, tied, lora):
     assert_same(tmp_path / "out", model.hf, 1e-5)
     assert torch.equal(logits(model.hf), before)
     model.hf.train()
-    model(batch(), CrossEntropy()).loss_sum.backward()
+    loss_of(model.hf, batch()).backward()
     assert all(p.grad.norm() > 0 for p in model.parameters() if p.requires_grad)
 
 
 def test_a_mixture_of_experts(tmp_path):
-    """Its experts lie in the folder one by one, and fused in the live model."""
+    """Its experts are separate tensors in the folder, and one tensor in the live model."""
     experts = {"model_type": "mixtral", "num_local_experts": 4, "num_experts_per_tok": 2, "vocab_size": 97}
     model = LM(build_model(None, config=LLAMA | experts))
     export_model(model, tmp_path / "out")
@@ -118,7 +118,7 @@ def test_a_mixture_of_experts(tmp_path):
 @pytest.mark.parametrize("lora", [{"r": 4}, {"r": 4, "use_dora": True}])
 @pytest.mark.parametrize("tied", [True, False])
 def test_an_adapter_alone(tmp_path, monkeypatch, tied, lora):
-    """Small, and found its base again from anywhere, though the recipe named it by a relative path."""
+    """It is small, and finds its base from any directory, even if the recipe named that by a relative path."""
     pretrained(tmp_path / "base", tie_word_embeddings=tied)
     monkeypatch.chdir(tmp_path)
     model = LM(moved("base", lora=lora))
@@ -208,3 +208,35 @@ def test_a_failure_leaves_no_half_folder(tmp_path, monkeypatch):
     with pytest.raises(OSError, match="No space"):
         export_model(model, tmp_path / "out", tokenizer)
     assert list(tmp_path.iterdir()) == []
+
+
+# ---- heads beside the language model
+
+
+def test_heads_are_written_beside_the_model_and_read_again(tmp_path):
+    model = LM(build_model(None, config=LLAMA | {"vocab_size": 97}))
+    head = nn.Linear(32, 1)
+    heads = {f"score.{name}": value for name, value in head.named_parameters()}
+    export_model(model, tmp_path / "out", heads=heads)
+    assert_same(tmp_path / "out", model.hf)
+    again = nn.Linear(32, 1)
+    read_heads(tmp_path / "out", {f"score.{name}": value for name, value in again.named_parameters()})
+    for ours, theirs in zip(again.parameters(), head.parameters(), strict=True):
+        assert torch.equal(ours, theirs)
+        assert ours.requires_grad
+
+
+def test_a_model_without_heads_has_no_file_of_them(tmp_path):
+    export_model(LM(build_model(None, config=LLAMA | {"vocab_size": 97})), tmp_path / "out")
+    assert HEADS not in names(tmp_path / "out")
+    value = torch.ones(3)
+    read_heads(tmp_path / "out", {"score": value})
+    assert value.tolist() == [1, 1, 1]
+
+
+@pytest.mark.parametrize("heads", [{"score": torch.zeros(4)}, {"value": torch.zeros(3)}, {}])
+def test_other_heads_than_those_of_the_folder_are_refused(tmp_path, heads):
+    model = LM(build_model(None, config=LLAMA | {"vocab_size": 97}))
+    export_model(model, tmp_path / "out", heads={"score": torch.ones(3)})
+    with pytest.raises(UserError, match=r"holds the heads \{'score': \[3\]\}, and this trainer type has"):
+        read_heads(tmp_path / "out", heads)

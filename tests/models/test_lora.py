@@ -15,6 +15,7 @@ from oumi_pl.models.lm import LM
 from oumi_pl.modules.sft import SFT
 from oumi_pl.runs.checkpoints import AtomicCheckpointIO
 from tests.tiny import LLAMA, data, trainer
+from tests.trees import batch_of_rows
 
 LINEAR = {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"}
 ADAPTER = {"r": 4, "lora_dropout": 0.1}
@@ -114,7 +115,18 @@ def test_variants_train(tmp_path, lora):
 
 def batch(rows=3, length=12):
     ids = torch.arange(rows * length).view(rows, length) % 90
-    return {"input_ids": ids, "labels": ids.roll(-1, 1), "position_ids": torch.arange(length).expand(rows, -1)}
+    return batch_of_rows(ids, ids.roll(-1, 1))
+
+
+def loss_of(hf, inputs):
+    return LM(hf)(inputs, lambda states: states.loss_sum(CrossEntropy())).loss_sum
+
+
+def naive_loss(hf, inputs):
+    """From the full logits, by transformers' own forward pass over a rectangle of rows."""
+    length = inputs["segments"][0].length
+    logits = hf(input_ids=inputs["input_ids"].view(-1, length), use_cache=False).logits
+    return nn.functional.cross_entropy(logits.flatten(0, 1), inputs["targets"], reduction="sum")
 
 
 def moved(folder, **kwargs):
@@ -131,13 +143,10 @@ def test_gradients_are_those_of_the_naive_loss(tmp_path, tied):
     """The head is frozen: only gradients by the hidden states may leave the loss, and they must be all there."""
     folder = pretrained(tmp_path, tie_word_embeddings=tied)
     ours, naive = (moved(folder, lora={"r": 4}) for _ in range(2))
-    out = LM(ours)(batch(), CrossEntropy())
-    out.loss_sum.backward()
-    inputs = batch()
-    logits = naive(input_ids=inputs["input_ids"], use_cache=False).logits
-    loss = nn.functional.cross_entropy(logits.flatten(0, 1), inputs["labels"].flatten(), reduction="sum")
+    loss, expected_loss = loss_of(ours, batch()), naive_loss(naive, batch())
     loss.backward()
-    torch.testing.assert_close(out.loss_sum, loss)
+    expected_loss.backward()
+    torch.testing.assert_close(loss, expected_loss)
     for name, p in trainable(ours).items():
         expected = trainable(naive)[name].grad
         assert (p.grad - expected).norm() < 1e-5 * expected.norm(), name
@@ -150,7 +159,7 @@ def test_gradient_checkpointing_changes_no_gradient(tmp_path):
     for checkpointing in (False, True):
         hf = moved(folder, lora=ADAPTER, gradient_checkpointing=checkpointing)
         torch.manual_seed(2)  # LoRA's dropout
-        LM(hf)(batch(), CrossEntropy()).loss_sum.backward()
+        loss_of(hf, batch()).backward()
         gradients.append({name: p.grad for name, p in trainable(hf).items()})
     assert all(torch.equal(gradients[0][name], gradients[1][name]) for name in gradients[0])
     assert all(gradient.norm() > 0 for gradient in gradients[1].values())
@@ -235,11 +244,9 @@ def test_gradients_of_added_rows_are_those_of_the_naive_loss(tmp_path, tied):
     kwargs = {"tokenizer": tokenizer, "added_tokens": added, "lora": {"r": 4}}
     ours, naive = (moved(folder, **kwargs) for _ in range(2))
     inputs = batch()
-    inputs["input_ids"][:, ::3] = inputs["labels"][:, 1::4] = added[0]
-    out = LM(ours)(inputs, CrossEntropy())
-    out.loss_sum.backward()
-    logits = naive(input_ids=inputs["input_ids"], use_cache=False).logits
-    nn.functional.cross_entropy(logits.flatten(0, 1), inputs["labels"].flatten(), reduction="sum").backward()
+    inputs["input_ids"].view(3, 12)[:, ::3] = inputs["targets"].view(3, 12)[:, 1::4] = added[0]
+    loss_of(ours, inputs).backward()
+    naive_loss(naive, inputs).backward()
     for name, p in trainable(ours).items():
         expected = trainable(naive)[name].grad
         assert (p.grad - expected).norm() < 1e-5 * expected.norm(), name
@@ -268,7 +275,7 @@ def test_an_adapter_that_was_exported_is_trained_on(tmp_path):
     first.save_pretrained(tmp_path / "adapter")
     ByteTokenizer().build().save_pretrained(tmp_path / "adapter")
     second = build_model(str(tmp_path / "adapter"), lora={"r": 2})
-    ids = batch()["input_ids"]
+    ids = batch()["input_ids"].view(3, 12)
     with torch.no_grad():
         torch.testing.assert_close(second.eval()(ids).logits, first.eval()(ids).logits, rtol=1e-5, atol=1e-5)
     assert {p.shape[0] for name, p in trainable(second).items() if "lora_A" in name} == {2}

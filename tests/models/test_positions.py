@@ -1,4 +1,4 @@
-"""Rows longer than what a model knows of positions: refused where they are looked up, told where they are computed."""
+"""Rows longer than a model has positions: refused where positions are looked up, a warning where they are computed."""
 
 import warnings
 
@@ -7,10 +7,11 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_only
 
 from oumi_pl.errors import UserError
 from oumi_pl.models.build import build_model
-from oumi_pl.models.positions import longest_document, refuse_too_few_positions
+from oumi_pl.models.config import refuse_too_few_positions
 from oumi_pl.modules.sft import SFT
 from tests.data.corpora import corpus, documents, pretrain_data
 from tests.tiny import LLAMA, data, dpo_data, sgd, trainer
+from tests.trees import pair_lengths
 
 GPT2 = {"model_type": "gpt2", "n_embd": 16, "n_layer": 1, "n_head": 2, "n_positions": 64, "vocab_size": 99}
 OPT = {"model_type": "opt", "hidden_size": 16, "word_embed_proj_dim": 16, "ffn_dim": 16, "num_hidden_layers": 1}
@@ -26,7 +27,7 @@ SEES = {
 @pytest.mark.parametrize(
     "config", [GPT2, OPT | {"num_attention_heads": 2, "max_position_embeddings": 64, "vocab_size": 99}]
 )
-def test_beyond_a_table_of_positions(config):
+def test_rows_beyond_a_table_of_positions_are_refused(config):
     hf = build_model(None, config=config)
     refuse_too_few_positions(hf, 64)
     with pytest.raises(UserError, match=r"max_length is 65, but \w+ has a table of 64 positions: set it to 64"):
@@ -34,7 +35,7 @@ def test_beyond_a_table_of_positions(config):
 
 
 @pytest.mark.parametrize("config", [LLAMA | {"vocab_size": 99, "max_position_embeddings": 64}, SEES])
-def test_beyond_what_rotary_positions_were_made_for(config):
+def test_rows_beyond_the_trained_rotary_positions_are_a_warning(config):
     hf = build_model(None, config=config)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
@@ -44,7 +45,7 @@ def test_beyond_what_rotary_positions_were_made_for(config):
         refuse_too_few_positions(hf, 65)
 
 
-def test_it_is_told_by_the_first_rank_alone(monkeypatch):
+def test_only_the_first_rank_warns(monkeypatch):
     hf = build_model(None, config=LLAMA | {"vocab_size": 99, "max_position_embeddings": 64})
     monkeypatch.setattr(rank_zero_only, "rank", 1, raising=False)
     with warnings.catch_warnings():
@@ -52,7 +53,7 @@ def test_it_is_told_by_the_first_rank_alone(monkeypatch):
         refuse_too_few_positions(hf, 65)
 
 
-def test_where_positions_start_anew_the_longest_document_counts():
+def test_the_longest_document_counts_where_positions_start_at_each():
     hf = build_model(None, config=GPT2)
     refuse_too_few_positions(hf, 512, (64, 64))
     with pytest.raises(UserError, match=r"the longest document has 65 tokens, .* set data\.max_length to 64"):
@@ -79,12 +80,12 @@ def test_a_pair_needs_the_positions_of_its_prompt_and_the_longer_response(tmp_pa
     for packing in (True, False):
         made = dpo_data(tmp_path, packing=packing)
         made.setup("fit")
-        pairs = [pair.lengths for pair in made.examples("train")]
+        pairs = [pair_lengths(pair) for pair in made.examples("train")]
         longest = max(prompt + max(chosen, rejected) for prompt, chosen, rejected in pairs)
-        assert longest_document(made, ["train"]) == ((longest, longest) if packing else None)
+        assert made.longest_path(["train"]) == ((longest, longest) if packing else None)
 
 
-def test_documents_of_a_corpus(tmp_path):
+def test_the_longest_path_of_a_corpus(tmp_path):
     file = corpus(tmp_path, n=9)
     longest = max(len(text.encode()) for text in documents(9))  # and an EOS
     expected = {
@@ -94,7 +95,7 @@ def test_documents_of_a_corpus(tmp_path):
     }
     for (packing, streaming), positions in expected.items():
         made = pretrain_data(file, packing=packing, isolate=True, streaming=streaming, max_length=4096)
-        assert longest_document(made, ["train"]) == positions
+        assert made.longest_path(["train"]) == positions
     short = pretrain_data(file, packing="best_fit", isolate=True, max_length=16)
-    assert longest_document(short, ["train"]) == (16, 16)
-    assert longest_document(pretrain_data(file, max_length=4096), ["train"]) is None
+    assert short.longest_path(["train"]) == (16, 16)
+    assert pretrain_data(file, max_length=4096).longest_path(["train"]) is None

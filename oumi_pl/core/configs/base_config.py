@@ -9,7 +9,7 @@ from io import StringIO
 from pathlib import Path
 from typing import Any, Self, TypeVar
 
-from oumi_pl.core.configs.params.base_params import BaseParams, OumiConfigError, hints, members, shown
+from oumi_pl.core.configs.params.base_params import BaseParams, OumiConfigError, hints, members, section_in, shown
 from oumi_pl.errors import nearest
 
 T = TypeVar("T", bound=BaseParams)
@@ -135,7 +135,7 @@ def _places(cls: type[BaseParams], prefix: str = "") -> Iterator[str]:
     """Dotted names of all fields: `training.max_steps`, `data.train.datasets[0].split`."""
     for name, hint in hints(cls).items():
         yield f"{prefix}{name}"
-        if section := _class_in(hint):
+        if section := section_in(hint):
             is_list = typing.get_origin(hint) is list
             yield from _places(section, f"{prefix}{name}{'[0]' if is_list else ''}.")
 
@@ -156,7 +156,7 @@ def _section(cls: type[T], tree: Any, place: str, everywhere: Sequence[str]) -> 
 
 
 def _value(value: Any, hint: Any, place: str, everywhere: Sequence[str]) -> Any:
-    section = _class_in(hint)
+    section = section_in(hint)
     if section is None or (value is None and type(None) in members(hint)):
         return value
     if typing.get_origin(hint) is not list:
@@ -164,12 +164,6 @@ def _value(value: Any, hint: Any, place: str, everywhere: Sequence[str]) -> Any:
     if not isinstance(value, list):
         raise OumiConfigError(f"{place}: {shown(value)} is given, but here is a list")
     return [_section(section, item, f"{place}[{i}]", everywhere) for i, item in enumerate(value)]
-
-
-def _class_in(hint: Any) -> type[BaseParams] | None:
-    """The section that a field holds, alone or in a list; None for a plain value."""
-    inside = typing.get_args(hint) if typing.get_origin(hint) is list else members(hint)
-    return next((kind for kind in inside if isinstance(kind, type) and issubclass(kind, BaseParams)), None)
 
 
 def _unknown(key: str, start: str, fields: Sequence[str], everywhere: Sequence[str]) -> str:

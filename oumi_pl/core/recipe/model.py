@@ -3,7 +3,7 @@
 import inspect
 from typing import Any
 
-from oumi_pl.core.configs import ModelParams, PeftParams, TrainingConfig
+from oumi_pl.core.configs import ModelParams, TrainingConfig
 from oumi_pl.core.recipe.notes import Notes, refuse
 
 CUSTOM = ("MLPEncoder", "CNNClassifier")
@@ -29,24 +29,23 @@ def model(config: TrainingConfig, notes: Notes) -> dict[str, Any]:
     """
     params, training = config.model, config.training
     _refuse_names(params)
-    made: dict[str, Any] = _weights(params, notes)
-    made |= _dtype(params, notes)
+    args: dict[str, Any] = _weights(params, notes) | _dtype(params, notes)
     if params.attn_implementation not in (None, "sdpa"):
-        made["attn"] = params.attn_implementation
+        args["attn"] = params.attn_implementation
     if training.use_peft:
-        made |= _lora(config, notes)
+        args |= _lora(config, notes)
     if params.freeze_layers:
-        made["freeze"] = list(params.freeze_layers)
+        args["freeze"] = list(params.freeze_layers)
         notes.comment("model.init_args.freeze", "a name that the model doesn't have is refused, and not passed over")
-    made |= _checkpointing(config, notes)
+    args |= _checkpointing(config, notes)
     if training.compile:
-        made["compile"] = True
+        args["compile"] = True
     if params.model_revision is not None:
-        made["revision"] = params.model_revision
+        args["revision"] = params.model_revision
         notes.comment("model.init_args.revision", "of the model alone: the tokenizer is that of the default branch")
     if params.trust_remote_code:
-        made["trust_remote_code"] = True
-    return made
+        args["trust_remote_code"] = True
+    return args
 
 
 def _refuse_names(params: ModelParams) -> None:
@@ -116,10 +115,8 @@ def _checkpointing(config: TrainingConfig, notes: Notes) -> dict[str, Any]:
     training = config.training
     for key, value in training.gradient_checkpointing_kwargs.items():
         if (key, value) != ("use_reentrant", False):
-            refuse(
-                f"training.gradient_checkpointing_kwargs.{key}",
-                f"{value!r} has no counterpart: activations are recomputed with use_reentrant: false",
-            )
+            why = f"{value!r} has no counterpart: activations are recomputed with use_reentrant: false"
+            refuse(f"training.gradient_checkpointing_kwargs.{key}", why)
     if not training.enable_gradient_checkpointing:
         return {}
     if training.use_deterministic and training.trainer_type.name != "OUMI":
@@ -134,35 +131,28 @@ def _checkpointing(config: TrainingConfig, notes: Notes) -> dict[str, Any]:
 def _lora(config: TrainingConfig, notes: Notes) -> dict[str, Any]:
     """`model.lora` and `model.quantization`."""
     peft = config.peft
-    made: dict[str, Any] = {"r": peft.lora_r, "lora_alpha": peft.lora_alpha}
-    made |= {"lora_dropout": peft.lora_dropout} if peft.lora_dropout else {}
-    made |= _targets(peft, notes)
-    made |= {"bias": peft.lora_bias} if peft.lora_bias != "none" else {}
-    name = peft.lora_init_weights.name
-    if name not in BEGINNINGS:
-        refuse("peft.lora_init_weights", f"{name} has no counterpart: {WHY_NOT[name]}")
-    made |= {"init_lora_weights": BEGINNINGS[name]} if name != "DEFAULT" else {}
-    notes.became["training.use_peft"] = "model.lora"
-    return {"lora": made} | _quantization(config, notes)
-
-
-def _targets(peft: PeftParams, notes: Notes) -> dict[str, Any]:
-    made: dict[str, Any] = {}
+    args: dict[str, Any] = {"r": peft.lora_r, "lora_alpha": peft.lora_alpha}
+    args |= {"lora_dropout": peft.lora_dropout} if peft.lora_dropout else {}
+    args |= {"bias": peft.lora_bias} if peft.lora_bias != "none" else {}
     targets = peft.lora_target_modules
     if targets == ["all-linear"]:
         notes.became["peft.lora_target_modules"] = "all linear layers, which is so without model.lora.target_modules"
-    elif targets is None:
-        made["target_modules"] = None
-        notes.comment("model.init_args.lora", "target_modules: null leaves the choice to PEFT, by architecture")
     else:
-        made["target_modules"] = list(targets)
+        args["target_modules"] = targets
+    if targets is None:
+        notes.comment("model.init_args.lora", "target_modules: null leaves the choice to PEFT, by architecture")
     if peft.lora_exclude_modules:
-        made["exclude_modules"] = "|".join(f"(?:{pattern})" for pattern in peft.lora_exclude_modules)
+        args["exclude_modules"] = "|".join(f"(?:{pattern})" for pattern in peft.lora_exclude_modules)
     if peft.lora_target_parameters:
-        made["target_parameters"] = list(peft.lora_target_parameters)
+        args["target_parameters"] = list(peft.lora_target_parameters)
     if peft.lora_modules_to_save:
-        made["modules_to_save"] = list(peft.lora_modules_to_save)
-    return made
+        args["modules_to_save"] = list(peft.lora_modules_to_save)
+    name = peft.lora_init_weights.name
+    if name not in BEGINNINGS:
+        refuse("peft.lora_init_weights", f"{name} has no counterpart: {WHY_NOT[name]}")
+    args |= {"init_lora_weights": BEGINNINGS[name]} if name != "DEFAULT" else {}
+    notes.became["training.use_peft"] = "model.lora"
+    return {"lora": args} | _quantization(config, notes)
 
 
 def _quantization(config: TrainingConfig, notes: Notes) -> dict[str, Any]:
@@ -176,10 +166,8 @@ def _quantization(config: TrainingConfig, notes: Notes) -> dict[str, Any]:
     if peft.bnb_4bit_quant_type != "nf4":
         refuse("peft.bnb_4bit_quant_type", f"{peft.bnb_4bit_quant_type} has no counterpart; set nf4")
     if peft.bnb_4bit_compute_dtype not in ("bfloat16", "bf16"):
-        refuse(
-            "peft.bnb_4bit_compute_dtype",
-            f"{peft.bnb_4bit_compute_dtype} has no counterpart; set bfloat16, which it is",
-        )
+        why = f"{peft.bnb_4bit_compute_dtype} has no counterpart; set bfloat16, which it is"
+        refuse("peft.bnb_4bit_compute_dtype", why)
     notes.nothing("peft.use_bnb_nested_quant", "the constants of quantization are quantized in any case")
     if not peft.use_bnb_nested_quant:
         notes.comment("model.init_args.quantization", "the constants of quantization are quantized too (nested)")

@@ -133,32 +133,28 @@ def source(
     if dataset.mixture_proportion == 0:
         notes.became[f"{place}.mixture_proportion"] = "the source is left out"
         return None
-    made: dict[str, Any] = {"path": _path(dataset, entry, place, notes)}
+    tree: dict[str, Any] = {"path": _path(dataset, entry, place, notes)}
     if dataset.subset is not None:
-        made["config"] = dataset.subset
+        tree["config"] = dataset.subset
     local_file = dataset.dataset_path is not None and Path(dataset.dataset_path).suffix != ""
     if dataset.split != "train" and not local_file:
-        made["split"] = dataset.split
+        tree["split"] = dataset.split
     elif dataset.split != "train":
-        _split_of_file(dataset, place, made, notes)
-    made |= {"format": _format(dataset, entry, place), "columns": _columns(dataset, entry, text_field)}
+        # Oumi reads a file as a whole whatever the split; a slice is what was meant by one
+        if "[" in dataset.split:
+            why = f"{dataset.split!r}: Oumi reads a file as a whole; say sample_count for fewer rows"
+            refuse(f"{place}.split", why)
+        notes.became[f"{place}.split"] = "nothing: a file has one split, and is read as a whole"
+    tree |= {"format": _format(dataset, entry, place), "columns": _columns(dataset, entry, text_field)}
     if dataset.mixture_proportion is not None:
-        made["weight"] = dataset.mixture_proportion
-    made |= _sample(dataset, place, seed)
-    if "sample_seed" not in made:
+        tree["weight"] = dataset.mixture_proportion
+    tree |= _sample(dataset, place, seed)
+    if "sample_seed" not in tree:
         notes.nothing(f"{place}.seed", "no rows are drawn; the seed of the run decides on their order")
         notes.nothing(f"{place}.shuffle", "the run draws an order of its own for each epoch")
-    made = {key: value for key, value in made.items() if value not in (None, {})}
-    notes.became[f"{place}.dataset_name"] = ", ".join(f"{key} {value}" for key, value in made.items())
-    return made["path"] if set(made) == {"path"} else made
-
-
-def _split_of_file(dataset: DatasetParams, place: str, made: dict[str, Any], notes: Notes) -> None:
-    """Oumi reads a file as a whole whatever the split; a slice is what was meant by one."""
-    _, bracket, _ = dataset.split.partition("[")
-    if bracket:
-        refuse(f"{place}.split", f"{dataset.split!r}: Oumi reads a file as a whole; say sample_count for fewer rows")
-    notes.became[f"{place}.split"] = "nothing: a file has one split, and is read as a whole"
+    tree = {key: value for key, value in tree.items() if value not in (None, {})}
+    notes.became[f"{place}.dataset_name"] = ", ".join(f"{key} {value}" for key, value in tree.items())
+    return tree["path"] if set(tree) == {"path"} else tree
 
 
 def _path(dataset: DatasetParams, entry: Registered, place: str, notes: Notes) -> str:

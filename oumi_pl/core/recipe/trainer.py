@@ -84,32 +84,30 @@ def trainer(config: TrainingConfig, notes: Notes, devices: int | None, engine: E
         devices = devices or 1
         notes.nothing("training.ddp_find_unused_parameters", "it trains on one device")
         notes.nothing("training.log_model_summary", "train writes telemetry/model_summary.txt beside the run")
-    made: dict[str, Any] = {} if devices is None else {"devices": devices}
-    made |= _strategy(config, notes, devices) if engine == "lightning" else {}
+    section: dict[str, Any] = {} if devices is None else {"devices": devices}
+    section |= _strategy(config, notes, devices) if engine == "lightning" else {}
     if training.max_steps > 0:
-        made["max_steps"] = training.max_steps
+        section["max_steps"] = training.max_steps
         if training.num_train_epochs != 3:
             notes.became["training.num_train_epochs"] = "nothing: max_steps wins"
     else:
-        made["max_epochs"] = training.num_train_epochs
+        section["max_epochs"] = training.num_train_epochs
     if training.gradient_accumulation_steps != 1:
-        made["accumulate_grad_batches"] = training.gradient_accumulation_steps
+        section["accumulate_grad_batches"] = training.gradient_accumulation_steps
         if training.trainer_type.name in ("OUMI", "TRL_DPO", "DPO"):
-            notes.comment(
-                "trainer.accumulate_grad_batches",
-                "an update is the mean over all of it; in Oumi, that of the means of its micro-batches",
-            )
+            different = "an update is the mean over all of it; in Oumi, that of the means of its micro-batches"
+            notes.comment("trainer.accumulate_grad_batches", different)
     if training.max_grad_norm:
-        made["gradient_clip_val"] = training.max_grad_norm
+        section["gradient_clip_val"] = training.max_grad_norm
     if (precision := training.mixed_precision_dtype.name) != "NONE":
-        made["precision"] = {"FP16": "16-mixed", "BF16": "bf16-mixed"}[precision]
-    made |= _determinism(training, notes)
+        section["precision"] = {"FP16": "16-mixed", "BF16": "bf16-mixed"}[precision]
+    section |= _determinism(training, notes)
     if training.log_model_summary and engine == "lightning":
-        made["enable_model_summary"] = True
+        section["enable_model_summary"] = True
     if training.save_epoch and training.save_steps <= 0:
-        made["callbacks"] = [{"class_path": "oumi_pl.core.recipe.epochs.SaveEachEpoch"}]
+        section["callbacks"] = [{"class_path": "oumi_pl.core.recipe.epochs.SaveEachEpoch"}]
     loggers = _loggers(training, notes)
-    return made | ({"logger": loggers} if loggers else {})
+    return section | ({"logger": loggers} if loggers else {})
 
 
 def _strategy(config: TrainingConfig, notes: Notes, devices: int | None) -> dict[str, Any]:
@@ -117,11 +115,11 @@ def _strategy(config: TrainingConfig, notes: Notes, devices: int | None) -> dict
     fsdp = config.fsdp
     if not fsdp.enable_fsdp:
         return {"strategy": "ddp_find_unused_parameters_true"} if config.training.ddp_find_unused_parameters else {}
-    made: dict[str, Any] = _sharded_precision(config, notes)
+    section: dict[str, Any] = _sharded_precision(config, notes)
     name = fsdp.sharding_strategy.name
     if name == "NO_SHARD":
         notes.became["fsdp.sharding_strategy"] = "trainer.strategy ddp, which is what it comes to"
-        return {"strategy": "ddp"} | made
+        return {"strategy": "ddp"} | section
     if name in ("SHARD_GRAD_OP", "HYBRID_SHARD_ZERO2"):
         refuse("fsdp.sharding_strategy", f"{name} has no counterpart; FULL_SHARD gives the same numbers in less memory")
     if name == "HYBRID_SHARD":
@@ -132,7 +130,7 @@ def _strategy(config: TrainingConfig, notes: Notes, devices: int | None) -> dict
     notes.comment(STRATEGY, "data_parallel_size is the number of all GPUs")
     notes.became["fsdp.enable_fsdp"] = f"trainer.strategy ModelParallelStrategy (FSDP2) over {size} devices"
     arguments = {"data_parallel_size": size, "tensor_parallel_size": 1}
-    return {"strategy": {"class_path": "ModelParallelStrategy", "init_args": arguments}} | made
+    return {"strategy": {"class_path": "ModelParallelStrategy", "init_args": arguments}} | section
 
 
 def _sharded_precision(config: TrainingConfig, notes: Notes) -> dict[str, Any]:
@@ -163,16 +161,16 @@ def _determinism(training: TrainingParams, notes: Notes) -> dict[str, Any]:
 
 
 def _loggers(training: TrainingParams, notes: Notes) -> list[dict[str, Any]]:
-    made = []
+    loggers = []
     project = "oumi" if training.trainer_type.name == "OUMI" else "huggingface"
     named = {"name": training.run_name} if training.run_name else {}
     if training.enable_wandb:
         project = os.environ.get("WANDB_PROJECT", project)
-        made.append({"class_path": "WandbLogger", "init_args": {"project": project, **named}})
+        loggers.append({"class_path": "WandbLogger", "init_args": {"project": project, **named}})
     if training.enable_mlflow:
         run = {"run_name": training.run_name} if training.run_name else {}
         store = {"tracking_uri": os.environ.get("MLFLOW_TRACKING_URI", MLFLOW_STORE)}
-        made.append({"class_path": "MLFlowLogger", "init_args": run | store})
+        loggers.append({"class_path": "MLFlowLogger", "init_args": run | store})
     installed = find_spec("tensorboard") or find_spec("tensorboardX")
     if not installed:
         notes.nothing("training.enable_tensorboard", "TensorBoard is not installed")
@@ -180,20 +178,20 @@ def _loggers(training: TrainingParams, notes: Notes) -> list[dict[str, Any]]:
         output = Path(training.output_dir)
         folder = Path(training.logging_dir) if training.logging_dir else output.parent / "tensorboard" / output.name
         arguments = {"save_dir": str(folder.parent), "name": folder.name, "version": ""}
-        made.append({"class_path": "TensorBoardLogger", "init_args": arguments})
+        loggers.append({"class_path": "TensorBoardLogger", "init_args": arguments})
     elif training.enable_tensorboard:
         notes.comment(
             "trainer", "metrics are written to metrics.csv; for TensorBoard as well: pip install 'oumi_pl[tracking]'"
         )
-    if not any(one["class_path"] == "TensorBoardLogger" for one in made):
+    if not any(one["class_path"] == "TensorBoardLogger" for one in loggers):
         notes.nothing("training.logging_dir", "it is TensorBoard's, which gets no metrics")
-    if training.run_name and not made:
+    if training.run_name and not loggers:
         notes.became["training.run_name"] = "nothing: it is the name for trackers, and none is enabled"
-    return made
+    return loggers
 
 
 def around(config: TrainingConfig, notes: Notes) -> dict[str, Any]:
-    """What stands beside the sections: folders, validation, checkpoints, the export.
+    """What is beside the sections: folders, validation, checkpoints, the export.
 
     Raises:
         UserError: something has no counterpart.
@@ -203,13 +201,13 @@ def around(config: TrainingConfig, notes: Notes) -> dict[str, Any]:
     name = folder.name or folder.resolve().name
     if not name or name.startswith("."):
         refuse("training.output_dir", f"{training.output_dir!r} can't be the name of a run; name a folder for it")
-    made: dict[str, Any] = {"name": name, "runs_dir": str(folder.parent)}
+    section: dict[str, Any] = {"name": name, "runs_dir": str(folder.parent)}
     notes.became["training.output_dir"] = f"{folder}: runs_dir and name; where it is taken, a number is added"
     if (every := _validation(training, notes)) is not None:
-        made["val_every"] = every
-    made["checkpoint"] = _checkpoints(training, notes)
+        section["val_every"] = every
+    section["checkpoint"] = _checkpoints(training, notes)
     export = _export(config, notes)
-    return made | ({"export": export} if export else {})
+    return section | ({"export": export} if export else {})
 
 
 def _validation(training: TrainingParams, notes: Notes) -> int | None:
@@ -233,34 +231,31 @@ def _checkpoints(training: TrainingParams, notes: Notes) -> dict[str, Any]:
         return {"every": NEVER}
     if training.save_epoch:
         notes.became["training.save_epoch"] = "nothing: save_steps wins"
-    made: dict[str, Any] = {"every": training.save_steps}
+    section: dict[str, Any] = {"every": training.save_steps}
     kwargs = training.trainer_kwargs
-    if kwargs.get("save_total_limit"):
-        made["keep"] = int(kwargs["save_total_limit"])
-    else:
-        made["keep"] = ALL
+    section["keep"] = int(kwargs.get("save_total_limit") or ALL)
     if kwargs.get("load_best_model_at_end"):
         metric = str(kwargs.get("metric_for_best_model") or "loss").removeprefix("eval_")
         higher = kwargs.get("greater_is_better", not metric.endswith("loss"))
-        made |= {"monitor": f"val/{metric}"} | ({"mode": "max"} if higher else {})
-    return made
+        section |= {"monitor": f"val/{metric}"} | ({"mode": "max"} if higher else {})
+    return section
 
 
 def _export(config: TrainingConfig, notes: Notes) -> dict[str, Any]:
-    made: dict[str, Any] = {}
+    section: dict[str, Any] = {}
     if not config.training.save_final_model:
-        made["enabled"] = False
+        section["enabled"] = False
     mode = config.peft.peft_save_mode.name
     if not config.training.use_peft:
-        return made
+        return section
     if mode == "ADAPTER_AND_BASE_MODEL":
         if config.peft.q_lora or config.fsdp.enable_fsdp:
             refuse("peft.peft_save_mode", f"{mode} needs the base whole and in full precision; set ADAPTER_ONLY")
         notes.became["peft.peft_save_mode"] = "the adapter in model/, and beside it the base, which train writes"
         notes.comment("export", "train writes the base model beside the adapter; fit writes the adapter alone")
     if mode == "MERGED":
-        made["merge"] = True
-    return made
+        section["merge"] = True
+    return section
 
 
 def resume(training: TrainingParams) -> str | None:
@@ -273,11 +268,10 @@ def resume(training: TrainingParams) -> str | None:
     if not given:
         return "" if training.try_resume_from_last_checkpoint else None
     place = Path(given).expanduser()
-    if CHECKPOINT.fullmatch(place.name) is None:
+    if _step(place) < 0:  # a run
         return given
     folder = place.parent
-    saved = [one for one in folder.iterdir() if CHECKPOINT.fullmatch(one.name)] if folder.is_dir() else []
-    newest = max(saved, key=_step, default=place)
+    newest = max(folder.iterdir() if folder.is_dir() else (), key=_step, default=place)
     if not place.exists() or _step(newest) != _step(place):
         why = f"a run goes on from its newest checkpoint, {newest.name}" if place.exists() else "there is none"
         refuse("training.resume_from_checkpoint", f"{given}: {why}")
@@ -285,5 +279,6 @@ def resume(training: TrainingParams) -> str | None:
 
 
 def _step(checkpoint: Path) -> int:
-    found = CHECKPOINT.fullmatch(checkpoint.name)
-    return int(found[1]) if found else -1
+    """The step in the name of a checkpoint; -1 for other files."""
+    match = CHECKPOINT.fullmatch(checkpoint.name)
+    return int(match[1]) if match else -1

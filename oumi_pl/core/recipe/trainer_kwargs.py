@@ -114,14 +114,14 @@ def preference(kwargs: dict[str, Any]) -> dict[str, Any]:
     for key, only in {"disable_dropout": True, "truncation_mode": "keep_start"}.items():
         if kwargs.get(key, only) != only:
             refuse(f"{PLACE}.{key}", f"{kwargs[key]!r} has no counterpart; leave it out")
-    made: dict[str, Any] = {}
+    args: dict[str, Any] = {}
     loss = _loss(kwargs)
     if loss is not None:
-        made["loss"] = loss
+        args["loss"] = loss
     if kwargs.get("sync_ref_model"):
-        made |= {"sync_every": kwargs.get("ref_model_sync_steps", 512)}
-        made |= {"mixup": kwargs["ref_model_mixup_alpha"]} if "ref_model_mixup_alpha" in kwargs else {}
-    return made
+        args |= {"sync_every": kwargs.get("ref_model_sync_steps", 512)}
+        args |= {"mixup": kwargs["ref_model_mixup_alpha"]} if "ref_model_mixup_alpha" in kwargs else {}
+    return args
 
 
 def _loss(kwargs: dict[str, Any]) -> dict[str, Any] | None:

@@ -9,7 +9,7 @@ import typing
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from enum import Enum
 from pathlib import Path
-from typing import Any, Self, TypeVar
+from typing import Any, NamedTuple, Self, TypeVar
 
 from oumi_pl.errors import UserError, nearest
 
@@ -31,6 +31,47 @@ class OumiConfigError(UserError):
     def at(self, place: str) -> Self:
         """The same error with a longer path: `max_steps is 0` at `training` is `training.max_steps is 0`."""
         return type(self)(f"{place}.{self}") if place else self
+
+
+T = TypeVar("T")
+BECOMES = "becomes"
+"""Key of a field's metadata."""
+SPEED = "it decides on speed or memory alone, and these are chosen here without it"
+"""Why a field is harmless."""
+
+
+class Becomes(NamedTuple):
+    """What becomes of a field in a recipe.
+
+    how: `honoured`, `why` names the key of the recipe that says the same; `refused`, unless it has its default, and
+    `why` is the reason; `harmless`, what is trained doesn't depend on it, and `why` is the reason.
+    """
+
+    how: str
+    why: str
+
+
+def honoured(key: str, default: T) -> T:
+    """A field that the recipe says in `key`, with its default."""
+    return _field(Becomes("honoured", key), default)
+
+
+def refused(why: str, default: T) -> T:
+    """A field without a counterpart, with its default."""
+    return _field(Becomes("refused", why), default)
+
+
+def harmless(why: str, default: T) -> T:
+    """A field that doesn't decide what is trained, with its default."""
+    return _field(Becomes("harmless", why), default)
+
+
+def _field(becomes: Becomes | None, default: Any) -> Any:
+    """A field of a dataclass; each section gets a copy of its own of a default that can be changed."""
+    metadata = {BECOMES: becomes} if becomes else {}
+    if isinstance(default, list | dict | BaseParams):
+        return dataclasses.field(default_factory=functools.partial(copy.deepcopy, default), metadata=metadata)
+    return dataclasses.field(default=default, metadata=metadata)
 
 
 @dataclasses.dataclass
@@ -129,9 +170,7 @@ def with_fields(table: Mapping[str, Any]) -> Callable[[Section], Section]:
         for name, value in table.items():
             kind, default = value if isinstance(value, tuple) else (type(value), value)
             annotations[name] = dict[str, Any] if kind is dict else kind
-            is_dict = isinstance(default, dict)  # each section gets a copy of its own
-            factory = functools.partial(copy.deepcopy, default)
-            setattr(cls, name, dataclasses.field(default_factory=factory) if is_dict else default)
+            setattr(cls, name, _field(None, default))
         cls.__annotations__ = annotations
         return typing.cast(Section, dataclasses.dataclass(cls))
 
@@ -167,6 +206,12 @@ def hints(cls: Any) -> dict[str, Any]:
 def members(hint: Any) -> tuple[Any, ...]:
     """The types that a field may have: `int | None` has two."""
     return typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
+
+
+def section_in(hint: Any) -> type[BaseParams] | None:
+    """The section that a field holds, alone or in a list; None for a plain value."""
+    inside = typing.get_args(hint) if typing.get_origin(hint) is list else members(hint)
+    return next((kind for kind in inside if isinstance(kind, type) and issubclass(kind, BaseParams)), None)
 
 
 def shown(value: Any) -> str:

@@ -6,11 +6,15 @@ from pathlib import Path
 from typing import Any
 
 from oumi_pl.core.configs.params.base_params import (
+    SPEED,
     BaseParams,
     OumiConfigError,
     converted,
+    harmless,
     hints,
+    honoured,
     members,
+    refused,
     with_fields,
 )
 
@@ -53,29 +57,37 @@ class AutoWrapPolicy(StrEnum):
 class FSDPParams(BaseParams):
     """Fully sharded data parallel; read when `enable_fsdp` is true."""
 
-    enable_fsdp: bool = False
+    enable_fsdp: bool = honoured("trainer.strategy", False)
     """Whether the model is sharded."""
-    sharding_strategy: ShardingStrategy = ShardingStrategy.FULL_SHARD
+    sharding_strategy: ShardingStrategy = honoured("trainer.strategy", ShardingStrategy.FULL_SHARD)
     """What is sharded."""
-    cpu_offload: bool = False
+    cpu_offload: bool = refused(
+        "shards stay on their GPU; leave it out, and use more GPUs, LoRA or shorter rows", False
+    )
     """Whether shards are kept in host memory."""
-    mixed_precision: str | None = None
+    mixed_precision: str | None = honoured("trainer.precision", None)
     """Type of the computation, `bf16` or `fp16`; null: that of the weights."""
-    backward_prefetch: BackwardPrefetch = BackwardPrefetch.BACKWARD_PRE
+    backward_prefetch: BackwardPrefetch = harmless(SPEED, BackwardPrefetch.BACKWARD_PRE)
     """When the next shards are fetched in the backward pass."""
-    forward_prefetch: bool = False
+    forward_prefetch: bool = harmless(SPEED, False)
     """Whether the next shards are fetched early in the forward pass."""
-    use_orig_params: bool | None = None
+    use_orig_params: bool | None = harmless("FSDP2 always keeps parameters as they are", None)
     """Whether parameters keep their names and shapes; null: unless adapters are trained without compiling."""
-    state_dict_type: StateDictType = StateDictType.FULL_STATE_DICT
+    state_dict_type: StateDictType = harmless(
+        "checkpoints are sharded, and the model at the end is whole", StateDictType.FULL_STATE_DICT
+    )
     """How the weights of a checkpoint are stored."""
-    auto_wrap_policy: AutoWrapPolicy = AutoWrapPolicy.NO_WRAP
+    auto_wrap_policy: AutoWrapPolicy = harmless(
+        "FSDP2 shards by the model's own blocks; the numbers are the same", AutoWrapPolicy.NO_WRAP
+    )
     """How the model is divided into units."""
-    min_num_params: int = 100_000
+    min_num_params: int = harmless("FSDP2 shards by the model's own blocks; the numbers are the same", 100_000)
     """Least parameters of a unit, for SIZE_BASED_WRAP."""
-    transformer_layer_cls: str | None = None
+    transformer_layer_cls: str | None = harmless(
+        "FSDP2 shards by the model's own blocks, which the architecture names", None
+    )
     """Classes of the layers that are units, separated by commas; null: found in the model."""
-    sync_module_states: bool = True
+    sync_module_states: bool = harmless("every rank loads the same weights", True)
     """Whether all ranks begin with the weights of the first."""
 
     def _check(self) -> None:
@@ -134,7 +146,9 @@ class OffloadConfig(BaseParams):
 class DeepSpeedParams(BaseParams):
     """DeepSpeed; read when `enable_deepspeed` is true."""
 
-    enable_deepspeed: bool = False
+    enable_deepspeed: bool = refused(
+        "DeepSpeed is not driven from here; what shards the same is fsdp.enable_fsdp: true", False
+    )
     """Whether DeepSpeed runs the training."""
     deepspeed_config_path: str | Path | None = None
     """A configuration in DeepSpeed's own JSON, which replaces all other fields."""
