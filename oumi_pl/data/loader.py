@@ -92,6 +92,7 @@ class PlanLoader(DataLoader):
         limit: int | float = 1.0,
         workers: int = 0,
         pin_memory: bool = False,
+        **fetching: Any,
     ) -> None:
         """Makes the loader.
 
@@ -104,6 +105,7 @@ class PlanLoader(DataLoader):
             limit: Micro-batches of an epoch that will be trained on, or the share of them (`limit_train_batches`).
             workers: Processes that fetch.
             pin_memory: Put batches where a GPU copies them from without waiting.
+            fetching: Further arguments of `DataLoader` on how its workers fetch.
         """
         self.position = PlanSampler(plan, layout)
         self.targets = targets
@@ -114,6 +116,7 @@ class PlanLoader(DataLoader):
             collate_fn=collate,
             num_workers=workers,
             pin_memory=pin_memory,
+            **fetching,
             # its own generator: the seeds of workers must not be drawn from the stream that dropout uses
             generator=torch.Generator().manual_seed(0),
         )

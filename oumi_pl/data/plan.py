@@ -180,6 +180,16 @@ class Layout:
         """Rows that one optimizer update sees, over all ranks and micro-batches."""
         return self.batch_size * self.parts
 
+    def shares(self, rows: int) -> Iterator[range]:
+        """Which rows of an update of `rows` each micro-batch of this rank has; none where a short update runs out."""
+        for micro in range(self.micro_batches):
+            first = (micro * self.ranks + self.rank) * self.batch_size
+            yield range(min(first, rows), min(first + self.batch_size, rows))
+
+    def filled(self, rows: int) -> int:
+        """Micro-batches on each rank of an update of `rows` that some rank has rows for."""
+        return math.ceil(rows / (self.batch_size * self.ranks))
+
     def within(self, limit: int | float, update: int, updates: int | None) -> int:
         """Micro-batches of an update, on one rank, that lie within `limit_train_batches`.
 
@@ -232,9 +242,8 @@ class Plan:
         """
         start = update * self.rows_per_update
         stop = min(start + self.rows_per_update, self.rows)
-        for micro in range(layout.micro_batches):
-            first = start + (micro * layout.ranks + layout.rank) * layout.batch_size
-            yield [self.row(i) for i in range(min(first, stop), min(first + layout.batch_size, stop))]
+        for share in layout.shares(stop - start):
+            yield [self.row(start + i) for i in share]
 
 
 def plan_epoch(

@@ -239,6 +239,14 @@ class RowStream:
             "buffer": list(self._buffer),
         }
 
+    def as_state(self, snapshot: dict[str, Any]) -> dict[str, Any]:
+        """A snapshot as plain numbers and tensors, which a checkpoint can hold."""
+        carried, length = snapshot["carried"]
+        return snapshot | {
+            "carried": arrays_to_state(carried[:length]),
+            "buffer": rows_to_state(snapshot["buffer"]),
+        }
+
     def restore(self, state: dict[str, Any]) -> None:
         """Goes on from a state.
 
@@ -249,12 +257,3 @@ class RowStream:
         self.windows.restore(arrays_from_state(state["carried"]))
         self._out, self._drawn = state["out"], state["drawn"]
         self._buffer = rows_from_state(state["buffer"])
-
-
-def as_state(snapshot: dict[str, Any]) -> dict[str, Any]:
-    """A snapshot as plain numbers and tensors, which a checkpoint can hold."""
-    carried, length = snapshot["carried"]
-    return snapshot | {
-        "carried": arrays_to_state(carried[:length]),
-        "buffer": rows_to_state(snapshot["buffer"]),
-    }

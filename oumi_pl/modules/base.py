@@ -9,8 +9,7 @@ import torch
 from lightning.pytorch.cli import OptimizerCallable
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import Tensor
-from torch.optim import Adam, AdamW, Optimizer
-from torch.optim.lr_scheduler import LambdaLR
+from torch.optim import AdamW, Optimizer
 
 from oumi_pl import attention
 from oumi_pl.errors import UserError
@@ -24,7 +23,7 @@ from oumi_pl.models.lora import lora_config
 from oumi_pl.models.sharding import is_sharded, shard
 from oumi_pl.modules.reference import Reference
 from oumi_pl.modules.restorable import RestorableModule
-from oumi_pl.optim import Constant, Schedule, parameter_groups
+from oumi_pl.optim import Constant, Schedule, fuse, parameter_groups
 from oumi_pl.types import SPLITS, Batch, RunData
 
 
@@ -113,7 +112,6 @@ class LanguageModule(RestorableModule):
         """Arguments of `complete` for `predict`."""
         self.engine_notes: list[str] = []
         """Lines that an engine other than Lightning adds to `notes`."""
-        self.__hyperparameters: list[dict[str, Any]] = []
         self.__is_start = False
 
     @property
@@ -321,8 +319,9 @@ class LanguageModule(RestorableModule):
         if not groups:
             raise UserError("model: no parameter is trainable; look at model.freeze and model.lora")
         optimizer = _optimizer(self.optimizer, groups)
-        self.__fuse(optimizer)
-        self.__hyperparameters = [{k: v for k, v in g.items() if k != "params"} for g in optimizer.param_groups]
+        # not in float16, where Lightning refuses to clip for an optimizer that unscales the gradients itself
+        if getattr(self.trainer.precision_plugin, "scaler", None) is None and self.device.type in ("cpu", "cuda"):
+            fuse(optimizer)
         total = self.total_steps()
         factor = self.schedule(total - 1, total)
         try:
@@ -332,19 +331,7 @@ class LanguageModule(RestorableModule):
             raise UserError(f"model.schedule: {name} gives {factor!r} instead of a number") from error
         for doubt in self.schedule.doubts(total):
             rank_zero_warn(doubt)
-        schedule = LambdaLR(optimizer, lambda step: float(self.schedule(step, total)))
-        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
-
-    def __fuse(self, optimizer: Optimizer) -> None:
-        """Lets AdamW take its step in one pass over memory, unless the recipe says how it does.
-
-        Not in float16, where Lightning refuses to clip for an optimizer that unscales the gradients itself.
-        """
-        undecided = all(group.get("fused") is None and group.get("foreach") is None for group in optimizer.param_groups)
-        unscaled = getattr(self.trainer.precision_plugin, "scaler", None) is None
-        if isinstance(optimizer, AdamW | Adam) and undecided and unscaled and self.device.type in ("cpu", "cuda"):
-            for group in optimizer.param_groups:
-                group["fused"] = True
+        return self.scheduled(optimizer, lambda step: float(self.schedule(step, total)))
 
     def total_steps(self) -> int:
         """Optimizer steps of the whole run."""
@@ -359,22 +346,9 @@ class LanguageModule(RestorableModule):
         return min(limits)
 
     def on_train_start(self) -> None:
-        """Lets what the recipe says now win over the optimizer settings in the checkpoint."""
+        """Notes whether the run begins here; lets the recipe win over optimizer settings in the checkpoint."""
         self.__is_start = self.global_step == 0
-        optimizer = cast("Optimizer", self.optimizers(use_pl_optimizer=False))
-        schedule = cast("LambdaLR", self.lr_schedulers())
-        before = optimizer.param_groups[0]["lr"]
-        for group, values in zip(optimizer.param_groups, self.__hyperparameters, strict=True):
-            group.update(values)
-            group["initial_lr"] = values["lr"]
-        schedule.base_lrs = [values["lr"] for values in self.__hyperparameters]
-        for group, base_lr, factor in zip(optimizer.param_groups, schedule.base_lrs, schedule.lr_lambdas, strict=True):
-            group["lr"] = base_lr * factor(schedule.last_epoch)
-        now = optimizer.param_groups[0]["lr"]
-        if self.global_step and abs(now - before) > 0.01 * max(now, before):
-            rank_zero_warn(
-                f"the checkpoint's next learning rate was {before:.3g}, and this run continues with {now:.3g}"
-            )
+        super().on_train_start()
 
     def on_train_epoch_start(self) -> None:
         """Sets the length of this epoch in Lightning: a mixture is redrawn, and may pack into fewer or more rows."""

@@ -33,6 +33,8 @@ class UpdateModule(L.LightningModule):
 
     unit: ClassVar[str] = "targets"
     """The sum that an update is divided by: `targets` (tokens that carry loss), or `rows` (examples)."""
+    clipped_by: ClassVar[str] = "trainer.gradient_clip_val"
+    """The key that clips gradients, for messages."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -160,9 +162,19 @@ class UpdateModule(L.LightningModule):
         }
         self.log_dict(logged, batch_size=1)
 
+    def abandon_update(self) -> None:
+        """Forgets what was added to an update that will not be finished, and its gradients."""
+        self.__update = {}
+        for parameter in self.parameters():
+            parameter.grad = None
+
+    def on_after_optimizer_step(self) -> None:
+        """Called after each step of the optimizer, while the gradients are still there."""
+
     def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
         """Steps, and frees the gradients: Lightning would keep them through the next forward pass."""
         super().optimizer_step(*args, **kwargs)
+        self.on_after_optimizer_step()
         for parameter in self.parameters():
             parameter.grad = None
 
@@ -178,7 +190,7 @@ class UpdateModule(L.LightningModule):
             if not torch.isfinite(value):
                 raise UserError(
                     f"{name} became {float(value)} at step {self.global_step + 1}; the last checkpoint is untouched. "
-                    "A lower learning rate, a warm-up or trainer.gradient_clip_val: 1.0 usually helps"
+                    f"A lower learning rate, a warm-up or {self.clipped_by}: 1.0 usually helps"
                 )
 
     # ---- evaluation

@@ -87,6 +87,9 @@ class Cosine(Schedule):
         cycles: Waves of the cosine: with 0.5 it goes down once, with 1.5 down, up and down again.
     """
 
+    keeps_floor: bool = True
+    """Whether the rate stays as it is at `total` past that; `transformers` continues the wave."""
+
     def __init__(self, warmup: int | float = 0, floor: float = 0.0, cycles: float = 0.5) -> None:
         super().__init__(warmup)
         self.floor = _share(floor)
@@ -94,7 +97,8 @@ class Cosine(Schedule):
 
     def factor(self, step: int, start: int, total: int) -> float:
         """1 at `start`; with half a wave `floor` at `total` and after."""
-        wave = 0.5 * (1 + math.cos(2 * math.pi * self.cycles * _progress(step, start, total)))
+        progress = (step - start) / max(1, total - start)
+        wave = 0.5 * (1 + math.cos(2 * math.pi * self.cycles * (min(1.0, progress) if self.keeps_floor else progress)))
         return self.floor + (1 - self.floor) * wave
 
 
