@@ -47,12 +47,7 @@ def run(engine: str, trainer: Any, module: SFT | DPO, data: TextData, callbacks:
     Raises:
         UserError: the engine can't do what the recipe says.
     """
-    refuse_engine(engine, module)
-    refuse_settings(engine, trainer)
-    if isinstance(module, DPO):
-        refuse_preferences(module)
-    if engine == "trl":
-        import_trl()
+    _refuse_before_loading(engine, trainer, module)
     _connect(trainer, module, data)
     _build_model(trainer, module, data)
     # a few tokens for a check are not worth compiling for
@@ -95,6 +90,16 @@ def run(engine: str, trainer: Any, module: SFT | DPO, data: TextData, callbacks:
         if run_callback.preemption is not None:
             run_callback.preemption.teardown(trainer, module, "fit")
     return engine_trainer
+
+
+def _refuse_before_loading(engine: str, trainer: Any, module: SFT | DPO) -> None:
+    """Refuses what the engine can't do, as far as that is known before anything is loaded."""
+    refuse_engine(engine, module)
+    refuse_settings(engine, trainer)
+    if isinstance(module, DPO):
+        refuse_preferences(module)
+    if engine == "trl":
+        import_trl()
 
 
 def _connect(trainer: Any, module: SFT | DPO, data: TextData) -> None:
