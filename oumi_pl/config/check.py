@@ -272,7 +272,7 @@ def _wrong_value(value: Any, hint: Any, place: str) -> UserError:
     if choices:
         choices += ["true", "false"] * (bool in alternatives)
         return UserError(f"{place}: {shown} is not a valid value{nearest(str(value), choices)}")
-    names = " or ".join(f"an {name}" if name[0] in "aeiou" else f"a {name}" for name in type_names(hint))
+    names = " or ".join(f"an {name}" if name[0].lower() in "aeiou" else f"a {name}" for name in type_names(hint))
     right = _example(place) or "class_path: NAME" * bool(kinds(hint).bases)
     return UserError(f"{place}: {shown} is not {names}" + (f"; write {right}" if right else ""))
 

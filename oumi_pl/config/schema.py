@@ -5,7 +5,7 @@ import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import cache
 from types import NoneType, UnionType
-from typing import Annotated, Any, NamedTuple, Union, get_args, get_origin
+from typing import Annotated, Any, Literal, NamedTuple, Union, get_args, get_origin
 
 from torch import Tensor
 from torch.optim import Optimizer
@@ -100,10 +100,13 @@ def type_names(hint: Any) -> list[str]:
     """The alternatives of a type hint as people write them: `int`, `lightning|hf|trl`, `list`."""
     names = []
     for member in members(hint):
-        choices = get_args(member) if not inspect.isclass(get_origin(member)) else ()
-        name = getattr(get_origin(member) or member, "__name__", str(member))
-        name = {"dict": "mapping", "tuple": "list", "Sequence": "list", "Iterable": "list"}.get(name, name)
-        names.append("|".join(map(str, choices)) or name)
+        kind = kinds(member)
+        if kind.bases or kind.items or kind.values:
+            names += [base.__name__ for base in kind.bases] or ["list" if kind.items else "mapping"]
+        elif get_origin(member) is Literal:
+            names.append("|".join(map(str, get_args(member))))
+        else:
+            names.append(getattr(member, "__name__", str(member)))
     return list(dict.fromkeys(names))
 
 

@@ -111,6 +111,7 @@ def test_kinds_of_a_type():
     assert kinds(Any) == (Any, (), None, None)
     assert type_names(Literal["a", "b"] | bool | None) == ["a|b", "bool"]
     assert type_names(Sequence[str] | dict | Tensor | Wheel) == ["list", "mapping", "Wheel"]
+    assert type_names(Callable[[Iterable], Optimizer]) == ["Optimizer"]
 
 
 def test_places_of_classes(root):
@@ -158,6 +159,7 @@ def cart(**arguments):
         (cart(load=3), "model.load: 3 is not a mapping"),
         (cart(size={"class_path": "a/b"}), "model.size: 'a/b' is not a type"),
         (cart(size={"class_path": 3}), "model.size: 3 is not a type"),
+        (cart(optimizer=0.1), "model.optimizer: 0.1 is not an Optimizer; write for example `optimizer: {class_path: A"),
         (cart(names=["a", 1]), "model.names.1: 1 is not a str"),
         (cart(spares=["Wide", {"class_path": "Wid"}]), "model.spares.1: unknown class 'Wid'"),
         (cart(wheel={"class_path": "Wide", "init_args": {"width": "x"}}), "model.wheel.width: 'x' is not a float"),
