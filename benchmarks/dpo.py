@@ -114,11 +114,11 @@ def prepare(folder: Path) -> None:
     rows = []
     for i in data.plan(0).example_ids:
         pair = data.examples("train")[int(i)]
-        row = {"prompt_ids": pair.input_ids[: pair.chosen_start].tolist()}
-        for name, start, stop in (
-            ("chosen_ids", pair.chosen_start, pair.rejected_start),
-            ("rejected_ids", pair.rejected_start, len(pair.input_ids)),
-        ):
+        first, second = pair.segments  # the prompt with the chosen response, and the rejected one
+        prompt, rejected = second.shared, first.length
+        row = {"prompt_ids": pair.input_ids[:prompt].tolist()}
+        borders = {"chosen_ids": (prompt, rejected), "rejected_ids": (rejected, len(pair.input_ids))}
+        for name, (start, stop) in borders.items():
             # what follows the last target is no target for us, and would be one for TRL
             targets = int(pair.loss_mask[start:stop].sum())
             assert pair.loss_mask[start : start + targets].all()
@@ -159,7 +159,7 @@ def run_ours(folder: Path, scratch: Path, **options: Any) -> Result:
             clock.end()
             clock.losses.append(float(trainer.callback_metrics["train/loss"]))
             clock.logps.append(float(trainer.callback_metrics["train/logps/chosen"]))
-            clock.positions += int(pl_module.last_update["positions"])
+            clock.positions += int(pl_module.last_update["positions"])  # prompts as often as they are computed
             clock.tokens += int(pl_module.last_update["tokens"])
 
     L.seed_everything(0)
@@ -286,7 +286,7 @@ def ratios(results: dict[str, Result]) -> Iterator[str]:
                 yield f"{name:24}{loop:9.2f}x{cpu:9.2f}x{over_all:9.2f}x{'':14}{peak:9.2f}x{added:9.2f}x"
     shared, apart, padded = (results[name] for name in ("oumi_pl", "oumi_pl, prompts twice", BASE))
     yield (
-        f"{1 - shared['tokens'] / apart['tokens']:.1%} of the tokens are saved by sharing prompts; "
+        f"{1 - shared['positions'] / apart['positions']:.1%} of the tokens are saved by sharing prompts; "
         f"{1 - padded['tokens'] / padded['positions']:.1%} of what TRL reads is padding"
     )
 

@@ -103,7 +103,7 @@ def bare_step(folder: Path, shape: str, steps: int) -> Callable[[], None]:
     optimizer = module.optimizer(parameter_groups(model.named_parameters(), model.vocabulary_weights))
 
     def step() -> None:
-        out = model(next(batches), module.loss)
+        out = model(next(batches), lambda states: states.loss_sum(module.loss))
         (out.loss_sum / out.target_tokens).backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()

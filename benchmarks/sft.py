@@ -3,7 +3,8 @@
     python benchmarks/sft.py [--rows train.jsonl] [--steps 12] [--threads 2]
 
 Each engine trains the same random Llama (4 layers x 256, GPT-2-sized vocabulary) on the same prompt/completion rows
-with the same tokenizer, in a process of its own. Tokens per second are of the steps after the first three, waiting for
+with the same tokenizer, in a process of its own: `packed`, or `padded`, which means eight rows a step without packing:
+TRL pads them, ours computes them side by side. Tokens per second are of the steps after the first three, waiting for
 data included; memory is the process's peak. TRL runs with its defaults where nothing else is said.
 """
 
