@@ -43,7 +43,7 @@ LAST = {
 """Options that are read before the parser, or that Lightning adds to it: shown before and after the project's own."""
 
 Options = dict[str, Any]
-"""By name (`data.batch_size`): a `schema.Argument`, or only a description."""
+"""By name (`data.batch_size`): a `check.Argument`, or only a description."""
 
 
 def main(command: str, topic: str = "") -> int:
@@ -158,18 +158,18 @@ def _places() -> dict[str, dict[str, type]]:
     """The classes that a recipe can name, by their place; and Lightning's Trainer."""
     from lightning.pytorch import Trainer
 
-    from oumi_pl.config import schema
+    from oumi_pl.config import check
     from oumi_pl.data.base import TextData
     from oumi_pl.modules.base import LanguageModule
 
     trainer: dict[str, type] = {"Trainer": Trainer}
-    root = {"model": schema.Argument(LanguageModule), "data": schema.Argument(TextData)}
-    return {"trainer": trainer} | schema.places(root | _arguments(Trainer, "trainer"))
+    root = {"model": check.Argument(LanguageModule), "data": check.Argument(TextData)}
+    return {"trainer": trainer} | check.places(root | _arguments(Trainer, "trainer"))
 
 
 def _groups(command: str) -> dict[str, tuple[str, Options]]:
     """The options that this project adds to a command: the title and the options of each group."""
-    from oumi_pl.config import schema
+    from oumi_pl.config import check
     from oumi_pl.config.cli import CLI
     from oumi_pl.config.parser import Parser
 
@@ -178,7 +178,7 @@ def _groups(command: str) -> dict[str, tuple[str, Options]]:
     cli.add_arguments_to_parser(parser)
     run: Options = {name: doc for name, doc in FIRST.items() if command == "fit" or not name.startswith("resume")}
     groups = {"run": ("the run", run)}
-    for name, argument in schema.options(parser).items():
+    for name, argument in check.options(parser).items():
         group, dot, _ = name.partition(".")
         if group not in HIDDEN[command]:
             title = f"{group}: {(parser.groups or {})[group].title}" if dot else ""
@@ -191,22 +191,22 @@ def _arguments(cls: type, place: str) -> Options:
     """What the constructor of a class takes, as options below its place in a recipe."""
     from docstring_parser import DocstringStyle, parse
 
-    from oumi_pl.config import schema
+    from oumi_pl.config import check
 
     docs: dict[str, str] = {}
     for owner in reversed(cls.__mro__):  # a class describes best what it passes on to a base
         if owner.__module__.split(".")[0] not in FOREIGN:
             params = parse(owner.__doc__ or "", style=DocstringStyle.GOOGLE).params
             docs |= {argument.arg_name: argument.description or "" for argument in params}
-    known = schema.arguments(cls).items()
+    known = check.arguments(cls).items()
     return {f"{place}.{name}": argument._replace(doc=docs.get(name, argument.doc)) for name, argument in known}
 
 
 def _kind(hint: Any) -> str:
     """A type in the column of names: `int`, `lightning|hf|trl`, `str or list`."""
-    from oumi_pl.config import schema
+    from oumi_pl.config import check
 
-    names = schema.type_names(hint)
+    names = check.type_names(hint)
     kind = " or ".join(names)
     return kind if len(kind) <= COLUMN else f"{kind[: COLUMN - 3].rpartition('|')[0] or names[0]}|..."
 

@@ -28,7 +28,7 @@ from oumi_pl.callbacks.samples import Samples
 from oumi_pl.callbacks.start import Start
 from oumi_pl.callbacks.throughput import Throughput
 from oumi_pl.callbacks.tracking import Tracking
-from oumi_pl.config.check import Checker
+from oumi_pl.config.check import Checker, options
 from oumi_pl.config.files import as_written
 from oumi_pl.config.options import read
 from oumi_pl.config.parser import Parser, unwrapped_mistakes
@@ -39,7 +39,6 @@ from oumi_pl.config.refusals import (
     refuse_unknown_devices,
     refuse_unsupported_precision,
 )
-from oumi_pl.config.schema import options
 from oumi_pl.data.base import TextData
 from oumi_pl.errors import UserError
 from oumi_pl.modules.base import LanguageModule

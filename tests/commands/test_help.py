@@ -11,8 +11,8 @@ from oumi_pl.__main__ import main
 from oumi_pl.callbacks.checkpoint import Checkpoints
 from oumi_pl.commands import help as help_pages
 from oumi_pl.commands.help import _default, _kind
+from oumi_pl.config.check import arguments
 from oumi_pl.config.cli import CLI
-from oumi_pl.config.schema import arguments
 from oumi_pl.data.sft import SFTData
 from oumi_pl.modules.base import LanguageModule
 from tests.command_line import CommandLine

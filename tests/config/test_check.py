@@ -9,10 +9,9 @@ from jsonargparse import ArgumentParser
 from torch import Tensor
 from torch.optim import AdamW, Optimizer
 
-from oumi_pl.config.check import Checker
+from oumi_pl.config.check import Argument, Checker, arguments, kinds, options, places, type_names
 from oumi_pl.config.options import read
 from oumi_pl.config.parser import innermost
-from oumi_pl.config.schema import Argument, arguments, kinds, options, places, type_names
 from oumi_pl.errors import UserError
 
 
