@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from oumi_pl.models.config import loaded
+from oumi_pl.models.build import loaded
 from oumi_pl.models.hub import locate
 
 _CHUNK = 1 << 24

@@ -13,8 +13,7 @@ from torch.optim import AdamW, Optimizer
 
 from oumi_pl import attention
 from oumi_pl.errors import UserError
-from oumi_pl.models.build import DType, build_model
-from oumi_pl.models.config import build_config, refuse_too_few_positions
+from oumi_pl.models.build import DType, build_config, build_model, refuse_too_few_positions
 from oumi_pl.models.export import export_model, read_heads
 from oumi_pl.models.generation import complete
 from oumi_pl.models.layouts import forest, padded

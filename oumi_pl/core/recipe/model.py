@@ -79,7 +79,7 @@ def _read_config(params: ModelParams) -> Any:
     """The config of the model on the disk or the hub."""
     from transformers import AutoConfig
 
-    from oumi_pl.models.config import loaded
+    from oumi_pl.models.build import loaded
     from oumi_pl.models.hub import locate
 
     folder = locate(params.model_name, "model.model_name", params.model_revision)
