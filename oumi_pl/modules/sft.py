@@ -22,8 +22,15 @@ class SFT(LanguageModule):
     branching = False
     validation_metrics: tuple[str, ...] = ("val/loss", "val/nll", "val/perplexity", "val/mean_token_accuracy")
 
-    def __init__(self, *args: Any, loss: TokenLoss | None = None, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
+    def __init__(
+        self,
+        model: str | None = None,
+        config: dict[str, Any] | None = None,
+        *,
+        loss: TokenLoss | None = None,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(model, config, **kwargs)
         self.loss = loss or CrossEntropy()
 
     def loss_sums(self, batch: Batch, split: Split) -> Sums:

@@ -141,7 +141,8 @@ def test_prompt_and_response_columns(tmp_path, model):
 def pair(tmp_path, model, row, dataset="mlabonne/orpo-dpo-mix-40k", **changes):
     data = data_of(tmp_path, model, [row], {"dataset_name": dataset}, training__trainer_type="TRL_DPO", **changes)
     (example,) = data.examples("train")
-    cuts = [0, example.chosen_start, example.rejected_start, len(example.input_ids)]
+    chosen, rejected = example.segments
+    cuts = [0, rejected.shared, chosen.length, len(example.input_ids)]
     return [data.tokenizer.decode(example.input_ids[a:b]) for a, b in pairwise(cuts)]
 
 
@@ -178,7 +179,7 @@ def test_packed_conversations_are_one_stream_of_windows(tmp_path, model):
     )
     ids = data.tokenizer(stream, add_special_tokens=False)["input_ids"]
     batches = list(data.train_dataloader())
-    labels = [int(label) for batch in batches for row in batch["labels"] for label in row if label != -100]
+    labels = [target for batch in batches for target in batch["targets"].tolist()]
     first = int(batches[0]["input_ids"][0, 0])
     assert [first, *labels] == ids
 
@@ -189,5 +190,5 @@ def test_documents_end_with_eos_and_come_in_order(tmp_path, model):
     data = data_of(tmp_path, model, texts_, dataset, data__train__stream=True, training__max_steps=2)
     ids = [i for row in texts_ for i in [*row["text"].encode(), data.tokenizer.eos_token_id]]
     batches = list(data.train_dataloader())
-    labels = [int(label) for batch in batches for row in batch["labels"] for label in row if label != -100]
+    labels = [target for batch in batches for target in batch["targets"].tolist()]
     assert labels == ids[1:]
