@@ -17,7 +17,7 @@ import pyarrow as pa
 import trl
 from trl.data_utils import pack_dataset
 
-from oumi_pl.data.packing import fill, pack
+from oumi_pl.data.plan import fill, pack
 
 
 def chat_lengths(rows: int, capacity: int) -> np.ndarray:

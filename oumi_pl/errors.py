@@ -1,9 +1,7 @@
 """The user's mistakes: one short message each, and the nearest name that would have been right."""
 
 import contextlib
-import difflib
 import errno
-import textwrap
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
@@ -12,7 +10,7 @@ LISTED = 12
 
 
 class UserError(Exception):
-    """A mistake of the user's, told in one message and without a traceback.
+    """A mistake of the user's, reported in one message without a traceback.
 
     The message says what is wrong, where (key path, file and row) and what would be right. The command line prints it
     and exits with code 2; anything else that is raised is a bug of ours and keeps its traceback.
@@ -25,6 +23,8 @@ def nearest(name: str, names: Iterable[str]) -> str:
     Returns:
         `"; did you mean 'x'?"` or `"; known: 'a', 'b'"`.
     """
+    import difflib  # imports of this module are those of the light commands
+
     known = list(names)
     # capitals are the commonest slip: `adamw` is one letter from `adam`, but none from `AdamW`
     by_case = {candidate.casefold(): candidate for candidate in known}
@@ -46,13 +46,15 @@ def nearby(path: Path, fits: Callable[[Path], object] = Path.is_dir, *, tell_whe
     """Ends a message about a missing path.
 
     Args:
-        path: What there is not.
+        path: A path that does not exist.
         fits: Whether something that is there could have been meant; directories are offered in place of one.
-        tell_where: Whether the directory that was searched is told where no name in it is close.
+        tell_where: Whether to name the directory that was searched if no name in it is close.
 
     Returns:
         `"; did you mean 'data/train.jsonl'?"`, or `"; it is looked for in /home/me"`, or nothing.
     """
+    import difflib
+
     missing = path
     while not missing.parent.exists():
         missing = missing.parent
@@ -69,6 +71,8 @@ def nearby(path: Path, fits: Callable[[Path], object] = Path.is_dir, *, tell_whe
 
 def reason(error: BaseException) -> str:
     """The first line of an error's message, or its kind where it has none."""
+    import textwrap
+
     lines = str(error).strip().splitlines()
     if lines and lines[0].rstrip().endswith(":"):  # what it announces is the reason
         return textwrap.shorten(" ".join(lines), 250)
@@ -126,6 +130,6 @@ def of_the_machine(error: BaseException) -> str | None:
             place = f" to write {seen.filename}" if seen.filename else ""
             return f"{seen.strerror}{place}; make room, and go on with --resume, or choose another --runs_dir"
         if "Connection closed by peer" in str(seen):  # gloo's way to say that another rank is gone
-            return "another process of this run has stopped; its message tells why"
+            return "another rank exited; see its output for the cause"
         seen = seen.__cause__ or seen.__context__
     return None

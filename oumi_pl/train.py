@@ -71,7 +71,7 @@ def _fit(file: Path, recipe: Recipe, name: str) -> tuple[Any, Path | None]:
     Returns:
         The command line that ran, and the run's folder; twice None if the run to go on with has ended.
     """
-    from oumi_pl.callbacks.run_folder import RunFolder
+    from oumi_pl.callbacks.run_folder import run_directory
     from oumi_pl.config import files, resuming
     from oumi_pl.config.cli import CLI
 
@@ -91,8 +91,7 @@ def _fit(file: Path, recipe: Recipe, name: str) -> tuple[Any, Path | None]:
                 raise UserError(_in_oumis_words(str(error))) from error
             tree = files.check(folder / CONFIG)
     made: Any = CLI(["fit", *args], recipe=name, resume=folder, trees=[tree])
-    found = next((c for c in made.trainer.callbacks if isinstance(c, RunFolder)), None)
-    return made, None if found is None else found.directory
+    return made, run_directory(made.trainer)
 
 
 def _newest(root: Path, name: str) -> str | None:

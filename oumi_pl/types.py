@@ -4,7 +4,7 @@ Shapes use `batch` (rows of a tensor), `seq` (tokens of a row), `targets` (token
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, ClassVar, NamedTuple, NotRequired, Protocol, Required, TypedDict
@@ -79,7 +79,7 @@ class Segment(NamedTuple):
     """
 
     length: int
-    """Own tokens."""
+    """Own tokens, at least 1."""
     parent: int = -1
     """Index of the segment whose path it continues, an earlier one; -1 if it starts anew."""
     shared: int = 0
@@ -180,56 +180,80 @@ class Cut(Protocol):
 class RunData(Protocol):
     """What modules, callbacks, preview, dry run, adapters and exports need of a data module."""
 
-    sources: dict[str, Any]
-    """`train`, `validation`, `test`, `predict` -> what the recipe says; None for a split that it leaves out."""
-    max_length: int
-    batch_size: int
-    eval_batch_size: int
-    tokenizer_spec: Any
-    packing: bool
-    """Whether a row of the plan holds several examples that must not see each other."""
-    branching: bool
-    """Whether examples may have segments that continue others."""
-    streaming: bool
-    """Whether training rows are known only once they are read."""
     added_tokens: list[int]
     """Ids that were added to the tokenizer's vocabulary."""
+    batch_size: int
+    branching: bool
+    """Whether examples may have segments that continue others."""
+    eval_batch_size: int
+    max_length: int
+    own_pad: str | None
+    """The pad token that the tokenizer came with; None if it has none."""
+    own_template: Any
+    """The chat template that the tokenizer came with; None if it has none."""
+    packing: bool
+    """Whether a row of the plan holds several examples that must not see each other."""
+    sources: dict[str, Any]
+    """`train`, `validation`, `test`, `predict` -> what the recipe says; None for a split that it leaves out."""
+    streaming: bool
+    """Whether training rows are known only once they are read."""
+    template: Any
+    """The chat template in force, an `oumi_pl.data.template.ChatTemplate`; None where rows have no turns."""
+    tokenizer_spec: Any
+    train_loader: Any
+    """The training loader, once it is made."""
+    workers: int
+    """Loader processes per device."""
 
     @property
-    def tokenizer(self) -> Any:
-        """The tokenizer, loaded when first asked for."""
+    def layout(self) -> Cut:
+        """How an update is cut."""
+
+    @property
+    def row_name(self) -> str:
+        """What `batch_size` counts: `row`, `pack` or `pair`."""
 
     @property
     def stop_tokens(self) -> list[int]:
         """Ids that end a completion besides EOS."""
 
     @property
-    def layout(self) -> Cut:
-        """How an update is cut."""
+    def streamed(self) -> list[str]:
+        """Names of the training sources of which nothing is known before they are read."""
 
-    def needed(self, stage: str) -> Iterator[str]:
-        """The splits that a stage reads."""
-
-    def updates(self, epochs: int) -> int:
-        """Optimizer updates in so many epochs."""
-
-    def longest_path(self, splits: Iterable[str]) -> tuple[int, int] | None:
-        """Positions that the longest path of these splits needs surely, and at most; None for `max_length`."""
-
-    def prompts(self, split: str) -> Iterator[tuple[list[int], str]]:
-        """Prompt ids of each row of a split, and what the row goes on with."""
-
-    def report(self) -> dict[str, Any]:
-        """What became of the rows, per split."""
+    @property
+    def tokenizer(self) -> Any:
+        """The tokenizer, loaded when first asked for."""
 
     def consumed(self) -> list[dict[str, Any]]:
         """What was read of each source in the running pass, where that is not the plan's."""
 
+    def largest_micro_batch(self) -> list[np.ndarray] | None:
+        """Rows of the largest micro-batch of the first epoch, over all ranks; None if all are alike."""
+
+    def longest_path(self, splits: Iterable[str]) -> tuple[int, int] | None:
+        """Positions that the longest path of these splits needs surely, and at most; None for `max_length`."""
+
+    def needed(self, stage: str) -> Iterator[str]:
+        """The splits that a stage reads."""
+
+    def prompts(self, split: str) -> Iterator[tuple[list[int], str]]:
+        """Prompt ids of each row of a split, and the reference answer that follows."""
+
+    def report(self) -> dict[str, Any]:
+        """What became of the rows, per split."""
+
     def source_names(self, split: str) -> list[str]:
         """Names of the sources that have held-out metrics of their own; a single name if there are none."""
 
+    def tokens(self, updates: int) -> int:
+        """Tokens that the first so many updates train on; an estimate beyond the first few epochs."""
+
     def train_dataloader(self) -> Any:
         """The training loader."""
+
+    def updates(self, epochs: int) -> int:
+        """Optimizer updates in so many epochs."""
 
     def val_dataloader(self) -> Any:
         """The loader of held-out rows."""
@@ -238,20 +262,33 @@ class RunData(Protocol):
 class RunModule(Protocol):
     """What callbacks, the dry run, references, adapters and exports need of a module."""
 
-    trainer: Any
-    unit: ClassVar[str]
-    """The sum that an update is divided by: `targets` or `rows`."""
-    generates: ClassVar[bool]
-    """Whether the model completes prompts, so that samples and predictions make sense."""
+    compile_layers: bool
     details: ClassVar[tuple[str, ...]]
     """Metrics that are logged, and not shown in the terminal after each validation."""
-    lora: dict[str, Any] | None
-    model_name: str | None
     dtype_name: Any
-    trust_remote_code: bool
+    generates: ClassVar[bool]
+    """Whether the model completes prompts, so that samples and predictions make sense."""
+    generation_settings: dict[str, Any]
+    """How `predict` completes prompts: arguments of `oumi_pl.models.generation.complete`."""
+    gradient_checkpointing: bool
     last_update: dict[str, float]
     """Sums of the last update over all micro-batches and ranks."""
+    lora: dict[str, Any] | None
+    loss: Any
+    """What computes the loss of a token or pair; None where that is not a part of its own."""
+    model_name: str | None
+    quantization: Any
+    reference: Any
+    """What the policy is compared with, an `oumi_pl.modules.reference.Reference`; None for trainer types without."""
+    run_config: str
+    """The recipe as YAML, for checkpoints."""
+    schedule: Any
+    """The learning rate over optimizer steps, an `oumi_pl.optim.Schedule`."""
     tokens_seen: dict[str, int]
+    trainer: Any
+    trust_remote_code: bool
+    unit: ClassVar[str]
+    """The sum that an update is divided by: `targets` or `rows`."""
 
     @property
     def causal_lm(self) -> Any:
@@ -265,14 +302,32 @@ class RunModule(Protocol):
     def notes(self) -> list[str]:
         """What the run says about the model before the first update."""
 
-    def total_steps(self) -> int:
-        """Optimizer steps of the whole run."""
+    def build(self, tokenizer: Any, added_tokens: Sequence[int] = (), *, branching: bool | None = False) -> Any:
+        """The model that the arguments describe, for a tokenizer; see `oumi_pl.modules.base.LanguageModule.build`."""
+
+    def count(self, batch: Any) -> dict[str, int]:
+        """What a batch comes to: `rows`, `targets`, `tokens`, and `positions`, which are tokens with padding."""
 
     def load_weights(self, saved_state: dict[str, Any]) -> None:
         """Loads the weights of a checkpoint."""
 
+    def log(self, name: str, value: Any, *, rank_zero_only: bool = False, sync_dist: bool = False) -> None:
+        """Logs a metric, as in Lightning."""
+
+    def log_dict(self, dictionary: Any, *, batch_size: int | None = None) -> None:
+        """Logs metrics, as in Lightning."""
+
+    def parameters(self) -> Iterator[torch.nn.Parameter]:
+        """All weights, with those of heads."""
+
     def save(self, directory: Any, **settings: Any) -> None:
         """Writes what a user gets: the model with every head that it trained."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """The weights that a checkpoint holds."""
+
+    def total_steps(self) -> int:
+        """Optimizer steps of the whole run."""
 
 
 SPLITS = {"fit": ("train", "validation"), "validate": ("validation",), "test": ("test",)}
@@ -289,7 +344,7 @@ class TokenLoss(ABC):
 
 @dataclass(frozen=True)
 class Pairs:
-    """The log-probabilities of pairs of responses: what preference losses are made of.
+    """Log-probabilities of pairs of responses: the input of preference losses.
 
     logps: `[targets]`, of each target token under the policy, float32, differentiable.
     ref_logps: `[targets]`, the same under the reference; zeros where a loss needs none.

@@ -47,6 +47,7 @@ DRAWN = (
     "tests.callbacks.test_report",
     "tests.commands.test_runs",
     "tests.runs.test_loggers",
+    "tests.own",
 )
 """Where runs are reported as they are by default."""
 

@@ -105,14 +105,15 @@ KEYS = {
         "trainer.max_step: unknown key; did you mean 'trainer.max_steps'?", {"trainer.max_step": 1}
     ),
     "misspelt key, of a class": Case(
-        "data.batchsize: unknown key; did you mean 'batch_size'?", {f"{DATA}batchsize": 1}
+        "data.batchsize: unknown key; did you mean 'data.batch_size'?", {f"{DATA}batchsize": 1}
     ),
     "misspelt key, of a class in a class": Case(
-        "model.optimizer.weight_deca: unknown key; did you mean 'weight_decay'?",
+        "model.optimizer.weight_deca: unknown key; did you mean 'model.optimizer.weight_decay'?",
         {f"{MODEL}optimizer.init_args.weight_deca": 1},
     ),
     "misspelt key, of a source": Case(
-        "data.train.wieght: unknown key; did you mean 'weight'?", {f"{DATA}train": {"path": "rows.jsonl", "wieght": 1}}
+        "data.train.wieght: unknown key; did you mean 'data.train.weight'?",
+        {f"{DATA}train": {"path": "rows.jsonl", "wieght": 1}},
     ),
     "misspelt option": Case(
         "unknown option --model.optimzer.lr; did you mean '--model.optimizer.lr'?", args="--model.optimzer.lr 1"
@@ -143,43 +144,45 @@ VALUES = {
         "model.lora: 16 is not a mapping; write for example `lora: {r: 16}`", {f"{MODEL}lora": 16}
     ),
     "wrong type: in a source of a mixture": Case(
-        "data.train.weight: 'a lot' is not a float", {f"{DATA}train": [{"path": "rows.jsonl", "weight": "a lot"}]}
+        "data.train.0.weight: 'a lot' is not a float", {f"{DATA}train": [{"path": "rows.jsonl", "weight": "a lot"}]}
     ),
     "wrong type: a number for a class": Case(
-        "model.schedule: 100 does not name a Schedule; write for example "
+        "model.schedule: 100 is not a Schedule; write for example "
         "`schedule: {class_path: Cosine, init_args: {warmup: 100}}`",
         {f"{MODEL}schedule": 100},
     ),
     "wrong type: the name of a model for a class": Case(
-        "model: 'org/name' is not the name of a class; write `model: {class_path: SFT, init_args: {model: org/name}}`",
+        "model: 'org/name' is not a LanguageModule; write for example "
+        "`model: {class_path: SFT, init_args: {model: org/name}}`",
         {"model": "org/name"},
     ),
     "out of range: rate": Case(
         "model.optimizer: Invalid learning rate: -0.001", {f"{MODEL}optimizer.init_args.lr": -1e-3}
     ),
     "out of range: warm-up": Case(
-        "model.schedule.warmup is 1.5: a number of steps is whole, and a share of them lies below 1",
+        "model.schedule.warmup is 1.5: a number of steps is whole, and a share of all steps is below 1",
         {f"{MODEL}schedule.init_args.warmup": 1.5},
     ),
     "out of range: held-out fraction": Case(
         "data.validation is 2.0, but a held-out fraction lies between 0 and 1", {f"{DATA}validation": 2.0}
     ),
     "out of range: clipping": Case(
-        "trainer.gradient_clip_val is -1.0, but a norm lies above 0; leave it out to clip nothing",
+        "trainer.gradient_clip_val is -1.0, but a norm is above 0; leave it out to clip nothing",
         {"trainer.gradient_clip_val": -1.0},
     ),
     "out of range: rank": Case(
         "model.lora.r is -4, but has to be a whole number, at least 1", {f"{MODEL}lora": {"r": -4}}
     ),
     "out of range: seed": Case(
-        "seed_everything is -1, but a seed lies between 0 and 4294967295", {"seed_everything": -1}
+        "seed_everything is -1, but has to be between 0 and 4294967295", {"seed_everything": -1}
     ),
     "out of range: devices": Case(
-        "trainer.devices: 'many' is neither how many (2), nor which ('0,2'), nor 'auto', which takes all",
+        "trainer.devices: 'many' is neither how many (2), nor which ('0,2'), nor 'auto' for all",
         {"trainer.devices": "many"},
     ),
     "out of range: devices of a CPU": Case(
-        "trainer.devices: -1 chooses among GPUs, and this runs on the CPU: say how many, as 2", {"trainer.devices": -1}
+        "trainer.devices: -1 chooses among GPUs, but this runs on the CPU: set how many processes, 2 for example",
+        {"trainer.devices": -1},
     ),
 }
 
@@ -217,7 +220,7 @@ TOGETHER = {
         PRETRAINED | {f"{MODEL}quantization": "nf4"},
     ),
     "bf16 where unsupported": Case(
-        "trainer.precision: bf16-mixed needs a GPU that has bfloat16 (NVIDIA's from Ampere on), and Tesla T4 has none; "
+        "trainer.precision: bf16-mixed needs a GPU with bfloat16 (NVIDIA's from Ampere on), but Tesla T4 has none; "
         "set it to 16-mixed or 32-true",
         {"trainer.precision": "bf16-mixed"},
         before=on_an_old_gpu,

@@ -1,4 +1,4 @@
-"""The shape of the code: short functions, few modules at the root, no TRL in native training, nothing heavy before it is needed."""
+"""The shape of the code: short functions, few modules at the root, no TRL in native training, lazy heavy imports."""
 
 import ast
 import subprocess

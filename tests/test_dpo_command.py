@@ -49,7 +49,7 @@ def test_a_run_leaves_metrics_reports_and_a_model(cli):
     for name in ("rewards/chosen", "rewards/rejected", "logps/chosen", "logps/rejected", "kl", "lengths/chosen"):
         assert list(cli.column("runs/r", f"train/{name}")) == [1, 2, 3, 4]
         assert list(cli.column("runs/r", f"val/{name}")) == [2, 4]
-    assert float(cli.column("runs/r", "train/pairs_per_second")[2]) > 0
+    assert float(cli.column("runs/r", "train/rows_per_second")[2]) > 0
     report = json.loads((cli.directory / "runs/r/data.json").read_text())
     assert 0 < report["train"]["saved_by_sharing"] < 0.5
     assert transformers.AutoModelForCausalLM.from_pretrained("runs/r/model").config.model_type == "llama"
@@ -141,13 +141,19 @@ def test_rows_that_are_no_pairs(cli, rows, message):
 
 OPTIONS = {
     "beta": ("--model.loss Sigmoid --model.loss.beta 0", "model.loss: beta is 0.0, but has to be above 0"),
-    "key": ("--model.loss Sigmoid --model.loss.betta 1", "model.loss.betta: unknown key; did you mean 'beta'?"),
+    "key": (
+        "--model.loss Sigmoid --model.loss.betta 1",
+        "unknown option --model.loss.betta; did you mean '--model.loss.beta'?",
+    ),
     "class": ("--model.loss Sigmod", "model.loss: unknown class 'Sigmod'; did you mean 'Sigmoid'?"),
     "class in a sum": (
         '--model.loss WeightedSum --model.loss.losses [{"class_path":"SFTTrem"}] --model.loss.weights [1]',
         "model.loss.losses: unknown class 'SFTTrem'; did you mean 'SFTTerm'?",
     ),
-    "token loss": ("--model.loss CrossEntropy", "model.loss: CrossEntropy is for another kind of model"),
+    "token loss": (
+        "--model.loss CrossEntropy",
+        "model.loss: CrossEntropy is not a subclass of PreferenceLoss; known: ",
+    ),
     "no reference": ("--model.reference none", "Sigmoid compares with a reference"),
     "misspelt": ("--model.reference initail", "did you mean 'initial'?"),
     "absent": ("--model.reference ./nowhere", "model.reference: there is no folder './nowhere'"),
@@ -156,7 +162,7 @@ OPTIONS = {
     "share": ("--model.share_prompt ture", "'ture' is not a valid value; did you mean 'true'?"),
     "share in vain": ("--model.share_prompt true --model.attn eager", "model.share_prompt: LlamaModel mixes responses"),
     "no reference to move": ("--model.loss SimPO --model.sync_every 2", "SimPO compares with no reference"),
-    "data of SFT": ("--data SFTData --data.train rows.jsonl", "data: SFTData gives tokens, and DPO trains on pairs"),
+    "data of SFT": ("--data SFTData --data.train rows.jsonl", "data: SFTData gives tokens, but DPO trains on pairs"),
     "recipe": ("--model.model recipe:quickstart/stf", "no recipe 'quickstart/stf'; did you mean 'quickstart/sft'?"),
 }
 

@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 
 from oumi_pl import __version__
-from oumi_pl.__main__ import _help_topic, _with_values, main
+from oumi_pl.__main__ import main
+from oumi_pl.config.options import read, write
 
 ROOT = Path(__file__).parents[1]
 
@@ -125,35 +126,28 @@ def test_what_reads_no_recipe_imports_no_more_than_it_needs(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("typed", "topic"),
+    ("typed", "options"),
     [
-        ("--config r.yaml", None),
-        ("--help", ""),
-        ("-h", ""),
-        ("--help model", "model"),
-        ("--help=model", "model"),
-        ("--config r.yaml --help --name x", ""),
-        ("--model.help SFT", None),
-        ("", None),
+        ("--a.b 1 --c=2 --d=", [("--a.b", "1"), ("--c", "2"), ("--d", "")]),
+        ("--a --b -1 --c -.5", [("--a", None), ("--b", "-1"), ("--c", "-.5")]),
+        ("-c r.yaml --a+=x", [("--config", "r.yaml"), ("--a+", "x")]),
+        ("r.yaml --print_config x", [("r.yaml", None), ("--print_config", None), ("x", None)]),
+        ("-h", [("--help", "")]),
+        ("--help model", [("--help", "model")]),
+        ("--help=model", [("--help", "model")]),
+        ("--help --name x", [("--help", ""), ("--name", "x")]),
+        ("--model.help SFT", [("--model.help", "SFT")]),
+        ("--resume", [("--resume", "")]),
+        ("--resume runs/r --name x", [("--resume", "runs/r"), ("--name", "x")]),
+        ("--dry_run", [("--dry_run", "true")]),
+        ("--dry_run --name x", [("--dry_run", "true"), ("--name", "x")]),
+        ("--dry_run false", [("--dry_run", "false")]),
+        ("", []),
     ],
 )
-def test_what_help_is_asked_about(typed, topic):
-    assert _help_topic(typed.split()) == topic
-
-
-@pytest.mark.parametrize(
-    ("typed", "read"),
-    [
-        ("--dry_run", "--dry_run=true"),
-        ("--dry_run --name x", "--dry_run=true --name x"),
-        ("--dry_run false --name x", "--dry_run false --name x"),
-        ("--dry_run=True", "--dry_run=True"),
-        ("--name x", "--name x"),
-        ("", ""),
-    ],
-)
-def test_a_dry_run_needs_no_value(typed, read):
-    assert _with_values(typed.split()) == read.split()
+def test_a_command_line_is_read_as_options_with_values(typed, options):
+    assert read(typed.split()) == options
+    assert read(write(options)) == options
 
 
 def test_module_is_the_command(tmp_path):

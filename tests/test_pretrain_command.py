@@ -120,7 +120,7 @@ def test_a_rate_that_jumps_at_a_checkpoint_is_told(cli, recwarn):
     decayed = "runs/r/checkpoints/step-00000006.ckpt"
     cli.works("fit", "--config", "r.yaml", "--ckpt_path", decayed, "--name", "on", "--trainer.max_steps", "12")
     told = [str(warning.message) for warning in recwarn if "learning rate" in str(warning.message)]
-    assert told == ["the checkpoint's next learning rate was 0, and this run goes on with 0.001"]
+    assert told == ["the checkpoint's next learning rate was 0, and this run continues with 0.001"]
 
 
 @pytest.mark.parametrize("streaming", [False, True])

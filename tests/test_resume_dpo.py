@@ -155,7 +155,7 @@ def test_without_its_cache_the_reference_is_computed_from_where_training_started
     whole = uninterrupted("cached").module
     torch.testing.assert_close(reference_logps(resumed), reference_logps(whole), rtol=0, atol=1e-5)
     assert_equal(weights(resumed), weights(whole))
-    assert resumed.reference._held is None, "the copy stays in memory"
+    assert resumed.reference._kept is None, "the copy stays in memory"
 
 
 @pytest.mark.parametrize("model", ["cached", "lora", "moving"])

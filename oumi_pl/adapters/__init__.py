@@ -1,12 +1,19 @@
-"""Another engine for the same recipe: `transformers.Trainer` or TRL's trainers in place of Lightning's loop.
+"""Trains a recipe in another loop: that of `transformers.Trainer`, or of TRL's trainers.
 
-Model, data, order, optimizer, schedule, validation, run folder and export are those of the recipe; the engine runs its
-own loop, its own forward pass and its own loss on them. `refusals` says what can't be the same and is therefore not
-begun, `settings` and `losses` translate a recipe into the engine's arguments, `batches` our micro-batches into its
-layout. `driven` holds what stock trainers are told to do otherwise, `course` what happens between two updates, and
-`fitting` puts it all together.
+Model, data, order, optimizer, schedule, validation, run folder and export are those of the recipe. The loop, the
+forward pass and the loss are the engine's. What an engine can't do as the recipe says is refused before training.
+
+| file | what it does |
+|---|---|
+| `train` | runs a recipe on an engine, from the objects that LightningCLI made |
+| `trainers` | the engines' trainers, and what they do differently on our batches |
+| `run_callback` | metrics, validation, checkpoints and stops between two updates |
+| `batches` | converts micro-batches to the layout that an engine reads |
+| `losses`, `settings` | translate the recipe's loss and settings into the engine's arguments |
+| `refusals` | what an engine can't do |
+| `checkpoints` | finds an engine's checkpoints, and adds what a resume needs to them |
 """
 
-from oumi_pl.adapters.fitting import run
+from oumi_pl.adapters.train import run
 
 __all__ = ["run"]

@@ -1,79 +1,104 @@
-"""Our micro-batches, all epochs one after the other, in the layout that an engine reads."""
+"""Converts micro-batches to the layout that an engine reads, and goes through all epochs of a loader."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from oumi_pl.attention.segments import segment_starts
 from oumi_pl.errors import UserError
-from oumi_pl.models.preference import padded
-from oumi_pl.types import IGNORE_INDEX, Batch, PreferenceBatch
-
-EngineBatch = dict[str, Tensor]
-"""What an engine hands to the model and to its loss, by name."""
+from oumi_pl.models.layouts import Arranged, Layout, padded
+from oumi_pl.types import IGNORE_INDEX, Batch
 
 
-def tokens(batch: Batch, own_loss: bool = False) -> EngineBatch:
+class EngineBatch(dict[str, Tensor]):
+    """Tensors by name, as an engine hands them to the model and to its loss."""
+
+    def __init__(self, tensors: Mapping[str, Tensor], native: Batch | None = None) -> None:
+        super().__init__(tensors)
+        self.native: Any = native
+        """The `Batch` that it was converted from; None once an engine has copied the tensors."""
+
+
+def token_inputs(batch: Batch, layout: Layout, *, labels_are_shifted: bool = False) -> EngineBatch:
     """A micro-batch as causal language models of transformers read it.
 
-    Their `labels[t]` is the token at `t` itself, which the model shifts; ours are shifted already. transformers knows
-    such labels as `shift_labels` and counts and averages by them. They also say what `labels` can't: what the last
-    position of a row predicts, where a stream of documents goes on in the next row.
+    `labels[t]` is the token at `t` itself, and the model shifts them; `shift_labels[t]` is what position `t` predicts,
+    and transformers and TRL count and average by these where they are given. Only these can say what the last position
+    of a row predicts, where a stream of documents goes on in the next row.
 
     Args:
-        batch: Padded rows, or packed ones, which transformers tells apart by positions that begin anew.
-        own_loss: For a loss function that gets `labels` and not `shift_labels`: the same in both.
+        batch: A micro-batch.
+        layout: `padded`, or `documents` for one row, in which transformers finds documents by their positions.
+        labels_are_shifted: Make `labels` equal to `shift_labels`: for a loss function that gets the former alone.
     """
-    shifted = batch["labels"]
-    labels = shifted if own_loss else torch.nn.functional.pad(shifted, (1, 0), value=IGNORE_INDEX)[:, :-1]
-    made = {name: batch[name] for name in ("input_ids", "position_ids", "attention_mask") if name in batch}
-    return made | {"labels": labels, "shift_labels": shifted}
+    arranged = layout(batch)
+    shift_labels = torch.full_like(arranged.inputs["input_ids"], IGNORE_INDEX)
+    shift_labels.view(-1)[_predictors(batch, arranged)] = batch["targets"]
+    labels = torch.nn.functional.pad(shift_labels, (1, 0), value=IGNORE_INDEX)[:, :-1]
+    inputs: dict[str, Any] = {name: value for name, value in arranged.inputs.items() if name != "segments"}
+    inputs |= {"labels": shift_labels if labels_are_shifted else labels, "shift_labels": shift_labels}
+    return EngineBatch(inputs, batch)
 
 
-def pairs(batch: PreferenceBatch) -> EngineBatch:
-    """A micro-batch of pairs as TRL's `DPOTrainer` reads it, `[2 pairs, seq]`: first the chosen rows, then the others.
+def pair_inputs(batch: Batch) -> EngineBatch:
+    """A micro-batch of pairs as TRL's `DPOTrainer` reads it, `[2 pairs, seq]`: all chosen rows, then all rejected ones.
 
-    `completion_mask` marks the tokens that carry loss; the prompt is there twice.
+    `completion_mask` is 1 at tokens that carry loss. The prompt is repeated.
     """
-    inputs, predictors = padded(batch)
-    targets = torch.zeros_like(inputs["input_ids"])
-    targets.view(-1)[predictors + 1] = 1  # a target stands behind the position that predicts it
-    rows = {
-        "input_ids": inputs["input_ids"],
-        "attention_mask": inputs["attention_mask"],
-        "completion_mask": targets,
-    }
-    return {name: torch.cat([value[0::2], value[1::2]]) for name, value in rows.items()}
+    arranged = padded(batch)
+    ids = arranged.inputs["input_ids"]
+    completion_mask = torch.zeros_like(ids)
+    completion_mask.view(-1)[_predictors(batch, arranged) + 1] = 1
+    attention_mask = arranged.inputs.get("attention_mask", torch.ones_like(ids))
+    # the stand-in of a short update has one row, and TRL needs two
+    order = [*range(0, len(ids), 2), *range(1, len(ids), 2)] if batch["sample_ids"] else [0, 0]
+    rows = {"input_ids": ids, "attention_mask": attention_mask, "completion_mask": completion_mask}
+    return EngineBatch({name: value[order] for name, value in rows.items()}, batch)
 
 
-def in_our_order(values: Tensor, completion_mask: Tensor) -> Tensor:
-    """What TRL found for each token, `[2 pairs, seq - 1]`, as `[targets]` in the order of `PreferenceBatch.targets`."""
-    rows = torch.arange(len(values), device=values.device).view(2, -1).T.reshape(-1)
-    return values[rows][completion_mask[rows, 1:].bool()]
+def target_values(values: Tensor, completion_mask: Tensor) -> Tensor:
+    """TRL's values per predicted token, `[2 pairs, seq - 1]`, in the order of `Batch.targets`, `[targets]`."""
+    order = torch.arange(len(values), device=values.device).view(2, -1).T.reshape(-1)
+    return values[order][completion_mask[order, 1:].bool()]
 
 
-class Batches:
-    """All epochs of a loader in sequence, in the engine's layout. It has no length: the engine goes by `max_steps`.
+def _predictors(batch: Batch, arranged: Arranged) -> Tensor:
+    """Where the token before each target lies in the row of the target's path: `[targets]`, in `[batch x seq]`."""
+    predictors = batch["predictors"]
+    if arranged.places is None:
+        return predictors
+    first = torch.tensor(segment_starts(batch["segments"]))[batch["target_segments"]]
+    # the first token of a segment that continues another is predicted there; in its own row that token is repeated
+    return torch.where(predictors < first, arranged.places[first] - 1, arranged.places[predictors])
+
+
+class EngineLoader:
+    """All epochs of a training loader in sequence, converted. It has no length: the engine goes by `max_steps`.
 
     Args:
-        loader: Our training loader, at the position where training begins.
-        convert: From our micro-batch to the engine's.
-        epoch: The epoch that the loader stands in.
-        handed: Micro-batches of that epoch that lie behind.
+        loader: The training loader of the data, at the position where training begins.
+        convert: Makes an engine's batch of a micro-batch.
+        micro_batches: Of an update.
+        epoch: In which the loader is.
+        fetched: Micro-batches of that epoch that were trained on.
     """
 
-    def __init__(self, loader: Any, convert: Callable[[Any], EngineBatch], epoch: int = 0, handed: int = 0) -> None:
+    def __init__(
+        self, loader: Any, convert: Callable[[Batch], EngineBatch], micro_batches: int, epoch: int = 0, fetched: int = 0
+    ) -> None:
         self.loader = loader
         self.convert = convert
+        self.micro_batches = micro_batches
         self.epoch = epoch
-        self.handed = handed
-        self.native: list[Any] = []
-        """Our micro-batches that were handed out and not yet taken."""
+        self.fetched = fetched
+        self.update: list[EngineBatch] = []
+        """The micro-batches of the update that is being trained on: engines fetch them together."""
         self.is_epoch_end = False
 
     @property
-    def length(self) -> int | None:
+    def epoch_length(self) -> int | None:
         """Micro-batches of the epoch; None for a stream whose end isn't known."""
         try:
             return len(self.loader)
@@ -81,31 +106,27 @@ class Batches:
             return None
 
     def __iter__(self) -> Iterator[EngineBatch]:
-        empty = 0
-        while empty < 2:  # one pass may be: a checkpoint can stand at the end of an epoch
-            empty += 1
-            for batch, is_last in _with_end(iter(self.loader), self.length, self.handed):
-                empty = 0
-                self.handed += 1
+        empty_epochs = 0
+        while empty_epochs < 2:  # one may be: a checkpoint can be from the end of an epoch
+            empty_epochs += 1
+            for batch, is_last in _with_end(iter(self.loader), self.epoch_length, self.fetched):
+                empty_epochs = 0
+                if self.fetched % self.micro_batches == 0:
+                    self.update = []
+                self.fetched += 1
                 self.is_epoch_end = is_last
-                self.native.append(batch)
-                yield self.convert(batch)
-            self.epoch, self.handed = self.epoch + 1, 0
+                self.update.append(self.convert(batch))
+                yield self.update[-1]
+            self.epoch, self.fetched = self.epoch + 1, 0
             # where Lightning announces an epoch as well
-            announced = getattr(self.loader, "batch_sampler", self.loader).sampler
-            announced.set_epoch(self.epoch)
+            getattr(self.loader, "batch_sampler", self.loader).sampler.set_epoch(self.epoch)
         raise UserError("data.train: an epoch has no rows")
 
-    def take(self) -> list[Any]:
-        """Our own micro-batches of those that were handed out since the last call."""
-        taken, self.native = self.native, []
-        return taken
 
-
-def _with_end(batches: Iterator[Any], length: int | None, handed: int) -> Iterator[tuple[Any, bool]]:
-    """Each batch, and whether it is the epoch's last; looks one ahead only where the length isn't known."""
+def _with_end(batches: Iterator[Batch], length: int | None, fetched: int) -> Iterator[tuple[Batch, bool]]:
+    """Each batch, and whether it is the epoch's last; reads one ahead only where the length isn't known."""
     if length is not None:
-        for number, batch in enumerate(batches, handed + 1):
+        for number, batch in enumerate(batches, fetched + 1):
             yield batch, number == length
         return
     ahead = next(batches, None)

@@ -1,4 +1,4 @@
-"""Our losses in the engines' terms. A loss that an engine can't compute is refused by name, never left out."""
+"""Translates our losses into the engines' terms. A loss that an engine can't compute is refused by name."""
 
 from collections.abc import Callable
 from typing import Any
@@ -6,7 +6,6 @@ from typing import Any
 from torch import Tensor
 
 from oumi_pl.errors import UserError
-from oumi_pl.losses.causal import CrossEntropy
 from oumi_pl.losses.linear_head import checked_losses
 from oumi_pl.losses.preference import (
     AOT,
@@ -58,11 +57,6 @@ DIVERGENCES: dict[type, str] = {
 SMOOTHED = (EXO, Robust, AOT, AOTUnpaired)
 """The losses whose smoothing TRL computes."""
 INSTEAD = "or train with --engine lightning"
-
-
-def is_plain(loss: TokenLoss) -> bool:
-    """Whether a token loss is the cross entropy that every causal language model of transformers has inside."""
-    return type(loss) is CrossEntropy and loss.label_smoothing == loss.z_loss == 0
 
 
 def compute_loss_func(loss: TokenLoss) -> Callable[..., Tensor]:

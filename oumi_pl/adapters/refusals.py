@@ -1,4 +1,4 @@
-"""What an engine can't do as the recipe says: refused by name, before any row is read where that is possible."""
+"""Refuses by name what an engine can't do as the recipe says, before any row is read where that is possible."""
 
 import os
 from typing import Any
@@ -8,7 +8,7 @@ from lightning.pytorch.strategies import SingleDeviceStrategy
 from torch import nn
 
 from oumi_pl import attention
-from oumi_pl.adapters.losses import INSTEAD, dpo_settings, is_plain
+from oumi_pl.adapters.losses import INSTEAD, dpo_settings
 from oumi_pl.callbacks.advice import Advice
 from oumi_pl.callbacks.answers import Answers
 from oumi_pl.callbacks.checkpoint import Checkpoints
@@ -28,6 +28,7 @@ from oumi_pl.callbacks.throughput import Throughput
 from oumi_pl.callbacks.tracking import Tracking
 from oumi_pl.callbacks.trigram import TrigramBaseline
 from oumi_pl.errors import UserError
+from oumi_pl.losses.causal import is_cross_entropy
 from oumi_pl.modules.base import LanguageModule
 from oumi_pl.modules.dpo import DPO
 from oumi_pl.modules.pretrain import Pretrain
@@ -39,21 +40,24 @@ FITS: dict[type, tuple[str, ...]] = {
     Pretrain: ("lightning", "hf"),
     SFT: ("lightning", "hf", "trl"),
 }
-"""Trainer type -> the engines that can drive it. The first that a module is an instance of counts."""
-WATCHERS = (
+"""Trainer type -> the engines that can train it. The first type that a module is an instance of counts."""
+OBSERVERS = (
     *(RunFolder, Start, Throughput, PreferenceWarnings, Consumed, ProgressLine),
     *(Advice, Answers, Samples, TrigramBaseline, Export, Report, Tracking),
 )
-"""Callbacks that look at what happened between two updates, and may be called by any engine."""
+"""Callbacks that only observe what happened between two updates: any engine may call them."""
 REPLACED = (LastStep, Memory, Checkpoints, Preemption, Predictions)
-"""Callbacks whose settings are handed on, and whose work is done otherwise."""
+"""Callbacks whose settings the engine gets, and whose work is done in another way."""
 PRECISIONS = ("32-true", "bf16-mixed", "16-mixed", "bf16-true", "16-true")
-OWN_STEPS = ("training_step", "on_before_optimizer_step", "configure_gradient_clipping", "optimizer_step")
-"""What an engine does in a module's place."""
+REPLACED_METHODS = (
+    *("loss_sums", "share", "training_step"),
+    *("on_before_optimizer_step", "configure_gradient_clipping", "optimizer_step"),
+)
+"""Methods of a module that an engine does not call in training: it has its own."""
 
 
 def refuse_engine(engine: str, module: LanguageModule) -> None:
-    """Refuses an engine that can't drive a trainer type.
+    """Refuses an engine that can't train a trainer type.
 
     Raises:
         UserError: with the engines that can.
@@ -62,7 +66,7 @@ def refuse_engine(engine: str, module: LanguageModule) -> None:
     fitting = FITS.get(kind, ("lightning",))
     if engine not in fitting:
         raise UserError(f"engine: {engine} can't drive {type(module).__name__}; what can: {', '.join(fitting)}")
-    for name in OWN_STEPS:
+    for name in REPLACED_METHODS:
         if getattr(type(module), name) is not getattr(kind, name):
             raise UserError(
                 f"engine: {engine} has a training loop of its own, and would leave out {type(module).__name__}.{name}; "
@@ -71,7 +75,7 @@ def refuse_engine(engine: str, module: LanguageModule) -> None:
 
 
 def refuse_settings(engine: str, trainer: Any) -> None:
-    """Refuses settings of the Lightning trainer that an engine would not heed.
+    """Refuses settings of the Lightning trainer that an engine would ignore.
 
     Raises:
         UserError: at the first one.
@@ -93,7 +97,7 @@ def refuse_settings(engine: str, trainer: Any) -> None:
         )
     if trainer.gradient_clip_val and trainer.gradient_clip_algorithm == "value":
         raise UserError(f"trainer.gradient_clip_algorithm: --engine {engine} clips by norm; take it, {INSTEAD}")
-    unheeded = {
+    ignored = {
         "fast_dev_run": trainer.fast_dev_run,
         "overfit_batches": trainer.overfit_batches,
         "limit_train_batches": trainer.limit_train_batches != 1.0,
@@ -101,11 +105,11 @@ def refuse_settings(engine: str, trainer: Any) -> None:
         "val_check_interval as a time": getattr(trainer, "_val_check_time_interval", None) is not None,
         "reload_dataloaders_every_n_epochs": trainer.reload_dataloaders_every_n_epochs,
     }
-    for name, is_set in unheeded.items():
+    for name, is_set in ignored.items():
         if is_set:
             raise UserError(f"trainer.{name} means nothing to --engine {engine}; leave it out, {INSTEAD}")
     for callback in trainer.callbacks:
-        if not isinstance(callback, WATCHERS + REPLACED):
+        if not isinstance(callback, OBSERVERS + REPLACED):
             name = type(callback).__name__
             place = "trainer.max_time" if name == "Timer" else f"trainer.callbacks: {name}"
             raise UserError(
@@ -136,14 +140,14 @@ def refuse_preferences(module: DPO) -> None:
         )
 
 
-def refuse_model(engine: str, module: Any, packing: bool) -> None:
-    """Refuses a model whose loss would be another one in an engine, by looking at what it is and computes.
+def refuse_model(engine: str, module: SFT | DPO, packing: bool) -> None:
+    """Refuses a model whose loss would be another one in an engine. Runs it on a few tokens.
 
     Raises:
         UserError: with the reason.
     """
     model = module.causal_lm
-    model.refuse_unknown_logits()  # of our validation
+    model.refuse_unknown_logits()  # again: validation runs on this device, with the engine's attention
     if packing and not isinstance(module, DPO):
         try:
             attention.refuse_unless_isolating(model.base)
@@ -158,7 +162,8 @@ def refuse_model(engine: str, module: Any, packing: bool) -> None:
             f"model.config.output_router_logits: --engine {engine} weighs the experts' balancing loss by micro-batch "
             f"and not by token; leave it out, {INSTEAD}"
         )
-    if engine == "hf" and is_plain(module.loss) and not _averages_over_targets(model.base):
+    models_own_loss = engine == "hf" and isinstance(module, SFT) and is_cross_entropy(module.loss)
+    if models_own_loss and not _averages_over_targets(model.base):
         raise UserError(
             f"{type(model.base).__name__} averages its loss in a way of its own, so that transformers.Trainer can't "
             f"weigh all target tokens of an update alike; {INSTEAD[3:]}"
@@ -172,15 +177,15 @@ def refuse_model(engine: str, module: Any, packing: bool) -> None:
 
 @torch.no_grad()
 def _averages_over_targets(base: Any) -> bool:
-    """Whether a model's loss is the cross entropy of `shift_labels` over `num_items_in_batch`, found out by trying."""
+    """Whether a model's loss is the cross entropy of `shift_labels` over `num_items_in_batch`, by trying."""
     weight = base.get_input_embeddings().weight
     ids = torch.arange(8, device=weight.device)[None] % len(weight)
     targets = ids.roll(-1, 1).index_fill(1, torch.tensor([0, 1, 4], device=weight.device), IGNORE_INDEX)
-    given = {"labels": ids, "shift_labels": targets, "num_items_in_batch": torch.tensor(7, device=weight.device)}
+    labels = {"labels": ids, "shift_labels": targets, "num_items_in_batch": torch.tensor(7, device=weight.device)}
     modes = {module: module.training for module in base.modules()}
     base.eval()
     try:
-        output = base(input_ids=ids, use_cache=False, **given)
+        output = base(input_ids=ids, use_cache=False, **labels)
     except TypeError:  # a forward method that takes no such arguments
         return False
     finally:

@@ -1,11 +1,12 @@
-"""The engine's arguments, read off the Lightning trainer, the module and the data."""
+"""The engine's arguments and when it validates, from the Lightning trainer, the module and the data."""
 
 import os
-from pathlib import Path
 from typing import Any
 
 from oumi_pl.callbacks.checkpoint import Checkpoints
+from oumi_pl.data.base import TextData
 from oumi_pl.errors import UserError
+from oumi_pl.modules.base import LanguageModule
 
 
 def find(trainer: Any, kind: type) -> Any:
@@ -13,17 +14,18 @@ def find(trainer: Any, kind: type) -> Any:
     return next((callback for callback in trainer.callbacks if isinstance(callback, kind)), None)
 
 
-def arguments(trainer: Any, module: Any, data: Any, *, output_dir: Path, total: int, lr: float) -> dict[str, Any]:
-    """Fields of `transformers.TrainingArguments`, and of those that TRL makes of it.
+def training_arguments(
+    trainer: Any, module: LanguageModule, data: TextData, *, folder: str, total: int, lr: float
+) -> dict[str, Any]:
+    """Fields of `transformers.TrainingArguments`, and of the subclasses of it in TRL.
 
-    Betas, decay and the schedule have no place here that would hold all of ours: the engine gets optimizer and
-    schedule themselves.
+    Betas, decay and the schedule are not among them: the engine gets optimizer and schedule themselves.
 
     Args:
-        trainer: Lightning's, which knows what the recipe says.
+        trainer: Lightning's, which has the recipe's settings.
         module: The recipe's.
         data: The recipe's.
-        output_dir: Where the engine writes its checkpoints.
+        folder: Where the engine writes its checkpoints.
         total: Optimizer steps of the run.
         lr: The highest learning rate of the first parameter group.
     """
@@ -33,7 +35,7 @@ def arguments(trainer: Any, module: Any, data: Any, *, output_dir: Path, total: 
     if checkpoints is not None:
         saving = {"save_strategy": "steps", "save_steps": checkpoints.every, "save_total_limit": checkpoints.keep}
     return saving | {
-        "output_dir": str(output_dir),
+        "output_dir": folder,
         "per_device_train_batch_size": data.batch_size,
         "per_device_eval_batch_size": data.eval_batch_size,
         "gradient_accumulation_steps": trainer.accumulate_grad_batches,
@@ -49,8 +51,8 @@ def arguments(trainer: Any, module: Any, data: Any, *, output_dir: Path, total: 
         "use_cpu": trainer.strategy.root_device.type == "cpu",
         "logging_strategy": "steps",
         "logging_steps": 1,
-        "logging_nan_inf_filter": False,  # it would show the mean of before in place of what is not a number
-        "ignore_data_skip": True,  # our loader begins where the checkpoint stands
+        "logging_nan_inf_filter": False,  # it would log the mean so far in place of a loss that is not a number
+        "ignore_data_skip": True,  # our loader begins at the position of the checkpoint
         "remove_unused_columns": False,
         "report_to": "none",
         "disable_tqdm": True,
@@ -58,7 +60,7 @@ def arguments(trainer: Any, module: Any, data: Any, *, output_dir: Path, total: 
     }
 
 
-class Validations:
+class ValidationSchedule:
     """After which updates the recipe validates, as Lightning counts.
 
     Args:
@@ -71,7 +73,7 @@ class Validations:
         UserError: validation would fall between two micro-batches of an update, where engines can't stop.
     """
 
-    def __init__(self, trainer: Any, data: Any, length: int | None, total: int) -> None:
+    def __init__(self, trainer: Any, data: TextData, length: int | None, total: int) -> None:
         self.accumulate = trainer.accumulate_grad_batches
         self.total = total
         self.epochs: int | None = trainer.check_val_every_n_epoch
@@ -79,8 +81,8 @@ class Validations:
         interval = trainer.val_check_interval
         if isinstance(interval, float) and interval != 1.0 and length is not None:
             interval = max(1, int(length * interval))
-        # None: at the end of an epoch
         self.every: int | None = None if isinstance(interval, float) else interval
+        """Micro-batches between validations; None: at the end of an epoch."""
         if self.enabled and isinstance(interval, float) and interval != 1.0:
             raise UserError(
                 f"trainer.val_check_interval: {interval} of an epoch whose length isn't known; set val_every instead"
@@ -91,12 +93,12 @@ class Validations:
                 "where this engine can't validate; set val_every instead, in optimizer steps"
             )
 
-    def due(self, step: int, epoch: int, handed: int, is_epoch_end: bool) -> bool:
-        """Whether to validate once `step` updates are done, `handed` micro-batches of `epoch` lying behind."""
+    def is_due(self, step: int, epoch: int, fetched: int, is_epoch_end: bool) -> bool:
+        """Whether to validate after `step` updates of the run, and after `fetched` micro-batches of `epoch`."""
         if not self.enabled or (self.epochs is not None and (epoch + 1) % self.epochs):
             return False
-        if step >= self.total:  # what the run came to should not be left unsaid
+        if step >= self.total:  # the end of a run is always validated
             return True
         if self.every is None:
             return is_epoch_end
-        return (step * self.accumulate if self.epochs is None else handed) % self.every == 0
+        return (step * self.accumulate if self.epochs is None else fetched) % self.every == 0

@@ -1,4 +1,4 @@
-"""Greedy answers to held-out questions, before, during and after training: the score, and what they look like."""
+"""Greedy answers to held-out questions, before, during and after training, and how many are right."""
 
 import itertools
 from typing import Any
@@ -6,15 +6,16 @@ from typing import Any
 import lightning as L
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
 
-from oumi_pl.callbacks.samples import SampleFile, as_it_was, printable, readable
+from oumi_pl.callbacks.samples import SampleFile, generation, printable, readable, say_why_not
 from oumi_pl.models.generation import complete
 from oumi_pl.terminal.progress import working
+from oumi_pl.types import RunData, RunModule
 
 
 class Answers(L.Callback):
     """Answers held-out prompts greedily, logs the share that equals the reference, and shows some before and after.
 
-    Those that are shown are kept in `samples.jsonl`.
+    Those that are shown are also written to `samples.jsonl`. Does nothing for models that do not complete prompts.
 
     Args:
         rows: Held-out rows to answer.
@@ -40,23 +41,29 @@ class Answers(L.Callback):
         self.score_before: float | None = None
         self.score: float | None = None
         self._file = SampleFile()
-        self._asked: list[tuple[list[int], str]] | None = None
+        self._generates = True
+        self._questions: list[tuple[list[int], str]] | None = None
 
-    def setup(self, trainer: L.Trainer, pl_module: Any, stage: str) -> None:
-        """Forgets the questions of other data."""
-        self._asked = None
+    def setup(self, trainer: Any, pl_module: RunModule, stage: str) -> None:
+        """Forgets the questions of other data; says so if the model can't answer any."""
+        self._questions = None
+        self._generates = pl_module.generates
+        if not self._generates:
+            say_why_not("answers", pl_module)
 
-    def on_train_start(self, trainer: L.Trainer, pl_module: Any) -> None:
+    def on_train_start(self, trainer: Any, pl_module: RunModule) -> None:
         """Answers once with the weights that training starts from."""
+        if not self._generates:
+            return
         if trainer.is_global_zero:
             self._file.open(trainer)
         if self.at_start and trainer.global_step == 0:
             self.before, self.score_before = self.answer(trainer, pl_module)
             self._keep(trainer, self.before)
 
-    def on_validation_epoch_end(self, trainer: L.Trainer, pl_module: Any) -> None:
+    def on_validation_epoch_end(self, trainer: Any, pl_module: RunModule) -> None:
         """Answers and logs `val/exact_match`."""
-        if trainer.sanity_checking:
+        if trainer.sanity_checking or not self._generates:
             return
         self.after, self.score = self.answer(trainer, pl_module)
         if trainer.state.fn == "fit":
@@ -64,23 +71,23 @@ class Answers(L.Callback):
         pl_module.log("val/exact_match", self.score, rank_zero_only=False, sync_dist=False)
 
     def state_dict(self) -> dict[str, Any]:
-        """The answers before training, which a resumed run shows as well."""
+        """The answers before training, which a resumed run shows too."""
         return {"before": self.before, "score_before": self.score_before}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Takes them up."""
+        """Restores them."""
         self.before, self.score_before = state_dict["before"], state_dict["score_before"]
 
-    def on_train_end(self, trainer: L.Trainer, pl_module: Any) -> None:
-        """Shows the answers before and after."""
+    def on_train_end(self, trainer: Any, pl_module: RunModule) -> None:
+        """Shows the answers before and after training."""
         self._show(trainer)
 
-    def answer(self, trainer: Any, pl_module: Any) -> tuple[list[str], float]:
-        """The answers, and the share that equals the reference to the letter."""
-        prompts, references = self._questions(trainer)
-        data = trainer.datamodule
+    def answer(self, trainer: Any, pl_module: RunModule) -> tuple[list[str], float]:
+        """The answers, and the share of them that equals the reference, but for white space around it."""
+        data: RunData = trainer.datamodule
+        prompts, references = self._prompts_and_references(data)
         answers: list[str] = []
-        with working(f"answering {len(prompts)} held-out questions"), as_it_was(trainer, pl_module):
+        with working(f"answering {len(prompts)} held-out questions"), generation(trainer, pl_module):
             for start in range(0, len(prompts), self.batch_size):
                 answers += complete(
                     pl_module.causal_lm.hf,
@@ -92,19 +99,20 @@ class Answers(L.Callback):
         right = sum(a.strip() == r.strip() for a, r in zip(answers, references, strict=True))
         return answers, right / max(1, len(answers))
 
-    def _questions(self, trainer: Any) -> tuple[list[list[int]], list[str]]:
-        if self._asked is None:
-            self._asked = list(itertools.islice(trainer.datamodule.prompts("validation"), self.rows))
-        return [ids for ids, _ in self._asked], [reference for _, reference in self._asked]
+    def _prompts_and_references(self, data: RunData) -> tuple[list[list[int]], list[str]]:
+        if self._questions is None:
+            self._questions = list(itertools.islice(data.prompts("validation"), self.rows))
+        return [ids for ids, _ in self._questions], [reference for _, reference in self._questions]
 
     def _rows_to_show(self, count: int) -> list[int]:
-        """Some from all over the held-out rows."""
+        """Rows that are evenly spread over the held-out ones."""
         return list(range(0, count, max(1, count // self.show)))[: self.show] if self.show > 0 else []
 
     @rank_zero_only
     def _keep(self, trainer: Any, answers: list[str]) -> None:
-        prompts, references = self._questions(trainer)
-        decode = trainer.datamodule.tokenizer.decode
+        data: RunData = trainer.datamodule
+        prompts, references = self._prompts_and_references(data)
+        decode = data.tokenizer.decode
         rows = self._rows_to_show(len(references))
         kept = [{"prompt": decode(prompts[i]), "completion": answers[i], "reference": references[i]} for i in rows]
         self._file.write(trainer.global_step, kept)
@@ -118,7 +126,8 @@ class Answers(L.Callback):
 
         if not self.after:
             return
-        prompts, references = self._questions(trainer)
+        data: RunData = trainer.datamodule
+        prompts, references = self._prompts_and_references(data)
         table = Table(box=box.SIMPLE, title=f"Greedy answers to {len(references)} held-out questions")
         table.add_column("question")
         table.add_column("expected", style="bold")
@@ -126,7 +135,7 @@ class Answers(L.Callback):
         table.add_column("after")
         for i in self._rows_to_show(len(references)):
             right = self.after[i].strip() == references[i].strip()
-            question = readable(trainer.datamodule.tokenizer, prompts[i])
+            question = readable(data.tokenizer, prompts[i])
             before = printable(self.before[i]) if self.before else ""
             mark = "[green]✓ [/]" if right else "[red]✗ [/]"
             after = mark + escape(printable(self.after[i]))

@@ -1,4 +1,4 @@
-"""When checkpoints are written: between two updates only, the new one whole before an old one goes."""
+"""Checkpoints: written between two updates only; an old one is removed once the new one is complete."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -9,13 +9,14 @@ import lightning as L
 import torch
 from lightning.pytorch.callbacks import Checkpoint, WeightAveraging
 
+from oumi_pl.callbacks import find_all
 from oumi_pl.errors import UserError, nearest
 from oumi_pl.runs.checkpoint_files import HALF, checkpoint_name, remove, saved_steps
 from oumi_pl.terminal.progress import working
 
 
 class Checkpoints(Checkpoint):
-    """Writes `step-*.ckpt` to resume from, and `best.ckpt` with the weights that did best.
+    """Writes `step-*.ckpt` to resume from, and `best.ckpt` with the best weights so far.
 
     Args:
         every: Optimizer steps between checkpoints; one is written at the end in any case.
@@ -40,9 +41,9 @@ class Checkpoints(Checkpoint):
         self._due = False
 
     def on_train_batch_end(self, trainer: L.Trainer, *_: Any) -> None:
-        """Saves at the end of every n-th update and of the last; in the middle of one there is nothing to go on from.
+        """Saves after every n-th update and after the last; a run can't be resumed from the middle of one.
 
-        Where validation follows, after it: a resumed run would not repeat it, and its metrics would be lost.
+        If validation follows, it saves after that: a resumed run would not repeat it, and its metrics would be lost.
         """
         if trainer.fit_loop._should_accumulate() or (trainer.global_step % self.every and not trainer.should_stop):
             return
@@ -52,14 +53,14 @@ class Checkpoints(Checkpoint):
             self.save(trainer)
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Saves the end of a run that ended without being told to, and so has not saved it yet.
+        """Saves the end of a run that nothing asked to stop, unless that is done.
 
-        By now Lightning counts the epoch that was cut short as done, so a longer run could not go on from here exactly.
+        By now Lightning counts an epoch that was cut short as complete, so a longer run can't resume from here exactly.
         """
         self.save(trainer)
 
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Keeps the weights if the monitored metric is the best so far, and saves if it is time."""
+        """Keeps the weights if the monitored metric is the best so far, and saves if a checkpoint is due."""
         if trainer.sanity_checking or self.directory is None:
             return
         if self.monitor is not None:
@@ -79,7 +80,7 @@ class Checkpoints(Checkpoint):
                 _save_whole(trainer, Path(self.best_model_path), weights_only=True)
 
     def save(self, trainer: L.Trainer) -> None:
-        """Writes a checkpoint of this step unless it is there, then removes those beyond `keep`."""
+        """Writes a checkpoint of this step unless there is one, then removes the oldest beyond `keep`."""
         step = trainer.global_step
         if self.directory is None or step == self._saved_step:
             return
@@ -95,22 +96,22 @@ class Checkpoints(Checkpoint):
         return {"best_score": self.best_score, "best_model_path": self.best_model_path}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Goes on with the best score so far."""
+        """Restores the best score so far."""
         self.best_score = state_dict["best_score"]
         self.best_model_path = state_dict["best_model_path"]
 
 
 def _validation_follows(trainer: L.Trainer) -> bool:
     fetcher = trainer.fit_loop._data_fetcher
-    if fetcher is None or not sum(trainer.num_val_batches):  # at the end Lightning would say so without any to do
+    if fetcher is None or not sum(trainer.num_val_batches):  # without held-out rows Lightning may still say yes
         return False
     return trainer.fit_loop.epoch_loop._should_check_val_fx(fetcher)
 
 
 @contextmanager
 def _validated_weights(trainer: L.Trainer) -> Iterator[None]:
-    """Puts averaged weights in place, where there are any: Lightning adds them to checkpoints to resume from only."""
-    averages = [c for c in trainer.callbacks if isinstance(c, WeightAveraging)]  # type: ignore[attr-defined]
+    """Swaps averaged weights in, if there are any: Lightning adds them only to checkpoints to resume from."""
+    averages = find_all(trainer, WeightAveraging)
     for average in averages:
         average._swap_models(trainer.lightning_module)
     try:

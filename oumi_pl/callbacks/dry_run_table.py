@@ -1,6 +1,5 @@
-"""What a dry run found, as a table: counted for the whole run, or measured on its first updates."""
+"""The table of a dry run: counted for the whole run, or measured on its first updates."""
 
-import math
 import shutil
 import statistics
 import textwrap
@@ -8,21 +7,19 @@ from collections import Counter
 from collections.abc import Iterator
 from typing import Any
 
-import numpy as np
 import torch
+from torch.optim import Optimizer
 
 from oumi_pl.callbacks.checkpoint import Checkpoints
-from oumi_pl.callbacks.memory import gigabytes, size_of, state_size, there
+from oumi_pl.callbacks.memory import available, gigabytes, size_of, state_size
 from oumi_pl.callbacks.run_folder import RunFolder
-from oumi_pl.callbacks.start import summary, unit
-from oumi_pl.data.plan import Layout
+from oumi_pl.callbacks.start import data_lines, labelled
 from oumi_pl.optim.schedules import in_steps
 from oumi_pl.runs import folders
+from oumi_pl.types import RunData, RunModule
 
 SECTION, NAME = 11, 17
 """Widths of columns."""
-EXACT_EPOCHS = 10
-"""Epochs whose tokens are counted one by one; what goes beyond is reckoned from these."""
 COMPUTE = {
     "32-true": "float32",
     "64-true": "float64",
@@ -35,35 +32,37 @@ Lines = Iterator[tuple[str, str]]
 
 
 class Measured:
-    """What a dry run has found so far."""
+    """What a dry run has counted and measured so far."""
 
     def __init__(self) -> None:
-        self.shape = ""
+        self.size = ""
         """Rows and tokens of the micro-batches that were trained on."""
         self.updates: list[tuple[float, dict[str, float]]] = []
         """Seconds of each update, and its sums."""
         self.validated = ""
-        """The same of the batch of validation."""
+        """Rows and tokens of the batch of validation."""
         self.peak = 0
-        """Bytes at the most, on the rank that needs most."""
-        self.pairs_without_reference = 0
+        """Peak memory in bytes, on the rank that needs most."""
+        self.rows_without_reference = 0
+        """Rows whose log-probabilities under the reference are not in the cache."""
+        self.step = self.total = self.micro_batches = self.rows_per_update = self.tokens = 0
+        """Of the run: steps done and in total, micro-batches and rows of an update, tokens in total."""
+        self.ranks = 1
         self.alike = False
         """Whether all micro-batches have one size."""
-        self.step = self.total = self.micro_batches = self.tokens = self.positions = 0
-        self.layout = Layout(1)
         self.report: dict[str, Any] = {}
 
-    def begin(self, trainer: Any, module: Any) -> None:
-        """Takes note of what the run would do, before it is cut short."""
+    def begin(self, trainer: Any, module: RunModule) -> None:
+        """Counts what the run would do, before it is cut short."""
+        data: RunData = trainer.datamodule
         self.step, self.total = trainer.global_step, module.total_steps()
-        self.micro_batches = trainer.accumulate_grad_batches
-        self.layout, self.report = trainer.datamodule.layout, trainer.datamodule.report()
-        self.tokens, self.positions = tokens_of_run(trainer.datamodule, module, self.total)
-        self.alike = not hasattr(trainer.datamodule, "plan")
+        self.micro_batches, self.ranks = data.layout.micro_batches, data.layout.ranks
+        self.rows_per_update = data.layout.rows_per_update
+        self.tokens, self.report = data.tokens(self.total), data.report()
 
 
 def show(table: dict[str, Lines]) -> None:
-    """Prints a table, wrapped to the terminal if it goes to one."""
+    """Prints a table, wrapped to the width of a terminal."""
     from rich.console import Console
     from rich.text import Text
 
@@ -78,7 +77,9 @@ def show(table: dict[str, Lines]) -> None:
                 title = ""
 
 
-def sections(trainer: Any, module: Any, data: Any, callbacks: list[Any], measured: Measured) -> dict[str, Lines]:
+def sections(
+    trainer: Any, module: RunModule, data: RunData, callbacks: list[Any], measured: Measured
+) -> dict[str, Lines]:
     """The table: section -> names and values."""
     folder = next(c for c in callbacks if isinstance(c, RunFolder))
     checkpoints = next(c for c in callbacks if isinstance(c, Checkpoints))
@@ -94,44 +95,42 @@ def sections(trainer: Any, module: Any, data: Any, callbacks: list[Any], measure
     }
 
 
-def _model(trainer: Any, module: Any) -> Lines:
+def _model(trainer: Any, module: RunModule) -> Lines:
     base = module.causal_lm.base
     yield "trainer", f"{type(module).__name__} of {type(base).__name__}, {module.model_name or 'from random weights'}"
     trainable = sum(p.numel() for p in module.parameters() if p.requires_grad)
-    everything = sum(p.numel() for p in module.parameters())
-    share = "all" if trainable == everything else f"{trainable / everything:.2%}"
-    yield "parameters", f"{trainable:,} trainable of {everything:,} ({share})"
+    total = sum(p.numel() for p in module.parameters())
+    share = "all" if trainable == total else f"{trainable / total:.2%}"
+    yield "parameters", f"{trainable:,} trainable of {total:,} ({share})"
     kinds: Counter[tuple[str, str]] = Counter()
     for p in module.parameters():
         kinds["trainable" if p.requires_grad else "frozen", _name(p.dtype)] += p.numel()
     one = len(kinds) == 1
     yield "weights", ", ".join(dtype if one else f"{dtype} ({n:,} {kind})" for (kind, dtype), n in kinds.items())
     yield "compute", f"{COMPUTE.get(str(trainer.precision), str(trainer.precision))} (precision {trainer.precision})"
-    yield "loss", type(getattr(module, "loss", None)).__name__
+    if module.loss is not None:
+        yield "loss", type(module.loss).__name__
     strategy = f", {type(trainer.strategy).__name__}" if trainer.world_size > 1 else ""
     device = torch.cuda.get_device_name(module.device) if module.device.type == "cuda" else module.device.type
     yield "devices", f"{trainer.world_size} x {device}{strategy}"
 
 
-def _data(data: Any, module: Any, measured: Measured) -> Lines:
-    for split, report in measured.report.items():
-        yield split, summary(report)
-    for name in getattr(data, "streamed", ()):
-        yield "train", f"{name}, tokenized while it is streamed"
-    layout = measured.layout
+def _data(data: RunData, module: RunModule, measured: Measured) -> Lines:
+    yield from data_lines(data, measured.report)
     yield (
-        f"{unit(data)}s per update",
-        f"{layout.batch_size * measured.micro_batches * layout.ranks}: {layout.batch_size} x "
-        f"{measured.micro_batches} x {layout.ranks} (batch_size x accumulate_grad_batches x devices)",
+        f"{data.row_name}s per update",
+        f"{measured.rows_per_update}: {data.batch_size} x {measured.micro_batches} x {measured.ranks} "
+        "(batch_size x accumulate_grad_batches x devices)",
     )
-    if measured.pairs_without_reference:
-        of = f"of {measured.pairs_without_reference:,} pairs are to be computed before the first update, once"
-        yield "reference", f"log-probabilities {of} (here: of those tried)"
-    elif getattr(module, "notes", ()):
-        yield "reference", module.notes[0].removeprefix("reference: ")
+    for label, note in map(labelled, module.notes):
+        if label == "reference" and measured.rows_without_reference:
+            of = f"of {measured.rows_without_reference:,} rows are to be computed before the first update, once"
+            yield label, f"log-probabilities {of} (here: of those tried)"
+        else:
+            yield label, note
 
 
-def _optimizer(optimizer: Any, module: Any, trainer: Any, total: int) -> Lines:
+def _optimizer(optimizer: Optimizer, module: RunModule, trainer: Any, total: int) -> Lines:
     tensors = [v for s in optimizer.state.values() for v in s.values() if isinstance(v, torch.Tensor) and v.numel() > 1]
     dtypes = ", ".join(sorted({_name(tensor.dtype) for tensor in tensors})) or "none"
     yield "class", f"{type(optimizer).__name__}, state in {dtypes}"
@@ -144,8 +143,8 @@ def _optimizer(optimizer: Any, module: Any, trainer: Any, total: int) -> Lines:
         )
     schedule = module.schedule
     settings = {k: v for k, v in vars(schedule).items() if not k.startswith("_") and k != "warmup"}
-    said = "".join(f", {name} {value}" for name, value in settings.items())
-    yield "schedule", f"{type(schedule).__name__}, {in_steps(schedule.warmup, total):,} steps of warm-up{said}"
+    others = "".join(f", {name} {value}" for name, value in settings.items())
+    yield "schedule", f"{type(schedule).__name__}, {in_steps(schedule.warmup, total):,} steps of warm-up{others}"
     clip = trainer.gradient_clip_val
     yield "clipping", f"{trainer.gradient_clip_algorithm or 'norm'} {clip:g}" if clip else "none"
 
@@ -155,13 +154,14 @@ def _steps(measured: Measured) -> Lines:
     per_pass = measured.report.get("train", {}).get("updates_per_epoch")
     if per_pass:
         yield "epochs", f"{measured.total / per_pass:.3g}, of {per_pass:,} steps each"
-    padding = 1 - measured.tokens / max(1, measured.positions)
-    padded = f" (and {padding:.1%} of padding)" if padding > 0.0005 else ""
+    tokens, positions = (sum(sums[name] for _, sums in measured.updates) for name in ("tokens", "positions"))
+    padding = 1 - tokens / max(1.0, positions)
+    padded = f" (and {padding:.1%} of padding where it was measured)" if padding > 0.0005 else ""
     yield "tokens per step", f"{measured.tokens / measured.total:,.0f} on average{padded}"
     yield "tokens in all", f"{measured.tokens:,}"
 
 
-def _memory(module: Any, optimizer: Any, measured: Measured) -> Lines:
+def _memory(module: RunModule, optimizer: Optimizer, measured: Measured) -> Lines:
     weights = size_of(module.parameters())
     gradients = size_of(p for p in module.parameters() if p.requires_grad)
     yield "weights", gigabytes(weights)
@@ -172,17 +172,17 @@ def _memory(module: Any, optimizer: Any, measured: Measured) -> Lines:
     if module.device.type == "cuda":
         rest = max(0, measured.peak - weights - gradients - state)
         yield "activations", f"{gigabytes(rest)}, with whatever else there is at the peak"
-    total = there(module.device)
+    total = available(module.device)
     yield "peak", f"{gigabytes(measured.peak)} {kind}, of {gigabytes(total)} ({measured.peak / total:.0%})"
     which = "as all of them are" if measured.alike else "the largest of the first epoch"
     validated = f"; validation on {measured.validated}" if measured.validated else ""
-    yield "measured on", f"micro-batches of {measured.shape}, {which}{validated}"
+    yield "measured on", f"micro-batches of {measured.size}, {which}{validated}"
 
 
 def _time(measured: Measured) -> Lines:
     updates = measured.updates[1:] or measured.updates
-    per_position = statistics.median(seconds / max(1.0, counts["positions"]) for seconds, counts in updates)
-    each = per_position * measured.positions / measured.total
+    per_token = statistics.median(seconds / max(1.0, sums["tokens"]) for seconds, sums in updates)
+    each = per_token * measured.tokens / measured.total
     yield (
         "one update",
         f"about {roughly(each)}: median of {len(updates)}, with {min(measured.micro_batches, 2)} of "
@@ -190,16 +190,15 @@ def _time(measured: Measured) -> Lines:
     )
     what = "what is left" if measured.step else "whole run"
     left = roughly((measured.total - measured.step) * each)
-    yield what, f"about {left}, reckoned by tokens from that; validation, saving and samples are not counted"
+    yield what, f"about {left}, in proportion to the tokens; validation, saving and samples are not counted"
 
 
-def _output(folder: RunFolder, checkpoints: Checkpoints, module: Any, optimizer: Any) -> Lines:
-    place = folder.resume or folders.free(folder.root, folder.name)
-    yield "folder", str(place)
+def _output(folder: RunFolder, checkpoints: Checkpoints, module: RunModule, optimizer: Optimizer) -> Lines:
+    yield "folder", str(folder.resume or folders.free(folder.root, folder.name))
     saved = {v.data_ptr(): v for v in module.state_dict().values() if isinstance(v, torch.Tensor)}  # tied ones once
     size = size_of(saved.values()) + state_size(optimizer)
-    there_is = next(p for p in (folder.root.absolute(), *folder.root.absolute().parents) if p.exists())
-    free = shutil.disk_usage(there_is).free
+    existing = next(p for p in (folder.root.absolute(), *folder.root.absolute().parents) if p.exists())
+    free = shutil.disk_usage(existing).free
     yield (
         "checkpoints",
         f"every {checkpoints.every:,} steps, {checkpoints.keep} kept, about {gigabytes(size)} each; "
@@ -207,42 +206,8 @@ def _output(folder: RunFolder, checkpoints: Checkpoints, module: Any, optimizer:
     )
 
 
-def tokens_of_run(data: Any, module: Any, steps: int) -> tuple[int, int]:
-    """Tokens that so many updates train on, without padding, and positions, with it.
-
-    Exact where the rows are known, up to `EXACT_EPOCHS`; in rows of one length that are made of documents, these are
-    equal: what is missing in a last row counts.
-    """
-    if not hasattr(data, "plan"):
-        per_pass, per_update = data.rows_per_pass, data.layout.rows_per_update
-        rows = steps * per_update
-        if per_pass is not None:
-            passes, rest = divmod(steps, math.ceil(per_pass / per_update))
-            rows = passes * per_pass + min(rest * per_update, per_pass)
-        return rows * data.max_length, rows * data.max_length
-    lengths = _lengths(data, module)
-    tokens, epoch, left = 0, 0, steps
-    while left > 0 and epoch < EXACT_EPOCHS:
-        plan = data.plan(epoch)
-        rows = min(left * plan.rows_per_update, plan.rows)
-        tokens += int(lengths[plan.example_ids[: plan.row_starts[rows]]].sum())
-        left -= math.ceil(rows / plan.rows_per_update)
-        epoch += 1
-    tokens = round(tokens * steps / (steps - max(0, left)))
-    padding = data.report()["train"].get("padding", 0.0)
-    return tokens, round(tokens / (1 - padding))
-
-
-def _lengths(data: Any, module: Any) -> np.ndarray:
-    """Tokens of each example as the model reads it: where a prompt isn't shared by its responses, it counts twice."""
-    lengths = data.lengths("train")
-    if data.gives == "pairs" and module.policy.layout.__name__ != "shared":
-        lengths = lengths + np.concatenate([store.added["chosen_start"] for store in data.stores("train")])
-    return lengths
-
-
 def roughly(seconds: float) -> str:
-    """A time to two digits or so, as people say it: it is an estimate."""
+    """A time in about two digits: it is an estimate."""
     if seconds < 100:
         return f"{seconds:.0f} s" if seconds >= 10 else f"{seconds:.2g} s"
     minutes = seconds / 60

@@ -15,12 +15,12 @@ class EMA(EMAWeightAveraging):
 
     `average = decay * average + (1 - decay) * weights` (Polyak and Juditsky 1992). Training goes on with the weights
     themselves. A `step-*.ckpt` holds both, the average as its `state_dict`, so that `validate`, `predict` and `export`
-    read the model that was scored. A second copy of all weights is held on the device.
+    read the weights that were scored. The average takes memory for a second copy of all weights on the device.
 
     Args:
-        decay: Of the average; it looks back over about `1 / (1 - decay)` of its updates.
+        decay: Weight of the old average at each of its updates; it spans about `1 / (1 - decay)` of them.
         every: Optimizer steps between its updates.
-        start: Optimizer steps before its first; until then it is what training began with.
+        start: Optimizer steps before its first update; until then it is the weights that training starts from.
     """
 
     def __init__(self, decay: float = 0.999, every: int = 1, start: int = 0) -> None:
@@ -31,38 +31,38 @@ class EMA(EMAWeightAveraging):
         super().__init__(decay=decay, update_every_n_steps=every, update_starting_at_step=start)
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        """Copies the weights that training starts from to where they are trained.
+        """Copies the weights that training starts from to the device that they are trained on.
 
         Raises:
-            UserError: if the strategy divides the weights among the ranks.
+            UserError: the strategy shards the weights.
         """
         if isinstance(trainer.strategy, FSDPStrategy | ModelParallelStrategy):
             raise UserError("EMA: sharded weights can't be averaged; train with strategy ddp, or without EMA")
-        self._device = trainer.strategy.root_device  # the module itself is not there yet
+        self._device = trainer.strategy.root_device  # the module is moved there only later
         with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", ".*overrides the configure_model.*")  # it is about sharding
+            warnings.filterwarnings("ignore", ".*overrides the configure_model.*")  # matters for sharded weights only
             super().setup(trainer, pl_module, stage)
 
     def on_validation_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Keeps the average in place: other callbacks look at the model in this hook, before or after this one."""
+        """Leaves the average in place, which Lightning would swap out: other callbacks use the model in this hook."""
 
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Gives the module its own weights back."""
+        """Swaps the trained weights back in."""
         if self._average_model is not None:
             self._swap_models(pl_module)
 
     def on_save_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
-        """Makes the average the checkpoint's model, in the module's own choice of weights, and adds the trained one."""
+        """Saves the average as the checkpoint's `state_dict`, and the trained weights beside it."""
         if self._average_model is not None:
             checkpoint["current_model_state"] = checkpoint["state_dict"]
             checkpoint["state_dict"] = self._average_model.module.state_dict()
             checkpoint["averaging_state"] = {"n_averaged": self._average_model.n_averaged}
 
     def on_load_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
-        """Takes both up again; of a run without EMA, the average starts from its weights."""
+        """Restores both; in a checkpoint of a run without EMA, the average starts from its weights."""
         if self._average_model is None:
             return  # not training: the average is the model
-        # frozen weights that can be loaded again are in neither
+        # neither holds frozen weights that can be loaded again
         self._average_model.module.load_state_dict(checkpoint["state_dict"], strict=False)
         if "current_model_state" in checkpoint:
             pl_module.load_state_dict(checkpoint["current_model_state"], strict=False)

@@ -1,5 +1,6 @@
 """Writes `model/` at the end of a run."""
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -7,34 +8,37 @@ import lightning as L
 import torch
 import yaml
 
+from oumi_pl.callbacks import find
 from oumi_pl.callbacks.checkpoint import Checkpoints
-from oumi_pl.callbacks.run_folder import RunFolder
+from oumi_pl.callbacks.run_folder import run_directory
 from oumi_pl.models.export import model_card, read_checkpoint, whole, why_not_alone
 from oumi_pl.models.lm import LM
 from oumi_pl.runs.checkpoint_files import remove
 from oumi_pl.runs.folders import CONFIG
 from oumi_pl.terminal.progress import working
+from oumi_pl.types import RunData, RunModule
 
 
 class Export(L.Callback):
-    """Writes the trained model to `runs/<name>/model`: the best weights when a metric is monitored, else the last.
+    """Writes the trained model to `runs/<name>/model`: the best weights if a metric is monitored, else the last.
 
     Args:
         enabled: Whether to export at all.
-        merge: Add a LoRA adapter to its base weights. Alone it is small, and needs its base to load; where it would not
-            fit its base (added tokens that this has no rows for, random weights) it is merged in any case.
+        merge: Merge a LoRA adapter into its base weights. Alone it is small, and needs its base to load. It is always
+            merged where it does not fit its base: tokens were added that this has no rows for, or the base is random.
     """
 
     def __init__(self, enabled: bool = True, merge: bool = False) -> None:
         self.enabled = enabled
         self.merge = merge
 
-    def on_train_end(self, trainer: L.Trainer, pl_module: Any) -> None:
+    def on_train_end(self, trainer: Any, pl_module: RunModule) -> None:
         """Exports."""
-        folder = next((c.directory for c in trainer.callbacks if isinstance(c, RunFolder)), None)  # type: ignore[attr-defined]
-        if not self.enabled or folder is None or trainer.fast_dev_run:  # type: ignore[attr-defined]
+        folder = run_directory(trainer)
+        if not self.enabled or folder is None or trainer.fast_dev_run:
             return
-        best = next((c.best_model_path for c in trainer.checkpoint_callbacks if isinstance(c, Checkpoints)), "")
+        checkpoints = find(trainer, Checkpoints)
+        best = "" if checkpoints is None else checkpoints.best_model_path
         metrics: dict[str, Any] = dict(trainer.callback_metrics)
         last = None
         if best and Path(best).exists():
@@ -45,9 +49,9 @@ class Export(L.Callback):
         if last is not None:
             pl_module.load_weights(last)
 
-    def write(self, trainer: Any, pl_module: Any, folder: Path, metrics: Any) -> None:
-        """Exports the weights that the module has now, in place of what an earlier end of the run exported."""
-        data = trainer.datamodule
+    def write(self, trainer: Any, pl_module: RunModule, folder: Path, metrics: Mapping[str, Any]) -> None:
+        """Exports the weights that the module has now; replaces what the run exported before it was resumed."""
+        data: RunData = trainer.datamodule
         text = (folder / CONFIG).read_text(encoding="utf-8") if (folder / CONFIG).exists() else ""
         metrics = {k: float(v) for k, v in metrics.items() if k.startswith(("train/", "val/"))}
         model = pl_module.causal_lm
@@ -70,8 +74,8 @@ class Export(L.Callback):
             print(f"model -> {folder / 'model'}")
 
 
-def _load(pl_module: Any, checkpoint: Path) -> dict[str, float]:
-    """Loads the weights of a checkpoint into the live model and returns the metrics that it had."""
+def _load(pl_module: RunModule, checkpoint: Path) -> dict[str, float]:
+    """Loads the weights of a checkpoint into the live model; returns the metrics of the checkpoint."""
     if checkpoint.is_file():
         content = read_checkpoint(checkpoint)
         pl_module.load_weights(content["state_dict"])
@@ -82,8 +86,8 @@ def _load(pl_module: Any, checkpoint: Path) -> dict[str, float]:
     return torch.load(checkpoint / "meta.pt", map_location="cpu", weights_only=True).get("metrics", {})
 
 
-def _copy_on_cpu(pl_module: Any, data: Any, is_rank_zero: bool) -> LM:
-    """The trained model built anew, to be merged: whole, in full precision, and not on a device that is full already.
+def _copy_on_cpu(pl_module: RunModule, data: RunData, is_rank_zero: bool) -> LM:
+    """Builds the trained model again, to be merged: unsharded, in full precision, and on a host that has room for it.
 
     All ranks have to call this. Those that don't write get the live model back.
     """

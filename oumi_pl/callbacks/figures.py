@@ -1,4 +1,4 @@
-"""The figures of a run in a line: for a terminal of some width, and as pairs of names and values."""
+"""The figures of a run in one line: fitted to a terminal, or as names and values."""
 
 import sys
 from typing import NamedTuple
@@ -6,13 +6,13 @@ from typing import NamedTuple
 from oumi_pl.terminal.progress import styled
 
 BAR = (10, 40)
-"""Columns of the bar: the figures leave it the least, and it grows no longer than the most."""
+"""Columns of the bar, at least and at most."""
 DROPPED = ("elapsed", "grad_norm", "margin", "memory_gb", "epoch", "accuracy", "lr", "tokens/s")
-"""Figures that make room in a narrow terminal, the least important first."""
+"""Figures that are left out in a narrow terminal, the least important first."""
 
 
 class Figure(NamedTuple):
-    """A value by its name for `grep`, and as people read it, with a label before it if it needs one."""
+    """A value: its name and text for `grep`, and how a terminal shows it, with a label if it needs one."""
 
     name: str
     value: str
@@ -21,25 +21,25 @@ class Figure(NamedTuple):
 
     @property
     def text(self) -> str:
-        """What stands in the terminal."""
+        """What the terminal shows."""
         return f"{self.label} {self.shown}" if self.label else self.shown
 
 
 def bar(done: float, total: float, width: int, style: str = "cyan") -> str:
-    """So many columns, filled from the left."""
+    """A bar of `width` columns, filled from the left."""
     full, empty = ("━", "─") if "utf" in (getattr(sys.stderr, "encoding", "") or "").lower() else ("#", "-")
     filled = min(width, int(width * done / max(1, total)))
     return styled(full * filled, style) + styled(empty * (width - filled), "dim")
 
 
 def drawn(figures: list[Figure], share: float, width: int, widths: dict[str, int]) -> str:
-    """A bar and as many figures as a terminal of `width` columns has room for, one of which stays free.
+    """A bar and as many figures as fit into `width` columns, of which the last stays free.
 
     Args:
-        figures: In their order.
+        figures: In the order in which they are shown.
         share: How much of the bar is filled.
         width: Columns of the terminal.
-        widths: The longest text of each figure so far, by name, so that the figures keep their places; updated.
+        widths: Length of the longest text of each figure so far, by name: keeps figures in place. Updated.
     """
     for figure in figures:
         widths[figure.name] = max(widths.get(figure.name, 0), len(figure.text))

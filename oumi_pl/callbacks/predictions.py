@@ -6,11 +6,12 @@ from typing import Any
 
 import lightning as L
 
-from oumi_pl.callbacks.run_folder import RunFolder
+from oumi_pl.callbacks.run_folder import run_directory
+from oumi_pl.types import RunModule
 
 
 class Predictions(L.Callback):
-    """Writes what `predict_step` returns to `predictions.jsonl`; each rank its part, joined in row order at the end.
+    """Writes what `predict_step` returns to `predictions.jsonl`: a part per rank, joined in row order at the end.
 
     Args:
         max_new_tokens: Longest completion.
@@ -21,29 +22,29 @@ class Predictions(L.Callback):
         self.settings = {"max_new_tokens": max_new_tokens, "temperature": temperature}
         self._part: Path | None = None
 
-    def on_predict_start(self, trainer: Any, pl_module: Any) -> None:
-        """Opens this rank's part."""
+    def on_predict_start(self, trainer: Any, pl_module: RunModule) -> None:
+        """Creates this rank's part."""
         pl_module.generation_settings = self.settings
-        folder = next(c.directory for c in trainer.callbacks if isinstance(c, RunFolder))
-        assert folder is not None
-        self._part = folder / f"predictions.{trainer.global_rank}.part"
+        directory = run_directory(trainer)
+        assert directory is not None
+        self._part = directory / f"predictions.{trainer.global_rank}.part"
         self._part.write_text("", encoding="utf-8")
 
-    def on_predict_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, *_: Any) -> None:
-        """Appends a batch, so that a kill loses only the running one."""
+    def on_predict_batch_end(self, trainer: Any, pl_module: RunModule, outputs: Any, *_: Any) -> None:
+        """Appends a batch, so that a kill loses only the current one."""
         assert self._part is not None
         with self._part.open("a", encoding="utf-8") as out:
             out.writelines(json.dumps(line, ensure_ascii=False) + "\n" for line in outputs)
 
-    def on_predict_end(self, trainer: Any, pl_module: Any) -> None:
+    def on_predict_end(self, trainer: Any, pl_module: RunModule) -> None:
         """Joins the parts."""
         assert self._part is not None
         trainer.strategy.barrier("predictions written")
         if not trainer.is_global_zero:
             return
         parts = sorted(self._part.parent.glob("predictions.*.part"))
-        written = "".join(part.read_text(encoding="utf-8") for part in parts)
-        lines = [json.loads(line) for line in written.split("\n") if line]  # JSON leaves other line ends in its texts
+        text = "".join(part.read_text(encoding="utf-8") for part in parts)
+        lines = [json.loads(line) for line in text.split("\n") if line]  # not `splitlines`: texts may hold U+2028
         file = self._part.parent / "predictions.jsonl"
         with file.open("w", encoding="utf-8") as out:
             out.writelines(

@@ -1,4 +1,4 @@
-"""Gives a run its folder: rank 0 chooses the name, everything that writes is told, and `run.json` follows the state."""
+"""Gives a run its folder, shares the folder's path with everything that writes, and keeps `run.json` up to date."""
 
 import contextlib
 import json
@@ -14,6 +14,7 @@ import torch
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
 
 from oumi_pl import __version__
+from oumi_pl.callbacks import find, find_all
 from oumi_pl.callbacks.checkpoint import Checkpoints
 from oumi_pl.callbacks.preemption import Stopped
 from oumi_pl.errors import UserError
@@ -21,6 +22,13 @@ from oumi_pl.report.clock import Clock
 from oumi_pl.report.environment import environment
 from oumi_pl.runs import folders
 from oumi_pl.runs.metrics import MetricsCSV
+from oumi_pl.types import RunData, RunModule
+
+
+def run_directory(trainer: Any) -> Path | None:
+    """The folder of the run; None if it has none, or none yet."""
+    folder = find(trainer, RunFolder)
+    return None if folder is None else folder.directory
 
 
 class RunFolder(L.Callback):
@@ -29,7 +37,7 @@ class RunFolder(L.Callback):
     Args:
         root: Directory of all runs.
         name: Name of the run; a number is added when it is taken.
-        recipe: What the run is found by when it is resumed.
+        recipe: The name that a run of this recipe is looked up by.
         config: The whole config as YAML.
         resume: Folder of the run to continue.
         recipe_text: The recipe as it was written, with its comments.
@@ -56,41 +64,45 @@ class RunFolder(L.Callback):
         self._before: dict[str, float] = {}
         self._row: dict[str, Any] | None = None
 
-    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        """Looks whether a folder can be made; it is made when all else stands, so that no mistake leaves one behind."""
+    def setup(self, trainer: Any, pl_module: RunModule, stage: str) -> None:
+        """Checks that the run folder can be created. It is created after setup succeeds, so that mistakes leave none.
+
+        Raises:
+            UserError: it can't.
+        """
         self.clock.enter("model")
-        pl_module.run_config = self.config  # type: ignore[assignment]
-        if stage in ("fit", "predict") and trainer.is_global_zero and not trainer.fast_dev_run:  # type: ignore[attr-defined]
+        pl_module.run_config = self.config
+        if stage in ("fit", "predict") and trainer.is_global_zero and not trainer.fast_dev_run:
             folders.refuse_unwritable(self.resume or self.root)
 
-    def _make(self, trainer: L.Trainer) -> None:
-        """Rank 0 makes the folder, the others are told."""
-        if trainer.fast_dev_run:  # type: ignore[attr-defined]
+    def _make(self, trainer: Any) -> None:
+        """Creates the folder on rank 0, and sends its path to the others."""
+        if trainer.fast_dev_run:
             return
         chosen = (self.resume or folders.create(self.root, self.name)) if trainer.is_global_zero else None
         self.directory = Path(trainer.strategy.broadcast(str(chosen)))
-        for callback in trainer.checkpoint_callbacks:
-            if isinstance(callback, Checkpoints):
-                callback.directory = self.directory / folders.CHECKPOINTS
+        for checkpoints in find_all(trainer, Checkpoints):
+            checkpoints.directory = self.directory / folders.CHECKPOINTS
 
-    def _describe(self, trainer: Any, pl_module: Any, directory: Path) -> None:
+    def _describe(self, trainer: Any, pl_module: RunModule, directory: Path) -> None:
+        data: RunData = trainer.datamodule
         (directory / folders.CONFIG).write_text(self.config, encoding="utf-8")
-        report = json.dumps(trainer.datamodule.report(), indent=1)
-        (directory / "data.json").write_text(report + "\n", encoding="utf-8")
+        (directory / "data.json").write_text(json.dumps(data.report(), indent=1) + "\n", encoding="utf-8")
         earlier = folders.read_state(directory) if self.resume else {}
-        told: dict[str, Any]
+        start: dict[str, Any]
         if self.resume:
-            stood = [step for step in earlier.get("resumed", []) if step < trainer.global_step]
-            told = {"resumed": [*stood, trainer.global_step], "resumed_by": _command(), "reason": None}
+            # an earlier resume from a later step was overwritten by this one
+            resumed = [step for step in earlier.get("resumed", []) if step < trainer.global_step]
+            start = {"resumed": [*resumed, trainer.global_step], "resumed_by": _command(), "reason": None}
         else:
             now = {"created": time.strftime("%Y-%m-%dT%H:%M:%S%z"), "created_ns": time.time_ns()}
-            told = {"command": _command(), **now}
+            start = {"command": _command(), **now}
             if self.recipe_text is not None:
                 (directory / folders.RECIPE).write_bytes(self.recipe_text)
         self._before = dict(earlier.get("times", {}))
-        unnoted = (folders.seconds(directory, earlier) or 0.0) - sum(self._before.values())
-        if unnoted > 0:
-            self._before["killed"] = self._before.get("killed", 0.0) + unnoted
+        unrecorded = (folders.seconds(directory, earlier) or 0.0) - sum(self._before.values())
+        if unrecorded > 0:
+            self._before["killed"] = self._before.get("killed", 0.0) + unrecorded
         folders.write_state(
             directory,
             recipe=self.recipe,
@@ -103,78 +115,79 @@ class RunFolder(L.Callback):
             environment=environment() | _devices(pl_module.device, trainer.world_size),
             begun=time.time() - sum(self.clock.read().values()),
             before=sum(self._before.values()),
-            **told,
+            **start,
         )
 
     @rank_zero_only
     def note(self, **values: Any) -> None:
-        """Writes down where the time has gone so far, and what else is to be known, if there is a folder."""
+        """Writes to `run.json` how the time was spent so far, and other values; does nothing without a folder."""
         if self.directory is not None:
             folders.write_state(self.directory, times=self.clock.read(self._before), **values)
 
-    def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Time: the model is made."""
+    def on_fit_start(self, trainer: Any, pl_module: RunModule) -> None:
+        """The model is built: what follows counts as checks."""
         self.clock.enter("checks")
 
-    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Makes the folder, says in it what runs, and opens the metrics file where the run stands."""
+    def on_train_start(self, trainer: Any, pl_module: RunModule) -> None:
+        """Creates the folder, describes the run in it, and opens the metrics file at the run's step."""
         self.clock.enter("start")
         self._make(trainer)
-        if self.directory is not None and trainer.is_global_zero:
-            self._describe(trainer, pl_module, self.directory)
+        if self.directory is None or not trainer.is_global_zero:
+            return
+        self._describe(trainer, pl_module, self.directory)
         for logger in trainer.loggers:
-            if isinstance(logger, MetricsCSV) and self.directory is not None and trainer.is_global_zero:
+            if isinstance(logger, MetricsCSV):
                 logger.open(self.directory / folders.METRICS, trainer.global_step, self._row)
 
-    def on_train_batch_start(self, trainer: L.Trainer, *_: Any) -> None:
-        """Time: what was done between two updates is done."""
+    def on_train_batch_start(self, trainer: Any, *_: Any) -> None:
+        """What follows counts as training."""
         if self.clock.phase != "training":
             self.clock.enter("training")
 
-    def on_validation_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Time: validation begins."""
+    def on_validation_start(self, trainer: Any, pl_module: RunModule) -> None:
+        """What follows counts as validation."""
         self.clock.enter("validation")
 
-    def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Time: validation is done, and what it took is written down, for a run may be killed."""
+    def on_validation_end(self, trainer: Any, pl_module: RunModule) -> None:
+        """Validation is over; the times are written now, since a run may be killed."""
         self.clock.enter("training")
         self.note(step=trainer.global_step)
 
-    def on_save_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
+    def on_save_checkpoint(self, trainer: Any, pl_module: RunModule, checkpoint: dict[str, Any]) -> None:
         """Keeps the metrics of this step in the checkpoint: a kill may come before they are in the file."""
         self.clock.enter("saving")
         kinds = ("train/", "val/", "epoch") if trainer.validating else ("train/", "epoch")
         row = {name: float(value) for name, value in trainer.logged_metrics.items() if name.startswith(kinds)}
         checkpoint["metrics_row"] = row | {"step": trainer.global_step}
 
-    def on_load_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
-        """Takes up the metrics of the checkpoint's step."""
+    def on_load_checkpoint(self, trainer: Any, pl_module: RunModule, checkpoint: dict[str, Any]) -> None:
+        """Restores the metrics of the checkpoint's step."""
         self._row = checkpoint.get("metrics_row")
 
-    def on_predict_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Makes the folder."""
+    def on_predict_start(self, trainer: Any, pl_module: RunModule) -> None:
+        """Creates the folder."""
         self._make(trainer)
 
-    def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Says so if there was nothing to train: the checkpoint stands where the run ends, or beyond.
+    def on_fit_end(self, trainer: Any, pl_module: RunModule) -> None:
+        """Refuses a run without an update: its checkpoint is at the run's last step, or beyond.
 
         Raises:
-            UserError: if no update was due.
+            UserError: there was no update.
         """
-        if self.directory is None and not trainer.fast_dev_run:  # type: ignore[attr-defined]
+        if self.directory is None and not trainer.fast_dev_run:
             raise nothing_left(trainer.global_step)
 
     @rank_zero_only
-    def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+    def on_train_end(self, trainer: Any, pl_module: RunModule) -> None:
         """Marks the run as finished."""
         self.clock.enter("end")
         metrics = {k: float(v) for k, v in trainer.callback_metrics.items() if k.startswith(("train/", "val/"))}
         self.note(status="finished", step=trainer.global_step, metrics=metrics)
 
     @rank_zero_only
-    def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
+    def on_exception(self, trainer: Any, pl_module: RunModule, exception: BaseException) -> None:
         """Marks the run as stopped or failed, and writes the metrics that are still in memory."""
-        with contextlib.suppress(OSError):  # a disk that is full: what went wrong first is what is told
+        with contextlib.suppress(OSError):  # on a full disk, report the first error and not this one
             for logger in trainer.loggers:
                 logger.finalize("failed")
         stopped = isinstance(exception, Stopped | KeyboardInterrupt)
@@ -183,7 +196,7 @@ class RunFolder(L.Callback):
 
 
 def nothing_left(step: int) -> UserError:
-    """What is said of a run whose checkpoint stands at its end, or beyond."""
+    """The error of a run whose checkpoint is at its last step, or beyond."""
     return UserError(
         f"nothing is left to train: the run ends at step {step}, where the checkpoint stands; "
         "raise trainer.max_steps or trainer.max_epochs"
@@ -206,7 +219,7 @@ def _reason(error: BaseException) -> str | None:
     return text if isinstance(error, Stopped | UserError) else f"{type(error).__name__}: {text}"
 
 
-def _model(trainer: Any, pl_module: Any) -> dict[str, Any]:
+def _model(trainer: Any, pl_module: RunModule) -> dict[str, Any]:
     """What is trained, for the run's record."""
     parameters = list(pl_module.parameters())
     return {
@@ -215,7 +228,7 @@ def _model(trainer: Any, pl_module: Any) -> dict[str, Any]:
         "name": pl_module.model_name,
         "parameters": sum(p.numel() for p in parameters),
         "trainable": sum(p.numel() for p in parameters if p.requires_grad),
-        "loss": type(getattr(pl_module, "loss", None)).__name__,
+        "loss": None if pl_module.loss is None else type(pl_module.loss).__name__,
         "precision": str(trainer.precision),
     }
 

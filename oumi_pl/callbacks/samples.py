@@ -13,19 +13,21 @@ import lightning as L
 import torch
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
 
-from oumi_pl.callbacks.run_folder import RunFolder
+from oumi_pl.callbacks.run_folder import run_directory
 from oumi_pl.models.generation import complete
+from oumi_pl.models.sharding import is_sharded
 from oumi_pl.runs.checkpoints import rng_state, set_rng_state
 from oumi_pl.terminal.progress import styled, terminal_width, working
 from oumi_pl.terminal.screen import visible
+from oumi_pl.types import RunData, RunModule
 
 FILE = "samples.jsonl"
-LOOKED_AT = 50
-"""Rows among which those are looked for whose completion has room in the model's positions."""
+CANDIDATES = 50
+"""Rows that are tried for prompts whose completion fits into the model's positions."""
 LINES = 3
 """Lines of a completion that the terminal shows; the file has all of it."""
 WIDTH = 100
-"""Columns of these lines at the most, and where there is no terminal."""
+"""Columns of these lines at most, and where there is no terminal."""
 
 
 class SampleFile:
@@ -36,13 +38,13 @@ class SampleFile:
         self._last_step = -1
 
     def open(self, trainer: Any) -> None:
-        """Finds the run's file, and cuts off what a part of the run wrote that a resume does again."""
-        folder = next((c.directory for c in trainer.callbacks if isinstance(c, RunFolder)), None)
-        self._path = None if folder is None else folder / FILE
+        """Finds the run's file, and removes the lines of steps that a resumed run will do again."""
+        directory = run_directory(trainer)
+        self._path = None if directory is None else directory / FILE
         self._last_step = -1
         if self._path is None or not self._path.exists():
             return
-        written = self._path.read_text("utf-8").split("\n")  # JSON leaves other line ends, such as U+2028, in its texts
+        written = self._path.read_text("utf-8").split("\n")  # not `splitlines`: texts may hold U+2028 and the like
         kept = [line for line in map(_parsed, written) if line is not None]
         kept = [line for line in kept if line["step"] <= trainer.global_step]
         half = self._path.with_name(FILE + ".half")
@@ -51,7 +53,7 @@ class SampleFile:
         self._last_step = max((line["step"] for line in kept), default=-1)
 
     def write(self, step: int, samples: list[dict[str, str]]) -> None:
-        """Appends the completions of a step, unless they are there."""
+        """Appends the completions of a step, unless the file has them."""
         if self._path is None or step <= self._last_step:
             return
         with self._path.open("a", encoding="utf-8") as out:
@@ -60,12 +62,12 @@ class SampleFile:
 
 
 def _parsed(line: str) -> dict[str, Any] | None:
-    """None for what a kill has left unfinished."""
+    """The sample of a line; None for a line that a kill cut short."""
     try:
-        found = json.loads(line)
+        sample = json.loads(line)
     except ValueError:
         return None
-    return found if isinstance(found, dict) and isinstance(found.get("step"), int) else None
+    return sample if isinstance(sample, dict) and isinstance(sample.get("step"), int) else None
 
 
 def _line(sample: dict[str, Any]) -> str:
@@ -74,6 +76,8 @@ def _line(sample: dict[str, Any]) -> str:
 
 class Samples(L.Callback):
     """Completes the same prompts at the start, at each validation and at the end: shown, and kept in `samples.jsonl`.
+
+    Does nothing for models that do not complete prompts.
 
     Args:
         prompts: Texts to complete; the first held-out rows when left out, else the first training rows, and these only
@@ -92,41 +96,44 @@ class Samples(L.Callback):
         self.last: list[dict[str, str]] = []
         self._file = SampleFile()
         self._chosen: list[tuple[list[int], str]] | None = None
-        self._written = -1
+        self._sampled_step = -1
 
     @rank_zero_only
-    def on_train_start(self, trainer: Any, pl_module: Any) -> None:
+    def on_train_start(self, trainer: Any, pl_module: RunModule) -> None:
         """Writes what the model says before the first update."""
+        if not pl_module.generates and self.rows:
+            self.rows = 0
+            say_why_not("samples", pl_module)
         self._file.open(trainer)
         if trainer.global_step == 0:
             self._write(trainer, pl_module)
         else:
-            self._written = trainer.global_step
+            self._sampled_step = trainer.global_step
 
     @rank_zero_only
-    def on_validation_epoch_end(self, trainer: Any, pl_module: Any) -> None:
+    def on_validation_epoch_end(self, trainer: Any, pl_module: RunModule) -> None:
         """Writes what the model says now."""
         if trainer.state.fn == "fit" and not trainer.sanity_checking:
             self._write(trainer, pl_module)
 
     @rank_zero_only
-    def on_train_end(self, trainer: Any, pl_module: Any) -> None:
+    def on_train_end(self, trainer: Any, pl_module: RunModule) -> None:
         """Writes what the model says in the end, unless a validation has just done so."""
         self._write(trainer, pl_module)
 
-    def _write(self, trainer: Any, pl_module: Any) -> None:
+    def _write(self, trainer: Any, pl_module: RunModule) -> None:
         step = trainer.global_step
-        if step == self._written or self.rows < 1 or trainer.fast_dev_run:
+        if step == self._sampled_step or self.rows < 1 or trainer.fast_dev_run:
             return
-        self._written = step
+        self._sampled_step = step
+        data: RunData = trainer.datamodule
         try:
             if not (chosen := self._choose(trainer, pl_module)):
                 return
-            with working(f"writing {len(chosen)} samples"), as_it_was(trainer, pl_module):
-                data, prompts = trainer.datamodule, [ids for ids, _ in chosen]
-                hf = pl_module.causal_lm.hf
+            with working(f"writing {len(chosen)} samples"), generation(trainer, pl_module):
+                hf, prompts = pl_module.causal_lm.hf, [ids for ids, _ in chosen]
                 texts = complete(hf, data.tokenizer, prompts, stop=data.stop_tokens, **self.settings)
-        except Exception as error:  # a look at the model is not worth the run
+        except Exception as error:  # whatever goes wrong with samples must not end the run
             self.rows = 0
             sys.stderr.write(f"no samples are written: {' '.join(str(error).split()) or type(error).__name__}\n")
             return
@@ -135,56 +142,65 @@ class Samples(L.Callback):
             for (ids, reference), text in zip(chosen, texts, strict=True)
         ]
         self._file.write(step, self.last)
-        told = [readable(data.tokenizer, ids) for ids, _ in chosen]
-        sys.stderr.write(shown(step, list(zip(told, texts, strict=True))))
+        readable_prompts = [readable(data.tokenizer, ids) for ids, _ in chosen]
+        sys.stderr.write(shown(step, list(zip(readable_prompts, texts, strict=True))))
 
-    def _choose(self, trainer: Any, pl_module: Any) -> list[tuple[list[int], str]]:
-        """The prompts and what they go on with in the data: those of the first time, at any time."""
+    def _choose(self, trainer: Any, pl_module: RunModule) -> list[tuple[list[int], str]]:
+        """The prompts, and how each goes on in the data; the same ones every time.
+
+        Raises:
+            ValueError: there can be no samples; says why.
+        """
         if sharded(trainer, pl_module):
-            raise ValueError("the weights are shared out over the ranks; export a checkpoint, and sample from that")
+            raise ValueError("the weights are sharded; export a checkpoint, and sample from that")
         if self._chosen is None:
-            data = trainer.datamodule
+            data: RunData = trainer.datamodule
             if self.prompts is not None:
                 encoded = (data.tokenizer.encode(prompt, add_special_tokens=False) for prompt in self.prompts)
                 self._chosen = [(ids, "") for ids in encoded]
             else:
-                split = "validation" if data.sources.get("validation") is not None else "train"
-                if split == "train" and getattr(data, "streaming", False):
-                    raise ValueError("no rows are held out, and those to train on are streamed; set samples.prompts")
-                fit = (
-                    row for row in itertools.islice(data.prompts(split), LOOKED_AT) if self._has_room(row, pl_module)
-                )
-                self._chosen = list(itertools.islice(fit, self.rows))
+                split = "validation" if data.sources["validation"] is not None else "train"
+                if split == "train" and data.streaming:
+                    raise ValueError("no rows are held out, and the training rows are streamed; set samples.prompts")
+                candidates = itertools.islice(data.prompts(split), CANDIDATES)
+                fitting = (row for row in candidates if self._has_room(row, pl_module))
+                self._chosen = list(itertools.islice(fitting, self.rows))
         return self._chosen
 
-    def _has_room(self, row: tuple[list[int], str], pl_module: Any) -> bool:
-        """Whether a model that has learned a vector for each position has enough of them."""
+    def _has_room(self, row: tuple[list[int], str], pl_module: RunModule) -> bool:
+        """Whether prompt and completion fit into the model's positions, where it has a fixed number."""
         positions = getattr(pl_module.causal_lm.base.config.get_text_config(), "max_position_embeddings", None)
         return bool(row[0]) and len(row[0]) + self.settings["max_new_tokens"] <= (positions or float("inf"))
 
 
-def sharded(trainer: Any, pl_module: Any) -> bool:
-    """Whether no rank has all the weights, so that none can write by itself."""
+@rank_zero_only
+def say_why_not(what: str, pl_module: RunModule) -> None:
+    """Says in a line that something is left out because the model completes no prompts."""
+    sys.stderr.write(f"no {what} are written: {type(pl_module).__name__} does not complete prompts\n")
+
+
+def sharded(trainer: Any, pl_module: RunModule) -> bool:
+    """Whether no rank has all the weights, so that none can generate by itself."""
     from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
 
-    return pl_module._is_sharded or isinstance(
-        trainer.strategy, DeepSpeedStrategy | FSDPStrategy | ModelParallelStrategy
-    )
+    # these shard what is not a DTensor, or only while the model runs
+    strategies = DeepSpeedStrategy | FSDPStrategy | ModelParallelStrategy
+    return isinstance(trainer.strategy, strategies) or is_sharded(pl_module.causal_lm)
 
 
 @contextlib.contextmanager
-def as_it_was(trainer: Any, pl_module: Any) -> Iterator[None]:
-    """For generation amid training: the run's precision, and its generators as they were afterwards.
+def generation(trainer: Any, pl_module: RunModule) -> Iterator[None]:
+    """For generation during training: in the run's precision, and the random state is restored afterwards.
 
-    Compiled layers run as they were written: each length would else be compiled anew, until torch gives it up for
-    training as well. Nothing that is made inside and kept is an inference tensor, which could not be trained with.
+    Compiled layers run uncompiled: else torch would compile each length anew, and soon give up compiling, for training
+    too. Inference mode is off: what is created here and kept, such as a cached mask, could not be trained with.
     """
     state = rng_state()
-    with contextlib.ExitStack() as around:
-        if getattr(pl_module, "compile_layers", False):
-            around.enter_context(torch.compiler.set_stance("force_eager"))
-        around.enter_context(torch.inference_mode(False))
-        around.enter_context(trainer.precision_plugin.forward_context())
+    with contextlib.ExitStack() as contexts:
+        if pl_module.compile_layers:
+            contexts.enter_context(torch.compiler.set_stance("force_eager"))
+        contexts.enter_context(torch.inference_mode(False))
+        contexts.enter_context(trainer.precision_plugin.forward_context())
         try:
             yield
         finally:
@@ -192,9 +208,9 @@ def as_it_was(trainer: Any, pl_module: Any) -> Iterator[None]:
 
 
 def shown(step: int, samples: list[tuple[str, str]]) -> str:
-    """Prompts and completions for the terminal: the end of each prompt, and the beginning of what follows.
+    """Prompts and completions for the terminal: the end of each prompt, and the beginning of the completion.
 
-    What a model writes can't drive the terminal: control characters are written as symbols.
+    Control characters are written as symbols, so that a model can't drive the terminal.
     """
     width = min(WIDTH, (terminal_width() or WIDTH) - 1)
     lines = [f"step {step}  samples"]
@@ -218,5 +234,5 @@ def readable(tokenizer: Any, prompt: list[int]) -> str:
 
 
 def printable(text: str) -> str:
-    """A text in one line that can't drive a terminal: line ends as `⏎`, tabs as `⇥`, control characters by name."""
+    """A text in one line: line ends as `⏎`, tabs as `⇥`, control characters by name."""
     return visible(text).replace("\n", "⏎").replace("\t", "⇥")

@@ -1,4 +1,4 @@
-"""The first lines of a run: what is trained, on what, with which loss, where it goes."""
+"""The first lines of a run: what is trained, on what, with which loss, and where the run's folder is."""
 
 import inspect
 import sys
@@ -7,26 +7,29 @@ from typing import Any
 
 import lightning as L
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
+from torch.optim import Optimizer
 
 from oumi_pl.callbacks.figures import short
-from oumi_pl.callbacks.run_folder import RunFolder
+from oumi_pl.callbacks.run_folder import run_directory
+from oumi_pl.data.sources import as_sources
+from oumi_pl.losses.preference import WeightedSum
 from oumi_pl.runs import folders
 from oumi_pl.terminal.progress import styled, terminal_width, wrapped
+from oumi_pl.types import RunData, RunModule
 
 LABEL = 12
-"""Columns of the names at the left."""
+"""Columns of the labels at the left."""
 
 
 class Start(L.Callback):
     """Prints model, data, loss, optimizer and steps before the first update."""
 
     @rank_zero_only
-    def on_train_start(self, trainer: Any, pl_module: Any) -> None:
+    def on_train_start(self, trainer: Any, pl_module: RunModule) -> None:
         """Prints."""
-        first, *rest = list(lines(trainer, pl_module))
         width = terminal_width()
-        text = [styled(wrapped(first, width, "  "), "bold")]
-        for label, value in rest:
+        text = [styled(wrapped(headline(trainer, pl_module), width, "  "), "bold")]
+        for label, value in lines(trainer, pl_module):
             if width is None:
                 text.append(f"{label}: {value}" if label else value)
             else:
@@ -35,56 +38,69 @@ class Start(L.Callback):
         sys.stderr.flush()
 
 
-def lines(trainer: Any, pl_module: Any) -> Iterator[Any]:
-    """The first line, and then pairs of a name and what there is to say."""
-    data = trainer.datamodule
-    folder = next((c.directory for c in trainer.callbacks if isinstance(c, RunFolder)), None)
-    base, loss = pl_module.causal_lm.base, getattr(pl_module, "loss", None)
-    everything = sum(p.numel() for p in pl_module.parameters())
-    model = pl_module.model_name or f"a new {type(base).__name__}"
-    source = _sources(data, "train")
-    named = f", loss {type(loss).__name__}" if loss is not None else ""
-    yield (
-        f"{type(pl_module).__name__} of {model} ({short(everything)} parameters) on {source}{named} -> "
-        f"{folder or 'nowhere'}"
-    )
-    yield "model", _model(pl_module, everything)
-    if loss is not None:
-        yield "loss", described(loss)
-    for note in getattr(pl_module, "notes", ()):
-        name, colon, rest = note.partition(": ")
-        yield (name, rest) if colon and len(name) < LABEL and " " not in name else ("", note)
-    for split, report in data.report().items():
-        yield split, summary(report)
-    for name in getattr(data, "streamed", ()):
-        yield "train", f"{name}, tokenized while it is streamed"
-    if (template := getattr(data, "template", None)) is not None:
+def headline(trainer: Any, pl_module: RunModule) -> str:
+    """The first line: the whole run in short."""
+    data: RunData = trainer.datamodule
+    sources: Any = data.sources["train"]
+    names = [source.path for source in as_sources(sources)]
+    source = names[0] if len(names) == 1 else f"a mixture of {len(names)} sources"
+    model = pl_module.model_name or f"a new {type(pl_module.causal_lm.base).__name__}"
+    parameters = short(sum(p.numel() for p in pl_module.parameters()))
+    loss = "" if pl_module.loss is None else f", loss {type(pl_module.loss).__name__}"
+    folder = run_directory(trainer) or "nowhere"
+    return f"{type(pl_module).__name__} of {model} ({parameters} parameters) on {source}{loss} -> {folder}"
+
+
+def lines(trainer: Any, pl_module: RunModule) -> Iterator[tuple[str, str]]:
+    """The other lines: a label, which may be empty, and a text."""
+    data: RunData = trainer.datamodule
+    yield "model", _model(pl_module)
+    if pl_module.loss is not None:
+        yield "loss", described(pl_module.loss)
+    yield from map(labelled, pl_module.notes)
+    yield from data_lines(data, data.report())
+    if data.template is not None:
         added = f", {len(data.added_tokens)} tokens added" if data.added_tokens else ""
-        yield "template", f"{template.source}, for rows with turns{added}"
+        yield "template", f"{data.template.source}, for rows with turns{added}"
     yield "optimizer", _optimizer(trainer.optimizers[0])
-    devices = f"{trainer.world_size} x {pl_module.device.type}"
-    yield "device", f"{devices}, precision {trainer.precision}"
+    yield "device", f"{trainer.world_size} x {pl_module.device.type}, precision {trainer.precision}"
     yield "steps", _steps(trainer, pl_module)
 
 
-def _model(pl_module: Any, everything: int) -> str:
-    trained = sum(p.numel() for p in pl_module.parameters() if p.requires_grad)
+def labelled(note: str) -> tuple[str, str]:
+    """A note as label and text: `reference: a frozen copy` has a label, others have an empty one."""
+    name, colon, rest = note.partition(": ")
+    return (name, rest) if colon and len(name) < LABEL and " " not in name else ("", note)
+
+
+def data_lines(data: RunData, report: dict[str, Any]) -> Iterator[tuple[str, str]]:
+    """What became of the rows of each split, as its data report says, and which sources are streamed."""
+    for split, described_split in report.items():
+        yield split, summary(described_split)
+    for name in data.streamed:
+        yield "train", f"{name}, tokenized while it is streamed"
+
+
+def _model(pl_module: RunModule) -> str:
+    parameters = list(pl_module.parameters())
+    total = sum(p.numel() for p in parameters)
+    trained = sum(p.numel() for p in parameters if p.requires_grad)
     weights = f"weights of {pl_module.model_name}" if pl_module.model_name else "random weights"
     share = f"all {trained:,} parameters are trained"
-    if trained < everything:
+    if trained < total:
         how = "as adapters (LoRA)" if pl_module.lora is not None else "the others are frozen"
-        share = f"{trained:,} of {everything:,} parameters are trained ({trained / everything:.2%}), {how}"
+        share = f"{trained:,} of {total:,} parameters are trained ({trained / total:.2%}), {how}"
     return f"{type(pl_module.causal_lm.base).__name__}, {weights}; {share}"
 
 
 def described(loss: Any) -> str:
-    """A loss and the first sentence of what it says of itself."""
+    """A loss and the first sentence of its documentation."""
     says = (inspect.getdoc(type(loss)) or "").partition("\n\n")[0].replace("\n", " ")
-    parts = ", ".join(type(part).__name__ for part in getattr(loss, "losses", ()))
+    parts = ", ".join(type(part).__name__ for part in loss.losses) if isinstance(loss, WeightedSum) else ""
     return f"{type(loss).__name__}{f' of {parts}' if parts else ''}{f': {says}' if says else ''}"
 
 
-def _optimizer(optimizer: Any) -> str:
+def _optimizer(optimizer: Optimizer) -> str:
     rates = {group["initial_lr"] for group in optimizer.param_groups}
     lr = f"lr {min(rates):g}" + (f" to {max(rates):g}" if len(rates) > 1 else "")
     decays: dict[float, int] = {}
@@ -95,28 +111,15 @@ def _optimizer(optimizer: Any) -> str:
     return f"{type(optimizer).__name__}, {lr}, weight decay {decayed}"
 
 
-def unit(data: Any) -> str:
-    """What `data.batch_size` counts."""
-    if data.packing and hasattr(data, "plan"):  # without a plan, rows are filled whether documents are apart or not
-        return "pack"
-    return "pair" if data.gives == "pairs" else "row"
-
-
-def _steps(trainer: Any, pl_module: Any) -> str:
-    total, rows = pl_module.total_steps(), trainer.datamodule.layout.rows_per_update
-    what = unit(trainer.datamodule)
+def _steps(trainer: Any, pl_module: RunModule) -> str:
+    data: RunData = trainer.datamodule
+    total, rows = pl_module.total_steps(), data.layout.rows_per_update
+    unit = f"{data.row_name}{'s' if rows > 1 else ''}"
     resumed = f"; resumed at step {trainer.global_step:,}" if trainer.global_step else ""
     return (
-        f"{total:,} update{'s' if total > 1 else ''} of {rows:,} {what}{'s' if rows > 1 else ''} each{resumed}; the "
+        f"{total:,} update{'s' if total > 1 else ''} of {rows:,} {unit} each{resumed}; the "
         f"loss shown from here on is the mean of the last {folders.RECENT} updates"
     )
-
-
-def _sources(data: Any, split: str) -> str:
-    found = getattr(data, "sources", {}).get(split)
-    found = found if isinstance(found, list) else [found]
-    names = [str(getattr(source, "path", source)) for source in found]
-    return names[0] if len(names) == 1 else f"a mixture of {len(names)} sources"
 
 
 def summary(report: dict[str, Any]) -> str:
@@ -138,7 +141,8 @@ def summary(report: dict[str, Any]) -> str:
         parts.append(f"length {lengths['p0']:,}")
     elif lengths:
         parts.append(f"length {lengths['p0']}/{lengths['p50']}/{lengths['p100']} (min/median/max)")
-    parts.append(f"fill {report['fill']:.1%}" if "fill" in report else f"padding {report['padding']:.1%}")
+    if "fill" in report:
+        parts.append(f"fill {report['fill']:.1%}")
     if "saved_by_sharing" in report:
         parts.append(f"{report['saved_by_sharing']:.1%} of the tokens saved where prompts are shared")
     return ", ".join(parts)

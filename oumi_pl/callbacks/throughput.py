@@ -8,8 +8,11 @@ from typing import Any
 import lightning as L
 import torch
 
+from oumi_pl.models.lm import LM
+from oumi_pl.types import RunModule
+
 # Dense bf16 tensor-core peaks in TFLOP/s, from the vendors' data sheets, without sparsity. The first name that occurs
-# in the device's name counts, so more specific names come first.
+# in the device's name is taken, so more specific names come first.
 PEAK_TFLOPS = {
     "GB300": 2500,
     "GB200": 2500,
@@ -44,14 +47,14 @@ PEAK_TFLOPS = {
 
 
 def peak_flops(device: torch.device) -> float | None:
-    """Peak dense bf16 FLOP/s of a device; None if it is not a GPU that the table knows."""
+    """Peak dense bf16 FLOP/s of a device; None if it is not a GPU in the table."""
     if device.type != "cuda":
         return None
     name = torch.cuda.get_device_name(device)
     return next((tflops * 1e12 for known, tflops in PEAK_TFLOPS.items() if known in name), None)
 
 
-def flops_per_token(model: Any) -> float:
+def flops_per_token(model: LM) -> float:
     """Model FLOPs of forward and backward per token, without recomputation and without attention scores.
 
     2 per parameter forward, 2 backward to the activations, 2 for the gradients of trainable weights (Kaplan et al.
@@ -64,25 +67,25 @@ def flops_per_token(model: Any) -> float:
 
 
 class Throughput(L.Callback):
-    """Logs how fast and how full the updates are. Reads the module's counts, which are sums over all ranks."""
+    """Logs the speed, padding and memory of updates, from the module's counts, which are sums over all ranks."""
 
     def __init__(self) -> None:
         self._last = 0.0
         self._flops_per_token: float | None = None
         self._peak: float | None = None
 
-    def on_train_start(self, trainer: L.Trainer, pl_module: Any) -> None:
+    def on_train_start(self, trainer: Any, pl_module: RunModule) -> None:
         """Starts the clock."""
         self._peak = peak_flops(pl_module.device)
         if self._peak is not None:
             self._flops_per_token = flops_per_token(pl_module.causal_lm)
         self._last = time.perf_counter()
 
-    def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+    def on_validation_end(self, trainer: Any, pl_module: RunModule) -> None:
         """Leaves validation out of the time."""
         self._last = time.perf_counter()
 
-    def on_train_batch_end(self, trainer: L.Trainer, pl_module: Any, *_: Any) -> None:
+    def on_train_batch_end(self, trainer: Any, pl_module: RunModule, *_: Any) -> None:
         """Logs the update that has just ended."""
         if trainer.fit_loop._should_accumulate():
             return
@@ -94,8 +97,8 @@ class Throughput(L.Callback):
             "train/padding": 1 - counts["tokens"] / max(1, counts["positions"]),
             "train/peak_memory_gb": peak_memory(pl_module.device) / 1e9,
         }
-        if "pairs" in counts:
-            metrics["train/pairs_per_second"] = counts["pairs"] / seconds
+        if pl_module.unit == "rows":
+            metrics["train/rows_per_second"] = counts["rows"] / seconds
         if self._peak is not None and self._flops_per_token is not None:
             flops = counts["tokens"] * self._flops_per_token / seconds
             metrics["train/mfu"] = flops / (self._peak * trainer.world_size)

@@ -1,4 +1,4 @@
-"""TensorBoard, Weights & Biases, MLflow: what a run tells them beside its metrics."""
+"""TensorBoard, Weights & Biases, MLflow: what they get besides the metrics."""
 
 import sys
 from collections.abc import Sequence
@@ -9,8 +9,10 @@ import lightning as L
 import yaml
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
 
+from oumi_pl.callbacks import find
 from oumi_pl.callbacks.run_folder import RunFolder
 from oumi_pl.runs import folders, loggers
+from oumi_pl.types import RunModule
 
 AT_START = (folders.CONFIG, folders.RECIPE, "data.json")
 AT_END = ("curves.png", "report.html")
@@ -19,10 +21,10 @@ RESULTS = ("train/loss", "val/loss", "val/nll", "val/mean_token_accuracy", "val/
 
 
 class Tracking(L.Callback):
-    """Adds loggers once the run has its folder; gives all of them config and data report, at the end the pictures.
+    """Adds loggers once the run has its folder; logs config and data report to them, and at the end the pictures.
 
-    Comes after the callbacks that make these. Before the folder is made nothing is written, so that a mistake leaves
-    nothing behind. A resumed run goes on in the same place.
+    Has to come after the callbacks that write these files. Nothing is logged before the folder exists, so that a
+    mistake in the recipe leaves nothing behind. A resumed run continues the runs of its loggers.
 
     Args:
         names: Loggers to add to those of the trainer: `tensorboard`, `wandb`, `mlflow`.
@@ -37,9 +39,9 @@ class Tracking(L.Callback):
         _refuse_unusable(names)
 
     @rank_zero_only
-    def on_train_start(self, trainer: Any, pl_module: Any) -> None:
-        """Adds the loggers, and gives them what is known."""
-        folder = _folder(trainer)
+    def on_train_start(self, trainer: Any, pl_module: RunModule) -> None:
+        """Adds the loggers, and logs the config and the files that exist at the start."""
+        folder = find(trainer, RunFolder)
         if folder is None or folder.directory is None:
             return
         run = folder.directory
@@ -49,11 +51,11 @@ class Tracking(L.Callback):
             logger, where = loggers.make(name, run, trainer.global_step, earlier)
             self.added.append(logger)
             kept |= {name: own} if (own := loggers.own_id(logger)) else {}
-            print(f"{name:<11} {where}", file=sys.stderr)  # under the lines of `Start`
+            print(f"{name:<11} {where}", file=sys.stderr)  # aligned with the lines of `Start`
         folders.write_state(run, loggers=kept)
         trainer.loggers = [*trainer.loggers, *self.added]
         config, row = yaml.safe_load(folder.config), dict(folder._row or {})
-        if step := row.pop("step", None):  # of a checkpoint: the run may have been stopped before it was logged
+        if step := row.pop("step", None):  # the checkpoint's row: the run may have stopped before it was logged
             for logger in self.added:
                 logger.log_metrics(loggers.not_logged(logger, row, step), step)
         for logger in trainer.loggers:
@@ -61,28 +63,28 @@ class Tracking(L.Callback):
         self._log_files(trainer, run, AT_START)
 
     @rank_zero_only
-    def on_fit_end(self, trainer: Any, pl_module: Any) -> None:
-        """Gives them the pictures, which are there now."""
+    def on_fit_end(self, trainer: Any, pl_module: RunModule) -> None:
+        """Logs the pictures, which exist by now."""
         self._end(trainer, success=True)
 
     @rank_zero_only
-    def on_exception(self, trainer: Any, pl_module: Any, exception: BaseException) -> None:
-        """The same for a run that was stopped or failed."""
+    def on_exception(self, trainer: Any, pl_module: RunModule, exception: BaseException) -> None:
+        """Logs them for a run that was stopped or failed."""
         self._end(trainer, success=False)
 
     def _end(self, trainer: Any, success: bool) -> None:
-        folder = _folder(trainer)
+        folder = find(trainer, RunFolder)
         if folder is None or folder.directory is None:
             return
         try:
-            found = trainer.callback_metrics
-            metrics = {name: float(found[name]) for name in RESULTS if name in found}
+            logged = trainer.callback_metrics
+            metrics = {name: float(logged[name]) for name in RESULTS if name in logged}
             for logger in trainer.loggers:
                 loggers.log_results(logger, yaml.safe_load(folder.config), metrics, trainer.global_step)
             self._log_files(trainer, folder.directory, AT_END)
             for logger in self.added:
                 loggers.finish(logger, success)
-        except Exception as error:  # of a server; the run itself is whole
+        except Exception as error:  # from a server, for example; the run itself is complete
             print(f"warning: {', '.join(self.names)} did not get the pictures: {error}", file=sys.stderr)
 
     def _log_files(self, trainer: Any, run: Path, names: Sequence[str]) -> None:
@@ -94,7 +96,3 @@ class Tracking(L.Callback):
 @rank_zero_only
 def _refuse_unusable(names: Sequence[str]) -> None:
     loggers.refuse_unusable(names)
-
-
-def _folder(trainer: Any) -> RunFolder | None:
-    return next((c for c in trainer.callbacks if isinstance(c, RunFolder)), None)

@@ -1,4 +1,4 @@
-"""What counting bytes achieves: a baseline that a pretrained model has to beat, whatever its tokenizer."""
+"""A trigram model of bytes: a baseline that a pretrained model has to beat, whatever its tokenizer."""
 
 import itertools
 import math
@@ -9,13 +9,17 @@ import lightning as L
 import numpy as np
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
 
+from oumi_pl.data.pretrain import PretrainData
+from oumi_pl.errors import UserError
+from oumi_pl.types import RunModule
+
 
 class TrigramBytes:
     """Predicts a byte from the two before it, backing off to one and none by Witten-Bell interpolation.
 
     `p(c | ab) = (n(abc) + t(ab) p(c | b)) / (n(ab) + t(ab))`, where `n` counts occurrences in the training text and `t`
-    the different bytes seen after a context; likewise for shorter contexts, down to all 256 bytes alike (Witten and
-    Bell 1991; Chen and Goodman 1999, section 2.5). Holds 256^3 counts: 64 MiB.
+    the different bytes seen after a context; likewise for shorter contexts, down to a uniform distribution over all 256
+    bytes (Witten and Bell 1991; Chen and Goodman 1999, section 2.5). Holds 256^3 counts: 64 MiB.
 
     Args:
         texts: The training documents, UTF-8. Contexts do not cross from one to the next.
@@ -29,17 +33,16 @@ class TrigramBytes:
                 np.add.at(counts, _grams(codes, order), 1)
 
     def bits(self, text: bytes) -> float:
-        """Bits that the model needs for a document, all bytes together."""
+        """Bits that the model needs for all bytes of a document."""
         codes = np.frombuffer(text, dtype=np.uint8)
         p = np.full(len(codes), 1 / 256)
         for order, counts in enumerate(self.counts, 1):
             grams = _grams(codes, order)
             context = grams[:-1]
-            followed = counts.sum(-1, dtype=np.int64)[context]
-            kinds = np.count_nonzero(counts, axis=-1)[context]
-            weight = followed + kinds
+            n = counts.sum(-1, dtype=np.int64)[context]
+            t = np.count_nonzero(counts, axis=-1)[context]
             lower = p[order - 1 :]
-            p[order - 1 :] = np.where(weight > 0, (counts[grams] + kinds * lower) / np.maximum(1, weight), lower)
+            p[order - 1 :] = np.where(n + t > 0, (counts[grams] + t * lower) / np.maximum(1, n + t), lower)
         return float(-np.log2(p).sum())
 
 
@@ -50,7 +53,7 @@ def _grams(codes: np.ndarray, order: int) -> tuple[np.ndarray, ...]:
 
 
 class TrigramBaseline(L.Callback):
-    """Fits a trigram model of bytes on the training text, and shows its bits per byte beside the model's.
+    """Fits a trigram model of bytes to the training text, and prints its bits per byte beside those of the model.
 
     Args:
         max_bytes: Bytes of training text to count, and of held-out text to score.
@@ -62,25 +65,36 @@ class TrigramBaseline(L.Callback):
         self.max_bytes = max_bytes
         self.bits_per_byte = math.nan
 
+    def setup(self, trainer: Any, pl_module: RunModule, stage: str) -> None:
+        """Checks that there are documents to count the bytes of.
+
+        Raises:
+            UserError: the data are of another kind.
+        """
+        data = trainer.datamodule
+        if not isinstance(data, PretrainData):
+            raise UserError(f"TrigramBaseline: reads documents, and {type(data).__name__} has none; leave it out")
+
     @rank_zero_only
-    def on_train_start(self, trainer: Any, pl_module: Any) -> None:
+    def on_train_start(self, trainer: Any, pl_module: RunModule) -> None:
         """Fits and scores."""
-        model = TrigramBytes(self._texts(trainer, "train"))
+        data: PretrainData = trainer.datamodule
+        model = TrigramBytes(self._texts(data, "train"))
         bits, size = 0.0, 0
-        for text in self._texts(trainer, "validation"):
+        for text in self._texts(data, "validation"):
             bits, size = bits + model.bits(text), size + len(text)
         self.bits_per_byte = bits / max(1, size)
         print(f"a trigram model of bytes: {self.bits_per_byte:.3f} bits per byte of held-out text")
 
     @rank_zero_only
-    def on_train_end(self, trainer: Any, pl_module: Any) -> None:
-        """Shows both."""
+    def on_train_end(self, trainer: Any, pl_module: RunModule) -> None:
+        """Prints both."""
         own = float(trainer.callback_metrics.get("val/bits_per_byte", math.nan))
         print(f"bits per byte of held-out text: {own:.3f} (a trigram model of bytes: {self.bits_per_byte:.3f})")
 
-    def _texts(self, trainer: Any, split: str) -> Iterable[bytes]:
+    def _texts(self, data: PretrainData, split: str) -> Iterable[bytes]:
         left = self.max_bytes
-        for text in itertools.chain.from_iterable(part.texts() for part in trainer.datamodule.parts(split)):
+        for text in itertools.chain.from_iterable(part.texts() for part in data.parts(split)):
             piece = text.encode()[:left]
             left -= len(piece)
             yield piece

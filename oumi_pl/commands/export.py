@@ -70,10 +70,10 @@ def built(checkpoint: Path) -> tuple[Any, Any, dict[str, Any], dict[str, Any]]:
     module, data = instantiate(copy.deepcopy(config))  # parsing changes it in place
     data.tokenizer_spec = data.tokenizer_spec or module.model_name
     module.quantization = None  # only saves memory in training: adapters belong to the base in full precision
-    module.model = module.build(data.tokenizer, data.added_tokens, branching=None)
+    model = module.assemble(data.tokenizer, data.added_tokens, branching=None)
     module.load_weights(content["state_dict"])
     if module.lora is None:  # trained in bfloat16 (`precision: bf16-true`), and in bfloat16 from here on
-        module.model.to(next(iter(content["state_dict"].values())).dtype)
+        model.to(next(iter(content["state_dict"].values())).dtype)
     return module, data, config, content
 
 

@@ -1,4 +1,4 @@
-"""`generate`: completions of prompts by a model folder, or by a checkpoint as it is."""
+"""`generate`: completes prompts with an exported model, or directly with a checkpoint."""
 
 import argparse
 import json
@@ -11,17 +11,17 @@ from oumi_pl.errors import UserError
 from oumi_pl.terminal.screen import has_colours, meanwhile, visible
 
 LONGEST = 256
-"""Tokens of a completion, unless told otherwise."""
+"""Most tokens of a completion, by default."""
 
 
 class Loaded(NamedTuple):
-    """What completions are made with."""
+    """What completes the prompts."""
 
     model: Any
     """A Hugging Face model."""
     tokenizer: Any
     stop: list[int]
-    """Ids that end a completion, besides the model's own and EOS."""
+    """Ids that end a completion, besides EOS and those that the model itself ends with."""
 
 
 def main(args: list[str]) -> int:
@@ -60,7 +60,7 @@ def main(args: list[str]) -> int:
                 **sampling,
             )
         except KeyboardInterrupt:
-            print()  # what is there of the completion stays on its line
+            print()  # ends the line of the unfinished completion
             raise
         if options.json:
             print(json.dumps({"prompt": prompt, "completion": answers[0]}, ensure_ascii=False), flush=True)
@@ -89,7 +89,7 @@ def from_folder(name: str, trust_remote_code: bool = False) -> Loaded:
     from transformers import AutoModelForCausalLM, AutoTokenizer
     from transformers.utils import logging
 
-    logging.set_verbosity_error()  # of what is missing we tell ourselves
+    logging.set_verbosity_error()  # missing weights are reported below
     try:
         tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code)
         load: Any = AutoModelForCausalLM.from_pretrained
@@ -106,15 +106,18 @@ def from_folder(name: str, trust_remote_code: bool = False) -> Loaded:
 
 
 def from_checkpoint(path: Path) -> Loaded:
-    """The model of a checkpoint file, or of the best, else the newest one in a run folder.
+    """The model of a checkpoint file; of a run folder, that of its best checkpoint, else of its newest.
 
     Raises:
-        UserError: it can't be read, or what it is built on can't be loaded.
+        UserError: it can't be read, what it is built on can't be loaded, or it does not complete prompts.
     """
     from oumi_pl.commands.export import built, find
 
-    module, data, _, _ = built(find(path))
-    return Loaded(module.causal_lm.hf, data.tokenizer, list(getattr(data, "stop_tokens", ())))
+    checkpoint = find(path)
+    module, data, _, _ = built(checkpoint)
+    if not module.generates:
+        raise UserError(f"--checkpoint: {checkpoint} is of {type(module).__name__}, which does not complete prompts")
+    return Loaded(module.causal_lm.hf, data.tokenizer, data.stop_tokens)
 
 
 def is_chat(tokenizer: Any, raw: bool) -> bool:
@@ -123,7 +126,7 @@ def is_chat(tokenizer: Any, raw: bool) -> bool:
 
 
 def prompt_ids(tokenizer: Any, prompt: str, system: str | None = None, raw: bool = False) -> list[int]:
-    """The ids of a prompt: a user's turn in the tokenizer's chat template, if it has one, else the text as it stands.
+    """The ids of a prompt: a user's turn in the tokenizer's chat template, if it has one, else the plain text.
 
     Raises:
         UserError: the template refuses it, or there is none and `system` asks for one.
@@ -143,7 +146,7 @@ def prompt_ids(tokenizer: Any, prompt: str, system: str | None = None, raw: bool
     except TemplateError as error:
         raise UserError(f"the chat template refuses this prompt: {error}; --raw does without it") from error
     ids = list(tokenizer(text, add_special_tokens=False)["input_ids"])
-    # as in a training row, which begins with it whether the template writes it or not
+    # a training row begins with BOS whether the template writes it or not
     lacks_bos = adds_bos(tokenizer) and ids[:1] != [tokenizer.bos_token_id]
     return [tokenizer.bos_token_id, *ids] if lacks_bos else ids
 
@@ -157,14 +160,18 @@ def _write(text: str) -> None:
 
 
 def _options(args: list[str]) -> argparse.Namespace:
-    """The command line, with what can be known to be wrong refused."""
+    """Parses the command line.
+
+    Raises:
+        UserError: options are out of range, or contradict each other.
+    """
     parser = Parser("generate", __doc__)
     parser.add_argument("--model", metavar="DIR", help="a model folder, a LoRA adapter's too, or a name on the hub")
     parser.add_argument("--checkpoint", type=Path, metavar="FILE", help="a .ckpt file, or a run folder: its best")
     parser.add_argument("--prompt", action="append", default=[], metavar="TEXT", help="may be given several times")
     parser.add_argument("--file", metavar="FILE", help="a prompt per line; - is the standard input")
     parser.add_argument("--system", metavar="TEXT", help="the system turn before the prompt")
-    parser.add_argument("--raw", action="store_true", help="the prompt as it stands, without the chat template")
+    parser.add_argument("--raw", action="store_true", help="the plain prompt, without the chat template")
     parser.add_argument("--max_new_tokens", type=int, metavar="N", help=f"longest completion; {LONGEST}")
     parser.add_argument("--temperature", type=float, default=0.0, metavar="T", help="0, the default, is greedy")
     parser.add_argument("--top_p", type=float, metavar="P", help="sample from the likeliest tokens that make up P")
@@ -206,7 +213,11 @@ def _prompts(options: argparse.Namespace) -> list[str]:
 
 
 def _refuse_no_model(path: Path) -> None:
-    """Tells at once that something is no model folder, and where the model may be."""
+    """Checks that a path can be a model folder.
+
+    Raises:
+        UserError: it is something else; says where the model may be.
+    """
     if path.is_file():
         raise UserError(f"--model: {path} is a file; a checkpoint goes by --checkpoint {path}")
     if not path.is_dir():
@@ -221,7 +232,11 @@ def _refuse_no_model(path: Path) -> None:
 
 
 def _limit(model: Any, prompt: int, asked: int | None) -> int:
-    """The longest completion: what was asked for, as far as the model has positions for it."""
+    """Most tokens of a completion: as asked for, but no more than the model has positions for.
+
+    Raises:
+        UserError: the prompt alone has too many.
+    """
     positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     if positions is None:
         return asked or LONGEST

@@ -1,4 +1,4 @@
-"""`fit --help`, and `--help TOPIC`: the options of this project first, then whatever class or section is asked for.
+"""`fit --help`, and `--help TOPIC`: this project's options, or those of one section, place, class or option.
 
 All of it is read from signatures and docstrings, by the parser that reads the command line.
 """
@@ -10,17 +10,17 @@ import os
 import re
 import sys
 import textwrap
-from collections.abc import Iterable, Iterator
-from typing import Any, NamedTuple
+from collections.abc import Iterator, Mapping
+from typing import Any
 
 from oumi_pl.errors import UserError, nearest
 from oumi_pl.terminal.screen import has_colours
 
 WIDEST = 120
 COLUMN = 34
-"""Where docs begin, unless a name is longer."""
+"""Where descriptions begin, unless a name is longer."""
 LISTED = 8
-"""Classes of a place that are shown with all their arguments; of more, only what they are."""
+"""Up to so many classes of a place are shown with their arguments; of more, only a summary each."""
 OF_FIT = ("checkpoint", "export", "samples", "val_every", "max_tokens", "report", "logger", "engine")
 HIDDEN = {
     "fit": ("predictions",),
@@ -28,28 +28,22 @@ HIDDEN = {
     "test": (*OF_FIT, "predictions"),
     "predict": OF_FIT,
 }
-"""Options that a command takes, so that one recipe serves all, and does nothing with."""
+"""Options that a command accepts but ignores, so that one recipe serves all commands."""
 FOREIGN = ("builtins", "abc", "torch", "lightning", "transformers", "typing")
-"""Packages whose docstrings are of many styles: what the parser makes of them is taken."""
-TYPED = (
-    ("", "--config NAME|FILE", "A recipe, by name or path; several are merged, and the later wins."),
-    ("fit", "--resume [RUN]", "Go on with the last unfinished run of the recipe, or with this run folder."),
-    ("", "--ckpt_path FILE", "Checkpoint whose weights are taken; with fit, also where it stands."),
-    ("", "--seed_everything INT", "Seed of everything that is drawn (default: 42)."),
-    ("", "--print_config", "Print what would run, as a recipe, and stop."),
-)
-"""What is taken off the command line before the parser sees it, and what Lightning adds to it: for which command."""
-LAST = 3
-"""How many of these come after the project's."""
+"""Packages whose docstrings follow other styles: jsonargparse's reading of them is used."""
+FIRST = {
+    "config NAME|FILE": "A recipe, by name or path; several are merged, and the later wins.",
+    "resume [RUN]": "Resume the last unfinished run of the recipe, or this run folder.",
+}
+LAST = {
+    "ckpt_path FILE": "Checkpoint whose weights are used; with fit, training also continues from its step.",
+    "seed_everything INT": "Seed of every random number (default: 42).",
+    "print_config": "Print what would run, as a recipe, and stop.",
+}
+"""Options that are read before the parser, or that Lightning adds to it: shown before and after the project's own."""
 
-
-class Option(NamedTuple):
-    """One option: `--data.batch_size`, its type, what it is unless it is set, and what it does."""
-
-    name: str
-    kind: str
-    default: str
-    doc: str
+Options = dict[str, Any]
+"""By name (`data.batch_size`): a `check.Argument`, or only a description."""
 
 
 def main(command: str, topic: str = "") -> int:
@@ -60,66 +54,58 @@ def main(command: str, topic: str = "") -> int:
         topic: A section (`model`, `checkpoint`), a place of classes (`model.optimizer`), a class, or an option.
 
     Raises:
-        UserError: there is no such topic; offers the nearest.
+        UserError: if the topic is unknown; offers the nearest.
     """
-    lines = _of_topic(command, topic.lstrip("-")) if topic else _of_command(command)
-    print("\n".join(lines))
+    print("\n".join(_topic(command, topic.lstrip("-")) if topic else _command(command)))
     return 0
 
 
-def _of_command(command: str) -> Iterator[str]:
+def _command(command: str) -> Iterator[str]:
     """The project's own options by group, and what else there is to ask for."""
     yield f"usage: oumi_pl {command} --config NAME|FILE [--OPTION VALUE ...]"
-    for title, options in _own(command):
-        yield from _section(_titled(title), options)
-    yield from _heading("values of the recipe, by the path that they have in it")
-    for name in ("model", "data", "trainer"):
-        example = {"model": "model.optimizer.lr 3e-4", "data": "data.batch_size 8", "trainer": "trainer.max_steps 100"}
-        yield from _entry(f"  --{name}.KEY VALUE", f"--{example[name]}; all of them: oumi_pl {command} --help {name}")
+    groups = _groups(command)
+    for title, options in groups.values():
+        yield from _section(title, options)
+    yield from _heading("values of the recipe, by their path in it")
+    for name, example in {"model": "optimizer.lr 3e-4", "data": "batch_size 8", "trainer": "max_steps 100"}.items():
+        yield from _entry(f"--{name}.KEY VALUE", f"--{name}.{example}; all of them: oumi_pl {command} --help {name}")
     yield from _heading(f"oumi_pl {command} --help TOPIC")
-    places = ", ".join(sorted(place for place in _places() if "." in place))
-    yield from _entry(
-        "  a section", f"model, data, trainer, {', '.join(title for title, _ in _own(command) if title != 'the run')}"
-    )
-    yield from _entry("  a place of classes", places)
-    yield from _entry("  a class", "SFT, DPOData, Cosine, AdamW, ..., or one of your own: my_module.MyLoss")
-    yield from _entry("  an option", "data.batch_size")
-    yield from _entry("  all", "everything on one page, as the parser sees it")
+    yield from _entry("a section", ", ".join(["model", "data", "trainer", *(name for name in groups if name != "run")]))
+    yield from _entry("a place of classes", ", ".join(sorted(place for place in _places() if "." in place)))
+    yield from _entry("a class", "SFT, DPOData, Cosine, AdamW, ..., or one of your own: my_module.MyLoss")
+    yield from _entry("an option", "data.batch_size")
+    yield from _entry("all", "everything on one page, as the parser prints it")
 
 
-def _of_topic(command: str, topic: str) -> Iterator[str]:
-    """What a topic is about."""
-    groups, places = dict(_own(command)), _places()
+def _topic(command: str, topic: str) -> Iterator[str]:
+    groups, places = _groups(command), _places()
     if topic in groups:
-        yield from _section(_titled(topic), groups[topic])
-        return
-    if topic == "trainer":
-        from lightning.pytorch import Trainer
-
-        yield from _section("trainer: Lightning's Trainer", _arguments(Trainer, "trainer"))
+        yield from _section(*groups[topic])
         return
     if topic in places:
         yield from _place(topic, places[topic])
         return
-    if found := _class(topic, places):
-        place, cls = found
-        yield from _page(cls, place)
+    if class_and_place := _class(topic, places):
+        yield from _page(*class_and_place)
         return
-    options = [*((name, option) for name, group in groups.items() for option in group), *_values(topic, places)]
-    chosen: dict[Option, list[str]] = {}
-    for owner, option in options:
-        if option.name.split()[0] == f"--{topic}":
-            chosen.setdefault(option, []).append(owner)
-    for option, owners in chosen.items():
-        yield from _section(", ".join(owners), [option])
-    if not chosen:
-        known = {"trainer", "all", *groups, *places, *(name for classes in places.values() for name in classes)}
-        known |= {option.name[2:].split()[0] for _, option in options}
-        raise UserError(f"--help: there is no topic {topic!r}{nearest(topic, known)}")
+    owners = list(groups.items())
+    for place, classes in places.items():
+        if place.partition(".")[0] == topic.partition(".")[0]:
+            owners += [(name, ("", _arguments(cls, place))) for name, cls in classes.items()]
+    alike: dict[str, tuple[Any, list[str]]] = {}
+    for owner, (_, options) in owners:
+        if topic in options:
+            alike.setdefault(str(options[topic]), (options[topic], []))[1].append(owner)
+    for option, names in alike.values():
+        yield from _section(", ".join(names), {topic: option})
+    if not alike:
+        known = {"all", *groups, *places, *(name for classes in places.values() for name in classes)}
+        known |= {name.split()[0] for _, (_, options) in owners for name in options}
+        raise UserError(f"--help: unknown topic {topic!r}{nearest(topic, known)}")
 
 
-def _class(topic: str, places: dict[str, dict[str, type]]) -> tuple[str, type] | None:
-    """A class by its short name, or by the path of one that is not known yet, and where it may stand."""
+def _class(topic: str, places: dict[str, dict[str, type]]) -> tuple[type, str] | None:
+    """A class by its short name, or by the path of one that isn't imported yet, and its first place in a recipe."""
     module, _, name = topic.rpartition(".")
     if module and module not in places:
         try:
@@ -127,23 +113,24 @@ def _class(topic: str, places: dict[str, dict[str, type]]) -> tuple[str, type] |
         except ImportError:
             return None
         places = _places()
-    return next(((place, known[name]) for place, known in places.items() if name in known), None)
+    return next(((known[name], place) for place, known in places.items() if name in known), None)
 
 
 def _place(place: str, classes: dict[str, type]) -> Iterator[str]:
-    """The classes that may stand at a place: what they share once, then what each has of its own."""
+    """The classes of a place: the arguments of each, then those that all share."""
     if len(classes) > LISTED:
         yield from _heading(f"{place}: one of these; the arguments of one: --help NAME")
         for name, cls in sorted(classes.items()):
-            yield from _entry(f"  {name}", _summary(cls))
+            yield from _entry(name, _summary(cls))
         return
-    arguments = {name: _arguments(cls, place) for name, cls in classes.items()}
-    shared = []
+    arguments = {name: _arguments(cls, place).items() for name, cls in classes.items()}
+    shared: Options = {}
     if len(classes) > 1:
         yield from _heading(f"{place}: one of {', '.join(classes)}")
-        shared = [option for option in next(iter(arguments.values())) if all(option in a for a in arguments.values())]
+        first, *others = arguments.values()
+        shared = {name: option for name, option in first if all((name, option) in other for other in others)}
     for name, cls in classes.items():
-        own = [option for option in arguments[name] if option not in shared]
+        own = {key: option for key, option in arguments[name] if key not in shared}
         yield from _section(f"{name}: {_summary(cls)}", own)
     if shared:
         yield from _section("each of them", shared)
@@ -152,118 +139,76 @@ def _place(place: str, classes: dict[str, type]) -> Iterator[str]:
 def _page(cls: type, place: str) -> Iterator[str]:
     """A class: its docstring, and its arguments as options."""
     yield from _heading(f"{cls.__name__}, for {place}")
-    described = re.split(
-        r"\n\s*(?:Args|Arguments|Returns|Raises|Examples?|Note)\b|\n\s*\.\.", inspect.getdoc(cls) or ""
-    )
-    for paragraph in re.split(r"\n\s*\n", described[0].strip()):
+    ends = r"\n\s*(?:Args|Arguments|Returns|Raises|Examples?|Note)\b|\n\s*\.\."
+    for paragraph in re.split(r"\n\s*\n", re.split(ends, inspect.getdoc(cls) or "")[0].strip()):
         yield from textwrap.wrap(_plain(paragraph), _width())
-    options = _arguments(cls, place)
+    options, dashes = _arguments(cls, place), "--"
     if place.startswith("trainer."):  # a list of classes: an option does not say of which
-        options = [option._replace(name=option.name.rpartition(".")[2]) for option in options]
-        first = "".join(f"{option.name}: {option.default or '...'}" for option in options[:1])
+        options, dashes = {name.rpartition(".")[2]: option for name, option in options.items()}, ""
+        first = "".join(f"{name}: {_default(option.default) or '...'}" for name, option in list(options.items())[:1])
         yield ""
         yield f"in a recipe: {place}: [{{class_path: {cls.__name__}, init_args: {{{first}}}}}]"
-    yield from _section("arguments", options)
-
-
-def _titled(group: str) -> str:
-    """A group of options, and what the class that takes them does."""
-    from oumi_pl.config import cli
-
-    kind = {"checkpoint": "Checkpoints"}.get(group, group.capitalize())
-    return f"{group}: {_summary(getattr(cli, kind))}" if hasattr(cli, kind) else group
-
-
-def _places() -> dict[str, dict[str, type]]:
-    from oumi_pl.config.classes import known_classes
-
-    whole = {
-        place: {name: cls for name, cls in classes.items() if not inspect.isabstract(cls)}
-        for place, classes in known_classes().items()
-    }
-    return {place: classes for place, classes in whole.items() if classes}
-
-
-def _values(topic: str, places: dict[str, dict[str, type]]) -> Iterator[tuple[str, Option]]:
-    """Every option that a class of a topic's section brings, and the class's name."""
-    from lightning.pytorch import Trainer
-
-    lightnings: dict[str, dict[str, type]] = {"trainer": {"Trainer": Trainer}}
-    section, dot, _ = topic.partition(".")
-    for place, classes in (lightnings | places).items() if dot else ():
-        for name, cls in classes.items() if place.split(".")[0] == section else ():
-            yield from ((name, option) for option in _arguments(cls, place))
+    yield from _section("arguments", options, dashes)
 
 
 # ---- options
 
 
-def _own(command: str) -> list[tuple[str, list[Option]]]:
-    """The options that this project adds to a command, by group."""
+def _places() -> dict[str, dict[str, type]]:
+    """The classes that a recipe can name, by their place; and Lightning's Trainer."""
+    from lightning.pytorch import Trainer
+
+    from oumi_pl.config import check
+    from oumi_pl.data.base import TextData
+    from oumi_pl.modules.base import LanguageModule
+
+    trainer: dict[str, type] = {"Trainer": Trainer}
+    root = {"model": check.Argument(LanguageModule), "data": check.Argument(TextData)}
+    return {"trainer": trainer} | check.places(root | _arguments(Trainer, "trainer"))
+
+
+def _groups(command: str) -> dict[str, tuple[str, Options]]:
+    """The options that this project adds to a command: the title and the options of each group."""
+    from oumi_pl.config import check
     from oumi_pl.config.cli import CLI
     from oumi_pl.config.parser import Parser
 
-    cli = CLI.__new__(CLI)
+    cli, parser = CLI.__new__(CLI), Parser()
     cli.command = command
-    parser = Parser()
     cli.add_arguments_to_parser(parser)
-    groups: dict[str, list[Option]] = {"the run": []}
-    for option in _options(parser):
-        title, dot, _ = option.name[2:].partition(".")
-        if title not in HIDDEN[command]:
-            groups.setdefault(title if dot else "the run", []).append(option)
-    typed = [Option(name, "", "", doc) for of, name, doc in TYPED if of in ("", command)]
-    groups["the run"] = [*typed[:-LAST], *groups["the run"], *typed[-LAST:]]
-    return list(groups.items())
+    run: Options = {name: doc for name, doc in FIRST.items() if command == "fit" or not name.startswith("resume")}
+    groups = {"run": ("the run", run)}
+    for name, argument in check.options(parser).items():
+        group, dot, _ = name.partition(".")
+        if group not in HIDDEN[command]:
+            title = f"{group}: {(parser.groups or {})[group].title}" if dot else ""
+            groups.setdefault(group if dot else "run", (title, {}))[1][name] = argument
+    run |= LAST
+    return groups
 
 
-def _arguments(cls: type, place: str) -> list[Option]:
+def _arguments(cls: type, place: str) -> Options:
     """What the constructor of a class takes, as options below its place in a recipe."""
-    from torch.optim import Optimizer
-
-    from oumi_pl.config.parser import Parser
-
-    parser = Parser()
-    try:
-        parser.add_class_arguments(cls, place, skip={1} if issubclass(cls, Optimizer) else None)  # the parameters
-    except (ValueError, TypeError):  # a constructor whose signature can't be read
-        return []
-    told = _documented(cls)
-    return [option._replace(doc=told.get(option.name.rpartition(".")[2], option.doc)) for option in _options(parser)]
-
-
-def _documented(cls: type) -> dict[str, str]:
-    """What the docstrings of a class and its bases say of arguments: a class knows best what it hands on to a base."""
     from docstring_parser import DocstringStyle, parse
 
+    from oumi_pl.config import check
+
     docs: dict[str, str] = {}
-    for owner in reversed(cls.__mro__):
+    for owner in reversed(cls.__mro__):  # a class describes best what it passes on to a base
         if owner.__module__.split(".")[0] not in FOREIGN:
-            found = parse(owner.__doc__ or "", style=DocstringStyle.GOOGLE).params
-            docs |= {argument.arg_name: _plain(argument.description or "") for argument in found}
-    return docs
-
-
-def _options(parser: Any) -> Iterator[Option]:
-    """The options that a parser knows, those that only load or describe others left out."""
-    for action in parser._actions:
-        if type(action).__name__ != "ActionTypeHint":
-            continue
-        doc = _plain(action.help or "")
-        yield Option(action.option_strings[0], _kind(action._typehint), _default(action.default), doc)
+            params = parse(owner.__doc__ or "", style=DocstringStyle.GOOGLE).params
+            docs |= {argument.arg_name: argument.description or "" for argument in params}
+    known = check.arguments(cls).items()
+    return {f"{place}.{name}": argument._replace(doc=docs.get(name, argument.doc)) for name, argument in known}
 
 
 def _kind(hint: Any) -> str:
-    """A type as people write it: `int`, `lightning|hf|trl`, `str or list`."""
-    text = hint.__name__ if isinstance(hint, type) else str(hint)
-    text = re.sub(r"\b(?:\w+\.)+(\w+)", r"\1", text).replace("NoneType", "None")
-    text = re.sub(r"Literal\[([^\]]*)\]", lambda found: found.group(1).replace("'", "").replace(", ", "|"), text)
-    text = re.sub(r"^(?:Union|Optional)\[(.*)\]$", r"\1", text)
-    while (shorter := re.sub(r"\[[^\[\]]*\]", "", text)) != text:  # what a list is of is left to the docs
-        text = shorter
-    short = [part for part in dict.fromkeys(re.split(r" \| |, ", text)) if part != "None"]
-    kind = " or ".join(short)
-    return kind if len(kind) <= COLUMN else f"{kind[: COLUMN - 3].rpartition('|')[0] or short[0]}|..."
+    """A type in the column of names: `int`, `lightning|hf|trl`, `str or list`."""
+    from oumi_pl.config import check
+
+    names = check.type_names(hint)
+    kind = " or ".join(names)
+    return kind if len(kind) <= COLUMN else f"{kind[: COLUMN - 3].rpartition('|')[0] or names[0]}|..."
 
 
 def _default(value: Any) -> str:
@@ -279,26 +224,25 @@ def _default(value: Any) -> str:
 # ---- lines
 
 
-def _section(title: str, options: Iterable[Option]) -> Iterator[str]:
+def _section(title: str, options: Mapping[str, Any], dashes: str = "--") -> Iterator[str]:
     yield from _heading(title)
-    for option in options:
-        yield from _lines(option)
-
-
-def _lines(option: Option) -> Iterator[str]:
-    default = f" (default: {option.default})" if option.default else ""
-    if "Default: " in option.doc or "efault" in option.doc[-40:]:  # it says so itself
-        default = ""
-    yield from _entry(f"  {option.name} {option.kind}".rstrip(), f"{option.doc}{default}".strip())
+    for name, option in options.items():
+        if isinstance(option, str):
+            yield from _entry(f"{dashes}{name}", option)
+            continue
+        doc, default = _plain(option.doc), _default(option.default)
+        if default and "Default: " not in doc and "efault" not in doc[-40:]:  # else it says so itself
+            doc = f"{doc} (default: {default})".strip()
+        yield from _entry(f"{dashes}{name} {_kind(option.hint)}".rstrip(), doc)
 
 
 def _entry(name: str, doc: str) -> Iterator[str]:
     """A name, and beside or below it what it does, wrapped."""
     wrapped = textwrap.wrap(doc, _width() - COLUMN, break_on_hyphens=False) or [""]
-    if len(name) < COLUMN - 1:
-        yield f"{name:{COLUMN}}{wrapped.pop(0)}".rstrip()
+    if len(name) < COLUMN - 3:
+        yield f"  {name:{COLUMN - 2}}{wrapped.pop(0)}".rstrip()
     else:
-        yield name
+        yield f"  {name}"
     yield from (" " * COLUMN + line for line in wrapped)
 
 

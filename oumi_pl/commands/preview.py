@@ -1,10 +1,10 @@
-"""`preview`: builds the data only, and shows examples as the model will see them, then the data report."""
+"""`preview`: builds only the data, and shows examples as the model will see them, then the data report."""
 
 import argparse
 import difflib
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from oumi_pl.commands.parser import Parser
 from oumi_pl.config import files as recipe_files
@@ -12,6 +12,7 @@ from oumi_pl.errors import UserError, nearest
 from oumi_pl.terminal.screen import has_colours, meanwhile
 
 if TYPE_CHECKING:
+    from oumi_pl.data.base import TextData
     from oumi_pl.preview.shown import Preview, Shown
 
 SPLITS = ("train", "validation", "test")
@@ -24,7 +25,7 @@ Anything else puts a value in place of the recipe's, as for fit: --data.max_leng
   oumi_pl preview --config mine.yaml --cut                     where rows were cut to data.max_length
   oumi_pl preview --config mine.yaml --html mine.html          a page to send to a colleague
 
-No weights are loaded. What is tokenized is kept, and found again by fit.
+No weights are loaded. Tokenized rows are cached, and used again by fit.
 """
 
 
@@ -76,14 +77,18 @@ def _parser() -> Parser:
     add("--split", default="train", help="train, validation or test; train if left out")
     add("--packs", action="store_true", help="how the packs of the first micro-batch are filled, without examples")
     add("--tokens", action="store_true", help="token by token, with position and id")
-    add("--full", action="store_true", help="long rows whole, instead of their beginnings and ends")
-    add("--plain", action="store_true", help="no escape codes; so it is in a pipe, and where NO_COLOR is set")
+    add("--full", action="store_true", help="long rows in full, instead of their beginnings and ends")
+    add("--plain", action="store_true", help="no escape codes; the default in a pipe, and where NO_COLOR is set")
     add("--html", type=Path, metavar="FILE", help="write a self-contained page instead")
     return parser
 
 
 def _refuse_misspelt(parser: Parser, overrides: list[str]) -> None:
-    """Offers an option of this command where a misspelt one would be looked for among those of `fit`."""
+    """Suggests an option of this command for a misspelt one, which would be taken for one of `fit`.
+
+    Raises:
+        UserError: an option is nearly one of this command.
+    """
     own = [flag for action in parser._actions for flag in action.option_strings]
     for arg in overrides:
         flag = arg.partition("=")[0]
@@ -92,8 +97,9 @@ def _refuse_misspelt(parser: Parser, overrides: list[str]) -> None:
             raise UserError(f"preview: unknown option {flag}; did you mean {close[0]!r}?")
 
 
-def _preview(data: Any, options: argparse.Namespace, title: str, notes: list[str]) -> "Preview":
-    """Builds the data of the splits that `fit` reads, and of the one that is asked for."""
+def _preview(data: "TextData", options: argparse.Namespace, title: str, notes: list[str]) -> "Preview":
+    """Builds the splits that `fit` reads, and the one that is asked for."""
+    from oumi_pl.data.examples import ExampleData
     from oumi_pl.preview import report
     from oumi_pl.preview.shown import Preview
 
@@ -104,14 +110,19 @@ def _preview(data: Any, options: argparse.Namespace, title: str, notes: list[str
         data.make("test")
         data.setup("test")
     by_default = options.split == "train" and not options.row and _chosen(options) is None
-    packed = options.packs or (by_default and getattr(data, "capacity", None) is not None)
-    packs = report.packs(data) if packed else None
+    packs = None
+    if isinstance(data, ExampleData) and data.capacity is not None and (options.packs or by_default):
+        packs = report.packs(data)
     shown = [] if options.packs else _examples(data, options)
     return Preview(title, [*notes, *report.notes(data)], shown, packs, report.tables(data), report.histograms(data))
 
 
-def _refuse_other_data(data: Any, options: argparse.Namespace) -> None:
-    """Refuses, before anything is read, to show what these data do not have."""
+def _refuse_other_data(data: "TextData", options: argparse.Namespace) -> None:
+    """Checks, before anything is read, that the data have what is asked for.
+
+    Raises:
+        UserError: they don't.
+    """
     from oumi_pl.data.examples import ExampleData
     from oumi_pl.data.pretrain import PretrainData
 
@@ -136,8 +147,9 @@ def _chosen(options: argparse.Namespace) -> str | None:
     return next((name for name in ("longest", "cut", "dropped") if getattr(options, name)), None)
 
 
-def _examples(data: Any, options: argparse.Namespace) -> "list[Shown]":
-    """The examples that are asked for; where there are none, one that says so."""
+def _examples(data: "TextData", options: argparse.Namespace) -> "list[Shown]":
+    """The examples that are asked for; if there are none, one that says so."""
+    from oumi_pl.data.examples import ExampleData
     from oumi_pl.data.pretrain import PretrainData
     from oumi_pl.preview import examples, stream
     from oumi_pl.preview.pieces import Decoder
@@ -146,9 +158,10 @@ def _examples(data: Any, options: argparse.Namespace) -> "list[Shown]":
     split, count, decoder = options.split, options.rows, Decoder(data.tokenizer)
     if isinstance(data, PretrainData):
         return stream.rows(data, split, decoder, count, options.row)
+    assert isinstance(data, ExampleData)
     if options.row is not None:
-        found = examples.numbered(data, split, options.row)
+        rows = examples.numbered(data, split, options.row)
     else:
-        found = getattr(examples, _chosen(options) or "first")(data, split, count)
-    shown = [examples.shown(data, split, row, decoder) for row in found]
+        rows = getattr(examples, _chosen(options) or "first")(data, split, count)
+    shown = [examples.shown(data, split, row, decoder) for row in rows]
     return shown or [Shown(split, [f"no {split} row was {_chosen(options)}"])]

@@ -1,1 +1,1 @@
-"""The same recipe on several engines, step by step: what differs first, if anything does."""
+"""Trains the same recipe on several engines, step by step, and names the first difference."""

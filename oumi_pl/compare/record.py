@@ -1,4 +1,4 @@
-"""Notes what an engine does at each update, and holds it to the weights of the first engine where that is asked for."""
+"""Records each update of an engine, and starts it from the weights of the first engine where that is asked for."""
 
 import json
 import time
@@ -12,11 +12,12 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import TrainerCallback
 
+from oumi_pl.adapters.batches import EngineLoader
 from oumi_pl.callbacks.throughput import peak_memory
 from oumi_pl.compare.documents import Document, digest, documents_of
 
 Role = Literal["lead", "held", "free"]
-"""`lead` leaves its weights of every step behind; `held` starts every step from those; `free` goes its own way."""
+"""`lead` saves its weights after every step; `held` starts every step from those; `free` trains on its own."""
 
 
 class Record:
@@ -24,7 +25,7 @@ class Record:
 
     `update` is the norm of an update's difference to the lead's over the norm of the lead's, `weights` the same of the
     weights. `rounding` is the sum of `|update| ulp(weight)` over the squared norm of the update: see `allowed`. Seconds
-    are from the end of one update to that of the next, fetching data included, recording not.
+    are from the end of one update to that of the next, with the time to fetch data and without that to record.
 
     Args:
         folder: Where `steps.jsonl` goes.
@@ -36,27 +37,27 @@ class Record:
         self.file = folder / "steps.jsonl"
         self.snapshots = snapshots
         self.role = role
-        self._ended: float | None = None
-        self._aside = 0.0
+        self._ended: float | None = None  # when the last update ended
+        self._recording = 0.0  # seconds spent here since then
         folder.mkdir(parents=True, exist_ok=True)
         snapshots.mkdir(parents=True, exist_ok=True)
         self.file.write_text("")
 
     def before(self, step: int, model: nn.Module) -> None:
-        """Before update `step` (from 0): leaves the weights, or takes those of the lead."""
+        """Before update `step` (from 0): saves the weights, or loads those of the lead."""
         began = time.perf_counter()
         if self.role == "lead" and step == 0:
             self._save(0, model)
         if self.role == "held":
             self._load(step, model)
-        self._aside = time.perf_counter() - began
+        self._recording = time.perf_counter() - began
         if self._ended is None:
             self._ended = began
 
     def after(self, step: int, model: nn.Module, documents: Iterable[Document]) -> None:
         """After update `step` (from 0)."""
         assert self._ended is not None
-        seconds = time.perf_counter() - self._ended - self._aside
+        seconds = time.perf_counter() - self._ended - self._recording
         if self.role == "lead":
             self._save(step + 1, model)
         device = next(model.parameters()).device
@@ -88,15 +89,15 @@ class Record:
             return {}
         theirs = load_file(self._path(step + 1))
         start = load_file(self._path(step)) if self.role == "held" else {}
-        off = size = rounding = 0.0
+        difference = size = rounding = 0.0
         for name, parameter in _trained(model):
             target = theirs[name].double()
             moved = target - start[name].double() if start else target
-            off += float((parameter.detach().cpu().double() - target).square().sum())
+            difference += float((parameter.detach().cpu().double() - target).square().sum())
             size += float(moved.square().sum())
             if start:
                 rounding += float((moved * target).abs().sum()) * torch.finfo(parameter.dtype).eps
-        distance = (off / size) ** 0.5 if size else float("inf") if off else 0.0
+        distance = (difference / size) ** 0.5 if size else float("inf") if difference else 0.0
         if self.role == "free":
             return {"weights": distance}
         return {"update": distance, "rounding": rounding / size if size else 0.0}
@@ -107,7 +108,7 @@ def _trained(model: nn.Module) -> list[tuple[str, nn.Parameter]]:
 
 
 class RecordLightning(L.Callback):
-    """Tells a `Record` what Lightning does."""
+    """Calls a `Record` before and after each update of Lightning."""
 
     def __init__(self, record: Record) -> None:
         self.record = record
@@ -127,10 +128,7 @@ class RecordLightning(L.Callback):
 
 
 class RecordEngine(TrainerCallback):
-    """Tells a `Record` what transformers' Trainer, or one of TRL's, does."""
-
-    trainer: Any
-    """The engine's trainer, which holds the micro-batches of the update."""
+    """Calls a `Record` before and after each update of transformers' Trainer, or of one of TRL's."""
 
     def __init__(self, record: Record) -> None:
         self.record = record
@@ -138,7 +136,8 @@ class RecordEngine(TrainerCallback):
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Before the first micro-batch of an update."""
-        self._documents = [d for batch in self.trainer.update_batches for d in documents_of(batch)]
+        loader: EngineLoader = kwargs["train_dataloader"]
+        self._documents = [document for batch in loader.update for document in documents_of(batch)]
         self.record.before(state.global_step, kwargs["model"])
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:

@@ -1,4 +1,4 @@
-"""What a comparison found: a table, the first difference in words, a csv of all steps, and a picture."""
+"""The results of a comparison: a table, the first difference in words, a csv of all steps, and a picture."""
 
 import csv
 from collections.abc import Sequence
@@ -8,7 +8,7 @@ from typing import Any
 
 from oumi_pl.compare.run import Difference, Engine, allowed, relative
 
-MEANING = {
+MEANING = {  # of a difference, and where to look for its cause
     "batch": "it trains on other tokens or targets",
     "target_tokens": "it counts other targets",
     "lr": "its learning rate is another",
@@ -20,7 +20,7 @@ MEANING = {
 
 
 def table(engines: Sequence[Engine]) -> str:
-    """One line per engine: largest differences when held to the lead's weights, distance when free, speed."""
+    """One line per engine: largest differences when started from the lead's weights, distance when free, speed."""
     lead = engines[0]
     head = (
         f"{'engine':10} {'lr':>9} {'loss':>9} {'grad_norm':>9} {'update':>9}   {'weights':>9} {'last loss':>10}"
@@ -72,7 +72,7 @@ def write_csv(engines: Sequence[Engine], file: Path) -> None:
 
 
 def picture(engines: Sequence[Engine], title: str, file: Path, tolerance: float = 1e-5) -> None:
-    """Loss, gradient norm and learning rate, run free, and each engine's differences to the lead, held."""
+    """Draws loss, gradient norm and learning rate of the free runs, and each held engine's differences to the lead."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(13, 6.5), layout="constrained")
@@ -112,5 +112,5 @@ def picture(engines: Sequence[Engine], title: str, file: Path, tolerance: float 
 
 
 def _visible(value: float) -> float:
-    """A difference as a logarithmic axis can show it: none at all lies at the bottom."""
+    """A difference on a logarithmic axis: 0 is drawn at the bottom."""
     return max(value, 1e-9)

@@ -1,4 +1,4 @@
-"""Runs each engine in a process of its own: the first leads, each other is held to its weights, and then runs free."""
+"""Runs each engine in a process of its own: the first, then the others from its weights at each step, and then free."""
 
 import json
 import os
@@ -22,17 +22,18 @@ COLUMNS = {
 }
 """What is compared -> its column in `metrics.csv`."""
 ROLES = {"lead": "training", "held": "each step from the first engine's weights", "free": "training on its own"}
+"""Role of a process -> what is printed of it."""
 CHECKED = ("batch", "target_tokens", "lr", "loss", "grad_norm", "update")
 """In the order in which one difference causes the next."""
 
 
 @dataclass
 class Engine:
-    """What an engine did.
+    """The steps of an engine.
 
-    held: per step, started from the lead's weights. free: per step, gone its own way; for the lead both are the same.
-    Each step is a dict with `step`, `batch`, `target_tokens`, `lr`, `loss`, `grad_norm`, `seconds`, `peak_memory_gb`,
-    and for the others `update` or `weights`, the distance to the lead's.
+    held: each started from the lead's weights. free: trained on its own; for the lead both are the same. A step is a
+    dict with `step`, `batch`, `target_tokens`, `lr`, `loss`, `grad_norm`, `seconds`, `peak_memory_gb`, and for the
+    others `update` or `weights`, the distance to the lead's.
     """
 
     name: str
@@ -53,68 +54,66 @@ class Difference:
 def compare(
     recipe: Sequence[str], engines: Sequence[str], steps: int, folder: Path, worker: Sequence[str] = WORKER
 ) -> list[Engine]:
-    """Trains a recipe for some steps on each engine and returns what they did, the lead first.
+    """Trains a recipe for some steps on each engine and returns their steps, the lead first.
 
     Args:
         recipe: The file of a recipe, and any overrides of `fit`.
-        engines: The lead, and those that are held to it.
-        steps: Optimizer steps; schedules run their whole course in them.
-        folder: Where the runs, the records and, while it lasts, the weights of every step go.
+        engines: The lead, and those that are compared with it.
+        steps: Optimizer steps; a schedule ends with the last.
+        folder: Where the runs, the records and, while this runs, the weights of every step go.
         worker: Command that runs one engine.
 
     Raises:
         UserError: an engine refuses the recipe, or failed.
     """
     snapshots = folder / "weights"
-    done = []
+
+    def steps_of(engine: str, role: str) -> list[dict[str, Any]]:
+        print(f"{engine}: {ROLES[role]}", file=sys.stderr, flush=True)
+        run_folder = folder / f"{engine}-{role}"
+        _run([*worker, engine, role, str(run_folder), str(snapshots), str(steps), *recipe], engine)
+        return read_steps(run_folder)
+
     try:
-        for engine in engines:
-            made = Engine(engine)
-            for role in ("lead",) if engine == engines[0] else ("held", "free"):
-                place = folder / f"{engine}-{role}"
-                print(f"{engine}: {ROLES[role]}", file=sys.stderr, flush=True)
-                _run([*worker, engine, role, str(place), str(snapshots), str(steps), *recipe], engine)
-                lines = _lines(place)
-                made.held = lines if role != "free" else made.held
-                made.free = lines if role != "held" else made.free
-            done.append(made)
+        lead = steps_of(engines[0], "lead")
+        others = [Engine(name, steps_of(name, "held"), steps_of(name, "free")) for name in engines[1:]]
     finally:
         shutil.rmtree(snapshots, ignore_errors=True)
-    return done
+    return [Engine(engines[0], lead, lead), *others]
 
 
 def _run(command: Sequence[str], engine: str) -> None:
-    ended = subprocess.run(command, capture_output=True, text=True, env=os.environ, check=False)
-    if not ended.returncode:
+    process = subprocess.run(command, capture_output=True, text=True, env=os.environ, check=False)
+    if not process.returncode:
         return
-    lines = [line for line in ended.stderr.splitlines() if line.strip()]
-    told = next((line.removeprefix("error: ") for line in lines if line.startswith("error: ")), "")
-    if told:
-        raise UserError(f"{engine}: {told}")
+    lines = [line for line in process.stderr.splitlines() if line.strip()]
+    message = next((line.removeprefix("error: ") for line in lines if line.startswith("error: ")), "")
+    if message:
+        raise UserError(f"{engine}: {message}")
     raise RuntimeError(f"{engine} failed:\n" + "\n".join(lines[-40:]))
 
 
-def _lines(place: Path) -> list[dict[str, Any]]:
-    """Joins what was recorded with what the run logged, step by step."""
-    recorded = [json.loads(line) for line in (place / "steps.jsonl").read_text().splitlines()]
-    (file,) = place.glob("runs/*/metrics.csv")
+def read_steps(folder: Path) -> list[dict[str, Any]]:
+    """The steps of a worker: what was recorded of each, with the metrics that the run logged."""
+    steps = [json.loads(line) for line in (folder / "steps.jsonl").read_text().splitlines()]
+    (file,) = folder.glob("runs/*/metrics.csv")
     with file.open(newline="") as lines:
-        logged = {int(row["step"]): row for row in DictReader(lines)}
-    seen = 0.0
-    for line in recorded:
-        row = logged[line["step"]]
-        line |= {name: float(row[column]) for name, column in COLUMNS.items()}
-        line["target_tokens"], seen = line["target_tokens"] - seen, line["target_tokens"]
-    return recorded
+        metrics = {int(row["step"]): row for row in DictReader(lines)}
+    total = 0.0
+    for step in steps:
+        row = metrics[step["step"]]
+        step |= {name: float(row[column]) for name, column in COLUMNS.items()}
+        step["target_tokens"], total = step["target_tokens"] - total, step["target_tokens"]  # logged as a running total
+    return steps
 
 
 def first_difference(
     lead: Engine, other: Engine, tolerance: float, update_tolerance: float | None = None
 ) -> Difference | None:
-    """What differs first, at the first step that differs; None if nothing does.
+    """The first difference of the first step that differs; None if all steps agree.
 
-    Hashes and counts have to be equal; the learning rate, the loss and the norm of the gradient may differ by
-    `tolerance` of the larger; the update by what `allowed` says of `update_tolerance`, which is the same if left out.
+    Hashes and counts have to be equal. The learning rate, the loss and the norm of the gradient may differ by
+    `tolerance` of the larger. For the update `allowed(step, update_tolerance)` holds; `tolerance` when left out.
     """
     for ours, theirs in zip(lead.held, other.held, strict=False):
         for what in CHECKED:
@@ -132,10 +131,10 @@ def first_difference(
 
 
 def allowed(line: dict[str, Any], tolerance: float) -> float:
-    """How far an update may be from the lead's, in its norm, if before it was rounded it agreed within `tolerance`.
+    """The largest relative distance of an update to the lead's, if both agreed within `tolerance` before rounding.
 
     A difference `d` in an element makes its rounded sums differ by a last digit of the weight, `ulp`, with probability
-    `d / ulp`: a squared difference of `d ulp` on average. Where the learning rate is small this is all that one sees.
+    `d / ulp`: a squared difference of `d ulp` on average. Where the learning rate is small, this is all there is.
     """
     return float((tolerance**2 + tolerance * line["rounding"]) ** 0.5)
 

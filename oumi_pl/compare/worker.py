@@ -11,12 +11,12 @@ from oumi_pl.errors import UserError
 
 
 class RecordedCLI(CLI):
-    """`fit`, watched."""
+    """`fit` with a callback that records each update."""
 
     record: Record
 
     def instantiate_trainer(self, **kwargs: Any) -> Any:
-        """Adds the callback that watches the engine."""
+        """Adds the callback of the engine."""
         trainer = super().instantiate_trainer(**kwargs)
         if self._get(self.config_init, "engine") == "lightning":
             trainer.callbacks.append(RecordLightning(self.record))
@@ -26,18 +26,27 @@ class RecordedCLI(CLI):
 
 
 def main(args: list[str]) -> int:
-    """Trains as it is told, and leaves `steps.jsonl` and the run folder; returns the exit code.
+    """Trains, and leaves `steps.jsonl` and the run folder; returns the exit code.
 
     Args:
-        args: Engine, role, own folder, folder of the lead's weights, optimizer steps, recipe, and any overrides.
+        args: Engine, role, folder of this process, folder of the lead's weights, optimizer steps, recipe, overrides.
     """
-    engine, role, place, snapshots, steps, recipe, *overrides = args
-    own = {"engine": engine, "runs_dir": f"{place}/runs", "name": "run", "export.enabled": False, "samples.rows": 0}
-    own |= {"report": False, "logger": "null"}
-    own |= {"trainer.max_steps": steps, "trainer.max_epochs": "null", "checkpoint.every": 10**9}
-    options = [f"--{key}={value}" for key, value in own.items()]
+    engine, role, folder, snapshots, steps, recipe, *overrides = args
+    settings = {
+        "engine": engine,
+        "runs_dir": f"{folder}/runs",
+        "name": "run",
+        "export.enabled": False,
+        "samples.rows": 0,
+        "report": False,
+        "logger": "null",
+        "trainer.max_steps": steps,
+        "trainer.max_epochs": "null",
+        "checkpoint.every": 10**9,
+    }
+    options = [f"--{key}={value}" for key, value in settings.items()]
     try:
-        RecordedCLI.record = Record(Path(place), Path(snapshots), role)  # type: ignore[arg-type]
+        RecordedCLI.record = Record(Path(folder), Path(snapshots), role)  # type: ignore[arg-type]
         trees = [recipe_files.check(Path(recipe))]
         RecordedCLI(["fit", "--config", recipe, *overrides, *options], recipe="compare", trees=trees)
     except UserError as error:

@@ -1,73 +1,35 @@
-"""The classes that recipes name by their short name. Being imported here is what makes a class known."""
+"""The classes that recipes can name by their short names. A class is known once it is imported: ours all are, here."""
 
-from itertools import chain
+import importlib
+import inspect
+import pkgutil
+from collections.abc import Iterable, Iterator
 
-from lightning.pytorch.callbacks import Callback
-from lightning.pytorch.loggers.logger import Logger
-from lightning.pytorch.strategies import Strategy
-from torch.optim import Optimizer
+from oumi_pl import callbacks, data, losses, modules, optim
 
-from oumi_pl.callbacks.answers import Answers
-from oumi_pl.callbacks.ema import EMA
-from oumi_pl.callbacks.samples import Samples
-from oumi_pl.callbacks.trigram import TrigramBaseline
-from oumi_pl.config.explain import subclasses
-from oumi_pl.data.base import TextData
-from oumi_pl.data.dpo import DPOData
-from oumi_pl.data.pretrain import PretrainData
-from oumi_pl.data.sft import SFTData
-from oumi_pl.data.sources import Source
-from oumi_pl.data.tokenizers import TokenizerFactory
-from oumi_pl.losses.preference import Divergence
-from oumi_pl.modules.base import LanguageModule
-from oumi_pl.modules.dpo import DPO
-from oumi_pl.modules.pretrain import Pretrain
-from oumi_pl.modules.sft import SFT
-from oumi_pl.optim.muon import MuonAdamW
-from oumi_pl.optim.schedules import Schedule
-from oumi_pl.types import PreferenceLoss, TokenLoss
-
-__all__ = [
-    "DPO",
-    "EMA",
-    "SFT",
-    "Answers",
-    "DPOData",
-    "MuonAdamW",
-    "Pretrain",
-    "PretrainData",
-    "SFTData",
-    "Samples",
-    "TrigramBaseline",
-    "known_classes",
-]
+for _package in (callbacks, data, losses, modules, optim):
+    for _module in pkgutil.walk_packages(_package.__path__, f"{_package.__name__}."):
+        importlib.import_module(_module.name)
 
 ACCIDENTAL = ("accelerate", "transformers")
 """Packages that happen to be imported, and define optimizers of the same names as torch's."""
 
 
-def known_classes() -> dict[str, dict[str, type]]:
-    """Classes that recipes name by their short name, by their place in a recipe."""
-    bases: dict[str, tuple[type, ...]] = {
-        "model": (LanguageModule,),
-        "model.optimizer": (Optimizer,),
-        "model.schedule": (Schedule,),
-        "model.loss": (TokenLoss, PreferenceLoss),
-        "model.loss.loss": (PreferenceLoss,),
-        "model.loss.losses": (PreferenceLoss,),
-        "model.loss.divergence": (Divergence,),
-        "data": (TextData,),
-        "data.tokenizer": (TokenizerFactory,),
-        "trainer.callbacks": (Callback,),
-        "trainer.logger": (Logger,),
-        "trainer.strategy": (Strategy,),
+def known_classes(bases: Iterable[type]) -> dict[str, type]:
+    """The classes that fit one of `bases`, by the short name that a recipe may use; abstract ones are left out."""
+    classes = (cls for base in bases for cls in list(_subclasses(base)) or [base])
+    return {
+        cls.__name__: cls
+        for cls in classes
+        if not cls.__name__.startswith("_")
+        and not inspect.isabstract(cls)
+        and cls.__module__.partition(".")[0] not in ACCIDENTAL
     }
-    known = {
-        place: {
-            cls.__name__: cls
-            for cls in chain.from_iterable(map(subclasses, alternatives))
-            if not cls.__name__.startswith("_") and cls.__module__.split(".")[0] not in ACCIDENTAL
-        }
-        for place, alternatives in bases.items()
-    }
-    return known | {f"data.{split}": {"Source": Source} for split in ("train", "validation", "test", "predict")}
+
+
+def _subclasses(base: type) -> Iterator[type]:
+    """All imported subclasses of a class."""
+    cls: type
+    for cls in type.__subclasses__(base):
+        yield cls
+        yield from _subclasses(cls)

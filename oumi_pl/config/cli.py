@@ -1,4 +1,4 @@
-"""LightningCLI with the callbacks, loggers and defaults that every run has, and errors that fit in a line or two."""
+"""LightningCLI with the callbacks, loggers and defaults of every run, and errors of a line or two."""
 
 import math
 from collections.abc import Sequence
@@ -28,10 +28,10 @@ from oumi_pl.callbacks.samples import Samples
 from oumi_pl.callbacks.start import Start
 from oumi_pl.callbacks.throughput import Throughput
 from oumi_pl.callbacks.tracking import Tracking
-from oumi_pl.config.classes import known_classes
+from oumi_pl.config.check import Checker, options
 from oumi_pl.config.files import as_written
-from oumi_pl.config.keys import refuse_unknown_keys
-from oumi_pl.config.parser import Parser, mistake_in
+from oumi_pl.config.options import read
+from oumi_pl.config.parser import Parser, unwrapped_mistakes
 from oumi_pl.config.refusals import (
     refuse_contradictions,
     refuse_missing_gpus,
@@ -61,9 +61,9 @@ class CLI(LightningCLI):
 
     Args:
         args: The command line after the program's name.
-        recipe: What the runs of this recipe are found by.
+        recipe: Name of the recipe, by which its runs are found.
         resume: Run folder to continue.
-        trees: The recipes as they were read, to be checked key by key.
+        trees: The content of the recipes, in their order.
     """
 
     engine_callbacks: Sequence[Any] = ()
@@ -97,34 +97,29 @@ class CLI(LightningCLI):
         )
 
     def subcommands(self) -> dict[str, set[str]]:  # type: ignore[override]
-        """The command that is run: making the parsers of the others takes longer than all the parsing."""
+        """Only the command that runs: building the parsers of the others takes longer than all the parsing."""
         return {self.command: LightningCLI.subcommands()[self.command]}
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
-        """Checks the keys of the recipes, and parses, with the command's options at hand for errors."""
-        command = self._subcommand_parsers.get(args[0]) if args else None
-        Parser.flags = [flag for action in command._actions for flag in action.option_strings] if command else []
-        Parser.typed = list(args or [])
+        """Checks the recipes and the options, and parses them."""
+        checker = Checker(options(self._subcommand_parsers[self.command]))
         for tree in self.trees:
-            refuse_unknown_keys(tree, Parser.flags, known_classes())
+            checker.check_recipe(tree)
+        checker.check_options(read(args[1:]))
         super().parse_arguments(parser, args)
         refuse_seed(self.config[self.command].get("seed_everything"))
 
     def _parse_ckpt_path(self) -> None:
-        """Reads no hyper-parameters from a checkpoint: none are in it, and it would be loaded whole to find out."""
+        """Reads no hyper-parameters from the checkpoint: it has none, and would be loaded whole to find out."""
 
     def instantiate_classes(self) -> None:
-        """Instantiates module, data and trainer; a mistake found on the way keeps its own words.
+        """Instantiates module, data and trainer, and checks that they fit together.
 
         Raises:
-            UserError: whatever the classes found wrong with their arguments.
+            UserError: a class refuses its arguments, or the parts contradict each other.
         """
-        try:
+        with unwrapped_mistakes():
             super().instantiate_classes()
-        except (ValueError, TypeError) as error:
-            if mistake := mistake_in(error):
-                raise mistake from None
-            raise
         config = self.config_init[self.subcommand]
         if self.subcommand != "fit" and config["engine"] != "lightning":
             raise UserError(f"engine: {config['engine']} drives fit alone; {self.subcommand} needs --engine lightning")
@@ -132,7 +127,7 @@ class CLI(LightningCLI):
         refuse_contradictions(str(self.subcommand), config, self.model, self.datamodule, callbacks)
 
     def _run_subcommand(self, subcommand: str) -> None:
-        """Runs the command; what Lightning finds wrong with the settings is the user's to mend."""
+        """Runs the command. Settings that Lightning refuses are reported as the user's mistake."""
         engine = self._get(self.config_init, "engine")
         self._refuse_other_engine(engine)
         try:
@@ -147,33 +142,33 @@ class CLI(LightningCLI):
         except MisconfigurationException as error:
             raise UserError(f"trainer: {_first_sentence(error)}") from error
         finally:
-            Line.end()  # also if another callback failed before the bar's own was told of the end
+            Line.end()  # another callback may have failed before the progress line got the end of the run
 
     def _refuse_other_engine(self, engine: str) -> None:
-        """Refuses to go on with what another engine left."""
+        """Refuses what another engine can't do, or can't continue."""
         ckpt_path = self._get(self.config_init, "ckpt_path")
         if engine != "lightning" and self._get(self.config_init, "dry_run"):
             raise UserError(f"--dry_run tries Lightning's loop, and --engine {engine} runs another: leave one out")
         if engine != "lightning" and ckpt_path is not None:
-            raise UserError(f"engine: {ckpt_path} is a checkpoint of Lightning's, which {engine} can't go on from")
+            raise UserError(f"engine: {ckpt_path} is a checkpoint of Lightning's, which {engine} can't resume")
         if engine == "lightning" and self.resume is not None and any(self.resume.glob("checkpoints/checkpoint-*")):
-            raise UserError(f"--resume: {self.resume} was trained by another engine; name that one with --engine")
+            raise UserError(f"--resume: {self.resume} was trained by another engine; select it with --engine")
 
     def _prepare_subcommand_kwargs(self, subcommand: str) -> dict[str, Any]:
-        """Lightning's table of results is left out: the metrics are printed once, below."""
+        """Turns off Lightning's table of results: `after_validate` and `after_test` print the metrics."""
         kwargs = super()._prepare_subcommand_kwargs(subcommand)
         return kwargs | {"verbose": False} if "verbose" in kwargs else kwargs
 
     def after_validate(self) -> None:
-        """Prints the metrics of the held-out rows."""
-        _print_metrics(self.trainer.callback_metrics)
+        """Prints the metrics."""
+        for name, value in self.trainer.callback_metrics.items():
+            if "/" in name:
+                print(f"{name:28} {float(value):.6g}")
 
-    def after_test(self) -> None:
-        """Prints the metrics of the test rows."""
-        _print_metrics(self.trainer.callback_metrics)
+    after_test = after_validate
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
-        """Adds the keys of a recipe that are neither model, data nor trainer."""
+        """Adds the keys of a recipe other than model, data and trainer."""
         parser.add_argument(
             "--engine",
             type=Literal["lightning", "hf", "trl"],
@@ -181,7 +176,7 @@ class CLI(LightningCLI):
             help="What drives the training loop: Lightning, transformers.Trainer, or TRL's trainers.",
         )
         parser.add_argument("--name", type=str | None, default=None, help="Name of the run; the recipe's if left out.")
-        parser.add_argument("--runs_dir", type=str, default="runs", help="Where run folders are made.")
+        parser.add_argument("--runs_dir", type=str, default="runs", help="Where run folders go.")
         steps = "Optimizer steps between validations; per epoch if left out."
         parser.add_argument("--val_every", type=int | None, default=None, help=steps)
         tokens = "Tokens to train on, as whole optimizer steps."
@@ -191,10 +186,10 @@ class CLI(LightningCLI):
                 "--dry_run",
                 type=bool,
                 default=False,
-                help="Do everything but train: a few updates on the largest micro-batch, and what they took.",
+                help="Do everything but train: a few updates on the largest micro-batch, with their time and memory.",
             )
-        parser.add_argument("--report", type=bool, default=True, help="Make curves.png and report.html at the end.")
-        loggers = "Beside metrics.csv: tensorboard, wandb, mlflow, or several, with commas between them or as a list."
+        parser.add_argument("--report", type=bool, default=True, help="Write curves.png and report.html at the end.")
+        loggers = "Besides metrics.csv: tensorboard, wandb, mlflow, or several, separated by commas or as a list."
         parser.add_argument("--logger", type=list[str] | str | None, default=None, help=loggers)
         parser.add_class_arguments(Checkpoints, "checkpoint")
         parser.add_class_arguments(Export, "export")
@@ -202,7 +197,7 @@ class CLI(LightningCLI):
         parser.add_class_arguments(Samples, "samples")
 
     def instantiate_trainer(self, **kwargs: Any) -> Any:
-        """Adds what every run has to the trainer that the recipe describes."""
+        """Adds the callbacks, loggers and limits of every run to the trainer that the recipe describes."""
         config = self._get(self.config_init, "trainer")
         get = lambda key: self._get(self.config_init, key)  # noqa: E731
         kwargs["callbacks"] = self._callbacks(config)
@@ -226,7 +221,7 @@ class CLI(LightningCLI):
         return trainer
 
     def _callbacks(self, config: Any) -> list[Any]:
-        """What every run has around the callbacks of the recipe, in the order in which they are called."""
+        """The callbacks of every run around those of the recipe, in the order in which they are called."""
         get = lambda key: self._get(self.config_init, key)  # noqa: E731
         folder = RunFolder(
             Path(get("runs_dir")).expanduser(),
@@ -243,17 +238,16 @@ class CLI(LightningCLI):
         if not any(isinstance(c, ProgressBar) for c in own) and config.get("enable_progress_bar") is not False:
             watching.append(ProgressLine())
         samples = [] if self._has_samples(own) else [get("samples")]
-        # saving comes last, so that what the other callbacks did in this step is in the checkpoint
+        # saving comes late, so that the checkpoint has the state of the other callbacks after this step
         saving = [get("checkpoint"), Preemption(), get("export")]
-        # and is then drawn and sent
-        telling: list[Any] = [Report()] if get("report") else []
+        reporting: list[Any] = [Report()] if get("report") else []
         named = logger_names(get("logger"))
         if self.subcommand == "fit" and (named or config.get("logger")):
-            telling.append(Tracking(named))
-        return [folder, *watching, Advice(), *own, *samples, *saving, *telling]
+            reporting.append(Tracking(named))
+        return [folder, *watching, Advice(), *own, *samples, *saving, *reporting]
 
     def _has_samples(self, own: list[Any]) -> bool:
-        """Whether a callback of the recipe does what `samples` is for, so that settings of it would be for nothing."""
+        """Whether a callback of the recipe already shows samples; then settings of `samples` are refused as unused."""
         names = [type(c).__name__ for c in own if isinstance(c, Answers | Samples)]
         parser, given = self._parser(str(self.subcommand)), self._get(self.config, "samples")
         if names and given["rows"] and given != parser.get_defaults(skip_validation=True)["samples"]:
@@ -261,7 +255,7 @@ class CLI(LightningCLI):
         return bool(names)
 
     def _limit_tokens(self, trainer: Any, config: Any, max_tokens: float) -> None:
-        """Sets the trainer's steps by tokens: rows of an update times their length, padding counted."""
+        """Sets the number of steps from the number of tokens, counting padding: an update has rows times length."""
         if config.get("max_steps", -1) != -1:
             raise UserError("max_tokens and trainer.max_steps both say how long to train: drop one")
         data: Any = self.datamodule
@@ -279,14 +273,14 @@ class CLI(LightningCLI):
             )
         if val_every < 1:
             raise UserError(f"val_every is {val_every}, but has to be at least 1 optimizer step")
-        # Lightning counts micro-batches
+        # Lightning counts micro-batches, not optimizer steps
         return {
             "val_check_interval": val_every * int(config.get("accumulate_grad_batches") or 1),
             "check_val_every_n_epoch": None,
         }
 
     def _yaml(self) -> str:
-        """The config that reproduces this run: without what belongs to this start of it alone."""
+        """The config that reproduces this run, without what holds for this start of it alone."""
         subcommand = str(self.subcommand)
         config: Namespace = self.config[subcommand].clone()
         for key in ("config", "ckpt_path", "weights_only", "dry_run"):
@@ -298,25 +292,17 @@ def instantiate(config: dict[str, Any]) -> tuple[LanguageModule, TextData]:
     """Module and data of a recipe, without a trainer: what an export or a preview needs.
 
     Raises:
-        UserError: whatever the classes found wrong with their arguments.
+        UserError: a key, class or value is wrong, or a class refuses its arguments.
     """
     quiet()
     parser = Parser()
     parser.add_subclass_arguments(LanguageModule, "model")
     parser.add_subclass_arguments(TextData, "data")
-    try:
-        made = parser.instantiate_classes(parser.parse_object({"model": config["model"], "data": config["data"]}))
-    except (ValueError, TypeError) as error:
-        if mistake := mistake_in(error):
-            raise mistake from None
-        raise
-    return made.model, made.data
-
-
-def _print_metrics(metrics: Any) -> None:
-    for name, value in metrics.items():
-        if "/" in name:
-            print(f"{name:28} {float(value):.6g}")
+    tree = {"model": config["model"], "data": config["data"]}
+    Checker(options(parser)).check_recipe({key: part for key, part in tree.items() if not isinstance(part, Namespace)})
+    with unwrapped_mistakes():
+        parts = parser.instantiate_classes(parser.parse_object(tree))
+    return parts.model, parts.data
 
 
 def _as_list(value: Any) -> list[Any]:
@@ -326,5 +312,5 @@ def _as_list(value: Any) -> list[Any]:
 
 
 def _first_sentence(error: Exception) -> str:
-    """What Lightning complains about, without its advice."""
+    """Lightning's complaint without its advice."""
     return " ".join(str(error).split()).split(". ")[0][:300].rstrip(".")

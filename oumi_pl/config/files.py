@@ -1,6 +1,6 @@
-"""Finds recipes by name or path and refuses broken YAML, with the standard library and PyYAML alone.
+"""Finds recipes by name or path and refuses broken YAML.
 
-Nothing heavy is imported here, so that a misspelt name is told in a fraction of a second.
+Imports only the standard library and PyYAML, so that a misspelt name is reported in a fraction of a second.
 """
 
 import re
@@ -12,22 +12,22 @@ from oumi_pl.errors import UserError, nearest
 
 ENDINGS = (".yaml", ".yml")
 ORDER = ("quickstart", "sft", "dpo", "pretrain")
-"""Folders of shipped recipes, and the recipes of the first, in the order in which one tries them."""
+"""Folders of shipped recipes, and the recipes of the first, in the order in which to try them."""
 
 
 class Header(NamedTuple):
     """What the comment at the top of a recipe says."""
 
     purpose: str
-    """What is trained, on what."""
+    """What it trains, on which data."""
     commands: list[str]
-    """Command lines that run it."""
+    """Command lines that run the recipe."""
     hardware: str
-    """What it needs, in a few words."""
+    """The hardware that it needs, in a few words."""
 
 
 def shipped() -> Path:
-    """Directory of the recipes that come with the package: inside it when installed, beside it in a checkout."""
+    """Directory of the shipped recipes: inside the package when installed, next to it in a checkout."""
     package = Path(__file__).parent.parent
     inside = package / "recipes"
     return inside if inside.is_dir() else package.parent / "recipes"
@@ -36,8 +36,8 @@ def shipped() -> Path:
 def names() -> list[str]:
     """Names of the shipped recipes, `quickstart/sft` for example."""
     root = shipped()
-    found = [p.relative_to(root).with_suffix("").as_posix() for p in root.rglob("*.yaml")]
-    return sorted(found, key=lambda name: [(_rank(part), part) for part in name.split("/")])
+    shipped_names = [p.relative_to(root).with_suffix("").as_posix() for p in root.rglob("*.yaml")]
+    return sorted(shipped_names, key=lambda name: [(_rank(part), part) for part in name.split("/")])
 
 
 def _rank(part: str) -> int:
@@ -47,8 +47,8 @@ def _rank(part: str) -> int:
 def header(recipe: Path) -> Header:
     """Reads the comment at the top of a recipe.
 
-    Its first lines tell the purpose, lines that are set in are commands, and the first clause after `Hardware:` tells
-    what it needs.
+    The first lines are the purpose, indented lines are commands, and the first clause after `Hardware:` is the
+    hardware.
     """
     lines: list[str] = []
     for line in recipe.read_text(encoding="utf-8").splitlines():
@@ -81,7 +81,7 @@ def find(name: str) -> Path:
 
 
 def recipe_name(path: Path) -> str:
-    """What runs of a recipe are called: `quickstart-sft` for recipes/quickstart/sft.yaml."""
+    """The name of a recipe's runs: `quickstart-sft` for recipes/quickstart/sft.yaml."""
     root = shipped().resolve()
     resolved = path.resolve()
     if resolved.is_relative_to(root):
@@ -93,7 +93,7 @@ def check(path: Path) -> dict[str, Any]:
     """Parses a recipe and returns it.
 
     Raises:
-        UserError: if it can't be read, isn't YAML, isn't a mapping, or has a key twice (YAML would keep the last).
+        UserError: if it can't be read, isn't YAML, isn't a mapping, or repeats a key (YAML would keep the last).
     """
     import yaml
 
@@ -107,7 +107,7 @@ def check(path: Path) -> dict[str, Any]:
     try:
         _refuse_repeated_keys(yaml.compose(text, Loader=yaml.SafeLoader), path, "")
         value = yaml.safe_load(text)
-    except (yaml.YAMLError, ValueError, RecursionError) as error:  # ValueError: a date that there is not
+    except (yaml.YAMLError, ValueError, RecursionError) as error:  # ValueError: an impossible date
         mark = getattr(error, "problem_mark", None)
         where = f" line {mark.line + 1}" if mark else ""
         raise UserError(f"{path}{where}: not valid YAML: {getattr(error, 'problem', None) or error}") from error
@@ -118,7 +118,7 @@ def check(path: Path) -> dict[str, Any]:
 
 
 def merge(first: Mapping[str, Any], second: Mapping[str, Any]) -> dict[str, Any]:
-    """Two recipes in one: the later wins, key by key."""
+    """Merges two recipes key by key; the second wins."""
     merged = dict(first)
     for key, value in second.items():
         old = merged.get(key)
@@ -127,7 +127,7 @@ def merge(first: Mapping[str, Any], second: Mapping[str, Any]) -> dict[str, Any]
 
 
 def as_written(paths: Sequence[Path]) -> bytes | None:
-    """The text of a recipe, comments included; several are merged, which loses them. None without a file."""
+    """The text of a recipe with its comments; several are merged, without comments. None without a file."""
     import yaml
 
     if len(paths) == 1:

@@ -1,40 +1,59 @@
-"""LightningCLI's argument parser with errors of our own, and the user's mistake inside of what jsonargparse raises."""
+"""LightningCLI's argument parser, with errors of one line."""
 
-from typing import Any, ClassVar
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
 
 from lightning.pytorch.cli import LightningArgumentParser
 
-from oumi_pl.config.classes import known_classes
-from oumi_pl.config.explain import explain
 from oumi_pl.errors import UserError
 
 
 class Parser(LightningArgumentParser):
-    """An argument parser whose errors are one message: what is wrong, where, and the nearest right name."""
-
-    flags: ClassVar[list[str]] = []
-    """The options of the command that is run."""
-    typed: ClassVar[list[str]] = []
-    """The command line."""
+    """An argument parser that raises one message: what is wrong, and where."""
 
     def error(self, message: str, ex: Exception | None = None) -> Any:
         """Raises instead of printing a page of usage.
 
         Raises:
-            UserError: always, but in the parsers of nested classes, whose errors the outer one reports.
+            UserError: always, except in the parsers of nested classes, whose errors the outer one reports.
         """
         if not self.exit_on_error:
             return super().error(message, ex)
-        raise UserError(explain(message, self.flags, known_classes(), self.typed)) from ex
+        raise UserError(innermost(message)) from ex
 
     def _add_signature_parameter(self, *args: Any, **kwargs: Any) -> Any:
-        """Takes text for text: jsonargparse would open a data file named in a recipe and read it as a config."""
+        """Takes text for text: jsonargparse would open a data file that a recipe names, and read it as a config."""
         return super()._add_signature_parameter(*args, **{**kwargs, "sub_configs": False})
 
 
-def mistake_in(error: BaseException) -> UserError | None:
-    """The user's mistake that lies behind an error: a class found it in its arguments, and jsonargparse wrapped it."""
-    cause: BaseException | None = error
-    while cause is not None and not isinstance(cause, UserError):
-        cause = cause.__cause__ or cause.__context__
-    return cause
+def innermost(message: str) -> str:
+    """The complaint about the deepest key in a message of jsonargparse's, which quotes all that is around it."""
+    message = " ".join(message.split())
+    keys = re.findall(r'Parser key "([^"]+)"', message)
+    path = [part for key in keys for part in key.split(".") if part != "init_args"]
+    if missing := re.search(r"arguments are required: (.+?)(?= - |$)", message):
+        names = [".".join([*path, name]) for name in missing.group(1).split(", ")]
+        return f"{', '.join(names)}: missing, and there is no default"
+    complaint = re.split(r'Parser key "[^"]+": ', message)[-1]
+    complaint = re.split(r" - |\. Got value: Namespace| Given value", complaint.rpartition("Errors: - ")[2])[0]
+    return ": ".join([*filter(None, [".".join(path)]), complaint[:300]])
+
+
+@contextmanager
+def unwrapped_mistakes() -> Iterator[None]:
+    """Raises the mistake that a class reports about its arguments instead of jsonargparse's error around it.
+
+    Raises:
+        UserError: the class's own.
+    """
+    try:
+        yield
+    except (ValueError, TypeError) as error:
+        cause: BaseException | None = error
+        while cause is not None and not isinstance(cause, UserError):
+            cause = cause.__cause__ or cause.__context__
+        if cause is not None:
+            raise cause from None
+        raise

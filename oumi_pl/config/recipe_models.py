@@ -1,4 +1,4 @@
-"""`model: recipe:NAME`: go on from the model that another recipe trains, and train that first if need be."""
+"""`model: recipe:NAME`: start from the model that another recipe trains; train that first if needed."""
 
 import os
 import subprocess
@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from oumi_pl.config import files as recipe_files
-from oumi_pl.config.typed import typed
+from oumi_pl.config.options import value_of
 from oumi_pl.errors import UserError
 from oumi_pl.runs import folders
 
@@ -20,13 +20,13 @@ def with_model(args: list[str], tree: Mapping[str, Any]) -> list[str]:
     """The command line with the folder of the trained model in place of `recipe:NAME`.
 
     Args:
-        args: What was typed.
-        tree: The recipe.
+        args: The command line.
+        tree: The content of the recipe.
 
     Raises:
         UserError: there is no such recipe, or its run did not finish.
     """
-    values = [value for option in OPTIONS if (value := typed(option, args)) is not None]
+    values = [value for option in OPTIONS if (value := value_of(option, args)) is not None]
     name = values[-1] if values else None
     if name is None:
         model = tree.get("model")
@@ -34,7 +34,7 @@ def with_model(args: list[str], tree: Mapping[str, Any]) -> list[str]:
         name = arguments.get("model") if isinstance(arguments, Mapping) else None
     if not isinstance(name, str) or not name.startswith(PREFIX):
         return args
-    root = Path(str(typed("--runs_dir", args) or tree.get("runs_dir") or "runs")).expanduser()
+    root = Path(str(value_of("--runs_dir", args) or tree.get("runs_dir") or "runs")).expanduser()
     return [*args, f"{OPTIONS[0]}={trained(name.removeprefix(PREFIX), root)}"]
 
 
@@ -45,15 +45,15 @@ def trained(recipe: str, root: Path) -> Path:
         UserError: there is no such recipe, or its run did not finish.
     """
     name = recipe_files.recipe_name(recipe_files.find(recipe))
-    if found := folders.last_model(root, name):
-        print(f"model: {found}")
-        return found
+    if model := folders.last_model(root, name):
+        print(f"model: {model}")
+        return model
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        raise UserError(f"model: recipe:{recipe} has no finished run in {root}; train it first, on its own")
+        raise UserError(f"model: recipe:{recipe} has no finished run in {root}; train it first, in one process")
     command = [sys.executable, "-m", "oumi_pl", "fit", "--config", recipe, "--runs_dir", str(root)]
     print(f"model: recipe:{recipe} has no finished run in {root}, so it is trained first", flush=True)
     status = subprocess.run(command, check=False).returncode
-    found = folders.last_model(root, name)
-    if status or found is None:
+    model = folders.last_model(root, name)
+    if status or model is None:
         raise UserError(f"model: the run of recipe:{recipe} did not finish; run it by itself: fit --config {recipe}")
-    return found
+    return model

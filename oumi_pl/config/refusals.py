@@ -1,4 +1,4 @@
-"""Refuses what does not go together in a recipe, or with the command, before any row is read or weight loaded."""
+"""Checks that the parts of a run fit together and suit the command, before any row is read or weight loaded."""
 
 import re
 import sys
@@ -18,36 +18,40 @@ NEEDS = {
 """Command -> the sources under `data` of which it needs one."""
 
 
+GIVES = {False: "tokens", True: "pairs"}
+"""Whether examples branch -> what they are called."""
 PARTNERS = "SFT goes with SFTData, DPO with DPOData, Pretrain with PretrainData"
 
 
 def refuse_contradictions(
     command: str, config: Mapping[str, Any], model: Any, data: Any, callbacks: Sequence[Any]
 ) -> None:
-    """Looks at the parts of a run together, once they are made.
+    """Checks the parts of a run once they are instantiated.
 
     Args:
         command: `fit`, `validate`, `test` or `predict`.
-        config: The recipe as it was parsed.
+        config: The parsed recipe.
         model: The LightningModule.
         data: The LightningDataModule.
         callbacks: All callbacks of the run.
 
     Raises:
-        UserError: at the first thing that can't be.
+        UserError: at the first contradiction.
     """
     _refuse_name(config.get("name"))
-    if command != "predict" and (reads := getattr(model, "reads", None)) != (gives := getattr(data, "gives", reads)):
-        module, kind = type(model).__name__, type(data).__name__
-        raise UserError(f"data: {kind} gives {gives}, and {module} trains on {reads}; {PARTNERS}")
+    if command != "predict" and model.branching not in (None, data.branching):
+        module, kind, gives = type(model).__name__, type(data).__name__, GIVES[data.branching]
+        raise UserError(f"data: {kind} gives {gives}, but {module} trains on {GIVES[model.branching]}; {PARTNERS}")
     sources = getattr(data, "sources", {})
     if sources and all(sources.get(name) is None for name in NEEDS[command]):
-        raise UserError(f"data.{NEEDS[command][0]}: `{command}` needs a source here, and the recipe names none")
+        raise UserError(f"data.{NEEDS[command][0]}: `{command}` needs a source here, but the recipe names none")
     _refuse_checkpoint(config.get("ckpt_path"))
+    if command == "predict" and not model.generates:
+        raise UserError(f"predict: {type(model).__name__} does not complete prompts; use `validate` or `test`")
     if command != "fit" and config.get("ckpt_path") is None:
-        _tell_what_is_run(command, getattr(model, "model_name", "a model"))
+        _check_weights(command, getattr(model, "model_name", "a model"))
     if command == "predict":
-        _refuse_predictions(callbacks)
+        _check_predictions(callbacks)
     if command == "fit":
         trainer = config.get("trainer") or {}
         for key in ("max_steps", "max_epochs"):
@@ -61,14 +65,14 @@ def refuse_contradictions(
             _refuse_unknown_metric(getattr(callback, "monitor", None), callback, model, callbacks)
 
 
-def _tell_what_is_run(command: str, model: str | None) -> None:
-    """Without a checkpoint: weights from a folder or the hub, as they are."""
+def _check_weights(command: str, model: str | None) -> None:
+    """Says which weights are used without a checkpoint: the pretrained ones."""
     if model is None:
-        raise UserError(f"`{command}` of random weights says nothing: name the trained ones with --ckpt_path FILE")
-    print(f"no --ckpt_path is given: {command} runs with {model} as it lies there", file=sys.stderr)
+        raise UserError(f"`{command}` would run on untrained weights; pass --ckpt_path FILE")
+    print(f"no --ckpt_path given; using the pretrained weights of {model}", file=sys.stderr)
 
 
-def _refuse_predictions(callbacks: Sequence[Any]) -> None:
+def _check_predictions(callbacks: Sequence[Any]) -> None:
     for settings in (callback.settings for callback in callbacks if type(callback).__name__ == "Predictions"):
         if settings["max_new_tokens"] < 1:
             raise UserError(f"predictions.max_new_tokens is {settings['max_new_tokens']}, but has to be at least 1")
@@ -77,23 +81,23 @@ def _refuse_predictions(callbacks: Sequence[Any]) -> None:
 
 
 def refuse_missing_gpus(config: Mapping[str, Any], trainer: Any) -> None:
-    """Refuses to put a recipe for several GPUs on as many processes of a machine without any, unless asked to.
+    """Refuses to run a recipe for several GPUs as several CPU processes, unless the recipe asks for the CPU.
 
     Raises:
-        UserError: if several devices are asked for, no accelerator is named, and there is none but the CPU.
+        UserError: if several devices are requested without an accelerator, and only the CPU is there.
     """
     if config.get("accelerator") == "auto" and trainer.num_devices > 1 and trainer.strategy.root_device.type == "cpu":
         raise UserError(
-            f"trainer.devices: {trainer.num_devices} devices are asked for, and no GPU is visible; "
-            "for as many processes on the CPU, add --trainer.accelerator cpu"
+            f"trainer.devices: {trainer.num_devices} devices are requested, but no GPU is visible; "
+            "to run as many processes on the CPU, add --trainer.accelerator cpu"
         )
 
 
 def refuse_unknown_devices(trainer: Mapping[str, Any]) -> None:
-    """Tells a misspelt or absent accelerator, devices that can't be counted, and a strategy that can't be had.
+    """Checks accelerator, devices and strategy of the trainer before Lightning does.
 
     Raises:
-        UserError: if there is no such name (offers the nearest), or the strategy can't do what the recipe asks for.
+        UserError: if a name is unknown (offers the nearest), or the strategy can't do what the recipe asks for.
     """
     from lightning.pytorch.accelerators import AcceleratorRegistry
     from lightning.pytorch.strategies import StrategyRegistry
@@ -109,27 +113,26 @@ def refuse_unknown_devices(trainer: Mapping[str, Any]) -> None:
     there |= {"gpu": there["cuda"] or there["mps"], "auto": True}
     accelerator = trainer.get("accelerator")
     if isinstance(accelerator, str) and not there[accelerator]:
-        raise UserError(f"trainer.accelerator: {accelerator!r}, and none is visible here; leave it out to take what is")
+        raise UserError(f"trainer.accelerator: no {accelerator!r} device is visible; leave it out to use what there is")
     on_cpu = accelerator == "cpu" or (accelerator == "auto" and not there["gpu"] and not there["tpu"])
     _refuse_devices(trainer.get("devices", "auto"), on_cpu)
     _refuse_strategy(trainer.get("strategy"), trainer.get("gradient_clip_val"))
 
 
 def _refuse_devices(devices: Any, on_cpu: bool) -> None:
-    """Tells what is neither a number of devices nor a choice among them; processors are counted, never chosen."""
+    """Devices are a number or a list of indices; on the CPU only a number, the processes to start."""
     written = re.sub(r"[\[\]\s]", "", str(devices))
     if str(devices) == "0" or not re.fullmatch(r"auto|-1|\d+(,\d+)*,?", written):
-        raise UserError(
-            f"trainer.devices: {devices!r} is neither how many (2), nor which ('0,2'), nor 'auto', which takes all"
-        )
+        raise UserError(f"trainer.devices: {devices!r} is neither how many (2), nor which ('0,2'), nor 'auto' for all")
     if on_cpu and not re.fullmatch(r"auto|\d+", written):
         raise UserError(
-            f"trainer.devices: {devices!r} chooses among GPUs, and this runs on the CPU: say how many, as 2"
+            f"trainer.devices: {devices!r} chooses among GPUs, but this runs on the CPU: "
+            "set how many processes, 2 for example"
         )
 
 
 def _refuse_strategy(strategy: Any, clip: float | None) -> None:
-    """Tells a strategy under which gradients can't be rescaled or clipped as an update needs it."""
+    """Refuses strategies under which gradients can't be rescaled or clipped as an update needs."""
     name = strategy if isinstance(strategy, str) else type(strategy).__name__
     instead = "take FSDP2, strategy: {class_path: ModelParallelStrategy}, as the recipe sft/llama3.1_8b_fsdp2 does"
     if name.lower().startswith("deepspeed"):
@@ -142,15 +145,15 @@ def _refuse_strategy(strategy: Any, clip: float | None) -> None:
             f"clipped; {instead}, or leave out clipping"
         )
     if clip is not None and clip < 0:
-        raise UserError(f"trainer.gradient_clip_val is {clip}, but a norm lies above 0; leave it out to clip nothing")
+        raise UserError(f"trainer.gradient_clip_val is {clip}, but a norm is above 0; leave it out to clip nothing")
 
 
 def refuse_unsupported_precision(precision: Any, device: Any) -> None:
-    """Tells that a GPU has no bfloat16: it would be emulated, slower than float32.
+    """Refuses bfloat16 on a GPU without it: torch would emulate it, slower than float32.
 
     Args:
-        precision: As the recipe says.
-        device: What is trained on.
+        precision: The trainer's.
+        device: The device that trains.
 
     Raises:
         UserError: if the precision needs another GPU.
@@ -161,24 +164,24 @@ def refuse_unsupported_precision(precision: Any, device: Any) -> None:
         return
     if not torch.cuda.is_bf16_supported(including_emulation=False):
         raise UserError(
-            f"trainer.precision: {precision} needs a GPU that has bfloat16 (NVIDIA's from Ampere on), and "
+            f"trainer.precision: {precision} needs a GPU with bfloat16 (NVIDIA's from Ampere on), but "
             f"{torch.cuda.get_device_name(device)} has none; set it to 16-mixed or 32-true"
         )
 
 
 def refuse_seed(seed: Any) -> None:
-    """Tells a seed that no generator takes.
+    """Checks the range of a seed.
 
     Raises:
-        UserError: if it is negative, or above 2**32 - 1.
+        UserError: if it is negative, or above 2**32 - 1, which no generator accepts.
     """
     if isinstance(seed, int) and not 0 <= seed < 2**32:
-        raise UserError(f"seed_everything is {seed}, but a seed lies between 0 and {2**32 - 1}")
+        raise UserError(f"seed_everything is {seed}, but has to be between 0 and {2**32 - 1}")
 
 
 def _refuse_name(name: str | None) -> None:
     if name is not None and (not name or Path(name).name != name or name.startswith(".")):
-        raise UserError(f"name: {name!r} can't be the name of a folder; where folders go is said with runs_dir")
+        raise UserError(f"name: {name!r} can't be the name of a folder; runs_dir chooses where run folders go")
 
 
 def _refuse_without_validation(config: Mapping[str, Any], callbacks: Sequence[Any]) -> None:
@@ -190,27 +193,27 @@ def _refuse_without_validation(config: Mapping[str, Any], callbacks: Sequence[An
             asks = f"{_place(callback)}: {callback.monitor!r}"
     if asks:
         raise UserError(
-            f"{asks} needs held-out rows, and the recipe names none; set data.validation, to 0.05 for example"
+            f"{asks} needs held-out rows, but the recipe names none; set data.validation, to 0.05 for example"
         )
 
 
 def _refuse_unknown_metric(monitor: str | None, callback: Any, model: Any, callbacks: Sequence[Any]) -> None:
-    """Tells a misspelt metric at once where it can be known; classes of one's own may log whatever they like."""
+    """Checks the name of a monitored metric, unless a user's own class is there, which may log any name."""
     own = [type(part).__module__.split(".")[0] not in ("oumi_pl", "lightning") for part in (model, *callbacks)]
     if monitor is None or any(own) or not getattr(model, "validation_metrics", ()) or monitor.startswith("train/"):
         return
     known = [name for part in (model, *callbacks) for name in getattr(part, "validation_metrics", ())]
     if monitor not in known:
-        raise UserError(f"{_place(callback)}: there is no metric {monitor!r}{nearest(monitor, known)}")
+        raise UserError(f"{_place(callback)}: unknown metric {monitor!r}{nearest(monitor, known)}")
 
 
 def _place(callback: Any) -> str:
-    """Where a recipe says what a callback monitors."""
+    """Where a recipe sets what a callback monitors."""
     return "checkpoint.monitor" if type(callback).__name__ == "Checkpoints" else f"monitor of {type(callback).__name__}"
 
 
 def _refuse_checkpoint(name: str | None) -> None:
-    """A checkpoint that is not there, or no checkpoint: Lightning would take `last` for a start from scratch."""
+    """Checks that a checkpoint exists and is one: Lightning would take a missing `last` for a start from scratch."""
     if name is None or "://" in name:
         return
     path = Path(name).expanduser()
@@ -223,4 +226,4 @@ def _refuse_checkpoint(name: str | None) -> None:
     if not path.is_file():
         raise UserError(f"--ckpt_path: no file {name!r}{nearby(path, lambda p: p.suffix == '.ckpt')}")
     if not zipfile.is_zipfile(path):  # what torch writes is a zip archive, whose index comes last
-        raise UserError(f"--ckpt_path: {name} is not a checkpoint, or was cut short while it was written")
+        raise UserError(f"--ckpt_path: {name} is not a checkpoint, or was cut short when it was written")

@@ -1,4 +1,4 @@
-"""`--resume`: which run goes on, from which checkpoint, with which arguments."""
+"""`--resume`: which run to continue, from which checkpoint, with which arguments."""
 
 import sys
 from collections.abc import Mapping
@@ -6,7 +6,8 @@ from pathlib import Path
 from typing import Any
 
 from oumi_pl.config import files as recipe_files
-from oumi_pl.config.typed import typed
+from oumi_pl.config import options
+from oumi_pl.config.options import value_of
 from oumi_pl.errors import UserError, nearby
 from oumi_pl.runs import folders
 from oumi_pl.runs.checkpoint_files import step_of
@@ -14,7 +15,7 @@ from oumi_pl.runs.checkpoint_files import step_of
 LONGER = ("--trainer.max_steps", "--trainer.max_epochs", "--trainer.max_time")
 """Options that give a finished run more to do."""
 LISTED = 4
-"""Differences between a recipe and its run that are named."""
+"""How many differences between a recipe and its run are named."""
 
 
 def arguments(
@@ -22,66 +23,68 @@ def arguments(
 ) -> tuple[Path, str, list[str]]:
     """The run folder, its recipe's name, and the command line that continues it.
 
-    The run's own `config.yaml` takes the place of `--config`, for it is the record of what was running; what is typed
-    beside it wins.
+    The run's own `config.yaml` replaces `--config`: it is the record of what was running. Options that were typed
+    override it.
 
     Args:
         command: Has to be `fit`.
         resume: A run folder; empty for the last unfinished run of the recipe.
         recipe: Name of the recipe.
-        args: What was typed.
-        tree: The recipe, which may say where its runs are.
+        args: The command line.
+        tree: The content of the recipe, which may set where its runs are.
 
     Raises:
-        UserError: if there is nothing to resume, or it is finished.
+        UserError: if there is nothing to resume, or the run is finished.
     """
     if command != "fit":
         raise UserError(f"--resume goes with fit; for {command}, name the weights: --ckpt_path FILE")
-    if typed("--ckpt_path", args) is not None:
-        raise UserError("--resume goes on from the run's newest checkpoint: leave out --ckpt_path, or --resume")
-    root = Path(str(typed("--runs_dir", args) or tree.get("runs_dir") or "runs")).expanduser()
+    if value_of("--ckpt_path", args) is not None:
+        raise UserError("--resume takes the run's newest checkpoint: leave out --ckpt_path, or --resume")
+    root = Path(str(value_of("--runs_dir", args) or tree.get("runs_dir") or "runs")).expanduser()
     if resume:
         run = _given(Path(resume).expanduser(), root)
     else:
-        run = folders.last_unfinished(root, recipe, typed("--name", args) or tree.get("name"))
+        run = folders.last_unfinished(root, recipe, value_of("--name", args) or tree.get("name"))
     config = run / folders.CONFIG
     if not config.is_file():
-        raise UserError(f"--resume: {run} has no {folders.CONFIG}, so it was stopped before it began; start it anew")
+        raise UserError(
+            f"--resume: {run} has no {folders.CONFIG}, so it stopped before training began; start a new run"
+        )
     state = folders.read_state(run)
     checkpoint = folders.newest_checkpoint(run)
     _refuse_finished(run, state, checkpoint, args)
     if differences := differing(tree, recipe_files.check(config) if tree else {}):
-        listed = ", ".join(
-            f"{key} ({ours} there, {theirs} in the recipe)" for key, ours, theirs in differences[:LISTED]
-        )
+        named = [f"{key} ({ours} there, {theirs} in the recipe)" for key, ours, theirs in differences[:LISTED]]
         more = f" and {len(differences) - LISTED} more" if len(differences) > LISTED else ""
         print(
-            f"note: {config} is what goes on, and differs from the recipe in {listed}{more}; "
-            f"to change a value, type it, as --{differences[0][0]} VALUE",
+            f"note: the run continues with {config}, which differs from the recipe in {', '.join(named)}{more}; "
+            f"to change a value, pass it as an option: --{differences[0][0]} VALUE",
             file=sys.stderr,
         )
-    arguments = ["--config", str(config), *_without_config(args)]
+    kept = options.write(option for option in options.read(args) if option[0] != "--config")
+    arguments = ["--config", str(config), *kept]
     if checkpoint is not None:
         arguments.append(f"--ckpt_path={checkpoint}")
-    engines = any((run / folders.CHECKPOINTS).glob("checkpoint-*"))  # of transformers or TRL, which tell themselves
+    # transformers and TRL report themselves where they resume
+    engines = any((run / folders.CHECKPOINTS).glob("checkpoint-*"))
     if checkpoint is not None or not engines:
         print(f"resuming {run} from {checkpoint.name if checkpoint else 'the start: it has no checkpoint yet'}")
     return run, str(state.get("recipe", recipe)), arguments
 
 
 def differing(recipe: Mapping[str, Any], run: Mapping[str, Any], above: str = "") -> list[tuple[str, Any, Any]]:
-    """Values of a recipe that a run's config has otherwise: option, the run's value, the recipe's.
+    """Values of a recipe that differ in a run's config: option, the run's value, the recipe's.
 
-    A run's config is the recipe as it was parsed: class names are whole paths there, and numbers are numbers.
+    A run's config is the parsed recipe: class names are whole paths there, and numbers are numbers.
     """
-    found: list[tuple[str, Any, Any]] = []
+    differences: list[tuple[str, Any, Any]] = []
     for key, theirs in recipe.items():
         option, ours = (above if key == "init_args" else f"{above}.{key}".lstrip(".")), run.get(key)
         if isinstance(theirs, Mapping) and isinstance(ours, Mapping):
-            found += differing(theirs, ours, option)
+            differences += differing(theirs, ours, option)
         elif not _equal(theirs, ours):
-            found.append((option.removesuffix(".class_path"), ours, theirs))
-    return found
+            differences.append((option.removesuffix(".class_path"), ours, theirs))
+    return differences
 
 
 def _equal(theirs: Any, ours: Any) -> bool:
@@ -105,9 +108,7 @@ def _equal_item(theirs: Any, ours: Any) -> bool:
 def _given(path: Path, root: Path) -> Path:
     if (path / folders.RUN).is_file():
         if not folders.read_state(path):
-            raise UserError(
-                f"--resume: {path / folders.RUN} can't be read, so {path} is not a run folder that can go on"
-            )
+            raise UserError(f"--resume: {path / folders.RUN} can't be read, so {path} can't be resumed")
         return path
     if path.is_dir():
         raise UserError(f"--resume: {path} is not a run folder (it has no {folders.RUN})")
@@ -120,29 +121,16 @@ def _is_run(path: Path) -> bool:
 
 
 def _refuse_finished(run: Path, state: Mapping[str, Any], checkpoint: Path | None, args: list[str]) -> None:
-    """Tells at once what the trainer would find out after loading everything: that there is nothing left to do."""
-    more = [option for option in LONGER if typed(option, args) is not None]
+    """Refuses a run with nothing left to do, which the trainer would notice only after loading everything."""
+    more = [option for option in LONGER if value_of(option, args) is not None]
     if state.get("status") == "finished" and not more:
         raise UserError(
             f"--resume: {run} is finished, at step {state.get('step', '?')}; "
             f"to train it further: --resume {run} --trainer.max_steps MORE (or --trainer.max_epochs)"
         )
-    steps = typed("--trainer.max_steps", args) or ""
+    steps = value_of("--trainer.max_steps", args) or ""
     if checkpoint is not None and steps.isdigit() and int(steps) <= step_of(checkpoint):
         raise UserError(
             f"--resume: {run} is at step {step_of(checkpoint)} already: "
             f"--trainer.max_steps {steps} leaves nothing to do"
         )
-
-
-def _without_config(args: list[str]) -> list[str]:
-    out: list[str] = []
-    skip = False
-    for arg in args:
-        if skip:
-            skip = False
-        elif arg == "--config":
-            skip = True
-        else:
-            out.append(arg)
-    return out

@@ -54,7 +54,7 @@ def write_base(run: Path, model: Any) -> None:
     """
     if not (run / "adapter_config.json").exists():  # it was merged, or nothing was to be saved
         return
-    from oumi_pl.core.trainers.loss import bare
+    from oumi_pl.core.trainers.kinds import bare
     from oumi_pl.core.trainers.saving import base_state
 
     bare(model).save_pretrained(run, state_dict=base_state(model))

@@ -1,12 +1,17 @@
 """What data that go through a chat template share: the template, prompts for generation, and where answers end."""
 
+import copy
+import sys
 from abc import abstractmethod
 from collections.abc import Iterator, Sequence
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
+from oumi_pl.attention.segments import path_positions
 from oumi_pl.data.examples import ExampleData
-from oumi_pl.data.template import ChatTemplate, apply_template, load_template
+from oumi_pl.data.template import apply_template, load_template
 from oumi_pl.data.tokenize import Dropped, Overflow, Tokenize
 from oumi_pl.types import Example, Record
 
@@ -29,9 +34,6 @@ class ChatData(ExampleData):
         super().__init__(*args, **kwargs)
         self.template_spec = template
         self.overflow = overflow
-        self.template: ChatTemplate | None = None
-        self.own_template: Any = None
-        self.own_pad: Any = None
 
     @cached_property
     @abstractmethod
@@ -41,15 +43,35 @@ class ChatData(ExampleData):
     def prepare_tokenizer(self, tokenizer: "PreTrainedTokenizerBase") -> list[int]:
         """Puts the chat template in force and adds the special tokens that it needs."""
         before = set(tokenizer.get_vocab().values())
-        self.own_template, self.own_pad = tokenizer.chat_template, tokenizer.pad_token
         self.template = load_template(tokenizer, self.template_spec)
         apply_template(tokenizer, self.template)
         # what was in the vocabulary already, and only became special, has a trained row
         return sorted(set(tokenizer.get_vocab().values()) - before)
 
+    def encoding_key(self) -> list[Any]:
+        """What happens to long rows."""
+        return [self.overflow]
+
     def encode(self, records: Sequence[Record]) -> list[Example | Dropped]:
         """Records to examples by template and offsets."""
         return self.tokenize(list(records))
+
+    def uncut(self, record: Record) -> tuple[Example, list[np.ndarray]] | None:
+        """As of `ExampleData`: what `Tokenize.kept` keeps of the longest path, and as much of the other segments."""
+        tokenize = copy.copy(self.tokenize)
+        tokenize.max_length = sys.maxsize
+        (whole,) = tokenize([record])
+        if isinstance(whole, Dropped):
+            return None
+        segments, border = whole.segments, int(whole.loss_mask.argmax())  # the context ends where the answers begin
+        longest = max(range(len(segments)), key=lambda i: segments[i].shared + segments[i].length)
+        kept = self.tokenize.kept(whole.input_ids[path_positions(segments, longest)], border)
+        if isinstance(kept, Dropped):
+            kept = np.arange(0)
+        context = kept[kept < border]
+        room = len(kept) - len(context)
+        first = np.concatenate([context, np.arange(border, min(border + room, segments[0].length))])
+        return whole, [first, *(np.arange(min(room, segment.length)) for segment in segments[1:])]
 
     def prompts(self, split: str) -> Iterator[tuple[list[int], str]]:
         """Prompt ids and reference answer of each row of a split: what completions are sampled for."""

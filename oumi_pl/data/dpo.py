@@ -23,6 +23,7 @@ class DPOData(ChatData):
     """
 
     branching = True
+    segment_names = ("chosen", "rejected")
     formats = PREFERENCE_FORMATS
     prompt_formats = (*PREFERENCE_FORMATS, *FORMATS)
 
@@ -34,9 +35,10 @@ class DPOData(ChatData):
         """Turns preferences into pairs."""
         return TokenizePairs(self.tokenizer, self.max_length, self.overflow)
 
-    def encoding_key(self) -> list[Any]:
-        """That these are pairs, and what happens to long ones."""
-        return ["pairs", self.overflow]
+    @property
+    def row_name(self) -> str:
+        """What `batch_size` counts."""
+        return "pack" if self.packing else "pair"
 
     @property
     def capacity(self) -> int | None:

@@ -1,5 +1,6 @@
 """Data that are rows of their own: sources to cached examples, the report, loaders that follow a plan."""
 
+import math
 from abc import abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
@@ -10,20 +11,20 @@ from torch.utils.data import ConcatDataset, DataLoader
 
 from oumi_pl.data import report as reports
 from oumi_pl.data.base import TextData
-from oumi_pl.data.cache import code_of, example_store, source_records
 from oumi_pl.data.collate import collate
 from oumi_pl.data.formats import FORMATS, Formats
 from oumi_pl.data.loader import PlanLoader, eval_loader
-from oumi_pl.data.mixture import mixture_epoch
-from oumi_pl.data.plan import Layout, Plan, plan_epoch, plan_in_order
+from oumi_pl.data.plan import Layout, Plan, mixture_epoch, plan_epoch, plan_in_order
 from oumi_pl.data.reference import ReferenceLogps
 from oumi_pl.data.sources import Source, as_sources, is_held_out, is_not_held_out
-from oumi_pl.data.store import ExampleStore
+from oumi_pl.data.store import ExampleStore, code_of, example_store, source_records
 from oumi_pl.data.tokenize import Dropped
 from oumi_pl.data.tokenizers import tokenizer_fingerprint
 from oumi_pl.errors import UserError
 from oumi_pl.types import Batch, Example, Record, Row
 
+EXACT_EPOCHS = 10
+"""Epochs whose tokens are counted one by one; those beyond are estimated from these."""
 REMEDIES = {
     "max_length": "; raise data.max_length, which is {}, or set data.overflow: truncate",
     "once cut": "; raise data.max_length, which is {}",
@@ -47,7 +48,7 @@ class ExampleData(TextData):
         super().__init__(*args, **kwargs)
         self.packing = packing
         self.group_by_length = group_by_length
-        self._stores: dict[str, list[ExampleStore]] = {}
+        self.__stores: dict[str, list[ExampleStore]] = {}
 
     # ---- what a subclass says
 
@@ -66,6 +67,23 @@ class ExampleData(TextData):
     """The formats that rows may have."""
     prompt_formats: Formats = FORMATS
     """The same for the rows of `predict`, of which only the prompt is read."""
+
+    segment_names: Sequence[str] = ()
+    """What the segments of an example are called where there are several, in their order."""
+
+    def uncut(self, record: Record) -> tuple[Example, list[np.ndarray]] | None:
+        """A record's example before anything is cut off, and what is kept of it, for people to look at.
+
+        Returns:
+            The whole example, and for each of its segments which of its own tokens are kept, ascending. None where
+            there is no example, or these data don't say.
+        """
+        return None
+
+    @property
+    def row_name(self) -> str:
+        """What `batch_size` counts."""
+        return "pack" if self.packing else "row"
 
     @property
     def capacity(self) -> int | None:
@@ -99,15 +117,15 @@ class ExampleData(TextData):
 
     def stores(self, split: str) -> list[ExampleStore]:
         """The tokenized sources of a split, from the cache or made now."""
-        if split not in self._stores:
+        if split not in self.__stores:
             sources, keep = self.taken(split)
             side = f"{split} {self.sources['validation']}" if keep else None
-            stores = [self._store(source, keep, side) for source in sources]
+            stores = [self.__store(source, keep, side) for source in sources]
             names = [sorted(store.fields) for store in stores if len(store)]
             if names != names[:1] * len(names):
                 raise UserError(f"data.{split}: the examples of its sources have different fields: {names}")
-            self._stores[split] = stores
-        return self._stores[split]
+            self.__stores[split] = stores
+        return self.__stores[split]
 
     def taken(self, split: str) -> tuple[list[Source], Callable[[Row], bool] | None]:
         """What a split takes: its sources, and which of their rows; all if None."""
@@ -151,7 +169,7 @@ class ExampleData(TextData):
         for source in as_sources(value):
             yield from source_records(source, keep, formats=self.prompt_formats if split == "predict" else self.formats)
 
-    def _store(self, source: Source, keep: Callable[[Row], bool] | None, side: str | None) -> ExampleStore:
+    def __store(self, source: Source, keep: Callable[[Row], bool] | None, side: str | None) -> ExampleStore:
         key = [side, tokenizer_fingerprint(self.tokenizer), self.max_length, self.encoding_key()]
         code = code_of(type(self), *(function for function, _ in self.formats))
         return example_store(source, [*key, code], self.encode, keep, self.formats)
@@ -208,6 +226,18 @@ class ExampleData(TextData):
         first = int(np.add.reduceat(lengths, np.arange(0, len(lengths), size)).argmax()) * size
         return [plan.row(i) for i in range(first, min(first + size, plan.rows))]
 
+    def tokens(self, updates: int) -> int:
+        """Tokens that the first so many updates train on: counted over `EXACT_EPOCHS`, in proportion beyond."""
+        lengths = self.lengths("train")
+        tokens, left, epochs = 0, updates, 0
+        while left > 0 and epochs < EXACT_EPOCHS:
+            plan = self.plan(epochs)
+            rows = min(left * plan.rows_per_update, plan.rows)
+            tokens += int(lengths[plan.example_ids[: plan.row_starts[rows]]].sum())
+            left -= math.ceil(rows / plan.rows_per_update)
+            epochs += 1
+        return round(tokens * updates / (updates - left))
+
     def updates(self, epochs: int) -> int:
         """Optimizer updates in so many epochs."""
         weighted = any(source.weight is not None for source in as_sources(self.sources["train"]))  # type: ignore[arg-type]
@@ -215,61 +245,40 @@ class ExampleData(TextData):
             return sum(len(self.plan(epoch)) for epoch in range(epochs))
         return len(self.plan(0)) * epochs
 
-    def train_dataloader(self) -> PlanLoader:
-        """The training loader, at the position where a resumed run stopped."""
-        self._refuse_another_sampler()
-        loader = PlanLoader(
+    def make_train_loader(self) -> PlanLoader:
+        """A loader that follows the plan."""
+        return PlanLoader(
             self.examples("train"),
             self.targets("train"),
             self.plan,
             self.layout,
             partial(collate, pad_id=self.pad_id),
-            limit=self._limit,
-            **self._fetching,
+            limit=self.limit,
+            **self.fetching,
         )
-        if self._position is not None:
-            self._refuse_other_rows(self._position.get("made_from"))
-            loader.load_state_dict(self._position)
-        self._train_loader = loader
-        return loader
 
-    def state_dict(self) -> dict[str, Any]:
-        """Where the training data stand, and which these are."""
-        position = super().state_dict()
-        return position and position | {"made_from": self._made_from()}
-
-    def _made_from(self) -> list[str]:
-        return [store.directory.name for store in self.stores("train")]
-
-    def _refuse_other_rows(self, before: list[str] | None) -> None:
-        if before is not None and before != self._made_from():
-            raise UserError(
-                "data.train: the rows, or how they are tokenized, have changed since the checkpoint was written: "
-                "the run can't go on where it was; undo the change, or start anew from its model"
-            )
-
-    def val_dataloader(self) -> DataLoader | list:
-        """Every held-out example once; an empty list without `validation`."""
-        return self._eval_loader("validation") if self.sources["validation"] is not None else []
-
-    def test_dataloader(self) -> DataLoader:
-        """Every test example once."""
-        return self._eval_loader("test")
-
-    def _eval_loader(self, split: str) -> DataLoader:
+    def eval_plan(self, split: str) -> tuple[Plan, Layout]:
+        """The plan of a pass over held-out examples, and how it is cut."""
         layout = Layout(self.eval_batch_size, 1, self.layout.ranks, self.layout.rank)
-        plan = plan_in_order(self.lengths(split), layout.rows_per_update, capacity=self.capacity)
+        return plan_in_order(self.lengths(split), layout.rows_per_update, capacity=self.capacity), layout
+
+    def make_eval_loader(self, split: str) -> DataLoader:
+        """Every example of a split once, longest first."""
         collated = partial(collate, pad_id=self.pad_id)
-        return eval_loader(self.examples(split), plan, layout, collated, **self._fetching)
+        return eval_loader(self.examples(split), *self.eval_plan(split), collated, **self.fetching)
+
+    def made_from(self) -> list[str]:
+        """Names of the stores, which are hashes of all that the examples depend on."""
+        return [store.directory.name for store in self.stores("train")]
 
     # ---- report
 
     def report(self) -> dict[str, Any]:
         """What became of the rows, per split: read, kept, dropped, cut, tokens, lengths, how full packs are."""
-        splits = [s for s in ("train", "validation", "test") if s in self._stores]
-        return {split: self._split_report(split) for split in splits}
+        splits = [s for s in ("train", "validation", "test") if s in self.__stores]
+        return {split: self.__split_report(split) for split in splits}
 
-    def _split_report(self, split: str) -> dict[str, Any]:
+    def __split_report(self, split: str) -> dict[str, Any]:
         stores = self.stores(split)
         plan = self.plan(0) if split == "train" else None
         layout = self.layout if split == "train" else Layout(self.eval_batch_size)

@@ -1,19 +1,21 @@
-"""Rows of one local text file: JSON (lines, or one document), CSV and plain text, each also as `.gz` or `.zst`.
+"""Rows of one local file: JSON (lines, or one document), CSV and text, also as `.gz` or `.zst`; Parquet and Arrow.
 
-Read here, line by line, rather than by `datasets`: a mistake is told with its file and line, and a row keeps exactly
-the keys that it has. Arrow would give all rows the same keys, so that a tool call gets the arguments of all others.
+Text is read here, line by line, rather than by `datasets`: an error names file and line, a row keeps exactly the keys
+that it has (Arrow would give all rows the same keys, so that a tool call gets the arguments of all others), and nothing
+is copied to a cache first. Tables are read by pyarrow, a batch of rows at a time.
 """
 
+import contextlib
 import csv
 import gzip
-import io
 import json
 import zlib
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 from oumi_pl.errors import UserError
 from oumi_pl.types import Row
@@ -27,10 +29,14 @@ KINDS = {
     ".parquet": "parquet",
     ".arrow": "arrow",
 }
-"""File suffix -> kind of file. Parquet and Arrow files are read elsewhere, and compress themselves."""
+"""File suffix -> kind of file."""
+TABLES = ("parquet", "arrow")
+"""Kinds that compress themselves."""
 
+_BATCH = 1000  # rows of a table in memory
 _MAX_CELL = 2**31 - 1  # characters of a CSV cell; the module's own limit of 131,072 is too short for documents
 _ZSTD_CHUNK = 1 << 16  # compressed bytes taken at once: what they grow to has to fit into memory
+_ZSTD_WINDOW = 1 << 31  # published dumps are made with `zstd --long=31`
 
 
 @dataclass(frozen=True)
@@ -39,7 +45,7 @@ class Reading:
 
     documents: what a document of a `.txt` file is: the `file`, what lies between `blank_lines`, or between two
     occurrences of this very text. replace: bytes that aren't UTF-8 become U+FFFD instead of an error. counts:
-    `replaced` tells how many did.
+    `replaced` is the number of those.
     """
 
     documents: str = "file"
@@ -52,18 +58,18 @@ def kind_of(path: Path) -> str | None:
     suffixes = [suffix.lower() for suffix in path.suffixes[-2:]]
     if suffixes and suffixes[-1] in (".gz", ".zst"):
         kind = KINDS.get(suffixes[0]) if len(suffixes) == 2 else None
-        return None if kind in ("parquet", "arrow") else kind
+        return None if kind in TABLES else kind
     return KINDS.get(suffixes[-1]) if suffixes else None
 
 
 def read_file(path: Path, name: str, how: Reading | None = None) -> Iterator[tuple[str, Row]]:
-    """Reads the rows of a text file, each with its origin.
+    """Reads the rows of a file, each with its origin.
 
-    JSON lines, CSV and text hold one row in memory, a JSON document the whole file. CSV cells are text, empty ones
-    too. A text file's rows are its documents, with the column `text`.
+    JSON lines, CSV and text hold one row in memory, tables a batch of rows, a JSON document the whole file. CSV cells
+    are text, empty ones too. A text file's rows are its documents, with the column `text`.
 
     Args:
-        path: the file; its kind is one of `KINDS`, less Parquet and Arrow.
+        path: the file; its kind is one of `KINDS`.
         name: what messages call the file.
         how: how it is read; strictly, and as one document, when left out.
 
@@ -73,24 +79,17 @@ def read_file(path: Path, name: str, how: Reading | None = None) -> Iterator[tup
     Raises:
         UserError: the file can't be read to its end, or something in it isn't a row.
     """
-    kind, how = kind_of(path), how or Reading()
-    if kind == "jsonl":
-        return _json_lines(path, name, how)
-    if kind == "json":
-        return _json(path, name, how)
-    if kind == "csv":
-        return _csv(path, name, how)
-    if how.documents == "file":
-        return _text(path, name, how)
-    return _paragraphs(path, name, how) if how.documents == "blank_lines" else _separated(path, name, how)
+    return _READERS[kind_of(path) or ""](path, name, how or Reading())
 
 
-def count_rows(path: Path, name: str, how: Reading | None = None) -> int:
-    """Number of rows of a text file; JSON lines are counted without parsing them."""
-    how = how or Reading()
+def count_rows(path: Path, name: str, how: Reading) -> int:
+    """Number of rows of a file; JSON lines and tables are counted without parsing them."""
+    look = Reading(how.documents, how.replace)  # with counts of its own: the rows are read again
+    if kind_of(path) in TABLES:
+        return sum(batch.num_rows for batch in _batches(path, name))
     if kind_of(path) == "jsonl":
-        return sum(1 for _, line in _lines(path, name, how) if line.strip())
-    return sum(1 for _ in read_file(path, name, how))
+        return sum(1 for _, line in _lines(path, name, look) if line.strip())
+    return sum(1 for _ in read_file(path, name, look))
 
 
 # --- kinds of file ---------------------------------------------------------------------------------------------------
@@ -122,7 +121,7 @@ def _json(path: Path, name: str, how: Reading) -> Iterator[tuple[str, Row]]:
 
 def _holds_lines(path: Path, name: str, how: Reading) -> bool:
     """Whether a `.json` file is JSON lines: its first line is an object and more follow."""
-    look = Reading(replace=how.replace)  # counts nothing: the lines are read again
+    look = Reading(replace=how.replace)  # with counts of its own: the lines are read again
     filled = (line for _, line in _lines(path, name, look) if line.strip())
     first, second = next(filled, ""), next(filled, None)
     if second is None or not first.lstrip().startswith("{"):
@@ -169,14 +168,17 @@ def _csv(path: Path, name: str, how: Reading) -> Iterator[tuple[str, Row]]:
                 continue
             number += 1
             if len(cells) != len(header):
-                told = f"{len(cells)} cells under {len(header)} column names ({', '.join(header)})"
-                raise UserError(f"{name} row {number}: {told}; commas within a text need quotes around it")
+                wrong = f"{len(cells)} cells under {len(header)} column names ({', '.join(header)})"
+                raise UserError(f"{name} row {number}: {wrong}; commas within a text need quotes around it")
             yield f"{name} row {number}", dict(zip(header, cells, strict=True))
     except csv.Error as error:
         raise UserError(f"{name}:{reader.line_num}: not valid CSV: {error}") from error
 
 
 def _text(path: Path, name: str, how: Reading) -> Iterator[tuple[str, Row]]:
+    if how.documents != "file":
+        yield from (_paragraphs if how.documents == "blank_lines" else _separated)(path, name, how)
+        return
     text = "".join(line for _, line in _lines(path, name, how))
     if text.strip():
         yield name, {"text": text}
@@ -217,6 +219,46 @@ def _separated(path: Path, name: str, how: Reading) -> Iterator[tuple[str, Row]]
         yield f"{name}:{start}", {"text": "".join(parts).strip("\r\n")}
 
 
+def _table(path: Path, name: str, how: Reading) -> Iterator[tuple[str, Row]]:
+    import datasets
+
+    number = 0
+    for batch in _batches(path, name):
+        decode = datasets.Features.from_arrow_schema(batch.schema).decode_example  # else JSON columns stay text
+        for row in batch.to_pylist():
+            number += 1
+            yield f"{name} row {number}", decode(row)
+
+
+def _batches(path: Path, name: str) -> Iterator[Any]:
+    """Record batches of a Parquet or Arrow file."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    try:
+        if kind_of(path) == "parquet":
+            yield from pq.ParquetFile(path).iter_batches(_BATCH)
+            return
+        mapped = pa.memory_map(str(path))
+        try:
+            batches = iter(pa.ipc.open_stream(mapped))
+        except pa.ArrowInvalid:  # the other layout of such files, with random access
+            file = pa.ipc.open_file(mapped)
+            batches = (file.get_batch(i) for i in range(file.num_record_batches))
+        yield from batches
+    except (OSError, pa.ArrowException) as error:
+        raise UserError(f"{name}: damaged, or not a file of this kind: {error}") from error
+
+
+_READERS: dict[str, Callable[[Path, str, Reading], Iterator[tuple[str, Row]]]] = {
+    "jsonl": _json_lines,
+    "json": _json,
+    "csv": _csv,
+    "txt": _text,
+    "parquet": _table,
+    "arrow": _table,
+}
+
 # --- bytes to lines to values ----------------------------------------------------------------------------------------
 
 
@@ -233,50 +275,42 @@ def _lines(path: Path, name: str, how: Reading) -> Iterator[tuple[int, str]]:
         raise UserError(f"{name}: cannot be read{f' beyond line {number}' if number else ''}: {reason}") from error
 
 
-def _open(path: Path) -> gzip.GzipFile | IO[bytes]:
+def _open(path: Path) -> AbstractContextManager[Iterable[bytes]]:
+    """The lines of a file, decompressed."""
     suffix = path.suffix.lower()
-    if suffix == ".gz":
-        return gzip.open(path, "rb")
-    return io.BufferedReader(_Zstd(path), _ZSTD_CHUNK) if suffix == ".zst" else path.open("rb")
+    if suffix == ".zst":
+        return contextlib.closing(_zstd_lines(path))
+    return gzip.open(path, "rb") if suffix == ".gz" else path.open("rb")
 
 
-class _Zstd(io.RawIOBase):
-    """Bytes of a `.zst` file of one or more frames. The library's own reader takes a cut file for a complete one."""
+def _zstd_lines(path: Path) -> Generator[bytes]:
+    parts: list[bytes] = []  # of a line that goes on in the next chunk
+    for chunk in _zstd_chunks(path):
+        *whole, rest = chunk.split(b"\n")
+        for line in whole:
+            yield b"".join([*parts, line, b"\n"])
+            parts = []
+        parts.append(rest)
+    if any(parts):
+        yield b"".join(parts)
 
-    def __init__(self, path: Path) -> None:
-        import zstandard
 
-        self._frames = zstandard.ZstdDecompressor(max_window_size=2**31)
-        self._error = zstandard.ZstdError
-        self._frame: Any = None
-        self._input = b""
-        self._output = memoryview(b"")
-        self._file = path.open("rb")
+def _zstd_chunks(path: Path) -> Iterator[bytes]:
+    """Decompressed bytes of one or more frames. The library's own reader takes a cut file for a complete one."""
+    import zstandard
 
-    def readable(self) -> bool:
-        return True
-
-    def close(self) -> None:
-        self._file.close()
-        super().close()
-
-    def readinto(self, buffer: Any) -> int:
-        while not self._output:
-            self._input = self._input or self._file.read(_ZSTD_CHUNK)
-            if not self._input:
-                if self._frame is not None:
-                    raise EOFError("the compressed file ends too early")
-                return 0
-            self._frame = self._frame or self._frames.decompressobj()
-            try:
-                self._output = memoryview(self._frame.decompress(self._input))
-            except self._error as error:
-                raise OSError(str(error)) from error
-            self._input = self._frame.unused_data if self._frame.eof else b""
-            self._frame = None if self._frame.eof else self._frame
-        size = min(len(buffer), len(self._output))
-        buffer[:size], self._output = self._output[:size], self._output[size:]
-        return size
+    frame: Any = None
+    try:
+        with path.open("rb") as file:
+            while data := file.read(_ZSTD_CHUNK):
+                while data:
+                    frame = frame or zstandard.ZstdDecompressor(max_window_size=_ZSTD_WINDOW).decompressobj()
+                    yield frame.decompress(data)
+                    data, frame = (frame.unused_data, None) if frame.eof else (b"", frame)
+    except zstandard.ZstdError as error:
+        raise OSError(str(error)) from error
+    if frame is not None:
+        raise EOFError("the compressed file ends too early")
 
 
 def _decoded(line: bytes, name: str, number: int, offset: int, how: Reading) -> str:
@@ -285,8 +319,8 @@ def _decoded(line: bytes, name: str, number: int, offset: int, how: Reading) -> 
     if number == 1 and line.startswith((b"\xff\xfe", b"\xfe\xff")):
         raise UserError(f"{name}:1: UTF-16 text, where UTF-8 is expected; save it as UTF-8")
     if b"\0" in line:
-        told = "binary data (a zero byte), where text is expected; tables are read from .parquet and .arrow files"
-        raise UserError(f"{name}:{number}: {told}")
+        wrong = "binary data (a zero byte), where text is expected; tables are read from .parquet and .arrow files"
+        raise UserError(f"{name}:{number}: {wrong}")
     try:
         return line.decode()
     except UnicodeDecodeError as error:

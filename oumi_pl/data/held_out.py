@@ -8,8 +8,9 @@ from torch.utils.data import DataLoader, Dataset
 
 from oumi_pl.data.loader import as_it_is
 from oumi_pl.data.plan import Layout, Plan
-from oumi_pl.data.rows import Row, batch_of
+from oumi_pl.data.row_stream import batch_of
 from oumi_pl.data.shards import Shards
+from oumi_pl.data.windows import Row
 from oumi_pl.types import IGNORE_INDEX, Batch
 
 

@@ -34,6 +34,15 @@ class PlanSampler(Sampler[list[np.ndarray]]):
         self.layout = layout
         self.epoch = 0
         self.update = 0
+
+    @property
+    def plan(self) -> Callable[[int], Plan]:
+        """Makes the plan of an epoch; may be replaced before the epoch has begun."""
+        return self._plan
+
+    @plan.setter
+    def plan(self, plan: Callable[[int], Plan]) -> None:
+        self._plan = plan
         self._planned: tuple[int, Plan] | None = None
 
     @property
@@ -45,7 +54,7 @@ class PlanSampler(Sampler[list[np.ndarray]]):
     def current(self) -> Plan:
         """The plan of the current epoch, made once."""
         if self._planned is None or self._planned[0] != self.epoch:
-            self._planned = (self.epoch, self.plan(self.epoch))
+            self._planned = (self.epoch, self._plan(self.epoch))
         return self._planned[1]
 
     def set_epoch(self, epoch: int) -> None:
@@ -83,6 +92,7 @@ class PlanLoader(DataLoader):
         limit: int | float = 1.0,
         workers: int = 0,
         pin_memory: bool = False,
+        **fetching: Any,
     ) -> None:
         """Makes the loader.
 
@@ -95,6 +105,7 @@ class PlanLoader(DataLoader):
             limit: Micro-batches of an epoch that will be trained on, or the share of them (`limit_train_batches`).
             workers: Processes that fetch.
             pin_memory: Put batches where a GPU copies them from without waiting.
+            fetching: Further arguments of `DataLoader` on how its workers fetch.
         """
         self.position = PlanSampler(plan, layout)
         self.targets = targets
@@ -105,9 +116,19 @@ class PlanLoader(DataLoader):
             collate_fn=collate,
             num_workers=workers,
             pin_memory=pin_memory,
+            **fetching,
             # its own generator: the seeds of workers must not be drawn from the stream that dropout uses
             generator=torch.Generator().manual_seed(0),
         )
+
+    @property
+    def layout(self) -> Layout:
+        """How an update is cut; may be replaced before the first batch is asked for."""
+        return self.position.layout
+
+    @layout.setter
+    def layout(self, layout: Layout) -> None:
+        self.position.layout = layout
 
     def __iter__(self) -> Iterator[Any]:  # type: ignore[override]
         # A generator, so that nothing is fetched before `set_epoch` and `load_state_dict` have had their say:

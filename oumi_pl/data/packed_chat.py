@@ -30,13 +30,15 @@ class PackedChatData(PretrainData):
     def prepare_tokenizer(self, tokenizer: "PreTrainedTokenizerBase") -> list[int]:
         """Puts the chat template in force and adds the special tokens that it needs."""
         before = set(tokenizer.get_vocab().values())
-        apply_template(tokenizer, load_template(tokenizer, self.template_spec))
+        self.template = load_template(tokenizer, self.template_spec)
+        apply_template(tokenizer, self.template)
         return sorted(set(tokenizer.get_vocab().values()) - before)
 
     @cached_property
-    def _rendering(self) -> Rendering:
+    def rendering(self) -> Rendering:
+        """Turns conversations into texts."""
         return Rendering(self.tokenizer)
 
     def parts(self, split: str) -> list[Part]:
         """What a split takes of which sources, with conversations as texts."""
-        return [part._replace(render=self._rendering) for part in super().parts(split)]
+        return [part._replace(render=self.rendering) for part in super().parts(split)]

@@ -6,12 +6,152 @@ layout of the same `rows_per_update`.
 """
 
 import math
-from collections.abc import Iterator
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
-from oumi_pl.data.packing import pack
+from oumi_pl.errors import UserError
+
+
+def pack(lengths: np.ndarray, capacity: int, order: np.ndarray | None = None) -> tuple[np.ndarray, np.ndarray]:
+    """Packs examples into as few rows of `capacity` tokens as best-fit decreasing finds.
+
+    Args:
+        lengths: tokens of every example, `[n]`, each from 1 to `capacity`.
+        capacity: tokens that a pack holds.
+        order: a permutation of `0..n-1`. Examples of equal length are placed in this order; another permutation gives
+            other packs, equally full. In order of index when left out.
+
+    Returns:
+        `members` `[n]` and `starts` `[packs + 1]`, both int64: pack `p` holds the examples
+        `members[starts[p] : starts[p + 1]]`, longest first. Every example occurs once, and no pack is empty.
+
+    Raises:
+        ValueError: a length is below 1 or above `capacity`, or `order` is no permutation.
+    """
+    lengths = np.asarray(lengths, dtype=np.int64)
+    count = len(lengths)
+    if count and not (lengths.min() >= 1 and lengths.max() <= capacity):
+        raise ValueError(f"lengths from {lengths.min()} to {lengths.max()}, but a pack holds 1 to {capacity} tokens")
+    order = np.arange(count) if order is None else np.asarray(order, dtype=np.int64)
+    if len(order) != count or not np.array_equal(np.sort(order), np.arange(count)):
+        raise ValueError(f"order is no permutation of {count} indices")
+    examples = order[np.argsort(-lengths[order], kind="stable")]
+    pack_of = _best_fit(lengths[examples], capacity)
+    members = examples[np.argsort(pack_of, kind="stable")]
+    return members, np.concatenate([[0], np.cumsum(np.bincount(pack_of))]).astype(np.int64)
+
+
+def fill(lengths: np.ndarray, capacity: int, packs: int) -> float:
+    """Share of the capacity of so many packs that the examples' tokens take up, from 0 to 1."""
+    return float(np.sum(lengths, dtype=np.int64) / (packs * capacity)) if packs else 0.0
+
+
+def _best_fit(descending: np.ndarray, capacity: int) -> np.ndarray:
+    """Number of the pack that each length goes to, `[n]`. `descending` is sorted, longest first."""
+    pack_of = np.empty(len(descending), dtype=np.int64)
+    by_room: defaultdict[int, list[int]] = defaultdict(list)  # tokens of room -> packs; the last one in is used first
+    rooms = 0  # bit r is set while by_room[r] has packs, so that the tightest fit is the lowest bit from `size` up
+    opened = placed = 0
+    negative, counts = np.unique(-descending, return_counts=True)
+    for size, count in zip((-negative).tolist(), counts.tolist(), strict=True):
+        left = count
+        while left:
+            fitting = rooms >> size
+            room = size + (fitting & -fitting).bit_length() - 1 if fitting else capacity
+            each = room // size  # the pack that takes one is the tightest fit for the next, too, as long as one fits
+            needed = -(-left // each)
+            if not fitting:
+                by_room[room].extend(range(opened + needed - 1, opened - 1, -1))
+                opened += needed
+            packs = by_room[room][: -needed - 1 : -1]
+            del by_room[room][-needed:]
+            now = min(left, each * len(packs))
+            pack_of[placed : placed + now] = np.repeat(packs, each)[:now]
+            missing = each * len(packs) - now  # the last pack is not filled as far as the others if lengths run out
+            by_room[room - each * size].extend(packs[:-1] if missing else packs)
+            if missing:
+                by_room[room - (each - missing) * size].append(packs[-1])
+            for changed in (room, room - each * size, room - (each - missing) * size):
+                rooms = rooms | (1 << changed) if by_room[changed] else rooms & ~(1 << changed)
+            placed, left = placed + now, left - now
+    return pack_of
+
+
+# Keeps this stream of random numbers apart from that of others who seed with (seed, epoch): a permutation that is
+# permuted by itself isn't a fair shuffle.
+_STREAM = 0x6D69
+
+
+def mixture_counts(sizes: Sequence[int], weights: Sequence[float | None]) -> list[int]:
+    """Rows that an epoch takes from each source; they sum to `sum(sizes)`.
+
+    Args:
+        sizes: rows that each source has.
+        weights: share of each source, in any unit; all None for the sources as they are, one after the other.
+
+    Returns:
+        `sizes` without weights; with them, the total split in proportion to the weights. What rounding down leaves
+        goes to the largest remainders, the earlier source first.
+
+    Raises:
+        UserError: some sources have a weight and others none, a weight isn't above 0, or a weighted source is empty.
+    """
+    given = [weight for weight in weights if weight is not None]
+    if not given:
+        return list(sizes)
+    if len(given) < len(weights):
+        missing = ", ".join(str(k) for k, weight in enumerate(weights, 1) if weight is None)
+        raise UserError(
+            f"data.train: {len(given)} of {len(weights)} sources have a weight, but not number {missing}; give "
+            "all or none"
+        )
+    for k, (size, weight) in enumerate(zip(sizes, given, strict=True), 1):
+        if not 0 < weight < float("inf"):
+            raise UserError(
+                f"data.train: source number {k} has the weight {weight}, but a weight lies above 0; leave the source "
+                "out"
+            )
+        if not size:
+            raise UserError(f"data.train: source number {k} has the weight {weight}, but no rows are left of it")
+    total = sum(sizes)
+    exact = np.array(given, dtype=np.float64) / max(given)
+    exact *= total / exact.sum()
+    counts = np.floor(exact).astype(np.int64)
+    largest = np.argsort(counts - exact, kind="stable")
+    counts[largest[: total - int(counts.sum())]] += 1
+    return counts.tolist()
+
+
+def mixture_epoch(sizes: Sequence[int], weights: Sequence[float | None], seed: int, epoch: int) -> np.ndarray:
+    """Draws the rows of one epoch, shuffled: a pure function of its arguments.
+
+    Args:
+        sizes: rows that each source has; source `k`'s rows are numbered from `sum(sizes[:k])`.
+        weights: as for `mixture_counts`.
+        seed: of the run, at least 0.
+        epoch: counted from 0. Each epoch draws anew.
+
+    Returns:
+        Row numbers `[sum(sizes)]`, int64. A source is passed over as a whole as often as its count allows; the
+        remainder is drawn without repetition, so no row comes more than once more often than another of its source.
+
+    Raises:
+        UserError: as for `mixture_counts`.
+    """
+    rng = np.random.default_rng([seed, epoch, _STREAM])
+    drawn, start = [np.empty(0, dtype=np.int64)], 0
+    for size, count in zip(sizes, mixture_counts(sizes, weights), strict=True):
+        if count:
+            passes, remainder = divmod(count, size)
+            # in order, since the result is shuffled anyway
+            remaining = rng.choice(size, remainder, replace=False, shuffle=False)
+            drawn += [np.tile(np.arange(size), passes) + start, remaining + start]
+        start += size
+    return rng.permutation(np.concatenate(drawn))
+
 
 # Length grouping sorts within this many updates: enough to make the lengths of a micro-batch alike, few enough that
 # updates of one epoch still differ from those of the next.
@@ -39,6 +179,16 @@ class Layout:
     def rows_per_update(self) -> int:
         """Rows that one optimizer update sees, over all ranks and micro-batches."""
         return self.batch_size * self.parts
+
+    def shares(self, rows: int) -> Iterator[range]:
+        """Which rows of an update of `rows` each micro-batch of this rank has; none where a short update runs out."""
+        for micro in range(self.micro_batches):
+            first = (micro * self.ranks + self.rank) * self.batch_size
+            yield range(min(first, rows), min(first + self.batch_size, rows))
+
+    def filled(self, rows: int) -> int:
+        """Micro-batches on each rank of an update of `rows` that some rank has rows for."""
+        return math.ceil(rows / (self.batch_size * self.ranks))
 
     def within(self, limit: int | float, update: int, updates: int | None) -> int:
         """Micro-batches of an update, on one rank, that lie within `limit_train_batches`.
@@ -92,9 +242,8 @@ class Plan:
         """
         start = update * self.rows_per_update
         stop = min(start + self.rows_per_update, self.rows)
-        for micro in range(layout.micro_batches):
-            first = start + (micro * layout.ranks + layout.rank) * layout.batch_size
-            yield [self.row(i) for i in range(min(first, stop), min(first + layout.batch_size, stop))]
+        for share in layout.shares(stop - start):
+            yield [self.row(start + i) for i in share]
 
 
 def plan_epoch(

@@ -11,8 +11,7 @@ from collections.abc import Callable
 from itertools import takewhile
 from typing import Any
 
-from oumi_pl.data.columns import column, kind_name, message, sharegpt_message, tools_column, turns_column
-from oumi_pl.data.formats import Formats
+from oumi_pl.data.formats import Formats, column, kind_name, message, sharegpt_message, tools_column, turns_column
 from oumi_pl.errors import UserError
 from oumi_pl.types import Conversation, Message, Preference, Row, Text
 

@@ -12,12 +12,9 @@ from oumi_pl.data.base import TextData
 from oumi_pl.data.corpus import Part, shards_of
 from oumi_pl.data.documents import Documents, TokenizeDocuments
 from oumi_pl.data.held_out import HeldOut, held_out_loader, sliding_windows
-from oumi_pl.data.mixture import mixture_counts
-from oumi_pl.data.mixture_stream import Exhausted, TokenMixture
-from oumi_pl.data.plan import Layout
+from oumi_pl.data.plan import Layout, mixture_counts
 from oumi_pl.data.report import describe_consumed, describe_documents
-from oumi_pl.data.row_stream import RowStream
-from oumi_pl.data.rows import batch_of
+from oumi_pl.data.row_stream import Exhausted, RowStream, TokenMixture, batch_of
 from oumi_pl.data.shards import Lengths, Shards
 from oumi_pl.data.sources import as_sources, is_held_out, is_not_held_out, is_on_hub
 from oumi_pl.data.stream_loader import StreamLoader
@@ -83,9 +80,9 @@ class PretrainData(TextData):
         self.shuffle_buffer = shuffle_buffer
         self.exhausted: Exhausted = exhausted
         self.eval_stride = eval_stride or self.max_length
-        self._shards: dict[str, list[Shards]] = {}
+        self.__shards: dict[str, list[Shards]] = {}
         if isinstance(self.tokenizer_spec, TrainedBPE):
-            self.tokenizer_spec.corpus = self._corpus
+            self.tokenizer_spec.corpus = self.__corpus
 
     # ---- sources
 
@@ -128,15 +125,15 @@ class PretrainData(TextData):
     def source_names(self, split: str) -> list[str]:
         """Names of a split's sources, each once: what `source` in a held-out batch counts."""
         names = [part.name for part in self.parts(split)]
-        if split in self._shards:
-            names = [shards.name for shards in self._shards[split]]
+        if split in self.__shards:
+            names = [shards.name for shards in self.__shards[split]]
         return [f"{name}-{i}" if names.count(name) > 1 else name for i, name in enumerate(names, 1)]
 
     def shards(self, split: str) -> list[Shards]:
         """A split's documents on the disk: prepared, from the cache, or made now."""
-        if split not in self._shards:
-            self._shards[split] = [shards_of(part, self.tokenizer) for part in self.parts(split)]
-        return self._shards[split]
+        if split not in self.__shards:
+            self.__shards[split] = [shards_of(part, self.tokenizer) for part in self.parts(split)]
+        return self.__shards[split]
 
     @cached_property
     def documents(self) -> Sequence[Documents]:
@@ -157,7 +154,7 @@ class PretrainData(TextData):
         names = zip(self.source_names("train"), self.documents, strict=True)
         return [name for name, documents in names if not isinstance(documents, Shards)]
 
-    def _corpus(self) -> tuple[Any, Iterator[str]]:
+    def __corpus(self) -> tuple[Any, Iterator[str]]:
         """What `TrainedBPE` learns from."""
         if self.sources["train"] is None:
             raise UserError("data.tokenizer: TrainedBPE learns from data.train, and the recipe names no source there")
@@ -245,49 +242,47 @@ class PretrainData(TextData):
             )
         return math.ceil(self.rows_per_pass / self.layout.rows_per_update) * epochs
 
-    def train_dataloader(self) -> StreamLoader:
-        """The training loader, at the position where a resumed run stopped."""
-        self._refuse_another_sampler()
+    def tokens(self, updates: int) -> int:
+        """Tokens that the first so many updates train on: rows of `max_length`, the unfilled part of a last row too."""
+        per_pass, per_update = self.rows_per_pass, self.layout.rows_per_update
+        rows = updates * per_update
+        if per_pass is not None:
+            passes, rest = divmod(updates, math.ceil(per_pass / per_update))
+            rows = passes * per_pass + min(rest * per_update, per_pass)
+        return rows * self.max_length
+
+    def make_train_loader(self) -> StreamLoader:
+        """A loader that reads the stream."""
         trainer = self.trainer
-        loader = StreamLoader(
+        return StreamLoader(
             self.stream,
             self.layout,
             partial(batch_of, pad_id=self.pad_id),
             updates=None if self.rows_per_pass is None else self.updates(1),
             trained=None if trainer is None else lambda: trainer.global_step,
-            limit=self._limit,
-            pin_memory=self._pin_memory,
+            limit=self.limit,
+            pin_memory=self.fetching["pin_memory"],
         )
-        made_from = self._made_from  # of now: what is changed while it is read is not what was begun with
-        if self._position is not None:
-            refuse_changed(self._position.get("made_from", []), made_from, self.parts("train"))
-            loader.load_state_dict(self._position)
-        self._train_loader = loader
-        return loader
 
-    def state_dict(self) -> dict[str, Any]:
-        """Where the training data stand, and which these are."""
-        position = super().state_dict()
-        return position and position | {"made_from": self._made_from}
-
-    @cached_property
-    def _made_from(self) -> list[dict[str, Any]]:
+    def made_from(self) -> list[dict[str, Any]]:
+        """What tells the documents from others, as far as that can be known without reading them."""
         return identities(self.parts("train"), self.documents)
+
+    def refuse_changed(self, before: list[Any] | None, now: list[Any]) -> None:
+        """Refuses to resume on other documents; says which.
+
+        Raises:
+            UserError: they are others.
+        """
+        refuse_changed(before or [], now, self.parts("train"))
 
     # ---- held-out documents
 
-    def val_dataloader(self) -> DataLoader | list:
-        """Every held-out document once; an empty list without `validation`."""
-        return self._eval_loader("validation") if self.sources["validation"] is not None else []
-
-    def test_dataloader(self) -> DataLoader:
-        """Every test document once."""
-        return self._eval_loader("test")
-
-    def _eval_loader(self, split: str) -> DataLoader:
+    def make_eval_loader(self, split: str) -> DataLoader:
+        """Every document of a split once."""
         layout = Layout(self.eval_batch_size, 1, self.layout.ranks, self.layout.rank)
         held_out = HeldOut(self.shards(split), self.max_length, self.eval_stride, self.pad_id)
-        return held_out_loader(held_out, layout, **self._fetching)
+        return held_out_loader(held_out, layout, **self.fetching)
 
     def prompts(self, split: str) -> Iterator[tuple[list[int], str]]:
         """The beginning of each document of a split, and as much of how it goes on; of `predict`, whole texts."""
@@ -306,9 +301,11 @@ class PretrainData(TextData):
 
     def report(self) -> dict[str, Any]:
         """What became of the rows, per split whose documents are on the disk: see `describe_documents`."""
-        return {split: self._split_report(split) for split in ("train", "validation", "test") if split in self._shards}
+        return {
+            split: self.__split_report(split) for split in ("train", "validation", "test") if split in self.__shards
+        }
 
-    def _split_report(self, split: str) -> dict[str, Any]:
+    def __split_report(self, split: str) -> dict[str, Any]:
         shards = self.shards(split)
         if split != "train":
             windows = [sliding_windows(s.lengths, self.max_length, self.eval_stride) for s in shards]
@@ -325,7 +322,7 @@ class PretrainData(TextData):
 
     def consumed(self) -> list[dict[str, Any]]:
         """What was read in the running pass, per source: see `describe_consumed`."""
-        position = self._train_loader.position() if self._train_loader is not None else {}
+        position = self.train_loader.position() if self.train_loader is not None else {}
         if not position:
             return []
         return describe_consumed(position["stream"]["mixture"], self.source_names("train"), self.weights)

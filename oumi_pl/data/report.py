@@ -1,4 +1,4 @@
-"""The data report: what became of the rows, counted while they are made and described once they are planned."""
+"""The data report: what became of the rows, described once they are planned."""
 
 from collections import Counter
 from collections.abc import Sequence
@@ -9,26 +9,8 @@ import numpy as np
 from oumi_pl.data.plan import Plan
 from oumi_pl.data.shards import Shards
 from oumi_pl.data.store import ExampleStore
-from oumi_pl.data.tokenize import Dropped
-from oumi_pl.types import Example
 
 PERCENTILES = (0, 5, 25, 50, 75, 95, 100)
-
-
-def empty(source: str) -> dict[str, Any]:
-    """A report with nothing counted yet."""
-    return {"source": source, "rows": 0, "kept": 0, "dropped": {}, "cut": 0, "straddled": 0, "empty_answers": 0}
-
-
-def count(report: dict[str, Any], example: Example | Dropped) -> None:
-    """Adds one encoded row to a report, in place."""
-    if isinstance(example, Dropped):
-        report["dropped"][example.reason] = report["dropped"].get(example.reason, 0) + 1
-        return
-    report["kept"] += 1
-    report["cut"] += example.cut
-    report["straddled"] += example.straddled
-    report["empty_answers"] += example.empty_answer
 
 
 def merged(reports: list[dict[str, Any]]) -> dict[str, Any]:

@@ -1,14 +1,164 @@
-"""The stream of rows: documents in proportion, cut into windows, shuffled; and where it stands."""
+"""The stream of rows of pretraining: documents in proportion, cut into windows, shuffled; and its position."""
 
 import itertools
-from collections.abc import Iterator
-from typing import Any
+from collections.abc import Iterator, Sequence
+from typing import Any, Literal
 
 import numpy as np
+import torch
 
-from oumi_pl.data.mixture_stream import TokenMixture
-from oumi_pl.data.rows import Row, arrays_from_state, arrays_to_state, rows_from_state, rows_to_state
-from oumi_pl.data.windows import Windows
+from oumi_pl.data.collate import stand_in
+from oumi_pl.data.documents import Documents
+from oumi_pl.data.plan import mixture_counts
+from oumi_pl.data.windows import Row, Windows
+from oumi_pl.errors import UserError
+from oumi_pl.types import IGNORE_INDEX, Batch, Segment
+
+
+def batch_of(rows: Sequence[Row], numbers: Sequence[int], pad_id: int) -> Batch:
+    """Makes a micro-batch of rows. Without rows, it is a stand-in that has no targets.
+
+    Args:
+        rows: What it holds.
+        numbers: Of the rows, for `sample_ids`.
+        pad_id: What the stand-in holds.
+    """
+    if not rows:
+        return stand_in(pad_id)
+    labels = np.concatenate([row.labels for row in rows])
+    lengths = np.concatenate([row.lengths for row in rows])
+    predictors = np.flatnonzero(labels != IGNORE_INDEX)
+    return {
+        "input_ids": _tensor(np.concatenate([row.input_ids for row in rows])).unsqueeze(0),
+        "position_ids": _tensor(np.concatenate([np.arange(n) for n in lengths])).unsqueeze(0),
+        "segments": [Segment(length) for length in lengths.tolist()],
+        "targets": _tensor(labels[predictors]),
+        "predictors": _tensor(predictors),
+        "target_segments": _tensor(np.searchsorted(np.cumsum(lengths), predictors, side="right")),
+        "fields": {},
+        "sample_ids": list(numbers),
+    }
+
+
+def arrays_to_state(arrays: Sequence[np.ndarray]) -> dict[str, torch.Tensor]:
+    """Integer arrays of any lengths as two tensors: their values one after the other, int32, and how many of each."""
+    flat = np.concatenate([np.empty(0, dtype=np.int32), *arrays]).astype(np.int32)
+    return {"values": torch.from_numpy(flat), "counts": torch.tensor([len(a) for a in arrays], dtype=torch.int64)}
+
+
+def arrays_from_state(state: dict[str, Any]) -> list[np.ndarray]:
+    """The arrays that `arrays_to_state` put away, int32."""
+    borders = np.cumsum(state["counts"].numpy())[:-1] if len(state["counts"]) else None
+    return [] if borders is None else np.split(state["values"].numpy(), borders)
+
+
+def rows_to_state(rows: Sequence[Row]) -> dict[str, Any]:
+    """Rows as tensors, for a checkpoint."""
+    return {name: arrays_to_state([getattr(row, name) for row in rows]) for name in Row._fields}
+
+
+def rows_from_state(state: dict[str, Any]) -> list[Row]:
+    """The rows that `rows_to_state` put away."""
+    columns = [arrays_from_state(state[name]) for name in Row._fields]
+    return [Row(*fields) for fields in zip(*columns, strict=True)]
+
+
+def _tensor(values: np.ndarray) -> torch.Tensor:
+    return torch.from_numpy(values.astype(np.int64, copy=False))
+
+
+Exhausted = Literal["stop", "restart"]
+
+
+class TokenMixture:
+    """Takes the next document from the source whose tokens fall shortest of its share: no draw, so no seed.
+
+    After any document, the tokens of a source are within the longest document of its share, times one less than the
+    number of sources. Without weights the sources come one after the other.
+
+    Args:
+        sources: Where the documents come from.
+        weights: Share of each source in the tokens, in any unit; all None for one after the other.
+        exhausted: What happens when a source is at its end: the stream `stop`s (without weights, when the last one is),
+            or the source `restart`s (without weights, the first one does when the last is at its end).
+
+    Raises:
+        UserError: some sources have a weight and others none, or a weight isn't above 0; while reading: a source has no
+            documents.
+    """
+
+    def __init__(self, sources: Sequence[Documents], weights: Sequence[float | None], exhausted: Exhausted) -> None:
+        mixture_counts([1] * len(sources), weights)  # refuses what adds up to nothing
+        self.sources = sources
+        self.exhausted = exhausted
+        given = np.array([weight for weight in weights if weight is not None], dtype=np.float64)
+        self.shares = given / given.sum() if len(given) else None
+        self._current = 0
+        self.restore({"current": 0, **{name: [0] * len(sources) for name in ("documents", "passes", "tokens")}})
+
+    def __iter__(self) -> "TokenMixture":
+        return self
+
+    def __next__(self) -> np.ndarray:
+        """The ids of the next document, `[tokens]`."""
+        while True:
+            source = self._due()
+            iterator = self._iterators[source]
+            if iterator is None:
+                iterator = self._iterators[source] = self.sources[source].read(self._documents[source])
+            ids = next(iterator, None)
+            if ids is not None:
+                self._documents[source] += 1
+                self._tokens[source] += len(ids)
+                return ids
+            if not self._documents[source]:
+                raise UserError(f"{self.sources[source].name}: there are no documents in it")
+            if not self._go_on_after(source):
+                raise StopIteration
+
+    def _due(self) -> int:
+        """The source that falls shortest of its share; the first of equals."""
+        if self.shares is None:
+            return self._current
+        return int(np.argmax(self.shares * sum(self._tokens) - self._tokens))
+
+    def _go_on_after(self, source: int) -> bool:
+        """Whether, and from where, the stream goes on when a source is at its end."""
+        last = self.shares is not None or source == len(self.sources) - 1
+        if last and self.exhausted == "stop":
+            return False
+        self._iterators[source] = None
+        self._documents[source] = 0
+        self._passes[source] += 1
+        self._current = (source + 1) % len(self.sources)
+        return True
+
+    def state(self) -> dict[str, Any]:
+        """Documents taken in the running pass, whole passes, and tokens so far, each per source; plain numbers."""
+        return {
+            "current": self._current,
+            "documents": list(self._documents),
+            "passes": list(self._passes),
+            "tokens": list(self._tokens),
+        }
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """Goes on from there.
+
+        Raises:
+            UserError: the state is of another number of sources.
+        """
+        if len(state["documents"]) != len(self.sources):
+            raise UserError(
+                f"the checkpoint was made with {len(state['documents'])} sources, this run has {len(self.sources)}; "
+                "a run resumes with the sources that it began with"
+            )
+        self._current = state["current"]
+        self._documents: list[int] = list(state["documents"])
+        self._passes: list[int] = list(state["passes"])
+        self._tokens: list[int] = list(state["tokens"])
+        self._iterators: list[Iterator[np.ndarray] | None] = [None] * len(self.sources)
+
 
 _STREAM = 0x7368  # keeps these random numbers apart from others that are seeded with (seed, epoch)
 _BLOCK = 4096  # random numbers that are made at once
@@ -89,6 +239,14 @@ class RowStream:
             "buffer": list(self._buffer),
         }
 
+    def as_state(self, snapshot: dict[str, Any]) -> dict[str, Any]:
+        """A snapshot as plain numbers and tensors, which a checkpoint can hold."""
+        carried, length = snapshot["carried"]
+        return snapshot | {
+            "carried": arrays_to_state(carried[:length]),
+            "buffer": rows_to_state(snapshot["buffer"]),
+        }
+
     def restore(self, state: dict[str, Any]) -> None:
         """Goes on from a state.
 
@@ -99,12 +257,3 @@ class RowStream:
         self.windows.restore(arrays_from_state(state["carried"]))
         self._out, self._drawn = state["out"], state["drawn"]
         self._buffer = rows_from_state(state["buffer"])
-
-
-def as_state(snapshot: dict[str, Any]) -> dict[str, Any]:
-    """A snapshot as plain numbers and tensors, which a checkpoint can hold."""
-    carried, length = snapshot["carried"]
-    return snapshot | {
-        "carried": arrays_to_state(carried[:length]),
-        "buffer": rows_to_state(snapshot["buffer"]),
-    }

@@ -33,4 +33,4 @@ class SFTData(ChatData):
 
     def encoding_key(self) -> list[Any]:
         """Which tokens are trained, and what happens to long rows."""
-        return [self.train_on, self.overflow]
+        return [self.train_on, *super().encoding_key()]

@@ -1,5 +1,6 @@
 """Where rows come from: files, directories, bundled data, the hub. The only user of `datasets` in the package."""
 
+import glob
 import hashlib
 import itertools
 import json
@@ -12,17 +13,136 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, Literal, TypeVar, get_args
 
-from oumi_pl.data.files import Reading, count_rows, kind_of, read_file
-from oumi_pl.data.find import BUNDLED, could_be_meant, find_files
-from oumi_pl.data.sampling import sampled
-from oumi_pl.data.tables import table_batches, table_rows
+import numpy as np
+
+from oumi_pl.data.files import KINDS, Reading, count_rows, kind_of, read_file
 from oumi_pl.errors import UserError, nearby, nearest
 from oumi_pl.models.hub import asked_once
 from oumi_pl.types import Row
 
-_TABLES = ("parquet", "arrow")
+BUNDLED = Path(__file__).parent / "bundled"
+"""Data that come with the package: `bundled/NAME` is `NAME/train.jsonl` or `.txt`, `bundled/NAME/SPLIT` another."""
+
+_HUB_ID = re.compile(r"[\w-][\w.-]*(/[\w.-]+)?")
+_SPLIT_WORD = re.compile(r"(?<![a-z])(train|validation|test)(?![a-z])", re.IGNORECASE)
+_NOT_DATA = ("dataset_info.json", "dataset_infos.json")  # descriptions that lie beside data
+
+
+def find_files(name: str) -> dict[str, list[Path]] | None:
+    """The data files that a recipe's `path` names, by split; None if it has the form of a hub id.
+
+    A path is local if it exists, holds a wildcard, starts with `.`, `/` or `~`, or ends like a data file; then there
+    is no looking at the hub for it, so that a typing error is told as one. Only a directory has other splits than
+    `train`: those that its files, or the directories in it, are named after.
+
+    Raises:
+        UserError: nothing is there, or no data file.
+    """
+    path = Path(name).expanduser()
+    if not name:
+        raise UserError("a source has an empty path; name a file, a directory or a data set on the hub")
+    if "://" in name:
+        raise UserError(f"{name}: URLs are not read; download the file, or name a data set on the hub as org/name")
+    if path.is_dir():
+        if next(path.rglob("tokens-00000.bin"), None):
+            raise UserError(f"{name}: these are token shards, which only PretrainData reads; name the texts themselves")
+        return _by_split(sorted(p for p in path.rglob("*") if _is_data(p, path)), path)
+    if path.exists():
+        if kind_of(path) is None:
+            raise UserError(f"{name}: no reader for {path.suffix!r} files; known: {', '.join(KINDS)}")
+        return {"train": [path]}
+    if glob.has_magic(name):
+        # not Path.glob, which takes hidden files for data and refuses `**.jsonl`
+        matches = sorted(Path(match) for match in glob.glob(str(path), recursive=True))  # noqa: PTH207
+        matches = [match for match in matches if match.is_file() and kind_of(match)]
+        if not matches:
+            raise UserError(f"{name}: no data file matches ({', '.join(KINDS)})")
+        return {"train": matches}
+    if name.startswith("bundled/"):
+        return {"train": [_bundled(name)]}
+    if name.startswith((".", "/", "~")) or kind_of(path) or not _HUB_ID.fullmatch(name):
+        raise UserError(f"{name}: no such file or directory{nearby(path, could_be_meant)}")
+    return None
+
+
+def _is_data(path: Path, root: Path) -> bool:
+    hidden = any(part.startswith(".") for part in path.relative_to(root).parts)
+    return not hidden and path.name not in _NOT_DATA and kind_of(path) is not None and path.is_file()
+
+
+def _by_split(files: list[Path], root: Path) -> dict[str, list[Path]]:
+    """Groups a directory's files by the split that they, or the directories in it, are named after, if they are."""
+    if not files:
+        raise UserError(f"{root}: no data files in this directory ({', '.join(KINDS)})")
+    splits: dict[str, list[Path]] = {}
+    for path in files:
+        words = (_SPLIT_WORD.search(part) for part in reversed(path.relative_to(root).parts))
+        word = next((match[1].lower() for match in words if match), "")
+        splits.setdefault(word, []).append(path)
+    others = splits.pop("", [])
+    if splits and others:
+        named = next(iter(splits.values()))[0].relative_to(root)
+        other = others[0].relative_to(root)
+        raise UserError(f"{root}: {named} is named after a split and {other} is not; choose files with a glob")
+    return splits or {"train": others}
+
+
+def _bundled(name: str) -> Path:
+    files = sorted(p for p in BUNDLED.glob("*/*") if p.suffix in (".jsonl", ".txt"))
+    known = {f"bundled/{p.parent.name}/{p.stem}": p for p in files}
+    known |= {key.removesuffix("/train"): path for key, path in known.items() if key.endswith("/train")}
+    if name not in known:
+        raise UserError(f"no bundled data {name!r}; there are: {', '.join(sorted(known))}")
+    return known[name]
+
+
+def could_be_meant(path: Path) -> bool:
+    """Whether what is there may be data: a directory, or a file of a kind that is read."""
+    return path.is_dir() or kind_of(path) is not None
+
+
+T = TypeVar("T")
+
+
+def sampled(start: Callable[[], Iterator[T]], sample: int, seed: int | None = None) -> Iterator[T]:
+    """Yields exactly `sample` rows, none if there are none.
+
+    Where there are fewer, each comes as often as they fit as a whole, and some come once more.
+
+    Args:
+        start: Reads the rows from the beginning.
+        sample: How many to take, at least 1.
+        seed: Draws those that are taken, or taken once more, as the first ones of `Dataset.shuffle(seed)` in
+            `datasets`; they still come in the order of the source. Without, they are the first.
+
+    Raises:
+        UserError: `sample` is less than 1.
+    """
+    if sample < 1:
+        raise UserError(f"sample is {sample}, but has to be at least 1 row")
+    return _from_the_start(start, sample) if seed is None else _drawn(start, sample, seed)
+
+
+def _from_the_start(start: Callable[[], Iterator[T]], left: int) -> Iterator[T]:
+    while left:
+        before = left
+        for item in itertools.islice(start(), left):
+            left -= 1
+            yield item
+        if left == before:
+            return
+
+
+def _drawn(start: Callable[[], Iterator[T]], sample: int, seed: int) -> Iterator[T]:
+    size = sum(1 for _ in start())
+    copies, rest = divmod(sample, max(1, size))
+    drawn = set(np.random.default_rng(seed).permutation(size)[:rest].tolist())
+    for number, item in enumerate(start()):
+        yield from itertools.repeat(item, copies + (number in drawn))
+
+
 _INFO = "dataset_info.json"
 _DOCUMENTS = ("file", "blank_lines")
 Errors = Literal["strict", "replace"]
@@ -200,9 +320,14 @@ def _file_split(files: list[Path], source: Source, how: Reading) -> _Split:
         raise UserError(f"{name}: 'documents' divides .txt files, and the rows of other files are documents already")
 
     def read() -> Iterator[tuple[str, Row]]:
-        return itertools.chain.from_iterable(_read(path, how) for path in files)
+        return itertools.chain.from_iterable(read_file(path, _name(path), how) for path in files)
 
-    return _Split(files, read, lambda: sum(_count(path, how) for path in files))
+    return _Split(files, read, lambda: sum(count_rows(path, _name(path), how) for path in files))
+
+
+def _name(path: Path) -> str:
+    """What messages call a file; bundled ones go by the name that recipes use."""
+    return str(path.relative_to(BUNDLED.parent) if path.is_relative_to(BUNDLED) else path)
 
 
 def _cut(source: Source, splits: dict[str, _Split]) -> Iterator[tuple[str, Row]]:
@@ -241,17 +366,6 @@ def _not_empty(found: Iterator[tuple[str, Row]], source: Source) -> Iterator[tup
         path = Path(source.path).expanduser()
         empty = path.is_file() and not path.stat().st_size
         raise UserError(f"{source.path}: {'the file is empty' if empty else f'split {source.split!r} has no rows'}")
-
-
-def _read(path: Path, how: Reading) -> Iterator[tuple[str, Row]]:
-    name = str(path.relative_to(BUNDLED.parent) if path.is_relative_to(BUNDLED) else path)
-    return table_rows(path, name) if kind_of(path) in _TABLES else read_file(path, name, how)
-
-
-def _count(path: Path, how: Reading) -> int:
-    if kind_of(path) in _TABLES:
-        return sum(batch.num_rows for batch in table_batches(path, str(path)))
-    return count_rows(path, str(path), Reading(how.documents, how.replace))
 
 
 def _saved_splits(path: Path) -> dict[str, _Split]:

@@ -1,19 +1,32 @@
-"""Tokenized examples on disk, memory-mapped: written once, found again by what they were made from."""
+"""From a source to its tokenized examples on disk: written once, memory-mapped, found by what they depend on."""
 
+import ast
+import contextlib
 import hashlib
+import inspect
+import itertools
 import json
 import os
 import shutil
+import sys
 import tempfile
-from collections.abc import Iterable
+import textwrap
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from importlib.machinery import PathFinder
+from importlib.util import resolve_name
 from pathlib import Path
+from types import ModuleType
 from typing import Any, cast
 
 import numpy as np
 
 from oumi_pl.attention.segments import check_segments
+from oumi_pl.data.formats import FORMATS, Format, Formats, find_format, raised, rename_columns, resolve_format
+from oumi_pl.data.sources import Source, fingerprint, rows
+from oumi_pl.data.tokenize import Dropped
 from oumi_pl.errors import UserError
-from oumi_pl.types import Example, Segment
+from oumi_pl.terminal.progress import track
+from oumi_pl.types import Example, Record, Row, Segment
 
 REPORT = "report.json"
 TABLES = "tables.npz"
@@ -166,3 +179,209 @@ def _mapped(file: Path, dtype: type) -> np.ndarray:
     if file.stat().st_size == 0:  # an empty file can't be mapped
         return np.empty(0, dtype=dtype)
     return cast("np.ndarray", np.memmap(file, dtype=dtype, mode="r"))
+
+
+ENCODE_BATCH = 1000
+"""Rows that the tokenizer sees at once."""
+
+Encode = Callable[[Sequence[Record]], list[Example | Dropped]]
+
+
+def example_store(
+    source: Source,
+    key: list[Any],
+    encode: Encode,
+    keep: Callable[[Row], bool] | None = None,
+    formats: Formats = FORMATS,
+) -> ExampleStore:
+    """The tokenized rows of a source, from the cache or made now.
+
+    Args:
+        source: Where the rows come from.
+        key: What the examples depend on besides the source's content, its format and this package's code.
+        encode: Turns records into examples, or into the reason why not.
+        keep: Which rows to take; all when left out.
+        formats: The formats that rows may have.
+
+    Raises:
+        UserError: for whatever is wrong with a row, with its file and line.
+    """
+    code = source.format and code_of(resolve_format(source.format, formats))
+    table = [(function.__module__, function.__qualname__, columns) for function, columns in formats]
+    parts = [fingerprint(source), source.columns, source.format, code, table, key, _own_code()]
+    directory = cache_root() / "examples" / cache_key(*parts)
+    if (directory / REPORT).exists():
+        return ExampleStore(directory)
+    report = _empty_report(source.path)
+    records = track(source_records(source, keep, report, formats), f"tokenizing {source.path}")
+    return write_store(directory, _encoded(records, report, encode), report)
+
+
+def source_records(
+    source: Source,
+    keep: Callable[[Row], bool] | None = None,
+    report: dict[str, Any] | None = None,
+    formats: Formats = FORMATS,
+) -> Iterator[tuple[str, Record]]:
+    """The records of a source with their origin (file and line); rows are counted in `report`.
+
+    Raises:
+        UserError: for a row that the format can't make a record of.
+    """
+    convert = resolve_format(source.format, formats) if source.format else None
+    for origin, row in rows(source):
+        if keep is not None and not keep(row):
+            continue
+        if report is not None:
+            report["rows"] += 1
+        try:
+            renamed = rename_columns(row, source.columns or {})
+            convert = convert or find_format(renamed.keys(), formats)
+            record = convert(renamed)
+        except UserError as error:
+            other = source.format is None and convert is not None and _other_format(renamed, convert, formats)
+            raise UserError(f"{origin}: {other or error}") from None
+        except Exception as error:
+            if source.format is None:
+                raise
+            raise UserError(f"{origin}: {raised(source.format, error)}") from error
+        if not isinstance(record, Record):
+            made = f"{source.format} made a {type(record).__name__} of this row"
+            raise UserError(f"{origin}: {made}; a format makes a Conversation, a Text or a Preference")
+        yield origin, record
+
+
+def _other_format(row: Row, before: Format, formats: Formats) -> str | None:
+    """What to say of a row that has another format than those before it; None if it has none at all."""
+    try:
+        own = find_format(row.keys(), formats)
+    except UserError:
+        return None
+    if own is before:
+        return None
+    return (
+        f"a row of the format {own.__name__}, and those before it are {before.__name__}; put the rows of each format "
+        "in a file of its own, and name both as sources"
+    )
+
+
+def _encoded(records: Iterable[tuple[str, Record]], report: dict[str, Any], encode: Encode) -> Iterator[Example]:
+    iterator = iter(records)
+    while batch := list(itertools.islice(iterator, ENCODE_BATCH)):
+        try:
+            encoded = encode([record for _, record in batch])
+        except UserError:
+            _name_the_row(batch, encode)
+            raise
+        for example in encoded:
+            _count(report, example)
+            if isinstance(example, Example):
+                yield example
+
+
+def _name_the_row(batch: list[tuple[str, Record]], encode: Encode) -> None:
+    """Encodes row by row to tell which one is wrong: only ever called on the way out."""
+    for origin, record in batch:
+        try:
+            encode([record])
+        except UserError as error:
+            raise UserError(f"{origin}: {error}") from None
+
+
+def code_of(*parts: type | Callable[..., Any]) -> str:
+    """Hash of the source of classes and functions and of all that they use, but for libraries and this package.
+
+    A change in any of it has to miss the cache. Followed are the bases of classes, and the imports of all files that
+    are reached, inside functions too. Of what was typed into a notebook, functions and methods count.
+    """
+    waiting = [base.__module__ for part in parts for base in (part.__mro__ if isinstance(part, type) else (part,))]
+    sources: dict[str, bytes] = {}
+    while waiting:
+        name = waiting.pop()
+        if name in sources or (source := _own_source(name)) is None:
+            continue
+        sources[name] = source
+        waiting += _imported(name, source)
+    digest = hashlib.blake2b(digest_size=16)
+    for name in sorted(sources):
+        digest.update(name.encode() + b"\0" + sources[name] + b"\0")
+    return digest.hexdigest()
+
+
+def _own_source(name: str) -> bytes | None:
+    """The source of a module of the user's; None if it is this package's, a library's, or no module."""
+    top = name.partition(".")[0]
+    if top == "oumi_pl" or top in sys.stdlib_module_names:
+        return None
+    file = _located(name)[0]
+    if file is None:
+        return _typed_source() if name == "__main__" else None
+    path = Path(file)
+    if path.suffix != ".py" or {"site-packages", "dist-packages"} & set(path.parts):
+        return None
+    return path.read_bytes()
+
+
+def _located(name: str) -> tuple[str | None, Sequence[str] | None]:
+    """The file of a module, and the folders of its submodules if it is a package. Nothing is imported."""
+    if (module := sys.modules.get(name)) is not None:
+        return getattr(module, "__file__", None), getattr(module, "__path__", None)
+    parent = name.rpartition(".")[0]
+    folders = _located(parent)[1] if parent else None
+    spec = PathFinder.find_spec(name, folders) if folders is not None or not parent else None
+    return (None, None) if spec is None else (spec.origin, spec.submodule_search_locations)
+
+
+def _imported(name: str, source: bytes) -> Iterator[str]:
+    """Names of what a module imports, modules or not, and of the packages above each."""
+    file, folders = _located(name)
+    package = name if folders is not None else name.rpartition(".")[0]
+    names = []
+    if file is None:  # a notebook, whose imports are in no source
+        values = vars(sys.modules[name]).values()
+        names = [v.__name__ if isinstance(v, ModuleType) else getattr(v, "__module__", None) or "" for v in values]
+    with contextlib.suppress(SyntaxError, ImportError):  # of a file that is imported later, and fails then
+        for node in ast.walk(ast.parse(source)):
+            if isinstance(node, ast.Import):
+                names += [alias.name for alias in node.names]
+            elif isinstance(node, ast.ImportFrom):
+                origin = resolve_name("." * node.level + (node.module or ""), package) if node.level else node.module
+                names += [f"{origin}.{alias.name}" for alias in node.names]
+    for imported in names:
+        yield from itertools.accumulate(imported.split("."), "{}.{}".format)
+
+
+def _typed_source() -> bytes:
+    """The functions and methods that were typed into a notebook; if they can't be read, they never hit the cache."""
+    own = [value for value in vars(sys.modules["__main__"]).values() if getattr(value, "__module__", "") == "__main__"]
+    members = [member for value in own for member in (vars(value).values() if isinstance(value, type) else (value,))]
+    try:
+        sources = [textwrap.dedent(inspect.getsource(member)) for member in members if inspect.isfunction(member)]
+    except OSError:
+        return f"# {os.urandom(16).hex()}".encode()
+    return "\n".join(sources).encode()
+
+
+def _own_code() -> str:
+    """Hash of the code that makes examples, so that no version of the package reads another's cache."""
+    here = Path(__file__).parent
+    digest = hashlib.blake2b(digest_size=16)
+    for file in (here.parent / "types.py", *sorted(here.glob("*.py"))):
+        digest.update(file.read_bytes())
+    return digest.hexdigest()
+
+
+def _empty_report(source: str) -> dict[str, Any]:
+    """A report with nothing counted yet."""
+    return {"source": source, "rows": 0, "kept": 0, "dropped": {}, "cut": 0, "straddled": 0, "empty_answers": 0}
+
+
+def _count(report: dict[str, Any], example: Example | Dropped) -> None:
+    """Adds one encoded row to a report, in place."""
+    if isinstance(example, Dropped):
+        report["dropped"][example.reason] = report["dropped"].get(example.reason, 0) + 1
+        return
+    report["kept"] += 1
+    report["cut"] += example.cut
+    report["straddled"] += example.straddled
+    report["empty_answers"] += example.empty_answer

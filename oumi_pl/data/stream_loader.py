@@ -2,20 +2,35 @@
 
 import itertools
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
 
 from oumi_pl.data.loader import refuse_other_rows
 from oumi_pl.data.plan import Layout
-from oumi_pl.data.row_stream import RowStream, as_state
-from oumi_pl.data.rows import Row
+from oumi_pl.data.windows import Row
 from oumi_pl.errors import UserError
 from oumi_pl.types import IGNORE_INDEX, Batch, Update
 
 KEPT = 4
 """Updates whose positions are kept: Lightning fetches at most one micro-batch ahead of the one that it trains on."""
+
+
+class Stream(Protocol):
+    """The rows of one pass, which can be continued from between any two of them."""
+
+    def __iter__(self) -> Iterator[Any]:
+        """The rows from where the stream stands to its end."""
+
+    def snapshot(self) -> Any:
+        """Where the stream stands, between two rows; not to be changed."""
+
+    def as_state(self, snapshot: Any) -> Any:
+        """A snapshot as plain numbers and tensors, which a checkpoint can hold."""
+
+    def restore(self, state: Any) -> None:
+        """Continues from a state."""
 
 
 class StreamLoader:
@@ -37,9 +52,12 @@ class StreamLoader:
         pin_memory: Put batches where a GPU copies them from without waiting.
     """
 
+    nothing: str = "data.train: the documents don't make a single row: there is nothing to predict in them"
+    """What is said of a pass without rows."""
+
     def __init__(
         self,
-        stream: Callable[[int], RowStream],
+        stream: Callable[[int], Stream],
         layout: Layout,
         collate: Callable[[Sequence[Row], Sequence[int]], Batch],
         *,
@@ -61,6 +79,7 @@ class StreamLoader:
         self._handed = 0
         self._begun_at = 0
         self._positions: dict[int, dict[str, Any]] = {}
+        self._stream: Stream
         self._last: tuple[dict[str, Any], dict[str, Any]] | None = None
 
     @property
@@ -96,12 +115,12 @@ class StreamLoader:
             # for the first batch of the next one before it says that it has begun.
             self.set_epoch(self.epoch + 1)
         if not handed:
-            raise UserError("data.train: the documents don't make a single row: there is nothing to predict in them")
+            raise UserError(self.nothing)
 
     def _pass(self) -> Iterator[Batch]:
         """The rest of one pass."""
         layout, update = self.layout, self._update
-        stream = self.stream(self.epoch)
+        stream = self._stream = self.stream(self.epoch)
         if self._saved is not None:
             stream.restore(self._saved)
         self._handed, epoch = 0, self.epoch
@@ -114,13 +133,15 @@ class StreamLoader:
                 return
             self._positions[done] = {"epoch": epoch, "update": update + done, "stream": stream.snapshot()}
             self._positions.pop(done - KEPT, None)
-            first = (update + done - 1) * layout.rows_per_update
-            comes_to = self._comes_to(taken, update + done - 1)
-            for micro in range(layout.micro_batches):
-                start = (micro * layout.ranks + layout.rank) * layout.batch_size
-                share = taken[start : start + layout.batch_size]
+            for batch in self.batches_of(taken, update + done - 1):
                 self._handed += 1
-                yield self._batch(share, range(first + start, first + start + len(share)), comes_to)
+                yield batch
+
+    def batches_of(self, rows: Sequence[Any], update: int) -> Iterator[Any]:
+        """The micro-batches of this rank in an update, each with what the update comes to."""
+        first, comes_to = update * self.layout.rows_per_update, self._comes_to(rows, update)
+        for share in self.layout.shares(len(rows)):
+            yield self._batch([rows[i] for i in share], [first + i for i in share], comes_to)
 
     def _comes_to(self, rows: Sequence[Row], update: int) -> Update:
         """Targets, rows and micro-batches of an update; of one that the limit cuts short, those within it."""
@@ -153,7 +174,7 @@ class StreamLoader:
             return {}
         # Lightning keeps the state of loaders as well as that of the data: the same tensors are saved once
         if self._last is None or self._last[0] is not position:
-            self._last = position, as_state(position["stream"])
+            self._last = position, self._stream.as_state(position["stream"])
         return position | {
             "stream": self._last[1],
             "micro_batches": self.layout.micro_batches,

@@ -7,8 +7,8 @@ from typing import Any
 
 from oumi_pl.data.corpus import Part
 from oumi_pl.data.documents import Documents
-from oumi_pl.data.find import find_files
 from oumi_pl.data.shards import Shards
+from oumi_pl.data.sources import find_files
 from oumi_pl.errors import UserError
 
 

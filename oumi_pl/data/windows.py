@@ -7,16 +7,27 @@ are never changed, so that noting the state costs nothing.
 import itertools
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
-from oumi_pl.data.packing import pack
-from oumi_pl.data.rows import Row
+from oumi_pl.data.plan import pack
 from oumi_pl.types import IGNORE_INDEX
 
 BUFFERED_ROWS = 128
 """Rows' worth of documents that best fit chooses from at once."""
+
+
+class Row(NamedTuple):
+    """A row of tokens. Arrays are never changed once they are in a row.
+
+    input_ids: `[seq]` int32. labels: `[seq]` int32, what each position has to predict, IGNORE_INDEX where nothing.
+    lengths: `[docs]` int32, tokens of the documents that are kept apart; sums to `seq`.
+    """
+
+    input_ids: np.ndarray
+    labels: np.ndarray
+    lengths: np.ndarray
 
 
 class Windows(ABC):

@@ -265,7 +265,7 @@ def to_leaf(leaf: Tensor, last: Tensor, gradient: Tensor) -> Tensor:
 
 
 def graph_is_kept() -> bool:
-    """Tells, within a backward pass, whether the caller retains the graph. True where this torch can't tell."""
+    """Whether the caller of the running backward pass retains the graph; True if this torch can't say."""
     ask = getattr(torch._C._autograd, "_get_current_graph_task_keep_graph", None)
     return ask is None or bool(ask())
 

@@ -57,7 +57,7 @@ class LinearLogps(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
-        """Turns probabilities into gradients, chunk by chunk: those that were kept, or made anew of the logits."""
+        """Turns probabilities into gradients, chunk by chunk: those that were kept, or recomputed from the logits."""
         hidden, weight, bias, lse = ctx.saved_tensors
         task: Task = ctx.task
         head = LinearHead(hidden, weight, bias, ctx.dtype)

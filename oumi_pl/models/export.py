@@ -115,7 +115,7 @@ def whole(value: Tensor) -> Tensor:
 
 
 def why_not_alone(model: LM) -> str:
-    """Why an adapter would not be the trained model once it is put on its base as that lies on the disk; else empty."""
+    """Why an adapter, loaded onto its base from disk, would not be the trained model; empty if it would be."""
     unnamed = "its base model has no name to be loaded by"
     return getattr(model.hf, "why_not_alone", "" if model.base.config._name_or_path else unnamed)
 
@@ -216,8 +216,7 @@ def _is_dora(hf: Any) -> bool:
 def _rename_magnitudes(file: Path) -> None:
     """Gives DoRA's magnitudes the name that PEFT and transformers both read.
 
-    PEFT leaves off the `.weight` when it writes; transformers 5 then does not find them, and goes on with those of the
-    base.
+    PEFT leaves off the `.weight` when it writes; transformers 5 then does not find them and uses those of the base.
     """
     ending = "lora_magnitude_vector"
     tensors = {f"{name}.weight" if name.endswith(ending) else name: t for name, t in load_file(file).items()}

@@ -1,4 +1,4 @@
-"""What tells weights apart: a hash of all of them, for caches of what a model computed."""
+"""Fingerprints of model weights, for caches of what a model computed."""
 
 import hashlib
 import json
@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from oumi_pl.models.config import loaded
+from oumi_pl.models.build import loaded
 from oumi_pl.models.hub import locate
 
 _CHUNK = 1 << 24
@@ -26,7 +26,7 @@ def weights_fingerprint(model: nn.Module) -> str:
 
 
 def model_fingerprint(name: str, key: str) -> str:
-    """What tells a model on disk or on the hub from others, without loading it: contents, or the hub's commit.
+    """Fingerprint of a model on disk (its contents) or on the hub (its commit), without loading it.
 
     Args:
         name: Path of a folder (of a model, or of an adapter), or id on the hub.

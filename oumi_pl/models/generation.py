@@ -88,7 +88,7 @@ def _ends(model: Any, tokenizer: "PreTrainedTokenizerBase", stop: Sequence[int])
 class _Stream:
     """Takes tokens from `generate` one by one, and passes on the text that they are sure to be.
 
-    The whole text is decoded anew for each token: where a token's text depends on those before it, parts would differ.
+    The whole text is decoded again for each token: where a token's text depends on those before it, parts would differ.
     """
 
     def __init__(self, tokenizer: "PreTrainedTokenizerBase", on_text: Callable[[str], None]) -> None:

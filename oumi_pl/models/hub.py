@@ -1,4 +1,4 @@
-"""Where a model or tokenizer lies: in a local folder, in the cache, or on the hub; and a short message if nowhere."""
+"""Locates a model or tokenizer: in a local folder, in the cache, or on the hub; a short error if it is in none."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -102,7 +102,7 @@ def _refuse_unreachable(name: str, key: str, revision: str | None) -> None:
     except RepositoryNotFoundError as error:
         raise UserError(f"{absent} nor on the hub; if it is private: `hf auth login`") from error
     except Exception as error:  # whatever the network did, of whichever HTTP library
-        told = f"{absent}, and {constants.ENDPOINT} can't be reached: {reason(error)}"
+        unreachable = f"{absent}, and {constants.ENDPOINT} can't be reached: {reason(error)}"
         raise UserError(
-            f"{told}; without a network, name a folder, or fill the cache and set HF_HUB_OFFLINE=1"
+            f"{unreachable}; without a network, name a folder, or fill the cache and set HF_HUB_OFFLINE=1"
         ) from error

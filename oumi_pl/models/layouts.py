@@ -1,4 +1,4 @@
-"""How a batch of segments is laid out for a model: three ways that give the same hidden states.
+"""Layouts of a batch of segments for a model: three that give the same hidden states.
 
 `forest` computes shared tokens once, and needs the attention of `oumi_pl.attention`. `documents` lays every path out
 as a document of one packed row, for models that keep documents apart but can't branch. `padded` makes a padded row of

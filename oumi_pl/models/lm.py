@@ -1,7 +1,7 @@
 """The wrapper around Hugging Face models: a batch goes in, a loss or log-probabilities come out, never full logits.
 
-What is made of hidden states is made inside `forward`, so that DDP and FSDP2 see the whole of it: FSDP2 gathers the
-wrapper's own parameters, the output head among them, exactly while `forward` runs.
+Losses and log-probabilities are computed inside `forward`, so that DDP and FSDP2 see the whole computation: FSDP2
+gathers the wrapper's own parameters, the output head among them, only while `forward` runs.
 """
 
 import sys
@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, cast
 import torch
 from torch import Tensor, nn
 
-from oumi_pl.attention import packed, why_not_isolating, why_not_shared
+from oumi_pl.attention import NAME, packed, why_not_isolating, why_not_shared
 from oumi_pl.errors import UserError
 from oumi_pl.losses.causal import TokenLossOutput, token_logps, token_loss_sum
 from oumi_pl.models.layouts import Arranged, Layout, documents, forest, padded, positions
@@ -220,13 +220,13 @@ def with_layout(build: Callable[[bool], Any], share: bool = True) -> LM:
         build: Makes the Hugging Face model, with the attention that packed rows need (True) or with its own (False).
         share: As of `choose_layout`.
     """
-    state = torch.get_rng_state()
+    state, hf = torch.get_rng_state(), None
     try:
         hf = build(True)
         layout, reason = choose_layout(hf, share)
     except UserError as error:  # there are architectures that no such attention is written for
         layout, reason = padded, str(error)
-    if layout is padded:
+    if layout is padded and (hf is None or hf.config._attn_implementation == NAME):
         torch.set_rng_state(state)  # random weights are the same, whichever attention reads them
         hf = build(False)
     return LM(hf, layout, reason)

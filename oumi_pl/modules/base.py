@@ -9,23 +9,20 @@ import torch
 from lightning.pytorch.cli import OptimizerCallable
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import Tensor
-from torch.optim import Adam, AdamW, Optimizer
-from torch.optim.lr_scheduler import LambdaLR
+from torch.optim import AdamW, Optimizer
 
 from oumi_pl import attention
 from oumi_pl.errors import UserError
-from oumi_pl.models.build import DType, build_model
-from oumi_pl.models.config import build_config
+from oumi_pl.models.build import DType, build_config, build_model, refuse_too_few_positions
 from oumi_pl.models.export import export_model, read_heads
 from oumi_pl.models.generation import complete
 from oumi_pl.models.layouts import forest, padded
 from oumi_pl.models.lm import LM, choose_layout, disable_dropout, with_layout
 from oumi_pl.models.lora import lora_config
-from oumi_pl.models.positions import refuse_too_few_positions
 from oumi_pl.models.sharding import is_sharded, shard
 from oumi_pl.modules.reference import Reference
 from oumi_pl.modules.restorable import RestorableModule
-from oumi_pl.optim import Constant, Schedule, parameter_groups
+from oumi_pl.optim import Constant, Schedule, fuse, parameter_groups
 from oumi_pl.types import SPLITS, Batch, RunData
 
 
@@ -49,6 +46,8 @@ class LanguageModule(RestorableModule):
         schedule: Learning rate over optimizer steps.
     """
 
+    branching: ClassVar[bool | None] = None
+    """Whether it trains on examples with segments that continue others, such as pairs; None: on any examples."""
     validation_metrics: tuple[str, ...] = ()
     """What validation logs, if that is known beforehand: a misspelt `monitor` is then refused before training."""
     generates: ClassVar[bool] = True
@@ -87,7 +86,7 @@ class LanguageModule(RestorableModule):
         if quantization is not None and lora is None:
             raise UserError("model.quantization: quantized weights can't be trained; add `lora: {r: 16}`")
         if lora is not None:
-            lora_config(lora)  # a misspelt key is told before any data is read
+            lora_config(lora)  # a misspelt key is reported before any data is read
         if model is None:
             build_config(None, config, None)
         # a negative learning rate, for example, is refused now
@@ -106,9 +105,12 @@ class LanguageModule(RestorableModule):
         self.optimizer = optimizer
         self.schedule = schedule or Constant()
         self.model: LM | None = None
+        self.loss: Any = None
+        """What computes the loss of a token or pair, for a trainer type that has such a part."""
         self.generation_settings: dict[str, Any] = {}
         """Arguments of `complete` for `predict`."""
-        self.__hyperparameters: list[dict[str, Any]] = []
+        self.engine_notes: list[str] = []
+        """Lines that an engine other than Lightning adds to `notes`."""
         self.__is_start = False
 
     @property
@@ -128,17 +130,31 @@ class LanguageModule(RestorableModule):
             return
         data = self.data
         if data is None:
-            self.model = self.build(None)
+            model = self.assemble(None)
         else:
             stage = self.trainer.state.fn.value if self.trainer.state.fn else "fit"
-            self.model = self.build(data.tokenizer, data.added_tokens, branching=data.branching)
-            refuse_too_few_positions(self.model.base, data.max_length, data.longest_path(list(data.needed(stage))))
-        self.model.refuse_unknown_logits()  # before the weights are sharded: parts alone can't be run
-        self.load_heads()
+            model = self.assemble(data.tokenizer, data.added_tokens, branching=data.branching)
+            refuse_too_few_positions(model.base, data.max_length, data.longest_path(list(data.needed(stage))))
+        model.refuse_unknown_logits()  # before the weights are sharded: parts alone can't be run
         self.on_model_built()
         if self.compile_layers:
-            self.model.hf.base_model.compile()
-        shard(self.model, self)
+            model.hf.base_model.compile()
+        shard(model, self)
+
+    def assemble(self, tokenizer: Any, added_tokens: Sequence[int] = (), *, branching: bool | None = False) -> LM:
+        """Builds the model and the heads beside it, and makes them the module's own; arguments as of `build`.
+
+        Raises:
+            UserError: the folder that the model comes from holds heads that this trainer type does not have.
+        """
+        self.model = self.build(tokenizer, added_tokens, branching=branching)
+        self.make_heads(self.model)
+        if self.model_name is not None and (heads := self.heads()):
+            read_heads(Path(self.model_name).expanduser(), heads)
+        return self.model
+
+    def make_heads(self, model: LM) -> None:
+        """Makes what a trainer type trains beside the model, such as a reward head: assign it to `self`."""
 
     def on_model_built(self) -> None:
         """Called once, with the weights that training starts from: none are restored or sharded yet."""
@@ -198,7 +214,7 @@ class LanguageModule(RestorableModule):
     def notes(self) -> list[str]:
         """What the run says about the model before the first update."""
         data, model = self.data, self.causal_lm
-        notes = [] if self.reference is None else [self.reference.description]
+        notes = [*self.engine_notes] + ([] if self.reference is None else [self.reference.description])
         if data is not None and data.branching:
             twice = f"prompts are computed twice per pair: {model.layout_reason or 'share_prompt is off'}"
             notes.append("prompts are computed once per pair" if model.layout is forest else twice)
@@ -280,16 +296,6 @@ class LanguageModule(RestorableModule):
         """The weights that a trainer type has beside the language model, by name."""
         return {name: value for name, value in self.named_parameters() if not name.startswith("model.")}
 
-    def load_heads(self) -> None:
-        """Loads the heads that an earlier run saved beside the model that this one starts from.
-
-        Raises:
-            UserError: they are others than this trainer type has.
-        """
-        folder = Path(self.model_name).expanduser() if self.model_name is not None else None
-        if folder is not None and (heads := self.heads()):
-            read_heads(folder, heads)
-
     def save(self, directory: Path, *, model: LM | None = None, **settings: Any) -> None:
         """Writes a folder that `transformers` loads, with the heads that were trained beside the model.
 
@@ -312,30 +318,19 @@ class LanguageModule(RestorableModule):
         if not groups:
             raise UserError("model: no parameter is trainable; look at model.freeze and model.lora")
         optimizer = _optimizer(self.optimizer, groups)
-        self.__fuse(optimizer)
-        self.__hyperparameters = [{k: v for k, v in g.items() if k != "params"} for g in optimizer.param_groups]
+        # not in float16, where Lightning refuses to clip for an optimizer that unscales the gradients itself
+        if getattr(self.trainer.precision_plugin, "scaler", None) is None and self.device.type in ("cpu", "cuda"):
+            fuse(optimizer)
         total = self.total_steps()
         factor = self.schedule(total - 1, total)
         try:
-            float(factor)  # whatever kind of number a schedule of the user's gives
+            float(factor)  # a schedule of the user's may return any kind of number
         except (TypeError, ValueError, RuntimeError) as error:
             name = type(self.schedule).__name__
             raise UserError(f"model.schedule: {name} gives {factor!r} instead of a number") from error
         for doubt in self.schedule.doubts(total):
             rank_zero_warn(doubt)
-        schedule = LambdaLR(optimizer, lambda step: float(self.schedule(step, total)))
-        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
-
-    def __fuse(self, optimizer: Optimizer) -> None:
-        """Lets AdamW take its step in one pass over memory, unless the recipe says how it does.
-
-        Not in float16, where Lightning refuses to clip for an optimizer that unscales the gradients itself.
-        """
-        undecided = all(group.get("fused") is None and group.get("foreach") is None for group in optimizer.param_groups)
-        unscaled = getattr(self.trainer.precision_plugin, "scaler", None) is None
-        if isinstance(optimizer, AdamW | Adam) and undecided and unscaled and self.device.type in ("cpu", "cuda"):
-            for group in optimizer.param_groups:
-                group["fused"] = True
+        return self.scheduled(optimizer, lambda step: float(self.schedule(step, total)))
 
     def total_steps(self) -> int:
         """Optimizer steps of the whole run."""
@@ -350,26 +345,15 @@ class LanguageModule(RestorableModule):
         return min(limits)
 
     def on_train_start(self) -> None:
-        """Lets what the recipe says now win over the optimizer settings in the checkpoint."""
+        """Notes whether the run begins here; lets the recipe win over optimizer settings in the checkpoint."""
         self.__is_start = self.global_step == 0
-        optimizer = cast("Optimizer", self.optimizers(use_pl_optimizer=False))
-        schedule = cast("LambdaLR", self.lr_schedulers())
-        before = optimizer.param_groups[0]["lr"]
-        for group, values in zip(optimizer.param_groups, self.__hyperparameters, strict=True):
-            group.update(values)
-            group["initial_lr"] = values["lr"]
-        schedule.base_lrs = [values["lr"] for values in self.__hyperparameters]
-        for group, base_lr, factor in zip(optimizer.param_groups, schedule.base_lrs, schedule.lr_lambdas, strict=True):
-            group["lr"] = base_lr * factor(schedule.last_epoch)
-        now = optimizer.param_groups[0]["lr"]
-        if self.global_step and abs(now - before) > 0.01 * max(now, before):
-            rank_zero_warn(f"the checkpoint's next learning rate was {before:.3g}, and this run goes on with {now:.3g}")
+        super().on_train_start()
 
     def on_train_epoch_start(self) -> None:
-        """Tells Lightning how long this epoch is: a mixture that is drawn anew need not pack into as many rows."""
+        """Sets the length of this epoch in Lightning: a mixture is redrawn, and may pack into fewer or more rows."""
         loop = self.trainer.fit_loop
         loader = self.trainer.train_dataloader
-        if self.trainer.limit_train_batches == 1.0 and hasattr(loader, "position"):
+        if self.trainer.limit_train_batches == 1.0 and self.data is not None and loader is self.data.train_loader:
             try:
                 loop.max_batches = len(cast("Any", loader))
             except TypeError:  # a stream whose end isn't known

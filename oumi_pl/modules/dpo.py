@@ -36,6 +36,7 @@ class DPO(LanguageModule):
     """
 
     unit = "rows"
+    branching = True
     details: ClassVar[tuple[str, ...]] = ("logps/chosen", "logps/rejected", "lengths/chosen", "lengths/rejected")
     validation_metrics = (
         *("val/loss", "val/kl"),
@@ -83,8 +84,8 @@ class DPO(LanguageModule):
         self.__lacks_margins = self.__lacks_margins | pairs.margins.isnan().any()
         # the stand-in of a rank without rows has no pairs, and a loss that keeps a running mean must not see it
         losses = self.__losses(pairs) if pairs.count else logps
-        loss = losses.sum() if router_loss is None else losses.sum() + router_loss * pairs.count
-        return self.pair_sums(pairs, losses) | {"loss": loss}
+        sums = self.pair_sums(pairs, losses) | {"loss": losses.sum()}
+        return sums if router_loss is None else sums | {"objective": sums["loss"] + router_loss * pairs.count}
 
     @staticmethod
     def pairs(batch: Batch, logps: Tensor, ref_logps: Tensor) -> Pairs:

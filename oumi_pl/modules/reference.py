@@ -76,15 +76,16 @@ class Reference:
         self._check(needed)
         self.kind = self._kind(needed)
         """`none`, `adapters` (the base with its adapters disabled), `online` or `precomputed`."""
-        self._opened: Opened | None = None
+        self.opened: Opened | None = None
+        """What gives the log-probabilities; None until `open` was called."""
         self._kept: LM | None = None
         self._fingerprint: str | None = None
         self._moved: dict[str, Tensor] | None = None
 
     def logps(self, batch: Batch, split: str) -> Tensor:
         """Log-probability of each target under the reference, `[targets]` float32, without gradient."""
-        assert self._opened is not None
-        return self._opened.logps(batch, split).float()
+        assert self.opened is not None
+        return self.opened.logps(batch, split).float()
 
     @property
     def is_initial(self) -> bool:
@@ -94,7 +95,7 @@ class Reference:
     @property
     def frozen_model(self) -> LM | None:
         """The model in memory that is the reference, if there is one."""
-        return self._opened.model if isinstance(self._opened, FrozenModel) else None
+        return self.opened.model if isinstance(self.opened, FrozenModel) else None
 
     # ---- which one it is
 
@@ -103,7 +104,7 @@ class Reference:
             if self.sync_every < 1:
                 raise UserError(f"model.sync_every is {self.sync_every}, but has to be at least 1 optimizer step")
             if not 0 < self.mixup <= 1:
-                raise UserError(f"model.mixup is {self.mixup}, but lies above 0 and at most at 1")
+                raise UserError(f"model.mixup is {self.mixup}, but has to be above 0 and at most 1")
             if self.name not in ("initial", "online"):
                 raise UserError(f"model.sync_every moves the reference, and model.reference is {self.name!r}: drop one")
         if (close := difflib.get_close_matches(self.name, WORDS, n=1, cutoff=0.7)) and self.name not in WORDS:
@@ -148,30 +149,34 @@ class Reference:
 
     def covers(self, splits: tuple[str, ...]) -> bool:
         """Whether the reference is ready for the examples of these splits, as far as there are any."""
-        if not isinstance(self._opened, Precomputed):
-            return self._opened is not None
+        if not isinstance(self.opened, Precomputed):
+            return self.opened is not None
         data = self._module.trainer.datamodule
-        return all(split in self._opened.stores or data.sources[split] is None for split in splits)
+        return all(split in self.opened.stores or data.sources[split] is None for split in splits)
 
-    def open(self, splits: tuple[str, ...]) -> None:
+    def open(self, splits: tuple[str, ...], *, in_memory: bool = False) -> None:
         """Makes the reference ready for the examples of these splits, computing what the cache lacks.
+
+        Args:
+            splits: `train`, `validation` or `test`.
+            in_memory: Keep the initial model as a frozen copy (`frozen_model`) where its log-probabilities would be
+                computed beforehand: for engines that run the reference themselves. Call it before the first update.
 
         Raises:
             UserError: log-probabilities of the initial model are missing, and it has been trained since.
         """
         if self.kind == "none":
-            self._opened, self.description = NoReference(), f"no reference: {self._user} needs none"
+            self.opened, self.description = NoReference(), f"no reference: {self._user} needs none"
         elif self.kind == "adapters":
-            self._opened = WithoutAdapters(self._module.causal_lm)
+            self.opened = WithoutAdapters(self._module.causal_lm)
             self.description = "reference: the base model, adapters disabled"
-        elif self.kind == "online":
-            assert self._kept is not None
+        elif self.kind == "online" or in_memory:
             if is_sharded(self._module.causal_lm):
                 raise UserError("model.reference: a frozen copy is not sharded; set reference: initial")
-            opened = FrozenModel(self._placed(self._kept))
+            opened = FrozenModel(self._placed(self._kept or deepcopy(self._module.causal_lm)))
             if self._moved:
                 opened.model.load_state_dict(self._moved, strict=False)
-            self._opened = opened
+            self.opened = opened
             moving = f", moved by {self.mixup:g} every {self.sync_every} steps" if self.sync_every else ""
             self.description = f"reference: a frozen copy of the initial model{moving}"
         else:
@@ -188,7 +193,7 @@ class Reference:
         stores = {split: data.reference_logps(split, parts) for split in splits if data.sources[split] is not None}
         missing = trainer.strategy.broadcast(any(store.missing() for store in stores.values()))
         if missing:
-            if self._opened is not None and self._is_policy_on_disk and module.tokens_seen["tokens"]:
+            if self.opened is not None and self._is_policy_on_disk and module.tokens_seen["tokens"]:
                 raise UserError(
                     f"the reference of {', '.join(stores)} can't be computed: the initial model has been trained "
                     "since; use a new module, and the checkpoint as ckpt_path"
@@ -196,7 +201,7 @@ class Reference:
             model = self._model()
             for split, store in stores.items():
                 precompute(trainer, model, split, store)
-        self._opened = Precomputed((self._opened.stores if isinstance(self._opened, Precomputed) else {}) | stores)
+        self.opened = Precomputed((self.opened.stores if isinstance(self.opened, Precomputed) else {}) | stores)
         of = "the initial model" if self.name == "initial" else self.name
         self.description = f"reference: {of}, {'computed before training' if missing else 'from the cache'}"
 
@@ -281,15 +286,15 @@ class Reference:
 
     def after_step(self, step: int) -> None:
         """Moves the reference if this optimizer step is a multiple of `sync_every`."""
-        if self.sync_every is not None and step % self.sync_every == 0 and isinstance(self._opened, FrozenModel):
-            self._opened.move_towards(self._module.causal_lm, self.mixup)
+        if self.sync_every is not None and step % self.sync_every == 0 and isinstance(self.opened, FrozenModel):
+            self.opened.move_towards(self._module.causal_lm, self.mixup)
 
     def state(self) -> dict[str, Any]:
         """What a resume needs: which weights training started from, and those of a reference that moves."""
         state: dict[str, Any] = {"fingerprint": self._fingerprint}
-        if self.sync_every is not None and isinstance(self._opened, FrozenModel):
+        if self.sync_every is not None and isinstance(self.opened, FrozenModel):
             trained = {name for name, p in self._module.causal_lm.named_parameters() if p.requires_grad}
-            state["moved"] = {k: v for k, v in self._opened.model.state_dict().items() if k in trained}
+            state["moved"] = {k: v for k, v in self.opened.model.state_dict().items() if k in trained}
         return state
 
     def load_state(self, state: dict[str, Any]) -> None:
@@ -299,7 +304,7 @@ class Reference:
             UserError: the model on disk is another than the one that training started from.
         """
         self._moved = state.get("moved")
-        if self._is_policy_on_disk and self._opened is None:
+        if self._is_policy_on_disk and self.opened is None:
             self._kept = deepcopy(self._module.causal_lm)  # the checkpoint's weights are about to take its place
         saved = state.get("fingerprint")
         if saved is not None and self._fingerprint is not None and saved != self._fingerprint:

@@ -1,10 +1,13 @@
-"""What a checkpoint holds besides what Lightning puts into it, and how a run goes on from one."""
+"""What checkpoints hold beside Lightning's own state, and how a run resumes from it."""
 
-from typing import Any
+from collections.abc import Callable
+from typing import Any, cast
 
 import torch
 from lightning.pytorch.callbacks import WeightAveraging
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LambdaLR
 
 from oumi_pl.errors import UserError
 from oumi_pl.models.sharding import is_sharded
@@ -22,6 +25,7 @@ class RestorableModule(UpdateModule):
         self.run_config = ""
         """The recipe as YAML, kept in checkpoints so that one can be exported by itself."""
         self.__rng_to_restore: dict[str, Any] | None = None
+        self.__settings: list[dict[str, Any]] = []
 
     @property
     def keeps_trained_weights_only(self) -> bool:
@@ -62,8 +66,7 @@ class RestorableModule(UpdateModule):
         if "optimizer_states" not in checkpoint and "loops" in checkpoint and not is_sharded(self):
             raise UserError("this checkpoint holds weights only (a best.ckpt): resume from a step-*.ckpt")
         if "current_model_state" in checkpoint and not any(isinstance(c, WeightAveraging) for c in self.__callbacks):
-            message = "the run of this checkpoint averaged its weights; this one goes on from the trained ones alone"
-            rank_zero_warn(message)
+            rank_zero_warn("this checkpoint's run averaged its weights; this run resumes without the average")
             checkpoint["state_dict"] = checkpoint["current_model_state"]
         self.tokens_seen = checkpoint["tokens_seen"]
         states = checkpoint["rng"]
@@ -71,8 +74,39 @@ class RestorableModule(UpdateModule):
         self.__rng_to_restore = states[self.global_rank] if self.global_rank < len(states) else None
         _recount(checkpoint["loops"], checkpoint["micro_batches"], self.trainer.accumulate_grad_batches)
 
+    def scheduled(self, optimizer: Optimizer, factor: Callable[[int], float]) -> dict[str, Any]:
+        """What `configure_optimizers` returns: the optimizer, and its schedule in optimizer steps.
+
+        Args:
+            optimizer: Its settings are kept, and win over those in a checkpoint.
+            factor: On the learning rate, for the update that follows so many.
+        """
+        self.__settings = [{k: v for k, v in group.items() if k != "params"} for group in optimizer.param_groups]
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": LambdaLR(optimizer, factor), "interval": "step"}}
+
+    def on_train_start(self) -> None:
+        """Lets what the recipe says now win over the optimizer settings in the checkpoint."""
+        optimizer = cast("Optimizer", self.optimizers(use_pl_optimizer=False))
+        schedule = cast("LambdaLR", self.lr_schedulers())
+        before = optimizer.param_groups[0]["lr"]
+        for group, values in zip(optimizer.param_groups, self.__settings, strict=True):
+            group.update(values)
+            group["initial_lr"] = values["lr"]
+        schedule.base_lrs = [values["lr"] for values in self.__settings]
+        for group, base_lr, factor in zip(optimizer.param_groups, schedule.base_lrs, schedule.lr_lambdas, strict=True):
+            group["lr"] = base_lr * factor(schedule.last_epoch)
+        now = optimizer.param_groups[0]["lr"]
+        if self.global_step and abs(now - before) > 0.01 * max(now, before):
+            rank_zero_warn(
+                f"the checkpoint's next learning rate was {before:.3g}, and this run continues with {now:.3g}"
+            )
+
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
-        """Restores the generators at the last moment: whatever ran in between may have drawn from them."""
+        """Restores the random generators at the last moment: callbacks and loaders may have drawn from them."""
+        self.restore_generators()
+
+    def restore_generators(self) -> None:
+        """Restores the random generators from the checkpoint; does nothing when called again."""
         if self.__rng_to_restore is not None:
             set_rng_state(self.__rng_to_restore)
             self.__rng_to_restore = None
@@ -106,7 +140,18 @@ def _recount(loops: dict[str, Any], before: int, now: int) -> None:
     """Converts Lightning's count of micro-batches to another accumulation of the same updates."""
     progress = loops["fit_loop"]["epoch_loop.batch_progress"]
     for span in ("total", "current"):
-        for name in ("ready", "started", "processed", "completed"):
-            # `ready` may be one update ahead of `completed` by a single micro-batch, which is not a multiple
-            whole, rest = divmod(progress[span][name], before)
-            progress[span][name] = whole * now if not rest else (whole + 1) * now - (before - rest)
+        for name in COUNTS:
+            progress[span][name] = recounted(progress[span][name], before, now)
+
+
+COUNTS = ("ready", "started", "processed", "completed")
+"""What Lightning counts of micro-batches."""
+
+
+def recounted(micro_batches: int, before: int, now: int) -> int:
+    """A count of micro-batches at the end of an update, with `now` instead of `before` of them per update.
+
+    Lightning saves before it counts the last one as completed: what is missing to a whole update then stays missing.
+    """
+    updates, rest = divmod(micro_batches, before)
+    return updates * now if not rest else (updates + 1) * now - (before - rest)

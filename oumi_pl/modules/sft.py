@@ -19,6 +19,7 @@ class SFT(LanguageModule):
         kwargs: As of `LanguageModule`.
     """
 
+    branching = False
     validation_metrics: tuple[str, ...] = ("val/loss", "val/nll", "val/perplexity", "val/mean_token_accuracy")
 
     def __init__(self, *args: Any, loss: TokenLoss | None = None, **kwargs: Any) -> None:

@@ -6,7 +6,7 @@ gradients are true as they come, for Lightning's clipping, for callbacks and for
 """
 
 from abc import abstractmethod
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, ClassVar, Literal, cast
 
 import lightning as L
@@ -33,6 +33,8 @@ class UpdateModule(L.LightningModule):
 
     unit: ClassVar[str] = "targets"
     """The sum that an update is divided by: `targets` (tokens that carry loss), or `rows` (examples)."""
+    clipped_by: ClassVar[str] = "trainer.gradient_clip_val"
+    """The key that clips gradients, for messages."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -40,6 +42,9 @@ class UpdateModule(L.LightningModule):
         """Sums of the last update over all micro-batches and ranks, for callbacks to read."""
         self.tokens_seen = {"tokens": 0, "targets": 0}
         """What was trained on so far, without padding."""
+        self.log_to: Callable[[dict[str, Any]], None] | None = None
+        """Called with all that `log` and `log_dict` are given, in place of Lightning, which only logs within its own
+        loops. Set by an engine that runs another loop."""
         self.__update: Sums = {}
         self.__expected: int | None = None
         self.__finished = -1
@@ -51,8 +56,10 @@ class UpdateModule(L.LightningModule):
     def loss_sums(self, batch: Any, split: Split) -> Sums:
         """Sums over a batch, scalars by name.
 
-        `loss` is needed; in training it is differentiable. The counts of `count` are added by the caller. The stand-in
-        of a rank that ran out of rows has no targets, and its loss is a differentiable 0 that the model took part in.
+        `loss` is needed; in training it is differentiable. `objective` is what is minimised where that is more than the
+        loss that is logged, the router loss of a mixture of experts for example. The names are the same for every
+        batch. The counts of `count` are added by the caller. The stand-in of a rank that ran out of rows has no
+        targets, and its loss is a differentiable 0 that the model took part in.
         """
 
     def metrics(self, sums: Sums, split: Split) -> dict[str, Tensor]:
@@ -97,10 +104,11 @@ class UpdateModule(L.LightningModule):
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
         """The micro-batch's share of the update's mean loss."""
         sums = self.loss_sums(batch, "train")
+        objective = sums.pop("objective", sums["loss"])
         self.add_to_update(sums | self.__counts(batch, sums["loss"].device))
         update = batch.get("update")
         self.__expected = None if update is None else getattr(update, self.unit)
-        return sums["loss"] * self.share(batch)
+        return objective * self.share(batch)
 
     def add_to_update(self, sums: Mapping[str, Tensor]) -> None:
         """Adds a micro-batch's sums to those that are logged of the update."""
@@ -154,9 +162,19 @@ class UpdateModule(L.LightningModule):
         }
         self.log_dict(logged, batch_size=1)
 
+    def abandon_update(self) -> None:
+        """Forgets what was added to an update that will not be finished, and its gradients."""
+        self.__update = {}
+        for parameter in self.parameters():
+            parameter.grad = None
+
+    def on_after_optimizer_step(self) -> None:
+        """Called after each step of the optimizer, while the gradients are still there."""
+
     def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
         """Steps, and frees the gradients: Lightning would keep them through the next forward pass."""
         super().optimizer_step(*args, **kwargs)
+        self.on_after_optimizer_step()
         for parameter in self.parameters():
             parameter.grad = None
 
@@ -172,7 +190,7 @@ class UpdateModule(L.LightningModule):
             if not torch.isfinite(value):
                 raise UserError(
                     f"{name} became {float(value)} at step {self.global_step + 1}; the last checkpoint is untouched. "
-                    "A lower learning rate, a warm-up or trainer.gradient_clip_val: 1.0 usually helps"
+                    f"A lower learning rate, a warm-up or {self.clipped_by}: 1.0 usually helps"
                 )
 
     # ---- evaluation
@@ -195,6 +213,7 @@ class UpdateModule(L.LightningModule):
 
     def __evaluate(self, batch: Any, split: Split) -> None:
         sums = self.loss_sums(batch, split)
+        sums.pop("objective", None)
         self.__evaluated.add(sums | self.__counts(batch, sums["loss"].device))
 
     def __log_evaluation(self, split: Split) -> None:
@@ -203,6 +222,22 @@ class UpdateModule(L.LightningModule):
         if self.trainer.state.fn == "fit":  # where `metrics.csv` puts it
             logged["step"] = torch.tensor(float(self.global_step))
         self.log_dict(logged)
+
+    # ---- logging
+
+    def log(self, name: str, value: Any, *args: Any, **kwargs: Any) -> None:
+        """As of `LightningModule`, unless `log_to` is set."""
+        if self.log_to is None:
+            super().log(name, value, *args, **kwargs)
+        else:
+            self.log_to({name: value})
+
+    def log_dict(self, dictionary: Any, *args: Any, **kwargs: Any) -> None:
+        """As of `LightningModule`, unless `log_to` is set."""
+        if self.log_to is None:
+            super().log_dict(dictionary, *args, **kwargs)
+        else:
+            self.log_to(dict(dictionary))
 
     # ---- sums
 

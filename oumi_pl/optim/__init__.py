@@ -1,6 +1,6 @@
 """Optimizers, parameter groups and learning-rate schedules."""
 
-from oumi_pl.optim.groups import parameter_groups
+from oumi_pl.optim.groups import fuse, parameter_groups
 from oumi_pl.optim.muon import MuonAdamW
 from oumi_pl.optim.schedules import Constant, Cosine, CosineRestarts, Linear, Schedule, WarmupStableDecay
 
@@ -12,5 +12,6 @@ __all__ = [
     "MuonAdamW",
     "Schedule",
     "WarmupStableDecay",
+    "fuse",
     "parameter_groups",
 ]

@@ -4,6 +4,7 @@ from collections.abc import Collection, Iterable
 from typing import Any
 
 from torch import nn
+from torch.optim import Adam, AdamW, Optimizer
 
 
 def parameter_groups(
@@ -26,3 +27,11 @@ def parameter_groups(
             groups[kind].append(parameter)
     undecayed: dict[str, dict[str, Any]] = {"no_decay": {"weight_decay": 0.0}}
     return [{"params": found, "name": name} | undecayed.get(name, {}) for name, found in groups.items() if found]
+
+
+def fuse(optimizer: Optimizer) -> None:
+    """Lets Adam and AdamW take their step in one pass over memory, unless it was said how they do."""
+    undecided = all(group.get("fused") is None and group.get("foreach") is None for group in optimizer.param_groups)
+    if isinstance(optimizer, Adam | AdamW) and undecided:
+        for group in optimizer.param_groups:
+            group["fused"] = True

@@ -13,8 +13,8 @@ def in_steps(value: int | float, total: int) -> int:
 
 def _refuse_part_of_a_step(name: str, value: int | float) -> None:
     if value > 1 and value != int(value):
-        told = "a number of steps is whole, and a share of them lies below 1"
-        raise UserError(f"model.schedule.{name} is {value}: {told}")
+        right = "a number of steps is whole, and a share of all steps is below 1"
+        raise UserError(f"model.schedule.{name} is {value}: {right}")
 
 
 def _share(floor: float) -> float:
@@ -87,6 +87,9 @@ class Cosine(Schedule):
         cycles: Waves of the cosine: with 0.5 it goes down once, with 1.5 down, up and down again.
     """
 
+    keeps_floor: bool = True
+    """Whether the rate stays as it is at `total` past that; `transformers` continues the wave."""
+
     def __init__(self, warmup: int | float = 0, floor: float = 0.0, cycles: float = 0.5) -> None:
         super().__init__(warmup)
         self.floor = _share(floor)
@@ -94,7 +97,8 @@ class Cosine(Schedule):
 
     def factor(self, step: int, start: int, total: int) -> float:
         """1 at `start`; with half a wave `floor` at `total` and after."""
-        wave = 0.5 * (1 + math.cos(2 * math.pi * self.cycles * _progress(step, start, total)))
+        progress = (step - start) / max(1, total - start)
+        wave = 0.5 * (1 + math.cos(2 * math.pi * self.cycles * (min(1.0, progress) if self.keeps_floor else progress)))
         return self.floor + (1 - self.floor) * wave
 
 
@@ -140,8 +144,8 @@ class WarmupStableDecay(Schedule):
         start, decay = in_steps(self.warmup, total), in_steps(self.decay, total)
         if start + decay <= total or start >= total:
             return super().doubts(total)
-        told = f"model.schedule: {start} steps of warm-up and {decay} of decay don't fit into a run of {total}"
-        return [f"{told}: the decay is cut to {total - start}, and there is no plateau"]
+        problem = f"model.schedule: {start} steps of warm-up and {decay} of decay don't fit into a run of {total}"
+        return [f"{problem}: the decay is cut to {total - start}, and there is no plateau"]
 
     def factor(self, step: int, start: int, total: int) -> float:
         """1 until the decay begins, `floor` at `total` and after."""

@@ -1,175 +1,162 @@
-"""Examples of SFT and DPO as their batch shows them: what is marked are the labels, or targets, of that very batch."""
+"""Examples as their batch shows them: marked are the targets of that very batch."""
 
-import copy
 import itertools
 import math
-import sys
 from collections.abc import Sequence
-from typing import Any
 
 import numpy as np
 
-from oumi_pl.data.chat import ChatData
 from oumi_pl.data.examples import ExampleData
 from oumi_pl.errors import UserError
+from oumi_pl.preview.marks import Tokens, segments_of
 from oumi_pl.preview.pieces import Decoder, Piece
-from oumi_pl.preview.rows import Found, row_count, walk
+from oumi_pl.preview.rows import SourceRow, row_count, walk
 from oumi_pl.preview.shown import Mark, Section, Shown
-from oumi_pl.types import IGNORE_INDEX, Example, PreferenceExample
+from oumi_pl.types import Example, Segment
 
 # ---- which
 
 
-def first(data: ExampleData, split: str, count: int) -> list[Found]:
+def first(data: ExampleData, split: str, count: int) -> list[SourceRow]:
     """The first examples of a split."""
     return list(itertools.islice(walk(data, split, lambda row, index: index is not None), count))
 
 
-def numbered(data: ExampleData, split: str, rows: Sequence[int]) -> list[Found]:
+def numbered(data: ExampleData, split: str, rows: Sequence[int]) -> list[SourceRow]:
     """The rows of these numbers, counted from 1 as they are read.
 
     Raises:
         UserError: there are fewer rows.
     """
-    there = row_count(data, split)
+    last = row_count(data, split)
     for row in rows:
-        if not 1 <= row <= there:
-            raise UserError(f"--row {row}: the {split} split has rows 1 to {there:,}")
-    asked = set(rows)
-    found = itertools.islice(walk(data, split, lambda row, index: row in asked), len(asked))
-    by_number = {row.number: row for row in found}
+        if not 1 <= row <= last:
+            raise UserError(f"--row {row}: the {split} split has rows 1 to {last:,}")
+    wanted = set(rows)
+    matches = itertools.islice(walk(data, split, lambda row, index: row in wanted), len(wanted))
+    by_number = {row.number: row for row in matches}
     return [by_number[row] for row in dict.fromkeys(rows)]
 
 
-def longest(data: ExampleData, split: str, count: int) -> list[Found]:
-    """The examples of the most tokens, the longest first."""
+def longest(data: ExampleData, split: str, count: int) -> list[SourceRow]:
+    """The examples with the most tokens, the longest first."""
     order = np.argsort(-data.lengths(split), kind="stable")[:count].tolist()
-    asked = set(order)
-    found = itertools.islice(walk(data, split, lambda row, index: index in asked), len(asked))
-    return sorted(found, key=lambda row: order.index(row.example))
+    wanted = set(order)
+    matches = itertools.islice(walk(data, split, lambda row, index: index in wanted), len(wanted))
+    return sorted(matches, key=lambda row: order.index(row.example))
 
 
-def cut(data: ExampleData, split: str, count: int) -> list[Found]:
-    """The first examples that tokens were cut off."""
+def cut(data: ExampleData, split: str, count: int) -> list[SourceRow]:
+    """The first examples that tokens were cut off from."""
     if not any(store.report["cut"] for store in data.stores(split)):
         return []
-    full = data.lengths(split) >= data.max_length  # no shorter one can have been cut
-    found = walk(data, split, lambda row, index: index is not None and bool(full[index]))
-    return list(itertools.islice((row for row in found if row.cut), count))
+    full = data.lengths(split) >= data.max_length  # a shorter one can't have been cut
+    candidates = walk(data, split, lambda row, index: index is not None and bool(full[index]))
+    return list(itertools.islice((row for row in candidates if row.cut), count))
 
 
-def dropped(data: ExampleData, split: str, count: int) -> list[Found]:
+def dropped(data: ExampleData, split: str, count: int) -> list[SourceRow]:
     """The first rows that were dropped."""
     missing = row_count(data, split) - sum(map(len, data.stores(split)))
-    found = (row for row in walk(data, split, lambda row, index: index is None) if row.example is None)
-    return list(itertools.islice(found, min(count, missing)))
+    rows = (row for row in walk(data, split, lambda row, index: index is None) if row.example is None)
+    return list(itertools.islice(rows, min(count, missing)))
 
 
 # ---- what they are
 
 
-def shown(data: ExampleData, split: str, row: Found, decoder: Decoder) -> Shown:
+def shown(data: ExampleData, split: str, row: SourceRow, decoder: Decoder) -> Shown:
     """One row as the model sees it."""
     title = f"{split} row {row.number:,}"
     if row.example is None:
-        return Shown(title, [row.origin, f"dropped: {row.reason}"], _dropped_text(data, row, decoder))
+        return Shown(title, [row.origin, f"dropped: {row.reason}"], _text_of_dropped(data, row, decoder))
     example: Example = data.examples(split)[row.example]
-    batch = data.collate([([row.example], [example])])
-    targets = pair_targets(batch) if "pair_lengths" in batch else label_targets(batch["labels"][0].numpy())
-    ids, positions = batch["input_ids"][0].tolist(), batch["position_ids"][0].tolist()
-    whole = _whole(data, row) if row.cut else None
-    pieces = lambda start, stop: decoder.pieces(ids[start:stop], targets[start:stop], positions[start:stop])  # noqa: E731
-    facts = [row.origin, f"{len(ids):,} tokens", f"{int(targets.sum()):,} carry loss"]
-    if isinstance(example, PreferenceExample):
-        sections, removed = _pair(data, example, whole, pieces)
-        facts[1] += " (prompt {:,}, chosen {:,}, rejected {:,})".format(*example.lengths)
-        if not math.isnan(example.margin):
-            facts.append(f"margin {example.margin:g}")
-    else:
-        sections, removed = _single(data, len(ids), whole, pieces)
+    segments = segments_of(data.batch(split, [row.example]))
+    uncut = data.uncut(row.record) if row.cut else None
+    whole, kept = uncut or (example, [np.arange(len(tokens)) for tokens in segments])
+    parts = _parts(data.segment_names, example, segments, whole, kept)
+    targets = sum(int(tokens.targets.sum()) for tokens in segments)
+    lengths = ", ".join(f"{part.name} {len(part.tokens):,}" for part in parts) if len(parts) > 1 else ""
+    facts = [row.origin, f"{len(example.input_ids):,} tokens{f' ({lengths})' if lengths else ''}"]
+    facts.append(f"{targets:,} carry loss")
+    facts += [f"{name} {value:g}" for name, value in example.fields.items() if not math.isnan(value)]
     if row.cut:
+        removed = len(whole.input_ids) - len(example.input_ids)
         facts.append(f"cut: {removed:,} tokens removed" if removed else "cut")
     if row.straddled:
         facts.append("a token holds characters of both prompt and answer")
-    return Shown(title, facts, sections)
+    return Shown(title, facts, [Section(part.title, _with_cuts(part, decoder)) for part in parts])
 
 
-def label_targets(labels: np.ndarray) -> np.ndarray:
-    """Which tokens carry loss, `[seq]` bool, by the labels of a row, `[seq]`: position `t` predicts token `t + 1`."""
-    targets = np.zeros(len(labels), dtype=bool)
-    targets[1:] = labels[:-1] != IGNORE_INDEX
-    return targets
+class _Part:
+    """Tokens that are shown together, which are those at `kept` `[n]` of `length`; the others were cut off."""
+
+    def __init__(self, name: str, title: str, tokens: Tokens, kept: np.ndarray, length: int) -> None:
+        self.name = name
+        self.title = title
+        self.tokens = tokens
+        self.kept = kept
+        self.length = length
 
 
-def pair_targets(batch: Any) -> np.ndarray:
-    """Which tokens of a batch of one pair carry loss, `[seq]` bool: what its `predictors` predict, in their branch."""
-    prompt, chosen, _ = batch["pair_lengths"][0]
-    targets = np.zeros(batch["input_ids"].shape[1], dtype=bool)
-    for predictor, branch in zip(batch["predictors"].tolist(), batch["branches"].tolist(), strict=True):
-        # the prompt's last position predicts the first token of both responses
-        targets[prompt + chosen if branch and predictor == prompt - 1 else predictor + 1] = True
-    return targets
+def _parts(
+    names: Sequence[str], example: Example, segments: list[Tokens], whole: Example, kept: list[np.ndarray]
+) -> list[_Part]:
+    """What all segments share, once, and then the rest of each segment; a single part where there is one segment.
+
+    Args:
+        names: Of the segments, as far as they have one.
+        example: As it is trained on.
+        segments: Its segments' own tokens.
+        whole: The example before it was cut.
+        kept: Per segment of `whole`, which of its own tokens are in `segments`.
+    """
+    count = len(segments)
+    if count == 1:
+        return [_Part("", "", segments[0], kept[0], len(whole.input_ids))]
+    shared, whole_shared = _shared_by_all(example.segments), _shared_by_all(whole.segments)
+    parts = []
+    if shared:
+        title = f"prompt, the same for {'both' if count == 2 else f'all {count}'}"
+        parts.append(_Part("prompt", title, segments[0].part(0, shared), kept[0][:shared], whole_shared))
+    for i, (segment, tokens) in enumerate(zip(example.segments, segments, strict=True)):
+        name = names[i] if i < len(names) else f"segment {i + 1}"
+        skip, whole_skip = (0, 0) if i else (shared, whole_shared)  # of the first, what all share is above
+        rest, length = tokens.part(skip, len(tokens)), whole.segments[i].length - whole_skip
+        elsewhere = i and segment.shared != shared
+        after = f", after {segment.shared:,} tokens of segment {segment.parent + 1}" if elsewhere else ""
+        parts.append(_Part(name, f"{name} ({len(rest):,} tokens{after})", rest, kept[i][skip:] - whole_skip, length))
+    return parts
 
 
-def _single(data: Any, tokens: int, whole: Any, pieces: Any) -> tuple[list[Section], int]:
-    if whole is None:
-        return [Section("", pieces(0, tokens))], 0
-    kept = data.tokenize.kept(whole.input_ids, int(whole.loss_mask.argmax()))
-    return [Section("", _with_cuts(kept, len(whole.input_ids), pieces, 0))], len(whole.input_ids) - len(kept)
+def _shared_by_all(segments: Sequence[Segment]) -> int:
+    return min(segment.shared for segment in segments[1:])
 
 
-def _pair(data: Any, pair: PreferenceExample, whole: Any, pieces: Any) -> tuple[list[Section], int]:
-    a, b, end = pair.chosen_start, pair.rejected_start, len(pair.input_ids)
-    parts: list[list[Piece | Mark]] = [pieces(0, a), pieces(a, b), pieces(b, end)]
-    removed = 0
-    if whole is not None:
-        prompt, chosen, rejected = whole.lengths
-        longer = whole.input_ids[: prompt + max(chosen, rejected)]  # only its length and its first id count
-        kept = data.tokenize.kept(longer, prompt)
-        parts[0] = _with_cuts(kept[kept < prompt], prompt, pieces, 0)
-        for i, missing in ((1, chosen - (b - a)), (2, rejected - (end - b))):
-            parts[i] += [_cut_mark(missing)] if missing else []
-        removed = len(whole.input_ids) - end
-    titles = (
-        "prompt, the same for both",
-        f"chosen ({b - a:,} tokens)",
-        f"rejected ({end - b:,} tokens)",
-    )
-    return [Section(title, part) for title, part in zip(titles, parts, strict=True)], removed
-
-
-def _whole(data: Any, row: Found) -> Any:
-    """The example as it was before anything was cut off; None where the data don't say how they tokenize."""
-    if not isinstance(data, ChatData):
-        return None
-    tokenize = copy.copy(data.tokenize)
-    tokenize.max_length = sys.maxsize
-    found = tokenize([row.record])[0]
-    return found if isinstance(found, Example) else None
-
-
-def _dropped_text(data: Any, row: Found, decoder: Decoder) -> list[Section]:
-    """What a dropped row would have been, where it is only too long; nothing of it is trained, so nothing is marked."""
-    if (whole := _whole(data, row)) is None:
+def _text_of_dropped(data: ExampleData, row: SourceRow, decoder: Decoder) -> list[Section]:
+    """What a dropped row would be if it were not too long; nothing of it is trained on, so nothing is marked."""
+    if (uncut := data.uncut(row.record)) is None:
         return []
-    ids = whole.input_ids.tolist()
+    ids = uncut[0].input_ids.tolist()
     pieces = decoder.pieces(ids, [False] * len(ids), range(len(ids)))
     return [Section(f"not trained on: {len(ids):,} tokens", [*pieces])]
 
 
-def _with_cuts(kept: np.ndarray, length: int, pieces: Any, start: int) -> list[Piece | Mark]:
-    """The pieces of the kept ones of `length` tokens, and a mark wherever some are missing."""
+def _with_cuts(part: _Part, decoder: Decoder) -> list[Piece | Mark]:
+    """The pieces of a part, and a mark wherever tokens are missing."""
+    tokens, kept = part.tokens, part.kept
     items: list[Piece | Mark] = []
     borders = [0, *(np.flatnonzero(np.diff(kept) > 1) + 1).tolist(), len(kept)]
-    before = -1
-    for first_, last in itertools.pairwise(borders):
-        if first_ == last:
+    end = 0
+    for start, stop in itertools.pairwise(borders):
+        if start == stop:
             continue
-        if missing := int(kept[first_]) - before - 1:
+        if missing := int(kept[start]) - end:
             items.append(_cut_mark(missing))
-        items += pieces(start + first_, start + last)
-        before = int(kept[last - 1])
-    if missing := length - before - 1:
+        run = tokens.part(start, stop)
+        items += decoder.pieces(run.ids.tolist(), run.targets, run.positions.tolist())
+        end = int(kept[stop - 1]) + 1
+    if missing := part.length - end:
         items.append(_cut_mark(missing))
     return items
 

@@ -1,6 +1,6 @@
-"""Token ids become pieces of text that can be shown: whole characters, nothing invisible, no escape codes.
+"""Turns token ids into pieces of text that can be shown: whole characters, nothing invisible, no escape codes.
 
-A token of a byte-level tokenizer may hold a part of a character only. Such tokens are shown together, as one piece.
+A token of a byte-level tokenizer may hold only a part of a character. Such tokens are shown together, as one piece.
 """
 
 import codecs
@@ -20,18 +20,17 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 OPEN, CLOSE = "⟦", "⟧"
-"""What stands around tokens that carry loss; in the text itself these two are written as their code points."""
+"""Brackets around tokens that carry loss; where a text contains them, they are written as their code points."""
 _BYTE_TOKEN = re.compile(r"<0x([0-9A-Fa-f]{2})>")
 _SPACES = re.compile(r" {2,}|^ | $", re.MULTILINE)
 
 
 @dataclass(frozen=True)
 class Piece:
-    """Tokens that make whole characters together: nearly always one.
+    """Tokens that make up whole characters: nearly always one.
 
-    text: what they stand for, as it is in the data. ids: their token ids. start: the position of the first, as the
-    model counts them. target: whether they carry loss. special: a control token. label_only: a target that is no input
-    of this row.
+    text: what they stand for, as it is in the data. ids: their token ids. start: the position of the first in its path.
+    target: whether they carry loss. special: a control token. label_only: a target that is no input of this row.
     """
 
     text: str
@@ -43,7 +42,7 @@ class Piece:
 
     @property
     def described(self) -> str:
-        """Position and id, for people."""
+        """Position and id, for people to read."""
         ids = " ".join(map(str, self.ids))
         where = (
             f"position {self.start}"
@@ -55,7 +54,7 @@ class Piece:
 
 
 class Decoder:
-    """Makes pieces of token ids.
+    """Turns token ids into pieces.
 
     Args:
         tokenizer: A fast tokenizer.
@@ -81,10 +80,10 @@ class Decoder:
         Args:
             ids: `[tokens]`.
             targets: `[tokens]`, which of them carry loss.
-            positions: `[tokens]`, where the model sees them.
+            positions: `[tokens]`, their places in their path.
             label_only: Of all pieces.
         """
-        made: list[Piece] = []
+        pieces: list[Piece] = []
         decoder = codecs.getincrementaldecoder("utf-8")("backslashreplace")
         first, text = 0, ""
 
@@ -93,18 +92,18 @@ class Decoder:
             text += decoder.decode(rest, final=final)
             if end > first:
                 flags = bool(targets[first]), self._is_special(ids[first]) and end == first + 1, label_only
-                made.append(Piece(text, tuple(map(int, ids[first:end])), int(positions[first]), *flags))
+                pieces.append(Piece(text, tuple(map(int, ids[first:end])), int(positions[first]), *flags))
             first, text = end, ""
 
         for i, token in enumerate(ids):
-            # marks are exact: a character that lies across a border is shown as its bytes
+            # marks are exact: a character across the border of a target is shown as its bytes
             if first < i and (bool(targets[i]) != bool(targets[first]) or self._is_special(token)):
                 close(i)
             text += decoder.decode(self._content(int(token)))
             if decoder.getstate()[0] == b"" or self._is_special(token):
                 close(i + 1)
         close(len(ids))
-        return made
+        return pieces
 
     def _is_special(self, token: int) -> bool:
         return int(token) in self._added and bool(self._added[int(token)].special)
@@ -124,24 +123,25 @@ class Decoder:
         if self._bytes is not None:
             known = self._bytes
             return bytes(known[s] for s in symbols) if all(s in known for s in symbols) else symbols.encode()
-        if found := _BYTE_TOKEN.fullmatch(symbols):
-            return bytes([int(found.group(1), 16)])
+        if byte := _BYTE_TOKEN.fullmatch(symbols):
+            return bytes([int(byte.group(1), 16)])
         if self._word_pieces:
             return (symbols.removeprefix("##") if symbols.startswith("##") else f" {symbols}").encode()
         return symbols.replace("▁", " ").encode()
 
 
 def visible(texts: Sequence[str]) -> list[str]:
-    """Adjacent texts with white space that can be seen, and without what would drive a terminal or hide: control
-    characters, changes of direction, code points that are no characters. Lines still end where they end.
+    """Adjacent texts with visible white space and without invisible characters; line ends are kept.
+
+    Control characters, changes of direction and unassigned code points are written by name.
     """
-    # a single space between words is seen well enough; which ones are, only all texts together tell
+    # a single space between words needs no sign; which spaces are single is seen only in all texts together
     joined = _SPACES.sub(lambda spaces: "·" * len(spaces.group()), "".join(texts))
-    made, start = [], 0
+    written, start = [], 0
     for text in texts:
-        made.append("".join(map(_visible, joined[start : start + len(text)])))
+        written.append("".join(map(_visible, joined[start : start + len(text)])))
         start += len(text)
-    return made
+    return written
 
 
 def _visible(character: str) -> str:

@@ -14,24 +14,24 @@ PREFIX = "recipe:"
 
 
 class _Settings(CLI):
-    """The command line of `fit`, parsed and checked; nothing is made of it."""
+    """The command line of `fit`, parsed and checked, without the objects that it describes."""
 
     def instantiate_classes(self) -> None:
-        """Makes nothing."""
+        """Instantiates nothing."""
 
     def _run_subcommand(self, subcommand: str) -> None:
         """Runs nothing."""
 
 
 def read(configs: Sequence[Path], overrides: Sequence[str]) -> tuple[TextData, list[str]]:
-    """Makes the data that `fit` would train on, and finds their tokenizer.
+    """Builds the data module that `fit` would train on, and finds its tokenizer.
 
     Args:
         configs: Recipes; the later wins.
         overrides: `--data.max_length 256` and the like.
 
     Returns:
-        The data, with a tokenizer named, and what there is to say about where that comes from.
+        The data with a tokenizer, and notes on where the tokenizer comes from.
 
     Raises:
         UserError: whatever `fit` would find wrong with the settings of model and data.
@@ -49,7 +49,7 @@ def read(configs: Sequence[Path], overrides: Sequence[str]) -> tuple[TextData, l
 
 
 def _tokenizer_of(model: str, root: Path) -> tuple[Any, list[str]]:
-    """The tokenizer that comes with a model. Of a recipe that was not run yet, it is the one that its model will have.
+    """The tokenizer of a model; of a recipe that was not run yet, the one that its model will have.
 
     Raises:
         UserError: there is no such recipe.
@@ -58,8 +58,8 @@ def _tokenizer_of(model: str, root: Path) -> tuple[Any, list[str]]:
         return model, []
     name = model.removeprefix(PREFIX)
     path = recipe_files.find(name)
-    if found := folders.last_model(root, recipe_files.recipe_name(path)):
-        return str(found), [f"tokenizer: of {found}, the newest model of {model}"]
+    if folder := folders.last_model(root, recipe_files.recipe_name(path)):
+        return str(folder), [f"tokenizer: of {folder}, the newest model of {model}"]
     try:
         data, _ = read([path], [])
         tokenizer = data.tokenizer
@@ -73,5 +73,5 @@ def _tokenizer_of(model: str, root: Path) -> tuple[Any, list[str]]:
 
 
 def title(configs: Sequence[Path]) -> str:
-    """What the recipes are called."""
+    """The names of the recipes."""
     return " + ".join(folders.recipe_of(path) or recipe_files.recipe_name(path) for path in configs)

@@ -1,4 +1,4 @@
-"""The data report for people: what became of the rows of each split, tokenizer and template, packs and lengths."""
+"""The data report: tables of what became of the rows, notes on tokenizer and template, packs, lengths."""
 
 from typing import Any
 
@@ -8,6 +8,7 @@ from oumi_pl.data.base import TextData
 from oumi_pl.data.examples import ExampleData
 from oumi_pl.data.pretrain import PretrainData
 from oumi_pl.data.sources import as_sources
+from oumi_pl.data.tokenizers import TokenizerFactory
 from oumi_pl.preview.rows import numbered_alike
 from oumi_pl.preview.shown import Histogram, Pack, Packs, Table
 
@@ -27,13 +28,13 @@ def tables(data: TextData) -> list[Table]:
     for column, split in enumerate(report.values()):
         for name, value in _lines(split).items():
             rows.setdefault(name, [""] * len(names))[column] = value
-    made = [Table("what became of the rows", ["", *names], [[name, *cells] for name, cells in rows.items()])]
+    table = Table("what became of the rows", ["", *names], [[name, *cells] for name, cells in rows.items()])
     several = {split: described["sources"] for split, described in report.items() if "sources" in described}
-    return made + [_sources(split, sources, _weights(data, split)) for split, sources in several.items()]
+    return [table, *(_sources(split, sources, _weights(data, split)) for split, sources in several.items())]
 
 
 def _weights(data: TextData, split: str) -> list[float]:
-    """The weights of a split's sources; empty if they have none. Only training draws by them."""
+    """The weights of a split's sources; empty if they have none. Only training uses them."""
     if split != "train":
         return []
     sources: Any = data.sources[split]
@@ -67,11 +68,7 @@ def _lines(report: dict[str, Any]) -> dict[str, str]:
         if key in report:
             lines[name] = f"{report[key]:,}"
     lines |= {"windows": f"{report['windows']:,}"} if "windows" in report else {}
-    for key, name in (
-        ("fill", "fill of the rows"),
-        ("padding", "padding"),
-        ("saved_by_sharing", "saved by sharing prompts"),
-    ):
+    for key, name in (("fill", "fill of the rows"), ("saved_by_sharing", "saved by sharing prompts")):
         if key in report:
             lines[name] = f"{report[key]:.1%}"
     return lines
@@ -85,8 +82,8 @@ def _sources(split: str, sources: list[dict[str, Any]], weights: list[float]) ->
     keys = [key for key in ("rows", "kept", "cut", "documents", "tokens") if any(source.get(key) for source in sources)]
     rows = []
     for source in sources:
-        gone = source["rows"] - source["kept"]
-        rows.append([source["source"], *(f"{source.get(key, 0):,}" for key in keys), f"{gone:,}"])
+        dropped = source["rows"] - source["kept"]
+        rows.append([source["source"], *(f"{source.get(key, 0):,}" for key in keys), f"{dropped:,}"])
     columns = ["", *keys, "dropped"]
     if weights:
         columns.append("share by weight")
@@ -97,7 +94,7 @@ def _sources(split: str, sources: list[dict[str, Any]], weights: list[float]) ->
 
 def histograms(data: TextData) -> list[Histogram]:
     """Lengths of the examples, or documents, of each split."""
-    made = []
+    histograms = []
     for split in data.report():
         if isinstance(data, ExampleData):
             lengths, what = data.lengths(split), "examples"
@@ -107,32 +104,27 @@ def histograms(data: TextData) -> list[Histogram]:
             continue
         if len(lengths) > 1:
             low, high = int(lengths.min()), int(lengths.max())
-            width = -(-(high - low + 1) // BINS)  # whole tokens: other ranges would hold unequally many lengths
+            width = -(-(high - low + 1) // BINS)  # whole tokens: else some ranges would span more lengths than others
             counts = np.bincount((lengths - low) // width)
-            made.append(Histogram(f"{split}, {what}", low, high, counts.tolist()))
-    return made
+            histograms.append(Histogram(f"{split}, {what}", low, high, counts.tolist()))
+    return histograms
 
 
-def notes(data: Any) -> list[str]:
-    """Tokenizer, template, added tokens, what is streamed."""
-    tokenizer = data.tokenizer
-    spec = data.tokenizer_spec
-    name = spec if isinstance(spec, str) else type(spec).__name__ if hasattr(spec, "build") else "that of the recipe"
-    made = [f"tokenizer: {name}, {len(tokenizer):,} tokens, EOS {tokenizer.eos_token}, padding {tokenizer.pad_token}"]
-    template = getattr(data, "template", None)
-    if template is not None:
-        made.append(f"chat template of rows with turns: {template.source}")
-    elif hasattr(data, "template_spec"):
-        made.append(f"chat template: {data.template_spec or 'the tokenizer' + chr(39) + 's own, if it has one'}")
+def notes(data: TextData) -> list[str]:
+    """Tokenizer, template, added tokens, streamed sources."""
+    tokenizer, spec = data.tokenizer, data.tokenizer_spec
+    name = spec if isinstance(spec, str) else "that of the recipe"
+    if isinstance(spec, TokenizerFactory):
+        name = type(spec).__name__
+    lines = [f"tokenizer: {name}, {len(tokenizer):,} tokens, EOS {tokenizer.eos_token}, padding {tokenizer.pad_token}"]
+    if data.template is not None:
+        lines.append(f"chat template of rows with turns: {data.template.source}")
     if data.added_tokens:
         named = [f"{token} ({i})" for i, token in zip(data.added_tokens, _names(data), strict=False)]
         more = f" and {len(data.added_tokens) - LISTED:,} more" if len(data.added_tokens) > LISTED else ""
-        made.append(f"added to the vocabulary: {', '.join(named)}{more}")
-    made += [
-        f"train: {name} is tokenized while it is streamed, so nothing of it is counted"
-        for name in getattr(data, "streamed", ())
-    ]
-    return made
+        lines.append(f"added to the vocabulary: {', '.join(named)}{more}")
+    streamed = (f"train: {name} is tokenized while it is streamed, so it is not counted" for name in data.streamed)
+    return [*lines, *streamed]
 
 
 def _names(data: TextData) -> list[str]:
@@ -140,13 +132,13 @@ def _names(data: TextData) -> list[str]:
 
 
 def packs(data: ExampleData) -> Packs:
-    """The packs of the first micro-batch of training; `capacity` says how many tokens one holds."""
+    """The packs of the first micro-batch of training, of data that are packed."""
     assert data.capacity is not None
     numbered = numbered_alike(data, "train")
     lengths = data.lengths("train")
     first = next(data.plan(0).micro_batches(0, data.layout))
-    made = [Pack(lengths[ids].tolist(), [i + 1 if numbered else 0 for i in ids.tolist()]) for ids in first]
-    total = sum(sum(pack.lengths) for pack in made)
-    share = total / (len(made) * data.capacity)
-    title = f"packs of the first micro-batch: {len(made)} of {data.capacity:,} tokens, {share:.1%} filled"
-    return Packs(title, data.capacity, made)
+    filled = [Pack(lengths[ids].tolist(), [i + 1 if numbered else 0 for i in ids.tolist()]) for ids in first]
+    total = sum(sum(pack.lengths) for pack in filled)
+    share = total / (len(filled) * data.capacity)
+    title = f"packs of the first micro-batch: {len(filled)} of {data.capacity:,} tokens, {share:.1%} filled"
+    return Packs(title, data.capacity, filled)

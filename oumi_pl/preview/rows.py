@@ -1,11 +1,14 @@
-"""Which row of which file an example was made of: rows are read again, and tokenized again where some were dropped."""
+"""Finds the row of the source that an example was made from.
+
+Rows are read again; where some were dropped they are tokenized again too, to count which ones.
+"""
 
 import itertools
 from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
-from oumi_pl.data.cache import source_records
 from oumi_pl.data.examples import ExampleData
+from oumi_pl.data.store import source_records
 from oumi_pl.terminal.progress import track
 from oumi_pl.types import Example, Record
 
@@ -13,11 +16,11 @@ AT_ONCE = 256
 """Rows that are tokenized at once."""
 
 
-class Found(NamedTuple):
+class SourceRow(NamedTuple):
     """A row and what became of it.
 
     number: counted from 1 over all sources of the split. origin: file and line. example: its number in the split,
-    counted from 0; None if the row was dropped, and then `reason` tells why.
+    counted from 0; None if the row was dropped, for `reason`.
     """
 
     number: int
@@ -30,7 +33,7 @@ class Found(NamedTuple):
 
 
 Wanted = Callable[[int, int | None], bool]
-"""Whether a row is of interest, by its number and the index of its example."""
+"""Whether a row is wanted, by its number and the number of its example."""
 
 
 def row_count(data: ExampleData, split: str) -> int:
@@ -43,16 +46,16 @@ def numbered_alike(data: ExampleData, split: str) -> bool:
     return row_count(data, split) == sum(map(len, data.stores(split)))
 
 
-def walk(data: ExampleData, split: str, wanted: Wanted) -> Iterator[Found]:
-    """The rows of a split that are of interest, in order; the caller stops when it has enough."""
+def walk(data: ExampleData, split: str, wanted: Wanted) -> Iterator[SourceRow]:
+    """The wanted rows of a split, in order. Lazy: a caller who has enough just stops."""
     sources, keep = data.taken(split)
     number = index = 0
     for source, store in zip(sources, data.stores(split), strict=True):
-        dropped = store.report["rows"] != len(store)
+        drops = store.report["rows"] != len(store)
         records = track(source_records(source, keep, formats=data.formats), f"looking for rows in {source.path}")
         while batch := list(itertools.islice(records, AT_ONCE)):
             rows = [(number + i, origin, record) for i, (origin, record) in enumerate(batch, 1)]
-            if not dropped:  # then it is known without tokenizing which example each row became
+            if not drops:  # each row is the next example, so only the wanted ones have to be tokenized
                 places: list[int | None] = list(range(index, index + len(rows)))
                 chosen = [(row, place) for row, place in zip(rows, places, strict=True) if wanted(row[0], place)]
                 encoded = data.encode([record for (_, _, record), _ in chosen]) if chosen else []
@@ -65,8 +68,8 @@ def walk(data: ExampleData, split: str, wanted: Wanted) -> Iterator[Found]:
                 if not wanted(row, place):
                     continue
                 if isinstance(example, Example):
-                    yield Found(row, origin, record, place, "", example.cut, example.straddled)
+                    yield SourceRow(row, origin, record, place, "", example.cut, example.straddled)
                 else:
-                    yield Found(row, origin, record, None, example.reason)
+                    yield SourceRow(row, origin, record, None, example.reason)
             number += len(rows)
             index += sum(place is not None for place in places)

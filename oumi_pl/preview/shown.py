@@ -1,4 +1,4 @@
-"""What is shown of an example, before it is decided how: pieces of text in sections, with marks between them."""
+"""What a preview shows, for a terminal and a page alike: pieces of text in sections, with marks between them."""
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -17,9 +17,7 @@ KEPT_OF_A_RUN = 24
 
 @dataclass(frozen=True)
 class Mark:
-    """Something to know at a place between two pieces: tokens that were `cut` off, a `border` of documents, or pieces
-    that are `hidden` here alone.
-    """
+    """A mark between two pieces: tokens that were `cut` off, a `border` of documents, or `hidden` pieces."""
 
     kind: Literal["cut", "border", "hidden"]
     text: str
@@ -28,7 +26,7 @@ class Mark:
 
 @dataclass(frozen=True)
 class Section:
-    """A part of an example: the prompt of a pair, a response, or all of it."""
+    """A part of an example: a prompt that responses share, a response, or all of it."""
 
     title: str
     items: list[Piece | Mark]
@@ -41,7 +39,7 @@ class Section:
 
 @dataclass(frozen=True)
 class Shown:
-    """An example: its name, what there is to know of it, its parts."""
+    """An example: its title, facts about it, and its parts."""
 
     title: str
     facts: list[str]
@@ -59,7 +57,7 @@ class Table:
 
 @dataclass(frozen=True)
 class Pack:
-    """A row of several examples: how many tokens each has, and of which row it is, 0 if that isn't known."""
+    """A pack: the tokens of each example in it, and the number of the row that it comes from, 0 if unknown."""
 
     lengths: list[int]
     rows: list[int]
@@ -76,7 +74,7 @@ class Packs:
 
 @dataclass(frozen=True)
 class Histogram:
-    """How many examples of a split have which length: `counts` of equally wide ranges from `low` to `high` tokens."""
+    """The lengths of a split's examples: `counts` in ranges of equal width from `low` to `high` tokens."""
 
     title: str
     low: int
@@ -86,7 +84,7 @@ class Histogram:
 
 @dataclass(frozen=True)
 class Preview:
-    """All that is shown."""
+    """All that a preview shows."""
 
     title: str
     notes: list[str]
@@ -97,7 +95,7 @@ class Preview:
 
 
 def shortened(section: Section) -> Section:
-    """A section with the middle of its long stretches left out, so that each border of loss stays in sight."""
+    """A section with the middle of its long stretches left out; where loss begins and ends is always kept."""
     if len(section.pieces) <= SHOWN_TOKENS:
         return section
     runs = _runs(section.items)
@@ -113,7 +111,7 @@ def shortened(section: Section) -> Section:
 
 
 def stretches(items: Iterable[Piece | Mark]) -> Iterator[list[Piece] | Mark]:
-    """Marks, and the pieces between two of them together."""
+    """The marks, and between them lists of the pieces in between."""
     pieces: list[Piece] = []
     for item in items:
         if isinstance(item, Piece):
@@ -128,7 +126,7 @@ def stretches(items: Iterable[Piece | Mark]) -> Iterator[list[Piece] | Mark]:
 
 
 def _runs(items: Sequence[Piece | Mark]) -> list[list[Piece | Mark]]:
-    """Stretches of pieces that all carry loss, or of which none does; each mark is one of its own."""
+    """Splits items into runs of pieces that all carry loss or all don't; each mark is a run of its own."""
     keyed = groupby(enumerate(items), lambda x: x[1].target if isinstance(x[1], Piece) else ("mark", x[0]))
     return [[item for _, item in run] for _, run in keyed]
 

@@ -16,7 +16,7 @@ from rich.text import Text
 from oumi_pl.preview.pieces import CLOSE, OPEN, Piece, visible
 from oumi_pl.preview.shown import Histogram, Mark, Packs, Preview, Section, Table, shortened, stretches
 
-# Okabe and Ito's colours, which all kinds of colour vision tell apart; with their background, on any terminal
+# Okabe and Ito's colours, which can be told apart with any colour vision; each with its own background
 LOSS = ("#000000 on #E69F00", "#000000 on #F0B840")
 SPECIAL = "#000000 on #56B4E9"
 SPECIAL_LOSS = "bold italic #000000 on #E69F00"
@@ -27,7 +27,7 @@ BLOCKS = " ▁▂▃▄▅▆▇█"
 BAR = 40
 """Characters of a pack's bar."""
 LISTED, LISTED_PACKS = 5, 16
-"""Examples of a pack, and packs, that are listed."""
+"""Numbers of examples of a pack, and of packs, that are listed."""
 
 
 def show(preview: Preview, *, plain: bool, tokens: bool = False, full: bool = False) -> None:
@@ -42,19 +42,19 @@ def show(preview: Preview, *, plain: bool, tokens: bool = False, full: bool = Fa
     try:
         _print(preview, plain, tokens, full)
         sys.stdout.flush()
-    except BrokenPipeError:  # `| head` has seen enough; the interpreter's own flush at the end must not fail again
+    except BrokenPipeError:  # `| head` closed the pipe; without this, the interpreter's flush at exit would fail again
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _print(preview: Preview, plain: bool, tokens: bool, full: bool) -> None:
     console = _console(plain)
     for renderable in _all(preview, plain, tokens, full):
-        if plain:  # a file has no right edge: no line is wrapped, and none filled up with spaces
+        if plain:  # a file has no right edge: lines are neither wrapped nor padded with spaces
             with console.capture() as printed:
                 console.print(renderable, soft_wrap=isinstance(renderable, Text))
             lines = printed.get().removesuffix("\n").split("\n")
             sys.stdout.writelines(f"{line.rstrip(' ')}\n" for line in lines)
-        else:  # printing joins texts to a new one, which forgets whether it may be wrapped
+        else:  # rich copies a text to print it, and the copy loses `no_wrap`
             no_wrap = getattr(renderable, "no_wrap", None)
             console.print(renderable, no_wrap=no_wrap, overflow="ellipsis" if no_wrap else None)
 
@@ -102,7 +102,7 @@ def _heading(title: str, plain: bool) -> RenderableType:
 
 
 def legend(preview: Preview, plain: bool) -> Text:
-    """A line that explains the marks that occur."""
+    """A line that explains the marks in a preview."""
     pieces = [piece for example in preview.examples for section in example.sections for piece in section.pieces]
     marks = {item.kind for e in preview.examples for s in e.sections for item in s.items if isinstance(item, Mark)}
     text = Text()
@@ -122,7 +122,7 @@ def legend(preview: Preview, plain: bool) -> Text:
 
 
 def section_text(section: Section, plain: bool) -> Text:
-    """The text of a section: brackets, and in a terminal colours, for tokens that carry loss; tokens in two shades."""
+    """The text of a section: targets in brackets, in a terminal with colours; tokens alternate between two shades."""
     text = Text()
     for stretch in stretches(section.items):
         if isinstance(stretch, Mark):
@@ -152,7 +152,7 @@ def _add_pieces(text: Text, pieces: list[Piece], plain: bool) -> None:
 
 def _bracket(text: Text, bracket: str, plain: bool) -> None:
     style = "" if plain else "bold"
-    if bracket == CLOSE and text.plain.endswith("\n"):  # the line end belongs to what is inside
+    if bracket == CLOSE and text.plain.endswith("\n"):  # close before the line end, though it is a target as well
         text.right_crop(1)
         text.append(CLOSE, style=style).append("\n")
     else:
@@ -179,7 +179,7 @@ def _cells(section: Section, plain: bool) -> RenderableType:
 
 def _cell(piece: Piece, plain: bool) -> Text:
     (written,) = visible([piece.text])
-    written = written.replace("\n", "")  # its sign is there
+    written = written.replace("\n", "")  # its symbol stays
     cell = Text(f"{piece.start:>5} {'+'.join(map(str, piece.ids)):>6} ", style=FAINT)
     shown = Text(f"{OPEN}{written}{CLOSE}" if piece.target else f" {written} ", style="" if plain else _style(piece, 0))
     return cell.append_text(shown)
@@ -209,12 +209,12 @@ def _packs(packs: Packs, plain: bool) -> Iterator[RenderableType]:
 
 
 def _table(table: Table) -> RenderableType:
-    made = RichTable(box=box.SIMPLE_HEAD, title=table.title, title_justify="left", title_style="bold", pad_edge=False)
+    drawn = RichTable(box=box.SIMPLE_HEAD, title=table.title, title_justify="left", title_style="bold", pad_edge=False)
     for number, column in enumerate(table.columns):
-        made.add_column(column, justify="right" if number else "left", overflow="fold")
+        drawn.add_column(column, justify="right" if number else "left", overflow="fold")
     for row in table.rows:
-        made.add_row(*map(Text, visible(row)))
-    return made
+        drawn.add_row(*map(Text, visible(row)))
+    return drawn
 
 
 def _histogram(histogram: Histogram) -> Text:

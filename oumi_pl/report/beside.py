@@ -1,4 +1,4 @@
-"""Runs beside each other: what came out, what was set otherwise, and their losses in one picture."""
+"""Runs side by side: results, differences of their settings, and their losses in one picture."""
 
 import json
 import math
@@ -7,14 +7,15 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from oumi_pl.report.curves import COLORS, FAINT, margins, steps_of, styled, ticks
+from oumi_pl.report.curves import COLORS, FAINT, grid, smooth, steps_of, thin, ticks, window_of
 from oumi_pl.report.record import Record
-from oumi_pl.report.series import smooth, thin, window_of
 from oumi_pl.report.words import clock, large, number
 from oumi_pl.runs import folders
 
 NOISE = ("name", "runs_dir", "report", "config")
 """Keys of a config that say where a run goes, not what it is."""
+MACHINE = ("python", "packages", "git", "device", "devices", "cpu")
+"""Keys of a run's environment that are compared."""
 DRAWN = {
     "train/loss": "Training loss, smoothed",
     "val/loss": "Validation loss",
@@ -30,7 +31,7 @@ LONGEST = 60
 
 
 def outcomes(records: Sequence[Record]) -> dict[str, list[str]]:
-    """What came out of each run: name of a row -> a cell for each run."""
+    """The results of each run: name of a row -> a cell for each run."""
     rows: dict[str, list[str]] = {
         "state": [run.condition for run in records],
         "steps": [f"{run.step:,}" for run in records],
@@ -65,27 +66,24 @@ def _recent(run: Record) -> str:
 
 def _best(run: Record) -> str:
     steps, values = run.metrics.get("val/loss", ([], []))
-    found = [(value, step) for step, value in zip(steps, values, strict=True) if math.isfinite(value)]
-    return f"{number(min(found)[0])} at {min(found)[1]:,}" if found else "-"
+    finite = [(value, step) for step, value in zip(steps, values, strict=True) if math.isfinite(value)]
+    return f"{number(min(finite)[0])} at {min(finite)[1]:,}" if finite else "-"
 
 
 def differences(records: Sequence[Record]) -> dict[str, list[str]]:
     """The dotted keys of the configs that are not the same in all runs, with each run's value; then of the machines."""
-    trees = [flat({key: value for key, value in run.config.items() if key not in NOISE}) for run in records]
-    found = _differing(trees)
-    grounds = []
+    configs = [flat({key: value for key, value in run.config.items() if key not in NOISE}) for run in records]
+    machines = []
     for run in records:
-        place = run.state.get("environment")
-        place = place if isinstance(place, dict) else {}
-        kept = {key: place[key] for key in ("python", "packages", "git", "device", "devices", "cpu") if key in place}
-        grounds.append(flat({"environment": kept | {"oumi_pl": run.state.get("oumi_pl")}}))
-    return found | _differing(grounds)
+        kept = {key: value for key, value in run.part("environment").items() if key in MACHINE}
+        machines.append(flat({"environment": kept | {"oumi_pl": run.state.get("oumi_pl")}}))
+    return _differing(configs) | _differing(machines)
 
 
 def _differing(trees: Sequence[Mapping[str, Any]]) -> dict[str, list[str]]:
     keys = dict.fromkeys(key for tree in trees for key in tree)
     values = {key: [tree.get(key) for tree in trees] for key in keys}  # null and left out are the same
-    return {key: list(map(_shown, found)) for key, found in values.items() if any(v != found[0] for v in found)}
+    return {key: list(map(_shown, each)) for key, each in values.items() if any(v != each[0] for v in each)}
 
 
 def flat(value: Any, prefix: str = "") -> dict[str, Any]:
@@ -109,35 +107,20 @@ def _shown(value: Any) -> str:
 
 
 def not_alike(records: Sequence[Record]) -> str | None:
-    """A word of warning where the losses are not of one kind, and so not to be compared."""
-    kinds = {}
-    for run in records:
-        model = run.state.get("model")
-        if isinstance(model, dict):
-            kinds[run.name] = f"{model.get('trainer')} with {model.get('loss')}"
-    if len(set(kinds.values())) < 2:
-        return None
-    told = ", ".join(f"{name}: {kind}" for name, kind in kinds.items())
-    return f"these losses are not of one kind ({told})"
+    """A warning where the losses are not of one kind, and can't be compared."""
+    models = {run.name: model for run in records if (model := run.part("model"))}
+    kinds = {name: f"{model.get('trainer')} with {model.get('loss')}" for name, model in models.items()}
+    listed = ", ".join(f"{name}: {kind}" for name, kind in kinds.items())
+    return f"these losses are not of one kind ({listed})" if len(set(kinds.values())) > 1 else None
 
 
 def picture(records: Sequence[Record], names: Sequence[str], file: Path) -> None:
     """The losses of all runs, overlaid, each run in a colour and a style of its own."""
-    from matplotlib.figure import Figure
-
     having = {name: sum(name in run.metrics for run in records) for name in DRAWN}
     there = {name: title for name, title in DRAWN.items() if having[name] > (0 if name.endswith("/loss") else 1)}
-    columns = min(3, len(there))
-    rows = -(-len(there) // columns)
-    with styled():
-        legend = 0.22 * len(records) + 0.2
-        size = (max(6.4, 4.8 * columns), 3.1 * rows + legend + 0.3)
-        figure = Figure(figsize=size)
-        width = (size[0] - 0.65 * columns - 0.15) / columns
-        margins(figure, left=0.65, right=0.15, bottom=0.5, top=legend + 0.35, wspace=0.65 / width, hspace=0.3)
-        axes = list(figure.subplots(rows, columns, squeeze=False).flat)
+    with grid(file, len(there), min(3, len(there)), (4.8, 3.1), 0.22 * len(records) + 0.35) as (figure, axes):
         bounds = steps_of(run.metrics[name] for name in there for run in records if name in run.metrics)
-        for axis, (metric, title) in zip(axes, there.items(), strict=False):
+        for axis, (metric, title) in zip(axes, there.items(), strict=True):
             for i, run in enumerate(records):
                 if metric in run.metrics:
                     _draw(axis, metric, run.metrics[metric], i)
@@ -146,16 +129,12 @@ def picture(records: Sequence[Record], names: Sequence[str], file: Path) -> None
             axis.grid(alpha=0.25, linewidth=0.6, color=FAINT)
             axis.set_xlim(*bounds)
             ticks(axis)
-        for axis in axes[len(there) :]:
-            axis.remove()
+        width, height = figure.get_size_inches()
         for i, name in enumerate(names):
-            y = 1 - (0.18 + 0.22 * i) / size[1]
-            line = figure.add_artist(_sample(i, (0.1 / size[0], 0.55 / size[0]), y))
+            y = 1 - (0.18 + 0.22 * i) / height
+            line = figure.add_artist(_sample(i, (0.1 / width, 0.55 / width), y))
             line.set_transform(figure.transFigure)
-            figure.text(0.65 / size[0], y, name, va="center", fontsize=9.5, parse_math=False)
-        half = file.with_name(f"{file.name}.half")
-        figure.savefig(half, dpi=110, format="png")
-    half.replace(file)
+            figure.text(0.65 / width, y, name, va="center", fontsize=9.5, parse_math=False)
 
 
 def _draw(axis: Any, metric: str, column: folders.Column, index: int) -> None:

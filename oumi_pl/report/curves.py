@@ -7,15 +7,20 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from numpy.typing import ArrayLike
 
-from oumi_pl.report.series import POINTS, envelope, smooth, thin, window_of
 from oumi_pl.runs.folders import Column
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 COLORS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9")
 """Colours that the colour-blind tell apart (Okabe and Ito 2008, "Color Universal Design"); styles differ as well."""
+POINTS = 600
+"""How many points a line is drawn with at the most."""
 INK, FAINT = "#333333", "#999999"
 STYLES: dict[Any, Any] = {
     "svg.fonttype": "none",
@@ -105,10 +110,59 @@ def _same(metrics: Mapping[str, Column], first: str, second: str) -> bool:
 def _by_source(metrics: Mapping[str, Column], name: str) -> tuple[Line, ...]:
     if "val/bits_per_byte" not in metrics:  # of one kind of text, perplexity says no more than the loss
         return ()
-    found = sorted(column for column in metrics if re.fullmatch(rf"val/{name}(/.+)?", column))
-    labels = [column.removeprefix(f"val/{name}").lstrip("/") or ("all" if len(found) > 1 else "") for column in found]
+    names = sorted(column for column in metrics if re.fullmatch(rf"val/{name}(/.+)?", column))
+    labels = [column.removeprefix(f"val/{name}").lstrip("/") or ("all" if len(names) > 1 else "") for column in names]
     colors = (COLORS[1], COLORS[0], *COLORS[2:])
-    return tuple(Line(c, text, colors[i % len(colors)]) for i, (c, text) in enumerate(zip(found, labels, strict=True)))
+    return tuple(Line(c, text, colors[i % len(colors)]) for i, (c, text) in enumerate(zip(names, labels, strict=True)))
+
+
+# ---- long series, shortened without losing what stands out
+
+
+def smooth(values: ArrayLike, window: int) -> np.ndarray:
+    """The mean of each value and its neighbours, `window` in all; fewer at the ends; those that aren't finite left out.
+
+    Returns:
+        `[n]`; NaN where no neighbour is finite.
+    """
+    x = np.asarray(values, dtype=float)
+    finite = np.isfinite(x)
+    half = window // 2
+    sums = np.concatenate([[0.0], np.cumsum(np.where(finite, x, 0.0))])
+    counts = np.concatenate([[0], np.cumsum(finite)])
+    last = np.minimum(np.arange(len(x)) + half + 1, len(x))
+    first = np.maximum(np.arange(len(x)) - half, 0)
+    with np.errstate(invalid="ignore"):
+        return (sums[last] - sums[first]) / np.where(counts[last] > counts[first], counts[last] - counts[first], np.nan)
+
+
+def window_of(n: int) -> int:
+    """Over how many updates a line of `n` is smoothed: a fiftieth, an odd number, so that it is centred."""
+    return 1 if n < 20 else max(5, n // 50) | 1
+
+
+def thin(steps: ArrayLike, values: ArrayLike) -> tuple[np.ndarray, np.ndarray]:
+    """At most `POINTS` of a line's points, evenly, the first and the last among them."""
+    x, y = np.asarray(steps, dtype=float), np.asarray(values, dtype=float)
+    if len(x) <= POINTS:
+        return x, y
+    keep = np.unique(np.linspace(0, len(x) - 1, POINTS).round().astype(int))
+    return x[keep], y[keep]
+
+
+def envelope(steps: ArrayLike, values: ArrayLike) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Where a line is too long to draw each point: the least and the largest value of each of `POINTS / 2` stretches.
+
+    Returns:
+        Middle of the stretch, minimum, maximum, each `[stretches]`; stretches without a finite value are left out.
+    """
+    x, y = np.asarray(steps, dtype=float), np.asarray(values, dtype=float)
+    starts = np.linspace(0, len(x), min(POINTS // 2, len(x)) + 1).astype(int)[:-1]
+    low = np.minimum.reduceat(np.where(np.isfinite(y), y, np.inf), starts)
+    high = np.maximum.reduceat(np.where(np.isfinite(y), y, -np.inf), starts)
+    ends = np.append(starts[1:], len(x)) - 1
+    there = low <= high
+    return ((x[starts] + x[ends]) / 2)[there], low[there], high[there]
 
 
 # ---- drawing
@@ -125,28 +179,35 @@ def styled() -> Iterator[None]:
 
 def png(metrics: Mapping[str, Column], title: str, file: Path, resumed: Sequence[int] = ()) -> None:
     """Draws all panels into one picture, in place of what is there."""
-    from matplotlib.figure import Figure
-
     wanted = panels(metrics)
     columns = min(4 if len(wanted) in (4, 7, 8, 10, 11, 12) else 3, len(wanted))
-    rows = math.ceil(len(wanted) / columns)
+    with grid(file, len(wanted), columns, (4.4, 2.75), 0.55) as (figure, axes):
+        for axis, panel in zip(axes, wanted, strict=True):
+            draw(axis, panel, metrics, resumed)
+        for axis in axes[-columns:]:
+            axis.set_xlabel("step")
+        width, height = figure.get_size_inches()
+        heading = f"{title}   ({legend(metrics, resumed)})"
+        figure.text(0.1 / width, 1 - 0.12 / height, heading, va="top", fontsize=10.5, parse_math=False)
+
+
+@contextmanager
+def grid(
+    file: Path, count: int, columns: int, cell: tuple[float, float], head: float
+) -> Iterator[tuple["Figure", list[Any]]]:
+    """A figure of `count` axes, `columns` side by side, each `cell` inches large, below a head; written when left."""
+    from matplotlib.figure import Figure
+
     with styled():
-        size = (4.4 * columns, 2.75 * rows + 0.55)
+        size = max(6.4, cell[0] * columns), cell[1] * math.ceil(count / columns) + head
         figure = Figure(figsize=size)
         # tick labels are short by their making, so fixed margins do, at half the time that a layout engine takes
-        width, height = (size[0] - 0.65 * columns - 0.15) / columns, 2.1
-        margins(figure, left=0.65, right=0.15, bottom=0.5, top=0.7, wspace=0.65 / width, hspace=0.65 / height)
-        axes = np.atleast_1d(figure.subplots(rows, columns, sharex=True)).flat
-        for i, axis in enumerate(axes):
-            if i >= len(wanted):
-                axis.remove()
-                continue
-            draw(axis, wanted[i], metrics, resumed)
-            axis.tick_params(labelbottom=True)
-            if i >= len(wanted) - columns:
-                axis.set_xlabel("step")
-        heading = f"{title}   ({legend(metrics, resumed)})"
-        figure.text(0.1 / size[0], 1 - 0.12 / size[1], heading, va="top", fontsize=10.5, parse_math=False)
+        space = 0.65 * columns / (size[0] - 0.65 * columns - 0.15)
+        margins(figure, left=0.65, right=0.15, bottom=0.5, top=head + 0.15, wspace=space, hspace=0.31)
+        axes = list(figure.subplots(math.ceil(count / columns), columns, squeeze=False).flat)
+        for axis in axes[count:]:
+            axis.remove()
+        yield figure, axes[:count]
         half = file.with_name(f"{file.name}.half")
         figure.savefig(half, dpi=110, format="png")
     half.replace(file)
@@ -228,8 +289,8 @@ def _name_lines(axis: Any, handles: list[Any]) -> None:
 
 def steps_of(columns: Iterable[Column]) -> tuple[float, float]:
     """The bounds of an axis that shows all steps of these columns."""
-    found = [(steps[0], steps[-1]) for steps, _ in columns]
-    first, last = min(low for low, _ in found), max(high for _, high in found)
+    bounds = [(steps[0], steps[-1]) for steps, _ in columns]
+    first, last = min(low for low, _ in bounds), max(high for _, high in bounds)
     room = max(0.03 * (last - first), 0.5)
     return first - room, last + room
 

@@ -47,13 +47,13 @@ def _memory() -> dict[str, float]:
 
 
 def _versions() -> dict[str, str]:
-    found = {}
+    versions = {}
     for name in PACKAGES:
         try:
-            found[name] = importlib.metadata.version(name)
+            versions[name] = importlib.metadata.version(name)
         except importlib.metadata.PackageNotFoundError:
             continue
-    return found
+    return versions
 
 
 def _git(directory: Path) -> dict[str, Any]:
@@ -63,12 +63,12 @@ def _git(directory: Path) -> dict[str, Any]:
         return {}
     command = [git, "--no-optional-locks", "status", "--porcelain=v2", "--branch", "--untracked-files=no"]
     try:
-        told = subprocess.run(
+        done = subprocess.run(
             command, cwd=directory, capture_output=True, text=True, errors="replace", timeout=2, check=True
         )
     except (subprocess.SubprocessError, OSError):
         return {}
-    lines = told.stdout.splitlines()
+    lines = done.stdout.splitlines()
     commit = next((line.split()[-1] for line in lines if line.startswith("# branch.oid")), "(initial)")
     if commit == "(initial)":
         return {}

@@ -64,7 +64,7 @@ def _row(cells: dict[str, str], columns: Sequence[str], sizes: dict[str, int]) -
 
 def notes(runs: Sequence[Path], lines: Sequence[dict[str, str]]) -> list[str]:
     """What the words in the table don't say: where a run runs that can't be seen, and how to go on with one."""
-    told = []
+    messages = []
     unseen = [run for run, cells in zip(runs, lines, strict=True) if cells["state"] == "running?"]
     for run in unseen:
         owner = folders.read_state(run).get("process")
@@ -73,5 +73,5 @@ def notes(runs: Sequence[Path], lines: Sequence[dict[str, str]]) -> list[str]:
             last = f"its last step was written {ago(time.time() - (run / folders.METRICS).stat().st_mtime)}"
         except OSError:
             last = "it has written no step yet"
-        told.append(f"{run.name} says it is running{f' on {host}' if host else ''}, unseen from here; {last}")
-    return told
+        messages.append(f"{run.name} says it is running{f' on {host}' if host else ''}, unseen from here; {last}")
+    return messages

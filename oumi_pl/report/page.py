@@ -6,23 +6,23 @@ from html import escape
 from pathlib import Path
 
 from oumi_pl import __version__
-from oumi_pl.report import curves, data, sections
+from oumi_pl.report import curves, sections
+from oumi_pl.report.html import render
 from oumi_pl.report.record import Record
-from oumi_pl.report.style import CSS
-from oumi_pl.report.words import meaning
+from oumi_pl.report.words import clock, meaning
 from oumi_pl.runs.checkpoint_files import saved_steps
 from oumi_pl.runs.folders import CHECKPOINTS, CONFIG
 
 PAGE = "report.html"
 PICTURE = "curves.png"
-SECTIONS = ("Curves", "Samples", "Data", "Time", "Commands", "Recipe", "Environment", "Metrics")
+TEMPLATE = Path(__file__).with_name("report.html")
 
 
 def make(folder: Path) -> Path | None:
     """Draws the curves of a run and writes its page.
 
     Returns:
-        The page; None if the run has no metrics yet, and so nothing to tell.
+        The page; None if the run has no metrics yet.
     """
     run = Record(folder)
     if not run.metrics:
@@ -35,89 +35,72 @@ def make(folder: Path) -> Path | None:
 
 
 def page(run: Record) -> str:
-    """The page's HTML. All that comes from files is escaped."""
-    bodies = {
-        "Curves": _curves(run),
-        "Samples": sections.samples(run),
-        "Data": data.tables(run),
-        "Time": sections.times(run),
-        "Commands": _commands(run),
-        "Recipe": _recipe(run),
-        "Environment": sections.environment(run),
-        "Metrics": _glossary(run),
-    }
-    there = [name for name in SECTIONS if bodies[name]]
-    links = "".join(f'<a href="#{name.lower()}">{name}</a>' for name in there)
-    parts = "".join(f'<h2 id="{name.lower()}">{name}</h2>{bodies[name]}' for name in there)
-    made = time.strftime("%Y-%m-%d %H:%M:%S %z")
-    return (
-        '<!doctype html><html lang="en"><head><meta charset="utf-8">'
-        '<meta name="viewport" content="width=device-width, initial-scale=1">'
-        f"<title>{escape(run.name)}</title><link rel='icon' href='data:,'><style>{CSS}</style></head><body><main>"
-        f"{sections.headline(run)}<nav>{links}</nav>{parts}"
-        f'<p class="quiet small">Made by oumi_pl {escape(__version__)} at {made}; made anew by '
-        f"<code>{escape(_command('runs', 'report', str(run.folder)))}</code></p></main></body></html>\n"
+    """The page's HTML."""
+    phases = sections.phases(run)
+    return render(
+        TEMPLATE,
+        **sections.headline(run),
+        curves=[_curve(run, panel) for panel in curves.panels(run.metrics)],
+        legend=curves.legend(run.metrics, run.resumed),
+        samples=sections.samples(run),
+        tables=sections.tables(run),
+        strips=sections.strips(run),
+        phases=phases,
+        total_time=clock(sum(phase["seconds"] for phase in phases)),
+        speeds=sections.speeds(run),
+        commands=_commands(run),
+        directory=Path.cwd(),
+        recipe=_recipe(run),
+        recipe_text=run.recipe_text,
+        config=run.config_text,
+        environment=sections.environment(run),
+        meanings={name: meaning(name) for name in sorted(run.metrics) if meaning(name)},
+        version=__version__,
+        created=time.strftime("%Y-%m-%d %H:%M:%S %z"),
+        update=_command("runs", "report", str(run.folder)),
     )
 
 
-def _curves(run: Record) -> str:
-    figures = []
-    for panel in curves.panels(run.metrics):
-        told = "; ".join(f"{line.column}: {meaning(line.column)}" for line in panel.lines if meaning(line.column))
-        drawn = curves.svg(panel, run.metrics, run.resumed)
-        drawn = drawn.replace("<svg", f'<svg role="img" aria-label="{escape(panel.title)}"', 1)
-        figures.append(f'<figure title="{escape(told)}">{drawn}</figure>')
-    legend = escape(curves.legend(run.metrics, run.resumed))
-    return f'<p class="quiet small">Against optimizer steps; {legend}.</p><div class="curves">{"".join(figures)}</div>'
+def _curve(run: Record, panel: curves.Panel) -> tuple[str, str]:
+    """What a panel's lines mean, and its picture."""
+    meanings = "; ".join(f"{line.column}: {meaning(line.column)}" for line in panel.lines if meaning(line.column))
+    svg = curves.svg(panel, run.metrics, run.resumed)
+    return meanings, svg.replace("<svg", f'<svg role="img" aria-label="{escape(panel.title)}"', 1)
 
 
-def _commands(run: Record) -> str:
-    """The commands that go on from here, ready to be pasted."""
+def _commands(run: Record) -> dict[str, str]:
+    """What can be done next -> its command, ready to be pasted."""
     folder = str(run.folder)
-    told = []
+    commands = {}
     resumable = bool(saved_steps(run.folder / CHECKPOINTS))
     if run.condition == "finished":
         more = max(2 * run.step, 1)
         further = "Train it further; a schedule that had come to its end begins to fall from higher up again"
-        told.append((further, _command("fit", "--resume", folder, "--trainer.max_steps", str(more))))
+        commands[further] = _command("fit", "--resume", folder, "--trainer.max_steps", str(more))
     elif run.condition != "running":
         again = "Go on where it was" if resumable else "Start it again (there is no checkpoint yet)"
         again += ", if it is running no more" if run.condition == "running?" else ""
-        told.append((again, _command("fit", "--resume", folder)))
-    told.append(("Run it again as it was", _command("fit", "--config", str(run.folder / CONFIG))))
+        commands[again] = _command("fit", "--resume", folder)
+    commands["Run it again as it was"] = _command("fit", "--config", str(run.folder / CONFIG))
     if resumable or (run.folder / CHECKPOINTS / "best.ckpt").exists():
         export = _command("export", "--checkpoint", folder, "--output", f"{folder}-model")
-        told.append(("Export the checkpoint as a model folder", export))
+        commands["Export the checkpoint as a model folder"] = export
     if (run.folder / "model").is_dir():
         prompt = str(run.samples[-1]["prompt"]).strip() if run.samples else ""
         text = prompt if 0 < len(prompt) <= 80 and prompt.isprintable() else "Hello"
-        told.append(("Generate", _command("generate", "--model", str(run.folder / "model"), "--prompt", text)))
-    told.append(("Put it beside another run", _command("runs", "compare", folder, "OTHER")))
-    where = f'<p class="quiet small">From {escape(str(Path.cwd()))}, where this page was made.</p>'
-    return where + "".join(f'<p class="label">{escape(k)}</p><pre class="wrap">{escape(v)}</pre>' for k, v in told)
+        commands["Generate"] = _command("generate", "--model", str(run.folder / "model"), "--prompt", text)
+    commands["Put it beside another run"] = _command("runs", "compare", folder, "OTHER")
+    return commands
 
 
 def _command(*words: str) -> str:
     return shlex.join(["oumi_pl", *words])
 
 
-def _recipe(run: Record) -> str:
-    parts = []
-    if command := run.state.get("command"):
-        parts.append(f'<p class="label">The command that started it</p><pre class="wrap">{escape(str(command))}</pre>')
-    if run.resumed and (last := run.state.get("resumed_by")):
-        parts.append(f'<p class="label">And the last that resumed it</p><pre class="wrap">{escape(str(last))}</pre>')
-    if run.recipe_text:
-        parts.append(f'<p class="label">The recipe, as it was written</p><pre>{escape(run.recipe_text)}</pre>')
-    if run.config_text:
-        what = "The whole config, with the command line's options and all defaults"
-        parts.append(f"<details><summary>{what}</summary><pre>{escape(run.config_text)}</pre></details>")
-    return "".join(parts)
-
-
-def _glossary(run: Record) -> str:
-    told = {name: meaning(name) for name in sorted(run.metrics) if meaning(name)}
-    listed = "".join(f"<dt><code>{escape(name)}</code></dt><dd>{escape(text)}</dd>" for name, text in told.items())
-    if not listed:
-        return ""
-    return f"<details><summary>What each of these {len(told)} metrics means</summary><dl>{listed}</dl></details>"
+def _recipe(run: Record) -> dict[str, str]:
+    """The command lines of the run."""
+    parts = {
+        "The command that started it": run.state.get("command"),
+        "And the last that resumed it": run.state.get("resumed_by") if run.resumed else None,
+    }
+    return {what: str(content) for what, content in parts.items() if content}

@@ -25,6 +25,10 @@ class Record:
         """What `run.json` says."""
         return folders.read_state(self.folder)
 
+    def part(self, name: str) -> dict[str, Any]:
+        """A mapping in `run.json`; empty if there is none."""
+        return _mapping(self.state.get(name))
+
     @cached_property
     def condition(self) -> str:
         """The state as it is now."""
@@ -39,10 +43,9 @@ class Record:
     def data(self) -> dict[str, Any]:
         """The data report, by split."""
         try:
-            found = json.loads(self._text("data.json"))
+            return _mapping(json.loads(self._text("data.json")))
         except ValueError:
             return {}
-        return found if isinstance(found, dict) else {}
 
     @cached_property
     def config(self) -> dict[str, Any]:
@@ -50,10 +53,9 @@ class Record:
         import yaml
 
         try:
-            found = yaml.load(self.config_text, Loader=getattr(yaml, "CSafeLoader", yaml.SafeLoader))
+            return _mapping(yaml.load(self.config_text, Loader=getattr(yaml, "CSafeLoader", yaml.SafeLoader)))
         except yaml.YAMLError:
             return {}
-        return found if isinstance(found, dict) else {}
 
     @cached_property
     def config_text(self) -> str:
@@ -68,15 +70,15 @@ class Record:
     @cached_property
     def samples(self) -> list[dict[str, Any]]:
         """The lines of `samples.jsonl` that are whole."""
-        found = []
+        samples = []
         for line in self._text("samples.jsonl").split("\n"):  # JSON leaves other line ends in its texts
             try:
                 sample = json.loads(line)
             except ValueError:
                 continue
             if isinstance(sample, dict) and isinstance(sample.get("step"), int) and "prompt" in sample:
-                found.append(sample)
-        return found
+                samples.append(sample)
+        return samples
 
     @property
     def step(self) -> int:
@@ -86,11 +88,15 @@ class Record:
     @property
     def resumed(self) -> list[int]:
         """The steps that the run was resumed at; one that was begun again from the start was not."""
-        found = self.state.get("resumed")
-        return [step for step in found if isinstance(step, int) and step > 0] if isinstance(found, list) else []
+        steps = self.state.get("resumed")
+        return [step for step in steps if isinstance(step, int) and step > 0] if isinstance(steps, list) else []
 
     def _text(self, name: str) -> str:
         try:
             return (self.folder / name).read_text(encoding="utf-8", errors="replace")
         except OSError:
             return ""
+
+
+def _mapping(value: Any) -> dict[str, Any]:
+    return value if isinstance(value, dict) else {}

@@ -1,9 +1,7 @@
-"""The sections of a report's page, each the HTML of one question: what came out, what it writes, where time went."""
+"""What the sections of a report's page show: results, samples, the data, where the time went, the machine."""
 
 import math
 import statistics
-from collections.abc import Sequence
-from html import escape
 from typing import Any
 
 from oumi_pl.report.clock import PHASES
@@ -11,10 +9,9 @@ from oumi_pl.report.record import Record
 from oumi_pl.report.words import clock, large, meaning, moment, number
 from oumi_pl.runs import folders
 
-SHOWN = 12
-"""Prompts whose samples a page shows at the most."""
 HIGHER_IS_BETTER = ("exact_match", "accuracies", "mean_token_accuracy", "margins")
 TILES = {
+    "val/loss": "Validation loss",
     "val/exact_match": "Exact answers",
     "val/rewards/accuracies": "Pairs ranked right",
     "val/rewards/margins": "Reward margin",
@@ -23,39 +20,67 @@ TILES = {
     "val/mean_token_accuracy": "Token accuracy",
     "val/kl": "KL to the reference",
 }
-"""Metrics of validation that the head of a page tells -> their titles."""
+"""Metrics of validation that the head of a page shows -> their titles."""
+SPEEDS = {
+    "train/tokens_per_second": "Tokens per second, median",
+    "train/rows_per_second": "Rows per second, median",
+    "train/mfu": "Model FLOPs utilisation, median",
+    "train/padding": "Padding, median",
+}
+ROWS = {
+    "rows": ("rows read", "n"),
+    "documents": ("documents", "n"),
+    "kept": ("kept", "n"),
+    "dropped": ("dropped", "reasons"),
+    "cut": ("cut to length", "n"),
+    "empty_answers": ("empty answers", "n"),
+    "straddled": ("a token crosses the border of prompt and answer", "n"),
+    "replaced": ("characters that were not UTF-8", "n"),
+    "tokens": ("tokens", "n"),
+    "target_tokens": ("tokens that carry loss", "n"),
+    "bytes": ("bytes of text", "n"),
+    "bytes_per_token": ("bytes per token", "n"),
+    "rows_planned": ("rows of an epoch", "n"),
+    "windows": ("windows", "n"),
+    "updates_per_epoch": ("updates per epoch", "n"),
+    "fill": ("fill of the rows", "%"),
+    "padding": ("padding", "%"),
+    "saved_by_sharing": ("tokens saved where prompts are shared", "%"),
+}
+"""Key of a data report -> what it counts, and how it is written."""
+PERCENTILES = {"p0": "least", "p5": "5 %", "p25": "25 %", "p50": "median", "p75": "75 %", "p95": "95 %", "p100": "most"}
+
+Table = tuple[list[str], list[list[str]], str]
+"""Columns, rows and title."""
 
 
-def headline(run: Record) -> str:
-    """Name, state, what was trained on what, and what came out."""
-    state, condition = run.state, run.condition
-    kind = condition.rstrip("?")
+def headline(run: Record) -> dict[str, Any]:
+    """Name, state, what was trained on what, and the results."""
+    state = run.state
     steps = f"{run.step:,} of {state['steps']:,}" if state.get("steps") else f"{run.step:,}"
-    badge = f'<span class="state {escape(kind)}">{escape(condition)}</span>'
-    parts = [
-        f'<div class="head"><h1>{escape(run.name)}</h1>{badge}</div>',
-        f"<p>{escape(_what(run))}</p>",
-        f'<p class="quiet small">Begun {moment(state.get("created_ns"))}, step {steps}{_resumed(run)}.</p>',
-    ]
-    if told := _told(run):
-        kind = "note bad" if condition in ("failed", "killed") else "note"
-        parts.append(f'<p class="{kind}">{escape(told)}</p>')
+    resumed = f", resumed at step {', '.join(f'{s:,}' for s in run.resumed)}" if run.resumed else ""
     warnings = state.get("warnings")
-    for warning in warnings if isinstance(warnings, list) else []:
-        parts.append(f'<p class="note">{escape(str(warning))}</p>')
-    return "".join(parts) + f'<div class="tiles">{"".join(_tiles(run))}</div>'
+    return {
+        "title": run.name,
+        "condition": run.condition,
+        "summary": _summary(run),
+        "begun": f"Begun {moment(state.get('created_ns'))}, step {steps}{resumed}.",
+        "ending": _ending(run),
+        "warnings": warnings if isinstance(warnings, list) else [],
+        "tiles": _tiles(run),
+    }
 
 
-def _what(run: Record) -> str:
+def _summary(run: Record) -> str:
     """What is trained, on what: one sentence."""
-    model = run.state.get("model")
-    model = model if isinstance(model, dict) else {}
+    model = run.part("model")
     parts = []
     if model.get("trainer"):
         origin = model.get("name") or "random weights"
         count, trained = model.get("parameters", 0), model.get("trainable", 0)
         sizes = f"{large(count)} parameters" + ("" if trained == count else f", {large(trained)} of them trained")
-        parts.append(f"{model['trainer']} of {model.get('architecture')} ({origin}; {sizes}), loss {model.get('loss')}")
+        loss = f", loss {model['loss']}" if model.get("loss") else ""
+        parts.append(f"{model['trainer']} of {model.get('architecture')} ({origin}; {sizes}){loss}")
     init = (run.config.get("data") or {}).get("init_args")
     source = init.get("train") if isinstance(init, dict) else None
     train = run.data.get("train")
@@ -75,156 +100,173 @@ def _source(source: Any) -> str:
     return str(source.get("path", source)) if isinstance(source, dict) else str(source)
 
 
-def _resumed(run: Record) -> str:
-    return f", resumed at step {', '.join(f'{s:,}' for s in run.resumed)}" if run.resumed else ""
-
-
-def _told(run: Record) -> str:
-    """What is to be said of a run that did not finish."""
+def _ending(run: Record) -> str:
+    """Why a run did not finish."""
     if run.condition == "killed":
         return f"The run was killed after step {run.step:,}, or its machine went down: its process is gone."
     if run.condition == "running?":
-        host = (run.state.get("process") or {}).get("host")
+        host = run.part("process").get("host")
         return f"The run says it is running{f' on {host}' if host else ''}, which can't be seen from here."
     reason = run.state.get("reason")
     return str(reason) if reason and run.condition in ("failed", "stopped") else ""
 
 
-def _tiles(run: Record) -> list[str]:
+def _tiles(run: Record) -> list[dict[str, str]]:
     metrics = run.metrics
     tiles = []
+
+    def add(title: str, value: str, note: str, metric: str = "") -> None:
+        tiles.append({"title": title, "value": value, "note": note, "meaning": meaning(metric)})
+
     if "train/loss" in metrics:
         values = metrics["train/loss"][1]
-        last = f"mean of the last {min(folders.RECENT, len(values))} updates; began at {number(values[0])}"
-        tiles.append(_tile("Training loss", number(folders.recent(values)), last, meaning("train/loss")))
-    if "val/loss" in metrics:
-        tiles.append(_tile("Validation loss", number(metrics["val/loss"][1][-1]), *_best(metrics, "val/loss")))
+        note = f"mean of the last {min(folders.RECENT, len(values))} updates; began at {number(values[0])}"
+        add("Training loss", number(folders.recent(values)), note, "train/loss")
     for name, title in TILES.items():
         if name in metrics:
-            tiles.append(_tile(title, number(metrics[name][1][-1]), *_best(metrics, name)))
+            add(title, number(metrics[name][1][-1]), _best(metrics, name), name)
     took = folders.seconds(run.folder, run.state)
-    tiles.append(_tile("Time", clock(took), "all in all, resumes included" if run.resumed else "all in all", ""))
+    add("Time", clock(took), "all in all, resumes included" if run.resumed else "all in all")
     if "train/num_tokens" in metrics:
-        tokens = metrics["train/num_tokens"][1][-1]
-        tiles.append(_tile("Tokens seen", large(tokens), "without padding", meaning("train/num_tokens")))
+        add("Tokens seen", large(metrics["train/num_tokens"][1][-1]), "without padding", "train/num_tokens")
     return tiles
 
 
-def _best(metrics: dict[str, folders.Column], name: str) -> tuple[str, str]:
+def _best(metrics: dict[str, folders.Column], name: str) -> str:
     steps, values = metrics[name]
     finite = [(value, step) for step, value in zip(steps, values, strict=True) if math.isfinite(value)]
     if len(finite) < 2 or name == "val/kl":
-        return f"at step {steps[-1]:,}", meaning(name)
+        return f"at step {steps[-1]:,}"
     best, step = (max if name.endswith(HIGHER_IS_BETTER) else min)(finite)
     where = "the best so far" if step == steps[-1] else f"best {number(best)} at step {step:,}"
-    return f"{number(values[0])} at step {steps[0]:,}; {where}", meaning(name)
+    return f"{number(values[0])} at step {steps[0]:,}; {where}"
 
 
-def _tile(title: str, value: str, below: str, hover: str) -> str:
-    name = f'<abbr title="{escape(hover)}">{escape(title)}</abbr>' if hover else escape(title)
-    return f'<div class="tile"><span>{name}</span><b>{escape(value)}</b><span>{escape(below)}</span></div>'
-
-
-def samples(run: Record) -> str:
-    """What the model wrote for each prompt at the first and at the last step that was looked at."""
+def samples(run: Record) -> list[tuple[str, list[tuple[str, str]]]]:
+    """Each prompt, and what the model wrote for it at the first and at the last step, with the reference."""
     by_prompt: dict[str, list[dict[str, Any]]] = {}
     for sample in run.samples:
         by_prompt.setdefault(str(sample["prompt"]), []).append(sample)
     cards = []
-    for prompt, found in list(by_prompt.items())[:SHOWN]:
-        found.sort(key=lambda sample: sample["step"])
-        first, last = found[0], found[-1]
-        texts = [(_when(first), first.get("completion"))]
-        if last is not first:
-            texts.append((_when(last), last.get("completion")))
-        if last.get("reference"):
-            texts.append(("Reference", last["reference"]))
-        columns = "".join(
-            f'<div><span class="label">{escape(label)}</span><div class="text">{_text(text)}</div></div>'
-            for label, text in texts
-        )
-        asked = f'<span class="label">Prompt</span><div class="text">{_text(prompt)}</div>'
-        cards.append(f'<div class="card">{asked}<div class="pair">{columns}</div></div>')
-    more = f'<p class="quiet small">{len(by_prompt) - SHOWN} more prompts in samples.jsonl.</p>'
-    return f'<div class="samples">{"".join(cards)}</div>{more if len(by_prompt) > SHOWN else ""}' if cards else ""
+    for prompt, known in by_prompt.items():
+        known.sort(key=lambda sample: sample["step"])
+        texts = []
+        for sample in known[:1] + known[1:][-1:]:
+            when = f"Step {sample['step']:,}" if sample["step"] else "Before the first update"
+            completion = sample.get("completion")
+            texts.append((when, "" if completion is None else str(completion)))
+        if reference := known[-1].get("reference"):
+            texts.append(("Reference", str(reference)))
+        cards.append((prompt, texts))
+    return cards
 
 
-def _when(sample: dict[str, Any]) -> str:
-    return f"Step {sample['step']:,}" if sample["step"] else "Before the first update"
+# ---- data
 
 
-def _text(text: Any) -> str:
-    shown = "" if text is None else str(text)
-    return escape(shown) if shown.strip() else '<span class="quiet">(nothing)</span>'
+def tables(run: Record) -> list[Table]:
+    """The data report of all splits, side by side; lengths; sources. Empty if there is none."""
+    splits = _splits(run)
+    if not splits:
+        return []
+    rows = []
+    for key, (title, kind) in ROWS.items():
+        if any(report.get(key) not in (None, {}) and (report.get(key) or key == "kept") for report in splits.values()):
+            rows.append([title, *(_cell(report.get(key), kind) for report in splits.values())])
+    shown = [(["", *splits], rows, "")]
+    lengths = {name: report["lengths"] for name, report in splits.items() if report.get("lengths")}
+    if lengths:
+        cells = [[name, *(f"{percentiles.get(p, 0):,}" for p in PERCENTILES)] for name, percentiles in lengths.items()]
+        shown.append((["", *PERCENTILES.values()], cells, "Length in tokens"))
+    for name, report in splits.items():
+        if isinstance(report.get("sources"), list):
+            shown.append(_sources(f"Sources of {name}", report["sources"]))
+    consumed = run.data.get("consumed")
+    if isinstance(consumed, list) and any(source.get("tokens") for source in consumed if isinstance(source, dict)):
+        shown.append(_sources("Read in the running pass", consumed))
+    return shown
 
 
-def times(run: Record) -> str:
-    """Where the time went, and how fast the updates were."""
-    known = run.state.get("times")
-    spent = {phase: s for phase, s in known.items() if s >= 0.0005} if isinstance(known, dict) else {}
-    whole = sum(spent.values())
-    parts = []
-    if whole:
-        bar = "".join(
-            f'<span style="width:{100 * s / whole:.3f}%;background:{_color(i)}"></span>'
-            for i, s in enumerate(spent.values())
-        )
-        rows = "".join(
-            f'<tr><td><span class="key" style="background:{_color(i)}"></span>{escape(PHASES.get(p, p))}</td>'
-            f'<td class="n">{clock(s)}</td><td class="n">{s / whole:.1%}</td></tr>'
-            for i, (p, s) in enumerate(spent.items())
-        )
-        total = f'<tr><th>All in all</th><th class="n">{clock(whole)}</th><th class="n"></th></tr>'
-        parts.append(f'<div class="bar">{bar}</div><div class="scroll"><table>{rows}{total}</table></div>')
-        if run.condition not in ("finished", "stopped", "failed"):
-            parts.append('<p class="quiet small">Up to the last validation.</p>')
-    speeds = [
-        ("Tokens per second, median", "train/tokens_per_second"),
-        ("Pairs per second, median", "train/pairs_per_second"),
+def strips(run: Record) -> dict[str, dict[str, float]]:
+    """Split -> where the percentiles of its lengths are, 500 being the longest of all; empty if all are as long."""
+    lengths = {name: report["lengths"] for name, report in _splits(run).items() if report.get("lengths")}
+    longest = max((percentiles.get("p100", 0) for percentiles in lengths.values()), default=0)
+    if all(min(percentiles.values()) == max(percentiles.values()) for percentiles in lengths.values()):
+        return {}
+    whole = {name: percentiles for name, percentiles in lengths.items() if percentiles.keys() >= PERCENTILES.keys()}
+    return {name: {p: 500 * percentiles[p] / longest for p in PERCENTILES} for name, percentiles in whole.items()}
+
+
+def _splits(run: Record) -> dict[str, dict[str, Any]]:
+    return {name: report for name, report in run.data.items() if isinstance(report, dict)}
+
+
+def _cell(value: Any, kind: str) -> str:
+    if value is None or value == {}:
+        return ""
+    if kind == "reasons" and isinstance(value, dict):
+        return "\n".join(f"{number(n)} ({reason})" for reason, n in value.items())
+    return f"{value:.1%}" if kind == "%" and isinstance(value, int | float) else number(value)
+
+
+def _sources(title: str, sources: list[Any]) -> Table:
+    mappings = [source for source in sources if isinstance(source, dict)]
+    keys = [key for key in dict.fromkeys(key for source in mappings for key in source) if key != "source"]
+    keys = [key for key in keys if any(source.get(key) for source in mappings)]
+    rows = []
+    for source in mappings:
+        cells = (_cell(source.get(key), "%" if key in ("share", "wanted") else "reasons") for key in keys)
+        rows.append([str(source.get("source", "")), *cells])
+    return ["", *(key.replace("_", " ") for key in keys)], rows, title
+
+
+# ---- time and machine
+
+
+def phases(run: Record) -> list[dict[str, Any]]:
+    """Where the time went: the phases with their seconds, shares of the whole, and colours."""
+    spent = {phase: s for phase, s in run.part("times").items() if s >= 0.0005}
+    colors = [*(f"var(--c{i})" for i in range(6)), *("var(--faint)", "var(--quiet)") * len(spent)]
+    return [
+        {
+            "name": PHASES.get(phase, phase),
+            "seconds": s,
+            "time": clock(s),
+            "share": s / sum(spent.values()),
+            "color": color,
+        }
+        for (phase, s), color in zip(spent.items(), colors, strict=False)
     ]
-    speeds += [("Model FLOPs utilisation, median", "train/mfu"), ("Padding, median", "train/padding")]
-    told = {title: number(_median(run.metrics[name][1])) for title, name in speeds if name in run.metrics}
+
+
+def speeds(run: Record) -> dict[str, str]:
+    """How fast the updates were, and how much memory they took."""
+    facts = {}
+    for name, title in SPEEDS.items():
+        if name in run.metrics:
+            finite = [value for value in run.metrics[name][1] if math.isfinite(value)]
+            facts[title] = number(statistics.median(finite) if finite else math.nan)
     if "train/peak_memory_gb" in run.metrics:
-        told["Peak memory, GB"] = number(max(run.metrics["train/peak_memory_gb"][1]))
-    return "".join(parts) + pairs(told)
+        facts["Peak memory, GB"] = number(max(run.metrics["train/peak_memory_gb"][1]))
+    return facts
 
 
-def _median(values: Sequence[float]) -> float:
-    finite = [value for value in values if math.isfinite(value)]
-    return statistics.median(finite) if finite else math.nan
-
-
-def _color(index: int) -> str:
-    return f"var(--c{index})" if index < 6 else ("var(--faint)", "var(--quiet)")[index % 2]
-
-
-def environment(run: Record) -> str:
+def environment(run: Record) -> dict[str, Any]:
     """The machine and the versions."""
-    found = run.state.get("environment")
-    found = found if isinstance(found, dict) else {}
-    model, owner, git = run.state.get("model"), run.state.get("process"), found.get("git")
-    told: dict[str, Any] = {"oumi_pl": run.state.get("oumi_pl"), "python": found.get("python")}
-    if isinstance(found.get("packages"), dict):
-        told |= found["packages"]
-    if "device" in found:
-        told["device"] = f"{found.get('devices', 1)} x {found['device']}"
-    if "cpu" in found:
-        memory = f", {found['memory_gb']} GB" if found.get("memory_gb") else ""
-        told["processor"] = f"{found['cpu']}, {found.get('cpus')} usable{memory}"
-    if "platform" in found:
-        told["platform"] = f"{found['platform']}, {found.get('machine')}"
+    machine, git = run.part("environment"), run.part("environment").get("git")
+    facts: dict[str, Any] = {"oumi_pl": run.state.get("oumi_pl"), "python": machine.get("python")}
+    if isinstance(machine.get("packages"), dict):
+        facts |= machine["packages"]
+    if "device" in machine:
+        facts["device"] = f"{machine.get('devices', 1)} x {machine['device']}"
+    if "cpu" in machine:
+        memory = f", {machine['memory_gb']} GB" if machine.get("memory_gb") else ""
+        facts["processor"] = f"{machine['cpu']}, {machine.get('cpus')} usable{memory}"
+    if "platform" in machine:
+        facts["platform"] = f"{machine['platform']}, {machine.get('machine')}"
     if isinstance(git, dict):
         changed = git.get("changed_files")
         files = "file differs" if changed == 1 else "files differ"
-        told["git"] = f"{git.get('commit')}" + (f", {changed} tracked {files} from it" if changed else ", clean")
-    if isinstance(model, dict):
-        told["precision"] = model.get("precision")
-    if isinstance(owner, dict):
-        told["host"] = owner.get("host")
-    return pairs({name: value for name, value in told.items() if value is not None})
-
-
-def pairs(told: dict[str, Any]) -> str:
-    """Names and values, one below the other; nothing if there are none."""
-    listed = "".join(f"<dt>{escape(str(k))}</dt><dd>{escape(str(v))}</dd>" for k, v in told.items())
-    return f"<dl>{listed}</dl>" if listed else ""
+        facts["git"] = f"{git.get('commit')}" + (f", {changed} tracked {files} from it" if changed else ", clean")
+    facts |= {"precision": run.part("model").get("precision"), "host": run.part("process").get("host")}
+    return {name: value for name, value in facts.items() if value is not None}

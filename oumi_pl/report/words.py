@@ -56,10 +56,10 @@ def large(value: float) -> str:
 
 @cache
 def meanings() -> dict[str, str]:
-    """Name of a metric -> what it means, from the table in `oumi_pl/metrics.py`; read, for importing it takes long."""
+    """Name of a metric -> what it means, from the table in `runs/metrics.py`; read as text, since imports are slow."""
     file = Path(__file__).parents[1] / "runs" / "metrics.py"
     table = ast.get_docstring(ast.parse(file.read_text(encoding="utf-8"))) or ""
-    found: dict[str, str] = {}
+    by_name: dict[str, str] = {}
     for line in table.splitlines():
         cells = [cell.strip() for cell in line.strip("| ").split("|")]
         if not line.startswith("| `") or len(cells) < 2:
@@ -67,8 +67,8 @@ def meanings() -> dict[str, str]:
         names = [name.strip(" `") for name in cells[0].split(",")]
         for name in names:  # `train/rewards/chosen`, `/rejected`
             whole = name if not name.startswith("/") else names[0].rpartition("/")[0] + name
-            found[whole] = cells[1].replace("`", "")
-    return found
+            by_name[whole] = cells[1].replace("`", "")
+    return by_name
 
 
 def meaning(name: str) -> str:

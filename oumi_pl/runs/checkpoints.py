@@ -9,8 +9,8 @@ import numpy as np
 import torch
 from lightning.fabric.plugins import TorchCheckpointIO
 
-from oumi_pl.runs.checkpoint_files import HALF, remove
 from oumi_pl.errors import UserError
+from oumi_pl.runs.checkpoint_files import HALF, remove
 
 
 class AtomicCheckpointIO(TorchCheckpointIO):

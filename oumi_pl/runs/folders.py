@@ -1,6 +1,6 @@
 """The run folder: its name, what it holds, and finding the one to resume.
 
-What lies in `runs/<name>/`:
+Contents of `runs/<name>/`:
 
 - `run.json`: recipe, command, state, versions, where the time went
 - `config.yaml`: what ran; `fit --config` of it runs it again
@@ -25,8 +25,8 @@ from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from oumi_pl.runs.checkpoint_files import saved_steps
 from oumi_pl.errors import UserError, nearest
+from oumi_pl.runs.checkpoint_files import saved_steps
 
 RUN = "run.json"
 CONFIG = "config.yaml"
@@ -98,7 +98,7 @@ def read_state(run: Path) -> dict[str, Any]:
 
 
 def process() -> dict[str, Any]:
-    """What tells this process from all others: its machine, its number there, and when it began."""
+    """Identifies this process: its machine, its number there, and when it started."""
     return {"host": socket.gethostname(), "pid": os.getpid(), "began": _began(os.getpid())}
 
 
@@ -119,7 +119,7 @@ def condition(state: dict[str, Any]) -> str:
 
 
 def _began(pid: object) -> str | None:
-    """When a process began, in the system's words; None if there is none, or the system doesn't tell.
+    """Start time of a process as the system prints it; None if there is no such process, or it is unknown.
 
     A process number alone is given to another process sooner or later.
     """
@@ -132,14 +132,14 @@ def _began(pid: object) -> str | None:
         return None if fields[0] in "ZX" else f"{boot}:{fields[19]}"  # ended, and not yet buried by its parent
     if shutil.which("ps") is None:
         return None
-    told = subprocess.run(["ps", "-o", "lstart=", "-p", str(pid)], capture_output=True, text=True, check=False)
-    return told.stdout.strip() or None
+    printed = subprocess.run(["ps", "-o", "lstart=", "-p", str(pid)], capture_output=True, text=True, check=False)
+    return printed.stdout.strip() or None
 
 
 Column = tuple[list[int], list[float]]
 """The steps of a metric, and its values."""
 RECENT = 20
-"""Updates over which a training loss is averaged where it is told: that of a single one is noise."""
+"""Updates over which a displayed training loss is averaged: that of a single update is noise."""
 
 
 def read_metrics(run: Path, only: Collection[str] | None = None) -> dict[str, Column]:
@@ -167,7 +167,7 @@ def read_metrics(run: Path, only: Collection[str] | None = None) -> dict[str, Co
 
 
 def recent(values: Sequence[float]) -> float:
-    """The mean of the last `RECENT` values, which a loss is told by; NaN while one of them is no number."""
+    """Mean of the last `RECENT` values, the loss that is displayed; NaN if one of them is not a number."""
     last = values[-RECENT:]
     return sum(last) / len(last) if last else float("nan")
 

@@ -19,6 +19,7 @@ import ssl
 import urllib.error
 import urllib.request
 from collections.abc import Mapping, Sequence
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -26,9 +27,8 @@ from typing import Any
 from lightning.pytorch.loggers import MLFlowLogger, TensorBoardLogger, WandbLogger
 from lightning.pytorch.loggers.logger import Logger
 
-from oumi_pl.errors import UserError, nearest
+from oumi_pl.errors import UserError, nearest, reason
 from oumi_pl.models.hub import TIMEOUT
-from oumi_pl.errors import reason
 
 PACKAGES = {"tensorboard": ("tensorboard",), "wandb": ("wandb",), "mlflow": ("mlflow", "sqlalchemy", "alembic")}
 """Name -> what has to be installed for it."""
@@ -52,6 +52,11 @@ def names(given: str | Sequence[str] | None) -> list[str]:
     return found
 
 
+def missing(name: str) -> list[str]:
+    """What has to be installed for a logger, and is not."""
+    return [package for package in PACKAGES[name] if find_spec(package) is None]
+
+
 def refuse_unusable(named: Sequence[str]) -> None:
     """Refuses a logger that isn't installed, that nobody is logged in to, or whose server is away, before all else.
 
@@ -59,9 +64,9 @@ def refuse_unusable(named: Sequence[str]) -> None:
         UserError: with what to do about it.
     """
     for name in named:
-        if missing := [package for package in PACKAGES[name] if find_spec(package) is None]:
+        if lacking := missing(name):
             raise UserError(
-                f"logger: {name} needs {', '.join(missing)}, which {'is' if len(missing) == 1 else 'are'} not "
+                f"logger: {name} needs {', '.join(lacking)}, which {'is' if len(lacking) == 1 else 'are'} not "
                 "installed: pip install 'oumi_pl[tracking]'"
             )
     if "wandb" in named:
@@ -70,7 +75,17 @@ def refuse_unusable(named: Sequence[str]) -> None:
         _reach_server(os.environ.get("MLFLOW_TRACKING_URI", ""))
 
 
-def make(name: str, run: Path, step: int, earlier: Mapping[str, Any]) -> tuple[Logger, str]:
+def make(
+    name: str,
+    run: Path,
+    step: int,
+    earlier: Mapping[str, Any],
+    *,
+    folder: Path | None = None,
+    run_name: str | None = None,
+    project: str = PROJECT,
+    store: str | None = None,
+) -> tuple[Logger, str]:
     """A logger for a run folder that is there.
 
     Args:
@@ -78,6 +93,10 @@ def make(name: str, run: Path, step: int, earlier: Mapping[str, Any]) -> tuple[L
         run: The run folder.
         step: Where the run stands: what was logged of it and of later ones, before it was killed, no longer counts.
         earlier: Name -> what the logger called this run when it began, where it was resumed.
+        folder: Of TensorBoard; `tensorboard` in the run folder when left out.
+        run_name: What W&B and MLflow call the run; the run folder's name when left out.
+        project: What they put it under unless the environment says so.
+        store: URI of MLflow's store unless the environment says so; beside the run folder when left out.
 
     Returns:
         The logger, and where to look at what it gets.
@@ -86,9 +105,10 @@ def make(name: str, run: Path, step: int, earlier: Mapping[str, Any]) -> tuple[L
         UserError: the server can't be reached, or refuses.
     """
     if name == "tensorboard":
-        return _tensorboard(run, step)
+        return _tensorboard(run, folder or run / "tensorboard", step)
+    begin = _wandb if name == "wandb" else partial(_mlflow, store=store)
     try:
-        return _wandb(run, earlier.get(name)) if name == "wandb" else _mlflow(run, earlier.get(name))
+        return begin(run, earlier.get(name), run_name or run.name, project)
     except Exception as error:  # of the network, of the server, of whichever library lies between
         offline = f"; {OFFLINE}" if name == "wandb" else ""
         raise UserError(f"logger: {name}: {reason(error).rstrip('.')}{offline}") from error
@@ -100,7 +120,7 @@ def own_id(logger: Logger) -> str | None:
 
 
 def not_logged(logger: Logger, row: Mapping[str, float], step: int) -> dict[str, float]:
-    """What of a step's metrics a resumed run has yet to log: MLflow would keep, and show, what it is told twice."""
+    """Metrics of a step that a resumed run has not logged yet: MLflow would keep and show duplicates."""
     if not isinstance(logger, MLFlowLogger):
         return dict(row)
     history = logger.experiment.get_metric_history
@@ -154,8 +174,7 @@ def _set(config: Any) -> Any:
     return config
 
 
-def _tensorboard(run: Path, step: int) -> tuple[Logger, str]:
-    folder = run / "tensorboard"
+def _tensorboard(run: Path, folder: Path, step: int) -> tuple[Logger, str]:
     # events from a checkpoint on, of a run that was killed after it, are not shown
     purge: dict[str, Any] = {"purge_step": step} if step else {}
     logger = TensorBoardLogger(folder, name="", version="", default_hp_metric=False, **purge)
@@ -189,12 +208,12 @@ def _reach_server(uri: str) -> None:
         raise UserError(f"logger: mlflow: {uri}, as MLFLOW_TRACKING_URI says, can't be reached: {why}") from error
 
 
-def _wandb(run: Path, earlier: str | None) -> tuple[Logger, str]:
+def _wandb(run: Path, earlier: str | None, name: str, project: str) -> tuple[Logger, str]:
     import wandb
 
     begun = wandb.init(
-        project=os.environ.get("WANDB_PROJECT", PROJECT),
-        name=run.name,
+        project=os.environ.get("WANDB_PROJECT", project),
+        name=name,
         dir=run,
         id=earlier,
         resume="allow",
@@ -206,28 +225,28 @@ def _wandb(run: Path, earlier: str | None) -> tuple[Logger, str]:
     return WandbLogger(experiment=begun), where if begun.offline else str(begun.url)
 
 
-def _mlflow(run: Path, earlier: str | None) -> tuple[Logger, str]:
+def _mlflow(run: Path, earlier: str | None, name: str, project: str, *, store: str | None = None) -> tuple[Logger, str]:
     from mlflow.exceptions import MlflowException
     from mlflow.tracking import MlflowClient
 
-    for name in ("alembic", "mlflow"):  # the tables of a new database
-        logging.getLogger(name).setLevel(logging.WARNING)
-    store = run.parent.resolve() / "mlflow"
-    server = os.environ.get("MLFLOW_TRACKING_URI")
-    uri = server or f"sqlite:///{store / 'mlflow.db'}"
+    for library in ("alembic", "mlflow"):  # the tables of a new database
+        logging.getLogger(library).setLevel(logging.WARNING)
+    own = run.parent.resolve() / "mlflow"
+    server = os.environ.get("MLFLOW_TRACKING_URI") or store
+    uri = server or f"sqlite:///{own / 'mlflow.db'}"
     if not server:
-        store.mkdir(exist_ok=True)
+        own.mkdir(exist_ok=True)
     client = MlflowClient(uri)
-    experiment = os.environ.get("MLFLOW_EXPERIMENT_NAME", PROJECT)
+    experiment = os.environ.get("MLFLOW_EXPERIMENT_NAME", project)
     if client.get_experiment_by_name(experiment) is None:
-        client.create_experiment(experiment, None if server else (store / "artifacts").as_uri())
+        client.create_experiment(experiment, None if server else (own / "artifacts").as_uri())
     if earlier:
         try:
             client.update_run(earlier, status="RUNNING")
         except MlflowException:  # another store than before
             earlier = None
     # in the background: a commit to the database, or the way to a server, takes as long as a small model's step
-    logger = MLFlowLogger(experiment, run_name=run.name, tracking_uri=uri, run_id=earlier, synchronous=False)
+    logger = MLFlowLogger(experiment, run_name=name, tracking_uri=uri, run_id=earlier, synchronous=False)
     shown = run.parent / "mlflow"
     look = f"{shown}; to look at all runs: mlflow ui --backend-store-uri sqlite:///{shown / 'mlflow.db'}"
     return logger, server or look

@@ -1,4 +1,4 @@
-"""`metrics.csv`: one line per optimizer step, which a resume cuts back to its checkpoint and goes on with.
+"""`metrics.csv`: one line per optimizer step, which a resume truncates to its checkpoint and continues.
 
 Every metric's name, meaning and window; names are TRL's where it has one. "Update" is one optimizer step: all its
 micro-batches on all ranks.
@@ -15,7 +15,7 @@ micro-batches on all ranks.
 | `train/target_tokens` | tokens seen that carried loss | the run, resumes included |
 | `train/tokens_per_second` | tokens over wall time, with waiting for data, without validation | the update |
 | `train/mfu` | model FLOPs utilisation: achieved over peak dense bf16 FLOP/s; only on known GPUs | the update |
-| `train/padding` | share of the input tensors that is padding | the update |
+| `train/padding` | share of the computed positions that is padding, or a shared prompt computed again | the update |
 | `train/peak_memory_gb` | peak memory: allocated on CUDA, resident elsewhere; 1e9 bytes | the run on rank 0 |
 | `train/rewards/chosen`, `/rejected` | rewards of the responses, as the loss defines them | the update's pairs |
 | `train/rewards/margins` | chosen minus rejected reward | the update's pairs |
@@ -23,7 +23,7 @@ micro-batches on all ranks.
 | `train/logps/chosen`, `/rejected` | log-probability of a response, in nats | the update's pairs |
 | `train/lengths/chosen`, `/rejected` | target tokens of a response | the update's pairs |
 | `train/kl` | half the squared log-ratio to the reference, an estimate of the KL divergence | the update's targets |
-| `train/pairs_per_second` | pairs over wall time, as for tokens | the update |
+| `train/rows_per_second` | rows (pairs) over wall time, where the loss is a mean over rows | the update |
 | `val/loss` | the training loss on held-out tokens or pairs | all of `validation` |
 | `val/nll` | cross-entropy in nats per target token; `val/loss` unless another loss is trained | all of `validation` |
 | `val/perplexity` | exp of `val/nll` | all of `validation` |
@@ -54,7 +54,7 @@ class MetricsCSV(Logger):
         self._row: dict[str, Any] = {}
 
     def open(self, file: Path, step: int = 0, row: dict[str, Any] | None = None) -> None:
-        """Begins a file, or goes on with one from `step` on: later lines are cut off.
+        """Starts a file, or continues one from `step`: later lines are cut off.
 
         `row` is the line of `step` as the checkpoint holds it: the run may have been killed before it was written.
         """

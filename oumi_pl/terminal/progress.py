@@ -29,7 +29,7 @@ STYLES = {"bold": 1, "dim": 2, "red": 31, "green": 32, "yellow": 33, "magenta": 
 
 
 class Line:
-    """A line at the bottom of a terminal, rewritten in place; whatever else is printed meanwhile comes above it.
+    """A line at the bottom of a terminal, rewritten in place; other output appears above it.
 
     From `show` to `close`, `sys.stdout` and `sys.stderr`, and log handlers that write to them, go through it.
     """
@@ -105,7 +105,7 @@ class Line:
             self._terminal.flush()
 
     def print_above(self, stream: Any, text: str) -> int:
-        """Writes to a stream of the terminal, and draws the line anew once the text is at the end of a line."""
+        """Writes to a stream of the terminal, and redraws the line once the text ends a line."""
         self._erase()
         written: int = stream.write(text)
         self._is_free = text.endswith("\n")
@@ -204,10 +204,10 @@ def working(what: str) -> Iterator[None]:
 
     start, line = time.monotonic(), Line.current
     done = threading.Event()
-    watcher, before, told = None, "", _shortened(f"{what} …")
+    watcher, before, text = None, "", _shortened(f"{what} …")
     if line is not None:
         before = line.text
-        line.show(told)
+        line.show(text)
     elif not getattr(rank_zero_only, "rank", 0):
         watcher = threading.Thread(target=_tell_of, args=(what, done), daemon=True)
         watcher.start()
@@ -219,7 +219,7 @@ def working(what: str) -> Iterator[None]:
         done.set()
         if watcher is not None:
             watcher.join()
-        if line is not None and Line.current is line and line.text == told:
+        if line is not None and Line.current is line and line.text == text:
             line.show(before)
         seconds = time.monotonic() - start
         _worked[0] += seconds

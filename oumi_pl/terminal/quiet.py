@@ -1,4 +1,4 @@
-"""What the libraries below say of themselves is kept from the terminal; warnings about the run stay."""
+"""Silences log noise from dependencies; keeps warnings about the run."""
 
 import logging
 import os
@@ -14,14 +14,14 @@ def _formatted(message: Any, *_: Any, **__: Any) -> str:
 
 
 def quiet() -> None:
-    """Silences them."""
+    """Silences the loggers and warnings of dependencies, and formats the warnings that remain."""
     for name in ("lightning.pytorch", "lightning.fabric"):
         logging.getLogger(name).setLevel(logging.WARNING)
     from transformers.utils import logging as hf_logging
 
     hf_logging.disable_progress_bar()
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
-    # a user needs what is wrong, not which line of which file says so
+    # users need to know what is wrong, not which line of which file warned
     warnings.formatwarning = _formatted
     for harmless in (
         ".*does not have many workers.*",  # tokenizing is done before training: collating is all that a worker would do

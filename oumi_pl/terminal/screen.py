@@ -26,12 +26,12 @@ def has_colours(stream: Any) -> bool:
 
 
 @contextmanager
-def meanwhile(told: str) -> Iterator[None]:
-    """Shows a line on stderr while something goes on, and takes it away; nothing where there is no terminal."""
+def meanwhile(text: str) -> Iterator[None]:
+    """Shows a line on stderr while the block runs, and removes it; does nothing without a terminal."""
     if not is_terminal(sys.stderr):
         yield
         return
-    sys.stderr.write(f"{told} …")
+    sys.stderr.write(f"{text} …")
     sys.stderr.flush()
     try:
         yield

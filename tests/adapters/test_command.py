@@ -8,7 +8,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from oumi_pl.adapters import position
+from oumi_pl.adapters import checkpoints
 from tests.command_line import GONE, CommandLine
 from tests.data.corpora import documents
 from tests.tiny import conversations, pairs, write_jsonl
@@ -35,7 +35,7 @@ PRETRAINING = {
     "data.init_args.exhausted": "restart",
     "data.init_args.max_length": 32,
 }
-# what stands between two updates of any engine is the optimizer's step
+# every engine calls the optimizer's step between two updates
 OWN = """
 import os, signal
 from torch.optim import AdamW
@@ -87,8 +87,8 @@ def test_a_run_leaves_what_lightning_leaves(cli, engine, changes):
     # with dropout, engines draw in another order
     cli.recipe(SETTINGS | {"model.init_args.config.attention_dropout": 0.0} | changes)
     cli.works(*FIT, "--name", "ours")
-    _, out, said = cli.run(*FIT, "--name", "theirs", "--engine", engine)
-    assert f"engine: {'transformers.Trainer' if engine == 'hf' else 'trl.'}" in said
+    _, out, err = cli.run(*FIT, "--name", "theirs", "--engine", engine)
+    assert f"engine: {'transformers.Trainer' if engine == 'hf' else 'trl.'}" in err
     assert "model -> runs/theirs/model" in out
     assert columns(cli, "runs/theirs") == columns(cli, "runs/ours")
     for name in ("train/loss", "train/grad_norm", "train/lr", "train/target_tokens", "val/loss", "epoch"):
@@ -98,8 +98,8 @@ def test_a_run_leaves_what_lightning_leaves(cli, engine, changes):
     assert list(cli.column("runs/theirs", "val/loss")) == [3, 6, 7]
     ours, theirs = weights(cli, "runs/ours"), weights(cli, "runs/theirs")
     assert all(torch.allclose(theirs[name], ours[name], rtol=1e-4, atol=1e-5) for name in ours)
-    left = [{p.name for p in (cli.directory / "runs" / run / "model").iterdir()} for run in ("ours", "theirs")]
-    assert left[0] == left[1]
+    names = [{p.name for p in (cli.directory / "runs" / run / "model").iterdir()} for run in ("ours", "theirs")]
+    assert names[0] == names[1]
     for file in ("config.json", "generation_config.json", "tokenizer_config.json"):
         ours, theirs = ((cli.directory / "runs" / run / "model" / file).read_text() for run in ("ours", "theirs"))
         assert theirs == ours
@@ -130,12 +130,12 @@ def stopped(cli, monkeypatch, after, how, *args):
         ("trl", PREFERENCES | {"model.init_args.lora": {"r": 4}}),
     ],
 )
-def test_killed_and_resumed_equals_uninterrupted(cli, monkeypatch, engine, changes):
+def test_a_killed_and_resumed_run_equals_an_uninterrupted_one(cli, monkeypatch, engine, changes):
     cli.recipe(SETTINGS | changes)
     cli.works(*FIT, "--engine", engine, "--name", "whole")
     assert stopped(cli, monkeypatch, 6, "error", "--engine", engine, "--name", "killed") == 1
     assert cli.state("runs/killed")["status"] == "failed"
-    assert position.newest(cli.directory / "runs/killed/checkpoints").name == "checkpoint-4"
+    assert checkpoints.newest(cli.directory / "runs/killed/checkpoints").name == "checkpoint-4"
     out = cli.works("fit", "--resume", "runs/killed")
     assert "going on from runs/killed/checkpoints/checkpoint-4" in out
     assert same(weights(cli, "runs/killed"), weights(cli, "runs/whole"))
@@ -144,45 +144,45 @@ def test_killed_and_resumed_equals_uninterrupted(cli, monkeypatch, engine, chang
     assert cli.state("runs/killed")["status"] == "finished"
 
 
-def test_told_to_stop(cli, monkeypatch):
-    """It saves after the update that is running, and goes on from there."""
+def test_a_signal_stops_the_run_after_the_update(cli, monkeypatch):
+    """It saves after the current update, and resumes from there."""
     cli.works(*FIT, "--engine", "hf", "--name", "whole")
     before = signal.getsignal(signal.SIGTERM)
-    assert stopped(cli, monkeypatch, 3, "signal", "--engine", "hf", "--name", "told") == 128 + signal.SIGTERM
+    assert stopped(cli, monkeypatch, 3, "signal", "--engine", "hf", "--name", "stopped") == 128 + signal.SIGTERM
     assert signal.getsignal(signal.SIGTERM) == before
-    assert cli.state("runs/told")["status"] == "stopped"
-    assert position.newest(cli.directory / "runs/told/checkpoints").name == "checkpoint-3"
-    cli.works("fit", "--resume", "runs/told")
-    assert same(weights(cli, "runs/told"), weights(cli, "runs/whole"))
-    assert cli.column("runs/told", "val/loss") == cli.column("runs/whole", "val/loss")
+    assert cli.state("runs/stopped")["status"] == "stopped"
+    assert checkpoints.newest(cli.directory / "runs/stopped/checkpoints").name == "checkpoint-3"
+    cli.works("fit", "--resume", "runs/stopped")
+    assert same(weights(cli, "runs/stopped"), weights(cli, "runs/whole"))
+    assert cli.column("runs/stopped", "val/loss") == cli.column("runs/whole", "val/loss")
 
 
-def test_a_checkpoint_that_was_cut_short_is_passed_over(cli, monkeypatch):
+def test_an_incomplete_checkpoint_is_skipped(cli, monkeypatch):
     cli.recipe(SETTINGS | {"checkpoint": {"every": 2, "keep": 2}})
     stopped(cli, monkeypatch, 5, "error", "--engine", "hf")
     newest = cli.directory / "runs/r/checkpoints/checkpoint-4"
     state = newest / "trainer_state.json"
     state.write_text(state.read_text()[:100])
-    assert position.newest(newest.parent).name == "checkpoint-2"
+    assert checkpoints.newest(newest.parent).name == "checkpoint-2"
     state.unlink()
-    assert position.newest(newest.parent).name == "checkpoint-2"
+    assert checkpoints.newest(newest.parent).name == "checkpoint-2"
 
 
-def test_longer(cli):
+def test_a_resumed_run_can_be_longer(cli):
     cli.works(*FIT, "--engine", "hf", "--trainer.max_steps", "4", "--model.schedule", "Constant")
     cli.works("fit", "--resume", "runs/r", "--trainer.max_steps", "7")
     cli.works(*FIT, "--engine", "hf", "--name", "whole", "--model.schedule", "Constant")
     assert same(weights(cli, "runs/r"), weights(cli, "runs/whole"))
 
 
-def test_what_the_recipe_says_now_wins_over_the_checkpoint(cli):
+def test_the_recipe_wins_over_the_optimizer_settings_in_the_checkpoint(cli):
     constant = ("--model.schedule", "Constant", "--trainer.max_steps")
     cli.works(*FIT, "--engine", "trl", *constant, "2")
     cli.works("fit", "--resume", "runs/r", *constant, "4", "--model.optimizer.lr", "5e-4")
     assert [float(x) for x in cli.column("runs/r", "train/lr").values()] == pytest.approx([0, 1e-3, 5e-4, 5e-4])
 
 
-def test_nothing_is_left_to_train(cli):
+def test_a_finished_run_has_nothing_left_to_train(cli):
     cli.recipe(SETTINGS | {"trainer.max_steps": GONE, "trainer.max_epochs": 2})
     cli.works(*FIT, "--engine", "hf")
     assert "nothing is left to train" in cli.fails("fit", "--resume", "runs/r", "--trainer.max_epochs", "2")
@@ -200,7 +200,7 @@ def test_the_best_weights_are_exported(cli):
     assert not same(theirs, last)
 
 
-def test_callbacks_that_look_run_too(cli):
+def test_callbacks_that_observe_run_too(cli):
     cli.recipe(SETTINGS | {"trainer.callbacks": [{"class_path": "Answers", "init_args": {"rows": 3}}]})
     assert "exact match" in cli.works(*FIT, "--engine", "hf", "--trainer.max_steps", "2")
     assert set(cli.column("runs/r", "val/exact_match")) == {2}
@@ -212,12 +212,12 @@ def test_mistakes(cli):
     assert "'hf'" in cli.fails(*FIT, "--engine", "HF")
 
 
-def test_another_engines_run(cli):
+def test_checkpoints_of_another_engine_are_refused(cli):
     cli.works(*FIT, "--trainer.max_steps", "2")
     checkpoint = "runs/r/checkpoints/step-00000002.ckpt"
     assert "is a checkpoint of Lightning's" in cli.fails(*FIT, "--engine", "hf", "--ckpt_path", checkpoint)
     longer = ("--trainer.max_steps", "4")
     assert "Lightning's" in cli.fails("fit", "--resume", "runs/r", "--engine", "hf", *longer)
     cli.works(*FIT, "--trainer.max_steps", "2", "--engine", "hf", "--name", "other")
-    said = cli.fails("fit", "--resume", "runs/other", "--engine", "lightning", *longer)
-    assert "was trained by another engine" in said
+    err = cli.fails("fit", "--resume", "runs/other", "--engine", "lightning", *longer)
+    assert "was trained by another engine" in err

@@ -28,7 +28,7 @@ class Squared(TokenLoss):
         return 0.5 * nll.square()
 
 
-class Follow(L.Callback):
+class LogLightning(L.Callback):
     """What Lightning logs after each update."""
 
     def __init__(self):
@@ -39,16 +39,14 @@ class Follow(L.Callback):
             self.rows.append({name: float(value) for name, value in trainer.callback_metrics.items()})
 
 
-class Record(TrainerCallback):
+class LogEngine(TrainerCallback):
     """What the engine itself logs after each update."""
 
     def __init__(self):
-        self.rows, self.sizes = [], []
+        self.rows, self.updates = [], []
 
-    def on_step_end(self, args, state, control, **kwargs):
-        self.sizes.append(
-            [int((b["shift_labels"] != -100).sum()) for b in self.trainer.update_batches if "labels" in b]
-        )
+    def on_step_end(self, args, state, control, train_dataloader, **kwargs):
+        self.updates.append(train_dataloader.update)
 
     def on_log(self, args, state, control, logs=None, **kwargs):
         if "loss" in logs:
@@ -71,15 +69,15 @@ def pretrain(tmp_path, **kwargs):
 
 def preferences(tmp_path, packing=False, config=None, **kwargs):
     layout = {"packing": True, "batch_size": 1, "max_length": 128} if packing else {"batch_size": BATCH}
-    made = dpo(None, adamw, {"attention_dropout": 0.1} | (config or {}), schedule=Linear(2), **kwargs)
-    return made, dpo_data(tmp_path, ROWS, **layout)
+    policy = dpo(None, adamw, {"attention_dropout": 0.1} | (config or {}), schedule=Linear(2), **kwargs)
+    return policy, dpo_data(tmp_path, ROWS, **layout)
 
 
 def run(engine, make, tmp_path, precision="32-true", **kwargs):
     """The trained module, its last metrics, and losses, norms and rates by update."""
     trained, its_data = make(tmp_path, **kwargs)
     L.seed_everything(3)
-    record = Follow() if engine == "lightning" else Record()
+    record = LogLightning() if engine == "lightning" else LogEngine()
     loop = trainer(
         max_epochs=2,
         accumulate_grad_batches=MICRO,
@@ -98,18 +96,17 @@ def run(engine, make, tmp_path, precision="32-true", **kwargs):
 
 def assert_equal(engine, make, tmp_path, **kwargs):
     ours, our_loop, (losses, norms, rates), _ = run("lightning", make, tmp_path, **kwargs)
-    theirs, their_loop, found, record = run(engine, make, tmp_path, **kwargs)
+    theirs, their_loop, logged, record = run(engine, make, tmp_path, **kwargs)
     assert len(losses) >= 5
     assert abs(losses[-1] - losses[0]) > 1e-3, "nothing moved"
-    assert found[0] == pytest.approx(losses, rel=1e-5)
-    assert found[1] == pytest.approx(norms, rel=1e-5)
-    assert found[2] == pytest.approx(rates, rel=1e-5, abs=1e-12)
+    assert logged[0] == pytest.approx(losses, rel=1e-5)
+    assert logged[1] == pytest.approx(norms, rel=1e-5)
+    assert logged[2] == pytest.approx(rates, rel=1e-5, abs=1e-12)
     assert distance(weights(theirs), weights(ours)) < 1e-4
     ours, theirs = ({k: float(v) for k, v in loop.callback_metrics.items()} for loop in (our_loop, their_loop))
     ours.pop("step")
     assert theirs.keys() == ours.keys()
-    twice = {"train/num_tokens"} if make is preferences else set()  # prompts, which TRL computes twice
-    for name in ours.keys() - twice:
+    for name in ours:
         assert theirs[name] == pytest.approx(ours[name], rel=1e-4, abs=1e-5), name
     return record
 
@@ -118,14 +115,20 @@ def assert_equal(engine, make, tmp_path, **kwargs):
 @pytest.mark.parametrize("engine", ["hf", "trl"])
 def test_padded_rows(tmp_path, engine):
     record = assert_equal(engine, sft, tmp_path)
-    assert [len(sizes) for sizes in record.sizes] == [MICRO] * 6
-    assert [sizes.count(0) for sizes in record.sizes] == [0, 0, 1] * 2
+    assert [len(update) for update in record.updates] == [MICRO] * 6
+    empty = [[bool((batch["shift_labels"] == -100).all()) for batch in update] for update in record.updates]
+    assert [sum(batches) for batches in empty] == [0, 0, 1] * 2
+    assert any("attention_mask" in batch for update in record.updates for batch in update)
 
 
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("engine", ["hf", "trl"])
 def test_packed_documents(tmp_path, engine):
-    assert_equal(engine, sft, tmp_path, packing=True)
+    record = assert_equal(engine, sft, tmp_path, packing=True)
+    for batch in (batch for update in record.updates for batch in update):
+        assert len(batch["input_ids"]) == 1
+        assert "attention_mask" not in batch
+    assert any(int((batch["position_ids"] == 0).sum()) > 1 for update in record.updates for batch in update)
 
 
 @pytest.mark.filterwarnings("ignore")
@@ -188,10 +191,10 @@ def test_other_preference_losses(tmp_path, loss):
 def test_half_precision(tmp_path, make, engine, precision):
     """Up to the rounding of bfloat16: weights and matrix products have the same dtypes."""
     ours, _, expected, _ = run("lightning", make, tmp_path, precision)
-    theirs, _, found, _ = run(engine, make, tmp_path, precision)
-    assert found[0] == pytest.approx(expected[0], rel=1e-2)
-    assert found[1] == pytest.approx(expected[1], rel=5e-2)
-    assert found[0] != pytest.approx(run(engine, make, tmp_path)[2][0], rel=1e-6)
+    theirs, _, logged, _ = run(engine, make, tmp_path, precision)
+    assert logged[0] == pytest.approx(expected[0], rel=1e-2)
+    assert logged[1] == pytest.approx(expected[1], rel=5e-2)
+    assert logged[0] != pytest.approx(run(engine, make, tmp_path)[2][0], rel=1e-6)
     dtypes = {p.dtype for p in theirs.parameters()}
     assert dtypes == {p.dtype for p in ours.parameters()}
     assert dtypes == {torch.float32 if precision == "bf16-mixed" else torch.bfloat16}

@@ -41,20 +41,26 @@ class OwnStep(SFT):
         return 2 * super().training_step(batch, batch_idx)
 
 
+class OwnSums(SFT):
+    def loss_sums(self, batch, split):
+        return super().loss_sums(batch, split)
+
+
 def refused(engine, what, its_data=None, **settings):
     with pytest.raises(UserError) as error:
         adapters.run(engine, trainer(**({"max_steps": 1} | settings)), what, its_data)
     return str(error.value)
 
 
-def test_engines_that_do_not_fit():
+def test_engines_that_cannot_train_a_trainer_type():
     assert "hf can't drive DPO; what can: lightning, trl" in refused("hf", dpo())
     assert "trl can't drive Pretrain; what can: lightning, hf" in refused("trl", Pretrain(config=LLAMA))
     assert "leave out OwnStep.training_step" in refused("hf", OwnStep(config=LLAMA, optimizer=sgd))
+    assert "leave out OwnSums.loss_sums" in refused("trl", OwnSums(config=LLAMA, optimizer=sgd))
 
 
 @pytest.mark.parametrize(
-    ("settings", "said"),
+    ("settings", "message"),
     [
         ({"callbacks": [EMA()]}, "trainer.callbacks: EMA belongs to Lightning's loop"),
         ({"max_time": "00:01:00:00"}, "trainer.max_time belongs"),
@@ -64,18 +70,18 @@ def test_engines_that_do_not_fit():
         ({"devices": 2, "strategy": "ddp"}, "trains on one device, and this run has 2"),
     ],
 )
-def test_settings_of_lightning_alone(settings, said):
-    assert said in refused("hf", module(), **settings)
+def test_settings_of_lightning_alone(settings, message):
+    assert message in refused("hf", module(), **settings)
 
 
 def test_validation_within_an_update(tmp_path):
     with_held_out = data(tmp_path, 16, batch_size=1, validation=0.3)
-    said = refused("hf", module(), its_data=with_held_out, accumulate_grad_batches=4, val_check_interval=3)
-    assert "3 micro-batches end within an update of 4" in said
+    message = refused("hf", module(), its_data=with_held_out, accumulate_grad_batches=4, val_check_interval=3)
+    assert "3 micro-batches end within an update of 4" in message
 
 
 @pytest.mark.parametrize(
-    ("loss", "said"),
+    ("loss", "message"),
     [
         (Own(), "Own has no counterpart in TRL"),
         (SimPO(), "SimPO has no counterpart in TRL"),
@@ -91,10 +97,10 @@ def test_validation_within_an_update(tmp_path):
         (WeightedSum([Sigmoid(), IPO(divergence=ForwardKL())], [1.0, 1.0]), "one divergence"),
     ],
 )
-def test_losses_that_trl_does_not_have(loss, said):
+def test_losses_that_trl_does_not_have(loss, message):
     with pytest.raises(UserError) as error:
         dpo_settings(loss)
-    assert said in str(error.value)
+    assert message in str(error.value)
     assert "--engine lightning" in str(error.value)
 
 
@@ -130,10 +136,10 @@ BLOOM = {"model_type": "bloom", "n_layer": 1, "n_head": 2, "hidden_size": 16}
 
 
 @pytest.mark.parametrize("config", [OPT | {"num_attention_heads": 2}, BLOOM])
-def test_an_attention_that_packs_wrongly(tmp_path, config):
+def test_an_attention_that_does_not_isolate_packed_documents(tmp_path, config):
     packed = data(tmp_path, 16, packing=True)
-    said = refused("hf", SFT(config=config, optimizer=sgd), its_data=packed)
-    assert "lets packed documents see each other, and --engine hf runs no other; set data.packing to false" in said
+    message = refused("hf", SFT(config=config, optimizer=sgd), its_data=packed)
+    assert "lets packed documents see each other, and --engine hf runs no other; set data.packing to false" in message
 
 
 def mean_of_means(logits, labels, vocab_size, **kwargs):

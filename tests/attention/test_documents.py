@@ -9,9 +9,18 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
-from oumi_pl.attention import NAME, interface, packed, refuse_unless_isolating, register
-from oumi_pl.attention.blocks import in_force
+from oumi_pl.attention import (
+    NAME,
+    interface,
+    packed,
+    refuse_unless_isolating,
+    register,
+    why_not_isolating,
+    why_not_shared,
+)
+from oumi_pl.attention.segments import in_force
 from oumi_pl.errors import UserError
+from oumi_pl.types import Segment
 
 LENGTHS = [9, 1, 14, 6]
 VOCAB = 61
@@ -80,9 +89,13 @@ def documents():
     return [torch.randint(3, VOCAB, (1, n), generator=generator) for n in LENGTHS]
 
 
+def roots(lengths):
+    return [Segment(n) for n in lengths]
+
+
 def states(model, docs, **keywords):
     positions = torch.cat([torch.arange(d.shape[1]) for d in docs])[None]
-    with packed([d.shape[1] for d in docs]):
+    with packed(roots(d.shape[1] for d in docs)):
         base = body(model)
         return base(input_ids=torch.cat(docs, 1), position_ids=positions, use_cache=False, **keywords).last_hidden_state
 
@@ -92,8 +105,8 @@ def body(model):
 
 
 def gradients(model, value):
-    found = torch.autograd.grad(value, list(body(model).parameters()), allow_unused=True)
-    return [torch.zeros(()) if g is None else g for g in found]
+    grads = torch.autograd.grad(value, list(body(model).parameters()), allow_unused=True)
+    return [torch.zeros(()) if g is None else g for g in grads]
 
 
 def project(hidden):
@@ -115,6 +128,7 @@ def test_packed_equals_alone(name):
     assert_close([ours], [theirs])
     assert_close(gradients(model, project(ours)), gradients(reference, project(theirs)))
     refuse_unless_isolating(body(model))
+    assert why_not_isolating(body(model)) is None
 
 
 @pytest.mark.parametrize("name", ["llama", "mistral", "gpt2", "gemma3_text", "llama4_text"])
@@ -193,7 +207,7 @@ def test_dropout_and_scaling_reach_each_document():
     torch.manual_seed(0)
     layer, dropout = nn.Identity(), 0.5
     query, key, value = (torch.randn(1, 2, 5, 4) for _ in range(3))
-    with packed([3, 2]):
+    with packed(roots([3, 2])):
         mask = interface.make_mask(batch_size=1, q_length=5, kv_length=5, mask_function=None)
     got = interface.attend(layer, query, key, value, mask, scaling=0.3)[0]
     for rows in (slice(0, 3), slice(3, 5)):
@@ -220,6 +234,7 @@ def test_attention_that_mixes_documents_is_refused(name, dtype, fault):
     model = make(name, "faulty").to(dtype)
     with pytest.raises(UserError, match=r"'faulty' lets packed documents .* 'documents' or 'flash_attention_2'"):
         refuse_unless_isolating(model)
+    assert "lets packed documents see each other" in why_not_isolating(model)
     for implementation in (NAME, "sdpa", "eager"):
         refuse_unless_isolating(make(name, implementation).to(dtype))
 
@@ -254,7 +269,7 @@ def test_recurrent_architectures_are_refused(name):
 
 
 @pytest.mark.parametrize(
-    ("error", "is_told"),
+    ("error", "is_refused"),
     [
         (TypeError("no position_ids"), True),
         (RuntimeError("The size of tensor a (8) must match the size of tensor b (64)"), True),
@@ -264,16 +279,24 @@ def test_recurrent_architectures_are_refused(name):
         (ZeroDivisionError("a bug"), False),
     ],
 )
-def test_only_what_an_attention_trips_over_is_told_as_that(error, is_told):
+def test_only_errors_of_the_attention_are_refusals(error, is_refused):
     def trip(*_):
         raise error
 
     model = make("llama")
     model.model.layers[0].register_forward_pre_hook(trip)
-    kind = UserError if is_told else type(error)
-    with pytest.raises(kind, match=rf"apart \({type(error).__name__}: {str(error)[:8]}" if is_told else None) as raised:
+    kind = UserError if is_refused else type(error)
+    with pytest.raises(
+        kind, match=rf"apart \({type(error).__name__}: {str(error)[:8]}" if is_refused else None
+    ) as raised:
         refuse_unless_isolating(model)
-    assert (raised.value.__cause__ if is_told else raised.value) is error
+    assert (raised.value.__cause__ if is_refused else raised.value) is error
+    for why in (why_not_isolating, why_not_shared):
+        if is_refused:
+            assert f"({type(error).__name__}: {error}" in why(model)
+        else:
+            with pytest.raises(type(error)):
+                why(model)
 
 
 def test_the_check_leaves_no_trace():
@@ -312,7 +335,7 @@ def test_terms_that_it_cannot_compute_are_refused():
         states(sinks, documents())
     layer = nn.Identity()
     x = torch.randn(1, 2, 5, 4)
-    with packed([3, 2]):
+    with packed(roots([3, 2])):
         mask = interface.make_mask(batch_size=1, q_length=5, kv_length=5, mask_function=None)
     for argument in ("position_bias", "head_mask"):
         with pytest.raises(UserError, match=argument.replace("_", " ")):
@@ -332,17 +355,17 @@ def test_what_is_no_packed_row_is_refused():
         "too short": {"input_ids": ids[:, 1:]},
     }
     for arguments in calls.values():
-        with packed(LENGTHS), pytest.raises(ValueError, match="a single row"):
+        with packed(roots(LENGTHS)), pytest.raises(ValueError, match="a single row"):
             model.model(**arguments, use_cache=False)
     x = torch.randn(1, 2, 5, 4)
-    with packed([3, 2]), pytest.raises(UserError, match="ignores"):
+    with packed(roots([3, 2])), pytest.raises(UserError, match="ignores"):
         interface.attend(nn.Identity(), x, x, x, None)
 
 
 def test_a_cache_does_not_mix_documents():
     model = make("llama")
     positions = torch.cat([torch.arange(n) for n in LENGTHS])[None]
-    with packed(LENGTHS):
+    with packed(roots(LENGTHS)):
         cached = model.model(torch.cat(documents(), 1), position_ids=positions, use_cache=True).last_hidden_state
     assert torch.equal(cached, states(model, documents()))
 
@@ -359,7 +382,7 @@ def test_variable_length_kernel(name, monkeypatch):
     positions = torch.cat([torch.arange(n) for n in LENGTHS])[None].cuda()
 
     def run():
-        with packed(LENGTHS):
+        with packed(roots(LENGTHS)):
             return model.base_model(torch.cat(docs, 1), position_ids=positions, use_cache=False).last_hidden_state
 
     fast = run()

@@ -14,10 +14,10 @@ import yaml
 from torch.optim import SGD, AdamW
 
 from oumi_pl.callbacks import advice
-from oumi_pl.callbacks.advice import STUCK_AFTER, Advice, LossWatch, Wait, tell, usual_lr
+from oumi_pl.callbacks.advice import STUCK_AFTER, Advice, LossWatch, Wait, usual_lr, warn
 from oumi_pl.callbacks.run_folder import RunFolder
 from oumi_pl.config import files as recipe_files
-from oumi_pl.data.sft import SFTData
+from oumi_pl.data import examples
 from oumi_pl.data.template import load_template
 from oumi_pl.data.tokenizers import ByteTokenizer
 from oumi_pl.optim.muon import MuonAdamW
@@ -26,9 +26,12 @@ from tests.tiny import data, module, trainer
 
 REPORT = {"train": {"kept": 200, "cut": 0}, "validation": {"kept": 10, "cut": 0}}
 LARGE = 8_000_000_000
+PAIRS = {"unit": "rows", "reference": object()}
 
 
-def parts(weights=None, optimizer=AdamW, lr=2e-5, lora=None, model="org/model", reads="tokens", **kwargs):
+def parts(
+    weights=None, optimizer=AdamW, lr=2e-5, lora=None, model="org/model", unit="targets", reference=None, **kwargs
+):
     """A trainer and a module with what the looks at settings read."""
     weights = torch.nn.Parameter(torch.ones(4, 4) if weights is None else weights)
     made = optimizer([{"params": [weights], "name": "matrices"}], lr=lr)
@@ -43,7 +46,10 @@ def parts(weights=None, optimizer=AdamW, lr=2e-5, lora=None, model="org/model", 
         "own_pad": "<pad>",
     }
     made_trainer = SimpleNamespace(optimizers=[made], datamodule=SimpleNamespace(**(held | kwargs)))
-    return made_trainer, SimpleNamespace(parameters=lambda: [weights, whole], lora=lora, model_name=model, reads=reads)
+    made_module = SimpleNamespace(
+        parameters=lambda: [weights, whole], lora=lora, model_name=model, unit=unit, reference=reference
+    )
+    return made_trainer, made_module
 
 
 def test_half_precision_weights_under_adam_are_told_how_many_stand_still():
@@ -73,7 +79,7 @@ def test_other_weights_are_not(made):
         ({"lr": 1e-8}, "below"),
         ({"lr": 2e-2, "lora": {"r": 8}}, "above"),
         ({"lr": 2e-6, "lora": {"r": 8}}, "below"),
-        ({"lr": 1e-4, "reads": "pairs"}, "above"),
+        ({"lr": 1e-4} | PAIRS, "above"),
         ({"lr": 5e-2, "model": None}, "above"),
         ({"lr": 5e-2, "model": None, "optimizer": MuonAdamW}, "above"),
     ],
@@ -89,11 +95,11 @@ def test_a_learning_rate_far_from_the_usual_is_told_with_the_usual(kwargs, word)
     [
         {"lr": 2e-5},
         {"lr": 2e-4, "lora": {"r": 8}},
-        {"lr": 5e-7, "reads": "pairs"},
-        {"lr": 5e-6, "reads": "pairs", "lora": {"r": 8}},
+        {"lr": 5e-7} | PAIRS,
+        {"lr": 5e-6, "lora": {"r": 8}} | PAIRS,
         {"lr": 4e-3, "model": None, "optimizer": MuonAdamW},
         {"lr": 10.0, "optimizer": SGD},
-        {"lr": 10.0, "reads": "images"},
+        {"lr": 10.0, "unit": "rows"},
     ],
 )
 def test_usual_learning_rates_are_not(kwargs):
@@ -106,7 +112,7 @@ def test_no_shipped_recipe_has_an_unusual_learning_rate(name):
     args = model["init_args"]
     kind = "lora" if "lora" in args else "full" if "model" in args else "scratch"
     parameters = 500_000 if str(args.get("model")).startswith("recipe:") else LARGE
-    low, high = usual_lr("pairs" if model["class_path"] == "DPO" else "tokens", kind, parameters)
+    low, high = usual_lr(model["class_path"] == "DPO", kind, parameters)
     assert low <= args["optimizer"]["init_args"]["lr"] <= high
 
 
@@ -237,11 +243,11 @@ def slow_run(tmp_path_factory):
     """A run whose loader sleeps, with other settings to warn of; `(warnings, run.json)`."""
     path = tmp_path_factory.mktemp("slow")
     sft_data = data(path, 12, batch_size=4, max_length=32)
-    collate = sft_data.collate
+    collate = examples.collate
     folder = RunFolder(path, "run", "run", "{}")
     with pytest.MonkeyPatch.context() as patch, warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        patch.setattr(SFTData, "collate", property(lambda _: lambda rows: time.sleep(0.05) or collate(rows)))
+        patch.setattr(examples, "collate", lambda rows, pad_id: time.sleep(0.1) or collate(rows, pad_id))
         patch.setattr(advice, "WAIT_WINDOW", 5)
         patch.setattr(advice, "WAIT_FIRST", 2)
         trainer(max_steps=20, callbacks=[folder, Advice()]).fit(module(), sft_data)
@@ -267,7 +273,7 @@ def test_a_warning_is_noted_once_in_a_run_that_is_resumed(tmp_path):
     folder.directory = tmp_path
     with warnings.catch_warnings(record=True):
         for message in ("a", "b", "a"):
-            tell(SimpleNamespace(callbacks=[folder]), message)
+            warn(SimpleNamespace(callbacks=[folder]), message)
     assert json.loads((tmp_path / "run.json").read_text())["warnings"] == ["a", "b"]
 
 
@@ -276,12 +282,12 @@ def test_each_run_of_a_process_is_told_where_its_warning_comes_from(monkeypatch)
         warnings.simplefilter("default")  # as Python has it: a text once per place
         for rank in (0, 0, 1):
             monkeypatch.setattr(advice.rank_zero_only, "rank", rank)
-            tell(SimpleNamespace(callbacks=[]), "a")
+            warn(SimpleNamespace(callbacks=[]), "a")
     assert [(str(w.message), w.filename) for w in caught] == [("a", __file__)] * 2
     with warnings.catch_warnings(), pytest.raises(UserWarning, match="a"):
         warnings.simplefilter("error")
         monkeypatch.setattr(advice.rank_zero_only, "rank", 0)
-        tell(SimpleNamespace(callbacks=[]), "a")
+        warn(SimpleNamespace(callbacks=[]), "a")
 
 
 def test_warnings_are_yellow_and_not_broken_within_words_on_a_terminal(monkeypatch):

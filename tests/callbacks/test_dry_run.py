@@ -11,10 +11,12 @@ import pytest
 import torch
 import yaml
 
-from oumi_pl.callbacks import dry_run_table
-from oumi_pl.callbacks.dry_run import SomeLogps, largest_micro_batch
+from oumi_pl.callbacks.dry_run import OneBatch, SomeLogps
 from oumi_pl.callbacks.dry_run_table import roughly
+from oumi_pl.data import examples as examples_module
+from oumi_pl.data.plan import Layout
 from oumi_pl.modules.sft import SFT
+from oumi_pl.types import Update
 from tests.command_line import CommandLine
 from tests.test_dpo_command import DPO
 from tests.tiny import LLAMA, data, pairs, write_jsonl
@@ -69,32 +71,49 @@ def test_what_it_says_is_what_the_run_is(cli):
 
 
 def test_it_trains_on_the_largest_micro_batch_and_then_on_nothing_else(cli, monkeypatch):
-    shapes, training_step = [], SFT.training_step
+    sizes, training_step = [], SFT.training_step
     monkeypatch.setattr(
-        SFT, "training_step", lambda self, b, i: shapes.append(b["input_ids"].shape) or training_step(self, b, i)
+        SFT,
+        "training_step",
+        lambda self, b, i: sizes.append((len(b["sample_ids"]), b["input_ids"].numel())) or training_step(self, b, i),
     )
     cli.recipe({"trainer.accumulate_grad_batches": 3, "val_every": 1, "data.init_args.validation": "rows.jsonl"})
     found = told(cli.works(*FIT, "--dry_run"))
-    assert len(shapes) in range(4, 13)  # two to six updates of two micro-batches, as long as they are quick
-    assert len(set(shapes)) == 1
-    assert found["measured on"].startswith(f"micro-batches of {shapes[0][0]} x {shapes[0][1]} tokens, the largest")
-    assert "validation on 2 x" in found["measured on"]
+    assert len(sizes) in range(4, 13)  # two to six updates of two micro-batches, as long as they are quick
+    ((rows, tokens),) = set(sizes)
+    assert found["measured on"].startswith(f"micro-batches of {rows} rows, {tokens} tokens, the largest")
+    assert "validation on 2 rows, " in found["measured on"]
 
 
-def test_the_largest_micro_batch_is_found_by_its_tensor(tmp_path):
+def test_the_largest_micro_batch_is_that_of_the_most_tokens(tmp_path):
     for settings in ({"batch_size": 3}, {"batch_size": 2, "packing": True}):
         made = data(tmp_path, n=25, **settings)
         made.setup("fit")
         plan, layout = made.plan(0), made.layout
         all_of_them = [rows for u in range(len(plan)) for rows in plan.micro_batches(u, layout)]
-        examples = made.examples("train")
 
-        def size(rows, made=made, examples=examples):
-            return made.collate([(row.tolist(), [examples[i] for i in row]) for row in rows])["input_ids"].numel()
+        def size(rows, made=made):
+            return made.batch("train", [i for row in rows for i in row])["input_ids"].numel()
 
         sizes = [size(rows) for rows in all_of_them]
-        assert size(largest_micro_batch(made)) == max(sizes)
+        assert size(made.largest_micro_batch()) == max(sizes)
         assert len(set(sizes)) > 1
+
+
+def test_an_update_of_one_batch_comes_to_what_is_trained_on(tmp_path):
+    """The loader's own totals, with fewer micro-batches than the plan was made for, over two ranks."""
+    made = data(tmp_path, n=25, batch_size=3)
+    made.micro_batches = 4
+    made.setup("fit")
+    loader, rows = made.train_dataloader(), made.largest_micro_batch()
+    loader.layout = Layout(3, micro_batches=2, ranks=2)
+    plan = loader.position.plan
+    loader.position.plan = lambda epoch: OneBatch(plan(epoch), rows)
+    batches = list(loader)
+    assert len(batches) == 2 * len(made.plan(0))
+    for batch in batches:
+        assert batch["sample_ids"] == [int(i) for row in rows for i in row]
+        assert batch["update"] == Update(targets=4 * len(batch["targets"]), rows=4 * 3, parts=4)
 
 
 def test_a_reference_is_computed_for_the_tried_pairs_alone(cli, monkeypatch):
@@ -105,7 +124,7 @@ def test_a_reference_is_computed_for_the_tried_pairs_alone(cli, monkeypatch):
     monkeypatch.setattr(SomeLogps, "write", lambda self, c, logps: computed.append(c) or write(self, c, logps))
     found = told(cli.works(*FIT, "--dry_run"))
     assert len(computed) == 4  # two pairs to train on, two to validate
-    assert found["reference"].startswith("log-probabilities of 40 pairs are to be computed before the first update")
+    assert found["reference"].startswith("log-probabilities of 40 rows are to be computed before the first update")
     assert not list((cli.directory / "cache").rglob("000000.bin"))
     cli.works(*TRAINED)
     tokens = cli.column("runs/r", "train/num_tokens")
@@ -127,7 +146,7 @@ def test_a_stream_is_tried_as_it_comes(cli):
     }
     cli.recipe(changes)
     found = told(cli.works(*FIT, "--dry_run"))
-    assert found["measured on"] == "micro-batches of 3 x 16 tokens, as all of them are"
+    assert found["measured on"] == "micro-batches of 3 rows, 48 tokens, as all of them are"
     cli.works(*TRAINED)
     assert number(found["tokens in all"]) == float(cli.column("runs/r", "train/num_tokens")[4]) == 4 * 2 * 3 * 16
 
@@ -142,6 +161,15 @@ def test_a_run_to_be_resumed_is_tried_where_it_stands(cli):
     at_its_end = (*FIT, "--ckpt_path", "runs/r/checkpoints/step-00000002.ckpt")
     assert "nothing is left to train: the run ends at step 2" in (said := cli.fails(*at_its_end, "--dry_run"))
     assert said == cli.fails(*at_its_end)
+
+
+def test_a_run_is_resumed_between_updates_of_more_micro_batches_than_are_tried(cli):
+    """Lightning counts micro-batches, of which an update has fewer in a dry run."""
+    cli.recipe({"trainer.max_steps": 1, "trainer.accumulate_grad_batches": 3})
+    cli.works(*TRAINED)
+    found = told(cli.works("fit", "--resume", "runs/r", "--trainer.max_steps", "9", "--dry_run"))
+    assert found["optimizer steps"] == "9, of which 1 are done"
+    assert "with 2 of 3 micro-batches" in found["one update"]
 
 
 def test_callbacks_that_need_a_logger_take_part(cli):
@@ -172,11 +200,10 @@ def test_adapters_and_their_base_are_told_apart(cli):
 
 
 def test_tokens_beyond_the_epochs_that_are_counted_are_reckoned(tmp_path, monkeypatch):
-    monkeypatch.setattr(dry_run_table, "EXACT_EPOCHS", 2)
+    monkeypatch.setattr(examples_module, "EXACT_EPOCHS", 2)
     made = data(tmp_path, n=10, batch_size=2)
     made.setup("fit")
-    tokens, _ = dry_run_table.tokens_of_run(made, None, 5 * 7)
-    assert tokens == 7 * int(np.sum(made.lengths("train")))
+    assert made.tokens(5 * 7) == 7 * int(np.sum(made.lengths("train")))
 
 
 def test_times():

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from oumi_pl.callbacks import memory
-from oumi_pl.callbacks.memory import Shortage, gigabytes, shape_of, shorter, smaller, tried
+from oumi_pl.callbacks.memory import Shortage, gigabytes, shorter, size_in_words, smaller, tried
 from oumi_pl.modules.sft import SFT
 from tests.command_line import CommandLine
 from tests.test_dpo_command import DPO
@@ -68,12 +68,9 @@ def test_what_an_allocator_says_it_was_asked_for():
     assert [gigabytes(n) for n in (0, 5000, 5_000_000, 12.34e9)] == ["0 kB", "5 kB", "5 MB", "12.3 GB"]
 
 
-def test_the_shape_of_a_batch_is_that_of_its_tokens_else_of_its_largest_tensor():
-    ids, other = torch.ones(2, 30), torch.ones(3, 4, 50)
-    assert shape_of({"input_ids": ids, "pixels": other}) == ("2 x 30 tokens", 60)
-    assert shape_of({"pixels": other, "labels": [ids, None]}) == ("3 x 4 x 50 values", 600)
-    assert shape_of((ids, "name")) == ("2 x 30 values", 60)
-    assert shape_of(["name"]) == ("0 values", 0)
+def test_the_size_of_a_batch_is_what_the_module_counts():
+    assert size_in_words({"rows": 2, "tokens": 1060, "positions": 1060}) == "2 rows, 1,060 tokens"
+    assert size_in_words({"rows": 1, "tokens": 60, "positions": 80}) == "1 row, 60 tokens, 80 with padding"
 
 
 @pytest.fixture
@@ -87,7 +84,7 @@ def device(monkeypatch):
     state = {"takes": [], "used": 10 * GB, "peak": 10 * GB, "there": 40 * GB}
     monkeypatch.setattr(memory, "used", lambda _: state["used"])
     monkeypatch.setattr(memory, "peak_memory", lambda _: state["peak"])
-    monkeypatch.setattr(memory, "there", lambda _: state["there"])
+    monkeypatch.setattr(memory, "available", lambda _: state["there"])
     training_step = SFT.training_step
 
     def step(module, batch, i):
@@ -115,8 +112,8 @@ def test_a_measured_step_tells_how_many_rows_fit(cli, device):
     write_jsonl(cli.directory / "rows.jsonl", [{"text": "x" * 55}] * 40)
     device["takes"] = [25, 25]
     lines = out_of_memory(cli, "--data.batch_size", "6", "--trainer.accumulate_grad_batches", "2")
-    assert lines[0].startswith("error: out of memory on cpu in step 2, in a micro-batch of 6 x ")
-    assert lines[1].strip() == "40.0 GB are there; 10.0 GB were held before it, and it takes 25.0 GB more"
+    assert lines[0].startswith("error: out of memory on cpu in step 2, in a micro-batch of 6 rows, ")
+    assert lines[1].strip() == "40.0 GB in total; 10.0 GB were in use before it, and it takes 25.0 GB more"
     # 28.5 GB for what took 25: by that it fits, and yet it didn't; of the divisors of 12 below 6, the greatest
     assert lines[2].strip() == ("what fits: --data.batch_size 4 --trainer.accumulate_grad_batches 3 (the same updates)")
     assert "--model.gradient_checkpointing true" in lines[3]
@@ -164,9 +161,13 @@ def test_a_run_with_a_checkpoint_goes_on_from_it(cli, device):
 @pytest.mark.parametrize(
     ("where", "said", "helps"),
     [
-        ("oumi_pl.modules.base.build_model", "while the model was made", "--model.lora.r 16"),
+        ("oumi_pl.modules.base.build_model", "while the model was loaded", "--model.lora.r 16"),
         ("torch.optim.AdamW._init_group", "at the end of step 1", "optimizer state 282 kB"),
-        ("oumi_pl.modules.sft.SFT.validation_step", "in validation, in a batch of 2 x ", "--data.eval_batch_size 1"),
+        (
+            "oumi_pl.modules.sft.SFT.validation_step",
+            "in validation, in a batch of 2 rows, ",
+            "--data.eval_batch_size 1",
+        ),
     ],
 )
 def test_where_it_happened(cli, monkeypatch, where, said, helps):
@@ -209,6 +210,6 @@ def test_for_real(cli, monkeypatch):
     finally:
         resource.setrlimit(resource.RLIMIT_AS, before)
     assert len(rooms) == 1
-    assert f"{gigabytes(rooms[0])} are there" in lines[1]
-    assert "in step 1, in a micro-batch of 64 x 5" in lines[0]
+    assert f"{gigabytes(rooms[0])} in total" in lines[1]
+    assert "in step 1, in a micro-batch of 64 rows, 32," in lines[0]
     assert "what may fit: --data.batch_size " in lines[2]

@@ -13,10 +13,11 @@ def run(updates, loss=None, pairs=16):
     callback = PreferenceWarnings()
     for step, (accuracy, chosen, rejected) in enumerate(updates, start=1):
         means = {"accuracies": accuracy, "chosen": chosen, "rejected": rejected, "margins": chosen - rejected}
-        counts = {f"rewards/{name}": value * pairs for name, value in means.items()} | {"pairs": float(pairs)}
+        counts = {f"rewards/{name}": value * pairs for name, value in means.items()} | {"rows": float(pairs)}
         loop = SimpleNamespace(_should_accumulate=lambda: False)
-        module = SimpleNamespace(last_update=counts, loss=loss or Sigmoid())
-        callback.on_train_batch_end(SimpleNamespace(fit_loop=loop, global_step=step), module)
+        reference = SimpleNamespace(kind="adapters" if (loss or Sigmoid()).needs_reference else "none")
+        module = SimpleNamespace(last_update=counts, reference=reference)
+        callback.on_train_batch_end(SimpleNamespace(fit_loop=loop, global_step=step, callbacks=[]), module)
 
 
 START = (0.5, 0.0, 0.0)
@@ -71,4 +72,4 @@ def test_without_a_reference_falling_means_nothing(recwarn):
 
 def test_modules_without_pairs_are_left_alone():
     trainer = SimpleNamespace(fit_loop=SimpleNamespace(_should_accumulate=lambda: False), global_step=1)
-    PreferenceWarnings().on_train_batch_end(trainer, SimpleNamespace(last_update={"loss": 1.0}))
+    PreferenceWarnings().on_train_batch_end(trainer, SimpleNamespace(last_update={"loss": 1.0}, reference=None))

@@ -74,7 +74,7 @@ def made_run(metrics=FULL, total=12_000):
         num_val_batches=[8],
     )
     module = SimpleNamespace(
-        total_steps=lambda: total, normalised_by="targets", device=torch.device("cpu"), details=("kl",), last_update={}
+        total_steps=lambda: total, unit="targets", device=torch.device("cpu"), details=("kl",), last_update={}
     )
     return trainer, module
 

@@ -28,6 +28,7 @@ def test_what_is_read_as_utf_8_is_written_so_whatever_the_locale(tmp_path, monke
         parameters=list,
         causal_lm=SimpleNamespace(base=None),
         model_name=None,
+        loss=None,
         device=torch.device("cpu"),
     )
     RunFolder(tmp_path, "r", "r", CONFIG)._describe(trainer, module, tmp_path)

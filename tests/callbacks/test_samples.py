@@ -140,7 +140,7 @@ def test_a_model_that_can_not_write_is_trained_all_the_same(tmp_path, monkeypatc
 def test_sharded_weights_are_not_sampled_from(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(samples_module, "sharded", lambda *_: True)
     run(tmp_path, Samples(rows=2, max_new_tokens=4))
-    assert capsys.readouterr().err.count("no samples are written: the weights are shared out over the ranks") == 1
+    assert capsys.readouterr().err.count("no samples are written: the weights are sharded") == 1
 
 
 def test_prompts_that_leave_no_room_in_the_positions_are_passed_over(tmp_path):

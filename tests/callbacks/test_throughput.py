@@ -2,15 +2,23 @@
 
 import csv
 
+import pytest
 import torch
 
 from oumi_pl.callbacks import throughput
 from oumi_pl.callbacks.throughput import Throughput, flops_per_token, peak_flops
+from oumi_pl.models.layouts import padded
+from oumi_pl.models.lm import LM
+from oumi_pl.modules import base
 from oumi_pl.runs.metrics import MetricsCSV
 from tests.tiny import data, module, trainer
 
 
-def test_tokens_and_padding_are_those_of_the_batches(tmp_path):
+@pytest.mark.parametrize("is_padded", [False, True])
+def test_tokens_and_padding_are_those_of_the_batches(tmp_path, monkeypatch, is_padded):
+    """Rows are padded only for a model that needs it."""
+    if is_padded:
+        monkeypatch.setattr(base, "with_layout", lambda build, share: LM(build(False), padded))
     logger = MetricsCSV()
     logger.open(tmp_path / "metrics.csv")
     sft_data = data(tmp_path, 11, batch_size=2)
@@ -24,9 +32,11 @@ def test_tokens_and_padding_are_those_of_the_batches(tmp_path):
     seen = 0
     for row, update in zip(rows, updates, strict=True):
         real = [b for b in update if b["sample_ids"]]
-        tokens = sum(int(b["attention_mask"].sum()) for b in real)
-        positions = sum(b["input_ids"].numel() for b in real)
+        lengths = [[segment.length for segment in batch["segments"]] for batch in real]
+        tokens = sum(map(sum, lengths))
+        positions = sum(len(n) * max(n) for n in lengths) if is_padded else tokens
         seen += tokens
+        assert positions > tokens or not is_padded
         assert float(row["train/num_tokens"]) == seen
         assert abs(float(row["train/padding"]) - (1 - tokens / positions)) < 1e-6
         assert float(row["train/tokens_per_second"]) > 0

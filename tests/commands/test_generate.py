@@ -19,8 +19,8 @@ from oumi_pl.data.template import apply_template, load_template
 from oumi_pl.data.tokenizers import ByteTokenizer
 from oumi_pl.errors import UserError
 from oumi_pl.models.build import build_model
-from oumi_pl.models.causal_lm import CausalLM
 from oumi_pl.models.export import export_model
+from oumi_pl.models.lm import LM
 from tests.models.test_lora import plain_tokenizer, pretrained
 from tests.tiny import LLAMA, conversations, write_jsonl
 
@@ -147,7 +147,7 @@ def test_an_adapter_is_put_on_its_base(tmp_path, capsys):
     for name, parameter in hf.named_parameters():
         if "lora_B" in name:
             torch.nn.init.normal_(parameter, std=0.3)
-    export_model(CausalLM(hf), tmp_path / "adapter", tokenizer)
+    export_model(LM(hf), tmp_path / "adapter", tokenizer)
     options = ["--prompt", "x", "--max_new_tokens", 12, "--raw"]
     with_adapter = said(capsys, "--model", tmp_path / "adapter", *options)
     assert with_adapter == by_transformers(tmp_path / "adapter", "x", 12) + "\n"

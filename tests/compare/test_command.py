@@ -14,9 +14,9 @@ def test_a_recipe_on_two_engines(cli):
     code, out, err = cli.run("compare", "--config", "r.yaml", "--engines", "lightning,trl", "--steps", "3")
     assert code == 0, err
     assert "trl equals lightning in all 3 steps, within 1e-05" in out
-    found = cli.files()
-    assert {"runs/r-compare/steps.csv", "runs/r-compare/compare.png"} <= found
-    assert not any("weights" in name for name in found)
+    files = cli.files()
+    assert {"runs/r-compare/steps.csv", "runs/r-compare/compare.png"} <= files
+    assert not any("weights" in name for name in files)
     assert "holds something already" in cli.run("compare", "--config", "r.yaml")[2]
 
 
@@ -31,11 +31,11 @@ def test_a_recipe_on_two_engines(cli):
         (("--config", "nope"), "no recipe 'nope'"),
     ],
 )
-def test_mistakes_are_told_before_anything_runs(cli, options, message):
+def test_mistakes_are_reported_before_anything_runs(cli, options, message):
     assert message in cli.fails("compare", "--config", "r.yaml", *options)
 
 
-def test_an_engine_that_refuses_the_recipe_says_so(cli):
+def test_an_engine_that_refuses_the_recipe_is_named(cli):
     cli.recipe({"trainer.gradient_clip_val": 1.0, "trainer.gradient_clip_algorithm": "value"})
     code, _, err = cli.run("compare", "--config", "r.yaml", "--engines", "hf,lightning", "--steps", "1")
     assert code == 2

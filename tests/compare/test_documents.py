@@ -1,25 +1,27 @@
-"""One update, whatever layout it is read in, has one hash; any token or target that is another has another."""
+"""One update has one hash in any layout, and another hash if any token or target differs."""
 
 import numpy as np
 import pytest
 import torch
 
+from oumi_pl.adapters.batches import pair_inputs, token_inputs
 from oumi_pl.compare.documents import digest, documents_of
-from oumi_pl.data.collate import flatten_pairs, flatten_rows, pad_rows
-from oumi_pl.types import Example, PreferenceExample
+from oumi_pl.data.collate import collate
+from oumi_pl.models.layouts import documents, padded
+from oumi_pl.types import Example, Segment
 
 ROWS = [([i], [Example(np.arange(5, 5 + n), np.arange(n) >= m)]) for i, (n, m) in enumerate([(6, 3), (4, 1), (7, 6)])]
 PAIRS = [
-    ([0], [PreferenceExample(np.arange(10, 19), np.arange(9) >= 4, chosen_start=4, rejected_start=6)]),
-    ([1], [PreferenceExample(np.arange(30, 35), np.arange(5) >= 1, chosen_start=1, rejected_start=3)]),
+    ([0], [Example(np.arange(10, 19), np.arange(9) >= 4, (Segment(6), Segment(3, 0, 4)))]),
+    ([1], [Example(np.arange(30, 35), np.arange(5) >= 1, (Segment(3), Segment(2, 0, 1)))]),
 ]
 
 
-def unshifted(batch):
+def theirs(rows, layout=padded):
     """As transformers reads it: labels at the tokens' own positions."""
-    labels = torch.full_like(batch["labels"], -100)
-    labels[:, 1:] = batch["labels"][:, :-1]
-    return {k: v for k, v in batch.items() if k in ("input_ids", "attention_mask", "position_ids")} | {"labels": labels}
+    batch = token_inputs(collate(rows, 0), layout)
+    del batch["shift_labels"]
+    return batch
 
 
 def hashed(*batches):
@@ -27,41 +29,80 @@ def hashed(*batches):
 
 
 def test_padded_packed_and_shuffled_micro_batches_hash_alike():
-    whole = hashed(pad_rows(ROWS, 0))
-    assert hashed(flatten_rows(ROWS, 0)) == whole
-    assert hashed(pad_rows(ROWS[2:], 0), pad_rows(ROWS[:2], 0)) == whole
-    assert hashed(unshifted(pad_rows(ROWS, 0))) == whole
-    assert hashed(unshifted(flatten_rows(ROWS, 0))) == whole
-    assert hashed(pad_rows(ROWS, 0), pad_rows([], 0)) == whole  # the stand-in of a short update
+    whole = hashed(collate(ROWS, 0))
+    assert hashed(collate(ROWS[2:], 0), collate(ROWS[:2], 0)) == whole
+    for layout in (padded, documents):
+        assert hashed(token_inputs(collate(ROWS, 0), layout)) == whole
+        assert hashed(theirs(ROWS, layout)) == whole
+        assert hashed(theirs(ROWS[2:], layout), theirs(ROWS[:2], layout)) == whole
+    assert hashed(collate(ROWS, 0), collate([], 0)) == whole  # the stand-in of a short update
+    assert hashed(theirs(ROWS), theirs([])) == whole
 
 
 def test_pairs_with_a_shared_prompt_hash_as_two_rows_each():
     rows = []
     for _, (pair,) in PAIRS:
-        start, border, n = pair.chosen_start, pair.rejected_start, len(pair.input_ids)
+        (border, *_), (_, _, start), n = *pair.segments, len(pair.input_ids)
         for own in (np.r_[0:border], np.r_[0:start, border:n]):
             rows.append(([0], [Example(pair.input_ids[own], np.arange(len(own)) >= start)]))
-    padded = pad_rows(rows, 0)
-    theirs = {"input_ids": padded["input_ids"], "attention_mask": padded["attention_mask"]}
-    mask = torch.zeros_like(padded["input_ids"])
-    mask[:, 1:] = padded["labels"][:, :-1] != -100
-    assert hashed(flatten_pairs(PAIRS, 0)) == hashed(theirs | {"completion_mask": mask})
+    alone = hashed(collate(rows, 0))
+    batch = theirs(rows)
+    by_mask = {"input_ids": batch["input_ids"], "attention_mask": batch["attention_mask"]}
+    by_mask["completion_mask"] = (batch["labels"] != -100).long()
+    assert hashed(by_mask) == alone
+    assert hashed(collate(PAIRS, 0)) == alone
+    assert hashed(pair_inputs(collate(PAIRS, 0))) == alone
+    assert hashed(pair_inputs(collate(PAIRS, 0)), pair_inputs(collate([], 0))) == alone
 
 
+def test_a_tree_of_segments_hashes_as_its_paths():
+    segments = (Segment(6), Segment(3, 0, 4), Segment(2, 1, 6))
+    tree = Example(np.arange(10, 21), np.arange(11) >= 3, segments)
+    rows = [
+        ([i], [Example(np.array(ids), np.array(mask, dtype=bool))])
+        for i, (ids, mask) in enumerate(
+            [
+                ([10, 11, 12, 13, 14, 15], [0, 0, 0, 1, 1, 1]),
+                ([10, 11, 12, 13, 16, 17, 18], [0, 0, 0, 0, 1, 1, 1]),
+                ([10, 11, 12, 13, 16, 17, 19, 20], [0, 0, 0, 0, 0, 0, 1, 1]),
+            ]
+        )
+    ]
+    whole = hashed(collate(rows, 0))
+    assert hashed(collate([([0], [tree])], 0)) == whole
+    for layout in (padded, documents):
+        assert hashed(theirs([([0], [tree])], layout)) == whole
+        assert hashed(token_inputs(collate([([0], [tree])], 0), layout)) == whole
+
+
+@pytest.mark.parametrize("layout", [None, padded])
 @pytest.mark.parametrize("change", ["token", "target", "shift"])
-def test_whatever_changes_a_loss_changes_the_hash(change):
-    batch = pad_rows(ROWS, 0)
+def test_whatever_changes_a_loss_changes_the_hash(change, layout):
+    batch = collate(ROWS, 0)
     before = hashed(batch)
+    if layout is not None:
+        batch = theirs(ROWS, layout)
+        assert hashed(batch) == before
     if change == "token":
         batch["input_ids"][0, 1] += 1
+    elif layout is None:
+        for name in ("targets", "predictors", "target_segments"):
+            if change == "target":
+                batch[name] = batch[name][1:]
+        if change == "shift":
+            batch["targets"] = batch["targets"].roll(1)
     elif change == "target":
-        batch["labels"][1, 0] = -100
+        batch["labels"][1, 1] = -100
     else:
         batch["labels"] = batch["labels"].roll(1, 1)
     assert hashed(batch) != before
 
 
 def test_tokens_that_nothing_depends_on_do_not_count():
-    batch, longer = pad_rows(ROWS, 0), pad_rows(ROWS, 7)
-    longer["input_ids"][:, -1] = 9  # behind the last target of each
-    assert hashed(longer) == hashed(batch)
+    """What lies behind the last target of a document, and padding."""
+    longer = [(ids, [Example(np.append(row.input_ids, 9), np.append(row.loss_mask, False))]) for ids, (row,) in ROWS]
+    assert hashed(collate(longer, 0)) == hashed(collate(ROWS, 0))
+    batch = theirs(ROWS)
+    batch["input_ids"][batch["attention_mask"] == 0] = 9
+    assert hashed(batch) == hashed(collate(ROWS, 0))
+    assert torch.equal(batch["attention_mask"].sum(1), torch.tensor([6, 4, 7]))

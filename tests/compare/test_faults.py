@@ -1,81 +1,82 @@
-"""An engine that trains otherwise is caught, and what is wrong with it is named. Planted faults, one at a time."""
+"""Planted faults, one at a time: an engine that trains differently is caught, and the difference is named."""
 
 import pytest
 import torch
 import yaml
 
-from oumi_pl.compare.run import Engine, _lines, first_difference
+from oumi_pl.compare.run import Engine, first_difference, read_steps
 from oumi_pl.compare.worker import main
 from tests.command_line import RECIPE, CommandLine
 from tests.tiny import LLAMA, conversations, write_jsonl
 
 STEPS = 5
-CHANGED = {
+TRAINER = {
     "accumulate_grad_batches": 3,
     "gradient_clip_val": 0.05,  # below every norm
     "accelerator": "cpu",
 }
 
 
-def prepared(folder, **model):
-    tree = yaml.safe_load(yaml.safe_dump(RECIPE)) | {"trainer": dict(CHANGED)}
-    tree["model"]["init_args"] |= {"config": LLAMA} | model
+def write_recipe(folder):
+    tree = yaml.safe_load(yaml.safe_dump(RECIPE)) | {"trainer": dict(TRAINER)}
+    tree["model"]["init_args"] |= {"config": LLAMA}
     (folder / "r.yaml").write_text(yaml.safe_dump(tree))
     write_jsonl(folder / "rows.jsonl", conversations(40, longest=20))
 
 
-def ran(folder, engine, role, *overrides):
-    place = folder / f"{engine}-{role}-{len(list(folder.iterdir()))}"
-    assert main([engine, role, str(place), str(folder / "weights"), str(STEPS), "r.yaml", *overrides]) == 0
-    lines = _lines(place)
-    assert len(lines) == STEPS
-    return Engine(engine, lines, lines)
+def train(folder, engine, role, *overrides):
+    run_folder = folder / f"{engine}-{role}-{len(list(folder.iterdir()))}"
+    assert main([engine, role, str(run_folder), str(folder / "weights"), str(STEPS), "r.yaml", *overrides]) == 0
+    steps = read_steps(run_folder)
+    assert len(steps) == STEPS
+    return Engine(engine, steps, steps)
 
 
 @pytest.fixture
 def folder(tmp_path, monkeypatch, capsys):
     CommandLine(tmp_path, monkeypatch, capsys)
-    prepared(tmp_path)
+    write_recipe(tmp_path)
     return tmp_path
 
 
 @pytest.fixture
 def lead(folder):
-    return ran(folder, "lightning", "lead")
+    return train(folder, "lightning", "lead")
 
 
 @pytest.mark.parametrize("engine", ["hf", "trl", "lightning"])
 def test_engines_agree_at_every_step(folder, lead, engine):
-    other = ran(folder, engine, "held")
+    other = train(folder, engine, "held")
     assert first_difference(lead, other, 1e-5) is None
-    assert lead.held[1]["grad_norm"] > CHANGED["gradient_clip_val"]
-    free = ran(folder, engine, "free").free
+    assert lead.held[1]["grad_norm"] > TRAINER["gradient_clip_val"]
+    free = train(folder, engine, "free").free
     assert 0 <= free[-1]["weights"] < 1e-5
 
 
 def mean_of_means(monkeypatch):
-    from oumi_pl.adapters.driven import Driven
+    from oumi_pl.adapters.trainers import HFTrainer
 
-    fetch = Driven.get_batch_samples
-    monkeypatch.setattr(Driven, "get_batch_samples", lambda *args, **kwargs: (fetch(*args, **kwargs)[0], None))
+    fetch = HFTrainer.get_batch_samples
+    monkeypatch.setattr(HFTrainer, "get_batch_samples", lambda *args, **kwargs: (fetch(*args, **kwargs)[0], None))
 
 
 def shifted_label(monkeypatch):
     from oumi_pl.adapters import batches
 
-    right = batches.tokens
+    right = batches.token_inputs
 
     def wrong(*args, **kwargs):
         batch = right(*args, **kwargs)
-        return batch | {name: batch[name].roll(1, 1) for name in ("labels", "shift_labels")}
+        batch.update({name: batch[name].roll(1, 1) for name in ("labels", "shift_labels")})
+        return batch
 
-    monkeypatch.setattr(batches, "tokens", wrong)
+    monkeypatch.setattr(batches, "token_inputs", wrong)
 
 
 def dropout(monkeypatch):
-    from oumi_pl.adapters.driven import Driven
+    from oumi_pl.adapters.trainers import HFTrainer
 
-    step = Driven.training_step
+    step = HFTrainer.training_step
 
     def noisy(self, model, inputs, *args, **kwargs):
         kept = {name: p.detach().clone() for name, p in model.named_parameters()}
@@ -88,23 +89,23 @@ def dropout(monkeypatch):
                 parameter.copy_(kept[name])
         return loss
 
-    monkeypatch.setattr(Driven, "training_step", noisy)
+    monkeypatch.setattr(HFTrainer, "training_step", noisy)
 
 
 def other_gradient(monkeypatch):
     """As if one micro-batch counted twice in the gradient, and not in the loss that is logged."""
-    from oumi_pl.adapters.driven import Driven
+    from oumi_pl.adapters.trainers import HFTrainer
 
-    step = Driven.training_step
+    step = HFTrainer.training_step
 
-    def doubled(self, model, *args, **kwargs):
-        loss = step(self, model, *args, **kwargs)
-        if self._done == 1:
+    def doubled(self, model, inputs, *args, **kwargs):
+        loss = step(self, model, inputs, *args, **kwargs)
+        if inputs is self.run_callback.loader.update[0]:
             for parameter in model.parameters():
                 parameter.grad.mul_(2)
         return loss
 
-    monkeypatch.setattr(Driven, "training_step", doubled)
+    monkeypatch.setattr(HFTrainer, "training_step", doubled)
 
 
 @pytest.mark.parametrize(
@@ -113,8 +114,8 @@ def other_gradient(monkeypatch):
 )
 def test_a_planted_fault_is_named(folder, lead, monkeypatch, plant, what):
     plant(monkeypatch)
-    found = first_difference(lead, ran(folder, "hf", "held"), 1e-5)
-    assert (found.what, found.step) == (what, 1)
+    difference = first_difference(lead, train(folder, "hf", "held"), 1e-5)
+    assert (difference.what, difference.step) == (what, 1)
 
 
 @pytest.mark.parametrize(
@@ -128,5 +129,5 @@ def test_a_planted_fault_is_named(folder, lead, monkeypatch, plant, what):
     ],
 )
 def test_another_setting_is_named(folder, lead, override, what, step):
-    found = first_difference(lead, ran(folder, "hf", "held", override), 1e-5)
-    assert (found.what, found.step) == (what, step)
+    difference = first_difference(lead, train(folder, "hf", "held", override), 1e-5)
+    assert (difference.what, difference.step) == (what, step)

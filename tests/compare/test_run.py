@@ -1,4 +1,4 @@
-"""What differs first is named, in the order in which one difference causes the next."""
+"""The first difference is named, in the order in which one difference causes the next."""
 
 import numpy as np
 import pytest
@@ -39,14 +39,14 @@ def test_within_the_tolerance_nothing_differs():
         ({"update": float("nan")}, "update"),
     ],
 )
-def test_the_cause_is_named_and_not_what_follows_from_it(changes, what):
-    found = first_difference(LEAD, engine(at=2, **changes), 1e-5)
-    assert (found.what, found.step) == (what, 2)
-    told = report.verdict("hf", "lightning", 3, found, 1e-5)
-    assert told.startswith(f"hf differs from lightning first in {what} at step 2 (")
+def test_the_cause_is_named_and_not_its_consequence(changes, what):
+    difference = first_difference(LEAD, engine(at=2, **changes), 1e-5)
+    assert (difference.what, difference.step) == (what, 2)
+    verdict = report.verdict("hf", "lightning", 3, difference, 1e-5)
+    assert verdict.startswith(f"hf differs from lightning first in {what} at step 2 (")
 
 
-def test_an_update_may_differ_by_what_rounding_the_weights_makes_of_its_tolerance():
+def test_the_allowed_distance_of_updates_accounts_for_the_rounding_of_weights():
     """Updates that agree to 1e-5, added to weights of which they are the last digits."""
     rng = np.random.default_rng(0)
     weights = rng.normal(size=100_000).astype(np.float32)
@@ -63,8 +63,8 @@ def test_an_update_may_differ_by_what_rounding_the_weights_makes_of_its_toleranc
 
 
 def test_an_engine_that_stops_early_differs():
-    found = first_difference(LEAD, engine(steps=2), 1e-5)
-    assert (found.what, found.step) == ("steps", 3)
+    difference = first_difference(LEAD, engine(steps=2), 1e-5)
+    assert (difference.what, difference.step) == ("steps", 3)
 
 
 def test_table_csv_and_picture_show_all_engines(tmp_path):

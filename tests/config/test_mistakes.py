@@ -19,12 +19,15 @@ def cli(tmp_path, monkeypatch, capsys):
 
 
 MISSPELT = {
-    "class": ({"model.init_args.optimiser": {}}, "model.optimiser: unknown key; did you mean 'optimizer'?"),
+    "class": ({"model.init_args.optimiser": {}}, "model.optimiser: unknown key; did you mean 'model.optimizer'?"),
     "empty section": ({"modle": {}}, "modle: unknown key; did you mean 'model'?"),
-    "source": ({"data.init_args.train": {"paht": "rows.jsonl"}}, "data.train.paht: unknown key; did you mean 'path'?"),
+    "source": (
+        {"data.init_args.train": {"paht": "rows.jsonl"}},
+        "data.train.paht: unknown key; did you mean 'data.train.path'?",
+    ),
     "callback": (
         {"trainer.callbacks": [{"class_path": "Answers", "init_args": {"row": 3}}]},
-        "trainer.callbacks.0.row: unknown key; did you mean 'rows'?",
+        "trainer.callbacks.0.row: unknown key; did you mean 'trainer.callbacks.0.rows'?",
     ),
     "in a wrong section": ({"max_steps": 3}, "max_steps: unknown key; did you mean 'trainer.max_steps'?"),
     "in a wrong class": (
@@ -51,14 +54,14 @@ OPTIONS = {
     "top": ("--sed_everything 3", "unknown option --sed_everything; did you mean '--seed_everything'?"),
     "section": ("--trainer.max_step 3", "unknown option --trainer.max_step; did you mean '--trainer.max_steps'?"),
     "section=": ("--trainer.max_step=3", "unknown option --trainer.max_step; did you mean '--trainer.max_steps'?"),
-    "class": ("--model.optimiser AdamW", "model.optimiser: unknown key; did you mean 'optimizer'?"),
+    "class": ("--model.optimiser AdamW", "unknown option --model.optimiser; did you mean '--model.optimizer'?"),
     "class in class": (
         "--model.optimizer.weight_deca 0.1",
-        "model.optimizer.weight_deca: unknown key; did you mean 'weight_decay'?",
+        "unknown option --model.optimizer.weight_deca; did you mean '--model.optimizer.weight_decay'?",
     ),
     "class in class, union": (
         "--model.schedule.warmap 3",
-        "model.schedule.warmap: unknown key; did you mean 'warmup'?",
+        "unknown option --model.schedule.warmap; did you mean '--model.schedule.warmup'?",
     ),
     "lora": ("--model.lora.rr 8", "model.lora.rr: unknown key; did you mean 'r'?"),
     "without its section": ("--batch_size 3", "unknown option --batch_size; did you mean '--data.batch_size'?"),
@@ -70,7 +73,7 @@ OPTIONS = {
     "wrong type": ("--data.batch_size many", "data.batch_size: 'many' is not an int"),
     "literal": ("--data.overflow dropp", "data.overflow: 'dropp' is not a valid value; did you mean 'drop'?"),
     "class name": ("--model.optimizer AdamX", "model.optimizer: unknown class 'AdamX'; did you mean 'Adamax'?"),
-    "class path": ("--model.loss nowhere.Loss", "model.loss: No module named 'nowhere'"),
+    "class path": ("--model.loss nowhere.Loss", "model.loss: nowhere.Loss: there is no module 'nowhere'; searched "),
     "engine": ("--engine tlr", "engine: 'tlr' is not a valid value; did you mean 'trl'?"),
     "name": ("--name a/b", "name: 'a/b' can't be the name of a folder"),
 }
@@ -155,7 +158,10 @@ CLASSES = {
         {"trainer.callbacks": [{"class_path": "Answer"}]},
         "trainer.callbacks.0: unknown class 'Answer'; did you mean 'Answers'?",
     ),
-    "no class": ({"model": [1]}, "model: [1] does not name a LanguageModule; write class_path: NAME"),
+    "no class": (
+        {"model": [1]},
+        "model: [1] is not a LanguageModule; write for example `model: {class_path: SFT",
+    ),
     "no model": ({"model": GONE}, "model: missing, and there is no default"),
 }
 
@@ -190,7 +196,7 @@ def test_class_of_ones_own(cli, place, code, path, message):
 def test_class_of_another_kind(cli):
     cli.write("own_f.py", "class Own: pass\n")
     cli.recipe({"trainer.callbacks": [{"class_path": "own_f.Own"}]})
-    assert "trainer.callbacks: own_f.Own is not a subclass of Callback" in cli.fails(*FIT)
+    assert "trainer.callbacks.0: own_f.Own is not a subclass of Callback" in cli.fails(*FIT)
 
 
 @pytest.mark.parametrize("hidden", [False, True])
@@ -222,11 +228,11 @@ def test_out_of_memory():
 
 
 def test_another_rank_gone():
-    assert "another process" in of_the_machine(RuntimeError("[pair.cc:553] Connection closed by peer [::1]:1"))
+    assert "another rank exited" in of_the_machine(RuntimeError("[pair.cc:553] Connection closed by peer [::1]:1"))
 
 
 def test_bug_of_ours_keeps_its_traceback(cli, monkeypatch):
-    monkeypatch.setattr("oumi_pl.callbacks.run_folder.runs.write_state", {}.__getitem__)
+    monkeypatch.setattr("oumi_pl.callbacks.run_folder.folders.write_state", {}.__getitem__)
     code, _, err = cli.run(*FIT)
     assert code == 1
     assert "Traceback" in err

@@ -111,22 +111,22 @@ TOGETHER = {
         VALIDATION | {"val_every": 1, "trainer.val_check_interval": 2},
         "val_every and trainer.val_check_interval both say when to validate",
     ),
-    "val_every without rows": ({"val_every": 1}, "val_every needs held-out rows, and the recipe names none"),
+    "val_every without rows": ({"val_every": 1}, "val_every needs held-out rows, but the recipe names none"),
     "callback without rows": (
         {"trainer.callbacks": [{"class_path": "Answers"}]},
-        "the callback Answers needs held-out rows, and the recipe names none",
+        "the callback Answers needs held-out rows, but the recipe names none",
     ),
     "monitor without rows": (
         {"checkpoint.monitor": "val/loss"},
-        "checkpoint.monitor: 'val/loss' needs held-out rows, and the recipe names none",
+        "checkpoint.monitor: 'val/loss' needs held-out rows, but the recipe names none",
     ),
     "monitor": (
         VALIDATION | {"checkpoint.monitor": "val/los"},
-        "checkpoint.monitor: there is no metric 'val/los'; did you mean 'val/loss'?",
+        "checkpoint.monitor: unknown metric 'val/los'; did you mean 'val/loss'?",
     ),
     "early stopping": (
         VALIDATION | {"trainer.callbacks": [{"class_path": "EarlyStopping", "init_args": {"monitor": "val/los"}}]},
-        "monitor of EarlyStopping: there is no metric 'val/los'; did you mean 'val/loss'?",
+        "monitor of EarlyStopping: unknown metric 'val/los'; did you mean 'val/loss'?",
     ),
     "quantization": (
         {"model.init_args.quantization": "nf4", "model.init_args.lora": {"r": 2}},
@@ -134,7 +134,7 @@ TOGETHER = {
     ),
     "no training rows": (
         {"data.init_args.train": GONE},
-        "data.train: `fit` needs a source here, and the recipe names none",
+        "data.train: `fit` needs a source here, but the recipe names none",
     ),
 }
 
@@ -151,19 +151,19 @@ def test_what_does_not_go_together(cli, monkeypatch, changes, message):
 @pytest.mark.parametrize("command", ["validate", "test", "predict"])
 def test_command_without_its_rows(cli, command):
     message = cli.fails(command, "--config", "r.yaml")
-    assert "needs a source here, and the recipe names none" in message
+    assert "needs a source here, but the recipe names none" in message
     assert f"`{command}`" in message
 
 
 def test_without_a_checkpoint_it_is_said_what_is_measured(cli):
-    refusals._tell_what_is_run("validate", "org/name")
-    assert cli.capsys.readouterr().err == "no --ckpt_path is given: validate runs with org/name as it lies there\n"
+    refusals._check_weights("validate", "org/name")
+    assert cli.capsys.readouterr().err == "no --ckpt_path given; using the pretrained weights of org/name\n"
 
 
 @pytest.mark.parametrize(("setting", "value"), [("max_new_tokens", 0), ("temperature", -1.0)])
 def test_predictions_that_cannot_be(setting, value):
     with pytest.raises(UserError, match=f"predictions.{setting} is {value}"):
-        refusals._refuse_predictions([Predictions(**{setting: value})])
+        refusals._check_predictions([Predictions(**{setting: value})])
 
 
 OWN_FORMATS = {

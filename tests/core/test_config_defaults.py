@@ -6,7 +6,7 @@ import pytest
 
 from oumi_pl.core import configs
 from oumi_pl.core.configs import TrainingConfig
-from oumi_pl.core.configs.tree import as_tree
+from oumi_pl.core.configs.base_config import as_tree
 
 SPLIT = {
     "datasets": [],

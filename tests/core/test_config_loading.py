@@ -141,6 +141,7 @@ TAKEN = {
     "0": ("compile", "0", False),
     "quoted False": ("use_peft", "'False'", False),
     "number for text": ("run_name", "12", "12"),
+    "one for text": ("run_name", "1", "1"),
     "quoted no": ("eval_strategy", "'no'", "no"),
     "null": ("run_name", "null", None),
     "enum": ("trainer_type", "TRL_DPO", TrainerType.TRL_DPO),

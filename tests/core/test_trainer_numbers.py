@@ -13,8 +13,7 @@ from torch import nn
 from oumi_pl.core.configs import MixedPrecisionDtype
 from oumi_pl.core.trainers import Trainer
 from oumi_pl.core.trainers.collate import default_collator
-from oumi_pl.core.trainers.optimizers import optimizer
-from oumi_pl.core.trainers.schedules import schedule
+from oumi_pl.core.trainers.optimisation import build_optimizer, build_schedule
 from oumi_pl.data.tokenizers import ByteTokenizer
 from oumi_pl.errors import UserError
 from tests.core.test_trainer import Points, Regression, llama, logged, params, rows_of, token_rows
@@ -132,19 +131,19 @@ def test_equals_the_trainer_of_transformers(tmp_path):
 )
 def test_schedules_are_those_of_transformers(tmp_path, name, kwargs, theirs):
     values = params(tmp_path, lr_scheduler_type=name, lr_scheduler_kwargs=kwargs, warmup_steps=3, learning_rate=2.0)
-    factor = schedule(values, 20)
+    factor = build_schedule(values, 20)
     steps = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=2.0)
     reference = transformers.get_scheduler(theirs, steps, 3, 20, scheduler_specific_kwargs=kwargs)
     for step in range(22):
-        assert 2.0 * factor(step) == pytest.approx(steps.param_groups[0]["lr"], abs=1e-12)
+        assert 2.0 * factor(step, 20) == pytest.approx(steps.param_groups[0]["lr"], abs=1e-12)
         steps.step()
         reference.step()
 
 
 def test_a_minimum_is_said_once(tmp_path):
     both = {"min_lr": 0.1, "min_lr_rate": 0.1}
-    with pytest.raises(UserError, match="set one of them"):
-        schedule(params(tmp_path, lr_scheduler_type="cosine_with_min_lr", lr_scheduler_kwargs=both), 10)
+    with pytest.raises(UserError, match="both are set; keep one"):
+        build_schedule(params(tmp_path, lr_scheduler_type="cosine_with_min_lr", lr_scheduler_kwargs=both), 10)
 
 
 @pytest.mark.parametrize(
@@ -165,7 +164,7 @@ def test_optimizers_by_name(tmp_path, name, more, made):
     """Biases are not decayed."""
     ours, theirs = Regression(), Regression()
     values = params(tmp_path, optimizer=name, learning_rate=0.1, weight_decay=0.5, **more)
-    built = optimizer(ours, values)
+    built = build_optimizer(ours, values)
     groups = [{"params": [theirs.layer.weight]}, {"params": [theirs.layer.bias], "weight_decay": 0.0}]
     reference = made(groups)
     for model, steps in ((ours, built), (theirs, reference)):
@@ -181,7 +180,7 @@ def test_optimizers_by_name(tmp_path, name, more, made):
 def test_bitsandbytes_is_named_where_it_is_missing(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "bitsandbytes", None)
     with pytest.raises(UserError, match=r"pip install 'oumi_pl\[gpu\]'"):
-        optimizer(Regression(), params(tmp_path, optimizer="paged_adamw_8bit"))
+        build_optimizer(Regression(), params(tmp_path, optimizer="paged_adamw_8bit"))
 
 
 def test_mixed_precision_computes_in_bfloat16_and_keeps_weights(tmp_path):
@@ -212,25 +211,28 @@ sys.path.insert(0, {root!r})
 torch.set_num_threads(1)
 from oumi_pl.core.trainers import Trainer
 from oumi_pl.data.tokenizers import ByteTokenizer
-from tests.core.test_trainer import llama, params, token_rows
+from tests.core.test_trainer import Stream, llama, params, token_rows
 values = params(
-    sys.argv[1], optimizer="sgd", learning_rate=0.5, lr_scheduler_type="constant", max_steps=-1, num_train_epochs=2,
+    sys.argv[1], optimizer="sgd", learning_rate=0.5, lr_scheduler_type="constant", max_steps=4,
     gradient_accumulation_steps=int(sys.argv[2]), eval_strategy="epoch",
 )
-Trainer(llama(), ByteTokenizer().build(), values, token_rows(9), eval_dataset=token_rows(3, 9)).train()
+kind = {{"map-style": list, "iterable": Stream}}[sys.argv[3]]
+rows, held_out = kind(token_rows(9)), kind(token_rows(3, 9))
+Trainer(llama(), ByteTokenizer().build(), values, rows, eval_dataset=held_out).train()
 """
 
 
 @pytest.mark.slow
-def test_two_processes_train_as_one(tmp_path):
+@pytest.mark.parametrize("kind", ["map-style", "iterable"])
+def test_two_processes_train_as_one(tmp_path, kind):
     """Updates of 8 rows and of 1, for which the second process has none."""
     root = str(Path(__file__).parents[2])
     script = tmp_path / "worker.py"
     script.write_text(WORKER.format(root=root))
     env = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-    one = [sys.executable, str(script), str(tmp_path / "one"), "4"]
+    one = [sys.executable, str(script), str(tmp_path / "one"), "4", kind]
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-    two = [*launch, str(script), str(tmp_path / "two"), "2"]
+    two = [*launch, str(script), str(tmp_path / "two"), "2", kind]
     for command in (one, two):
         subprocess.run(command, check=True, env=env, capture_output=True, timeout=300)
     for name in ("train/loss", "train/grad_norm", "val/loss", "total_tokens_seen"):

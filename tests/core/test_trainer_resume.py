@@ -72,6 +72,7 @@ KINDS = {
     "rows that draw from the generators": (Regression, lambda: Noisy(), {}),
     "read by workers": (Regression, lambda: Points(), {"dataloader_num_workers": 1}),
     "iterable": (Regression, lambda: Stream(points()), {}),
+    "iterable, read by a worker": (Regression, lambda: Stream(points()), {"dataloader_num_workers": 2}),
     "iterable with a state": (Regression, lambda: Resumable(points()), {}),
     "transformers": (lambda: llama(attention_dropout=0.2), lambda: token_rows(10), {}),
     "a shuffled stream of datasets": (llama, lambda: shuffled(), {}),
@@ -125,6 +126,41 @@ def test_killed_and_resumed_equals_uninterrupted(tmp_path, kind, killed_after):
         assert logged(cut, name) == logged(whole, name)
     histories = [json.loads((p / "trainer_state.json").read_text())["log_history"][:-1] for p in (whole, cut)]
     assert histories[0] == histories[1]
+
+
+def test_from_checkpoints_that_are_written_after_epochs(tmp_path):
+    for kind in ("map-style", "iterable with a state"):
+        folder, rare = tmp_path / kind, {"save_steps": 0, "save_epoch": True}
+        run(folder / "whole", kind, **rare).train()
+        with pytest.raises(Killed):
+            run(folder / "cut", kind, 7, **rare).train()
+        run(folder / "cut", kind, **rare).train(resume_from_checkpoint=str(folder / "cut"))
+        assert same(ended(folder / "cut" / "checkpoint-9"), ended(folder / "whole" / "checkpoint-9"))
+
+
+def test_an_update_that_a_callback_breaks_off_is_done_again(tmp_path):
+    class Breaks(TrainerCallback):
+        def on_substep_end(self, args, state, control, **kwargs):
+            control.should_training_stop = state.global_step == 4
+
+        def on_epoch_end(self, args, state, control, **kwargs):
+            control.should_save = state.global_step == 4
+
+    def trainer(path, kind):
+        made = run(path, kind)
+        made.model.dropout.p = 0  # what the broken update has drawn is drawn
+        return made
+
+    for kind in ("map-style", "iterable with a state"):
+        whole, cut = tmp_path / kind / "whole", tmp_path / kind / "cut"
+        trainer(whole, kind).train()
+        broken = trainer(cut, kind)
+        broken._flow.handler.add_callback(Breaks())
+        broken.train()
+        assert broken.state.global_step == 4
+        trainer(cut, kind).train(resume_from_checkpoint=str(cut))
+        assert logged(cut) == logged(whole)
+        assert same(load_file(cut / "model.safetensors"), load_file(whole / "model.safetensors"))
 
 
 @pytest.mark.parametrize("step", [2, 3, 5, 6])
@@ -196,6 +232,15 @@ def test_only_checkpoints_that_fit_are_gone_on_from(tmp_path):
         run(tmp_path, "map-style", gradient_accumulation_steps=1).train(str(tmp_path))
     other = Trainer(torch.nn.Linear(1, 1), args=params(tmp_path), train_dataset=Points())
     with pytest.raises(UserError, match="the weights are of another model"):
+        other.train(str(tmp_path))
+
+
+def test_a_checkpoint_of_other_trained_weights_is_refused(tmp_path):
+    run(tmp_path, "map-style", max_steps=2).train()
+    model = Regression()
+    model.layer.bias.requires_grad_(False)
+    other = Trainer(model, args=params(tmp_path, gradient_accumulation_steps=2), train_dataset=Points())
+    with pytest.raises(UserError, match=r"another optimizer or model: 2 weights were trained, in groups of \[1, 1\]"):
         other.train(str(tmp_path))
 
 

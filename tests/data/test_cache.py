@@ -8,11 +8,11 @@ from types import ModuleType
 
 import pytest
 
-from oumi_pl.data import cache, corpus, examples
-from oumi_pl.data.cache import code_of
+from oumi_pl.data import corpus, examples, store
 from oumi_pl.data.pretrain import PretrainData
 from oumi_pl.data.sft import SFTData
 from oumi_pl.data.sources import Source
+from oumi_pl.data.store import code_of
 from oumi_pl.data.tokenizers import ByteTokenizer
 from oumi_pl.types import Text
 from tests.tiny import write_jsonl
@@ -90,7 +90,7 @@ def own(tmp_path, monkeypatch):
 def written(monkeypatch):
     """Counts what is made because the cache lacks it."""
     counted = []
-    for module, name in ((cache, "write_store"), (corpus, "write_shards")):
+    for module, name in ((store, "write_store"), (corpus, "write_shards")):
         write = getattr(module, name)
         monkeypatch.setattr(module, name, lambda *a, write=write, **kwargs: counted.append(1) or write(*a, **kwargs))
     return counted
@@ -135,7 +135,7 @@ def test_changed_code_misses_the_cache(own, written, rows, way, edit):
 
 def test_a_key_of_the_functions_alone_is_caught(own, written, rows, monkeypatch):
     """A planted fault: with a key of nothing but their own source, most changes hit the cache."""
-    for module in (cache, examples, corpus):
+    for module in (store, examples, corpus):
         monkeypatch.setattr(module, "code_of", lambda *parts: "".join(map(inspect.getsource, parts)))
     missed = []
     for edit, change in EDITS.items():

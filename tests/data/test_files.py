@@ -86,6 +86,14 @@ def test_zst_of_several_frames():
     assert values("a.jsonl.zst") == list(range(10))
 
 
+def test_zst_with_a_long_window_and_lines_longer_than_a_chunk():
+    window = zstandard.ZstdCompressionParameters(window_log=30)  # as `zstd --long=30` writes it
+    writer = zstandard.ZstdCompressor(compression_params=window).compressobj()
+    content = lines([{"n": 0, "text": "x" * 300_000}, {"n": 1}]).rstrip().encode()
+    write("a.jsonl.zst", writer.compress(content) + writer.flush())
+    assert values("a.jsonl.zst") == [0, 1]
+
+
 @pytest.mark.parametrize("suffix", [".parquet", ".arrow"])
 def test_tables(suffix):
     import pyarrow as pa

@@ -99,11 +99,7 @@ def test_hub_fields_are_refused_for_local_data(field):
 
 @pytest.fixture
 def bundled(monkeypatch):
-    from oumi_pl.data import find, sources
-
-    here = Path.cwd() / "package" / "bundled"
-    for module in (find, sources):
-        monkeypatch.setattr(module, "BUNDLED", here)
+    monkeypatch.setattr("oumi_pl.data.sources.BUNDLED", Path.cwd() / "package" / "bundled")
     write("package/bundled/instructions/train.jsonl", lines(ROWS))
     write("package/bundled/instructions/heldout.jsonl", lines(ROWS[:2]))
 

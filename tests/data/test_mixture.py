@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
 
-from oumi_pl.data.mixture import mixture_counts, mixture_epoch
+from oumi_pl.data.plan import mixture_counts, mixture_epoch
 from oumi_pl.errors import UserError
 
 

@@ -5,7 +5,7 @@ import itertools
 import numpy as np
 import pytest
 
-from oumi_pl.data.mixture_stream import TokenMixture
+from oumi_pl.data.row_stream import TokenMixture
 from oumi_pl.errors import UserError
 
 

@@ -3,7 +3,7 @@ import itertools
 import numpy as np
 import pytest
 
-from oumi_pl.data.packing import fill, pack
+from oumi_pl.data.plan import fill, pack
 
 
 def packs_of(lengths, capacity, order=None):

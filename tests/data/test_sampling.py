@@ -4,8 +4,7 @@ from collections import Counter
 
 import pytest
 
-from oumi_pl.data.sampling import sampled
-from oumi_pl.data.sources import Source, fingerprint, rows
+from oumi_pl.data.sources import Source, fingerprint, rows, sampled
 from oumi_pl.errors import UserError
 from tests.tiny import write_jsonl
 

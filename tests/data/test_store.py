@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from oumi_pl.data import cache, store
+from oumi_pl.data import store
 from oumi_pl.data.store import ExampleStore, cache_root, write_store
 from oumi_pl.errors import UserError
 from oumi_pl.types import Example, Segment
@@ -125,7 +125,7 @@ def test_all_code_that_makes_examples_is_part_of_the_caches_key(monkeypatch):
     hashed = []
     read = Path.read_bytes
     monkeypatch.setattr(Path, "read_bytes", lambda self: hashed.append(self) or read(self))
-    cache._own_code()
+    store._own_code()
     here = Path(store.__file__).parent
     assert {here / "pairs.py", here / "preferences.py", here / "store.py", here.parent / "types.py"} <= set(hashed)
     for file in hashed:

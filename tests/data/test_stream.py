@@ -8,7 +8,7 @@ import torch
 
 from oumi_pl.data.plan import Layout
 from oumi_pl.data.pretrain import PretrainData
-from oumi_pl.data.rows import batch_of
+from oumi_pl.data.row_stream import batch_of
 from oumi_pl.data.stream_loader import StreamLoader
 from oumi_pl.errors import UserError
 from oumi_pl.types import Segment

@@ -11,7 +11,7 @@ from oumi_pl.data.collate import collate
 from oumi_pl.data.loader import PlanLoader
 from oumi_pl.data.plan import Layout, Plan, plan_epoch
 from oumi_pl.data.pretrain import PretrainData
-from oumi_pl.data.rows import batch_of
+from oumi_pl.data.row_stream import batch_of
 from oumi_pl.data.stream_loader import StreamLoader
 from oumi_pl.data.tokenizers import ByteTokenizer
 from oumi_pl.types import Update

@@ -5,7 +5,7 @@ import random
 import numpy as np
 import pytest
 
-from oumi_pl.data.packing import pack
+from oumi_pl.data.plan import pack
 from oumi_pl.data.windows import BUFFERED_ROWS, BestFit, Concat
 from oumi_pl.types import IGNORE_INDEX
 

@@ -6,8 +6,7 @@ import pytest
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
 
 from oumi_pl.errors import UserError
-from oumi_pl.models.build import build_model
-from oumi_pl.models.positions import refuse_too_few_positions
+from oumi_pl.models.build import build_model, refuse_too_few_positions
 from oumi_pl.modules.sft import SFT
 from tests.data.corpora import corpus, documents, pretrain_data
 from tests.tiny import LLAMA, data, dpo_data, sgd, trainer

@@ -15,8 +15,8 @@ from oumi_pl.data.tokenizers import ByteTokenizer
 from oumi_pl.errors import UserError
 from oumi_pl.losses.preference import Sigmoid
 from oumi_pl.models.build import build_model
-from oumi_pl.models.preference import documents, shared
-from oumi_pl.modules.dpo import DPO, PER_PAIR
+from oumi_pl.models.layouts import documents, forest
+from oumi_pl.modules.dpo import DPO
 from tests.conftest import free_port
 from tests.models.test_lora import pretrained
 from tests.tiny import LLAMA, distance, dpo, dpo_data, fit, trainer, weights
@@ -25,6 +25,12 @@ DROPOUT = {"attention_dropout": 0.3}
 LORA = {"r": 4, "lora_dropout": 0.3}
 ROWS = 11  # an update of 8 pairs and a short one of 3
 BETA, LR = 0.3, 0.2
+OF_PAIRS = (
+    "loss",
+    *("rewards/chosen", "rewards/rejected", "rewards/margins", "rewards/accuracies"),
+    *("logps/chosen", "logps/rejected", "lengths/chosen", "lengths/rejected"),
+)
+"""Metrics that are means over pairs."""
 
 
 class Record(L.Callback):
@@ -108,7 +114,7 @@ def test_the_reference_of_an_adapter_is_its_base_with_the_adapter(tmp_path, base
 
 
 def test_dropout_that_survives_is_told(tmp_path, base, monkeypatch):
-    monkeypatch.setattr("oumi_pl.models.preference.disable_dropout", lambda model: None)
+    monkeypatch.setattr("oumi_pl.modules.base.disable_dropout", lambda model: None)
     for kwargs in ({}, {"reference": "online"}, {"lora": LORA}):
         with pytest.raises(UserError, match=r"before the first update the policy has to equal its reference.*dropout"):
             first_update(tmp_path, base, **kwargs)
@@ -142,14 +148,14 @@ def log_probabilities(hf, ids, mask):
 
 def responses(example):
     ids, mask = torch.tensor(example.input_ids, dtype=torch.long), torch.tensor(example.loss_mask)
-    prompt, border = example.chosen_start, example.rejected_start
+    border, prompt = example.segments[0].length, example.segments[1].shared
     for rest in (slice(prompt, border), slice(border, None)):
         yield torch.cat([ids[:prompt], ids[rest]]), torch.cat([mask[:prompt], mask[rest]])
 
 
 def by_hand(hf, reference, examples):
     """One big batch: the losses and metrics of pairs, `[pairs]` each."""
-    found = {name: [] for name in (*PER_PAIR, "kl")}
+    found = {name: [] for name in (*OF_PAIRS, "kl")}
     for example in examples:
         sequences = list(responses(example))
         logps = [log_probabilities(hf, *sequence) for sequence in sequences]
@@ -247,7 +253,7 @@ def test_equals_a_plain_loop_however_it_is_cut(
     assert len(logged) == 2
     kwargs = {"reference": other} if reference else {}
     module, updates = trained(tmp_path, base, batch_size, micro_batches, share_prompt=share, **kwargs)
-    assert module.policy.layout is (shared if share == "auto" else documents)
+    assert module.causal_lm.layout is (forest if share == "auto" else documents)
     assert distance(weights(module), expected) < 1e-6
     assert_logged(updates, logged)
 
@@ -267,7 +273,7 @@ def test_packed_training_equals_unpacked(tmp_path, base, other, plain, share):
 def test_gradient_checkpointing_changes_nothing(tmp_path, base, plain, other):
     expected, _ = plain(8, other)
     module, _ = trained(tmp_path, base, 2, 4, reference=other, gradient_checkpointing=True)
-    assert module.policy.base.is_gradient_checkpointing
+    assert module.causal_lm.base.is_gradient_checkpointing
     assert distance(weights(module), expected) < 1e-6
 
 
@@ -307,11 +313,11 @@ def test_the_router_loss_is_weighed_by_pairs(tmp_path):
 
     L.seed_everything(1)
     module = DPO(config=config | {"output_router_logits": True})
-    policy = module.build(pairs.tokenizer)
+    policy = module.build(pairs.tokenizer, branching=True)
     start = {name: p.detach().clone() for name, p in policy.hf.named_parameters()}
     for batch in pairs.train_dataloader():
         n = len(batch["sample_ids"])
-        (policy(batch).router_loss * n / 3).backward()
+        (policy(batch, lambda states: states.router_loss) * n / 3).backward()
     for name, p in policy.hf.named_parameters():
         moved = gradients[0][name] - gradients[1][name]  # SGD: the difference of the gradients, times the rate
         expected = torch.zeros_like(p) if p.grad is None else LR * p.grad

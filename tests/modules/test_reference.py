@@ -289,7 +289,7 @@ def test_a_copy_is_no_part_of_what_is_trained_or_saved(tmp_path, base):
     assert not any(m.training for m in copy.modules())
     assert not any(p.requires_grad for p in copy.parameters())
     assert all(torch.equal(p, q) for p, q in zip(copy.hf.parameters(), start.parameters(), strict=True))
-    assert any(not torch.equal(p, q) for p, q in zip(module.policy.hf.parameters(), start.parameters(), strict=True))
+    assert any(not torch.equal(p, q) for p, q in zip(module.causal_lm.hf.parameters(), start.parameters(), strict=True))
     held = {p.data_ptr() for p in copy.parameters()}
     assert held.isdisjoint(p.data_ptr() for p in module.parameters())
     assert held.isdisjoint(p.data_ptr() for group in module.trainer.optimizers[0].param_groups for p in group["params"])
@@ -307,7 +307,7 @@ class Moves(L.Callback):
     def on_train_batch_end(self, trainer, module, *_):
         if not trainer.fit_loop._should_accumulate():
             copy = module.reference.opened.model.hf.named_parameters()
-            policy = dict(module.policy.hf.named_parameters())
+            policy = dict(module.causal_lm.hf.named_parameters())
             self.steps.append({n: (policy[n].detach().clone(), p.detach().clone()) for n, p in copy})
 
 
@@ -318,7 +318,7 @@ def test_the_reference_moves_towards_the_policy_every_so_many_steps(tmp_path, ba
     data = dpo_data(tmp_path, ROWS, batch_size=1)
     fit(module, data, max_steps=5, accumulate_grad_batches=2, callbacks=[moves, record])
     assert "moved by 0.3 every 2 steps" in module.notes[0]
-    names = set(dict(module.policy.hf.named_parameters())) if not kwargs else set(trainable(module.policy.hf))
+    names = set(dict(module.causal_lm.hf.named_parameters())) if not kwargs else set(trainable(module.causal_lm.hf))
     assert [u["kl"] == 0 for u in record.updates] == [True, *[False] * 4]
     before = moves.steps[0]
     for step, after in enumerate(moves.steps[1:], start=2):
@@ -341,7 +341,7 @@ def test_a_reference_that_moves_all_the_way_is_the_policy(tmp_path, base):
 def test_a_copy_in_less_precision(tmp_path, base, kwargs):
     module, updates = run(tmp_path, base, reference_dtype="bfloat16", **kwargs)
     assert {p.dtype for p in module.reference.opened.model.parameters()} == {torch.bfloat16}
-    assert {p.dtype for p in module.policy.parameters()} == {torch.float32}
+    assert {p.dtype for p in module.causal_lm.parameters()} == {torch.float32}
     assert updates[0]["loss"] == pytest.approx(0.6931, abs=1e-2)
 
 
@@ -377,14 +377,14 @@ def test_adapters_are_disabled_only_where_that_gives_the_base(tmp_path, base, bi
 
 def test_the_policy_has_its_adapters_again_after_the_reference_ran(tmp_path, base):
     module, _ = run(tmp_path, base, lora=LORA)
-    batch = module.trainer.datamodule.collate([([0], [module.trainer.datamodule.examples("train")[0]])])
+    batch = module.trainer.datamodule.batch("train", [0])
     with torch.no_grad():
-        policy = module.policy(batch).logps
+        policy = module.causal_lm(batch)
         without = module.reference.opened.logps(batch, "train")
         assert not torch.equal(without, policy)
-        assert torch.equal(module.policy(batch).logps, policy)
-        plain = dpo(base).build(module.trainer.datamodule.tokenizer)
-        assert torch.equal(plain(batch).logps, without)
+        assert torch.equal(module.causal_lm(batch), policy)
+        plain = dpo(base).build(module.trainer.datamodule.tokenizer, branching=True)
+        assert torch.equal(plain(batch), without)
 
 
 # ---- none
@@ -395,7 +395,7 @@ def test_the_policy_has_its_adapters_again_after_the_reference_ran(tmp_path, bas
 def test_losses_without_a_reference_load_none(tmp_path, base, computed, monkeypatch, loss, kwargs):
     built = []
     monkeypatch.setattr("oumi_pl.modules.base.build_model", lambda *a, **k: built.append(a) or build_model(*a, **k))
-    monkeypatch.setattr("oumi_pl.modules.reference_setup.deepcopy", built.append)
+    monkeypatch.setattr("oumi_pl.modules.reference.deepcopy", built.append)
     module, updates = run(tmp_path, base, loss=loss(), **kwargs)
     assert (len(built), computed) == (1, [])
     assert "no reference" in module.notes[0]

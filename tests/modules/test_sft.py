@@ -8,9 +8,8 @@ import pytest
 import torch
 
 from oumi_pl.__main__ import main
-from oumi_pl.errors import UserError
 from oumi_pl.losses.causal import CrossEntropy
-from oumi_pl.models.causal_lm import CausalLM
+from oumi_pl.models.layouts import documents, padded
 from oumi_pl.modules.sft import SFT
 from tests.tiny import conversations, data, distance, fit, module, trainer, weights, write_jsonl
 
@@ -39,13 +38,13 @@ def test_validation_does_not_depend_on_batches_or_packing(tmp_path):
 
 def test_a_mean_of_batch_means_would_be_caught(tmp_path, monkeypatch):
     expected = validated(tmp_path, eval_batch_size=1)
-    original = CausalLM.forward
+    original = SFT.loss_sums
 
-    def mean(self, batch, loss):
-        out = original(self, batch, loss)
-        return out._replace(loss_sum=out.loss_sum / out.target_tokens, target_tokens=out.target_tokens * 0 + 1)
+    def mean(self, batch, split):
+        return {name: value / len(batch["targets"]) for name, value in original(self, batch, split).items()}
 
-    monkeypatch.setattr(CausalLM, "forward", mean)
+    monkeypatch.setattr(SFT, "loss_sums", mean)
+    monkeypatch.setattr(SFT, "count", lambda self, batch: {"targets": 1})
     assert validated(tmp_path, eval_batch_size=3)["val/loss"] != pytest.approx(expected["val/loss"], rel=1e-4)
 
 
@@ -59,13 +58,31 @@ def test_packed_training_equals_unpacked(tmp_path):
     assert distance(got, expected) < 1e-5
 
 
-def test_a_model_that_lets_documents_see_each_other_is_refused(tmp_path):
-    """A recurrent state runs across documents, whatever the attention."""
+def test_a_model_that_lets_documents_see_each_other_gets_packs_as_padded_rows(tmp_path):
+    """A recurrent state runs across documents, whatever the attention: the weights are those of unpacked training."""
     mamba = {"model_type": "mamba", "hidden_size": 16, "num_hidden_layers": 1, "state_size": 4}
-    sft = SFT(config=mamba, optimizer=lambda params: torch.optim.SGD(params, lr=0.1))
-    with pytest.raises(UserError, match="documents"):
-        fit(sft, data(tmp_path, ROWS, packing=True, max_length=256), max_epochs=1)
-    fit(sft, data(tmp_path, ROWS), max_steps=1)
+
+    def trained(**kwargs):
+        sft = SFT(config=mamba, optimizer=lambda params: torch.optim.SGD(params, lr=0.1))
+        fit(sft, data(tmp_path, ROWS, batch_size=ROWS, max_length=256, **kwargs), max_epochs=1)
+        return sft
+
+    packed, alone = trained(packing=True), trained()
+    assert packed.causal_lm.layout is padded
+    assert "see each other" in packed.notes[0]
+    assert distance(weights(packed), weights(alone)) < 1e-5
+
+
+def test_packs_that_leak_would_be_caught(tmp_path, monkeypatch):
+    mamba = {"model_type": "mamba", "hidden_size": 16, "num_hidden_layers": 1, "state_size": 4}
+
+    def trained(**kwargs):
+        sft = SFT(config=mamba, optimizer=lambda params: torch.optim.SGD(params, lr=0.1))
+        return fit(sft, data(tmp_path, ROWS, batch_size=ROWS, max_length=256, **kwargs), max_epochs=1)
+
+    alone = trained()
+    monkeypatch.setattr("oumi_pl.models.lm.choose_layout", lambda hf, share: (documents, ""))
+    assert distance(trained(packing=True), alone) > 1e-4
 
 
 class HalfLoss(CrossEntropy):

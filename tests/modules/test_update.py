@@ -9,8 +9,8 @@ import lightning as L
 import pytest
 import torch
 
-from oumi_pl.models.causal_lm import CausalLM
 from oumi_pl.modules.base import LanguageModule
+from oumi_pl.modules.sft import SFT
 from tests.tiny import data, distance, fit, module, trainer, weights
 
 ROWS = 11  # an update of 8 rows and a short one of 3
@@ -90,21 +90,17 @@ def test_equals_a_plain_loop_however_it_is_cut(tmp_path, batch_size, micro_batch
 
 def test_a_mean_of_means_would_be_caught(tmp_path, monkeypatch):
     expected, _ = reference(tmp_path)
-    whole = LanguageModule._sums_over_ranks
-
-    def mean_of_means(self):
-        return whole(self) | {"targets": torch.tensor(1024.0)}
-
-    monkeypatch.setattr(LanguageModule, "_sums_over_ranks", mean_of_means)
-    original = CausalLM.forward
-
-    def mean(self, batch, loss):
-        out = original(self, batch, loss)
-        return out._replace(loss_sum=out.loss_sum * 1024 / out.target_tokens.clamp(min=1) / 4)
-
-    monkeypatch.setattr(CausalLM, "forward", mean)
+    monkeypatch.setattr(LanguageModule, "share", lambda self, batch: 1 / max(1, len(batch["targets"])))
     got, _ = trained(tmp_path, 2, 4)
     assert distance(got, expected) > 1e-4
+
+
+def test_an_update_that_was_divided_by_a_wrong_count_is_an_error(tmp_path, monkeypatch):
+    """The totals come from the plan, and what was trained on is counted: the two have to agree."""
+    original = SFT.count
+    monkeypatch.setattr(SFT, "count", lambda self, batch: original(self, batch) | {"targets": 1})
+    with pytest.raises(RuntimeError, match=r"update 1 was divided by \d+ targets, and 4 were trained on"):
+        trained(tmp_path, 2, 4)
 
 
 WORKER = """
@@ -152,6 +148,82 @@ def test_equals_a_plain_loop_on_two_processes(tmp_path, strategy):
     got = on_two_processes(tmp_path, strategy, 2, 2)
     assert distance(got["weights"], expected) < 1e-6
     assert got["losses"] == pytest.approx(expected_losses, rel=1e-6)
+
+
+class Gradients(L.Callback):
+    """The norm of the gradient that callbacks see, and the norm that is logged of the same update."""
+
+    def __init__(self):
+        self.seen, self.logged = [], []
+
+    def on_before_optimizer_step(self, trainer, pl_module, optimizer):
+        grads = [p.grad for p in pl_module.parameters() if p.grad is not None]
+        self.seen.append(float(torch.nn.utils.get_total_norm(grads)))
+
+    def on_train_batch_end(self, trainer, *_):
+        if not trainer.fit_loop._should_accumulate():
+            self.logged.append(float(trainer.callback_metrics["train/grad_norm"]))
+
+
+@pytest.mark.parametrize(("batch_size", "micro_batches"), LAYOUTS[:3])
+def test_callbacks_see_the_gradient_of_the_mean(tmp_path, batch_size, micro_batches):
+    sft, sft_data = module(), data(tmp_path, ROWS, batch_size=8, group_by_length=False)
+    L.seed_everything(1)
+    trainer(max_epochs=1).strategy.connect(sft)
+    sft.model = sft.build(sft_data.tokenizer)
+    expected = []
+    for rows in epoch_of(sft_data):
+        before = weights(sft)
+        plain_loop(sft, sft_data, [rows])
+        steps = [(before[n] - w).flatten() / 0.1 for n, w in weights(sft).items()]  # SGD: the rate times the gradient
+        expected.append(float(torch.cat(steps).norm()))
+    gradients = Gradients()
+    cut = data(tmp_path, ROWS, batch_size=batch_size, group_by_length=False)
+    fit(module(), cut, max_epochs=1, accumulate_grad_batches=micro_batches, callbacks=[gradients])
+    assert gradients.seen == pytest.approx(gradients.logged, rel=1e-6)
+    assert gradients.seen == pytest.approx(expected, rel=1e-4)
+
+
+def test_lightning_clips_the_gradient_of_the_mean(tmp_path):
+    """The plain loop with torch's own clipping, at a third of the norm of the first update."""
+    gradients = Gradients()
+    cut = {"batch_size": 2, "group_by_length": False}
+    fit(module(), data(tmp_path, ROWS, **cut), max_epochs=1, accumulate_grad_batches=4, callbacks=[gradients])
+    clip = gradients.logged[0] / 3
+    sft, sft_data = module(), data(tmp_path, ROWS, batch_size=8, group_by_length=False)
+    L.seed_everything(1)
+    trainer(max_epochs=1).strategy.connect(sft)
+    sft.model = sft.build(sft_data.tokenizer)
+    for rows in epoch_of(sft_data):
+        before = weights(sft)
+        plain_loop(sft, sft_data, [rows])
+        steps = {n: before[n] - w for n, w in weights(sft).items()}
+        norm = torch.cat([step.flatten() for step in steps.values()]).norm() / 0.1
+        with torch.no_grad():
+            for name, parameter in sft.causal_lm.hf.named_parameters():
+                parameter.copy_(before[name] - steps[name] * min(1.0, float(clip / (norm + 1e-6))))
+    settings = {"max_epochs": 1, "accumulate_grad_batches": 4, "gradient_clip_val": clip}
+    got = fit(module(), data(tmp_path, ROWS, **cut), **settings)
+    assert distance(got, weights(sft)) < 1e-5
+
+
+@pytest.mark.parametrize("limit", [3, 0.7])
+def test_an_update_cut_short_by_limit_train_batches_is_the_mean_over_what_is_left(tmp_path, limit):
+    """Of four micro-batches of two rows, the first update has three, or the second none."""
+    cut = {"batch_size": 2, "group_by_length": False}
+    losses = Losses()
+    settings = {"max_epochs": 1, "accumulate_grad_batches": 4, "limit_train_batches": limit, "callbacks": [losses]}
+    got = fit(module(), data(tmp_path, ROWS, **cut), **settings)
+    sft, sft_data = module(), data(tmp_path, ROWS, batch_size=8, group_by_length=False)
+    L.seed_everything(1)
+    trainer(max_epochs=1).strategy.connect(sft)
+    sft.model = sft.build(sft_data.tokenizer)
+    rows = [i for update in epoch_of(sft_data) for i in update]
+    micro_batches = 3 if limit == 3 else int(0.7 * 8)
+    trained_on = [rows[: 2 * micro_batches]] if micro_batches < 4 else [rows[:8], rows[8 : 2 * micro_batches]]
+    _, expected = plain_loop(sft, sft_data, trained_on)
+    assert losses.values == pytest.approx(expected, rel=1e-6)
+    assert distance(got, weights(sft)) < 1e-6
 
 
 def test_clipping_at_0_is_none_as_lightning_has_it(tmp_path):

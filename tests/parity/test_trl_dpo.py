@@ -6,15 +6,18 @@ import lightning as L
 import pytest
 import torch
 
-from oumi_pl.models.preference import documents, shared
+from oumi_pl.models.layouts import documents, forest
 from oumi_pl.optim.schedules import Linear
-from tests.models.test_lora import trainable
 from tests.parity.test_trl import Record
 from tests.tiny import distance, dpo, dpo_data, trainer, weights
 
 ROWS, BATCH, MICRO, LR, CLIP, BETA = 20, 2, 2, 3e-3, 0.5, 0.1
 LORA = {"r": 4, "lora_alpha": 8, "lora_dropout": 0.1}
 DROPOUT = {"attention_dropout": 0.1}
+
+
+def trainable(model):
+    return {name: p for name, p in model.named_parameters() if p.requires_grad}
 
 
 class Rewards(Record):
@@ -47,7 +50,8 @@ def rows(data):
     made = {"prompt_ids": [], "chosen_ids": [], "rejected_ids": []}
     for i in (int(i) for epoch in range(2) for i in data.plan(epoch).example_ids):
         ids, mask = examples[i].input_ids, examples[i].loss_mask
-        start, border = examples[i].chosen_start, examples[i].rejected_start
+        chosen, rejected = examples[i].segments
+        start, border = rejected.shared, chosen.length
         made["prompt_ids"].append(ids[:start].tolist())
         for name, part in (("chosen_ids", slice(start, border)), ("rejected_ids", slice(border, None))):
             targets = int(mask[part].sum())
@@ -128,14 +132,14 @@ def assert_equal(record, logged):
 @pytest.mark.filterwarnings("ignore")
 def test_equals_trl(tmp_path):
     module, data, record = ours(tmp_path)
-    assert module.policy.layout is shared
+    assert module.causal_lm.layout is forest
     model, logged = theirs(tmp_path, start(data), data)
     assert_equal(record, logged)
     # Adam divides by the gradient's own size, which makes rounding visible where gradients are tiny
     expected = {name: p.detach() for name, p in model.named_parameters()}
     assert distance(weights(module), expected) < 1e-4
     module, _, record = ours(tmp_path, share_prompt=False)
-    assert module.policy.layout is documents
+    assert module.causal_lm.layout is documents
     assert_equal(record, logged)
     assert distance(weights(module), expected) < 1e-4
 
@@ -147,4 +151,4 @@ def test_lora_equals_trl(tmp_path):
     model, logged = theirs(tmp_path, start(data), data, adapters)
     assert_equal(record, logged)
     expected = {name: p.detach() for name, p in trainable(model).items()}
-    assert distance({name: p.detach() for name, p in trainable(module.policy.hf).items()}, expected) < 1e-4
+    assert distance({name: p.detach() for name, p in trainable(module.causal_lm.hf).items()}, expected) < 1e-4

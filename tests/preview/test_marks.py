@@ -1,4 +1,4 @@
-"""What a preview marks is what is trained: the labels of the batches that the training loader hands out."""
+"""What a preview marks is what is trained: the targets of the batches that the training loader hands out."""
 
 import json
 
@@ -14,7 +14,7 @@ from oumi_pl.preview import examples, stream
 from oumi_pl.preview.pieces import Decoder
 from oumi_pl.preview.rows import walk
 from oumi_pl.preview.shown import Mark
-from oumi_pl.types import IGNORE_INDEX
+from oumi_pl.types import Example, Segment
 from tests import tiny
 
 
@@ -37,34 +37,43 @@ def made(data):
     return data
 
 
-SETTINGS = [{}, {"max_length": 60}, {"max_length": 60, "overflow": "keep_start"}, {"train_on": "all"}]
+SETTINGS = [
+    {},
+    {"max_length": 60},
+    {"max_length": 60, "overflow": "keep_start"},
+    {"train_on": "all"},
+    {"packing": True},
+]
 
 
 @pytest.mark.parametrize("settings", SETTINGS, ids=str)
-def test_sft_padded(tmp_path, settings):
+def test_sft(tmp_path, settings):
     data = made(tiny.data(tmp_path, batch_size=3, **settings))
     shown = everything(data)
     for batch in data.train_dataloader():
-        for row, number in enumerate(batch["sample_ids"]):
+        predictors, owners, start = batch["predictors"].numpy(), batch["target_segments"].numpy(), 0
+        for i, (number, segment) in enumerate(zip(batch["sample_ids"], batch["segments"], strict=True)):
             ids, marked = tokens(shown[number].sections[0])
-            labels = batch["labels"][row].numpy()
-            assert ids.tolist() == batch["input_ids"][row, : len(ids)].tolist()
-            assert not marked[0]
-            assert marked[1:].tolist() == (labels[: len(ids) - 1] != IGNORE_INDEX).tolist()
-            assert ids[marked].tolist() == labels[labels != IGNORE_INDEX].tolist()
+            assert ids.tolist() == batch["input_ids"][0, start : start + segment.length].tolist()
+            # what is marked is what the hidden states before it are trained to predict, and nothing else is
+            assert (np.flatnonzero(marked) + start - 1).tolist() == predictors[owners == i].tolist()
+            assert ids[marked].tolist() == batch["targets"].numpy()[owners == i].tolist()
+            start += segment.length
 
 
-def test_sft_packed(tmp_path):
-    data = made(tiny.data(tmp_path, batch_size=2, packing=True))
-    shown = everything(data)
-    for batch in data.train_dataloader():
-        start = 0
-        for number, length in zip(batch["sample_ids"], batch["document_lengths"], strict=True):
-            ids, marked = tokens(shown[number].sections[0])
-            labels = batch["labels"][0, start : start + length].numpy()
-            assert ids.tolist() == batch["input_ids"][0, start : start + length].tolist()
-            assert np.flatnonzero(marked).tolist() == (np.flatnonzero(labels != IGNORE_INDEX) + 1).tolist()
-            start += length
+def as_the_model_reads_it(batch, index):
+    """The path of a segment, token by token, and which of its tokens are targets of it."""
+    starts = np.cumsum([0, *(segment.length for segment in batch["segments"])])
+
+    def path(i):
+        length, parent, shared = batch["segments"][i]
+        before = path(parent)[:shared] if parent >= 0 else []
+        return [*before, *range(starts[i], starts[i] + length)]
+
+    positions = path(index)
+    own = batch["target_segments"] == index
+    marked = np.isin(positions, batch["predictors"][own].numpy())
+    return batch["input_ids"][0, positions].numpy(), np.concatenate([[False], marked[:-1]]), batch["targets"][own]
 
 
 @pytest.mark.parametrize("settings", [{}, {"max_length": 70}, {"packing": True}], ids=str)
@@ -72,16 +81,59 @@ def test_pairs(tmp_path, settings):
     data = made(tiny.dpo_data(tmp_path, batch_size=3, **settings))
     shown = everything(data)
     for batch in data.train_dataloader():
-        targets, branches, start = batch["targets"].numpy(), batch["branches"].numpy(), 0
-        for pair, (number, lengths) in enumerate(zip(batch["sample_ids"], batch["pair_lengths"], strict=True)):
-            parts = [tokens(section) for section in shown[number].sections]
-            assert tuple(len(ids) for ids, _ in parts) == lengths
-            assert not parts[0][1].any()
-            for branch, (ids, marked) in enumerate(parts[1:]):
-                assert ids[marked].tolist() == targets[branches == 2 * pair + branch].tolist()
-            laid_out = np.concatenate([ids for ids, _ in parts])
-            assert laid_out.tolist() == batch["input_ids"][0, start : start + sum(lengths)].tolist()
-            start += sum(lengths)
+        for pair, number in enumerate(batch["sample_ids"]):
+            (prompt, unmarked), *responses = [tokens(section) for section in shown[number].sections]
+            assert not unmarked.any()
+            for branch, (ids, marked) in enumerate(responses):
+                path, predicted, targets = as_the_model_reads_it(batch, 2 * pair + branch)
+                assert [*prompt, *ids] == path.tolist()
+                assert [*unmarked, *marked] == predicted.tolist()
+                assert ids[marked].tolist() == targets.tolist()
+        whole = [
+            ids for number in batch["sample_ids"] for section in shown[number].sections for ids in tokens(section)[0]
+        ]
+        assert whole == batch["input_ids"][0].tolist()
+
+
+class Trees(SFTData):
+    """A conversation becomes a tree: two other answers, and a continuation of the first of these."""
+
+    branching = True
+    segment_names = ("asked", "other")
+
+    def encode(self, records):
+        examples = []
+        for example in super().encode(records):
+            ids, first = example.input_ids, int(example.loss_mask.argmax())
+            segments = (Segment(len(ids)), Segment(3, 0, first), Segment(4, 0, first + 1), Segment(2, 1, first + 2))
+            mask = np.concatenate([example.loss_mask, [True] * 3, [False, True, True, True], [True, False]])
+            examples.append(Example(np.concatenate([ids, np.arange(20, 29)]), mask, segments, {"score": first / 2}))
+        return examples
+
+
+def test_trees(tmp_path):
+    """What all segments share is shown once, then each segment; the path of each is marked as it is trained."""
+    rows = tiny.write_jsonl(tmp_path / "rows.jsonl", tiny.conversations(7))
+    data = made(Trees(rows, tokenizer=ByteTokenizer(), max_length=512, batch_size=3, seed=0))
+    shown = everything(data)
+    for batch in data.train_dataloader():
+        for i, number in enumerate(batch["sample_ids"]):
+            (prompt, _), asked, *others = [tokens(section) for section in shown[number].sections]
+            first = len(prompt)
+            titles = [section.title for section in shown[number].sections]
+            assert titles == [
+                "prompt, the same for all 4",
+                f"asked ({len(asked[0]):,} tokens)",
+                "other (3 tokens)",
+                f"segment 3 (4 tokens, after {first + 1:,} tokens of segment 1)",
+                f"segment 4 (2 tokens, after {first + 2:,} tokens of segment 2)",
+            ]
+            assert f"score {first / 2:g}" in shown[number].facts
+            for branch, (ids, marked) in enumerate([asked, *others]):
+                path, predicted, targets = as_the_model_reads_it(batch, 4 * i + branch)
+                assert ids.tolist() == path[-len(ids) :].tolist()
+                assert marked.tolist() == predicted[-len(ids) :].tolist()
+                assert ids[marked].tolist() == targets.tolist()
 
 
 def documents(tmp_path):
@@ -117,12 +169,14 @@ def same_as_trained(data):
         pieces = example.sections[0].pieces
         inputs = [i for piece in pieces if not piece.label_only for i in piece.ids]
         marked = [i for piece in pieces if piece.target for i in piece.ids]
-        labels = batch["labels"][0]
-        assert inputs == batch["input_ids"][0, : len(inputs)].tolist()
-        assert marked == labels[labels != IGNORE_INDEX].tolist()
-        if "document_lengths" in batch:
-            apart = [item for item in example.sections[0].items if isinstance(item, Mark) and item.text == stream.APART]
-            assert len(apart) == len(batch["document_lengths"]) - 1
+        assert inputs == batch["input_ids"][0].tolist()
+        assert marked == batch["targets"].tolist()
+        flags = [piece.target for piece in pieces if not piece.label_only for _ in piece.ids]
+        ends = np.cumsum([segment.length for segment in batch["segments"]])
+        within = batch["predictors"][~np.isin(batch["predictors"] + 1, ends)]  # the others predict a label beyond
+        assert np.flatnonzero(flags).tolist() == (within + 1).tolist()
+        apart = [item for item in example.sections[0].items if isinstance(item, Mark) and item.text == stream.APART]
+        assert len(apart) == len(batch["segments"]) - 1
 
 
 def test_held_out_documents_are_marked_as_they_are_scored(tmp_path):
@@ -130,7 +184,7 @@ def test_held_out_documents_are_marked_as_they_are_scored(tmp_path):
     data = made(PretrainData(file, file, tokenizer=ByteTokenizer(), max_length=32, eval_stride=20, eval_batch_size=1))
     shown = stream.rows(data, "validation", Decoder(data.tokenizer), 99, None)
     marked = [[i for p in s.sections[0].pieces if p.target for i in p.ids] for s in shown]
-    scored = [batch["labels"][batch["labels"] != IGNORE_INDEX].tolist() for batch in data.val_dataloader()]
+    scored = [batch["targets"].tolist() for batch in data.val_dataloader()]
     assert sorted(marked) == sorted(scored)
 
 

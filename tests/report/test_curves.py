@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from oumi_pl.report import curves
-from oumi_pl.report.series import POINTS, envelope, smooth, thin, window_of
+from oumi_pl.report.curves import POINTS, envelope, smooth, thin, window_of
 
 
 def column(values, every=1):

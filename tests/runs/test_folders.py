@@ -6,10 +6,10 @@ import os
 
 import pytest
 
-from oumi_pl.runs import folders
-from oumi_pl.runs.checkpoint_files import checkpoint_name
 from oumi_pl.config import resuming
 from oumi_pl.errors import UserError
+from oumi_pl.runs import folders
+from oumi_pl.runs.checkpoint_files import checkpoint_name
 
 
 def run(root, name="r", recipe="r", status="stopped", created=0, step=None, config=True):
@@ -105,7 +105,7 @@ def test_goes_on_from_the_newest_checkpoint(tmp_path, capsys):
     found, recipe, args = arguments(["--config", "r.yaml", "--trainer.max_steps", "20"])
     assert (found.name, recipe) == ("r", "r")
     config, checkpoint = "runs/r/config.yaml", "runs/r/checkpoints/step-00000010.ckpt"
-    assert args == ["--config", config, "--trainer.max_steps", "20", f"--ckpt_path={checkpoint}"]
+    assert args == ["--config", config, "--trainer.max_steps=20", f"--ckpt_path={checkpoint}"]
     assert capsys.readouterr().out == "resuming runs/r from step-00000010.ckpt\n"
 
 
@@ -137,7 +137,7 @@ def test_refusals(tmp_path):
     assert "there is no run of it; leave --resume out to start one" in refusal()
     assert refusal(resume="erly") == "--resume: no run folder erly; did you mean 'early'?"
     assert "folder is not a run folder (it has no run.json)" in refusal(resume="folder")
-    assert "has no config.yaml, so it was stopped before it began; start it anew" in refusal(resume="early")
+    assert "has no config.yaml, so it stopped before training began; start a new run" in refusal(resume="early")
     assert "broken/run.json can't be read" in refusal(resume="broken")
     assert "leave out --ckpt_path, or --resume" in refusal(["--ckpt_path", "x"], resume="early")
     assert "--resume goes with fit; for test, name the weights" in refusal(command="test")

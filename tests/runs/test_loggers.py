@@ -19,9 +19,9 @@ from lightning.pytorch.loggers.logger import DummyLogger
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
 from PIL import Image
 
-from oumi_pl.runs import loggers
 from oumi_pl.callbacks.tracking import Tracking
 from oumi_pl.errors import UserError
+from oumi_pl.runs import loggers
 from tests.command_line import RECIPE, CommandLine
 from tests.tiny import conversations, write_jsonl
 
@@ -153,7 +153,7 @@ def test_an_unknown_logger_is_refused(command):
 def test_a_command_that_does_not_train_needs_none(command, monkeypatch):
     monkeypatch.setattr(loggers, "find_spec", lambda package: None)
     command.recipe(WHOLE | {"logger": "wandb"})
-    assert "random weights says nothing" in command.fails("validate", "--config", "r.yaml")
+    assert "would run on untrained weights" in command.fails("validate", "--config", "r.yaml")
 
 
 def test_only_the_first_rank_logs(monkeypatch):

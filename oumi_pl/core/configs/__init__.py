@@ -4,8 +4,7 @@ Light to import: no PyTorch, and YAML only when a file is read.
 """
 
 from oumi_pl.core.configs.base_config import BaseConfig
-from oumi_pl.core.configs.errors import OumiConfigError
-from oumi_pl.core.configs.params.base_params import MISSING, BaseParams
+from oumi_pl.core.configs.params.base_params import MISSING, BaseParams, OumiConfigError
 from oumi_pl.core.configs.params.data_params import (
     DataParams,
     DatasetParams,
@@ -14,31 +13,30 @@ from oumi_pl.core.configs.params.data_params import (
     MixtureStrategy,
     TrainTarget,
 )
-from oumi_pl.core.configs.params.deepspeed_params import (
+from oumi_pl.core.configs.params.model_params import ModelParams
+from oumi_pl.core.configs.params.peft_params import LoraWeightInitialization, PeftParams, PeftSaveMode, TaskType
+from oumi_pl.core.configs.params.sharding_params import (
+    AutoWrapPolicy,
+    BackwardPrefetch,
     DeepSpeedOffloadDevice,
     DeepSpeedParams,
     DeepSpeedPrecision,
-    OffloadConfig,
-    ZeRORuntimeStage,
-)
-from oumi_pl.core.configs.params.fsdp_params import (
-    AutoWrapPolicy,
-    BackwardPrefetch,
     FSDPParams,
+    OffloadConfig,
     ShardingStrategy,
     StateDictType,
+    ZeRORuntimeStage,
 )
-from oumi_pl.core.configs.params.model_params import ModelParams
-from oumi_pl.core.configs.params.peft_params import LoraWeightInitialization, PeftParams, PeftSaveMode, TaskType
-from oumi_pl.core.configs.params.profiler_params import ProfilerParams, ProfilerScheduleParams
-from oumi_pl.core.configs.params.rl_params import GkdParams, GoldParams, GrpoParams
-from oumi_pl.core.configs.params.telemetry_params import TelemetryParams
 from oumi_pl.core.configs.params.training_params import (
     MixedPrecisionDtype,
+    ProfilerParams,
+    ProfilerScheduleParams,
     SchedulerType,
+    TelemetryParams,
     TrainerType,
     TrainingParams,
 )
+from oumi_pl.core.configs.params.unsupported_params import GkdParams, GoldParams, GrpoParams
 from oumi_pl.core.configs.training_config import TrainingConfig
 
 __all__ = [

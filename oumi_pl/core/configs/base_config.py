@@ -2,15 +2,17 @@
 
 import dataclasses
 import logging
-from collections.abc import Sequence
+import typing
+from collections.abc import Iterator, Mapping, Sequence
+from enum import Enum
 from io import StringIO
 from pathlib import Path
-from typing import Self
+from typing import Any, Self, TypeVar
 
-from oumi_pl.core.configs.errors import OumiConfigError
-from oumi_pl.core.configs.params.base_params import BaseParams
-from oumi_pl.core.configs.tree import as_tree, from_tree
+from oumi_pl.core.configs.params.base_params import BaseParams, OumiConfigError, hints, members, section_in, shown
 from oumi_pl.errors import nearest
+
+T = TypeVar("T", bound=BaseParams)
 
 
 @dataclasses.dataclass
@@ -23,10 +25,10 @@ class BaseConfig(BaseParams):
 
         Args:
             config_path: The file.
-            ignore_interpolation: Whether `${...}` stays the text that it is.
+            ignore_interpolation: Whether `${...}` is left as text.
 
         Raises:
-            OumiConfigError: if there is no such file, it isn't YAML, or a key or value is wrong.
+            OumiConfigError: there is no such file, it isn't YAML, or a key or value is wrong.
         """
         return cls.from_yaml_and_arg_list(config_path, (), ignore_interpolation=ignore_interpolation)
 
@@ -35,12 +37,9 @@ class BaseConfig(BaseParams):
         """Reads YAML from a string, in which `${section.field}` stands for the value of that field.
 
         Raises:
-            OumiConfigError: if it isn't YAML, or a key or value is wrong.
+            OumiConfigError: it isn't YAML, or a key or value is wrong.
         """
-        from oumi_pl.core.configs import yaml_text
-
-        given = yaml_text.parsed(config_str, "the text", literal=False)
-        return from_tree(cls, yaml_text.resolved(as_tree(cls()), given, ()))
+        return cls._from_text(config_str, "the text", literal=False)
 
     @classmethod
     def from_yaml_and_arg_list(
@@ -50,49 +49,55 @@ class BaseConfig(BaseParams):
         logger: logging.Logger | None = None,
         ignore_interpolation: bool = True,
     ) -> Self:
-        """Reads a file, and puts what was typed in place of what it says; the later wins.
+        """Reads a file, and overrides it with command-line arguments; the later wins.
 
         Args:
             config_path: The file; None for the defaults alone.
             arg_list: `--training.max_steps 3`, `--training.max_steps=3` or `training.max_steps=3`. Values are YAML;
                 `data.train.datasets[0].dataset_name` names an element, and `${section.field}` another value.
-            logger: Taken because Oumi's has it; an error says all that there is to log.
-            ignore_interpolation: Whether `${...}` of the file stays the text that it is.
+            logger: Not used; here because Oumi's signature has it.
+            ignore_interpolation: Whether `${...}` of the file is left as text.
 
         Raises:
-            OumiConfigError: if there is no such file, it isn't YAML, or a key or value is wrong.
+            OumiConfigError: there is no such file, it isn't YAML, or a key or value is wrong.
         """
-        from oumi_pl.core.configs import yaml_text
-        from oumi_pl.core.configs.typed_keys import typed_pairs
-
         text = "" if config_path is None else _read(Path(config_path).expanduser())
-        given = yaml_text.parsed(text, str(config_path), literal=ignore_interpolation)
-        return from_tree(cls, yaml_text.resolved(as_tree(cls()), given, typed_pairs(arg_list)))
+        return cls._from_text(text, str(config_path), arg_list, literal=ignore_interpolation)
+
+    @classmethod
+    def _from_text(cls, text: str, name: str, arg_list: Sequence[str] = (), *, literal: bool) -> Self:
+        from oumi_pl.core.configs import yaml_text
+
+        tree = yaml_text.parsed(text, name, literal)
+        tree = yaml_text.resolved(as_tree(cls()), tree, yaml_text.typed_pairs(arg_list))
+        config = _section(cls, tree, "", list(_places(cls)))
+        config.refuse_missing()
+        return config
 
     def to_yaml(self, config_path: str | Path | StringIO) -> None:
         """Writes all fields, so that `from_yaml` gives an equal configuration.
 
-        Values of free-form mappings that YAML has no word for, such as functions, are left out with a warning.
+        Values of free-form mappings that YAML can't represent, such as functions, are left out with a warning.
 
         Raises:
-            OumiConfigError: if there is no folder to write to.
+            OumiConfigError: the file can't be written.
         """
-        from oumi_pl.core.configs import yaml_text
-
-        text = yaml_text.written(as_tree(self))
         if isinstance(config_path, StringIO):
-            config_path.write(text)
+            config_path.write(self._as_yaml())
             return
         try:
-            Path(config_path).write_text(text, encoding="utf-8")
+            Path(config_path).write_text(self._as_yaml(), encoding="utf-8")
         except OSError as error:
             raise OumiConfigError(f"{config_path}: can't be written: {error.strerror}") from error
 
     def print_config(self, logger: logging.Logger | None = None) -> None:
         """Logs all fields as YAML."""
+        (logger or logging.getLogger(__name__)).info("Configuration:\n%s", self._as_yaml())
+
+    def _as_yaml(self) -> str:
         from oumi_pl.core.configs import yaml_text
 
-        (logger or logging.getLogger(__name__)).info("Configuration:\n%s", yaml_text.written(as_tree(self)))
+        return yaml_text.written(as_tree(self))
 
 
 def _read(path: Path) -> str:
@@ -106,3 +111,65 @@ def _read(path: Path) -> str:
         raise OumiConfigError(f"{path} line {line}: not UTF-8 text") from error
     except OSError as error:
         raise OumiConfigError(f"{path}: can't be read: {error.strerror}") from error
+
+
+# --- as plain mappings and lists -------------------------------------------------------------------------------------
+
+
+def as_tree(value: Any) -> Any:
+    """Sections as mappings, enum members by their names, paths as text."""
+    if isinstance(value, BaseParams):
+        return {name: as_tree(item) for name, item in value}
+    if isinstance(value, Enum):
+        return value.name
+    if isinstance(value, Path):
+        return str(value)
+    if isinstance(value, Mapping):
+        return {key: as_tree(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [as_tree(item) for item in value]
+    return value
+
+
+def _places(cls: type[BaseParams], prefix: str = "") -> Iterator[str]:
+    """Dotted names of all fields: `training.max_steps`, `data.train.datasets[0].split`."""
+    for name, hint in hints(cls).items():
+        yield f"{prefix}{name}"
+        if section := section_in(hint):
+            is_list = typing.get_origin(hint) is list
+            yield from _places(section, f"{prefix}{name}{'[0]' if is_list else ''}.")
+
+
+def _section(cls: type[T], tree: Any, place: str, everywhere: Sequence[str]) -> T:
+    """A section of a tree; `everywhere` are the dotted names of all fields, for the message about an unknown one."""
+    if not isinstance(tree, Mapping):
+        raise OumiConfigError(f"{place}: {shown(tree)} is given, but here is a mapping of keys to values")
+    fields, start = hints(cls), f"{place}." if place else ""
+    for key in tree:
+        if key not in fields:
+            raise OumiConfigError(_unknown(str(key), start, list(fields), everywhere))
+    values = {key: _value(value, fields[key], f"{start}{key}", everywhere) for key, value in tree.items()}
+    try:
+        return cls(**values)
+    except OumiConfigError as error:
+        raise error.at(place) from error
+
+
+def _value(value: Any, hint: Any, place: str, everywhere: Sequence[str]) -> Any:
+    section = section_in(hint)
+    if section is None or (value is None and type(None) in members(hint)):
+        return value
+    if typing.get_origin(hint) is not list:
+        return _section(section, value, place, everywhere)
+    if not isinstance(value, list):
+        raise OumiConfigError(f"{place}: {shown(value)} is given, but here is a list")
+    return [_section(section, item, f"{place}[{i}]", everywhere) for i, item in enumerate(value)]
+
+
+def _unknown(key: str, start: str, fields: Sequence[str], everywhere: Sequence[str]) -> str:
+    """The message about an unknown key: offers the nearest one beside it, else where a key of this name belongs."""
+    near = nearest(key, fields)
+    elsewhere = next((name for name in everywhere if name.rpartition(".")[2] == key), None)
+    if elsewhere and not near.startswith("; did"):
+        near = f"; did you mean {elsewhere!r}?"
+    return f"{start}{key}: unknown key{near}"

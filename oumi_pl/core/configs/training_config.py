@@ -6,12 +6,11 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 from oumi_pl.core.configs.base_config import BaseConfig
-from oumi_pl.core.configs.errors import OumiConfigError
+from oumi_pl.core.configs.params.base_params import OumiConfigError
 from oumi_pl.core.configs.params.data_params import DataParams, DatasetParams
-from oumi_pl.core.configs.params.deepspeed_params import DeepSpeedParams
-from oumi_pl.core.configs.params.fsdp_params import FSDPParams
 from oumi_pl.core.configs.params.model_params import DTYPES, ModelParams
 from oumi_pl.core.configs.params.peft_params import PeftParams
+from oumi_pl.core.configs.params.sharding_params import DeepSpeedParams, FSDPParams
 from oumi_pl.core.configs.params.training_params import (
     THROUGH_TRANSFORMERS,
     MixedPrecisionDtype,

@@ -1,7 +1,7 @@
-"""YAML as Oumi reads it: OmegaConf's numbers, references from one value to another, keys that were typed."""
+"""YAML as Oumi reads it: OmegaConf's numbers, references from one value to another, overrides of the command line."""
 
 import warnings
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import yaml
@@ -9,11 +9,13 @@ from omegaconf import OmegaConf
 from omegaconf.errors import ConfigIndexError, OmegaConfBaseException
 
 from oumi_pl.config.files import merge
-from oumi_pl.core.configs.errors import OumiConfigError
+from oumi_pl.core.configs.params.base_params import OumiConfigError
 
 REFERENCE = "${"
 LITERAL = "$\ue000{"
-"""Stands for a `${` that is to stay as it is while others are resolved; a character for private use."""
+"""Replaces a `${` that has to stay text while others are resolved; the character is from a private use area."""
+OF_THE_LAUNCHER = "local-rank"
+"""torch.distributed.launch appends this to the arguments of a script; it is no part of the configuration."""
 
 
 def parsed(text: str, where: str, literal: bool) -> dict[str, Any]:
@@ -22,10 +24,10 @@ def parsed(text: str, where: str, literal: bool) -> dict[str, Any]:
     Args:
         text: YAML.
         where: What to call it in a message.
-        literal: Whether `${...}` stays the text that it is.
+        literal: Whether `${...}` is left as text.
 
     Raises:
-        OumiConfigError: if it isn't YAML, isn't a mapping, or has a key twice.
+        OumiConfigError: it isn't YAML, isn't a mapping, or has a key twice.
     """
     if literal:
         text = text.replace(REFERENCE, LITERAL)
@@ -42,10 +44,10 @@ def parsed(text: str, where: str, literal: bool) -> dict[str, Any]:
 
 
 def resolved(defaults: Mapping[str, Any], given: Mapping[str, Any], typed: Iterable[tuple[str, str]]) -> dict[str, Any]:
-    """Defaults, over them what was given, over that what was typed; references are replaced by what they stand for.
+    """Defaults, overridden by the file, overridden by the command line; references are replaced by their values.
 
     Raises:
-        OumiConfigError: if a key can't be set, or a reference leads nowhere.
+        OumiConfigError: a key can't be set, or a reference leads nowhere.
     """
     place = ""
     try:
@@ -63,8 +65,37 @@ def resolved(defaults: Mapping[str, Any], given: Mapping[str, Any], typed: Itera
 
 
 def written(tree: Mapping[str, Any]) -> str:
-    """A tree as YAML that `parsed` reads back to the same; what YAML has no word for is left out with a warning."""
+    """A tree as YAML that `parsed` reads back to the same; what YAML can't represent is left out with a warning."""
     return yaml.dump(_writable(tree, ""), Dumper=_Dumper, sort_keys=False, allow_unicode=True)
+
+
+def typed_pairs(args: Sequence[str]) -> Iterator[tuple[str, str]]:
+    """Keys of the command line and the text of their values, in order.
+
+    Args:
+        args: `--key value`, `--key=value` and `key=value`, in any order.
+
+    Raises:
+        OumiConfigError: a value has no key, or a key no value.
+    """
+    waiting: str | None = None  # the key whose value is the next argument
+    for word in args:
+        key, equals, value = word.partition("=")
+        if waiting is not None:
+            if word.startswith("--"):
+                break
+            key, value, waiting = waiting, word, None
+        elif equals:
+            key = key.removeprefix("--")
+        elif word.startswith("--"):
+            waiting = key.removeprefix("--")
+            continue
+        else:
+            raise OumiConfigError(f"{word!r} belongs to no key; it is --section.field VALUE, or section.field=VALUE")
+        if key.replace("_", "-") != OF_THE_LAUNCHER:
+            yield key, value
+    if waiting is not None:
+        raise OumiConfigError(f"--{waiting}: a value is missing; what is switched on takes one too: true")
 
 
 def _typed_value(text: str, place: str) -> Any:

@@ -5,8 +5,7 @@ from typing import Any
 
 from oumi_pl.core.configs import DatasetSplitParams, TrainingConfig
 from oumi_pl.core.recipe.notes import Notes, refuse
-from oumi_pl.core.recipe.registry import Registered
-from oumi_pl.core.recipe.sources import entry_of, source
+from oumi_pl.core.recipe.sources import Registered, entry_of, source
 from oumi_pl.core.recipe.targets import COMPLETIONS, PADDING, refuse_collators, template, train_on
 
 KINDS = {
@@ -22,8 +21,10 @@ KINDS = {
 
 EVALUATION = ("training.per_device_eval_batch_size", "training.eval_steps")
 TRL_LENGTH = 1024
-"""Where TRL cuts rows if nothing says where; also the window of `pack`."""
+"""Where TRL cuts rows by default; also the window of `pack`."""
 PACKED_CHAT = "oumi_pl.data.packed_chat.PackedChatData"
+ADD_BOS = ("oumi/default", "oumi/phi3-instruct", "oumi/gpt2", "oumi/zephyr")
+"""Templates that don't write BOS themselves."""
 
 
 def kind(config: TrainingConfig, notes: Notes) -> str:
@@ -35,21 +36,21 @@ def kind(config: TrainingConfig, notes: Notes) -> str:
     split = config.data.train
     if not split.datasets:
         refuse("data.train.datasets", "is empty, so there is nothing to train on")
-    kinds = {entry.kind for entry in _entries(split, "data.train")}
+    kinds = {entry.kind for entry in _entries(split)}
     name = config.training.trainer_type.name
-    made = KINDS[name]
+    module = KINDS[name]
     if len(kinds - {"raw"}) > 1 or ("document" in kinds and len(kinds) > 1):
         refuse("data.train.datasets", f"{' and '.join(sorted(kinds))} data can't be mixed; keep one kind")
-    if made == "DPO" and kinds & {"chat", "document"}:
+    if module == "DPO" and kinds & {"chat", "document"}:
         refuse("data.train.datasets", f"{name} reads pairs of responses, e.g. text_dpo_jsonl, and these have none")
-    if made != "DPO" and "pair" in kinds:
+    if module != "DPO" and "pair" in kinds:
         refuse("data.train.datasets", f"these are pairs of responses, which TRL_DPO trains on, and not {name}")
-    if made == "DPO":
-        return made
-    if made == "Pretrain" or "document" in kinds or split.pack:
-        made = "Pretrain"
-    notes.became["training.trainer_type"] = f"model.class_path {made}"
-    return made
+    if module == "DPO":
+        return module
+    if "document" in kinds or split.pack:
+        module = "Pretrain"
+    notes.became["training.trainer_type"] = f"model.class_path {module}"
+    return module
 
 
 def data(config: TrainingConfig, kind: str, notes: Notes) -> dict[str, Any]:
@@ -58,33 +59,26 @@ def data(config: TrainingConfig, kind: str, notes: Notes) -> dict[str, Any]:
     Raises:
         UserError: something has no counterpart.
     """
-    if kind == "DPO":
-        return _pairs(config, notes)
-    if kind == "Pretrain":
-        return _documents(config, notes)
-    return _conversations(config, notes)
+    sections = {"DPO": _pairs, "Pretrain": _documents, "SFT": _conversations}
+    return sections[kind](config, notes)
 
 
 def _conversations(config: TrainingConfig, notes: Notes) -> dict[str, Any]:
     split = config.data.train
     refuse_collators(split, "data.train", (None, COMPLETIONS, PADDING))
-    made = _common(config, notes)
-    made |= _template(config, notes)
-    entries = _entries(split, "data.train")
-    made["train_on"] = train_on(config, entries, notes)
-    made |= {"max_length": _max_length(config, notes), "overflow": "keep_start"}
+    args = _common(config, notes) | _template(config, notes)
+    entries = _entries(split)
+    args["train_on"] = train_on(config, entries, notes)
+    args |= {"max_length": _max_length(config, notes), "overflow": "keep_start"}
     kwargs, raw = config.training.trainer_kwargs, all(entry.kind == "raw" for entry in entries)
-    if kwargs.get("packing") and raw:
-        made["packing"] = True
-    else:
-        made["group_by_length"] = False
+    args |= {"packing": True} if kwargs.get("packing") and raw else {"group_by_length": False}
     for key in ("packing", "dataset_text_field", "assistant_only_loss", "completion_only_loss"):
         if key in kwargs and not raw:
             notes.became[f"training.trainer_kwargs.{key}"] = "nothing: TRL reads it of rows that Oumi doesn't tokenize"
     if split.stream:
         notes.nothing("data.train.stream", "conversations are read before training")
         notes.comment("data.init_args.train", "rows are read and tokenized before training, and not streamed")
-    return {"class_path": "SFTData", "init_args": made | _loading(config)}
+    return {"class_path": "SFTData", "init_args": args | _loading(config)}
 
 
 def _pairs(config: TrainingConfig, notes: Notes) -> dict[str, Any]:
@@ -92,9 +86,9 @@ def _pairs(config: TrainingConfig, notes: Notes) -> dict[str, Any]:
     refuse_collators(split, "data.train", (None,))
     if split.pack:
         refuse("data.train.pack", "pairs of responses are not packed; leave it out")
-    made = _common(config, notes) | _template(config, notes)
-    made |= {"max_length": _max_length(config, notes), "overflow": "keep_start"}
-    if any(entry.kind == "pair" for entry in _entries(split, "data.train")):
+    args = _common(config, notes) | _template(config, notes)
+    args |= {"max_length": _max_length(config, notes), "overflow": "keep_start"}
+    if any(entry.kind == "pair" for entry in _entries(split)):
         notes.comment(
             "data",
             "Oumi tokenizes prompt and responses apart, counts the assistant's header as part of the responses (the "
@@ -102,45 +96,46 @@ def _pairs(config: TrainingConfig, notes: Notes) -> dict[str, Any]:
             "here each pair is rendered whole, a prompt that both responses repeat is there once, and pairs of equal "
             "responses, which teach nothing, are left out",
         )
-    return {"class_path": "DPOData", "init_args": made | _loading(config)}
+    return {"class_path": "DPOData", "init_args": args | _loading(config)}
 
 
 def _documents(config: TrainingConfig, notes: Notes) -> dict[str, Any]:
     split = config.data.train
     refuse_collators(split, "data.train", (None, COMPLETIONS, PADDING) if split.pack else (None, PADDING))
-    entries = _entries(split, "data.train")
-    chat = entries[0].kind == "chat" or (entries[0].kind == "raw" and config.training.trainer_type.name != "PRETRAIN")
-    made = _common(config, notes)
+    first = _entries(split)[0].kind
+    chat = first == "chat" or (first == "raw" and config.training.trainer_type.name != "PRETRAIN")
+    mixed = any(dataset.mixture_proportion is not None for dataset in split.datasets)
+    args = _common(config, notes)
     if chat:
-        made |= _template(config, notes)
+        args |= _template(config, notes)
         _comment_on_packing(config, notes)
-    made["max_length"] = _max_length(config, notes) if chat or entries[0].kind == "raw" else _window(split, notes)
+    else:
+        notes.nothing("data.train.pack", "documents are packed in any case")
+    args["max_length"] = _max_length(config, notes) if chat or first == "raw" else _window(split, notes)
     if split.stream:
-        made["streaming"] = True
+        args["streaming"] = True
         if config.training.max_steps <= 0:
             refuse("training.max_steps", "missing: data that are streamed have no known end; set it above 0")
     for number, dataset in enumerate(split.datasets):
         if dataset.shuffle and dataset.sample_count is None:
             notes.became[f"data.train.datasets[{number}].shuffle"] = "data.shuffle_buffer, its default"
-    if not chat:
-        notes.nothing("data.train.pack", "documents are packed in any case")
     if not any(dataset.shuffle for dataset in split.datasets):
-        made["shuffle_buffer"] = 0
+        args["shuffle_buffer"] = 0
         notes.comment("data.init_args.shuffle_buffer", "rows come in the order of the documents, as in Oumi")
-    if split.mixture_strategy == "all_exhausted" and any(d.mixture_proportion is not None for d in split.datasets):
+    if mixed and split.mixture_strategy == "all_exhausted":
         if config.training.max_steps <= 0:
             refuse("data.train.mixture_strategy", "all_exhausted has no end that is known; set training.max_steps")
-        made["exhausted"] = "restart"
-    if any(d.mixture_proportion is not None for d in split.datasets):
+        args["exhausted"] = "restart"
+    if mixed:
         notes.comment("data.init_args.train", "weights are shares in the tokens; in Oumi they are shares in the rows")
     notes.comment(
         "data.init_args.max_length",
         "Oumi never trains on a window's first token; here each token is trained once, and the rest of the last "
         "window is a shorter row (dropped in Oumi, or filled up with EOS if pack makes it)",
     )
-    made = made | _loading(config)
-    made.pop("seed", None)  # Oumi's order of streamed rows depends on no seed of the sampler
-    return {"class_path": PACKED_CHAT if chat else "PretrainData", "init_args": made}
+    args |= _loading(config)
+    args.pop("seed", None)  # Oumi's order of streamed rows depends on no seed of the sampler
+    return {"class_path": PACKED_CHAT if chat else "PretrainData", "init_args": args}
 
 
 def _comment_on_packing(config: TrainingConfig, notes: Notes) -> None:
@@ -154,96 +149,92 @@ def _comment_on_packing(config: TrainingConfig, notes: Notes) -> None:
 
 
 def _common(config: TrainingConfig, notes: Notes) -> dict[str, Any]:
-    made: dict[str, Any] = {"train": _sources(config, "train", notes)}
-    if config.training.eval_strategy != "no":
-        if not config.data.validation.datasets:
-            refuse(
-                "training.eval_strategy",
-                f"{config.training.eval_strategy} needs a dataset in data.validation, and there is none",
-            )
-        made["validation"] = _sources(config, "validation", notes)
-        if config.data.validation.pack != config.data.train.pack and config.training.trainer_type.name != "PRETRAIN":
-            notes.became["data.validation.pack"] = (
-                "nothing: rows to evaluate on are packed where data.train.pack is true"
-            )
-            notes.comment(
-                "data.init_args.validation", "packed if the training rows are; Oumi packs each split by itself"
-            )
-    else:
+    """Sources and tokenizer."""
+    args: dict[str, Any] = {"train": _sources(config, "train", notes)}
+    if config.training.eval_strategy == "no":
         for path in list(notes.became):
             if path.startswith("data.validation.") or path in EVALUATION:
                 notes.nothing(path, "training.eval_strategy is no")
-    name = config.model.tokenizer_name
-    if name is None and not config.model.load_pretrained_weights:
-        name = config.model.model_name
-    if name is not None and (name != config.model.model_name or not config.model.load_pretrained_weights):
-        made["tokenizer"] = name
-    return made
+    elif not config.data.validation.datasets:
+        why = f"{config.training.eval_strategy} needs a dataset in data.validation, and there is none"
+        refuse("training.eval_strategy", why)
+    else:
+        args["validation"] = _sources(config, "validation", notes)
+        if config.data.validation.pack != config.data.train.pack and config.training.trainer_type.name != "PRETRAIN":
+            why = "nothing: rows to evaluate on are packed where data.train.pack is true"
+            notes.became["data.validation.pack"] = why
+            different = "packed if the training rows are; Oumi packs each split by itself"
+            notes.comment("data.init_args.validation", different)
+    model = config.model
+    if not model.load_pretrained_weights:
+        args["tokenizer"] = model.tokenizer_name or model.model_name
+    elif model.tokenizer_name not in (None, model.model_name):
+        args["tokenizer"] = model.tokenizer_name
+    return args
 
 
 def _sources(config: TrainingConfig, name: str, notes: Notes) -> Any:
     split: DatasetSplitParams = getattr(config.data, name)
-    found = []
-    if all(dataset.mixture_proportion is None for dataset in split.datasets):
+    mixed = any(dataset.mixture_proportion is not None for dataset in split.datasets)
+    if not mixed:
         notes.nothing(f"data.{name}.mixture_strategy", "there is no mixture_proportion, so that all rows are read")
-    for number, dataset in enumerate(split.datasets):
-        text_field = config.training.trainer_kwargs.get("dataset_text_field")
-        one = source(dataset, f"data.{name}.datasets[{number}]", notes, config.training.seed, text_field)
-        if one is not None:
-            found.append(one)
-    if name == "train" and any(dataset.mixture_proportion is not None for dataset in split.datasets):
+    text_field = config.training.trainer_kwargs.get("dataset_text_field")
+    sources = [
+        source(dataset, f"data.{name}.datasets[{number}]", notes, config.training.seed, text_field)
+        for number, dataset in enumerate(split.datasets)
+    ]
+    if name == "train" and mixed:
         notes.comment(
             "data.init_args.train",
             "an epoch has as many rows as all sources together, in these proportions; Oumi's ends with the "
             f"{'last' if split.mixture_strategy == 'all_exhausted' else 'first'} source at its end",
         )
-    return found[0] if len(found) == 1 else found
+    sources = [one for one in sources if one is not None]
+    return sources[0] if len(sources) == 1 else sources
 
 
-def _entries(split: DatasetSplitParams, place: str) -> list[Registered]:
-    return [entry_of(dataset, f"{place}.datasets[{i}]") for i, dataset in enumerate(split.datasets)]
+def _entries(split: DatasetSplitParams) -> list[Registered]:
+    return [entry_of(dataset, f"data.train.datasets[{i}]") for i, dataset in enumerate(split.datasets)]
 
 
 def _template(config: TrainingConfig, notes: Notes) -> dict[str, Any]:
     name = template(config.model, notes)
-    if name in ("oumi/default", "oumi/phi3-instruct", "oumi/gpt2", "oumi/zephyr"):
-        notes.comment(
-            "data.init_args.template", "a tokenizer that begins every text with BOS does so here; in Oumi not"
-        )
+    if name in ADD_BOS:
+        different = "a tokenizer that begins every text with BOS does so here; in Oumi not"
+        notes.comment("data.init_args.template", different)
     return {} if name is None else {"template": name}
 
 
 def _max_length(config: TrainingConfig, notes: Notes) -> int:
     length = config.model.model_max_length or config.training.trainer_kwargs.get("max_length")
     if length is None and config.training.trainer_type.name in ("HF", "OUMI") and not config.data.train.pack:
-        refuse(
-            "model.model_max_length", "missing: without it rows are cut where the tokenizer says, which is not known"
-        )
+        why = "missing: without it rows are cut where the tokenizer says, which is not known"
+        refuse("model.model_max_length", why)
     if length is None:
         notes.became["model.model_max_length"] = f"data.max_length {TRL_LENGTH}, TRL's default"
     return int(length or TRL_LENGTH)
 
 
 def _window(split: DatasetSplitParams, notes: Notes) -> int:
-    lengths = {dataset.dataset_kwargs.get("seq_length") for dataset in split.datasets}
+    lengths = [dataset.dataset_kwargs.get("seq_length") for dataset in split.datasets]
     if None in lengths:
-        number = [d.dataset_kwargs.get("seq_length") for d in split.datasets].index(None)
-        refuse(f"data.train.datasets[{number}].dataset_kwargs.seq_length", "missing: documents are cut to this length")
-    if len(lengths) > 1:
-        refuse("data.train.datasets", f"seq_length differs ({', '.join(map(str, lengths))}); it has to be the same")
+        place = f"data.train.datasets[{lengths.index(None)}].dataset_kwargs.seq_length"
+        refuse(place, "missing: documents are cut to this length")
+    if len(different := dict.fromkeys(lengths)) > 1:
+        refuse("data.train.datasets", f"seq_length differs ({', '.join(map(str, different))}); it has to be the same")
     notes.became["model.model_max_length"] = "nothing: dataset_kwargs.seq_length is the length of documents' rows"
-    return int(lengths.pop())  # type: ignore[arg-type]
+    return int(lengths[0])  # type: ignore[arg-type]
 
 
 def _loading(config: TrainingConfig) -> dict[str, Any]:
     training = config.training
-    made: dict[str, Any] = {"batch_size": training.per_device_train_batch_size}
-    if training.eval_strategy != "no" and training.per_device_eval_batch_size != made["batch_size"]:
-        made["eval_batch_size"] = training.per_device_eval_batch_size
+    args: dict[str, Any] = {"batch_size": training.per_device_train_batch_size}
+    if training.eval_strategy != "no" and training.per_device_eval_batch_size != args["batch_size"]:
+        args["eval_batch_size"] = training.per_device_eval_batch_size
     workers = training.dataloader_num_workers
     if isinstance(workers, str):  # `auto`: Oumi's rule, for one process on this machine
         workers = max(1, min(2, (os.cpu_count() or 1) // 4))
-    made |= {"workers": workers} if workers else {}
+    args |= {"workers": workers} if workers else {}
     if training.data_seed != training.seed and training.trainer_type.name != "OUMI":
-        made["seed"] = training.data_seed
-    return made | ({"trust_remote_code": True} if config.model.trust_remote_code else {})
+        args["seed"] = training.data_seed
+    return args | ({"trust_remote_code": True} if config.model.trust_remote_code else {})

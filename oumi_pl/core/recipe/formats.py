@@ -3,7 +3,6 @@
 from typing import Any
 
 from oumi_pl.data import formats
-from oumi_pl.data.columns import text_column, turns_column
 from oumi_pl.data.preferences import prompt_preference
 from oumi_pl.errors import UserError
 from oumi_pl.types import Conversation, Message, Preference, Row
@@ -35,10 +34,10 @@ def alpaca_without_system(row: Row) -> Conversation:
     Raises:
         UserError: a column isn't text.
     """
-    asked = text_column(row, "instruction")
+    asked = formats.text_column(row, "instruction")
     if row.get("input"):
-        asked = f"{asked}\n\n### Input:\n{text_column(row, 'input')}"
-    return _exchange(asked, text_column(row, "output"))
+        asked = f"{asked}\n\n### Input:\n{formats.text_column(row, 'input')}"
+    return formats.exchange(asked, formats.text_column(row, "output"))
 
 
 def text_sft(row: Row) -> Conversation:
@@ -52,8 +51,8 @@ def text_sft(row: Row) -> Conversation:
     if isinstance(row.get("conversation"), dict):
         return formats.messages(row["conversation"])
     if "instruction" in row:
-        asked = f"{text_column(row, 'instruction')}\n\n{row.get('input') or ''}".strip()
-        return _exchange(asked, text_column(row, "output"))
+        asked = f"{formats.text_column(row, 'instruction')}\n\n{row.get('input') or ''}".strip()
+        return formats.exchange(asked, formats.text_column(row, "output"))
     raise UserError(
         f"columns {', '.join(sorted(row))}; text_sft reads `messages`, a `conversation`, or `instruction`, `input` and "
         "`output`"
@@ -66,7 +65,7 @@ def without_final_answer(row: Row) -> Conversation:
     Raises:
         UserError: a turn isn't a turn, or nothing is left.
     """
-    turns = turns_column(row, "messages")
+    turns = formats.turns_column(row, "messages")
     turns = turns[:-1] if turns[-1]["role"] == "assistant" else turns
     if not turns:
         raise UserError("'messages' holds nothing but an answer, which is left out")
@@ -117,7 +116,7 @@ def _dolly(row: Row, prefixes: tuple[str, ...]) -> Conversation:
     )
     if not instruction or not response:
         raise UserError(f"no columns '{prefixes[-1]}-instruction' and '{prefixes[-1]}-response' with text in them")
-    return _exchange(f"{instruction}\n\n{context}" if context else instruction, response)
+    return formats.exchange(f"{instruction}\n\n{context}" if context else instruction, response)
 
 
 def _value(column: Any) -> str:
@@ -125,8 +124,3 @@ def _value(column: Any) -> str:
     value = column.get("value") if isinstance(column, dict) else column
     value = value[0] if isinstance(value, list) and value else value
     return value if isinstance(value, str) else ""
-
-
-def _exchange(asked: str, answer: str) -> Conversation:
-    turns: tuple[Message, ...] = ({"role": "user", "content": asked}, {"role": "assistant", "content": answer})
-    return Conversation(turns, prompt_messages=1)

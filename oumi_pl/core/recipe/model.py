@@ -1,15 +1,24 @@
-"""The model of an Oumi config: weights, precision, adapters, what is frozen."""
+"""The model of an Oumi config: weights, precision, adapters, quantization, frozen layers."""
 
 import inspect
 from typing import Any
 
 from oumi_pl.core.configs import ModelParams, TrainingConfig
-from oumi_pl.core.recipe.lora import lora
 from oumi_pl.core.recipe.notes import Notes, refuse
 
 CUSTOM = ("MLPEncoder", "CNNClassifier")
 DROPPED = ("architectures", "dtype", "torch_dtype", "transformers_version", "_name_or_path", "auto_map")
 """Keys of a model's config file that don't describe its shape."""
+BEGINNINGS: dict[str, bool | str] = {"DEFAULT": True, "RANDOM": False, "GAUSSIAN": "gaussian"}
+"""Oumi's names for how adapters begin -> PEFT's; the others rewrite the base, or don't work."""
+
+WHY_NOT = {
+    "EVA": "Oumi never runs it, so that it is DEFAULT; say that",
+    "PISA": "it rewrites the base weights, on which the adapter is saved to lie; use DEFAULT or GAUSSIAN",
+    "PISSA_NITER": "Oumi can't run it; use DEFAULT or GAUSSIAN",
+    "LOFTQ": "Oumi can't run it; use DEFAULT or GAUSSIAN",
+    "OLORA": "it rewrites the base weights, on which the adapter is saved to lie; use DEFAULT or GAUSSIAN",
+}
 
 
 def model(config: TrainingConfig, notes: Notes) -> dict[str, Any]:
@@ -20,24 +29,23 @@ def model(config: TrainingConfig, notes: Notes) -> dict[str, Any]:
     """
     params, training = config.model, config.training
     _refuse_names(params)
-    made: dict[str, Any] = _weights(params, notes)
-    made |= _dtype(params, notes)
+    args: dict[str, Any] = _weights(params, notes) | _dtype(params, notes)
     if params.attn_implementation not in (None, "sdpa"):
-        made["attn"] = params.attn_implementation
+        args["attn"] = params.attn_implementation
     if training.use_peft:
-        made |= lora(config, notes)
+        args |= _lora(config, notes)
     if params.freeze_layers:
-        made["freeze"] = list(params.freeze_layers)
+        args["freeze"] = list(params.freeze_layers)
         notes.comment("model.init_args.freeze", "a name that the model doesn't have is refused, and not passed over")
-    made |= _checkpointing(config, notes)
+    args |= _checkpointing(config, notes)
     if training.compile:
-        made["compile"] = True
+        args["compile"] = True
     if params.model_revision is not None:
-        made["revision"] = params.model_revision
+        args["revision"] = params.model_revision
         notes.comment("model.init_args.revision", "of the model alone: the tokenizer is that of the default branch")
     if params.trust_remote_code:
-        made["trust_remote_code"] = True
-    return made
+        args["trust_remote_code"] = True
+    return args
 
 
 def _refuse_names(params: ModelParams) -> None:
@@ -71,7 +79,7 @@ def _read_config(params: ModelParams) -> Any:
     """The config of the model on the disk or the hub."""
     from transformers import AutoConfig
 
-    from oumi_pl.models.config import loaded
+    from oumi_pl.models.build import loaded
     from oumi_pl.models.hub import locate
 
     folder = locate(params.model_name, "model.model_name", params.model_revision)
@@ -107,13 +115,60 @@ def _checkpointing(config: TrainingConfig, notes: Notes) -> dict[str, Any]:
     training = config.training
     for key, value in training.gradient_checkpointing_kwargs.items():
         if (key, value) != ("use_reentrant", False):
-            refuse(
-                f"training.gradient_checkpointing_kwargs.{key}",
-                f"{value!r} has no counterpart: activations are recomputed with use_reentrant: false",
-            )
+            why = f"{value!r} has no counterpart: activations are recomputed with use_reentrant: false"
+            refuse(f"training.gradient_checkpointing_kwargs.{key}", why)
     if not training.enable_gradient_checkpointing:
         return {}
     if training.use_deterministic and training.trainer_type.name != "OUMI":
         notes.became["training.enable_gradient_checkpointing"] = "nothing: use_deterministic turns it off in Oumi"
         return {}
     return {"gradient_checkpointing": True}
+
+
+# --- adapters -------------------------------------------------------------------------------------------------------
+
+
+def _lora(config: TrainingConfig, notes: Notes) -> dict[str, Any]:
+    """`model.lora` and `model.quantization`."""
+    peft = config.peft
+    args: dict[str, Any] = {"r": peft.lora_r, "lora_alpha": peft.lora_alpha}
+    args |= {"lora_dropout": peft.lora_dropout} if peft.lora_dropout else {}
+    args |= {"bias": peft.lora_bias} if peft.lora_bias != "none" else {}
+    targets = peft.lora_target_modules
+    if targets == ["all-linear"]:
+        notes.became["peft.lora_target_modules"] = "all linear layers, which is so without model.lora.target_modules"
+    else:
+        args["target_modules"] = targets
+    if targets is None:
+        notes.comment("model.init_args.lora", "target_modules: null leaves the choice to PEFT, by architecture")
+    if peft.lora_exclude_modules:
+        args["exclude_modules"] = "|".join(f"(?:{pattern})" for pattern in peft.lora_exclude_modules)
+    if peft.lora_target_parameters:
+        args["target_parameters"] = list(peft.lora_target_parameters)
+    if peft.lora_modules_to_save:
+        args["modules_to_save"] = list(peft.lora_modules_to_save)
+    name = peft.lora_init_weights.name
+    if name not in BEGINNINGS:
+        refuse("peft.lora_init_weights", f"{name} has no counterpart: {WHY_NOT[name]}")
+    args |= {"init_lora_weights": BEGINNINGS[name]} if name != "DEFAULT" else {}
+    notes.became["training.use_peft"] = "model.lora"
+    return {"lora": args} | _quantization(config, notes)
+
+
+def _quantization(config: TrainingConfig, notes: Notes) -> dict[str, Any]:
+    peft = config.peft
+    if not peft.q_lora:
+        return {}
+    if config.fsdp.enable_fsdp:
+        refuse("peft.q_lora", "a quantized base is not sharded; leave fsdp out, or train LoRA on a whole base")
+    if peft.q_lora_bits == 8:
+        return {"quantization": "int8"}
+    if peft.bnb_4bit_quant_type != "nf4":
+        refuse("peft.bnb_4bit_quant_type", f"{peft.bnb_4bit_quant_type} has no counterpart; set nf4")
+    if peft.bnb_4bit_compute_dtype not in ("bfloat16", "bf16"):
+        why = f"{peft.bnb_4bit_compute_dtype} has no counterpart; set bfloat16, which it is"
+        refuse("peft.bnb_4bit_compute_dtype", why)
+    notes.nothing("peft.use_bnb_nested_quant", "the constants of quantization are quantized in any case")
+    if not peft.use_bnb_nested_quant:
+        notes.comment("model.init_args.quantization", "the constants of quantization are quantized too (nested)")
+    return {"quantization": "nf4"}

@@ -7,12 +7,11 @@ from oumi_pl.core.configs import TrainingConfig
 from oumi_pl.core.recipe import data as data_section
 from oumi_pl.core.recipe import optimisation
 from oumi_pl.core.recipe import trainer as trainer_section
-from oumi_pl.core.recipe.engine import ENGINES, Engine, engine_of
 from oumi_pl.core.recipe.fields import note_fields
-from oumi_pl.core.recipe.keywords import note_keywords
 from oumi_pl.core.recipe.model import model
 from oumi_pl.core.recipe.notes import Notes
-from oumi_pl.core.recipe.preference import preference
+from oumi_pl.core.recipe.trainer import ENGINES, Engine, engine_of
+from oumi_pl.core.recipe.trainer_kwargs import note_kwargs, preference
 
 
 @dataclass(frozen=True)
@@ -44,7 +43,7 @@ def to_recipe(config: TrainingConfig, engine: Engine | None = None, devices: int
     notes = Notes()
     note_fields(config, notes)
     kind = data_section.kind(config, notes)
-    note_keywords(config, kind, notes)
+    note_kwargs(config, kind, notes)
     training = config.training
     module = model(config, notes)
     if kind == "DPO":

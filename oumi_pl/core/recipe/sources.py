@@ -1,22 +1,94 @@
-"""Datasets of an Oumi config as sources of a recipe."""
+"""Datasets of an Oumi config as sources of a recipe: those that Oumi registers by name, and those of the hub."""
 
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from oumi_pl.core.configs import DatasetParams
 from oumi_pl.core.recipe.notes import Notes, refuse
-from oumi_pl.core.recipe.registry import (
-    ANY,
-    FORMATS,
-    NOT_READ,
-    OF_KIND,
-    VISION,
-    VISION_KWARGS,
-    Registered,
-    known_kwargs,
-    registered,
-)
 from oumi_pl.errors import nearest
+
+FORMATS = "oumi_pl.core.recipe.formats"
+
+
+class Registered(NamedTuple):
+    """A registered dataset.
+
+    kind: what its rows are: `chat`, `pair` or `document`. format: of the source; found from the columns if None.
+    columns: of the source. kwargs: what `dataset_kwargs` may hold besides `ANY` and those of its kind. path: id on the
+    hub, where that is not the name it is registered by; empty where `dataset_path` or a keyword has to say.
+    """
+
+    kind: str
+    format: str | None = None
+    columns: Mapping[str, str] = {}
+    kwargs: tuple[str, ...] = ()
+    path: str | None = None
+
+
+ANY = ("dataset_name_override",)
+OF_KIND = {
+    "chat": ("task", "return_tensors", "text_col", "assistant_only", "response_template", "instruction_template",
+             "return_conversations"),
+    "pair": ("return_tensors",),
+    "document": ("seq_length", "dataset_text_field", "append_concat_token", "add_special_tokens", "skip_last"),
+}  # fmt: skip
+"""Kind of dataset -> what `dataset_kwargs` may hold for all of them."""
+
+_ALPACA = Registered("chat", f"{FORMATS}.alpaca", kwargs=("include_system_prompt",))
+_QUESTIONS = Registered("chat", "prompt_response", {"prompt": "instruction", "response": "output"})
+_TEXT_SFT = Registered("chat", f"{FORMATS}.text_sft", kwargs=("format",), path="")
+_MAGPIE = Registered("chat", "sharegpt")
+_DOCUMENTS = Registered("document")
+_DOCUMENT_SETS = [
+    "allenai/c4", "allenai/dolma", "bigcode/starcoderdata", "bigcode/the-stack", "cerebras/slimpajama-627b",
+    "eleutherai/pile", "gmongaras/slimpajama-627b_reupload", "HuggingFaceFW/fineweb-edu", "nampdn-ai/tiny-textbooks",
+    "pleias/youtube-commons", "roneneldan/tinystories", "salesforce/wikitext", "tiiuae/falcon-refinedweb",
+    "togethercomputer/redpajama-data-1t", "togethercomputer/redpajama-data-v2", "wikimedia/wikipedia",
+]  # fmt: skip
+
+REGISTERED: dict[str, Registered] = {
+    "yahma/alpaca-cleaned": _ALPACA,
+    "tatsu-lab/alpaca": _ALPACA,
+    "uiuc-convai/coalm-it": _ALPACA,
+    "promptresponsedataset": _QUESTIONS._replace(kwargs=("hf_dataset_path", "prompt_column", "response_column")),
+    "o1-open/openo1-sft": _QUESTIONS,
+    "argilla/magpie-ultra-v0.1": _QUESTIONS._replace(columns={"prompt": "instruction", "response": "response"}),
+    "cohereforai/aya_dataset": _QUESTIONS._replace(columns={"prompt": "inputs", "response": "targets"}),
+    "huggingfacedataset": Registered(
+        "chat", "messages", kwargs=("hf_dataset_path", "messages_column", "exclude_final_assistant_message")
+    ),
+    "huggingfaceh4/ultrachat_200k": Registered("chat", "messages"),
+    "allenai/tulu-3-sft-mixture": Registered("chat", "messages"),
+    "allenai/wildchat-1m": Registered("chat", "messages", {"messages": "conversation"}),
+    "magpie-align/llama-3-magpie-pro-1m-v0.1": _MAGPIE,
+    "magpie-align/magpie-pro-300k-filtered": _MAGPIE,
+    "argilla/databricks-dolly-15k-curated-en": Registered("chat", f"{FORMATS}.dolly", kwargs=("use_new_fields",)),
+    "text_sft": _TEXT_SFT,
+    "text_sft_jsonl": _TEXT_SFT,
+    "mlabonne/orpo-dpo-mix-40k": Registered("pair", f"{FORMATS}.turns_preference"),
+    "text_dpo_jsonl": Registered("pair", "prompt_preference", path=""),
+    **{name.lower(): _DOCUMENTS._replace(path=name) for name in _DOCUMENT_SETS},
+}
+"""Name in lower case, as Oumi compares it -> how its rows are read."""
+
+NOT_READ = {
+    "nvidia/chatqa-training-data": "its system turns differ from subset to subset",
+    "nvidia/chatrag-bench": "its turns are put together from documents",
+    **dict.fromkeys(("debug_sft", "debug_pretraining", "debug_dpo", "debug_classfication"), "it is made up for tests"),
+}
+"""Registered names without a counterpart, and why."""
+
+VISION = (
+    "merve/vqav2-small", "hf_vision", "vl_sft", "vision_language_jsonl", "vision_dpo_jsonl",
+    "openbmb/rlaif-v-dataset", "huggingfaceh4/llava-instruct-mix-vsft", "coco_captions", "nlphuji/flickr30k",
+    "huggingfacem4/the_cauldron", "huggingfacem4/docmatix", "allenai/pixmo-cap", "allenai/pixmo-ask-model-anything",
+    "allenai/pixmo-cap-qa", "ylecun/mnist", "lmms-lab/multimodal-open-r1-8k-verified", "hiyouga/geometry3k",
+)  # fmt: skip
+"""Registered names of data with images."""
+
+VISION_KWARGS = ("processor_name", "processor_kwargs", "image_column", "question_column", "answer_column", "limit")
+"""Keys of `dataset_kwargs` that only data with images have."""
 
 RAW = Registered("raw", kwargs=OF_KIND["chat"])
 READ = (".jsonl", ".json", ".parquet")
@@ -38,7 +110,7 @@ def entry_of(dataset: DatasetParams, place: str) -> Registered:
         refuse(f"{place}.dataset_name", f"{name!r} has images, and images are not trained on")
     if why := NOT_READ.get(name.lower()):
         refuse(f"{place}.dataset_name", f"{name!r} has no counterpart: {why}; prepare its rows as text_sft_jsonl")
-    return registered(name) or RAW
+    return REGISTERED.get(name.lower(), RAW)
 
 
 def source(
@@ -61,32 +133,28 @@ def source(
     if dataset.mixture_proportion == 0:
         notes.became[f"{place}.mixture_proportion"] = "the source is left out"
         return None
-    made: dict[str, Any] = {"path": _path(dataset, entry, place, notes)}
+    tree: dict[str, Any] = {"path": _path(dataset, entry, place, notes)}
     if dataset.subset is not None:
-        made["config"] = dataset.subset
+        tree["config"] = dataset.subset
     local_file = dataset.dataset_path is not None and Path(dataset.dataset_path).suffix != ""
     if dataset.split != "train" and not local_file:
-        made["split"] = dataset.split
+        tree["split"] = dataset.split
     elif dataset.split != "train":
-        _split_of_file(dataset, place, made, notes)
-    made |= {"format": _format(dataset, entry, place), "columns": _columns(dataset, entry, text_field)}
+        # Oumi reads a file as a whole whatever the split; a slice is what was meant by one
+        if "[" in dataset.split:
+            why = f"{dataset.split!r}: Oumi reads a file as a whole; say sample_count for fewer rows"
+            refuse(f"{place}.split", why)
+        notes.became[f"{place}.split"] = "nothing: a file has one split, and is read as a whole"
+    tree |= {"format": _format(dataset, entry, place), "columns": _columns(dataset, entry, text_field)}
     if dataset.mixture_proportion is not None:
-        made["weight"] = dataset.mixture_proportion
-    made |= _sample(dataset, place, seed)
-    if "sample_seed" not in made:
+        tree["weight"] = dataset.mixture_proportion
+    tree |= _sample(dataset, place, seed)
+    if "sample_seed" not in tree:
         notes.nothing(f"{place}.seed", "no rows are drawn; the seed of the run decides on their order")
         notes.nothing(f"{place}.shuffle", "the run draws an order of its own for each epoch")
-    made = {key: value for key, value in made.items() if value not in (None, {})}
-    notes.became[f"{place}.dataset_name"] = ", ".join(f"{key} {value}" for key, value in made.items())
-    return made["path"] if set(made) == {"path"} else made
-
-
-def _split_of_file(dataset: DatasetParams, place: str, made: dict[str, Any], notes: Notes) -> None:
-    """Oumi reads a file as a whole whatever the split; a slice is what was meant by one."""
-    _, bracket, _ = dataset.split.partition("[")
-    if bracket:
-        refuse(f"{place}.split", f"{dataset.split!r}: Oumi reads a file as a whole; say sample_count for fewer rows")
-    notes.became[f"{place}.split"] = "nothing: a file has one split, and is read as a whole"
+    tree = {key: value for key, value in tree.items() if value not in (None, {})}
+    notes.became[f"{place}.dataset_name"] = ", ".join(f"{key} {value}" for key, value in tree.items())
+    return tree["path"] if set(tree) == {"path"} else tree
 
 
 def _path(dataset: DatasetParams, entry: Registered, place: str, notes: Notes) -> str:
@@ -148,7 +216,7 @@ def _sample(dataset: DatasetParams, place: str, seed: int) -> dict[str, Any]:
 
 
 def _check_kwargs(dataset: DatasetParams, entry: Registered, place: str) -> None:
-    known = (*ANY, *entry.kwargs) if entry is RAW else known_kwargs(entry)
+    known = (*ANY, *entry.kwargs, *(() if entry is RAW else OF_KIND[entry.kind]))
     expected = {
         "task": ("sft",),
         "return_conversations": (False, None),

@@ -4,7 +4,7 @@ from typing import Any
 
 from oumi_pl.core.configs import DatasetSplitParams, ModelParams, TrainingConfig
 from oumi_pl.core.recipe.notes import Notes, refuse
-from oumi_pl.core.recipe.registry import Registered
+from oumi_pl.core.recipe.sources import Registered
 from oumi_pl.data.template import OUMI
 from oumi_pl.errors import nearest
 
@@ -57,23 +57,23 @@ def train_on(config: TrainingConfig, entries: list[Registered], notes: Notes) ->
     asked = {_assistant_only(split, i) for i in range(len(split.datasets))}
     raw = all(entry.kind == "raw" for entry in entries)
     if name == COMPLETIONS:
-        found = _by_collator(split)
+        tokens = _by_collator(split)
         notes.comment(
             PLACE,
             "what the assistant writes is found by the template, and not by searching ids; the newlines around it, "
             "which Oumi trains, carry no loss, and rows without any are left out",
         )
     elif asked == {True}:
-        found = "assistant"
+        tokens = "assistant"
     elif raw:
-        found = _by_trl(config.training.trainer_kwargs, notes)
+        tokens = _by_trl(config.training.trainer_kwargs, notes)
     else:
-        found = "all"
+        tokens = "all"
         _comment_on_labels(config, notes)
     if len(asked) > 1:
         refuse("data.train.datasets", "some say dataset_kwargs.assistant_only and others do not; train_on is for all")
-    notes.became["data.train.collator_name"] = f"data.train_on: {found}"
-    return found
+    notes.became["data.train.collator_name"] = f"data.train_on: {tokens}"
+    return tokens
 
 
 def refuse_collators(split: DatasetSplitParams, place: str, allowed: tuple[str | None, ...]) -> None:
@@ -128,5 +128,5 @@ def _by_trl(kwargs: dict[str, Any], notes: Notes) -> str:
 def _comment_on_labels(config: TrainingConfig, notes: Notes) -> None:
     trainer, collator = config.training.trainer_type.name, config.data.train.collator_name
     if trainer in ("HF", "OUMI") or (trainer == "TRL_SFT" and collator == PADDING):
-        made = f"{trainer} with {collator or 'no collator'}"
-        notes.comment(PLACE, f"{made} has no labels in Oumi and fails; here every token is trained, as with TRL_SFT")
+        which = f"{trainer} with {collator or 'no collator'}"
+        notes.comment(PLACE, f"{which} has no labels in Oumi and fails; here every token is trained, as with TRL_SFT")

@@ -1,17 +1,28 @@
-"""The loop of an Oumi config: how long, how often, on what, and what is saved."""
+"""The loop of an Oumi config: its engine and devices, how long and how often, and what is saved."""
 
 import math
 import os
 import re
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from oumi_pl.core.configs import TrainingConfig, TrainingParams
-from oumi_pl.core.recipe.engine import Engine
 from oumi_pl.core.recipe.notes import Notes, refuse
-from oumi_pl.core.recipe.sharding import strategy
 from oumi_pl.runs.folders import CHECKPOINTS
+
+Engine = Literal["lightning", "trl", "hf"]
+
+ENGINES: dict[str, Engine] = {
+    "TRL_SFT": "trl",
+    "TRL_DPO": "trl",
+    "HF": "hf",
+    "OUMI": "lightning",
+    "SFT": "lightning",
+    "DPO": "lightning",
+    "PRETRAIN": "lightning",
+}
+"""Trainer type -> what drives the training loop."""
 
 NEVER = 1_000_000_000
 """Steps that no run reaches."""
@@ -19,10 +30,47 @@ ALL = 1000
 """Checkpoints to keep, where Oumi keeps whatever it writes."""
 CHECKPOINT = re.compile(r"(?:checkpoint|step)-(\d+)(?:\.ckpt)?")
 """Name of a checkpoint, of transformers or of Lightning."""
-
-
 MLFLOW_STORE = "sqlite:///mlflow.db"
 """MLflow's own default, and so that of transformers' callback; Lightning's is a folder, which MLflow takes no more."""
+STRATEGY = "trainer.strategy"
+
+
+def engine_of(config: TrainingConfig, kind: str, asked: Engine | None, devices: int | None, notes: Notes) -> Engine:
+    """What drives the training loop: what was asked for, else what the trainer type stands for, as far as it can.
+
+    Args:
+        config: The config.
+        kind: `SFT`, `DPO` or `Pretrain`.
+        asked: What the user named; None for the trainer type's.
+        devices: Devices per node; None for as many as there are.
+        notes: Where comments go.
+
+    Raises:
+        UserError: what was asked for can't do something that the config says.
+    """
+    training = config.training
+    usual = asked or ENGINES[training.trainer_type.name]
+    if usual == "lightning":
+        return usual
+    peft = config.peft
+    only_lightning = {
+        "peft.lora_modules_to_save": (training.use_peft and peft.lora_modules_to_save, "modules trained as a whole"),
+        "fsdp.enable_fsdp": (config.fsdp.enable_fsdp, "several devices"),
+        "training.save_epoch": (training.save_epoch and training.save_steps <= 0, "checkpoints by epoch"),
+    }
+    for path, (is_set, what) in only_lightning.items():
+        if is_set and asked:
+            refuse(path, f"{asked} can't do {what} here; leave --engine out, or name lightning")
+        if is_set:
+            notes.comment("", f"Lightning drives it, and not {usual}, which can't do {what} here")
+            return "lightning"
+    if not asked and max(devices or 1, int(os.environ.get("WORLD_SIZE", "1"))) > 1:
+        notes.comment("", f"Lightning drives it, and not {usual}, which trains on one device")
+        return "lightning"
+    if not asked and (usual, kind) == ("trl", "Pretrain"):
+        notes.comment("", "transformers' Trainer drives it, and not TRL's SFT, which does no more with rows of tokens")
+        return "hf"
+    return usual
 
 
 def trainer(config: TrainingConfig, notes: Notes, devices: int | None, engine: Engine) -> dict[str, Any]:
@@ -36,32 +84,71 @@ def trainer(config: TrainingConfig, notes: Notes, devices: int | None, engine: E
         devices = devices or 1
         notes.nothing("training.ddp_find_unused_parameters", "it trains on one device")
         notes.nothing("training.log_model_summary", "train writes telemetry/model_summary.txt beside the run")
-    made: dict[str, Any] = {} if devices is None else {"devices": devices}
-    made |= strategy(config, notes, devices) if engine == "lightning" else {}
+    section: dict[str, Any] = {} if devices is None else {"devices": devices}
+    section |= _strategy(config, notes, devices) if engine == "lightning" else {}
     if training.max_steps > 0:
-        made["max_steps"] = training.max_steps
+        section["max_steps"] = training.max_steps
         if training.num_train_epochs != 3:
             notes.became["training.num_train_epochs"] = "nothing: max_steps wins"
     else:
-        made["max_epochs"] = training.num_train_epochs
+        section["max_epochs"] = training.num_train_epochs
     if training.gradient_accumulation_steps != 1:
-        made["accumulate_grad_batches"] = training.gradient_accumulation_steps
+        section["accumulate_grad_batches"] = training.gradient_accumulation_steps
         if training.trainer_type.name in ("OUMI", "TRL_DPO", "DPO"):
-            notes.comment(
-                "trainer.accumulate_grad_batches",
-                "an update is the mean over all of it; in Oumi, that of the means of its micro-batches",
-            )
+            different = "an update is the mean over all of it; in Oumi, that of the means of its micro-batches"
+            notes.comment("trainer.accumulate_grad_batches", different)
     if training.max_grad_norm:
-        made["gradient_clip_val"] = training.max_grad_norm
+        section["gradient_clip_val"] = training.max_grad_norm
     if (precision := training.mixed_precision_dtype.name) != "NONE":
-        made["precision"] = {"FP16": "16-mixed", "BF16": "bf16-mixed"}[precision]
-    made |= _determinism(training, notes)
+        section["precision"] = {"FP16": "16-mixed", "BF16": "bf16-mixed"}[precision]
+    section |= _determinism(training, notes)
     if training.log_model_summary and engine == "lightning":
-        made["enable_model_summary"] = True
+        section["enable_model_summary"] = True
     if training.save_epoch and training.save_steps <= 0:
-        made["callbacks"] = [{"class_path": "oumi_pl.core.recipe.epochs.SaveEachEpoch"}]
+        section["callbacks"] = [{"class_path": "oumi_pl.core.recipe.epochs.SaveEachEpoch"}]
     loggers = _loggers(training, notes)
-    return made | ({"logger": loggers} if loggers else {})
+    return section | ({"logger": loggers} if loggers else {})
+
+
+def _strategy(config: TrainingConfig, notes: Notes, devices: int | None) -> dict[str, Any]:
+    """`trainer.strategy`, and the precision that goes with it."""
+    fsdp = config.fsdp
+    if not fsdp.enable_fsdp:
+        return {"strategy": "ddp_find_unused_parameters_true"} if config.training.ddp_find_unused_parameters else {}
+    section: dict[str, Any] = _sharded_precision(config, notes)
+    name = fsdp.sharding_strategy.name
+    if name == "NO_SHARD":
+        notes.became["fsdp.sharding_strategy"] = "trainer.strategy ddp, which is what it comes to"
+        return {"strategy": "ddp"} | section
+    if name in ("SHARD_GRAD_OP", "HYBRID_SHARD_ZERO2"):
+        refuse("fsdp.sharding_strategy", f"{name} has no counterpart; FULL_SHARD gives the same numbers in less memory")
+    if name == "HYBRID_SHARD":
+        notes.comment(
+            STRATEGY, "HYBRID_SHARD shards within a node; on several, this shards over all, with equal numbers"
+        )
+    size = devices or int(os.environ.get("WORLD_SIZE", "0")) or _visible_devices()
+    notes.comment(STRATEGY, "data_parallel_size is the number of all GPUs")
+    notes.became["fsdp.enable_fsdp"] = f"trainer.strategy ModelParallelStrategy (FSDP2) over {size} devices"
+    arguments = {"data_parallel_size": size, "tensor_parallel_size": 1}
+    return {"strategy": {"class_path": "ModelParallelStrategy", "init_args": arguments}} | section
+
+
+def _sharded_precision(config: TrainingConfig, notes: Notes) -> dict[str, Any]:
+    name = config.fsdp.mixed_precision
+    if name is None:
+        return {}
+    if name == "fp16":
+        refuse("fsdp.mixed_precision", "fp16 is not sharded; set bf16")
+    if config.model.dtype != "float32":
+        notes.became["fsdp.mixed_precision"] = f"nothing: the weights are {config.model.torch_dtype_str} already"
+        return {}
+    return {"precision": "bf16-mixed"}
+
+
+def _visible_devices() -> int:
+    import torch
+
+    return max(1, torch.cuda.device_count())
 
 
 def _determinism(training: TrainingParams, notes: Notes) -> dict[str, Any]:
@@ -74,16 +161,16 @@ def _determinism(training: TrainingParams, notes: Notes) -> dict[str, Any]:
 
 
 def _loggers(training: TrainingParams, notes: Notes) -> list[dict[str, Any]]:
-    made = []
+    loggers = []
     project = "oumi" if training.trainer_type.name == "OUMI" else "huggingface"
     named = {"name": training.run_name} if training.run_name else {}
     if training.enable_wandb:
         project = os.environ.get("WANDB_PROJECT", project)
-        made.append({"class_path": "WandbLogger", "init_args": {"project": project, **named}})
+        loggers.append({"class_path": "WandbLogger", "init_args": {"project": project, **named}})
     if training.enable_mlflow:
         run = {"run_name": training.run_name} if training.run_name else {}
         store = {"tracking_uri": os.environ.get("MLFLOW_TRACKING_URI", MLFLOW_STORE)}
-        made.append({"class_path": "MLFlowLogger", "init_args": run | store})
+        loggers.append({"class_path": "MLFlowLogger", "init_args": run | store})
     installed = find_spec("tensorboard") or find_spec("tensorboardX")
     if not installed:
         notes.nothing("training.enable_tensorboard", "TensorBoard is not installed")
@@ -91,20 +178,20 @@ def _loggers(training: TrainingParams, notes: Notes) -> list[dict[str, Any]]:
         output = Path(training.output_dir)
         folder = Path(training.logging_dir) if training.logging_dir else output.parent / "tensorboard" / output.name
         arguments = {"save_dir": str(folder.parent), "name": folder.name, "version": ""}
-        made.append({"class_path": "TensorBoardLogger", "init_args": arguments})
+        loggers.append({"class_path": "TensorBoardLogger", "init_args": arguments})
     elif training.enable_tensorboard:
         notes.comment(
             "trainer", "metrics are written to metrics.csv; for TensorBoard as well: pip install 'oumi_pl[tracking]'"
         )
-    if not any(one["class_path"] == "TensorBoardLogger" for one in made):
+    if not any(one["class_path"] == "TensorBoardLogger" for one in loggers):
         notes.nothing("training.logging_dir", "it is TensorBoard's, which gets no metrics")
-    if training.run_name and not made:
+    if training.run_name and not loggers:
         notes.became["training.run_name"] = "nothing: it is the name for trackers, and none is enabled"
-    return made
+    return loggers
 
 
 def around(config: TrainingConfig, notes: Notes) -> dict[str, Any]:
-    """What stands beside the sections: folders, validation, checkpoints, the export.
+    """What is beside the sections: folders, validation, checkpoints, the export.
 
     Raises:
         UserError: something has no counterpart.
@@ -114,13 +201,13 @@ def around(config: TrainingConfig, notes: Notes) -> dict[str, Any]:
     name = folder.name or folder.resolve().name
     if not name or name.startswith("."):
         refuse("training.output_dir", f"{training.output_dir!r} can't be the name of a run; name a folder for it")
-    made: dict[str, Any] = {"name": name, "runs_dir": str(folder.parent)}
+    section: dict[str, Any] = {"name": name, "runs_dir": str(folder.parent)}
     notes.became["training.output_dir"] = f"{folder}: runs_dir and name; where it is taken, a number is added"
     if (every := _validation(training, notes)) is not None:
-        made["val_every"] = every
-    made["checkpoint"] = _checkpoints(training, notes)
+        section["val_every"] = every
+    section["checkpoint"] = _checkpoints(training, notes)
     export = _export(config, notes)
-    return made | ({"export": export} if export else {})
+    return section | ({"export": export} if export else {})
 
 
 def _validation(training: TrainingParams, notes: Notes) -> int | None:
@@ -144,34 +231,31 @@ def _checkpoints(training: TrainingParams, notes: Notes) -> dict[str, Any]:
         return {"every": NEVER}
     if training.save_epoch:
         notes.became["training.save_epoch"] = "nothing: save_steps wins"
-    made: dict[str, Any] = {"every": training.save_steps}
+    section: dict[str, Any] = {"every": training.save_steps}
     kwargs = training.trainer_kwargs
-    if kwargs.get("save_total_limit"):
-        made["keep"] = int(kwargs["save_total_limit"])
-    else:
-        made["keep"] = ALL
+    section["keep"] = int(kwargs.get("save_total_limit") or ALL)
     if kwargs.get("load_best_model_at_end"):
         metric = str(kwargs.get("metric_for_best_model") or "loss").removeprefix("eval_")
         higher = kwargs.get("greater_is_better", not metric.endswith("loss"))
-        made |= {"monitor": f"val/{metric}"} | ({"mode": "max"} if higher else {})
-    return made
+        section |= {"monitor": f"val/{metric}"} | ({"mode": "max"} if higher else {})
+    return section
 
 
 def _export(config: TrainingConfig, notes: Notes) -> dict[str, Any]:
-    made: dict[str, Any] = {}
+    section: dict[str, Any] = {}
     if not config.training.save_final_model:
-        made["enabled"] = False
+        section["enabled"] = False
     mode = config.peft.peft_save_mode.name
     if not config.training.use_peft:
-        return made
+        return section
     if mode == "ADAPTER_AND_BASE_MODEL":
         if config.peft.q_lora or config.fsdp.enable_fsdp:
             refuse("peft.peft_save_mode", f"{mode} needs the base whole and in full precision; set ADAPTER_ONLY")
         notes.became["peft.peft_save_mode"] = "the adapter in model/, and beside it the base, which train writes"
         notes.comment("export", "train writes the base model beside the adapter; fit writes the adapter alone")
     if mode == "MERGED":
-        made["merge"] = True
-    return made
+        section["merge"] = True
+    return section
 
 
 def resume(training: TrainingParams) -> str | None:
@@ -184,11 +268,10 @@ def resume(training: TrainingParams) -> str | None:
     if not given:
         return "" if training.try_resume_from_last_checkpoint else None
     place = Path(given).expanduser()
-    if CHECKPOINT.fullmatch(place.name) is None:
+    if _step(place) < 0:  # a run
         return given
     folder = place.parent
-    saved = [one for one in folder.iterdir() if CHECKPOINT.fullmatch(one.name)] if folder.is_dir() else []
-    newest = max(saved, key=_step, default=place)
+    newest = max(folder.iterdir() if folder.is_dir() else (), key=_step, default=place)
     if not place.exists() or _step(newest) != _step(place):
         why = f"a run goes on from its newest checkpoint, {newest.name}" if place.exists() else "there is none"
         refuse("training.resume_from_checkpoint", f"{given}: {why}")
@@ -196,5 +279,6 @@ def resume(training: TrainingParams) -> str | None:
 
 
 def _step(checkpoint: Path) -> int:
-    found = CHECKPOINT.fullmatch(checkpoint.name)
-    return int(found[1]) if found else -1
+    """The step in the name of a checkpoint; -1 for other files."""
+    match = CHECKPOINT.fullmatch(checkpoint.name)
+    return int(match[1]) if match else -1

@@ -12,7 +12,7 @@ class BaseTrainer(ABC):
         """Trains to the end, from the start or from a `checkpoint-N` folder.
 
         Args:
-            resume_from_checkpoint: The folder to go on from.
+            resume_from_checkpoint: The folder to resume from.
         """
 
     @abstractmethod

@@ -72,7 +72,7 @@ def _hugging_face(trainer_type: "TrainerType", processor: Any, verbose: bool) ->
             if verbose:
                 print(kwargs["args"])
             directory = params.logging_dir or str(Path(params.output_dir) / "tensorboard")
-            os.environ["TENSORBOARD_LOGGING_DIR"] = directory  # the only way that transformers 5 is told
+            os.environ["TENSORBOARD_LOGGING_DIR"] = directory  # transformers 5 reads it from nowhere else
         trainer = _trainer_class(trainer_type.name)(*positional, **kwargs)
         for i, callback in enumerate(callbacks):
             trainer.callback_handler.callbacks.insert(1 + i, callback)

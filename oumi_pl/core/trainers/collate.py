@@ -35,7 +35,7 @@ def padded(rows: Sequence[Mapping[str, Any]], padding_id: int, ignore_index: int
     Columns of numbers that are not as long as the ids are stacked; columns of anything else are left out.
 
     Returns:
-        `input_ids`, `attention_mask` and the others, `[batch, seq]` each; always with a mask, made if there was none.
+        `input_ids`, `attention_mask` and the others, `[batch, seq]` each; always with a mask.
     """
     ids = [_tensor(row["input_ids"]) for row in rows]
     columns: dict[str, Any] = {"input_ids": _stack(ids, padding_id)}
@@ -63,17 +63,17 @@ def padded(rows: Sequence[Mapping[str, Any]], padding_id: int, ignore_index: int
 
 def log_first_example(collate: Collator, tokenizer: Any) -> Collator:
     """A collator that logs one decoded row, once."""
-    told = False
+    shown = False
 
-    def telling(rows: list[Any]) -> Any:
-        nonlocal told
+    def showing(rows: list[Any]) -> Any:
+        nonlocal shown
         batch = collate(rows)
-        if not told and tokenizer is not None and isinstance(batch, Mapping) and "input_ids" in batch:
-            told = True
+        if not shown and tokenizer is not None and isinstance(batch, Mapping) and "input_ids" in batch:
+            shown = True
             logger.info("an example: %r", tokenizer.decode(batch["input_ids"][0].tolist()))
         return batch
 
-    return telling
+    return showing
 
 
 def _padding_id(tokenizer: Any) -> int:

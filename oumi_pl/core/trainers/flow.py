@@ -18,7 +18,7 @@ from transformers.trainer_callback import (
     TrainerState,
 )
 
-from oumi_pl.core.trainers.arguments import callback_arguments
+from oumi_pl.core.trainers.hyperparameters import callback_arguments
 from oumi_pl.errors import UserError, nearest
 
 if TYPE_CHECKING:
@@ -96,7 +96,7 @@ class Flow:
         states: dict[str, Any] = {}
         for callback in self._stateful:
             states.setdefault(type(callback).__name__, []).append(callback.state())
-        exported: Any = {name: found if len(found) > 1 else found[0] for name, found in states.items()}
+        exported: Any = {name: own if len(own) > 1 else own[0] for name, own in states.items()}
         self.state.stateful_callbacks = exported
 
     def restore(self, state: dict[str, Any]) -> None:

@@ -1,4 +1,4 @@
-"""`checkpoint-N` folders: what is in them, how they appear whole, how the last is found."""
+"""`checkpoint-N` folders: what is in them, how they are written as a whole, which is the last."""
 
 import json
 import re
@@ -6,61 +6,46 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch
-
+from oumi_pl.core.trainers.saving import save_weights
 from oumi_pl.errors import UserError
 from oumi_pl.runs.checkpoint_files import HALF, remove
 
 if TYPE_CHECKING:
     from transformers.trainer_callback import TrainerState
 
+    from oumi_pl.core.trainers.module import LossModule
+
 STATE = "trainer_state.json"
 TRAINING = "training_state.pt"
-"""Optimizer, schedule, generators, position in the data: plain values that load with `weights_only=True`."""
+"""Lightning's checkpoint, without the weights: optimizer, schedule, generators, position in the data, callbacks."""
 
 _NUMBERED = re.compile(r"checkpoint-(\d+)$")
 
 
 def checkpoints(output_dir: Path) -> list[Path]:
     """The whole checkpoints of a run, oldest first."""
-    found = {int(m.group(1)): p for p in output_dir.glob("checkpoint-*") if (m := _NUMBERED.search(p.name))}
-    return [found[step] for step in sorted(found) if (found[step] / STATE).is_file()]
+    folders = {int(m.group(1)): p for p in output_dir.glob("checkpoint-*") if (m := _NUMBERED.search(p.name))}
+    return [folders[step] for step in sorted(folders) if (folders[step] / STATE).is_file()]
 
 
-def find_checkpoint(asked: str | None, output_dir: Path, try_last: bool) -> Path | None:
-    """Where a run goes on from: the folder that is named, else the last of `output_dir` if that may be tried.
+def find_checkpoint(named: str | None, output_dir: Path, try_last: bool) -> Path | None:
+    """Where a run resumes from: the folder that is named, else the last of `output_dir` if that may be tried.
 
     An output folder is taken for the last checkpoint in it.
 
     Raises:
         UserError: if the named folder is not one of this trainer's checkpoints.
     """
-    if asked is None:
+    if named is None:
         last = checkpoints(output_dir)[-1:] if try_last else []
         return last[0] if last else None
-    folder = Path(asked)
+    folder = Path(named)
     if not (folder / TRAINING).is_file() and (inside := checkpoints(folder)):
         folder = inside[-1]
     if not (folder / TRAINING).is_file():
         why = "holds no " + TRAINING if folder.is_dir() else "is not there"
         raise UserError(f"training.resume_from_checkpoint: {folder} {why}; name a checkpoint-N folder of this trainer")
     return folder
-
-
-def begin_folder(folder: Path) -> Path:
-    """An empty folder beside the one that is to be."""
-    half = folder.with_name(folder.name + HALF)
-    if half.exists():
-        remove(half)
-    half.mkdir(parents=True)
-    return half
-
-
-def finish_folder(half: Path, folder: Path) -> None:
-    """Puts the folder in its place, now that it is whole."""
-    if folder.exists():
-        remove(folder)
-    half.replace(folder)
 
 
 def write_state(file: Path, state: "TrainerState", total_tokens_seen: int) -> None:
@@ -77,26 +62,51 @@ def read_state(folder: Path) -> tuple[dict[str, Any], int]:
     return content, content.pop("total_tokens_seen")
 
 
-def read_training(folder: Path) -> dict[str, Any]:
-    """Reads `training_state.pt`, running no code from it.
-
-    Raises:
-        UserError: if it can't be read.
-    """
-    try:
-        return torch.load(folder / TRAINING, map_location="cpu", weights_only=True)
-    except Exception as error:  # bytes can be wrong in any way
-        raise UserError(f"{folder / TRAINING}: can't be read: {str(error).partition(chr(10))[0]}") from error
-
-
 def keep_last(output_dir: Path, limit: int | None, best: str | None) -> None:
     """Removes the oldest checkpoints beyond a number; the best one stays, and counts."""
     if limit is None or limit < 1:
         return
-    found = checkpoints(output_dir)
-    spared = [p for p in found if best is not None and p == Path(best)]
-    others = [p for p in found if p not in spared]
-    # the newest is always kept: the run goes on from it
+    folders = checkpoints(output_dir)
+    spared = [p for p in folders if best is not None and p == Path(best)]
+    others = [p for p in folders if p not in spared]
+    # the newest is always kept: the run resumes from it
     kept = max(1, limit - len(spared))
     for old in others[:-kept]:
         remove(old)
+
+
+class CheckpointFolders:
+    """Writes the `checkpoint-N` folders of a run.
+
+    Args:
+        output_dir: Where.
+        tokenizer: Written beside the weights.
+    """
+
+    def __init__(self, output_dir: Path, tokenizer: Any) -> None:
+        self.output_dir = output_dir
+        self.tokenizer = tokenizer
+        self.is_saving = False
+        """Whether the checkpoint that Lightning writes is one of these."""
+
+    def save(self, module: "LossModule") -> None:
+        """Writes the checkpoint of this step; the folder appears when it is whole. All processes have to call this."""
+        trainer, flow, state = module.trainer, module.flow, module.flow.state
+        folder = self.output_dir / f"checkpoint-{state.global_step}"
+        half = folder.with_name(folder.name + HALF)
+        if trainer.is_global_zero:
+            remove(half)
+            save_weights(module.model, half, self.tokenizer)
+        self.is_saving = True
+        trainer.save_checkpoint(half / TRAINING)
+        self.is_saving = False
+        if trainer.is_global_zero:
+            flow.export_callbacks()
+            best = self.output_dir / f"checkpoint-{state.best_global_step}"
+            if best == folder or best.is_dir():
+                state.best_model_checkpoint = str(best)
+            write_state(half / STATE, state, module.tokens_seen["tokens"])
+            remove(folder)
+            half.replace(folder)
+            keep_last(self.output_dir, flow.args.save_total_limit, state.best_model_checkpoint)
+        trainer.strategy.barrier("checkpoint written")

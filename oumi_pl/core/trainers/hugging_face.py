@@ -2,9 +2,10 @@
 
 import logging
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from oumi_pl.core.trainers.base import BaseTrainer
+from oumi_pl.core.trainers.kinds import Adapted
 from oumi_pl.core.trainers.saving import save_weights
 
 logger = logging.getLogger("oumi_pl")
@@ -45,14 +46,14 @@ class HuggingFaceTrainer(BaseTrainer):
             return
         if self.processor is not None:
             self.processor.save_pretrained(output_dir)
-        model = trainer.accelerator.unwrap_model(trainer.model)
+        model: Any = trainer.accelerator.unwrap_model(trainer.model)
         mode = config.peft.peft_save_mode.name if config is not None and final else "ADAPTER_ONLY"
-        if mode == "ADAPTER_ONLY" or not hasattr(model, "peft_config"):
+        if mode == "ADAPTER_ONLY" or not isinstance(model, Adapted):
             return
         if trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled:
             logger.warning("peft.peft_save_mode: %s can't be done on sharded weights; the adapter is saved alone", mode)
             return
-        save_weights(model, output_dir, mode=mode)
+        save_weights(cast("Any", model), output_dir, mode=mode)
 
     def get_last_eval_metrics(self) -> dict[str, Any]:
         """The metrics of the last evaluation."""

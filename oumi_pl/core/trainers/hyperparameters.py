@@ -1,19 +1,17 @@
 """Oumi's training parameters as the arguments of transformers' and TRL's trainers."""
 
 import dataclasses
-import logging
 from typing import TYPE_CHECKING, Any
 
-from oumi_pl.core.trainers.loggers import INSTALL, installed
-from oumi_pl.core.trainers.workers import workers
+from oumi_pl.core.trainers.data import number_of_workers
+from oumi_pl.core.trainers.honoured import EXTRA
+from oumi_pl.core.trainers.loggers import trackers
 from oumi_pl.errors import UserError, nearest
 
 if TYPE_CHECKING:
     from transformers import TrainingArguments
 
     from oumi_pl.core.configs import TrainerType, TrainingParams
-
-logger = logging.getLogger("oumi_pl")
 
 
 def to_hf(params: "TrainingParams", trainer_type: "TrainerType | None" = None) -> "TrainingArguments":
@@ -30,21 +28,51 @@ def to_hf(params: "TrainingParams", trainer_type: "TrainerType | None" = None) -
             that have no effect there.
     """
     kind = trainer_type or params.trainer_type
-    made = arguments_class(kind.name)
+    cls = arguments_class(kind.name)
     if params.metrics_function:
         raise UserError("training.metrics_function: there is no registry; give compute_metrics to the trainer instead")
     _refuse_unknown_names(params)
-    passed = _lengths_and_files(params) | _optimization(params) | _devices(params)
-    known = [field.name for field in dataclasses.fields(made) if field.init]
+    passed = _arguments(params) | {"report_to": trackers(params)}
+    known = [field.name for field in dataclasses.fields(cls) if field.init]
     for name in params.trainer_kwargs:
         if name in passed:
             raise UserError(f"training.trainer_kwargs: {name} is set by a field of training already")
         if name not in known:
-            raise UserError(f"training.trainer_kwargs: {made.__name__} has no {name!r}{nearest(name, known)}")
+            raise UserError(f"training.trainer_kwargs: {cls.__name__} has no {name!r}{nearest(name, known)}")
     try:
-        return made(**passed, **params.trainer_kwargs)
+        return cls(**passed, **params.trainer_kwargs)
     except ValueError as error:
         raise UserError(f"training: {error}") from error
+
+
+def callback_arguments(params: "TrainingParams") -> "TrainingArguments":
+    """What callbacks of transformers are given as `args`: a TrainingArguments with what a native run does.
+
+    It is built without its own `__post_init__`, which would choose a device and start process groups: those are
+    Lightning's.
+    """
+    from transformers import TrainingArguments
+    from transformers.trainer_utils import IntervalStrategy, SaveStrategy
+
+    arguments: Any = TrainingArguments.__new__(TrainingArguments)
+    for field in dataclasses.fields(TrainingArguments):
+        factory: Any = field.default_factory
+        default = field.default if factory is dataclasses.MISSING else factory()
+        setattr(arguments, field.name, None if default is dataclasses.MISSING else default)
+    values = _arguments(params) | EXTRA | params.trainer_kwargs | {"logging_dir": params.logging_dir, "report_to": []}
+    metric = values["metric_for_best_model"]
+    if values["greater_is_better"] is None and metric is not None:
+        values["greater_is_better"] = not metric.endswith("loss")
+    for name, value in values.items():
+        setattr(arguments, name, value)
+    arguments.save_strategy = SaveStrategy(arguments.save_strategy)
+    arguments.eval_strategy = IntervalStrategy(arguments.eval_strategy)
+    arguments.logging_strategy = IntervalStrategy(arguments.logging_strategy)
+    return arguments
+
+
+def _arguments(params: "TrainingParams") -> dict[str, Any]:
+    return _lengths_and_files(params) | _optimization(params) | _devices(params)
 
 
 def arguments_class(kind: str) -> Any:
@@ -87,24 +115,10 @@ def _lengths_and_files(params: "TrainingParams") -> dict[str, Any]:
         "logging_first_step": params.logging_first_step,
         "logging_nan_inf_filter": True,
         "log_level": params.dep_log_level,
-        "report_to": _reports(params),
         "run_name": params.run_name,
         "push_to_hub": False,
         "include_num_input_tokens_seen": params.include_performance_metrics,
     }
-
-
-def _reports(params: "TrainingParams") -> list[str]:
-    wanted = {"wandb": params.enable_wandb, "mlflow": params.enable_mlflow}
-    for name, on in wanted.items():
-        if on and not installed(name):
-            raise UserError(f"training.enable_{name}: {name} is not installed; {INSTALL}")
-    # on unless it is switched off, so that it may be absent
-    if params.enable_tensorboard and not (installed("tensorboard") or installed("tensorboardX")):
-        logger.warning("training.enable_tensorboard: tensorboard is not installed; %s", INSTALL)
-    elif params.enable_tensorboard:
-        wanted["tensorboard"] = True
-    return [name for name, on in wanted.items() if on]
 
 
 def _optimization(params: "TrainingParams") -> dict[str, Any]:
@@ -130,7 +144,7 @@ def _optimization(params: "TrainingParams") -> dict[str, Any]:
 
 
 def _devices(params: "TrainingParams") -> dict[str, Any]:
-    exact, number = params.use_deterministic, workers(params.dataloader_num_workers)
+    exact, number = params.use_deterministic, number_of_workers(params.dataloader_num_workers)
     dispatches = False if exact else params.dataloader_main_process_only
     accelerator = {"split_batches": False, "even_batches": True, "use_seedable_sampler": True}
     passed: dict[str, Any] = {

@@ -1,52 +1,45 @@
-"""TensorBoard, Weights & Biases and MLflow, as Lightning's loggers."""
+"""The trackers that training parameters switch on."""
 
-import importlib.util
 import logging
-import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from oumi_pl.errors import UserError
+from oumi_pl.runs.loggers import make, missing
 
 if TYPE_CHECKING:
     from oumi_pl.core.configs import TrainingParams
 
 logger = logging.getLogger("oumi_pl")
 
-INSTALL = "install it with: pip install 'oumi_pl[tracking]'"
 
-
-def loggers(params: "TrainingParams") -> list[Any]:
-    """The loggers that the parameters switch on.
+def trackers(params: "TrainingParams") -> list[str]:
+    """Names of the trackers that are switched on.
 
     TensorBoard is on unless it is switched off, so that it may be absent: that is warned of, and nothing more.
 
     Raises:
         UserError: if one was asked for and is not installed.
     """
-    from lightning.pytorch.loggers import MLFlowLogger, TensorBoardLogger, WandbLogger
-
-    made: list[Any] = []
-    if params.enable_tensorboard:
-        if installed("tensorboard") or installed("tensorboardX"):
-            directory = params.logging_dir or str(Path(params.output_dir) / "tensorboard")
-            made.append(TensorBoardLogger(directory, name="", version=""))
-        else:
-            logger.warning("training.enable_tensorboard: tensorboard is not installed; %s", INSTALL)
-    if params.enable_wandb:
-        if not installed("wandb"):
-            raise UserError(f"training.enable_wandb: wandb is not installed; {INSTALL}")
-        project = os.environ.get("WANDB_PROJECT", "oumi")
-        made.append(WandbLogger(name=params.run_name, project=project, save_dir=params.output_dir))
-    if params.enable_mlflow:
-        if not installed("mlflow"):
-            raise UserError(f"training.enable_mlflow: mlflow is not installed; {INSTALL}")
-        experiment = os.environ.get("MLFLOW_EXPERIMENT_NAME", "oumi")
-        uri = os.environ.get("MLFLOW_TRACKING_URI", "sqlite:///mlflow.db")  # MLflow's own default
-        made.append(MLFlowLogger(experiment, run_name=params.run_name, tracking_uri=uri, save_dir=params.output_dir))
-    return made
+    switches = {"tensorboard": params.enable_tensorboard, "wandb": params.enable_wandb, "mlflow": params.enable_mlflow}
+    names = []
+    for name in [name for name, on in switches.items() if on]:
+        if not missing(name):
+            names.append(name)
+            continue
+        message = f"training.enable_{name}: {name} is not installed; install it with: pip install 'oumi_pl[tracking]'"
+        if name != "tensorboard":
+            raise UserError(message)
+        logger.warning("%s", message)
+    return names
 
 
-def installed(module: str) -> bool:
-    """Whether a library can be imported."""
-    return importlib.util.find_spec(module) is not None
+def loggers(params: "TrainingParams") -> list[Any]:
+    """Lightning's loggers for the trackers that are switched on, under the names of Oumi and of MLflow's own store.
+
+    Raises:
+        UserError: if one was asked for and can't be used.
+    """
+    folder = None if params.logging_dir is None else Path(params.logging_dir)
+    oumi: dict[str, Any] = {"project": "oumi", "store": "sqlite:///mlflow.db", "run_name": params.run_name}
+    return [make(name, Path(params.output_dir), 0, {}, folder=folder, **oumi)[0] for name in trackers(params)]

@@ -1,101 +1,149 @@
-"""The LightningModule inside of the trainer: one training batch is one optimizer update.
+"""The LightningModule of the trainer: any model that returns a loss, and the events of transformers' callbacks.
 
-Lightning hands it a window of micro-batches (`windows.py`). It knows all of an update's targets before the first
-forward pass, so gradients are right as they come; it steps by itself, and lets the flow (`flow.py`) decide when to log,
-evaluate and save. Lightning never validates on its own.
+All numbers are `UpdateModule`'s, all steps Lightning's. What this adds is the order of events of
+`transformers.Trainer`: the flow (`flow.py`) decides when to log, evaluate and save. Lightning never validates on its
+own.
 """
 
 import math
 import time
 from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
-from torch import Tensor, nn
-from torch.optim.lr_scheduler import LambdaLR
+from torch import Tensor
+from torch.optim import Optimizer
 
-from oumi_pl.core.trainers.evaluation import EvaluatingModule
+from oumi_pl.core.trainers.data import DatasetModule, MicroBatch
 from oumi_pl.core.trainers.flow import Flow
-from oumi_pl.core.trainers.loss import Loss, tokens_of
-from oumi_pl.core.trainers.optimizers import optimizer
+from oumi_pl.core.trainers.folders import CheckpointFolders, read_state
+from oumi_pl.core.trainers.loss import Loss
+from oumi_pl.core.trainers.optimisation import build_optimizer, build_schedule
 from oumi_pl.core.trainers.records import MetricsFile, Timers
-from oumi_pl.core.trainers.schedules import schedule
-from oumi_pl.core.trainers.windows import Window, Windows
+from oumi_pl.core.trainers.saving import load_weights
 from oumi_pl.errors import UserError
+from oumi_pl.modules.restorable import RestorableModule
+from oumi_pl.modules.update import Split
+from oumi_pl.optim import fuse, parameter_groups
+from oumi_pl.types import Sums
 
 if TYPE_CHECKING:
     from oumi_pl.core.configs import TrainingParams
 
 
-class TrainingModule(EvaluatingModule):
+class LossModule(RestorableModule):
     """Trains any module that returns a loss.
 
     Args:
-        model: The module.
+        loss: The model, and what it makes of a batch.
         params: What the run was given.
         flow: State, switches and callbacks.
-        windows: The training data, told of each update that is done.
-        loss: What a micro-batch counts for.
+        inputs: The data.
         file: Where log rows go.
-        save: Writes a checkpoint.
-        at_start: Called when optimizer and schedule are there: restores them.
-        at_end: Called when training is over, before callbacks hear of it.
+        timers: Times the parts of training.
+        folders: Where checkpoints go.
+        checkpoint: The folder that the run is resumed from.
+        at_end: Called when training is over, before callbacks are.
     """
+
+    clipped_by = "max_grad_norm"
 
     def __init__(
         self,
-        *,
-        model: nn.Module,
+        loss: Loss,
         params: "TrainingParams",
         flow: Flow,
-        windows: Windows,
-        loss: Loss,
+        inputs: DatasetModule,
+        *,
         file: MetricsFile,
-        save: Callable[[], None],
-        at_start: Callable[[], None],
+        timers: Timers,
+        folders: CheckpointFolders,
+        checkpoint: Path | None,
         at_end: Callable[[], None],
     ) -> None:
-        super().__init__(flow, loss, file)
-        self.automatic_optimization = False
-        self.model = model
+        super().__init__()
+        self.model = loss.model
+        self.loss = loss
         self.params = params
-        self.windows = windows
-        self.save = save
-        self.at_start = at_start
+        self.flow = flow
+        self.inputs = inputs
+        self.file = file
+        self.timers = timers
+        self.folders = folders
+        self.checkpoint = checkpoint
         self.at_end = at_end
-        self.timers = Timers(params.include_performance_metrics)
-        self.unlogged = torch.zeros(())
-        """Sum of this rank's parts of the losses of the updates since the last log."""
+        self.unlogged = 0.0
+        """Sum of the losses of the updates since the last log."""
         self.last_logged = 0
-        self._update = torch.zeros(())
-        self._grad_norm = torch.zeros(())
-        self._began = self.clock = time.time()
-        self._at_begin = self._at_log = (0, 0)
+        """Step of the last log."""
+        self.eval_metrics: dict[str, float] = {}
+        """Those of the last evaluation, named `eval_...`."""
+        self._evaluated: dict[str, float] = {}
+        self._is_text = False
         self._losses: list[float] = []
+        self._grad_norm = self._lr = 0.0
+        self._began = self._clock = time.time()
+        self._at_begin = self._at_log = (0, 0)
+        self._step_began = 0.0
         self._waits_since: float | None = None
 
-    def configure_optimizers(self) -> Any:
-        """The optimizer that the parameters name, and its schedule in optimizer steps."""
-        made = optimizer(self.model, self.params)
-        return [made], [LambdaLR(made, schedule(self.params, self.flow.state.max_steps))]
+    # ---- what a batch comes to
+
+    def loss_sums(self, batch: MicroBatch, split: Split) -> Sums:
+        """The sum of the losses of its targets."""
+        targets = batch["counts"]["targets"]
+        total = max(1, batch["update"].targets if split == "train" else targets)
+        if batch["inputs"] is None:  # an evaluation of which this rank has no rows
+            return {"loss": torch.zeros((), device=self.device)}
+        with self.timers.time("model forward"):
+            sums = {"loss": self.loss(batch["inputs"], targets, total) * total}
+        if split == "validation":
+            self._is_text = self.loss.count.predicts_tokens(batch["inputs"])
+            sums["batches"] = torch.ones((), device=self.device)
+        return sums
+
+    def count(self, batch: MicroBatch) -> dict[str, int]:
+        """As it was counted on the host."""
+        return batch["counts"]
+
+    def metrics(self, sums: Sums, split: Split) -> dict[str, Tensor]:
+        """The mean loss."""
+        if split == "validation":
+            self._evaluated = {name: float(value) for name, value in sums.items()}
+        return {"loss": sums["loss"] / sums["targets"].clamp(min=1)}
+
+    def log_dict(self, dictionary: Any, *args: Any, **kwargs: Any) -> None:
+        """For Lightning's callbacks only: its loggers get the rows that the flow has logged."""
+        super().log_dict(dictionary, *args, **(kwargs | {"logger": False}))
 
     # ---- beginning and end
 
+    def configure_optimizers(self) -> Any:
+        """The optimizer that the parameters name, and its schedule."""
+        optimizer, total = build_optimizer(self.model, self.params), self.flow.state.max_steps
+        # a fused step unscales float16 gradients by itself, after they would have been clipped
+        if self._scaler is None and self.device.type == "cuda":
+            fuse(optimizer)
+        factor = build_schedule(self.params, total)
+        return self.scheduled(optimizer, lambda step: factor(step, total))
+
     def on_train_start(self) -> None:
-        """Restores what has to wait for the optimizer, starts the clocks, tells callbacks."""
-        self.unlogged = torch.zeros((), device=self.device)
-        self.last_logged = self.flow.state.global_step
-        self.at_start()
-        self._losses = [-self._reduced(self.unlogged)]  # trained before the resume, and logged after it
+        """Starts the clocks and the log, and tells callbacks."""
+        super().on_train_start()
+        step = self.flow.state.global_step
+        self.file.open(step)
+        self._losses = [-self.unlogged]  # trained before the resume, and logged after it
         handler = self.flow.handler
         handler.optimizer, handler.lr_scheduler = self.trainer.optimizers[0], self.lr_schedulers()
-        handler.train_dataloader, handler.eval_dataloader = self.windows, self.trainer.val_dataloaders
-        self._began = self.clock = time.time()
-        self._at_begin = self._at_log = (self.flow.state.global_step, self.total_tokens_seen)
+        handler.train_dataloader, handler.eval_dataloader = self.inputs.loader, self.trainer.val_dataloaders
+        self._began = self._clock = time.time()
+        self._at_begin = self._at_log = (step, self.tokens_seen["tokens"])
         self.flow.fire("on_train_begin")
-        if self.flow.args.eval_on_start and self.flow.state.global_step == 0 and self.has_eval:
+        if self.flow.args.eval_on_start and step == 0 and self._has_eval:
             self.evaluate()
+        if self.trainer.fit_loop.epoch_loop.batch_progress.current.ready:
+            self.flow.fire("on_epoch_begin")  # Lightning does not begin an epoch that is resumed
 
     def on_train_epoch_start(self) -> None:
         """Tells callbacks."""
@@ -103,11 +151,10 @@ class TrainingModule(EvaluatingModule):
 
     def on_train_epoch_end(self) -> None:
         """Tells callbacks, and does what they or the strategies ask for at the end of an epoch."""
-        if self.flow.control.should_epoch_stop:
-            self.windows.end_epoch()
         self.flow.fire("on_epoch_end")
-        saved = (self.flow.args.save_strategy == "steps") and self._is_at_save_step
-        if self.params.save_epoch and not saved:
+        state = self.flow.state
+        at_save_step = state.global_step % max(1, state.save_steps) == 0 or state.global_step >= state.max_steps
+        if self.params.save_epoch and not (self.flow.args.save_strategy == "steps" and at_save_step):
             self.flow.control.should_save = True
         self._log_if_asked()
         self._evaluate_and_save_if_asked()
@@ -117,166 +164,206 @@ class TrainingModule(EvaluatingModule):
         steps = self.flow.state.global_step - self._at_begin[0]
         seconds = time.time() - self._began
         if self.flow.state.global_step > self.last_logged:
-            self._collect_loss()
+            self._take_losses()
         mean = sum(self._losses) / max(1, steps)
         logs = {"train_runtime": seconds, "train_steps_per_second": steps / seconds, "train_loss": mean}
         self.write(self.flow.log(logs), {})
         self.at_end()
         self.flow.fire("on_train_end")
 
-    # ---- an update
+    # ---- an update, in the order of its events
 
-    def on_train_batch_start(self, batch: Any, batch_idx: int) -> int | None:
-        """Ends the epoch here if a callback asked for it."""
+    def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
+        """Tells callbacks of the first micro-batch of an update."""
+        super().on_train_batch_start(batch, batch_idx)
         if self._waits_since is not None:
             self.timers.add("fetching batch", time.perf_counter() - self._waits_since)
-        return -1 if self.flow.should_stop else None
+        if batch_idx % self.trainer.accumulate_grad_batches == 0:
+            self.flow.fire("on_step_begin")
 
-    def training_step(self, window: Window, batch_idx: int) -> None:
-        """Runs the micro-batches of an update, and steps."""
-        flow, optimizer = self.flow, cast("Any", self.optimizers())
-        flow.fire("on_step_begin")
-        with self.timers.time("computing tokens"):
-            total, tokens = self._count(window)
-        self._update = torch.zeros((), device=self.device)
-        for i, batch in enumerate(window.batches):
-            last = i == len(window.batches) - 1
-            with self._gradients_synced(last):
-                with self.timers.time("model forward"):
-                    part = self.loss(batch, total, counts=not window.stands_in)
-                with self.timers.time("loss backward"):
-                    # the processes' gradients are averaged, but the parts have to be added up
-                    self.manual_backward(part * self.trainer.world_size)
-            self._update = self._update + part.detach()
-            if not last:
-                flow.fire("on_substep_end")
-                if flow.should_stop:
-                    optimizer.zero_grad()
-                    return
-        with self.timers.time("optimizer step"):
-            optimizer.step()
-        flow.fire("on_optimizer_step")
-        self._finish_update(window, tokens)
+    def backward(self, loss: Tensor, *args: Any, **kwargs: Any) -> None:
+        """Runs the backward pass, and times it."""
+        with self.timers.time("loss backward"):
+            super().backward(loss, *args, **kwargs)
 
-    def _finish_update(self, window: Window, tokens: int) -> None:
-        flow, optimizer = self.flow, self.trainer.optimizers[0]
-        self._learning_rate = float(optimizer.param_groups[0]["lr"])
-        if self._scaler is None or torch.isfinite(self._grad_norm):  # else the scaler has skipped the step
-            cast("LambdaLR", self.lr_schedulers()).step()
-        optimizer.zero_grad()
-        self.unlogged = self.unlogged + self._update
-        self.total_tokens_seen += tokens
-        self.windows.done(window)
-        flow.state.global_step += 1
-        flow.state.epoch = self._epochs_done(window)
-        flow.state.num_input_tokens_seen = self.total_tokens_seen
-        self.log_dict({"train/loss": self._update, "train/grad_norm": self._grad_norm}, logger=False, batch_size=1)
-        every = self.params.empty_device_cache_steps
-        if every and flow.state.global_step % every == 0 and self.device.type == "cuda":
-            torch.cuda.empty_cache()
-        flow.fire("on_step_end")
-        self._log_if_asked()
+    def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
+        """Logs the update."""
+        self._step_began = time.perf_counter()
+        super().on_before_optimizer_step(optimizer)
 
-    def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
-        """Clips the gradients, checks that they are numbers, and tells callbacks."""
-        parameters = [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
-        if self.params.max_grad_norm:
-            self._grad_norm = nn.utils.clip_grad_norm_(parameters, self.params.max_grad_norm)
-        else:
-            self._grad_norm = nn.utils.get_total_norm([p.grad for p in parameters])
-        if self._scaler is None and not torch.isfinite(self._grad_norm + self._update):
-            raise UserError(
-                f"the loss ({float(self._update)}) or the norm of its gradient ({float(self._grad_norm)}) is not a "
-                f"finite number at step {self.flow.state.global_step + 1}; the last checkpoint is untouched. A lower "
-                "learning_rate, a warm-up or max_grad_norm: 1.0 usually helps"
-            )
+    def finish_update(self, grad_norm: Tensor, lr: float, **instead: float) -> None:
+        """Keeps what the flow may log."""
+        super().finish_update(grad_norm, lr, **instead)
+        self.unlogged += self.last_update["loss"] / max(1.0, self.last_update["targets"])
+        self._grad_norm, self._lr = float(grad_norm), lr
+
+    def configure_gradient_clipping(self, *args: Any, **kwargs: Any) -> None:
+        """Clips, and tells callbacks."""
+        super().configure_gradient_clipping(*args, **kwargs)
         self.flow.fire("on_pre_optimizer_step")
 
+    def on_after_optimizer_step(self) -> None:
+        """Tells callbacks."""
+        self.timers.add("optimizer step", time.perf_counter() - self._step_began)
+        self.flow.fire("on_optimizer_step")
+
+    def lr_scheduler_step(self, scheduler: Any, metric: Any | None) -> None:
+        """Moves the schedule, unless the scaler of float16 has skipped the step."""
+        if self._scaler is None or math.isfinite(self._grad_norm):
+            scheduler.step()
+
     def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
-        """Evaluates, saves and stops, as the flow or a callback has asked for."""
-        self._evaluate_and_save_if_asked()
-        if self.flow.control.should_training_stop:
+        """Tells callbacks; after an update logs, evaluates, saves and stops, as the flow or a callback asks for."""
+        flow, loop = self.flow, self.trainer.fit_loop
+        if loop._should_accumulate():
+            flow.fire("on_substep_end")
+            if flow.should_stop:
+                self.abandon_update()
+        else:
+            flow.state.global_step = self.trainer.global_step
+            flow.state.epoch = self._epochs_done()
+            flow.state.num_input_tokens_seen = self.tokens_seen["tokens"]
+            every = self.params.empty_device_cache_steps
+            if every and flow.state.global_step % every == 0 and self.device.type == "cuda":
+                torch.cuda.empty_cache()
+            flow.fire("on_step_end")
+            self._log_if_asked()
+            self._evaluate_and_save_if_asked()
+        if flow.control.should_epoch_stop:
+            loop.epoch_loop.batch_progress.is_last_batch = True  # Lightning then ends the epoch, and fetches no more
+        if flow.control.should_training_stop:
             self.trainer.should_stop = True
         self._waits_since = time.perf_counter()
 
-    def _count(self, window: Window) -> tuple[Tensor, int]:
-        """Targets and tokens of an update, over all its micro-batches and all processes."""
-        counts = torch.zeros(2, dtype=torch.long, device=self.device)
-        if not window.stands_in:
-            for batch in window.batches:
-                counts += torch.stack([self.loss.targets(batch).cpu(), tokens_of(batch).cpu()]).to(self.device)
-        if self.trainer.world_size > 1:
-            counts = cast("Tensor", self.trainer.strategy.reduce(counts, reduce_op="sum"))
-        return counts[0], int(counts[1])
-
-    def _gradients_synced(self, now: bool) -> AbstractContextManager[Any]:
-        if now or self.trainer.world_size == 1:
-            return nullcontext()
-        return cast("Any", self.trainer.strategy).block_backward_sync()
-
-    def _epochs_done(self, window: Window) -> float:
-        layout, rows = self.windows.layout, self.windows.rows
-        if window.last:
-            return float(window.epoch + 1)
-        if rows is None:
-            return window.epoch + window.number / max(1, self.flow.state.max_steps)
-        micro_batches = math.ceil(rows / (layout.batch_size * layout.ranks))
-        return window.epoch + window.number * layout.micro_batches / micro_batches
+    def _epochs_done(self) -> float:
+        loop = self.trainer.fit_loop
+        if self.inputs.epoch_is_done:
+            return self.current_epoch + 1.0
+        length = loop.max_batches
+        if math.isinf(length):  # as transformers does
+            length = max(1, self.flow.state.max_steps) * self.trainer.accumulate_grad_batches
+        return self.current_epoch + loop.epoch_loop.batch_progress.current.ready / length
 
     # ---- logging
 
     def _log_if_asked(self) -> None:
-        step = self.flow.state.global_step
+        step, tokens = self.flow.state.global_step, self.tokens_seen["tokens"]
         if not self.flow.control.should_log or step <= self.last_logged:
             return
         updates = step - self.last_logged
-        loss = self._collect_loss() / updates
-        seconds, now = max(1e-9, time.time() - self.clock), (step, self.total_tokens_seen)
-        tokens = now[1] - self._at_log[1]
+        logs: dict[str, Any] = {"loss": self._take_losses() / updates}
+        logs |= {"grad_norm": self._grad_norm, "learning_rate": self._lr}
+        seconds, new = max(1e-9, time.time() - self._clock), tokens - self._at_log[1]
         speed = {
             "global_steps_per_second": updates / seconds,
-            "tokens_per_second": tokens / seconds,
-            "tokens_per_step_per_gpu": tokens / updates / self.trainer.world_size,
+            "tokens_per_second": new / seconds,
+            "tokens_per_step_per_gpu": new / updates / self.trainer.world_size,
         }
-        self.clock, self._at_log = time.time(), now
-        logs: dict[str, Any] = {"loss": loss, "grad_norm": float(self._grad_norm), "learning_rate": self._learning_rate}
+        self._clock, self._at_log = time.time(), (step, tokens)
         if self.params.include_performance_metrics:
             runtime = time.time() - self._began
-            logs["num_input_tokens_seen"] = now[1]
-            logs["train_runtime"] = runtime
-            logs["train_tokens_per_second"] = (now[1] - self._at_begin[1]) / runtime
+            logs |= {"num_input_tokens_seen": tokens, "train_runtime": runtime}
+            logs["train_tokens_per_second"] = (tokens - self._at_begin[1]) / runtime
         self.write(self.flow.log(logs), speed, {"loss": "train/loss", "grad_norm": "train/grad_norm"})
 
-    def _collect_loss(self) -> float:
-        """The sum of the losses of the updates since the last log, over all processes."""
-        total = self._reduced(self.unlogged)
+    def _take_losses(self) -> float:
+        total, self.unlogged = self.unlogged, 0.0
         self._losses.append(total)
-        self.unlogged = torch.zeros((), device=self.device)
         self.last_logged = self.flow.state.global_step
         return total
 
-    def _reduced(self, value: Tensor) -> float:
-        if self.trainer.world_size > 1:
-            value = cast("Tensor", self.trainer.strategy.reduce(value, reduce_op="sum"))
-        return float(value)
+    def write(self, row: dict[str, Any], more: dict[str, Any], names: dict[str, str] | None = None) -> None:
+        """Writes a log row to the file and to Lightning's loggers, renamed and with more beside it."""
+        row = {(names or {}).get(name, name): value for name, value in row.items()} | more
+        step = self.flow.state.global_step
+        row |= {"global_step": step, "total_tokens_seen": self.tokens_seen["tokens"]}
+        self.file.write(row)
+        for logger in self.trainer.loggers:
+            logger.log_metrics({k: v for k, v in row.items() if isinstance(v, int | float)}, step=step)
 
     # ---- evaluation
+
+    def evaluate(self) -> None:
+        """Goes through the evaluation data by Lightning's own loop, which its callbacks see, then informs the flow."""
+        trainer, started = self.trainer, time.time()
+        first = trainer._logger_connector._first_loop_iter
+        trainer.validating = True
+        trainer.fit_loop.epoch_loop.val_loop.run()
+        trainer.training = True
+        trainer._logger_connector._first_loop_iter = first
+        seconds, sums = time.time() - started, self._evaluated
+        metrics = {"eval_loss": sums["loss"] / max(1.0, sums["targets"])}
+        if self._is_text:
+            metrics["eval_perplexity"] = math.exp(min(metrics["eval_loss"], 700))
+        metrics |= {"eval_runtime": seconds, "eval_samples_per_second": sums["rows"] / seconds}
+        metrics["eval_steps_per_second"] = sums["batches"] / seconds
+        row = self.flow.log(metrics)
+        self.eval_metrics = dict(row)
+        self.write(row, {}, {"eval_loss": "val/loss", "eval_perplexity": "val/perplexity"})
+        self.flow.fire("on_evaluate", metrics=row)
+        self.flow.note_best(row)
+        self._clock = time.time()
 
     def _evaluate_and_save_if_asked(self) -> None:
         control = self.flow.control
         if control.should_evaluate:
-            if self.has_eval:
+            if self._has_eval:
                 self.evaluate()
             control.should_evaluate = False
         if self.flow.control.should_save:
-            self.save()
+            self.folders.save(self)
             self.flow.fire("on_save")
 
     @property
-    def _is_at_save_step(self) -> bool:
-        state = self.flow.state
-        return state.global_step % max(1, state.save_steps) == 0 or state.global_step >= state.max_steps
+    def _has_eval(self) -> bool:
+        return self.inputs.evaluation is not None
 
     @property
     def _scaler(self) -> Any:
         return getattr(self.trainer.precision_plugin, "scaler", None)
+
+    # ---- checkpoints
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Adds the losses that are not logged yet; leaves out what a `checkpoint-N` folder has in other files."""
+        super().on_save_checkpoint(checkpoint)
+        checkpoint |= {"unlogged": self.unlogged, "last_logged": self.last_logged}
+        if self.folders.is_saving:
+            checkpoint["state_dict"] = {}
+            del checkpoint["loops"]
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Restores what is in the files of the folder, and Lightning's counters from the position in the data."""
+        folder, position = cast("Path", self.checkpoint), checkpoint[type(self.inputs).__qualname__]
+        load_weights(self.model, folder)
+        state, _ = read_state(folder)
+        self.flow.restore(state)
+        micro_batches = self.trainer.accumulate_grad_batches
+        checkpoint["micro_batches"] = micro_batches
+        checkpoint["loops"] = self._loops(position["epoch"], position["update"] * micro_batches)
+        super().on_load_checkpoint(checkpoint)
+        saved = [len(group["params"]) for group in checkpoint["optimizer_states"][0]["param_groups"]]
+        own = [len(group["params"]) for group in parameter_groups(self.named_parameters())]
+        if saved != own:
+            raise UserError(
+                f"the checkpoint is of another optimizer or model: {sum(saved)} weights were trained, "
+                f"in groups of {saved}; here it is {own}"
+            )
+        self.unlogged, self.last_logged = checkpoint["unlogged"], checkpoint["last_logged"]
+
+    def _loops(self, epoch: int, micro_batches: int) -> dict[str, Any]:
+        """The state of Lightning's loops between two updates, so many micro-batches into an epoch.
+
+        What Lightning itself would save depends on the hook that it is saved in, and at the end of an epoch can't be
+        resumed from.
+        """
+        names, step = ("ready", "started", "processed", "completed"), self.flow.state.global_step
+        fit = self.trainer.fit_loop.state_dict()
+        begun = epoch + bool(micro_batches)
+        for span in ("total", "current"):
+            fit["epoch_progress"][span] |= dict(zip(names, (begun, begun, epoch, epoch), strict=True))
+            fit["epoch_loop.batch_progress"][span] |= dict.fromkeys(names, micro_batches)
+        steps = fit["epoch_loop.automatic_optimization.optim_progress"]["optimizer"]["step"]["total"]
+        steps |= {"ready": step, "completed": step}
+        fit["epoch_loop.state_dict"]["_batches_that_stepped"] = step
+        return {"fit_loop": fit}

@@ -20,7 +20,7 @@ class MetricsFile:
         self.file = file
 
     def open(self, step: int) -> None:
-        """Begins the file, or goes on with one from a step on: what a killed run wrote after it is cut off."""
+        """Begins the file, or continues it from a step: what a killed run wrote after that is cut off."""
         if self.file is None:
             return
         self.file.parent.mkdir(parents=True, exist_ok=True)

@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from oumi_pl.core.trainers.loss import bare
+from oumi_pl.core.trainers.kinds import Adapted, Pretrained, bare
 from oumi_pl.errors import UserError
 
 ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors")
@@ -29,16 +29,15 @@ def save_weights(model: nn.Module, directory: Path, tokenizer: Any = None, mode:
         UserError: if quantised weights are to be merged or written as a base.
     """
     directory.mkdir(parents=True, exist_ok=True)
-    hf: Any = model
-    if hasattr(model, "peft_config"):
+    if isinstance(model, Adapted):
         _save_peft(model, directory, mode)
-    elif hasattr(model, "save_pretrained"):
-        hf.save_pretrained(directory)
+    elif isinstance(model, Pretrained):
+        model.save_pretrained(directory)
     else:
         from safetensors.torch import save_model
 
         save_model(model, str(directory / "model.safetensors"))
-    if hasattr(tokenizer, "save_pretrained"):
+    if isinstance(tokenizer, Pretrained):
         tokenizer.save_pretrained(directory)
     for weights in directory.glob("*.safetensors"):
         weights.chmod(0o644)  # safetensors writes them for the owner alone
@@ -88,18 +87,18 @@ def load_weights(model: nn.Module, directory: Path) -> None:
     Raises:
         UserError: if the folder holds no weights, or those of another model.
     """
-    if hasattr(model, "peft_config"):
+    if isinstance(model, Adapted):
         from peft import load_peft_weights, set_peft_model_state_dict
 
         if not (directory / ADAPTER_FILES[1]).is_file():
             raise UserError(f"{directory}: holds no adapter ({ADAPTER_FILES[1]})")
-        found: Any = set_peft_model_state_dict(model, load_peft_weights(str(directory), device="cpu"))
-        if found.unexpected_keys:
-            raise UserError(f"{directory}: the adapter is of another model, first {found.unexpected_keys[0]}")
+        result: Any = set_peft_model_state_dict(model, load_peft_weights(str(directory), device="cpu"))
+        if result.unexpected_keys:
+            raise UserError(f"{directory}: the adapter is of another model, first {result.unexpected_keys[0]}")
         return
     state = _read(directory)
     try:
-        found = model.load_state_dict(state, strict=False)
+        result = model.load_state_dict(state, strict=False)
     except RuntimeError as error:
         raise UserError(
             f"{directory}: the weights are of another model: {str(error).splitlines()[-1].strip()}"
@@ -107,13 +106,15 @@ def load_weights(model: nn.Module, directory: Path) -> None:
     own = model.state_dict()
     loaded = {own[name].data_ptr() for name in state if name in own}
     # tied weights are written once
-    missing = [name for name in found.missing_keys if own[name].data_ptr() not in loaded]
-    if (missing or found.unexpected_keys) and hasattr(type(model), "from_pretrained"):
+    missing = [name for name in result.missing_keys if own[name].data_ptr() not in loaded]
+    if (missing or result.unexpected_keys) and hasattr(type(model), "from_pretrained"):
         # some architectures are written under other names than they have in memory
         fresh = type(model).from_pretrained(directory, dtype=next(model.parameters()).dtype)  # type: ignore[attr-defined]
         model.load_state_dict(fresh.state_dict())
-    elif missing or found.unexpected_keys:
-        raise UserError(f"{directory}: the weights are of another model, first {[*missing, *found.unexpected_keys][0]}")
+    elif missing or result.unexpected_keys:
+        raise UserError(
+            f"{directory}: the weights are of another model, first {[*missing, *result.unexpected_keys][0]}"
+        )
 
 
 def _read(directory: Path) -> dict[str, Tensor]:

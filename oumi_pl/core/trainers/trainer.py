@@ -1,8 +1,10 @@
 """Oumi's own trainer, rebuilt on Lightning: any module that returns a loss, trained as its TrainingParams say."""
 
+import datetime
 import logging
 import os
 import random
+import sys
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
@@ -11,24 +13,26 @@ from typing import TYPE_CHECKING, Any, cast
 import lightning as L
 import numpy as np
 import torch
+from lightning.pytorch.callbacks import Checkpoint, ProgressBar
 from torch import nn
 
 from oumi_pl.core.trainers.base import BaseTrainer
-from oumi_pl.core.trainers.checkpointing import Checkpointer
 from oumi_pl.core.trainers.collate import Collator, default_collator, log_first_example
-from oumi_pl.core.trainers.engine import eval_loader, lightning_trainer
+from oumi_pl.core.trainers.data import Collate, DatasetModule
 from oumi_pl.core.trainers.flow import Flow
-from oumi_pl.core.trainers.folders import STATE, find_checkpoint, write_state
+from oumi_pl.core.trainers.folders import STATE, TRAINING, CheckpointFolders, find_checkpoint, write_state
 from oumi_pl.core.trainers.honoured import refuse_what_is_not_honoured
+from oumi_pl.core.trainers.kinds import Adapted, Pretrained, Recomputing, bare
+from oumi_pl.core.trainers.loggers import loggers
 from oumi_pl.core.trainers.loss import Loss
-from oumi_pl.core.trainers.module import TrainingModule
-from oumi_pl.core.trainers.optimizers import refuse_unknown_optimizer
-from oumi_pl.core.trainers.records import MetricsFile
+from oumi_pl.core.trainers.module import LossModule
+from oumi_pl.core.trainers.optimisation import refuse_unknown_names
+from oumi_pl.core.trainers.records import MetricsFile, Timers
 from oumi_pl.core.trainers.saving import load_weights, save_weights
-from oumi_pl.core.trainers.schedules import schedule
-from oumi_pl.core.trainers.windows import Layout, SizedWindows, Windows, is_iterable
-from oumi_pl.core.trainers.workers import workers
+from oumi_pl.data.plan import Layout
 from oumi_pl.errors import UserError
+from oumi_pl.runs.checkpoints import AtomicCheckpointIO
+from oumi_pl.runs.loggers import finish
 
 if TYPE_CHECKING:
     from transformers.trainer_callback import TrainerState
@@ -42,8 +46,8 @@ class Trainer(BaseTrainer):
     """Trains any `torch.nn.Module` that returns a loss: `model(**batch)["loss"]`, or an attribute `.loss`.
 
     An update's gradient is that of the mean over its targets, whatever the micro-batches, the processes and the length
-    of the last window of an epoch: see `oumi_pl.core.trainers.loss` for what a target is. Killed and resumed equals
-    uninterrupted to the bit, for a map-style dataset that gives a row the same each time.
+    of the last update of an epoch: see `oumi_pl.core.trainers.loss` for what a target is. A killed and resumed run is
+    bit-identical to an uninterrupted one, for a map-style dataset that gives a row the same each time.
 
     Several processes are those that `torchrun` starts; gradients are averaged by DDP.
 
@@ -84,8 +88,7 @@ class Trainer(BaseTrainer):
 
             args = TrainingParams()
         refuse_what_is_not_honoured(args, eval_dataset is not None)
-        refuse_unknown_optimizer(args.optimizer)
-        schedule(args, 1)
+        refuse_unknown_names(args)
         _refuse_sharding(config)
         if train_dataset is None:
             raise UserError("train_dataset: there is nothing to train on")
@@ -98,9 +101,8 @@ class Trainer(BaseTrainer):
         self.output_dir = Path(args.output_dir)
         self._lightning_callbacks = [c for c in callbacks or () if isinstance(c, L.Callback)]
         self._loss = Loss(model, -100 if args.label_ignore_index is None else args.label_ignore_index)
-        self._collate = data_collator or default_collator(
-            self.tokenizer, self._loss.ignore_index, self._loss.makes_labels
-        )
+        ignore_index, makes_labels = self._loss.count.ignore_index, self._loss.makes_labels
+        self._collate = data_collator or default_collator(self.tokenizer, ignore_index, makes_labels)
         if args.log_examples:
             self._collate = log_first_example(self._collate, self.tokenizer)
         logger.setLevel(args.log_level.upper())
@@ -108,22 +110,21 @@ class Trainer(BaseTrainer):
             logging.getLogger(library).setLevel(args.dep_log_level.upper())
         others = [c for c in callbacks or () if not isinstance(c, L.Callback)]
         self._flow = Flow(args, others, model, self.tokenizer)
-        self._checkpointer = Checkpointer(self.output_dir, self.tokenizer)
-        self._module: TrainingModule | None = None
+        self._module: LossModule | None = None
         self._written: tuple[int, str] | None = None
         self._prepare_model()
 
     def _prepare_model(self) -> None:
-        params, model = self.params, cast("Any", self.model)
+        params, model = self.params, bare(self.model)
         if params.enable_gradient_checkpointing:
-            if not hasattr(model, "gradient_checkpointing_enable"):
+            if not isinstance(model, Recomputing):
                 name = type(model).__name__
                 raise UserError(f"training.enable_gradient_checkpointing: {name} has no gradient_checkpointing_enable")
             model.gradient_checkpointing_enable(params.gradient_checkpointing_kwargs or None)
-            if hasattr(model, "enable_input_require_grads") and hasattr(model, "peft_config"):
-                model.enable_input_require_grads()
+            if isinstance(self.model, Adapted) and isinstance(model, Pretrained):
+                cast("Any", model).enable_input_require_grads()  # frozen embeddings would give none to the first layer
         if params.compile:
-            model.compile()
+            self.model.compile()
 
     @property
     def state(self) -> "TrainerState":
@@ -139,33 +140,44 @@ class Trainer(BaseTrainer):
             resume_from_checkpoint: A `checkpoint-N` folder; otherwise what the parameters say decides.
         """
         params, flow = self.params, self._flow
-        asked = resume_from_checkpoint or params.resume_from_checkpoint
-        folder = find_checkpoint(asked, self.output_dir, params.try_resume_from_last_checkpoint)
+        named = resume_from_checkpoint or params.resume_from_checkpoint
+        folder = find_checkpoint(named, self.output_dir, params.try_resume_from_last_checkpoint)
         if folder is None and params.try_resume_from_last_checkpoint:
             logger.warning("training.try_resume_from_last_checkpoint: %s has no checkpoint; starting", self.output_dir)
         self.output_dir.mkdir(parents=True, exist_ok=True)
         ranks, rank = int(os.environ.get("WORLD_SIZE", "1")), int(os.environ.get("RANK", "0"))
         _seed(params.seed + rank)
         torch.backends.cudnn.deterministic = params.use_deterministic or torch.backends.cudnn.deterministic
-        windows = self._windows(
-            Layout(params.per_device_train_batch_size, params.gradient_accumulation_steps, ranks, rank)
+        layout = Layout(params.per_device_train_batch_size, params.gradient_accumulation_steps, ranks, rank)
+        timers, collate = Timers(params.include_performance_metrics), Collate(self._collate, self._loss.count)
+        inputs = DatasetModule(
+            self.train_dataset, self.eval_dataset, collate=collate, layout=layout, params=params, timers=timers
         )
-        total, epochs = self._length(windows)
+        total, epochs = self._length(inputs)
         flow.begin(total, epochs, rank == 0)
         self._written = None
-        self._module = module = self._make_module(windows, rank)
-        trainer = lightning_trainer(params, total, self._lightning_callbacks, ranks)
-        if folder is not None:
-            self._checkpointer.restore_before(module, trainer, folder)
-        module.file.open(flow.state.global_step)
+        self._module = module = LossModule(
+            self._loss,
+            params,
+            flow,
+            inputs,
+            file=MetricsFile(self.output_dir / "metrics_rank0000.jsonl" if rank == 0 else None),
+            timers=timers,
+            folders=CheckpointFolders(self.output_dir, self.tokenizer),
+            checkpoint=folder,
+            at_end=self._load_best,
+        )
+        trainer = self._lightning(total, layout)
         self._describe(rank)
         self.model.train()  # what `from_pretrained` gives is not
         with warnings.catch_warnings():
-            for expected in ("does not have many workers", "have no `val_dataloader`", "isinstance.treespec"):
+            for expected in ("does not have many workers", "isinstance.treespec"):
                 warnings.filterwarnings("ignore", f".*{expected}")
-            trainer.fit(module, windows, eval_loader(self.eval_dataset, self._collate, params, ranks=ranks, rank=rank))
+            trainer.fit(module, datamodule=inputs, ckpt_path=None if folder is None else folder / TRAINING)
+        for tracker in trainer.loggers:
+            finish(tracker, success=True)
         if params.include_performance_metrics and rank == 0 and params.telemetry_dir is not None:
-            module.timers.write(params.telemetry_dir / "telemetry_rank0000.json")
+            timers.write(params.telemetry_dir / "telemetry_rank0000.json")
         if params.save_final_model:
             self.save_state()
             self.save_model()
@@ -174,7 +186,7 @@ class Trainer(BaseTrainer):
         """Writes `trainer_state.json`: transformers' fields (epoch, global_step, log_history) and total_tokens_seen."""
         if self._flow.state.is_world_process_zero:
             self.output_dir.mkdir(parents=True, exist_ok=True)
-            tokens = self._module.total_tokens_seen if self._module else 0
+            tokens = self._module.tokens_seen["tokens"] if self._module else 0
             self._flow.export_callbacks()
             write_state(self.output_dir / STATE, self._flow.state, tokens)
 
@@ -182,7 +194,7 @@ class Trainer(BaseTrainer):
         """Writes the model and its tokenizer at the top of the output folder, once per step and mode.
 
         Args:
-            config: Of it, `peft.peft_save_mode` is read; else of the config that the trainer was made with.
+            config: Of it, `peft.peft_save_mode` is read; else of the config of the trainer.
             final: Whether an adapter may be merged.
         """
         config = config or self.config
@@ -198,43 +210,47 @@ class Trainer(BaseTrainer):
 
     # ---- how it is put together
 
-    def _windows(self, layout: Layout) -> Windows:
-        params = self.params
-        kind = Windows if is_iterable(self.train_dataset) else SizedWindows
-        return kind(
-            self.train_dataset,
-            self._collate,
-            layout,
-            params.data_seed,
-            workers=workers(params.dataloader_num_workers),
-            prefetch=params.dataloader_prefetch_factor,
-            persistent=params.dataloader_persistent_workers,
-            pin_memory=torch.cuda.is_available(),
-        )
-
-    def _length(self, windows: Windows) -> tuple[int, int]:
+    def _length(self, inputs: DatasetModule) -> tuple[int, int]:
         """Updates and epochs of the run."""
-        per_epoch = windows.updates_per_epoch
+        per_epoch = inputs.updates_per_epoch
         if self.params.max_steps > 0:
             return self.params.max_steps, -(-self.params.max_steps // per_epoch) if per_epoch else 1
         if per_epoch is None:
             raise UserError("training.max_steps: set it; how long an epoch of this train_dataset is can't be known")
         return per_epoch * self.params.num_train_epochs, self.params.num_train_epochs
 
-    def _make_module(self, windows: Windows, rank: int) -> TrainingModule:
-        file = MetricsFile(self.output_dir / "metrics_rank0000.jsonl" if rank == 0 else None)
-        module: TrainingModule = TrainingModule(
-            model=self.model,
-            params=self.params,
-            flow=self._flow,
-            windows=windows,
-            loss=self._loss,
-            file=file,
-            save=lambda: self._checkpointer.save(module),
-            at_start=lambda: self._checkpointer.restore_after(module),
-            at_end=self._load_best,
+    def _lightning(self, total: int, layout: Layout) -> L.Trainer:
+        """Lightning's Trainer for so many updates, on the processes that were started.
+
+        It validates never: the flow decides when. Its own checkpoints are written only if a callback does so.
+        """
+        params, callbacks = self.params, self._lightning_callbacks
+        local = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+        precision: Any = {"BF16": "bf16-mixed", "FP16": "16-mixed"}.get(params.mixed_precision_dtype.name)
+        return L.Trainer(
+            accelerator="auto",
+            devices=local,
+            num_nodes=max(1, layout.ranks // local),
+            strategy=_ddp(params) if layout.ranks > 1 else "auto",
+            precision=precision,
+            plugins=[AtomicCheckpointIO()],
+            max_steps=total,
+            max_epochs=-1,
+            accumulate_grad_batches=layout.micro_batches,
+            gradient_clip_val=params.max_grad_norm or None,
+            check_val_every_n_epoch=sys.maxsize,
+            log_every_n_steps=1,
+            num_sanity_val_steps=0,
+            logger=(loggers(params) if layout.rank == 0 else []) or False,
+            callbacks=callbacks,
+            default_root_dir=params.output_dir,
+            enable_checkpointing=any(isinstance(c, Checkpoint) for c in callbacks),
+            enable_progress_bar=sys.stderr.isatty() or any(isinstance(c, ProgressBar) for c in callbacks),
+            enable_model_summary=False,
+            use_distributed_sampler=False,
+            inference_mode=False,
+            deterministic=params.full_determinism or None,
         )
-        return module
 
     def _load_best(self) -> None:
         best = self._flow.state.best_model_checkpoint
@@ -258,6 +274,15 @@ def _refuse_sharding(config: Any) -> None:
             raise UserError(
                 f"{section}.{flag}: this trainer keeps whole weights on each process; use trainer_type: SFT"
             )
+
+
+def _ddp(params: "TrainingParams") -> Any:
+    from lightning.pytorch.strategies import DDPStrategy
+
+    minutes = params.nccl_default_timeout_minutes
+    more: dict[str, Any] = {} if minutes is None else {"timeout": datetime.timedelta(minutes=minutes)}
+    # buffers are the same everywhere; sending them would need as many forward passes on each rank
+    return DDPStrategy(find_unused_parameters=bool(params.ddp_find_unused_parameters), broadcast_buffers=False, **more)
 
 
 def _seed(seed: int) -> None:

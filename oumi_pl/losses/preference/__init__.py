@@ -2,7 +2,8 @@
 
 `pairwise` compares the two responses' scores, `unpaired` holds each response against its own reference, `transport`
 compares the sorted scores of a micro-batch, `reference_free` does without a reference, `combined` makes losses of
-losses, and `divergences` says what a log-ratio is worth as a score.
+losses, and `divergences` says what a log-ratio is worth as a score. An argument outside of its range raises a
+`UserError` when the loss is created.
 """
 
 from oumi_pl.losses.preference.combined import LDDPO, WeightedSum

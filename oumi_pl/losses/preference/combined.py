@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from oumi_pl.errors import UserError
-from oumi_pl.losses.preference.ranges import require, zero_or_more
+from oumi_pl.losses.preference.common import require, zero_or_more
 from oumi_pl.types import Pairs, PreferenceLoss
 
 
@@ -18,18 +18,13 @@ class WeightedSum(PreferenceLoss, nn.Module):
 
     MPO, for example, is DPO, BCO and SFT with weights 0.8, 0.2 and 1 (Wang et al. 2024, arXiv:2411.10442). Rewards are
     those of the first loss that has any, i.e. whose `beta` is not 0.
+
+    Args:
+        losses: At least one.
+        weights: One for each loss, 0 or more.
     """
 
     def __init__(self, losses: list[PreferenceLoss], weights: list[float]) -> None:
-        """Sets the losses and their weights.
-
-        Args:
-            losses: at least one.
-            weights: one for each loss, 0 or more.
-
-        Raises:
-            UserError: the lists are empty or of different lengths, or a weight is below 0.
-        """
         super().__init__()
         if not losses or len(losses) != len(weights):
             raise UserError(
@@ -49,7 +44,6 @@ class WeightedSum(PreferenceLoss, nn.Module):
         self.loss_at_start = sum(known) if len(known) == len(losses) else None
 
     def __call__(self, pairs: Pairs) -> Tensor:
-        """Maps pairs to their losses, `[pairs]`."""
         terms = [weight * loss(pairs) for weight, loss in zip(self.weights, self.losses, strict=True)]
         return torch.stack(terms).sum(0)
 
@@ -65,18 +59,14 @@ class LDDPO(PreferenceLoss, nn.Module):
     Liu et al. 2024, arXiv:2409.06411 (length-desensitised DPO): the longer response has more tokens to be told by, and
     losses that sum over tokens learn to be verbose from it. Where the loss divides by numbers of tokens, those are
     still the full ones. Around a `WeightedSum` it weighs the tokens of an `SFTTerm` too; inside one it does not.
+
+    Args:
+        loss: Of the reweighted log-probabilities.
+        alpha: The weight of the longer response's surplus, from 0, as if the surplus did not exist, to 1, which changes
+            nothing.
     """
 
     def __init__(self, loss: PreferenceLoss, alpha: float) -> None:
-        """Sets the loss and the weight of the longer response's surplus.
-
-        Args:
-            loss: of the reweighted log-probabilities.
-            alpha: from 0, as if the surplus did not exist, to 1, which changes nothing.
-
-        Raises:
-            UserError: alpha is out of its range.
-        """
         super().__init__()
         require(0 <= alpha <= 1, "alpha", alpha, "from 0 to 1")
         self.loss = loss
@@ -86,7 +76,6 @@ class LDDPO(PreferenceLoss, nn.Module):
         self.loss_at_start = loss.loss_at_start
 
     def __call__(self, pairs: Pairs) -> Tensor:
-        """Maps pairs to their losses, `[pairs]`."""
         return self.loss(self._reweighted(pairs))
 
     def rewards(self, pairs: Pairs) -> tuple[Tensor, Tensor]:

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from oumi_pl.losses.preference.ranges import require
+from oumi_pl.losses.preference.common import require
 
 LARGEST_EXPONENT = 36.0
 """Where `exp` gives way to its tangent: above it, squared differences of scores would leave the range of float32."""
@@ -30,7 +30,6 @@ class ReverseKL(Divergence):
     """`f'(t) = log t`: the score is the log-ratio itself, as in DPO. Seeks modes."""
 
     def __call__(self, logratios: Tensor) -> Tensor:
-        """Maps log-ratios `[pairs]` to scores `[pairs]`."""
         return logratios
 
 
@@ -42,7 +41,6 @@ class ForwardKL(Divergence):
     """
 
     def __call__(self, logratios: Tensor) -> Tensor:
-        """Maps log-ratios `[pairs]` to scores `[pairs]`."""
         return -_expm1(-logratios)
 
 
@@ -50,7 +48,6 @@ class JensenShannon(Divergence):
     """`f'(t) = log(2 t / (1 + t))`: between both KL divergences; scores have an upper bound, log 2."""
 
     def __call__(self, logratios: Tensor) -> Tensor:
-        """Maps log-ratios `[pairs]` to scores `[pairs]`."""
         return math.log(2) + F.logsigmoid(logratios)
 
 
@@ -59,22 +56,16 @@ class Alpha(Divergence):
 
     As in TRL; the paper's own parameter is `1 - alpha`. Where `(alpha - 1) log t` exceeds 36 the score goes on along
     the tangent, so that scores and gradients stay finite.
+
+    Args:
+        alpha: Any finite number; 1 gives the reverse and 0 the forward KL divergence, 0.5 is halfway between both.
     """
 
     def __init__(self, alpha: float = 0.5) -> None:
-        """Sets where in the family the divergence is; halfway between both KL divergences by default.
-
-        Args:
-            alpha: any finite number; 1 gives the reverse and 0 the forward KL divergence.
-
-        Raises:
-            UserError: alpha is not finite.
-        """
         require(math.isfinite(alpha), "alpha", alpha, "finite")
         self.alpha = alpha
 
     def __call__(self, logratios: Tensor) -> Tensor:
-        """Maps log-ratios `[pairs]` to scores `[pairs]`."""
         power = self.alpha - 1
         if abs(power) < 1e-6:  # the limit, where the quotient would be 0 / 0
             return logratios

@@ -10,21 +10,20 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from oumi_pl.losses.preference.common import above_zero, less_than_half, logistic_loss, require
 from oumi_pl.losses.preference.divergences import Divergence, ReverseKL
-from oumi_pl.losses.preference.logistic import logistic_loss
-from oumi_pl.losses.preference.ranges import above_zero, less_than_half, require
 from oumi_pl.types import Pairs, PreferenceLoss
 
 
 class PairwiseLoss(PreferenceLoss):
-    """What these losses share: rewards are `beta` times scores, and a pair's logit is the difference of its rewards."""
+    """Base of these losses: rewards are `beta` times scores, and a pair's logit is the difference of its rewards.
 
-    def __init__(self, beta: float, divergence: Divergence | None) -> None:
-        """Sets how scores are made: by `divergence`, or the reverse KL of DPO where it is None.
+    Args:
+        beta: The strength of the regularisation, above 0; the larger, the nearer the policy stays to the reference.
+        divergence: What the regularisation measures; None is the reverse KL divergence of DPO.
+    """
 
-        Raises:
-            UserError: beta is not above 0.
-        """
+    def __init__(self, beta: float = 0.1, divergence: Divergence | None = None) -> None:
         above_zero("beta", beta)
         self.beta = beta
         self.divergence = divergence or ReverseKL()
@@ -50,27 +49,21 @@ class Sigmoid(PairwiseLoss):
     Rafailov et al. 2023, arXiv:2305.18290: the likelihood of the preferences under a Bradley-Terry model whose reward
     is the policy's own. With `label_smoothing` it is conservative DPO (Mitchell 2023), for labels that are now and then
     wrong.
+
+    Args:
+        beta: The strength of the regularisation, above 0; the larger, the nearer the policy stays to the reference.
+        label_smoothing: The share of labels taken to be wrong, from 0 to below 0.5.
+        divergence: What the regularisation measures; None is the reverse KL divergence of DPO.
     """
 
     loss_at_start = math.log(2)
 
     def __init__(self, beta: float = 0.1, label_smoothing: float = 0.0, divergence: Divergence | None = None) -> None:
-        """Sets how strongly the policy is held to the reference and the labels are trusted.
-
-        Args:
-            beta: the strength of the regularisation, above 0; the larger, the nearer the policy stays.
-            label_smoothing: the share of labels taken to be wrong, from 0 to below 0.5.
-            divergence: what the regularisation measures; None is the reverse KL divergence of DPO.
-
-        Raises:
-            UserError: a value is out of its range.
-        """
         super().__init__(beta, divergence)
         less_than_half(label_smoothing)
         self.label_smoothing = label_smoothing
 
     def __call__(self, pairs: Pairs) -> Tensor:
-        """Maps pairs to their losses, `[pairs]`."""
         return logistic_loss(self.logits(pairs), self.label_smoothing)
 
 
@@ -78,15 +71,10 @@ class LengthNormalizedSigmoid(Sigmoid):
     """DPO per token: `-log sigmoid(beta (s_w / |w| - s_l / |l|))`, with the number `|.|` of a response's tokens.
 
     Lambert et al. 2024 (Tulu 3), arXiv:2411.15124: a long response cannot win by its length. Rewards are per token too,
-    and therefore `beta` is far larger than in DPO.
+    and therefore `beta` is far larger than in DPO: Tulu 3 trained with 5.
     """
 
     def __init__(self, beta: float = 5.0, label_smoothing: float = 0.0, divergence: Divergence | None = None) -> None:
-        """Sets the arguments of `Sigmoid`; Tulu 3 trained with a `beta` of 5.
-
-        Raises:
-            UserError: a value is out of its range.
-        """
         super().__init__(beta, label_smoothing, divergence)
 
     def scores(self, pairs: Pairs) -> tuple[Tensor, Tensor]:
@@ -98,21 +86,12 @@ class Hinge(PairwiseLoss):
     """`max(0, 1 - beta (s_w - s_l))`: pairs that are told apart by a margin of 1 are left alone.
 
     The hinge of SLiC (Zhao et al. 2023, arXiv:2305.10425) on log-ratios, as RSO has it (Liu et al. 2023,
-    arXiv:2309.06657).
+    arXiv:2309.06657). `beta` is the inverse of SLiC's margin.
     """
 
     loss_at_start = 1.0
 
-    def __init__(self, beta: float = 0.1, divergence: Divergence | None = None) -> None:
-        """Sets the scale of log-ratios, above 0 (the inverse of SLiC's margin), and the divergence.
-
-        Raises:
-            UserError: beta is not above 0.
-        """
-        super().__init__(beta, divergence)
-
     def __call__(self, pairs: Pairs) -> Tensor:
-        """Maps pairs to their losses, `[pairs]`."""
         return torch.relu(1 - self.logits(pairs))
 
 
@@ -123,14 +102,13 @@ class IPO(PairwiseLoss):
     unanimous from driving the policy ever further away. The paper writes sums over tokens. As in TRL, whose authors had
     it confirmed by those of the paper, log-ratios are divided by the number `|.|` of tokens: otherwise one target
     would be far for short and near for long responses, and the square would let the long ones rule.
+
+    Args:
+        beta: Sets the target, `1 / (2 beta)` per token; above 0.
+        divergence: What the regularisation measures; None is the reverse KL divergence.
     """
 
     def __init__(self, beta: float = 0.1, divergence: Divergence | None = None) -> None:
-        """Sets the target, `1 / (2 beta)` per token, by a `beta` above 0, and the divergence.
-
-        Raises:
-            UserError: beta is not above 0.
-        """
         super().__init__(beta, divergence)
         self.loss_at_start = 1 / (4 * beta**2)
 
@@ -139,7 +117,6 @@ class IPO(PairwiseLoss):
         return _per_token(pairs, super().scores(pairs))
 
     def __call__(self, pairs: Pairs) -> Tensor:
-        """Maps pairs to their losses, `[pairs]`."""
         chosen, rejected = self.scores(pairs)
         return (chosen - rejected - 1 / (2 * self.beta)).square()
 
@@ -150,58 +127,42 @@ class EXO(PairwiseLoss):
     Ji et al. 2024, arXiv:2402.00856, equation 16: the reverse KL divergence from the labels, smoothed by `e`, to what
     the policy prefers, where DPO minimises the forward one. Its minimum lies at a logit of `log((1 - e) / e)`; pairs
     that are ranked very wrongly have hardly a gradient.
+
+    Args:
+        beta: The strength of the regularisation, above 0.
+        label_smoothing: `e`, above 0 and below 0.5: without it the divergence is infinite. The paper takes 1e-3.
+        divergence: What the regularisation measures; None is the reverse KL divergence.
     """
 
     def __init__(self, beta: float = 0.1, label_smoothing: float = 1e-3, divergence: Divergence | None = None) -> None:
-        """Sets the scale of log-ratios, the smoothing and the divergence.
-
-        Args:
-            beta: the strength of the regularisation, above 0.
-            label_smoothing: `e`, above 0 and below 0.5: without it the divergence is infinite. The paper takes 1e-3.
-            divergence: what the regularisation measures; None is the reverse KL divergence.
-
-        Raises:
-            UserError: a value is out of its range.
-        """
         super().__init__(beta, divergence)
         require(0 < label_smoothing < 0.5, "label_smoothing", label_smoothing, "above 0 and below 0.5")
         self.label_smoothing = label_smoothing
         self.loss_at_start = -math.log(2) - 0.5 * math.log(label_smoothing * (1 - label_smoothing))
 
     def __call__(self, pairs: Pairs) -> Tensor:
-        """Maps pairs to their losses, `[pairs]`."""
         logits = self.logits(pairs)
         chosen = logits.sigmoid() * (F.logsigmoid(logits) - math.log1p(-self.label_smoothing))
         rejected = (-logits).sigmoid() * (F.logsigmoid(-logits) - math.log(self.label_smoothing))
         return chosen + rejected
 
 
-class Robust(PairwiseLoss):
+class Robust(Sigmoid):
     """`(-(1 - e) log sigmoid(z) + e log sigmoid(-z)) / (1 - 2 e)`, with `z = beta (s_w - s_l)`.
 
     Chowdhury et al. 2024, arXiv:2403.00409 (rDPO): if a share `e` of the labels is flipped at random, its expectation
     is DPO's loss on the right labels. It has no lower bound: single losses below 0 are no mistake.
+
+    Args:
+        beta: The strength of the regularisation, above 0.
+        label_smoothing: The share `e` of flipped labels, from 0 to below 0.5; 0 gives DPO.
+        divergence: What the regularisation measures; None is the reverse KL divergence.
     """
 
-    loss_at_start = math.log(2)
-
     def __init__(self, beta: float = 0.1, label_smoothing: float = 0.1, divergence: Divergence | None = None) -> None:
-        """Sets the scale of log-ratios, how many labels are wrong, and the divergence.
-
-        Args:
-            beta: the strength of the regularisation, above 0.
-            label_smoothing: the share `e` of flipped labels, from 0 to below 0.5; 0 gives DPO.
-            divergence: what the regularisation measures; None is the reverse KL divergence.
-
-        Raises:
-            UserError: a value is out of its range.
-        """
-        super().__init__(beta, divergence)
-        less_than_half(label_smoothing)
-        self.label_smoothing = label_smoothing
+        super().__init__(beta, label_smoothing, divergence)
 
     def __call__(self, pairs: Pairs) -> Tensor:
-        """Maps pairs to their losses, `[pairs]`."""
         logits, flipped = self.logits(pairs), self.label_smoothing
         right, wrong = -F.logsigmoid(logits), -F.logsigmoid(-logits)
         return ((1 - flipped) * right - flipped * wrong) / (1 - 2 * flipped)
@@ -212,28 +173,22 @@ class DiscoPOP(PairwiseLoss):
 
     Lu et al. 2024, arXiv:2406.08414, equation 5: a loss that a language model proposed, logistic where the pair is
     ranked wrongly and exponential where it is ranked right. It is not convex: it dips around `z = 0`.
+
+    Args:
+        beta: The strength of the regularisation, above 0.
+        tau: The width of the passage from one loss to the other, above 0 and at most 1: above 1 the exponential part
+            would grow without bound on pairs that are ranked wrongly. The paper takes 0.05.
+        divergence: What the regularisation measures; None is the reverse KL divergence.
     """
 
     loss_at_start = 0.5 * math.log(2) + 0.5
 
     def __init__(self, beta: float = 0.1, tau: float = 0.05, divergence: Divergence | None = None) -> None:
-        """Sets the scale of log-ratios, how sharply one loss gives way to the other, and the divergence.
-
-        Args:
-            beta: the strength of the regularisation, above 0.
-            tau: the width of the passage, above 0 and at most 1: above 1 the exponential part would grow without bound
-                on pairs that are ranked wrongly. The paper takes 0.05.
-            divergence: what the regularisation measures; None is the reverse KL divergence.
-
-        Raises:
-            UserError: a value is out of its range.
-        """
         super().__init__(beta, divergence)
         require(0 < tau <= 1, "tau", tau, "above 0 and at most 1")
         self.tau = tau
 
     def __call__(self, pairs: Pairs) -> Tensor:
-        """Maps pairs to their losses, `[pairs]`."""
         logits = self.logits(pairs)
         modulation = logits / self.tau
         logistic = torch.sigmoid(-modulation) * -F.logsigmoid(logits)

@@ -7,8 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from oumi_pl.losses.preference.logistic import logistic_loss
-from oumi_pl.losses.preference.ranges import above_zero, less_than_half, zero_or_more
+from oumi_pl.losses.preference.common import above_zero, less_than_half, logistic_loss, zero_or_more
 from oumi_pl.types import Pairs, PreferenceLoss
 
 CERTAIN = -1e-7
@@ -27,29 +26,24 @@ class SFTTerm(PreferenceLoss):
     needs_reference = False
 
     def __call__(self, pairs: Pairs) -> Tensor:
-        """Maps pairs to their losses, `[pairs]`."""
         return -pairs.chosen_logps / pairs.chosen_tokens
 
 
 class SimPO(PreferenceLoss):
     """`-log sigmoid(beta (p_w / |w| - p_l / |l|) - gamma)`: the reward is what generation maximises, and no reference.
 
-    Meng et al. 2024, arXiv:2405.14734. `gamma` is the margin by which the chosen response's reward is to win.
+    Meng et al. 2024, arXiv:2405.14734.
+
+    Args:
+        beta: What log-probabilities per token are multiplied by, above 0; the paper takes 2 and more.
+        gamma: The margin by which the chosen response's reward has to win, 0 or more; the authors start from half of
+            `beta`.
+        label_smoothing: The share of labels taken to be wrong, from 0 to below 0.5.
     """
 
     needs_reference = False
 
     def __init__(self, beta: float = 2.0, gamma: float = 1.0, label_smoothing: float = 0.0) -> None:
-        """Sets the scale of rewards and their margin.
-
-        Args:
-            beta: what log-probabilities per token are multiplied by, above 0; the paper takes 2 and more.
-            gamma: the margin, 0 or more; half of `beta` is where its authors start from.
-            label_smoothing: the share of labels taken to be wrong, from 0 to below 0.5.
-
-        Raises:
-            UserError: a value is out of its range.
-        """
         above_zero("beta", beta)
         zero_or_more("gamma", gamma)
         less_than_half(label_smoothing)
@@ -58,7 +52,6 @@ class SimPO(PreferenceLoss):
         self.label_smoothing = label_smoothing
 
     def __call__(self, pairs: Pairs) -> Tensor:
-        """Maps pairs to their losses, `[pairs]`."""
         chosen, rejected = self.rewards(pairs)
         return logistic_loss(chosen - rejected - self.gamma, self.label_smoothing)
 
@@ -72,21 +65,16 @@ class CPO(PreferenceLoss):
     """`-log sigmoid(beta (p_w - p_l)) - sft_weight p_w / |w|`: DPO with a uniform reference, and an SFT term.
 
     Xu et al. 2024, arXiv:2401.08417. The paper sums the second term over tokens; here it is `SFTTerm`.
+
+    Args:
+        beta: What differences of log-probabilities are multiplied by, above 0.
+        label_smoothing: The share of labels taken to be wrong, from 0 to below 0.5.
+        sft_weight: Of the chosen response's negative log-likelihood per token, 0 or more.
     """
 
     needs_reference = False
 
     def __init__(self, beta: float = 0.1, label_smoothing: float = 0.0, sft_weight: float = 1.0) -> None:
-        """Sets the scale of log-probabilities and the weight of the SFT term.
-
-        Args:
-            beta: what differences of log-probabilities are multiplied by, above 0.
-            label_smoothing: the share of labels taken to be wrong, from 0 to below 0.5.
-            sft_weight: of the chosen response's negative log-likelihood per token, 0 or more.
-
-        Raises:
-            UserError: a value is out of its range.
-        """
         above_zero("beta", beta)
         less_than_half(label_smoothing)
         zero_or_more("sft_weight", sft_weight)
@@ -96,7 +84,6 @@ class CPO(PreferenceLoss):
         self.sft = SFTTerm()
 
     def __call__(self, pairs: Pairs) -> Tensor:
-        """Maps pairs to their losses, `[pairs]`."""
         chosen, rejected = self.rewards(pairs)
         return logistic_loss(chosen - rejected, self.label_smoothing) + self.sft_weight * self.sft(pairs)
 
@@ -111,20 +98,15 @@ class ORPO(PreferenceLoss):
     Hong et al. 2024, arXiv:2403.07691, whose `lambda` is `beta`: fine-tuning and preferences in one go, straight from a
     base model. Odds keep the rejected response down without crushing it. A response that is certain to 1e-7 per token
     counts as no more certain than that.
+
+    Args:
+        beta: The weight of the odds ratio, above 0.
+        sft_weight: Of the chosen response's negative log-likelihood per token, 0 or more.
     """
 
     needs_reference = False
 
     def __init__(self, beta: float = 0.1, sft_weight: float = 1.0) -> None:
-        """Sets the weights of both terms.
-
-        Args:
-            beta: the weight of the odds ratio, above 0.
-            sft_weight: of the chosen response's negative log-likelihood per token, 0 or more.
-
-        Raises:
-            UserError: a value is out of its range.
-        """
         above_zero("beta", beta)
         zero_or_more("sft_weight", sft_weight)
         self.beta = beta
@@ -132,7 +114,6 @@ class ORPO(PreferenceLoss):
         self.sft = SFTTerm()
 
     def __call__(self, pairs: Pairs) -> Tensor:
-        """Maps pairs to their losses, `[pairs]`."""
         chosen, rejected = _mean_logps(pairs)
         return self.sft_weight * self.sft(pairs) - self.beta * F.logsigmoid(_log_odds(chosen) - _log_odds(rejected))
 

@@ -9,26 +9,21 @@ import math
 
 from torch import Tensor
 
-from oumi_pl.losses.preference.logistic import logistic_loss
-from oumi_pl.losses.preference.ranges import above_zero, less_than_half
+from oumi_pl.losses.preference.common import above_zero, less_than_half, logistic_loss
 from oumi_pl.types import Pairs, PreferenceLoss
 
 
 class _Transport(PreferenceLoss):
-    """What both losses share: a logistic loss of sorted differences."""
+    """What both losses share: a logistic loss of sorted differences.
+
+    Args:
+        beta: The strength of the regularisation, above 0.
+        label_smoothing: The share of labels taken to be wrong, from 0 to below 0.5.
+    """
 
     loss_at_start = math.log(2)
 
     def __init__(self, beta: float = 0.1, label_smoothing: float = 0.0) -> None:
-        """Sets the scale of log-ratios and how far labels are trusted.
-
-        Args:
-            beta: the strength of the regularisation, above 0.
-            label_smoothing: the share of labels taken to be wrong, from 0 to below 0.5.
-
-        Raises:
-            UserError: a value is out of its range.
-        """
         above_zero("beta", beta)
         less_than_half(label_smoothing)
         self.beta = beta

@@ -10,19 +10,18 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from oumi_pl.losses.preference.ranges import above_zero
+from oumi_pl.losses.preference.common import above_zero
 from oumi_pl.types import Pairs, PreferenceLoss
 
 
 class _Unpaired(PreferenceLoss):
-    """What these losses share: `beta`, and DPO's rewards."""
+    """What these losses share: `beta`, and DPO's rewards.
+
+    Args:
+        beta: The scale of log-ratios, above 0; the larger, the nearer the policy stays to the reference.
+    """
 
     def __init__(self, beta: float = 0.1) -> None:
-        """Sets the scale of log-ratios: the larger `beta`, the nearer the policy stays to the reference.
-
-        Raises:
-            UserError: beta is not above 0.
-        """
         above_zero("beta", beta)
         self.beta = beta
 
@@ -37,7 +36,6 @@ class NCA(_Unpaired):
     loss_at_start = 2 * math.log(2)
 
     def __call__(self, pairs: Pairs) -> Tensor:
-        """Maps pairs to their losses, `[pairs]`."""
         chosen, rejected = self.rewards(pairs)
         return -F.logsigmoid(chosen) - 0.5 * F.logsigmoid(-chosen) - 0.5 * F.logsigmoid(-rejected)
 
@@ -53,7 +51,6 @@ class BCO(_Unpaired):
     loss_at_start = 2 * math.log(2)
 
     def __call__(self, pairs: Pairs) -> Tensor:
-        """Maps pairs to their losses, `[pairs]`."""
         chosen, rejected = self.rewards(pairs)
         return -F.logsigmoid(chosen) - F.logsigmoid(-rejected)
 
@@ -63,19 +60,16 @@ class SPPO(_Unpaired):
 
     Wu et al. 2024, arXiv:2405.00675, equation 4.7 with hard labels: the chosen response wins with probability 1 and the
     rejected one with 0, against an average opponent. Log-ratios are to reach a target and stay there.
+
+    Args:
+        beta: Sets the targets, `1 / (2 beta)` above and below the reference; above 0.
     """
 
     def __init__(self, beta: float = 0.1) -> None:
-        """Sets the targets, `1 / (2 beta)` above and below the reference, by a `beta` above 0.
-
-        Raises:
-            UserError: beta is not above 0.
-        """
         super().__init__(beta)
         self.loss_at_start = 1 / (2 * beta**2)
 
     def __call__(self, pairs: Pairs) -> Tensor:
-        """Maps pairs to their losses, `[pairs]`."""
         target = 1 / (2 * self.beta)
         return (pairs.chosen_logratios - target).square() + (pairs.rejected_logratios + target).square()
 
@@ -90,7 +84,6 @@ class APOZero(_Unpaired):
     loss_at_start = 1.0
 
     def __call__(self, pairs: Pairs) -> Tensor:
-        """Maps pairs to their losses, `[pairs]`."""
         chosen, rejected = self.rewards(pairs)
         return torch.sigmoid(-chosen) + torch.sigmoid(rejected)
 
@@ -105,6 +98,5 @@ class APODown(_Unpaired):
     loss_at_start = 1.0
 
     def __call__(self, pairs: Pairs) -> Tensor:
-        """Maps pairs to their losses, `[pairs]`."""
         chosen, rejected = self.rewards(pairs)
         return torch.sigmoid(chosen) + torch.sigmoid(rejected - chosen)

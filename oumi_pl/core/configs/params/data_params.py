@@ -7,9 +7,17 @@ from enum import Enum, StrEnum
 from pathlib import Path
 from typing import Any
 
-from oumi_pl.core.configs.errors import OumiConfigError
-from oumi_pl.core.configs.params.base_params import MISSING, BaseParams
-from oumi_pl.core.configs.params.values import hints, shown
+from oumi_pl.core.configs.params.base_params import (
+    MISSING,
+    SPEED,
+    BaseParams,
+    OumiConfigError,
+    harmless,
+    hints,
+    honoured,
+    refused,
+    shown,
+)
 
 COMPLETIONS_COLLATOR = "text_completions_only_with_padding"
 COLLATORS = ("text_with_padding", COMPLETIONS_COLLATOR, "vision_language_with_padding", "vision_language_sft")
@@ -41,36 +49,34 @@ class TrainTarget(StrEnum):
 class DatasetParams(BaseParams):
     """A dataset of a split."""
 
-    dataset_name: str = MISSING
+    dataset_name: str = honoured("path", MISSING)
     """Name of the dataset: registered, or of the hub; required."""
-    dataset_path: str | None = None
+    dataset_path: str | None = honoured("path", None)
     """Local file or folder that holds the rows."""
-    subset: str | None = None
+    subset: str | None = honoured("config", None)
     """Which configuration of a hub dataset."""
-    split: str = "train"
+    split: str = honoured("split", "train")
     """Split of the dataset, slices such as `train[:512]` included."""
-    dataset_kwargs: dict[str, Any] = field(default_factory=dict)
+    dataset_kwargs: dict[str, Any] = honoured("format and columns", {})
     """Further arguments of the dataset's class."""
-    sample_count: int | None = None
+    sample_count: int | None = honoured("sample", None)
     """Exactly this many rows, taken or repeated; null: all as they are."""
-    mixture_proportion: float | None = None
+    mixture_proportion: float | None = honoured("weight", None)
     """Share of this dataset in the mixture, from 0 to 1; given for all datasets or for none."""
-    shuffle: bool = False
+    shuffle: bool = honoured("sample_seed, or the order that the run draws for each epoch", False)
     """Whether rows are shuffled before any is taken."""
-    seed: int | None = None
+    seed: int | None = honoured("sample_seed, or the seed of the run", None)
     """Seed of that shuffle; null: another order in each run."""
-    shuffle_buffer_size: int = 1000
+    shuffle_buffer_size: int = harmless("only torchdata's pipelines read it, which are not used", 1000)
     """Rows that are shuffled at a time when the dataset is a stream of torchdata."""
-    trust_remote_code: bool = False
+    trust_remote_code: bool = harmless("only processors of images read it", False)
     """Whether code that comes with the processor may run."""
-    transform_num_workers: str | int | None = None
+    transform_num_workers: str | int | None = harmless(SPEED, None)
     """Processes that prepare rows: a number, or `auto`; null: one."""
 
     def _check(self) -> None:
         self._at_least(0, "sample_count")
-        share = self.mixture_proportion
-        if share is not None and not 0 <= share <= 1:
-            raise OumiConfigError(f"mixture_proportion is {share}, but has to be between 0 and 1")
+        self._is_share("mixture_proportion")
         workers = self.transform_num_workers
         if workers is not None and workers != "auto" and not (isinstance(workers, int) and workers > 0):
             raise OumiConfigError(f"transform_num_workers: {workers!r} is not a positive int or 'auto'")
@@ -87,25 +93,25 @@ class DatasetParams(BaseParams):
 class DatasetSplitParams(BaseParams):
     """The datasets of a split, and how they are put together."""
 
-    datasets: list[DatasetParams] = field(default_factory=list)
+    datasets: list[DatasetParams] = honoured("a source each", [])
     """Datasets: one after the other, or mixed when each has a `mixture_proportion`."""
-    collator_name: str | None = None
+    collator_name: str | None = honoured("data.train_on", None)
     """What makes a batch of rows; null: what the trainer type does by itself."""
-    collator_kwargs: dict[str, Any] = field(default_factory=dict)
+    collator_kwargs: dict[str, Any] = honoured("data.train_on", {})
     """Further arguments of the collator."""
-    train_target: TrainTarget | None = None
+    train_target: TrainTarget | None = honoured("data.train_on", None)
     """Which assistant turns are learnt; null: all tokens, or what the collator's templates say."""
-    pack: bool = False
+    pack: bool = honoured("data.class_path, PackedChatData", False)
     """Whether rows are joined into windows of the full length."""
-    stream: bool = False
+    stream: bool = honoured("data.streaming, for documents; other rows are read before training", False)
     """Whether rows are read while training, without a known number of them."""
-    target_col: str | None = None
+    target_col: str | None = harmless("Oumi reads it no more", None)
     """Deprecated: does nothing."""
-    mixture_strategy: str = MixtureStrategy.FIRST_EXHAUSTED.value
+    mixture_strategy: str = honoured("data.exhausted, or the length of an epoch", MixtureStrategy.FIRST_EXHAUSTED.value)
     """A mixture ends when the first dataset does (`first_exhausted`), or the last (`all_exhausted`)."""
-    seed: int | None = None
+    seed: int | None = harmless("a mixture is drawn anew for each epoch, by the seed of the run", None)
     """Seed of the mixture; null: another order in each run."""
-    use_torchdata: bool | None = None
+    use_torchdata: bool | None = refused("torchdata's pipelines are not used; leave it out", None)
     """Whether torchdata's pipelines read the rows; null: no."""
 
     def _check(self) -> None:
@@ -139,7 +145,7 @@ class DataParams(BaseParams):
 
     train: DatasetSplitParams = field(default_factory=DatasetSplitParams)
     """What is trained on."""
-    test: DatasetSplitParams = field(default_factory=DatasetSplitParams)
+    test: DatasetSplitParams = harmless("Oumi's training never reads it", DatasetSplitParams())
     """Kept for Oumi's files; training does not read it."""
     validation: DatasetSplitParams = field(default_factory=DatasetSplitParams)
     """What is evaluated on while training."""

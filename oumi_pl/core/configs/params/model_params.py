@@ -3,13 +3,19 @@
 import importlib.util
 import json
 import warnings
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from oumi_pl.core.configs.errors import OumiConfigError
-from oumi_pl.core.configs.params.base_params import MISSING, BaseParams
-from oumi_pl.core.configs.params.values import hints
+from oumi_pl.core.configs.params.base_params import (
+    MISSING,
+    BaseParams,
+    OumiConfigError,
+    harmless,
+    hints,
+    honoured,
+    refused,
+)
 from oumi_pl.errors import nearest
 
 DTYPES = {
@@ -33,51 +39,53 @@ DTYPES = {
 class ModelParams(BaseParams):
     """A model, its tokenizer, and how both are loaded."""
 
-    model_name: str = MISSING
+    model_name: str = honoured("model.model", MISSING)
     """Model of the hub or a folder; a folder of LoRA adapters stands for its base with them; required."""
-    adapter_model: str | None = None
+    adapter_model: str | None = refused(
+        "merge it into its base first (oumi_pl export --merge), and name that as model.model_name", None
+    )
     """LoRA adapters that are put on the model."""
-    adapter_trainable: bool = False
+    adapter_trainable: bool = refused("an adapter can't be trained on; merge it into its base first", False)
     """Whether those adapters are trained on; false: they stay as they are."""
-    tokenizer_name: str | None = None
+    tokenizer_name: str | None = honoured("data.tokenizer", None)
     """Where the tokenizer comes from; null: from the model."""
-    tokenizer_pad_token: str | None = None
+    tokenizer_pad_token: str | None = harmless("padding is masked by position, never by its id", None)
     """Token that pads."""
-    tokenizer_kwargs: dict[str, Any] = field(default_factory=dict)
+    tokenizer_kwargs: dict[str, Any] = honoured("nothing but padding may be set, which is masked by position", {})
     """Further arguments to load the tokenizer with."""
-    processor_kwargs: dict[str, Any] = field(default_factory=dict)
+    processor_kwargs: dict[str, Any] = refused("images are not trained on", {})
     """Further arguments of the processor of images."""
-    model_max_length: int | None = None
+    model_max_length: int | None = honoured("data.max_length", None)
     """Longest sequence, in tokens; null: the trainer type's own limit."""
-    load_pretrained_weights: bool = True
+    load_pretrained_weights: bool = honoured("model.config in place of model.model", True)
     """false: random weights in the shape of the model."""
-    trust_remote_code: bool = False
+    trust_remote_code: bool = honoured("model.trust_remote_code and data.trust_remote_code", False)
     """Whether code that comes with the model may run."""
-    torch_dtype_str: str = "auto"
+    torch_dtype_str: str = honoured("model.dtype", "auto")
     """Type of the weights: `bfloat16`, `float32`; `auto`: that of the file."""
-    compile: bool = False
+    compile: bool = refused("it stays false; training.compile compiles the model", False)
     """Stays false: `training.compile` says whether the model is compiled."""
-    chat_template: str | None = None
+    chat_template: str | None = honoured("data.template", None)
     """Chat template by name; `auto`: the tokenizer's; null: the tokenizer's, or one that fits."""
-    chat_template_kwargs: dict[str, Any] | None = None
+    chat_template_kwargs: dict[str, Any] | None = harmless("only inference reads it", None)
     """Arguments of the template when text is generated; training does not read them."""
-    attn_implementation: str | None = None
+    attn_implementation: str | None = honoured("model.attn", None)
     """How attention is computed: `sdpa`, `eager`, `flash_attention_2`; null: as transformers chooses."""
-    device_map: str | None = "auto"
+    device_map: str | None = harmless("the trainer puts the model on its device", "auto")
     """Where weights are put as they are loaded."""
-    model_kwargs: dict[str, Any] = field(default_factory=dict)
+    model_kwargs: dict[str, Any] = honoured("model.config", {})
     """Values that replace those of the model's configuration."""
-    enable_liger_kernel: bool = False
+    enable_liger_kernel: bool = harmless("the loss is computed in chunks without it; the numbers are the same", False)
     """Whether Liger's kernels replace parts of the model."""
-    shard_for_eval: bool = False
+    shard_for_eval: bool = harmless("only evaluation reads it", False)
     """For evaluation only; training does not read it."""
-    freeze_layers: list[str] = field(default_factory=list)
+    freeze_layers: list[str] = honoured("model.freeze", [])
     """Modules whose weights are not trained, by their dotted names."""
-    text_only: bool = False
+    text_only: bool = refused("images are not trained on", False)
     """Whether only the language part of a model for images and text is loaded."""
-    model_revision: str | None = None
+    model_revision: str | None = honoured("model.revision", None)
     """Revision of model and tokenizer on the hub."""
-    tool_call_parser: str | None = None
+    tool_call_parser: str | None = harmless("only inference reads it", None)
     """For inference only; training does not read it."""
 
     @property

@@ -1,0 +1,88 @@
+"""Finds an engine's checkpoints, and adds to them what a resume needs and the engine does not keep."""
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from oumi_pl.errors import UserError
+
+FILE = "oumi_pl.pt"
+"""In an engine's checkpoint: what `save` adds."""
+_CHECKPOINT = re.compile(r"checkpoint-(\d+)$")
+
+
+def newest(directory: Path) -> Path | None:
+    """The newest complete checkpoint of an engine; None if there is none.
+
+    `trainer_state.json` is what transformers writes last: a killed run leaves none, or the beginning of one.
+    """
+    by_step = {int(m[1]): path for path in directory.glob("checkpoint-*") if (m := _CHECKPOINT.search(path.name))}
+    for step in sorted(by_step, reverse=True):
+        try:
+            state = json.loads((by_step[step] / "trainer_state.json").read_text())
+        except (OSError, ValueError):
+            continue
+        if state.get("global_step") == step and (by_step[step] / FILE).is_file():
+            return by_step[step]
+    return None
+
+
+def save(checkpoint: Path, trainer: Any, metrics_row: dict[str, float], checkpoints: Any) -> None:
+    """Writes the position in the data, tokens seen, metrics of this step, the reference and the best score.
+
+    Args:
+        checkpoint: Folder of the engine's checkpoint, which may not exist yet.
+        trainer: Lightning's.
+        metrics_row: The metrics of this step.
+        checkpoints: The trainer's `Checkpoints`, or None.
+    """
+    checkpoint.mkdir(parents=True, exist_ok=True)
+    module = trainer.lightning_module
+    content = {
+        "data": trainer.datamodule.state_dict(),
+        "micro_batches": trainer.accumulate_grad_batches,
+        "tokens_seen": dict(module.tokens_seen),
+        "metrics_row": metrics_row,
+        "metrics": {k: float(v) for k, v in trainer.callback_metrics.items()},
+        "reference": module.reference.state() if module.reference is not None else {},
+        "best": checkpoints.state_dict() if checkpoints is not None else {},
+    }
+    torch.save(content, checkpoint / FILE)
+
+
+def load(checkpoint: Path, trainer: Any, folder: Any, checkpoints: Any) -> dict[str, Any]:
+    """Restores what `save` wrote, before the training loader is made; returns the position in the data.
+
+    Args:
+        checkpoint: Folder of an engine's checkpoint.
+        trainer: Lightning's.
+        folder: The trainer's `RunFolder`, or None.
+        checkpoints: The trainer's `Checkpoints`, or None.
+
+    Raises:
+        UserError: the file is damaged, or the run started from another model.
+    """
+    try:
+        content = torch.load(checkpoint / FILE, map_location="cpu", weights_only=True)
+    except Exception as error:  # bytes can be wrong in any way
+        raise UserError(f"--resume: {checkpoint / FILE} can't be read: {str(error).partition(chr(10))[0]}") from error
+    module = trainer.lightning_module
+    trainer.datamodule.load_state_dict(content["data"])
+    module.tokens_seen = content["tokens_seen"]
+    if module.reference is not None:
+        module.reference.load_state(content["reference"])  # refuses another initial model
+    trainer.callback_metrics.update({k: torch.tensor(v) for k, v in content["metrics"].items()})
+    if folder is not None:
+        folder.on_load_checkpoint(trainer, module, content)
+    if checkpoints is not None and content["best"]:
+        checkpoints.load_state_dict(content["best"])
+    set_step(trainer, int(_CHECKPOINT.search(checkpoint.name)[1]))  # type: ignore[index]
+    return content["data"]
+
+
+def set_step(trainer: Any, step: int) -> None:
+    """Shows the Lightning trainer how many updates are done: callbacks, loggers and streams read it there."""
+    trainer.fit_loop.epoch_loop.automatic_optimization.optim_progress.optimizer.step.total.completed = step

@@ -1,0 +1,206 @@
+"""Runs a recipe on another engine, from the objects that LightningCLI made."""
+
+import contextlib
+import copy
+import tempfile
+from collections.abc import Iterator, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.pytorch.trainer.states import TrainerFn, TrainerStatus
+from lightning.pytorch.utilities.types import LRSchedulerConfig
+from transformers import PrinterCallback, TrainerCallback
+from transformers import __version__ as transformers_version
+
+from oumi_pl import attention
+from oumi_pl.adapters import batches, checkpoints
+from oumi_pl.adapters.refusals import refuse_engine, refuse_model, refuse_preferences, refuse_settings
+from oumi_pl.adapters.run_callback import RunCallback
+from oumi_pl.adapters.settings import ValidationSchedule, find, training_arguments
+from oumi_pl.adapters.trainers import build_trainer, import_trl
+from oumi_pl.callbacks.checkpoint import Checkpoints
+from oumi_pl.callbacks.run_folder import RunFolder, nothing_left
+from oumi_pl.data.base import TextData
+from oumi_pl.losses.causal import is_cross_entropy
+from oumi_pl.models.layouts import documents, padded
+from oumi_pl.modules.dpo import DPO
+from oumi_pl.modules.sft import SFT
+from oumi_pl.runs import folders
+
+
+def run(engine: str, trainer: Any, module: SFT | DPO, data: TextData, callbacks: Sequence[TrainerCallback] = ()) -> Any:
+    """Trains as `trainer.fit(module, data)` does, in the loop of another engine.
+
+    Args:
+        engine: `hf` or `trl`.
+        trainer: A Lightning trainer, for its settings, callbacks and loggers; its loops do not run.
+        module: SFT, Pretrain or DPO. If its model is built, training starts from it; else the module builds it.
+        data: The data of the recipe.
+        callbacks: Further callbacks of transformers, called after ours at each event. The keyword argument
+            `train_dataloader` of their hooks is an `EngineLoader`, which holds the micro-batches of the update.
+
+    Returns:
+        The engine's trainer, trained.
+
+    Raises:
+        UserError: the engine can't do what the recipe says.
+    """
+    _refuse_before_loading(engine, trainer, module)
+    _connect(trainer, module, data)
+    _build_model(trainer, module, data)
+    # a few tokens for a check are not worth compiling for
+    with torch.compiler.set_stance("force_eager") if module.compile_layers else contextlib.nullcontext():
+        refuse_model(engine, module, data.packing)
+    module.engine_notes = list(_notes(engine, module))
+    optimizer, schedule = _optimizers(trainer, module)
+    checkpoint, position = _resume(trainer)
+    if checkpoint is not None:
+        print(f"engine {engine}: going on from {checkpoint}")
+    total = module.total_steps()
+    if trainer.global_step >= total:
+        raise nothing_left(trainer.global_step)
+    loader = _loader(trainer, module, data, position)
+    run_callback = RunCallback(
+        trainer, module, data, loader, ValidationSchedule(trainer, data, loader.epoch_length, total)
+    )
+    module.log_to = run_callback.log
+    try:
+        # the run folder is created once training begins; until then the engine needs a place to make a directory in
+        with _model_restored(module), tempfile.TemporaryDirectory() as folder:
+            engine_trainer = build_trainer(
+                engine,
+                module,
+                training_arguments(trainer, module, data, folder=folder, total=total, lr=schedule.base_lrs[0]),
+                processing_class=copy.deepcopy(data.tokenizer),  # engines set its pad token
+                optimizers=(optimizer, schedule),
+                callbacks=[run_callback, *callbacks],
+            )
+            engine_trainer.run_callback = run_callback
+            engine_trainer.remove_callback(PrinterCallback)
+            module.keep_adapters_in_float32()  # TRL rounds those of quantized models
+            engine_trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+        run_callback.finish()  # the export reads the model's config: it has to be as it was
+    except BaseException as error:
+        run_callback.call("on_exception", error)
+        raise
+    finally:
+        module.log_to = None
+        if run_callback.preemption is not None:
+            run_callback.preemption.teardown(trainer, module, "fit")
+    return engine_trainer
+
+
+def _refuse_before_loading(engine: str, trainer: Any, module: SFT | DPO) -> None:
+    """Refuses what the engine can't do, as far as that is known before anything is loaded."""
+    refuse_engine(engine, module)
+    refuse_settings(engine, trainer)
+    if isinstance(module, DPO):
+        refuse_preferences(module)
+    if engine == "trl":
+        import_trl()
+
+
+def _connect(trainer: Any, module: SFT | DPO, data: TextData) -> None:
+    """Connects trainer, module and data, and sets the data up, as the first lines of `trainer.fit` do."""
+    trainer.state.fn, trainer.state.status, trainer.training = TrainerFn.FITTING, TrainerStatus.RUNNING, True
+    trainer.strategy.connect(module)
+    trainer._data_connector.attach_data(module, datamodule=data)
+    data.prepare_data()
+    if (folder := find(trainer, RunFolder)) is not None:
+        folder.setup(trainer, module, "fit")
+    data.setup("fit")
+
+
+def _build_model(trainer: Any, module: SFT | DPO, data: TextData) -> None:
+    """Builds the model as Lightning would, with the attention and the layout that the engine reads batches in.
+
+    Our own attention gets the documents of a packed row from a context, which an engine does not enter. That of
+    transformers finds them by their positions.
+    """
+    with trainer.precision_plugin.module_init_context():
+        module.configure_model()
+    model = module.causal_lm
+    if model.base.config._attn_implementation == attention.NAME:
+        model.base.set_attn_implementation("sdpa" if getattr(model.base, "_supports_sdpa", True) else "eager")
+    trainer.precision_plugin.convert_module(module)
+    module.to(trainer.strategy.root_device)
+    if data.packing and not isinstance(module, DPO):
+        model.layout, model.layout_reason = documents, ""
+    else:
+        model.layout, model.layout_reason = padded, "the engine reads padded rows"
+    if module.reference is not None:
+        module.reference.open(("train", "validation"), in_memory=True)
+
+
+def _notes(engine: str, module: SFT | DPO) -> Iterator[str]:
+    """What the run says about the engine before the first update."""
+    versions = f"transformers {transformers_version}"
+    if engine == "hf":
+        yield f"engine: transformers.Trainer, {versions}"
+    else:
+        name = "DPOTrainer" if isinstance(module, DPO) else "SFTTrainer"
+        yield f"engine: trl.{name}, TRL {import_trl().__version__}, {versions}"
+    if isinstance(module, DPO):
+        return
+    if not is_cross_entropy(module.loss):
+        twice = ", and TRL runs the model twice" if engine == "trl" else ""
+        yield f"{type(module.loss).__name__} is computed on full logits{twice}"
+    elif engine == "hf":
+        yield "logits are computed for all positions at once, also for those without loss"
+
+
+def _optimizers(trainer: Any, module: SFT | DPO) -> tuple[Any, Any]:
+    """The recipe's optimizer and schedule, known to the Lightning trainer."""
+    configured = module.configure_optimizers()
+    optimizer, schedule = configured["optimizer"], configured["lr_scheduler"]["scheduler"]
+    trainer.strategy.optimizers = [optimizer]
+    trainer.strategy.lr_scheduler_configs = [LRSchedulerConfig(schedule)]
+    return optimizer, schedule
+
+
+def _resume(trainer: Any) -> tuple[Path | None, dict[str, Any]]:
+    """The checkpoint to go on from, if any, and the position in the data: the beginning, or what it restored."""
+    folder = find(trainer, RunFolder)
+    start = {"epoch": 0, "update": 0}
+    if folder is None or folder.resume is None:
+        return None, start
+    checkpoint = checkpoints.newest(folder.resume / folders.CHECKPOINTS)
+    if checkpoint is None:
+        return None, start
+    return checkpoint, checkpoints.load(checkpoint, trainer, folder, find(trainer, Checkpoints))
+
+
+def _loader(trainer: Any, module: SFT | DPO, data: TextData, position: dict[str, Any]) -> batches.EngineLoader:
+    if isinstance(module, DPO):
+        convert: Any = batches.pair_inputs
+    else:
+        layout, is_own = module.causal_lm.layout, not is_cross_entropy(module.loss)
+        convert = partial(batches.token_inputs, layout=layout, labels_are_shifted=is_own)
+    micro_batches = trainer.accumulate_grad_batches
+    epoch, fetched = position["epoch"], position["update"] * micro_batches
+    return batches.EngineLoader(data.train_dataloader(), convert, micro_batches, epoch, fetched)
+
+
+@contextlib.contextmanager
+def _model_restored(module: SFT | DPO) -> Iterator[None]:
+    """Undoes afterwards what engines do to a model besides training it: changed configs, patched forward methods.
+
+    They set `use_cache` and the ids of special tokens, which the export would write down.
+    """
+    hf, base = module.causal_lm.hf, module.causal_lm.base
+    configs = [(config, copy.deepcopy(vars(config))) for config in (base.config, base.generation_config) if config]
+    forwards = {model: vars(model).get("forward") for model in (hf, base)}
+    # with a cache, transformers would not look where packed documents begin; engines only set it in the outer config
+    base.config.get_text_config().use_cache = False
+    try:
+        yield
+    finally:
+        for config, values in configs:
+            vars(config).clear()
+            vars(config).update(values)
+        for model, forward in forwards.items():
+            vars(model).pop("forward", None)
+            if forward is not None:
+                model.forward = forward

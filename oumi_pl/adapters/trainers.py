@@ -1,0 +1,239 @@
+"""The engines' trainers on our batches. TRL is imported here, when it is needed."""
+
+import warnings
+from pathlib import Path
+from typing import Any, cast
+
+from torch import Tensor
+from transformers import Trainer, TrainingArguments
+
+from oumi_pl.adapters import checkpoints
+from oumi_pl.adapters.batches import EngineBatch, EngineLoader, target_values
+from oumi_pl.adapters.losses import INSTEAD, compute_loss_func, dpo_settings
+from oumi_pl.adapters.run_callback import RunCallback
+from oumi_pl.data.loader import as_it_is
+from oumi_pl.errors import UserError
+from oumi_pl.losses.causal import is_cross_entropy
+from oumi_pl.modules.dpo import DPO
+from oumi_pl.modules.reference import refuse_other_start
+from oumi_pl.modules.sft import SFT
+from oumi_pl.types import Sums
+
+
+class EngineMixin:
+    """Comes before `transformers.Trainer`, or a trainer of TRL's, among the bases of a class: batches and metrics."""
+
+    run_callback: RunCallback
+    """Set before `train` is called."""
+    micro_batch: EngineBatch
+    """The micro-batch that is being trained on."""
+
+    def get_train_dataloader(self) -> EngineLoader:
+        """Our batches in our order: the engine would shuffle and collate its own way."""
+        return self.run_callback.loader
+
+    def training_step(self, model: Any, inputs: EngineBatch, *args: Any, **kwargs: Any) -> Tensor:
+        """As the engine does it; adds what our metrics are made of to the sums of the update."""
+        self.micro_batch, outputs = inputs, []
+        # hooks, because the engine's own step returns the loss alone
+        hooks = [
+            observed.register_forward_hook(lambda _model, _args, output: outputs.append(self.reduce_output(output)))
+            for observed in self.observed_models()
+        ]
+        try:
+            loss = super().training_step(model, inputs, *args, **kwargs)  # type: ignore[misc]
+        finally:
+            for hook in hooks:
+                hook.remove()
+        self.run_callback.add_to_update(inputs.native, self.batch_sums(outputs))
+        return loss
+
+    def observed_models(self) -> list[Any]:
+        """The models whose outputs the metrics need, in the order in which the engine runs them."""
+        return [self.model]  # type: ignore[attr-defined]
+
+    def reduce_output(self, output: Any) -> Tensor:
+        """What the metrics need of a model's output: how many targets have the largest logit."""
+        hits = getattr(output, "is_top1", None)  # TRL's heads return this in place of logits
+        if hits is None:
+            hits = output.logits.detach().argmax(-1) == self.micro_batch["shift_labels"].to(output.logits.device)
+        return hits.sum()
+
+    def batch_sums(self, outputs: list[Tensor]) -> Sums:
+        """The sums of the micro-batch but for `loss`, from the reduced outputs of the models."""
+        return {"correct": outputs[0]}
+
+    def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
+        """Validates by our sums, which do not depend on how held-out rows are cut: engines average means."""
+        engine: Any = self
+        with engine.accelerator.autocast():
+            metrics = self.run_callback.validate()
+        engine.control = engine.callback_handler.on_evaluate(engine.args, engine.state, engine.control, metrics)
+        return metrics
+
+    def _save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
+        """Saves what the engine does not keep, then what it does: its own last file then says that all is there."""
+        engine: Any = self
+        run = self.run_callback
+        folder = Path(engine.args.output_dir) / f"checkpoint-{engine.state.global_step}"
+        checkpoints.save(folder, run.lightning, run.metrics_row, run.checkpoints)
+        super()._save_checkpoint(*args, **kwargs)  # type: ignore[misc]
+
+    def create_model_card(self, *args: Any, **kwargs: Any) -> None:
+        """Writes none: the export writes one that knows the recipe."""
+
+
+class PairsMixin(EngineMixin):
+    """The same for `trl.DPOTrainer`."""
+
+    def observed_models(self) -> list[Any]:
+        """The policy, and the reference where it is another model."""
+        engine: Any = self
+        return [engine.model] if engine.ref_model is None else [engine.model, engine.ref_model]
+
+    def reduce_output(self, output: Any) -> Tensor:
+        """The log-probabilities of the tokens, `[2 pairs, seq - 1]`."""
+        return output.log_probs.detach()
+
+    def batch_sums(self, outputs: list[Tensor]) -> Sums:
+        """The sums that our loss has metrics of, from what TRL computed for policy and reference.
+
+        Raises:
+            UserError: before the first update the policy does not equal its reference.
+        """
+        module, lightning = cast("DPO", self.run_callback.module), self.run_callback.lightning
+        mask = self.micro_batch["completion_mask"].to(outputs[0].device)
+        policy, reference = (target_values(values.float(), mask) for values in outputs)
+        if lightning.global_step == 0 and len(policy):
+            difference = float((policy - reference).abs().max())
+            refuse_other_start(difference, module.reference.is_half_precision)
+        pairs = module.pairs(lightning.strategy.batch_to_device(self.micro_batch.native), policy, reference)
+        sums = module.pair_sums(pairs, policy.new_zeros(pairs.count))
+        return {name: value for name, value in sums.items() if name != "loss"}
+
+    def compute_loss(self, *args: Any, **kwargs: Any) -> Any:
+        """As TRL does it, weighted by pairs.
+
+        TRL takes the mean over a micro-batch, and transformers then over the micro-batches of an update, so that the
+        pairs of a short one would count for more. Weighted like this, an update's loss is the mean over all its pairs.
+        """
+        loss = super().compute_loss(*args, **kwargs)  # type: ignore[misc]
+        native = self.micro_batch.native
+        return loss * len(native["sample_ids"]) * self.run_callback.module.share(native)
+
+    def _prepare_dataset(self, dataset: Any, *args: Any, **kwargs: Any) -> Any:
+        """Leaves the one-row dataset as it is: rows are tokenized already, and come from our loader."""
+        return dataset
+
+
+class HFTrainer(EngineMixin, Trainer):  # type: ignore[misc]
+    """`transformers.Trainer` on our batches."""
+
+
+def build_trainer(engine: str, module: SFT | DPO, settings: dict[str, Any], **common: Any) -> Any:
+    """An engine's trainer for a module.
+
+    Args:
+        engine: `hf` or `trl`.
+        module: With its model built and, for TRL, its reference open.
+        settings: Fields of `transformers.TrainingArguments`.
+        common: Arguments of every engine's trainer: tokenizer, optimizers, callbacks.
+
+    Raises:
+        UserError: the engine refuses the settings.
+    """
+    build: Any = _hf if engine == "hf" else _trl_dpo if isinstance(module, DPO) else _trl_sft
+    try:
+        with warnings.catch_warnings(action="ignore", category=FutureWarning):  # about later releases
+            return build(module, settings, common)
+    except (ValueError, NotImplementedError) as error:
+        raise UserError(f"--engine: {' '.join(str(error).split())[:300]}; {INSTEAD[3:]}") from error
+
+
+def import_trl() -> Any:
+    """Imports TRL.
+
+    Raises:
+        UserError: it isn't installed.
+    """
+    try:
+        import trl
+    except ImportError as error:
+        raise UserError(
+            f"--engine trl needs TRL, which can't be imported ({error}): pip install trl, {INSTEAD}"
+        ) from error
+    return trl
+
+
+def _hf(module: SFT, settings: dict[str, Any], common: dict[str, Any]) -> Any:
+    args = _on_one_device(TrainingArguments(**settings))
+    return HFTrainer(model=module.causal_lm.hf, args=args, compute_loss_func=_loss_function(module), **common)
+
+
+def _trl_sft(module: SFT, settings: dict[str, Any], common: dict[str, Any]) -> Any:
+    trl = import_trl()
+
+    class SFTTrainer(EngineMixin, trl.SFTTrainer):  # type: ignore[name-defined]
+        """TRL's on our batches."""
+
+    # rows come packed, and no longer than they may be
+    args = trl.SFTConfig(
+        **settings, max_length=None, dataset_kwargs={"skip_prepare_dataset": True}, **_no_router_loss(module)
+    )
+    return SFTTrainer(
+        model=module.causal_lm.hf,
+        args=_on_one_device(args),
+        data_collator=as_it_is,
+        train_dataset=_one_row(),
+        compute_loss_func=_loss_function(module),
+        **common,
+    )
+
+
+def _trl_dpo(module: DPO, settings: dict[str, Any], common: dict[str, Any]) -> Any:
+    trl = import_trl()
+
+    class DPOTrainer(PairsMixin, trl.DPOTrainer):  # type: ignore[name-defined]
+        """TRL's on our batches."""
+
+    args = trl.DPOConfig(
+        **settings, max_length=None, disable_dropout=True, **dpo_settings(module.loss), **_no_router_loss(module)
+    )
+    model, reference = module.causal_lm, module.reference.frozen_model
+    trainer = DPOTrainer(
+        model=model.hf,
+        ref_model=None if reference is None else reference.hf,  # None: the base, adapters disabled
+        args=_on_one_device(args),
+        data_collator=as_it_is,
+        train_dataset=_one_row(),
+        **common,
+    )
+    if model.has_adapters and "ref" in model.hf.peft_config:
+        # TRL adds a frozen copy of the adapter to compare with. Ours starts at zero, so that the base is the same, as
+        # it is in our validation; the copy would be saved and exported beside the adapter.
+        model.hf.delete_adapter("ref")
+    return trainer
+
+
+def _loss_function(module: SFT) -> Any:
+    """The engine's `compute_loss_func`; None for plain cross entropy, which the models have inside."""
+    return None if is_cross_entropy(module.loss) else compute_loss_func(module.loss)
+
+
+def _on_one_device(args: Any) -> Any:
+    """Keeps an engine from wrapping the model in DataParallel because it sees several GPUs: the recipe says one."""
+    args._n_gpu = min(1, args.n_gpu)
+    return args
+
+
+def _one_row() -> Any:
+    """A dataset for TRL's constructors, which look at its first row. `get_train_dataloader` never reads it."""
+    from datasets import Dataset
+
+    return Dataset.from_dict({"input_ids": [[0]], "labels": [[0]]})
+
+
+def _no_router_loss(module: SFT | DPO) -> dict[str, float]:
+    """TRL adds the balancing loss of mixtures of experts by default; recipes ask for it in the config."""
+    has_router = hasattr(module.causal_lm.base.config.get_text_config(), "output_router_logits")
+    return {"router_aux_loss_coef": 0.0} if has_router else {}

@@ -1,0 +1,184 @@
+"""Training on several GPUs: PyTorch's FSDP and DeepSpeed's ZeRO (Rajbhandari et al. 2020, arXiv:1910.02054)."""
+
+from dataclasses import dataclass
+from enum import StrEnum
+from pathlib import Path
+from typing import Any
+
+from oumi_pl.core.configs.params.base_params import (
+    SPEED,
+    BaseParams,
+    OumiConfigError,
+    converted,
+    harmless,
+    hints,
+    honoured,
+    members,
+    refused,
+    with_fields,
+)
+
+
+class ShardingStrategy(StrEnum):
+    """What is sharded."""
+
+    FULL_SHARD = "FULL_SHARD"
+    SHARD_GRAD_OP = "SHARD_GRAD_OP"
+    HYBRID_SHARD = "HYBRID_SHARD"
+    NO_SHARD = "NO_SHARD"
+    HYBRID_SHARD_ZERO2 = "HYBRID_SHARD_ZERO2"
+
+
+class StateDictType(StrEnum):
+    """How the weights of a checkpoint are stored."""
+
+    FULL_STATE_DICT = "FULL_STATE_DICT"
+    SHARDED_STATE_DICT = "SHARDED_STATE_DICT"
+    LOCAL_STATE_DICT = "LOCAL_STATE_DICT"
+
+
+class BackwardPrefetch(StrEnum):
+    """When the next shards are fetched in the backward pass."""
+
+    BACKWARD_PRE = "BACKWARD_PRE"
+    BACKWARD_POST = "BACKWARD_POST"
+    NO_PREFETCH = "NO_PREFETCH"
+
+
+class AutoWrapPolicy(StrEnum):
+    """How the model is divided into units."""
+
+    SIZE_BASED_WRAP = "SIZE_BASED_WRAP"
+    TRANSFORMER_BASED_WRAP = "TRANSFORMER_BASED_WRAP"
+    NO_WRAP = "NO_WRAP"
+
+
+@dataclass
+class FSDPParams(BaseParams):
+    """Fully sharded data parallel; read when `enable_fsdp` is true."""
+
+    enable_fsdp: bool = honoured("trainer.strategy", False)
+    """Whether the model is sharded."""
+    sharding_strategy: ShardingStrategy = honoured("trainer.strategy", ShardingStrategy.FULL_SHARD)
+    """What is sharded."""
+    cpu_offload: bool = refused(
+        "shards stay on their GPU; leave it out, and use more GPUs, LoRA or shorter rows", False
+    )
+    """Whether shards are kept in host memory."""
+    mixed_precision: str | None = honoured("trainer.precision", None)
+    """Type of the computation, `bf16` or `fp16`; null: that of the weights."""
+    backward_prefetch: BackwardPrefetch = harmless(SPEED, BackwardPrefetch.BACKWARD_PRE)
+    """When the next shards are fetched in the backward pass."""
+    forward_prefetch: bool = harmless(SPEED, False)
+    """Whether the next shards are fetched early in the forward pass."""
+    use_orig_params: bool | None = harmless("FSDP2 always keeps parameters as they are", None)
+    """Whether parameters keep their names and shapes; null: unless adapters are trained without compiling."""
+    state_dict_type: StateDictType = harmless(
+        "checkpoints are sharded, and the model at the end is whole", StateDictType.FULL_STATE_DICT
+    )
+    """How the weights of a checkpoint are stored."""
+    auto_wrap_policy: AutoWrapPolicy = harmless(
+        "FSDP2 shards by the model's own blocks; the numbers are the same", AutoWrapPolicy.NO_WRAP
+    )
+    """How the model is divided into units."""
+    min_num_params: int = harmless("FSDP2 shards by the model's own blocks; the numbers are the same", 100_000)
+    """Least parameters of a unit, for SIZE_BASED_WRAP."""
+    transformer_layer_cls: str | None = harmless(
+        "FSDP2 shards by the model's own blocks, which the architecture names", None
+    )
+    """Classes of the layers that are units, separated by commas; null: found in the model."""
+    sync_module_states: bool = harmless("every rank loads the same weights", True)
+    """Whether all ranks begin with the weights of the first."""
+
+    def _check(self) -> None:
+        self._one_of("mixed_precision", ("bf16", "fp16"))
+
+
+class ZeRORuntimeStage(StrEnum):
+    """What is sharded: nothing, optimizer state, gradients too, weights too."""
+
+    ZERO_0 = "0"
+    ZERO_1 = "1"
+    ZERO_2 = "2"
+    ZERO_3 = "3"
+
+
+class DeepSpeedPrecision(StrEnum):
+    """Half precisions."""
+
+    FP16 = "fp16"
+    BF16 = "bf16"
+
+
+class DeepSpeedOffloadDevice(StrEnum):
+    """Where offloaded tensors are kept."""
+
+    CPU = "cpu"
+    NVME = "nvme"
+
+
+# DeepSpeed is refused when it is enabled, so these fields are here only for files that name them.
+COUNT = (int | str, "auto")
+OFFLOAD: dict[str, Any] = {
+    "device": DeepSpeedOffloadDevice.CPU, "pin_memory": True, "buffer_count": 4, "buffer_count_nvme": 2,
+    "block_size": 1_048_576, "queue_depth": 8, "single_submit": False, "overlap_events": True, "thread_count": 1,
+}  # fmt: skip
+DEEPSPEED: dict[str, Any] = {
+    "precision": (DeepSpeedPrecision | None, None), "overlap_comm": False, "contiguous_gradients": True,
+    "reduce_bucket_size": (int | str, 500_000_000), "allgather_bucket_size": 500_000_000,
+    "allgather_partitions": True, "reduce_scatter": True, "round_robin_gradients": False,
+    "stage3_prefetch_bucket_size": (int | str, 50_000_000),
+    "stage3_param_persistence_threshold": (int | str, 100_000), "stage3_max_live_parameters": 1_000_000_000,
+    "stage3_max_reuse_distance": 1_000_000_000, "stage3_gather_16bit_weights_on_model_save": False,
+    "sub_group_size": 1_000_000_000, "train_micro_batch_size_per_gpu": COUNT, "gradient_accumulation_steps": COUNT,
+    "gradient_clipping": COUNT, "zero_allow_untested_optimizer": True, "zero_force_ds_cpu_optimizer": True,
+    "activation_checkpointing": {}, "memory_efficient_linear": False, "steps_per_print": 10,
+    "wall_clock_breakdown": False,
+}  # fmt: skip
+
+
+@with_fields(OFFLOAD)
+class OffloadConfig(BaseParams):
+    """How tensors are kept off the GPU."""
+
+
+@with_fields(DEEPSPEED)
+class DeepSpeedParams(BaseParams):
+    """DeepSpeed; read when `enable_deepspeed` is true."""
+
+    enable_deepspeed: bool = refused(
+        "DeepSpeed is not driven from here; what shards the same is fsdp.enable_fsdp: true", False
+    )
+    """Whether DeepSpeed runs the training."""
+    deepspeed_config_path: str | Path | None = None
+    """A configuration in DeepSpeed's own JSON, which replaces all other fields."""
+    zero_stage: ZeRORuntimeStage = ZeRORuntimeStage.ZERO_0
+    """What is sharded."""
+    offload_optimizer: OffloadConfig | None = None
+    """Optimizer state off the GPU; from ZERO_1 on."""
+    offload_param: OffloadConfig | None = None
+    """Weights off the GPU; ZERO_3 only."""
+    train_batch_size: int | str = "auto"
+    """Rows of an update over all GPUs."""
+
+    def _check(self) -> None:
+        stage = self.zero_stage
+        if self.offload_param is not None and stage != ZeRORuntimeStage.ZERO_3:
+            raise OumiConfigError(f"offload_param: needs zero_stage: ZERO_3, and it is {stage.name}")
+        if self.offload_optimizer is not None and stage == ZeRORuntimeStage.ZERO_0:
+            raise OumiConfigError("offload_optimizer: needs zero_stage: ZERO_1, ZERO_2 or ZERO_3, and it is ZERO_0")
+        for name, hint in hints(DeepSpeedParams).items():
+            if members(hint) == (int, str) and isinstance(value := getattr(self, name), str) and value != "auto":
+                setattr(self, name, _number(value, name))
+
+    def _finalize(self) -> None:
+        path = self.deepspeed_config_path
+        if self.enable_deepspeed and path is not None and not Path(path).is_file():
+            raise OumiConfigError(f"deepspeed_config_path: there is no file {str(path)!r}")
+
+
+def _number(value: str, name: str) -> int:
+    try:
+        return int(converted(value, int, name))
+    except OumiConfigError:
+        raise OumiConfigError(f"{name}: {value!r} is not an int or 'auto'") from None

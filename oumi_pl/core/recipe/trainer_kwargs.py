@@ -1,0 +1,156 @@
+"""What `training.trainer_kwargs` may hold: arguments of transformers' and TRL's trainers, and the loss they set."""
+
+from typing import Any
+
+from oumi_pl.core.configs import TrainingConfig
+from oumi_pl.core.recipe.notes import Notes, refuse
+from oumi_pl.errors import nearest
+
+PLACE = "training.trainer_kwargs"
+
+HARMLESS = {
+    "use_liger_kernel": "the loss is computed in chunks without it; the numbers are the same",
+    "padding_free": "it decides on speed alone",
+    "pad_to_multiple_of": "it decides on speed alone",
+    "activation_offloading": "it decides on memory alone",
+    "dataset_num_proc": "it decides on speed alone",
+    "precompute_ref_log_probs": "they are computed before training wherever that gives the same",
+    "precompute_ref_batch_size": "it decides on speed alone",
+    "remove_unused_columns": "columns that a format doesn't read are not kept",
+    "dataset_kwargs": "rows are tokenized here in any case",
+    "average_tokens_across_devices": "the loss is that of all tokens of all devices",
+    "save_only_model": "checkpoints hold what it takes to go on",
+}
+"""Argument -> why nothing depends on it."""
+
+OF_ANY = {
+    "max_length": "data.max_length",
+    "save_total_limit": "checkpoint.keep",
+    "load_best_model_at_end": "checkpoint.monitor",
+    "metric_for_best_model": "checkpoint.monitor",
+    "greater_is_better": "checkpoint.mode",
+}
+OF_TOKENS = {
+    "dataset_text_field": "columns of the source",
+    "packing": "data.packing",
+    "assistant_only_loss": "data.train_on",
+    "completion_only_loss": "data.train_on",
+    "label_smoothing_factor": "model.loss",
+}
+_OF_DPO = (
+    "beta", "loss_type", "loss_weights", "label_smoothing", "discopop_tau", "ld_alpha", "sync_ref_model",
+    "ref_model_sync_steps", "ref_model_mixup_alpha", "precompute_ref_log_probs", "disable_dropout", "truncation_mode",
+)  # fmt: skip
+OF_PREFERENCES = dict.fromkeys(_OF_DPO, "model.loss and the reference")
+"""Argument -> the key of the recipe that says the same: of all trainers, of those of tokens, and of TRL's DPO."""
+
+GONE = {
+    "max_seq_length": "TRL has no such argument any more; set model.model_max_length",
+    "max_prompt_length": "TRL has no such argument any more; set model.model_max_length",
+    "max_completion_length": "TRL has no such argument any more; set model.model_max_length",
+}
+
+ONLY = {"loss_type": ("nll",), "truncation_mode": ("keep_start",), "packing_strategy": ("bfd",)}
+"""Argument of TRL's SFT -> the values that have a counterpart, which are its defaults."""
+
+
+def note_kwargs(config: TrainingConfig, kind: str, notes: Notes) -> None:
+    """Notes what becomes of each argument.
+
+    Raises:
+        UserError: an argument has no counterpart.
+    """
+    kwargs = config.training.trainer_kwargs
+    if kwargs and config.training.trainer_type.name == "OUMI":
+        refuse(PLACE, f"Oumi's own trainer reads none of {', '.join(kwargs)}; leave them out")
+    known = OF_ANY | (OF_PREFERENCES if kind == "DPO" else OF_TOKENS)
+    for key, value in kwargs.items():
+        place = f"{PLACE}.{key}"
+        if key in known:
+            notes.became[place] = known[key]
+        elif key in HARMLESS:
+            notes.became[place] = f"nothing: {HARMLESS[key]}"
+        elif key in GONE:
+            refuse(place, GONE[key])
+        elif kind != "DPO" and key in ONLY:
+            if value not in ONLY[key]:
+                refuse(place, f"{value!r} has no counterpart; the only value is {ONLY[key][0]}")
+        else:
+            refuse(place, f"has no counterpart{nearest(key, [*known, *HARMLESS])}")
+    notes.became.pop(PLACE, None)
+    if "max_length" in kwargs and config.model.model_max_length is not None:
+        notes.became[f"{PLACE}.max_length"] = "data.max_length, which is model.model_max_length"
+
+
+# --- the loss of TRL's DPO -------------------------------------------------------------------------------------------
+
+LOSSES = {
+    "sigmoid": "Sigmoid",
+    "hinge": "Hinge",
+    "ipo": "IPO",
+    "exo_pair": "EXO",
+    "nca_pair": "NCA",
+    "robust": "Robust",
+    "bco_pair": "BCO",
+    "sppo_hard": "SPPO",
+    "aot": "AOT",
+    "aot_unpaired": "AOTUnpaired",
+    "apo_zero": "APOZero",
+    "apo_down": "APODown",
+    "discopop": "DiscoPOP",
+    "sigmoid_norm": "LengthNormalizedSigmoid",
+    "sft": "SFTTerm",
+}
+SMOOTHED = ("sigmoid", "sigmoid_norm", "exo_pair", "robust", "aot", "aot_unpaired")
+BETA = 0.1
+
+
+def preference(kwargs: dict[str, Any]) -> dict[str, Any]:
+    """`model.loss`, and `sync_every` and `mixup` of a reference that moves, as far as they aren't the defaults.
+
+    Raises:
+        UserError: there is no such loss, or an argument has no counterpart.
+    """
+    for key, only in {"disable_dropout": True, "truncation_mode": "keep_start"}.items():
+        if kwargs.get(key, only) != only:
+            refuse(f"{PLACE}.{key}", f"{kwargs[key]!r} has no counterpart; leave it out")
+    args: dict[str, Any] = {}
+    loss = _loss(kwargs)
+    if loss is not None:
+        args["loss"] = loss
+    if kwargs.get("sync_ref_model"):
+        args |= {"sync_every": kwargs.get("ref_model_sync_steps", 512)}
+        args |= {"mixup": kwargs["ref_model_mixup_alpha"]} if "ref_model_mixup_alpha" in kwargs else {}
+    return args
+
+
+def _loss(kwargs: dict[str, Any]) -> dict[str, Any] | None:
+    given = kwargs.get("loss_type") or "sigmoid"
+    names = list(given) if isinstance(given, list | tuple) else [given]
+    losses = [_single(str(name), kwargs) for name in names]
+    weights = kwargs.get("loss_weights")
+    loss = losses[0]
+    if len(losses) > 1:
+        arguments = {"losses": losses, "weights": [float(w) for w in weights or [1.0] * len(losses)]}
+        loss = {"class_path": "WeightedSum", "init_args": arguments}
+    elif weights and list(weights) != [1.0]:
+        refuse(f"{PLACE}.loss_weights", "there is one loss, which needs no weight; leave it out")
+    if kwargs.get("ld_alpha") is not None:
+        return {"class_path": "LDDPO", "init_args": {"loss": loss, "alpha": kwargs["ld_alpha"]}}
+    return loss
+
+
+def _single(name: str, kwargs: dict[str, Any]) -> dict[str, Any]:
+    if name not in LOSSES:
+        refuse(f"{PLACE}.loss_type", f"no counterpart of {name!r}{nearest(name, LOSSES)}")
+    arguments: dict[str, Any] = {} if name == "sft" else {"beta": float(kwargs.get("beta", BETA))}
+    smoothing = kwargs.get("label_smoothing")
+    if smoothing:
+        if name not in SMOOTHED:
+            refuse(f"{PLACE}.label_smoothing", f"{name} takes none; leave it out")
+        arguments["label_smoothing"] = float(smoothing)
+    elif name == "robust":
+        refuse(f"{PLACE}.label_smoothing", "robust needs the share of labels that are wrong, above 0")
+    if name == "discopop" and "discopop_tau" in kwargs:
+        arguments["tau"] = float(kwargs["discopop_tau"])
+    return {"class_path": LOSSES[name], "init_args": arguments} if arguments else {"class_path": LOSSES[name]}
