@@ -1,4 +1,4 @@
-"""`export`, and what a run exports by itself: from checkpoints whole and sharded, and from what is no checkpoint."""
+"""`export`, and the export at the end of a run: from whole and sharded checkpoints, and errors for other files."""
 
 import json
 import os
@@ -75,7 +75,7 @@ def test_a_run_exports_its_best_weights(full_run):
     assert not all(torch.equal(value, last[name]) for name, value in exported.items())
 
 
-def test_the_card_tells_data_recipe_and_the_scores_of_what_was_exported(full_run):
+def test_the_model_card_has_the_data_the_recipe_and_the_scores(full_run):
     card = (full_run / "model" / "README.md").read_text()
     assert card.startswith("---\nlibrary_name: transformers\n")
     assert "rows.jsonl`." in card
@@ -85,7 +85,7 @@ def test_the_card_tells_data_recipe_and_the_scores_of_what_was_exported(full_run
     assert f"| `val/loss` | {best['val/loss']:.4g} |" in card
 
 
-def test_the_card_of_a_mixture_on_a_hub_model():
+def test_the_model_card_of_a_mixture_on_a_hub_model():
     config = {
         "model": {"class_path": "oumi_pl.modules.sft.SFT", "init_args": {"model": "someone/model"}},
         "data": {"init_args": {"train": ["someone/rows", {"path": "own.jsonl", "weight": 2.0}]}},
@@ -157,7 +157,7 @@ def test_an_adapter_of_a_run_alone(tmp_path, environment, capsys):
         (lambda path: (path.mkdir(), (path / "meta.pt").write_bytes(b"x")), ["can't be read as a checkpoint"]),
     ],
 )
-def test_what_is_no_checkpoint(tmp_path, capsys, make, words):
+def test_files_that_are_no_checkpoints_are_refused(tmp_path, capsys, make, words):
     make(tmp_path / "thing.ckpt")
     assert main(["export", "--checkpoint", str(tmp_path / "thing.ckpt"), "--output", str(tmp_path / "out")]) == 2
     error = capsys.readouterr().err

@@ -1,4 +1,4 @@
-"""`prepare`: shards that a recipe can name, which train like the texts they are of; killed, it goes on."""
+"""`prepare` writes shards that train like the texts they were made from; a killed one is continued."""
 
 import os
 import signal
@@ -43,7 +43,7 @@ def batches(train, tokenizer, **kwargs):
 
 
 @pytest.mark.parametrize("streaming", [False, True])
-def test_what_is_prepared_trains_like_its_texts(tmp_path, capsys, streaming):
+def test_prepared_shards_give_the_same_batches_as_their_texts(tmp_path, capsys, streaming):
     rows = corpus(tmp_path, 60).path
     output = tmp_path / "out"
     settings = recipe(tmp_path, rows, validation=0.2, streaming=streaming)
@@ -57,7 +57,7 @@ def test_what_is_prepared_trains_like_its_texts(tmp_path, capsys, streaming):
     assert batches(f"{output}/train", tokenizer, validation=f"{output}/validation") == expected
 
 
-def test_several_sources_are_named_one_by_one(tmp_path):
+def test_each_of_several_sources_has_a_folder_of_its_own(tmp_path):
     paths = [corpus(tmp_path, n).path for n in (20, 10)]
     assert main(["--config", recipe(tmp_path, paths), "--output", str(tmp_path / "out")]) == 0
     tokenizer = str(tmp_path / "out" / "tokenizer")
@@ -67,7 +67,7 @@ def test_several_sources_are_named_one_by_one(tmp_path):
         batches(str(tmp_path / "out"), tokenizer)
 
 
-def test_without_a_folder_the_next_run_finds_them_in_the_cache(tmp_path, capsys, monkeypatch):
+def test_without_an_output_folder_shards_go_to_the_cache(tmp_path, capsys, monkeypatch):
     path = corpus(tmp_path, 20).path
     assert main(["--config", recipe(tmp_path, path)]) == 0
     assert str(tmp_path / "cache" / "tokens") in capsys.readouterr().out
@@ -86,7 +86,7 @@ main(sys.argv[1:])
 """
 
 
-def test_killed_it_goes_on(tmp_path, monkeypatch):
+def test_a_killed_preparation_is_continued(tmp_path, monkeypatch):
     """Nothing is there under the name of a whole before it is whole."""
     rows = write_jsonl(tmp_path / "rows.jsonl", [{"text": text} for text in documents(800)])
     settings = ["--config", recipe(tmp_path, rows), "--output"]

@@ -52,7 +52,7 @@ def tokenizer():
 
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", ["jsonl", "txt"])
-def test_memory_is_flat(tmp_path, kind):
+def test_memory_does_not_grow_with_the_corpus(tmp_path, kind):
     text = "\n".join(" ".join(WORDS[i : i + 10]) for i in range(0, 100, 10))
     line = json.dumps({"text": text}) + "\n" if kind == "jsonl" else text + "\n\n"
     block = line * (10**7 // len(line))

@@ -23,12 +23,12 @@ def in_tmp_path(tmp_path, monkeypatch):
 # --- text files
 
 
-def test_a_text_file_is_a_document_unless_told_otherwise():
+def test_a_text_file_is_one_document_by_default():
     write("a.txt", "one\n\ntwo\n")
     assert list(texts(Source("a.txt"))) == list(texts(Source("a.txt", documents="file"))) == ["one\n\ntwo\n"]
 
 
-def test_blank_lines_divide():
+def test_documents_may_be_divided_by_blank_lines():
     write("a.txt", "\n \none\ntwo\r\n\n\t\n\nthree\n\nfour")
     found = read("a.txt", documents="blank_lines")
     assert found == [
@@ -48,12 +48,12 @@ def test_blank_lines_divide():
         ("|", "a|b\nc", [(1, "a"), (1, "b\nc")]),
     ],
 )
-def test_separators_divide_wherever_they_stand(separator, content, expected):
+def test_documents_may_be_divided_by_a_separator_anywhere(separator, content, expected):
     write("a.txt", content)
     assert read("a.txt", documents=separator) == [(f"a.txt:{line}", {"text": text}) for line, text in expected]
 
 
-def test_what_documents_can_not_be():
+def test_wrong_settings_are_refused():
     write("a.jsonl", lines([{"text": "x"}]))
     assert "'documents' divides .txt files" in mistake("a.jsonl", documents="blank_lines")
     write("a.txt", "x")
@@ -61,7 +61,7 @@ def test_what_documents_can_not_be():
     assert "unknown errors 'replac'; did you mean 'replace'?" in mistake("a.txt", errors="replac")
 
 
-def test_invalid_bytes_are_an_error_with_their_place_or_replaced_and_counted():
+def test_invalid_bytes_are_an_error_or_are_replaced_and_counted():
     write("a.txt", b"one\ntw\xffo\n\xe2\x82 \xef\xbf\xbd\n")
     assert "a.txt:2: not UTF-8 text (0xff at byte 3 of the line, 7 of the file); save it as UTF-8" in mistake("a.txt")
     counts = Counter()
@@ -78,7 +78,7 @@ def test_a_binary_file_among_texts_is_refused_by_its_name():
     assert "texts/b.txt:1: binary data" in mistake("texts", errors="replace")
 
 
-def test_reading_on_at_another_division_is_another_source():
+def test_another_way_to_divide_is_another_source():
     write("a.txt", "one\n\ntwo")
     prints = {fingerprint(Source("a.txt", documents=d)) for d in (None, "blank_lines", "<|x|>")}
     assert len(prints) == 3
@@ -107,7 +107,7 @@ def test_rows_that_are_documents():
         ({"text": 3}, {}, "a.jsonl:1: column 'text'"),
     ],
 )
-def test_rows_that_are_none(row, fields, message):
+def test_rows_that_are_no_documents(row, fields, message):
     write("a.jsonl", lines([row]))
     with pytest.raises(UserError) as caught:
         list(texts(Source("a.jsonl", **fields)))
@@ -146,7 +146,7 @@ def test_documents_end_with_eos_and_begin_with_bos_only_where_the_tokenizer_adds
     assert document.target_bytes == document.text_bytes == 2
 
 
-def test_the_bytes_of_the_first_token_are_no_targets():
+def test_the_bytes_of_the_first_token_are_not_counted_as_targets():
     tokenizer = wrap(models.BPE(), WORDS)
     tokenize = TokenizeDocuments(tokenizer)
     for text in (" the answer", "answer is", "x", "42 is"):
@@ -171,7 +171,7 @@ def test_long_documents_are_tokenized_in_pieces_with_the_ids_of_the_whole(monkey
     assert pieces[1:] == whole[1:]
 
 
-def test_where_cutting_could_change_ids_documents_are_encoded_whole(monkeypatch):
+def test_documents_are_encoded_whole_where_pieces_could_change_ids(monkeypatch):
     monkeypatch.setattr(module, "PIECE", 4)
     text = "one\ntwo\nthree\nfour"
     joined = wrap(models.BPE(), WORDS, use_regex=False)  # merges across line ends
@@ -183,7 +183,7 @@ def test_where_cutting_could_change_ids_documents_are_encoded_whole(monkeypatch)
     assert TokenizeDocuments(prefixed)._pieces(text) == [text]
 
 
-def test_two_bytes_an_id_as_long_as_all_fit():
+def test_ids_take_two_bytes_each_if_the_vocabulary_fits():
     tokenizer = ByteTokenizer().build()
     assert token_dtype(tokenizer) is np.uint16
     tokenizer.add_tokens([f"<{i}>" for i in range(1 << 16)])
@@ -195,10 +195,10 @@ def test_two_bytes_an_id_as_long_as_all_fit():
     ]
 
 
-def test_tokenizers_that_will_not_do():
+def test_unsuitable_tokenizers_are_refused():
     with pytest.raises(UserError, match="no end-of-text token"):
         TokenizeDocuments(wrap(models.BPE(), WORDS, eos_token=None))
 
 
-def test_a_prompt_does_not_end():
+def test_a_prompt_has_no_eos():
     assert TokenizeDocuments(ByteTokenizer(False).build()).prompt("ab") == [97, 98]

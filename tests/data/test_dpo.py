@@ -74,7 +74,7 @@ def test_a_changed_setting_tokenizes_again(rows_file, tokenized, change):
     assert len(tokenized) == 40
 
 
-def test_the_same_file_is_cached_apart_for_sft(tmp_path):
+def test_sft_and_dpo_do_not_share_cached_examples(tmp_path):
     rows = [{"messages": row["messages"][:1], "chosen": "a", "rejected": "b"} for row in conversations(5)]
     file = write_jsonl(tmp_path / "rows.jsonl", rows)
     assert len(make(file).examples("train")) == 5
@@ -83,7 +83,7 @@ def test_the_same_file_is_cached_apart_for_sft(tmp_path):
     assert sft.stores("train")[0].report["dropped"] == {"no target tokens": 5}
 
 
-def test_the_report_adds_up(tmp_path):
+def test_the_report_counts_what_became_of_all_pairs(tmp_path):
     rows = preferences(30, longest=40)
     rows[3]["rejected"] = rows[3]["chosen"]
     rows[5]["chosen"][1]["content"] = ""
@@ -105,7 +105,7 @@ def test_the_report_adds_up(tmp_path):
     json.dumps(report)
 
 
-def test_nothing_left_is_an_error_that_says_why(tmp_path):
+def test_an_error_says_why_no_pair_is_left(tmp_path):
     rows = [row | {"rejected": row["chosen"]} for row in preferences(7)]
     with pytest.raises(UserError, match=r"none of 7 rows is left \(7 chosen equals rejected\)"):
         make(write_jsonl(tmp_path / "rows.jsonl", rows))
@@ -125,7 +125,7 @@ def test_an_error_in_tokenizing_names_file_and_line(tmp_path):
         make(write_jsonl(tmp_path / "rows.jsonl", rows), overflow="error")
 
 
-def test_rows_without_a_rejected_response(tmp_path):
+def test_rows_without_a_rejected_response_are_refused(tmp_path):
     rows = preferences(3)
     lacking = [{"chosen": row["chosen"]} for row in rows]
     with pytest.raises(
@@ -138,14 +138,14 @@ def test_rows_without_a_rejected_response(tmp_path):
         make(write_jsonl(tmp_path / "c.jsonl", conversations(2)))
 
 
-def test_columns_of_other_names(tmp_path):
+def test_columns_may_be_renamed(tmp_path):
     rows = [{"question": "q", "better": f"good {i}", "worse": "bad"} for i in range(3)]
     names = {"prompt": "question", "chosen": "better", "rejected": "worse"}
     data = make(Source(write_jsonl(tmp_path / "rows.jsonl", rows), columns=names))
     assert [answer for _, answer in data.prompts("train")] == ["good 0", "good 1", "good 2"]
 
 
-def test_a_format_of_ones_own(tmp_path, monkeypatch):
+def test_a_user_defined_format(tmp_path, monkeypatch):
     monkeypatch.syspath_prepend(tmp_path)
     (tmp_path / "own_preferences.py").write_text(
         "from oumi_pl.types import Preference, Text\n"
@@ -188,7 +188,7 @@ def test_packing_never_splits_a_pair_and_every_pair_fits(tmp_path):
     assert max(data.lengths("train")[plan.row(i)].sum() for i in range(plan.rows)) <= 2 * 96
 
 
-def test_without_packing_a_batch_has_as_many_pairs_as_it_should(rows_file):
+def test_without_packing_a_batch_has_batch_size_pairs(rows_file):
     data = make(rows_file, batch_size=8, validation=rows_file, eval_batch_size=5)
     assert [len(batch["sample_ids"]) for batch in data.train_dataloader()] == [8, 8, 4]
     assert [len(batch["segments"]) for batch in data.train_dataloader()] == [16, 16, 8]
@@ -240,7 +240,7 @@ def test_prompts_are_what_training_sees_with_the_chosen_answer(rows_file):
         assert answer == rows[i]["chosen"][1]["content"]
 
 
-def test_predict_reads_pairs_and_whatever_sft_reads(tmp_path, rows_file):
+def test_predict_reads_pairs_and_all_formats_of_sft(tmp_path, rows_file):
     questions = write_jsonl(tmp_path / "questions.jsonl", [{"question": "2+2?", "answer": "4"}])
     for predict, answers in ((questions, 1), (rows_file, 20)):
         data = make(rows_file, predict=predict)

@@ -162,7 +162,7 @@ def test_reads_lazily():
         ("a.parquet.gz", b"", ["a.parquet.gz", "no reader"]),
     ],
 )
-def test_damage_is_told_with_its_place(name, content, parts):
+def test_damaged_files_are_an_error_with_the_place(name, content, parts):
     write(name, content)
     message = mistake(name)
     for part in parts:

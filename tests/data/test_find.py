@@ -78,7 +78,7 @@ def test_file_has_only_train_whatever_its_name():
         ("empty", ["empty: no data files", ".jsonl"]),
     ],
 )
-def test_missing_is_told_without_asking_the_hub(path, parts, monkeypatch):
+def test_a_missing_file_is_an_error_without_asking_the_hub(path, parts, monkeypatch):
     import datasets
 
     monkeypatch.setattr(datasets, "load_dataset", lambda *args, **kw: pytest.fail("asked the hub"))

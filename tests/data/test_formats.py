@@ -112,7 +112,7 @@ def test_parts_of_text_are_joined_and_no_tools_are_none():
         ({"instruction": "q", "input": ["x"], "output": "a"}, r"'input' holds a list instead of text"),
     ],
 )
-def test_a_wrong_row_is_told_in_one_message(row, message):
+def test_a_wrong_row_is_one_error_message(row, message):
     with pytest.raises(UserError, match=message):
         formats.find_format(row.keys())(row)
 

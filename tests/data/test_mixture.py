@@ -5,7 +5,7 @@ from oumi_pl.data.plan import mixture_counts, mixture_epoch
 from oumi_pl.errors import UserError
 
 
-def test_without_weights_the_sizes():
+def test_without_weights_the_counts_are_the_sizes():
     assert mixture_counts([5, 2], [None, None]) == [5, 2]
 
 
@@ -45,7 +45,7 @@ def test_counts_sum_to_the_sizes_and_miss_the_share_by_less_than_one(seed):
         ([5, 0], [1.0, 1.0], ["source number 2", "no rows"]),
     ],
 )
-def test_mistakes_are_told(sizes, weights, parts):
+def test_wrong_weights_are_refused(sizes, weights, parts):
     with pytest.raises(UserError) as caught:
         mixture_epoch(sizes, weights, 0, 0)
     for part in parts:
@@ -59,7 +59,7 @@ def test_without_weights_every_row_once_in_mixed_order():
     assert 5 < (drawn[:50] < 30).sum() < 25  # 15 expected in either half
 
 
-def test_small_source_is_passed_over_whole_before_a_row_comes_again():
+def test_every_row_of_a_small_source_is_used_before_one_is_repeated():
     drawn = mixture_epoch([10, 90], [0.25, 0.75], seed=3, epoch=0)
     times = np.bincount(drawn, minlength=100)
     assert times[:10].sum() == 25
@@ -78,7 +78,7 @@ def test_a_pure_function_of_seed_and_epoch_drawn_anew_each_epoch():
     assert not np.array_equal(draw(2, 5), draw(5, 2))
 
 
-def test_not_the_shuffle_that_others_make_of_the_same_seed():
+def test_the_shuffle_differs_from_others_with_the_same_seed():
     drawn = mixture_epoch([1000], [None], seed=5, epoch=2)
     assert not np.array_equal(drawn, np.random.default_rng([5, 2]).permutation(1000))
 

@@ -1,4 +1,4 @@
-"""Mixtures by tokens: near their shares at any time, deterministic, and what the end of a source means."""
+"""Mixtures by tokens: near their shares at any time, deterministic, with a defined end."""
 
 import itertools
 
@@ -63,7 +63,7 @@ def test_stop_ends_with_the_first_source_that_is_at_its_end():
 
 
 @pytest.mark.parametrize("weights", [[2, 1], [None, None]])
-def test_goes_on_from_a_state(weights):
+def test_a_restored_state_yields_the_remaining_documents(weights):
     whole = [ids.tolist() for ids in taken(TokenMixture(sources(30, 20), weights, "restart"), 120)]
     first, second = (TokenMixture(sources(30, 20), weights, "restart") for _ in range(2))
     before = taken(first, 47)

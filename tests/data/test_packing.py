@@ -39,7 +39,7 @@ def test_is_best_fit_decreasing(seed):
     assert packs_of(lengths, capacity, order) == naive_best_fit(lengths.tolist(), capacity, order)
 
 
-def test_worked_by_hand():
+def test_packs_of_an_example_worked_by_hand():
     # 7 opens a pack (room 3), 5 and 5 fill the next, 3 goes to the 7, and 4 needs a third
     assert packs_of([5, 3, 7, 4, 5], 10) == [[2, 1], [0, 4], [3]]
 
@@ -65,7 +65,7 @@ def test_same_order_same_packs_other_order_other_packs_equally_many():
     assert [[lengths[i] for i in p] for p in packed_one] == [[lengths[i] for i in p] for p in packed_two]
 
 
-def test_input_is_left_alone_and_int32_is_taken():
+def test_the_input_is_not_changed_and_may_be_int32():
     lengths, order = np.array([3, 1, 2], dtype=np.int32), np.array([2, 0, 1])
     members, starts = pack(lengths, 3, order)
     assert lengths.tolist() == [3, 1, 2]

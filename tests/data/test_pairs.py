@@ -78,7 +78,7 @@ def test_chatml_by_hand():
 
 
 @pytest.mark.parametrize("name", BUILT_IN)
-def test_of_several_turns_the_assistants_carry_loss(name):
+def test_only_assistant_turns_carry_loss(name):
     tokenizer = byte_tokenizer(name)
     long = chats([turn("assistant", "a"), turn("user", "b"), turn("assistant", "c")], "bad", prompt=chat("q").messages)
     example = one(tokenizer, long)
@@ -89,7 +89,7 @@ def test_of_several_turns_the_assistants_carry_loss(name):
 
 
 @pytest.mark.parametrize("name", BUILT_IN)
-def test_each_branch_is_what_sft_makes_of_it(name):
+def test_each_response_has_the_tokens_and_mask_of_sft(name):
     tokenizer = byte_tokenizer(name, bos_token="<s>", adds_bos=True)
     rng = random.Random(0)
     records = []
@@ -182,7 +182,7 @@ def test_truncation(max_length, expected):
 
 
 @pytest.mark.parametrize("adds_bos", [False, True])
-def test_overflow_laws(adds_bos):
+def test_truncation_of_random_pairs_cuts_no_more_than_it_must(adds_bos):
     tokenizer = byte_tokenizer(bos_token="<s>", adds_bos=adds_bos)
     rng = random.Random(1)
     cut = 0
@@ -252,7 +252,7 @@ def test_equal_responses_are_dropped_before_and_after_cutting():
     assert is_pair(one(tokenizer, records[2], 6))
 
 
-def test_what_a_template_trims_makes_no_difference():
+def test_responses_that_differ_only_in_what_the_template_trims_are_equal():
     assert one(byte_tokenizer("llama3"), chats("same", "same \n")) == Dropped("chosen equals rejected")
     assert is_pair(one(byte_tokenizer("chatml"), chats("same", "same \n")))
 
@@ -306,7 +306,7 @@ def test_what_the_template_refuses_for_other_reasons_is_an_error():
         one(byte_tokenizer(), chats("a", "b"))
 
 
-def test_records_that_are_no_pairs_and_pairs_that_are_no_examples_of_sft():
+def test_records_that_are_no_pairs_are_refused_and_pairs_are_refused_by_sft():
     tokenizer = byte_tokenizer("chatml")
     for record, message in [
         (Text("a", "q"), "no pair of responses; DPO needs a chosen and a rejected one"),

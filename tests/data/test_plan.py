@@ -1,4 +1,4 @@
-"""The plan: every example exactly once per epoch, the same updates however they are cut."""
+"""The plan: every example exactly once per epoch; updates do not depend on ranks and micro-batches."""
 
 import numpy as np
 import pytest

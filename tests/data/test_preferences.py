@@ -1,4 +1,4 @@
-"""Rows of preference data in every layout they are published in, and what is said of rows that are none."""
+"""Rows of preference data in every published layout, and the errors for wrong rows."""
 
 import pytest
 
@@ -98,7 +98,7 @@ def test_dialogues_are_cut_into_turns_and_stripped():
     assert read_row == pair(prompt, [said("f")], [said("")])
 
 
-def test_odd_dialogues_are_read_as_they_are():
+def test_unusual_dialogues_are_read_unchanged():
     twice = anthropic_hh(
         {"chosen": "\n\nHuman: a\n\nAssistant: b\n\nAssistant: c", "rejected": "\n\nHuman: a\n\nAssistant: d"}
     )
@@ -130,7 +130,7 @@ def test_a_margin_is_a_number(value):
         ({}, None),
     ],
 )
-def test_the_margin_is_kept_where_the_row_tells_one(columns, margin):
+def test_the_margin_is_kept_if_the_row_has_one(columns, margin):
     rows = [
         {"prompt": "q", "chosen": "good", "rejected": "bad"},
         {"chosen": [Q, GOOD], "rejected": [Q, BAD]},
@@ -171,7 +171,7 @@ def test_the_margin_is_kept_where_the_row_tells_one(columns, margin):
         ),
     ],
 )
-def test_a_wrong_row_is_told_in_one_message(row, message):
+def test_a_wrong_row_is_one_error_message(row, message):
     with pytest.raises(UserError, match=message):
         read(row)
 
@@ -187,7 +187,7 @@ def test_a_wrong_row_is_told_in_one_message(row, message):
         (["question", "answer"], r"no column 'chosen'; known: 'answer', 'question'"),
     ],
 )
-def test_a_missing_column_is_told_before_any_format(columns, message):
+def test_a_missing_column_is_an_error_before_any_format(columns, message):
     with pytest.raises(UserError, match=message):
         find_format(columns, PREFERENCE_FORMATS)
 

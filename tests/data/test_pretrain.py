@@ -242,7 +242,7 @@ KINDS = {
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_killed_and_resumed_run_is_bit_identical_to_an_uninterrupted_one(tmp_path, kind):
-    """Kills fall into the first pass, next to its end, and into later ones."""
+    """Killed in the first pass, near its end, and in later passes."""
     whole, seen, loop = run(tmp_path, tmp_path / "whole", **KINDS[kind])
     assert loop.global_step == 14
     assert (loop.current_epoch > 1) == (kind != "endless"), "several passes"
@@ -261,7 +261,7 @@ def test_a_killed_and_resumed_run_is_bit_identical_to_an_uninterrupted_one(tmp_p
 
 @pytest.mark.parametrize("kind", ["prepared", "streamed", "isolated"])
 def test_a_run_resumes_at_the_end_of_a_pass(tmp_path, kind):
-    """Where Lightning doesn't know the length of a pass, it fetches ahead, across the border."""
+    """Where Lightning doesn't know the length of a pass, it fetches a batch of the next one ahead."""
     whole, seen, _ = run(tmp_path, tmp_path / "whole", every=100, **KINDS[kind])
     numbers = [batch[0] for batch in seen if batch]
     ends = [i // 2 for i in range(1, len(seen)) if seen[i] and seen[i][0] == 0]
@@ -275,7 +275,7 @@ def test_a_run_resumes_at_the_end_of_a_pass(tmp_path, kind):
 
 
 def test_each_epoch_reads_every_row_of_prepared_documents_once(tmp_path):
-    """Every row of a pass once per epoch, and as many updates as were told."""
+    """There are as many updates as `updates` says."""
     _, seen, loop = run(tmp_path, tmp_path / "runs", max_steps=-1, max_epochs=2)
     numbers = [number for batch in seen for number in batch]
     rows = len(numbers) // 2
@@ -313,7 +313,7 @@ def on_ranks(path, ranks):
 
 
 def test_two_processes_train_the_same_weights_as_one(tmp_path):
-    """In passes whose length neither of them knows; the rows of the last update don't go round."""
+    """In passes of unknown length, whose last update has too few rows for both."""
     on_ranks(tmp_path, 1)
     script = tmp_path / "worker.py"
     script.write_text(WORKER.format(root=str(Path(__file__).parents[2])))

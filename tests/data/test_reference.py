@@ -1,4 +1,4 @@
-"""Log-probabilities on disk: each example's are found again, whole chunks only, and only for what they were made of."""
+"""Cached reference log-probabilities: read by example, in whole chunks, and only for the model and data they are of."""
 
 import numpy as np
 import pytest
@@ -32,7 +32,7 @@ def test_chunks_cover_the_examples_in_order(store):
     assert [list(store.examples(chunk)) for chunk in range(store.chunks)] == [[0, 1, 2], [3, 4, 5], [6]]
 
 
-def test_examples_are_found_in_any_order(store):
+def test_examples_may_be_read_in_any_order(store):
     again = ReferenceLogps({"model": "a"}, COUNTS)
     assert again.missing() == []
     for ids in ([0], [6, 0, 5], [4, 4], range(7), []):
@@ -42,7 +42,7 @@ def test_examples_are_found_in_any_order(store):
         np.testing.assert_allclose(found, expected, rtol=1e-6)
 
 
-def test_what_is_not_written_is_missing():
+def test_chunks_that_were_not_written_are_missing():
     store = ReferenceLogps({"model": "a"}, COUNTS)
     assert store.missing() == [0, 1, 2]
     store.write(1, numbers(store, 1))
@@ -88,7 +88,7 @@ def test_the_directory_says_what_the_numbers_were_made_from(store):
     assert '"model": "a"' in (store.directory / "made_from.json").read_text()
 
 
-def test_other_pairs_are_another_place(tmp_path):
+def test_other_pairs_have_another_directory(tmp_path):
     def place(**kwargs):
         return dpo_data(tmp_path, **{"n": 6} | kwargs).reference_logps("train", {"model": "a"}).directory
 

@@ -1,4 +1,4 @@
-"""Exactly so many rows of a source, however many it has."""
+"""A sample has exactly as many rows as it should, however many the source has."""
 
 from collections import Counter
 
@@ -13,13 +13,13 @@ def take(size, sample, seed=None):
     return list(sampled(lambda: iter(range(size)), sample, seed))
 
 
-def test_without_a_seed_they_are_the_first_and_begin_again():
+def test_without_a_seed_the_first_rows_are_taken_and_repeated():
     assert take(5, 3) == [0, 1, 2]
     assert take(3, 8) == [0, 1, 2, 0, 1, 2, 0, 1]
     assert take(0, 3) == []
 
 
-def test_with_a_seed_they_are_drawn_and_keep_their_order():
+def test_with_a_seed_rows_are_drawn_and_keep_their_order():
     drawn = take(100, 10, seed=1)
     assert drawn == sorted(set(drawn))
     assert len(drawn) == 10
@@ -28,7 +28,7 @@ def test_with_a_seed_they_are_drawn_and_keep_their_order():
     assert drawn != list(range(10))
 
 
-def test_each_comes_as_often_as_all_fit_and_some_once_more():
+def test_each_row_is_taken_equally_often_and_some_once_more():
     counts = Counter(take(4, 10, seed=0))
     assert sum(counts.values()) == 10
     assert sorted(counts.values()) == [2, 2, 3, 3]
@@ -46,7 +46,7 @@ def test_a_source_takes_a_sample_of_its_slice(tmp_path):
     assert [origin[-2:] for origin, _ in rows(Source(path, sample=2))] == [":1", ":2"]
 
 
-def test_a_sample_is_other_content_than_the_whole(tmp_path):
+def test_a_sample_has_another_fingerprint_than_the_whole(tmp_path):
     path = write_jsonl(tmp_path / "rows.jsonl", [{"n": i} for i in range(9)])
     keys = [Source(path), Source(path, sample=3), Source(path, sample=3, sample_seed=1), Source(path, sample=4)]
     assert len({fingerprint(source) for source in keys}) == 4

@@ -1,4 +1,4 @@
-"""Shards: what went in comes out, a killed preparation goes on to the same bytes, and nothing damaged is read."""
+"""Shards: documents are read as they were written, a killed preparation is resumed, damage is noticed."""
 
 import json
 from collections import Counter
@@ -35,7 +35,7 @@ def content(directory):
 
 
 @pytest.mark.parametrize("shard_tokens", [1, 700, 1 << 26])
-def test_documents_come_out_as_they_went_in(tmp_path, shard_tokens):
+def test_documents_are_read_as_they_were_written(tmp_path, shard_tokens):
     shards = write(tmp_path, shard_tokens=shard_tokens)
     expected = [document.ids.tolist() for document in tokenize()(TEXTS)]
     for start in (0, 1, 30, 59, 60):
@@ -52,7 +52,7 @@ def test_documents_come_out_as_they_went_in(tmp_path, shard_tokens):
 
 
 @pytest.mark.parametrize("killed_after", [0, 1, 25, 59])
-def test_killed_and_started_again_it_comes_to_the_same_bytes(tmp_path, killed_after):
+def test_a_killed_and_restarted_preparation_writes_the_same_bytes(tmp_path, killed_after):
     write(tmp_path / "whole", shard_tokens=700)
 
     def dying():
@@ -91,7 +91,7 @@ def test_whole_shards_are_not_tokenized_again(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("change", [{"made_from": MADE_FROM | {"source": "others"}}, {"shard_tokens": 800}])
-def test_others_are_not_gone_on_with(tmp_path, change):
+def test_shards_of_other_texts_are_not_continued(tmp_path, change):
     write(tmp_path, shard_tokens=700)
     with pytest.raises(UserError, match="holds shards of other texts, another tokenizer or other settings"):
         write(tmp_path, **({"shard_tokens": 700} | change))
@@ -100,7 +100,7 @@ def test_others_are_not_gone_on_with(tmp_path, change):
         write(tmp_path, shard_tokens=700)
 
 
-def test_what_is_damaged_is_told_with_its_file(tmp_path):
+def test_damaged_shards_are_an_error_that_names_the_file(tmp_path):
     write(tmp_path, shard_tokens=700)
     tokens, index = tmp_path / "tokens-00001.bin", tmp_path / "index-00001.npy"
     size, whole = tokens.stat().st_size, index.read_bytes()

@@ -43,7 +43,7 @@ def test_a_slice_reads_no_further_than_it_has_to():
 
 
 @pytest.mark.parametrize("split", ["train[5]", "train[:5", "train[:200%]", "train[:5%](up)"])
-def test_slices_that_are_none(split):
+def test_wrong_slices_are_refused(split):
     write("a.jsonl", lines(ROWS))
     message = mistake("a.jsonl", split=split)
     assert f"a.jsonl: no split {split!r}" in message
@@ -177,7 +177,7 @@ def test_held_out_is_a_stable_share_that_sees_only_what_the_row_says():
 PINNED = [9, 21, 32, 50]
 
 
-def test_held_out_takes_values_that_json_has_no_word_for():
+def test_rows_are_held_out_by_values_that_json_can_not_hold():
     import datetime
 
     assert is_held_out({"when": datetime.date(2020, 1, 1), "raw": b"x"}, 1.0)

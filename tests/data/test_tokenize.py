@@ -155,7 +155,7 @@ def test_pad_and_end_of_turn_equal_to_eos_are_harmless():
     ]
 
 
-def test_repeated_strings_are_told_apart():
+def test_an_answer_that_repeats_the_question_is_masked_correctly():
     tokenizer = byte_tokenizer("chatml")
     record = chat("<|im_start|>assistant\nyes<|im_end|>", "yes", "yes", "yes")
     assert pieces(tokenizer, one(tokenizer, record)) == [
@@ -390,7 +390,7 @@ def test_drop_and_error():
     assert Tokenize(tokenizer, 9)(nothing) == [Dropped("no target tokens")] * 3
 
 
-def test_an_empty_answer_teaches_to_end_at_once_and_is_told():
+def test_an_empty_answer_trains_the_end_of_turn_and_is_reported():
     tokenizer = byte_tokenizer("plain")
     silent = [Text("", prompt="q"), chat("a", ""), chat("a", "b", "c", "", border=3)]
     for example in Tokenize(tokenizer, 99)(silent):

@@ -1,4 +1,4 @@
-"""TrainedBPE: learnt from the training documents alone, once, and an ordinary tokenizer from then on."""
+"""TrainedBPE: trained once, on the training documents only; afterwards an ordinary tokenizer."""
 
 import pytest
 from tokenizers import Tokenizer
@@ -30,7 +30,7 @@ def data(path, texts=TEXTS, vocab_size=320, **kwargs):
     return PretrainData(rows, tokenizer=TrainedBPE(vocab_size, **kwargs.pop("bpe", {})), max_length=32, **kwargs)
 
 
-def test_it_has_the_size_asked_for_and_represents_any_text(tmp_path):
+def test_it_has_the_requested_size_and_represents_any_text(tmp_path):
     tokenizer = data(tmp_path).tokenizer
     assert len(tokenizer) == 320
     assert len(tokenizer("the quick brown fox")["input_ids"]) < 10
@@ -50,7 +50,7 @@ def test_it_is_trained_once_for_a_corpus(tmp_path, trained):
     assert len(trained) == 4
 
 
-def test_held_out_documents_teach_it_nothing(tmp_path):
+def test_it_is_not_trained_on_held_out_documents(tmp_path):
     words = [f"{a}xqz{b}" for a in "abcdefgh" for b in "jkvw"]
     held = next(word for word in words if is_held_out({"text": word}, 0.3))
     trained = next(word for word in words if not is_held_out({"text": word}, 0.3))
@@ -60,7 +60,7 @@ def test_held_out_documents_teach_it_nothing(tmp_path):
     assert held not in vocabulary
 
 
-def test_streamed_and_prepared_learn_the_same(tmp_path):
+def test_streamed_and_prepared_documents_train_the_same_tokenizer(tmp_path):
     batches = []
     for streaming in (False, True):
         made = data(tmp_path, streaming=streaming)

@@ -1,4 +1,4 @@
-"""Windows: every token a label exactly once, rows full, documents apart where they have to be; from any state."""
+"""Windows: every token is a label exactly once, rows are full, isolated documents stay apart; resumable anywhere."""
 
 import random
 
@@ -94,7 +94,7 @@ def test_rows_are_counted_without_making_them(kind, isolate, max_length):
 
 
 @pytest.mark.parametrize(("kind", "isolate"), KINDS)
-def test_goes_on_from_what_was_carried_over(kind, isolate):
+def test_restored_windows_yield_the_remaining_rows(kind, isolate):
     documents = numbered(ragged(400))
     whole = rows(kind(16, isolate), documents)
     first, second = kind(16, isolate), kind(16, isolate)

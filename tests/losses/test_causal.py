@@ -13,7 +13,7 @@ from torch.utils._pytree import tree_leaves
 
 from oumi_pl.errors import UserError
 from oumi_pl.losses import linear_head, linear_logps
-from oumi_pl.losses.causal import CrossEntropy, _softmax, token_logps, token_loss_sum
+from oumi_pl.losses.causal import CrossEntropy, _softmax, is_cross_entropy, token_logps, token_loss_sum
 
 N, HIDDEN, VOCAB, CHUNK = 23, 12, 37, 5
 TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-6, torch.bfloat16: 2e-2}
@@ -211,7 +211,7 @@ def test_tied_weights_sum_both_gradients():
     assert (ours[0] - alone[0]).norm() > 1e-2 * alone[0].norm()
 
 
-def test_twice_in_one_graph_and_a_graph_that_is_kept():
+def test_a_loss_may_be_used_twice_in_one_graph_and_with_a_retained_graph():
     hidden, targets, head = make()
     inputs = hidden, *head.parameters()
 
@@ -294,7 +294,7 @@ def test_small_head_gradients_are_summed_in_float32():
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
-def test_both_ways_to_the_softmax_agree(dtype):
+def test_both_computations_of_the_softmax_agree(dtype):
     logits = (torch.randn(6, VOCAB, generator=torch.Generator().manual_seed(0)) * 30).to(dtype)
     logits[:, 3] = -math.inf  # as padded vocabularies have it
     targets = torch.arange(6) + 4
@@ -400,7 +400,19 @@ def test_chunks_cover_every_row_once_and_evenly():
     assert len(linear_head.chunks(1024, 2**20, device, None)) == 1024 // linear_head.MIN_ROWS
 
 
-def test_mistakes():
+def test_only_cross_entropy_without_options_is_the_likelihood():
+    """Evaluation computes the likelihood once more wherever the loss is another one."""
+
+    class Halved(CrossEntropy):
+        def __call__(self, logits, targets):
+            return super().__call__(logits, targets) / 2
+
+    assert is_cross_entropy(CrossEntropy())
+    for loss in (CrossEntropy(label_smoothing=0.1), CrossEntropy(z_loss=1e-4), Halved()):
+        assert not is_cross_entropy(loss)
+
+
+def test_wrong_arguments_are_refused():
     hidden, targets, head = make()
     for keywords in ({"label_smoothing": -0.1}, {"label_smoothing": 1.5}, {"z_loss": -1}, {"z_loss": math.nan}):
         with pytest.raises(UserError, match=next(iter(keywords))):

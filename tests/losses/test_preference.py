@@ -1,4 +1,4 @@
-"""Preference losses against numbers worked out by hand, and what holds for all of them."""
+"""Preference losses against numbers worked out by hand, and properties that all of them share."""
 
 import inspect
 import itertools
@@ -125,7 +125,7 @@ def test_values_by_hand(name):
 
 
 @losses
-def test_at_the_start_each_pair_has_the_loss_that_is_announced(name):
+def test_the_loss_of_equal_policy_and_reference_is_loss_at_start(name):
     loss = CASES[name][0]
     pairs = random_pairs([3, 5, 1, 4], spread=0.0)
     if loss.loss_at_start is None:
@@ -134,7 +134,7 @@ def test_at_the_start_each_pair_has_the_loss_that_is_announced(name):
         assert loss(pairs).tolist() == pytest.approx([loss.loss_at_start] * 2)
 
 
-def test_which_losses_announce_a_start():
+def test_which_losses_have_a_loss_at_start():
     unknown = {name for name, (loss, _) in CASES.items() if loss.loss_at_start is None}
     assert unknown == {"sft", "simpo", "cpo", "orpo", "sum", "ld of a sum", "own"}
     assert WeightedSum([Sigmoid(), Hinge()], [2, 0.5]).loss_at_start == pytest.approx(2 * LN2 + 0.5)
@@ -156,7 +156,7 @@ def test_descending_from_the_reference_raises_chosen_over_rejected(name):
     ("loss", "moves"),
     [(APOZero(1.0), (0.25, -0.25)), (APODown(1.0), (0.0, -0.25)), (NCA(1.0), (0.25, -0.25)), (BCO(1.0), (0.5, -0.5))],
 )
-def test_losses_that_say_where_each_response_goes(loss, moves):
+def test_how_far_each_response_moves(loss, moves):
     pairs = random_pairs([1, 1], spread=0.0)
     (gradient,) = torch.autograd.grad(loss(pairs).sum(), pairs.logps)
     assert (-gradient).tolist() == pytest.approx(moves)
@@ -241,7 +241,7 @@ def test_rewards_are_what_the_loss_compares():
     assert rewards(WeightedSum([SFTTerm(), SimPO(0.5), Sigmoid(3.0)], [1, 1, 1])) == rewards(SimPO(0.5))
 
 
-def test_a_sum_takes_after_its_parts():
+def test_a_sum_of_losses_has_the_properties_of_its_parts():
     free, bound = WeightedSum([SFTTerm(), SimPO(3.0)], [1, 0]), WeightedSum([SFTTerm(), IPO(0.3)], [1, 1])
     assert (free.needs_reference, free.beta) == (False, 3.0)
     assert (bound.needs_reference, bound.beta) == (True, 0.3)
@@ -282,7 +282,7 @@ def test_one_wrong_label_in_four_is_undone_by_robust_dpo():
 
 
 @pytest.mark.parametrize("loss", [Sigmoid(1.0, label_smoothing=0.25), EXO(1.0, label_smoothing=0.25)])
-def test_smoothed_losses_rest_where_the_policy_believes_the_labels_as_far_as_they_are_right(loss):
+def test_smoothed_losses_are_minimal_where_the_policy_matches_the_label_noise(loss):
     pairs = pairs_of([[(-1.0, -1.0 - LN3)], [(-1.0, -1.0)]])  # sigmoid(ln 3) = 3/4
     (gradient,) = torch.autograd.grad(loss(pairs).sum(), pairs.logps)
     assert gradient.abs().max() < 1e-12
@@ -295,7 +295,7 @@ def test_a_certain_response_has_finite_odds():
         assert result.isfinite().all() and torch.autograd.grad(result.sum(), pairs.logps)[0].isfinite().all()
 
 
-def test_an_own_loss_takes_ten_lines():
+def test_a_user_defined_loss_in_ten_lines():
     assert len(inspect.getsource(Offset).splitlines()) <= 10
 
 
@@ -347,6 +347,6 @@ def test_beta_is_positive(loss, beta):
         (lambda: WeightedSum([], []), "losses has 0 entries"),
     ],
 )
-def test_mistakes(make, message):
+def test_wrong_arguments_are_refused(make, message):
     with pytest.raises(UserError, match=f"^model.loss: {message}"):
         make()

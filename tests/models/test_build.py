@@ -1,4 +1,4 @@
-"""Building and loading models: what a recipe says is what is trained, and what can't be is told in a line."""
+"""Building and loading models: the recipe decides what is trained; what can't be built is an error of one line."""
 
 import json
 import socket
@@ -76,11 +76,11 @@ def test_random_weights_follow_the_tokenizer(tokenizer):
         ({"vocab_size": 100}, ["model.config.vocab_size: 100", "tokens", "leave it out"]),
     ],
 )
-def test_configs_that_make_no_model(tokenizer, config, words):
+def test_wrong_configs_are_refused(tokenizer, config, words):
     refused(words, None, config=LLAMA | config, tokenizer=tokenizer)
 
 
-def test_rope_values_under_their_old_names_count():
+def test_rope_values_may_have_their_old_names():
     values = {"vocab_size": 97, "rope_theta": 5.0, "rope_scaling": {"rope_type": "linear", "factor": 2.0}}
     rope = build_model(None, config=LLAMA | values).config.rope_parameters
     assert rope == {"rope_type": "linear", "factor": 2.0, "rope_theta": 5.0}
@@ -97,7 +97,7 @@ def test_attention_falls_back_where_an_architecture_lacks_it(tokenizer):
     ("key", "words"),
     [("documents", "can't keep packed documents apart"), ("hidden", "can't build this llama: KeyError: 'hidden'")],
 )
-def test_a_missing_key_is_the_attention_s_only_if_it_names_it(monkeypatch, tmp_path, key, words):
+def test_an_error_blames_the_attention_only_if_it_names_it(monkeypatch, tmp_path, key, words):
     def fail(*_, **__):
         raise KeyError(key)
 
@@ -113,7 +113,7 @@ def test_a_missing_key_is_the_attention_s_only_if_it_names_it(monkeypatch, tmp_p
 # ---- from a folder
 
 
-def test_a_folder_is_loaded_as_it_is(tmp_path, tokenizer):
+def test_a_folder_is_loaded_unchanged(tmp_path, tokenizer):
     saved = save(tmp_path, tokenizer)
     hf = build_model(str(tmp_path), tokenizer=tokenizer)
     assert hf.training
@@ -151,18 +151,18 @@ def test_config_values_override_the_pretrained_ones(tmp_path):
         ({"num_hidden_layers": "two"}, ["model.config.num_hidden_layers", "expected int"]),
     ],
 )
-def test_overrides_that_do_not_fit(tmp_path, config, words):
+def test_overrides_that_do_not_fit_the_weights_are_refused(tmp_path, config, words):
     save(tmp_path)
     refused(words, str(tmp_path), config=config)
 
 
-def test_weights_that_are_missing_are_not_made_up(tmp_path):
+def test_missing_weights_are_an_error_and_not_random(tmp_path):
     """A tied model has no head of its own: untied by the recipe, transformers would start it at random and go on."""
     save(tmp_path, tie_word_embeddings=True)
     refused(["lacks 1", "lm_head.weight"], str(tmp_path), config={"tie_word_embeddings": False})
 
 
-def test_folders_that_hold_no_model(tmp_path, monkeypatch):
+def test_folders_without_a_model_are_refused(tmp_path, monkeypatch):
     (tmp_path / "smollm").mkdir()
     monkeypatch.chdir(tmp_path)
     refused(["./smolm", "no folder", "did you mean 'smollm'"], "./smolm")
@@ -200,7 +200,7 @@ def test_a_hub_name_offline_says_where_it_was_looked_for(monkeypatch, tmp_path):
     refused(["'someone/model'", str(tmp_path), "HF_HUB_OFFLINE"], "someone/model")
 
 
-def test_an_unreachable_hub_is_given_up_soon(monkeypatch, tmp_path):
+def test_an_unreachable_hub_fails_within_seconds(monkeypatch, tmp_path):
     """A listening socket that never answers: left alone, transformers would ask for minutes."""
     from huggingface_hub import constants
 
@@ -225,7 +225,7 @@ def test_an_unreachable_hub_is_given_up_soon(monkeypatch, tmp_path):
         ("RevisionNotFoundError", ["no revision 'v2'"]),
     ],
 )
-def test_what_the_hub_answers_is_told(monkeypatch, tmp_path, kind, words):
+def test_answers_of_the_hub_become_clear_errors(monkeypatch, tmp_path, kind, words):
     import huggingface_hub
     from huggingface_hub import constants, errors
 
@@ -291,7 +291,7 @@ def test_a_token_that_was_there_before_keeps_its_row(tmp_path):
     assert torch.equal(hf.model.embed_tokens.weight[: len(symbols)], saved.model.embed_tokens.weight)
 
 
-def test_random_weights_stay_random(tokenizer):
+def test_added_tokens_of_random_weights_have_different_rows(tokenizer):
     """Two added tokens with the same row would start as the same token, for no reason."""
     hf = build_model(None, config=LLAMA, tokenizer=tokenizer, added_tokens=last_two(tokenizer))
     assert not torch.equal(*hf.model.embed_tokens.weight[-2:])
@@ -339,7 +339,7 @@ def count_calls(hf):
     return calls
 
 
-def test_quantization_needs_what_is_not_there(tmp_path):
+def test_quantization_without_its_requirements_is_refused(tmp_path):
     save(tmp_path)
     words = ["model.quantization", "CUDA" if hub_has("bitsandbytes") else "oumi_pl[gpu]"]
     if not (hub_has("bitsandbytes") and torch.cuda.is_available()):
@@ -352,7 +352,7 @@ def hub_has(package):
     return find_spec(package) is not None
 
 
-def test_damaged_weights_are_told(tmp_path):
+def test_damaged_weights_are_refused(tmp_path):
     AutoModelForCausalLM.from_config(AutoConfig.for_model(**LLAMA)).save_pretrained(tmp_path)
     (tmp_path / "model.safetensors").write_bytes(b"cut short")
     with pytest.raises(UserError, match="can't load"):

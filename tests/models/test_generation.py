@@ -1,4 +1,4 @@
-"""Completions: a prompt's answer is its own, whatever else is in the batch, and ends where it should."""
+"""Completions do not depend on the other prompts of a batch, and stop where they should."""
 
 import pytest
 import torch
@@ -37,7 +37,7 @@ def steps(hf, prompt, n):
 
 
 @pytest.mark.parametrize("attn", [None, "eager", attention.NAME])
-def test_a_batch_is_answered_as_one_by_one(tokenizer, attn):
+def test_batched_answers_equal_those_of_single_prompts(tokenizer, attn):
     hf = build(tokenizer, attn)
     together = complete(hf, tokenizer, prompts(tokenizer), max_new_tokens=12)
     for prompt, answer in zip(prompts(tokenizer), together, strict=True):
@@ -48,7 +48,7 @@ def test_a_batch_is_answered_as_one_by_one(tokenizer, attn):
     assert len(set(together)) > 1, "the same answer to all would hide what a neighbour does"
 
 
-def test_a_streamed_answer_is_the_answer_in_whole_characters(tokenizer):
+def test_a_streamed_answer_comes_in_whole_characters(tokenizer):
     hf, count = build(tokenizer), 0
     for prompt in prompts(tokenizer):
         pieces = []
@@ -72,7 +72,7 @@ def test_bytes_of_a_character_are_held_back_until_it_is_whole(tokenizer):
     assert pieces[-1].startswith("\ufffd")
 
 
-def test_greedy_is_what_transformers_generates(tokenizer):
+def test_greedy_answers_equal_those_of_transformers(tokenizer):
     hf = build(tokenizer).eval()
     for prompt in prompts(tokenizer):
         out = hf.generate(torch.tensor([prompt]), max_new_tokens=12, do_sample=False)
@@ -80,7 +80,7 @@ def test_greedy_is_what_transformers_generates(tokenizer):
         assert complete(hf, tokenizer, [prompt], max_new_tokens=12) == [expected]
 
 
-def test_top_p_leaves_only_the_likeliest(tokenizer):
+def test_top_p_keeps_only_the_most_likely_tokens(tokenizer):
     hf = build(tokenizer)
     prompt = prompts(tokenizer)[0]
     greedy = complete(hf, tokenizer, [prompt], max_new_tokens=6)
@@ -100,7 +100,7 @@ def test_an_answer_ends_at_the_end_of_turn(tokenizer):
     assert complete(hf, tokenizer, [prompt], max_new_tokens=12) == [answer]
 
 
-def test_greedy_is_greedy_whatever_the_model_brings(tokenizer):
+def test_greedy_ignores_the_sampling_settings_of_the_model(tokenizer):
     hf = build(tokenizer)
     plain = complete(hf, tokenizer, prompts(tokenizer), max_new_tokens=12)
     hf.generation_config.update(repetition_penalty=5.0, no_repeat_ngram_size=1, do_sample=True, top_k=3)

@@ -1,4 +1,4 @@
-"""An unreachable hub is asked once; then the libraries look into their caches alone, for as long as it takes."""
+"""An unreachable hub is asked once; afterwards libraries use their caches only, for a while."""
 
 from types import SimpleNamespace
 
@@ -9,7 +9,7 @@ from oumi_pl.models.hub import asked_once
 
 
 @pytest.mark.parametrize("reachable", [True, False])
-def test_asked_once(monkeypatch, reachable):
+def test_an_unreachable_hub_is_asked_once(monkeypatch, reachable):
     asked, own = [], SimpleNamespace(HF_HUB_OFFLINE=False)
 
     def head(url, timeout):
@@ -26,7 +26,7 @@ def test_asked_once(monkeypatch, reachable):
 
 
 @pytest.mark.parametrize(("hub", "own"), [(True, True), (True, False), (False, True)])
-def test_not_asked_at_all_where_that_is_said(monkeypatch, hub, own):
+def test_the_hub_is_not_asked_in_offline_mode(monkeypatch, hub, own):
     """As by HF_DATASETS_OFFLINE, which says it to one library alone."""
     library = SimpleNamespace(HF_HUB_OFFLINE=own)
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", hub)

@@ -1,4 +1,4 @@
-"""LoRA: what is trained, what a checkpoint holds, and that gradients are those of the plain computation."""
+"""LoRA: which weights are trained, what a checkpoint holds, and gradients equal to those of the plain computation."""
 
 import lightning as L
 import pytest
@@ -82,7 +82,7 @@ def test_all_linear_layers_but_the_head_by_default(tmp_path):
     assert len(trainable(hf)) == 2 * 2 * len(LINEAR)
 
 
-def test_layers_that_are_not_there_are_told_with_those_that_are(tmp_path):
+def test_unknown_layers_are_an_error_that_lists_the_known_ones(tmp_path):
     with pytest.raises(UserError, match=r"model\.lora.*linear layers of this model: .*down_proj.*q_proj"):
         build_model(pretrained(tmp_path), lora={"r": 4, "target_modules": ["c_attn"]})
 
@@ -101,7 +101,7 @@ def test_keys_are_checked_before_anything_is_loaded(lora, words):
 
 
 @pytest.mark.parametrize("lora", [{"use_dora": True}, {"use_rslora": True, "lora_alpha": 8}], ids=["dora", "rslora"])
-def test_variants_train(tmp_path, lora):
+def test_variants_of_lora_train(tmp_path, lora):
     folder = pretrained(tmp_path / "base")
     before = build_model(folder, lora={"r": 4} | lora)
     sft, _ = run(tmp_path, SFT(folder, lora={"r": 4} | lora, optimizer=adamw))
@@ -268,7 +268,7 @@ def test_a_head_whose_bias_peft_would_drop_is_refused(tmp_path):
     }
 
 
-def test_an_adapter_that_was_exported_is_trained_on(tmp_path):
+def test_an_exported_adapter_can_be_trained_further(tmp_path):
     """The folder of an adapter is a model: its base with the adapter added, under a new adapter."""
     base = pretrained(tmp_path / "base")
     first = moved(base, lora={"r": 4})
