@@ -189,27 +189,6 @@ VALUES = {
 NO_PACKING = "set data.packing to false (data.isolate, of PretrainData)"
 FSDP2 = "take FSDP2, strategy: {class_path: ModelParallelStrategy}, as the recipe sft/llama3.1_8b_fsdp2 does"
 TOGETHER = {
-    "packing with an attention that can't isolate": Case(
-        "the attention of BloomModel can't keep packed documents apart (TypeError: unsupported operand type(s) for +: "
-        f"'Tensor' and 'Blocks'); {NO_PACKING}",
-        {
-            f"{MODEL}config": {"model_type": "bloom", "hidden_size": 32, "n_layer": 1, "n_head": 4},
-            f"{DATA}packing": True,
-        },
-    ),
-    "packing with an attention that has no such implementation": Case(
-        f"this architecture's attention can't keep packed documents apart; {NO_PACKING}",
-        {
-            f"{MODEL}config": {
-                "model_type": "falcon",
-                "hidden_size": 32,
-                "num_hidden_layers": 1,
-                "num_attention_heads": 4,
-                "alibi": True,
-            },
-            f"{DATA}packing": True,
-        },
-    ),
     "QLoRA without bitsandbytes": Case(
         "model.quantization needs bitsandbytes: pip install 'oumi_pl[gpu]'",
         PRETRAINED | {f"{MODEL}quantization": "nf4", f"{MODEL}lora": {"r": 2}},

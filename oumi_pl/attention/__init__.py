@@ -16,9 +16,10 @@ the variable-length kernel covers the row, on gathered keys and values.
 Not every architecture can do it: `why_not_isolating` and `why_not_shared` try a model and tell why not.
 """
 
+from oumi_pl.attention.blocks import packed
 from oumi_pl.attention.interface import NAME, register
 from oumi_pl.attention.probe import refuse_unless_isolating, why_not_isolating, why_not_shared
-from oumi_pl.attention.segments import packed, path_positions, position_ids
+from oumi_pl.attention.segments import path_positions, position_ids
 
 __all__ = [
     "NAME",

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from oumi_pl.attention.segments import Block, Blocks, in_force
+from oumi_pl.attention.blocks import Block, Blocks, in_force
 from oumi_pl.errors import UserError
 
 

@@ -7,8 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from oumi_pl.attention.blocks import packed
 from oumi_pl.attention.interface import NAME, NO_PACKING
-from oumi_pl.attention.segments import packed, path_positions, position_ids
+from oumi_pl.attention.segments import path_positions, position_ids
 from oumi_pl.errors import UserError, is_out_of_memory, reason
 from oumi_pl.types import Segment
 

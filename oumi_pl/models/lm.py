@@ -229,7 +229,8 @@ def with_layout(build: Callable[[bool], Any], share: bool = True) -> LM:
     if layout is padded and (hf is None or hf.config._attn_implementation == NAME):
         torch.set_rng_state(state)  # random weights are the same, whichever attention reads them
         hf = build(False)
-    return LM(hf, layout, reason)
+    # a right answer was found, so what to change for another one is left out
+    return LM(hf, layout, reason.partition("; ")[0])
 
 
 def disable_dropout(model: nn.Module) -> None:

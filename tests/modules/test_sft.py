@@ -58,31 +58,37 @@ def test_packed_training_equals_unpacked(tmp_path):
     assert distance(got, expected) < 1e-5
 
 
-def test_a_model_that_lets_documents_see_each_other_gets_packs_as_padded_rows(tmp_path):
-    """A recurrent state runs across documents, whatever the attention: the weights are those of unpacked training."""
-    mamba = {"model_type": "mamba", "hidden_size": 16, "num_hidden_layers": 1, "state_size": 4}
+SMALL = {"hidden_size": 32, "num_attention_heads": 4}
+LEAKING = {  # how each fails to keep packed documents apart -> its config
+    "see each other": {"model_type": "mamba", "hidden_size": 16, "num_hidden_layers": 1, "state_size": 4},
+    "BloomModel can't keep packed documents apart": SMALL | {"model_type": "bloom", "n_layer": 1},
+    "architecture's attention can't": SMALL | {"model_type": "falcon", "num_hidden_layers": 1, "alibi": True},
+}
 
-    def trained(**kwargs):
-        sft = SFT(config=mamba, optimizer=lambda params: torch.optim.SGD(params, lr=0.1))
-        fit(sft, data(tmp_path, ROWS, batch_size=ROWS, max_length=256, **kwargs), max_epochs=1)
-        return sft
 
-    packed, alone = trained(packing=True), trained()
+def trained_at_once(tmp_path, config, **kwargs):
+    """All rows in one update."""
+    sft = SFT(config=config, optimizer=lambda params: torch.optim.SGD(params, lr=0.1))
+    fit(sft, data(tmp_path, ROWS, batch_size=ROWS, max_length=256, **kwargs), max_epochs=1)
+    return sft
+
+
+@pytest.mark.parametrize("why", LEAKING)
+def test_a_model_that_mixes_packed_documents_reads_them_as_padded_rows(tmp_path, why):
+    """The weights are those of unpacked training, and the run says what it does."""
+    packed = trained_at_once(tmp_path, LEAKING[why], packing=True)
     assert packed.causal_lm.layout is padded
-    assert "see each other" in packed.notes[0]
+    assert why in packed.notes[0]
+    assert "set " not in packed.notes[0]
+    alone = trained_at_once(tmp_path, LEAKING[why])
     assert distance(weights(packed), weights(alone)) < 1e-5
 
 
 def test_packs_that_leak_would_be_caught(tmp_path, monkeypatch):
-    mamba = {"model_type": "mamba", "hidden_size": 16, "num_hidden_layers": 1, "state_size": 4}
-
-    def trained(**kwargs):
-        sft = SFT(config=mamba, optimizer=lambda params: torch.optim.SGD(params, lr=0.1))
-        return fit(sft, data(tmp_path, ROWS, batch_size=ROWS, max_length=256, **kwargs), max_epochs=1)
-
-    alone = trained()
+    alone = weights(trained_at_once(tmp_path, LEAKING["see each other"]))
     monkeypatch.setattr("oumi_pl.models.lm.choose_layout", lambda hf, share: (documents, ""))
-    assert distance(trained(packing=True), alone) > 1e-4
+    packed = weights(trained_at_once(tmp_path, LEAKING["see each other"], packing=True))
+    assert distance(packed, alone) > 1e-4
 
 
 class HalfLoss(CrossEntropy):
@@ -198,7 +204,7 @@ def test_test_reports_the_metrics_of_the_split_once(recipe, capsys):
 
 def test_random_weights_are_not_scored(recipe, capsys):
     assert main(["test", "--config", "recipe.yaml"]) == 2
-    assert "random weights" in capsys.readouterr().err
+    assert "untrained weights" in capsys.readouterr().err
 
 
 def test_a_run_shorter_than_val_every_is_validated_at_its_end(recipe):
