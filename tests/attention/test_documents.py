@@ -18,7 +18,7 @@ from oumi_pl.attention import (
     why_not_isolating,
     why_not_shared,
 )
-from oumi_pl.attention.segments import in_force
+from oumi_pl.attention.blocks import in_force
 from oumi_pl.errors import UserError
 from oumi_pl.types import Segment
 
