@@ -1,4 +1,4 @@
-"""Packed rows of segments: where the tokens of a path lie, and which blocks of tokens attend to which."""
+"""Packed rows of segments: positions of the tokens of a path, and which tokens each segment attends to."""
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -26,16 +26,16 @@ def position_ids(segments: Sequence[Segment]) -> np.ndarray:
 
 
 def earlier_pieces(segments: Sequence[Segment], index: int) -> tuple[tuple[int, int], ...]:
-    """The part of a segment's path that lies in earlier segments: its first `shared` tokens, from the root on.
+    """The part of a segment's path that is in earlier segments: its first `shared` tokens, root first.
 
     Returns:
-        Pairs (index of a segment, number of its own tokens); a piece is always made of a segment's first own tokens.
+        Pairs (index of a segment, number of tokens): a piece is that many of the segment's own tokens, from its start.
     """
     pieces = []
     _, ancestor, wanted = segments[index]
     while wanted:
         _, parent, shared = segments[ancestor]
-        # the ancestor's own tokens begin after `shared` tokens; what is wanted may end before that
+        # the ancestor's own tokens begin at `shared` in the path; the wanted prefix may end before them
         if wanted > shared:
             pieces.append((ancestor, wanted - shared))
             wanted = shared
@@ -51,7 +51,7 @@ def path_positions(segments: Sequence[Segment], index: int) -> np.ndarray:
 
 
 def check_segments(segments: Sequence[Segment]) -> None:
-    """Checks that each segment has tokens, and continues an earlier one by no more tokens than its path has.
+    """Checks that each segment has tokens, and shares no more tokens with an earlier one than that one's path has.
 
     Raises:
         ValueError: names the first segment that does not.
@@ -67,9 +67,9 @@ def check_segments(segments: Sequence[Segment]) -> None:
 
 @dataclass(frozen=True)
 class Block:
-    """A segment as the attention reads it: its own tokens ask, and all tokens of its path answer.
+    """A segment for the attention: its own tokens are the queries, all tokens of its path are the keys.
 
-    start, length: of its own tokens in the row. earlier: the pieces of its path that lie in earlier segments, as
+    start, length: of its own tokens in the row. earlier: the pieces of its path in earlier segments, as
     `earlier_pieces` returns them; empty for a root.
     """
 
@@ -79,12 +79,12 @@ class Block:
 
     @cached_property
     def prefix(self) -> int:
-        """Tokens of its path that lie in earlier segments."""
+        """Number of tokens of its path in earlier segments."""
         return sum(length for _, length in self.earlier)
 
     @property
     def keys(self) -> int:
-        """Tokens that its last token sees."""
+        """Number of tokens that its last token sees."""
         return self.prefix + self.length
 
 
@@ -94,13 +94,13 @@ def blocks_of(segments: Sequence[Segment]) -> tuple[Block, ...]:
     return tuple(Block(starts[i], s.length, earlier_pieces(segments, i)) for i, s in enumerate(segments))
 
 
-in_force: ContextVar[tuple[Block, ...] | None] = ContextVar("blocks", default=None)
-"""The blocks of the row that is being computed; None for rows that are not packed."""
+current_blocks: ContextVar[tuple[Block, ...] | None] = ContextVar("blocks", default=None)
+"""The blocks of the packed row that is being computed; None outside of `packed`."""
 
 
 @contextmanager
 def packed(segments: Sequence[Segment] | None) -> Iterator[None]:
-    """Forward passes within it are of one packed row. With None nothing changes: padded batches pass.
+    """Declares that forward passes within it compute one packed row; does nothing for None (padded batches).
 
     The model is called with `input_ids` `[1, seq]`, `position_ids` that count from 0 along each path (see
     `oumi_pl.attention.position_ids`), `use_cache=False` and no attention mask. The backward pass may run outside.
@@ -113,20 +113,19 @@ def packed(segments: Sequence[Segment] | None) -> Iterator[None]:
     """
     if segments is not None:
         check_segments(segments)
-    token = in_force.set(None if segments is None else blocks_of(segments))
+    token = current_blocks.set(None if segments is None else blocks_of(segments))
     try:
         yield
     finally:
-        in_force.reset(token)
+        current_blocks.reset(token)
 
 
 @dataclass(frozen=True)
 class Blocks:
-    """Passed to transformers' models in place of a mask; tells the attention function which tokens see each other.
+    """Takes the place of the mask in transformers' models: says which tokens see each other.
 
-    blocks: of the row, in order, covering it. causal: nothing but causality restricts what a block sees. window: the
-    width of the window that a layer of this kind looks at, None if it is no window. mask_of: the mask of a block.
-    device: the model's.
+    blocks: of the whole row, in order. causal: within its path, a token sees all earlier ones. window: width of the
+    window or chunk of this type of layer, None if it has none. mask_of: the mask of a block. device: of the model.
     """
 
     blocks: tuple[Block, ...]
@@ -147,19 +146,19 @@ class Blocks:
 
     @cached_property
     def masks(self) -> tuple[Tensor | None, ...]:
-        """Per block, None where attention is plainly causal, else `[1, 1, length, keys]` bool, True where seen."""
+        """Per block: None if attention is plainly causal, else `[1, 1, length, keys]` bool, True where seen."""
         return tuple(map(self.mask_of, self.blocks))
 
     @cached_property
     def cumulative(self) -> tuple[Tensor, Tensor]:
-        """Where the blocks' queries and keys begin when laid end to end, `[segments + 1]` int32 each."""
+        """Start of each block's queries and keys when all are concatenated, `[segments + 1]` int32 each."""
         counts = torch.tensor([[0, 0], *([block.length, block.keys] for block in self.blocks)])
         both = counts.cumsum(0).T.contiguous().to(self.device, torch.int32, non_blocking=True)
         return both[0], both[1]
 
     @cached_property
     def key_positions(self) -> Tensor | None:
-        """The positions whose keys the blocks see, laid end to end, `[keys]`; None if these are the row as it is."""
+        """Positions in the row of the keys of all blocks, concatenated, `[keys]`; None if that is the row itself."""
         if not self.continued:
             return None
         starts = [block.start for block in self.blocks]

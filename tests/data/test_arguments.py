@@ -93,7 +93,7 @@ def test_help_of_all_data_classes_has_the_shared_arguments_once(capsys, monkeypa
 def test_a_misspelt_key_in_a_recipe_is_refused_with_the_nearest_one(tmp_path, monkeypatch, capsys, key, nearest):
     line = CommandLine(tmp_path, monkeypatch, capsys)
     line.recipe({f"data.init_args.{key}": 3})
-    assert f"data.{key}: unknown key; did you mean '{nearest}'?" in line.fails("fit", "--config", "r.yaml")
+    assert f"data.{key}: unknown key; did you mean 'data.{nearest}'?" in line.fails("fit", "--config", "r.yaml")
 
 
 @pytest.mark.parametrize("cls", ARGUMENTS)
