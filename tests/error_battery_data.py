@@ -44,8 +44,8 @@ ROWS = {
     ),
     "wrong encoding": reads(
         jsonl(GOOD).encode() + '{"prompt": "café"}'.encode("latin-1"),
-        "data.jsonl:2: not UTF-8 text (0xe9 at byte 16 of the line, 53 of the file); save it as UTF-8, or let "
-        "the source read on: {path: data.jsonl, errors: replace}",
+        "data.jsonl:2: not UTF-8 text (0xe9 at byte 16 of the line, 53 of the file); save it as UTF-8, or have "
+        "such bytes replaced: {path: data.jsonl, errors: replace}",
     ),
     "wrong encoding, UTF-16": reads(
         jsonl(GOOD).encode("utf-16"), "data.jsonl:1: expected UTF-8 text, found UTF-16; save it as UTF-8"
@@ -110,8 +110,7 @@ MODELS = {
     ),
     "weights of another architecture": Case(
         "model: HERE/m lacks 28 of the weights that GPT2LMHeadModel has, first transformer.h.0.attn.c_attn.bias: "
-        "it is of "
-        "another architecture, or model.config adds weights to it",
+        "it has another architecture, or model.config adds weights to it",
         PRETRAINED,
         before=of_gpt2,
     ),

@@ -313,7 +313,7 @@ def test_records_that_are_no_pairs_and_pairs_that_are_no_examples_of_sft():
         (Preference(Text("a", "q"), Text("b", "p")), "hold different prompts"),
         (Preference(Text("a", "q"), chat("q", "a", border=1)), "hold different prompts"),
         (Preference(chat("q", "a", border=1), chat("p", "b", border=1)), "hold different prompts"),
-        (Preference(chat("q", "a"), chat("q", "b")), "without prompt_messages"),
+        (Preference(chat("q", "a"), chat("q", "b")), "needs prompt_messages"),
     ]:
         with pytest.raises(UserError, match=message):
             one(tokenizer, record)
