@@ -17,7 +17,7 @@ import pyarrow as pa
 import trl
 from trl.data_utils import pack_dataset
 
-from oumi_pl.data.plan import fill, pack
+from oumi_pl.data.plan import pack
 
 
 def chat_lengths(rows: int, capacity: int) -> np.ndarray:
@@ -66,7 +66,8 @@ def main() -> None:
     base = results["ours"][0]
     print(f"{'':28}{'seconds':>9}{'packs':>10}{'fill':>9}{'time / ours':>13}")
     for name, (seconds, packs) in results.items():
-        print(f"{name:28}{seconds:9.2f}{packs:10,}{fill(lengths, args.capacity, packs):9.2%}{seconds / base:13.1f}")
+        fill = lengths.sum() / (packs * args.capacity)
+        print(f"{name:28}{seconds:9.2f}{packs:10,}{fill:9.2%}{seconds / base:13.1f}")
 
 
 if __name__ == "__main__":

@@ -11,7 +11,7 @@ from typing import Any
 from oumi_pl import __version__
 from oumi_pl.config import files as recipe_files
 from oumi_pl.config import options
-from oumi_pl.errors import UserError, nearest, of_the_machine, versions
+from oumi_pl.errors import UserError, machine_failure, nearest, versions
 from oumi_pl.terminal.screen import meanwhile
 
 HELP = """\
@@ -72,7 +72,7 @@ def main(argv: list[str] | None = None) -> int:
 
 def _report(error: Exception) -> int:
     """Prints an error and returns the exit code: a message for the user's and the machine's, a traceback for a bug."""
-    message = str(error) if isinstance(error, UserError) else of_the_machine(error)
+    message = str(error) if isinstance(error, UserError) else machine_failure(error)
     if message is not None:
         print(f"error: {message}", file=sys.stderr)
         return 2

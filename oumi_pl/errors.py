@@ -1,4 +1,4 @@
-"""The user's mistakes: one short message each, and the nearest name that would have been right."""
+"""Errors of the user: one short message each, with the nearest name that would have been right."""
 
 import contextlib
 import errno
@@ -6,27 +6,27 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 
 LISTED = 12
-"""How many known names an error lists at the most."""
+"""Most known names that an error lists."""
 
 
 class UserError(Exception):
-    """A mistake of the user's, reported in one message without a traceback.
+    """An error of the user, reported as one message without a traceback.
 
     The message says what is wrong, where (key path, file and row) and what would be right. The command line prints it
-    and exits with code 2; anything else that is raised is a bug of ours and keeps its traceback.
+    and exits with code 2. Any other exception is a bug of this package and keeps its traceback.
     """
 
 
 def nearest(name: str, names: Iterable[str]) -> str:
-    """Ends an error message: offers the closest of `names`, or lists them all when none is close.
+    """Suggests the closest of `names`, or lists them if none is close; for the end of an error message.
 
     Returns:
         `"; did you mean 'x'?"` or `"; known: 'a', 'b'"`.
     """
-    import difflib  # imports of this module are those of the light commands
+    import difflib  # not at the top: this module is imported by commands that must start fast
 
     known = list(names)
-    # capitals are the commonest slip: `adamw` is one letter from `adam`, but none from `AdamW`
+    # wrong capitals are the most frequent mistake: `adamw` should suggest `AdamW`, not `Adam`
     by_case = {candidate.casefold(): candidate for candidate in known}
     close = difflib.get_close_matches(name.casefold(), by_case, n=1, cutoff=0.6)
     if close:
@@ -39,16 +39,16 @@ def nearest(name: str, names: Iterable[str]) -> str:
 
 
 CLOSE = 0.6
-"""Share of letters in common from which on a name is offered. Endings don't count: all data files share theirs."""
+"""Similarity from which a name is suggested. Suffixes are not compared, since all data files share them."""
 
 
 def nearby(path: Path, fits: Callable[[Path], object] = Path.is_dir, *, tell_where: bool = True) -> str:
-    """Ends a message about a missing path.
+    """Suggests a path that exists; for the end of a message about one that does not.
 
     Args:
         path: A path that does not exist.
-        fits: Whether something that is there could have been meant; directories are offered in place of one.
-        tell_where: Whether to name the directory that was searched if no name in it is close.
+        fits: Whether an existing path could be the one that was meant, if it is in an existing directory.
+        tell_where: Whether to name the searched directory if no name in it is close.
 
     Returns:
         `"; did you mean 'data/train.jsonl'?"`, or `"; it is looked for in /home/me"`, or nothing.
@@ -70,21 +70,21 @@ def nearby(path: Path, fits: Callable[[Path], object] = Path.is_dir, *, tell_whe
 
 
 def reason(error: BaseException) -> str:
-    """The first line of an error's message, or its kind where it has none."""
+    """The first line of an error's message, or its type if it has none."""
     import textwrap
 
     lines = str(error).strip().splitlines()
-    if lines and lines[0].rstrip().endswith(":"):  # what it announces is the reason
+    if lines and lines[0].rstrip().endswith(":"):  # the first line only introduces the reason
         return textwrap.shorten(" ".join(lines), 250)
     return lines[0] if lines else type(error).__name__
 
 
 LIBRARIES = ("torch", "lightning", "transformers", "jsonargparse", "peft", "datasets")
-"""Whose versions matter most when something breaks."""
+"""Dependencies whose versions a bug report needs."""
 
 
 def versions() -> str:
-    """What this runs on, in a line to be pasted into a report."""
+    """Versions of this package, its dependencies, Python and the platform, in a line for bug reports."""
     import platform
     from importlib import metadata
 
@@ -96,14 +96,14 @@ def versions() -> str:
 
 
 OUT_OF_MEMORY = ("DefaultCPUAllocator: ", "MPS backend out of memory", "CUDA error: out of memory", "ALLOC_FAILED")
-"""What errors of torch say that are about memory, and of no kind of their own."""
+"""Texts of torch's plain RuntimeErrors that mean out of memory."""
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether an error, or what it was raised from, says that there is no memory: on a device, or on the host."""
+    """Whether an error, or one that caused it, means that the device or the host is out of memory."""
     seen: BaseException | None = error
     while seen is not None:
-        # the first is torch's, which is not imported here
+        # torch's class is matched by name, since importing torch takes seconds
         if type(seen).__name__ == "OutOfMemoryError" or isinstance(seen, MemoryError):
             return True
         if isinstance(seen, RuntimeError) and any(words in str(seen) for words in OUT_OF_MEMORY):
@@ -112,24 +112,21 @@ def is_out_of_memory(error: BaseException) -> bool:
     return False
 
 
-def _noted(error: BaseException) -> str:
-    """What was noted on an error while it was on its way: see `oumi_pl.callbacks.memory`."""
-    return "\n".join(note for note in getattr(error, "__notes__", ()) if note.startswith("out of memory"))
-
-
-def of_the_machine(error: BaseException) -> str | None:
-    """What to say of an error that is neither the user's mistake nor a bug: a full disk, no memory; None for others."""
+def machine_failure(error: BaseException) -> str | None:
+    """The message for an error that is neither the user's nor a bug: out of memory, a full disk; None for others."""
     if is_out_of_memory(error):
-        return _noted(error) or (
+        # `oumi_pl.callbacks.memory` attaches a better message as notes
+        noted = [note for note in getattr(error, "__notes__", ()) if note.startswith("out of memory")]
+        return "\n".join(noted) or (
             "out of memory; smaller micro-batches give the same updates: halve data.batch_size and double "
             "trainer.accumulate_grad_batches, or set model.gradient_checkpointing"
         )
     seen: BaseException | None = error
-    while seen is not None:  # writers tend to fail again while they clean up after a full disk
+    while seen is not None:  # the whole chain, since writers often fail again while they clean up
         if isinstance(seen, OSError) and seen.errno in (errno.ENOSPC, errno.EDQUOT, errno.EROFS):
             place = f" to write {seen.filename}" if seen.filename else ""
-            return f"{seen.strerror}{place}; make room, and go on with --resume, or choose another --runs_dir"
-        if "Connection closed by peer" in str(seen):  # gloo's way to say that another rank is gone
+            return f"{seen.strerror}{place}; free some space and continue with --resume, or choose another --runs_dir"
+        if "Connection closed by peer" in str(seen):  # gloo's message if another rank has exited
             return "another rank exited; see its output for the cause"
         seen = seen.__cause__ or seen.__context__
     return None

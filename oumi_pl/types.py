@@ -1,4 +1,4 @@
-"""What travels between the rooms of the package: rows become records, records examples, examples batches.
+"""The data types that all rooms share: a row becomes a record, a record an example, examples a batch.
 
 Shapes use `batch` (rows of a tensor), `seq` (tokens of a row), `targets` (tokens that carry loss), `rows` (examples).
 """
@@ -13,7 +13,7 @@ import numpy as np
 import torch
 
 IGNORE_INDEX = -100
-"""The label of a position that carries no loss. Never a token id, so no token can be mistaken for it."""
+"""The label of a position that carries no loss. No token has this id, so no real label can be mistaken for it."""
 
 Row = dict[str, Any]
 """One row of a source, as it was read: column name -> value."""
@@ -31,15 +31,15 @@ class Message(TypedDict, total=False):
 
 
 class Record:
-    """What a format makes of a row. Subclass it for a kind of data that the package does not have."""
+    """What a format returns for a row. Subclass it for a kind of data that the package does not have."""
 
 
 @dataclass(frozen=True)
 class Conversation(Record):
     """Turns that a chat template renders.
 
-    `prompt_messages` is the number of leading messages that are the prompt, for rows that come as prompt and
-    completion; None where the row is a conversation without such a border.
+    `prompt_messages` is the number of leading messages that form the prompt, for rows that separate prompt and
+    completion; None for a conversation that does not.
     """
 
     messages: tuple[Message, ...]
@@ -49,7 +49,7 @@ class Conversation(Record):
 
 @dataclass(frozen=True)
 class Text(Record):
-    """Text that no chat template touches: a document, or the completion of a `prompt`."""
+    """Text used without a chat template: a document, or the completion of a `prompt`."""
 
     text: str
     prompt: str = ""
@@ -59,9 +59,9 @@ class Text(Record):
 class Preference(Record):
     """Two responses to one prompt, the better one first.
 
-    `chosen` and `rejected` are of the same kind and hold the same prompt: `prompt_messages` equal leading messages and
-    the same `tools` in conversations, an equal `prompt` in texts. `margin` says by how much the chosen one is better
-    (the difference of two scores, for example), where the row has one.
+    `chosen` and `rejected` have the same type and the same prompt: `prompt_messages` equal leading messages and the
+    same `tools` in conversations, the same `prompt` in texts. `margin` is how much better the chosen one is (for
+    example the difference of two scores); None if the row does not say.
     """
 
     chosen: Conversation | Text
@@ -70,32 +70,31 @@ class Preference(Record):
 
 
 class Segment(NamedTuple):
-    """A run of tokens that starts anew, or continues the first tokens of an earlier segment's path.
+    """A run of tokens: a root, or the continuation of the first tokens of an earlier segment's path.
 
-    The path of a segment is the first `shared` tokens of its parent's path, followed by its own tokens: what its last
-    token sees. A document is a segment without a parent. A preference pair is two: the prompt with the chosen response,
-    and the rejected response, which continues the prompt. A conversation may have one for each answer. Tokens that
-    several paths share are stored and computed once.
+    The path of a segment is all that its last token attends to: the first `shared` tokens of its parent's path, then
+    its own tokens. A document is a root. A preference pair is a root (the prompt with the chosen response) and a
+    continuation of it (the rejected response, after the prompt). A conversation may have one segment per answer. Tokens
+    that several paths share are stored and computed once.
     """
 
     length: int
-    """Own tokens, at least 1."""
+    """Number of its own tokens, at least 1."""
     parent: int = -1
-    """Index of the segment whose path it continues, an earlier one; -1 if it starts anew."""
+    """Index of the earlier segment whose path it continues; -1 for a root."""
     shared: int = 0
-    """Tokens of the parent's path, counted from its beginning, that come before its own; 0 if it starts anew."""
+    """How many leading tokens of the parent's path precede its own; 0 for a root."""
 
 
 @dataclass(frozen=True)
 class Example:
     """One tokenized row: a tree of segments, one after the other in `input_ids`.
 
-    input_ids: `[tokens]` int32. loss_mask: `[tokens]` bool, True where the *token at that position* carries loss; False
-    where a path begins, since nothing predicts its first token. segments: they add up to `tokens`, and only the first
-    starts anew; one for all of it when left out. fields: numbers that belong to the row (a margin, a label, a score),
-    NaN where it has none; all examples of a data set have the same names. cut: tokens were removed to fit. straddled:
-    a token crosses a border between prompt and target, so that it holds characters of both. empty_answer: all there is
-    to learn is to end at once.
+    input_ids: `[tokens]` int32. loss_mask: `[tokens]` bool, True if the *token at that position* carries loss; False
+    for the first token of a path, which nothing predicts. segments: their lengths add up to `tokens`, and only the
+    first is a root; one segment with all tokens when left out. fields: numbers of the row (a margin, a label, a score),
+    NaN if it has none; all examples of a data set have the same names. cut: tokens were removed to fit. straddled: a
+    token holds characters of both the prompt and a target. empty_answer: the only target is the end of the answer.
     """
 
     input_ids: np.ndarray
@@ -117,55 +116,55 @@ class Example:
 
 
 class Inputs(TypedDict):
-    """What a model reads.
+    """The inputs of a model.
 
-    Padded inputs have an `attention_mask`. Packed ones have one row (`batch` = 1), no `attention_mask`, and `segments`.
-    Rows of equal length, each a document, need neither.
+    Padded inputs have an `attention_mask`. Packed ones have one row (`batch` = 1) and `segments`, but no
+    `attention_mask`. Rows of equal length, one document each, need neither.
     """
 
     input_ids: torch.Tensor  # [batch, seq] int64
     position_ids: torch.Tensor  # [batch, seq] int64, the place of each token in its path
-    attention_mask: NotRequired[torch.Tensor]  # [batch, seq] int64, 1 where a token is
-    segments: NotRequired[list[Segment]]  # of the row; on the host, so that no kernel waits for them
+    attention_mask: NotRequired[torch.Tensor]  # [batch, seq] int64, 1 for a token, 0 for padding
+    segments: NotRequired[list[Segment]]  # of the row; kept on the host, since reading a GPU tensor would synchronise
 
 
 class Update(NamedTuple):
-    """What the optimizer update that a micro-batch belongs to comes to, over all its micro-batches and ranks."""
+    """Totals of an optimizer update over all its micro-batches and ranks; each of its micro-batches carries them."""
 
     targets: int
     """Tokens that carry loss."""
     rows: int
     """Examples."""
     parts: int
-    """Micro-batches, over all ranks: Lightning averages their gradients."""
+    """Micro-batches over all ranks, whose gradients Lightning averages."""
 
 
 class Batch(TypedDict):
-    """One micro-batch: a row of segments without padding, and the targets in it.
+    """One micro-batch: a row of segments without padding, and its targets.
 
-    A target is a token that carries loss. What predicts it is the token before it in its path, which for the first
-    token of a segment lies in the segment that it continues. `oumi_pl.models.layouts` makes of this what a model reads.
+    A target is a token that carries loss. It is predicted at the token before it in its path; for the first token of a
+    segment, that token is in the segment it continues. `oumi_pl.models.layouts` turns a batch into model inputs.
     """
 
     input_ids: torch.Tensor  # [1, seq] int64
     position_ids: torch.Tensor  # [1, seq] int64, the place of each token in its path
-    segments: list[Segment]  # they add up to seq; each example begins with one that starts anew
+    segments: list[Segment]  # their lengths add up to seq; each example begins with a root
     targets: torch.Tensor  # [targets] int64, the token to predict
     predictors: torch.Tensor  # [targets] int64, the position in the row whose hidden state predicts it
-    target_segments: torch.Tensor  # [targets] int64, ascending: the segment that holds it
-    fields: dict[str, torch.Tensor]  # [rows] float32 each: the numbers of the examples
-    sample_ids: list[int]  # [rows], which examples these are; empty for the stand-in of a rank that ran out of rows
+    target_segments: torch.Tensor  # [targets] int64, ascending: the segment that contains it
+    fields: dict[str, torch.Tensor]  # [rows] float32 each: `Example.fields`
+    sample_ids: list[int]  # [rows], ids of the examples; empty for the stand-in of a rank that ran out of rows
     update: NotRequired[Update]  # in training
-    source: NotRequired[int]  # which source all rows of a held-out batch come from
-    text_bytes: NotRequired[int]  # bytes of UTF-8 text that the targets of a held-out batch stand for
+    source: NotRequired[int]  # index of the source of all rows of a held-out batch
+    text_bytes: NotRequired[int]  # UTF-8 bytes of the text of a held-out batch's targets
 
 
 Sums = dict[str, torch.Tensor]
-"""Sums over the targets or rows of a batch by name, scalars each."""
+"""Sums over the targets or rows of a batch, by name; scalars."""
 
 
-class Cut(Protocol):
-    """How an optimizer update is cut: `ranks` x `micro_batches` x `batch_size` rows."""
+class UpdateLayout(Protocol):
+    """How the rows of an update are divided: `ranks` x `micro_batches` x `batch_size`."""
 
     batch_size: int
     micro_batches: int
@@ -178,7 +177,7 @@ class Cut(Protocol):
 
 
 class RunData(Protocol):
-    """What modules, callbacks, preview, dry run, adapters and exports need of a data module."""
+    """The part of a data module that modules, callbacks, preview, dry run, adapters and exports use."""
 
     added_tokens: list[int]
     """Ids that were added to the tokenizer's vocabulary."""
@@ -192,26 +191,26 @@ class RunData(Protocol):
     own_template: Any
     """The chat template that the tokenizer came with; None if it has none."""
     packing: bool
-    """Whether a row of the plan holds several examples that must not see each other."""
+    """Whether a row of the plan may hold several examples, kept apart by the attention."""
     sources: dict[str, Any]
-    """`train`, `validation`, `test`, `predict` -> what the recipe says; None for a split that it leaves out."""
+    """`train`, `validation`, `test`, `predict` -> the recipe's value; None for a split that it leaves out."""
     streaming: bool
-    """Whether training rows are known only once they are read."""
+    """Whether training rows are tokenized while training, so that their number is unknown beforehand."""
     template: Any
-    """The chat template in force, an `oumi_pl.data.template.ChatTemplate`; None where rows have no turns."""
+    """The `oumi_pl.data.template.ChatTemplate` in use; None if rows have no turns."""
     tokenizer_spec: Any
     train_loader: Any
-    """The training loader, once it is made."""
+    """The training loader; None until it is created."""
     workers: int
     """Loader processes per device."""
 
     @property
-    def layout(self) -> Cut:
-        """How an update is cut."""
+    def layout(self) -> UpdateLayout:
+        """How the rows of an update are divided over ranks and micro-batches."""
 
     @property
     def row_name(self) -> str:
-        """What `batch_size` counts: `row`, `pack` or `pair`."""
+        """The unit of `batch_size`: `row`, `pack` or `pair`."""
 
     @property
     def stop_tokens(self) -> list[int]:
@@ -219,67 +218,67 @@ class RunData(Protocol):
 
     @property
     def streamed(self) -> list[str]:
-        """Names of the training sources of which nothing is known before they are read."""
+        """Names of the training sources that are tokenized while training."""
 
     @property
     def tokenizer(self) -> Any:
-        """The tokenizer, loaded when first asked for."""
+        """The tokenizer, loaded on first use."""
 
     def consumed(self) -> list[dict[str, Any]]:
-        """What was read of each source in the running pass, where that is not the plan's."""
+        """What the current pass has read from each source; empty for data that follow a plan."""
 
     def largest_micro_batch(self) -> list[np.ndarray] | None:
-        """Rows of the largest micro-batch of the first epoch, over all ranks; None if all are alike."""
+        """Rows of the largest micro-batch of the first epoch, over all ranks; None if all are the same size."""
 
     def longest_path(self, splits: Iterable[str]) -> tuple[int, int] | None:
-        """Positions that the longest path of these splits needs surely, and at most; None for `max_length`."""
+        """Bounds on the positions of the longest path in these splits: (least, most); None for `max_length`."""
 
     def needed(self, stage: str) -> Iterator[str]:
-        """The splits that a stage reads."""
+        """The splits that a stage reads; refuses a stage whose split has no source."""
 
     def prompts(self, split: str) -> Iterator[tuple[list[int], str]]:
-        """Prompt ids of each row of a split, and the reference answer that follows."""
+        """Prompt ids and reference answer of each row of a split."""
 
     def report(self) -> dict[str, Any]:
-        """What became of the rows, per split."""
+        """Counts per split: rows read, kept, dropped and cut, tokens, lengths."""
 
     def source_names(self, split: str) -> list[str]:
-        """Names of the sources that have held-out metrics of their own; a single name if there are none."""
+        """Names of the sources that get separate held-out metrics; a single name if there are no separate ones."""
 
     def tokens(self, updates: int) -> int:
-        """Tokens that the first so many updates train on; an estimate beyond the first few epochs."""
+        """Tokens in the first `updates` updates; estimated beyond the first few epochs."""
 
     def train_dataloader(self) -> Any:
         """The training loader."""
 
     def updates(self, epochs: int) -> int:
-        """Optimizer updates in so many epochs."""
+        """Number of optimizer updates in `epochs` epochs."""
 
     def val_dataloader(self) -> Any:
         """The loader of held-out rows."""
 
 
 class RunModule(Protocol):
-    """What callbacks, the dry run, references, adapters and exports need of a module."""
+    """The part of a module that callbacks, the dry run, references, adapters and exports use."""
 
     compile_layers: bool
     details: ClassVar[tuple[str, ...]]
-    """Metrics that are logged, and not shown in the terminal after each validation."""
+    """Metrics that are logged, but not shown in the terminal after a validation."""
     dtype_name: Any
     generates: ClassVar[bool]
-    """Whether the model completes prompts, so that samples and predictions make sense."""
+    """Whether the model completes prompts, so that it can be sampled from."""
     generation_settings: dict[str, Any]
-    """How `predict` completes prompts: arguments of `oumi_pl.models.generation.complete`."""
+    """Arguments of `oumi_pl.models.generation.complete` for `predict`."""
     gradient_checkpointing: bool
     last_update: dict[str, float]
     """Sums of the last update over all micro-batches and ranks."""
     lora: dict[str, Any] | None
     loss: Any
-    """What computes the loss of a token or pair; None where that is not a part of its own."""
+    """The loss of a token or a pair, if it is an object that can be replaced; else None."""
     model_name: str | None
     quantization: Any
     reference: Any
-    """What the policy is compared with, an `oumi_pl.modules.reference.Reference`; None for trainer types without."""
+    """The `oumi_pl.modules.reference.Reference`; None for trainer types without one."""
     run_config: str
     """The recipe as YAML, for checkpoints."""
     schedule: Any
@@ -296,17 +295,17 @@ class RunModule(Protocol):
 
     @property
     def device(self) -> torch.device:
-        """Where it is."""
+        """The device of the weights."""
 
     @property
     def notes(self) -> list[str]:
-        """What the run says about the model before the first update."""
+        """Lines about the model to print before the first update."""
 
     def build(self, tokenizer: Any, added_tokens: Sequence[int] = (), *, branching: bool | None = False) -> Any:
-        """The model that the arguments describe, for a tokenizer; see `oumi_pl.modules.base.LanguageModule.build`."""
+        """Builds the model for a tokenizer; see `oumi_pl.modules.base.LanguageModule.build`."""
 
     def count(self, batch: Any) -> dict[str, int]:
-        """What a batch comes to: `rows`, `targets`, `tokens`, and `positions`, which are tokens with padding."""
+        """Counts of a batch: `rows`, `targets`, `tokens`, and `positions` (tokens and padding)."""
 
     def load_weights(self, saved_state: dict[str, Any]) -> None:
         """Loads the weights of a checkpoint."""
@@ -318,10 +317,10 @@ class RunModule(Protocol):
         """Logs metrics, as in Lightning."""
 
     def parameters(self) -> Iterator[torch.nn.Parameter]:
-        """All weights, with those of heads."""
+        """All weights, including those of heads."""
 
     def save(self, directory: Any, **settings: Any) -> None:
-        """Writes what a user gets: the model with every head that it trained."""
+        """Writes a model folder: the language model and every head that was trained."""
 
     def state_dict(self) -> dict[str, Any]:
         """The weights that a checkpoint holds."""
@@ -331,7 +330,7 @@ class RunModule(Protocol):
 
 
 SPLITS = {"fit": ("train", "validation"), "validate": ("validation",), "test": ("test",)}
-"""Stage -> the splits that it reads; `predict` reads prompts."""
+"""Stage -> the splits that it reads. `predict` is not listed: it reads prompts, not examples."""
 
 
 class TokenLoss(ABC):
@@ -347,10 +346,10 @@ class Pairs:
     """Log-probabilities of pairs of responses: the input of preference losses.
 
     logps: `[targets]`, of each target token under the policy, float32, differentiable.
-    ref_logps: `[targets]`, the same under the reference; zeros where a loss needs none.
-    branches: `[targets]`, ascending: `2 i` for tokens of pair `i`'s chosen response, `2 i + 1` for its rejected one's.
+    ref_logps: `[targets]`, the same under the reference; zeros if the loss uses none.
+    branches: `[targets]`, ascending: `2 i` for tokens of pair `i`'s chosen response, `2 i + 1` for its rejected one.
     count: number of pairs.
-    margins: `[pairs]`, how much better the chosen response is, NaN where unknown.
+    margins: `[pairs]`, how much better the chosen response is, NaN if unknown.
     """
 
     logps: torch.Tensor
@@ -413,15 +412,15 @@ class PreferenceLoss(ABC):
     """
 
     beta: float = 1.0
-    """What log-ratios are multiplied by to be called rewards."""
+    """Factor from log-ratios to rewards."""
     needs_reference: bool = True
-    """Whether the loss looks at the reference; without, no reference is made."""
+    """Whether the loss uses a reference. If not, none is created."""
     loss_at_start: float | None = None
-    """The loss of any pair as long as policy and reference are equal, for losses where that is one number."""
+    """The loss of any pair while policy and reference are equal; None if that depends on the pair."""
 
     @abstractmethod
     def __call__(self, pairs: Pairs) -> torch.Tensor:
-        """Maps pairs to their losses, `[pairs]`; the gradient of an update is that of their mean."""
+        """Maps pairs to losses `[pairs]`; an update minimises their mean."""
 
     def rewards(self, pairs: Pairs) -> tuple[torch.Tensor, torch.Tensor]:
         """Implicit rewards of the chosen and the rejected responses, `[pairs]` each, for the metrics.

@@ -164,7 +164,7 @@ VALUES = {
         {f"{MODEL}schedule.init_args.warmup": 1.5},
     ),
     "out of range: held-out fraction": Case(
-        "data.validation is 2.0, but a held-out fraction lies between 0 and 1", {f"{DATA}validation": 2.0}
+        "data.validation is 2.0, but a held-out fraction is between 0 and 1", {f"{DATA}validation": 2.0}
     ),
     "out of range: clipping": Case(
         "trainer.gradient_clip_val is -1.0, but a norm is above 0; leave it out to clip nothing",

@@ -40,16 +40,15 @@ ROWS = {
     ),
     "binary": reads(
         b"\x00\x01\x02\xff",
-        "data.jsonl:1: binary data (a zero byte), where text is expected; tables are read from .parquet and "
-        ".arrow files",
+        "data.jsonl:1: expected text, found binary data (a zero byte); tables are read from .parquet and .arrow files",
     ),
     "wrong encoding": reads(
         jsonl(GOOD).encode() + '{"prompt": "café"}'.encode("latin-1"),
-        "data.jsonl:2: not UTF-8 text (0xe9 at byte 16 of the line, 53 of the file); save it as UTF-8, or let "
-        "the source read on: {path: data.jsonl, errors: replace}",
+        "data.jsonl:2: not UTF-8 text (0xe9 at byte 16 of the line, 53 of the file); save it as UTF-8, or have "
+        "such bytes replaced: {path: data.jsonl, errors: replace}",
     ),
     "wrong encoding, UTF-16": reads(
-        jsonl(GOOD).encode("utf-16"), "data.jsonl:1: UTF-16 text, where UTF-8 is expected; save it as UTF-8"
+        jsonl(GOOD).encode("utf-16"), "data.jsonl:1: expected UTF-8 text, found UTF-16; save it as UTF-8"
     ),
     "corrupt line": reads(
         jsonl(GOOD, GOOD) + '{"prompt": "a\n',
@@ -59,11 +58,11 @@ ROWS = {
     "mixed formats": reads(
         jsonl(GOOD, CHAT),
         "data.jsonl:2: a row of the format messages, and those before it are prompt_response; put the rows of each "
-        "format in a file of its own, and name both as sources",
+        "format in a separate file, and name both as sources",
     ),
     "empty answer": reads(
         jsonl(*[GOOD | {"response": ""}] * 2),
-        "data.train: the answers of all 2 rows are empty; there is nothing to learn from them but to end at once",
+        "data.train: the answers of all 2 rows are empty; the model would only learn to end at once",
     ),
     "all rows dropped": reads(
         jsonl(CHAT, CHAT),
@@ -111,8 +110,7 @@ MODELS = {
     ),
     "weights of another architecture": Case(
         "model: HERE/m lacks 28 of the weights that GPT2LMHeadModel has, first transformer.h.0.attn.c_attn.bias: "
-        "it is of "
-        "another architecture, or model.config asks for more than it holds",
+        "it has another architecture, or model.config adds weights to it",
         PRETRAINED,
         before=of_gpt2,
     ),
@@ -147,7 +145,7 @@ MODELS = {
         "runs_dir: can't write to out: no permission to write to .", {"runs_dir": "out"}, before=without_permission
     ),
     "cache directory not writable": Case(
-        "can't make the cache directory HERE/cache: File exists; name another one with the environment variable "
+        "can't create the cache directory HERE/cache: File exists; name another one with the environment variable "
         "OUMI_PL_CACHE",
         before=lambda cli, _: cli.write("cache", ""),
     ),

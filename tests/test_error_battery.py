@@ -71,7 +71,7 @@ def test_full_disk_leaves_whole_checkpoints_and_the_run_goes_on(cli, monkeypatch
     code, _, err = cli.run(*FIT, *steps)
     assert code == 2
     assert "error: No space left on device to write runs/r/checkpoints/step-00000002.ckpt" in err
-    assert "go on with --resume" in err
+    assert "continue with --resume" in err
     assert [p.name for p in cli.directory.glob("runs/r/checkpoints/*")] == ["step-00000001.ckpt"]
     monkeypatch.undo()
     monkeypatch.chdir(cli.directory)

@@ -1,4 +1,4 @@
-"""The attention implementation `"documents"`, as transformers knows it: a function for masks, and one that attends."""
+"""The attention implementation `"documents"`: the functions for masks and attention that transformers calls."""
 
 import inspect
 from collections.abc import Callable
@@ -7,19 +7,19 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from oumi_pl.attention.blocks import Block, Blocks, in_force
+from oumi_pl.attention.segments import Block, Blocks, current_blocks
 from oumi_pl.errors import UserError
 
 
 def varlen_fits(query: Tensor, value: Tensor, blocks: Blocks, settings: dict[str, Any]) -> bool:
-    """Tells whether one call of PyTorch's variable-length kernel computes the same attention."""
+    """Whether one call of PyTorch's variable-length kernel computes the same attention."""
     return (
         query.is_cuda
         and query.dtype in (torch.bfloat16, torch.float16)
         and query.shape[-1] == value.shape[-1] <= 256
         and query.shape[-1] % 8 == 0
         and not settings.get("dropout")
-        # A mask may also be that of a chunk; only for a window does the layer tell the width.
+        # `window` may be the size of a chunk instead; only layers with a true window are called with `sliding_window`.
         and (blocks.causal or (blocks.window is not None and blocks.window == settings.get("sliding_window")))
         and torch.cuda.get_device_capability(query.device) >= (8, 0)
         and _parameters() >= {"window_size", "scale"}
@@ -37,8 +37,8 @@ def _parameters() -> set[str]:
 def attend_varlen(query: Tensor, key: Tensor, value: Tensor, blocks: Blocks, scale: float | None) -> Tensor:
     """Attends in one call and returns `[1, seq, heads, dim]`.
 
-    The kernel aligns the last query of a block with its last key, so that a block that continues others needs no mask,
-    and its window goes by positions in its path.
+    The kernel aligns a block's last query with its last key. So a block that continues others needs no mask, and the
+    window counts positions in its path.
     """
     from torch.nn.attention.varlen import varlen_attn
 
@@ -48,7 +48,7 @@ def attend_varlen(query: Tensor, key: Tensor, value: Tensor, blocks: Blocks, sca
         options["enable_gqa"] = True
     elif groups > 1:
         key, value = key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1)
-    # The kernel counts how many tokens to look back, transformers how many to look at.
+    # The kernel's window excludes the query itself, transformers' includes it.
     longest_query, longest = max(b.length for b in blocks.blocks), max(b.keys for b in blocks.blocks)
     window = blocks.window
     options["window_size"] = (-1 if window is None or window >= longest else window - 1, 0)
@@ -60,12 +60,12 @@ def attend_varlen(query: Tensor, key: Tensor, value: Tensor, blocks: Blocks, sca
 
 
 NAME = "documents"
-"""The attention implementation to load a model with, once `register` was called."""
+"""Value of `attn_implementation` for models that are loaded after `register`."""
 NO_PACKING = "set data.packing to false (data.isolate, of PretrainData)"
 
 
 def register() -> None:
-    """Makes the attention implementation `"documents"` known to transformers. Call it before a model is loaded."""
+    """Adds the attention implementation `"documents"` to transformers. Call it before a model is loaded."""
     from transformers import AttentionInterface, AttentionMaskInterface
 
     AttentionInterface.register(NAME, attend)
@@ -84,27 +84,27 @@ def make_mask(
     device: torch.device | str = "cpu",
     **settings: Any,
 ) -> Tensor | Blocks | None:
-    """Makes what `attend` reads as its mask; registered in transformers' `AttentionMaskInterface`.
+    """Creates the mask argument of `attend`; registered in transformers' `AttentionMaskInterface`.
 
     Args:
         batch_size: rows.
-        q_length: tokens that ask.
-        kv_length: tokens that answer, more than `q_length` where there is a cache.
-        mask_function: transformers' rule, from indices of row, head, query and key to whether the key is seen.
-        attention_mask: `[batch, kv]`, True where a token is; must be None for packed rows.
-        local_size: width of the window or chunk of a layer that looks at neighbours only.
-        use_vmap: the rule is more than transformers' own.
+        q_length: number of queries.
+        kv_length: number of keys, more than `q_length` with a cache.
+        mask_function: transformers' rule: (row, head, query, key) indices -> whether the query sees the key.
+        attention_mask: `[batch, kv]`, True for tokens, False for padding; must be None for packed rows.
+        local_size: width of the window or chunk of a layer with local attention.
+        use_vmap: the model adds its own rule to the mask function.
         device: the model's.
-        settings: the rest of what transformers passes on.
+        settings: transformers' further arguments.
 
     Raises:
         ValueError: within `packed`, called with anything but one row of the packed blocks.
-        UserError: shared tokens, and a mask that is neither causality nor a window.
+        UserError: tokens are shared, and the mask is neither causal nor a causal window.
     """
     from transformers.masking_utils import sdpa_mask
 
     rule: dict[str, Any] = {"mask_function": mask_function, "use_vmap": use_vmap, "device": device}
-    blocks = in_force.get()
+    blocks = current_blocks.get()
     if blocks is None:
         settings |= rule | {"attention_mask": attention_mask, "local_size": local_size}
         return sdpa_mask(batch_size, q_length, kv_length, **settings)
@@ -115,7 +115,7 @@ def make_mask(
             f"called with {batch_size} row(s) of {q_length} queries and {kv_length} keys"
         )
     if use_vmap and any(block.prefix for block in blocks):
-        raise UserError("this model's attention has a mask of its own, which is not known for shared prompts")
+        raise UserError("this model's attention uses a custom mask, which can't be applied to shared prompts")
 
     def mask_of(block: Block) -> Tensor | None:
         if block.prefix:
@@ -131,7 +131,7 @@ def make_mask(
 
 
 def _continued(block: Block, window: int | None, device: torch.device | str) -> Tensor:
-    """The mask of a block that continues others, by positions in its path; transformers' rule goes by those in the row.
+    """The mask of a block that continues others, by positions in its path (transformers' rule uses those in the row).
 
     Returns:
         `[1, 1, length, keys]` bool, True where seen.
@@ -150,35 +150,35 @@ def attend(
     attention_mask: Tensor | Blocks | None,
     **settings: Any,
 ) -> tuple[Tensor, None]:
-    """Attends within blocks if `attention_mask` says where they lie; registered in `AttentionInterface`.
+    """Attends within the blocks of a packed row; registered in transformers' `AttentionInterface`.
 
     Args:
         module: the attention layer.
         query: `[batch, heads, seq, dim]`.
         key: as `query`, possibly with fewer heads.
         value: as `key`.
-        attention_mask: what `make_mask` returned.
+        attention_mask: the return value of `make_mask`; anything but `Blocks` gives plain `sdpa` attention.
         settings: transformers' further arguments: `dropout`, `scaling`, `sliding_window`, ...
 
     Returns:
         `[batch, seq, heads, dim]`, and None for the attention weights.
 
     Raises:
-        UserError: the model's attention has a term that scaled dot products don't have.
+        UserError: the attention has a term that scaled dot-product attention does not compute, or is not causal.
     """
     from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
     blocks = attention_mask if isinstance(attention_mask, Blocks) else None
     _refuse_unknown_terms(module, settings, blocks)
     if blocks is None:
-        if in_force.get() is not None:
+        if current_blocks.get() is not None:
             name = type(module).__name__
             raise UserError(f"{name} ignores transformers' mask functions: its documents can't be packed; {NO_PACKING}")
         return sdpa_attention_forward(module, query, key, value, attention_mask, **settings)  # type: ignore[arg-type]
     if varlen_fits(query, value, blocks, settings):
         return attend_varlen(query, key, value, blocks, settings.get("scaling")), None
-    # One call per block, shaped as if it were alone: the same kernels, the same rounding, no square of `seq`. Split
-    # rather than sliced: the backward pass of a slice fills a whole row with zeros.
+    # One call per block, with the shapes it would have alone: same kernels, same rounding, and no `seq x seq` mask.
+    # Split, not sliced: the backward pass of each slice would allocate a gradient of the whole row.
     queries, keys, values = (x.split(blocks.lengths, dim=2) for x in (query, key, value))
     outputs = []
     for i, (block, mask) in enumerate(zip(blocks.blocks, blocks.masks, strict=True)):
@@ -188,15 +188,15 @@ def attend(
 
 
 def _along_path(own: tuple[Tensor, ...], index: int, block: Block) -> Tensor:
-    """Keys or values of a block's path, of each block's `own` ones, `[batch, heads, keys, dim]`."""
+    """Keys or values along a block's path, `[batch, heads, keys, dim]`, from the `own` ones of each block."""
     if not block.earlier:
         return own[index]
     return torch.cat([*(own[i][:, :, :length] for i, length in block.earlier), own[index]], dim=2)
 
 
 def _refuse_unknown_terms(module: nn.Module, settings: dict[str, Any], blocks: Blocks | None) -> None:
-    """Refuses what scaled dot products would ignore, and for packed rows what is laid out for a whole row."""
-    # transformers' own function ignores sinks, and knows how to apply the other terms to whole rows.
+    """Refuses terms that `sdpa` would ignore and, for packed rows, terms that are shaped for the whole row."""
+    # transformers' sdpa function ignores the first two; it applies the other two, but only to whole rows
     terms = {"s_aux": "attention sinks", "softcap": "a soft cap on attention logits"}
     if blocks is not None:
         terms |= {"position_bias": "a position bias", "head_mask": "a head mask"}
@@ -209,6 +209,6 @@ def _refuse_unknown_terms(module: nn.Module, settings: dict[str, Any], blocks: B
     causal = settings.get("is_causal")
     if blocks is not None and not (getattr(module, "is_causal", True) if causal is None else causal):
         raise UserError(f"{type(module).__name__} is not causal: its documents can't be packed; {NO_PACKING}")
-    # A width may also be that of a chunk; only for a window does the layer tell it.
+    # See `varlen_fits`: a width without `sliding_window` is the size of a chunk.
     if blocks is not None and blocks.continued and blocks.window not in (None, settings.get("sliding_window")):
-        raise UserError(f"{type(module).__name__} sees chunks, which is not known for shared prompts")
+        raise UserError(f"{type(module).__name__} attends in chunks, which is not supported for shared prompts")

@@ -1,4 +1,4 @@
-"""Checks of what a model's attention really does in a packed row: the model is run on a few random tokens."""
+"""Tests what a model's attention does in a packed row, by running the model on a few random tokens."""
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -7,27 +7,26 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from oumi_pl.attention.blocks import packed
 from oumi_pl.attention.interface import NAME, NO_PACKING
-from oumi_pl.attention.segments import path_positions, position_ids
+from oumi_pl.attention.segments import packed, path_positions, position_ids
 from oumi_pl.errors import UserError, is_out_of_memory, reason
 from oumi_pl.types import Segment
 
-TRIPPED = (TypeError, ValueError, KeyError, AttributeError, IndexError, NotImplementedError)
-"""What architectures raise that take no `position_ids`, or make something of a mask of their own kind."""
-SHAPES = ("shape", "size")
-"""What torch says, in an error of no kind of its own, of tensors that don't fit together."""
+ATTENTION_ERRORS = (TypeError, ValueError, KeyError, AttributeError, IndexError, NotImplementedError)
+"""Raised by architectures that take no `position_ids`, or compute with the mask, which here is a `Blocks`."""
+SHAPE_WORDS = ("shape", "size")
+"""Words in torch's plain RuntimeErrors about tensors whose shapes don't match."""
 FOREST = (
     Segment(9),
     Segment(6, parent=0, shared=5),
     Segment(4, parent=0, shared=9),
     Segment(3, parent=1, shared=8),
-    Segment(5, parent=1, shared=3),  # ends inside its grandparent
+    Segment(5, parent=1, shared=3),  # its prefix ends inside its grandparent
     Segment(7),
     Segment(4, parent=5, shared=2),
-    Segment(2, parent=3, shared=7),  # likewise; and its tree is continued after another one
+    Segment(2, parent=3, shared=7),  # likewise; and its tree is not contiguous in the row
 )
-"""What `why_not_shared` tries: two trees, up to four segments deep."""
+"""The segments that `why_not_shared` runs: two trees, up to four segments deep."""
 
 
 def refuse_unless_isolating(model: nn.Module) -> None:
@@ -47,12 +46,12 @@ def refuse_unless_isolating(model: nn.Module) -> None:
     first, second = _random_ids(base, 13).split([7, 6], 1)
     changed = (first + 1) % len(_embedding(base))
     try:
-        with _undisturbed(model):
+        with probing(model, _embedding(base).device):
             alone = _hidden_states(base, first, documents[:1]), _hidden_states(base, second, documents[1:])
             together = _hidden_states(base, torch.cat([first, second], 1), documents)
             beside_another = _hidden_states(base, torch.cat([changed, second], 1), documents)[:, 7:]
-    except (*TRIPPED, RuntimeError) as error:
-        if not _is_of_the_attention(error):
+    except (*ATTENTION_ERRORS, RuntimeError) as error:
+        if not _is_attention_error(error):
             raise
         raise UserError(
             f"the attention of {type(base).__name__} can't keep packed documents apart "
@@ -70,7 +69,7 @@ def refuse_unless_isolating(model: nn.Module) -> None:
 
 
 def why_not_isolating(model: nn.Module) -> str | None:
-    """Why packed documents would see each other in a model; None if they don't. See `refuse_unless_isolating`."""
+    """The message of `refuse_unless_isolating`; None if the model keeps packed documents apart."""
     try:
         refuse_unless_isolating(model)
     except UserError as error:
@@ -79,16 +78,16 @@ def why_not_isolating(model: nn.Module) -> str | None:
 
 
 def why_not_shared(model: nn.Module) -> str | None:
-    """Why a model can't compute tokens once that several segments share; None if it can, exactly.
+    """The reason why a model can't compute shared tokens only once; None if it can do so exactly.
 
-    Compares the hidden states of each segment of a small forest with those of its path run alone. Arguments and side
-    effects as for `refuse_unless_isolating`.
+    Compares the hidden states of each segment of a small forest with those of its path run alone. The argument is that
+    of `refuse_unless_isolating`.
     """
     base = _base_model(model)
     positions = position_ids(FOREST)
     ids = _random_ids(base, len(positions))
     try:
-        with _undisturbed(model):
+        with probing(model, _embedding(base).device):
             together = _hidden_states(base, ids, FOREST).split([segment.length for segment in FOREST], 1)
             distances = []
             for i, segment in enumerate(FOREST):
@@ -97,8 +96,8 @@ def why_not_shared(model: nn.Module) -> str | None:
                 distances.append(_distance(together[i], alone[:, segment.shared :]))
     except UserError as error:
         return str(error)
-    except (*TRIPPED, RuntimeError) as error:
-        if not _is_of_the_attention(error):
+    except (*ATTENTION_ERRORS, RuntimeError) as error:
+        if not _is_attention_error(error):
             raise
         return f"the attention of {type(base).__name__} can't share tokens ({type(error).__name__}: {reason(error)})"
     if all(distance <= _tolerance(base) for distance in distances):
@@ -108,17 +107,22 @@ def why_not_shared(model: nn.Module) -> str | None:
 
 
 @contextmanager
-def _undisturbed(model: nn.Module) -> Iterator[None]:
-    """Evaluates without gradients, and leaves the generators and each module's training mode as they were."""
-    weight = _embedding(_base_model(model))
-    modes = {module: module.training for module in model.modules()}
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Puts a model into evaluation mode, and gives each module its own mode back at the end."""
+    modes = {module: module.training for module in model.modules()}  # `train()` would switch frozen parts on as well
     model.eval()
     try:
-        with torch.no_grad(), torch.random.fork_rng([weight.device] if weight.is_cuda else []):
-            yield
+        yield
     finally:
         for module, mode in modes.items():
             module.training = mode
+
+
+@contextmanager
+def probing(model: nn.Module, device: torch.device) -> Iterator[None]:
+    """Evaluates without gradients; restores the random number generators and each module's training mode."""
+    with torch.no_grad(), torch.random.fork_rng([device] if device.type == "cuda" else []), evaluating(model):
+        yield
 
 
 def _base_model(model: nn.Module) -> Any:
@@ -151,10 +155,10 @@ def _hidden_states(base: Any, ids: Tensor, segments: Sequence[Segment]) -> Tenso
     return output.last_hidden_state
 
 
-def _is_of_the_attention(error: Exception) -> bool:
+def _is_attention_error(error: Exception) -> bool:
     if is_out_of_memory(error):
         return False
-    return isinstance(error, TRIPPED) or any(word in str(error) for word in SHAPES)
+    return isinstance(error, ATTENTION_ERRORS) or any(word in str(error) for word in SHAPE_WORDS)
 
 
 def _distance(a: Tensor, b: Tensor) -> float:

@@ -1,9 +1,9 @@
-"""The DataModule that all trainer types share: sources, tokenizer, how updates are cut, prompts, the position."""
+"""The base class of all data modules: sources, tokenizer, layout of updates, loaders, prompts, resuming."""
 
 import os
 from abc import abstractmethod
-from collections.abc import Iterable, Iterator
-from functools import cached_property
+from collections.abc import Callable, Iterable, Iterator
+from functools import cached_property, partial
 from typing import TYPE_CHECKING, Any
 
 import lightning as L
@@ -12,11 +12,11 @@ import torch
 from torch.utils.data import DataLoader
 
 from oumi_pl.data.plan import Layout
-from oumi_pl.data.sources import Source
+from oumi_pl.data.sources import Source, as_sources, is_held_out, is_not_held_out
 from oumi_pl.data.template import ChatTemplate
 from oumi_pl.data.tokenizers import TokenizerFactory, load_tokenizer
 from oumi_pl.errors import UserError
-from oumi_pl.types import SPLITS
+from oumi_pl.types import SPLITS, Row
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -25,33 +25,33 @@ Sources = str | Source | list[str | Source]
 
 
 class TextData(L.LightningDataModule):
-    """Reads and tokenizes text, and hands it out update by update. Subclasses say what becomes of a row.
+    """Reads and tokenizes text and yields it update by update. Subclasses define what a row becomes.
 
     Args:
-        train: Where the training rows come from: a hub id, a file, directory or glob, `bundled/NAME`, or a list of
+        train: The source of the training rows: a hub id, a file, directory or glob, `bundled/NAME`, or a list of
             these (a mixture).
         validation: A source, or the fraction of the training rows to hold out (chosen by a hash of the row).
         test: Source for `test`.
         predict: Source of prompts for `predict`; the test or validation rows when left out.
-        tokenizer: Hub id or directory, or a class that makes one; the model's own when left out.
+        tokenizer: Hub id or directory, or a class that builds one; the model's own when left out.
         max_length: Tokens of the longest row.
         batch_size: Rows per micro-batch and device.
         eval_batch_size: The same for validation and test; `batch_size` when left out.
         workers: Loader processes per device.
-        seed: Of the order; the run's `seed_everything` when left out.
-        trust_remote_code: Let the tokenizer run code that came with it.
+        seed: Seed of the order of rows; the run's `seed_everything` when left out.
+        trust_remote_code: Let the tokenizer run code from its repository.
     """
 
     packing: bool = False
-    """Whether a row of the plan holds several examples that must not see each other."""
+    """Whether a row of the plan may hold several examples, kept apart by the attention."""
     branching: bool = False
     """Whether examples may have segments that continue others."""
     streaming: bool = False
-    """Whether training rows are known only once they are read."""
+    """Whether training rows are tokenized while training, so that their number is unknown beforehand."""
     template: ChatTemplate | None = None
-    """The chat template in force; None where rows have no turns."""
+    """The chat template in use; None if rows have no turns."""
     micro_batches: int = 1
-    """Micro-batches per update where no trainer says how many."""
+    """Micro-batches per update without a trainer."""
 
     def __init__(
         self,
@@ -74,14 +74,14 @@ class TextData(L.LightningDataModule):
             "batch_size": batch_size,
             "eval_batch_size": eval_batch_size,
         }.items():
-            least = 2 if name == "max_length" else 1  # a token, and one to predict
+            least = 2 if name == "max_length" else 1  # a token and its target
             if value is not None and value < least:
                 raise UserError(f"data.{name} is {value}, but has to be at least {least}")
         for name, value in {"workers": workers, "seed": seed}.items():
             if value is not None and value < 0:
                 raise UserError(f"data.{name} is {value}, but can't be negative")
         if isinstance(validation, float) and not 0 < validation < 1:
-            raise UserError(f"data.validation is {validation}, but a held-out fraction lies between 0 and 1")
+            raise UserError(f"data.validation is {validation}, but a held-out fraction is between 0 and 1")
         self.sources = {"train": train, "validation": validation, "test": test, "predict": predict}
         self.tokenizer_spec = tokenizer
         self.max_length = max_length
@@ -94,71 +94,75 @@ class TextData(L.LightningDataModule):
         self.own_template: Any = None
         self.own_pad: str | None = None
         self.train_loader: Any = None
-        """The training loader, once it is made."""
+        """The training loader; None until it is created."""
         self.position: dict[str, Any] | None = None
-        """Where the run that is resumed stopped."""
+        """Where the resumed run stopped; None for a new run."""
         self.__made_from: list[Any] = []
 
-    # ---- what a subclass says
+    # ---- what a subclass defines
 
     @abstractmethod
     def make(self, split: str) -> None:
-        """Makes what a split needs on the disk, or finds it there."""
+        """Writes what a split needs to the cache, unless it is there."""
 
     @abstractmethod
     def make_train_loader(self) -> Any:
-        """A loader of this rank's micro-batches that has a `state_dict`, and begins at the first update."""
+        """Creates the loader of this rank's micro-batches, at the first update. It needs a `state_dict`."""
 
     @abstractmethod
     def make_eval_loader(self, split: str) -> DataLoader:
-        """A loader of this rank's share of a held-out split, every row once."""
+        """Creates the loader of this rank's share of a held-out split, with each row once."""
 
     @abstractmethod
     def made_from(self) -> list[Any]:
-        """What tells the training rows from others, as plain values that a checkpoint can hold."""
+        """Identifies the training rows, by plain values that a checkpoint can hold."""
 
     def refuse_changed(self, before: list[Any] | None, now: list[Any]) -> None:
-        """Refuses to resume if the training rows are others than those that the checkpoint was made from.
+        """Refuses to resume on other training rows than the checkpoint's.
+
+        Args:
+            before: `made_from` in the checkpoint.
+            now: `made_from` of this run.
 
         Raises:
-            UserError: they are.
+            UserError: they differ.
         """
         if before is not None and before != now:
             raise UserError(
-                "data.train: the rows, or how they are tokenized, have changed since the checkpoint was written: "
-                "the run can't go on where it was; undo the change, or start anew from its model"
+                "data.train: the rows, or how they are tokenized, have changed since the checkpoint was written, "
+                "so the run can't resume; undo the change, or start a new run from its model"
             )
 
     @abstractmethod
     def updates(self, epochs: int) -> int:
-        """Optimizer updates in so many epochs."""
+        """Number of optimizer updates in `epochs` epochs."""
 
     @abstractmethod
     def prompts(self, split: str) -> Iterator[tuple[list[int], str]]:
-        """Prompt ids of each row of a split, and what the row goes on with: what completions are sampled for."""
+        """Prompt ids and reference answer of each row of a split, for sampling completions."""
 
     @abstractmethod
     def report(self) -> dict[str, Any]:
-        """What became of the rows, per split."""
+        """Counts per split: rows read, kept, dropped and cut, tokens, lengths."""
 
     @abstractmethod
     def longest_path(self, splits: Iterable[str]) -> tuple[int, int] | None:
-        """Positions that the longest path of these splits needs surely, and at most; None for `max_length`."""
+        """Bounds on the positions of the longest path in these splits: (least, most); None for `max_length`."""
 
     @abstractmethod
     def tokens(self, updates: int) -> int:
-        """Tokens that the first so many updates train on; an estimate beyond the first few epochs."""
+        """Tokens in the first `updates` updates; estimated beyond the first few epochs."""
 
     def largest_micro_batch(self) -> list[np.ndarray] | None:
-        """Rows of the largest micro-batch of the first epoch, over all ranks; None if all are alike."""
+        """Rows of the largest micro-batch of the first epoch, over all ranks; None if all are the same size."""
         return None
 
     def consumed(self) -> list[dict[str, Any]]:
-        """What was read of each source in the running pass, where that is not the plan's."""
+        """What the current pass has read from each source; empty for data that follow a plan."""
         return []
 
     def source_names(self, split: str) -> list[str]:
-        """Names of the sources that have held-out metrics of their own; a single name if there are none."""
+        """Names of the sources that get separate held-out metrics; a single name if there are no separate ones."""
         return ["all"]
 
     def prepare_tokenizer(self, tokenizer: "PreTrainedTokenizerBase") -> list[int]:
@@ -172,24 +176,24 @@ class TextData(L.LightningDataModule):
 
     @property
     def row_name(self) -> str:
-        """What `batch_size` counts: `row`, `pack` or `pair`."""
+        """The unit of `batch_size`: `row`, `pack` or `pair`."""
         return "row"
 
     @property
     def streamed(self) -> list[str]:
-        """Names of the training sources of which nothing is known before they are read."""
+        """Names of the training sources that are tokenized while training."""
         return []
 
     # ---- tokenizer
 
     @cached_property
     def tokenizer(self) -> "PreTrainedTokenizerBase":
-        """The tokenizer, loaded when first asked for."""
+        """The tokenizer, loaded on first use."""
         spec: Any = self.tokenizer_spec
         if spec is None and self.trainer is not None:
             spec = getattr(self.trainer.lightning_module, "model_name", None)
         if spec is None:
-            raise UserError("data.tokenizer: no tokenizer is named, and the model (random weights) brings none")
+            raise UserError("data.tokenizer: no tokenizer is named, and a model with random weights has none")
         tokenizer = load_tokenizer(spec, self.trust_remote_code)
         self.own_template, self.own_pad = tokenizer.chat_template, tokenizer.pad_token
         self.added_tokens = self.prepare_tokenizer(tokenizer)
@@ -197,14 +201,25 @@ class TextData(L.LightningDataModule):
 
     @property
     def pad_id(self) -> int:
-        """The tokenizer's pad token; any id will do where it has none."""
+        """The id of the tokenizer's pad token; 0 if it has none, since masks never depend on ids."""
         pad_id = self.tokenizer.pad_token_id
         return pad_id if isinstance(pad_id, int) else 0
+
+    # ---- sources
+
+    def taken(self, split: str) -> tuple[list[Source], Callable[[Row], bool] | None]:
+        """The sources of a split, and a function that selects its rows; None for all rows."""
+        value, held_out = self.sources[split], self.sources["validation"]
+        keep: Callable[[Row], bool] | None = None
+        if isinstance(held_out, float) and split in ("train", "validation"):
+            value = self.sources["train"]
+            keep = partial(is_not_held_out if split == "train" else is_held_out, fraction=held_out)
+        return as_sources(value), keep  # type: ignore[arg-type]
 
     # ---- stages
 
     def prepare_data(self) -> None:
-        """Makes what the stage needs and the cache lacks: once per node, before the other ranks look."""
+        """Writes what the stage needs to the cache. Lightning calls it on one rank per node, before `setup`."""
         stage = self.trainer.state.fn.value if self.trainer is not None and self.trainer.state.fn else "fit"
         for split in SPLITS.get(str(stage), ()):
             if self.sources[split] is not None:
@@ -214,7 +229,7 @@ class TextData(L.LightningDataModule):
         """The splits that a stage reads.
 
         Raises:
-            UserError: the recipe names no source for one; `fit` does without validation.
+            UserError: the recipe has no source for one; only validation during `fit` is optional.
         """
         for split in SPLITS.get(stage, ()):
             if self.sources[split] is not None:
@@ -222,16 +237,16 @@ class TextData(L.LightningDataModule):
             elif not (split == "validation" and stage == "fit"):
                 raise UserError(f"data.{split}: `{stage}` needs a source here, and the recipe names none")
 
-    # ---- how updates are cut, and where the data stand
+    # ---- layout of updates, loaders, position
 
     @property
     def run_seed(self) -> int:
-        """The seed of the order."""
+        """The seed of the order of rows."""
         return self.seed if self.seed is not None else int(os.environ.get("PL_GLOBAL_SEED", "0"))
 
     @property
     def layout(self) -> Layout:
-        """How an update is cut, as the trainer says."""
+        """How the rows of an update are divided, according to the trainer."""
         trainer = self.trainer
         if trainer is None:
             return Layout(self.batch_size, self.micro_batches)
@@ -240,17 +255,17 @@ class TextData(L.LightningDataModule):
 
     @property
     def limit(self) -> int | float:
-        """Micro-batches of an epoch that will be trained on, or the share of them."""
+        """Lightning's `limit_train_batches`: a number of micro-batches, or a share of the epoch."""
         return 1.0 if self.trainer is None else self.trainer.limit_train_batches
 
     @property
     def fetching(self) -> dict[str, Any]:
-        """How loaders fetch: `workers` and `pin_memory`."""
+        """Arguments of loaders: `workers` and `pin_memory`."""
         on_gpu = self.trainer is not None and self.trainer.strategy.root_device.type == "cuda"
         return {"workers": self.workers, "pin_memory": on_gpu}
 
     def transfer_batch_to_device(self, batch: Any, device: torch.device, dataloader_idx: int) -> Any:
-        """As Lightning does, which would walk through every segment: 10 ms for 300 of them."""
+        """As in Lightning, but without the segments: its recursion into each takes 10 ms for 300 of them."""
         if not isinstance(batch, dict) or "segments" not in batch:
             return super().transfer_batch_to_device(batch, device, dataloader_idx)
         rest = {name: value for name, value in batch.items() if name != "segments"}
@@ -258,10 +273,11 @@ class TextData(L.LightningDataModule):
 
     def train_dataloader(self) -> Any:
         """The training loader, at the position where a resumed run stopped."""
-        if self.trainer is not None and self.trainer._accelerator_connector.use_distributed_sampler:
-            self.trainer._accelerator_connector.use_distributed_sampler = False  # the rows are cut by rank already
+        if self.trainer is not None:
+            # our loaders divide the rows among ranks already; Lightning would insert another sampler
+            self.trainer._accelerator_connector.use_distributed_sampler = False
         loader = self.make_train_loader()
-        made_from = self.made_from()  # of now: what is changed while it is read is not what was begun with
+        made_from = self.made_from()  # now, since files may change while they are read
         if self.position is not None:
             self.refuse_changed(self.position.get("made_from"), made_from)
             loader.load_state_dict(self.position)
@@ -277,18 +293,18 @@ class TextData(L.LightningDataModule):
         return self.make_eval_loader("test")
 
     def state_dict(self) -> dict[str, Any]:
-        """Where the training data stand, `{epoch, update, ...}`, the same on every rank, and which these are."""
+        """The position in the training data, `{epoch, update, ...}`, the same on every rank, and `made_from`."""
         position = {} if self.train_loader is None else self.train_loader.state_dict()
         return position and position | {"made_from": self.__made_from}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Restores a position: the loader starts there when it is made."""
+        """Restores a position, at which the training loader will start."""
         self.position = state_dict or None
 
     # ---- predict
 
     def predict_dataloader(self) -> DataLoader:
-        """Prompts of the `predict` rows (else test, else validation), each rank its share, in row order."""
+        """Batches of this rank's share of the `predict` rows' prompts (else test, else validation), in row order."""
         split = next((s for s in ("predict", "test", "validation") if self.sources[s] is not None), None)
         if split is None:
             raise UserError("data.predict: `predict` needs a source of prompts here, and the recipe names none")

@@ -1,4 +1,4 @@
-"""What data that go through a chat template share: the template, prompts for generation, and where answers end."""
+"""Base class of data with chat templates: template, tokenization, prompts for generation, stop tokens."""
 
 import copy
 import sys
@@ -20,13 +20,13 @@ if TYPE_CHECKING:
 
 
 class ChatData(ExampleData):
-    """Rows become conversations or texts, and are tokenized with the characters that carry loss known.
+    """Turns rows into conversations or texts, and tokenizes them with the characters that carry loss marked.
 
     Args:
         args: As of `TextData`.
         template: Chat template: `chatml`, `llama3` or `plain`, or a `.jinja` file; the tokenizer's own when left out.
-        overflow: What becomes of rows longer than `max_length`: `truncate` keeps the answer where it can, `keep_start`
-            cuts the row's end; the row is dropped; or the run stops.
+        overflow: What happens to rows longer than `max_length`: `truncate` cuts the prompt first, `keep_start` the end
+            of the row, `drop` leaves the row out, `error` stops the run.
         kwargs: As of `ExampleData`.
     """
 
@@ -41,29 +41,26 @@ class ChatData(ExampleData):
         """Turns records into examples."""
 
     def prepare_tokenizer(self, tokenizer: "PreTrainedTokenizerBase") -> list[int]:
-        """Puts the chat template in force and adds the special tokens that it needs."""
-        before = set(tokenizer.get_vocab().values())
+        """Sets the chat template and adds the special tokens that it needs."""
         self.template = load_template(tokenizer, self.template_spec)
-        apply_template(tokenizer, self.template)
-        # what was in the vocabulary already, and only became special, has a trained row
-        return sorted(set(tokenizer.get_vocab().values()) - before)
+        return apply_template(tokenizer, self.template)
 
     def encoding_key(self) -> list[Any]:
-        """What happens to long rows."""
+        """`overflow`."""
         return [self.overflow]
 
     def encode(self, records: Sequence[Record]) -> list[Example | Dropped]:
-        """Records to examples by template and offsets."""
+        """Turns records into examples, or into the reason why not."""
         return self.tokenize(list(records))
 
     def uncut(self, record: Record) -> tuple[Example, list[np.ndarray]] | None:
-        """As of `ExampleData`: what `Tokenize.kept` keeps of the longest path, and as much of the other segments."""
+        """As of `ExampleData`: `Tokenize.kept` cuts the longest path, and other segments are cut to the same length."""
         tokenize = copy.copy(self.tokenize)
         tokenize.max_length = sys.maxsize
         (whole,) = tokenize([record])
         if isinstance(whole, Dropped):
             return None
-        segments, border = whole.segments, int(whole.loss_mask.argmax())  # the context ends where the answers begin
+        segments, border = whole.segments, int(whole.loss_mask.argmax())  # the context ends at the first target
         longest = max(range(len(segments)), key=lambda i: segments[i].shared + segments[i].length)
         kept = self.tokenize.kept(whole.input_ids[path_positions(segments, longest)], border)
         if isinstance(kept, Dropped):
@@ -74,7 +71,7 @@ class ChatData(ExampleData):
         return whole, [first, *(np.arange(min(room, segment.length)) for segment in segments[1:])]
 
     def prompts(self, split: str) -> Iterator[tuple[list[int], str]]:
-        """Prompt ids and reference answer of each row of a split: what completions are sampled for."""
+        """Prompt ids and reference answer of each row of a split, for sampling completions."""
         for _, record in self.records(split):
             yield self.tokenize.prompt_ids(record)
 

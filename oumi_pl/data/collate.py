@@ -1,4 +1,4 @@
-"""Examples become a batch: their segments one after the other in one row, and the targets with what predicts them."""
+"""Collates examples into a batch: one row with all segments, the targets, and the positions that predict them."""
 
 from collections.abc import Mapping, Sequence
 
@@ -13,11 +13,11 @@ FetchedRow = tuple[list[int], list[Example]]
 
 
 def collate(rows: Sequence[FetchedRow], pad_id: int) -> Batch:
-    """Joins the examples of all rows. Without rows, the batch is a stand-in: every rank has to take part.
+    """Joins the examples of all rows. Without rows, returns a stand-in, since every rank needs a batch.
 
     Args:
-        rows: Of the plan: one example each, or several packed together.
-        pad_id: What the stand-in holds.
+        rows: Rows of the plan: one example each, or several packed together.
+        pad_id: Token id of the stand-in.
     """
     examples = [example for _, row in rows for example in row]
     if not examples:
@@ -62,10 +62,10 @@ def stand_in(pad_id: int) -> Batch:
 
 
 def _predictors(example: Example, at: np.ndarray, starts: np.ndarray) -> np.ndarray:
-    """Positions that predict the tokens at `at` `[targets]`: those before them in the paths of their segments."""
+    """Positions that predict the tokens at `at`, `[targets]`: those before them in their paths."""
     before = at - 1
     for i, segment in enumerate(example.segments):
-        if segment.shared:  # its first token is predicted at the end of what it continues
+        if segment.shared:  # its first token is predicted at the last token of the shared prefix
             before[at == starts[i]] = path_positions(example.segments, i)[segment.shared - 1]
     return before
 

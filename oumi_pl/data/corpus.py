@@ -1,4 +1,4 @@
-"""A split's sources as shards: a folder that was prepared, or one in the cache, made once."""
+"""The sources of a split as token shards: a prepared folder, or one in the cache that is written once."""
 
 import inspect
 import re
@@ -22,10 +22,10 @@ if TYPE_CHECKING:
 
 
 class Part(NamedTuple):
-    """What a split takes of a source.
+    """The part of a source that a split uses.
 
-    keep: which rows; all if None. side: what tells these rows from the others, for the cache's key. render: makes texts
-    of conversations, where there may be any.
+    keep: which rows to use; all if None. side: names those rows in the cache's key. render: renders conversations as
+    texts, if rows may be conversations.
     """
 
     source: Source
@@ -35,18 +35,18 @@ class Part(NamedTuple):
 
     @property
     def name(self) -> str:
-        """What messages and metrics call the source: the last part of its path, without endings."""
+        """The source's name in messages and metrics: the last part of its path, without suffixes."""
         parts = [part for part in re.split(r"[/\\]", self.source.path) if part and not re.search(r"[*?\[]", part)]
         return (parts[-1].split(".")[0] if parts else "") or self.source.path
 
     @property
     def prepared(self) -> Path | None:
-        """The folder of shards that the source's path names; None if it names something else.
+        """The folder of prepared shards at the source's path; None if there is none.
 
-        That is the folder itself, or the one in it that has the split's name.
+        That is the folder itself, or its subfolder with the split's name.
 
         Raises:
-            UserError: it holds the shards of several sources, or only the first ones.
+            UserError: it holds the shards of several sources, or preparing them was not finished.
         """
         path = Path(self.source.path).expanduser()
         for folder in (path / self.source.split, path):
@@ -64,11 +64,11 @@ class Part(NamedTuple):
         return None
 
     def texts(self, counts: Counter[str] | None = None, streaming: bool = False) -> Iterator[str]:
-        """Starts over the documents' texts."""
+        """Iterates over the documents' texts from the start."""
         return texts(self.source, self.keep, counts, streaming, self.render)
 
     def made_from(self, streaming: bool = False) -> list[Any]:
-        """What the texts depend on. Data of the hub that are streamed count by their name alone."""
+        """Everything that the texts depend on. Of streamed hub data, only the name counts."""
         source = self.source
         if streaming and is_on_hub(source):
             content = str([source.path, source.config, source.split, source.revision])
@@ -79,7 +79,7 @@ class Part(NamedTuple):
 
 
 def _format_code(name: str | None) -> list[str | None]:
-    """Name and code of a source's format, with all that one of the user's uses."""
+    """Name and code of a source's format, with the user code that it imports."""
     if name is None:
         return [None, None]
     function = resolve_format(name)
@@ -87,10 +87,10 @@ def _format_code(name: str | None) -> list[str | None]:
 
 
 def shards_of(part: Part, tokenizer: "PreTrainedTokenizerBase") -> Shards:
-    """The shards of a source: those that its path names, or those in the cache, made now if they aren't there.
+    """Opens the shards of a source: prepared ones, or those in the cache, which are written now if missing.
 
     Raises:
-        UserError: for whatever is wrong with a row or with the shards.
+        UserError: a row or the shards are invalid.
     """
     ids = tokenizer_fingerprint(tokenizer, chat=False)
     vocabulary = max(tokenizer.get_vocab().values(), default=-1) + 1
@@ -101,13 +101,13 @@ def shards_of(part: Part, tokenizer: "PreTrainedTokenizerBase") -> Shards:
         return Shards(directory, ids, vocabulary)
     if part.keep is not None:
         raise UserError(
-            f"data.validation: of {part.prepared} no fraction can be held out, since it holds tokens: name a source, "
-            "or hold out when it is prepared"
+            f"data.validation: no fraction of {part.prepared} can be held out, since it holds tokens: name a source, "
+            "or hold out a fraction when you prepare it"
         )
     return Shards(part.prepared, ids, vocabulary)
 
 
 def write_part(part: Part, tokenizer: "PreTrainedTokenizerBase", directory: Path) -> None:
-    """Writes the shards of a source to a folder, or goes on with those that were begun there."""
+    """Writes the shards of a source to a folder; continues an interrupted run."""
     made_from = {"tokenizer": tokenizer_fingerprint(tokenizer, chat=False), "source": part.made_from()}
     write_shards(directory, part.texts, TokenizeDocuments(tokenizer), made_from, name=part.name)

@@ -1,7 +1,6 @@
 """Documents for pretraining: from the rows of a source to texts, and from texts to token ids.
 
-Both ways in, prepared shards and tokenizing on the fly, come through here, so they see the same documents in the same
-order.
+Prepared shards and tokenizing on the fly both use this module, so they see the same documents in the same order.
 """
 
 import re
@@ -21,15 +20,15 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 DOCUMENTS: Formats = ((text, ("text",)),)
-"""The formats that rows of documents have; a recipe may name any other that makes a `Text`."""
+"""The formats that are detected for rows of documents; a recipe may name any other that returns a `Text`."""
 CONVERSATIONS = ("messages", "conversations")
-"""Columns that tell a conversation."""
+"""Columns that identify a conversation."""
 
 PIECE = 1 << 17
-"""Characters of a document beyond which it is tokenized in pieces: an encoding takes about a hundred bytes a token."""
+"""Longer documents, in characters, are tokenized in pieces, since an encoding takes about 100 bytes per token."""
 CHUNK_DOCUMENTS = 256
 CHUNK_CHARACTERS = 1 << 20
-"""What the tokenizer is given at once, for its threads to share."""
+"""Limits of a batch for the tokenizer, which divides it among its threads."""
 
 _LINE_END = re.compile(r"(?<=[^\s])\n(?=[^\s])")
 
@@ -37,8 +36,8 @@ _LINE_END = re.compile(r"(?<=[^\s])\n(?=[^\s])")
 class Document(NamedTuple):
     """A tokenized document.
 
-    ids: `[tokens]`, of the tokenizer's `token_dtype`, EOS at the end. text_bytes: of its UTF-8 text. target_bytes: of
-    these, what the tokens that can be targets stand for, i.e. all but a first token that nothing predicts.
+    ids: `[tokens]`, of the tokenizer's `token_dtype`, EOS at the end. text_bytes: bytes of its UTF-8 text.
+    target_bytes: the same without those of the first token, if it is text and so never a target.
     """
 
     ids: np.ndarray
@@ -50,10 +49,10 @@ class Documents(Protocol):
     """The tokenized documents of a source, in its order."""
 
     name: str
-    """What messages and metrics call the source."""
+    """Name of the source in messages and metrics."""
 
     def read(self, start: int) -> Iterator[np.ndarray]:
-        """The ids of each document, `[tokens]`, from number `start` on, counted from 0."""
+        """Yields the ids of each document, `[tokens]`, from number `start` on, counted from 0."""
         ...
 
 
@@ -67,17 +66,17 @@ def texts(
     streaming: bool = False,
     render: Callable[[Conversation], str] | None = None,
 ) -> Iterator[str]:
-    """The text of each document of a source, in order, without those that are empty.
+    """Yields the text of each document of a source, in order, without empty ones.
 
     Args:
-        source: Where they are.
-        keep: Which rows to take; all when left out.
-        counts: What became of them is added up here: `rows`, `kept`, `empty`, `replaced`.
-        streaming: Read data of the hub as they come.
-        render: Makes a text of a row that is a conversation; without, such rows are refused.
+        source: The source.
+        keep: Which rows to use; all when left out.
+        counts: Counter that is updated: `rows`, `kept`, `empty`, `replaced`.
+        streaming: Read data from the hub without downloading them first.
+        render: Renders conversations as texts; without it, they are refused.
 
     Raises:
-        UserError: for a row that is no document, with its file and line; and as `rows` does.
+        UserError: a row is no document (names file and line); and as for `rows`.
     """
     counts = Counter() if counts is None else counts
     convert = resolve_format(source.format, FORMATS) if source.format else None
@@ -109,8 +108,8 @@ def _text_of(row: Row, convert: Format | None, render: Callable[[Conversation], 
         record = (convert or find_format(row.keys(), DOCUMENTS))(row)
     if not isinstance(record, Text):
         raise UserError(
-            f"the format makes a {type(record).__name__} of this row, which SFT or DPO trains on; pretraining reads "
-            "documents: name a 'format' that makes a Text"
+            f"the format returns a {type(record).__name__} for this row, which SFT or DPO trains on; pretraining reads "
+            "documents: name a 'format' that returns a Text"
         )
     return record.prompt + record.text
 
@@ -119,7 +118,7 @@ def _refuse_conversation(row: Row, convert: Format | None) -> None:
     if convert is None and "text" not in row and any(name in row for name in CONVERSATIONS):
         raise UserError(
             "this row is a conversation, which SFT trains on; pretraining reads documents (a column 'text', or a "
-            "'format' that makes a Text)"
+            "'format' that returns a Text)"
         )
 
 
@@ -127,7 +126,7 @@ def _refuse_conversation(row: Row, convert: Format | None) -> None:
 
 
 def in_chunks(items: Iterable[str]) -> Iterator[list[str]]:
-    """Texts in lists of what the tokenizer is given at once."""
+    """Groups texts into batches for the tokenizer."""
     chunk: list[str] = []
     characters = 0
     for item in items:
@@ -149,10 +148,10 @@ def token_dtype(tokenizer: "PreTrainedTokenizerBase") -> type[np.unsignedinteger
 class TokenizeDocuments:
     """Turns texts into token ids that end with EOS, and begin with BOS where the tokenizer by itself adds one.
 
-    A long document is tokenized in pieces, so that memory doesn't grow with it. It is cut at the end of a line, between
-    two characters that are no white space, and only if the tokenizer takes such line ends for borders anyway: the ids
-    are those of the whole text. Where it doesn't (it marks the beginning of a text, for example), or where there is no
-    such line end, the document is encoded whole.
+    A long document is tokenized in pieces, to limit memory. It is cut at line ends between two characters that are not
+    white space, and only if the tokenizer never joins characters across such a line end, so that the ids are those of
+    the whole text. For other tokenizers (that mark the beginning of a text, for example), and without such line ends,
+    the document is encoded whole.
 
     Args:
         tokenizer: A fast tokenizer with an EOS token.
@@ -172,7 +171,7 @@ class TokenizeDocuments:
             raise UserError("the tokenizer has no end-of-text token (eos_token), so documents would have no end")
         self.dtype = token_dtype(tokenizer)
         self._backend = Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())
-        self._backend.post_processor = None  # adds BOS and EOS, which is done here
+        self._backend.post_processor = None  # would add BOS and EOS, which `_document` does
         self._backend.no_truncation()
         self._backend.no_padding()
         self._bos, self._eos = tokenizer.bos_token_id, tokenizer.eos_token_id
@@ -181,7 +180,7 @@ class TokenizeDocuments:
         self._first_tokens: dict[int, str] = {}
 
     def __call__(self, documents: list[str]) -> list[Document]:
-        """Tokenizes documents, one chunk of them."""
+        """Tokenizes a batch of documents."""
         pieces = [self._pieces(document) for document in documents]
         encoded = self._encoded(piece for split in pieces for piece in split)
         return [
@@ -190,7 +189,7 @@ class TokenizeDocuments:
         ]
 
     def prompt(self, document: str) -> list[int]:
-        """The ids of a text that is to be gone on with: no EOS at its end."""
+        """The ids of a text to be continued: without EOS at the end."""
         ids = self([document])[0].ids.tolist()
         return ids[:-1] if ids[-1] == self._eos and len(ids) > 1 else ids
 
@@ -208,7 +207,7 @@ class TokenizeDocuments:
         return Document(ids, text_bytes, max(0, target_bytes))
 
     def _bytes_of_first(self, token: int, document: str) -> int:
-        """Bytes of text that the first token stands for; one that holds a part of a character leaves it to the next."""
+        """Bytes of text of the first token; an incomplete character at its end counts for the next token."""
         if token not in self._first_tokens:
             self._first_tokens[token] = self._backend.decode([token], skip_special_tokens=False)
         decoded = self._first_tokens[token]
@@ -227,12 +226,12 @@ class TokenizeDocuments:
 
     def _encoded(self, pieces: Iterable[str]) -> Iterator[np.ndarray]:
         for chunk in in_chunks(pieces):
-            # this one keeps no offsets, which takes a third of the time
+            # without offsets, which takes a third of the time
             for encoding in self._backend.encode_batch_fast(chunk, add_special_tokens=False):
                 yield np.array(encoding.ids, dtype=self.dtype)
 
     def _cuts_at_line_ends(self) -> bool:
-        """Whether the tokenizer itself never joins what stands on both sides of a line end."""
+        """Whether the tokenizer never joins characters on both sides of a line end."""
         before, after = "one two.\n", "three"
         splitter = self._backend.pre_tokenizer
         if splitter is None or len(before) not in [

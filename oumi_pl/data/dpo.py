@@ -10,15 +10,15 @@ from oumi_pl.data.preferences import PREFERENCE_FORMATS
 
 
 class DPOData(ChatData):
-    """Rows become a prompt with a chosen and a rejected response, and the prompt is there once for both.
+    """Turns rows into pairs: a prompt, stored once, with a chosen and a rejected response.
 
-    `max_length` is that of a prompt with one response. A pack holds twice as many tokens, so that every pair fits. Of
-    a longer pair, `overflow: truncate` cuts the prompt's start, and the ends of the responses if it has to.
+    `max_length` counts the prompt and one response. A pack holds twice as many tokens, so that every pair fits. For
+    longer pairs, `overflow: truncate` cuts the prompt's start first, then the ends of the responses.
 
     Args:
         args: As of `TextData`.
-        group_by_length: Without packing, put pairs of similar length into the same update: saves padding for models
-            that need it.
+        group_by_length: Without packing, put pairs of similar length into the same update, which saves padding for
+            models that need it.
         kwargs: As of `ChatData`.
     """
 
@@ -37,7 +37,7 @@ class DPOData(ChatData):
 
     @property
     def row_name(self) -> str:
-        """What `batch_size` counts."""
+        """The unit of `batch_size`."""
         return "pack" if self.packing else "pair"
 
     @property

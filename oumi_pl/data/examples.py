@@ -1,4 +1,4 @@
-"""Data that are rows of their own: sources to cached examples, the report, loaders that follow a plan."""
+"""Base class of data whose rows are independent examples: cached stores, plans, loaders and the report."""
 
 import math
 from abc import abstractmethod
@@ -16,7 +16,7 @@ from oumi_pl.data.formats import FORMATS, Formats
 from oumi_pl.data.loader import PlanLoader, eval_loader
 from oumi_pl.data.plan import Layout, Plan, mixture_epoch, plan_epoch, plan_in_order
 from oumi_pl.data.reference import ReferenceLogps
-from oumi_pl.data.sources import Source, as_sources, is_held_out, is_not_held_out
+from oumi_pl.data.sources import Source, as_sources
 from oumi_pl.data.store import ExampleStore, code_of, example_store, source_records
 from oumi_pl.data.tokenize import Dropped
 from oumi_pl.data.tokenizers import tokenizer_fingerprint
@@ -24,23 +24,23 @@ from oumi_pl.errors import UserError
 from oumi_pl.types import Batch, Example, Record, Row
 
 EXACT_EPOCHS = 10
-"""Epochs whose tokens are counted one by one; those beyond are estimated from these."""
+"""Epochs whose tokens are counted exactly; later ones are estimated from these."""
 REMEDIES = {
     "max_length": "; raise data.max_length, which is {}, or set data.overflow: truncate",
     "once cut": "; raise data.max_length, which is {}",
     "no target tokens": "; a row needs an answer, which is a turn of the assistant, to learn from",
 }
-"""Part of a reason why rows are dropped -> what to do where none is left."""
+"""Part of a reason for dropping rows -> advice if no row is left."""
 
 
 class ExampleData(TextData):
-    """Reads, tokenizes, caches, plans and loads examples. Subclasses say how a record becomes an example.
+    """Reads, tokenizes, caches, plans and loads examples. Subclasses define how a record becomes an example.
 
     Args:
         args: As of `TextData`.
         packing: Put several examples into one row, isolated from each other.
-        group_by_length: Without packing, put examples of similar length into the same update: saves padding for models
-            that need it.
+        group_by_length: Without packing, put examples of similar length into the same update, which saves padding for
+            models that need it.
         kwargs: As of `TextData`.
     """
 
@@ -50,16 +50,16 @@ class ExampleData(TextData):
         self.group_by_length = group_by_length
         self.__stores: dict[str, list[ExampleStore]] = {}
 
-    # ---- what a subclass says
+    # ---- what a subclass defines
 
     @abstractmethod
     def encode(self, records: Sequence[Record]) -> list[Example | Dropped]:
         """Turns records into examples, or into the reason why not."""
 
     def encoding_key(self) -> list[Any]:
-        """What `encode` depends on besides tokenizer, `max_length` and code: part of the cache's key.
+        """Settings that `encode` depends on, as part of the cache's key.
 
-        The code of this class, and of all that it uses, is part of the key in any case.
+        Tokenizer, `max_length` and the code of the class and of all that it uses are in the key anyway.
         """
         return []
 
@@ -69,20 +69,20 @@ class ExampleData(TextData):
     """The same for the rows of `predict`, of which only the prompt is read."""
 
     segment_names: Sequence[str] = ()
-    """What the segments of an example are called where there are several, in their order."""
+    """Names of an example's segments, in order, if it has several."""
 
     def uncut(self, record: Record) -> tuple[Example, list[np.ndarray]] | None:
-        """A record's example before anything is cut off, and what is kept of it, for people to look at.
+        """A record's example before it is cut, and which tokens are kept, for the preview.
 
         Returns:
-            The whole example, and for each of its segments which of its own tokens are kept, ascending. None where
-            there is no example, or these data don't say.
+            The whole example, and for each segment the indices of its own tokens that are kept, ascending. None if the
+            record is dropped, or if the class does not implement this.
         """
         return None
 
     @property
     def row_name(self) -> str:
-        """What `batch_size` counts."""
+        """The unit of `batch_size`."""
         return "pack" if self.packing else "row"
 
     @property
@@ -93,30 +93,40 @@ class ExampleData(TextData):
     # ---- stages
 
     def make(self, split: str) -> None:
-        """Tokenizes a split, if the cache lacks it."""
+        """Tokenizes a split, unless it is in the cache."""
         self.stores(split)
 
     def setup(self, stage: str) -> None:
-        """Opens what the stage needs, and stops before any weight is loaded if there is nothing to train on."""
+        """Opens the stores of a stage, and stops before weights are loaded if there is nothing to train on.
+
+        Raises:
+            UserError: no row of a split is left, or all answers are empty.
+        """
         for split in self.needed(stage):
             total = reports.merged([store.report for store in self.stores(split)])
             if not total["kept"]:
                 if not total["rows"]:
                     held_out = self.sources["validation"]
-                    told = f"{held_out} of the rows of data.train, chosen by a hash of each, leaves none for {split}"
-                    raise UserError(f"data.validation: {told}; name a source for validation, or another fraction")
+                    raise UserError(
+                        f"data.validation: {held_out} of the rows of data.train, chosen by a hash of each, leaves none "
+                        f"for {split}; name a source for validation, or another fraction"
+                    )
                 reasons = ", ".join(f"{n} {reason}" for reason, n in total["dropped"].items())
-                right = next((told for part, told in REMEDIES.items() if part in reasons), "").format(self.max_length)
-                raise UserError(f"data.{split}: none of {total['rows']} rows is left ({reasons}){right}")
+                advice = next((advice for part, advice in REMEDIES.items() if part in reasons), "")
+                raise UserError(
+                    f"data.{split}: none of {total['rows']} rows is left ({reasons}){advice.format(self.max_length)}"
+                )
             if split == "train" and total["empty_answers"] == total["kept"]:
                 which = "all" if total["kept"] == total["rows"] else "the"
-                told = f"the answers of {which} {total['kept']} rows are empty"
-                raise UserError(f"data.{split}: {told}; there is nothing to learn from them but to end at once")
+                raise UserError(
+                    f"data.{split}: the answers of {which} {total['kept']} rows are empty; the model would only learn "
+                    "to end at once"
+                )
 
     # ---- examples
 
     def stores(self, split: str) -> list[ExampleStore]:
-        """The tokenized sources of a split, from the cache or made now."""
+        """The tokenized sources of a split, from the cache or written now."""
         if split not in self.__stores:
             sources, keep = self.taken(split)
             side = f"{split} {self.sources['validation']}" if keep else None
@@ -126,20 +136,6 @@ class ExampleData(TextData):
                 raise UserError(f"data.{split}: the examples of its sources have different fields: {names}")
             self.__stores[split] = stores
         return self.__stores[split]
-
-    def taken(self, split: str) -> tuple[list[Source], Callable[[Row], bool] | None]:
-        """What a split takes: its sources, and which of their rows; all if None."""
-        value = self.sources[split]
-        keep: Callable[[Row], bool] | None = None
-        held_out = self.sources["validation"]
-        if isinstance(held_out, float) and split in ("train", "validation"):
-            value = self.sources["train"]
-            keep = partial(is_held_out, fraction=held_out)
-            if split == "train":
-                keep = partial(is_not_held_out, fraction=held_out)
-        assert value is not None
-        assert not isinstance(value, float)
-        return as_sources(value), keep
 
     def examples(self, split: str) -> Any:
         """All examples of a split as one map-style dataset."""
@@ -154,19 +150,16 @@ class ExampleData(TextData):
         return np.concatenate([store.targets for store in self.stores(split)])
 
     def longest_path(self, splits: Iterable[str]) -> tuple[int, int] | None:
-        """Positions that the longest path needs, where rows hold several; None for `max_length`."""
+        """The positions of the longest path, if rows hold several examples; None for `max_length`."""
         if not self.packing:
             return None
         longest = max((store.longest for split in splits for store in self.stores(split)), default=0)
         return longest, longest
 
     def records(self, split: str) -> Iterator[tuple[str, Record]]:
-        """The records of a split with their origin, not tokenized: what `predict` and samples start from."""
-        value: Any = self.sources[split]
-        keep = None
-        if isinstance(value, float):
-            keep, value = partial(is_held_out, fraction=value), self.sources["train"]
-        for source in as_sources(value):
+        """The records of a split with their origin, not tokenized, for `predict` and samples."""
+        sources, keep = self.taken(split)
+        for source in sources:
             yield from source_records(source, keep, formats=self.prompt_formats if split == "predict" else self.formats)
 
     def __store(self, source: Source, keep: Callable[[Row], bool] | None, side: str | None) -> ExampleStore:
@@ -180,7 +173,7 @@ class ExampleData(TextData):
         return collate([([i], [examples[i]]) for i in ids], self.pad_id)
 
     def in_batches(self, split: str, ids: range) -> list[list[int]]:
-        """Ids in batches of at most as many tokens as a micro-batch of validation may have, longest first."""
+        """Groups ids into batches with at most as many tokens as a validation micro-batch may have, longest first."""
         lengths = self.lengths(split)[ids.start : ids.stop]
         budget = self.eval_batch_size * (self.capacity or int(lengths.max()))
         batches: list[list[int]] = []
@@ -194,11 +187,11 @@ class ExampleData(TextData):
         return batches
 
     def reference_logps(self, split: str, parts: dict[str, Any]) -> ReferenceLogps:
-        """Where log-probabilities of a split's targets are kept.
+        """The store for reference log-probabilities of a split's targets.
 
         Args:
             split: `train`, `validation` or `test`.
-            parts: What they depend on besides the examples: the reference model, its precision.
+            parts: Everything that they depend on besides the examples: the reference model, its precision.
         """
         names = [store.directory.name for store in self.stores(split)]
         return ReferenceLogps(parts | {"examples": names}, self.targets(split))
@@ -220,14 +213,14 @@ class ExampleData(TextData):
         )
 
     def largest_micro_batch(self) -> list[np.ndarray]:
-        """Rows of the micro-batch of the first epoch that has the most tokens, over all ranks."""
+        """Rows of the first epoch's micro-batch with the most tokens, over all ranks."""
         plan, size = self.plan(0), self.batch_size
         lengths = np.add.reduceat(self.lengths("train")[plan.example_ids], plan.row_starts[:-1])
         first = int(np.add.reduceat(lengths, np.arange(0, len(lengths), size)).argmax()) * size
         return [plan.row(i) for i in range(first, min(first + size, plan.rows))]
 
     def tokens(self, updates: int) -> int:
-        """Tokens that the first so many updates train on: counted over `EXACT_EPOCHS`, in proportion beyond."""
+        """Tokens in the first `updates` updates: counted over `EXACT_EPOCHS`, extrapolated beyond."""
         lengths = self.lengths("train")
         tokens, left, epochs = 0, updates, 0
         while left > 0 and epochs < EXACT_EPOCHS:
@@ -239,14 +232,14 @@ class ExampleData(TextData):
         return round(tokens * updates / (updates - left))
 
     def updates(self, epochs: int) -> int:
-        """Optimizer updates in so many epochs."""
+        """Number of optimizer updates in `epochs` epochs."""
         weighted = any(source.weight is not None for source in as_sources(self.sources["train"]))  # type: ignore[arg-type]
-        if weighted:  # a mixture is drawn anew for each epoch, so that packs may differ in number
+        if weighted:  # each epoch draws other rows, which may need another number of packs
             return sum(len(self.plan(epoch)) for epoch in range(epochs))
         return len(self.plan(0)) * epochs
 
     def make_train_loader(self) -> PlanLoader:
-        """A loader that follows the plan."""
+        """Creates the loader that follows the plan."""
         return PlanLoader(
             self.examples("train"),
             self.targets("train"),
@@ -258,12 +251,12 @@ class ExampleData(TextData):
         )
 
     def eval_plan(self, split: str) -> tuple[Plan, Layout]:
-        """The plan of a pass over held-out examples, and how it is cut."""
+        """The plan of a pass over held-out examples, and its layout."""
         layout = Layout(self.eval_batch_size, 1, self.layout.ranks, self.layout.rank)
         return plan_in_order(self.lengths(split), layout.rows_per_update, capacity=self.capacity), layout
 
     def make_eval_loader(self, split: str) -> DataLoader:
-        """Every example of a split once, longest first."""
+        """Creates a loader with each example of a split once, longest first."""
         collated = partial(collate, pad_id=self.pad_id)
         return eval_loader(self.examples(split), *self.eval_plan(split), collated, **self.fetching)
 
@@ -274,16 +267,15 @@ class ExampleData(TextData):
     # ---- report
 
     def report(self) -> dict[str, Any]:
-        """What became of the rows, per split: read, kept, dropped, cut, tokens, lengths, how full packs are."""
+        """Counts per split: rows read, kept, dropped and cut, tokens, lengths, fill of the packs."""
         splits = [s for s in ("train", "validation", "test") if s in self.__stores]
         return {split: self.__split_report(split) for split in splits}
 
     def __split_report(self, split: str) -> dict[str, Any]:
         stores = self.stores(split)
         plan = self.plan(0) if split == "train" else None
-        layout = self.layout if split == "train" else Layout(self.eval_batch_size)
-        if plan is None:
-            plan = plan_in_order(self.lengths(split), layout.rows_per_update, capacity=self.capacity)
+        if plan is None:  # as on one device, whatever runs it
+            plan = plan_in_order(self.lengths(split), self.eval_batch_size, capacity=self.capacity)
         report = reports.describe(stores, self.lengths(split), plan, self.capacity)
         if self.branching:
             spared = sum(store.shared for store in stores)

@@ -1,8 +1,8 @@
-"""Rows of one local file: JSON (lines, or one document), CSV and text, also as `.gz` or `.zst`; Parquet and Arrow.
+"""Reads the rows of a local file: JSON (lines, or one document), CSV and text, also as `.gz` or `.zst`; Parquet, Arrow.
 
-Text is read here, line by line, rather than by `datasets`: an error names file and line, a row keeps exactly the keys
-that it has (Arrow would give all rows the same keys, so that a tool call gets the arguments of all others), and nothing
-is copied to a cache first. Tables are read by pyarrow, a batch of rows at a time.
+Text is read line by line, not by `datasets`: an error names file and line, a row keeps exactly its own keys (Arrow
+gives all rows the same keys, so a tool call would get the arguments of all others), and nothing is copied to a cache.
+Tables are read by pyarrow, a batch of rows at a time.
 """
 
 import contextlib
@@ -31,11 +31,11 @@ KINDS = {
 }
 """File suffix -> kind of file."""
 TABLES = ("parquet", "arrow")
-"""Kinds that compress themselves."""
+"""Kinds with built-in compression, which are not read as `.gz` or `.zst`."""
 
 _BATCH = 1000  # rows of a table in memory
 _MAX_CELL = 2**31 - 1  # characters of a CSV cell; the module's own limit of 131,072 is too short for documents
-_ZSTD_CHUNK = 1 << 16  # compressed bytes taken at once: what they grow to has to fit into memory
+_ZSTD_CHUNK = 1 << 16  # compressed bytes read at once; decompressed, they have to fit into memory
 _ZSTD_WINDOW = 1 << 31  # published dumps are made with `zstd --long=31`
 
 
@@ -43,9 +43,9 @@ _ZSTD_WINDOW = 1 << 31  # published dumps are made with `zstd --long=31`
 class Reading:
     """How text files are read.
 
-    documents: what a document of a `.txt` file is: the `file`, what lies between `blank_lines`, or between two
-    occurrences of this very text. replace: bytes that aren't UTF-8 become U+FFFD instead of an error. counts:
-    `replaced` is the number of those.
+    documents: how a `.txt` file is divided into documents: not at all (`file`), at `blank_lines`, or at each occurrence
+    of this text. replace: replace bytes that aren't UTF-8 by U+FFFD instead of raising an error. counts: `replaced`
+    counts those characters.
     """
 
     documents: str = "file"
@@ -65,13 +65,13 @@ def kind_of(path: Path) -> str | None:
 def read_file(path: Path, name: str, how: Reading | None = None) -> Iterator[tuple[str, Row]]:
     """Reads the rows of a file, each with its origin.
 
-    JSON lines, CSV and text hold one row in memory, tables a batch of rows, a JSON document the whole file. CSV cells
-    are text, empty ones too. A text file's rows are its documents, with the column `text`.
+    JSON lines, CSV and text are read one row at a time, tables a batch of rows at a time, a JSON document at once. CSV
+    cells are text, empty ones too. A text file's rows are its documents, with the column `text`.
 
     Args:
         path: the file; its kind is one of `KINDS`.
-        name: what messages call the file.
-        how: how it is read; strictly, and as one document, when left out.
+        name: the file's name in messages.
+        how: how to read it; by default strictly, with a text file as one document.
 
     Yields:
         `("name:17", row)`, counted in lines, or `("name row 3", row)`; both start at 1.
@@ -84,7 +84,7 @@ def read_file(path: Path, name: str, how: Reading | None = None) -> Iterator[tup
 
 def count_rows(path: Path, name: str, how: Reading) -> int:
     """Number of rows of a file; JSON lines and tables are counted without parsing them."""
-    look = Reading(how.documents, how.replace)  # with counts of its own: the rows are read again
+    look = Reading(how.documents, how.replace)  # with a separate counter, since the rows are read again
     if kind_of(path) in TABLES:
         return sum(batch.num_rows for batch in _batches(path, name))
     if kind_of(path) == "jsonl":
@@ -120,8 +120,8 @@ def _json(path: Path, name: str, how: Reading) -> Iterator[tuple[str, Row]]:
 
 
 def _holds_lines(path: Path, name: str, how: Reading) -> bool:
-    """Whether a `.json` file is JSON lines: its first line is an object and more follow."""
-    look = Reading(replace=how.replace)  # with counts of its own: the lines are read again
+    """Whether a `.json` file holds JSON lines: its first line is a whole object, and more lines follow."""
+    look = Reading(replace=how.replace)  # with a separate counter, since the lines are read again
     filled = (line for _, line in _lines(path, name, look) if line.strip())
     first, second = next(filled, ""), next(filled, None)
     if second is None or not first.lstrip().startswith("{"):
@@ -134,13 +134,13 @@ def _holds_lines(path: Path, name: str, how: Reading) -> bool:
 
 
 def _unwrapped(value: dict[str, Any], name: str) -> list[Any]:
-    """The rows of a document such as `{"data": [...]}`; an object with turns, or without a list, is a row itself."""
+    """The rows of a document such as `{"data": [...]}`. An object with turns, or without a list, is a single row."""
     lists = {key: items for key, items in value.items() if isinstance(items, list) and items}
     lists = {key: items for key, items in lists.items() if all(isinstance(item, dict) for item in items)}
     if any(_are_turns(items) for items in lists.values()):
         return [value]
     if len(lists) > 1:
-        raise UserError(f"{name}: several lists of objects ({', '.join(lists)}), where one list of rows is expected")
+        raise UserError(f"{name}: expected one list of rows, found several lists of objects ({', '.join(lists)})")
     return next(iter(lists.values()), [value])
 
 
@@ -185,7 +185,7 @@ def _text(path: Path, name: str, how: Reading) -> Iterator[tuple[str, Row]]:
 
 
 def _paragraphs(path: Path, name: str, how: Reading) -> Iterator[tuple[str, Row]]:
-    """Documents between lines that are empty, or hold nothing but spaces."""
+    """Yields the documents between blank lines (empty, or only white space)."""
     lines: list[str] = []
     number = 0
     for number, line in _lines(path, name, how):
@@ -199,10 +199,10 @@ def _paragraphs(path: Path, name: str, how: Reading) -> Iterator[tuple[str, Row]
 
 
 def _separated(path: Path, name: str, how: Reading) -> Iterator[tuple[str, Row]]:
-    """Documents between separators, without the line ends around them."""
+    """Yields the documents between separators, without the line ends around them."""
     parts: list[str] = []
     start, begun = 1, False
-    overlap = ""  # the separator may begin in a line and end in another
+    overlap = ""  # end of the text so far: a separator may span lines
     for number, line in _lines(path, name, how):
         start, begun = start if begun else number, begun or not line.isspace()
         parts.append(line)
@@ -224,14 +224,14 @@ def _table(path: Path, name: str, how: Reading) -> Iterator[tuple[str, Row]]:
 
     number = 0
     for batch in _batches(path, name):
-        decode = datasets.Features.from_arrow_schema(batch.schema).decode_example  # else JSON columns stay text
+        decode = datasets.Features.from_arrow_schema(batch.schema).decode_example  # else JSON columns would stay text
         for row in batch.to_pylist():
             number += 1
             yield f"{name} row {number}", decode(row)
 
 
 def _batches(path: Path, name: str) -> Iterator[Any]:
-    """Record batches of a Parquet or Arrow file."""
+    """Yields the record batches of a Parquet or Arrow file."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 
@@ -242,7 +242,7 @@ def _batches(path: Path, name: str) -> Iterator[Any]:
         mapped = pa.memory_map(str(path))
         try:
             batches = iter(pa.ipc.open_stream(mapped))
-        except pa.ArrowInvalid:  # the other layout of such files, with random access
+        except pa.ArrowInvalid:  # `.arrow` files have the stream or the file layout
             file = pa.ipc.open_file(mapped)
             batches = (file.get_batch(i) for i in range(file.num_record_batches))
         yield from batches
@@ -263,7 +263,7 @@ _READERS: dict[str, Callable[[Path, str, Reading], Iterator[tuple[str, Row]]]] =
 
 
 def _lines(path: Path, name: str, how: Reading) -> Iterator[tuple[int, str]]:
-    """Decoded lines with their numbers, from 1, and with their line ends."""
+    """Yields decoded lines with their numbers, from 1, including line ends."""
     number = offset = 0
     try:
         with _open(path) as file:
@@ -276,7 +276,7 @@ def _lines(path: Path, name: str, how: Reading) -> Iterator[tuple[int, str]]:
 
 
 def _open(path: Path) -> AbstractContextManager[Iterable[bytes]]:
-    """The lines of a file, decompressed."""
+    """Opens a file, decompressed; iterating over it yields lines."""
     suffix = path.suffix.lower()
     if suffix == ".zst":
         return contextlib.closing(_zstd_lines(path))
@@ -284,7 +284,7 @@ def _open(path: Path) -> AbstractContextManager[Iterable[bytes]]:
 
 
 def _zstd_lines(path: Path) -> Generator[bytes]:
-    parts: list[bytes] = []  # of a line that goes on in the next chunk
+    parts: list[bytes] = []  # of a line that continues in the next chunk
     for chunk in _zstd_chunks(path):
         *whole, rest = chunk.split(b"\n")
         for line in whole:
@@ -296,7 +296,7 @@ def _zstd_lines(path: Path) -> Generator[bytes]:
 
 
 def _zstd_chunks(path: Path) -> Iterator[bytes]:
-    """Decompressed bytes of one or more frames. The library's own reader takes a cut file for a complete one."""
+    """Yields the decompressed bytes of all frames. The library's own reader would not notice a truncated file."""
     import zstandard
 
     frame: Any = None
@@ -314,12 +314,12 @@ def _zstd_chunks(path: Path) -> Iterator[bytes]:
 
 
 def _decoded(line: bytes, name: str, number: int, offset: int, how: Reading) -> str:
-    if number == 1 and line.startswith(b"\xef\xbb\xbf"):  # the mark that some editors put in front of UTF-8
+    if number == 1 and line.startswith(b"\xef\xbb\xbf"):  # the byte order mark of some editors
         line, offset = line[3:], 3
     if number == 1 and line.startswith((b"\xff\xfe", b"\xfe\xff")):
-        raise UserError(f"{name}:1: UTF-16 text, where UTF-8 is expected; save it as UTF-8")
+        raise UserError(f"{name}:1: expected UTF-8 text, found UTF-16; save it as UTF-8")
     if b"\0" in line:
-        wrong = "binary data (a zero byte), where text is expected; tables are read from .parquet and .arrow files"
+        wrong = "expected text, found binary data (a zero byte); tables are read from .parquet and .arrow files"
         raise UserError(f"{name}:{number}: {wrong}")
     try:
         return line.decode()
@@ -331,7 +331,7 @@ def _decoded(line: bytes, name: str, number: int, offset: int, how: Reading) -> 
         byte = (
             f"0x{line[error.start]:02x} at byte {error.start + 1} of the line, {offset + error.start + 1} of the file"
         )
-        right = f"save it as UTF-8, or let the source read on: {{path: {name}, errors: replace}}"
+        right = f"save it as UTF-8, or have such bytes replaced: {{path: {name}, errors: replace}}"
         raise UserError(f"{name}:{number}: not UTF-8 text ({byte}); {right}") from error
 
 
@@ -339,7 +339,7 @@ def _parse(text: str, name: str, number: int = 1) -> Any:
     """Parses JSON that starts at line `number` of a file."""
     try:
         value = json.loads(text)
-        if "\\ud" in text or "\\uD" in text:  # half a surrogate pair parses, but no tokenizer takes it
+        if "\\ud" in text or "\\uD" in text:  # half a surrogate pair is valid JSON, but tokenizers fail on it
             json.dumps(value, ensure_ascii=False).encode()
     except json.JSONDecodeError as error:
         where = f"{name}:{number + error.lineno - 1}"

@@ -1,8 +1,8 @@
-"""From a row to a record: one pure function per format, and how the right one is found.
+"""Formats: one pure function per format, from a row to a record; and their detection from the columns.
 
-A format reads the columns of one row and returns a `Conversation`, which a chat template renders, or a `Text`, which
-is tokenized as it stands; those of `preferences.py` return a `Preference`, which is two of these. A format of your own
-is a function `row -> record` that a recipe names by its dotted path.
+A format reads the columns of a row and returns a `Conversation`, which a chat template renders, or a `Text`, which is
+tokenized unchanged. Those of `preferences.py` return a `Preference`, which is two of these. A user's format is a
+function `row -> record` that a recipe names by its dotted path.
 """
 
 import difflib
@@ -16,10 +16,10 @@ from oumi_pl.errors import UserError, nearest
 from oumi_pl.types import Conversation, Message, Record, Row, Text
 
 Format = Callable[[Row], Record]
-"""A function that makes a record of a row and raises `UserError` where the row isn't what it expects."""
+"""A function that returns the record of a row, and raises `UserError` if the row is invalid."""
 
 Formats = tuple[tuple[Format, tuple[str, ...]], ...]
-"""Formats with the columns that each needs. The first whose columns are all there wins."""
+"""Formats with the columns that each needs. The first one whose columns all exist is used."""
 
 ROLES = ("system", "developer", "user", "assistant", "tool")
 _SHAREGPT_ROLES = {
@@ -53,7 +53,7 @@ def sharegpt(row: Row) -> Conversation:
 
 
 def alpaca(row: Row) -> Conversation:
-    """Reads `instruction`, `output` and perhaps `input`, which follows the instruction after an empty line.
+    """Reads `instruction`, `output` and optionally `input`, which follows the instruction after an empty line.
 
     Raises:
         UserError: a column isn't text.
@@ -65,7 +65,7 @@ def alpaca(row: Row) -> Conversation:
 
 
 def prompt_completion(row: Row) -> Record:
-    """Reads `prompt` and `completion`: both text (joined as they stand), or both lists of turns; optionally `tools`.
+    """Reads `prompt` and `completion`: both text (concatenated), or both lists of turns; optionally `tools`.
 
     Raises:
         UserError: one is text and the other isn't, or a turn isn't a turn.
@@ -101,7 +101,7 @@ def question_answer(row: Row) -> Conversation:
 
 
 def text(row: Row) -> Text:
-    """Reads `text`, which no chat template touches.
+    """Reads `text`, which is used without a chat template.
 
     Raises:
         UserError: the column isn't text.
@@ -115,7 +115,7 @@ def exchange(question: str, answer: str) -> Conversation:
     return Conversation(turns, prompt_messages=1)
 
 
-# Chats before exchanges, and `text`, which many data sets add, last.
+# The order decides between several fits: chats first, and `text` last, since many data sets have it additionally.
 FORMATS: Formats = (
     (messages, ("messages",)),
     (sharegpt, ("conversations",)),
@@ -127,11 +127,11 @@ FORMATS: Formats = (
 )
 
 
-# --- columns: text, turns and tools out of a row, and what is wrong where they aren't -------------------------------
+# --- reading and checking columns: text, turns, tools ---------------------------------------------------------------
 
 
 def kind_name(value: Any) -> str:
-    """Names a value's kind as a user would."""
+    """A value's type in words for messages."""
     kinds = {str: "text", list: "a list", dict: "a mapping", type(None): "nothing (null)", bool: "true or false"}
     return kinds.get(type(value), f"a value of type {type(value).__name__}")
 
@@ -140,7 +140,7 @@ def column(row: Row, name: str, kind: type | tuple[type, ...], wanted: str) -> A
     """Returns a column's value.
 
     Raises:
-        UserError: the row has no such column (offers the nearest), or its value is of another kind than `wanted` says.
+        UserError: the row has no such column (offers the nearest), or its value has another type than `wanted` says.
     """
     if name not in row:
         raise UserError(f"no column {name!r}{nearest(name, row)}")
@@ -150,19 +150,19 @@ def column(row: Row, name: str, kind: type | tuple[type, ...], wanted: str) -> A
 
 
 def text_column(row: Row, name: str) -> str:
-    """Returns a column's text; raises `UserError` where it is something else."""
+    """Returns a column's text; raises `UserError` if it is something else."""
     return cast(str, column(row, name, str, "text"))
 
 
 def message(turn: Any, where: str) -> Message:
-    """Checks a turn with `role` and `content` and returns it without the empty keys that templates would trip over.
+    """Checks a turn with `role` and `content` and returns it without keys whose value is None.
 
     Raises:
         UserError: it isn't a turn; `where` says which.
     """
     if not isinstance(turn, dict):
         raise UserError(f"{where} is {kind_name(turn)} instead of a mapping with role and content")
-    # Arrow gives every turn the keys that any turn has: those that this one lacks come as None.
+    # Arrow gives each turn the keys of all turns, with None for missing ones; templates would render those as "None".
     checked = {key: _without_none(value) for key, value in turn.items() if value is not None}
     role = checked.get("role")
     if not isinstance(role, str):
@@ -215,7 +215,7 @@ def turns_column(row: Row, name: str, read: Callable[[Any, str], Message] = mess
 
 
 def tools_column(row: Row) -> tuple[dict[str, Any], ...] | None:
-    """Returns the functions that a row's column `tools` lists, as they stand or as JSON; None where there are none.
+    """Returns the functions that a row's column `tools` lists, as a list or as JSON; None if there are none.
 
     Raises:
         UserError: the column holds something else.
@@ -253,15 +253,15 @@ def _without_none(value: Any) -> Any:
     return value
 
 
-# --- finding one ------------------------------------------------------------------------------------------------------
+# --- detection --------------------------------------------------------------------------------------------------------
 
 
 def find_format(columns: Collection[str], formats: Formats = FORMATS) -> Format:
     """Finds the format that fits a source's columns.
 
     Raises:
-        UserError: none fits. Names the column that all of `formats` need, if one is missing (offers the nearest); else
-            lists the columns, and what each format needs.
+        UserError: none fits. If a column that all of `formats` need is missing, names it (and the nearest one);
+            else lists the columns and what each format needs.
     """
     for function, needed in formats:
         if set(needed) <= set(columns):
@@ -281,12 +281,12 @@ def find_format(columns: Collection[str], formats: Formats = FORMATS) -> Format:
 
 
 def _nearest_format(columns: Collection[str], formats: Formats) -> str | None:
-    """What to say where the columns are nearly those of a format: misspelt, or capitals, or one named otherwise."""
+    """The advice if the columns are nearly those of a format (misspelt, or with other capitals); else None."""
     by_case = {column.casefold(): column for column in columns}
     for function, needed in formats:
         close = {name: difflib.get_close_matches(name, by_case, n=1, cutoff=0.7) for name in needed}
         if len(needed) > 1 and all(close.values()):
-            theirs = {name: by_case[found[0]] for name, found in close.items()}
+            theirs = {name: by_case[matches[0]] for name, matches in close.items()}
             renamed = ", ".join(f"{name}: {own}" for name, own in theirs.items() if own != name)
             return f"{_name(function)} needs {' and '.join(needed)}: give the source columns: {{{renamed}}}"
     return None
@@ -316,7 +316,7 @@ def resolve_format(name: str, formats: Formats = FORMATS) -> Format:
 
 
 def raised(name: str, error: Exception) -> str:
-    """What to say of a format function of the user's that failed: how, and in which line."""
+    """The message for a user's format function that raised an error."""
     frame = traceback.extract_tb(error.__traceback__)[-1]
     return f"{name} raised {type(error).__name__}: {error} ({frame.filename} line {frame.lineno})"
 

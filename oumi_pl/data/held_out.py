@@ -1,4 +1,4 @@
-"""Held-out documents in full: windows that slide over them, each token a target once, source by source."""
+"""Evaluates whole held-out documents: windows slide over them so that each token is a target once."""
 
 from collections.abc import Sequence
 
@@ -20,12 +20,12 @@ def sliding_windows(lengths: np.ndarray, max_length: int, stride: int) -> np.nda
     Args:
         lengths: Tokens of every document, `[documents]`.
         max_length: Input tokens of a window, at most.
-        stride: Targets of each window after a document's first, which has up to `max_length`. What is less than
-            `max_length` of it is context that the targets see besides.
+        stride: Targets of each window but a document's first, which has up to `max_length`. The smaller it is, the more
+            context the targets have.
 
     Returns:
-        `[windows, 4]` int64: document, first input, first target, and where inputs and targets end: the inputs are
-        tokens `first input .. end - 1`, the targets `first target .. end`, both without the last.
+        `[windows, 4]` int64: document, first input, first target, end. The inputs are the tokens
+        `first input : end - 1` of the document, the targets `first target : end`.
     """
     targets = np.maximum(0, lengths - 1)
     more = -(-np.maximum(0, targets - max_length) // stride)
@@ -38,9 +38,9 @@ def sliding_windows(lengths: np.ndarray, max_length: int, stride: int) -> np.nda
 
 
 class HeldOut(Dataset):
-    """Micro-batches of windows, looked up by `(source, window numbers)`; `text_bytes` and `source` are theirs.
+    """Micro-batches of windows, looked up by `(source, window numbers)`, with `text_bytes` and `source`.
 
-    The bytes of a document are shared out among its windows by their targets, so that they add up exactly over it.
+    The bytes of a document are divided among its windows in proportion to targets, and add up exactly.
     """
 
     def __init__(self, sources: Sequence[Shards], max_length: int, stride: int, pad_id: int) -> None:
@@ -64,19 +64,19 @@ class HeldOut(Dataset):
         return batch
 
     def batches(self, layout: Layout) -> list[tuple[int, np.ndarray]]:
-        """The micro-batches of one rank, as many on each; windows of similar length together, of one source each."""
-        found = []
+        """The micro-batches of one rank, equally many on each. Each has windows of similar length from one source."""
+        batches = []
         for source, windows in enumerate(self.windows):
             longest_first = np.argsort(windows[:, 1] - windows[:, 3], kind="stable")
             plan = Plan(longest_first, np.arange(len(windows) + 1), layout.rows_per_update)
             for update in range(len(plan)):
                 for rows in plan.micro_batches(update, layout):
-                    found.append((source, np.concatenate([np.empty(0, dtype=np.int64), *rows])))
-        return found
+                    batches.append((source, np.concatenate([np.empty(0, dtype=np.int64), *rows])))
+        return batches
 
 
 def held_out_loader(held_out: HeldOut, layout: Layout, *, workers: int = 0, pin_memory: bool = False) -> DataLoader:
-    """A loader that goes through all held-out documents once per pass."""
+    """Creates a loader that yields all windows once per pass."""
     return DataLoader(
         held_out,
         sampler=held_out.batches(layout),

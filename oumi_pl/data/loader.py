@@ -1,4 +1,4 @@
-"""The loader that walks a plan, and whose position is two numbers: epoch and update."""
+"""Loaders that follow a plan. The position of the training loader is two numbers: epoch and update."""
 
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -13,7 +13,7 @@ from oumi_pl.types import Example, Update
 
 
 class Rows(Dataset):
-    """Looks up rows: an array of example ids becomes `(ids, examples)`."""
+    """Maps a row of the plan, an array of example ids, to `(ids, examples)`."""
 
     def __init__(self, examples: Any) -> None:
         self.examples = examples
@@ -24,9 +24,10 @@ class Rows(Dataset):
 
 
 class PlanSampler(Sampler[list[np.ndarray]]):
-    """Yields the micro-batches of one rank, from a position on.
+    """Yields the micro-batches of one rank, starting at a position.
 
-    Lightning announces a new epoch by `set_epoch` on `loader.batch_sampler.sampler`, hence the property `sampler`.
+    Lightning calls `set_epoch` on `loader.batch_sampler.sampler`, hence the property `sampler`. `plan`, the function
+    from an epoch to its plan, may be replaced before the epoch has begun.
     """
 
     def __init__(self, plan: Callable[[int], Plan], layout: Layout) -> None:
@@ -34,31 +35,23 @@ class PlanSampler(Sampler[list[np.ndarray]]):
         self.layout = layout
         self.epoch = 0
         self.update = 0
-
-    @property
-    def plan(self) -> Callable[[int], Plan]:
-        """Makes the plan of an epoch; may be replaced before the epoch has begun."""
-        return self._plan
-
-    @plan.setter
-    def plan(self, plan: Callable[[int], Plan]) -> None:
-        self._plan = plan
-        self._planned: tuple[int, Plan] | None = None
+        self._planned: tuple[Any, Plan] | None = None
 
     @property
     def sampler(self) -> "PlanSampler":
-        """Itself: where Lightning looks for `set_epoch`."""
+        """Itself: Lightning looks here for `set_epoch`."""
         return self
 
     @property
     def current(self) -> Plan:
-        """The plan of the current epoch, made once."""
-        if self._planned is None or self._planned[0] != self.epoch:
-            self._planned = (self.epoch, self._plan(self.epoch))
+        """The plan of the current epoch, computed once."""
+        key = self.epoch, self.plan
+        if self._planned is None or self._planned[0] != key:
+            self._planned = key, self.plan(self.epoch)
         return self._planned[1]
 
     def set_epoch(self, epoch: int) -> None:
-        """Begins an epoch; a position within the same epoch is kept, which is what a resume needs."""
+        """Begins an epoch; keeps the position if it is within the same epoch, as after a resume."""
         if epoch != self.epoch:
             self.epoch, self.update = epoch, 0
 
@@ -73,12 +66,12 @@ class PlanSampler(Sampler[list[np.ndarray]]):
 
 
 class PlanLoader(DataLoader):
-    """A DataLoader over a plan that knows where it is and can go on from there.
+    """A DataLoader over a plan, with a position that can be saved and restored.
 
-    Each micro-batch carries what its update comes to over all micro-batches and ranks (`Batch.update`).
+    Each micro-batch carries the totals of its update over all micro-batches and ranks (`Batch.update`).
 
-    Its state is `{epoch, update}`, counted as batches are handed out, so that prefetching workers can't run ahead of
-    it. It is the same on every rank: Lightning keeps only rank 0's.
+    Its state is `{epoch, update}`, counted when batches are yielded, so that prefetching doesn't change it. It is the
+    same on every rank, because Lightning saves only rank 0's.
     """
 
     def __init__(
@@ -94,18 +87,18 @@ class PlanLoader(DataLoader):
         pin_memory: bool = False,
         **fetching: Any,
     ) -> None:
-        """Makes the loader.
+        """Creates the loader.
 
         Args:
-            examples: By id.
+            examples: Examples by id.
             targets: Tokens that carry loss, per example, `[examples]`.
-            plan: Of an epoch.
-            layout: How an update is cut.
-            collate: Rows to a micro-batch.
-            limit: Micro-batches of an epoch that will be trained on, or the share of them (`limit_train_batches`).
-            workers: Processes that fetch.
-            pin_memory: Put batches where a GPU copies them from without waiting.
-            fetching: Further arguments of `DataLoader` on how its workers fetch.
+            plan: Epoch -> plan.
+            layout: How the rows of an update are divided.
+            collate: Rows -> micro-batch.
+            limit: Micro-batches of an epoch that are trained on, or the share of them (`limit_train_batches`).
+            workers: Loader processes.
+            pin_memory: Pin batches in memory, for asynchronous copies to a GPU.
+            fetching: Further arguments of `DataLoader` for its workers.
         """
         self.position = PlanSampler(plan, layout)
         self.targets = targets
@@ -117,13 +110,13 @@ class PlanLoader(DataLoader):
             num_workers=workers,
             pin_memory=pin_memory,
             **fetching,
-            # its own generator: the seeds of workers must not be drawn from the stream that dropout uses
+            # a separate generator, so that the seeds of workers are not drawn from the one that dropout uses
             generator=torch.Generator().manual_seed(0),
         )
 
     @property
     def layout(self) -> Layout:
-        """How an update is cut; may be replaced before the first batch is asked for."""
+        """How the rows of an update are divided; may be replaced before the first batch is fetched."""
         return self.position.layout
 
     @layout.setter
@@ -131,27 +124,27 @@ class PlanLoader(DataLoader):
         self.position.layout = layout
 
     def __iter__(self) -> Iterator[Any]:  # type: ignore[override]
-        # A generator, so that nothing is fetched before `set_epoch` and `load_state_dict` have had their say:
-        # Lightning calls iter() first.
+        # A generator, so that nothing is fetched before the first `next`: Lightning calls `iter` before `set_epoch` and
+        # `load_state_dict`.
         position, micro_batches = self.position, self.position.layout.micro_batches
-        handed = position.update * micro_batches
+        yielded = position.update * micro_batches
         update: Update | None = None
         for batch in super().__iter__():
-            if handed % micro_batches == 0 or update is None:
-                update = self._comes_to(position.update)
+            if yielded % micro_batches == 0 or update is None:
+                update = self._totals(position.update)
             batch["update"] = update
-            handed += 1
-            position.update = handed // micro_batches
+            yielded += 1
+            position.update = yielded // micro_batches
             yield batch
 
-    def _comes_to(self, update: int) -> Update:
-        """Targets, rows and micro-batches of an update; of one that the limit cuts short, those within it."""
+    def _totals(self, update: int) -> Update:
+        """The totals of an update; only those within `limit` if it ends within the update."""
         layout, plan = self.position.layout, self.position.current
         ids = plan.examples_of(update, layout, layout.within(self.limit, update, len(plan)))
         return Update(int(self.targets[ids].sum()), len(ids), layout.parts)
 
     def state_dict(self) -> dict[str, int]:
-        """Position between two updates, and the layout it was reached with."""
+        """The position, between two updates, and the layout of updates."""
         layout = self.position.layout
         return {
             "epoch": self.position.epoch,
@@ -161,31 +154,31 @@ class PlanLoader(DataLoader):
         }
 
     def load_state_dict(self, state: dict[str, int]) -> None:
-        """Goes to a position.
+        """Restores a position.
 
         Raises:
-            UserError: if an update has another number of rows than when the state was saved.
+            UserError: an update has another number of rows than when the state was saved.
         """
         refuse_other_rows(state, self.position.layout)
         self.position.epoch, self.position.update = state["epoch"], state["update"]
 
 
 def as_it_is(batch: Any) -> Any:
-    """Collates nothing: for a DataLoader whose items are what it is to yield."""
+    """A collate function that changes nothing, for datasets whose items are batches."""
     return batch
 
 
 def refuse_other_rows(state: dict[str, Any], layout: Layout) -> None:
-    """Refuses a position that was reached with another number of rows per update.
+    """Refuses a position from a run with another number of rows per update.
 
     Raises:
-        UserError: it was.
+        UserError: the numbers differ.
     """
     if state["rows_per_update"] != layout.rows_per_update:
         raise UserError(
             f"the checkpoint was made with {state['rows_per_update']} rows per update, this run has "
             f"{layout.rows_per_update} (batch_size {layout.batch_size} x accumulate_grad_batches "
-            f"{layout.micro_batches} x {layout.ranks} ranks): a run resumes with any layout of the same product"
+            f"{layout.micro_batches} x {layout.ranks} ranks): a run can resume with any layout of the same product"
         )
 
 
@@ -198,7 +191,7 @@ def eval_loader(
     workers: int = 0,
     pin_memory: bool = False,
 ) -> DataLoader:
-    """A loader that goes through a plan once per pass, from the start: for validation and test."""
+    """Creates a loader that follows a plan from the start in each pass, for validation and test."""
     return DataLoader(
         Rows(examples),
         batch_sampler=[rows for update in range(len(plan)) for rows in plan.micro_batches(update, layout)],

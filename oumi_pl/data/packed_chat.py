@@ -1,4 +1,4 @@
-"""Conversations as one stream of tokens: rendered, joined, and cut into rows as documents are in pretraining."""
+"""Conversations as one stream of tokens: rendered, joined and cut into rows, like the documents of pretraining."""
 
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
@@ -12,10 +12,10 @@ if TYPE_CHECKING:
 
 
 class PackedChatData(PretrainData):
-    """Rows of turns become texts by the chat template, and these one stream of tokens, of which all carry loss.
+    """Renders conversations with the chat template and joins them into one stream of tokens, which all carry loss.
 
-    What the assistant says isn't told from what it reads: `SFTData` with `packing` does that, and keeps conversations
-    apart from each other. Here each ends with EOS, and the next one sees it unless `isolate` is set.
+    Each conversation ends with EOS, and the next one sees it unless `isolate` is set. To train on answers alone, or to
+    keep conversations apart, use `SFTData` with `packing`.
 
     Args:
         args: As of `TextData`; rows come in any format of `SFTData`.
@@ -28,17 +28,15 @@ class PackedChatData(PretrainData):
         self.template_spec = template
 
     def prepare_tokenizer(self, tokenizer: "PreTrainedTokenizerBase") -> list[int]:
-        """Puts the chat template in force and adds the special tokens that it needs."""
-        before = set(tokenizer.get_vocab().values())
+        """Sets the chat template and adds the special tokens that it needs."""
         self.template = load_template(tokenizer, self.template_spec)
-        apply_template(tokenizer, self.template)
-        return sorted(set(tokenizer.get_vocab().values()) - before)
+        return apply_template(tokenizer, self.template)
 
     @cached_property
     def rendering(self) -> Rendering:
-        """Turns conversations into texts."""
+        """Renders conversations as texts."""
         return Rendering(self.tokenizer)
 
     def parts(self, split: str) -> list[Part]:
-        """What a split takes of which sources, with conversations as texts."""
+        """The parts of sources that a split uses, with conversations rendered as texts."""
         return [part._replace(render=self.rendering) for part in super().parts(split)]

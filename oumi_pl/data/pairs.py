@@ -1,7 +1,8 @@
-"""From preferences to pairs of token sequences that share their prompt.
+"""Tokenizes preferences into pairs of responses that share their prompt.
 
-Both responses are rendered and tokenized as whole texts, as they would be alone, and the prompt is what their ids have
-in common: no token is glued together from two pieces that were tokenized apart.
+Each response is rendered and tokenized together with its prompt, as one text, and the shared prompt is the common
+prefix of both id sequences. Prompt and response are never tokenized separately, which could give other tokens at the
+border.
 """
 
 from collections.abc import Sequence
@@ -19,22 +20,22 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 EQUAL = "chosen equals rejected"
+"""Reason for dropping a pair, as it is in reports."""
 
 
 class TokenizePairs(Tokenize):
     """Turns preferences into pairs, a batch at a time.
 
-    The prompt is the longest common prefix of both token sequences that holds no token with a character of a response:
-    a token across the border belongs to the response, in both branches. Response tokens carry loss as in SFT, i.e.
-    those of the assistant's turns, and so do tokens between the prompt's end and the first of these, so that each
-    branch is all of what follows the prompt.
+    The prompt is the longest common prefix of both token sequences without a token of a response: a token across the
+    border belongs to the responses. In the responses, the tokens of the assistant's turns carry loss, as in SFT, and so
+    do tokens before the first of these.
 
     Args:
         tokenizer: A fast tokenizer with its chat template and special tokens in place (`apply_template`).
         max_length: Longest prompt with one response, in tokens.
-        overflow: What becomes of longer pairs: `truncate` cuts the prompt's start, and the responses' ends if it has
-            to, by the same rule as `Tokenize`, where the longer response counts as the answer; `keep_start` cuts the
-            responses' ends alone; `drop`; or `error`.
+        overflow: What happens to longer pairs: `truncate` cuts the prompt's start first, then the responses' ends, by
+            the rule of `Tokenize` with the longer response as the answer; `keep_start` cuts only the responses' ends;
+            `drop`; or `error`.
 
     Raises:
         UserError: a setting is unknown, or the tokenizer can't tell which characters a token stands for.
@@ -44,12 +45,12 @@ class TokenizePairs(Tokenize):
         super().__init__(tokenizer, max_length, overflow=overflow)
 
     def __call__(self, records: Sequence[Record]) -> list[Example | Dropped]:
-        """Tokenizes preferences, each to a prompt with two branches or the reason why there is none, in order.
+        """Tokenizes preferences, each to a prompt with two branches or the reason why not, in order.
 
         The first segment is the prompt with the chosen response, the second the rejected one, which continues the
-        prompt. The field `margin` is NaN where the row has none.
+        prompt. The field `margin` is NaN if the row has none.
 
-        Dropped are pairs whose responses are equal, or one of them empty, and pairs without a token of a prompt.
+        Pairs with equal responses, an empty response or an empty prompt are dropped.
 
         Raises:
             UserError: a record is no preference or its prompts differ, the chat template refuses it or can't be masked
@@ -70,7 +71,7 @@ class TokenizePairs(Tokenize):
         try:
             return self.mark(chosen), self.mark(rejected)
         except RefusedError:
-            # Dialogues as people wrote them don't always alternate, and some templates insist.
+            # Real dialogues don't always alternate, and some templates require it: drop those instead of stopping.
             if any(_repeats_a_role(response) for response in (chosen, rejected)):
                 return Dropped("the same role twice in a row, which the chat template refuses")
             raise
@@ -104,23 +105,23 @@ class TokenizePairs(Tokenize):
 
 
 def _branch(tokens: Tokens, border: int, room: int) -> tuple[np.ndarray, np.ndarray]:
-    """Ids and loss mask of a response from the prompt's end on, at most `room` tokens. Its first carries loss."""
+    """Ids and loss mask of a response after the prompt, at most `room` tokens. Its first token carries loss."""
     mask = tokens.mask[border:].copy()
     mask[: mask.argmax()] = True
     return tokens.ids[border:][:room], mask[:room]
 
 
 def _common_prefix(a: np.ndarray, b: np.ndarray) -> int:
-    """How many leading ids two sequences have in common."""
+    """Length of the common prefix of two id sequences."""
     shorter = min(len(a), len(b))
     differs = a[:shorter] != b[:shorter]
     return int(differs.argmax()) if differs.any() else shorter
 
 
 def _checked(record: Record) -> Preference:
-    """Refuses what a format of one's own may get wrong."""
+    """Refuses records that are no valid preferences, as a user's format may return."""
     if not isinstance(record, Preference):
-        raise UserError("this row is no pair of responses; DPO needs a chosen and a rejected one")
+        raise UserError("this row is not a pair of responses; DPO needs a chosen and a rejected one")
     if _prompt(record.chosen) != _prompt(record.rejected):
         raise UserError("chosen and rejected hold different prompts")
     return record
@@ -130,7 +131,7 @@ def _prompt(response: Conversation | Text) -> object:
     if isinstance(response, Text):
         return response.prompt
     if response.prompt_messages is None:
-        raise UserError("a pair of conversations without prompt_messages: nothing says where the responses begin")
+        raise UserError("a pair of conversations needs prompt_messages, to say where the responses begin")
     return response.messages[: response.prompt_messages], response.tools
 
 

@@ -1,7 +1,7 @@
-"""The plan of an epoch: which examples each optimizer update sees, and how ranks and micro-batches share them.
+"""The plan of an epoch: the examples of each optimizer update, and their division among ranks and micro-batches.
 
-One deterministic list of *global* batches per (seed, epoch), computed once and cut afterwards. Because an update's
-examples do not depend on the number of ranks or micro-batches, a run resumes exactly, and may resume with another
+A plan is a deterministic list of *global* batches per (seed, epoch), computed first and divided afterwards. Because the
+examples of an update do not depend on the number of ranks or micro-batches, a run can resume exactly, also with another
 layout of the same `rows_per_update`.
 """
 
@@ -16,13 +16,13 @@ from oumi_pl.errors import UserError
 
 
 def pack(lengths: np.ndarray, capacity: int, order: np.ndarray | None = None) -> tuple[np.ndarray, np.ndarray]:
-    """Packs examples into as few rows of `capacity` tokens as best-fit decreasing finds.
+    """Packs examples into rows of `capacity` tokens by best-fit decreasing.
 
     Args:
         lengths: tokens of every example, `[n]`, each from 1 to `capacity`.
         capacity: tokens that a pack holds.
-        order: a permutation of `0..n-1`. Examples of equal length are placed in this order; another permutation gives
-            other packs, equally full. In order of index when left out.
+        order: a permutation of `0..n-1`, by index when left out. Examples of equal length are placed in this order, so
+            another permutation gives other packs that are equally full.
 
     Returns:
         `members` `[n]` and `starts` `[packs + 1]`, both int64: pack `p` holds the examples
@@ -44,16 +44,13 @@ def pack(lengths: np.ndarray, capacity: int, order: np.ndarray | None = None) ->
     return members, np.concatenate([[0], np.cumsum(np.bincount(pack_of))]).astype(np.int64)
 
 
-def fill(lengths: np.ndarray, capacity: int, packs: int) -> float:
-    """Share of the capacity of so many packs that the examples' tokens take up, from 0 to 1."""
-    return float(np.sum(lengths, dtype=np.int64) / (packs * capacity)) if packs else 0.0
-
-
 def _best_fit(descending: np.ndarray, capacity: int) -> np.ndarray:
-    """Number of the pack that each length goes to, `[n]`. `descending` is sorted, longest first."""
+    """Assigns each length to a pack; returns the packs' numbers, `[n]`. `descending` is sorted, longest first."""
+    # Handles all examples of a length at once, so that millions of them take seconds. `rooms` finds the tightest fit in
+    # constant time.
     pack_of = np.empty(len(descending), dtype=np.int64)
     by_room: defaultdict[int, list[int]] = defaultdict(list)  # tokens of room -> packs; the last one in is used first
-    rooms = 0  # bit r is set while by_room[r] has packs, so that the tightest fit is the lowest bit from `size` up
+    rooms = 0  # bit r is set while by_room[r] has packs: the tightest fit is the lowest set bit from `size` up
     opened = placed = 0
     negative, counts = np.unique(-descending, return_counts=True)
     for size, count in zip((-negative).tolist(), counts.tolist(), strict=True):
@@ -61,7 +58,7 @@ def _best_fit(descending: np.ndarray, capacity: int) -> np.ndarray:
         while left:
             fitting = rooms >> size
             room = size + (fitting & -fitting).bit_length() - 1 if fitting else capacity
-            each = room // size  # the pack that takes one is the tightest fit for the next, too, as long as one fits
+            each = room // size  # a pack that took one remains the tightest fit for the next, as long as it fits
             needed = -(-left // each)
             if not fitting:
                 by_room[room].extend(range(opened + needed - 1, opened - 1, -1))
@@ -70,7 +67,7 @@ def _best_fit(descending: np.ndarray, capacity: int) -> np.ndarray:
             del by_room[room][-needed:]
             now = min(left, each * len(packs))
             pack_of[placed : placed + now] = np.repeat(packs, each)[:now]
-            missing = each * len(packs) - now  # the last pack is not filled as far as the others if lengths run out
+            missing = each * len(packs) - now  # how many fewer the last pack has if lengths run out
             by_room[room - each * size].extend(packs[:-1] if missing else packs)
             if missing:
                 by_room[room - (each - missing) * size].append(packs[-1])
@@ -80,8 +77,8 @@ def _best_fit(descending: np.ndarray, capacity: int) -> np.ndarray:
     return pack_of
 
 
-# Keeps this stream of random numbers apart from that of others who seed with (seed, epoch): a permutation that is
-# permuted by itself isn't a fair shuffle.
+# Distinguishes these random numbers from those of `plan_epoch`, which also seeds with (seed, epoch): the same
+# permutation applied twice isn't a fair shuffle.
 _STREAM = 0x6D69
 
 
@@ -90,11 +87,11 @@ def mixture_counts(sizes: Sequence[int], weights: Sequence[float | None]) -> lis
 
     Args:
         sizes: rows that each source has.
-        weights: share of each source, in any unit; all None for the sources as they are, one after the other.
+        weights: relative share of each source; all None for every row of each source once.
 
     Returns:
-        `sizes` without weights; with them, the total split in proportion to the weights. What rounding down leaves
-        goes to the largest remainders, the earlier source first.
+        `sizes` without weights; with them, the total divided in proportion to the weights, by largest remainder; the
+        earlier source wins ties.
 
     Raises:
         UserError: some sources have a weight and others none, a weight isn't above 0, or a weighted source is empty.
@@ -115,7 +112,7 @@ def mixture_counts(sizes: Sequence[int], weights: Sequence[float | None]) -> lis
                 "out"
             )
         if not size:
-            raise UserError(f"data.train: source number {k} has the weight {weight}, but no rows are left of it")
+            raise UserError(f"data.train: source number {k} has the weight {weight}, but no rows")
     total = sum(sizes)
     exact = np.array(given, dtype=np.float64) / max(given)
     exact *= total / exact.sum()
@@ -126,17 +123,17 @@ def mixture_counts(sizes: Sequence[int], weights: Sequence[float | None]) -> lis
 
 
 def mixture_epoch(sizes: Sequence[int], weights: Sequence[float | None], seed: int, epoch: int) -> np.ndarray:
-    """Draws the rows of one epoch, shuffled: a pure function of its arguments.
+    """Draws and shuffles the rows of one epoch; a pure function of its arguments.
 
     Args:
         sizes: rows that each source has; source `k`'s rows are numbered from `sum(sizes[:k])`.
         weights: as for `mixture_counts`.
         seed: of the run, at least 0.
-        epoch: counted from 0. Each epoch draws anew.
+        epoch: counted from 0. Each epoch draws other rows.
 
     Returns:
-        Row numbers `[sum(sizes)]`, int64. A source is passed over as a whole as often as its count allows; the
-        remainder is drawn without repetition, so no row comes more than once more often than another of its source.
+        Row numbers `[sum(sizes)]`, int64: every row of a source as often as its count allows, and a remainder drawn
+        without replacement. So the numbers of occurrences of two rows of a source differ by at most 1.
 
     Raises:
         UserError: as for `mixture_counts`.
@@ -146,21 +143,21 @@ def mixture_epoch(sizes: Sequence[int], weights: Sequence[float | None], seed: i
     for size, count in zip(sizes, mixture_counts(sizes, weights), strict=True):
         if count:
             passes, remainder = divmod(count, size)
-            # in order, since the result is shuffled anyway
+            # not shuffled, since the result is shuffled anyway
             remaining = rng.choice(size, remainder, replace=False, shuffle=False)
             drawn += [np.tile(np.arange(size), passes) + start, remaining + start]
         start += size
     return rng.permutation(np.concatenate(drawn))
 
 
-# Length grouping sorts within this many updates: enough to make the lengths of a micro-batch alike, few enough that
-# updates of one epoch still differ from those of the next.
+# Length grouping sorts within so many updates: enough for similar lengths in each micro-batch, and few enough for other
+# groups in each epoch.
 GROUPED_UPDATES = 50
 
 
 @dataclass(frozen=True)
 class Layout:
-    """How one update is cut: `ranks` x `micro_batches` x `batch_size` rows.
+    """How the rows of an update are divided: `ranks` x `micro_batches` x `batch_size`.
 
     batch_size: rows of one micro-batch on one rank. micro_batches: micro-batches per update (gradient accumulation).
     """
@@ -181,22 +178,22 @@ class Layout:
         return self.batch_size * self.parts
 
     def shares(self, rows: int) -> Iterator[range]:
-        """Which rows of an update of `rows` each micro-batch of this rank has; none where a short update runs out."""
+        """The rows of each micro-batch of this rank, in an update of `rows`; empty if a short update runs out."""
         for micro in range(self.micro_batches):
             first = (micro * self.ranks + self.rank) * self.batch_size
             yield range(min(first, rows), min(first + self.batch_size, rows))
 
     def filled(self, rows: int) -> int:
-        """Micro-batches on each rank of an update of `rows` that some rank has rows for."""
+        """Micro-batches per rank, in an update of `rows`, for which at least one rank has rows."""
         return math.ceil(rows / (self.batch_size * self.ranks))
 
     def within(self, limit: int | float, update: int, updates: int | None) -> int:
-        """Micro-batches of an update, on one rank, that lie within `limit_train_batches`.
+        """Micro-batches of an update, on one rank, that are within `limit_train_batches`.
 
         Args:
-            limit: Micro-batches of an epoch, or below 1.0 the share of them.
+            limit: Micro-batches of an epoch, or as a float the share of them.
             update: Counted from 0.
-            updates: Of the epoch; None if that isn't known.
+            updates: Number of updates of the epoch; None if unknown.
         """
         if isinstance(limit, float):
             limit = self.micro_batches * (update + 1) if updates is None else int(limit * updates * self.micro_batches)
@@ -206,8 +203,8 @@ class Layout:
 class Plan:
     """An epoch as a list of updates, each a list of rows, each an array of example ids.
 
-    Rows and examples are held in three flat arrays, so that millions of examples stay cheap. A row is one example, or
-    several packed together.
+    Two flat arrays hold all rows, so that millions of examples stay cheap. A row is one example, or several packed
+    together.
     """
 
     def __init__(self, example_ids: np.ndarray, row_starts: np.ndarray, rows_per_update: int) -> None:
@@ -229,16 +226,15 @@ class Plan:
         return self.example_ids[self.row_starts[index] : self.row_starts[index + 1]]
 
     def examples_of(self, update: int, layout: Layout, micro_batches: int) -> np.ndarray:
-        """Ids of the examples of one update, over all ranks, in its first micro-batches. `[n]`."""
+        """Ids of the examples in the first `micro_batches` of an update, over all ranks, `[n]`."""
         start = update * self.rows_per_update
         stop = min(start + micro_batches * layout.batch_size * layout.ranks, self.rows)
         return self.example_ids[self.row_starts[start] : self.row_starts[stop]]
 
     def micro_batches(self, update: int, layout: Layout) -> Iterator[list[np.ndarray]]:
-        """Cuts one update for one rank: `layout.micro_batches` lists of rows.
+        """Yields one rank's micro-batches of an update, each a list of rows.
 
-        Where a short update runs out of rows the list is empty: such a micro-batch has zero targets, and nothing is
-        seen twice.
+        If a short update runs out of rows, the last lists are empty: no row is used twice.
         """
         start = update * self.rows_per_update
         stop = min(start + self.rows_per_update, self.rows)
@@ -279,7 +275,7 @@ def plan_epoch(
 
 
 def plan_in_order(lengths: np.ndarray, rows_per_update: int, *, capacity: int | None = None) -> Plan:
-    """Arranges every example once, longest first: for validation, where order means nothing and padding costs time."""
+    """Plans every example once, longest first, which saves padding; for validation, where the order does not matter."""
     if capacity is not None:
         members, starts = pack(lengths, capacity)
         return Plan(members, starts, rows_per_update)
@@ -288,9 +284,10 @@ def plan_in_order(lengths: np.ndarray, rows_per_update: int, *, capacity: int | 
 
 
 def _reorder_rows(ids: np.ndarray, starts: np.ndarray, order: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Reorders the rows; returns ids and starts as `pack` does."""
     sizes = np.diff(starts)[order]
     new_starts = np.concatenate([[0], np.cumsum(sizes)])
-    # position of each id in the old array: its row's old start plus its place within the row
+    # position of each id in the old array: its row's old start plus its index within the row
     within = np.arange(len(ids)) - np.repeat(new_starts[:-1], sizes)
     return ids[np.repeat(starts[:-1][order], sizes) + within], new_starts
 
@@ -300,6 +297,6 @@ def _group_by_length(ids: np.ndarray, lengths: np.ndarray, rows: int, rng: np.ra
     chunks = [ids[i : i + window] for i in range(0, len(ids), window)]
     grouped = np.concatenate([chunk[np.argsort(-lengths[chunk], kind="stable")] for chunk in chunks])
     full = len(grouped) // rows
-    # only whole updates are shuffled, so that the short one stays last
+    # shuffle whole updates only, so that the short one stays last
     updates = grouped[: full * rows].reshape(full, rows)[rng.permutation(full)]
     return np.concatenate([updates.reshape(-1), grouped[full * rows :]])

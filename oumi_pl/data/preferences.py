@@ -1,8 +1,8 @@
-"""From a row to a `Preference`: two responses to one prompt, in the layouts that preference data are published in.
+"""Formats of preference data: two responses to one prompt.
 
-Pure functions as in `formats.py`. Where a row doesn't say what the prompt is, it is what both conversations begin with,
-turn by turn: a prompt never ends within a turn, so that equal first words of two responses stay part of them. How much
-better the chosen response is comes from `margin`, or from two scores, where a row has such columns.
+Pure functions as in `formats.py`. If a row has no separate prompt, it is the turns that both conversations begin with.
+A prompt never ends within a turn, so equal first words of two responses remain part of them. The margin comes from a
+column `margin` or from two scores, if a row has them.
 """
 
 import math
@@ -27,10 +27,10 @@ _HH_ROLES = {"Human": "user", "Assistant": "assistant"}
 
 
 def prompt_preference(row: Row) -> Preference:
-    """Reads `prompt`, `chosen` and `rejected`: text that no chat template touches, or turns; optionally `tools`.
+    """Reads `prompt`, `chosen` and `rejected`: text used without a chat template, or turns; optionally `tools`.
 
-    A text beside turns is one turn: the user's in `prompt`, the assistant's in a response. Responses that are whole
-    conversations, i.e. that repeat the prompt, are read as `implicit_prompt` does.
+    If some are turns, a text is one turn: the user's in `prompt`, the assistant's in a response. Responses that repeat
+    the prompt are read as by `implicit_prompt`.
 
     Raises:
         UserError: `prompt` and one response are text and the other isn't, a turn isn't a turn, or a response doesn't
@@ -73,7 +73,7 @@ def sharegpt_preference(row: Row) -> Preference:
 def implicit_prompt(row: Row) -> Preference:
     """Reads `chosen` and `rejected`, whole conversations: the turns that both begin with are the prompt.
 
-    Texts are read as `anthropic_hh` does.
+    Texts are read as by `anthropic_hh`.
 
     Raises:
         UserError: the first turns that differ aren't both the assistant's, or one conversation ends before that.
@@ -87,7 +87,7 @@ def implicit_prompt(row: Row) -> Preference:
 def anthropic_hh(row: Row) -> Preference:
     r"""Reads `chosen` and `rejected`, dialogues as text: `\n\nHuman: ...\n\nAssistant: ...`, as in Anthropic's HH data.
 
-    The turns, without the spaces around them, are then read as `implicit_prompt` does.
+    The turns, stripped of white space, are then read as by `implicit_prompt`.
 
     Raises:
         UserError: a text doesn't begin with the human's turn, or as for `implicit_prompt`.
@@ -95,7 +95,7 @@ def anthropic_hh(row: Row) -> Preference:
     return _whole(_dialogue(row, "chosen"), _dialogue(row, "rejected"), row)
 
 
-# `prompt` first: published data add the chosen conversation again as `messages`, which is no prompt then.
+# `prompt` first: published data often have a column `messages` with the whole chosen conversation besides it.
 PREFERENCE_FORMATS: Formats = (
     (prompt_preference, ("prompt", "chosen", "rejected")),
     (sharegpt_preference, ("conversations", "chosen", "rejected")),
@@ -105,11 +105,11 @@ PREFERENCE_FORMATS: Formats = (
 )
 
 
-# --- pieces -----------------------------------------------------------------------------------------------------------
+# --- joining and splitting --------------------------------------------------------------------------------------------
 
 
 def _after(prompt: Turns, row: Row, read: Callable[[Any, str], Message]) -> Preference:
-    """Joins a prompt with the responses, unless these repeat it."""
+    """Joins a prompt with the responses, unless they already begin with it."""
     chosen, rejected = (_response(row, name, read) for name in _RESPONSES)
     if chosen[: len(prompt)] == prompt == rejected[: len(prompt)]:
         return _whole(chosen, rejected, row)
@@ -127,18 +127,18 @@ def _response(row: Row, name: str, read: Callable[[Any, str], Message]) -> Turns
 
 
 def _whole(chosen: Turns, rejected: Turns, row: Row) -> Preference:
-    """Splits two whole conversations where they begin to differ."""
+    """Splits two whole conversations at the first turn that differs."""
     shared = len(list(takewhile(lambda pair: pair[0] == pair[1], zip(chosen, rejected, strict=False))))
-    if chosen == rejected:  # the response is what is dropped as equal later, and counted
+    if chosen == rejected:  # `TokenizePairs` will drop and count it, which needs a response
         shared = max((i for i, turn in enumerate(chosen) if turn["role"] == "assistant"), default=shared)
     for name, turns, other in (("chosen", chosen, "rejected"), ("rejected", rejected, "chosen")):
         if shared == len(turns):
-            raise UserError(f"{name!r} ends after turn {shared}, where {other!r} goes on: its response is missing")
+            raise UserError(f"{name!r} ends after turn {shared}, where {other!r} continues: its response is missing")
     roles = chosen[shared]["role"], rejected[shared]["role"]
     if roles != ("assistant", "assistant"):
         raise UserError(
             f"the prompts of chosen and rejected differ in turn {shared + 1} ({roles[0]!r} and {roles[1]!r}); they may "
-            "differ from a turn of 'assistant' on"
+            "only differ from a turn of 'assistant' on"
         )
     return _preference(chosen[:shared], chosen[shared:], rejected[shared:], row)
 
@@ -157,7 +157,7 @@ def _dialogue(row: Row, name: str) -> Turns:
     if not text.startswith("\n\nHuman:"):
         raise UserError(
             f"column {name!r} holds text that doesn't begin with an empty line and 'Human:', so it is no dialogue; "
-            "a mere response needs a `prompt`: say which column that is with `columns`, e.g. {prompt: my_column}"
+            "a response without its prompt needs a column `prompt`: name it with `columns`, e.g. {prompt: my_column}"
         )
     _, *parts = _SPEAKER.split(text)
     speakers, said = parts[::2], parts[1::2]
@@ -168,7 +168,7 @@ def _margin(row: Row) -> float | None:
     margin = row.get("margin")
     if _is_number(margin):
         return float(row["margin"])
-    empty = isinstance(margin, float) and math.isnan(margin)  # as tables have it
+    empty = isinstance(margin, float) and math.isnan(margin)  # an empty cell of a table
     if margin is not None and not empty:
         raise UserError(f"column 'margin' holds {margin!r} instead of a number")
     for better, worse in _SCORES:

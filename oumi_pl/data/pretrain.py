@@ -1,9 +1,11 @@
-"""Data for pretraining: documents as one stream of rows, from shards on the disk or tokenized as they are read."""
+"""Data for pretraining: documents as one stream of rows, from shards on disk or tokenized while training."""
 
+import hashlib
+import itertools
+import json
 import math
 from collections.abc import Iterable, Iterator, Sequence
 from functools import cached_property, partial
-from itertools import chain
 from typing import Any, Literal, get_args
 
 from torch.utils.data import DataLoader
@@ -16,11 +18,10 @@ from oumi_pl.data.plan import Layout, mixture_counts
 from oumi_pl.data.report import describe_consumed, describe_documents
 from oumi_pl.data.row_stream import Exhausted, RowStream, TokenMixture, batch_of
 from oumi_pl.data.shards import Lengths, Shards
-from oumi_pl.data.sources import as_sources, is_held_out, is_not_held_out, is_on_hub
+from oumi_pl.data.sources import as_sources, find_files, is_on_hub
 from oumi_pl.data.stream_loader import StreamLoader
 from oumi_pl.data.streamed import StreamedDocuments
 from oumi_pl.data.trained_bpe import TrainedBPE, first_bytes
-from oumi_pl.data.unchanged import identities, refuse_changed
 from oumi_pl.data.windows import BestFit, Concat, Windows
 from oumi_pl.errors import UserError, nearest
 
@@ -31,24 +32,24 @@ PROMPT_TOKENS = 32
 
 
 class PretrainData(TextData):
-    """Documents become rows of exactly `max_length` tokens, every token a target, in one long reproducible stream.
+    """Turns documents into one reproducible stream of rows of `max_length` tokens, with every token a target.
 
     Documents are text files, rows with a column `text`, or a folder that `prepare` made. The weights of sources are
-    shares in the tokens. `TrainedBPE` learns a tokenizer from the training documents.
+    shares of the tokens. `TrainedBPE` trains a tokenizer on the training documents.
 
     Args:
         args: As of `TextData`.
-        packing: Join the documents and cut every `max_length` tokens, or pack whole documents by best fit and cut only
-            those that are longer than a row.
-        isolate: Keep the documents of a row apart: attention doesn't cross their borders, positions start anew.
-        streaming: Tokenize while training. Without, documents are tokenized once, before the run, into shards.
-        shuffle_buffer: Rows of which each next one is drawn; 0 leaves them in the order of the documents.
-        exhausted: At the end of a source, `stop`: the pass (an epoch) is over; or `restart` that source: the stream has
-            no end, and `trainer.max_steps` says when the run has.
-        eval_stride: Tokens by which the window moves on over a held-out document. Less than `max_length`, which it is
-            when left out, gives each token more context, and takes more time.
-        kwargs: As of `TextData`. `workers` are processes per source that tokenize, when streaming; else, processes that
-            load held-out documents.
+        packing: `concat` joins the documents and cuts every `max_length` tokens; `best_fit` packs whole documents and
+            cuts only those that are longer than a row.
+        isolate: Keep the documents of a row apart: attention doesn't cross their borders, positions restart at 0.
+        streaming: Tokenize while training. Otherwise documents are tokenized into shards once, before the run.
+        shuffle_buffer: Size, in rows, of the buffer that rows are drawn from; 0 keeps the order of the documents.
+        exhausted: At the end of a source, `stop` ends the pass (an epoch); `restart` begins that source again, so that
+            only `trainer.max_steps` ends the run.
+        eval_stride: Tokens by which the window over a held-out document moves; `max_length` when left out. A smaller
+            stride gives each token more context and takes more time.
+        kwargs: As of `TextData`. `workers` are tokenizing processes per source when streaming, else processes that load
+            held-out documents.
     """
 
     def __init__(
@@ -70,9 +71,9 @@ class PretrainData(TextData):
             raise UserError(f"data.shuffle_buffer is {shuffle_buffer}, but has to be at least 0")
         if eval_stride is not None and not 1 <= eval_stride <= self.max_length:
             between = f"between 1 and max_length, {self.max_length}"
-            raise UserError(f"data.eval_stride is {eval_stride}, but has to lie {between}")
+            raise UserError(f"data.eval_stride is {eval_stride}, but has to be {between}")
         if self.sources["train"] is not None:
-            mixture_counts([1] * len(self.weights), self.weights)  # refuses what adds up to nothing
+            mixture_counts([1] * len(self.weights), self.weights)  # refuses invalid weights
         self.packing = isolate
         self.isolate = isolate
         self.method: Packing = packing
@@ -88,49 +89,46 @@ class PretrainData(TextData):
 
     @property
     def weights(self) -> list[float | None]:
-        """Shares of the training sources in the tokens; all None for one after the other."""
+        """Shares of the training sources in the tokens; all None to read one after the other."""
         return [source.weight for source in as_sources(self.sources["train"])]  # type: ignore[arg-type]
 
     def parts(self, split: str) -> list[Part]:
-        """What a split takes of which sources."""
-        held_out, value = self.sources["validation"], self.sources[split]
-        if not isinstance(held_out, float) or split not in ("train", "validation"):
-            return [Part(source) for source in as_sources(value)]  # type: ignore[arg-type]
-        keep = partial(is_not_held_out if split == "train" else is_held_out, fraction=held_out)
-        parts = [Part(s, keep, f"{split} {held_out}") for s in as_sources(self.sources["train"])]  # type: ignore[arg-type]
+        """The parts of sources that a split uses."""
+        sources, keep = self.taken(split)
+        parts = [Part(s, keep, f"{split} {self.sources['validation']}" if keep else None) for s in sources]
         for part in parts:
-            if self.streaming and part.prepared is None and is_on_hub(part.source):
+            if keep and self.streaming and part.prepared is None and is_on_hub(part.source):
                 raise UserError(
-                    f"data.validation: to hold out a fraction of {part.source.path} means to download all of it, and "
-                    "it is streamed; name a source for validation"
+                    f"data.validation: holding out a fraction of {part.source.path} would download all of it, but it "
+                    "is streamed; name a source for validation"
                 )
         return parts
 
     def longest_path(self, splits: Iterable[str]) -> tuple[int, int] | None:
-        """Positions that the longest document needs surely, and at most; None where rows go from end to end.
+        """Bounds on the positions of the longest document; None without `isolate`, where all rows have `max_length`.
 
-        The two differ where documents are streamed, of which nothing is known but that rows end at `max_length`, and
-        where they are joined and cut, so that a row may begin within one.
+        The bounds differ for streamed documents, whose lengths are unknown, and for `concat`, where rows begin anywhere
+        in a document.
         """
         if not self.isolate:
             return None
         sources = [s for split in splits for s in (self.documents if split == "train" else self.shards(split))]
         known = [source for source in sources if isinstance(source, Shards)]
         lengths = [int(source.lengths.max()) for source in known if len(source)]
-        # a document's last token is a label, and among the inputs only where the next document is joined to it
-        surely = min(self.max_length, max(lengths, default=1) - 1)
-        at_most = min(self.max_length, surely + (self.method == "concat"))
-        return surely, at_most if len(known) == len(sources) else self.max_length
+        # a document's last token is only a label, except with `concat`, where the next document may follow in the row
+        least = min(self.max_length, max(lengths, default=1) - 1)
+        most = min(self.max_length, least + (self.method == "concat"))
+        return least, most if len(known) == len(sources) else self.max_length
 
     def source_names(self, split: str) -> list[str]:
-        """Names of a split's sources, each once: what `source` in a held-out batch counts."""
+        """Unique names of a split's sources, indexed by `source` of a held-out batch."""
         names = [part.name for part in self.parts(split)]
         if split in self.__shards:
             names = [shards.name for shards in self.__shards[split]]
         return [f"{name}-{i}" if names.count(name) > 1 else name for i, name in enumerate(names, 1)]
 
     def shards(self, split: str) -> list[Shards]:
-        """A split's documents on the disk: prepared, from the cache, or made now."""
+        """A split's documents on disk: prepared, from the cache, or written now."""
         if split not in self.__shards:
             self.__shards[split] = [shards_of(part, self.tokenizer) for part in self.parts(split)]
         return self.__shards[split]
@@ -150,12 +148,12 @@ class PretrainData(TextData):
 
     @property
     def streamed(self) -> list[str]:
-        """Names of the training sources of which nothing is known before they are read."""
+        """Names of the training sources that are tokenized while training."""
         names = zip(self.source_names("train"), self.documents, strict=True)
         return [name for name, documents in names if not isinstance(documents, Shards)]
 
     def __corpus(self) -> tuple[Any, Iterator[str]]:
-        """What `TrainedBPE` learns from."""
+        """What the texts for `TrainedBPE` depend on, and the texts."""
         if self.sources["train"] is None:
             raise UserError("data.tokenizer: TrainedBPE learns from data.train, and the recipe names no source there")
         parts = self.parts("train")
@@ -167,28 +165,28 @@ class PretrainData(TextData):
                 )
         assert isinstance(self.tokenizer_spec, TrainedBPE)
         most = max(1, self.tokenizer_spec.max_bytes // len(parts))
-        texts = chain.from_iterable(first_bytes(part.texts(streaming=self.streaming), most) for part in parts)
+        texts = itertools.chain.from_iterable(first_bytes(part.texts(streaming=self.streaming), most) for part in parts)
         return [part.made_from(self.streaming) for part in parts], texts
 
     # ---- stages
 
     def make(self, split: str) -> None:
-        """Tokenizes a split into shards, unless it is streamed; trains the tokenizer, if that is to be."""
+        """Tokenizes a split into shards, unless it is streamed; trains the tokenizer first, if it is a `TrainedBPE`."""
         if split == "train" and self.streaming:
-            _ = self.tokenizer
+            _ = self.tokenizer  # trained here, on one rank per node
         else:
             self.shards(split)
 
     def setup(self, stage: str) -> None:
-        """Opens what the stage needs, and stops before any weight is loaded if a source has no documents.
+        """Opens the sources of a stage, and stops before weights are loaded if one has no documents.
 
         Raises:
-            UserError: one has none.
+            UserError: a source has no documents, or does not exist.
         """
         for split in self.needed(stage):
             if split == "train" and self.streaming:
                 for part in self.parts("train"):
-                    _ = part.prepared or is_on_hub(part.source)  # told now if nothing is there
+                    _ = part.prepared or is_on_hub(part.source)  # raises if the source does not exist
                 continue
             shards = self.shards(split)
             empty = [s for s in shards if not len(s)]
@@ -199,27 +197,27 @@ class PretrainData(TextData):
                     why = "a fraction holds out whole documents; a text file is one unless `documents` divides it"
                 raise UserError(f"data.{split}: {empty[0].name}: there are no documents in it ({why})")
 
-    # ---- the stream
+    # ---- training rows
 
     def windows(self) -> Windows:
-        """What makes rows of documents."""
+        """Creates the `Windows` that make rows of documents."""
         return (Concat if self.method == "concat" else BestFit)(self.max_length, self.isolate)
 
     def stream(self, epoch: int) -> RowStream:
-        """The rows of an epoch, from its beginning: a function of documents, seed and epoch alone."""
+        """The rows of an epoch, from its start; depends only on documents, seed and epoch."""
         mixture = TokenMixture(self.documents, self.weights, self.exhausted)
         return RowStream(mixture, self.windows(), self.shuffle_buffer, self.run_seed, epoch)
 
     @property
     def rows_per_pass(self) -> int | None:
-        """Rows of one pass; None if there is no end to it, or if it isn't known before everything was read."""
+        """Rows of one pass; None if it is endless, or unknown because of streaming."""
         return None if self.exhausted == "restart" else self.rows_till_exhausted
 
     @cached_property
     def rows_till_exhausted(self) -> int | None:
-        """Rows until the first source is at its end (without weights, the last one); None for streamed ones.
+        """Rows until the first source (without weights, the last one) ends; None if a source is streamed.
 
-        Where it takes more than an addition, the lengths of all documents are gone through.
+        With weights or best fit, this simulates the mixture on the lengths of all documents.
         """
         shards = [d for d in self.documents if isinstance(d, Shards)]
         if len(shards) < len(self.documents):
@@ -230,20 +228,18 @@ class PretrainData(TextData):
         return self.windows().count(map(len, mixture))
 
     def updates(self, epochs: int) -> int:
-        """Optimizer updates in so many epochs.
+        """Number of optimizer updates in `epochs` epochs.
 
         Raises:
-            UserError: a pass has no end, or its length isn't known.
+            UserError: a pass is endless, or its length is unknown.
         """
         if self.rows_per_pass is None:
-            why = "has no end" if self.exhausted == "restart" else "has a length that isn't known while it is streamed"
-            raise UserError(
-                f"a pass through the documents {why}; say how long to train by trainer.max_steps or max_tokens"
-            )
+            why = "has no end" if self.exhausted == "restart" else "has an unknown length while streaming"
+            raise UserError(f"a pass through the documents {why}; set trainer.max_steps or max_tokens")
         return math.ceil(self.rows_per_pass / self.layout.rows_per_update) * epochs
 
     def tokens(self, updates: int) -> int:
-        """Tokens that the first so many updates train on: rows of `max_length`, the unfilled part of a last row too."""
+        """Tokens in the first `updates` updates, as if every row had `max_length`."""
         per_pass, per_update = self.rows_per_pass, self.layout.rows_per_update
         rows = updates * per_update
         if per_pass is not None:
@@ -252,7 +248,7 @@ class PretrainData(TextData):
         return rows * self.max_length
 
     def make_train_loader(self) -> StreamLoader:
-        """A loader that reads the stream."""
+        """Creates the loader of the stream."""
         trainer = self.trainer
         return StreamLoader(
             self.stream,
@@ -265,30 +261,51 @@ class PretrainData(TextData):
         )
 
     def made_from(self) -> list[dict[str, Any]]:
-        """What tells the documents from others, as far as that can be known without reading them."""
-        return identities(self.parts("train"), self.documents)
+        """Identifies the documents of each source, as far as possible without reading them.
+
+        Shards know what they were made from. Streamed local files are identified only by their size, since hashing a
+        corpus takes as long as reading it, and streams from the hub not at all.
+        """
+        identities = []
+        for part, documents in zip(self.parts("train"), self.documents, strict=True):
+            if isinstance(documents, Shards):
+                source = json.dumps(documents.manifest.get("source"), default=str)
+                texts = hashlib.blake2b(source.encode(), digest_size=8).hexdigest()
+                identities.append({"texts": texts, "tokens": documents.tokens})
+            else:
+                files = itertools.chain.from_iterable((find_files(part.source.path) or {}).values())
+                sizes = [path.stat().st_size for path in files]
+                identities.append({"bytes": sum(sizes)} if sizes else {})
+        return identities
 
     def refuse_changed(self, before: list[Any] | None, now: list[Any]) -> None:
-        """Refuses to resume on other documents; says which.
+        """Refuses to resume on other documents; names the source that has changed.
+
+        A streamed run may resume from shards and vice versa: only what both identify is compared.
 
         Raises:
-            UserError: they are others.
+            UserError: a source has changed.
         """
-        refuse_changed(before or [], now, self.parts("train"))
+        for part, old, new in zip(self.parts("train"), before or [], now, strict=False):
+            if any(old[key] != new[key] for key in old.keys() & new.keys()):
+                raise UserError(
+                    f"data.train: {part.source.path} has changed since the checkpoint was written, so the run can't "
+                    "resume; undo the change, or start a new run from its model"
+                )
 
-    # ---- held-out documents
+    # ---- held-out documents and prompts
 
     def make_eval_loader(self, split: str) -> DataLoader:
-        """Every document of a split once."""
+        """Creates a loader with every document of a split once."""
         layout = Layout(self.eval_batch_size, 1, self.layout.ranks, self.layout.rank)
         held_out = HeldOut(self.shards(split), self.max_length, self.eval_stride, self.pad_id)
         return held_out_loader(held_out, layout, **self.fetching)
 
     def prompts(self, split: str) -> Iterator[tuple[list[int], str]]:
-        """The beginning of each document of a split, and as much of how it goes on; of `predict`, whole texts."""
+        """The beginning of each document of a split, and as much of its continuation; for `predict`, whole texts."""
         if split == "predict":
             tokenize = TokenizeDocuments(self.tokenizer)
-            for text in chain.from_iterable(part.texts() for part in self.parts(split)):
+            for text in itertools.chain.from_iterable(part.texts() for part in self.parts(split)):
                 yield tokenize.prompt(text), ""
             return
         for shards in self.shards(split):
@@ -300,7 +317,7 @@ class PretrainData(TextData):
     # ---- report
 
     def report(self) -> dict[str, Any]:
-        """What became of the rows, per split whose documents are on the disk: see `describe_documents`."""
+        """Counts per split whose documents are on disk: see `describe_documents`."""
         return {
             split: self.__split_report(split) for split in ("train", "validation", "test") if split in self.__shards
         }
@@ -321,7 +338,7 @@ class PretrainData(TextData):
         return report
 
     def consumed(self) -> list[dict[str, Any]]:
-        """What was read in the running pass, per source: see `describe_consumed`."""
+        """What the current pass has read from each source: see `describe_consumed`."""
         position = self.train_loader.position() if self.train_loader is not None else {}
         if not position:
             return []

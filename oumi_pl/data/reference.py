@@ -1,4 +1,4 @@
-"""Log-probabilities under a reference model on disk: computed once, in chunks, so that a kill loses at most one."""
+"""Reference log-probabilities on disk, computed once, in chunks, so that a killed run loses at most one chunk."""
 
 import json
 import os
@@ -16,10 +16,10 @@ CHUNK = 512
 
 
 class ReferenceLogps:
-    """Log-probabilities of each example's target tokens, float32, found by what they were computed from.
+    """Log-probabilities of each example's target tokens, float32, in a cache folder named after all they depend on.
 
     Args:
-        parts: All that they depend on: the model, the examples, the precision. Other parts are another place.
+        parts: Everything that they depend on: the model, the examples, the precision.
         target_counts: Target tokens per example, `[examples]`.
     """
 
@@ -39,11 +39,11 @@ class ReferenceLogps:
         return range(chunk * CHUNK, min((chunk + 1) * CHUNK, len(self.offsets) - 1))
 
     def missing(self) -> list[int]:
-        """The chunks that are still to be computed, those of another size among them."""
+        """The chunks whose files are missing, or do not have the right size."""
         return [chunk for chunk in range(self.chunks) if not self._is_whole(chunk)]
 
     def write(self, chunk: int, logps: np.ndarray) -> None:
-        """Keeps the log-probabilities of a chunk's targets, in order of examples; whole or not at all."""
+        """Writes the log-probabilities of a chunk's targets, in order of examples, in one step."""
         self.directory.mkdir(parents=True, exist_ok=True)
         (self.directory / "made_from.json").write_text(json.dumps(self.parts, indent=1, default=str) + "\n")
         handle, half = tempfile.mkstemp(suffix=".half", dir=self.directory)
@@ -54,7 +54,7 @@ class ReferenceLogps:
         Path(half).replace(self._file(chunk))
 
     def logps(self, examples: Iterable[int]) -> np.ndarray:
-        """Log-probabilities of the targets of some examples, in their order, `[targets]` float32."""
+        """Reads the log-probabilities of some examples' targets, in order, `[targets]` float32."""
         parts = [self._of(example) for example in examples]
         return np.concatenate(parts) if parts else np.empty(0, dtype=np.float32)
 

@@ -1,4 +1,4 @@
-"""The data report: what became of the rows, described once they are planned."""
+"""The data report: counts of rows and tokens, computed once the rows are planned."""
 
 from collections import Counter
 from collections.abc import Sequence
@@ -24,7 +24,7 @@ def merged(reports: list[dict[str, Any]]) -> dict[str, Any]:
 
 
 def describe(stores: list[ExampleStore], lengths: np.ndarray, plan: Plan, capacity: int | None) -> dict[str, Any]:
-    """Counts, tokens, length percentiles, and `fill`, the share of the packs' capacity that holds tokens."""
+    """Counts, tokens, length percentiles, and `fill`, the used share of the packs' capacity."""
     tokens = int(lengths.sum())
     described = merged([store.report for store in stores]) | {
         "tokens": tokens,
@@ -42,13 +42,13 @@ def describe(stores: list[ExampleStore], lengths: np.ndarray, plan: Plan, capaci
 
 
 def describe_documents(shards: list[Shards], across: bool = False) -> dict[str, Any]:
-    """Counts of documents, with the keys of `describe` where they fit: nothing is ever cut off.
+    """Counts of documents, with the keys of `describe`; documents are never cut.
 
-    `replaced` counts the characters that stand for bytes which weren't UTF-8; `bytes` are of UTF-8 text.
+    `replaced` counts the characters that replaced invalid UTF-8; `bytes` are those of UTF-8 text.
 
     Args:
         shards: The documents of each source.
-        across: Targets may be the first tokens of documents, all but the very first.
+        across: Whether first tokens of documents are targets, except for the very first.
     """
     lengths = np.concatenate([s.lengths for s in shards])
     tokens = int(lengths.sum())
@@ -79,9 +79,9 @@ def _source_report(shards: Shards) -> dict[str, Any]:
 def describe_consumed(
     mixture: dict[str, Any], names: Sequence[str], weights: Sequence[float | None]
 ) -> list[dict[str, Any]]:
-    """What was read of each source in the running pass: documents, whole passes, tokens, and their share.
+    """What the current pass has read from each source: documents, whole passes, tokens and their share.
 
-    With weights, also the share that was aimed at. `mixture` is the state of a `TokenMixture`.
+    With weights, also the intended share. `mixture` is the state of a `TokenMixture`.
     """
     total, wanted = max(1, sum(mixture["tokens"])), [w for w in weights if w is not None]
     described = []

@@ -1,4 +1,4 @@
-"""The stream of rows of pretraining: documents in proportion, cut into windows, shuffled; and its position."""
+"""The stream of rows of pretraining: a mixture of documents, cut into windows and shuffled, with a position."""
 
 import itertools
 from collections.abc import Iterator, Sequence
@@ -16,12 +16,12 @@ from oumi_pl.types import IGNORE_INDEX, Batch, Segment
 
 
 def batch_of(rows: Sequence[Row], numbers: Sequence[int], pad_id: int) -> Batch:
-    """Makes a micro-batch of rows. Without rows, it is a stand-in that has no targets.
+    """Joins rows into a micro-batch. Without rows, returns a stand-in without targets.
 
     Args:
-        rows: What it holds.
-        numbers: Of the rows, for `sample_ids`.
-        pad_id: What the stand-in holds.
+        rows: Its rows.
+        numbers: Numbers of the rows, for `sample_ids`.
+        pad_id: Token id of the stand-in.
     """
     if not rows:
         return stand_in(pad_id)
@@ -41,13 +41,13 @@ def batch_of(rows: Sequence[Row], numbers: Sequence[int], pad_id: int) -> Batch:
 
 
 def arrays_to_state(arrays: Sequence[np.ndarray]) -> dict[str, torch.Tensor]:
-    """Integer arrays of any lengths as two tensors: their values one after the other, int32, and how many of each."""
+    """Integer arrays of any lengths as two tensors: all values, concatenated, int32, and the length of each array."""
     flat = np.concatenate([np.empty(0, dtype=np.int32), *arrays]).astype(np.int32)
     return {"values": torch.from_numpy(flat), "counts": torch.tensor([len(a) for a in arrays], dtype=torch.int64)}
 
 
 def arrays_from_state(state: dict[str, Any]) -> list[np.ndarray]:
-    """The arrays that `arrays_to_state` put away, int32."""
+    """The arrays of an `arrays_to_state`, int32."""
     borders = np.cumsum(state["counts"].numpy())[:-1] if len(state["counts"]) else None
     return [] if borders is None else np.split(state["values"].numpy(), borders)
 
@@ -58,7 +58,7 @@ def rows_to_state(rows: Sequence[Row]) -> dict[str, Any]:
 
 
 def rows_from_state(state: dict[str, Any]) -> list[Row]:
-    """The rows that `rows_to_state` put away."""
+    """The rows of a `rows_to_state`."""
     columns = [arrays_from_state(state[name]) for name in Row._fields]
     return [Row(*fields) for fields in zip(*columns, strict=True)]
 
@@ -71,16 +71,16 @@ Exhausted = Literal["stop", "restart"]
 
 
 class TokenMixture:
-    """Takes the next document from the source whose tokens fall shortest of its share: no draw, so no seed.
+    """Takes each document from the source that is furthest below its share of the tokens; nothing is random.
 
-    After any document, the tokens of a source are within the longest document of its share, times one less than the
-    number of sources. Without weights the sources come one after the other.
+    After any document, the tokens of a source differ from its share by at most the length of the longest document times
+    the number of other sources. Without weights the sources follow each other.
 
     Args:
-        sources: Where the documents come from.
-        weights: Share of each source in the tokens, in any unit; all None for one after the other.
-        exhausted: What happens when a source is at its end: the stream `stop`s (without weights, when the last one is),
-            or the source `restart`s (without weights, the first one does when the last is at its end).
+        sources: The documents of each source.
+        weights: Relative share of each source in the tokens; all None to read one source after the other.
+        exhausted: At the end of a source (without weights, of the last one), the stream `stop`s, or the source (without
+            weights, the first one) `restart`s.
 
     Raises:
         UserError: some sources have a weight and others none, or a weight isn't above 0; while reading: a source has no
@@ -88,7 +88,7 @@ class TokenMixture:
     """
 
     def __init__(self, sources: Sequence[Documents], weights: Sequence[float | None], exhausted: Exhausted) -> None:
-        mixture_counts([1] * len(sources), weights)  # refuses what adds up to nothing
+        mixture_counts([1] * len(sources), weights)  # refuses invalid weights
         self.sources = sources
         self.exhausted = exhausted
         given = np.array([weight for weight in weights if weight is not None], dtype=np.float64)
@@ -113,17 +113,17 @@ class TokenMixture:
                 return ids
             if not self._documents[source]:
                 raise UserError(f"{self.sources[source].name}: there are no documents in it")
-            if not self._go_on_after(source):
+            if not self._restart(source):
                 raise StopIteration
 
     def _due(self) -> int:
-        """The source that falls shortest of its share; the first of equals."""
+        """The source that is furthest below its share; the first of equals."""
         if self.shares is None:
             return self._current
         return int(np.argmax(self.shares * sum(self._tokens) - self._tokens))
 
-    def _go_on_after(self, source: int) -> bool:
-        """Whether, and from where, the stream goes on when a source is at its end."""
+    def _restart(self, source: int) -> bool:
+        """Handles the end of a source; returns False if the stream ends."""
         last = self.shares is not None or source == len(self.sources) - 1
         if last and self.exhausted == "stop":
             return False
@@ -134,7 +134,7 @@ class TokenMixture:
         return True
 
     def state(self) -> dict[str, Any]:
-        """Documents taken in the running pass, whole passes, and tokens so far, each per source; plain numbers."""
+        """Documents taken in the current pass, whole passes, and tokens so far, per source, as plain numbers."""
         return {
             "current": self._current,
             "documents": list(self._documents),
@@ -143,15 +143,15 @@ class TokenMixture:
         }
 
     def restore(self, state: dict[str, Any]) -> None:
-        """Goes on from there.
+        """Continues from a state.
 
         Raises:
-            UserError: the state is of another number of sources.
+            UserError: the state has another number of sources.
         """
         if len(state["documents"]) != len(self.sources):
             raise UserError(
                 f"the checkpoint was made with {len(state['documents'])} sources, this run has {len(self.sources)}; "
-                "a run resumes with the sources that it began with"
+                "a run can only resume with the same sources"
             )
         self._current = state["current"]
         self._documents: list[int] = list(state["documents"])
@@ -160,23 +160,23 @@ class TokenMixture:
         self._iterators: list[Iterator[np.ndarray] | None] = [None] * len(self.sources)
 
 
-_STREAM = 0x7368  # keeps these random numbers apart from others that are seeded with (seed, epoch)
-_BLOCK = 4096  # random numbers that are made at once
+_STREAM = 0x7368  # distinguishes these random numbers from others that are seeded with (seed, epoch)
+_BLOCK = 4096  # random numbers drawn at once: one generator per row would be slow
 
 
 class RowStream:
-    """Rows of one pass, in an order that is a function of sources, seed and epoch alone.
+    """Rows of one pass, in an order that depends only on sources, seed and epoch.
 
-    The state between two rows is small, however long the documents are: where the sources stood and what the windows
-    carried over before the last document, how many rows of that document are out, and the content of the shuffle
-    buffer. The document itself is read again.
+    The state between two rows is small, however long the documents are: the positions in the sources and the tokens
+    carried over before the last document, the number of rows of that document already yielded, and the shuffle buffer.
+    To resume, the document itself is read again.
 
     Args:
-        mixture: Documents.
-        windows: Makes rows of them.
-        shuffle_buffer: Rows of which each next one is drawn; 0 leaves them in order.
-        seed: Of the draws.
-        epoch: Counted from 0; each has its own draws.
+        mixture: The documents.
+        windows: Cuts them into rows.
+        shuffle_buffer: Size, in rows, of the buffer that rows are drawn from; 0 keeps their order.
+        seed: Seed of the draws.
+        epoch: Counted from 0; each has other draws.
     """
 
     def __init__(self, mixture: TokenMixture, windows: Windows, shuffle_buffer: int, seed: int, epoch: int) -> None:
@@ -186,12 +186,12 @@ class RowStream:
         self._seed = seed, epoch
         self._draws: tuple[int, np.ndarray] = (-1, np.empty(0))
         self._before = mixture.state(), windows.state()
-        self._out = 0  # rows that the running document has made
+        self._out = 0  # rows of the current document that were taken from `windows`
         self._drawn = 0
         self._buffer: list[Row] = []
 
     def __iter__(self) -> Iterator[Row]:
-        """The rows from where the stream stands to its end."""
+        """Yields the rows from the current position to the end."""
         for row in self._in_order():
             if len(self._buffer) < self.shuffle_buffer:
                 self._buffer.append(row)
@@ -221,7 +221,7 @@ class RowStream:
             skipped = 0
 
     def _draw(self) -> int:
-        """A place in the buffer: a function of seed, epoch and the number of rows drawn so far."""
+        """An index in the buffer: a function of seed, epoch and the number of rows drawn so far."""
         block, place = divmod(self._drawn, _BLOCK)
         if self._draws[0] != block:
             self._draws = block, np.random.default_rng([*self._seed, block, _STREAM]).random(_BLOCK)
@@ -229,7 +229,7 @@ class RowStream:
         return int(self._draws[1][place] * len(self._buffer))
 
     def snapshot(self) -> dict[str, Any]:
-        """Where the stream stands, between two rows. Copies references only; `as_state` makes tensors of it."""
+        """The position between two rows. Cheap: copies only references, which `as_state` turns into tensors."""
         mixture, (carried, length) = self._before
         return {
             "mixture": mixture,
@@ -240,7 +240,7 @@ class RowStream:
         }
 
     def as_state(self, snapshot: dict[str, Any]) -> dict[str, Any]:
-        """A snapshot as plain numbers and tensors, which a checkpoint can hold."""
+        """Converts a snapshot to plain numbers and tensors for a checkpoint."""
         carried, length = snapshot["carried"]
         return snapshot | {
             "carried": arrays_to_state(carried[:length]),
@@ -248,10 +248,10 @@ class RowStream:
         }
 
     def restore(self, state: dict[str, Any]) -> None:
-        """Goes on from a state.
+        """Continues from a state.
 
         Raises:
-            UserError: it is of another number of sources.
+            UserError: it has another number of sources.
         """
         self.mixture.restore(state["mixture"])
         self.windows.restore(arrays_from_state(state["carried"]))

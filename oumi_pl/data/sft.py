@@ -1,4 +1,4 @@
-"""Data for supervised fine-tuning: conversations and completions, with the tokens to train on marked."""
+"""Data for supervised fine-tuning: conversations and completions, with loss on the answers."""
 
 from functools import cached_property
 from typing import Any, Literal
@@ -8,11 +8,11 @@ from oumi_pl.data.tokenize import Tokenize
 
 
 class SFTData(ChatData):
-    """Rows become conversations, are rendered by a chat template, and carry loss on what the model should learn to say.
+    """Turns rows into conversations, renders them with a chat template, and marks the answers to carry loss.
 
     Args:
         args: As of `TextData`.
-        train_on: Which tokens carry loss. When left out: the completion where there is one, all assistant turns of a
+        train_on: Which tokens carry loss. When left out: the completion if the row has one, all assistant turns of a
             conversation, all of a plain text.
         kwargs: As of `ChatData`.
     """
@@ -28,9 +28,9 @@ class SFTData(ChatData):
 
     @cached_property
     def tokenize(self) -> Tokenize:
-        """Turns records into examples: by template, offsets and `train_on`."""
+        """Turns records into examples."""
         return Tokenize(self.tokenizer, self.max_length, self.train_on, self.overflow)
 
     def encoding_key(self) -> list[Any]:
-        """Which tokens are trained, and what happens to long rows."""
+        """`train_on` and `overflow`."""
         return [self.train_on, *super().encoding_key()]

@@ -1,7 +1,8 @@
 """Token shards: the ids of a source's documents on disk, memory-mapped, with random access by document number.
 
-A folder of shards holds `tokens-00000.bin` (the ids, one document after the other), `index-00000.npy` (per document:
-where it ends, bytes of its text, bytes that its targets stand for) and so on, and `manifest.json`, written last.
+A folder of shards holds pairs of files `tokens-00000.bin` (the ids of all documents, concatenated) and
+`index-00000.npy` (per document: its end in the shard, bytes of its text, bytes of its targets' text), and
+`manifest.json`, written last.
 """
 
 import itertools
@@ -20,25 +21,25 @@ from oumi_pl.errors import UserError
 from oumi_pl.terminal.progress import track
 
 FORMAT = 1
-"""Of the files, and of how documents become tokens: raised when either changes."""
+"""Version of the files and of the tokenization of documents: increase it when either changes."""
 MANIFEST = "manifest.json"
 MADE_FROM = "made_from.json"
 LOOKED_AT = 1 << 16
-"""Ids at the start of each shard that are looked at when it is opened; the others are when they are read."""
+"""Ids at the start of each shard that are checked when it is opened; the others are checked when read."""
 SHARD_TOKENS = 1 << 26
-"""Tokens after which a shard is closed, at the end of a document."""
+"""Tokens after which a shard is closed, at the next end of a document."""
 
 
 class Shards:
-    """The tokenized documents of a source, as `write_shards` left them.
+    """The tokenized documents of a source, as written by `write_shards`.
 
     Args:
-        directory: Where they are.
-        tokenizer: Fingerprint of the tokenizer that the ids have to be of.
-        vocabulary: Ids that the tokenizer has; whoever reads a larger one is told, at once if it is an early one.
+        directory: The folder of shards.
+        tokenizer: Fingerprint of the tokenizer that the ids should belong to.
+        vocabulary: Number of ids of the tokenizer, to refuse larger ones when they are read; None: not checked.
 
     Raises:
-        UserError: they are of another tokenizer or version, a file is cut short, or holds what is no id.
+        UserError: the shards have another tokenizer or version, or a file is missing, truncated or damaged.
     """
 
     def __init__(self, directory: Path, tokenizer: str, vocabulary: int | None = None) -> None:
@@ -70,13 +71,13 @@ class Shards:
         return Document(self._checked(self._tokens[shard][start:end], shard), text_bytes, target_bytes)
 
     def read(self, start: int) -> Iterator[np.ndarray]:
-        """The ids of each document, `[tokens]`, from number `start` on."""
+        """Yields the ids of each document, `[tokens]`, from number `start` on."""
         for shard, (tokens, index) in enumerate(zip(self._tokens, self._indices, strict=True)):
             first = max(0, start - int(self.starts[shard]))
             if first >= len(index):
                 continue
             begin = int(index[first - 1, 0]) if first else 0
-            for chunk in range(first, len(index), 4096):  # plain ints a few at a time: an index may be large
+            for chunk in range(first, len(index), 4096):  # converted to ints in blocks, since an index may be large
                 for end in index[chunk : chunk + 4096, 0].tolist():
                     yield self._checked(tokens[begin:end], shard)
                     begin = end
@@ -96,16 +97,16 @@ class Shards:
         file = self.directory / f"tokens-{number:05}.bin"
         size = file.stat().st_size if file.is_file() else None
         if size != tokens * self.dtype.itemsize:
-            found = "is missing" if size is None else f"holds {size} bytes"
+            problem = "is missing" if size is None else f"holds {size} bytes"
             raise UserError(
-                f"{file}: {found}, where the manifest says {tokens * self.dtype.itemsize} bytes; prepare it again"
+                f"{file}: {problem}, where the manifest says {tokens * self.dtype.itemsize} bytes; prepare it again"
             )
         ids = np.memmap(file, dtype=self.dtype, mode="r").view(np.ndarray)
         self._checked(ids[:LOOKED_AT], number)
         return ids
 
     def _checked(self, ids: np.ndarray, shard: int) -> np.ndarray:
-        """The ids, if all are of the vocabulary: a model would look up others beyond its table."""
+        """Returns the ids if all are in the vocabulary: larger ones would index past the embedding table."""
         if self._vocabulary is not None and len(ids) and (largest := int(ids.max())) >= self._vocabulary:
             raise UserError(
                 f"{self.directory / f'tokens-{shard:05}.bin'}: holds the id {largest}, and the tokenizer has "
@@ -120,7 +121,7 @@ class Shards:
         except (OSError, ValueError) as error:
             raise UserError(f"{file}: missing or damaged; prepare it again") from error
         if index.shape != (shard["documents"], 3) or int(index[-1, 0]) != shard["tokens"]:
-            raise UserError(f"{file}: doesn't fit its shard; prepare it again")
+            raise UserError(f"{file}: doesn't match its shard; prepare it again")
         return index
 
 
@@ -133,28 +134,28 @@ def write_shards(
     name: str,
     shard_tokens: int | None = None,
 ) -> None:
-    """Writes the shards of a source, or goes on after the last whole one that is there; does nothing if all are.
+    """Writes the shards of a source; continues after the last complete one, and does nothing if all are complete.
 
     Args:
-        directory: Where to.
-        documents: Starts over the source's texts, and counts in what it is given what becomes of the rows.
-        tokenize: Makes ids of texts.
-        made_from: All that the shards depend on, the fingerprint of the `tokenizer` among it.
-        name: What the source is called.
+        directory: The folder to write to.
+        documents: Iterates over the source's texts from the start, and updates the counter it is given.
+        tokenize: Turns texts into ids.
+        made_from: Everything that the shards depend on, including the fingerprint of the `tokenizer`.
+        name: The source's name in messages and metrics.
         shard_tokens: Tokens after which a shard is closed; `SHARD_TOKENS` when left out.
 
     Raises:
-        UserError: the folder holds the beginning of other shards; or for whatever is wrong with a row.
+        UserError: the folder holds other shards, or a row is invalid.
     """
     directory.mkdir(parents=True, exist_ok=True)
     shard_tokens = shard_tokens or SHARD_TOKENS
     made_from = {"format": FORMAT, "dtype": np.dtype(tokenize.dtype).name, "shard_tokens": shard_tokens} | made_from
-    _take_up(directory, made_from)
+    _check_origin(directory, made_from)
     if (directory / MANIFEST).exists():
         return
     whole = _whole_shards(directory, np.dtype(tokenize.dtype))
     counts: Counter[str] = Counter()
-    # those in whole shards are read again, which costs little beside tokenizing, so that the counts are complete
+    # documents in complete shards are read again for the counts, which costs little compared to tokenizing
     rest = itertools.islice(documents(counts), sum(shard["documents"] for shard in whole), None)
     tracked = track(rest, f"tokenizing {name}", unit="documents")
     tokenized = itertools.chain.from_iterable(map(tokenize, in_chunks(tracked)))
@@ -166,8 +167,8 @@ def write_shards(
     _write_whole(directory / MANIFEST, json.dumps(manifest, indent=1).encode())
 
 
-def _take_up(directory: Path, made_from: dict[str, Any]) -> None:
-    """Notes what the shards are made from, or checks that what is there was made from the same."""
+def _check_origin(directory: Path, made_from: dict[str, Any]) -> None:
+    """Writes `made_from` to the folder, or checks that shards in it were made from the same."""
     file, text = directory / MADE_FROM, json.dumps(made_from, indent=1, default=str)
     if not file.exists():
         if any(directory.glob("tokens-*.bin")):
@@ -181,7 +182,7 @@ def _take_up(directory: Path, made_from: dict[str, Any]) -> None:
 
 
 def _whole_shards(directory: Path, dtype: np.dtype) -> list[dict[str, int]]:
-    """The shards that are whole, up to the first that isn't: an index is written after its tokens."""
+    """The complete shards, up to the first incomplete one. An index is written after its tokens."""
     whole: list[dict[str, int]] = []
     while (file := directory / f"index-{len(whole):05}.npy").exists():
         index = np.load(file)
@@ -231,10 +232,10 @@ def _write_whole(file: Path, content: bytes) -> None:
 
 
 class Lengths:
-    """The documents of shards with their lengths alone, to count rows by.
+    """`Documents` whose items have only the documents' lengths, for counting rows without reading tokens.
 
     Args:
-        shards: Where the documents are.
+        shards: The shards of the documents.
     """
 
     def __init__(self, shards: Shards) -> None:
@@ -242,5 +243,5 @@ class Lengths:
         self._shards = shards
 
     def read(self, start: int) -> Iterator[Any]:
-        """Something as long as each document."""
+        """Yields an object of each document's length."""
         return map(range, self._shards.lengths[start:].tolist())

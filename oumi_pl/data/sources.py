@@ -1,4 +1,4 @@
-"""Where rows come from: files, directories, bundled data, the hub. The only user of `datasets` in the package."""
+"""Sources of rows: files, directories, bundled data, the hub."""
 
 import glob
 import hashlib
@@ -23,22 +23,22 @@ from oumi_pl.models.hub import asked_once
 from oumi_pl.types import Row
 
 BUNDLED = Path(__file__).parent / "bundled"
-"""Data that come with the package: `bundled/NAME` is `NAME/train.jsonl` or `.txt`, `bundled/NAME/SPLIT` another."""
+"""Folder of the bundled data: `bundled/NAME` is `NAME/train.jsonl` or `.txt`, `bundled/NAME/SPLIT` another split."""
 
 _HUB_ID = re.compile(r"[\w-][\w.-]*(/[\w.-]+)?")
 _SPLIT_WORD = re.compile(r"(?<![a-z])(train|validation|test)(?![a-z])", re.IGNORECASE)
-_NOT_DATA = ("dataset_info.json", "dataset_infos.json")  # descriptions that lie beside data
+_NOT_DATA = ("dataset_info.json", "dataset_infos.json")  # metadata files next to data
 
 
 def find_files(name: str) -> dict[str, list[Path]] | None:
-    """The data files that a recipe's `path` names, by split; None if it has the form of a hub id.
+    """The data files of a recipe's `path`, by split; None if it looks like a hub id.
 
-    A path is local if it exists, holds a wildcard, starts with `.`, `/` or `~`, or ends like a data file; then there
-    is no looking at the hub for it, so that a typing error is told as one. Only a directory has other splits than
-    `train`: those that its files, or the directories in it, are named after.
+    A path is local if it exists, contains a wildcard, starts with `.`, `/` or `~`, or has the suffix of a data file. It
+    is then not looked up on the hub, so that a typo in a path gives a message about paths. Only a directory has other
+    splits than `train`: those that its files, or subdirectories, are named after.
 
     Raises:
-        UserError: nothing is there, or no data file.
+        UserError: the path does not exist, or has no data files.
     """
     path = Path(name).expanduser()
     if not name:
@@ -54,7 +54,7 @@ def find_files(name: str) -> dict[str, list[Path]] | None:
             raise UserError(f"{name}: no reader for {path.suffix!r} files; known: {', '.join(KINDS)}")
         return {"train": [path]}
     if glob.has_magic(name):
-        # not Path.glob, which takes hidden files for data and refuses `**.jsonl`
+        # not Path.glob, which includes hidden files and refuses `**.jsonl`
         matches = sorted(Path(match) for match in glob.glob(str(path), recursive=True))  # noqa: PTH207
         matches = [match for match in matches if match.is_file() and kind_of(match)]
         if not matches:
@@ -73,7 +73,7 @@ def _is_data(path: Path, root: Path) -> bool:
 
 
 def _by_split(files: list[Path], root: Path) -> dict[str, list[Path]]:
-    """Groups a directory's files by the split that they, or the directories in it, are named after, if they are."""
+    """Groups a directory's files by the split that they, or its subdirectories, are named after."""
     if not files:
         raise UserError(f"{root}: no data files in this directory ({', '.join(KINDS)})")
     splits: dict[str, list[Path]] = {}
@@ -94,12 +94,12 @@ def _bundled(name: str) -> Path:
     known = {f"bundled/{p.parent.name}/{p.stem}": p for p in files}
     known |= {key.removesuffix("/train"): path for key, path in known.items() if key.endswith("/train")}
     if name not in known:
-        raise UserError(f"no bundled data {name!r}; there are: {', '.join(sorted(known))}")
+        raise UserError(f"no bundled data {name!r}; known: {', '.join(sorted(known))}")
     return known[name]
 
 
 def could_be_meant(path: Path) -> bool:
-    """Whether what is there may be data: a directory, or a file of a kind that is read."""
+    """Whether an existing path may be a source: a directory, or a file of a known kind."""
     return path.is_dir() or kind_of(path) is not None
 
 
@@ -107,15 +107,15 @@ T = TypeVar("T")
 
 
 def sampled(start: Callable[[], Iterator[T]], sample: int, seed: int | None = None) -> Iterator[T]:
-    """Yields exactly `sample` rows, none if there are none.
+    """Yields exactly `sample` rows; none if there are none.
 
-    Where there are fewer, each comes as often as they fit as a whole, and some come once more.
+    If there are fewer, all are repeated as often as they fit, and some once more.
 
     Args:
         start: Reads the rows from the beginning.
-        sample: How many to take, at least 1.
-        seed: Draws those that are taken, or taken once more, as the first ones of `Dataset.shuffle(seed)` in
-            `datasets`; they still come in the order of the source. Without, they are the first.
+        sample: Number of rows, at least 1.
+        seed: Draws the rows that are taken, or repeated once more: the first ones of `Dataset.shuffle(seed)` in
+            `datasets`, but in the order of the source. None: the first rows.
 
     Raises:
         UserError: `sample` is less than 1.
@@ -155,18 +155,18 @@ class Source:
     Args:
         path: A local file, directory or glob (JSON, JSON lines, CSV, text, Parquet, Arrow), a folder that
             `save_to_disk` made, `bundled/NAME` or `bundled/NAME/SPLIT`, or the id of a data set on the hub.
-        config: Which configuration of a hub data set.
-        split: Which split, or a slice of it as in `datasets`: `train[:100]`, `train[10:20]`, `train[:5%]`.
+        config: Configuration of a hub data set.
+        split: Split, or a slice of it as in `datasets`: `train[:100]`, `train[10:20]`, `train[:5%]`.
         revision: Branch, tag or commit of a hub data set.
         weight: Share of this source in a mixture, relative to the others' weights.
-        format: How rows are read: the name of a format, or the dotted path of a function of yours.
-        columns: New names for columns, as `{theirs: ours}`.
-        documents: What a document of a `.txt` file is: the whole `file`, which is so when left out; what lies between
-            `blank_lines`; or between two occurrences of a text of your own, `<|endoftext|>` for example.
-        errors: What becomes of bytes that aren't UTF-8: the run stops (`strict`), or they become U+FFFD (`replace`).
-        sample: Exactly so many rows: the first ones, or some drawn at random if `sample_seed` is given; all of them
-            again, as often as it takes, where there are too few.
-        sample_seed: Which rows are drawn.
+        format: The name of a format, or the dotted path of your own function; detected when left out.
+        columns: The format's fields by the names of your columns, as `{question: my_column}`.
+        documents: How a `.txt` file is divided into documents: not at all (`file`, the default), at `blank_lines`, or
+            at a separator of your own, for example `<|endoftext|>`.
+        errors: How bytes that aren't UTF-8 are handled: the run stops (`strict`), or they become U+FFFD (`replace`).
+        sample: Use exactly so many rows: the first ones, or randomly drawn ones with `sample_seed`. If there are too
+            few, rows are repeated.
+        sample_seed: Seed of the draw.
     """
 
     path: str
@@ -184,7 +184,7 @@ class Source:
 
 @dataclass(frozen=True)
 class _Split:
-    """A local split: `files` are what it is made of, `read` starts over each time."""
+    """A local split: its `files`, and functions that `read` and `count` its rows from the start."""
 
     files: list[Path]
     read: Callable[[], Iterator[tuple[str, Row]]]
@@ -192,7 +192,7 @@ class _Split:
 
 
 def as_sources(value: str | Source | list[str | Source]) -> list[Source]:
-    """Sources of a recipe's entry: a path, a source, or a list of these.
+    """The sources of a recipe's entry: a path, a source, or a list of these.
 
     Raises:
         UserError: the list is empty.
@@ -204,20 +204,20 @@ def as_sources(value: str | Source | list[str | Source]) -> list[Source]:
 
 
 def rows(source: Source, *, streaming: bool = False, counts: Counter[str] | None = None) -> Iterator[tuple[str, Row]]:
-    """Finds a source at once and reads its rows lazily, each with its origin for messages.
+    """Finds a source immediately and reads its rows lazily, each with its origin for messages.
 
     Args:
-        source: Where they are.
-        streaming: Read data of the hub as they come, instead of downloading them first.
-        counts: `replaced` is raised by the characters that `errors: replace` put in place of bytes.
+        source: The source.
+        streaming: Read data from the hub without downloading them first.
+        counts: Counter whose `replaced` counts the characters inserted by `errors: replace`.
 
     Yields:
         `("data/train.jsonl:17", row)` for JSON lines, `("data/train.csv row 12", row)` for other files,
         `("org/name[train] row 5", row)` for the hub. Lines and rows count from 1.
 
     Raises:
-        UserError: nothing is there, the split is unknown, or the hub can't be reached (when called); a file is
-            damaged, something in it isn't a row, or there are no rows (while reading).
+        UserError: when called: the source does not exist, the split is unknown, or the hub can't be reached; while
+            reading: a file is damaged, something in it isn't a row, or there are no rows.
     """
     splits = _local_splits(source, counts)
 
@@ -232,16 +232,16 @@ def is_on_hub(source: Source) -> bool:
     """Whether a source is the id of a data set on the hub.
 
     Raises:
-        UserError: it is neither that nor anything here.
+        UserError: it is a local path that does not exist.
     """
     return _local_splits(source) is None
 
 
 def fingerprint(source: Source) -> str:
-    """Hash of all that decides which rows come, in which order: 32 hex digits.
+    """Hash of all that determines the rows and their order: 32 hex digits.
 
-    Of local data the contents count, not the names; of hub data what `datasets` knows them by. `split`, `config`,
-    `revision`, `documents`, `errors` and `sample` count, `weight`, `format` and `columns` do not.
+    Local data are identified by their contents, not their names; hub data by their fingerprint in `datasets`. `split`,
+    `config`, `revision`, `documents`, `errors` and `sample` count, `weight`, `format` and `columns` do not.
 
     Raises:
         UserError: the source can't be found, as for `rows`.
@@ -268,16 +268,16 @@ def fingerprint(source: Source) -> str:
 
 
 def is_held_out(row: Row, fraction: float) -> bool:
-    """Whether a row belongs to the held-out `fraction` of its source, by a hash of what it says.
+    """Whether a row belongs to the held-out `fraction` of its source, by a hash of its content.
 
-    The same row falls on the same side in every run and wherever it stands; equal rows are never torn apart.
+    So a row is on the same side in every run, at any position, and equal rows are on the same side.
     """
     content = json.dumps(row, sort_keys=True, default=str).encode()
     return int.from_bytes(hashlib.blake2b(content, digest_size=8).digest(), "big") < fraction * 2**64
 
 
 def is_not_held_out(row: Row, fraction: float) -> bool:
-    """Whether a row is left for training."""
+    """The complement of `is_held_out`, as a function that can be pickled."""
     return not is_held_out(row, fraction)
 
 
@@ -305,7 +305,7 @@ def _reading(source: Source, counts: Counter[str] | None) -> Reading:
     if source.errors not in get_args(Errors):
         raise UserError(f"{source.path}: unknown errors {source.errors!r}{nearest(source.errors, get_args(Errors))}")
     documents = source.documents or "file"
-    if documents not in _DOCUMENTS and re.fullmatch(r"\w*", documents):  # it would split words
+    if documents not in _DOCUMENTS and re.fullmatch(r"\w*", documents):  # a separator of letters would split words
         hint = nearest(documents, _DOCUMENTS)
         raise UserError(f"{source.path}: unknown documents {documents!r}{hint} (a separator holds more than letters)")
     return Reading(documents, source.errors == "replace", Counter() if counts is None else counts)
@@ -317,7 +317,7 @@ def _file_split(files: list[Path], source: Source, how: Reading) -> _Split:
         first, second, *_ = kinds.values()
         raise UserError(f"{name}: different kinds of files ({first}, {second}); choose one with a glob such as *.jsonl")
     if source.documents is not None and "txt" not in kinds:
-        raise UserError(f"{name}: 'documents' divides .txt files, and the rows of other files are documents already")
+        raise UserError(f"{name}: 'documents' divides .txt files; the rows of other files are documents already")
 
     def read() -> Iterator[tuple[str, Row]]:
         return itertools.chain.from_iterable(read_file(path, _name(path), how) for path in files)
@@ -326,7 +326,7 @@ def _file_split(files: list[Path], source: Source, how: Reading) -> _Split:
 
 
 def _name(path: Path) -> str:
-    """What messages call a file; bundled ones go by the name that recipes use."""
+    """A file's name in messages; for bundled files the name that recipes use."""
     return str(path.relative_to(BUNDLED.parent) if path.is_relative_to(BUNDLED) else path)
 
 
@@ -337,7 +337,8 @@ def _cut(source: Source, splits: dict[str, _Split]) -> Iterator[tuple[str, Row]]
         return itertools.chain.from_iterable(splits[name].read() for name in names)
     import datasets
 
-    counted = "%" in source.split or "-" in source.split  # only these need to know where the rows end
+    # only percentages and negative indices need the number of rows
+    counted = "%" in source.split or "-" in source.split
     try:
         instruction = datasets.ReadInstruction.from_spec(source.split)
         pieces = instruction.to_absolute({n: splits[n].count() if counted else sys.maxsize for n in names})
@@ -395,7 +396,7 @@ def _numbered(dataset: Any, name: str) -> Iterator[tuple[str, Row]]:
 
 def _hub_rows(source: Source, streaming: bool = False) -> Iterator[tuple[str, Row]]:
     if source.documents is not None:
-        raise UserError(f"{source.path}: 'documents' divides .txt files, and rows of the hub are documents already")
+        raise UserError(f"{source.path}: 'documents' divides .txt files; rows of the hub are documents already")
     return _numbered(_load_hub(source, streaming), f"{source.path}[{source.split}]")
 
 
@@ -421,7 +422,8 @@ def _hub_reason(source: Source, error: Exception) -> str:
         import datasets
 
         remedy = "without a network, name a file, or fill the cache and set HF_HUB_OFFLINE=1"
-        remedy = "unset HF_HUB_OFFLINE to download it, or name a file" if offline else remedy
+        if offline:
+            remedy = "unset HF_HUB_OFFLINE to download it, or name a file"
         cache = f"no copy of data set {source.path!r} is in the cache ({datasets.config.HF_DATASETS_CACHE})"
         return f"{nothing_here}; {cache}, and the hub can't be reached; {remedy}"
     if isinstance(error, DatasetNotFoundError):
@@ -430,4 +432,4 @@ def _hub_reason(source: Source, error: Exception) -> str:
     if error.__cause__ is not None:
         reason += f": {error.__cause__}"
     asked = "".join(f", {key} {value!r}" for key in ("config", "revision") if (value := getattr(source, key)))
-    return textwrap.shorten(f"split {source.split!r}{asked} can't be had from the hub: {reason}", 400)
+    return textwrap.shorten(f"split {source.split!r}{asked} can't be loaded from the hub: {reason}", 400)

@@ -1,4 +1,4 @@
-"""From a source to its tokenized examples on disk: written once, memory-mapped, found by what they depend on."""
+"""Stores of tokenized examples on disk: written once, memory-mapped, and found by a hash of all they depend on."""
 
 import ast
 import contextlib
@@ -31,36 +31,55 @@ from oumi_pl.types import Example, Record, Row, Segment
 REPORT = "report.json"
 TABLES = "tables.npz"
 FIELD = "field "
-"""Begins the names of tables that are fields of the examples."""
+"""Prefix of the names of tables with fields of the examples."""
 
 
 def cache_root() -> Path:
-    """Where tokenized data are kept: `$OUMI_PL_CACHE`, else `oumi_pl` in the user's cache directory.
+    """The cache directory, which is created: `$OUMI_PL_CACHE`, else `oumi_pl` in the user's cache directory.
 
     Raises:
-        UserError: no such directory can be made.
+        UserError: it can't be created.
     """
     explicit = os.environ.get("OUMI_PL_CACHE")
     root = Path(explicit or Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")) / "oumi_pl").expanduser()
     try:
         root.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        reason = f"can't make the cache directory {root}: {error.strerror}"
-        raise UserError(f"{reason}; name another one with the environment variable OUMI_PL_CACHE") from error
+        raise UserError(
+            f"can't create the cache directory {root}: {error.strerror}; name another one with the environment "
+            "variable OUMI_PL_CACHE"
+        ) from error
     return root
 
 
 def cache_key(*parts: Any) -> str:
-    """Hash of everything the examples depend on; equal parts give equal keys in every process."""
+    """Hash of some JSON values; the same in every process."""
     text = json.dumps(parts, sort_keys=True, default=str)
     return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
+
+
+@contextlib.contextmanager
+def new_folder(directory: Path) -> Iterator[Path]:
+    """Yields a temporary folder that becomes `directory` if nothing fails, so that a kill leaves no partial one."""
+    directory.parent.mkdir(parents=True, exist_ok=True)
+    half = Path(tempfile.mkdtemp(prefix=f".{directory.name}-", dir=directory.parent))
+    try:
+        yield half
+        half.chmod(0o755)  # mkdtemp lets only the owner read it
+        try:
+            half.rename(directory)
+        except OSError:  # another process has written the same folder meanwhile: names are hashes of the content
+            if not directory.exists():
+                raise
+    finally:
+        shutil.rmtree(half, ignore_errors=True)
 
 
 class ExampleStore:
     """Examples of one source as flat arrays: ids and loss mask `[tokens]`, offsets `[examples + 1]`, the segments.
 
-    targets: tokens that carry loss, per example, `[examples]` int64. fields: the numbers of the examples by name,
-    `[examples]` float64 each.
+    targets: number of tokens that carry loss, `[examples]` int64. fields: the numeric fields by name, `[examples]`
+    float64 each.
     """
 
     def __init__(self, directory: Path) -> None:
@@ -95,12 +114,12 @@ class ExampleStore:
 
     @property
     def longest(self) -> int:
-        """Tokens of the longest path: of a pair, those of the prompt and the longer response."""
+        """Tokens of the longest path; for pairs, of prompt and longer response."""
         return int((self._segments[:, 0] + self._segments[:, 2]).max(initial=0))
 
     @property
     def shared(self) -> int:
-        """Tokens that are spared by computing what several paths share once."""
+        """Tokens saved by storing what several paths share once."""
         return int(self._segments[:, 2].sum())
 
     @property
@@ -110,17 +129,15 @@ class ExampleStore:
 
 
 def write_store(directory: Path, examples: Iterable[Example], report: dict[str, Any]) -> ExampleStore:
-    """Writes examples beside their final place and moves them there in one step, so that a kill leaves no half store.
+    """Writes a store in one step.
 
-    What an example says of how it was made is only counted in the report, which is written last: whatever consuming
-    `examples` adds to it is kept.
+    `report` is written last, so that it includes what consuming `examples` adds to it. `cut`, `straddled` and
+    `empty_answer` are counted there, and not stored per example.
 
     Raises:
         ValueError: an example is not a tree of segments, or has other fields than those before it.
     """
-    directory.parent.mkdir(parents=True, exist_ok=True)
-    half = Path(tempfile.mkdtemp(prefix=f".{directory.name}-", dir=directory.parent))
-    try:
+    with new_folder(directory) as half:
         lengths: list[int] = []
         targets: list[int] = []
         segments: list[Segment] = []
@@ -150,27 +167,18 @@ def write_store(directory: Path, examples: Iterable[Example], report: dict[str, 
         tables |= {FIELD + name: np.array(values, dtype=np.float64) for name, values in fields.items()}
         np.savez(half / TABLES, **tables)
         (half / REPORT).write_text(json.dumps(report, indent=1))
-        half.chmod(0o755)
-        try:
-            half.rename(directory)
-        except OSError:
-            # another process made the same store meanwhile, and its content is the same by construction
-            if not (directory / REPORT).exists():
-                raise
-    finally:
-        shutil.rmtree(half, ignore_errors=True)
     return ExampleStore(directory)
 
 
 def _check(example: Example) -> None:
-    """Refuses what would train on other tokens than meant, without any other sign of it."""
+    """Checks an example for errors that would otherwise silently train on other tokens."""
     tokens, segments = len(example.input_ids), example.segments
     check_segments(segments)
     if not sum(segment.length for segment in segments) == tokens == len(example.loss_mask):
         lengths = [segment.length for segment in segments]
-        raise ValueError(f"{tokens} tokens, {len(example.loss_mask)} places in the loss mask, segments of {lengths}")
+        raise ValueError(f"{tokens} tokens, {len(example.loss_mask)} entries in the loss mask, segments of {lengths}")
     if [i for i, segment in enumerate(segments) if not segment.shared] != [0]:
-        raise ValueError(f"the first segment of an example starts anew, and all others continue one: {segments}")
+        raise ValueError(f"the first segment of an example has to be its only root: {segments}")
     if example.loss_mask[0]:
         raise ValueError("the first token carries loss, and nothing predicts it")
 
@@ -182,7 +190,7 @@ def _mapped(file: Path, dtype: type) -> np.ndarray:
 
 
 ENCODE_BATCH = 1000
-"""Rows that the tokenizer sees at once."""
+"""Rows per call of `encode`."""
 
 Encode = Callable[[Sequence[Record]], list[Example | Dropped]]
 
@@ -194,17 +202,17 @@ def example_store(
     keep: Callable[[Row], bool] | None = None,
     formats: Formats = FORMATS,
 ) -> ExampleStore:
-    """The tokenized rows of a source, from the cache or made now.
+    """The tokenized rows of a source, from the cache or written now.
 
     Args:
-        source: Where the rows come from.
-        key: What the examples depend on besides the source's content, its format and this package's code.
+        source: The source.
+        key: Everything that the examples depend on besides the source's content, its format and this package's code.
         encode: Turns records into examples, or into the reason why not.
-        keep: Which rows to take; all when left out.
+        keep: Which rows to use; all when left out.
         formats: The formats that rows may have.
 
     Raises:
-        UserError: for whatever is wrong with a row, with its file and line.
+        UserError: a row is invalid; names its file and line.
     """
     code = source.format and code_of(resolve_format(source.format, formats))
     table = [(function.__module__, function.__qualname__, columns) for function, columns in formats]
@@ -223,10 +231,10 @@ def source_records(
     report: dict[str, Any] | None = None,
     formats: Formats = FORMATS,
 ) -> Iterator[tuple[str, Record]]:
-    """The records of a source with their origin (file and line); rows are counted in `report`.
+    """Yields the records of a source with their origin (file and line); counts rows in `report`.
 
     Raises:
-        UserError: for a row that the format can't make a record of.
+        UserError: a row does not have the format.
     """
     convert = resolve_format(source.format, formats) if source.format else None
     for origin, row in rows(source):
@@ -246,13 +254,15 @@ def source_records(
                 raise
             raise UserError(f"{origin}: {raised(source.format, error)}") from error
         if not isinstance(record, Record):
-            made = f"{source.format} made a {type(record).__name__} of this row"
-            raise UserError(f"{origin}: {made}; a format makes a Conversation, a Text or a Preference")
+            raise UserError(
+                f"{origin}: {source.format} returned a {type(record).__name__} for this row; a format returns a "
+                "Conversation, a Text or a Preference"
+            )
         yield origin, record
 
 
 def _other_format(row: Row, before: Format, formats: Formats) -> str | None:
-    """What to say of a row that has another format than those before it; None if it has none at all."""
+    """The message for a row of another format than those before it; None if it has no known format."""
     try:
         own = find_format(row.keys(), formats)
     except UserError:
@@ -261,7 +271,7 @@ def _other_format(row: Row, before: Format, formats: Formats) -> str | None:
         return None
     return (
         f"a row of the format {own.__name__}, and those before it are {before.__name__}; put the rows of each format "
-        "in a file of its own, and name both as sources"
+        "in a separate file, and name both as sources"
     )
 
 
@@ -280,7 +290,7 @@ def _encoded(records: Iterable[tuple[str, Record]], report: dict[str, Any], enco
 
 
 def _name_the_row(batch: list[tuple[str, Record]], encode: Encode) -> None:
-    """Encodes row by row to tell which one is wrong: only ever called on the way out."""
+    """Encodes row by row, after a batch has failed, and adds the row's origin to the error."""
     for origin, record in batch:
         try:
             encode([record])
@@ -289,10 +299,10 @@ def _name_the_row(batch: list[tuple[str, Record]], encode: Encode) -> None:
 
 
 def code_of(*parts: type | Callable[..., Any]) -> str:
-    """Hash of the source of classes and functions and of all that they use, but for libraries and this package.
+    """Hash of the source code of classes and functions and of all user code that they use, as part of a cache's key.
 
-    A change in any of it has to miss the cache. Followed are the bases of classes, and the imports of all files that
-    are reached, inside functions too. Of what was typed into a notebook, functions and methods count.
+    Libraries and this package are left out. Follows the bases of classes and the imports of each file, also those
+    inside functions. In a notebook, all functions and methods count.
     """
     waiting = [base.__module__ for part in parts for base in (part.__mro__ if isinstance(part, type) else (part,))]
     sources: dict[str, bytes] = {}
@@ -309,7 +319,7 @@ def code_of(*parts: type | Callable[..., Any]) -> str:
 
 
 def _own_source(name: str) -> bytes | None:
-    """The source of a module of the user's; None if it is this package's, a library's, or no module."""
+    """The source of a user's module; None if it belongs to this package or a library, or is no module."""
     top = name.partition(".")[0]
     if top == "oumi_pl" or top in sys.stdlib_module_names:
         return None
@@ -323,7 +333,7 @@ def _own_source(name: str) -> bytes | None:
 
 
 def _located(name: str) -> tuple[str | None, Sequence[str] | None]:
-    """The file of a module, and the folders of its submodules if it is a package. Nothing is imported."""
+    """The file of a module, and the folders of its submodules if it is a package. Imports nothing."""
     if (module := sys.modules.get(name)) is not None:
         return getattr(module, "__file__", None), getattr(module, "__path__", None)
     parent = name.rpartition(".")[0]
@@ -333,14 +343,14 @@ def _located(name: str) -> tuple[str | None, Sequence[str] | None]:
 
 
 def _imported(name: str, source: bytes) -> Iterator[str]:
-    """Names of what a module imports, modules or not, and of the packages above each."""
+    """Dotted names that a module imports, modules or not, and the packages that contain them."""
     file, folders = _located(name)
     package = name if folders is not None else name.rpartition(".")[0]
     names = []
-    if file is None:  # a notebook, whose imports are in no source
+    if file is None:  # a notebook: its import statements are not in a file
         values = vars(sys.modules[name]).values()
         names = [v.__name__ if isinstance(v, ModuleType) else getattr(v, "__module__", None) or "" for v in values]
-    with contextlib.suppress(SyntaxError, ImportError):  # of a file that is imported later, and fails then
+    with contextlib.suppress(SyntaxError, ImportError):  # an invalid file will fail when it is imported
         for node in ast.walk(ast.parse(source)):
             if isinstance(node, ast.Import):
                 names += [alias.name for alias in node.names]
@@ -352,7 +362,7 @@ def _imported(name: str, source: bytes) -> Iterator[str]:
 
 
 def _typed_source() -> bytes:
-    """The functions and methods that were typed into a notebook; if they can't be read, they never hit the cache."""
+    """The source of a notebook's functions and methods; if unavailable, random bytes, which miss the cache."""
     own = [value for value in vars(sys.modules["__main__"]).values() if getattr(value, "__module__", "") == "__main__"]
     members = [member for value in own for member in (vars(value).values() if isinstance(value, type) else (value,))]
     try:
@@ -363,7 +373,7 @@ def _typed_source() -> bytes:
 
 
 def _own_code() -> str:
-    """Hash of the code that makes examples, so that no version of the package reads another's cache."""
+    """Hash of this package's code that makes examples, so that no version reads another's cache."""
     here = Path(__file__).parent
     digest = hashlib.blake2b(digest_size=16)
     for file in (here.parent / "types.py", *sorted(here.glob("*.py"))):

@@ -1,4 +1,4 @@
-"""The loader over a stream of rows: cut by update, micro-batch and rank, with a position for each update."""
+"""The loader of a stream of rows: divides it by update, micro-batch and rank, and keeps a position per update."""
 
 import itertools
 from collections.abc import Callable, Iterator, Sequence
@@ -14,46 +14,46 @@ from oumi_pl.errors import UserError
 from oumi_pl.types import IGNORE_INDEX, Batch, Update
 
 KEPT = 4
-"""Updates whose positions are kept: Lightning fetches at most one micro-batch ahead of the one that it trains on."""
+"""Updates whose positions are kept. Few suffice: Lightning fetches at most one micro-batch ahead of training."""
 
 
 class Stream(Protocol):
-    """The rows of one pass, which can be continued from between any two of them."""
+    """The rows of one pass, with a position that can be saved between any two of them."""
 
     def __iter__(self) -> Iterator[Any]:
-        """The rows from where the stream stands to its end."""
+        """Yields the rows from the current position to the end."""
 
     def snapshot(self) -> Any:
-        """Where the stream stands, between two rows; not to be changed."""
+        """The position between two rows; not to be changed."""
 
     def as_state(self, snapshot: Any) -> Any:
-        """A snapshot as plain numbers and tensors, which a checkpoint can hold."""
+        """Converts a snapshot to plain numbers and tensors for a checkpoint."""
 
     def restore(self, state: Any) -> None:
         """Continues from a state."""
 
 
 class StreamLoader:
-    """Yields the micro-batches of one rank: each goes through the whole stream, and takes its share of every update.
+    """Yields the micro-batches of one rank. Each rank reads the whole stream and takes its share of every update.
 
-    Update `u` has the rows `[u * rows_per_update, (u + 1) * rows_per_update)` of the pass, cut as a plan is. Where a
-    short last update runs out of rows, micro-batches without targets are left over.
+    Update `u` has the rows `[u * rows_per_update, (u + 1) * rows_per_update)` of the pass, divided as in a plan. If a
+    short last update runs out of rows, its last micro-batches have no targets.
 
-    Its state is that after the updates that were trained, however far the stream was read ahead. It is the same on
-    every rank: Lightning keeps only rank 0's.
+    Its state is the position after the updates that were trained, however far the stream was read ahead. It is the same
+    on every rank, because Lightning saves only rank 0's.
 
     Args:
-        stream: Makes the stream of an epoch, at its beginning.
-        layout: How an update is cut.
-        collate: Makes a batch of rows and their numbers.
-        updates: Updates of a pass, where that is known; the loader has a length then.
-        trained: How many updates were trained in the whole run; when left out, those whose batches were handed out.
-        limit: Micro-batches of an epoch that will be trained on, or the share of them (`limit_train_batches`).
-        pin_memory: Put batches where a GPU copies them from without waiting.
+        stream: Creates the stream of an epoch, at its start.
+        layout: How the rows of an update are divided.
+        collate: Turns rows and their numbers into a batch.
+        updates: Updates of a pass, if known; the loader then has a length.
+        trained: Returns the number of updates trained in the whole run; when left out, counts yielded batches.
+        limit: Micro-batches of an epoch that are trained on, or the share of them (`limit_train_batches`).
+        pin_memory: Pin batches in memory, for asynchronous copies to a GPU.
     """
 
-    nothing: str = "data.train: the documents don't make a single row: there is nothing to predict in them"
-    """What is said of a pass without rows."""
+    nothing: str = "data.train: the documents don't fill a single row: there is nothing to predict in them"
+    """The message for a pass without rows."""
 
     def __init__(
         self,
@@ -73,10 +73,10 @@ class StreamLoader:
         self.limit = limit
         self.pin_memory = pin_memory
         self.epoch = 0
-        self._trained = trained or self._handed_out
+        self._yielded = 0
+        self._trained = trained or (lambda: self._yielded // self.layout.micro_batches)
         self._update = 0
         self._saved: dict[str, Any] | None = None
-        self._handed = 0
         self._begun_at = 0
         self._positions: dict[int, dict[str, Any]] = {}
         self._stream: Stream
@@ -84,11 +84,11 @@ class StreamLoader:
 
     @property
     def sampler(self) -> "StreamLoader":
-        """Itself: where Lightning looks for `set_epoch`."""
+        """Itself: Lightning looks here for `set_epoch`."""
         return self
 
     def set_epoch(self, epoch: int) -> None:
-        """Begins an epoch; a position within the same epoch is kept, which is what a resume needs."""
+        """Begins an epoch; keeps the position if it is within the same epoch, as after a resume."""
         if epoch != self.epoch:
             self.epoch, self._update, self._saved = epoch, 0, None
 
@@ -96,25 +96,26 @@ class StreamLoader:
         """Micro-batches of a whole pass on one rank, whatever the position.
 
         Raises:
-            TypeError: that isn't known.
+            TypeError: it is unknown.
         """
         if self.updates is None:
-            raise TypeError("how long a pass is isn't known")
+            raise TypeError("the length of a pass is unknown")
         return self.updates * self.layout.micro_batches
 
     def __iter__(self) -> Iterator[Batch]:
-        # A generator, so that nothing is read before `set_epoch` and `load_state_dict` have had their say
+        # A generator, so that nothing is read before the first `next`: Lightning calls `iter` before `set_epoch` and
+        # `load_state_dict`.
         while True:
-            resumed, handed = self._saved is not None, 0
+            resumed, batches = self._saved is not None, 0
             for batch in self._pass():
-                handed += 1
+                batches += 1
                 yield batch
-            if handed or not resumed:
+            if batches or not resumed:
                 break
-            # The checkpoint stood at the end of an epoch: where Lightning doesn't know the length of a pass, it asks
-            # for the first batch of the next one before it says that it has begun.
+            # The checkpoint is from the end of an epoch. If the length of a pass is unknown, Lightning fetches the
+            # first batch of the next epoch before it calls `set_epoch`.
             self.set_epoch(self.epoch + 1)
-        if not handed:
+        if not batches:
             raise UserError(self.nothing)
 
     def _pass(self) -> Iterator[Batch]:
@@ -123,7 +124,7 @@ class StreamLoader:
         stream = self._stream = self.stream(self.epoch)
         if self._saved is not None:
             stream.restore(self._saved)
-        self._handed, epoch = 0, self.epoch
+        self._yielded, epoch = 0, self.epoch
         self._begun_at = self._trained()
         self._positions = {0: {"epoch": epoch, "update": update, "stream": stream.snapshot()}}
         rows = iter(stream)
@@ -134,17 +135,17 @@ class StreamLoader:
             self._positions[done] = {"epoch": epoch, "update": update + done, "stream": stream.snapshot()}
             self._positions.pop(done - KEPT, None)
             for batch in self.batches_of(taken, update + done - 1):
-                self._handed += 1
+                self._yielded += 1
                 yield batch
 
     def batches_of(self, rows: Sequence[Any], update: int) -> Iterator[Any]:
-        """The micro-batches of this rank in an update, each with what the update comes to."""
-        first, comes_to = update * self.layout.rows_per_update, self._comes_to(rows, update)
+        """Yields the micro-batches of this rank in an update, each with the totals of the update."""
+        first, totals = update * self.layout.rows_per_update, self._totals(rows, update)
         for share in self.layout.shares(len(rows)):
-            yield self._batch([rows[i] for i in share], [first + i for i in share], comes_to)
+            yield self._batch([rows[i] for i in share], [first + i for i in share], totals)
 
-    def _comes_to(self, rows: Sequence[Row], update: int) -> Update:
-        """Targets, rows and micro-batches of an update; of one that the limit cuts short, those within it."""
+    def _totals(self, rows: Sequence[Row], update: int) -> Update:
+        """The totals of an update; only those within `limit` if it ends within the update."""
         layout = self.layout
         rows = rows[: layout.within(self.limit, update, self.updates) * layout.batch_size * layout.ranks]
         return Update(sum(int(np.count_nonzero(row.labels != IGNORE_INDEX)) for row in rows), len(rows), layout.parts)
@@ -158,21 +159,18 @@ class StreamLoader:
                     batch[name] = value.pin_memory()  # type: ignore[literal-required]
         return batch
 
-    def _handed_out(self) -> int:
-        return self._handed // self.layout.micro_batches
-
     def position(self) -> dict[str, Any]:
-        """Where the updates that were trained end: epoch, update, and what the stream was like; not to be changed."""
+        """The position after the updates that were trained: epoch, update, stream; not to be changed."""
         if not self._positions:
             return {}
         return self._positions[self._trained() - self._begun_at]
 
     def state_dict(self) -> dict[str, Any]:
-        """The position between two updates, as plain numbers and tensors, and the layout it was reached with."""
+        """The position between two updates, as plain numbers and tensors, and the layout of updates."""
         position = self.position()
         if not position:
             return {}
-        # Lightning keeps the state of loaders as well as that of the data: the same tensors are saved once
+        # Lightning saves the state of both the loader and the data module: with the same tensors, they are written once
         if self._last is None or self._last[0] is not position:
             self._last = position, self._stream.as_state(position["stream"])
         return position | {
@@ -182,10 +180,10 @@ class StreamLoader:
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Goes to a position.
+        """Restores a position.
 
         Raises:
-            UserError: if an update has another number of rows than when the state was saved.
+            UserError: an update has another number of rows than when the state was saved.
         """
         refuse_other_rows(state, self.layout)
         self.epoch, self._update, self._saved = state["epoch"], state["update"], state["stream"]

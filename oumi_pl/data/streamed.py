@@ -1,4 +1,4 @@
-"""Documents that are tokenized on the fly, as they are read."""
+"""Documents that are tokenized while they are read."""
 
 import itertools
 import os
@@ -15,16 +15,16 @@ from oumi_pl.errors import UserError
 
 
 class StreamedDocuments:
-    """The documents of a source, tokenized by loader processes that take turns, so that the order stays.
+    """The documents of a source, in order, tokenized by loader processes in turn.
 
-    Each process reads the whole source and tokenizes every `workers`-th chunk of it: reading is cheap beside
-    tokenizing. To begin at a later document, those before it are read and left out.
+    Each process reads the whole source and tokenizes every `workers`-th chunk of it, since reading is cheap compared to
+    tokenizing. To start at a later document, those before it are read and skipped.
 
     Args:
-        name: What the source is called.
-        texts: Starts over the source's texts.
-        tokenize: Makes ids of texts.
-        workers: Loader processes; with 0, this one tokenizes, with the tokenizer's own threads.
+        name: The source's name in messages and metrics.
+        texts: Iterates over the source's texts from the start.
+        tokenize: Turns texts into ids.
+        workers: Loader processes; with 0, this process tokenizes, with the tokenizer's own threads.
     """
 
     def __init__(
@@ -36,17 +36,17 @@ class StreamedDocuments:
         self.workers = workers
 
     def read(self, start: int) -> Iterator[np.ndarray]:
-        """The ids of each document, `[tokens]` int32, from number `start` on.
+        """Yields the ids of each document, `[tokens]` int32, from number `start` on.
 
         Raises:
-            UserError: for whatever is wrong with a row; rows before it come out first.
+            UserError: a row is invalid; after those before it were yielded.
         """
         loader: DataLoader = DataLoader(
             _Chunks(self.texts, self.tokenize, start),
             batch_size=None,
             collate_fn=as_it_is,
             num_workers=self.workers,
-            # its own generator: the seeds of workers must not be drawn from the stream that dropout uses
+            # a separate generator, so that the seeds of workers are not drawn from the one that dropout uses
             generator=torch.Generator().manual_seed(0),
         )
         for chunk in loader:
@@ -57,7 +57,7 @@ class StreamedDocuments:
 
 
 class _Chunks(IterableDataset):
-    """Chunks of documents: their ids one after the other, and where all but the last end."""
+    """Chunks of documents: their ids, concatenated, and the ends of all but the last."""
 
     def __init__(self, texts: Callable[[], Iterator[str]], tokenize: TokenizeDocuments, start: int) -> None:
         self.texts, self.tokenize, self.start = texts, tokenize, start
@@ -65,7 +65,7 @@ class _Chunks(IterableDataset):
     def __iter__(self) -> Iterator[Any]:
         info = get_worker_info()
         turn, turns = (info.id, info.num_workers) if info else (0, 1)
-        if info:  # threads don't survive a fork, and each process has a core of its own
+        if info:  # the tokenizer's threads don't survive a fork, and each process has its own core
             os.environ["TOKENIZERS_PARALLELISM"] = "false"
         try:
             for number, chunk in enumerate(in_chunks(itertools.islice(self.texts(), self.start, None))):
@@ -73,5 +73,5 @@ class _Chunks(IterableDataset):
                     ids = [document.ids for document in self.tokenize(chunk)]
                     flat = np.concatenate(ids).astype(np.int32)
                     yield torch.from_numpy(flat), np.cumsum([len(x) for x in ids])[:-1].tolist()
-        except UserError as error:  # as a value: across processes it would arrive with a traceback in its message
+        except UserError as error:  # yielded, since an exception across processes gets a traceback into its message
             yield error

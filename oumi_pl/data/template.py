@@ -1,8 +1,8 @@
-"""Chat templates: which one is in force, which tokens it needs, and where the assistant's turns lie in what it renders.
+"""Chat templates: loading them, the tokens they need, and the spans of the assistant's turns in rendered text.
 
-A template says itself which characters the assistant wrote when it has `{% generation %}` markers; the built-in ones
-do. Without markers the border is found by rendering the conversation up to the turn, which is exact as long as the
-template never writes a turn differently once others follow; where it does, `ChatRenderer` refuses rather than guesses.
+With `{% generation %}` markers, as in the built-in ones, a template itself says which characters the assistant wrote.
+Without markers the span of a turn is found by rendering the conversation up to that turn, which is exact if the
+template never writes a turn differently once others follow. If it does, `ChatRenderer` raises an error.
 """
 
 import contextlib
@@ -22,7 +22,7 @@ BUILT_IN = ("chatml", "llama3", "plain")
 OUMI = tuple(
     f"oumi/{name}" for name in ("chat_ml", "default", "gemma2-it", "gpt2", "llama3-instruct", "phi3-instruct", "zephyr")
 )
-"""Those that recipes of Oumi name. They add no token to a tokenizer: what it lacks is tokenized as text."""
+"""Templates that Oumi's recipes name. They add no tokens: those that a tokenizer lacks are tokenized as text."""
 _OWN = "the tokenizer's own"
 _HELP = f"a built-in template ({', '.join(BUILT_IN)})"
 
@@ -36,11 +36,11 @@ _CONTROL_TOKEN = re.compile(r"<\|[^|<>\s'\"]+\|>")
 
 @dataclass(frozen=True)
 class ChatTemplate:
-    """A chat template and what it asks of a tokenizer.
+    """A chat template and what it needs from a tokenizer.
 
-    text: the Jinja source. source: where it came from, for people: "the tokenizer's own", "built-in chatml",
-    "file x.jinja". missing_tokens: special tokens that it writes and the tokenizer lacks. end_of_turn: the token that
-    ends the assistant's turns where that isn't the tokenizer's EOS, so that generation can stop there; else None.
+    text: the Jinja source. source: its origin, for messages: "the tokenizer's own", "built-in chatml", "file x.jinja".
+    missing_tokens: special tokens that it writes and the tokenizer lacks. end_of_turn: the token that ends the
+    assistant's turns, at which generation has to stop; None if that is the tokenizer's EOS.
     """
 
     text: str
@@ -54,33 +54,34 @@ def load_template(tokenizer: "PreTrainedTokenizerBase", template: str | None) ->
 
     Args:
         tokenizer: The tokenizer that will be used.
-        template: The name of a built-in one, the path of a `.jinja` file, or None for the tokenizer's own.
+        template: Name of a built-in template, path of a `.jinja` file, or None for the tokenizer's own.
 
     Returns:
-        The template; None where none is named and the tokenizer has none, which is fine as long as no row is a
-        conversation (`ChatRenderer` refuses those).
+        The template; None if none is named and the tokenizer has none. Rows that are conversations are then refused by
+        `ChatRenderer`.
 
     Raises:
-        UserError: no such template (offers the nearest), it isn't valid Jinja, or it ends turns with an EOS token
-            that the tokenizer doesn't have.
+        UserError: no such template (offers the nearest), it isn't valid Jinja, or it needs an EOS token that the
+            tokenizer doesn't have.
     """
     if template is None and not tokenizer.chat_template:
         return None
     text, source = _read(tokenizer, template)
     _check(tokenizer, text, source)
-    # A tokenizer knows what its own template needs: only a foreign one brings tokens along.
+    # Only other templates than the tokenizer's own add tokens: it has those that its own needs.
     written = set() if source == _OWN or template in OUMI else set(_CONTROL_TOKEN.findall(_COMMENT.sub("", text)))
     missing = tuple(token for token in sorted(written) if not _is_token(tokenizer, token))
     return ChatTemplate(text, source, missing, _end_of_turn(tokenizer, text, missing))
 
 
-def apply_template(tokenizer: "PreTrainedTokenizerBase", chat_template: ChatTemplate | None) -> int:
-    """Puts a template in force: sets it, adds the special tokens it lacks, and gives the tokenizer a pad token.
+def apply_template(tokenizer: "PreTrainedTokenizerBase", chat_template: ChatTemplate | None) -> list[int]:
+    """Sets a tokenizer's template, adds the special tokens it lacks, and sets a pad token.
 
-    The pad token becomes EOS where there is none; nothing is confused by that, since masks never look at ids.
+    Without a pad token, EOS becomes the pad token, which is harmless because masks never depend on ids.
 
     Returns:
-        The number of tokens added at the end of the vocabulary, for which a model needs new embeddings.
+        The ids added to the vocabulary, for which a model needs new embeddings. Tokens that were in the vocabulary and
+        only became special are not among them, since they have trained rows.
 
     Raises:
         UserError: the tokenizer has neither pad nor EOS token.
@@ -90,21 +91,23 @@ def apply_template(tokenizer: "PreTrainedTokenizerBase", chat_template: ChatTemp
             raise UserError("the tokenizer has neither a pad token nor an end-of-text token (eos_token); set one")
         tokenizer.pad_token = tokenizer.eos_token
     if chat_template is None:
-        return 0
+        return []
     if chat_template.source != _OWN:
         tokenizer.chat_template = chat_template.text
-    return int(tokenizer.add_tokens(list(chat_template.missing_tokens), special_tokens=True))
+    before = set(tokenizer.get_vocab().values())
+    tokenizer.add_tokens(list(chat_template.missing_tokens), special_tokens=True)
+    return sorted(set(tokenizer.get_vocab().values()) - before)
 
 
 def _read(tokenizer: "PreTrainedTokenizerBase", template: str | None) -> tuple[str, str]:
-    """Text and source of a template that is there."""
+    """Text and source of a template."""
     if template is None:
         return tokenizer.get_chat_template(), _OWN
-    if template in OUMI:
-        return (Path(__file__).parent / "templates" / f"{template}.jinja").read_text("utf-8"), template
-    if template in BUILT_IN:
+    if template in BUILT_IN or template in OUMI:
         text = (Path(__file__).parent / "templates" / f"{template}.jinja").read_text("utf-8")
-        # Where the tokenizer begins every text with BOS, so does every conversation, in exported templates too.
+        if template in OUMI:
+            return text, template
+        # If the tokenizer begins every text with BOS, the template does so too, also after an export.
         if "bos_token" not in text and adds_bos(tokenizer):
             text = "{{- bos_token }}" + text
         return text, f"built-in {template}"
@@ -126,32 +129,34 @@ def _check(tokenizer: "PreTrainedTokenizerBase", text: str, source: str) -> None
     try:
         _render(text, [{"role": "user", "content": "?"}], None, {})
     except jinja2.TemplateSyntaxError as error:
-        told = f"chat template ({source}) isn't valid Jinja, line {error.lineno}: {error.message}"
-        raise UserError(f"data.template: {told}") from error
-    except Exception:  # it may want other turns, or a tool: rows will tell
+        raise UserError(
+            f"data.template: chat template ({source}) isn't valid Jinja, line {error.lineno}: {error.message}"
+        ) from error
+    except Exception:  # it may need other turns, or a tool: then rows decide
         pass
     if "eos_token" in text and tokenizer.eos_token is None and source.startswith("built-in"):
         raise UserError(f"chat template ({source}) ends turns with the tokenizer's eos_token, and it has none: set one")
 
 
 def adds_bos(tokenizer: "PreTrainedTokenizerBase") -> bool:
-    """Says whether the tokenizer by itself begins every text with its BOS token."""
+    """Whether the tokenizer itself begins every text with its BOS token."""
     bos = tokenizer.bos_token_id
     return bos is not None and list(tokenizer("x")["input_ids"][:1]) == [bos]
 
 
 def _is_token(tokenizer: "PreTrainedTokenizerBase", token: str) -> bool:
+    """Whether a string is a single token of the vocabulary."""
     ids = tokenizer(token, add_special_tokens=False)["input_ids"]
     return len(ids) == 1 and (ids[0] != tokenizer.unk_token_id or token == tokenizer.unk_token)
 
 
 def _end_of_turn(tokenizer: "PreTrainedTokenizerBase", text: str, missing: tuple[str, ...]) -> str | None:
-    """Renders an answer and looks which special token follows it."""
+    """The special token after an answer, found by rendering one; None if it is EOS or there is none."""
     probe = "Seventeen."
     turns: list[Message] = [{"role": "user", "content": "?"}, {"role": "assistant", "content": probe}]
     try:
         rendered, _ = _render(text, turns, None, tokenizer.special_tokens_map)
-    except Exception:  # a template that refuses this says nothing about how turns end
+    except Exception:  # the template refuses these turns
         return None
     _, found, tail = rendered.rpartition(probe)
     if not found:
@@ -174,10 +179,10 @@ def _render(
     marked: bool = False,
     generation_prompt: bool = False,
 ) -> tuple[str, list[Span]]:
-    """Renders as `tokenizer.apply_chat_template` does; the spans are those of the markers, where `marked` asks."""
+    """Renders as `tokenizer.apply_chat_template` does; with `marked`, also returns the spans of the markers."""
     from transformers.utils.chat_template_utils import render_jinja_template
 
-    # As there: templates test for keys, and would write "None" for a key without a value.
+    # as in transformers: templates test whether a key exists, and would write "None" for its value
     turns = [{key: value for key, value in message.items() if value is not None} for message in messages]
     rendered: Any = render_jinja_template(
         [turns],
@@ -192,7 +197,7 @@ def _render(
 
 
 class ChatRenderer:
-    """Renders conversations with the template that a tokenizer has now, and finds the assistant's turns in the text."""
+    """Renders conversations with a tokenizer's current template, and finds the assistant's turns in the text."""
 
     def __init__(self, tokenizer: "PreTrainedTokenizerBase") -> None:
         self._tokenizer = tokenizer
@@ -200,7 +205,7 @@ class ChatRenderer:
         self._special = _special_tokens(tokenizer)
 
     def prompt(self, messages: Sequence[Message], tools: Sequence[dict[str, Any]] | None) -> str:
-        """Renders turns up to where the assistant would begin to speak.
+        """Renders turns, with the generation prompt at the end.
 
         Raises:
             UserError: there is no template, or it refuses these turns.
@@ -208,17 +213,17 @@ class ChatRenderer:
         return self._rendered(messages, tools, generation_prompt=True)[0]
 
     def spans(self, conversation: Conversation, turns: Sequence[int]) -> tuple[str, list[Span]]:
-        """Renders a conversation and finds what the assistant wrote in some of its turns, end-of-turn token included.
+        """Renders a conversation and finds the spans of some assistant turns, including end-of-turn tokens.
 
         Args:
             conversation: The conversation.
-            turns: Indices of assistant messages, ascending. Their spans are what must be exact.
+            turns: Indices of assistant messages, ascending.
 
         Returns:
             The rendered text, and one span of characters per turn.
 
         Raises:
-            UserError: there is no template, it refuses the conversation, or the spans can't be told exactly.
+            UserError: there is no template, it refuses the conversation, or the spans can't be found exactly.
         """
         messages, tools = conversation.messages, conversation.tools
         marked = bool(turns) and bool(_MARKER.search(self._text(tools)))
@@ -229,8 +234,8 @@ class ChatRenderer:
             spans = [self._span_by_prefix(text, conversation, turn) for turn in turns]
         written = "\n".join(text[start:end] for start, end in spans)
         for turn in turns:
-            # Templates for images skip plain strings, and markers inside a captured block point anywhere: the end of
-            # each answer has to be there. Not all of it, since templates may move thoughts, and trim.
+            # Check that the spans contain the end of each answer: templates for images skip plain strings, and markers
+            # in a captured block have wrong positions. Only the end, since templates may trim, and move thoughts.
             last_word = (messages[turn]["content"] or "").split()[-1:]
             if last_word and last_word[0][-8:] not in written:
                 raise UserError(f"the chat template doesn't write the text of turn {turn + 1}; use {_HELP}")
@@ -238,7 +243,7 @@ class ChatRenderer:
 
     @staticmethod
     def _marked_spans(conversation: Conversation, turns: Sequence[int], spans: list[Span]) -> list[Span]:
-        """Chooses the spans of some turns: the markers say where the assistant speaks, not in which turn."""
+        """Selects the spans of some turns: markers don't say which turn a span belongs to."""
         speaks = [i for i, message in enumerate(conversation.messages) if message["role"] == "assistant"]
         if len(spans) == len(speaks):
             return [span for i, span in zip(speaks, spans, strict=True) if i in turns]
@@ -246,7 +251,7 @@ class ChatRenderer:
             return spans
         raise UserError(
             f"the chat template marks {len(spans)} spans with {{% generation %}} in a conversation of {len(speaks)} "
-            f"assistant turns, so they can't be told apart; what helps: one marked span per turn, or {_HELP}"
+            f"assistant turns, so they can't be matched; what helps: one marked span per turn, or {_HELP}"
         )
 
     def _text(self, tools: Sequence[dict[str, Any]] | None) -> str:
@@ -263,7 +268,7 @@ class ChatRenderer:
         template = self._text(tools)
         try:
             return _render(template, messages, tools, self._names, **kwargs)
-        except Exception as error:  # whatever a template does wrong, it is this template and this row
+        except Exception as error:  # a template can raise anything
             raise RefusedError(f"the chat template refuses this conversation: {error}") from error
 
     def _span_by_prefix(self, text: str, conversation: Conversation, turn: int) -> Span:
@@ -280,7 +285,7 @@ class ChatRenderer:
             ) from why
 
     def _exact_span(self, text: str, conversation: Conversation, turn: int) -> Span:
-        """The turn is what follows the prompt before it, provided that the template writes both as in the whole."""
+        """The text after the prompt of a turn, if the template writes both as in the whole conversation."""
         messages, tools = conversation.messages, conversation.tools
         try:
             before = self.prompt(messages[:turn], tools)
@@ -291,7 +296,8 @@ class ChatRenderer:
             raise _InexactError("the template writes a turn differently once others follow")
         if not through.startswith(before):
             raise _InexactError("the template's generation prompt isn't how it begins the turn")
-        # A newline after the end-of-turn token is never generated; one that itself ends the turn is.
+        # A newline after an end-of-turn token is not part of the turn, since generation stops before it. Without such a
+        # token, the newline itself ends the turn.
         spoken = through[len(before) :].rstrip()
         if spoken.endswith(self._special):
             return len(before), len(before) + len(spoken)
@@ -303,9 +309,9 @@ class ChatRenderer:
 
 
 class Rendering:
-    """Makes a text of a conversation, with the template that a tokenizer has now.
+    """Renders a conversation as text, with a tokenizer's current template.
 
-    template: what its texts depend on.
+    template: everything that the texts depend on, for cache keys.
     """
 
     def __init__(self, tokenizer: "PreTrainedTokenizerBase") -> None:

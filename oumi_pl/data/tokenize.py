@@ -1,8 +1,7 @@
-"""From records to token ids with a loss mask, and to prompts for generation.
+"""Tokenizes records: token ids with a loss mask for training, and prompts for generation.
 
-Which tokens carry loss is decided in characters, on the text as it is rendered, and carried over to tokens by the
-offsets that a fast tokenizer reports. Ids are never looked at: a pad token that equals EOS, or an answer that repeats
-the question, can't mislead it.
+The characters that carry loss are found in the rendered text, and mapped to tokens by the offsets of a fast tokenizer.
+Masks never depend on ids, so a pad token that equals EOS, or an answer that repeats the question, can't cause errors.
 """
 
 from collections.abc import Sequence
@@ -26,14 +25,14 @@ Overflow = Literal["truncate", "keep_start", "drop", "error"]
 
 @dataclass(frozen=True)
 class Dropped:
-    """A record that gives no example, and why."""
+    """The reason why a record gives no example."""
 
     reason: str
 
 
 @dataclass(frozen=True)
 class Marked:
-    """A text and the spans of it that carry loss; `eos`: an EOS token has to end it."""
+    """A text and its spans that carry loss; `eos`: it has to end with an EOS token."""
 
     text: str
     targets: list[Span]
@@ -41,10 +40,10 @@ class Marked:
 
 
 class Tokens(NamedTuple):
-    """A record's tokens as they are before anything is cut.
+    """A record's tokens before it is cut.
 
-    ids: `[seq]` int32. mask: `[seq]` bool, True where a token holds a character that carries loss. straddled: one of
-    these holds other characters as well.
+    ids: `[seq]` int32. mask: `[seq]` bool, True for tokens with a character that carries loss. straddled: one of these
+    has other characters too.
     """
 
     ids: np.ndarray
@@ -59,10 +58,10 @@ class Tokenize:
         tokenizer: A fast tokenizer with its chat template and special tokens in place (`apply_template`).
         max_length: Longest example in tokens.
         train_on: Which tokens carry loss: `completion` (what follows the prompt), `assistant` (all assistant turns),
-            `last_turn` (the last of them) or `all`. None: the completion where there is a prompt, all assistant turns
-            of a conversation, all of a text.
-        overflow: What becomes of longer records: `truncate` cuts the context's start, and the answer's end if it has
-            to; `keep_start` cuts the end, whatever that is; `drop`; or `error`.
+            `last_turn` (the last of them) or `all`. None: the completion if there is a prompt, all assistant turns of
+            a conversation, all of a text.
+        overflow: What happens to longer records: `truncate` cuts the context's start first, then the answer's end;
+            `keep_start` cuts the end; `drop`; or `error`.
 
     Raises:
         UserError: a setting is unknown, or the tokenizer can't tell which characters a token stands for.
@@ -96,9 +95,9 @@ class Tokenize:
         self._greedy = [index for index, token in added if token.lstrip or token.rstrip]
 
     def __call__(self, records: Sequence[Record]) -> list[Example | Dropped]:
-        """Tokenizes records, each to one example or the reason why there is none, in order.
+        """Tokenizes records, each to one example or the reason why not, in order.
 
-        An empty answer is an example too: it teaches to end at once.
+        An empty answer is an example too, whose target is the end of the turn.
 
         Raises:
             UserError: `train_on` doesn't fit a record, the chat template refuses it or can't be masked exactly, or it
@@ -109,14 +108,14 @@ class Tokenize:
         return [self._example(*row) for row in zip(tokens, silent, strict=True)]
 
     def prompt_ids(self, record: Record) -> tuple[list[int], str]:
-        """Tokenizes what comes before the answer, ready for generation, and returns the answer that the row gives.
+        """Tokenizes the prompt of a record for generation, and returns the record's answer.
 
-        The prompt is what precedes the completion or the final assistant turn; a conversation that ends with somebody
-        else's turn, and a text without prompt, are prompts as a whole (their answer is ""). Of two responses, the
-        chosen one is the answer. Not cut to `max_length`.
+        The prompt is everything before the completion or the final assistant turn. A conversation that ends with
+        another role's turn, and a text without prompt, are prompts as a whole, with the answer "". For a preference,
+        the answer is the chosen response. The prompt is not cut to `max_length`.
 
         Returns:
-            The prompt's ids, with generation prompt and the one BOS that a training row has, and the answer's text.
+            The prompt's ids, with generation prompt and BOS as in training rows, and the answer's text.
 
         Raises:
             UserError: the chat template refuses the prompt.
@@ -135,10 +134,10 @@ class Tokenize:
         ids = self._backend.encode(prompt, add_special_tokens=False).ids
         return [self._bos, *ids] if self._lacks_bos(ids) else ids, answer
 
-    # --- which characters carry loss
+    # --- characters that carry loss
 
     def mark(self, record: Record) -> Marked:
-        """Renders a record and says which of its characters carry loss.
+        """Renders a record and marks the characters that carry loss.
 
         Raises:
             UserError: `train_on` doesn't fit the record, or the chat template refuses it or can't be masked exactly.
@@ -162,7 +161,7 @@ class Tokenize:
         return Marked(text, [(0 if self._train_on == "all" else len(record.prompt), len(text))], eos=True)
 
     def _turns(self, record: Conversation) -> list[int]:
-        """Indices of the messages that carry loss; none for `all`, which asks for no borders."""
+        """Indices of the messages that carry loss; none for `all`, which needs no spans."""
         border = record.prompt_messages
         train_on = self._train_on or ("assistant" if border is None else "completion")
         turns = [i for i, message in enumerate(record.messages) if message["role"] == "assistant"]
@@ -175,7 +174,7 @@ class Tokenize:
             return [i for i in turns if i >= border]
         return {"assistant": turns, "last_turn": turns[-1:], "all": []}[train_on]
 
-    # --- which tokens that makes
+    # --- tokens
 
     def tokens(self, marked: Sequence[Marked]) -> list[Tokens]:
         """Tokenizes marked texts, each once, with the BOS and EOS that they need."""
@@ -192,11 +191,11 @@ class Tokenize:
         return tokenized
 
     def kept(self, ids: np.ndarray, first_target: int) -> np.ndarray | Dropped:
-        """Chooses the positions of `ids` `[seq]` that fit into `max_length`, as `overflow` says; ascending.
+        """Chooses the positions of `ids` `[seq]` to keep within `max_length`, according to `overflow`; ascending.
 
-        Where something has to go, the context (what comes before `first_target`) loses its start, but not its BOS; if
-        the answer alone is too long, the context keeps up to half of `max_length`, and the answer loses its end. With
-        `keep_start` it is always the end that goes.
+        `truncate` cuts the start of the context (everything before `first_target`) after its BOS. If the answer alone
+        is too long, the context keeps up to half of `max_length`, and the answer is cut at its end. `keep_start` always
+        cuts the end.
 
         Raises:
             UserError: it is too long and `overflow` is `error`.
@@ -235,16 +234,17 @@ class Tokenize:
         return self._adds_bos and (len(ids) == 0 or ids[0] != self._bos)
 
     def _mask(self, marked: Marked, ids: np.ndarray, offsets: list[Span]) -> tuple[np.ndarray, bool]:
-        """Marks the tokens that hold a character of a target, and tells whether one also holds others.
+        """Marks the tokens with a character of a target; also returns whether one of them has other characters.
 
-        Shapes: `ids` `[seq]`, `offsets` `seq` pairs of characters; returns a bool `[seq]`.
+        Shapes: `ids` `[seq]`, `offsets` `seq` pairs of characters; the mask is `[seq]` bool.
         """
         borders = np.fromiter(chain.from_iterable(offsets), np.int64, 2 * len(ids)).reshape(-1, 2)
         starts, ends = borders[:, 0], borders[:, 1]
         if self._greedy:
             _shrink_greedy(marked.text, starts, ends, np.flatnonzero(np.isin(ids, self._greedy)))
         if (empty := starts == ends).any():
-            # A token without characters of its own holds those that no token before it took.
+            # A token with an empty offset (part of a multi-byte character, for example) gets the characters that no
+            # earlier token covers.
             taken = np.maximum.accumulate(np.concatenate(([0], ends[:-1])))
             starts = np.where(empty, np.minimum(taken, starts), starts)
         mask, straddled = np.zeros(len(ids), dtype=bool), False
@@ -256,14 +256,14 @@ class Tokenize:
 
 
 def _conversation(record: Record) -> Conversation:
-    """Refuses a record of the user's own kind: only a data module of the user's own can tokenize it."""
+    """Refuses a user's own type of record, which only a user's own data module can tokenize."""
     if not isinstance(record, Conversation):
         raise UserError(f"this row is a {type(record).__name__}, which this data module can't tokenize")
     return record
 
 
 def says_nothing(record: Record) -> bool:
-    """Whether the answer to a prompt is empty, or that of all turns: to end at once is all there is to learn."""
+    """Whether the answer to a prompt is empty, or all assistant turns are."""
     if isinstance(record, Text):
         return bool(record.prompt) and not record.text.strip()
     if not isinstance(record, Conversation):
@@ -274,10 +274,10 @@ def says_nothing(record: Record) -> bool:
 
 
 def _with_exact_offsets(tokenizer: "PreTrainedTokenizerBase") -> "Tokenizer":
-    """A copy of the tokenizer's engine whose offsets hold all characters of a token.
+    """A copy of the tokenizer's backend whose offsets cover all characters of a token.
 
-    The last step of many engines cuts spaces off the offsets (not off the tokens), on both sides, so that nothing
-    tells any more whose they were. That step otherwise adds BOS and EOS, which are added here.
+    The post-processor of many backends strips spaces from the offsets (not from the tokens), so that no token would
+    cover them. It also adds BOS and EOS, which `Tokenize.tokens` does instead.
     """
     from tokenizers import Tokenizer
 
@@ -290,9 +290,9 @@ def _with_exact_offsets(tokenizer: "PreTrainedTokenizerBase") -> "Tokenizer":
 
 
 def _shrink_greedy(text: str, starts: np.ndarray, ends: np.ndarray, where: np.ndarray) -> None:
-    """Takes the spaces that a special token swallowed around it (`lstrip`, `rstrip`) off its offsets, in place.
+    """Strips the spaces that a special token has absorbed (`lstrip`, `rstrip`) from its offsets, in place.
 
-    Otherwise the end of a prompt would carry loss wherever an answer begins with a space.
+    Otherwise the special token before an answer that begins with a space would carry loss.
     """
     for i in where:
         piece = text[starts[i] : ends[i]]

@@ -1,4 +1,4 @@
-"""Tokenizers: loaded by name or directory, or made in code by a class that a recipe's `tokenizer:` names."""
+"""Tokenizers: loaded by name or directory, or built by a class that a recipe's `tokenizer:` names."""
 
 import hashlib
 from abc import ABC, abstractmethod
@@ -16,28 +16,28 @@ SPECIAL_TOKENS = ["<|pad|>", "<|endoftext|>", "<|im_start|>", "<|im_end|>"]
 
 
 class TokenizerFactory(ABC):
-    """Makes a tokenizer. A recipe's `tokenizer:` may name a subclass by class_path, with init_args of its own."""
+    """Builds a tokenizer. A recipe's `tokenizer:` may name a subclass by class_path and init_args."""
 
     @abstractmethod
     def build(self) -> "PreTrainedTokenizerBase":
-        """Makes the tokenizer."""
+        """Builds the tokenizer."""
 
 
 class ByteTokenizer(TokenizerFactory):
-    """Makes a tokenizer whose tokens are the 256 bytes (a token's id is its byte) and four special tokens.
+    """Builds a tokenizer whose tokens are the 256 bytes (a token's id is its byte) and four special tokens.
 
-    It needs no training and no files, and represents any text exactly; a text takes as many tokens as UTF-8 bytes.
+    It needs no training and no files, and represents any text exactly, with one token per UTF-8 byte.
 
     Args:
-        chat_template: Give it the ChatML template, and end generation with `<|im_end|>`. Without, it has no template
-            and the end-of-text token is `<|endoftext|>`.
+        chat_template: Use the ChatML template, with `<|im_end|>` as EOS. Otherwise it has no template, and EOS is
+            `<|endoftext|>`.
     """
 
     def __init__(self, chat_template: bool = True) -> None:
         self.chat_template = chat_template
 
     def build(self) -> "PreTrainedTokenizerBase":
-        """Makes the tokenizer."""
+        """Builds the tokenizer."""
         from tokenizers import Tokenizer, decoders, models, pre_tokenizers
         from transformers import PreTrainedTokenizerFast
 
@@ -58,9 +58,9 @@ class ByteTokenizer(TokenizerFactory):
 
 
 def byte_symbols() -> list[str]:
-    """The character that stands for each byte inside byte-level tokenizers.
+    """The character that represents each byte in byte-level tokenizers.
 
-    Bytes that are visible in Latin-1 stand for themselves, the others take the code points from 256 on.
+    A byte that is visible in Latin-1 is represented by that character, others by the code points from 256 on.
     """
     visible = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
     spare = iter(range(0x100, 0x200))
@@ -68,10 +68,10 @@ def byte_symbols() -> list[str]:
 
 
 def load_tokenizer(spec: Any, trust_remote_code: bool = False) -> "PreTrainedTokenizerBase":
-    """The tokenizer that `spec` stands for: a hub id or directory, a factory with `build()`, or a tokenizer.
+    """Loads or builds the tokenizer of a `spec`: a hub id or directory, a factory with `build()`, or a tokenizer.
 
     Raises:
-        UserError: if there is none to be loaded, or it has no fast implementation.
+        UserError: it can't be loaded.
     """
     if hasattr(spec, "build"):
         return spec.build()
@@ -87,7 +87,7 @@ def load_tokenizer(spec: Any, trust_remote_code: bool = False) -> "PreTrainedTok
 
 
 def tokenizer_fingerprint(tokenizer: "PreTrainedTokenizerBase", *, chat: bool = True) -> str:
-    """Hash of all that a tokenizer does to text: vocabulary, merges, special tokens; with `chat` its chat template."""
+    """Hash of a tokenizer's vocabulary, merges and special tokens; with `chat` also of its chat template."""
     digest = hashlib.blake2b(digest_size=16)
     template = str(tokenizer.chat_template) if chat else ""
     for part in (tokenizer.backend_tokenizer.to_str(), template, str(tokenizer.special_tokens_map)):

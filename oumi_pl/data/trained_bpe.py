@@ -1,12 +1,10 @@
-"""A tokenizer that is learnt from the corpus it is for."""
+"""A tokenizer that is trained on the training documents."""
 
-import shutil
-import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from oumi_pl.data.store import cache_key, cache_root
+from oumi_pl.data.store import cache_key, cache_root, new_folder
 from oumi_pl.data.tokenizers import SPECIAL_TOKENS, TokenizerFactory
 from oumi_pl.errors import UserError
 
@@ -14,18 +12,19 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 Corpus = Callable[[], tuple[Any, Iterator[str]]]
-"""What texts depend on, and the texts."""
+"""Returns what the texts depend on, and the texts."""
 
 
 class TrainedBPE(TokenizerFactory):
     """Trains a byte-level BPE tokenizer on the training documents (Sennrich et al. 2016, arXiv:1508.07909; on bytes as
-    in GPT-2). It represents any text exactly, ends texts with `<|endoftext|>`, and has the ChatML tokens for later.
+    in GPT-2). It represents any text exactly, ends texts with `<|endoftext|>`, and has the ChatML tokens for
+    fine-tuning.
 
-    It is trained once for a corpus and kept in the cache; what is saved with the model is an ordinary fast tokenizer.
+    It is trained once per corpus and cached; an ordinary fast tokenizer is saved with the model.
 
     Args:
-        vocab_size: Tokens in all, the 256 bytes and four special tokens among them; fewer if the corpus is too small.
-        max_bytes: Bytes of text to learn from, at most, from the beginning; shared out evenly among several sources.
+        vocab_size: Tokens in all, including the 256 bytes and four special tokens; fewer if the corpus is too small.
+        max_bytes: Bytes of text to train on, at most, from the start; divided evenly among several sources.
     """
 
     def __init__(self, vocab_size: int = 8192, max_bytes: int = 1 << 30) -> None:
@@ -34,25 +33,26 @@ class TrainedBPE(TokenizerFactory):
         self.corpus: Corpus | None = None
 
     def build(self) -> "PreTrainedTokenizerBase":
-        """Makes the tokenizer: trains it, or finds it in the cache.
+        """Trains the tokenizer, or loads it from the cache.
 
         Raises:
-            UserError: the vocabulary is smaller than bytes and special tokens together, or there is no corpus, since
-                the data are none for pretraining.
+            UserError: the vocabulary is smaller than bytes and special tokens together, or there is no corpus, because
+                the data are not `PretrainData`.
         """
         from transformers import PreTrainedTokenizerFast
 
         least = 256 + len(SPECIAL_TOKENS)
         if self.vocab_size < least:
-            size = self.vocab_size
-            raise UserError(f"data.tokenizer.vocab_size is {size}, but bytes and special tokens alone are {least}")
+            raise UserError(
+                f"data.tokenizer.vocab_size is {self.vocab_size}, but bytes and special tokens alone are {least}"
+            )
         if self.max_bytes < 1:
             raise UserError(f"data.tokenizer.max_bytes is {self.max_bytes}, but has to be at least 1")
 
         if self.corpus is None:
             raise UserError(
-                "data.tokenizer: TrainedBPE learns from the documents of PretrainData; for other data name the folder "
-                "of the model that was trained with it"
+                "data.tokenizer: TrainedBPE is trained on the documents of PretrainData; for other data name the "
+                "folder of the model that was trained with it"
             )
         made_from, texts = self.corpus()
         directory = cache_root() / "tokenizers" / cache_key(1, made_from, self.vocab_size, self.max_bytes)
@@ -82,22 +82,12 @@ class TrainedBPE(TokenizerFactory):
             eos_token="<|endoftext|>",
             clean_up_tokenization_spaces=False,
         )
-        directory.parent.mkdir(parents=True, exist_ok=True)
-        half = Path(tempfile.mkdtemp(prefix=f".{directory.name}-", dir=directory.parent))
-        try:
+        with new_folder(directory) as half:
             tokenizer.save_pretrained(half)
-            half.chmod(0o755)
-            try:
-                half.rename(directory)
-            except OSError:  # another process has trained the same meanwhile
-                if not directory.exists():
-                    raise
-        finally:
-            shutil.rmtree(half, ignore_errors=True)
 
 
 def first_bytes(texts: Iterator[str], most: int) -> Iterator[str]:
-    """The texts from the beginning that have `most` bytes together, the last one cut."""
+    """Yields the first `most` bytes of texts; the last text is cut."""
     for text in texts:
         size = len(text.encode())
         if size >= most:

@@ -1,7 +1,7 @@
-"""Windows: documents become rows of at most `max_length` input tokens, each with as many labels.
+"""Windows: cut documents into rows of at most `max_length` input tokens, each with as many labels.
 
-Both kinds are fed document by document and hand out rows as they fill up. What they carry over is a list of arrays that
-are never changed, so that noting the state costs nothing.
+Both kinds take one document at a time and yield rows as they fill up. They carry tokens over in a list of arrays that
+are never changed in place, so that a snapshot of the state costs nothing.
 """
 
 import itertools
@@ -15,13 +15,13 @@ from oumi_pl.data.plan import pack
 from oumi_pl.types import IGNORE_INDEX
 
 BUFFERED_ROWS = 128
-"""Rows' worth of documents that best fit chooses from at once."""
+"""Size of the buffer that best fit packs from, in rows."""
 
 
 class Row(NamedTuple):
-    """A row of tokens. Arrays are never changed once they are in a row.
+    """A row of tokens, whose arrays are never changed.
 
-    input_ids: `[seq]` int32. labels: `[seq]` int32, what each position has to predict, IGNORE_INDEX where nothing.
+    input_ids: `[seq]` int32. labels: `[seq]` int32, the token that each position predicts; IGNORE_INDEX for none.
     lengths: `[docs]` int32, tokens of the documents that are kept apart; sums to `seq`.
     """
 
@@ -31,11 +31,11 @@ class Row(NamedTuple):
 
 
 class Windows(ABC):
-    """Makes rows of documents.
+    """Cuts documents into rows.
 
     Args:
         max_length: Input tokens of a row.
-        isolate: Keep the documents of a row apart: the first token of each is no target.
+        isolate: Keep the documents of a row apart; the first token of each is then no target.
     """
 
     def __init__(self, max_length: int, isolate: bool) -> None:
@@ -44,29 +44,29 @@ class Windows(ABC):
 
     @abstractmethod
     def rows(self, ids: np.ndarray) -> Iterator[Row]:
-        """The rows that are full once a document's ids `[tokens]` are added. To be gone through to the end."""
+        """Adds a document's ids `[tokens]` and yields the rows that are full. Has to be exhausted."""
 
     @abstractmethod
     def finish(self) -> Iterator[Row]:
-        """What is left when there are no more documents; the last row may be short."""
+        """Yields the remaining rows after the last document; the last one may be short."""
 
     @abstractmethod
     def state(self) -> tuple[list[np.ndarray], int]:
-        """What is carried over between two documents: arrays of ids, and how many of them."""
+        """The tokens carried over between two documents: arrays of ids, and how many of them (the list may grow)."""
 
     @abstractmethod
     def restore(self, carried: list[np.ndarray]) -> None:
-        """Goes on with what was carried over."""
+        """Continues with tokens that were carried over."""
 
     @abstractmethod
     def count(self, lengths: Iterable[int]) -> int:
-        """Rows that documents of so many tokens make, in this order."""
+        """Number of rows for documents of these lengths, in this order."""
 
 
 class Concat(Windows):
     """Joins documents and cuts every `max_length` tokens: a row's last label is the next row's first token.
 
-    Every token is a label exactly once, but for the very first; isolated, but for the first of each document.
+    Every token is a label exactly once, except the very first; with `isolate`, except the first of each document.
     """
 
     def __init__(self, max_length: int, isolate: bool) -> None:
@@ -74,7 +74,7 @@ class Concat(Windows):
         self._carried: list[np.ndarray] = []
 
     def rows(self, ids: np.ndarray) -> Iterator[Row]:
-        """The rows that are full once a document's ids `[tokens]` are added. To be gone through to the end."""
+        """Adds a document's ids `[tokens]` and yields the rows that are full. Has to be exhausted."""
         carried, have, start = self._carried, sum(map(len, self._carried)), 0
         while have + len(ids) - start > self.max_length:
             stop = start + self.max_length + 1 - have
@@ -83,31 +83,31 @@ class Concat(Windows):
         self._carried = [*carried, ids[start:].copy()]
 
     def finish(self) -> Iterator[Row]:
-        """What is left when there are no more documents: one short row, or nothing."""
+        """Yields the remaining tokens as a short row, if any."""
         if sum(map(len, self._carried)) > 1:
             yield self._row(self._carried)
         self._carried = []
 
     def state(self) -> tuple[list[np.ndarray], int]:
-        """The tokens that no row has had as inputs, cut where documents begin."""
+        """The tokens that were inputs of no row yet, one array per document."""
         return self._carried, len(self._carried)
 
     def restore(self, carried: list[np.ndarray]) -> None:
-        """Goes on with what was carried over."""
+        """Continues with tokens that were carried over."""
         self._carried = carried
 
     def count(self, lengths: Iterable[int]) -> int:
-        """Rows that documents of so many tokens make, in this order."""
+        """Number of rows for documents of these lengths, in this order."""
         return -(-max(0, sum(lengths) - 1) // self.max_length)
 
     def _row(self, segments: Sequence[np.ndarray]) -> Row:
-        """A row of one token more than it has inputs; `segments` are of a document each."""
+        """A row from one token more than its inputs; each of `segments` is from another document."""
         tokens = np.concatenate(segments, dtype=np.int32, casting="same_kind")
         inputs, labels = tokens[:-1], tokens[1:].copy()
         if not self.isolate:
             return Row(inputs, labels, np.array([len(inputs)], dtype=np.int32))
         ends = np.cumsum([len(segment) for segment in segments])
-        labels[ends[:-1] - 1] = IGNORE_INDEX  # another document begins there
+        labels[ends[:-1] - 1] = IGNORE_INDEX  # the next token begins another document
         lengths = np.diff(np.minimum(ends, len(inputs)), prepend=0)
         return Row(inputs, labels, lengths[lengths > 0].astype(np.int32))
 
@@ -116,8 +116,8 @@ class BestFit(Windows):
     """Packs whole documents by best fit, within a buffer of `BUFFERED_ROWS` rows' worth of them (Ding et al. 2024,
     arXiv:2404.10830); only documents longer than a row are cut.
 
-    Every token is a label exactly once, but for the first of each document. A row is filled up with whatever fits; what
-    is left of it stays empty. Rows come in the order of their first documents.
+    Every token is a label exactly once, except the first of each document. Rows are filled as far as documents fit, and
+    come in the order of their first documents.
     """
 
     def __init__(self, max_length: int, isolate: bool) -> None:
@@ -125,7 +125,7 @@ class BestFit(Windows):
         self._buffer = _Buffer(max_length)
 
     def rows(self, ids: np.ndarray) -> Iterator[Row]:
-        """The rows that are full once a document's ids `[tokens]` are added. To be gone through to the end."""
+        """Adds a document's ids `[tokens]` and yields the rows that are full. Has to be exhausted."""
         start = 0
         while len(ids) - start > self.max_length + 1:
             yield self._row([ids[start : start + self.max_length + 1]])
@@ -137,19 +137,19 @@ class BestFit(Windows):
             yield from map(self._row, self._buffer.add(rest.copy(), size))
 
     def finish(self) -> Iterator[Row]:
-        """What is left when there are no more documents."""
+        """Yields the remaining rows."""
         yield from map(self._row, self._buffer.flush(everything=True))
 
     def state(self) -> tuple[list[np.ndarray], int]:
-        """The documents, or last pieces of documents, that are in no row yet."""
+        """The documents, or last pieces of them, that are in no row yet."""
         return self._buffer.items, len(self._buffer.items)
 
     def restore(self, carried: list[np.ndarray]) -> None:
-        """Goes on with what was carried over."""
+        """Continues with tokens that were carried over."""
         self._buffer.restore(carried, [self._size(len(ids)) for ids in carried])
 
     def count(self, lengths: Iterable[int]) -> int:
-        """Rows that documents of so many tokens make, in this order."""
+        """Number of rows for documents of these lengths, in this order."""
         rows, buffer = 0, _Buffer(self.max_length)
         for length in lengths:
             cut = max(0, -(-(length - 1) // self.max_length) - 1)
@@ -161,11 +161,11 @@ class BestFit(Windows):
         return rows + len(buffer.flush(everything=True))
 
     def _size(self, tokens: int) -> int:
-        """Inputs that a document's end takes: its EOS is a label only, unless the next document has to see it."""
+        """Number of inputs for `tokens`: with `isolate`, the last one (EOS) is only a label."""
         return tokens - 1 if self.isolate else tokens
 
     def _row(self, pieces: Sequence[np.ndarray]) -> Row:
-        """A row of pieces; one of more than `max_length` tokens is alone in it, and its last token a label only."""
+        """A row of pieces. A piece of more than `max_length` tokens is alone, and its last token only a label."""
         sizes = [min(self.max_length, self._size(len(piece))) for piece in pieces]
         inputs = np.empty(sum(sizes), dtype=np.int32)
         labels = np.full(len(inputs), IGNORE_INDEX, dtype=np.int32)
@@ -178,9 +178,9 @@ class BestFit(Windows):
 
 
 class _Buffer:
-    """Items of known sizes, packed by best fit once there are enough of them. Lists only grow, until they are replaced.
+    """Items of known sizes, packed by best fit once there are enough of them.
 
-    The fullest packs are handed out, and the emptiest one stays for the next time.
+    The emptiest pack stays in the buffer. Lists are only appended to or replaced: a snapshot is a list and a length.
     """
 
     def __init__(self, capacity: int) -> None:

@@ -1,9 +1,9 @@
-"""Token losses and log-probabilities straight from hidden states, a chunk of logits at a time.
+"""Token losses and log-probabilities computed from hidden states, one chunk of logits at a time.
 
-The logits of a batch, `[n, vocab]`, are by far its largest tensor. Nothing here holds more than a chunk of their rows:
-`token_loss_sum` computes the gradients of a chunk while its logits are at hand, so that the backward pass has only to
-scale them; `token_logps` serves losses that weigh each token by what the whole sequence did (DPO and its family), and
-computes the logits again in the backward pass where it can't keep them.
+The logits of a batch, `[n, vocab]`, would be by far its largest tensor. Nothing here holds more than a chunk of its
+rows: `token_loss_sum` computes the gradients of a chunk right after its logits, so the backward pass only scales them;
+`token_logps` is for losses whose weight of a token depends on the whole sequence (DPO and its family), and recomputes
+the logits in the backward pass if it could not keep them.
 
 Shapes: `n` tokens that carry a loss (callers select them *before* the head), `hidden` the width of the model, `vocab`.
 """
@@ -43,7 +43,7 @@ class CrossEntropy(TokenLoss):
     """
 
     def __init__(self, label_smoothing: float = 0.0, z_loss: float = 0.0) -> None:
-        """Sets how much the targets are smoothed and the logits held down; by default neither.
+        """Sets label smoothing and z-loss; both are off by default.
 
         Args:
             label_smoothing: the share of the target's probability that is spread over the vocabulary, from 0 to 1.
@@ -65,17 +65,17 @@ class CrossEntropy(TokenLoss):
         return self._losses(logits.logsumexp(-1), at_target(logits, targets), mean)
 
     def loss_and_gradient(self, logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-        """Does the work of a call and of its backward pass at once, on a CPU in place. Overwrites `logits`.
+        """Computes losses and gradient in one pass, on a CPU in place. Overwrites `logits`.
 
-        A token loss may offer this method to spare `token_loss_sum` the detour through autograd.
+        Optional for a token loss: without it, `token_loss_sum` gets the gradient from autograd.
 
         Args:
-            logits: `[n, vocab]`, float32, or lower where the head computes in it and nothing transforms its output.
+            logits: `[n, vocab]`, in the dtype of the head; in float32 (or float64) after a transform.
             targets: `[n]`.
 
         Returns:
-            The losses `[n]` and the gradient of their sum by the logits `[n, vocab]`, both float32 (float64 for
-            float64 logits).
+            The losses `[n]` and the gradient of their sum with respect to the logits `[n, vocab]`, both float32
+            (float64 for float64 logits).
         """
         smoothing = self.label_smoothing
         mean = logits.mean(-1, dtype=full_precision(logits.dtype)) if smoothing else None
@@ -97,12 +97,12 @@ class CrossEntropy(TokenLoss):
 
 
 def is_cross_entropy(loss: TokenLoss) -> bool:
-    """Whether a loss is plain cross entropy: the negative log-likelihood, and what other engines compute by default."""
+    """Whether a loss is plain cross entropy, which is the negative log-likelihood and the default of other engines."""
     return type(loss) is CrossEntropy and loss.label_smoothing == loss.z_loss == 0
 
 
 class TokenLossOutput(NamedTuple):
-    """The sum of a batch's token losses, and what the metrics need beside it."""
+    """The sum of a batch's token losses, and counts for the metrics."""
 
     loss_sum: Tensor
     """Scalar, float32 (float64 if the head computes in it), differentiable."""
@@ -121,19 +121,19 @@ def token_loss_sum(
     transform: Transform | None = None,
     chunk_size: int | None = None,
 ) -> TokenLossOutput:
-    """Sums a token loss over the logits that `head` makes of `hidden`, without ever holding them all.
+    """Sums a token loss over the logits `head(hidden)`, without ever holding all of them.
 
     For a plain `nn.Linear` the gradients are computed chunk by chunk in the forward pass and scaled in the backward
-    pass; any other head (LoRA, quantised, sharded on its own) runs under activation checkpointing, chunk by chunk. With
+    pass. Any other head (LoRA, quantised, sharded separately) runs under activation checkpointing, chunk by chunk. With
     gradients disabled only losses are computed. Matrix products run in autocast's dtype where it is active, in that of
     `hidden` elsewhere; losses and sums over tokens are float32 (float64 in a float64 model).
 
     Args:
         hidden: `[n, hidden]`, only the positions that carry a loss. `n` may be 0: then the sum is 0 and the gradients
-            are zeros, so that every rank of a distributed run sees the same parameters used.
+            are zeros, so that every rank of a distributed run uses the same parameters.
         targets: `[n]` int64, each a token id.
         head: maps `[n, hidden]` to logits `[n, vocab]`.
-        token_loss: called with float32 logits; its own parameters, if it has any, get no gradient.
+        token_loss: called with float32 logits; any parameters of its own get no gradient.
         transform: applied to the float32 logits before the loss.
         chunk_size: rows of logits alive at a time; None chooses by vocabulary and device.
 
@@ -163,10 +163,10 @@ def token_logps(
     transform: Transform | None = None,
     chunk_size: int | None = None,
 ) -> Tensor:
-    """Computes the log-probability of each target, for losses that weigh tokens in a way known only afterwards.
+    """Computes the log-probability of each target, for losses that weigh tokens after seeing all of them.
 
-    On a CPU the softmax of the first 128 MB of logits is kept for the backward pass; the rest is computed again, which
-    makes four matrix products where `token_loss_sum` needs three. Arguments, dtypes, the case of `n = 0` and errors are
+    On a CPU the softmax of the first 128 MB of logits is kept for the backward pass. The rest is recomputed, with four
+    matrix products in all where `token_loss_sum` needs three. Arguments, dtypes, the case of `n = 0` and errors are
     as for `token_loss_sum`.
 
     Returns:
@@ -193,7 +193,7 @@ def _checkpointed(
 ) -> list[Tensor]:
     """Runs `of_chunk` over rows under activation checkpointing and joins each of its outputs, `[n]`."""
     n = len(targets)
-    if n == 0:  # a row of zeros takes the place of the missing ones, so that the head is part of the graph
+    if n == 0:  # one row of zeros, so that the head is part of the graph on every rank
         hidden, targets = torch.cat([hidden, hidden.new_zeros(1, hidden.shape[1])]), targets.new_zeros(1)
     outputs = [
         checkpoint(of_chunk, hidden[rows], targets[rows], use_reentrant=False)
@@ -203,14 +203,14 @@ def _checkpointed(
 
 
 def _vocab(head: nn.Module) -> int:
-    """Returns how many logits the head makes, to choose a chunk size by; a large guess where it does not say."""
+    """The size of the vocabulary, to choose a chunk size; a large guess if the head does not say."""
     return int(getattr(head, "out_features", 0)) or 2**17
 
 
 def _softmax(logits: Tensor, targets: Tensor, target_logits: Tensor) -> tuple[Tensor, Tensor]:
     """Returns softmax `[n, vocab]` and logsumexp `[n]` in full precision. May overwrite `logits`."""
     full = full_precision(logits.dtype)
-    if logits.device.type == "cpu":  # memory is slow to get and a pass over it cheap: work in place
+    if logits.device.type == "cpu":  # allocating costs more than another pass over the data: work in place
         logits = logits.to(full)
         top = logits.amax(-1, keepdim=True)
         total = logits.sub_(top).exp_().sum(-1, keepdim=True)

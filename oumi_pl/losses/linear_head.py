@@ -1,4 +1,4 @@
-"""The arithmetic of a linear output head, a chunk of rows at a time: its logits, and the gradients it hands back.
+"""A linear output head, one chunk of rows at a time: logits and gradients.
 
 Shapes: `n` tokens, `hidden` the width of the model, `vocab`, `rows` the size of a chunk.
 """
@@ -15,13 +15,13 @@ from oumi_pl.errors import UserError
 from oumi_pl.types import TokenLoss
 
 Transform = Callable[[Tensor], Tensor]
-"""Maps float32 logits `[n, vocab]` to the logits that count, element by element: a soft cap, a scale."""
+"""Maps float32 logits `[n, vocab]` element by element to the final ones: a soft cap, a scale."""
 
 CHUNK_ELEMENTS = {"cpu": 2**24, "cuda": 2**26}
 """Logits alive at a time, per type of device: 64 MB of float32 on a CPU, where larger chunks ran no faster."""
 MIN_ROWS = 128
-"""Fewest rows that are worth a pass over the head's weight and its gradient, however large the vocabulary."""
-_ROW_ALIGNMENT = 64
+"""Smallest chunk, however large the vocabulary: each chunk reads the head's weight and its gradient once."""
+_ROW_ALIGNMENT = 64  # elements; see `LinearHead.logits`
 
 
 def chunks(n: int, vocab: int, device: torch.device, chunk_size: int | None) -> list[slice]:
@@ -44,9 +44,9 @@ def full_precision(dtype: torch.dtype) -> torch.dtype:
 
 
 def is_plain_linear(head: nn.Module, hidden: Tensor) -> bool:
-    """Tells whether calling `head` is nothing but a matrix product and a bias, with tensors we may read directly.
+    """Whether `head` is only a matrix product and a bias, whose tensors can be read directly.
 
-    Subclasses (LoRA, quantised, FSDP), hooks, parametrisations, sharded or offloaded weights all make it False.
+    False for subclasses (LoRA, quantised, FSDP), hooks, parametrisations, and sharded or offloaded weights.
     """
     return (
         type(head) is nn.Linear
@@ -59,7 +59,7 @@ def is_plain_linear(head: nn.Module, hidden: Tensor) -> bool:
 
 @dataclass(frozen=True)
 class Task:
-    """What is asked of the logits, beside the tensors that gradients flow to."""
+    """The arguments of an autograd function of the head that get no gradient."""
 
     targets: Tensor
     """`[n]` int64."""
@@ -71,21 +71,21 @@ class Task:
 
 @dataclass(frozen=True)
 class LossTask(Task):
-    """A task that ends in a loss."""
+    """The same, for a loss."""
 
     token_loss: TokenLoss
 
 
 class LinearHead:
-    """Hidden states and the head above them, both in the dtype that the products run in.
+    """Hidden states and an output head, both cast to the dtype of the matrix products.
 
-    Call `logits` in order of the rows; each call overwrites what the last one returned, unless that was kept.
+    Each call of `logits` overwrites what the last one returned, unless `keep` was called in between.
     """
 
     def __init__(self, hidden: Tensor, weight: Tensor, bias: Tensor | None, dtype: torch.dtype | None = None) -> None:
-        """Takes `hidden` `[n, hidden]`, `weight` `[vocab, hidden]`, `bias` `[vocab]` and the dtype of the products.
+        """Casts `hidden` `[n, hidden]`, `weight` `[vocab, hidden]` and `bias` `[vocab]` to `dtype`.
 
-        `dtype=None` is autocast's where it is active, and that of `hidden` elsewhere.
+        None is autocast's dtype if it is active, else that of `hidden`.
         """
         self.dtype = dtype or _compute_dtype(hidden)
         self.hidden = hidden.detach().to(self.dtype)
@@ -98,7 +98,7 @@ class LinearHead:
         """Computes the logits `[rows, vocab]` of a slice of the hidden states."""
         states = self.hidden[rows]
         if self._buffer is None or len(self._buffer) < len(states):
-            # One buffer, because fresh pages cost more than a softmax; rows that begin on an aligned address, because
+            # One buffer, because allocating memory pages costs more than a softmax. Rows begin at aligned addresses:
             # with an odd vocabulary the product took 1.5 times longer otherwise (float32, MKL).
             width = -(-self.vocab // _ROW_ALIGNMENT) * _ROW_ALIGNMENT
             self._buffer = torch.empty(len(states) + 1, width, dtype=self.dtype, device=states.device)
@@ -107,15 +107,15 @@ class LinearHead:
         return out if self.bias is None else out.add_(self.bias)
 
     def keep(self) -> None:
-        """Leaves what the last call returned to the caller: the next one makes a new buffer."""
+        """Gives the last returned logits to the caller: the next call allocates a new buffer."""
         self._buffer = None
 
 
 class HeadGradients:
-    """Gradients of a sum over tokens by hidden states, weight and bias, gathered chunk by chunk.
+    """Gradients of a sum over tokens for hidden states, weight and bias, accumulated chunk by chunk.
 
-    `tensors` holds the three, None where none was asked for. Those of the head are summed in full precision: chunks
-    rounded to bfloat16 before they are added would bias the sum.
+    `tensors` holds the three; None for one that is not needed. Those of the head are summed in full precision: rounding
+    chunks to bfloat16 before adding them would bias the sum.
     """
 
     def __init__(self, head: LinearHead, needed: Sequence[bool]) -> None:
@@ -128,11 +128,11 @@ class HeadGradients:
 
     @property
     def tensors(self) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-        """The gradients by hidden states `[n, hidden]`, weight `[vocab, hidden]` and bias `[vocab]`."""
+        """The gradients of hidden states `[n, hidden]`, weight `[vocab, hidden]` and bias `[vocab]`."""
         return self._hidden, self._weight, self._bias
 
     def add(self, rows: slice, by_logits: Tensor) -> None:
-        """Adds a chunk, given the gradient by its logits: `[rows, vocab]` in full precision."""
+        """Adds a chunk, given the gradient of its logits, `[rows, vocab]` in full precision."""
         low = by_logits.to(self._head.dtype)
         states = self._head.hidden[rows]
         if self._hidden is not None:
@@ -148,7 +148,7 @@ class HeadGradients:
 
 
 class LinearTokenLoss(torch.autograd.Function):
-    """Loss sum of a linear head; its gradients are ready when the forward pass ends, but for the upstream factor."""
+    """Loss sum of a linear head. The forward pass computes the gradients too, up to the upstream factor."""
 
     @staticmethod
     def forward(ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, task: LossTask) -> tuple[Tensor, Tensor]:
@@ -179,7 +179,7 @@ class LinearTokenLoss(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, upstream: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
         """Scales what the forward pass computed."""
-        # In place unless the graph is kept for another pass: a second tensor of the weight's size would be the peak.
+        # In place unless the graph is kept for another pass: a second tensor of the weight's size would raise the peak.
         scale = Tensor.mul if graph_is_kept() else Tensor.mul_
         scaled = [
             None if gradient is None else scale(gradient, upstream).to(dtype)
@@ -200,7 +200,7 @@ def at_target(logits: Tensor, targets: Tensor) -> Tensor:
 
 
 def is_largest(logits: Tensor, targets: Tensor) -> Tensor:
-    """Tells of each target whether its logit is the largest, `[n]` bool."""
+    """Whether each target has the largest logit, `[n]` bool."""
     logits = logits.detach()
     return at_target(logits, targets) >= logits.amax(-1)
 
@@ -221,7 +221,7 @@ def checked_losses(token_loss: TokenLoss, logits: Tensor, targets: Tensor) -> Te
 
 
 def _with_gradient(task: LossTask, logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Returns the losses `[n]`, whether each target's logit is the largest `[n]`, and the gradient by `logits`."""
+    """Returns the losses `[n]`, whether each target has the largest logit `[n]`, and the gradient of `logits`."""
     quick = _quick_method(task.token_loss)
     if quick and task.transform is None:
         hits = is_largest(logits, targets)
@@ -240,7 +240,7 @@ def _with_gradient(task: LossTask, logits: Tensor, targets: Tensor) -> tuple[Ten
 
 
 def _quick_method(token_loss: TokenLoss) -> Callable[[Tensor, Tensor], tuple[Tensor, Tensor]] | None:
-    """Finds `loss_and_gradient`, unless a subclass changed the loss without changing that method along with it."""
+    """Finds `loss_and_gradient`, unless a subclass overrides only the loss, for which it would be wrong."""
     for cls in type(token_loss).__mro__:
         if "loss_and_gradient" in vars(cls):
             return token_loss.loss_and_gradient  # type: ignore[attr-defined]
@@ -250,7 +250,7 @@ def _quick_method(token_loss: TokenLoss) -> Callable[[Tensor, Tensor], tuple[Ten
 
 
 def leaf_and_logits(logits: Tensor, transform: Transform | None) -> tuple[Tensor, Tensor]:
-    """Returns logits in full precision and what `transform` makes of them, joined by a graph if there is one."""
+    """Returns logits in full precision before and after `transform`, connected by a graph if there is one."""
     leaf = logits.to(full_precision(logits.dtype))
     if transform is None:
         return leaf, leaf
@@ -260,19 +260,20 @@ def leaf_and_logits(logits: Tensor, transform: Transform | None) -> tuple[Tensor
 
 
 def to_leaf(leaf: Tensor, last: Tensor, gradient: Tensor) -> Tensor:
-    """Takes a gradient by the last logits back to the first."""
+    """Backpropagates a gradient from the last logits to the first."""
     return gradient if last is leaf else torch.autograd.grad(last, leaf, gradient)[0]
 
 
 def graph_is_kept() -> bool:
-    """Whether the caller of the running backward pass retains the graph; True if this torch can't say."""
+    """Whether the running backward pass retains the graph; True if this version of torch can't say."""
+    # private in torch, hence the fallback: True only costs memory
     ask = getattr(torch._C._autograd, "_get_current_graph_task_keep_graph", None)
     return ask is None or bool(ask())
 
 
 def _compute_dtype(hidden: Tensor) -> torch.dtype:
     device = hidden.device.type
-    # Autocast leaves float64 alone, and so do we.
+    # autocast does not cast float64 either
     if torch.is_autocast_enabled(device) and hidden.dtype != torch.float64:
         return torch.get_autocast_dtype(device)
     return hidden.dtype

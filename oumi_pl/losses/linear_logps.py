@@ -1,4 +1,4 @@
-"""Log-probabilities under a linear output head, for losses that weigh tokens in a way known only afterwards."""
+"""Log-probabilities under a linear output head, for losses that weigh tokens after seeing all of them."""
 
 from typing import Any
 
@@ -20,12 +20,12 @@ from oumi_pl.losses.linear_head import (
 )
 
 KEPT_ELEMENTS = {"cpu": 2**25}
-"""Entries of the softmax that are kept for the backward pass, per type of device; the rest is computed again. 128 MB of
-float32 on a CPU, where a matrix product costs more than the memory; none elsewhere."""
+"""Entries of the softmax kept for the backward pass, per type of device; the rest is recomputed. 128 MB of float32 on a
+CPU, where recomputing a matrix product is expensive; none on other devices."""
 
 
 class LinearLogps(torch.autograd.Function):
-    """Log-probabilities under a linear head; what the backward pass needs is kept within a budget, or made again."""
+    """Log-probabilities under a linear head. Keeps the softmax for backward up to a budget, else recomputes it."""
 
     @staticmethod
     def forward(ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, task: Task) -> Tensor:
@@ -33,7 +33,8 @@ class LinearLogps(torch.autograd.Function):
         head, targets = LinearHead(hidden, weight, bias), task.targets
         lse = torch.empty(len(hidden), dtype=full_precision(head.dtype), device=hidden.device)
         logps = torch.empty_like(lse)
-        # in place only where the logits are ours to overwrite, and of the precision that the sums have
+        # a transform may return a tensor that must not be overwritten, and lower precision would lose digits of the
+        # sums
         in_place = task.transform is None and head.dtype == lse.dtype and hidden.device.type == "cpu"
         budget = KEPT_ELEMENTS.get(hidden.device.type, 0) if in_place and task.with_gradients else 0
         ctx.kept = {}
@@ -57,14 +58,14 @@ class LinearLogps(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
-        """Turns probabilities into gradients, chunk by chunk: those that were kept, or recomputed from the logits."""
+        """Computes the gradients chunk by chunk, from the kept softmax or from recomputed logits."""
         hidden, weight, bias, lse = ctx.saved_tensors
         task: Task = ctx.task
         head = LinearHead(hidden, weight, bias, ctx.dtype)
         gradients = HeadGradients(head, ctx.needs_input_grad[:3])
         with torch.autocast(hidden.device.type, enabled=False):
             for number, rows in enumerate(chunks(len(hidden), head.vocab, hidden.device, task.chunk_size)):
-                # The gradient of a log-probability by the logits is one-hot - softmax.
+                # The gradient of a log-probability with respect to the logits is one-hot - softmax.
                 weights, wanted = upstream[rows].unsqueeze(-1), task.targets[rows].unsqueeze(-1)
                 if number in ctx.kept:
                     exponentials, total = ctx.kept[number] if graph_is_kept() else ctx.kept.pop(number)
@@ -72,7 +73,8 @@ class LinearLogps(torch.autograd.Function):
                     gradients.add(rows, scale(-weights / total).scatter_add_(-1, wanted, weights))
                     continue
                 leaf, logits = leaf_and_logits(head.logits(rows), task.transform)
-                shift = logits.detach().sub if task.transform else logits.sub_  # a transform may have saved its output
+                # a transform may have saved its output for backward
+                shift = logits.detach().sub if task.transform else logits.sub_
                 gradient = shift(lse[rows].unsqueeze(-1)).exp_().mul_(-weights).scatter_add_(-1, wanted, weights)
                 gradients.add(rows, to_leaf(leaf, logits, gradient))
         inputs = (hidden, weight, bias)

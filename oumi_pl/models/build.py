@@ -19,20 +19,25 @@ from oumi_pl.models.lora import with_lora
 from oumi_pl.terminal.progress import working
 
 if TYPE_CHECKING:
-    from transformers import PretrainedConfig, PreTrainedTokenizerBase
+    from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+DType = Literal["auto", "float32", "bfloat16", "float16"]
+
+_HARMLESS = ("dropout", "pdrop", "router", "use_cache")
+"""Parts of the names of config values that do not change what a trained model computes."""
 
 
 def build_config(
     model: str | None, config: dict[str, Any] | None, tokenizer: "PreTrainedTokenizerBase | None", **hub: Any
 ) -> "PretrainedConfig":
-    """The model's config: from `config` alone (`model_type` and values), or a pretrained one with values overridden.
+    """Creates a model's config from `config` alone (`model_type` and values), or pretrained with values overridden.
 
     Mappings are merged, so that `rope_parameters: {rope_type: linear, factor: 2.0}` keeps the base frequency. Without a
     pretrained config, vocabulary size and special token ids follow the tokenizer.
 
     Raises:
-        UserError: for an unknown model type or key, a value that does not fit, a config that can't be loaded, or
-            neither `model` nor `config`.
+        UserError: an unknown model type or key, an invalid value, a config that can't be loaded, or neither `model` nor
+            `config`.
     """
     from transformers import CONFIG_MAPPING, AutoConfig
 
@@ -64,16 +69,16 @@ def build_config(
             )
     try:
         return AutoConfig.for_model(model_type, **values)
-    except Exception as error:  # each architecture checks its values in its own way
+    except Exception as error:  # every architecture raises different errors for invalid values
         cause = " ".join(str(error).split()).rpartition("ValueError: ")[2]
         raise UserError(f"model.config: {cause}") from error
 
 
 def loaded(load: Any, name: str, **kwargs: Any) -> Any:
-    """Calls a `from_pretrained`.
+    """Calls a `from_pretrained`, and turns its errors into one message.
 
     Raises:
-        UserError: it did not work.
+        UserError: it failed.
     """
     from safetensors import SafetensorError
 
@@ -82,14 +87,14 @@ def loaded(load: Any, name: str, **kwargs: Any) -> Any:
     except (OSError, ValueError, SafetensorError) as error:
         if "trust_remote_code" in str(error):
             raise UserError(
-                f"model: {name} needs code of its own to run; if you trust it, set model.trust_remote_code: true"
+                f"model: {name} runs code from its repository; if you trust it, set model.trust_remote_code: true"
             ) from error
         damaged = "; the file is damaged or cut short: fetch it again" if isinstance(error, SafetensorError) else ""
         raise UserError(f"model: can't load {name!r}: {reason(error)}{damaged}") from error
 
 
 def vocabulary(tokenizer: "PreTrainedTokenizerBase") -> int:
-    """Rows that a model needs: ids may have gaps, so that there may be more than tokens."""
+    """Embedding rows that a model needs: the largest id + 1, since ids may have gaps."""
     return max(tokenizer.get_vocab().values(), default=-1) + 1
 
 
@@ -98,7 +103,7 @@ def _overridden(hf_config: "PretrainedConfig", values: dict[str, Any]) -> "Pretr
     _refuse_unknown_keys(hf_config, values)
     for key, value in values.items():
         old = getattr(hf_config, key, None)
-        if isinstance(value, dict) and old is not None and hasattr(old, "to_dict"):  # a part of a model
+        if isinstance(value, dict) and old is not None and hasattr(old, "to_dict"):  # the config of a part of the model
             _overridden(old, value)
             continue
         try:
@@ -109,7 +114,7 @@ def _overridden(hf_config: "PretrainedConfig", values: dict[str, Any]) -> "Pretr
 
 
 def _with_new_rope_names(values: dict[str, Any]) -> dict[str, Any]:
-    """`rope_theta` and `rope_scaling` moved to where transformers 5 has them: it would not read them next to those."""
+    """Moves `rope_theta` and `rope_scaling` into `rope_parameters`: transformers 5 ignores the old keys beside it."""
     values = dict(values)
     rope = dict(values.pop("rope_scaling", None) or {})
     if "rope_theta" in values:
@@ -120,66 +125,51 @@ def _with_new_rope_names(values: dict[str, Any]) -> dict[str, Any]:
 
 
 def _refuse_unknown_keys(hf_config: "PretrainedConfig", values: dict[str, Any]) -> None:
-    # HF configs take any keyword silently, so a typo would train another model than the recipe says
-    known = (
-        set(hf_config.to_dict())
-        | set(inspect.signature(type(hf_config).__init__).parameters)
-        | set(hf_config.attribute_map)
-    )
+    # HF configs accept any keyword silently, so a typo would train another model than intended
+    arguments = inspect.signature(type(hf_config).__init__).parameters
+    known = {*hf_config.to_dict(), *arguments, *hf_config.attribute_map}
     for key in values:
         if key not in known:
             raise UserError(f"model.config.{key}: {hf_config.model_type} has no such value{nearest(key, known)}")
 
 
 def refuse_too_few_positions(hf: Any, max_length: int, longest: tuple[int, int] | None = None) -> None:
-    """Refuses rows that are longer than a table of learned positions, and warns where positions are computed.
+    """Refuses rows longer than a model's table of learned positions; warns if its positions are computed.
 
-    Beyond a table (GPT-2, OPT) there is nothing to look up. Rotary positions can be computed, but a model that never
-    saw them is worse there, unless its `rope_parameters` are scaled along, or it is trained on them.
+    A table (GPT-2, OPT) has no entry for a longer row. Rotary positions can be computed for any length, but a model is
+    worse at positions it was not trained on, unless its `rope_parameters` are scaled or it is trained further.
 
     Args:
-        hf: A model of transformers, without adapters around it.
+        hf: A model of transformers, without PEFT's wrapper.
         max_length: Tokens of the longest row.
-        longest: Positions that the longest path needs surely, and at most, where that is not `max_length`.
+        longest: Lower and upper bound on the positions of the longest path; None: `max_length`.
 
     Raises:
-        UserError: if there are surely too few positions to look up.
+        UserError: the table is certainly too small.
     """
     known = getattr(hf.config.get_text_config(), "max_position_embeddings", None)
-    surely, at_most = longest or (max_length, max_length)
-    if not isinstance(known, int) or not 0 < known < at_most:
+    least, most = longest or (max_length, max_length)
+    if not isinstance(known, int) or not 0 < known < most:
         return
     name = type(hf).__name__
     needed, shorten = f"data.max_length is {max_length}", "set it"
     if longest is not None:
-        needed, shorten = f"the longest document has {surely} tokens", "set data.max_length"
-    if surely <= known:
-        needed = f"documents may be as long as {at_most} tokens"
-    if not _looks_positions_up(hf):
-        rank_zero_warn(f"{needed}, and {name} was made for {known} positions: longer rows may go badly")
-    elif surely > known:
+        needed, shorten = f"the longest document has {least} tokens", "set data.max_length"
+    if least <= known:
+        needed = f"documents may be as long as {most} tokens"
+    if not _has_position_table(hf):
+        rank_zero_warn(f"{needed}, and {name} was trained on {known} positions: quality may drop beyond them")
+    elif least > known:
         raise UserError(f"{needed}, but {name} has a table of {known} positions: {shorten} to {known}")
     else:
-        rank_zero_warn(f"{needed}, and {name} has a table of {known} positions: a longer one stops the run")
+        rank_zero_warn(f"{needed}, and {name} has a table of {known} positions: a longer document stops the run")
 
 
-def _looks_positions_up(hf: Any) -> bool:
-    """Whether the text model, and not only another part of it, such as one that sees, has a table of positions."""
-    return any(isinstance(m, nn.Embedding) and _is_of_positions(path) for path, m in hf.get_decoder().named_modules())
-
-
-def _is_of_positions(path: str) -> bool:
-    last = path.rpartition(".")[2]
-    return last == "wpe" or "position" in last
-
-
-if TYPE_CHECKING:
-    from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
-
-DType = Literal["auto", "float32", "bfloat16", "float16"]
-
-_HARMLESS = ("dropout", "pdrop", "router", "use_cache")
-"""Parts of the names of config values that do not change what a trained model computes."""
+def _has_position_table(hf: Any) -> bool:
+    """Whether the text model has a table of positions; those of other parts, such as a vision tower, don't count."""
+    tables = [path for path, m in hf.get_decoder().named_modules() if isinstance(m, nn.Embedding)]
+    names = [path.rpartition(".")[2] for path in tables]
+    return any(name == "wpe" or "position" in name for name in names)
 
 
 def build_model(
@@ -197,22 +187,22 @@ def build_model(
     revision: str | None = None,
     trust_remote_code: bool = False,
 ) -> "PreTrainedModel":
-    """A causal LM in training mode: weights, new token rows, frozen parts, adapters. Arguments as of the modules.
+    """Builds a causal LM in training mode, with new token rows, frozen parts and adapters; arguments as of the modules.
 
-    `model` may also be the folder of an adapter: it is then added to its base, for training to go on from both. Without
-    `attn`, the architecture's own best (sdpa where it can).
+    `model` may also be the folder of an adapter, which is then merged into its base before training. Without `attn`,
+    transformers chooses (sdpa if the architecture has it).
 
     Raises:
-        UserError: for anything that can't be loaded or does not fit together.
+        UserError: something can't be loaded, or parts don't fit together.
     """
     attention.register()
     base = None if model is None else locate(model, "model", revision)
     adapter = None
     if base is not None:
         _refuse_without_config(Path(base))
-    if base is not None and _is_adapter(Path(base)):
-        adapter = base
-        base, revision = _base_of(adapter)
+        if _is_adapter(Path(base)):
+            adapter = base
+            base, revision = _base_of(adapter)
     hub = {"revision": revision, "trust_remote_code": trust_remote_code}
     hf_config = build_config(base, config, tokenizer, **hub)
     if base is None:
@@ -230,18 +220,18 @@ def build_model(
     if lora is not None:
         hf = with_lora(hf, lora, added_tokens, revision)
         hf.why_not_alone = _why_not_alone(base, adapter, config or {}, new_rows)
-    # from_pretrained returns eval mode, and Lightning would keep it
+    # `from_pretrained` returns eval mode, which Lightning would keep
     return hf.train()
 
 
 def _why_not_alone(base: str | None, adapter: str | None, config: dict[str, Any], new_rows: int) -> str:
-    """Why an adapter, put on its base as that is on the disk, would not be the model that was trained; else empty."""
+    """Why the adapter alone, loaded onto its base from disk, would not be the trained model; empty if it would be."""
     if base is None:
         return "its base model has random weights"
     if adapter:
         return "its base model was itself loaded from an adapter"
     if new_rows:
-        return f"its vocabulary has {new_rows} rows more than the base model on the disk, for added tokens"
+        return f"its vocabulary has {new_rows} rows more than the base model on disk, for added tokens"
     changed = [key for key in config if not any(part in key for part in _HARMLESS)]
     return f"its base model was changed by model.config ({', '.join(changed)})" if changed else ""
 
@@ -259,7 +249,7 @@ def _random_weights(
         return AutoModelForCausalLM.from_config(
             hf_config, attn_implementation=attn, dtype=_torch_dtype(dtype), trust_remote_code=trust_remote_code
         )
-    except Exception as error:  # sizes that don't go together fail wherever they meet
+    except Exception as error:  # sizes that don't match raise whatever error the layer raises
         _refuse_attention(attn, error)
         raise UserError(
             f"model.config: can't build this {hf_config.model_type}: {type(error).__name__}: {reason(error)}"
@@ -271,13 +261,10 @@ def _pretrained(
 ) -> "PreTrainedModel":
     from transformers import AutoModelForCausalLM
 
-    kwargs |= {
-        "config": hf_config,
-        "attn_implementation": attn,
-        "dtype": dtype if dtype == "auto" else _torch_dtype(dtype),
-    }
     _refuse_without_weights(Path(model))
-    # mismatches are reported below, in one line: transformers would print a table, and fill in random numbers
+    loaded_dtype = dtype if dtype == "auto" else _torch_dtype(dtype)
+    kwargs |= {"config": hf_config, "attn_implementation": attn, "dtype": loaded_dtype}
+    # mismatches are reported below in one line: transformers would print a table and fill in random weights
     kwargs |= {"use_safetensors": True, "output_loading_info": True, "ignore_mismatched_sizes": True}
     try:
         with working(f"loading {model}"), _without_load_report():
@@ -288,13 +275,13 @@ def _pretrained(
     if wrong := sorted(info["mismatched_keys"]):
         name, saved, own = wrong[0]
         raise UserError(
-            f"model: the weights in {model} have other shapes than the config with model.config says: {name} is "
-            f"{list(saved)} there and {list(own)} here"
+            f"model: the weights in {model} don't fit the config with model.config: {name} is {list(saved)} there "
+            f"and {list(own)} here"
         )
     if missing := sorted(info["missing_keys"]):
         raise UserError(
             f"model: {model} lacks {len(missing)} of the weights that {type(hf).__name__} has, first {missing[0]}: "
-            "it is of another architecture, or model.config asks for more than it holds"
+            "it has another architecture, or model.config adds weights to it"
         )
     return hf
 
@@ -315,9 +302,9 @@ def _without_load_report() -> Iterator[None]:
 def _refuse_without_config(folder: Path) -> None:
     if not folder.is_dir() or (folder / "config.json").is_file() or _is_adapter(folder):
         return
-    inside = folder / "model"  # of a run
+    inside = folder / "model"  # if `folder` is a run folder
     meant = f"; did you mean {inside.as_posix()!r}?" if (inside / "config.json").is_file() else ""
-    raise UserError(f"model: {folder} has no config.json, so it is not the folder of a model{meant}")
+    raise UserError(f"model: {folder} has no config.json, so it is not a model folder{meant}")
 
 
 def _refuse_without_weights(folder: Path) -> None:
@@ -332,7 +319,7 @@ def _refuse_without_weights(folder: Path) -> None:
 
 def _refuse_attention(attn: str | None, error: BaseException) -> None:
     if attn == attention.NAME and isinstance(error, KeyError) and error.args[:1] == (attn,):
-        # it looks classes of its own up by the name of an implementation
+        # this architecture has a dictionary from implementation names to attention classes
         raise UserError(f"this architecture's attention can't keep packed documents apart; {NO_PACKING}") from error
     if attn is not None and ("attention implementation" in str(error) or "attn_implementation" in str(error)):
         raise UserError(
@@ -370,11 +357,11 @@ def _is_adapter(folder: Path) -> bool:
 
 
 def _base_of(adapter: str) -> tuple[str, str | None]:
-    """Path or hub id of the base model of an adapter, and its revision."""
+    """Path or hub id, and revision, of the base model of an adapter."""
     config = json.loads((Path(adapter) / "adapter_config.json").read_text())
     name, revision = config.get("base_model_name_or_path"), config.get("revision")
     if not name:
-        raise UserError(f"model: the adapter in {adapter} doesn't say what its base model is; export it with --merge")
+        raise UserError(f"model: the adapter in {adapter} doesn't name its base model; export it with --merge")
     return locate(str(name), f"model: the base of {adapter}", revision), revision
 
 
@@ -385,17 +372,17 @@ def _with_adapter_merged(hf: "PreTrainedModel", adapter: str) -> "PreTrainedMode
         merged = PeftModel.from_pretrained(hf, adapter).merge_and_unload()
     except (ValueError, RuntimeError, IndexError) as error:
         raise UserError(f"model: the adapter in {adapter} does not fit its base model: {reason(error)}") from error
-    for parameter in merged.parameters():  # PEFT froze the base
+    for parameter in merged.parameters():  # PEFT has frozen the base
         parameter.requires_grad_(parameter.is_floating_point())
     return merged
 
 
 @torch.no_grad()
 def _fit_vocabulary(hf: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase", added_tokens: Sequence[int]) -> int:
-    """Gives added tokens a row, initialised to the mean of the rows that were trained; returns how many were appended.
+    """Initialises the rows of added tokens to the mean of the trained rows; returns how many rows were appended.
 
-    The mean starts a token near what the model may say anyway (Hewitt 2021, "Initializing New Word Embeddings for
-    Pretrained Language Models"); rows of a vocabulary padded beyond its tokens were never trained, and don't count.
+    With the mean, a new token starts with an average logit (Hewitt 2021, "Initializing New Word Embeddings for
+    Pretrained Language Models"). Rows that only pad the vocabulary were never trained, and are left out of the mean.
 
     Args:
         hf: A pretrained model.
@@ -403,7 +390,7 @@ def _fit_vocabulary(hf: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase",
         added_tokens: Ids that were added to the tokenizer.
 
     Raises:
-        UserError: the tokenizer has ids that the model has no row for, beside those that were added.
+        UserError: the tokenizer has ids without a row in the model, besides the added ones.
     """
     rows = len(cast("Tensor", hf.get_input_embeddings().weight))
     own = max(set(tokenizer.get_vocab().values()) - set(added_tokens), default=-1) + 1

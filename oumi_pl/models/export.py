@@ -1,4 +1,4 @@
-"""From live weights to a folder that `transformers` loads: safetensors, tokenizer, chat template, model card."""
+"""Exports a model to a folder that `transformers` loads: safetensors, tokenizer, chat template, model card."""
 
 import copy
 import warnings
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 HEADS = "heads.safetensors"
 """File of a model folder for the weights that a trainer type has beside the language model."""
 NO_SCORES = ("lr", "grad_norm", "padding", "peak_memory_gb", "tokens_per_second", "mfu")
-"""Metrics of how a run went, not of how good the model is."""
+"""Metrics that describe the run, not the quality of the model: left out of the model card."""
 
 
 def export_model(
@@ -40,21 +40,21 @@ def export_model(
 ) -> None:
     """Writes a folder that `AutoModelForCausalLM.from_pretrained` loads, with the live model's logits.
 
-    The folder appears when it is whole. Under FSDP2 all ranks have to call this; rank 0 writes.
+    The folder appears once it is complete. Under FSDP2 all ranks have to call this; rank 0 writes.
 
     Args:
         model: What to write; unchanged afterwards.
         directory: Where; new or empty.
         tokenizer: Written beside the weights, with its chat template.
-        merge: Add a LoRA adapter to its base weights; else it is written alone, to be loaded onto its base.
-        keep: Merge in a copy. False needs no memory for one, and leaves `model` useless.
+        merge: Merge a LoRA adapter into its base weights; else the adapter is written alone.
+        keep: Merge in a copy. False saves its memory, but leaves `model` unusable.
         stop_tokens: Ids that end an answer besides EOS.
         card: Text of the model card.
-        heads: Weights that a trainer type has beside the model, kept in a file of their own.
+        heads: Weights that a trainer type has beside the model, written to a separate file.
 
     Raises:
-        UserError: for an adapter alone that its base on the disk does not fit, for merging weights that are sharded or
-            quantised, and if the folder holds something or can't be written.
+        UserError: an adapter would not fit its base on disk, sharded or quantised weights are to be merged, or the
+            folder is not empty or can't be written.
     """
     is_adapter = model.has_adapters
     if is_adapter and not merge and (why := why_not_alone(model)):
@@ -72,10 +72,10 @@ def export_model(
         hf = (copy.deepcopy(hf) if keep else hf).merge_and_unload()
     kwargs: dict[str, Any] = {} if state is None else {"state_dict": state}
     if is_adapter and not merge:
-        kwargs["save_embedding_layers"] = False  # their trained rows are in the adapter, the others on the disk
+        kwargs["save_embedding_layers"] = False  # the adapter holds their trained rows, the base on disk the others
     with _folder(directory) as half, _generation_config(hf, tokenizer, stop_tokens) as generation:
         hf.save_pretrained(half, **kwargs)
-        if is_adapter and not merge and _is_dora(hf):
+        if is_adapter and not merge and any(config.use_dora for config in hf.peft_config.values()):
             _rename_magnitudes(half / "adapter_model.safetensors")
         generation.save_pretrained(half)
         if whole_heads:
@@ -84,12 +84,12 @@ def export_model(
             tokenizer.save_pretrained(half)
         if card is not None:
             (half / "README.md").write_text(card, encoding="utf-8")
-        for weights in half.glob("*.safetensors"):  # safetensors writes them for the owner alone
+        for weights in half.glob("*.safetensors"):  # safetensors creates files that only the owner can read
             weights.chmod((half / "generation_config.json").stat().st_mode)
 
 
 def read_heads(folder: Path, heads: Mapping[str, Tensor]) -> None:
-    """Loads the heads in a model folder into live ones; does nothing if it has none.
+    """Loads the heads of a model folder into `heads`; does nothing if it has none.
 
     Raises:
         UserError: they differ in name or shape.
@@ -108,7 +108,7 @@ def read_heads(folder: Path, heads: Mapping[str, Tensor]) -> None:
 
 
 def whole(value: Tensor) -> Tensor:
-    """A weight on the CPU, gathered if it is sharded: all ranks have to call this."""
+    """The whole weight on the CPU. Sharded weights are gathered, so all ranks have to call this."""
     from torch.distributed.tensor import DTensor
 
     return (value.full_tensor() if isinstance(value, DTensor) else value).detach().cpu().contiguous()
@@ -121,9 +121,9 @@ def why_not_alone(model: LM) -> str:
 
 
 def read_checkpoint(path: Path) -> dict[str, Any]:
-    """Reads a checkpoint without running code from it: all of a file, and of a sharded one all but the optimizer.
+    """Reads a checkpoint without running code from it; of a sharded one, everything but the optimizer.
 
-    Tensors of a file stay on the disk until they are used.
+    Tensors of a file are memory-mapped.
 
     Raises:
         UserError: if it is not a checkpoint.
@@ -132,21 +132,21 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
         if path.is_file():
             return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
         return _read_sharded(path)
-    except Exception as error:  # bytes can be wrong in any way
+    except Exception as error:  # a damaged file can raise anything
         raise UserError(f"--checkpoint: {path} can't be read as a checkpoint: {reason(error)}") from error
 
 
 def model_card(
     config: Mapping[str, Any], yaml_text: str, metrics: Mapping[str, float], title: str, adapter: bool = False
 ) -> str:
-    """A model card: what it was made from, on which data, how, and how well it did."""
+    """The text of a model card: base model, data, metrics and recipe."""
     base = _argument(config, "model", "model")
     sources = _argument(config, "data", "train")
     sources = sources if isinstance(sources, list) else [sources]
     data = ", ".join(f"`{_path(source)}`" for source in sources)
     trainer = str((config.get("model") or {}).get("class_path", "")).rsplit(".", 1)[-1]
     header = [f"library_name: {'peft' if adapter else 'transformers'}", "tags: [oumi_pl]"]
-    if base and not Path(base).expanduser().exists():  # the hub takes its own ids only
+    if base and not Path(base).expanduser().exists():  # the hub accepts only hub ids here
         header.append(f"base_model: {base}")
     names = [name for name in sorted(metrics) if name.rpartition("/")[2] not in NO_SCORES]
     scores = [f"| `{name}` | {metrics[name]:.4g} |" for name in names]
@@ -161,7 +161,7 @@ def model_card(
 
 
 def _path(source: Any) -> Any:
-    """The path of a source, written as a path, as its arguments, or as a class with these."""
+    """The path of a source, which a recipe gives as a path, as arguments, or as a class with arguments."""
     arguments = source.get("init_args", source) if isinstance(source, Mapping) else {"path": source}
     return arguments.get("path")
 
@@ -172,11 +172,11 @@ def _argument(config: Mapping[str, Any], section: str, name: str) -> Any:
 
 @contextmanager
 def _folder(directory: Path) -> Iterator[Path]:
-    """A folder beside `directory` that takes its place when all went well."""
+    """A temporary folder beside `directory` that replaces it if nothing fails."""
     half = directory.with_name(directory.name + HALF)
     try:
         if directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
-            raise UserError(f"{directory} is there and not an empty folder; name another one to export to")
+            raise UserError(f"{directory} is there and not an empty folder; export to another one")
         remove(half)
         half.mkdir(parents=True)
     except OSError as error:
@@ -190,7 +190,7 @@ def _folder(directory: Path) -> Iterator[Path]:
 
 @contextmanager
 def _generation_config(hf: Any, tokenizer: Any, stop_tokens: Sequence[int]) -> Iterator[Any]:
-    """Puts a generation config in force with which plain `generate` stops where an answer ends."""
+    """Sets a generation config with which `generate` stops at the end of an answer, without further arguments."""
     base = hf.get_base_model() if hasattr(hf, "peft_config") else hf
     own = base.generation_config
     generation = copy.deepcopy(own)
@@ -201,7 +201,8 @@ def _generation_config(hf: Any, tokenizer: Any, stop_tokens: Sequence[int]) -> I
         generation.pad_token_id = getattr(tokenizer, "pad_token_id", None)
     sampling = (generation.temperature, generation.top_p, generation.top_k, generation.min_p, generation.typical_p)
     if not generation.do_sample and any(value is not None for value in sampling):
-        generation.do_sample = True  # some published models have a temperature without it, which can't be saved
+        # some published models have a temperature without `do_sample`, which transformers refuses to save
+        generation.do_sample = True
     base.generation_config = generation
     try:
         yield generation
@@ -209,14 +210,10 @@ def _generation_config(hf: Any, tokenizer: Any, stop_tokens: Sequence[int]) -> I
         base.generation_config = own
 
 
-def _is_dora(hf: Any) -> bool:
-    return any(getattr(config, "use_dora", False) for config in hf.peft_config.values())
-
-
 def _rename_magnitudes(file: Path) -> None:
-    """Gives DoRA's magnitudes the name that PEFT and transformers both read.
+    """Renames DoRA's magnitudes so that both PEFT and transformers find them.
 
-    PEFT leaves off the `.weight` when it writes; transformers 5 then does not find them and uses those of the base.
+    PEFT writes them without `.weight`; transformers 5 then ignores them silently and uses the magnitudes of the base.
     """
     ending = "lora_magnitude_vector"
     tensors = {f"{name}.weight" if name.endswith(ending) else name: t for name, t in load_file(file).items()}
@@ -224,7 +221,7 @@ def _rename_magnitudes(file: Path) -> None:
 
 
 def _gathered(model: LM) -> dict[str, Any] | None:
-    """The whole state dict of a sharded model on rank 0, in the names that `save_pretrained` expects; None if whole."""
+    """The full state dict of a sharded model on rank 0, named as for `save_pretrained`; None if not sharded."""
     if not is_sharded(model):
         return None
     from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
@@ -244,6 +241,6 @@ def _read_sharded(path: Path) -> dict[str, Any]:
         for name, entry in saved.items()
         if name.startswith(prefix) and isinstance(entry, TensorStorageMetadata)
     }
-    with warnings.catch_warnings(action="ignore"):  # it says that there is one process, which is meant
+    with warnings.catch_warnings(action="ignore"):  # about loading in a single process, which is intended
         dcp.load(weights, checkpoint_id=path, no_dist=True)
     return content | {"state_dict": {name.removeprefix(prefix): value for name, value in weights.items()}}

@@ -1,4 +1,4 @@
-"""Fingerprints of model weights, for caches of what a model computed."""
+"""Fingerprints of model weights, for the keys of cached model outputs."""
 
 import hashlib
 import json
@@ -17,7 +17,7 @@ _CHUNK = 1 << 24
 def weights_fingerprint(model: nn.Module) -> str:
     """Hash of a model's parameters and buffers by name, dtype, shape and bytes: 32 hex digits."""
     entries = sorted(model.state_dict().items())
-    with ThreadPoolExecutor() as pool:  # hashing lets other threads run
+    with ThreadPoolExecutor() as pool:  # hashing releases the GIL
         parts = list(pool.map(_tensor_digest, (value for _, value in entries)))
     digest = hashlib.blake2b(digest_size=16)
     for (name, _), part in zip(entries, parts, strict=True):
@@ -29,8 +29,8 @@ def model_fingerprint(name: str, key: str) -> str:
     """Fingerprint of a model on disk (its contents) or on the hub (its commit), without loading it.
 
     Args:
-        name: Path of a folder (of a model, or of an adapter), or id on the hub.
-        key: Where the recipe says so, for messages.
+        name: Folder of a model or an adapter, or id on the hub.
+        key: The key of the recipe that names it, for messages.
 
     Raises:
         UserError: it can't be found.
@@ -41,12 +41,12 @@ def model_fingerprint(name: str, key: str) -> str:
         from transformers import AutoConfig
 
         return f"{place}@{loaded(AutoConfig.from_pretrained, place)._commit_hash}"
-    found = _folder_digest(folder)
+    digest = _folder_digest(folder)
     adapter = folder / "adapter_config.json"
     if adapter.is_file() and not (folder / "config.json").is_file():
         base = json.loads(adapter.read_text()).get("base_model_name_or_path")
-        found += f" on {model_fingerprint(str(base), key)}"
-    return found
+        digest += f" on {model_fingerprint(str(base), key)}"
+    return digest
 
 
 def _folder_digest(folder: Path) -> str:

@@ -1,4 +1,4 @@
-"""Completions of prompts, greedy unless asked otherwise."""
+"""Completes prompts, greedily by default."""
 
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
@@ -6,16 +6,17 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from oumi_pl.attention.probe import evaluating
 from oumi_pl.errors import UserError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 PLAIN: dict[str, Any] = {"repetition_penalty": 1.0, "no_repeat_ngram_size": 0, "num_beams": 1}
-"""What published models may set otherwise in their generation config, so that greedy would not be greedy."""
+"""Overrides settings in the generation configs of published models that would change greedy decoding."""
 
 UNFINISHED = "\N{REPLACEMENT CHARACTER}"
-"""What bytes of a character decode to as long as its other bytes are missing."""
+"""The decoder's output for an incomplete UTF-8 character."""
 
 
 @torch.no_grad()
@@ -42,10 +43,10 @@ def complete(
         stop: Token ids that end a completion, besides the tokenizer's and the model's EOS.
         temperature: 0 is greedy; else samples from the whole distribution.
         top_p: Samples from the likeliest tokens that make up this much of it (Holtzman et al. 2020, arXiv:1904.09751).
-        on_text: For a single prompt: gets each piece of the text as soon as it is there.
+        on_text: For a single prompt: called with each new piece of text while it is generated.
 
     Raises:
-        UserError: if the weights are sharded over ranks, which `generate` can't gather.
+        UserError: the weights are sharded over ranks, which `generate` can't gather.
     """
     if not prompts:
         return []
@@ -61,34 +62,26 @@ def complete(
     sampling: dict[str, Any] = {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}
     if temperature > 0:
         sampling = {"do_sample": True, "temperature": temperature, "top_p": top_p, "top_k": 0}
-    modes = {module: module.training for module in model.modules()}
-    model.eval()
-    try:
+    own = model.generation_config.eos_token_id
+    ends = sorted({*stop, tokenizer.eos_token_id, *(own if isinstance(own, list) else [own])} - {None})
+    with evaluating(model):
         out = model.generate(
             input_ids=ids,
             attention_mask=mask,
             max_new_tokens=max_new_tokens,
-            eos_token_id=_ends(model, tokenizer, stop) or None,
+            eos_token_id=ends or None,
             pad_token_id=pad,
             streamer=None if on_text is None else _Stream(tokenizer, on_text),
             **PLAIN,
             **sampling,
         )
-    finally:
-        for module, mode in modes.items():
-            module.training = mode
     return [str(tokenizer.decode(row[longest:], skip_special_tokens=True)) for row in out]
 
 
-def _ends(model: Any, tokenizer: "PreTrainedTokenizerBase", stop: Sequence[int]) -> list[int]:
-    own = model.generation_config.eos_token_id
-    return sorted({*stop, tokenizer.eos_token_id, *(own if isinstance(own, list) else [own])} - {None})
-
-
 class _Stream:
-    """Takes tokens from `generate` one by one, and passes on the text that they are sure to be.
+    """A streamer for `generate`: passes on text once later tokens can no longer change it.
 
-    The whole text is decoded again for each token: where a token's text depends on those before it, parts would differ.
+    The whole text is decoded again for each token, because the text of a token can depend on those before it.
     """
 
     def __init__(self, tokenizer: "PreTrainedTokenizerBase", on_text: Callable[[str], None]) -> None:
@@ -98,7 +91,7 @@ class _Stream:
         self.passed = ""
 
     def put(self, ids: Tensor) -> None:
-        """Takes the prompt first, which is not passed on, and then a token at a time."""
+        """Called by `generate` with the prompt, which is skipped, and then with each token."""
         if self.ids is None:
             self.ids = []
             return

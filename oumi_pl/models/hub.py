@@ -1,4 +1,4 @@
-"""Locates a model or tokenizer: in a local folder, in the cache, or on the hub; a short error if it is in none."""
+"""Finds a model or tokenizer in a local folder, in the cache or on the hub, or raises a short error."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -12,17 +12,17 @@ TIMEOUT = 10.0
 
 
 def locate(name: str, key: str, revision: str | None = None) -> str:
-    """Finds out whether anything can be loaded under a name, before anything is loaded.
+    """Checks that a model or tokenizer exists, before anything is loaded.
 
-    Left alone, transformers asks an unreachable hub again and again, for minutes; here one request has to be answered.
+    transformers retries an unreachable hub for minutes; this sends a single request.
 
     Args:
         name: Path of a folder, or id on the hub.
-        key: Where the recipe says so, for the message.
+        key: The key of the recipe that names it, for the message.
         revision: Branch, tag or commit on the hub.
 
     Returns:
-        The folder's absolute path, which stays right wherever it is written down; a hub id as it is.
+        The absolute path of a folder, which stays valid in another working directory; a hub id unchanged.
 
     Raises:
         UserError: it is neither a folder nor in the cache nor on the hub, or the hub can't be reached.
@@ -35,7 +35,7 @@ def locate(name: str, key: str, revision: str | None = None) -> str:
         return str(path.resolve())
     if path.is_file():
         advice = "; export it first: oumi_pl export --checkpoint FILE --output DIR" if path.suffix == ".ckpt" else ""
-        raise UserError(f"{key}: {name} is a file, not the folder of a model{advice}")
+        raise UserError(f"{key}: {name} is a file, not a model folder{advice}")
     try:
         validate_repo_id(name)
     except HFValidationError:
@@ -46,12 +46,12 @@ def locate(name: str, key: str, revision: str | None = None) -> str:
 
 @contextmanager
 def asked_once(*settings: Any) -> Iterator[None]:
-    """Has the libraries look into the cache alone where the hub does not answer one request.
+    """Puts the libraries into offline mode if the hub does not answer one request.
 
-    Left alone, they ask again and again, half a minute long, and say so each time.
+    Otherwise they retry for half a minute, with a warning each time.
 
     Args:
-        settings: Modules of other libraries that keep a `HF_HUB_OFFLINE` of their own.
+        settings: Modules of other libraries that have their own `HF_HUB_OFFLINE`.
     """
     from huggingface_hub import constants
     from huggingface_hub.utils import get_session
@@ -59,10 +59,10 @@ def asked_once(*settings: Any) -> Iterator[None]:
     modules = (constants, *settings)
     before = [module.HF_HUB_OFFLINE for module in modules]
     answers = True
-    if not any(before):  # datasets has an environment variable of its own for it
+    if not any(before):  # `datasets` also has its own environment variable for it
         try:
             get_session().head(constants.ENDPOINT, timeout=TIMEOUT)
-        except Exception:  # whatever the network did, of whichever HTTP library
+        except Exception:  # any network error, of any HTTP library
             answers = False
     try:
         for module, is_offline in zip(modules, before, strict=True):
@@ -91,7 +91,7 @@ def _refuse_unreachable(name: str, key: str, revision: str | None) -> None:
         raise UserError(f"{absent}, and HF_HUB_OFFLINE is set: unset it to fetch it, or name a folder")
     try:
         get_hf_file_metadata(hf_hub_url(name, "config.json", revision=revision), timeout=TIMEOUT)
-    except EntryNotFoundError:  # an adapter, or a tokenizer alone: the repository is there
+    except EntryNotFoundError:  # the repository exists: an adapter, or only a tokenizer
         return
     except GatedRepoError as error:
         raise UserError(
@@ -101,7 +101,7 @@ def _refuse_unreachable(name: str, key: str, revision: str | None) -> None:
         raise UserError(f"{key}: {name!r} has no revision {revision!r} on the hub") from error
     except RepositoryNotFoundError as error:
         raise UserError(f"{absent} nor on the hub; if it is private: `hf auth login`") from error
-    except Exception as error:  # whatever the network did, of whichever HTTP library
+    except Exception as error:  # any network error, of any HTTP library
         unreachable = f"{absent}, and {constants.ENDPOINT} can't be reached: {reason(error)}"
         raise UserError(
             f"{unreachable}; without a network, name a folder, or fill the cache and set HF_HUB_OFFLINE=1"

@@ -1,8 +1,8 @@
-"""Layouts of a batch of segments for a model: three that give the same hidden states.
+"""Three layouts of a batch for a model; all give the same hidden states.
 
-`forest` computes shared tokens once, and needs the attention of `oumi_pl.attention`. `documents` lays every path out
-as a document of one packed row, for models that keep documents apart but can't branch. `padded` makes a padded row of
-every path, which any causal model can read. What is not shared and of equal length is a plain rectangle in all three.
+`forest` computes shared tokens once, and needs the attention of `oumi_pl.attention`. `documents` makes every path a
+document of one packed row, for models that keep documents apart but can't branch. `padded` makes every path a padded
+row, which any causal model can read. Segments of equal length that share nothing become plain rows in all three.
 """
 
 from collections.abc import Callable, Sequence
@@ -17,12 +17,12 @@ from oumi_pl.types import Batch, Inputs, Segment
 
 
 class Arranged(NamedTuple):
-    """A batch as a model reads it."""
+    """The inputs of a model for a batch, and where to find its tokens in the output."""
 
     inputs: Inputs
     places: Tensor | None
-    """`[seq]` int64, for each token of the batch's row: where its hidden state is in the flattened `[batch x seq]` of
-    the model's output; None where that is the row as it is. A token that several paths repeat has one place."""
+    """`[seq]` int64, for each token of the batch's row the index of its hidden state in the model's flattened output
+    `[batch x seq]`; None if that is its position in the row. A token repeated by several paths has one place."""
 
     def at(self, hidden: Tensor, positions: Tensor) -> Tensor:
         """Hidden states `[n, hidden]` at positions `[n]` of the batch's row, from the output `[batch, seq, hidden]`."""
@@ -33,7 +33,7 @@ Layout = Callable[[Batch], Arranged]
 
 
 def forest(batch: Batch) -> Arranged:
-    """One row as it comes, each token once."""
+    """The batch's row itself, each token once."""
     if rectangle := _rectangle(batch):
         return rectangle
     inputs: Inputs = {name: batch[name] for name in ("input_ids", "position_ids", "segments")}  # type: ignore[assignment]
@@ -64,7 +64,7 @@ def padded(batch: Batch) -> Arranged:
     segments = batch["segments"]
     paths = [path_positions(segments, i) for i in range(len(segments))]
     width = max(map(len, paths))
-    taken = np.zeros((len(paths), width), dtype=np.int64)  # padding repeats the first token, which nothing sees
+    taken = np.zeros((len(paths), width), dtype=np.int64)  # padding repeats the row's first token; the mask hides it
     mask = np.zeros_like(taken)
     for i, path in enumerate(paths):
         taken[i, : len(path)], mask[i, : len(path)] = path, 1
@@ -88,7 +88,7 @@ def positions(batch: Batch, layout: Layout) -> int:
 
 
 def _own_places(segments: Sequence[Segment], starts: np.ndarray) -> np.ndarray:
-    """Where each token of the row lies, in the path of its segment, if that of segment `i` begins at `starts[i]`."""
+    """Index of each token of the row in the concatenated paths, if the path of segment `i` begins at `starts[i]`."""
     return np.concatenate(
         [np.arange(start + s.shared, start + s.shared + s.length) for start, s in zip(starts, segments, strict=True)]
     )
@@ -99,7 +99,7 @@ def _is_rectangular(segments: Sequence[Segment]) -> bool:
 
 
 def _rectangle(batch: Batch) -> Arranged | None:
-    """Documents of equal length as rows without padding or mask; None if they are not of equal length."""
+    """Documents of equal length as rows without padding or mask; None if lengths differ or tokens are shared."""
     segments = batch["segments"]
     if not _is_rectangular(segments):
         return None

@@ -1,4 +1,4 @@
-"""The wrapper around Hugging Face models: a batch goes in, a loss or log-probabilities come out, never full logits.
+"""The wrapper around Hugging Face models: computes losses and log-probabilities of a batch, never all its logits.
 
 Losses and log-probabilities are computed inside `forward`, so that DDP and FSDP2 see the whole computation: FSDP2
 gathers the wrapper's own parameters, the output head among them, only while `forward` runs.
@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from oumi_pl.attention import NAME, packed, why_not_isolating, why_not_shared
+from oumi_pl.attention.probe import probing
 from oumi_pl.errors import UserError
 from oumi_pl.losses.causal import TokenLossOutput, token_logps, token_loss_sum
 from oumi_pl.models.layouts import Arranged, Layout, documents, forest, padded, positions
@@ -22,11 +23,12 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 PROBE_TOKENS = 8
+"""Tokens on which `refuse_unknown_logits` compares logits."""
 
 
 @dataclass(frozen=True)
 class States:
-    """The hidden states of a batch, and what can be computed from them. Only valid while `LM.forward` runs.
+    """The hidden states of a batch, with methods for losses. Only valid while `LM.forward` runs.
 
     router_loss: Scalar, the weighted router loss of a mixture of experts in training, a mean over the batch; else None.
     """
@@ -56,9 +58,9 @@ class States:
     def loss_sum(self, token_loss: TokenLoss) -> TokenLossOutput:
         """Sum of `token_loss` over the targets; in training, with the router loss of mixtures of experts added.
 
-        The router loss is weighted by the batch's targets, so that it survives the division by those of the update
-        with the weight that the config gives it. In evaluation it is left out: it is no likelihood, and depends on
-        which rows happen to share a batch.
+        The router loss is multiplied by the batch's number of targets: the update divides by all its targets, which
+        leaves the weight that the config sets. It is left out in evaluation, since it is no likelihood and depends on
+        which rows share a batch.
         """
         lm = self.lm
         out = token_loss_sum(self.predicting, self.batch["targets"], lm.head, token_loss, transform=lm.logit_transform)
@@ -72,19 +74,19 @@ class States:
 
 
 class LM(nn.Module):
-    """A causal LM (or a PEFT model around one), called with a batch and what to compute from its hidden states."""
+    """A causal LM, or a PEFT model around one; called with a batch and a function of its hidden states."""
 
     def __init__(self, hf: Any, layout: Layout = forest, layout_reason: str = "") -> None:
         super().__init__()
         self.hf = hf
         self.layout = layout
         self.layout_reason = layout_reason
-        """Why no layout with less work was chosen."""
+        """Why no cheaper layout could be used; empty for `forest`."""
 
     def forward(self, batch: Batch, compute: Callable[[States], Any] = States.logps) -> Any:
-        """Runs the model and returns what `compute` makes of the hidden states; log-probabilities of the targets, say.
+        """Runs the model and returns `compute(states)`; by default the log-probabilities of the targets.
 
-        Whatever needs the output head belongs into `compute`: sharded weights are whole only while this runs.
+        Anything that needs the output head has to be in `compute`: sharded weights are gathered only while this runs.
         """
         return compute(self.states(batch))
 
@@ -102,17 +104,17 @@ class LM(nn.Module):
 
     @property
     def base(self) -> "PreTrainedModel":
-        """The Hugging Face model itself, adapters in place but without PEFT's wrapper."""
+        """The Hugging Face model with its adapters, without PEFT's wrapper."""
         return self.hf.get_base_model() if self.has_adapters else self.hf
 
     @property
     def has_adapters(self) -> bool:
-        """Whether PEFT has put adapters into it."""
+        """Whether it is a PEFT model."""
         return hasattr(self.hf, "peft_config")
 
     @property
     def logit_transform(self) -> Callable[[Tensor], Tensor] | None:
-        """What the architecture does to its logits after the head: scaling, soft cap; None for most."""
+        """The architecture's function of its logits after the head: scaling, soft cap; None for most."""
         config = self.base.config.get_text_config()
         scale = getattr(config, "logit_scale", None) or 1.0  # Cohere multiplies
         scale /= getattr(config, "logits_scaling", None) or 1.0  # Granite divides
@@ -137,7 +139,7 @@ class LM(nn.Module):
         coefficient = self._router_coefficient
         kwargs: dict[str, Any] = {"output_router_logits": True} if coefficient else {}
         with packed(inputs.get("segments")):
-            # no cache: it would make transformers ignore where packed documents begin
+            # with a cache, transformers would ignore the borders of packed documents
             output = self.base.base_model(
                 input_ids=inputs["input_ids"],
                 position_ids=inputs["position_ids"],
@@ -156,53 +158,44 @@ class LM(nn.Module):
         return float(getattr(config, "router_aux_loss_coef", 0.0))
 
     def _router_loss(self, router_logits: Any, inputs: Inputs) -> Tensor:
-        # each architecture's own balancing loss, from its own module
+        # a function in the module of each architecture, which has the model's own definition
         balance = getattr(sys.modules[type(self.base).__module__], "load_balancing_loss_func", None)
         if balance is None:
             name = type(self.base).__name__
-            raise UserError(
-                f"model.config.output_router_logits: {name} has no loss that balances its experts; leave it out"
-            )
+            raise UserError(f"model.config.output_router_logits: {name} has no load-balancing loss; leave it out")
         experts = getattr(self.base, "num_experts", None) or self.base.config.num_local_experts
         return balance(router_logits, experts, self.base.config.num_experts_per_tok, inputs.get("attention_mask"))
 
-    @torch.no_grad()
     def refuse_unknown_logits(self) -> None:
-        """Compares our logits on a few tokens with the model's own. Leaves generators and training modes as they were.
+        """Compares our logits on a few tokens with the model's. Restores random generators and training modes.
 
         Raises:
-            UserError: if the architecture does something to its logits that this wrapper does not know.
+            UserError: the architecture changes its logits in a way that this wrapper does not reproduce.
         """
         weight = next(p for p in self.base.parameters() if p.is_floating_point())
         vocabulary = len(cast("Tensor", self.base.get_input_embeddings().weight))
         places = torch.arange(PROBE_TOKENS, device=weight.device).unsqueeze(0)
         ids = places % vocabulary
         inputs: Inputs = {"input_ids": ids, "position_ids": places}
-        modes = {module: module.training for module in self.modules()}
-        self.eval()
-        try:
-            with torch.random.fork_rng([weight.device] if weight.is_cuda else []):
-                logits = self.head(self.hidden_states(inputs)[0]).float()
-                own = self.base(input_ids=ids, position_ids=places, use_cache=False).logits.float()
-        finally:
-            for module, mode in modes.items():
-                module.training = mode
+        with probing(self, weight.device):
+            logits = self.head(self.hidden_states(inputs)[0]).float()
+            own = self.base(input_ids=ids, position_ids=places, use_cache=False).logits.float()
         if self.logit_transform is not None:
             logits = self.logit_transform(logits)
         tolerance = 1e-4 if weight.dtype in (torch.float32, torch.float64) else 5e-2
         if not torch.allclose(logits, own, rtol=tolerance, atol=tolerance * float(own.abs().max())):
             raise UserError(
-                f"{type(self.base).__name__} computes its logits in a way that is not known here, so the loss would be "
+                f"{type(self.base).__name__} computes its logits in a way that is not supported, so the loss would be "
                 "wrong; please report the architecture"
             )
 
 
 def choose_layout(hf: Any, share: bool = True) -> tuple[Layout, str]:
-    """The layout with the least work that is exact for a model, by trying, and why there is none with less.
+    """Finds the cheapest layout that is exact for a model by running it, and the reason why no cheaper one is.
 
     Args:
-        hf: Unsharded; left as it was.
-        share: Whether tokens that several paths share may be computed once, and need be: not tried otherwise.
+        hf: The model, unsharded; unchanged afterwards.
+        share: Whether to try to compute shared tokens once; False also if nothing is shared.
     """
     why = ""
     if share:
@@ -214,29 +207,29 @@ def choose_layout(hf: Any, share: bool = True) -> tuple[Layout, str]:
 
 
 def with_layout(build: Callable[[bool], Any], share: bool = True) -> LM:
-    """Builds a model, and finds the layout that is exact for it with the least work.
+    """Builds a model with the cheapest layout that is exact for it.
 
     Args:
-        build: Makes the Hugging Face model, with the attention that packed rows need (True) or with its own (False).
+        build: Builds the Hugging Face model, with the attention that packed rows need (True) or with its own (False).
         share: As of `choose_layout`.
     """
     state, hf = torch.get_rng_state(), None
     try:
         hf = build(True)
         layout, reason = choose_layout(hf, share)
-    except UserError as error:  # there are architectures that no such attention is written for
+    except UserError as error:  # architectures without an implementation of this attention
         layout, reason = padded, str(error)
     if layout is padded and (hf is None or hf.config._attn_implementation == NAME):
-        torch.set_rng_state(state)  # random weights are the same, whichever attention reads them
+        torch.set_rng_state(state)  # so that random weights do not depend on the attention
         hf = build(False)
     # a right answer was found, so what to change for another one is left out
     return LM(hf, layout, reason.partition("; ")[0])
 
 
 def disable_dropout(model: nn.Module) -> None:
-    """Turns dropout off, for good: policy and reference have to be the same model (Rafailov et al. 2023).
+    """Turns dropout off for good: policy and reference have to be the same model (Rafailov et al. 2023).
 
-    `eval()` would do, but it turns gradient checkpointing off as well, and Lightning turns it back.
+    Not by `eval()`, which turns gradient checkpointing off as well, and which Lightning undoes.
     """
     for module in model.modules():
         if isinstance(module, nn.Dropout):

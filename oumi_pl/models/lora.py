@@ -1,4 +1,4 @@
-"""LoRA through PEFT: the recipe's `lora:`, the rows of added tokens, and whether an adapter can stand alone."""
+"""LoRA through PEFT: checks of the recipe's `lora:`, and the embedding rows of added tokens."""
 
 import inspect
 from collections.abc import Sequence
@@ -17,14 +17,15 @@ _VALUES: dict[str, tuple[Any, Any, str]] = {
     "bias": (str, lambda bias: bias in ("none", "all", "lora_only"), "none, all or lora_only"),
     "lora_dropout": (int | float, lambda p: 0 <= p < 1, "a number from 0 to below 1"),
 }
+"""Key -> type, condition and description of the values that PEFT would fail on later, without naming the key."""
 _REWRITES_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
 
 
 def lora_config(lora: dict[str, Any]) -> Any:
-    """`peft.LoraConfig` from a recipe's `lora:`; all linear layers unless `target_modules` says otherwise.
+    """Creates the `peft.LoraConfig` of a recipe's `lora:`; for all linear layers by default.
 
     Raises:
-        UserError: for a key or value that `peft.LoraConfig` does not take, or an initialisation that rewrites the base.
+        UserError: `peft.LoraConfig` does not accept a key or value, or the initialisation rewrites the base.
     """
     from peft import LoraConfig
 
@@ -34,10 +35,13 @@ def lora_config(lora: dict[str, Any]) -> Any:
             raise UserError(
                 f"model.lora.{key}: unknown key{nearest(key, known)} (the keys are those of peft.LoraConfig)"
             )
-    _refuse_values(lora)
+    for key, (kind, fits, right) in _VALUES.items():
+        value = lora.get(key)
+        if value is not None and (isinstance(value, bool) or not isinstance(value, kind) or not fits(value)):
+            raise UserError(f"model.lora.{key} is {value!r}, but has to be {right}")
     start = lora.get("init_lora_weights")
     if isinstance(start, str) and start.lower().startswith(_REWRITES_BASE):
-        # checkpoints and adapters hold the adapter alone, on top of the base as it is on the disk
+        # checkpoints and exports hold only the adapter, for the base weights on disk
         raise UserError(f"model.lora.init_lora_weights: {start!r} rewrites the base weights; use true, or 'gaussian'")
     try:
         return LoraConfig(**{"task_type": "CAUSAL_LM", "target_modules": "all-linear"} | lora)
@@ -48,15 +52,16 @@ def lora_config(lora: dict[str, Any]) -> Any:
 def with_lora(
     hf: "PreTrainedModel", lora: dict[str, Any], added_tokens: Sequence[int] = (), revision: str | None = None
 ) -> Any:
-    """Puts LoRA layers into a model and freezes the rest, but for the rows of added tokens.
+    """Adds LoRA layers to a model and freezes the rest, except for the rows of added tokens.
 
-    Those rows are trained and saved with the adapter: frozen at their first value, they would never learn what they
-    mean. Adapters are float32 whatever the base is.
+    Those rows are trained and saved with the adapter, since they have no pretrained values. Adapters are float32
+    whatever the dtype of the base.
 
     Raises:
-        UserError: what `lora` names is not there, or the rows can't be trained.
+        UserError: the model has no module that `lora` names, or the rows can't be trained.
     """
     from peft import get_peft_model, prepare_model_for_kbit_training
+    from transformers.pytorch_utils import Conv1D
 
     config = lora_config(lora)
     if added_tokens and "trainable_token_indices" not in lora:
@@ -67,7 +72,7 @@ def with_lora(
     try:
         return get_peft_model(hf, config, revision=revision)
     except ValueError as error:
-        linear = sorted({name.rsplit(".", 1)[-1] for name, m in hf.named_modules() if isinstance(m, _linear_types())})
+        linear = sorted({n.rsplit(".", 1)[-1] for n, m in hf.named_modules() if isinstance(m, nn.Linear | Conv1D)})
         layers = f"linear layers of this model: {', '.join(linear)}"
         targets = lora.get("target_modules")
         if targets is None or "not found" not in str(error):
@@ -80,7 +85,7 @@ def with_lora(
 
 
 def _refuse_unsaved(hf: "PreTrainedModel", saved: Sequence[str]) -> None:
-    """Tells modules to be trained whole that there are not: PEFT passes over them."""
+    """Refuses unknown names in `modules_to_save`, which PEFT would ignore."""
     paths = [name for name, _ in hf.named_modules() if name]
     for wanted in [saved] if isinstance(saved, str) else saved:
         if not any(path == wanted or path.endswith(f".{wanted}") for path in paths):
@@ -88,18 +93,10 @@ def _refuse_unsaved(hf: "PreTrainedModel", saved: Sequence[str]) -> None:
             raise UserError(f"model.lora.modules_to_save: the model has no module {wanted!r}{nearest(wanted, known)}")
 
 
-def _refuse_values(lora: dict[str, Any]) -> None:
-    """Tells values that PEFT would trip over once it makes layers."""
-    for key, (kind, fits, right) in _VALUES.items():
-        value = lora.get(key)
-        if value is not None and (isinstance(value, bool) or not isinstance(value, kind) or not fits(value)):
-            raise UserError(f"model.lora.{key} is {value!r}, but has to be {right}")
-
-
 def _token_rows(
     hf: "PreTrainedModel", added_tokens: Sequence[int], saved: Sequence[str]
 ) -> dict[str, list[int]] | None:
-    """Which rows of which layers to train: of the embedding, and of the head unless it shares them."""
+    """The rows to train by layer: of the embedding, and of the head unless they are tied."""
     names = {module: name for name, module in hf.named_modules()}
     embedding, head = hf.get_input_embeddings(), hf.get_output_embeddings()
     layers = [embedding]
@@ -113,9 +110,3 @@ def _token_rows(
             f"train it whole (modules_to_save: {both}), or use a chat template without new tokens"
         )
     return {names[layer]: list(added_tokens) for layer in layers} or None
-
-
-def _linear_types() -> tuple[type, ...]:
-    from transformers.pytorch_utils import Conv1D
-
-    return (nn.Linear, Conv1D)

@@ -1,4 +1,4 @@
-"""Named Llama shapes to train from scratch, and how their weights start."""
+"""Named Llama shapes to train from scratch, and the initialisation of their residual projections."""
 
 import math
 from typing import Any, Literal
@@ -38,11 +38,11 @@ _SHAPES: dict[str, dict[str, Any]] = {
     },
 }
 RESIDUAL = ("o_proj", "down_proj")
-"""Last linear layers of a block's branches, by the names that Llama and its kin give them."""
+"""Names of the last linear layer of each residual branch, in Llama and similar architectures."""
 
 
 def shape_config(shape: Shape) -> dict[str, Any]:
-    """Values of a Llama config of about that many parameters; heads of 32 to 128, tied embeddings up to 1B."""
+    """Config values of a Llama with about that many parameters; heads of 32 to 128, tied embeddings up to 1B."""
     values = {"model_type": "llama", "tie_word_embeddings": True, "max_position_embeddings": 2048} | _SHAPES[shape]
     return {"num_key_value_heads": values["num_attention_heads"]} | values
 
@@ -51,9 +51,9 @@ def shape_config(shape: Shape) -> dict[str, Any]:
 def scale_residuals(model: nn.Module) -> None:
     """Divides the initial weights of residual projections by sqrt(2 layers), as GPT-2 does (Radford et al. 2019).
 
-    Each of the 2 layers adds to the residual stream; scaled so, its variance at the end does not grow with depth. The
-    rest starts as transformers does it: normal with `initializer_range` (0.02), norms at 1. Architectures that name
-    their projections otherwise (GPT-2, which does it itself, among them) are left as they are.
+    Attention and MLP of each layer add to the residual stream; with this scale its variance does not grow with depth.
+    All other weights keep transformers' initialisation: normal with `initializer_range` (0.02), norms at 1.
+    Architectures with other names for these projections are unchanged, among them GPT-2, which scales them itself.
     """
     layers = getattr(getattr(model, "config", None), "num_hidden_layers", 1)
     for name, module in model.named_modules():

@@ -30,9 +30,9 @@ def shard(model: LM, module: L.LightningModule) -> None:
         raise UserError("trainer.strategy: tensor_parallel_size has to be 1; shard over data_parallel_size instead")
     policy = MixedPrecisionPolicy()
     if module.trainer.precision == "bf16-mixed":
-        # gathered and multiplied in bfloat16, kept and summed over the ranks in float32
+        # gather and multiply in bfloat16; keep weights, and sum gradients over ranks, in float32
         policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
-    # what a trainer type has beside the model, a reward head for example, is sharded and reduced like it
+    # heads beside the model, a reward head for example, are sharded and reduced like it
     heads = [child for child in module.children() if child is not model and any(True for _ in child.parameters())]
     for layer in [*decoder_layers(model), model, *heads]:
         fully_shard(layer, mesh=mesh["data_parallel"], mp_policy=policy)
@@ -46,6 +46,6 @@ def is_sharded(model: nn.Module) -> bool:
 
 
 def decoder_layers(model: LM) -> list[nn.Module]:
-    """The transformer blocks, as the architecture itself names what must not be split."""
+    """The transformer blocks: the modules that the architecture lists as not to be split."""
     names = set(model.base._no_split_modules or [])
     return [m for m in model.base.modules() if type(m).__name__ in names]

@@ -1,4 +1,4 @@
-"""What is identical for all trainer types: the model, the optimizer, prediction, and what checkpoints hold."""
+"""The base class of all trainer types: model, reference, optimizer, prediction and export."""
 
 from collections.abc import Sequence
 from contextlib import nullcontext
@@ -27,7 +27,7 @@ from oumi_pl.types import SPLITS, Batch, RunData
 
 
 class LanguageModule(RestorableModule):
-    """Trains a causal language model. Subclasses say what the loss of a batch is.
+    """Trains a causal language model. Subclasses define the loss of a batch.
 
     Args:
         model: Hub id or directory of a pretrained model; leave it out to start from random weights.
@@ -47,17 +47,17 @@ class LanguageModule(RestorableModule):
     """
 
     branching: ClassVar[bool | None] = None
-    """Whether it trains on examples with segments that continue others, such as pairs; None: on any examples."""
+    """Whether it needs examples with several segments, such as pairs (True), or without (False); None: takes both."""
     validation_metrics: tuple[str, ...] = ()
-    """What validation logs, if that is known beforehand: a misspelt `monitor` is then refused before training."""
+    """Names of the metrics of validation, to refuse a misspelt `monitor` before training; empty: not checked."""
     generates: ClassVar[bool] = True
-    """Whether the model completes prompts. Without, no samples are written and `predict` is refused."""
+    """Whether the model completes prompts. If not, no samples are written and `predict` is refused."""
     details: ClassVar[tuple[str, ...]] = ()
-    """Metrics that are logged, and not shown in the terminal after each validation."""
+    """Metrics that are logged, but not shown in the terminal after a validation."""
     reference: Reference | None = None
-    """What a policy is compared with, where a trainer type sets it in its constructor. Dropout is then off."""
+    """The reference of a policy, if the trainer type sets one in its constructor. Dropout is then off."""
     share_prompt: Literal["auto"] | bool = "auto"
-    """Whether tokens that several segments share are computed once. `auto`: where the model can do so exactly."""
+    """Whether tokens that several segments share are computed once. `auto`: if the model can do so exactly."""
 
     def __init__(
         self,
@@ -89,7 +89,7 @@ class LanguageModule(RestorableModule):
             lora_config(lora)  # a misspelt key is reported before any data is read
         if model is None:
             build_config(None, config, None)
-        # a negative learning rate, for example, is refused now
+        # built once with a dummy parameter, so that a negative learning rate, for example, is refused now
         _optimizer(optimizer, parameter_groups([("probe", torch.nn.Parameter(torch.zeros(1, 1)))]))
         self.model_name = model
         self.config = config
@@ -106,7 +106,7 @@ class LanguageModule(RestorableModule):
         self.schedule = schedule or Constant()
         self.model: LM | None = None
         self.loss: Any = None
-        """What computes the loss of a token or pair, for a trainer type that has such a part."""
+        """The loss of a token or a pair, for trainer types that have a replaceable one."""
         self.generation_settings: dict[str, Any] = {}
         """Arguments of `complete` for `predict`."""
         self.engine_notes: list[str] = []
@@ -115,16 +115,16 @@ class LanguageModule(RestorableModule):
 
     @property
     def keeps_trained_weights_only(self) -> bool:
-        """With adapters on a pretrained model, which is loaded again anyway."""
+        """Whether the model is pretrained with adapters: resuming loads its frozen weights again."""
         return self.lora is not None and self.model_name is not None
 
     # ---- model
 
     def configure_model(self) -> None:
-        """Builds the model, once the data say which tokenizer it has to fit; under FSDP2, shards it.
+        """Builds the model for the tokenizer of the data, and shards it under FSDP2.
 
         Raises:
-            UserError: the model can't be built, does not fit the data, or computes something else than is assumed.
+            UserError: the model can't be built, does not fit the data, or computes its logits in an unknown way.
         """
         if self.model is not None:
             return
@@ -135,17 +135,18 @@ class LanguageModule(RestorableModule):
             stage = self.trainer.state.fn.value if self.trainer.state.fn else "fit"
             model = self.assemble(data.tokenizer, data.added_tokens, branching=data.branching)
             refuse_too_few_positions(model.base, data.max_length, data.longest_path(list(data.needed(stage))))
-        model.refuse_unknown_logits()  # before the weights are sharded: parts alone can't be run
+        # before sharding: this runs layers outside of the wrapper's forward, which gathers sharded weights
+        model.refuse_unknown_logits()
         self.on_model_built()
         if self.compile_layers:
             model.hf.base_model.compile()
         shard(model, self)
 
     def assemble(self, tokenizer: Any, added_tokens: Sequence[int] = (), *, branching: bool | None = False) -> LM:
-        """Builds the model and the heads beside it, and makes them the module's own; arguments as of `build`.
+        """Builds the model and its heads and assigns them to the module; arguments as of `build`.
 
         Raises:
-            UserError: the folder that the model comes from holds heads that this trainer type does not have.
+            UserError: the model folder holds other heads than this trainer type has.
         """
         self.model = self.build(tokenizer, added_tokens, branching=branching)
         self.make_heads(self.model)
@@ -154,24 +155,24 @@ class LanguageModule(RestorableModule):
         return self.model
 
     def make_heads(self, model: LM) -> None:
-        """Makes what a trainer type trains beside the model, such as a reward head: assign it to `self`."""
+        """Override to create what is trained beside the model, such as a reward head; assign it to `self`."""
 
     def on_model_built(self) -> None:
-        """Called once, with the weights that training starts from: none are restored or sharded yet."""
+        """Called once with the initial weights, before any are restored from a checkpoint or sharded."""
         if self.reference is not None:
             self.reference.remember(self.causal_lm)
 
     def build(self, tokenizer: Any, added_tokens: Sequence[int] = (), *, branching: bool | None = False) -> LM:
-        """The model that the arguments describe, for a tokenizer; no trainer is needed.
+        """Builds the model for a tokenizer; needs no trainer.
 
         Args:
-            tokenizer: What its vocabulary has to fit; not looked at if None.
+            tokenizer: The tokenizer that the vocabulary has to fit; None: not checked.
             added_tokens: Ids that were added to the tokenizer.
-            branching: Whether segments may continue others, so that the best layout for these is looked for; None for a
-                model that will not read batches: none is looked for.
+            branching: Whether segments may continue others, which decides the layouts to try; None if the model will
+                not read batches: no layout is chosen.
 
         Raises:
-            UserError: `share_prompt: true`, and the model can't.
+            UserError: `share_prompt` is true and the model can't share prompts.
         """
 
         def build(packed: bool) -> Any:
@@ -201,18 +202,18 @@ class LanguageModule(RestorableModule):
 
     @property
     def causal_lm(self) -> LM:
-        """The model; configured by the time that any hook runs."""
+        """The model; set before any hook runs."""
         assert self.model is not None
         return self.model
 
     @property
     def data(self) -> RunData | None:
-        """The data module of the run; None if it was given loaders alone."""
+        """The data module of the run; None if the trainer was called with loaders."""
         return getattr(self.trainer, "datamodule", None)
 
     @property
     def notes(self) -> list[str]:
-        """What the run says about the model before the first update."""
+        """Lines about the model to print before the first update."""
         data, model = self.data, self.causal_lm
         notes = [*self.engine_notes] + ([] if self.reference is None else [self.reference.description])
         if data is not None and data.branching:
@@ -223,18 +224,19 @@ class LanguageModule(RestorableModule):
         return notes
 
     def count(self, batch: Batch) -> dict[str, int]:
-        """As of `UpdateModule`, with the positions that the model computes."""
+        """As of `UpdateModule`, with the positions that the model computes in its layout."""
         counts = super().count(batch)
         return counts | {"positions": self.causal_lm.positions(batch) if counts["rows"] else 0}
 
     def on_fit_start(self) -> None:
-        """Looks again at what a GPU's attention does, which is not a CPU's; makes the reference ready."""
+        """Checks layout and logits again on the device, whose attention kernels are others; opens the reference."""
         if self.device.type != "cpu" and not is_sharded(self):
             self.__check_on_device()
         self.__open_reference()
 
     def __check_on_device(self) -> None:
         model, data = self.causal_lm, self.data
+        # eager: compiling for the few tokens of the checks would take a minute each
         with torch.compiler.set_stance("force_eager") if self.compile_layers else nullcontext():
             if model.layout is not padded and data is not None:
                 share = data.branching and self.share_prompt is not False
@@ -244,11 +246,11 @@ class LanguageModule(RestorableModule):
     # ---- reference
 
     def on_validation_start(self) -> None:
-        """Makes the reference ready, where validation is all that runs."""
+        """Opens the reference, if it is not open because only validation runs."""
         self.__open_reference()
 
     def on_test_start(self) -> None:
-        """Makes the reference ready."""
+        """Opens the reference."""
         self.__open_reference()
 
     def __open_reference(self) -> None:
@@ -257,7 +259,7 @@ class LanguageModule(RestorableModule):
             self.reference.open(splits)
 
     def check_start(self, batch: Batch) -> None:
-        """Checks the first batch of a run before it is trained on: policy and reference have to be equal.
+        """Checks on the first batch, before it is trained on, that policy and reference are equal.
 
         Raises:
             UserError: they are not.
@@ -266,20 +268,20 @@ class LanguageModule(RestorableModule):
             self.reference.check_start(batch)
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
-        """As of `UpdateModule`; the very first batch is checked before."""
+        """As of `UpdateModule`, after `check_start` on the very first batch."""
         if self.__is_start:
             self.__is_start = False
             self.check_start(batch)
         return super().training_step(batch, batch_idx)
 
     def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
-        """Takes the step, then moves the reference if it is time: before anything of this step is saved."""
+        """Takes the step, then moves the reference if it is due, before a checkpoint of this step is saved."""
         super().optimizer_step(*args, **kwargs)
         if self.reference is not None:
             self.reference.after_step(self.global_step + 1)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Adds which weights training started from, and the reference if it moves."""
+        """Adds the fingerprint of the initial weights, and the reference if it moves."""
         super().on_save_checkpoint(checkpoint)
         if self.reference is not None:
             checkpoint["reference"] = self.reference.state()
@@ -290,21 +292,21 @@ class LanguageModule(RestorableModule):
         if self.reference is not None:
             self.reference.load_state(checkpoint.get("reference") or {})
 
-    # ---- what a user gets
+    # ---- export
 
     def heads(self) -> dict[str, Tensor]:
-        """The weights that a trainer type has beside the language model, by name."""
+        """The weights beside the language model, by name."""
         return {name: value for name, value in self.named_parameters() if not name.startswith("model.")}
 
     def save(self, directory: Path, *, model: LM | None = None, **settings: Any) -> None:
         """Writes a folder that `transformers` loads, with the heads that were trained beside the model.
 
-        A trainer type whose model is more than a language model writes what its users load. Under FSDP2 all ranks have
-        to call this; rank 0 writes.
+        Override it for a trainer type whose users load something else. Under FSDP2 all ranks have to call this; rank 0
+        writes.
 
         Args:
             directory: Where; new or empty.
-            model: What to write in place of the module's own model.
+            model: A model to write instead of the module's own.
             settings: As of `oumi_pl.models.export.export_model`.
         """
         export_model(model or self.causal_lm, directory, heads=self.heads(), **settings)
@@ -318,13 +320,13 @@ class LanguageModule(RestorableModule):
         if not groups:
             raise UserError("model: no parameter is trainable; look at model.freeze and model.lora")
         optimizer = _optimizer(self.optimizer, groups)
-        # not in float16, where Lightning refuses to clip for an optimizer that unscales the gradients itself
+        # not with float16: Lightning refuses to clip for fused optimizers, which unscale the gradients themselves
         if getattr(self.trainer.precision_plugin, "scaler", None) is None and self.device.type in ("cpu", "cuda"):
             fuse(optimizer)
         total = self.total_steps()
         factor = self.schedule(total - 1, total)
         try:
-            float(factor)  # a schedule of the user's may return any kind of number
+            float(factor)  # a user's schedule may return any kind of number
         except (TypeError, ValueError, RuntimeError) as error:
             name = type(self.schedule).__name__
             raise UserError(f"model.schedule: {name} gives {factor!r} instead of a number") from error
@@ -337,7 +339,8 @@ class LanguageModule(RestorableModule):
         trainer = self.trainer
         limits = [trainer.max_steps] if trainer.max_steps > 0 else []
         if trainer.max_epochs is not None and trainer.max_epochs > 0:
-            # not `estimated_stepping_batches`: it builds the loader, whose position a checkpoint would set too late
+            # not `estimated_stepping_batches` if possible: it creates the loader before the checkpoint sets its
+            # position
             data = self.data
             limits.append(data.updates(trainer.max_epochs) if data else int(trainer.estimated_stepping_batches))
         if not limits:
@@ -345,24 +348,27 @@ class LanguageModule(RestorableModule):
         return min(limits)
 
     def on_train_start(self) -> None:
-        """Notes whether the run begins here; lets the recipe win over optimizer settings in the checkpoint."""
+        """As of `RestorableModule`; the first batch is checked only if the run starts at step 0."""
         self.__is_start = self.global_step == 0
         super().on_train_start()
 
     def on_train_epoch_start(self) -> None:
-        """Sets the length of this epoch in Lightning: a mixture is redrawn, and may pack into fewer or more rows."""
+        """Sets the length of this epoch in Lightning: a mixture is drawn again, and may pack into fewer or more rows.
+
+        Lightning reads the length of a loader once, in the first epoch.
+        """
         loop = self.trainer.fit_loop
         loader = self.trainer.train_dataloader
         if self.trainer.limit_train_batches == 1.0 and self.data is not None and loader is self.data.train_loader:
             try:
                 loop.max_batches = len(cast("Any", loader))
-            except TypeError:  # a stream whose end isn't known
+            except TypeError:  # a stream of unknown length
                 return
             cast("Any", loop._combined_loader).limits = [loop.max_batches]
 
     def keep_adapters_in_float32(self) -> None:
-        """Undoes the rounding of trained adapters by a 16-bit precision."""
-        # `precision: bf16-true` casts every parameter; adapters learn by steps that bfloat16 rounds away
+        """Casts trained adapters back to float32 after `precision: bf16-true` has cast every parameter."""
+        # updates of adapters are often smaller than the resolution of bfloat16
         if self.lora is not None:
             for parameter in self.parameters():
                 if parameter.requires_grad and parameter.dtype in (torch.bfloat16, torch.float16):

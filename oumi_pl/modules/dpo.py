@@ -1,4 +1,4 @@
-"""Preference training: DPO and its family, on pairs of responses of which one is better."""
+"""Preference training: DPO and related losses, on pairs of a better and a worse response."""
 
 from typing import Any, ClassVar, Literal
 
@@ -24,14 +24,14 @@ class DPO(LanguageModule):
         model: Hub id or directory of a pretrained model, usually one that was fine-tuned (SFT); an adapter's too.
         config: `model_type` and values of a config to start from; with `model`, values to override.
         loss: Loss of a pair; `Sigmoid` (DPO with beta 0.1) when left out.
-        reference: What the policy is compared with. `initial`: the model as it is when training starts; with LoRA that
-            is the base without its adapters, without LoRA its log-probabilities are computed once, before training, and
-            kept in the cache. `online`: the same, as a frozen copy in memory. A hub id or directory: another model,
-            computed before training as well. `none`: for losses that need no reference.
+        reference: What the policy is compared with. `initial`: the model at the start of training; with LoRA the base
+            with its adapters disabled, else log-probabilities that are computed before training and kept in the cache.
+            `online`: the same model as a frozen copy in memory. A hub id or directory: another model, also computed
+            before training. `none`: for losses that need no reference.
         reference_dtype: Of a frozen copy or another model; that of the policy when left out.
         sync_every: Optimizer steps after which the reference moves towards the policy (TR-DPO); keeps a copy in memory.
         mixup: How far it moves, from 0 to 1.
-        share_prompt: Compute the prompt of a pair once for both responses. `auto`: where the model can do so exactly.
+        share_prompt: Compute the prompt of a pair once for both responses. `auto`: if the model can do so exactly.
         kwargs: As of `LanguageModule`.
     """
 
@@ -74,7 +74,7 @@ class DPO(LanguageModule):
         self.__lacks_margins: Tensor | bool = False
 
     def loss_sums(self, batch: Batch, split: Split) -> Sums:
-        """Sums over the pairs of their losses and of what is logged of them."""
+        """Sums over the pairs of losses and metrics."""
 
         def compute(states: States) -> tuple[Tensor, Tensor | None]:
             return states.logps(), states.router_loss
@@ -82,21 +82,21 @@ class DPO(LanguageModule):
         logps, router_loss = self.causal_lm(batch, compute)
         pairs = self.pairs(batch, logps, self.reference.logps(batch, split))
         self.__lacks_margins = self.__lacks_margins | pairs.margins.isnan().any()
-        # the stand-in of a rank without rows has no pairs, and a loss that keeps a running mean must not see it
+        # not for the stand-in of a rank without rows: a loss with a running mean must not see an empty batch
         losses = self.__losses(pairs) if pairs.count else logps
         sums = self.pair_sums(pairs, losses) | {"loss": losses.sum()}
         return sums if router_loss is None else sums | {"objective": sums["loss"] + router_loss * pairs.count}
 
     @staticmethod
     def pairs(batch: Batch, logps: Tensor, ref_logps: Tensor) -> Pairs:
-        """The pairs of a batch, with the log-probabilities of its targets under policy and reference."""
+        """The pairs of a batch, from the log-probabilities `[targets]` under policy and reference."""
         count = len(batch["sample_ids"])
         margins = batch["fields"].get("margin", logps.new_full((count,), float("nan")))
         return Pairs(logps, ref_logps, batch["target_segments"], count, margins)
 
     @torch.no_grad()
     def pair_sums(self, pairs: Pairs, losses: Tensor) -> Sums:
-        """Sums over the pairs of all that is logged of them."""
+        """Sums over the pairs of everything that is logged."""
         chosen, rejected = self.loss.rewards(pairs)
         margins = chosen - rejected
         of_pairs = {
@@ -126,7 +126,7 @@ class DPO(LanguageModule):
         """The loss of each pair.
 
         Raises:
-            UserError: a loss of the user's gives something else.
+            UserError: a loss of the user returns another shape, or no gradient.
         """
         losses, name = self.loss(pairs), type(self.loss).__name__
         if losses.shape != (pairs.count,):
@@ -142,10 +142,10 @@ class DPO(LanguageModule):
 
     @torch.no_grad()
     def check_start(self, batch: Batch) -> None:
-        """Checks that policy and reference are equal, and that the loss is what it then has to be (ln 2 for DPO).
+        """Checks that policy and reference are equal, and that the loss has its value for equal models (ln 2 for DPO).
 
         Raises:
-            UserError: they are not, or it is not.
+            UserError: either check fails.
         """
         super().check_start(batch)
         loss, expected = self.loss, self.loss.loss_at_start
@@ -155,10 +155,10 @@ class DPO(LanguageModule):
         logps = self.reference.logps(batch, "train")
         value = float(loss(self.pairs(batch, logps, logps)).mean())
         if abs(value - expected) > (1e-1 if self.reference.is_half_precision else 1e-4) * max(1.0, abs(expected)):
-            raise UserError(f"{type(loss).__name__} is {value:.6g} where policy and reference agree, not {expected:g}")
+            raise UserError(f"{type(loss).__name__} is {value:.6g} for equal policy and reference, not {expected:g}")
 
     def refuse_non_finite(self, loss: Tensor, grad_norm: Tensor) -> None:
-        """As of `UpdateModule`; where rows lack the margin that a loss reads, that is the reason.
+        """As of `UpdateModule`; if rows lack a margin, names that as the likely cause.
 
         Raises:
             UserError: the loss or the norm is not a finite number.
@@ -174,6 +174,6 @@ class DPO(LanguageModule):
             raise
 
     def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:  # type: ignore[override]
-        """Weights as of `LanguageModule`, and what the loss keeps from batch to batch."""
+        """Weights as of `LanguageModule`, and the buffers of the loss."""
         state = super().state_dict(*args, **kwargs)
         return state | (self.loss.state_dict(prefix="loss.") if isinstance(self.loss, nn.Module) else {})

@@ -1,4 +1,4 @@
-"""Pretraining: the next-token loss on every token, from random weights or from a model that is trained on."""
+"""Pretraining: the next-token loss on every token, from random or pretrained weights."""
 
 import math
 from typing import Any
@@ -15,7 +15,7 @@ from oumi_pl.modules.update import Split
 from oumi_pl.types import Batch, Sums
 
 OF_SOURCE = "source {}: "
-"""Begins the names of the sums over one held-out source."""
+"""Prefix of the names of sums over one held-out source."""
 
 
 class Pretrain(SFT):
@@ -24,7 +24,7 @@ class Pretrain(SFT):
     Args:
         model: Hub id or directory of a pretrained model to train on; leave it out to start from random weights.
         config: `model_type` and values of a config to start from; with `model` or `shape`, values to override.
-        shape: A Llama of about so many parameters, to start from random weights.
+        shape: Number of parameters of a Llama that starts from random weights.
         optimizer: Class and arguments; AdamW with rate 3e-4, betas 0.9 and 0.95 and decay 0.1 when left out.
         kwargs: As of `SFT`.
     """
@@ -41,7 +41,7 @@ class Pretrain(SFT):
         **kwargs: Any,
     ) -> None:
         if shape is not None and model is not None:
-            raise UserError("model.shape is for random weights, and model.model names pretrained ones: drop one")
+            raise UserError("model.shape starts from random weights, and model.model from pretrained ones: remove one")
         if shape is not None:
             config = shape_config(shape) | (config or {})
         super().__init__(model, config, optimizer=optimizer, **kwargs)
@@ -53,7 +53,7 @@ class Pretrain(SFT):
             scale_residuals(self.causal_lm.base)
 
     def loss_sums(self, batch: Batch, split: Split) -> Sums:
-        """Sums over the targets as of `SFT`; in evaluation, `nll`, targets and bytes of text by source as well."""
+        """Sums as of `SFT`; in evaluation also `nll`, targets and bytes of text for each source."""
         sums = super().loss_sums(batch, split)
         if split == "train":
             return sums
@@ -66,7 +66,7 @@ class Pretrain(SFT):
         )
 
     def metrics(self, sums: Sums, split: Split) -> dict[str, Tensor]:
-        """As of `SFT`, with bits per byte, and perplexity and bits per byte of each source where there are several."""
+        """As of `SFT`, with bits per byte; with several sources, also perplexity and bits per byte of each."""
         metrics = super().metrics({name: value for name, value in sums.items() if ": " not in name}, split)
         if split == "train":
             return metrics

@@ -1,8 +1,8 @@
-"""What a policy is compared with: which reference it gets, how that is made ready, and whether training starts at it.
+"""References of a policy: which model it is, how it is prepared, and the check that training starts from it.
 
-Any trainer type may have one: `self.reference = Reference(self, ...)` is all, and `self.reference.logps(batch, split)`
-gives the log-probabilities. None of the models here is part of the module: a reference is in no checkpoint and no
-optimizer, and never in training mode.
+Any trainer type may have one: set `self.reference = Reference(self, ...)` in its constructor, and call
+`self.reference.logps(batch, split)`. A reference is not a submodule: it is in no checkpoint and no optimizer, and never
+in training mode.
 """
 
 import difflib
@@ -27,26 +27,26 @@ from oumi_pl.terminal.progress import track
 from oumi_pl.types import Batch, RunModule
 
 WORDS = ("initial", "online", "none")
-"""What `reference` may say besides the name of a model."""
+"""Values of `reference` besides the name of a model."""
 EQUAL_LOGPS = {True: 5e-2, False: 1e-5}
-"""Half precision or not -> nats by which a token's log-probability may differ between two runs of the same model."""
+"""Half precision or not -> largest difference of a token's log-probability, in nats, in two runs of one model."""
 CACHED_LOGPS = {True: 2e-1, False: 1e-3}
-"""The same between batches of other examples, as the cache was made from."""
+"""The same for cached values, which were computed in batches of other examples."""
 
 
 class Reference:
     """The reference of a module. The module calls its hooks; a trainer type only asks for `logps`.
 
     Args:
-        module: Whose reference it is.
-        name: `initial`: the model as it is when training starts; `online`: the same, as a frozen copy in memory;
+        module: The module that it belongs to.
+        name: `initial`: the model at the start of training; `online`: the same, as a frozen copy in memory;
             `none`; or a hub id or directory of another model.
         dtype: Of a frozen copy or another model; that of the policy when left out.
         sync_every: Optimizer steps after which the reference moves towards the policy; keeps a copy in memory.
         mixup: How far it moves, from 0 to 1.
         share_prompt: Whether another model may compute shared tokens once.
-        needed: Whether the loss compares with a reference at all.
-        user: What compares, for messages: the name of the loss.
+        needed: Whether the loss uses a reference.
+        user: Name of the loss, for messages.
 
     Raises:
         UserError: the arguments contradict each other or the loss.
@@ -69,7 +69,7 @@ class Reference:
         self.sync_every = sync_every
         self.mixup = mixup
         self.description = ""
-        """What the run says about it before the first update."""
+        """A line for `notes`."""
         self._module = module
         self._share_prompt = share_prompt
         self._user = user
@@ -77,7 +77,7 @@ class Reference:
         self.kind = self._kind(needed)
         """`none`, `adapters` (the base with its adapters disabled), `online` or `precomputed`."""
         self.opened: Opened | None = None
-        """What gives the log-probabilities; None until `open` was called."""
+        """Computes or reads the log-probabilities; None until `open` is called."""
         self._kept: LM | None = None
         self._fingerprint: str | None = None
         self._moved: dict[str, Tensor] | None = None
@@ -94,10 +94,10 @@ class Reference:
 
     @property
     def frozen_model(self) -> LM | None:
-        """The model in memory that is the reference, if there is one."""
+        """The copy or other model in memory; None if the reference has none."""
         return self.opened.model if isinstance(self.opened, FrozenModel) else None
 
-    # ---- which one it is
+    # ---- arguments
 
     def _check(self, needed: bool) -> None:
         if self.sync_every is not None:
@@ -106,7 +106,7 @@ class Reference:
             if not 0 < self.mixup <= 1:
                 raise UserError(f"model.mixup is {self.mixup}, but has to be above 0 and at most 1")
             if self.name not in ("initial", "online"):
-                raise UserError(f"model.sync_every moves the reference, and model.reference is {self.name!r}: drop one")
+                raise UserError(f"model.sync_every moves the reference, but model.reference is {self.name!r}")
         if (close := difflib.get_close_matches(self.name, WORDS, n=1, cutoff=0.7)) and self.name not in WORDS:
             raise UserError(f"model.reference: {self.name!r}; did you mean {close[0]!r}? (or the name of a model)")
         if self.name == "none" and needed:
@@ -129,41 +129,41 @@ class Reference:
             return "precomputed"
         if self.dtype is not None:
             raise UserError("model.reference_dtype: the initial model is the policy itself; set reference: online")
-        # biases are trained in the base itself, where disabling adapters does not undo it
+        # PEFT trains biases in the base itself, so disabling the adapters would not restore them
         lora = self._module.lora
         return "adapters" if lora is not None and lora.get("bias", "none") == "none" else "precomputed"
 
     @property
     def _is_policy_on_disk(self) -> bool:
-        """Whether the reference is what the policy itself says before the first update, kept in the cache."""
+        """Whether the reference is the initial policy's own log-probabilities, kept in the cache."""
         return self.kind == "precomputed" and self.name == "initial"
 
     # ---- before the first update
 
     def remember(self, model: LM) -> None:
-        """Takes note of the model before a checkpoint is restored into it."""
+        """Keeps a copy or a fingerprint of the initial model, before a checkpoint is restored into it."""
         if self.kind == "online":
             self._kept = deepcopy(model)
         if self.kind == "online" or self._is_policy_on_disk:
             self._fingerprint = weights_fingerprint(model)
 
     def covers(self, splits: tuple[str, ...]) -> bool:
-        """Whether the reference is ready for the examples of these splits, as far as there are any."""
+        """Whether `open` was called for those of these splits that have rows."""
         if not isinstance(self.opened, Precomputed):
             return self.opened is not None
         data = self._module.trainer.datamodule
         return all(split in self.opened.stores or data.sources[split] is None for split in splits)
 
     def open(self, splits: tuple[str, ...], *, in_memory: bool = False) -> None:
-        """Makes the reference ready for the examples of these splits, computing what the cache lacks.
+        """Prepares the reference for the examples of these splits; computes what is missing in the cache.
 
         Args:
             splits: `train`, `validation` or `test`.
-            in_memory: Keep the initial model as a frozen copy (`frozen_model`) where its log-probabilities would be
-                computed beforehand: for engines that run the reference themselves. Call it before the first update.
+            in_memory: Keep the initial model as a frozen copy (`frozen_model`) instead of precomputing its
+                log-probabilities, for engines that run the reference themselves. Call it before the first update.
 
         Raises:
-            UserError: log-probabilities of the initial model are missing, and it has been trained since.
+            UserError: log-probabilities of the initial model are missing, but it has been trained since.
         """
         if self.kind == "none":
             self.opened, self.description = NoReference(), f"no reference: {self._user} needs none"
@@ -186,10 +186,11 @@ class Reference:
     def _open_precomputed(self, splits: tuple[str, ...]) -> None:
         module, trainer = self._module, self._module.trainer
         data = trainer.datamodule
-        parts: dict[str, Any] = {"model": self._model_fingerprint(), "precision": str(trainer.precision)}
-        parts |= {"dtype": self.dtype or module.dtype_name}
-        if self.name == "initial":  # model.config changes what the same weights say
-            parts["config"] = _settings(module.causal_lm)
+        parts: dict[str, Any] = {"precision": str(trainer.precision), "dtype": self.dtype or module.dtype_name}
+        parts["model"] = self._fingerprint or model_fingerprint(self.name, "model.reference")
+        if self.name == "initial":  # `model.config` changes what the same weights compute
+            values = module.causal_lm.base.config.to_dict()  # the left out ones say where the model came from
+            parts["config"] = {k: v for k, v in values.items() if k[0] != "_" and k != "transformers_version"}
         stores = {split: data.reference_logps(split, parts) for split in splits if data.sources[split] is not None}
         missing = trainer.strategy.broadcast(any(store.missing() for store in stores.values()))
         if missing:
@@ -205,24 +206,14 @@ class Reference:
         of = "the initial model" if self.name == "initial" else self.name
         self.description = f"reference: {of}, {'computed before training' if missing else 'from the cache'}"
 
-    def _model_fingerprint(self) -> str:
-        if self.name == "initial":
-            assert self._fingerprint is not None
-            return self._fingerprint
-        return model_fingerprint(self.name, "model.reference")
-
     def _model(self) -> LM:
-        """The model whose log-probabilities are missing."""
-        if self.name != "initial":
-            return self._placed(self._other_model())
-        return self._module.causal_lm if self._kept is None else self._placed(self._kept)
-
-    def _other_model(self) -> LM:
-        """Another model than the policy.
+        """The model whose log-probabilities are missing.
 
         Raises:
-            UserError: it has another vocabulary.
+            UserError: another model than the policy, with another vocabulary.
         """
+        if self.name == "initial":
+            return self._module.causal_lm if self._kept is None else self._placed(self._kept)
         module, data = self._module, self._module.trainer.datamodule
         _refuse_other_vocabulary(self.name, data.tokenizer)
 
@@ -238,30 +229,32 @@ class Reference:
 
         model = with_layout(build, data.branching and self._share_prompt)
         disable_dropout(model)
-        return model
+        return self._placed(model)
 
     def _placed(self, model: LM) -> LM:
+        """Casts a model to the dtype of the reference and moves it to the device."""
         if self.dtype not in (None, "auto"):
             model = model.to(getattr(torch, str(self.dtype)))
         else:
             model = self._module.trainer.precision_plugin.convert_module(model)
         return model.to(self._module.device)
 
-    # ---- the law of the first step
+    # ---- before the first step
 
     @torch.no_grad()
     def check_start(self, batch: Batch) -> None:
         """Checks on the first batch that policy and reference are equal.
 
         Raises:
-            UserError: the same model gives other log-probabilities when it is run again as the reference.
+            UserError: the log-probabilities of policy and reference differ by more than rounding.
         """
         if not self.is_initial:
             return
         policy = self._module.causal_lm
         logps, reference = policy(batch), self.logps(batch, "train")
+        # cached values were computed in other batches: compare strictly with the policy in evaluation mode instead
         online = reference
-        if self.kind == "precomputed":  # on a rank without rows too: sharded weights are gathered by all together
+        if self.kind == "precomputed":  # on a rank without rows too: all ranks have to gather sharded weights
             policy.eval()
             online = policy(batch)
             policy.train()
@@ -282,7 +275,7 @@ class Reference:
         dtypes = (self.dtype, module.trainer.precision, *(p.dtype for p in module.causal_lm.parameters()))
         return any("16" in str(dtype) for dtype in dtypes)
 
-    # ---- later
+    # ---- training and checkpoints
 
     def after_step(self, step: int) -> None:
         """Moves the reference if this optimizer step is a multiple of `sync_every`."""
@@ -290,7 +283,7 @@ class Reference:
             self.opened.move_towards(self._module.causal_lm, self.mixup)
 
     def state(self) -> dict[str, Any]:
-        """What a resume needs: which weights training started from, and those of a reference that moves."""
+        """State for a resume: the fingerprint of the initial weights, and the weights of a reference that moves."""
         state: dict[str, Any] = {"fingerprint": self._fingerprint}
         if self.sync_every is not None and isinstance(self.opened, FrozenModel):
             trained = {name for name, p in self._module.causal_lm.named_parameters() if p.requires_grad}
@@ -301,28 +294,28 @@ class Reference:
         """Restores the state returned by `state`.
 
         Raises:
-            UserError: the model on disk is another than the one that training started from.
+            UserError: the model on disk is not the one that training started from.
         """
         self._moved = state.get("moved")
         if self._is_policy_on_disk and self.opened is None:
-            self._kept = deepcopy(self._module.causal_lm)  # the checkpoint's weights are about to take its place
+            self._kept = deepcopy(self._module.causal_lm)  # before the checkpoint's weights are loaded into the policy
         saved = state.get("fingerprint")
         if saved is not None and self._fingerprint is not None and saved != self._fingerprint:
             raise UserError(
                 "the model that training started from has changed since, and the reference with it: "
-                f"{self._module.model_name or 'its random weights'} gives other weights now"
+                f"{self._module.model_name or 'random initialisation'} gives other weights now"
             )
 
 
 def refuse_other_start(difference: float, half: bool) -> None:
-    """Refuses a run whose policy is not its reference before the first update.
+    """Refuses a run whose policy differs from its reference before the first update.
 
     Args:
         difference: Largest difference of a token's log-probability, in nats.
         half: Whether the models compute in 16 bits.
 
     Raises:
-        UserError: it is larger than rounding explains.
+        UserError: it is larger than rounding can explain.
     """
     if not difference <= EQUAL_LOGPS[half]:
         raise UserError(
@@ -332,19 +325,19 @@ def refuse_other_start(difference: float, half: bool) -> None:
         )
 
 
-# ---- what gives the log-probabilities
+# ---- sources of log-probabilities
 
 
 class Opened(ABC):
-    """A reference that is ready."""
+    """A reference that was opened."""
 
     @abstractmethod
     def logps(self, batch: Batch, split: str) -> Tensor:
-        """`[targets]`, without gradient, for a batch of examples of a split."""
+        """Log-probabilities `[targets]` of a batch of examples of a split, without gradient."""
 
 
 class NoReference(Opened):
-    """For losses that need none: zeros."""
+    """Zeros, for losses that need no reference."""
 
     def logps(self, batch: Batch, split: str) -> Tensor:
         """Zeros."""
@@ -352,7 +345,7 @@ class NoReference(Opened):
 
 
 class WithoutAdapters(Opened):
-    """The policy itself with its adapters disabled: needs no memory."""
+    """The policy itself with its adapters disabled, which needs no additional memory."""
 
     def __init__(self, policy: LM) -> None:
         self.policy = policy
@@ -365,7 +358,7 @@ class WithoutAdapters(Opened):
 
 
 class FrozenModel(Opened):
-    """Another model, or a copy of the policy as it was at the start, kept in memory."""
+    """A copy of the initial policy, kept in memory."""
 
     def __init__(self, model: LM) -> None:
         self.model: LM = model.eval().requires_grad_(False)
@@ -379,31 +372,31 @@ class FrozenModel(Opened):
     def move_towards(self, policy: LM, share: float) -> None:
         """Sets the weights to `(1 - share) reference + share policy` (Gorbatovski et al. 2024, arXiv:2404.09656)."""
         for mine, theirs in zip(self.model.parameters(), policy.parameters(), strict=True):
-            if theirs.requires_grad:  # the others are equal
+            if theirs.requires_grad:  # frozen weights are equal
                 mine.lerp_(theirs.to(mine), share)
 
 
 class Precomputed(Opened):
-    """Log-probabilities computed before training and read from disk: no second model is in memory.
+    """Log-probabilities that were computed before training and are read from disk: needs no second model.
 
     Args:
-        stores: split -> what holds its log-probabilities (`oumi_pl.data.reference.ReferenceLogps`).
+        stores: split -> its `oumi_pl.data.reference.ReferenceLogps`.
     """
 
     def __init__(self, stores: dict[str, Any]) -> None:
         self.stores = stores
 
     def logps(self, batch: Batch, split: str) -> Tensor:
-        """Looks the examples up."""
+        """Reads those of the batch's examples."""
         values = torch.from_numpy(self.stores[split].logps(batch["sample_ids"]))
         return values.to(batch["targets"].device, non_blocking=True)
 
 
-# ---- computing them
+# ---- precomputing
 
 
 def precompute(trainer: Any, model: LM, split: str, store: Any) -> None:
-    """Computes the chunks that a store lacks, shared out over the ranks.
+    """Computes the missing chunks of a store, divided among the ranks.
 
     Raises:
         UserError: the ranks do not see each other's files.
@@ -430,9 +423,9 @@ def precompute(trainer: Any, model: LM, split: str, store: Any) -> None:
 
 
 def _computed(trainer: Any, model: LM, split: str, store: Any, missing: list[int]) -> Iterator[list[int]]:
-    """Computes this rank's share of the missing chunks, and yields the examples of each batch that is done.
+    """Computes this rank's share of the missing chunks, and yields the example ids of each finished batch.
 
-    Every rank runs the model equally often: sharded weights are gathered by all of them together.
+    Every rank runs the model equally often, because all ranks have to gather sharded weights.
     """
     ranks, rank = trainer.world_size, trainer.global_rank
     for first in range(0, len(missing), ranks):
@@ -460,13 +453,8 @@ def _logps(trainer: Any, model: LM, split: str, ids: list[int]) -> dict[int, np.
     return {i: piece.numpy() for i, piece in zip(ids, pieces, strict=True)}
 
 
-def _settings(model: LM) -> dict[str, Any]:
-    """The config of a model, without what says where it came from."""
-    return {k: v for k, v in model.base.config.to_dict().items() if k[0] != "_" and k != "transformers_version"}
-
-
 def _refuse_other_vocabulary(name: str, tokenizer: Any) -> None:
-    """Compares the tokenizer beside a reference with that of the data; a folder without one says nothing."""
+    """Refuses a reference whose tokenizer has other ids than the data's; does nothing if it comes without tokenizer."""
     from transformers import AutoTokenizer
 
     try:

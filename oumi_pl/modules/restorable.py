@@ -1,4 +1,4 @@
-"""What checkpoints hold beside Lightning's own state, and how a run resumes from it."""
+"""State in checkpoints beyond Lightning's own, and resuming from it."""
 
 from collections.abc import Callable
 from typing import Any, cast
@@ -16,11 +16,11 @@ from oumi_pl.runs.checkpoints import rng_state, set_rng_state
 
 
 class RestorableModule(UpdateModule):
-    """Saves and restores what an exact resume needs, and refuses the checkpoint of another model."""
+    """Saves and restores all that an exact resume needs, and refuses the checkpoint of another model."""
 
     def __init__(self) -> None:
         super().__init__()
-        # what Lightning checks before loading: frozen weights that can be loaded again are not in checkpoints
+        # not strict, since frozen pretrained weights are not in checkpoints; `__refuse_other_weights` checks the others
         self.strict_loading = False
         self.run_config = ""
         """The recipe as YAML, kept in checkpoints so that one can be exported by itself."""
@@ -29,11 +29,11 @@ class RestorableModule(UpdateModule):
 
     @property
     def keeps_trained_weights_only(self) -> bool:
-        """Whether frozen weights are left out of checkpoints, since they can be loaded again."""
+        """Whether checkpoints leave out frozen weights, because they can be loaded again."""
         return False
 
     def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:  # type: ignore[override]
-        """Weights; without those that are frozen and come from a pretrained model, which is loaded again anyway."""
+        """The weights of a checkpoint: only the trained ones if `keeps_trained_weights_only`."""
         state = super().state_dict(*args, **kwargs)
         if not self.keeps_trained_weights_only:
             return state
@@ -41,12 +41,10 @@ class RestorableModule(UpdateModule):
         return {name: value for name, value in state.items() if name in trainable}
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Adds what Lightning leaves out: the generators of every rank, and the tokens seen."""
-        states: list[Any] = [None] * self.trainer.world_size
+        """Adds what Lightning leaves out: the random generators of every rank, tokens seen, recipe and metrics."""
+        states: list[Any] = [rng_state()] * self.trainer.world_size
         if self.trainer.world_size > 1:
             torch.distributed.all_gather_object(states, rng_state())
-        else:
-            states = [rng_state()]
         checkpoint["rng"] = states
         checkpoint["tokens_seen"] = dict(self.tokens_seen)
         checkpoint["micro_batches"] = self.trainer.accumulate_grad_batches
@@ -58,34 +56,35 @@ class RestorableModule(UpdateModule):
         """Restores what `on_save_checkpoint` added.
 
         Raises:
-            UserError: if the checkpoint is of another model, or can't be trained on from.
+            UserError: the checkpoint is of another model, or holds too little to resume training.
         """
         self.__refuse_other_weights(checkpoint.get("state_dict", {}))
         if self._trainer is None or self.trainer.state.fn != "fit":
             return
         if "optimizer_states" not in checkpoint and "loops" in checkpoint and not is_sharded(self):
             raise UserError("this checkpoint holds weights only (a best.ckpt): resume from a step-*.ckpt")
-        if "current_model_state" in checkpoint and not any(isinstance(c, WeightAveraging) for c in self.__callbacks):
+        callbacks: list[Any] = self.trainer.callbacks  # type: ignore[attr-defined]
+        if "current_model_state" in checkpoint and not any(isinstance(c, WeightAveraging) for c in callbacks):
             rank_zero_warn("this checkpoint's run averaged its weights; this run resumes without the average")
             checkpoint["state_dict"] = checkpoint["current_model_state"]
         self.tokens_seen = checkpoint["tokens_seen"]
         states = checkpoint["rng"]
-        # with more ranks than before, the new ones keep the generators they were seeded with
+        # additional ranks keep the generators that they were seeded with
         self.__rng_to_restore = states[self.global_rank] if self.global_rank < len(states) else None
         _recount(checkpoint["loops"], checkpoint["micro_batches"], self.trainer.accumulate_grad_batches)
 
     def scheduled(self, optimizer: Optimizer, factor: Callable[[int], float]) -> dict[str, Any]:
-        """What `configure_optimizers` returns: the optimizer, and its schedule in optimizer steps.
+        """Returns the value of `configure_optimizers`: the optimizer, and its schedule in optimizer steps.
 
         Args:
-            optimizer: Its settings are kept, and win over those in a checkpoint.
-            factor: On the learning rate, for the update that follows so many.
+            optimizer: Its settings take precedence over those in a checkpoint.
+            factor: Number of finished updates -> factor on the learning rate of the next one.
         """
         self.__settings = [{k: v for k, v in group.items() if k != "params"} for group in optimizer.param_groups]
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": LambdaLR(optimizer, factor), "interval": "step"}}
 
     def on_train_start(self) -> None:
-        """Lets what the recipe says now win over the optimizer settings in the checkpoint."""
+        """Replaces the optimizer settings of the checkpoint, which Lightning has restored, by those of the recipe."""
         optimizer = cast("Optimizer", self.optimizers(use_pl_optimizer=False))
         schedule = cast("LambdaLR", self.lr_schedulers())
         before = optimizer.param_groups[0]["lr"]
@@ -102,11 +101,11 @@ class RestorableModule(UpdateModule):
             )
 
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
-        """Restores the random generators at the last moment: callbacks and loaders may have drawn from them."""
+        """Restores the random generators, at last: callbacks and loaders may draw from them before the first batch."""
         self.restore_generators()
 
     def restore_generators(self) -> None:
-        """Restores the random generators from the checkpoint; does nothing when called again."""
+        """Restores the random generators from the checkpoint, once."""
         if self.__rng_to_restore is not None:
             set_rng_state(self.__rng_to_restore)
             self.__rng_to_restore = None
@@ -115,14 +114,10 @@ class RestorableModule(UpdateModule):
         """Loads the weights of a checkpoint into the model that was built.
 
         Raises:
-            UserError: if they are of another model.
+            UserError: they are of another model.
         """
         self.__refuse_other_weights(saved_state)
         self.load_state_dict(saved_state, strict=False)
-
-    @property
-    def __callbacks(self) -> list[Any]:
-        return list(self.trainer.callbacks)  # type: ignore[attr-defined]
 
     def __refuse_other_weights(self, saved_state: dict[str, Any]) -> None:
         own = {name: tuple(value.shape) for name, value in self.state_dict().items()}
@@ -137,7 +132,7 @@ class RestorableModule(UpdateModule):
 
 
 def _recount(loops: dict[str, Any], before: int, now: int) -> None:
-    """Converts Lightning's count of micro-batches to another accumulation of the same updates."""
+    """Converts Lightning's counts of micro-batches if the updates now consist of another number of them."""
     progress = loops["fit_loop"]["epoch_loop.batch_progress"]
     for span in ("total", "current"):
         for name in COUNTS:
@@ -145,13 +140,13 @@ def _recount(loops: dict[str, Any], before: int, now: int) -> None:
 
 
 COUNTS = ("ready", "started", "processed", "completed")
-"""What Lightning counts of micro-batches."""
+"""Names of Lightning's counts of micro-batches."""
 
 
 def recounted(micro_batches: int, before: int, now: int) -> int:
-    """A count of micro-batches at the end of an update, with `now` instead of `before` of them per update.
+    """Converts a count of micro-batches at the end of an update from `before` to `now` of them per update.
 
-    Lightning saves before it counts the last one as completed: what is missing to a whole update then stays missing.
+    Lightning saves before it counts the last one as completed: a count short of a whole update stays short by as many.
     """
     updates, rest = divmod(micro_batches, before)
     return updates * now if not rest else (updates + 1) * now - (before - rest)

@@ -1,4 +1,4 @@
-"""Supervised fine-tuning: the next-token loss on the tokens that the data mark."""
+"""Supervised fine-tuning: the next-token loss on the tokens that carry loss."""
 
 from typing import Any
 
@@ -12,7 +12,7 @@ from oumi_pl.types import Batch, Sums, TokenLoss
 
 
 class SFT(LanguageModule):
-    """Trains on the tokens that the data mark, normalised by their number over the whole update.
+    """Trains on the tokens that carry loss, normalised by their number over the whole update.
 
     Args:
         loss: Loss per token: `(logits [n, vocab], targets [n]) -> [n]`.
@@ -34,7 +34,7 @@ class SFT(LanguageModule):
         self.loss = loss or CrossEntropy()
 
     def loss_sums(self, batch: Batch, split: Split) -> Sums:
-        """Sums over the targets: `loss`, how many were predicted best, and in evaluation the plain `nll`."""
+        """Sums over the targets: `loss`, `correct` (targets with the largest logit), and in evaluation `nll`."""
         with_nll = split != "train" and not is_cross_entropy(self.loss)
 
         def compute(states: States) -> Sums:
@@ -47,7 +47,7 @@ class SFT(LanguageModule):
         return self.causal_lm(batch, compute)
 
     def metrics(self, sums: Sums, split: Split) -> dict[str, Tensor]:
-        """Means per target; of held-out tokens, perplexity as well."""
+        """Means per target, and in evaluation perplexity."""
         means = super().metrics(sums, split)
         means["mean_token_accuracy"] = means.pop("correct")
         return means if split == "train" else means | {"perplexity": means["nll"].exp()}

@@ -1,8 +1,8 @@
-"""An optimizer update, a validation and a test, for all trainer types: steps, sums, normalisation, logging.
+"""Training, validation and test steps of all trainer types: sums, normalisation, logging.
 
-A trainer type says what a batch's sums are (`loss_sums`) and what an update is normalised by (`unit`). Each micro-batch
-carries what its update comes to over all micro-batches and ranks, so its loss is divided by the right number at once:
-gradients are true as they come, for Lightning's clipping, for callbacks and for optimizers.
+A trainer type defines the sums of a batch (`loss_sums`) and what an update is normalised by (`unit`). Each micro-batch
+carries the totals of its update over all micro-batches and ranks, so its loss is divided by the right number at once.
+Gradients therefore have their final scale, for Lightning's clipping, callbacks and optimizers.
 """
 
 from abc import abstractmethod
@@ -21,14 +21,14 @@ from oumi_pl.types import Batch, Sums
 Split = Literal["train", "validation", "test"]
 
 PREFIX: dict[Split, str] = {"train": "train", "validation": "val", "test": "test"}
-"""What the metrics of a split are called by: `val/loss`."""
+"""Prefix of the metrics of a split, as in `val/loss`."""
 
 
 class UpdateModule(L.LightningModule):
-    """Does all steps of a trainer type. Subclasses say what the sums of a batch are.
+    """Implements all steps of a trainer type. Subclasses define the sums of a batch.
 
-    Names that begin with two underscores are this class's own; every other name of its own is documented, and a
-    subclass is free to use what is not.
+    Private names begin with two underscores, so that Python mangles them: a subclass may use any name that is not
+    documented here without overriding something by accident.
     """
 
     unit: ClassVar[str] = "targets"
@@ -41,37 +41,37 @@ class UpdateModule(L.LightningModule):
         self.last_update: dict[str, float] = {}
         """Sums of the last update over all micro-batches and ranks, for callbacks to read."""
         self.tokens_seen = {"tokens": 0, "targets": 0}
-        """What was trained on so far, without padding."""
+        """Counts of what the run has trained on, without padding."""
         self.log_to: Callable[[dict[str, Any]], None] | None = None
-        """Called with all that `log` and `log_dict` are given, in place of Lightning, which only logs within its own
-        loops. Set by an engine that runs another loop."""
+        """Called with all that is logged, instead of Lightning's logging, which works only within its own loops. Set by
+        engines that run another loop."""
         self.__update: Sums = {}
         self.__expected: int | None = None
         self.__finished = -1
         self.__evaluated = EvaluationSums()
 
-    # ---- what a trainer type says
+    # ---- what a trainer type defines
 
     @abstractmethod
     def loss_sums(self, batch: Any, split: Split) -> Sums:
         """Sums over a batch, scalars by name.
 
-        `loss` is needed; in training it is differentiable. `objective` is what is minimised where that is more than the
-        loss that is logged, the router loss of a mixture of experts for example. The names are the same for every
-        batch. The counts of `count` are added by the caller. The stand-in of a rank that ran out of rows has no
-        targets, and its loss is a differentiable 0 that the model took part in.
+        `loss` is required, and differentiable in training. `objective` is minimised instead of `loss` if it is present,
+        for example to add the router loss of a mixture of experts without logging it. The names are the same for every
+        batch. The caller adds the counts of `count`. The stand-in of a rank that ran out of rows has no targets; its
+        loss has to be a 0 that depends on the model, so that all ranks take part in the backward pass.
         """
 
     def metrics(self, sums: Sums, split: Split) -> dict[str, Tensor]:
-        """Metrics from sums over an update or a whole split; each sum over the number of units when not overridden."""
+        """Metrics from sums over an update or a whole split; by default, each sum divided by the number of units."""
         counts = {"targets", "rows", "tokens", "positions"}
         units = sums[self.unit].clamp(min=1)
         return {name: value / units for name, value in sums.items() if name not in counts}
 
     def count(self, batch: Any) -> dict[str, int]:
-        """What a batch comes to: `targets`, `rows`, `tokens`, and `positions`, which are tokens with padding."""
+        """Counts of a batch: `targets`, `rows`, `tokens`, and `positions` (tokens and padding)."""
         forest: Batch = batch
-        real = bool(forest["sample_ids"])  # else the stand-in of a rank that ran out of rows
+        real = bool(forest["sample_ids"])  # False for the stand-in of a rank that ran out of rows
         tokens = forest["input_ids"].numel() if real else 0
         return {
             "targets": len(forest["targets"]),
@@ -81,28 +81,28 @@ class UpdateModule(L.LightningModule):
         }
 
     def share(self, batch: Any) -> float:
-        """What a micro-batch's sum of losses is multiplied by: its update's gradient is then that of the mean.
+        """The factor on a micro-batch's sum of losses with which the update's gradient is that of the mean.
 
-        That is one over the units of the update, times its micro-batches over all ranks: Lightning divides by the
+        It is the number of micro-batches over all ranks, divided by the units of the update: Lightning divides by the
         micro-batches of a rank, and the strategy averages over the ranks.
 
         Raises:
-            UserError: the batch does not say what its update comes to, and it is not all of it.
+            UserError: the batch lacks the totals of its update, and is not the whole update.
         """
         update = batch.get("update")
         if update is not None:
             return update.parts / max(1, getattr(update, self.unit))
         if self.trainer.accumulate_grad_batches * self.trainer.world_size > 1:
             raise UserError(
-                "the batches do not say what their update comes to (`update`), so a mean over several micro-batches or "
-                "ranks can't be taken; use a data module of oumi_pl, or one micro-batch on one device"
+                "the batches lack the totals of their update (`update`), so a mean over several micro-batches or ranks "
+                "can't be computed; use a data module of oumi_pl, or one micro-batch on one device"
             )
         return 1 / max(1, self.count(batch)[self.unit])
 
     # ---- training
 
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
-        """The micro-batch's share of the update's mean loss."""
+        """Returns the micro-batch's share of the update's mean loss."""
         sums = self.loss_sums(batch, "train")
         objective = sums.pop("objective", sums["loss"])
         self.add_to_update(sums | self.__counts(batch, sums["loss"].device))
@@ -111,7 +111,8 @@ class UpdateModule(L.LightningModule):
         return objective * self.share(batch)
 
     def add_to_update(self, sums: Mapping[str, Tensor]) -> None:
-        """Adds a micro-batch's sums to those that are logged of the update."""
+        """Adds a micro-batch's sums to those of the update, for logging."""
+        # float64, so that the sum does not depend on the number of micro-batches; MPS has none
         for name, value in sums.items():
             total = value.detach().to(self.device, torch.float32 if self.device.type == "mps" else torch.float64)
             self.__update[name] = self.__update[name] + total if name in self.__update else total
@@ -122,9 +123,9 @@ class UpdateModule(L.LightningModule):
         Raises:
             UserError: the loss or the norm is not a finite number.
         """
-        if self.__finished == self.global_step:  # a closure that is called again (SAM): the first point counts
+        if self.__finished == self.global_step:  # the closure is called again (SAM): log the first call
             self.__update = {}
-        elif self.__update:  # empty if a `training_step` of the user's does without ours
+        elif self.__update:  # empty if a user's `training_step` does not call ours
             self.finish_update(total_norm(self), optimizer.param_groups[0]["lr"])
 
     def finish_update(self, grad_norm: Tensor, lr: float, **instead: float) -> None:
@@ -133,7 +134,7 @@ class UpdateModule(L.LightningModule):
         Args:
             grad_norm: Norm of the update's gradient.
             lr: Learning rate.
-            instead: Means of the update that take the place of those that were added, by name; sums of `unit` stay.
+            instead: Means of the update by name, which replace the accumulated ones.
 
         Raises:
             UserError: the loss or the norm is not a finite number.
@@ -163,13 +164,13 @@ class UpdateModule(L.LightningModule):
         self.log_dict(logged, batch_size=1)
 
     def abandon_update(self) -> None:
-        """Forgets what was added to an update that will not be finished, and its gradients."""
+        """Drops the sums and gradients of an update that will not be finished."""
         self.__update = {}
         for parameter in self.parameters():
             parameter.grad = None
 
     def on_after_optimizer_step(self) -> None:
-        """Called after each step of the optimizer, while the gradients are still there."""
+        """Called after each step of the optimizer, before its gradients are freed."""
 
     def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
         """Steps, and frees the gradients: Lightning would keep them through the next forward pass."""
@@ -185,7 +186,7 @@ class UpdateModule(L.LightningModule):
             UserError: the loss or the norm is not a finite number.
         """
         if getattr(self.trainer.precision_plugin, "scaler", None) is not None:
-            return  # float16: the scaler skips such updates and lowers its scale
+            return  # float16: the gradient scaler skips such updates and lowers its scale
         for name, value in {"train/loss": loss, "train/grad_norm": grad_norm}.items():
             if not torch.isfinite(value):
                 raise UserError(
@@ -196,7 +197,7 @@ class UpdateModule(L.LightningModule):
     # ---- evaluation
 
     def validation_step(self, batch: Any, batch_idx: int) -> None:
-        """Adds a batch to the sums over the held-out rows."""
+        """Adds a batch to the sums over the validation rows."""
         self.__evaluate(batch, "validation")
 
     def test_step(self, batch: Any, batch_idx: int) -> None:
@@ -204,7 +205,7 @@ class UpdateModule(L.LightningModule):
         self.__evaluate(batch, "test")
 
     def on_validation_epoch_end(self) -> None:
-        """Logs exact means over all held-out rows."""
+        """Logs exact means over all validation rows."""
         self.__log_evaluation("validation")
 
     def on_test_epoch_end(self) -> None:
@@ -219,7 +220,7 @@ class UpdateModule(L.LightningModule):
     def __log_evaluation(self, split: Split) -> None:
         metrics = self.metrics(self.__evaluated.take(), split)
         logged = {f"{PREFIX[split]}/{name}": value.float() for name, value in metrics.items()}
-        if self.trainer.state.fn == "fit":  # where `metrics.csv` puts it
+        if self.trainer.state.fn == "fit":  # the column of `metrics.csv`
             logged["step"] = torch.tensor(float(self.global_step))
         self.log_dict(logged)
 
@@ -258,7 +259,7 @@ class UpdateModule(L.LightningModule):
 
 
 class EvaluationSums:
-    """Named sums over batches and ranks, in float64: a mean of millions of terms must not depend on their order."""
+    """Named sums over batches and ranks, in float64, so that a mean over millions does not depend on the order."""
 
     def __init__(self) -> None:
         self._metrics: dict[str, SumMetric] = {}
@@ -271,13 +272,13 @@ class EvaluationSums:
             self._metrics[name].update(value.detach())
 
     def take(self) -> Sums:
-        """The sums over all batches and ranks; the next pass starts from zero."""
+        """Returns the sums over all batches and ranks, and starts again from zero."""
         metrics, self._metrics = self._metrics, {}
         device = next(iter(metrics.values())).device
         totals = {}
         for name in _names_on_any_rank(metrics):
             metric = metrics.get(name, _sum_metric(device))
-            metric.update(torch.zeros((), device=device))  # of a rank that saw none, torchmetrics warns
+            metric.update(torch.zeros((), device=device))  # else torchmetrics warns on a rank without batches
             totals[name] = metric.compute()
         return totals
 
@@ -295,7 +296,7 @@ def total_norm(module: torch.nn.Module) -> Tensor:
 
 
 def _names_on_any_rank(metrics: Mapping[str, Any]) -> list[str]:
-    """Ranks may have seen different sources; all have to take part in each sum, in the same order."""
+    """All ranks have to reduce the same sums in the same order, although they may have seen different sources."""
     if not torch.distributed.is_initialized():
         return list(metrics)
     names: list[Any] = [None] * torch.distributed.get_world_size()

@@ -1,4 +1,4 @@
-"""Parameter groups: what an optimizer treats alike."""
+"""Parameter groups, and fused optimizer steps."""
 
 from collections.abc import Collection, Iterable
 from typing import Any
@@ -12,25 +12,25 @@ def parameter_groups(
 ) -> list[dict[str, Any]]:
     """Splits the trainable parameters into `matrices`, `embeddings` and `no_decay` (biases, norms).
 
-    Decaying a norm's scale or a bias pulls it to zero without regularising anything. Optimizers like Muon are for the
-    matrices between the layers, and not for the rows of a vocabulary.
+    Weight decay on a norm's scale or a bias does not regularise. `matrices` is a separate group because optimizers like
+    Muon are for the weights of layers, not for embeddings with a row per token.
 
     Args:
         named: The parameters with their names.
-        embeddings: Those of embeddings and of the head.
+        embeddings: The parameters of embeddings and of the head.
     """
-    rows = {id(parameter) for parameter in embeddings}
+    vocabulary = {id(parameter) for parameter in embeddings}
     groups: dict[str, list[nn.Parameter]] = {"matrices": [], "embeddings": [], "no_decay": []}
     for _, parameter in named:
         if parameter.requires_grad:
-            kind = "no_decay" if parameter.ndim < 2 else "embeddings" if id(parameter) in rows else "matrices"
+            kind = "no_decay" if parameter.ndim < 2 else "embeddings" if id(parameter) in vocabulary else "matrices"
             groups[kind].append(parameter)
-    undecayed: dict[str, dict[str, Any]] = {"no_decay": {"weight_decay": 0.0}}
-    return [{"params": found, "name": name} | undecayed.get(name, {}) for name, found in groups.items() if found]
+    settings: dict[str, dict[str, Any]] = {"no_decay": {"weight_decay": 0.0}}
+    return [{"params": group, "name": name} | settings.get(name, {}) for name, group in groups.items() if group]
 
 
 def fuse(optimizer: Optimizer) -> None:
-    """Lets Adam and AdamW take their step in one pass over memory, unless it was said how they do."""
+    """Switches on the fused step of Adam and AdamW, unless the recipe sets `fused` or `foreach`."""
     undecided = all(group.get("fused") is None and group.get("foreach") is None for group in optimizer.param_groups)
     if isinstance(optimizer, Adam | AdamW) and undecided:
         for group in optimizer.param_groups:

@@ -1,4 +1,4 @@
-"""Muon for the hidden matrices and AdamW for the rest, as the one optimizer that Lightning's automatic loop takes."""
+"""Muon for the hidden matrices and AdamW for the rest, in one optimizer: Lightning's automatic loop takes only one."""
 
 from collections.abc import Callable, Iterable
 from typing import Any
@@ -9,7 +9,7 @@ from torch.optim import AdamW, Muon, Optimizer
 from oumi_pl.errors import UserError
 
 MATRICES = "matrices"
-"""Name of the parameter group that Muon takes: see `oumi_pl.optim.schedules.parameter_groups`."""
+"""Name of the parameter group that Muon updates: see `oumi_pl.optim.groups.parameter_groups`."""
 
 
 class MuonAdamW(Optimizer):
@@ -20,9 +20,9 @@ class MuonAdamW(Optimizer):
     one learning rate, the one that suits AdamW, serves both.
 
     Args:
-        params: Groups as `parameter_groups` makes them; those named `matrices` go to Muon.
-        lr: Learning rate of all.
-        weight_decay: Decoupled, of all groups that do not say otherwise.
+        params: Groups as `parameter_groups` returns them; those named `matrices` go to Muon.
+        lr: Learning rate of all groups.
+        weight_decay: Decoupled, for all groups that do not set their own.
         momentum: Of Muon.
         ns_steps: Newton-Schulz iterations of Muon.
         betas: Of AdamW.
@@ -54,14 +54,15 @@ class MuonAdamW(Optimizer):
         scaled = "match_rms_adamw"
         self._muon = Muon(hidden, lr, weight_decay, momentum=momentum, ns_steps=ns_steps, adjust_lr_fn=scaled)
         self._adamw = AdamW(others, lr, betas, eps, weight_decay, fused=fused) if others else None
-        # the same dictionaries in both places: a schedule that sets `lr` here sets it there
+        # the inner optimizers' own group dictionaries, which hold their defaults: a schedule that sets `lr` sets it for
+        # both
         order = [id(group["params"][0]) for group in self.param_groups]
-        made = [*self._muon.param_groups, *(self._adamw.param_groups if self._adamw else [])]
-        self.param_groups = sorted(made, key=lambda group: order.index(id(group["params"][0])))
+        groups = [*self._muon.param_groups, *(self._adamw.param_groups if self._adamw else [])]
+        self.param_groups = sorted(groups, key=lambda group: order.index(id(group["params"][0])))
         self._share()
 
     def _share(self) -> None:
-        """Makes both optimizers work on the groups and the state that are seen, saved and restored here."""
+        """Makes both optimizers use the groups and the state of this one, which is what checkpoints hold."""
         self._muon.param_groups = [group for group in self.param_groups if group["name"] == MATRICES]
         self._muon.state = self.state
         if self._adamw is not None:
@@ -69,12 +70,12 @@ class MuonAdamW(Optimizer):
             self._adamw.state = self.state
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Takes up what `state_dict` gave."""
+        """Restores the state returned by `state_dict`."""
         super().load_state_dict(state_dict)
-        self._share()
+        self._share()  # torch has replaced `param_groups` and `state`
 
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
-        """Takes a step with both."""
+        """Steps both optimizers."""
         loss = None
         if closure is not None:
             with torch.enable_grad():

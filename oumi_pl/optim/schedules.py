@@ -7,14 +7,15 @@ from oumi_pl.errors import UserError
 
 
 def in_steps(value: int | float, total: int) -> int:
-    """A number of steps: `value` itself, or below 1 a share of `total`, rounded up as `transformers` does."""
+    """Number of steps: `value` itself, or below 1 that share of `total`, rounded up as in `transformers`."""
     return math.ceil(value * total) if value < 1 else int(value)
 
 
 def _refuse_part_of_a_step(name: str, value: int | float) -> None:
     if value > 1 and value != int(value):
-        right = "a number of steps is whole, and a share of all steps is below 1"
-        raise UserError(f"model.schedule.{name} is {value}: {right}")
+        raise UserError(
+            f"model.schedule.{name} is {value}: a number of steps is whole, and a share of all steps is below 1"
+        )
 
 
 def _share(floor: float) -> float:
@@ -42,7 +43,7 @@ class Schedule(ABC):
         return step / start if step < start else self.factor(step, start, total)
 
     def doubts(self, total: int) -> list[str]:
-        """What can't be as the recipe says in a run of `total` steps; empty where all is well."""
+        """Warnings about settings that don't fit into a run of `total` steps."""
         start = in_steps(self.warmup, total)
         if start < total:
             return []
@@ -50,7 +51,7 @@ class Schedule(ABC):
 
     @abstractmethod
     def factor(self, step: int, start: int, total: int) -> float:
-        """Factor at `step`, once the warm-up has ended at `start`."""
+        """Factor at `step`; the warm-up ended at `start`."""
 
 
 class Constant(Schedule):
@@ -84,11 +85,11 @@ class Cosine(Schedule):
     Args:
         warmup: Steps of linear warm-up from 0; below 1, the share of all steps.
         floor: Factor at the end.
-        cycles: Waves of the cosine: with 0.5 it goes down once, with 1.5 down, up and down again.
+        cycles: Number of waves: with 0.5 the rate falls once, with 1.5 it falls, rises and falls again.
     """
 
     keeps_floor: bool = True
-    """Whether the rate stays as it is at `total` past that; `transformers` continues the wave."""
+    """Whether the rate stays constant after `total` steps; `transformers` continues the wave."""
 
     def __init__(self, warmup: int | float = 0, floor: float = 0.0, cycles: float = 0.5) -> None:
         super().__init__(warmup)
@@ -103,11 +104,11 @@ class Cosine(Schedule):
 
 
 class CosineRestarts(Schedule):
-    """Warm-up, then half a cosine down to 0 several times over, each from 1 (arXiv:1608.03983, its warm restarts).
+    """Warm-up, then half a cosine from 1 down to 0, several times over (warm restarts, arXiv:1608.03983).
 
     Args:
         warmup: Steps of linear warm-up from 0; below 1, the share of all steps.
-        cycles: How often it goes down.
+        cycles: Number of descents.
     """
 
     def __init__(self, warmup: int | float = 0, cycles: int = 1) -> None:
@@ -140,7 +141,7 @@ class WarmupStableDecay(Schedule):
         self.floor = _share(floor)
 
     def doubts(self, total: int) -> list[str]:
-        """As of every schedule, and whether warm-up and decay fit into the run."""
+        """As for every schedule, and whether warm-up and decay fit into the run."""
         start, decay = in_steps(self.warmup, total), in_steps(self.decay, total)
         if start + decay <= total or start >= total:
             return super().doubts(total)

@@ -18,7 +18,7 @@ from oumi_pl.attention import (
     why_not_isolating,
     why_not_shared,
 )
-from oumi_pl.attention.blocks import in_force
+from oumi_pl.attention.segments import current_blocks
 from oumi_pl.errors import UserError
 from oumi_pl.types import Segment
 
@@ -175,7 +175,7 @@ def test_checkpointing_recomputes_outside_of_packed(name):
     recomputed = []
     model.base_model.register_forward_pre_hook(lambda *_: recomputed.clear())
     watched = next(m for m in model.modules() if m is not model and type(m).__name__.endswith("Attention"))
-    watched.register_forward_hook(lambda *_: recomputed.append(in_force.get() is not None))
+    watched.register_forward_hook(lambda *_: recomputed.append(current_blocks.get() is not None))
     hidden = states(model, documents())
     assert_close(gradients(model, project(hidden)), expected)
     assert recomputed == [True, False]
@@ -313,7 +313,7 @@ def test_the_check_leaves_no_trace():
     assert torch.equal(before, torch.get_rng_state())
     assert all(torch.equal(weights[k], v) for k, v in model.state_dict().items())
     assert all(p.grad is None for p in model.parameters())
-    assert in_force.get() is None
+    assert current_blocks.get() is None
 
 
 def test_the_check_sees_through_peft(fault):

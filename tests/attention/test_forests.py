@@ -1,6 +1,7 @@
 """Segments that share tokens, in one packed row, against each path run alone as a sequence of its own."""
 
 import random
+from dataclasses import replace
 
 import pytest
 import torch
@@ -8,7 +9,6 @@ from torch.nn import functional as F
 
 from oumi_pl.attention import (
     NAME,
-    blocks,
     interface,
     packed,
     path_positions,
@@ -176,7 +176,7 @@ def test_a_segment_that_shares_nothing_is_a_root():
     forest = [Segment(4), Segment(3, 0, 0), Segment(5, 1, 2)]
     assert path_positions(forest, 2).tolist() == [4, 5, 7, 8, 9, 10, 11]
     assert_equal_to_separate(make("llama"), make("llama", "eager"), forest)
-    assert blocks.blocks_of(forest)[1] == blocks.Block(4, 3)
+    assert segments.blocks_of(forest)[1] == segments.Block(4, 3)
 
 
 @pytest.mark.parametrize(
@@ -196,7 +196,7 @@ def test_a_segment_that_shares_nothing_is_a_root():
 def test_impossible_segments_are_refused(forest, index):
     with pytest.raises(ValueError, match=f"segment {index} of"), packed(forest):
         pass
-    assert blocks.in_force.get() is None
+    assert segments.current_blocks.get() is None
 
 
 @pytest.mark.parametrize("name", ["llama", "mistral", "gpt2"])
@@ -241,7 +241,7 @@ def test_the_work_is_that_of_the_paths(monkeypatch):
 
 def test_blocks_cover_the_row_and_name_what_they_see():
     forest = [Segment(9), Segment(7, 0, 5), Segment(4), Segment(3, 1, 8), Segment(2, 3, 4), Segment(1, 3, 10)]
-    row = blocks.blocks_of(forest)
+    row = segments.blocks_of(forest)
     assert [(b.start, b.length, b.keys) for b in row] == [
         (0, 9, 9),
         (9, 7, 12),
@@ -258,11 +258,11 @@ def test_blocks_cover_the_row_and_name_what_they_see():
         ((0, 4),),
         ((0, 5), (1, 3), (3, 2)),
     ]
-    seen = blocks.Blocks(row, True, None, lambda _: None, "cpu")
+    seen = segments.Blocks(row, True, None, lambda _: None, "cpu")
     assert seen.key_positions.tolist() == [p for i in range(len(forest)) for p in naive_path(forest, i)]
     assert seen.cumulative[0].tolist() == [0, 9, 16, 20, 23, 25, 26]
     assert seen.cumulative[1].tolist() == [0, 9, 21, 25, 36, 42, 53]
-    assert blocks.Blocks(row[:1], True, None, lambda _: None, "cpu").key_positions is None
+    assert segments.Blocks(row[:1], True, None, lambda _: None, "cpu").key_positions is None
 
 
 # ---- the variable-length kernel, which CPUs don't have
@@ -346,7 +346,12 @@ def test_variable_length_kernel(name, monkeypatch):
 
 def with_pieces(pieces):
     """A fault in which tokens of earlier segments a path is made of."""
-    return lambda patch: patch.setattr(blocks, "earlier_pieces", pieces)
+    original = segments.blocks_of
+
+    def faulty(forest):
+        return tuple(replace(block, earlier=pieces(forest, i)) for i, block in enumerate(original(forest)))
+
+    return lambda patch: patch.setattr(segments, "blocks_of", faulty)
 
 
 def sharing(forest, index, shared):

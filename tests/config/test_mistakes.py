@@ -6,7 +6,7 @@ import platform
 import pytest
 import torch
 
-from oumi_pl.errors import UserError, nearest, of_the_machine
+from oumi_pl.errors import UserError, machine_failure, nearest
 from tests.command_line import GONE, CommandLine
 
 FIT = ("fit", "--config", "r.yaml")
@@ -216,19 +216,19 @@ def test_full_disk(cli, monkeypatch, hidden):
     assert code == 2
     assert len(message) == 1
     assert message[0].startswith("error: No space left on device to write runs/r/checkpoints/step-00000002.ckpt")
-    assert message[0].endswith("; make room, and go on with --resume, or choose another --runs_dir")
+    assert message[0].endswith("; free some space and continue with --resume, or choose another --runs_dir")
     assert "Traceback" not in err
     assert cli.state("runs/r")["status"] == "failed"
     assert not list(cli.directory.glob("runs/r/checkpoints/*"))
 
 
 def test_out_of_memory():
-    assert "halve data.batch_size" in of_the_machine(torch.OutOfMemoryError("CUDA out of memory"))
-    assert of_the_machine(RuntimeError("other")) is None
+    assert "halve data.batch_size" in machine_failure(torch.OutOfMemoryError("CUDA out of memory"))
+    assert machine_failure(RuntimeError("other")) is None
 
 
 def test_another_rank_gone():
-    assert "another rank exited" in of_the_machine(RuntimeError("[pair.cc:553] Connection closed by peer [::1]:1"))
+    assert "another rank exited" in machine_failure(RuntimeError("[pair.cc:553] Connection closed by peer [::1]:1"))
 
 
 def test_bug_of_ours_keeps_its_traceback(cli, monkeypatch):

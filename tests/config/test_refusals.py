@@ -168,7 +168,7 @@ def test_predictions_that_cannot_be(setting, value):
 
 OWN_FORMATS = {
     "fails": ("row['nope']", "rows.jsonl:1: own_h.read raised KeyError: 'nope' (HERE/own_h.py line 2)"),
-    "makes no record": ("3", "rows.jsonl:1: own_h.read made a int of this row; a format makes a Conversation"),
+    "makes no record": ("3", "rows.jsonl:1: own_h.read returned a int for this row; a format returns a Conversation"),
 }
 
 

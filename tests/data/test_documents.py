@@ -74,8 +74,8 @@ def test_invalid_bytes_are_an_error_or_are_replaced_and_counted():
 def test_a_binary_file_among_texts_is_refused_by_its_name():
     write("texts/a.txt", "fine")
     write("texts/b.txt", b"PK\x00\x01")
-    assert "texts/b.txt:1: binary data" in mistake("texts")
-    assert "texts/b.txt:1: binary data" in mistake("texts", errors="replace")
+    assert "texts/b.txt:1: expected text, found binary data" in mistake("texts")
+    assert "texts/b.txt:1: expected text, found binary data" in mistake("texts", errors="replace")
 
 
 def test_another_way_to_divide_is_another_source():
@@ -102,7 +102,11 @@ def test_rows_that_are_documents():
     ("row", "fields", "message"),
     [
         ({"messages": []}, {}, "a.jsonl:1: this row is a conversation, which SFT trains on"),
-        ({"prompt": "a", "response": "b"}, {"format": "prompt_response"}, "a.jsonl:1: the format makes a Conversation"),
+        (
+            {"prompt": "a", "response": "b"},
+            {"format": "prompt_response"},
+            "a.jsonl:1: the format returns a Conversation",
+        ),
         ({"txt": "a"}, {}, "a.jsonl:1: no column 'text'; did you mean 'txt'?"),
         ({"text": 3}, {}, "a.jsonl:1: column 'text'"),
     ],

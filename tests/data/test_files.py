@@ -141,7 +141,7 @@ def test_reads_lazily():
         ("a.jsonl", '{"n": ' + "1" * 5000 + "}", ["a.jsonl:1", "JSON"]),
         ("a.jsonl", b'{"n": 1}\n{"n": "\xff"}\n', ["a.jsonl:2", "not UTF-8", "0xff at byte 8"]),
         ("a.jsonl", b'{"n": 1}\n\x00\x01\x02', ["a.jsonl:2", "binary"]),
-        ("a.jsonl", '{"n": 1}'.encode("utf-16"), ["a.jsonl:1", "UTF-16 text, where UTF-8 is expected"]),
+        ("a.jsonl", '{"n": 1}'.encode("utf-16"), ["a.jsonl:1", "expected UTF-8 text, found UTF-16"]),
         ("a.json", '[{"n": 1},\n {"n": }]', ["a.json:2", "not valid JSON"]),
         ("a.json", '{"n": 1}\n{"n": 2\n', ["a.json:2", "not valid JSON"]),
         ("a.json", '[{"n": 1}, 2]', ["a.json row 2", "expected an object", "a number"]),

@@ -56,7 +56,7 @@ EXPECTED = {
 def tokenizer_with(name):
     tokenizer = byte_tokenizer(bos_token="<s>")
     before = len(tokenizer)
-    assert apply_template(tokenizer, load_template(tokenizer, name)) == 0
+    assert apply_template(tokenizer, load_template(tokenizer, name)) == []
     assert len(tokenizer) == before
     return tokenizer
 

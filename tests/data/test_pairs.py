@@ -309,11 +309,11 @@ def test_what_the_template_refuses_for_other_reasons_is_an_error():
 def test_records_that_are_no_pairs_are_refused_and_pairs_are_refused_by_sft():
     tokenizer = byte_tokenizer("chatml")
     for record, message in [
-        (Text("a", "q"), "no pair of responses; DPO needs a chosen and a rejected one"),
+        (Text("a", "q"), "not a pair of responses; DPO needs a chosen and a rejected one"),
         (Preference(Text("a", "q"), Text("b", "p")), "hold different prompts"),
         (Preference(Text("a", "q"), chat("q", "a", border=1)), "hold different prompts"),
         (Preference(chat("q", "a", border=1), chat("p", "b", border=1)), "hold different prompts"),
-        (Preference(chat("q", "a"), chat("q", "b")), "without prompt_messages"),
+        (Preference(chat("q", "a"), chat("q", "b")), "needs prompt_messages"),
     ]:
         with pytest.raises(UserError, match=message):
             one(tokenizer, record)

@@ -148,8 +148,11 @@ def test_the_margin_is_kept_if_the_row_has_one(columns, margin):
             r"the prompts of chosen and rejected differ in turn 3 \('user' and 'user'\)",
         ),
         ({"chosen": [Q, GOOD], "rejected": [SYSTEM, Q, BAD]}, r"differ in turn 1 \('user' and 'system'\)"),
-        ({"chosen": [Q], "rejected": [Q, BAD]}, r"'chosen' ends after turn 1, where 'rejected' goes on: its response"),
-        ({"chosen": [Q, GOOD], "rejected": [Q]}, r"'rejected' ends after turn 1, where 'chosen' goes on"),
+        (
+            {"chosen": [Q], "rejected": [Q, BAD]},
+            r"'chosen' ends after turn 1, where 'rejected' continues: its response",
+        ),
+        ({"chosen": [Q, GOOD], "rejected": [Q]}, r"'rejected' ends after turn 1, where 'chosen' continues"),
         ({"chosen": [Q], "rejected": [Q]}, r"'chosen' ends after turn 1"),
         ({"chosen": "good", "rejected": "bad"}, r"'chosen' .* doesn't begin with .*'Human:'.* e.g. \{prompt: my_col"),
         (

@@ -95,7 +95,7 @@ def test_documents_are_tokenized_once_as_long_as_nothing_changes(tmp_path, monke
         ({"packing": "concatenate"}, "data.packing: unknown 'concatenate'; did you mean 'concat'"),
         ({"exhausted": "restrat"}, "data.exhausted: unknown 'restrat'; did you mean 'restart'"),
         ({"shuffle_buffer": -1}, "data.shuffle_buffer is -1"),
-        ({"max_length": 8, "eval_stride": 9}, "data.eval_stride is 9, but has to lie between 1 and max_length, 8"),
+        ({"max_length": 8, "eval_stride": 9}, "data.eval_stride is 9, but has to be between 1 and max_length, 8"),
         ({"validation": 1.5}, "data.validation is 1.5"),
         ({"train": [Source("a", weight=1), "b"]}, "1 of 2 sources have a weight"),
         ({"train": [Source("a", weight=1), Source("b", weight=-2)]}, "source number 2 has the weight -2"),
@@ -115,7 +115,7 @@ def test_sources_without_documents_are_refused(tmp_path):
         pretrain_data(corpus(tmp_path, 5), validation=0.0001)
     with pytest.raises(UserError, match="blank: there are no documents in it"):
         list(pretrain_data(blank, streaming=True).train_dataloader())
-    with pytest.raises(UserError, match="the documents don't make a single row"):
+    with pytest.raises(UserError, match="the documents don't fill a single row"):
         single = write_jsonl(tmp_path / "single.jsonl", [{"text": "x"}])
         list(pretrain_data(single, isolate=True, tokenizer=only_eos()).train_dataloader())
     with pytest.raises(UserError, match="no such file"):
@@ -132,7 +132,7 @@ def only_eos():
 
 
 @pytest.mark.parametrize(
-    ("kwargs", "why"), [({"streaming": True}, "a length that isn't known"), ({"exhausted": "restart"}, "no end")]
+    ("kwargs", "why"), [({"streaming": True}, "an unknown length"), ({"exhausted": "restart"}, "no end")]
 )
 def test_epochs_of_unknown_length_are_refused(tmp_path, kwargs, why):
     with pytest.raises(UserError, match=f"a pass through the documents has {why}.*trainer.max_steps or max_tokens"):
@@ -145,14 +145,14 @@ def test_token_shards_are_refused_by_other_data_and_as_a_fraction(tmp_path):
     assert handed_out(again.train_dataloader()) == handed_out(pretrain_data(corpus(tmp_path)).train_dataloader())
     with pytest.raises(UserError, match="token shards, which only PretrainData reads"):
         SFTData(str(made), tokenizer=ByteTokenizer()).prepare_data()
-    with pytest.raises(UserError, match="no fraction can be held out, since it holds tokens"):
+    with pytest.raises(UserError, match=r"no fraction of .* can be held out, since it holds tokens"):
         pretrain_data(str(made), validation=0.1)
     with pytest.raises(UserError, match="made with another tokenizer"):
         pretrain_data(str(made), tokenizer=ByteTokenizer())
 
 
 def test_a_fraction_of_what_is_streamed_from_the_hub_is_refused(tmp_path):
-    with pytest.raises(UserError, match="to hold out a fraction of org/name means to download all of it"):
+    with pytest.raises(UserError, match="holding out a fraction of org/name would download all of it"):
         pretrain_data("org/name", streaming=True, validation=0.1)
 
 

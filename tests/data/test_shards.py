@@ -114,7 +114,7 @@ def test_damaged_shards_are_an_error_that_names_the_file(tmp_path):
     with pytest.raises(UserError, match=r"index-00001.npy: "):
         Shards(tmp_path, "bytes")
     np.save(index, np.load(tmp_path / "index-00000.npy"))
-    with pytest.raises(UserError, match=r"index-00001.npy: doesn't fit its shard"):
+    with pytest.raises(UserError, match=r"index-00001.npy: doesn't match its shard"):
         Shards(tmp_path, "bytes")
     index.unlink()
     with pytest.raises(UserError, match=r"index-00001.npy: missing or damaged"):

@@ -107,11 +107,11 @@ def tree(*segments, mask=None):
     ("example", "message"),
     [
         (tree((3,), mask=[True, False, True]), "the first token carries loss"),
-        (tree((3,), (2,)), "the first segment of an example starts anew, and all others continue one"),
+        (tree((3,), (2,)), "the first segment of an example has to be its only root"),
         (tree((3,), (2, 0, 4)), "can share 3 tokens at most"),
         (tree((3,), (2, 1, 1)), "a parent before it in the row"),
-        (tree((3,), mask=[False, True]), r"3 tokens, 2 places in the loss mask, segments of \[3\]"),
-        (replace(tree((3,)), segments=(Segment(2),)), r"3 tokens, 3 places in the loss mask, segments of \[2\]"),
+        (tree((3,), mask=[False, True]), r"3 tokens, 2 entries in the loss mask, segments of \[3\]"),
+        (replace(tree((3,)), segments=(Segment(2),)), r"3 tokens, 3 entries in the loss mask, segments of \[2\]"),
     ],
 )
 def test_what_is_no_tree_is_refused(tmp_path, example, message):
@@ -137,5 +137,5 @@ def test_all_code_that_makes_examples_is_part_of_the_caches_key(monkeypatch):
 def test_a_cache_directory_that_can_not_be_made_is_an_error(tmp_path, monkeypatch):
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("OUMI_PL_CACHE", str(tmp_path / "file/cache"))
-    with pytest.raises(UserError, match=r"can't make the cache directory .*OUMI_PL_CACHE"):
+    with pytest.raises(UserError, match=r"can't create the cache directory .*OUMI_PL_CACHE"):
         cache_root()

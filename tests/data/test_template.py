@@ -132,10 +132,10 @@ def test_missing_tokens_are_added_once_and_survive_saving(name, missing, end, tm
     template = load_template(tokenizer, name)
     assert (template.source, template.missing_tokens, template.end_of_turn) == (f"built-in {name}", missing, end)
     size = len(tokenizer)
-    assert apply_template(tokenizer, template) == len(missing) == len(tokenizer) - size
+    assert len(apply_template(tokenizer, template)) == len(missing) == len(tokenizer) - size
     assert all(len(tokenizer(token)["input_ids"]) == 1 for token in missing)
     again = load_template(tokenizer, name)
-    assert (again.missing_tokens, again.end_of_turn, apply_template(tokenizer, again)) == ((), end, 0)
+    assert (again.missing_tokens, again.end_of_turn, apply_template(tokenizer, again)) == ((), end, [])
     tokenizer.save_pretrained(tmp_path)
     loaded = AutoTokenizer.from_pretrained(tmp_path)
     own = load_template(loaded, None)
@@ -152,7 +152,7 @@ def test_a_word_tokenizer_lacks_what_it_reads_as_unknown():
 
 def test_pad_becomes_eos_only_where_there_is_none():
     tokenizer = byte_tokenizer()
-    assert apply_template(tokenizer, None) == 0
+    assert apply_template(tokenizer, None) == []
     assert tokenizer.pad_token == "<eos>"
     padded = byte_tokenizer(pad_token="<pad>")
     apply_template(padded, load_template(padded, "plain"))
@@ -172,7 +172,7 @@ def test_a_file_brings_the_tokens_it_writes(tmp_path):
     template = load_template(tokenizer, str(file))
     assert (template.source, template.end_of_turn) == ("file mine.jinja", "<|done|>")
     assert template.missing_tokens == ("<|done|>", "<|turn|>")
-    assert apply_template(tokenizer, template) == 2
+    assert len(apply_template(tokenizer, template)) == 2
     assert tokenizer.chat_template == template.text
 
 
@@ -182,7 +182,7 @@ def test_the_tokenizers_own_template_is_left_alone():
     tokenizer.chat_template = "{% for m in messages %}<|x|>{{ m.content }}{{ eos_token }}{% endfor %}"
     template = load_template(tokenizer, None)
     assert (template.missing_tokens, template.end_of_turn) == ((), None)
-    assert apply_template(tokenizer, template) == 0
+    assert apply_template(tokenizer, template) == []
 
 
 def test_wrong_names_and_files_offer_the_nearest(tmp_path):

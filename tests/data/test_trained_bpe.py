@@ -90,7 +90,7 @@ def test_refusals(tmp_path):
     with pytest.raises(UserError, match=r"data.tokenizer.max_bytes is 0"):
         TrainedBPE(300, 0).build()
     rows = write_jsonl(tmp_path / "chats.jsonl", [{"prompt": "a", "response": "b"}])
-    with pytest.raises(UserError, match="TrainedBPE learns from the documents of PretrainData"):
+    with pytest.raises(UserError, match="TrainedBPE is trained on the documents of PretrainData"):
         SFTData(rows, tokenizer=TrainedBPE()).prepare_data()
     with pytest.raises(UserError, match=r"learns from data.train, and the recipe names no source"):
         _ = PretrainData(validation=rows, tokenizer=TrainedBPE()).tokenizer

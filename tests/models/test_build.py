@@ -146,8 +146,8 @@ def test_config_values_override_the_pretrained_ones(tmp_path):
     ("config", "words"),
     [
         ({"atention_dropout": 0.1}, ["model.config.atention_dropout", "did you mean 'attention_dropout'"]),
-        ({"num_hidden_layers": 3}, ["lacks", "layers.2", "model.config asks for more"]),
-        ({"hidden_size": 64}, ["other shapes", "model.config"]),
+        ({"num_hidden_layers": 3}, ["lacks", "layers.2", "model.config adds weights"]),
+        ({"hidden_size": 64}, ["don't fit the config", "model.config"]),
         ({"num_hidden_layers": "two"}, ["model.config.num_hidden_layers", "expected int"]),
     ],
 )

@@ -197,7 +197,7 @@ class Shifted(LlamaForCausalLM):
 
 def test_unknown_logits_are_refused():
     strange = LM(Shifted(AutoConfig.for_model("llama", **SIZES)))
-    with pytest.raises(UserError, match="Shifted computes its logits in a way that is not known"):
+    with pytest.raises(UserError, match="Shifted computes its logits in a way that is not supported"):
         strange.refuse_unknown_logits()
 
 

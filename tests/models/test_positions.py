@@ -40,7 +40,7 @@ def test_rows_beyond_the_trained_rotary_positions_are_a_warning(config):
         warnings.simplefilter("error")
         refuse_too_few_positions(hf, 64)
         refuse_too_few_positions(hf, 512, (64, 64))
-    with pytest.warns(UserWarning, match=r"max_length is 65, and \w+ was made for 64 positions"):
+    with pytest.warns(UserWarning, match=r"max_length is 65, and \w+ was trained on 64 positions"):
         refuse_too_few_positions(hf, 65)
 
 

@@ -133,7 +133,7 @@ def test_a_loss_that_is_not_what_it_says_is_told(tmp_path, base):
         def __call__(self, pairs):
             return 2 * super().__call__(pairs)
 
-    with pytest.raises(UserError, match=r"Doubled is 1\.38629 where policy and reference agree, not 0\.693147"):
+    with pytest.raises(UserError, match=r"Doubled is 1\.38629 for equal policy and reference, not 0\.693147"):
         first_update(tmp_path, base, loss=Doubled())
 
 

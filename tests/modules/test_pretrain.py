@@ -86,7 +86,7 @@ def test_shapes_have_about_the_parameters_they_are_named_for():
 
 
 def test_a_shape_is_for_random_weights():
-    with pytest.raises(UserError, match=r"model\.shape is for random weights"):
+    with pytest.raises(UserError, match=r"model\.shape starts from random weights"):
         Pretrain("somewhere", shape="1m")
     assert Pretrain(shape="1m", config={"num_hidden_layers": 2}).config["num_hidden_layers"] == 2
 

@@ -1,20 +1,20 @@
-"""Makes the quickstart's conversations, short instructions about words in eight kinds, and its preferences on them.
+"""Generates the quickstart's data: conversations with eight kinds of short instructions about words, and preferences.
 
     python -m oumi_pl.data.bundled.make_instructions
 
-rewrites `instructions/` and `preferences/` beside this file, byte for byte the same each time.
+rewrites `instructions/` and `preferences/` next to this file, with identical bytes each time.
 
 A row asks for something to be done to a word: put it in capitals, shout it, say it twice, answer as a system turn asks.
 Each kind is asked for in several phrasings, and every phrasing ends with the word, so that a small model soon finds it.
 
 Training uses made-up words only ("brolu", "taske"); the held-out questions use real English words, none of which is a
-training word. So a held-out answer can be neither recalled nor guessed: it holds all five letters of a word that the
-model has never met, and the model has to compute it from the question. Any word fits any kind, so a model that carried
-the word over and ignored the instruction would be right less than once in five. The held-out score is 0 % for an
-untrained model, and nears 100 % only once the model reads the instruction and carries words over letter by letter.
+training word. So a held-out answer can be neither recalled nor guessed: it contains all five letters of a word that
+the model has never seen, and has to be computed from the question. Any word fits any kind, so a model that copies the
+word and ignores the instruction is right less than once in five. The held-out score is 0 % for an
+untrained model, and approaches 100 % only if the model follows the instruction and copies words letter by letter.
 
-A preference holds two right answers to such a question: the plain one, which a model trained on the instructions gives,
-is rejected for the same with a smile at its end. A model that never smiled learns to, and has to stay right.
+A preference has two correct answers to such a question: the plain one, which a model trained on the instructions gives,
+is rejected, and the same with a smile at the end is chosen. The model learns to smile, and should remain correct.
 """
 
 import json
@@ -113,7 +113,7 @@ def preference(row: dict[str, list[Message]]) -> dict[str, list[Message]]:
 
 
 def main() -> None:
-    """Write the files beside this one."""
+    """Writes the data files."""
     heldout = make_rows(HELDOUT_ROWS, lambda rng: rng.choice(ENGLISH_WORDS), seed=2)
     parts = {
         "instructions/train": make_rows(TRAIN_ROWS, made_up_word, seed=1),

@@ -1,9 +1,9 @@
-"""Preference losses: what a pair of responses, the better one first, says about a policy.
+"""Preference losses on pairs of responses, the better one first.
 
-`pairwise` compares the two responses' scores, `unpaired` holds each response against its own reference, `transport`
-compares the sorted scores of a micro-batch, `reference_free` does without a reference, `combined` makes losses of
-losses, and `divergences` says what a log-ratio is worth as a score. An argument outside of its range raises a
-`UserError` when the loss is created.
+`pairwise` losses depend on the difference of the two responses' scores, `unpaired` ones on the score of each response,
+`transport` ones on the sorted scores of a micro-batch. `reference_free` losses need no reference, `combined` ones wrap
+other losses, and `divergences` map log-ratios to scores. An argument outside of its range raises a `UserError` when the
+loss is created.
 """
 
 from oumi_pl.losses.preference.combined import LDDPO, WeightedSum

@@ -1,6 +1,6 @@
-"""Losses made of losses: weighted sums, and a loss that looks less at what lies beyond the shorter response.
+"""Losses that wrap losses: weighted sums, and a smaller weight for tokens beyond the length of the shorter response.
 
-Both are modules, so that a loss inside them which keeps state has it saved and moved to the device.
+Both are modules, so that the buffers of a wrapped loss are saved and moved to the device.
 """
 
 from dataclasses import replace
@@ -14,7 +14,7 @@ from oumi_pl.types import Pairs, PreferenceLoss
 
 
 class WeightedSum(PreferenceLoss, nn.Module):
-    """`sum_k weights[k] losses[k]`: several aims at once.
+    """`sum_k weights[k] losses[k]`.
 
     MPO, for example, is DPO, BCO and SFT with weights 0.8, 0.2 and 1 (Wang et al. 2024, arXiv:2411.10442). Rewards are
     those of the first loss that has any, i.e. whose `beta` is not 0.
@@ -54,16 +54,15 @@ class WeightedSum(PreferenceLoss, nn.Module):
 
 
 class LDDPO(PreferenceLoss, nn.Module):
-    """Any loss, with tokens beyond the length of the shorter response weighing `alpha`, for policy and reference alike.
+    """Any loss, with weight `alpha` on tokens beyond the length of the shorter response, in policy and reference.
 
-    Liu et al. 2024, arXiv:2409.06411 (length-desensitised DPO): the longer response has more tokens to be told by, and
-    losses that sum over tokens learn to be verbose from it. Where the loss divides by numbers of tokens, those are
-    still the full ones. Around a `WeightedSum` it weighs the tokens of an `SFTTerm` too; inside one it does not.
+    Liu et al. 2024, arXiv:2409.06411 (length-desensitised DPO): losses that sum over tokens favour the longer
+    response, so that the policy becomes verbose. A loss that divides by numbers of tokens still uses the full ones.
+    Wrapped around a `WeightedSum`, it also reweighs the tokens of an `SFTTerm`; inside one it does not.
 
     Args:
-        loss: Of the reweighted log-probabilities.
-        alpha: The weight of the longer response's surplus, from 0, as if the surplus did not exist, to 1, which changes
-            nothing.
+        loss: Called with the reweighted log-probabilities.
+        alpha: The weight of the surplus tokens, from 0 (ignored) to 1 (unchanged).
     """
 
     def __init__(self, loss: PreferenceLoss, alpha: float) -> None:

@@ -1,4 +1,4 @@
-"""What the losses share: the logistic loss, and the checks of their arguments."""
+"""Shared by the preference losses: the logistic loss, and checks of arguments."""
 
 import math
 
@@ -11,8 +11,8 @@ from oumi_pl.errors import UserError
 def logistic_loss(logits: Tensor, label_smoothing: float = 0.0) -> Tensor:
     """Computes `-(1 - e) log sigmoid(z) - e log sigmoid(-z)` of logits `z` `[pairs]` and a share `e` of wrong labels.
 
-    Conservative DPO (Mitchell 2023, "A note on DPO with noisy preferences") makes of it a loss with a minimum: at a
-    logit of `log((1 - e) / e)`, where without smoothing a larger logit is always better.
+    With `e > 0` it is that of conservative DPO (Mitchell 2023, "A note on DPO with noisy preferences"), with its
+    minimum at the logit `log((1 - e) / e)`; without smoothing a larger logit is always better.
     """
     losses = -F.logsigmoid(logits)
     if label_smoothing:
@@ -31,17 +31,17 @@ def require(holds: bool, name: str, value: float, wanted: str) -> None:
 
 
 def above_zero(name: str, value: float) -> None:
-    """Refuses everything but finite numbers above 0, with a UserError."""
+    """Raises a UserError unless the value is a finite number above 0."""
     require(value > 0, name, value, "above 0")
     require(value < math.inf, name, value, "finite")
 
 
 def zero_or_more(name: str, value: float) -> None:
-    """Refuses everything but finite numbers of 0 or more, with a UserError."""
+    """Raises a UserError unless the value is a finite number of 0 or more."""
     require(value >= 0, name, value, "0 or more")
     require(value < math.inf, name, value, "finite")
 
 
 def less_than_half(label_smoothing: float) -> None:
-    """Refuses shares of wrong labels outside `[0, 0.5)`, with a UserError: from a half on, labels say nothing."""
+    """Raises a UserError unless a share of wrong labels is in `[0, 0.5)`: from 0.5 on, labels say nothing."""
     require(0 <= label_smoothing < 0.5, "label_smoothing", label_smoothing, "from 0 to below 0.5")

@@ -1,7 +1,7 @@
-"""What a log-ratio is worth as a score: one divergence from the reference each (f-DPO, Wang et al. 2023).
+"""Scores from log-ratios, one class per divergence from the reference (f-DPO, Wang et al. 2023).
 
 DPO's reward `beta log(policy / reference)` follows from keeping the policy near the reference by the reverse KL
-divergence. Any f-divergence will do as well (Wang et al. 2023, arXiv:2309.16240): the reward is then
+divergence. Other f-divergences work too (Wang et al. 2023, arXiv:2309.16240): the reward is then
 `beta f'(policy / reference)`, up to a constant that drops out of differences.
 """
 
@@ -15,7 +15,7 @@ from torch import Tensor
 from oumi_pl.losses.preference.common import require
 
 LARGEST_EXPONENT = 36.0
-"""Where `exp` gives way to its tangent: above it, squared differences of scores would leave the range of float32."""
+"""Above this exponent `exp` is replaced by its tangent, or squared differences of scores would overflow float32."""
 
 
 class Divergence(ABC):
@@ -27,16 +27,16 @@ class Divergence(ABC):
 
 
 class ReverseKL(Divergence):
-    """`f'(t) = log t`: the score is the log-ratio itself, as in DPO. Seeks modes."""
+    """`f'(t) = log t`: the score is the log-ratio itself, as in DPO; mode-seeking."""
 
     def __call__(self, logratios: Tensor) -> Tensor:
         return logratios
 
 
 class ForwardKL(Divergence):
-    """`f'(t) = 1 - 1 / t`: covers all that the reference does.
+    """`f'(t) = 1 - 1 / t`: mass-covering.
 
-    The score falls exponentially with the log-ratio. Below a log-ratio of -36 it goes on along the tangent, so that
+    The score falls exponentially with the log-ratio. Below a log-ratio of -36 it follows the tangent, so that
     scores and gradients stay finite where float32 would overflow.
     """
 
@@ -54,8 +54,8 @@ class JensenShannon(Divergence):
 class Alpha(Divergence):
     """`f'(t) = (t^(alpha - 1) - 1) / (alpha - 1)`: a family with the reverse KL at `alpha` 1 and the forward KL at 0.
 
-    As in TRL; the paper's own parameter is `1 - alpha`. Where `(alpha - 1) log t` exceeds 36 the score goes on along
-    the tangent, so that scores and gradients stay finite.
+    As in TRL; the paper's own parameter is `1 - alpha`. Where `(alpha - 1) log t` exceeds 36 the score follows the
+    tangent, so that scores and gradients stay finite.
 
     Args:
         alpha: Any finite number; 1 gives the reverse and 0 the forward KL divergence, 0.5 is halfway between both.
@@ -73,8 +73,8 @@ class Alpha(Divergence):
 
 
 def _expm1(x: Tensor) -> Tensor:
-    """Computes `exp(x) - 1` up to the largest exponent, and its tangent there beyond."""
+    """Computes `exp(x) - 1`, and beyond the largest exponent its tangent at that point."""
     near = x.clamp(max=LARGEST_EXPONENT)
-    # far below 0 the gradient of expm1, which is computed as its result plus 1, has lost its digits
+    # autograd computes the gradient of expm1 as its result + 1, which cancels far below 0
     value = torch.where(near.abs() < 1, near.expm1(), near.exp() - 1)
     return value + near.exp() * (x - near)

@@ -1,7 +1,6 @@
 """Losses of the difference between the chosen and the rejected response's score.
 
-Only the difference counts, so that constants which a divergence adds to both scores drop out: these are the losses that
-take any divergence.
+A constant that a divergence adds to both scores cancels in the difference, so these losses take any divergence.
 """
 
 import math
@@ -19,7 +18,7 @@ class PairwiseLoss(PreferenceLoss):
     """Base of these losses: rewards are `beta` times scores, and a pair's logit is the difference of its rewards.
 
     Args:
-        beta: The strength of the regularisation, above 0; the larger, the nearer the policy stays to the reference.
+        beta: The strength of the regularisation, above 0; larger values keep the policy nearer to the reference.
         divergence: What the regularisation measures; None is the reverse KL divergence of DPO.
     """
 
@@ -47,8 +46,7 @@ class Sigmoid(PairwiseLoss):
     """DPO: `-log sigmoid(beta (s_w - s_l))`, `s` the log-ratio of a response, `w` the chosen and `l` the rejected one.
 
     Rafailov et al. 2023, arXiv:2305.18290: the likelihood of the preferences under a Bradley-Terry model whose reward
-    is the policy's own. With `label_smoothing` it is conservative DPO (Mitchell 2023), for labels that are now and then
-    wrong.
+    is the policy's own. With `label_smoothing` it is conservative DPO (Mitchell 2023), for noisy labels.
 
     Args:
         beta: The strength of the regularisation, above 0; the larger, the nearer the policy stays to the reference.
@@ -70,8 +68,8 @@ class Sigmoid(PairwiseLoss):
 class LengthNormalizedSigmoid(Sigmoid):
     """DPO per token: `-log sigmoid(beta (s_w / |w| - s_l / |l|))`, with the number `|.|` of a response's tokens.
 
-    Lambert et al. 2024 (Tulu 3), arXiv:2411.15124: a long response cannot win by its length. Rewards are per token too,
-    and therefore `beta` is far larger than in DPO: Tulu 3 trained with 5.
+    Lambert et al. 2024 (Tulu 3), arXiv:2411.15124: a long response has no advantage. Rewards are per token too,
+    so `beta` is far larger than in DPO: Tulu 3 trained with 5.
     """
 
     def __init__(self, beta: float = 5.0, label_smoothing: float = 0.0, divergence: Divergence | None = None) -> None:
@@ -83,9 +81,9 @@ class LengthNormalizedSigmoid(Sigmoid):
 
 
 class Hinge(PairwiseLoss):
-    """`max(0, 1 - beta (s_w - s_l))`: pairs that are told apart by a margin of 1 are left alone.
+    """`max(0, 1 - beta (s_w - s_l))`: pairs with a margin of 1 or more have no loss.
 
-    The hinge of SLiC (Zhao et al. 2023, arXiv:2305.10425) on log-ratios, as RSO has it (Liu et al. 2023,
+    The hinge of SLiC (Zhao et al. 2023, arXiv:2305.10425) on log-ratios, as in RSO (Liu et al. 2023,
     arXiv:2309.06657). `beta` is the inverse of SLiC's margin.
     """
 
@@ -96,12 +94,12 @@ class Hinge(PairwiseLoss):
 
 
 class IPO(PairwiseLoss):
-    """`(s_w / |w| - s_l / |l| - 1 / (2 beta))^2`: log-ratios per token are to differ by a fixed amount, and no more.
+    """`(s_w / |w| - s_l / |l| - 1 / (2 beta))^2`: the log-ratios per token should differ by a fixed amount.
 
-    Azar et al. 2023, arXiv:2310.12036, equation 17, whose `tau` is `beta`: the target keeps preferences that are
-    unanimous from driving the policy ever further away. The paper writes sums over tokens. As in TRL, whose authors had
-    it confirmed by those of the paper, log-ratios are divided by the number `|.|` of tokens: otherwise one target
-    would be far for short and near for long responses, and the square would let the long ones rule.
+    Azar et al. 2023, arXiv:2310.12036, equation 17, whose `tau` is `beta`: a fixed target keeps unanimous preferences
+    from driving the policy further and further away. The paper writes sums over tokens. Here, as in TRL (confirmed by
+    the paper's authors), log-ratios are divided by the number `|.|` of tokens: otherwise long responses, whose
+    log-ratios are larger, would dominate the square.
 
     Args:
         beta: Sets the target, `1 / (2 beta)` per token; above 0.
@@ -126,7 +124,7 @@ class EXO(PairwiseLoss):
 
     Ji et al. 2024, arXiv:2402.00856, equation 16: the reverse KL divergence from the labels, smoothed by `e`, to what
     the policy prefers, where DPO minimises the forward one. Its minimum lies at a logit of `log((1 - e) / e)`; pairs
-    that are ranked very wrongly have hardly a gradient.
+    that are ranked very wrongly get almost no gradient.
 
     Args:
         beta: The strength of the regularisation, above 0.
@@ -151,7 +149,7 @@ class Robust(Sigmoid):
     """`(-(1 - e) log sigmoid(z) + e log sigmoid(-z)) / (1 - 2 e)`, with `z = beta (s_w - s_l)`.
 
     Chowdhury et al. 2024, arXiv:2403.00409 (rDPO): if a share `e` of the labels is flipped at random, its expectation
-    is DPO's loss on the right labels. It has no lower bound: single losses below 0 are no mistake.
+    is DPO's loss on the right labels. It has no lower bound, so losses of single pairs may be negative.
 
     Args:
         beta: The strength of the regularisation, above 0.
@@ -176,7 +174,7 @@ class DiscoPOP(PairwiseLoss):
 
     Args:
         beta: The strength of the regularisation, above 0.
-        tau: The width of the passage from one loss to the other, above 0 and at most 1: above 1 the exponential part
+        tau: The width of the transition between the two losses, above 0 and at most 1: above 1 the exponential part
             would grow without bound on pairs that are ranked wrongly. The paper takes 0.05.
         divergence: What the regularisation measures; None is the reverse KL divergence.
     """

@@ -1,4 +1,4 @@
-"""Losses that need no reference: they look at the policy's log-probabilities alone.
+"""Losses of the policy's log-probabilities alone, without a reference.
 
 `p` is the log-probability of a response, `|.|` its number of tokens; `w` is the chosen response, `l` the rejected one.
 """
@@ -11,13 +11,13 @@ from oumi_pl.losses.preference.common import above_zero, less_than_half, logisti
 from oumi_pl.types import Pairs, PreferenceLoss
 
 CERTAIN = -1e-7
-"""A log-probability whose odds are still finite in float32."""
+"""Largest log-probability whose odds are finite in float32."""
 
 
 class SFTTerm(PreferenceLoss):
     """`-p_w / |w|`: the negative log-likelihood of the chosen response per token, for a `WeightedSum`.
 
-    Beside DPO's loss it keeps the chosen responses likely (Pang et al. 2024, arXiv:2404.19733). The mean is taken
+    Added to DPO's loss, it keeps the chosen responses likely (Pang et al. 2024, arXiv:2404.19733). The mean is taken
     within each pair, so that a pair's loss does not depend on its neighbours; TRL's `sft` takes it over all tokens of
     the micro-batch, where long responses weigh more. It has no rewards.
     """
@@ -30,13 +30,13 @@ class SFTTerm(PreferenceLoss):
 
 
 class SimPO(PreferenceLoss):
-    """`-log sigmoid(beta (p_w / |w| - p_l / |l|) - gamma)`: the reward is what generation maximises, and no reference.
+    """`-log sigmoid(beta (p_w / |w| - p_l / |l|) - gamma)`: the reward is what generation maximises.
 
     Meng et al. 2024, arXiv:2405.14734.
 
     Args:
         beta: What log-probabilities per token are multiplied by, above 0; the paper takes 2 and more.
-        gamma: The margin by which the chosen response's reward has to win, 0 or more; the authors start from half of
+        gamma: Target margin between the two rewards, 0 or more; the authors start from half of
             `beta`.
         label_smoothing: The share of labels taken to be wrong, from 0 to below 0.5.
     """
@@ -95,9 +95,9 @@ class CPO(PreferenceLoss):
 class ORPO(PreferenceLoss):
     """`-sft_weight p_w / |w| - beta log sigmoid(log(odds_w / odds_l))`, where `odds = P / (1 - P)`, `P = exp(p / |.|)`.
 
-    Hong et al. 2024, arXiv:2403.07691, whose `lambda` is `beta`: fine-tuning and preferences in one go, straight from a
-    base model. Odds keep the rejected response down without crushing it. A response that is certain to 1e-7 per token
-    counts as no more certain than that.
+    Hong et al. 2024, arXiv:2403.07691, whose `lambda` is `beta`: fine-tuning and preferences in one stage, from a base
+    model. The odds ratio penalises the rejected response only mildly. Log-probabilities per token are clamped to -1e-7,
+    where the odds are still finite.
 
     Args:
         beta: The weight of the odds ratio, above 0.

@@ -1,8 +1,7 @@
-"""Losses of distributions instead of pairs: sorted values of good responses against sorted values of bad ones.
+"""Losses that compare distributions instead of pairs: sorted values of good and of bad responses.
 
-They are the exception to a rule that all other losses keep: sorting happens within the micro-batch (of one rank), so
-that the same pairs in other micro-batches give another loss. A micro-batch of one pair leaves nothing to sort and gives
-DPO.
+Unlike all other losses, these depend on how pairs are divided into micro-batches, because they sort within the
+micro-batch of one rank. With one pair per micro-batch they equal DPO.
 """
 
 import math
@@ -14,7 +13,7 @@ from oumi_pl.types import Pairs, PreferenceLoss
 
 
 class _Transport(PreferenceLoss):
-    """What both losses share: a logistic loss of sorted differences.
+    """Base of both losses: a logistic loss of sorted differences.
 
     Args:
         beta: The strength of the regularisation, above 0.
@@ -35,11 +34,11 @@ class _Transport(PreferenceLoss):
 
 
 class AOT(_Transport):
-    """DPO's loss of sorted values: how far policy and reference each set chosen and rejected responses apart.
+    """DPO's loss on sorted gaps between chosen and rejected log-probabilities, of the policy and of the reference.
 
     `-log sigmoid(beta (sort(log policy_w - log policy_l) - sort(log reference_w - log reference_l)))`, quantile by
-    quantile: Melnyk et al. 2024, arXiv:2406.05882, alignment by optimal transport. The policy's gaps are to dominate
-    the reference's as a distribution, not pair by pair. Entry `i` of the result is the `i`-th quantile's loss.
+    quantile: Melnyk et al. 2024, arXiv:2406.05882, alignment by optimal transport. The policy's gaps should
+    exceed the reference's as a distribution, not pair by pair. Entry `i` of the result is the `i`-th quantile's loss.
 
     Depends on how pairs are put into micro-batches: give it large ones.
     """
@@ -51,7 +50,7 @@ class AOT(_Transport):
 
 
 class AOTUnpaired(_Transport):
-    """DPO's loss of sorted log-ratios: chosen against rejected responses, whichever prompts they answer.
+    """DPO's loss on sorted log-ratios: chosen against rejected responses, whatever their prompts.
 
     `-log sigmoid(beta (sort(s_w) - sort(s_l)))`, with log-ratios `s`: Melnyk et al. 2024, arXiv:2406.05882, for data
     whose good and bad responses are not paired. Entry `i` of the result is the `i`-th quantile's loss.

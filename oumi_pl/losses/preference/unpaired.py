@@ -1,7 +1,7 @@
-"""Losses that hold each response against the reference by itself: `r = beta log(policy / reference)` has to move.
+"""Losses of each response's own reward `r = beta log(policy / reference)`.
 
-Where losses of the difference are content when the rejected response falls faster than the chosen one, these say where
-each of them has to go. `w` is the chosen response, `l` the rejected one.
+A loss of the difference is also satisfied if both responses become less likely, the rejected one faster. These losses
+say in which direction each response should move. `w` is the chosen response, `l` the rejected one.
 """
 
 import math
@@ -15,10 +15,10 @@ from oumi_pl.types import Pairs, PreferenceLoss
 
 
 class _Unpaired(PreferenceLoss):
-    """What these losses share: `beta`, and DPO's rewards.
+    """Base of these losses: `beta`, with DPO's rewards.
 
     Args:
-        beta: The scale of log-ratios, above 0; the larger, the nearer the policy stays to the reference.
+        beta: The scale of log-ratios, above 0; larger values keep the policy nearer to the reference.
     """
 
     def __init__(self, beta: float = 0.1) -> None:
@@ -30,7 +30,7 @@ class NCA(_Unpaired):
     """`-log sigmoid(r_w) - 0.5 log sigmoid(-r_w) - 0.5 log sigmoid(-r_l)`.
 
     Chen et al. 2024, arXiv:2402.05369 (noise contrastive alignment, for pairs): keeps the likelihood of chosen
-    responses from falling, as it often does under DPO, and from rising without end: `r_w` rests at log 2.
+    responses from falling, as it often does under DPO, and from rising without bound: `r_w` has its optimum at log 2.
     """
 
     loss_at_start = 2 * math.log(2)
@@ -44,8 +44,8 @@ class BCO(_Unpaired):
     """`-log sigmoid(r_w) - log sigmoid(-r_l)`: a classifier of good and bad responses.
 
     Jung et al. 2024, arXiv:2404.04656, applied to pairs and without the paper's reward shift (a running mean of all
-    rewards that is subtracted from each), as TRL's `bco_pair`. Used beside DPO's loss to say what is good by itself
-    (MPO, Wang et al. 2024, arXiv:2411.10442).
+    rewards that is subtracted from each), as TRL's `bco_pair`. MPO adds it to DPO's loss, as a measure of
+    absolute quality (Wang et al. 2024, arXiv:2411.10442).
     """
 
     loss_at_start = 2 * math.log(2)
@@ -59,7 +59,7 @@ class SPPO(_Unpaired):
     """`(s_w - 1 / (2 beta))^2 + (s_l + 1 / (2 beta))^2`, with the log-ratios `s` of whole responses.
 
     Wu et al. 2024, arXiv:2405.00675, equation 4.7 with hard labels: the chosen response wins with probability 1 and the
-    rejected one with 0, against an average opponent. Log-ratios are to reach a target and stay there.
+    rejected one with 0, against an average opponent. Each log-ratio has a fixed target.
 
     Args:
         beta: Sets the targets, `1 / (2 beta)` above and below the reference; above 0.
@@ -78,7 +78,7 @@ class APOZero(_Unpaired):
     """`1 - sigmoid(r_w) + sigmoid(r_l)`: raises the chosen response and lowers the rejected one.
 
     D'Oosterlinck et al. 2024, arXiv:2408.06266, equation 7, for chosen responses that are better than what the model
-    would say. Both terms are bounded: responses that have moved far are let go.
+    would say. Both terms are bounded, so responses that have moved far get no more gradient.
     """
 
     loss_at_start = 1.0
