@@ -137,14 +137,14 @@ def _train(command: str, typed: list[options.Option]) -> int:
     tree: dict[str, Any] = functools.reduce(recipe_files.merge, trees, {})
     folder = None
     if resume is not None:
-        from oumi_pl.config import resuming
+        from oumi_pl.config import rewriting
 
-        folder, recipe, args = resuming.arguments(command, resume, recipe, args, tree)
+        folder, recipe, args = rewriting.resume_arguments(command, resume, recipe, args, tree)
         trees = [recipe_files.check(folder / folders.CONFIG)]
     if not asks_for_help:
-        from oumi_pl.config import recipe_models
+        from oumi_pl.config import rewriting
 
-        args = recipe_models.with_model(args, {} if folder else tree)
+        args = rewriting.with_model(args, {} if folder else tree)
     # Threads that spin while they wait slow each other down when anything else runs on the machine: 80 steps of the
     # quickstart on two busy cores took 92 s with GNU OpenMP's default and 29 s with this; on idle ones 120 steps took
     # 14 s with either. torch reads it when it is imported.
@@ -152,7 +152,7 @@ def _train(command: str, typed: list[options.Option]) -> int:
     # Large pages for large tensors, where Linux has them: steps of small models spend less time on page faults.
     os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
     with meanwhile("loading PyTorch and Lightning"):
-        from oumi_pl.callbacks.preemption import Stopped
+        from oumi_pl.callbacks.stopping import Stopped
         from oumi_pl.config.cli import CLI
 
     try:

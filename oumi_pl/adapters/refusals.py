@@ -9,21 +9,18 @@ from torch import nn
 
 from oumi_pl import attention
 from oumi_pl.adapters.losses import INSTEAD, dpo_settings
-from oumi_pl.callbacks.advice import Advice
+from oumi_pl.callbacks.advice import Advice, PreferenceWarnings
 from oumi_pl.callbacks.answers import Answers
 from oumi_pl.callbacks.checkpoint import Checkpoints
-from oumi_pl.callbacks.consumed import Consumed
 from oumi_pl.callbacks.export import Export
-from oumi_pl.callbacks.last_step import LastStep
 from oumi_pl.callbacks.memory import Memory
 from oumi_pl.callbacks.predictions import Predictions
-from oumi_pl.callbacks.preemption import Preemption
-from oumi_pl.callbacks.preference import PreferenceWarnings
 from oumi_pl.callbacks.progress import ProgressLine
 from oumi_pl.callbacks.report import Report
 from oumi_pl.callbacks.run_folder import RunFolder
 from oumi_pl.callbacks.samples import Samples
 from oumi_pl.callbacks.start import Start
+from oumi_pl.callbacks.stopping import LastStep, Preemption
 from oumi_pl.callbacks.throughput import Throughput
 from oumi_pl.callbacks.tracking import Tracking
 from oumi_pl.callbacks.trigram import TrigramBaseline
@@ -42,7 +39,7 @@ FITS: dict[type, tuple[str, ...]] = {
 }
 """Trainer type -> the engines that can train it. The first type that a module is an instance of counts."""
 OBSERVERS = (
-    *(RunFolder, Start, Throughput, PreferenceWarnings, Consumed, ProgressLine),
+    *(RunFolder, Start, Throughput, PreferenceWarnings, ProgressLine),
     *(Advice, Answers, Samples, TrigramBaseline, Export, Report, Tracking),
 )
 """Callbacks that only observe what happened between two updates: any engine may call them."""

@@ -9,15 +9,60 @@ from transformers import TrainerCallback
 from oumi_pl.adapters.batches import EngineLoader
 from oumi_pl.adapters.checkpoints import set_step
 from oumi_pl.adapters.refusals import OBSERVERS
-from oumi_pl.adapters.settings import ValidationSchedule, find
+from oumi_pl.callbacks import find
 from oumi_pl.callbacks.checkpoint import Checkpoints
-from oumi_pl.callbacks.preemption import Preemption, Stopped
 from oumi_pl.callbacks.run_folder import RunFolder
+from oumi_pl.callbacks.stopping import Preemption, Stopped
 from oumi_pl.data.base import TextData
+from oumi_pl.errors import UserError
 from oumi_pl.modules.dpo import DPO
 from oumi_pl.modules.sft import SFT
 from oumi_pl.runs import folders
 from oumi_pl.types import Batch, Sums
+
+
+class ValidationSchedule:
+    """After which updates the recipe validates, as Lightning counts.
+
+    Args:
+        trainer: Lightning's.
+        data: The recipe's.
+        length: Micro-batches of the first epoch; None if that isn't known.
+        total: Optimizer steps of the run.
+
+    Raises:
+        UserError: validation would fall between two micro-batches of an update, where engines can't stop.
+    """
+
+    def __init__(self, trainer: Any, data: TextData, length: int | None, total: int) -> None:
+        self.accumulate = trainer.accumulate_grad_batches
+        self.total = total
+        self.epochs: int | None = trainer.check_val_every_n_epoch
+        self.enabled = data.sources["validation"] is not None
+        interval = trainer.val_check_interval
+        if isinstance(interval, float) and interval != 1.0 and length is not None:
+            interval = max(1, int(length * interval))
+        self.every: int | None = None if isinstance(interval, float) else interval
+        """Micro-batches between validations; None: at the end of an epoch."""
+        if self.enabled and isinstance(interval, float) and interval != 1.0:
+            raise UserError(
+                f"trainer.val_check_interval: {interval} of an epoch whose length isn't known; set val_every instead"
+            )
+        if self.enabled and self.every is not None and self.every % self.accumulate:
+            raise UserError(
+                f"trainer.val_check_interval: {self.every} micro-batches end within an update of {self.accumulate}, "
+                "where this engine can't validate; set val_every instead, in optimizer steps"
+            )
+
+    def is_due(self, step: int, epoch: int, fetched: int, is_epoch_end: bool) -> bool:
+        """Whether to validate after `step` updates of the run, and after `fetched` micro-batches of `epoch`."""
+        if not self.enabled or (self.epochs is not None and (epoch + 1) % self.epochs):
+            return False
+        if step >= self.total:  # the end of a run is always validated
+            return True
+        if self.every is None:
+            return is_epoch_end
+        return (step * self.accumulate if self.epochs is None else fetched) % self.every == 0
 
 
 class RunCallback(TrainerCallback):
@@ -44,8 +89,8 @@ class RunCallback(TrainerCallback):
         self.data = data
         self.loader = loader
         self.validations = validations
-        self.preemption: Preemption | None = find(lightning, Preemption)
-        self.checkpoints: Checkpoints | None = find(lightning, Checkpoints)
+        self.preemption = find(lightning, Preemption)
+        self.checkpoints = find(lightning, Checkpoints)
         self.metrics_row: dict[str, float] = {}
         """The metrics of the last update, and of the validation that followed."""
 
@@ -76,7 +121,7 @@ class RunCallback(TrainerCallback):
         schedule: Any = self.module.lr_schedulers()
         schedule._last_lr = [group["lr"] for group in schedule.optimizer.param_groups]  # what the engine logs
         self.call("on_train_start")
-        folder: RunFolder | None = find(self.lightning, RunFolder)
+        folder = find(self.lightning, RunFolder)
         if folder is not None and folder.directory is not None:
             args.output_dir = str(folder.directory / folders.CHECKPOINTS)
         if self.preemption is not None:

@@ -17,9 +17,9 @@ from transformers import __version__ as transformers_version
 from oumi_pl import attention
 from oumi_pl.adapters import batches, checkpoints
 from oumi_pl.adapters.refusals import refuse_engine, refuse_model, refuse_preferences, refuse_settings
-from oumi_pl.adapters.run_callback import RunCallback
-from oumi_pl.adapters.settings import ValidationSchedule, find, training_arguments
-from oumi_pl.adapters.trainers import build_trainer, import_trl
+from oumi_pl.adapters.run_callback import RunCallback, ValidationSchedule
+from oumi_pl.adapters.trainers import build_trainer, import_trl, training_arguments
+from oumi_pl.callbacks import find
 from oumi_pl.callbacks.checkpoint import Checkpoints
 from oumi_pl.callbacks.run_folder import RunFolder, nothing_left
 from oumi_pl.data.base import TextData

@@ -1,5 +1,6 @@
 """The engines' trainers on our batches. TRL is imported here, when it is needed."""
 
+import os
 import warnings
 from pathlib import Path
 from typing import Any, cast
@@ -11,9 +12,13 @@ from oumi_pl.adapters import checkpoints
 from oumi_pl.adapters.batches import EngineBatch, EngineLoader, target_values
 from oumi_pl.adapters.losses import INSTEAD, compute_loss_func, dpo_settings
 from oumi_pl.adapters.run_callback import RunCallback
+from oumi_pl.callbacks import find
+from oumi_pl.callbacks.checkpoint import Checkpoints
+from oumi_pl.data.base import TextData
 from oumi_pl.data.loader import as_it_is
 from oumi_pl.errors import UserError
 from oumi_pl.losses.causal import is_cross_entropy
+from oumi_pl.modules.base import LanguageModule
 from oumi_pl.modules.dpo import DPO
 from oumi_pl.modules.reference import refuse_other_start
 from oumi_pl.modules.sft import SFT
@@ -128,6 +133,52 @@ class PairsMixin(EngineMixin):
 
 class HFTrainer(EngineMixin, Trainer):  # type: ignore[misc]
     """`transformers.Trainer` on our batches."""
+
+
+def training_arguments(
+    trainer: Any, module: LanguageModule, data: TextData, *, folder: str, total: int, lr: float
+) -> dict[str, Any]:
+    """Fields of `transformers.TrainingArguments`, and of the subclasses of it in TRL.
+
+    Betas, decay and the schedule are not among them: the engine gets optimizer and schedule themselves.
+
+    Args:
+        trainer: Lightning's, which has the recipe's settings.
+        module: The recipe's.
+        data: The recipe's.
+        folder: Where the engine writes its checkpoints.
+        total: Optimizer steps of the run.
+        lr: The highest learning rate of the first parameter group.
+    """
+    checkpoints = find(trainer, Checkpoints)
+    precision = str(trainer.precision)
+    saving: dict[str, Any] = {"save_strategy": "no"}
+    if checkpoints is not None:
+        saving = {"save_strategy": "steps", "save_steps": checkpoints.every, "save_total_limit": checkpoints.keep}
+    return saving | {
+        "output_dir": folder,
+        "per_device_train_batch_size": data.batch_size,
+        "per_device_eval_batch_size": data.eval_batch_size,
+        "gradient_accumulation_steps": trainer.accumulate_grad_batches,
+        "max_steps": total,
+        "learning_rate": lr,
+        "max_grad_norm": float(trainer.gradient_clip_val or 0.0),
+        "bf16": precision == "bf16-mixed",
+        "fp16": precision == "16-mixed",
+        "gradient_checkpointing": module.gradient_checkpointing,
+        "gradient_checkpointing_kwargs": {"use_reentrant": False} if module.gradient_checkpointing else None,
+        "seed": int(os.environ.get("PL_GLOBAL_SEED", "42")),
+        "dataloader_num_workers": data.workers,
+        "use_cpu": trainer.strategy.root_device.type == "cpu",
+        "logging_strategy": "steps",
+        "logging_steps": 1,
+        "logging_nan_inf_filter": False,  # it would log the mean so far in place of a loss that is not a number
+        "ignore_data_skip": True,  # our loader begins at the position of the checkpoint
+        "remove_unused_columns": False,
+        "report_to": "none",
+        "disable_tqdm": True,
+        "log_level": "error",
+    }
 
 
 def build_trainer(engine: str, module: SFT | DPO, settings: dict[str, Any], **common: Any) -> Any:

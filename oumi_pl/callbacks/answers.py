@@ -1,4 +1,4 @@
-"""Greedy answers to held-out questions, before, during and after training, and how many are right."""
+"""Answers held-out questions before, during and after training, and measures how many answers are right."""
 
 import itertools
 from typing import Any
@@ -13,9 +13,9 @@ from oumi_pl.types import RunData, RunModule
 
 
 class Answers(L.Callback):
-    """Answers held-out prompts greedily, logs the share that equals the reference, and shows some before and after.
+    """Answers held-out prompts greedily, logs the share that equals the reference, and shows some of them.
 
-    Those that are shown are also written to `samples.jsonl`. Does nothing for models that do not complete prompts.
+    The shown answers are also written to `samples.jsonl`. Does nothing for models that do not complete prompts.
 
     Args:
         rows: Held-out rows to answer.
@@ -45,14 +45,14 @@ class Answers(L.Callback):
         self._questions: list[tuple[list[int], str]] | None = None
 
     def setup(self, trainer: Any, pl_module: RunModule, stage: str) -> None:
-        """Forgets the questions of other data; says so if the model can't answer any."""
+        """Clears the questions of an earlier data module; says so if the model can't answer any."""
         self._questions = None
         self._generates = pl_module.generates
         if not self._generates:
             say_why_not("answers", pl_module)
 
     def on_train_start(self, trainer: Any, pl_module: RunModule) -> None:
-        """Answers once with the weights that training starts from."""
+        """Answers once with the initial weights."""
         if not self._generates:
             return
         if trainer.is_global_zero:
@@ -71,11 +71,11 @@ class Answers(L.Callback):
         pl_module.log("val/exact_match", self.score, rank_zero_only=False, sync_dist=False)
 
     def state_dict(self) -> dict[str, Any]:
-        """The answers before training, which a resumed run shows too."""
+        """The answers from before training, which a resumed run shows as well."""
         return {"before": self.before, "score_before": self.score_before}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Restores them."""
+        """Restores the answers from before training."""
         self.before, self.score_before = state_dict["before"], state_dict["score_before"]
 
     def on_train_end(self, trainer: Any, pl_module: RunModule) -> None:
@@ -83,7 +83,7 @@ class Answers(L.Callback):
         self._show(trainer)
 
     def answer(self, trainer: Any, pl_module: RunModule) -> tuple[list[str], float]:
-        """The answers, and the share of them that equals the reference, but for white space around it."""
+        """The answers, and the share of them that equals the reference, ignoring surrounding white space."""
         data: RunData = trainer.datamodule
         prompts, references = self._prompts_and_references(data)
         answers: list[str] = []
@@ -105,7 +105,7 @@ class Answers(L.Callback):
         return [ids for ids, _ in self._questions], [reference for _, reference in self._questions]
 
     def _rows_to_show(self, count: int) -> list[int]:
-        """Rows that are evenly spread over the held-out ones."""
+        """Evenly spaced indices of `count` rows, `show` of them."""
         return list(range(0, count, max(1, count // self.show)))[: self.show] if self.show > 0 else []
 
     @rank_zero_only

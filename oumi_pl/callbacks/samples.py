@@ -1,4 +1,4 @@
-"""What a model writes: completions of the same prompts before, during and after training."""
+"""Completes the same prompts before, during and after training."""
 
 import contextlib
 import itertools
@@ -23,11 +23,11 @@ from oumi_pl.types import RunData, RunModule
 
 FILE = "samples.jsonl"
 CANDIDATES = 50
-"""Rows that are tried for prompts whose completion fits into the model's positions."""
+"""How many rows are searched for prompts whose completion fits into the model's positions."""
 LINES = 3
-"""Lines of a completion that the terminal shows; the file has all of it."""
+"""Most lines of a completion in the terminal; the file has all of it."""
 WIDTH = 100
-"""Columns of these lines at most, and where there is no terminal."""
+"""Most columns of such a line, and the columns where there is no terminal."""
 
 
 class SampleFile:
@@ -38,7 +38,7 @@ class SampleFile:
         self._last_step = -1
 
     def open(self, trainer: Any) -> None:
-        """Finds the run's file, and removes the lines of steps that a resumed run will do again."""
+        """Finds the file of the run, and removes the lines of steps that a resumed run will repeat."""
         directory = run_directory(trainer)
         self._path = None if directory is None else directory / FILE
         self._last_step = -1
@@ -53,7 +53,7 @@ class SampleFile:
         self._last_step = max((line["step"] for line in kept), default=-1)
 
     def write(self, step: int, samples: list[dict[str, str]]) -> None:
-        """Appends the completions of a step, unless the file has them."""
+        """Appends the completions of a step, unless the file has them already."""
         if self._path is None or step <= self._last_step:
             return
         with self._path.open("a", encoding="utf-8") as out:
@@ -75,16 +75,16 @@ def _line(sample: dict[str, Any]) -> str:
 
 
 class Samples(L.Callback):
-    """Completes the same prompts at the start, at each validation and at the end: shown, and kept in `samples.jsonl`.
+    """Completes the same prompts at the start, at each validation and at the end; prints and writes `samples.jsonl`.
 
     Does nothing for models that do not complete prompts.
 
     Args:
-        prompts: Texts to complete; the first held-out rows when left out, else the first training rows, and these only
-            at the start and at the end.
-        rows: How many of these; none with 0.
+        prompts: Texts to complete. If left out, the prompts of the first held-out rows; without held-out rows, those of
+            the first training rows.
+        rows: Number of rows if `prompts` is left out. 0 turns samples off.
         max_new_tokens: Longest completion.
-        temperature: Of sampling; 0 is greedy. Either leaves the run's random numbers as they were.
+        temperature: Temperature of sampling; 0 is greedy. Sampling does not change the random numbers of training.
     """
 
     def __init__(
@@ -100,7 +100,7 @@ class Samples(L.Callback):
 
     @rank_zero_only
     def on_train_start(self, trainer: Any, pl_module: RunModule) -> None:
-        """Writes what the model says before the first update."""
+        """Writes samples before the first update."""
         if not pl_module.generates and self.rows:
             self.rows = 0
             say_why_not("samples", pl_module)
@@ -112,13 +112,13 @@ class Samples(L.Callback):
 
     @rank_zero_only
     def on_validation_epoch_end(self, trainer: Any, pl_module: RunModule) -> None:
-        """Writes what the model says now."""
+        """Writes samples of the validated weights."""
         if trainer.state.fn == "fit" and not trainer.sanity_checking:
             self._write(trainer, pl_module)
 
     @rank_zero_only
     def on_train_end(self, trainer: Any, pl_module: RunModule) -> None:
-        """Writes what the model says in the end, unless a validation has just done so."""
+        """Writes samples at the last step, unless its validation has done so."""
         self._write(trainer, pl_module)
 
     def _write(self, trainer: Any, pl_module: RunModule) -> None:
@@ -133,7 +133,7 @@ class Samples(L.Callback):
             with working(f"writing {len(chosen)} samples"), generation(trainer, pl_module):
                 hf, prompts = pl_module.causal_lm.hf, [ids for ids, _ in chosen]
                 texts = complete(hf, data.tokenizer, prompts, stop=data.stop_tokens, **self.settings)
-        except Exception as error:  # whatever goes wrong with samples must not end the run
+        except Exception as error:  # no failure of sampling may end the run
             self.rows = 0
             sys.stderr.write(f"no samples are written: {' '.join(str(error).split()) or type(error).__name__}\n")
             return
@@ -146,10 +146,10 @@ class Samples(L.Callback):
         sys.stderr.write(shown(step, list(zip(readable_prompts, texts, strict=True))))
 
     def _choose(self, trainer: Any, pl_module: RunModule) -> list[tuple[list[int], str]]:
-        """The prompts, and how each goes on in the data; the same ones every time.
+        """The prompts and their reference completions, the same ones every time.
 
         Raises:
-            ValueError: there can be no samples; says why.
+            ValueError: no samples are possible; with the reason.
         """
         if sharded(trainer, pl_module):
             raise ValueError("the weights are sharded; export a checkpoint, and sample from that")
@@ -168,32 +168,33 @@ class Samples(L.Callback):
         return self._chosen
 
     def _has_room(self, row: tuple[list[int], str], pl_module: RunModule) -> bool:
-        """Whether prompt and completion fit into the model's positions, where it has a fixed number."""
+        """Whether prompt and completion fit into the model's positions, if their number is fixed."""
         positions = getattr(pl_module.causal_lm.base.config.get_text_config(), "max_position_embeddings", None)
         return bool(row[0]) and len(row[0]) + self.settings["max_new_tokens"] <= (positions or float("inf"))
 
 
 @rank_zero_only
 def say_why_not(what: str, pl_module: RunModule) -> None:
-    """Says in a line that something is left out because the model completes no prompts."""
+    """Prints that something is left out because the model does not complete prompts."""
     sys.stderr.write(f"no {what} are written: {type(pl_module).__name__} does not complete prompts\n")
 
 
 def sharded(trainer: Any, pl_module: RunModule) -> bool:
-    """Whether no rank has all the weights, so that none can generate by itself."""
+    """Whether no rank holds all weights, so that none can generate by itself."""
     from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
 
-    # these shard what is not a DTensor, or only while the model runs
+    # `is_sharded` looks for DTensors; these strategies shard in other ways, or only while the model runs
     strategies = DeepSpeedStrategy | FSDPStrategy | ModelParallelStrategy
     return isinstance(trainer.strategy, strategies) or is_sharded(pl_module.causal_lm)
 
 
 @contextlib.contextmanager
 def generation(trainer: Any, pl_module: RunModule) -> Iterator[None]:
-    """For generation during training: in the run's precision, and the random state is restored afterwards.
+    """Prepares generation during training: in the run's precision, and with the random state restored afterwards.
 
-    Compiled layers run uncompiled: else torch would compile each length anew, and soon give up compiling, for training
-    too. Inference mode is off: what is created here and kept, such as a cached mask, could not be trained with.
+    Compiled layers run uncompiled: torch would compile each length again, and after a few give up compiling, also for
+    training. Inference mode is off: a tensor that is created in it and kept, such as a cached mask, can't be used in
+    training later.
     """
     state = rng_state()
     with contextlib.ExitStack() as contexts:
@@ -208,9 +209,9 @@ def generation(trainer: Any, pl_module: RunModule) -> Iterator[None]:
 
 
 def shown(step: int, samples: list[tuple[str, str]]) -> str:
-    """Prompts and completions for the terminal: the end of each prompt, and the beginning of the completion.
+    """Formats prompts and completions for the terminal: the end of each prompt, and the beginning of the completion.
 
-    Control characters are written as symbols, so that a model can't drive the terminal.
+    Control characters are written as symbols, so that a model can't control the terminal.
     """
     width = min(WIDTH, (terminal_width() or WIDTH) - 1)
     lines = [f"step {step}  samples"]
@@ -228,11 +229,11 @@ def shown(step: int, samples: list[tuple[str, str]]) -> str:
 
 
 def readable(tokenizer: Any, prompt: list[int]) -> str:
-    """A prompt in one line, without special tokens and the role names that templates write around its turns."""
+    """A prompt in one line, without special tokens and the role names that chat templates add."""
     lines = [line.strip() for line in str(tokenizer.decode(prompt, skip_special_tokens=True)).splitlines()]
     return printable(" | ".join(line for line in lines if line not in ("", "assistant", "user", "system")))
 
 
 def printable(text: str) -> str:
-    """A text in one line: line ends as `⏎`, tabs as `⇥`, control characters by name."""
+    """Text in one line: line ends as `⏎`, tabs as `⇥`, control characters by name."""
     return visible(text).replace("\n", "⏎").replace("\t", "⇥")

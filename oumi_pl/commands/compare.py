@@ -11,7 +11,7 @@ import yaml
 
 from oumi_pl.commands.parser import Parser
 from oumi_pl.config import files as recipe_files
-from oumi_pl.config import recipe_models
+from oumi_pl.config import rewriting
 from oumi_pl.errors import UserError, nearest
 
 ENGINES = ("lightning", "hf", "trl")
@@ -48,7 +48,7 @@ def main(args: list[str]) -> int:
     folder = (options.output or Path("runs") / f"{title}-compare").expanduser()
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise UserError(f"--output: {folder} holds something already; name another folder")
-    overrides = recipe_models.with_model(overrides, recipe)
+    overrides = rewriting.with_model(overrides, recipe)
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "recipe.yaml").write_text(yaml.safe_dump(_bare(recipe), sort_keys=False), encoding="utf-8")
     try:

@@ -89,7 +89,7 @@ def _compare(args: list[str]) -> int:
     print(f"\nset otherwise ({' | '.join(names)}):" if differing else "\nnothing was set otherwise")
     for key, values in differing.items():
         print(f"  {key}: {' | '.join(values)}")
-    if note := beside.not_alike(records):
+    if note := beside.incomparable(records):
         print(f"\nnote: {note}")
     beside.picture(records, names, output)
     print(f"\npicture -> {output}")

@@ -27,7 +27,7 @@ def main(args: list[str]) -> int:
         logging.getLogger("oumi_pl").setLevel(options.log_level)
     if options.config.startswith("oumi:"):
         raise UserError(f"train: {options.config} is an address; download the file, and name it")
-    from oumi_pl.callbacks.preemption import Stopped
+    from oumi_pl.callbacks.stopping import Stopped
     from oumi_pl.core.configs import TrainingConfig
     from oumi_pl.train import train
 

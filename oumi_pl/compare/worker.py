@@ -1,13 +1,152 @@
 """One engine of a comparison, in a process of its own: `python -m oumi_pl.compare.worker ENGINE ROLE ... RECIPE`."""
 
+import json
 import sys
+import time
+from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
-from oumi_pl.compare.record import Record, RecordEngine, RecordLightning
+import lightning as L
+import torch
+from safetensors.torch import load_file, save_file
+from torch import nn
+from transformers import TrainerCallback
+
+from oumi_pl.adapters.batches import EngineLoader
+from oumi_pl.callbacks.throughput import peak_memory
+from oumi_pl.compare.documents import Document, digest, documents_of
 from oumi_pl.config import files as recipe_files
 from oumi_pl.config.cli import CLI
 from oumi_pl.errors import UserError
+
+Role = Literal["lead", "held", "free"]
+"""`lead` saves its weights after every step; `held` starts every step from those; `free` trains on its own."""
+
+
+class Record:
+    """Writes a line per update to `steps.jsonl`: batch hash, seconds, distance of the update or weights to the lead's.
+
+    `update` is the norm of an update's difference to the lead's over the norm of the lead's, `weights` the same of the
+    weights. `rounding` is the sum of `|update| ulp(weight)` over the squared norm of the update: see `allowed`. Seconds
+    are from the end of one update to that of the next, with the time to fetch data and without that to record.
+
+    Args:
+        folder: Where `steps.jsonl` goes.
+        snapshots: Where the lead's weights are.
+        role: See `Role`.
+    """
+
+    def __init__(self, folder: Path, snapshots: Path, role: Role) -> None:
+        self.file = folder / "steps.jsonl"
+        self.snapshots = snapshots
+        self.role = role
+        self._ended: float | None = None  # when the last update ended
+        self._recording = 0.0  # seconds spent here since then
+        folder.mkdir(parents=True, exist_ok=True)
+        snapshots.mkdir(parents=True, exist_ok=True)
+        self.file.write_text("")
+
+    def before(self, step: int, model: nn.Module) -> None:
+        """Before update `step` (from 0): saves the weights, or loads those of the lead."""
+        began = time.perf_counter()
+        if self.role == "lead" and step == 0:
+            self._save(0, model)
+        if self.role == "held":
+            self._load(step, model)
+        self._recording = time.perf_counter() - began
+        if self._ended is None:
+            self._ended = began
+
+    def after(self, step: int, model: nn.Module, documents: Iterable[Document]) -> None:
+        """After update `step` (from 0)."""
+        assert self._ended is not None
+        seconds = time.perf_counter() - self._ended - self._recording
+        if self.role == "lead":
+            self._save(step + 1, model)
+        device = next(model.parameters()).device
+        line = {
+            "step": step + 1,
+            "batch": digest(documents),
+            "seconds": seconds,
+            "peak_memory_gb": peak_memory(device) / 1e9,
+            **self._distance(step, model),
+        }
+        with self.file.open("a") as out:
+            out.write(json.dumps(line) + "\n")
+        self._ended = time.perf_counter()
+
+    def _path(self, step: int) -> Path:
+        return self.snapshots / f"{step:06}.safetensors"
+
+    def _save(self, step: int, model: nn.Module) -> None:
+        save_file({name: p.detach().cpu().clone() for name, p in _trained(model)}, self._path(step))
+
+    def _load(self, step: int, model: nn.Module) -> None:
+        weights = load_file(self._path(step))
+        with torch.no_grad():
+            for name, parameter in _trained(model):
+                parameter.copy_(weights[name])
+
+    def _distance(self, step: int, model: nn.Module) -> dict[str, float]:
+        if self.role == "lead":
+            return {}
+        theirs = load_file(self._path(step + 1))
+        start = load_file(self._path(step)) if self.role == "held" else {}
+        difference = size = rounding = 0.0
+        for name, parameter in _trained(model):
+            target = theirs[name].double()
+            moved = target - start[name].double() if start else target
+            difference += float((parameter.detach().cpu().double() - target).square().sum())
+            size += float(moved.square().sum())
+            if start:
+                rounding += float((moved * target).abs().sum()) * torch.finfo(parameter.dtype).eps
+        distance = (difference / size) ** 0.5 if size else float("inf") if difference else 0.0
+        if self.role == "free":
+            return {"weights": distance}
+        return {"update": distance, "rounding": rounding / size if size else 0.0}
+
+
+def _trained(model: nn.Module) -> list[tuple[str, nn.Parameter]]:
+    return [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
+
+
+class RecordLightning(L.Callback):
+    """Calls a `Record` before and after each update of Lightning."""
+
+    def __init__(self, record: Record) -> None:
+        self.record = record
+        self._documents: list[Document] = []
+
+    def on_train_batch_start(self, trainer: L.Trainer, pl_module: Any, batch: Any, batch_idx: int) -> None:
+        """Before the first micro-batch of an update."""
+        if not self._documents:
+            self.record.before(trainer.global_step, pl_module.causal_lm.hf)
+        self._documents += documents_of(batch)
+
+    def on_train_batch_end(self, trainer: L.Trainer, pl_module: Any, *_: Any) -> None:
+        """After the last one."""
+        if not trainer.fit_loop._should_accumulate():
+            self.record.after(trainer.global_step - 1, pl_module.causal_lm.hf, self._documents)
+            self._documents = []
+
+
+class RecordEngine(TrainerCallback):
+    """Calls a `Record` before and after each update of transformers' Trainer, or of one of TRL's."""
+
+    def __init__(self, record: Record) -> None:
+        self.record = record
+        self._documents: list[Document] = []
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Before the first micro-batch of an update."""
+        loader: EngineLoader = kwargs["train_dataloader"]
+        self._documents = [document for batch in loader.update for document in documents_of(batch)]
+        self.record.before(state.global_step, kwargs["model"])
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """After the last one."""
+        self.record.after(state.global_step - 1, kwargs["model"], self._documents)
 
 
 class RecordedCLI(CLI):

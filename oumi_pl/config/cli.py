@@ -10,22 +10,19 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.callbacks import ProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 
-from oumi_pl.callbacks.advice import Advice
+from oumi_pl.callbacks.advice import Advice, PreferenceWarnings
 from oumi_pl.callbacks.answers import Answers
 from oumi_pl.callbacks.checkpoint import Checkpoints
-from oumi_pl.callbacks.consumed import Consumed
 from oumi_pl.callbacks.dry_run import dry_run
 from oumi_pl.callbacks.export import Export
-from oumi_pl.callbacks.last_step import LastStep
 from oumi_pl.callbacks.memory import Memory
 from oumi_pl.callbacks.predictions import Predictions
-from oumi_pl.callbacks.preemption import Preemption
-from oumi_pl.callbacks.preference import PreferenceWarnings
 from oumi_pl.callbacks.progress import ProgressLine
 from oumi_pl.callbacks.report import Report
 from oumi_pl.callbacks.run_folder import RunFolder
 from oumi_pl.callbacks.samples import Samples
 from oumi_pl.callbacks.start import Start
+from oumi_pl.callbacks.stopping import LastStep, Preemption
 from oumi_pl.callbacks.throughput import Throughput
 from oumi_pl.callbacks.tracking import Tracking
 from oumi_pl.config.check import Checker, options
@@ -234,7 +231,7 @@ class CLI(LightningCLI):
         if self.subcommand == "predict":
             folder.name += "-predict"
         own = _as_list(config.get("callbacks"))
-        watching = [Start(), LastStep(), Memory(), Throughput(), PreferenceWarnings(), Consumed(), get("predictions")]
+        watching = [Start(), LastStep(), Memory(), Throughput(), PreferenceWarnings(), get("predictions")]
         if not any(isinstance(c, ProgressBar) for c in own) and config.get("enable_progress_bar") is not False:
             watching.append(ProgressLine())
         samples = [] if self._has_samples(own) else [get("samples")]

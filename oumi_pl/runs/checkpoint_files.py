@@ -1,4 +1,4 @@
-"""Names of checkpoints on disk, for those who only have to find one: nothing heavy is imported here."""
+"""Names and finds checkpoints on disk. Imports nothing heavy, unlike `checkpoints.py`."""
 
 import re
 import shutil
@@ -11,19 +11,19 @@ _STEP = re.compile(r"step-(\d+)\.ckpt$")
 
 
 def checkpoint_name(step: int) -> str:
-    """File name of the checkpoint after so many updates."""
+    """File name of the checkpoint after `step` updates."""
     return f"step-{step:08d}.ckpt"
 
 
 def saved_steps(directory: Path) -> list[Path]:
-    """The whole checkpoints in a directory, oldest first."""
+    """The complete `step-*.ckpt` in a directory, oldest first."""
     return sorted(p for p in directory.glob("step-*.ckpt") if _STEP.search(p.name))
 
 
 def step_of(checkpoint: Path) -> int:
-    """Updates that a checkpoint has behind it, by its name; -1 for `best.ckpt` and others without a step."""
-    found = _STEP.search(checkpoint.name)
-    return int(found.group(1)) if found else -1
+    """The step in the name of a checkpoint; -1 for `best.ckpt` and other names without one."""
+    match = _STEP.search(checkpoint.name)
+    return int(match.group(1)) if match else -1
 
 
 def remove(path: Path) -> None:

@@ -11,8 +11,7 @@ import pytest
 import torch
 import yaml
 
-from oumi_pl.callbacks.dry_run import OneBatch, SomeLogps
-from oumi_pl.callbacks.dry_run_table import roughly
+from oumi_pl.callbacks.dry_run import OneBatch, SomeLogps, roughly
 from oumi_pl.data import examples as examples_module
 from oumi_pl.data.plan import Layout
 from oumi_pl.modules.sft import SFT
@@ -124,7 +123,7 @@ def test_a_reference_is_computed_for_the_tried_pairs_alone(cli, monkeypatch):
     monkeypatch.setattr(SomeLogps, "write", lambda self, c, logps: computed.append(c) or write(self, c, logps))
     found = told(cli.works(*FIT, "--dry_run"))
     assert len(computed) == 4  # two pairs to train on, two to validate
-    assert found["reference"].startswith("log-probabilities of 40 rows are to be computed before the first update")
+    assert found["reference"].startswith("log-probabilities of 40 rows will be computed once, before the first update")
     assert not list((cli.directory / "cache").rglob("000000.bin"))
     cli.works(*TRAINED)
     tokens = cli.column("runs/r", "train/num_tokens")

@@ -6,7 +6,7 @@ import os
 
 import pytest
 
-from oumi_pl.config import resuming
+from oumi_pl.config import rewriting
 from oumi_pl.errors import UserError
 from oumi_pl.runs import folders
 from oumi_pl.runs.checkpoint_files import checkpoint_name
@@ -25,7 +25,7 @@ def run(root, name="r", recipe="r", status="stopped", created=0, step=None, conf
 
 
 def arguments(args=(), resume="", recipe="r", tree=None, command="fit"):
-    return resuming.arguments(command, resume, recipe, list(args), tree or {})
+    return rewriting.resume_arguments(command, resume, recipe, list(args), tree or {})
 
 
 def refusal(*args, **kwargs) -> str:

@@ -1,5 +1,7 @@
-"""`--resume`: which run to continue, from which checkpoint, with which arguments."""
+"""Rewrites a command line before it is parsed: `--resume`, and `model: recipe:NAME`."""
 
+import os
+import subprocess
 import sys
 from collections.abc import Mapping
 from pathlib import Path
@@ -18,7 +20,7 @@ LISTED = 4
 """How many differences between a recipe and its run are named."""
 
 
-def arguments(
+def resume_arguments(
     command: str, resume: str, recipe: str, args: list[str], tree: Mapping[str, Any]
 ) -> tuple[Path, str, list[str]]:
     """The run folder, its recipe's name, and the command line that continues it.
@@ -134,3 +136,50 @@ def _refuse_finished(run: Path, state: Mapping[str, Any], checkpoint: Path | Non
             f"--resume: {run} is at step {step_of(checkpoint)} already: "
             f"--trainer.max_steps {steps} leaves nothing to do"
         )
+
+
+PREFIX = "recipe:"
+OPTIONS = ("--model.init_args.model", "--model.model")
+
+
+def with_model(args: list[str], tree: Mapping[str, Any]) -> list[str]:
+    """The command line with the folder of the trained model in place of `recipe:NAME`.
+
+    Args:
+        args: The command line.
+        tree: The content of the recipe.
+
+    Raises:
+        UserError: there is no such recipe, or its run did not finish.
+    """
+    values = [value for option in OPTIONS if (value := value_of(option, args)) is not None]
+    name = values[-1] if values else None
+    if name is None:
+        model = tree.get("model")
+        arguments = model.get("init_args") if isinstance(model, Mapping) else None
+        name = arguments.get("model") if isinstance(arguments, Mapping) else None
+    if not isinstance(name, str) or not name.startswith(PREFIX):
+        return args
+    root = Path(str(value_of("--runs_dir", args) or tree.get("runs_dir") or "runs")).expanduser()
+    return [*args, f"{OPTIONS[0]}={trained(name.removeprefix(PREFIX), root)}"]
+
+
+def trained(recipe: str, root: Path) -> Path:
+    """The model of the newest finished run of a recipe in `root`; the recipe is run if there is none.
+
+    Raises:
+        UserError: there is no such recipe, or its run did not finish.
+    """
+    name = recipe_files.recipe_name(recipe_files.find(recipe))
+    if model := folders.last_model(root, name):
+        print(f"model: {model}")
+        return model
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise UserError(f"model: recipe:{recipe} has no finished run in {root}; train it first, in one process")
+    command = [sys.executable, "-m", "oumi_pl", "fit", "--config", recipe, "--runs_dir", str(root)]
+    print(f"model: recipe:{recipe} has no finished run in {root}, so it is trained first", flush=True)
+    status = subprocess.run(command, check=False).returncode
+    model = folders.last_model(root, name)
+    if status or model is None:
+        raise UserError(f"model: the run of recipe:{recipe} did not finish; run it by itself: fit --config {recipe}")
+    return model
