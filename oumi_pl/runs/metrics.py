@@ -1,7 +1,7 @@
 """Writes `metrics.csv`: one line per optimizer step. A resume truncates it to its checkpoint and continues it.
 
-The table lists name, meaning and window of every metric. Names are TRL's if it has one. "Update" is one optimizer step: all
-its micro-batches on all ranks.
+The table lists name, meaning and window of every metric. Names are TRL's if it has one. "Update" is one optimizer step:
+all its micro-batches on all ranks.
 
 | name | meaning | window |
 |---|---|---|

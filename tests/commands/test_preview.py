@@ -101,7 +101,7 @@ def test_a_page(cli):
     page = (cli.directory / "page.html").read_text()
     assert "<script" not in page
     assert "&lt;" in page
-    assert "is there already" in cli.fails("preview", "--config", "r.yaml", "--html", "rows.jsonl")
+    assert "exists" in cli.fails("preview", "--config", "r.yaml", "--html", "rows.jsonl")
     assert "no folder" in cli.fails("preview", "--config", "r.yaml", "--html", "no/page.html")
 
 

@@ -151,15 +151,15 @@ def test_report_is_made_of_a_run_that_was_killed(here, capsys):
     ("args", "message"),
     [
         (["compare", "first", "secnd"], "no run 'secnd' in runs; did you mean 'second'?"),
-        (["compare", "first"], "runs compare: name two runs or more; there are also second, empty"),
-        (["compare", "first", "first"], "runs compare: name two runs or more"),
+        (["compare", "first"], "runs compare: name two or more runs; there are also second, empty"),
+        (["compare", "first", "first"], "runs compare: name two or more runs"),
         (["compare", "first", "empty"], "has no metrics yet"),
         (["compare", "first", "second", "--output", "a/b.png"], "--output: no directory a"),
-        (["compare", "first", "second", "--output", "x.pdf"], "--output: x.pdf is the name of a picture"),
+        (["compare", "first", "second", "--output", "x.pdf"], "--output: x.pdf has to end in .png"),
         (["compare"], "the following arguments are required: run"),
         (["report", "empty"], "has no metrics yet"),
         (["report", "fist"], "did you mean 'first'?"),
-        (["compere", "a"], "runs: unknown 'compere'; did you mean 'compare'?"),
+        (["compere", "a"], "runs: unknown action 'compere'; did you mean 'compare'?"),
     ],
 )
 def test_mistakes(here, capsys, args, message):
