@@ -1,4 +1,4 @@
-"""The command line: answers what needs no heavy import, then hands over to LightningCLI or a command of our own."""
+"""The command line: answers at once what needs no heavy import, then calls LightningCLI or one of our commands."""
 
 import contextlib
 import functools
@@ -18,30 +18,30 @@ HELP = """\
 usage: oumi_pl COMMAND [options]          (or: python -m oumi_pl COMMAND)
 
   recipes   list, show, copy recipes:     oumi_pl recipes; recipes show NAME; recipes copy NAME FILE
-  preview   show what a model will see:   oumi_pl preview --config quickstart/sft
+  preview   show what the model will see: oumi_pl preview --config quickstart/sft
   fit       train on a recipe:            oumi_pl fit --config quickstart/sft
   runs      list and compare runs:        oumi_pl runs; runs compare A B
-  generate  write completions:            oumi_pl generate --model runs/NAME/model --prompt TEXT
+  generate  complete prompts:             oumi_pl generate --model runs/NAME/model --prompt TEXT
 
-  validate  metrics of held-out rows:     oumi_pl validate --config RECIPE --ckpt_path FILE
-  test      metrics of the test rows
-  predict   one completion per row, as jsonl
+  validate  compute validation metrics:   oumi_pl validate --config RECIPE --ckpt_path FILE
+  test      compute metrics of the test rows
+  predict   write a completion per row, as JSON lines
   prepare   tokenize a pretraining corpus once, into shards
-  export    a checkpoint as a folder that transformers loads
-  compare   a recipe on several engines:  oumi_pl compare --config RECIPE --engines lightning,trl
+  export    write a checkpoint as a folder that transformers loads
+  compare   compare training engines:     oumi_pl compare --config RECIPE --engines lightning,trl
   train     run an Oumi training config:  oumi_pl train -c oumi.yaml --training.max_steps 3
-  convert   turn it into a recipe:        oumi_pl convert oumi.yaml
+  convert   print it as a recipe:         oumi_pl convert oumi.yaml
 
 options of fit, validate, test and predict:
-  --config NAME|FILE      a recipe, by name or path; several merge, the later wins
-  --KEY VALUE             any value of a recipe: --data.batch_size 8 --trainer.max_steps 100
+  --config NAME|FILE      a recipe, by name or path; several are merged, the later wins
+  --KEY VALUE             override a value of the recipe: --data.batch_size 8 --trainer.max_steps 100
   --resume [RUN]          fit: resume the last unfinished run of the recipe, or this run folder
-  --dry_run               fit: do everything but train; report what would run, its memory and time
-  --engine hf|trl         fit: the same training, driven by transformers' Trainer or TRL's
-  --print_config          print what would run, and stop
-  --help [TOPIC]          all options, or those of a topic: fit --help model, fit --help Cosine (takes seconds)
+  --dry_run               fit: try a few updates, and print what would run, its memory and time
+  --engine hf|trl         fit: the same training in the loop of transformers' Trainer or TRL's
+  --print_config          print the complete config, and exit
+  --help [TOPIC]          all options, or one topic: fit --help model, fit --help Cosine (takes seconds)
 
-A recipe can name any Python class, so running a recipe runs code: run only recipes that you trust.
+A recipe can name any Python class, so running a recipe can run any code: only run recipes that you trust.
 """
 
 TRAINER_COMMANDS = ("fit", "validate", "test", "predict")
@@ -53,7 +53,7 @@ COMMANDS = (
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Runs a command line and returns its exit code: 0, 2 for a mistake of the user's, 1 for a bug."""
+    """Runs a command line and returns its exit code: 0 for success, 2 for a mistake of the user, 1 for a bug."""
     try:
         code = _run(list(sys.argv[1:] if argv is None else argv))
         sys.stdout.flush()
@@ -62,7 +62,9 @@ def main(argv: list[str] | None = None) -> int:
         return 130
     except SystemExit as stop:  # the parser raises it after --help and --print_config, Lightning after Ctrl-C
         return _code_of(stop)
-    except BrokenPipeError:  # the reader of the output stopped reading, as `head` does
+    except (
+        BrokenPipeError
+    ):  # `| head` closed the pipe; without `dup2`, the interpreter's flush at exit would fail again
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
         return 128 + 13
     except Exception as error:
@@ -71,7 +73,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _report(error: Exception) -> int:
-    """Prints an error and returns the exit code: a message for the user's and the machine's, a traceback for a bug."""
+    """Prints an error and returns the exit code: a message for mistakes and full disks or memory, a traceback for bugs."""
     message = str(error) if isinstance(error, UserError) else of_the_machine(error)
     if message is not None:
         print(f"error: {message}", file=sys.stderr)
@@ -164,26 +166,26 @@ def _train(command: str, typed: list[options.Option]) -> int:
 
 
 def _recipe(name: str | None) -> str:
-    """The path of a recipe that is given with `--config`."""
+    """The path of the recipe in the value of `--config`."""
     if not name:
-        raise UserError("--config: name a recipe or a file; recipes: " + ", ".join(recipe_files.names()))
+        raise UserError("--config: give a recipe by name or path; recipes: " + ", ".join(recipe_files.names()))
     return str(recipe_files.find(name))
 
 
 def _origin(error: Exception) -> str:
-    """The lines below a traceback: whether it ends in a file of the user's, or looks like a bug of ours."""
+    """The lines below a traceback: it comes from a file of the user, or looks like a bug of ours."""
     import traceback
 
     ours, installed = str(Path(__file__).parent), (sys.prefix, sys.base_prefix, "<")
     files = [(f.filename, f.lineno) for f in traceback.extract_tb(error.__traceback__)]
     files = [(file, line) for file, line in files if file.startswith(ours) or not file.startswith(installed)]
     if files and not files[-1][0].startswith(ours):
-        return f"this comes from a file of yours: {files[-1][0]} line {files[-1][1]}"
+        return f"the error comes from your file: {files[-1][0]} line {files[-1][1]}"
     return f"{versions()}\nthis looks like a bug of oumi_pl; please report it with all of these lines{_address()}"
 
 
 def _address() -> str:
-    """Where to report bugs, if the metadata of the package says so."""
+    """The address for bug reports, if the package metadata has one."""
     from importlib import metadata
 
     with contextlib.suppress(metadata.PackageNotFoundError):

@@ -1,4 +1,4 @@
-"""The documents that an update trains on, with the target of each token, whatever layout an engine reads them in."""
+"""Extracts the documents and targets that an update trains on, from the batch layout of any engine."""
 
 import hashlib
 from collections.abc import Iterable, Iterator, Mapping
@@ -11,13 +11,13 @@ from oumi_pl.attention import path_positions
 from oumi_pl.types import IGNORE_INDEX
 
 Document = tuple[np.ndarray, np.ndarray]
-"""Token ids `[seq]`, and the target of each position `[seq]`, IGNORE_INDEX where there is none."""
+"""Token ids `[seq]` and the target of each position `[seq]`, or IGNORE_INDEX."""
 
 
 def digest(documents: Iterable[Document]) -> str:
-    """A hash of an update's documents, independent of their order and micro-batches.
+    """Hashes the documents of an update, independently of their order and their micro-batches.
 
-    Tokens after a document's last target, and documents without any, are left out: no loss depends on them.
+    Tokens after the last target of a document, and documents without targets, are left out: no loss depends on them.
     """
     lines = []
     for ids, targets in documents:
@@ -31,14 +31,14 @@ def digest(documents: Iterable[Document]) -> str:
 
 
 def documents_of(batch: Mapping[str, Any]) -> Iterator[Document]:
-    """The documents of a `Batch`, or of a batch as transformers and TRL read it.
+    """Yields the documents of a `Batch`, or of a batch for transformers or TRL.
 
-    In a `Batch` the path of each segment is a document; a preference pair has two. The others have `shift_labels`, or
-    `labels` or a `completion_mask` at the tokens' own positions.
+    In a `Batch` the path of each segment is a document, so a preference pair has two. Other batches have
+    `shift_labels`, or `labels` or a `completion_mask` at the positions of the tokens themselves.
     """
     if "segments" in batch:
         yield from _paths(batch)
-    elif "shift_labels" in batch:  # transformers counts and averages by these where they are given
+    elif "shift_labels" in batch:  # if present, transformers counts and averages by these
         yield from _rows(batch, _array(batch["shift_labels"]))
     else:
         labels = _array(batch["labels"]) if "labels" in batch else _completions(batch)
@@ -52,7 +52,7 @@ def _completions(batch: Mapping[str, Any]) -> np.ndarray:
 
 
 def _paths(batch: Mapping[str, Any]) -> Iterator[Document]:
-    """The path of each segment. Does without `models.layouts`, which the engines' batches are made with."""
+    """The path of each segment. Does not use `models.layouts`, so that a bug there shows up as a difference."""
     ids, targets = _array(batch["input_ids"])[0], _array(batch["targets"])
     predictors, owners = _array(batch["predictors"]), _array(batch["target_segments"])
     for i in range(len(batch["segments"])):
@@ -63,12 +63,12 @@ def _paths(batch: Mapping[str, Any]) -> Iterator[Document]:
 
 
 def _rows(batch: Mapping[str, Any], targets: np.ndarray) -> Iterator[Document]:
-    """Rows without their padding, cut where documents begin."""
+    """Splits rows into documents, without padding."""
     ids = _array(batch["input_ids"])
     mask = _array(batch["attention_mask"]).astype(bool) if "attention_mask" in batch else np.ones_like(ids, dtype=bool)
     for row, (row_ids, row_targets) in enumerate(zip(ids, targets, strict=True)):
         keep = mask[row]
-        # in a packed row, positions begin anew with each document; in padded ones they may count the padding
+        # in packed rows, positions restart with each document; in padded rows they may count padding
         starts = [0]
         if "position_ids" in batch and "attention_mask" not in batch:
             starts = np.flatnonzero(_array(batch["position_ids"])[row] == 0).tolist() or [0]

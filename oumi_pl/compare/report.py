@@ -1,4 +1,4 @@
-"""The results of a comparison: a table, the first difference in words, a csv of all steps, and a picture."""
+"""Reports a comparison: a table, the first difference in words, a CSV of all steps, and a picture."""
 
 import csv
 from collections.abc import Sequence
@@ -8,7 +8,7 @@ from typing import Any
 
 from oumi_pl.compare.run import Difference, Engine, allowed, relative
 
-MEANING = {  # of a difference, and where to look for its cause
+MEANING = {  # quantity that differs -> what that means, and where to look for the cause
     "batch": "it trains on other tokens or targets",
     "target_tokens": "it counts other targets",
     "lr": "its learning rate is another",
@@ -20,7 +20,7 @@ MEANING = {  # of a difference, and where to look for its cause
 
 
 def table(engines: Sequence[Engine]) -> str:
-    """One line per engine: largest differences when started from the lead's weights, distance when free, speed."""
+    """A table with a line per engine: largest differences from the lead in held steps; distance and speed of free ones."""
     lead = engines[0]
     head = (
         f"{'engine':10} {'lr':>9} {'loss':>9} {'grad_norm':>9} {'update':>9}   {'weights':>9} {'last loss':>10}"
@@ -46,7 +46,7 @@ def _largest(lead: Engine, other: Engine, what: str) -> float:
 
 
 def verdict(name: str, lead: str, steps: int, difference: Difference | None, tolerance: float) -> str:
-    """One engine's result in a sentence."""
+    """The result of one engine in a sentence."""
     if difference is None:
         return f"{name} equals {lead} in all {steps} steps, within {tolerance:g}"
     values = f"{lead} {_shown(difference.lead)}, {name} {_shown(difference.other)}"
@@ -61,7 +61,7 @@ def _shown(value: Any) -> str:
 
 
 def write_csv(engines: Sequence[Engine], file: Path) -> None:
-    """All steps of all engines, held and free."""
+    """Writes all steps of all engines, held and free."""
     columns = ("engine", "run", "step", "batch", "target_tokens", "lr", "loss", "grad_norm", "update")
     with file.open("w", newline="") as out:
         writer = csv.DictWriter(out, (*columns, "rounding", "weights", "seconds", "peak_memory_gb"), restval="")
@@ -72,7 +72,7 @@ def write_csv(engines: Sequence[Engine], file: Path) -> None:
 
 
 def picture(engines: Sequence[Engine], title: str, file: Path, tolerance: float = 1e-5) -> None:
-    """Draws loss, gradient norm and learning rate of the free runs, and each held engine's differences to the lead."""
+    """Draws loss, gradient norm and learning rate of the free runs, and the differences of held runs to the lead."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(13, 6.5), layout="constrained")
@@ -112,5 +112,5 @@ def picture(engines: Sequence[Engine], title: str, file: Path, tolerance: float 
 
 
 def _visible(value: float) -> float:
-    """A difference on a logarithmic axis: 0 is drawn at the bottom."""
+    """Clips a difference for a logarithmic axis, so that 0 is drawn at the bottom."""
     return max(value, 1e-9)

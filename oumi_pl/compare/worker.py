@@ -21,19 +21,19 @@ from oumi_pl.config.cli import CLI
 from oumi_pl.errors import UserError
 
 Role = Literal["lead", "held", "free"]
-"""`lead` saves its weights after every step; `held` starts every step from those; `free` trains on its own."""
+"""`lead` saves its weights after each step; `held` starts each step from these weights; `free` trains on its own."""
 
 
 class Record:
-    """Writes a line per update to `steps.jsonl`: batch hash, seconds, distance of the update or weights to the lead's.
+    """Writes a line per update to `steps.jsonl`: batch hash, seconds, peak memory, and the distance to the lead.
 
-    `update` is the norm of an update's difference to the lead's over the norm of the lead's, `weights` the same of the
-    weights. `rounding` is the sum of `|update| ulp(weight)` over the squared norm of the update: see `allowed`. Seconds
-    are from the end of one update to that of the next, with the time to fetch data and without that to record.
+    `update` is the norm of the difference to the lead's update, relative to the norm of the lead's update; `weights` is
+    the same for the weights. `rounding` is the sum of `|update| ulp(weight)` over the squared norm of the update: see
+    `allowed`. Seconds are measured from the end of one update to the end of the next, without the time to record.
 
     Args:
-        folder: Where `steps.jsonl` goes.
-        snapshots: Where the lead's weights are.
+        folder: Folder for `steps.jsonl`.
+        snapshots: Folder of the lead's weights.
         role: See `Role`.
     """
 
@@ -41,14 +41,14 @@ class Record:
         self.file = folder / "steps.jsonl"
         self.snapshots = snapshots
         self.role = role
-        self._ended: float | None = None  # when the last update ended
-        self._recording = 0.0  # seconds spent here since then
+        self._ended: float | None = None  # time of the last update's end
+        self._recording = 0.0  # seconds spent on recording since then
         folder.mkdir(parents=True, exist_ok=True)
         snapshots.mkdir(parents=True, exist_ok=True)
         self.file.write_text("")
 
     def before(self, step: int, model: nn.Module) -> None:
-        """Before update `step` (from 0): saves the weights, or loads those of the lead."""
+        """Call before update `step` (from 0): saves the weights, or loads those of the lead."""
         began = time.perf_counter()
         if self.role == "lead" and step == 0:
             self._save(0, model)
@@ -59,7 +59,7 @@ class Record:
             self._ended = began
 
     def after(self, step: int, model: nn.Module, documents: Iterable[Document]) -> None:
-        """After update `step` (from 0)."""
+        """Call after update `step` (from 0): writes its line."""
         assert self._ended is not None
         seconds = time.perf_counter() - self._ended - self._recording
         if self.role == "lead":
@@ -112,50 +112,50 @@ def _trained(model: nn.Module) -> list[tuple[str, nn.Parameter]]:
 
 
 class RecordLightning(L.Callback):
-    """Calls a `Record` before and after each update of Lightning."""
+    """Calls a `Record` before and after each update in Lightning."""
 
     def __init__(self, record: Record) -> None:
         self.record = record
         self._documents: list[Document] = []
 
     def on_train_batch_start(self, trainer: L.Trainer, pl_module: Any, batch: Any, batch_idx: int) -> None:
-        """Before the first micro-batch of an update."""
+        """Starts recording before the first micro-batch of an update."""
         if not self._documents:
             self.record.before(trainer.global_step, pl_module.causal_lm.hf)
         self._documents += documents_of(batch)
 
     def on_train_batch_end(self, trainer: L.Trainer, pl_module: Any, *_: Any) -> None:
-        """After the last one."""
+        """Records the update after its last micro-batch."""
         if not trainer.fit_loop._should_accumulate():
             self.record.after(trainer.global_step - 1, pl_module.causal_lm.hf, self._documents)
             self._documents = []
 
 
 class RecordEngine(TrainerCallback):
-    """Calls a `Record` before and after each update of transformers' Trainer, or of one of TRL's."""
+    """Calls a `Record` before and after each update in a trainer of transformers or TRL."""
 
     def __init__(self, record: Record) -> None:
         self.record = record
         self._documents: list[Document] = []
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Before the first micro-batch of an update."""
+        """Starts recording before the first micro-batch of an update."""
         loader: EngineLoader = kwargs["train_dataloader"]
         self._documents = [document for batch in loader.update for document in documents_of(batch)]
         self.record.before(state.global_step, kwargs["model"])
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """After the last one."""
+        """Records the update after its last micro-batch."""
         self.record.after(state.global_step - 1, kwargs["model"], self._documents)
 
 
 class RecordedCLI(CLI):
-    """`fit` with a callback that records each update."""
+    """Runs `fit` with a callback that records each update."""
 
     record: Record
 
     def instantiate_trainer(self, **kwargs: Any) -> Any:
-        """Adds the callback of the engine."""
+        """Adds the recording callback for the engine."""
         trainer = super().instantiate_trainer(**kwargs)
         if self._get(self.config_init, "engine") == "lightning":
             trainer.callbacks.append(RecordLightning(self.record))
@@ -165,10 +165,10 @@ class RecordedCLI(CLI):
 
 
 def main(args: list[str]) -> int:
-    """Trains, and leaves `steps.jsonl` and the run folder; returns the exit code.
+    """Trains, and writes `steps.jsonl` and the run folder; returns the exit code.
 
     Args:
-        args: Engine, role, folder of this process, folder of the lead's weights, optimizer steps, recipe, overrides.
+        args: Engine, role, output folder, folder of the lead's weights, optimizer steps, recipe, overrides.
     """
     engine, role, folder, snapshots, steps, recipe, *overrides = args
     settings = {

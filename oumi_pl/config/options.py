@@ -1,16 +1,16 @@
-"""The command line as pairs of an option and its value, read with the standard library alone."""
+"""Splits a command line into options and values. Uses the standard library only, because imports cost seconds."""
 
 import re
 from collections.abc import Iterable, Sequence
 
 ALONE = {"--dry_run": "true", "--help": "", "--resume": ""}
-"""Options that need no value, and the value that they have without one."""
+"""Options that need no value -> their value without one."""
 SHORT = {"-c": "--config", "-h": "--help"}
 _VALUE = re.compile(r"(?!-)|-[\d.]")
-"""How a value begins: like a number, where it begins with a dash."""
+"""The beginning of a value: no dash, unless a number follows."""
 
 Option = tuple[str, str | None]
-"""`--data.batch_size` and `8`; None without a value. An argument that belongs to no option is listed like an option."""
+"""(`--data.batch_size`, `8`); None without a value. An argument that belongs to no option counts as an option."""
 
 
 def read(args: Sequence[str]) -> list[Option]:
@@ -33,5 +33,5 @@ def write(options: Iterable[Option]) -> list[str]:
 
 
 def value_of(flag: str, args: Sequence[str]) -> str | None:
-    """The value of an option on a command line: the last, if it is there several times; None if it isn't there."""
+    """The value of an option on a command line, the last if it is repeated; None without it."""
     return dict(read(args)).get(flag)

@@ -1,4 +1,7 @@
-"""Rewrites a command line before it is parsed: `--resume`, and `model: recipe:NAME`."""
+"""Rewrites a command line before it is parsed: `--resume`, and `model: recipe:NAME`.
+
+Imports nothing heavy, so that mistakes are reported at once.
+"""
 
 import os
 import subprocess
@@ -15,36 +18,35 @@ from oumi_pl.runs import folders
 from oumi_pl.runs.checkpoint_files import step_of
 
 LONGER = ("--trainer.max_steps", "--trainer.max_epochs", "--trainer.max_time")
-"""Options that give a finished run more to do."""
+"""Options that extend a finished run."""
 LISTED = 4
-"""How many differences between a recipe and its run are named."""
+"""Most differences between a recipe and its run that are listed."""
 
 
 def resume_arguments(
     command: str, resume: str, recipe: str, args: list[str], tree: Mapping[str, Any]
 ) -> tuple[Path, str, list[str]]:
-    """The run folder, its recipe's name, and the command line that continues it.
+    """Finds the run to resume. Returns its folder, the name of its recipe, and the command line that continues it.
 
-    The run's own `config.yaml` replaces `--config`: it is the record of what was running. Options that were typed
-    override it.
+    The run's `config.yaml`, which has the settings that it used, replaces `--config`. Other options override it.
 
     Args:
-        command: Has to be `fit`.
+        command: Must be `fit`.
         resume: A run folder; empty for the last unfinished run of the recipe.
         recipe: Name of the recipe.
         args: The command line.
-        tree: The content of the recipe, which may set where its runs are.
+        tree: Content of the recipe, which may set `runs_dir`.
 
     Raises:
         UserError: if there is nothing to resume, or the run is finished.
     """
     if command != "fit":
-        raise UserError(f"--resume goes with fit; for {command}, name the weights: --ckpt_path FILE")
+        raise UserError(f"--resume is for fit; for {command}, pass the weights with --ckpt_path FILE")
     if value_of("--ckpt_path", args) is not None:
-        raise UserError("--resume takes the run's newest checkpoint: leave out --ckpt_path, or --resume")
+        raise UserError("--resume uses the run's newest checkpoint: leave out --ckpt_path or --resume")
     root = Path(str(value_of("--runs_dir", args) or tree.get("runs_dir") or "runs")).expanduser()
     if resume:
-        run = _given(Path(resume).expanduser(), root)
+        run = _run_at(Path(resume).expanduser(), root)
     else:
         run = folders.last_unfinished(root, recipe, value_of("--name", args) or tree.get("name"))
     config = run / folders.CONFIG
@@ -56,10 +58,10 @@ def resume_arguments(
     checkpoint = folders.newest_checkpoint(run)
     _refuse_finished(run, state, checkpoint, args)
     if differences := differing(tree, recipe_files.check(config) if tree else {}):
-        named = [f"{key} ({ours} there, {theirs} in the recipe)" for key, ours, theirs in differences[:LISTED]]
+        listed = [f"{key} ({ours} there, {theirs} in the recipe)" for key, ours, theirs in differences[:LISTED]]
         more = f" and {len(differences) - LISTED} more" if len(differences) > LISTED else ""
         print(
-            f"note: the run continues with {config}, which differs from the recipe in {', '.join(named)}{more}; "
+            f"note: the run continues with {config}, which differs from the recipe in {', '.join(listed)}{more}; "
             f"to change a value, pass it as an option: --{differences[0][0]} VALUE",
             file=sys.stderr,
         )
@@ -67,17 +69,17 @@ def resume_arguments(
     arguments = ["--config", str(config), *kept]
     if checkpoint is not None:
         arguments.append(f"--ckpt_path={checkpoint}")
-    # transformers and TRL report themselves where they resume
-    engines = any((run / folders.CHECKPOINTS).glob("checkpoint-*"))
-    if checkpoint is not None or not engines:
+    # with another engine, `adapters.train` finds and reports the checkpoint
+    is_engine_run = any((run / folders.CHECKPOINTS).glob("checkpoint-*"))
+    if checkpoint is not None or not is_engine_run:
         print(f"resuming {run} from {checkpoint.name if checkpoint else 'the start: it has no checkpoint yet'}")
     return run, str(state.get("recipe", recipe)), arguments
 
 
 def differing(recipe: Mapping[str, Any], run: Mapping[str, Any], above: str = "") -> list[tuple[str, Any, Any]]:
-    """Values of a recipe that differ in a run's config: option, the run's value, the recipe's.
+    """Values of a recipe that differ from a run's config, as (option, value in the run, value in the recipe).
 
-    A run's config is the parsed recipe: class names are whole paths there, and numbers are numbers.
+    A run's config is parsed: class names are full paths, and numbers written as text are numbers.
     """
     differences: list[tuple[str, Any, Any]] = []
     for key, theirs in recipe.items():
@@ -90,7 +92,7 @@ def differing(recipe: Mapping[str, Any], run: Mapping[str, Any], above: str = ""
 
 
 def _equal(theirs: Any, ours: Any) -> bool:
-    if isinstance(ours, Mapping) and isinstance(theirs, str):  # a class by its name alone
+    if isinstance(ours, Mapping) and isinstance(theirs, str):  # a class without arguments
         return _equal(theirs, ours.get("class_path"))
     if isinstance(theirs, list) and isinstance(ours, list):
         return len(theirs) == len(ours) and all(map(_equal_item, theirs, ours))
@@ -107,7 +109,8 @@ def _equal_item(theirs: Any, ours: Any) -> bool:
     return not differing(theirs, ours) if both else _equal(theirs, ours)
 
 
-def _given(path: Path, root: Path) -> Path:
+def _run_at(path: Path, root: Path) -> Path:
+    """Checks that a path is a run folder, and suggests one if not."""
     if (path / folders.RUN).is_file():
         if not folders.read_state(path):
             raise UserError(f"--resume: {path / folders.RUN} can't be read, so {path} can't be resumed")
@@ -123,7 +126,7 @@ def _is_run(path: Path) -> bool:
 
 
 def _refuse_finished(run: Path, state: Mapping[str, Any], checkpoint: Path | None, args: list[str]) -> None:
-    """Refuses a run with nothing left to do, which the trainer would notice only after loading everything."""
+    """Refuses a run with nothing left to train. The trainer would notice only after loading everything."""
     more = [option for option in LONGER if value_of(option, args) is not None]
     if state.get("status") == "finished" and not more:
         raise UserError(
@@ -143,11 +146,11 @@ OPTIONS = ("--model.init_args.model", "--model.model")
 
 
 def with_model(args: list[str], tree: Mapping[str, Any]) -> list[str]:
-    """The command line with the folder of the trained model in place of `recipe:NAME`.
+    """Replaces `model: recipe:NAME` by the folder of the model that this recipe trains; trains it first if needed.
 
     Args:
         args: The command line.
-        tree: The content of the recipe.
+        tree: Content of the recipe.
 
     Raises:
         UserError: there is no such recipe, or its run did not finish.
@@ -165,7 +168,7 @@ def with_model(args: list[str], tree: Mapping[str, Any]) -> list[str]:
 
 
 def trained(recipe: str, root: Path) -> Path:
-    """The model of the newest finished run of a recipe in `root`; the recipe is run if there is none.
+    """The model of the newest finished run of a recipe in `root`. Trains the recipe if there is none.
 
     Raises:
         UserError: there is no such recipe, or its run did not finish.
@@ -181,5 +184,5 @@ def trained(recipe: str, root: Path) -> Path:
     status = subprocess.run(command, check=False).returncode
     model = folders.last_model(root, name)
     if status or model is None:
-        raise UserError(f"model: the run of recipe:{recipe} did not finish; run it by itself: fit --config {recipe}")
+        raise UserError(f"model: the run of recipe:{recipe} did not finish; run it separately: fit --config {recipe}")
     return model

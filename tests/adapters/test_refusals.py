@@ -64,7 +64,7 @@ def test_engines_that_cannot_train_a_trainer_type():
     [
         ({"callbacks": [EMA()]}, "trainer.callbacks: EMA belongs to Lightning's loop"),
         ({"max_time": "00:01:00:00"}, "trainer.max_time belongs"),
-        ({"limit_train_batches": 3}, "trainer.limit_train_batches means nothing to --engine hf"),
+        ({"limit_train_batches": 3}, "trainer.limit_train_batches has no effect with --engine hf"),
         ({"gradient_clip_val": 1.0, "gradient_clip_algorithm": "value"}, "clips by norm"),
         ({"precision": "64-true"}, "trainer.precision: 64-true is unknown"),
         ({"devices": 2, "strategy": "ddp"}, "trains on one device, and this run has 2"),

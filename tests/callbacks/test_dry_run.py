@@ -182,7 +182,7 @@ def test_callbacks_that_need_a_logger_take_part(cli):
 
 def test_what_has_no_dry_run(cli):
     assert "unknown option --dry_run" in cli.fails("validate", "--config", "r.yaml", "--dry_run")
-    assert "--dry_run tries Lightning's loop, and --engine hf" in cli.fails(*FIT, "--dry_run", "--engine", "hf")
+    assert "--dry_run measures Lightning's loop, but --engine hf" in cli.fails(*FIT, "--dry_run", "--engine", "hf")
     cli.recipe({"trainer.max_steps": 3, "checkpoint": {"monitor": "val/los"}, "data.init_args.validation": 0.2})
     assert "did you mean 'val/loss'?" in cli.fails(*FIT, "--dry_run")
     cli.recipe({"runs_dir": "rows.jsonl"})

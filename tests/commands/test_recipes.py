@@ -92,7 +92,7 @@ def test_copy_writes_over_nothing_and_makes_no_directory(tmp_path, monkeypatch, 
 @pytest.mark.parametrize(
     ("args", "message"),
     [
-        (["show", "gsm8k_small"], "no recipe 'gsm8k_small'; did you mean 'sft/gsm8k_small'?"),
+        (["show", "gsm8k_small"], "unknown recipe 'gsm8k_small'; did you mean 'sft/gsm8k_small'?"),
         (["copy", "quickstart/stf", "x.yaml"], "did you mean 'quickstart/sft'?"),
         (["show"], "show needs NAME: oumi_pl recipes show NAME"),
         (["copy", "quickstart/sft"], "copy needs NAME FILE"),

@@ -23,7 +23,7 @@ def test_a_recipe_on_two_engines(cli):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (("--engines", "lightning,tlr"), "there is no 'tlr'; did you mean 'trl'?"),
+        (("--engines", "lightning,tlr"), "unknown engine 'tlr'; did you mean 'trl'?"),
         (("--engines", "lightning"), "name two or three different ones of lightning, hf, trl"),
         (("--config", "dpo/hh_small", "--engines", "lightning,hf"), "hf can't train DPO; these can: lightning, trl"),
         (("--steps", "0"), "--steps is 0, but has to be at least 1"),

@@ -118,8 +118,11 @@ VALUES = {
         {"trainer.precision": "bf16-mixd"},
         "trainer.precision: 'bf16-mixd' is not a valid value; did you mean 'bf16-mixed'?",
     ),
-    "accelerator": ({"trainer.accelerator": "gpuu"}, "trainer.accelerator: there is no 'gpuu'; did you mean 'gpu'?"),
-    "strategy": ({"trainer.strategy": "ddpp"}, "trainer.strategy: there is no 'ddpp'; did you mean 'ddp'?"),
+    "accelerator": (
+        {"trainer.accelerator": "gpuu"},
+        "unknown accelerator 'gpuu'; did you mean 'gpu'?",
+    ),
+    "strategy": ({"trainer.strategy": "ddpp"}, "trainer.strategy: unknown strategy 'ddpp'; did you mean 'ddp'?"),
     "clipping": ({"trainer.gradient_clip_algorithm": "vale"}, "trainer: `gradient_clip_algorithm` vale is invalid"),
     "architecture": (
         {"model.init_args.config.model_type": "lama"},

@@ -140,7 +140,7 @@ def test_refusals(tmp_path):
     assert "has no config.yaml, so it stopped before training began; start a new run" in refusal(resume="early")
     assert "broken/run.json can't be read" in refusal(resume="broken")
     assert "leave out --ckpt_path, or --resume" in refusal(["--ckpt_path", "x"], resume="early")
-    assert "--resume goes with fit; for test, name the weights" in refusal(command="test")
+    assert "--resume is for fit; for test, pass the weights" in refusal(command="test")
 
 
 def test_finished_run(tmp_path):
