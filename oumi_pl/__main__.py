@@ -1,17 +1,16 @@
 """The command line: answers at once what needs no heavy import, then calls LightningCLI or one of our commands."""
 
 import contextlib
-import functools
 import importlib
 import os
 import sys
 from pathlib import Path
-from typing import Any
 
 from oumi_pl import __version__
+from oumi_pl.config import command_line
 from oumi_pl.config import files as recipe_files
-from oumi_pl.config import options
 from oumi_pl.errors import UserError, nearest, of_the_machine, versions
+from oumi_pl.runs import folders
 from oumi_pl.terminal.screen import meanwhile
 
 HELP = """\
@@ -62,9 +61,7 @@ def main(argv: list[str] | None = None) -> int:
         return 130
     except SystemExit as stop:  # the parser raises it after --help and --print_config, Lightning after Ctrl-C
         return _code_of(stop)
-    except (
-        BrokenPipeError
-    ):  # `| head` closed the pipe; without `dup2`, the interpreter's flush at exit would fail again
+    except BrokenPipeError:  # `| head` closed the pipe; the flush at exit would fail again
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
         return 128 + 13
     except Exception as error:
@@ -73,7 +70,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _report(error: Exception) -> int:
-    """Prints an error and returns the exit code: a message for mistakes and full disks or memory, a traceback for bugs."""
+    """Prints an error and returns the exit code: a message for mistakes and full disks, a traceback for bugs."""
     message = str(error) if isinstance(error, UserError) else of_the_machine(error)
     if message is not None:
         print(f"error: {message}", file=sys.stderr)
@@ -107,7 +104,7 @@ def _run(argv: list[str]) -> int:
         sys.path.insert(0, str(Path.cwd()))
     if command not in TRAINER_COMMANDS:
         return int(importlib.import_module(f"oumi_pl.commands.{command}").main(rest))
-    typed = options.read(rest)
+    typed = command_line.read(rest)
     topic = dict(typed).get("--help")
     if topic == "all":
         return _train(command, [("--help", None)])
@@ -118,14 +115,12 @@ def _run(argv: list[str]) -> int:
     return _train(command, typed)
 
 
-def _train(command: str, typed: list[options.Option]) -> int:
+def _train(command: str, typed: list[command_line.Option]) -> int:
     typed = [(flag, _recipe(value) if flag == "--config" else value) for flag, value in typed]
     configs = [Path(value) for flag, value in typed if flag == "--config" and value]
     trees = [recipe_files.check(path) for path in configs]
-    from oumi_pl.runs import folders
-
     resume = dict(typed).get("--resume")
-    args = options.write(option for option in typed if option[0] != "--resume")
+    args = command_line.write(option for option in typed if option[0] != "--resume")
     asks_for_help = any(flag.endswith("help") for flag, _ in typed)
     if not configs and resume is None and not asks_for_help:
         recipes = ", ".join(recipe_files.names())
@@ -136,17 +131,13 @@ def _train(command: str, typed: list[options.Option]) -> int:
             "oumi_pl runs lists them)"
         )
     recipe = "-".join(folders.recipe_of(path) or recipe_files.recipe_name(path) for path in configs) or "run"
-    tree: dict[str, Any] = functools.reduce(recipe_files.merge, trees, {})
+    tree = recipe_files.merged(trees)
     folder = None
     if resume is not None:
-        from oumi_pl.config import rewriting
-
-        folder, recipe, args = rewriting.resume_arguments(command, resume, recipe, args, tree)
+        folder, recipe, args = command_line.resume_arguments(command, resume, recipe, args, tree)
         trees = [recipe_files.check(folder / folders.CONFIG)]
     if not asks_for_help:
-        from oumi_pl.config import rewriting
-
-        args = rewriting.with_model(args, {} if folder else tree)
+        args = command_line.with_model(args, {} if folder else tree)
     # Threads that spin while they wait slow each other down when anything else runs on the machine: 80 steps of the
     # quickstart on two busy cores took 92 s with GNU OpenMP's default and 29 s with this; on idle ones 120 steps took
     # 14 s with either. torch reads it when it is imported.

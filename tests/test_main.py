@@ -10,7 +10,7 @@ import pytest
 
 from oumi_pl import __version__
 from oumi_pl.__main__ import main
-from oumi_pl.config.options import read, write
+from oumi_pl.config.command_line import read, write
 
 ROOT = Path(__file__).parents[1]
 
@@ -31,8 +31,8 @@ LIGHT = {
         2,
         "--config: no file 'lst.yaml'; did you mean 'list.yaml'?",
     ),
-    "--config without value": (["fit", "--config"], 2, "--config: name a recipe or a file; recipes: "),
-    "--config before an option": (["fit", "--config", "--name", "x"], 2, "--config: name a recipe or a file"),
+    "--config without value": (["fit", "--config"], 2, "--config: give a recipe by name or path; recipes: "),
+    "--config before an option": (["fit", "--config", "--name", "x"], 2, "--config: give a recipe by name or path"),
     "broken YAML": (["fit", "-c", "broken.yaml"], 2, "broken.yaml line 2: not valid YAML: "),
     "key twice": (["fit", "--config=twice.yaml"], 2, "twice.yaml line 4: the key a.b is repeated, first in line 2"),
     "list": (

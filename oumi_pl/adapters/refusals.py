@@ -10,7 +10,6 @@ from torch import nn
 from oumi_pl import attention
 from oumi_pl.adapters.losses import INSTEAD, dpo_settings
 from oumi_pl.callbacks.advice import Advice, PreferenceWarnings
-from oumi_pl.callbacks.answers import Answers
 from oumi_pl.callbacks.checkpoint import Checkpoints
 from oumi_pl.callbacks.export import Export
 from oumi_pl.callbacks.memory import Memory
@@ -18,7 +17,7 @@ from oumi_pl.callbacks.predictions import Predictions
 from oumi_pl.callbacks.progress import ProgressLine
 from oumi_pl.callbacks.report import Report
 from oumi_pl.callbacks.run_folder import RunFolder
-from oumi_pl.callbacks.samples import Samples
+from oumi_pl.callbacks.samples import Answers, Samples
 from oumi_pl.callbacks.start import Start
 from oumi_pl.callbacks.stopping import LastStep, Preemption
 from oumi_pl.callbacks.throughput import Throughput

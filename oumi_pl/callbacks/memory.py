@@ -19,7 +19,7 @@ from oumi_pl.callbacks import find
 from oumi_pl.callbacks.checkpoint import Checkpoints
 from oumi_pl.callbacks.throughput import peak_memory
 from oumi_pl.errors import is_out_of_memory
-from oumi_pl.runs.checkpoint_files import saved_steps
+from oumi_pl.runs.folders import saved_steps
 from oumi_pl.types import RunData, RunModule
 
 USABLE = 0.95
@@ -185,7 +185,7 @@ class Memory(L.Callback):
         """Adds the note to an out-of-memory error."""
         if is_out_of_memory(exception):
             with contextlib.suppress(Exception):  # an error in here must not hide the one being reported
-                exception.add_note(self._note(trainer, pl_module, exception))
+                exception.add_note("\n  ".join(self._note(trainer, pl_module, exception)))
 
     def _begin(self, pl_module: RunModule, batch: Any) -> None:
         counts = pl_module.count(batch)
@@ -198,25 +198,23 @@ class Memory(L.Callback):
         if peak > self._peak and self._positions:
             self._per_position = max(self._per_position, (peak - self._before) / self._positions)
 
-    def _note(self, trainer: Any, module: RunModule, error: BaseException) -> str:
+    def _note(self, trainer: Any, module: RunModule, error: BaseException) -> list[str]:
         device, data = module.device, trainer.datamodule
         total, now = available(device), used(device)
         head = f"out of memory on {device}"
         if self._phase == "loading":
             lines = [f"{head} while the model was loaded: {gigabytes(total)} in total, {gigabytes(now)} were in use"]
-            return _joined([*lines, *_less_to_hold(module, trainer)])
+            return [*lines, *_less_to_hold(module, trainer)]
         if self._phase in ("validation", "start"):
             rows = data.eval_batch_size
             what = f"validation, in a batch of {self._size}" if self._phase == "validation" else "preparation"
             lines = [f"{head} in {what}; {gigabytes(total)} in total"]
             halved = f"--data.eval_batch_size {max(1, rows // 2)} (now {rows}; metrics stay the same)"
-            return _joined([*lines, halved if rows > 1 else "a shorter data.max_length helps", *_resuming(trainer)])
+            return [*lines, halved if rows > 1 else "a shorter data.max_length helps", *_resuming(trainer)]
         step = trainer.global_step + 1
         if self._phase != "step":
             lines = [f"{head} at the end of step {step}: {gigabytes(total)} in total, {gigabytes(now)} were in use"]
-            return _joined(
-                [*lines, *_always_held(trainer, module), *_less_to_hold(module, trainer), *_resuming(trainer)]
-            )
+            return [*lines, *_always_held(trainer, module), *_less_to_hold(module, trainer), *_resuming(trainer)]
         shortage = self._shortage(trainer, module, error, total)
         at_least = "" if shortage.measured else "at least "
         lines = [
@@ -224,7 +222,7 @@ class Memory(L.Callback):
             f"{gigabytes(total)} in total; {gigabytes(shortage.held)} were in use before it, and it takes "
             f"{at_least}{gigabytes(shortage.taken)} more",
         ]
-        return _joined([*lines, *advice(shortage, module, trainer)])
+        return [*lines, *advice(shortage, module, trainer)]
 
     def _shortage(self, trainer: Any, module: RunModule, error: BaseException, total: int) -> Shortage:
         data: RunData = trainer.datamodule
@@ -308,7 +306,3 @@ def _resuming(trainer: Any, options: str = "") -> list[str]:
     if directory is not None and saved_steps(directory):
         return [f"resume from the last checkpoint: oumi_pl fit --resume {directory.parent} {options}".rstrip()]
     return []
-
-
-def _joined(lines: list[str]) -> str:
-    return "\n  ".join(lines)

@@ -10,8 +10,8 @@ from typing import Any
 import yaml
 
 from oumi_pl.commands.parser import Parser
+from oumi_pl.config import command_line
 from oumi_pl.config import files as recipe_files
-from oumi_pl.config import rewriting
 from oumi_pl.errors import UserError, nearest
 
 ENGINES = ("lightning", "hf", "trl")
@@ -37,16 +37,15 @@ def main(args: list[str]) -> int:
     options, overrides = parser.parse_known_args(args)
     if options.steps < 1:
         raise UserError(f"--steps is {options.steps}, but has to be at least 1")
-    recipe: dict[str, Any] = {}
-    for name in options.config:
-        recipe = recipe_files.merge(recipe, recipe_files.check(recipe_files.find(name)))
+    paths = [recipe_files.find(name) for name in options.config]
+    recipe = recipe_files.merged(map(recipe_files.check, paths))
     engines = _engines(options.engines, recipe)
     options.optimizer = str(((recipe.get("model") or {}).get("init_args") or {}).get("optimizer"))
-    title = "-".join(recipe_files.recipe_name(recipe_files.find(name)) for name in options.config)
+    title = "-".join(map(recipe_files.recipe_name, paths))
     folder = (options.output or Path("runs") / f"{title}-compare").expanduser()
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise UserError(f"--output: {folder} is not empty; name another folder")
-    overrides = rewriting.with_model(overrides, recipe)
+    overrides = command_line.with_model(overrides, recipe)
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "recipe.yaml").write_text(yaml.safe_dump(_bare(recipe), sort_keys=False), encoding="utf-8")
     try:

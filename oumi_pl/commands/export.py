@@ -85,7 +85,7 @@ def built(checkpoint: Path) -> tuple[Any, Any, dict[str, Any], dict[str, Any]]:
 
 def find(path: Path) -> Path:
     """The checkpoint itself, or that of a run folder: the best, else the newest."""
-    from oumi_pl.runs.checkpoint_files import saved_steps
+    from oumi_pl.runs.folders import saved_steps
 
     if not path.exists():
         raise UserError(f"--checkpoint: no file {path}{nearby(path, lambda p: p.is_dir() or p.suffix == '.ckpt')}")

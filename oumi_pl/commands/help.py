@@ -1,4 +1,4 @@
-"""Prints `fit --help` (the project's own options) and `--help TOPIC` (a section, a place of classes, a class, an option).
+"""Prints `fit --help`, the project's own options, and `--help TOPIC`: a section, place of classes, class or option.
 
 All texts come from signatures and docstrings, read by the parser of the command line.
 """

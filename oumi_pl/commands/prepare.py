@@ -17,10 +17,8 @@ def main(args: list[str]) -> int:
     parser.add_argument("--config", action="append", required=True, help="a recipe; several are merged, the later wins")
     parser.add_argument("--output", type=Path, help="folder to write to (default: the cache, where fit finds them)")
     options = parser.parse_args(args)
-    recipe: dict[str, Any] = {}
-    for name in options.config:
-        recipe = recipe_files.merge(recipe, recipe_files.check(recipe_files.find(name)))
-    prepare(recipe, options.output.expanduser() if options.output else None)
+    recipes = (recipe_files.check(recipe_files.find(name)) for name in options.config)
+    prepare(recipe_files.merged(recipes), options.output.expanduser() if options.output else None)
     return 0
 
 

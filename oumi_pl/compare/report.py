@@ -20,7 +20,7 @@ MEANING = {  # quantity that differs -> what that means, and where to look for t
 
 
 def table(engines: Sequence[Engine]) -> str:
-    """A table with a line per engine: largest differences from the lead in held steps; distance and speed of free ones."""
+    """A line per engine: largest differences to the lead in held steps; distance, loss and speed in free ones."""
     lead = engines[0]
     head = (
         f"{'engine':10} {'lr':>9} {'loss':>9} {'grad_norm':>9} {'update':>9}   {'weights':>9} {'last loss':>10}"
@@ -28,14 +28,14 @@ def table(engines: Sequence[Engine]) -> str:
     )
     lines = [f"{'':10} {'largest relative difference per step':>39}   {'run free':>20}", head]
     for engine in engines:
-        differences = [
-            "" if engine is lead else f"{_largest(lead, engine, what):.1e}" for what in ("lr", "loss", "grad_norm")
-        ]
-        differences.append("" if engine is lead else f"{max(line['update'] for line in engine.held):.1e}")
-        weights = "" if engine is lead else f"{engine.free[-1]['weights']:.1e}"
+        cells = [""] * 5  # the lead has no difference to itself
+        if engine is not lead:
+            largest = [_largest(lead, engine, what) for what in ("lr", "loss", "grad_norm")]
+            update = max(line["update"] for line in engine.held)
+            cells = [f"{value:.1e}" for value in (*largest, update, engine.free[-1]["weights"])]
         lines.append(
-            f"{engine.name:10} {differences[0]:>9} {differences[1]:>9} {differences[2]:>9} {differences[3]:>9}   "
-            f"{weights:>9} {engine.free[-1]['loss']:10.6f}   {median(line['seconds'] for line in engine.free):8.3f} "
+            f"{engine.name:10} {' '.join(f'{cell:>9}' for cell in cells[:4])}   {cells[4]:>9} "
+            f"{engine.free[-1]['loss']:10.6f}   {median(line['seconds'] for line in engine.free):8.3f} "
             f"{engine.free[-1]['peak_memory_gb']:8.2f}"
         )
     return "\n".join(lines)

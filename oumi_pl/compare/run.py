@@ -35,8 +35,8 @@ class Engine:
     """The steps of an engine.
 
     held: steps that each start from the lead's weights. free: steps of a run of its own; for the lead both are the
-    same. A step is a dict with `step`, `batch`, `target_tokens`, `lr`, `loss`, `grad_norm`, `seconds`, `peak_memory_gb`, and for the
-    others `update` or `weights`, the distance to the lead's.
+    same. A step is a dict with `step`, `batch`, `target_tokens`, `lr`, `loss`, `grad_norm`, `seconds`,
+    `peak_memory_gb`, and for the others `update` or `weights`, the distance to the lead's.
     """
 
     name: str

@@ -25,7 +25,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from oumi_pl import callbacks, data, losses, modules, optim
-from oumi_pl.config.options import Option
+from oumi_pl.config.command_line import Option
 from oumi_pl.config.parser import Parser
 from oumi_pl.errors import UserError, nearest
 

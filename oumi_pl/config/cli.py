@@ -11,7 +11,6 @@ from lightning.pytorch.callbacks import ProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 
 from oumi_pl.callbacks.advice import Advice, PreferenceWarnings
-from oumi_pl.callbacks.answers import Answers
 from oumi_pl.callbacks.checkpoint import Checkpoints
 from oumi_pl.callbacks.dry_run import dry_run
 from oumi_pl.callbacks.export import Export
@@ -20,14 +19,14 @@ from oumi_pl.callbacks.predictions import Predictions
 from oumi_pl.callbacks.progress import ProgressLine
 from oumi_pl.callbacks.report import Report
 from oumi_pl.callbacks.run_folder import RunFolder
-from oumi_pl.callbacks.samples import Samples
+from oumi_pl.callbacks.samples import Answers, Samples
 from oumi_pl.callbacks.start import Start
 from oumi_pl.callbacks.stopping import LastStep, Preemption
 from oumi_pl.callbacks.throughput import Throughput
 from oumi_pl.callbacks.tracking import Tracking
 from oumi_pl.config.check import Checker, options
+from oumi_pl.config.command_line import read
 from oumi_pl.config.files import as_written
-from oumi_pl.config.options import read
 from oumi_pl.config.parser import Parser, unwrapped_mistakes
 from oumi_pl.config.refusals import (
     refuse_contradictions,

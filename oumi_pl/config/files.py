@@ -3,8 +3,9 @@
 Imports only the standard library and PyYAML, so that a misspelt name is reported in a fraction of a second.
 """
 
+import functools
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -119,11 +120,16 @@ def check(path: Path) -> dict[str, Any]:
 
 def merge(first: Mapping[str, Any], second: Mapping[str, Any]) -> dict[str, Any]:
     """Merges two recipes key by key; the second wins."""
-    merged = dict(first)
+    tree = dict(first)
     for key, value in second.items():
-        old = merged.get(key)
-        merged[key] = merge(old, value) if isinstance(old, Mapping) and isinstance(value, Mapping) else value
-    return merged
+        old = tree.get(key)
+        tree[key] = merge(old, value) if isinstance(old, Mapping) and isinstance(value, Mapping) else value
+    return tree
+
+
+def merged(recipes: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
+    """Merges recipes in order; the later ones win."""
+    return functools.reduce(merge, recipes, {})
 
 
 def as_written(paths: Sequence[Path]) -> bytes | None:
@@ -134,11 +140,8 @@ def as_written(paths: Sequence[Path]) -> bytes | None:
         return paths[0].read_bytes()
     if not paths:
         return None
-    merged: dict[str, Any] = {}
-    for path in paths:
-        merged = merge(merged, check(path))
     header = f"# Merged, the later wins: {', '.join(map(str, paths))}\n"
-    return (header + yaml.safe_dump(merged, sort_keys=False)).encode()
+    return (header + yaml.safe_dump(merged(map(check, paths)), sort_keys=False)).encode()
 
 
 def _refuse_repeated_keys(node: Any, path: Path, prefix: str) -> None:

@@ -3,7 +3,8 @@
 import json
 import math
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,7 @@ DRAWN = {
 }
 """Metric -> title in the picture. Losses are drawn if one run has them, other metrics if several have."""
 STYLES = ("-", "--", "-.", ":")
+LAST = itemgetter(-1)
 LONGEST = 60
 """Most characters of a value in the list of differences."""
 
@@ -36,32 +38,23 @@ def outcomes(records: Sequence[Record]) -> dict[str, list[str]]:
         "state": [run.condition for run in records],
         "steps": [f"{run.step:,}" for run in records],
         "time": [clock(folders.seconds(run.folder, run.state)) for run in records],
-        "tokens": [_last(run, "train/num_tokens", large) for run in records],
-        "tokens/s, median": [_median(run, "train/tokens_per_second") for run in records],
-        "peak memory, GB": [_last(run, "train/peak_memory_gb", number) for run in records],
-        f"train/loss, mean of {folders.RECENT}": [_recent(run) for run in records],
+        "tokens": [_cell(run, "train/num_tokens", LAST, large) for run in records],
+        "tokens/s, median": [_cell(run, "train/tokens_per_second", statistics.median) for run in records],
+        "peak memory, GB": [_cell(run, "train/peak_memory_gb", LAST) for run in records],
+        f"train/loss, mean of {folders.RECENT}": [_cell(run, "train/loss", folders.recent) for run in records],
     }
     names = dict.fromkeys(name for run in records for name in run.metrics if name.startswith("val/"))
     order = sorted(names, key=lambda name: (name != "val/loss", name))
     for name in order:
-        rows[name] = [_last(run, name, number) for run in records]
+        rows[name] = [_cell(run, name, LAST) for run in records]
         if name == "val/loss":
             rows["val/loss, best"] = [_best(run) for run in records]
     return {name: cells for name, cells in rows.items() if any(cell != "-" for cell in cells)}
 
 
-def _last(run: Record, name: str, shown: Any) -> str:
-    return str(shown(run.metrics[name][1][-1])) if name in run.metrics else "-"
-
-
-def _median(run: Record, name: str) -> str:
-    return number(statistics.median(run.metrics[name][1])) if name in run.metrics else "-"
-
-
-def _recent(run: Record) -> str:
-    if "train/loss" not in run.metrics:
-        return "-"
-    return number(folders.recent(run.metrics["train/loss"][1]))
+def _cell(run: Record, name: str, value: Callable[[list[float]], float], shown: Callable[[float], str] = number) -> str:
+    """A value of a metric as text; a dash for a run without the metric."""
+    return shown(value(run.metrics[name][1])) if name in run.metrics else "-"
 
 
 def _best(run: Record) -> str:

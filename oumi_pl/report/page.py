@@ -11,8 +11,7 @@ from oumi_pl import __version__
 from oumi_pl.report import curves, sections
 from oumi_pl.report.record import Record
 from oumi_pl.report.words import clock, meaning
-from oumi_pl.runs.checkpoint_files import saved_steps
-from oumi_pl.runs.folders import CHECKPOINTS, CONFIG
+from oumi_pl.runs.folders import CHECKPOINTS, CONFIG, saved_steps
 
 
 def render(template: Path, filters: Mapping[str, Callable[..., Any]] | None = None, **values: Any) -> str:

@@ -10,7 +10,7 @@ import torch
 from lightning.fabric.plugins import TorchCheckpointIO
 
 from oumi_pl.errors import UserError
-from oumi_pl.runs.checkpoint_files import HALF, remove
+from oumi_pl.runs.folders import HALF, remove
 
 
 class AtomicCheckpointIO(TorchCheckpointIO):

@@ -253,7 +253,7 @@ def test_mistake_in_a_class_of_ones_own_is_not_called_a_bug_of_ours(cli):
     assert code == 1
     assert "KeyError: 'x'" in err
     assert err.rstrip().endswith("own_g.py line 4")
-    assert "this comes from a file of yours" in err
+    assert "the error comes from your file" in err
 
 
 @pytest.mark.parametrize(

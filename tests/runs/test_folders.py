@@ -6,10 +6,10 @@ import os
 
 import pytest
 
-from oumi_pl.config import rewriting
+from oumi_pl.config import command_line
 from oumi_pl.errors import UserError
 from oumi_pl.runs import folders
-from oumi_pl.runs.checkpoint_files import checkpoint_name
+from oumi_pl.runs.folders import checkpoint_name
 
 
 def run(root, name="r", recipe="r", status="stopped", created=0, step=None, config=True):
@@ -25,7 +25,7 @@ def run(root, name="r", recipe="r", status="stopped", created=0, step=None, conf
 
 
 def arguments(args=(), resume="", recipe="r", tree=None, command="fit"):
-    return rewriting.resume_arguments(command, resume, recipe, list(args), tree or {})
+    return command_line.resume_arguments(command, resume, recipe, list(args), tree or {})
 
 
 def refusal(*args, **kwargs) -> str:

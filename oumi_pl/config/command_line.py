@@ -1,21 +1,53 @@
-"""Rewrites a command line before it is parsed: `--resume`, and `model: recipe:NAME`.
+"""Reads a command line, and rewrites `--resume` and `model: recipe:NAME` in it before it is parsed.
 
 Imports nothing heavy, so that mistakes are reported at once.
 """
 
 import os
+import re
 import subprocess
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from oumi_pl.config import files as recipe_files
-from oumi_pl.config import options
-from oumi_pl.config.options import value_of
 from oumi_pl.errors import UserError, nearby
 from oumi_pl.runs import folders
-from oumi_pl.runs.checkpoint_files import step_of
+
+ALONE = {"--dry_run": "true", "--help": "", "--resume": ""}
+"""Options that need no value -> their value without one."""
+SHORT = {"-c": "--config", "-h": "--help"}
+_VALUE = re.compile(r"(?!-)|-[\d.]")
+"""The beginning of a value: no dash, unless a number follows."""
+
+Option = tuple[str, str | None]
+"""(`--data.batch_size`, `8`); None without a value. An argument that belongs to no option counts as an option."""
+
+
+def read(args: Sequence[str]) -> list[Option]:
+    """Splits a command line into options and values: `--key value`, or `--key=value`."""
+    options: list[Option] = []
+    rest = list(args)
+    while rest:
+        flag, equals, attached = rest.pop(0).partition("=")
+        flag = SHORT.get(flag, flag)
+        value = attached if equals else ALONE.get(flag)
+        if not equals and rest and flag.startswith("-") and flag != "--print_config" and _VALUE.match(rest[0]):
+            value = rest.pop(0)
+        options.append((flag, value))
+    return options
+
+
+def write(options: Iterable[Option]) -> list[str]:
+    """The command line that `read` splits into these options."""
+    return [flag if value is None else f"{flag}={value}" for flag, value in options]
+
+
+def value_of(flag: str, args: Sequence[str]) -> str | None:
+    """The value of an option on a command line, the last if it is repeated; None without it."""
+    return dict(read(args)).get(flag)
+
 
 LONGER = ("--trainer.max_steps", "--trainer.max_epochs", "--trainer.max_time")
 """Options that extend a finished run."""
@@ -65,7 +97,7 @@ def resume_arguments(
             f"to change a value, pass it as an option: --{differences[0][0]} VALUE",
             file=sys.stderr,
         )
-    kept = options.write(option for option in options.read(args) if option[0] != "--config")
+    kept = write(option for option in read(args) if option[0] != "--config")
     arguments = ["--config", str(config), *kept]
     if checkpoint is not None:
         arguments.append(f"--ckpt_path={checkpoint}")
@@ -134,9 +166,9 @@ def _refuse_finished(run: Path, state: Mapping[str, Any], checkpoint: Path | Non
             f"to train it further: --resume {run} --trainer.max_steps MORE (or --trainer.max_epochs)"
         )
     steps = value_of("--trainer.max_steps", args) or ""
-    if checkpoint is not None and steps.isdigit() and int(steps) <= step_of(checkpoint):
+    if checkpoint is not None and steps.isdigit() and int(steps) <= folders.step_of(checkpoint):
         raise UserError(
-            f"--resume: {run} is at step {step_of(checkpoint)} already: "
+            f"--resume: {run} is at step {folders.step_of(checkpoint)} already: "
             f"--trainer.max_steps {steps} leaves nothing to do"
         )
 
