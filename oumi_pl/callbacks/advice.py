@@ -5,7 +5,6 @@ Settings are checked before the first update; waiting for data, the loss and the
 """
 
 import math
-import os
 import statistics
 import sys
 import time
@@ -19,6 +18,7 @@ from torch.distributed.tensor import DTensor
 from torch.optim import Adam, AdamW
 
 from oumi_pl.callbacks.run_folder import run_directory
+from oumi_pl.report.environment import usable_cpus
 from oumi_pl.runs import folders
 from oumi_pl.types import RunData, RunModule
 
@@ -227,7 +227,7 @@ def no_validation(trainer: Any, module: RunModule) -> str | None:
 
 
 def _starved(share: float, wait: float, step: float, data: RunData) -> str:
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    cores = usable_cpus()
     more = max(data.workers + 1, min(2 * max(1, data.workers), cores))
     prepare = ", or tokenize once beforehand (data.streaming: false)" if data.streaming else ""
     return (
@@ -342,6 +342,9 @@ def _stuck(losses: list[float], lr: float) -> str | None:
             "oumi_pl preview shows which tokens carry loss"
         )
     return None
+
+
+# ---- preference training
 
 
 EARLY = 3

@@ -231,6 +231,9 @@ class SomeLogps:
         return np.concatenate(parts) if parts else np.empty(0, dtype=np.float32)
 
 
+# ---- the table: counted for the whole run, or measured on its first updates
+
+
 SECTION, NAME = 11, 17
 """Widths of the first two columns."""
 COMPUTE = {

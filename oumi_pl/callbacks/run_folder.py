@@ -104,6 +104,9 @@ class RunFolder(L.Callback):
         unrecorded = (folders.seconds(directory, earlier) or 0.0) - sum(self._before.values())
         if unrecorded > 0:
             self._before["killed"] = self._before.get("killed", 0.0) + unrecorded
+        device = pl_module.device.type
+        if device == "cuda":
+            device = torch.cuda.get_device_name(pl_module.device)
         folders.write_state(
             directory,
             recipe=self.recipe,
@@ -113,7 +116,7 @@ class RunFolder(L.Callback):
             oumi_pl=__version__,
             steps=pl_module.total_steps(),
             model=_model(trainer, pl_module),
-            environment=environment() | _devices(pl_module.device, trainer.world_size),
+            environment=environment() | {"device": device, "devices": trainer.world_size},
             begun=time.time() - sum(self.clock.read().values()),
             before=sum(self._before.values()),
             **start,
@@ -246,8 +249,3 @@ def _model(trainer: Any, pl_module: RunModule) -> dict[str, Any]:
         "loss": None if pl_module.loss is None else type(pl_module.loss).__name__,
         "precision": str(trainer.precision),
     }
-
-
-def _devices(device: torch.device, count: int) -> dict[str, Any]:
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
-    return {"device": name, "devices": count}

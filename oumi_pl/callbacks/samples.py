@@ -239,6 +239,9 @@ def printable(text: str) -> str:
     return visible(text).replace("\n", "⏎").replace("\t", "⇥")
 
 
+# ---- answers to held-out questions
+
+
 class Answers(L.Callback):
     """Answers held-out prompts greedily, logs the share that equals the reference, and shows some of them.
 

@@ -36,7 +36,7 @@ class Tracking(L.Callback):
     def __init__(self, names: Sequence[str]) -> None:
         self.names = names
         self.added: list[Any] = []
-        _refuse_unusable(names)
+        rank_zero_only(loggers.refuse_unusable)(names)
 
     @rank_zero_only
     def on_train_start(self, trainer: Any, pl_module: RunModule) -> None:
@@ -91,8 +91,3 @@ class Tracking(L.Callback):
         for file in (run / name for name in names):
             for logger in trainer.loggers if file.is_file() else ():
                 loggers.log_file(logger, file, trainer.global_step)
-
-
-@rank_zero_only
-def _refuse_unusable(names: Sequence[str]) -> None:
-    loggers.refuse_unusable(names)

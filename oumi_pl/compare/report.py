@@ -30,7 +30,8 @@ def table(engines: Sequence[Engine]) -> str:
     for engine in engines:
         cells = [""] * 5  # the lead has no difference to itself
         if engine is not lead:
-            largest = [_largest(lead, engine, what) for what in ("lr", "loss", "grad_norm")]
+            steps = list(zip(lead.held, engine.held, strict=False))
+            largest = [max(relative(a[what], b[what]) for a, b in steps) for what in ("lr", "loss", "grad_norm")]
             update = max(line["update"] for line in engine.held)
             cells = [f"{value:.1e}" for value in (*largest, update, engine.free[-1]["weights"])]
         lines.append(
@@ -39,10 +40,6 @@ def table(engines: Sequence[Engine]) -> str:
             f"{engine.free[-1]['peak_memory_gb']:8.2f}"
         )
     return "\n".join(lines)
-
-
-def _largest(lead: Engine, other: Engine, what: str) -> float:
-    return max(relative(a[what], b[what]) for a, b in zip(lead.held, other.held, strict=False))
 
 
 def verdict(name: str, lead: str, steps: int, difference: Difference | None, tolerance: float) -> str:

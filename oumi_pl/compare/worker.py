@@ -54,14 +54,13 @@ def documents_of(batch: Mapping[str, Any]) -> Iterator[Document]:
     elif "shift_labels" in batch:  # if present, transformers counts and averages by these
         yield from _rows(batch, _array(batch["shift_labels"]))
     else:
-        labels = _array(batch["labels"]) if "labels" in batch else _completions(batch)
+        if "labels" in batch:
+            labels = _array(batch["labels"])
+        else:
+            labels = np.where(_array(batch["completion_mask"]) == 1, _array(batch["input_ids"]), IGNORE_INDEX)
         shifted = np.full_like(labels, IGNORE_INDEX)
         shifted[:, :-1] = labels[:, 1:]
         yield from _rows(batch, shifted)
-
-
-def _completions(batch: Mapping[str, Any]) -> np.ndarray:
-    return np.where(_array(batch["completion_mask"]) == 1, _array(batch["input_ids"]), IGNORE_INDEX)
 
 
 def _paths(batch: Mapping[str, Any]) -> Iterator[Document]:
@@ -91,6 +90,9 @@ def _rows(batch: Mapping[str, Any], targets: np.ndarray) -> Iterator[Document]:
 
 def _array(values: Any) -> np.ndarray:
     return values.detach().cpu().numpy() if isinstance(values, torch.Tensor) else np.asarray(values)
+
+
+# ---- what each update did
 
 
 Role = Literal["lead", "held", "free"]
@@ -220,6 +222,9 @@ class RecordEngine(TrainerCallback):
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Records the update after its last micro-batch."""
         self.record.after(state.global_step - 1, kwargs["model"], self._documents)
+
+
+# ---- the process
 
 
 class RecordedCLI(CLI):

@@ -49,6 +49,9 @@ def value_of(flag: str, args: Sequence[str]) -> str | None:
     return dict(read(args)).get(flag)
 
 
+# ---- --resume
+
+
 LONGER = ("--trainer.max_steps", "--trainer.max_epochs", "--trainer.max_time")
 """Options that extend a finished run."""
 LISTED = 4
@@ -171,6 +174,9 @@ def _refuse_finished(run: Path, state: Mapping[str, Any], checkpoint: Path | Non
             f"--resume: {run} is at step {folders.step_of(checkpoint)} already: "
             f"--trainer.max_steps {steps} leaves nothing to do"
         )
+
+
+# ---- model: recipe:NAME
 
 
 PREFIX = "recipe:"

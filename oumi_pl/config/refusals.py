@@ -36,7 +36,9 @@ def refuse_contradictions(
     Raises:
         UserError: at the first contradiction.
     """
-    _refuse_name(config.get("name"))
+    name = config.get("name")
+    if name is not None and (not name or Path(name).name != name or name.startswith(".")):
+        raise UserError(f"name: {name!r} can't be the name of a folder; runs_dir chooses where run folders go")
     if command != "predict" and model.branching not in (None, data.branching):
         module, kind, gives = type(model).__name__, type(data).__name__, GIVES[data.branching]
         raise UserError(f"data: {kind} gives {gives}, but {module} trains on {GIVES[model.branching]}; {PARTNERS}")
@@ -175,11 +177,6 @@ def refuse_seed(seed: Any) -> None:
     """
     if isinstance(seed, int) and not 0 <= seed < 2**32:
         raise UserError(f"seed_everything is {seed}, but has to be between 0 and {2**32 - 1}")
-
-
-def _refuse_name(name: str | None) -> None:
-    if name is not None and (not name or Path(name).name != name or name.startswith(".")):
-        raise UserError(f"name: {name!r} can't be the name of a folder; runs_dir chooses where run folders go")
 
 
 def _refuse_without_validation(config: Mapping[str, Any], callbacks: Sequence[Any]) -> None:

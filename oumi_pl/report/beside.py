@@ -109,6 +109,8 @@ def incomparable(records: Sequence[Record]) -> str | None:
 
 def picture(records: Sequence[Record], names: Sequence[str], file: Path) -> None:
     """Draws the metrics of all runs into one picture, each run in its own colour and line style."""
+    from matplotlib.lines import Line2D
+
     counts = {name: sum(name in run.metrics for run in records) for name in DRAWN}
     drawn = {name: title for name, title in DRAWN.items() if counts[name] > (0 if name.endswith("/loss") else 1)}
     with grid(file, len(drawn), min(3, len(drawn)), (4.8, 3.1), 0.22 * len(records) + 0.35) as (figure, axes):
@@ -125,7 +127,7 @@ def picture(records: Sequence[Record], names: Sequence[str], file: Path) -> None
         width, height = figure.get_size_inches()
         for i, name in enumerate(names):
             y = 1 - (0.18 + 0.22 * i) / height
-            line = figure.add_artist(_sample(i, (0.1 / width, 0.55 / width), y))
+            line = figure.add_artist(Line2D((0.1 / width, 0.55 / width), (y, y), **_style(i)))
             line.set_transform(figure.transFigure)
             figure.text(0.65 / width, y, name, va="center", fontsize=9.5, parse_math=False)
 
@@ -140,9 +142,3 @@ def _draw(axis: Any, metric: str, column: folders.Column, index: int) -> None:
 
 def _style(index: int) -> dict[str, Any]:
     return {"color": COLORS[index % len(COLORS)], "linestyle": STYLES[index % len(STYLES)], "linewidth": 1.6}
-
-
-def _sample(index: int, x: tuple[float, float], y: float) -> Any:
-    from matplotlib.lines import Line2D
-
-    return Line2D(x, (y, y), **_style(index))

@@ -18,7 +18,7 @@ def environment() -> dict[str, Any]:
         "platform": platform.platform(terse=True),
         "machine": platform.machine(),
         "cpu": _cpu(),
-        "cpus": _usable_cpus(),
+        "cpus": usable_cpus(),
         **_memory(),
         "packages": _versions(),
         **_git(Path.cwd()),
@@ -35,7 +35,8 @@ def _cpu() -> str:
     return platform.processor() or platform.machine()
 
 
-def _usable_cpus() -> int:
+def usable_cpus() -> int:
+    """Number of CPUs that this process may run on."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
