@@ -24,8 +24,7 @@ class Export(L.Callback):
     Args:
         enabled: Whether to export at all.
         merge: Merge a LoRA adapter into its base weights. Unmerged, the export is small but needs its base to load. An
-            adapter that its base alone can't serve is always merged: the base has no rows for added tokens, or is
-            random.
+            adapter is always merged if its base can't load it: the base has no rows for added tokens, or is random.
     """
 
     def __init__(self, enabled: bool = True, merge: bool = False) -> None:

@@ -62,7 +62,8 @@ class RunFolder(L.Callback):
         self.directory: Path | None = None
         self.clock = Clock()
         self._before: dict[str, float] = {}
-        self._row: dict[str, Any] | None = None
+        self.checkpoint_row: dict[str, Any] | None = None
+        """The metrics of the checkpoint's step, in a resumed run."""
 
     def setup(self, trainer: Any, pl_module: RunModule, stage: str) -> None:
         """Checks that the run folder can be created. It is created after setup succeeds, so that a mistake leaves no
@@ -141,7 +142,7 @@ class RunFolder(L.Callback):
         self._describe(trainer, pl_module, self.directory)
         for logger in trainer.loggers:
             if isinstance(logger, MetricsCSV):
-                logger.open(self.directory / folders.METRICS, trainer.global_step, self._row)
+                logger.open(self.directory / folders.METRICS, trainer.global_step, self.checkpoint_row)
 
     def on_train_batch_start(self, trainer: Any, *_: Any) -> None:
         """Starts the phase of training with the first micro-batch, and again after a checkpoint."""
@@ -166,7 +167,7 @@ class RunFolder(L.Callback):
 
     def on_load_checkpoint(self, trainer: Any, pl_module: RunModule, checkpoint: dict[str, Any]) -> None:
         """Reads the metrics of the checkpoint's step."""
-        self._row = checkpoint.get("metrics_row")
+        self.checkpoint_row = checkpoint.get("metrics_row")
 
     def on_predict_start(self, trainer: Any, pl_module: RunModule) -> None:
         """Creates the folder for the predictions."""

@@ -81,7 +81,7 @@ class Samples(L.Callback):
 
     Args:
         prompts: Texts to complete. If left out, the prompts of the first held-out rows; without held-out rows, those of
-            the first training rows.
+            the first training rows, which are completed only at the start and at the end.
         rows: Number of rows if `prompts` is left out. 0 turns samples off.
         max_new_tokens: Longest completion.
         temperature: Temperature of sampling; 0 is greedy. Sampling does not change the random numbers of training.

@@ -54,7 +54,7 @@ class Tracking(L.Callback):
             print(f"{name:<11} {where}", file=sys.stderr)  # aligned with the lines of `Start`
         folders.write_state(run, loggers=kept)
         trainer.loggers = [*trainer.loggers, *self.added]
-        config, row = yaml.safe_load(folder.config), dict(folder._row or {})
+        config, row = yaml.safe_load(folder.config), dict(folder.checkpoint_row or {})
         if step := row.pop("step", None):  # from the checkpoint: a kill may have come before it was logged
             for logger in self.added:
                 logger.log_metrics(loggers.not_logged(logger, row, step), step)

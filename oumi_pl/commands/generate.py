@@ -179,7 +179,7 @@ def _options(args: list[str]) -> argparse.Namespace:
         "--top_p",
         type=float,
         metavar="P",
-        help="sample from the likeliest tokens, of total probability P",
+        help="sample from the likeliest tokens that add up to P",
     )
     parser.add_argument("--seed", type=int, metavar="N", help="seed of sampling")
     parser.add_argument("--json", action="store_true", help="print a line of JSON per prompt")

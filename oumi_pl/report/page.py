@@ -51,6 +51,10 @@ def make(folder: Path) -> Path | None:
 def page(run: Record) -> str:
     """The HTML of the page."""
     phases = sections.phases(run)
+    commands = {
+        "The command that started it": run.state.get("command"),
+        "The last command that resumed it": run.state.get("resumed_by") if run.resumed else None,
+    }
     return render(
         TEMPLATE,
         **sections.headline(run),
@@ -64,7 +68,7 @@ def page(run: Record) -> str:
         speeds=sections.speeds(run),
         commands=_commands(run),
         directory=Path.cwd(),
-        recipe=_recipe(run),
+        recipe={what: command for what, command in commands.items() if command},
         recipe_text=run.recipe_text,
         config=run.config_text,
         environment=sections.environment(run),
@@ -109,12 +113,3 @@ def _commands(run: Record) -> dict[str, str]:
 
 def _command(*words: str) -> str:
     return shlex.join(["oumi_pl", *words])
-
-
-def _recipe(run: Record) -> dict[str, str]:
-    """The command lines that started and resumed the run."""
-    parts = {
-        "The command that started it": run.state.get("command"),
-        "The last command that resumed it": run.state.get("resumed_by") if run.resumed else None,
-    }
-    return {what: str(content) for what, content in parts.items() if content}
