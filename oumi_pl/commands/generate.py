@@ -56,7 +56,7 @@ def main(args: list[str]) -> int:
                 loaded.tokenizer,
                 [one],
                 max_new_tokens=limit,
-                on_text=(lambda text: print(visible(text), end="", flush=True)) if streamed else None,
+                on_text=_write if streamed else None,
                 **sampling,
             )
         except KeyboardInterrupt:
@@ -153,6 +153,10 @@ def prompt_ids(tokenizer: Any, prompt: str, system: str | None = None, raw: bool
 
 def _dim(text: str) -> str:
     return f"\033[2m{text}\033[0m" if has_colours(sys.stdout) else text
+
+
+def _write(text: str) -> None:
+    print(visible(text), end="", flush=True)
 
 
 def _options(args: list[str]) -> argparse.Namespace:

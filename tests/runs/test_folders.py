@@ -139,7 +139,7 @@ def test_refusals(tmp_path):
     assert "folder is not a run folder (it has no run.json)" in refusal(resume="folder")
     assert "has no config.yaml, so it stopped before training began; start a new run" in refusal(resume="early")
     assert "broken/run.json can't be read" in refusal(resume="broken")
-    assert "leave out --ckpt_path, or --resume" in refusal(["--ckpt_path", "x"], resume="early")
+    assert "leave out --ckpt_path or --resume" in refusal(["--ckpt_path", "x"], resume="early")
     assert "--resume is for fit; for test, pass the weights" in refusal(command="test")
 
 
