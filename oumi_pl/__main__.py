@@ -7,10 +7,8 @@ import sys
 from pathlib import Path
 
 from oumi_pl import __version__
-from oumi_pl.config import command_line
 from oumi_pl.config import files as recipe_files
 from oumi_pl.errors import UserError, nearest, of_the_machine, versions
-from oumi_pl.runs import folders
 from oumi_pl.terminal.screen import meanwhile
 
 HELP = """\
@@ -104,6 +102,8 @@ def _run(argv: list[str]) -> int:
         sys.path.insert(0, str(Path.cwd()))
     if command not in TRAINER_COMMANDS:
         return int(importlib.import_module(f"oumi_pl.commands.{command}").main(rest))
+    from oumi_pl.config import command_line
+
     typed = command_line.read(rest)
     topic = dict(typed).get("--help")
     if topic == "all":
@@ -115,7 +115,11 @@ def _run(argv: list[str]) -> int:
     return _train(command, typed)
 
 
-def _train(command: str, typed: list[command_line.Option]) -> int:
+def _train(command: str, typed: list[tuple[str, str | None]]) -> int:
+    # here and not above: they import what listing recipes, for example, does not need
+    from oumi_pl.config import command_line
+    from oumi_pl.runs import folders
+
     typed = [(flag, _recipe(value) if flag == "--config" else value) for flag, value in typed]
     configs = [Path(value) for flag, value in typed if flag == "--config" and value]
     trees = [recipe_files.check(path) for path in configs]
