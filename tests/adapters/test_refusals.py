@@ -55,8 +55,8 @@ def refused(engine, what, its_data=None, **settings):
 def test_engines_that_cannot_train_a_trainer_type():
     assert "hf can't train DPO; these can: lightning, trl" in refused("hf", dpo())
     assert "trl can't train Pretrain; these can: lightning, hf" in refused("trl", Pretrain(config=LLAMA))
-    assert "leave out OwnStep.training_step" in refused("hf", OwnStep(config=LLAMA, optimizer=sgd))
-    assert "leave out OwnSums.loss_sums" in refused("trl", OwnSums(config=LLAMA, optimizer=sgd))
+    assert "would not call OwnStep.training_step" in refused("hf", OwnStep(config=LLAMA, optimizer=sgd))
+    assert "would not call OwnSums.loss_sums" in refused("trl", OwnSums(config=LLAMA, optimizer=sgd))
 
 
 @pytest.mark.parametrize(
