@@ -134,10 +134,10 @@ def run_ours(folder: Path, scratch: Path, **options: Any) -> Result:
     import lightning as L
     import torch
 
-    from oumi_pl.callbacks.last_step import LastStep
-    from oumi_pl.callbacks.preference import PreferenceWarnings
+    from oumi_pl.callbacks.advice import PreferenceWarnings
     from oumi_pl.callbacks.progress import ProgressLine
     from oumi_pl.callbacks.start import Start
+    from oumi_pl.callbacks.stopping import LastStep
     from oumi_pl.callbacks.throughput import Throughput
     from oumi_pl.config.cli import TRAINER_DEFAULTS
     from oumi_pl.modules.dpo import DPO

@@ -1,16 +1,13 @@
-"""The command line: answers what needs no heavy import, then hands over to LightningCLI or a command of our own."""
+"""The command line: answers at once what needs no heavy import, then calls LightningCLI or one of our commands."""
 
 import contextlib
-import functools
 import importlib
 import os
 import sys
 from pathlib import Path
-from typing import Any
 
 from oumi_pl import __version__
 from oumi_pl.config import files as recipe_files
-from oumi_pl.config import options
 from oumi_pl.errors import UserError, machine_failure, nearest, versions
 from oumi_pl.terminal.screen import meanwhile
 
@@ -18,30 +15,30 @@ HELP = """\
 usage: oumi_pl COMMAND [options]          (or: python -m oumi_pl COMMAND)
 
   recipes   list, show, copy recipes:     oumi_pl recipes; recipes show NAME; recipes copy NAME FILE
-  preview   show what a model will see:   oumi_pl preview --config quickstart/sft
+  preview   show what the model will see: oumi_pl preview --config quickstart/sft
   fit       train on a recipe:            oumi_pl fit --config quickstart/sft
   runs      list and compare runs:        oumi_pl runs; runs compare A B
-  generate  write completions:            oumi_pl generate --model runs/NAME/model --prompt TEXT
+  generate  complete prompts:             oumi_pl generate --model runs/NAME/model --prompt TEXT
 
-  validate  metrics of held-out rows:     oumi_pl validate --config RECIPE --ckpt_path FILE
-  test      metrics of the test rows
-  predict   one completion per row, as jsonl
+  validate  compute validation metrics:   oumi_pl validate --config RECIPE --ckpt_path FILE
+  test      compute metrics of the test rows
+  predict   write a completion per row, as JSON lines
   prepare   tokenize a pretraining corpus once, into shards
-  export    a checkpoint as a folder that transformers loads
-  compare   a recipe on several engines:  oumi_pl compare --config RECIPE --engines lightning,trl
+  export    write a checkpoint as a folder that transformers loads
+  compare   compare training engines:     oumi_pl compare --config RECIPE --engines lightning,trl
   train     run an Oumi training config:  oumi_pl train -c oumi.yaml --training.max_steps 3
-  convert   turn it into a recipe:        oumi_pl convert oumi.yaml
+  convert   print it as a recipe:         oumi_pl convert oumi.yaml
 
 options of fit, validate, test and predict:
-  --config NAME|FILE      a recipe, by name or path; several merge, the later wins
-  --KEY VALUE             any value of a recipe: --data.batch_size 8 --trainer.max_steps 100
+  --config NAME|FILE      a recipe, by name or path; several are merged, the later wins
+  --KEY VALUE             override a value of the recipe: --data.batch_size 8 --trainer.max_steps 100
   --resume [RUN]          fit: resume the last unfinished run of the recipe, or this run folder
-  --dry_run               fit: do everything but train; report what would run, its memory and time
-  --engine hf|trl         fit: the same training, driven by transformers' Trainer or TRL's
-  --print_config          print what would run, and stop
-  --help [TOPIC]          all options, or those of a topic: fit --help model, fit --help Cosine (takes seconds)
+  --dry_run               fit: try a few updates, and print what would run, its memory and time
+  --engine hf|trl         fit: the same training in the loop of transformers' Trainer or TRL's
+  --print_config          print the complete config, and exit
+  --help [TOPIC]          all options, or one topic: fit --help model, fit --help Cosine (takes seconds)
 
-A recipe can name any Python class, so running a recipe runs code: run only recipes that you trust.
+A recipe can name any Python class, so running a recipe can run any code: only run recipes that you trust.
 """
 
 TRAINER_COMMANDS = ("fit", "validate", "test", "predict")
@@ -53,7 +50,7 @@ COMMANDS = (
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Runs a command line and returns its exit code: 0, 2 for a mistake of the user's, 1 for a bug."""
+    """Runs a command line and returns its exit code: 0 for success, 2 for a mistake of the user, 1 for a bug."""
     try:
         code = _run(list(sys.argv[1:] if argv is None else argv))
         sys.stdout.flush()
@@ -62,7 +59,7 @@ def main(argv: list[str] | None = None) -> int:
         return 130
     except SystemExit as stop:  # the parser raises it after --help and --print_config, Lightning after Ctrl-C
         return _code_of(stop)
-    except BrokenPipeError:  # the reader of the output stopped reading, as `head` does
+    except BrokenPipeError:  # `| head` closed the pipe; the flush at exit would fail again
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
         return 128 + 13
     except Exception as error:
@@ -71,7 +68,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _report(error: Exception) -> int:
-    """Prints an error and returns the exit code: a message for the user's and the machine's, a traceback for a bug."""
+    """Prints an error and returns the exit code: a message for mistakes and full disks, a traceback for bugs."""
     message = str(error) if isinstance(error, UserError) else machine_failure(error)
     if message is not None:
         print(f"error: {message}", file=sys.stderr)
@@ -105,7 +102,9 @@ def _run(argv: list[str]) -> int:
         sys.path.insert(0, str(Path.cwd()))
     if command not in TRAINER_COMMANDS:
         return int(importlib.import_module(f"oumi_pl.commands.{command}").main(rest))
-    typed = options.read(rest)
+    from oumi_pl.config import command_line
+
+    typed = command_line.read(rest)
     topic = dict(typed).get("--help")
     if topic == "all":
         return _train(command, [("--help", None)])
@@ -116,14 +115,16 @@ def _run(argv: list[str]) -> int:
     return _train(command, typed)
 
 
-def _train(command: str, typed: list[options.Option]) -> int:
+def _train(command: str, typed: list[tuple[str, str | None]]) -> int:
+    # here and not above: they import what listing recipes, for example, does not need
+    from oumi_pl.config import command_line
+    from oumi_pl.runs import folders
+
     typed = [(flag, _recipe(value) if flag == "--config" else value) for flag, value in typed]
     configs = [Path(value) for flag, value in typed if flag == "--config" and value]
     trees = [recipe_files.check(path) for path in configs]
-    from oumi_pl.runs import folders
-
     resume = dict(typed).get("--resume")
-    args = options.write(option for option in typed if option[0] != "--resume")
+    args = command_line.write(option for option in typed if option[0] != "--resume")
     asks_for_help = any(flag.endswith("help") for flag, _ in typed)
     if not configs and resume is None and not asks_for_help:
         recipes = ", ".join(recipe_files.names())
@@ -134,17 +135,13 @@ def _train(command: str, typed: list[options.Option]) -> int:
             "oumi_pl runs lists them)"
         )
     recipe = "-".join(folders.recipe_of(path) or recipe_files.recipe_name(path) for path in configs) or "run"
-    tree: dict[str, Any] = functools.reduce(recipe_files.merge, trees, {})
+    tree = recipe_files.merged(trees)
     folder = None
     if resume is not None:
-        from oumi_pl.config import resuming
-
-        folder, recipe, args = resuming.arguments(command, resume, recipe, args, tree)
+        folder, recipe, args = command_line.resume_arguments(command, resume, recipe, args, tree)
         trees = [recipe_files.check(folder / folders.CONFIG)]
     if not asks_for_help:
-        from oumi_pl.config import recipe_models
-
-        args = recipe_models.with_model(args, {} if folder else tree)
+        args = command_line.with_model(args, {} if folder else tree)
     # Threads that spin while they wait slow each other down when anything else runs on the machine: 80 steps of the
     # quickstart on two busy cores took 92 s with GNU OpenMP's default and 29 s with this; on idle ones 120 steps took
     # 14 s with either. torch reads it when it is imported.
@@ -152,7 +149,7 @@ def _train(command: str, typed: list[options.Option]) -> int:
     # Large pages for large tensors, where Linux has them: steps of small models spend less time on page faults.
     os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
     with meanwhile("loading PyTorch and Lightning"):
-        from oumi_pl.callbacks.preemption import Stopped
+        from oumi_pl.callbacks.stopping import Stopped
         from oumi_pl.config.cli import CLI
 
     try:
@@ -164,26 +161,26 @@ def _train(command: str, typed: list[options.Option]) -> int:
 
 
 def _recipe(name: str | None) -> str:
-    """The path of a recipe that is given with `--config`."""
+    """The path of the recipe in the value of `--config`."""
     if not name:
-        raise UserError("--config: name a recipe or a file; recipes: " + ", ".join(recipe_files.names()))
+        raise UserError("--config: give a recipe by name or path; recipes: " + ", ".join(recipe_files.names()))
     return str(recipe_files.find(name))
 
 
 def _origin(error: Exception) -> str:
-    """The lines below a traceback: whether it ends in a file of the user's, or looks like a bug of ours."""
+    """The lines below a traceback: it comes from a file of the user, or looks like a bug of ours."""
     import traceback
 
     ours, installed = str(Path(__file__).parent), (sys.prefix, sys.base_prefix, "<")
     files = [(f.filename, f.lineno) for f in traceback.extract_tb(error.__traceback__)]
     files = [(file, line) for file, line in files if file.startswith(ours) or not file.startswith(installed)]
     if files and not files[-1][0].startswith(ours):
-        return f"this comes from a file of yours: {files[-1][0]} line {files[-1][1]}"
+        return f"the error comes from your file: {files[-1][0]} line {files[-1][1]}"
     return f"{versions()}\nthis looks like a bug of oumi_pl; please report it with all of these lines{_address()}"
 
 
 def _address() -> str:
-    """Where to report bugs, if the metadata of the package says so."""
+    """The address for bug reports, if the package metadata has one."""
     from importlib import metadata
 
     with contextlib.suppress(metadata.PackageNotFoundError):

@@ -125,7 +125,7 @@ KEYS = {
         "unknown option --trainer.max_s; did you mean '--trainer.max_steps'?", args="--trainer.max_s 3"
     ),
     "key twice": Case(
-        "r.yaml line 3: the key model is there twice, first in line 1; keep one",
+        "r.yaml line 3: the key model is repeated, first in line 1; keep one",
         before=lambda cli, _: cli.write("r.yaml", "model: SFT\ndata: {}\nmodel: DPO\n"),
     ),
     "key one level too high": Case(

@@ -91,7 +91,7 @@ def test_ctrl_c_saves_and_says_how_to_go_on(cli):
     _, err = run.communicate(timeout=120)
     assert run.returncode == 130
     step = cli.state("runs/r")["step"]
-    assert err.rstrip().endswith(f"stopped by SIGINT after step {step}; go on with: oumi_pl fit --resume runs/r")
+    assert err.rstrip().endswith(f"stopped by SIGINT after step {step}; resume it with: oumi_pl fit --resume runs/r")
     assert "Traceback" not in err
     out = cli.works("fit", "--resume", "runs/r", "--trainer.max_steps", str(step + 1))
     assert f"resuming runs/r from step-{step:08}.ckpt" in out

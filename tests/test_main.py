@@ -10,7 +10,7 @@ import pytest
 
 from oumi_pl import __version__
 from oumi_pl.__main__ import main
-from oumi_pl.config.options import read, write
+from oumi_pl.config.command_line import read, write
 
 ROOT = Path(__file__).parents[1]
 
@@ -31,10 +31,10 @@ LIGHT = {
         2,
         "--config: no file 'lst.yaml'; did you mean 'list.yaml'?",
     ),
-    "--config without value": (["fit", "--config"], 2, "--config: name a recipe or a file; recipes: "),
-    "--config before an option": (["fit", "--config", "--name", "x"], 2, "--config: name a recipe or a file"),
+    "--config without value": (["fit", "--config"], 2, "--config: give a recipe by name or path; recipes: "),
+    "--config before an option": (["fit", "--config", "--name", "x"], 2, "--config: give a recipe by name or path"),
     "broken YAML": (["fit", "-c", "broken.yaml"], 2, "broken.yaml line 2: not valid YAML: "),
-    "key twice": (["fit", "--config=twice.yaml"], 2, "twice.yaml line 4: the key a.b is there twice, first in line 2"),
+    "key twice": (["fit", "--config=twice.yaml"], 2, "twice.yaml line 4: the key a.b is repeated, first in line 2"),
     "list": (
         ["fit", "--config", "list.yaml"],
         2,
@@ -50,7 +50,7 @@ LIGHT = {
     ),
     "resume of no recipe": (["fit", "--resume"], 2, "--resume: name the recipe of the run (--config NAME or FILE), or"),
     "no run folder": (["fit", "--resume", "runs/erly"], 2, "no run folder runs/erly; did you mean 'runs/early'?"),
-    "resume of validate": (["validate", "-c", "one.yaml", "--resume"], 2, "--resume goes with fit; for validate, name"),
+    "resume of validate": (["validate", "-c", "one.yaml", "--resume"], 2, "--resume is for fit; for validate, pass"),
     "export without checkpoint": (
         ["export"],
         2,

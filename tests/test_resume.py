@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from oumi_pl.callbacks.checkpoint import Checkpoints
-from oumi_pl.callbacks.last_step import LastStep
+from oumi_pl.callbacks.stopping import LastStep
 from oumi_pl.runs.checkpoints import AtomicCheckpointIO
 from tests.tiny import conversations, data, module, trainer, weights, write_jsonl
 

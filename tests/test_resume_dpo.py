@@ -13,7 +13,7 @@ from lightning.pytorch.strategies import SingleDeviceStrategy
 from torch import nn
 
 from oumi_pl.callbacks.checkpoint import Checkpoints
-from oumi_pl.callbacks.last_step import LastStep
+from oumi_pl.callbacks.stopping import LastStep
 from oumi_pl.errors import UserError
 from oumi_pl.losses.preference import Sigmoid
 from oumi_pl.runs.checkpoints import AtomicCheckpointIO

@@ -1,4 +1,4 @@
-"""Converts micro-batches to the layout that an engine reads, and goes through all epochs of a loader."""
+"""Converts micro-batches to the layout that an engine reads, and chains all epochs of a loader."""
 
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
@@ -13,25 +13,25 @@ from oumi_pl.types import IGNORE_INDEX, Batch
 
 
 class EngineBatch(dict[str, Tensor]):
-    """Tensors by name, as an engine hands them to the model and to its loss."""
+    """Tensors by name, as an engine passes them to the model and the loss."""
 
     def __init__(self, tensors: Mapping[str, Tensor], native: Batch | None = None) -> None:
         super().__init__(tensors)
         self.native: Any = native
-        """The `Batch` that it was converted from; None once an engine has copied the tensors."""
+        """The original `Batch`; None in a copy that an engine made of the tensors."""
 
 
 def token_inputs(batch: Batch, layout: Layout, *, labels_are_shifted: bool = False) -> EngineBatch:
-    """A micro-batch as causal language models of transformers read it.
+    """Converts a micro-batch for causal language models of transformers.
 
-    `labels[t]` is the token at `t` itself, and the model shifts them; `shift_labels[t]` is what position `t` predicts,
-    and transformers and TRL count and average by these where they are given. Only these can say what the last position
-    of a row predicts, where a stream of documents goes on in the next row.
+    `labels[t]` is the token at `t` itself, and the model shifts them. `shift_labels[t]` is the target of position `t`;
+    transformers and TRL count and average by these if present. Only they have a target for the last position of a row,
+    when a stream of documents continues in the next row.
 
     Args:
         batch: A micro-batch.
-        layout: `padded`, or `documents` for one row, in which transformers finds documents by their positions.
-        labels_are_shifted: Make `labels` equal to `shift_labels`: for a loss function that gets the former alone.
+        layout: `padded`, or `documents` for one packed row, in which transformers finds documents by their positions.
+        labels_are_shifted: Whether `labels` equal `shift_labels`, for a loss function that only gets `labels`.
     """
     arranged = layout(batch)
     shift_labels = torch.full_like(arranged.inputs["input_ids"], IGNORE_INDEX)
@@ -43,7 +43,7 @@ def token_inputs(batch: Batch, layout: Layout, *, labels_are_shifted: bool = Fal
 
 
 def pair_inputs(batch: Batch) -> EngineBatch:
-    """A micro-batch of pairs as TRL's `DPOTrainer` reads it, `[2 pairs, seq]`: all chosen rows, then all rejected ones.
+    """Converts a micro-batch of pairs for TRL's `DPOTrainer`, `[2 pairs, seq]`: all chosen rows, then all rejected.
 
     `completion_mask` is 1 at tokens that carry loss. The prompt is repeated.
     """
@@ -52,37 +52,37 @@ def pair_inputs(batch: Batch) -> EngineBatch:
     completion_mask = torch.zeros_like(ids)
     completion_mask.view(-1)[_predictors(batch, arranged) + 1] = 1
     attention_mask = arranged.inputs.get("attention_mask", torch.ones_like(ids))
-    # the stand-in of a short update has one row, and TRL needs two
+    # a rank that ran out of rows has a batch of one row, and TRL needs two
     order = [*range(0, len(ids), 2), *range(1, len(ids), 2)] if batch["sample_ids"] else [0, 0]
     rows = {"input_ids": ids, "attention_mask": attention_mask, "completion_mask": completion_mask}
     return EngineBatch({name: value[order] for name, value in rows.items()}, batch)
 
 
 def target_values(values: Tensor, completion_mask: Tensor) -> Tensor:
-    """TRL's values per predicted token, `[2 pairs, seq - 1]`, in the order of `Batch.targets`, `[targets]`."""
+    """Reorders TRL's values per predicted token, `[2 pairs, seq - 1]`, like `Batch.targets`, `[targets]`."""
     order = torch.arange(len(values), device=values.device).view(2, -1).T.reshape(-1)
     return values[order][completion_mask[order, 1:].bool()]
 
 
 def _predictors(batch: Batch, arranged: Arranged) -> Tensor:
-    """Where the token before each target lies in the row of the target's path: `[targets]`, in `[batch x seq]`."""
+    """The position before each target, in the row of the target's path: `[targets]`, indices into `[batch x seq]`."""
     predictors = batch["predictors"]
     if arranged.places is None:
         return predictors
     first = torch.tensor(segment_starts(batch["segments"]))[batch["target_segments"]]
-    # the first token of a segment that continues another is predicted there; in its own row that token is repeated
+    # the first token of a segment is predicted in the segment that it continues; its own row repeats the predictor
     return torch.where(predictors < first, arranged.places[first] - 1, arranged.places[predictors])
 
 
 class EngineLoader:
-    """All epochs of a training loader in sequence, converted. It has no length: the engine goes by `max_steps`.
+    """Yields all epochs of a training loader in sequence, converted. Has no length, since engines stop at `max_steps`.
 
     Args:
-        loader: The training loader of the data, at the position where training begins.
-        convert: Makes an engine's batch of a micro-batch.
-        micro_batches: Of an update.
-        epoch: In which the loader is.
-        fetched: Micro-batches of that epoch that were trained on.
+        loader: The training loader, at the position where training begins.
+        convert: Converts a micro-batch to an engine's batch.
+        micro_batches: Micro-batches per update.
+        epoch: Current epoch of the loader.
+        fetched: Micro-batches of this epoch that have been trained on.
     """
 
     def __init__(
@@ -94,12 +94,12 @@ class EngineLoader:
         self.epoch = epoch
         self.fetched = fetched
         self.update: list[EngineBatch] = []
-        """The micro-batches of the update that is being trained on: engines fetch them together."""
+        """The micro-batches of the current update, which engines fetch together."""
         self.is_epoch_end = False
 
     @property
     def epoch_length(self) -> int | None:
-        """Micro-batches of the epoch; None for a stream whose end isn't known."""
+        """Micro-batches of the epoch; None for a stream of unknown length."""
         try:
             return len(self.loader)
         except TypeError:
@@ -107,7 +107,7 @@ class EngineLoader:
 
     def __iter__(self) -> Iterator[EngineBatch]:
         empty_epochs = 0
-        while empty_epochs < 2:  # one may be: a checkpoint can be from the end of an epoch
+        while empty_epochs < 2:  # one may be empty, because a checkpoint can be from the end of an epoch
             empty_epochs += 1
             for batch, is_last in _with_end(iter(self.loader), self.epoch_length, self.fetched):
                 empty_epochs = 0
@@ -118,13 +118,13 @@ class EngineLoader:
                 self.update.append(self.convert(batch))
                 yield self.update[-1]
             self.epoch, self.fetched = self.epoch + 1, 0
-            # where Lightning announces an epoch as well
+            # the same call as Lightning's
             getattr(self.loader, "batch_sampler", self.loader).sampler.set_epoch(self.epoch)
         raise UserError("data.train: an epoch has no rows")
 
 
 def _with_end(batches: Iterator[Batch], length: int | None, fetched: int) -> Iterator[tuple[Batch, bool]]:
-    """Each batch, and whether it is the epoch's last; reads one ahead only where the length isn't known."""
+    """Yields each batch, and whether it is the last of the epoch. Reads one ahead only if the length is unknown."""
     if length is not None:
         for number, batch in enumerate(batches, fetched + 1):
             yield batch, number == length

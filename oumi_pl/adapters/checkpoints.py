@@ -1,4 +1,4 @@
-"""Finds an engine's checkpoints, and adds to them what a resume needs and the engine does not keep."""
+"""Finds an engine's checkpoints, and adds the state that a resume needs and the engine does not save."""
 
 import json
 import re
@@ -10,14 +10,14 @@ import torch
 from oumi_pl.errors import UserError
 
 FILE = "oumi_pl.pt"
-"""In an engine's checkpoint: what `save` adds."""
+"""Name of the file that `save` adds to an engine's checkpoint."""
 _CHECKPOINT = re.compile(r"checkpoint-(\d+)$")
 
 
 def newest(directory: Path) -> Path | None:
     """The newest complete checkpoint of an engine; None if there is none.
 
-    `trainer_state.json` is what transformers writes last: a killed run leaves none, or the beginning of one.
+    transformers writes `trainer_state.json` last: a checkpoint that a kill cut short has none, or an incomplete one.
     """
     by_step = {int(m[1]): path for path in directory.glob("checkpoint-*") if (m := _CHECKPOINT.search(path.name))}
     for step in sorted(by_step, reverse=True):
@@ -31,11 +31,11 @@ def newest(directory: Path) -> Path | None:
 
 
 def save(checkpoint: Path, trainer: Any, metrics_row: dict[str, float], checkpoints: Any) -> None:
-    """Writes the position in the data, tokens seen, metrics of this step, the reference and the best score.
+    """Saves position in the data, tokens seen, metrics of this step, reference and best score.
 
     Args:
-        checkpoint: Folder of the engine's checkpoint, which may not exist yet.
-        trainer: Lightning's.
+        checkpoint: Folder of the engine's checkpoint; created if missing.
+        trainer: The Lightning trainer.
         metrics_row: The metrics of this step.
         checkpoints: The trainer's `Checkpoints`, or None.
     """
@@ -54,11 +54,11 @@ def save(checkpoint: Path, trainer: Any, metrics_row: dict[str, float], checkpoi
 
 
 def load(checkpoint: Path, trainer: Any, folder: Any, checkpoints: Any) -> dict[str, Any]:
-    """Restores what `save` wrote, before the training loader is made; returns the position in the data.
+    """Restores what `save` saved, and returns the position in the data. Call it before building the training loader.
 
     Args:
         checkpoint: Folder of an engine's checkpoint.
-        trainer: Lightning's.
+        trainer: The Lightning trainer.
         folder: The trainer's `RunFolder`, or None.
         checkpoints: The trainer's `Checkpoints`, or None.
 
@@ -67,7 +67,7 @@ def load(checkpoint: Path, trainer: Any, folder: Any, checkpoints: Any) -> dict[
     """
     try:
         content = torch.load(checkpoint / FILE, map_location="cpu", weights_only=True)
-    except Exception as error:  # bytes can be wrong in any way
+    except Exception as error:  # a damaged file can fail in any way
         raise UserError(f"--resume: {checkpoint / FILE} can't be read: {str(error).partition(chr(10))[0]}") from error
     module = trainer.lightning_module
     trainer.datamodule.load_state_dict(content["data"])
@@ -84,5 +84,5 @@ def load(checkpoint: Path, trainer: Any, folder: Any, checkpoints: Any) -> dict[
 
 
 def set_step(trainer: Any, step: int) -> None:
-    """Shows the Lightning trainer how many updates are done: callbacks, loggers and streams read it there."""
+    """Sets the Lightning trainer's `global_step`, which callbacks, loggers and streams read."""
     trainer.fit_loop.epoch_loop.automatic_optimization.optim_progress.optimizer.step.total.completed = step

@@ -1,4 +1,4 @@
-"""Translates our losses into the engines' terms. A loss that an engine can't compute is refused by name."""
+"""Translates our losses to those of the engines, and refuses losses that an engine can't compute."""
 
 from collections.abc import Callable
 from typing import Any
@@ -55,20 +55,20 @@ DIVERGENCES: dict[type, str] = {
     Alpha: "alpha_divergence",
 }
 SMOOTHED = (EXO, Robust, AOT, AOTUnpaired)
-"""The losses whose smoothing TRL computes."""
+"""Losses whose label smoothing TRL supports."""
 INSTEAD = "or train with --engine lightning"
 
 
 def compute_loss_func(loss: TokenLoss) -> Callable[..., Tensor]:
-    """A token loss as the `compute_loss_func` of an engine: on the model's full logits, normalised by the update.
+    """Wraps a token loss as an engine's `compute_loss_func`: on full logits, normalised by the targets of the update.
 
-    Called with the model's output, our shifted labels `[batch, seq]`, and the target tokens of the whole update.
+    It is called with the model's output, our shifted labels `[batch, seq]`, and the number of targets of the update.
     """
 
     def function(output: Any, labels: Tensor, num_items_in_batch: Tensor) -> Tensor:
         carries_loss = labels != IGNORE_INDEX
         logits = output.logits[carries_loss].float()
-        if not len(logits):  # a micro-batch without targets: the gradient is 0, and every parameter takes part
+        if not len(logits):  # no targets: a zero gradient for every parameter, not None
             return output.logits.sum() * 0.0
         return checked_losses(loss, logits, labels[carries_loss]).sum() / num_items_in_batch
 
@@ -103,7 +103,7 @@ def dpo_settings(loss: PreferenceLoss) -> dict[str, Any]:
 
 
 def _terms(loss: PreferenceLoss) -> tuple[list[Any], list[float], list[float | None]]:
-    """The losses of a weighted sum, their weights, and what `LDDPO` says of each; of another loss, itself alone."""
+    """The losses of a weighted sum, their weights, and the alpha of an enclosing `LDDPO` for each, or None."""
     if type(loss) is LDDPO:
         losses, weights, alphas = _terms(loss.loss)
         if any(alpha is not None for alpha in alphas):
@@ -135,7 +135,7 @@ def _refuse_unknown(loss: Any) -> None:
 
 
 def _common(name: str, values: list[Any]) -> Any:
-    """The one value that all losses of a sum share: TRL has one for all."""
+    """The value that all losses of a sum share. TRL has only one for all of them."""
     if any(value != values[0] for value in values):
         raise UserError(
             f"model.loss: TRL has one {name} for all losses of a sum, and here there are "

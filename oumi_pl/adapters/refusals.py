@@ -1,4 +1,4 @@
-"""Refuses by name what an engine can't do as the recipe says, before any row is read where that is possible."""
+"""Refuses settings that an engine does not support, if possible before any row is read."""
 
 import os
 from typing import Any
@@ -9,21 +9,17 @@ from torch import nn
 
 from oumi_pl import attention
 from oumi_pl.adapters.losses import INSTEAD, dpo_settings
-from oumi_pl.callbacks.advice import Advice
-from oumi_pl.callbacks.answers import Answers
+from oumi_pl.callbacks.advice import Advice, PreferenceWarnings
 from oumi_pl.callbacks.checkpoint import Checkpoints
-from oumi_pl.callbacks.consumed import Consumed
 from oumi_pl.callbacks.export import Export
-from oumi_pl.callbacks.last_step import LastStep
 from oumi_pl.callbacks.memory import Memory
 from oumi_pl.callbacks.predictions import Predictions
-from oumi_pl.callbacks.preemption import Preemption
-from oumi_pl.callbacks.preference import PreferenceWarnings
 from oumi_pl.callbacks.progress import ProgressLine
 from oumi_pl.callbacks.report import Report
 from oumi_pl.callbacks.run_folder import RunFolder
-from oumi_pl.callbacks.samples import Samples
+from oumi_pl.callbacks.samples import Answers, Samples
 from oumi_pl.callbacks.start import Start
+from oumi_pl.callbacks.stopping import LastStep, Preemption
 from oumi_pl.callbacks.throughput import Throughput
 from oumi_pl.callbacks.tracking import Tracking
 from oumi_pl.callbacks.trigram import TrigramBaseline
@@ -40,24 +36,24 @@ FITS: dict[type, tuple[str, ...]] = {
     Pretrain: ("lightning", "hf"),
     SFT: ("lightning", "hf", "trl"),
 }
-"""Trainer type -> the engines that can train it. The first type that a module is an instance of counts."""
+"""Trainer type -> the engines that can train it. A module counts as the first type that it is an instance of."""
 OBSERVERS = (
-    *(RunFolder, Start, Throughput, PreferenceWarnings, Consumed, ProgressLine),
+    *(RunFolder, Start, Throughput, PreferenceWarnings, ProgressLine),
     *(Advice, Answers, Samples, TrigramBaseline, Export, Report, Tracking),
 )
-"""Callbacks that only observe what happened between two updates: any engine may call them."""
+"""Callbacks that only observe what happens between two updates, so that any engine can call them."""
 REPLACED = (LastStep, Memory, Checkpoints, Preemption, Predictions)
-"""Callbacks whose settings the engine gets, and whose work is done in another way."""
+"""Callbacks that are not called, because the engine or `RunCallback` does their work."""
 PRECISIONS = ("32-true", "bf16-mixed", "16-mixed", "bf16-true", "16-true")
 REPLACED_METHODS = (
     *("loss_sums", "share", "training_step"),
     *("on_before_optimizer_step", "configure_gradient_clipping", "optimizer_step"),
 )
-"""Methods of a module that an engine does not call in training: it has its own."""
+"""Methods of a module that an engine replaces by its own in training."""
 
 
 def refuse_engine(engine: str, module: LanguageModule) -> None:
-    """Refuses an engine that can't train a trainer type.
+    """Refuses an engine that can't train a module, or would not call methods that its class overrides.
 
     Raises:
         UserError: with the engines that can.
@@ -65,11 +61,11 @@ def refuse_engine(engine: str, module: LanguageModule) -> None:
     kind = next((kind for kind in FITS if isinstance(module, kind)), LanguageModule)
     fitting = FITS.get(kind, ("lightning",))
     if engine not in fitting:
-        raise UserError(f"engine: {engine} can't drive {type(module).__name__}; what can: {', '.join(fitting)}")
+        raise UserError(f"engine: {engine} can't train {type(module).__name__}; these can: {', '.join(fitting)}")
     for name in REPLACED_METHODS:
         if getattr(type(module), name) is not getattr(kind, name):
             raise UserError(
-                f"engine: {engine} has a training loop of its own, and would leave out {type(module).__name__}.{name}; "
+                f"engine: {engine} has its own training loop, which would not call {type(module).__name__}.{name}; "
                 "train with --engine lightning"
             )
 
@@ -107,7 +103,7 @@ def refuse_settings(engine: str, trainer: Any) -> None:
     }
     for name, is_set in ignored.items():
         if is_set:
-            raise UserError(f"trainer.{name} means nothing to --engine {engine}; leave it out, {INSTEAD}")
+            raise UserError(f"trainer.{name} has no effect with --engine {engine}; leave it out, {INSTEAD}")
     for callback in trainer.callbacks:
         if not isinstance(callback, OBSERVERS + REPLACED):
             name = type(callback).__name__
@@ -118,10 +114,10 @@ def refuse_settings(engine: str, trainer: Any) -> None:
 
 
 def refuse_preferences(module: DPO) -> None:
-    """Refuses a loss or a reference that TRL does not have.
+    """Refuses losses and references that TRL does not support.
 
     Raises:
-        UserError: with what would work.
+        UserError: with what is supported.
     """
     dpo_settings(module.loss)
     if module.share_prompt is True:
@@ -141,13 +137,13 @@ def refuse_preferences(module: DPO) -> None:
 
 
 def refuse_model(engine: str, module: SFT | DPO, packing: bool) -> None:
-    """Refuses a model whose loss would be another one in an engine. Runs it on a few tokens.
+    """Refuses a model for which the engine would compute a different loss. Runs it on a few tokens.
 
     Raises:
         UserError: with the reason.
     """
     model = module.causal_lm
-    model.refuse_unknown_logits()  # again: validation runs on this device, with the engine's attention
+    model.refuse_unknown_logits()  # again, because the attention has changed since it was built
     if packing and not isinstance(module, DPO):
         try:
             attention.refuse_unless_isolating(model.base)
@@ -177,7 +173,7 @@ def refuse_model(engine: str, module: SFT | DPO, packing: bool) -> None:
 
 @torch.no_grad()
 def _averages_over_targets(base: Any) -> bool:
-    """Whether a model's loss is the cross entropy of `shift_labels` over `num_items_in_batch`, by trying."""
+    """Tests whether a model's loss is the cross entropy of `shift_labels` divided by `num_items_in_batch`."""
     weight = base.get_input_embeddings().weight
     ids = torch.arange(8, device=weight.device)[None] % len(weight)
     targets = ids.roll(-1, 1).index_fill(1, torch.tensor([0, 1, 4], device=weight.device), IGNORE_INDEX)

@@ -1,4 +1,4 @@
-"""What happens between two updates of an engine, as between two of Lightning's: metrics, validation, checkpoints."""
+"""Logs, validates, saves and stops between two updates of an engine, as Lightning does between two of its own."""
 
 from pathlib import Path
 from typing import Any
@@ -9,26 +9,71 @@ from transformers import TrainerCallback
 from oumi_pl.adapters.batches import EngineLoader
 from oumi_pl.adapters.checkpoints import set_step
 from oumi_pl.adapters.refusals import OBSERVERS
-from oumi_pl.adapters.settings import ValidationSchedule, find
+from oumi_pl.callbacks import find
 from oumi_pl.callbacks.checkpoint import Checkpoints
-from oumi_pl.callbacks.preemption import Preemption, Stopped
 from oumi_pl.callbacks.run_folder import RunFolder
+from oumi_pl.callbacks.stopping import Preemption, Stopped
 from oumi_pl.data.base import TextData
+from oumi_pl.errors import UserError
 from oumi_pl.modules.dpo import DPO
 from oumi_pl.modules.sft import SFT
 from oumi_pl.runs import folders
 from oumi_pl.types import Batch, Sums
 
 
-class RunCallback(TrainerCallback):
-    """Logs an engine's updates under our names; calls our callbacks, validates and stops where Lightning would.
+class ValidationSchedule:
+    """Decides after which updates to validate, by the rules of Lightning.
 
     Args:
-        lightning: The Lightning trainer, which runs nothing here, but has the recipe's settings, callbacks and loggers.
-        module: The recipe's.
-        data: The recipe's.
-        loader: What the engine trains on.
-        validations: After which updates to validate.
+        trainer: The Lightning trainer.
+        data: The data module of the recipe.
+        length: Micro-batches of the first epoch; None if unknown.
+        total: Optimizer steps of the run.
+
+    Raises:
+        UserError: validation would be due within an update, where engines can't validate.
+    """
+
+    def __init__(self, trainer: Any, data: TextData, length: int | None, total: int) -> None:
+        self.accumulate = trainer.accumulate_grad_batches
+        self.total = total
+        self.epochs: int | None = trainer.check_val_every_n_epoch
+        self.enabled = data.sources["validation"] is not None
+        interval = trainer.val_check_interval
+        if isinstance(interval, float) and interval != 1.0 and length is not None:
+            interval = max(1, int(length * interval))
+        self.every: int | None = None if isinstance(interval, float) else interval
+        """Micro-batches between validations; None to validate at the end of an epoch."""
+        if self.enabled and isinstance(interval, float) and interval != 1.0:
+            raise UserError(
+                f"trainer.val_check_interval: {interval} of an epoch whose length isn't known; set val_every instead"
+            )
+        if self.enabled and self.every is not None and self.every % self.accumulate:
+            raise UserError(
+                f"trainer.val_check_interval: {self.every} micro-batches end within an update of {self.accumulate}, "
+                "where this engine can't validate; set val_every instead, in optimizer steps"
+            )
+
+    def is_due(self, step: int, epoch: int, fetched: int, is_epoch_end: bool) -> bool:
+        """Whether to validate after `step` updates of the run, and after `fetched` micro-batches of `epoch`."""
+        if not self.enabled or (self.epochs is not None and (epoch + 1) % self.epochs):
+            return False
+        if step >= self.total:  # a run always ends with a validation
+            return True
+        if self.every is None:
+            return is_epoch_end
+        return (step * self.accumulate if self.epochs is None else fetched) % self.every == 0
+
+
+class RunCallback(TrainerCallback):
+    """Logs an engine's updates under our names; calls our callbacks, validates and stops when Lightning would.
+
+    Args:
+        lightning: The Lightning trainer. Its loops do not run; it has the recipe's settings, callbacks and loggers.
+        module: The module of the recipe.
+        data: The data module of the recipe.
+        loader: The training loader of the engine.
+        validations: Decides when to validate.
     """
 
     def __init__(
@@ -44,19 +89,19 @@ class RunCallback(TrainerCallback):
         self.data = data
         self.loader = loader
         self.validations = validations
-        self.preemption: Preemption | None = find(lightning, Preemption)
-        self.checkpoints: Checkpoints | None = find(lightning, Checkpoints)
+        self.preemption = find(lightning, Preemption)
+        self.checkpoints = find(lightning, Checkpoints)
         self.metrics_row: dict[str, float] = {}
-        """The metrics of the last update, and of the validation that followed."""
+        """The metrics of the last update, and of the validation after it."""
 
     def call(self, hook: str, *args: Any) -> None:
-        """Calls a hook of those callbacks of the Lightning trainer that only observe."""
+        """Calls a hook of the trainer's callbacks, of those that only observe."""
         for callback in self.lightning.callbacks:
             if isinstance(callback, OBSERVERS):
                 getattr(callback, hook)(self.lightning, self.module, *args)
 
     def log(self, metrics: dict[str, Any]) -> None:
-        """Passes metrics to callbacks and loggers, as of `step` where they name it, else of the last update."""
+        """Passes metrics to callbacks and loggers, for the step in `metrics`, else the last update."""
         step = int(metrics.get("step", self.lightning.global_step))
         values = {name: float(value) for name, value in metrics.items() if name != "step"}
         if self.metrics_row.get("step") != step:
@@ -71,12 +116,12 @@ class RunCallback(TrainerCallback):
     # ---- an update
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Lets the recipe's optimizer settings win over those of a checkpoint, and begins the run folder."""
+        """Applies the recipe's optimizer settings in place of the checkpoint's, and creates the run folder."""
         self.module.on_train_start()
         schedule: Any = self.module.lr_schedulers()
-        schedule._last_lr = [group["lr"] for group in schedule.optimizer.param_groups]  # what the engine logs
+        schedule._last_lr = [group["lr"] for group in schedule.optimizer.param_groups]  # the engine logs this
         self.call("on_train_start")
-        folder: RunFolder | None = find(self.lightning, RunFolder)
+        folder = find(self.lightning, RunFolder)
         if folder is not None and folder.directory is not None:
             args.output_dir = str(folder.directory / folders.CHECKPOINTS)
         if self.preemption is not None:
@@ -84,7 +129,7 @@ class RunCallback(TrainerCallback):
         self.call("on_train_batch_start", None, 0)
 
     def add_to_update(self, batch: Batch, sums: Sums) -> None:
-        """Adds a micro-batch's sums and counts to those of the update."""
+        """Adds the sums and counts of a micro-batch to those of the update."""
         counts = {name: torch.tensor(value) for name, value in self.module.count(batch).items()}
         self.module.add_to_update(sums | counts)
 
@@ -98,11 +143,11 @@ class RunCallback(TrainerCallback):
             control.should_save = True
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
-        """Logs the update that has just ended: the engine's loss, norm and rate, and the sums over its micro-batches.
+        """Logs the update that has just ended: the engine's loss, gradient norm and learning rate, and our sums.
 
         Raises:
-            UserError: the loss or the norm is not a finite number.
-            Stopped: a signal asked for it, and the run writes no checkpoints.
+            UserError: the loss or the gradient norm is not finite.
+            Stopped: a signal asked the run to stop, and it writes no checkpoints.
         """
         if "loss" not in logs:  # the engine's summary at the end
             return
@@ -114,16 +159,16 @@ class RunCallback(TrainerCallback):
             self._stop(None)
 
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Stops, now that this step is saved, if a signal asked for it.
+        """Stops after saving if a signal asked for it.
 
         Raises:
-            Stopped: it did.
+            Stopped: a signal asked the run to stop.
         """
         if self._is_stopping:
             self._stop(Path(args.output_dir).parent)
 
     def _set_epoch(self) -> None:
-        """Shows the Lightning trainer how far the epoch is: the metric `epoch` is computed from it."""
+        """Sets the position in the epoch in the Lightning trainer, from which the metric `epoch` is computed."""
         loop, loader = self.lightning.fit_loop, self.loader
         loop.max_batches = loader.epoch_length or float("inf")
         loop.epoch_progress.current.completed = loader.epoch
@@ -141,7 +186,7 @@ class RunCallback(TrainerCallback):
     # ---- validation and the end
 
     def validate(self) -> dict[str, float]:
-        """Validates by the module's own sums over all held-out rows, and keeps the best weights."""
+        """Validates with the module's own steps on all held-out rows, and saves the best weights."""
         module, lightning = self.module, self.lightning
         module.eval()
         with torch.no_grad():
@@ -159,7 +204,7 @@ class RunCallback(TrainerCallback):
         return {name: value for name, value in self.metrics_row.items() if name.startswith("val/")}
 
     def finish(self) -> None:
-        """Ends a run that was trained to its end: it is `finished`, and exported."""
+        """Ends a finished run: marks it as `finished`, and exports the model."""
         self.call("on_train_end")
         self.call("on_fit_end")
         for logger in self.lightning.loggers:

@@ -1,4 +1,4 @@
-"""Runs a recipe on another engine, from the objects that LightningCLI made."""
+"""Runs a recipe on another engine, from the objects that LightningCLI built."""
 
 import contextlib
 import copy
@@ -17,9 +17,9 @@ from transformers import __version__ as transformers_version
 from oumi_pl import attention
 from oumi_pl.adapters import batches, checkpoints
 from oumi_pl.adapters.refusals import refuse_engine, refuse_model, refuse_preferences, refuse_settings
-from oumi_pl.adapters.run_callback import RunCallback
-from oumi_pl.adapters.settings import ValidationSchedule, find, training_arguments
-from oumi_pl.adapters.trainers import build_trainer, import_trl
+from oumi_pl.adapters.run_callback import RunCallback, ValidationSchedule
+from oumi_pl.adapters.trainers import build_trainer, import_trl, training_arguments
+from oumi_pl.callbacks import find
 from oumi_pl.callbacks.checkpoint import Checkpoints
 from oumi_pl.callbacks.run_folder import RunFolder, nothing_left
 from oumi_pl.data.base import TextData
@@ -31,33 +31,33 @@ from oumi_pl.runs import folders
 
 
 def run(engine: str, trainer: Any, module: SFT | DPO, data: TextData, callbacks: Sequence[TrainerCallback] = ()) -> Any:
-    """Trains as `trainer.fit(module, data)` does, in the loop of another engine.
+    """Trains like `trainer.fit(module, data)`, but in the loop of another engine.
 
     Args:
         engine: `hf` or `trl`.
-        trainer: A Lightning trainer, for its settings, callbacks and loggers; its loops do not run.
-        module: SFT, Pretrain or DPO. If its model is built, training starts from it; else the module builds it.
-        data: The data of the recipe.
-        callbacks: Further callbacks of transformers, called after ours at each event. The keyword argument
-            `train_dataloader` of their hooks is an `EngineLoader`, which holds the micro-batches of the update.
+        trainer: A Lightning trainer with settings, callbacks and loggers; its loops do not run.
+        module: SFT, Pretrain or DPO. Training starts from its model; if it has none, the module builds one.
+        data: The data module of the recipe.
+        callbacks: Additional transformers callbacks, called after ours. The keyword argument `train_dataloader` of
+            their hooks is an `EngineLoader`, which has the micro-batches of the update.
 
     Returns:
         The engine's trainer, trained.
 
     Raises:
-        UserError: the engine can't do what the recipe says.
+        UserError: the engine does not support the recipe.
     """
     _refuse_before_loading(engine, trainer, module)
     _connect(trainer, module, data)
     _build_model(trainer, module, data)
-    # a few tokens for a check are not worth compiling for
+    # the checks run a few tokens, for which compiling is not worth its time
     with torch.compiler.set_stance("force_eager") if module.compile_layers else contextlib.nullcontext():
         refuse_model(engine, module, data.packing)
     module.engine_notes = list(_notes(engine, module))
     optimizer, schedule = _optimizers(trainer, module)
     checkpoint, position = _resume(trainer)
     if checkpoint is not None:
-        print(f"engine {engine}: going on from {checkpoint}")
+        print(f"engine {engine}: resuming from {checkpoint}")
     total = module.total_steps()
     if trainer.global_step >= total:
         raise nothing_left(trainer.global_step)
@@ -67,21 +67,21 @@ def run(engine: str, trainer: Any, module: SFT | DPO, data: TextData, callbacks:
     )
     module.log_to = run_callback.log
     try:
-        # the run folder is created once training begins; until then the engine needs a place to make a directory in
+        # the engine creates its output folder at once, but our run folder is created only when training begins
         with _model_restored(module), tempfile.TemporaryDirectory() as folder:
             engine_trainer = build_trainer(
                 engine,
                 module,
                 training_arguments(trainer, module, data, folder=folder, total=total, lr=schedule.base_lrs[0]),
-                processing_class=copy.deepcopy(data.tokenizer),  # engines set its pad token
+                processing_class=copy.deepcopy(data.tokenizer),  # a copy, because engines set its pad token
                 optimizers=(optimizer, schedule),
                 callbacks=[run_callback, *callbacks],
             )
             engine_trainer.run_callback = run_callback
             engine_trainer.remove_callback(PrinterCallback)
-            module.keep_adapters_in_float32()  # TRL rounds those of quantized models
+            module.keep_adapters_in_float32()  # TRL casts adapters of quantized models to bfloat16
             engine_trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
-        run_callback.finish()  # the export reads the model's config: it has to be as it was
+        run_callback.finish()  # after `_model_restored`, because the export writes the model's config
     except BaseException as error:
         run_callback.call("on_exception", error)
         raise
@@ -93,7 +93,7 @@ def run(engine: str, trainer: Any, module: SFT | DPO, data: TextData, callbacks:
 
 
 def _refuse_before_loading(engine: str, trainer: Any, module: SFT | DPO) -> None:
-    """Refuses what the engine can't do, as far as that is known before anything is loaded."""
+    """Makes all checks that are possible before anything is loaded."""
     refuse_engine(engine, module)
     refuse_settings(engine, trainer)
     if isinstance(module, DPO):
@@ -103,7 +103,7 @@ def _refuse_before_loading(engine: str, trainer: Any, module: SFT | DPO) -> None
 
 
 def _connect(trainer: Any, module: SFT | DPO, data: TextData) -> None:
-    """Connects trainer, module and data, and sets the data up, as the first lines of `trainer.fit` do."""
+    """Connects trainer, module and data, and sets up the data, as `trainer.fit` does at its start."""
     trainer.state.fn, trainer.state.status, trainer.training = TrainerFn.FITTING, TrainerStatus.RUNNING, True
     trainer.strategy.connect(module)
     trainer._data_connector.attach_data(module, datamodule=data)
@@ -114,10 +114,10 @@ def _connect(trainer: Any, module: SFT | DPO, data: TextData) -> None:
 
 
 def _build_model(trainer: Any, module: SFT | DPO, data: TextData) -> None:
-    """Builds the model as Lightning would, with the attention and the layout that the engine reads batches in.
+    """Builds the model as Lightning would, then sets attention and layout for the engine.
 
-    Our own attention gets the documents of a packed row from a context, which an engine does not enter. That of
-    transformers finds them by their positions.
+    Our own attention reads the documents of a packed row from a context that only our modules enter. The attention of
+    transformers finds documents by their positions.
     """
     with trainer.precision_plugin.module_init_context():
         module.configure_model()
@@ -135,7 +135,7 @@ def _build_model(trainer: Any, module: SFT | DPO, data: TextData) -> None:
 
 
 def _notes(engine: str, module: SFT | DPO) -> Iterator[str]:
-    """What the run says about the engine before the first update."""
+    """Notes on the engine, printed before the first update."""
     versions = f"transformers {transformers_version}"
     if engine == "hf":
         yield f"engine: transformers.Trainer, {versions}"
@@ -148,11 +148,11 @@ def _notes(engine: str, module: SFT | DPO) -> Iterator[str]:
         twice = ", and TRL runs the model twice" if engine == "trl" else ""
         yield f"{type(module.loss).__name__} is computed on full logits{twice}"
     elif engine == "hf":
-        yield "logits are computed for all positions at once, also for those without loss"
+        yield "logits are computed for all positions at once, including those without loss"
 
 
 def _optimizers(trainer: Any, module: SFT | DPO) -> tuple[Any, Any]:
-    """The recipe's optimizer and schedule, known to the Lightning trainer."""
+    """Builds the recipe's optimizer and schedule, and registers them with the Lightning trainer."""
     configured = module.configure_optimizers()
     optimizer, schedule = configured["optimizer"], configured["lr_scheduler"]["scheduler"]
     trainer.strategy.optimizers = [optimizer]
@@ -161,7 +161,7 @@ def _optimizers(trainer: Any, module: SFT | DPO) -> tuple[Any, Any]:
 
 
 def _resume(trainer: Any) -> tuple[Path | None, dict[str, Any]]:
-    """The checkpoint to go on from, if any, and the position in the data: the beginning, or what it restored."""
+    """The checkpoint to resume from, or None, and the position in the data."""
     folder = find(trainer, RunFolder)
     start = {"epoch": 0, "update": 0}
     if folder is None or folder.resume is None:
@@ -185,14 +185,14 @@ def _loader(trainer: Any, module: SFT | DPO, data: TextData, position: dict[str,
 
 @contextlib.contextmanager
 def _model_restored(module: SFT | DPO) -> Iterator[None]:
-    """Undoes afterwards what engines do to a model besides training it: changed configs, patched forward methods.
+    """Restores a model's configs and forward methods, which engines change, at the end of the block.
 
-    They set `use_cache` and the ids of special tokens, which the export would write down.
+    They set `use_cache` and the ids of special tokens, which would end up in the export.
     """
     hf, base = module.causal_lm.hf, module.causal_lm.base
     configs = [(config, copy.deepcopy(vars(config))) for config in (base.config, base.generation_config) if config]
     forwards = {model: vars(model).get("forward") for model in (hf, base)}
-    # with a cache, transformers would not look where packed documents begin; engines only set it in the outer config
+    # with a cache, transformers ignores the borders of packed documents; engines turn it off only in the outer config
     base.config.get_text_config().use_cache = False
     try:
         yield

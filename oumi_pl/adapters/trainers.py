@@ -1,5 +1,6 @@
-"""The engines' trainers on our batches. TRL is imported here, when it is needed."""
+"""The trainers of the engines, adapted to our batches. TRL is imported only when it is used."""
 
+import os
 import warnings
 from pathlib import Path
 from typing import Any, cast
@@ -11,9 +12,13 @@ from oumi_pl.adapters import checkpoints
 from oumi_pl.adapters.batches import EngineBatch, EngineLoader, target_values
 from oumi_pl.adapters.losses import INSTEAD, compute_loss_func, dpo_settings
 from oumi_pl.adapters.run_callback import RunCallback
+from oumi_pl.callbacks import find
+from oumi_pl.callbacks.checkpoint import Checkpoints
+from oumi_pl.data.base import TextData
 from oumi_pl.data.loader import as_it_is
 from oumi_pl.errors import UserError
 from oumi_pl.losses.causal import is_cross_entropy
+from oumi_pl.modules.base import LanguageModule
 from oumi_pl.modules.dpo import DPO
 from oumi_pl.modules.reference import refuse_other_start
 from oumi_pl.modules.sft import SFT
@@ -21,7 +26,7 @@ from oumi_pl.types import Sums
 
 
 class EngineMixin:
-    """Comes before `transformers.Trainer`, or a trainer of TRL's, among the bases of a class: batches and metrics."""
+    """Gives a trainer of transformers or TRL our batches and metrics. Has to come before it among the base classes."""
 
     run_callback: RunCallback
     """Set before `train` is called."""
@@ -29,13 +34,13 @@ class EngineMixin:
     """The micro-batch that is being trained on."""
 
     def get_train_dataloader(self) -> EngineLoader:
-        """Our batches in our order: the engine would shuffle and collate its own way."""
+        """Our loader. The engine would shuffle and collate rows in its own way."""
         return self.run_callback.loader
 
     def training_step(self, model: Any, inputs: EngineBatch, *args: Any, **kwargs: Any) -> Tensor:
-        """As the engine does it; adds what our metrics are made of to the sums of the update."""
+        """Runs the engine's step, and adds the sums that our metrics need to those of the update."""
         self.micro_batch, outputs = inputs, []
-        # hooks, because the engine's own step returns the loss alone
+        # hooks, because the engine's own step returns only the loss
         hooks = [
             observed.register_forward_hook(lambda _model, _args, output: outputs.append(self.reduce_output(output)))
             for observed in self.observed_models()
@@ -53,18 +58,18 @@ class EngineMixin:
         return [self.model]  # type: ignore[attr-defined]
 
     def reduce_output(self, output: Any) -> Tensor:
-        """What the metrics need of a model's output: how many targets have the largest logit."""
+        """Reduces a model's output to what the metrics need: how many targets have the largest logit."""
         hits = getattr(output, "is_top1", None)  # TRL's heads return this in place of logits
         if hits is None:
             hits = output.logits.detach().argmax(-1) == self.micro_batch["shift_labels"].to(output.logits.device)
         return hits.sum()
 
     def batch_sums(self, outputs: list[Tensor]) -> Sums:
-        """The sums of the micro-batch but for `loss`, from the reduced outputs of the models."""
+        """The sums of the micro-batch without `loss`, from the reduced outputs of the models."""
         return {"correct": outputs[0]}
 
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
-        """Validates by our sums, which do not depend on how held-out rows are cut: engines average means."""
+        """Validates with our sums, which do not depend on batch sizes. Engines average the means of batches."""
         engine: Any = self
         with engine.accelerator.autocast():
             metrics = self.run_callback.validate()
@@ -72,7 +77,7 @@ class EngineMixin:
         return metrics
 
     def _save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
-        """Saves what the engine does not keep, then what it does: its own last file then says that all is there."""
+        """Saves our part first, then the engine's: the engine's last file then marks the checkpoint as complete."""
         engine: Any = self
         run = self.run_callback
         folder = Path(engine.args.output_dir) / f"checkpoint-{engine.state.global_step}"
@@ -80,26 +85,26 @@ class EngineMixin:
         super()._save_checkpoint(*args, **kwargs)  # type: ignore[misc]
 
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
-        """Writes none: the export writes one that knows the recipe."""
+        """Does nothing: our export writes a model card."""
 
 
 class PairsMixin(EngineMixin):
-    """The same for `trl.DPOTrainer`."""
+    """The mixin for `trl.DPOTrainer`."""
 
     def observed_models(self) -> list[Any]:
-        """The policy, and the reference where it is another model."""
+        """The policy, and the reference if it is another model."""
         engine: Any = self
         return [engine.model] if engine.ref_model is None else [engine.model, engine.ref_model]
 
     def reduce_output(self, output: Any) -> Tensor:
-        """The log-probabilities of the tokens, `[2 pairs, seq - 1]`."""
+        """The token log-probabilities, `[2 pairs, seq - 1]`."""
         return output.log_probs.detach()
 
     def batch_sums(self, outputs: list[Tensor]) -> Sums:
-        """The sums that our loss has metrics of, from what TRL computed for policy and reference.
+        """The sums for our preference metrics, from TRL's log-probabilities of policy and reference.
 
         Raises:
-            UserError: before the first update the policy does not equal its reference.
+            UserError: policy and reference differ before the first update.
         """
         module, lightning = cast("DPO", self.run_callback.module), self.run_callback.lightning
         mask = self.micro_batch["completion_mask"].to(outputs[0].device)
@@ -112,39 +117,85 @@ class PairsMixin(EngineMixin):
         return {name: value for name, value in sums.items() if name != "loss"}
 
     def compute_loss(self, *args: Any, **kwargs: Any) -> Any:
-        """As TRL does it, weighted by pairs.
+        """Weights TRL's loss by the pairs of the micro-batch, so that the loss of an update is the mean over all pairs.
 
-        TRL takes the mean over a micro-batch, and transformers then over the micro-batches of an update, so that the
-        pairs of a short one would count for more. Weighted like this, an update's loss is the mean over all its pairs.
+        TRL averages over a micro-batch, and transformers then over the micro-batches of an update. Pairs in a short
+        micro-batch would count for more.
         """
         loss = super().compute_loss(*args, **kwargs)  # type: ignore[misc]
         native = self.micro_batch.native
         return loss * len(native["sample_ids"]) * self.run_callback.module.share(native)
 
     def _prepare_dataset(self, dataset: Any, *args: Any, **kwargs: Any) -> Any:
-        """Leaves the one-row dataset as it is: rows are tokenized already, and come from our loader."""
+        """Returns the one-row dataset unchanged: rows are tokenized already, and come from our loader."""
         return dataset
 
 
 class HFTrainer(EngineMixin, Trainer):  # type: ignore[misc]
-    """`transformers.Trainer` on our batches."""
+    """`transformers.Trainer` with our batches."""
+
+
+def training_arguments(
+    trainer: Any, module: LanguageModule, data: TextData, *, folder: str, total: int, lr: float
+) -> dict[str, Any]:
+    """Translates settings to fields of `transformers.TrainingArguments` and its subclasses in TRL.
+
+    Betas, weight decay and schedule are missing, because the engine gets our optimizer and schedule as objects.
+
+    Args:
+        trainer: The Lightning trainer, which has the recipe's settings.
+        module: The module of the recipe.
+        data: The data module of the recipe.
+        folder: Folder for the engine's checkpoints.
+        total: Optimizer steps of the run.
+        lr: The highest learning rate of the first parameter group.
+    """
+    checkpoints = find(trainer, Checkpoints)
+    precision = str(trainer.precision)
+    saving: dict[str, Any] = {"save_strategy": "no"}
+    if checkpoints is not None:
+        saving = {"save_strategy": "steps", "save_steps": checkpoints.every, "save_total_limit": checkpoints.keep}
+    return saving | {
+        "output_dir": folder,
+        "per_device_train_batch_size": data.batch_size,
+        "per_device_eval_batch_size": data.eval_batch_size,
+        "gradient_accumulation_steps": trainer.accumulate_grad_batches,
+        "max_steps": total,
+        "learning_rate": lr,
+        "max_grad_norm": float(trainer.gradient_clip_val or 0.0),
+        "bf16": precision == "bf16-mixed",
+        "fp16": precision == "16-mixed",
+        "gradient_checkpointing": module.gradient_checkpointing,
+        "gradient_checkpointing_kwargs": {"use_reentrant": False} if module.gradient_checkpointing else None,
+        "seed": int(os.environ.get("PL_GLOBAL_SEED", "42")),
+        "dataloader_num_workers": data.workers,
+        "use_cpu": trainer.strategy.root_device.type == "cpu",
+        "logging_strategy": "steps",
+        "logging_steps": 1,
+        "logging_nan_inf_filter": False,  # it would replace a NaN loss by the mean so far
+        "ignore_data_skip": True,  # our loader starts at the position of the checkpoint
+        "remove_unused_columns": False,
+        "report_to": "none",
+        "disable_tqdm": True,
+        "log_level": "error",
+    }
 
 
 def build_trainer(engine: str, module: SFT | DPO, settings: dict[str, Any], **common: Any) -> Any:
-    """An engine's trainer for a module.
+    """Builds an engine's trainer for a module.
 
     Args:
         engine: `hf` or `trl`.
-        module: With its model built and, for TRL, its reference open.
+        module: Its model has to be built and, for TRL, its reference opened.
         settings: Fields of `transformers.TrainingArguments`.
-        common: Arguments of every engine's trainer: tokenizer, optimizers, callbacks.
+        common: Arguments that all trainers take: tokenizer, optimizers, callbacks.
 
     Raises:
         UserError: the engine refuses the settings.
     """
     build: Any = _hf if engine == "hf" else _trl_dpo if isinstance(module, DPO) else _trl_sft
     try:
-        with warnings.catch_warnings(action="ignore", category=FutureWarning):  # about later releases
+        with warnings.catch_warnings(action="ignore", category=FutureWarning):  # warnings about later releases
             return build(module, settings, common)
     except (ValueError, NotImplementedError) as error:
         raise UserError(f"--engine: {' '.join(str(error).split())[:300]}; {INSTEAD[3:]}") from error
@@ -174,9 +225,9 @@ def _trl_sft(module: SFT, settings: dict[str, Any], common: dict[str, Any]) -> A
     trl = import_trl()
 
     class SFTTrainer(EngineMixin, trl.SFTTrainer):  # type: ignore[name-defined]
-        """TRL's on our batches."""
+        """TRL's trainer with our batches."""
 
-    # rows come packed, and no longer than they may be
+    # TRL must not cut or tokenize rows: ours are tokenized and no longer than data.max_length
     args = trl.SFTConfig(
         **settings, max_length=None, dataset_kwargs={"skip_prepare_dataset": True}, **_no_router_loss(module)
     )
@@ -194,7 +245,7 @@ def _trl_dpo(module: DPO, settings: dict[str, Any], common: dict[str, Any]) -> A
     trl = import_trl()
 
     class DPOTrainer(PairsMixin, trl.DPOTrainer):  # type: ignore[name-defined]
-        """TRL's on our batches."""
+        """TRL's trainer with our batches."""
 
     args = trl.DPOConfig(
         **settings, max_length=None, disable_dropout=True, **dpo_settings(module.loss), **_no_router_loss(module)
@@ -209,31 +260,31 @@ def _trl_dpo(module: DPO, settings: dict[str, Any], common: dict[str, Any]) -> A
         **common,
     )
     if model.has_adapters and "ref" in model.hf.peft_config:
-        # TRL adds a frozen copy of the adapter to compare with. Ours starts at zero, so that the base is the same, as
-        # it is in our validation; the copy would be saved and exported beside the adapter.
+        # TRL adds a frozen copy of the adapter as the reference. Our adapters start at zero, so the base alone is the
+        # same reference, and our validation uses that. The copy would be saved and exported with the adapter.
         model.hf.delete_adapter("ref")
     return trainer
 
 
 def _loss_function(module: SFT) -> Any:
-    """The engine's `compute_loss_func`; None for plain cross entropy, which the models have inside."""
+    """The engine's `compute_loss_func`; None for plain cross entropy, which models compute themselves."""
     return None if is_cross_entropy(module.loss) else compute_loss_func(module.loss)
 
 
 def _on_one_device(args: Any) -> Any:
-    """Keeps an engine from wrapping the model in DataParallel because it sees several GPUs: the recipe says one."""
+    """Keeps an engine that sees several GPUs from wrapping the model in DataParallel: runs use one device."""
     args._n_gpu = min(1, args.n_gpu)
     return args
 
 
 def _one_row() -> Any:
-    """A dataset for TRL's constructors, which look at its first row. `get_train_dataloader` never reads it."""
+    """A dataset for TRL's constructors, which inspect its first row. Training never reads it."""
     from datasets import Dataset
 
     return Dataset.from_dict({"input_ids": [[0]], "labels": [[0]]})
 
 
 def _no_router_loss(module: SFT | DPO) -> dict[str, float]:
-    """TRL adds the balancing loss of mixtures of experts by default; recipes ask for it in the config."""
+    """Turns off the load-balancing loss of mixtures of experts: TRL adds it by default, our modules only by config."""
     has_router = hasattr(module.causal_lm.base.config.get_text_config(), "output_router_logits")
     return {"router_aux_loss_coef": 0.0} if has_router else {}

@@ -1,4 +1,4 @@
-"""What watches a run, writes its folder and says how it goes."""
+"""Callbacks: they watch a run, write its folder and report its progress."""
 
 from typing import Any, TypeVar
 

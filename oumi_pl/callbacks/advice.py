@@ -1,11 +1,10 @@
-"""Warnings that teach: what was seen, why it matters, and what to do about it. Each is given once.
+"""Warns of likely mistakes. A warning says what was seen, why it matters and what to change, once per run.
 
-Those about settings come before the first update, those about the course of a run when it shows them. `run.json` keeps
-them under `warnings`.
+Settings are checked before the first update; waiting for data, the loss and the rewards are watched during training.
+`run.json` keeps all warnings under `warnings`.
 """
 
 import math
-import os
 import statistics
 import sys
 import time
@@ -19,17 +18,18 @@ from torch.distributed.tensor import DTensor
 from torch.optim import Adam, AdamW
 
 from oumi_pl.callbacks.run_folder import run_directory
+from oumi_pl.report.environment import usable_cpus
 from oumi_pl.runs import folders
 from oumi_pl.types import RunData, RunModule
 
 CUT_SHARE = 0.01
-"""Share of rows cut to length above which they are more than a few outliers."""
-SEEN_VALUES = 65536
-"""Values of each tensor that are looked at, to estimate how many a step would change."""
+"""A larger share of rows cut to length is more than a few outliers."""
+SAMPLED_VALUES = 65536
+"""How many values of each tensor are sampled to estimate the share that a step would change."""
 SMALL = 50_000_000
-"""Parameters below which models are trained with larger steps than the published ones are."""
+"""Models with fewer parameters than this are trained at higher learning rates than the published, larger ones."""
 SMALL_FACTOR = 10.0
-"""By how much: the best learning rate falls about with the width (Yang et al. 2022, arXiv:2203.03466)."""
+"""How much higher: the best learning rate is roughly inverse to the width (Yang et al. 2022, arXiv:2203.03466)."""
 USUAL_LR = {
     ("alone", "scratch"): (1e-5, 2e-2),
     ("alone", "full"): (1e-6, 1e-3),
@@ -38,40 +38,40 @@ USUAL_LR = {
     ("reference", "full"): (5e-8, 5e-5),
     ("reference", "lora"): (5e-7, 5e-4),
 }
-"""Whether there is a reference model, and what is trained -> lowest and highest usual learning rate of Adam.
+"""(With a reference model or alone, what is trained) -> lowest and highest usual learning rate of Adam.
 
-Nearly all published runs lie between the two. Adapters take about ten times the rate of all weights (Schulman et al.
+Nearly all published runs are within this range. Adapters take about ten times the rate of all weights (Schulman et al.
 2025, "LoRA Without Regret"); preference training a tenth to a hundredth of fine-tuning's (5e-7 in Tunstall et al. 2023,
 arXiv:2310.16944)."""
 KINDS = {"scratch": "a model from random weights", "full": "all weights of a pretrained model", "lora": "LoRA"}
 WAIT_WINDOW = 50
-"""Updates over which waiting for data is measured: single slow batches say nothing."""
+"""Updates over which waiting for data is measured: a single slow batch is no evidence."""
 WAIT_FIRST = 10
-"""Updates that are left out at the start, while loader processes begin."""
+"""Updates ignored at the start, while the loader processes start up."""
 WAIT_SHARE = 0.15
-"""Share of the time above which more loader processes are worth their memory."""
+"""More loader processes are worth their memory if a larger share of the time is spent waiting."""
 WAIT_SECONDS = 0.005
-"""Seconds of waiting per update below which more processes would not pay: handing over a batch takes as long."""
+"""Seconds. More processes do not help below this wait per update: handing over a batch takes as long."""
 STUCK_AFTER = 100
-"""Updates, from half of the learning rate on, after which a loss that moves at all has moved."""
+"""The loss is judged after this many updates at no less than half of the peak learning rate."""
 STUCK_PART = 20
-"""Of these, how many at each end are compared."""
+"""The first and the last of these updates, this many of each, are compared."""
 STUCK_SHARE = 0.01
-"""Relative change of the loss that counts as movement, even where it could be noise."""
+"""A relative change of the loss that counts as movement, even if it is within the noise."""
 RISEN_SHARE = 0.05
-"""Relative rise that is more than a slow start."""
+"""A relative rise of the loss that is more than a slow start."""
 NOISE = 3.0
-"""Standard errors within which two means count as equal."""
+"""Two means that differ by fewer standard errors count as equal."""
 NOT_FINITE = 10
-"""Updates in a row without a finite loss. A gradient scaler that still searches for its scale needs fewer."""
+"""Warn after this many updates in a row without a finite loss. A gradient scaler finds its scale in fewer."""
 
 
 def warn(trainer: Any, message: str) -> None:
-    """Warns on rank 0, at each call, and adds the message to `run.json`."""
+    """Warns on rank 0, and adds the message to `run.json`."""
     if getattr(rank_zero_only, "rank", 0):
         return
     caller = sys._getframe(1)
-    # without a registry: `warnings.warn` would show a text only once per process, and not in its next run
+    # `warnings.warn` keeps a registry and would show a text once per process, so not in the next run of this process
     warnings.warn_explicit(message, UserWarning, caller.f_code.co_filename, caller.f_lineno)
     directory = run_directory(trainer)
     if directory is not None:
@@ -81,14 +81,14 @@ def warn(trainer: Any, message: str) -> None:
 
 
 class Advice(L.Callback):
-    """Looks at the settings of a run, and at how it goes."""
+    """Checks the settings of a run, then watches how long updates wait for data, and whether the loss moves."""
 
     def __init__(self) -> None:
         self.wait = Wait()
         self.loss = LossWatch()
 
     def on_train_start(self, trainer: Any, pl_module: RunModule) -> None:
-        """Looks at the settings."""
+        """Checks the settings, and starts to watch."""
         for check in (rounded_away, unusual_lr, cut_rows, other_template, no_pad_token, no_validation):
             if message := check(trainer, pl_module):
                 warn(trainer, message)
@@ -98,10 +98,10 @@ class Advice(L.Callback):
 
     def on_train_batch_start(self, trainer: Any, pl_module: RunModule, *_: Any) -> None:
         """Starts timing the micro-batch."""
-        self.wait.batch_begins()
+        self.wait.start_clock()
 
     def on_train_batch_end(self, trainer: Any, pl_module: RunModule, *_: Any) -> None:
-        """Looks at the update that has just ended."""
+        """Checks the update that has just ended."""
         self.wait.batch_ends()
         if trainer.fit_loop._should_accumulate():
             return
@@ -113,20 +113,20 @@ class Advice(L.Callback):
             warn(trainer, message)
 
 
-# ---- settings: each returns a message, or None
+# ---- checks of settings: each returns a warning, or None
 
 
 def rounded_away(trainer: Any, module: RunModule) -> str | None:
-    """Weights in half precision that Adam steps on directly."""
+    """Warns of half-precision weights that Adam updates in place, so that small steps are rounded away."""
     optimizer = trainer.optimizers[0]
     trained = [p for p in module.parameters() if p.requires_grad and p.dtype in (torch.bfloat16, torch.float16)]
     if not trained or not isinstance(optimizer, Adam | AdamW):
         return None
     dtype = trained[0].dtype
     lr = max(group["initial_lr"] for group in optimizer.param_groups)
-    # adding less than half of the distance to the next number changes nothing
+    # adding less than half the gap to the next number changes nothing, and that gap is at least |v| * eps / 2
     local = [p.to_local() if isinstance(p, DTensor) else p for p in trained]  # sharded: this rank's part
-    values = [p.detach().flatten()[:SEEN_VALUES].abs().float() for p in local]
+    values = [p.detach().flatten()[:SAMPLED_VALUES].abs().float() for p in local]
     lost = sum(int((v * (torch.finfo(dtype).eps / 4) > lr).sum()) for v in values)
     share = lost / max(1, sum(len(v) for v in values))
     name = str(dtype).removeprefix("torch.")
@@ -140,14 +140,14 @@ def rounded_away(trainer: Any, module: RunModule) -> str | None:
 
 
 def unusual_lr(trainer: Any, module: RunModule) -> str | None:
-    """A learning rate that is more likely a slip than a choice."""
+    """Warns of a learning rate so far from the usual that it is more likely a typo than a choice."""
     optimizer = trainer.optimizers[0]
     if "adam" not in type(optimizer).__name__.lower():
-        return None  # other optimizers have other scales
+        return None  # the scales of other optimizers differ
     kind = "lora" if module.lora is not None else "full" if module.model_name else "scratch"
     compared = module.reference is not None
     if module.unit != "targets" and not compared:
-        return None  # neither a loss per token nor one against a reference: nothing is known
+        return None  # rates are known only for losses per token and losses against a reference
     lr = max(group["initial_lr"] for group in optimizer.param_groups)
     low, high = usual_lr(compared, kind, sum(p.numel() for p in module.parameters()))
     if low <= lr <= high:
@@ -169,15 +169,15 @@ def usual_lr(compared: bool, kind: str, parameters: int) -> tuple[float, float]:
 
     Args:
         compared: Whether the policy is compared with a reference.
-        kind: What is trained, of `KINDS`.
-        parameters: Of the model.
+        kind: What is trained: a key of `KINDS`.
+        parameters: Size of the model.
     """
     low, high = USUAL_LR["reference" if compared else "alone", kind]
     return low, high * (SMALL_FACTOR if kind == "full" and parameters < SMALL else 1.0)
 
 
 def cut_rows(trainer: Any, module: RunModule) -> str | None:
-    """Many rows that are longer than the model reads."""
+    """Warns if many rows are longer than `max_length`."""
     data: RunData = trainer.datamodule
     for split, report in data.report().items():
         if report["kept"] and report["cut"] / report["kept"] > CUT_SHARE:
@@ -190,7 +190,7 @@ def cut_rows(trainer: Any, module: RunModule) -> str | None:
 
 
 def other_template(trainer: Any, module: RunModule) -> str | None:
-    """Another chat template than the one that a pretrained model knows."""
+    """Warns of a chat template other than the one that the pretrained model knows."""
     data: RunData = trainer.datamodule
     own, used = data.own_template, data.template
     if not own or used is None or module.model_name is None or used.text.strip() == str(own).strip():
@@ -203,19 +203,20 @@ def other_template(trainer: Any, module: RunModule) -> str | None:
 
 
 def no_pad_token(trainer: Any, module: RunModule) -> str | None:
-    """A tokenizer without a pad token, where another token takes its place."""
+    """Warns of a tokenizer without a pad token, for which another token is used."""
     data: RunData = trainer.datamodule
     if data.own_pad is not None or data.tokenizer.pad_token is None:
         return None
     return (
-        f"the tokenizer has no pad token, and {data.tokenizer.pad_token} stands in. Training is not affected: padding "
-        "is known by its place, so the end of an answer still carries loss. But the exported tokenizer names it as pad "
-        "token, and a program that finds padding by its id will take the ends of texts for padding"
+        f"the tokenizer has no pad token, so {data.tokenizer.pad_token} is used instead. Training is not "
+        "affected: padding is known by its position, so the end of an answer still carries loss. But the exported "
+        "tokenizer names it as its pad token, and a program that finds padding by token id mistakes the ends of texts "
+        "for padding"
     )
 
 
 def no_validation(trainer: Any, module: RunModule) -> str | None:
-    """No rows are held out."""
+    """Warns if no rows are held out."""
     data: RunData = trainer.datamodule
     if data.sources["validation"] is not None:
         return None
@@ -226,7 +227,7 @@ def no_validation(trainer: Any, module: RunModule) -> str | None:
 
 
 def _starved(share: float, wait: float, step: float, data: RunData) -> str:
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    cores = usable_cpus()
     more = max(data.workers + 1, min(2 * max(1, data.workers), cores))
     prepare = ", or tokenize once beforehand (data.streaming: false)" if data.streaming else ""
     return (
@@ -236,11 +237,11 @@ def _starved(share: float, wait: float, step: float, data: RunData) -> str:
     )
 
 
-# ---- the course of a run
+# ---- during training
 
 
 class Wait:
-    """Measures how long updates wait for their micro-batches; validation, saving and callbacks don't count."""
+    """Measures how long updates wait for their micro-batches, without validation, saving and other callbacks."""
 
     def __init__(self) -> None:
         self._since = self._waited = self._worked = 0.0
@@ -248,36 +249,35 @@ class Wait:
         self._reported = False
 
     def follow(self, loop: Any) -> None:
-        """Hooks into what Lightning's loop calls around each fetch, for its profiler: there is no callback for it."""
+        """Times each fetch of a batch.
+
+        Lightning has no callback around a fetch, so this wraps the two methods that its loop calls for the profiler.
+        """
 
         def before() -> None:
             type(loop)._on_before_fetch(loop)
-            self.begins()
+            self.start_clock()
 
         def after() -> None:
-            self.ends()
+            self.batch_arrived()
             type(loop)._on_after_fetch(loop)
 
         loop._on_before_fetch, loop._on_after_fetch = before, after
 
-    def begins(self) -> None:
-        """A batch is asked for."""
+    def start_clock(self) -> None:
+        """Starts timing a fetch, or the work on a micro-batch."""
         self._since = time.perf_counter()
 
-    def ends(self) -> None:
-        """It has arrived."""
+    def batch_arrived(self) -> None:
+        """Counts the time since `start_clock` as waiting."""
         self._waited += time.perf_counter() - self._since
 
-    def batch_begins(self) -> None:
-        """The model starts on it."""
-        self._since = time.perf_counter()
-
     def batch_ends(self) -> None:
-        """The model is done with it."""
+        """Counts the time since `start_clock` as work."""
         self._worked += time.perf_counter() - self._since
 
     def update_ends(self) -> tuple[float, float, float] | None:
-        """At the end of a window, if too much of it was spent waiting and that was not reported before.
+        """Counts an update. At the end of a window that was mostly spent waiting, returns how long: once per run.
 
         Returns:
             The share of the time, seconds of waiting per update, and seconds per update.
@@ -303,11 +303,11 @@ class LossWatch:
         self._not_finite = 0
 
     def update(self, loss: float, lr: float, peak: float) -> str | None:
-        """Takes an update's loss and learning rate, and the highest rate of the run; returns a message, or None."""
+        """Adds an update; returns a warning, or None. `peak` is the highest learning rate of the run."""
         if not math.isfinite(loss):
             self._not_finite += 1
-            return _no_number(loss, self.in_float16) if self._not_finite == NOT_FINITE else None
-        if self._not_finite < NOT_FINITE:  # else it was reported, and is not reported again
+            return _not_finite(loss, self.in_float16) if self._not_finite == NOT_FINITE else None
+        if self._not_finite < NOT_FINITE:  # once reported, it is never reported again
             self._not_finite = 0
         if not self.is_watching or lr < 0.5 * peak:
             return None
@@ -318,11 +318,11 @@ class LossWatch:
         return _stuck(self._losses, peak)
 
 
-def _no_number(loss: float, in_float16: bool) -> str:
-    why = "a lower learning rate, a warm-up or trainer.gradient_clip_val: 1.0 usually helps"
+def _not_finite(loss: float, in_float16: bool) -> str:
+    remedy = "a lower learning rate, a warm-up or trainer.gradient_clip_val: 1.0 usually helps"
     if in_float16:
-        why = "in float16, large activations overflow; trainer.precision: bf16-mixed has room for them, or 32-true"
-    return f"the loss has been {loss} for {NOT_FINITE} updates in a row: {why}"
+        remedy = "in float16, large activations overflow; trainer.precision: bf16-mixed has room for them, or 32-true"
+    return f"the loss has been {loss} for {NOT_FINITE} updates in a row: {remedy}"
 
 
 def _stuck(losses: list[float], lr: float) -> str | None:
@@ -342,3 +342,70 @@ def _stuck(losses: list[float], lr: float) -> str | None:
             "oumi_pl preview shows which tokens carry loss"
         )
     return None
+
+
+# ---- preference training
+
+
+EARLY = 3
+"""In the first updates, this many, hardly anything can have been learned."""
+ENOUGH_PAIRS = 32
+"""Ranking fewer pairs than this correctly may be chance."""
+DISPLACED = 20
+"""Log-probabilities that are low for this many updates in a row are no accident."""
+
+
+class PreferenceWarnings(L.Callback):
+    """Warns of pairs that are too easy to tell apart, and of chosen responses that become less likely as well.
+
+    Does nothing for modules that log no `rewards/accuracies`.
+    """
+
+    def __init__(self) -> None:
+        self._right = self._pairs = 0.0
+        self._warned_of_leak = self._warned_of_displacement = False
+        self._margins: list[float] = []
+
+    def on_train_batch_end(self, trainer: Any, pl_module: RunModule, *_: Any) -> None:
+        """Checks the update that has just ended."""
+        sums, reference = pl_module.last_update, pl_module.reference
+        if trainer.fit_loop._should_accumulate() or "rewards/accuracies" not in sums:
+            return
+        self._watch_leak(trainer, sums)
+        if reference is not None and reference.kind != "none":  # without a reference, rewards are not log-ratios
+            self._watch_displacement(trainer, sums)
+
+    def _watch_leak(self, trainer: Any, sums: dict[str, float]) -> None:
+        step = trainer.global_step
+        if step > EARLY or self._warned_of_leak:
+            return
+        # before the first update all margins are exactly 0, and each counts as half right: no evidence
+        if sums["rewards/accuracies"] != 0.5 * sums["rows"]:
+            self._right += sums["rewards/accuracies"]
+            self._pairs += sums["rows"]
+        if self._pairs >= ENOUGH_PAIRS and self._right == self._pairs:
+            self._warned_of_leak = True
+            warn(
+                trainer,
+                f"all {self._pairs:.0f} pairs are ranked correctly after {step} updates: the chosen responses differ "
+                "in something that is easier to learn than what you want to teach (length, a phrase, a format, the "
+                "order of the data); look at some pairs",
+            )
+
+    def _watch_displacement(self, trainer: Any, sums: dict[str, float]) -> None:
+        chosen, rejected, margin = (
+            sums[f"rewards/{name}"] / max(1.0, sums["rows"]) for name in ("chosen", "rejected", "margins")
+        )
+        is_falling = chosen < 0 and rejected < 0 and margin > 0
+        self._margins = [*self._margins, margin] if is_falling else []
+        half = len(self._margins) // 2
+        grows = sum(self._margins[half:]) > sum(self._margins[:half])
+        if len(self._margins) >= DISPLACED and grows and not self._warned_of_displacement:
+            self._warned_of_displacement = True
+            warn(
+                trainer,
+                f"for {len(self._margins)} updates the chosen responses have become less likely as well, while the "
+                "margin grows (likelihood displacement, Razin et al. 2024, arXiv:2410.08847): probability moves to "
+                "responses that are neither chosen nor rejected; try a larger beta, a smaller learning rate, APOZero, "
+                "or an SFTTerm in a WeightedSum",
+            )

@@ -1,4 +1,4 @@
-"""Checkpoints: written between two updates only; an old one is removed once the new one is complete."""
+"""Writes checkpoints between two updates, and removes an old one only after the new one is complete."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -11,7 +11,7 @@ from lightning.pytorch.callbacks import Checkpoint, WeightAveraging
 
 from oumi_pl.callbacks import find_all
 from oumi_pl.errors import UserError, nearest
-from oumi_pl.runs.checkpoint_files import HALF, checkpoint_name, remove, saved_steps
+from oumi_pl.runs.folders import HALF, checkpoint_name, remove, saved_steps
 from oumi_pl.terminal.progress import working
 
 
@@ -19,10 +19,10 @@ class Checkpoints(Checkpoint):
     """Writes `step-*.ckpt` to resume from, and `best.ckpt` with the best weights so far.
 
     Args:
-        every: Optimizer steps between checkpoints; one is written at the end in any case.
+        every: Optimizer steps between checkpoints; one is always written at the end.
         keep: How many of the newest to keep.
         monitor: Metric that decides what is best, `val/loss` for example; without it no `best.ckpt` is written.
-        mode: Whether the metric should be low or high.
+        mode: Whether lower (`min`) or higher (`max`) values are better.
     """
 
     def __init__(
@@ -41,9 +41,9 @@ class Checkpoints(Checkpoint):
         self._due = False
 
     def on_train_batch_end(self, trainer: L.Trainer, *_: Any) -> None:
-        """Saves after every n-th update and after the last; a run can't be resumed from the middle of one.
+        """Saves after every n-th update and after the last, never within one: a run can't be resumed from there.
 
-        If validation follows, it saves after that: a resumed run would not repeat it, and its metrics would be lost.
+        If validation follows, saves after it: a resumed run would not repeat it, and its metrics would be lost.
         """
         if trainer.fit_loop._should_accumulate() or (trainer.global_step % self.every and not trainer.should_stop):
             return
@@ -53,9 +53,10 @@ class Checkpoints(Checkpoint):
             self.save(trainer)
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Saves the end of a run that nothing asked to stop, unless that is done.
+        """Saves the last step if that has not been done.
 
-        By now Lightning counts an epoch that was cut short as complete, so a longer run can't resume from here exactly.
+        By now Lightning counts an epoch that was cut short as complete, so a longer run can't resume from here exactly:
+        `LastStep` makes the save happen earlier, in `on_train_batch_end`.
         """
         self.save(trainer)
 
@@ -71,7 +72,7 @@ class Checkpoints(Checkpoint):
     def _keep_best(self, trainer: L.Trainer, directory: Path, monitor: str) -> None:
         if monitor not in trainer.callback_metrics:
             hint = nearest(monitor, trainer.callback_metrics)
-            raise UserError(f"checkpoint.monitor: there is no metric {monitor!r}{hint}")
+            raise UserError(f"checkpoint.monitor: unknown metric {monitor!r}{hint}")
         score = float(trainer.callback_metrics[monitor])
         if self.best_score is None or (score < self.best_score if self.mode == "min" else score > self.best_score):
             self.best_score = score
@@ -103,14 +104,14 @@ class Checkpoints(Checkpoint):
 
 def _validation_follows(trainer: L.Trainer) -> bool:
     fetcher = trainer.fit_loop._data_fetcher
-    if fetcher is None or not sum(trainer.num_val_batches):  # without held-out rows Lightning may still say yes
+    if fetcher is None or not sum(trainer.num_val_batches):  # Lightning may say yes without held-out rows
         return False
     return trainer.fit_loop.epoch_loop._should_check_val_fx(fetcher)
 
 
 @contextmanager
 def _validated_weights(trainer: L.Trainer) -> Iterator[None]:
-    """Swaps averaged weights in, if there are any: Lightning adds them only to checkpoints to resume from."""
+    """Swaps in the averaged weights, if any: Lightning leaves them out of `weights_only` checkpoints."""
     averages = find_all(trainer, WeightAveraging)
     for average in averages:
         average._swap_models(trainer.lightning_module)
@@ -122,7 +123,7 @@ def _validated_weights(trainer: L.Trainer) -> Iterator[None]:
 
 
 def _save_whole(trainer: L.Trainer, path: Path, weights_only: bool = False) -> None:
-    """Saves under another name and renames: sharded checkpoints are directories, not written in one step."""
+    """Saves under a temporary name, then renames: a kill may leave half of a sharded checkpoint's directory."""
     half = path.with_name(path.name + HALF)
     with working(f"saving {path.name}"):
         trainer.save_checkpoint(half, weights_only=weights_only)
@@ -132,5 +133,5 @@ def _save_whole(trainer: L.Trainer, path: Path, weights_only: bool = False) -> N
             remove(path)
         half.replace(path)
     trainer.strategy.barrier("checkpoint in place")
-    if torch.cuda.is_available():
+    if torch.cuda.is_available():  # returns what gathering weights and optimizer state allocated
         torch.cuda.empty_cache()

@@ -1,12 +1,18 @@
-"""`fit --dry_run`: the run itself up to its first updates, on its largest micro-batch, and a table of what it takes.
+"""`fit --dry_run`: runs the first updates on the largest micro-batch, and prints a table of time and memory.
 
-Module, data, trainer, strategy, precision, loader and optimizer are those of the run; only its course is shorter: one
-batch of validation, then a few updates of at most two micro-batches each. From the second update on there is an
-optimizer state, and its second micro-batch comes while gradients are held, so that memory is what it will be; and costs
-that come once (compilation, first allocations) are over. Then the run ends, and nothing of it is kept.
+Module, data, trainer, strategy, precision, loader and optimizer are those of the run. The run is only shorter: one
+batch of validation, then a few updates of at most two micro-batches each. Two updates of two micro-batches reach the
+memory of the whole run: the second update has an optimizer state, and its second micro-batch is computed while the
+gradients of the first are held. By then one-time costs (compilation, first allocations) are over as well. Then the run
+ends, and nothing of it is kept.
 """
 
+import shutil
+import statistics
+import textwrap
 import time
+from collections import Counter
+from collections.abc import Iterator
 from functools import cached_property
 from typing import Any
 
@@ -16,69 +22,72 @@ import torch
 from lightning.pytorch.callbacks import Checkpoint, WeightAveraging
 from lightning.pytorch.loggers.logger import DummyLogger
 from lightning.pytorch.profilers import PassThroughProfiler
+from torch.optim import Optimizer
 
 from oumi_pl.callbacks import find
 from oumi_pl.callbacks.checkpoint import Checkpoints
-from oumi_pl.callbacks.dry_run_table import Measured, sections, show
-from oumi_pl.callbacks.memory import Memory, size_in_words
+from oumi_pl.callbacks.memory import Memory, available, gigabytes, size_in_words, size_of, state_size
 from oumi_pl.callbacks.run_folder import RunFolder, nothing_left
+from oumi_pl.callbacks.start import data_lines, labelled
 from oumi_pl.callbacks.throughput import peak_memory
 from oumi_pl.data.examples import ExampleData
 from oumi_pl.data.plan import Layout, Plan
 from oumi_pl.modules.restorable import COUNTS, recounted
+from oumi_pl.optim.schedules import in_steps
+from oumi_pl.runs import folders
 from oumi_pl.runs.folders import refuse_unwritable
 from oumi_pl.types import RunData, RunModule
 
 UPDATES = 2
-"""At least so many: from the second on there is an optimizer state, and memory no longer grows."""
+"""Fewest updates: from the second on there is an optimizer state, and memory no longer grows."""
 MOST_UPDATES = 6
 SECONDS = 2.0
-"""Further updates, up to `MOST_UPDATES`, are tried until so much time is spent: times vary."""
+"""Fast updates are repeated, up to `MOST_UPDATES`, until this time is spent: their times vary."""
 MICRO_BATCHES = 2
-"""At most so many per update: from the second on, memory no longer grows."""
+"""Most micro-batches per update: from the second on, memory no longer grows."""
 
 
 def dry_run(trainer: Any, module: Any, data: Any, ckpt_path: str | None = None) -> None:
-    """Tries a run out and prints a table. Keeps nothing but tokenized rows in the cache.
+    """Runs the first updates and prints a table. Keeps nothing but tokenized rows in the cache.
 
     Args:
-        trainer: The run's. It can't be used for the run afterwards.
-        module: The run's.
-        data: The run's.
-        ckpt_path: Checkpoint that the run is to be resumed from.
+        trainer: The trainer of the run. It can't be used for the run afterwards.
+        module: The module of the run.
+        data: The data module of the run.
+        ckpt_path: Checkpoint that the run will be resumed from.
 
     Raises:
-        UserError: whatever would stop the run.
+        UserError: for every mistake that would stop the run.
     """
     folder = find(trainer, RunFolder)
     assert folder is not None
     refuse_unwritable(folder.resume or folder.root)
     attempt = DryRun(data, trainer.callbacks)
     trainer.callbacks = [*(c for c in trainer.callbacks if _takes_part(c)), Memory(), attempt]
-    trainer.loggers = [DummyLogger() for _ in trainer.loggers]  # keep nothing; callbacks of the user's may log to them
+    trainer.loggers = [DummyLogger() for _ in trainer.loggers]  # for users' callbacks that log
     trainer.profiler = PassThroughProfiler()
     trainer.limit_val_batches = min(1, trainer.limit_val_batches)
     trainer.num_sanity_val_steps = 1
-    if isinstance(data, ExampleData):  # what a reference is computed for
+    if isinstance(data, ExampleData):  # the whole cache of the reference would take too long
         data.reference_logps = attempt.reference_logps  # type: ignore[method-assign]
     trainer.fit(module, datamodule=data, ckpt_path=ckpt_path)
 
 
 def _takes_part(callback: L.Callback) -> bool:
-    """Whether a callback is part of a step. Those of the user's may be; of ours only a weight average is.
+    """Whether a callback takes part. Users' callbacks may be part of a step; of ours only a weight average is.
 
-    Our checkpoints stay as well: a resumed run has their state. Without a folder they write nothing.
+    `Checkpoints` stays too, because a resumed run restores its state. Without a run folder it writes nothing.
     """
     ours = type(callback).__module__.startswith("oumi_pl.")
     return isinstance(callback, WeightAveraging | Checkpoints) or not (ours or isinstance(callback, Checkpoint))
 
 
 class DryRun(L.Callback):
-    """Makes the run train on its largest micro-batch, measures, and prints the table.
+    """Lets the run train on its largest micro-batch, measures, and prints the table.
 
     Args:
-        data: The run's data.
-        callbacks: The run's callbacks, for what they would do.
+        data: The data module of the run.
+        callbacks: The callbacks of the run: the table shows what they would write.
     """
 
     def __init__(self, data: RunData, callbacks: list[Any]) -> None:
@@ -95,7 +104,7 @@ class DryRun(L.Callback):
         return self.data.largest_micro_batch()
 
     def reference_logps(self, split: str, parts: dict[str, Any]) -> Any:
-        """In place of the data's own: what the cache holds if it is complete, else that of the tried examples alone."""
+        """Replaces the data module's method: its cache if that is complete, else one of the tried examples alone."""
         data = self.data
         assert isinstance(data, ExampleData)
         cached = type(data).reference_logps(data, split, parts)
@@ -109,17 +118,17 @@ class DryRun(L.Callback):
             ids = plan.examples_of(0, layout, micro_batches=1)
         return SomeLogps(ids.tolist(), data.layout.ranks)
 
-    # ---- the course
+    # ---- the run
 
     def on_train_start(self, trainer: Any, pl_module: RunModule) -> None:
-        """Counts what the whole run would be, then cuts this one short."""
+        """Counts the steps and tokens of the whole run, then cuts the run short."""
         self.measured.begin(trainer, pl_module)
         trainer.limit_val_batches = 0
         trainer.fit_loop.epoch_loop.max_steps = trainer.global_step + UPDATES
-        trainer.fit_loop.max_epochs = -1
+        trainer.fit_loop.max_epochs = -1  # an epoch of few rows may be shorter than the dry run
         _lower_accumulation(trainer, min(MICRO_BATCHES, trainer.accumulate_grad_batches))
         loader = trainer.train_dataloader
-        loader.layout = self.data.layout  # which follows the trainer's accumulation
+        loader.layout = self.data.layout  # follows the trainer's accumulation, which has just changed
         self.measured.alike = self.largest is None
         if (rows := self.largest) is not None:
             plan = loader.position.plan
@@ -127,15 +136,15 @@ class DryRun(L.Callback):
         self._began = time.perf_counter()
 
     def on_train_batch_start(self, trainer: Any, pl_module: RunModule, batch: Any, batch_idx: int) -> None:
-        """Notes the size of what is trained on."""
+        """Records the size of the micro-batch."""
         self.measured.size = size_in_words(pl_module.count(batch))
 
     def on_train_batch_end(self, trainer: Any, pl_module: RunModule, *_: Any) -> None:
-        """At the end of an update, notes how long it took and its sums."""
+        """Records the time and the sums of an update at its end."""
         if trainer.fit_loop._should_accumulate():
             return
         if pl_module.device.type == "cuda":
-            torch.cuda.synchronize(pl_module.device)
+            torch.cuda.synchronize(pl_module.device)  # kernels run on after the call that starts them
         now = time.perf_counter()
         self.measured.updates.append((now - self._began, dict(pl_module.last_update)))
         self._began = now
@@ -145,7 +154,7 @@ class DryRun(L.Callback):
             trainer.fit_loop.epoch_loop.max_steps = trainer.global_step + 1
 
     def on_validation_batch_start(self, trainer: Any, pl_module: RunModule, batch: Any, *_: Any) -> None:
-        """Notes the size of what is validated on."""
+        """Records the size of the validation batch."""
         self.measured.validated = size_in_words(pl_module.count(batch))
 
     def on_train_end(self, trainer: Any, pl_module: RunModule) -> None:
@@ -158,17 +167,17 @@ class DryRun(L.Callback):
             print("\nnothing of this dry run was kept; the same command without --dry_run trains")
 
     def on_fit_end(self, trainer: Any, pl_module: RunModule) -> None:
-        """Refuses a run without an update, as the run would.
+        """Raises the error that the run would raise if it had nothing left to train.
 
         Raises:
-            UserError: there was no update.
+            UserError: no update was made.
         """
         if not self.measured.updates:
             raise nothing_left(trainer.global_step)
 
 
 def _lower_accumulation(trainer: Any, micro_batches: int) -> None:
-    """Sets the micro-batches of an update, and Lightning's count of those that are done, which ends the updates."""
+    """Sets the micro-batches per update, and converts Lightning's counts of them, by which updates end."""
     progress = trainer.fit_loop.epoch_loop.batch_progress.current
     for name in COUNTS:
         setattr(progress, name, recounted(getattr(progress, name), trainer.accumulate_grad_batches, micro_batches))
@@ -176,7 +185,7 @@ def _lower_accumulation(trainer: Any, micro_batches: int) -> None:
 
 
 class OneBatch(Plan):
-    """A plan of as many updates as another, with the same rows in each micro-batch of each rank."""
+    """A plan with the updates of another, but the same rows in every micro-batch of every rank."""
 
     def __init__(self, plan: Plan, rows: list[np.ndarray]) -> None:
         super().__init__(plan.example_ids, plan.row_starts, plan.rows_per_update)
@@ -187,7 +196,7 @@ class OneBatch(Plan):
         return iter([self._rows] * layout.micro_batches)
 
     def examples_of(self, update: int, layout: Layout, micro_batches: int) -> np.ndarray:
-        """Ids of the examples of an update, those of each rank and micro-batch anew. `[n]`."""
+        """Ids of the examples of an update, repeated for each rank and micro-batch, `[n]`."""
         return np.tile(np.concatenate(self._rows), micro_batches * layout.ranks)
 
 
@@ -209,14 +218,219 @@ class SomeLogps:
         return range(example, example + 1)
 
     def missing(self) -> list[int]:
-        """All chunks, or none."""
+        """All chunks until each has been written, then none."""
         return [] if len(self._logps) == len(self.ids) else list(range(len(self.ids) * self.ranks))
 
     def write(self, chunk: int, logps: np.ndarray) -> None:
-        """Keeps the log-probabilities of a chunk's targets."""
+        """Stores the log-probabilities of a chunk's targets."""
         self._logps[self.ids[chunk // self.ranks]] = logps
 
     def logps(self, examples: list[int]) -> np.ndarray:
         """Log-probabilities of the targets of some examples, in their order, `[targets]` float32."""
         parts = [self._logps[example] for example in examples]
         return np.concatenate(parts) if parts else np.empty(0, dtype=np.float32)
+
+
+# ---- the table: counted for the whole run, or measured on its first updates
+
+
+SECTION, NAME = 11, 17
+"""Widths of the first two columns."""
+COMPUTE = {
+    "32-true": "float32",
+    "64-true": "float64",
+    "bf16-true": "bfloat16",
+    "16-true": "float16",
+    "bf16-mixed": "bfloat16 where it is safe (autocast)",
+    "16-mixed": "float16 where it is safe (autocast)",
+}
+Lines = Iterator[tuple[str, str]]
+
+
+class Measured:
+    """What a dry run counted for the whole run, and measured on its first updates."""
+
+    def __init__(self) -> None:
+        self.size = ""
+        """Rows and tokens of a micro-batch, in words."""
+        self.updates: list[tuple[float, dict[str, float]]] = []
+        """Seconds and sums of each update."""
+        self.validated = ""
+        """Rows and tokens of the validation batch, in words; empty without one."""
+        self.peak = 0
+        """Peak memory in bytes on the rank that needs most."""
+        self.rows_without_reference = 0
+        """Rows whose reference log-probabilities are not in the cache yet."""
+        self.step = self.total = self.micro_batches = self.rows_per_update = self.tokens = 0
+        """Of the whole run: steps done and in total, micro-batches and rows per update, tokens in total."""
+        self.ranks = 1
+        self.alike = False
+        """Whether all micro-batches have one size."""
+        self.report: dict[str, Any] = {}
+
+    def begin(self, trainer: Any, module: RunModule) -> None:
+        """Counts what the whole run would do, before it is cut short."""
+        data: RunData = trainer.datamodule
+        self.step, self.total = trainer.global_step, module.total_steps()
+        self.micro_batches, self.ranks = data.layout.micro_batches, data.layout.ranks
+        self.rows_per_update = data.layout.rows_per_update
+        self.tokens, self.report = data.tokens(self.total), data.report()
+
+
+def show(table: dict[str, Lines]) -> None:
+    """Prints a table, wrapped to the width of a terminal."""
+    from rich.console import Console
+    from rich.text import Text
+
+    console = Console(highlight=False, soft_wrap=True)
+    width = max(50, console.width) if console.is_terminal else 10_000
+    for section, lines in table.items():
+        title = section
+        for name, value in lines:
+            wrapped = textwrap.wrap(value, width - SECTION - NAME, break_long_words=False) or [""]
+            for label, line in zip([name, *[""] * len(wrapped)], wrapped, strict=False):
+                console.print(Text.assemble((f"{title:{SECTION}}", "bold"), f"{label:{NAME}}", line))
+                title = ""
+
+
+def sections(
+    trainer: Any, module: RunModule, data: RunData, callbacks: list[Any], measured: Measured
+) -> dict[str, Lines]:
+    """The table: section -> names and values."""
+    folder = next(c for c in callbacks if isinstance(c, RunFolder))
+    checkpoints = next(c for c in callbacks if isinstance(c, Checkpoints))
+    optimizer = trainer.optimizers[0]
+    return {
+        "model": _model(trainer, module),
+        "data": _data(data, module, measured),
+        "optimizer": _optimizer(optimizer, module, trainer, measured.total),
+        "steps": _steps(measured),
+        "memory": _memory(module, optimizer, measured),
+        "time": _time(measured),
+        "output": _output(folder, checkpoints, module, optimizer),
+    }
+
+
+def _model(trainer: Any, module: RunModule) -> Lines:
+    base = module.causal_lm.base
+    yield "trainer", f"{type(module).__name__} of {type(base).__name__}, {module.model_name or 'from random weights'}"
+    trainable = sum(p.numel() for p in module.parameters() if p.requires_grad)
+    total = sum(p.numel() for p in module.parameters())
+    share = "all" if trainable == total else f"{trainable / total:.2%}"
+    yield "parameters", f"{trainable:,} trainable of {total:,} ({share})"
+    kinds: Counter[tuple[str, str]] = Counter()
+    for p in module.parameters():
+        kinds["trainable" if p.requires_grad else "frozen", _dtype_name(p.dtype)] += p.numel()
+    one = len(kinds) == 1
+    yield "weights", ", ".join(dtype if one else f"{dtype} ({n:,} {kind})" for (kind, dtype), n in kinds.items())
+    yield "compute", f"{COMPUTE.get(str(trainer.precision), str(trainer.precision))} (precision {trainer.precision})"
+    if module.loss is not None:
+        yield "loss", type(module.loss).__name__
+    strategy = f", {type(trainer.strategy).__name__}" if trainer.world_size > 1 else ""
+    device = torch.cuda.get_device_name(module.device) if module.device.type == "cuda" else module.device.type
+    yield "devices", f"{trainer.world_size} x {device}{strategy}"
+
+
+def _data(data: RunData, module: RunModule, measured: Measured) -> Lines:
+    yield from data_lines(data, measured.report)
+    yield (
+        f"{data.row_name}s per update",
+        f"{measured.rows_per_update}: {data.batch_size} x {measured.micro_batches} x {measured.ranks} "
+        "(batch_size x accumulate_grad_batches x devices)",
+    )
+    for label, note in map(labelled, module.notes):
+        if label == "reference" and measured.rows_without_reference:
+            missing = f"of {measured.rows_without_reference:,} rows will be computed once, before the first update"
+            yield label, f"log-probabilities {missing} (the dry run computed those of its own rows)"
+        else:
+            yield label, note
+
+
+def _optimizer(optimizer: Optimizer, module: RunModule, trainer: Any, total: int) -> Lines:
+    tensors = [v for s in optimizer.state.values() for v in s.values() if isinstance(v, torch.Tensor) and v.numel() > 1]
+    dtypes = ", ".join(sorted({_dtype_name(tensor.dtype) for tensor in tensors})) or "none"
+    yield "class", f"{type(optimizer).__name__}, state in {dtypes}"
+    for group in optimizer.param_groups:
+        numel = sum(p.numel() for p in group["params"])
+        yield (
+            group.get("name", "all"),
+            f"{len(group['params'])} tensor{'s' * (len(group['params']) > 1)}, {numel:,} values, "
+            f"lr {group['initial_lr']:g}, weight decay {group.get('weight_decay', 0):g}",
+        )
+    schedule = module.schedule
+    settings = {k: v for k, v in vars(schedule).items() if not k.startswith("_") and k != "warmup"}
+    others = "".join(f", {name} {value}" for name, value in settings.items())
+    yield "schedule", f"{type(schedule).__name__}, {in_steps(schedule.warmup, total):,} steps of warm-up{others}"
+    clip = trainer.gradient_clip_val
+    yield "clipping", f"{trainer.gradient_clip_algorithm or 'norm'} {clip:g}" if clip else "none"
+
+
+def _steps(measured: Measured) -> Lines:
+    yield "optimizer steps", f"{measured.total:,}" + (f", of which {measured.step:,} are done" if measured.step else "")
+    per_pass = measured.report.get("train", {}).get("updates_per_epoch")
+    if per_pass:
+        yield "epochs", f"{measured.total / per_pass:.3g}, of {per_pass:,} steps each"
+    tokens, positions = (sum(sums[name] for _, sums in measured.updates) for name in ("tokens", "positions"))
+    padding = 1 - tokens / max(1.0, positions)
+    padded = f" (and {padding:.1%} of padding where it was measured)" if padding > 0.0005 else ""
+    yield "tokens per step", f"{measured.tokens / measured.total:,.0f} on average{padded}"
+    yield "tokens in all", f"{measured.tokens:,}"
+
+
+def _memory(module: RunModule, optimizer: Optimizer, measured: Measured) -> Lines:
+    weights = size_of(module.parameters())
+    gradients = size_of(p for p in module.parameters() if p.requires_grad)
+    yield "weights", gigabytes(weights)
+    yield "gradients", gigabytes(gradients)
+    state = state_size(optimizer)
+    yield "optimizer state", gigabytes(state)
+    kind = "allocated" if module.device.type == "cuda" else "of the whole process"
+    if module.device.type == "cuda":
+        rest = max(0, measured.peak - weights - gradients - state)
+        yield "activations", f"{gigabytes(rest)}, with whatever else there is at the peak"
+    total = available(module.device)
+    yield "peak", f"{gigabytes(measured.peak)} {kind}, of {gigabytes(total)} ({measured.peak / total:.0%})"
+    which = "as all of them are" if measured.alike else "the largest of the first epoch"
+    validated = f"; validation on {measured.validated}" if measured.validated else ""
+    yield "measured on", f"micro-batches of {measured.size}, {which}{validated}"
+
+
+def _time(measured: Measured) -> Lines:
+    updates = measured.updates[1:] or measured.updates  # the first includes one-time costs
+    per_token = statistics.median(seconds / max(1.0, sums["tokens"]) for seconds, sums in updates)
+    each = per_token * measured.tokens / measured.total
+    yield (
+        "one update",
+        f"about {roughly(each)}: median of {len(updates)}, with {min(measured.micro_batches, 2)} of "
+        f"{measured.micro_batches} micro-batches, after a first that took {roughly(measured.updates[0][0])}",
+    )
+    what = "what is left" if measured.step else "whole run"
+    left = roughly((measured.total - measured.step) * each)
+    yield what, f"about {left}, in proportion to the tokens; validation, saving and samples are not counted"
+
+
+def _output(folder: RunFolder, checkpoints: Checkpoints, module: RunModule, optimizer: Optimizer) -> Lines:
+    yield "folder", str(folder.resume or folders.free(folder.root, folder.name))
+    saved = {v.data_ptr(): v for v in module.state_dict().values() if isinstance(v, torch.Tensor)}  # tied: once
+    size = size_of(saved.values()) + state_size(optimizer)
+    existing = next(p for p in (folder.root.absolute(), *folder.root.absolute().parents) if p.exists())
+    free = shutil.disk_usage(existing).free
+    yield (
+        "checkpoints",
+        f"every {checkpoints.every:,} steps, {checkpoints.keep} kept, about {gigabytes(size)} each; "
+        f"{gigabytes(free)} are free",
+    )
+
+
+def roughly(seconds: float) -> str:
+    """A time to about two digits, since it is an estimate."""
+    if seconds < 100:
+        return f"{seconds:.0f} s" if seconds >= 10 else f"{seconds:.2g} s"
+    minutes = seconds / 60
+    if minutes < 100:
+        return f"{minutes:.0f} min"
+    return f"{minutes / 60:.1f} h" if minutes < 100 * 60 else f"{minutes / 60 / 24:.1f} days"
+
+
+def _dtype_name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")

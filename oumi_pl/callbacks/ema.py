@@ -1,4 +1,4 @@
-"""A moving average of the weights, beside those that are trained."""
+"""Keeps a moving average of the weights."""
 
 import warnings
 from typing import Any
@@ -11,16 +11,16 @@ from oumi_pl.errors import UserError
 
 
 class EMA(EMAWeightAveraging):
-    """Averages the weights exponentially; the average is what is validated, sampled from, exported and called best.
+    """Keeps an exponential moving average of the weights, and validates, samples, exports and compares that average.
 
-    `average = decay * average + (1 - decay) * weights` (Polyak and Juditsky 1992). Training goes on with the weights
-    themselves. A `step-*.ckpt` holds both, the average as its `state_dict`, so that `validate`, `predict` and `export`
-    read the weights that were scored. The average takes memory for a second copy of all weights on the device.
+    `average = decay * average + (1 - decay) * weights` (Polyak and Juditsky 1992). Training updates the weights
+    themselves. A `step-*.ckpt` holds both, with the average as its `state_dict`, so that `validate`, `predict` and
+    `export` read the weights that the metrics belong to. The average needs a second copy of all weights on the device.
 
     Args:
-        decay: Weight of the old average at each of its updates; it spans about `1 / (1 - decay)` of them.
-        every: Optimizer steps between its updates.
-        start: Optimizer steps before its first update; until then it is the weights that training starts from.
+        decay: Weight of the old average at each of its updates; the average spans about `1 / (1 - decay)` of them.
+        every: Optimizer steps between updates of the average.
+        start: Optimizer steps before its first update; until then it equals the initial weights.
     """
 
     def __init__(self, decay: float = 0.999, every: int = 1, start: int = 0) -> None:
@@ -31,20 +31,21 @@ class EMA(EMAWeightAveraging):
         super().__init__(decay=decay, update_every_n_steps=every, update_starting_at_step=start)
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        """Copies the weights that training starts from to the device that they are trained on.
+        """Copies the initial weights to the device that trains.
 
         Raises:
             UserError: the strategy shards the weights.
         """
         if isinstance(trainer.strategy, FSDPStrategy | ModelParallelStrategy):
             raise UserError("EMA: sharded weights can't be averaged; train with strategy ddp, or without EMA")
-        self._device = trainer.strategy.root_device  # the module is moved there only later
+        # by default the average is on the module's device, but the module is moved to its own only later
+        self._device = trainer.strategy.root_device
         with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", ".*overrides the configure_model.*")  # matters for sharded weights only
+            warnings.filterwarnings("ignore", ".*overrides the configure_model.*")  # applies to sharded weights only
             super().setup(trainer, pl_module, stage)
 
     def on_validation_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Leaves the average in place, which Lightning would swap out: other callbacks use the model in this hook."""
+        """Keeps the average in place. Lightning would swap it out, but other callbacks use the model in this hook."""
 
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Swaps the trained weights back in."""
@@ -59,10 +60,10 @@ class EMA(EMAWeightAveraging):
             checkpoint["averaging_state"] = {"n_averaged": self._average_model.n_averaged}
 
     def on_load_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
-        """Restores both; in a checkpoint of a run without EMA, the average starts from its weights."""
+        """Restores both. From a checkpoint of a run without EMA, the average starts at its weights."""
         if self._average_model is None:
-            return  # not training: the average is the model
-        # neither holds frozen weights that can be loaded again
+            return  # not training: the `state_dict`, which is the average, is loaded as the model
+        # not strict: checkpoints leave out frozen weights that can be loaded from their source
         self._average_model.module.load_state_dict(checkpoint["state_dict"], strict=False)
         if "current_model_state" in checkpoint:
             pl_module.load_state_dict(checkpoint["current_model_state"], strict=False)

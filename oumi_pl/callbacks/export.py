@@ -1,4 +1,4 @@
-"""Writes `model/` at the end of a run."""
+"""Exports the trained model at the end of a run."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -13,8 +13,7 @@ from oumi_pl.callbacks.checkpoint import Checkpoints
 from oumi_pl.callbacks.run_folder import run_directory
 from oumi_pl.models.export import model_card, read_checkpoint, whole, why_not_alone
 from oumi_pl.models.lm import LM
-from oumi_pl.runs.checkpoint_files import remove
-from oumi_pl.runs.folders import CONFIG
+from oumi_pl.runs.folders import CONFIG, remove
 from oumi_pl.terminal.progress import working
 from oumi_pl.types import RunData, RunModule
 
@@ -24,8 +23,8 @@ class Export(L.Callback):
 
     Args:
         enabled: Whether to export at all.
-        merge: Merge a LoRA adapter into its base weights. Alone it is small, and needs its base to load. It is always
-            merged where it does not fit its base: tokens were added that this has no rows for, or the base is random.
+        merge: Merge a LoRA adapter into its base weights. Unmerged, the export is small but needs its base to load. An
+            adapter is always merged if its base can't load it: the base has no rows for added tokens, or is random.
     """
 
     def __init__(self, enabled: bool = True, merge: bool = False) -> None:
@@ -33,7 +32,7 @@ class Export(L.Callback):
         self.merge = merge
 
     def on_train_end(self, trainer: Any, pl_module: RunModule) -> None:
-        """Exports."""
+        """Exports the best or the last weights; the module keeps the last."""
         folder = run_directory(trainer)
         if not self.enabled or folder is None or trainer.fast_dev_run:
             return
@@ -50,7 +49,7 @@ class Export(L.Callback):
             pl_module.load_weights(last)
 
     def write(self, trainer: Any, pl_module: RunModule, folder: Path, metrics: Mapping[str, Any]) -> None:
-        """Exports the weights that the module has now; replaces what the run exported before it was resumed."""
+        """Exports the module's current weights; replaces an export from before the run was resumed."""
         data: RunData = trainer.datamodule
         text = (folder / CONFIG).read_text(encoding="utf-8") if (folder / CONFIG).exists() else ""
         metrics = {k: float(v) for k, v in metrics.items() if k.startswith(("train/", "val/"))}
@@ -87,16 +86,16 @@ def _load(pl_module: RunModule, checkpoint: Path) -> dict[str, float]:
 
 
 def _copy_on_cpu(pl_module: RunModule, data: RunData, is_rank_zero: bool) -> LM:
-    """Builds the trained model again, to be merged: unsharded, in full precision, and on a host that has room for it.
+    """Builds a copy of the trained model on rank 0 for merging: unsharded, in full precision, in host memory.
 
-    All ranks have to call this. Those that don't write get the live model back.
+    All ranks have to call this, since sharded weights are gathered. The others get the live model back.
     """
     weights = {}
     for name, value in pl_module.state_dict().items():
         weights[name.removeprefix("model.")] = whole(value)
     if not is_rank_zero:
         return pl_module.causal_lm
-    quantization, pl_module.quantization = pl_module.quantization, None
+    quantization, pl_module.quantization = pl_module.quantization, None  # `build` would quantize the base again
     try:
         built: LM = pl_module.build(data.tokenizer, data.added_tokens, branching=None)
     finally:

@@ -1,4 +1,4 @@
-"""Measures the memory of each step, so that an out-of-memory error says how much was needed and what would fit."""
+"""Measures the memory of each step, so that an out-of-memory error can say how much was needed and what would fit."""
 
 import contextlib
 import os
@@ -19,24 +19,25 @@ from oumi_pl.callbacks import find
 from oumi_pl.callbacks.checkpoint import Checkpoints
 from oumi_pl.callbacks.throughput import peak_memory
 from oumi_pl.errors import is_out_of_memory
-from oumi_pl.runs.checkpoint_files import saved_steps
+from oumi_pl.runs.folders import saved_steps
 from oumi_pl.types import RunData, RunModule
 
 USABLE = 0.95
-"""Share of the free memory that is planned with: an allocator can't use the last fragments of it."""
+"""Share of the free memory that advice counts on: an allocator can't use the last fragments of it."""
 UNITS = {"bytes": 1, "B": 1, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30}
-LENGTHS = 64
-"""Proposed lengths are multiples of this."""
+LENGTH_STEP = 64
+"""Suggested lengths are multiples of this."""
 
 
 @dataclass(frozen=True)
 class Shortage:
     """What is known of a micro-batch that did not fit. Sizes are bytes.
 
-    total: memory for this process. held: in use before the micro-batch. to_come: in use from the second micro-batch on,
-    besides: gradients, and the optimizer's state if there is none yet. taken: by the micro-batch, beyond these.
-    measured: `taken` is that of a complete micro-batch; else a lower bound. batch_size, accumulate, max_length: as the
-    recipe says.
+    total: memory for this process. held: in use before the micro-batch. to_come: what will be in use besides
+    from the second micro-batch on: gradients, and the optimizer state if there is none yet. taken: what the micro-batch
+    needs on top of these.
+    measured: whether `taken` comes from a complete micro-batch; else it is a lower bound. batch_size, accumulate,
+    max_length: the settings of the recipe.
     """
 
     total: int
@@ -55,7 +56,7 @@ class Shortage:
 
     @property
     def rows(self) -> float:
-        """Rows that fit, as a fraction; without a complete micro-batch to go by, at most half of those that did not."""
+        """Rows that fit, as a fraction. Without a measured micro-batch, at most half of the rows that did not fit."""
         rows = self.batch_size * self.room / max(1, self.taken)
         return rows if self.measured else min(rows, self.batch_size / 2)
 
@@ -71,19 +72,19 @@ def smaller(shortage: Shortage) -> tuple[int, int] | None:
 
 
 def shorter(shortage: Shortage) -> int | None:
-    """The largest `max_length` of which one row fits, if memory is proportional to tokens; None if there is none."""
-    length = int(shortage.max_length * min(shortage.rows, 0.99)) // LENGTHS * LENGTHS
+    """The largest `max_length` with which one row fits if memory is proportional to tokens; None if none does."""
+    length = int(shortage.max_length * min(shortage.rows, 0.99)) // LENGTH_STEP * LENGTH_STEP
     return length if length > 0 else None
 
 
 def tried(error: BaseException) -> int:
-    """Bytes that an allocator says it could not give; 0 if it doesn't say."""
+    """Bytes that an allocator reports it could not provide; 0 if the message has no size."""
     size = re.search(r"tried to allocate ([\d.]+) ?(bytes|B|[KMG]iB)", str(error), re.IGNORECASE)
     return int(float(size.group(1)) * UNITS[size.group(2)]) if size else 0
 
 
 def gigabytes(size: float) -> str:
-    """A size for people to read."""
+    """A size with its unit: `5 kB`, `12.3 GB`."""
     if size < 1e6:
         return f"{size / 1e3:.0f} kB"
     return f"{size / 1e9:.1f} GB" if size >= 1e9 else f"{size / 1e6:.0f} MB"
@@ -92,7 +93,7 @@ def gigabytes(size: float) -> str:
 def used(device: torch.device) -> int:
     """Bytes in use: allocated on a CUDA device; else resident on the host, or mapped if the address space is limited.
 
-    The peak so far where the system does not say.
+    Falls back to the peak so far on systems without `/proc`.
     """
     if device.type == "cuda":
         return torch.cuda.memory_allocated(device)
@@ -103,7 +104,7 @@ def used(device: torch.device) -> int:
 
 
 def available(device: torch.device) -> int:
-    """Bytes that this process may use in total, without what other processes hold of a GPU."""
+    """Bytes that this process may use in total. On a GPU, memory held by other processes is subtracted."""
     if device.type == "cuda":
         free, _ = torch.cuda.mem_get_info(device)
         return free + torch.cuda.memory_reserved(device)
@@ -132,14 +133,14 @@ def state_size(optimizer: Optimizer) -> int:
 
 
 def size_in_words(counts: dict[str, int]) -> str:
-    """The size of a batch, from what `RunModule.count` says of it."""
+    """The size of a batch, from the counts of `RunModule.count`."""
     rows, tokens, positions = counts["rows"], counts["tokens"], counts["positions"]
     padded = f", {positions:,} with padding" if positions > tokens else ""
     return f"{rows:,} row{'s' if rows != 1 else ''}, {tokens:,} tokens{padded}"
 
 
 class Memory(L.Callback):
-    """Measures what each micro-batch takes; adds to an out-of-memory error where it happened and what would fit."""
+    """Measures the memory of micro-batches. To an out-of-memory error it adds where it happened and what fits."""
 
     def __init__(self) -> None:
         self._phase = "loading"
@@ -151,12 +152,12 @@ class Memory(L.Callback):
         self._positions = 0
 
     def on_fit_start(self, trainer: Any, pl_module: RunModule) -> None:
-        """The model is loaded."""
+        """Ends the phase of loading the model."""
         self._phase = "start"
-        self._accumulate = trainer.accumulate_grad_batches  # noted before a dry run changes it
+        self._accumulate = trainer.accumulate_grad_batches  # read now, because a dry run changes it later
 
     def on_train_batch_start(self, trainer: Any, pl_module: RunModule, batch: Any, batch_idx: int) -> None:
-        """Notes the memory in use, and the size of the micro-batch."""
+        """Records the memory in use, and the size of the micro-batch."""
         self._phase = "step"
         self._begin(pl_module, batch)
 
@@ -172,19 +173,19 @@ class Memory(L.Callback):
         self._phase = "between"
 
     def on_validation_batch_start(self, trainer: Any, pl_module: RunModule, batch: Any, *_: Any) -> None:
-        """Notes the memory in use, and the size of the batch."""
+        """Records the memory in use, and the size of the batch."""
         self._phase = "validation"
         self._begin(pl_module, batch)
 
     def on_validation_end(self, trainer: Any, pl_module: RunModule) -> None:
-        """Training continues."""
+        """Ends the phase of validation."""
         self._phase = "between"
 
     def on_exception(self, trainer: Any, pl_module: RunModule, exception: BaseException) -> None:
-        """Adds the note."""
+        """Adds the note to an out-of-memory error."""
         if is_out_of_memory(exception):
-            with contextlib.suppress(Exception):  # an error in here must not hide the one that is reported
-                exception.add_note(self._note(trainer, pl_module, exception))
+            with contextlib.suppress(Exception):  # an error in here must not hide the one being reported
+                exception.add_note("\n  ".join(self._note(trainer, pl_module, exception)))
 
     def _begin(self, pl_module: RunModule, batch: Any) -> None:
         counts = pl_module.count(batch)
@@ -193,28 +194,27 @@ class Memory(L.Callback):
 
     def _measure(self, pl_module: RunModule) -> None:
         peak = peak_memory(pl_module.device)
-        if peak > self._peak and self._positions:  # else an earlier one took more, or it is a stand-in for no rows
+        # without a new peak an earlier micro-batch took more; without positions this is a rank that ran out of rows
+        if peak > self._peak and self._positions:
             self._per_position = max(self._per_position, (peak - self._before) / self._positions)
 
-    def _note(self, trainer: Any, module: RunModule, error: BaseException) -> str:
+    def _note(self, trainer: Any, module: RunModule, error: BaseException) -> list[str]:
         device, data = module.device, trainer.datamodule
         total, now = available(device), used(device)
         head = f"out of memory on {device}"
         if self._phase == "loading":
             lines = [f"{head} while the model was loaded: {gigabytes(total)} in total, {gigabytes(now)} were in use"]
-            return _joined([*lines, *_less_to_hold(module, trainer)])
+            return [*lines, *_less_to_hold(module, trainer)]
         if self._phase in ("validation", "start"):
             rows = data.eval_batch_size
             what = f"validation, in a batch of {self._size}" if self._phase == "validation" else "preparation"
             lines = [f"{head} in {what}; {gigabytes(total)} in total"]
             halved = f"--data.eval_batch_size {max(1, rows // 2)} (now {rows}; metrics stay the same)"
-            return _joined([*lines, halved if rows > 1 else "a shorter data.max_length helps", *_resuming(trainer)])
+            return [*lines, halved if rows > 1 else "a shorter data.max_length helps", *_resuming(trainer)]
         step = trainer.global_step + 1
         if self._phase != "step":
             lines = [f"{head} at the end of step {step}: {gigabytes(total)} in total, {gigabytes(now)} were in use"]
-            return _joined(
-                [*lines, *_always_held(trainer, module), *_less_to_hold(module, trainer), *_resuming(trainer)]
-            )
+            return [*lines, *_always_held(trainer, module), *_less_to_hold(module, trainer), *_resuming(trainer)]
         shortage = self._shortage(trainer, module, error, total)
         at_least = "" if shortage.measured else "at least "
         lines = [
@@ -222,7 +222,7 @@ class Memory(L.Callback):
             f"{gigabytes(total)} in total; {gigabytes(shortage.held)} were in use before it, and it takes "
             f"{at_least}{gigabytes(shortage.taken)} more",
         ]
-        return _joined([*lines, *advice(shortage, module, trainer)])
+        return [*lines, *advice(shortage, module, trainer)]
 
     def _shortage(self, trainer: Any, module: RunModule, error: BaseException, total: int) -> Shortage:
         data: RunData = trainer.datamodule
@@ -252,10 +252,10 @@ def _state_to_come(optimizer: Optimizer) -> int:
 
 
 def advice(shortage: Shortage, module: RunModule, trainer: Any) -> list[str]:
-    """Which settings to change, and to what, for a micro-batch that did not fit: the smallest change first."""
+    """Which settings to change, and to what, for a micro-batch that did not fit; the least intrusive first."""
     if smaller(shortage) is None and shorter(shortage) is None:
         return [
-            "smaller micro-batches don't help: what is in use all the time leaves no room for any",
+            "smaller micro-batches don't help: what is always in memory leaves no room for one",
             *_always_held(trainer, module),
             *_less_to_hold(module, trainer),
         ]
@@ -267,7 +267,7 @@ def advice(shortage: Shortage, module: RunModule, trainer: Any) -> list[str]:
     if fitting := smaller(shortage):
         options = f"--data.batch_size {fitting[0]} --trainer.accumulate_grad_batches {fitting[1]}"
         lines = [f"what {'fits' if shortage.measured else 'may fit'}: {options} (the same updates)"]
-    if shortage.rows >= shortage.batch_size and module.device.type == "cuda":  # there was enough, in fragments
+    if shortage.rows >= shortage.batch_size and module.device.type == "cuda":  # enough, but in fragments
         lines.append("or PYTORCH_ALLOC_CONF=expandable_segments:True in the environment: free memory is fragmented")
     elif not module.gradient_checkpointing:
         lines.append("or --model.gradient_checkpointing true: recomputes activations, which takes time instead")
@@ -277,7 +277,7 @@ def advice(shortage: Shortage, module: RunModule, trainer: Any) -> list[str]:
 
 
 def _always_held(trainer: Any, module: RunModule) -> list[str]:
-    """What is in use all the time, by kind: one line."""
+    """The memory that is always in use, by kind, as one line."""
     weights = size_of(module.parameters())
     gradients = size_of(p for p in module.parameters() if p.requires_grad)
     state = sum(state_size(optimizer) + _state_to_come(optimizer) for optimizer in trainer.optimizers)
@@ -285,7 +285,7 @@ def _always_held(trainer: Any, module: RunModule) -> list[str]:
 
 
 def _less_to_hold(module: RunModule, trainer: Any) -> list[str]:
-    """Settings that make weights, gradients and optimizer state smaller: one line."""
+    """Settings that make weights, gradients and optimizer state smaller, as one line."""
     ways = []
     if module.reference is not None and module.reference.kind == "online":
         ways.append("model.reference: initial (no second model in memory)")
@@ -304,9 +304,5 @@ def _resuming(trainer: Any, options: str = "") -> list[str]:
     checkpoints = find(trainer, Checkpoints)
     directory = None if checkpoints is None else checkpoints.directory
     if directory is not None and saved_steps(directory):
-        return [f"go on from the last checkpoint: oumi_pl fit --resume {directory.parent} {options}".rstrip()]
+        return [f"resume from the last checkpoint: oumi_pl fit --resume {directory.parent} {options}".rstrip()]
     return []
-
-
-def _joined(lines: list[str]) -> str:
-    return "\n  ".join(lines)

@@ -1,4 +1,4 @@
-"""`predict`: one completion per row, as lines of JSON."""
+"""Writes the completions of `predict` as lines of JSON."""
 
 import json
 from pathlib import Path
@@ -11,11 +11,11 @@ from oumi_pl.types import RunModule
 
 
 class Predictions(L.Callback):
-    """Writes what `predict_step` returns to `predictions.jsonl`: a part per rank, joined in row order at the end.
+    """Writes what `predict_step` returns to `predictions.jsonl`: one part per rank, joined in row order at the end.
 
     Args:
         max_new_tokens: Longest completion.
-        temperature: Of sampling; 0 is greedy.
+        temperature: Temperature of sampling; 0 is greedy.
     """
 
     def __init__(self, max_new_tokens: int = 256, temperature: float = 0.0) -> None:
@@ -23,7 +23,7 @@ class Predictions(L.Callback):
         self._part: Path | None = None
 
     def on_predict_start(self, trainer: Any, pl_module: RunModule) -> None:
-        """Creates this rank's part."""
+        """Passes the settings to the module, and creates this rank's part."""
         pl_module.generation_settings = self.settings
         directory = run_directory(trainer)
         assert directory is not None
@@ -31,13 +31,13 @@ class Predictions(L.Callback):
         self._part.write_text("", encoding="utf-8")
 
     def on_predict_batch_end(self, trainer: Any, pl_module: RunModule, outputs: Any, *_: Any) -> None:
-        """Appends a batch, so that a kill loses only the current one."""
+        """Appends the completions of a batch at once: a kill loses only the current batch."""
         assert self._part is not None
         with self._part.open("a", encoding="utf-8") as out:
             out.writelines(json.dumps(line, ensure_ascii=False) + "\n" for line in outputs)
 
     def on_predict_end(self, trainer: Any, pl_module: RunModule) -> None:
-        """Joins the parts."""
+        """Joins the parts on rank 0."""
         assert self._part is not None
         trainer.strategy.barrier("predictions written")
         if not trainer.is_global_zero:

@@ -1,4 +1,4 @@
-"""Writes `curves.png` and `report.html` when a run ends: finished, stopped or failed."""
+"""Writes `curves.png` and `report.html` at the end of a run, whether finished, stopped or failed."""
 
 import sys
 from typing import Any
@@ -13,16 +13,16 @@ from oumi_pl.types import RunModule
 
 
 class Report(L.Callback):
-    """Draws the run's curves and writes its page. An error in doing so is reported, and does not fail the run."""
+    """Draws the curves of a run and writes its report. An error in here is printed and does not fail the run."""
 
     @rank_zero_only
     def on_train_end(self, trainer: Any, pl_module: RunModule) -> None:
-        """Reports on a finished run, after the export."""
+        """Reports a finished run, after the export."""
         self._write(trainer)
 
     @rank_zero_only
     def on_exception(self, trainer: Any, pl_module: RunModule, exception: BaseException) -> None:
-        """Reports on a run that was stopped or failed; after a second Ctrl-C nobody wants to wait for it."""
+        """Reports a run that was stopped or failed, unless a second Ctrl-C asked to end at once."""
         if not isinstance(exception, KeyboardInterrupt):
             self._write(trainer)
 
@@ -34,14 +34,13 @@ class Report(L.Callback):
             for logger in trainer.loggers:
                 if isinstance(logger, MetricsCSV):
                     logger.finalize("report")  # the line of the last step is still in memory
-            folder.note()
+            folder.record()
             from oumi_pl.report.page import make
 
             page = make(folder.directory)
         except Exception as error:
-            what = f"{type(error).__name__}: {error}"
-            again = f"oumi_pl runs report {folder.directory}"
-            print(f"warning: no report: {what} (the run itself is complete; to try again: {again})", file=sys.stderr)
+            retry = f"the run itself is complete; to try again: oumi_pl runs report {folder.directory}"
+            print(f"warning: no report: {type(error).__name__}: {error} ({retry})", file=sys.stderr)
             return
         if page is not None:
             print(f"report -> {page}")

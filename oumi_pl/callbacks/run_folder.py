@@ -1,4 +1,4 @@
-"""Gives a run its folder, shares the folder's path with everything that writes, and keeps `run.json` up to date."""
+"""Creates the run folder, shares its path with all that write to it, and keeps `run.json` up to date."""
 
 import contextlib
 import json
@@ -16,7 +16,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_only
 from oumi_pl import __version__
 from oumi_pl.callbacks import find, find_all
 from oumi_pl.callbacks.checkpoint import Checkpoints
-from oumi_pl.callbacks.preemption import Stopped
+from oumi_pl.callbacks.stopping import Stopped
 from oumi_pl.errors import UserError
 from oumi_pl.report.clock import Clock
 from oumi_pl.report.environment import environment
@@ -36,11 +36,11 @@ class RunFolder(L.Callback):
 
     Args:
         root: Directory of all runs.
-        name: Name of the run; a number is added when it is taken.
-        recipe: The name that a run of this recipe is looked up by.
+        name: Name of the run; a number is added if the folder exists.
+        recipe: Name of the recipe, by which `--resume` finds the run.
         config: The whole config as YAML.
         resume: Folder of the run to continue.
-        recipe_text: The recipe as it was written, with its comments.
+        recipe_text: The recipe as its author wrote it, with comments.
     """
 
     def __init__(
@@ -62,21 +62,23 @@ class RunFolder(L.Callback):
         self.directory: Path | None = None
         self.clock = Clock()
         self._before: dict[str, float] = {}
-        self._row: dict[str, Any] | None = None
+        self.checkpoint_row: dict[str, Any] | None = None
+        """The metrics of the checkpoint's step, in a resumed run."""
 
     def setup(self, trainer: Any, pl_module: RunModule, stage: str) -> None:
-        """Checks that the run folder can be created. It is created after setup succeeds, so that mistakes leave none.
+        """Checks that the run folder can be created. It is created after setup succeeds, so that a mistake leaves no
+        folder behind.
 
         Raises:
-            UserError: it can't.
+            UserError: the folder can't be created.
         """
         self.clock.enter("model")
         pl_module.run_config = self.config
         if stage in ("fit", "predict") and trainer.is_global_zero and not trainer.fast_dev_run:
             folders.refuse_unwritable(self.resume or self.root)
 
-    def _make(self, trainer: Any) -> None:
-        """Creates the folder on rank 0, and sends its path to the others."""
+    def _create(self, trainer: Any) -> None:
+        """Creates the folder on rank 0, and sends its path to the other ranks."""
         if trainer.fast_dev_run:
             return
         chosen = (self.resume or folders.create(self.root, self.name)) if trainer.is_global_zero else None
@@ -91,7 +93,7 @@ class RunFolder(L.Callback):
         earlier = folders.read_state(directory) if self.resume else {}
         start: dict[str, Any]
         if self.resume:
-            # an earlier resume from a later step was overwritten by this one
+            # steps of an earlier resume that this one goes back behind are trained again
             resumed = [step for step in earlier.get("resumed", []) if step < trainer.global_step]
             start = {"resumed": [*resumed, trainer.global_step], "resumed_by": _command(), "reason": None}
         else:
@@ -103,6 +105,9 @@ class RunFolder(L.Callback):
         unrecorded = (folders.seconds(directory, earlier) or 0.0) - sum(self._before.values())
         if unrecorded > 0:
             self._before["killed"] = self._before.get("killed", 0.0) + unrecorded
+        device = pl_module.device.type
+        if device == "cuda":
+            device = torch.cuda.get_device_name(pl_module.device)
         folders.write_state(
             directory,
             recipe=self.recipe,
@@ -112,107 +117,121 @@ class RunFolder(L.Callback):
             oumi_pl=__version__,
             steps=pl_module.total_steps(),
             model=_model(trainer, pl_module),
-            environment=environment() | _devices(pl_module.device, trainer.world_size),
+            environment=environment() | {"device": device, "devices": trainer.world_size},
             begun=time.time() - sum(self.clock.read().values()),
             before=sum(self._before.values()),
             **start,
         )
 
     @rank_zero_only
-    def note(self, **values: Any) -> None:
-        """Writes to `run.json` how the time was spent so far, and other values; does nothing without a folder."""
+    def record(self, **values: Any) -> None:
+        """Writes the time spent so far in each phase, and `values`, to `run.json`; does nothing without a folder."""
         if self.directory is not None:
             folders.write_state(self.directory, times=self.clock.read(self._before), **values)
 
     def on_fit_start(self, trainer: Any, pl_module: RunModule) -> None:
-        """The model is built: what follows counts as checks."""
+        """Ends the phase of building the model: what follows counts as checks."""
         self.clock.enter("checks")
 
     def on_train_start(self, trainer: Any, pl_module: RunModule) -> None:
-        """Creates the folder, describes the run in it, and opens the metrics file at the run's step."""
+        """Creates the folder, writes the files that describe the run, and opens `metrics.csv` at the current step."""
         self.clock.enter("start")
-        self._make(trainer)
+        self._create(trainer)
         if self.directory is None or not trainer.is_global_zero:
             return
         self._describe(trainer, pl_module, self.directory)
         for logger in trainer.loggers:
             if isinstance(logger, MetricsCSV):
-                logger.open(self.directory / folders.METRICS, trainer.global_step, self._row)
+                logger.open(self.directory / folders.METRICS, trainer.global_step, self.checkpoint_row)
 
     def on_train_batch_start(self, trainer: Any, *_: Any) -> None:
-        """What follows counts as training."""
+        """Starts the phase of training with the first micro-batch, and again after a checkpoint."""
         if self.clock.phase != "training":
             self.clock.enter("training")
 
     def on_validation_start(self, trainer: Any, pl_module: RunModule) -> None:
-        """What follows counts as validation."""
+        """Starts the phase of validation."""
         self.clock.enter("validation")
 
     def on_validation_end(self, trainer: Any, pl_module: RunModule) -> None:
-        """Validation is over; the times are written now, since a run may be killed."""
+        """Ends the phase of validation, and writes the times now, because the run may be killed later."""
         self.clock.enter("training")
-        self.note(step=trainer.global_step)
+        self.record(step=trainer.global_step)
 
     def on_save_checkpoint(self, trainer: Any, pl_module: RunModule, checkpoint: dict[str, Any]) -> None:
-        """Keeps the metrics of this step in the checkpoint: a kill may come before they are in the file."""
+        """Adds the metrics of this step to the checkpoint: a kill may come before they are written to `metrics.csv`."""
         self.clock.enter("saving")
         kinds = ("train/", "val/", "epoch") if trainer.validating else ("train/", "epoch")
         row = {name: float(value) for name, value in trainer.logged_metrics.items() if name.startswith(kinds)}
         checkpoint["metrics_row"] = row | {"step": trainer.global_step}
 
     def on_load_checkpoint(self, trainer: Any, pl_module: RunModule, checkpoint: dict[str, Any]) -> None:
-        """Restores the metrics of the checkpoint's step."""
-        self._row = checkpoint.get("metrics_row")
+        """Reads the metrics of the checkpoint's step."""
+        self.checkpoint_row = checkpoint.get("metrics_row")
 
     def on_predict_start(self, trainer: Any, pl_module: RunModule) -> None:
-        """Creates the folder."""
-        self._make(trainer)
+        """Creates the folder for the predictions."""
+        self._create(trainer)
 
     def on_fit_end(self, trainer: Any, pl_module: RunModule) -> None:
-        """Refuses a run without an update: its checkpoint is at the run's last step, or beyond.
+        """Refuses a run that made no update, because its checkpoint is at the last step or beyond.
 
         Raises:
-            UserError: there was no update.
+            UserError: no update was made.
         """
         if self.directory is None and not trainer.fast_dev_run:
             raise nothing_left(trainer.global_step)
 
     @rank_zero_only
     def on_train_end(self, trainer: Any, pl_module: RunModule) -> None:
-        """Marks the run as finished."""
+        """Marks the run as finished; prints and stores how much of each streamed source was read."""
         self.clock.enter("end")
         metrics = {k: float(v) for k, v in trainer.callback_metrics.items() if k.startswith(("train/", "val/"))}
-        self.note(status="finished", step=trainer.global_step, metrics=metrics)
+        self.record(status="finished", step=trainer.global_step, metrics=metrics)
+        self._report_consumed(trainer.datamodule)
+
+    def _report_consumed(self, data: RunData) -> None:
+        """Prints the shares of a mixture that was streamed, and adds what was read of each source to `data.json`."""
+        consumed = data.consumed()
+        for source in consumed:
+            if "wanted" in source and source["tokens"]:
+                print(
+                    f"read from {source['source']}: {source['share']:.2%} of the tokens ({source['wanted']:.2%} "
+                    "wanted), including what is still in the shuffle buffer"
+                )
+        if consumed and self.directory is not None:
+            file = self.directory / "data.json"
+            file.write_text(json.dumps(json.loads(file.read_text()) | {"consumed": consumed}, indent=1) + "\n")
 
     @rank_zero_only
     def on_exception(self, trainer: Any, pl_module: RunModule, exception: BaseException) -> None:
         """Marks the run as stopped or failed, and writes the metrics that are still in memory."""
-        with contextlib.suppress(OSError):  # on a full disk, report the first error and not this one
+        with contextlib.suppress(OSError):  # on a full disk, the first error is reported and not this one
             for logger in trainer.loggers:
                 logger.finalize("failed")
         stopped = isinstance(exception, Stopped | KeyboardInterrupt)
         with contextlib.suppress(OSError):
-            self.note(status="stopped" if stopped else "failed", step=trainer.global_step, reason=_reason(exception))
+            self.record(status="stopped" if stopped else "failed", step=trainer.global_step, reason=_reason(exception))
 
 
 def nothing_left(step: int) -> UserError:
-    """The error of a run whose checkpoint is at its last step, or beyond."""
+    """The error for a run whose checkpoint is at its last step or beyond."""
     return UserError(
-        f"nothing is left to train: the run ends at step {step}, where the checkpoint stands; "
+        f"nothing is left to train: the run ends at step {step}, which the checkpoint has reached; "
         "raise trainer.max_steps or trainer.max_epochs"
     )
 
 
 def _command() -> str:
-    """The command line, ready to be pasted."""
+    """The command line, quoted for a shell."""
     program = Path(sys.argv[0])
-    # python -m oumi_pl, or the script of whichever environment
+    # `python -m oumi_pl`, or the console script of some environment: both are written as `oumi_pl`
     is_ours = program.name == "oumi_pl" or (program.name == "__main__.py" and program.parent.name == "oumi_pl")
     return shlex.join(["oumi_pl" if is_ours else sys.argv[0], *sys.argv[1:]])
 
 
 def _reason(error: BaseException) -> str | None:
-    """What ended a run, in a line or two."""
+    """What ended a run, shortened to a line or two."""
     if isinstance(error, KeyboardInterrupt):
         return "Ctrl-C"
     text = str(error).strip()[:500]
@@ -220,7 +239,7 @@ def _reason(error: BaseException) -> str | None:
 
 
 def _model(trainer: Any, pl_module: RunModule) -> dict[str, Any]:
-    """What is trained, for the run's record."""
+    """What is trained, for `run.json`."""
     parameters = list(pl_module.parameters())
     return {
         "trainer": type(pl_module).__name__,
@@ -231,8 +250,3 @@ def _model(trainer: Any, pl_module: RunModule) -> dict[str, Any]:
         "loss": None if pl_module.loss is None else type(pl_module.loss).__name__,
         "precision": str(trainer.precision),
     }
-
-
-def _devices(device: torch.device, count: int) -> dict[str, Any]:
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
-    return {"device": name, "devices": count}

@@ -1,4 +1,4 @@
-"""What a model writes: completions of the same prompts before, during and after training."""
+"""Shows what the model writes before, during and after training: samples, and answers to held-out questions."""
 
 import contextlib
 import itertools
@@ -23,11 +23,11 @@ from oumi_pl.types import RunData, RunModule
 
 FILE = "samples.jsonl"
 CANDIDATES = 50
-"""Rows that are tried for prompts whose completion fits into the model's positions."""
+"""How many rows are searched for prompts whose completion fits into the model's positions."""
 LINES = 3
-"""Lines of a completion that the terminal shows; the file has all of it."""
+"""Most lines of a completion in the terminal; the file has all of it."""
 WIDTH = 100
-"""Columns of these lines at most, and where there is no terminal."""
+"""Most columns of such a line, and the columns where there is no terminal."""
 
 
 class SampleFile:
@@ -38,7 +38,7 @@ class SampleFile:
         self._last_step = -1
 
     def open(self, trainer: Any) -> None:
-        """Finds the run's file, and removes the lines of steps that a resumed run will do again."""
+        """Finds the file of the run, and removes the lines of steps that a resumed run will repeat."""
         directory = run_directory(trainer)
         self._path = None if directory is None else directory / FILE
         self._last_step = -1
@@ -53,7 +53,7 @@ class SampleFile:
         self._last_step = max((line["step"] for line in kept), default=-1)
 
     def write(self, step: int, samples: list[dict[str, str]]) -> None:
-        """Appends the completions of a step, unless the file has them."""
+        """Appends the completions of a step, unless the file has them already."""
         if self._path is None or step <= self._last_step:
             return
         with self._path.open("a", encoding="utf-8") as out:
@@ -75,16 +75,16 @@ def _line(sample: dict[str, Any]) -> str:
 
 
 class Samples(L.Callback):
-    """Completes the same prompts at the start, at each validation and at the end: shown, and kept in `samples.jsonl`.
+    """Completes the same prompts at the start, at each validation and at the end; prints and writes `samples.jsonl`.
 
     Does nothing for models that do not complete prompts.
 
     Args:
-        prompts: Texts to complete; the first held-out rows when left out, else the first training rows, and these only
-            at the start and at the end.
-        rows: How many of these; none with 0.
+        prompts: Texts to complete. If left out, the prompts of the first held-out rows; without held-out rows, those of
+            the first training rows, which are completed only at the start and at the end.
+        rows: Number of rows if `prompts` is left out. 0 turns samples off.
         max_new_tokens: Longest completion.
-        temperature: Of sampling; 0 is greedy. Either leaves the run's random numbers as they were.
+        temperature: Temperature of sampling; 0 is greedy. Sampling does not change the random numbers of training.
     """
 
     def __init__(
@@ -100,7 +100,7 @@ class Samples(L.Callback):
 
     @rank_zero_only
     def on_train_start(self, trainer: Any, pl_module: RunModule) -> None:
-        """Writes what the model says before the first update."""
+        """Writes samples before the first update."""
         if not pl_module.generates and self.rows:
             self.rows = 0
             say_why_not("samples", pl_module)
@@ -112,13 +112,13 @@ class Samples(L.Callback):
 
     @rank_zero_only
     def on_validation_epoch_end(self, trainer: Any, pl_module: RunModule) -> None:
-        """Writes what the model says now."""
+        """Writes samples of the validated weights."""
         if trainer.state.fn == "fit" and not trainer.sanity_checking:
             self._write(trainer, pl_module)
 
     @rank_zero_only
     def on_train_end(self, trainer: Any, pl_module: RunModule) -> None:
-        """Writes what the model says in the end, unless a validation has just done so."""
+        """Writes samples at the last step, unless its validation has done so."""
         self._write(trainer, pl_module)
 
     def _write(self, trainer: Any, pl_module: RunModule) -> None:
@@ -133,7 +133,7 @@ class Samples(L.Callback):
             with working(f"writing {len(chosen)} samples"), generation(trainer, pl_module):
                 hf, prompts = pl_module.causal_lm.hf, [ids for ids, _ in chosen]
                 texts = complete(hf, data.tokenizer, prompts, stop=data.stop_tokens, **self.settings)
-        except Exception as error:  # whatever goes wrong with samples must not end the run
+        except Exception as error:  # no failure of sampling may end the run
             self.rows = 0
             sys.stderr.write(f"no samples are written: {' '.join(str(error).split()) or type(error).__name__}\n")
             return
@@ -146,10 +146,10 @@ class Samples(L.Callback):
         sys.stderr.write(shown(step, list(zip(readable_prompts, texts, strict=True))))
 
     def _choose(self, trainer: Any, pl_module: RunModule) -> list[tuple[list[int], str]]:
-        """The prompts, and how each goes on in the data; the same ones every time.
+        """The prompts and their reference completions, the same ones every time.
 
         Raises:
-            ValueError: there can be no samples; says why.
+            ValueError: no samples are possible; with the reason.
         """
         if sharded(trainer, pl_module):
             raise ValueError("the weights are sharded; export a checkpoint, and sample from that")
@@ -168,32 +168,33 @@ class Samples(L.Callback):
         return self._chosen
 
     def _has_room(self, row: tuple[list[int], str], pl_module: RunModule) -> bool:
-        """Whether prompt and completion fit into the model's positions, where it has a fixed number."""
+        """Whether prompt and completion fit into the model's positions, if their number is fixed."""
         positions = getattr(pl_module.causal_lm.base.config.get_text_config(), "max_position_embeddings", None)
         return bool(row[0]) and len(row[0]) + self.settings["max_new_tokens"] <= (positions or float("inf"))
 
 
 @rank_zero_only
 def say_why_not(what: str, pl_module: RunModule) -> None:
-    """Says in a line that something is left out because the model completes no prompts."""
+    """Prints that something is left out because the model does not complete prompts."""
     sys.stderr.write(f"no {what} are written: {type(pl_module).__name__} does not complete prompts\n")
 
 
 def sharded(trainer: Any, pl_module: RunModule) -> bool:
-    """Whether no rank has all the weights, so that none can generate by itself."""
+    """Whether no rank holds all weights, so that none can generate by itself."""
     from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
 
-    # these shard what is not a DTensor, or only while the model runs
+    # `is_sharded` looks for DTensors; these strategies shard in other ways, or only while the model runs
     strategies = DeepSpeedStrategy | FSDPStrategy | ModelParallelStrategy
     return isinstance(trainer.strategy, strategies) or is_sharded(pl_module.causal_lm)
 
 
 @contextlib.contextmanager
 def generation(trainer: Any, pl_module: RunModule) -> Iterator[None]:
-    """For generation during training: in the run's precision, and the random state is restored afterwards.
+    """Prepares generation during training: in the run's precision, and with the random state restored afterwards.
 
-    Compiled layers run uncompiled: else torch would compile each length anew, and soon give up compiling, for training
-    too. Inference mode is off: what is created here and kept, such as a cached mask, could not be trained with.
+    Compiled layers run uncompiled: torch would compile each length again, and after a few give up compiling, also for
+    training. Inference mode is off: a tensor that is created in it and kept, such as a cached mask, can't be used in
+    training later.
     """
     state = rng_state()
     with contextlib.ExitStack() as contexts:
@@ -208,9 +209,9 @@ def generation(trainer: Any, pl_module: RunModule) -> Iterator[None]:
 
 
 def shown(step: int, samples: list[tuple[str, str]]) -> str:
-    """Prompts and completions for the terminal: the end of each prompt, and the beginning of the completion.
+    """Formats prompts and completions for the terminal: the end of each prompt, and the beginning of the completion.
 
-    Control characters are written as symbols, so that a model can't drive the terminal.
+    Control characters are written as symbols, so that a model can't control the terminal.
     """
     width = min(WIDTH, (terminal_width() or WIDTH) - 1)
     lines = [f"step {step}  samples"]
@@ -228,11 +229,148 @@ def shown(step: int, samples: list[tuple[str, str]]) -> str:
 
 
 def readable(tokenizer: Any, prompt: list[int]) -> str:
-    """A prompt in one line, without special tokens and the role names that templates write around its turns."""
+    """A prompt in one line, without special tokens and the role names that chat templates add."""
     lines = [line.strip() for line in str(tokenizer.decode(prompt, skip_special_tokens=True)).splitlines()]
     return printable(" | ".join(line for line in lines if line not in ("", "assistant", "user", "system")))
 
 
 def printable(text: str) -> str:
-    """A text in one line: line ends as `⏎`, tabs as `⇥`, control characters by name."""
+    """Text in one line: line ends as `⏎`, tabs as `⇥`, control characters by name."""
     return visible(text).replace("\n", "⏎").replace("\t", "⇥")
+
+
+# ---- answers to held-out questions
+
+
+class Answers(L.Callback):
+    """Answers held-out prompts greedily, logs the share that equals the reference, and shows some of them.
+
+    The shown answers are also written to `samples.jsonl`. Does nothing for models that do not complete prompts.
+
+    Args:
+        rows: Held-out rows to answer.
+        show: How many to show in the terminal.
+        max_new_tokens: Longest answer.
+        batch_size: Prompts per forward pass.
+        at_start: Answer before the first step as well.
+    """
+
+    needs_validation = True
+    validation_metrics = ("val/exact_match",)
+
+    def __init__(
+        self, rows: int = 200, show: int = 6, max_new_tokens: int = 64, batch_size: int = 64, at_start: bool = True
+    ) -> None:
+        self.rows = rows
+        self.show = show
+        self.max_new_tokens = max_new_tokens
+        self.batch_size = batch_size
+        self.at_start = at_start
+        self.before: list[str] = []
+        self.after: list[str] = []
+        self.score_before: float | None = None
+        self.score: float | None = None
+        self._file = SampleFile()
+        self._generates = True
+        self._questions: list[tuple[list[int], str]] | None = None
+
+    def setup(self, trainer: Any, pl_module: RunModule, stage: str) -> None:
+        """Clears the questions of an earlier data module; says so if the model can't answer any."""
+        self._questions = None
+        self._generates = pl_module.generates
+        if not self._generates:
+            say_why_not("answers", pl_module)
+
+    def on_train_start(self, trainer: Any, pl_module: RunModule) -> None:
+        """Answers once with the initial weights."""
+        if not self._generates:
+            return
+        if trainer.is_global_zero:
+            self._file.open(trainer)
+        if self.at_start and trainer.global_step == 0:
+            self.before, self.score_before = self.answer(trainer, pl_module)
+            self._keep(trainer, self.before)
+
+    def on_validation_epoch_end(self, trainer: Any, pl_module: RunModule) -> None:
+        """Answers and logs `val/exact_match`."""
+        if trainer.sanity_checking or not self._generates:
+            return
+        self.after, self.score = self.answer(trainer, pl_module)
+        if trainer.state.fn == "fit":
+            self._keep(trainer, self.after)
+        pl_module.log("val/exact_match", self.score, rank_zero_only=False, sync_dist=False)
+
+    def state_dict(self) -> dict[str, Any]:
+        """The answers from before training, which a resumed run shows as well."""
+        return {"before": self.before, "score_before": self.score_before}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Restores the answers from before training."""
+        self.before, self.score_before = state_dict["before"], state_dict["score_before"]
+
+    def on_train_end(self, trainer: Any, pl_module: RunModule) -> None:
+        """Shows the answers before and after training."""
+        self._show(trainer)
+
+    def answer(self, trainer: Any, pl_module: RunModule) -> tuple[list[str], float]:
+        """The answers, and the share of them that equals the reference, ignoring surrounding white space."""
+        data: RunData = trainer.datamodule
+        prompts, references = self._prompts_and_references(data)
+        answers: list[str] = []
+        with working(f"answering {len(prompts)} held-out questions"), generation(trainer, pl_module):
+            for start in range(0, len(prompts), self.batch_size):
+                answers += complete(
+                    pl_module.causal_lm.hf,
+                    data.tokenizer,
+                    prompts[start : start + self.batch_size],
+                    max_new_tokens=self.max_new_tokens,
+                    stop=data.stop_tokens,
+                )
+        right = sum(a.strip() == r.strip() for a, r in zip(answers, references, strict=True))
+        return answers, right / max(1, len(answers))
+
+    def _prompts_and_references(self, data: RunData) -> tuple[list[list[int]], list[str]]:
+        if self._questions is None:
+            self._questions = list(itertools.islice(data.prompts("validation"), self.rows))
+        return [ids for ids, _ in self._questions], [reference for _, reference in self._questions]
+
+    def _rows_to_show(self, count: int) -> list[int]:
+        """Evenly spaced indices of `count` rows, `show` of them."""
+        return list(range(0, count, max(1, count // self.show)))[: self.show] if self.show > 0 else []
+
+    @rank_zero_only
+    def _keep(self, trainer: Any, answers: list[str]) -> None:
+        data: RunData = trainer.datamodule
+        prompts, references = self._prompts_and_references(data)
+        decode = data.tokenizer.decode
+        rows = self._rows_to_show(len(references))
+        kept = [{"prompt": decode(prompts[i]), "completion": answers[i], "reference": references[i]} for i in rows]
+        self._file.write(trainer.global_step, kept)
+
+    @rank_zero_only
+    def _show(self, trainer: Any) -> None:
+        from rich import box
+        from rich.console import Console
+        from rich.markup import escape
+        from rich.table import Table
+
+        if not self.after:
+            return
+        data: RunData = trainer.datamodule
+        prompts, references = self._prompts_and_references(data)
+        table = Table(box=box.SIMPLE, title=f"Greedy answers to {len(references)} held-out questions")
+        table.add_column("question")
+        table.add_column("expected", style="bold")
+        table.add_column("before", style="dim", max_width=28, overflow="ellipsis", no_wrap=True)
+        table.add_column("after")
+        for i in self._rows_to_show(len(references)):
+            right = self.after[i].strip() == references[i].strip()
+            question = readable(data.tokenizer, prompts[i])
+            before = printable(self.before[i]) if self.before else ""
+            mark = "[green]✓ [/]" if right else "[red]✗ [/]"
+            after = mark + escape(printable(self.after[i]))
+            table.add_row(escape(question), escape(references[i]), escape(before), after)
+        console = Console(highlight=False)
+        console.print(table)
+        before = f" (before training: {self.score_before:.1%})" if self.score_before is not None else ""
+        console.print(f"exact match: [bold]{self.score:.1%}[/] of {len(references)}{before}")

@@ -1,4 +1,4 @@
-"""The first lines of a run: what is trained, on what, with which loss, and where the run's folder is."""
+"""Prints the first lines of a run: model, data, loss, optimizer, steps and run folder."""
 
 import inspect
 import sys
@@ -9,7 +9,7 @@ import lightning as L
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
 from torch.optim import Optimizer
 
-from oumi_pl.callbacks.figures import short
+from oumi_pl.callbacks.progress import short
 from oumi_pl.callbacks.run_folder import run_directory
 from oumi_pl.data.sources import as_sources
 from oumi_pl.losses.preference import WeightedSum
@@ -26,7 +26,7 @@ class Start(L.Callback):
 
     @rank_zero_only
     def on_train_start(self, trainer: Any, pl_module: RunModule) -> None:
-        """Prints."""
+        """Prints the lines."""
         width = terminal_width()
         text = [styled(wrapped(headline(trainer, pl_module), width, "  "), "bold")]
         for label, value in lines(trainer, pl_module):
@@ -39,7 +39,7 @@ class Start(L.Callback):
 
 
 def headline(trainer: Any, pl_module: RunModule) -> str:
-    """The first line: the whole run in short."""
+    """The first line, a summary of the run."""
     data: RunData = trainer.datamodule
     sources: Any = data.sources["train"]
     names = [source.path for source in as_sources(sources)]
@@ -52,7 +52,7 @@ def headline(trainer: Any, pl_module: RunModule) -> str:
 
 
 def lines(trainer: Any, pl_module: RunModule) -> Iterator[tuple[str, str]]:
-    """The other lines: a label, which may be empty, and a text."""
+    """The other lines: label (which may be empty) and text."""
     data: RunData = trainer.datamodule
     yield "model", _model(pl_module)
     if pl_module.loss is not None:
@@ -68,15 +68,15 @@ def lines(trainer: Any, pl_module: RunModule) -> Iterator[tuple[str, str]]:
 
 
 def labelled(note: str) -> tuple[str, str]:
-    """A note as label and text: `reference: a frozen copy` has a label, others have an empty one."""
+    """Splits a note into label and text, as in `reference: a frozen copy`; other notes get an empty label."""
     name, colon, rest = note.partition(": ")
     return (name, rest) if colon and len(name) < LABEL and " " not in name else ("", note)
 
 
 def data_lines(data: RunData, report: dict[str, Any]) -> Iterator[tuple[str, str]]:
-    """What became of the rows of each split, as its data report says, and which sources are streamed."""
-    for split, described_split in report.items():
-        yield split, summary(described_split)
+    """The data report of each split in a line, and the streamed sources."""
+    for split, rows in report.items():
+        yield split, summary(rows)
     for name in data.streamed:
         yield "train", f"{name}, tokenized while it is streamed"
 
@@ -95,9 +95,9 @@ def _model(pl_module: RunModule) -> str:
 
 def described(loss: Any) -> str:
     """A loss and the first sentence of its documentation."""
-    says = (inspect.getdoc(type(loss)) or "").partition("\n\n")[0].replace("\n", " ")
+    sentence = (inspect.getdoc(type(loss)) or "").partition("\n\n")[0].replace("\n", " ")
     parts = ", ".join(type(part).__name__ for part in loss.losses) if isinstance(loss, WeightedSum) else ""
-    return f"{type(loss).__name__}{f' of {parts}' if parts else ''}{f': {says}' if says else ''}"
+    return f"{type(loss).__name__}{f' of {parts}' if parts else ''}{f': {sentence}' if sentence else ''}"
 
 
 def _optimizer(optimizer: Optimizer) -> str:
@@ -123,7 +123,7 @@ def _steps(trainer: Any, pl_module: RunModule) -> str:
 
 
 def summary(report: dict[str, Any]) -> str:
-    """A split's report in a line."""
+    """The report of a split in one line."""
     kept = "all" if report["kept"] == report["rows"] else f"{report['kept']:,}"
     parts = [f"{report['rows']:,} row{'s' if report['rows'] != 1 else ''}, {kept} kept"]
     if report.get("documents", report["kept"]) != report["kept"]:

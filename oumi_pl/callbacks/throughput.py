@@ -1,4 +1,4 @@
-"""Tokens per second, MFU, padding and peak memory, per update."""
+"""Logs tokens per second, MFU, padding and peak memory of each update."""
 
 import resource
 import sys
@@ -55,10 +55,10 @@ def peak_flops(device: torch.device) -> float | None:
 
 
 def flops_per_token(model: LM) -> float:
-    """Model FLOPs of forward and backward per token, without recomputation and without attention scores.
+    """Model FLOPs per token, forward and backward, without recomputation and attention scores.
 
-    2 per parameter forward, 2 backward to the activations, 2 for the gradients of trainable weights (Kaplan et al.
-    2020, arXiv:2001.08361). Embedding rows are looked up, not multiplied, so they do not count unless tied to the head.
+    Per parameter 2 forward, 2 for the gradients of activations, and 2 for its own gradient if it is trainable (Kaplan
+    et al. 2020, arXiv:2001.08361). Embedding rows are looked up, not multiplied: they count only if tied to the head.
     """
     embedding, head = model.base.get_input_embeddings().weight, model.base.get_output_embeddings()
     tied = head is not None and getattr(head, "weight", None) is embedding
@@ -67,7 +67,7 @@ def flops_per_token(model: LM) -> float:
 
 
 class Throughput(L.Callback):
-    """Logs the speed, padding and memory of updates, from the module's counts, which are sums over all ranks."""
+    """Logs speed, padding and memory of updates from the module's counts, which are sums over all ranks."""
 
     def __init__(self) -> None:
         self._last = 0.0
@@ -82,7 +82,7 @@ class Throughput(L.Callback):
         self._last = time.perf_counter()
 
     def on_validation_end(self, trainer: Any, pl_module: RunModule) -> None:
-        """Leaves validation out of the time."""
+        """Restarts the clock: the time of validation does not count."""
         self._last = time.perf_counter()
 
     def on_train_batch_end(self, trainer: Any, pl_module: RunModule, *_: Any) -> None:
@@ -106,7 +106,7 @@ class Throughput(L.Callback):
 
 
 def peak_memory(device: torch.device) -> int:
-    """Peak bytes: allocated on a CUDA device, resident on the host elsewhere."""
+    """Peak memory of this process in bytes: allocated on a CUDA device, else resident on the host."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     kilobytes = 1 if sys.platform == "darwin" else 1024  # macOS counts in bytes

@@ -1,4 +1,4 @@
-"""TensorBoard, Weights & Biases, MLflow: what they get besides the metrics."""
+"""Logs config, data report and pictures to TensorBoard, Weights & Biases and MLflow."""
 
 import sys
 from collections.abc import Sequence
@@ -17,26 +17,26 @@ from oumi_pl.types import RunModule
 AT_START = (folders.CONFIG, folders.RECIPE, "data.json")
 AT_END = ("curves.png", "report.html")
 RESULTS = ("train/loss", "val/loss", "val/nll", "val/mean_token_accuracy", "val/exact_match")
-"""Metrics that runs are compared by."""
+"""Final metrics that TensorBoard shows beside the hyper-parameters."""
 
 
 class Tracking(L.Callback):
-    """Adds loggers once the run has its folder; logs config and data report to them, and at the end the pictures.
+    """Adds loggers once the run folder exists; logs config and data report to them, and at the end the pictures.
 
     Has to come after the callbacks that write these files. Nothing is logged before the folder exists, so that a
-    mistake in the recipe leaves nothing behind. A resumed run continues the runs of its loggers.
+    mistake in the recipe leaves no trace. A resumed run continues the runs of its loggers.
 
     Args:
         names: Loggers to add to those of the trainer: `tensorboard`, `wandb`, `mlflow`.
 
     Raises:
-        UserError: one isn't installed, or nobody is logged in.
+        UserError: a logger isn't installed, or no account is logged in.
     """
 
     def __init__(self, names: Sequence[str]) -> None:
         self.names = names
         self.added: list[Any] = []
-        _refuse_unusable(names)
+        rank_zero_only(loggers.refuse_unusable)(names)
 
     @rank_zero_only
     def on_train_start(self, trainer: Any, pl_module: RunModule) -> None:
@@ -54,8 +54,8 @@ class Tracking(L.Callback):
             print(f"{name:<11} {where}", file=sys.stderr)  # aligned with the lines of `Start`
         folders.write_state(run, loggers=kept)
         trainer.loggers = [*trainer.loggers, *self.added]
-        config, row = yaml.safe_load(folder.config), dict(folder._row or {})
-        if step := row.pop("step", None):  # the checkpoint's row: the run may have stopped before it was logged
+        config, row = yaml.safe_load(folder.config), dict(folder.checkpoint_row or {})
+        if step := row.pop("step", None):  # from the checkpoint: a kill may have come before it was logged
             for logger in self.added:
                 logger.log_metrics(loggers.not_logged(logger, row, step), step)
         for logger in trainer.loggers:
@@ -64,12 +64,12 @@ class Tracking(L.Callback):
 
     @rank_zero_only
     def on_fit_end(self, trainer: Any, pl_module: RunModule) -> None:
-        """Logs the pictures, which exist by now."""
+        """Logs results and pictures: the callbacks that draw them have run by now."""
         self._end(trainer, success=True)
 
     @rank_zero_only
     def on_exception(self, trainer: Any, pl_module: RunModule, exception: BaseException) -> None:
-        """Logs them for a run that was stopped or failed."""
+        """Logs results and pictures of a run that was stopped or failed."""
         self._end(trainer, success=False)
 
     def _end(self, trainer: Any, success: bool) -> None:
@@ -84,15 +84,10 @@ class Tracking(L.Callback):
             self._log_files(trainer, folder.directory, AT_END)
             for logger in self.added:
                 loggers.finish(logger, success)
-        except Exception as error:  # from a server, for example; the run itself is complete
+        except Exception as error:  # of a server, for example; the run itself is complete
             print(f"warning: {', '.join(self.names)} did not get the pictures: {error}", file=sys.stderr)
 
     def _log_files(self, trainer: Any, run: Path, names: Sequence[str]) -> None:
         for file in (run / name for name in names):
             for logger in trainer.loggers if file.is_file() else ():
                 loggers.log_file(logger, file, trainer.global_step)
-
-
-@rank_zero_only
-def _refuse_unusable(names: Sequence[str]) -> None:
-    loggers.refuse_unusable(names)

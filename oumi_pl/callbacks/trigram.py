@@ -1,4 +1,4 @@
-"""A trigram model of bytes: a baseline that a pretrained model has to beat, whatever its tokenizer."""
+"""A baseline for pretraining, independent of the tokenizer: a trigram model of bytes."""
 
 import itertools
 import math
@@ -15,7 +15,7 @@ from oumi_pl.types import RunModule
 
 
 class TrigramBytes:
-    """Predicts a byte from the two before it, backing off to one and none by Witten-Bell interpolation.
+    """Predicts a byte from the two bytes before it, by Witten-Bell interpolation with shorter contexts.
 
     `p(c | ab) = (n(abc) + t(ab) p(c | b)) / (n(ab) + t(ab))`, where `n` counts occurrences in the training text and `t`
     the different bytes seen after a context; likewise for shorter contexts, down to a uniform distribution over all 256
@@ -33,7 +33,7 @@ class TrigramBytes:
                 np.add.at(counts, _grams(codes, order), 1)
 
     def bits(self, text: bytes) -> float:
-        """Bits that the model needs for all bytes of a document."""
+        """Bits to encode all bytes of a document with the model."""
         codes = np.frombuffer(text, dtype=np.uint8)
         p = np.full(len(codes), 1 / 256)
         for order, counts in enumerate(self.counts, 1):
@@ -47,7 +47,7 @@ class TrigramBytes:
 
 
 def _grams(codes: np.ndarray, order: int) -> tuple[np.ndarray, ...]:
-    """All runs of `order` bytes as index arrays, `order` times `[n]`."""
+    """All n-grams of `order` bytes as index arrays, `order` times `[n]`."""
     n = max(0, len(codes) - order + 1)
     return tuple(codes[i : i + n] for i in range(order))
 
@@ -66,10 +66,10 @@ class TrigramBaseline(L.Callback):
         self.bits_per_byte = math.nan
 
     def setup(self, trainer: Any, pl_module: RunModule, stage: str) -> None:
-        """Checks that there are documents to count the bytes of.
+        """Checks that the data are documents.
 
         Raises:
-            UserError: the data are of another kind.
+            UserError: they are not.
         """
         data = trainer.datamodule
         if not isinstance(data, PretrainData):
@@ -77,7 +77,7 @@ class TrigramBaseline(L.Callback):
 
     @rank_zero_only
     def on_train_start(self, trainer: Any, pl_module: RunModule) -> None:
-        """Fits and scores."""
+        """Fits the trigram model to the training text, and scores the held-out text with it."""
         data: PretrainData = trainer.datamodule
         model = TrigramBytes(self._texts(data, "train"))
         bits, size = 0.0, 0
@@ -88,7 +88,7 @@ class TrigramBaseline(L.Callback):
 
     @rank_zero_only
     def on_train_end(self, trainer: Any, pl_module: RunModule) -> None:
-        """Prints both."""
+        """Prints the bits per byte of both models."""
         own = float(trainer.callback_metrics.get("val/bits_per_byte", math.nan))
         print(f"bits per byte of held-out text: {own:.3f} (a trigram model of bytes: {self.bits_per_byte:.3f})")
 

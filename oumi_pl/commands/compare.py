@@ -1,4 +1,4 @@
-"""`compare`: a recipe on several engines, step by step from the same weights; exit code 1 if they differ."""
+"""Train a recipe on several engines, step by step from the same weights. Exit code 1 if they differ."""
 
 import argparse
 import contextlib
@@ -10,13 +10,13 @@ from typing import Any
 import yaml
 
 from oumi_pl.commands.parser import Parser
+from oumi_pl.config import command_line
 from oumi_pl.config import files as recipe_files
-from oumi_pl.config import recipe_models
 from oumi_pl.errors import UserError, nearest
 
 ENGINES = ("lightning", "hf", "trl")
 FITS = {"SFT": ("hf", "trl"), "DPO": ("trl",), "Pretrain": ("hf",)}
-"""Trainer type -> the engines that can drive it besides Lightning."""
+"""Trainer type -> the engines that can train it besides Lightning."""
 BFLOAT16 = 2.0**-8
 """Relative rounding of bfloat16."""
 
@@ -25,37 +25,34 @@ def main(args: list[str]) -> int:
     """Runs the command; returns its exit code: 1 if an engine differs from the first by more than the tolerance."""
     parser = Parser("compare", __doc__)
     parser.add_argument("--config", action="append", required=True, help="a recipe; several merge, the later wins")
-    parser.add_argument("--engines", help="two or more of lightning,hf,trl; the first is what the others are held to")
+    parser.add_argument("--engines", help="two or more of lightning,hf,trl; the others are compared with the first")
     parser.add_argument(
         "--steps",
         type=int,
         default=50,
-        help="optimizer steps; what a schedule has in shares of the run runs its course in them",
+        help="optimizer steps; the learning rate schedule is fitted to them (default: 50)",
     )
-    parser.add_argument("--tolerance", type=float, default=1e-5, help="largest relative difference")
-    parser.add_argument(
-        "--output", type=Path, help="folder for table, picture and runs; runs/RECIPE-compare if left out"
-    )
+    parser.add_argument("--tolerance", type=float, default=1e-5, help="largest relative difference (default: 1e-5)")
+    parser.add_argument("--output", type=Path, help="folder for table, picture and runs (default: runs/RECIPE-compare)")
     options, overrides = parser.parse_known_args(args)
     if options.steps < 1:
         raise UserError(f"--steps is {options.steps}, but has to be at least 1")
-    recipe: dict[str, Any] = {}
-    for name in options.config:
-        recipe = recipe_files.merge(recipe, recipe_files.check(recipe_files.find(name)))
+    paths = [recipe_files.find(name) for name in options.config]
+    recipe = recipe_files.merged(map(recipe_files.check, paths))
     engines = _engines(options.engines, recipe)
     options.optimizer = str(((recipe.get("model") or {}).get("init_args") or {}).get("optimizer"))
-    title = "-".join(recipe_files.recipe_name(recipe_files.find(name)) for name in options.config)
+    title = "-".join(map(recipe_files.recipe_name, paths))
     folder = (options.output or Path("runs") / f"{title}-compare").expanduser()
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise UserError(f"--output: {folder} holds something already; name another folder")
-    overrides = recipe_models.with_model(overrides, recipe)
+        raise UserError(f"--output: {folder} is not empty; name another folder")
+    overrides = command_line.with_model(overrides, recipe)
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "recipe.yaml").write_text(yaml.safe_dump(_bare(recipe), sort_keys=False), encoding="utf-8")
     try:
         return _compare(title, [str(folder / "recipe.yaml"), *overrides], engines, options, folder)
     except UserError:
         shutil.rmtree(folder)  # nothing was compared
-        with contextlib.suppress(OSError):  # it holds other runs, or is gone
+        with contextlib.suppress(OSError):  # it has other runs, or does not exist
             folder.parent.rmdir()
         raise
 
@@ -71,7 +68,9 @@ def _compare(title: str, recipe: list[str], engines: list[str], options: argpars
     updates = None
     if "Muon" in options.optimizer:
         updates = max(options.tolerance, BFLOAT16)
-        print(f"updates are held to {updates:g}: Muon computes them in bfloat16, whose rounding multiplies differences")
+        print(
+            f"tolerance of updates: {updates:g}; Muon computes them in bfloat16, whose rounding amplifies differences"
+        )
     differences = [first_difference(found[0], other, options.tolerance, updates) for other in found[1:]]
     for other, difference in zip(found[1:], differences, strict=True):
         print(report.verdict(other.name, found[0].name, len(found[0].held), difference, options.tolerance))
@@ -80,7 +79,7 @@ def _compare(title: str, recipe: list[str], engines: list[str], options: argpars
 
 
 def _bare(recipe: dict[str, Any]) -> dict[str, Any]:
-    """The recipe without what no update depends on and takes time: validation, callbacks, the best checkpoint."""
+    """The recipe without parts that take time and do not affect updates: validation, callbacks, checkpoints."""
     bare = copy.deepcopy(recipe)
     data = bare.get("data") or {}
     for section, keys in (
@@ -95,16 +94,16 @@ def _bare(recipe: dict[str, Any]) -> dict[str, Any]:
 
 
 def _engines(wanted: str | None, recipe: dict[str, Any]) -> list[str]:
-    """The engines to run: those named, or Lightning and whatever else can train the recipe's module."""
+    """The engines to run: the requested ones, or all that can train the recipe's module."""
     module = str((recipe.get("model") or {}).get("class_path", "")).rsplit(".", 1)[-1]
     if wanted is None:
         return ["lightning", *FITS.get(module, ("hf",))]
     engines = [name.strip() for name in wanted.split(",")]
     for name in engines:
         if name not in ENGINES:
-            raise UserError(f"--engines: there is no {name!r}{nearest(name, ENGINES)}")
+            raise UserError(f"--engines: unknown engine {name!r}{nearest(name, ENGINES)}")
         if name != "lightning" and name not in FITS.get(module, ENGINES):
-            raise UserError(f"--engines: {name} can't drive {module}; what can: lightning, {', '.join(FITS[module])}")
+            raise UserError(f"--engines: {name} can't train {module}; these can: lightning, {', '.join(FITS[module])}")
     if len(engines) < 2 or len(set(engines)) < len(engines):
         raise UserError(f"--engines: name two or three different ones of {', '.join(ENGINES)}")
     return engines

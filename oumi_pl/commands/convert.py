@@ -1,4 +1,4 @@
-"""`convert`: an Oumi config as a native recipe, printed."""
+"""Print an Oumi training config as a recipe."""
 
 from pathlib import Path
 from typing import get_args
@@ -14,30 +14,30 @@ def main(args: list[str]) -> int:
     parser = Parser(
         "convert",
         __doc__,
-        epilog="anything else puts a value in place of the config's, as for Oumi: --training.max_steps 100",
+        epilog="other options override values of the config, as in Oumi: --training.max_steps 100",
     )
-    parser.add_argument("config", type=Path, help="a config as `oumi train` reads it")
-    parser.add_argument("--engine", choices=ENGINES, help="what drives the loop; as Oumi's trainer type when left out")
-    parser.add_argument("--devices", type=int, metavar="N", help="devices per node; all there are when left out")
+    parser.add_argument("config", type=Path, help="a config for `oumi train`")
+    parser.add_argument("--engine", choices=ENGINES, help="who runs the loop (default: by Oumi's trainer type)")
+    parser.add_argument("--devices", type=int, metavar="N", help="devices per node (default: all)")
     options, overrides = parser.parse_known_args(args)
     print(convert(options.config.expanduser(), overrides, options.engine, options.devices), end="")
     return 0
 
 
 def convert(path: Path, overrides: list[str], engine: str | None = None, devices: int | None = None) -> str:
-    """The text of the recipe that trains what an Oumi config describes.
+    """The text of the recipe that is equivalent to an Oumi config.
 
     Args:
-        path: The config.
+        path: File of the config.
         overrides: `--training.max_steps 100` and the like.
-        engine: `lightning`, `trl` or `hf`; what Oumi's trainer type stands for when left out.
+        engine: `lightning`, `trl` or `hf`; by default the one of Oumi's trainer type.
         devices: Devices per node.
 
     Raises:
         UserError: the config can't be read, or something in it has no counterpart.
     """
     if str(path).startswith("oumi:"):
-        raise UserError(f"convert: {path} is an address; download the file, and name it")
+        raise UserError(f"convert: {path} is an address; download the file and pass its path")
     from oumi_pl.core.configs import TrainingConfig
     from oumi_pl.core.recipe import Engine, as_yaml, to_recipe
 

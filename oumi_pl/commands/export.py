@@ -1,4 +1,4 @@
-"""`export`: any checkpoint to a folder that `transformers` loads."""
+"""Export a checkpoint as a folder that `transformers` loads."""
 
 import copy
 from pathlib import Path
@@ -12,10 +12,13 @@ def main(args: list[str]) -> int:
     """Runs the command; returns its exit code."""
     parser = Parser("export", __doc__)
     parser.add_argument(
-        "--checkpoint", type=Path, required=True, help="a .ckpt file, a sharded checkpoint, or a run folder"
+        "--checkpoint",
+        type=Path,
+        required=True,
+        help="a .ckpt file, a sharded checkpoint, or a run folder (its best, else newest)",
     )
-    parser.add_argument("--output", type=Path, required=True, help="folder to write, new or empty")
-    parser.add_argument("--merge", action="store_true", help="add a LoRA adapter to its base weights")
+    parser.add_argument("--output", type=Path, required=True, help="folder to write to, new or empty")
+    parser.add_argument("--merge", action="store_true", help="merge a LoRA adapter into its base weights")
     parser.add_argument("--push_to_hub", metavar="NAME", help="also upload the folder to this hub repository")
     options = parser.parse_args(args)
     checkpoint, output = find(options.checkpoint.expanduser()), options.output.expanduser()
@@ -29,14 +32,14 @@ def main(args: list[str]) -> int:
 
 
 def export_checkpoint(checkpoint: Path, output: Path, *, merge: bool = False) -> None:
-    """Builds the model that a checkpoint's own config describes, loads the weights and writes the folder.
+    """Builds the model from the config in a checkpoint, loads the weights and writes the folder.
 
     Raises:
-        UserError: if the checkpoint can't be read or has no config, what it is built on can't be loaded, or the folder
-            can't be written.
+        UserError: if the checkpoint can't be read or has no config, its base model can't be loaded, or the folder is
+            not empty.
     """
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
-        raise UserError(f"--output: {output} is there and not an empty folder; name another one")
+        raise UserError(f"--output: {output} exists and is not an empty folder; name another one")
     from oumi_pl.models.export import model_card
 
     module, data, config, content = built(checkpoint)
@@ -52,10 +55,13 @@ def export_checkpoint(checkpoint: Path, output: Path, *, merge: bool = False) ->
 
 
 def built(checkpoint: Path) -> tuple[Any, Any, dict[str, Any], dict[str, Any]]:
-    """Module and data that a checkpoint's own config describes, with its weights; the config, and all of the content.
+    """Builds module and data from the config in a checkpoint, and loads the weights.
+
+    Returns:
+        Module, data, parsed config, and the whole content of the checkpoint.
 
     Raises:
-        UserError: if the checkpoint can't be read or has no config, or what it is built on can't be loaded.
+        UserError: if the checkpoint can't be read or has no config, or its base model can't be loaded.
     """
     import yaml
 
@@ -63,23 +69,23 @@ def built(checkpoint: Path) -> tuple[Any, Any, dict[str, Any], dict[str, Any]]:
 
     content = read_checkpoint(checkpoint)
     if not content.get("config") or "state_dict" not in content:
-        raise UserError(f"--checkpoint: {checkpoint} holds no recipe, so it was not written by `oumi_pl fit`")
+        raise UserError(f"--checkpoint: {checkpoint} has no config, so it was not written by `oumi_pl fit`")
     from oumi_pl.config.cli import instantiate
 
     config = yaml.safe_load(content["config"])
-    module, data = instantiate(copy.deepcopy(config))  # parsing changes it in place
+    module, data = instantiate(copy.deepcopy(config))  # `instantiate` changes its argument
     data.tokenizer_spec = data.tokenizer_spec or module.model_name
-    module.quantization = None  # only saves memory in training: adapters belong to the base in full precision
+    module.quantization = None  # it only saves memory in training; adapters are exported for the full-precision base
     model = module.assemble(data.tokenizer, data.added_tokens, branching=None)
     module.load_weights(content["state_dict"])
-    if module.lora is None:  # trained in bfloat16 (`precision: bf16-true`), and in bfloat16 from here on
+    if module.lora is None:  # with `precision: bf16-true`, the checkpoint is bfloat16 and the built model is not
         model.to(next(iter(content["state_dict"].values())).dtype)
     return module, data, config, content
 
 
 def find(path: Path) -> Path:
-    """The checkpoint itself, or the one that counts in a run folder: the best, else the newest."""
-    from oumi_pl.runs.checkpoint_files import saved_steps
+    """The checkpoint itself, or that of a run folder: the best, else the newest."""
+    from oumi_pl.runs.folders import saved_steps
 
     if not path.exists():
         raise UserError(f"--checkpoint: no file {path}{nearby(path, lambda p: p.is_dir() or p.suffix == '.ckpt')}")
@@ -90,7 +96,7 @@ def find(path: Path) -> Path:
         return folder / "best.ckpt"
     if steps := saved_steps(folder):
         return steps[-1]
-    raise UserError(f"--checkpoint: there is no checkpoint in {path}")
+    raise UserError(f"--checkpoint: no checkpoint in {path}")
 
 
 def _check_name(name: str) -> None:
@@ -112,5 +118,5 @@ def _push(folder: Path, name: str) -> None:
         api = HfApi()
         api.create_repo(name, exist_ok=True)
         print(f"pushed to {api.upload_folder(repo_id=name, folder_path=folder)}")
-    except Exception as error:  # of the hub, of the network, of whichever HTTP library
+    except Exception as error:  # of the hub, the network or the HTTP library
         raise UserError(f"--push_to_hub: {name}: {reason(error)}; the folder {folder} is written") from error

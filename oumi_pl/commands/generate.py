@@ -1,4 +1,4 @@
-"""`generate`: completes prompts with an exported model, or directly with a checkpoint."""
+"""Complete prompts with an exported model, or with a checkpoint."""
 
 import argparse
 import json
@@ -11,17 +11,17 @@ from oumi_pl.errors import UserError
 from oumi_pl.terminal.screen import has_colours, meanwhile, visible
 
 LONGEST = 256
-"""Most tokens of a completion, by default."""
+"""Default for the most tokens of a completion."""
 
 
 class Loaded(NamedTuple):
-    """What completes the prompts."""
+    """A model that completes prompts."""
 
     model: Any
     """A Hugging Face model."""
     tokenizer: Any
     stop: list[int]
-    """Ids that end a completion, besides EOS and those that the model itself ends with."""
+    """Ids that end a completion, besides EOS and those in the model's generation config."""
 
 
 def main(args: list[str]) -> int:
@@ -72,10 +72,10 @@ def main(args: list[str]) -> int:
 
 
 def from_folder(name: str, trust_remote_code: bool = False) -> Loaded:
-    """A model by folder or hub id, in the precision that it is saved in; a LoRA adapter on its base.
+    """Loads a model by folder or hub id in its saved precision; a LoRA adapter is loaded on its base.
 
     Raises:
-        UserError: it can't be loaded, or lacks weights.
+        UserError: the model can't be loaded, or lacks weights.
     """
     from oumi_pl.errors import reason
     from oumi_pl.models.hub import locate
@@ -94,10 +94,10 @@ def from_folder(name: str, trust_remote_code: bool = False) -> Loaded:
         tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code)
         load: Any = AutoModelForCausalLM.from_pretrained
         model, info = load(path, dtype="auto", trust_remote_code=trust_remote_code, output_loading_info=True)
-    except Exception as error:  # files can be wrong in any way, and so can code from the hub
+    except Exception as error:  # files and code from the hub can fail in any way
         if "trust_remote_code" in str(error):
             raise UserError(
-                f"--model: {name} needs code of its own to run; if you trust it, add --trust_remote_code"
+                f"--model: {name} comes with its own code; if you trust it, add --trust_remote_code"
             ) from error
         raise UserError(f"--model: can't load {name}: {reason(error)}") from error
     if missing := sorted(info["missing_keys"]):
@@ -106,10 +106,10 @@ def from_folder(name: str, trust_remote_code: bool = False) -> Loaded:
 
 
 def from_checkpoint(path: Path) -> Loaded:
-    """The model of a checkpoint file; of a run folder, that of its best checkpoint, else of its newest.
+    """Loads the model of a checkpoint; for a run folder, of its best checkpoint, else its newest.
 
     Raises:
-        UserError: it can't be read, what it is built on can't be loaded, or it does not complete prompts.
+        UserError: the checkpoint can't be read, its base can't be loaded, or the model does not complete prompts.
     """
     from oumi_pl.commands.export import built, find
 
@@ -121,19 +121,19 @@ def from_checkpoint(path: Path) -> Loaded:
 
 
 def is_chat(tokenizer: Any, raw: bool) -> bool:
-    """Whether a prompt is a user's turn."""
+    """Whether prompts are sent as turns of a user."""
     return bool(tokenizer.chat_template) and not raw
 
 
 def prompt_ids(tokenizer: Any, prompt: str, system: str | None = None, raw: bool = False) -> list[int]:
-    """The ids of a prompt: a user's turn in the tokenizer's chat template, if it has one, else the plain text.
+    """The ids of a prompt: a user's turn if the tokenizer has a chat template, else plain text.
 
     Raises:
-        UserError: the template refuses it, or there is none and `system` asks for one.
+        UserError: the template refuses the prompt, or `system` is given without a template.
     """
     if not is_chat(tokenizer, raw):
         if system is not None:
-            raise UserError("--system: this tokenizer has no chat template, in which it would have a place")
+            raise UserError("--system: this tokenizer has no chat template, so there is no place for a system turn")
         return list(tokenizer(prompt)["input_ids"])
     from jinja2 import TemplateError
 
@@ -144,9 +144,9 @@ def prompt_ids(tokenizer: Any, prompt: str, system: str | None = None, raw: bool
     try:
         text = tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
     except TemplateError as error:
-        raise UserError(f"the chat template refuses this prompt: {error}; --raw does without it") from error
+        raise UserError(f"the chat template refuses this prompt: {error}; leave the template out with --raw") from error
     ids = list(tokenizer(text, add_special_tokens=False)["input_ids"])
-    # a training row begins with BOS whether the template writes it or not
+    # training rows begin with BOS, even if the template does not write it
     lacks_bos = adds_bos(tokenizer) and ids[:1] != [tokenizer.bos_token_id]
     return [tokenizer.bos_token_id, *ids] if lacks_bos else ids
 
@@ -166,18 +166,28 @@ def _options(args: list[str]) -> argparse.Namespace:
         UserError: options are out of range, or contradict each other.
     """
     parser = Parser("generate", __doc__)
-    parser.add_argument("--model", metavar="DIR", help="a model folder, a LoRA adapter's too, or a name on the hub")
-    parser.add_argument("--checkpoint", type=Path, metavar="FILE", help="a .ckpt file, or a run folder: its best")
-    parser.add_argument("--prompt", action="append", default=[], metavar="TEXT", help="may be given several times")
-    parser.add_argument("--file", metavar="FILE", help="a prompt per line; - is the standard input")
-    parser.add_argument("--system", metavar="TEXT", help="the system turn before the prompt")
-    parser.add_argument("--raw", action="store_true", help="the plain prompt, without the chat template")
-    parser.add_argument("--max_new_tokens", type=int, metavar="N", help=f"longest completion; {LONGEST}")
-    parser.add_argument("--temperature", type=float, default=0.0, metavar="T", help="0, the default, is greedy")
-    parser.add_argument("--top_p", type=float, metavar="P", help="sample from the likeliest tokens that make up P")
-    parser.add_argument("--seed", type=int, metavar="N", help="of sampling")
-    parser.add_argument("--json", action="store_true", help="a line of JSON per prompt")
-    parser.add_argument("--trust_remote_code", action="store_true", help="run code that a model brings along")
+    parser.add_argument("--model", metavar="DIR", help="a model or LoRA adapter: a folder, or a name on the hub")
+    parser.add_argument(
+        "--checkpoint",
+        type=Path,
+        metavar="FILE",
+        help="a .ckpt file, or a run folder: its best",
+    )
+    parser.add_argument("--prompt", action="append", default=[], metavar="TEXT", help="a prompt; may be repeated")
+    parser.add_argument("--file", metavar="FILE", help="a file with one prompt per line; - reads standard input")
+    parser.add_argument("--system", metavar="TEXT", help="a system turn before the prompt")
+    parser.add_argument("--raw", action="store_true", help="send the prompt as plain text, without the chat template")
+    parser.add_argument("--max_new_tokens", type=int, metavar="N", help=f"longest completion (default: {LONGEST})")
+    parser.add_argument("--temperature", type=float, default=0.0, metavar="T", help="0 (the default) is greedy")
+    parser.add_argument(
+        "--top_p",
+        type=float,
+        metavar="P",
+        help="sample from the likeliest tokens that add up to P",
+    )
+    parser.add_argument("--seed", type=int, metavar="N", help="seed of sampling")
+    parser.add_argument("--json", action="store_true", help="print a line of JSON per prompt")
+    parser.add_argument("--trust_remote_code", action="store_true", help="run code that comes with a model")
     options = parser.parse_args(args)
     if bool(options.model) == bool(options.checkpoint):
         both = "name one of the two" if options.model else "name --model DIR or --checkpoint FILE"
@@ -189,9 +199,9 @@ def _options(args: list[str]) -> argparse.Namespace:
     if options.top_p is not None and not 0 < options.top_p <= 1:
         raise UserError(f"--top_p is {options.top_p:g}, but has to be above 0 and at most 1")
     if options.top_p is not None and options.temperature == 0:
-        raise UserError("--top_p is for sampling, and without --temperature completions are greedy")
+        raise UserError("--top_p is for sampling: add --temperature, since completions are greedy without it")
     if options.raw and options.system is not None:
-        raise UserError("--system is a turn of the chat template, which --raw does without")
+        raise UserError("--system needs the chat template, which --raw leaves out")
     return options
 
 
@@ -213,36 +223,36 @@ def _prompts(options: argparse.Namespace) -> list[str]:
 
 
 def _refuse_no_model(path: Path) -> None:
-    """Checks that a path can be a model folder.
+    """Checks that an existing path is a model folder.
 
     Raises:
         UserError: it is something else; says where the model may be.
     """
     if path.is_file():
-        raise UserError(f"--model: {path} is a file; a checkpoint goes by --checkpoint {path}")
+        raise UserError(f"--model: {path} is a file; for a checkpoint, use --checkpoint {path}")
     if not path.is_dir():
         return  # a name on the hub, perhaps
     if (path / "run.json").is_file():
         model = f"--model {path / 'model'}" if (path / "model").is_dir() else f"--checkpoint {path}"
         raise UserError(f"--model: {path} is a run folder; its model: {model}")
     if not any((path / name).is_file() for name in ("config.json", "adapter_config.json")):
-        raise UserError(f"--model: {path} is no model folder: it has no config.json")
+        raise UserError(f"--model: {path} is not a model folder: it has no config.json")
     if not any([*path.glob("*.safetensors"), *path.glob("*.bin")]):
-        raise UserError(f"--model: there are no weights in {path}")
+        raise UserError(f"--model: no weights in {path}")
 
 
 def _limit(model: Any, prompt: int, asked: int | None) -> int:
-    """Most tokens of a completion: as asked for, but no more than the model has positions for.
+    """Most tokens of a completion: the requested number, limited by the model's positions.
 
     Raises:
-        UserError: the prompt alone has too many.
+        UserError: the prompt alone needs more positions.
     """
     positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     if positions is None:
         return asked or LONGEST
     if prompt >= positions:
-        raise UserError(f"--prompt: it has {prompt:,} tokens, and the model positions for {positions:,}")
+        raise UserError(f"--prompt: it has {prompt:,} tokens, but the model has only {positions:,} positions")
     if asked is not None and asked > positions - prompt:
         left = f"the prompt leaves {positions - prompt:,} of the model's {positions:,} positions"
-        print(f"note: {left}, so that a completion ends there", file=sys.stderr)
+        print(f"note: {left}, so completions end there", file=sys.stderr)
     return min(asked or LONGEST, positions - prompt)

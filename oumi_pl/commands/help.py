@@ -1,6 +1,6 @@
-"""`fit --help`, and `--help TOPIC`: this project's options, or those of one section, place, class or option.
+"""Prints `fit --help`, the project's own options, and `--help TOPIC`: a section, place of classes, class or option.
 
-All of it is read from signatures and docstrings, by the parser that reads the command line.
+All texts come from signatures and docstrings, read by the parser of the command line.
 """
 
 import contextlib
@@ -18,9 +18,9 @@ from oumi_pl.terminal.screen import has_colours
 
 WIDEST = 120
 COLUMN = 34
-"""Where descriptions begin, unless a name is longer."""
+"""Column at which descriptions begin, unless a name is longer."""
 LISTED = 8
-"""Up to so many classes of a place are shown with their arguments; of more, only a summary each."""
+"""Places with more classes than this are listed with a summary per class instead of all arguments."""
 OF_FIT = ("checkpoint", "export", "samples", "val_every", "max_tokens", "report", "logger", "engine")
 HIDDEN = {
     "fit": ("predictions",),
@@ -28,22 +28,22 @@ HIDDEN = {
     "test": (*OF_FIT, "predictions"),
     "predict": OF_FIT,
 }
-"""Options that a command accepts but ignores, so that one recipe serves all commands."""
+"""Options that a command accepts and ignores, so that one recipe works with all commands."""
 FOREIGN = ("builtins", "abc", "torch", "lightning", "transformers", "typing")
-"""Packages whose docstrings follow other styles: jsonargparse's reading of them is used."""
+"""Packages with other docstring styles: for these, the descriptions parsed by jsonargparse are used."""
 FIRST = {
-    "config NAME|FILE": "A recipe, by name or path; several are merged, and the later wins.",
+    "config NAME|FILE": "A recipe, by name or path; several are merged, the later wins.",
     "resume [RUN]": "Resume the last unfinished run of the recipe, or this run folder.",
 }
 LAST = {
-    "ckpt_path FILE": "Checkpoint whose weights are used; with fit, training also continues from its step.",
-    "seed_everything INT": "Seed of every random number (default: 42).",
-    "print_config": "Print what would run, as a recipe, and stop.",
+    "ckpt_path FILE": "Checkpoint to load weights from; fit also continues from its step.",
+    "seed_everything INT": "Seed of all random generators (default: 42).",
+    "print_config": "Print the complete config as a recipe, and exit.",
 }
-"""Options that are read before the parser, or that Lightning adds to it: shown before and after the project's own."""
+"""Options that are read before the parser, or added by Lightning: shown before and after the project's own."""
 
 Options = dict[str, Any]
-"""By name (`data.batch_size`): a `check.Argument`, or only a description."""
+"""Name (`data.batch_size`) -> a `check.Argument`, or just a description."""
 
 
 def main(command: str, topic: str = "") -> int:
@@ -54,27 +54,27 @@ def main(command: str, topic: str = "") -> int:
         topic: A section (`model`, `checkpoint`), a place of classes (`model.optimizer`), a class, or an option.
 
     Raises:
-        UserError: if the topic is unknown; offers the nearest.
+        UserError: if the topic is unknown; suggests the nearest.
     """
     print("\n".join(_topic(command, topic.lstrip("-")) if topic else _command(command)))
     return 0
 
 
 def _command(command: str) -> Iterator[str]:
-    """The project's own options by group, and what else there is to ask for."""
+    """The project's own options by group, and the other topics."""
     yield f"usage: oumi_pl {command} --config NAME|FILE [--OPTION VALUE ...]"
     groups = _groups(command)
     for title, options in groups.values():
         yield from _section(title, options)
-    yield from _heading("values of the recipe, by their path in it")
+    yield from _heading("override values of the recipe by their path")
     for name, example in {"model": "optimizer.lr 3e-4", "data": "batch_size 8", "trainer": "max_steps 100"}.items():
-        yield from _entry(f"--{name}.KEY VALUE", f"--{name}.{example}; all of them: oumi_pl {command} --help {name}")
+        yield from _entry(f"--{name}.KEY VALUE", f"--{name}.{example}; list all: oumi_pl {command} --help {name}")
     yield from _heading(f"oumi_pl {command} --help TOPIC")
     yield from _entry("a section", ", ".join(["model", "data", "trainer", *(name for name in groups if name != "run")]))
     yield from _entry("a place of classes", ", ".join(sorted(place for place in _places() if "." in place)))
     yield from _entry("a class", "SFT, DPOData, Cosine, AdamW, ..., or one of your own: my_module.MyLoss")
     yield from _entry("an option", "data.batch_size")
-    yield from _entry("all", "everything on one page, as the parser prints it")
+    yield from _entry("all", "all options on one page, printed by the parser")
 
 
 def _topic(command: str, topic: str) -> Iterator[str]:
@@ -105,7 +105,7 @@ def _topic(command: str, topic: str) -> Iterator[str]:
 
 
 def _class(topic: str, places: dict[str, dict[str, type]]) -> tuple[type, str] | None:
-    """A class by its short name, or by the path of one that isn't imported yet, and its first place in a recipe."""
+    """Finds a class by short name, or imports it by path; returns it with its first place in a recipe."""
     module, _, name = topic.rpartition(".")
     if module and module not in places:
         try:
@@ -117,7 +117,7 @@ def _class(topic: str, places: dict[str, dict[str, type]]) -> tuple[type, str] |
 
 
 def _place(place: str, classes: dict[str, type]) -> Iterator[str]:
-    """The classes of a place: the arguments of each, then those that all share."""
+    """The classes of a place: the own arguments of each, then the shared ones."""
     if len(classes) > LISTED:
         yield from _heading(f"{place}: one of these; the arguments of one: --help NAME")
         for name, cls in sorted(classes.items()):
@@ -137,13 +137,13 @@ def _place(place: str, classes: dict[str, type]) -> Iterator[str]:
 
 
 def _page(cls: type, place: str) -> Iterator[str]:
-    """A class: its docstring, and its arguments as options."""
+    """The page of a class: docstring and arguments."""
     yield from _heading(f"{cls.__name__}, for {place}")
     ends = r"\n\s*(?:Args|Arguments|Returns|Raises|Examples?|Note)\b|\n\s*\.\."
     for paragraph in re.split(r"\n\s*\n", re.split(ends, inspect.getdoc(cls) or "")[0].strip()):
         yield from textwrap.wrap(_plain(paragraph), _width())
     options, dashes = _arguments(cls, place), "--"
-    if place.startswith("trainer."):  # a list of classes: an option does not say of which
+    if place.startswith("trainer."):  # these are lists of classes, which options can't address
         options, dashes = {name.rpartition(".")[2]: option for name, option in options.items()}, ""
         first = "".join(f"{name}: {_default(option.default) or '...'}" for name, option in list(options.items())[:1])
         yield ""
@@ -155,7 +155,7 @@ def _page(cls: type, place: str) -> Iterator[str]:
 
 
 def _places() -> dict[str, dict[str, type]]:
-    """The classes that a recipe can name, by their place; and Lightning's Trainer."""
+    """The classes that a recipe can name, by place, and Lightning's Trainer."""
     from lightning.pytorch import Trainer
 
     from oumi_pl.config import check
@@ -168,12 +168,12 @@ def _places() -> dict[str, dict[str, type]]:
 
 
 def _groups(command: str) -> dict[str, tuple[str, Options]]:
-    """The options that this project adds to a command: the title and the options of each group."""
+    """The options that this project adds to a command, by group: title and options."""
     from oumi_pl.config import check
     from oumi_pl.config.cli import CLI
     from oumi_pl.config.parser import Parser
 
-    cli, parser = CLI.__new__(CLI), Parser()
+    cli, parser = CLI.__new__(CLI), Parser()  # without `__init__`, which would parse and run a command line
     cli.command = command
     cli.add_arguments_to_parser(parser)
     run: Options = {name: doc for name, doc in FIRST.items() if command == "fit" or not name.startswith("resume")}
@@ -188,13 +188,13 @@ def _groups(command: str) -> dict[str, tuple[str, Options]]:
 
 
 def _arguments(cls: type, place: str) -> Options:
-    """What the constructor of a class takes, as options below its place in a recipe."""
+    """The constructor arguments of a class, as options under its place in a recipe."""
     from docstring_parser import DocstringStyle, parse
 
     from oumi_pl.config import check
 
     docs: dict[str, str] = {}
-    for owner in reversed(cls.__mro__):  # a class describes best what it passes on to a base
+    for owner in reversed(cls.__mro__):  # a subclass describes inherited arguments best
         if owner.__module__.split(".")[0] not in FOREIGN:
             params = parse(owner.__doc__ or "", style=DocstringStyle.GOOGLE).params
             docs |= {argument.arg_name: argument.description or "" for argument in params}
@@ -203,7 +203,7 @@ def _arguments(cls: type, place: str) -> Options:
 
 
 def _kind(hint: Any) -> str:
-    """A type in the column of names: `int`, `lightning|hf|trl`, `str or list`."""
+    """A type as text: `int`, `lightning|hf|trl`, `str or list`."""
     from oumi_pl.config import check
 
     names = check.type_names(hint)
@@ -212,7 +212,7 @@ def _kind(hint: Any) -> str:
 
 
 def _default(value: Any) -> str:
-    """A default, if it says anything."""
+    """A default as text; empty if it carries no information."""
     if isinstance(value, dict) and "class_path" in value:
         inside = ", ".join(f"{name}={given}" for name, given in (value.get("init_args") or {}).items())
         return f"{value['class_path'].rpartition('.')[2]}({inside})"
@@ -231,13 +231,13 @@ def _section(title: str, options: Mapping[str, Any], dashes: str = "--") -> Iter
             yield from _entry(f"{dashes}{name}", option)
             continue
         doc, default = _plain(option.doc), _default(option.default)
-        if default and "Default: " not in doc and "efault" not in doc[-40:]:  # else it says so itself
+        if default and "Default: " not in doc and "efault" not in doc[-40:]:  # else the description mentions it
             doc = f"{doc} (default: {default})".strip()
         yield from _entry(f"{dashes}{name} {_kind(option.hint)}".rstrip(), doc)
 
 
 def _entry(name: str, doc: str) -> Iterator[str]:
-    """A name, and beside or below it what it does, wrapped."""
+    """A name, with its description wrapped beside or below it."""
     wrapped = textwrap.wrap(doc, _width() - COLUMN, break_on_hyphens=False) or [""]
     if len(name) < COLUMN - 3:
         yield f"  {name:{COLUMN - 2}}{wrapped.pop(0)}".rstrip()
@@ -259,13 +259,13 @@ def _summary(cls: type) -> str:
 
 
 def _plain(doc: str) -> str:
-    """A docstring's paragraph in one line, without the marks of reStructuredText."""
+    """A paragraph of a docstring in one line, without reStructuredText markup."""
     doc = re.sub(r":\w+:`~?([^`]*)`", r"\1", " ".join(doc.split()))
     return doc.replace("``", "")
 
 
 def _width() -> int:
-    """Columns of the terminal, also when the page goes there through a pager."""
+    """Columns of the terminal, also if stdout goes through a pager."""
     columns = int(os.environ.get("COLUMNS") or 0)
     for stream in (1, 2, 0):
         with contextlib.suppress(OSError):

@@ -1,4 +1,4 @@
-"""The command line of a command of our own: its mistakes are told like all others."""
+"""Parses the command lines of commands other than Lightning's, with errors like all others."""
 
 import argparse
 from typing import NoReturn
@@ -7,19 +7,19 @@ from oumi_pl.errors import UserError
 
 
 class Parser(argparse.ArgumentParser):
-    """An argument parser that takes no abbreviations, and raises instead of printing a page of usage.
+    """An argument parser without abbreviations that raises errors instead of printing its usage.
 
     Args:
-        command: The command's name.
-        description: What it does.
-        epilog: What stands below the options.
+        command: Name of the command.
+        description: Text above the options.
+        epilog: Text below the options.
     """
 
     def __init__(self, command: str, description: str | None, epilog: str | None = None) -> None:
         super().__init__(prog=f"oumi_pl {command}", description=description, epilog=epilog, allow_abbrev=False)
 
     def error(self, message: str) -> NoReturn:
-        """Raises.
+        """Raises instead of printing the usage.
 
         Raises:
             UserError: always.

@@ -1,4 +1,4 @@
-"""`preview`: builds only the data, and shows examples as the model will see them, then the data report."""
+"""Show examples as the model will see them, and the data report. Loads no weights."""
 
 import argparse
 import difflib
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 SPLITS = ("train", "validation", "test")
 EPILOG = """\
-Anything else puts a value in place of the recipe's, as for fit: --data.max_length 256 --data.train my_rows.jsonl
+Other options override values of the recipe, as for fit: --data.max_length 256 --data.train my_rows.jsonl
 
   oumi_pl preview --config quickstart/sft                      the first rows, and the data report
   oumi_pl preview --config quickstart/sft --row 17 --tokens    row 17, token by token with ids
@@ -25,7 +25,7 @@ Anything else puts a value in place of the recipe's, as for fit: --data.max_leng
   oumi_pl preview --config mine.yaml --cut                     where rows were cut to data.max_length
   oumi_pl preview --config mine.yaml --html mine.html          a page to send to a colleague
 
-No weights are loaded. Tokenized rows are cached, and used again by fit.
+Tokenized rows are cached and reused by fit.
 """
 
 
@@ -67,27 +67,32 @@ def _parser() -> Parser:
     parser = Parser("preview", __doc__, epilog=EPILOG)
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     add = parser.add_argument
-    add("--config", "-c", action="append", help="a recipe by name or path, or a run's config.yaml; several merge")
-    add("-n", "--rows", type=int, default=3, metavar="N", help="how many to show; 3 if left out")
+    add(
+        "--config",
+        "-c",
+        action="append",
+        help="a recipe by name or path, or a run's config.yaml; several are merged",
+    )
+    add("-n", "--rows", type=int, default=3, metavar="N", help="how many to show (default: 3)")
     which = parser.add_mutually_exclusive_group()
-    which.add_argument("--row", type=int, nargs="+", metavar="I", help="rows by their number in the split, from 1")
+    which.add_argument("--row", type=int, nargs="+", metavar="I", help="rows by number, counted from 1")
     which.add_argument("--longest", action="store_true", help="the longest examples")
     which.add_argument("--cut", action="store_true", help="examples that were cut to data.max_length")
     which.add_argument("--dropped", action="store_true", help="rows that were dropped, and why")
-    add("--split", default="train", help="train, validation or test; train if left out")
-    add("--packs", action="store_true", help="how the packs of the first micro-batch are filled, without examples")
-    add("--tokens", action="store_true", help="token by token, with position and id")
-    add("--full", action="store_true", help="long rows in full, instead of their beginnings and ends")
-    add("--plain", action="store_true", help="no escape codes; the default in a pipe, and where NO_COLOR is set")
-    add("--html", type=Path, metavar="FILE", help="write a self-contained page instead")
+    add("--split", default="train", help="train, validation or test (default: train)")
+    add("--packs", action="store_true", help="show how the packs of the first micro-batch are filled, and no examples")
+    add("--tokens", action="store_true", help="show token by token, with position and id")
+    add("--full", action="store_true", help="show long rows in full")
+    add("--plain", action="store_true", help="print no escape codes; the default in a pipe, and if NO_COLOR is set")
+    add("--html", type=Path, metavar="FILE", help="write a self-contained page instead of printing")
     return parser
 
 
 def _refuse_misspelt(parser: Parser, overrides: list[str]) -> None:
-    """Suggests an option of this command for a misspelt one, which would be taken for one of `fit`.
+    """Refuses misspelt options of this command, which would otherwise be read as keys of the recipe.
 
     Raises:
-        UserError: an option is nearly one of this command.
+        UserError: an option is similar to one of this command.
     """
     own = [flag for action in parser._actions for flag in action.option_strings]
     for arg in overrides:
@@ -98,7 +103,7 @@ def _refuse_misspelt(parser: Parser, overrides: list[str]) -> None:
 
 
 def _preview(data: "TextData", options: argparse.Namespace, title: str, notes: list[str]) -> "Preview":
-    """Builds the splits that `fit` reads, and the one that is asked for."""
+    """Builds the splits that `fit` reads and the requested one, and collects what is shown."""
     from oumi_pl.data.examples import ExampleData
     from oumi_pl.preview import report
     from oumi_pl.preview.shown import Preview
@@ -118,10 +123,10 @@ def _preview(data: "TextData", options: argparse.Namespace, title: str, notes: l
 
 
 def _refuse_other_data(data: "TextData", options: argparse.Namespace) -> None:
-    """Checks, before anything is read, that the data have what is asked for.
+    """Checks, before any row is read, that the data can show what the options ask for.
 
     Raises:
-        UserError: they don't.
+        UserError: they can't.
     """
     from oumi_pl.data.examples import ExampleData
     from oumi_pl.data.pretrain import PretrainData
@@ -130,16 +135,16 @@ def _refuse_other_data(data: "TextData", options: argparse.Namespace) -> None:
         raise UserError(f"--split {options.split}: the recipe names no source in data.{options.split}")
     if isinstance(data, ExampleData):
         if options.packs and data.capacity is None:
-            raise UserError("--packs: there are none, since data.packing is off: each row is one example")
+            raise UserError("--packs: data.packing is off, so there are no packs: each row is one example")
         return
     if not isinstance(data, PretrainData):
-        raise UserError(f"preview: {type(data).__name__} is neither ExampleData nor PretrainData, which it can show")
+        raise UserError(f"preview: {type(data).__name__} is neither ExampleData nor PretrainData, so it can't be shown")
     if options.packs:
         raise UserError("--packs: the rows of pretraining are shown as they are; packs are for SFTData and DPOData")
     if chosen := _chosen(options):
         raise UserError(
-            f"--{chosen}: the rows of pretraining are cut from one stream, so that all are as long, and nothing is "
-            "lost; -n and --row show some"
+            f"--{chosen}: the rows of pretraining are cut from one stream, so all have the same length and none is cut "
+            "or dropped; select rows with -n or --row"
         )
 
 
@@ -148,7 +153,7 @@ def _chosen(options: argparse.Namespace) -> str | None:
 
 
 def _examples(data: "TextData", options: argparse.Namespace) -> "list[Shown]":
-    """The examples that are asked for; if there are none, one that says so."""
+    """The requested examples; if there are none, an entry that says so."""
     from oumi_pl.data.examples import ExampleData
     from oumi_pl.data.pretrain import PretrainData
     from oumi_pl.preview import examples, stream

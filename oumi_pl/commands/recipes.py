@@ -1,4 +1,4 @@
-"""`recipes`: those that come with it, what each is for, and a copy to begin one's own with."""
+"""Lists, shows and copies the recipes that come with the package."""
 
 import shlex
 import sys
@@ -10,14 +10,14 @@ from oumi_pl.errors import UserError, nearest
 from oumi_pl.terminal.screen import has_colours
 
 HELP = """\
-usage: oumi_pl recipes [FOLDER]             what there is, in {folders}
+usage: oumi_pl recipes [FOLDER]             list recipes, in {folders}
        oumi_pl recipes show NAME            print a recipe
-       oumi_pl recipes copy NAME FILE       begin one of your own with it
+       oumi_pl recipes copy NAME FILE       copy a recipe, to change it
 """
 WIDTH = 80
-"""Columns of the list."""
+"""Width of the list."""
 COLUMN = 34
-"""Where the hardware begins."""
+"""Column of the hardware."""
 
 
 def main(args: list[str]) -> int:
@@ -38,16 +38,16 @@ def main(args: list[str]) -> int:
             print(listing(names, has_colours(sys.stdout)))
         case _:
             known = ["show", "copy", *_folders(), *recipe_files.names()]
-            raise UserError(f"recipes: there is no {' '.join(args)!r} here{nearest(args[0], known)}")
+            raise UserError(f"recipes: unknown recipe, folder or action {' '.join(args)!r}{nearest(args[0], known)}")
     return 0
 
 
 def listing(names: list[str], bold: bool = False) -> str:
-    """The recipes by folder: name and hardware, what each is for, and its command where that takes more than a name.
+    """Lists recipes by folder with name, hardware and purpose, and the command if it takes more than the name.
 
     Args:
-        names: Of shipped recipes.
-        bold: With a terminal's codes for bold names and dim hardware.
+        names: Names of shipped recipes.
+        bold: Whether to print names in bold and hardware dim.
     """
     strong, faint, plain = ("\033[1m", "\033[2m", "\033[0m") if bold else ("", "", "")
     blocks: dict[str, list[str]] = {}
@@ -62,7 +62,7 @@ def listing(names: list[str], bold: bool = False) -> str:
     return (
         f"{shown}\n\n"
         f"train with it:      {command('NAME' if len(names) > 1 else names[0])}\n"
-        "read, or change:    oumi_pl recipes show NAME; oumi_pl recipes copy NAME FILE"
+        "read or change it:  oumi_pl recipes show NAME; oumi_pl recipes copy NAME FILE"
     )
 
 
@@ -72,24 +72,24 @@ def command(name: str) -> str:
 
 
 def copy(name: str, file: Path) -> None:
-    """Copies a recipe as it stands, and says how to train with the copy.
+    """Copies a recipe unchanged, and prints how to train with the copy.
 
     Args:
-        name: Of a shipped recipe.
-        file: Where to; a directory gets a file of the recipe's own name.
+        name: Name of a shipped recipe.
+        file: Target; in a directory, the copy keeps the recipe's file name.
 
     Raises:
-        UserError: there is no such recipe, or the file can't be written, or is there already.
+        UserError: there is no such recipe, or the file exists or can't be written.
     """
     recipe = _file(name)
     file = file / recipe.name if file.is_dir() else file
     if not file.parent.is_dir():
-        raise UserError(f"recipes: there is no directory {file.parent}; make it first")
+        raise UserError(f"recipes: no directory {file.parent}; create it first")
     try:
         with file.open("xb") as out:
             out.write(recipe.read_bytes())
     except FileExistsError:
-        raise UserError(f"recipes: {file} is there already; name another file") from None
+        raise UserError(f"recipes: {file} exists; name another file") from None
     except OSError as error:
         raise UserError(f"recipes: can't write {file}: {error.strerror}") from error
     print(f"{name} -> {file}\ntrain with it: {command(shlex.quote(str(file)))}")
@@ -99,7 +99,7 @@ def _file(name: str) -> Path:
     names = recipe_files.names()
     if name not in names:
         partly = next((one for one in names if name in one.split("/")), name)
-        raise UserError(f"recipes: there is no recipe {name!r}{nearest(partly, names)}")
+        raise UserError(f"recipes: unknown recipe {name!r}{nearest(partly, names)}")
     return recipe_files.shipped() / f"{name}.yaml"
 
 

@@ -1,4 +1,4 @@
-"""`runs`: what was trained, and how far; runs side by side; a run's report made anew."""
+"""List runs with their state and losses, compare runs, or redraw the report of a run."""
 
 import shutil
 import sys
@@ -11,14 +11,14 @@ from oumi_pl.report import listing
 from oumi_pl.runs import folders
 
 ACTIONS = ("compare", "report")
-EPILOG = "further: oumi_pl runs compare A B ... (overlay curves, tell what was set otherwise); oumi_pl runs report RUN"
+EPILOG = "also: oumi_pl runs compare A B ... (differing settings, overlaid curves); oumi_pl runs report RUN"
 
 
 def main(args: list[str]) -> int:
     """Runs the command; returns its exit code."""
     if args and not args[0].startswith("-"):
         if args[0] not in ACTIONS:
-            raise UserError(f"runs: unknown {args[0]!r}{nearest(args[0], ACTIONS)}")
+            raise UserError(f"runs: unknown action {args[0]!r}{nearest(args[0], ACTIONS)}")
         return {"compare": _compare, "report": _report}[args[0]](args[1:])
     options = _parser("runs", __doc__, EPILOG).parse_args(args)
     root = options.runs_dir.expanduser()
@@ -37,15 +37,16 @@ def main(args: list[str]) -> int:
 
 def _parser(command: str, description: str | None, epilog: str | None = None) -> Parser:
     parser = Parser(command, description, epilog)
-    parser.add_argument(
-        "--runs_dir", type=Path, default=Path("runs"), help="where the run folders are; runs if left out"
-    )
+    parser.add_argument("--runs_dir", type=Path, default=Path("runs"), help="folder of the runs (default: runs)")
     return parser
 
 
 def _report(args: list[str]) -> int:
-    """Makes the report of a run anew: a run that is going on, or was killed, has none else."""
-    parser = _parser("runs report", "Makes curves.png and report.html of any run anew, running and killed ones too.")
+    """Draws the report again: a running or killed run has no current one."""
+    parser = _parser(
+        "runs report",
+        "Redraw curves.png and report.html of any run, even if it is running or was killed.",
+    )
     parser.add_argument("run", nargs="+", help="a run's name or folder")
     options = parser.parse_args(args)
     found = [folders.find(name, options.runs_dir.expanduser()) for name in options.run]
@@ -60,20 +61,20 @@ def _report(args: list[str]) -> int:
 
 
 def _compare(args: list[str]) -> int:
-    """Overlays runs, and tells what was set otherwise."""
-    what = "What came out of runs, side by side; what was set otherwise; and their losses in one picture."
+    """Compares runs: results, differing settings, and a picture of their curves."""
+    what = "Compare runs: results side by side, differing settings, and losses in one picture."
     parser = _parser("runs compare", what)
-    parser.add_argument("run", nargs="+", help="names or folders of two runs or more")
-    parser.add_argument("--output", type=Path, help="file of the picture; compare.png beside the runs if left out")
+    parser.add_argument("run", nargs="+", help="names or folders of two or more runs")
+    parser.add_argument("--output", type=Path, help="file of the picture (default: RUNS_DIR/compare.png)")
     options = parser.parse_args(args)
     root = options.runs_dir.expanduser()
     found = [folders.find(name, root) for name in dict.fromkeys(options.run)]
     if len(found) < 2:
         others = ", ".join(run.name for run in folders.all_runs(root) if run.resolve() != found[0].resolve())
-        raise UserError(f"runs compare: name two runs or more{f'; there are also {others}' if others else ''}")
+        raise UserError(f"runs compare: name two or more runs{f'; there are also {others}' if others else ''}")
     output = (options.output or root / "compare.png").expanduser()
     if output.suffix != ".png":
-        raise UserError(f"--output: {output} is the name of a picture, and ends in .png")
+        raise UserError(f"--output: {output} has to end in .png")
     if not output.parent.is_dir():
         raise UserError(f"--output: no directory {output.parent}")
     from oumi_pl.report import beside
@@ -86,10 +87,10 @@ def _compare(args: list[str]) -> int:
     names = _names(found)
     print(_table(["", *names], [[name, *cells] for name, cells in beside.outcomes(records).items()]))
     differing = beside.differences(records)
-    print(f"\nset otherwise ({' | '.join(names)}):" if differing else "\nnothing was set otherwise")
+    print(f"\ndifferent settings ({' | '.join(names)}):" if differing else "\nno settings differ")
     for key, values in differing.items():
         print(f"  {key}: {' | '.join(values)}")
-    if note := beside.not_alike(records):
+    if note := beside.incomparable(records):
         print(f"\nnote: {note}")
     beside.picture(records, names, output)
     print(f"\npicture -> {output}")
@@ -97,7 +98,7 @@ def _compare(args: list[str]) -> int:
 
 
 def _names(found: Sequence[Path]) -> list[str]:
-    """Names of the runs; their paths where two have the same name."""
+    """Names of the runs; their paths if two have the same name."""
     names = [run.resolve().name for run in found]
     return names if len(set(names)) == len(names) else [str(run) for run in found]
 

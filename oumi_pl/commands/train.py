@@ -1,4 +1,4 @@
-"""`train`: an Oumi training config, run as it stands."""
+"""Run an Oumi training config."""
 
 import logging
 import sys
@@ -16,18 +16,24 @@ def main(args: list[str]) -> int:
     parser = Parser(
         "train",
         __doc__,
-        epilog="anything else puts a value in place of the config's, as for Oumi: --training.max_steps 100",
+        epilog="other options override values of the config, as in Oumi: --training.max_steps 100",
     )
-    parser.add_argument("-c", "--config", required=True, help="a config as `oumi train` reads it")
-    parser.add_argument("--engine", choices=ENGINES, help="what drives the loop; as Oumi's trainer type when left out")
-    parser.add_argument("-log", "--log-level", type=str.upper, choices=LEVELS, help="of the messages of oumi_pl")
+    parser.add_argument("-c", "--config", required=True, help="a config for `oumi train`")
+    parser.add_argument("--engine", choices=ENGINES, help="who runs the loop (default: by Oumi's trainer type)")
+    parser.add_argument(
+        "-log",
+        "--log-level",
+        type=str.upper,
+        choices=LEVELS,
+        help="level of oumi_pl's messages",
+    )
     parser.add_argument("-v", "--verbose", action="store_true", help="print what each key of the config became")
     options, overrides = parser.parse_known_args(args)
     if options.log_level is not None:
         logging.getLogger("oumi_pl").setLevel(options.log_level)
     if options.config.startswith("oumi:"):
-        raise UserError(f"train: {options.config} is an address; download the file, and name it")
-    from oumi_pl.callbacks.preemption import Stopped
+        raise UserError(f"train: {options.config} is an address; download the file and pass its path")
+    from oumi_pl.callbacks.stopping import Stopped
     from oumi_pl.core.configs import TrainingConfig
     from oumi_pl.train import train
 

@@ -1,1 +1,1 @@
-"""Trains the same recipe on several engines, step by step, and names the first difference."""
+"""Trains a recipe on several engines, step by step, and reports the first difference."""

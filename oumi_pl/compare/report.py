@@ -1,4 +1,4 @@
-"""The results of a comparison: a table, the first difference in words, a csv of all steps, and a picture."""
+"""Reports a comparison: a table, the first difference in words, a CSV of all steps, and a picture."""
 
 import csv
 from collections.abc import Sequence
@@ -8,7 +8,7 @@ from typing import Any
 
 from oumi_pl.compare.run import Difference, Engine, allowed, relative
 
-MEANING = {  # of a difference, and where to look for its cause
+MEANING = {  # quantity that differs -> what that means, and where to look for the cause
     "batch": "it trains on other tokens or targets",
     "target_tokens": "it counts other targets",
     "lr": "its learning rate is another",
@@ -20,7 +20,7 @@ MEANING = {  # of a difference, and where to look for its cause
 
 
 def table(engines: Sequence[Engine]) -> str:
-    """One line per engine: largest differences when started from the lead's weights, distance when free, speed."""
+    """A line per engine: largest differences to the lead in held steps; distance, loss and speed in free ones."""
     lead = engines[0]
     head = (
         f"{'engine':10} {'lr':>9} {'loss':>9} {'grad_norm':>9} {'update':>9}   {'weights':>9} {'last loss':>10}"
@@ -28,25 +28,22 @@ def table(engines: Sequence[Engine]) -> str:
     )
     lines = [f"{'':10} {'largest relative difference per step':>39}   {'run free':>20}", head]
     for engine in engines:
-        differences = [
-            "" if engine is lead else f"{_largest(lead, engine, what):.1e}" for what in ("lr", "loss", "grad_norm")
-        ]
-        differences.append("" if engine is lead else f"{max(line['update'] for line in engine.held):.1e}")
-        weights = "" if engine is lead else f"{engine.free[-1]['weights']:.1e}"
+        cells = [""] * 5  # the lead has no difference to itself
+        if engine is not lead:
+            steps = list(zip(lead.held, engine.held, strict=False))
+            largest = [max(relative(a[what], b[what]) for a, b in steps) for what in ("lr", "loss", "grad_norm")]
+            update = max(line["update"] for line in engine.held)
+            cells = [f"{value:.1e}" for value in (*largest, update, engine.free[-1]["weights"])]
         lines.append(
-            f"{engine.name:10} {differences[0]:>9} {differences[1]:>9} {differences[2]:>9} {differences[3]:>9}   "
-            f"{weights:>9} {engine.free[-1]['loss']:10.6f}   {median(line['seconds'] for line in engine.free):8.3f} "
+            f"{engine.name:10} {' '.join(f'{cell:>9}' for cell in cells[:4])}   {cells[4]:>9} "
+            f"{engine.free[-1]['loss']:10.6f}   {median(line['seconds'] for line in engine.free):8.3f} "
             f"{engine.free[-1]['peak_memory_gb']:8.2f}"
         )
     return "\n".join(lines)
 
 
-def _largest(lead: Engine, other: Engine, what: str) -> float:
-    return max(relative(a[what], b[what]) for a, b in zip(lead.held, other.held, strict=False))
-
-
 def verdict(name: str, lead: str, steps: int, difference: Difference | None, tolerance: float) -> str:
-    """One engine's result in a sentence."""
+    """The result of one engine in a sentence."""
     if difference is None:
         return f"{name} equals {lead} in all {steps} steps, within {tolerance:g}"
     values = f"{lead} {_shown(difference.lead)}, {name} {_shown(difference.other)}"
@@ -61,7 +58,7 @@ def _shown(value: Any) -> str:
 
 
 def write_csv(engines: Sequence[Engine], file: Path) -> None:
-    """All steps of all engines, held and free."""
+    """Writes all steps of all engines, held and free."""
     columns = ("engine", "run", "step", "batch", "target_tokens", "lr", "loss", "grad_norm", "update")
     with file.open("w", newline="") as out:
         writer = csv.DictWriter(out, (*columns, "rounding", "weights", "seconds", "peak_memory_gb"), restval="")
@@ -72,7 +69,7 @@ def write_csv(engines: Sequence[Engine], file: Path) -> None:
 
 
 def picture(engines: Sequence[Engine], title: str, file: Path, tolerance: float = 1e-5) -> None:
-    """Draws loss, gradient norm and learning rate of the free runs, and each held engine's differences to the lead."""
+    """Draws loss, gradient norm and learning rate of the free runs, and the differences of held runs to the lead."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(13, 6.5), layout="constrained")
@@ -112,5 +109,5 @@ def picture(engines: Sequence[Engine], title: str, file: Path, tolerance: float 
 
 
 def _visible(value: float) -> float:
-    """A difference on a logarithmic axis: 0 is drawn at the bottom."""
+    """Clips a difference for a logarithmic axis, so that 0 is drawn at the bottom."""
     return max(value, 1e-9)

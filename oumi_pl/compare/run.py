@@ -1,4 +1,7 @@
-"""Runs each engine in a process of its own: the first, then the others from its weights at each step, and then free."""
+"""Runs each engine in its own process, and compares their steps.
+
+The first engine, the lead, runs once. The others run twice: each step from the lead's weights, then freely.
+"""
 
 import json
 import os
@@ -20,20 +23,20 @@ COLUMNS = {
     "loss": "train/loss",
     "grad_norm": "train/grad_norm",
 }
-"""What is compared -> its column in `metrics.csv`."""
+"""Quantity -> its column in `metrics.csv`."""
 ROLES = {"lead": "training", "held": "each step from the first engine's weights", "free": "training on its own"}
-"""Role of a process -> what is printed of it."""
+"""Role of a process -> its description in the terminal."""
 CHECKED = ("batch", "target_tokens", "lr", "loss", "grad_norm", "update")
-"""In the order in which one difference causes the next."""
+"""Compared quantities, in the order in which a difference in one causes a difference in the next."""
 
 
 @dataclass
 class Engine:
     """The steps of an engine.
 
-    held: each started from the lead's weights. free: trained on its own; for the lead both are the same. A step is a
-    dict with `step`, `batch`, `target_tokens`, `lr`, `loss`, `grad_norm`, `seconds`, `peak_memory_gb`, and for the
-    others `update` or `weights`, the distance to the lead's.
+    held: steps that each start from the lead's weights. free: steps of a run of its own; for the lead both are the
+    same. A step is a dict with `step`, `batch`, `target_tokens`, `lr`, `loss`, `grad_norm`, `seconds`,
+    `peak_memory_gb`, and for the others `update` or `weights`, the distance to the lead's.
     """
 
     name: str
@@ -43,7 +46,7 @@ class Engine:
 
 @dataclass(frozen=True)
 class Difference:
-    """The first thing in which an engine differs from the lead: what, at which step, and both values."""
+    """The first difference between an engine and the lead: quantity, step, and both values."""
 
     what: str
     step: int
@@ -54,17 +57,18 @@ class Difference:
 def compare(
     recipe: Sequence[str], engines: Sequence[str], steps: int, folder: Path, worker: Sequence[str] = WORKER
 ) -> list[Engine]:
-    """Trains a recipe for some steps on each engine and returns their steps, the lead first.
+    """Trains a recipe on each engine, and returns the steps of the engines, the lead first.
 
     Args:
-        recipe: The file of a recipe, and any overrides of `fit`.
-        engines: The lead, and those that are compared with it.
-        steps: Optimizer steps; a schedule ends with the last.
-        folder: Where the runs, the records and, while this runs, the weights of every step go.
+        recipe: The file of a recipe, and overrides for `fit`.
+        engines: The lead, and the engines to compare with it.
+        steps: Optimizer steps; the schedule ends with the last.
+        folder: Folder for runs, records and, temporarily, the weights of every step.
         worker: Command that runs one engine.
 
     Raises:
-        UserError: an engine refuses the recipe, or failed.
+        UserError: an engine refuses the recipe.
+        RuntimeError: an engine failed.
     """
     snapshots = folder / "weights"
 
@@ -94,7 +98,7 @@ def _run(command: Sequence[str], engine: str) -> None:
 
 
 def read_steps(folder: Path) -> list[dict[str, Any]]:
-    """The steps of a worker: what was recorded of each, with the metrics that the run logged."""
+    """Reads the steps of a worker: its records, joined with the metrics that the run logged."""
     steps = [json.loads(line) for line in (folder / "steps.jsonl").read_text().splitlines()]
     (file,) = folder.glob("runs/*/metrics.csv")
     with file.open(newline="") as lines:
@@ -110,10 +114,10 @@ def read_steps(folder: Path) -> list[dict[str, Any]]:
 def first_difference(
     lead: Engine, other: Engine, tolerance: float, update_tolerance: float | None = None
 ) -> Difference | None:
-    """The first difference of the first step that differs; None if all steps agree.
+    """The first difference in the first step that differs; None if all steps agree.
 
-    Hashes and counts have to be equal. The learning rate, the loss and the norm of the gradient may differ by
-    `tolerance` of the larger. For the update `allowed(step, update_tolerance)` holds; `tolerance` when left out.
+    Hashes and counts have to be equal. Learning rate, loss and gradient norm may differ by `tolerance`, relative to the
+    larger value. Updates may differ by `allowed(step, update_tolerance)`; `update_tolerance` defaults to `tolerance`.
     """
     for ours, theirs in zip(lead.held, other.held, strict=False):
         for what in CHECKED:
@@ -131,14 +135,14 @@ def first_difference(
 
 
 def allowed(line: dict[str, Any], tolerance: float) -> float:
-    """The largest relative distance of an update to the lead's, if both agreed within `tolerance` before rounding.
+    """The largest relative distance of an update to the lead's if both agreed within `tolerance` before rounding.
 
-    A difference `d` in an element makes its rounded sums differ by a last digit of the weight, `ulp`, with probability
-    `d / ulp`: a squared difference of `d ulp` on average. Where the learning rate is small, this is all there is.
+    A difference `d` in an element changes the rounded weight by one unit in the last place, `ulp`, with probability
+    `d / ulp`: a squared difference of `d ulp` on average. At small learning rates, this term dominates.
     """
     return float((tolerance**2 + tolerance * line["rounding"]) ** 0.5)
 
 
 def relative(a: float, b: float) -> float:
-    """Difference of two numbers, as a share of the larger."""
+    """Difference of two numbers, relative to the larger."""
     return abs(a - b) / max(abs(a), abs(b)) if a != b else 0.0

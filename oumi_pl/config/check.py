@@ -1,7 +1,7 @@
 """Checks recipes and the command line against signatures, key by key, before jsonargparse parses them.
 
-jsonargparse reports most of these mistakes too, but on a page that quotes the whole config; it accepts an unknown
-section that is empty, and hides an import that fails behind the list of types that it tried.
+jsonargparse reports most of these mistakes as well, but in a page of text that quotes the whole config. It also accepts
+unknown sections if they are empty, and hides a failing import behind the list of types that it tried.
 """
 
 import contextlib
@@ -9,6 +9,7 @@ import dataclasses
 import difflib
 import importlib
 import inspect
+import pkgutil
 import re
 import sys
 import traceback
@@ -23,10 +24,40 @@ from jsonargparse import ArgumentError, ArgumentParser
 from torch import Tensor
 from torch.optim import Optimizer
 
-from oumi_pl.config.classes import known_classes
-from oumi_pl.config.options import Option
+from oumi_pl import callbacks, data, losses, modules, optim
+from oumi_pl.config.command_line import Option
 from oumi_pl.config.parser import Parser
 from oumi_pl.errors import UserError, nearest
+
+for _package in (callbacks, data, losses, modules, optim):
+    for _module in pkgutil.walk_packages(_package.__path__, f"{_package.__name__}."):
+        importlib.import_module(_module.name)
+
+ACCIDENTAL = ("accelerate", "transformers")
+"""Imported packages whose optimizers have the same names as torch's."""
+
+
+def known_classes(bases: Iterable[type]) -> dict[str, type]:
+    """The concrete classes that fit one of `bases`, by the short name that a recipe may use.
+
+    A class is known once it is imported; all of ours are imported above.
+    """
+    classes = (cls for base in bases for cls in list(_subclasses(base)) or [base])
+    return {
+        cls.__name__: cls
+        for cls in classes
+        if not cls.__name__.startswith("_")
+        and not inspect.isabstract(cls)
+        and cls.__module__.partition(".")[0] not in ACCIDENTAL
+    }
+
+
+def _subclasses(base: type) -> Iterator[type]:
+    """All imported subclasses of a class."""
+    cls: type
+    for cls in type.__subclasses__(base):
+        yield cls
+        yield from _subclasses(cls)
 
 
 class Argument(NamedTuple):
@@ -39,12 +70,12 @@ class Argument(NamedTuple):
 
 
 class Kinds(NamedTuple):
-    """A type hint, sorted by what its alternatives look like in a recipe. What there is none of is empty."""
+    """The alternatives of a type hint, by what they look like in a recipe. Kinds that do not occur are empty."""
 
     plain: Any
-    """Numbers, text and choices, as a hint."""
+    """Numbers, text and choices, as one hint."""
     bases: tuple[type, ...]
-    """Classes of which a subclass is named by `class_path`."""
+    """Classes that are given by `class_path`."""
     items: Any
     """Type of the items of a list."""
     values: Any
@@ -52,7 +83,7 @@ class Kinds(NamedTuple):
 
 
 def options(parser: Any) -> dict[str, Argument]:
-    """The options of a parser by name, without those that load a file or print help."""
+    """The options of a parser by name, without those that load files or print help."""
     return {
         action.dest: Argument(action._typehint, action.default, action.help or "")
         for action in parser._actions
@@ -62,15 +93,15 @@ def options(parser: Any) -> dict[str, Argument]:
 
 @cache
 def arguments(cls: type) -> dict[str, Argument]:
-    """What the constructor of a class takes by name, with what it passes on to its bases as `**kwargs`.
+    """The arguments of a class's constructor by name, including those that it passes to its bases as `**kwargs`.
 
-    The fields of a dataclass have names with a dot: `theme.description`.
+    Fields of a dataclass argument have names with a dot: `theme.description`.
     """
     parser = Parser()
-    skip: Any = {1} if issubclass(cls, Optimizer) else None  # the parameters: they come from the model
+    skip: Any = {1} if issubclass(cls, Optimizer) else None  # its first argument, the parameters, comes from the model
     try:
         parser.add_class_arguments(cls, "_", skip=skip, fail_untyped=False)
-    except (ValueError, TypeError):  # it takes something that no recipe can give
+    except (ValueError, TypeError):  # an argument that no recipe can set
         return {}
     return {name.removeprefix("_."): argument for name, argument in options(parser).items()}
 
@@ -81,10 +112,10 @@ def kinds(hint: Any) -> Kinds:
     plain, bases, items, values = [], [], [], []
     for member in members(hint):
         kind, inner = get_origin(member) or member, get_args(member)
-        if kind is Callable and inner:  # as with optimizers: the class whose instances it returns is named
+        if kind is Callable and inner:  # a recipe names the class that it returns: an optimizer, for example
             kind = inner[-1]
         if not inspect.isclass(kind):
-            plain.append(member if get_origin(member) else Any)  # a choice; others can't be checked
+            plain.append(member if get_origin(member) else Any)  # `Literal[...]`; other special forms can't be checked
         elif issubclass(kind, Mapping):
             values.append(inner[-1] if inner else Any)
         elif kind.__module__.partition(".")[0] not in sys.stdlib_module_names:
@@ -97,7 +128,7 @@ def kinds(hint: Any) -> Kinds:
 
 
 def members(hint: Any) -> Iterator[Any]:
-    """The alternatives of a type hint, without None and tensors (a learning rate may be one, but not in a recipe)."""
+    """The alternatives of a type hint without None and Tensor, which torch allows for a learning rate."""
     if get_origin(hint) in (Union, UnionType):
         for member in get_args(hint):
             yield from members(member)
@@ -129,8 +160,8 @@ def places(level: Mapping[str, Argument], above: str = "") -> dict[str, dict[str
     """The classes that a recipe can name, by their place in it (`model.optimizer`) and their short name.
 
     Args:
-        level: What a recipe can set at the top, as `model` and `trainer.callbacks`; or the arguments of a class.
-        above: Place of that class, with a dot at its end.
+        level: The top-level keys of a recipe, or the arguments of a class.
+        above: Place of that class, with a dot at the end.
     """
     known: dict[str, dict[str, type]] = {}
     for name, argument in level.items():
@@ -138,7 +169,7 @@ def places(level: Mapping[str, Argument], above: str = "") -> dict[str, dict[str
         classes = known_classes(kind.bases or kinds(kind.items).bases)
         if classes:
             known[place] = classes
-        # the arguments of Lightning's own parts are many, and few are for recipes
+        # Lightning's own classes have many arguments, few of which belong in recipes
         for cls in classes.values() if place.count(".") < 2 and not place.startswith("trainer.") else ():
             for inner, others in places(arguments(cls), f"{place}.").items():
                 known[inner] = known.get(inner, {}) | others
@@ -147,7 +178,7 @@ def places(level: Mapping[str, Argument], above: str = "") -> dict[str, dict[str
 
 CLASS_KEYS = ("class_path", "init_args", "dict_kwargs")
 CONTROLS = ("config", "help", "print_config", "resume")
-"""Options that are no keys of a recipe."""
+"""Options that are not keys of a recipe."""
 EXAMPLES = {
     "model": "{class_path: SFT, init_args: {model: org/name}}",
     "model.config": "{model_type: llama}",
@@ -161,26 +192,26 @@ EXAMPLES = {
     "data.train.columns": "{question: my_column}",
     "trainer.callbacks": "[{class_path: EMA}]",
 }
-"""Place -> a value that would be right, for those that aren't plain numbers or names."""
+"""Place -> an example value, for places that don't take plain numbers or names."""
 
 
 class Checker:
-    """Checks the recipes of a run in their order, then its options.
+    """Checks the recipes of a run in order, then its options.
 
     Args:
-        root: What a recipe can set at the top: the options of the command, by name.
+        root: The top-level keys of a recipe: the options of the command, by name.
     """
 
     def __init__(self, root: Mapping[str, Argument]) -> None:
         self.root = root
-        self.named: dict[str, Any] = {}  # what was last named at each place: a class, a function, or some text
-        self.option = ""  # the one that is checked; empty in recipes
+        self.named: dict[str, Any] = {}  # the class, function or text last named at each place
+        self.option = ""  # the option being checked; empty in recipes
 
     def check_recipe(self, tree: Mapping[str, Any]) -> None:
         """Checks a recipe.
 
         Raises:
-            UserError: at the first key, class or value that can't be right; offers the nearest.
+            UserError: at the first wrong key, class or value; suggests the nearest.
         """
         model = tree.get("model")
         if isinstance(tree.get("training"), Mapping) or (isinstance(model, Mapping) and "model_name" in model):
@@ -191,7 +222,7 @@ class Checker:
         """Checks a command line, each option as a recipe with a single value, and that model and data are named.
 
         Raises:
-            UserError: at the first option that can't be right; offers the nearest.
+            UserError: at the first wrong option; suggests the nearest.
         """
         for flag, value in options:
             if not flag.startswith("-"):
@@ -216,10 +247,10 @@ class Checker:
         """Checks a level of a recipe: its top, a section such as `trainer`, or the arguments of a class.
 
         Args:
-            tree: The keys and values.
-            known: What the level takes. Names with a dot belong to a section.
-            above: Place of the class whose arguments these are, with a dot at its end.
-            section: Name of the section, with a dot at its end.
+            tree: Keys and values.
+            known: The arguments at this level. Names with a dot belong to a section.
+            above: Place of the class whose arguments these are, with a dot at the end.
+            section: Name of the section, with a dot at the end.
         """
         place = f"{above}{section}"
         if not isinstance(tree, Mapping):
@@ -235,10 +266,10 @@ class Checker:
                 self._check_keys(_loaded(value), known, above, f"{name}.")
 
     def _unknown(self, place: str, siblings: Iterable[str]) -> UserError:
-        """An unknown key. Offers the key that was probably meant, or lists those of its level."""
+        """The error for an unknown key: suggests the key that was probably meant, or lists those of its level."""
         meant, depth = self._meant(place, siblings), place.count(".") + 1
         typed = [key for key in self.option.lstrip("-").split(".") if key not in CLASS_KEYS]
-        if depth > len(typed) or not self.option:  # a key of a recipe, or of a mapping that was typed
+        if depth > len(typed) or not self.option:  # a key in a recipe, or in a mapping on the command line
             return UserError(f"{place}: unknown key" + (f"; did you mean {meant!r}?" if meant else _listed(siblings)))
         hint = "; `--help` lists all, `--model.help SFT` those of a class"
         if meant:
@@ -248,14 +279,14 @@ class Checker:
         return UserError(f"unknown option {self.option}{hint}")
 
     def _meant(self, place: str, siblings: Iterable[str]) -> str | None:
-        """The key that was probably meant: of this very name elsewhere, or a similar one: beside it first."""
+        """The key that was probably meant: the same name at another place, else a similar name, here first."""
         key, everywhere = place.rpartition(".")[2], [*self.root]
         for at, classes in places(self.root).items():
-            if not at.startswith("trainer."):  # lists of classes: a key does not say of which
+            if not at.startswith("trainer."):  # these are lists of classes, which keys can't address
                 everywhere += [f"{at}.{name}" for cls in classes.values() for name in arguments(cls)]
         if same := [path for path in everywhere if path.rpartition(".")[2] == key and path != place]:
             return same[0]
-        # where the section exists, one of its own keys is meant
+        # in an existing section, one of its own keys is meant
         for paths in (siblings, everywhere) if "." not in place else (siblings,):
             last = {path.rpartition(".")[2].casefold(): path for path in reversed([*paths])}
             if close := difflib.get_close_matches(key.casefold(), last, n=1):
@@ -290,7 +321,7 @@ class Checker:
         name = value.get("class_path")
         cls = self._class_before(bases, place, default) if name is None else self._find_class(name, bases, place)
         if cls is not None and not inspect.isclass(cls):
-            return  # a function that makes an instance, or text that only jsonargparse can tell from a class
+            return  # a function that returns an instance, or text, which is left to jsonargparse
         owners = [cls] if cls is not None else list(known_classes(bases).values())
         known = {key: argument for owner in owners for key, argument in arguments(owner).items()}
         if not isinstance(inside := value.get("init_args", {}), Mapping):
@@ -308,17 +339,17 @@ class Checker:
             raise UserError(f"{self.option}: no class is named that takes it; name one before it: --{place} NAME")
 
     def _class_before(self, bases: tuple[type, ...], place: str, default: Any) -> Any:
-        """The class that was named here before, or is the default; None if there is none."""
+        """The class named at this place before, else the default; None without either."""
         cls = self.named.get(_without_numbers(place))
         if cls is not None and _fits(cls, bases):
             return cls
         return _imported(default["class_path"], place) if isinstance(default, Mapping) else None
 
     def _find_class(self, name: Any, bases: tuple[type, ...], place: str) -> Any:
-        """The class, or the function that makes an instance, of this name.
+        """The class of this name, or the function that returns an instance.
 
         Raises:
-            UserError: if there is none, or it is of another kind.
+            UserError: if there is none, or it does not fit.
         """
         no_class = _wrong_value(name, Union[bases or (type,)], place)  # noqa: UP007
         if not isinstance(name, str) or "/" in name:
@@ -329,7 +360,7 @@ class Checker:
             if cls is None and "." in name:
                 cls = _imported(name, place)
             elif cls is None:
-                cls = places(self.root).get(_without_numbers(place), {}).get(name)  # for another kind of model
+                cls = places(self.root).get(_without_numbers(place), {}).get(name)  # another kind: refused below
             if cls is None:
                 raise UserError(f"{place}: unknown class {name!r}{nearest(name, known)}")
         except UserError as error:
@@ -347,24 +378,24 @@ def _without_numbers(place: str) -> str:
 
 
 def _fits(cls: Any, bases: tuple[type, ...]) -> bool:
-    """Whether a class may be named where one of `bases` is expected; of a function, only a call can tell."""
+    """Whether a class may be given where one of `bases` is expected. Functions are accepted unchecked."""
     if not inspect.isclass(cls) or not bases:
         return True
     return any(getattr(base, "_is_protocol", False) or issubclass(cls, base) for base in bases)
 
 
 def _listed(names: Iterable[str]) -> str:
-    return nearest("", names)  # none is near to nothing: it lists them
+    return nearest("", names)  # no name is similar to an empty one, so it lists them all
 
 
 def _example(place: str) -> str:
-    """A value that would be right; empty for plain numbers and names."""
+    """An example value; empty for plain numbers and names."""
     place = _without_numbers(place)
     return f"for example `{place.rpartition('.')[2]}: {EXAMPLES[place]}`" if place in EXAMPLES else ""
 
 
 def _loaded(value: Any) -> Any:
-    """A list or a mapping that was typed on a command line; anything else as it is."""
+    """Parses a list or mapping from the command line; returns anything else unchanged."""
     if isinstance(value, str) and value.startswith(("[", "{")):
         with contextlib.suppress(yaml.YAMLError):
             loaded = yaml.safe_load(value)
@@ -374,7 +405,7 @@ def _loaded(value: Any) -> Any:
 
 
 def _accepts(hint: Any, value: Any) -> bool:
-    """Whether jsonargparse takes a value for this type."""
+    """Whether jsonargparse accepts a value for this type."""
     parser = ArgumentParser(exit_on_error=False)
     parser.add_argument("--value", type=hint)
     try:
@@ -385,8 +416,8 @@ def _accepts(hint: Any, value: Any) -> bool:
 
 
 def _wrong_value(value: Any, hint: Any, place: str) -> UserError:
-    """`data.batch_size: 'many' is not an int`, or the nearest of the choices that there are."""
-    with contextlib.suppress(yaml.YAMLError):  # a number that was typed
+    """The error for a wrong value: `data.batch_size: 'many' is not an int`, or the nearest choice."""
+    with contextlib.suppress(yaml.YAMLError):  # a number from the command line is text
         value = loaded if isinstance(loaded := yaml.safe_load(str(value)), int | float) else value
     shown = repr(value) if len(repr(value)) <= 80 else f"{repr(value)[:77]}..."
     alternatives = [*members(hint)]
@@ -403,10 +434,10 @@ def _wrong_value(value: Any, hint: Any, place: str) -> UserError:
 
 
 def _imported(name: str, place: str) -> Any:
-    """Imports a class, or a function, by its path.
+    """Imports a class or function by its path.
 
     Raises:
-        UserError: if there is no such module or class, or its file has a mistake: names file and line.
+        UserError: if the module or class does not exist, or the import fails; names file and line.
     """
     module_name, _, attribute = name.rpartition(".")
     try:
@@ -418,7 +449,7 @@ def _imported(name: str, place: str) -> Any:
         raise UserError(f"{place}: {name}: there is no module {missing!r}{_nearby_module(missing)}") from error
     except SyntaxError as error:
         raise UserError(f"{place}: {name}: {error.filename} line {error.lineno}: {error.msg}") from error
-    except Exception as error:  # whatever a user's module does when it is imported
+    except Exception as error:  # a user's module may do anything on import
         frame = traceback.extract_tb(error.__traceback__)[-1]
         reason = f"{type(error).__name__}: {error} ({frame.filename} line {frame.lineno})"
         raise UserError(f"{place}: {name}: its module can't be imported: {reason}") from error
@@ -429,6 +460,6 @@ def _imported(name: str, place: str) -> Any:
 
 
 def _nearby_module(missing: str) -> str:
-    """Offers the nearest module in the working directory, where users keep their own classes."""
+    """Suggests the nearest module in the working directory, where users keep their own classes."""
     near = nearest(missing, [path.stem for path in Path.cwd().glob("*.py")])
     return near if near.startswith("; did") else f"; searched {Path.cwd()} and the installed packages"

@@ -1,4 +1,4 @@
-"""LightningCLI with the callbacks, loggers and defaults of every run, and errors of a line or two."""
+"""Extends LightningCLI with the callbacks, loggers and defaults of every run, and with short error messages."""
 
 import math
 from collections.abc import Sequence
@@ -10,27 +10,23 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.callbacks import ProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 
-from oumi_pl.callbacks.advice import Advice
-from oumi_pl.callbacks.answers import Answers
+from oumi_pl.callbacks.advice import Advice, PreferenceWarnings
 from oumi_pl.callbacks.checkpoint import Checkpoints
-from oumi_pl.callbacks.consumed import Consumed
 from oumi_pl.callbacks.dry_run import dry_run
 from oumi_pl.callbacks.export import Export
-from oumi_pl.callbacks.last_step import LastStep
 from oumi_pl.callbacks.memory import Memory
 from oumi_pl.callbacks.predictions import Predictions
-from oumi_pl.callbacks.preemption import Preemption
-from oumi_pl.callbacks.preference import PreferenceWarnings
 from oumi_pl.callbacks.progress import ProgressLine
 from oumi_pl.callbacks.report import Report
 from oumi_pl.callbacks.run_folder import RunFolder
-from oumi_pl.callbacks.samples import Samples
+from oumi_pl.callbacks.samples import Answers, Samples
 from oumi_pl.callbacks.start import Start
+from oumi_pl.callbacks.stopping import LastStep, Preemption
 from oumi_pl.callbacks.throughput import Throughput
 from oumi_pl.callbacks.tracking import Tracking
 from oumi_pl.config.check import Checker, options
+from oumi_pl.config.command_line import read
 from oumi_pl.config.files import as_written
-from oumi_pl.config.options import read
 from oumi_pl.config.parser import Parser, unwrapped_mistakes
 from oumi_pl.config.refusals import (
     refuse_contradictions,
@@ -49,7 +45,7 @@ from oumi_pl.terminal.progress import Line
 from oumi_pl.terminal.quiet import quiet
 
 TRAINER_DEFAULTS = {
-    "use_distributed_sampler": False,  # the plan is cut by rank already
+    "use_distributed_sampler": False,  # our plan is already divided among ranks
     "log_every_n_steps": 1,
     "num_sanity_val_steps": 0,
     "enable_model_summary": False,
@@ -61,13 +57,13 @@ class CLI(LightningCLI):
 
     Args:
         args: The command line after the program's name.
-        recipe: Name of the recipe, by which its runs are found.
+        recipe: Name of the recipe, by which `--resume` finds its runs.
         resume: Run folder to continue.
-        trees: The content of the recipes, in their order.
+        trees: Contents of the recipes, in order.
     """
 
     engine_callbacks: Sequence[Any] = ()
-    """Callbacks of transformers for engines other than Lightning."""
+    """Additional transformers callbacks for the other engines."""
 
     def __init__(
         self,
@@ -97,11 +93,11 @@ class CLI(LightningCLI):
         )
 
     def subcommands(self) -> dict[str, set[str]]:  # type: ignore[override]
-        """Only the command that runs: building the parsers of the others takes longer than all the parsing."""
+        """Only the command to run: building parsers for all four would take longer than the parsing itself."""
         return {self.command: LightningCLI.subcommands()[self.command]}
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
-        """Checks the recipes and the options, and parses them."""
+        """Checks recipes and options, then parses them."""
         checker = Checker(options(self._subcommand_parsers[self.command]))
         for tree in self.trees:
             checker.check_recipe(tree)
@@ -110,10 +106,10 @@ class CLI(LightningCLI):
         refuse_seed(self.config[self.command].get("seed_everything"))
 
     def _parse_ckpt_path(self) -> None:
-        """Reads no hyper-parameters from the checkpoint: it has none, and would be loaded whole to find out."""
+        """Does nothing. Lightning would load the whole checkpoint here to read hyper-parameters, and ours have none."""
 
     def instantiate_classes(self) -> None:
-        """Instantiates module, data and trainer, and checks that they fit together.
+        """Builds module, data and trainer, and checks that they fit together.
 
         Raises:
             UserError: a class refuses its arguments, or the parts contradict each other.
@@ -122,12 +118,12 @@ class CLI(LightningCLI):
             super().instantiate_classes()
         config = self.config_init[self.subcommand]
         if self.subcommand != "fit" and config["engine"] != "lightning":
-            raise UserError(f"engine: {config['engine']} drives fit alone; {self.subcommand} needs --engine lightning")
+            raise UserError(f"engine: {config['engine']} can only run fit; {self.subcommand} needs --engine lightning")
         callbacks: Any = self.trainer.callbacks  # type: ignore[attr-defined]
         refuse_contradictions(str(self.subcommand), config, self.model, self.datamodule, callbacks)
 
     def _run_subcommand(self, subcommand: str) -> None:
-        """Runs the command. Settings that Lightning refuses are reported as the user's mistake."""
+        """Runs the command. Settings that Lightning refuses are reported as mistakes of the user."""
         engine = self._get(self.config_init, "engine")
         self._refuse_other_engine(engine)
         try:
@@ -142,20 +138,20 @@ class CLI(LightningCLI):
         except MisconfigurationException as error:
             raise UserError(f"trainer: {_first_sentence(error)}") from error
         finally:
-            Line.end()  # another callback may have failed before the progress line got the end of the run
+            Line.end()  # a callback may have failed before the progress line was closed
 
     def _refuse_other_engine(self, engine: str) -> None:
-        """Refuses what another engine can't do, or can't continue."""
+        """Refuses options that an engine does not support, and checkpoints of another engine."""
         ckpt_path = self._get(self.config_init, "ckpt_path")
         if engine != "lightning" and self._get(self.config_init, "dry_run"):
-            raise UserError(f"--dry_run tries Lightning's loop, and --engine {engine} runs another: leave one out")
+            raise UserError(f"--dry_run measures Lightning's loop, but --engine {engine} uses its own: leave one out")
         if engine != "lightning" and ckpt_path is not None:
-            raise UserError(f"engine: {ckpt_path} is a checkpoint of Lightning's, which {engine} can't resume")
+            raise UserError(f"engine: {ckpt_path} is a Lightning checkpoint, which {engine} can't resume")
         if engine == "lightning" and self.resume is not None and any(self.resume.glob("checkpoints/checkpoint-*")):
             raise UserError(f"--resume: {self.resume} was trained by another engine; select it with --engine")
 
     def _prepare_subcommand_kwargs(self, subcommand: str) -> dict[str, Any]:
-        """Turns off Lightning's table of results: `after_validate` and `after_test` print the metrics."""
+        """Turns off Lightning's table of results, because `after_validate` prints the metrics."""
         kwargs = super()._prepare_subcommand_kwargs(subcommand)
         return kwargs | {"verbose": False} if "verbose" in kwargs else kwargs
 
@@ -168,28 +164,28 @@ class CLI(LightningCLI):
     after_test = after_validate
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
-        """Adds the keys of a recipe other than model, data and trainer."""
+        """Adds the keys of a recipe besides model, data and trainer."""
         parser.add_argument(
             "--engine",
             type=Literal["lightning", "hf", "trl"],
             default="lightning",
-            help="What drives the training loop: Lightning, transformers.Trainer, or TRL's trainers.",
+            help="Whose training loop is used: Lightning, transformers.Trainer, or TRL's trainers.",
         )
-        parser.add_argument("--name", type=str | None, default=None, help="Name of the run; the recipe's if left out.")
-        parser.add_argument("--runs_dir", type=str, default="runs", help="Where run folders go.")
-        steps = "Optimizer steps between validations; per epoch if left out."
+        parser.add_argument("--name", type=str | None, default=None, help="Name of the run; by default the recipe's.")
+        parser.add_argument("--runs_dir", type=str, default="runs", help="Folder for run folders.")
+        steps = "Optimizer steps between validations; by default once per epoch."
         parser.add_argument("--val_every", type=int | None, default=None, help=steps)
-        tokens = "Tokens to train on, as whole optimizer steps."
+        tokens = "Tokens to train on, including padding, rounded up to optimizer steps."
         parser.add_argument("--max_tokens", type=float | None, default=None, help=tokens)
         if self.command == "fit":
             parser.add_argument(
                 "--dry_run",
                 type=bool,
                 default=False,
-                help="Do everything but train: a few updates on the largest micro-batch, with their time and memory.",
+                help="Try a few updates on the largest micro-batch, and print a table of their time and memory.",
             )
         parser.add_argument("--report", type=bool, default=True, help="Write curves.png and report.html at the end.")
-        loggers = "Besides metrics.csv: tensorboard, wandb, mlflow, or several, separated by commas or as a list."
+        loggers = "Loggers besides metrics.csv: tensorboard, wandb, mlflow; several as a list or separated by commas."
         parser.add_argument("--logger", type=list[str] | str | None, default=None, help=loggers)
         parser.add_class_arguments(Checkpoints, "checkpoint")
         parser.add_class_arguments(Export, "export")
@@ -197,7 +193,7 @@ class CLI(LightningCLI):
         parser.add_class_arguments(Samples, "samples")
 
     def instantiate_trainer(self, **kwargs: Any) -> Any:
-        """Adds the callbacks, loggers and limits of every run to the trainer that the recipe describes."""
+        """Builds the recipe's trainer with the callbacks, loggers and limits of every run."""
         config = self._get(self.config_init, "trainer")
         get = lambda key: self._get(self.config_init, key)  # noqa: E731
         kwargs["callbacks"] = self._callbacks(config)
@@ -221,7 +217,7 @@ class CLI(LightningCLI):
         return trainer
 
     def _callbacks(self, config: Any) -> list[Any]:
-        """The callbacks of every run around those of the recipe, in the order in which they are called."""
+        """The callbacks of every run and those of the recipe, in the order in which Lightning calls them."""
         get = lambda key: self._get(self.config_init, key)  # noqa: E731
         folder = RunFolder(
             Path(get("runs_dir")).expanduser(),
@@ -234,11 +230,11 @@ class CLI(LightningCLI):
         if self.subcommand == "predict":
             folder.name += "-predict"
         own = _as_list(config.get("callbacks"))
-        watching = [Start(), LastStep(), Memory(), Throughput(), PreferenceWarnings(), Consumed(), get("predictions")]
+        watching = [Start(), LastStep(), Memory(), Throughput(), PreferenceWarnings(), get("predictions")]
         if not any(isinstance(c, ProgressBar) for c in own) and config.get("enable_progress_bar") is not False:
             watching.append(ProgressLine())
         samples = [] if self._has_samples(own) else [get("samples")]
-        # saving comes late, so that the checkpoint has the state of the other callbacks after this step
+        # saving comes after them, so that a checkpoint has the state of other callbacks after its step
         saving = [get("checkpoint"), Preemption(), get("export")]
         reporting: list[Any] = [Report()] if get("report") else []
         named = logger_names(get("logger"))
@@ -247,7 +243,7 @@ class CLI(LightningCLI):
         return [folder, *watching, Advice(), *own, *samples, *saving, *reporting]
 
     def _has_samples(self, own: list[Any]) -> bool:
-        """Whether a callback of the recipe already shows samples; then settings of `samples` are refused as unused."""
+        """Whether a callback of the recipe shows samples already. Then settings of `samples` are refused, as unused."""
         names = [type(c).__name__ for c in own if isinstance(c, Answers | Samples)]
         parser, given = self._parser(str(self.subcommand)), self._get(self.config, "samples")
         if names and given["rows"] and given != parser.get_defaults(skip_validation=True)["samples"]:
@@ -255,7 +251,7 @@ class CLI(LightningCLI):
         return bool(names)
 
     def _limit_tokens(self, trainer: Any, config: Any, max_tokens: float) -> None:
-        """Sets the number of steps from the number of tokens, counting padding: an update has rows times length."""
+        """Sets the number of steps from a number of tokens. With padding, an update has rows x `max_length`."""
         if config.get("max_steps", -1) != -1:
             raise UserError("max_tokens and trainer.max_steps both say how long to train: drop one")
         data: Any = self.datamodule
@@ -280,7 +276,7 @@ class CLI(LightningCLI):
         }
 
     def _yaml(self) -> str:
-        """The config that reproduces this run, without what holds for this start of it alone."""
+        """The config that reproduces this run, without options that apply to this invocation only."""
         subcommand = str(self.subcommand)
         config: Namespace = self.config[subcommand].clone()
         for key in ("config", "ckpt_path", "weights_only", "dry_run"):
@@ -289,7 +285,7 @@ class CLI(LightningCLI):
 
 
 def instantiate(config: dict[str, Any]) -> tuple[LanguageModule, TextData]:
-    """Module and data of a recipe, without a trainer: what an export or a preview needs.
+    """Builds module and data of a recipe without a trainer, for exports and previews.
 
     Raises:
         UserError: a key, class or value is wrong, or a class refuses its arguments.
@@ -312,5 +308,5 @@ def _as_list(value: Any) -> list[Any]:
 
 
 def _first_sentence(error: Exception) -> str:
-    """Lightning's complaint without its advice."""
+    """The first sentence of an error of Lightning's, without its advice."""
     return " ".join(str(error).split()).split(". ")[0][:300].rstrip(".")

@@ -3,8 +3,9 @@
 Imports only the standard library and PyYAML, so that a misspelt name is reported in a fraction of a second.
 """
 
+import functools
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -12,18 +13,18 @@ from oumi_pl.errors import UserError, nearest
 
 ENDINGS = (".yaml", ".yml")
 ORDER = ("quickstart", "sft", "dpo", "pretrain")
-"""Folders of shipped recipes, and the recipes of the first, in the order in which to try them."""
+"""Folders of shipped recipes, and names in `quickstart`, in the order in which to list them."""
 
 
 class Header(NamedTuple):
-    """What the comment at the top of a recipe says."""
+    """The content of the comment at the top of a recipe."""
 
     purpose: str
-    """What it trains, on which data."""
+    """What it trains on which data."""
     commands: list[str]
     """Command lines that run the recipe."""
     hardware: str
-    """The hardware that it needs, in a few words."""
+    """The hardware it needs, in a few words."""
 
 
 def shipped() -> Path:
@@ -47,8 +48,8 @@ def _rank(part: str) -> int:
 def header(recipe: Path) -> Header:
     """Reads the comment at the top of a recipe.
 
-    The first lines are the purpose, indented lines are commands, and the first clause after `Hardware:` is the
-    hardware.
+    Lines before the first indented one are the purpose, indented lines are commands, and the first clause after
+    `Hardware:` is the hardware.
     """
     lines: list[str] = []
     for line in recipe.read_text(encoding="utf-8").splitlines():
@@ -63,10 +64,10 @@ def header(recipe: Path) -> Header:
 
 
 def find(name: str) -> Path:
-    """The file of a recipe, given by path or by name.
+    """Finds the file of a recipe by path or name.
 
     Raises:
-        UserError: if there is none; offers the nearest name.
+        UserError: if there is none; suggests the nearest name.
     """
     path = Path(name).expanduser()
     if path.is_file():
@@ -90,10 +91,10 @@ def recipe_name(path: Path) -> str:
 
 
 def check(path: Path) -> dict[str, Any]:
-    """Parses a recipe and returns it.
+    """Reads and parses a recipe.
 
     Raises:
-        UserError: if it can't be read, isn't YAML, isn't a mapping, or repeats a key (YAML would keep the last).
+        UserError: if it can't be read, isn't YAML or a mapping, or repeats a key (PyYAML would silently keep the last).
     """
     import yaml
 
@@ -119,26 +120,28 @@ def check(path: Path) -> dict[str, Any]:
 
 def merge(first: Mapping[str, Any], second: Mapping[str, Any]) -> dict[str, Any]:
     """Merges two recipes key by key; the second wins."""
-    merged = dict(first)
+    tree = dict(first)
     for key, value in second.items():
-        old = merged.get(key)
-        merged[key] = merge(old, value) if isinstance(old, Mapping) and isinstance(value, Mapping) else value
-    return merged
+        old = tree.get(key)
+        tree[key] = merge(old, value) if isinstance(old, Mapping) and isinstance(value, Mapping) else value
+    return tree
+
+
+def merged(recipes: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
+    """Merges recipes in order; the later ones win."""
+    return functools.reduce(merge, recipes, {})
 
 
 def as_written(paths: Sequence[Path]) -> bytes | None:
-    """The text of a recipe with its comments; several are merged, without comments. None without a file."""
+    """The text of a recipe with its comments. Several recipes are merged without comments; None without any."""
     import yaml
 
     if len(paths) == 1:
         return paths[0].read_bytes()
     if not paths:
         return None
-    merged: dict[str, Any] = {}
-    for path in paths:
-        merged = merge(merged, check(path))
     header = f"# Merged, the later wins: {', '.join(map(str, paths))}\n"
-    return (header + yaml.safe_dump(merged, sort_keys=False)).encode()
+    return (header + yaml.safe_dump(merged(map(check, paths)), sort_keys=False)).encode()
 
 
 def _refuse_repeated_keys(node: Any, path: Path, prefix: str) -> None:
@@ -154,6 +157,6 @@ def _refuse_repeated_keys(node: Any, path: Path, prefix: str) -> None:
         name = f"{prefix}.{key.value}" if prefix else str(key.value)
         line = key.start_mark.line + 1
         if name in seen:
-            raise UserError(f"{path} line {line}: the key {name} is there twice, first in line {seen[name]}; keep one")
+            raise UserError(f"{path} line {line}: the key {name} is repeated, first in line {seen[name]}; keep one")
         seen[name] = line
         _refuse_repeated_keys(value, path, name)

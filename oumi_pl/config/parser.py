@@ -1,4 +1,4 @@
-"""LightningCLI's argument parser, with errors of one line."""
+"""LightningCLI's argument parser with one-line errors."""
 
 import re
 from collections.abc import Iterator
@@ -11,7 +11,7 @@ from oumi_pl.errors import UserError
 
 
 class Parser(LightningArgumentParser):
-    """An argument parser that raises one message: what is wrong, and where."""
+    """An argument parser that raises a `UserError` that says what is wrong, and where."""
 
     def error(self, message: str, ex: Exception | None = None) -> Any:
         """Raises instead of printing a page of usage.
@@ -24,29 +24,29 @@ class Parser(LightningArgumentParser):
         raise UserError(innermost(message)) from ex
 
     def _add_signature_parameter(self, *args: Any, **kwargs: Any) -> Any:
-        """Takes text for text: jsonargparse would open a data file that a recipe names, and read it as a config."""
+        """Leaves text values alone: jsonargparse would open a data file that a recipe names and read it as a config."""
         return super()._add_signature_parameter(*args, **{**kwargs, "sub_configs": False})
 
 
 def innermost(message: str) -> str:
-    """The complaint about the deepest key in a message of jsonargparse's, which quotes all that is around it."""
+    """Extracts the error of the innermost key from a message of jsonargparse, which quotes the config around it."""
     message = " ".join(message.split())
     keys = re.findall(r'Parser key "([^"]+)"', message)
     path = [part for key in keys for part in key.split(".") if part != "init_args"]
     if missing := re.search(r"arguments are required: (.+?)(?= - |$)", message):
         names = [".".join([*path, name]) for name in missing.group(1).split(", ")]
         return f"{', '.join(names)}: missing, and there is no default"
-    complaint = re.split(r'Parser key "[^"]+": ', message)[-1]
-    complaint = re.split(r" - |\. Got value: Namespace| Given value", complaint.rpartition("Errors: - ")[2])[0]
-    return ": ".join([*filter(None, [".".join(path)]), complaint[:300]])
+    problem = re.split(r'Parser key "[^"]+": ', message)[-1]
+    problem = re.split(r" - |\. Got value: Namespace| Given value", problem.rpartition("Errors: - ")[2])[0]
+    return ": ".join([*filter(None, [".".join(path)]), problem[:300]])
 
 
 @contextmanager
 def unwrapped_mistakes() -> Iterator[None]:
-    """Raises the mistake that a class reports about its arguments instead of jsonargparse's error around it.
+    """Raises the `UserError` of a class about its arguments instead of jsonargparse's error around it.
 
     Raises:
-        UserError: the class's own.
+        UserError: the error of the class.
     """
     try:
         yield

@@ -1,4 +1,4 @@
-"""Checks that the parts of a run fit together and suit the command, before any row is read or weight loaded."""
+"""Checks that the parts of a run fit each other and the command, before any row or weight is loaded."""
 
 import re
 import sys
@@ -15,18 +15,16 @@ NEEDS = {
     "test": ("test",),
     "predict": ("predict", "test", "validation"),
 }
-"""Command -> the sources under `data` of which it needs one."""
-
-
+"""Command -> the keys of `data` of which it needs at least one."""
 GIVES = {False: "tokens", True: "pairs"}
-"""Whether examples branch -> what they are called."""
+"""Whether examples branch -> their name in messages."""
 PARTNERS = "SFT goes with SFTData, DPO with DPOData, Pretrain with PretrainData"
 
 
 def refuse_contradictions(
     command: str, config: Mapping[str, Any], model: Any, data: Any, callbacks: Sequence[Any]
 ) -> None:
-    """Checks the parts of a run once they are instantiated.
+    """Checks the parts of a run after they have been built.
 
     Args:
         command: `fit`, `validate`, `test` or `predict`.
@@ -38,7 +36,9 @@ def refuse_contradictions(
     Raises:
         UserError: at the first contradiction.
     """
-    _refuse_name(config.get("name"))
+    name = config.get("name")
+    if name is not None and (not name or Path(name).name != name or name.startswith(".")):
+        raise UserError(f"name: {name!r} can't be the name of a folder; runs_dir chooses where run folders go")
     if command != "predict" and model.branching not in (None, data.branching):
         module, kind, gives = type(model).__name__, type(data).__name__, GIVES[data.branching]
         raise UserError(f"data: {kind} gives {gives}, but {module} trains on {GIVES[model.branching]}; {PARTNERS}")
@@ -66,7 +66,7 @@ def refuse_contradictions(
 
 
 def _check_weights(command: str, model: str | None) -> None:
-    """Says which weights are used without a checkpoint: the pretrained ones."""
+    """Refuses to evaluate random weights; says so if pretrained weights are used for lack of a checkpoint."""
     if model is None:
         raise UserError(f"`{command}` would run on untrained weights; pass --ckpt_path FILE")
     print(f"no --ckpt_path given; using the pretrained weights of {model}", file=sys.stderr)
@@ -84,7 +84,7 @@ def refuse_missing_gpus(config: Mapping[str, Any], trainer: Any) -> None:
     """Refuses to run a recipe for several GPUs as several CPU processes, unless the recipe asks for the CPU.
 
     Raises:
-        UserError: if several devices are requested without an accelerator, and only the CPU is there.
+        UserError: if several devices are requested without an accelerator, and there is only a CPU.
     """
     if config.get("accelerator") == "auto" and trainer.num_devices > 1 and trainer.strategy.root_device.type == "cpu":
         raise UserError(
@@ -97,7 +97,7 @@ def refuse_unknown_devices(trainer: Mapping[str, Any]) -> None:
     """Checks accelerator, devices and strategy of the trainer before Lightning does.
 
     Raises:
-        UserError: if a name is unknown (offers the nearest), or the strategy can't do what the recipe asks for.
+        UserError: if a name is unknown (suggests the nearest), or the strategy does not support the recipe.
     """
     from lightning.pytorch.accelerators import AcceleratorRegistry
     from lightning.pytorch.strategies import StrategyRegistry
@@ -108,7 +108,7 @@ def refuse_unknown_devices(trainer: Mapping[str, Any]) -> None:
     for key, names in {"accelerator": accelerators, "strategy": strategies}.items():
         name, known = trainer.get(key), ["auto", "gpu", *names] if key == "accelerator" else ["auto", *names]
         if isinstance(name, str) and name not in known:
-            raise UserError(f"trainer.{key}: there is no {name!r}{nearest(name, known)}")
+            raise UserError(f"trainer.{key}: unknown {key} {name!r}{nearest(name, known)}")
     there = {name: AcceleratorRegistry[name]["accelerator"].is_available() for name in accelerators}
     there |= {"gpu": there["cuda"] or there["mps"], "auto": True}
     accelerator = trainer.get("accelerator")
@@ -120,7 +120,7 @@ def refuse_unknown_devices(trainer: Mapping[str, Any]) -> None:
 
 
 def _refuse_devices(devices: Any, on_cpu: bool) -> None:
-    """Devices are a number or a list of indices; on the CPU only a number, the processes to start."""
+    """Checks that devices are a number or a list of indices; on the CPU only a number (of processes)."""
     written = re.sub(r"[\[\]\s]", "", str(devices))
     if str(devices) == "0" or not re.fullmatch(r"auto|-1|\d+(,\d+)*,?", written):
         raise UserError(f"trainer.devices: {devices!r} is neither how many (2), nor which ('0,2'), nor 'auto' for all")
@@ -132,7 +132,7 @@ def _refuse_devices(devices: Any, on_cpu: bool) -> None:
 
 
 def _refuse_strategy(strategy: Any, clip: float | None) -> None:
-    """Refuses strategies under which gradients can't be rescaled or clipped as an update needs."""
+    """Refuses DeepSpeed, and clipping under FSDP1, which do not give access to the whole gradient."""
     name = strategy if isinstance(strategy, str) else type(strategy).__name__
     instead = "take FSDP2, strategy: {class_path: ModelParallelStrategy}, as the recipe sft/llama3.1_8b_fsdp2 does"
     if name.lower().startswith("deepspeed"):
@@ -156,7 +156,7 @@ def refuse_unsupported_precision(precision: Any, device: Any) -> None:
         device: The device that trains.
 
     Raises:
-        UserError: if the precision needs another GPU.
+        UserError: if the GPU does not support the precision.
     """
     import torch
 
@@ -179,26 +179,21 @@ def refuse_seed(seed: Any) -> None:
         raise UserError(f"seed_everything is {seed}, but has to be between 0 and {2**32 - 1}")
 
 
-def _refuse_name(name: str | None) -> None:
-    if name is not None and (not name or Path(name).name != name or name.startswith(".")):
-        raise UserError(f"name: {name!r} can't be the name of a folder; runs_dir chooses where run folders go")
-
-
 def _refuse_without_validation(config: Mapping[str, Any], callbacks: Sequence[Any]) -> None:
-    asks = "val_every" if config.get("val_every") is not None else None
+    reason = "val_every" if config.get("val_every") is not None else None
     for callback in callbacks:
         if getattr(callback, "needs_validation", False):
-            asks = f"the callback {type(callback).__name__}"
+            reason = f"the callback {type(callback).__name__}"
         elif str(getattr(callback, "monitor", None) or "").startswith("val/"):
-            asks = f"{_place(callback)}: {callback.monitor!r}"
-    if asks:
+            reason = f"{_place(callback)}: {callback.monitor!r}"
+    if reason:
         raise UserError(
-            f"{asks} needs held-out rows, but the recipe names none; set data.validation, to 0.05 for example"
+            f"{reason} needs held-out rows, but the recipe names none; set data.validation, to 0.05 for example"
         )
 
 
 def _refuse_unknown_metric(monitor: str | None, callback: Any, model: Any, callbacks: Sequence[Any]) -> None:
-    """Checks the name of a monitored metric, unless a user's own class is there, which may log any name."""
+    """Checks the name of a monitored metric, unless a class of a user takes part, which may log any name."""
     own = [type(part).__module__.split(".")[0] not in ("oumi_pl", "lightning") for part in (model, *callbacks)]
     if monitor is None or any(own) or not getattr(model, "validation_metrics", ()) or monitor.startswith("train/"):
         return
@@ -208,12 +203,12 @@ def _refuse_unknown_metric(monitor: str | None, callback: Any, model: Any, callb
 
 
 def _place(callback: Any) -> str:
-    """Where a recipe sets what a callback monitors."""
+    """The key at which a recipe sets what a callback monitors."""
     return "checkpoint.monitor" if type(callback).__name__ == "Checkpoints" else f"monitor of {type(callback).__name__}"
 
 
 def _refuse_checkpoint(name: str | None) -> None:
-    """Checks that a checkpoint exists and is one: Lightning would take a missing `last` for a start from scratch."""
+    """Checks that a checkpoint file exists and is valid: Lightning would start from scratch for a missing `last`."""
     if name is None or "://" in name:
         return
     path = Path(name).expanduser()
@@ -222,8 +217,8 @@ def _refuse_checkpoint(name: str | None) -> None:
             return
         inside = sorted(path.rglob("*.ckpt"))
         hint = f"; name the file, {inside[-1]} for example" if inside else ""
-        raise UserError(f"--ckpt_path: {name} is a directory and no sharded checkpoint{hint}")
+        raise UserError(f"--ckpt_path: {name} is a directory, but not a sharded checkpoint{hint}")
     if not path.is_file():
         raise UserError(f"--ckpt_path: no file {name!r}{nearby(path, lambda p: p.suffix == '.ckpt')}")
-    if not zipfile.is_zipfile(path):  # what torch writes is a zip archive, whose index comes last
+    if not zipfile.is_zipfile(path):  # torch writes zip archives, whose index comes last
         raise UserError(f"--ckpt_path: {name} is not a checkpoint, or was cut short when it was written")

@@ -1,20 +1,87 @@
-"""Examples as their batch shows them: marked are the targets of that very batch."""
+"""Finds examples by their rows, and shows each as its batch feeds it to the model, with the targets of that batch."""
 
 import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from typing import NamedTuple
 
 import numpy as np
 
 from oumi_pl.data.examples import ExampleData
+from oumi_pl.data.store import source_records
 from oumi_pl.errors import UserError
-from oumi_pl.preview.marks import Tokens, segments_of
-from oumi_pl.preview.pieces import Decoder, Piece
-from oumi_pl.preview.rows import SourceRow, row_count, walk
+from oumi_pl.preview.pieces import Decoder, Piece, Tokens, segments_of
 from oumi_pl.preview.shown import Mark, Section, Shown
-from oumi_pl.types import Example, Segment
+from oumi_pl.terminal.progress import track
+from oumi_pl.types import Example, Record, Segment
 
-# ---- which
+AT_ONCE = 256
+"""Rows tokenized at once."""
+
+
+class SourceRow(NamedTuple):
+    """A row of a source, and its example.
+
+    number: of the row, from 1 over all sources of the split. origin: file and line. example: index of its example in
+    the split, from 0; None if the row was dropped. reason: why it was dropped.
+    """
+
+    number: int
+    origin: str
+    record: Record
+    example: int | None
+    reason: str = ""
+    cut: bool = False
+    straddled: bool = False
+
+
+Wanted = Callable[[int, int | None], bool]
+"""(Row number, index of its example or None) -> whether the row is wanted."""
+
+
+def row_count(data: ExampleData, split: str) -> int:
+    """Number of rows of a split, including dropped ones."""
+    return sum(int(store.report["rows"]) for store in data.stores(split))
+
+
+def has_no_dropped_rows(data: ExampleData, split: str) -> bool:
+    """Whether no row was dropped, so that example `i` comes from row `i + 1`."""
+    return row_count(data, split) == sum(map(len, data.stores(split)))
+
+
+def walk(data: ExampleData, split: str, wanted: Wanted) -> Iterator[SourceRow]:
+    """Yields the wanted rows of a split, in order.
+
+    Rows are read from the sources again. If some were dropped, all are tokenized again as well, to find out which.
+    """
+    sources, keep = data.taken(split)
+    number = index = 0
+    for source, store in zip(sources, data.stores(split), strict=True):
+        drops = store.report["rows"] != len(store)
+        records = track(source_records(source, keep, formats=data.formats), f"looking for rows in {source.path}")
+        while batch := list(itertools.islice(records, AT_ONCE)):
+            rows = [(number + i, origin, record) for i, (origin, record) in enumerate(batch, 1)]
+            if not drops:  # every row has an example, so only wanted rows have to be tokenized
+                places: list[int | None] = list(range(index, index + len(rows)))
+                chosen = [(row, place) for row, place in zip(rows, places, strict=True) if wanted(row[0], place)]
+                encoded = data.encode([record for (_, _, record), _ in chosen]) if chosen else []
+            else:
+                encoded = data.encode([record for _, _, record in rows])
+                kept = itertools.count(index)
+                places = [next(kept) if isinstance(example, Example) else None for example in encoded]
+                chosen = list(zip(rows, places, strict=True))
+            for ((row, origin, record), place), example in zip(chosen, encoded, strict=True):
+                if not wanted(row, place):
+                    continue
+                if isinstance(example, Example):
+                    yield SourceRow(row, origin, record, place, "", example.cut, example.straddled)
+                else:
+                    yield SourceRow(row, origin, record, None, example.reason)
+            number += len(rows)
+            index += sum(place is not None for place in places)
+
+
+# ---- which examples
 
 
 def first(data: ExampleData, split: str, count: int) -> list[SourceRow]:
@@ -23,10 +90,10 @@ def first(data: ExampleData, split: str, count: int) -> list[SourceRow]:
 
 
 def numbered(data: ExampleData, split: str, rows: Sequence[int]) -> list[SourceRow]:
-    """The rows of these numbers, counted from 1 as they are read.
+    """The rows with these numbers, counted from 1 in reading order.
 
     Raises:
-        UserError: there are fewer rows.
+        UserError: a number is out of range.
     """
     last = row_count(data, split)
     for row in rows:
@@ -47,7 +114,7 @@ def longest(data: ExampleData, split: str, count: int) -> list[SourceRow]:
 
 
 def cut(data: ExampleData, split: str, count: int) -> list[SourceRow]:
-    """The first examples that tokens were cut off from."""
+    """The first examples that were cut to `max_length`."""
     if not any(store.report["cut"] for store in data.stores(split)):
         return []
     full = data.lengths(split) >= data.max_length  # a shorter one can't have been cut
@@ -62,7 +129,7 @@ def dropped(data: ExampleData, split: str, count: int) -> list[SourceRow]:
     return list(itertools.islice(rows, min(count, missing)))
 
 
-# ---- what they are
+# ---- what they look like
 
 
 def shown(data: ExampleData, split: str, row: SourceRow, decoder: Decoder) -> Shown:
@@ -89,7 +156,7 @@ def shown(data: ExampleData, split: str, row: SourceRow, decoder: Decoder) -> Sh
 
 
 class _Part:
-    """Tokens that are shown together, which are those at `kept` `[n]` of `length`; the others were cut off."""
+    """Tokens that are shown together. Of the `length` original tokens those at `kept` `[n]` remain; others were cut."""
 
     def __init__(self, name: str, title: str, tokens: Tokens, kept: np.ndarray, length: int) -> None:
         self.name = name
@@ -102,12 +169,12 @@ class _Part:
 def _parts(
     names: Sequence[str], example: Example, segments: list[Tokens], whole: Example, kept: list[np.ndarray]
 ) -> list[_Part]:
-    """What all segments share, once, and then the rest of each segment; a single part where there is one segment.
+    """The tokens that all segments share, once, then the rest of each segment; one part if there is one segment.
 
     Args:
-        names: Of the segments, as far as they have one.
-        example: As it is trained on.
-        segments: Its segments' own tokens.
+        names: Names of the first segments.
+        example: The example as it is trained on.
+        segments: The own tokens of each of its segments.
         whole: The example before it was cut.
         kept: Per segment of `whole`, which of its own tokens are in `segments`.
     """
@@ -121,7 +188,7 @@ def _parts(
         parts.append(_Part("prompt", title, segments[0].part(0, shared), kept[0][:shared], whole_shared))
     for i, (segment, tokens) in enumerate(zip(example.segments, segments, strict=True)):
         name = names[i] if i < len(names) else f"segment {i + 1}"
-        skip, whole_skip = (0, 0) if i else (shared, whole_shared)  # of the first, what all share is above
+        skip, whole_skip = (0, 0) if i else (shared, whole_shared)  # the first segment's are shown above
         rest, length = tokens.part(skip, len(tokens)), whole.segments[i].length - whole_skip
         elsewhere = i and segment.shared != shared
         after = f", after {segment.shared:,} tokens of segment {segment.parent + 1}" if elsewhere else ""
@@ -134,7 +201,7 @@ def _shared_by_all(segments: Sequence[Segment]) -> int:
 
 
 def _text_of_dropped(data: ExampleData, row: SourceRow, decoder: Decoder) -> list[Section]:
-    """What a dropped row would be if it were not too long; nothing of it is trained on, so nothing is marked."""
+    """The text of a row that was dropped for its length, without targets, because nothing in it is trained on."""
     if (uncut := data.uncut(row.record)) is None:
         return []
     ids = uncut[0].input_ids.tolist()
@@ -143,7 +210,7 @@ def _text_of_dropped(data: ExampleData, row: SourceRow, decoder: Decoder) -> lis
 
 
 def _with_cuts(part: _Part, decoder: Decoder) -> list[Piece | Mark]:
-    """The pieces of a part, and a mark wherever tokens are missing."""
+    """The pieces of a part, with a mark wherever tokens were cut."""
     tokens, kept = part.tokens, part.kept
     items: list[Piece | Mark] = []
     borders = [0, *(np.flatnonzero(np.diff(kept) > 1) + 1).tolist(), len(kept)]

@@ -1,30 +1,30 @@
-"""A preview as one HTML page that needs nothing else: no request, no script, dark and light, any width."""
+"""Writes a preview as one self-contained HTML page, without scripts and requests."""
 
 from pathlib import Path
 
 from oumi_pl.errors import UserError
 from oumi_pl.preview.pieces import visible
 from oumi_pl.preview.shown import Preview, shortened, stretches
-from oumi_pl.report.html import render
+from oumi_pl.report.page import render
 from oumi_pl.runs.folders import refuse_unwritable
 
 TEMPLATE = Path(__file__).with_name("preview.html")
 SIGN = '<meta name="generator" content="oumi_pl preview">'
-"""What tells a page of ours, which may be written over, from a file of the user's."""
+"""Marks our pages, which may be overwritten; other files of users may not."""
 
 
 def refuse_place(file: Path) -> None:
-    """Tells early, and without writing anything, that no page can be written there.
+    """Checks, without writing anything, that a page can be written to `file`.
 
     Raises:
-        UserError: the folder isn't there or can't be written to, or another kind of file has this name.
+        UserError: the folder does not exist or is not writable, or `file` exists and is not a page of a preview.
     """
     if file.is_dir():
         raise UserError(f"--html: {file} is a folder; name a file")
     if not file.parent.is_dir():
         raise UserError(f"--html: there is no folder {file.parent}")
     if file.exists() and SIGN not in file.read_bytes()[:1000].decode(errors="replace"):
-        raise UserError(f"--html: {file} is there already, and no page of a preview; name another file")
+        raise UserError(f"--html: {file} exists and is not a page of a preview; name another file")
     refuse_unwritable(file.parent, "--html")
 
 
@@ -41,7 +41,7 @@ def write(preview: Preview, file: Path) -> None:
 
 
 def page(preview: Preview) -> str:
-    """The page's HTML."""
+    """The HTML of the page."""
     shown = lambda text: visible([text])[0]  # noqa: E731
     tables = [
         ([*map(shown, t.columns)], [[*map(shown, row)] for row in t.rows], shown(t.title)) for t in preview.tables
@@ -54,6 +54,6 @@ def page(preview: Preview) -> str:
         tables=tables,
         has_text=any(example.sections for example in preview.examples),
         parts=lambda section: stretches(shortened(section).items),
-        # only all texts of a stretch together say which spaces have to be made visible
+        # all texts of a stretch at once: whether a space has to be made visible depends on its neighbours
         written=lambda pieces: zip(pieces, visible([piece.text for piece in pieces]), strict=True),
     )

@@ -1,4 +1,4 @@
-"""Turns token ids into pieces of text that can be shown: whole characters, nothing invisible, no escape codes.
+"""Turns the tokens of a batch into pieces of text that can be shown, and finds out which of them carry loss.
 
 A token of a byte-level tokenizer may hold only a part of a character. Such tokens are shown together, as one piece.
 """
@@ -18,9 +18,13 @@ from oumi_pl.terminal import screen
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
+from itertools import pairwise
+
+from oumi_pl.attention.segments import segment_starts
+from oumi_pl.types import Batch
 
 OPEN, CLOSE = "⟦", "⟧"
-"""Brackets around tokens that carry loss; where a text contains them, they are written as their code points."""
+"""Brackets around tokens that carry loss. In the text itself, these characters are shown as code points."""
 _BYTE_TOKEN = re.compile(r"<0x([0-9A-Fa-f]{2})>")
 _SPACES = re.compile(r" {2,}|^ | $", re.MULTILINE)
 
@@ -29,8 +33,8 @@ _SPACES = re.compile(r" {2,}|^ | $", re.MULTILINE)
 class Piece:
     """Tokens that make up whole characters: nearly always one.
 
-    text: what they stand for, as it is in the data. ids: their token ids. start: the position of the first in its path.
-    target: whether they carry loss. special: a control token. label_only: a target that is no input of this row.
+    text: their text, unchanged. ids: their token ids. start: position of the first in its path. target: whether they
+    carry loss. special: whether it is a control token. label_only: whether it is a target, but not an input of the row.
     """
 
     text: str
@@ -42,7 +46,7 @@ class Piece:
 
     @property
     def described(self) -> str:
-        """Position and id, for people to read."""
+        """Position, id and loss, for tooltips."""
         ids = " ".join(map(str, self.ids))
         where = (
             f"position {self.start}"
@@ -50,7 +54,7 @@ class Piece:
             else f"positions {self.start}-{self.start + len(self.ids) - 1}"
         )
         loss = ", carries loss" if self.target else ""
-        return f"{where}, id {ids}{loss}" + (", no input of this row" if self.label_only else "")
+        return f"{where}, id {ids}{loss}" + (", not an input of this row" if self.label_only else "")
 
 
 class Decoder:
@@ -80,8 +84,8 @@ class Decoder:
         Args:
             ids: `[tokens]`.
             targets: `[tokens]`, which of them carry loss.
-            positions: `[tokens]`, their places in their path.
-            label_only: Of all pieces.
+            positions: `[tokens]`, their positions in the path.
+            label_only: Set in all pieces.
         """
         pieces: list[Piece] = []
         decoder = codecs.getincrementaldecoder("utf-8")("backslashreplace")
@@ -96,7 +100,7 @@ class Decoder:
             first, text = end, ""
 
         for i, token in enumerate(ids):
-            # marks are exact: a character across the border of a target is shown as its bytes
+            # marks have to be exact, so a character across the border of a target is shown as its bytes
             if first < i and (bool(targets[i]) != bool(targets[first]) or self._is_special(token)):
                 close(i)
             text += decoder.decode(self._content(int(token)))
@@ -109,7 +113,7 @@ class Decoder:
         return int(token) in self._added and bool(self._added[int(token)].special)
 
     def _content(self, token: int) -> bytes:
-        """The bytes of text that a token stands for."""
+        """The bytes of a token's text."""
         if token not in self._known:
             self._known[token] = self._look_up(token)
         return self._known[token]
@@ -131,11 +135,11 @@ class Decoder:
 
 
 def visible(texts: Sequence[str]) -> list[str]:
-    """Adjacent texts with visible white space and without invisible characters; line ends are kept.
+    """Makes white space and invisible characters of adjacent texts visible; line ends are kept.
 
-    Control characters, changes of direction and unassigned code points are written by name.
+    Control characters, changes of direction and unassigned code points are replaced by their names.
     """
-    # a single space between words needs no sign; which spaces are single is seen only in all texts together
+    # single spaces between words stay; which ones are single depends on the neighbouring texts
     joined = _SPACES.sub(lambda spaces: "·" * len(spaces.group()), "".join(texts))
     written, start = [], 0
     for text in texts:
@@ -151,3 +155,40 @@ def _visible(character: str) -> str:
         return "⇥   "
     odd_space = unicodedata.category(character) == "Zs" and character != " "
     return screen.named(character) if odd_space or character in OPEN + CLOSE else screen.visible(character)
+
+
+@dataclass(frozen=True)
+class Tokens:
+    """Consecutive tokens of a batch.
+
+    ids: `[n]`. targets: `[n]` bool, which of them carry loss. positions: `[n]`, their position ids. label: the target
+    of the last token, if that is not a token of the row; else None.
+    """
+
+    ids: np.ndarray
+    targets: np.ndarray
+    positions: np.ndarray
+    label: int | None = None
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    def part(self, start: int, stop: int) -> "Tokens":
+        """The tokens from `start` to `stop`."""
+        label = self.label if stop == len(self) else None
+        return Tokens(self.ids[start:stop], self.targets[start:stop], self.positions[start:stop], label)
+
+
+def segments_of(batch: Batch) -> list[Tokens]:
+    """The own tokens of each segment of a batch, in order, with the targets that the batch lists."""
+    borders = np.array(segment_starts(batch["segments"]))
+    owners, predictors = batch["target_segments"].numpy(), batch["predictors"].numpy()
+    starts, ends = borders[owners], borders[owners + 1]
+    # a target follows its predictor, unless that is in an earlier segment: then it is the first token of its own
+    at = np.where(predictors >= starts, predictors + 1, starts)
+    targets = np.zeros(borders[-1], dtype=bool)
+    targets[at[at < ends]] = True
+    labels = dict(zip(owners[at == ends].tolist(), batch["targets"].numpy()[at == ends].tolist(), strict=True))
+    ids, positions = batch["input_ids"][0].numpy(), batch["position_ids"][0].numpy()
+    spans = [slice(start, stop) for start, stop in pairwise(borders)]
+    return [Tokens(ids[span], targets[span], positions[span], labels.get(i)) for i, span in enumerate(spans)]

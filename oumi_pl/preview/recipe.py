@@ -1,4 +1,4 @@
-"""The data of a recipe, read as `fit` reads it, without a trainer and without weights."""
+"""Builds the data module of a recipe as `fit` does, without a trainer and without weights."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -6,15 +6,14 @@ from typing import Any
 
 from oumi_pl.config import files as recipe_files
 from oumi_pl.config.cli import CLI, instantiate
+from oumi_pl.config.command_line import PREFIX
 from oumi_pl.data.base import TextData
 from oumi_pl.errors import UserError
 from oumi_pl.runs import folders
 
-PREFIX = "recipe:"
-
 
 class _Settings(CLI):
-    """The command line of `fit`, parsed and checked, without the objects that it describes."""
+    """Parses and checks the command line of `fit`, without building the objects that it describes."""
 
     def instantiate_classes(self) -> None:
         """Instantiates nothing."""
@@ -27,21 +26,21 @@ def read(configs: Sequence[Path], overrides: Sequence[str]) -> tuple[TextData, l
     """Builds the data module that `fit` would train on, and finds its tokenizer.
 
     Args:
-        configs: Recipes; the later wins.
+        configs: Recipes; later ones win.
         overrides: `--data.max_length 256` and the like.
 
     Returns:
         The data with a tokenizer, and notes on where the tokenizer comes from.
 
     Raises:
-        UserError: whatever `fit` would find wrong with the settings of model and data.
+        UserError: for every mistake in the settings of model and data that `fit` would report.
     """
     args = [part for path in configs for part in ("--config", str(path))]
     trees = [recipe_files.check(path) for path in configs]
     settings = _Settings(["fit", *args, *overrides], trees=trees).config["fit"]
     module, data = instantiate({"model": settings.model, "data": settings.data})
     data.micro_batches = settings.trainer.accumulate_grad_batches or 1
-    data.workers = 0  # for a handful of rows, starting processes takes longer than the work
+    data.workers = 0  # starting processes would take longer than a few rows do
     if data.tokenizer_spec is not None or module.model_name is None:
         return data, []
     data.tokenizer_spec, notes = _tokenizer_of(module.model_name, Path(settings.runs_dir).expanduser())
@@ -49,10 +48,10 @@ def read(configs: Sequence[Path], overrides: Sequence[str]) -> tuple[TextData, l
 
 
 def _tokenizer_of(model: str, root: Path) -> tuple[Any, list[str]]:
-    """The tokenizer of a model; of a recipe that was not run yet, the one that its model will have.
+    """The tokenizer of a model, and notes. For `recipe:NAME` without a finished run, the tokenizer its model will have.
 
     Raises:
-        UserError: there is no such recipe.
+        UserError: the recipe does not exist, or its tokenizer can't be loaded.
     """
     if not model.startswith(PREFIX):
         return model, []
@@ -65,7 +64,7 @@ def _tokenizer_of(model: str, root: Path) -> tuple[Any, list[str]]:
         tokenizer = data.tokenizer
     except UserError as error:
         raise UserError(
-            f"model: {model} has no finished run in {root}, and its tokenizer can't be had: {error}"
+            f"model: {model} has no finished run in {root}, and its tokenizer can't be loaded: {error}"
         ) from None
     return tokenizer, [
         f"tokenizer: {model} has no finished run in {root} yet; this is the tokenizer that its model will have"
@@ -73,5 +72,5 @@ def _tokenizer_of(model: str, root: Path) -> tuple[Any, list[str]]:
 
 
 def title(configs: Sequence[Path]) -> str:
-    """The names of the recipes."""
+    """The names of the recipes, joined."""
     return " + ".join(folders.recipe_of(path) or recipe_files.recipe_name(path) for path in configs)

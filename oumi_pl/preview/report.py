@@ -1,4 +1,4 @@
-"""The data report: tables of what became of the rows, notes on tokenizer and template, packs, lengths."""
+"""The data report of a preview: counts of rows and tokens, notes on tokenizer and template, packs, lengths."""
 
 from typing import Any
 
@@ -9,17 +9,17 @@ from oumi_pl.data.examples import ExampleData
 from oumi_pl.data.pretrain import PretrainData
 from oumi_pl.data.sources import as_sources
 from oumi_pl.data.tokenizers import TokenizerFactory
-from oumi_pl.preview.rows import numbered_alike
+from oumi_pl.preview.examples import has_no_dropped_rows
 from oumi_pl.preview.shown import Histogram, Pack, Packs, Table
 
 BINS = 32
-"""Ranges of a histogram, at most."""
+"""Most bins of a histogram."""
 LISTED = 8
-"""Added tokens that are named."""
+"""Most added tokens that are listed by name."""
 
 
 def tables(data: TextData) -> list[Table]:
-    """What became of the rows, a column per split; and of the rows of each source, where there are several."""
+    """Counts of rows and tokens with a column per split; and per source, if there are several."""
     report = data.report()
     if not report:
         return []
@@ -28,13 +28,13 @@ def tables(data: TextData) -> list[Table]:
     for column, split in enumerate(report.values()):
         for name, value in _lines(split).items():
             rows.setdefault(name, [""] * len(names))[column] = value
-    table = Table("what became of the rows", ["", *names], [[name, *cells] for name, cells in rows.items()])
+    table = Table("rows and tokens", ["", *names], [[name, *cells] for name, cells in rows.items()])
     several = {split: described["sources"] for split, described in report.items() if "sources" in described}
     return [table, *(_sources(split, sources, _weights(data, split)) for split, sources in several.items())]
 
 
 def _weights(data: TextData, split: str) -> list[float]:
-    """The weights of a split's sources; empty if they have none. Only training uses them."""
+    """The weights of a split's sources; empty if they have none. Only the training split uses weights."""
     if split != "train":
         return []
     sources: Any = data.sources[split]
@@ -42,7 +42,7 @@ def _weights(data: TextData, split: str) -> list[float]:
 
 
 def _lines(report: dict[str, Any]) -> dict[str, str]:
-    """Names and values of a split's report."""
+    """The report of a split as names and values."""
     lengths = report["lengths"]
     rows, tokens, targets = report["rows"], report["tokens"], report["target_tokens"]
     lines = {"rows": f"{rows:,}", "kept": f"{report['kept']:,}"}
@@ -93,7 +93,7 @@ def _sources(split: str, sources: list[dict[str, Any]], weights: list[float]) ->
 
 
 def histograms(data: TextData) -> list[Histogram]:
-    """Lengths of the examples, or documents, of each split."""
+    """The lengths of the examples or documents of each split."""
     histograms = []
     for split in data.report():
         if isinstance(data, ExampleData):
@@ -104,14 +104,14 @@ def histograms(data: TextData) -> list[Histogram]:
             continue
         if len(lengths) > 1:
             low, high = int(lengths.min()), int(lengths.max())
-            width = -(-(high - low + 1) // BINS)  # whole tokens: else some ranges would span more lengths than others
+            width = -(-(high - low + 1) // BINS)  # an integer, so that all bins span the same number of lengths
             counts = np.bincount((lengths - low) // width)
             histograms.append(Histogram(f"{split}, {what}", low, high, counts.tolist()))
     return histograms
 
 
 def notes(data: TextData) -> list[str]:
-    """Tokenizer, template, added tokens, streamed sources."""
+    """Notes on tokenizer, chat template, added tokens and streamed sources."""
     tokenizer, spec = data.tokenizer, data.tokenizer_spec
     name = spec if isinstance(spec, str) else "that of the recipe"
     if isinstance(spec, TokenizerFactory):
@@ -120,21 +120,18 @@ def notes(data: TextData) -> list[str]:
     if data.template is not None:
         lines.append(f"chat template of rows with turns: {data.template.source}")
     if data.added_tokens:
-        named = [f"{token} ({i})" for i, token in zip(data.added_tokens, _names(data), strict=False)]
+        texts = tokenizer.convert_ids_to_tokens(data.added_tokens[:LISTED])
+        named = [f"{token} ({i})" for i, token in zip(data.added_tokens, texts, strict=False)]
         more = f" and {len(data.added_tokens) - LISTED:,} more" if len(data.added_tokens) > LISTED else ""
         lines.append(f"added to the vocabulary: {', '.join(named)}{more}")
     streamed = (f"train: {name} is tokenized while it is streamed, so it is not counted" for name in data.streamed)
     return [*lines, *streamed]
 
 
-def _names(data: TextData) -> list[str]:
-    return list(data.tokenizer.convert_ids_to_tokens(data.added_tokens[:LISTED]))
-
-
 def packs(data: ExampleData) -> Packs:
-    """The packs of the first micro-batch of training, of data that are packed."""
+    """The packs of the first micro-batch of training. The data must be packed."""
     assert data.capacity is not None
-    numbered = numbered_alike(data, "train")
+    numbered = has_no_dropped_rows(data, "train")
     lengths = data.lengths("train")
     first = next(data.plan(0).micro_batches(0, data.layout))
     filled = [Pack(lengths[ids].tolist(), [i + 1 if numbered else 0 for i in ids.tolist()]) for ids in first]

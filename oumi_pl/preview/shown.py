@@ -1,4 +1,4 @@
-"""What a preview shows, for a terminal and a page alike: pieces of text in sections, with marks between them."""
+"""The content of a preview, for terminal and page alike: pieces of text in sections, with marks between them."""
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -8,11 +8,11 @@ from typing import Literal
 from oumi_pl.preview.pieces import Piece
 
 SHOWN_TOKENS = 480
-"""Pieces of a section beyond which its middle is left out."""
+"""Longer sections, in pieces, are shortened in the middle."""
 SHOWN_RUNS = 24
-"""Stretches of a section (turns, documents) beyond which those in the middle are left out."""
+"""Of more runs (turns, documents) in a section, those in the middle are left out."""
 KEPT_OF_A_RUN = 24
-"""Pieces that are shown of each stretch at least."""
+"""Fewest pieces of a run that are shown."""
 
 
 @dataclass(frozen=True)
@@ -26,7 +26,7 @@ class Mark:
 
 @dataclass(frozen=True)
 class Section:
-    """A part of an example: a prompt that responses share, a response, or all of it."""
+    """A part of an example: a shared prompt, a response, or all of it."""
 
     title: str
     items: list[Piece | Mark]
@@ -39,7 +39,7 @@ class Section:
 
 @dataclass(frozen=True)
 class Shown:
-    """An example: its title, facts about it, and its parts."""
+    """An example: title, facts, and parts."""
 
     title: str
     facts: list[str]
@@ -57,7 +57,7 @@ class Table:
 
 @dataclass(frozen=True)
 class Pack:
-    """A pack: the tokens of each example in it, and the number of the row that it comes from, 0 if unknown."""
+    """A pack: the length of each of its examples, and the row that each comes from, 0 if unknown."""
 
     lengths: list[int]
     rows: list[int]
@@ -84,7 +84,7 @@ class Histogram:
 
 @dataclass(frozen=True)
 class Preview:
-    """All that a preview shows."""
+    """The whole content of a preview."""
 
     title: str
     notes: list[str]
@@ -95,7 +95,7 @@ class Preview:
 
 
 def shortened(section: Section) -> Section:
-    """A section with the middle of its long stretches left out; where loss begins and ends is always kept."""
+    """Leaves out the middle of long runs of a section; the borders of runs, where loss begins and ends, stay."""
     if len(section.pieces) <= SHOWN_TOKENS:
         return section
     runs = _runs(section.items)
@@ -111,7 +111,7 @@ def shortened(section: Section) -> Section:
 
 
 def stretches(items: Iterable[Piece | Mark]) -> Iterator[list[Piece] | Mark]:
-    """The marks, and between them lists of the pieces in between."""
+    """Groups consecutive pieces into lists; yields these lists and the marks between them."""
     pieces: list[Piece] = []
     for item in items:
         if isinstance(item, Piece):

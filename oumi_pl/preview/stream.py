@@ -1,4 +1,4 @@
-"""Rows of pretraining as the model sees them: those of the stream that is trained on, or windows of held-out texts."""
+"""Shows rows of pretraining data: rows of the training stream, or windows of held-out documents."""
 
 import itertools
 from collections.abc import Iterator, Sequence
@@ -9,20 +9,19 @@ from oumi_pl.data.held_out import HeldOut
 from oumi_pl.data.pretrain import PretrainData
 from oumi_pl.data.row_stream import batch_of
 from oumi_pl.errors import UserError
-from oumi_pl.preview.marks import Tokens, segments_of
-from oumi_pl.preview.pieces import Decoder, Piece
+from oumi_pl.preview.pieces import Decoder, Piece, Tokens, segments_of
 from oumi_pl.preview.shown import Mark, Section, Shown
 from oumi_pl.types import Batch
 
 APART = "── another document, which doesn't see the one before ──"
-JOINED = "── another document, which goes on from the one before ──"
+JOINED = "── another document, which also sees the one before ──"
 
 
 def rows(data: PretrainData, split: str, decoder: Decoder, count: int, numbers: Sequence[int] | None) -> list[Shown]:
-    """The first rows of a split, or those of some numbers, counted from 1.
+    """The first `count` rows of a split, or the rows with these numbers, counted from 1.
 
     Raises:
-        UserError: there are fewer rows, or none.
+        UserError: a number is out of range, or there are no rows.
     """
     wanted = set(range(1, count + 1) if numbers is None else numbers)
     by_number: dict[int, Shown] = {}
@@ -42,13 +41,13 @@ def rows(data: PretrainData, split: str, decoder: Decoder, count: int, numbers: 
 
 
 def _trained(data: PretrainData) -> Iterator[tuple[Batch, list[str]]]:
-    """Each row of the first epoch, in the order of training, as a batch. Reads ahead by the shuffle buffer alone."""
+    """Each row of the first epoch as a batch, in training order. Reads ahead no further than the shuffle buffer."""
     for number, row in enumerate(data.stream(0)):
         yield batch_of([row], [number], data.pad_id), [f"update {number // data.layout.rows_per_update + 1:,}"]
 
 
 def _held_out(data: PretrainData, split: str) -> Iterator[tuple[Batch, list[str]]]:
-    """Each window of the documents of a split, in order, as a batch."""
+    """Each window of a split's documents as a batch, in order."""
     held_out = HeldOut(data.shards(split), data.max_length, data.eval_stride, data.pad_id)
     for source, name in enumerate(data.source_names(split)):
         for number, (document, start, _, end) in enumerate(held_out.windows[source].tolist()):
@@ -71,7 +70,7 @@ def _shown(data: PretrainData, decoder: Decoder, batch: Batch, title: str, facts
 
 
 def _documents(data: PretrainData, tokens: Tokens, decoder: Decoder) -> list[Piece | Mark]:
-    """Pieces of tokens that see each other, with a mark where a document ends, and with the label beyond the last."""
+    """The pieces of a segment, with marks between documents, and at the end the label that is not an input."""
     ends = (np.flatnonzero(tokens.ids == data.tokenizer.eos_token_id) + 1).tolist()
     borders = [0, *(end for end in ends if end < len(tokens)), len(tokens)]
     items: list[Piece | Mark] = []

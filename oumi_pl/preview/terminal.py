@@ -1,4 +1,4 @@
-"""A preview as text: in colour for terminals, with brackets alone for pipes."""
+"""Prints a preview as text: in colour on terminals, with brackets only in pipes."""
 
 import os
 import shutil
@@ -16,7 +16,7 @@ from rich.text import Text
 from oumi_pl.preview.pieces import CLOSE, OPEN, Piece, visible
 from oumi_pl.preview.shown import Histogram, Mark, Packs, Preview, Section, Table, shortened, stretches
 
-# Okabe and Ito's colours, which can be told apart with any colour vision; each with its own background
+# Okabe and Ito's colours, distinct with any colour vision; each on a background of its own
 LOSS = ("#000000 on #E69F00", "#000000 on #F0B840")
 SPECIAL = "#000000 on #56B4E9"
 SPECIAL_LOSS = "bold italic #000000 on #E69F00"
@@ -25,9 +25,9 @@ FAINT = "dim"
 LABEL_ONLY = "→"
 BLOCKS = " ▁▂▃▄▅▆▇█"
 BAR = 40
-"""Characters of a pack's bar."""
+"""Characters of the bar of a pack."""
 LISTED, LISTED_PACKS = 5, 16
-"""Numbers of examples of a pack, and of packs, that are listed."""
+"""Most examples listed per pack, and most packs."""
 
 
 def show(preview: Preview, *, plain: bool, tokens: bool = False, full: bool = False) -> None:
@@ -35,9 +35,9 @@ def show(preview: Preview, *, plain: bool, tokens: bool = False, full: bool = Fa
 
     Args:
         preview: What to show.
-        plain: No escape codes and no wrapping.
-        tokens: Each token in a cell of its own, with position and id.
-        full: Leave nothing out of long rows.
+        plain: Print without escape codes and wrapping.
+        tokens: Show each token in a cell of its own, with position and id.
+        full: Show long rows in full.
     """
     try:
         _print(preview, plain, tokens, full)
@@ -102,7 +102,7 @@ def _heading(title: str, plain: bool) -> RenderableType:
 
 
 def legend(preview: Preview, plain: bool) -> Text:
-    """A line that explains the marks in a preview."""
+    """The line that explains the marks of a preview."""
     pieces = [piece for example in preview.examples for section in example.sections for piece in section.pieces]
     marks = {item.kind for e in preview.examples for s in e.sections for item in s.items if isinstance(item, Mark)}
     text = Text()
@@ -111,10 +111,10 @@ def legend(preview: Preview, plain: bool) -> Text:
     if any(piece.special for piece in pieces) and not plain:
         text.append("  ").append("special token", style=SPECIAL)
     if any(piece.label_only for piece in pieces):
-        text.append(f"  {LABEL_ONLY} predicted, and no input of this row")
+        text.append(f"  {LABEL_ONLY} predicted, but not an input of this row")
     if "cut" in marks:
         text.append("  ").append("✂ cut off", style="" if plain else CUT)
-    text.append("  ⏎ line end  · space" + ("" if plain else "  (shades tell tokens apart)"))
+    text.append("  ⏎ line end  · space" + ("" if plain else "  (shades alternate by token)"))
     return text
 
 
@@ -122,7 +122,7 @@ def legend(preview: Preview, plain: bool) -> Text:
 
 
 def section_text(section: Section, plain: bool) -> Text:
-    """The text of a section: targets in brackets, in a terminal with colours; tokens alternate between two shades."""
+    """The text of a section: targets in brackets, and on terminals in colour; shades alternate from token to token."""
     text = Text()
     for stretch in stretches(section.items):
         if isinstance(stretch, Mark):
@@ -152,7 +152,7 @@ def _add_pieces(text: Text, pieces: list[Piece], plain: bool) -> None:
 
 def _bracket(text: Text, bracket: str, plain: bool) -> None:
     style = "" if plain else "bold"
-    if bracket == CLOSE and text.plain.endswith("\n"):  # close before the line end, though it is a target as well
+    if bracket == CLOSE and text.plain.endswith("\n"):  # the bracket is easier to see before it
         text.right_crop(1)
         text.append(CLOSE, style=style).append("\n")
     else:
@@ -179,7 +179,7 @@ def _cells(section: Section, plain: bool) -> RenderableType:
 
 def _cell(piece: Piece, plain: bool) -> Text:
     (written,) = visible([piece.text])
-    written = written.replace("\n", "")  # its symbol stays
+    written = written.replace("\n", "")  # the symbol ⏎ stays
     cell = Text(f"{piece.start:>5} {'+'.join(map(str, piece.ids)):>6} ", style=FAINT)
     shown = Text(f"{OPEN}{written}{CLOSE}" if piece.target else f" {written} ", style="" if plain else _style(piece, 0))
     return cell.append_text(shown)

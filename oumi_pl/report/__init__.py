@@ -1,5 +1,5 @@
-"""Reports of runs: curves, one page, the list of runs, and runs side by side.
+"""Reports of runs: curves, one page per run, the list of runs, and comparisons.
 
-Everything is read from the files of a run folder, so a run that was killed or is still running can be looked at like a
-finished one. Nothing here imports torch; matplotlib and numpy are imported where something is drawn.
+Everything is read from the files of a run folder, so a killed or running run has a report like a finished one. Nothing
+here imports torch; matplotlib is imported where something is drawn.
 """

@@ -1,9 +1,10 @@
-"""Runs side by side: results, differences of their settings, and their losses in one picture."""
+"""Compares runs: results side by side, differing settings, and losses in one picture."""
 
 import json
 import math
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +13,8 @@ from oumi_pl.report.record import Record
 from oumi_pl.report.words import clock, large, number
 from oumi_pl.runs import folders
 
-NOISE = ("name", "runs_dir", "report", "config")
-"""Keys of a config that say where a run goes, not what it is."""
+PLACES = ("name", "runs_dir", "report", "config")
+"""Keys of a config that say where a run is written, and do not affect training."""
 MACHINE = ("python", "packages", "git", "device", "devices", "cpu")
 """Keys of a run's environment that are compared."""
 DRAWN = {
@@ -24,44 +25,36 @@ DRAWN = {
     "val/rewards/margins": "Reward margin, validation",
     "val/exact_match": "Exact answers, share of held-out",
 }
-"""Metrics of the picture -> their titles; losses if a run has them, others if there is something to compare."""
+"""Metric -> title in the picture. Losses are drawn if one run has them, other metrics if several have."""
 STYLES = ("-", "--", "-.", ":")
+LAST = itemgetter(-1)
 LONGEST = 60
-"""Characters of a value that a difference shows."""
+"""Most characters of a value in the list of differences."""
 
 
 def outcomes(records: Sequence[Record]) -> dict[str, list[str]]:
-    """The results of each run: name of a row -> a cell for each run."""
+    """The results: name of a row -> a cell for each run."""
     rows: dict[str, list[str]] = {
         "state": [run.condition for run in records],
         "steps": [f"{run.step:,}" for run in records],
         "time": [clock(folders.seconds(run.folder, run.state)) for run in records],
-        "tokens": [_last(run, "train/num_tokens", large) for run in records],
-        "tokens/s, median": [_median(run, "train/tokens_per_second") for run in records],
-        "peak memory, GB": [_last(run, "train/peak_memory_gb", number) for run in records],
-        f"train/loss, mean of {folders.RECENT}": [_recent(run) for run in records],
+        "tokens": [_cell(run, "train/num_tokens", LAST, large) for run in records],
+        "tokens/s, median": [_cell(run, "train/tokens_per_second", statistics.median) for run in records],
+        "peak memory, GB": [_cell(run, "train/peak_memory_gb", LAST) for run in records],
+        f"train/loss, mean of {folders.RECENT}": [_cell(run, "train/loss", folders.recent) for run in records],
     }
     names = dict.fromkeys(name for run in records for name in run.metrics if name.startswith("val/"))
     order = sorted(names, key=lambda name: (name != "val/loss", name))
     for name in order:
-        rows[name] = [_last(run, name, number) for run in records]
+        rows[name] = [_cell(run, name, LAST) for run in records]
         if name == "val/loss":
             rows["val/loss, best"] = [_best(run) for run in records]
     return {name: cells for name, cells in rows.items() if any(cell != "-" for cell in cells)}
 
 
-def _last(run: Record, name: str, shown: Any) -> str:
-    return str(shown(run.metrics[name][1][-1])) if name in run.metrics else "-"
-
-
-def _median(run: Record, name: str) -> str:
-    return number(statistics.median(run.metrics[name][1])) if name in run.metrics else "-"
-
-
-def _recent(run: Record) -> str:
-    if "train/loss" not in run.metrics:
-        return "-"
-    return number(folders.recent(run.metrics["train/loss"][1]))
+def _cell(run: Record, name: str, value: Callable[[list[float]], float], shown: Callable[[float], str] = number) -> str:
+    """A value of a metric as text; a dash for a run without the metric."""
+    return shown(value(run.metrics[name][1])) if name in run.metrics else "-"
 
 
 def _best(run: Record) -> str:
@@ -71,8 +64,8 @@ def _best(run: Record) -> str:
 
 
 def differences(records: Sequence[Record]) -> dict[str, list[str]]:
-    """The dotted keys of the configs that are not the same in all runs, with each run's value; then of the machines."""
-    configs = [flat({key: value for key, value in run.config.items() if key not in NOISE}) for run in records]
+    """The dotted config keys whose values differ, with the value of each run; then the same for the machines."""
+    configs = [flat({key: value for key, value in run.config.items() if key not in PLACES}) for run in records]
     machines = []
     for run in records:
         kept = {key: value for key, value in run.part("environment").items() if key in MACHINE}
@@ -82,12 +75,12 @@ def differences(records: Sequence[Record]) -> dict[str, list[str]]:
 
 def _differing(trees: Sequence[Mapping[str, Any]]) -> dict[str, list[str]]:
     keys = dict.fromkeys(key for tree in trees for key in tree)
-    values = {key: [tree.get(key) for tree in trees] for key in keys}  # null and left out are the same
+    values = {key: [tree.get(key) for tree in trees] for key in keys}  # null equals a key that is left out
     return {key: list(map(_shown, each)) for key, each in values.items() if any(v != each[0] for v in each)}
 
 
 def flat(value: Any, prefix: str = "") -> dict[str, Any]:
-    """A tree as dotted keys; lists of plain values are values."""
+    """Flattens a tree to dotted keys; a list without mappings counts as a plain value."""
     if isinstance(value, list) and any(isinstance(item, dict) for item in value):
         value = {str(i): item for i, item in enumerate(value)}
     if not isinstance(value, dict) or not value:
@@ -106,21 +99,23 @@ def _shown(value: Any) -> str:
     return text if len(text) <= LONGEST else text[: LONGEST - 1] + "…"
 
 
-def not_alike(records: Sequence[Record]) -> str | None:
-    """A warning where the losses are not of one kind, and can't be compared."""
+def incomparable(records: Sequence[Record]) -> str | None:
+    """A warning if the runs trained different kinds of losses, which can't be compared."""
     models = {run.name: model for run in records if (model := run.part("model"))}
     kinds = {name: f"{model.get('trainer')} with {model.get('loss')}" for name, model in models.items()}
     listed = ", ".join(f"{name}: {kind}" for name, kind in kinds.items())
-    return f"these losses are not of one kind ({listed})" if len(set(kinds.values())) > 1 else None
+    return f"these losses are of different kinds ({listed})" if len(set(kinds.values())) > 1 else None
 
 
 def picture(records: Sequence[Record], names: Sequence[str], file: Path) -> None:
-    """The losses of all runs, overlaid, each run in a colour and a style of its own."""
-    having = {name: sum(name in run.metrics for run in records) for name in DRAWN}
-    there = {name: title for name, title in DRAWN.items() if having[name] > (0 if name.endswith("/loss") else 1)}
-    with grid(file, len(there), min(3, len(there)), (4.8, 3.1), 0.22 * len(records) + 0.35) as (figure, axes):
-        bounds = steps_of(run.metrics[name] for name in there for run in records if name in run.metrics)
-        for axis, (metric, title) in zip(axes, there.items(), strict=True):
+    """Draws the metrics of all runs into one picture, each run in its own colour and line style."""
+    from matplotlib.lines import Line2D
+
+    counts = {name: sum(name in run.metrics for run in records) for name in DRAWN}
+    drawn = {name: title for name, title in DRAWN.items() if counts[name] > (0 if name.endswith("/loss") else 1)}
+    with grid(file, len(drawn), min(3, len(drawn)), (4.8, 3.1), 0.22 * len(records) + 0.35) as (figure, axes):
+        bounds = steps_of(run.metrics[name] for name in drawn for run in records if name in run.metrics)
+        for axis, (metric, title) in zip(axes, drawn.items(), strict=True):
             for i, run in enumerate(records):
                 if metric in run.metrics:
                     _draw(axis, metric, run.metrics[metric], i)
@@ -132,7 +127,7 @@ def picture(records: Sequence[Record], names: Sequence[str], file: Path) -> None
         width, height = figure.get_size_inches()
         for i, name in enumerate(names):
             y = 1 - (0.18 + 0.22 * i) / height
-            line = figure.add_artist(_sample(i, (0.1 / width, 0.55 / width), y))
+            line = figure.add_artist(Line2D((0.1 / width, 0.55 / width), (y, y), **_style(i)))
             line.set_transform(figure.transFigure)
             figure.text(0.65 / width, y, name, va="center", fontsize=9.5, parse_math=False)
 
@@ -142,14 +137,8 @@ def _draw(axis: Any, metric: str, column: folders.Column, index: int) -> None:
     is_validation = metric.startswith("val/")
     y = values if is_validation else smooth(values, window_of(len(values)))
     few = len(values) < 3 or (is_validation and len(values) <= 60)
-    axis.plot(*thin(steps, y), **_look(index), marker="o" if few else "", markersize=3)
+    axis.plot(*thin(steps, y), **_style(index), marker="o" if few else "", markersize=3)
 
 
-def _look(index: int) -> dict[str, Any]:
+def _style(index: int) -> dict[str, Any]:
     return {"color": COLORS[index % len(COLORS)], "linestyle": STYLES[index % len(STYLES)], "linewidth": 1.6}
-
-
-def _sample(index: int, x: tuple[float, float], y: float) -> Any:
-    from matplotlib.lines import Line2D
-
-    return Line2D(x, (y, y), **_look(index))

@@ -1,23 +1,23 @@
-"""Where the time of a run goes."""
+"""Measures how a run spends its time, by phase."""
 
 import time
 
 PHASES = {
     "data": "reading and tokenizing",
-    "model": "making model and optimizer",
+    "model": "building model and optimizer",
     "checks": "checks and reference before the first update",
-    "start": "what callbacks do before the first update",
-    "training": "training, with waiting for data",
+    "start": "callbacks before the first update",
+    "training": "training, including waiting for data",
     "validation": "validation",
     "saving": "checkpoints",
     "end": "last answers, export, report",
     "killed": "sessions that were killed, after their last validation",
 }
-"""Name of a phase -> what is done in it."""
+"""Phase -> its description in the report."""
 
 
 class Clock:
-    """Adds the seconds of a run to the phase that it is in. One phase is on at any time, so they sum to the whole."""
+    """Adds up the seconds of each phase. A run is in exactly one phase at a time, so they sum to the whole."""
 
     def __init__(self) -> None:
         self.phase = "data"
@@ -25,15 +25,15 @@ class Clock:
         self._since = time.perf_counter()
 
     def enter(self, phase: str) -> None:
-        """Ends the running phase and begins another."""
+        """Ends the current phase and begins another."""
         now = time.perf_counter()
         self.seconds[self.phase] = self.seconds.get(self.phase, 0.0) + now - self._since
         self.phase, self._since = phase, now
 
     def read(self, before: dict[str, float] | None = None) -> dict[str, float]:
-        """Seconds of each phase so far, added to those of earlier sessions of the run."""
-        self.enter(self.phase)
+        """Seconds of each phase so far, with those of the run's earlier sessions (`before`) added."""
+        self.enter(self.phase)  # adds the seconds since the last call
         before = before or {}
         return {
-            p: round(before.get(p, 0.0) + self.seconds.get(p, 0.0), 3) for p in (*PHASES,) if p in self.seconds | before
+            p: round(before.get(p, 0.0) + self.seconds.get(p, 0.0), 3) for p in PHASES if p in self.seconds | before
         }

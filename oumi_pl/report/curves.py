@@ -1,4 +1,4 @@
-"""The curves of a run: which panels its metrics fill, and how one is drawn, in a picture of all or each for itself."""
+"""Draws the curves of a run: chooses panels for its metrics, and draws them into one PNG or as separate SVGs."""
 
 import io
 import math
@@ -18,9 +18,9 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 COLORS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9")
-"""Colours that the colour-blind tell apart (Okabe and Ito 2008, "Color Universal Design"); styles differ as well."""
+"""Colours that are distinct with any colour vision (Okabe and Ito 2008, "Color Universal Design")."""
 POINTS = 600
-"""How many points a line is drawn with at the most."""
+"""Most points of a line."""
 INK, FAINT = "#333333", "#999999"
 STYLES: dict[Any, Any] = {
     "svg.fonttype": "none",
@@ -41,7 +41,7 @@ STYLES: dict[Any, Any] = {
 
 @dataclass(frozen=True)
 class Line:
-    """A metric in a panel: a training metric as a line, one of validation as points."""
+    """A metric in a panel: drawn as a line for training, as points for validation."""
 
     column: str
     label: str
@@ -51,18 +51,18 @@ class Line:
 
 @dataclass(frozen=True)
 class Panel:
-    """One picture: a title, its lines, and what the values lie between where that is known."""
+    """A panel: title, lines, and the bounds of their values if known."""
 
     title: str
     lines: tuple[Line, ...]
     low: float | None = None
     high: float | None = None
     middle: float | None = None
-    """A value to compare with, drawn as a thin line: chance, for example."""
+    """A value to compare with, such as chance, drawn as a thin line."""
 
 
 def panels(metrics: Mapping[str, Column]) -> list[Panel]:
-    """The panels that these metrics fill, those that say most first."""
+    """The panels for these metrics, the most informative first."""
     blue, orange, green, purple = COLORS[:4]
     pairs = "train/rewards/margins" in metrics or "val/rewards/margins" in metrics
     both = lambda name: (Line(f"train/{name}", "training", blue), Line(f"val/{name}", "validation", orange))  # noqa: E731
@@ -87,28 +87,25 @@ def panels(metrics: Mapping[str, Column]) -> list[Panel]:
         Panel("Tokens per second", (Line("train/tokens_per_second", "training", blue),), low=0.0),
         Panel("Model FLOPs utilisation", (Line("train/mfu", "training", blue),), low=0.0),
     ]
-    if _same(metrics, "val/nll", "val/loss") or "val/nll" not in metrics:
-        nll = []
-    else:
-        nll = [Panel("Cross-entropy, nats per target token", (Line("val/nll", "validation", orange),))]
-    wanted[1:1] = nll
-    there = []
+    if not _same(metrics, "val/nll", "val/loss"):
+        wanted.insert(1, Panel("Cross-entropy, nats per target token", (Line("val/nll", "validation", orange),)))
+    filled = []
     for panel in wanted:
         lines = tuple(line for line in panel.lines if line.column in metrics)
         if lines:
-            there.append(Panel(panel.title, lines, panel.low, panel.high, panel.middle))
-    return there
+            filled.append(Panel(panel.title, lines, panel.low, panel.high, panel.middle))
+    return filled
 
 
 def _same(metrics: Mapping[str, Column], first: str, second: str) -> bool:
     if first not in metrics or second not in metrics:
         return False
-    (steps, values), (others, theirs) = metrics[first], metrics[second]
-    return steps == others and np.array_equal(values, theirs, equal_nan=True)
+    (steps, values), (other_steps, other_values) = metrics[first], metrics[second]
+    return steps == other_steps and np.array_equal(values, other_values, equal_nan=True)
 
 
 def _by_source(metrics: Mapping[str, Column], name: str) -> tuple[Line, ...]:
-    if "val/bits_per_byte" not in metrics:  # of one kind of text, perplexity says no more than the loss
+    if "val/bits_per_byte" not in metrics:  # not pretraining: perplexity says no more than the loss
         return ()
     names = sorted(column for column in metrics if re.fullmatch(rf"val/{name}(/.+)?", column))
     labels = [column.removeprefix(f"val/{name}").lstrip("/") or ("all" if len(names) > 1 else "") for column in names]
@@ -116,11 +113,11 @@ def _by_source(metrics: Mapping[str, Column], name: str) -> tuple[Line, ...]:
     return tuple(Line(c, text, colors[i % len(colors)]) for i, (c, text) in enumerate(zip(names, labels, strict=True)))
 
 
-# ---- long series, shortened without losing what stands out
+# ---- long series, shortened without losing outliers
 
 
 def smooth(values: ArrayLike, window: int) -> np.ndarray:
-    """The mean of each value and its neighbours, `window` in all; fewer at the ends; those that aren't finite left out.
+    """The moving mean over `window` values, fewer at the ends; values that are not finite are ignored.
 
     Returns:
         `[n]`; NaN where no neighbour is finite.
@@ -137,12 +134,12 @@ def smooth(values: ArrayLike, window: int) -> np.ndarray:
 
 
 def window_of(n: int) -> int:
-    """Over how many updates a line of `n` is smoothed: a fiftieth, an odd number, so that it is centred."""
+    """The smoothing window for `n` updates: a fiftieth of them, and odd, so that it is centred."""
     return 1 if n < 20 else max(5, n // 50) | 1
 
 
 def thin(steps: ArrayLike, values: ArrayLike) -> tuple[np.ndarray, np.ndarray]:
-    """At most `POINTS` of a line's points, evenly, the first and the last among them."""
+    """Keeps at most `POINTS` evenly spaced points, including the first and the last."""
     x, y = np.asarray(steps, dtype=float), np.asarray(values, dtype=float)
     if len(x) <= POINTS:
         return x, y
@@ -151,7 +148,7 @@ def thin(steps: ArrayLike, values: ArrayLike) -> tuple[np.ndarray, np.ndarray]:
 
 
 def envelope(steps: ArrayLike, values: ArrayLike) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Where a line is too long to draw each point: the least and the largest value of each of `POINTS / 2` stretches.
+    """The minimum and maximum of each of `POINTS / 2` stretches, for lines too long to draw each point.
 
     Returns:
         Middle of the stretch, minimum, maximum, each `[stretches]`; stretches without a finite value are left out.
@@ -161,8 +158,8 @@ def envelope(steps: ArrayLike, values: ArrayLike) -> tuple[np.ndarray, np.ndarra
     low = np.minimum.reduceat(np.where(np.isfinite(y), y, np.inf), starts)
     high = np.maximum.reduceat(np.where(np.isfinite(y), y, -np.inf), starts)
     ends = np.append(starts[1:], len(x)) - 1
-    there = low <= high
-    return ((x[starts] + x[ends]) / 2)[there], low[there], high[there]
+    finite = low <= high
+    return ((x[starts] + x[ends]) / 2)[finite], low[finite], high[finite]
 
 
 # ---- drawing
@@ -170,7 +167,7 @@ def envelope(steps: ArrayLike, values: ArrayLike) -> tuple[np.ndarray, np.ndarra
 
 @contextmanager
 def styled() -> Iterator[None]:
-    """Our look, for as long as something is drawn; settings of whoever called are left as they were."""
+    """Draws in our style; the caller's matplotlib settings are restored afterwards."""
     import matplotlib
 
     with matplotlib.rc_context(STYLES):
@@ -178,7 +175,7 @@ def styled() -> Iterator[None]:
 
 
 def png(metrics: Mapping[str, Column], title: str, file: Path, resumed: Sequence[int] = ()) -> None:
-    """Draws all panels into one picture, in place of what is there."""
+    """Draws all panels into one PNG file; an existing file is replaced."""
     wanted = panels(metrics)
     columns = min(4 if len(wanted) in (4, 7, 8, 10, 11, 12) else 3, len(wanted))
     with grid(file, len(wanted), columns, (4.4, 2.75), 0.55) as (figure, axes):
@@ -195,13 +192,13 @@ def png(metrics: Mapping[str, Column], title: str, file: Path, resumed: Sequence
 def grid(
     file: Path, count: int, columns: int, cell: tuple[float, float], head: float
 ) -> Iterator[tuple["Figure", list[Any]]]:
-    """A figure of `count` axes, `columns` side by side, each `cell` inches large, below a head; written when left."""
+    """Opens a figure of `count` axes in `columns` columns, each `cell` inches large, below a head; saves it on exit."""
     from matplotlib.figure import Figure
 
     with styled():
         size = max(6.4, cell[0] * columns), cell[1] * math.ceil(count / columns) + head
         figure = Figure(figsize=size)
-        # tick labels are short by their making, so fixed margins do, at half the time that a layout engine takes
+        # our tick labels are always short, so fixed margins suffice; a layout engine would double the drawing time
         space = 0.65 * columns / (size[0] - 0.65 * columns - 0.15)
         margins(figure, left=0.65, right=0.15, bottom=0.5, top=head + 0.15, wspace=space, hspace=0.31)
         axes = list(figure.subplots(math.ceil(count / columns), columns, squeeze=False).flat)
@@ -214,7 +211,7 @@ def grid(
 
 
 def legend(metrics: Mapping[str, Column], resumed: Sequence[int] = ()) -> str:
-    """What thin and bold lines are, in words."""
+    """Explains thin, bold and vertical lines."""
     width = max((window_of(len(steps)) for name, (steps, _) in metrics.items() if name.startswith("train/")), default=1)
     words = [f"thin: each update, bold: mean of {width}"] if width > 1 else ["each update"]
     if resumed:
@@ -223,7 +220,7 @@ def legend(metrics: Mapping[str, Column], resumed: Sequence[int] = ()) -> str:
 
 
 def svg(panel: Panel, metrics: Mapping[str, Column], resumed: Sequence[int] = ()) -> str:
-    """One panel as an SVG element for a page, with colours that the page may change: `var(--c0)`, `var(--ink)`, ..."""
+    """One panel as an SVG element whose colours are CSS variables of the page: `var(--c0)`, `var(--ink)`, ..."""
     from matplotlib.figure import Figure
 
     with styled():
@@ -239,7 +236,7 @@ def svg(panel: Panel, metrics: Mapping[str, Column], resumed: Sequence[int] = ()
     markup = re.sub(r'<g id="[^"]*"', "<g", markup)
     markup = re.sub(r'(<svg[^>]*?) width="[^"]*"', r"\1", re.sub(r'(<svg[^>]*?) height="[^"]*"', r"\1", markup))
     markup = re.sub(r"font: ([\d.]+px) [^;\"]*", r"font-size: \1", markup)
-    own = re.sub(r"\W+", "", panel.title)  # several such elements in a page share its names
+    own = re.sub(r"\W+", "", panel.title)  # ids are shared by all SVG elements of a page
     markup = re.sub(r'(id="|url\(#|href="#)', rf"\1{own}-", markup)
     for i, color in enumerate(COLORS):
         markup = markup.replace(color, f"var(--c{i})")
@@ -253,7 +250,7 @@ def margins(figure: Any, *, left: float, right: float, bottom: float, top: float
 
 
 def draw(axis: Any, panel: Panel, metrics: Mapping[str, Column], resumed: Sequence[int] = ()) -> None:
-    """Draws a panel: training thin and, smoothed, bold; validation as points; the last values beside the title."""
+    """Draws a panel: training thin and smoothed in bold, validation as points, the last value beside the title."""
     spans: list[tuple[float, float] | None] = []
     handles: list[Any] = []
     for line in panel.lines:
@@ -279,8 +276,8 @@ def draw(axis: Any, panel: Panel, metrics: Mapping[str, Column], resumed: Sequen
 
 
 def _name_lines(axis: Any, handles: list[Any]) -> None:
-    """A legend of names that may be of any characters: those of sources are a user's."""
-    blank = [" "] * len(handles)  # a label with an underscore first would be left out
+    """Draws a legend. Names of sources come from users, so they are set without parsing them as formulas."""
+    blank = [" "] * len(handles)  # matplotlib leaves out labels that begin with an underscore
     legend = axis.legend(handles, blank, fontsize=8, frameon=False, loc="best", handlelength=1.8)
     for text, handle in zip(legend.get_texts(), handles, strict=True):
         text.set_parse_math(False)
@@ -296,7 +293,7 @@ def steps_of(columns: Iterable[Column]) -> tuple[float, float]:
 
 
 Drawn = tuple[Any, tuple[float, float] | None]
-"""What a legend shows of a line, and what its finite values lie between."""
+"""The handle of a line for the legend, and the bounds of its finite values."""
 
 
 def _line(axis: Any, line: Line, steps: list[int], values: list[float]) -> Drawn:
@@ -314,9 +311,9 @@ def _line(axis: Any, line: Line, steps: list[int], values: list[float]) -> Drawn
     x, y_mean = thin(steps, mean)
     look: dict[str, Any] = {"color": line.color, "linewidth": 1.7, "marker": marker, "markersize": 4}
     (handle,) = axis.plot(x, y_mean, line.style, label=label, **look)
-    lost = np.flatnonzero(~np.isfinite(y))
-    if len(lost):
-        where = f"not finite: {len(lost):,} of {len(y):,}, first at step {steps[lost[0]]:,}"
+    gaps = np.flatnonzero(~np.isfinite(y))
+    if len(gaps):
+        where = f"not finite: {len(gaps):,} of {len(y):,}, first at step {steps[gaps[0]]:,}"
         axis.text(0.02, 0.03, where, transform=axis.transAxes, fontsize=8, color=COLORS[1])
     return handle, _span(np.concatenate([mean, y]))
 
@@ -346,7 +343,7 @@ def _short(value: float) -> str:
 
 
 def _limits(axis: Any, panel: Panel, spans: list[tuple[float, float]]) -> None:
-    """Logarithmic where values of no known bounds go over more than a decade; else between the bounds."""
+    """Sets the y axis: logarithmic if unbounded values span more than a factor of 10, else between known bounds."""
     from matplotlib.ticker import LogFormatter
 
     class Short(LogFormatter):
@@ -380,7 +377,7 @@ def ticks(axis: Any) -> None:
 
 
 def _tick(value: float) -> str:
-    """A number as short as an axis wants it: 15k, 0.25, 3e-4."""
+    """A number as a short tick label: 15k, 0.25, 3e-4."""
     if abs(value) >= 10_000:
         return f"{value / 1000:,.6g}k"
     if 0 < abs(value) < 0.01:

@@ -1,4 +1,4 @@
-"""What a run ran on: machine, packages, and the state of the code beside it."""
+"""Describes the environment of a run: machine, packages, git commit."""
 
 import importlib.metadata
 import os
@@ -12,13 +12,13 @@ PACKAGES = ("torch", "lightning", "transformers", "peft", "trl", "datasets", "bi
 
 
 def environment() -> dict[str, Any]:
-    """Python, platform, processor, memory, package versions and git commit, in some hundredths of a second."""
+    """Python, platform, processor, memory, package versions and git commit. Takes a few hundredths of a second."""
     return {
         "python": platform.python_version(),
         "platform": platform.platform(terse=True),
         "machine": platform.machine(),
         "cpu": _cpu(),
-        "cpus": _usable_cpus(),
+        "cpus": usable_cpus(),
         **_memory(),
         "packages": _versions(),
         **_git(Path.cwd()),
@@ -35,7 +35,8 @@ def _cpu() -> str:
     return platform.processor() or platform.machine()
 
 
-def _usable_cpus() -> int:
+def usable_cpus() -> int:
+    """Number of CPUs that this process may run on."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
@@ -57,7 +58,7 @@ def _versions() -> dict[str, str]:
 
 
 def _git(directory: Path) -> dict[str, Any]:
-    """Commit of the repository that a directory lies in, and how many tracked files differ; empty without one."""
+    """Commit of the repository that contains a directory, and how many tracked files differ; empty without one."""
     git = shutil.which("git")
     if git is None:
         return {}

@@ -1,4 +1,4 @@
-"""The runs of a folder as a table, from their small files alone: nothing heavy is imported."""
+"""Lists the runs of a folder as a table. Imports nothing heavy, so that it answers at once."""
 
 import math
 import time
@@ -11,12 +11,12 @@ from oumi_pl.runs import folders
 COLUMNS = ("name", "recipe", "state", "step", "loss", "val", "best val", "time", "begun")
 RIGHT = ("step", "loss", "val", "best val", "time")
 DISPENSABLE = ("recipe", "best val", "begun", "time", "loss")
-"""Columns that a narrow terminal does without, the first of them first."""
+"""Columns that a narrow terminal leaves out, in this order."""
 GAP = "  "
 
 
 def line(run: Path) -> dict[str, str]:
-    """One run's cells. What can't be read is a dash."""
+    """The cells of a run; a dash for what can't be read."""
     state = folders.read_state(run)
     metrics = folders.read_metrics(run, only=("train/loss", "val/loss", "step"))
     condition = folders.condition(state)
@@ -39,7 +39,7 @@ def line(run: Path) -> dict[str, str]:
 
 
 def table(lines: Sequence[dict[str, str]], width: int | None) -> str:
-    """The lines below a head; where that is wider than `width`, with fewer columns, and names cut at last."""
+    """The lines below a head. Fits into `width` columns by leaving columns out, then by cutting names."""
     columns = [c for c in COLUMNS if c != "recipe" or any(cells["recipe"] != cells["name"] for cells in lines)]
     sizes = {c: max(len(c), *(len(cells[c]) for cells in lines)) for c in columns}
     total = lambda: sum(sizes[c] + len(GAP) for c in columns) - len(GAP)  # noqa: E731
@@ -63,15 +63,15 @@ def _row(cells: dict[str, str], columns: Sequence[str], sizes: dict[str, int]) -
 
 
 def notes(runs: Sequence[Path], lines: Sequence[dict[str, str]]) -> list[str]:
-    """What the words in the table don't say: where a run runs that can't be seen, and how to go on with one."""
+    """Notes on runs whose process can't be checked from here: where they run, and when they last wrote a step."""
     messages = []
-    unseen = [run for run, cells in zip(runs, lines, strict=True) if cells["state"] == "running?"]
-    for run in unseen:
+    for run in (run for run, cells in zip(runs, lines, strict=True) if cells["state"] == "running?"):
         owner = folders.read_state(run).get("process")
         host = owner.get("host") if isinstance(owner, dict) else None
         try:
             last = f"its last step was written {ago(time.time() - (run / folders.METRICS).stat().st_mtime)}"
         except OSError:
             last = "it has written no step yet"
-        messages.append(f"{run.name} says it is running{f' on {host}' if host else ''}, unseen from here; {last}")
+        where = f" on {host}" if host else ""
+        messages.append(f"{run.name} is marked as running{where}, which can't be checked from here; {last}")
     return messages

@@ -2,16 +2,34 @@
 
 import shlex
 import time
+from collections.abc import Callable, Mapping
 from html import escape
 from pathlib import Path
+from typing import Any
 
 from oumi_pl import __version__
 from oumi_pl.report import curves, sections
-from oumi_pl.report.html import render
 from oumi_pl.report.record import Record
 from oumi_pl.report.words import clock, meaning
-from oumi_pl.runs.checkpoint_files import saved_steps
-from oumi_pl.runs.folders import CHECKPOINTS, CONFIG
+from oumi_pl.runs.folders import CHECKPOINTS, CONFIG, saved_steps
+
+
+def render(template: Path, filters: Mapping[str, Callable[..., Any]] | None = None, **values: Any) -> str:
+    """Renders a template. All values are escaped; the page needs no other file, no network and no script.
+
+    Args:
+        template: A file that may extend `base.html` and import from `parts.html`, both beside this one.
+        filters: Name in the template -> function of a value.
+        values: Name in the template -> value.
+    """
+    from jinja2 import Environment, FileSystemLoader, StrictUndefined
+
+    loader = FileSystemLoader([template.parent, Path(__file__).parent])
+    environment = Environment(loader=loader, autoescape=True, undefined=StrictUndefined)
+    environment.trim_blocks = environment.lstrip_blocks = environment.keep_trailing_newline = True
+    environment.filters |= filters or {}
+    return environment.get_template(template.name).render(values)
+
 
 PAGE = "report.html"
 PICTURE = "curves.png"
@@ -19,11 +37,7 @@ TEMPLATE = Path(__file__).with_name("report.html")
 
 
 def make(folder: Path) -> Path | None:
-    """Draws the curves of a run and writes its page.
-
-    Returns:
-        The page; None if the run has no metrics yet.
-    """
+    """Draws the curves of a run and writes its page; returns its path, or None if the run has no metrics yet."""
     run = Record(folder)
     if not run.metrics:
         return None
@@ -35,8 +49,12 @@ def make(folder: Path) -> Path | None:
 
 
 def page(run: Record) -> str:
-    """The page's HTML."""
+    """The HTML of the page."""
     phases = sections.phases(run)
+    commands = {
+        "The command that started it": run.state.get("command"),
+        "The last command that resumed it": run.state.get("resumed_by") if run.resumed else None,
+    }
     return render(
         TEMPLATE,
         **sections.headline(run),
@@ -50,7 +68,7 @@ def page(run: Record) -> str:
         speeds=sections.speeds(run),
         commands=_commands(run),
         directory=Path.cwd(),
-        recipe=_recipe(run),
+        recipe={what: command for what, command in commands.items() if command},
         recipe_text=run.recipe_text,
         config=run.config_text,
         environment=sections.environment(run),
@@ -62,26 +80,26 @@ def page(run: Record) -> str:
 
 
 def _curve(run: Record, panel: curves.Panel) -> tuple[str, str]:
-    """What a panel's lines mean, and its picture."""
+    """The meanings of a panel's metrics, and its picture."""
     meanings = "; ".join(f"{line.column}: {meaning(line.column)}" for line in panel.lines if meaning(line.column))
     svg = curves.svg(panel, run.metrics, run.resumed)
     return meanings, svg.replace("<svg", f'<svg role="img" aria-label="{escape(panel.title)}"', 1)
 
 
 def _commands(run: Record) -> dict[str, str]:
-    """What can be done next -> its command, ready to be pasted."""
+    """Next steps -> their commands, quoted for a shell."""
     folder = str(run.folder)
     commands = {}
     resumable = bool(saved_steps(run.folder / CHECKPOINTS))
     if run.condition == "finished":
         more = max(2 * run.step, 1)
-        further = "Train it further; a schedule that had come to its end begins to fall from higher up again"
+        further = "Train it further; a learning rate that has decayed rises again, because the schedule gets longer"
         commands[further] = _command("fit", "--resume", folder, "--trainer.max_steps", str(more))
     elif run.condition != "running":
-        again = "Go on where it was" if resumable else "Start it again (there is no checkpoint yet)"
-        again += ", if it is running no more" if run.condition == "running?" else ""
+        again = "Resume it" if resumable else "Start it again (there is no checkpoint yet)"
+        again += ", if it is no longer running" if run.condition == "running?" else ""
         commands[again] = _command("fit", "--resume", folder)
-    commands["Run it again as it was"] = _command("fit", "--config", str(run.folder / CONFIG))
+    commands["Run it again with the same config"] = _command("fit", "--config", str(run.folder / CONFIG))
     if resumable or (run.folder / CHECKPOINTS / "best.ckpt").exists():
         export = _command("export", "--checkpoint", folder, "--output", f"{folder}-model")
         commands["Export the checkpoint as a model folder"] = export
@@ -89,18 +107,9 @@ def _commands(run: Record) -> dict[str, str]:
         prompt = str(run.samples[-1]["prompt"]).strip() if run.samples else ""
         text = prompt if 0 < len(prompt) <= 80 and prompt.isprintable() else "Hello"
         commands["Generate"] = _command("generate", "--model", str(run.folder / "model"), "--prompt", text)
-    commands["Put it beside another run"] = _command("runs", "compare", folder, "OTHER")
+    commands["Compare it with another run"] = _command("runs", "compare", folder, "OTHER")
     return commands
 
 
 def _command(*words: str) -> str:
     return shlex.join(["oumi_pl", *words])
-
-
-def _recipe(run: Record) -> dict[str, str]:
-    """The command lines of the run."""
-    parts = {
-        "The command that started it": run.state.get("command"),
-        "And the last that resumed it": run.state.get("resumed_by") if run.resumed else None,
-    }
-    return {what: str(content) for what, content in parts.items() if content}

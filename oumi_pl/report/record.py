@@ -1,4 +1,4 @@
-"""What a run folder holds, read: whatever is missing or broken in it is empty."""
+"""Reads a run folder. Missing or broken files count as empty."""
 
 import json
 from dataclasses import dataclass
@@ -11,7 +11,7 @@ from oumi_pl.runs import folders
 
 @dataclass(frozen=True)
 class Record:
-    """A run folder, each of its files read when it is asked for."""
+    """A run folder whose files are read on first use."""
 
     folder: Path
 
@@ -22,16 +22,16 @@ class Record:
 
     @cached_property
     def state(self) -> dict[str, Any]:
-        """What `run.json` says."""
+        """The content of `run.json`."""
         return folders.read_state(self.folder)
 
     def part(self, name: str) -> dict[str, Any]:
-        """A mapping in `run.json`; empty if there is none."""
+        """A mapping in `run.json`; empty if missing."""
         return _mapping(self.state.get(name))
 
     @cached_property
     def condition(self) -> str:
-        """The state as it is now."""
+        """The current state of the run: see `oumi_pl.runs.folders.condition`."""
         return folders.condition(self.state)
 
     @cached_property
@@ -59,7 +59,7 @@ class Record:
 
     @cached_property
     def config_text(self) -> str:
-        """The whole config as it is written."""
+        """The text of `config.yaml`."""
         return self._text(folders.CONFIG)
 
     @cached_property
@@ -69,9 +69,9 @@ class Record:
 
     @cached_property
     def samples(self) -> list[dict[str, Any]]:
-        """The lines of `samples.jsonl` that are whole."""
+        """The samples in `samples.jsonl`, without lines that a kill cut short."""
         samples = []
-        for line in self._text("samples.jsonl").split("\n"):  # JSON leaves other line ends in its texts
+        for line in self._text("samples.jsonl").split("\n"):  # not `splitlines`: JSON texts may hold U+2028
             try:
                 sample = json.loads(line)
             except ValueError:
@@ -82,12 +82,12 @@ class Record:
 
     @property
     def step(self) -> int:
-        """The last step that is known to be done."""
+        """The last step known to be done."""
         return max([int(self.state.get("step") or 0), *(steps[-1] for steps, _ in self.metrics.values())])
 
     @property
     def resumed(self) -> list[int]:
-        """The steps that the run was resumed at; one that was begun again from the start was not."""
+        """The steps at which the run was resumed; a restart from step 0 does not count."""
         steps = self.state.get("resumed")
         return [step for step in steps if isinstance(step, int) and step > 0] if isinstance(steps, list) else []
 

@@ -1,4 +1,4 @@
-"""What the sections of a report's page show: results, samples, the data, where the time went, the machine."""
+"""Computes the sections of a report: results, samples, data, time and environment."""
 
 import math
 import statistics
@@ -20,7 +20,7 @@ TILES = {
     "val/mean_token_accuracy": "Token accuracy",
     "val/kl": "KL to the reference",
 }
-"""Metrics of validation that the head of a page shows -> their titles."""
+"""Validation metric -> title of its tile at the top of the page."""
 SPEEDS = {
     "train/tokens_per_second": "Tokens per second, median",
     "train/rows_per_second": "Rows per second, median",
@@ -47,7 +47,7 @@ ROWS = {
     "padding": ("padding", "%"),
     "saved_by_sharing": ("tokens saved where prompts are shared", "%"),
 }
-"""Key of a data report -> what it counts, and how it is written."""
+"""Key of a data report -> its title, and the format of its value."""
 PERCENTILES = {"p0": "least", "p5": "5 %", "p25": "25 %", "p50": "median", "p75": "75 %", "p95": "95 %", "p100": "most"}
 
 Table = tuple[list[str], list[list[str]], str]
@@ -55,7 +55,7 @@ Table = tuple[list[str], list[list[str]], str]
 
 
 def headline(run: Record) -> dict[str, Any]:
-    """Name, state, what was trained on what, and the results."""
+    """Name, state, summary, warnings and results of the run."""
     state = run.state
     steps = f"{run.step:,} of {state['steps']:,}" if state.get("steps") else f"{run.step:,}"
     resumed = f", resumed at step {', '.join(f'{s:,}' for s in run.resumed)}" if run.resumed else ""
@@ -72,7 +72,7 @@ def headline(run: Record) -> dict[str, Any]:
 
 
 def _summary(run: Record) -> str:
-    """What is trained, on what: one sentence."""
+    """Model and data in one sentence."""
     model = run.part("model")
     parts = []
     if model.get("trainer"):
@@ -101,12 +101,12 @@ def _source(source: Any) -> str:
 
 
 def _ending(run: Record) -> str:
-    """Why a run did not finish."""
+    """Why the run did not finish; empty if it did."""
     if run.condition == "killed":
-        return f"The run was killed after step {run.step:,}, or its machine went down: its process is gone."
+        return f"The run was killed after step {run.step:,}, or its machine went down: its process no longer exists."
     if run.condition == "running?":
         host = run.part("process").get("host")
-        return f"The run says it is running{f' on {host}' if host else ''}, which can't be seen from here."
+        return f"The run is marked as running{f' on {host}' if host else ''}, which can't be checked from here."
     reason = run.state.get("reason")
     return str(reason) if reason and run.condition in ("failed", "stopped") else ""
 
@@ -126,7 +126,7 @@ def _tiles(run: Record) -> list[dict[str, str]]:
         if name in metrics:
             add(title, number(metrics[name][1][-1]), _best(metrics, name), name)
     took = folders.seconds(run.folder, run.state)
-    add("Time", clock(took), "all in all, resumes included" if run.resumed else "all in all")
+    add("Time", clock(took), "in total, resumes included" if run.resumed else "in total")
     if "train/num_tokens" in metrics:
         add("Tokens seen", large(metrics["train/num_tokens"][1][-1]), "without padding", "train/num_tokens")
     return tiles
@@ -143,7 +143,7 @@ def _best(metrics: dict[str, folders.Column], name: str) -> str:
 
 
 def samples(run: Record) -> list[tuple[str, list[tuple[str, str]]]]:
-    """Each prompt, and what the model wrote for it at the first and at the last step, with the reference."""
+    """Each prompt with its completions at the first and the last step, and the reference."""
     by_prompt: dict[str, list[dict[str, Any]]] = {}
     for sample in run.samples:
         by_prompt.setdefault(str(sample["prompt"]), []).append(sample)
@@ -165,7 +165,7 @@ def samples(run: Record) -> list[tuple[str, list[tuple[str, str]]]]:
 
 
 def tables(run: Record) -> list[Table]:
-    """The data report of all splits, side by side; lengths; sources. Empty if there is none."""
+    """The tables of the data report: splits side by side, lengths, sources. Empty without a report."""
     splits = _splits(run)
     if not splits:
         return []
@@ -183,12 +183,12 @@ def tables(run: Record) -> list[Table]:
             shown.append(_sources(f"Sources of {name}", report["sources"]))
     consumed = run.data.get("consumed")
     if isinstance(consumed, list) and any(source.get("tokens") for source in consumed if isinstance(source, dict)):
-        shown.append(_sources("Read in the running pass", consumed))
+        shown.append(_sources("Read in the current pass", consumed))
     return shown
 
 
 def strips(run: Record) -> dict[str, dict[str, float]]:
-    """Split -> where the percentiles of its lengths are, 500 being the longest of all; empty if all are as long."""
+    """Split -> percentiles of its lengths, scaled so that the longest of all is 500; empty if all are equally long."""
     lengths = {name: report["lengths"] for name, report in _splits(run).items() if report.get("lengths")}
     longest = max((percentiles.get("p100", 0) for percentiles in lengths.values()), default=0)
     if all(min(percentiles.values()) == max(percentiles.values()) for percentiles in lengths.values()):
@@ -224,7 +224,7 @@ def _sources(title: str, sources: list[Any]) -> Table:
 
 
 def phases(run: Record) -> list[dict[str, Any]]:
-    """Where the time went: the phases with their seconds, shares of the whole, and colours."""
+    """The phases of the run with their seconds, shares and colours."""
     spent = {phase: s for phase, s in run.part("times").items() if s >= 0.0005}
     colors = [*(f"var(--c{i})" for i in range(6)), *("var(--faint)", "var(--quiet)") * len(spent)]
     return [
@@ -240,7 +240,7 @@ def phases(run: Record) -> list[dict[str, Any]]:
 
 
 def speeds(run: Record) -> dict[str, str]:
-    """How fast the updates were, and how much memory they took."""
+    """Speed and memory of the updates."""
     facts = {}
     for name, title in SPEEDS.items():
         if name in run.metrics:
@@ -252,7 +252,7 @@ def speeds(run: Record) -> dict[str, str]:
 
 
 def environment(run: Record) -> dict[str, Any]:
-    """The machine and the versions."""
+    """Machine and package versions."""
     machine, git = run.part("environment"), run.part("environment").get("git")
     facts: dict[str, Any] = {"oumi_pl": run.state.get("oumi_pl"), "python": machine.get("python")}
     if isinstance(machine.get("packages"), dict):

@@ -1,4 +1,4 @@
-"""Numbers and times as people read them, and what the metrics mean."""
+"""Formats numbers and times for people, and looks up what metrics mean."""
 
 import ast
 import math
@@ -8,7 +8,7 @@ from pathlib import Path
 
 
 def clock(seconds: float | None) -> str:
-    """A span of time: `0.4 s`, `12 s`, `3:05 min`, `1:02:03 h`, `2 d 03 h`; a dash for None."""
+    """A duration: `0.4 s`, `12 s`, `3:05 min`, `1:02:03 h`, `2 d 03 h`; a dash for None."""
     if seconds is None or not math.isfinite(seconds):
         return "-"
     if seconds < 60:
@@ -31,14 +31,14 @@ def ago(seconds: float) -> str:
 
 
 def moment(nanoseconds: object) -> str:
-    """A moment in local time, to the minute; a dash if there is none."""
+    """A time stamp as local time, to the minute; a dash if it is missing or impossible."""
     if not isinstance(nanoseconds, int | float) or not 0 < nanoseconds < 4e18:
         return "-"
     return time.strftime("%Y-%m-%d %H:%M", time.localtime(nanoseconds / 1e9))
 
 
 def number(value: object, digits: int = 4) -> str:
-    """A number to so many significant digits; counts whole, with thousands apart; anything else as it is."""
+    """A number with `digits` significant digits; counts as `12,345`; a dash for None; anything else as text."""
     if isinstance(value, bool) or not isinstance(value, int | float):
         return "-" if value is None else str(value)
     if isinstance(value, float) and (not math.isfinite(value) or abs(value) < 10_000):
@@ -47,7 +47,7 @@ def number(value: object, digits: int = 4) -> str:
 
 
 def large(value: float) -> str:
-    """A count as one says it: `950`, `12.4k`, `135M`, `1.2B`."""
+    """A count in three digits: `950`, `12.4k`, `135M`, `1.2B`."""
     for size, unit in ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "k")):
         if abs(value) >= size:
             return f"{value / size:.3g}{unit}"
@@ -56,7 +56,7 @@ def large(value: float) -> str:
 
 @cache
 def meanings() -> dict[str, str]:
-    """Name of a metric -> what it means, from the table in `runs/metrics.py`; read as text, since imports are slow."""
+    """Metric -> meaning, from the table in the docstring of `runs/metrics.py`, whose import would load Lightning."""
     file = Path(__file__).parents[1] / "runs" / "metrics.py"
     table = ast.get_docstring(ast.parse(file.read_text(encoding="utf-8"))) or ""
     by_name: dict[str, str] = {}
@@ -65,19 +65,21 @@ def meanings() -> dict[str, str]:
         if not line.startswith("| `") or len(cells) < 2:
             continue
         names = [name.strip(" `") for name in cells[0].split(",")]
-        for name in names:  # `train/rewards/chosen`, `/rejected`
+        for (
+            name
+        ) in names:  # a cell may name several, the later without the first part: `train/rewards/chosen`, `/rejected`
             whole = name if not name.startswith("/") else names[0].rpartition("/")[0] + name
             by_name[whole] = cells[1].replace("`", "")
     return by_name
 
 
 def meaning(name: str) -> str:
-    """What a metric means; that of training where validation's is the same, of all sources for one of them."""
+    """What a metric means. `val/NAME` falls back to `train/NAME`, and a metric of one source to that of all sources."""
     known = meanings()
     if name in known:
         return known[name]
     split, _, rest = name.partition("/")
     if split in ("val", "test") and f"train/{rest}" in known:
         return known[f"train/{rest}"]
-    above = name.rpartition("/")[0]  # `val/perplexity/SOURCE`
-    return meaning(above) if "/" in above else ""
+    parent = name.rpartition("/")[0]  # `val/perplexity/SOURCE`
+    return meaning(parent) if "/" in parent else ""

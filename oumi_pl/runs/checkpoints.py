@@ -1,4 +1,4 @@
-"""How checkpoints are written and read, so that a kill at any moment leaves a whole one; and the generators' state."""
+"""Writes checkpoints atomically, so that a kill at any moment leaves a complete one; reads the state of generators."""
 
 import os
 import random
@@ -10,18 +10,18 @@ import torch
 from lightning.fabric.plugins import TorchCheckpointIO
 
 from oumi_pl.errors import UserError
-from oumi_pl.runs.checkpoint_files import HALF, remove
+from oumi_pl.runs.folders import HALF, remove
 
 
 class AtomicCheckpointIO(TorchCheckpointIO):
-    """Writes a checkpoint beside its place, forces it to the disk, and moves it there in one step.
+    """Writes a checkpoint to a temporary file in the same folder, syncs it to disk, and renames it.
 
-    Lightning's own builds the file in memory and moves it from the system's temporary directory, which across file
-    systems is a copy that a kill can cut short.
+    Lightning's own class serializes in memory and moves the file from the system's temporary directory. Across file
+    systems that is a copy, which a kill can cut short.
     """
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any | None = None) -> None:
-        """Saves to a local path, atomically; a half that could not be written is removed."""
+        """Saves to a local path atomically; removes the temporary file if writing fails."""
         path = Path(path)
         path.parent.mkdir(parents=True, exist_ok=True)
         half = path.with_name(path.name + HALF)
@@ -32,35 +32,36 @@ class AtomicCheckpointIO(TorchCheckpointIO):
                 os.fsync(file.fileno())
         except (OSError, RuntimeError) as error:
             half.unlink(missing_ok=True)
-            # torch's writer fails once more when it closes a file that it could not write, in words of its own
+            # after a failed write, torch's writer fails again on closing the file, with an error that hides the cause
             full = error if isinstance(error, OSError) else error.__context__
             if isinstance(full, OSError):
                 full.filename = full.filename or str(path)
             raise
-        if path.is_dir():  # a sharded checkpoint of an earlier layout
+        if path.is_dir():  # a sharded checkpoint, written with another strategy before
             remove(path)
         half.replace(path)
 
     def load_checkpoint(
         self, path: str | Path, map_location: Any | None = "cpu", weights_only: bool | None = None
     ) -> dict[str, Any]:
-        """Loads tensors and plain containers, never code, unless asked to.
+        """Loads tensors and plain containers only, since other pickles can run code, unless `weights_only` is False.
 
         Raises:
             UserError: if the file is not a checkpoint, or damaged.
         """
         try:
             content = super().load_checkpoint(path, map_location, weights_only=weights_only is not False)
-        except Exception as error:  # whatever torch trips over, it is this file
+        except Exception as error:  # any error of torch's is about this file
             raise UserError(f"{path}: can't be read as a checkpoint: {str(error).partition(chr(10))[0]}") from error
-        hands_over = Path(path).name == ".temp.ckpt"  # bare weights, by which a spawned process returns what it trained
-        if not hands_over and (not isinstance(content, dict) or "state_dict" not in content):
+        # a spawned process returns its weights to Lightning in a file of this name, without a dictionary around them
+        is_handover = Path(path).name == ".temp.ckpt"
+        if not is_handover and (not isinstance(content, dict) or "state_dict" not in content):
             raise UserError(f"{path}: is not a checkpoint of a run (it has no state_dict)")
         return content
 
 
 def rng_state() -> dict[str, Any]:
-    """The state of every generator that training may draw from, as plain values that load with `weights_only=True`."""
+    """The state of all random generators that training may use, as plain values that load with `weights_only=True`."""
     kind, keys, position, has_gauss, gauss = np.random.get_state()
     version, internal, gauss_next = random.getstate()
     return {
@@ -72,7 +73,7 @@ def rng_state() -> dict[str, Any]:
 
 
 def set_rng_state(state: dict[str, Any]) -> None:
-    """Puts every generator back to a saved state."""
+    """Restores the state of all random generators."""
     version, internal, gauss_next = state["python"]
     random.setstate((version, tuple(internal), gauss_next))
     kind, keys, position, has_gauss, gauss = state["numpy"]

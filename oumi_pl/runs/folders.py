@@ -1,14 +1,14 @@
-"""The run folder: its name, what it holds, and finding the one to resume.
+"""Creates, reads and finds run folders.
 
 Contents of `runs/<name>/`:
 
 - `run.json`: recipe, command, state, versions, where the time went
-- `config.yaml`: what ran; `fit --config` of it runs it again
-- `recipe.yaml`: the recipe as it was written, before options of the command line and defaults
+- `config.yaml`: the complete config; `fit --config` of it repeats the run
+- `recipe.yaml`: the recipe as its author wrote it, without command-line options and defaults
 - `data.json`: the data report
 - `metrics.csv`: one line per optimizer step
-- `samples.jsonl`: what the model wrote on the way, where a callback asks it to
-- `curves.png`, `report.html`: pictures of the metrics, and one page with all of this
+- `samples.jsonl`: completions that callbacks sampled during training
+- `curves.png`, `report.html`: curves of the metrics, and one page with all of this
 - `checkpoints/`: `step-*.ckpt`, and `best.ckpt` (weights only) when a metric is monitored
 - `model/`: the trained model, for `transformers`
 """
@@ -26,20 +26,47 @@ from pathlib import Path
 from typing import Any
 
 from oumi_pl.errors import UserError, nearest
-from oumi_pl.runs.checkpoint_files import saved_steps
 
 RUN = "run.json"
 CONFIG = "config.yaml"
 RECIPE = "recipe.yaml"
 METRICS = "metrics.csv"
 CHECKPOINTS = "checkpoints"
+HALF = ".half"
+"""Suffix of a checkpoint that is still being written."""
+
+_STEP = re.compile(r"step-(\d+)\.ckpt$")
+
+
+def checkpoint_name(step: int) -> str:
+    """File name of the checkpoint after `step` updates."""
+    return f"step-{step:08d}.ckpt"
+
+
+def saved_steps(directory: Path) -> list[Path]:
+    """The complete `step-*.ckpt` in a directory, oldest first."""
+    return sorted(p for p in directory.glob("step-*.ckpt") if _STEP.search(p.name))
+
+
+def step_of(checkpoint: Path) -> int:
+    """The step in the name of a checkpoint; -1 for `best.ckpt` and other names without one."""
+    match = _STEP.search(checkpoint.name)
+    return int(match.group(1)) if match else -1
+
+
+def remove(path: Path) -> None:
+    """Deletes a file, or a directory with its content; nothing if there is none. Checkpoints may be either."""
+    if path.is_dir():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
 
 
 def create(root: Path, name: str) -> Path:
-    """Makes `root/name`, or `name-2`, `name-3`, ... beside what is there.
+    """Creates `root/name`, or `name-2`, `name-3`, ... if that exists.
 
     Raises:
-        UserError: if the directory can't be written.
+        UserError: if the folder can't be created.
     """
     try:
         root.mkdir(parents=True, exist_ok=True)
@@ -56,7 +83,7 @@ def create(root: Path, name: str) -> Path:
 
 
 def free(root: Path, name: str) -> Path:
-    """The folder that `create` would make now."""
+    """The folder that `create` would create now."""
     return next(run for run in _names(root, name) if not run.exists())
 
 
@@ -66,10 +93,10 @@ def _names(root: Path, name: str) -> Iterator[Path]:
 
 
 def refuse_unwritable(root: Path, key: str = "runs_dir") -> None:
-    """Tells early, and without writing anything, that no folder can be made in `root`, which `key` names.
+    """Checks, without writing anything, that folders can be created in `root`; `key` names it in the error.
 
     Raises:
-        UserError: if `root`, or what is there of its path, is not a directory that can be written to.
+        UserError: if `root`, or its nearest existing parent, is not a directory or not writable.
     """
     there = root
     while not there.exists() and there != there.parent:
@@ -81,7 +108,7 @@ def refuse_unwritable(root: Path, key: str = "runs_dir") -> None:
 
 
 def write_state(run: Path, **values: Any) -> None:
-    """Updates `run.json`, atomically: a kill leaves the old one."""
+    """Updates `run.json` atomically: a kill leaves the old file."""
     state = read_state(run) | values | {"updated": time.strftime("%Y-%m-%dT%H:%M:%S%z")}
     half = run / f"{RUN}.half"
     half.write_text(json.dumps(state, indent=1) + "\n", encoding="utf-8")
@@ -89,7 +116,7 @@ def write_state(run: Path, **values: Any) -> None:
 
 
 def read_state(run: Path) -> dict[str, Any]:
-    """What `run.json` says; empty if there is none that can be read."""
+    """The content of `run.json`; empty if it is missing or unreadable."""
     try:
         state = json.loads((run / RUN).read_text(encoding="utf-8"))
     except (OSError, ValueError):
@@ -98,16 +125,16 @@ def read_state(run: Path) -> dict[str, Any]:
 
 
 def process() -> dict[str, Any]:
-    """Identifies this process: its machine, its number there, and when it started."""
+    """Identifies this process by host, process id and start time."""
     return {"host": socket.gethostname(), "pid": os.getpid(), "began": _began(os.getpid())}
 
 
 def condition(state: dict[str, Any]) -> str:
-    """The state of a run as it is now: what `run.json` says, unless its process is gone.
+    """The current state of a run: the one in `run.json`, unless that is `running` and its process has ended.
 
     Returns:
-        `finished`, `stopped`, `failed`, `running`; `killed` where it says running and no such process is there; and
-        `running?` where that can't be known, on another machine for example; `unknown` if nothing is said.
+        `finished`, `stopped`, `failed` or `running`; `killed` if the process of a `running` one no longer exists;
+        `running?` if that can't be checked, on another machine for example; `unknown` if `run.json` has no state.
     """
     status = str(state.get("status") or "unknown")
     owner = state.get("process")
@@ -121,7 +148,7 @@ def condition(state: dict[str, Any]) -> str:
 def _began(pid: object) -> str | None:
     """Start time of a process as the system prints it; None if there is no such process, or it is unknown.
 
-    A process number alone is given to another process sooner or later.
+    A process id alone does not identify a process, since systems reuse ids.
     """
     if Path("/proc/self/stat").exists():
         try:
@@ -129,7 +156,7 @@ def _began(pid: object) -> str | None:
             boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
         except OSError:
             return None
-        return None if fields[0] in "ZX" else f"{boot}:{fields[19]}"  # ended, and not yet buried by its parent
+        return None if fields[0] in "ZX" else f"{boot}:{fields[19]}"  # X is dead, Z a zombie
     if shutil.which("ps") is None:
         return None
     printed = subprocess.run(["ps", "-o", "lstart=", "-p", str(pid)], capture_output=True, text=True, check=False)
@@ -137,23 +164,23 @@ def _began(pid: object) -> str | None:
 
 
 Column = tuple[list[int], list[float]]
-"""The steps of a metric, and its values."""
+"""Steps and values of a metric."""
 RECENT = 20
-"""Updates over which a displayed training loss is averaged: that of a single update is noise."""
+"""A displayed training loss is the mean of this many updates, because single ones are noisy."""
 
 
 def read_metrics(run: Path, only: Collection[str] | None = None) -> dict[str, Column]:
-    """The columns of `metrics.csv`, or some of them, without empty cells; empty if there is no such file.
+    """Reads `metrics.csv`, or the columns in `only`, without empty cells; empty if there is no such file.
 
-    A line that a kill left unfinished is passed over.
+    A line that a kill cut short is skipped.
     """
-    found: dict[str, Column] = {}
+    columns: dict[str, Column] = {}
     try:
         with (run / METRICS).open(newline="", encoding="utf-8") as text:
             names = next(csv.reader(text), [])
-            wanted = [(i, *found.setdefault(n, ([], []))) for i, n in enumerate(names) if only is None or n in only]
+            wanted = [(i, *columns.setdefault(n, ([], []))) for i, n in enumerate(names) if only is None or n in only]
             for line in text:
-                cells = line.rstrip().split(",")  # numbers alone: nothing is quoted below the names
+                cells = line.rstrip().split(",")  # below the header there are only numbers, so no quotes
                 if len(cells) != len(names) or not cells[0].isdigit():
                     continue
                 step = int(cells[0])
@@ -163,17 +190,17 @@ def read_metrics(run: Path, only: Collection[str] | None = None) -> dict[str, Co
                         values.append(float(cells[i]))
     except (OSError, ValueError):
         pass
-    return {name: column for name, column in found.items() if column[0]}
+    return {name: column for name, column in columns.items() if column[0]}
 
 
 def recent(values: Sequence[float]) -> float:
-    """Mean of the last `RECENT` values, the loss that is displayed; NaN if one of them is not a number."""
+    """Mean of the last `RECENT` values, which is the displayed loss; NaN if one of them is NaN."""
     last = values[-RECENT:]
     return sum(last) / len(last) if last else float("nan")
 
 
 def seconds(run: Path, state: dict[str, Any]) -> float | None:
-    """How long a run took, with what it was resumed from; up to its last line where its end is not recorded."""
+    """Duration of a run including earlier sessions; up to the last line of metrics if its end was not recorded."""
     if state.get("status") != "running":
         return sum(map(_number, state["times"].values())) if isinstance(state.get("times"), dict) else None
     try:
@@ -185,10 +212,10 @@ def seconds(run: Path, state: dict[str, Any]) -> float | None:
 
 
 def find(name: str, root: Path) -> Path:
-    """A run by name or path.
+    """Finds a run by name or path.
 
     Raises:
-        UserError: if there is none; offers the nearest name.
+        UserError: if there is none; suggests the nearest name.
     """
     for path in (root / name, Path(name).expanduser()):
         if (path / RUN).is_file():
@@ -198,8 +225,8 @@ def find(name: str, root: Path) -> Path:
 
 def all_runs(root: Path) -> list[Path]:
     """The run folders in a directory, oldest first."""
-    found = {file.parent: read_state(file.parent) for file in root.glob(f"*/{RUN}")} if root.is_dir() else {}
-    return sorted(found, key=lambda run: (_number(found[run].get("created_ns")), run.name))
+    runs = {file.parent: read_state(file.parent) for file in root.glob(f"*/{RUN}")}
+    return sorted(runs, key=lambda run: (_number(runs[run].get("created_ns")), run.name))
 
 
 def _number(value: Any) -> float:
@@ -207,48 +234,43 @@ def _number(value: Any) -> float:
 
 
 def recipe_of(config: Path) -> str | None:
-    """The recipe that a run's `config.yaml` comes from, so that running it again makes a run of the same name."""
+    """The recipe behind a run's `config.yaml`, for the name of a repeated run; None for other files."""
     return read_state(config.parent).get("recipe") if config.name == CONFIG else None
 
 
 def last_unfinished(root: Path, recipe: str, name: str | None = None) -> Path:
-    """The newest run of a recipe that did not finish; with `name`, among the runs of that name.
+    """The newest unfinished run of a recipe; with `name`, among the runs of that name.
 
     Raises:
         UserError: if there is none.
     """
     own = _runs_of(root, recipe, name)
-    unfinished = {run: state for run, state in own.items() if state.get("status") != "finished"}
+    unfinished = [run for run, state in own.items() if state.get("status") != "finished"]
     if not unfinished:
         whose = f"recipe {recipe!r}" + (f" named {name!r}" if name else "")
-        newest = max(own, key=lambda r: own[r].get("created_ns", 0), default=None)
         hint = "there is no run of it; leave --resume out to start one"
-        if newest is not None:
+        if own:
+            newest = [*own][-1]
             hint = f"{newest} is finished; to train it further: --resume {newest} --trainer.max_steps MORE"
         raise UserError(f"--resume: nothing to resume for {whose} in {root}: {hint}")
-    return max(unfinished, key=lambda r: unfinished[r].get("created_ns", 0))
+    return unfinished[-1]
 
 
 def last_model(root: Path, recipe: str) -> Path | None:
-    """The exported model of the newest finished run of a recipe that has no other name; None if there is none."""
+    """The exported model of the newest finished run of a recipe, among runs named after it; None if there is none."""
     states = _runs_of(root, recipe, name=recipe)
     finished = [run for run, s in states.items() if s.get("status") == "finished" and (run / "model").is_dir()]
-    newest = max(finished, key=lambda run: states[run].get("created_ns", 0), default=None)
-    return None if newest is None else newest / "model"
+    return finished[-1] / "model" if finished else None
 
 
 def _runs_of(root: Path, recipe: str, name: str | None) -> dict[Path, dict[str, Any]]:
-    """The runs of a recipe and their states; with `name`, those of that name."""
-    states = {p.parent: read_state(p.parent) for p in root.glob(f"*/{RUN}")} if root.is_dir() else {}
-    return {run: state for run, state in states.items() if state.get("recipe") == recipe and _is_named(run, name)}
-
-
-def _is_named(run: Path, name: str | None) -> bool:
-    """Whether `create` may have made this folder for the name."""
-    return name is None or re.fullmatch(rf"{re.escape(name)}(-\d+)?", run.name) is not None
+    """The runs of a recipe and their states, oldest first; with `name`, those of that name."""
+    pattern = rf"{re.escape(name)}(-\d+)?" if name else ".*"  # `create` adds a number to a name that is taken
+    states = {run: read_state(run) for run in all_runs(root) if re.fullmatch(pattern, run.name)}
+    return {run: state for run, state in states.items() if state.get("recipe") == recipe}
 
 
 def newest_checkpoint(run: Path) -> Path | None:
-    """The newest whole checkpoint of a run; None if it was stopped before the first."""
+    """The newest complete checkpoint of a run; None if it has none."""
     steps = saved_steps(run / CHECKPOINTS)
     return steps[-1] if steps else None

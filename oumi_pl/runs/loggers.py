@@ -1,14 +1,14 @@
-"""TensorBoard, Weights & Biases and MLflow, by name: Lightning's loggers, set up for a run folder.
+"""Sets up Lightning's loggers for TensorBoard, Weights & Biases and MLflow for a run folder.
 
-`metrics.csv` is always written; these are beside it. What a run leaves of them:
+They log in addition to `metrics.csv`, which is always written.
 
-| name | where | to look at it |
+| name | writes to | view it with |
 |---|---|---|
 | `tensorboard` | `RUN/tensorboard` | `tensorboard --logdir runs` |
 | `wandb` | `RUN/wandb`, and the server unless `WANDB_MODE=offline` | its page; `wandb sync` uploads an offline run |
 | `mlflow` | `runs/mlflow`, or `MLFLOW_TRACKING_URI` | `mlflow ui --backend-store-uri sqlite:///runs/mlflow/mlflow.db` |
 
-`WANDB_PROJECT` and `MLFLOW_EXPERIMENT_NAME` name what the runs are put under, `oumi_pl` when left out.
+`WANDB_PROJECT` and `MLFLOW_EXPERIMENT_NAME` set the project of the runs, which is `oumi_pl` by default.
 """
 
 import json
@@ -31,37 +31,39 @@ from oumi_pl.errors import UserError, nearest, reason
 from oumi_pl.models.hub import TIMEOUT
 
 PACKAGES = {"tensorboard": ("tensorboard",), "wandb": ("wandb",), "mlflow": ("mlflow", "sqlalchemy", "alembic")}
-"""Name -> what has to be installed for it."""
+"""Name -> the packages that it needs."""
 PROJECT = "oumi_pl"
 OFFLINE = "to do without its server, set WANDB_MODE=offline"
 STEP = "trainer/global_step"
-"""What Lightning's logger calls the step."""
+"""Lightning's name of the step in W&B."""
 
 
 def names(given: str | Sequence[str] | None) -> list[str]:
-    """The names in a list, or in a text with commas between them.
+    """The logger names in a list or a comma-separated text.
 
     Raises:
-        UserError: one is unknown; offers the nearest.
+        UserError: a name is unknown; suggests the nearest.
     """
     listed = given.split(",") if isinstance(given, str) else list(given or ())
-    found = list(dict.fromkeys(str(name).strip() for name in listed))
-    for name in found:
+    unique = list(dict.fromkeys(str(name).strip() for name in listed))
+    for name in unique:
         if name not in PACKAGES:
-            raise UserError(f"logger: there is no {name!r}{nearest(name, PACKAGES)}")
-    return found
+            raise UserError(f"logger: unknown logger {name!r}{nearest(name, PACKAGES)}")
+    return unique
 
 
 def missing(name: str) -> list[str]:
-    """What has to be installed for a logger, and is not."""
+    """The packages that a logger needs and that are not installed."""
     return [package for package in PACKAGES[name] if find_spec(package) is None]
 
 
 def refuse_unusable(named: Sequence[str]) -> None:
-    """Refuses a logger that isn't installed, that nobody is logged in to, or whose server is away, before all else.
+    """Refuses loggers that aren't installed, have no account logged in, or whose server can't be reached.
+
+    Called first, so that a run does not fail after loading its model.
 
     Raises:
-        UserError: with what to do about it.
+        UserError: with the remedy.
     """
     for name in named:
         if lacking := missing(name):
@@ -86,20 +88,20 @@ def make(
     project: str = PROJECT,
     store: str | None = None,
 ) -> tuple[Logger, str]:
-    """A logger for a run folder that is there.
+    """Creates a logger for an existing run folder.
 
     Args:
         name: One of `PACKAGES`.
         run: The run folder.
-        step: Where the run stands: what was logged of it and of later ones, before it was killed, no longer counts.
-        earlier: Name -> what the logger called this run when it began, where it was resumed.
-        folder: Of TensorBoard; `tensorboard` in the run folder when left out.
-        run_name: What W&B and MLflow call the run; the run folder's name when left out.
-        project: What they put it under unless the environment says so.
-        store: URI of MLflow's store unless the environment says so; beside the run folder when left out.
+        step: Current step. What a killed run logged of this step and later ones is discarded.
+        earlier: Name of a logger -> its id of this run, if the run is resumed.
+        folder: Folder for TensorBoard; by default `tensorboard` in the run folder.
+        run_name: Name of the run in W&B and MLflow; by default that of the run folder.
+        project: Project in W&B and MLflow, unless the environment sets it.
+        store: URI of MLflow's store, unless the environment sets it; by default beside the run folder.
 
     Returns:
-        The logger, and where to look at what it gets.
+        The logger, and a line that says where to view it.
 
     Raises:
         UserError: the server can't be reached, or refuses.
@@ -109,18 +111,18 @@ def make(
     begin = _wandb if name == "wandb" else partial(_mlflow, store=store)
     try:
         return begin(run, earlier.get(name), run_name or run.name, project)
-    except Exception as error:  # of the network, of the server, of whichever library lies between
+    except Exception as error:  # of the network, the server, or any library in between
         offline = f"; {OFFLINE}" if name == "wandb" else ""
         raise UserError(f"logger: {name}: {reason(error).rstrip('.')}{offline}") from error
 
 
 def own_id(logger: Logger) -> str | None:
-    """What the logger calls this run, to be found again by; None where a folder says it all."""
+    """The logger's id of this run, by which a resumed run finds it; None for TensorBoard, which goes by the folder."""
     return None if isinstance(logger, TensorBoardLogger) else str(logger.version)
 
 
 def not_logged(logger: Logger, row: Mapping[str, float], step: int) -> dict[str, float]:
-    """Metrics of a step that a resumed run has not logged yet: MLflow would keep and show duplicates."""
+    """The metrics of a step that have not been logged yet: MLflow would keep and show duplicates."""
     if not isinstance(logger, MLFlowLogger):
         return dict(row)
     history = logger.experiment.get_metric_history
@@ -128,10 +130,10 @@ def not_logged(logger: Logger, row: Mapping[str, float], step: int) -> dict[str,
 
 
 def log_config(logger: Logger, config: dict[str, Any], resumed: bool) -> None:
-    """Logs what a config sets as hyper-parameters, to compare runs by."""
+    """Logs the settings of a config as hyper-parameters."""
     config = _set(config)
     if isinstance(logger, MLFlowLogger) and resumed:
-        return  # MLflow's parameters are never changed
+        return  # MLflow does not allow changing parameters
     if isinstance(logger, TensorBoardLogger):
         logger.log_hyperparams(config, metrics={})  # with their results at the end, see `log_results`
     elif isinstance(logger, WandbLogger | MLFlowLogger):
@@ -139,14 +141,14 @@ def log_config(logger: Logger, config: dict[str, Any], resumed: bool) -> None:
 
 
 def log_results(logger: Logger, config: dict[str, Any], metrics: Mapping[str, float], step: int) -> None:
-    """Logs the last metrics beside the hyper-parameters, where TensorBoard compares runs."""
+    """Logs the final metrics with the hyper-parameters, for TensorBoard's comparison of runs."""
     if isinstance(logger, TensorBoardLogger) and metrics:
         final = {f"final/{name}": value for name, value in metrics.items()}
         logger.log_hyperparams(_set(config), metrics=final, step=step)
 
 
 def log_file(logger: Logger, file: Path, step: int) -> None:
-    """Logs a file of the run folder, as what it is: a picture, a page, or text."""
+    """Logs a file of the run folder as a picture, a page or text."""
     if isinstance(logger, TensorBoardLogger):
         _to_tensorboard(logger.experiment, file, step)
     elif isinstance(logger, WandbLogger):
@@ -156,7 +158,7 @@ def log_file(logger: Logger, file: Path, step: int) -> None:
 
 
 def finish(logger: Logger, success: bool) -> None:
-    """Ends a run of a logger, so that the next one in this process is another."""
+    """Ends the logger's run, so that a later run in this process starts a new one."""
     if isinstance(logger, WandbLogger):
         logger.experiment.finish(exit_code=0 if success else 1)
     else:
@@ -168,21 +170,21 @@ def finish(logger: Logger, success: bool) -> None:
 
 
 def _set(config: Any) -> Any:
-    """A config without what is left out of it."""
+    """A config without keys that are null."""
     if isinstance(config, dict):
         return {key: _set(value) for key, value in config.items() if value is not None}
     return config
 
 
 def _tensorboard(run: Path, folder: Path, step: int) -> tuple[Logger, str]:
-    # events from a checkpoint on, of a run that was killed after it, are not shown
+    # TensorBoard hides events after the checkpoint that a killed run resumes from
     purge: dict[str, Any] = {"purge_step": step} if step else {}
     logger = TensorBoardLogger(folder, name="", version="", default_hp_metric=False, **purge)
     return logger, f"{folder}; to look at all runs: tensorboard --logdir {run.parent}"
 
 
 def _log_in() -> None:
-    """Asks for a key while nothing is done yet, where none is known: W&B would ask when training begins."""
+    """Asks for an API key if there is none. Otherwise W&B would ask only when training begins."""
     import wandb
 
     if wandb.setup().settings.mode in ("offline", "dryrun", "disabled"):
@@ -194,14 +196,14 @@ def _log_in() -> None:
 
 
 def _reach_server(uri: str) -> None:
-    """Asks a server for any answer: left alone, MLflow tries for minutes, when training is about to begin."""
+    """Checks that a server answers. MLflow itself would retry for minutes when training is about to begin."""
     if not uri.startswith(("http://", "https://")):
         return
-    unverified = ssl.create_default_context()  # whom to trust, and with which key, is MLflow's own affair
+    unverified = ssl.create_default_context()  # MLflow verifies certificates itself, by its own settings
     unverified.check_hostname, unverified.verify_mode = False, ssl.CERT_NONE
     try:
         urllib.request.urlopen(uri, timeout=TIMEOUT, context=unverified).close()
-    except urllib.error.HTTPError:  # an answer
+    except urllib.error.HTTPError:  # an error status is an answer too
         pass
     except OSError as error:
         why = reason(getattr(error, "reason", None) or error)
@@ -229,7 +231,7 @@ def _mlflow(run: Path, earlier: str | None, name: str, project: str, *, store: s
     from mlflow.exceptions import MlflowException
     from mlflow.tracking import MlflowClient
 
-    for library in ("alembic", "mlflow"):  # the tables of a new database
+    for library in ("alembic", "mlflow"):  # they log the creation of each table
         logging.getLogger(library).setLevel(logging.WARNING)
     own = run.parent.resolve() / "mlflow"
     server = os.environ.get("MLFLOW_TRACKING_URI") or store
@@ -243,9 +245,9 @@ def _mlflow(run: Path, earlier: str | None, name: str, project: str, *, store: s
     if earlier:
         try:
             client.update_run(earlier, status="RUNNING")
-        except MlflowException:  # another store than before
+        except MlflowException:  # the store is another than before
             earlier = None
-    # in the background: a commit to the database, or the way to a server, takes as long as a small model's step
+    # in the background, because a commit to the database or a server takes as long as a step of a small model
     logger = MLFlowLogger(experiment, run_name=name, tracking_uri=uri, run_id=earlier, synchronous=False)
     shown = run.parent / "mlflow"
     look = f"{shown}; to look at all runs: mlflow ui --backend-store-uri sqlite:///{shown / 'mlflow.db'}"
@@ -258,7 +260,7 @@ def _to_tensorboard(writer: Any, file: Path, step: int) -> None:
         from PIL import Image
 
         writer.add_image(file.stem, np.asarray(Image.open(file).convert("RGB")), step, dataformats="HWC")
-    elif file.suffix in (".yaml", ".json"):  # a page has no place there
+    elif file.suffix in (".yaml", ".json"):  # TensorBoard can't show HTML
         text = file.read_text(encoding="utf-8")
         writer.add_text(file.name, "\n".join(f"    {line}" for line in text.splitlines()), step)
 
@@ -267,7 +269,7 @@ def _to_wandb(logger: WandbLogger, file: Path) -> None:
     import wandb
 
     experiment: Any = logger.experiment
-    # among the run's files; W&B keeps hyper-parameters in a config.yaml of its own there
+    # in a folder of our own among the files of the run, where W&B writes a config.yaml as well
     place = Path(experiment.dir) / "oumi_pl" / file.name
     place.parent.mkdir(parents=True, exist_ok=True)
     shutil.copyfile(file, place)

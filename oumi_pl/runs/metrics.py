@@ -1,7 +1,7 @@
-"""`metrics.csv`: one line per optimizer step, which a resume truncates to its checkpoint and continues.
+"""Writes `metrics.csv`: one line per optimizer step. A resume truncates it to its checkpoint and continues it.
 
-Every metric's name, meaning and window; names are TRL's where it has one. "Update" is one optimizer step: all its
-micro-batches on all ranks.
+The table lists name, meaning and window of every metric. Names are TRL's if it has one. "Update" is one optimizer step:
+all its micro-batches on all ranks.
 
 | name | meaning | window |
 |---|---|---|
@@ -45,7 +45,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_only
 
 
 class MetricsCSV(Logger):
-    """Appends to `metrics.csv`. Lightning's CSVLogger starts by deleting what was there, so a resume would lose it."""
+    """Appends to `metrics.csv`. Lightning's CSVLogger deletes an existing file, so a resume would lose the metrics."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -54,9 +54,9 @@ class MetricsCSV(Logger):
         self._row: dict[str, Any] = {}
 
     def open(self, file: Path, step: int = 0, row: dict[str, Any] | None = None) -> None:
-        """Starts a file, or continues one from `step`: later lines are cut off.
+        """Creates the file, or continues it from `step`: later lines are removed.
 
-        `row` is the line of `step` as the checkpoint holds it: the run may have been killed before it was written.
+        `row` is the line of `step` from the checkpoint, for a run that was killed before that line was written.
         """
         self.file = file
         rows = [line for line in _read(file) if int(line["step"]) <= step]
@@ -69,7 +69,7 @@ class MetricsCSV(Logger):
 
     @rank_zero_only
     def log_metrics(self, metrics: dict[str, float], step: int | None = None) -> None:
-        """Adds metrics to the line of a step; training and validation of one step share a line."""
+        """Adds metrics to the line of a step, which validation shares; a new step writes the line before it."""
         if self.file is None or step is None:
             return
         if self._row and self._row["step"] != step:
@@ -78,7 +78,7 @@ class MetricsCSV(Logger):
 
     @rank_zero_only
     def finalize(self, status: str) -> None:
-        """Writes the line that is still open."""
+        """Writes the line of the last step."""
         self._write_row()
 
     def _write_row(self) -> None:
@@ -108,23 +108,23 @@ class MetricsCSV(Logger):
 
     @property
     def version(self) -> str:
-        """A run folder holds one file; its versions are the run folders."""
+        """Empty: a run folder holds one file, and its versions are other run folders."""
         return ""
 
     @property
     @rank_zero_experiment
     def experiment(self) -> Any:
-        """Nothing beyond the file."""
+        """None: there is nothing but the file."""
         return None
 
     @rank_zero_only
     def log_hyperparams(self, params: dict[str, Any] | Namespace, *args: Any, **kwargs: Any) -> None:
-        """`config.yaml` is the record."""
+        """Does nothing: `config.yaml` has the hyper-parameters."""
 
 
 def _read(file: Path) -> list[dict[str, Any]]:
     if not file.exists():
         return []
     with file.open(newline="") as lines:
-        # a kill can leave the last line unfinished: without its step it is not a line
+        # a kill can cut the last line short, before its step
         return [row for row in csv.DictReader(lines) if (row.get("step") or "").isdigit()]

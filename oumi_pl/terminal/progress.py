@@ -1,4 +1,4 @@
-"""How far work has come: a line at the bottom of a terminal, and now and then a plain line where there is none."""
+"""Shows the progress of work: a line at the bottom of a terminal, or an occasional plain line without one."""
 
 import logging
 import os
@@ -13,15 +13,15 @@ from typing import Any
 from oumi_pl.terminal.screen import has_colours, is_terminal
 
 SHOW_AFTER = 1.0
-"""Seconds of work below which nothing is shown."""
-SAY_AFTER = 10.0
-"""The same where there is no terminal, and a line stays."""
+"""Work that takes fewer seconds is not shown."""
+SHOW_AFTER_PLAIN = 10.0
+"""The same without a terminal, where lines are not removed."""
 LINE_EVERY = 30.0
-"""Seconds between two lines where there is no terminal."""
+"""Seconds between two lines without a terminal."""
 WIDTH = 140
-"""Columns of a line of text at the most: longer ones are hard to read."""
+"""Most columns of a line of text: longer lines are hard to read."""
 EVERY = 0.2
-"""Seconds between two looks of the bar."""
+"""Seconds between two updates of the line."""
 SPINNER = "⠋⠙⠹⠸⠼⠴⠦⠧⠇⠏"
 
 ERASE = "\r\033[K"
@@ -31,61 +31,61 @@ STYLES = {"bold": 1, "dim": 2, "red": 31, "green": 32, "yellow": 33, "magenta": 
 class Line:
     """A line at the bottom of a terminal, rewritten in place; other output appears above it.
 
-    From `show` to `close`, `sys.stdout` and `sys.stderr`, and log handlers that write to them, go through it.
+    From `show` to `close`, it replaces `sys.stdout` and `sys.stderr`, also in the log handlers that write to them.
     """
 
     current: "Line | None" = None
-    """The one that is shown now."""
+    """The line that is shown now."""
 
     def __init__(self) -> None:
         self.text = ""
         self._terminal: Any = None
         self._is_drawn = False
-        self._is_free = True
-        self._taken: dict[str, tuple[Any, Any]] = {}
+        self._at_line_start = True
+        self._replaced: dict[str, tuple[Any, Any]] = {}
 
     def show(self, text: str) -> None:
         """Draws the line. `text` has to be narrower than the terminal."""
         other = Line.current
         if other is not self:
-            self._is_free = True
-            if other is not None:  # its text makes room, and the streams are never wrapped twice
+            self._at_line_start = True
+            if other is not None:  # so that streams are never replaced twice
                 other.close()
-                self._is_free = other._is_free
-            self._take_streams()
+                self._at_line_start = other._at_line_start
+            self._replace_streams()
             Line.current = self
         elif text == self.text and self._is_drawn:
             return
         self.text = text
-        if not self._is_free:  # something was printed without the end of its line
+        if not self._at_line_start:  # something was printed without a line end
             self._write("\n")
-            self._is_free = True
+            self._at_line_start = True
         self._draw()
 
     def close(self) -> None:
-        """Erases the line, and gives the streams back."""
+        """Erases the line, and restores the streams."""
         if Line.current is self:
             self._erase()
             Line.current = None
-        taken, self._taken = self._taken, {}
-        for name, (stream, above) in taken.items():
+        replaced, self._replaced = self._replaced, {}
+        for name, (stream, above) in replaced.items():
             if getattr(sys, name) is above:
                 setattr(sys, name, stream)
             _redirect_logs(above, stream)
 
     @staticmethod
     def end() -> None:
-        """Closes the one that is shown, if there is one."""
+        """Closes the line that is shown, if any."""
         if (shown := Line.current) is not None:
             shown.close()
 
-    def _take_streams(self) -> None:
+    def _replace_streams(self) -> None:
         self._terminal = _below(sys.stderr)
         for name in ("stdout", "stderr"):
             stream = _below(getattr(sys, name))
             if is_terminal(stream):
                 above = _Above(stream)
-                self._taken[name] = (stream, above)
+                self._replaced[name] = (stream, above)
                 setattr(sys, name, above)
                 _redirect_logs(stream, above)
 
@@ -99,7 +99,7 @@ class Line:
             self._is_drawn = False
 
     def _write(self, text: str) -> None:
-        # a signal handler may print in the midst of this, and a terminal may be closed: neither is worth the run
+        # a signal handler may print while this does, and a terminal may be closed: no reason for the run to fail
         with suppress(RuntimeError, OSError, ValueError):
             self._terminal.write(text)
             self._terminal.flush()
@@ -108,18 +108,18 @@ class Line:
         """Writes to a stream of the terminal, and redraws the line once the text ends a line."""
         self._erase()
         written: int = stream.write(text)
-        self._is_free = text.endswith("\n")
-        if self._is_free:
+        self._at_line_start = text.endswith("\n")
+        if self._at_line_start:
             stream.flush()
-            if Line.current is self:  # else another thread has closed it meanwhile
+            if Line.current is self:  # else another thread has closed it
                 self._draw()
         return written
 
 
 class _Above:
-    """A stream whose text comes above the line that is shown then, if any; in all else the stream itself.
+    """A stream that writes above the shown line, if any, and otherwise behaves like the original stream.
 
-    Whoever took it from `sys` while a line was shown may keep it for good.
+    It stays valid after the line is closed: code that read `sys.stdout` in the meantime may keep it.
     """
 
     def __init__(self, stream: Any) -> None:
@@ -139,14 +139,14 @@ class _Above:
 
 
 def _below(stream: Any) -> Any:
-    """The stream itself, also where somebody has put an `_Above` back into `sys`."""
+    """The original stream: other code may have put an `_Above` back into `sys`."""
     while isinstance(stream, _Above):
         stream = stream._stream
     return stream
 
 
 def _redirect_logs(old: Any, new: Any) -> None:
-    """Log handlers keep the stream that they were made with."""
+    """Redirects log handlers, which keep the stream that they were created with."""
     loggers = [logging.root, *(x for x in logging.root.manager.loggerDict.values() if isinstance(x, logging.Logger))]
     for handler in (handler for logger in loggers for handler in logger.handlers):
         if vars(handler).get("stream") is old and isinstance(handler, logging.StreamHandler):
@@ -154,7 +154,7 @@ def _redirect_logs(old: Any, new: Any) -> None:
 
 
 def terminal_width() -> int | None:
-    """Columns of the terminal that stderr writes to; None if it writes elsewhere, or lines can't be rewritten there."""
+    """Columns of the terminal that stderr writes to; None if it is no terminal, or does not support escape codes."""
     if not is_terminal(sys.stderr):
         return None
     try:
@@ -164,21 +164,21 @@ def terminal_width() -> int | None:
 
 
 def styled(text: str, style: str) -> str:
-    """Text in a colour where stderr has colours."""
+    """Adds a style to text if stderr supports colours."""
     return f"\033[{STYLES[style]}m{text}\033[0m" if text and has_colours(sys.stderr) else text
 
 
 def wrapped(text: str, width: int | None, indent: str = "  ") -> str:
-    """Text broken between words for so many columns, its further lines indented; None leaves it in one line."""
+    """Wraps text to `width` columns between words and indents further lines; None leaves it in one line."""
     if width is None:
         return text
     room = max(20, min(WIDTH, width - 1))
-    found = textwrap.wrap(text, room, subsequent_indent=indent, break_long_words=False, break_on_hyphens=False)
-    return "\n".join(found)
+    lines = textwrap.wrap(text, room, subsequent_indent=indent, break_long_words=False, break_on_hyphens=False)
+    return "\n".join(lines)
 
 
 def clock(seconds: float) -> str:
-    """Seconds as `0:07`, `12:34` or `1:02:03`; from two days on as `3 d 4 h`."""
+    """Formats seconds as `0:07`, `12:34` or `1:02:03`; from two days on as `3 d 4 h`."""
     minutes, seconds = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     if hours >= 48:
@@ -190,15 +190,15 @@ _worked = [0.0]
 
 
 def worked() -> float:
-    """Seconds that this process has spent in `working` so far."""
+    """Seconds that this process has spent in `working` so far: a way for progress lines to leave it out."""
     return _worked[0]
 
 
 @contextmanager
 def working(what: str) -> Iterator[None]:
-    """Says on stderr what is being done, if it takes more than a moment, and afterwards how long it took.
+    """Prints to stderr what is being done if it takes more than a moment, and afterwards how long it took.
 
-    Only on rank 0. Where a bar is shown already, it stands in its place, and leaves no line behind.
+    On rank 0 only. A progress line that is shown already is replaced for the time being.
     """
     from lightning.pytorch.utilities.rank_zero import rank_zero_only
 
@@ -209,7 +209,7 @@ def working(what: str) -> Iterator[None]:
         before = line.text
         line.show(text)
     elif not getattr(rank_zero_only, "rank", 0):
-        watcher = threading.Thread(target=_tell_of, args=(what, done), daemon=True)
+        watcher = threading.Thread(target=_show_work, args=(what, done), daemon=True)
         watcher.start()
     finished = False
     try:
@@ -223,15 +223,15 @@ def working(what: str) -> Iterator[None]:
             line.show(before)
         seconds = time.monotonic() - start
         _worked[0] += seconds
-        if finished and watcher is not None and seconds > SAY_AFTER:
+        if finished and watcher is not None and seconds > SHOW_AFTER_PLAIN:
             sys.stderr.write(f"{what}: {seconds:.1f} s\n")
 
 
-def _tell_of(what: str, done: threading.Event) -> None:
-    """Turns a spinner on a terminal, from a second on until it is done; elsewhere, writes a line once."""
+def _show_work(what: str, done: threading.Event) -> None:
+    """Turns a spinner on a terminal until `done` is set; without a terminal, prints one line."""
     start, turn = time.monotonic(), 0
     rewritten = terminal_width() is not None
-    if done.wait(SHOW_AFTER if rewritten else SAY_AFTER):
+    if done.wait(SHOW_AFTER if rewritten else SHOW_AFTER_PLAIN):
         return
     if not rewritten:
         sys.stderr.write(f"{what} ...\n")
@@ -258,14 +258,14 @@ def track(
     unit: str = "rows",
     size: Callable[[Any], int] = lambda item: 1,
 ) -> Iterator:
-    """Yields `items` and shows on stderr how far they have come.
+    """Yields `items` and shows progress on stderr.
 
     Args:
-        items: What is gone through.
-        what: What is done with them.
-        total: How many units there are, if known.
-        unit: What is counted.
-        size: Units that an item stands for.
+        items: Items to process.
+        what: Description of the work.
+        total: Number of units, if known.
+        unit: Name of a unit.
+        size: Number of units of an item.
     """
     from rich.console import Console
     from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
@@ -275,7 +275,7 @@ def track(
     counted = TextColumn("{task.description}: {task.completed:,}" + f"{of} {unit}")
     known = () if total is None else (BarColumn(), TimeRemainingColumn())
     start, count, shown = time.monotonic(), 0, 0.0
-    said = start
+    printed = start
     columns = (SpinnerColumn(), counted, *known, TimeElapsedColumn())
     with Progress(*columns, console=console, transient=True, disable=not rewritten) as bar:
         task = bar.add_task(what, total=total)
@@ -286,9 +286,9 @@ def track(
             if now - shown > EVERY:
                 bar.update(task, completed=count)
                 shown = now
-            if not rewritten and now - said > LINE_EVERY:
+            if not rewritten and now - printed > LINE_EVERY:
                 sys.stderr.write(f"{what}: {count:,}{of} {unit}\n")
-                said = now
+                printed = now
     seconds = time.monotonic() - start
     if seconds > SHOW_AFTER:
         sys.stderr.write(f"{what}: {count:,} {unit} in {seconds:.1f} s\n")

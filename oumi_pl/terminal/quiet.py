@@ -9,7 +9,7 @@ from oumi_pl.terminal.progress import styled, terminal_width, wrapped
 
 
 def _formatted(message: Any, *_: Any, **__: Any) -> str:
-    """A warning in yellow, its lines cut between words; where there is no terminal, one line."""
+    """Formats a warning: yellow and wrapped on a terminal, one line elsewhere."""
     return styled(wrapped(f"warning: {message}", terminal_width()), "yellow") + "\n"
 
 
@@ -24,13 +24,13 @@ def quiet() -> None:
     # users need to know what is wrong, not which line of which file warned
     warnings.formatwarning = _formatted
     for harmless in (
-        ".*does not have many workers.*",  # tokenizing is done before training: collating is all that a worker would do
+        ".*does not have many workers.*",  # rows are tokenized before training, so workers only collate
         ".*ModelCheckpoint.*",
         ".*`isinstance\\(treespec, LeafSpec\\)` is deprecated.*",
-        ".*Total length of `list` across ranks is zero.*",  # no validation was asked for
+        ".*Total length of `list` across ranks is zero.*",  # the recipe names no validation rows
         ".*LightningCLI's args parameter is intended.*",
         ".*already initialized or opened.*",
-        # sums over all ranks, and the step, are the same on each
+        # we log the step and sums over all ranks, which are equal on every rank
         ".*recommended to use `self.log\\('(step|(val|test)/.*)', .*sync_dist=True.*",
         ".*`is_gradient_checkpointing` is deprecated.*",  # peft asks for it
         ".*`gradient_checkpointing_enable` is deprecated.*",  # trl calls it

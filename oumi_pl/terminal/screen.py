@@ -1,4 +1,4 @@
-"""What a stream writes to: whether a line can be rewritten there, whether there are colours, what it must not get."""
+"""Finds out what a terminal supports, and makes text safe to print there."""
 
 import os
 import sys
@@ -8,26 +8,26 @@ from contextlib import contextmanager
 from typing import Any
 
 JOINERS = "\u200c\u200d"
-"""Persian, Indic scripts and emoji are misspelt without."""
+"""Invisible, but needed to spell Persian, Indic scripts and emoji."""
 NAMES = {"\0": "NUL", "\a": "BEL", "\b": "BS", "\r": "CR", "\x1b": "ESC", "\x7f": "DEL"}
 
 
 def is_terminal(stream: Any) -> bool:
-    """Whether a stream goes to a terminal that obeys escape codes."""
+    """Whether a stream writes to a terminal that supports escape codes."""
     try:
         return bool(stream.isatty()) and os.environ.get("TERM") != "dumb"
-    except (AttributeError, ValueError):  # not quite a stream, or closed
+    except (AttributeError, ValueError):  # an object without `isatty`, or a closed stream
         return False
 
 
 def has_colours(stream: Any) -> bool:
-    """Whether colours may be used there: the same, unless the environment asks for none (no-color.org)."""
+    """Whether a stream supports colours: it is a terminal and NO_COLOR (no-color.org) is not set."""
     return is_terminal(stream) and not os.environ.get("NO_COLOR")
 
 
 @contextmanager
 def meanwhile(text: str) -> Iterator[None]:
-    """Shows a line on stderr while the block runs, and removes it; does nothing without a terminal."""
+    """Shows a line on stderr while the block runs, then removes it; does nothing without a terminal."""
     if not is_terminal(sys.stderr):
         yield
         return
@@ -41,8 +41,9 @@ def meanwhile(text: str) -> Iterator[None]:
 
 
 def visible(text: str) -> str:
-    """Text without what would drive a terminal or hide: control characters, changes of direction and code points that
-    are no characters are written as `named`. Line ends, tabs and spaces of all kinds stay.
+    """Replaces characters that would control a terminal or stay invisible by their names.
+
+    These are control characters, changes of direction and unassigned code points. Line ends, tabs and spaces stay.
     """
     return text if text.isprintable() else "".join(c if _is_harmless(c) else named(c) for c in text)
 
@@ -52,5 +53,5 @@ def _is_harmless(character: str) -> bool:
 
 
 def named(character: str) -> str:
-    """A character by its name or code point: `⟨ESC⟩`, `⟨U+202E⟩`."""
+    """The name or code point of a character: `⟨ESC⟩`, `⟨U+202E⟩`."""
     return f"⟨{NAMES.get(character, f'U+{ord(character):04X}')}⟩"

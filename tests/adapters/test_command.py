@@ -137,7 +137,7 @@ def test_a_killed_and_resumed_run_equals_an_uninterrupted_one(cli, monkeypatch, 
     assert cli.state("runs/killed")["status"] == "failed"
     assert checkpoints.newest(cli.directory / "runs/killed/checkpoints").name == "checkpoint-4"
     out = cli.works("fit", "--resume", "runs/killed")
-    assert "going on from runs/killed/checkpoints/checkpoint-4" in out
+    assert "resuming from runs/killed/checkpoints/checkpoint-4" in out
     assert same(weights(cli, "runs/killed"), weights(cli, "runs/whole"))
     for name in ("step", "epoch", "train/loss", "train/grad_norm", "train/lr", "train/num_tokens", "val/loss"):
         assert cli.column("runs/killed", name) == cli.column("runs/whole", name)
@@ -207,7 +207,7 @@ def test_callbacks_that_observe_run_too(cli):
 
 
 def test_mistakes(cli):
-    assert "engine: hf drives fit alone" in cli.fails("validate", "--config", "r.yaml", "--engine", "hf")
+    assert "engine: hf can only run fit" in cli.fails("validate", "--config", "r.yaml", "--engine", "hf")
     assert "what can: lightning, trl" in cli.fails(*FIT, "--engine", "hf", "--model", "DPO", "--data", "DPOData")
     assert "'hf'" in cli.fails(*FIT, "--engine", "HF")
 
@@ -215,7 +215,7 @@ def test_mistakes(cli):
 def test_checkpoints_of_another_engine_are_refused(cli):
     cli.works(*FIT, "--trainer.max_steps", "2")
     checkpoint = "runs/r/checkpoints/step-00000002.ckpt"
-    assert "is a checkpoint of Lightning's" in cli.fails(*FIT, "--engine", "hf", "--ckpt_path", checkpoint)
+    assert "is a Lightning checkpoint" in cli.fails(*FIT, "--engine", "hf", "--ckpt_path", checkpoint)
     longer = ("--trainer.max_steps", "4")
     assert "Lightning's" in cli.fails("fit", "--resume", "runs/r", "--engine", "hf", *longer)
     cli.works(*FIT, "--trainer.max_steps", "2", "--engine", "hf", "--name", "other")

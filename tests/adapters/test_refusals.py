@@ -53,10 +53,10 @@ def refused(engine, what, its_data=None, **settings):
 
 
 def test_engines_that_cannot_train_a_trainer_type():
-    assert "hf can't drive DPO; what can: lightning, trl" in refused("hf", dpo())
-    assert "trl can't drive Pretrain; what can: lightning, hf" in refused("trl", Pretrain(config=LLAMA))
-    assert "leave out OwnStep.training_step" in refused("hf", OwnStep(config=LLAMA, optimizer=sgd))
-    assert "leave out OwnSums.loss_sums" in refused("trl", OwnSums(config=LLAMA, optimizer=sgd))
+    assert "hf can't train DPO; these can: lightning, trl" in refused("hf", dpo())
+    assert "trl can't train Pretrain; these can: lightning, hf" in refused("trl", Pretrain(config=LLAMA))
+    assert "would not call OwnStep.training_step" in refused("hf", OwnStep(config=LLAMA, optimizer=sgd))
+    assert "would not call OwnSums.loss_sums" in refused("trl", OwnSums(config=LLAMA, optimizer=sgd))
 
 
 @pytest.mark.parametrize(
@@ -64,7 +64,7 @@ def test_engines_that_cannot_train_a_trainer_type():
     [
         ({"callbacks": [EMA()]}, "trainer.callbacks: EMA belongs to Lightning's loop"),
         ({"max_time": "00:01:00:00"}, "trainer.max_time belongs"),
-        ({"limit_train_batches": 3}, "trainer.limit_train_batches means nothing to --engine hf"),
+        ({"limit_train_batches": 3}, "trainer.limit_train_batches has no effect with --engine hf"),
         ({"gradient_clip_val": 1.0, "gradient_clip_algorithm": "value"}, "clips by norm"),
         ({"precision": "64-true"}, "trainer.precision: 64-true is unknown"),
         ({"devices": 2, "strategy": "ddp"}, "trains on one device, and this run has 2"),

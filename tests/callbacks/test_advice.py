@@ -143,7 +143,7 @@ def test_a_template_that_is_not_the_models_own_is_told():
 
 def test_a_missing_pad_token_is_told_with_what_stands_in():
     tokenizer = SimpleNamespace(pad_token="<end>")
-    assert "no pad token, and <end> stands in" in advice.no_pad_token(*parts(own_pad=None, tokenizer=tokenizer))
+    assert "no pad token, so <end> is used instead" in advice.no_pad_token(*parts(own_pad=None, tokenizer=tokenizer))
     assert advice.no_pad_token(*parts()) is None
 
 
@@ -220,10 +220,10 @@ def test_waiting_is_measured_between_batches_and_told_once(monkeypatch):
     def run(waited, worked, between=0.0, updates=200):
         wait, told = Wait(), []
         for step in range(updates):
-            wait.begins()
+            wait.start_clock()
             now[0] += waited if step else 60.0  # processes start
-            wait.ends()
-            wait.batch_begins()
+            wait.batch_arrived()
+            wait.start_clock()
             now[0] += worked
             wait.batch_ends()
             now[0] += between  # validation, saving

@@ -5,9 +5,9 @@ import json
 import pytest
 import torch
 
-from oumi_pl.callbacks import answers as answers_module
-from oumi_pl.callbacks.answers import Answers
+from oumi_pl.callbacks import samples as answers_module
 from oumi_pl.callbacks.run_folder import RunFolder
+from oumi_pl.callbacks.samples import Answers
 from oumi_pl.data.sft import SFTData
 from tests.tiny import conversations, data, distance, fit, module, write_jsonl
 

@@ -11,8 +11,7 @@ import pytest
 import torch
 import yaml
 
-from oumi_pl.callbacks.dry_run import OneBatch, SomeLogps
-from oumi_pl.callbacks.dry_run_table import roughly
+from oumi_pl.callbacks.dry_run import OneBatch, SomeLogps, roughly
 from oumi_pl.data import examples as examples_module
 from oumi_pl.data.plan import Layout
 from oumi_pl.modules.sft import SFT
@@ -124,7 +123,7 @@ def test_a_reference_is_computed_for_the_tried_pairs_alone(cli, monkeypatch):
     monkeypatch.setattr(SomeLogps, "write", lambda self, c, logps: computed.append(c) or write(self, c, logps))
     found = told(cli.works(*FIT, "--dry_run"))
     assert len(computed) == 4  # two pairs to train on, two to validate
-    assert found["reference"].startswith("log-probabilities of 40 rows are to be computed before the first update")
+    assert found["reference"].startswith("log-probabilities of 40 rows will be computed once, before the first update")
     assert not list((cli.directory / "cache").rglob("000000.bin"))
     cli.works(*TRAINED)
     tokens = cli.column("runs/r", "train/num_tokens")
@@ -183,7 +182,7 @@ def test_callbacks_that_need_a_logger_take_part(cli):
 
 def test_what_has_no_dry_run(cli):
     assert "unknown option --dry_run" in cli.fails("validate", "--config", "r.yaml", "--dry_run")
-    assert "--dry_run tries Lightning's loop, and --engine hf" in cli.fails(*FIT, "--dry_run", "--engine", "hf")
+    assert "--dry_run measures Lightning's loop, but --engine hf" in cli.fails(*FIT, "--dry_run", "--engine", "hf")
     cli.recipe({"trainer.max_steps": 3, "checkpoint": {"monitor": "val/los"}, "data.init_args.validation": 0.2})
     assert "did you mean 'val/loss'?" in cli.fails(*FIT, "--dry_run")
     cli.recipe({"runs_dir": "rows.jsonl"})

@@ -9,7 +9,7 @@ from lightning.pytorch.callbacks import EMAWeightAveraging
 
 from oumi_pl.callbacks.checkpoint import Checkpoints
 from oumi_pl.callbacks.ema import EMA
-from oumi_pl.callbacks.last_step import LastStep
+from oumi_pl.callbacks.stopping import LastStep
 from oumi_pl.errors import UserError
 from oumi_pl.runs.checkpoints import AtomicCheckpointIO
 from tests.tiny import conversations, data, module, trainer, weights, write_jsonl

@@ -154,7 +154,7 @@ def test_a_run_with_a_checkpoint_goes_on_from_it(cli, device):
     lines = out_of_memory(cli, "--trainer.max_steps", "9", "--checkpoint.every", "2")
     options = "--data.batch_size 1 --trainer.accumulate_grad_batches 2"
     assert lines[2].strip() == f"what fits: {options} (the same updates)"
-    assert lines[-1].strip() == f"go on from the last checkpoint: oumi_pl fit --resume runs/r {options}"
+    assert lines[-1].strip() == f"resume from the last checkpoint: oumi_pl fit --resume runs/r {options}"
     assert cli.state("runs/r")["status"] == "failed"
 
 

@@ -4,7 +4,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from oumi_pl.callbacks.preference import DISPLACED, PreferenceWarnings
+from oumi_pl.callbacks.advice import DISPLACED, PreferenceWarnings
 from oumi_pl.losses.preference import Sigmoid, SimPO
 
 
@@ -26,7 +26,7 @@ START = (0.5, 0.0, 0.0)
 def test_right_at_once_is_told_once(recwarn):
     run([START, *[(1.0, 0.2, -0.2)] * 4])
     assert len(recwarn) == 1
-    assert "each of 32 pairs is ranked right after 3 updates" in str(recwarn[0].message)
+    assert "all 32 pairs are ranked correctly after 3 updates" in str(recwarn[0].message)
 
 
 @pytest.mark.parametrize(

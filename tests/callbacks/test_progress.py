@@ -11,9 +11,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from oumi_pl.callbacks import pace as pace_module
-from oumi_pl.callbacks.pace import Pace
-from oumi_pl.callbacks.progress import ProgressLine
+from oumi_pl.callbacks import progress as pace_module
+from oumi_pl.callbacks.progress import Pace, ProgressLine
 from oumi_pl.config.cli import CLI
 from oumi_pl.terminal import progress
 from oumi_pl.terminal.progress import ERASE, Line, clock, working
@@ -333,7 +332,7 @@ def test_short_work_says_nothing_and_long_work_what_it_was(monkeypatch, capsys):
     with working("loading a small model"):
         pass
     assert capsys.readouterr().err == ""
-    monkeypatch.setattr(progress, "SAY_AFTER", 0.0)
+    monkeypatch.setattr(progress, "SHOW_AFTER_PLAIN", 0.0)
     with working("loading a large model"):
         time.sleep(0.2)
     first, last = capsys.readouterr().err.splitlines()

@@ -6,9 +6,9 @@ import sys
 import lightning as L
 import pytest
 
-from oumi_pl.callbacks.preemption import Preemption
 from oumi_pl.callbacks.report import Report
 from oumi_pl.callbacks.run_folder import RunFolder, _command
+from oumi_pl.callbacks.stopping import Preemption
 from oumi_pl.report import page
 from oumi_pl.report.clock import Clock
 from oumi_pl.runs import folders

@@ -188,7 +188,7 @@ def test_the_system_turn_comes_first():
 
 
 def test_a_prompt_longer_than_the_model_is_refused(run, capsys):
-    assert "has 600 tokens, and the model positions for 512" in refused(
+    assert "has 600 tokens, but the model has only 512 positions" in refused(
         capsys, "--model", run / "model", "--raw", "--prompt", "x" * 600
     )
     options = ["--model", str(run / "model"), "--raw", "--prompt", "x" * 505, "--max_new_tokens", "20"]
@@ -205,15 +205,15 @@ MISTAKES = {
     "empty prompt": (["--model", "empty", "--prompt", "  "], "--prompt is empty"),
     "a run folder": (["--model", "run", "--prompt", "x"], "run is a run folder; its model: --model run/model"),
     "an unfinished run": (["--model", "begun", "--prompt", "x"], "its model: --checkpoint begun"),
-    "no model folder": (["--model", "empty", "--prompt", "x"], "empty is no model folder: it has no config.json"),
-    "no weights": (["--model", "run/model", "--prompt", "x"], "there are no weights in run/model"),
-    "a checkpoint as model": (["--model", "x.ckpt", "--prompt", "x"], "a checkpoint goes by --checkpoint x.ckpt"),
+    "no model folder": (["--model", "empty", "--prompt", "x"], "empty is not a model folder: it has no config.json"),
+    "no weights": (["--model", "run/model", "--prompt", "x"], "no weights in run/model"),
+    "a checkpoint as model": (["--model", "x.ckpt", "--prompt", "x"], "for a checkpoint, use --checkpoint x.ckpt"),
     "no file": (["--model", "a", "--file", "nowhere.txt"], "--file: nowhere.txt can't be read"),
     "no tokens": (["--model", "a", "--prompt", "x", "--max_new_tokens", "0"], "has to be at least 1"),
     "cold": (["--model", "a", "--prompt", "x", "--temperature", "-1"], "can't be below 0"),
     "top_p of greedy": (["--model", "a", "--prompt", "x", "--top_p", "0.9"], "--top_p is for sampling"),
     "top_p": (["--model", "a", "--prompt", "x", "--temperature", "1", "--top_p", "2"], "at most 1"),
-    "raw with system": (["--model", "a", "--prompt", "x", "--raw", "--system", "y"], "which --raw does without"),
+    "raw with system": (["--model", "a", "--prompt", "x", "--raw", "--system", "y"], "which --raw leaves out"),
     "misspelt": (["--modle", "a", "--prompt", "x"], "see: oumi_pl generate --help"),
 }
 

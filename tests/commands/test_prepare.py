@@ -132,7 +132,7 @@ def test_refusals(tmp_path):
     with pytest.raises(UserError, match="token shards are for PretrainData, and this recipe has SFTData"):
         main(["--config", str(tmp_path / "sft.yaml")])
     main(["--config", recipe(tmp_path, path), "--output", str(tmp_path / "done")])
-    with pytest.raises(UserError, match="is prepared already"):
+    with pytest.raises(UserError, match="has been prepared already"):
         main(["--config", recipe(tmp_path, str(tmp_path / "done")), "--output", str(tmp_path / "again")])
     with pytest.raises(UserError, match="holds shards of other texts"):
         main(["--config", recipe(tmp_path, corpus(tmp_path, 6).path), "--output", str(tmp_path / "done")])

@@ -29,7 +29,7 @@ def test_shows_rows_and_the_report_and_leaves_nothing_behind(cli):
     assert "rows.jsonl:1 · " in out
     assert out.count("⟦") == 3  # in the legend, and an answer in each row
     assert "<|im_start|>assistant⏎\n⟦" in out
-    assert "what became of the rows" in out
+    assert "rows and tokens" in out
     assert "tokenizer: ByteTokenizer, 260 tokens" in out
     assert "\x1b" not in out
     assert cli.files() == before
@@ -101,7 +101,7 @@ def test_a_page(cli):
     page = (cli.directory / "page.html").read_text()
     assert "<script" not in page
     assert "&lt;" in page
-    assert "is there already" in cli.fails("preview", "--config", "r.yaml", "--html", "rows.jsonl")
+    assert "exists" in cli.fails("preview", "--config", "r.yaml", "--html", "rows.jsonl")
     assert "no folder" in cli.fails("preview", "--config", "r.yaml", "--html", "no/page.html")
 
 

@@ -83,7 +83,7 @@ def test_copy_writes_the_file_and_says_how_to_go_on(tmp_path, monkeypatch, capsy
 def test_copy_writes_over_nothing_and_makes_no_directory(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     Path("mine.yaml").write_text("mine")
-    assert "mine.yaml is there already" in refused(capsys, "copy", "quickstart/sft", "mine.yaml")
+    assert "mine.yaml exists" in refused(capsys, "copy", "quickstart/sft", "mine.yaml")
     assert "no directory away" in refused(capsys, "copy", "quickstart/sft", "away/mine.yaml")
     assert [p.name for p in tmp_path.iterdir()] == ["mine.yaml"]
     assert Path("mine.yaml").read_text() == "mine"
@@ -92,7 +92,7 @@ def test_copy_writes_over_nothing_and_makes_no_directory(tmp_path, monkeypatch, 
 @pytest.mark.parametrize(
     ("args", "message"),
     [
-        (["show", "gsm8k_small"], "no recipe 'gsm8k_small'; did you mean 'sft/gsm8k_small'?"),
+        (["show", "gsm8k_small"], "unknown recipe 'gsm8k_small'; did you mean 'sft/gsm8k_small'?"),
         (["copy", "quickstart/stf", "x.yaml"], "did you mean 'quickstart/sft'?"),
         (["show"], "show needs NAME: oumi_pl recipes show NAME"),
         (["copy", "quickstart/sft"], "copy needs NAME FILE"),

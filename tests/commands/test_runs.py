@@ -63,7 +63,10 @@ def test_a_run_whose_process_is_gone_was_killed(here, capsys):
     assert (states["gone"], states["reused"], states["here"], states["there"]) == (
         *("killed", "killed", "running", "running?"),
     )
-    assert "note: there says it is running on elsewhere, unseen from here; its last step was written now" in out
+    assert (
+        "note: there is marked as running on elsewhere, which can't be checked from here; its last step was written now"
+        in out
+    )
     assert cells(out)["gone"][-3:-1] == ["1:10", "min"], "up to the last line, with the sessions before"
 
 
@@ -127,14 +130,14 @@ def test_compares_what_came_out_and_what_was_set_otherwise(here, capsys):
     assert "model.model" not in out, "null in both"
     assert "picture -> runs/compare.png" in out
     assert (here / "compare.png").read_bytes().startswith(b"\x89PNG")
-    assert "not of one kind" not in out
+    assert "of different kinds" not in out
 
 
 def test_runs_with_other_losses_are_compared_with_a_warning(here, capsys):
     run_folder(here, "one")
     run_folder(here, "two", model={"trainer": "DPO", "loss": "Sigmoid"})
     out = works(capsys, "compare", "one", "two", "--output", "p.png")
-    assert "these losses are not of one kind (one: SFT with L, two: DPO with Sigmoid)" in out
+    assert "these losses are of different kinds (one: SFT with L, two: DPO with Sigmoid)" in out
 
 
 def test_report_is_made_of_a_run_that_was_killed(here, capsys):
@@ -148,15 +151,15 @@ def test_report_is_made_of_a_run_that_was_killed(here, capsys):
     ("args", "message"),
     [
         (["compare", "first", "secnd"], "no run 'secnd' in runs; did you mean 'second'?"),
-        (["compare", "first"], "runs compare: name two runs or more; there are also second, empty"),
-        (["compare", "first", "first"], "runs compare: name two runs or more"),
+        (["compare", "first"], "runs compare: name two or more runs; there are also second, empty"),
+        (["compare", "first", "first"], "runs compare: name two or more runs"),
         (["compare", "first", "empty"], "has no metrics yet"),
         (["compare", "first", "second", "--output", "a/b.png"], "--output: no directory a"),
-        (["compare", "first", "second", "--output", "x.pdf"], "--output: x.pdf is the name of a picture"),
+        (["compare", "first", "second", "--output", "x.pdf"], "--output: x.pdf has to end in .png"),
         (["compare"], "the following arguments are required: run"),
         (["report", "empty"], "has no metrics yet"),
         (["report", "fist"], "did you mean 'first'?"),
-        (["compere", "a"], "runs: unknown 'compere'; did you mean 'compare'?"),
+        (["compere", "a"], "runs: unknown action 'compere'; did you mean 'compare'?"),
     ],
 )
 def test_mistakes(here, capsys, args, message):

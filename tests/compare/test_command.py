@@ -17,15 +17,15 @@ def test_a_recipe_on_two_engines(cli):
     files = cli.files()
     assert {"runs/r-compare/steps.csv", "runs/r-compare/compare.png"} <= files
     assert not any("weights" in name for name in files)
-    assert "holds something already" in cli.run("compare", "--config", "r.yaml")[2]
+    assert "is not empty" in cli.run("compare", "--config", "r.yaml")[2]
 
 
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (("--engines", "lightning,tlr"), "there is no 'tlr'; did you mean 'trl'?"),
+        (("--engines", "lightning,tlr"), "unknown engine 'tlr'; did you mean 'trl'?"),
         (("--engines", "lightning"), "name two or three different ones of lightning, hf, trl"),
-        (("--config", "dpo/hh_small", "--engines", "lightning,hf"), "hf can't drive DPO; what can: lightning, trl"),
+        (("--config", "dpo/hh_small", "--engines", "lightning,hf"), "hf can't train DPO; these can: lightning, trl"),
         (("--steps", "0"), "--steps is 0, but has to be at least 1"),
         (("--step", "3"), "--step"),
         (("--config", "nope"), "no recipe 'nope'"),

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from oumi_pl.adapters.batches import pair_inputs, token_inputs
-from oumi_pl.compare.documents import digest, documents_of
+from oumi_pl.compare.worker import digest, documents_of
 from oumi_pl.data.collate import collate
 from oumi_pl.models.layouts import documents, padded
 from oumi_pl.types import Example, Segment

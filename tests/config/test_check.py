@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.optim import AdamW, Optimizer
 
 from oumi_pl.config.check import Argument, Checker, arguments, kinds, options, places, type_names
-from oumi_pl.config.options import read
+from oumi_pl.config.command_line import read
 from oumi_pl.config.parser import innermost
 from oumi_pl.errors import UserError
 

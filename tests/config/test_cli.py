@@ -103,7 +103,7 @@ def test_checkpoint_where_the_run_ends(cli):
     """Lightning would train nothing and say nothing."""
     cli.works(*FIT)
     said = cli.fails(*FIT, "--ckpt_path", "runs/r/checkpoints/step-00000002.ckpt")
-    assert "nothing is left to train: the run ends at step 2, where the checkpoint stands" in said
+    assert "nothing is left to train: the run ends at step 2, which the checkpoint has reached" in said
 
 
 @pytest.mark.parametrize("rows", [16, 10])

@@ -51,8 +51,8 @@ def test_nearest_is_offered(tmp_path, monkeypatch, name, message):
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("a: {b: 1, b: 2}", "r.yaml line 1: the key a.b is there twice, first in line 1; keep one"),
-        ("a:\n- x: 1\n- y: 1\n  y: 2", "line 4: the key a[1].y is there twice, first in line 3"),
+        ("a: {b: 1, b: 2}", "r.yaml line 1: the key a.b is repeated, first in line 1; keep one"),
+        ("a:\n- x: 1\n- y: 1\n  y: 2", "line 4: the key a[1].y is repeated, first in line 3"),
         ("a: 1\nb: !thing 2", "line 2: not valid YAML: could not determine a constructor for the tag '!thing'"),
         ("a: 1\n---\nb: 2", "line 2: not valid YAML: but found another document"),
         ("a: *b", "line 1: not valid YAML: found undefined alias 'b'"),

@@ -118,8 +118,11 @@ VALUES = {
         {"trainer.precision": "bf16-mixd"},
         "trainer.precision: 'bf16-mixd' is not a valid value; did you mean 'bf16-mixed'?",
     ),
-    "accelerator": ({"trainer.accelerator": "gpuu"}, "trainer.accelerator: there is no 'gpuu'; did you mean 'gpu'?"),
-    "strategy": ({"trainer.strategy": "ddpp"}, "trainer.strategy: there is no 'ddpp'; did you mean 'ddp'?"),
+    "accelerator": (
+        {"trainer.accelerator": "gpuu"},
+        "unknown accelerator 'gpuu'; did you mean 'gpu'?",
+    ),
+    "strategy": ({"trainer.strategy": "ddpp"}, "trainer.strategy: unknown strategy 'ddpp'; did you mean 'ddp'?"),
     "clipping": ({"trainer.gradient_clip_algorithm": "vale"}, "trainer: `gradient_clip_algorithm` vale is invalid"),
     "architecture": (
         {"model.init_args.config.model_type": "lama"},
@@ -250,7 +253,7 @@ def test_mistake_in_a_class_of_ones_own_is_not_called_a_bug_of_ours(cli):
     assert code == 1
     assert "KeyError: 'x'" in err
     assert err.rstrip().endswith("own_g.py line 4")
-    assert "this comes from a file of yours" in err
+    assert "the error comes from your file" in err
 
 
 @pytest.mark.parametrize(

@@ -184,7 +184,10 @@ CHECKPOINTS = {
     "absent": ("ct.ckpt", "--ckpt_path: no file 'ct.ckpt'; did you mean 'cut.ckpt'?"),
     "keyword": ("last", "--ckpt_path: no file 'last'"),
     "garbage": ("cut.ckpt", "--ckpt_path: cut.ckpt is not a checkpoint, or was cut short"),
-    "folder": ("folder", "--ckpt_path: folder is a directory and no sharded checkpoint; name the file, folder/x.ckpt"),
+    "folder": (
+        "folder",
+        "folder is a directory, but not a sharded checkpoint; name the file, folder/x.ckpt",
+    ),
     "weights alone": ("weights.pt", "weights.pt: is not a checkpoint of a run (it has no state_dict)"),
 }
 

@@ -12,8 +12,8 @@ import pytest
 import torch
 
 from oumi_pl.callbacks.checkpoint import Checkpoints
-from oumi_pl.callbacks.last_step import LastStep
 from oumi_pl.callbacks.start import Start
+from oumi_pl.callbacks.stopping import LastStep
 from oumi_pl.data.documents import TokenizeDocuments
 from oumi_pl.data.pretrain import PretrainData
 from oumi_pl.data.sft import SFTData

@@ -18,7 +18,7 @@ import yaml
 from transformers import AutoModelForCausalLM
 
 from oumi_pl.__main__ import main
-from oumi_pl.runs.checkpoint_files import saved_steps
+from oumi_pl.runs.folders import saved_steps
 from tests.tiny import LLAMA, conversations, write_jsonl
 
 HERE = Path(__file__).parent

@@ -11,8 +11,8 @@ from oumi_pl.data.pretrain import PretrainData
 from oumi_pl.data.sft import SFTData
 from oumi_pl.data.tokenizers import ByteTokenizer
 from oumi_pl.preview import examples, stream
+from oumi_pl.preview.examples import walk
 from oumi_pl.preview.pieces import Decoder
-from oumi_pl.preview.rows import walk
 from oumi_pl.preview.shown import Mark
 from oumi_pl.types import Example, Segment
 from tests import tiny
@@ -218,7 +218,7 @@ def test_the_cuts_of_a_pair_are_marked_in_each_part(tmp_path):
 @pytest.fixture
 def two_files(tmp_path, monkeypatch):
     """Rows of two files, of which some are too long, and those rows."""
-    monkeypatch.setattr("oumi_pl.preview.rows.AT_ONCE", 7)
+    monkeypatch.setattr("oumi_pl.preview.examples.AT_ONCE", 7)
     rows = tiny.conversations(40, longest=20)
     files = [tiny.write_jsonl(tmp_path / f"{n}.jsonl", part) for n, part in enumerate((rows[:25], rows[25:]))]
     data = made(SFTData(files, tokenizer=ByteTokenizer(), max_length=110, overflow="drop"))

@@ -80,7 +80,7 @@ def test_a_page_is_written_over_and_nothing_else_is(tmp_path):
     page.refuse_place(file)
     file.write_text("<!doctype html> of the user's")
     for place, what in (
-        (file, "is there already"),
+        (file, "exists"),
         (tmp_path, "is a folder"),
         (tmp_path / "no" / "x.html", "no folder"),
     ):

@@ -101,7 +101,7 @@ def test_what_a_finished_run_says(tmp_path):
     assert "0.7906" in text, "the last validation loss"
     assert "the best so far" in text
     assert "2 (empty)" in text, "why rows were dropped"
-    assert "10 s" in text, "all in all"
+    assert "10 s" in text, "in total"
     assert "# mine" in text
     assert "torch" in text
     assert f"oumi_pl fit --resume {folder} --trainer.max_steps 80" in text

@@ -6,10 +6,10 @@ import os
 
 import pytest
 
-from oumi_pl.config import resuming
+from oumi_pl.config import command_line
 from oumi_pl.errors import UserError
 from oumi_pl.runs import folders
-from oumi_pl.runs.checkpoint_files import checkpoint_name
+from oumi_pl.runs.folders import checkpoint_name
 
 
 def run(root, name="r", recipe="r", status="stopped", created=0, step=None, config=True):
@@ -25,7 +25,7 @@ def run(root, name="r", recipe="r", status="stopped", created=0, step=None, conf
 
 
 def arguments(args=(), resume="", recipe="r", tree=None, command="fit"):
-    return resuming.arguments(command, resume, recipe, list(args), tree or {})
+    return command_line.resume_arguments(command, resume, recipe, list(args), tree or {})
 
 
 def refusal(*args, **kwargs) -> str:
@@ -139,8 +139,8 @@ def test_refusals(tmp_path):
     assert "folder is not a run folder (it has no run.json)" in refusal(resume="folder")
     assert "has no config.yaml, so it stopped before training began; start a new run" in refusal(resume="early")
     assert "broken/run.json can't be read" in refusal(resume="broken")
-    assert "leave out --ckpt_path, or --resume" in refusal(["--ckpt_path", "x"], resume="early")
-    assert "--resume goes with fit; for test, name the weights" in refusal(command="test")
+    assert "leave out --ckpt_path or --resume" in refusal(["--ckpt_path", "x"], resume="early")
+    assert "--resume is for fit; for test, pass the weights" in refusal(command="test")
 
 
 def test_finished_run(tmp_path):

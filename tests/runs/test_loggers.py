@@ -147,7 +147,7 @@ def test_a_package_that_is_missing_is_told_before_anything_is_written(command, m
 
 def test_an_unknown_logger_is_refused(command):
     message = command.fails("fit", "--config", "r.yaml", "--logger", "tensorboard,wandbb")
-    assert message == "error: logger: there is no 'wandbb'; did you mean 'wandb'?"
+    assert message == "error: logger: unknown logger 'wandbb'; did you mean 'wandb'?"
 
 
 def test_a_command_that_does_not_train_needs_none(command, monkeypatch):

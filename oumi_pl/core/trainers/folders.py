@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from oumi_pl.core.trainers.saving import save_weights
 from oumi_pl.errors import UserError
-from oumi_pl.runs.checkpoint_files import HALF, remove
+from oumi_pl.runs.folders import HALF, remove
 
 if TYPE_CHECKING:
     from transformers.trainer_callback import TrainerState

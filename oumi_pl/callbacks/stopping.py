@@ -1,4 +1,4 @@
-"""SIGTERM and Ctrl-C end a run between two updates, with a checkpoint."""
+"""Ends a run between two updates: after its last one, or when SIGTERM or Ctrl-C asks for it."""
 
 import signal
 from pathlib import Path
@@ -12,19 +12,39 @@ from oumi_pl.callbacks.checkpoint import Checkpoints
 from oumi_pl.types import RunModule
 
 
-class Stopped(Exception):  # noqa: N818 - no error: the run did what it was asked to
+class LastStep(L.Callback):
+    """Asks Lightning to stop after the last update, so that it validates first, whatever the interval.
+
+    Without this, a run that ends between two validations would have no final metrics.
+    """
+
+    def __init__(self) -> None:
+        self._total = 0
+
+    def on_train_start(self, trainer: Any, pl_module: RunModule) -> None:
+        """Computes the last step of the run."""
+        self._total = pl_module.total_steps()
+
+    def on_train_batch_end(self, trainer: Any, *_: Any) -> None:
+        """Stops at the end of the last update."""
+        if not trainer.fit_loop._should_accumulate() and trainer.global_step >= self._total:
+            trainer.should_stop = True
+
+
+class Stopped(Exception):  # noqa: N818 - not an error: the run did as it was asked
     """The run was asked to stop, has saved a checkpoint, and can be resumed."""
 
     def __init__(self, signum: int, step: int, run: Path | None) -> None:
-        how = f"go on with: oumi_pl fit --resume {run}" if run else "this run writes no checkpoints"
+        how = f"resume it with: oumi_pl fit --resume {run}" if run else "this run writes no checkpoints"
         super().__init__(f"stopped by {signal.Signals(signum).name} after step {step}; {how}")
         self.exit_code = 128 + signum
 
 
 class Preemption(L.Callback):
-    """Finishes the current update, saves and stops when a signal asks for it. A second Ctrl-C stops at once.
+    """Finishes the current update, saves and stops on SIGTERM or Ctrl-C. A second Ctrl-C stops at once.
 
-    The handler only sets a flag. Ranks agree on it at the end of each update, so that none waits for another.
+    The handler only sets a flag. Ranks agree on it at the end of each update: a rank that stopped alone would leave the
+    others waiting in a collective operation.
     """
 
     def __init__(self) -> None:
@@ -34,21 +54,21 @@ class Preemption(L.Callback):
     def on_train_start(self, trainer: Any, pl_module: RunModule) -> None:
         """Installs the handlers, after Lightning has installed its own."""
         for signum in (signal.SIGTERM, signal.SIGINT):
-            self._previous[signum] = signal.signal(signum, self._note)
+            self._previous[signum] = signal.signal(signum, self._set_flag)
 
     @property
     def signum(self) -> int:
         """The signal that asked the run to stop; 0 for none."""
         return self._signal
 
-    def _note(self, signum: int, frame: FrameType | None) -> None:
+    def _set_flag(self, signum: int, frame: FrameType | None) -> None:
         if self._signal == signal.SIGINT == signum:
             raise KeyboardInterrupt
         self._signal = signum
         print(f"\n{signal.Signals(signum).name}: finishing this update, then saving; Ctrl-C again stops at once")
 
     def on_train_batch_end(self, trainer: Any, *_: Any) -> None:
-        """Between two updates: saves and stops if any rank got a signal.
+        """Saves and stops at the end of an update if any rank got a signal.
 
         Raises:
             Stopped: once the checkpoint is written.
