@@ -48,18 +48,19 @@ def find_checkpoint(named: str | None, output_dir: Path, try_last: bool) -> Path
     return folder
 
 
-def write_state(file: Path, state: "TrainerState", total_tokens_seen: int) -> None:
-    """Writes `trainer_state.json`: transformers' fields, and `total_tokens_seen`."""
-    content = asdict(state) | {"total_tokens_seen": total_tokens_seen}
+def write_state(file: Path, state: "TrainerState") -> None:
+    """Writes `trainer_state.json`: transformers' fields, and `total_tokens_seen`, which is Oumi's."""
+    content = asdict(state) | {"total_tokens_seen": state.num_input_tokens_seen}
     half = file.with_name(file.name + HALF)
     half.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n", encoding="utf-8")
     half.replace(file)
 
 
-def read_state(folder: Path) -> tuple[dict[str, Any], int]:
-    """What `write_state` wrote: transformers' fields, and the tokens seen."""
+def read_state(folder: Path) -> dict[str, Any]:
+    """The fields of transformers that `write_state` wrote."""
     content = json.loads((folder / STATE).read_text(encoding="utf-8"))
-    return content, content.pop("total_tokens_seen")
+    content.pop("total_tokens_seen")
+    return content
 
 
 def keep_last(output_dir: Path, limit: int | None, best: str | None) -> None:
@@ -105,7 +106,7 @@ class CheckpointFolders:
             best = self.output_dir / f"checkpoint-{state.best_global_step}"
             if best == folder or best.is_dir():
                 state.best_model_checkpoint = str(best)
-            write_state(half / STATE, state, module.tokens_seen["tokens"])
+            write_state(half / STATE, state)
             remove(folder)
             half.replace(folder)
             keep_last(self.output_dir, flow.args.save_total_limit, state.best_model_checkpoint)

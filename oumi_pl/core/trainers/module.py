@@ -20,7 +20,7 @@ from oumi_pl.core.trainers.flow import Flow
 from oumi_pl.core.trainers.folders import CheckpointFolders, read_state
 from oumi_pl.core.trainers.loss import Loss
 from oumi_pl.core.trainers.optimisation import build_optimizer, build_schedule
-from oumi_pl.core.trainers.records import MetricsFile, Timers
+from oumi_pl.core.trainers.records import MetricsFile
 from oumi_pl.core.trainers.saving import load_weights
 from oumi_pl.errors import UserError
 from oumi_pl.modules.restorable import RestorableModule
@@ -41,7 +41,6 @@ class LossModule(RestorableModule):
         flow: State, switches and callbacks.
         inputs: The data.
         file: Where log rows go.
-        timers: Times the parts of training.
         folders: Where checkpoints go.
         checkpoint: The folder that the run is resumed from.
         at_end: Called when training is over, before callbacks are.
@@ -57,7 +56,6 @@ class LossModule(RestorableModule):
         inputs: DatasetModule,
         *,
         file: MetricsFile,
-        timers: Timers,
         folders: CheckpointFolders,
         checkpoint: Path | None,
         at_end: Callable[[], None],
@@ -69,7 +67,6 @@ class LossModule(RestorableModule):
         self.flow = flow
         self.inputs = inputs
         self.file = file
-        self.timers = timers
         self.folders = folders
         self.checkpoint = checkpoint
         self.at_end = at_end
@@ -85,8 +82,6 @@ class LossModule(RestorableModule):
         self._grad_norm = self._lr = 0.0
         self._began = self._clock = time.time()
         self._at_begin = self._at_log = (0, 0)
-        self._step_began = 0.0
-        self._waits_since: float | None = None
 
     # ---- what a batch comes to
 
@@ -96,7 +91,7 @@ class LossModule(RestorableModule):
         total = max(1, batch["update"].targets if split == "train" else targets)
         if batch["inputs"] is None:  # an evaluation of which this rank has no rows
             return {"loss": torch.zeros((), device=self.device)}
-        with self.timers.time("model forward"):
+        with self.profiler.profile("model forward"):
             sums = {"loss": self.loss(batch["inputs"], targets, total) * total}
         if split == "validation":
             self._is_text = self.loss.count.predicts_tokens(batch["inputs"])
@@ -176,19 +171,12 @@ class LossModule(RestorableModule):
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
         """Tells callbacks of the first micro-batch of an update."""
         super().on_train_batch_start(batch, batch_idx)
-        if self._waits_since is not None:
-            self.timers.add("fetching batch", time.perf_counter() - self._waits_since)
         if batch_idx % self.trainer.accumulate_grad_batches == 0:
             self.flow.fire("on_step_begin")
 
-    def backward(self, loss: Tensor, *args: Any, **kwargs: Any) -> None:
-        """Runs the backward pass, and times it."""
-        with self.timers.time("loss backward"):
-            super().backward(loss, *args, **kwargs)
-
     def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
         """Logs the update."""
-        self._step_began = time.perf_counter()
+        self.profiler.start("optimizer step")
         super().on_before_optimizer_step(optimizer)
 
     def finish_update(self, grad_norm: Tensor, lr: float, **instead: float) -> None:
@@ -204,7 +192,7 @@ class LossModule(RestorableModule):
 
     def on_after_optimizer_step(self) -> None:
         """Tells callbacks."""
-        self.timers.add("optimizer step", time.perf_counter() - self._step_began)
+        self.profiler.stop("optimizer step")
         self.flow.fire("on_optimizer_step")
 
     def lr_scheduler_step(self, scheduler: Any, metric: Any | None) -> None:
@@ -233,7 +221,6 @@ class LossModule(RestorableModule):
             loop.epoch_loop.batch_progress.is_last_batch = True  # Lightning then ends the epoch, and fetches no more
         if flow.control.should_training_stop:
             self.trainer.should_stop = True
-        self._waits_since = time.perf_counter()
 
     def _epochs_done(self) -> float:
         loop = self.trainer.fit_loop
@@ -315,6 +302,11 @@ class LossModule(RestorableModule):
             self.flow.fire("on_save")
 
     @property
+    def profiler(self) -> Any:
+        """Lightning's, which times the parts of an update where that was asked for."""
+        return cast("Any", self.trainer).profiler
+
+    @property
     def _has_eval(self) -> bool:
         return self.inputs.evaluation is not None
 
@@ -336,8 +328,7 @@ class LossModule(RestorableModule):
         """Restores what is in the files of the folder, and Lightning's counters from the position in the data."""
         folder, position = cast("Path", self.checkpoint), checkpoint[type(self.inputs).__qualname__]
         load_weights(self.model, folder)
-        state, _ = read_state(folder)
-        self.flow.restore(state)
+        self.flow.restore(read_state(folder))
         micro_batches = self.trainer.accumulate_grad_batches
         checkpoint["micro_batches"] = micro_batches
         checkpoint["loops"] = self._loops(position["epoch"], position["update"] * micro_batches)
