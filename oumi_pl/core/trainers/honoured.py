@@ -3,19 +3,16 @@
 from operator import attrgetter
 from typing import TYPE_CHECKING
 
+from oumi_pl.core.recipe.fields import FIELDS
 from oumi_pl.errors import UserError, nearest
 
 if TYPE_CHECKING:
     from oumi_pl.core.configs import TrainingParams
 
+OF_OTHER_TYPES = ("reward_functions", "reward_function_kwargs", "grpo", "gkd", "gold", "verl_config_overrides")
 NOT_HONOURED = {
     "metrics_function": "evaluation gives the loss and the perplexity; compute more in a callback's on_evaluate",
-    "reward_functions": "rewards belong to reinforcement learning, which this trainer does not do",
-    "reward_function_kwargs": "rewards belong to reinforcement learning, which this trainer does not do",
-    "grpo": "GRPO is not among the trainer types here",
-    "gkd": "GKD is not among the trainer types here",
-    "gold": "GOLD is not among the trainer types here",
-    "verl_config_overrides": "verl is not driven from here",
+    **{name: FIELDS[f"training.{name}"].why for name in OF_OTHER_TYPES},
     "dataloader_main_process_only": "every process reads its own share of the rows; leave it out or set it to false",
     "include_alternative_mfu_metrics": "FLOPs are counted by parameters only; leave it out",
     "profiler.enable_cpu_profiling": "pass a Lightning profiler's callback, or profile with trainer_type: HF",

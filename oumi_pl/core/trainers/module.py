@@ -7,7 +7,6 @@ own.
 
 import math
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -17,15 +16,16 @@ from torch.optim import Optimizer
 
 from oumi_pl.core.trainers.data import DatasetModule, MicroBatch
 from oumi_pl.core.trainers.flow import Flow
-from oumi_pl.core.trainers.folders import CheckpointFolders, read_state
+from oumi_pl.core.trainers.folders import STATE, TRAINING, keep_last, read_state, write_state
 from oumi_pl.core.trainers.loss import Loss
 from oumi_pl.core.trainers.optimisation import build_optimizer, build_schedule
 from oumi_pl.core.trainers.records import MetricsFile
-from oumi_pl.core.trainers.saving import load_weights
+from oumi_pl.core.trainers.saving import load_weights, save_weights
 from oumi_pl.errors import UserError
 from oumi_pl.modules.restorable import RestorableModule
 from oumi_pl.modules.update import Split
 from oumi_pl.optim import fuse, parameter_groups
+from oumi_pl.runs.checkpoint_files import HALF, remove
 from oumi_pl.types import Sums
 
 if TYPE_CHECKING:
@@ -40,10 +40,9 @@ class LossModule(RestorableModule):
         params: What the run was given.
         flow: State, switches and callbacks.
         inputs: The data.
-        file: Where log rows go.
-        folders: Where checkpoints go.
+        output_dir: Where log rows and checkpoints go.
+        tokenizer: Saved with each checkpoint.
         checkpoint: The folder that the run is resumed from.
-        at_end: Called when training is over, before callbacks are.
     """
 
     clipped_by = "max_grad_norm"
@@ -55,10 +54,9 @@ class LossModule(RestorableModule):
         flow: Flow,
         inputs: DatasetModule,
         *,
-        file: MetricsFile,
-        folders: CheckpointFolders,
+        output_dir: Path,
+        tokenizer: Any,
         checkpoint: Path | None,
-        at_end: Callable[[], None],
     ) -> None:
         super().__init__()
         self.model = loss.model
@@ -66,10 +64,10 @@ class LossModule(RestorableModule):
         self.params = params
         self.flow = flow
         self.inputs = inputs
-        self.file = file
-        self.folders = folders
+        self.output_dir = output_dir
+        self.tokenizer = tokenizer
         self.checkpoint = checkpoint
-        self.at_end = at_end
+        self.file = MetricsFile(output_dir / "metrics_rank0000.jsonl" if flow.state.is_world_process_zero else None)
         self.unlogged = 0.0
         """Sum of the losses of the updates since the last log."""
         self.last_logged = 0
@@ -82,6 +80,7 @@ class LossModule(RestorableModule):
         self._grad_norm = self._lr = 0.0
         self._began = self._clock = time.time()
         self._at_begin = self._at_log = (0, 0)
+        self._is_saving = False  # a `checkpoint-N` folder, and not a checkpoint of a callback of Lightning's
 
     # ---- what a batch comes to
 
@@ -163,7 +162,9 @@ class LossModule(RestorableModule):
         mean = sum(self._losses) / max(1, steps)
         logs = {"train_runtime": seconds, "train_steps_per_second": steps / seconds, "train_loss": mean}
         self.write(self.flow.log(logs), {})
-        self.at_end()
+        best = self.flow.state.best_model_checkpoint
+        if self.flow.args.load_best_model_at_end and best is not None:
+            load_weights(self.model, Path(best))
         self.flow.fire("on_train_end")
 
     # ---- an update, in the order of its events
@@ -298,7 +299,7 @@ class LossModule(RestorableModule):
                 self.evaluate()
             control.should_evaluate = False
         if self.flow.control.should_save:
-            self.folders.save(self)
+            self.save_folder()
             self.flow.fire("on_save")
 
     @property
@@ -316,11 +317,33 @@ class LossModule(RestorableModule):
 
     # ---- checkpoints
 
+    def save_folder(self) -> None:
+        """Writes `checkpoint-N`; the folder appears when it is complete. All processes have to call this."""
+        state = self.flow.state
+        folder = self.output_dir / f"checkpoint-{state.global_step}"
+        half = folder.with_name(folder.name + HALF)
+        if self.trainer.is_global_zero:
+            remove(half)
+            save_weights(self.model, half, self.tokenizer)
+        self._is_saving = True
+        self.trainer.save_checkpoint(half / TRAINING)
+        self._is_saving = False
+        if self.trainer.is_global_zero:
+            self.flow.export_callbacks()
+            best = self.output_dir / f"checkpoint-{state.best_global_step}"
+            if best == folder or best.is_dir():
+                state.best_model_checkpoint = str(best)
+            write_state(half / STATE, state)
+            remove(folder)
+            half.replace(folder)
+            keep_last(self.output_dir, self.flow.args.save_total_limit, state.best_model_checkpoint)
+        self.trainer.strategy.barrier("checkpoint written")
+
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Adds the losses that are not logged yet; leaves out what a `checkpoint-N` folder has in other files."""
         super().on_save_checkpoint(checkpoint)
         checkpoint |= {"unlogged": self.unlogged, "last_logged": self.last_logged}
-        if self.folders.is_saving:
+        if self._is_saving:
             checkpoint["state_dict"] = {}
             del checkpoint["loops"]
 

@@ -19,15 +19,15 @@ from oumi_pl.core.trainers.base import BaseTrainer
 from oumi_pl.core.trainers.collate import Collator, default_collator, log_first_example
 from oumi_pl.core.trainers.data import Collate, DatasetModule
 from oumi_pl.core.trainers.flow import Flow
-from oumi_pl.core.trainers.folders import STATE, TRAINING, CheckpointFolders, find_checkpoint, write_state
+from oumi_pl.core.trainers.folders import STATE, TRAINING, find_checkpoint, write_state
 from oumi_pl.core.trainers.honoured import refuse_what_is_not_honoured
 from oumi_pl.core.trainers.kinds import Adapted, Pretrained, Recomputing, bare
 from oumi_pl.core.trainers.loggers import loggers
 from oumi_pl.core.trainers.loss import Loss
 from oumi_pl.core.trainers.module import LossModule
 from oumi_pl.core.trainers.optimisation import refuse_unknown_names
-from oumi_pl.core.trainers.records import MetricsFile, Telemetry
-from oumi_pl.core.trainers.saving import load_weights, save_weights
+from oumi_pl.core.trainers.records import Telemetry
+from oumi_pl.core.trainers.saving import save_weights
 from oumi_pl.data.plan import Layout
 from oumi_pl.errors import UserError
 from oumi_pl.runs.checkpoints import AtomicCheckpointIO
@@ -158,10 +158,9 @@ class Trainer(BaseTrainer):
             params,
             flow,
             inputs,
-            file=MetricsFile(self.output_dir / "metrics_rank0000.jsonl" if rank == 0 else None),
-            folders=CheckpointFolders(self.output_dir, self.tokenizer),
+            output_dir=self.output_dir,
+            tokenizer=self.tokenizer,
             checkpoint=folder,
-            at_end=self._load_best,
         )
         trainer = self._lightning(total, layout)
         self._describe(rank)
@@ -246,11 +245,6 @@ class Trainer(BaseTrainer):
             inference_mode=False,
             deterministic=params.full_determinism or None,
         )
-
-    def _load_best(self) -> None:
-        best = self._flow.state.best_model_checkpoint
-        if self._flow.args.load_best_model_at_end and best is not None:
-            load_weights(self.model, Path(best))
 
     def _describe(self, rank: int) -> None:
         """Writes the modules of the model down, if asked to."""
