@@ -3,11 +3,11 @@
 import dataclasses
 import re
 from collections.abc import Iterator
-from enum import Enum
+from operator import attrgetter
 from typing import Any
 
 from oumi_pl.core.configs import TrainingConfig
-from oumi_pl.core.configs.params.base_params import BECOMES, BaseParams, Becomes, hints, section_in
+from oumi_pl.core.configs.params.base_params import BECOMES, BaseParams, Becomes, default_of, hints, section_in, shown
 from oumi_pl.core.recipe.notes import Notes, refuse
 
 
@@ -49,10 +49,7 @@ def walk(section: Any, place: str = "") -> Iterator[tuple[str, Any, Any]]:
         if dataclasses.is_dataclass(value):
             yield from walk(value, path)
             continue
-        default = field.default
-        if field.default_factory is not dataclasses.MISSING:
-            default = field.default_factory()
-        yield path, value, default
+        yield path, value, default_of(field)
         for number, item in enumerate(value if isinstance(value, list) else ()):
             if dataclasses.is_dataclass(item):
                 yield from walk(item, f"{path}[{number}]")
@@ -64,7 +61,7 @@ def note_fields(config: TrainingConfig, notes: Notes) -> None:
     Raises:
         UserError: at the first one that is refused.
     """
-    switches = {section: _value(config, switch) for section, switch in ONLY_WITH.items()}
+    switches = {section: attrgetter(switch)(config) for section, switch in ONLY_WITH.items()}
     for path, value, default in walk(config):
         if value == default:
             continue
@@ -75,19 +72,7 @@ def note_fields(config: TrainingConfig, notes: Notes) -> None:
         elif field is None:
             refuse(path, "is not known here")
         elif field.how == "refused":
-            refuse(path, f"{shown(value)} is set, and has no counterpart: {field.why}")
+            word = shown(value).strip("'")
+            refuse(path, f"{word} is set, and has no counterpart: {field.why}")
         else:
             notes.became[path] = field.why if field.how == "honoured" else f"nothing: {field.why}"
-
-
-def _value(config: Any, path: str) -> Any:
-    for name in path.split("."):
-        config = getattr(config, name)
-    return config
-
-
-def shown(value: Any) -> str:
-    """A value in the words of a config file."""
-    if isinstance(value, bool) or value is None:
-        return {True: "true", False: "false", None: "null"}[value]
-    return value.name if isinstance(value, Enum) else str(value)
