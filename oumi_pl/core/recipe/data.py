@@ -97,7 +97,12 @@ def _documents(config: TrainingConfig, notes: Notes) -> dict[str, Any]:
     args = _common(config, notes)
     if chat:
         args |= _template(config, notes)
-        _comment_on_packing(config, notes)
+        if split.collator_name == COMPLETIONS or any(d.dataset_kwargs.get("assistant_only") for d in split.datasets):
+            notes.comment("data", "pack: true trains on all tokens in Oumi too, whatever collator and dataset say")
+        notes.comment(
+            "data",
+            "each conversation is joined whole, and ends with EOS once; Oumi cuts it to a window first, and adds EOS",
+        )
     else:
         notes.nothing("data.train.pack", "documents are packed in any case")
     args["max_length"] = _max_length(config, notes) if chat or first == "raw" else _window(split, notes)
@@ -125,16 +130,6 @@ def _documents(config: TrainingConfig, notes: Notes) -> dict[str, Any]:
     args |= _loading(config)
     args.pop("seed", None)  # Oumi's order of streamed rows depends on no seed of the sampler
     return {"class_path": PACKED_CHAT if chat else "PretrainData", "init_args": args}
-
-
-def _comment_on_packing(config: TrainingConfig, notes: Notes) -> None:
-    split = config.data.train
-    if split.collator_name == COMPLETIONS or any(d.dataset_kwargs.get("assistant_only") for d in split.datasets):
-        notes.comment("data", "pack: true trains on all tokens in Oumi too, whatever collator and dataset say")
-    notes.comment(
-        "data",
-        "each conversation is joined whole, and ends with EOS once; Oumi cuts it to a window first, and adds EOS",
-    )
 
 
 def _common(config: TrainingConfig, notes: Notes) -> dict[str, Any]:

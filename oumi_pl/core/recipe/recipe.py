@@ -71,16 +71,13 @@ def to_recipe(config: TrainingConfig, engine: Engine | None = None, devices: int
     if chosen == "lightning" and kind != "Pretrain" and ENGINES[training.trainer_type.name] != "lightning":
         notes.comment("data", "the order of the rows is drawn by another sampler than transformers'")
     if training.trainer_type.name == "OUMI":
-        _comment_on_oumi(notes, training.max_steps)
+        # defects of Oumi's own trainer, which are not carried over
+        notes.comment(
+            "trainer",
+            "the last update is a whole one, and an update that is cut short by the end of an epoch is done, where "
+            "Oumi's own trainer takes one micro-batch, or none",
+        )
+        if training.max_steps <= 0:
+            different = "its end is that of the run, also where gradients are accumulated"
+            notes.comment("model.init_args.schedule", different)
     return Recipe(tree, notes.became, notes.comments, trainer_section.resume(training))
-
-
-def _comment_on_oumi(notes: Notes, max_steps: int) -> None:
-    """Defects of Oumi's own trainer, which are not carried over."""
-    notes.comment(
-        "trainer",
-        "the last update is a whole one, and an update that is cut short by the end of an epoch is done, where Oumi's "
-        "own trainer takes one micro-batch, or none",
-    )
-    if max_steps <= 0:
-        notes.comment("model.init_args.schedule", "its end is that of the run, also where gradients are accumulated")

@@ -54,10 +54,6 @@ def refuse_what_is_not_honoured(params: "TrainingParams", has_eval_dataset: bool
     # numbers by themselves were checked when the parameters were made
     if params.warmup_steps is not None and params.warmup_ratio is not None:
         raise UserError("training: warmup_steps and warmup_ratio say the same thing; set one of them")
-    _refuse_bad_intervals(params, has_eval_dataset)
-
-
-def _refuse_bad_intervals(params: "TrainingParams", has_eval_dataset: bool) -> None:
     if params.eval_strategy != "no" and not has_eval_dataset:
         raise UserError(f"training.eval_strategy is {params.eval_strategy}, but there is no eval_dataset")
     extra = EXTRA | params.trainer_kwargs

@@ -88,7 +88,10 @@ class Trainer(BaseTrainer):
             args = TrainingParams()
         refuse_what_is_not_honoured(args, eval_dataset is not None)
         refuse_unknown_names(args)
-        _refuse_sharding(config)
+        for section, flag in (("fsdp", "enable_fsdp"), ("deepspeed", "enable_deepspeed")):
+            if config is not None and getattr(getattr(config, section), flag):
+                whole = "this trainer keeps whole weights on each process"
+                raise UserError(f"{section}.{flag}: {whole}; use trainer_type: SFT")
         if train_dataset is None:
             raise UserError("train_dataset: there is nothing to train on")
         self.model = model
@@ -255,14 +258,6 @@ class Trainer(BaseTrainer):
         if directory is not None:
             directory.mkdir(parents=True, exist_ok=True)
             (directory / "model_summary.txt").write_text(f"{self.model}\n", encoding="utf-8")
-
-
-def _refuse_sharding(config: Any) -> None:
-    for section, flag in (("fsdp", "enable_fsdp"), ("deepspeed", "enable_deepspeed")):
-        if getattr(getattr(config, section, None), flag, False):
-            raise UserError(
-                f"{section}.{flag}: this trainer keeps whole weights on each process; use trainer_type: SFT"
-            )
 
 
 def _ddp(params: "TrainingParams") -> Any:
