@@ -1,28 +1,17 @@
 """What becomes of each field of an Oumi config: honoured, refused by name, or without a meaning for training."""
 
-import dataclasses
 import re
-from collections.abc import Iterator
 from operator import attrgetter
-from typing import Any
 
 from oumi_pl.core.configs import TrainingConfig
-from oumi_pl.core.configs.params.base_params import BECOMES, BaseParams, Becomes, default_of, hints, section_in, shown
+from oumi_pl.core.configs.params.base_params import BECOMES, Becomes, fields_of, shown, walk
 from oumi_pl.core.recipe.notes import Notes, refuse
 
-
-def _fields(cls: type[BaseParams], place: str = "") -> Iterator[tuple[str, Becomes]]:
-    for field in dataclasses.fields(cls):
-        path = f"{place}{field.name}"
-        if BECOMES in field.metadata:
-            yield path, field.metadata[BECOMES]
-        if (section := section_in(hints(cls)[field.name])) and path != "data.test":  # whose fields are never read
-            yield from _fields(section, f"{path}.")
-
-
-FIELDS = dict(_fields(TrainingConfig)) | {
-    "deepspeed": Becomes("harmless", "it is only read with deepspeed.enable_deepspeed")
-}
+FIELDS: dict[str, Becomes] = {
+    path.replace("[0]", ""): field.metadata[BECOMES]
+    for path, field in fields_of(TrainingConfig)
+    if BECOMES in field.metadata and not path.startswith("data.test.")  # which is never read
+} | {"deepspeed": Becomes("harmless", "it is only read with deepspeed.enable_deepspeed")}
 """Field, or section, by its dotted path -> what becomes of it."""
 
 ONLY_WITH = {
@@ -39,20 +28,6 @@ def field_of(path: str) -> Becomes | None:
     while name not in FIELDS and "." in name:
         name = name.rpartition(".")[0]
     return FIELDS.get(name)
-
-
-def walk(section: Any, place: str = "") -> Iterator[tuple[str, Any, Any]]:
-    """All fields of a config as (dotted path, value, default), sections and lists of sections gone through."""
-    for field in dataclasses.fields(section):
-        path = f"{place}.{field.name}" if place else field.name
-        value = getattr(section, field.name)
-        if dataclasses.is_dataclass(value):
-            yield from walk(value, path)
-            continue
-        yield path, value, default_of(field)
-        for number, item in enumerate(value if isinstance(value, list) else ()):
-            if dataclasses.is_dataclass(item):
-                yield from walk(item, f"{path}[{number}]")
 
 
 def note_fields(config: TrainingConfig, notes: Notes) -> None:

@@ -124,8 +124,9 @@ class BaseParams:
         Raises:
             OumiConfigError: at the first such field, here or in a section.
         """
-        for place in _missing(self):
-            raise OumiConfigError(f"{place}: missing, and there is no default")
+        for place, value, _ in walk(self):
+            if value == MISSING:
+                raise OumiConfigError(f"{place}: missing, and there is no default")
 
     def __iter__(self) -> Iterator[tuple[str, Any]]:
         """Names and values of the fields."""
@@ -193,12 +194,24 @@ def with_fields(table: Mapping[str, Any]) -> Callable[[Section], Section]:
     return decorate
 
 
-def _missing(params: BaseParams) -> Iterator[str]:
-    for name, value in params:
-        if value == MISSING:
-            yield name
-        for place, part in _parts(name, value):
-            yield from (f"{place}.{inner}" for inner in _missing(part))
+def walk(section: Any, place: str = "") -> Iterator[tuple[str, Any, Any]]:
+    """All fields of a section, and of those inside it, as (dotted path, value, default)."""
+    for field in dataclasses.fields(section):
+        path, value = f"{place}{field.name}", getattr(section, field.name)
+        if not isinstance(value, BaseParams):
+            yield path, value, default_of(field)
+        for inside, part in _parts(path, value):
+            yield from walk(part, f"{inside}.")
+
+
+def fields_of(cls: type[BaseParams], place: str = "") -> Iterator[tuple[str, "dataclasses.Field[Any]"]]:
+    """All fields that a section may have, by paths such as `training.max_steps` and `data.train.datasets[0].split`."""
+    kinds = hints(cls)
+    for field in dataclasses.fields(cls):
+        yield f"{place}{field.name}", field
+        if section := section_in(kinds[field.name]):
+            number = "[0]" if typing.get_origin(kinds[field.name]) is list else ""
+            yield from fields_of(section, f"{place}{field.name}{number}.")
 
 
 def _parts(name: str, value: Any) -> Iterator[tuple[str, BaseParams]]:
