@@ -49,11 +49,11 @@ def optimizer(params: TrainingParams, notes: Notes) -> dict[str, Any]:
         arguments |= given(momentum=params.sgd_momentum or None)
     elif name == "adafactor":
         path = "transformers.Adafactor"
-        # its two small numbers are said, lest the one of AdamW, the default, be taken for them
+        # eps is always written: without it the config would keep the one number of AdamW, the default class
         arguments |= {"eps": [1e-30, 1e-3], "relative_step": False, "scale_parameter": False}
     else:
-        usual = "; did you mean 'adamw_torch'?" if name.lower() in ("adam", "adamw") else ""
-        near = usual or nearest(name, [*adam, "sgd", "adafactor"])
+        hint = "; did you mean 'adamw_torch'?" if name.lower() in ("adam", "adamw") else ""
+        near = hint or nearest(name, [*adam, "sgd", "adafactor"])
         refuse("training.optimizer", f"no counterpart of {name!r}{near}")
     _refuse_options_of_others(params, name, name in adam, theirs)
     if params.weight_decay and not theirs:
@@ -96,9 +96,11 @@ def schedule(params: TrainingParams, notes: Notes) -> dict[str, Any] | None:
         return None
     if name.startswith("constant"):
         return {"class_path": "Constant", "init_args": arguments} if arguments else None
-    path, usual = {"linear": ("Linear", None), "cosine_with_restarts": ("CosineRestarts", 1)}.get(name, ("Cosine", 0.5))
+    path, default = {"linear": ("Linear", None), "cosine_with_restarts": ("CosineRestarts", 1)}.get(
+        name, ("Cosine", 0.5)
+    )
     arguments |= _floor(params) if name == "cosine_with_min_lr" else {}
-    arguments |= given(cycles=None if cycles == usual else cycles)
+    arguments |= given(cycles=None if cycles == default else cycles)
     notes.became["training.lr_scheduler_type"] = f"model.schedule, {path}"
     return {"class_path": path} | given(init_args=arguments)
 

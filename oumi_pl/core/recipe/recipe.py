@@ -16,7 +16,7 @@ from oumi_pl.core.recipe.trainer_kwargs import note_kwargs, preference
 
 @dataclass(frozen=True)
 class Recipe:
-    """A native recipe, and what is told about where it comes from.
+    """A native recipe, and where its keys come from.
 
     tree: what `fit --config` reads. became: field of the config that was set, or that matters -> what it became.
     comments: key of the tree by its dotted path, empty for all of it -> where Oumi does something else. resume: what

@@ -54,7 +54,7 @@ def train_on(config: TrainingConfig, entries: list[Registered], notes: Notes) ->
     """
     split = config.data.train
     name = split.collator_name
-    asked = {bool(dataset.dataset_kwargs.get("assistant_only")) for dataset in split.datasets}
+    assistant_only = {bool(dataset.dataset_kwargs.get("assistant_only")) for dataset in split.datasets}
     raw = all(entry.kind == "raw" for entry in entries)
     if name == COMPLETIONS:
         tokens = _by_collator(split)
@@ -63,7 +63,7 @@ def train_on(config: TrainingConfig, entries: list[Registered], notes: Notes) ->
             "what the assistant writes is found by the template, and not by searching ids; the newlines around it, "
             "which Oumi trains, carry no loss, and rows without any are left out",
         )
-    elif asked == {True}:
+    elif assistant_only == {True}:
         tokens = "assistant"
     elif raw:
         tokens = _by_trl(config.training.trainer_kwargs, notes)
@@ -74,7 +74,7 @@ def train_on(config: TrainingConfig, entries: list[Registered], notes: Notes) ->
             which = f"{trainer} with {name or 'no collator'}"
             same = "has no labels in Oumi and fails; here every token is trained, as with TRL_SFT"
             notes.comment(PLACE, f"{which} {same}")
-    if len(asked) > 1:
+    if len(assistant_only) > 1:
         refuse("data.train.datasets", "some say dataset_kwargs.assistant_only and others do not; train_on is for all")
     notes.became["data.train.collator_name"] = f"data.train_on: {tokens}"
     return tokens

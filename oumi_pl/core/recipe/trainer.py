@@ -30,23 +30,23 @@ MLFLOW_STORE = "sqlite:///mlflow.db"
 STRATEGY = "trainer.strategy"
 
 
-def engine_of(config: TrainingConfig, kind: str, asked: Engine | None, devices: int | None, notes: Notes) -> Engine:
-    """What drives the training loop: what was asked for, else what the trainer type stands for, as far as it can.
+def engine_of(config: TrainingConfig, kind: str, requested: Engine | None, devices: int | None, notes: Notes) -> Engine:
+    """What drives the training loop: the engine that was requested, else that of the trainer type where it can.
 
     Args:
         config: The config.
         kind: `SFT`, `DPO` or `Pretrain`.
-        asked: What the user named; None for the trainer type's.
+        requested: By the user; None for that of the trainer type.
         devices: Devices per node; None for as many as there are.
         notes: Where comments go.
 
     Raises:
-        UserError: what was asked for can't do something that the config says.
+        UserError: the requested engine can't do something that the config says.
     """
     training = config.training
-    usual = asked or ENGINES[training.trainer_type.name]
-    if usual == "lightning":
-        return usual
+    engine = requested or ENGINES[training.trainer_type.name]
+    if engine == "lightning":
+        return engine
     peft = config.peft
     only_lightning = {
         "peft.lora_modules_to_save": (training.use_peft and peft.lora_modules_to_save, "modules trained as a whole"),
@@ -54,18 +54,18 @@ def engine_of(config: TrainingConfig, kind: str, asked: Engine | None, devices: 
         "training.save_epoch": (training.save_epoch and training.save_steps <= 0, "checkpoints by epoch"),
     }
     for path, (is_set, what) in only_lightning.items():
-        if is_set and asked:
-            refuse(path, f"{asked} can't do {what} here; leave --engine out, or name lightning")
+        if is_set and requested:
+            refuse(path, f"{requested} can't do {what} here; leave --engine out, or name lightning")
         if is_set:
-            notes.comment("", f"Lightning drives it, and not {usual}, which can't do {what} here")
+            notes.comment("", f"Lightning drives it, and not {engine}, which can't do {what} here")
             return "lightning"
-    if not asked and max(devices or 1, int(os.environ.get("WORLD_SIZE", "1"))) > 1:
-        notes.comment("", f"Lightning drives it, and not {usual}, which trains on one device")
+    if not requested and max(devices or 1, int(os.environ.get("WORLD_SIZE", "1"))) > 1:
+        notes.comment("", f"Lightning drives it, and not {engine}, which trains on one device")
         return "lightning"
-    if not asked and (usual, kind) == ("trl", "Pretrain"):
+    if not requested and (engine, kind) == ("trl", "Pretrain"):
         notes.comment("", "transformers' Trainer drives it, and not TRL's SFT, which does no more with rows of tokens")
         return "hf"
-    return usual
+    return engine
 
 
 def trainer(config: TrainingConfig, notes: Notes, devices: int | None, engine: Engine) -> dict[str, Any]:
@@ -146,8 +146,8 @@ def _sharded_precision(config: TrainingConfig, notes: Notes) -> dict[str, Any]:
 def _loggers(training: TrainingParams, notes: Notes) -> list[dict[str, Any]]:
     loggers: list[dict[str, Any]] = []
     if training.enable_wandb:
-        usual = "oumi" if training.trainer_type.name == "OUMI" else "huggingface"
-        arguments = given(project=os.environ.get("WANDB_PROJECT", usual), name=training.run_name)
+        project = "oumi" if training.trainer_type.name == "OUMI" else "huggingface"
+        arguments = given(project=os.environ.get("WANDB_PROJECT", project), name=training.run_name)
         loggers.append({"class_path": "WandbLogger", "init_args": arguments})
     if training.enable_mlflow:
         store = os.environ.get("MLFLOW_TRACKING_URI", MLFLOW_STORE)

@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 class MicroBatch(TypedDict):
     """What one training step reads."""
 
-    inputs: Any  # what the collator made; None of no rows
+    inputs: Any  # the output of the collator; None without rows
     counts: dict[str, int]  # its own targets, rows, tokens; zeros where a rank ran out of rows
     update: NotRequired[Update]  # in training
 

@@ -41,7 +41,7 @@ def refuse_what_is_not_honoured(params: "TrainingParams", has_eval_dataset: bool
         has_eval_dataset: Whether there is anything to evaluate on.
 
     Raises:
-        UserError: for the first that is found.
+        UserError: for the first one.
     """
     defaults = type(params)()
     for field, reason in NOT_HONOURED.items():

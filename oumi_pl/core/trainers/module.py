@@ -304,7 +304,7 @@ class LossModule(RestorableModule):
 
     @property
     def profiler(self) -> Any:
-        """Lightning's, which times the parts of an update where that was asked for."""
+        """Lightning's profiler, which times the parts of an update if `include_performance_metrics` says so."""
         return cast("Any", self.trainer).profiler
 
     @property

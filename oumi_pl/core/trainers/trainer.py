@@ -250,7 +250,7 @@ class Trainer(BaseTrainer):
         )
 
     def _describe(self, rank: int) -> None:
-        """Writes the modules of the model down, if asked to."""
+        """Logs the modules of the model and writes them to the telemetry, if `log_model_summary` says so."""
         if not self.params.log_model_summary or rank:
             return
         logger.info("%s", self.model)

@@ -311,11 +311,11 @@ def _single(value: Any, kind: Any, name: str) -> Any:
 
 
 def _member(value: Any, kind: type[Enum], name: str) -> Enum:
-    asked = value.name if isinstance(value, Enum) else str(value)  # it may be of a similar enum: PEFT's TaskType
-    asked = asked.removeprefix(f"{kind.__name__}.")
-    if asked in kind.__members__:
-        return kind[asked]
-    raise OumiConfigError(f"{name}: {shown(value)} is not a valid value{nearest(asked, kind.__members__)}")
+    given = value.name if isinstance(value, Enum) else str(value)  # it may be of a similar enum: PEFT's TaskType
+    given = given.removeprefix(f"{kind.__name__}.")
+    if given in kind.__members__:
+        return kind[given]
+    raise OumiConfigError(f"{name}: {shown(value)} is not a valid value{nearest(given, kind.__members__)}")
 
 
 def _number(kind: type[int] | type[float], value: Any) -> int | float | None:

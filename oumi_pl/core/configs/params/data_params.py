@@ -38,7 +38,7 @@ class MixtureStrategy(StrEnum):
 
 
 class TrainTarget(StrEnum):
-    """Which turns of a conversation are learnt."""
+    """Which turns of a conversation carry loss."""
 
     ALL_ASSISTANT_TURNS = "all_assistant_turns"
     FINAL_ASSISTANT_TURN = "final_assistant_turn"

@@ -236,10 +236,10 @@ class TrainingParams(BaseParams):
 
     def __post_init__(self) -> None:
         """Names the trainer types that are Oumi's, but not here, before anything is converted."""
-        asked = str(self.trainer_type).removeprefix("TrainerType.").upper()
-        if asked in NOT_HERE:
+        given = str(self.trainer_type).removeprefix("TrainerType.").upper()
+        if given in NOT_HERE:
             here = ", ".join(TrainerType.__members__)
-            raise OumiConfigError(f"trainer_type: Oumi's {asked} is not among the trainer types here: {here}")
+            raise OumiConfigError(f"trainer_type: Oumi's {given} is not among the trainer types here: {here}")
         super().__post_init__()
 
     def _problems(self) -> Iterator[str]:
