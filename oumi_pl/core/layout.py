@@ -1,4 +1,4 @@
-"""What Oumi leaves in an output directory, where its users look for it: made from a run folder, which stays."""
+"""Adds to a finished run folder the files of an Oumi output directory, where its users look for them."""
 
 import csv
 import json
@@ -21,7 +21,7 @@ def write_layout(run: Path, config: TrainingConfig, world_size: int = 1, summary
 
     Args:
         run: Folder of a run that has ended.
-        config: What it was made from.
+        config: The config of the run.
         world_size: Number of processes.
         summary: The modules of the model, written where the config asks for it.
     """
@@ -68,11 +68,11 @@ def _rows(metrics: Path) -> list[dict[str, Any]]:
     with metrics.open(newline="") as lines:
         for line in csv.DictReader(lines):
             values = {name: float(value) for name, value in line.items() if value}
-            stand = {"epoch": values.pop("epoch", 0.0), "step": int(values.pop("step"))}
+            position = {"epoch": values.pop("epoch", 0.0), "step": int(values.pop("step"))}
             train = {n.removeprefix("train/"): v for n, v in values.items() if n.startswith("train/")}
             train = {NAMES.get(f"train/{name}", name): value for name, value in train.items()}
             held_out = {"eval_" + n.removeprefix("val/"): v for n, v in values.items() if n.startswith("val/")}
-            rows += [row | stand for row in (train, held_out) if row]
+            rows += [row | position for row in (train, held_out) if row]
     return rows
 
 

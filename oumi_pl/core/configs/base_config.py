@@ -3,13 +3,21 @@
 import dataclasses
 import logging
 import typing
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from enum import Enum
 from io import StringIO
 from pathlib import Path
 from typing import Any, Self, TypeVar
 
-from oumi_pl.core.configs.params.base_params import BaseParams, OumiConfigError, hints, members, section_in, shown
+from oumi_pl.core.configs.params.base_params import (
+    BaseParams,
+    OumiConfigError,
+    fields_of,
+    hints,
+    members,
+    section_in,
+    shown,
+)
 from oumi_pl.errors import nearest
 
 T = TypeVar("T", bound=BaseParams)
@@ -70,7 +78,7 @@ class BaseConfig(BaseParams):
 
         tree = yaml_text.parsed(text, name, literal)
         tree = yaml_text.resolved(as_tree(cls()), tree, yaml_text.typed_pairs(arg_list))
-        config = _section(cls, tree, "", list(_places(cls)))
+        config = _section(cls, tree, "", cls)
         config.refuse_missing()
         return config
 
@@ -131,45 +139,36 @@ def as_tree(value: Any) -> Any:
     return value
 
 
-def _places(cls: type[BaseParams], prefix: str = "") -> Iterator[str]:
-    """Dotted names of all fields: `training.max_steps`, `data.train.datasets[0].split`."""
-    for name, hint in hints(cls).items():
-        yield f"{prefix}{name}"
-        if section := section_in(hint):
-            is_list = typing.get_origin(hint) is list
-            yield from _places(section, f"{prefix}{name}{'[0]' if is_list else ''}.")
-
-
-def _section(cls: type[T], tree: Any, place: str, everywhere: Sequence[str]) -> T:
-    """A section of a tree; `everywhere` are the dotted names of all fields, for the message about an unknown one."""
+def _section(cls: type[T], tree: Any, place: str, root: type[BaseParams]) -> T:
+    """A section of a tree; `root` is what the whole tree is, for the message about an unknown key."""
     if not isinstance(tree, Mapping):
         raise OumiConfigError(f"{place}: {shown(tree)} is given, but here is a mapping of keys to values")
     fields, start = hints(cls), f"{place}." if place else ""
     for key in tree:
         if key not in fields:
-            raise OumiConfigError(_unknown(str(key), start, list(fields), everywhere))
-    values = {key: _value(value, fields[key], f"{start}{key}", everywhere) for key, value in tree.items()}
+            raise OumiConfigError(_unknown(str(key), start, list(fields), root))
+    values = {key: _value(value, fields[key], f"{start}{key}", root) for key, value in tree.items()}
     try:
         return cls(**values)
     except OumiConfigError as error:
         raise error.at(place) from error
 
 
-def _value(value: Any, hint: Any, place: str, everywhere: Sequence[str]) -> Any:
+def _value(value: Any, hint: Any, place: str, root: type[BaseParams]) -> Any:
     section = section_in(hint)
     if section is None or (value is None and type(None) in members(hint)):
         return value
     if typing.get_origin(hint) is not list:
-        return _section(section, value, place, everywhere)
+        return _section(section, value, place, root)
     if not isinstance(value, list):
         raise OumiConfigError(f"{place}: {shown(value)} is given, but here is a list")
-    return [_section(section, item, f"{place}[{i}]", everywhere) for i, item in enumerate(value)]
+    return [_section(section, item, f"{place}[{i}]", root) for i, item in enumerate(value)]
 
 
-def _unknown(key: str, start: str, fields: Sequence[str], everywhere: Sequence[str]) -> str:
+def _unknown(key: str, start: str, fields: Sequence[str], root: type[BaseParams]) -> str:
     """The message about an unknown key: offers the nearest one beside it, else where a key of this name belongs."""
     near = nearest(key, fields)
-    elsewhere = next((name for name in everywhere if name.rpartition(".")[2] == key), None)
+    elsewhere = next((name for name, _ in fields_of(root) if name.rpartition(".")[2] == key), None)
     if elsewhere and not near.startswith("; did"):
         near = f"; did you mean {elsewhere!r}?"
     return f"{start}{key}: unknown key{near}"

@@ -66,7 +66,7 @@ def resolved(defaults: Mapping[str, Any], given: Mapping[str, Any], typed: Itera
 
 def written(tree: Mapping[str, Any]) -> str:
     """A tree as YAML that `parsed` reads back to the same; what YAML can't represent is left out with a warning."""
-    return yaml.dump(_writable(tree, ""), Dumper=_Dumper, sort_keys=False, allow_unicode=True)
+    return OmegaConf.to_yaml(OmegaConf.create(_writable(tree, ""))).replace(LITERAL, REFERENCE)
 
 
 def typed_pairs(args: Sequence[str]) -> Iterator[tuple[str, str]]:
@@ -131,36 +131,21 @@ def _first_line(error: BaseException) -> str:
     return str(error).partition("\n")[0].replace(LITERAL, REFERENCE)
 
 
-class _Dumper(yaml.SafeDumper):
-    """Quotes text that the reader would take for a number: YAML 1.1 has no `1e3`, but OmegaConf has."""
-
-    def ignore_aliases(self, data: Any) -> bool:
-        """Equal values are written out each time."""
-        return True
-
-
-def _text(dumper: yaml.SafeDumper, text: str) -> yaml.ScalarNode:
-    try:
-        float(text)
-    except ValueError:
-        return dumper.represent_scalar("tag:yaml.org,2002:str", text)
-    return dumper.represent_scalar("tag:yaml.org,2002:str", text, style="'")
-
-
-_Dumper.add_representer(str, _text)
-
-
 def _writable(value: Any, place: str) -> Any:
+    """A tree as OmegaConf takes it: `${` as text, and nothing that YAML has no word for."""
+    if isinstance(value, str):
+        return value.replace(REFERENCE, LITERAL)
     if isinstance(value, dict):
-        kept = {key: item for key, item in value.items() if _is_plain(item, f"{place}.{key}")}
-        return {key: _writable(item, f"{place}.{key}") for key, item in kept.items()}
+        items = {key: (item, f"{place}.{key}".lstrip(".")) for key, item in value.items()}
+        return {_writable(key, ""): _writable(*item) for key, item in items.items() if _is_plain(*item)}
     if isinstance(value, list):
-        return [_writable(item, f"{place}[{i}]") for i, item in enumerate(value) if _is_plain(item, f"{place}[{i}]")]
+        numbered = [(item, f"{place}[{i}]") for i, item in enumerate(value)]
+        return [_writable(*item) for item in numbered if _is_plain(*item)]
     return value
 
 
 def _is_plain(value: Any, place: str) -> bool:
     if value is None or type(value) in (str, int, float, bool, dict, list):
         return True
-    warnings.warn(f"{place.lstrip('.')}: {value!r} can't be written as YAML and is left out", stacklevel=4)
+    warnings.warn(f"{place}: {value!r} can't be written as YAML and is left out", stacklevel=4)
     return False

@@ -4,20 +4,9 @@ import os
 from typing import Any
 
 from oumi_pl.core.configs import DatasetSplitParams, TrainingConfig
-from oumi_pl.core.recipe.notes import Notes, refuse
+from oumi_pl.core.recipe.notes import Notes, given, refuse
 from oumi_pl.core.recipe.sources import Registered, entry_of, source
 from oumi_pl.core.recipe.targets import COMPLETIONS, PADDING, refuse_collators, template, train_on
-
-KINDS = {
-    "TRL_SFT": "SFT",
-    "TRL_DPO": "DPO",
-    "HF": "SFT",
-    "OUMI": "SFT",
-    "SFT": "SFT",
-    "DPO": "DPO",
-    "PRETRAIN": "Pretrain",
-}
-"""Trainer type -> the LightningModule, if the data are not documents."""
 
 EVALUATION = ("training.per_device_eval_batch_size", "training.eval_steps")
 TRL_LENGTH = 1024
@@ -38,7 +27,7 @@ def kind(config: TrainingConfig, notes: Notes) -> str:
         refuse("data.train.datasets", "is empty, so there is nothing to train on")
     kinds = {entry.kind for entry in _entries(split)}
     name = config.training.trainer_type.name
-    module = KINDS[name]
+    module = "DPO" if name.endswith("DPO") else "Pretrain" if name == "PRETRAIN" else "SFT"
     if len(kinds - {"raw"}) > 1 or ("document" in kinds and len(kinds) > 1):
         refuse("data.train.datasets", f"{' and '.join(sorted(kinds))} data can't be mixed; keep one kind")
     if module == "DPO" and kinds & {"chat", "document"}:
@@ -108,7 +97,12 @@ def _documents(config: TrainingConfig, notes: Notes) -> dict[str, Any]:
     args = _common(config, notes)
     if chat:
         args |= _template(config, notes)
-        _comment_on_packing(config, notes)
+        if split.collator_name == COMPLETIONS or any(d.dataset_kwargs.get("assistant_only") for d in split.datasets):
+            notes.comment("data", "pack: true trains on all tokens in Oumi too, whatever collator and dataset say")
+        notes.comment(
+            "data",
+            "each conversation is joined whole, and ends with EOS once; Oumi cuts it to a window first, and adds EOS",
+        )
     else:
         notes.nothing("data.train.pack", "documents are packed in any case")
     args["max_length"] = _max_length(config, notes) if chat or first == "raw" else _window(split, notes)
@@ -138,16 +132,6 @@ def _documents(config: TrainingConfig, notes: Notes) -> dict[str, Any]:
     return {"class_path": PACKED_CHAT if chat else "PretrainData", "init_args": args}
 
 
-def _comment_on_packing(config: TrainingConfig, notes: Notes) -> None:
-    split = config.data.train
-    if split.collator_name == COMPLETIONS or any(d.dataset_kwargs.get("assistant_only") for d in split.datasets):
-        notes.comment("data", "pack: true trains on all tokens in Oumi too, whatever collator and dataset say")
-    notes.comment(
-        "data",
-        "each conversation is joined whole, and ends with EOS once; Oumi cuts it to a window first, and adds EOS",
-    )
-
-
 def _common(config: TrainingConfig, notes: Notes) -> dict[str, Any]:
     """Sources and tokenizer."""
     args: dict[str, Any] = {"train": _sources(config, "train", notes)}
@@ -161,16 +145,12 @@ def _common(config: TrainingConfig, notes: Notes) -> dict[str, Any]:
     else:
         args["validation"] = _sources(config, "validation", notes)
         if config.data.validation.pack != config.data.train.pack and config.training.trainer_type.name != "PRETRAIN":
-            why = "nothing: rows to evaluate on are packed where data.train.pack is true"
-            notes.became["data.validation.pack"] = why
+            notes.became["data.validation.pack"] = "nothing: evaluation rows are packed where data.train.pack is true"
             different = "packed if the training rows are; Oumi packs each split by itself"
             notes.comment("data.init_args.validation", different)
-    model = config.model
-    if not model.load_pretrained_weights:
-        args["tokenizer"] = model.tokenizer_name or model.model_name
-    elif model.tokenizer_name not in (None, model.model_name):
-        args["tokenizer"] = model.tokenizer_name
-    return args
+    model, tokenizer = config.model, config.model.tokenizer_name or config.model.model_name
+    own = model.load_pretrained_weights and tokenizer == model.model_name
+    return args if own else args | {"tokenizer": tokenizer}
 
 
 def _sources(config: TrainingConfig, name: str, notes: Notes) -> Any:
@@ -227,14 +207,16 @@ def _window(split: DatasetSplitParams, notes: Notes) -> int:
 
 
 def _loading(config: TrainingConfig) -> dict[str, Any]:
-    training = config.training
-    args: dict[str, Any] = {"batch_size": training.per_device_train_batch_size}
-    if training.eval_strategy != "no" and training.per_device_eval_batch_size != args["batch_size"]:
-        args["eval_batch_size"] = training.per_device_eval_batch_size
-    workers = training.dataloader_num_workers
+    training, workers = config.training, config.training.dataloader_num_workers
     if isinstance(workers, str):  # `auto`: Oumi's rule, for one process on this machine
         workers = max(1, min(2, (os.cpu_count() or 1) // 4))
-    args |= {"workers": workers} if workers else {}
-    if training.data_seed != training.seed and training.trainer_type.name != "OUMI":
-        args["seed"] = training.data_seed
-    return args | ({"trust_remote_code": True} if config.model.trust_remote_code else {})
+    sizes = (training.per_device_train_batch_size, training.per_device_eval_batch_size)
+    another_size = training.eval_strategy != "no" and sizes[1] != sizes[0]
+    another_seed = training.data_seed != training.seed and training.trainer_type.name != "OUMI"
+    return given(
+        batch_size=sizes[0],
+        eval_batch_size=sizes[1] if another_size else None,
+        workers=workers or None,
+        seed=training.data_seed if another_seed else None,
+        trust_remote_code=config.model.trust_remote_code,
+    )

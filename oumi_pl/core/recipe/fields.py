@@ -1,28 +1,17 @@
 """What becomes of each field of an Oumi config: honoured, refused by name, or without a meaning for training."""
 
-import dataclasses
 import re
-from collections.abc import Iterator
-from enum import Enum
-from typing import Any
+from operator import attrgetter
 
 from oumi_pl.core.configs import TrainingConfig
-from oumi_pl.core.configs.params.base_params import BECOMES, BaseParams, Becomes, hints, section_in
+from oumi_pl.core.configs.params.base_params import BECOMES, Becomes, fields_of, shown, walk
 from oumi_pl.core.recipe.notes import Notes, refuse
 
-
-def _fields(cls: type[BaseParams], place: str = "") -> Iterator[tuple[str, Becomes]]:
-    for field in dataclasses.fields(cls):
-        path = f"{place}{field.name}"
-        if BECOMES in field.metadata:
-            yield path, field.metadata[BECOMES]
-        if (section := section_in(hints(cls)[field.name])) and path != "data.test":  # whose fields are never read
-            yield from _fields(section, f"{path}.")
-
-
-FIELDS = dict(_fields(TrainingConfig)) | {
-    "deepspeed": Becomes("harmless", "it is only read with deepspeed.enable_deepspeed")
-}
+FIELDS: dict[str, Becomes] = {
+    path.replace("[0]", ""): field.metadata[BECOMES]
+    for path, field in fields_of(TrainingConfig)
+    if BECOMES in field.metadata and not path.startswith("data.test.")  # which is never read
+} | {"deepspeed": Becomes("harmless", "it is only read with deepspeed.enable_deepspeed")}
 """Field, or section, by its dotted path -> what becomes of it."""
 
 ONLY_WITH = {
@@ -41,30 +30,13 @@ def field_of(path: str) -> Becomes | None:
     return FIELDS.get(name)
 
 
-def walk(section: Any, place: str = "") -> Iterator[tuple[str, Any, Any]]:
-    """All fields of a config as (dotted path, value, default), sections and lists of sections gone through."""
-    for field in dataclasses.fields(section):
-        path = f"{place}.{field.name}" if place else field.name
-        value = getattr(section, field.name)
-        if dataclasses.is_dataclass(value):
-            yield from walk(value, path)
-            continue
-        default = field.default
-        if field.default_factory is not dataclasses.MISSING:
-            default = field.default_factory()
-        yield path, value, default
-        for number, item in enumerate(value if isinstance(value, list) else ()):
-            if dataclasses.is_dataclass(item):
-                yield from walk(item, f"{path}[{number}]")
-
-
 def note_fields(config: TrainingConfig, notes: Notes) -> None:
     """Refuses fields without a counterpart, and notes what becomes of all others that differ from their defaults.
 
     Raises:
         UserError: at the first one that is refused.
     """
-    switches = {section: _value(config, switch) for section, switch in ONLY_WITH.items()}
+    switches = {section: attrgetter(switch)(config) for section, switch in ONLY_WITH.items()}
     for path, value, default in walk(config):
         if value == default:
             continue
@@ -75,19 +47,7 @@ def note_fields(config: TrainingConfig, notes: Notes) -> None:
         elif field is None:
             refuse(path, "is not known here")
         elif field.how == "refused":
-            refuse(path, f"{shown(value)} is set, and has no counterpart: {field.why}")
+            word = shown(value).strip("'")
+            refuse(path, f"{word} is set, and has no counterpart: {field.why}")
         else:
             notes.became[path] = field.why if field.how == "honoured" else f"nothing: {field.why}"
-
-
-def _value(config: Any, path: str) -> Any:
-    for name in path.split("."):
-        config = getattr(config, name)
-    return config
-
-
-def shown(value: Any) -> str:
-    """A value in the words of a config file."""
-    if isinstance(value, bool) or value is None:
-        return {True: "true", False: "false", None: "null"}[value]
-    return value.name if isinstance(value, Enum) else str(value)

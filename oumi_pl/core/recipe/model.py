@@ -4,7 +4,7 @@ import inspect
 from typing import Any
 
 from oumi_pl.core.configs import ModelParams, TrainingConfig
-from oumi_pl.core.recipe.notes import Notes, refuse
+from oumi_pl.core.recipe.notes import Notes, given, refuse
 
 CUSTOM = ("MLPEncoder", "CNNClassifier")
 DROPPED = ("architectures", "dtype", "torch_dtype", "transformers_version", "_name_or_path", "auto_map")
@@ -12,12 +12,11 @@ DROPPED = ("architectures", "dtype", "torch_dtype", "transformers_version", "_na
 BEGINNINGS: dict[str, bool | str] = {"DEFAULT": True, "RANDOM": False, "GAUSSIAN": "gaussian"}
 """Oumi's names for how adapters begin -> PEFT's; the others rewrite the base, or don't work."""
 
+_REWRITES = "it rewrites the base weights, on which the saved adapter is to be put; use DEFAULT or GAUSSIAN"
 WHY_NOT = {
     "EVA": "Oumi never runs it, so that it is DEFAULT; say that",
-    "PISA": "it rewrites the base weights, on which the adapter is saved to lie; use DEFAULT or GAUSSIAN",
-    "PISSA_NITER": "Oumi can't run it; use DEFAULT or GAUSSIAN",
-    "LOFTQ": "Oumi can't run it; use DEFAULT or GAUSSIAN",
-    "OLORA": "it rewrites the base weights, on which the adapter is saved to lie; use DEFAULT or GAUSSIAN",
+    **dict.fromkeys(("PISA", "OLORA"), _REWRITES),
+    **dict.fromkeys(("PISSA_NITER", "LOFTQ"), "Oumi can't run it; use DEFAULT or GAUSSIAN"),
 }
 
 
@@ -29,23 +28,19 @@ def model(config: TrainingConfig, notes: Notes) -> dict[str, Any]:
     """
     params, training = config.model, config.training
     _refuse_names(params)
-    args: dict[str, Any] = _weights(params, notes) | _dtype(params, notes)
-    if params.attn_implementation not in (None, "sdpa"):
-        args["attn"] = params.attn_implementation
-    if training.use_peft:
-        args |= _lora(config, notes)
+    args = _weights(params, notes) | _dtype(params, notes) | (_lora(config, notes) if training.use_peft else {})
     if params.freeze_layers:
-        args["freeze"] = list(params.freeze_layers)
         notes.comment("model.init_args.freeze", "a name that the model doesn't have is refused, and not passed over")
-    args |= _checkpointing(config, notes)
-    if training.compile:
-        args["compile"] = True
     if params.model_revision is not None:
-        args["revision"] = params.model_revision
         notes.comment("model.init_args.revision", "of the model alone: the tokenizer is that of the default branch")
-    if params.trust_remote_code:
-        args["trust_remote_code"] = True
-    return args
+    return args | given(
+        attn=None if params.attn_implementation == "sdpa" else params.attn_implementation,
+        freeze=list(params.freeze_layers),
+        gradient_checkpointing=_checkpointing(config, notes),
+        compile=training.compile,
+        revision=params.model_revision,
+        trust_remote_code=params.trust_remote_code,
+    )
 
 
 def _refuse_names(params: ModelParams) -> None:
@@ -111,18 +106,16 @@ def _dtype(params: ModelParams, notes: Notes) -> dict[str, Any]:
     return {} if name == "float32" else {"dtype": name or "auto"}
 
 
-def _checkpointing(config: TrainingConfig, notes: Notes) -> dict[str, Any]:
+def _checkpointing(config: TrainingConfig, notes: Notes) -> bool:
     training = config.training
     for key, value in training.gradient_checkpointing_kwargs.items():
         if (key, value) != ("use_reentrant", False):
             why = f"{value!r} has no counterpart: activations are recomputed with use_reentrant: false"
             refuse(f"training.gradient_checkpointing_kwargs.{key}", why)
-    if not training.enable_gradient_checkpointing:
-        return {}
-    if training.use_deterministic and training.trainer_type.name != "OUMI":
-        notes.became["training.enable_gradient_checkpointing"] = "nothing: use_deterministic turns it off in Oumi"
-        return {}
-    return {"gradient_checkpointing": True}
+    ignored = training.use_deterministic and training.trainer_type.name != "OUMI"
+    if ignored:
+        notes.nothing("training.enable_gradient_checkpointing", "use_deterministic turns it off in Oumi")
+    return training.enable_gradient_checkpointing and not ignored
 
 
 # --- adapters -------------------------------------------------------------------------------------------------------
@@ -131,9 +124,18 @@ def _checkpointing(config: TrainingConfig, notes: Notes) -> dict[str, Any]:
 def _lora(config: TrainingConfig, notes: Notes) -> dict[str, Any]:
     """`model.lora` and `model.quantization`."""
     peft = config.peft
-    args: dict[str, Any] = {"r": peft.lora_r, "lora_alpha": peft.lora_alpha}
-    args |= {"lora_dropout": peft.lora_dropout} if peft.lora_dropout else {}
-    args |= {"bias": peft.lora_bias} if peft.lora_bias != "none" else {}
+    name = peft.lora_init_weights.name
+    if name not in BEGINNINGS:
+        refuse("peft.lora_init_weights", f"{name} has no counterpart: {WHY_NOT[name]}")
+    args = given(
+        r=peft.lora_r,
+        lora_alpha=peft.lora_alpha,
+        lora_dropout=peft.lora_dropout or None,
+        bias=None if peft.lora_bias == "none" else peft.lora_bias,
+        exclude_modules="|".join(f"(?:{pattern})" for pattern in peft.lora_exclude_modules or ()),
+        target_parameters=peft.lora_target_parameters,
+        modules_to_save=peft.lora_modules_to_save,
+    )
     targets = peft.lora_target_modules
     if targets == ["all-linear"]:
         notes.became["peft.lora_target_modules"] = "all linear layers, which is so without model.lora.target_modules"
@@ -141,16 +143,8 @@ def _lora(config: TrainingConfig, notes: Notes) -> dict[str, Any]:
         args["target_modules"] = targets
     if targets is None:
         notes.comment("model.init_args.lora", "target_modules: null leaves the choice to PEFT, by architecture")
-    if peft.lora_exclude_modules:
-        args["exclude_modules"] = "|".join(f"(?:{pattern})" for pattern in peft.lora_exclude_modules)
-    if peft.lora_target_parameters:
-        args["target_parameters"] = list(peft.lora_target_parameters)
-    if peft.lora_modules_to_save:
-        args["modules_to_save"] = list(peft.lora_modules_to_save)
-    name = peft.lora_init_weights.name
-    if name not in BEGINNINGS:
-        refuse("peft.lora_init_weights", f"{name} has no counterpart: {WHY_NOT[name]}")
-    args |= {"init_lora_weights": BEGINNINGS[name]} if name != "DEFAULT" else {}
+    if name != "DEFAULT":
+        args["init_lora_weights"] = BEGINNINGS[name]
     notes.became["training.use_peft"] = "model.lora"
     return {"lora": args} | _quantization(config, notes)
 

@@ -1,6 +1,6 @@
-"""What is told about a conversion: where each field went, and where Oumi does something else."""
+"""What a conversion reports: where each field went, what was refused, and where Oumi does something else."""
 
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from oumi_pl.errors import UserError
 
@@ -26,6 +26,11 @@ class Notes:
         """Notes that a field, if it is set, has no effect on this run."""
         if path in self.became:
             self.became[path] = f"nothing: {why}"
+
+
+def given(**args: Any) -> dict[str, Any]:
+    """Arguments of a recipe without those that are None, False or empty: the recipe's own defaults do."""
+    return {name: value for name, value in args.items() if value or (value == 0 and value is not False)}
 
 
 def refuse(path: str, why: str) -> NoReturn:

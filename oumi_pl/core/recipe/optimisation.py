@@ -4,11 +4,9 @@ import math
 from typing import Any
 
 from oumi_pl.core.configs import TrainingParams
-from oumi_pl.core.recipe.notes import Notes, refuse
+from oumi_pl.core.configs.params.training_params import THROUGH_TRANSFORMERS
+from oumi_pl.core.recipe.notes import Notes, given, refuse
 from oumi_pl.errors import nearest
-
-THROUGH_TRANSFORMERS = ("TRL_SFT", "TRL_DPO", "HF")
-"""Trainer types whose optimizer, schedule and loop are transformers'."""
 
 ADAM = {
     "adamw_torch": "AdamW",
@@ -32,36 +30,30 @@ SCHEDULES = {
 """Name of a schedule -> what `lr_scheduler_kwargs` may hold."""
 
 
-def through_transformers(params: TrainingParams) -> bool:
-    """Whether transformers' Trainer drives the run in Oumi."""
-    return params.trainer_type.name in THROUGH_TRANSFORMERS
-
-
 def optimizer(params: TrainingParams, notes: Notes) -> dict[str, Any]:
     """`model.optimizer`: class and arguments.
 
     Raises:
         UserError: there is no such optimizer, or it doesn't take what is set.
     """
-    theirs = through_transformers(params)
+    theirs = params.trainer_type in THROUGH_TRANSFORMERS
     name = params.optimizer if theirs else params.optimizer.lower()
     adam = ADAM_HF if theirs else ADAM_OUMI
     arguments: dict[str, Any] = {"lr": params.learning_rate}
     if name in adam:
-        path = adam[name]
-        betas = [params.adam_beta1, params.adam_beta2]
+        path, betas = adam[name], [params.adam_beta1, params.adam_beta2]
         arguments |= {"betas": betas} if betas != [0.9, 0.999] else {}
         arguments |= {"eps": params.adam_epsilon} if params.adam_epsilon != 1e-8 else {}
     elif name == "sgd":
         path = "SGD"
-        arguments |= {"momentum": params.sgd_momentum} if params.sgd_momentum else {}
+        arguments |= given(momentum=params.sgd_momentum or None)
     elif name == "adafactor":
         path = "transformers.Adafactor"
-        # its two small numbers are said, lest the one of AdamW, the default, be taken for them
+        # eps is always written: without it the config would keep the one number of AdamW, the default class
         arguments |= {"eps": [1e-30, 1e-3], "relative_step": False, "scale_parameter": False}
     else:
-        usual = "; did you mean 'adamw_torch'?" if name.lower() in ("adam", "adamw") else ""
-        near = usual or nearest(name, [*adam, "sgd", "adafactor"])
+        hint = "; did you mean 'adamw_torch'?" if name.lower() in ("adam", "adamw") else ""
+        near = hint or nearest(name, [*adam, "sgd", "adafactor"])
         refuse("training.optimizer", f"no counterpart of {name!r}{near}")
     _refuse_options_of_others(params, name, name in adam, theirs)
     if params.weight_decay and not theirs:
@@ -97,39 +89,34 @@ def schedule(params: TrainingParams, notes: Notes) -> dict[str, Any] | None:
             refuse(f"training.lr_scheduler_kwargs.{key}", f"{name} has no such option{nearest(key, SCHEDULES[name])}")
     arguments = _warmup(params, notes)
     cycles = kwargs.get("num_cycles")
-    if name == "constant" and through_transformers(params):
+    if name == "constant" and params.trainer_type in THROUGH_TRANSFORMERS:
         if arguments:
             place = "warmup_ratio" if params.warmup_steps is None else "warmup_steps"
-            notes.became[f"training.{place}"] = "nothing: transformers' constant has no warm-up (constant_with_warmup)"
+            notes.nothing(f"training.{place}", "transformers' constant has no warm-up (constant_with_warmup)")
         return None
     if name.startswith("constant"):
         return {"class_path": "Constant", "init_args": arguments} if arguments else None
-    if name == "linear":
-        path = "Linear"
-    elif name == "cosine_with_restarts":
-        path = "CosineRestarts"
-        arguments |= {"cycles": cycles} if cycles not in (None, 1) else {}
-    else:
-        path = "Cosine"
-        arguments |= _floor(params) if name == "cosine_with_min_lr" else {}
-        arguments |= {"cycles": cycles} if cycles not in (None, 0.5) else {}
+    path, default = {"linear": ("Linear", None), "cosine_with_restarts": ("CosineRestarts", 1)}.get(
+        name, ("Cosine", 0.5)
+    )
+    arguments |= _floor(params) if name == "cosine_with_min_lr" else {}
+    arguments |= given(cycles=None if cycles == default else cycles)
     notes.became["training.lr_scheduler_type"] = f"model.schedule, {path}"
-    return {"class_path": path, "init_args": arguments} if arguments else {"class_path": path}
+    return {"class_path": path} | given(init_args=arguments)
 
 
 def _warmup(params: TrainingParams, notes: Notes) -> dict[str, Any]:
     steps, ratio = params.warmup_steps, params.warmup_ratio
     if steps is not None:
-        if ratio is not None:
-            notes.became["training.warmup_ratio"] = "nothing: warmup_steps wins"
-        return {"warmup": steps} if steps else {}
+        notes.nothing("training.warmup_ratio", "warmup_steps wins")
+        return given(warmup=steps or None)
     if not ratio:
         return {}
     if ratio < 1:
-        if not through_transformers(params):
+        if params.trainer_type not in THROUGH_TRANSFORMERS:
             notes.comment("model.init_args.schedule", "Oumi's own trainer rounds the warm-up down to whole steps")
         return {"warmup": ratio}
-    if through_transformers(params):
+    if params.trainer_type in THROUGH_TRANSFORMERS:
         notes.comment("model.init_args.schedule", "a warmup_ratio of 1.0 is one step in transformers 5")
         return {"warmup": 1}
     if params.max_steps <= 0:

@@ -16,7 +16,7 @@ from oumi_pl.core.recipe.trainer_kwargs import note_kwargs, preference
 
 @dataclass(frozen=True)
 class Recipe:
-    """A native recipe, and what is told about where it comes from.
+    """A native recipe, and where its keys come from.
 
     tree: what `fit --config` reads. became: field of the config that was set, or that matters -> what it became.
     comments: key of the tree by its dotted path, empty for all of it -> where Oumi does something else. resume: what
@@ -71,16 +71,13 @@ def to_recipe(config: TrainingConfig, engine: Engine | None = None, devices: int
     if chosen == "lightning" and kind != "Pretrain" and ENGINES[training.trainer_type.name] != "lightning":
         notes.comment("data", "the order of the rows is drawn by another sampler than transformers'")
     if training.trainer_type.name == "OUMI":
-        _comment_on_oumi(notes, training.max_steps)
+        # defects of Oumi's own trainer, which are not carried over
+        notes.comment(
+            "trainer",
+            "the last update is a whole one, and an update that is cut short by the end of an epoch is done, where "
+            "Oumi's own trainer takes one micro-batch, or none",
+        )
+        if training.max_steps <= 0:
+            different = "its end is that of the run, also where gradients are accumulated"
+            notes.comment("model.init_args.schedule", different)
     return Recipe(tree, notes.became, notes.comments, trainer_section.resume(training))
-
-
-def _comment_on_oumi(notes: Notes, max_steps: int) -> None:
-    """Defects of Oumi's own trainer, which are not carried over."""
-    notes.comment(
-        "trainer",
-        "the last update is a whole one, and an update that is cut short by the end of an epoch is done, where Oumi's "
-        "own trainer takes one micro-batch, or none",
-    )
-    if max_steps <= 0:
-        notes.comment("model.init_args.schedule", "its end is that of the run, also where gradients are accumulated")

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from oumi_pl.core.configs import DatasetParams
-from oumi_pl.core.recipe.notes import Notes, refuse
+from oumi_pl.core.recipe.notes import Notes, given, refuse
 from oumi_pl.errors import nearest
 
 FORMATS = "oumi_pl.core.recipe.formats"
@@ -133,26 +133,25 @@ def source(
     if dataset.mixture_proportion == 0:
         notes.became[f"{place}.mixture_proportion"] = "the source is left out"
         return None
-    tree: dict[str, Any] = {"path": _path(dataset, entry, place, notes)}
-    if dataset.subset is not None:
-        tree["config"] = dataset.subset
+    path, split = _path(dataset, entry, place, notes), dataset.split
     local_file = dataset.dataset_path is not None and Path(dataset.dataset_path).suffix != ""
-    if dataset.split != "train" and not local_file:
-        tree["split"] = dataset.split
-    elif dataset.split != "train":
+    if local_file:
         # Oumi reads a file as a whole whatever the split; a slice is what was meant by one
-        if "[" in dataset.split:
-            why = f"{dataset.split!r}: Oumi reads a file as a whole; say sample_count for fewer rows"
-            refuse(f"{place}.split", why)
-        notes.became[f"{place}.split"] = "nothing: a file has one split, and is read as a whole"
-    tree |= {"format": _format(dataset, entry, place), "columns": _columns(dataset, entry, text_field)}
-    if dataset.mixture_proportion is not None:
-        tree["weight"] = dataset.mixture_proportion
-    tree |= _sample(dataset, place, seed)
+        if "[" in split:
+            refuse(f"{place}.split", f"{split!r}: Oumi reads a file as a whole; say sample_count for fewer rows")
+        notes.nothing(f"{place}.split", "a file has one split, and is read as a whole")
+    tree = given(
+        path=path,
+        config=dataset.subset,
+        split=None if local_file or split == "train" else split,
+        format=_format(dataset, entry, place),
+        columns=_columns(dataset, entry, text_field),
+        weight=dataset.mixture_proportion,
+        **_sample(dataset, place, seed),
+    )
     if "sample_seed" not in tree:
         notes.nothing(f"{place}.seed", "no rows are drawn; the seed of the run decides on their order")
         notes.nothing(f"{place}.shuffle", "the run draws an order of its own for each epoch")
-    tree = {key: value for key, value in tree.items() if value not in (None, {})}
     notes.became[f"{place}.dataset_name"] = ", ".join(f"{key} {value}" for key, value in tree.items())
     return tree["path"] if set(tree) == {"path"} else tree
 

@@ -3,12 +3,12 @@
 from typing import Any
 
 from oumi_pl.core.configs import DatasetSplitParams, ModelParams, TrainingConfig
+from oumi_pl.core.configs.params.data_params import COMPLETIONS_COLLATOR as COMPLETIONS
 from oumi_pl.core.recipe.notes import Notes, refuse
 from oumi_pl.core.recipe.sources import Registered
 from oumi_pl.data.template import OUMI
 from oumi_pl.errors import nearest
 
-COMPLETIONS = "text_completions_only_with_padding"
 PADDING = "text_with_padding"
 HARMLESS = ("ignore_index", "pad_to_multiple_of", "max_variable_sized_dims", "debug")
 """Options of collators that don't decide what carries loss."""
@@ -54,7 +54,7 @@ def train_on(config: TrainingConfig, entries: list[Registered], notes: Notes) ->
     """
     split = config.data.train
     name = split.collator_name
-    asked = {_assistant_only(split, i) for i in range(len(split.datasets))}
+    assistant_only = {bool(dataset.dataset_kwargs.get("assistant_only")) for dataset in split.datasets}
     raw = all(entry.kind == "raw" for entry in entries)
     if name == COMPLETIONS:
         tokens = _by_collator(split)
@@ -63,14 +63,18 @@ def train_on(config: TrainingConfig, entries: list[Registered], notes: Notes) ->
             "what the assistant writes is found by the template, and not by searching ids; the newlines around it, "
             "which Oumi trains, carry no loss, and rows without any are left out",
         )
-    elif asked == {True}:
+    elif assistant_only == {True}:
         tokens = "assistant"
     elif raw:
         tokens = _by_trl(config.training.trainer_kwargs, notes)
     else:
         tokens = "all"
-        _comment_on_labels(config, notes)
-    if len(asked) > 1:
+        trainer = config.training.trainer_type.name
+        if trainer in ("HF", "OUMI") or (trainer == "TRL_SFT" and name == PADDING):
+            which = f"{trainer} with {name or 'no collator'}"
+            same = "has no labels in Oumi and fails; here every token is trained, as with TRL_SFT"
+            notes.comment(PLACE, f"{which} {same}")
+    if len(assistant_only) > 1:
         refuse("data.train.datasets", "some say dataset_kwargs.assistant_only and others do not; train_on is for all")
     notes.became["data.train.collator_name"] = f"data.train_on: {tokens}"
     return tokens
@@ -94,18 +98,14 @@ def refuse_collators(split: DatasetSplitParams, place: str, allowed: tuple[str |
             refuse(f"{place}.collator_kwargs.{key}", "has no counterpart; leave it out")
 
 
-def _assistant_only(split: DatasetSplitParams, number: int) -> bool:
-    return bool(split.datasets[number].dataset_kwargs.get("assistant_only"))
-
-
 def _by_collator(split: DatasetSplitParams) -> str:
     kwargs = split.collator_kwargs
-    target = kwargs.get("train_target") or (split.train_target.value if split.train_target else None)
+    target = kwargs.get("train_target") or split.train_target
     if target is not None:
         names = {"all_assistant_turns": "assistant", "final_assistant_turn": "last_turn"}
-        if str(target).lower() not in names:
-            refuse("data.train.collator_kwargs.train_target", f"unknown {target!r}{nearest(str(target), names)}")
-        return names[str(target).lower()]
+        if (name := str(target).lower()) not in names:
+            refuse("data.train.collator_kwargs.train_target", f"unknown {target!r}{nearest(name, names)}")
+        return names[name]
     if not kwargs.get("response_template"):
         refuse("data.train.train_target", f"missing: {COMPLETIONS} needs it, e.g. ALL_ASSISTANT_TURNS")
     several = kwargs.get("end_of_turn_template") or kwargs.get("instruction_template")
@@ -123,10 +123,3 @@ def _by_trl(kwargs: dict[str, Any], notes: Notes) -> str:
             PLACE, "of rows with `prompt` and `completion`, TRL trains on the completion: set train_on: completion"
         )
     return "all"
-
-
-def _comment_on_labels(config: TrainingConfig, notes: Notes) -> None:
-    trainer, collator = config.training.trainer_type.name, config.data.train.collator_name
-    if trainer in ("HF", "OUMI") or (trainer == "TRL_SFT" and collator == PADDING):
-        which = f"{trainer} with {collator or 'no collator'}"
-        notes.comment(PLACE, f"{which} has no labels in Oumi and fails; here every token is trained, as with TRL_SFT")

@@ -17,44 +17,44 @@ def as_yaml(tree: Mapping[str, Any], comments: Mapping[str, list[str]] | None = 
 
     Args:
         tree: The recipe.
-        comments: Key by its dotted path, empty for the recipe as a whole -> what is said of it. What is said of a key
-            that the recipe lacks stands before the nearest key around it.
+        comments: Key by its dotted path, empty for the recipe as a whole -> what is noted of it. The notes of a key
+            that the recipe lacks are put before the nearest key around it.
         header: Lines at the top.
     """
-    said: dict[str, list[str]] = {}
+    notes: dict[str, list[str]] = {}
     for place, texts in (comments or {}).items():
-        said.setdefault(_nearest(place, tree), []).extend(texts)
+        notes.setdefault(_nearest(place, tree), []).extend(texts)
     lines = [f"# {line}".rstrip() for line in header.splitlines()]
-    for text in said.get("", ()):
+    for text in notes.get("", ()):
         lines += _comment(text, 0)
-    return "\n".join([*lines, *_mapping(tree, "", 0, said)]) + "\n"
+    return "\n".join([*lines, *_mapping(tree, "", 0, notes)]) + "\n"
 
 
 def _nearest(place: str, tree: Mapping[str, Any]) -> str:
     """The place itself, or the innermost one around it that the tree has."""
-    found, level = [], tree
+    path, level = [], tree
     for key in place.split(".") if place else ():
         if not isinstance(level, Mapping) or key not in level:
             break
-        found.append(key)
+        path.append(key)
         level = level[key]
-    return ".".join(found[:1] if found[-1:] == ["init_args"] else found)
+    return ".".join(path[:1] if path[-1:] == ["init_args"] else path)
 
 
-def _mapping(tree: Mapping[str, Any], place: str, indent: int, said: Mapping[str, list[str]]) -> list[str]:
+def _mapping(tree: Mapping[str, Any], place: str, indent: int, notes: Mapping[str, list[str]]) -> list[str]:
     lines = []
     for key, value in tree.items():
         here = f"{place}.{key}" if place else str(key)
-        for text in said.get(here, ()):
+        for text in notes.get(here, ()):
             lines += _comment(text, indent)
         start = " " * indent + f"{key}:"
-        inner = any(other.startswith(f"{here}.") for other in said)
+        inner = any(other.startswith(f"{here}.") for other in notes)
         flow = f"{start} {_flow(value)}"
         block = here in BLOCKS or inner
         if not isinstance(value, Mapping | list) or (not block and _is_short(value) and len(flow) <= WIDTH):
             lines.append(flow)
         elif isinstance(value, Mapping):
-            lines += [start, *_mapping(value, here, indent + 2, said)]
+            lines += [start, *_mapping(value, here, indent + 2, notes)]
         else:
             lines += [start, *(" " * (indent + 2) + f"- {_flow(item)}" for item in value)]
     return lines

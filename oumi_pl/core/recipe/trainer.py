@@ -8,20 +8,15 @@ from pathlib import Path
 from typing import Any, Literal
 
 from oumi_pl.core.configs import TrainingConfig, TrainingParams
-from oumi_pl.core.recipe.notes import Notes, refuse
+from oumi_pl.core.recipe.notes import Notes, given, refuse
 from oumi_pl.runs.folders import CHECKPOINTS
 
 Engine = Literal["lightning", "trl", "hf"]
 
 ENGINES: dict[str, Engine] = {
-    "TRL_SFT": "trl",
-    "TRL_DPO": "trl",
-    "HF": "hf",
-    "OUMI": "lightning",
-    "SFT": "lightning",
-    "DPO": "lightning",
-    "PRETRAIN": "lightning",
-}
+    "TRL_SFT": "trl", "TRL_DPO": "trl", "HF": "hf",
+    "OUMI": "lightning", "SFT": "lightning", "DPO": "lightning", "PRETRAIN": "lightning",
+}  # fmt: skip
 """Trainer type -> what drives the training loop."""
 
 NEVER = 1_000_000_000
@@ -35,23 +30,23 @@ MLFLOW_STORE = "sqlite:///mlflow.db"
 STRATEGY = "trainer.strategy"
 
 
-def engine_of(config: TrainingConfig, kind: str, asked: Engine | None, devices: int | None, notes: Notes) -> Engine:
-    """What drives the training loop: what was asked for, else what the trainer type stands for, as far as it can.
+def engine_of(config: TrainingConfig, kind: str, requested: Engine | None, devices: int | None, notes: Notes) -> Engine:
+    """What drives the training loop: the engine that was requested, else that of the trainer type where it can.
 
     Args:
         config: The config.
         kind: `SFT`, `DPO` or `Pretrain`.
-        asked: What the user named; None for the trainer type's.
+        requested: By the user; None for that of the trainer type.
         devices: Devices per node; None for as many as there are.
         notes: Where comments go.
 
     Raises:
-        UserError: what was asked for can't do something that the config says.
+        UserError: the requested engine can't do something that the config says.
     """
     training = config.training
-    usual = asked or ENGINES[training.trainer_type.name]
-    if usual == "lightning":
-        return usual
+    engine = requested or ENGINES[training.trainer_type.name]
+    if engine == "lightning":
+        return engine
     peft = config.peft
     only_lightning = {
         "peft.lora_modules_to_save": (training.use_peft and peft.lora_modules_to_save, "modules trained as a whole"),
@@ -59,18 +54,18 @@ def engine_of(config: TrainingConfig, kind: str, asked: Engine | None, devices: 
         "training.save_epoch": (training.save_epoch and training.save_steps <= 0, "checkpoints by epoch"),
     }
     for path, (is_set, what) in only_lightning.items():
-        if is_set and asked:
-            refuse(path, f"{asked} can't do {what} here; leave --engine out, or name lightning")
+        if is_set and requested:
+            refuse(path, f"{requested} can't do {what} here; leave --engine out, or name lightning")
         if is_set:
-            notes.comment("", f"Lightning drives it, and not {usual}, which can't do {what} here")
+            notes.comment("", f"Lightning drives it, and not {engine}, which can't do {what} here")
             return "lightning"
-    if not asked and max(devices or 1, int(os.environ.get("WORLD_SIZE", "1"))) > 1:
-        notes.comment("", f"Lightning drives it, and not {usual}, which trains on one device")
+    if not requested and max(devices or 1, int(os.environ.get("WORLD_SIZE", "1"))) > 1:
+        notes.comment("", f"Lightning drives it, and not {engine}, which trains on one device")
         return "lightning"
-    if not asked and (usual, kind) == ("trl", "Pretrain"):
+    if not requested and (engine, kind) == ("trl", "Pretrain"):
         notes.comment("", "transformers' Trainer drives it, and not TRL's SFT, which does no more with rows of tokens")
         return "hf"
-    return usual
+    return engine
 
 
 def trainer(config: TrainingConfig, notes: Notes, devices: int | None, engine: Engine) -> dict[str, Any]:
@@ -84,30 +79,31 @@ def trainer(config: TrainingConfig, notes: Notes, devices: int | None, engine: E
         devices = devices or 1
         notes.nothing("training.ddp_find_unused_parameters", "it trains on one device")
         notes.nothing("training.log_model_summary", "train writes telemetry/model_summary.txt beside the run")
-    section: dict[str, Any] = {} if devices is None else {"devices": devices}
-    section |= _strategy(config, notes, devices) if engine == "lightning" else {}
     if training.max_steps > 0:
-        section["max_steps"] = training.max_steps
-        if training.num_train_epochs != 3:
-            notes.became["training.num_train_epochs"] = "nothing: max_steps wins"
-    else:
-        section["max_epochs"] = training.num_train_epochs
-    if training.gradient_accumulation_steps != 1:
-        section["accumulate_grad_batches"] = training.gradient_accumulation_steps
-        if training.trainer_type.name in ("OUMI", "TRL_DPO", "DPO"):
-            different = "an update is the mean over all of it; in Oumi, that of the means of its micro-batches"
-            notes.comment("trainer.accumulate_grad_batches", different)
-    if training.max_grad_norm:
-        section["gradient_clip_val"] = training.max_grad_norm
-    if (precision := training.mixed_precision_dtype.name) != "NONE":
-        section["precision"] = {"FP16": "16-mixed", "BF16": "bf16-mixed"}[precision]
-    section |= _determinism(training, notes)
-    if training.log_model_summary and engine == "lightning":
-        section["enable_model_summary"] = True
-    if training.save_epoch and training.save_steps <= 0:
-        section["callbacks"] = [{"class_path": "oumi_pl.core.recipe.epochs.SaveEachEpoch"}]
-    loggers = _loggers(training, notes)
-    return section | ({"logger": loggers} if loggers else {})
+        notes.nothing("training.num_train_epochs", "max_steps wins")
+    accumulated = training.gradient_accumulation_steps
+    if accumulated != 1 and training.trainer_type.name in ("OUMI", "TRL_DPO", "DPO"):
+        different = "an update is the mean over all of it; in Oumi, that of the means of its micro-batches"
+        notes.comment("trainer.accumulate_grad_batches", different)
+    if training.use_deterministic and not training.full_determinism:
+        notes.comment("trainer.deterministic", "Oumi sets cuDNN alone; this warns of other operations as well")
+    by_epoch = training.save_epoch and training.save_steps <= 0
+    strategy = _strategy(config, notes, devices) if engine == "lightning" else {}
+    return (
+        given(devices=devices)
+        | strategy
+        | given(
+            max_steps=training.max_steps if training.max_steps > 0 else None,
+            max_epochs=None if training.max_steps > 0 else training.num_train_epochs,
+            accumulate_grad_batches=None if accumulated == 1 else accumulated,
+            gradient_clip_val=training.max_grad_norm or None,
+            precision={"FP16": "16-mixed", "BF16": "bf16-mixed"}.get(training.mixed_precision_dtype.name),
+            deterministic=training.full_determinism or (training.use_deterministic and "warn"),
+            enable_model_summary=training.log_model_summary and engine == "lightning",
+            callbacks=[{"class_path": "oumi_pl.core.recipe.epochs.SaveEachEpoch"}] if by_epoch else None,
+            logger=_loggers(training, notes),
+        )
+    )
 
 
 def _strategy(config: TrainingConfig, notes: Notes, devices: int | None) -> dict[str, Any]:
@@ -126,7 +122,9 @@ def _strategy(config: TrainingConfig, notes: Notes, devices: int | None) -> dict
         notes.comment(
             STRATEGY, "HYBRID_SHARD shards within a node; on several, this shards over all, with equal numbers"
         )
-    size = devices or int(os.environ.get("WORLD_SIZE", "0")) or _visible_devices()
+    import torch
+
+    size = devices or int(os.environ.get("WORLD_SIZE", "0")) or max(1, torch.cuda.device_count())
     notes.comment(STRATEGY, "data_parallel_size is the number of all GPUs")
     notes.became["fsdp.enable_fsdp"] = f"trainer.strategy ModelParallelStrategy (FSDP2) over {size} devices"
     arguments = {"data_parallel_size": size, "tensor_parallel_size": 1}
@@ -140,37 +138,21 @@ def _sharded_precision(config: TrainingConfig, notes: Notes) -> dict[str, Any]:
     if name == "fp16":
         refuse("fsdp.mixed_precision", "fp16 is not sharded; set bf16")
     if config.model.dtype != "float32":
-        notes.became["fsdp.mixed_precision"] = f"nothing: the weights are {config.model.torch_dtype_str} already"
+        notes.nothing("fsdp.mixed_precision", f"the weights are {config.model.torch_dtype_str} already")
         return {}
     return {"precision": "bf16-mixed"}
 
 
-def _visible_devices() -> int:
-    import torch
-
-    return max(1, torch.cuda.device_count())
-
-
-def _determinism(training: TrainingParams, notes: Notes) -> dict[str, Any]:
-    if training.full_determinism:
-        return {"deterministic": True}
-    if training.use_deterministic:
-        notes.comment("trainer.deterministic", "Oumi sets cuDNN alone; this warns of other operations as well")
-        return {"deterministic": "warn"}
-    return {}
-
-
 def _loggers(training: TrainingParams, notes: Notes) -> list[dict[str, Any]]:
-    loggers = []
-    project = "oumi" if training.trainer_type.name == "OUMI" else "huggingface"
-    named = {"name": training.run_name} if training.run_name else {}
+    loggers: list[dict[str, Any]] = []
     if training.enable_wandb:
-        project = os.environ.get("WANDB_PROJECT", project)
-        loggers.append({"class_path": "WandbLogger", "init_args": {"project": project, **named}})
+        project = "oumi" if training.trainer_type.name == "OUMI" else "huggingface"
+        arguments = given(project=os.environ.get("WANDB_PROJECT", project), name=training.run_name)
+        loggers.append({"class_path": "WandbLogger", "init_args": arguments})
     if training.enable_mlflow:
-        run = {"run_name": training.run_name} if training.run_name else {}
-        store = {"tracking_uri": os.environ.get("MLFLOW_TRACKING_URI", MLFLOW_STORE)}
-        loggers.append({"class_path": "MLFlowLogger", "init_args": run | store})
+        store = os.environ.get("MLFLOW_TRACKING_URI", MLFLOW_STORE)
+        arguments = given(run_name=training.run_name, tracking_uri=store)
+        loggers.append({"class_path": "MLFlowLogger", "init_args": arguments})
     installed = find_spec("tensorboard") or find_spec("tensorboardX")
     if not installed:
         notes.nothing("training.enable_tensorboard", "TensorBoard is not installed")
@@ -185,8 +167,8 @@ def _loggers(training: TrainingParams, notes: Notes) -> list[dict[str, Any]]:
         )
     if not any(one["class_path"] == "TensorBoardLogger" for one in loggers):
         notes.nothing("training.logging_dir", "it is TensorBoard's, which gets no metrics")
-    if training.run_name and not loggers:
-        notes.became["training.run_name"] = "nothing: it is the name for trackers, and none is enabled"
+    if not loggers:
+        notes.nothing("training.run_name", "it is the name for trackers, and none is enabled")
     return loggers
 
 
@@ -201,13 +183,10 @@ def around(config: TrainingConfig, notes: Notes) -> dict[str, Any]:
     name = folder.name or folder.resolve().name
     if not name or name.startswith("."):
         refuse("training.output_dir", f"{training.output_dir!r} can't be the name of a run; name a folder for it")
-    section: dict[str, Any] = {"name": name, "runs_dir": str(folder.parent)}
     notes.became["training.output_dir"] = f"{folder}: runs_dir and name; where it is taken, a number is added"
-    if (every := _validation(training, notes)) is not None:
-        section["val_every"] = every
-    section["checkpoint"] = _checkpoints(training, notes)
-    export = _export(config, notes)
-    return section | ({"export": export} if export else {})
+    return {"name": name, "runs_dir": str(folder.parent)} | given(
+        val_every=_validation(training, notes), checkpoint=_checkpoints(training, notes), export=_export(config, notes)
+    )
 
 
 def _validation(training: TrainingParams, notes: Notes) -> int | None:
@@ -230,7 +209,7 @@ def _checkpoints(training: TrainingParams, notes: Notes) -> dict[str, Any]:
         notes.comment("checkpoint", "none but that of the end: save_steps is 0")
         return {"every": NEVER}
     if training.save_epoch:
-        notes.became["training.save_epoch"] = "nothing: save_steps wins"
+        notes.nothing("training.save_epoch", "save_steps wins")
     section: dict[str, Any] = {"every": training.save_steps}
     kwargs = training.trainer_kwargs
     section["keep"] = int(kwargs.get("save_total_limit") or ALL)
@@ -242,20 +221,14 @@ def _checkpoints(training: TrainingParams, notes: Notes) -> dict[str, Any]:
 
 
 def _export(config: TrainingConfig, notes: Notes) -> dict[str, Any]:
-    section: dict[str, Any] = {}
-    if not config.training.save_final_model:
-        section["enabled"] = False
+    section: dict[str, Any] = {} if config.training.save_final_model else {"enabled": False}
     mode = config.peft.peft_save_mode.name
-    if not config.training.use_peft:
-        return section
-    if mode == "ADAPTER_AND_BASE_MODEL":
+    if config.training.use_peft and mode == "ADAPTER_AND_BASE_MODEL":
         if config.peft.q_lora or config.fsdp.enable_fsdp:
             refuse("peft.peft_save_mode", f"{mode} needs the base whole and in full precision; set ADAPTER_ONLY")
         notes.became["peft.peft_save_mode"] = "the adapter in model/, and beside it the base, which train writes"
         notes.comment("export", "train writes the base model beside the adapter; fit writes the adapter alone")
-    if mode == "MERGED":
-        section["merge"] = True
-    return section
+    return section | given(merge=config.training.use_peft and mode == "MERGED")
 
 
 def resume(training: TrainingParams) -> str | None:

@@ -3,7 +3,7 @@
 from typing import Any
 
 from oumi_pl.core.configs import TrainingConfig
-from oumi_pl.core.recipe.notes import Notes, refuse
+from oumi_pl.core.recipe.notes import Notes, given, refuse
 from oumi_pl.errors import nearest
 
 PLACE = "training.trainer_kwargs"
@@ -44,11 +44,8 @@ _OF_DPO = (
 OF_PREFERENCES = dict.fromkeys(_OF_DPO, "model.loss and the reference")
 """Argument -> the key of the recipe that says the same: of all trainers, of those of tokens, and of TRL's DPO."""
 
-GONE = {
-    "max_seq_length": "TRL has no such argument any more; set model.model_max_length",
-    "max_prompt_length": "TRL has no such argument any more; set model.model_max_length",
-    "max_completion_length": "TRL has no such argument any more; set model.model_max_length",
-}
+GONE = ("max_seq_length", "max_prompt_length", "max_completion_length")
+"""Arguments that TRL no longer has."""
 
 ONLY = {"loss_type": ("nll",), "truncation_mode": ("keep_start",), "packing_strategy": ("bfd",)}
 """Argument of TRL's SFT -> the values that have a counterpart, which are its defaults."""
@@ -71,7 +68,7 @@ def note_kwargs(config: TrainingConfig, kind: str, notes: Notes) -> None:
         elif key in HARMLESS:
             notes.became[place] = f"nothing: {HARMLESS[key]}"
         elif key in GONE:
-            refuse(place, GONE[key])
+            refuse(place, "TRL has no such argument any more; set model.model_max_length")
         elif kind != "DPO" and key in ONLY:
             if value not in ONLY[key]:
                 refuse(place, f"{value!r} has no counterpart; the only value is {ONLY[key][0]}")
@@ -114,17 +111,15 @@ def preference(kwargs: dict[str, Any]) -> dict[str, Any]:
     for key, only in {"disable_dropout": True, "truncation_mode": "keep_start"}.items():
         if kwargs.get(key, only) != only:
             refuse(f"{PLACE}.{key}", f"{kwargs[key]!r} has no counterpart; leave it out")
-    args: dict[str, Any] = {}
-    loss = _loss(kwargs)
-    if loss is not None:
-        args["loss"] = loss
-    if kwargs.get("sync_ref_model"):
-        args |= {"sync_every": kwargs.get("ref_model_sync_steps", 512)}
-        args |= {"mixup": kwargs["ref_model_mixup_alpha"]} if "ref_model_mixup_alpha" in kwargs else {}
-    return args
+    moves = kwargs.get("sync_ref_model")
+    return given(
+        loss=_loss(kwargs),
+        sync_every=kwargs.get("ref_model_sync_steps", 512) if moves else None,
+        mixup=kwargs.get("ref_model_mixup_alpha") if moves else None,
+    )
 
 
-def _loss(kwargs: dict[str, Any]) -> dict[str, Any] | None:
+def _loss(kwargs: dict[str, Any]) -> dict[str, Any]:
     given = kwargs.get("loss_type") or "sigmoid"
     names = list(given) if isinstance(given, list | tuple) else [given]
     losses = [_single(str(name), kwargs) for name in names]
@@ -153,4 +148,4 @@ def _single(name: str, kwargs: dict[str, Any]) -> dict[str, Any]:
         refuse(f"{PLACE}.label_smoothing", "robust needs the share of labels that are wrong, above 0")
     if name == "discopop" and "discopop_tau" in kwargs:
         arguments["tau"] = float(kwargs["discopop_tau"])
-    return {"class_path": LOSSES[name], "init_args": arguments} if arguments else {"class_path": LOSSES[name]}
+    return {"class_path": LOSSES[name]} | given(init_args=arguments)

@@ -1,12 +1,11 @@
-"""The trainers of the Oumi world. Importing this is light: what a trainer needs is imported with it."""
+"""Oumi's trainers. Importing this is light: what a trainer needs is imported with it."""
 
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from oumi_pl.core.trainers.base import BaseTrainer
-    from oumi_pl.core.trainers.building import build_trainer
-    from oumi_pl.core.trainers.hugging_face import HuggingFaceTrainer
+    from oumi_pl.core.trainers.hugging_face import HuggingFaceTrainer, build_trainer
     from oumi_pl.core.trainers.hyperparameters import to_hf
     from oumi_pl.core.trainers.trainer import Trainer
 
@@ -14,7 +13,7 @@ _WHERE = {
     "BaseTrainer": "base",
     "HuggingFaceTrainer": "hugging_face",
     "Trainer": "trainer",
-    "build_trainer": "building",
+    "build_trainer": "hugging_face",
     "to_hf": "hyperparameters",
 }
 

@@ -1,11 +1,11 @@
-"""What every trainer of the Oumi world can be asked to do."""
+"""What every trainer of Oumi's can be asked to do."""
 
 from abc import ABC, abstractmethod
 from typing import Any
 
 
 class BaseTrainer(ABC):
-    """Trains a model, and writes what came of it."""
+    """Trains a model, and writes the result."""
 
     @abstractmethod
     def train(self, resume_from_checkpoint: str | None = None) -> None:

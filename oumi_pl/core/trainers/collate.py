@@ -5,6 +5,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
+from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import default_collate
 
 logger = logging.getLogger("oumi_pl")
@@ -37,28 +38,21 @@ def padded(rows: Sequence[Mapping[str, Any]], padding_id: int, ignore_index: int
     Returns:
         `input_ids`, `attention_mask` and the others, `[batch, seq]` each; always with a mask.
     """
-    ids = [_tensor(row["input_ids"]) for row in rows]
-    columns: dict[str, Any] = {"input_ids": _stack(ids, padding_id)}
-    masks = [
-        _tensor(row["attention_mask"]) if "attention_mask" in row else torch.ones_like(i)
-        for row, i in zip(rows, ids, strict=True)
-    ]
-    columns["attention_mask"] = _stack(masks, 0)
-    if "labels" in rows[0]:
-        labels = [_tensor(row["labels"]) for row in rows]
-        columns["labels"] = _stack(labels, ignore_index) if labels[0].ndim else torch.stack(labels)
-    elif makes_labels:
-        columns["labels"] = _stack(
-            [i.masked_fill(m == 0, ignore_index) for i, m in zip(ids, masks, strict=True)], ignore_index
-        )
-    for name in rows[0].keys() - columns.keys():
-        values = [row[name] for row in rows]
-        if not _is_numeric(values[0]):
-            continue
-        tensors = [_tensor(value) for value in values]
-        as_long = all(t.ndim == 1 and len(t) == len(i) for t, i in zip(tensors, ids, strict=True))
-        columns[name] = _stack(tensors, 0) if as_long else torch.stack(tensors)
-    return columns
+    columns = {name: [row[name] for row in rows] for name in rows[0]}
+    columns = {name: list(map(torch.as_tensor, column)) for name, column in columns.items() if _is_numeric(column[0])}
+    ids = columns["input_ids"]
+    masks = columns.setdefault("attention_mask", [torch.ones_like(row) for row in ids])
+    if makes_labels and "labels" not in columns:
+        columns["labels"] = [row.masked_fill(mask == 0, ignore_index) for row, mask in zip(ids, masks, strict=True)]
+    fills = {"input_ids": padding_id, "labels": ignore_index}
+    batch = {}
+    for name, column in columns.items():
+        as_long = all(value.shape == row.shape for value, row in zip(column, ids, strict=True))
+        if as_long or (name == "labels" and column[0].ndim):
+            batch[name] = pad_sequence(column, batch_first=True, padding_value=fills.get(name, 0))
+        else:
+            batch[name] = torch.stack(column)
+    return batch
 
 
 def log_first_example(collate: Collator, tokenizer: Any) -> Collator:
@@ -81,14 +75,6 @@ def _padding_id(tokenizer: Any) -> int:
         if isinstance(getattr(tokenizer, name, None), int):
             return getattr(tokenizer, name)
     return 0  # masked and without a label: any id will do
-
-
-def _tensor(value: Any) -> torch.Tensor:
-    return value if isinstance(value, torch.Tensor) else torch.as_tensor(value)
-
-
-def _stack(rows: Sequence[torch.Tensor], fill: int) -> torch.Tensor:
-    return torch.nn.utils.rnn.pad_sequence(list(rows), batch_first=True, padding_value=fill)
 
 
 def _is_numeric(value: Any) -> bool:

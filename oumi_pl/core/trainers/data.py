@@ -19,7 +19,6 @@ from torch.utils.data import DataLoader, IterableDataset
 from oumi_pl.core.trainers.collate import Collator
 from oumi_pl.core.trainers.kinds import HasEpochs, HasState, MapStyle
 from oumi_pl.core.trainers.loss import Counter
-from oumi_pl.core.trainers.records import Timers
 from oumi_pl.data.loader import PlanLoader, as_it_is, eval_loader
 from oumi_pl.data.plan import Layout, Plan
 from oumi_pl.data.stream_loader import StreamLoader
@@ -33,7 +32,7 @@ if TYPE_CHECKING:
 class MicroBatch(TypedDict):
     """What one training step reads."""
 
-    inputs: Any  # what the collator made; None of no rows
+    inputs: Any  # the output of the collator; None without rows
     counts: dict[str, int]  # its own targets, rows, tokens; zeros where a rank ran out of rows
     update: NotRequired[Update]  # in training
 
@@ -173,7 +172,6 @@ class DatasetModule(L.LightningDataModule):
         collate: Rows to a micro-batch.
         layout: How an update is cut.
         params: What the run was given.
-        timers: Times the counting.
     """
 
     def __init__(
@@ -184,7 +182,6 @@ class DatasetModule(L.LightningDataModule):
         collate: Collate,
         layout: Layout,
         params: "TrainingParams",
-        timers: Timers,
     ) -> None:
         super().__init__()
         self.train = train
@@ -192,7 +189,6 @@ class DatasetModule(L.LightningDataModule):
         self.collate = collate
         self.layout = layout
         self.params = params
-        self.timers = timers
         self.rows = None if is_iterable(train) else len(train)
         if self.rows == 0:
             raise UserError("train_dataset: it has no rows")
@@ -274,7 +270,7 @@ class DatasetModule(L.LightningDataModule):
             stand_in: Makes a micro-batch of other rows.
         """
         batches = batches[: self.layout.filled(rows)]
-        with self.timers.time("computing tokens"):
+        with self.loop.profiler.profile("computing tokens"):
             targets = self._over_ranks(sum(batch["counts"]["targets"] for batch in batches))
         update = Update(targets, rows, self.layout.parts)
         for batch in batches:

@@ -1,4 +1,4 @@
-"""`checkpoint-N` folders: what is in them, how they are written as a whole, which is the last."""
+"""`checkpoint-N` folders: which are complete, which is the last, and their `trainer_state.json`."""
 
 import json
 import re
@@ -6,14 +6,11 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from oumi_pl.core.trainers.saving import save_weights
 from oumi_pl.errors import UserError
 from oumi_pl.runs.folders import HALF, remove
 
 if TYPE_CHECKING:
     from transformers.trainer_callback import TrainerState
-
-    from oumi_pl.core.trainers.module import LossModule
 
 STATE = "trainer_state.json"
 TRAINING = "training_state.pt"
@@ -23,7 +20,7 @@ _NUMBERED = re.compile(r"checkpoint-(\d+)$")
 
 
 def checkpoints(output_dir: Path) -> list[Path]:
-    """The whole checkpoints of a run, oldest first."""
+    """The complete checkpoints of a run, oldest first."""
     folders = {int(m.group(1)): p for p in output_dir.glob("checkpoint-*") if (m := _NUMBERED.search(p.name))}
     return [folders[step] for step in sorted(folders) if (folders[step] / STATE).is_file()]
 
@@ -48,18 +45,19 @@ def find_checkpoint(named: str | None, output_dir: Path, try_last: bool) -> Path
     return folder
 
 
-def write_state(file: Path, state: "TrainerState", total_tokens_seen: int) -> None:
-    """Writes `trainer_state.json`: transformers' fields, and `total_tokens_seen`."""
-    content = asdict(state) | {"total_tokens_seen": total_tokens_seen}
+def write_state(file: Path, state: "TrainerState") -> None:
+    """Writes `trainer_state.json`: transformers' fields, and `total_tokens_seen`, which is Oumi's."""
+    content = asdict(state) | {"total_tokens_seen": state.num_input_tokens_seen}
     half = file.with_name(file.name + HALF)
     half.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n", encoding="utf-8")
     half.replace(file)
 
 
-def read_state(folder: Path) -> tuple[dict[str, Any], int]:
-    """What `write_state` wrote: transformers' fields, and the tokens seen."""
+def read_state(folder: Path) -> dict[str, Any]:
+    """The fields of transformers that `write_state` wrote."""
     content = json.loads((folder / STATE).read_text(encoding="utf-8"))
-    return content, content.pop("total_tokens_seen")
+    content.pop("total_tokens_seen")
+    return content
 
 
 def keep_last(output_dir: Path, limit: int | None, best: str | None) -> None:
@@ -73,40 +71,3 @@ def keep_last(output_dir: Path, limit: int | None, best: str | None) -> None:
     kept = max(1, limit - len(spared))
     for old in others[:-kept]:
         remove(old)
-
-
-class CheckpointFolders:
-    """Writes the `checkpoint-N` folders of a run.
-
-    Args:
-        output_dir: Where.
-        tokenizer: Written beside the weights.
-    """
-
-    def __init__(self, output_dir: Path, tokenizer: Any) -> None:
-        self.output_dir = output_dir
-        self.tokenizer = tokenizer
-        self.is_saving = False
-        """Whether the checkpoint that Lightning writes is one of these."""
-
-    def save(self, module: "LossModule") -> None:
-        """Writes the checkpoint of this step; the folder appears when it is whole. All processes have to call this."""
-        trainer, flow, state = module.trainer, module.flow, module.flow.state
-        folder = self.output_dir / f"checkpoint-{state.global_step}"
-        half = folder.with_name(folder.name + HALF)
-        if trainer.is_global_zero:
-            remove(half)
-            save_weights(module.model, half, self.tokenizer)
-        self.is_saving = True
-        trainer.save_checkpoint(half / TRAINING)
-        self.is_saving = False
-        if trainer.is_global_zero:
-            flow.export_callbacks()
-            best = self.output_dir / f"checkpoint-{state.best_global_step}"
-            if best == folder or best.is_dir():
-                state.best_model_checkpoint = str(best)
-            write_state(half / STATE, state, module.tokens_seen["tokens"])
-            remove(folder)
-            half.replace(folder)
-            keep_last(self.output_dir, flow.args.save_total_limit, state.best_model_checkpoint)
-        trainer.strategy.barrier("checkpoint written")

@@ -3,19 +3,16 @@
 from operator import attrgetter
 from typing import TYPE_CHECKING
 
+from oumi_pl.core.recipe.fields import FIELDS
 from oumi_pl.errors import UserError, nearest
 
 if TYPE_CHECKING:
     from oumi_pl.core.configs import TrainingParams
 
+OF_OTHER_TYPES = ("reward_functions", "reward_function_kwargs", "grpo", "gkd", "gold", "verl_config_overrides")
 NOT_HONOURED = {
     "metrics_function": "evaluation gives the loss and the perplexity; compute more in a callback's on_evaluate",
-    "reward_functions": "rewards belong to reinforcement learning, which this trainer does not do",
-    "reward_function_kwargs": "rewards belong to reinforcement learning, which this trainer does not do",
-    "grpo": "GRPO is not among the trainer types here",
-    "gkd": "GKD is not among the trainer types here",
-    "gold": "GOLD is not among the trainer types here",
-    "verl_config_overrides": "verl is not driven from here",
+    **{name: FIELDS[f"training.{name}"].why for name in OF_OTHER_TYPES},
     "dataloader_main_process_only": "every process reads its own share of the rows; leave it out or set it to false",
     "include_alternative_mfu_metrics": "FLOPs are counted by parameters only; leave it out",
     "profiler.enable_cpu_profiling": "pass a Lightning profiler's callback, or profile with trainer_type: HF",
@@ -44,7 +41,7 @@ def refuse_what_is_not_honoured(params: "TrainingParams", has_eval_dataset: bool
         has_eval_dataset: Whether there is anything to evaluate on.
 
     Raises:
-        UserError: for the first that is found.
+        UserError: for the first one.
     """
     defaults = type(params)()
     for field, reason in NOT_HONOURED.items():
@@ -57,10 +54,6 @@ def refuse_what_is_not_honoured(params: "TrainingParams", has_eval_dataset: bool
     # numbers by themselves were checked when the parameters were made
     if params.warmup_steps is not None and params.warmup_ratio is not None:
         raise UserError("training: warmup_steps and warmup_ratio say the same thing; set one of them")
-    _refuse_bad_intervals(params, has_eval_dataset)
-
-
-def _refuse_bad_intervals(params: "TrainingParams", has_eval_dataset: bool) -> None:
     if params.eval_strategy != "no" and not has_eval_dataset:
         raise UserError(f"training.eval_strategy is {params.eval_strategy}, but there is no eval_dataset")
     extra = EXTRA | params.trainer_kwargs

@@ -1,14 +1,22 @@
-"""A trainer of transformers or TRL, as one of Oumi's."""
+"""Trainers of transformers and TRL as Oumi's, and the trainer of any type by its name."""
 
 import logging
+import os
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 from oumi_pl.core.trainers.base import BaseTrainer
 from oumi_pl.core.trainers.kinds import Adapted
-from oumi_pl.core.trainers.saving import save_weights
+from oumi_pl.errors import UserError
+
+if TYPE_CHECKING:
+    from oumi_pl.core.configs import TrainerType
 
 logger = logging.getLogger("oumi_pl")
+
+RECIPES = ("SFT", "DPO", "PRETRAIN")
+"""Types that are recipes of oumi_pl's own: they build their own model and data."""
 
 
 class HuggingFaceTrainer(BaseTrainer):
@@ -40,6 +48,8 @@ class HuggingFaceTrainer(BaseTrainer):
             config: The configuration of the run.
             final: Whether an adapter may be merged.
         """
+        from oumi_pl.core.trainers.saving import save_weights
+
         trainer, output_dir = self.hf_trainer, Path(self.hf_trainer.args.output_dir)
         trainer.save_model(str(output_dir))
         if not trainer.is_world_process_zero():
@@ -57,7 +67,66 @@ class HuggingFaceTrainer(BaseTrainer):
 
     def get_last_eval_metrics(self) -> dict[str, Any]:
         """The metrics of the last evaluation."""
-        for row in reversed(self.hf_trainer.state.log_history):
-            if any(name.startswith("eval_") for name in row):
-                return dict(row)
-        return {}
+        rows = reversed(self.hf_trainer.state.log_history)
+        return next((dict(row) for row in rows if any(name.startswith("eval_") for name in row)), {})
+
+
+def build_trainer(
+    trainer_type: "TrainerType", processor: Any = None, verbose: bool = False
+) -> Callable[..., BaseTrainer]:
+    """What makes the trainer of a type, given `model`, `args`, `train_dataset` and the other arguments of a trainer.
+
+    The tokenizer is `processing_class` or `tokenizer`; `training_config` or `config` is the whole configuration;
+    callbacks of transformers run right after the one that decides when to log and save, so that what they add to the
+    logs reaches the trackers. All other keywords go to the trainer's constructor as they are.
+
+    Args:
+        trainer_type: TRL_SFT, TRL_DPO, HF or OUMI.
+        processor: Of a model that reads more than text; saved with it.
+        verbose: Whether to print the arguments of trainers of transformers and TRL.
+
+    Raises:
+        UserError: for the types that are run as recipes.
+    """
+    kind = trainer_type.name
+    if kind in RECIPES:
+        raise UserError(
+            f"trainer_type: {kind} builds its own model and data, so no trainer can be made around yours; "
+            "run it with oumi_pl.train(config), or as a recipe"
+        )
+
+    def build(*args: Any, training_config: Any = None, **kwargs: Any) -> BaseTrainer:
+        if kind != "OUMI":
+            kwargs.pop("config", None)
+            return _hugging_face(trainer_type, args, kwargs, processor, verbose)
+        from oumi_pl.core.trainers.trainer import Trainer
+
+        given = {"config": training_config, "processor": processor}
+        return Trainer(*args, **kwargs | {name: value for name, value in given.items() if value is not None})
+
+    return build
+
+
+def _hugging_face(
+    trainer_type: "TrainerType", args: tuple[Any, ...], kwargs: dict[str, Any], processor: Any, verbose: bool
+) -> HuggingFaceTrainer:
+    from transformers import TrainerCallback
+
+    from oumi_pl.core.trainers.hyperparameters import class_of, to_hf
+
+    params, callbacks = kwargs.pop("args", None), list(kwargs.pop("callbacks", None) or ())
+    for callback in callbacks:
+        if not isinstance(callback, TrainerCallback):
+            name = type(callback).__name__
+            raise UserError(f"callbacks: {name} is none of transformers'; {trainer_type.name} takes only those")
+    if "tokenizer" in kwargs:
+        kwargs["processing_class"] = kwargs.pop("tokenizer")
+    if params is not None:
+        kwargs["args"] = to_hf(params, trainer_type)
+        if verbose:
+            print(kwargs["args"])
+        directory = params.logging_dir or str(Path(params.output_dir) / "tensorboard")
+        os.environ["TENSORBOARD_LOGGING_DIR"] = directory  # transformers 5 reads it from nowhere else
+    trainer = class_of(trainer_type.name, "trainer")(*args, **kwargs)
+    trainer.callback_handler.callbacks[1:1] = callbacks
+    return HuggingFaceTrainer(trainer, processor)

@@ -1,8 +1,10 @@
 """Oumi's training parameters as the arguments of transformers' and TRL's trainers."""
 
 import dataclasses
-from typing import TYPE_CHECKING, Any
+from importlib import import_module
+from typing import TYPE_CHECKING, Any, Literal
 
+from oumi_pl.core.configs.params.base_params import default_of
 from oumi_pl.core.trainers.data import number_of_workers
 from oumi_pl.core.trainers.honoured import EXTRA
 from oumi_pl.core.trainers.loggers import trackers
@@ -12,6 +14,20 @@ if TYPE_CHECKING:
     from transformers import TrainingArguments
 
     from oumi_pl.core.configs import TrainerType, TrainingParams
+
+CLASSES = {
+    "HF": {"trainer": ("transformers", "Trainer"), "arguments": ("transformers", "TrainingArguments")},
+    "TRL_SFT": {"trainer": ("trl", "SFTTrainer"), "arguments": ("trl", "SFTConfig")},
+    "TRL_DPO": {"trainer": ("trl", "DPOTrainer"), "arguments": ("trl", "DPOConfig")},
+}
+"""Trainer type -> library and name of its classes."""
+SAME = (
+    "output_dir", "max_steps", "num_train_epochs", "per_device_train_batch_size", "per_device_eval_batch_size",
+    "gradient_accumulation_steps", "eval_strategy", "eval_steps", "logging_first_step", "run_name", "learning_rate",
+    "lr_scheduler_type", "weight_decay", "adam_beta1", "adam_beta2", "adam_epsilon", "seed", "data_seed",
+    "full_determinism",
+)  # fmt: skip
+"""Fields that are arguments of the same name and meaning."""
 
 
 def to_hf(params: "TrainingParams", trainer_type: "TrainerType | None" = None) -> "TrainingArguments":
@@ -28,7 +44,7 @@ def to_hf(params: "TrainingParams", trainer_type: "TrainerType | None" = None) -
             that have no effect there.
     """
     kind = trainer_type or params.trainer_type
-    cls = arguments_class(kind.name)
+    cls = class_of(kind.name, "arguments")
     if params.metrics_function:
         raise UserError("training.metrics_function: there is no registry; give compute_metrics to the trainer instead")
     _refuse_unknown_names(params)
@@ -56,8 +72,7 @@ def callback_arguments(params: "TrainingParams") -> "TrainingArguments":
 
     arguments: Any = TrainingArguments.__new__(TrainingArguments)
     for field in dataclasses.fields(TrainingArguments):
-        factory: Any = field.default_factory
-        default = field.default if factory is dataclasses.MISSING else factory()
+        default = default_of(field)
         setattr(arguments, field.name, None if default is dataclasses.MISSING else default)
     values = _arguments(params) | EXTRA | params.trainer_kwargs | {"logging_dir": params.logging_dir, "report_to": []}
     metric = values["metric_for_best_model"]
@@ -71,19 +86,10 @@ def callback_arguments(params: "TrainingParams") -> "TrainingArguments":
     return arguments
 
 
-def _arguments(params: "TrainingParams") -> dict[str, Any]:
-    return _lengths_and_files(params) | _optimization(params) | _devices(params)
-
-
-def arguments_class(kind: str) -> Any:
-    """The class of a trainer's arguments, by the name of the trainer type."""
-    if kind == "HF":
-        from transformers import TrainingArguments
-
-        return TrainingArguments
-    import trl
-
-    return {"TRL_SFT": trl.SFTConfig, "TRL_DPO": trl.DPOConfig}[kind]
+def class_of(kind: str, what: Literal["trainer", "arguments"]) -> Any:
+    """The class of a trainer, or of its arguments, by the name of the trainer type."""
+    library, name = CLASSES[kind][what]
+    return getattr(import_module(library), name)
 
 
 def _refuse_unknown_names(params: "TrainingParams") -> None:
@@ -96,65 +102,35 @@ def _refuse_unknown_names(params: "TrainingParams") -> None:
             raise UserError(f"training.{field}: transformers has no {value!r}{nearest(value, known)}")
 
 
-def _lengths_and_files(params: "TrainingParams") -> dict[str, Any]:
-    saves = "steps" if params.save_steps > 0 else "epoch" if params.save_epoch else "no"
+def _arguments(params: "TrainingParams") -> dict[str, Any]:
+    exact, workers = params.use_deterministic, number_of_workers(params.dataloader_num_workers)
     silent = params.logging_strategy == "steps" and params.logging_steps <= 0
-    return {
-        "output_dir": params.output_dir,
-        "max_steps": params.max_steps,
-        "num_train_epochs": params.num_train_epochs,
-        "per_device_train_batch_size": params.per_device_train_batch_size,
-        "per_device_eval_batch_size": params.per_device_eval_batch_size,
-        "gradient_accumulation_steps": params.gradient_accumulation_steps,
-        "save_strategy": saves,
-        "save_steps": params.save_steps or 500,
-        "eval_strategy": params.eval_strategy,
-        "eval_steps": params.eval_steps,
-        "logging_strategy": "no" if silent else params.logging_strategy,
-        "logging_steps": params.logging_steps or 500,
-        "logging_first_step": params.logging_first_step,
-        "logging_nan_inf_filter": True,
-        "log_level": params.dep_log_level,
-        "run_name": params.run_name,
-        "push_to_hub": False,
-        "include_num_input_tokens_seen": params.include_performance_metrics,
-    }
-
-
-def _optimization(params: "TrainingParams") -> dict[str, Any]:
     # a float of 1 or more would be read as a number of steps
     ratio = min(params.warmup_ratio or 0.0, 1 - 1e-9)
-    return {
+    accelerator = {"split_batches": False, "even_batches": True, "use_seedable_sampler": True}
+    dispatches = False if exact else params.dataloader_main_process_only
+    passed = {name: getattr(params, name) for name in SAME} | {
+        "save_strategy": "steps" if params.save_steps > 0 else "epoch" if params.save_epoch else "no",
+        "save_steps": params.save_steps or 500,
+        "logging_strategy": "no" if silent else params.logging_strategy,
+        "logging_steps": params.logging_steps or 500,
+        "logging_nan_inf_filter": True,
+        "log_level": params.dep_log_level,
+        "push_to_hub": False,
+        "include_num_input_tokens_seen": params.include_performance_metrics,
         "optim": params.optimizer,
-        "learning_rate": params.learning_rate,
-        "lr_scheduler_type": params.lr_scheduler_type,
         "lr_scheduler_kwargs": dict(params.lr_scheduler_kwargs),
         "warmup_steps": params.warmup_steps if params.warmup_steps is not None else ratio,
-        "weight_decay": params.weight_decay,
-        "adam_beta1": params.adam_beta1,
-        "adam_beta2": params.adam_beta2,
-        "adam_epsilon": params.adam_epsilon,
         "max_grad_norm": params.max_grad_norm or 0.0,
-        "gradient_checkpointing": params.enable_gradient_checkpointing and not params.use_deterministic,
+        "gradient_checkpointing": params.enable_gradient_checkpointing and not exact,
         "gradient_checkpointing_kwargs": dict(params.gradient_checkpointing_kwargs) or None,
-        "seed": params.seed,
-        "data_seed": params.data_seed,
-        "full_determinism": params.full_determinism,
-    }
-
-
-def _devices(params: "TrainingParams") -> dict[str, Any]:
-    exact, number = params.use_deterministic, number_of_workers(params.dataloader_num_workers)
-    dispatches = False if exact else params.dataloader_main_process_only
-    accelerator = {"split_batches": False, "even_batches": True, "use_seedable_sampler": True}
-    passed: dict[str, Any] = {
         "fp16": params.mixed_precision_dtype.name == "FP16",
         "bf16": params.mixed_precision_dtype.name == "BF16",
         "torch_compile": params.compile,
         "torch_empty_cache_steps": params.empty_device_cache_steps,
-        "dataloader_num_workers": number,
-        "dataloader_prefetch_factor": params.dataloader_prefetch_factor if number else None,
-        "dataloader_persistent_workers": params.dataloader_persistent_workers and number > 0,
+        "dataloader_num_workers": workers,
+        "dataloader_prefetch_factor": params.dataloader_prefetch_factor if workers else None,
+        "dataloader_persistent_workers": params.dataloader_persistent_workers and workers > 0,
         "dataloader_pin_memory": True,
         "ddp_broadcast_buffers": True if exact else None,
         "ddp_find_unused_parameters": False if exact else params.ddp_find_unused_parameters,

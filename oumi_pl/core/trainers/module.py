@@ -7,7 +7,6 @@ own.
 
 import math
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -17,15 +16,16 @@ from torch.optim import Optimizer
 
 from oumi_pl.core.trainers.data import DatasetModule, MicroBatch
 from oumi_pl.core.trainers.flow import Flow
-from oumi_pl.core.trainers.folders import CheckpointFolders, read_state
+from oumi_pl.core.trainers.folders import STATE, TRAINING, keep_last, read_state, write_state
 from oumi_pl.core.trainers.loss import Loss
 from oumi_pl.core.trainers.optimisation import build_optimizer, build_schedule
-from oumi_pl.core.trainers.records import MetricsFile, Timers
-from oumi_pl.core.trainers.saving import load_weights
+from oumi_pl.core.trainers.records import MetricsFile
+from oumi_pl.core.trainers.saving import load_weights, save_weights
 from oumi_pl.errors import UserError
 from oumi_pl.modules.restorable import RestorableModule
 from oumi_pl.modules.update import Split
 from oumi_pl.optim import fuse, parameter_groups
+from oumi_pl.runs.checkpoint_files import HALF, remove
 from oumi_pl.types import Sums
 
 if TYPE_CHECKING:
@@ -40,11 +40,9 @@ class LossModule(RestorableModule):
         params: What the run was given.
         flow: State, switches and callbacks.
         inputs: The data.
-        file: Where log rows go.
-        timers: Times the parts of training.
-        folders: Where checkpoints go.
+        output_dir: Where log rows and checkpoints go.
+        tokenizer: Saved with each checkpoint.
         checkpoint: The folder that the run is resumed from.
-        at_end: Called when training is over, before callbacks are.
     """
 
     clipped_by = "max_grad_norm"
@@ -56,11 +54,9 @@ class LossModule(RestorableModule):
         flow: Flow,
         inputs: DatasetModule,
         *,
-        file: MetricsFile,
-        timers: Timers,
-        folders: CheckpointFolders,
+        output_dir: Path,
+        tokenizer: Any,
         checkpoint: Path | None,
-        at_end: Callable[[], None],
     ) -> None:
         super().__init__()
         self.model = loss.model
@@ -68,11 +64,10 @@ class LossModule(RestorableModule):
         self.params = params
         self.flow = flow
         self.inputs = inputs
-        self.file = file
-        self.timers = timers
-        self.folders = folders
+        self.output_dir = output_dir
+        self.tokenizer = tokenizer
         self.checkpoint = checkpoint
-        self.at_end = at_end
+        self.file = MetricsFile(output_dir / "metrics_rank0000.jsonl" if flow.state.is_world_process_zero else None)
         self.unlogged = 0.0
         """Sum of the losses of the updates since the last log."""
         self.last_logged = 0
@@ -85,8 +80,7 @@ class LossModule(RestorableModule):
         self._grad_norm = self._lr = 0.0
         self._began = self._clock = time.time()
         self._at_begin = self._at_log = (0, 0)
-        self._step_began = 0.0
-        self._waits_since: float | None = None
+        self._is_saving = False  # a `checkpoint-N` folder, and not a checkpoint of a callback of Lightning's
 
     # ---- what a batch comes to
 
@@ -96,7 +90,7 @@ class LossModule(RestorableModule):
         total = max(1, batch["update"].targets if split == "train" else targets)
         if batch["inputs"] is None:  # an evaluation of which this rank has no rows
             return {"loss": torch.zeros((), device=self.device)}
-        with self.timers.time("model forward"):
+        with self.profiler.profile("model forward"):
             sums = {"loss": self.loss(batch["inputs"], targets, total) * total}
         if split == "validation":
             self._is_text = self.loss.count.predicts_tokens(batch["inputs"])
@@ -168,7 +162,9 @@ class LossModule(RestorableModule):
         mean = sum(self._losses) / max(1, steps)
         logs = {"train_runtime": seconds, "train_steps_per_second": steps / seconds, "train_loss": mean}
         self.write(self.flow.log(logs), {})
-        self.at_end()
+        best = self.flow.state.best_model_checkpoint
+        if self.flow.args.load_best_model_at_end and best is not None:
+            load_weights(self.model, Path(best))
         self.flow.fire("on_train_end")
 
     # ---- an update, in the order of its events
@@ -176,19 +172,12 @@ class LossModule(RestorableModule):
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
         """Tells callbacks of the first micro-batch of an update."""
         super().on_train_batch_start(batch, batch_idx)
-        if self._waits_since is not None:
-            self.timers.add("fetching batch", time.perf_counter() - self._waits_since)
         if batch_idx % self.trainer.accumulate_grad_batches == 0:
             self.flow.fire("on_step_begin")
 
-    def backward(self, loss: Tensor, *args: Any, **kwargs: Any) -> None:
-        """Runs the backward pass, and times it."""
-        with self.timers.time("loss backward"):
-            super().backward(loss, *args, **kwargs)
-
     def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
         """Logs the update."""
-        self._step_began = time.perf_counter()
+        self.profiler.start("optimizer step")
         super().on_before_optimizer_step(optimizer)
 
     def finish_update(self, grad_norm: Tensor, lr: float, **instead: float) -> None:
@@ -204,7 +193,7 @@ class LossModule(RestorableModule):
 
     def on_after_optimizer_step(self) -> None:
         """Tells callbacks."""
-        self.timers.add("optimizer step", time.perf_counter() - self._step_began)
+        self.profiler.stop("optimizer step")
         self.flow.fire("on_optimizer_step")
 
     def lr_scheduler_step(self, scheduler: Any, metric: Any | None) -> None:
@@ -233,7 +222,6 @@ class LossModule(RestorableModule):
             loop.epoch_loop.batch_progress.is_last_batch = True  # Lightning then ends the epoch, and fetches no more
         if flow.control.should_training_stop:
             self.trainer.should_stop = True
-        self._waits_since = time.perf_counter()
 
     def _epochs_done(self) -> float:
         loop = self.trainer.fit_loop
@@ -311,8 +299,13 @@ class LossModule(RestorableModule):
                 self.evaluate()
             control.should_evaluate = False
         if self.flow.control.should_save:
-            self.folders.save(self)
+            self.save_folder()
             self.flow.fire("on_save")
+
+    @property
+    def profiler(self) -> Any:
+        """Lightning's profiler, which times the parts of an update if `include_performance_metrics` says so."""
+        return cast("Any", self.trainer).profiler
 
     @property
     def _has_eval(self) -> bool:
@@ -324,11 +317,33 @@ class LossModule(RestorableModule):
 
     # ---- checkpoints
 
+    def save_folder(self) -> None:
+        """Writes `checkpoint-N`; the folder appears when it is complete. All processes have to call this."""
+        state = self.flow.state
+        folder = self.output_dir / f"checkpoint-{state.global_step}"
+        half = folder.with_name(folder.name + HALF)
+        if self.trainer.is_global_zero:
+            remove(half)
+            save_weights(self.model, half, self.tokenizer)
+        self._is_saving = True
+        self.trainer.save_checkpoint(half / TRAINING)
+        self._is_saving = False
+        if self.trainer.is_global_zero:
+            self.flow.export_callbacks()
+            best = self.output_dir / f"checkpoint-{state.best_global_step}"
+            if best == folder or best.is_dir():
+                state.best_model_checkpoint = str(best)
+            write_state(half / STATE, state)
+            remove(folder)
+            half.replace(folder)
+            keep_last(self.output_dir, self.flow.args.save_total_limit, state.best_model_checkpoint)
+        self.trainer.strategy.barrier("checkpoint written")
+
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Adds the losses that are not logged yet; leaves out what a `checkpoint-N` folder has in other files."""
         super().on_save_checkpoint(checkpoint)
         checkpoint |= {"unlogged": self.unlogged, "last_logged": self.last_logged}
-        if self.folders.is_saving:
+        if self._is_saving:
             checkpoint["state_dict"] = {}
             del checkpoint["loops"]
 
@@ -336,8 +351,7 @@ class LossModule(RestorableModule):
         """Restores what is in the files of the folder, and Lightning's counters from the position in the data."""
         folder, position = cast("Path", self.checkpoint), checkpoint[type(self.inputs).__qualname__]
         load_weights(self.model, folder)
-        state, _ = read_state(folder)
-        self.flow.restore(state)
+        self.flow.restore(read_state(folder))
         micro_batches = self.trainer.accumulate_grad_batches
         checkpoint["micro_batches"] = micro_batches
         checkpoint["loops"] = self._loops(position["epoch"], position["update"] * micro_batches)

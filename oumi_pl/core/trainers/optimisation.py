@@ -57,7 +57,7 @@ def build_schedule(params: "TrainingParams", total: int) -> optim.Schedule:
 
 
 def refuse_unknown_names(params: "TrainingParams") -> None:
-    """Refuses an optimizer or a schedule that there is not, and arguments that it does not take.
+    """Refuses an unknown optimizer or schedule, and arguments that it does not take.
 
     Raises:
         UserError: with the nearest name.

@@ -1,12 +1,21 @@
-"""What a run writes about itself: `metrics_rank0000.jsonl`, and timings."""
+"""What a run writes about itself: `metrics_rank0000.jsonl` and timings."""
 
 import json
 import statistics
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+
+from lightning.pytorch.profilers import SimpleProfiler
+
+PARTS = {
+    "train_dataloader_next": "fetching batch",
+    "backward": "loss backward",
+    "computing tokens": "computing tokens",
+    "model forward": "model forward",
+    "optimizer step": "optimizer step",
+}
+"""What Lightning or this package profiles, without the object that does it -> Oumi's name of the timer."""
 
 
 class MetricsFile:
@@ -42,51 +51,34 @@ def _step_of(line: str) -> float:
         return float("inf")
 
 
-class Timers:
-    """Wall time of the parts of training, on the host; what a GPU still works on is counted where it is waited for.
+class Telemetry(SimpleProfiler):
+    """Lightning's profiler, which writes the wall times of the parts of an update under Oumi's names.
+
+    Times are taken on the host: what a GPU still works on is counted where it is waited for.
 
     Args:
-        enabled: Whether anything is noted.
+        file: Where they are written when training ends.
     """
 
-    def __init__(self, enabled: bool = True) -> None:
-        self.enabled = enabled
-        self.seconds: dict[str, list[float]] = {}
-        self._began = time.perf_counter()
+    def __init__(self, file: Path) -> None:
+        super().__init__()
+        self.file = file
 
-    @contextmanager
-    def time(self, name: str) -> Iterator[None]:
-        """Times what is inside."""
-        start = time.perf_counter()
-        try:
-            yield
-        finally:
-            self.add(name, time.perf_counter() - start)
-
-    def add(self, name: str, seconds: float) -> None:
-        """Notes a time that was taken elsewhere."""
-        if self.enabled:
-            self.seconds.setdefault(name, []).append(seconds)
-
-    def summary(self) -> dict[str, Any]:
-        """Count, mean, median, standard deviation, extremes, total and share of the whole time, by name."""
-        whole = time.perf_counter() - self._began
-        timers = {
-            name: {
-                "count": len(values),
-                "mean": statistics.fmean(values),
-                "median": statistics.median(values),
-                "std_dev": statistics.stdev(values) if len(values) > 1 else 0.0,
-                "min": min(values),
-                "max": max(values),
-                "total": sum(values),
-                "percentage": 100 * sum(values) / whole,
-            }
-            for name, values in self.seconds.items()
-        }
-        return {"timers": timers, "total_time": whole}
-
-    def write(self, file: Path) -> None:
-        """Writes the summary as JSON."""
-        file.parent.mkdir(parents=True, exist_ok=True)
-        file.write_text(json.dumps(self.summary(), indent=2) + "\n", encoding="utf-8")
+    def describe(self) -> None:
+        """Writes count, mean, median, standard deviation, extremes, total and share of the whole time, by name."""
+        whole, timers = time.perf_counter() - self.start_time, {}
+        for action, values in self.recorded_durations.items():
+            if name := PARTS.get(action.rpartition(".")[2]):
+                timers[name] = {
+                    "count": len(values),
+                    "mean": statistics.fmean(values),
+                    "median": statistics.median(values),
+                    "std_dev": statistics.stdev(values) if len(values) > 1 else 0.0,
+                    "min": min(values),
+                    "max": max(values),
+                    "total": sum(values),
+                    "percentage": 100 * sum(values) / whole,
+                }
+        self.file.parent.mkdir(parents=True, exist_ok=True)
+        content = json.dumps({"timers": timers, "total_time": whole}, indent=2)
+        self.file.write_text(content + "\n", encoding="utf-8")

@@ -1,7 +1,6 @@
 """Weights on the disk: a model as `transformers` and PEFT load it, or a plain module as safetensors."""
 
 import copy
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -68,17 +67,12 @@ def base_state(model: Any) -> dict[str, Tensor]:
     Trained copies of whole modules (`modules_to_save`) are the adapter's; what they were copied from is the base's.
     """
     state = {}
-    prefixes = tuple(f".{prefix}" for prefix in _adapter_prefixes(model))
+    prefixes = {".lora_", f".{getattr(model.base_model, 'prefix', 'lora_')}", ".modules_to_save."}
     for name, value in bare(model).state_dict().items():
-        if any(prefix in f".{name}" for prefix in prefixes) or ".modules_to_save." in f".{name}":
+        if any(prefix in f".{name}" for prefix in prefixes):
             continue
         state[name.replace(".base_layer.", ".").replace(".original_module.", ".")] = value
     return state
-
-
-def _adapter_prefixes(model: Any) -> Iterable[str]:
-    names = {getattr(tuner, "prefix", "lora_") for tuner in [getattr(model, "base_model", None)] if tuner is not None}
-    return names | {"lora_"}
 
 
 def load_weights(model: nn.Module, directory: Path) -> None:

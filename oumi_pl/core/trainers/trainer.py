@@ -3,7 +3,6 @@
 import datetime
 import logging
 import os
-import random
 import sys
 import warnings
 from collections.abc import Sequence
@@ -11,24 +10,24 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 import lightning as L
-import numpy as np
 import torch
 from lightning.pytorch.callbacks import Checkpoint, ProgressBar
 from torch import nn
+from transformers import set_seed
 
 from oumi_pl.core.trainers.base import BaseTrainer
 from oumi_pl.core.trainers.collate import Collator, default_collator, log_first_example
 from oumi_pl.core.trainers.data import Collate, DatasetModule
 from oumi_pl.core.trainers.flow import Flow
-from oumi_pl.core.trainers.folders import STATE, TRAINING, CheckpointFolders, find_checkpoint, write_state
+from oumi_pl.core.trainers.folders import STATE, TRAINING, find_checkpoint, write_state
 from oumi_pl.core.trainers.honoured import refuse_what_is_not_honoured
 from oumi_pl.core.trainers.kinds import Adapted, Pretrained, Recomputing, bare
 from oumi_pl.core.trainers.loggers import loggers
 from oumi_pl.core.trainers.loss import Loss
 from oumi_pl.core.trainers.module import LossModule
 from oumi_pl.core.trainers.optimisation import refuse_unknown_names
-from oumi_pl.core.trainers.records import MetricsFile, Timers
-from oumi_pl.core.trainers.saving import load_weights, save_weights
+from oumi_pl.core.trainers.records import Telemetry
+from oumi_pl.core.trainers.saving import save_weights
 from oumi_pl.data.plan import Layout
 from oumi_pl.errors import UserError
 from oumi_pl.runs.checkpoints import AtomicCheckpointIO
@@ -89,7 +88,10 @@ class Trainer(BaseTrainer):
             args = TrainingParams()
         refuse_what_is_not_honoured(args, eval_dataset is not None)
         refuse_unknown_names(args)
-        _refuse_sharding(config)
+        for section, flag in (("fsdp", "enable_fsdp"), ("deepspeed", "enable_deepspeed")):
+            if config is not None and getattr(getattr(config, section), flag):
+                whole = "this trainer keeps whole weights on each process"
+                raise UserError(f"{section}.{flag}: {whole}; use trainer_type: SFT")
         if train_dataset is None:
             raise UserError("train_dataset: there is nothing to train on")
         self.model = model
@@ -146,13 +148,11 @@ class Trainer(BaseTrainer):
             logger.warning("training.try_resume_from_last_checkpoint: %s has no checkpoint; starting", self.output_dir)
         self.output_dir.mkdir(parents=True, exist_ok=True)
         ranks, rank = int(os.environ.get("WORLD_SIZE", "1")), int(os.environ.get("RANK", "0"))
-        _seed(params.seed + rank)
+        set_seed((params.seed + rank) % 2**32)
         torch.backends.cudnn.deterministic = params.use_deterministic or torch.backends.cudnn.deterministic
         layout = Layout(params.per_device_train_batch_size, params.gradient_accumulation_steps, ranks, rank)
-        timers, collate = Timers(params.include_performance_metrics), Collate(self._collate, self._loss.count)
-        inputs = DatasetModule(
-            self.train_dataset, self.eval_dataset, collate=collate, layout=layout, params=params, timers=timers
-        )
+        collate = Collate(self._collate, self._loss.count)
+        inputs = DatasetModule(self.train_dataset, self.eval_dataset, collate=collate, layout=layout, params=params)
         total, epochs = self._length(inputs)
         flow.begin(total, epochs, rank == 0)
         self._written = None
@@ -161,11 +161,9 @@ class Trainer(BaseTrainer):
             params,
             flow,
             inputs,
-            file=MetricsFile(self.output_dir / "metrics_rank0000.jsonl" if rank == 0 else None),
-            timers=timers,
-            folders=CheckpointFolders(self.output_dir, self.tokenizer),
+            output_dir=self.output_dir,
+            tokenizer=self.tokenizer,
             checkpoint=folder,
-            at_end=self._load_best,
         )
         trainer = self._lightning(total, layout)
         self._describe(rank)
@@ -176,8 +174,6 @@ class Trainer(BaseTrainer):
             trainer.fit(module, datamodule=inputs, ckpt_path=None if folder is None else folder / TRAINING)
         for tracker in trainer.loggers:
             finish(tracker, success=True)
-        if params.include_performance_metrics and rank == 0 and params.telemetry_dir is not None:
-            timers.write(params.telemetry_dir / "telemetry_rank0000.json")
         if params.save_final_model:
             self.save_state()
             self.save_model()
@@ -186,9 +182,8 @@ class Trainer(BaseTrainer):
         """Writes `trainer_state.json`: transformers' fields (epoch, global_step, log_history) and total_tokens_seen."""
         if self._flow.state.is_world_process_zero:
             self.output_dir.mkdir(parents=True, exist_ok=True)
-            tokens = self._module.tokens_seen["tokens"] if self._module else 0
             self._flow.export_callbacks()
-            write_state(self.output_dir / STATE, self._flow.state, tokens)
+            write_state(self.output_dir / STATE, self._flow.state)
 
     def save_model(self, config: Any = None, final: bool = True) -> None:
         """Writes the model and its tokenizer at the top of the output folder, once per step and mode.
@@ -226,6 +221,7 @@ class Trainer(BaseTrainer):
         """
         params, callbacks = self.params, self._lightning_callbacks
         local = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+        directory = params.telemetry_dir if params.include_performance_metrics and layout.rank == 0 else None
         precision: Any = {"BF16": "bf16-mixed", "FP16": "16-mixed"}.get(params.mixed_precision_dtype.name)
         return L.Trainer(
             accelerator="auto",
@@ -234,6 +230,7 @@ class Trainer(BaseTrainer):
             strategy=_ddp(params) if layout.ranks > 1 else "auto",
             precision=precision,
             plugins=[AtomicCheckpointIO()],
+            profiler=None if directory is None else Telemetry(directory / "telemetry_rank0000.json"),
             max_steps=total,
             max_epochs=-1,
             accumulate_grad_batches=layout.micro_batches,
@@ -252,13 +249,8 @@ class Trainer(BaseTrainer):
             deterministic=params.full_determinism or None,
         )
 
-    def _load_best(self) -> None:
-        best = self._flow.state.best_model_checkpoint
-        if self._flow.args.load_best_model_at_end and best is not None:
-            load_weights(self.model, Path(best))
-
     def _describe(self, rank: int) -> None:
-        """Writes the modules of the model down, if asked to."""
+        """Logs the modules of the model and writes them to the telemetry, if `log_model_summary` says so."""
         if not self.params.log_model_summary or rank:
             return
         logger.info("%s", self.model)
@@ -268,14 +260,6 @@ class Trainer(BaseTrainer):
             (directory / "model_summary.txt").write_text(f"{self.model}\n", encoding="utf-8")
 
 
-def _refuse_sharding(config: Any) -> None:
-    for section, flag in (("fsdp", "enable_fsdp"), ("deepspeed", "enable_deepspeed")):
-        if getattr(getattr(config, section, None), flag, False):
-            raise UserError(
-                f"{section}.{flag}: this trainer keeps whole weights on each process; use trainer_type: SFT"
-            )
-
-
 def _ddp(params: "TrainingParams") -> Any:
     from lightning.pytorch.strategies import DDPStrategy
 
@@ -283,9 +267,3 @@ def _ddp(params: "TrainingParams") -> Any:
     more: dict[str, Any] = {} if minutes is None else {"timeout": datetime.timedelta(minutes=minutes)}
     # buffers are the same everywhere; sending them would need as many forward passes on each rank
     return DDPStrategy(find_unused_parameters=bool(params.ddp_find_unused_parameters), broadcast_buffers=False, **more)
-
-
-def _seed(seed: int) -> None:
-    random.seed(seed)
-    np.random.seed(seed % 2**32)
-    torch.manual_seed(seed)

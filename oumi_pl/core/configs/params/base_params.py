@@ -86,7 +86,9 @@ class BaseParams:
         """
         for name, hint in hints(type(self)).items():
             setattr(self, name, converted(getattr(self, name), hint, name))
-        self._check()
+        for problem in self._problems():
+            raise OumiConfigError(problem)
+        self._settle()
 
     def __setattr__(self, name: str, value: Any) -> None:
         """Sets a field.
@@ -113,7 +115,8 @@ class BaseParams:
                     raise error.at(place) from error
         self.__post_init__()
         self.refuse_missing()
-        self._finalize()
+        for problem in self._final_problems():
+            raise OumiConfigError(problem)
 
     def refuse_missing(self) -> None:
         """Refuses required fields that are not set.
@@ -121,38 +124,52 @@ class BaseParams:
         Raises:
             OumiConfigError: at the first such field, here or in a section.
         """
-        for place in _missing(self):
-            raise OumiConfigError(f"{place}: missing, and there is no default")
+        for place, value, _ in walk(self):
+            if value == MISSING:
+                raise OumiConfigError(f"{place}: missing, and there is no default")
 
     def __iter__(self) -> Iterator[tuple[str, Any]]:
         """Names and values of the fields."""
         for field in dataclasses.fields(self):
             yield field.name, getattr(self, field.name)
 
-    def _check(self) -> None:
-        """Checks what depends on the values alone."""
+    # Problems are messages that begin with the name of a field; the first one is raised.
 
-    def _finalize(self) -> None:
-        """Checks what depends on this machine."""
+    def _problems(self) -> Iterable[str]:
+        """What is wrong with the values alone."""
+        return ()
 
-    def _at_least(self, least: int, *names: str) -> None:
-        """Refuses numbers that are too small; None stands for a default."""
+    def _final_problems(self) -> Iterable[str]:
+        """What is wrong with the complete section, on this machine."""
+        return ()
+
+    def _settle(self) -> None:
+        """Derives values from those that were given, after the checks."""
+
+    def _below(self, least: int, *names: str) -> Iterator[str]:
+        """Numbers that are too small; None stands for a default."""
         for name in names:
             value = getattr(self, name)
             if value is not None and value < least:
-                raise OumiConfigError(f"{name} is {value}, but has to be at least {least}")
+                yield f"{name} is {value}, but has to be at least {least}"
 
-    def _is_share(self, name: str, hint: str = "") -> None:
-        """Refuses numbers that are not from 0 to 1; None stands for a default."""
+    def _no_share(self, name: str, hint: str = "") -> Iterator[str]:
+        """A number that is not from 0 to 1; None stands for a default."""
         value = getattr(self, name)
         if value is not None and not 0 <= value <= 1:
-            raise OumiConfigError(f"{name} is {value:g}, but has to be between 0 and 1{hint}")
+            yield f"{name} is {value:g}, but has to be between 0 and 1{hint}"
 
-    def _one_of(self, name: str, choices: Iterable[str]) -> None:
-        """Refuses a name that is not among the choices; None stands for a default."""
+    def _none_of(self, name: str, choices: Iterable[str]) -> Iterator[str]:
+        """A name that is not among the choices; None stands for a default."""
         value, names = getattr(self, name), list(choices)
         if value is not None and value not in names:
-            raise OumiConfigError(f"{name}: {shown(value)} is not a valid value{nearest(str(value), names)}")
+            yield f"{name}: {shown(value)} is not a valid value{nearest(str(value), names)}"
+
+    def _too_deep(self, name: str) -> Iterator[str]:
+        """Keys of a free-form mapping that are fields of the section itself."""
+        for key in getattr(self, name):
+            if key in hints(type(self)):
+                yield f"{name}.{key}: belongs one level higher, beside {name}"
 
 
 Section = TypeVar("Section", bound=type[BaseParams])
@@ -177,12 +194,24 @@ def with_fields(table: Mapping[str, Any]) -> Callable[[Section], Section]:
     return decorate
 
 
-def _missing(params: BaseParams) -> Iterator[str]:
-    for name, value in params:
-        if value == MISSING:
-            yield name
-        for place, part in _parts(name, value):
-            yield from (f"{place}.{inner}" for inner in _missing(part))
+def walk(section: Any, place: str = "") -> Iterator[tuple[str, Any, Any]]:
+    """All fields of a section, and of those inside it, as (dotted path, value, default)."""
+    for field in dataclasses.fields(section):
+        path, value = f"{place}{field.name}", getattr(section, field.name)
+        if not isinstance(value, BaseParams):
+            yield path, value, default_of(field)
+        for inside, part in _parts(path, value):
+            yield from walk(part, f"{inside}.")
+
+
+def fields_of(cls: type[BaseParams], place: str = "") -> Iterator[tuple[str, "dataclasses.Field[Any]"]]:
+    """All fields that a section may have, by paths such as `training.max_steps` and `data.train.datasets[0].split`."""
+    kinds = hints(cls)
+    for field in dataclasses.fields(cls):
+        yield f"{place}{field.name}", field
+        if section := section_in(kinds[field.name]):
+            number = "[0]" if typing.get_origin(kinds[field.name]) is list else ""
+            yield from fields_of(section, f"{place}{field.name}{number}.")
 
 
 def _parts(name: str, value: Any) -> Iterator[tuple[str, BaseParams]]:
@@ -195,6 +224,11 @@ def _parts(name: str, value: Any) -> Iterator[tuple[str, BaseParams]]:
 
 
 # --- values: what a YAML file may write for a number, a truth or a name ----------------------------------------------
+
+
+def default_of(field: "dataclasses.Field[Any]") -> Any:
+    """The default of a field, a new one each time if it can be changed; `dataclasses.MISSING` if it has none."""
+    return field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
 
 
 def hints(cls: Any) -> dict[str, Any]:
@@ -277,11 +311,11 @@ def _single(value: Any, kind: Any, name: str) -> Any:
 
 
 def _member(value: Any, kind: type[Enum], name: str) -> Enum:
-    asked = value.name if isinstance(value, Enum) else str(value)  # it may be of a similar enum: PEFT's TaskType
-    asked = asked.removeprefix(f"{kind.__name__}.")
-    if asked in kind.__members__:
-        return kind[asked]
-    raise OumiConfigError(f"{name}: {shown(value)} is not a valid value{nearest(asked, kind.__members__)}")
+    given = value.name if isinstance(value, Enum) else str(value)  # it may be of a similar enum: PEFT's TaskType
+    given = given.removeprefix(f"{kind.__name__}.")
+    if given in kind.__members__:
+        return kind[given]
+    raise OumiConfigError(f"{name}: {shown(value)} is not a valid value{nearest(given, kind.__members__)}")
 
 
 def _number(kind: type[int] | type[float], value: Any) -> int | float | None:
@@ -303,9 +337,7 @@ PLAIN: dict[Any, Callable[[Any], Any]] = {
     int: functools.partial(_number, int),
     float: functools.partial(_number, float),
     bool: lambda value: TRUTHS.get(str(value).lower()),
-    str: lambda value: (
-        None if isinstance(value, bool) or not isinstance(value, str | int | float | Path) else str(value)
-    ),
+    str: _text,
     Any: lambda value: value,
 }
 """Type -> the value in it; None if it can't be converted."""

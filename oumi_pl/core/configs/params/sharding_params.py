@@ -1,5 +1,6 @@
 """Training on several GPUs: PyTorch's FSDP and DeepSpeed's ZeRO (Rajbhandari et al. 2020, arXiv:1910.02054)."""
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
@@ -53,45 +54,33 @@ class AutoWrapPolicy(StrEnum):
     NO_WRAP = "NO_WRAP"
 
 
+BLOCKS = "FSDP2 shards by the model's own blocks; the numbers are the same"
+
+
 @dataclass
 class FSDPParams(BaseParams):
     """Fully sharded data parallel; read when `enable_fsdp` is true."""
 
     enable_fsdp: bool = honoured("trainer.strategy", False)
-    """Whether the model is sharded."""
     sharding_strategy: ShardingStrategy = honoured("trainer.strategy", ShardingStrategy.FULL_SHARD)
-    """What is sharded."""
     cpu_offload: bool = refused(
         "shards stay on their GPU; leave it out, and use more GPUs, LoRA or shorter rows", False
     )
-    """Whether shards are kept in host memory."""
     mixed_precision: str | None = honoured("trainer.precision", None)
     """Type of the computation, `bf16` or `fp16`; null: that of the weights."""
     backward_prefetch: BackwardPrefetch = harmless(SPEED, BackwardPrefetch.BACKWARD_PRE)
-    """When the next shards are fetched in the backward pass."""
     forward_prefetch: bool = harmless(SPEED, False)
-    """Whether the next shards are fetched early in the forward pass."""
     use_orig_params: bool | None = harmless("FSDP2 always keeps parameters as they are", None)
-    """Whether parameters keep their names and shapes; null: unless adapters are trained without compiling."""
     state_dict_type: StateDictType = harmless(
         "checkpoints are sharded, and the model at the end is whole", StateDictType.FULL_STATE_DICT
     )
-    """How the weights of a checkpoint are stored."""
-    auto_wrap_policy: AutoWrapPolicy = harmless(
-        "FSDP2 shards by the model's own blocks; the numbers are the same", AutoWrapPolicy.NO_WRAP
-    )
-    """How the model is divided into units."""
-    min_num_params: int = harmless("FSDP2 shards by the model's own blocks; the numbers are the same", 100_000)
-    """Least parameters of a unit, for SIZE_BASED_WRAP."""
-    transformer_layer_cls: str | None = harmless(
-        "FSDP2 shards by the model's own blocks, which the architecture names", None
-    )
-    """Classes of the layers that are units, separated by commas; null: found in the model."""
+    auto_wrap_policy: AutoWrapPolicy = harmless(BLOCKS, AutoWrapPolicy.NO_WRAP)
+    min_num_params: int = harmless(BLOCKS, 100_000)
+    transformer_layer_cls: str | None = harmless(BLOCKS, None)
     sync_module_states: bool = harmless("every rank loads the same weights", True)
-    """Whether all ranks begin with the weights of the first."""
 
-    def _check(self) -> None:
-        self._one_of("mixed_precision", ("bf16", "fp16"))
+    def _problems(self) -> Iterator[str]:
+        yield from self._none_of("mixed_precision", ("bf16", "fp16"))
 
 
 class ZeRORuntimeStage(StrEnum):
@@ -149,36 +138,32 @@ class DeepSpeedParams(BaseParams):
     enable_deepspeed: bool = refused(
         "DeepSpeed is not driven from here; what shards the same is fsdp.enable_fsdp: true", False
     )
-    """Whether DeepSpeed runs the training."""
     deepspeed_config_path: str | Path | None = None
     """A configuration in DeepSpeed's own JSON, which replaces all other fields."""
     zero_stage: ZeRORuntimeStage = ZeRORuntimeStage.ZERO_0
-    """What is sharded."""
     offload_optimizer: OffloadConfig | None = None
-    """Optimizer state off the GPU; from ZERO_1 on."""
     offload_param: OffloadConfig | None = None
-    """Weights off the GPU; ZERO_3 only."""
     train_batch_size: int | str = "auto"
     """Rows of an update over all GPUs."""
 
-    def _check(self) -> None:
+    def _problems(self) -> Iterator[str]:
         stage = self.zero_stage
         if self.offload_param is not None and stage != ZeRORuntimeStage.ZERO_3:
-            raise OumiConfigError(f"offload_param: needs zero_stage: ZERO_3, and it is {stage.name}")
+            yield f"offload_param: needs zero_stage: ZERO_3, and it is {stage.name}"
         if self.offload_optimizer is not None and stage == ZeRORuntimeStage.ZERO_0:
-            raise OumiConfigError("offload_optimizer: needs zero_stage: ZERO_1, ZERO_2 or ZERO_3, and it is ZERO_0")
-        for name, hint in hints(DeepSpeedParams).items():
-            if members(hint) == (int, str) and isinstance(value := getattr(self, name), str) and value != "auto":
-                setattr(self, name, _number(value, name))
+            yield "offload_optimizer: needs zero_stage: ZERO_1, ZERO_2 or ZERO_3, and it is ZERO_0"
 
-    def _finalize(self) -> None:
+    def _settle(self) -> None:
+        for name, hint in hints(DeepSpeedParams).items():
+            value = getattr(self, name)
+            if members(hint) != (int, str) or not isinstance(value, str) or value == "auto":
+                continue
+            try:
+                setattr(self, name, converted(value, int, name))
+            except OumiConfigError:
+                raise OumiConfigError(f"{name}: {value!r} is not an int or 'auto'") from None
+
+    def _final_problems(self) -> Iterator[str]:
         path = self.deepspeed_config_path
         if self.enable_deepspeed and path is not None and not Path(path).is_file():
-            raise OumiConfigError(f"deepspeed_config_path: there is no file {str(path)!r}")
-
-
-def _number(value: str, name: str) -> int:
-    try:
-        return int(converted(value, int, name))
-    except OumiConfigError:
-        raise OumiConfigError(f"{name}: {value!r} is not an int or 'auto'") from None
+            yield f"deepspeed_config_path: there is no file {str(path)!r}"

@@ -4,9 +4,10 @@ A value that differs from Oumi's default would have no effect, and is refused.
 """
 
 import dataclasses
+from collections.abc import Iterator
 from typing import Any
 
-from oumi_pl.core.configs.params.base_params import BaseParams, OumiConfigError, with_fields
+from oumi_pl.core.configs.params.base_params import BaseParams, default_of, with_fields
 
 TEXT, INT, FLOAT = (str | None, None), (int | None, None), (float | None, None)
 
@@ -15,13 +16,11 @@ TEXT, INT, FLOAT = (str | None, None), (int | None, None), (float | None, None)
 class _Unsupported(BaseParams):
     """A section of a trainer type that is not here."""
 
-    def _check(self) -> None:
+    def _problems(self) -> Iterator[str]:
+        method = type(self).__name__.removesuffix("Params").upper()
         for field in dataclasses.fields(self):
-            factory = field.default_factory
-            default = field.default if factory is dataclasses.MISSING else factory()
-            if getattr(self, field.name) != default:
-                method = type(self).__name__.removesuffix("Params").upper()
-                raise OumiConfigError(f"{field.name}: {method} is not among the trainer types here; remove the section")
+            if getattr(self, field.name) != default_of(field):
+                yield f"{field.name}: {method} is not among the trainer types here; remove the section"
 
 
 GRPO: dict[str, Any] = {
