@@ -25,7 +25,7 @@ from oumi_pl.errors import UserError
 from oumi_pl.modules.restorable import RestorableModule
 from oumi_pl.modules.update import Split
 from oumi_pl.optim import fuse, parameter_groups
-from oumi_pl.runs.checkpoint_files import HALF, remove
+from oumi_pl.runs.folders import HALF, remove
 from oumi_pl.types import Sums
 
 if TYPE_CHECKING:
