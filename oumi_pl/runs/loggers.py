@@ -28,10 +28,11 @@ from lightning.pytorch.loggers import MLFlowLogger, TensorBoardLogger, WandbLogg
 from lightning.pytorch.loggers.logger import Logger
 
 from oumi_pl.errors import UserError, nearest, reason
-from oumi_pl.models.hub import TIMEOUT
 
 PACKAGES = {"tensorboard": ("tensorboard",), "wandb": ("wandb",), "mlflow": ("mlflow", "sqlalchemy", "alembic")}
 """Name -> the packages that it needs."""
+SERVER_TIMEOUT = 10.0
+"""Seconds to wait for the first answer of a tracking server."""
 PROJECT = "oumi_pl"
 OFFLINE = "to do without its server, set WANDB_MODE=offline"
 STEP = "trainer/global_step"
@@ -202,7 +203,7 @@ def _reach_server(uri: str) -> None:
     unverified = ssl.create_default_context()  # MLflow verifies certificates itself, by its own settings
     unverified.check_hostname, unverified.verify_mode = False, ssl.CERT_NONE
     try:
-        urllib.request.urlopen(uri, timeout=TIMEOUT, context=unverified).close()
+        urllib.request.urlopen(uri, timeout=SERVER_TIMEOUT, context=unverified).close()
     except urllib.error.HTTPError:  # an error status is an answer too
         pass
     except OSError as error:
