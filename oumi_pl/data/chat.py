@@ -4,7 +4,6 @@ import copy
 import sys
 from abc import abstractmethod
 from collections.abc import Iterator, Sequence
-from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -35,7 +34,7 @@ class ChatData(ExampleData):
         self.template_spec = template
         self.overflow = overflow
 
-    @cached_property
+    @property
     @abstractmethod
     def tokenize(self) -> Tokenize:
         """Turns records into examples."""

@@ -208,7 +208,7 @@ def test_callbacks_that_observe_run_too(cli):
 
 def test_mistakes(cli):
     assert "engine: hf can only run fit" in cli.fails("validate", "--config", "r.yaml", "--engine", "hf")
-    assert "what can: lightning, trl" in cli.fails(*FIT, "--engine", "hf", "--model", "DPO", "--data", "DPOData")
+    assert "these can: lightning, trl" in cli.fails(*FIT, "--engine", "hf", "--model", "DPO", "--data", "DPOData")
     assert "'hf'" in cli.fails(*FIT, "--engine", "HF")
 
 
@@ -217,7 +217,7 @@ def test_checkpoints_of_another_engine_are_refused(cli):
     checkpoint = "runs/r/checkpoints/step-00000002.ckpt"
     assert "is a Lightning checkpoint" in cli.fails(*FIT, "--engine", "hf", "--ckpt_path", checkpoint)
     longer = ("--trainer.max_steps", "4")
-    assert "Lightning's" in cli.fails("fit", "--resume", "runs/r", "--engine", "hf", *longer)
+    assert "is a Lightning checkpoint" in cli.fails("fit", "--resume", "runs/r", "--engine", "hf", *longer)
     cli.works(*FIT, "--trainer.max_steps", "2", "--engine", "hf", "--name", "other")
     err = cli.fails("fit", "--resume", "runs/other", "--engine", "lightning", *longer)
     assert "was trained by another engine" in err

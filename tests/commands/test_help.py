@@ -98,7 +98,7 @@ def test_a_section_shows_its_classes_with_what_is_their_own_and_what_they_share(
 def test_a_class_is_described_by_its_docstring(ask):
     page = words(ask("fit", "--help", "SFTData", columns=80))
     assert "SFTData, for data" in page
-    assert "Rows become conversations, are rendered by a chat template" in page
+    assert "Turns rows into conversations, renders them with a chat template" in page
     ours = [cls for cls in SFTData.__mro__ if _is_ours(cls)]
     documented = [
         (name, doc)
