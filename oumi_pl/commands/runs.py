@@ -22,15 +22,15 @@ def main(args: list[str]) -> int:
         return {"compare": _compare, "report": _report}[args[0]](args[1:])
     options = _parser("runs", __doc__, EPILOG).parse_args(args)
     root = options.runs_dir.expanduser()
-    found = folders.all_runs(root)
-    if not found:
+    runs = folders.all_runs(root)
+    if not runs:
         if not root.is_dir() and root != Path("runs"):
             raise UserError(f"runs: no directory {root}")
         print(f"no runs in {root} yet; start one: oumi_pl fit --config quickstart/sft")
         return 0
-    lines = [listing.line(run) for run in found]
+    lines = [listing.line(run) for run in runs]
     print(listing.table(lines, shutil.get_terminal_size().columns if sys.stdout.isatty() else None))
-    for note in listing.notes(found, lines):
+    for note in listing.notes(runs, lines):
         print(f"note: {note}")
     return 0
 

@@ -218,6 +218,8 @@ class UpdateModule(L.LightningModule):
         self.__evaluated.add(sums | self.__counts(batch, sums["loss"].device))
 
     def __log_evaluation(self, split: Split) -> None:
+        if self.__evaluated.is_empty:  # a user's `validation_step` does not call ours, and logs for itself
+            return
         metrics = self.metrics(self.__evaluated.take(), split)
         logged = {f"{PREFIX[split]}/{name}": value.float() for name, value in metrics.items()}
         if self.trainer.state.fn == "fit":  # the column of `metrics.csv`
@@ -263,6 +265,11 @@ class EvaluationSums:
 
     def __init__(self) -> None:
         self._metrics: dict[str, SumMetric] = {}
+
+    @property
+    def is_empty(self) -> bool:
+        """Whether no batch was added since the sums were taken."""
+        return not self._metrics
 
     def add(self, sums: Mapping[str, Tensor]) -> None:
         """Adds a batch."""

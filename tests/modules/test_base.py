@@ -1,10 +1,10 @@
-"""What a model computes is checked before its weights are sharded: each rank then holds parts that can't be run."""
+"""The order of checks when a model is built, and steps of a subclass that do without ours."""
 
 import pytest
 
 from oumi_pl.errors import UserError
 from oumi_pl.modules.sft import SFT
-from tests.tiny import data, fit, sgd
+from tests.tiny import LLAMA, data, fit, sgd, trainer
 
 FALCON_H1 = {
     "model_type": "falcon_h1",
@@ -28,6 +28,21 @@ def test_unknown_logits_are_refused_before_sharding(tmp_path, monkeypatch):
     with pytest.raises(UserError, match="FalconH1ForCausalLM computes its logits in a way that is not supported"):
         fit(SFT(config=FALCON_H1, optimizer=sgd), data(tmp_path), max_steps=1)
     assert not sharded
+
+
+class OwnValidation(SFT):
+    """Validates in a way of its own, without ours."""
+
+    def validation_step(self, batch, batch_idx):
+        self.log("val/rows", float(len(batch["sample_ids"])), reduce_fx="sum")
+
+
+def test_a_validation_step_without_ours_logs_what_it_logs(tmp_path):
+    sft, run = OwnValidation(config=LLAMA, optimizer=sgd), trainer(max_steps=3, val_check_interval=1)
+    run.fit(sft, data(tmp_path, 16, validation=0.3, batch_size=2))
+    assert (run.global_step, run.current_epoch) == (3, 1), "a validation without sums ended the epoch"
+    assert float(run.callback_metrics["val/rows"]) >= 1
+    assert "val/loss" not in run.callback_metrics
 
 
 def test_known_logits_are_sharded(tmp_path, monkeypatch):

@@ -97,7 +97,7 @@ class DatasetSplitParams(BaseParams):
     target_col: str | None = harmless("Oumi reads it no more", None)
     mixture_strategy: str = honoured("data.exhausted, or the length of an epoch", MixtureStrategy.FIRST_EXHAUSTED.value)
     """A mixture ends when the first dataset does (`first_exhausted`), or the last (`all_exhausted`)."""
-    seed: int | None = harmless("a mixture is drawn anew for each epoch, by the seed of the run", None)
+    seed: int | None = harmless("a mixture is redrawn for each epoch, with the seed of the run", None)
     use_torchdata: bool | None = refused("torchdata's pipelines are not used; leave it out", None)
 
     def _problems(self) -> Iterator[str]:
