@@ -7,7 +7,6 @@ import sys
 from pathlib import Path
 
 from oumi_pl import __version__
-from oumi_pl.config import files as recipe_files
 from oumi_pl.errors import UserError, machine_failure, nearest, versions
 from oumi_pl.terminal.screen import meanwhile
 
@@ -102,9 +101,9 @@ def _run(argv: list[str]) -> int:
         sys.path.insert(0, str(Path.cwd()))
     if command not in TRAINER_COMMANDS:
         return int(importlib.import_module(f"oumi_pl.commands.{command}").main(rest))
-    from oumi_pl.config import command_line
+    from oumi_pl.config import files as recipe_files
 
-    typed = command_line.read(rest)
+    typed = recipe_files.read_options(rest)
     topic = dict(typed).get("--help")
     if topic == "all":
         return _train(command, [("--help", None)])
@@ -117,14 +116,14 @@ def _run(argv: list[str]) -> int:
 
 def _train(command: str, typed: list[tuple[str, str | None]]) -> int:
     # here and not above: they import what listing recipes, for example, does not need
-    from oumi_pl.config import command_line
+    from oumi_pl.config import files as recipe_files
     from oumi_pl.runs import folders
 
     typed = [(flag, _recipe(value) if flag == "--config" else value) for flag, value in typed]
     configs = [Path(value) for flag, value in typed if flag == "--config" and value]
     trees = [recipe_files.check(path) for path in configs]
     resume = dict(typed).get("--resume")
-    args = command_line.write(option for option in typed if option[0] != "--resume")
+    args = recipe_files.write_options(option for option in typed if option[0] != "--resume")
     asks_for_help = any(flag.endswith("help") for flag, _ in typed)
     if not configs and resume is None and not asks_for_help:
         recipes = ", ".join(recipe_files.names())
@@ -138,10 +137,10 @@ def _train(command: str, typed: list[tuple[str, str | None]]) -> int:
     tree = recipe_files.merged(trees)
     folder = None
     if resume is not None:
-        folder, recipe, args = command_line.resume_arguments(command, resume, recipe, args, tree)
+        folder, recipe, args = recipe_files.resume_arguments(command, resume, recipe, args, tree)
         trees = [recipe_files.check(folder / folders.CONFIG)]
     if not asks_for_help:
-        args = command_line.with_model(args, {} if folder else tree)
+        args = recipe_files.with_model(args, {} if folder else tree)
     # Threads that spin while they wait slow each other down when anything else runs on the machine: 80 steps of the
     # quickstart on two busy cores took 92 s with GNU OpenMP's default and 29 s with this; on idle ones 120 steps took
     # 14 s with either. torch reads it when it is imported.
@@ -162,6 +161,8 @@ def _train(command: str, typed: list[tuple[str, str | None]]) -> int:
 
 def _recipe(name: str | None) -> str:
     """The path of the recipe in the value of `--config`."""
+    from oumi_pl.config import files as recipe_files
+
     if not name:
         raise UserError("--config: give a recipe by name or path; recipes: " + ", ".join(recipe_files.names()))
     return str(recipe_files.find(name))

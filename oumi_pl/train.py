@@ -72,7 +72,7 @@ def _fit(file: Path, recipe: Recipe, name: str) -> tuple[Any, Path | None]:
         The command line that ran, and the run's folder; twice None if the run to go on with has ended.
     """
     from oumi_pl.callbacks.run_folder import run_directory
-    from oumi_pl.config import command_line, files
+    from oumi_pl.config import files
     from oumi_pl.config.cli import CLI
 
     args, tree, folder = ["--config", str(file)], files.check(file), None
@@ -86,7 +86,7 @@ def _fit(file: Path, recipe: Recipe, name: str) -> tuple[Any, Path | None]:
         if run:
             args += [f"--trainer.{key}={value}" for key, value in length.items()]
             try:
-                folder, name, args = command_line.resume_arguments("fit", run, name, args, tree)
+                folder, name, args = files.resume_arguments("fit", run, name, args, tree)
             except UserError as error:
                 raise UserError(_in_oumis_words(str(error))) from error
             tree = files.check(folder / CONFIG)

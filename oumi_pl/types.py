@@ -143,7 +143,7 @@ class Batch(TypedDict):
     """One micro-batch: a row of segments without padding, and its targets.
 
     A target is a token that carries loss. It is predicted at the token before it in its path; for the first token of a
-    segment, that token is in the segment it continues. `oumi_pl.models.layouts` turns a batch into model inputs.
+    segment, that token is in the segment it continues. `oumi_pl.models.lm` turns a batch into model inputs.
     """
 
     input_ids: torch.Tensor  # [1, seq] int64

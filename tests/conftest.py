@@ -61,6 +61,6 @@ def undrawn(request, monkeypatch):
 
 @pytest.fixture(autouse=True)
 def quietly():
-    from oumi_pl.terminal.quiet import quiet
+    from oumi_pl.terminal.screen import quiet
 
     quiet()

@@ -5,7 +5,7 @@ import json
 import pytest
 import transformers
 
-from oumi_pl.config import command_line
+from oumi_pl.config import files as recipe_files
 from tests.command_line import GONE, CommandLine, jsonl
 from tests.tiny import pairs, write_jsonl
 
@@ -184,9 +184,9 @@ def test_the_model_of_a_recipe_is_that_of_its_newest_finished_run(cli):
     finished(cli, "quickstart-sft", "a-try-with-a-name-of-its-own")
     finished(cli, "quickstart-dpo", "of-another")
     cli.write("runs/unfinished/run.json", json.dumps({"recipe": "quickstart-sft", "created_ns": 99}))
-    assert command_line.with_model([], tree) == ["--model.init_args.model=runs/quickstart-sft-2/model"]
-    assert command_line.with_model(["--model.model", "mine"], tree) == ["--model.model", "mine"]
-    assert command_line.with_model(["--x"], {}) == ["--x"]
+    assert recipe_files.with_model([], tree) == ["--model.init_args.model=runs/quickstart-sft-2/model"]
+    assert recipe_files.with_model(["--model.model", "mine"], tree) == ["--model.model", "mine"]
+    assert recipe_files.with_model(["--x"], {}) == ["--x"]
 
 
 def test_a_recipe_without_a_run_is_trained_first(cli, monkeypatch):
@@ -198,7 +198,7 @@ def test_a_recipe_without_a_run_is_trained_first(cli, monkeypatch):
         return type("Done", (), {"returncode": 0})
 
     monkeypatch.setattr("subprocess.run", run)
-    args = command_line.with_model(["--model.model=recipe:quickstart/sft"], {"runs_dir": "runs"})
+    args = recipe_files.with_model(["--model.model=recipe:quickstart/sft"], {"runs_dir": "runs"})
     assert args[-1] == "--model.init_args.model=runs/quickstart-sft/model"
     assert commands == [["-m", "oumi_pl", "fit", "--config", "quickstart/sft", "--runs_dir", "runs"]]
 

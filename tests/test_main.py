@@ -10,7 +10,7 @@ import pytest
 
 from oumi_pl import __version__
 from oumi_pl.__main__ import main
-from oumi_pl.config.command_line import read, write
+from oumi_pl.config.files import read_options, write_options
 
 ROOT = Path(__file__).parents[1]
 
@@ -146,8 +146,8 @@ def test_what_reads_no_recipe_imports_no_more_than_it_needs(tmp_path):
     ],
 )
 def test_a_command_line_is_read_as_options_with_values(typed, options):
-    assert read(typed.split()) == options
-    assert read(write(options)) == options
+    assert read_options(typed.split()) == options
+    assert read_options(write_options(options)) == options
 
 
 def test_module_is_the_command(tmp_path):

@@ -99,7 +99,7 @@ def test_a_finished_run_goes_on_as_if_it_had_been_longer(tmp_path, end, validati
 def test_without_the_generators_it_would_differ(tmp_path, monkeypatch):
     whole, _ = run(tmp_path, tmp_path / "whole")
     run(tmp_path, tmp_path / "killed", 8)
-    monkeypatch.setattr("oumi_pl.modules.restorable.set_rng_state", lambda state: None)
+    monkeypatch.setattr("oumi_pl.modules.update.set_rng_state", lambda state: None)
     resumed, _ = run(tmp_path, tmp_path / "killed", resume=newest(tmp_path / "killed"), seed=2)
     assert any(not torch.equal(a, b) for a, b in zip(weights(resumed).values(), weights(whole).values(), strict=True))
 

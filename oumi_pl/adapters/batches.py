@@ -8,7 +8,7 @@ from torch import Tensor
 
 from oumi_pl.attention.segments import segment_starts
 from oumi_pl.errors import UserError
-from oumi_pl.models.layouts import Arranged, Layout, padded
+from oumi_pl.models.lm import Arranged, Layout, padded
 from oumi_pl.types import IGNORE_INDEX, Batch
 
 

@@ -24,7 +24,7 @@ from oumi_pl.callbacks.checkpoint import Checkpoints
 from oumi_pl.callbacks.run_folder import RunFolder, nothing_left
 from oumi_pl.data.base import TextData
 from oumi_pl.losses.causal import is_cross_entropy
-from oumi_pl.models.layouts import documents, padded
+from oumi_pl.models.lm import documents, padded
 from oumi_pl.modules.dpo import DPO
 from oumi_pl.modules.sft import SFT
 from oumi_pl.runs import folders

@@ -12,7 +12,7 @@ from lightning.pytorch.callbacks import Checkpoint, WeightAveraging
 from oumi_pl.callbacks import find_all
 from oumi_pl.errors import UserError, nearest
 from oumi_pl.runs.folders import HALF, checkpoint_name, remove, saved_steps
-from oumi_pl.terminal.progress import working
+from oumi_pl.terminal.screen import working
 
 
 class Checkpoints(Checkpoint):

@@ -32,7 +32,7 @@ from oumi_pl.callbacks.start import data_lines, labelled
 from oumi_pl.callbacks.throughput import peak_memory
 from oumi_pl.data.examples import ExampleData
 from oumi_pl.data.plan import Layout, Plan
-from oumi_pl.modules.restorable import COUNTS, recounted
+from oumi_pl.modules.update import COUNTS, recounted
 from oumi_pl.optim.schedules import in_steps
 from oumi_pl.runs import folders
 from oumi_pl.runs.folders import refuse_unwritable

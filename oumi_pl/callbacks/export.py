@@ -14,7 +14,7 @@ from oumi_pl.callbacks.run_folder import run_directory
 from oumi_pl.models.export import model_card, read_checkpoint, whole, why_not_alone
 from oumi_pl.models.lm import LM
 from oumi_pl.runs.folders import CONFIG, remove
-from oumi_pl.terminal.progress import working
+from oumi_pl.terminal.screen import working
 from oumi_pl.types import RunData, RunModule
 
 

@@ -13,7 +13,7 @@ from oumi_pl.callbacks.checkpoint import Checkpoints
 from oumi_pl.callbacks.run_folder import run_directory
 from oumi_pl.callbacks.throughput import peak_memory
 from oumi_pl.runs import folders
-from oumi_pl.terminal.progress import EVERY, LINE_EVERY, Line, clock, styled, terminal_width, worked, wrapped
+from oumi_pl.terminal.screen import EVERY, LINE_EVERY, Line, clock, styled, terminal_width, worked, wrapped
 from oumi_pl.types import RunModule
 
 RECENT = 100

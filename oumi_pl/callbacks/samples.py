@@ -14,11 +14,10 @@ import torch
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
 
 from oumi_pl.callbacks.run_folder import run_directory
+from oumi_pl.models.build import is_sharded
 from oumi_pl.models.generation import complete
-from oumi_pl.models.sharding import is_sharded
 from oumi_pl.runs.checkpoints import rng_state, set_rng_state
-from oumi_pl.terminal.progress import styled, terminal_width, working
-from oumi_pl.terminal.screen import visible
+from oumi_pl.terminal.screen import styled, terminal_width, visible, working
 from oumi_pl.types import RunData, RunModule
 
 FILE = "samples.jsonl"

@@ -14,7 +14,7 @@ from oumi_pl.callbacks.run_folder import run_directory
 from oumi_pl.data.sources import as_sources
 from oumi_pl.losses.preference import WeightedSum
 from oumi_pl.runs import folders
-from oumi_pl.terminal.progress import styled, terminal_width, wrapped
+from oumi_pl.terminal.screen import styled, terminal_width, wrapped
 from oumi_pl.types import RunData, RunModule
 
 LABEL = 12

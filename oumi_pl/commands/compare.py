@@ -10,7 +10,6 @@ from typing import Any
 import yaml
 
 from oumi_pl.commands.parser import Parser
-from oumi_pl.config import command_line
 from oumi_pl.config import files as recipe_files
 from oumi_pl.errors import UserError, nearest
 
@@ -45,7 +44,7 @@ def main(args: list[str]) -> int:
     folder = (options.output or Path("runs") / f"{title}-compare").expanduser()
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise UserError(f"--output: {folder} is not empty; name another folder")
-    overrides = command_line.with_model(overrides, recipe)
+    overrides = recipe_files.with_model(overrides, recipe)
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "recipe.yaml").write_text(yaml.safe_dump(_bare(recipe), sort_keys=False), encoding="utf-8")
     try:

@@ -79,7 +79,7 @@ def from_folder(name: str, trust_remote_code: bool = False) -> Loaded:
     """
     from oumi_pl.errors import reason
     from oumi_pl.models.hub import locate
-    from oumi_pl.terminal.quiet import quiet
+    from oumi_pl.terminal.screen import quiet
 
     quiet()
     path = locate(name, "--model")

@@ -170,8 +170,8 @@ def _places() -> dict[str, dict[str, type]]:
 def _groups(command: str) -> dict[str, tuple[str, Options]]:
     """The options that this project adds to a command, by group: title and options."""
     from oumi_pl.config import check
+    from oumi_pl.config.check import Parser
     from oumi_pl.config.cli import CLI
-    from oumi_pl.config.parser import Parser
 
     cli, parser = CLI.__new__(CLI), Parser()  # without `__init__`, which would parse and run a command line
     cli.command = command

@@ -64,7 +64,7 @@ def documents_of(batch: Mapping[str, Any]) -> Iterator[Document]:
 
 
 def _paths(batch: Mapping[str, Any]) -> Iterator[Document]:
-    """The path of each segment. Does not use `models.layouts`, so that a bug there shows up as a difference."""
+    """The path of each segment. Does not use the layouts of `models.lm`: that way a bug there shows as a difference."""
     ids, targets = _array(batch["input_ids"])[0], _array(batch["targets"])
     predictors, owners = _array(batch["predictors"]), _array(batch["target_segments"])
     for i in range(len(batch["segments"])):

@@ -24,10 +24,8 @@ from oumi_pl.callbacks.start import Start
 from oumi_pl.callbacks.stopping import LastStep, Preemption
 from oumi_pl.callbacks.throughput import Throughput
 from oumi_pl.callbacks.tracking import Tracking
-from oumi_pl.config.check import Checker, options
-from oumi_pl.config.command_line import read
-from oumi_pl.config.files import as_written
-from oumi_pl.config.parser import Parser, unwrapped_mistakes
+from oumi_pl.config.check import Checker, Parser, options, unwrapped_mistakes
+from oumi_pl.config.files import as_written, read_options
 from oumi_pl.config.refusals import (
     refuse_contradictions,
     refuse_missing_gpus,
@@ -41,8 +39,7 @@ from oumi_pl.modules.base import LanguageModule
 from oumi_pl.runs.checkpoints import AtomicCheckpointIO
 from oumi_pl.runs.loggers import names as logger_names
 from oumi_pl.runs.metrics import MetricsCSV
-from oumi_pl.terminal.progress import Line
-from oumi_pl.terminal.quiet import quiet
+from oumi_pl.terminal.screen import Line, quiet
 
 TRAINER_DEFAULTS = {
     "use_distributed_sampler": False,  # our plan is already divided among ranks
@@ -101,7 +98,7 @@ class CLI(LightningCLI):
         checker = Checker(options(self._subcommand_parsers[self.command]))
         for tree in self.trees:
             checker.check_recipe(tree)
-        checker.check_options(read(args[1:]))
+        checker.check_options(read_options(args[1:]))
         super().parse_arguments(parser, args)
         refuse_seed(self.config[self.command].get("seed_everything"))
 

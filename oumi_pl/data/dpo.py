@@ -3,7 +3,7 @@
 from functools import cached_property
 from typing import Any
 
-from oumi_pl.data.chat import ChatData
+from oumi_pl.data.examples import ChatData
 from oumi_pl.data.formats import FORMATS
 from oumi_pl.data.pairs import TokenizePairs
 from oumi_pl.data.preferences import PREFERENCE_FORMATS

@@ -3,7 +3,7 @@
 from functools import cached_property
 from typing import Any, Literal
 
-from oumi_pl.data.chat import ChatData
+from oumi_pl.data.examples import ChatData
 from oumi_pl.data.tokenize import Tokenize
 
 

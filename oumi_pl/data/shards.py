@@ -18,7 +18,7 @@ import numpy as np
 
 from oumi_pl.data.documents import Document, TokenizeDocuments, in_chunks
 from oumi_pl.errors import UserError
-from oumi_pl.terminal.progress import track
+from oumi_pl.terminal.screen import track
 
 FORMAT = 1
 """Version of the files and of the tokenization of documents: increase it when either changes."""

@@ -25,7 +25,7 @@ from oumi_pl.data.formats import FORMATS, Format, Formats, find_format, raised, 
 from oumi_pl.data.sources import Source, fingerprint, rows
 from oumi_pl.data.tokenize import Dropped
 from oumi_pl.errors import UserError
-from oumi_pl.terminal.progress import track
+from oumi_pl.terminal.screen import track
 from oumi_pl.types import Example, Record, Row, Segment
 
 REPORT = "report.json"

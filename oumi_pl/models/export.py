@@ -13,8 +13,8 @@ from torch import Tensor
 
 from oumi_pl import __version__
 from oumi_pl.errors import UserError, reason
+from oumi_pl.models.build import is_sharded
 from oumi_pl.models.lm import LM
-from oumi_pl.models.sharding import is_sharded
 from oumi_pl.runs.folders import HALF, remove
 
 if TYPE_CHECKING:

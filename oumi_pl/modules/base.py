@@ -13,15 +13,13 @@ from torch.optim import AdamW, Optimizer
 
 from oumi_pl import attention
 from oumi_pl.errors import UserError
-from oumi_pl.models.build import DType, build_config, build_model, refuse_too_few_positions
+from oumi_pl.models.build import DType, build_config, build_model, is_sharded, refuse_too_few_positions, shard
 from oumi_pl.models.export import export_model, read_heads
 from oumi_pl.models.generation import complete
-from oumi_pl.models.layouts import forest, padded
-from oumi_pl.models.lm import LM, choose_layout, disable_dropout, with_layout
+from oumi_pl.models.lm import LM, choose_layout, disable_dropout, forest, padded, with_layout
 from oumi_pl.models.lora import lora_config
-from oumi_pl.models.sharding import is_sharded, shard
 from oumi_pl.modules.reference import Reference
-from oumi_pl.modules.restorable import RestorableModule
+from oumi_pl.modules.update import RestorableModule
 from oumi_pl.optim import Constant, Schedule, fuse, parameter_groups
 from oumi_pl.types import SPLITS, Batch, RunData
 

@@ -18,12 +18,11 @@ from torch import Tensor
 
 from oumi_pl.attention import NAME
 from oumi_pl.errors import UserError
-from oumi_pl.models.build import DType, build_model
+from oumi_pl.models.build import DType, build_model, is_sharded
 from oumi_pl.models.fingerprint import model_fingerprint, weights_fingerprint
 from oumi_pl.models.hub import locate
 from oumi_pl.models.lm import LM, disable_dropout, with_layout
-from oumi_pl.models.sharding import is_sharded
-from oumi_pl.terminal.progress import track
+from oumi_pl.terminal.screen import track
 from oumi_pl.types import Batch, RunModule
 
 WORDS = ("initial", "online", "none")

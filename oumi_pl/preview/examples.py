@@ -12,7 +12,7 @@ from oumi_pl.data.store import source_records
 from oumi_pl.errors import UserError
 from oumi_pl.preview.pieces import Decoder, Piece, Tokens, segments_of
 from oumi_pl.preview.shown import Mark, Section, Shown
-from oumi_pl.terminal.progress import track
+from oumi_pl.terminal.screen import track
 from oumi_pl.types import Example, Record, Segment
 
 AT_ONCE = 256

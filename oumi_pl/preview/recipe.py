@@ -6,7 +6,7 @@ from typing import Any
 
 from oumi_pl.config import files as recipe_files
 from oumi_pl.config.cli import CLI, instantiate
-from oumi_pl.config.command_line import PREFIX
+from oumi_pl.config.files import PREFIX
 from oumi_pl.data.base import TextData
 from oumi_pl.errors import UserError
 from oumi_pl.runs import folders

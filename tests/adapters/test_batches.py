@@ -8,7 +8,7 @@ from oumi_pl.data.collate import collate
 from oumi_pl.data.row_stream import batch_of
 from oumi_pl.data.windows import Row
 from oumi_pl.errors import UserError
-from oumi_pl.models.layouts import documents, padded
+from oumi_pl.models.lm import documents, padded
 from oumi_pl.types import Example, Segment
 from tests.tiny import data
 

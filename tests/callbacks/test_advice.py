@@ -21,7 +21,7 @@ from oumi_pl.data import examples
 from oumi_pl.data.template import load_template
 from oumi_pl.data.tokenizers import ByteTokenizer
 from oumi_pl.optim.muon import MuonAdamW
-from oumi_pl.terminal import quiet
+from oumi_pl.terminal import screen
 from tests.tiny import data, module, trainer
 
 REPORT = {"train": {"kept": 200, "cut": 0}, "validation": {"kept": 10, "cut": 0}}
@@ -296,11 +296,9 @@ def test_warnings_are_yellow_and_not_broken_within_words_on_a_terminal(monkeypat
     monkeypatch.setattr(sys, "stderr", terminal)
     monkeypatch.setenv("TERM", "xterm")
     monkeypatch.delenv("NO_COLOR", raising=False)
-    for place in ("oumi_pl.terminal.quiet", "oumi_pl.terminal.progress"):
-        monkeypatch.setattr(f"{place}.terminal_width", lambda: 30)
-    shown = quiet._formatted("something is as it should not be, and so on")
+    monkeypatch.setattr(screen, "terminal_width", lambda: 30)
+    shown = screen._formatted("something is as it should not be, and so on")
     assert shown == "\033[33mwarning: something is as it\n  should not be, and so on\033[0m\n"
-    for place in ("oumi_pl.terminal.quiet", "oumi_pl.terminal.progress"):
-        monkeypatch.setattr(f"{place}.terminal_width", lambda: None)
+    monkeypatch.setattr(screen, "terminal_width", lambda: None)
     monkeypatch.setattr(sys, "stderr", io.StringIO())
-    assert quiet._formatted("something is as it should not be") == "warning: something is as it should not be\n"
+    assert screen._formatted("something is as it should not be") == "warning: something is as it should not be\n"

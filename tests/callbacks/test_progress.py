@@ -14,8 +14,8 @@ import torch
 from oumi_pl.callbacks import progress as pace_module
 from oumi_pl.callbacks.progress import Pace, ProgressLine
 from oumi_pl.config.cli import CLI
-from oumi_pl.terminal import progress
-from oumi_pl.terminal.progress import ERASE, Line, clock, working
+from oumi_pl.terminal import screen
+from oumi_pl.terminal.screen import ERASE, Line, clock, working
 
 STYLE = re.compile(r"\033\[[0-9;]*m")
 FULL = {
@@ -52,7 +52,7 @@ def on_terminal(monkeypatch):
         monkeypatch.setattr(sys, "stdout", made)
         return made
 
-    for module in ("oumi_pl.terminal.progress", "oumi_pl.callbacks.progress"):
+    for module in ("oumi_pl.terminal.screen", "oumi_pl.callbacks.progress"):
         monkeypatch.setattr(f"{module}.terminal_width", lambda: made.width)
     monkeypatch.setattr("oumi_pl.callbacks.progress.EVERY", 0.0)
     yield begin
@@ -332,7 +332,7 @@ def test_short_work_says_nothing_and_long_work_what_it_was(monkeypatch, capsys):
     with working("loading a small model"):
         pass
     assert capsys.readouterr().err == ""
-    monkeypatch.setattr(progress, "SHOW_AFTER_PLAIN", 0.0)
+    monkeypatch.setattr(screen, "SHOW_AFTER_PLAIN", 0.0)
     with working("loading a large model"):
         time.sleep(0.2)
     first, last = capsys.readouterr().err.splitlines()
@@ -342,7 +342,7 @@ def test_short_work_says_nothing_and_long_work_what_it_was(monkeypatch, capsys):
 
 def test_a_spinner_turns_on_a_terminal_while_something_is_loaded(on_terminal, monkeypatch):
     terminal = on_terminal()
-    monkeypatch.setattr(progress, "SHOW_AFTER", 0.0)
+    monkeypatch.setattr(screen, "SHOW_AFTER", 0.0)
     with working("loading a model"):
         while not (shown := terminal.screen[-1]):
             time.sleep(0.01)

@@ -35,7 +35,7 @@ def begun(tmp_path_factory):
 
 
 def said(begun, monkeypatch, capsys, width):
-    for place in ("oumi_pl.terminal.progress", "oumi_pl.callbacks.start"):
+    for place in ("oumi_pl.terminal.screen", "oumi_pl.callbacks.start"):
         monkeypatch.setattr(f"{place}.terminal_width", lambda: width)
     capsys.readouterr()
     Start().on_train_start(*begun[:2])

@@ -7,8 +7,7 @@ import torch
 
 from oumi_pl.callbacks import throughput
 from oumi_pl.callbacks.throughput import Throughput, flops_per_token, peak_flops
-from oumi_pl.models.layouts import padded
-from oumi_pl.models.lm import LM
+from oumi_pl.models.lm import LM, padded
 from oumi_pl.modules import base
 from oumi_pl.runs.metrics import MetricsCSV
 from tests.tiny import data, module, trainer

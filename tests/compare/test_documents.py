@@ -7,7 +7,7 @@ import torch
 from oumi_pl.adapters.batches import pair_inputs, token_inputs
 from oumi_pl.compare.worker import digest, documents_of
 from oumi_pl.data.collate import collate
-from oumi_pl.models.layouts import documents, padded
+from oumi_pl.models.lm import documents, padded
 from oumi_pl.types import Example, Segment
 
 ROWS = [([i], [Example(np.arange(5, 5 + n), np.arange(n) >= m)]) for i, (n, m) in enumerate([(6, 3), (4, 1), (7, 6)])]

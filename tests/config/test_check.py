@@ -9,9 +9,8 @@ from jsonargparse import ArgumentParser
 from torch import Tensor
 from torch.optim import AdamW, Optimizer
 
-from oumi_pl.config.check import Argument, Checker, arguments, kinds, options, places, type_names
-from oumi_pl.config.command_line import read
-from oumi_pl.config.parser import innermost
+from oumi_pl.config.check import Argument, Checker, arguments, innermost, kinds, options, places, type_names
+from oumi_pl.config.files import read_options
 from oumi_pl.errors import UserError
 
 
@@ -236,7 +235,7 @@ def test_a_later_recipe_need_not_name_the_class_again(root):
 def test_mistake_in_an_option(root, typed, message):
     checker = Checker(root)
     checker.check_recipe(BOTH)
-    assert message in refusal(checker.check_options, read(typed.split()))
+    assert message in refusal(checker.check_options, read_options(typed.split()))
 
 
 @pytest.mark.parametrize(
@@ -258,7 +257,7 @@ def test_mistake_in_an_option(root, typed, message):
 def test_no_mistake_in_options(root, typed):
     checker = Checker(root)
     checker.check_recipe(BOTH)
-    checker.check_options(read(typed.split()))
+    checker.check_options(read_options(typed.split()))
 
 
 def test_model_and_data_are_named(root):

@@ -2,7 +2,7 @@
 
 import pytest
 
-from oumi_pl.config.command_line import differing
+from oumi_pl.config.files import differing
 
 RUN = {
     "seed_everything": 1,

@@ -21,7 +21,7 @@ from oumi_pl.data.sources import Source
 from oumi_pl.data.tokenizers import ByteTokenizer
 from oumi_pl.data.trained_bpe import TrainedBPE
 from oumi_pl.errors import UserError
-from oumi_pl.models.layouts import forest
+from oumi_pl.models.lm import forest
 from oumi_pl.runs.checkpoints import AtomicCheckpointIO
 from oumi_pl.types import Segment
 from tests.data.corpora import corpus, documents, handed_out, pretrain_data

@@ -11,9 +11,8 @@ from oumi_pl.attention import NAME
 from oumi_pl.data.collate import collate
 from oumi_pl.data.tokenizers import ByteTokenizer
 from oumi_pl.errors import UserError
-from oumi_pl.models import layouts
-from oumi_pl.models.layouts import documents, forest, padded, positions
-from oumi_pl.models.lm import LM, choose_layout
+from oumi_pl.models import lm
+from oumi_pl.models.lm import LM, choose_layout, documents, forest, padded, positions
 from oumi_pl.modules.dpo import DPO
 from oumi_pl.modules.sft import SFT
 from oumi_pl.types import Example, Segment
@@ -155,14 +154,14 @@ def one_place_on(segments, starts):
     return own_places(segments, starts) + 1
 
 
-own_places = layouts._own_places
+own_places = lm._own_places
 FAULTS = {"path_positions": parents_end, "_own_places": one_place_on}
 
 
 @pytest.mark.parametrize("fault", FAULTS)
 @pytest.mark.parametrize("layout", ["documents", "padded"])
 def test_another_path_or_place_is_caught(layout, fault, monkeypatch):
-    monkeypatch.setattr(layouts, fault, FAULTS[fault])
+    monkeypatch.setattr(lm, fault, FAULTS[fault])
     arrange, attention = LAYOUTS[layout]
     with pytest.raises((AssertionError, IndexError)):
         for seed in range(6):
@@ -222,7 +221,7 @@ def padding_changed(batch):
     """The padded layout with other tokens in the padding."""
     inputs, places = padded(batch)
     ids = torch.where(inputs["attention_mask"].bool(), inputs["input_ids"], inputs["input_ids"] + 1)
-    return layouts.Arranged(inputs | {"input_ids": ids % VOCAB}, places)
+    return lm.Arranged(inputs | {"input_ids": ids % VOCAB}, places)
 
 
 def test_nothing_depends_on_what_the_padding_holds():

@@ -9,8 +9,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, LlamaForCausalLM
 from oumi_pl import attention
 from oumi_pl.errors import UserError
 from oumi_pl.losses.causal import CrossEntropy
-from oumi_pl.models.layouts import documents, forest, padded
-from oumi_pl.models.lm import LM, States
+from oumi_pl.models.lm import LM, States, documents, forest, padded
 from oumi_pl.types import IGNORE_INDEX, Example
 from tests.trees import batch_of
 

@@ -15,7 +15,7 @@ from oumi_pl.data.tokenizers import ByteTokenizer
 from oumi_pl.errors import UserError
 from oumi_pl.losses.preference import Sigmoid
 from oumi_pl.models.build import build_model
-from oumi_pl.models.layouts import documents, forest
+from oumi_pl.models.lm import documents, forest
 from oumi_pl.modules.dpo import DPO
 from tests.conftest import free_port
 from tests.models.test_lora import pretrained

@@ -9,7 +9,7 @@ import torch
 
 from oumi_pl.__main__ import main
 from oumi_pl.losses.causal import CrossEntropy
-from oumi_pl.models.layouts import documents, padded
+from oumi_pl.models.lm import documents, padded
 from oumi_pl.modules.sft import SFT
 from tests.tiny import conversations, data, distance, fit, module, trainer, weights, write_jsonl
 

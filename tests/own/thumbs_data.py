@@ -3,7 +3,7 @@
 from dataclasses import dataclass, replace
 from functools import cached_property
 
-from oumi_pl.data.chat import ChatData
+from oumi_pl.data.examples import ChatData
 from oumi_pl.data.tokenize import Tokenize
 from oumi_pl.types import Conversation, Example, Record
 

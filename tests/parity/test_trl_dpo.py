@@ -6,7 +6,7 @@ import lightning as L
 import pytest
 import torch
 
-from oumi_pl.models.layouts import documents, forest
+from oumi_pl.models.lm import documents, forest
 from oumi_pl.optim.schedules import Linear
 from tests.parity.test_trl import Record
 from tests.tiny import distance, dpo, dpo_data, trainer, weights

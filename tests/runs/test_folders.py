@@ -6,7 +6,7 @@ import os
 
 import pytest
 
-from oumi_pl.config import command_line
+from oumi_pl.config import files as recipe_files
 from oumi_pl.errors import UserError
 from oumi_pl.runs import folders
 from oumi_pl.runs.folders import checkpoint_name
@@ -25,7 +25,7 @@ def run(root, name="r", recipe="r", status="stopped", created=0, step=None, conf
 
 
 def arguments(args=(), resume="", recipe="r", tree=None, command="fit"):
-    return command_line.resume_arguments(command, resume, recipe, list(args), tree or {})
+    return recipe_files.resume_arguments(command, resume, recipe, list(args), tree or {})
 
 
 def refusal(*args, **kwargs) -> str:

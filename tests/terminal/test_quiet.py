@@ -6,7 +6,7 @@ import pytest
 import torch
 from lightning.pytorch.trainer.connectors.logger_connector import result
 
-from oumi_pl.terminal.quiet import quiet
+from oumi_pl.terminal.screen import quiet
 
 
 @pytest.mark.parametrize(

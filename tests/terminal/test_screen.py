@@ -8,7 +8,7 @@ import pytest
 
 from oumi_pl.commands import generate, preview, recipes
 from oumi_pl.preview import pieces
-from oumi_pl.terminal import progress
+from oumi_pl.terminal import screen
 from oumi_pl.terminal.screen import has_colours, is_terminal, meanwhile, visible
 
 
@@ -46,8 +46,8 @@ def test_every_command_decides_alike_on_colours(monkeypatch, tty, term, no_color
         patch.setattr("oumi_pl.preview.terminal.show", lambda *_, plain, **__: shown.append(not plain))
         recipes.main([])
         preview.main(["--config", "quickstart/sft"])
-        shown += ["\033" in generate._dim("a"), "\033" in progress.styled("a", "red"), "True" in stream.getvalue()]
-        assert (progress.terminal_width() is not None) == obeys
+        shown += ["\033" in generate._dim("a"), "\033" in screen.styled("a", "red"), "True" in stream.getvalue()]
+        assert (screen.terminal_width() is not None) == obeys
     assert shown == [colours] * 4
 
 

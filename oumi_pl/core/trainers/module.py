@@ -22,8 +22,7 @@ from oumi_pl.core.trainers.optimisation import build_optimizer, build_schedule
 from oumi_pl.core.trainers.records import MetricsFile
 from oumi_pl.core.trainers.saving import load_weights, save_weights
 from oumi_pl.errors import UserError
-from oumi_pl.modules.restorable import RestorableModule
-from oumi_pl.modules.update import Split
+from oumi_pl.modules.update import RestorableModule, Split
 from oumi_pl.optim import fuse, parameter_groups
 from oumi_pl.runs.folders import HALF, remove
 from oumi_pl.types import Sums
