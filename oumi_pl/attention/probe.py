@@ -41,7 +41,7 @@ def refuse_unless_isolating(model: nn.Module) -> None:
     Raises:
         UserError: a document's hidden states depend on its neighbours.
     """
-    base = _base_model(model)
+    base = body_of(model)
     documents = [Segment(7), Segment(6)]
     first, second = _random_ids(base, 13).split([7, 6], 1)
     changed = (first + 1) % len(_embedding(base))
@@ -83,7 +83,7 @@ def why_not_shared(model: nn.Module) -> str | None:
     Compares the hidden states of each segment of a small forest with those of its path run alone. The argument is that
     of `refuse_unless_isolating`.
     """
-    base = _base_model(model)
+    base = body_of(model)
     positions = position_ids(FOREST)
     ids = _random_ids(base, len(positions))
     try:
@@ -125,10 +125,15 @@ def probing(model: nn.Module, device: torch.device) -> Iterator[None]:
         yield
 
 
-def _base_model(model: nn.Module) -> Any:
+def body_of(model: nn.Module) -> Any:
+    """The part of a transformers model, with or without PEFT's layers, that returns hidden states.
+
+    That is its `base_model`, except for architectures whose prefix names a part they don't have (Llama 4).
+    """
     unwrap = getattr(model, "get_base_model", None)  # PEFT's
     model = unwrap() if callable(unwrap) else model
-    return getattr(model, "base_model", model)
+    body = getattr(model, "base_model", model)
+    return body.model if body is model and body.get_output_embeddings() is not None else body
 
 
 def _embedding(base: Any) -> Tensor:

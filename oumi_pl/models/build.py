@@ -17,7 +17,7 @@ from oumi_pl.attention.interface import NO_PACKING
 from oumi_pl.errors import UserError, nearest, reason
 from oumi_pl.models.hub import locate
 from oumi_pl.models.lm import LM
-from oumi_pl.models.lora import with_lora
+from oumi_pl.models.lora import merged, with_lora
 from oumi_pl.terminal.screen import working
 
 if TYPE_CHECKING:
@@ -269,7 +269,7 @@ def _pretrained(
     # mismatches are reported below in one line: transformers would print a table and fill in random weights
     kwargs |= {"use_safetensors": True, "output_loading_info": True, "ignore_mismatched_sizes": True}
     try:
-        with working(f"loading {model}"), _without_load_report():
+        with working(f"loading {model}"), without_load_report():
             hf, info = loaded(AutoModelForCausalLM.from_pretrained, model, **kwargs)
     except (UserError, KeyError) as error:
         _refuse_attention(attn, error.__cause__ or error)
@@ -289,7 +289,7 @@ def _pretrained(
 
 
 @contextmanager
-def _without_load_report() -> Iterator[None]:
+def without_load_report() -> Iterator[None]:
     """Silences transformers' report of missing and unexpected weights."""
     from transformers.utils import logging as hf_logging
 
@@ -371,12 +371,12 @@ def _with_adapter_merged(hf: "PreTrainedModel", adapter: str) -> "PreTrainedMode
     from peft import PeftModel
 
     try:
-        merged = PeftModel.from_pretrained(hf, adapter).merge_and_unload()
+        bare = merged(PeftModel.from_pretrained(hf, adapter))
     except (ValueError, RuntimeError, IndexError) as error:
         raise UserError(f"model: the adapter in {adapter} does not fit its base model: {reason(error)}") from error
-    for parameter in merged.parameters():  # PEFT has frozen the base
+    for parameter in bare.parameters():  # PEFT has frozen the base
         parameter.requires_grad_(parameter.is_floating_point())
-    return merged
+    return bare
 
 
 @torch.no_grad()

@@ -1,9 +1,12 @@
-"""LoRA through PEFT: checks of the recipe's `lora:`, and the embedding rows of added tokens."""
+"""LoRA through PEFT: checks of the recipe's `lora:`, its layers, the embedding rows of added tokens, and merging."""
 
+import copy
 import inspect
-from collections.abc import Sequence
+import warnings
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import nn
 
 from oumi_pl.errors import UserError, nearest, reason
@@ -18,6 +21,7 @@ _VALUES: dict[str, tuple[Any, Any, str]] = {
     "lora_dropout": (int | float, lambda p: 0 <= p < 1, "a number from 0 to below 1"),
 }
 """Key -> type, condition and description of the values that PEFT would fail on later, without naming the key."""
+ALL_LINEAR = "all-linear"
 _REWRITES_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
 
 
@@ -44,7 +48,7 @@ def lora_config(lora: dict[str, Any]) -> Any:
         # checkpoints and exports hold only the adapter, for the base weights on disk
         raise UserError(f"model.lora.init_lora_weights: {start!r} rewrites the base weights; use true, or 'gaussian'")
     try:
-        return LoraConfig(**{"task_type": "CAUSAL_LM", "target_modules": "all-linear"} | lora)
+        return LoraConfig(**{"task_type": "CAUSAL_LM", "target_modules": ALL_LINEAR} | lora)
     except (ValueError, TypeError) as error:
         raise UserError(f"model.lora: {reason(error)}") from error
 
@@ -66,12 +70,20 @@ def with_lora(
     config = lora_config(lora)
     if added_tokens and "trainable_token_indices" not in lora:
         config.trainable_token_indices = _token_rows(hf, added_tokens, lora.get("modules_to_save") or ())
+    if config.target_modules == ALL_LINEAR and config.target_parameters is None:
+        _target_experts(hf, config)
     if getattr(hf, "is_quantized", False):
         hf = prepare_model_for_kbit_training(hf, use_gradient_checkpointing=False)
     _refuse_unsaved(hf, lora.get("modules_to_save") or ())
     try:
         return get_peft_model(hf, config, revision=revision)
     except ValueError as error:
+        if "ParamWrapper does not work with" in str(error):
+            setting = str(error).rpartition(" with ")[2].rstrip(".")
+            raise UserError(
+                f"model.lora: {setting} can't be had for the weights of experts, which {ALL_LINEAR} includes; leave it "
+                "out, or name target_modules"
+            ) from error
         linear = sorted({n.rsplit(".", 1)[-1] for n, m in hf.named_modules() if isinstance(m, nn.Linear | Conv1D)})
         layers = f"linear layers of this model: {', '.join(linear)}"
         targets = lora.get("target_modules")
@@ -82,6 +94,83 @@ def with_lora(
         near = nearest(wrong, linear)
         hint = f"{near} {layers}" if near.startswith("; did") else f"; {layers}"
         raise UserError(f"model.lora.target_modules: {wrong!r} matches no layer{hint}") from error
+
+
+def merged(hf: Any) -> Any:
+    """Adds the adapters of a PEFT model to its weights, in place, and returns the bare model.
+
+    Adapters may change the embedding and the head differently although these share a weight. They are untied first,
+    and tied again if they are still equal; else `tie_word_embeddings` of the config becomes false.
+    """
+    base = hf.get_base_model()
+    tied = [_base_layer(layer) for layer in (base.get_input_embeddings(), base.get_output_embeddings())]
+    is_tied = None not in tied and tied[0].weight is tied[1].weight
+    if is_tied:
+        tied[1].weight = nn.Parameter(tied[0].weight.detach().clone(), tied[0].weight.requires_grad)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Model with `tie_word_embeddings=True`")  # no longer
+        warnings.filterwarnings("ignore", message="Input and output embeddings are no longer tied")
+        config = copy.deepcopy(base.config)  # PEFT marks whatever is untied as untied
+        model = hf.merge_and_unload()
+    embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
+    if is_tied and torch.equal(embedding.weight, head.weight):
+        model.config.tie_word_embeddings = config.tie_word_embeddings
+        head.weight = embedding.weight
+    elif head is not None and head.weight is not embedding.weight:
+        for part in (model.config, model.config.get_text_config()):
+            part.tie_word_embeddings = False
+    return model
+
+
+def _base_layer(layer: Any) -> Any:
+    """A layer without PEFT's wrappers."""
+    while layer is not None and hasattr(layer, "base_layer"):
+        layer = layer.base_layer
+    return layer
+
+
+def _target_experts(hf: "PreTrainedModel", config: Any) -> None:
+    """Makes `all-linear` mean the same for every mixture of experts: all linear layers but the head, all experts
+    and routers.
+
+    PEFT finds experts by the names of a few architectures (Mixtral, Qwen3-MoE), leaves out those of others (gpt-oss),
+    and drops shared experts and dense layers whose names are like those of experts. Here, experts are the parameters
+    with a matrix per expert, and routers those with a row per expert. Does nothing for a model without any.
+    """
+    from peft.utils.transformers_weight_conversion import convert_peft_config_for_transformers
+    from transformers.pytorch_utils import Conv1D
+
+    experts = list(_experts(hf))
+    if not experts:
+        return
+    head = hf.get_output_embeddings()
+    linear = {n: m for n, m in hf.named_modules() if isinstance(m, nn.Linear | Conv1D) and m is not head}
+    converted = copy.deepcopy(config)
+    converted.target_modules = set(linear)
+    convert_peft_config_for_transformers(converted, hf, None)
+    # By their weight, not as layers: those that PEFT would take for experts by their name, also when the adapter is
+    # loaded, and routers that are linear layers but return more than one value.
+    weights = {n for n, m in linear.items() if type(m).__module__.startswith("transformers.models.")}
+    weights |= linear.keys() - set(converted.target_modules)
+    config.target_modules = linear.keys() - weights
+    config.target_parameters = sorted({_below_layer(n) for n in (*experts, *(f"{n}.weight" for n in weights))})
+
+
+def _experts(hf: "PreTrainedModel") -> Iterator[str]:
+    """Names of the parameters `[experts, in, out]` or `[experts, out, in]`, and of routers `[experts, in]`."""
+    config = hf.config.get_text_config().to_dict()
+    counts = {v for k, v in config.items() if "experts" in k and "experts_per" not in k and isinstance(v, int)} - {1}
+    for path, module in hf.named_modules():
+        if not isinstance(module, nn.Linear | nn.Embedding | nn.modules.conv._ConvNd):
+            for name, parameter in module.named_parameters(prefix=path, recurse=False):
+                if parameter.ndim in (2, 3) and parameter.shape[0] in counts:
+                    yield name
+
+
+def _below_layer(name: str) -> str:
+    """A name without the path to the layer, which is the same in each: `mlp.experts.down_proj`."""
+    parts = name.split(".")
+    return ".".join(parts[max((i for i, part in enumerate(parts) if part.isdigit()), default=-1) + 1 :])
 
 
 def _refuse_unsaved(hf: "PreTrainedModel", saved: Sequence[str]) -> None:
