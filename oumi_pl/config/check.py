@@ -84,7 +84,7 @@ for _package in (callbacks, data, losses, modules, optim):
     for _module in pkgutil.walk_packages(_package.__path__, f"{_package.__name__}."):
         importlib.import_module(_module.name)
 
-ACCIDENTAL = ("accelerate", "transformers")
+ACCIDENTAL = ("accelerate", "bitsandbytes", "transformers")
 """Imported packages whose optimizers have the same names as torch's."""
 
 

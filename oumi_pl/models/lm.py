@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from oumi_pl.attention import NAME, packed, why_not_isolating, why_not_shared
 from oumi_pl.attention.probe import body_of, probing
+from oumi_pl.attention.rotary import rows_of
 from oumi_pl.attention.segments import path_positions
 from oumi_pl.errors import UserError
 from oumi_pl.losses.causal import TokenLossOutput, token_logps, token_loss_sum
@@ -251,7 +252,7 @@ class LM(nn.Module):
         config = self.base.config.get_text_config()
         scale = getattr(config, "logit_scale", None) or 1.0  # Cohere multiplies
         scale /= getattr(config, "logits_scaling", None) or 1.0  # Granite divides
-        cap = getattr(config, "final_logit_softcapping", None)  # Gemma
+        cap = getattr(config, "final_logit_softcapping", None) or getattr(config, "logits_soft_cap", None)  # Gemma
         if scale == 1.0 and cap is None:
             return None
         return lambda logits: _scaled_and_capped(logits, scale, cap)
@@ -271,12 +272,15 @@ class LM(nn.Module):
         """Last hidden states `[batch, seq, hidden]`, and the weighted router loss where the model has one."""
         coefficient = self._router_coefficient
         kwargs: dict[str, Any] = {"output_router_logits": True} if coefficient else {}
-        with packed(inputs.get("segments")):
+        mask = inputs.get("attention_mask")
+        rows, width = inputs["input_ids"].shape
+        lengths = [width] * rows if mask is None else mask.sum(1).tolist()
+        with packed(inputs.get("segments")), rows_of(lengths):
             # with a cache, transformers would ignore the borders of packed documents
             output = self.body(
                 input_ids=inputs["input_ids"],
                 position_ids=inputs["position_ids"],
-                attention_mask=inputs.get("attention_mask"),
+                attention_mask=mask,
                 use_cache=False,
                 **kwargs,
             )
@@ -346,33 +350,35 @@ class LM(nn.Module):
             )
 
 
-def choose_layout(hf: Any, share: bool = True) -> tuple[Layout, str]:
+def choose_layout(hf: Any, share: bool = True, longest: int = 0) -> tuple[Layout, str]:
     """Finds the cheapest layout that is exact for a model by running it, and the reason why no cheaper one is.
 
     Args:
         hf: The model, unsharded; unchanged afterwards.
         share: Whether to try to compute shared tokens once; False also if nothing is shared.
+        longest: Tokens of the longest row: lengths below it at which the config says that the model changes are tried.
     """
     why = ""
     if share:
         why = why_not_shared(hf) or ""
-        if not why:
-            return forest, ""
-    apart = why_not_isolating(hf)
+    apart = why_not_isolating(hf, longest)
+    if share and not why and apart is None:
+        return forest, ""
     return (documents, why) if apart is None else (padded, apart)
 
 
-def with_layout(build: Callable[[bool], Any], share: bool = True) -> LM:
+def with_layout(build: Callable[[bool], Any], share: bool = True, longest: int = 0) -> LM:
     """Builds a model with the cheapest layout that is exact for it.
 
     Args:
         build: Builds the Hugging Face model, with the attention that packed rows need (True) or with its own (False).
         share: As of `choose_layout`.
+        longest: As of `choose_layout`.
     """
     state, hf = torch.get_rng_state(), None
     try:
         hf = build(True)
-        layout, reason = choose_layout(hf, share)
+        layout, reason = choose_layout(hf, share, longest)
     except UserError as error:  # architectures without an implementation of this attention
         layout, reason = padded, str(error)
     if layout is padded and (hf is None or hf.config._attn_implementation == NAME):

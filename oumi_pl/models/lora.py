@@ -3,12 +3,13 @@
 import copy
 import inspect
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 
+from oumi_pl.attention.probe import body_of, probing
 from oumi_pl.errors import UserError, nearest, reason
 
 if TYPE_CHECKING:
@@ -71,7 +72,7 @@ def with_lora(
     if added_tokens and "trainable_token_indices" not in lora:
         config.trainable_token_indices = _token_rows(hf, added_tokens, lora.get("modules_to_save") or ())
     if config.target_modules == ALL_LINEAR and config.target_parameters is None:
-        _target_experts(hf, config)
+        _target_all_linear(hf, config)
     if getattr(hf, "is_quantized", False):
         hf = prepare_model_for_kbit_training(hf, use_gradient_checkpointing=False)
     _refuse_unsaved(hf, lora.get("modules_to_save") or ())
@@ -103,22 +104,21 @@ def merged(hf: Any) -> Any:
     and tied again if they are still equal; else `tie_word_embeddings` of the config becomes false.
     """
     base = hf.get_base_model()
+    tying = [part for part in (base.config, base.config.get_text_config()) if part.tie_word_embeddings]
     tied = [_base_layer(layer) for layer in (base.get_input_embeddings(), base.get_output_embeddings())]
-    is_tied = None not in tied and tied[0].weight is tied[1].weight
-    if is_tied:
-        tied[1].weight = nn.Parameter(tied[0].weight.detach().clone(), tied[0].weight.requires_grad)
+    weights = [getattr(layer, "_parameters", {}).get("weight") for layer in tied]  # None: trained as a whole
+    if weights[0] is not None and weights[0] is weights[1]:
+        tied[1].weight = nn.Parameter(weights[0].detach().clone(), weights[0].requires_grad)
     with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="Model with `tie_word_embeddings=True`")  # no longer
+        warnings.filterwarnings("ignore", message="Model with `tie_word_embeddings=True`")  # they are no longer
         warnings.filterwarnings("ignore", message="Input and output embeddings are no longer tied")
-        config = copy.deepcopy(base.config)  # PEFT marks whatever is untied as untied
         model = hf.merge_and_unload()
     embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
-    if is_tied and torch.equal(embedding.weight, head.weight):
-        model.config.tie_word_embeddings = config.tie_word_embeddings
+    is_equal = head is None or torch.equal(embedding.weight, head.weight)
+    for part in tying:
+        part.tie_word_embeddings = is_equal
+    if tying and head is not None and is_equal:
         head.weight = embedding.weight
-    elif head is not None and head.weight is not embedding.weight:
-        for part in (model.config, model.config.get_text_config()):
-            part.tie_word_embeddings = False
     return model
 
 
@@ -129,31 +129,61 @@ def _base_layer(layer: Any) -> Any:
     return layer
 
 
-def _target_experts(hf: "PreTrainedModel", config: Any) -> None:
-    """Makes `all-linear` mean the same for every mixture of experts: all linear layers but the head, all experts
-    and routers.
+def _target_all_linear(hf: "PreTrainedModel", config: Any) -> None:
+    """Makes `all-linear` mean the same for every architecture.
 
-    PEFT finds experts by the names of a few architectures (Mixtral, Qwen3-MoE), leaves out those of others (gpt-oss),
-    and drops shared experts and dense layers whose names are like those of experts. Here, experts are the parameters
-    with a matrix per expert, and routers those with a row per expert. Does nothing for a model without any.
+    That is all linear layers but the head, and experts and routers that are no layers but parameters with a matrix or a
+    row per expert. PEFT finds these by the names of a few architectures (Mixtral, Qwen3-MoE), leaves out those of
+    others (gpt-oss), and drops shared experts and dense layers whose names are like those of experts. Layers that the
+    model never calls, because it reads their weights itself, are left out: an adapter would change nothing.
     """
     from peft.utils.transformers_weight_conversion import convert_peft_config_for_transformers
     from transformers.pytorch_utils import Conv1D
 
-    experts = list(_experts(hf))
-    if not experts:
-        return
     head = hf.get_output_embeddings()
     linear = {n: m for n, m in hf.named_modules() if isinstance(m, nn.Linear | Conv1D) and m is not head}
+    experts = list(_experts(hf))
+    unusable = _uncalled(hf, linear) | {n for n in linear if _is_refused(hf, config, n)}
+    if not experts and not unusable:
+        return
     converted = copy.deepcopy(config)
     converted.target_modules = set(linear)
     convert_peft_config_for_transformers(converted, hf, None)
     # By their weight, not as layers: those that PEFT would take for experts by their name, also when the adapter is
     # loaded, and routers that are linear layers but return more than one value.
     weights = {n for n, m in linear.items() if type(m).__module__.startswith("transformers.models.")}
-    weights |= linear.keys() - set(converted.target_modules)
-    config.target_modules = linear.keys() - weights
-    config.target_parameters = sorted({_below_layer(n) for n in (*experts, *(f"{n}.weight" for n in weights))})
+    weights = (weights | (linear.keys() - set(converted.target_modules))) - unusable
+    config.target_modules = linear.keys() - weights - unusable
+    config.target_parameters = sorted({_below_layer(n) for n in (*experts, *(f"{n}.weight" for n in weights))}) or None
+
+
+def _uncalled(hf: "PreTrainedModel", linear: Mapping[str, nn.Module]) -> set[str]:
+    """Names of the layers that are not called although the module that holds them is, in a pass over a few tokens."""
+    called: set[nn.Module] = set()
+    parents = {n: hf.get_submodule(n.rpartition(".")[0]) for n in linear}
+    hooks = [
+        module.register_forward_pre_hook(lambda module, _: called.add(module))
+        for module in {*linear.values(), *parents.values()}
+    ]
+    body = body_of(hf)
+    try:
+        with probing(hf, hf.device):
+            body(input_ids=torch.arange(2, 10, device=hf.device)[None] % hf.config.get_text_config().vocab_size)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return {n for n, m in linear.items() if m not in called and parents[n] in called}
+
+
+def _is_refused(hf: "PreTrainedModel", config: Any, name: str) -> bool:
+    """Whether PEFT refuses a layer: the fast kernels of Mamba read the weights of some themselves."""
+    from peft.tuners.tuners_utils import _check_lora_target_modules_mamba
+
+    try:
+        _check_lora_target_modules_mamba(config, hf, name.rpartition(".")[2])
+    except ValueError:
+        return True
+    return False
 
 
 def _experts(hf: "PreTrainedModel") -> Iterator[str]:
