@@ -168,7 +168,8 @@ def _uncalled(hf: "PreTrainedModel", linear: Mapping[str, nn.Module]) -> set[str
     body = body_of(hf)
     try:
         with probing(hf, hf.device):
-            body(input_ids=torch.arange(2, 10, device=hf.device)[None] % hf.config.get_text_config().vocab_size)
+            ids = torch.arange(2, 10, device=hf.device)[None] % hf.config.get_text_config().vocab_size
+            body(input_ids=ids, use_cache=False)
     finally:
         for hook in hooks:
             hook.remove()
