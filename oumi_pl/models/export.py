@@ -264,9 +264,10 @@ def _refuse_other_logits(folder: Path, hf: Any, expected: Tensor) -> None:
     is_exact = not weight.is_cuda and weight.dtype in (torch.float32, torch.float64) and "quantization_config" not in kwargs
     tolerance = TOLERANCE if is_exact else HALF_TOLERANCE
     if not off <= tolerance:
+        advice = "; merge the adapter (--merge, or export.merge: true)" if base is not hf else ""
         raise UserError(
             f"the exported {type(base).__name__} is not the trained model: its logits are off by {off:.1e} (relative; "
-            f"{tolerance:.0e} would be rounding), so nothing was written; checkpoints are unharmed"
+            f"{tolerance:.0e} would be rounding), so nothing was written; checkpoints are unharmed{advice}"
         )
 
 
