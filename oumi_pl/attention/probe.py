@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -65,14 +65,15 @@ def refuse_unless_isolating(model: nn.Module, longest: int = 0) -> None:
 
 
 def _refuse_unless_isolated(model: nn.Module, documents: Sequence[Segment]) -> None:
-    base, length = body_of(model), documents[0].length
-    first, second = _random_ids(base, length + documents[1].length).split([document.length for document in documents], 1)
+    base = body_of(model)
+    lengths = [document.length for document in documents]
+    first, second = _random_ids(base, sum(lengths)).split(lengths, 1)
     changed = (first + 1) % len(_embedding(base))
     try:
         with probing(model, _embedding(base).device):
             alone = _hidden_states(base, first, documents[:1]), _hidden_states(base, second, documents[1:])
             together = _hidden_states(base, torch.cat([first, second], 1), documents)
-            beside_another = _hidden_states(base, torch.cat([changed, second], 1), documents)[:, length:]
+            beside_another = _hidden_states(base, torch.cat([changed, second], 1), documents)[:, lengths[0] :]
     except (*ATTENTION_ERRORS, RuntimeError) as error:
         if not _is_attention_error(error):
             raise
@@ -154,9 +155,10 @@ def body_of(model: nn.Module) -> Any:
     That is its `base_model`, except for architectures whose prefix names a part they don't have (Llama 4).
     """
     unwrap = getattr(model, "get_base_model", None)  # PEFT's
-    model = unwrap() if callable(unwrap) else model
-    body = getattr(model, "base_model", model)
-    return body.model if body is model and body.get_output_embeddings() is not None else body
+    model = cast("nn.Module", unwrap()) if callable(unwrap) else model
+    body: Any = getattr(model, "base_model", model)
+    is_whole = body is model and body.get_output_embeddings() is not None
+    return body.model if is_whole else body
 
 
 def _embedding(base: Any) -> Tensor:

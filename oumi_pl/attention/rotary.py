@@ -4,7 +4,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from functools import cache
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -28,11 +28,11 @@ def depends_on_length(module: nn.Module) -> bool:
 
 
 def separate_frequencies(model: nn.Module) -> None:
-    """Makes such rotary embeddings compute each document by itself, within `packed` and `rows_of`. Changes the model."""
+    """Makes such rotary embeddings of a model compute each document by itself, within `packed` and `rows_of`."""
     for module in model.modules():
         if depends_on_length(module):
             # a subclass instead of another `forward` of the instance, which copies of the model would share
-            module.__class__ = _by_document(type(module))
+            cast("Any", module).__class__ = _by_document(type(module))
 
 
 @contextmanager
@@ -46,7 +46,7 @@ def rows_of(lengths: Sequence[int]) -> Iterator[None]:
 
 
 @cache
-def _by_document(kind: type[nn.Module]) -> type[nn.Module]:
+def _by_document(kind: Any) -> Any:
     return kind if issubclass(kind, _ByDocument) else type(kind.__name__, (_ByDocument, kind), {})
 
 

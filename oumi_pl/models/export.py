@@ -71,8 +71,7 @@ def export_model(
     if is_adapter and merge:
         if not is_writing:
             return  # rank 0 merges into a copy of its own
-        if is_sharded(model) or getattr(model.base, "is_quantized", False):
-            raise UserError("sharded or quantised weights can't be merged in place: export the checkpoint with --merge")
+        _refuse_merging_in_place(model)
     if expected is None:
         expected = model.probe_logits()
     state = _gathered(model)
@@ -233,6 +232,12 @@ def _rename_magnitudes(file: Path) -> None:
     save_file(tensors, file, metadata={"format": "pt"})
 
 
+def _refuse_merging_in_place(model: LM) -> None:
+    if is_sharded(model) or getattr(model.base, "is_quantized", False):
+        raise UserError("sharded or quantised weights can't be merged in place: export the checkpoint with --merge")
+
+
+EXACT = {torch.float32, torch.float64}
 TOLERANCE = 1e-4
 """How far the logits of an export may be from those of the live model, as a share of their norm, in float32."""
 HALF_TOLERANCE = 5e-2
@@ -260,8 +265,10 @@ def _refuse_other_logits(folder: Path, hf: Any, expected: Tensor) -> None:
         exported = keep_differentiable(AutoModelForCausalLM.from_pretrained(folder, **kwargs)).eval()
         places = torch.arange(ids.shape[1])[None]
         logits = exported(input_ids=ids, position_ids=places, use_cache=False).logits.float()
+    is_exact = expected.device.type == "cpu" and {weight.dtype, expected.dtype} <= EXACT
+    is_exact = is_exact and "quantization_config" not in kwargs
+    expected = expected.float().cpu()
     off = float((logits - expected).norm() / expected.norm())
-    is_exact = not weight.is_cuda and weight.dtype in (torch.float32, torch.float64) and "quantization_config" not in kwargs
     tolerance = TOLERANCE if is_exact else HALF_TOLERANCE
     if not off <= tolerance:
         advice = "; merge the adapter (--merge, or export.merge: true)" if base is not hf else ""
@@ -277,7 +284,9 @@ def _gathered(model: LM) -> dict[str, Any] | None:
         return None
     from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 
-    state = get_model_state_dict(model.hf, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
+    state: dict[str, Any] = get_model_state_dict(
+        model.hf, options=StateDictOptions(full_state_dict=True, cpu_offload=True)
+    )
     for copied, source in getattr(model.hf, "all_tied_weights_keys", {}).items():
         # gathered twice, so that safetensors can't see that they are one
         if copied in state and source in state and torch.equal(state[copied], state[source]):

@@ -288,10 +288,10 @@ class LM(nn.Module):
         return output.last_hidden_state, router_loss
 
     def probe_logits(self) -> Tensor:
-        """Logits of a few random tokens, `[1, seq, vocabulary]` float32 on the CPU, to compare an export with.
+        """Logits of a few random tokens, `[1, seq, vocabulary]`, to compare an export with.
 
-        They are computed within `forward`: under FSDP2 all ranks have to call this. Restores random generators and
-        training modes.
+        They are computed within `forward`: under FSDP2 all ranks have to call this. Their device and dtype are those
+        of the computation. Restores random generators and training modes.
         """
         ids = probe_ids(self.base.config)
         parameter = next(self.parameters())
@@ -303,12 +303,12 @@ class LM(nn.Module):
         }
 
         def compute(states: States) -> Tensor:
-            logits = self.head(states.hidden).float()
+            logits = self.head(states.hidden)
             return logits if self.logit_transform is None else self.logit_transform(logits)
 
         # eager: compiling for these few tokens would take a minute
         with probing(self, device), torch.compiler.set_stance("force_eager"):
-            return self(batch, compute).cpu()
+            return self(batch, compute)
 
     @property
     def _router_coefficient(self) -> float:

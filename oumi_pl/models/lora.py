@@ -106,9 +106,9 @@ def merged(hf: Any) -> Any:
     base = hf.get_base_model()
     tying = [part for part in (base.config, base.config.get_text_config()) if part.tie_word_embeddings]
     tied = [_base_layer(layer) for layer in (base.get_input_embeddings(), base.get_output_embeddings())]
-    weights = [getattr(layer, "_parameters", {}).get("weight") for layer in tied]  # None: trained as a whole
-    if weights[0] is not None and weights[0] is weights[1]:
-        tied[1].weight = nn.Parameter(weights[0].detach().clone(), weights[0].requires_grad)
+    weights: list[Any] = [getattr(layer, "_parameters", {}).get("weight") for layer in tied]  # None: trained whole
+    if (weight := weights[0]) is not None and weight is weights[1]:
+        tied[1].weight = nn.Parameter(weight.detach().clone(), weight.requires_grad)
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Model with `tie_word_embeddings=True`")  # they are no longer
         warnings.filterwarnings("ignore", message="Input and output embeddings are no longer tied")

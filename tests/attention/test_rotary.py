@@ -25,7 +25,10 @@ KINDS = {
     "longrope": ("phi3", {"rope_parameters": LONGROPE, "original_max_position_embeddings": 16, "sliding_window": None}),
     "dynamic": (
         "llama",
-        {"rope_parameters": {"rope_type": "dynamic", "rope_theta": 100.0, "factor": 4.0}, "max_position_embeddings": 16},
+        {
+            "rope_parameters": {"rope_type": "dynamic", "rope_theta": 100.0, "factor": 4.0},
+            "max_position_embeddings": 16,
+        },
     ),
 }
 LENGTHS = [9, 21, 16, 17, 5, 30]

@@ -145,7 +145,7 @@ def test_help(cli, args):
 
 
 def test_a_short_name_is_torchs_though_a_library_has_one_like_it(cli, monkeypatch):
-    """bitsandbytes has optimizers of torch's names, transformers one; they are imported by other libraries."""
+    """Bitsandbytes has optimizers of torch's names, transformers one; they are imported by other libraries."""
     from transformers.optimization import Adafactor
 
     assert Adafactor.__module__ == "transformers.optimization"

@@ -15,7 +15,7 @@ from tests.architectures import NAMES, small
 from tests.models.test_lora import trainable
 
 CONTROLS = ["llama", "gpt2", "gemma3_text", "qwen3_moe", "gpt_oss", "mamba"]
-"""What the default suite tries: plain, with transposed weights, scaled and tied, fused experts of two kinds, no attention."""
+"""What the default suite tries: plain, transposed weights, scaled and tied, two kinds of experts, no attention."""
 LARGEST = 700_000
 """Parameters; those of models with parts besides the language model can't be made small by a few keys."""
 UNBUILDABLE = {
@@ -72,7 +72,7 @@ def assert_exports(folder, name):
     export_model(adapted, folder / "merged", merge=True)
     assert_same(folder / "merged", adapted.hf)
     if name in NOT_LOADED_ALONE:
-        with pytest.raises(UserError, match="is not the trained model.*; merge the adapter"):
+        with pytest.raises(UserError, match=r"is not the trained model.*; merge the adapter"):
             export_model(adapted, folder / "alone")
         return
     export_model(adapted, folder / "alone")

@@ -83,7 +83,17 @@ def test_all_linear_layers_but_the_head_by_default(tmp_path):
     assert len(trainable(hf)) == 2 * 2 * len(LINEAR)
 
 
-MIXTURES = ["mixtral", "qwen2_moe", "qwen3_moe", "qwen3_next", "gpt_oss", "granitemoe", "deepseek_v3", "phimoe", "llama4_text"]
+MIXTURES = [
+    "mixtral",
+    "qwen2_moe",
+    "qwen3_moe",
+    "qwen3_next",
+    "gpt_oss",
+    "granitemoe",
+    "deepseek_v3",
+    "phimoe",
+    "llama4_text",
+]
 
 OTHERS = ["embed_tokens", "lm_head", "conv1d"]
 
@@ -130,7 +140,9 @@ def test_all_linear_leaves_out_what_peft_refuses(name):
 
 @pytest.mark.parametrize("lora", [{"lora_dropout": 0.1}, {"use_dora": True}])
 def test_what_adapters_of_experts_can_not_do_is_refused(lora):
-    with pytest.raises(UserError, match=rf"model\.lora: {next(iter(lora))}.* the weights of experts.*name target_modules"):
+    with pytest.raises(
+        UserError, match=rf"model\.lora: {next(iter(lora))}.* the weights of experts.*name target_modules"
+    ):
         build_model(None, config=small("gpt_oss"), lora={"r": 2} | lora)
     build_model(None, config=small("gpt_oss"), lora={"r": 2, "target_modules": ["q_proj"]} | lora)
 

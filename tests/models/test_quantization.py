@@ -134,7 +134,9 @@ def test_a_run_exports_its_adapter(tmp_path, monkeypatch, capsys, merge):
     folder = pretrained(cli.directory / "base", **WIDE)
     adamw = {"class_path": "torch.optim.AdamW", "init_args": {"lr": 0.01}}
     model = {"model": folder, "lora": LORA, "quantization": "nf4", "optimizer": adamw, "config": None}
-    cli.recipe({"model.init_args": model, "data.init_args.tokenizer": None, "export.merge": merge, "trainer.max_steps": 2})
+    cli.recipe(
+        {"model.init_args": model, "data.init_args.tokenizer": None, "export.merge": merge, "trainer.max_steps": 2}
+    )
     cli.works("fit", "--config", "r.yaml")
     exported = cli.directory / "runs/r/model"
     assert ("model.safetensors" in names(exported)) is merge

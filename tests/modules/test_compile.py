@@ -29,7 +29,7 @@ def compilations(monkeypatch):
 def test_the_layers_are_compiled(tmp_path, compilations, lora, products):
     """At least the matrix products of a layer, in one graph or several."""
     base = pretrained(tmp_path / "base")
-    weights = []
+    weights, count = [], 0
     for compiled in (True, False):
         sft = SFT(base, lora=lora, optimizer=sgd, compile=compiled)
         L.seed_everything(1)

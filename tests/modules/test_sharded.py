@@ -98,7 +98,9 @@ def test_a_sharded_run_without_the_checks_is_caught(tmp_path, fault):
     if fault == "unchecked":
         assert results["unknown"]["loss"] > 0  # trained, on a loss that is not the model's
         return
+    distances = {}
     for name in CONFIGS:
         weights, _ = alone(tmp_path, name)
         results[name].pop("loss")
-        assert distance(results[name], weights) > 1e-4
+        distances[name] = distance(results[name], weights)
+    assert max(distances.values()) > 1e-3

@@ -62,7 +62,9 @@ class Experts(nn.Module):
         super().__init__()
         torch.manual_seed(0)
         values = torch.randn(3, 8, 16)
-        self.weights = nn.ParameterList([nn.Parameter(values)] if stacked else [nn.Parameter(v.clone()) for v in values])
+        self.weights = nn.ParameterList(
+            [nn.Parameter(values)] if stacked else [nn.Parameter(v.clone()) for v in values]
+        )
 
     def forward(self, x):
         stack = self.weights[0] if len(self.weights) == 1 else torch.stack(list(self.weights))
