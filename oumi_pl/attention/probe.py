@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -155,9 +155,9 @@ def body_of(model: nn.Module) -> Any:
     That is its `base_model`, except for architectures whose prefix names a part they don't have (Llama 4).
     """
     unwrap = getattr(model, "get_base_model", None)  # PEFT's
-    model = cast("nn.Module", unwrap()) if callable(unwrap) else model
-    body: Any = getattr(model, "base_model", model)
-    is_whole = body is model and body.get_output_embeddings() is not None
+    bare: Any = unwrap() if callable(unwrap) else model
+    body = getattr(bare, "base_model", bare)
+    is_whole = body is bare and body.get_output_embeddings() is not None
     return body.model if is_whole else body
 
 

@@ -32,7 +32,7 @@ def separate_frequencies(model: nn.Module) -> None:
     for module in model.modules():
         if depends_on_length(module):
             # a subclass instead of another `forward` of the instance, which copies of the model would share
-            cast("Any", module).__class__ = _by_document(type(module))
+            cast("Any", module).__class__ = _by_document(cast("Any", type(module)))
 
 
 @contextmanager
