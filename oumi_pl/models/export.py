@@ -88,16 +88,21 @@ def export_model(
         if is_adapter and not merge and any(config.use_dora for config in hf.peft_config.values()):
             _rename_magnitudes(half / "adapter_model.safetensors")
         generation.save_pretrained(half)
-        if whole_heads:
-            save_file(whole_heads, half / HEADS, metadata={"format": "pt"})
-        if tokenizer is not None:
-            tokenizer.save_pretrained(half)
-        if card is not None:
-            (half / "README.md").write_text(card, encoding="utf-8")
-        for weights in half.glob("*.safetensors"):  # safetensors creates files that only the owner can read
-            weights.chmod((half / "generation_config.json").stat().st_mode)
+        _write_beside(half, tokenizer, whole_heads, card)
         del state, kwargs  # make room for the model that is loaded now
         _refuse_other_logits(half, hf, expected)
+
+
+def _write_beside(folder: Path, tokenizer: Any, heads: Mapping[str, Tensor], card: str | None) -> None:
+    """Writes what a model folder holds besides the model."""
+    if heads:
+        save_file(dict(heads), folder / HEADS, metadata={"format": "pt"})
+    if tokenizer is not None:
+        tokenizer.save_pretrained(folder)
+    if card is not None:
+        (folder / "README.md").write_text(card, encoding="utf-8")
+    for weights in folder.glob("*.safetensors"):  # safetensors creates files that only the owner can read
+        weights.chmod((folder / "generation_config.json").stat().st_mode)
 
 
 def read_heads(folder: Path, heads: Mapping[str, Tensor]) -> None:
