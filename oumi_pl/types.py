@@ -301,6 +301,10 @@ class RunModule(Protocol):
     def notes(self) -> list[str]:
         """Lines about the model to print before the first update."""
 
+    @property
+    def weights_dtype(self) -> Any:
+        """The dtype that the model is built in."""
+
     def build(self, tokenizer: Any, added_tokens: Sequence[int] = (), *, branching: bool | None = False) -> Any:
         """Builds the model for a tokenizer; see `oumi_pl.modules.base.LanguageModule.build`."""
 

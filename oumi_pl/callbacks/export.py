@@ -56,7 +56,10 @@ class Export(L.Callback):
         model = pl_module.causal_lm
         has_adapter = pl_module.lora is not None
         merge = has_adapter and (self.merge or bool(why_not_alone(model)))
+        expected = None
         if merge:
+            if pl_module.quantization is None:  # else the copy has another base, in full precision
+                expected = model.probe_logits()
             model = _copy_on_cpu(pl_module, data, trainer.is_global_zero)
         if trainer.is_global_zero:
             remove(folder / "model")
@@ -66,6 +69,7 @@ class Export(L.Callback):
             tokenizer=data.tokenizer,
             merge=merge,
             keep=False,
+            expected=expected,
             stop_tokens=data.stop_tokens,
             card=model_card(yaml.safe_load(text) or {}, text, metrics, folder.name, has_adapter and not merge),
         )

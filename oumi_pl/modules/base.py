@@ -13,7 +13,14 @@ from torch.optim import AdamW, Optimizer
 
 from oumi_pl import attention
 from oumi_pl.errors import UserError
-from oumi_pl.models.build import DType, build_config, build_model, is_sharded, refuse_too_few_positions, shard
+from oumi_pl.models.build import (
+    DType,
+    build_config,
+    build_model,
+    is_to_be_sharded,
+    refuse_too_few_positions,
+    shard,
+)
 from oumi_pl.models.export import export_model, read_heads
 from oumi_pl.models.generation import complete
 from oumi_pl.models.lm import LM, choose_layout, disable_dropout, forest, padded, with_layout
@@ -22,6 +29,9 @@ from oumi_pl.modules.reference import Reference
 from oumi_pl.modules.update import RestorableModule
 from oumi_pl.optim import Constant, Schedule, fuse, parameter_groups
 from oumi_pl.types import SPLITS, Batch, RunData
+
+HALF_PRECISION: dict[str, DType] = {"bf16-true": "bfloat16", "16-true": "float16"}
+"""Values of `trainer.precision` for which Lightning casts the weights."""
 
 
 class LanguageModule(RestorableModule):
@@ -34,7 +44,7 @@ class LanguageModule(RestorableModule):
         attn: Attention implementation; the fastest exact one for the data and the device when left out.
         lora: Arguments of `peft.LoraConfig` (`r`, `lora_alpha`, `target_modules`, `use_dora`, ...); all linear layers
             unless `target_modules` says otherwise.
-        quantization: Load the frozen weights in 4 or 8 bits (QLoRA); needs a CUDA device and `lora`.
+        quantization: Load the frozen weights in 4 or 8 bits (QLoRA); needs `lora` and bitsandbytes, on CPUs 0.50 of it.
         freeze: Names of modules whose parameters are not trained.
         gradient_checkpointing: Recompute activations in the backward pass to save memory.
         compile: Compile the model's layers with `torch.compile`.
@@ -135,9 +145,12 @@ class LanguageModule(RestorableModule):
             refuse_too_few_positions(model.base, data.max_length, data.longest_path(list(data.needed(stage))))
         # before sharding: this runs layers outside of the wrapper's forward, which gathers sharded weights
         model.refuse_unknown_logits()
+        if dtype := HALF_PRECISION.get(str(self.trainer.precision)):
+            # sharded parameters have to be of one dtype
+            model.keep_dtypes(getattr(torch, dtype), parameters=not is_to_be_sharded(self))
         self.on_model_built()
         if self.compile_layers:
-            model.hf.base_model.compile()
+            model.body.compile()
         shard(model, self)
 
     def assemble(self, tokenizer: Any, added_tokens: Sequence[int] = (), *, branching: bool | None = False) -> LM:
@@ -179,7 +192,7 @@ class LanguageModule(RestorableModule):
                 config=self.config,
                 tokenizer=tokenizer,
                 added_tokens=added_tokens,
-                dtype=self.dtype_name,
+                dtype=self.weights_dtype,
                 attn=self.attn or (attention.NAME if packed else None),
                 lora=self.lora,
                 quantization=self.quantization,
@@ -191,12 +204,24 @@ class LanguageModule(RestorableModule):
 
         if branching is None:
             return LM(build(False))
-        model = with_layout(build, branching and self.share_prompt is not False)
+        # long rows are tried on the device if it is another one, see `on_fit_start`
+        longest = 0 if self.__is_checked_on_device else self.__longest_row
+        model = with_layout(build, branching and self.share_prompt is not False, longest)
         if branching and self.share_prompt is True and model.layout is not forest:
             raise UserError(f"model.share_prompt: {model.layout_reason}; leave it out to compute prompts twice")
         if self.reference is not None:
             disable_dropout(model)
         return model
+
+    @property
+    def weights_dtype(self) -> DType:
+        """The dtype to build the model in: that of `trainer.precision` if it is `bf16-true` or `16-true`.
+
+        Lightning would cast a model that was built in another, but `from_pretrained` and the architecture know which
+        parts have to stay in float32.
+        """
+        trainer = self._trainer
+        return self.dtype_name if trainer is None else HALF_PRECISION.get(str(trainer.precision), self.dtype_name)
 
     @property
     def causal_lm(self) -> LM:
@@ -228,9 +253,23 @@ class LanguageModule(RestorableModule):
 
     def on_fit_start(self) -> None:
         """Checks layout and logits again on the device, whose attention kernels are others; opens the reference."""
-        if self.device.type != "cpu" and not is_sharded(self):
+        if self.__is_checked_on_device:
             self.__check_on_device()
         self.__open_reference()
+
+    @property
+    def __is_checked_on_device(self) -> bool:
+        """Whether layout and logits are checked on another device than the one that the model is built on."""
+        trainer = self._trainer
+        return trainer is not None and trainer.strategy.root_device.type != "cpu" and not is_to_be_sharded(self)
+
+    @property
+    def __longest_row(self) -> int:
+        """A bound on the tokens of a row of the run; 0 without data."""
+        data = None if self._trainer is None else self.data
+        if data is None:
+            return 0
+        return data.max_length * max(data.batch_size, data.eval_batch_size) * (2 if data.branching else 1)
 
     def __check_on_device(self) -> None:
         model, data = self.causal_lm, self.data
@@ -238,7 +277,7 @@ class LanguageModule(RestorableModule):
         with torch.compiler.set_stance("force_eager") if self.compile_layers else nullcontext():
             if model.layout is not padded and data is not None:
                 share = data.branching and self.share_prompt is not False
-                model.layout, model.layout_reason = choose_layout(model.hf, share)
+                model.layout, model.layout_reason = choose_layout(model.hf, share, self.__longest_row)
             model.refuse_unknown_logits()
 
     # ---- reference
