@@ -175,6 +175,9 @@ class UpdateLayout(Protocol):
     def rows_per_update(self) -> int:
         """Rows of one update, over all ranks and micro-batches."""
 
+    def at(self, epoch: int) -> "UpdateLayout":
+        """The layout in an epoch: accumulation may change with it."""
+
 
 class RunData(Protocol):
     """The part of a data module that modules, callbacks, preview, dry run, adapters and exports use."""

@@ -228,6 +228,7 @@ class LanguageModule(RestorableModule):
 
     def on_fit_start(self) -> None:
         """Checks layout and logits again on the device, whose attention kernels are others; opens the reference."""
+        super().on_fit_start()
         if self.device.type != "cpu" and not is_sharded(self):
             self.__check_on_device()
         self.__open_reference()
@@ -349,20 +350,6 @@ class LanguageModule(RestorableModule):
         """As of `RestorableModule`; the first batch is checked only if the run starts at step 0."""
         self.__is_start = self.global_step == 0
         super().on_train_start()
-
-    def on_train_epoch_start(self) -> None:
-        """Sets the length of this epoch in Lightning: a mixture is drawn again, and may pack into fewer or more rows.
-
-        Lightning reads the length of a loader once, in the first epoch.
-        """
-        loop = self.trainer.fit_loop
-        loader = self.trainer.train_dataloader
-        if self.trainer.limit_train_batches == 1.0 and self.data is not None and loader is self.data.train_loader:
-            try:
-                loop.max_batches = len(cast("Any", loader))
-            except TypeError:  # a stream of unknown length
-                return
-            cast("Any", loop._combined_loader).limits = [loop.max_batches]
 
     def keep_adapters_in_float32(self) -> None:
         """Casts trained adapters back to float32 after `precision: bf16-true` has cast every parameter."""
