@@ -418,6 +418,9 @@ def _output(folder: RunFolder, checkpoints: Checkpoints, module: RunModule, opti
     size = size_of(saved.values()) + state_size(optimizer)
     existing = next(p for p in (folder.root.absolute(), *folder.root.absolute().parents) if p.exists())
     free = shutil.disk_usage(existing).free
+    if not checkpoints.enabled:
+        yield "checkpoints", "none: checkpoint.enabled or trainer.enable_checkpointing is false"
+        return
     yield (
         "checkpoints",
         f"every {checkpoints.every:,} steps, {checkpoints.keep} kept, about {gigabytes(size)} each; "

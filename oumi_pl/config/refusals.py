@@ -57,12 +57,32 @@ def refuse_contradictions(
         for key in ("max_steps", "max_epochs"):
             if trainer.get(key) == 0:
                 raise UserError(f"trainer.{key} is 0, so there is nothing to train")
+        _refuse_callbacks(config, callbacks)
         if (accumulate := trainer.get("accumulate_grad_batches")) is not None and accumulate < 1:
             raise UserError(f"trainer.accumulate_grad_batches is {accumulate}, but has to be at least 1")
         if sources and sources.get("validation") is None:
             _refuse_without_validation(config, callbacks)
         for callback in callbacks:
             _refuse_unknown_metric(getattr(callback, "monitor", None), callback, model, callbacks)
+
+
+def _refuse_callbacks(config: Mapping[str, Any], callbacks: Sequence[Any]) -> None:
+    """Refuses callbacks of Lightning that can't work here, or not beside another key."""
+    from lightning.pytorch.callbacks import GradientAccumulationScheduler
+
+    from oumi_pl.modules.base import refuse_early_callbacks
+
+    refuse_early_callbacks(callbacks)
+    if any(isinstance(callback, GradientAccumulationScheduler) for callback in callbacks):
+        accumulate = (config.get("trainer") or {}).get("accumulate_grad_batches") or 1
+        clashes = {
+            "trainer.accumulate_grad_batches": (accumulate > 1, "keep one of them"),
+            "val_every": (config.get("val_every") is not None, "set trainer.val_check_interval, in micro-batches"),
+            "max_tokens": (config.get("max_tokens") is not None, "set trainer.max_steps or max_epochs"),
+        }
+        for key, (is_set, instead) in clashes.items():
+            if is_set:
+                raise UserError(f"{key}: GradientAccumulationScheduler changes the size of updates; {instead}")
 
 
 def _check_weights(command: str, model: str | None) -> None:
@@ -116,7 +136,7 @@ def refuse_unknown_devices(trainer: Mapping[str, Any]) -> None:
         raise UserError(f"trainer.accelerator: no {accelerator!r} device is visible; leave it out to use what there is")
     on_cpu = accelerator == "cpu" or (accelerator == "auto" and not there["gpu"] and not there["tpu"])
     _refuse_devices(trainer.get("devices", "auto"), on_cpu)
-    _refuse_strategy(trainer.get("strategy"), trainer.get("gradient_clip_val"))
+    _refuse_strategy(trainer.get("strategy"), trainer.get("gradient_clip_val"), trainer.get("devices"))
 
 
 def _refuse_devices(devices: Any, on_cpu: bool) -> None:
@@ -131,10 +151,13 @@ def _refuse_devices(devices: Any, on_cpu: bool) -> None:
         )
 
 
-def _refuse_strategy(strategy: Any, clip: float | None) -> None:
+def _refuse_strategy(strategy: Any, clip: float | None, devices: Any) -> None:
     """Refuses DeepSpeed, and clipping under FSDP1, which do not give access to the whole gradient."""
     name = strategy if isinstance(strategy, str) else type(strategy).__name__
-    instead = "take FSDP2, strategy: {class_path: ModelParallelStrategy}, as the recipe sft/llama3.1_8b_fsdp2 does"
+    size = devices if isinstance(devices, int) and devices > 0 else "N"
+    sizes = f"{{data_parallel_size: {size}, tensor_parallel_size: 1}}"
+    instead = f"take FSDP2, strategy: {{class_path: ModelParallelStrategy, init_args: {sizes}}}"
+    instead += "" if size != "N" else ", where N is the number of devices"
     if name.lower().startswith("deepspeed"):
         raise UserError(
             f"trainer.strategy: {name} keeps gradients where they can't be rescaled by the targets; {instead}"

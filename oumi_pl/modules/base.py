@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any, ClassVar, Literal, cast
 
 import torch
+from lightning.pytorch.callbacks import ModelPruning, StochasticWeightAveraging
 from lightning.pytorch.cli import OptimizerCallable
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import Tensor
@@ -126,6 +127,7 @@ class LanguageModule(RestorableModule):
         """
         if self.model is not None:
             return
+        refuse_early_callbacks(self.trainer.callbacks)  # type: ignore[attr-defined]
         data = self.data
         if data is None:
             model = self.assemble(None)
@@ -371,6 +373,28 @@ class LanguageModule(RestorableModule):
         prompts = [data.tokenizer.decode(ids) for ids in batch["prompts"]]
         columns = zip(batch["rows"], prompts, texts, batch["references"], strict=True)
         return [dict(zip(("row", "prompt", "completion", "reference"), line, strict=True)) for line in columns]
+
+
+EARLY = {
+    StochasticWeightAveraging: "average nothing; take WeightAveraging, or oumi_pl.callbacks.ema.EMA",
+    ModelPruning: "prune nothing; leave it out",
+}
+"""Callbacks that read the weights in their `setup`, before `configure_model` builds them -> what they would do."""
+
+
+def refuse_early_callbacks(callbacks: Sequence[Any]) -> None:
+    """Refuses callbacks of Lightning that expect the model before it is built.
+
+    Raises:
+        UserError: there is one.
+    """
+    for callback in callbacks:
+        for kind, effect in EARLY.items():
+            if isinstance(callback, kind):
+                name = type(callback).__name__
+                raise UserError(
+                    f"trainer.callbacks: {name} reads the weights before they are built, and would {effect}"
+                )
 
 
 def _optimizer(optimizer: OptimizerCallable, parameters: Any) -> Optimizer:

@@ -329,6 +329,8 @@ class RestorableModule(UpdateModule):
         self.__rng_to_restore: dict[str, Any] | None = None
         self.__settings: list[dict[str, Any]] = []
         self.__loaded: dict[str, Any] = {}
+        self.__learning_rate: float | None = None
+        self.__schedule: LambdaLR | None = None
 
     @property
     def keeps_trained_weights_only(self) -> bool:
@@ -419,13 +421,33 @@ class RestorableModule(UpdateModule):
             optimizer: Its settings take precedence over those in a checkpoint.
             factor: Number of finished updates -> factor on the learning rate of the next one.
         """
+        if self.__learning_rate is not None:
+            for group in optimizer.param_groups:
+                group["lr"] = self.__learning_rate
         self.__settings = [{k: v for k, v in group.items() if k != "params"} for group in optimizer.param_groups]
-        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": LambdaLR(optimizer, factor), "interval": "step"}}
+        self.__schedule = LambdaLR(optimizer, factor)
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": self.__schedule, "interval": "step"}}
+
+    @property
+    def learning_rate(self) -> float | None:
+        """The highest rate of the schedule; setting it sets that of all parameter groups, now and in later runs.
+
+        Lightning's `LearningRateFinder` and `Tuner.lr_find` look for it.
+        """
+        return self.__settings[0]["lr"] if self.__settings else self.__learning_rate
+
+    @learning_rate.setter
+    def learning_rate(self, value: float) -> None:
+        self.__learning_rate = value
+        for group in self.__settings:
+            group["lr"] = value
 
     def on_train_start(self) -> None:
         """Replaces the optimizer settings of the checkpoint, which Lightning has restored, by those of the recipe."""
         optimizer = cast("Optimizer", self.optimizers(use_pl_optimizer=False))
         schedule = cast("LambdaLR", self.lr_schedulers())
+        if schedule is not self.__schedule:  # `LearningRateFinder` tries rates with a schedule of its own
+            return
         before = optimizer.param_groups[0]["lr"]
         for group, values in zip(optimizer.param_groups, self.__settings, strict=True):
             group.update(values)

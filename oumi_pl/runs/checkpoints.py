@@ -60,6 +60,12 @@ class AtomicCheckpointIO(TorchCheckpointIO):
         return content
 
 
+def saved_at(path: Path) -> int:
+    """The step at which a checkpoint was saved."""
+    file = path / "meta.pt" if path.is_dir() else path  # a sharded checkpoint is a directory
+    return int(torch.load(file, map_location="cpu", weights_only=True, mmap=True)["global_step"])
+
+
 def rng_state() -> dict[str, Any]:
     """The state of all random generators that training may use, as plain values that load with `weights_only=True`."""
     kind, keys, position, has_gauss, gauss = np.random.get_state()

@@ -1,6 +1,7 @@
 """What an epoch and a run consist of under Lightning's flags: accumulation schedules, limits, overfitting."""
 
 import contextlib
+import itertools
 import math
 from collections import Counter
 
@@ -73,7 +74,7 @@ def test_the_plan_follows_an_accumulation_schedule(tmp_path, packing):
     sft_data = data(tmp_path, ROWS, batch_size=2, packing=packing, max_length=256 if packing else 128)
     seen, loop = fit(sft, sft_data, scheduler(), max_epochs=3)
     for epoch, micro_batches in enumerate((1, 2, 3)):
-        assert Counter(sum(seen.epochs[epoch], [])) == Counter(range(ROWS))
+        assert Counter(itertools.chain(*seen.epochs[epoch])) == Counter(range(ROWS))
         assert len(seen.epochs[epoch]) == math.ceil(sft_data.plan(0).rows / (2 * micro_batches))
     assert sft.total_steps() == len(seen.all) == loop.global_step
     if not packing:
@@ -128,7 +129,7 @@ def test_a_stream_follows_an_accumulation_schedule(tmp_path):
     seen, loop = fit(pretrain_module(), streamed, scheduler(), max_epochs=3)
     rows = streamed.rows_per_pass
     for epoch, micro_batches in enumerate((1, 2, 3)):
-        assert sorted(sum(seen.epochs[epoch], [])) == list(range(rows))
+        assert sorted(itertools.chain(*seen.epochs[epoch])) == list(range(rows))
         assert len(seen.epochs[epoch]) == math.ceil(rows / (2 * micro_batches))
     assert loop.global_step == streamed.updates(3)
 
