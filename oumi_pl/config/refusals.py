@@ -70,9 +70,9 @@ def _refuse_callbacks(config: Mapping[str, Any], callbacks: Sequence[Any]) -> No
     """Refuses callbacks of Lightning that can't work here, or not beside another key."""
     from lightning.pytorch.callbacks import GradientAccumulationScheduler
 
-    from oumi_pl.modules.base import refuse_early_callbacks
+    from oumi_pl.modules.base import refuse_unfit_callbacks
 
-    refuse_early_callbacks(callbacks)
+    refuse_unfit_callbacks(callbacks)
     if any(isinstance(callback, GradientAccumulationScheduler) for callback in callbacks):
         accumulate = (config.get("trainer") or {}).get("accumulate_grad_batches") or 1
         clashes = {

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any, ClassVar, Literal, cast
 
 import torch
-from lightning.pytorch.callbacks import ModelPruning, StochasticWeightAveraging
+from lightning.pytorch.callbacks import BatchSizeFinder, ModelPruning, StochasticWeightAveraging
 from lightning.pytorch.cli import OptimizerCallable
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import Tensor
@@ -127,7 +127,7 @@ class LanguageModule(RestorableModule):
         """
         if self.model is not None:
             return
-        refuse_early_callbacks(self.trainer.callbacks)  # type: ignore[attr-defined]
+        refuse_unfit_callbacks(self.trainer.callbacks)  # type: ignore[attr-defined]
         data = self.data
         if data is None:
             model = self.assemble(None)
@@ -375,26 +375,27 @@ class LanguageModule(RestorableModule):
         return [dict(zip(("row", "prompt", "completion", "reference"), line, strict=True)) for line in columns]
 
 
-EARLY = {
-    StochasticWeightAveraging: "average nothing; take WeightAveraging, or oumi_pl.callbacks.ema.EMA",
-    ModelPruning: "prune nothing; leave it out",
+UNFIT = {
+    StochasticWeightAveraging: "copies the weights before they are built, and would average nothing; take "
+    "WeightAveraging, or oumi_pl.callbacks.ema.EMA",
+    ModelPruning: "looks for weights before they are built, and would find none; leave it out",
+    BatchSizeFinder: "changes the rows of an update after the schedule has counted the updates; `fit --dry_run` "
+    "measures the memory of a batch_size, and a run that lacks memory says which one fits",
 }
-"""Callbacks that read the weights in their `setup`, before `configure_model` builds them -> what they would do."""
+"""Callbacks of Lightning that can't work -> why."""
 
 
-def refuse_early_callbacks(callbacks: Sequence[Any]) -> None:
-    """Refuses callbacks of Lightning that expect the model before it is built.
+def refuse_unfit_callbacks(callbacks: Sequence[Any]) -> None:
+    """Refuses callbacks of Lightning that expect the model before it is built, or change the plan during the run.
 
     Raises:
         UserError: there is one.
     """
     for callback in callbacks:
-        for kind, effect in EARLY.items():
-            if isinstance(callback, kind):
-                name = type(callback).__name__
-                raise UserError(
-                    f"trainer.callbacks: {name} reads the weights before they are built, and would {effect}"
-                )
+        for kind, why in UNFIT.items():
+            alone = getattr(callback, "_early_exit", False)  # `Tuner.scale_batch_size`, which trains nothing
+            if isinstance(callback, kind) and not alone:
+                raise UserError(f"trainer.callbacks: {type(callback).__name__} {why}")
 
 
 def _optimizer(optimizer: OptimizerCallable, parameters: Any) -> Optimizer:

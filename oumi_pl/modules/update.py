@@ -330,6 +330,7 @@ class RestorableModule(UpdateModule):
         self.__settings: list[dict[str, Any]] = []
         self.__loaded: dict[str, Any] = {}
         self.__learning_rate: float | None = None
+        self.__restored_rate: float | None = None
         self.__schedule: LambdaLR | None = None
 
     @property
@@ -361,6 +362,7 @@ class RestorableModule(UpdateModule):
         checkpoint["rng"] = states
         checkpoint["tokens_seen"] = dict(self.tokens_seen)
         checkpoint["micro_batches"] = self.trainer.accumulate_grad_batches
+        checkpoint["learning_rate"] = self.__learning_rate
         checkpoint["config"] = self.run_config
         metrics = self.trainer.callback_metrics
         checkpoint["metrics"] = {k: float(v) for k, v in metrics.items() if k.startswith(("train/", "val/"))}
@@ -381,6 +383,7 @@ class RestorableModule(UpdateModule):
             rank_zero_warn("this checkpoint's run averaged its weights; this run resumes without the average")
             checkpoint["state_dict"] = checkpoint["current_model_state"]
         self.__loaded = checkpoint
+        self.__restored_rate = checkpoint.get("learning_rate") or self.__restored_rate
         self.tokens_seen = checkpoint["tokens_seen"]
         states = checkpoint["rng"]
         # additional ranks keep the generators that they were seeded with
@@ -448,6 +451,8 @@ class RestorableModule(UpdateModule):
         schedule = cast("LambdaLR", self.lr_schedulers())
         if schedule is not self.__schedule:  # `LearningRateFinder` tries rates with a schedule of its own
             return
+        if self.__restored_rate is not None:  # a resumed run keeps the rate that was found for it, and not a new one
+            self.learning_rate, self.__restored_rate = self.__restored_rate, None
         before = optimizer.param_groups[0]["lr"]
         for group, values in zip(optimizer.param_groups, self.__settings, strict=True):
             group.update(values)
