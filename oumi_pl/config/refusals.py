@@ -45,7 +45,7 @@ def refuse_contradictions(
     sources = getattr(data, "sources", {})
     if sources and all(sources.get(name) is None for name in NEEDS[command]):
         raise UserError(f"data.{NEEDS[command][0]}: `{command}` needs a source here, but the recipe names none")
-    _refuse_checkpoint(config.get("ckpt_path"))
+    _refuse_checkpoint(config.get("ckpt_path"), command)
     if command == "predict" and not model.generates:
         raise UserError(f"predict: {type(model).__name__} does not complete prompts; use `validate` or `test`")
     if command != "fit" and config.get("ckpt_path") is None:
@@ -230,18 +230,25 @@ def _place(callback: Any) -> str:
     return "checkpoint.monitor" if type(callback).__name__ == "Checkpoints" else f"monitor of {type(callback).__name__}"
 
 
-def _refuse_checkpoint(name: str | None) -> None:
+def _refuse_checkpoint(name: str | None, command: str) -> None:
     """Checks that a checkpoint file exists and is valid: Lightning would start from scratch for a missing `last`."""
     if name is None or "://" in name:
         return
+    from oumi_pl.runs.checkpoints import WEIGHTS_ONLY, holds_weights_only, is_sharded_checkpoint
+
     path = Path(name).expanduser()
-    if path.is_dir():
-        if (path / "meta.pt").is_file():  # sharded
-            return
+    if path.is_dir() and not is_sharded_checkpoint(path):
         inside = sorted(path.rglob("*.ckpt"))
         hint = f"; name the file, {inside[-1]} for example" if inside else ""
         raise UserError(f"--ckpt_path: {name} is a directory, but not a sharded checkpoint{hint}")
-    if not path.is_file():
+    if not path.exists():
         raise UserError(f"--ckpt_path: no file {name!r}{nearby(path, lambda p: p.suffix == '.ckpt')}")
-    if not zipfile.is_zipfile(path):  # torch writes zip archives, whose index comes last
+    if path.is_file() and not zipfile.is_zipfile(path):  # torch writes zip archives, whose index comes last
         raise UserError(f"--ckpt_path: {name} is not a checkpoint, or was cut short when it was written")
+    if command == "fit":
+        try:
+            refused = holds_weights_only(path)
+        except Exception:  # a damaged file can raise anything, and is reported when it is read
+            return
+        if refused:
+            raise UserError(f"--ckpt_path: {name}: {WEIGHTS_ONLY}")

@@ -21,7 +21,7 @@ from torchmetrics import SumMetric
 
 from oumi_pl.errors import UserError
 from oumi_pl.models.build import is_sharded
-from oumi_pl.runs.checkpoints import rng_state, set_rng_state
+from oumi_pl.runs.checkpoints import WEIGHTS_ONLY, rng_state, set_rng_state
 from oumi_pl.types import Batch, Sums
 
 Split = Literal["train", "validation", "test"]
@@ -377,7 +377,7 @@ class RestorableModule(UpdateModule):
         if self._trainer is None or self.trainer.state.fn != "fit":
             return
         if "optimizer_states" not in checkpoint and "loops" in checkpoint and not is_sharded(self):
-            raise UserError("this checkpoint holds weights only (a best.ckpt): resume from a step-*.ckpt")
+            raise UserError(WEIGHTS_ONLY)
         callbacks: list[Any] = self.trainer.callbacks  # type: ignore[attr-defined]
         if "current_model_state" in checkpoint and not any(isinstance(c, WeightAveraging) for c in callbacks):
             rank_zero_warn("this checkpoint's run averaged its weights; this run resumes without the average")
