@@ -310,6 +310,9 @@ class RunModule(Protocol):
     def count(self, batch: Any) -> dict[str, int]:
         """Counts of a batch: `rows`, `targets`, `tokens`, and `positions` (tokens and padding)."""
 
+    def heads(self) -> dict[str, torch.Tensor]:
+        """The weights beside the language model, by name."""
+
     def load_weights(self, saved_state: dict[str, Any]) -> None:
         """Loads the weights of a checkpoint."""
 
