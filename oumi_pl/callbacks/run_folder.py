@@ -98,6 +98,8 @@ class RunFolder(L.Callback):
         """Lets the recipe's own checkpoint callbacks write to the run folder, unless they name another one."""
         for callback in self._without_folder:
             callback.dirpath = str(directory.absolute())
+            if self.resume is None:
+                callback.best_model_path = ""  # from a checkpoint of another run
 
     def _describe(self, trainer: Any, pl_module: RunModule, directory: Path) -> None:
         data: RunData = trainer.datamodule
@@ -200,7 +202,7 @@ class RunFolder(L.Callback):
         """Marks the run as finished; prints and stores how much of each streamed source was read."""
         self.clock.enter("end")
         metrics = {k: float(v) for k, v in trainer.callback_metrics.items() if k.startswith(("train/", "val/"))}
-        ended_by = "max_time" if any(_is_over(timer) for timer in find_all(trainer, Timer)) else None
+        ended_by = folders.TIME if any(_is_over(timer) for timer in find_all(trainer, Timer)) else None
         self.record(status="finished", step=trainer.global_step, metrics=metrics, ended_by=ended_by)
         self._report_consumed(trainer.datamodule)
 

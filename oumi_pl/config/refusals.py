@@ -154,7 +154,7 @@ def _refuse_devices(devices: Any, on_cpu: bool) -> None:
 def _refuse_strategy(strategy: Any, clip: float | None, devices: Any) -> None:
     """Refuses DeepSpeed, and clipping under FSDP1, which do not give access to the whole gradient."""
     name = strategy if isinstance(strategy, str) else type(strategy).__name__
-    size = devices if isinstance(devices, int) and devices > 0 else "N"
+    size = str(devices) if str(devices).isdigit() else "N"
     sizes = f"{{data_parallel_size: {size}, tensor_parallel_size: 1}}"
     instead = f"take FSDP2, strategy: {{class_path: ModelParallelStrategy, init_args: {sizes}}}"
     instead += "" if size != "N" else ", where N is the number of devices"
