@@ -157,10 +157,10 @@ def _refuse_strategy(strategy: Any, clip: float | None, devices: Any) -> None:
     size = str(devices) if str(devices).isdigit() else "N"
     sizes = f"{{data_parallel_size: {size}, tensor_parallel_size: 1}}"
     instead = f"take FSDP2, strategy: {{class_path: ModelParallelStrategy, init_args: {sizes}}}"
-    instead += "" if size != "N" else ", where N is the number of devices"
+    instead += "" if size != "N" else " (N is the number of devices)"
     if name.lower().startswith("deepspeed"):
         raise UserError(
-            f"trainer.strategy: {name} keeps gradients where they can't be rescaled by the targets; {instead}"
+            f"trainer.strategy: {name} keeps gradients where their norm can't be computed; {instead}"
         )
     if clip and name.lower().startswith("fsdp"):
         raise UserError(

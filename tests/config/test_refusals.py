@@ -252,7 +252,7 @@ def test_the_advice_for_deepspeed_is_a_strategy_that_is_accepted(cli, devices):
     advised = yaml.safe_load(message.partition("strategy: ")[2].partition("}}")[0].partition("strategy: ")[2] + "}}")
     sizes = advised["init_args"]
     if devices == "auto":
-        assert "where N is the number of devices" in message
+        assert "(N is the number of devices)" in message
         sizes["data_parallel_size"] = 2
     assert sizes == {"data_parallel_size": 2, "tensor_parallel_size": 1}
     strategy = ModelParallelStrategy(**sizes)
