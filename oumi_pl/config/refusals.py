@@ -122,6 +122,8 @@ def refuse_unknown_devices(trainer: Mapping[str, Any]) -> None:
     from lightning.pytorch.accelerators import AcceleratorRegistry
     from lightning.pytorch.strategies import StrategyRegistry
 
+    if trainer.get("barebones"):
+        raise UserError("trainer.barebones: a run needs callbacks and a logger, which it turns off; leave it out")
     if trainer.get("max_steps", -1) is None:
         raise UserError("trainer.max_steps is null: leave it out for no limit")
     accelerators, strategies = AcceleratorRegistry.available_accelerators(), StrategyRegistry.available_strategies()
@@ -159,9 +161,7 @@ def _refuse_strategy(strategy: Any, clip: float | None, devices: Any) -> None:
     instead = f"take FSDP2, strategy: {{class_path: ModelParallelStrategy, init_args: {sizes}}}"
     instead += "" if size != "N" else " (N is the number of devices)"
     if name.lower().startswith("deepspeed"):
-        raise UserError(
-            f"trainer.strategy: {name} keeps gradients where their norm can't be computed; {instead}"
-        )
+        raise UserError(f"trainer.strategy: {name} keeps gradients where their norm can't be computed; {instead}")
     if clip and name.lower().startswith("fsdp"):
         raise UserError(
             f"trainer.gradient_clip_val: under {name} no process sees the norm of all gradients, by which they are "

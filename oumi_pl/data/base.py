@@ -267,7 +267,8 @@ class TextData(L.LightningDataModule):
     @property
     def overfits(self) -> bool:
         """Lightning's `overfit_batches`: every epoch has the same rows, those that come first in the sources."""
-        return self.trainer is not None and self.trainer.overfit_batches > 0
+        trainer: Any = self.trainer
+        return trainer is not None and trainer.overfit_batches > 0
 
     @property
     def limit(self) -> int | float:

@@ -354,8 +354,8 @@ class RestorableModule(UpdateModule):
         """
         names = self.__optimized_names()
         if "optimizer_states" in checkpoint:
-            states = zip(checkpoint["optimizer_states"], names, strict=True)
-            checkpoint["optimizer_states"] = [_keyed(state, dict(enumerate(of))) for state, of in states]
+            by_number = zip(checkpoint["optimizer_states"], names, strict=True)
+            checkpoint["optimizer_states"] = [_keyed(state, dict(enumerate(order))) for state, order in by_number]
         states: list[Any] = [rng_state()] * self.trainer.world_size
         if self.trainer.world_size > 1:
             torch.distributed.all_gather_object(states, rng_state())
