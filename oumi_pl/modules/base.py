@@ -18,6 +18,7 @@ from oumi_pl.models.build import (
     DType,
     build_config,
     build_model,
+    is_sharded,
     is_to_be_sharded,
     refuse_too_few_positions,
     shard,
