@@ -62,16 +62,12 @@ def export_model(
             is not empty or can't be written, or its logits are not those of the live model.
     """
     is_adapter = model.has_adapters
-    if is_adapter and not merge and (why := why_not_alone(model)):
-        raise UserError(
-            f"the adapter can't be exported alone, because {why}; merge it (--merge, or export.merge: true)"
-        )
     is_writing = not torch.distributed.is_initialized() or torch.distributed.get_rank() == 0
+    if is_adapter:
+        _refuse_unexportable(model, merge, is_writing)
     whole_heads = {name: whole(value) for name, value in (heads or {}).items()}
-    if is_adapter and merge:
-        if not is_writing:
-            return  # rank 0 merges into a copy of its own
-        _refuse_merging_in_place(model)
+    if is_adapter and merge and not is_writing:
+        return  # rank 0 merges into a copy of its own
     if expected is None:
         expected = model.probe_logits()
     state = _gathered(model)
@@ -237,8 +233,12 @@ def _rename_magnitudes(file: Path) -> None:
     save_file(tensors, file, metadata={"format": "pt"})
 
 
-def _refuse_merging_in_place(model: LM) -> None:
-    if is_sharded(model) or getattr(model.base, "is_quantized", False):
+def _refuse_unexportable(model: LM, merge: bool, is_writing: bool) -> None:
+    if not merge and (why := why_not_alone(model)):
+        raise UserError(
+            f"the adapter can't be exported alone, because {why}; merge it (--merge, or export.merge: true)"
+        )
+    if merge and is_writing and (is_sharded(model) or getattr(model.base, "is_quantized", False)):
         raise UserError("sharded or quantised weights can't be merged in place: export the checkpoint with --merge")
 
 
