@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any, ClassVar, Literal, cast
 
 import torch
-from lightning.pytorch.callbacks import BatchSizeFinder, ModelPruning, StochasticWeightAveraging
+from lightning.pytorch.callbacks import BackboneFinetuning, BatchSizeFinder, ModelPruning, StochasticWeightAveraging
 from lightning.pytorch.cli import OptimizerCallable
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import Tensor
@@ -391,6 +391,7 @@ class LanguageModule(RestorableModule):
     def on_train_start(self) -> None:
         """As of `RestorableModule`; the first batch is checked only if the run starts at step 0."""
         self.__is_start = self.global_step == 0
+        self.__open_reference()  # `LearningRateFinder` trains before `on_fit_start`
         super().on_train_start()
 
     def keep_adapters_in_float32(self) -> None:
@@ -421,6 +422,7 @@ UNFIT = {
     StochasticWeightAveraging: "copies the weights before they are built, and would average nothing; take "
     "WeightAveraging, or oumi_pl.callbacks.ema.EMA",
     ModelPruning: "looks for weights before they are built, and would find none; leave it out",
+    BackboneFinetuning: "freezes the `backbone` of a module, and language models have none; take model.freeze",
     BatchSizeFinder: "changes the rows of an update after the schedule has counted the updates; `fit --dry_run` "
     "measures the memory of a batch_size, and a run that lacks memory says which one fits",
 }
