@@ -45,6 +45,7 @@ _START_TAGS = re.compile(r"(?:<[^<>]*(?:start|begin)[^<>]*>\s*)+\Z", re.IGNORECA
 _EMPTY_BLOCK = re.compile(r"\s*(<[^<>/][^<>]*>)\s*\w*\s*(<[^<>]*>)\s*")
 _PROBE = "Seventeen."
 _PROBE_TOOL = {"type": "function", "function": {"name": "probe", "description": "", "parameters": {}}}
+_REWRITTEN = "the template writes a turn differently once others follow"
 _REASONING_KEYS = ("reasoning_content", "reasoning", "thinking")
 _MARK = "Zq{}zQ"
 """Stands for a text of a turn, to find it; such a text must not occur otherwise."""
@@ -160,12 +161,14 @@ class ChatRenderer:
         """
         return self._text(conversation, conversation.messages)
 
-    def render(self, conversation: Conversation, turns: Sequence[int]) -> Rendered:
+    def render(self, conversation: Conversation, turns: Sequence[int], *, as_one: bool = False) -> Rendered:
         """Renders a conversation for training on some assistant turns.
 
         Args:
             conversation: The conversation.
             turns: Indices of assistant messages, ascending.
+            as_one: Use the rendering of the whole conversation for all turns, also where they would be generated in
+                another context.
 
         Raises:
             UserError: there is no template, it refuses the conversation, or a turn can't be masked exactly.
@@ -174,24 +177,24 @@ class ChatRenderer:
             return Rendered([Written(self.text(conversation))])
         blank, without = _with_blank_texts(conversation)
         if blank is None or without is None:
-            return self._render(conversation, turns)
+            return self._render(conversation, turns, as_one)
         try:  # templates differ in whether a turn without text has an empty one or none
-            rendered = self._render(blank, turns)
+            rendered = self._render(blank, turns, as_one)
             if not rendered.lost:
                 return rendered
         except UserError:
-            return self._render(without, turns)
+            return self._render(without, turns, as_one)
         with contextlib.suppress(UserError):
-            other = self._render(without, turns)
+            other = self._render(without, turns, as_one)
             if len(other.lost) < len(rendered.lost):
                 return other
         return rendered
 
-    def _render(self, conversation: Conversation, turns: Sequence[int]) -> Rendered:
+    def _render(self, conversation: Conversation, turns: Sequence[int], as_one: bool) -> Rendered:
         if self._is_marked(conversation):
-            rendered = self._render_marked(conversation, turns)
+            rendered = self._render_marked(conversation, turns, as_one)
         else:
-            rendered = self._render_unmarked(conversation, turns)
+            rendered = self._render_unmarked(conversation, turns, as_one)
         by_turn = {target.turn: text for text in rendered.texts for target in text.targets}
         for turn in turns:
             written = by_turn[turn].of(turn) if turn in by_turn else ""
@@ -202,7 +205,7 @@ class ChatRenderer:
 
     # ---- which text serves which turn
 
-    def _render_unmarked(self, conversation: Conversation, turns: Sequence[int]) -> Rendered:
+    def _render_unmarked(self, conversation: Conversation, turns: Sequence[int], as_one: bool) -> Rendered:
         text = self.text(conversation)
         own = [self._alone(conversation, turn, text) for turn in turns]
         if turns[-1] + 1 == len(conversation.messages) and own[-1].text.startswith(text):
@@ -211,14 +214,17 @@ class ChatRenderer:
             return Rendered([Written(text, [target for written in own for target in written.targets])])
         if self._turns == "together":
             self._refuse_together(text, turns, own)
-        if not _shared([written.text for written in own]):
-            # the template moves a later turn to the beginning: no tree has two beginnings, so all use the whole
-            with contextlib.suppress(_InexactError):
+        # If the template moves a later turn to the beginning, all use the whole, since no tree has two beginnings
+        if (as_one and len(own) > 1) or not _shared([written.text for written in own]):
+            try:
                 within = [self._within(conversation, turn, text).targets[0] for turn in turns]
                 return Rendered([Written(text, within)])
+            except _InexactError as why:
+                if as_one:
+                    raise self._refused(turns[0], f"{_REWRITTEN}, and {why}") from why
         return Rendered(own)
 
-    def _render_marked(self, conversation: Conversation, turns: Sequence[int]) -> Rendered:
+    def _render_marked(self, conversation: Conversation, turns: Sequence[int], as_one: bool) -> Rendered:
         text, spans = self._marked(conversation, conversation.messages)
         targets = self._with_ends(conversation, text, _matched(conversation.messages, turns, text, spans))
         whole = Written(text, targets)
@@ -229,6 +235,8 @@ class ChatRenderer:
                 exact = self._shapes[key] = self._is_exact(conversation, whole)
             if exact:
                 return Rendered([whole])
+        if as_one:
+            return Rendered([whole])
         own = [self._alone_marked(conversation, turn, whole) for turn in turns]
         if self._turns != "apart" and all(_begins(text, written) for written in own):
             return Rendered([whole])
@@ -270,6 +278,8 @@ class ChatRenderer:
             lead, start = self._lead(conversation, turn, prompt, through)
             end = self._end(conversation, turn, through, start)
         except _InexactError as why:
+            if missing_parts(messages[turn], through):  # which is the cause, and `_render` will find it
+                return Written(through, [Target(turn, len(through), len(through))])
             raise self._refused(turn, str(why)) from why
         return Written(lead + through[start:], [Target(turn, len(lead), len(lead) + end - start)])
 
@@ -321,10 +331,12 @@ class ChatRenderer:
         message = conversation.messages[turn]
         start = _common(prompt, through, [part.value for part in parts_of(message) if isinstance(part.value, str)])
         extra, rest = prompt[start:], through[start:]
-        before = (conversation.messages[turn - 1].get("content") or "").strip() if turn else ""
-        if before and before in extra:  # the history reads differently once this turn follows: take the prompt's
-            shorter = replace(conversation, messages=conversation.messages[: turn + 1])
-            return prompt, self._within(shorter, turn, through).targets[0].start
+        with contextlib.suppress(UserError):
+            history = self._text(conversation, conversation.messages[:turn])
+            if start < len(history.rstrip()) and prompt.startswith(history):
+                # the history reads differently once this turn follows: the prompt has it as it is at inference
+                shorter = replace(conversation, messages=conversation.messages[: turn + 1])
+                return prompt, self._within(shorter, turn, through).targets[0].start
         return (prompt if _reads_on(extra, rest, message) else through[:start]), start
 
     def _end(self, conversation: Conversation, turn: int, through: str, start: int) -> int:
@@ -437,12 +449,15 @@ class ChatRenderer:
         _, found, tail = text.rpartition(_PROBE)
         if not found:
             return _Ends()
-        user, prompt = self._text(probe, probe.messages[:1]), self.prompt(probe, 1)
         thanks = Conversation((*probe.messages, {"role": "user", "content": "Thanks."}), probe.tools)
         try:
             longer = self.text(thanks)
         except UserError:
             longer = text
+        try:
+            user, prompt = self._text(probe, probe.messages[:1]), self.prompt(probe, 1)
+        except UserError:  # it renders no conversation that ends with a user
+            return _Ends(tail, self._stop(tail))
         middle = longer.rpartition(_PROBE)[2].partition("Thanks.")[0]
         if prompt == user and not middle.startswith(tail):
             # it also writes the next generation prompt after the answer, which isn't its end
@@ -518,7 +533,7 @@ class ChatRenderer:
     # ---- Jinja
 
     def _template(self, conversation: Conversation) -> str:
-        """The template of a conversation: of several, `tool_use` for those with tools or calls."""
+        """The template of a conversation: of several, `tool_use` for those with tools, as in transformers."""
         templates: Any = self._tokenizer.chat_template
         if not templates:
             raise UserError(
@@ -527,10 +542,7 @@ class ChatRenderer:
             )
         if isinstance(templates, str):
             return templates
-        uses_tools = conversation.tools or any(
-            message["role"] == "tool" or message.get("tool_calls") for message in conversation.messages
-        )
-        for name in ("tool_use", "default") if uses_tools else ("default", "tool_use"):
+        for name in ("tool_use", "default") if conversation.tools else ("default", "tool_use"):
             if name in templates:
                 return str(templates[name])
         raise UserError(f"the tokenizer's chat templates are {', '.join(templates)}; choose one with `template`")
