@@ -228,28 +228,21 @@ class ChatRenderer:
         text, spans = self._marked(conversation, conversation.messages)
         targets = self._with_ends(conversation, text, _matched(conversation.messages, turns, text, spans))
         whole = Written(text, targets)
-        if self._turns != "apart":
-            key = ("together", self._shape(conversation), *turns)
-            exact = self._shapes.get(key)
-            if exact is None:
-                exact = self._shapes[key] = self._is_exact(conversation, whole)
-            if exact:
-                return Rendered([whole])
         if as_one:
             return Rendered([whole])
+        if self._turns != "apart":
+            key = ("together", self._shape(conversation), *turns)
+            if key not in self._shapes:
+                own = [self._alone_marked(conversation, turn, whole) for turn in turns]
+                self._shapes[key] = _agree(whole, own)
+            if self._shapes[key]:
+                return Rendered([whole])
         own = [self._alone_marked(conversation, turn, whole) for turn in turns]
-        if self._turns != "apart" and all(_begins(text, written) for written in own):
+        if self._turns != "apart" and _agree(whole, own):
             return Rendered([whole])
         if self._turns == "together":
             self._refuse_together(text, turns, own)
         return Rendered(own)
-
-    def _is_exact(self, conversation: Conversation, whole: Written) -> bool:
-        """Whether each target of a marked text follows what it would follow at inference."""
-        for turn in dict.fromkeys(target.turn for target in whole.targets):
-            if not _begins(whole.text, self._alone_marked(conversation, turn, whole)):
-                return False
-        return True
 
     def _refuse_together(self, text: str, turns: Sequence[int], own: Sequence[Written]) -> None:
         turn = next(turn for turn, written in zip(turns, own, strict=True) if not _begins(text, written))
@@ -311,15 +304,14 @@ class ChatRenderer:
         try:
             prompt = self.prompt(conversation, turn)
             through, spans = self._marked(conversation, messages[: turn + 1])
-        except UserError:
-            return Written(whole.text, marked)
-        if turn + 1 < len(messages):
-            marked = self._with_ends(conversation, through, _matched(messages[: turn + 1], [turn], through, spans))
-        try:
+            if turn + 1 < len(messages):
+                marked = self._with_ends(conversation, through, _matched(messages[: turn + 1], [turn], through, spans))
+            if not marked or not (turn or through.startswith(prompt)):
+                return Written(whole.text, [target for target in whole.targets if target.turn == turn])
             lead, start = self._lead(conversation, turn, prompt, through)
-        except _InexactError:
-            return Written(through, marked)
-        if through.startswith(lead) or not marked or start > marked[0].start:
+        except (UserError, _InexactError):
+            return Written(whole.text, [target for target in whole.targets if target.turn == turn])
+        if through.startswith(lead) or start > marked[0].start:
             return Written(through, marked)
         moved = len(lead) - start
         return Written(lead + through[start:], [Target(turn, s + moved, e + moved) for _, s, e in marked])
@@ -474,13 +466,13 @@ class ChatRenderer:
         return _Ends(tail, self._stop(tail) or closing, closing, tuple(headers))
 
     def _stop(self, tail: str) -> str:
-        """The part of what follows an answer at which generation stops: up to the first special token or tag."""
-        places = [(tail.find(token), -len(token)) for token in self._special if token in tail]
-        if places:
-            at, length = min(places)
-            return tail[: at - length]
-        match = _END.match(tail)
-        return match.group() if match else ""
+        """The part of what follows an answer at which generation stops: up to the first special token or tag.
+
+        What follows that without a blank belongs to it.
+        """
+        first = min((tail.find(token) for token in self._special if token in tail), default=0)
+        match = _END.match(tail, first)
+        return tail[: match.end()] if match else ""
 
     def _shape(self, conversation: Conversation) -> Any:
         """The kinds of a conversation's turns, on which it depends what a template writes of them."""
@@ -608,6 +600,12 @@ def _begins(text: str, written: Written) -> bool:
     """Whether a text begins with another one, up to the end of its last target."""
     end = written.targets[-1].end
     return text.startswith(written.text[:end])
+
+
+def _agree(whole: Written, own: Sequence[Written]) -> bool:
+    """Whether each target of a marked text follows what it follows in its own text."""
+    ends = {target.turn: target.end for target in whole.targets}
+    return all(written.text.startswith(whole.text[: ends[written.targets[0].turn]]) for written in own)
 
 
 def _shared(texts: Sequence[str]) -> int:
