@@ -40,6 +40,7 @@ Turns = Literal["auto", "together", "apart"]
 _MARKER = re.compile(r"\{%[-+]?\s*generation\s*[-+]?%\}")
 _TAG = r"(?:<[^<>]*>|\[[^\[\]\s]*\])"
 _END = re.compile(rf"\s*(?:{_TAG}|[^\s<])+|\s*\S+|\s+")
+_NEXT_TAG = re.compile(rf"\s*{_TAG}")
 _LAST_TAG = re.compile(rf"{_TAG}\s*\Z")
 _START_TAGS = re.compile(r"(?:<[^<>]*(?:start|begin)[^<>]*>\s*)+\Z", re.IGNORECASE)
 _EMPTY_BLOCK = re.compile(r"\s*(<[^<>/][^<>]*>)\s*\w*\s*(<[^<>]*>)\s*")
@@ -325,7 +326,9 @@ class ChatRenderer:
         extra, rest = prompt[start:], through[start:]
         with contextlib.suppress(UserError):
             history = self._text(conversation, conversation.messages[:turn])
-            if start < len(history.rstrip()) and prompt.startswith(history):
+            before = (conversation.messages[turn - 1].get("content") or "").strip() if turn else ""
+            differs = prompt != history or (before and before in extra)
+            if differs and start < len(history.rstrip()) and prompt.startswith(history):
                 # the history reads differently once this turn follows: the prompt has it as it is at inference
                 shorter = replace(conversation, messages=conversation.messages[: turn + 1])
                 return prompt, self._within(shorter, turn, through).targets[0].start
@@ -344,9 +347,10 @@ class ChatRenderer:
         tail = ends.closing or ends.tail
         if tail and ends.end and through.endswith(tail) and len(through) - len(tail) >= start:
             return len(through) - len(tail) + len(ends.end)
-        return self._end_after(conversation.messages[turn], through, start, ends, last=True)
+        return self._end_after(conversation.messages[turn], through, start, ends)
 
-    def _end_after(self, message: Message, text: str, start: int, ends: _Ends, *, last: bool) -> int:
+    @staticmethod
+    def _end_after(message: Message, text: str, start: int, ends: _Ends) -> int:
         """Where a turn stops, found after the last of its parts from `start` on."""
         after = start
         for part in parts_of(message):
@@ -358,9 +362,9 @@ class ChatRenderer:
         for stop in (end, last_tag.group().strip() if last_tag else ""):
             if stop and (at := text.find(stop, after)) >= 0:
                 return at + len(stop)
-        if last and (stripped := len(text.rstrip())) > after:
+        if (stripped := len(text.rstrip())) > after:
             return stripped
-        if last and len(text) > after and not end.strip():
+        if len(text) > after and not end.strip():
             return len(text)
         raise _InexactError("the template writes nothing at the turn's end, so a model couldn't learn to stop there")
 
@@ -385,10 +389,21 @@ class ChatRenderer:
         if headers and not begun:
             raise _InexactError("the template begins it in another way than other turns")
         start = max(begun, default=first)
+        if ends.end == "" and self._eos:
+            return Written(whole[:after] + self._eos, [Target(turn, start, after + len(self._eos))])
         if ends.end == "":
             raise _InexactError("the template writes nothing at the turn's end")
-        end = self._end_after(messages[turn], whole, after, ends, last=turn + 1 == len(messages))
-        return Written(whole, [Target(turn, start, end)])
+        if turn + 1 == len(messages):
+            return Written(whole, [Target(turn, start, self._end_after(messages[turn], whole, after, ends))])
+        following = (messages[turn + 1].get("content") or "").strip()
+        until = whole.find(following, after) if following else len(whole)
+        for stop in (ends.end, "" if ends.end is None else ends.end.strip()):
+            if stop and (at := whole.find(stop, after, until)) >= 0:
+                return Written(whole, [Target(turn, start, at + len(stop))])
+        tag = _NEXT_TAG.match(whole, after, until)  # another end than that of a last turn
+        if tag is None:
+            raise _InexactError("the template writes nothing at the turn's end")
+        return Written(whole, [Target(turn, start, tag.end())])
 
     def _refused(self, turn: int, why: str) -> UserError:
         return UserError(

@@ -213,12 +213,6 @@ OTHER_BEGINNINGS = {
             "Two and two make four.\n[BEGIN FINAL RESPONSE]\nIt is four.\n<|end|>",
         ),
     },
-    "poolside-Laguna-XS.2": {
-        "reasoning": (
-            "<assistant>\n",
-            "<think>\nTwo and two make four.\n</think>\nIt is four.\n</assistant>",
-        )
-    },
     "tencent-Hy3": {
         "reasoning": (
             "<think:opensource>",
@@ -248,10 +242,11 @@ def marked(tokenizer, messages, tools):
 def check_marked(name, tokenizer, conversation, index, context, target, whole):
     """Whether the target of a turn is what the template marks, and the end of the turn."""
     messages, tools = conversation.messages, conversation.tools
-    spans = marked(tokenizer, messages, tools) + marked(tokenizer, messages[: index + 1], tools)[-1:]
-    assert any(
-        target.startswith(span) and not target.removeprefix(span).strip().strip("<|>/]").count("<") for span in spans
-    )
+    spans = marked(tokenizer, messages, tools)
+    if renders(tokenizer, messages[: index + 1], tools) is not None:
+        spans += marked(tokenizer, messages[: index + 1], tools)[-1:]
+    rests = [target.removeprefix(span).strip() for span in spans if target.startswith(span)]
+    assert any(rest.count("<") <= 1 for rest in rests), (target, spans)
     prompt = renders(tokenizer, messages[:index], tools, prompt=True)
     through = renders(tokenizer, messages[: index + 1], tools)
     assert context + target in (through or whole) or context + target in whole or context == prompt
