@@ -282,15 +282,17 @@ class Tokenize:
         border = min(_first_target(path) for path in paths)
         for path in paths[1:]:
             border = min(border, common_prefix(paths[0].ids, path.ids))
-        kept = self.kept(max((path.ids for path in paths), key=len), border)
+        longest = max((path.ids for path in paths), key=len)
+        if len(longest) <= self.max_length:
+            return list(paths)
+        kept = self.kept(longest, border)
         if isinstance(kept, Dropped):
             return kept
         context = kept[kept < border]
         end = border + len(kept) - len(context)
-        return [
-            Tokens(*(np.concatenate([values[context], values[border:end]]) for values in path[:2]), path.straddled)
-            for path in paths
-        ]
+        places = np.concatenate([context, np.arange(border, end)])
+        cut = (places[: np.searchsorted(places, len(path.ids))] for path in paths)
+        return [Tokens(p.ids[kept], p.mask[kept], p.straddled) for p, kept in zip(paths, cut, strict=True)]
 
     def uncut(self, record: Record) -> tuple[Example, list[np.ndarray]] | None:
         """A record's example before it is cut, and for each segment the indices of its own tokens that are kept.
