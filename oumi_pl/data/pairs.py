@@ -5,6 +5,8 @@ prefix of both id sequences. Prompt and response are never tokenized separately,
 border.
 """
 
+import copy
+import sys
 from collections.abc import Sequence
 from itertools import pairwise
 from typing import TYPE_CHECKING
@@ -74,6 +76,25 @@ class TokenizePairs(Tokenize):
             pair if isinstance(pair, Dropped) else self._pair(next(tokens), next(tokens), preference.margin, pair[2])
             for preference, pair in zip(preferences, marked, strict=True)
         ]
+
+    def uncut(self, record: Record) -> tuple[Example, list[np.ndarray]] | None:
+        """As of `Tokenize`: the longer response decides what is kept, and the other is cut to the same length."""
+        whole = copy.copy(self)
+        whole.max_length = sys.maxsize
+        (example,) = whole([record])
+        if isinstance(example, Dropped):
+            return None
+        chosen, rejected = example.segments
+        border = rejected.shared
+        prompt, ids = example.input_ids[:border], example.input_ids
+        longer = max(ids[: chosen.length], np.concatenate([prompt, ids[chosen.length :]]), key=len)
+        kept = self.kept(longer, border)
+        if isinstance(kept, Dropped):
+            kept = np.arange(0)
+        context = kept[kept < border]
+        room = len(kept) - len(context)
+        first = np.concatenate([context, np.arange(border, min(border + room, chosen.length))])
+        return example, [first, np.arange(min(room, rejected.length))]
 
     def _marked_pair(self, preference: Preference) -> tuple[Written, Written, tuple[str, ...]] | Dropped:
         chosen, rejected = preference.chosen, preference.rejected

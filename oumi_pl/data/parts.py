@@ -124,8 +124,14 @@ def _spellings(text: str) -> tuple[str, ...]:
     if text.isalnum():
         return (text,)
     as_json, ascii_json = (json.dumps(text, ensure_ascii=ascii_only)[1:-1] for ascii_only in (False, True))
-    spelled = (text, as_json, ascii_json, json.dumps(as_json)[1:-1], repr(text)[1:-1])
-    return tuple(dict.fromkeys((*spelled, html.escape(text), html.escape(text, quote=False))))
+    twice = json.dumps(as_json, ensure_ascii=False)[1:-1]
+    plain = (text, as_json, ascii_json, twice, json.dumps(as_json)[1:-1], repr(text)[1:-1])
+    if not any(character in text for character in "&<>\"'"):
+        return tuple(dict.fromkeys(plain))
+    # XML escapes quotes or leaves them, and Jinja's `escape` writes them as numbers
+    bare = [html.escape(spelling, quote=False) for spelling in plain]
+    quoted = [spelling.replace('"', "&#34;").replace("'", "&#39;") for spelling in bare]
+    return tuple(dict.fromkeys((*plain, *bare, *map(html.escape, plain), *quoted)))
 
 
 def _constant(value: Any) -> tuple[str, ...]:

@@ -4,16 +4,13 @@ The characters that carry loss are found in the rendered text, and mapped to tok
 Masks never depend on ids, so a pad token that equals EOS, or an answer that repeats the question, can't cause errors.
 """
 
-import copy
-import sys
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from itertools import chain
 from typing import TYPE_CHECKING, Literal, NamedTuple, get_args
 
 import numpy as np
 
-from oumi_pl.attention.segments import path_positions
 from oumi_pl.data.rendering import ChatRenderer, Span, Target, Turns, Written
 from oumi_pl.data.template import adds_bos
 from oumi_pl.errors import UserError, nearest
@@ -279,46 +276,42 @@ class Tokenize:
 
         The context is what all paths begin with, up to the first target.
         """
+        places = self._places(paths)
+        if isinstance(places, Dropped):
+            return places
+        cut = (places[: np.searchsorted(places, len(path.ids))] for path in paths)
+        return [Tokens(p.ids[kept], p.mask[kept], p.straddled) for p, kept in zip(paths, cut, strict=True)]
+
+    def _places(self, paths: Sequence[Tokens]) -> np.ndarray | Dropped:
+        """The positions in the longest path that are kept, ascending."""
+        longest = max((path.ids for path in paths), key=len)
         border = min(_first_target(path) for path in paths)
         for path in paths[1:]:
             border = min(border, common_prefix(paths[0].ids, path.ids))
-        longest = max((path.ids for path in paths), key=len)
-        if len(longest) <= self.max_length:
-            return list(paths)
-        kept = self.kept(longest, border)
-        if isinstance(kept, Dropped):
-            return kept
-        context = kept[kept < border]
-        end = border + len(kept) - len(context)
-        places = np.concatenate([context, np.arange(border, end)])
-        cut = (places[: np.searchsorted(places, len(path.ids))] for path in paths)
-        return [Tokens(p.ids[kept], p.mask[kept], p.straddled) for p, kept in zip(paths, cut, strict=True)]
+        return self.kept(longest, border)
 
     def uncut(self, record: Record) -> tuple[Example, list[np.ndarray]] | None:
         """A record's example before it is cut, and for each segment the indices of its own tokens that are kept.
 
-        Segments of which nothing is kept are left out. None if the record is dropped whatever `max_length` is.
+        Branches of which no target is kept are left out. None if the record is dropped whatever `max_length` is.
         """
-        whole = copy.copy(self)
-        whole.max_length = sys.maxsize
-        (example,) = whole([record])
-        if isinstance(example, Dropped):
+        marked = self.mark(record)
+        paths = [] if isinstance(marked, Dropped) else self.tokens(marked.texts)
+        for path in paths:
+            path.mask[:1] = False
+        if not any(path.mask.any() for path in paths):
             return None
-        paths = [path_positions(example.segments, i) for i in range(len(example.segments))]
-        # the context ends at the first target, or where the paths part
-        border = min([int(example.loss_mask.argmax()), *(segment.shared for segment in example.segments[1:])])
-        kept = self.kept(example.input_ids[max(paths, key=len)], border)
-        if isinstance(kept, Dropped):
-            kept = np.arange(0)
-        context = kept[kept < border]
-        end = border + len(kept) - len(context)
-        own = [np.concatenate([context, np.arange(border, min(end, example.segments[0].length))])]
-        own += [np.arange(max(0, min(end - s.shared, s.length))) for s in example.segments[1:]]
-        count = max([1, *(i + 1 for i, indices in enumerate(own) if len(indices))])
-        segments, tokens = example.segments[:count], sum(segment.length for segment in example.segments[:count])
-        return replace(
-            example, input_ids=example.input_ids[:tokens], loss_mask=example.loss_mask[:tokens], segments=segments
-        ), own[:count]
+        places = self._places(paths)
+        if isinstance(places, Dropped):
+            example = Example(*joined(paths))
+            return example, [np.arange(0)] * len(example.segments)
+        kept = [path for path in paths if path.mask[places[: np.searchsorted(places, len(path.ids))]].any()]
+        example = Example(*joined(kept or paths))
+        own = []
+        for segment in example.segments:
+            end = segment.shared + segment.length
+            own.append(places[(places >= segment.shared) & (places < end)] - segment.shared)
+        return example, own
 
     def _lacks_bos(self, ids: Sequence[int] | np.ndarray) -> bool:
         return self._adds_bos and (len(ids) == 0 or ids[0] != self._bos)
