@@ -608,6 +608,23 @@ def _for_template(message: Message) -> dict[str, Any]:
     return turn
 
 
+def spans_by_kind(written: Written, messages: Sequence[Message]) -> dict[str, list[Target]]:
+    """Where in the targets of a text the parts of turns are, by kind ("text", "reasoning", "tool call")."""
+    spans: dict[str, list[Target]] = {}
+    for turn, start, end in written.targets:
+        places: dict[str, list[Span]] = {}
+        for part in parts_of(messages[turn]):
+            found = [(at, at + len(s)) for s in part.spellings if (at := written.text.find(s, start, end)) >= 0]
+            places.setdefault(part.kind, []).extend(found[:1])
+        if calls := places.get("tool call"):  # with the syntax between names and arguments, up to the last of them
+            values = [s for part in parts_of(messages[turn]) if part.kind == "tool call" for s in part.spellings]
+            ends = [written.text.rfind(value, start, end) + len(value) for value in values if value in written.text]
+            places["tool call"] = [(min(calls)[0], max(ends))]
+        for kind, found in places.items():
+            spans.setdefault(kind, []).extend(Target(turn, *span) for span in found)
+    return spans
+
+
 # ---- texts
 
 

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Literal, NamedTuple, get_args
 
 import numpy as np
 
-from oumi_pl.data.rendering import ChatRenderer, Span, Target, Turns, Written
+from oumi_pl.data.rendering import ChatRenderer, Span, Target, Turns, Written, spans_by_kind
 from oumi_pl.data.template import adds_bos
 from oumi_pl.errors import UserError, nearest
 from oumi_pl.types import Conversation, Example, Preference, Record, Segment, Text
@@ -312,6 +312,19 @@ class Tokenize:
             end = segment.shared + segment.length
             own.append(places[(places >= segment.shared) & (places < end)] - segment.shared)
         return example, own
+
+    def loss_by_kind(self, record: Conversation) -> dict[str, int]:
+        """How many tokens that carry loss belong to text, reasoning and tool calls, before the record is cut.
+
+        The others are what the template writes around them: headers, tags and ends of turns.
+        """
+        marked = self.mark(record)
+        counts: dict[str, int] = {}
+        for text in [] if isinstance(marked, Dropped) else marked.texts:
+            spans = spans_by_kind(text, record.messages)
+            for kind, tokens in zip(spans, self.tokens([Written(text.text, s) for s in spans.values()]), strict=True):
+                counts[kind] = counts.get(kind, 0) + int(tokens.mask.sum())
+        return counts
 
     def _lacks_bos(self, ids: Sequence[int] | np.ndarray) -> bool:
         return self._adds_bos and (len(ids) == 0 or ids[0] != self._bos)

@@ -124,6 +124,16 @@ def test_what_the_history_leaves_out_is_counted_and_no_error():
     assert len(example.segments) == 2
 
 
+def test_tokens_that_carry_loss_are_counted_by_kind():
+    acts = {**calls("Brest", "Dover"), "reasoning_content": "I need both."}
+    record = Conversation((ASK, acts, *PARALLEL.messages[2:], turn("assistant", "4.2 and 5.9")))
+    tokenizer = byte_tokenizer("chatml")
+    first, second = (f'lookup_tide", "arguments": {{"port": "{port}' for port in ("Brest", "Dover"))
+    written = first + '"}}\n</tool_call>\n<tool_call>\n{"name": "' + second
+    counts = Tokenize(tokenizer, 1000).loss_by_kind(record)
+    assert counts == {"reasoning": len("I need both."), "tool call": len(written), "text": len("4.2 and 5.9")}
+
+
 # --- ends of turns ----------------------------------------------------------------------------------------------------
 
 
