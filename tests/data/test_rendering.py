@@ -420,7 +420,8 @@ def test_cases(tmp_path):
                 assert text.count(made["function"]["arguments"]["port"]) == 1
             assert message.get("reasoning_content", "") in text
             assert message["content"] in text
-        assert not any(message["content"] in text for message in row["messages"] if message["role"] == "tool"), name
+        results = [message["content"] for message in row["messages"] if message["role"] == "tool"]
+        assert not any(f"{content}\n" in text for content in results), name
 
 
 def test_segments_of_one_text_are_one():
