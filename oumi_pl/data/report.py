@@ -20,7 +20,10 @@ def merged(reports: list[dict[str, Any]]) -> dict[str, Any]:
     dropped: Counter[str] = Counter()
     for report in reports:
         dropped.update(report["dropped"])
-    return total | {"dropped": dict(dropped)}
+    notes: Counter[str] = Counter()
+    for report in reports:
+        notes.update(report.get("notes", {}))
+    return total | {"dropped": dict(dropped)} | ({"notes": dict(notes)} if notes else {})
 
 
 def describe(stores: list[ExampleStore], lengths: np.ndarray, plan: Plan, capacity: int | None) -> dict[str, Any]:

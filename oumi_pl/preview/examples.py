@@ -7,13 +7,13 @@ from typing import NamedTuple
 
 import numpy as np
 
-from oumi_pl.data.examples import ExampleData
+from oumi_pl.data.examples import ChatData, ExampleData
 from oumi_pl.data.store import source_records
 from oumi_pl.errors import UserError
 from oumi_pl.preview.pieces import Decoder, Piece, Tokens, segments_of
 from oumi_pl.preview.shown import Mark, Section, Shown
 from oumi_pl.terminal.screen import track
-from oumi_pl.types import Example, Record, Segment
+from oumi_pl.types import Conversation, Example, Record, Segment
 
 AT_ONCE = 256
 """Rows tokenized at once."""
@@ -145,7 +145,7 @@ def shown(data: ExampleData, split: str, row: SourceRow, decoder: Decoder) -> Sh
     targets = sum(int(tokens.targets.sum()) for tokens in segments)
     lengths = ", ".join(f"{part.name} {len(part.tokens):,}" for part in parts) if len(parts) > 1 else ""
     facts = [row.origin, f"{len(example.input_ids):,} tokens{f' ({lengths})' if lengths else ''}"]
-    facts.append(f"{targets:,} carry loss")
+    facts.append(f"{targets:,} carry loss{'' if row.cut else _by_kind(data, row.record, targets)}")
     facts += [f"{name} {value:g}" for name, value in example.fields.items() if not math.isnan(value)]
     if row.cut:
         removed = len(whole.input_ids) - len(example.input_ids)
@@ -153,6 +153,17 @@ def shown(data: ExampleData, split: str, row: SourceRow, decoder: Decoder) -> Sh
     if row.straddled:
         facts.append("a token holds characters of both prompt and answer")
     return Shown(title, facts, [Section(part.title, _with_cuts(part, decoder)) for part in parts])
+
+
+def _by_kind(data: ExampleData, record: Record, targets: int) -> str:
+    """What the tokens that carry loss are, if a conversation has more than texts."""
+    if not isinstance(data, ChatData) or not isinstance(record, Conversation):
+        return ""
+    kinds = data.tokenize.loss_by_kind(record)
+    if not kinds.keys() - {"text"}:
+        return ""
+    kinds["tags and ends of turns"] = targets - sum(kinds.values())
+    return f" ({', '.join(f'{kind} {n:,}' for kind, n in kinds.items() if n > 0)})"
 
 
 class _Part:

@@ -54,6 +54,12 @@ def _lines(report: dict[str, Any]) -> dict[str, str]:
     ):
         if report.get(key):
             lines[name] = _share(report[key], report["kept"])
+    lines |= {note: _share(n, report["kept"]) for note, n in report.get("notes", {}).items()}
+    if rows_apart := report.get("turns_apart"):
+        name = "turns apart, each after its own history"
+        lines[name] = f"{_share(rows_apart, report['kept'])}, {report['turns_apart_tokens']:,} tokens more"
+    if "template_date" in report:
+        lines["today, for the chat template"] = report["template_date"]
     for key in ("documents", "replaced", "split"):
         if report.get(key):
             name = {"replaced": "characters that weren't UTF-8", "split": "documents longer than a row"}.get(key, key)
@@ -130,12 +136,13 @@ def notes(data: TextData) -> list[str]:
 
 def packs(data: ExampleData) -> Packs:
     """The packs of the first micro-batch of training. The data must be packed."""
-    assert data.capacity is not None
+    capacity = data.capacity_for("train")
+    assert capacity is not None
     numbered = has_no_dropped_rows(data, "train")
     lengths = data.lengths("train")
     first = next(data.plan(0).micro_batches(0, data.layout))
     filled = [Pack(lengths[ids].tolist(), [i + 1 if numbered else 0 for i in ids.tolist()]) for ids in first]
     total = sum(sum(pack.lengths) for pack in filled)
-    share = total / (len(filled) * data.capacity)
-    title = f"packs of the first micro-batch: {len(filled)} of {data.capacity:,} tokens, {share:.1%} filled"
-    return Packs(title, data.capacity, filled)
+    share = total / (len(filled) * capacity)
+    title = f"packs of the first micro-batch: {len(filled)} of {capacity:,} tokens, {share:.1%} filled"
+    return Packs(title, capacity, filled)
