@@ -20,14 +20,27 @@ Row = dict[str, Any]
 
 
 class Message(TypedDict, total=False):
-    """One turn of a conversation, in the shape that chat templates read."""
+    """One turn of a conversation, in the shape that chat templates read.
+
+    `weight` and `spans` are not for the template: they say how much the turn counts in the loss.
+    """
 
     role: Required[str]
     content: Required[str | None]
+    """None if the turn has no text, but calls or reasoning."""
     name: str
     tool_calls: list[dict[str, Any]]
+    """Each `{"type": "function", "function": {"name": ..., "arguments": {...}}}`, with an `id` if the row has one."""
     tool_call_id: str
     reasoning_content: str
+    weight: float
+    """Factor on the loss of each token of the turn; 0 takes the turn out of the loss. Missing: 1, if it is trained."""
+    spans: list[tuple[int, int]]
+    """The parts of `content` that carry loss, as (start, end) in characters; missing: all of the turn."""
+
+
+TRAINING_KEYS = ("weight", "spans")
+"""Keys of a `Message` that chat templates don't get."""
 
 
 class Record:
@@ -39,20 +52,27 @@ class Conversation(Record):
     """Turns that a chat template renders.
 
     `prompt_messages` is the number of leading messages that form the prompt, for rows that separate prompt and
-    completion; None for a conversation that does not.
+    completion; None for a conversation that does not. `template_variables` are given to the chat template in addition.
+    `weight` is a factor on the loss of each token.
     """
 
     messages: tuple[Message, ...]
     tools: tuple[dict[str, Any], ...] | None = None
     prompt_messages: int | None = None
+    template_variables: Mapping[str, Any] = field(default_factory=dict)
+    weight: float = 1.0
 
 
 @dataclass(frozen=True)
 class Text(Record):
-    """Text used without a chat template: a document, or the completion of a `prompt`."""
+    """Text used without a chat template: a document, or the completion of a `prompt`.
+
+    `weight` is a factor on the loss of each token.
+    """
 
     text: str
     prompt: str = ""
+    weight: float = 1.0
 
 
 @dataclass(frozen=True)
@@ -60,13 +80,20 @@ class Preference(Record):
     """Two responses to one prompt, the better one first.
 
     `chosen` and `rejected` have the same type and the same prompt: `prompt_messages` equal leading messages and the
-    same `tools` in conversations, the same `prompt` in texts. `margin` is how much better the chosen one is (for
-    example the difference of two scores); None if the row does not say.
+    same `tools` and `template_variables` in conversations, the same `prompt` in texts. `margin` is how much better the
+    chosen one is (for example the difference of two scores); None if the row does not say.
     """
 
     chosen: Conversation | Text
     rejected: Conversation | Text
     margin: float | None = None
+
+
+@dataclass(frozen=True)
+class BadRow:
+    """Why a row can't be read or has no record."""
+
+    reason: str
 
 
 class Segment(NamedTuple):

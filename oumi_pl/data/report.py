@@ -14,13 +14,28 @@ PERCENTILES = (0, 5, 25, 50, 75, 95, 100)
 
 
 def merged(reports: list[dict[str, Any]]) -> dict[str, Any]:
-    """The sum of the sources' reports."""
+    """The sum of the sources' reports.
+
+    `unread_columns` and `bad_rows` (reason -> number of rows, and the first of them) are there only if there are any.
+    """
     counts = ("rows", "kept", "cut", "straddled", "empty_answers")
     total: dict[str, Any] = {key: sum(r[key] for r in reports) for key in counts}
     dropped: Counter[str] = Counter()
     for report in reports:
         dropped.update(report["dropped"])
-    return total | {"dropped": dict(dropped)}
+    total["dropped"] = dict(dropped)
+    if unread := {name for report in reports for name in report.get("unread_columns", ())}:
+        total["unread_columns"] = sorted(unread)
+    if bad := [report["bad_rows"] for report in reports if "bad_rows" in report]:
+        total["bad_rows"] = {
+            reason: {
+                "rows": sum(kinds[reason]["rows"] for kinds in bad if reason in kinds),
+                "first": [origin for kinds in bad if reason in kinds for origin in kinds[reason]["first"]],
+            }
+            for kinds in bad
+            for reason in kinds
+        }
+    return total
 
 
 def describe(stores: list[ExampleStore], lengths: np.ndarray, plan: Plan, capacity: int | None) -> dict[str, Any]:

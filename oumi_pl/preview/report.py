@@ -54,6 +54,10 @@ def _lines(report: dict[str, Any]) -> dict[str, str]:
     ):
         if report.get(key):
             lines[name] = _share(report[key], report["kept"])
+    for reason, kind in report.get("bad_rows", {}).items():
+        lines[f"first: {reason}"] = ", ".join(kind["first"][:LISTED])
+    if report.get("unread_columns"):
+        lines["columns that no format reads"] = ", ".join(report["unread_columns"])
     for key in ("documents", "replaced", "split"):
         if report.get(key):
             name = {"replaced": "characters that weren't UTF-8", "split": "documents longer than a row"}.get(key, key)
