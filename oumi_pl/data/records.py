@@ -32,9 +32,11 @@ MEANINGFUL = frozenset(
 )
 """Columns that change what a row means. If the format doesn't read one, the run stops, unless the row's is empty."""
 
+LABELS = ("label", "kto_tag")
+"""Columns that say of unpaired answers whether they are good."""
 GOOD = frozenset((True, "true", "1", "good", "yes", "desirable"))
 BAD = frozenset((False, "false", "0", "-1", -1, "bad", "no", "undesirable"))
-"""Values of `label` in rows with good and with bad answers; texts in lower case."""
+"""Values of a label for good and for bad answers; texts in lower case."""
 
 LISTED = 5
 """Most rows that are named for a reason."""
@@ -48,16 +50,18 @@ class RecordReader:
     Args:
         source: The source.
         formats: The formats that its rows may have.
+        mixed: Whether its rows may have several of them; else all have that of the first.
     """
 
-    def __init__(self, source: Source, formats: Formats = FORMATS) -> None:
+    def __init__(self, source: Source, formats: Formats = FORMATS, *, mixed: bool = False) -> None:
         self.source = source
         self.formats = formats
+        self.mixed = mixed
         self.unread: set[str] = set()
         """Columns of the rows so far that their format doesn't read."""
         self._convert = resolve_format(source.format, formats) if source.format else None
         self._ignored = frozenset(source.ignore or ())
-        self._misfits: dict[frozenset[str], str] = {}
+        self._found: dict[frozenset[str], Format | UserError] = {}
 
     def records(
         self, keep: Callable[[Row], bool] | None = None, *, strict: bool = True
@@ -99,7 +103,9 @@ class RecordReader:
             return Dropped("label: not good")
         used = {name: value for name, value in row.items() if name not in self._ignored} if self._ignored else row
         before = self._convert
-        convert = self._convert = before or self._format_of(used)
+        convert = before or self._format_of(used)
+        if not self.mixed:
+            self._convert = convert
         try:
             self._look_at_columns(row, convert)
             record = convert(used)
@@ -120,20 +126,23 @@ class RecordReader:
         return record
 
     def _format_of(self, row: Row) -> Format:
+        """The format that fits a row's columns; looked for once, since finding the nearest names takes a while."""
         columns = frozenset(row)
-        if columns not in self._misfits:
+        if columns not in self._found:
             try:
-                return find_format(columns, self.formats)
+                self._found[columns] = find_format(columns, self.formats)
             except UserError as error:
-                self._misfits[columns] = str(error)  # finding the nearest names takes longer than reading the row
-        raise UserError(self._misfits[columns])
+                self._found[columns] = error
+        if isinstance(found := self._found[columns], UserError):
+            raise found
+        return found
 
     def _look_at_columns(self, row: Row, convert: Format) -> None:
         """Notes the columns that the format doesn't read, and refuses those that carry meaning."""
         read = columns_read(convert)
         if read is None or row.keys() <= read:
             return
-        unread = {name for name in row.keys() - read if not (name == "label" and self.source.label)}
+        unread = row.keys() - read - set(LABELS if self.source.label else ())
         self.unread |= unread
         for name in sorted((unread & MEANINGFUL) - self._ignored):
             if not is_empty(plain(row[name])):
@@ -158,18 +167,24 @@ def _refusal(name: str, convert: Format) -> str:
     leave_out = f"leave it out with `ignore: [{name}]`"
     if name in MEDIA:
         return f"column {name!r}: images, audio and video can't be trained on yet; {leave_out} to train on text alone"
-    if name == "label":
+    if name in LABELS:
         return f"{unread}; `label: keep_good` uses only the rows that it calls good, or {leave_out}"
     return f"{unread}; {leave_out}, or rename it with `columns`"
 
 
 def _is_good(row: Row) -> bool:
-    if is_missing(label := row.get("label")):
+    """Whether a row's label calls its answer good.
+
+    Raises:
+        UserError: the row has no label, or none that is true or false.
+    """
+    name = next((name for name in LABELS if not is_missing(row.get(name))), None)
+    if name is None:
         raise UserError("label: keep_good needs a column 'label', and this row has none")
-    label = plain(label)
+    label = plain(row[name])
     value = label.strip().lower() if isinstance(label, str) else label
     if not isinstance(value, str | int | float) or (value not in GOOD and value not in BAD):
-        raise UserError(f"column 'label' holds {label!r}; label: keep_good reads true and false, 1 and 0")
+        raise UserError(f"column {name!r} holds {label!r}; label: keep_good reads true and false, 1 and 0")
     return value in GOOD
 
 

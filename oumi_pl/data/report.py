@@ -69,10 +69,13 @@ def describe_documents(shards: list[Shards], across: bool = False) -> dict[str, 
     tokens = int(lengths.sum())
     sources = [_source_report(s) for s in shards]
     text_bytes = sum(source["bytes"] for source in sources)
-    empty = sum(source["empty"] for source in sources)
+    dropped = {
+        "empty": sum(source["empty"] for source in sources),
+        "label: not good": sum(source.get("not_good", 0) for source in sources),
+    }
     described: dict[str, Any] = {
         **{key: sum(source[key] for source in sources) for key in ("rows", "kept", "replaced")},
-        "dropped": {"empty": empty} if empty else {},
+        "dropped": {reason: count for reason, count in dropped.items() if count},
         "cut": 0,
         "straddled": 0,
         "empty_answers": 0,

@@ -163,8 +163,8 @@ class Source:
         columns: The format's fields by the names of your columns, as `{question: my_column}`.
         ignore: Columns that are left out. A column that usually carries meaning (`system`, `weight`, `tools`, `images`,
             `label`, `history`, `context`, ...) stops the run if the format doesn't read it and it isn't listed here.
-        label: How rows with a column `label` are used, which says whether an answer is good: `keep_good` leaves out
-            the bad ones.
+        label: How rows with a column `label` (or `kto_tag`) are used, which says whether an answer is good: `keep_good`
+            leaves out the bad ones.
         documents: How a `.txt` file is divided into documents: not at all (`file`, the default), at `blank_lines`, or
             at a separator of your own, for example `<|endoftext|>`.
         errors: How bytes that aren't UTF-8 are handled: the run stops (`strict`), or they become U+FFFD (`replace`).
