@@ -122,6 +122,7 @@ class Example:
     first is a root; one segment with all tokens when left out. fields: numbers of the row (a margin, a label, a score),
     NaN if it has none; all examples of a data set have the same names. cut: tokens were removed to fit. straddled: a
     token holds characters of both the prompt and a target. empty_answer: the only target is the end of the answer.
+    notes: what else the data report counts.
     """
 
     input_ids: np.ndarray
@@ -131,6 +132,7 @@ class Example:
     cut: bool = False
     straddled: bool = False
     empty_answer: bool = False
+    notes: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         if not self.segments:

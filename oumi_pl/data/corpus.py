@@ -9,10 +9,10 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from oumi_pl.data.documents import TokenizeDocuments, texts
 from oumi_pl.data.formats import resolve_format
+from oumi_pl.data.rendering import Rendering
 from oumi_pl.data.shards import FORMAT, MADE_FROM, MANIFEST, Shards, write_shards
 from oumi_pl.data.sources import Source, fingerprint, is_on_hub
 from oumi_pl.data.store import cache_key, cache_root, code_of
-from oumi_pl.data.template import Rendering
 from oumi_pl.data.tokenizers import tokenizer_fingerprint
 from oumi_pl.errors import UserError
 from oumi_pl.types import Row

@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from oumi_pl.data.template import RefusedError
-from oumi_pl.data.tokenize import Dropped, Marked, Overflow, Tokenize, Tokens
+from oumi_pl.data.rendering import ChatRenderer, RefusedError, Written
+from oumi_pl.data.tokenize import Dropped, Lost, Overflow, Tokenize, Tokens, common_prefix
 from oumi_pl.errors import UserError
 from oumi_pl.types import Conversation, Example, Preference, Record, Segment, Text
 
@@ -36,13 +36,22 @@ class TokenizePairs(Tokenize):
         overflow: What happens to longer pairs: `truncate` cuts the prompt's start first, then the responses' ends, by
             the rule of `Tokenize` with the longer response as the answer; `keep_start` cuts only the responses' ends;
             `drop`; or `error`.
+        lost: As of `Tokenize`.
+        renderer: As of `Tokenize`.
 
     Raises:
         UserError: a setting is unknown, or the tokenizer can't tell which characters a token stands for.
     """
 
-    def __init__(self, tokenizer: "PreTrainedTokenizerBase", max_length: int, overflow: Overflow = "truncate") -> None:
-        super().__init__(tokenizer, max_length, overflow=overflow)
+    def __init__(
+        self,
+        tokenizer: "PreTrainedTokenizerBase",
+        max_length: int,
+        overflow: Overflow = "truncate",
+        lost: Lost = "error",
+        renderer: ChatRenderer | None = None,
+    ) -> None:
+        super().__init__(tokenizer, max_length, overflow=overflow, lost=lost, renderer=renderer)
 
     def __call__(self, records: Sequence[Record]) -> list[Example | Dropped]:
         """Tokenizes preferences, each to a prompt with two branches or the reason why not, in order.
@@ -58,28 +67,43 @@ class TokenizePairs(Tokenize):
         """
         preferences = [_checked(record) for record in records]
         marked = [self._marked_pair(preference) for preference in preferences]
-        tokens = iter(self.tokens([m for pair in marked if not isinstance(pair, Dropped) for m in pair]))
+        tokens = iter(self.tokens([m for pair in marked if not isinstance(pair, Dropped) for m in pair[:2]]))
         return [
-            pair if isinstance(pair, Dropped) else self._pair(next(tokens), next(tokens), preference.margin)
+            pair if isinstance(pair, Dropped) else self._pair(next(tokens), next(tokens), preference.margin, pair[2])
             for preference, pair in zip(preferences, marked, strict=True)
         ]
 
-    def _marked_pair(self, preference: Preference) -> tuple[Marked, Marked] | Dropped:
+    def _marked_pair(self, preference: Preference) -> tuple[Written, Written, tuple[str, ...]] | Dropped:
         chosen, rejected = preference.chosen, preference.rejected
         if _is_blank(chosen) or _is_blank(rejected):
             return Dropped("empty response")
         try:
-            return self.mark(chosen), self.mark(rejected)
+            marked = [self.mark(chosen), self.mark(rejected)]
         except RefusedError:
             # Real dialogues don't always alternate, and some templates require it: drop those instead of stopping.
             if any(_repeats_a_role(response) for response in (chosen, rejected)):
                 return Dropped("the same role twice in a row, which the chat template refuses")
             raise
+        texts: list[Written] = []
+        notes: list[str] = []
+        for response in marked:
+            if isinstance(response, Dropped):
+                return response
+            if len(response.texts) > 1:
+                raise UserError(
+                    "with this chat template, the turns of a response can't share one text, because it writes a turn "
+                    "differently once others follow; what helps: responses of one turn, or another template"
+                )
+            texts += response.texts
+            notes += response.notes
+        return texts[0], texts[1], tuple(dict.fromkeys(notes))
 
-    def _pair(self, chosen: Tokens, rejected: Tokens, margin: float | None) -> Example | Dropped:
+    def _pair(
+        self, chosen: Tokens, rejected: Tokens, margin: float | None, notes: tuple[str, ...]
+    ) -> Example | Dropped:
         if not (chosen.mask.any() and rejected.mask.any()):
             return Dropped("no target tokens")
-        shared = _common_prefix(chosen.ids, rejected.ids)
+        shared = common_prefix(chosen.ids, rejected.ids)
         if shared == len(chosen.ids) == len(rejected.ids):
             return Dropped(EQUAL)
         border = min(shared, int(chosen.mask.argmax()), int(rejected.mask.argmax()))
@@ -101,6 +125,7 @@ class TokenizePairs(Tokenize):
             {"margin": float("nan") if margin is None else margin},
             cut=len(kept) < max(len(chosen.ids), len(rejected.ids)),
             straddled=chosen.straddled or rejected.straddled,
+            notes=notes,
         )
 
 
@@ -109,13 +134,6 @@ def _branch(tokens: Tokens, border: int, room: int) -> tuple[np.ndarray, np.ndar
     mask = tokens.mask[border:].copy()
     mask[: mask.argmax()] = True
     return tokens.ids[border:][:room], mask[:room]
-
-
-def _common_prefix(a: np.ndarray, b: np.ndarray) -> int:
-    """Length of the common prefix of two id sequences."""
-    shorter = min(len(a), len(b))
-    differs = a[:shorter] != b[:shorter]
-    return int(differs.argmax()) if differs.any() else shorter
 
 
 def _checked(record: Record) -> Preference:

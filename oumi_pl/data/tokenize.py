@@ -4,16 +4,20 @@ The characters that carry loss are found in the rendered text, and mapped to tok
 Masks never depend on ids, so a pad token that equals EOS, or an answer that repeats the question, can't cause errors.
 """
 
+import copy
+import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import chain
 from typing import TYPE_CHECKING, Literal, NamedTuple, get_args
 
 import numpy as np
 
-from oumi_pl.data.template import ChatRenderer, Span, adds_bos
+from oumi_pl.attention.segments import path_positions
+from oumi_pl.data.rendering import ChatRenderer, Span, Target, Turns, Written
+from oumi_pl.data.template import adds_bos
 from oumi_pl.errors import UserError, nearest
-from oumi_pl.types import Conversation, Example, Preference, Record, Text
+from oumi_pl.types import Conversation, Example, Preference, Record, Segment, Text
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -21,6 +25,7 @@ if TYPE_CHECKING:
 
 TrainOn = Literal["completion", "assistant", "last_turn", "all"]
 Overflow = Literal["truncate", "keep_start", "drop", "error"]
+Lost = Literal["error", "drop", "keep"]
 
 
 @dataclass(frozen=True)
@@ -32,15 +37,17 @@ class Dropped:
 
 @dataclass(frozen=True)
 class Marked:
-    """A text and its spans that carry loss; `eos`: it has to end with an EOS token."""
+    """A record's texts with the characters that carry loss: one text, or one for each trained turn.
 
-    text: str
-    targets: list[Span]
-    eos: bool = False
+    notes: what the data report counts.
+    """
+
+    texts: list[Written]
+    notes: tuple[str, ...] = ()
 
 
 class Tokens(NamedTuple):
-    """A record's tokens before it is cut.
+    """The tokens of a text before it is cut.
 
     ids: `[seq]` int32. mask: `[seq]` bool, True for tokens with a character that carries loss. straddled: one of these
     has other characters too.
@@ -62,6 +69,11 @@ class Tokenize:
             a conversation, all of a text.
         overflow: What happens to longer records: `truncate` cuts the context's start first, then the answer's end;
             `keep_start` cuts the end; `drop`; or `error`.
+        turns: Whether the trained turns of a conversation share one text: `auto` (where that is exact), `together` or
+            `apart`. Otherwise each has a branch of its own.
+        lost: What happens to records with something to train that the chat template doesn't write: `error`, `drop` the
+            record, or `keep` the rest of it.
+        renderer: Renders conversations; built from the tokenizer and `turns` when left out.
 
     Raises:
         UserError: a setting is unknown, or the tokenizer can't tell which characters a token stands for.
@@ -73,11 +85,14 @@ class Tokenize:
         max_length: int,
         train_on: TrainOn | None = None,
         overflow: Overflow = "truncate",
+        turns: Turns = "auto",
+        lost: Lost = "error",
+        renderer: ChatRenderer | None = None,
     ) -> None:
-        if train_on is not None and train_on not in get_args(TrainOn):
-            raise UserError(f"unknown train_on {train_on!r}{nearest(str(train_on), get_args(TrainOn))}")
-        if overflow not in get_args(Overflow):
-            raise UserError(f"unknown overflow {overflow!r}{nearest(str(overflow), get_args(Overflow))}")
+        settings = {"train_on": (train_on, TrainOn), "overflow": (overflow, Overflow)}
+        for name, (value, known) in {**settings, "turns": (turns, Turns), "lost": (lost, Lost)}.items():
+            if value not in get_args(known) and not (name == "train_on" and value is None):
+                raise UserError(f"unknown {name} {value!r}{nearest(str(value), get_args(known))}")
         if max_length < 2:
             raise UserError(f"max_length is {max_length}; an example needs at least 2 tokens")
         if not getattr(tokenizer, "is_fast", False):
@@ -87,7 +102,8 @@ class Tokenize:
             )
         self.max_length, self.overflow = max_length, overflow
         self._train_on = train_on
-        self._renderer = ChatRenderer(tokenizer)
+        self._lost = lost
+        self._renderer = renderer or ChatRenderer(tokenizer, turns=turns)
         self._backend = _with_exact_offsets(tokenizer)
         self._bos, self._eos = tokenizer.bos_token_id, tokenizer.eos_token_id
         self._adds_bos = adds_bos(tokenizer)
@@ -103,9 +119,12 @@ class Tokenize:
             UserError: `train_on` doesn't fit a record, the chat template refuses it or can't be masked exactly, or it
                 is too long and `overflow` is `error`.
         """
-        tokens = self.tokens([self.mark(record) for record in records])
-        silent = [self._train_on != "all" and says_nothing(record) for record in records]
-        return [self._example(*row) for row in zip(tokens, silent, strict=True)]
+        marked = [self.mark(record) for record in records]
+        tokens = iter(self.tokens([text for m in marked if isinstance(m, Marked) for text in m.texts]))
+        return [
+            m if isinstance(m, Dropped) else self._example([next(tokens) for _ in m.texts], record, m.notes)
+            for record, m in zip(records, marked, strict=True)
+        ]
 
     def prompt_ids(self, record: Record) -> tuple[list[int], str]:
         """Tokenizes the prompt of a record for generation, and returns the record's answer.
@@ -129,26 +148,37 @@ class Tokenize:
             messages, border = record.messages, record.prompt_messages
             if border is None:
                 border = len(messages) - (messages[-1]["role"] == "assistant")
-            prompt = self._renderer.prompt(messages[:border], record.tools)
+            prompt = self._renderer.prompt(record, border)
             answer = "\n".join(m["content"] or "" for m in messages[border:] if m["role"] == "assistant")
         ids = self._backend.encode(prompt, add_special_tokens=False).ids
         return [self._bos, *ids] if self._lacks_bos(ids) else ids, answer
 
     # --- characters that carry loss
 
-    def mark(self, record: Record) -> Marked:
+    def mark(self, record: Record) -> Marked | Dropped:
         """Renders a record and marks the characters that carry loss.
 
         Raises:
-            UserError: `train_on` doesn't fit the record, or the chat template refuses it or can't be masked exactly.
+            UserError: `train_on` doesn't fit the record, the chat template refuses it or can't be masked exactly, or it
+                doesn't write something that is to be trained and `lost` is `error`.
         """
         if isinstance(record, Text):
             return self._marked_text(record)
         if isinstance(record, Preference):
             raise UserError("this row is a pair of responses, a chosen and a rejected one, which is data for DPO")
         record = _conversation(record)
-        text, targets = self._renderer.spans(record, self._turns(record))
-        return Marked(text, [(0, len(text))] if self._train_on == "all" else targets)
+        rendered = self._renderer.render(record, self._turns(record))
+        if rendered.lost and self._lost == "error":
+            raise lost_error(rendered.lost)
+        kinds = sorted({kind for _, kind, _ in rendered.lost})
+        if kinds and self._lost == "drop":
+            return Dropped(f"{' and '.join(kinds)} that the chat template doesn't write")
+        notes = [f"{kind} not trained, because the chat template doesn't write it" for kind in kinds]
+        notes += [f"{kind} of earlier turns left out of the context" for kind in sorted(rendered.left_out)]
+        texts = rendered.texts
+        if self._train_on == "all":
+            texts = [Written(text.text, [Target(0, 0, len(text.text))]) for text in texts]
+        return Marked(texts, tuple(notes))
 
     def _marked_text(self, record: Text) -> Marked:
         if self._train_on in {"assistant", "last_turn"}:
@@ -158,7 +188,8 @@ class Tokenize:
         if self._eos is None:
             raise UserError("the tokenizer has no end-of-text token (eos_token), so texts would have no end to learn")
         text = record.prompt + record.text
-        return Marked(text, [(0 if self._train_on == "all" else len(record.prompt), len(text))], eos=True)
+        target = Target(0, 0 if self._train_on == "all" else len(record.prompt), len(text))
+        return Marked([Written(text, [target], eos=True)])
 
     def _turns(self, record: Conversation) -> list[int]:
         """Indices of the messages that carry loss; none for `all`, which needs no spans."""
@@ -171,12 +202,13 @@ class Tokenize:
                     "train_on: completion needs rows of prompt and completion, and this one is a conversation: "
                     "assistant, last_turn and all fit"
                 )
-            return [i for i in turns if i >= border]
-        return {"assistant": turns, "last_turn": turns[-1:], "all": []}[train_on]
+            turns = [i for i in turns if i >= border]
+        chosen = {"last_turn": turns[-1:], "all": []}.get(train_on, turns)
+        return [i for i in chosen if record.messages[i].get("weight") != 0]
 
     # --- tokens
 
-    def tokens(self, marked: Sequence[Marked]) -> list[Tokens]:
+    def tokens(self, marked: Sequence[Written]) -> list[Tokens]:
         """Tokenizes marked texts, each once, with the BOS and EOS that they need."""
         encodings = self._backend.encode_batch([m.text for m in marked], add_special_tokens=False)
         tokenized = []
@@ -217,23 +249,75 @@ class Tokenize:
             kept[0] = 0
         return kept
 
-    def _example(self, tokens: Tokens, empty_answer: bool) -> Example | Dropped:
-        ids, mask, straddled = tokens
-        mask[:1] = False  # nothing predicts the first token
-        if not mask.any():
+    def _example(self, paths: list[Tokens], record: Record, notes: tuple[str, ...]) -> Example | Dropped:
+        for _, mask, _ in paths:
+            mask[:1] = False  # nothing predicts the first token
+        if not any(path.mask.any() for path in paths):
             return Dropped("no target tokens")
-        kept = self.kept(ids, int(mask.argmax()))
+        kept = self.cut(paths)
         if isinstance(kept, Dropped):
             return kept
-        if not mask[kept].any():
+        if not any(path.mask.any() for path in kept):
             return Dropped("no target tokens once cut")
-        cut = len(kept) < len(ids)
-        return Example(ids[kept], mask[kept], cut=cut, straddled=straddled, empty_answer=empty_answer)
+        ids, mask, segments = joined(kept)
+        return Example(
+            ids,
+            mask,
+            segments,
+            cut=any(len(before.ids) > len(after.ids) for before, after in zip(paths, kept, strict=True)),
+            straddled=any(path.straddled for path in paths),
+            empty_answer=self._train_on != "all" and says_nothing(record),
+            notes=notes,
+        )
+
+    def cut(self, paths: Sequence[Tokens]) -> list[Tokens] | Dropped:
+        """Cuts the paths of an example to `max_length`: all lose the same context, and what then is too long its end.
+
+        The context is what all paths begin with, up to the first target.
+        """
+        border = min(_first_target(path) for path in paths)
+        for path in paths[1:]:
+            border = min(border, common_prefix(paths[0].ids, path.ids))
+        kept = self.kept(max((path.ids for path in paths), key=len), border)
+        if isinstance(kept, Dropped):
+            return kept
+        context = kept[kept < border]
+        end = border + len(kept) - len(context)
+        return [
+            Tokens(*(np.concatenate([values[context], values[border:end]]) for values in path[:2]), path.straddled)
+            for path in paths
+        ]
+
+    def uncut(self, record: Record) -> tuple[Example, list[np.ndarray]] | None:
+        """A record's example before it is cut, and for each segment the indices of its own tokens that are kept.
+
+        Segments of which nothing is kept are left out. None if the record is dropped whatever `max_length` is.
+        """
+        whole = copy.copy(self)
+        whole.max_length = sys.maxsize
+        (example,) = whole([record])
+        if isinstance(example, Dropped):
+            return None
+        paths = [path_positions(example.segments, i) for i in range(len(example.segments))]
+        # the context ends at the first target, or where the paths part
+        border = min([int(example.loss_mask.argmax()), *(segment.shared for segment in example.segments[1:])])
+        kept = self.kept(example.input_ids[max(paths, key=len)], border)
+        if isinstance(kept, Dropped):
+            kept = np.arange(0)
+        context = kept[kept < border]
+        end = border + len(kept) - len(context)
+        own = [np.concatenate([context, np.arange(border, min(end, example.segments[0].length))])]
+        own += [np.arange(max(0, min(end - s.shared, s.length))) for s in example.segments[1:]]
+        count = max([1, *(i + 1 for i, indices in enumerate(own) if len(indices))])
+        segments, tokens = example.segments[:count], sum(segment.length for segment in example.segments[:count])
+        return replace(
+            example, input_ids=example.input_ids[:tokens], loss_mask=example.loss_mask[:tokens], segments=segments
+        ), own[:count]
 
     def _lacks_bos(self, ids: Sequence[int] | np.ndarray) -> bool:
         return self._adds_bos and (len(ids) == 0 or ids[0] != self._bos)
 
-    def _mask(self, marked: Marked, ids: np.ndarray, offsets: list[Span]) -> tuple[np.ndarray, bool]:
+    def _mask(self, marked: Written, ids: np.ndarray, offsets: list[Span]) -> tuple[np.ndarray, bool]:
         """Marks the tokens with a character of a target; also returns whether one of them has other characters.
 
         Shapes: `ids` `[seq]`, `offsets` `seq` pairs of characters; the mask is `[seq]` bool.
@@ -248,11 +332,75 @@ class Tokenize:
             taken = np.maximum.accumulate(np.concatenate(([0], ends[:-1])))
             starts = np.where(empty, np.minimum(taken, starts), starts)
         mask, straddled = np.zeros(len(ids), dtype=bool), False
-        for first, last in marked.targets:
+        for _, first, last in marked.targets:
             inside = (starts < last) & (ends > first)
             straddled |= bool((inside & ((starts < first) | (ends > last))).any())
             mask |= inside
         return mask, straddled
+
+
+def lost_error(lost: Sequence[tuple[int, str, str]]) -> UserError:
+    """The error for parts of trained turns that the chat template doesn't write; see `Rendered.lost`."""
+    turn = lost[0][0]
+    names = list(dict.fromkeys(name for index, _, name in lost if index == turn))
+    listed = ", ".join(names[:3]) + (" and more" if len(names) > 3 else "")
+    return UserError(
+        f"the chat template doesn't write the {listed} of turn {turn + 1}, so the model would not learn it; what helps: "
+        "another template (chatml writes all parts), other columns (`columns`), or `lost: drop` or `lost: keep`"
+    )
+
+
+def joined(paths: Sequence[Tokens]) -> tuple[np.ndarray, np.ndarray, tuple[Segment, ...]]:
+    """Joins the paths of an example to a tree in which tokens that paths begin with are stored once.
+
+    A path that goes on where the one before it ends is joined with it. Of several paths, tokens after the last target are
+    left out.
+
+    Returns:
+        Token ids and loss mask, `[tokens]`, and the segments.
+
+    Raises:
+        UserError: two paths begin with different tokens.
+    """
+    if len(paths) == 1:
+        return paths[0].ids, paths[0].mask, (Segment(len(paths[0].ids)),)
+    ids: list[np.ndarray] = []
+    masks: list[np.ndarray] = []
+    segments: list[Segment] = []
+    known: list[np.ndarray] = []
+    for path in paths:
+        if not path.mask.any():  # its targets were cut off
+            continue
+        length = int(np.flatnonzero(path.mask)[-1]) + 1
+        own, mask = path.ids[:length], path.mask[:length]
+        common = [common_prefix(other, own) for other in known]
+        parent = int(np.argmax(common)) if common else -1
+        shared = min(common[parent], int(mask.argmax())) if common else 0
+        if common and not shared:
+            raise UserError(
+                "the texts of two turns begin with different tokens, so they can't be trained as one row; what helps: "
+                "train_on: last_turn, or another template"
+            )
+        if common and parent == len(known) - 1 and shared == len(known[parent]):
+            segments[-1] = segments[-1]._replace(length=segments[-1].length + length - shared)
+            known[-1] = own
+        else:
+            segments.append(Segment(length - shared, parent, shared))
+            known.append(own)
+        ids.append(own[shared:])
+        masks.append(mask[shared:])
+    return np.concatenate(ids), np.concatenate(masks), tuple(segments)
+
+
+def common_prefix(a: np.ndarray, b: np.ndarray) -> int:
+    """Length of the common prefix of two id sequences."""
+    shorter = min(len(a), len(b))
+    differs = a[:shorter] != b[:shorter]
+    return int(differs.argmax()) if differs.any() else shorter
+
+
+def _first_target(path: Tokens) -> int:
+    return int(path.mask.argmax()) if path.mask.any() else len(path.ids)
 
 
 def _conversation(record: Record) -> Conversation:

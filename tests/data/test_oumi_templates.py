@@ -2,7 +2,8 @@
 
 import pytest
 
-from oumi_pl.data.template import BUILT_IN, OUMI, ChatRenderer, apply_template, load_template
+from oumi_pl.data.rendering import ChatRenderer
+from oumi_pl.data.template import BUILT_IN, OUMI, apply_template, load_template
 from oumi_pl.errors import UserError
 from oumi_pl.types import Conversation
 from tests.data.byte_level import byte_tokenizer, turn

@@ -4,7 +4,8 @@ import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-from oumi_pl.data.template import BUILT_IN, ChatRenderer, apply_template, load_template
+from oumi_pl.data.rendering import ChatRenderer
+from oumi_pl.data.template import BUILT_IN, apply_template, load_template
 from oumi_pl.errors import UserError
 from oumi_pl.types import Conversation
 

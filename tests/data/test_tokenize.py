@@ -10,7 +10,8 @@ from tokenizers import AddedToken, models
 from transformers import AutoTokenizer
 
 from oumi_pl.data.formats import question_answer
-from oumi_pl.data.template import BUILT_IN, ChatRenderer, apply_template, load_template
+from oumi_pl.data.rendering import ChatRenderer
+from oumi_pl.data.template import BUILT_IN, apply_template, load_template
 from oumi_pl.data.tokenize import Dropped, Tokenize
 from oumi_pl.errors import UserError
 from oumi_pl.types import Conversation, Text
