@@ -164,6 +164,13 @@ class ExampleData(TextData):
         """Tokens that carry loss, of every example of a split, `[examples]`."""
         return np.concatenate([store.targets for store in self.stores(split)])
 
+    def target_weights(self, split: str) -> np.ndarray | None:
+        """The sum of these tokens' weights, of every example of a split, `[examples]`; None if all are 1."""
+        stores = self.stores(split)
+        if all(store.target_weights is None for store in stores):
+            return None
+        return np.concatenate([s.targets if s.target_weights is None else s.target_weights for s in stores])
+
     def longest_path(self, splits: Iterable[str]) -> tuple[int, int] | None:
         """The positions of the longest path, if rows hold several examples; None for `max_length`."""
         if not self.packing:
@@ -265,6 +272,7 @@ class ExampleData(TextData):
             self.layout,
             partial(collate, pad_id=self.pad_id),
             limit=self.limit,
+            weights=self.target_weights("train"),
             **self.fetching,
         )
 

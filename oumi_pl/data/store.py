@@ -16,7 +16,7 @@ from importlib.machinery import PathFinder
 from importlib.util import resolve_name
 from pathlib import Path
 from types import ModuleType
-from typing import Any, cast, get_args
+from typing import Any, BinaryIO, cast, get_args
 
 import numpy as np
 
@@ -79,7 +79,8 @@ def new_folder(directory: Path) -> Iterator[Path]:
 class ExampleStore:
     """Examples of one source as flat arrays: ids and loss mask `[tokens]`, offsets `[examples + 1]`, the segments.
 
-    targets: number of tokens that carry loss, `[examples]` int64. fields: the numeric fields by name, `[examples]`
+    targets: number of tokens that carry loss, `[examples]` int64. target_weights: the sum of their weights, `[examples]`
+    float64; None if all are 1. fields: the numeric fields by name, `[examples]`
     float64 each.
     """
 
@@ -88,9 +89,12 @@ class ExampleStore:
         self.report: dict[str, Any] = json.loads((directory / REPORT).read_text())
         self.input_ids = _mapped(directory / "input_ids.bin", np.int32)
         self.loss_mask = _mapped(directory / "loss_mask.bin", np.bool_)
+        weights = directory / "weights.bin"
+        self.weights = _mapped(weights, np.float32) if weights.exists() else None
         with np.load(directory / TABLES) as tables:
             self.offsets = tables["offsets"]
             self.targets = tables["targets"]
+            self.target_weights = None if self.weights is None else tables["target_weights"]
             self._segments = tables["segments"]  # [segments, 3], as in `Segment`
             self._first_segment = tables["first_segment"]  # [examples + 1]
             self.fields = {name[len(FIELD) :]: tables[name] for name in tables.files if name.startswith(FIELD)}
@@ -106,6 +110,7 @@ class ExampleStore:
             np.asarray(self.loss_mask[start:stop]),
             tuple(Segment(*values) for values in self._segments[first:end].tolist()),
             {name: values[index].item() for name, values in self.fields.items()},
+            weights=None if self.weights is None else np.asarray(self.weights[start:stop]),
         )
 
     @property
@@ -141,10 +146,13 @@ def write_store(directory: Path, examples: Iterable[Example], report: dict[str, 
     with new_folder(directory) as half:
         lengths: list[int] = []
         targets: list[int] = []
+        target_weights: list[float] = []
         segments: list[Segment] = []
         counts: list[int] = []
         fields: dict[str, list[float]] = {}
-        with (half / "input_ids.bin").open("wb") as ids, (half / "loss_mask.bin").open("wb") as masks:
+        weights: BinaryIO | None = None  # opened at the first example whose weights are not all 1
+        with contextlib.ExitStack() as files:
+            ids, masks = (files.enter_context((half / f"{name}.bin").open("wb")) for name in ("input_ids", "loss_mask"))
             for example in examples:
                 _check(example)
                 if not lengths:
@@ -155,8 +163,16 @@ def write_store(directory: Path, examples: Iterable[Example], report: dict[str, 
                     values.append(example.fields[name])
                 ids.write(example.input_ids.astype(np.int32, copy=False).tobytes())
                 masks.write(example.loss_mask.astype(np.bool_, copy=False).tobytes())
+                if weights is None and example.weights is not None:
+                    weights = files.enter_context((half / "weights.bin").open("wb"))
+                    for length in lengths:
+                        weights.write(np.ones(length, dtype=np.float32).tobytes())
+                if weights is not None:
+                    own = np.ones(len(example.input_ids)) if example.weights is None else example.weights
+                    weights.write(own.astype(np.float32, copy=False).tobytes())
                 lengths.append(len(example.input_ids))
                 targets.append(example.target_tokens)
+                target_weights.append(example.target_weight)
                 segments += example.segments
                 counts.append(len(example.segments))
         tables: dict[str, Any] = {
@@ -166,6 +182,8 @@ def write_store(directory: Path, examples: Iterable[Example], report: dict[str, 
             "first_segment": np.cumsum([0, *counts], dtype=np.int64),
         }
         tables |= {FIELD + name: np.array(values, dtype=np.float64) for name, values in fields.items()}
+        if weights is not None:
+            tables["target_weights"] = np.array(target_weights, dtype=np.float64)
         np.savez(half / TABLES, **tables)
         (half / REPORT).write_text(json.dumps(report, indent=1))
     return ExampleStore(directory)
@@ -182,6 +200,11 @@ def _check(example: Example) -> None:
         raise ValueError(f"the first segment of an example has to be its only root: {segments}")
     if example.loss_mask[0]:
         raise ValueError("the first token carries loss, and nothing predicts it")
+    if example.weights is not None:
+        if len(example.weights) != tokens:
+            raise ValueError(f"{tokens} tokens, and {len(example.weights)} weights")
+        if not (example.weights[example.loss_mask] > 0).all():
+            raise ValueError("a token that carries loss has a weight that isn't above 0")
 
 
 def _mapped(file: Path, dtype: type) -> np.ndarray:
