@@ -1,5 +1,6 @@
 """The parts of a turn: its text, its reasoning, its calls with their arguments; and which of them a rendering lacks."""
 
+import contextlib
 import html
 import json
 import re
@@ -57,10 +58,8 @@ def _parts_of_call(call: dict[str, Any]) -> Iterator[Part]:
     name, arguments = function.get("name") or "", function.get("arguments")
     yield Part("tool call", f"tool call {name}", str(name))
     if isinstance(arguments, str):
-        try:
+        with contextlib.suppress(ValueError):
             arguments = json.loads(arguments)
-        except ValueError:
-            pass
     named = arguments.items() if isinstance(arguments, dict) else [("", arguments)] if arguments else ()
     for key, value in named:
         label = f"argument {key!r} of tool call {name}" if key else f"arguments of tool call {name}"

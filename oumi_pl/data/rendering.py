@@ -2,26 +2,26 @@
 
 The rule, for each trained turn:
 
-- The text is the template's own rendering of the conversation up to that turn, so that the history reads as it does when
-  the turn is generated. The target begins where the generation prompt ends, and ends with the token at which generation
-  stops. Of a text with `{% generation %}` markers, the target is what they mark, and the end of the turn.
-- If the generation prompt goes on where the rendered turn differs (it opens a block for thinking, say), the target begins
-  after what both have in common. The prompt takes the place of the turn's beginning if the two then read as at inference:
+- The text is the template's own rendering of the conversation up to that turn, so that the history reads as it does
+  when the turn is generated. The target begins where the generation prompt ends, and ends with the token at which
+  generation stops. In a template with `{% generation %}` markers, it is what they mark, and the end of the turn.
+- If the generation prompt goes on where the rendered turn differs (it opens a block for thinking, say), the target
+  begins after what both have in common. The prompt replaces the turn's beginning if both then read as at inference:
   if the difference is an empty block (`<think></think>`) and the turn holds no reasoning, or a header that the turn's
   reasoning follows.
-- A turn whose beginning can't be rendered alone (the template needs what follows) is found in the rendering of the whole
-  conversation, by replacing its texts.
+- A turn whose beginning can't be rendered alone (the template needs what follows) is found in the rendering of the
+  whole conversation, by replacing its texts.
 
 Where all these texts are beginnings of the rendering of the whole conversation, that one text serves all turns
 ("together"). Otherwise each turn has a text of its own ("apart").
 """
 
+import contextlib
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import date as Date
 from datetime import datetime, time
-from os.path import commonprefix
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 from oumi_pl.data.parts import missing_parts, parts_of
@@ -39,7 +39,7 @@ Turns = Literal["auto", "together", "apart"]
 
 _MARKER = re.compile(r"\{%[-+]?\s*generation\s*[-+]?%\}")
 _TAG = r"(?:<[^<>]*>|\[[^\[\]\s]*\])"
-_END = re.compile(rf"\s*(?:{_TAG}|[^\s<\[])+|\s+")
+_END = re.compile(rf"\s*(?:{_TAG}|[^\s<])+|\s*\S+|\s+")
 _LAST_TAG = re.compile(rf"{_TAG}\s*\Z")
 _START_TAGS = re.compile(r"(?:<[^<>]*(?:start|begin)[^<>]*>\s*)+\Z", re.IGNORECASE)
 _EMPTY_BLOCK = re.compile(r"\s*(<[^<>/][^<>]*>)\s*\w*\s*(<[^<>]*>)\s*")
@@ -75,8 +75,8 @@ class Written:
 class Rendered:
     """A conversation's texts for training.
 
-    texts: one that holds all trained turns, or one for each of them, in order. lost: what the template does not write of
-    trained turns, as (index of the message, kind, name); see `oumi_pl.data.parts.Part`. left_out: kinds of parts of
+    texts: one that holds all trained turns, or one for each of them, in order. lost: what the template does not write
+    of trained turns, as (index of the message, kind, name); see `oumi_pl.data.parts.Part`. left_out: kinds of parts of
     earlier turns that are not in the history of the last trained turn.
     """
 
@@ -94,15 +94,17 @@ class _InexactError(Exception):
 
 
 class _Ends(NamedTuple):
-    """How a template ends a turn of text.
+    """How a template begins and ends a turn of text.
 
-    tail: all that it writes after the text of a last turn. end: the part of it at which generation stops; "" if there is
-    none. header: what it writes between the user's turn and the answer. None for each if the template can't be probed.
+    tail: all that it writes after the text of a last turn; None if the template can't be probed. end: the part of it at
+    which generation stops; "" if there is none. closing: `end`, if it is written only once another turn follows.
+    headers: what it may write between the user's turn and the answer.
     """
 
     tail: str | None = None
     end: str | None = None
-    header: str | None = None
+    closing: str = ""
+    headers: tuple[str, ...] = ()
 
 
 class ChatRenderer:
@@ -142,7 +144,13 @@ class ChatRenderer:
         Raises:
             UserError: there is no template, or it refuses these turns.
         """
-        return self._text(conversation, conversation.messages[:border], generation_prompt=True)
+        blank, without = _with_blank_texts(conversation)
+        try:
+            return self._text(conversation, (blank or conversation).messages[:border], generation_prompt=True)
+        except RefusedError:
+            if without is None:
+                raise
+            return self._text(conversation, without.messages[:border], generation_prompt=True)
 
     def text(self, conversation: Conversation) -> str:
         """Renders all turns.
@@ -164,16 +172,32 @@ class ChatRenderer:
         """
         if not turns:
             return Rendered([Written(self.text(conversation))])
+        blank, without = _with_blank_texts(conversation)
+        if blank is None or without is None:
+            return self._render(conversation, turns)
+        try:  # templates differ in whether a turn without text has an empty one or none
+            rendered = self._render(blank, turns)
+            if not rendered.lost:
+                return rendered
+        except UserError:
+            return self._render(without, turns)
+        with contextlib.suppress(UserError):
+            other = self._render(without, turns)
+            if len(other.lost) < len(rendered.lost):
+                return other
+        return rendered
+
+    def _render(self, conversation: Conversation, turns: Sequence[int]) -> Rendered:
         if self._is_marked(conversation):
             rendered = self._render_marked(conversation, turns)
         else:
             rendered = self._render_unmarked(conversation, turns)
         by_turn = {target.turn: text for text in rendered.texts for target in text.targets}
         for turn in turns:
-            written = by_turn[turn].of(turn)
-            for kind, name in self._lost(conversation, turn, written):
-                rendered.lost.append((turn, kind, name))
-        rendered.left_out = _left_out(conversation.messages[: turns[-1]], by_turn[turns[-1]].text)
+            written = by_turn[turn].of(turn) if turn in by_turn else ""
+            rendered.lost += [(turn, kind, name) for kind, name in self._lost(conversation, turn, written)]
+        if turns[-1] in by_turn:
+            rendered.left_out = _left_out(conversation.messages[: turns[-1]], by_turn[turns[-1]].text)
         return rendered
 
     # ---- which text serves which turn
@@ -181,15 +205,22 @@ class ChatRenderer:
     def _render_unmarked(self, conversation: Conversation, turns: Sequence[int]) -> Rendered:
         text = self.text(conversation)
         own = [self._alone(conversation, turn, text) for turn in turns]
+        if turns[-1] + 1 == len(conversation.messages) and own[-1].text.startswith(text):
+            text = own[-1].text  # with an end of the turn that the template doesn't write
         if self._turns != "apart" and all(_begins(text, written) for written in own):
-            return Rendered([Written(text, [target for written in own for target in written.targets], own[-1].eos)])
+            return Rendered([Written(text, [target for written in own for target in written.targets])])
         if self._turns == "together":
             self._refuse_together(text, turns, own)
+        if not _shared([written.text for written in own]):
+            # the template moves a later turn to the beginning: no tree has two beginnings, so all use the whole
+            with contextlib.suppress(_InexactError):
+                within = [self._within(conversation, turn, text).targets[0] for turn in turns]
+                return Rendered([Written(text, within)])
         return Rendered(own)
 
     def _render_marked(self, conversation: Conversation, turns: Sequence[int]) -> Rendered:
         text, spans = self._marked(conversation, conversation.messages)
-        targets = self._with_ends(conversation, text, _matched(conversation.messages, turns, spans))
+        targets = self._with_ends(conversation, text, _matched(conversation.messages, turns, text, spans))
         whole = Written(text, targets)
         if self._turns != "apart":
             key = ("together", self._shape(conversation), *turns)
@@ -227,21 +258,41 @@ class ChatRenderer:
         try:
             prompt = self.prompt(conversation, turn)
             through = whole if turn + 1 == len(messages) else self._text(conversation, messages[: turn + 1])
+            if not turn and not through.startswith(prompt):
+                raise UserError("the template writes another beginning without it")
         except UserError as error:
             try:
                 return self._within(conversation, turn, whole)
             except _InexactError as why:
                 raise self._refused(turn, f"it can't be rendered without what follows ({error}), and {why}") from why
         try:
+            through = self._closed(conversation, turn, through, whole)
             lead, start = self._lead(conversation, turn, prompt, through)
-            end, eos = self._end(conversation, turn, through, start)
+            end = self._end(conversation, turn, through, start)
         except _InexactError as why:
             raise self._refused(turn, str(why)) from why
-        text = lead + through[start:]
-        if eos:
-            text = lead + through[start:end] + eos
-            return Written(text, [Target(turn, len(lead), len(text))])
-        return Written(text, [Target(turn, len(lead), len(lead) + end - start)])
+        return Written(lead + through[start:], [Target(turn, len(lead), len(lead) + end - start)])
+
+    def _closed(self, conversation: Conversation, turn: int, through: str, whole: str) -> str:
+        """A rendered turn with the end that the template only writes once another turn follows, or with EOS."""
+        ends = self._ends(conversation)
+        if ends.end == "" and self._eos:
+            return through + self._eos
+        if not ends.closing:
+            return through
+        messages = conversation.messages
+        calls = bool(messages[turn].get("tool_calls"))
+        if turn + 1 == len(messages):
+            following: list[Message] = [{"role": "user", "content": "Thanks."}]
+            if calls:
+                following = [{"role": "tool", "content": "0"} for _ in messages[turn].get("tool_calls", ())]
+            try:
+                whole = self._text(conversation, [*messages, *following])
+            except UserError:
+                return through if calls else through + ends.closing
+        if whole.startswith(through + ends.closing) or not calls:
+            return through + ends.closing
+        return through
 
     def _alone_marked(self, conversation: Conversation, turn: int, whole: Written) -> Written:
         """As `_alone`, with the targets that the template marks."""
@@ -253,7 +304,7 @@ class ChatRenderer:
         except UserError:
             return Written(whole.text, marked)
         if turn + 1 < len(messages):
-            marked = self._with_ends(conversation, through, _matched(messages[: turn + 1], [turn], spans))
+            marked = self._with_ends(conversation, through, _matched(messages[: turn + 1], [turn], through, spans))
         try:
             lead, start = self._lead(conversation, turn, prompt, through)
         except _InexactError:
@@ -270,24 +321,26 @@ class ChatRenderer:
         message = conversation.messages[turn]
         start = _common(prompt, through, [part.value for part in parts_of(message) if isinstance(part.value, str)])
         extra, rest = prompt[start:], through[start:]
-        if turn and len(extra) > len(before := (conversation.messages[turn - 1].get("content") or "").strip()) > 0:
-            if before in extra:
-                raise _InexactError("the template writes the turns before it differently in the generation prompt")
+        before = (conversation.messages[turn - 1].get("content") or "").strip() if turn else ""
+        if before and before in extra:  # the history reads differently once this turn follows: take the prompt's
+            shorter = replace(conversation, messages=conversation.messages[: turn + 1])
+            return prompt, self._within(shorter, turn, through).targets[0].start
         return (prompt if _reads_on(extra, rest, message) else through[:start]), start
 
-    def _end(self, conversation: Conversation, turn: int, through: str, start: int) -> tuple[int, str]:
-        """Where a turn that ends a text stops, and an EOS token if that has to be added."""
+    def _end(self, conversation: Conversation, turn: int, through: str, start: int) -> int:
+        """Where a turn that ends a text stops."""
         ends = self._ends(conversation)
+        if self._eos and ends.end == "":
+            return len(through)
         if ends.end == "":
-            if self._eos:
-                return len(through), self._eos
             raise _InexactError(
-                "the template writes nothing at the turn's end, so a model couldn't learn to stop there (add_eos: true "
-                "writes the tokenizer's EOS there)"
+                "the template writes nothing at the turn's end, so a model couldn't learn to stop there; add_eos: true "
+                "writes the tokenizer's EOS there"
             )
-        if ends.tail and ends.end and through.endswith(ends.tail) and len(through) - len(ends.tail) >= start:
-            return len(through) - len(ends.tail) + len(ends.end), ""
-        return self._end_after(conversation.messages[turn], through, start, ends, last=True), ""
+        tail = ends.closing or ends.tail
+        if tail and ends.end and through.endswith(tail) and len(through) - len(tail) >= start:
+            return len(through) - len(tail) + len(ends.end)
+        return self._end_after(conversation.messages[turn], through, start, ends, last=True)
 
     def _end_after(self, message: Message, text: str, start: int, ends: _Ends, *, last: bool) -> int:
         """Where a turn stops, found after the last of its parts from `start` on."""
@@ -323,10 +376,11 @@ class ChatRenderer:
         if whole[:first] != swapped[:first] or whole[after:] != swapped[last + len(last_mark) :]:
             raise _InexactError("the template writes other turns differently for other texts of this one")
         ends = self._ends(conversation)
-        header = ends.header or ""
-        start = whole.rfind(header, 0, first) + len(header) if header.strip() else first
-        if header.strip() and not whole[:first].count(header):
+        headers = [header for header in ends.headers if header.strip()]
+        begun = [whole.rfind(header, 0, first) + len(header) for header in headers if header in whole[:first]]
+        if headers and not begun:
             raise _InexactError("the template begins it in another way than other turns")
+        start = max(begun, default=first)
         if ends.end == "":
             raise _InexactError("the template writes nothing at the turn's end")
         end = self._end_after(messages[turn], whole, after, ends, last=turn + 1 == len(messages))
@@ -357,12 +411,12 @@ class ChatRenderer:
             return targets
         extended = []
         for i, (turn, start, stop) in enumerate(targets):
-            is_last = i + 1 == len(targets) or targets[i + 1].turn != turn
+            until, is_last = stop, i + 1 == len(targets) or targets[i + 1].turn != turn
             if is_last and not text[start:stop].rstrip().endswith(end):
                 after = stop + len(text[stop:]) - len(text[stop:].lstrip())
                 if text.startswith(end, after):
-                    stop = after + len(end)
-            extended.append(Target(turn, start, stop))
+                    until = after + len(end)
+            extended.append(Target(turn, start, until))
         return extended
 
     # ---- facts about the template, found by rendering a probe
@@ -380,19 +434,29 @@ class ChatRenderer:
 
     def _probed(self, probe: Conversation) -> _Ends:
         text = self.text(probe)
-        before, found, tail = text.rpartition(_PROBE)
+        _, found, tail = text.rpartition(_PROBE)
         if not found:
             return _Ends()
         user, prompt = self._text(probe, probe.messages[:1]), self.prompt(probe, 1)
-        if prompt == user:  # then it may also write the next generation prompt after the answer, which isn't its end
-            thanks = Conversation((*probe.messages, {"role": "user", "content": "Thanks."}), probe.tools)
-            middle = self.text(thanks).rpartition(_PROBE)[2].partition("Thanks.")[0]
-            if not middle.startswith(tail):
-                tail = _START_TAGS.sub("", tail[: _common(tail, middle, [])])
-        header = ""
-        if prompt.startswith(user):
-            header = prompt[len(user) : min(_common(prompt, text, [_PROBE]), len(before))]
-        return _Ends(tail, self._stop(tail), header)
+        thanks = Conversation((*probe.messages, {"role": "user", "content": "Thanks."}), probe.tools)
+        try:
+            longer = self.text(thanks)
+        except UserError:
+            longer = text
+        middle = longer.rpartition(_PROBE)[2].partition("Thanks.")[0]
+        if prompt == user and not middle.startswith(tail):
+            # it also writes the next generation prompt after the answer, which isn't its end
+            tail = _START_TAGS.sub("", tail[: _common(tail, middle, [])])
+        headers = []
+        for rendered in (text, longer):
+            until = min(_common(prompt, rendered, [_PROBE]), max(0, rendered.find(_PROBE)))
+            if prompt.startswith(user) and until > len(user):
+                headers.append(prompt[len(user) : until])
+        closing = ""
+        if not tail and prompt != user:
+            closing = middle[: len(middle) - _common_end(middle, longer.partition("Why?")[0])]
+            closing = self._stop(closing)
+        return _Ends(tail, self._stop(tail) or closing, closing, tuple(headers))
 
     def _stop(self, tail: str) -> str:
         """The part of what follows an answer at which generation stops: up to the first special token or tag."""
@@ -515,8 +579,8 @@ def _clock(today: Date) -> Any:
 def _for_template(message: Message) -> dict[str, Any]:
     """A message as transformers gives it to templates.
 
-    Keys without value are left out, since templates test whether a key exists, and would write "None". Reasoning has all
-    the names by which templates read it.
+    Keys without value are left out, since templates test whether a key exists, and would write "None". Reasoning has
+    all the names by which templates read it.
     """
     turn = {key: value for key, value in message.items() if value is not None and key not in TRAINING_KEYS}
     for key in _REASONING_KEYS:
@@ -534,9 +598,15 @@ def _begins(text: str, written: Written) -> bool:
     return text.startswith(written.text[:end])
 
 
+def _shared(texts: Sequence[str]) -> int:
+    """Length of what all texts begin with."""
+    shortest, longest = min(texts), max(texts)
+    return next((i for i, (a, b) in enumerate(zip(shortest, longest, strict=False)) if a != b), len(shortest))
+
+
 def _common(prompt: str, through: str, texts: Sequence[str]) -> int:
-    """Length of what a prompt and a rendered turn have in common: whole tags and words, and nothing of the turn's texts."""
-    length = len(commonprefix([prompt, through]))
+    """Length of what a prompt and a rendered turn begin with: whole tags and words, nothing of the turn's texts."""
+    length = _shared([prompt, through])
     opened = through.rfind("<", 0, length)
     if opened >= 0 and through.find(">", opened, length) < 0:
         length = opened
@@ -551,6 +621,14 @@ def _common(prompt: str, through: str, texts: Sequence[str]) -> int:
     return length
 
 
+def _common_end(text: str, other: str) -> int:
+    """Length of what two texts end with: whole tags."""
+    length = _shared([text[::-1], other[::-1]])
+    end = text[len(text) - length :]
+    closed, opened = end.find(">"), end.find("<")
+    return length - closed - 1 if closed >= 0 and (opened < 0 or closed < opened) else length
+
+
 def _reads_on(extra: str, rest: str, message: Message) -> bool:
     """Whether a rendered turn's `rest` reads on after a generation prompt that goes on with `extra`."""
     reasoning = (message.get("reasoning_content") or "").strip()
@@ -560,14 +638,19 @@ def _reads_on(extra: str, rest: str, message: Message) -> bool:
     return block is not None and not rest.lstrip().startswith(block[2]) and not (reasoning and reasoning in rest)
 
 
-def _matched(messages: Sequence[Message], turns: Sequence[int], spans: Sequence[Span]) -> list[Target]:
+def _matched(messages: Sequence[Message], turns: Sequence[int], text: str, spans: Sequence[Span]) -> list[Target]:
     """The spans of some turns: markers don't say which turn a span belongs to."""
     speaks = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
     if len(spans) == len(speaks):
         return [Target(i, *span) for i, span in zip(speaks, spans, strict=True) if i in turns]
     if len(spans) > len(speaks) and list(turns) == speaks:
-        share = len(spans) / len(speaks)
-        return [Target(speaks[int(n / share)], *span) for n, span in enumerate(spans)]
+        targets, place = [], 0
+        for n, (start, end) in enumerate(spans):
+            if n and place + 1 < len(speaks):  # does the next turn begin here, or does this one go on?
+                parts = parts_of(messages[speaks[place + 1]])
+                place += not parts or len(missing_parts(messages[speaks[place + 1]], text[start:end])) < len(parts)
+            targets.append(Target(speaks[place], start, end))
+        return targets
     raise UserError(
         f"the chat template marks {len(spans)} spans with {{% generation %}} in a conversation of {len(speaks)} "
         f"assistant turns, so they can't be matched; what helps: one marked span per turn, or {HELP}"
@@ -599,6 +682,24 @@ def _replaced_call(call: dict[str, Any], replace: Any) -> dict[str, Any]:
     function = call.get("function") or call
     altered = {**function, "arguments": replace(function.get("arguments"))}
     return {**call, "function": altered} if "function" in call else altered
+
+
+def _with_blank_texts(conversation: Conversation) -> tuple[Conversation | None, Conversation | None]:
+    """A conversation whose assistant turns without text have an empty text, and one in which they have none."""
+    messages = conversation.messages
+    blank = [
+        message["role"] == "assistant"
+        and not (message.get("content") or "").strip()
+        and bool(message.get("tool_calls") or message.get("reasoning_content"))
+        for message in messages
+    ]
+    if not any(blank):
+        return None, None
+    variants = []
+    for content in ("", None):
+        turns = ({**m, "content": content} if empty else m for m, empty in zip(messages, blank, strict=True))
+        variants.append(replace(conversation, messages=tuple(turns)))  # type: ignore[arg-type]
+    return variants[0], variants[1]
 
 
 def _left_out(history: Sequence[Message], text: str) -> set[str]:

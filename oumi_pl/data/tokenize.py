@@ -85,6 +85,7 @@ class Tokenize:
         max_length: int,
         train_on: TrainOn | None = None,
         overflow: Overflow = "truncate",
+        *,
         turns: Turns = "auto",
         lost: Lost = "error",
         renderer: ChatRenderer | None = None,
@@ -345,16 +346,16 @@ def lost_error(lost: Sequence[tuple[int, str, str]]) -> UserError:
     names = list(dict.fromkeys(name for index, _, name in lost if index == turn))
     listed = ", ".join(names[:3]) + (" and more" if len(names) > 3 else "")
     return UserError(
-        f"the chat template doesn't write the {listed} of turn {turn + 1}, so the model would not learn it; what helps: "
-        "another template (chatml writes all parts), other columns (`columns`), or `lost: drop` or `lost: keep`"
+        f"the chat template doesn't write the {listed} of turn {turn + 1}, so the model would not learn it; what "
+        "helps: another template (chatml writes all parts), other columns (`columns`), or `lost: drop` or `lost: keep`"
     )
 
 
 def joined(paths: Sequence[Tokens]) -> tuple[np.ndarray, np.ndarray, tuple[Segment, ...]]:
     """Joins the paths of an example to a tree in which tokens that paths begin with are stored once.
 
-    A path that goes on where the one before it ends is joined with it. Of several paths, tokens after the last target are
-    left out.
+    A path that goes on where the one before it ends is joined with it. Of several paths, tokens after the last target
+    are left out.
 
     Returns:
         Token ids and loss mask, `[tokens]`, and the segments.

@@ -10,12 +10,11 @@ from tokenizers import AddedToken, models
 from transformers import AutoTokenizer
 
 from oumi_pl.data.formats import question_answer
-from oumi_pl.data.rendering import ChatRenderer
 from oumi_pl.data.template import BUILT_IN, apply_template, load_template
 from oumi_pl.data.tokenize import Dropped, Tokenize
 from oumi_pl.errors import UserError
 from oumi_pl.types import Conversation, Text
-from tests.data.byte_level import WORDS, byte_tokenizer, chat, pieces, turn, wrap
+from tests.data.byte_level import WORDS, byte_tokenizer, chat, pieces, spans_of, turn, wrap
 
 DATA = Path(__file__).parents[2] / ".." / "shared" / "data"
 needs_data = pytest.mark.skipif(not DATA.is_dir(), reason="needs ../shared/data (GPT-2's tokenizer, GSM8K)")
@@ -487,7 +486,7 @@ def test_trl_agrees_on_prompt_and_completion(tmp_path):
 
 def test_rendering_does_not_change_the_record():
     before = json.dumps(LONG.messages)
-    ChatRenderer(byte_tokenizer("chatml")).spans(LONG, [2, 4, 6])
+    spans_of(byte_tokenizer("chatml"), LONG, [2, 4, 6])
     assert json.dumps(LONG.messages) == before
 
 
