@@ -122,8 +122,8 @@ class Example:
     first is a root; one segment with all tokens when left out. fields: numbers of the row (a margin, a label, a score),
     NaN if it has none; all examples of a data set have the same names. cut: tokens were removed to fit. straddled: a
     token holds characters of both the prompt and a target. empty_answer: the only target is the end of the answer.
-    notes: what else the data report counts. weights: `[tokens]` float32, above 0 where `loss_mask` is True: the factor on
-    the loss of that token; None if all are 1.
+    notes: what else the data report counts. weights: `[tokens]` float32, above 0 where `loss_mask` is True: factors on
+    the losses of the tokens; None if all are 1.
     """
 
     input_ids: np.ndarray
@@ -340,10 +340,6 @@ class RunModule(Protocol):
         """The model, an `oumi_pl.models.lm.LM`."""
 
     @property
-    def denominator(self) -> str:
-        """The name of the sum that an update is divided by: `weight` (of the targets) or `rows`."""
-
-    @property
     def device(self) -> torch.device:
         """The device of the weights."""
 
@@ -374,6 +370,9 @@ class RunModule(Protocol):
 
     def state_dict(self) -> dict[str, Any]:
         """The weights that a checkpoint holds."""
+
+    def units(self, sums: Mapping[str, Any]) -> Any:
+        """What the sums of an update or a split are divided by: its targets by weight, or its rows."""
 
     def total_steps(self) -> int:
         """Optimizer steps of the whole run."""

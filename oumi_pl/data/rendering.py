@@ -60,11 +60,16 @@ class Target(NamedTuple):
 
 @dataclass
 class Written:
-    """A rendered text and what in it carries loss. `eos`: it has to end with an EOS token, which is a target too."""
+    """A rendered text and what in it carries loss.
+
+    eos: it has to end with an EOS token, which is a target too. weights: factors on the loss of the targets, in their
+    order; none if all are 1. Of targets that overlap, the last one counts.
+    """
 
     text: str
     targets: list[Target] = field(default_factory=list)
     eos: bool = False
+    weights: list[float] = field(default_factory=list)
 
     def of(self, turn: int) -> str:
         """The text of a turn's targets."""

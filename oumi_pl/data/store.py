@@ -79,9 +79,8 @@ def new_folder(directory: Path) -> Iterator[Path]:
 class ExampleStore:
     """Examples of one source as flat arrays: ids and loss mask `[tokens]`, offsets `[examples + 1]`, the segments.
 
-    targets: number of tokens that carry loss, `[examples]` int64. target_weights: the sum of their weights, `[examples]`
-    float64; None if all are 1. fields: the numeric fields by name, `[examples]`
-    float64 each.
+    targets: number of tokens that carry loss, `[examples]` int64. target_weights: sum of their weights, `[examples]`
+    float64; None if all are 1. fields: the numeric fields by name, `[examples]` float64 each.
     """
 
     def __init__(self, directory: Path) -> None:

@@ -52,6 +52,6 @@ class SFT(LanguageModule):
 
     def metrics(self, sums: Sums, split: Split) -> dict[str, Tensor]:
         """Means by weight, accuracy over the targets, and in evaluation perplexity."""
-        means = super().metrics(sums, split)
-        means["mean_token_accuracy"] = means.pop("correct") * sums["weight"] / sums["targets"].clamp(min=1)
+        means = super().metrics({name: value for name, value in sums.items() if name != "correct"}, split)
+        means["mean_token_accuracy"] = sums["correct"] / sums["targets"].clamp(min=1)
         return means if split == "train" else means | {"perplexity": means["nll"].exp()}

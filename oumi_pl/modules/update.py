@@ -72,18 +72,14 @@ class UpdateModule(L.LightningModule):
         loss has to be a 0 that depends on the model, so that all ranks take part in the backward pass.
         """
 
-    @property
-    def denominator(self) -> str:
-        """The name of the sum that an update is divided by: `weight` (of the targets) or `rows`.
-
-        `weight` is the number of targets unless rows say otherwise.
-        """
-        return "weight" if self.unit == "targets" else self.unit
+    def units(self, sums: Mapping[str, Any]) -> Any:
+        """What the sums of an update or a split are divided by: its targets by weight, or its rows."""
+        return sums["weight"] if self.unit == "targets" and "weight" in sums else sums[self.unit]
 
     def metrics(self, sums: Sums, split: Split) -> dict[str, Tensor]:
         """Metrics from sums over an update or a whole split; by default, each sum divided by the number of units."""
         counts = {"targets", "rows", "tokens", "positions", "weight"}
-        units = sums[self.denominator]
+        units = self.units(sums)
         units = units.where(units > 0, 1)
         return {name: value / units for name, value in sums.items() if name not in counts}
 
@@ -132,9 +128,8 @@ class UpdateModule(L.LightningModule):
 
     def add_to_update(self, sums: Mapping[str, Tensor]) -> None:
         """Adds a micro-batch's sums to those of the update, for logging."""
-        # float64, so that the sum does not depend on the number of micro-batches; MPS has none
         for name, value in sums.items():
-            total = value.detach().to(self.device, torch.float32 if self.device.type == "mps" else torch.float64)
+            total = value.detach().to(self.device, _precise(self.device))
             self.__update[name] = self.__update[name] + total if name in self.__update else total
 
     def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
@@ -160,14 +155,14 @@ class UpdateModule(L.LightningModule):
             UserError: the loss or the norm is not a finite number.
         """
         sums = self.__over_ranks()
-        trained = float(sums[self.denominator])
+        trained = float(self.units(sums))
         if self.__expected is not None and not math.isclose(self.__expected, trained, rel_tol=ROUNDING):
             raise RuntimeError(
                 f"update {self.global_step + 1} was divided by {self.__expected:g} {self.unit}, and {trained:g} were "
                 "trained on"
             )
         self.__finished = self.global_step
-        sums |= {name: mean * trained for name, mean in instead.items()}
+        sums |= {name: mean * self.units(sums) for name, mean in instead.items()}
         metrics = self.metrics(sums, "train")
         self.refuse_non_finite(metrics["loss"], grad_norm)
         self.last_update = {name: float(value) for name, value in sums.items()}
@@ -272,8 +267,8 @@ class UpdateModule(L.LightningModule):
                 "out with `ignore: [weight]`, or set the weights of turns to 0 or 1"
             )
         counts = self.count(batch)
-        named = counts | {"weight": _weight(batch, counts)}
-        return {name: torch.tensor(value, device=device) for name, value in named.items()}
+        weight = torch.tensor(_weight(batch, counts), dtype=_precise(device), device=device)
+        return {"weight": weight} | {name: torch.tensor(value, device=device) for name, value in counts.items()}
 
     def __over_ranks(self) -> Sums:
         names = sorted(self.__update)
@@ -286,6 +281,11 @@ class UpdateModule(L.LightningModule):
     def __epochs_done(self) -> float:
         loop = self.trainer.fit_loop
         return self.current_epoch + min(1.0, loop.epoch_loop.batch_progress.current.ready / max(1, loop.max_batches))
+
+
+def _precise(device: torch.device) -> torch.dtype:
+    """The dtype of sums: float64, so that they do not depend on the number of micro-batches; MPS has none."""
+    return torch.float32 if device.type == "mps" else torch.float64
 
 
 def _weight(batch: Any, counts: Mapping[str, int]) -> float:
