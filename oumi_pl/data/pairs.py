@@ -43,6 +43,8 @@ class TokenizePairs(Tokenize):
         UserError: a setting is unknown, or the tokenizer can't tell which characters a token stands for.
     """
 
+    _as_one = True
+
     def __init__(
         self,
         tokenizer: "PreTrainedTokenizerBase",
@@ -89,11 +91,6 @@ class TokenizePairs(Tokenize):
         for response in marked:
             if isinstance(response, Dropped):
                 return response
-            if len(response.texts) > 1:
-                raise UserError(
-                    "with this chat template, the turns of a response can't share one text, because it writes a turn "
-                    "differently once others follow; what helps: responses of one turn, or another template"
-                )
             texts += response.texts
             notes += response.notes
         return texts[0], texts[1], tuple(dict.fromkeys(notes))

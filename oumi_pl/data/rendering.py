@@ -40,11 +40,13 @@ Turns = Literal["auto", "together", "apart"]
 _MARKER = re.compile(r"\{%[-+]?\s*generation\s*[-+]?%\}")
 _TAG = r"(?:<[^<>]*>|\[[^\[\]\s]*\])"
 _END = re.compile(rf"\s*(?:{_TAG}|[^\s<])+|\s*\S+|\s+")
+_NEXT_TAG = re.compile(rf"\s*{_TAG}")
 _LAST_TAG = re.compile(rf"{_TAG}\s*\Z")
 _START_TAGS = re.compile(r"(?:<[^<>]*(?:start|begin)[^<>]*>\s*)+\Z", re.IGNORECASE)
 _EMPTY_BLOCK = re.compile(r"\s*(<[^<>/][^<>]*>)\s*\w*\s*(<[^<>]*>)\s*")
 _PROBE = "Seventeen."
 _PROBE_TOOL = {"type": "function", "function": {"name": "probe", "description": "", "parameters": {}}}
+_REWRITTEN = "the template writes a turn differently once others follow"
 _REASONING_KEYS = ("reasoning_content", "reasoning", "thinking")
 _MARK = "Zq{}zQ"
 """Stands for a text of a turn, to find it; such a text must not occur otherwise."""
@@ -165,12 +167,14 @@ class ChatRenderer:
         """
         return self._text(conversation, conversation.messages)
 
-    def render(self, conversation: Conversation, turns: Sequence[int]) -> Rendered:
+    def render(self, conversation: Conversation, turns: Sequence[int], *, as_one: bool = False) -> Rendered:
         """Renders a conversation for training on some assistant turns.
 
         Args:
             conversation: The conversation.
             turns: Indices of assistant messages, ascending.
+            as_one: Use the rendering of the whole conversation for all turns, also where they would be generated in
+                another context.
 
         Raises:
             UserError: there is no template, it refuses the conversation, or a turn can't be masked exactly.
@@ -179,24 +183,24 @@ class ChatRenderer:
             return Rendered([Written(self.text(conversation))])
         blank, without = _with_blank_texts(conversation)
         if blank is None or without is None:
-            return self._render(conversation, turns)
+            return self._render(conversation, turns, as_one)
         try:  # templates differ in whether a turn without text has an empty one or none
-            rendered = self._render(blank, turns)
+            rendered = self._render(blank, turns, as_one)
             if not rendered.lost:
                 return rendered
         except UserError:
-            return self._render(without, turns)
+            return self._render(without, turns, as_one)
         with contextlib.suppress(UserError):
-            other = self._render(without, turns)
+            other = self._render(without, turns, as_one)
             if len(other.lost) < len(rendered.lost):
                 return other
         return rendered
 
-    def _render(self, conversation: Conversation, turns: Sequence[int]) -> Rendered:
+    def _render(self, conversation: Conversation, turns: Sequence[int], as_one: bool) -> Rendered:
         if self._is_marked(conversation):
-            rendered = self._render_marked(conversation, turns)
+            rendered = self._render_marked(conversation, turns, as_one)
         else:
-            rendered = self._render_unmarked(conversation, turns)
+            rendered = self._render_unmarked(conversation, turns, as_one)
         by_turn = {target.turn: text for text in rendered.texts for target in text.targets}
         for turn in turns:
             written = by_turn[turn].of(turn) if turn in by_turn else ""
@@ -207,7 +211,7 @@ class ChatRenderer:
 
     # ---- which text serves which turn
 
-    def _render_unmarked(self, conversation: Conversation, turns: Sequence[int]) -> Rendered:
+    def _render_unmarked(self, conversation: Conversation, turns: Sequence[int], as_one: bool) -> Rendered:
         text = self.text(conversation)
         own = [self._alone(conversation, turn, text) for turn in turns]
         if turns[-1] + 1 == len(conversation.messages) and own[-1].text.startswith(text):
@@ -216,37 +220,35 @@ class ChatRenderer:
             return Rendered([Written(text, [target for written in own for target in written.targets])])
         if self._turns == "together":
             self._refuse_together(text, turns, own)
-        if not _shared([written.text for written in own]):
-            # the template moves a later turn to the beginning: no tree has two beginnings, so all use the whole
-            with contextlib.suppress(_InexactError):
+        # If the template moves a later turn to the beginning, all use the whole, since no tree has two beginnings
+        if (as_one and len(own) > 1) or not _shared([written.text for written in own]):
+            try:
                 within = [self._within(conversation, turn, text).targets[0] for turn in turns]
                 return Rendered([Written(text, within)])
+            except _InexactError as why:
+                if as_one:
+                    raise self._refused(turns[0], f"{_REWRITTEN}, and {why}") from why
         return Rendered(own)
 
-    def _render_marked(self, conversation: Conversation, turns: Sequence[int]) -> Rendered:
+    def _render_marked(self, conversation: Conversation, turns: Sequence[int], as_one: bool) -> Rendered:
         text, spans = self._marked(conversation, conversation.messages)
         targets = self._with_ends(conversation, text, _matched(conversation.messages, turns, text, spans))
         whole = Written(text, targets)
+        if as_one:
+            return Rendered([whole])
         if self._turns != "apart":
             key = ("together", self._shape(conversation), *turns)
-            exact = self._shapes.get(key)
-            if exact is None:
-                exact = self._shapes[key] = self._is_exact(conversation, whole)
-            if exact:
+            if key not in self._shapes:
+                own = [self._alone_marked(conversation, turn, whole) for turn in turns]
+                self._shapes[key] = _agree(whole, own)
+            if self._shapes[key]:
                 return Rendered([whole])
         own = [self._alone_marked(conversation, turn, whole) for turn in turns]
-        if self._turns != "apart" and all(_begins(text, written) for written in own):
+        if self._turns != "apart" and _agree(whole, own):
             return Rendered([whole])
         if self._turns == "together":
             self._refuse_together(text, turns, own)
         return Rendered(own)
-
-    def _is_exact(self, conversation: Conversation, whole: Written) -> bool:
-        """Whether each target of a marked text follows what it would follow at inference."""
-        for turn in dict.fromkeys(target.turn for target in whole.targets):
-            if not _begins(whole.text, self._alone_marked(conversation, turn, whole)):
-                return False
-        return True
 
     def _refuse_together(self, text: str, turns: Sequence[int], own: Sequence[Written]) -> None:
         turn = next(turn for turn, written in zip(turns, own, strict=True) if not _begins(text, written))
@@ -275,6 +277,8 @@ class ChatRenderer:
             lead, start = self._lead(conversation, turn, prompt, through)
             end = self._end(conversation, turn, through, start)
         except _InexactError as why:
+            if missing_parts(messages[turn], through):  # which is the cause, and `_render` will find it
+                return Written(through, [Target(turn, len(through), len(through))])
             raise self._refused(turn, str(why)) from why
         return Written(lead + through[start:], [Target(turn, len(lead), len(lead) + end - start)])
 
@@ -306,15 +310,14 @@ class ChatRenderer:
         try:
             prompt = self.prompt(conversation, turn)
             through, spans = self._marked(conversation, messages[: turn + 1])
-        except UserError:
-            return Written(whole.text, marked)
-        if turn + 1 < len(messages):
-            marked = self._with_ends(conversation, through, _matched(messages[: turn + 1], [turn], through, spans))
-        try:
+            if turn + 1 < len(messages):
+                marked = self._with_ends(conversation, through, _matched(messages[: turn + 1], [turn], through, spans))
+            if not marked or not (turn or through.startswith(prompt)):
+                return Written(whole.text, [target for target in whole.targets if target.turn == turn])
             lead, start = self._lead(conversation, turn, prompt, through)
-        except _InexactError:
-            return Written(through, marked)
-        if through.startswith(lead) or not marked or start > marked[0].start:
+        except (UserError, _InexactError):
+            return Written(whole.text, [target for target in whole.targets if target.turn == turn])
+        if through.startswith(lead) or start > marked[0].start:
             return Written(through, marked)
         moved = len(lead) - start
         return Written(lead + through[start:], [Target(turn, s + moved, e + moved) for _, s, e in marked])
@@ -326,10 +329,14 @@ class ChatRenderer:
         message = conversation.messages[turn]
         start = _common(prompt, through, [part.value for part in parts_of(message) if isinstance(part.value, str)])
         extra, rest = prompt[start:], through[start:]
-        before = (conversation.messages[turn - 1].get("content") or "").strip() if turn else ""
-        if before and before in extra:  # the history reads differently once this turn follows: take the prompt's
-            shorter = replace(conversation, messages=conversation.messages[: turn + 1])
-            return prompt, self._within(shorter, turn, through).targets[0].start
+        with contextlib.suppress(UserError):
+            history = self._text(conversation, conversation.messages[:turn])
+            before = (conversation.messages[turn - 1].get("content") or "").strip() if turn else ""
+            differs = prompt != history or (before and before in extra)
+            if differs and start < len(history.rstrip()) and prompt.startswith(history):
+                # the history reads differently once this turn follows: the prompt has it as it is at inference
+                shorter = replace(conversation, messages=conversation.messages[: turn + 1])
+                return prompt, self._within(shorter, turn, through).targets[0].start
         return (prompt if _reads_on(extra, rest, message) else through[:start]), start
 
     def _end(self, conversation: Conversation, turn: int, through: str, start: int) -> int:
@@ -345,9 +352,10 @@ class ChatRenderer:
         tail = ends.closing or ends.tail
         if tail and ends.end and through.endswith(tail) and len(through) - len(tail) >= start:
             return len(through) - len(tail) + len(ends.end)
-        return self._end_after(conversation.messages[turn], through, start, ends, last=True)
+        return self._end_after(conversation.messages[turn], through, start, ends)
 
-    def _end_after(self, message: Message, text: str, start: int, ends: _Ends, *, last: bool) -> int:
+    @staticmethod
+    def _end_after(message: Message, text: str, start: int, ends: _Ends) -> int:
         """Where a turn stops, found after the last of its parts from `start` on."""
         after = start
         for part in parts_of(message):
@@ -359,9 +367,9 @@ class ChatRenderer:
         for stop in (end, last_tag.group().strip() if last_tag else ""):
             if stop and (at := text.find(stop, after)) >= 0:
                 return at + len(stop)
-        if last and (stripped := len(text.rstrip())) > after:
+        if (stripped := len(text.rstrip())) > after:
             return stripped
-        if last and len(text) > after and not end.strip():
+        if len(text) > after and not end.strip():
             return len(text)
         raise _InexactError("the template writes nothing at the turn's end, so a model couldn't learn to stop there")
 
@@ -386,10 +394,21 @@ class ChatRenderer:
         if headers and not begun:
             raise _InexactError("the template begins it in another way than other turns")
         start = max(begun, default=first)
+        if ends.end == "" and self._eos:
+            return Written(whole[:after] + self._eos, [Target(turn, start, after + len(self._eos))])
         if ends.end == "":
             raise _InexactError("the template writes nothing at the turn's end")
-        end = self._end_after(messages[turn], whole, after, ends, last=turn + 1 == len(messages))
-        return Written(whole, [Target(turn, start, end)])
+        if turn + 1 == len(messages):
+            return Written(whole, [Target(turn, start, self._end_after(messages[turn], whole, after, ends))])
+        following = (messages[turn + 1].get("content") or "").strip()
+        until = whole.find(following, after) if following else len(whole)
+        for stop in (ends.end, "" if ends.end is None else ends.end.strip()):
+            if stop and (at := whole.find(stop, after, until)) >= 0:
+                return Written(whole, [Target(turn, start, at + len(stop))])
+        tag = _NEXT_TAG.match(whole, after, until)  # another end than that of a last turn
+        if tag is None:
+            raise _InexactError("the template writes nothing at the turn's end")
+        return Written(whole, [Target(turn, start, tag.end())])
 
     def _refused(self, turn: int, why: str) -> UserError:
         return UserError(
@@ -442,12 +461,15 @@ class ChatRenderer:
         _, found, tail = text.rpartition(_PROBE)
         if not found:
             return _Ends()
-        user, prompt = self._text(probe, probe.messages[:1]), self.prompt(probe, 1)
         thanks = Conversation((*probe.messages, {"role": "user", "content": "Thanks."}), probe.tools)
         try:
             longer = self.text(thanks)
         except UserError:
             longer = text
+        try:
+            user, prompt = self._text(probe, probe.messages[:1]), self.prompt(probe, 1)
+        except UserError:  # it renders no conversation that ends with a user
+            return _Ends(tail, self._stop(tail))
         middle = longer.rpartition(_PROBE)[2].partition("Thanks.")[0]
         if prompt == user and not middle.startswith(tail):
             # it also writes the next generation prompt after the answer, which isn't its end
@@ -464,13 +486,13 @@ class ChatRenderer:
         return _Ends(tail, self._stop(tail) or closing, closing, tuple(headers))
 
     def _stop(self, tail: str) -> str:
-        """The part of what follows an answer at which generation stops: up to the first special token or tag."""
-        places = [(tail.find(token), -len(token)) for token in self._special if token in tail]
-        if places:
-            at, length = min(places)
-            return tail[: at - length]
-        match = _END.match(tail)
-        return match.group() if match else ""
+        """The part of what follows an answer at which generation stops: up to the first special token or tag.
+
+        What follows that without a blank belongs to it.
+        """
+        first = min((tail.find(token) for token in self._special if token in tail), default=0)
+        match = _END.match(tail, first)
+        return tail[: match.end()] if match else ""
 
     def _shape(self, conversation: Conversation) -> Any:
         """The kinds of a conversation's turns, on which it depends what a template writes of them."""
@@ -523,7 +545,7 @@ class ChatRenderer:
     # ---- Jinja
 
     def _template(self, conversation: Conversation) -> str:
-        """The template of a conversation: of several, `tool_use` for those with tools or calls."""
+        """The template of a conversation: of several, `tool_use` for those with tools, as in transformers."""
         templates: Any = self._tokenizer.chat_template
         if not templates:
             raise UserError(
@@ -532,10 +554,7 @@ class ChatRenderer:
             )
         if isinstance(templates, str):
             return templates
-        uses_tools = conversation.tools or any(
-            message["role"] == "tool" or message.get("tool_calls") for message in conversation.messages
-        )
-        for name in ("tool_use", "default") if uses_tools else ("default", "tool_use"):
+        for name in ("tool_use", "default") if conversation.tools else ("default", "tool_use"):
             if name in templates:
                 return str(templates[name])
         raise UserError(f"the tokenizer's chat templates are {', '.join(templates)}; choose one with `template`")
@@ -601,6 +620,12 @@ def _begins(text: str, written: Written) -> bool:
     """Whether a text begins with another one, up to the end of its last target."""
     end = written.targets[-1].end
     return text.startswith(written.text[:end])
+
+
+def _agree(whole: Written, own: Sequence[Written]) -> bool:
+    """Whether each target of a marked text follows what it follows in its own text."""
+    ends = {target.turn: target.end for target in whole.targets}
+    return all(written.text.startswith(whole.text[: ends[written.targets[0].turn]]) for written in own)
 
 
 def _shared(texts: Sequence[str]) -> int:

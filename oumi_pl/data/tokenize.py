@@ -80,6 +80,9 @@ class Tokenize:
         UserError: a setting is unknown, or the tokenizer can't tell which characters a token stands for.
     """
 
+    _as_one = False
+    """Whether all turns of a conversation share one text, also where they would be generated in another context."""
+
     def __init__(
         self,
         tokenizer: "PreTrainedTokenizerBase",
@@ -170,7 +173,7 @@ class Tokenize:
         if isinstance(record, Preference):
             raise UserError("this row is a pair of responses, a chosen and a rejected one, which is data for DPO")
         record = _conversation(record)
-        rendered = self._renderer.render(record, self._turns(record))
+        rendered = self._renderer.render(record, self._turns(record), as_one=self._as_one)
         if rendered.lost and self._lost == "error":
             raise lost_error(rendered.lost)
         kinds = sorted({kind for _, kind, _ in rendered.lost})

@@ -7,6 +7,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 from oumi_pl.data.template import BUILT_IN, apply_template, load_template
 from oumi_pl.errors import UserError
 from oumi_pl.types import Conversation
+from tests.data.byte_level import prompt_of, spans_of
 
 
 def byte_tokenizer(bos=None, eos="<eos>", adds_bos=False, **kwargs):
@@ -210,8 +211,8 @@ def test_the_end_of_turn_is_unknown_where_the_answer_is_not_written():
 
 def test_a_key_without_a_value_is_not_there():
     tokenizer = byte_tokenizer()
-    tokenizer.chat_template = "{% for m in messages %}{{ 'content' in m }}{% endfor %}"
-    assert prompt_of(tokenizer, TURNS[1:3], None) == "TrueFalse"
+    tokenizer.chat_template = "{% for m in messages %}{{ 'name' in m }}{% endfor %}"
+    assert prompt_of(tokenizer, [{**TURNS[1], "name": "x"}, {**TURNS[1], "name": None}]) == "TrueFalse"
 
 
 def test_named_templates_with_one_for_tools():
