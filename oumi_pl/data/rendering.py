@@ -595,7 +595,6 @@ class ChatRenderer:
         except Exception as error:  # a template can raise anything
             raise RefusedError(f"the chat template refuses this conversation: {error}") from error
 
-
     def _with_known_roles(self, source: str, messages: Sequence[Message]) -> Sequence[Message]:
         """Turns of developers as system turns, if the template doesn't write them: it refuses or drops them."""
         if not any(message["role"] == "developer" for message in messages) or _writes_developers(source):

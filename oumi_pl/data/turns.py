@@ -8,7 +8,7 @@ messages (the results of two calls, for example).
 import ast
 import json
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import Any, cast
 
 import numpy as np
@@ -235,6 +235,7 @@ def read_turns(turns: Any, where: str) -> Turns:
     if not turns:
         raise UserError(f"column {where!r} holds no turns")
     messages: list[Message] = []
+    called: list[str] = []  # functions that are called in turns of their own, whose results have no names
     for i, turn in enumerate(turns):
         # the shapes of most turns, read at once: the rest of this module takes several times as long
         if type(turn) is dict and len(turn) == 2:
@@ -245,17 +246,35 @@ def read_turns(turns: Any, where: str) -> Turns:
                 messages.append({"role": known, "content": content})
                 continue
         read = message(turn, f"{where}[{i}]")
-        if messages and _continues(turn, messages[-1], read[0]):
+        if not _is_call(turn):
+            messages += read
+            continue
+        called += [call["function"]["name"] for call in read[0]["tool_calls"]]
+        if messages and _goes_on(messages[-1], read[0]):
             messages[-1] = _joined(messages[-1], read[0])
         else:
             messages += read
-    return tuple(messages)
+    return tuple(_with_names(messages, called) if called else messages)
 
 
-def _continues(turn: dict[str, Any], before: Message, call: Message) -> bool:
-    if _key(str(_raw_role(turn))) not in _CALL_ROLES or before["role"] != "assistant":
-        return False
-    return "spans" not in before and before.get("weight") == call.get("weight")
+def _is_call(turn: Any) -> bool:
+    """Whether a turn is a call by its role."""
+    return isinstance(turn, dict) and _key(str(_raw_role(turn))) in _CALL_ROLES
+
+
+def _goes_on(before: Message, call: Message) -> bool:
+    """Whether a call belongs to the message before it."""
+    same_weight = "spans" not in before and before.get("weight") == call.get("weight")
+    return before["role"] == "assistant" and same_weight
+
+
+def _with_names(messages: list[Message], called: list[str]) -> Iterator[Message]:
+    """Names the results of calls, in the order of the calls, which some templates write."""
+    names = iter(called)
+    for said in messages:
+        is_nameless = said["role"] == "tool" and not {"name", "tool_call_id"} & said.keys()
+        name = next(names, None) if is_nameless else None
+        yield said if name is None else {**said, "name": name}
 
 
 def _joined(before: Message, call: Message) -> Message:

@@ -80,8 +80,28 @@ def test_calls_in_turns_of_their_own_belong_to_the_words_before_them():
     assert read(*({"from": role, "value": value} for role, value in turns)) == [
         turn("user", "q"),
         turn("assistant", "I'll look.", tool_calls=[call("a"), call("b")]),
-        turn("tool", "1"),
+        turn("tool", "1", name="a"),
     ]
+
+
+def test_results_are_named_after_the_calls_in_turns_of_their_own():
+    calls = [{"name": name, "arguments": {}} for name in "abc"]
+    turns = [
+        ("function_call", calls[0]),
+        ("observation", "1"),
+        ("function_call", calls[1:]),
+        ("tool", "2"),
+        ("tool", "3"),
+    ]
+    assert read(*({"from": role, "value": value} for role, value in turns)) == [
+        turn("assistant", None, tool_calls=[call("a")]),
+        turn("tool", "1", name="a"),
+        turn("assistant", None, tool_calls=[call("b"), call("c")]),
+        turn("tool", "2", name="b"),
+        turn("tool", "3", name="c"),
+    ]
+    by_id = [turn("assistant", None, tool_calls=[call("a", id="1")]), turn("tool", "1", tool_call_id="1")]
+    assert read(*by_id) == by_id
 
 
 @pytest.mark.parametrize(
