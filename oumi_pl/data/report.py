@@ -39,11 +39,15 @@ def merged(reports: list[dict[str, Any]]) -> dict[str, Any]:
 
 
 def describe(stores: list[ExampleStore], lengths: np.ndarray, plan: Plan, capacity: int | None) -> dict[str, Any]:
-    """Counts, tokens, length percentiles, and `fill`, the used share of the packs' capacity."""
+    """Counts, tokens, length percentiles, and `fill`, the used share of the packs' capacity.
+
+    `target_weight` is the weight of all targets, if rows or turns have weights.
+    """
     tokens = int(lengths.sum())
     described = merged([store.report for store in stores]) | {
         "tokens": tokens,
         "target_tokens": sum(store.target_tokens for store in stores),
+        **_target_weight(stores),
         "lengths": {f"p{p}": int(np.percentile(lengths, p, method="nearest")) for p in PERCENTILES} if tokens else {},
         "rows_planned": plan.rows,
         "updates_per_epoch": len(plan),
@@ -54,6 +58,14 @@ def describe(stores: list[ExampleStore], lengths: np.ndarray, plan: Plan, capaci
     if len(stores) > 1:
         described["sources"] = [store.report for store in stores]
     return described
+
+
+def _target_weight(stores: list[ExampleStore]) -> dict[str, float]:
+    """The weight of all targets; nothing if each has the weight 1."""
+    if all(store.target_weights is None for store in stores):
+        return {}
+    weights = (store.targets if store.target_weights is None else store.target_weights for store in stores)
+    return {"target_weight": round(float(sum(values.sum() for values in weights)), 6)}
 
 
 def describe_documents(shards: list[Shards], across: bool = False) -> dict[str, Any]:

@@ -18,6 +18,8 @@ from oumi_pl.types import BadRow, Example, Record, Segment
 
 AT_ONCE = 256
 """Rows tokenized at once."""
+LISTED = 8
+"""Most weights of a row that are listed."""
 
 
 class SourceRow(NamedTuple):
@@ -161,6 +163,10 @@ def shown(data: ExampleData, split: str, row: SourceRow, decoder: Decoder) -> Sh
     lengths = ", ".join(f"{part.name} {len(part.tokens):,}" for part in parts) if len(parts) > 1 else ""
     facts = [row.origin, f"{len(example.input_ids):,} tokens{f' ({lengths})' if lengths else ''}"]
     facts.append(f"{targets:,} carry loss")
+    weights = [] if example.weights is None else np.unique(example.weights[example.loss_mask]).tolist()
+    if weights not in ([], [1.0]):
+        counted = [f"{weight:g}" for weight in weights]
+        facts.append(f"with weights {', '.join(counted[:LISTED])}{', ...' if len(counted) > LISTED else ''}")
     facts += [f"{name} {value:g}" for name, value in example.fields.items() if not math.isnan(value)]
     if row.cut:
         removed = len(whole.input_ids) - len(example.input_ids)

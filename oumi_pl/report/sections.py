@@ -40,6 +40,7 @@ ROWS = {
     "replaced": ("characters that were not UTF-8", "n"),
     "tokens": ("tokens", "n"),
     "target_tokens": ("tokens that carry loss", "n"),
+    "target_weight": ("their weight in the loss", "n"),
     "bytes": ("bytes of text", "n"),
     "bytes_per_token": ("bytes per token", "n"),
     "rows_planned": ("rows of an epoch", "n"),

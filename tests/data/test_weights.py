@@ -12,6 +12,9 @@ from oumi_pl.data.store import ExampleStore, write_store
 from oumi_pl.data.tokenize import Dropped, Tokenize
 from oumi_pl.data.tokenizers import ByteTokenizer
 from oumi_pl.errors import UserError
+from oumi_pl.preview import examples as preview
+from oumi_pl.preview.pieces import Decoder
+from oumi_pl.preview.report import tables
 from oumi_pl.types import Example, Text
 from tests.data.byte_level import byte_tokenizer, turn
 from tests.tiny import data, write_jsonl
@@ -227,3 +230,18 @@ def test_every_spelling_gives_the_same_tokens(tmp_path):
     module.setup("fit")
     shown = {json.dumps([e.input_ids.tolist(), e.loss_mask.tolist()]) for e in module.examples("train")}
     assert len(shown) == 1
+
+
+def test_weights_are_shown(tmp_path):
+    path = write_jsonl(tmp_path / "rows.jsonl", [asked_twice(weight=0.25), asked_twice()])
+    module = data(tmp_path, template="chatml")
+    module.sources["train"] = path
+    module.setup("fit")
+    decoder = Decoder(module.tokenizer)
+    facts = [preview.shown(module, "train", row, decoder).facts for row in preview.first(module, "train", 2)]
+    assert "with weights 0.25, 1" in facts[0]
+    assert not any("weights" in fact for fact in facts[1])
+    lyon, paris = (len(module.tokenizer(f"{city}<|im_end|>")["input_ids"]) for city in ("Lyon", "Paris"))
+    assert module.report()["train"]["target_weight"] == 1.25 * lyon + 2 * paris
+    (table,) = tables(module)
+    assert ["their weight in the loss", f"{1.25 * lyon + 2 * paris:,.2f}"] in table.rows
