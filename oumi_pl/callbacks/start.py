@@ -143,6 +143,10 @@ def summary(report: dict[str, Any]) -> str:
         parts.append(f"columns that aren't read: {', '.join(report['unread_columns'])}")
     if report.get("empty_answers"):
         parts.append(f"{report['empty_answers']:,} with an empty answer")
+    parts += [f"{n:,} with {note}" for note, n in report.get("notes", {}).items()]
+    if report.get("turns_apart"):
+        more = f"{report['turns_apart_tokens']:,} tokens more than their longest"
+        parts.append(f"{report['turns_apart']:,} with a branch for each turn ({more})")
     lengths = report["lengths"]
     parts.append(f"{report['tokens']:,} tokens, {report['target_tokens']:,} carry loss")
     if lengths and lengths["p0"] == lengths["p100"]:

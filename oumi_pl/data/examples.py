@@ -1,17 +1,15 @@
 """Base classes of data whose rows each become an example, and of such data with chat templates."""
 
-import copy
 import math
-import sys
 from abc import abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from functools import partial
+from datetime import date as Date
+from functools import cached_property, partial
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from torch.utils.data import ConcatDataset, DataLoader
 
-from oumi_pl.attention.segments import path_positions
 from oumi_pl.data import report as reports
 from oumi_pl.data.base import TextData
 from oumi_pl.data.collate import collate
@@ -20,10 +18,12 @@ from oumi_pl.data.loader import PlanLoader, eval_loader
 from oumi_pl.data.plan import Layout, Plan, mixture_epoch, plan_epoch, plan_in_order
 from oumi_pl.data.records import OnBadRows, RecordReader
 from oumi_pl.data.reference import ReferenceLogps
+from oumi_pl.data.rendering import ChatRenderer, Turns
 from oumi_pl.data.sources import Source, as_sources
 from oumi_pl.data.store import ExampleStore, code_of, example_store
-from oumi_pl.data.template import apply_template, load_template
-from oumi_pl.data.tokenize import Dropped, Overflow, Tokenize
+from oumi_pl.data.template import apply_template, check_variables, load_template
+from oumi_pl.data.template_date import template_date
+from oumi_pl.data.tokenize import Dropped, Lost, Overflow, Tokenize
 from oumi_pl.data.tokenizers import tokenizer_fingerprint
 from oumi_pl.errors import UserError
 from oumi_pl.types import Batch, Example, Record, Row
@@ -104,6 +104,15 @@ class ExampleData(TextData):
     def capacity(self) -> int | None:
         """Tokens that a pack holds; None without packing."""
         return self.max_length if self.packing else None
+
+    def capacity_for(self, split: str) -> int | None:
+        """As `capacity`, but at least the tokens of the longest example, whose branches may add up to more."""
+        return None if self.capacity is None else max(self.capacity, int(self.lengths(split).max(initial=0)))
+
+    @property
+    def has_branches(self) -> bool:
+        """Whether an example of the splits that were opened so far has several segments."""
+        return any(store.branched for stores in self.__stores.values() for store in stores)
 
     # ---- stages
 
@@ -200,7 +209,7 @@ class ExampleData(TextData):
     def in_batches(self, split: str, ids: range) -> list[list[int]]:
         """Groups ids into batches with at most as many tokens as a validation micro-batch may have, longest first."""
         lengths = self.lengths(split)[ids.start : ids.stop]
-        budget = self.eval_batch_size * (self.capacity or int(lengths.max()))
+        budget = self.eval_batch_size * (self.capacity_for(split) or int(lengths.max()))
         batches: list[list[int]] = []
         tokens = budget
         for i in np.argsort(-lengths, kind="stable").tolist():
@@ -233,7 +242,7 @@ class ExampleData(TextData):
             self.layout.rows_per_update,
             seed=self.run_seed,
             epoch=epoch,
-            capacity=self.capacity,
+            capacity=self.capacity_for("train"),
             group_by_length=self.group_by_length,
         )
 
@@ -279,7 +288,7 @@ class ExampleData(TextData):
     def eval_plan(self, split: str) -> tuple[Plan, Layout]:
         """The plan of a pass over held-out examples, and its layout."""
         layout = Layout(self.eval_batch_size, 1, self.layout.ranks, self.layout.rank)
-        return plan_in_order(self.lengths(split), layout.rows_per_update, capacity=self.capacity), layout
+        return plan_in_order(self.lengths(split), layout.rows_per_update, capacity=self.capacity_for(split)), layout
 
     def make_eval_loader(self, split: str) -> DataLoader:
         """Creates a loader with each example of a split once, longest first."""
@@ -300,9 +309,10 @@ class ExampleData(TextData):
     def __split_report(self, split: str) -> dict[str, Any]:
         stores = self.stores(split)
         plan = self.plan(0) if split == "train" else None
+        capacity = self.capacity_for(split)
         if plan is None:  # as on one device, whatever runs it
-            plan = plan_in_order(self.lengths(split), self.eval_batch_size, capacity=self.capacity)
-        report = reports.describe(stores, self.lengths(split), plan, self.capacity)
+            plan = plan_in_order(self.lengths(split), self.eval_batch_size, capacity=capacity)
+        report = reports.describe(stores, self.lengths(split), plan, capacity)
         if self.branching:
             spared = sum(store.shared for store in stores)
             report["saved_by_sharing"] = round(spared / max(1, spared + report["tokens"]), 6)
@@ -318,16 +328,37 @@ class ChatData(ExampleData):
 
     Args:
         args: As of `TextData`.
-        template: Chat template: `chatml`, `llama3` or `plain`, or a `.jinja` file; the tokenizer's own when left out.
+        template: Chat template: `chatml`, `llama3` or `plain`, `trl/NAME` for a training template of TRL, one of the
+            tokenizer's own if it has several, or a `.jinja` file; the tokenizer's own when left out.
         overflow: What happens to rows longer than `max_length`: `truncate` cuts the prompt first, `keep_start` the end
             of the row, `drop` leaves the row out, `error` stops the run.
+        template_variables: Values for variables that the template reads (`enable_thinking`, for example). `date` is
+            today's date for templates that write one; the day on which the data were first prepared when left out.
+        lost: What happens if the template doesn't write something that is to be trained (a tool call, reasoning):
+            `error` stops the run, `drop` leaves the row out, `keep` trains the rest of it.
+        add_eos: End turns with the tokenizer's EOS if the template writes nothing at their end.
         kwargs: As of `ExampleData`.
     """
 
-    def __init__(self, *args: Any, template: str | None = None, overflow: Overflow = "truncate", **kwargs: Any) -> None:
+    turns: Turns = "auto"
+    """Whether the trained turns of a conversation share one text; see `oumi_pl.data.rendering`."""
+
+    def __init__(
+        self,
+        *args: Any,
+        template: str | None = None,
+        overflow: Overflow = "truncate",
+        template_variables: dict[str, Any] | None = None,
+        lost: Lost = "error",
+        add_eos: bool = False,
+        **kwargs: Any,
+    ) -> None:
         super().__init__(*args, **kwargs)
         self.template_spec = template
         self.overflow = overflow
+        self.template_variables = template_variables or {}
+        self.lost: Lost = lost
+        self.add_eos = add_eos
 
     @property
     @abstractmethod
@@ -337,32 +368,43 @@ class ChatData(ExampleData):
     def prepare_tokenizer(self, tokenizer: "PreTrainedTokenizerBase") -> list[int]:
         """Sets the chat template and adds the special tokens that it needs."""
         self.template = load_template(tokenizer, self.template_spec)
-        return apply_template(tokenizer, self.template)
+        added = apply_template(tokenizer, self.template)
+        check_variables(tokenizer.chat_template, self.template_variables)
+        return added
+
+    @cached_property
+    def template_date(self) -> Date | None:
+        """The day that the template gets as today; None if it doesn't ask for it."""
+        sources = [str(source.path) for source in as_sources(self.sources["train"])] if self.sources["train"] else []  # type: ignore[arg-type]
+        return template_date(self.tokenizer.chat_template, self.template_variables, sources)
+
+    @cached_property
+    def renderer(self) -> ChatRenderer:
+        """Renders conversations."""
+        return ChatRenderer(
+            self.tokenizer, self.template_variables, self.turns, add_eos=self.add_eos, date=self.template_date
+        )
 
     def encoding_key(self) -> list[Any]:
-        """`overflow`."""
-        return [self.overflow]
+        """Everything that rendering and cutting depend on, besides the tokenizer."""
+        date = str(self.template_date)
+        return [self.overflow, self.lost, self.turns, self.add_eos, self.template_variables, date]
+
+    def report(self) -> dict[str, Any]:
+        """As of `ExampleData`, with the date that the template writes."""
+        report = super().report()
+        for described in report.values():
+            if self.template_date is not None:
+                described["template_date"] = str(self.template_date)
+        return report
 
     def encode(self, records: Sequence[Record]) -> list[Example | Dropped]:
         """Turns records into examples, or into the reason why not."""
         return self.tokenize(list(records))
 
     def uncut(self, record: Record) -> tuple[Example, list[np.ndarray]] | None:
-        """As of `ExampleData`: `Tokenize.kept` cuts the longest path, and other segments are cut to the same length."""
-        tokenize = copy.copy(self.tokenize)
-        tokenize.max_length = sys.maxsize
-        (whole,) = tokenize([record])
-        if isinstance(whole, Dropped):
-            return None
-        segments, border = whole.segments, int(whole.loss_mask.argmax())  # the context ends at the first target
-        longest = max(range(len(segments)), key=lambda i: segments[i].shared + segments[i].length)
-        kept = self.tokenize.kept(whole.input_ids[path_positions(segments, longest)], border)
-        if isinstance(kept, Dropped):
-            kept = np.arange(0)
-        context = kept[kept < border]
-        room = len(kept) - len(context)
-        first = np.concatenate([context, np.arange(border, min(border + room, segments[0].length))])
-        return whole, [first, *(np.arange(min(room, segment.length)) for segment in segments[1:])]
+        """As of `ExampleData`."""
+        return self.tokenize.uncut(record)
 
     def prompts(self, split: str) -> Iterator[tuple[list[int], str]]:
         """Prompt ids and reference answer of each row of a split, for sampling completions."""

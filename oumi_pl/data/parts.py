@@ -5,7 +5,6 @@ import html
 import json
 import re
 from collections.abc import Iterator
-from functools import lru_cache
 from typing import Any, NamedTuple
 
 from oumi_pl.types import Message
@@ -129,10 +128,5 @@ def _spellings(text: str) -> tuple[str, ...]:
     return tuple(dict.fromkeys((*spelled, html.escape(text), html.escape(text, quote=False))))
 
 
-@lru_cache(maxsize=4096)
-def _constant_texts(kind: type, value: Any) -> tuple[str, ...]:
-    return tuple(dict.fromkeys((json.dumps(value, default=str), str(value))))
-
-
 def _constant(value: Any) -> tuple[str, ...]:
-    return _constant_texts(type(value), value)
+    return tuple(dict.fromkeys((json.dumps(value, default=str), str(value))))

@@ -23,7 +23,7 @@ from dataclasses import dataclass, field, replace
 from datetime import date as Date
 from datetime import datetime, time
 from functools import lru_cache
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, cast
 
 from oumi_pl.data.parts import missing_parts, parts_of
 from oumi_pl.data.template import BUILT_IN, HELP, check_variables, compiled, special_tokens
@@ -531,7 +531,7 @@ class ChatRenderer:
             if not isinstance(value, str) or not value.strip() or "think>" in value:
                 continue
             altered = [*messages]
-            altered[turn] = {**messages[turn], key: _MARK.format("")}  # type: ignore[misc]
+            altered[turn] = cast("Message", {**messages[turn], key: _MARK.format("")})
             try:
                 text = self._text(conversation, altered[: turn + 1])
             except UserError:

@@ -24,6 +24,11 @@ def merged(reports: list[dict[str, Any]]) -> dict[str, Any]:
     for report in reports:
         dropped.update(report["dropped"])
     total["dropped"] = dict(dropped)
+    notes: Counter[str] = Counter()
+    for report in reports:
+        notes.update(report.get("notes", {}))
+    if notes:
+        total["notes"] = dict(notes)
     if unread := {name for report in reports for name in report.get("unread_columns", ())}:
         total["unread_columns"] = sorted(unread)
     if bad := [report["bad_rows"] for report in reports if "bad_rows" in report]:

@@ -128,6 +128,19 @@ class ExampleStore:
         return int(self._segments[:, 2].sum())
 
     @property
+    def branched(self) -> int:
+        """Number of examples with several segments."""
+        return int((np.diff(self._first_segment) > 1).sum())
+
+    @property
+    def beyond_longest(self) -> int:
+        """Tokens that examples have besides those of their longest path."""
+        if not len(self):
+            return 0
+        paths = np.maximum.reduceat(self._segments[:, 0] + self._segments[:, 2], self._first_segment[:-1])
+        return int(self.offsets[-1] - paths.sum())
+
+    @property
     def target_tokens(self) -> int:
         """Tokens that carry loss, over all examples."""
         return int(self.targets.sum())
@@ -395,7 +408,16 @@ def _own_code() -> str:
 
 def _empty_report(source: str) -> dict[str, Any]:
     """A report with nothing counted yet."""
-    return {"source": source, "rows": 0, "kept": 0, "dropped": {}, "cut": 0, "straddled": 0, "empty_answers": 0}
+    return {
+        "source": source,
+        "rows": 0,
+        "kept": 0,
+        "dropped": {},
+        "cut": 0,
+        "straddled": 0,
+        "empty_answers": 0,
+        "notes": {},
+    }
 
 
 def _count(report: dict[str, Any], example: Example | Dropped) -> None:
@@ -407,3 +429,5 @@ def _count(report: dict[str, Any], example: Example | Dropped) -> None:
     report["cut"] += example.cut
     report["straddled"] += example.straddled
     report["empty_answers"] += example.empty_answer
+    for note in example.notes:
+        report["notes"][note] = report["notes"].get(note, 0) + 1

@@ -211,13 +211,20 @@ def variables_of(source: str) -> frozenset[str]:
     return frozenset(meta.find_undeclared_variables(compiled(source).environment.parse(source)) - _BUILT_IN_VARIABLES)
 
 
-def check_variables(source: str, names: Mapping[str, Any]) -> None:
+def check_variables(template: Any, names: Mapping[str, Any]) -> None:
     """Refuses variables that a template doesn't read.
+
+    Args:
+        template: A template, several by name, or None.
+        names: The variables. `date` is known for templates that ask for today's date.
 
     Raises:
         UserError: names the first of them, and those that the template reads.
     """
-    known = variables_of(source)
+    if not names:
+        return
+    texts = template.values() if isinstance(template, Mapping) else [template] if template else []
+    known = {name for text in texts for name in variables_of(text)} | ({DATE} if writes_date(template) else set())
     for name in names:
         if name not in known:
             reads = f"it reads {', '.join(sorted(known))}" if known else "it reads none"

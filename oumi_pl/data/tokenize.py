@@ -58,6 +58,11 @@ class Tokens(NamedTuple):
     straddled: bool
     weights: np.ndarray | None = None
 
+    def at(self, places: np.ndarray) -> "Tokens":
+        """The tokens at some places."""
+        weights = None if self.weights is None else self.weights[places]
+        return Tokens(self.ids[places], self.mask[places], self.straddled, weights)
+
 
 class Tokenize:
     """Turns records into examples, a batch at a time.
@@ -345,21 +350,16 @@ class Tokenize:
         border = min(_first_target(path) for path in paths)
         for path in paths[1:]:
             border = min(border, common_prefix(paths[0].ids, path.ids))
-        kept = self.kept(max((path.ids for path in paths), key=len), border)
+        longest = max((path.ids for path in paths), key=len)
+        if len(longest) <= self.max_length:
+            return list(paths)
+        kept = self.kept(longest, border)
         if isinstance(kept, Dropped):
             return kept
         context = kept[kept < border]
         end = border + len(kept) - len(context)
-        places = [np.concatenate([context, np.arange(border, min(end, len(path.ids)))]) for path in paths]
-        return [
-            Tokens(
-                path.ids[kept],
-                path.mask[kept],
-                path.straddled,
-                None if path.weights is None else path.weights[kept],
-            )
-            for path, kept in zip(paths, places, strict=True)
-        ]
+        places = np.concatenate([context, np.arange(border, end)])
+        return [path.at(places[: np.searchsorted(places, len(path.ids))]) for path in paths]
 
     def uncut(self, record: Record) -> tuple[Example, list[np.ndarray]] | None:
         """A record's example before it is cut, and for each segment the indices of its own tokens that are kept.

@@ -240,7 +240,7 @@ def test_weights_are_shown(tmp_path):
     decoder = Decoder(module.tokenizer)
     facts = [preview.shown(module, "train", row, decoder).facts for row in preview.first(module, "train", 2)]
     assert "with weights 0.25, 1" in facts[0]
-    assert not any("weights" in fact for fact in facts[1])
+    assert not any("with weights" in fact for fact in facts[1])
     lyon, paris = (len(module.tokenizer(f"{city}<|im_end|>")["input_ids"]) for city in ("Lyon", "Paris"))
     assert module.report()["train"]["target_weight"] == 1.25 * lyon + 2 * paris
     (table,) = tables(module)
