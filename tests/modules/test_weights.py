@@ -14,6 +14,7 @@ from oumi_pl.errors import UserError
 from oumi_pl.losses.causal import CrossEntropy, token_loss_sum
 from oumi_pl.modules.sft import SFT
 from oumi_pl.types import TokenLoss
+from tests.modules import test_update
 from tests.modules.test_update import Losses, epoch_of
 from tests.tiny import LLAMA, conversations, data, distance, fit, module, sgd, trainer, weights, write_jsonl
 
@@ -112,6 +113,21 @@ def test_ranks_add_up_to_the_same_gradient(tmp_path, ranks):
     ours = {name: p.grad.clone() for name, p in sft.causal_lm.hf.named_parameters()}
     plain_loop(sft, rows, [range(ROWS)])
     assert distance(ours, {name: p.grad for name, p in sft.causal_lm.hf.named_parameters()}) < 1e-5
+
+
+@pytest.mark.slow
+def test_two_processes_take_the_same_steps(tmp_path, monkeypatch):
+    rows = weighed(tmp_path, batch_size=8, group_by_length=False)
+    sft = built(rows)
+    _, expected = plain_loop(sft, rows, epoch_of(rows))
+    worker = test_update.WORKER.replace(
+        "losses = Losses()", "from tests.modules.test_weights import weighed\nlosses = Losses()"
+    )
+    worker = worker.replace("data(out, ROWS, batch_size", "weighed(out, batch_size")
+    monkeypatch.setattr(test_update, "WORKER", worker)
+    found = test_update.on_two_processes(tmp_path, "ddp", 2, 2)
+    assert distance(found["weights"], weights(sft)) < 1e-5
+    assert found["losses"] == pytest.approx(expected, rel=1e-5)
 
 
 def test_any_cut_gives_the_same_update(tmp_path):
