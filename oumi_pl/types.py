@@ -80,13 +80,20 @@ class Preference(Record):
     """Two responses to one prompt, the better one first.
 
     `chosen` and `rejected` have the same type and the same prompt: `prompt_messages` equal leading messages and the
-    same `tools` in conversations, the same `prompt` in texts. `margin` is how much better the chosen one is (for
-    example the difference of two scores); None if the row does not say.
+    same `tools` and `template_variables` in conversations, the same `prompt` in texts. `margin` is how much better the
+    chosen one is (for example the difference of two scores); None if the row does not say.
     """
 
     chosen: Conversation | Text
     rejected: Conversation | Text
     margin: float | None = None
+
+
+@dataclass(frozen=True)
+class BadRow:
+    """Why a row can't be read or has no record."""
+
+    reason: str
 
 
 class Segment(NamedTuple):
@@ -115,7 +122,8 @@ class Example:
     first is a root; one segment with all tokens when left out. fields: numbers of the row (a margin, a label, a score),
     NaN if it has none; all examples of a data set have the same names. cut: tokens were removed to fit. straddled: a
     token holds characters of both the prompt and a target. empty_answer: the only target is the end of the answer.
-    notes: what else the data report counts.
+    notes: what else the data report counts. weights: `[tokens]` float32, above 0 where `loss_mask` is True: factors on
+    the losses of the tokens; None if all are 1.
     """
 
     input_ids: np.ndarray
@@ -126,6 +134,7 @@ class Example:
     straddled: bool = False
     empty_answer: bool = False
     notes: tuple[str, ...] = ()
+    weights: np.ndarray | None = None
 
     def __post_init__(self) -> None:
         if not self.segments:
@@ -135,6 +144,13 @@ class Example:
     def target_tokens(self) -> int:
         """Number of tokens that carry loss."""
         return int(self.loss_mask.sum())
+
+    @property
+    def target_weight(self) -> float:
+        """Sum of the weights of the tokens that carry loss."""
+        if self.weights is None:
+            return float(self.target_tokens)
+        return float(self.weights[self.loss_mask].sum(dtype=np.float64))
 
 
 class Inputs(TypedDict):
@@ -159,6 +175,12 @@ class Update(NamedTuple):
     """Examples."""
     parts: int
     """Micro-batches over all ranks, whose gradients Lightning averages."""
+    weight: float | None = None
+    """Sum of the weights of the targets; None if all are 1."""
+
+    def units(self, unit: str) -> float:
+        """What the update is divided by: its `rows`, or its `targets` by weight."""
+        return getattr(self, unit) if self.weight is None or unit != "targets" else self.weight
 
 
 class Batch(TypedDict):
@@ -176,6 +198,8 @@ class Batch(TypedDict):
     target_segments: torch.Tensor  # [targets] int64, ascending: the segment that contains it
     fields: dict[str, torch.Tensor]  # [rows] float32 each: `Example.fields`
     sample_ids: list[int]  # [rows], ids of the examples; empty for the stand-in of a rank that ran out of rows
+    weights: NotRequired[torch.Tensor]  # [targets] float32, factors on the losses; missing if all are 1
+    weight: NotRequired[float]  # their sum, on the host; missing if all are 1
     update: NotRequired[Update]  # in training
     source: NotRequired[int]  # index of the source of all rows of a held-out batch
     text_bytes: NotRequired[int]  # UTF-8 bytes of the text of a held-out batch's targets
@@ -312,7 +336,7 @@ class RunModule(Protocol):
     trainer: Any
     trust_remote_code: bool
     unit: ClassVar[str]
-    """The sum that an update is divided by: `targets` or `rows`."""
+    """What an update is divided by: `targets` or `rows`."""
 
     @property
     def causal_lm(self) -> Any:
@@ -356,6 +380,9 @@ class RunModule(Protocol):
 
     def state_dict(self) -> dict[str, Any]:
         """The weights that a checkpoint holds."""
+
+    def units(self, sums: Mapping[str, Any]) -> Any:
+        """What the sums of an update or a split are divided by: its targets by weight, or its rows."""
 
     def total_steps(self) -> int:
         """Optimizer steps of the whole run."""

@@ -74,7 +74,9 @@ class Part(NamedTuple):
             content = str([source.path, source.config, source.split, source.revision])
         else:
             content = fingerprint(source)
-        made_from = [content, source.columns, _format_code(source.format), self.side]
+        made_from: list[Any] = [content, source.columns, _format_code(source.format), self.side]
+        if source.ignore or source.label:
+            made_from.append([source.ignore, source.label])
         return made_from if self.render is None else [*made_from, self.render.template]
 
 

@@ -16,10 +16,11 @@ from oumi_pl.data.collate import collate
 from oumi_pl.data.formats import FORMATS, Formats
 from oumi_pl.data.loader import PlanLoader, eval_loader
 from oumi_pl.data.plan import Layout, Plan, mixture_epoch, plan_epoch, plan_in_order
+from oumi_pl.data.records import OnBadRows, RecordReader
 from oumi_pl.data.reference import ReferenceLogps
 from oumi_pl.data.rendering import ChatRenderer, Turns
 from oumi_pl.data.sources import Source, as_sources
-from oumi_pl.data.store import ExampleStore, code_of, example_store, source_records
+from oumi_pl.data.store import ExampleStore, code_of, example_store
 from oumi_pl.data.template import apply_template, check_variables, load_template
 from oumi_pl.data.template_date import template_date
 from oumi_pl.data.tokenize import Dropped, Lost, Overflow, Tokenize
@@ -45,11 +46,21 @@ class ExampleData(TextData):
         packing: Put several examples into one row, isolated from each other.
         group_by_length: Without packing, put examples of similar length into the same update, which saves padding for
             models that need it.
+        bad_rows: What happens if rows can't be used (a damaged line, an unknown role, turns that the chat template
+            refuses): `error` stops the run and lists all kinds of them, `drop` leaves them out and counts them.
         kwargs: As of `TextData`.
     """
 
-    def __init__(self, *args: Any, packing: bool = False, group_by_length: bool = True, **kwargs: Any) -> None:
+    def __init__(
+        self,
+        *args: Any,
+        packing: bool = False,
+        group_by_length: bool = True,
+        bad_rows: OnBadRows = "error",
+        **kwargs: Any,
+    ) -> None:
         super().__init__(*args, **kwargs)
+        self.bad_rows: OnBadRows = bad_rows
         self.packing = packing
         self.group_by_length = group_by_length
         self.__stores: dict[str, list[ExampleStore]] = {}
@@ -162,6 +173,13 @@ class ExampleData(TextData):
         """Tokens that carry loss, of every example of a split, `[examples]`."""
         return np.concatenate([store.targets for store in self.stores(split)])
 
+    def target_weights(self, split: str) -> np.ndarray | None:
+        """The sum of these tokens' weights, of every example of a split, `[examples]`; None if all are 1."""
+        stores = self.stores(split)
+        if all(store.target_weights is None for store in stores):
+            return None
+        return np.concatenate([s.targets if s.target_weights is None else s.target_weights for s in stores])
+
     def longest_path(self, splits: Iterable[str]) -> tuple[int, int] | None:
         """The positions of the longest path, if rows hold several examples; None for `max_length`."""
         if not self.packing:
@@ -172,13 +190,16 @@ class ExampleData(TextData):
     def records(self, split: str) -> Iterator[tuple[str, Record]]:
         """The records of a split with their origin, not tokenized, for `predict` and samples."""
         sources, keep = self.taken(split)
+        formats = self.prompt_formats if split == "predict" else self.formats
         for source in sources:
-            yield from source_records(source, keep, formats=self.prompt_formats if split == "predict" else self.formats)
+            for origin, record in RecordReader(source, formats).records(keep, strict=self.bad_rows == "error"):
+                if isinstance(record, Record):
+                    yield origin, record
 
     def __store(self, source: Source, keep: Callable[[Row], bool] | None, side: str | None) -> ExampleStore:
         key = [side, tokenizer_fingerprint(self.tokenizer), self.max_length, self.encoding_key()]
         code = code_of(type(self), *(function for function, _ in self.formats))
-        return example_store(source, [*key, code], self.encode, keep, self.formats)
+        return example_store(source, [*key, code], self.encode, keep, self.formats, bad_rows=self.bad_rows)
 
     def batch(self, split: str, ids: Sequence[int]) -> Batch:
         """A batch of some examples of a split, by id."""
@@ -266,6 +287,7 @@ class ExampleData(TextData):
             self.layout,
             partial(collate, pad_id=self.pad_id),
             limit=self.limit,
+            weights=self.target_weights("train"),
             **self.fetching,
         )
 

@@ -91,6 +91,7 @@ class PlanLoader(DataLoader):
         collate: Callable[[list], Any],
         *,
         limit: int | float = 1.0,
+        weights: np.ndarray | None = None,
         workers: int = 0,
         pin_memory: bool = False,
         **fetching: Any,
@@ -104,12 +105,14 @@ class PlanLoader(DataLoader):
             layout: How the rows of an update are divided.
             collate: Rows -> micro-batch.
             limit: Micro-batches of an epoch that are trained on, or the share of them (`limit_train_batches`).
+            weights: Sum of the weights of these tokens, `[examples]`; None if all are 1.
             workers: Loader processes.
             pin_memory: Pin batches in memory, for asynchronous copies to a GPU.
             fetching: Further arguments of `DataLoader` for its workers.
         """
         self.position = PlanSampler(plan, layout)
         self.targets = targets
+        self.weights = weights
         self.limit = limit
         super().__init__(
             Rows(examples),
@@ -158,7 +161,8 @@ class PlanLoader(DataLoader):
         """The totals of an update; only those within `limit` if it ends within the update."""
         layout, plan = self.position.layout_now, self.position.current
         ids = plan.examples_of(update, layout, layout.within(self.limit, update, len(plan)))
-        return Update(int(self.targets[ids].sum()), len(ids), layout.parts)
+        weight = None if self.weights is None else float(self.weights[ids].sum())
+        return Update(int(self.targets[ids].sum()), len(ids), layout.parts, weight)
 
     def state_dict(self) -> dict[str, int]:
         """The position, between two updates, and the layout of updates."""

@@ -148,9 +148,13 @@ class TokenizePairs(Tokenize):
 
 
 def _branch(tokens: Tokens, border: int, room: int) -> tuple[np.ndarray, np.ndarray]:
-    """Ids and loss mask of a response after the prompt, at most `room` tokens. Its first token carries loss."""
+    """Ids and loss mask of a response after the prompt, at most `room` tokens. Its first token carries loss.
+
+    Unless its turns say what carries loss.
+    """
     mask = tokens.mask[border:].copy()
-    mask[: mask.argmax()] = True
+    if tokens.weights is None:
+        mask[: mask.argmax()] = True
     return tokens.ids[border:][:room], mask[:room]
 
 
@@ -160,7 +164,19 @@ def _checked(record: Record) -> Preference:
         raise UserError("this row is not a pair of responses; DPO needs a chosen and a rejected one")
     if _prompt(record.chosen) != _prompt(record.rejected):
         raise UserError("chosen and rejected hold different prompts")
+    for weight in (*_weights(record.chosen), *_weights(record.rejected)):
+        if weight not in {0, 1}:
+            raise UserError(
+                f"a turn has the weight {weight:g}, and pairs count whole responses: a turn carries loss (weight 1) or "
+                "doesn't (weight 0)"
+            )
     return record
+
+
+def _weights(response: Conversation | Text) -> list[float]:
+    if isinstance(response, Text):
+        return [response.weight]
+    return [response.weight, *(turn["weight"] for turn in response.messages if "weight" in turn)]
 
 
 def _prompt(response: Conversation | Text) -> object:

@@ -22,6 +22,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import date as Date
 from datetime import datetime, time
+from functools import lru_cache
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, cast
 
 from oumi_pl.data.parts import missing_parts, parts_of
@@ -62,11 +63,16 @@ class Target(NamedTuple):
 
 @dataclass
 class Written:
-    """A rendered text and what in it carries loss. `eos`: it has to end with an EOS token, which is a target too."""
+    """A rendered text and what in it carries loss.
+
+    eos: it has to end with an EOS token, which is a target too. weights: factors on the loss of the targets, in their
+    order; none if all are 1. Of targets that overlap, the last one counts.
+    """
 
     text: str
     targets: list[Target] = field(default_factory=list)
     eos: bool = False
+    weights: list[float] = field(default_factory=list)
 
     def of(self, turn: int) -> str:
         """The text of a turn's targets."""
@@ -572,7 +578,7 @@ class ChatRenderer:
         if self._date is not None:
             variables["strftime_now"] = _clock(self._date)
         values = {
-            "messages": [_for_template(message) for message in messages],
+            "messages": [_for_template(message) for message in self._with_known_roles(source, messages)],
             "tools": None if conversation.tools is None else list(conversation.tools),
             "documents": None,
             "add_generation_prompt": generation_prompt,
@@ -589,6 +595,25 @@ class ChatRenderer:
         except Exception as error:  # a template can raise anything
             raise RefusedError(f"the chat template refuses this conversation: {error}") from error
 
+    def _with_known_roles(self, source: str, messages: Sequence[Message]) -> Sequence[Message]:
+        """Turns of developers as system turns, if the template doesn't write them: it refuses or drops them."""
+        if not any(message["role"] == "developer" for message in messages) or _writes_developers(source):
+            return messages
+        return [{**m, "role": "system"} if m["role"] == "developer" else m for m in messages]
+
+
+@lru_cache(maxsize=256)
+def _writes_developers(source: str) -> bool:
+    """Whether a template writes turns with the role `developer`."""
+    turns = [("developer", _PROBE), ("user", "Why?"), ("assistant", "Because.")]
+    try:
+        text = compiled(source).render(
+            messages=[{"role": role, "content": content} for role, content in turns], add_generation_prompt=False
+        )
+    except Exception:  # a template can raise anything
+        return False
+    return _PROBE in text
+
 
 def _clock(today: Date) -> Any:
     """The function `strftime_now` of templates, on a fixed day at midnight."""
@@ -598,10 +623,12 @@ def _clock(today: Date) -> Any:
 def _for_template(message: Message) -> dict[str, Any]:
     """A message as transformers gives it to templates.
 
-    Keys without value are left out, since templates test whether a key exists, and would write "None". Reasoning has
-    all the names by which templates read it.
+    Keys without value are left out, since templates test whether a key exists, and would write "None". A turn without
+    text, of calls alone, has an empty one: some templates need a text. Reasoning has all the names by which templates
+    read it.
     """
     turn = {key: value for key, value in message.items() if value is not None and key not in TRAINING_KEYS}
+    turn.setdefault("content", "")
     for key in _REASONING_KEYS:
         if key in turn:
             return {"thinking": turn[key], **turn, "reasoning_content": turn[key]}

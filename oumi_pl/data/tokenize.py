@@ -5,14 +5,14 @@ Masks never depend on ids, so a pad token that equals EOS, or an answer that rep
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import chain
 from typing import TYPE_CHECKING, Literal, NamedTuple, get_args
 
 import numpy as np
 
-from oumi_pl.data.rendering import ChatRenderer, Span, Target, Turns, Written, spans_by_kind
-from oumi_pl.data.template import adds_bos
+from oumi_pl.data.rendering import ChatRenderer, Rendered, Span, Target, Turns, Written, spans_by_kind
+from oumi_pl.data.template import adds_bos, special_tokens
 from oumi_pl.errors import UserError, nearest
 from oumi_pl.types import Conversation, Example, Preference, Record, Segment, Text
 
@@ -47,12 +47,18 @@ class Tokens(NamedTuple):
     """The tokens of a text before it is cut.
 
     ids: `[seq]` int32. mask: `[seq]` bool, True for tokens with a character that carries loss. straddled: one of these
-    has other characters too.
+    has other characters too. weights: `[seq]` float32, factors on the loss; None if all are 1.
     """
 
     ids: np.ndarray
     mask: np.ndarray
     straddled: bool
+    weights: np.ndarray | None = None
+
+    def at(self, places: np.ndarray) -> "Tokens":
+        """The tokens at some places."""
+        weights = None if self.weights is None else self.weights[places]
+        return Tokens(self.ids[places], self.mask[places], self.straddled, weights)
 
 
 class Tokenize:
@@ -108,6 +114,7 @@ class Tokenize:
         self._backend = _with_exact_offsets(tokenizer)
         self._bos, self._eos = tokenizer.bos_token_id, tokenizer.eos_token_id
         self._adds_bos = adds_bos(tokenizer)
+        self._special = special_tokens(tokenizer)
         added = tokenizer.added_tokens_decoder.items()
         self._greedy = [index for index, token in added if token.lstrip or token.rstrip]
 
@@ -179,6 +186,8 @@ class Tokenize:
         texts = rendered.texts
         if self._train_on == "all":
             texts = [Written(text.text, [Target(0, 0, len(text.text))]) for text in texts]
+        if record.weight != 1 or any("weight" in message for message in record.messages):
+            texts = self._weighed(record, texts)
         return Marked(texts, tuple(notes))
 
     def _marked_text(self, record: Text) -> Marked:
@@ -190,7 +199,62 @@ class Tokenize:
             raise UserError("the tokenizer has no end-of-text token (eos_token), so texts would have no end to learn")
         text = record.prompt + record.text
         target = Target(0, 0 if self._train_on == "all" else len(record.prompt), len(text))
-        return Marked([Written(text, [target], eos=True)])
+        return Marked([Written(text, [target], eos=True, weights=[record.weight] if record.weight != 1 else [])])
+
+    def _weighed(self, record: Conversation, texts: list[Written]) -> list[Written]:
+        """Gives the targets of a conversation's texts the weights that its turns and the row have.
+
+        Raises:
+            UserError: turns that carry loss have texts of their own, and turns of other roles carry loss too; or a
+                turn's text can't be found.
+        """
+        messages, all_of_it = record.messages, self._train_on == "all"
+        if all_of_it:  # then turns with other weights lie over the whole
+            flagged = [i for i, m in enumerate(messages) if m["role"] == "assistant" and "weight" in m]
+            rendered = self._renderer.render(record, flagged) if flagged else Rendered(texts)
+            texts = [replace(text, targets=[Target(-1, 0, len(text.text)), *text.targets]) for text in rendered.texts]
+        others = [
+            i
+            for i, m in enumerate(messages)
+            if m["role"] != "assistant" and (m.get("weight", 1) != 1 if all_of_it else m.get("weight", 0) > 0)
+        ]
+        if len(texts) > 1 and (others or all_of_it):
+            raise UserError(
+                "with this chat template, turns have a context of their own each, so their weights can't be combined "
+                "with train_on: all or with the loss of other roles' turns; what helps: another template"
+            )
+        for i in others:
+            texts[0].targets.append(self._place(record, i, texts[0].text))
+        return [self._with_weights(record, text) for text in texts]
+
+    def _with_weights(self, record: Conversation, text: Written) -> Written:
+        targets: list[Target] = []
+        weights: list[float] = []
+        for turn in dict.fromkeys(target.turn for target in text.targets):
+            own = [target for target in text.targets if target.turn == turn]
+            weight, spans = 1.0, None
+            if turn >= 0:
+                message = record.messages[turn]
+                weight, spans = message.get("weight", 1.0), message.get("spans")
+            if spans is not None:
+                if self._train_on == "all":
+                    targets, weights = targets + own, weights + [0.0] * len(own)
+                own = _narrowed(own, spans, record.messages[turn]["content"] or "", text.text)
+            targets, weights = targets + own, weights + [weight * record.weight] * len(own)
+        return replace(text, targets=targets, weights=weights)
+
+    def _place(self, record: Conversation, turn: int, text: str) -> Target:
+        """Where in a conversation's text the content of a turn of any role is, with the special token that ends it."""
+        mark = "Zq?zQ"  # a text that doesn't occur otherwise
+        messages = [*record.messages]
+        messages[turn] = {**messages[turn], "content": mark}
+        marked = self._renderer.text(replace(record, messages=tuple(messages)))
+        start, _, rest = marked.partition(mark)
+        if len(start) == len(marked) or not (text.startswith(start) and text.endswith(rest)):
+            raise UserError(f"the text of turn {turn + 1} can't be found in what the chat template writes")
+        end = len(text) - len(rest)
+        special = next((token for token in self._special if rest.startswith(token)), "")
+        return Target(turn, len(start), end + len(special))
 
     def _turns(self, record: Conversation) -> list[int]:
         """Indices of the messages that carry loss; none for `all`, which needs no spans."""
@@ -205,7 +269,7 @@ class Tokenize:
                 )
             turns = [i for i in turns if i >= border]
         chosen = {"last_turn": turns[-1:], "all": []}.get(train_on, turns)
-        return [i for i in chosen if record.messages[i].get("weight") != 0]
+        return [i for i in chosen if record.messages[i].get("weight") != 0 and record.messages[i].get("spans") != []]
 
     # --- tokens
 
@@ -215,12 +279,15 @@ class Tokenize:
         tokenized = []
         for m, encoding in zip(marked, encodings, strict=True):
             ids = np.array(encoding.ids, dtype=np.int32)
-            mask, straddled = self._mask(m, ids, encoding.offsets)
+            weights = np.zeros(len(ids), dtype=np.float32) if m.weights else None
+            mask, straddled = self._mask(m, ids, encoding.offsets, weights)
             if m.eos and (not len(ids) or ids[-1] != self._eos):
-                ids, mask = np.append(ids, np.int32(self._eos)), np.append(mask, True)
+                ids, mask = np.append(ids, np.int32(self._eos)), np.append(mask, not m.weights or m.weights[-1] > 0)
+                weights = None if weights is None else np.append(weights, np.float32(m.weights[-1]))
             if self._lacks_bos(ids):
                 ids, mask = np.insert(ids, 0, self._bos), np.insert(mask, 0, False)
-            tokenized.append(Tokens(ids, mask, straddled))
+                weights = None if weights is None else np.insert(weights, 0, 0)
+            tokenized.append(Tokens(ids, mask, straddled, weights))
         return tokenized
 
     def kept(self, ids: np.ndarray, first_target: int) -> np.ndarray | Dropped:
@@ -251,8 +318,8 @@ class Tokenize:
         return kept
 
     def _example(self, paths: list[Tokens], record: Record, notes: tuple[str, ...]) -> Example | Dropped:
-        for _, mask, _ in paths:
-            mask[:1] = False  # nothing predicts the first token
+        for path in paths:
+            path.mask[:1] = False  # nothing predicts the first token
         if not any(path.mask.any() for path in paths):
             return Dropped("no target tokens")
         kept = self.cut(paths)
@@ -260,11 +327,12 @@ class Tokenize:
             return kept
         if not any(path.mask.any() for path in kept):
             return Dropped("no target tokens once cut")
-        ids, mask, segments = joined(kept)
+        ids, mask, segments, weights = joined(kept)
         return Example(
             ids,
             mask,
             segments,
+            weights=None if weights is None or (weights[mask] == 1).all() else weights,
             cut=any(len(before.ids) > len(after.ids) for before, after in zip(paths, kept, strict=True)),
             straddled=any(path.straddled for path in paths),
             empty_answer=self._train_on != "all" and says_nothing(record),
@@ -280,7 +348,7 @@ class Tokenize:
         if isinstance(places, Dropped):
             return places
         cut = (places[: np.searchsorted(places, len(path.ids))] for path in paths)
-        return [Tokens(p.ids[kept], p.mask[kept], p.straddled) for p, kept in zip(paths, cut, strict=True)]
+        return [path.at(kept) for path, kept in zip(paths, cut, strict=True)]
 
     def _places(self, paths: Sequence[Tokens]) -> np.ndarray | Dropped:
         """The positions in the longest path that are kept, ascending."""
@@ -303,10 +371,10 @@ class Tokenize:
             return None
         places = self._places(paths)
         if isinstance(places, Dropped):
-            example = Example(*joined(paths))
+            example = _tree(paths)
             return example, [np.arange(0)] * len(example.segments)
         kept = [path for path in paths if path.mask[places[: np.searchsorted(places, len(path.ids))]].any()]
-        example = Example(*joined(kept or paths))
+        example = _tree(kept or paths)
         own = []
         for segment in example.segments:
             end = segment.shared + segment.length
@@ -329,10 +397,14 @@ class Tokenize:
     def _lacks_bos(self, ids: Sequence[int] | np.ndarray) -> bool:
         return self._adds_bos and (len(ids) == 0 or ids[0] != self._bos)
 
-    def _mask(self, marked: Written, ids: np.ndarray, offsets: list[Span]) -> tuple[np.ndarray, bool]:
+    def _mask(
+        self, marked: Written, ids: np.ndarray, offsets: list[Span], weights: np.ndarray | None = None
+    ) -> tuple[np.ndarray, bool]:
         """Marks the tokens with a character of a target; also returns whether one of them has other characters.
 
-        Shapes: `ids` `[seq]`, `offsets` `seq` pairs of characters; the mask is `[seq]` bool.
+        Fills `weights` with those of the targets; tokens of weight 0 are not marked.
+
+        Shapes: `ids` and `weights` `[seq]`, `offsets` `seq` pairs of characters; the mask is `[seq]` bool.
         """
         borders = np.fromiter(chain.from_iterable(offsets), np.int64, 2 * len(ids)).reshape(-1, 2)
         starts, ends = borders[:, 0], borders[:, 1]
@@ -344,11 +416,13 @@ class Tokenize:
             taken = np.maximum.accumulate(np.concatenate(([0], ends[:-1])))
             starts = np.where(empty, np.minimum(taken, starts), starts)
         mask, straddled = np.zeros(len(ids), dtype=bool), False
-        for _, first, last in marked.targets:
+        for i, (_, first, last) in enumerate(marked.targets):
             inside = (starts < last) & (ends > first)
             straddled |= bool((inside & ((starts < first) | (ends > last))).any())
             mask |= inside
-        return mask, straddled
+            if weights is not None:
+                weights[inside] = marked.weights[i]
+        return (mask if weights is None else mask & (weights > 0)), straddled
 
 
 def lost_error(lost: Sequence[tuple[int, str, str]]) -> UserError:
@@ -362,20 +436,50 @@ def lost_error(lost: Sequence[tuple[int, str, str]]) -> UserError:
     )
 
 
-def joined(paths: Sequence[Tokens]) -> tuple[np.ndarray, np.ndarray, tuple[Segment, ...]]:
+def _narrowed(targets: Sequence[Target], spans: Sequence[Span], content: str, text: str) -> list[Target]:
+    """The parts of a turn's targets that `spans` name, in characters of its content.
+
+    A span that reaches the end of the content includes what ends the turn.
+
+    Raises:
+        UserError: the content is not in the text as it is.
+    """
+    turn, start, end = targets[0].turn, targets[0].start, targets[-1].end
+    stripped = content.strip()
+    at = text.rfind(stripped, start, end)
+    if at < 0:
+        raise UserError(
+            f"the chat template doesn't write the text of turn {turn + 1} as it is, so the spans that carry loss can't "
+            "be found; what helps: another template, or `weight` or `train` for the whole turn"
+        )
+    at -= content.find(stripped)
+    last = len(content.rstrip())
+    return [Target(turn, max(start, at + first), end if stop >= last else min(end, at + stop)) for first, stop in spans]
+
+
+def _tree(paths: Sequence[Tokens]) -> Example:
+    """The paths as an example."""
+    ids, mask, segments, weights = joined(paths)
+    return Example(ids, mask, segments, weights=weights)
+
+
+def joined(
+    paths: Sequence[Tokens],
+) -> tuple[np.ndarray, np.ndarray, tuple[Segment, ...], np.ndarray | None]:
     """Joins the paths of an example to a tree in which tokens that paths begin with are stored once.
 
     A path that goes on where the one before it ends is joined with it. Of several paths, tokens after the last target
     are left out.
 
     Returns:
-        Token ids and loss mask, `[tokens]`, and the segments.
+        Token ids and loss mask, `[tokens]`, the segments, and the weights, `[tokens]`; None if all are 1.
 
     Raises:
         UserError: two paths begin with different tokens.
     """
     if len(paths) == 1:
-        return paths[0].ids, paths[0].mask, (Segment(len(paths[0].ids)),)
+        return paths[0].ids, paths[0].mask, (Segment(len(paths[0].ids)),), paths[0].weights
+    weights: list[np.ndarray] = []
     ids: list[np.ndarray] = []
     masks: list[np.ndarray] = []
     segments: list[Segment] = []
@@ -401,7 +505,9 @@ def joined(paths: Sequence[Tokens]) -> tuple[np.ndarray, np.ndarray, tuple[Segme
             known.append(own)
         ids.append(own[shared:])
         masks.append(mask[shared:])
-    return np.concatenate(ids), np.concatenate(masks), tuple(segments)
+        if path.weights is not None:
+            weights.append(path.weights[shared:length])
+    return np.concatenate(ids), np.concatenate(masks), tuple(segments), np.concatenate(weights) if weights else None
 
 
 def common_prefix(a: np.ndarray, b: np.ndarray) -> int:

@@ -43,10 +43,8 @@ def _weights(data: TextData, split: str) -> list[float]:
 
 def _lines(report: dict[str, Any]) -> dict[str, str]:
     """The report of a split as names and values."""
-    lengths = report["lengths"]
-    rows, tokens, targets = report["rows"], report["tokens"], report["target_tokens"]
-    lines = {"rows": f"{rows:,}", "kept": f"{report['kept']:,}"}
-    lines |= {f"dropped: {reason}": _share(n, rows) for reason, n in report["dropped"].items()}
+    tokens, targets = report["tokens"], report["target_tokens"]
+    lines = {"rows": f"{report['rows']:,}", "kept": f"{report['kept']:,}"} | _left_out(report)
     for key, name in (
         ("cut", "cut to length"),
         ("straddled", "a token across the border of prompt and answer"),
@@ -65,11 +63,10 @@ def _lines(report: dict[str, Any]) -> dict[str, str]:
             name = {"replaced": "characters that weren't UTF-8", "split": "documents longer than a row"}.get(key, key)
             lines[name] = f"{report[key]:,}"
     lines |= {"tokens": f"{tokens:,}", "carry loss": _share(targets, tokens)}
-    if "bytes_per_token" in report:
-        lines["bytes per token"] = f"{report['bytes_per_token']:.2f}"
-    if lengths and report["kept"] > 1:
-        lines["length: shortest, median, longest"] = f"{lengths['p0']:,}, {lengths['p50']:,}, {lengths['p100']:,}"
-        lines["length: 5 %, 25 %, 75 %, 95 %"] = ", ".join(f"{lengths[p]:,}" for p in ("p5", "p25", "p75", "p95"))
+    for key, name in (("target_weight", "their weight in the loss"), ("bytes_per_token", "bytes per token")):
+        if key in report:
+            lines[name] = f"{report[key]:,.2f}"
+    lines |= _lengths(report)
     for key, name in (("rows_planned", "rows of an epoch"), ("updates_per_epoch", "updates of an epoch, one device")):
         if key in report:
             lines[name] = f"{report[key]:,}"
@@ -77,6 +74,26 @@ def _lines(report: dict[str, Any]) -> dict[str, str]:
     for key, name in (("fill", "fill of the rows"), ("saved_by_sharing", "saved by sharing prompts")):
         if key in report:
             lines[name] = f"{report[key]:.1%}"
+    return lines
+
+
+def _lengths(report: dict[str, Any]) -> dict[str, str]:
+    lengths = report["lengths"]
+    if not lengths or report["kept"] <= 1:
+        return {}
+    return {
+        "length: shortest, median, longest": f"{lengths['p0']:,}, {lengths['p50']:,}, {lengths['p100']:,}",
+        "length: 5 %, 25 %, 75 %, 95 %": ", ".join(f"{lengths[p]:,}" for p in ("p5", "p25", "p75", "p95")),
+    }
+
+
+def _left_out(report: dict[str, Any]) -> dict[str, str]:
+    """What was not used: rows by reason, with the first of those that can't be used, and columns."""
+    lines = {f"dropped: {reason}": _share(n, report["rows"]) for reason, n in report["dropped"].items()}
+    for reason, kind in report.get("bad_rows", {}).items():
+        lines[f"first: {reason}"] = ", ".join(kind["first"][:LISTED])
+    if report.get("unread_columns"):
+        lines["columns that no format reads"] = ", ".join(report["unread_columns"])
     return lines
 
 
