@@ -175,6 +175,9 @@ class UpdateLayout(Protocol):
     def rows_per_update(self) -> int:
         """Rows of one update, over all ranks and micro-batches."""
 
+    def at(self, epoch: int) -> "UpdateLayout":
+        """The layout in an epoch: accumulation may change with it."""
+
 
 class RunData(Protocol):
     """The part of a data module that modules, callbacks, preview, dry run, adapters and exports use."""
@@ -310,6 +313,9 @@ class RunModule(Protocol):
 
     def count(self, batch: Any) -> dict[str, int]:
         """Counts of a batch: `rows`, `targets`, `tokens`, and `positions` (tokens and padding)."""
+
+    def heads(self) -> dict[str, torch.Tensor]:
+        """The weights beside the language model, by name."""
 
     def load_weights(self, saved_state: dict[str, Any]) -> None:
         """Loads the weights of a checkpoint."""

@@ -493,6 +493,8 @@ def is_sharded(model: nn.Module) -> bool:
 
 
 def decoder_layers(model: LM) -> list[nn.Module]:
-    """The transformer blocks: the modules that the architecture lists as not to be split."""
+    """The transformer blocks: the modules that the architecture lists as not to be split, without those within them."""
     names = set(model.base._no_split_modules or [])
-    return [m for m in model.base.modules() if type(m).__name__ in names]
+    blocks = {name: m for name, m in model.base.named_modules() if type(m).__name__ in names}
+    # some architectures list a block and its parts, as Mamba does
+    return [m for name, m in blocks.items() if not any(name.startswith(f"{outer}.") for outer in blocks)]

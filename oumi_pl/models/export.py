@@ -1,7 +1,6 @@
 """Exports a model to a folder that `transformers` loads: safetensors, tokenizer, chat template, model card."""
 
 import copy
-import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -16,6 +15,7 @@ from oumi_pl.errors import UserError, reason
 from oumi_pl.models.build import is_sharded, keep_differentiable, without_load_report
 from oumi_pl.models.lm import LM, probe_ids
 from oumi_pl.models.lora import merged
+from oumi_pl.runs.checkpoints import read_sharded
 from oumi_pl.runs.folders import HALF, remove
 
 if TYPE_CHECKING:
@@ -144,7 +144,7 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
     try:
         if path.is_file():
             return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-        return _read_sharded(path)
+        return read_sharded(path, optimizers=False)
     except Exception as error:  # a damaged file can raise anything
         raise UserError(f"--checkpoint: {path} can't be read as a checkpoint: {reason(error)}") from error
 
@@ -297,20 +297,3 @@ def _gathered(model: LM) -> dict[str, Any] | None:
         if copied in state and source in state and torch.equal(state[copied], state[source]):
             del state[copied]
     return state
-
-
-def _read_sharded(path: Path) -> dict[str, Any]:
-    from torch.distributed import checkpoint as dcp
-    from torch.distributed.checkpoint.metadata import TensorStorageMetadata
-
-    content = torch.load(path / "meta.pt", map_location="cpu", weights_only=True)
-    prefix = "state_dict."
-    saved = dcp.FileSystemReader(path).read_metadata().state_dict_metadata
-    weights: dict[str, Tensor] = {
-        name: torch.empty(entry.size, dtype=entry.properties.dtype)
-        for name, entry in saved.items()
-        if name.startswith(prefix) and isinstance(entry, TensorStorageMetadata)
-    }
-    with warnings.catch_warnings(action="ignore"):  # about loading in a single process, which is intended
-        dcp.load(weights, checkpoint_id=path, no_dist=True)
-    return content | {"state_dict": {name.removeprefix(prefix): value for name, value in weights.items()}}

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any, ClassVar, Literal, cast
 
 import torch
+from lightning.pytorch.callbacks import BackboneFinetuning, BatchSizeFinder, ModelPruning, StochasticWeightAveraging
 from lightning.pytorch.cli import OptimizerCallable
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import Tensor
@@ -17,6 +18,7 @@ from oumi_pl.models.build import (
     DType,
     build_config,
     build_model,
+    is_sharded,
     is_to_be_sharded,
     refuse_too_few_positions,
     shard,
@@ -136,6 +138,7 @@ class LanguageModule(RestorableModule):
         """
         if self.model is not None:
             return
+        refuse_unfit_callbacks(self.trainer.callbacks)  # type: ignore[attr-defined]
         data = self.data
         if data is None:
             model = self.assemble(None)
@@ -253,6 +256,7 @@ class LanguageModule(RestorableModule):
 
     def on_fit_start(self) -> None:
         """Checks layout and logits again on the device, whose attention kernels are others; opens the reference."""
+        super().on_fit_start()
         if self.__is_checked_on_device:
             self.__check_on_device()
         self.__open_reference()
@@ -387,21 +391,8 @@ class LanguageModule(RestorableModule):
     def on_train_start(self) -> None:
         """As of `RestorableModule`; the first batch is checked only if the run starts at step 0."""
         self.__is_start = self.global_step == 0
+        self.__open_reference()  # `LearningRateFinder` trains before `on_fit_start`
         super().on_train_start()
-
-    def on_train_epoch_start(self) -> None:
-        """Sets the length of this epoch in Lightning: a mixture is drawn again, and may pack into fewer or more rows.
-
-        Lightning reads the length of a loader once, in the first epoch.
-        """
-        loop = self.trainer.fit_loop
-        loader = self.trainer.train_dataloader
-        if self.trainer.limit_train_batches == 1.0 and self.data is not None and loader is self.data.train_loader:
-            try:
-                loop.max_batches = len(cast("Any", loader))
-            except TypeError:  # a stream of unknown length
-                return
-            cast("Any", loop._combined_loader).limits = [loop.max_batches]
 
     def keep_adapters_in_float32(self) -> None:
         """Casts trained adapters back to float32 after `precision: bf16-true` has cast every parameter."""
@@ -410,6 +401,8 @@ class LanguageModule(RestorableModule):
             for parameter in self.parameters():
                 if parameter.requires_grad and parameter.dtype in (torch.bfloat16, torch.float16):
                     parameter.data = parameter.data.float()
+            if is_sharded(self):  # FSDP keeps views of the values, which it renews after any cast of a module
+                self.causal_lm.to(self.device)
 
     # ---- predict
 
@@ -423,6 +416,30 @@ class LanguageModule(RestorableModule):
         prompts = [data.tokenizer.decode(ids) for ids in batch["prompts"]]
         columns = zip(batch["rows"], prompts, texts, batch["references"], strict=True)
         return [dict(zip(("row", "prompt", "completion", "reference"), line, strict=True)) for line in columns]
+
+
+UNFIT = {
+    StochasticWeightAveraging: "copies the weights before they are built, and would average nothing; take "
+    "WeightAveraging, or oumi_pl.callbacks.ema.EMA",
+    ModelPruning: "looks for weights before they are built, and would find none; leave it out",
+    BackboneFinetuning: "freezes the `backbone` of a module, and language models have none; take model.freeze",
+    BatchSizeFinder: "changes the rows of an update after the schedule has counted the updates; `fit --dry_run` "
+    "measures the memory of a batch_size, and a run that lacks memory says which one fits",
+}
+"""Callbacks of Lightning that can't work -> why."""
+
+
+def refuse_unfit_callbacks(callbacks: Sequence[Any]) -> None:
+    """Refuses callbacks of Lightning that expect the model before it is built, or change the plan during the run.
+
+    Raises:
+        UserError: there is one.
+    """
+    for callback in callbacks:
+        for kind, why in UNFIT.items():
+            alone = getattr(callback, "_early_exit", False)  # `Tuner.scale_batch_size`, which trains nothing
+            if isinstance(callback, kind) and not alone:
+                raise UserError(f"trainer.callbacks: {type(callback).__name__} {why}")
 
 
 def _optimizer(optimizer: OptimizerCallable, parameters: Any) -> Optimizer:
