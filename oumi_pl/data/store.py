@@ -231,7 +231,9 @@ def source_records(
     report: dict[str, Any] | None = None,
     formats: Formats = FORMATS,
 ) -> Iterator[tuple[str, Record]]:
-    """Yields the records of a source with their origin (file and line); counts rows in `report`.
+    """Yields the records of a source with their origin (file and line); counts them in `report`.
+
+    A row that gives several records counts as several rows.
 
     Raises:
         UserError: a row does not have the format.
@@ -240,8 +242,6 @@ def source_records(
     for origin, row in rows(source):
         if keep is not None and not keep(row):
             continue
-        if report is not None:
-            report["rows"] += 1
         try:
             renamed = rename_columns(row, source.columns or {})
             convert = convert or find_format(renamed.keys(), formats)
@@ -253,12 +253,16 @@ def source_records(
             if source.format is None:
                 raise
             raise UserError(f"{origin}: {raised(source.format, error)}") from error
-        if not isinstance(record, Record):
-            raise UserError(
-                f"{origin}: {source.format} returned a {type(record).__name__} for this row; a format returns a "
-                "Conversation, a Text or a Preference"
-            )
-        yield origin, record
+        records = record if isinstance(record, list) else [record]
+        if report is not None:
+            report["rows"] += len(records)
+        for one in records:
+            if not isinstance(one, Record):
+                raise UserError(
+                    f"{origin}: {source.format} returned a {type(one).__name__} for this row; a format returns a "
+                    "Conversation, a Text or a Preference"
+                )
+            yield origin, one
 
 
 def _other_format(row: Row, before: Format, formats: Formats) -> str | None:
