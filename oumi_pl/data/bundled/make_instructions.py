@@ -30,7 +30,7 @@ Message = dict[str, str]
 TRAIN_ROWS = 6000
 HELDOUT_ROWS = 240
 PREFERENCES = 1200
-FEEDBACK = 1200
+FEEDBACK = 3000
 SMILE = " :)"
 
 # The words of the held-out questions; no training word is among them. Five letters each, as the made-up ones.
