@@ -3,9 +3,9 @@
     python benchmarks/kto.py [--pairs hh.jsonl.gz] [--tokenizer gpt2] [--steps 75] [--threads 2]
 
 The model, the data and the settings are those of `dpo.py`: a random Llama with 17 million parameters in float32 on
-Anthropic's HH pairs, cut to 512 tokens. Each pair gives one desirable and one undesirable row; an update has 4 rows. TRL
-gets the rows tokenized, with our mismatched responses, so that the KL divergence is the same, and keeps its own collator
-and defaults, but for float32, a constant learning rate and gradient checkpointing, which is off for all.
+Anthropic's HH pairs, cut to 512 tokens. Each pair gives one desirable and one undesirable row; an update has 4 rows.
+TRL gets the rows tokenized, with our mismatched responses, so that the KL divergence is the same, and keeps its own
+collator and defaults, but for float32, a constant learning rate and gradient checkpointing, which is off for all.
 
 Rows per second, and per second of processor time, which a busy machine disturbs less, are of the updates after the
 first, waiting for data included; over all, the first update and the reference computed beforehand count too, loading

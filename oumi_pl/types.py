@@ -167,7 +167,7 @@ class Batch(TypedDict):
     fields: dict[str, torch.Tensor]  # [rows] float32 each: `Example.fields`
     sample_ids: list[int]  # [rows], ids of the examples; empty for the stand-in of a rank that ran out of rows
     update: NotRequired[Update]  # in training
-    update_ids: NotRequired[list[int]]  # in training on a plan: ids of all examples of the update, one list for all parts
+    update_ids: NotRequired[list[int]]  # in training on a plan: ids of all examples of the update
     source: NotRequired[int]  # index of the source of all rows of a held-out batch
     text_bytes: NotRequired[int]  # UTF-8 bytes of the text of a held-out batch's targets
 

@@ -10,7 +10,7 @@ from oumi_pl.callbacks.checkpoint import Checkpoints
 from oumi_pl.callbacks.stopping import LastStep
 from oumi_pl.runs.checkpoints import AtomicCheckpointIO
 from tests.models.test_lora import pretrained
-from tests.test_resume import DROPOUT, Kill, newest
+from tests.test_resume import DROPOUT, Kill
 from tests.test_resume_dpo import Losses, Run, assert_equal
 from tests.tiny import kto, kto_data, trainer, weights
 

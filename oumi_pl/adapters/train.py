@@ -35,12 +35,13 @@ from oumi_pl.models.lm import documents, padded
 from oumi_pl.modules.base import LanguageModule
 from oumi_pl.modules.dpo import DPO
 from oumi_pl.modules.kto import KTO
-from oumi_pl.modules.sft import SFT
 from oumi_pl.runs import folders
 from oumi_pl.types import Batch
 
 
-def run(engine: str, trainer: Any, module: LanguageModule, data: TextData, callbacks: Sequence[TrainerCallback] = ()) -> Any:
+def run(
+    engine: str, trainer: Any, module: LanguageModule, data: TextData, callbacks: Sequence[TrainerCallback] = ()
+) -> Any:
     """Trains like `trainer.fit(module, data)`, but in the loop of another engine.
 
     Args:

@@ -234,7 +234,7 @@ def build_trainer(engine: str, module: LanguageModule, settings: dict[str, Any],
         UserError: the engine refuses the settings.
     """
     builders: dict[type, Any] = {DPO: _trl_dpo, KTO: _trl_kto}
-    build = _hf if engine == "hf" else builders.get(kind_of(module), _trl_sft)
+    build: Any = _hf if engine == "hf" else builders.get(kind_of(module), _trl_sft)
     try:
         with warnings.catch_warnings(action="ignore", category=FutureWarning):  # warnings about later releases
             return build(module, settings, common)

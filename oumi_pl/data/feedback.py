@@ -36,8 +36,8 @@ def pair_feedback(row: Row) -> list[Record]:
 def feedback(row: Row) -> Feedback:
     """Reads a prompt and a response as fine-tuning data has them, and a column with the label.
 
-    The label is true or false, a word (up, down, good, bad, yes, no, ...) or a number. In a conversation whose prompt is
-    not separate, the response is the last turn.
+    The label is true or false, a word (up, down, good, bad, yes, no, ...) or a number. In a conversation without a
+    separate prompt, the response is the last turn.
 
     Raises:
         UserError: the row has no label, no response, or neither can be read.

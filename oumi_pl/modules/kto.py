@@ -17,16 +17,16 @@ from oumi_pl.modules.update import Split
 from oumi_pl.types import Batch, ResponseLoss, Responses, Sums
 
 BALANCED = (0.9, 1.45)
-"""Weighted ratio of desirable to undesirable rows that needs no advice: the paper's 1 to 4/3, and chance in counting."""
+"""Weighted ratios of desirable to undesirable rows without advice: the paper's 1 to 4/3, and some tolerance."""
 
 
 class KTO(LanguageModule):
     """Trains on responses that are desirable or not, normalised by their number over the whole update. Dropout is off.
 
     The loss compares each response's reward with the average reward of the policy, its KL divergence from the reference
-    times beta. The divergence is estimated on mismatched rows (the prompt of each row of the update with the response to
-    another prompt), without gradient, before the update's first micro-batch: one estimate for all its micro-batches and
-    ranks, at least 0. So an update does not depend on how it is divided. (TRL estimates it anew on each micro-batch,
+    times beta. The divergence is estimated on mismatched rows (the prompt of each row of the update with the response
+    to another prompt), without gradient, before the update's first micro-batch: one estimate for all its micro-batches
+    and ranks, at least 0. So an update does not depend on how it is divided. (TRL estimates it anew on each micro-batch,
     whose responses it rotates; with one micro-batch per update and the same mismatched rows, both are equal.) In
     validation, it is estimated on all rows of the pass.
 
@@ -53,7 +53,7 @@ class KTO(LanguageModule):
     details: ClassVar[tuple[str, ...]] = ("logps/chosen", "logps/rejected")
     validation_metrics = (
         *("val/loss", "val/kl"),
-        *("val/rewards/chosen", "val/rewards/rejected", "val/rewards/margins", "val/rewards/accuracies"),
+        *("val/rewards/chosen", "val/rewards/rejected", "val/rewards/margins", "val/rewards/sign_accuracy"),
         *(f"val/{name}" for name in details),
     )
 
@@ -87,10 +87,20 @@ class KTO(LanguageModule):
         self.__estimate: tuple[Any, Tensor] | None = None
 
     def on_model_built(self) -> None:
-        """As of `LanguageModule`; tells the data whether mismatched rows are needed."""
+        """As of `LanguageModule`; tells the data whether mismatched rows are needed.
+
+        Raises:
+            UserError: the data have no labels.
+        """
         super().on_model_built()
-        if self.data is not None:
-            cast("Any", self.data).mismatches = self.kl
+        data: Any = self.data
+        if data is None:
+            return
+        if any("desirable" not in part for part in data.report().values()):
+            raise UserError(
+                f"data: KTO trains on responses with a label, which KTOData reads; {type(data).__name__} gives none"
+            )
+        data.mismatches = self.kl
 
     # ---- the loss
 
@@ -142,7 +152,7 @@ class KTO(LanguageModule):
         return {
             "rewards/chosen": rewards[chosen].sum(),
             "rewards/rejected": rewards[rejected].sum(),
-            "rewards/accuracies": right.sum(),
+            "rewards/sign_accuracy": right.sum(),
             "logps/chosen": logps[chosen].sum(),
             "logps/rejected": logps[rejected].sum(),
             "chosen": chosen.sum(),
@@ -189,7 +199,9 @@ class KTO(LanguageModule):
         ids: Any = batch.get("update_ids") if split == "train" else split
         if self.__estimate is None or ids is None or self.__estimate[0] is not ids:
             if self.data is None:
-                raise UserError("model.kl: the divergence is estimated on the mismatched rows of KTOData; set kl: false")
+                raise UserError(
+                    "model.kl: the divergence is estimated on the mismatched rows of KTOData; set kl: false"
+                )
             if split == "train":
                 rows = batch["sample_ids"] if ids is None else ids
             else:

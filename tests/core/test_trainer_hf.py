@@ -47,7 +47,9 @@ def test_a_warmup_ratio_of_one_is_the_whole_run():
     assert made.get_warmup_steps(1000) == 1000
 
 
-@pytest.mark.parametrize(("kind", "name"), [("TRL_SFT", "SFTConfig"), ("TRL_DPO", "DPOConfig"), ("TRL_KTO", "KTOConfig")])
+@pytest.mark.parametrize(
+    ("kind", "name"), [("TRL_SFT", "SFTConfig"), ("TRL_DPO", "DPOConfig"), ("TRL_KTO", "KTOConfig")]
+)
 def test_each_type_has_its_class_and_never_its_defaults(kind, name):
     made = to_hf(TrainingParams(enable_tensorboard=False, trainer_kwargs={"max_length": 77}), TrainerType[kind])
     assert (type(made).__name__, made.max_length, made.learning_rate) == (name, 77, 5e-5)

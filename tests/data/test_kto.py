@@ -90,7 +90,10 @@ def test_rows_without_a_label_are_dropped_and_counted(tmp_path):
     ("row", "message"),
     [
         ({"prompt": "q", "response": "a"}, r":1: no column says whether the response is good; known: label, desirable"),
-        ({"prompt": "q", "response": "a", "label": "perhaps"}, r":1: column 'label' holds 'perhaps' instead of a label"),
+        (
+            {"prompt": "q", "response": "a", "label": "perhaps"},
+            r":1: column 'label' holds 'perhaps' instead of a label",
+        ),
         ({"prompt": "q", "response": "a", "label": [1]}, r":1: column 'label' holds a list instead of a label"),
         ({"messages": TURNS[:1], "label": True}, r":1: the conversation has to end with a turn of 'assistant'"),
         ({"messages": TURNS[1:], "label": True}, r":1: the conversation has to end .* after a prompt"),
@@ -150,7 +153,10 @@ def test_a_format_of_a_user_may_give_several_rows(tmp_path, monkeypatch):
 
 def test_only_the_response_carries_loss(tmp_path):
     rows = [
-        {"messages": [*TURNS, {"role": "user", "content": "more"}, {"role": "assistant", "content": str(i)}], "label": 1}
+        {
+            "messages": [*TURNS, {"role": "user", "content": "more"}, {"role": "assistant", "content": str(i)}],
+            "label": 1,
+        }
         for i in range(2)
     ]
     data = make(write_jsonl(tmp_path / "rows.jsonl", rows), template="chatml")

@@ -32,7 +32,7 @@ ROWS = 11  # an update of 8 rows and a short one of 3
 BETA, LR = 0.3, 0.2
 WEIGHTS = {"desirable_weight": 0.7, "undesirable_weight": 1.3}
 LOGGED = (
-    *("loss", "kl", "rewards/accuracies", "rewards/margins"),
+    *("loss", "kl", "rewards/sign_accuracy", "rewards/margins"),
     *("rewards/chosen", "rewards/rejected", "logps/chosen", "logps/rejected"),
 )
 
@@ -81,7 +81,7 @@ def first_updates(tmp_path, model, precision="32-true", **kwargs):
 def test_training_starts_where_policy_and_reference_are_equal(tmp_path, base, precision, kwargs, reference):
     module, (first, second) = first_updates(tmp_path, base, precision, **kwargs)
     assert reference in module.notes[0]
-    assert (first["loss"], first["kl"], first["rewards/accuracies"]) == (0.5, 0.0, 0.5)
+    assert (first["loss"], first["kl"], first["rewards/sign_accuracy"]) == (0.5, 0.0, 0.5)
     assert first["rewards/chosen"] == first["rewards/rejected"] == first["rewards/margins"] == 0.0
     assert first["grad_norm"] > 0
     assert second["kl"] > 0
@@ -166,7 +166,7 @@ def means(rows):
     found = {
         "loss": rows["loss"].detach().double().mean(),
         "kl": rows["kl"],
-        "rewards/accuracies": (0.5 + 0.5 * torch.where(good, 1, -1) * rewards.sign()).mean(),
+        "rewards/sign_accuracy": (0.5 + 0.5 * torch.where(good, 1, -1) * rewards.sign()).mean(),
         "rewards/chosen": rewards[good].mean(),
         "rewards/rejected": rewards[~good].mean(),
         "logps/chosen": logps[good].mean(),
@@ -403,7 +403,10 @@ def test_means_over_no_rows_are_left_out(tmp_path, base):
 @pytest.mark.parametrize(
     ("arguments", "advice"),
     [
-        ({}, r"8 training rows are desirable and 4 are not, which are weighted 2 to 1 .*set model.undesirable_weight to 1.5 to 2$"),
+        (
+            {},
+            r"8 training rows are desirable and 4 are not, .* 2 to 1 .*set model.undesirable_weight to 1.5 to 2$",
+        ),
         ({"undesirable_weight": 1.7}, None),
         ({"desirable_weight": 0.1}, r"weighted 0.2 to 1 .*set model.undesirable_weight to 0.15 to 0.2$"),
     ],
@@ -521,7 +524,7 @@ def test_equals_a_plain_loop_on_two_processes(tmp_path, on_two_processes, plain,
 def test_a_rank_without_rows_takes_part(on_two_processes):
     (update,) = on_two_processes["few"]["updates"]
     weight = (WEIGHTS["desirable_weight"] + WEIGHTS["undesirable_weight"]) / 2
-    assert (update["loss"], update["rewards/accuracies"]) == (pytest.approx(0.5 * weight, abs=1e-7), 0.5)
+    assert (update["loss"], update["rewards/sign_accuracy"]) == (pytest.approx(0.5 * weight, abs=1e-7), 0.5)
 
 
 class LargestLogits(TorchDispatchMode):

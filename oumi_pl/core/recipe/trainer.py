@@ -54,7 +54,9 @@ def engine_of(config: TrainingConfig, kind: str, requested: Engine | None, devic
         "peft.lora_modules_to_save": (training.use_peft and peft.lora_modules_to_save, "modules trained as a whole"),
         "fsdp.enable_fsdp": (config.fsdp.enable_fsdp, "several devices"),
         "training.gradient_accumulation_steps": (
-            kind == "KTO" and training.gradient_accumulation_steps > 1 and training.trainer_kwargs.get("loss_type") != APO,
+            kind == "KTO"
+            and training.gradient_accumulation_steps > 1
+            and training.trainer_kwargs.get("loss_type") != APO,
             "a KL divergence over several micro-batches",
         ),
         "training.save_epoch": (training.save_epoch and training.save_steps <= 0, "checkpoints by epoch"),

@@ -1,4 +1,4 @@
-"""Generates the quickstart's data: conversations with eight kinds of short instructions about words, and judgements of answers.
+"""Generates the quickstart's data: conversations with eight kinds of short instructions, preferences and feedback.
 
     python -m oumi_pl.data.bundled.make_instructions
 
