@@ -42,7 +42,7 @@ from oumi_pl.types import Batch
 def run(
     engine: str, trainer: Any, module: LanguageModule, data: TextData, callbacks: Sequence[TrainerCallback] = ()
 ) -> Any:
-    """Trains like `trainer.fit(module, data)`, but in the loop of another engine.
+    """Trains like `trainer.fit(module, data)`, but in the loop of another engine; returns the engine's trainer.
 
     Args:
         engine: `hf` or `trl`.
@@ -51,9 +51,6 @@ def run(
         data: The data module of the recipe.
         callbacks: Additional transformers callbacks, called after ours. The keyword argument `train_dataloader` of
             their hooks is an `EngineLoader`, which has the micro-batches of the update.
-
-    Returns:
-        The engine's trainer, trained.
 
     Raises:
         UserError: the engine does not support the recipe.
