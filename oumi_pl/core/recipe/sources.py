@@ -15,8 +15,8 @@ class Registered(NamedTuple):
     """A registered dataset.
 
     kind: what its rows are: `chat`, `pair`, `feedback` or `document`. format: of the source; found from the columns if
-    None. columns: of the source. kwargs: what `dataset_kwargs` may hold besides `ANY` and those of its kind. path: id on
-    the hub, where that is not the name it is registered by; empty where `dataset_path` or a keyword has to say.
+    None. columns: of the source. kwargs: what `dataset_kwargs` may hold besides `ANY` and those of its kind. path: id
+    on the hub, where that is not the name it is registered by; empty where `dataset_path` or a keyword has to say.
     """
 
     kind: str
