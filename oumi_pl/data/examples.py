@@ -231,15 +231,16 @@ class ExampleData(TextData):
         """The examples that a reference is asked about when a batch of `ids` is trained on."""
         return list(ids)
 
-    def reference_logps(self, split: str, parts: dict[str, Any]) -> ReferenceLogps:
+    def reference_logps(self, split: str, parts: dict[str, Any], width: int = 1) -> ReferenceLogps:
         """The store for reference log-probabilities of a split's targets.
 
         Args:
             split: `train`, `validation` or `test`.
             parts: Everything that they depend on besides the examples: the reference model, its precision.
+            width: Values per target.
         """
         names = [store.directory.name for store in self.stores(split)]
-        return ReferenceLogps(parts | {"examples": names}, self.compared(split)[1])
+        return ReferenceLogps(parts | {"examples": names}, self.compared(split)[1], width)
 
     # ---- plans and loaders
 

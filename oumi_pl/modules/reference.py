@@ -7,7 +7,7 @@ in training mode.
 
 import difflib
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from copy import deepcopy
 from typing import Any, cast
 
@@ -21,7 +21,7 @@ from oumi_pl.errors import UserError
 from oumi_pl.models.build import DType, build_model, is_sharded
 from oumi_pl.models.fingerprint import model_fingerprint, weights_fingerprint
 from oumi_pl.models.hub import locate
-from oumi_pl.models.lm import LM, disable_dropout, with_layout
+from oumi_pl.models.lm import LM, States, disable_dropout, with_layout
 from oumi_pl.terminal.screen import track
 from oumi_pl.types import Batch, RunModule
 
@@ -395,8 +395,24 @@ class Precomputed(Opened):
 # ---- precomputing
 
 
-def precompute(trainer: Any, model: LM, split: str, store: Any) -> None:
+def precompute(
+    trainer: Any,
+    model: LM,
+    split: str,
+    store: Any,
+    *,
+    compute: Callable[[States], Tensor] = States.logps,
+    what: str = "reference log-probabilities",
+) -> None:
     """Computes the missing chunks of a store, divided among the ranks.
+
+    Args:
+        trainer: The run's.
+        model: The reference.
+        split: The split of the examples.
+        store: The `oumi_pl.data.reference.ReferenceLogps` to fill.
+        compute: From hidden states to the values of the targets, `[targets]` or `[targets, width]`.
+        what: The name of the values, for the progress line.
 
     Raises:
         UserError: the ranks do not see each other's files.
@@ -405,11 +421,10 @@ def precompute(trainer: Any, model: LM, split: str, store: Any) -> None:
     training = model.training
     model.eval()
     try:
-        batches = _computed(trainer, model, split, store, missing)
+        batches = _computed(trainer, model, split, store, missing, compute=compute)
         if trainer.is_global_zero and missing:
             total = sum(len(store.examples(chunk)) for chunk in missing) // trainer.world_size
-            what = f"reference log-probabilities, {split}"
-            batches = track(batches, what, total=total, unit="rows", size=len)
+            batches = track(batches, f"{what}, {split}", total=total, unit="rows", size=len)
         for _ in batches:
             pass
     finally:
@@ -422,7 +437,9 @@ def precompute(trainer: Any, model: LM, split: str, store: Any) -> None:
         )
 
 
-def _computed(trainer: Any, model: LM, split: str, store: Any, missing: list[int]) -> Iterator[list[int]]:
+def _computed(
+    trainer: Any, model: LM, split: str, store: Any, missing: list[int], *, compute: Callable[[States], Tensor]
+) -> Iterator[list[int]]:
     """Computes this rank's share of the missing chunks, and yields the example ids of each finished batch.
 
     Every rank runs the model equally often, because all ranks have to gather sharded weights.
@@ -435,19 +452,21 @@ def _computed(trainer: Any, model: LM, split: str, store: Any, missing: list[int
         logps: dict[int, np.ndarray] = {}
         for step in range(max(map(len, plans))):
             ids = mine[step] if step < len(mine) else []
-            logps |= _logps(trainer, model, split, ids)
+            logps |= _logps(trainer, model, split, ids, compute)
             yield ids
         if mine:
             store.write(chunks[rank], np.concatenate([logps[i] for i in store.examples(chunks[rank])]))
 
 
 @torch.no_grad()
-def _logps(trainer: Any, model: LM, split: str, ids: list[int]) -> dict[int, np.ndarray]:
-    """Log-probabilities of each example's targets."""
+def _logps(
+    trainer: Any, model: LM, split: str, ids: list[int], compute: Callable[[States], Tensor]
+) -> dict[int, np.ndarray]:
+    """The values of each example's targets."""
     data = trainer.datamodule
     batch = trainer.strategy.batch_to_device(data.batch(split, ids))
     with trainer.precision_plugin.forward_context():
-        logps = model(batch)
+        logps = model(batch, compute)
     counts = [data.examples(split)[i].target_tokens for i in ids]
     pieces = cast("Any", logps.float().cpu()).split(counts) if ids else []
     return {i: piece.numpy() for i, piece in zip(ids, pieces, strict=True)}
