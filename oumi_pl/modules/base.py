@@ -512,12 +512,14 @@ def _name_in_model(name: str) -> str:
 
 
 def _optimizer(optimizer: OptimizerCallable, groups: list[dict[str, Any]]) -> Optimizer:
+    # torch adds the defaults to the groups that it is given
+    own = any(group.keys() - {"params", "name", "weight_decay"} for group in groups)
+    parameters = [parameter for group in groups for parameter in group["params"]]
     try:
         return optimizer(groups)
     except ValueError as error:
-        plain = all(group.keys() <= {"params", "name", "weight_decay"} for group in groups)
-        if "parameter groups" in str(error) and plain:  # LBFGS takes none
-            return optimizer([parameter for group in groups for parameter in group["params"]])
+        if "parameter groups" in str(error) and not own:  # LBFGS takes none
+            return optimizer(parameters)
         raise UserError(f"model.optimizer: {error}") from error
     except TypeError as error:
         raise UserError(f"model.optimizer: {error}") from error
