@@ -62,8 +62,5 @@ class GLA(PreTrainedModel, GenerationMixin):
     def get_output_embeddings(self):
         return self.lm_head
 
-    def prepare_inputs_for_generation(self, input_ids, **kwargs):
-        return {"input_ids": input_ids}
-
-    def forward(self, input_ids, **kwargs):
+    def forward(self, input_ids, attention_mask=None, **kwargs):
         return CausalLMOutput(logits=self.lm_head(self.model(input_ids).last_hidden_state))
