@@ -175,6 +175,9 @@ class UpdateLayout(Protocol):
     def rows_per_update(self) -> int:
         """Rows of one update, over all ranks and micro-batches."""
 
+    def at(self, epoch: int) -> "UpdateLayout":
+        """The layout in an epoch: accumulation may change with it."""
+
 
 class RunData(Protocol):
     """The part of a data module that modules, callbacks, preview, dry run, adapters and exports use."""
@@ -301,11 +304,18 @@ class RunModule(Protocol):
     def notes(self) -> list[str]:
         """Lines about the model to print before the first update."""
 
+    @property
+    def weights_dtype(self) -> Any:
+        """The dtype that the model is built in."""
+
     def build(self, tokenizer: Any, added_tokens: Sequence[int] = (), *, branching: bool | None = False) -> Any:
         """Builds the model for a tokenizer; see `oumi_pl.modules.base.LanguageModule.build`."""
 
     def count(self, batch: Any) -> dict[str, int]:
         """Counts of a batch: `rows`, `targets`, `tokens`, and `positions` (tokens and padding)."""
+
+    def heads(self) -> dict[str, torch.Tensor]:
+        """The weights beside the language model, by name."""
 
     def load_weights(self, saved_state: dict[str, Any]) -> None:
         """Loads the weights of a checkpoint."""

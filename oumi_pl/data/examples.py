@@ -220,15 +220,17 @@ class ExampleData(TextData):
         one per row. A resumed run calls it again: it has to return the same plan for the same epoch.
         """
         weights = [source.weight for source in as_sources(self.sources["train"])]  # type: ignore[arg-type]
-        ids = mixture_epoch([len(store) for store in self.stores("train")], weights, self.run_seed, epoch)
+        drawn = 0 if self.overfits else epoch
+        ids = mixture_epoch([len(store) for store in self.stores("train")], weights, self.run_seed, drawn)
         return plan_epoch(
             self.lengths("train"),
-            ids,
-            self.layout.rows_per_update,
+            np.sort(ids) if self.overfits else ids,
+            self.layout.at(epoch).rows_per_update,
             seed=self.run_seed,
             epoch=epoch,
             capacity=self.capacity,
             group_by_length=self.group_by_length,
+            shuffle=not self.overfits,
         )
 
     def largest_micro_batch(self) -> list[np.ndarray]:
@@ -244,19 +246,23 @@ class ExampleData(TextData):
         tokens, left, epochs = 0, updates, 0
         while left > 0 and epochs < EXACT_EPOCHS:
             plan = self.plan(epochs)
-            rows = min(left * plan.rows_per_update, plan.rows)
+            within = self.layout.at(epochs).updates(plan.rows, self.limit)
+            rows = min(min(left, within) * plan.rows_per_update, plan.rows)
             tokens += int(lengths[plan.example_ids[: plan.row_starts[rows]]].sum())
             left -= math.ceil(rows / plan.rows_per_update)
             epochs += 1
         return round(tokens * updates / (updates - left))
 
     def updates(self, epochs: int) -> int:
-        """Number of optimizer updates in `epochs` epochs."""
+        """Number of optimizer updates in `epochs` epochs, within `limit_train_batches`."""
         weighted = any(source.weight is not None for source in as_sources(self.sources["train"]))  # type: ignore[arg-type]
-        own = type(self).plan is not ExampleData.plan  # a curriculum
-        if weighted or own:  # each epoch draws other rows, which may need another number of packs
-            return sum(len(self.plan(epoch)) for epoch in range(epochs))
-        return len(self.plan(0)) * epochs
+        varies = weighted or type(self).plan is not ExampleData.plan  # a curriculum
+        first, layout, updates = self.plan(0).rows, self.layout, 0
+        for epoch in range(epochs):
+            # with weights each epoch draws other rows, which may need another number of packs
+            rows = self.plan(epoch).rows if varies and epoch else first
+            updates += layout.at(epoch).updates(rows, self.limit)
+        return updates
 
     def make_train_loader(self) -> PlanLoader:
         """Creates the loader that follows the plan."""

@@ -421,13 +421,14 @@ def other_model(module: RunModule, name: str, dtype: DType | None = None, *, sha
             name,
             tokenizer=data.tokenizer,
             added_tokens=data.added_tokens,
-            dtype=dtype or module.dtype_name,
+            dtype=dtype or module.weights_dtype,
             attn=NAME if packed else None,
             trust_remote_code=module.trust_remote_code,
         )
 
     model = with_layout(build, data.branching and share_prompt)
     disable_dropout(model)
+    model.keep_dtypes(cast("Tensor", model.head.weight).dtype)
     return model
 
 

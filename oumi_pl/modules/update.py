@@ -9,7 +9,7 @@ import copy
 import functools
 import math
 from abc import abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ClassVar, Literal, cast
 
 import lightning as L
@@ -17,13 +17,14 @@ import torch
 from lightning.pytorch.callbacks import WeightAveraging
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import Tensor
+from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.optim import Optimizer
 from torchmetrics import SumMetric
 
 from oumi_pl.errors import UserError
 from oumi_pl.models.build import is_sharded
 from oumi_pl.optim import ScheduledRates
-from oumi_pl.runs.checkpoints import rng_state, set_rng_state
+from oumi_pl.runs.checkpoints import WEIGHTS_ONLY, rng_state, set_rng_state
 from oumi_pl.types import Batch, Sums
 
 Split = Literal["train", "validation", "test"]
@@ -75,7 +76,7 @@ class UpdateModule(L.LightningModule):
         """Called with all that is logged, instead of Lightning's logging, which works only within its own loops. Set by
         engines that run another loop."""
         self.__update: Sums = {}
-        self.__divisor, self.__micro_batches, self.__of_update = 0.0, 0, 1
+        self.__divisor, self.__counted_batches, self.__of_update = 0.0, 0, 1
         self.__batch: Any = None
         self.__is_counted = False
         self.__finished = self.__stepped = -1
@@ -184,7 +185,7 @@ class UpdateModule(L.LightningModule):
             if (update := batch.get("update")) is not None:
                 self.__of_update = update.parts // self.trainer.world_size
                 self.__divisor += getattr(update, self.unit) / self.__of_update
-                self.__micro_batches += 1
+                self.__counted_batches += 1
         return objective * self.share(batch)
 
     def before_backward(self, loss: Tensor) -> None:
@@ -223,7 +224,7 @@ class UpdateModule(L.LightningModule):
                 )
             self.__forget_update()
         elif self.__update:
-            self.finish_update(total_norm(self), learning_rate(optimizer))
+            self.finish_update(total_norm(self), current_rate(optimizer))
 
     def finish_update(self, grad_norm: Tensor, lr: float, **instead: float) -> None:
         """Logs what was added to the update, and starts the next.
@@ -268,7 +269,9 @@ class UpdateModule(L.LightningModule):
             RuntimeError: it was not.
         """
         divided_by = round(self.__divisor)
-        if self.__micro_batches % self.__of_update == 0 < self.__micro_batches and divided_by != int(sums[self.unit]):
+        if self.__counted_batches % self.__of_update == 0 < self.__counted_batches and divided_by != int(
+            sums[self.unit]
+        ):
             raise RuntimeError(
                 f"update {self.global_step + 1} was divided by {divided_by} {self.unit}, and "
                 f"{int(sums[self.unit])} were trained on"
@@ -282,7 +285,7 @@ class UpdateModule(L.LightningModule):
 
     def __forget_update(self) -> None:
         self.__update = {}
-        self.__divisor, self.__micro_batches = 0.0, 0
+        self.__divisor, self.__counted_batches = 0.0, 0
 
     def after_update(self, step: int) -> None:
         """Runs after each step of an optimizer, before a checkpoint of this step is saved.
@@ -426,7 +429,7 @@ def _sum_metric(device: torch.device) -> SumMetric:
     return metric
 
 
-def learning_rate(optimizer: Optimizer) -> float:
+def current_rate(optimizer: Optimizer) -> float:
     """The rate of the first group; NaN if the optimizer has none."""
     return next((float(group["lr"]) for group in optimizer.param_groups if "lr" in group), math.nan)
 
@@ -461,7 +464,9 @@ class RestorableModule(UpdateModule):
         """The same in the run that wrote the checkpoint; None if this run starts anew."""
         self.__trained_at_start: list[str] = []
         self.__rng_to_restore: dict[str, Any] | None = None
-        self.__schedule: ScheduledRates | None = None
+        self.__loaded: dict[str, Any] = {}
+        self.__learning_rate: float | None = None
+        self.__restored_rate: float | None = None
 
     @property
     def keeps_trained_weights_only(self) -> bool:
@@ -477,15 +482,26 @@ class RestorableModule(UpdateModule):
         return {name: value for name, value in state.items() if name in trainable}
 
     def add_to_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Adds what Lightning leaves out: the random generators of every rank, tokens seen, recipe and metrics."""
+        """Adds what Lightning leaves out: the random generators of every rank, tokens seen, recipe and metrics.
+
+        The state of optimizers is saved by the names of weights, not by numbers: other ranks, another strategy or
+        another `model.freeze` may number them differently.
+        """
+        names = self.__optimized_names()
+        if "optimizer_states" in checkpoint:
+            by_number = zip(checkpoint["optimizer_states"], names, strict=True)
+            checkpoint["optimizer_states"] = [_keyed(state, dict(enumerate(order))) for state, order in by_number]
         states: list[Any] = [rng_state()] * self.trainer.world_size
         if self.trainer.world_size > 1:
             torch.distributed.all_gather_object(states, rng_state())
         checkpoint["rng"] = states
         checkpoint["tokens_seen"] = dict(self.tokens_seen)
         checkpoint["micro_batches"] = self.trainer.accumulate_grad_batches
+        checkpoint["learning_rate"] = self.__learning_rate
         checkpoint["config"] = self.run_config
-        checkpoint["optimizer_settings"] = self.optimizer_settings
+        # of a run that has not begun to train (`LearningRateFinder` saves and restores one), those it will begin with
+        pending = self.saved_optimizer_settings
+        checkpoint["optimizer_settings"] = self.optimizer_settings if pending is None else pending
         checkpoint["trained"] = {"at_start": self.__trained_at_start, "now": self.__trained()}
         metrics = self.trainer.callback_metrics
         checkpoint["metrics"] = {k: float(v) for k, v in metrics.items() if k.startswith(("train/", "val/"))}
@@ -501,18 +517,37 @@ class RestorableModule(UpdateModule):
         if self._trainer is None or self.trainer.state.fn != "fit":
             return
         if "optimizer_states" not in checkpoint and "loops" in checkpoint and not is_sharded(self):
-            raise UserError("this checkpoint holds weights only (a best.ckpt): resume from a step-*.ckpt")
+            raise UserError(WEIGHTS_ONLY)
         callbacks: list[Any] = self.trainer.callbacks  # type: ignore[attr-defined]
         if "current_model_state" in checkpoint and not any(isinstance(c, WeightAveraging) for c in callbacks):
             rank_zero_warn("this checkpoint's run averaged its weights; this run resumes without the average")
             checkpoint["state_dict"] = checkpoint["current_model_state"]
+        self.__loaded = checkpoint
+        self.__restored_rate = checkpoint.get("learning_rate") or self.__restored_rate
         self.tokens_seen = checkpoint["tokens_seen"]
         self.saved_optimizer_settings = checkpoint.get("optimizer_settings", [])
         self.abandon_update()  # `lr_find` trains, and then restores the state from before
         states = checkpoint["rng"]
         # additional ranks keep the generators that they were seeded with
         self.__rng_to_restore = states[self.global_rank] if self.global_rank < len(states) else None
-        _recount(checkpoint["loops"], checkpoint["micro_batches"], self.trainer.accumulate_grad_batches)
+        _recount(checkpoint["loops"], checkpoint["micro_batches"], self.__micro_batches(checkpoint["loops"]))
+
+    def __micro_batches(self, loops: dict[str, Any]) -> int:
+        """Micro-batches per update in the epoch at which Lightning's loops were saved."""
+        data: Any = getattr(self.trainer, "datamodule", None)
+        if data is None:
+            return self.trainer.accumulate_grad_batches
+        # counted at the beginning of an epoch, while the others may already count this one as finished
+        epoch = max(0, loops["fit_loop"]["epoch_progress"]["current"]["started"] - 1)
+        return data.layout.at(epoch).micro_batches
+
+    def __optimized_names(self) -> list[list[str]]:
+        """For each optimizer, the names of its weights, in the order in which its state numbers them."""
+        if is_sharded(self):  # `ModelParallelStrategy` numbers all weights of the module
+            return [[name for name, _ in self.named_parameters()] for _ in self.trainer.optimizers]
+        names = {id(parameter): name for name, parameter in self.named_parameters()}
+        orders = [[p for group in o.param_groups for p in group["params"]] for o in self.trainer.optimizers]
+        return [[names.get(id(p), f"weight {i}") for i, p in enumerate(order)] for order in orders]
 
     def scheduled(self, optimizer: Optimizer, factor: Callable[[int], float]) -> dict[str, Any]:
         """Returns the value of `configure_optimizers`: the optimizer, and its schedule in optimizer steps.
@@ -521,16 +556,33 @@ class RestorableModule(UpdateModule):
             optimizer: Settings that were changed since a checkpoint was written take precedence over the checkpoint's.
             factor: Number of finished updates -> factor on the learning rate of the next one.
         """
-        self.__schedule = ScheduledRates(optimizer, factor)
+        schedule = ScheduledRates(optimizer, factor)
         self.optimizer_settings = [_settings(optimizer)]
-        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": self.__schedule, "interval": "step"}}
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
-    def set_learning_rate(self, lr: float) -> None:
-        """Sets the learning rate of all groups before training; that of a schedule is multiplied by its factor."""
-        for optimizer in self.trainer.optimizers:
-            for group in optimizer.param_groups:
-                _set_rate(group, lr * group.get("lr_factor", 1.0))
-        self.__follow_schedule()
+    @property
+    def learning_rate(self) -> float | None:
+        """The highest rate of the schedule; setting it sets that of all parameter groups, now and in later runs.
+
+        Groups with a factor (`lr_factor`) have that multiple of it. Lightning's `LearningRateFinder` and
+        `Tuner.lr_find` look for it.
+        """
+        settings = self.optimizer_settings[0][0] if self.optimizer_settings else {}
+        if self.__learning_rate is not None or "lr" not in settings:
+            return self.__learning_rate
+        return settings["lr"] / settings.get("lr_factor", 1.0)
+
+    @learning_rate.setter
+    def learning_rate(self, value: float) -> None:
+        self.__learning_rate = value
+
+    def __apply_learning_rate(self) -> None:
+        """Sets the base rates of all groups, if one was set for the module."""
+        if self.__learning_rate is not None:
+            for optimizer in self.trainer.optimizers:
+                for group in optimizer.param_groups:
+                    _set_rate(group, self.__learning_rate * group.get("lr_factor", 1.0))
+            self.__follow_schedule()
 
     def __trained(self) -> list[str]:
         return [name for name, parameter in self.named_parameters() if parameter.requires_grad]
@@ -545,11 +597,22 @@ class RestorableModule(UpdateModule):
                 parameter.requires_grad_(name in saved["now"])
 
     def begin_fit(self) -> None:
-        """Keeps the settings of the optimizers before those of a checkpoint are restored."""
+        """Keeps the settings of the optimizers before those of a checkpoint are restored.
+
+        Matches the state of optimizers in a checkpoint with their weights by name, before Lightning restores it.
+        """
         super().begin_fit()
         if self.saved_optimizer_settings is None:  # else set when the checkpoint was restored
             self.__trained_at_start = self.__trained()
+        self.__apply_learning_rate()  # of a module that was tuned, or by a callback after the optimizers were created
         self.optimizer_settings = [_settings(optimizer) for optimizer in self.trainer.optimizers]
+        checkpoint, self.__loaded = self.__loaded, {}
+        states = checkpoint.get("optimizer_states", [])
+        # of sharded weights, the strategy has restored it
+        if is_sharded(self) or len(states) != len(self.trainer.optimizers):
+            return
+        matched = zip(states, self.trainer.optimizers, self.__optimized_names(), strict=True)
+        checkpoint["optimizer_states"] = [_matched(state, optimizer, names) for state, optimizer, names in matched]
 
     def begin_training(self) -> None:
         """Applies the optimizer settings that were changed since the checkpoint was written.
@@ -558,9 +621,24 @@ class RestorableModule(UpdateModule):
         its own (counters, estimates). A setting is changed if the optimizer was created with another value then.
         """
         super().begin_training()
+        if any(type(c).__module__ == LR_FINDER for c in self.trainer.callbacks):  # type: ignore[attr-defined]
+            return  # it tries rates with a schedule of its own
+        before = [current_rate(optimizer) for optimizer in self.trainer.optimizers]
+        self.__apply_changed_settings()
+        if self.__restored_rate is not None:  # a resumed run keeps the rate that was found for it, and not a new one
+            self.learning_rate, self.__restored_rate = self.__restored_rate, None
+            self.__apply_learning_rate()
+            self.optimizer_settings = [_settings(optimizer) for optimizer in self.trainer.optimizers]
+        for was, optimizer in zip(before, self.trainer.optimizers, strict=True):
+            now = current_rate(optimizer)
+            if self.global_step and abs(now - was) > 0.01 * max(now, was):
+                rank_zero_warn(
+                    f"the checkpoint's next learning rate was {was:.3g}, and this run continues with {now:.3g}"
+                )
+
+    def __apply_changed_settings(self) -> None:
         if self.saved_optimizer_settings is None:
             return
-        before = [learning_rate(optimizer) for optimizer in self.trainer.optimizers]
         for i, optimizer in enumerate(self.trainer.optimizers):
             saved = self.saved_optimizer_settings[i] if i < len(self.saved_optimizer_settings) else []
             # groups that callbacks add later come last
@@ -568,12 +646,6 @@ class RestorableModule(UpdateModule):
                 self.__apply_changes(group, now, saved[j] if j < len(saved) else {})
         self.saved_optimizer_settings = None  # a second `fit` of this module starts anew
         self.__follow_schedule()
-        for was, optimizer in zip(before, self.trainer.optimizers, strict=True):
-            now_is = learning_rate(optimizer)
-            if self.global_step and abs(now_is - was) > 0.01 * max(now_is, was):
-                rank_zero_warn(
-                    f"the checkpoint's next learning rate was {was:.3g}, and this run continues with {now_is:.3g}"
-                )
 
     def __apply_changes(self, group: dict[str, Any], now: dict[str, Any], saved: dict[str, Any]) -> None:
         changed = {name: value for name, value in now.items() if not _equal(value, saved.get(name, NOTHING))}
@@ -584,13 +656,12 @@ class RestorableModule(UpdateModule):
 
     def __follow_schedule(self) -> None:
         """Sets the rates of our own schedule from the groups' base rates; the schedule may have changed as well."""
-        if self.__schedule is not None and self.__schedule.optimizer in self.trainer.optimizers:
-            self.__schedule.follow()
-        else:
-            for config in self.trainer.lr_scheduler_configs:
-                groups = config.scheduler.optimizer.param_groups
-                if all("initial_lr" in group for group in groups):  # the base rates that torch's schedules multiply
-                    config.scheduler.base_lrs = [group["initial_lr"] for group in groups]
+        for config in self.trainer.lr_scheduler_configs:
+            groups = config.scheduler.optimizer.param_groups
+            if isinstance(config.scheduler, ScheduledRates):
+                config.scheduler.follow()
+            elif all("initial_lr" in group for group in groups):  # the base rates that torch's schedules multiply
+                config.scheduler.base_lrs = [group["initial_lr"] for group in groups]
 
     def begin_batch(self, batch: Any, batch_idx: int) -> None:
         """Restores the random generators, at last: callbacks and loaders may draw from them before the first batch."""
@@ -610,7 +681,8 @@ class RestorableModule(UpdateModule):
             UserError: they are of another model.
         """
         self.__refuse_other_weights(saved_state)
-        self.load_state_dict(saved_state, strict=False)
+        own = self.state_dict()
+        self.load_state_dict({name: _placed(value, own[name]) for name, value in saved_state.items()}, strict=False)
 
     def __refuse_other_weights(self, saved_state: dict[str, Any]) -> None:
         own = {name: tuple(value.shape) for name, value in self.state_dict().items()}
@@ -625,6 +697,8 @@ class RestorableModule(UpdateModule):
 
 
 NOTHING = object()
+LR_FINDER = "lightning.pytorch.tuner.lr_finder"
+"""Lightning's module whose callback replaces all others while it tries learning rates."""
 
 
 def _settings(optimizer: Any) -> list[dict[str, Any]]:
@@ -648,6 +722,46 @@ def _equal(a: Any, b: Any) -> bool:
     if isinstance(a, Tensor) or isinstance(b, Tensor):
         return isinstance(a, Tensor) and isinstance(b, Tensor) and torch.equal(a.cpu(), b.cpu())
     return bool(a == b)
+
+
+def _placed(value: Tensor, like: Tensor) -> Tensor:
+    """A whole weight, sharded as `like` is; all ranks have to call this."""
+    if isinstance(value, DTensor) or not isinstance(like, DTensor):
+        return value
+    return distribute_tensor(value.to(like.device), like.device_mesh, like.placements)
+
+
+def _keyed(state: dict[str, Any], names: Mapping[int, str]) -> dict[str, Any]:
+    """The state of an optimizer by the names of its weights instead of their numbers; names stay as they are."""
+    if not state:
+        return state  # of another rank, if rank 0 saves the whole state
+    groups = [group | {"params": [names.get(p, p) for p in group["params"]]} for group in state["param_groups"]]
+    return state | {
+        "state": {names.get(key, key): value for key, value in state["state"].items()},
+        "param_groups": groups,
+    }
+
+
+def _matched(state: dict[str, Any], optimizer: Optimizer, names: Sequence[str]) -> dict[str, Any]:
+    """The state of an optimizer by the numbers that its weights have now; weights that it does not know start anew.
+
+    Args:
+        state: By name, from a checkpoint.
+        optimizer: The optimizer to restore.
+        names: Of its weights, in order.
+    """
+    if any(isinstance(p, int) for group in state["param_groups"] for p in group["params"]):
+        return state  # of an engine or a version that does not name weights
+    own, first = optimizer.state_dict()["param_groups"], 0
+    groups = []
+    for group in own:
+        of_group = names[first : first + len(group["params"])]
+        first += len(of_group)
+        saved = next((g for g in state["param_groups"] if not {*of_group}.isdisjoint(g["params"])), group)
+        groups.append(group | saved | {"params": group["params"]})
+    numbers = {name: number for number, name in enumerate(names)}
+    known = {numbers[name]: value for name, value in state["state"].items() if name in numbers}
+    return state | {"state": known, "param_groups": groups}
 
 
 def _recount(loops: dict[str, Any], before: int, now: int) -> None:
