@@ -48,6 +48,8 @@ class ExampleData(TextData):
             models that need it.
         bad_rows: What happens if rows can't be used (a damaged line, an unknown role, turns that the chat template
             refuses): `error` stops the run and lists all kinds of them, `drop` leaves them out and counts them.
+        fields: Columns with numbers that a batch has by name in `batch["fields"]`, one number per row: NaN where a row
+            has `null`.
         kwargs: As of `TextData`.
     """
 
@@ -57,10 +59,12 @@ class ExampleData(TextData):
         packing: bool = False,
         group_by_length: bool = True,
         bad_rows: OnBadRows = "error",
+        fields: Sequence[str] = (),
         **kwargs: Any,
     ) -> None:
         super().__init__(*args, **kwargs)
         self.bad_rows: OnBadRows = bad_rows
+        self.fields = list(fields)
         self.packing = packing
         self.group_by_length = group_by_length
         self.__stores: dict[str, list[ExampleStore]] = {}
@@ -199,7 +203,9 @@ class ExampleData(TextData):
     def __store(self, source: Source, keep: Callable[[Row], bool] | None, side: str | None) -> ExampleStore:
         key = [side, tokenizer_fingerprint(self.tokenizer), self.max_length, self.encoding_key()]
         code = code_of(type(self), *(function for function, _ in self.formats))
-        return example_store(source, [*key, code], self.encode, keep, self.formats, bad_rows=self.bad_rows)
+        return example_store(
+            source, [*key, code], self.encode, keep, self.formats, bad_rows=self.bad_rows, columns=self.fields
+        )
 
     def batch(self, split: str, ids: Sequence[int]) -> Batch:
         """A batch of some examples of a split, by id."""
@@ -245,7 +251,12 @@ class ExampleData(TextData):
     # ---- plans and loaders
 
     def plan(self, epoch: int) -> Plan:
-        """The training plan of one epoch, a pure function of data, seed and epoch."""
+        """The training plan of one epoch, a pure function of data, seed and epoch.
+
+        Override it for a curriculum. `lengths`, `targets` and `examples` describe the examples by id, and
+        `Plan(example_ids, np.arange(len(example_ids) + 1), self.layout.rows_per_update)` trains on them in this order,
+        one per row. A resumed run calls it again: it has to return the same plan for the same epoch.
+        """
         weights = [source.weight for source in as_sources(self.sources["train"])]  # type: ignore[arg-type]
         drawn = 0 if self.overfits else epoch
         ids = mixture_epoch([len(store) for store in self.stores("train")], weights, self.run_seed, drawn)
@@ -283,10 +294,11 @@ class ExampleData(TextData):
     def updates(self, epochs: int) -> int:
         """Number of optimizer updates in `epochs` epochs, within `limit_train_batches`."""
         weighted = any(source.weight is not None for source in as_sources(self.sources["train"]))  # type: ignore[arg-type]
+        varies = weighted or type(self).plan is not ExampleData.plan  # a curriculum
         first, layout, updates = self.plan(0).rows, self.layout, 0
         for epoch in range(epochs):
             # with weights each epoch draws other rows, which may need another number of packs
-            rows = self.plan(epoch).rows if weighted and epoch else first
+            rows = self.plan(epoch).rows if varies and epoch else first
             updates += layout.at(epoch).updates(rows, self.limit)
         return updates
 

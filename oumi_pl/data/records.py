@@ -59,6 +59,8 @@ class RecordReader:
         self.mixed = mixed
         self.unread: set[str] = set()
         """Columns of the rows so far that their format doesn't read."""
+        self.row: Row = {}
+        """The row of the last record, as it was read; empty if it can't be read."""
         self._convert = resolve_format(source.format, formats) if source.format else None
         self._ignored = frozenset(source.ignore or ())
         self._found: dict[frozenset[str], Format | UserError] = {}
@@ -78,6 +80,7 @@ class RecordReader:
             UserError: a row does not have the format, if `strict`.
         """
         for origin, row in rows(self.source, strict=strict):
+            self.row = {} if isinstance(row, BadRow) else row
             if isinstance(row, BadRow):
                 yield origin, row
                 continue

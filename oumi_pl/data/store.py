@@ -11,7 +11,8 @@ import shutil
 import sys
 import tempfile
 import textwrap
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from importlib.machinery import PathFinder
 from importlib.util import resolve_name
 from pathlib import Path
@@ -229,6 +230,8 @@ ENCODE_BATCH = 1000
 """Rows per call of `encode`."""
 
 Encode = Callable[[Sequence[Record]], list[Example | Dropped]]
+Read = tuple[str, Record | Dropped | BadRow, Mapping[str, float]]
+"""Where a row is, its record or the reason why it has none, and the numbers in its columns that become fields."""
 
 
 def example_store(
@@ -239,6 +242,7 @@ def example_store(
     formats: Formats = FORMATS,
     *,
     bad_rows: OnBadRows = "error",
+    columns: Sequence[str] = (),
 ) -> ExampleStore:
     """The tokenized rows of a source, from the cache or written now.
 
@@ -249,6 +253,7 @@ def example_store(
         keep: Which rows to use; all when left out.
         formats: The formats that rows may have.
         bad_rows: Whether rows that can't be used stop the run, after all rows were looked at, or are left out.
+        columns: Columns with numbers, which become fields of the examples.
 
     Raises:
         UserError: rows can't be used; lists the reasons with the files and lines of the first rows.
@@ -257,18 +262,27 @@ def example_store(
         raise UserError(f"data.bad_rows: unknown {bad_rows!r}{nearest(str(bad_rows), get_args(OnBadRows))}")
     code = source.format and code_of(resolve_format(source.format, formats))
     table = [(function.__module__, function.__qualname__, columns) for function, columns in formats]
-    reading = [source.columns, source.ignore, source.label, bad_rows]
+    reading = [source.columns, source.ignore, source.label, bad_rows, columns]
     parts = [fingerprint(source), reading, source.format, code, table, key, _own_code()]
     directory = cache_root() / "examples" / cache_key(*parts)
     if (directory / REPORT).exists():
         return ExampleStore(directory)
     report = _empty_report(source.path)
     reader = RecordReader(source, formats)
-    records = track(reader.records(keep, strict=False), f"tokenizing {source.path}")
+
+    def records() -> Iterator[Read]:
+        for origin, record in track(reader.records(keep, strict=False), f"tokenizing {source.path}"):
+            try:
+                is_read = isinstance(record, Record)
+                fields = {column: _number(reader.row, column) for column in columns if is_read}
+            except UserError as error:
+                yield origin, BadRow(str(error)), {}
+            else:
+                yield origin, record, fields
 
     def examples() -> Iterator[Example]:
         bad = BadRows()
-        yield from _encoded(records, report, encode, bad)
+        yield from _encoded(records(), report, encode, bad)
         if bad.count and bad_rows == "error":
             raise bad.error(source.path, report["rows"])
         if bad.count:
@@ -280,21 +294,33 @@ def example_store(
     return write_store(directory, examples(), report)
 
 
-def _encoded(
-    records: Iterable[tuple[str, Record | Dropped | BadRow]], report: dict[str, Any], encode: Encode, bad: BadRows
-) -> Iterator[Example]:
+def _number(row: Row, column: str) -> float:
+    """The number in a column; NaN if it is null.
+
+    Raises:
+        UserError: the row has no such column, or something else in it.
+    """
+    if column not in row:
+        raise UserError(f"data.fields: a row has no column {column!r}{nearest(column, row)}")
+    value = row[column]
+    if value is not None and not isinstance(value, bool | int | float):
+        raise UserError(f"data.fields: {column!r} is {value!r} in a row, and a field is a number")
+    return float("nan") if value is None else float(value)
+
+
+def _encoded(records: Iterable[Read], report: dict[str, Any], encode: Encode, bad: BadRows) -> Iterator[Example]:
     """Yields the examples; counts all rows in `report`, and adds bad ones to `bad`."""
     iterator = iter(records)
     while batch := list(itertools.islice(iterator, ENCODE_BATCH)):
         report["rows"] += len(batch)
-        good: list[tuple[str, Record]] = []
-        for origin, record in batch:
+        good: list[tuple[str, Record, Mapping[str, float]]] = []
+        for origin, record, fields in batch:
             if isinstance(record, BadRow):
                 bad.add(origin, record.reason)
             elif isinstance(record, Dropped):
                 _count(report, record)
             else:
-                good.append((origin, record))
+                good.append((origin, record, fields))
         for example in _encode(good, encode, bad):
             _count(report, example)
             if isinstance(example, Example):
@@ -303,24 +329,30 @@ def _encoded(
             return
 
 
-def _encode(records: list[tuple[str, Record]], encode: Encode, bad: BadRows) -> Iterator[Example | Dropped]:
+def _encode(
+    records: list[tuple[str, Record, Mapping[str, float]]], encode: Encode, bad: BadRows
+) -> Iterator[Example | Dropped]:
     """Encodes a batch; if that fails, row by row, to find the bad ones."""
     try:
-        encoded = encode([record for _, record in records])
+        encoded = encode([record for _, record, _ in records])
     except UserError as error:
         failed, before = error, bad.count
     else:
-        yield from encoded
+        yield from (_with_fields(example, fields) for example, (_, _, fields) in zip(encoded, records, strict=True))
         return
-    for origin, record in records:
+    for origin, record, fields in records:
         try:
-            encoded = encode([record])
+            (example,) = encode([record])
         except UserError as error:
             bad.add(origin, str(error))
         else:
-            yield from encoded
+            yield _with_fields(example, fields)
     if bad.count == before:
         raise failed
+
+
+def _with_fields(example: Example | Dropped, fields: Mapping[str, float]) -> Example | Dropped:
+    return replace(example, fields={**example.fields, **fields}) if fields and isinstance(example, Example) else example
 
 
 def code_of(*parts: type | Callable[..., Any]) -> str:

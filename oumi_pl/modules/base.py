@@ -1,23 +1,33 @@
 """The base class of all trainer types: model, reference, optimizer, prediction and export."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from pathlib import Path
-from typing import Any, ClassVar, Literal, cast
+from typing import Any, ClassVar, Literal, NamedTuple, cast
 
+import lightning as L
 import torch
-from lightning.pytorch.callbacks import BackboneFinetuning, BatchSizeFinder, ModelPruning, StochasticWeightAveraging
+from lightning.pytorch.callbacks import (
+    BackboneFinetuning,
+    BaseFinetuning,
+    BatchSizeFinder,
+    ModelPruning,
+    StochasticWeightAveraging,
+)
 from lightning.pytorch.cli import OptimizerCallable
+from lightning.pytorch.trainer import call
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import Tensor
 from torch.optim import AdamW, Optimizer
 
 from oumi_pl import attention
 from oumi_pl.errors import UserError
+from oumi_pl.models.architectures import register_architecture
 from oumi_pl.models.build import (
     DType,
     build_config,
     build_model,
+    decoder_layers,
     is_sharded,
     is_to_be_sharded,
     refuse_too_few_positions,
@@ -28,12 +38,34 @@ from oumi_pl.models.generation import complete
 from oumi_pl.models.lm import LM, choose_layout, disable_dropout, forest, padded, with_layout
 from oumi_pl.models.lora import lora_config
 from oumi_pl.modules.reference import Reference
-from oumi_pl.modules.update import RestorableModule
-from oumi_pl.optim import Constant, Schedule, fuse, parameter_groups
+from oumi_pl.modules.update import RestorableModule, Split
+from oumi_pl.optim import Constant, Schedule, fuse, parameter_groups, scale_rates
+from oumi_pl.runs.checkpoints import AtomicCheckpointIO
 from oumi_pl.types import SPLITS, Batch, RunData
 
 HALF_PRECISION: dict[str, DType] = {"bf16-true": "bfloat16", "16-true": "float16"}
 """Values of `trainer.precision` for which Lightning casts the weights."""
+
+
+class Comparison(NamedTuple):
+    """Log-probabilities of the targets of a batch, `[targets]` float32 each."""
+
+    logps: Tensor
+    """Under the policy, differentiable."""
+    ref_logps: Tensor
+    """Under the reference."""
+
+
+READ_IN_SETUP = (BaseFinetuning,)
+"""Callbacks of Lightning that read the model in `setup`."""
+
+
+class BuildModel(L.Callback):
+    """Builds the model before the callbacks that need one in their `setup`."""
+
+    def setup(self, trainer: Any, pl_module: L.LightningModule, stage: str) -> None:
+        """Builds the model as Lightning would, right after the `setup` of callbacks and module."""
+        call._call_configure_model(trainer)
 
 
 class LanguageModule(RestorableModule):
@@ -42,6 +74,8 @@ class LanguageModule(RestorableModule):
     Args:
         model: Hub id or directory of a pretrained model; leave it out to start from random weights.
         config: `model_type` and values of a config to start from; with `model`, values to override.
+        architecture: Class path of a model of your own, a subclass of `transformers.PreTrainedModel` with a
+            `config_class`; `config` then needs no `model_type`.
         dtype: Of the weights; `auto` takes the checkpoint's. Compute precision is `trainer.precision`.
         attn: Attention implementation; the fastest exact one for the data and the device when left out.
         lora: Arguments of `peft.LoraConfig` (`r`, `lora_alpha`, `target_modules`, `use_dora`, ...); all linear layers
@@ -54,6 +88,10 @@ class LanguageModule(RestorableModule):
         trust_remote_code: Run code that came with the model.
         optimizer: Class and arguments of the optimizer.
         schedule: Learning rate over optimizer steps.
+        groups: Names of modules or parameters, with `*` for any text -> settings of the optimizer for them:
+            `{lm_head: {lr: 1.0e-4}}`. `lr_factor` multiplies the learning rate.
+        layer_decay: Factor on the learning rate for each layer below the head, at most 1 (layer-wise decay). The head
+            has the full rate, the last layer once this factor, and the embeddings the smallest rate.
     """
 
     branching: ClassVar[bool | None] = None
@@ -74,6 +112,7 @@ class LanguageModule(RestorableModule):
         model: str | None = None,
         config: dict[str, Any] | None = None,
         *,
+        architecture: str | None = None,
         dtype: DType = "float32",
         attn: str | None = None,
         lora: dict[str, Any] | None = None,
@@ -85,8 +124,15 @@ class LanguageModule(RestorableModule):
         trust_remote_code: bool = False,
         optimizer: OptimizerCallable = lambda params: AdamW(params, lr=2e-5, weight_decay=0.0),
         schedule: Schedule | None = None,
+        groups: dict[str, dict[str, Any]] | None = None,
+        layer_decay: float = 1.0,
     ) -> None:
         super().__init__()
+        if not 0 < layer_decay <= 1:
+            raise UserError(f"model.layer_decay is {layer_decay}, but has to be above 0 and at most 1")
+        if architecture is not None:
+            model_type = register_architecture(architecture)
+            config = config if model is not None else {"model_type": model_type} | (config or {})
         if model is None and not (config or {}).get("model_type"):
             raise UserError(
                 "model: name a model (`model: HuggingFaceTB/SmolLM2-135M`) or a `config: {model_type: llama, …}`"
@@ -114,6 +160,8 @@ class LanguageModule(RestorableModule):
         self.trust_remote_code = trust_remote_code
         self.optimizer = optimizer
         self.schedule = schedule or Constant()
+        self.groups = groups or {}
+        self.layer_decay = layer_decay
         self.model: LM | None = None
         self.loss: Any = None
         """The loss of a token or a pair, for trainer types that have a replaceable one."""
@@ -127,6 +175,32 @@ class LanguageModule(RestorableModule):
     def keeps_trained_weights_only(self) -> bool:
         """Whether the model is pretrained with adapters: resuming loads its frozen weights again."""
         return self.lora is not None and self.model_name is not None
+
+    @classmethod
+    def load_from_checkpoint(  # type: ignore[override]
+        cls, checkpoint_path: str | Path, *, tokenizer: Any = None, **kwargs: Any
+    ) -> "LanguageModule":
+        """Builds a module with arguments of the constructor, and loads the weights of a checkpoint.
+
+        Checkpoints hold no arguments. One of a recipe holds the recipe:
+        `oumi_pl.commands.export.load_checkpoint(path)` builds the module from that, with its data and tokenizer.
+
+        Args:
+            checkpoint_path: A checkpoint file.
+            tokenizer: The tokenizer that random weights are built for (`data.tokenizer`); None: that of the config.
+            kwargs: As of the constructor.
+
+        Raises:
+            UserError: arguments are missing, or are those of another model.
+        """
+        remedy = f"pass the arguments of {cls.__name__}, or use oumi_pl.commands.export.load_checkpoint(path) for a run"
+        if not kwargs:
+            raise UserError(f"load_from_checkpoint: checkpoints hold no arguments; {remedy}")
+        content = AtomicCheckpointIO().load_checkpoint(checkpoint_path)
+        module = cls(**kwargs)
+        module.assemble(tokenizer, branching=bool(cls.branching))
+        module.load_weights(content["state_dict"])
+        return module
 
     # ---- model
 
@@ -146,6 +220,7 @@ class LanguageModule(RestorableModule):
             stage = self.trainer.state.fn.value if self.trainer.state.fn else "fit"
             model = self.assemble(data.tokenizer, data.added_tokens, branching=data.branching)
             refuse_too_few_positions(model.base, data.max_length, data.longest_path(list(data.needed(stage))))
+        self.__refuse_sharded_loss()
         # before sharding: this runs layers outside of the wrapper's forward, which gathers sharded weights
         model.refuse_unknown_logits()
         if dtype := HALF_PRECISION.get(str(self.trainer.precision)):
@@ -155,6 +230,19 @@ class LanguageModule(RestorableModule):
         if self.compile_layers:
             model.body.compile()
         shard(model, self)
+
+    def __refuse_sharded_loss(self) -> None:
+        """Refuses to shard the parameters of a loss, which is called where they are not gathered.
+
+        Raises:
+            UserError: the strategy shards weights, and the loss has some.
+        """
+        own = isinstance(self.loss, torch.nn.Module) and any(p.requires_grad for p in self.loss.parameters())
+        if own and is_to_be_sharded(self):
+            raise UserError(
+                f"model.loss: {type(self.loss).__name__} has parameters of its own, which can't be sharded; train with "
+                "strategy ddp, or move them into make_heads and call them in loss_sums"
+            )
 
     def assemble(self, tokenizer: Any, added_tokens: Sequence[int] = (), *, branching: bool | None = False) -> LM:
         """Builds the model and its heads and assigns them to the module; arguments as of `build`.
@@ -207,7 +295,7 @@ class LanguageModule(RestorableModule):
 
         if branching is None:
             return LM(build(False))
-        # long rows are tried on the device if it is another one, see `on_fit_start`
+        # long rows are tried on the device if it is another one, see `begin_fit`
         longest = 0 if self.__is_checked_on_device else self.__longest_row
         model = with_layout(build, branching and self.share_prompt is not False, longest)
         if branching and self.share_prompt is True and model.layout is not forest:
@@ -228,9 +316,52 @@ class LanguageModule(RestorableModule):
 
     @property
     def causal_lm(self) -> LM:
-        """The model; set before any hook runs."""
-        assert self.model is not None
+        """The model; set before any hook but `setup` runs.
+
+        `module.causal_lm(batch)` are the log-probabilities of the targets of a batch, and
+        `module.causal_lm(batch, compute)` is what `compute` makes of its hidden states; see `oumi_pl.models.lm.States`.
+
+        Raises:
+            UserError: the model was not built.
+        """
+        if self.model is None:
+            own = type(self).configure_model is not LanguageModule.configure_model
+            why = (
+                f"{type(self).__name__}.configure_model has to call super().configure_model(), or to assign self.model"
+                if own
+                else "`trainer.fit` builds it, or `assemble(tokenizer)` without a trainer"
+            )
+            raise UserError(f"{type(self).__name__} has no model yet: {why}")
         return self.model
+
+    @property
+    def trainer(self) -> L.Trainer:
+        """The trainer, once it runs."""
+        return super().trainer
+
+    @trainer.setter
+    def trainer(self, trainer: L.Trainer | None) -> None:
+        """Adds a callback that builds the model, if others need one in their `setup`, which Lightning calls earlier."""
+        L.LightningModule.trainer.fset(self, trainer)  # type: ignore[attr-defined]
+        callbacks: list[Any] = getattr(trainer, "callbacks", [])
+        first = next((i for i, callback in enumerate(callbacks) if isinstance(callback, READ_IN_SETUP)), None)
+        if first is not None and not any(isinstance(callback, BuildModel) for callback in callbacks):
+            callbacks.insert(first, BuildModel())
+
+    def compare(self, batch: Batch, split: Split) -> Comparison:
+        """Log-probabilities of a batch's targets under policy and reference.
+
+        Args:
+            batch: A batch of this split, on the device.
+            split: `train`, `validation` or `test`: precomputed log-probabilities are found by the split's examples.
+
+        Raises:
+            UserError: the module has no reference.
+        """
+        if self.reference is None or self.reference.kind == "none":
+            raise UserError(f"{type(self).__name__} has no reference: set self.reference = Reference(self)")
+        self.__open_reference(split)
+        return Comparison(self.causal_lm(batch), self.reference.logps(batch, split))
 
     @property
     def data(self) -> RunData | None:
@@ -262,9 +393,9 @@ class LanguageModule(RestorableModule):
         counts = super().count(batch)
         return counts | {"positions": self.causal_lm.positions(batch) if counts["rows"] else 0}
 
-    def on_fit_start(self) -> None:
+    def begin_fit(self) -> None:
         """Checks layout and logits again on the device, whose attention kernels are others; opens the reference."""
-        super().on_fit_start()
+        super().begin_fit()
         if self.__is_checked_on_device:
             self.__check_on_device()
         self.__open_reference()
@@ -294,16 +425,13 @@ class LanguageModule(RestorableModule):
 
     # ---- reference
 
-    def on_validation_start(self) -> None:
-        """Opens the reference, if it is not open because only validation runs."""
+    def begin_evaluation(self) -> None:
+        """Opens the reference, if it is not open because only validation or test runs."""
+        super().begin_evaluation()
         self.__open_reference()
 
-    def on_test_start(self) -> None:
-        """Opens the reference."""
-        self.__open_reference()
-
-    def __open_reference(self) -> None:
-        splits = SPLITS[str(cast("Any", self.trainer.state.fn).value)]
+    def __open_reference(self, *splits: str) -> None:
+        splits = splits or SPLITS[str(cast("Any", self.trainer.state.fn).value)]
         if self.reference is not None and not self.reference.covers(splits):
             self.reference.open(splits)
 
@@ -323,21 +451,21 @@ class LanguageModule(RestorableModule):
             self.check_start(batch)
         return super().training_step(batch, batch_idx)
 
-    def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
-        """Takes the step, then moves the reference if it is due, before a checkpoint of this step is saved."""
-        super().optimizer_step(*args, **kwargs)
+    def after_update(self, step: int) -> None:
+        """Moves the reference if it is due."""
+        super().after_update(step)
         if self.reference is not None:
-            self.reference.after_step(self.global_step + 1)
+            self.reference.after_step(step)
 
-    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+    def add_to_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Adds the fingerprint of the initial weights, and the reference if it moves."""
-        super().on_save_checkpoint(checkpoint)
+        super().add_to_checkpoint(checkpoint)
         if self.reference is not None:
             checkpoint["reference"] = self.reference.state()
 
-    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Restores what `on_save_checkpoint` added."""
-        super().on_load_checkpoint(checkpoint)
+    def restore_from(self, checkpoint: dict[str, Any]) -> None:
+        """Restores what `add_to_checkpoint` added."""
+        super().restore_from(checkpoint)
         if self.reference is not None:
             self.reference.load_state(checkpoint.get("reference") or {})
 
@@ -363,12 +491,17 @@ class LanguageModule(RestorableModule):
     # ---- optimizer
 
     def configure_optimizers(self) -> Any:
-        """The optimizer over named groups, and its schedule in optimizer steps."""
+        """The optimizer over named groups, and its schedule in optimizer steps.
+
+        Override it with any return value that Lightning documents. `parameter_groups`, `total_steps` and `scheduled`
+        are for such methods too.
+        """
         self.keep_adapters_in_float32()
-        groups = parameter_groups(self.named_parameters(), self.causal_lm.vocabulary_weights)
-        if not groups:
+        groups = self.parameter_groups()
+        if not any(parameter.requires_grad for group in groups for parameter in group["params"]):
             raise UserError("model: no parameter is trainable; look at model.freeze and model.lora")
         optimizer = _optimizer(self.optimizer, groups)
+        scale_rates(optimizer)
         # not with float16: Lightning refuses to clip for fused optimizers, which unscale the gradients themselves
         if getattr(self.trainer.precision_plugin, "scaler", None) is None and self.device.type in ("cpu", "cuda"):
             fuse(optimizer)
@@ -383,6 +516,31 @@ class LanguageModule(RestorableModule):
             rank_zero_warn(doubt)
         return self.scheduled(optimizer, lambda step: float(self.schedule(step, total)))
 
+    def parameter_groups(self) -> list[dict[str, Any]]:
+        """The parameters in named groups, with the settings of `groups` and the factors of `layer_decay`.
+
+        Parameters that `freeze` names are in groups too, so that they are trained from the step on at which something
+        sets `requires_grad` again; until then optimizers skip them, as they have no gradient.
+        """
+        named = [(_name_in_model(name), parameter) for name, parameter in self.named_parameters()]
+        return parameter_groups(
+            named,
+            self.causal_lm.vocabulary_weights,
+            settings=self.groups,
+            factor=self.__layer_factor(),
+            frozen=() if self.lora is not None else self.freeze_modules,
+        )
+
+    def __layer_factor(self) -> Callable[[str, Tensor], float]:
+        model, decay = self.causal_lm, self.layer_decay
+        layers = decoder_layers(model) if decay < 1 else []
+        depth = {id(p): len(layers) - i for i, layer in enumerate(layers) for p in layer.parameters()}
+        head = {id(p) for p in model.head.parameters()}
+        embedded = model.base.get_input_embeddings()
+        below = {id(p) for p in embedded.parameters()} | {id(p) for p in model.vocabulary_weights} - head
+        depth |= dict.fromkeys(below, len(layers) + 1)
+        return lambda name, parameter: decay ** depth.get(id(parameter), 0)
+
     def total_steps(self) -> int:
         """Optimizer steps of the whole run."""
         trainer = self.trainer
@@ -396,11 +554,11 @@ class LanguageModule(RestorableModule):
             raise UserError("trainer: set max_steps or max_epochs, so that the schedule knows how long the run is")
         return min(limits)
 
-    def on_train_start(self) -> None:
+    def begin_training(self) -> None:
         """As of `RestorableModule`; the first batch is checked only if the run starts at step 0."""
         self.__is_start = self.global_step == 0
         self.__open_reference()  # `LearningRateFinder` trains before `on_fit_start`
-        super().on_train_start()
+        super().begin_training()
 
     def keep_adapters_in_float32(self) -> None:
         """Casts trained adapters back to float32 after `precision: bf16-true` has cast every parameter."""
@@ -450,8 +608,20 @@ def refuse_unfit_callbacks(callbacks: Sequence[Any]) -> None:
                 raise UserError(f"trainer.callbacks: {type(callback).__name__} {why}")
 
 
-def _optimizer(optimizer: OptimizerCallable, parameters: Any) -> Optimizer:
+def _name_in_model(name: str) -> str:
+    """The name of a parameter in the Hugging Face model; of one beside it, the name itself."""
+    return name.removeprefix("model.hf.").removeprefix("base_model.model.")
+
+
+def _optimizer(optimizer: OptimizerCallable, groups: list[dict[str, Any]]) -> Optimizer:
+    # torch adds the defaults to the groups that it is given
+    own = any(group.keys() - {"params", "name", "weight_decay"} for group in groups)
+    parameters = [parameter for group in groups for parameter in group["params"]]
     try:
-        return optimizer(parameters)
-    except (ValueError, TypeError) as error:
+        return optimizer(groups)
+    except ValueError as error:
+        if "parameter groups" in str(error) and not own:  # LBFGS takes none
+            return optimizer(parameters)
+        raise UserError(f"model.optimizer: {error}") from error
+    except TypeError as error:
         raise UserError(f"model.optimizer: {error}") from error
