@@ -14,13 +14,14 @@ from torch.utils.data import ConcatDataset, DataLoader
 from oumi_pl.attention.segments import path_positions
 from oumi_pl.data import report as reports
 from oumi_pl.data.base import TextData
+from oumi_pl.data.code import code_of, settings_of
 from oumi_pl.data.collate import collate
 from oumi_pl.data.formats import FORMATS, Formats
 from oumi_pl.data.loader import PlanLoader, eval_loader
 from oumi_pl.data.plan import Layout, Plan, mixture_epoch, plan_epoch, plan_in_order
 from oumi_pl.data.reference import ReferenceLogps
 from oumi_pl.data.sources import Source, as_sources
-from oumi_pl.data.store import ExampleStore, code_of, example_store, source_records
+from oumi_pl.data.store import ExampleStore, example_store, source_records
 from oumi_pl.data.template import apply_template, load_template
 from oumi_pl.data.tokenize import Dropped, Overflow, Tokenize
 from oumi_pl.data.tokenizers import tokenizer_fingerprint
@@ -63,7 +64,8 @@ class ExampleData(TextData):
     def encoding_key(self) -> list[Any]:
         """Settings that `encode` depends on, as part of the cache's key.
 
-        Tokenizer, `max_length` and the code of the class and of all that it uses are in the key anyway.
+        Tokenizer, `max_length`, the code of the class and of all that it uses, and the attributes that its own methods
+        read are in the key anyway.
         """
         return []
 
@@ -169,7 +171,7 @@ class ExampleData(TextData):
     def __store(self, source: Source, keep: Callable[[Row], bool] | None, side: str | None) -> ExampleStore:
         key = [side, tokenizer_fingerprint(self.tokenizer), self.max_length, self.encoding_key()]
         code = code_of(type(self), *(function for function, _ in self.formats))
-        return example_store(source, [*key, code], self.encode, keep, self.formats)
+        return example_store(source, [*key, code, settings_of(self)], self.encode, keep, self.formats)
 
     def batch(self, split: str, ids: Sequence[int]) -> Batch:
         """A batch of some examples of a split, by id."""
@@ -204,7 +206,7 @@ class ExampleData(TextData):
 
     def plan(self, epoch: int) -> Plan:
         """The training plan of one epoch, a pure function of data, seed and epoch."""
-        weights = [source.weight for source in as_sources(self.sources["train"])]  # type: ignore[arg-type]
+        weights = [source.weight for source in as_sources(self.sources["train"])]
         ids = mixture_epoch([len(store) for store in self.stores("train")], weights, self.run_seed, epoch)
         return plan_epoch(
             self.lengths("train"),
@@ -237,7 +239,7 @@ class ExampleData(TextData):
 
     def updates(self, epochs: int) -> int:
         """Number of optimizer updates in `epochs` epochs."""
-        weighted = any(source.weight is not None for source in as_sources(self.sources["train"]))  # type: ignore[arg-type]
+        weighted = any(source.weight is not None for source in as_sources(self.sources["train"]))
         if weighted:  # each epoch draws other rows, which may need another number of packs
             return sum(len(self.plan(epoch)) for epoch in range(epochs))
         return len(self.plan(0)) * epochs
