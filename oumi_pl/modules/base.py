@@ -226,8 +226,9 @@ class LanguageModule(RestorableModule):
         counts = super().count(batch)
         return counts | {"positions": self.causal_lm.positions(batch) if counts["rows"] else 0}
 
-    def on_fit_start(self) -> None:
+    def begin_fit(self) -> None:
         """Checks layout and logits again on the device, whose attention kernels are others; opens the reference."""
+        super().begin_fit()
         if self.device.type != "cpu" and not is_sharded(self):
             self.__check_on_device()
         self.__open_reference()
@@ -243,12 +244,9 @@ class LanguageModule(RestorableModule):
 
     # ---- reference
 
-    def on_validation_start(self) -> None:
-        """Opens the reference, if it is not open because only validation runs."""
-        self.__open_reference()
-
-    def on_test_start(self) -> None:
-        """Opens the reference."""
+    def begin_evaluation(self) -> None:
+        """Opens the reference, if it is not open because only validation or test runs."""
+        super().begin_evaluation()
         self.__open_reference()
 
     def __open_reference(self) -> None:
@@ -272,21 +270,21 @@ class LanguageModule(RestorableModule):
             self.check_start(batch)
         return super().training_step(batch, batch_idx)
 
-    def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
-        """Takes the step, then moves the reference if it is due, before a checkpoint of this step is saved."""
-        super().optimizer_step(*args, **kwargs)
+    def after_update(self, step: int) -> None:
+        """Moves the reference if it is due."""
+        super().after_update(step)
         if self.reference is not None:
-            self.reference.after_step(self.global_step + 1)
+            self.reference.after_step(step)
 
-    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+    def add_to_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Adds the fingerprint of the initial weights, and the reference if it moves."""
-        super().on_save_checkpoint(checkpoint)
+        super().add_to_checkpoint(checkpoint)
         if self.reference is not None:
             checkpoint["reference"] = self.reference.state()
 
-    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Restores what `on_save_checkpoint` added."""
-        super().on_load_checkpoint(checkpoint)
+    def restore_from(self, checkpoint: dict[str, Any]) -> None:
+        """Restores what `add_to_checkpoint` added."""
+        super().restore_from(checkpoint)
         if self.reference is not None:
             self.reference.load_state(checkpoint.get("reference") or {})
 
@@ -345,10 +343,10 @@ class LanguageModule(RestorableModule):
             raise UserError("trainer: set max_steps or max_epochs, so that the schedule knows how long the run is")
         return min(limits)
 
-    def on_train_start(self) -> None:
+    def begin_training(self) -> None:
         """As of `RestorableModule`; the first batch is checked only if the run starts at step 0."""
         self.__is_start = self.global_step == 0
-        super().on_train_start()
+        super().begin_training()
 
     def on_train_epoch_start(self) -> None:
         """Sets the length of this epoch in Lightning: a mixture is drawn again, and may pack into fewer or more rows.

@@ -5,6 +5,9 @@ carries the totals of its update over all micro-batches and ranks, so its loss i
 Gradients therefore have their final scale, for Lightning's clipping, callbacks and optimizers.
 """
 
+import copy
+import functools
+import math
 from abc import abstractmethod
 from collections.abc import Callable, Mapping
 from typing import Any, ClassVar, Literal, cast
@@ -15,22 +18,43 @@ from lightning.pytorch.callbacks import WeightAveraging
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import Tensor
 from torch.optim import Optimizer
-from torch.optim.lr_scheduler import LambdaLR
 from torchmetrics import SumMetric
 
 from oumi_pl.errors import UserError
 from oumi_pl.models.build import is_sharded
+from oumi_pl.optim import ScheduledRates
 from oumi_pl.runs.checkpoints import rng_state, set_rng_state
 from oumi_pl.types import Batch, Sums
 
 Split = Literal["train", "validation", "test"]
 
+OWN_LOSS = "the loss of a step without ours"
+"""Name of the sum of the losses of a `training_step` that does not call ours."""
 PREFIX: dict[Split, str] = {"train": "train", "validation": "val", "test": "test"}
 """Prefix of the metrics of a split, as in `val/loss`."""
 
 
+OWN_WORK = {
+    "on_fit_start": "begin_fit",
+    "on_train_start": "begin_training",
+    "on_train_batch_start": "begin_batch",
+    "on_before_backward": "before_backward",
+    "on_before_optimizer_step": "before_step",
+    "on_validation_start": "begin_evaluation",
+    "on_test_start": "begin_evaluation",
+    "on_validation_epoch_end": "end_validation",
+    "on_test_epoch_end": "end_test",
+    "on_save_checkpoint": "add_to_checkpoint",
+    "on_load_checkpoint": "restore_from",
+}
+"""Hooks that are empty in Lightning -> our method that runs before each, whatever a subclass makes of the hook."""
+
+
 class UpdateModule(L.LightningModule):
     """Implements all steps of a trainer type. Subclasses define the sums of a batch.
+
+    The hooks of Lightning that are empty in Lightning belong to subclasses, which need not call `super()` in them. What
+    has to happen there for us is in methods of other names (`OWN_WORK`), which run before the hooks.
 
     Private names begin with two underscores, so that Python mangles them: a subclass may use any name that is not
     documented here without overriding something by accident.
@@ -51,9 +75,35 @@ class UpdateModule(L.LightningModule):
         """Called with all that is logged, instead of Lightning's logging, which works only within its own loops. Set by
         engines that run another loop."""
         self.__update: Sums = {}
-        self.__expected: int | None = None
-        self.__finished = -1
+        self.__divisor, self.__micro_batches, self.__of_update = 0.0, 0, 1
+        self.__batch: Any = None
+        self.__is_counted = False
+        self.__finished = self.__stepped = -1
         self.__evaluated = EvaluationSums()
+        self.__running: set[str] = set()
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        """Makes the hooks of a subclass run our own work first."""
+        super().__init_subclass__(**kwargs)
+        for hook, own in OWN_WORK.items():
+            if not hasattr(getattr(cls, hook), "own_work"):
+                setattr(cls, hook, UpdateModule.__with_own_work(hook, own, getattr(cls, hook)))
+
+    @staticmethod
+    def __with_own_work(name: str, own: str, hook: Callable[..., Any]) -> Callable[..., Any]:
+        @functools.wraps(hook)
+        def run(self: UpdateModule, *args: Any, **kwargs: Any) -> Any:
+            if name in self.__running:  # called by `super()` in the hook of a subclass
+                return hook(self, *args, **kwargs)
+            self.__running.add(name)
+            try:
+                getattr(self, own)(*args, **kwargs)
+                return hook(self, *args, **kwargs)
+            finally:
+                self.__running.discard(name)
+
+        run.own_work = own  # type: ignore[attr-defined]
+        return run
 
     # ---- what a trainer type defines
 
@@ -106,14 +156,48 @@ class UpdateModule(L.LightningModule):
 
     # ---- training
 
+    def begin_fit(self) -> None:
+        """Runs when the optimizers are set up, before a checkpoint is restored into them."""
+
+    def begin_training(self) -> None:
+        """Runs before the first update, once a checkpoint is restored."""
+        for optimizer in self.trainer.optimizers:
+            if isinstance(optimizer, Optimizer):  # `optimizer_step` is not called in manual optimisation
+                optimizer.register_step_post_hook(lambda *_: self.__after_step())
+
+    def begin_batch(self, batch: Any, batch_idx: int) -> None:
+        """Runs before each micro-batch."""
+        self.__batch, self.__is_counted = batch, False
+
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
-        """Returns the micro-batch's share of the update's mean loss."""
+        """Returns the micro-batch's share of the update's mean loss.
+
+        A subclass may return something else: what it returns is minimised, averaged over micro-batches and ranks. If it
+        calls this method and adds a penalty, the penalty has the weight that it is added with, and `train/loss` is the
+        loss without it. If it does not call this method, `train/loss` is what it returns.
+        """
         sums = self.loss_sums(batch, "train")
         objective = sums.pop("objective", sums["loss"])
-        self.add_to_update(sums | self.__counts(batch, sums["loss"].device))
-        update = batch.get("update")
-        self.__expected = None if update is None else getattr(update, self.unit)
+        if not self.__is_counted:  # a micro-batch that is computed twice (SAM) counts once
+            self.__is_counted, self.__batch = True, None
+            self.add_to_update(sums | self.__counts(batch, sums["loss"].device))
+            if (update := batch.get("update")) is not None:
+                self.__of_update = update.parts // self.trainer.world_size
+                self.__divisor += getattr(update, self.unit) / self.__of_update
+                self.__micro_batches += 1
         return objective * self.share(batch)
+
+    def before_backward(self, loss: Tensor) -> None:
+        """Counts a micro-batch whose `training_step` did not call ours."""
+        if self.__is_counted:
+            return
+        batch, self.__batch, self.__is_counted = self.__batch, None, True
+        try:
+            counts = self.__counts(batch, loss.device)
+        except (KeyError, TypeError, AttributeError):  # of another loader: override `count` to have its tokens counted
+            nothing = torch.zeros((), device=loss.device)
+            counts = dict.fromkeys(("targets", "rows", "tokens", "positions"), nothing)
+        self.add_to_update({OWN_LOSS: loss} | counts)
 
     def add_to_update(self, sums: Mapping[str, Tensor]) -> None:
         """Adds a micro-batch's sums to those of the update, for logging."""
@@ -122,16 +206,24 @@ class UpdateModule(L.LightningModule):
             total = value.detach().to(self.device, torch.float32 if self.device.type == "mps" else torch.float64)
             self.__update[name] = self.__update[name] + total if name in self.__update else total
 
-    def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
+    def before_step(self, optimizer: Optimizer) -> None:
         """Logs the update, with the norm of its gradient before it is clipped.
 
+        An optimizer that calls its closure several times (SAM, LBFGS) has its first call logged.
+
         Raises:
-            UserError: the loss or the norm is not a finite number.
+            UserError: the loss or the norm is not a finite number, or a closure is called again after several
+                micro-batches.
         """
-        if self.__finished == self.global_step:  # the closure is called again (SAM): log the first call
-            self.__update = {}
-        elif self.__update:  # empty if a user's `training_step` does not call ours
-            self.finish_update(total_norm(self), optimizer.param_groups[0]["lr"])
+        if self.__finished == self.global_step:
+            if self.trainer.accumulate_grad_batches > 1:
+                raise UserError(
+                    f"{type(optimizer).__name__} computes the gradient several times in a step, and Lightning would "
+                    "compute it again for the last micro-batch alone: set trainer.accumulate_grad_batches to 1"
+                )
+            self.__forget_update()
+        elif self.__update:
+            self.finish_update(total_norm(self), float(optimizer.param_groups[0].get("lr", math.nan)))
 
     def finish_update(self, grad_norm: Tensor, lr: float, **instead: float) -> None:
         """Logs what was added to the update, and starts the next.
@@ -145,14 +237,14 @@ class UpdateModule(L.LightningModule):
             UserError: the loss or the norm is not a finite number.
         """
         sums = self.__over_ranks()
-        if self.__expected not in (None, int(sums[self.unit])):
-            raise RuntimeError(
-                f"update {self.global_step + 1} was divided by {self.__expected} {self.unit}, and "
-                f"{int(sums[self.unit])} were trained on"
-            )
-        self.__finished = self.global_step
-        sums |= {name: mean * sums[self.unit] for name, mean in instead.items()}
-        metrics = self.metrics(sums, "train")
+        self.__refuse_other_divisor(sums)
+        self.__forget_update()
+        self.__finished, self.__is_counted = self.global_step, False
+        if OWN_LOSS in sums:
+            metrics = {"loss": sums.pop(OWN_LOSS) / self.trainer.world_size}
+        else:
+            sums |= {name: mean * sums[self.unit] for name, mean in instead.items()}
+            metrics = self.metrics(sums, "train")
         self.refuse_non_finite(metrics["loss"], grad_norm)
         self.last_update = {name: float(value) for name, value in sums.items()}
         for name in self.tokens_seen:
@@ -168,11 +260,40 @@ class UpdateModule(L.LightningModule):
         }
         self.log_dict(logged, batch_size=1)
 
+    def __refuse_other_divisor(self, sums: Sums) -> None:
+        """Checks that an update was divided by what it was trained on, unless some micro-batches did without our step.
+
+        Raises:
+            RuntimeError: it was not.
+        """
+        divided_by = round(self.__divisor)
+        if self.__micro_batches % self.__of_update == 0 < self.__micro_batches and divided_by != int(sums[self.unit]):
+            raise RuntimeError(
+                f"update {self.global_step + 1} was divided by {divided_by} {self.unit}, and "
+                f"{int(sums[self.unit])} were trained on"
+            )
+
     def abandon_update(self) -> None:
         """Drops the sums and gradients of an update that will not be finished."""
-        self.__update = {}
+        self.__forget_update()
         for parameter in self.parameters():
             parameter.grad = None
+
+    def __forget_update(self) -> None:
+        self.__update = {}
+        self.__divisor, self.__micro_batches = 0.0, 0
+
+    def after_update(self, step: int) -> None:
+        """Runs after each step of an optimizer, before a checkpoint of this step is saved.
+
+        Args:
+            step: Steps of the run so far, this one included.
+        """
+
+    def __after_step(self) -> None:
+        if self.__stepped != self.global_step:
+            self.__stepped = self.global_step
+            self.after_update(self.global_step + 1)  # Lightning has not counted it yet
 
     def on_after_optimizer_step(self) -> None:
         """Called after each step of the optimizer, before its gradients are freed."""
@@ -180,6 +301,7 @@ class UpdateModule(L.LightningModule):
     def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
         """Steps, and frees the gradients: Lightning would keep them through the next forward pass."""
         super().optimizer_step(*args, **kwargs)
+        self.__after_step()
         self.on_after_optimizer_step()
         for parameter in self.parameters():
             parameter.grad = None
@@ -209,11 +331,14 @@ class UpdateModule(L.LightningModule):
         """Adds a batch to the sums over the test rows."""
         self.__evaluate(batch, "test")
 
-    def on_validation_epoch_end(self) -> None:
+    def begin_evaluation(self) -> None:
+        """Runs before validation and test."""
+
+    def end_validation(self) -> None:
         """Logs exact means over all validation rows."""
         self.__log_evaluation("validation")
 
-    def on_test_epoch_end(self) -> None:
+    def end_test(self) -> None:
         """Logs exact means over all test rows."""
         self.__log_evaluation("test")
 
@@ -257,7 +382,6 @@ class UpdateModule(L.LightningModule):
         flat = torch.stack([self.__update[name] for name in names])
         if self.trainer.world_size > 1:
             flat = cast("Tensor", self.trainer.strategy.reduce(flat, reduce_op="sum"))
-        self.__update = {}
         return dict(zip(names, flat, strict=True))
 
     def __epochs_done(self) -> float:
@@ -325,8 +449,12 @@ class RestorableModule(UpdateModule):
         self.strict_loading = False
         self.run_config = ""
         """The recipe as YAML, kept in checkpoints so that one can be exported by itself."""
+        self.optimizer_settings: list[list[dict[str, Any]]] = []
+        """For each optimizer and group, the settings that it was created with, without the learning rate's schedule."""
+        self.saved_optimizer_settings: list[list[dict[str, Any]]] | None = None
+        """The same in the run that wrote the checkpoint; None if this run starts anew."""
         self.__rng_to_restore: dict[str, Any] | None = None
-        self.__settings: list[dict[str, Any]] = []
+        self.__schedule: ScheduledRates | None = None
 
     @property
     def keeps_trained_weights_only(self) -> bool:
@@ -341,7 +469,7 @@ class RestorableModule(UpdateModule):
         trainable = {name for name, p in self.named_parameters() if p.requires_grad}
         return {name: value for name, value in state.items() if name in trainable}
 
-    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+    def add_to_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Adds what Lightning leaves out: the random generators of every rank, tokens seen, recipe and metrics."""
         states: list[Any] = [rng_state()] * self.trainer.world_size
         if self.trainer.world_size > 1:
@@ -350,11 +478,12 @@ class RestorableModule(UpdateModule):
         checkpoint["tokens_seen"] = dict(self.tokens_seen)
         checkpoint["micro_batches"] = self.trainer.accumulate_grad_batches
         checkpoint["config"] = self.run_config
+        checkpoint["optimizer_settings"] = self.optimizer_settings
         metrics = self.trainer.callback_metrics
         checkpoint["metrics"] = {k: float(v) for k, v in metrics.items() if k.startswith(("train/", "val/"))}
 
-    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Restores what `on_save_checkpoint` added.
+    def restore_from(self, checkpoint: dict[str, Any]) -> None:
+        """Restores what `add_to_checkpoint` added.
 
         Raises:
             UserError: the checkpoint is of another model, or holds too little to resume training.
@@ -369,6 +498,8 @@ class RestorableModule(UpdateModule):
             rank_zero_warn("this checkpoint's run averaged its weights; this run resumes without the average")
             checkpoint["state_dict"] = checkpoint["current_model_state"]
         self.tokens_seen = checkpoint["tokens_seen"]
+        self.saved_optimizer_settings = checkpoint.get("optimizer_settings", [])
+        self.abandon_update()  # `lr_find` trains, and then restores the state from before
         states = checkpoint["rng"]
         # additional ranks keep the generators that they were seeded with
         self.__rng_to_restore = states[self.global_rank] if self.global_rank < len(states) else None
@@ -378,31 +509,68 @@ class RestorableModule(UpdateModule):
         """Returns the value of `configure_optimizers`: the optimizer, and its schedule in optimizer steps.
 
         Args:
-            optimizer: Its settings take precedence over those in a checkpoint.
+            optimizer: Settings that were changed since a checkpoint was written take precedence over the checkpoint's.
             factor: Number of finished updates -> factor on the learning rate of the next one.
         """
-        self.__settings = [{k: v for k, v in group.items() if k != "params"} for group in optimizer.param_groups]
-        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": LambdaLR(optimizer, factor), "interval": "step"}}
+        self.__schedule = ScheduledRates(optimizer, factor)
+        self.optimizer_settings = [_settings(optimizer)]
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": self.__schedule, "interval": "step"}}
 
-    def on_train_start(self) -> None:
-        """Replaces the optimizer settings of the checkpoint, which Lightning has restored, by those of the recipe."""
-        optimizer = cast("Optimizer", self.optimizers(use_pl_optimizer=False))
-        schedule = cast("LambdaLR", self.lr_schedulers())
-        before = optimizer.param_groups[0]["lr"]
-        for group, values in zip(optimizer.param_groups, self.__settings, strict=True):
-            group.update(values)
-            group["initial_lr"] = values["lr"]
-        schedule.base_lrs = [values["lr"] for values in self.__settings]
-        for group, base_lr, factor in zip(optimizer.param_groups, schedule.base_lrs, schedule.lr_lambdas, strict=True):
-            group["lr"] = base_lr * factor(schedule.last_epoch)
-        now = optimizer.param_groups[0]["lr"]
-        if self.global_step and abs(now - before) > 0.01 * max(now, before):
-            rank_zero_warn(
-                f"the checkpoint's next learning rate was {before:.3g}, and this run continues with {now:.3g}"
-            )
+    def set_learning_rate(self, lr: float) -> None:
+        """Sets the learning rate of all groups before training; that of a schedule is multiplied by its factor."""
+        for optimizer in self.trainer.optimizers:
+            for group in optimizer.param_groups:
+                _set_rate(group, lr * group.get("lr_factor", 1.0))
+        self.__follow_schedule()
 
-    def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
+    def begin_fit(self) -> None:
+        """Keeps the settings of the optimizers before those of a checkpoint are restored."""
+        super().begin_fit()
+        self.optimizer_settings = [_settings(optimizer) for optimizer in self.trainer.optimizers]
+
+    def begin_training(self) -> None:
+        """Applies the optimizer settings that were changed since the checkpoint was written.
+
+        Lightning has restored all that is in the groups: the settings of that run, and what an optimizer keeps there of
+        its own (counters, estimates). A setting is changed if the optimizer was created with another value then.
+        """
+        super().begin_training()
+        if self.saved_optimizer_settings is None:
+            return
+        before = [float(o.param_groups[0].get("lr", 0.0)) for o in self.trainer.optimizers]
+        for i, optimizer in enumerate(self.trainer.optimizers):
+            saved = self.saved_optimizer_settings[i] if i < len(self.saved_optimizer_settings) else []
+            # groups that callbacks add later come last
+            for j, (group, now) in enumerate(zip(optimizer.param_groups, self.optimizer_settings[i], strict=False)):
+                self.__apply_changes(group, now, saved[j] if j < len(saved) else {})
+        self.__follow_schedule()
+        for was, optimizer in zip(before, self.trainer.optimizers, strict=True):
+            now_is = float(optimizer.param_groups[0].get("lr", 0.0))
+            if self.global_step and abs(now_is - was) > 0.01 * max(now_is, was):
+                rank_zero_warn(
+                    f"the checkpoint's next learning rate was {was:.3g}, and this run continues with {now_is:.3g}"
+                )
+
+    def __apply_changes(self, group: dict[str, Any], now: dict[str, Any], saved: dict[str, Any]) -> None:
+        changed = {name: value for name, value in now.items() if not _equal(value, saved.get(name, NOTHING))}
+        lr = changed.pop("lr", None)
+        group.update(changed)
+        if lr is not None:
+            _set_rate(group, lr)
+
+    def __follow_schedule(self) -> None:
+        """Sets the rates of our own schedule from the groups' base rates; the schedule may have changed as well."""
+        if self.__schedule is not None and self.__schedule.optimizer in self.trainer.optimizers:
+            self.__schedule.follow()
+        else:
+            for config in self.trainer.lr_scheduler_configs:
+                groups = config.scheduler.optimizer.param_groups
+                if all("initial_lr" in group for group in groups):  # the base rates that torch's schedules multiply
+                    config.scheduler.base_lrs = [group["initial_lr"] for group in groups]
+
+    def begin_batch(self, batch: Any, batch_idx: int) -> None:
         """Restores the random generators, at last: callbacks and loaders may draw from them before the first batch."""
+        super().begin_batch(batch, batch_idx)
         self.restore_generators()
 
     def restore_generators(self) -> None:
@@ -430,6 +598,32 @@ class RestorableModule(UpdateModule):
                 f"the checkpoint is of another model: {len(wrong)} weights differ in name or shape, first {name} "
                 f"(here {own.get(name, 'absent')}, checkpoint {saved.get(name, 'absent')})"
             )
+
+
+NOTHING = object()
+
+
+def _settings(optimizer: Any) -> list[dict[str, Any]]:
+    """The settings of each group, with the base rate as `lr`; without the weights."""
+    groups = []
+    for group in optimizer.param_groups:
+        settings = {k: copy.copy(v) for k, v in group.items() if k not in ("params", "param_names", "initial_lr")}
+        groups.append(settings | ({"lr": group["initial_lr"]} if "initial_lr" in group else {}))
+    return groups
+
+
+def _set_rate(group: dict[str, Any], lr: float) -> None:
+    """Sets the base rate of a group, and the current one in the same proportion."""
+    base = group.get("initial_lr", group["lr"])
+    group["lr"] = group["lr"] * (lr / base) if base else lr
+    if "initial_lr" in group:
+        group["initial_lr"] = lr
+
+
+def _equal(a: Any, b: Any) -> bool:
+    if isinstance(a, Tensor) or isinstance(b, Tensor):
+        return isinstance(a, Tensor) and isinstance(b, Tensor) and torch.equal(a.cpu(), b.cpu())
+    return bool(a == b)
 
 
 def _recount(loops: dict[str, Any], before: int, now: int) -> None:

@@ -2,7 +2,15 @@
 
 from oumi_pl.optim.groups import fuse, parameter_groups
 from oumi_pl.optim.muon import MuonAdamW
-from oumi_pl.optim.schedules import Constant, Cosine, CosineRestarts, Linear, Schedule, WarmupStableDecay
+from oumi_pl.optim.schedules import (
+    Constant,
+    Cosine,
+    CosineRestarts,
+    Linear,
+    Schedule,
+    ScheduledRates,
+    WarmupStableDecay,
+)
 
 __all__ = [
     "Constant",
@@ -11,6 +19,7 @@ __all__ = [
     "Linear",
     "MuonAdamW",
     "Schedule",
+    "ScheduledRates",
     "WarmupStableDecay",
     "fuse",
     "parameter_groups",
