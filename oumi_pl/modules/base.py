@@ -1,9 +1,9 @@
 """The base class of all trainer types: model, reference, optimizer, prediction and export."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from pathlib import Path
-from typing import Any, ClassVar, Literal, cast
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, cast
 
 import torch
 from lightning.pytorch.cli import OptimizerCallable
@@ -16,6 +16,7 @@ from oumi_pl.errors import UserError
 from oumi_pl.models.build import DType, build_config, build_model, is_sharded, refuse_too_few_positions, shard
 from oumi_pl.models.export import export_model, read_heads
 from oumi_pl.models.generation import complete
+from oumi_pl.models.given import adopt, refuse_unusable, set_attention
 from oumi_pl.models.lm import LM, choose_layout, disable_dropout, forest, padded, with_layout
 from oumi_pl.models.lora import lora_config
 from oumi_pl.modules.reference import Reference
@@ -23,12 +24,20 @@ from oumi_pl.modules.update import RestorableModule
 from oumi_pl.optim import Constant, Schedule, fuse, parameter_groups
 from oumi_pl.types import SPLITS, Batch, RunData
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+    ModelName = str | PreTrainedModel
+else:  # the type of a recipe; Python may pass the model itself
+    ModelName = str
+
 
 class LanguageModule(RestorableModule):
     """Trains a causal language model. Subclasses define the loss of a batch.
 
     Args:
-        model: Hub id or directory of a pretrained model; leave it out to start from random weights.
+        model: Hub id or directory of a pretrained model; leave it out to start from random weights. From Python also a
+            causal LM of transformers, which is then trained itself.
         config: `model_type` and values of a config to start from; with `model`, values to override.
         dtype: Of the weights; `auto` takes the checkpoint's. Compute precision is `trainer.precision`.
         attn: Attention implementation; the fastest exact one for the data and the device when left out.
@@ -59,7 +68,7 @@ class LanguageModule(RestorableModule):
 
     def __init__(
         self,
-        model: str | None = None,
+        model: ModelName | None = None,
         config: dict[str, Any] | None = None,
         *,
         dtype: DType = "float32",
@@ -75,6 +84,12 @@ class LanguageModule(RestorableModule):
         schedule: Schedule | None = None,
     ) -> None:
         super().__init__()
+        self.model_object: Any = None
+        """The model, if it was passed as an object; in a list, since it is no submodule beside `model`."""
+        if model is not None and not isinstance(model, str):
+            other = {"config": config, "quantization": quantization, "revision": revision}
+            refuse_unusable(model, **other, dtype=dtype if dtype not in ("float32", "auto") else None)
+            self.model_object = [model]
         if model is None and not (config or {}).get("model_type"):
             raise UserError(
                 "model: name a model (`model: HuggingFaceTB/SmolLM2-135M`) or a `config: {model_type: llama, …}`"
@@ -89,7 +104,7 @@ class LanguageModule(RestorableModule):
             build_config(None, config, None)
         # built once with a dummy parameter, so that a negative learning rate, for example, is refused now
         _optimizer(optimizer, parameter_groups([("probe", torch.nn.Parameter(torch.zeros(1, 1)))]))
-        self.model_name = model
+        self.model_name = model if isinstance(model, str | None) else model.name_or_path or None
         self.config = config
         self.dtype_name: DType = dtype
         self.attn = attn
@@ -110,11 +125,12 @@ class LanguageModule(RestorableModule):
         self.engine_notes: list[str] = []
         """Lines that an engine other than Lightning adds to `notes`."""
         self.__is_start = False
+        self.__built: list[LM] = []  # in a list, since it is no second submodule
 
     @property
     def keeps_trained_weights_only(self) -> bool:
         """Whether the model is pretrained with adapters: resuming loads its frozen weights again."""
-        return self.lora is not None and self.model_name is not None
+        return self.lora is not None and self.model_name is not None and self.model_object is None
 
     # ---- model
 
@@ -124,14 +140,19 @@ class LanguageModule(RestorableModule):
         Raises:
             UserError: the model can't be built, does not fit the data, or computes its logits in an unknown way.
         """
-        if self.model is not None:
+        if self.model is not None and self.model in self.__built:
             return
+        if self.__built and self.reference is not None:
+            self.reference.opened = None  # it was that of another model
         data = self.data
-        if data is None:
+        if isinstance(self.model, LM):
+            model = self.__prepared(self.model)
+        elif data is None:
             model = self.assemble(None)
         else:
-            stage = self.trainer.state.fn.value if self.trainer.state.fn else "fit"
             model = self.assemble(data.tokenizer, data.added_tokens, branching=data.branching)
+        if data is not None:
+            stage = self.trainer.state.fn.value if self.trainer.state.fn else "fit"
             refuse_too_few_positions(model.base, data.max_length, data.longest_path(list(data.needed(stage))))
         # before sharding: this runs layers outside of the wrapper's forward, which gathers sharded weights
         model.refuse_unknown_logits()
@@ -139,6 +160,20 @@ class LanguageModule(RestorableModule):
         if self.compile_layers:
             model.hf.base_model.compile()
         shard(model, self)
+        self.__built = [model]
+
+    def __prepared(self, model: LM) -> LM:
+        """A model that the user assigned to `self.model`, with what `assemble` would have added."""
+        self.model_object = [model.hf]
+        model.train()  # `from_pretrained` returns eval mode, which Lightning would keep
+        if self.reference is not None:
+            disable_dropout(model)
+        if self.data is not None and model.layout is not padded:
+            share = self.data.branching and self.share_prompt is not False
+            model.layout, model.layout_reason = choose_layout(model.hf, share)
+        if not self.heads():
+            self.make_heads(model)
+        return model
 
     def assemble(self, tokenizer: Any, added_tokens: Sequence[int] = (), *, branching: bool | None = False) -> LM:
         """Builds the model and its heads and assigns them to the module; arguments as of `build`.
@@ -146,6 +181,9 @@ class LanguageModule(RestorableModule):
         Raises:
             UserError: the model folder holds other heads than this trainer type has.
         """
+        if self.model is not None and not isinstance(self.model, LM):  # assigned by the user, instead of an argument
+            refuse_unusable(self.model)
+            self.model_object, self.model = [self.model], None
         self.model = self.build(tokenizer, added_tokens, branching=branching)
         self.make_heads(self.model)
         if self.model_name is not None and (heads := self.heads()):
@@ -189,14 +227,34 @@ class LanguageModule(RestorableModule):
                 trust_remote_code=self.trust_remote_code,
             )
 
+        builder = build if self.model_object is None else self.__given(tokenizer, added_tokens)
         if branching is None:
-            return LM(build(False))
-        model = with_layout(build, branching and self.share_prompt is not False)
+            return LM(builder(False))
+        model = with_layout(builder, branching and self.share_prompt is not False)
         if branching and self.share_prompt is True and model.layout is not forest:
             raise UserError(f"model.share_prompt: {model.layout_reason}; leave it out to compute prompts twice")
         if self.reference is not None:
             disable_dropout(model)
         return model
+
+    def __given(self, tokenizer: Any, added_tokens: Sequence[int]) -> Callable[[bool], Any]:
+        """Prepares the model that was passed as an object; returns what sets its attention, with packed rows or not."""
+        (hf,) = self.model_object
+        own = hf.config._attn_implementation
+        prepared = adopt(
+            hf,
+            tokenizer=tokenizer,
+            added_tokens=added_tokens,
+            lora=self.lora,
+            freeze=self.freeze_modules,
+            gradient_checkpointing=self.gradient_checkpointing,
+        )
+
+        def with_attention(packed: bool) -> Any:
+            set_attention(hf, self.attn or (attention.NAME if packed else own))
+            return prepared
+
+        return with_attention
 
     @property
     def causal_lm(self) -> LM:
