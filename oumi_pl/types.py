@@ -350,7 +350,8 @@ class TokenLoss(ABC):
     def metrics(self, logits: torch.Tensor, targets: torch.Tensor) -> dict[str, torch.Tensor]:
         """Metrics by name, `[n]` each, whose means over the targets are logged in training, validation and test.
 
-        Called without gradients, on the same chunks as the loss. The names are the same for every chunk.
+        Called without gradients, on the same chunks as the loss. The names are the same for every chunk, also for one
+        without tokens.
         """
         return {}
 
@@ -439,7 +440,7 @@ class PreferenceLoss(ABC):
     def metrics(self, pairs: Pairs) -> dict[str, torch.Tensor]:
         """Metrics by name, `[pairs]` each, whose means are logged in training, validation and test.
 
-        Called without gradients. The names are the same for every batch.
+        Called without gradients. The names are the same for every batch, also for one without pairs.
         """
         return {}
 

@@ -17,7 +17,8 @@ from oumi_pl.attention import NAME, packed, why_not_isolating, why_not_shared
 from oumi_pl.attention.probe import probing
 from oumi_pl.attention.segments import path_positions
 from oumi_pl.errors import UserError
-from oumi_pl.losses.causal import TokenLossOutput, token_logps, token_loss_sum
+from oumi_pl.losses.causal import TokenLossOutput, token_logps, token_loss_sum, token_losses
+from oumi_pl.losses.linear_head import transformed
 from oumi_pl.types import Batch, Inputs, Segment, TokenLoss
 
 if TYPE_CHECKING:
@@ -167,13 +168,33 @@ class States:
             out = out._replace(loss_sum=out.loss_sum + self.router_loss * out.target_tokens)
         return out
 
+    def token_losses(self, token_loss: TokenLoss) -> Tensor:
+        """The loss of each target, `[targets]` float32, differentiable; backward calls the loss again."""
+        lm = self.lm
+        return token_losses(self.predicting, self.batch["targets"], lm.head, token_loss, transform=lm.logit_transform)
+
+    def logits(self) -> Tensor:
+        """The logits that predict each target, `[targets, vocab]` float32, differentiable.
+
+        All of them are in memory at once, which training avoids.
+        """
+        return transformed(self.lm.head(self.predicting), self.lm.logit_transform)
+
     def logps(self) -> Tensor:
         """Log-probability of each target, `[targets]` float32, differentiable."""
         return token_logps(self.predicting, self.batch["targets"], self.lm.head, transform=self.lm.logit_transform)
 
 
 class LM(nn.Module):
-    """A causal LM, or a PEFT model around one; called with a batch and a function of its hidden states."""
+    """A causal LM, or a PEFT model around one; called with a batch and a function of its hidden states.
+
+    This is how to compute anything on a batch: `lm(batch)` for log-probabilities, `lm(batch, States.logits)`,
+    `lm(batch, lambda states: states.token_losses(loss))`. It keeps the documents of a row apart, in whatever layout the
+    model reads. `lm.hf` is the model of transformers: it doesn't know where documents end.
+
+    For Hessian-vector products and forward-mode AD on CPUs, use `torch.nn.attention.sdpa_kernel(SDPBackend.MATH)`:
+    torch's fused attention kernels have first derivatives only.
+    """
 
     def __init__(self, hf: Any, layout: Layout = forest, layout_reason: str = "") -> None:
         super().__init__()
@@ -181,6 +202,7 @@ class LM(nn.Module):
         self.layout = layout
         self.layout_reason = layout_reason
         """Why no cheaper layout could be used; empty for `forest`."""
+        self.base.register_forward_pre_hook(_refuse_packed_rows, with_kwargs=True)
 
     def forward(self, batch: Batch, compute: Callable[[States], Any] = States.logps) -> Any:
         """Runs the model and returns `compute(states)`; by default the log-probabilities of the targets.
@@ -287,6 +309,25 @@ class LM(nn.Module):
                 f"{type(self.base).__name__} computes its logits in a way that is not supported, so the loss would be "
                 "wrong; please report the architecture"
             )
+
+
+def _refuse_packed_rows(hf: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
+    """Refuses rows of several documents in a call of the Hugging Face model itself. `LM` calls what is inside of it.
+
+    Raises:
+        UserError: positions start again within a row that has no attention mask.
+    """
+    places = kwargs.get("position_ids")
+    is_known = (
+        hf.config._attn_implementation != NAME
+    )  # transformers' own functions may see documents by their positions
+    if is_known or not isinstance(places, Tensor) or kwargs.get("attention_mask") is not None or places.dim() != 2:
+        return
+    if places.shape[1] > 1 and bool((places[:, 1:] <= places[:, :-1]).any()):
+        raise UserError(
+            f"{type(hf).__name__} was called on a row of several documents, which would see each other: call "
+            "module.causal_lm(batch), or module.causal_lm(batch, compute) with a function of its States"
+        )
 
 
 def choose_layout(hf: Any, share: bool = True) -> tuple[Layout, str]:

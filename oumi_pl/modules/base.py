@@ -3,25 +3,36 @@
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, Literal, cast
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple, cast
 
+import lightning as L
 import torch
+from lightning.pytorch.callbacks import BaseFinetuning, ModelPruning, StochasticWeightAveraging
 from lightning.pytorch.cli import OptimizerCallable
+from lightning.pytorch.trainer import call
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import Tensor
 from torch.optim import AdamW, Optimizer
 
 from oumi_pl import attention
 from oumi_pl.errors import UserError
-from oumi_pl.models.build import DType, build_config, build_model, is_sharded, refuse_too_few_positions, shard
+from oumi_pl.models.build import (
+    DType,
+    build_config,
+    build_model,
+    decoder_layers,
+    is_sharded,
+    refuse_too_few_positions,
+    shard,
+)
 from oumi_pl.models.export import export_model, read_heads
 from oumi_pl.models.generation import complete
 from oumi_pl.models.given import adopt, refuse_unusable, set_attention
 from oumi_pl.models.lm import LM, choose_layout, disable_dropout, forest, padded, with_layout
 from oumi_pl.models.lora import lora_config
 from oumi_pl.modules.reference import Reference
-from oumi_pl.modules.update import RestorableModule
-from oumi_pl.optim import Constant, Schedule, fuse, parameter_groups
+from oumi_pl.modules.update import RestorableModule, Split
+from oumi_pl.optim import Constant, Schedule, fuse, parameter_groups, scale_rates
 from oumi_pl.types import SPLITS, Batch, RunData
 
 if TYPE_CHECKING:
@@ -30,6 +41,27 @@ if TYPE_CHECKING:
     ModelName = str | PreTrainedModel
 else:  # the type of a recipe; Python may pass the model itself
     ModelName = str
+
+
+class Comparison(NamedTuple):
+    """Log-probabilities of the targets of a batch, `[targets]` float32 each."""
+
+    logps: Tensor
+    """Under the policy, differentiable."""
+    ref_logps: Tensor
+    """Under the reference."""
+
+
+READ_IN_SETUP = (BaseFinetuning, ModelPruning, StochasticWeightAveraging)
+"""Callbacks of Lightning that read or copy the model in `setup`."""
+
+
+class BuildModel(L.Callback):
+    """Builds the model before the callbacks that need one in their `setup`."""
+
+    def setup(self, trainer: Any, pl_module: L.LightningModule, stage: str) -> None:
+        """Builds the model as Lightning would, right after the `setup` of callbacks and module."""
+        call._call_configure_model(trainer)
 
 
 class LanguageModule(RestorableModule):
@@ -51,6 +83,10 @@ class LanguageModule(RestorableModule):
         trust_remote_code: Run code that came with the model.
         optimizer: Class and arguments of the optimizer.
         schedule: Learning rate over optimizer steps.
+        groups: Names of modules or parameters, with `*` for any text -> settings of the optimizer for them:
+            `{lm_head: {lr: 1.0e-4}}`. `lr_factor` multiplies the learning rate.
+        layer_decay: Factor on the learning rate for each layer below the head, at most 1 (layer-wise decay). The head
+            has the full rate, the last layer once this factor, and the embeddings the smallest rate.
     """
 
     branching: ClassVar[bool | None] = None
@@ -82,6 +118,8 @@ class LanguageModule(RestorableModule):
         trust_remote_code: bool = False,
         optimizer: OptimizerCallable = lambda params: AdamW(params, lr=2e-5, weight_decay=0.0),
         schedule: Schedule | None = None,
+        groups: dict[str, dict[str, Any]] | None = None,
+        layer_decay: float = 1.0,
     ) -> None:
         super().__init__()
         self.model_object: Any = None
@@ -90,6 +128,8 @@ class LanguageModule(RestorableModule):
             other = {"config": config, "quantization": quantization, "revision": revision}
             refuse_unusable(model, **other, dtype=dtype if dtype not in ("float32", "auto") else None)
             self.model_object = [model]
+        if not 0 < layer_decay <= 1:
+            raise UserError(f"model.layer_decay is {layer_decay}, but has to be above 0 and at most 1")
         if model is None and not (config or {}).get("model_type"):
             raise UserError(
                 "model: name a model (`model: HuggingFaceTB/SmolLM2-135M`) or a `config: {model_type: llama, …}`"
@@ -117,6 +157,10 @@ class LanguageModule(RestorableModule):
         self.trust_remote_code = trust_remote_code
         self.optimizer = optimizer
         self.schedule = schedule or Constant()
+        self.groups = groups or {}
+        self.layer_decay = layer_decay
+        self.learning_rate: float | None = None
+        """Replaces the learning rate of `optimizer` if it is set, as `Tuner.lr_find` does."""
         self.model: LM | None = None
         self.loss: Any = None
         """The loss of a token or a pair, for trainer types that have a replaceable one."""
@@ -258,9 +302,52 @@ class LanguageModule(RestorableModule):
 
     @property
     def causal_lm(self) -> LM:
-        """The model; set before any hook runs."""
-        assert self.model is not None
+        """The model; set before any hook but `setup` runs.
+
+        `module.causal_lm(batch)` are the log-probabilities of the targets of a batch, and
+        `module.causal_lm(batch, compute)` is what `compute` makes of its hidden states; see `oumi_pl.models.lm.States`.
+
+        Raises:
+            UserError: the model was not built.
+        """
+        if self.model is None:
+            own = type(self).configure_model is not LanguageModule.configure_model
+            why = (
+                f"{type(self).__name__}.configure_model has to call super().configure_model(), or to assign self.model"
+                if own
+                else "`trainer.fit` builds it, or `assemble(tokenizer)` without a trainer"
+            )
+            raise UserError(f"{type(self).__name__} has no model yet: {why}")
         return self.model
+
+    @property
+    def trainer(self) -> L.Trainer:
+        """The trainer, once it runs."""
+        return super().trainer
+
+    @trainer.setter
+    def trainer(self, trainer: L.Trainer | None) -> None:
+        """Adds a callback that builds the model, if others need one in their `setup`, which Lightning calls earlier."""
+        L.LightningModule.trainer.fset(self, trainer)  # type: ignore[attr-defined]
+        callbacks: list[Any] = getattr(trainer, "callbacks", [])
+        first = next((i for i, callback in enumerate(callbacks) if isinstance(callback, READ_IN_SETUP)), None)
+        if first is not None and not any(isinstance(callback, BuildModel) for callback in callbacks):
+            callbacks.insert(first, BuildModel())
+
+    def compare(self, batch: Batch, split: Split) -> Comparison:
+        """Log-probabilities of a batch's targets under policy and reference.
+
+        Args:
+            batch: A batch of this split, on the device.
+            split: `train`, `validation` or `test`: precomputed log-probabilities are found by the split's examples.
+
+        Raises:
+            UserError: the module has no reference.
+        """
+        if self.reference is None or self.reference.kind == "none":
+            raise UserError(f"{type(self).__name__} has no reference: set self.reference = Reference(self)")
+        self.__open_reference(split)
+        return Comparison(self.causal_lm(batch), self.reference.logps(batch, split))
 
     @property
     def data(self) -> RunData | None:
@@ -287,6 +374,8 @@ class LanguageModule(RestorableModule):
     def begin_fit(self) -> None:
         """Checks layout and logits again on the device, whose attention kernels are others; opens the reference."""
         super().begin_fit()
+        if self.learning_rate is not None:  # found by a callback, after the optimizers were created
+            self.set_learning_rate(self.learning_rate)
         if self.device.type != "cpu" and not is_sharded(self):
             self.__check_on_device()
         self.__open_reference()
@@ -307,8 +396,8 @@ class LanguageModule(RestorableModule):
         super().begin_evaluation()
         self.__open_reference()
 
-    def __open_reference(self) -> None:
-        splits = SPLITS[str(cast("Any", self.trainer.state.fn).value)]
+    def __open_reference(self, *splits: str) -> None:
+        splits = splits or SPLITS[str(cast("Any", self.trainer.state.fn).value)]
         if self.reference is not None and not self.reference.covers(splits):
             self.reference.open(splits)
 
@@ -368,12 +457,20 @@ class LanguageModule(RestorableModule):
     # ---- optimizer
 
     def configure_optimizers(self) -> Any:
-        """The optimizer over named groups, and its schedule in optimizer steps."""
+        """The optimizer over named groups, and its schedule in optimizer steps.
+
+        Override it with any return value that Lightning documents. `parameter_groups`, `total_steps` and `scheduled`
+        are for such methods too.
+        """
         self.keep_adapters_in_float32()
-        groups = parameter_groups(self.named_parameters(), self.causal_lm.vocabulary_weights)
-        if not groups:
+        groups = self.parameter_groups()
+        if not any(parameter.requires_grad for group in groups for parameter in group["params"]):
             raise UserError("model: no parameter is trainable; look at model.freeze and model.lora")
         optimizer = _optimizer(self.optimizer, groups)
+        if self.learning_rate is not None:
+            for group in optimizer.param_groups:
+                group["lr"] = self.learning_rate
+        scale_rates(optimizer)
         # not with float16: Lightning refuses to clip for fused optimizers, which unscale the gradients themselves
         if getattr(self.trainer.precision_plugin, "scaler", None) is None and self.device.type in ("cpu", "cuda"):
             fuse(optimizer)
@@ -387,6 +484,31 @@ class LanguageModule(RestorableModule):
         for doubt in self.schedule.doubts(total):
             rank_zero_warn(doubt)
         return self.scheduled(optimizer, lambda step: float(self.schedule(step, total)))
+
+    def parameter_groups(self) -> list[dict[str, Any]]:
+        """The parameters in named groups, with the settings of `groups` and the factors of `layer_decay`.
+
+        Parameters that `freeze` names are in groups too, so that they are trained from the step on at which something
+        sets `requires_grad` again; until then optimizers skip them, as they have no gradient.
+        """
+        named = [(_name_in_model(name), parameter) for name, parameter in self.named_parameters()]
+        return parameter_groups(
+            named,
+            self.causal_lm.vocabulary_weights,
+            settings=self.groups,
+            factor=self.__layer_factor(),
+            frozen=() if self.lora is not None else self.freeze_modules,
+        )
+
+    def __layer_factor(self) -> Callable[[str, Tensor], float]:
+        model, decay = self.causal_lm, self.layer_decay
+        layers = decoder_layers(model) if decay < 1 else []
+        depth = {id(p): len(layers) - i for i, layer in enumerate(layers) for p in layer.parameters()}
+        head = {id(p) for p in model.head.parameters()}
+        embedded = model.base.get_input_embeddings()
+        below = {id(p) for p in embedded.parameters()} | {id(p) for p in model.vocabulary_weights} - head
+        depth |= dict.fromkeys(below, len(layers) + 1)
+        return lambda name, parameter: decay ** depth.get(id(parameter), 0)
 
     def total_steps(self) -> int:
         """Optimizer steps of the whole run."""
@@ -442,8 +564,20 @@ class LanguageModule(RestorableModule):
         return [dict(zip(("row", "prompt", "completion", "reference"), line, strict=True)) for line in columns]
 
 
-def _optimizer(optimizer: OptimizerCallable, parameters: Any) -> Optimizer:
+def _name_in_model(name: str) -> str:
+    """The name of a parameter in the Hugging Face model; of one beside it, the name itself."""
+    return name.removeprefix("model.hf.").removeprefix("base_model.model.")
+
+
+def _optimizer(optimizer: OptimizerCallable, groups: list[dict[str, Any]]) -> Optimizer:
+    # torch adds the defaults to the groups that it is given
+    own = any(group.keys() - {"params", "name", "weight_decay"} for group in groups)
+    parameters = [parameter for group in groups for parameter in group["params"]]
     try:
-        return optimizer(parameters)
-    except (ValueError, TypeError) as error:
+        return optimizer(groups)
+    except ValueError as error:
+        if "parameter groups" in str(error) and not own:  # LBFGS takes none
+            return optimizer(parameters)
+        raise UserError(f"model.optimizer: {error}") from error
+    except TypeError as error:
         raise UserError(f"model.optimizer: {error}") from error

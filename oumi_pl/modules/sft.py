@@ -15,7 +15,7 @@ class SFT(LanguageModule):
     """Trains on the tokens that carry loss, normalised by their number over the whole update.
 
     Args:
-        loss: Loss per token: `(logits [n, vocab], targets [n]) -> [n]`.
+        loss: Loss per token: `(logits [n, vocab], targets [n]) -> [n]`. Its `metrics` are logged as well.
         kwargs: As of `LanguageModule`.
     """
 
@@ -32,6 +32,8 @@ class SFT(LanguageModule):
     ) -> None:
         super().__init__(model, config, **kwargs)
         self.loss = loss or CrossEntropy()
+        if isinstance(self.loss, TokenLoss) and type(self.loss).metrics is not TokenLoss.metrics:
+            self.validation_metrics = ()  # the loss has names of its own
 
     def loss_sums(self, batch: Batch, split: Split) -> Sums:
         """Sums over the targets: `loss`, `correct` (targets with the largest logit), and in evaluation `nll`."""
@@ -39,7 +41,7 @@ class SFT(LanguageModule):
 
         def compute(states: States) -> Sums:
             out = states.loss_sum(self.loss)
-            sums = {"loss": out.loss_sum, "correct": out.correct}
+            sums = out.metrics | {"loss": out.loss_sum, "correct": out.correct}
             if split != "train":
                 sums["nll"] = states.loss_sum(CrossEntropy()).loss_sum if with_nll else out.loss_sum
             return sums

@@ -1,6 +1,6 @@
 """Optimizers, parameter groups and learning-rate schedules."""
 
-from oumi_pl.optim.groups import fuse, parameter_groups
+from oumi_pl.optim.groups import fuse, parameter_groups, scale_rates
 from oumi_pl.optim.muon import MuonAdamW
 from oumi_pl.optim.schedules import (
     Constant,
@@ -23,4 +23,5 @@ __all__ = [
     "WarmupStableDecay",
     "fuse",
     "parameter_groups",
+    "scale_rates",
 ]
