@@ -72,13 +72,13 @@ def settings_of(data: Any) -> str:
 
 
 def is_own(module: str) -> bool:
-    """Whether a module is the user's: neither this package nor a library."""
+    """Whether a module is the user's: neither this package nor a library. A module without a file is the user's."""
     top = module.partition(".")[0]
     if top == "oumi_pl" or top in sys.stdlib_module_names:
         return False
     file = _located(module)[0]
     if file is None:
-        return module == "__main__"
+        return True
     path = Path(file)
     return path.suffix == ".py" and not {"site-packages", "dist-packages"} & set(path.parts)
 
@@ -203,11 +203,13 @@ def _names(code: CodeType, *instructions: str) -> Iterator[str]:
 
 
 def _own_source(name: str) -> bytes | None:
-    """The source of a user's module; None if it belongs to this package or a library, or is no module."""
+    """The source of a user's module; None if it belongs to this package or a library, or has no source."""
     if not is_own(name):
         return None
     file = _located(name)[0]
-    return _typed_source() if file is None else Path(file).read_bytes()
+    if file is None:
+        return _typed_source() if name == "__main__" else None
+    return Path(file).read_bytes()
 
 
 def _located(name: str) -> tuple[str | None, Sequence[str] | None]:

@@ -300,3 +300,12 @@ def test_attributes_that_the_own_methods_read_are_part_of_the_key_and_others_are
     first = settings_of(Data(suffix="."))
     assert settings_of(Data("other.jsonl", suffix=".", note="x", batch_size=2)) == first
     assert settings_of(Data(suffix="!")) != first
+
+
+def test_functions_of_a_namespace_without_a_module_have_keys(own):
+    def made(ending):
+        names = {"__name__": "a_namespace"}
+        exec(f"ENDING = {ending!r}\ndef read(row):\n    return row + ENDING\n", names)
+        return names["read"]
+
+    assert code_of(made(".")) == code_of(made(".")) != code_of(made("!"))
