@@ -46,11 +46,21 @@ class ExampleData(TextData):
         packing: Put several examples into one row, isolated from each other.
         group_by_length: Without packing, put examples of similar length into the same update, which saves padding for
             models that need it.
+        fields: Columns with numbers that a batch has by name in `batch["fields"]`, one number per row: NaN where a row
+            has `null`.
         kwargs: As of `TextData`.
     """
 
-    def __init__(self, *args: Any, packing: bool = False, group_by_length: bool = True, **kwargs: Any) -> None:
+    def __init__(
+        self,
+        *args: Any,
+        packing: bool = False,
+        group_by_length: bool = True,
+        fields: Sequence[str] = (),
+        **kwargs: Any,
+    ) -> None:
         super().__init__(*args, **kwargs)
+        self.fields = list(fields)
         self.packing = packing
         self.group_by_length = group_by_length
         self.__stores: dict[str, list[ExampleStore]] = {}
@@ -171,7 +181,9 @@ class ExampleData(TextData):
     def __store(self, source: Source, keep: Callable[[Row], bool] | None, side: str | None) -> ExampleStore:
         key = [side, tokenizer_fingerprint(self.tokenizer), self.max_length, self.encoding_key()]
         code = code_of(type(self), *(function for function, _ in self.formats))
-        return example_store(source, [*key, code, settings_of(self)], self.encode, keep, self.formats)
+        return example_store(
+            source, [*key, code, settings_of(self)], self.encode, keep, self.formats, columns=self.fields
+        )
 
     def batch(self, split: str, ids: Sequence[int]) -> Batch:
         """A batch of some examples of a split, by id."""
@@ -205,7 +217,12 @@ class ExampleData(TextData):
     # ---- plans and loaders
 
     def plan(self, epoch: int) -> Plan:
-        """The training plan of one epoch, a pure function of data, seed and epoch."""
+        """The training plan of one epoch, a pure function of data, seed and epoch.
+
+        Override it for a curriculum. `lengths`, `targets` and `examples` describe the examples by id, and
+        `Plan(example_ids, np.arange(len(example_ids) + 1), self.layout.rows_per_update)` trains on them in this order,
+        one per row. A resumed run calls it again: it has to return the same plan for the same epoch.
+        """
         weights = [source.weight for source in as_sources(self.sources["train"])]
         ids = mixture_epoch([len(store) for store in self.stores("train")], weights, self.run_seed, epoch)
         return plan_epoch(
@@ -240,7 +257,8 @@ class ExampleData(TextData):
     def updates(self, epochs: int) -> int:
         """Number of optimizer updates in `epochs` epochs."""
         weighted = any(source.weight is not None for source in as_sources(self.sources["train"]))
-        if weighted:  # each epoch draws other rows, which may need another number of packs
+        own = type(self).plan is not ExampleData.plan  # a curriculum
+        if weighted or own:  # each epoch draws other rows, which may need another number of packs
             return sum(len(self.plan(epoch)) for epoch in range(epochs))
         return len(self.plan(0)) * epochs
 

@@ -7,7 +7,9 @@ import json
 import os
 import shutil
 import tempfile
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -27,7 +29,7 @@ from oumi_pl.data.formats import (
 )
 from oumi_pl.data.sources import Source, fingerprint, rows
 from oumi_pl.data.tokenize import Dropped
-from oumi_pl.errors import UserError
+from oumi_pl.errors import UserError, nearest
 from oumi_pl.terminal.screen import track
 from oumi_pl.types import Example, Record, Row, Segment
 
@@ -204,6 +206,8 @@ def example_store(
     encode: Encode,
     keep: Callable[[Row], bool] | None = None,
     formats: Formats = FORMATS,
+    *,
+    columns: Sequence[str] = (),
 ) -> ExampleStore:
     """The tokenized rows of a source, from the cache or written now.
 
@@ -213,6 +217,7 @@ def example_store(
         encode: Turns records into examples, or into the reason why not.
         keep: Which rows to use; all when left out.
         formats: The formats that rows may have.
+        columns: Columns with numbers, which become fields of the examples.
 
     Raises:
         UserError: a row is invalid; names its file and line.
@@ -220,15 +225,51 @@ def example_store(
     code = source.format and code_of(resolve_format(source.format, formats))
     table = [(function.__module__, function.__qualname__, columns) for function, columns in formats]
     name = source.format and format_name(source.format)
-    parts = [fingerprint(source), source.columns, name, code, table, key, _own_code()]
+    parts = [fingerprint(source), source.columns, name, code, table, key, columns, _own_code()]
     directory = cache_root() / "examples" / cache_key(*parts)
     if (directory / REPORT).exists():
         store = ExampleStore(directory)
         store.report["source"] = source.title  # the rows may have been written under another name
         return store
     report = _empty_report(source.title)
+    if columns:
+        keep, encode = _with_columns(columns, keep, encode)
     records = track(source_records(source, keep, report, formats), f"tokenizing {source.title}")
     return write_store(directory, _encoded(records, report, encode), report)
+
+
+def _with_columns(
+    columns: Sequence[str], keep: Callable[[Row], bool] | None, encode: Encode
+) -> tuple[Callable[[Row], bool], Encode]:
+    """Adds columns of the rows to the fields of their examples: rows are seen by `keep`, and records by `encode`."""
+    waiting: deque[dict[str, float]] = deque()
+
+    def kept(row: Row) -> bool:
+        if keep is not None and not keep(row):
+            return False
+        waiting.append({column: _number(row, column) for column in columns})
+        return True
+
+    def encoded(records: Sequence[Record]) -> list[Example | Dropped]:
+        values = [waiting.popleft() for _ in records]
+        pairs = zip(encode(records), values, strict=True)
+        return [replace(e, fields={**e.fields, **own}) if isinstance(e, Example) else e for e, own in pairs]
+
+    return kept, encoded
+
+
+def _number(row: Row, column: str) -> float:
+    """The number in a column; NaN if it is null.
+
+    Raises:
+        UserError: the row has no such column, or something else in it.
+    """
+    if column not in row:
+        raise UserError(f"data.fields: a row has no column {column!r}{nearest(column, row)}")
+    value = row[column]
+    if value is not None and not isinstance(value, bool | int | float):
+        raise UserError(f"data.fields: {column!r} is {value!r} in a row, and a field is a number")
+    return float("nan") if value is None else float(value)
 
 
 def source_records(

@@ -318,9 +318,8 @@ def _refuse_packed_rows(hf: nn.Module, args: Any, kwargs: dict[str, Any]) -> Non
         UserError: positions start again within a row that has no attention mask.
     """
     places = kwargs.get("position_ids")
-    is_known = (
-        hf.config._attn_implementation != NAME
-    )  # transformers' own functions may see documents by their positions
+    # transformers' own attention functions find documents by their positions
+    is_known = cast("Any", hf).config._attn_implementation != NAME
     if is_known or not isinstance(places, Tensor) or kwargs.get("attention_mask") is not None or places.dim() != 2:
         return
     if places.shape[1] > 1 and bool((places[:, 1:] <= places[:, :-1]).any()):

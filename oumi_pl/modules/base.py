@@ -16,6 +16,7 @@ from torch.optim import AdamW, Optimizer
 
 from oumi_pl import attention
 from oumi_pl.errors import UserError
+from oumi_pl.models.architectures import register_architecture
 from oumi_pl.models.build import (
     DType,
     build_config,
@@ -33,6 +34,7 @@ from oumi_pl.models.lora import lora_config
 from oumi_pl.modules.reference import Reference
 from oumi_pl.modules.update import RestorableModule, Split
 from oumi_pl.optim import Constant, Schedule, fuse, parameter_groups, scale_rates
+from oumi_pl.runs.checkpoints import AtomicCheckpointIO
 from oumi_pl.types import SPLITS, Batch, RunData
 
 if TYPE_CHECKING:
@@ -71,6 +73,8 @@ class LanguageModule(RestorableModule):
         model: Hub id or directory of a pretrained model; leave it out to start from random weights. From Python also a
             causal LM of transformers, which is then trained itself.
         config: `model_type` and values of a config to start from; with `model`, values to override.
+        architecture: Class path of a model of your own, a subclass of `transformers.PreTrainedModel` with a
+            `config_class`; `config` then needs no `model_type`.
         dtype: Of the weights; `auto` takes the checkpoint's. Compute precision is `trainer.precision`.
         attn: Attention implementation; the fastest exact one for the data and the device when left out.
         lora: Arguments of `peft.LoraConfig` (`r`, `lora_alpha`, `target_modules`, `use_dora`, ...); all linear layers
@@ -107,6 +111,7 @@ class LanguageModule(RestorableModule):
         model: ModelName | None = None,
         config: dict[str, Any] | None = None,
         *,
+        architecture: str | None = None,
         dtype: DType = "float32",
         attn: str | None = None,
         lora: dict[str, Any] | None = None,
@@ -130,6 +135,9 @@ class LanguageModule(RestorableModule):
             self.model_object = [model]
         if not 0 < layer_decay <= 1:
             raise UserError(f"model.layer_decay is {layer_decay}, but has to be above 0 and at most 1")
+        if architecture is not None:
+            model_type = register_architecture(architecture)
+            config = config if model is not None else {"model_type": model_type} | (config or {})
         if model is None and not (config or {}).get("model_type"):
             raise UserError(
                 "model: name a model (`model: HuggingFaceTB/SmolLM2-135M`) or a `config: {model_type: llama, …}`"
@@ -175,6 +183,32 @@ class LanguageModule(RestorableModule):
     def keeps_trained_weights_only(self) -> bool:
         """Whether the model is pretrained with adapters: resuming loads its frozen weights again."""
         return self.lora is not None and self.model_name is not None and self.model_object is None
+
+    @classmethod
+    def load_from_checkpoint(  # type: ignore[override]
+        cls, checkpoint_path: str | Path, *, tokenizer: Any = None, **kwargs: Any
+    ) -> "LanguageModule":
+        """Builds a module with arguments of the constructor, and loads the weights of a checkpoint.
+
+        Checkpoints hold no arguments. One of a recipe holds the recipe:
+        `oumi_pl.commands.export.load_checkpoint(path)` builds the module from that, with its data and tokenizer.
+
+        Args:
+            checkpoint_path: A checkpoint file.
+            tokenizer: The tokenizer that random weights are built for (`data.tokenizer`); None: that of the config.
+            kwargs: As of the constructor.
+
+        Raises:
+            UserError: arguments are missing, or are those of another model.
+        """
+        remedy = f"pass the arguments of {cls.__name__}, or use oumi_pl.commands.export.load_checkpoint(path) for a run"
+        if not kwargs:
+            raise UserError(f"load_from_checkpoint: checkpoints hold no arguments; {remedy}")
+        content = AtomicCheckpointIO().load_checkpoint(checkpoint_path)
+        module = cls(**kwargs)
+        module.assemble(tokenizer, branching=bool(cls.branching))
+        module.load_weights(content["state_dict"])
+        return module
 
     # ---- model
 

@@ -7,7 +7,7 @@ in training mode.
 
 import difflib
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from copy import deepcopy
 from typing import Any, cast
 
@@ -21,7 +21,7 @@ from oumi_pl.errors import UserError
 from oumi_pl.models.build import DType, build_model, is_sharded
 from oumi_pl.models.fingerprint import model_fingerprint, weights_fingerprint
 from oumi_pl.models.hub import locate
-from oumi_pl.models.lm import LM, disable_dropout, with_layout
+from oumi_pl.models.lm import LM, States, disable_dropout, with_layout
 from oumi_pl.terminal.screen import track
 from oumi_pl.types import Batch, RunModule
 
@@ -213,21 +213,7 @@ class Reference:
         """
         if self.name == "initial":
             return self._module.causal_lm if self._kept is None else self._placed(self._kept)
-        module, data = self._module, self._module.trainer.datamodule
-        _refuse_other_vocabulary(self.name, data.tokenizer)
-
-        def build(packed: bool) -> Any:
-            return build_model(
-                self.name,
-                tokenizer=data.tokenizer,
-                added_tokens=data.added_tokens,
-                dtype=self.dtype or module.dtype_name,
-                attn=NAME if packed else None,
-                trust_remote_code=module.trust_remote_code,
-            )
-
-        model = with_layout(build, data.branching and self._share_prompt)
-        disable_dropout(model)
+        model = other_model(self._module, self.name, self.dtype, share_prompt=self._share_prompt)
         return self._placed(model)
 
     def _placed(self, model: LM) -> LM:
@@ -389,6 +375,60 @@ class Precomputed(Opened):
         """Reads those of the batch's examples."""
         values = torch.from_numpy(self.stores[split].logps(batch["sample_ids"]))
         return values.to(batch["targets"].device, non_blocking=True)
+
+
+class OtherModel:
+    """A frozen model beside policy and reference: a teacher, a judge, a third policy.
+
+    It is no submodule: it is in no checkpoint and no optimizer, and in evaluation mode. It is loaded when it is first
+    called, so that a constructor may create it: `self.teacher = OtherModel(self, "org/name")`. It has to read the same
+    tokens as the policy.
+
+    Args:
+        module: The module that uses it.
+        name: Hub id or directory.
+        dtype: Of its weights; that of the policy when left out.
+    """
+
+    def __init__(self, module: RunModule, name: str, dtype: DType | None = None) -> None:
+        self.name = name
+        self.dtype = dtype
+        self._module = module
+        self._model: LM | None = None
+
+    @torch.no_grad()
+    def __call__(self, batch: Batch, compute: Callable[[States], Any] = States.logps) -> Any:
+        """Runs it on a batch, like `module.causal_lm`: log-probabilities of the targets, or what `compute` returns."""
+        if self._model is None:
+            model = other_model(self._module, self.name, self.dtype).eval().requires_grad_(False)
+            if self.dtype in (None, "auto"):
+                model = self._module.trainer.precision_plugin.convert_module(model)
+            self._model = model.to(self._module.device)
+        return self._model(batch, compute)
+
+
+def other_model(module: RunModule, name: str, dtype: DType | None = None, *, share_prompt: bool = True) -> LM:
+    """Loads another model for the batches of a module's run, without dropout, on the CPU.
+
+    Raises:
+        UserError: it can't be loaded, or has another vocabulary.
+    """
+    data = module.trainer.datamodule
+    _refuse_other_vocabulary(name, data.tokenizer)
+
+    def build(packed: bool) -> Any:
+        return build_model(
+            name,
+            tokenizer=data.tokenizer,
+            added_tokens=data.added_tokens,
+            dtype=dtype or module.dtype_name,
+            attn=NAME if packed else None,
+            trust_remote_code=module.trust_remote_code,
+        )
+
+    model = with_layout(build, data.branching and share_prompt)
+    disable_dropout(model)
+    return model
 
 
 # ---- precomputing

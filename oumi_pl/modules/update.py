@@ -225,7 +225,7 @@ class UpdateModule(L.LightningModule):
                 )
             self.__forget_update()
         elif self.__update:
-            self.finish_update(total_norm(self), float(optimizer.param_groups[0].get("lr", math.nan)))
+            self.finish_update(total_norm(self), learning_rate(optimizer))
 
     def finish_update(self, grad_norm: Tensor, lr: float, **instead: float) -> None:
         """Logs what was added to the update, and starts the next.
@@ -427,6 +427,11 @@ def _sum_metric(device: torch.device) -> SumMetric:
     return metric
 
 
+def learning_rate(optimizer: Optimizer) -> float:
+    """The rate of the first group; NaN if the optimizer has none."""
+    return next((float(group["lr"]) for group in optimizer.param_groups if "lr" in group), math.nan)
+
+
 def total_norm(module: torch.nn.Module) -> Tensor:
     """The norm of all gradients of a module, sharded ones included."""
     norm = torch.nn.utils.get_total_norm([p.grad for p in module.parameters() if p.grad is not None])
@@ -455,6 +460,7 @@ class RestorableModule(UpdateModule):
         """For each optimizer and group, the settings that it was created with, without the learning rate's schedule."""
         self.saved_optimizer_settings: list[list[dict[str, Any]]] | None = None
         """The same in the run that wrote the checkpoint; None if this run starts anew."""
+        self.__trained_at_start: list[str] = []
         self.__rng_to_restore: dict[str, Any] | None = None
         self.__schedule: ScheduledRates | None = None
 
@@ -481,6 +487,7 @@ class RestorableModule(UpdateModule):
         checkpoint["micro_batches"] = self.trainer.accumulate_grad_batches
         checkpoint["config"] = self.run_config
         checkpoint["optimizer_settings"] = self.optimizer_settings
+        checkpoint["trained"] = {"at_start": self.__trained_at_start, "now": self.__trained()}
         metrics = self.trainer.callback_metrics
         checkpoint["metrics"] = {k: float(v) for k, v in metrics.items() if k.startswith(("train/", "val/"))}
 
@@ -490,6 +497,7 @@ class RestorableModule(UpdateModule):
         Raises:
             UserError: the checkpoint is of another model, or holds too little to resume training.
         """
+        self.__thaw(checkpoint.get("trained", {}))
         self.__refuse_other_weights(checkpoint.get("state_dict", {}))
         if self._trainer is None or self.trainer.state.fn != "fit":
             return
@@ -525,9 +533,23 @@ class RestorableModule(UpdateModule):
                 _set_rate(group, lr * group.get("lr_factor", 1.0))
         self.__follow_schedule()
 
+    def __trained(self) -> list[str]:
+        return [name for name, parameter in self.named_parameters() if parameter.requires_grad]
+
+    def __thaw(self, saved: dict[str, list[str]]) -> None:
+        """Restores which weights are trained, unless this run would train others at its start than that run."""
+        self.__trained_at_start = self.__trained()
+        if saved.get("at_start") != self.__trained_at_start:
+            return
+        for name, parameter in self.named_parameters():
+            if (name in saved["now"]) != parameter.requires_grad:
+                parameter.requires_grad_(name in saved["now"])
+
     def begin_fit(self) -> None:
         """Keeps the settings of the optimizers before those of a checkpoint are restored."""
         super().begin_fit()
+        if self.saved_optimizer_settings is None:  # else set when the checkpoint was restored
+            self.__trained_at_start = self.__trained()
         self.optimizer_settings = [_settings(optimizer) for optimizer in self.trainer.optimizers]
 
     def begin_training(self) -> None:
@@ -539,15 +561,16 @@ class RestorableModule(UpdateModule):
         super().begin_training()
         if self.saved_optimizer_settings is None:
             return
-        before = [float(o.param_groups[0].get("lr", 0.0)) for o in self.trainer.optimizers]
+        before = [learning_rate(optimizer) for optimizer in self.trainer.optimizers]
         for i, optimizer in enumerate(self.trainer.optimizers):
             saved = self.saved_optimizer_settings[i] if i < len(self.saved_optimizer_settings) else []
             # groups that callbacks add later come last
             for j, (group, now) in enumerate(zip(optimizer.param_groups, self.optimizer_settings[i], strict=False)):
                 self.__apply_changes(group, now, saved[j] if j < len(saved) else {})
+        self.saved_optimizer_settings = None  # a second `fit` of this module starts anew
         self.__follow_schedule()
         for was, optimizer in zip(before, self.trainer.optimizers, strict=True):
-            now_is = float(optimizer.param_groups[0].get("lr", 0.0))
+            now_is = learning_rate(optimizer)
             if self.global_step and abs(now_is - was) > 0.01 * max(now_is, was):
                 rank_zero_warn(
                     f"the checkpoint's next learning rate was {was:.3g}, and this run continues with {now_is:.3g}"

@@ -418,7 +418,9 @@ def test_test_hooks_without_super_change_nothing(tmp_path):
     results = []
     for base in (SFT, silenced):
         L.seed_everything(1)
-        results.append(trainer().test(own(base), data(tmp_path, ROWS, test=data(tmp_path, ROWS).sources["train"]), verbose=False))
+        results.append(
+            trainer().test(own(base), data(tmp_path, ROWS, test=data(tmp_path, ROWS).sources["train"]), verbose=False)
+        )
     assert results[0] == results[1] and "test/loss" in results[0][0]
     assert calls == {"on_test_start": 1, "on_test_epoch_end": 1}
 
