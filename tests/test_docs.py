@@ -13,6 +13,7 @@ PAGES = (
     "benchmarks/README.md",
     "oumi_pl/core/README.md",
     "oumi_pl/data/README.md",
+    "recipes/notebooks/README.md",
 )
 LONGEST_LINE = 130
 

@@ -1,5 +1,6 @@
 """The page "Python and notebooks": each of its blocks runs, in order and in one process, and does what it says."""
 
+import json
 import re
 from pathlib import Path
 
@@ -117,3 +118,47 @@ def test_seeds_differ_and_notebooks_show_pages(page):
 def test_data_that_can_not_be_shown_say_why(page):
     html = page["SFTData"]("nothing.jsonl", tokenizer=page["ByteTokenizer"]())._repr_html_()
     assert "no such file or directory" in html
+
+
+# ---- the notebook
+
+
+def cells(notebook):
+    return [cell for cell in notebook["cells"] if cell["cell_type"] == "code"]
+
+
+def htmls(notebook):
+    outputs = [output for cell in cells(notebook) for output in cell["outputs"]]
+    return ["".join(output["data"]["text/html"]) for output in outputs if "text/html" in output.get("data", {})]
+
+
+def shows_preview_curves_samples_and_layers(notebook):
+    preview, history, samples, module = htmls(notebook)
+    return (
+        "carry loss" in preview
+        and "Loss, nats per target token" in history
+        and "Say it very loudly" in samples
+        and "parameters" in module
+    )
+
+
+def test_the_notebook_holds_small_outputs_of_all_its_cells():
+    notebook = json.loads(NOTEBOOK.read_text())
+    assert NOTEBOOK.stat().st_size < 200_000
+    assert [cell["execution_count"] for cell in cells(notebook)] == list(range(1, len(cells(notebook)) + 1))
+    assert shows_preview_curves_samples_and_layers(notebook)
+    assert not [line for cell in cells(notebook) for line in "".join(cell["source"]).splitlines() if len(line) > 120]
+
+
+@pytest.mark.slow
+def test_the_notebook_runs(tmp_path, monkeypatch):
+    nbformat, nbclient = pytest.importorskip("nbformat"), pytest.importorskip("nbclient")
+    monkeypatch.setenv("PYTHONPATH", str(FOLDER.parents[1]))
+    notebook = nbformat.read(NOTEBOOK, as_version=4)
+    for cell in cells(notebook):
+        cell["outputs"] = []
+    where = {"metadata": {"path": str(tmp_path)}}
+    nbclient.NotebookClient(notebook, timeout=900, kernel_name="python3", resources=where).execute()
+    assert shows_preview_curves_samples_and_layers(notebook)
+    samples = "".join(output["text"] for output in cells(notebook)[2]["outputs"] if output["output_type"] == "stream")
+    assert "SHIRT!" in samples.partition("step 200")[2], "it learns"
