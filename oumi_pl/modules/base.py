@@ -9,6 +9,7 @@ import lightning as L
 import torch
 from lightning.pytorch.callbacks import BaseFinetuning, ModelPruning, StochasticWeightAveraging
 from lightning.pytorch.cli import OptimizerCallable
+from lightning.pytorch.strategies import ModelParallelStrategy
 from lightning.pytorch.trainer import call
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import Tensor
@@ -232,6 +233,7 @@ class LanguageModule(RestorableModule):
         if data is not None:
             stage = self.trainer.state.fn.value if self.trainer.state.fn else "fit"
             refuse_too_few_positions(model.base, data.max_length, data.longest_path(list(data.needed(stage))))
+        self.__refuse_sharded_loss()
         # before sharding: this runs layers outside of the wrapper's forward, which gathers sharded weights
         model.refuse_unknown_logits()
         self.on_model_built()
@@ -252,6 +254,19 @@ class LanguageModule(RestorableModule):
         if not self.heads():
             self.make_heads(model)
         return model
+
+    def __refuse_sharded_loss(self) -> None:
+        """Refuses to shard the parameters of a loss, which is called where they are not gathered.
+
+        Raises:
+            UserError: the strategy shards weights, and the loss has some.
+        """
+        own = isinstance(self.loss, torch.nn.Module) and any(p.requires_grad for p in self.loss.parameters())
+        if own and isinstance(self.trainer.strategy, ModelParallelStrategy):
+            raise UserError(
+                f"model.loss: {type(self.loss).__name__} has parameters of its own, which can't be sharded; train with "
+                "strategy ddp, or move them into make_heads and call them in loss_sums"
+            )
 
     def assemble(self, tokenizer: Any, added_tokens: Sequence[int] = (), *, branching: bool | None = False) -> LM:
         """Builds the model and its heads and assigns them to the module; arguments as of `build`.

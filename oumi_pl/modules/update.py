@@ -244,6 +244,7 @@ class UpdateModule(L.LightningModule):
         self.__finished, self.__is_counted = self.global_step, False
         if OWN_LOSS in sums:
             metrics = {"loss": sums.pop(OWN_LOSS) / self.trainer.world_size}
+            sums["loss"] = metrics["loss"] * sums[self.unit].clamp(min=1)
         else:
             sums |= {name: mean * sums[self.unit] for name, mean in instead.items()}
             metrics = self.metrics(sums, "train")

@@ -395,6 +395,39 @@ def test_an_architecture_by_class_path_fits_exports_and_generates(work, capsys):
     assert float(done.stdout) == pytest.approx(float(here.detach()), rel=1e-5)
 
 
+OWN_STEP = """
+from oumi_pl.modules.sft import SFT
+
+
+class OwnStep(SFT):
+    def training_step(self, batch, batch_idx):
+        return -self.causal_lm(batch).mean()
+
+    def on_save_checkpoint(self, checkpoint):
+        checkpoint["mine"] = 1
+
+    def on_load_checkpoint(self, checkpoint):
+        assert checkpoint["mine"] == 1
+"""
+
+
+def test_a_recipe_with_a_step_and_hooks_of_ones_own_is_watched_resumed_and_exported(work):
+    (work / "own_step.py").write_text(OWN_STEP)
+    recipe = yaml.safe_load(RECIPE)
+    recipe["model"] = {"class_path": "own_step.OwnStep", "init_args": {"config": LLAMA}}
+    (work / "own.yaml").write_text(yaml.safe_dump(recipe | {"checkpoint": {"every": 2, "keep": 9}}))
+    assert main(["fit", "--config", "own.yaml", "--name", "own", "--checkpoint.monitor", "val/loss"]) == 0
+    lines = (work / "runs/own/metrics.csv").read_text().splitlines()
+    names = lines[0].split(",")
+    assert {"train/loss", "train/grad_norm", "train/tokens_per_second", "val/loss"} <= set(names)
+    assert float(lines[1].split(",")[names.index("train/num_tokens")]) > 0
+    assert main(["export", "--checkpoint", "runs/own/checkpoints/best.ckpt", "--output", "exported"]) == 0
+    step = "runs/own/checkpoints/step-00000002.ckpt"
+    assert main(["fit", "--config", "own.yaml", "--name", "again", "--ckpt_path", step]) == 0
+    ours, theirs = (load_checkpoint(work / "runs" / name).module.state_dict() for name in ("own", "again"))
+    assert distance(ours, theirs) == 0
+
+
 def test_architectures_that_are_none_are_refused(work):
     for path, message in {
         "gla.GLAX": r"model\.architecture: can't import 'gla\.GLAX'",
