@@ -19,7 +19,7 @@ class TDPO(DPO):
     """
 
     def __init__(self, *args, beta: float = 0.1, alpha: float = 0.5, **kwargs):
-        super().__init__(*args, **({"reference": "online"} | kwargs))
+        super().__init__(*args, reference="online", **kwargs)
         self.beta, self.alpha = beta, alpha
 
     def loss_sums(self, batch, split):

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import AutoModelForCausalLM
 
+from oumi_pl.config.cli import instantiate
 from oumi_pl.data.dpo import DPOData
 from oumi_pl.data.sft import SFTData
 from oumi_pl.data.tokenizers import ByteTokenizer
@@ -60,6 +61,25 @@ def test_there_are_seven_of_at_most_forty_lines_that_use_public_names_only():
         text = file.read_text()
         assert len(text.splitlines()) <= 40, file.name
         assert not re.findall(r"(?:oumi_pl|self|module|pl_module|data|reference)\._\w+", text), file.name
+
+
+@pytest.mark.parametrize(
+    ("model", "data"),
+    [
+        ({"class_path": "SFT", "init_args": {"loss": {"class_path": "dft.DFT", "init_args": {"power": 0.5}}}}, {}),
+        ({"class_path": "SFT", "init_args": {"optimizer": {"class_path": "sam.SAM", "init_args": {"lr": 0.1}}}}, {}),
+        ({"class_path": "SFT", "init_args": {"architecture": "gated.Gated", "config": {"hidden_size": 8}}}, {}),
+        ({"class_path": "SFT"}, {"class_path": "curriculum.Curriculum", "init_args": {"stages": 2, "packing": True}}),
+        ({"class_path": "tdpo.TDPO", "init_args": {"alpha": 0.3, "lora": {"r": 2}}}, {"class_path": "DPOData"}),
+        ({"class_path": "taught.TaughtDPO", "init_args": {"teacher": "t", "weight": 0.2}}, {"class_path": "DPOData"}),
+    ],
+)
+def test_recipes_name_them_with_the_arguments_of_their_bases(model, data):
+    model["init_args"] = {"config": LLAMA} | model.get("init_args", {})
+    built, rows = instantiate({"model": model, "data": {"class_path": "SFTData"} | data})
+    named = {part.rpartition(".")[0] for part in re.findall(r"(\w+\.\w+)'", str((model, data)))}
+    own = {type(part).__module__ for part in (built, built.loss, rows)}
+    assert named & own or built.config["model_type"] == "gated" or "sam" in named
 
 
 def test_a_token_loss_with_its_metrics():
