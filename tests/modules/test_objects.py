@@ -100,6 +100,10 @@ def test_rows_of_added_tokens_are_initialised_once(folder):
 
 
 REFUSED = {
+    "a reference": (
+        lambda hf, folder: DPO(folder, reference=hf),
+        "model.reference is a LlamaForCausalLM; name a model",
+    ),
     "a plain module": (lambda hf, folder: SFT(torch.nn.Linear(2, 2)), "model: Linear is an nn.Module; pass a name"),
     "something else": (lambda hf, folder: SFT({"model_type": "llama"}), "model: dict is no model; pass a name"),
     "no head": (lambda hf, folder: SFT(AutoModel.from_pretrained(folder)), "LlamaModel has no output head"),
