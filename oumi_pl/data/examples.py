@@ -12,6 +12,7 @@ from torch.utils.data import ConcatDataset, DataLoader
 
 from oumi_pl.data import report as reports
 from oumi_pl.data.base import TextData
+from oumi_pl.data.code import code_of, settings_of
 from oumi_pl.data.collate import collate
 from oumi_pl.data.formats import FORMATS, Formats
 from oumi_pl.data.loader import PlanLoader, eval_loader
@@ -20,7 +21,7 @@ from oumi_pl.data.records import OnBadRows, RecordReader
 from oumi_pl.data.reference import ReferenceLogps
 from oumi_pl.data.rendering import ChatRenderer, Turns
 from oumi_pl.data.sources import Source, as_sources
-from oumi_pl.data.store import ExampleStore, code_of, example_store
+from oumi_pl.data.store import ExampleStore, example_store
 from oumi_pl.data.template import apply_template, check_variables, load_template
 from oumi_pl.data.template_date import template_date
 from oumi_pl.data.tokenize import Dropped, Lost, Overflow, Tokenize
@@ -78,7 +79,8 @@ class ExampleData(TextData):
     def encoding_key(self) -> list[Any]:
         """Settings that `encode` depends on, as part of the cache's key.
 
-        Tokenizer, `max_length` and the code of the class and of all that it uses are in the key anyway.
+        Tokenizer, `max_length`, the code of the class and of all that it uses, and the attributes that its own methods
+        read are in the key anyway.
         """
         return []
 
@@ -204,7 +206,13 @@ class ExampleData(TextData):
         key = [side, tokenizer_fingerprint(self.tokenizer), self.max_length, self.encoding_key()]
         code = code_of(type(self), *(function for function, _ in self.formats))
         return example_store(
-            source, [*key, code], self.encode, keep, self.formats, bad_rows=self.bad_rows, columns=self.fields
+            source,
+            [*key, code, settings_of(self)],
+            self.encode,
+            keep,
+            self.formats,
+            bad_rows=self.bad_rows,
+            columns=self.fields,
         )
 
     def batch(self, split: str, ids: Sequence[int]) -> Batch:
@@ -257,7 +265,7 @@ class ExampleData(TextData):
         `Plan(example_ids, np.arange(len(example_ids) + 1), self.layout.rows_per_update)` trains on them in this order,
         one per row. A resumed run calls it again: it has to return the same plan for the same epoch.
         """
-        weights = [source.weight for source in as_sources(self.sources["train"])]  # type: ignore[arg-type]
+        weights = [source.weight for source in as_sources(self.sources["train"])]
         drawn = 0 if self.overfits else epoch
         ids = mixture_epoch([len(store) for store in self.stores("train")], weights, self.run_seed, drawn)
         return plan_epoch(
@@ -293,7 +301,7 @@ class ExampleData(TextData):
 
     def updates(self, epochs: int) -> int:
         """Number of optimizer updates in `epochs` epochs, within `limit_train_batches`."""
-        weighted = any(source.weight is not None for source in as_sources(self.sources["train"]))  # type: ignore[arg-type]
+        weighted = any(source.weight is not None for source in as_sources(self.sources["train"]))
         varies = weighted or type(self).plan is not ExampleData.plan  # a curriculum
         first, layout, updates = self.plan(0).rows, self.layout, 0
         for epoch in range(epochs):
@@ -405,7 +413,7 @@ class ChatData(ExampleData):
     @cached_property
     def template_date(self) -> Date | None:
         """The day that the template gets as today; None if it doesn't ask for it."""
-        sources = [str(source.path) for source in as_sources(self.sources["train"])] if self.sources["train"] else []  # type: ignore[arg-type]
+        sources = [str(source.path) for source in as_sources(self.sources["train"])] if self.sources["train"] else []
         return template_date(self.tokenizer.chat_template, self.template_variables, sources)
 
     @cached_property

@@ -38,7 +38,7 @@ class PackedChatData(PretrainData):
     @cached_property
     def rendering(self) -> Rendering:
         """Renders conversations as texts."""
-        sources = [str(source.path) for source in as_sources(self.sources["train"])] if self.sources["train"] else []  # type: ignore[arg-type]
+        sources = [str(source.path) for source in as_sources(self.sources["train"])] if self.sources["train"] else []
         return Rendering(self.tokenizer, template_date(self.tokenizer.chat_template, {}, sources))
 
     def parts(self, split: str) -> list[Part]:

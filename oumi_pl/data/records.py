@@ -10,6 +10,7 @@ from oumi_pl.data.formats import (
     Formats,
     columns_read,
     find_format,
+    format_name,
     raised,
     rename_columns,
     resolve_format,
@@ -125,13 +126,13 @@ class RecordReader:
         except Exception as error:
             if source.format is None:
                 raise
-            raise UserError(raised(source.format, error)) from error
+            raise UserError(raised(format_name(source.format), error)) from error
         records = record if isinstance(record, list) else [record]
         for one in records:
             if not isinstance(one, Record):
                 raise UserError(
-                    f"{source.format} returned a {type(one).__name__} for this row; a format returns a "
-                    "Conversation, a Text or a Preference"
+                    f"{format_name(source.format or convert)} returned a {type(one).__name__} for this row; a format "
+                    "returns a Conversation, a Text or a Preference"
                 )
         if self._ignored and any(not is_empty(row.get(name)) for name in self._ignored.intersection(MEDIA)):
             for one in records:

@@ -3,7 +3,7 @@
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from pathlib import Path
-from typing import Any, ClassVar, Literal, NamedTuple, cast
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple, cast
 
 import lightning as L
 import torch
@@ -35,6 +35,7 @@ from oumi_pl.models.build import (
 )
 from oumi_pl.models.export import export_model, read_heads
 from oumi_pl.models.generation import complete
+from oumi_pl.models.given import adopt, refuse_unusable, set_attention
 from oumi_pl.models.lm import LM, choose_layout, disable_dropout, forest, padded, with_layout
 from oumi_pl.models.lora import lora_config
 from oumi_pl.modules.reference import Reference
@@ -45,6 +46,13 @@ from oumi_pl.types import SPLITS, Batch, RunData
 
 HALF_PRECISION: dict[str, DType] = {"bf16-true": "bfloat16", "16-true": "float16"}
 """Values of `trainer.precision` for which Lightning casts the weights."""
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+    ModelName = str | PreTrainedModel
+else:  # the type of a recipe; Python may pass the model itself
+    ModelName = str
 
 
 class Comparison(NamedTuple):
@@ -72,7 +80,8 @@ class LanguageModule(RestorableModule):
     """Trains a causal language model. Subclasses define the loss of a batch.
 
     Args:
-        model: Hub id or directory of a pretrained model; leave it out to start from random weights.
+        model: Hub id or directory of a pretrained model; leave it out to start from random weights. From Python also a
+            causal LM of transformers, which is then trained itself.
         config: `model_type` and values of a config to start from; with `model`, values to override.
         architecture: Class path of a model of your own, a subclass of `transformers.PreTrainedModel` with a
             `config_class`; `config` then needs no `model_type`.
@@ -109,7 +118,7 @@ class LanguageModule(RestorableModule):
 
     def __init__(
         self,
-        model: str | None = None,
+        model: ModelName | None = None,
         config: dict[str, Any] | None = None,
         *,
         architecture: str | None = None,
@@ -128,6 +137,12 @@ class LanguageModule(RestorableModule):
         layer_decay: float = 1.0,
     ) -> None:
         super().__init__()
+        self.model_object: Any = None
+        """The model, if it was passed as an object; in a list, since it is no submodule beside `model`."""
+        if model is not None and not isinstance(model, str):
+            other = {"config": config, "quantization": quantization, "revision": revision}
+            refuse_unusable(model, **other, dtype=dtype if dtype not in ("float32", "auto") else None)
+            self.model_object = [model]
         if not 0 < layer_decay <= 1:
             raise UserError(f"model.layer_decay is {layer_decay}, but has to be above 0 and at most 1")
         if architecture is not None:
@@ -147,7 +162,7 @@ class LanguageModule(RestorableModule):
             build_config(None, config, None)
         # built once with a dummy parameter, so that a negative learning rate, for example, is refused now
         _optimizer(optimizer, parameter_groups([("probe", torch.nn.Parameter(torch.zeros(1, 1)))]))
-        self.model_name = model
+        self.model_name = model if isinstance(model, str | None) else model.name_or_path or None
         self.config = config
         self.dtype_name: DType = dtype
         self.attn = attn
@@ -170,11 +185,12 @@ class LanguageModule(RestorableModule):
         self.engine_notes: list[str] = []
         """Lines that an engine other than Lightning adds to `notes`."""
         self.__is_start = False
+        self.__built: list[LM] = []  # in a list, since it is no second submodule
 
     @property
     def keeps_trained_weights_only(self) -> bool:
         """Whether the model is pretrained with adapters: resuming loads its frozen weights again."""
-        return self.lora is not None and self.model_name is not None
+        return self.lora is not None and self.model_name is not None and self.model_object is None
 
     @classmethod
     def load_from_checkpoint(  # type: ignore[override]
@@ -210,15 +226,20 @@ class LanguageModule(RestorableModule):
         Raises:
             UserError: the model can't be built, does not fit the data, or computes its logits in an unknown way.
         """
-        if self.model is not None:
+        if self.model is not None and self.model in self.__built:
             return
         refuse_unfit_callbacks(self.trainer.callbacks)  # type: ignore[attr-defined]
+        if self.__built and self.reference is not None:
+            self.reference.opened = None  # it was that of another model
         data = self.data
-        if data is None:
+        if isinstance(self.model, LM):
+            model = self.__prepared(self.model)
+        elif data is None:
             model = self.assemble(None)
         else:
-            stage = self.trainer.state.fn.value if self.trainer.state.fn else "fit"
             model = self.assemble(data.tokenizer, data.added_tokens, branching=data.branching)
+        if data is not None:
+            stage = self.trainer.state.fn.value if self.trainer.state.fn else "fit"
             refuse_too_few_positions(model.base, data.max_length, data.longest_path(list(data.needed(stage))))
         self.__refuse_sharded_loss()
         # before sharding: this runs layers outside of the wrapper's forward, which gathers sharded weights
@@ -230,6 +251,21 @@ class LanguageModule(RestorableModule):
         if self.compile_layers:
             model.body.compile()
         shard(model, self)
+        self.__built = [model]
+
+    def __prepared(self, model: LM) -> LM:
+        """A model that the user assigned to `self.model`, with what `assemble` would have added."""
+        self.model_object = [model.hf]
+        model.train()  # `from_pretrained` returns eval mode, which Lightning would keep
+        if self.reference is not None:
+            disable_dropout(model)
+        if self.data is not None and model.layout is not padded:
+            share = self.data.branching and self.share_prompt is not False
+            longest = 0 if self.__is_checked_on_device else self.__longest_row
+            model.layout, model.layout_reason = choose_layout(model.hf, share, longest)
+        if not self.heads():
+            self.make_heads(model)
+        return model
 
     def __refuse_sharded_loss(self) -> None:
         """Refuses to shard the parameters of a loss, which is called where they are not gathered.
@@ -250,6 +286,9 @@ class LanguageModule(RestorableModule):
         Raises:
             UserError: the model folder holds other heads than this trainer type has.
         """
+        if self.model is not None and not isinstance(self.model, LM):  # assigned by the user, instead of an argument
+            refuse_unusable(self.model)
+            self.model_object, self.model = [self.model], None
         self.model = self.build(tokenizer, added_tokens, branching=branching)
         self.make_heads(self.model)
         if self.model_name is not None and (heads := self.heads()):
@@ -293,16 +332,36 @@ class LanguageModule(RestorableModule):
                 trust_remote_code=self.trust_remote_code,
             )
 
+        builder = build if self.model_object is None else self.__given(tokenizer, added_tokens)
         if branching is None:
-            return LM(build(False))
+            return LM(builder(False))
         # long rows are tried on the device if it is another one, see `begin_fit`
         longest = 0 if self.__is_checked_on_device else self.__longest_row
-        model = with_layout(build, branching and self.share_prompt is not False, longest)
+        model = with_layout(builder, branching and self.share_prompt is not False, longest)
         if branching and self.share_prompt is True and model.layout is not forest:
             raise UserError(f"model.share_prompt: {model.layout_reason}; leave it out to compute prompts twice")
         if self.reference is not None:
             disable_dropout(model)
         return model
+
+    def __given(self, tokenizer: Any, added_tokens: Sequence[int]) -> Callable[[bool], Any]:
+        """Prepares the model that was passed as an object; returns what sets its attention, with packed rows or not."""
+        (hf,) = self.model_object
+        own = hf.config._attn_implementation
+        prepared = adopt(
+            hf,
+            tokenizer=tokenizer,
+            added_tokens=added_tokens,
+            lora=self.lora,
+            freeze=self.freeze_modules,
+            gradient_checkpointing=self.gradient_checkpointing,
+        )
+
+        def with_attention(packed: bool) -> Any:
+            set_attention(hf, self.attn or (attention.NAME if packed else own))
+            return prepared
+
+        return with_attention
 
     @property
     def weights_dtype(self) -> DType:

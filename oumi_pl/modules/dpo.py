@@ -11,7 +11,7 @@ from oumi_pl.errors import UserError
 from oumi_pl.losses.preference import LDDPO, Sigmoid, WeightedSum
 from oumi_pl.models.build import DType
 from oumi_pl.models.lm import States
-from oumi_pl.modules.base import LanguageModule
+from oumi_pl.modules.base import LanguageModule, ModelName
 from oumi_pl.modules.reference import Reference
 from oumi_pl.modules.update import Split
 from oumi_pl.types import Batch, Pairs, PreferenceLoss, Sums
@@ -46,7 +46,7 @@ class DPO(LanguageModule):
 
     def __init__(
         self,
-        model: str | None = None,
+        model: ModelName | None = None,
         config: dict[str, Any] | None = None,
         *,
         loss: PreferenceLoss | None = None,

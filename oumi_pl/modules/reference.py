@@ -63,6 +63,11 @@ class Reference:
         needed: bool = True,
         user: str = "this loss",
     ) -> None:
+        if not isinstance(name, str):
+            raise UserError(
+                f"model.reference is a {type(name).__name__}; name a model or a folder (`save_pretrained` writes one), "
+                "or say initial, online or none"
+            )
         self.name = name
         self.dtype = dtype
         self.sync_every = sync_every

@@ -6,7 +6,7 @@ from torch import Tensor
 
 from oumi_pl.losses.causal import CrossEntropy, is_cross_entropy
 from oumi_pl.models.lm import States
-from oumi_pl.modules.base import LanguageModule
+from oumi_pl.modules.base import LanguageModule, ModelName
 from oumi_pl.modules.update import Split
 from oumi_pl.types import Batch, Sums, TokenLoss
 
@@ -25,7 +25,7 @@ class SFT(LanguageModule):
 
     def __init__(
         self,
-        model: str | None = None,
+        model: ModelName | None = None,
         config: dict[str, Any] | None = None,
         *,
         loss: TokenLoss | None = None,

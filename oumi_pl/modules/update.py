@@ -172,6 +172,8 @@ class UpdateModule(L.LightningModule):
 
     def begin_training(self) -> None:
         """Runs before the first update, once a checkpoint is restored."""
+        self.__finished = self.__stepped = -1  # another trainer counts its steps from 0 again
+        self.__update = {}
         for optimizer in self.trainer.optimizers:
             if isinstance(optimizer, Optimizer):  # `optimizer_step` is not called in manual optimisation
                 optimizer.register_step_post_hook(lambda *_: self.__after_step())
