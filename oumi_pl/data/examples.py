@@ -5,7 +5,7 @@ from abc import abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from datetime import date as Date
 from functools import cached_property, partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, get_args
 
 import numpy as np
 from torch.utils.data import ConcatDataset, DataLoader
@@ -20,13 +20,13 @@ from oumi_pl.data.plan import Layout, Plan, mixture_epoch, plan_epoch, plan_in_o
 from oumi_pl.data.records import OnBadRows, RecordReader
 from oumi_pl.data.reference import ReferenceLogps
 from oumi_pl.data.rendering import ChatRenderer, Turns
-from oumi_pl.data.sources import Source, as_sources
+from oumi_pl.data.sources import Source, as_sources, titles
 from oumi_pl.data.store import ExampleStore, example_store
 from oumi_pl.data.template import apply_template, check_variables, load_template
 from oumi_pl.data.template_date import template_date
 from oumi_pl.data.tokenize import Dropped, Lost, Overflow, Tokenize
 from oumi_pl.data.tokenizers import tokenizer_fingerprint
-from oumi_pl.errors import UserError
+from oumi_pl.errors import UserError, nearest
 from oumi_pl.types import Batch, Example, Record, Row
 
 EXACT_EPOCHS = 10
@@ -64,6 +64,8 @@ class ExampleData(TextData):
         **kwargs: Any,
     ) -> None:
         super().__init__(*args, **kwargs)
+        if bad_rows not in get_args(OnBadRows):
+            raise UserError(f"data.bad_rows: unknown {bad_rows!r}{nearest(str(bad_rows), get_args(OnBadRows))}")
         self.bad_rows: OnBadRows = bad_rows
         self.fields = list(fields)
         self.packing = packing
@@ -413,8 +415,7 @@ class ChatData(ExampleData):
     @cached_property
     def template_date(self) -> Date | None:
         """The day that the template gets as today; None if it doesn't ask for it."""
-        sources = [str(source.path) for source in as_sources(self.sources["train"])] if self.sources["train"] else []
-        return template_date(self.tokenizer.chat_template, self.template_variables, sources)
+        return template_date(self.tokenizer.chat_template, self.template_variables, titles(self.sources["train"]))
 
     @cached_property
     def renderer(self) -> ChatRenderer:

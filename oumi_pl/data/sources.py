@@ -255,6 +255,11 @@ def as_sources(value: Any, where: str = "data") -> list[Source]:
     return [_source(item, where) for item in value]
 
 
+def titles(value: Any) -> list[str]:
+    """The names of the sources of an argument, for messages and caches; none for None."""
+    return [] if value is None else [source.title for source in as_sources(value)]
+
+
 def _named_sources(value: Mapping[str, Any], where: str) -> list[Source]:
     import datasets
 

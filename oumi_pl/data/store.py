@@ -10,7 +10,7 @@ import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, BinaryIO, cast, get_args
+from typing import Any, BinaryIO, cast
 
 import numpy as np
 
@@ -252,8 +252,6 @@ def example_store(
     Raises:
         UserError: rows can't be used; lists the reasons with the files and lines of the first rows.
     """
-    if bad_rows not in get_args(OnBadRows):
-        raise UserError(f"data.bad_rows: unknown {bad_rows!r}{nearest(str(bad_rows), get_args(OnBadRows))}")
     code = source.format and code_of(resolve_format(source.format, formats))
     table = [(function.__module__, function.__qualname__, columns) for function, columns in formats]
     name = source.format and format_name(source.format)
@@ -335,15 +333,17 @@ def _encode(
     except UserError as error:
         failed, before = error, bad.count
     else:
-        yield from (_with_fields(example, fields) for example, (_, _, fields) in zip(encoded, records, strict=True))
+        if any(fields for _, _, fields in records):
+            encoded = [_with_fields(example, row[2]) for example, row in zip(encoded, records, strict=True)]
+        yield from encoded
         return
     for origin, record, fields in records:
         try:
-            (example,) = encode([record])
+            encoded = encode([record])
         except UserError as error:
             bad.add(origin, str(error))
         else:
-            yield _with_fields(example, fields)
+            yield from (_with_fields(example, fields) for example in encoded)
     if bad.count == before:
         raise failed
 
