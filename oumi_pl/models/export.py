@@ -2,7 +2,7 @@
 
 import copy
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -37,8 +37,9 @@ def export_model(
     stop_tokens: Sequence[int] = (),
     card: str | None = None,
     heads: Mapping[str, Tensor] | None = None,
+    check: Callable[[Path], None] | None = None,
 ) -> None:
-    """Writes a folder that `AutoModelForCausalLM.from_pretrained` loads, with the live model's logits.
+    """Writes a folder that the `from_pretrained` of the model's class loads, with the live model's outputs.
 
     The folder appears once it is complete. Under FSDP2 all ranks have to call this; rank 0 writes.
 
@@ -51,6 +52,7 @@ def export_model(
         stop_tokens: Ids that end an answer besides EOS.
         card: Text of the model card.
         heads: Weights that a trainer type has beside the model, written to a separate file.
+        check: Called with the finished folder before it appears under its name; raises if it is not right.
 
     Raises:
         UserError: an adapter would not fit its base on disk, sharded or quantised weights are to be merged, or the
@@ -77,7 +79,8 @@ def export_model(
         hf.save_pretrained(half, **kwargs)
         if is_adapter and not merge and any(config.use_dora for config in hf.peft_config.values()):
             _rename_magnitudes(half / "adapter_model.safetensors")
-        generation.save_pretrained(half)
+        if generation is not None:
+            generation.save_pretrained(half)
         if whole_heads:
             save_file(whole_heads, half / HEADS, metadata={"format": "pt"})
         if tokenizer is not None:
@@ -85,7 +88,9 @@ def export_model(
         if card is not None:
             (half / "README.md").write_text(card, encoding="utf-8")
         for weights in half.glob("*.safetensors"):  # safetensors creates files that only the owner can read
-            weights.chmod((half / "generation_config.json").stat().st_mode)
+            weights.chmod(next(half.glob("*config.json")).stat().st_mode)
+        if check is not None:
+            check(half)
 
 
 def read_heads(folder: Path, heads: Mapping[str, Tensor]) -> None:
@@ -190,8 +195,14 @@ def _folder(directory: Path) -> Iterator[Path]:
 
 @contextmanager
 def _generation_config(hf: Any, tokenizer: Any, stop_tokens: Sequence[int]) -> Iterator[Any]:
-    """Sets a generation config with which `generate` stops at the end of an answer, without further arguments."""
+    """Sets a generation config with which `generate` stops at the end of an answer, without further arguments.
+
+    Yields None for a model that does not generate.
+    """
     base = hf.get_base_model() if hasattr(hf, "peft_config") else hf
+    if not base.can_generate():
+        yield None
+        return
     own = base.generation_config
     generation = copy.deepcopy(own)
     ends = own.eos_token_id if isinstance(own.eos_token_id, list) else [own.eos_token_id]

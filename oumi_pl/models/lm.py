@@ -125,6 +125,10 @@ PROBE_TOKENS = 8
 """Tokens on which `refuse_unknown_logits` compares logits."""
 
 
+PROBE_ROWS = (7, 5, 9)
+"""Tokens of the rows on which scores are compared."""
+
+
 @dataclass(frozen=True)
 class States:
     """The hidden states of a batch, with methods for losses. Only valid while `LM.forward` runs.
@@ -281,12 +285,67 @@ class LM(nn.Module):
             own = self.base(input_ids=ids, position_ids=places, use_cache=False).logits.float()
         if self.logit_transform is not None:
             logits = self.logit_transform(logits)
-        tolerance = 1e-4 if weight.dtype in (torch.float32, torch.float64) else 5e-2
-        if not torch.allclose(logits, own, rtol=tolerance, atol=tolerance * float(own.abs().max())):
+        if not are_near(logits, own, weight):
             raise UserError(
                 f"{type(self.base).__name__} computes its logits in a way that is not supported, so the loss would be "
                 "wrong; please report the architecture"
             )
+
+
+class ScoringLM(LM):
+    """A sequence-classification model with one label: scores the last token of each segment's path."""
+
+    @property
+    def head(self) -> nn.Module:
+        """The module from hidden states to a score."""
+        return self.base.score  # type: ignore[return-value]
+
+    @property
+    def _router_coefficient(self) -> float:
+        return 0.0  # as in transformers, whose sequence-classification models have no router loss
+
+    def scores(self, states: States) -> Tensor:
+        """The score of each segment's path, `[segments]` float32."""
+        return self.head(states.ends)[:, 0].float()
+
+    def probe_scores(self) -> tuple[list[Tensor], Tensor]:
+        """Scores a few rows of tokens without padding tokens: returns their ids, `[tokens]` each, and scores `[rows]`.
+
+        Under FSDP2 all ranks have to call this. Restores random generators and training modes.
+        """
+        embedding = cast("Tensor", self.base.get_input_embeddings().weight)
+        vocabulary, pad = len(embedding), self.base.config.get_text_config().pad_token_id
+        ids = torch.randint(vocabulary, (sum(PROBE_ROWS),), generator=torch.Generator().manual_seed(0))
+        rows = list(torch.where(ids == pad, (ids + 1) % vocabulary, ids).split(PROBE_ROWS))
+        batch: Any = {
+            "input_ids": torch.cat(rows)[None].to(embedding.device),
+            "position_ids": torch.cat([torch.arange(n) for n in PROBE_ROWS])[None].to(embedding.device),
+            "segments": [Segment(n) for n in PROBE_ROWS],
+        }
+        with probing(self, embedding.device):
+            return rows, self(batch, self.scores).cpu()
+
+    def refuse_unknown_logits(self) -> None:
+        """Compares our scores of a few rows with the model's own. Restores random generators and training modes.
+
+        Raises:
+            UserError: the architecture computes its score in a way that this wrapper does not reproduce.
+        """
+        rows, scores = self.probe_scores()
+        embedding = cast("Tensor", self.base.get_input_embeddings().weight)
+        with probing(self, embedding.device):
+            own = [self.base(input_ids=row[None].to(embedding.device), use_cache=False).logits[0, 0] for row in rows]
+        if not are_near(scores, torch.stack(own).float().cpu(), embedding):
+            raise UserError(
+                f"{type(self.base).__name__} computes its score in a way that is not supported, so rewards would be "
+                "wrong; please report the architecture"
+            )
+
+
+def are_near(ours: Tensor, theirs: Tensor, weight: Tensor) -> bool:
+    """Whether two computations with the same weights agree, up to the precision of `weight`."""
+    tolerance = 1e-4 if weight.dtype in (torch.float32, torch.float64) else 5e-2
+    return torch.allclose(ours, theirs, rtol=tolerance, atol=tolerance * float(theirs.abs().max()))
 
 
 def choose_layout(hf: Any, share: bool = True) -> tuple[Layout, str]:
@@ -305,12 +364,13 @@ def choose_layout(hf: Any, share: bool = True) -> tuple[Layout, str]:
     return (documents, why) if apart is None else (padded, apart)
 
 
-def with_layout(build: Callable[[bool], Any], share: bool = True) -> LM:
+def with_layout(build: Callable[[bool], Any], share: bool = True, wrap: type[LM] = LM) -> LM:
     """Builds a model with the cheapest layout that is exact for it.
 
     Args:
         build: Builds the Hugging Face model, with the attention that packed rows need (True) or with its own (False).
         share: As of `choose_layout`.
+        wrap: The class of the result.
     """
     state, hf = torch.get_rng_state(), None
     try:
@@ -322,7 +382,7 @@ def with_layout(build: Callable[[bool], Any], share: bool = True) -> LM:
         torch.set_rng_state(state)  # so that random weights do not depend on the attention
         hf = build(False)
     # a right answer was found, so what to change for another one is left out
-    return LM(hf, layout, reason.partition("; ")[0])
+    return wrap(hf, layout, reason.partition("; ")[0])
 
 
 def disable_dropout(model: nn.Module) -> None:

@@ -1,5 +1,6 @@
 """LoRA through PEFT: checks of the recipe's `lora:`, and the embedding rows of added tokens."""
 
+import copy
 import inspect
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
@@ -21,8 +22,12 @@ _VALUES: dict[str, tuple[Any, Any, str]] = {
 _REWRITES_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
 
 
-def lora_config(lora: dict[str, Any]) -> Any:
+def lora_config(lora: dict[str, Any], task: str = "CAUSAL_LM") -> Any:
     """Creates the `peft.LoraConfig` of a recipe's `lora:`; for all linear layers by default.
+
+    Args:
+        lora: Keys and values of `peft.LoraConfig`.
+        task: PEFT's task type. `SEQ_CLS` also trains and saves the head `score` as a whole.
 
     Raises:
         UserError: `peft.LoraConfig` does not accept a key or value, or the initialisation rewrites the base.
@@ -44,13 +49,18 @@ def lora_config(lora: dict[str, Any]) -> Any:
         # checkpoints and exports hold only the adapter, for the base weights on disk
         raise UserError(f"model.lora.init_lora_weights: {start!r} rewrites the base weights; use true, or 'gaussian'")
     try:
-        return LoraConfig(**{"task_type": "CAUSAL_LM", "target_modules": "all-linear"} | lora)
+        # copied, because PEFT adds the head of a classifier to `modules_to_save`
+        return LoraConfig(**{"task_type": task, "target_modules": "all-linear"} | copy.deepcopy(lora))
     except (ValueError, TypeError) as error:
         raise UserError(f"model.lora: {reason(error)}") from error
 
 
 def with_lora(
-    hf: "PreTrainedModel", lora: dict[str, Any], added_tokens: Sequence[int] = (), revision: str | None = None
+    hf: "PreTrainedModel",
+    lora: dict[str, Any],
+    added_tokens: Sequence[int] = (),
+    revision: str | None = None,
+    task: str = "CAUSAL_LM",
 ) -> Any:
     """Adds LoRA layers to a model and freezes the rest, except for the rows of added tokens.
 
@@ -63,7 +73,7 @@ def with_lora(
     from peft import get_peft_model, prepare_model_for_kbit_training
     from transformers.pytorch_utils import Conv1D
 
-    config = lora_config(lora)
+    config = lora_config(lora, task)
     if added_tokens and "trainable_token_indices" not in lora:
         config.trainable_token_indices = _token_rows(hf, added_tokens, lora.get("modules_to_save") or ())
     if getattr(hf, "is_quantized", False):

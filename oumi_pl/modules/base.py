@@ -16,7 +16,7 @@ from oumi_pl.errors import UserError
 from oumi_pl.models.build import DType, build_config, build_model, is_sharded, refuse_too_few_positions, shard
 from oumi_pl.models.export import export_model, read_heads
 from oumi_pl.models.generation import complete
-from oumi_pl.models.lm import LM, choose_layout, disable_dropout, forest, padded, with_layout
+from oumi_pl.models.lm import LM, ScoringLM, choose_layout, disable_dropout, forest, padded, with_layout
 from oumi_pl.models.lora import lora_config
 from oumi_pl.modules.reference import Reference
 from oumi_pl.modules.update import RestorableModule
@@ -50,6 +50,8 @@ class LanguageModule(RestorableModule):
     """Names of the metrics of validation, to refuse a misspelt `monitor` before training; empty: not checked."""
     generates: ClassVar[bool] = True
     """Whether the model completes prompts. If not, no samples are written and `predict` is refused."""
+    scoring: ClassVar[bool] = False
+    """Whether the model gives each path a score instead of next tokens: transformers' sequence classification."""
     details: ClassVar[tuple[str, ...]] = ()
     """Metrics that are logged, but not shown in the terminal after a validation."""
     reference: Reference | None = None
@@ -187,11 +189,13 @@ class LanguageModule(RestorableModule):
                 gradient_checkpointing=self.gradient_checkpointing,
                 revision=self.revision,
                 trust_remote_code=self.trust_remote_code,
+                scoring=self.scoring,
             )
 
+        wrap = ScoringLM if self.scoring else LM
         if branching is None:
-            return LM(build(False))
-        model = with_layout(build, branching and self.share_prompt is not False)
+            return wrap(build(False))
+        model = with_layout(build, branching and self.share_prompt is not False, wrap)
         if branching and self.share_prompt is True and model.layout is not forest:
             raise UserError(f"model.share_prompt: {model.layout_reason}; leave it out to compute prompts twice")
         if self.reference is not None:
