@@ -29,6 +29,7 @@ from oumi_pl.losses.preference import (
     Sigmoid,
     WeightedSum,
 )
+from oumi_pl.losses.reward import BradleyTerry, PairLoss
 from oumi_pl.types import IGNORE_INDEX, PreferenceLoss, TokenLoss
 
 TRL_NAMES: dict[type, str] = {
@@ -100,6 +101,19 @@ def dpo_settings(loss: PreferenceLoss) -> dict[str, Any]:
     if alpha := [divergence.alpha for divergence in divergences if isinstance(divergence, Alpha)]:
         settings["f_alpha_divergence_coef"] = _common("alpha of the divergence", alpha)
     return settings
+
+
+def reward_settings(loss: PairLoss) -> dict[str, Any]:
+    """The arguments of `trl.RewardConfig` that make TRL compute a reward model's loss of pairs.
+
+    Raises:
+        UserError: TRL has no such loss, or not with these settings.
+    """
+    if type(loss) is not BradleyTerry:
+        raise UserError(f"model.loss: TRL's RewardTrainer knows BradleyTerry, not {type(loss).__name__}; {INSTEAD[3:]}")
+    if loss.label_smoothing:
+        raise UserError(f"model.loss: TRL's RewardTrainer has no label_smoothing; set it to 0, {INSTEAD}")
+    return {"center_rewards_coefficient": loss.center_rewards_coefficient or None}
 
 
 def _terms(loss: PreferenceLoss) -> tuple[list[Any], list[float], list[float | None]]:

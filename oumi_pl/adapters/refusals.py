@@ -8,7 +8,7 @@ from lightning.pytorch.strategies import SingleDeviceStrategy
 from torch import nn
 
 from oumi_pl import attention
-from oumi_pl.adapters.losses import INSTEAD, dpo_settings
+from oumi_pl.adapters.losses import INSTEAD, dpo_settings, reward_settings
 from oumi_pl.callbacks.advice import Advice, PreferenceWarnings
 from oumi_pl.callbacks.checkpoint import Checkpoints
 from oumi_pl.callbacks.export import Export
@@ -28,12 +28,14 @@ from oumi_pl.losses.causal import is_cross_entropy
 from oumi_pl.modules.base import LanguageModule
 from oumi_pl.modules.dpo import DPO
 from oumi_pl.modules.pretrain import Pretrain
+from oumi_pl.modules.reward import Reward
 from oumi_pl.modules.sft import SFT
 from oumi_pl.types import IGNORE_INDEX
 
 FITS: dict[type, tuple[str, ...]] = {
     DPO: ("lightning", "trl"),
     Pretrain: ("lightning", "hf"),
+    Reward: ("lightning", "trl"),
     SFT: ("lightning", "hf", "trl"),
 }
 """Trainer type -> the engines that can train it. A module counts as the first type that it is an instance of."""
@@ -136,7 +138,20 @@ def refuse_preferences(module: DPO) -> None:
         )
 
 
-def refuse_model(engine: str, module: SFT | DPO, packing: bool) -> None:
+def refuse_rewards(module: Reward) -> None:
+    """Refuses losses of a reward model that TRL does not support.
+
+    Raises:
+        UserError: with what is supported.
+    """
+    reward_settings(module.loss)
+    if module.outcome_loss is not None:
+        raise UserError(f"model.outcome_loss: TRL's RewardTrainer trains on pairs alone; leave it out, {INSTEAD}")
+    if module.share_prompt is True:
+        raise UserError(f"model.share_prompt: TRL computes prompts twice; leave it out, {INSTEAD}")
+
+
+def refuse_model(engine: str, module: SFT | DPO | Reward, packing: bool) -> None:
     """Refuses a model for which the engine would compute a different loss. Runs it on a few tokens.
 
     Raises:
@@ -144,7 +159,7 @@ def refuse_model(engine: str, module: SFT | DPO, packing: bool) -> None:
     """
     model = module.causal_lm
     model.refuse_unknown_logits()  # again, because the attention has changed since it was built
-    if packing and not isinstance(module, DPO):
+    if packing and not isinstance(module, DPO | Reward):
         try:
             attention.refuse_unless_isolating(model.base)
         except UserError as error:
@@ -164,6 +179,8 @@ def refuse_model(engine: str, module: SFT | DPO, packing: bool) -> None:
             f"{type(model.base).__name__} averages its loss in a way of its own, so that transformers.Trainer can't "
             f"weigh all target tokens of an update alike; {INSTEAD[3:]}"
         )
+    if isinstance(module, Reward):  # TRL does not take its head apart
+        return
     if engine == "trl" and (not isinstance(model.head, nn.Linear) or hasattr(model.head, "base_layer")):
         raise UserError(
             "model.lora: --engine trl multiplies by the output head's weight itself, so that an adapter or added "

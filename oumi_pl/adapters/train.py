@@ -16,7 +16,13 @@ from transformers import __version__ as transformers_version
 
 from oumi_pl import attention
 from oumi_pl.adapters import batches, checkpoints
-from oumi_pl.adapters.refusals import refuse_engine, refuse_model, refuse_preferences, refuse_settings
+from oumi_pl.adapters.refusals import (
+    refuse_engine,
+    refuse_model,
+    refuse_preferences,
+    refuse_rewards,
+    refuse_settings,
+)
 from oumi_pl.adapters.run_callback import RunCallback, ValidationSchedule
 from oumi_pl.adapters.trainers import build_trainer, import_trl, training_arguments
 from oumi_pl.callbacks import find
@@ -26,17 +32,18 @@ from oumi_pl.data.base import TextData
 from oumi_pl.losses.causal import is_cross_entropy
 from oumi_pl.models.lm import documents, padded
 from oumi_pl.modules.dpo import DPO
+from oumi_pl.modules.reward import Reward
 from oumi_pl.modules.sft import SFT
 from oumi_pl.runs import folders
 
 
-def run(engine: str, trainer: Any, module: SFT | DPO, data: TextData, callbacks: Sequence[TrainerCallback] = ()) -> Any:
+def run(engine: str, trainer: Any, module: SFT | DPO | Reward, data: TextData, callbacks: Sequence[TrainerCallback] = ()) -> Any:
     """Trains like `trainer.fit(module, data)`, but in the loop of another engine.
 
     Args:
         engine: `hf` or `trl`.
         trainer: A Lightning trainer with settings, callbacks and loggers; its loops do not run.
-        module: SFT, Pretrain or DPO. Training starts from its model; if it has none, the module builds one.
+        module: SFT, Pretrain, DPO or Reward. Training starts from its model; if it has none, the module builds one.
         data: The data module of the recipe.
         callbacks: Additional transformers callbacks, called after ours. The keyword argument `train_dataloader` of
             their hooks is an `EngineLoader`, which has the micro-batches of the update.
@@ -92,17 +99,19 @@ def run(engine: str, trainer: Any, module: SFT | DPO, data: TextData, callbacks:
     return engine_trainer
 
 
-def _refuse_before_loading(engine: str, trainer: Any, module: SFT | DPO) -> None:
+def _refuse_before_loading(engine: str, trainer: Any, module: SFT | DPO | Reward) -> None:
     """Makes all checks that are possible before anything is loaded."""
     refuse_engine(engine, module)
     refuse_settings(engine, trainer)
     if isinstance(module, DPO):
         refuse_preferences(module)
+    if isinstance(module, Reward):
+        refuse_rewards(module)
     if engine == "trl":
         import_trl()
 
 
-def _connect(trainer: Any, module: SFT | DPO, data: TextData) -> None:
+def _connect(trainer: Any, module: SFT | DPO | Reward, data: TextData) -> None:
     """Connects trainer, module and data, and sets up the data, as `trainer.fit` does at its start."""
     trainer.state.fn, trainer.state.status, trainer.training = TrainerFn.FITTING, TrainerStatus.RUNNING, True
     trainer.strategy.connect(module)
@@ -113,7 +122,7 @@ def _connect(trainer: Any, module: SFT | DPO, data: TextData) -> None:
     data.setup("fit")
 
 
-def _build_model(trainer: Any, module: SFT | DPO, data: TextData) -> None:
+def _build_model(trainer: Any, module: SFT | DPO | Reward, data: TextData) -> None:
     """Builds the model as Lightning would, then sets attention and layout for the engine.
 
     Our own attention reads the documents of a packed row from a context that only our modules enter. The attention of
@@ -126,7 +135,7 @@ def _build_model(trainer: Any, module: SFT | DPO, data: TextData) -> None:
         model.base.set_attn_implementation("sdpa" if getattr(model.base, "_supports_sdpa", True) else "eager")
     trainer.precision_plugin.convert_module(module)
     module.to(trainer.strategy.root_device)
-    if data.packing and not isinstance(module, DPO):
+    if data.packing and not isinstance(module, DPO | Reward):
         model.layout, model.layout_reason = documents, ""
     else:
         model.layout, model.layout_reason = padded, "the engine reads padded rows"
@@ -134,15 +143,15 @@ def _build_model(trainer: Any, module: SFT | DPO, data: TextData) -> None:
         module.reference.open(("train", "validation"), in_memory=True)
 
 
-def _notes(engine: str, module: SFT | DPO) -> Iterator[str]:
+def _notes(engine: str, module: SFT | DPO | Reward) -> Iterator[str]:
     """Notes on the engine, printed before the first update."""
     versions = f"transformers {transformers_version}"
     if engine == "hf":
         yield f"engine: transformers.Trainer, {versions}"
     else:
-        name = "DPOTrainer" if isinstance(module, DPO) else "SFTTrainer"
+        name = "DPOTrainer" if isinstance(module, DPO) else "RewardTrainer" if isinstance(module, Reward) else "SFTTrainer"
         yield f"engine: trl.{name}, TRL {import_trl().__version__}, {versions}"
-    if isinstance(module, DPO):
+    if isinstance(module, DPO | Reward):
         return
     if not is_cross_entropy(module.loss):
         twice = ", and TRL runs the model twice" if engine == "trl" else ""
@@ -151,7 +160,7 @@ def _notes(engine: str, module: SFT | DPO) -> Iterator[str]:
         yield "logits are computed for all positions at once, including those without loss"
 
 
-def _optimizers(trainer: Any, module: SFT | DPO) -> tuple[Any, Any]:
+def _optimizers(trainer: Any, module: SFT | DPO | Reward) -> tuple[Any, Any]:
     """Builds the recipe's optimizer and schedule, and registers them with the Lightning trainer."""
     configured = module.configure_optimizers()
     optimizer, schedule = configured["optimizer"], configured["lr_scheduler"]["scheduler"]
@@ -172,9 +181,11 @@ def _resume(trainer: Any) -> tuple[Path | None, dict[str, Any]]:
     return checkpoint, checkpoints.load(checkpoint, trainer, folder, find(trainer, Checkpoints))
 
 
-def _loader(trainer: Any, module: SFT | DPO, data: TextData, position: dict[str, Any]) -> batches.EngineLoader:
+def _loader(trainer: Any, module: SFT | DPO | Reward, data: TextData, position: dict[str, Any]) -> batches.EngineLoader:
     if isinstance(module, DPO):
         convert: Any = batches.pair_inputs
+    elif isinstance(module, Reward):
+        convert = partial(batches.reward_inputs, pad=data.pad_id, with_margins=module.loss.needs_margins)
     else:
         layout, is_own = module.causal_lm.layout, not is_cross_entropy(module.loss)
         convert = partial(batches.token_inputs, layout=layout, labels_are_shifted=is_own)
@@ -184,13 +195,14 @@ def _loader(trainer: Any, module: SFT | DPO, data: TextData, position: dict[str,
 
 
 @contextlib.contextmanager
-def _model_restored(module: SFT | DPO) -> Iterator[None]:
+def _model_restored(module: SFT | DPO | Reward) -> Iterator[None]:
     """Restores a model's configs and forward methods, which engines change, at the end of the block.
 
     They set `use_cache` and the ids of special tokens, which would end up in the export.
     """
     hf, base = module.causal_lm.hf, module.causal_lm.base
-    configs = [(config, copy.deepcopy(vars(config))) for config in (base.config, base.generation_config) if config]
+    changed = [base.config, *([base.generation_config] if base.can_generate() else [])]
+    configs = [(config, copy.deepcopy(vars(config))) for config in changed]
     forwards = {model: vars(model).get("forward") for model in (hf, base)}
     # with a cache, transformers ignores the borders of packed documents; engines turn it off only in the outer config
     base.config.get_text_config().use_cache = False

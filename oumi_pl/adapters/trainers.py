@@ -10,7 +10,7 @@ from transformers import Trainer, TrainingArguments
 
 from oumi_pl.adapters import checkpoints
 from oumi_pl.adapters.batches import EngineBatch, EngineLoader, target_values
-from oumi_pl.adapters.losses import INSTEAD, compute_loss_func, dpo_settings
+from oumi_pl.adapters.losses import INSTEAD, compute_loss_func, dpo_settings, reward_settings
 from oumi_pl.adapters.run_callback import RunCallback
 from oumi_pl.callbacks import find
 from oumi_pl.callbacks.checkpoint import Checkpoints
@@ -21,6 +21,7 @@ from oumi_pl.losses.causal import is_cross_entropy
 from oumi_pl.modules.base import LanguageModule
 from oumi_pl.modules.dpo import DPO
 from oumi_pl.modules.reference import refuse_other_start
+from oumi_pl.modules.reward import Reward, outcome_sums, pair_sums
 from oumi_pl.modules.sft import SFT
 from oumi_pl.types import Sums
 
@@ -131,6 +132,24 @@ class PairsMixin(EngineMixin):
         return dataset
 
 
+class RewardMixin(PairsMixin):
+    """The mixin for `trl.RewardTrainer`, whose loss is a mean over pairs too."""
+
+    def observed_models(self) -> list[Any]:
+        """The model."""
+        return [self.model]  # type: ignore[attr-defined]
+
+    def reduce_output(self, output: Any) -> Tensor:
+        """The rewards, `[2 pairs]`."""
+        return output.logits.detach()[:, 0]
+
+    def batch_sums(self, outputs: list[Tensor]) -> Sums:
+        """The sums for our metrics, from TRL's rewards."""
+        chosen, rejected = outputs[0].float().chunk(2)
+        pairs = len(self.micro_batch.native["sample_ids"])  # 0 for a stand-in
+        return pair_sums(chosen[:pairs], rejected[:pairs]) | outcome_sums(chosen[:0], chosen[:0])
+
+
 class HFTrainer(EngineMixin, Trainer):  # type: ignore[misc]
     """`transformers.Trainer` with our batches."""
 
@@ -181,7 +200,7 @@ def training_arguments(
     }
 
 
-def build_trainer(engine: str, module: SFT | DPO, settings: dict[str, Any], **common: Any) -> Any:
+def build_trainer(engine: str, module: SFT | DPO | Reward, settings: dict[str, Any], **common: Any) -> Any:
     """Builds an engine's trainer for a module.
 
     Args:
@@ -193,7 +212,9 @@ def build_trainer(engine: str, module: SFT | DPO, settings: dict[str, Any], **co
     Raises:
         UserError: the engine refuses the settings.
     """
-    build: Any = _hf if engine == "hf" else _trl_dpo if isinstance(module, DPO) else _trl_sft
+    build: Any = _hf if engine == "hf" else _trl_sft
+    if isinstance(module, DPO | Reward):
+        build = _trl_dpo if isinstance(module, DPO) else _trl_reward
     try:
         with warnings.catch_warnings(action="ignore", category=FutureWarning):  # warnings about later releases
             return build(module, settings, common)
@@ -264,6 +285,22 @@ def _trl_dpo(module: DPO, settings: dict[str, Any], common: dict[str, Any]) -> A
         # same reference, and our validation uses that. The copy would be saved and exported with the adapter.
         model.hf.delete_adapter("ref")
     return trainer
+
+
+def _trl_reward(module: Reward, settings: dict[str, Any], common: dict[str, Any]) -> Any:
+    trl = import_trl()
+
+    class RewardTrainer(RewardMixin, trl.RewardTrainer):  # type: ignore[name-defined]
+        """TRL's trainer with our batches."""
+
+    args = trl.RewardConfig(**settings, max_length=None, disable_dropout=True, **reward_settings(module.loss))
+    return RewardTrainer(
+        model=module.causal_lm.hf,
+        args=_on_one_device(args),
+        data_collator=as_it_is,
+        train_dataset=_one_row(),
+        **common,
+    )
 
 
 def _loss_function(module: SFT) -> Any:

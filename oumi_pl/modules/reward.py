@@ -1,5 +1,6 @@
 """Reward models: a score for each response, learned from pairs or from outcomes."""
 
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
@@ -152,20 +153,14 @@ class Reward(LanguageModule):
             single = self.__checked(self.outcome_loss, self.outcome_loss(rewards, outcomes), rewards)
             sums["loss"] = sums["loss"] + single.sum()
         sums |= outcome_sums(rewards, quality)
-        if split != "train":
-            sums |= self.__sums_of_sources(fields.get("source", none)[pair_rows], chosen > rejected, split)
-        return sums
-
-    def __sums_of_sources(self, sources: Tensor, right: Tensor, split: Split) -> Sums:
-        sums = {}
         for i in range(len(self.__source_names(split))):
-            is_of = sources == i
+            is_of = fields["source"][pair_rows] == i if pair_rows else none.bool()
             sums[OF_SOURCE.format(i) + "pairs"] = is_of.double().sum()
-            sums[OF_SOURCE.format(i) + "right"] = (is_of & right).double().sum() if len(sources) else is_of.sum()
+            sums[OF_SOURCE.format(i) + "right"] = (chosen > rejected)[is_of].double().sum()
         return sums
 
     def __source_names(self, split: Split) -> list[str]:
-        names = [] if self.data is None else self.data.source_names(split)
+        names = [] if self.data is None or split == "train" else self.data.source_names(split)
         return names if len(names) > 1 else []
 
     def metrics(self, sums: Sums, split: Split) -> dict[str, Tensor]:
@@ -177,11 +172,10 @@ class Reward(LanguageModule):
             means = _means(sums, "outcomes/", sums["rated"], ("",), ("quality",))
             metrics["outcomes/mean"], metrics["outcomes/std"] = means["outcomes/"], means["outcomes/_std"]
             metrics[f"outcomes/{self.outcome_loss.metric}"] = means["outcomes/quality"]
-        if split != "train":
-            for i, name in enumerate(self.__source_names(split)):
-                pairs = sums[OF_SOURCE.format(i) + "pairs"]
-                if pairs > 0:
-                    metrics[f"rewards/accuracies/{name}"] = sums[OF_SOURCE.format(i) + "right"] / pairs
+        for i, name in enumerate(self.__source_names(split)):
+            pairs = sums[OF_SOURCE.format(i) + "pairs"]
+            if pairs > 0:
+                metrics[f"rewards/accuracies/{name}"] = sums[OF_SOURCE.format(i) + "right"] / pairs
         return metrics
 
     def __checked(self, loss: Any, losses: Tensor, rewards: Tensor) -> Tensor:
@@ -231,9 +225,9 @@ def kinds(batch: Batch) -> tuple[list[int], list[int], list[int], list[int]]:
         For pairs the index of the root segment of each, and its row; the same for single responses.
     """
     pair_roots, pair_rows, single_roots, single_rows = [], [], [], []
-    segments = batch["segments"] if batch["sample_ids"] else []  # not of the stand-in
-    roots = [i for i, segment in enumerate(segments) if segment.parent < 0]
-    for row, (root, end) in enumerate(zip(roots, [*roots[1:], len(segments)], strict=True)):
+    segments = batch["segments"] if batch["sample_ids"] else []  # the stand-in has no rows
+    borders = [*(i for i, segment in enumerate(segments) if segment.parent < 0), len(segments)]
+    for row, (root, end) in enumerate(pairwise(borders)):
         if end - root == 2:
             pair_roots.append(root)
             pair_rows.append(row)
