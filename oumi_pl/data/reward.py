@@ -116,9 +116,15 @@ class TokenizeResponses(TokenizePairs):
 
 
 def response_ids(tokenize: Tokenize, response: Conversation | Text, pad: int | None) -> np.ndarray:
-    """Ids `[tokens]` of a whole response with its prompt, not cut, up to the token at which it is scored."""
+    """Ids `[tokens]` of a response with its prompt, cut as `tokenize` says, up to the token at which it is scored.
+
+    Raises:
+        UserError: it can't be rendered, or is too long.
+    """
     (tokens,) = tokenize.tokens([tokenize.mark(response)])
-    return _without_end(tokens.ids, pad)
+    kept = tokenize.kept(tokens.ids, int(tokens.mask.argmax()))
+    assert not isinstance(kept, Dropped), "overflow: drop leaves nothing to score"
+    return _without_end(tokens.ids[kept], pad)
 
 
 def as_pair(chosen: np.ndarray, rejected: np.ndarray) -> tuple[np.ndarray, tuple[Segment, ...]]:

@@ -100,7 +100,7 @@ def assert_equal(updates, logged):
         assert [update[name] for update in updates] == pytest.approx(values, rel=1e-5, abs=1e-6), name
     means = [(update["rewards/chosen"] + update["rewards/rejected"]) / 2 for update in updates]
     assert means == pytest.approx([row["mean_reward"] for row in logged], rel=1e-5, abs=1e-6)
-    assert abs(means[-1] - means[0]) > 1e-2, "nothing moved"
+    assert abs(means[-1] - means[0]) > 5e-3, "nothing moved"
 
 
 @pytest.mark.filterwarnings("ignore")
