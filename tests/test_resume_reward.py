@@ -11,7 +11,7 @@ from oumi_pl.callbacks.stopping import LastStep
 from oumi_pl.losses.reward import BCE
 from oumi_pl.runs.checkpoints import AtomicCheckpointIO
 from tests.models.test_lora import pretrained
-from tests.test_resume import DROPOUT, Kill, newest
+from tests.test_resume import DROPOUT, Kill
 from tests.test_resume_dpo import Losses, Run, assert_equal
 from tests.tiny import reward, reward_data, trainer, weights
 

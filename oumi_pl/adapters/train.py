@@ -37,7 +37,9 @@ from oumi_pl.modules.sft import SFT
 from oumi_pl.runs import folders
 
 
-def run(engine: str, trainer: Any, module: SFT | DPO | Reward, data: TextData, callbacks: Sequence[TrainerCallback] = ()) -> Any:
+def run(
+    engine: str, trainer: Any, module: SFT | DPO | Reward, data: TextData, callbacks: Sequence[TrainerCallback] = ()
+) -> Any:
     """Trains like `trainer.fit(module, data)`, but in the loop of another engine.
 
     Args:
@@ -149,7 +151,9 @@ def _notes(engine: str, module: SFT | DPO | Reward) -> Iterator[str]:
     if engine == "hf":
         yield f"engine: transformers.Trainer, {versions}"
     else:
-        name = "DPOTrainer" if isinstance(module, DPO) else "RewardTrainer" if isinstance(module, Reward) else "SFTTrainer"
+        name = (
+            "DPOTrainer" if isinstance(module, DPO) else "RewardTrainer" if isinstance(module, Reward) else "SFTTrainer"
+        )
         yield f"engine: trl.{name}, TRL {import_trl().__version__}, {versions}"
     if isinstance(module, DPO | Reward):
         return

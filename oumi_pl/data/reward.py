@@ -4,6 +4,7 @@ import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
+from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,7 +16,6 @@ from oumi_pl.data.dpo import DPOData
 from oumi_pl.data.formats import FORMATS, Formats, find_format
 from oumi_pl.data.pairs import EQUAL, TokenizePairs
 from oumi_pl.data.preferences import PREFERENCE_FORMATS
-from oumi_pl.data.sources import as_sources
 from oumi_pl.data.store import ExampleStore
 from oumi_pl.data.tokenize import Dropped, Overflow, Tokenize
 from oumi_pl.errors import UserError
@@ -99,7 +99,7 @@ class TokenizeResponses(TokenizePairs):
         if isinstance(example, Dropped):
             return example
         starts = segment_starts(example.segments)
-        own = [example.input_ids[a:b] for a, b in zip(starts, starts[1:], strict=False)]
+        own = [example.input_ids[a:b] for a, b in pairwise(starts)]
         prompt = max((segment.shared for segment in example.segments), default=0)
         kept = [_without_end(ids, self._pad) for ids in own]
         if len(kept[0]) <= prompt or not all(map(len, kept)):
@@ -184,7 +184,9 @@ class RewardData(DPOData):
         added = super().prepare_tokenizer(tokenizer)
         if tokenizer.pad_token_id is None:
             if tokenizer.eos_token_id is None:
-                raise UserError("data.tokenizer: it has neither a pad token nor EOS, and exported reward models need one")
+                raise UserError(
+                    "data.tokenizer: it has neither a pad token nor EOS, and exported reward models need one"
+                )
             tokenizer.pad_token = tokenizer.eos_token
         return added
 

@@ -23,7 +23,8 @@ class PairLoss(ABC):
     @abstractmethod
     def __call__(self, chosen: Tensor, rejected: Tensor, margins: Tensor) -> Tensor:
         """Maps rewards of the chosen and the rejected responses and the rows' margins, `[pairs]` each, to losses
-        `[pairs]`."""
+        `[pairs]`.
+        """
 
 
 class BradleyTerry(PairLoss):

@@ -1,6 +1,5 @@
-"""Folders of reward models, as plain transformers and PEFT load them."""
+"""Folders of reward models, as plain transformers loads them."""
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -9,7 +8,6 @@ import torch
 from torch import Tensor
 
 from oumi_pl.errors import reason
-from oumi_pl.models.hub import locate
 from oumi_pl.models.lm import LM, are_near
 
 
@@ -19,23 +17,17 @@ def set_pad_token(config: Any, pad: int | None) -> None:
 
 
 def load_plainly(folder: Path, pad: int | None) -> Any:
-    """Loads a reward model as a user would: with transformers, and with PEFT if the folder holds an adapter.
+    """Loads a reward model as a user of transformers would.
 
     Args:
-        folder: A model folder.
-        pad: The pad token, which the base of an adapter does not know.
+        folder: A model folder; that of an adapter is loaded with its base.
+        pad: The pad token, which the base of an adapter may not know.
     """
     from transformers import AutoModelForSequenceClassification
 
-    adapter = folder / "adapter_config.json"
-    if not adapter.is_file():
-        return AutoModelForSequenceClassification.from_pretrained(folder).eval()
-    from peft import PeftModel
-
-    settings = json.loads(adapter.read_text())
-    base = locate(settings["base_model_name_or_path"], "model", settings.get("revision"))
-    hf = AutoModelForSequenceClassification.from_pretrained(base, num_labels=1, pad_token_id=pad)
-    return PeftModel.from_pretrained(hf, str(folder)).eval()
+    is_adapter = (folder / "adapter_config.json").is_file()
+    settings = {"num_labels": 1, "pad_token_id": pad} if is_adapter else {}
+    return AutoModelForSequenceClassification.from_pretrained(folder, **settings).eval()
 
 
 @torch.no_grad()

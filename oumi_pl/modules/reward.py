@@ -164,7 +164,7 @@ class Reward(LanguageModule):
         return names if len(names) > 1 else []
 
     def metrics(self, sums: Sums, split: Split) -> dict[str, Tensor]:
-        """Means over rows, pairs and rows with an outcome; accuracy of each source in evaluation if there are several."""
+        """Means over rows, pairs and rows with an outcome; in evaluation also the accuracy of each source."""
         metrics = {"loss": sums["loss"] / sums["rows"].clamp(min=1)}
         if sums["pairs"] > 0:
             metrics |= _means(sums, "rewards/", sums["pairs"], ("chosen", "rejected"), ("margins", "accuracies"))

@@ -10,7 +10,7 @@ import lightning as L
 import pytest
 import torch
 from torch.nn.functional import binary_cross_entropy_with_logits, logsigmoid
-from transformers import AutoModelForSequenceClassification
+from transformers import CONFIG_MAPPING, AutoModelForSequenceClassification
 
 from oumi_pl.attention.segments import path_positions
 from oumi_pl.data.tokenizers import ByteTokenizer
@@ -21,7 +21,7 @@ from oumi_pl.models.scoring import load_plainly, plain_scores
 from oumi_pl.modules.base import LanguageModule
 from tests.models.test_lora import pretrained
 from tests.modules.test_dpo import Record
-from tests.tiny import distance, fit, reward, reward_data, trainer, weights, write_jsonl
+from tests.tiny import distance, fit, pairs, reward, reward_data, trainer, write_jsonl
 
 ROOT = str(Path(__file__).parents[2])
 PAIRS, RATED = 7, 4  # an update of 8 rows and a short one of 3
@@ -54,7 +54,7 @@ def started(tmp_path, **kwargs):
 
 
 def plain_copy(ours):
-    """transformers' own sequence-classification model with the same weights."""
+    """Transformers' own sequence-classification model with the same weights."""
     hf = AutoModelForSequenceClassification.from_config(ours.causal_lm.base.config, attn_implementation="eager")
     hf.load_state_dict(ours.causal_lm.base.state_dict())
     return hf.train()
@@ -259,8 +259,6 @@ def all_of(rows):
 
 def test_accuracies_of_each_held_out_source_add_up(tmp_path):
     held_out = [str(tmp_path / name) for name in ("a.jsonl", "b.jsonl")]
-    from tests.tiny import pairs
-
     for file, n, seed in zip(held_out, (5, 9), (1, 2), strict=True):
         write_jsonl(Path(file), pairs(n, seed))
     rows = reward_data(tmp_path, 4, validation=held_out, eval_batch_size=3)
@@ -306,7 +304,9 @@ def test_scores_out_of_range_are_refused_for_bce_and_fine_for_mse(tmp_path):
     write_jsonl(tmp_path / "s.jsonl", [{"prompt": "a", "response": "b" * i, "score": i} for i in (1, 2, 3)])
     rows = reward_data(tmp_path, 0)
     rows.sources["train"] = str(tmp_path / "s.jsonl")
-    with pytest.raises(UserError, match=r"BCE takes outcomes from 0 to 1, and those in data.train are from 1 to 3; use"):
+    with pytest.raises(
+        UserError, match=r"BCE takes outcomes from 0 to 1, and those in data.train are from 1 to 3; use"
+    ):
         fit(module(), rows, max_epochs=1)
     record = Record()
     fit(module(outcome_loss=MSE()), rows, max_epochs=2, callbacks=[record])
@@ -316,8 +316,6 @@ def test_scores_out_of_range_are_refused_for_bce_and_fine_for_mse(tmp_path):
 
 
 def test_margins_enter_the_loss(tmp_path):
-    from tests.tiny import pairs
-
     write_jsonl(tmp_path / "m.jsonl", [row | {"margin": 3.0} for row in pairs(4)])
     rows = reward_data(tmp_path, 0)
     rows.sources["train"] = str(tmp_path / "m.jsonl")
@@ -433,7 +431,7 @@ ARCHITECTURES = {
 def test_architectures_export_what_they_score(tmp_path, model_type):
     tiny = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
     tiny |= {"num_key_value_heads": 2, "max_position_embeddings": 64}
-    known = __import__("transformers").CONFIG_MAPPING[model_type]().to_dict()
+    known = CONFIG_MAPPING[model_type]().to_dict()
     config = {name: value for name, value in tiny.items() if name in known} | ARCHITECTURES[model_type]
     ours = reward()
     ours.config = {"model_type": model_type} | config
