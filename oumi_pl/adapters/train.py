@@ -36,10 +36,11 @@ from oumi_pl.modules.reward import Reward
 from oumi_pl.modules.sft import SFT
 from oumi_pl.runs import folders
 
+Trained = SFT | DPO | Reward
+"""The modules that other engines train."""
 
-def run(
-    engine: str, trainer: Any, module: SFT | DPO | Reward, data: TextData, callbacks: Sequence[TrainerCallback] = ()
-) -> Any:
+
+def run(engine: str, trainer: Any, module: Trained, data: TextData, callbacks: Sequence[TrainerCallback] = ()) -> Any:
     """Trains like `trainer.fit(module, data)`, but in the loop of another engine.
 
     Args:
@@ -101,7 +102,7 @@ def run(
     return engine_trainer
 
 
-def _refuse_before_loading(engine: str, trainer: Any, module: SFT | DPO | Reward) -> None:
+def _refuse_before_loading(engine: str, trainer: Any, module: Trained) -> None:
     """Makes all checks that are possible before anything is loaded."""
     refuse_engine(engine, module)
     refuse_settings(engine, trainer)
@@ -113,7 +114,7 @@ def _refuse_before_loading(engine: str, trainer: Any, module: SFT | DPO | Reward
         import_trl()
 
 
-def _connect(trainer: Any, module: SFT | DPO | Reward, data: TextData) -> None:
+def _connect(trainer: Any, module: Trained, data: TextData) -> None:
     """Connects trainer, module and data, and sets up the data, as `trainer.fit` does at its start."""
     trainer.state.fn, trainer.state.status, trainer.training = TrainerFn.FITTING, TrainerStatus.RUNNING, True
     trainer.strategy.connect(module)
@@ -124,7 +125,7 @@ def _connect(trainer: Any, module: SFT | DPO | Reward, data: TextData) -> None:
     data.setup("fit")
 
 
-def _build_model(trainer: Any, module: SFT | DPO | Reward, data: TextData) -> None:
+def _build_model(trainer: Any, module: Trained, data: TextData) -> None:
     """Builds the model as Lightning would, then sets attention and layout for the engine.
 
     Our own attention reads the documents of a packed row from a context that only our modules enter. The attention of
@@ -145,7 +146,7 @@ def _build_model(trainer: Any, module: SFT | DPO | Reward, data: TextData) -> No
         module.reference.open(("train", "validation"), in_memory=True)
 
 
-def _notes(engine: str, module: SFT | DPO | Reward) -> Iterator[str]:
+def _notes(engine: str, module: Trained) -> Iterator[str]:
     """Notes on the engine, printed before the first update."""
     versions = f"transformers {transformers_version}"
     if engine == "hf":
@@ -164,7 +165,7 @@ def _notes(engine: str, module: SFT | DPO | Reward) -> Iterator[str]:
         yield "logits are computed for all positions at once, including those without loss"
 
 
-def _optimizers(trainer: Any, module: SFT | DPO | Reward) -> tuple[Any, Any]:
+def _optimizers(trainer: Any, module: Trained) -> tuple[Any, Any]:
     """Builds the recipe's optimizer and schedule, and registers them with the Lightning trainer."""
     configured = module.configure_optimizers()
     optimizer, schedule = configured["optimizer"], configured["lr_scheduler"]["scheduler"]
@@ -185,7 +186,7 @@ def _resume(trainer: Any) -> tuple[Path | None, dict[str, Any]]:
     return checkpoint, checkpoints.load(checkpoint, trainer, folder, find(trainer, Checkpoints))
 
 
-def _loader(trainer: Any, module: SFT | DPO | Reward, data: TextData, position: dict[str, Any]) -> batches.EngineLoader:
+def _loader(trainer: Any, module: Trained, data: TextData, position: dict[str, Any]) -> batches.EngineLoader:
     if isinstance(module, DPO):
         convert: Any = batches.pair_inputs
     elif isinstance(module, Reward):
@@ -199,7 +200,7 @@ def _loader(trainer: Any, module: SFT | DPO | Reward, data: TextData, position: 
 
 
 @contextlib.contextmanager
-def _model_restored(module: SFT | DPO | Reward) -> Iterator[None]:
+def _model_restored(module: Trained) -> Iterator[None]:
     """Restores a model's configs and forward methods, which engines change, at the end of the block.
 
     They set `use_cache` and the ids of special tokens, which would end up in the export.

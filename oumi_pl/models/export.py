@@ -52,19 +52,15 @@ def export_model(
         stop_tokens: Ids that end an answer besides EOS.
         card: Text of the model card.
         heads: Weights that a trainer type has beside the model, written to a separate file.
-        check: Called with the finished folder before it appears under its name; raises if it is not right.
+        check: Called with the whole folder before it gets its name; raises if something is wrong.
 
     Raises:
         UserError: an adapter would not fit its base on disk, sharded or quantised weights are to be merged, or the
             folder is not empty or can't be written.
     """
     is_adapter = model.has_adapters
-    if is_adapter and not merge and (why := why_not_alone(model)):
-        raise UserError(
-            f"the adapter can't be exported alone, because {why}; merge it (--merge, or export.merge: true)"
-        )
-    if is_adapter and merge and (is_sharded(model) or getattr(model.base, "is_quantized", False)):
-        raise UserError("sharded or quantised weights can't be merged in place: export the checkpoint with --merge")
+    if is_adapter:
+        _refuse_adapter(model, merge)
     state = _gathered(model)
     whole_heads = {name: whole(value) for name, value in (heads or {}).items()}
     if torch.distributed.is_initialized() and torch.distributed.get_rank() > 0:
@@ -91,6 +87,16 @@ def export_model(
             weights.chmod(next(half.glob("*config.json")).stat().st_mode)
         if check is not None:
             check(half)
+
+
+def _refuse_adapter(model: LM, merge: bool) -> None:
+    """Refuses an adapter that can't be merged here, or that its base on disk does not fit."""
+    if not merge and (why := why_not_alone(model)):
+        raise UserError(
+            f"the adapter can't be exported alone, because {why}; merge it (--merge, or export.merge: true)"
+        )
+    if merge and (is_sharded(model) or getattr(model.base, "is_quantized", False)):
+        raise UserError("sharded or quantised weights can't be merged in place: export the checkpoint with --merge")
 
 
 def read_heads(folder: Path, heads: Mapping[str, Tensor]) -> None:

@@ -5,7 +5,8 @@ gathers the wrapper's own parameters, the output head among them, only while `fo
 """
 
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
@@ -306,7 +307,17 @@ class ScoringLM(LM):
 
     def scores(self, states: States) -> Tensor:
         """The score of each segment's path, `[segments]` float32."""
-        return self.head(states.ends)[:, 0].float()
+        head = cast("Any", self.head)
+        # a trained head stays in float32 where the frozen weights are bfloat16
+        return head(states.ends.to(head.weight.dtype))[:, 0].float()
+
+    @contextmanager
+    def _probing(self) -> Iterator[torch.device]:
+        weight = cast("Tensor", self.base.get_input_embeddings().weight)
+        # transformers does not convert hidden states for a head of another dtype, but leaves that to autocast
+        mixed = cast("Any", self.head).weight.dtype != weight.dtype
+        with probing(self, weight.device), torch.autocast(weight.device.type, weight.dtype, enabled=mixed):
+            yield weight.device
 
     def probe_scores(self) -> tuple[list[Tensor], Tensor]:
         """Scores a few rows of tokens without padding tokens: returns their ids, `[tokens]` each, and scores `[rows]`.
@@ -322,7 +333,7 @@ class ScoringLM(LM):
             "position_ids": torch.cat([torch.arange(n) for n in PROBE_ROWS])[None].to(embedding.device),
             "segments": [Segment(n) for n in PROBE_ROWS],
         }
-        with probing(self, embedding.device):
+        with self._probing():
             return rows, self(batch, self.scores).cpu()
 
     def refuse_unknown_logits(self) -> None:
@@ -332,10 +343,10 @@ class ScoringLM(LM):
             UserError: the architecture computes its score in a way that this wrapper does not reproduce.
         """
         rows, scores = self.probe_scores()
-        embedding = cast("Tensor", self.base.get_input_embeddings().weight)
-        with probing(self, embedding.device):
-            own = [self.base(input_ids=row[None].to(embedding.device), use_cache=False).logits[0, 0] for row in rows]
-        if not are_near(scores, torch.stack(own).float().cpu(), embedding):
+        with self._probing() as device:
+            own = [self.base(input_ids=row[None].to(device), use_cache=False).logits[0, 0] for row in rows]
+        weight = cast("Tensor", self.base.get_input_embeddings().weight)
+        if not are_near(scores, torch.stack(own).float().cpu(), weight):
             raise UserError(
                 f"{type(self.base).__name__} computes its score in a way that is not supported, so rewards would be "
                 "wrong; please report the architecture"
