@@ -122,11 +122,11 @@ def test_trl_trains_the_same_recipe(cli):
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")
 def test_compare_finds_no_difference_to_trl(cli):
-    """Updates of 8 pairs, in micro-batches of 2; those at the ends of epochs are short."""
-    cli.recipe(REWARD | {"trainer.accumulate_grad_batches": 4, "model.init_args.optimizer": {"class_path": "SGD"}})
-    out = cli.works("compare", "--config", "r.yaml", "--engines", "lightning,trl", "--steps", "7", "--output", "cmp")
-    assert "trl" in out
-    assert "KeyError" not in out
+    """Updates of 8 pairs in micro-batches of 2; the last of an epoch is short. SGD, since Adam amplifies rounding."""
+    sgd = {"class_path": "SGD", "init_args": {"lr": 0.1}}
+    cli.recipe(REWARD | {"trainer.accumulate_grad_batches": 4, "model.init_args.optimizer": sgd})
+    out = cli.works("compare", "--config", "r.yaml", "--engines", "lightning,trl", "--steps", "4", "--output", "cmp")
+    assert "trl equals lightning in all 4 steps" in out
 
 
 @pytest.mark.slow
