@@ -5,7 +5,8 @@ from typing import TYPE_CHECKING, Any
 
 from oumi_pl.data.corpus import Part
 from oumi_pl.data.pretrain import PretrainData
-from oumi_pl.data.template import Rendering, apply_template, load_template
+from oumi_pl.data.rendering import Rendering
+from oumi_pl.data.template import apply_template, load_template
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

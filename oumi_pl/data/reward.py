@@ -16,8 +16,9 @@ from oumi_pl.data.dpo import DPOData
 from oumi_pl.data.formats import FORMATS, Formats, find_format
 from oumi_pl.data.pairs import EQUAL, TokenizePairs
 from oumi_pl.data.preferences import PREFERENCE_FORMATS
+from oumi_pl.data.rendering import ChatRenderer
 from oumi_pl.data.store import ExampleStore
-from oumi_pl.data.tokenize import Dropped, Overflow, Tokenize
+from oumi_pl.data.tokenize import Dropped, Lost, Overflow, Tokenize
 from oumi_pl.errors import UserError
 from oumi_pl.types import Conversation, Example, Preference, Record, Row, Segment, Text
 
@@ -67,10 +68,19 @@ class TokenizeResponses(TokenizePairs):
         tokenizer: As of `Tokenize`; it has to have a pad token.
         max_length: Longest prompt with one response, in tokens.
         overflow: As of `TokenizePairs`.
+        lost: As of `Tokenize`.
+        renderer: As of `Tokenize`.
     """
 
-    def __init__(self, tokenizer: "PreTrainedTokenizerBase", max_length: int, overflow: Overflow = "truncate") -> None:
-        super().__init__(tokenizer, max_length, overflow)
+    def __init__(
+        self,
+        tokenizer: "PreTrainedTokenizerBase",
+        max_length: int,
+        overflow: Overflow = "truncate",
+        lost: Lost = "error",
+        renderer: ChatRenderer | None = None,
+    ) -> None:
+        super().__init__(tokenizer, max_length, overflow, lost, renderer)
         self._pad = tokenizer.pad_token_id
 
     def __call__(self, records: Sequence[Record]) -> list[Example | Dropped]:
@@ -82,6 +92,8 @@ class TokenizeResponses(TokenizePairs):
         for record in records:
             if not isinstance(record, Preference | Rated):
                 raise UserError("this row is neither a pair of responses nor a response with a label or a score")
+            if isinstance(record, Rated) and record.response.weight != 1:
+                raise UserError("this row has a weight, and all rows of a reward model count alike; leave it out")
         pairs = iter(super().__call__([r for r in records if isinstance(r, Preference)]))
         single = iter(Tokenize.__call__(self, [r.response for r in records if isinstance(r, Rated)]))
         examples = []
@@ -112,7 +124,9 @@ class TokenizeResponses(TokenizePairs):
         mask[np.cumsum([segment.length for segment in segments]) - 1] = True
         if mask[0]:
             return Dropped("a single token")
-        return replace(example, input_ids=ids, loss_mask=mask, segments=segments, fields=fields, straddled=False)
+        return replace(
+            example, input_ids=ids, loss_mask=mask, segments=segments, fields=fields, straddled=False, weights=None
+        )
 
 
 def response_ids(tokenize: Tokenize, response: Conversation | Text, pad: int | None) -> np.ndarray:
@@ -121,7 +135,9 @@ def response_ids(tokenize: Tokenize, response: Conversation | Text, pad: int | N
     Raises:
         UserError: it can't be rendered, or is too long.
     """
-    (tokens,) = tokenize.tokens([tokenize.mark(response)])
+    marked = tokenize.mark(response)
+    assert not isinstance(marked, Dropped), "lost: drop leaves nothing to score"
+    (tokens,) = tokenize.tokens(marked.texts)
     kept = tokenize.kept(tokens.ids, int(tokens.mask.argmax()))
     assert not isinstance(kept, Dropped), "overflow: drop leaves nothing to score"
     return _without_end(tokens.ids[kept], pad)
@@ -193,7 +209,7 @@ class RewardData(DPOData):
     @cached_property
     def tokenize(self) -> TokenizeResponses:
         """Turns pairs and rated responses into examples."""
-        return TokenizeResponses(self.tokenizer, self.max_length, self.overflow)
+        return TokenizeResponses(self.tokenizer, self.max_length, self.overflow, self.lost, self.renderer)
 
     def encoding_key(self) -> list[Any]:
         """`overflow`, and the pad token."""

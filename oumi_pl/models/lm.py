@@ -5,17 +5,17 @@ gathers the wrapper's own parameters, the output head among them, only while `fo
 """
 
 import sys
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, NamedTuple, cast
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, cast
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
 from oumi_pl.attention import NAME, packed, why_not_isolating, why_not_shared
-from oumi_pl.attention.probe import probing
+from oumi_pl.attention.probe import body_of, probing
+from oumi_pl.attention.rotary import rows_of
 from oumi_pl.attention.segments import path_positions
 from oumi_pl.errors import UserError
 from oumi_pl.losses.causal import TokenLossOutput, token_logps, token_loss_sum
@@ -124,10 +124,8 @@ def _tensor(values: np.ndarray, batch: Batch) -> Tensor:
 
 PROBE_TOKENS = 8
 """Tokens on which `refuse_unknown_logits` compares logits."""
-
-
-PROBE_ROWS = (7, 5, 9)
-"""Tokens of the rows on which scores are compared."""
+EXPORT_TOKENS = 24
+"""Tokens on which the logits of an exported model are compared with those of the live one."""
 
 
 @dataclass(frozen=True)
@@ -160,16 +158,20 @@ class States:
         return self.at((lengths.cumsum(0) - 1).to(self.hidden.device))
 
     def loss_sum(self, token_loss: TokenLoss) -> TokenLossOutput:
-        """Sum of `token_loss` over the targets; in training, with the router loss of mixtures of experts added.
+        """Sum of `token_loss` over the targets, by weight; in training, with the router loss of mixtures of experts.
 
-        The router loss is multiplied by the batch's number of targets: the update divides by all its targets, which
-        leaves the weight that the config sets. It is left out in evaluation, since it is no likelihood and depends on
-        which rows share a batch.
+        The router loss is multiplied by the weight of the batch's targets: the update divides by that of all its
+        targets, which leaves the weight that the config sets. It is left out in evaluation, since it is no likelihood
+        and depends on which rows share a batch.
         """
-        lm = self.lm
-        out = token_loss_sum(self.predicting, self.batch["targets"], lm.head, token_loss, transform=lm.logit_transform)
+        lm, batch = self.lm, self.batch
+        out = token_loss_sum(
+            *(self.predicting, batch["targets"], lm.head, token_loss),
+            weights=batch.get("weights"),
+            transform=lm.logit_transform,
+        )
         if self.router_loss is not None:
-            out = out._replace(loss_sum=out.loss_sum + self.router_loss * out.target_tokens)
+            out = out._replace(loss_sum=out.loss_sum + self.router_loss * batch.get("weight", len(batch["targets"])))
         return out
 
     def logps(self) -> Tensor:
@@ -180,12 +182,42 @@ class States:
 class LM(nn.Module):
     """A causal LM, or a PEFT model around one; called with a batch and a function of its hidden states."""
 
+    auto_class: ClassVar[str] = "AutoModelForCausalLM"
+    """The class of transformers that loads an export."""
+
     def __init__(self, hf: Any, layout: Layout = forest, layout_reason: str = "") -> None:
         super().__init__()
         self.hf = hf
         self.layout = layout
         self.layout_reason = layout_reason
         """Why no cheaper layout could be used; empty for `forest`."""
+        self._kept: frozenset[str] = frozenset()
+
+    def keep_dtypes(self, dtype: torch.dtype, parameters: bool = True) -> None:
+        """Makes casts leave alone what is not of `dtype` now, such as RoPE's frequencies in float32.
+
+        Lightning's `bf16-true` casts the whole module, whereas `from_pretrained(dtype=bfloat16)` keeps what an
+        architecture computes or needs in float32.
+
+        Args:
+            dtype: Of the weights.
+            parameters: Whether this holds for parameters as well as buffers.
+        """
+        tensors = (*self.named_buffers(), *(self.named_parameters() if parameters else ()))
+        self._kept = frozenset(name for name, t in tensors if t.is_floating_point() and t.dtype != dtype)
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Any:
+        before = {name: tensor.data for name, tensor in self._kept_tensors()}
+        super()._apply(fn, recurse)
+        for name, tensor in self._kept_tensors():
+            if tensor.dtype != before[name].dtype:
+                tensor.data = before[name].to(tensor.device)
+        return self
+
+    def _kept_tensors(self) -> list[tuple[str, Tensor]]:
+        if not self._kept:
+            return []
+        return [(n, t) for n, t in (*self.named_buffers(), *self.named_parameters()) if n in self._kept]
 
     def forward(self, batch: Batch, compute: Callable[[States], Any] = States.logps) -> Any:
         """Runs the model and returns `compute(states)`; by default the log-probabilities of the targets.
@@ -217,12 +249,17 @@ class LM(nn.Module):
         return hasattr(self.hf, "peft_config")
 
     @property
+    def body(self) -> nn.Module:
+        """The part of the model that returns hidden states."""
+        return body_of(self.base)
+
+    @property
     def logit_transform(self) -> Callable[[Tensor], Tensor] | None:
         """The architecture's function of its logits after the head: scaling, soft cap; None for most."""
         config = self.base.config.get_text_config()
         scale = getattr(config, "logit_scale", None) or 1.0  # Cohere multiplies
         scale /= getattr(config, "logits_scaling", None) or 1.0  # Granite divides
-        cap = getattr(config, "final_logit_softcapping", None)  # Gemma
+        cap = getattr(config, "final_logit_softcapping", None) or getattr(config, "logits_soft_cap", None)  # Gemma
         if scale == 1.0 and cap is None:
             return None
         return lambda logits: _scaled_and_capped(logits, scale, cap)
@@ -242,17 +279,53 @@ class LM(nn.Module):
         """Last hidden states `[batch, seq, hidden]`, and the weighted router loss where the model has one."""
         coefficient = self._router_coefficient
         kwargs: dict[str, Any] = {"output_router_logits": True} if coefficient else {}
-        with packed(inputs.get("segments")):
+        mask = inputs.get("attention_mask")
+        rows, width = inputs["input_ids"].shape
+        lengths = [width] * rows if mask is None else mask.sum(1).tolist()
+        with packed(inputs.get("segments")), rows_of(lengths):
             # with a cache, transformers would ignore the borders of packed documents
-            output = self.base.base_model(
+            output = self.body(
                 input_ids=inputs["input_ids"],
                 position_ids=inputs["position_ids"],
-                attention_mask=inputs.get("attention_mask"),
+                attention_mask=mask,
                 use_cache=False,
                 **kwargs,
             )
         router_loss = self._router_loss(output.router_logits, inputs) * coefficient if coefficient else None
         return output.last_hidden_state, router_loss
+
+    def probe_logits(self) -> Tensor:
+        """Logits of a few random tokens, `[1, seq, vocabulary]`, to compare an export with.
+
+        They are computed within `forward`: under FSDP2 all ranks have to call this. Their device and dtype are those
+        of the computation. Restores random generators and training modes.
+        """
+        ids = probe_ids(self.base.config)
+        parameter = next(self.parameters())
+        length, device = ids.shape[1], parameter.device
+        batch: Any = {
+            "input_ids": ids.to(device),
+            "position_ids": torch.arange(length, device=device)[None],
+            "segments": [Segment(length)],
+        }
+
+        def compute(states: States) -> Tensor:
+            logits = self.head(states.hidden)
+            return logits if self.logit_transform is None else self.logit_transform(logits)
+
+        # eager: compiling for these few tokens would take a minute
+        with probing(self, device), torch.compiler.set_stance("force_eager"):
+            return self(batch, compute)
+
+    @property
+    def adapter_settings(self) -> dict[str, Any]:
+        """Arguments with which `auto_class` loads an adapter."""
+        return {}
+
+    def plain_logits(self, hf: Any) -> Tensor:
+        """Logits of the same tokens by another instance's own forward, `[1, seq, vocabulary]` float32."""
+        ids = probe_ids(hf.config)
+        return hf(input_ids=ids, position_ids=torch.arange(ids.shape[1])[None], use_cache=False).logits.float()
 
     @property
     def _router_coefficient(self) -> float:
@@ -296,6 +369,8 @@ class LM(nn.Module):
 class ScoringLM(LM):
     """A sequence-classification model with one label: scores the last token of each segment's path."""
 
+    auto_class = "AutoModelForSequenceClassification"
+
     @property
     def head(self) -> nn.Module:
         """The module from hidden states to a score."""
@@ -311,30 +386,26 @@ class ScoringLM(LM):
         # a trained head stays in float32 where the frozen weights are bfloat16
         return head(states.ends.to(head.weight.dtype))[:, 0].float()
 
-    @contextmanager
-    def _probing(self) -> Iterator[torch.device]:
-        weight = cast("Tensor", self.base.get_input_embeddings().weight)
-        # transformers does not convert hidden states for a head of another dtype, but leaves that to autocast
-        mixed = cast("Any", self.head).weight.dtype != weight.dtype
-        with probing(self, weight.device), torch.autocast(weight.device.type, weight.dtype, enabled=mixed):
-            yield weight.device
-
-    def probe_scores(self) -> tuple[list[Tensor], Tensor]:
-        """Scores a few rows of tokens without padding tokens: returns their ids, `[tokens]` each, and scores `[rows]`.
-
-        Under FSDP2 all ranks have to call this. Restores random generators and training modes.
-        """
-        embedding = cast("Tensor", self.base.get_input_embeddings().weight)
-        vocabulary, pad = len(embedding), self.base.config.get_text_config().pad_token_id
-        ids = torch.randint(vocabulary, (sum(PROBE_ROWS),), generator=torch.Generator().manual_seed(0))
-        rows = list(torch.where(ids == pad, (ids + 1) % vocabulary, ids).split(PROBE_ROWS))
+    def probe_logits(self) -> Tensor:
+        """Scores of a few rows of random tokens, `[rows]`; otherwise as of `LM`."""
+        rows = probe_rows(self.base.config)
+        lengths, device = [len(row) for row in rows], next(self.parameters()).device
         batch: Any = {
-            "input_ids": torch.cat(rows)[None].to(embedding.device),
-            "position_ids": torch.cat([torch.arange(n) for n in PROBE_ROWS])[None].to(embedding.device),
-            "segments": [Segment(n) for n in PROBE_ROWS],
+            "input_ids": torch.cat(rows)[None].to(device),
+            "position_ids": torch.cat([torch.arange(n) for n in lengths])[None].to(device),
+            "segments": [Segment(n) for n in lengths],
         }
-        with self._probing():
-            return rows, self(batch, self.scores).cpu()
+        with probing(self, device), torch.compiler.set_stance("force_eager"):
+            return self(batch, self.scores)
+
+    @property
+    def adapter_settings(self) -> dict[str, Any]:
+        """Arguments with which `auto_class` loads an adapter."""
+        return {"num_labels": 1, "pad_token_id": self.base.config.get_text_config().pad_token_id}
+
+    def plain_logits(self, hf: Any) -> Tensor:
+        """Scores of the same rows by another instance's own forward, which reads one batch padded on the right."""
+        return plain_scores(hf, probe_rows(hf.config))
 
     def refuse_unknown_logits(self) -> None:
         """Compares our scores of a few rows with the model's own. Restores random generators and training modes.
@@ -342,15 +413,35 @@ class ScoringLM(LM):
         Raises:
             UserError: the architecture computes its score in a way that this wrapper does not reproduce.
         """
-        rows, scores = self.probe_scores()
-        with self._probing() as device:
-            own = [self.base(input_ids=row[None].to(device), use_cache=False).logits[0, 0] for row in rows]
-        weight = cast("Tensor", self.base.get_input_embeddings().weight)
-        if not are_near(scores, torch.stack(own).float().cpu(), weight):
+        scores, weight = self.probe_logits().cpu(), cast("Tensor", self.base.get_input_embeddings().weight)
+        with probing(self, weight.device):
+            rows = [row[None].to(weight.device) for row in probe_rows(self.base.config)]
+            own = torch.cat([plain_scores(self.base, row) for row in rows])
+        if not are_near(scores, own, weight):
             raise UserError(
                 f"{type(self.base).__name__} computes its score in a way that is not supported, so rewards would be "
                 "wrong; please report the architecture"
             )
+
+
+def plain_scores(hf: Any, rows: Sequence[Tensor] | Tensor) -> Tensor:
+    """Scores of rows of ids by transformers' own forward, padded on the right if several; `[rows]` float32."""
+    weight, head = hf.get_input_embeddings().weight, hf.score.weight
+    pad = hf.config.get_text_config().pad_token_id
+    ids = torch.nn.utils.rnn.pad_sequence(list(rows), batch_first=True, padding_value=pad or 0).to(weight.device)
+    mask = torch.nn.utils.rnn.pad_sequence([torch.ones_like(row) for row in rows], batch_first=True)
+    # transformers does not convert hidden states for a head of another dtype, but leaves that to autocast
+    with torch.autocast(weight.device.type, weight.dtype, enabled=head.dtype != weight.dtype):
+        logits = hf(input_ids=ids, attention_mask=mask.to(weight.device), use_cache=False).logits
+    return logits[:, 0].float().cpu()
+
+
+def probe_rows(config: Any) -> list[Tensor]:
+    """Rows of random tokens of different lengths, none of which is the pad token, `[seq]` each."""
+    ids, text = probe_ids(config)[0], config.get_text_config()
+    ids = torch.where(ids == text.pad_token_id, (ids + 1) % text.vocab_size, ids)
+    first, second = len(ids) // 2, len(ids) // 6 + 1
+    return list(ids.split([first, second, len(ids) - first - second]))
 
 
 def are_near(ours: Tensor, theirs: Tensor, weight: Tensor) -> bool:
@@ -359,34 +450,36 @@ def are_near(ours: Tensor, theirs: Tensor, weight: Tensor) -> bool:
     return torch.allclose(ours, theirs, rtol=tolerance, atol=tolerance * float(theirs.abs().max()))
 
 
-def choose_layout(hf: Any, share: bool = True) -> tuple[Layout, str]:
+def choose_layout(hf: Any, share: bool = True, longest: int = 0) -> tuple[Layout, str]:
     """Finds the cheapest layout that is exact for a model by running it, and the reason why no cheaper one is.
 
     Args:
         hf: The model, unsharded; unchanged afterwards.
         share: Whether to try to compute shared tokens once; False also if nothing is shared.
+        longest: Tokens of the longest row: lengths below it at which the config says that the model changes are tried.
     """
     why = ""
     if share:
         why = why_not_shared(hf) or ""
-        if not why:
-            return forest, ""
-    apart = why_not_isolating(hf)
+    apart = why_not_isolating(hf, longest)
+    if share and not why and apart is None:
+        return forest, ""
     return (documents, why) if apart is None else (padded, apart)
 
 
-def with_layout(build: Callable[[bool], Any], share: bool = True, wrap: type[LM] = LM) -> LM:
+def with_layout(build: Callable[[bool], Any], share: bool = True, longest: int = 0, wrap: type[LM] = LM) -> LM:
     """Builds a model with the cheapest layout that is exact for it.
 
     Args:
         build: Builds the Hugging Face model, with the attention that packed rows need (True) or with its own (False).
         share: As of `choose_layout`.
+        longest: As of `choose_layout`.
         wrap: The class of the result.
     """
     state, hf = torch.get_rng_state(), None
     try:
         hf = build(True)
-        layout, reason = choose_layout(hf, share)
+        layout, reason = choose_layout(hf, share, longest)
     except UserError as error:  # architectures without an implementation of this attention
         layout, reason = padded, str(error)
     if layout is padded and (hf is None or hf.config._attn_implementation == NAME):
@@ -394,6 +487,18 @@ def with_layout(build: Callable[[bool], Any], share: bool = True, wrap: type[LM]
         hf = build(False)
     # a right answer was found, so what to change for another one is left out
     return wrap(hf, layout, reason.partition("; ")[0])
+
+
+def probe_ids(config: Any) -> Tensor:
+    """Random tokens, and the last ones of the vocabulary, which are often the added ones, `[1, seq]`."""
+    text = config.get_text_config()
+    positions = getattr(text, "max_position_embeddings", None)
+    length = min(EXPORT_TOKENS, positions) if isinstance(positions, int) and positions > 0 else EXPORT_TOKENS
+    generator = torch.Generator().manual_seed(0)
+    ids = torch.randint(text.vocab_size, (1, length), generator=generator)
+    added = min(4, length // 2)
+    ids[0, :added] = torch.arange(text.vocab_size - added, text.vocab_size)
+    return ids
 
 
 def disable_dropout(model: nn.Module) -> None:

@@ -1,7 +1,6 @@
 """Reward models: a score for each response, learned from pairs or from outcomes."""
 
 from itertools import pairwise
-from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -12,7 +11,6 @@ from torch.optim import AdamW
 from oumi_pl.errors import UserError
 from oumi_pl.losses.reward import BradleyTerry, OutcomeLoss, PairLoss
 from oumi_pl.models.lm import LM, ScoringLM, disable_dropout
-from oumi_pl.models.scoring import set_pad_token, why_other_scores
 from oumi_pl.modules.base import LanguageModule
 from oumi_pl.modules.update import Split
 from oumi_pl.types import SPLITS, Batch, Sums
@@ -119,7 +117,8 @@ class Reward(LanguageModule):
         """
         model = super().build(tokenizer, *args, **kwargs)
         if tokenizer is not None:
-            set_pad_token(model.base.config, tokenizer.pad_token_id)
+            config = model.base.config
+            config.pad_token_id = config.get_text_config().pad_token_id = tokenizer.pad_token_id
         disable_dropout(model)  # which would give the responses of a pair different models
         return model
 
@@ -193,29 +192,6 @@ class Reward(LanguageModule):
         if rewards.requires_grad and not losses.requires_grad:
             raise UserError(f"model.{key}: {name} returned losses without a gradient: something in it detaches rewards")
         return losses
-
-    # ---- export
-
-    def save(self, directory: Path, *, model: LM | None = None, **settings: Any) -> None:
-        """Writes a folder that `AutoModelForSequenceClassification` loads: the whole model, or an adapter for PEFT.
-
-        The folder is loaded in plain transformers and its scores are compared with those of the live model before it
-        appears, unless the live weights are quantised, which an export is not. That takes the memory of the model once
-        more.
-
-        Raises:
-            UserError: as of `LanguageModule`, or the scores differ.
-        """
-        live = self.causal_lm
-        assert isinstance(live, ScoringLM)
-        quantised = getattr(live.base, "is_quantized", False)
-        rows, scores = live.probe_scores()
-
-        def check(folder: Path) -> None:
-            if not quantised and (why := why_other_scores(folder, live, rows, scores)):
-                raise UserError(f"the export to {directory} failed: {why}")
-
-        super().save(directory, model=model, check=check, **settings)
 
 
 def kinds(batch: Batch) -> tuple[list[int], list[int], list[int], list[int]]:

@@ -3,16 +3,16 @@
 import json
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
 from transformers import AutoTokenizer
 
 from oumi_pl.data.tokenizers import ByteTokenizer
-from oumi_pl.models.scoring import load_plainly, plain_scores
+from oumi_pl.models.lm import plain_scores
 from tests.command_line import CommandLine, jsonl
 from tests.models.test_lora import pretrained
+from tests.modules.test_reward import loaded_by_transformers
 from tests.tiny import conversations, pairs, reward, write_jsonl
 
 TEXTS = [{"prompt": "ab ", "completion": "cd", "id": 7}, {"prompt": "ab ", "completion": "c" * 20, "id": 8}]
@@ -52,7 +52,8 @@ def plainly(model, texts):
         for text in texts
     ]
     pad = tokenizer.pad_token_id
-    return plain_scores(load_plainly(Path(model), pad), [torch.tensor(row) for row in rows], pad).tolist()
+    with torch.no_grad():
+        return plain_scores(loaded_by_transformers(model, pad), [torch.tensor(row) for row in rows]).tolist()
 
 
 def test_conversations_and_texts_get_the_scores_of_transformers(cli, model):

@@ -27,7 +27,8 @@ SHARED = {
     "seed": 9,
     "trust_remote_code": True,
 }
-EXAMPLES = SHARED | {"packing": True, "group_by_length": False, "template": "plain", "overflow": "drop"}
+EXAMPLES = SHARED | {"packing": True, "group_by_length": False, "bad_rows": "drop"}
+EXAMPLES |= {"template": "plain", "overflow": "drop"}
 STREAM = SHARED | {
     "packing": "best_fit",
     "isolate": True,

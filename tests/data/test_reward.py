@@ -132,3 +132,9 @@ def test_prompts_of_both_kinds_of_rows(tmp_path):
     data = of(tmp_path, [row | {"label": 1} for row in rows])
     answers = [answer for _, answer in data.prompts("train")]
     assert answers == [row["messages"][-1]["content"] for row in rows]
+
+
+def test_weights_of_rows_are_refused(tmp_path):
+    data = of(tmp_path, [])
+    with pytest.raises(UserError, match="this row has a weight, and all rows of a reward model count alike"):
+        data.encode([rated({"prompt": "a", "response": "b", "weight": 2.0, "label": 1})])
