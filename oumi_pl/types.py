@@ -96,6 +96,18 @@ class BadRow:
     reason: str
 
 
+@dataclass(frozen=True)
+class Feedback(Record):
+    """One response to a prompt, and whether it is desirable.
+
+    `response` separates prompt and response: a conversation with `prompt_messages`, or a text with a `prompt`. `label`
+    is True or False; a score that is compared with a threshold; or None if the row does not say.
+    """
+
+    response: Conversation | Text
+    label: bool | float | None
+
+
 class Segment(NamedTuple):
     """A run of tokens: a root, or the continuation of the first tokens of an earlier segment's path.
 
@@ -201,6 +213,7 @@ class Batch(TypedDict):
     weights: NotRequired[torch.Tensor]  # [targets] float32, factors on the losses; missing if all are 1
     weight: NotRequired[float]  # their sum, on the host; missing if all are 1
     update: NotRequired[Update]  # in training
+    update_ids: NotRequired[list[int]]  # in training on a plan: ids of all examples of the update
     source: NotRequired[int]  # index of the source of all rows of a held-out batch
     text_bytes: NotRequired[int]  # UTF-8 bytes of the text of a held-out batch's targets
 
@@ -347,6 +360,10 @@ class RunModule(Protocol):
         """The device of the weights."""
 
     @property
+    def doubts(self) -> list[str]:
+        """Advice on the settings for these data, which is given as warnings before the first update."""
+
+    @property
     def notes(self) -> list[str]:
         """Lines about the model to print before the first update."""
 
@@ -488,3 +505,49 @@ class PreferenceLoss(ABC):
         loss without reference.
         """
         return self.beta * pairs.chosen_logratios, self.beta * pairs.rejected_logratios
+
+
+@dataclass(frozen=True)
+class Responses:
+    """Log-probabilities of single responses, each desirable or not: the input of response losses.
+
+    logps: `[targets]`, of each target token under the policy, float32, differentiable.
+    ref_logps: `[targets]`, the same under the reference.
+    rows: `[targets]`, ascending: the response of each target.
+    desirable: `[rows]` bool.
+    kl: scalar, the estimated KL divergence of the policy from the reference, at least 0, without gradient.
+    """
+
+    logps: torch.Tensor
+    ref_logps: torch.Tensor
+    rows: torch.Tensor
+    desirable: torch.Tensor
+    kl: torch.Tensor
+
+    def sums(self, values: torch.Tensor) -> torch.Tensor:
+        """Sums of `values` `[targets]` over each response, `[rows]`."""
+        return values.new_zeros(len(self.desirable)).index_add(0, self.rows, values)
+
+    @cached_property
+    def logratios(self) -> torch.Tensor:
+        """`log(policy / reference)` of each response, `[rows]`."""
+        return self.sums(self.logps - self.ref_logps)
+
+
+class ResponseLoss(ABC):
+    """A loss on single responses. Subclass it and name the class by `class_path` to train with it."""
+
+    beta: float = 1.0
+    """Factor from log-ratios to rewards."""
+    needs_kl: bool = True
+    """Whether the loss reads `Responses.kl`. If not, it is not estimated, and 0."""
+    loss_at_start: float | None = None
+    """The loss of any response while policy and reference are equal; None if that depends on the response."""
+
+    @abstractmethod
+    def __call__(self, responses: Responses) -> torch.Tensor:
+        """Maps responses to losses `[rows]`; an update minimises their weighted mean."""
+
+    def rewards(self, responses: Responses) -> torch.Tensor:
+        """Implicit rewards of the responses, `[rows]`, for the metrics: `beta log(policy / reference)`."""
+        return self.beta * responses.logratios

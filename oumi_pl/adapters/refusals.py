@@ -8,7 +8,7 @@ from lightning.pytorch.strategies import SingleDeviceStrategy
 from torch import nn
 
 from oumi_pl import attention
-from oumi_pl.adapters.losses import INSTEAD, dpo_settings, reward_settings
+from oumi_pl.adapters.losses import INSTEAD, dpo_settings, kto_settings, reward_settings
 from oumi_pl.callbacks.advice import Advice, PreferenceWarnings
 from oumi_pl.callbacks.checkpoint import Checkpoints
 from oumi_pl.callbacks.export import Export
@@ -27,6 +27,7 @@ from oumi_pl.errors import UserError
 from oumi_pl.losses.causal import is_cross_entropy
 from oumi_pl.modules.base import LanguageModule
 from oumi_pl.modules.dpo import DPO
+from oumi_pl.modules.kto import KTO
 from oumi_pl.modules.pretrain import Pretrain
 from oumi_pl.modules.reward import Reward
 from oumi_pl.modules.sft import SFT
@@ -34,6 +35,7 @@ from oumi_pl.types import IGNORE_INDEX
 
 FITS: dict[type, tuple[str, ...]] = {
     DPO: ("lightning", "trl"),
+    KTO: ("lightning", "trl"),
     Pretrain: ("lightning", "hf"),
     Reward: ("lightning", "trl"),
     SFT: ("lightning", "hf", "trl"),
@@ -54,13 +56,18 @@ REPLACED_METHODS = (
 """Methods of a module that an engine replaces by its own in training."""
 
 
+def kind_of(module: LanguageModule) -> type:
+    """The trainer type that a module counts as; `LanguageModule` if no other engine knows it."""
+    return next((kind for kind in FITS if isinstance(module, kind)), LanguageModule)
+
+
 def refuse_engine(engine: str, module: LanguageModule) -> None:
     """Refuses an engine that can't train a module, or would not call methods that its class overrides.
 
     Raises:
         UserError: with the engines that can.
     """
-    kind = next((kind for kind in FITS if isinstance(module, kind)), LanguageModule)
+    kind = kind_of(module)
     fitting = FITS.get(kind, ("lightning",))
     if engine not in fitting:
         raise UserError(f"engine: {engine} can't train {type(module).__name__}; these can: {', '.join(fitting)}")
@@ -124,18 +131,22 @@ def refuse_preferences(module: DPO) -> None:
     dpo_settings(module.loss)
     if module.share_prompt is True:
         raise UserError(f"model.share_prompt: TRL computes prompts twice; leave it out, {INSTEAD}")
-    reference = module.reference
-    if not reference.is_initial:
+    _refuse_reference(module)
+
+
+def refuse_feedback(module: KTO, micro_batches: int) -> None:
+    """Refuses losses, references and updates of several micro-batches that TRL does not support in KTO.
+
+    Raises:
+        UserError: with what is supported.
+    """
+    kto_settings(module)
+    if module.kl and micro_batches > 1:
         raise UserError(
-            f"model.reference: --engine trl compares with the initial model, not with {reference.name}; {INSTEAD[3:]}"
+            "trainer.accumulate_grad_batches: TRL estimates the KL divergence on each micro-batch, not on the update; "
+            f"set it to 1 and data.batch_size to {micro_batches} times as many rows, {INSTEAD}"
         )
-    if reference.sync_every is not None:
-        raise UserError(f"model.sync_every: with --engine trl the reference stays what it is; leave it out, {INSTEAD}")
-    if module.lora is not None and reference.kind != "adapters":
-        raise UserError(
-            "model.reference: with LoRA, --engine trl compares with the base, adapters disabled: leave out "
-            f"reference and lora.bias, {INSTEAD}"
-        )
+    _refuse_reference(module)
 
 
 def refuse_rewards(module: Reward) -> None:
@@ -151,7 +162,22 @@ def refuse_rewards(module: Reward) -> None:
         raise UserError(f"model.share_prompt: TRL computes prompts twice; leave it out, {INSTEAD}")
 
 
-def refuse_model(engine: str, module: SFT | DPO | Reward, packing: bool) -> None:
+def _refuse_reference(module: DPO | KTO) -> None:
+    reference = module.reference
+    if not reference.is_initial:
+        raise UserError(
+            f"model.reference: --engine trl compares with the initial model, not with {reference.name}; {INSTEAD[3:]}"
+        )
+    if reference.sync_every is not None:
+        raise UserError(f"model.sync_every: with --engine trl the reference stays what it is; leave it out, {INSTEAD}")
+    if module.lora is not None and reference.kind != "adapters":
+        raise UserError(
+            "model.reference: with LoRA, --engine trl compares with the base, adapters disabled: leave out "
+            f"reference and lora.bias, {INSTEAD}"
+        )
+
+
+def refuse_model(engine: str, module: LanguageModule, packing: bool) -> None:
     """Refuses a model for which the engine would compute a different loss. Runs it on a few tokens.
 
     Raises:
@@ -159,7 +185,7 @@ def refuse_model(engine: str, module: SFT | DPO | Reward, packing: bool) -> None
     """
     model = module.causal_lm
     model.refuse_unknown_logits()  # again, because the attention has changed since it was built
-    if packing and not isinstance(module, DPO | Reward):
+    if packing and module.unit == "targets":
         try:
             attention.refuse_unless_isolating(model.base)
         except UserError as error:
@@ -179,7 +205,7 @@ def refuse_model(engine: str, module: SFT | DPO | Reward, packing: bool) -> None
             f"{type(model.base).__name__} averages its loss in a way of its own, so that transformers.Trainer can't "
             f"weigh all target tokens of an update alike; {INSTEAD[3:]}"
         )
-    if isinstance(module, Reward):  # TRL does not take its head apart
+    if module.scoring:  # TRL runs the head as a part of the model
         return
     if engine == "trl" and (not isinstance(model.head, nn.Linear) or hasattr(model.head, "base_layer")):
         raise UserError(

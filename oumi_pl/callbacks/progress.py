@@ -157,6 +157,7 @@ LINES_AT_MOST = 300.0
 LOGGED = (
     ("grad_norm", "train/grad_norm", ".3g", "grad"),
     ("accuracy", "train/rewards/accuracies", ".2f", "accuracy"),
+    ("signs", "train/rewards/sign_accuracy", ".2f", "right sign"),
     ("margin", "train/rewards/margins", ".3g", "margin"),
     ("lr", "train/lr", ".1e", "lr"),
 )

@@ -123,7 +123,7 @@ def _document(row: Row, convert: Format | None) -> str:
     return _text((convert or find_format(row.keys(), DOCUMENTS))(row))
 
 
-def _text(record: Record) -> str:
+def _text(record: Record | list[Record]) -> str:
     if not isinstance(record, Text):
         raise UserError(
             f"the format returns a {type(record).__name__} for this row, which SFT or DPO trains on; pretraining reads "

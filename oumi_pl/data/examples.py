@@ -206,10 +206,10 @@ class ExampleData(TextData):
         examples = self.examples(split)
         return collate([([i], [examples[i]]) for i in ids], self.pad_id)
 
-    def in_batches(self, split: str, ids: range) -> list[list[int]]:
+    def in_batches(self, split: str, ids: Sequence[int]) -> list[list[int]]:
         """Groups ids into batches with at most as many tokens as a validation micro-batch may have, longest first."""
-        lengths = self.lengths(split)[ids.start : ids.stop]
-        budget = self.eval_batch_size * (self.capacity_for(split) or int(lengths.max()))
+        lengths = self.compared(split)[0][np.asarray(ids, dtype=np.int64)]
+        budget = self.eval_batch_size * (self.capacity_for(split) or int(lengths.max(initial=0)))
         batches: list[list[int]] = []
         tokens = budget
         for i in np.argsort(-lengths, kind="stable").tolist():
@@ -217,8 +217,19 @@ class ExampleData(TextData):
             if tokens > budget:
                 batches.append([])
                 tokens = int(lengths[i])
-            batches[-1].append(ids.start + i)
+            batches[-1].append(int(ids[i]))
         return batches
+
+    def compared(self, split: str) -> tuple[np.ndarray, np.ndarray]:
+        """Tokens, and tokens that carry loss, of all examples that a reference may be asked about, `[examples]` each.
+
+        A data set may have more of them than rows to train on; their ids follow those of the rows.
+        """
+        return self.lengths(split), self.targets(split)
+
+    def compared_ids(self, split: str, ids: Sequence[int]) -> list[int]:
+        """The examples that a reference is asked about when a batch of `ids` is trained on."""
+        return list(ids)
 
     def reference_logps(self, split: str, parts: dict[str, Any]) -> ReferenceLogps:
         """The store for reference log-probabilities of a split's targets.
@@ -228,7 +239,7 @@ class ExampleData(TextData):
             parts: Everything that they depend on besides the examples: the reference model, its precision.
         """
         names = [store.directory.name for store in self.stores(split)]
-        return ReferenceLogps(parts | {"examples": names}, self.targets(split))
+        return ReferenceLogps(parts | {"examples": names}, self.compared(split)[1])
 
     # ---- plans and loaders
 

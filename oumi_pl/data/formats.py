@@ -31,8 +31,8 @@ from oumi_pl.data.turns import (
 from oumi_pl.errors import UserError, nearest
 from oumi_pl.types import Conversation, Message, Record, Row, Text
 
-Format = Callable[[Row], Record]
-"""A function that returns the record of a row, and raises `UserError` if the row is invalid."""
+Format = Callable[[Row], Record | list[Record]]
+"""A function that returns the record of a row, or a list of them, and raises `UserError` if the row is invalid."""
 
 Formats = tuple[tuple[Format, tuple[str, ...]], ...]
 """Formats with the columns that each needs. The first one whose columns all exist is used."""

@@ -1,7 +1,7 @@
 """From the rows of a source to records: which format reads them, which columns it leaves out, which rows are bad."""
 
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Literal
 
 from oumi_pl.data.formats import (
@@ -18,7 +18,7 @@ from oumi_pl.data.sources import Source, rows
 from oumi_pl.data.tokenize import Dropped
 from oumi_pl.data.turns import MEDIA, PLACEHOLDERS, is_empty, is_missing, plain
 from oumi_pl.errors import UserError
-from oumi_pl.types import BadRow, Conversation, Preference, Record, Row
+from oumi_pl.types import BadRow, Conversation, Feedback, Preference, Record, Row
 
 OnBadRows = Literal["error", "drop"]
 
@@ -66,7 +66,9 @@ class RecordReader:
     def records(
         self, keep: Callable[[Row], bool] | None = None, *, strict: bool = True
     ) -> Iterator[tuple[str, Record | Dropped | BadRow]]:
-        """Yields the record of each row with its origin (file and line), or the reason why it has none.
+        """Yields the records of each row with its origin (file and line), or the reason why it has none.
+
+        A row with several records, such as a pair that gives two responses, counts as several rows.
 
         Args:
             keep: Which rows to use; all when left out.
@@ -81,17 +83,22 @@ class RecordReader:
                 continue
             if keep is not None and not keep(row):
                 continue
-            record: Record | Dropped | BadRow
             try:
-                record = self.record(row)
+                found = self.read(row)
             except UserError as error:
                 if strict:
                     raise UserError(f"{origin}: {error}") from None
-                record = BadRow(str(error))
-            yield origin, record
+                yield origin, BadRow(str(error))
+                continue
+            for record in found:
+                yield origin, record
 
     def record(self, row: Row) -> Record | Dropped:
-        """The record of a row; `Dropped` for one whose label says that it isn't good, with `label: keep_good`.
+        """The first record of a row, as of `read`."""
+        return self.read(row)[0]
+
+    def read(self, row: Row) -> Sequence[Record | Dropped]:
+        """The records of a row; `Dropped` for one whose label says that it isn't good, with `label: keep_good`.
 
         Raises:
             UserError: it does not have the format, or has a column that carries meaning and isn't read.
@@ -100,7 +107,7 @@ class RecordReader:
         if source.columns:
             row = rename_columns(row, source.columns)
         if source.label is not None and not _is_good(row):
-            return Dropped("label: not good")
+            return [Dropped("label: not good")]
         used = {name: value for name, value in row.items() if name not in self._ignored} if self._ignored else row
         before = self._convert
         convert = before or self._format_of(used)
@@ -116,14 +123,17 @@ class RecordReader:
             if source.format is None:
                 raise
             raise UserError(raised(source.format, error)) from error
-        if not isinstance(record, Record):
-            raise UserError(
-                f"{source.format} returned a {type(record).__name__} for this row; a format returns a "
-                "Conversation, a Text or a Preference"
-            )
+        records = record if isinstance(record, list) else [record]
+        for one in records:
+            if not isinstance(one, Record):
+                raise UserError(
+                    f"{source.format} returned a {type(one).__name__} for this row; a format returns a "
+                    "Conversation, a Text or a Preference"
+                )
         if self._ignored and any(not is_empty(row.get(name)) for name in self._ignored.intersection(MEDIA)):
-            _refuse_placeholders(record)
-        return record
+            for one in records:
+                _refuse_placeholders(one)
+        return records
 
     def _format_of(self, row: Row) -> Format:
         """The format that fits a row's columns; looked for once, since finding the nearest names takes a while."""
@@ -190,7 +200,11 @@ def _is_good(row: Row) -> bool:
 
 def _refuse_placeholders(record: Record) -> None:
     """Refuses texts that refer to a medium of a column that is left out."""
-    sides = (record.chosen, record.rejected) if isinstance(record, Preference) else (record,)
+    sides: tuple[Record, ...] = (record,)
+    if isinstance(record, Preference):
+        sides = record.chosen, record.rejected
+    elif isinstance(record, Feedback):
+        sides = (record.response,)
     for side in sides:
         for i, turn in enumerate(side.messages if isinstance(side, Conversation) else ()):
             for mark in PLACEHOLDERS:

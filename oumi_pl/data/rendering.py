@@ -784,14 +784,14 @@ def _left_out(history: Sequence[Message], text: str) -> set[str]:
 
 
 class Rendering:
-    """Renders a conversation as text, with a tokenizer's current template.
+    """Renders a conversation as text, with a tokenizer's current template; `date` is the day that it gets as today.
 
     template: everything that the texts depend on, for cache keys.
     """
 
-    def __init__(self, tokenizer: "PreTrainedTokenizerBase") -> None:
-        self._renderer = ChatRenderer(tokenizer)
-        self.template = f"{tokenizer.chat_template} {tokenizer.special_tokens_map}"
+    def __init__(self, tokenizer: "PreTrainedTokenizerBase", date: Date | None = None) -> None:
+        self._renderer = ChatRenderer(tokenizer, date=date)
+        self.template = f"{tokenizer.chat_template} {tokenizer.special_tokens_map}{'' if date is None else f' {date}'}"
 
     def __call__(self, conversation: Conversation) -> str:
         """Renders all turns.

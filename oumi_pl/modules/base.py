@@ -256,6 +256,11 @@ class LanguageModule(RestorableModule):
             notes.append(f"packed documents are computed in rows of their own, padded: {model.layout_reason}")
         return notes
 
+    @property
+    def doubts(self) -> list[str]:
+        """Advice on the settings for these data, which is given as warnings before the first update."""
+        return []
+
     def count(self, batch: Batch) -> dict[str, int]:
         """As of `UpdateModule`, with the positions that the model computes in its layout."""
         counts = super().count(batch)

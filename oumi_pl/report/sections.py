@@ -9,11 +9,12 @@ from oumi_pl.report.record import Record
 from oumi_pl.report.words import clock, large, meaning, moment, number
 from oumi_pl.runs import folders
 
-HIGHER_IS_BETTER = ("exact_match", "accuracies", "mean_token_accuracy", "margins")
+HIGHER_IS_BETTER = ("exact_match", "accuracies", "sign_accuracy", "mean_token_accuracy", "margins")
 TILES = {
     "val/loss": "Validation loss",
     "val/exact_match": "Exact answers",
     "val/rewards/accuracies": "Pairs ranked right",
+    "val/rewards/sign_accuracy": "Rewards with the right sign",
     "val/rewards/margins": "Reward margin",
     "val/bits_per_byte": "Bits per byte",
     "val/perplexity": "Perplexity",

@@ -29,6 +29,7 @@ SHARED = {
 }
 EXAMPLES = SHARED | {"packing": True, "group_by_length": False, "bad_rows": "drop"}
 EXAMPLES |= {"template": "plain", "overflow": "drop"}
+EXAMPLES |= {"template_variables": {"mood": 1}, "lost": "drop", "add_eos": True}
 STREAM = SHARED | {
     "packing": "best_fit",
     "isolate": True,
@@ -38,7 +39,7 @@ STREAM = SHARED | {
     "eval_stride": 16,
 }
 ARGUMENTS = {
-    SFTData: EXAMPLES | {"train_on": "all"},
+    SFTData: EXAMPLES | {"train_on": "all", "turns": "apart"},
     DPOData: EXAMPLES,
     PretrainData: STREAM,
     PackedChatData: STREAM | {"template": "plain"},
