@@ -36,7 +36,7 @@ from oumi_pl.models.build import (
 from oumi_pl.models.export import export_model, read_heads
 from oumi_pl.models.generation import complete
 from oumi_pl.models.given import adopt, refuse_unusable, set_attention
-from oumi_pl.models.lm import LM, choose_layout, disable_dropout, forest, padded, with_layout
+from oumi_pl.models.lm import LM, ScoringLM, choose_layout, disable_dropout, forest, padded, with_layout
 from oumi_pl.models.lora import lora_config
 from oumi_pl.modules.reference import Reference
 from oumi_pl.modules.update import RestorableModule, Split
@@ -109,6 +109,8 @@ class LanguageModule(RestorableModule):
     """Names of the metrics of validation, to refuse a misspelt `monitor` before training; empty: not checked."""
     generates: ClassVar[bool] = True
     """Whether the model completes prompts. If not, no samples are written and `predict` is refused."""
+    scoring: ClassVar[bool] = False
+    """Whether the model gives each path a score instead of next tokens: transformers' sequence classification."""
     details: ClassVar[tuple[str, ...]] = ()
     """Metrics that are logged, but not shown in the terminal after a validation."""
     reference: Reference | None = None
@@ -330,14 +332,16 @@ class LanguageModule(RestorableModule):
                 gradient_checkpointing=self.gradient_checkpointing,
                 revision=self.revision,
                 trust_remote_code=self.trust_remote_code,
+                scoring=self.scoring,
             )
 
         builder = build if self.model_object is None else self.__given(tokenizer, added_tokens)
+        wrap = ScoringLM if self.scoring else LM
         if branching is None:
-            return LM(builder(False))
+            return wrap(builder(False))
         # long rows are tried on the device if it is another one, see `begin_fit`
         longest = 0 if self.__is_checked_on_device else self.__longest_row
-        model = with_layout(builder, branching and self.share_prompt is not False, longest)
+        model = with_layout(builder, branching and self.share_prompt is not False, longest, wrap)
         if branching and self.share_prompt is True and model.layout is not forest:
             raise UserError(f"model.share_prompt: {model.layout_reason}; leave it out to compute prompts twice")
         if self.reference is not None:
