@@ -182,7 +182,7 @@ class Teacher(Reference):
         parts: dict[str, Any] = {
             "model": model_fingerprint(self.name, "model.teacher"),
             "precision": str(trainer.precision),
-            "dtype": self.dtype or module.dtype_name,
+            "dtype": self.dtype or module.weights_dtype,
             "quantization": self.quantization,
             "top_k": k,
             "temperature": self.temperature,
@@ -221,7 +221,7 @@ class Teacher(Reference):
         def build(packed: bool) -> Any:
             return build_model(
                 self.name,
-                dtype=self.dtype or module.dtype_name,
+                dtype=self.dtype or module.weights_dtype,
                 attn=NAME if packed else None,
                 quantization=self.quantization,
                 trust_remote_code=module.trust_remote_code,
@@ -234,6 +234,7 @@ class Teacher(Reference):
             raise UserError(
                 f"model.teacher: {self.name} has logits for {rows} tokens, and the data's tokenizer has {self.vocab}"
             )
+        model.keep_dtypes(cast("Tensor", model.head.weight).dtype)
         model.eval().requires_grad_(False)
         return model if self.quantization else self._placed(model)
 
