@@ -18,6 +18,7 @@ usage: oumi_pl COMMAND [options]          (or: python -m oumi_pl COMMAND)
   fit       train on a recipe:            oumi_pl fit --config quickstart/sft
   runs      list and compare runs:        oumi_pl runs; runs compare A B
   generate  complete prompts:             oumi_pl generate --model runs/NAME/model --prompt TEXT
+  score     score rows with a reward model: oumi_pl score --model DIR --input rows.jsonl --output scores.jsonl
 
   validate  compute validation metrics:   oumi_pl validate --config RECIPE --ckpt_path FILE
   test      compute metrics of the test rows
@@ -43,7 +44,7 @@ A recipe can name any Python class, so running a recipe can run any code: only r
 TRAINER_COMMANDS = ("fit", "validate", "test", "predict")
 COMMANDS = (
     *TRAINER_COMMANDS,
-    *("recipes", "preview", "runs", "generate"),
+    *("recipes", "preview", "runs", "generate", "score"),
     *("prepare", "export", "compare", "train", "convert"),
 )
 

@@ -39,6 +39,7 @@ PRETRAINING = {
     f"{DATA}train": "texts.jsonl",
     f"{DATA}tokenizer": {"class_path": "ByteTokenizer", "init_args": {"chat_template": False}},
 }
+REWARDS = {"model.class_path": "Reward", "data.class_path": "RewardData"}
 TEXTS = {"texts.jsonl": jsonl({"text": "a text"}, {"text": "another"})}
 
 
@@ -215,6 +216,18 @@ TOGETHER = {
     "a strategy that keeps its gradients": Case(
         f"trainer.strategy: deepspeed keeps gradients where their norm can't be computed; {FSDP2}",
         {"trainer.strategy": "deepspeed"},
+    ),
+    "outcomes without their loss": Case(
+        "model.outcome_loss: 1 rows in data.train have an outcome and are no pairs; set it to MSE (for scores)",
+        REWARDS | {f"{DATA}train": "data.jsonl"},
+        files={"data.jsonl": jsonl(GOOD | {"score": 3})},
+    ),
+    "a reward model of an architecture without scores": Case(
+        "model: transformers has no sequence-classification class for cohere, so nothing could load a reward model of "
+        "it; start from an architecture that has one, for example gemma2, gpt2, llama, mistral, phi3, qwen2, qwen3, "
+        "smollm3",
+        REWARDS | {f"{DATA}train": "data.jsonl", f"{MODEL}config": {"model_type": "cohere", "hidden_size": 32}},
+        files={"data.jsonl": jsonl({"prompt": "a ", "chosen": "b", "rejected": "c"})},
     ),
     "rows longer than the table of positions": Case(
         "data.max_length is 128, but GPT2LMHeadModel has a table of 64 positions: set it to 64",

@@ -9,6 +9,7 @@ from tests.error_battery_cases import (
     MODEL,
     PRETRAINED,
     PRETRAINING,
+    REWARDS,
     TEXTS,
     TOGETHER,
     VALUES,
@@ -25,6 +26,11 @@ ROWS = {
     "missing": Case("nope.jsonl: no such file or directory; it is looked for in HERE", args="--data.train nope.jsonl"),
     "missing, and misspelt": Case(
         "row.jsonl: no such file or directory; did you mean 'rows.jsonl'?", args="--data.train row.jsonl"
+    ),
+    "label of text": reads(
+        jsonl(GOOD | {"label": 1}, GOOD | {"label": "good"}),
+        "data.jsonl:2: column 'label' holds 'good' instead of a number, true or false",
+        **REWARDS,
     ),
     "empty": reads("", "data.jsonl: the file is empty"),
     "unreadable": Case(

@@ -9,10 +9,13 @@ import torch
 
 from oumi_pl.data.dpo import DPOData
 from oumi_pl.data.kto import KTOData
+from oumi_pl.data.reward import RewardData
 from oumi_pl.data.sft import SFTData
+from oumi_pl.data.sources import Source
 from oumi_pl.data.tokenizers import ByteTokenizer
 from oumi_pl.modules.dpo import DPO
 from oumi_pl.modules.kto import KTO
+from oumi_pl.modules.reward import Reward
 from oumi_pl.modules.sft import SFT
 
 LLAMA = {
@@ -96,6 +99,30 @@ def kto(model=None, optimizer=None, config=None, **kwargs) -> KTO:
     """A KTO module; from random weights unless it names a model."""
     config = LLAMA | (config or {}) if model is None else config
     return KTO(model, config, optimizer=optimizer or sgd, **kwargs)
+
+
+def rated(n, seed=0, longest=12):
+    """Conversations with an outcome of 0 or 1."""
+    rng = random.Random(seed)
+    return [row | {"label": rng.randint(0, 1)} for row in conversations(n, seed, longest)]
+
+
+def reward_data(path: Path, n=16, seed=0, outcomes=0, **kwargs) -> RewardData:
+    """`n` pairs, and as many rated responses as `outcomes` says."""
+    sources = []
+    for name, count, rows in (("pairs", n, pairs), ("rated", outcomes, rated)):
+        if count:
+            file = path / f"{name}-{count}-{seed}.jsonl"
+            if not file.exists():
+                write_jsonl(file, rows(count, seed))
+            sources.append(Source(str(file)))
+    return RewardData(sources, **({"tokenizer": ByteTokenizer(), "max_length": 256, "seed": 0} | kwargs))
+
+
+def reward(model=None, optimizer=None, config=None, **kwargs) -> Reward:
+    """A reward model; from random weights unless it names a model."""
+    config = LLAMA | (config or {}) if model is None else config
+    return Reward(model, config, optimizer=optimizer or sgd, **kwargs)
 
 
 def sgd(params):

@@ -85,6 +85,24 @@ def _completions(batch: Batch) -> dict[str, Tensor]:
     return {"input_ids": ids, "attention_mask": attention_mask, "completion_mask": completion_mask}
 
 
+def reward_inputs(batch: Batch, pad: int, *, with_margins: bool) -> EngineBatch:
+    """Converts a micro-batch of pairs for TRL's `RewardTrainer`, `[2 pairs, seq]`: all chosen rows, then all rejected.
+
+    Args:
+        batch: A micro-batch; the prompt is repeated.
+        pad: The pad token, by which transformers finds the last token of a row.
+        with_margins: Whether the loss takes the rows' margins.
+    """
+    arranged = padded(batch)
+    ids = arranged.inputs["input_ids"]
+    attention_mask = arranged.inputs.get("attention_mask", torch.ones_like(ids))
+    order = [*range(0, len(ids), 2), *range(1, len(ids), 2)] if batch["sample_ids"] else [0, 0]
+    rows = {"input_ids": torch.where(attention_mask == 1, ids, pad)[order], "attention_mask": attention_mask[order]}
+    if with_margins:
+        rows["margin"] = batch["fields"].get("margin", torch.zeros(1))
+    return EngineBatch(rows, batch)
+
+
 def target_values(values: Tensor, completion_mask: Tensor) -> Tensor:
     """Reorders TRL's values per predicted token, `[2 pairs, seq - 1]`, like `Batch.targets`, `[targets]`."""
     order = torch.arange(len(values), device=values.device).view(2, -1).T.reshape(-1)

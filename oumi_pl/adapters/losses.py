@@ -30,6 +30,7 @@ from oumi_pl.losses.preference import (
     WeightedSum,
 )
 from oumi_pl.losses.responses import APOZeroUnpaired, KTOLoss
+from oumi_pl.losses.reward import BradleyTerry, PairLoss
 from oumi_pl.types import IGNORE_INDEX, PreferenceLoss, TokenLoss
 
 TRL_NAMES: dict[type, str] = {
@@ -123,6 +124,19 @@ def kto_settings(module: Any) -> dict[str, Any]:
         "desirable_weight": module.desirable_weight,
         "undesirable_weight": module.undesirable_weight,
     }
+
+
+def reward_settings(loss: PairLoss) -> dict[str, Any]:
+    """The arguments of `trl.RewardConfig` that make TRL compute a reward model's loss of pairs.
+
+    Raises:
+        UserError: TRL has no such loss, or not with these settings.
+    """
+    if type(loss) is not BradleyTerry:
+        raise UserError(f"model.loss: TRL's RewardTrainer knows BradleyTerry, not {type(loss).__name__}; {INSTEAD[3:]}")
+    if loss.label_smoothing:
+        raise UserError(f"model.loss: TRL's RewardTrainer has no label_smoothing; set it to 0, {INSTEAD}")
+    return {"center_rewards_coefficient": loss.center_rewards_coefficient or None}
 
 
 def _terms(loss: PreferenceLoss) -> tuple[list[Any], list[float], list[float | None]]:

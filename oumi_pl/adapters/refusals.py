@@ -8,7 +8,7 @@ from lightning.pytorch.strategies import SingleDeviceStrategy
 from torch import nn
 
 from oumi_pl import attention
-from oumi_pl.adapters.losses import INSTEAD, dpo_settings, kto_settings
+from oumi_pl.adapters.losses import INSTEAD, dpo_settings, kto_settings, reward_settings
 from oumi_pl.callbacks.advice import Advice, PreferenceWarnings
 from oumi_pl.callbacks.checkpoint import Checkpoints
 from oumi_pl.callbacks.export import Export
@@ -29,6 +29,7 @@ from oumi_pl.modules.base import LanguageModule
 from oumi_pl.modules.dpo import DPO
 from oumi_pl.modules.kto import KTO
 from oumi_pl.modules.pretrain import Pretrain
+from oumi_pl.modules.reward import Reward
 from oumi_pl.modules.sft import SFT
 from oumi_pl.types import IGNORE_INDEX
 
@@ -36,6 +37,7 @@ FITS: dict[type, tuple[str, ...]] = {
     DPO: ("lightning", "trl"),
     KTO: ("lightning", "trl"),
     Pretrain: ("lightning", "hf"),
+    Reward: ("lightning", "trl"),
     SFT: ("lightning", "hf", "trl"),
 }
 """Trainer type -> the engines that can train it. A module counts as the first type that it is an instance of."""
@@ -147,6 +149,19 @@ def refuse_feedback(module: KTO, micro_batches: int) -> None:
     _refuse_reference(module)
 
 
+def refuse_rewards(module: Reward) -> None:
+    """Refuses losses of a reward model that TRL does not support.
+
+    Raises:
+        UserError: with what is supported.
+    """
+    reward_settings(module.loss)
+    if module.outcome_loss is not None:
+        raise UserError(f"model.outcome_loss: TRL's RewardTrainer trains on pairs alone; leave it out, {INSTEAD}")
+    if module.share_prompt is True:
+        raise UserError(f"model.share_prompt: TRL computes prompts twice; leave it out, {INSTEAD}")
+
+
 def _refuse_reference(module: DPO | KTO) -> None:
     reference = module.reference
     if not reference.is_initial:
@@ -190,6 +205,8 @@ def refuse_model(engine: str, module: LanguageModule, packing: bool) -> None:
             f"{type(model.base).__name__} averages its loss in a way of its own, so that transformers.Trainer can't "
             f"weigh all target tokens of an update alike; {INSTEAD[3:]}"
         )
+    if module.scoring:  # TRL runs the head as a part of the model
+        return
     if engine == "trl" and (not isinstance(model.head, nn.Linear) or hasattr(model.head, "base_layer")):
         raise UserError(
             "model.lora: --engine trl multiplies by the output head's weight itself, so that an adapter or added "

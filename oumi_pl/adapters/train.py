@@ -22,6 +22,7 @@ from oumi_pl.adapters.refusals import (
     refuse_feedback,
     refuse_model,
     refuse_preferences,
+    refuse_rewards,
     refuse_settings,
 )
 from oumi_pl.adapters.run_callback import RunCallback, ValidationSchedule
@@ -35,6 +36,7 @@ from oumi_pl.models.lm import documents, padded
 from oumi_pl.modules.base import LanguageModule
 from oumi_pl.modules.dpo import DPO
 from oumi_pl.modules.kto import KTO
+from oumi_pl.modules.reward import Reward
 from oumi_pl.runs import folders
 from oumi_pl.types import Batch
 
@@ -47,7 +49,7 @@ def run(
     Args:
         engine: `hf` or `trl`.
         trainer: A Lightning trainer with settings, callbacks and loggers; its loops do not run.
-        module: SFT, Pretrain, DPO or KTO. Training starts from its model; if it has none, the module builds one.
+        module: SFT, Pretrain, DPO, KTO or Reward. Its model is trained; if it has none, the module builds one.
         data: The data module of the recipe.
         callbacks: Additional transformers callbacks, called after ours. The keyword argument `train_dataloader` of
             their hooks is an `EngineLoader`, which has the micro-batches of the update.
@@ -108,6 +110,8 @@ def _refuse_before_loading(engine: str, trainer: Any, module: LanguageModule) ->
         refuse_preferences(module)
     if isinstance(module, KTO):
         refuse_feedback(module, trainer.accumulate_grad_batches)
+    if isinstance(module, Reward):
+        refuse_rewards(module)
     if engine == "trl":
         import_trl()
 
@@ -186,6 +190,8 @@ def _loader(trainer: Any, module: LanguageModule, data: TextData, position: dict
         convert: Any = batches.pair_inputs
     elif isinstance(module, KTO):
         convert = partial(batches.feedback_inputs, mismatched=_mismatched(data) if module.kl else None)
+    elif isinstance(module, Reward):
+        convert = partial(batches.reward_inputs, pad=data.pad_id, with_margins=module.loss.needs_margins)
     else:
         layout, is_own = module.causal_lm.layout, not is_cross_entropy(module.loss)
         convert = partial(batches.token_inputs, layout=layout, labels_are_shifted=is_own)
@@ -206,7 +212,8 @@ def _model_restored(module: LanguageModule) -> Iterator[None]:
     They set `use_cache` and the ids of special tokens, which would end up in the export.
     """
     hf, base = module.causal_lm.hf, module.causal_lm.base
-    configs = [(config, copy.deepcopy(vars(config))) for config in (base.config, base.generation_config) if config]
+    changed = [base.config, *([base.generation_config] if base.can_generate() else [])]
+    configs = [(config, copy.deepcopy(vars(config))) for config in changed]
     forwards = {model: vars(model).get("forward") for model in (hf, base)}
     # with a cache, transformers ignores the borders of packed documents; engines turn it off only in the outer config
     base.config.get_text_config().use_cache = False

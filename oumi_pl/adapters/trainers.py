@@ -10,7 +10,7 @@ from transformers import Trainer, TrainingArguments
 
 from oumi_pl.adapters import checkpoints
 from oumi_pl.adapters.batches import EngineBatch, EngineLoader, target_values
-from oumi_pl.adapters.losses import INSTEAD, compute_loss_func, dpo_settings, kto_settings
+from oumi_pl.adapters.losses import INSTEAD, compute_loss_func, dpo_settings, kto_settings, reward_settings
 from oumi_pl.adapters.refusals import kind_of
 from oumi_pl.adapters.run_callback import RunCallback
 from oumi_pl.callbacks.checkpoint import enabled_checkpoints
@@ -22,6 +22,7 @@ from oumi_pl.modules.base import LanguageModule
 from oumi_pl.modules.dpo import DPO
 from oumi_pl.modules.kto import KTO
 from oumi_pl.modules.reference import refuse_other_start
+from oumi_pl.modules.reward import Reward, outcome_sums, pair_sums
 from oumi_pl.modules.sft import SFT
 from oumi_pl.types import Sums
 
@@ -90,7 +91,7 @@ class EngineMixin:
 
 
 class RowsMixin(EngineMixin):
-    """The mixin for trainers of TRL that count rows and compare with a reference."""
+    """The mixin for trainers of TRL that count rows."""
 
     def observed_models(self) -> list[Any]:
         """The policy, and the reference if it is another model."""
@@ -170,6 +171,24 @@ class FeedbackMixin(RowsMixin):
         return module.response_sums(module.responses(native, policy, reference, kl))
 
 
+class RewardMixin(RowsMixin):
+    """The mixin for `trl.RewardTrainer`."""
+
+    def observed_models(self) -> list[Any]:
+        """The model; there is no reference."""
+        return [self.model]  # type: ignore[attr-defined]
+
+    def reduce_output(self, output: Any) -> Tensor:
+        """The rewards, `[2 pairs]`."""
+        return output.logits.detach()[:, 0]
+
+    def batch_sums(self, outputs: list[Tensor]) -> Sums:
+        """The sums for our metrics, from TRL's rewards."""
+        chosen, rejected = outputs[0].float().chunk(2)
+        pairs = len(self.micro_batch.native["sample_ids"])  # 0 for a stand-in
+        return pair_sums(chosen[:pairs], rejected[:pairs]) | outcome_sums(chosen[:0], chosen[:0])
+
+
 class HFTrainer(EngineMixin, Trainer):  # type: ignore[misc]
     """`transformers.Trainer` with our batches."""
 
@@ -232,7 +251,7 @@ def build_trainer(engine: str, module: LanguageModule, settings: dict[str, Any],
     Raises:
         UserError: the engine refuses the settings.
     """
-    builders: dict[type, Any] = {DPO: _trl_dpo, KTO: _trl_kto}
+    builders: dict[type, Any] = {DPO: _trl_dpo, KTO: _trl_kto, Reward: _trl_reward}
     build: Any = _hf if engine == "hf" else builders.get(kind_of(module), _trl_sft)
     try:
         with warnings.catch_warnings(action="ignore", category=FutureWarning):  # warnings about later releases
@@ -309,6 +328,22 @@ def _trl_kto(module: KTO, settings: dict[str, Any], common: dict[str, Any]) -> A
         **_no_router_loss(module),
     )
     return _with_reference(KTOTrainer, module, args, common)
+
+
+def _trl_reward(module: Reward, settings: dict[str, Any], common: dict[str, Any]) -> Any:
+    trl = import_trl()
+
+    class RewardTrainer(RewardMixin, trl.RewardTrainer):  # type: ignore[name-defined]
+        """TRL's trainer with our batches."""
+
+    args = trl.RewardConfig(**settings, max_length=None, disable_dropout=True, **reward_settings(module.loss))
+    return RewardTrainer(
+        model=module.causal_lm.hf,
+        args=_on_one_device(args),
+        data_collator=as_it_is,
+        train_dataset=_one_row(),
+        **common,
+    )
 
 
 def _with_reference(kind: Any, module: DPO | KTO, args: Any, common: dict[str, Any]) -> Any:

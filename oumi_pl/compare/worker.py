@@ -47,7 +47,8 @@ def documents_of(batch: Mapping[str, Any]) -> Iterator[Document]:
     """Yields the documents of a `Batch`, or of a batch for transformers or TRL.
 
     In a `Batch` the path of each segment is a document, so a preference pair has two. Other batches have
-    `shift_labels`, or `labels` or a `completion_mask` at the positions of the tokens themselves.
+    `shift_labels`, or `labels` or a `completion_mask` at the positions of the tokens themselves. Those of reward models
+    have none of these, and the target is the last token of each row.
     """
     if "segments" in batch:
         yield from _paths(batch)
@@ -56,11 +57,23 @@ def documents_of(batch: Mapping[str, Any]) -> Iterator[Document]:
     else:
         if "labels" in batch:
             labels = _array(batch["labels"])
+        elif "completion_mask" not in batch:
+            labels = _last_tokens(batch)
         else:
             labels = np.where(_array(batch["completion_mask"]) == 1, _array(batch["input_ids"]), IGNORE_INDEX)
         shifted = np.full_like(labels, IGNORE_INDEX)
         shifted[:, :-1] = labels[:, 1:]
         yield from _rows(batch, shifted)
+
+
+def _last_tokens(batch: Mapping[str, Any]) -> np.ndarray:
+    """Labels that are the last token of each row, padded on the right."""
+    ids, ends = _array(batch["input_ids"]), _array(batch["attention_mask"]).sum(1) - 1
+    labels = np.full_like(ids, IGNORE_INDEX)
+    native = getattr(batch, "native", None)
+    if native is None or native["sample_ids"]:  # a rank that ran out of rows has a stand-in
+        labels[np.arange(len(ids)), ends] = ids[np.arange(len(ids)), ends]
+    return labels
 
 
 def _paths(batch: Mapping[str, Any]) -> Iterator[Document]:

@@ -19,14 +19,18 @@ from oumi_pl.attention.interface import NO_PACKING
 from oumi_pl.errors import UserError, nearest, reason
 from oumi_pl.models.hub import locate
 from oumi_pl.models.lm import LM
-from oumi_pl.models.lora import merged, with_lora
+from oumi_pl.models.lora import SCORE, merged, with_lora
 from oumi_pl.terminal.screen import working
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
+AUTO_SCORING = "AutoModelForSequenceClassification"
+
 DType = Literal["auto", "float32", "bfloat16", "float16"]
 
+USUAL = ("gemma2", "gpt2", "llama", "mistral", "phi3", "qwen2", "qwen3", "smollm3")
+"""Some architectures with a sequence-classification class, for messages."""
 BITSANDBYTES_ON_CPU = (0, 50)
 """The first version that quantizes and computes on CPUs."""
 _HARMLESS = ("dropout", "pdrop", "router", "use_cache")
@@ -202,11 +206,13 @@ def build_model(
     gradient_checkpointing: bool = False,
     revision: str | None = None,
     trust_remote_code: bool = False,
+    scoring: bool = False,
 ) -> "PreTrainedModel":
     """Builds a causal LM in training mode, with new token rows, frozen parts and adapters; arguments as of the modules.
 
     `model` may also be the folder of an adapter, which is then merged into its base before training. Without `attn`,
-    transformers chooses (sdpa if the architecture has it).
+    transformers chooses (sdpa if the architecture has it). With `scoring`, builds the architecture's
+    sequence-classification model with one label: its head `score`, random if `model` has none, replaces that of the LM.
 
     Raises:
         UserError: something can't be loaded, or parts don't fit together.
@@ -221,21 +227,26 @@ def build_model(
             base, revision = _base_of(adapter)
     hub = {"revision": revision, "trust_remote_code": trust_remote_code}
     hf_config = build_config(base, config, tokenizer, **hub)
+    if scoring:
+        _refuse_without_scores(hf_config)
+        hf_config.num_labels = 1
     if base is None:
-        hf = _random_weights(hf_config, attn, dtype, trust_remote_code)
+        hf = _random_weights(hf_config, attn, dtype, trust_remote_code, scoring)
     else:
-        hf = _pretrained(base, hf_config, attn, dtype, **_quantized(quantization), **hub)
+        hf = _pretrained(base, hf_config, attn, dtype, scoring, **_quantized(quantization), **hub)
+    if scoring:
+        _refuse_other_heads(hf)
     attention.separate_frequencies(hf)
     if adapter:
         hf = _with_adapter_merged(hf, adapter)
     new_rows = 0
     if base is not None and tokenizer is not None:
-        new_rows = _fit_vocabulary(hf, tokenizer, added_tokens)
-    _freeze(hf, freeze)
+        new_rows = fit_vocabulary(hf, tokenizer, added_tokens)
+    freeze_modules(hf, freeze)
     if gradient_checkpointing:
         hf.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     if lora is not None:
-        hf = with_lora(hf, lora, added_tokens, revision)
+        hf = with_lora(hf, lora, added_tokens, revision, task="SEQ_CLS" if scoring else "CAUSAL_LM")
         hf.why_not_alone = _why_not_alone(base, adapter, config or {}, new_rows)
     # `from_pretrained` returns eval mode, which Lightning would keep
     return hf.train()
@@ -257,27 +268,48 @@ def _torch_dtype(dtype: DType) -> torch.dtype:
     return getattr(torch, "float32" if dtype == "auto" else dtype)
 
 
-def _random_weights(
-    hf_config: "PretrainedConfig", attn: str | None, dtype: DType, trust_remote_code: bool
-) -> "PreTrainedModel":
-    from transformers import AutoModelForCausalLM
+def _refuse_without_scores(hf_config: "PretrainedConfig") -> None:
+    from transformers import MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING
 
+    auto_map = getattr(hf_config, "auto_map", None) or {}
+    if type(hf_config) not in MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING and AUTO_SCORING not in auto_map:
+        raise UserError(
+            f"model: transformers has no sequence-classification class for {hf_config.model_type}, so nothing could "
+            f"load a reward model of it; start from an architecture that has one, for example {', '.join(USUAL)}"
+        )
+
+
+def _refuse_other_heads(hf: "PreTrainedModel") -> None:
+    if not isinstance(getattr(hf, SCORE, None), nn.Linear):
+        raise UserError(
+            f"model: {type(hf).__name__} has no linear head `{SCORE}` on its last token, so it can't be a reward model "
+            f"here; take a causal architecture, for example {', '.join(USUAL)}"
+        )
+
+
+def _auto_class(scoring: bool) -> Any:
+    import transformers
+
+    return getattr(transformers, AUTO_SCORING if scoring else "AutoModelForCausalLM")
+
+
+def _random_weights(
+    hf_config: "PretrainedConfig", attn: str | None, dtype: DType, trust_remote_code: bool, scoring: bool
+) -> "PreTrainedModel":
     try:
-        return AutoModelForCausalLM.from_config(
+        return _auto_class(scoring).from_config(
             hf_config, attn_implementation=attn, dtype=_torch_dtype(dtype), trust_remote_code=trust_remote_code
         )
     except Exception as error:  # sizes that don't match raise whatever error the layer raises
-        _refuse_attention(attn, error)
+        refuse_attention(attn, error)
         raise UserError(
             f"model.config: can't build this {hf_config.model_type}: {type(error).__name__}: {reason(error)}"
         ) from error
 
 
 def _pretrained(
-    model: str, hf_config: "PretrainedConfig", attn: str | None, dtype: DType, **kwargs: Any
+    model: str, hf_config: "PretrainedConfig", attn: str | None, dtype: DType, scoring: bool, **kwargs: Any
 ) -> "PreTrainedModel":
-    from transformers import AutoModelForCausalLM
-
     _refuse_without_weights(Path(model))
     loaded_dtype = dtype if dtype == "auto" else _torch_dtype(dtype)
     kwargs |= {"config": hf_config, "attn_implementation": attn, "dtype": loaded_dtype}
@@ -285,9 +317,9 @@ def _pretrained(
     kwargs |= {"use_safetensors": True, "output_loading_info": True, "ignore_mismatched_sizes": True}
     try:
         with working(f"loading {model}"), without_load_report():
-            hf, info = loaded(AutoModelForCausalLM.from_pretrained, model, **kwargs)
+            hf, info = loaded(_auto_class(scoring).from_pretrained, model, **kwargs)
     except (UserError, KeyError) as error:
-        _refuse_attention(attn, error.__cause__ or error)
+        refuse_attention(attn, error.__cause__ or error)
         raise
     if wrong := sorted(info["mismatched_keys"]):
         name, saved, own = wrong[0]
@@ -295,7 +327,9 @@ def _pretrained(
             f"model: the weights in {model} don't fit the config with model.config: {name} is {list(saved)} there "
             f"and {list(own)} here"
         )
-    if missing := sorted(info["missing_keys"]):
+    # a causal LM has no scoring head yet
+    new_head = {f"{SCORE}.weight"} if scoring else set()
+    if missing := sorted(set(info["missing_keys"]) - new_head):
         raise UserError(
             f"model: {model} lacks {len(missing)} of the weights that {type(hf).__name__} has, first {missing[0]}: "
             "it has another architecture, or model.config adds weights to it"
@@ -334,7 +368,12 @@ def _refuse_without_weights(folder: Path) -> None:
     raise UserError(f"model: {folder} holds no weights (no *.safetensors); {right}")
 
 
-def _refuse_attention(attn: str | None, error: BaseException) -> None:
+def refuse_attention(attn: str | None, error: BaseException) -> None:
+    """Explains an error that an attention implementation caused; does nothing for other errors.
+
+    Raises:
+        UserError: the implementation is the cause.
+    """
     if attn == attention.NAME and isinstance(error, KeyError) and error.args[:1] == (attn,):
         # this architecture has a dictionary from implementation names to attention classes
         raise UserError(f"this architecture's attention can't keep packed documents apart; {NO_PACKING}") from error
@@ -409,7 +448,12 @@ def _with_adapter_merged(hf: "PreTrainedModel", adapter: str) -> "PreTrainedMode
 
 
 @torch.no_grad()
-def _fit_vocabulary(hf: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase", added_tokens: Sequence[int]) -> int:
+def fit_vocabulary(
+    hf: "PreTrainedModel",
+    tokenizer: "PreTrainedTokenizerBase",
+    added_tokens: Sequence[int],
+    known: Sequence[int] = (),
+) -> int:
     """Initialises the rows of added tokens to the mean of the trained rows; returns how many rows were appended.
 
     With the mean, a new token starts with an average logit (Hewitt 2021, "Initializing New Word Embeddings for
@@ -418,13 +462,14 @@ def _fit_vocabulary(hf: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase",
     Args:
         hf: A pretrained model.
         tokenizer: The tokenizer, with the added tokens.
-        added_tokens: Ids that were added to the tokenizer.
+        added_tokens: Ids that were added to the tokenizer, whose rows are to be initialised.
+        known: Ids that were added before, whose rows are kept.
 
     Raises:
         UserError: the tokenizer has ids without a row in the model, besides the added ones.
     """
     rows = len(cast("Tensor", hf.get_input_embeddings().weight))
-    own = max(set(tokenizer.get_vocab().values()) - set(added_tokens), default=-1) + 1
+    own = max(set(tokenizer.get_vocab().values()) - {*added_tokens, *known}, default=-1) + 1
     if own > rows:
         raise UserError(
             f"model: the tokenizer has {own} tokens, the model's vocabulary {rows}: they don't belong together; "
@@ -444,7 +489,12 @@ def _fit_vocabulary(hf: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase",
     return max(0, needed - rows)
 
 
-def _freeze(hf: "PreTrainedModel", freeze: Sequence[str]) -> None:
+def freeze_modules(hf: "PreTrainedModel", freeze: Sequence[str]) -> None:
+    """Freezes the modules of these names.
+
+    Raises:
+        UserError: the model has no such module.
+    """
     modules = dict(hf.named_modules())
     for name in freeze:
         if name not in modules:

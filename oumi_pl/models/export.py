@@ -13,7 +13,7 @@ from torch import Tensor
 from oumi_pl import __version__
 from oumi_pl.errors import UserError, reason
 from oumi_pl.models.build import is_sharded, keep_differentiable, without_load_report
-from oumi_pl.models.lm import LM, probe_ids
+from oumi_pl.models.lm import LM
 from oumi_pl.models.lora import merged
 from oumi_pl.runs.checkpoints import read_sharded
 from oumi_pl.runs.folders import HALF, remove
@@ -40,7 +40,7 @@ def export_model(
     heads: Mapping[str, Tensor] | None = None,
     expected: Tensor | None = None,
 ) -> None:
-    """Writes a folder that `AutoModelForCausalLM.from_pretrained` loads, with the live model's logits.
+    """Writes a folder that the `from_pretrained` of the model's class loads, with the live model's outputs.
 
     The folder appears once it is complete and was compared: it is loaded, which takes the memory of the model once more
     on the host, and its logits of a few tokens are compared with those of the live model. Under FSDP2 all ranks have
@@ -83,10 +83,11 @@ def export_model(
         hf.save_pretrained(half, **kwargs)
         if is_adapter and not merge and any(config.use_dora for config in hf.peft_config.values()):
             _rename_magnitudes(half / "adapter_model.safetensors")
-        generation.save_pretrained(half)
+        if generation is not None:
+            generation.save_pretrained(half)
         _write_beside(half, tokenizer, whole_heads, card)
         del state, kwargs  # make room for the model that is loaded now
-        _refuse_other_logits(half, hf, expected)
+        _refuse_other_logits(half, model, hf, expected)
 
 
 def _write_beside(folder: Path, tokenizer: Any, heads: Mapping[str, Tensor], card: str | None) -> None:
@@ -98,7 +99,7 @@ def _write_beside(folder: Path, tokenizer: Any, heads: Mapping[str, Tensor], car
     if card is not None:
         (folder / "README.md").write_text(card, encoding="utf-8")
     for weights in folder.glob("*.safetensors"):  # safetensors creates files that only the owner can read
-        weights.chmod((folder / "generation_config.json").stat().st_mode)
+        weights.chmod(next(folder.glob("*config.json")).stat().st_mode)
 
 
 def read_heads(folder: Path, heads: Mapping[str, Tensor]) -> None:
@@ -203,8 +204,14 @@ def _folder(directory: Path) -> Iterator[Path]:
 
 @contextmanager
 def _generation_config(hf: Any, tokenizer: Any, stop_tokens: Sequence[int]) -> Iterator[Any]:
-    """Sets a generation config with which `generate` stops at the end of an answer, without further arguments."""
+    """Sets a generation config with which `generate` stops at the end of an answer, without further arguments.
+
+    Yields None for a model that does not generate.
+    """
     base = hf.get_base_model() if hasattr(hf, "peft_config") else hf
+    if not base.can_generate():
+        yield None
+        return
     own = base.generation_config
     generation = copy.deepcopy(own)
     ends = own.eos_token_id if isinstance(own.eos_token_id, list) else [own.eos_token_id]
@@ -250,13 +257,13 @@ HALF_TOLERANCE = 5e-2
 may be rounded to three digits (TF32)."""
 
 
-def _refuse_other_logits(folder: Path, hf: Any, expected: Tensor) -> None:
+def _refuse_other_logits(folder: Path, model: LM, hf: Any, expected: Tensor) -> None:
     """Loads a folder as a user would, on the CPU, and compares its logits with those of the live model.
 
     Raises:
         UserError: they differ.
     """
-    from transformers import AutoModelForCausalLM
+    import transformers
 
     base = hf.get_base_model() if hasattr(hf, "peft_config") else hf
     weight = next(p for p in base.parameters() if p.is_floating_point())
@@ -265,11 +272,11 @@ def _refuse_other_logits(folder: Path, hf: Any, expected: Tensor) -> None:
         kwargs["quantization_config"] = base.config.quantization_config
     if type(base).__module__.startswith("transformers_modules"):  # code that came with the model, and runs already
         kwargs["trust_remote_code"] = True
-    ids = probe_ids(base.config)
+    if base is not hf:  # what the base on disk does not know of the task
+        kwargs |= model.adapter_settings
     with without_load_report(), torch.random.fork_rng(), torch.no_grad():
-        exported = keep_differentiable(AutoModelForCausalLM.from_pretrained(folder, **kwargs)).eval()
-        places = torch.arange(ids.shape[1])[None]
-        logits = exported(input_ids=ids, position_ids=places, use_cache=False).logits.float()
+        load: Any = getattr(transformers, model.auto_class)
+        logits = model.plain_logits(keep_differentiable(load.from_pretrained(folder, **kwargs)).eval())
     is_exact = expected.device.type == "cpu" and {weight.dtype, expected.dtype} <= EXACT
     is_exact = is_exact and "quantization_config" not in kwargs
     expected = expected.float().cpu()

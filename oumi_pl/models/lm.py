@@ -7,7 +7,7 @@ gathers the wrapper's own parameters, the output head among them, only while `fo
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, NamedTuple, cast
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, cast
 
 import numpy as np
 import torch
@@ -18,7 +18,8 @@ from oumi_pl.attention.probe import body_of, probing
 from oumi_pl.attention.rotary import rows_of
 from oumi_pl.attention.segments import path_positions
 from oumi_pl.errors import UserError
-from oumi_pl.losses.causal import TokenLossOutput, token_logps, token_loss_sum
+from oumi_pl.losses.causal import TokenLossOutput, token_logps, token_loss_sum, token_losses
+from oumi_pl.losses.linear_head import transformed
 from oumi_pl.types import Batch, Inputs, Segment, TokenLoss
 
 if TYPE_CHECKING:
@@ -174,13 +175,36 @@ class States:
             out = out._replace(loss_sum=out.loss_sum + self.router_loss * batch.get("weight", len(batch["targets"])))
         return out
 
+    def token_losses(self, token_loss: TokenLoss) -> Tensor:
+        """The loss of each target, `[targets]` float32, differentiable; backward calls the loss again."""
+        lm = self.lm
+        return token_losses(self.predicting, self.batch["targets"], lm.head, token_loss, transform=lm.logit_transform)
+
+    def logits(self) -> Tensor:
+        """The logits that predict each target, `[targets, vocab]` float32, differentiable.
+
+        All of them are in memory at once, which training avoids.
+        """
+        return transformed(self.lm.head(self.predicting), self.lm.logit_transform)
+
     def logps(self) -> Tensor:
         """Log-probability of each target, `[targets]` float32, differentiable."""
         return token_logps(self.predicting, self.batch["targets"], self.lm.head, transform=self.lm.logit_transform)
 
 
 class LM(nn.Module):
-    """A causal LM, or a PEFT model around one; called with a batch and a function of its hidden states."""
+    """A causal LM, or a PEFT model around one; called with a batch and a function of its hidden states.
+
+    This is how to compute anything on a batch: `lm(batch)` for log-probabilities, `lm(batch, States.logits)`,
+    `lm(batch, lambda states: states.token_losses(loss))`. It keeps the documents of a row apart, in whatever layout the
+    model reads. `lm.hf` is the model of transformers: it doesn't know where documents end.
+
+    For Hessian-vector products and forward-mode AD on CPUs, use `torch.nn.attention.sdpa_kernel(SDPBackend.MATH)`:
+    torch's fused attention kernels have first derivatives only.
+    """
+
+    auto_class: ClassVar[str] = "AutoModelForCausalLM"
+    """The class of transformers that loads an export."""
 
     def __init__(self, hf: Any, layout: Layout = forest, layout_reason: str = "") -> None:
         super().__init__()
@@ -188,6 +212,7 @@ class LM(nn.Module):
         self.layout = layout
         self.layout_reason = layout_reason
         """Why no cheaper layout could be used; empty for `forest`."""
+        self.base.register_forward_pre_hook(_refuse_packed_rows, with_kwargs=True)
         self._kept: frozenset[str] = frozenset()
 
     def keep_dtypes(self, dtype: torch.dtype, parameters: bool = True) -> None:
@@ -315,6 +340,16 @@ class LM(nn.Module):
             return self(batch, compute)
 
     @property
+    def adapter_settings(self) -> dict[str, Any]:
+        """Arguments with which `auto_class` loads an adapter."""
+        return {}
+
+    def plain_logits(self, hf: Any) -> Tensor:
+        """Logits of the same tokens by another instance's own forward, `[1, seq, vocabulary]` float32."""
+        ids = probe_ids(hf.config)
+        return hf(input_ids=ids, position_ids=torch.arange(ids.shape[1])[None], use_cache=False).logits.float()
+
+    @property
     def _router_coefficient(self) -> float:
         config = self.base.config.get_text_config()
         if not self.training or not getattr(config, "output_router_logits", False):
@@ -346,12 +381,113 @@ class LM(nn.Module):
             own = self.base(input_ids=ids, position_ids=places, use_cache=False).logits.float()
         if self.logit_transform is not None:
             logits = self.logit_transform(logits)
-        tolerance = 1e-4 if weight.dtype in (torch.float32, torch.float64) else 5e-2
-        if not torch.allclose(logits, own, rtol=tolerance, atol=tolerance * float(own.abs().max())):
+        if not are_near(logits, own, weight):
             raise UserError(
                 f"{type(self.base).__name__} computes its logits in a way that is not supported, so the loss would be "
                 "wrong; please report the architecture"
             )
+
+
+def _refuse_packed_rows(hf: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
+    """Refuses rows of several documents in a call of the Hugging Face model itself. `LM` calls what is inside of it.
+
+    Raises:
+        UserError: positions start again within a row that has no attention mask.
+    """
+    places = kwargs.get("position_ids")
+    # transformers' own attention functions find documents by their positions
+    is_known = cast("Any", hf).config._attn_implementation != NAME
+    if is_known or not isinstance(places, Tensor) or kwargs.get("attention_mask") is not None or places.dim() != 2:
+        return
+    if places.shape[1] > 1 and bool((places[:, 1:] <= places[:, :-1]).any()):
+        raise UserError(
+            f"{type(hf).__name__} was called on a row of several documents, which would see each other: call "
+            "module.causal_lm(batch), or module.causal_lm(batch, compute) with a function of its States"
+        )
+
+
+class ScoringLM(LM):
+    """A sequence-classification model with one label: scores the last token of each segment's path."""
+
+    auto_class = "AutoModelForSequenceClassification"
+
+    @property
+    def head(self) -> nn.Module:
+        """The module from hidden states to a score."""
+        return self.base.score  # type: ignore[return-value]
+
+    @property
+    def _router_coefficient(self) -> float:
+        return 0.0  # as in transformers, whose sequence-classification models have no router loss
+
+    def scores(self, states: States) -> Tensor:
+        """The score of each segment's path, `[segments]` float32."""
+        head = cast("Any", self.head)
+        # a trained head stays in float32 where the frozen weights are bfloat16
+        return head(states.ends.to(head.weight.dtype))[:, 0].float()
+
+    def probe_logits(self) -> Tensor:
+        """Scores of a few rows of random tokens, `[rows]`; otherwise as of `LM`."""
+        rows = probe_rows(self.base.config)
+        lengths, device = [len(row) for row in rows], next(self.parameters()).device
+        batch: Any = {
+            "input_ids": torch.cat(rows)[None].to(device),
+            "position_ids": torch.cat([torch.arange(n) for n in lengths])[None].to(device),
+            "segments": [Segment(n) for n in lengths],
+        }
+        with probing(self, device), torch.compiler.set_stance("force_eager"):
+            return self(batch, self.scores)
+
+    @property
+    def adapter_settings(self) -> dict[str, Any]:
+        """Arguments with which `auto_class` loads an adapter."""
+        return {"num_labels": 1, "pad_token_id": self.base.config.get_text_config().pad_token_id}
+
+    def plain_logits(self, hf: Any) -> Tensor:
+        """Scores of the same rows by another instance's own forward, which reads one batch padded on the right."""
+        return plain_scores(hf, probe_rows(hf.config))
+
+    def refuse_unknown_logits(self) -> None:
+        """Compares our scores of a few rows with the model's own. Restores random generators and training modes.
+
+        Raises:
+            UserError: the architecture computes its score in a way that this wrapper does not reproduce.
+        """
+        scores, weight = self.probe_logits().cpu(), cast("Tensor", self.base.get_input_embeddings().weight)
+        with probing(self, weight.device):
+            rows = [row[None].to(weight.device) for row in probe_rows(self.base.config)]
+            own = torch.cat([plain_scores(self.base, row) for row in rows])
+        if not are_near(scores, own, weight):
+            raise UserError(
+                f"{type(self.base).__name__} computes its score in a way that is not supported, so rewards would be "
+                "wrong; please report the architecture"
+            )
+
+
+def plain_scores(hf: Any, rows: Sequence[Tensor] | Tensor) -> Tensor:
+    """Scores of rows of ids by transformers' own forward, padded on the right if several; `[rows]` float32."""
+    weight, head = hf.get_input_embeddings().weight, hf.score.weight
+    pad = hf.config.get_text_config().pad_token_id
+    ids = torch.nn.utils.rnn.pad_sequence(list(rows), batch_first=True, padding_value=pad or 0).to(weight.device)
+    mask = torch.nn.utils.rnn.pad_sequence([torch.ones_like(row) for row in rows], batch_first=True)
+    # transformers does not convert hidden states for a head of another dtype, but leaves that to autocast
+    with torch.autocast(weight.device.type, weight.dtype, enabled=head.dtype != weight.dtype):
+        logits = hf(input_ids=ids, attention_mask=mask.to(weight.device), use_cache=False).logits
+    return logits[:, 0].float().cpu()
+
+
+def probe_rows(config: Any) -> list[Tensor]:
+    """Rows of random tokens of different lengths, none of which is the pad token, `[seq]` each."""
+    ids, text = probe_ids(config)[0], config.get_text_config()
+    ids = torch.where(ids == text.pad_token_id, (ids + 1) % text.vocab_size, ids)
+    first, second = len(ids) // 2, len(ids) // 6 + 1
+    return list(ids.split([first, second, len(ids) - first - second]))
+
+
+def are_near(ours: Tensor, theirs: Tensor, weight: Tensor) -> bool:
+    """Whether two computations with the same weights agree, up to the precision of `weight`."""
+    tolerance = 1e-4 if weight.dtype in (torch.float32, torch.float64) else 5e-2
+    return torch.allclose(ours, theirs, rtol=tolerance, atol=tolerance * float(theirs.abs().max()))
 
 
 def choose_layout(hf: Any, share: bool = True, longest: int = 0) -> tuple[Layout, str]:
@@ -371,13 +507,14 @@ def choose_layout(hf: Any, share: bool = True, longest: int = 0) -> tuple[Layout
     return (documents, why) if apart is None else (padded, apart)
 
 
-def with_layout(build: Callable[[bool], Any], share: bool = True, longest: int = 0) -> LM:
+def with_layout(build: Callable[[bool], Any], share: bool = True, longest: int = 0, wrap: type[LM] = LM) -> LM:
     """Builds a model with the cheapest layout that is exact for it.
 
     Args:
         build: Builds the Hugging Face model, with the attention that packed rows need (True) or with its own (False).
         share: As of `choose_layout`.
         longest: As of `choose_layout`.
+        wrap: The class of the result.
     """
     state, hf = torch.get_rng_state(), None
     try:
@@ -389,7 +526,7 @@ def with_layout(build: Callable[[bool], Any], share: bool = True, longest: int =
         torch.set_rng_state(state)  # so that random weights do not depend on the attention
         hf = build(False)
     # a right answer was found, so what to change for another one is left out
-    return LM(hf, layout, reason.partition("; ")[0])
+    return wrap(hf, layout, reason.partition("; ")[0])
 
 
 def probe_ids(config: Any) -> Tensor:

@@ -23,11 +23,17 @@ _VALUES: dict[str, tuple[Any, Any, str]] = {
 }
 """Key -> type, condition and description of the values that PEFT would fail on later, without naming the key."""
 ALL_LINEAR = "all-linear"
+SCORE = "score"
+"""Name of the scoring head in transformers' sequence-classification models of causal architectures."""
 _REWRITES_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
 
 
-def lora_config(lora: dict[str, Any]) -> Any:
+def lora_config(lora: dict[str, Any], task: str = "CAUSAL_LM") -> Any:
     """Creates the `peft.LoraConfig` of a recipe's `lora:`; for all linear layers by default.
+
+    Args:
+        lora: Keys and values of `peft.LoraConfig`.
+        task: PEFT's task type. `SEQ_CLS` also trains and saves the head `score` as a whole.
 
     Raises:
         UserError: `peft.LoraConfig` does not accept a key or value, or the initialisation rewrites the base.
@@ -49,13 +55,18 @@ def lora_config(lora: dict[str, Any]) -> Any:
         # checkpoints and exports hold only the adapter, for the base weights on disk
         raise UserError(f"model.lora.init_lora_weights: {start!r} rewrites the base weights; use true, or 'gaussian'")
     try:
-        return LoraConfig(**{"task_type": "CAUSAL_LM", "target_modules": ALL_LINEAR} | lora)
+        # copied, because PEFT adds the head of a classifier to `modules_to_save`
+        return LoraConfig(**{"task_type": task, "target_modules": ALL_LINEAR} | copy.deepcopy(lora))
     except (ValueError, TypeError) as error:
         raise UserError(f"model.lora: {reason(error)}") from error
 
 
 def with_lora(
-    hf: "PreTrainedModel", lora: dict[str, Any], added_tokens: Sequence[int] = (), revision: str | None = None
+    hf: "PreTrainedModel",
+    lora: dict[str, Any],
+    added_tokens: Sequence[int] = (),
+    revision: str | None = None,
+    task: str = "CAUSAL_LM",
 ) -> Any:
     """Adds LoRA layers to a model and freezes the rest, except for the rows of added tokens.
 
@@ -68,7 +79,7 @@ def with_lora(
     from peft import get_peft_model, prepare_model_for_kbit_training
     from transformers.pytorch_utils import Conv1D
 
-    config = lora_config(lora)
+    config = lora_config(lora, task)
     if added_tokens and "trainable_token_indices" not in lora:
         config.trainable_token_indices = _token_rows(hf, added_tokens, lora.get("modules_to_save") or ())
     if config.target_modules == ALL_LINEAR and config.target_parameters is None:
@@ -132,7 +143,7 @@ def _base_layer(layer: Any) -> Any:
 def _target_all_linear(hf: "PreTrainedModel", config: Any) -> None:
     """Makes `all-linear` mean the same for every architecture.
 
-    That is all linear layers but the head, and experts and routers that are no layers but parameters with a matrix or a
+    That is all linear layers but heads, and experts and routers that are no layers but parameters with a matrix or a
     row per expert. PEFT finds these by the names of a few architectures (Mixtral, Qwen3-MoE), leaves out those of
     others (gpt-oss), and drops shared experts and dense layers whose names are like those of experts. Layers that the
     model never calls, because it reads their weights itself, are left out: an adapter would change nothing.
@@ -140,8 +151,8 @@ def _target_all_linear(hf: "PreTrainedModel", config: Any) -> None:
     from peft.utils.transformers_weight_conversion import convert_peft_config_for_transformers
     from transformers.pytorch_utils import Conv1D
 
-    head = hf.get_output_embeddings()
-    linear = {n: m for n, m in hf.named_modules() if isinstance(m, nn.Linear | Conv1D) and m is not head}
+    heads = (hf.get_output_embeddings(), getattr(hf, SCORE, None))
+    linear = {n: m for n, m in hf.named_modules() if isinstance(m, nn.Linear | Conv1D) and m not in heads}
     experts = list(_experts(hf))
     unusable = _uncalled(hf, linear) | {n for n in linear if _is_refused(hf, config, n)}
     if not experts and not unusable:

@@ -19,12 +19,16 @@ mean log-ratio of whole mismatched responses, as it is in the loss.
 | `train/padding` | share of the computed positions that is padding, or a shared prompt computed again | the update |
 | `train/peak_memory_gb` | peak memory: allocated on CUDA, resident elsewhere; 1e9 bytes | the run on rank 0 |
 | `train/rewards/chosen`, `/rejected` | rewards of the responses, as the loss defines them | the update's pairs |
+| `train/rewards/chosen_std`, `/rejected_std` | their standard deviation; of reward models | the update's pairs |
 | `train/rewards/margins` | chosen minus rejected reward; in KTO, of their means | the update's pairs |
 | `train/rewards/accuracies` | share of pairs whose margin is above 0; exactly 0 counts half | the update's pairs |
 | `train/logps/chosen`, `/rejected` | log-probability of a response, in nats | the update's pairs |
 | `train/lengths/chosen`, `/rejected` | target tokens of a response | the update's pairs |
 | `train/rewards/sign_accuracy` | (KTO) share of rows whose reward has the sign of the label | the update's rows |
 | `train/kl` | estimated KL divergence from the reference: half the squared log-ratio | the update's targets |
+| `train/outcomes/mean`, `/std` | mean and standard deviation of rewards of rows with an outcome | the update's rows |
+| `train/outcomes/accuracies` | share of these rows on the right side of 0, with `BCE` | the update's rows |
+| `train/outcomes/errors` | mean distance of reward and score, with `MSE` | the update's rows |
 | `train/rows_per_second` | rows (pairs) over wall time, where the loss is a mean over rows | the update |
 | `val/loss` | the training loss on held-out tokens or pairs | all of `validation` |
 | `val/nll` | cross-entropy in nats per target token; `val/loss` unless another loss is trained | all of `validation` |
@@ -33,6 +37,7 @@ mean log-ratio of whole mismatched responses, as it is in the loss.
 | `val/nll/SOURCE`, `val/perplexity/SOURCE`, `val/bits_per_byte/SOURCE` | the same of one source | all of it |
 | `val/mean_token_accuracy` | as in training | all of `validation` |
 | `val/exact_match` | share of greedy answers equal to the reference (with the `Answers` callback) | its rows |
+| `val/rewards/accuracies/SOURCE` | the same of the pairs of one source; of reward models | all of it |
 | `val/rewards/...`, `val/logps/...`, `val/lengths/...`, `val/kl` | as in training | all of `validation` |
 | `test/...` | as `val/...` | all of `test` |
 """

@@ -10,11 +10,25 @@ from oumi_pl.errors import UserError
 from oumi_pl.losses.causal import CrossEntropy
 from oumi_pl.losses.preference import BCO, LDDPO, JensenShannon, Robust, Sigmoid, WeightedSum
 from oumi_pl.losses.responses import APOZeroUnpaired, KTOLoss
+from oumi_pl.losses.reward import BradleyTerry
 from oumi_pl.modules.pretrain import Pretrain
 from oumi_pl.optim.schedules import Linear
 from oumi_pl.types import TokenLoss
 from tests.data.corpora import corpus, pretrain_data
-from tests.tiny import LLAMA, data, distance, dpo, dpo_data, kto, kto_data, module, trainer, weights
+from tests.tiny import (
+    LLAMA,
+    data,
+    distance,
+    dpo,
+    dpo_data,
+    kto,
+    kto_data,
+    module,
+    reward,
+    reward_data,
+    trainer,
+    weights,
+)
 
 ROWS, BATCH, MICRO = 21, 2, 4
 """Updates of 8, 8 and 5 rows: the last one has a short micro-batch and an empty one."""
@@ -185,6 +199,22 @@ def test_preferences(tmp_path, kwargs):
 def test_judgements(tmp_path, kwargs):
     """Single responses. TRL estimates the KL divergence on a micro-batch, which has to be the update."""
     assert_equal("trl", judgements, tmp_path, **{"micro": 1} | kwargs)
+
+
+def rewards(tmp_path, packing=False, config=None, **kwargs):
+    layout = {"packing": True, "batch_size": 1, "max_length": 128} if packing else {"batch_size": BATCH}
+    scorer = reward(None, adamw, {"attention_dropout": 0.1} | (config or {}), schedule=Linear(2), **kwargs)
+    return scorer, reward_data(tmp_path, ROWS, **layout)
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize(
+    "kwargs",
+    [{"loss": BradleyTerry(center_rewards_coefficient=0.05)}, {"lora": LORA}, {"packing": True}],
+    ids=["full", "lora", "packing"],
+)
+def test_rewards(tmp_path, kwargs):
+    assert_equal("trl", rewards, tmp_path, **kwargs)
 
 
 GEMMA = {"model_type": "gemma2", "head_dim": 8, "query_pre_attn_scalar": 8, "sliding_window": 16}

@@ -99,5 +99,7 @@ def test_a_recipe_runs_two_steps(name, tiny_model, tmp_path, monkeypatch):
     assert (state["status"], state["step"]) == ("finished", 2)
     assert "warnings" not in state or not name.startswith("quickstart/"), "what is shown first is as it should be"
     assert {"config.yaml", "data.json", "metrics.csv", "checkpoints", "model"} <= {p.name for p in run.iterdir()}
-    loaded = transformers.AutoModelForCausalLM.from_pretrained(run / "model")
+    scores = recipe["model"]["class_path"] == "Reward"
+    auto = transformers.AutoModelForSequenceClassification if scores else transformers.AutoModelForCausalLM
+    loaded = auto.from_pretrained(run / "model", **({"num_labels": 1} if scores else {}))
     assert loaded.config.model_type == (model.get("config") or {}).get("model_type", "llama")
