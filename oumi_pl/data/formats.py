@@ -227,7 +227,7 @@ def _exchange(row: Row, question: str, answer: str) -> Conversation:
 def alpaca_question(row: Row) -> Message:
     """The user's turn of an alpaca row: `instruction` and, after an empty line, `input`."""
     question, context = text_column(row, "instruction"), optional_text(row, "input")
-    return {"role": "user", "content": "\n\n".join([question, context] if context else [question])}
+    return {"role": "user", "content": f"{question}\n\n{context}" if context else question}
 
 
 def history_column(row: Row) -> Turns:
@@ -236,6 +236,8 @@ def history_column(row: Row) -> Turns:
     Raises:
         UserError: it holds something else.
     """
+    if "history" not in row:
+        return ()
     history = optional_json(row, "history") or []
     if not isinstance(history, list):
         raise UserError(f"column 'history' holds {kind_name(history)} instead of pairs of question and answer")

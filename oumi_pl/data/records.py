@@ -228,7 +228,7 @@ class BadRows:
 
     def add(self, origin: str, reason: str) -> None:
         """Counts a row."""
-        kind = re.sub(r"\d+", "#", reason)
+        kind = re.sub(r"-?\d+(\.\d+)?", "#", reason)
         first, origins, rows = self._kinds.get(kind, (reason, [], 0))
         self._kinds[kind] = first, [*origins, origin][:LISTED], rows + 1
         self.count += 1

@@ -8,6 +8,7 @@ messages (the results of two calls, for example).
 import ast
 import json
 import math
+import re
 from collections.abc import Iterable, Iterator
 from typing import Any, cast
 
@@ -34,6 +35,7 @@ MEDIA = ("image", "images", "audio", "audios", "video", "videos")
 PLACEHOLDERS = ("<image>", "<audio>", "<video>")
 """Where in a text they belong."""
 
+_CALL_TAGS = re.compile(r"<tool_call>(.*?)</tool_call>", re.DOTALL)
 _CALLS = ("tool_calls", "function_call")
 _REASONING = ("reasoning_content", "reasoning", "thinking")
 _FLAGS = ("weight", "loss", "train", "training", "masked")
@@ -104,11 +106,11 @@ def column(row: Row, name: str, kind: type | tuple[type, ...], wanted: str) -> A
     Raises:
         UserError: the row has no such column (offers the nearest), or its value has another type than `wanted` says.
     """
-    if name not in row:
-        raise UserError(f"no column {name!r}{nearest(name, row)}")
-    value = row[name]
+    value = row.get(name)
     if isinstance(value, kind):
         return value
+    if name not in row:
+        raise UserError(f"no column {name!r}{nearest(name, row)}")
     if isinstance(value := plain(value), kind):
         return value
     raise UserError(f"column {name!r} holds {kind_name(value)} instead of {wanted}")
@@ -116,7 +118,8 @@ def column(row: Row, name: str, kind: type | tuple[type, ...], wanted: str) -> A
 
 def text_column(row: Row, name: str) -> str:
     """Returns a column's text; raises `UserError` if it is something else."""
-    return cast(str, column(row, name, str, "text"))
+    text: str = column(row, name, str, "text")
+    return text
 
 
 def optional_text(row: Row, name: str) -> str:
@@ -126,6 +129,8 @@ def optional_text(row: Row, name: str) -> str:
         UserError: it holds something else.
     """
     value = row.get(name)
+    if isinstance(value, str):
+        return value
     return "" if is_missing(value) else text_column(row, name)
 
 
@@ -300,10 +305,10 @@ def message(turn: Any, where: str) -> Turns:
         for name in MEDIA:
             if not is_empty(given.pop(name, None)):
                 raise UserError(f"{where}.{name}: images and other media can't be trained on yet")
-    content = _first(given, ("content", "value", "parts"))
+    content = given.pop("content") if "content" in given else _first(given, ("value", "parts"))
     calls: list[dict[str, Any]] = []
     if not given.keys().isdisjoint(_CALLS):
-        calls = [call for key in _CALLS for call in _calls(given.pop(key, None), where)]
+        calls = [call for key in _CALLS if key in given for call in _calls(given.pop(key), where)]
     if role in _CALL_ROLES:
         role, calls, content = "assistant", calls + _calls(content, where), None
         if not calls:
@@ -374,12 +379,12 @@ def _first_text(given: dict[str, Any], names: Iterable[str], where: str) -> str:
 
 def _calls(value: Any, where: str) -> list[dict[str, Any]]:
     """The calls of a message, in OpenAI's shape; `value` is one or several, or their JSON text."""
-    if value is None:
-        return []
     if isinstance(value, str):
-        text = value.strip().removeprefix("<tool_call>").removesuffix("</tool_call>").strip()
-        if (value := _parsed(text)) is text and text:
+        texts = [text.strip() for text in _CALL_TAGS.findall(value) or [value]]
+        parsed = [_parsed(text) for text in texts if text]
+        if any(isinstance(call, str) for call in parsed):
             raise UserError(f"{where} is text that isn't JSON: a call is a mapping with name and arguments")
+        value = parsed[0] if len(parsed) == 1 else parsed
     calls = value if isinstance(value, list) else [value] if value else []
     return [_call(call, where) for call in calls]
 

@@ -4,13 +4,14 @@ import json
 
 import pytest
 
+from oumi_pl.data.feedback import FEEDBACK_FORMATS
 from oumi_pl.data.records import BadRows, RecordReader
 from oumi_pl.data.sources import Source
 from oumi_pl.data.tokenize import Dropped
 from oumi_pl.errors import UserError
 from oumi_pl.preview import examples as preview
 from oumi_pl.preview.report import tables
-from oumi_pl.types import BadRow, Conversation
+from oumi_pl.types import BadRow, Conversation, Feedback
 from tests.tiny import data, write_jsonl
 
 Q, A = {"role": "user", "content": "2+2?"}, {"role": "assistant", "content": "4"}
@@ -270,3 +271,15 @@ def test_every_kind_of_file_goes_on_after_a_bad_row(tmp_path, name, content, rea
     assert reason in read[1].reason
     with pytest.raises(UserError, match=reason):
         list(RecordReader(Source(str(tmp_path / name))).records())
+
+
+def test_feedback_on_media_is_refused_by_name(tmp_path):
+    rows = [{"prompt": "q", "completion": "a", "label": True}, {"instruction": "q", "output": "a", "kto_tag": False}]
+    pair = {"prompt": "q", "chosen": "a", "rejected": "b"}
+    for i, row in enumerate((*rows, pair)):
+        path = write_jsonl(tmp_path / f"{i}.jsonl", [row])
+        read = RecordReader(Source(path), FEEDBACK_FORMATS)
+        assert all(isinstance(record, Feedback) for _, record in read.records())
+        path = write_jsonl(tmp_path / f"{i}-images.jsonl", [row | {"images": ["cat.png"]}])
+        with pytest.raises(UserError, match="column 'images': images, audio and video can't be trained on yet"):
+            list(RecordReader(Source(path), FEEDBACK_FORMATS).records())

@@ -64,6 +64,12 @@ def test_arguments_are_a_mapping(arguments, parsed):
     assert read(turn("assistant", None, function_call=function))[0]["tool_calls"] == [call(arguments=parsed)]
 
 
+def test_several_calls_in_a_text():
+    one, two = (f"<tool_call>\n{json.dumps({'name': name, 'arguments': {}})}\n</tool_call>" for name in "ab")
+    given = {"from": "tool_call", "value": f"{one}\n{two}"}
+    assert read(given) == [turn("assistant", None, tool_calls=[call("a"), call("b")])]
+
+
 def test_calls_keep_their_ids_their_order_and_the_order_of_their_keys():
     given = [call("a", BREST, id="1"), {"type": "function", "id": "2", "function": {"name": "b", "arguments": "{}"}}]
     (kept,) = read(turn("assistant", "Both.", tool_calls=given))
