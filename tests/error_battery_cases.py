@@ -187,7 +187,10 @@ VALUES = {
 }
 
 NO_PACKING = "set data.packing to false (data.isolate, of PretrainData)"
-FSDP2 = "take FSDP2, strategy: {class_path: ModelParallelStrategy}, as the recipe sft/llama3.1_8b_fsdp2 does"
+FSDP2 = (
+    "take FSDP2, strategy: {class_path: ModelParallelStrategy, init_args: {data_parallel_size: N, "
+    "tensor_parallel_size: 1}} (N is the number of devices)"
+)
 TOGETHER = {
     "QLoRA without bitsandbytes": Case(
         "model.quantization needs bitsandbytes: pip install 'oumi_pl[gpu]'",
@@ -210,7 +213,7 @@ TOGETHER = {
         {"trainer.strategy": "fsdp", "trainer.gradient_clip_val": 1.0},
     ),
     "a strategy that keeps its gradients": Case(
-        f"trainer.strategy: deepspeed keeps gradients where they can't be rescaled by the targets; {FSDP2}",
+        f"trainer.strategy: deepspeed keeps gradients where their norm can't be computed; {FSDP2}",
         {"trainer.strategy": "deepspeed"},
     ),
     "rows longer than the table of positions": Case(

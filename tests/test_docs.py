@@ -11,6 +11,7 @@ PAGES = (
     "CONTRIBUTING.md",
     "CHANGELOG.md",
     "benchmarks/README.md",
+    "oumi_pl/callbacks/README.md",
     "oumi_pl/core/README.md",
     "oumi_pl/data/README.md",
 )

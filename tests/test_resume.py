@@ -141,6 +141,45 @@ def test_what_the_recipe_says_now_wins_over_the_checkpoint(tmp_path):
     assert {group["weight_decay"] for group in loop.optimizers[0].param_groups} == {0.3, 0.0}
 
 
+class State(L.Callback):
+    """Records the moments of the optimizer at the start of training, by name of their weight."""
+
+    def on_train_start(self, trainer, pl_module):
+        state = trainer.optimizers[0].state
+        self.moments = {name: state[p]["exp_avg"].clone() for name, p in pl_module.named_parameters() if p in state}
+        self.trained = {name for name, p in pl_module.named_parameters() if p.requires_grad}
+
+
+@pytest.mark.parametrize(
+    ("before", "now"),
+    [([], ["model.layers.0"]), (["model.layers.0"], []), (["model.layers.0"], ["model.embed_tokens"])],
+    ids=str,
+)
+def test_resumes_with_other_frozen_weights(tmp_path, before, now):
+    """The state of the optimizer goes with the weights: those that are trained for the first time start anew."""
+
+    def fit(freeze, *callbacks, resume=None, **kwargs):
+        sft = module(adamw, freeze=freeze)
+        plugins = [AtomicCheckpointIO()]
+        loop = trainer(callbacks=[*callbacks], plugins=plugins, enable_checkpointing=resume is None, **kwargs)
+        loop.fit(sft, data(tmp_path, ROWS, batch_size=BATCH), ckpt_path=resume, weights_only=True)
+        return sft
+
+    checkpoints = Checkpoints(every=2)
+    checkpoints.directory = tmp_path / "checkpoints"
+    checkpoints.directory.mkdir()
+    first = fit(before, checkpoints, max_steps=2)
+    saved = torch.load(newest(checkpoints.directory), weights_only=True)["optimizer_states"][0]["state"]
+    assert saved.keys() == {name for name, p in first.named_parameters() if p.requires_grad}
+    state = State()
+    resumed = fit(now, state, resume=newest(checkpoints.directory), max_steps=4)
+    assert state.moments.keys() == saved.keys() & state.trained
+    assert state.trained == {n for n, _ in resumed.named_parameters() if not any(frozen in n for frozen in now)}
+    assert all(torch.equal(value, saved[name]["exp_avg"]) for name, value in state.moments.items())
+    after, start = dict(resumed.named_parameters()), dict(first.named_parameters())
+    assert {name for name in after if not torch.equal(after[name], start[name])} == state.trained
+
+
 RECIPE = """
 model:
   class_path: SFT

@@ -33,6 +33,11 @@ def token_inputs(batch: Batch, layout: Layout, *, labels_are_shifted: bool = Fal
         layout: `padded`, or `documents` for one packed row, in which transformers finds documents by their positions.
         labels_are_shifted: Whether `labels` equal `shift_labels`, for a loss function that only gets `labels`.
     """
+    if "weights" in batch:
+        raise UserError(
+            "rows say how much they count in the loss, and --engine hf and trl count all tokens alike; leave that out "
+            "with `ignore: [weight]`, set the weights of turns to 0 or 1, or train with --engine lightning"
+        )
     arranged = layout(batch)
     shift_labels = torch.full_like(arranged.inputs["input_ids"], IGNORE_INDEX)
     shift_labels.view(-1)[_predictors(batch, arranged)] = batch["targets"]

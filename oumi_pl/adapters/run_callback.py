@@ -10,7 +10,7 @@ from oumi_pl.adapters.batches import EngineLoader
 from oumi_pl.adapters.checkpoints import set_step
 from oumi_pl.adapters.refusals import OBSERVERS
 from oumi_pl.callbacks import find
-from oumi_pl.callbacks.checkpoint import Checkpoints
+from oumi_pl.callbacks.checkpoint import enabled_checkpoints
 from oumi_pl.callbacks.run_folder import RunFolder
 from oumi_pl.callbacks.stopping import Preemption, Stopped
 from oumi_pl.data.base import TextData
@@ -89,7 +89,7 @@ class RunCallback(TrainerCallback):
         self.loader = loader
         self.validations = validations
         self.preemption = find(lightning, Preemption)
-        self.checkpoints = find(lightning, Checkpoints)
+        self.checkpoints = enabled_checkpoints(lightning)
         self.metrics_row: dict[str, float] = {}
         """The metrics of the last update, and of the validation after it."""
 

@@ -27,7 +27,7 @@ from oumi_pl.adapters.refusals import (
 from oumi_pl.adapters.run_callback import RunCallback, ValidationSchedule
 from oumi_pl.adapters.trainers import build_trainer, import_trl, training_arguments
 from oumi_pl.callbacks import find
-from oumi_pl.callbacks.checkpoint import Checkpoints
+from oumi_pl.callbacks.checkpoint import enabled_checkpoints
 from oumi_pl.callbacks.run_folder import RunFolder, nothing_left
 from oumi_pl.data.base import TextData
 from oumi_pl.losses.causal import is_cross_entropy
@@ -178,7 +178,7 @@ def _resume(trainer: Any) -> tuple[Path | None, dict[str, Any]]:
     checkpoint = checkpoints.newest(folder.resume / folders.CHECKPOINTS)
     if checkpoint is None:
         return None, start
-    return checkpoint, checkpoints.load(checkpoint, trainer, folder, find(trainer, Checkpoints))
+    return checkpoint, checkpoints.load(checkpoint, trainer, folder, enabled_checkpoints(trainer))
 
 
 def _loader(trainer: Any, module: LanguageModule, data: TextData, position: dict[str, Any]) -> batches.EngineLoader:

@@ -13,8 +13,7 @@ from oumi_pl.adapters.batches import EngineBatch, EngineLoader, target_values
 from oumi_pl.adapters.losses import INSTEAD, compute_loss_func, dpo_settings, kto_settings
 from oumi_pl.adapters.refusals import kind_of
 from oumi_pl.adapters.run_callback import RunCallback
-from oumi_pl.callbacks import find
-from oumi_pl.callbacks.checkpoint import Checkpoints
+from oumi_pl.callbacks.checkpoint import enabled_checkpoints
 from oumi_pl.data.base import TextData
 from oumi_pl.data.loader import as_it_is
 from oumi_pl.errors import UserError
@@ -190,7 +189,7 @@ def training_arguments(
         total: Optimizer steps of the run.
         lr: The highest learning rate of the first parameter group.
     """
-    checkpoints = find(trainer, Checkpoints)
+    checkpoints = enabled_checkpoints(trainer)
     precision = str(trainer.precision)
     saving: dict[str, Any] = {"save_strategy": "no"}
     if checkpoints is not None:

@@ -18,6 +18,7 @@ Not every architecture can do it: `why_not_isolating` and `why_not_shared` run a
 
 from oumi_pl.attention.interface import NAME, register
 from oumi_pl.attention.probe import refuse_unless_isolating, why_not_isolating, why_not_shared
+from oumi_pl.attention.rotary import separate_frequencies
 from oumi_pl.attention.segments import packed, path_positions, position_ids
 
 __all__ = [
@@ -27,6 +28,7 @@ __all__ = [
     "position_ids",
     "refuse_unless_isolating",
     "register",
+    "separate_frequencies",
     "why_not_isolating",
     "why_not_shared",
 ]

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from oumi_pl.attention.interface import NAME, NO_PACKING
+from oumi_pl.attention.rotary import depends_on_length
 from oumi_pl.attention.segments import packed, path_positions, position_ids
 from oumi_pl.errors import UserError, is_out_of_memory, reason
 from oumi_pl.types import Segment
@@ -29,27 +30,50 @@ FOREST = (
 """The segments that `why_not_shared` runs: two trees, up to four segments deep."""
 
 
-def refuse_unless_isolating(model: nn.Module) -> None:
+LENGTH_WORDS = ("window", "chunk", "floor_scale", "topk")
+"""Parts of the names of config values that are numbers of tokens after which a model behaves in another way."""
+
+
+def changes(model: nn.Module, longest: int) -> list[int]:
+    """Lengths below `longest` at which the config says that a model behaves in another way, ascending."""
+    config = body_of(model).config.get_text_config()
+    values = {v for k, v in config.to_dict().items() if isinstance(v, int) and any(word in k for word in LENGTH_WORDS)}
+    rotary = [module for module in body_of(model).modules() if depends_on_length(module)]
+    for module in rotary:
+        rope = config.rope_parameters or {}
+        nested = [rope, *(part for part in rope.values() if isinstance(part, dict))]
+        values |= {part.get("original_max_position_embeddings") or module.original_max_seq_len for part in nested}
+    return sorted(value for value in values if 7 < value < longest)
+
+
+def refuse_unless_isolating(model: nn.Module, longest: int = 0) -> None:
     """Refuses a model that lets packed documents see each other.
 
     Runs two documents of a few random tokens alone, packed, and packed with the first one changed, and compares hidden
-    states. Leaves the random number generators and each module's training mode as they were.
+    states; and again with a first document that is longer than each of `changes`. Leaves the random number generators
+    and each module's training mode as they were.
 
     Args:
         model: a transformers model, with or without PEFT's layers; run as it will be in training, unsharded.
+        longest: tokens of the longest row in training.
 
     Raises:
         UserError: a document's hidden states depend on its neighbours.
     """
-    base = _base_model(model)
-    documents = [Segment(7), Segment(6)]
-    first, second = _random_ids(base, 13).split([7, 6], 1)
+    for length in (7, *(change + 3 for change in changes(model, longest))):
+        _refuse_unless_isolated(model, [Segment(length), Segment(6)])
+
+
+def _refuse_unless_isolated(model: nn.Module, documents: Sequence[Segment]) -> None:
+    base = body_of(model)
+    lengths = [document.length for document in documents]
+    first, second = _random_ids(base, sum(lengths)).split(lengths, 1)
     changed = (first + 1) % len(_embedding(base))
     try:
         with probing(model, _embedding(base).device):
             alone = _hidden_states(base, first, documents[:1]), _hidden_states(base, second, documents[1:])
             together = _hidden_states(base, torch.cat([first, second], 1), documents)
-            beside_another = _hidden_states(base, torch.cat([changed, second], 1), documents)[:, 7:]
+            beside_another = _hidden_states(base, torch.cat([changed, second], 1), documents)[:, lengths[0] :]
     except (*ATTENTION_ERRORS, RuntimeError) as error:
         if not _is_attention_error(error):
             raise
@@ -68,10 +92,10 @@ def refuse_unless_isolating(model: nn.Module) -> None:
         )
 
 
-def why_not_isolating(model: nn.Module) -> str | None:
+def why_not_isolating(model: nn.Module, longest: int = 0) -> str | None:
     """The message of `refuse_unless_isolating`; None if the model keeps packed documents apart."""
     try:
-        refuse_unless_isolating(model)
+        refuse_unless_isolating(model, longest)
     except UserError as error:
         return str(error)
     return None
@@ -83,7 +107,7 @@ def why_not_shared(model: nn.Module) -> str | None:
     Compares the hidden states of each segment of a small forest with those of its path run alone. The argument is that
     of `refuse_unless_isolating`.
     """
-    base = _base_model(model)
+    base = body_of(model)
     positions = position_ids(FOREST)
     ids = _random_ids(base, len(positions))
     try:
@@ -125,10 +149,16 @@ def probing(model: nn.Module, device: torch.device) -> Iterator[None]:
         yield
 
 
-def _base_model(model: nn.Module) -> Any:
+def body_of(model: nn.Module) -> Any:
+    """The part of a transformers model, with or without PEFT's layers, that returns hidden states.
+
+    That is its `base_model`, except for architectures whose prefix names a part they don't have (Llama 4).
+    """
     unwrap = getattr(model, "get_base_model", None)  # PEFT's
-    model = unwrap() if callable(unwrap) else model
-    return getattr(model, "base_model", model)
+    bare: Any = unwrap() if callable(unwrap) else model
+    body = getattr(bare, "base_model", bare)
+    is_whole = body is bare and body.get_output_embeddings() is not None
+    return body.model if is_whole else body
 
 
 def _embedding(base: Any) -> Tensor:

@@ -110,7 +110,7 @@ class Advice(L.Callback):
         if times := self.wait.update_ends():
             warn(trainer, _starved(*times, trainer.datamodule))
         sums, group = pl_module.last_update, trainer.optimizers[0].param_groups[0]
-        loss = sums["loss"] / max(1.0, sums[pl_module.unit])
+        loss = sums["loss"] / (pl_module.units(sums) or 1.0)
         if message := self.loss.update(loss, group["lr"], group.get("initial_lr", group["lr"])):
             warn(trainer, message)
 

@@ -11,6 +11,7 @@ from lightning.pytorch.callbacks import Checkpoint, WeightAveraging
 
 from oumi_pl.callbacks import find_all
 from oumi_pl.errors import UserError, nearest
+from oumi_pl.runs.checkpoints import saved_at
 from oumi_pl.runs.folders import HALF, checkpoint_name, remove, saved_steps
 from oumi_pl.terminal.screen import working
 
@@ -23,29 +24,50 @@ class Checkpoints(Checkpoint):
         keep: How many of the newest to keep.
         monitor: Metric that decides what is best, `val/loss` for example; without it no `best.ckpt` is written.
         mode: Whether lower (`min`) or higher (`max`) values are better.
+        enabled: Whether to write checkpoints at all. A run without them can't be resumed.
     """
 
     def __init__(
-        self, every: int = 500, keep: int = 1, monitor: str | None = None, mode: Literal["min", "max"] = "min"
+        self,
+        every: int = 500,
+        keep: int = 1,
+        monitor: str | None = None,
+        mode: Literal["min", "max"] = "min",
+        enabled: bool = True,
     ) -> None:
         if every < 1 or keep < 1:
             raise UserError(f"checkpoint: every ({every}) and keep ({keep}) have to be at least 1")
+        if monitor is not None and not enabled:
+            raise UserError(f"checkpoint.monitor: without checkpoints the best by {monitor!r} can't be kept; drop one")
+        self.enabled = enabled
         self.every = every
         self.keep = keep
         self.monitor = monitor
         self.mode = mode
         self.directory: Path | None = None
+        """Where checkpoints go, set when the run folder is there; None writes none."""
         self.best_score: float | None = None
         self.best_model_path = ""
         self._saved_step = -1
         self._due = False
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Forgets the best score of the checkpoint unless its weights are those of `best.ckpt` in this run's folder.
+
+        They are not if the checkpoint is of another run, or if `best.ckpt` was written later than the checkpoint.
+        """
+        best = None if self.directory is None else self.directory / "best.ckpt"
+        if best is not None and best.exists() and saved_at(best) <= trainer.global_step:
+            self.best_model_path = str(best)
+        else:
+            self.best_score, self.best_model_path = None, ""
 
     def on_train_batch_end(self, trainer: L.Trainer, *_: Any) -> None:
         """Saves after every n-th update and after the last, never within one: a run can't be resumed from there.
 
         If validation follows, saves after it: a resumed run would not repeat it, and its metrics would be lost.
         """
-        if trainer.fit_loop._should_accumulate() or (trainer.global_step % self.every and not trainer.should_stop):
+        if trainer.fit_loop._should_accumulate() or (trainer.global_step % self.every and not _ends(trainer)):
             return
         if _validation_follows(trainer):
             self._due = True
@@ -66,7 +88,7 @@ class Checkpoints(Checkpoint):
             return
         if self.monitor is not None:
             self._keep_best(trainer, self.directory, self.monitor)
-        if self._due or trainer.should_stop:
+        if self._due or _ends(trainer):
             self.save(trainer)
 
     def _keep_best(self, trainer: L.Trainer, directory: Path, monitor: str) -> None:
@@ -100,6 +122,16 @@ class Checkpoints(Checkpoint):
         """Restores the best score so far."""
         self.best_score = state_dict["best_score"]
         self.best_model_path = state_dict["best_model_path"]
+
+
+def enabled_checkpoints(trainer: Any) -> Checkpoints | None:
+    """The `Checkpoints` of a trainer; None if it has none, or if they are disabled."""
+    return next((checkpoints for checkpoints in find_all(trainer, Checkpoints) if checkpoints.enabled), None)
+
+
+def _ends(trainer: L.Trainer) -> bool:
+    """Whether the run ends now; with `min_steps` or `min_epochs` it may go on after it was asked to stop."""
+    return trainer.should_stop and trainer.fit_loop._can_stop_early
 
 
 def _validation_follows(trainer: L.Trainer) -> bool:

@@ -19,12 +19,12 @@ from typing import Any
 import lightning as L
 import numpy as np
 import torch
-from lightning.pytorch.callbacks import Checkpoint, WeightAveraging
+from lightning.pytorch.callbacks import Checkpoint, GradientAccumulationScheduler, WeightAveraging
 from lightning.pytorch.loggers.logger import DummyLogger
 from lightning.pytorch.profilers import PassThroughProfiler
 from torch.optim import Optimizer
 
-from oumi_pl.callbacks import find
+from oumi_pl.callbacks import find, find_all
 from oumi_pl.callbacks.checkpoint import Checkpoints
 from oumi_pl.callbacks.memory import Memory, available, gigabytes, size_in_words, size_of, state_size
 from oumi_pl.callbacks.run_folder import RunFolder, nothing_left
@@ -126,7 +126,8 @@ class DryRun(L.Callback):
         trainer.limit_val_batches = 0
         trainer.fit_loop.epoch_loop.max_steps = trainer.global_step + UPDATES
         trainer.fit_loop.max_epochs = -1  # an epoch of few rows may be shorter than the dry run
-        _lower_accumulation(trainer, min(MICRO_BATCHES, trainer.accumulate_grad_batches))
+        before = self.data.layout.micro_batches
+        _lower_accumulation(trainer, before, min(MICRO_BATCHES, before))
         loader = trainer.train_dataloader
         loader.layout = self.data.layout  # follows the trainer's accumulation, which has just changed
         self.measured.alike = self.largest is None
@@ -176,12 +177,14 @@ class DryRun(L.Callback):
             raise nothing_left(trainer.global_step)
 
 
-def _lower_accumulation(trainer: Any, micro_batches: int) -> None:
+def _lower_accumulation(trainer: Any, before: int, micro_batches: int) -> None:
     """Sets the micro-batches per update, and converts Lightning's counts of them, by which updates end."""
     progress = trainer.fit_loop.epoch_loop.batch_progress.current
     for name in COUNTS:
-        setattr(progress, name, recounted(getattr(progress, name), trainer.accumulate_grad_batches, micro_batches))
+        setattr(progress, name, recounted(getattr(progress, name), before, micro_batches))
     trainer.accumulate_grad_batches = micro_batches
+    for scheduler in find_all(trainer, GradientAccumulationScheduler):  # sets the trainer's accumulation in each epoch
+        scheduler.scheduling, scheduler.epochs = {0: micro_batches}, [0]
 
 
 class OneBatch(Plan):
@@ -415,6 +418,9 @@ def _output(folder: RunFolder, checkpoints: Checkpoints, module: RunModule, opti
     size = size_of(saved.values()) + state_size(optimizer)
     existing = next(p for p in (folder.root.absolute(), *folder.root.absolute().parents) if p.exists())
     free = shutil.disk_usage(existing).free
+    if not checkpoints.enabled:
+        yield "checkpoints", "none: checkpoint.enabled or trainer.enable_checkpointing is false"
+        return
     yield (
         "checkpoints",
         f"every {checkpoints.every:,} steps, {checkpoints.keep} kept, about {gigabytes(size)} each; "

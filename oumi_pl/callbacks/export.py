@@ -11,6 +11,7 @@ import yaml
 from oumi_pl.callbacks import find
 from oumi_pl.callbacks.checkpoint import Checkpoints
 from oumi_pl.callbacks.run_folder import run_directory
+from oumi_pl.models.build import is_sharded
 from oumi_pl.models.export import model_card, read_checkpoint, whole, why_not_alone
 from oumi_pl.models.lm import LM
 from oumi_pl.runs.folders import CONFIG, remove
@@ -56,8 +57,15 @@ class Export(L.Callback):
         model = pl_module.causal_lm
         has_adapter = pl_module.lora is not None
         merge = has_adapter and (self.merge or bool(why_not_alone(model)))
+        expected = None
         if merge:
+            if pl_module.quantization is None:  # else the copy has another base, in full precision
+                expected = model.probe_logits()
             model = _copy_on_cpu(pl_module, data, trainer.is_global_zero)
+            if is_sharded(model):  # not rank 0, whose copy is whole, and which gathers the heads when it saves
+                for value in pl_module.heads().values():
+                    whole(value)
+                return
         if trainer.is_global_zero:
             remove(folder / "model")
         pl_module.save(
@@ -66,6 +74,7 @@ class Export(L.Callback):
             tokenizer=data.tokenizer,
             merge=merge,
             keep=False,
+            expected=expected,
             stop_tokens=data.stop_tokens,
             card=model_card(yaml.safe_load(text) or {}, text, metrics, folder.name, has_adapter and not merge),
         )

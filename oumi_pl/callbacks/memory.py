@@ -292,7 +292,7 @@ def _less_to_hold(module: RunModule, trainer: Any) -> list[str]:
     if module.lora is None:
         ways.append("--model.lora.r 16 (only adapters have gradients and optimizer state)")
     elif module.quantization is None and module.model_name is not None:
-        ways.append("--model.quantization nf4 (frozen weights in 4 bits; needs a GPU)")
+        ways.append("--model.quantization nf4 (frozen weights in 4 bits)")
     if str(trainer.precision) == "32-true":
         ways.append("--trainer.precision bf16-true (all of it in half)")
     ways.append("sharding over several GPUs, as in the recipe sft/llama3.1_8b_fsdp2")

@@ -225,7 +225,7 @@ class ProgressLine(ProgressBar):
             return
         sums, now, step = pl_module.last_update, time.monotonic(), trainer.global_step
         self.pace.update_ends(step, sums["tokens"])
-        loss = sums["loss"] / max(1.0, sums[pl_module.unit])
+        loss = sums["loss"] / (pl_module.units(sums) or 1.0)
         self._losses.append(loss)
         width, wait = terminal_width(), EVERY
         if width is None:

@@ -11,6 +11,7 @@ from typing import Any
 
 import lightning as L
 import torch
+from lightning.pytorch.callbacks import ModelCheckpoint, Timer
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
 
 from oumi_pl import __version__
@@ -62,6 +63,7 @@ class RunFolder(L.Callback):
         self.directory: Path | None = None
         self.clock = Clock()
         self._before: dict[str, float] = {}
+        self._without_folder: list[ModelCheckpoint] = []
         self.checkpoint_row: dict[str, Any] | None = None
         """The metrics of the checkpoint's step, in a resumed run."""
 
@@ -74,6 +76,10 @@ class RunFolder(L.Callback):
         """
         self.clock.enter("model")
         pl_module.run_config = self.config
+        # those without a folder of their own, before Lightning chooses one in their `setup`, outside of the run folder
+        self._without_folder = [c for c in find_all(trainer, ModelCheckpoint) if c.dirpath is None]
+        if self.resume is not None:
+            self._set_folders(self.resume / folders.CHECKPOINTS)
         if stage in ("fit", "predict") and trainer.is_global_zero and not trainer.fast_dev_run:
             folders.refuse_unwritable(self.resume or self.root)
 
@@ -84,7 +90,16 @@ class RunFolder(L.Callback):
         chosen = (self.resume or folders.create(self.root, self.name)) if trainer.is_global_zero else None
         self.directory = Path(trainer.strategy.broadcast(str(chosen)))
         for checkpoints in find_all(trainer, Checkpoints):
-            checkpoints.directory = self.directory / folders.CHECKPOINTS
+            if checkpoints.enabled:
+                checkpoints.directory = self.directory / folders.CHECKPOINTS
+        self._set_folders(self.directory / folders.CHECKPOINTS)
+
+    def _set_folders(self, directory: Path) -> None:
+        """Lets the recipe's own checkpoint callbacks write to the run folder, unless they name another one."""
+        for callback in self._without_folder:
+            callback.dirpath = str(directory.absolute())
+            if self.resume is None:
+                callback.best_model_path = ""  # from a checkpoint of another run
 
     def _describe(self, trainer: Any, pl_module: RunModule, directory: Path) -> None:
         data: RunData = trainer.datamodule
@@ -187,7 +202,8 @@ class RunFolder(L.Callback):
         """Marks the run as finished; prints and stores how much of each streamed source was read."""
         self.clock.enter("end")
         metrics = {k: float(v) for k, v in trainer.callback_metrics.items() if k.startswith(("train/", "val/"))}
-        self.record(status="finished", step=trainer.global_step, metrics=metrics)
+        ended_by = folders.TIME if any(_is_over(timer) for timer in find_all(trainer, Timer)) else None
+        self.record(status="finished", step=trainer.global_step, metrics=metrics, ended_by=ended_by)
         self._report_consumed(trainer.datamodule)
 
     def _report_consumed(self, data: RunData) -> None:
@@ -212,6 +228,11 @@ class RunFolder(L.Callback):
         stopped = isinstance(exception, Stopped | KeyboardInterrupt)
         with contextlib.suppress(OSError):
             self.record(status="stopped" if stopped else "failed", step=trainer.global_step, reason=_reason(exception))
+
+
+def _is_over(timer: Timer) -> bool:
+    left = timer.time_remaining()
+    return left is not None and left <= 0
 
 
 def nothing_left(step: int) -> UserError:

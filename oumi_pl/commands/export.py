@@ -76,11 +76,22 @@ def built(checkpoint: Path) -> tuple[Any, Any, dict[str, Any], dict[str, Any]]:
     module, data = instantiate(copy.deepcopy(config))  # `instantiate` changes its argument
     data.tokenizer_spec = data.tokenizer_spec or module.model_name
     module.quantization = None  # it only saves memory in training; adapters are exported for the full-precision base
-    model = module.assemble(data.tokenizer, data.added_tokens, branching=None)
+    if module.lora is None:  # with `precision: bf16-true`, the weights are bfloat16 whatever `model.dtype` is
+        dtype = _dtype(content["state_dict"])
+        module.dtype_name = dtype or module.dtype_name
+    module.assemble(data.tokenizer, data.added_tokens, branching=None)
     module.load_weights(content["state_dict"])
-    if module.lora is None:  # with `precision: bf16-true`, the checkpoint is bfloat16 and the built model is not
-        model.to(next(iter(content["state_dict"].values())).dtype)
     return module, data, config, content
+
+
+def _dtype(state: dict[str, Any]) -> Any:
+    """Name of the dtype of most weights; None if there are none."""
+    sizes: dict[str, int] = {}
+    for value in state.values():
+        if value.is_floating_point():
+            name = str(value.dtype).removeprefix("torch.")
+            sizes[name] = sizes.get(name, 0) + value.numel()
+    return max(sizes, key=lambda name: sizes[name], default=None)
 
 
 def find(path: Path) -> Path:

@@ -21,7 +21,7 @@ from types import NoneType, UnionType
 from typing import Annotated, Any, Literal, NamedTuple, Union, get_args, get_origin
 
 import yaml
-from jsonargparse import ArgumentError, ArgumentParser
+from jsonargparse import ArgumentError, ArgumentParser, _typehints
 from lightning.pytorch.cli import LightningArgumentParser
 from torch import Tensor
 from torch.optim import Optimizer
@@ -84,8 +84,19 @@ for _package in (callbacks, data, losses, modules, optim):
     for _module in pkgutil.walk_packages(_package.__path__, f"{_package.__name__}."):
         importlib.import_module(_module.name)
 
-ACCIDENTAL = ("accelerate", "transformers")
-"""Imported packages whose optimizers have the same names as torch's."""
+ACCIDENTAL = ("accelerate", "bitsandbytes", "transformers")
+"""Packages that libraries import, whose optimizers have the same names as torch's: recipes give them by full path."""
+
+
+_all_paths = _typehints.get_all_subclass_paths
+
+
+def _paths_on_purpose(*args: Any, **kwargs: Any) -> list[str]:
+    return [path for path in _all_paths(*args, **kwargs) if path.partition(".")[0] not in ACCIDENTAL]
+
+
+# jsonargparse would call `SGD` ambiguous once bitsandbytes is imported, which also has one
+_typehints.get_all_subclass_paths = _paths_on_purpose
 
 
 def known_classes(bases: Iterable[type]) -> dict[str, type]:

@@ -2,12 +2,13 @@
 
 import math
 from collections.abc import Sequence
+from enum import Enum
 from pathlib import Path
 from typing import Any, Literal
 
 from jsonargparse import Namespace
 from lightning.fabric.utilities.exceptions import MisconfigurationException
-from lightning.pytorch.callbacks import ProgressBar
+from lightning.pytorch.callbacks import Checkpoint, ProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 
 from oumi_pl.callbacks.advice import Advice, PreferenceWarnings
@@ -196,6 +197,7 @@ class CLI(LightningCLI):
         kwargs["callbacks"] = self._callbacks(config)
         loggers = config.get("logger")
         kwargs["logger"] = [MetricsCSV(), *_as_list(loggers)] if loggers is not False else False
+        kwargs["enable_checkpointing"] = None  # False would refuse `Checkpoints`, which is disabled instead
         kwargs["plugins"] = [*_as_list(config.get("plugins")), AtomicCheckpointIO()]
         endless = config.get("max_epochs") is None and config.get("max_steps") == -1 and config.get("max_time") is None
         if endless:
@@ -232,12 +234,25 @@ class CLI(LightningCLI):
             watching.append(ProgressLine())
         samples = [] if self._has_samples(own) else [get("samples")]
         # saving comes after them, so that a checkpoint has the state of other callbacks after its step
-        saving = [get("checkpoint"), Preemption(), get("export")]
+        checkpoints = get("checkpoint")
+        if config.get("enable_checkpointing") is False:
+            self._disable(checkpoints, own)
+        saving = [checkpoints, Preemption(), get("export")]
         reporting: list[Any] = [Report()] if get("report") else []
         named = logger_names(get("logger"))
         if self.subcommand == "fit" and (named or config.get("logger")):
             reporting.append(Tracking(named))
         return [folder, *watching, Advice(), *own, *samples, *saving, *reporting]
+
+    @staticmethod
+    def _disable(checkpoints: Checkpoints, own: list[Any]) -> None:
+        """`enable_checkpointing: false` means the same as `checkpoint.enabled: false`."""
+        others = [f"trainer.callbacks: {type(c).__name__}" for c in own if isinstance(c, Checkpoint)]
+        if checkpoints.monitor is not None:
+            others.append("checkpoint.monitor")
+        if others:
+            raise UserError(f"trainer.enable_checkpointing is false, but {others[0]} keeps checkpoints; drop one")
+        checkpoints.enabled = False
 
     def _has_samples(self, own: list[Any]) -> bool:
         """Whether a callback of the recipe shows samples already. Then settings of `samples` are refused, as unused."""
@@ -278,7 +293,7 @@ class CLI(LightningCLI):
         config: Namespace = self.config[subcommand].clone()
         for key in ("config", "ckpt_path", "weights_only", "dry_run"):
             config.pop(key, None)
-        return self._parser(subcommand).dump(config, skip_none=False, skip_validation=True)
+        return self._parser(subcommand).dump(_plain(config), skip_none=False, skip_validation=True)
 
 
 def instantiate(config: dict[str, Any]) -> tuple[LanguageModule, TextData]:
@@ -296,6 +311,15 @@ def instantiate(config: dict[str, Any]) -> tuple[LanguageModule, TextData]:
     with unwrapped_mistakes():
         parts = parser.instantiate_classes(parser.parse_object(tree))
     return parts.model, parts.data
+
+
+def _plain(value: Any) -> Any:
+    """A config without enums, which YAML can't hold: Lightning's `Timer(interval: str)` has one as its default."""
+    if isinstance(value, list):
+        return [_plain(item) for item in value]
+    if isinstance(value, Namespace):
+        return Namespace(**{key: _plain(item) for key, item in vars(value).items()})
+    return value.value if isinstance(value, Enum) else value
 
 
 def _as_list(value: Any) -> list[Any]:

@@ -199,7 +199,7 @@ def value_of(flag: str, args: Sequence[str]) -> str | None:
 # ---- --resume
 
 
-LONGER = ("--trainer.max_steps", "--trainer.max_epochs", "--trainer.max_time")
+LONGER = ("--trainer.max_steps", "--trainer.max_epochs", f"--{folders.TIME}")
 """Options that extend a finished run."""
 LISTED = 4
 """Most differences between a recipe and its run that are listed."""
@@ -310,10 +310,13 @@ def _is_run(path: Path) -> bool:
 def _refuse_finished(run: Path, state: Mapping[str, Any], checkpoint: Path | None, args: list[str]) -> None:
     """Refuses a run with nothing left to train. The trainer would notice only after loading everything."""
     more = [option for option in LONGER if value_of(option, args) is not None]
+    if state.get("ended_by") == folders.TIME:
+        more = [option for option in more if option == f"--{folders.TIME}"]
     if state.get("status") == "finished" and not more:
+        by = f", by {folders.TIME}" if state.get("ended_by") == folders.TIME else ""
         raise UserError(
-            f"--resume: {run} is finished, at step {state.get('step', '?')}; "
-            f"to train it further: --resume {run} --trainer.max_steps MORE (or --trainer.max_epochs)"
+            f"--resume: {run} is finished, at step {state.get('step', '?')}{by}; "
+            f"to train it further: {folders.how_to_extend(run, dict(state))}"
         )
     steps = value_of("--trainer.max_steps", args) or ""
     if checkpoint is not None and steps.isdigit() and int(steps) <= folders.step_of(checkpoint):

@@ -45,7 +45,7 @@ def refuse_contradictions(
     sources = getattr(data, "sources", {})
     if sources and all(sources.get(name) is None for name in NEEDS[command]):
         raise UserError(f"data.{NEEDS[command][0]}: `{command}` needs a source here, but the recipe names none")
-    _refuse_checkpoint(config.get("ckpt_path"))
+    _refuse_checkpoint(config.get("ckpt_path"), command)
     if command == "predict" and not model.generates:
         raise UserError(f"predict: {type(model).__name__} does not complete prompts; use `validate` or `test`")
     if command != "fit" and config.get("ckpt_path") is None:
@@ -57,12 +57,32 @@ def refuse_contradictions(
         for key in ("max_steps", "max_epochs"):
             if trainer.get(key) == 0:
                 raise UserError(f"trainer.{key} is 0, so there is nothing to train")
+        _refuse_callbacks(config, callbacks)
         if (accumulate := trainer.get("accumulate_grad_batches")) is not None and accumulate < 1:
             raise UserError(f"trainer.accumulate_grad_batches is {accumulate}, but has to be at least 1")
         if sources and sources.get("validation") is None:
             _refuse_without_validation(config, callbacks)
         for callback in callbacks:
             _refuse_unknown_metric(getattr(callback, "monitor", None), callback, model, callbacks)
+
+
+def _refuse_callbacks(config: Mapping[str, Any], callbacks: Sequence[Any]) -> None:
+    """Refuses callbacks of Lightning that can't work here, or not beside another key."""
+    from lightning.pytorch.callbacks import GradientAccumulationScheduler
+
+    from oumi_pl.modules.base import refuse_unfit_callbacks
+
+    refuse_unfit_callbacks(callbacks)
+    if any(isinstance(callback, GradientAccumulationScheduler) for callback in callbacks):
+        accumulate = (config.get("trainer") or {}).get("accumulate_grad_batches") or 1
+        clashes = {
+            "trainer.accumulate_grad_batches": (accumulate > 1, "keep one of them"),
+            "val_every": (config.get("val_every") is not None, "set trainer.val_check_interval, in micro-batches"),
+            "max_tokens": (config.get("max_tokens") is not None, "set trainer.max_steps or max_epochs"),
+        }
+        for key, (is_set, instead) in clashes.items():
+            if is_set:
+                raise UserError(f"{key}: GradientAccumulationScheduler changes the size of updates; {instead}")
 
 
 def _check_weights(command: str, model: str | None) -> None:
@@ -102,6 +122,8 @@ def refuse_unknown_devices(trainer: Mapping[str, Any]) -> None:
     from lightning.pytorch.accelerators import AcceleratorRegistry
     from lightning.pytorch.strategies import StrategyRegistry
 
+    if trainer.get("barebones"):
+        raise UserError("trainer.barebones: a run needs callbacks and a logger, which it turns off; leave it out")
     if trainer.get("max_steps", -1) is None:
         raise UserError("trainer.max_steps is null: leave it out for no limit")
     accelerators, strategies = AcceleratorRegistry.available_accelerators(), StrategyRegistry.available_strategies()
@@ -116,7 +138,7 @@ def refuse_unknown_devices(trainer: Mapping[str, Any]) -> None:
         raise UserError(f"trainer.accelerator: no {accelerator!r} device is visible; leave it out to use what there is")
     on_cpu = accelerator == "cpu" or (accelerator == "auto" and not there["gpu"] and not there["tpu"])
     _refuse_devices(trainer.get("devices", "auto"), on_cpu)
-    _refuse_strategy(trainer.get("strategy"), trainer.get("gradient_clip_val"))
+    _refuse_strategy(trainer.get("strategy"), trainer.get("gradient_clip_val"), trainer.get("devices"))
 
 
 def _refuse_devices(devices: Any, on_cpu: bool) -> None:
@@ -131,14 +153,15 @@ def _refuse_devices(devices: Any, on_cpu: bool) -> None:
         )
 
 
-def _refuse_strategy(strategy: Any, clip: float | None) -> None:
+def _refuse_strategy(strategy: Any, clip: float | None, devices: Any) -> None:
     """Refuses DeepSpeed, and clipping under FSDP1, which do not give access to the whole gradient."""
     name = strategy if isinstance(strategy, str) else type(strategy).__name__
-    instead = "take FSDP2, strategy: {class_path: ModelParallelStrategy}, as the recipe sft/llama3.1_8b_fsdp2 does"
+    size = str(devices) if str(devices).isdigit() else "N"
+    sizes = f"{{data_parallel_size: {size}, tensor_parallel_size: 1}}"
+    instead = f"take FSDP2, strategy: {{class_path: ModelParallelStrategy, init_args: {sizes}}}"
+    instead += "" if size != "N" else " (N is the number of devices)"
     if name.lower().startswith("deepspeed"):
-        raise UserError(
-            f"trainer.strategy: {name} keeps gradients where they can't be rescaled by the targets; {instead}"
-        )
+        raise UserError(f"trainer.strategy: {name} keeps gradients where their norm can't be computed; {instead}")
     if clip and name.lower().startswith("fsdp"):
         raise UserError(
             f"trainer.gradient_clip_val: under {name} no process sees the norm of all gradients, by which they are "
@@ -207,18 +230,25 @@ def _place(callback: Any) -> str:
     return "checkpoint.monitor" if type(callback).__name__ == "Checkpoints" else f"monitor of {type(callback).__name__}"
 
 
-def _refuse_checkpoint(name: str | None) -> None:
+def _refuse_checkpoint(name: str | None, command: str) -> None:
     """Checks that a checkpoint file exists and is valid: Lightning would start from scratch for a missing `last`."""
     if name is None or "://" in name:
         return
+    from oumi_pl.runs.checkpoints import WEIGHTS_ONLY, holds_weights_only, is_sharded_checkpoint
+
     path = Path(name).expanduser()
-    if path.is_dir():
-        if (path / "meta.pt").is_file():  # sharded
-            return
+    if path.is_dir() and not is_sharded_checkpoint(path):
         inside = sorted(path.rglob("*.ckpt"))
         hint = f"; name the file, {inside[-1]} for example" if inside else ""
         raise UserError(f"--ckpt_path: {name} is a directory, but not a sharded checkpoint{hint}")
-    if not path.is_file():
+    if not path.exists():
         raise UserError(f"--ckpt_path: no file {name!r}{nearby(path, lambda p: p.suffix == '.ckpt')}")
-    if not zipfile.is_zipfile(path):  # torch writes zip archives, whose index comes last
+    if path.is_file() and not zipfile.is_zipfile(path):  # torch writes zip archives, whose index comes last
         raise UserError(f"--ckpt_path: {name} is not a checkpoint, or was cut short when it was written")
+    if command == "fit":
+        try:
+            refused = holds_weights_only(path)
+        except Exception:  # a damaged file can raise anything, and is reported when it is read
+            return
+        if refused:
+            raise UserError(f"--ckpt_path: {name}: {WEIGHTS_ONLY}")

@@ -9,10 +9,13 @@ from typing import TYPE_CHECKING, Any
 import lightning as L
 import numpy as np
 import torch
+from lightning.pytorch.callbacks import GradientAccumulationScheduler
 from torch.utils.data import DataLoader
 
-from oumi_pl.data.plan import Layout
+from oumi_pl.data.loader import PlanLoader
+from oumi_pl.data.plan import Layout, limited
 from oumi_pl.data.sources import Source, as_sources, is_held_out, is_not_held_out
+from oumi_pl.data.stream_loader import StreamLoader
 from oumi_pl.data.template import ChatTemplate
 from oumi_pl.data.tokenizers import TokenizerFactory, load_tokenizer
 from oumi_pl.errors import UserError
@@ -246,12 +249,26 @@ class TextData(L.LightningDataModule):
 
     @property
     def layout(self) -> Layout:
-        """How the rows of an update are divided, according to the trainer."""
-        trainer = self.trainer
+        """How the rows of an update are divided in the current epoch, according to the trainer; `at(epoch)` in others.
+
+        A `GradientAccumulationScheduler` among its callbacks says how many micro-batches an update has in which epoch.
+        """
+        trainer: Any = self.trainer
         if trainer is None:
             return Layout(self.batch_size, self.micro_batches)
         ranks = trainer.distributed_sampler_kwargs or {"num_replicas": 1, "rank": 0}
-        return Layout(self.batch_size, trainer.accumulate_grad_batches, ranks["num_replicas"], ranks["rank"])
+        schedules = [c.scheduling for c in trainer.callbacks if isinstance(c, GradientAccumulationScheduler)]
+        schedule = tuple(sorted(schedules[0].items())) if schedules else ()
+        layout = Layout(
+            self.batch_size, trainer.accumulate_grad_batches, ranks["num_replicas"], ranks["rank"], schedule
+        )
+        return layout.at(trainer.current_epoch)
+
+    @property
+    def overfits(self) -> bool:
+        """Lightning's `overfit_batches`: every epoch has the same rows, those that come first in the sources."""
+        trainer: Any = self.trainer
+        return trainer is not None and trainer.overfit_batches > 0
 
     @property
     def limit(self) -> int | float:
@@ -286,7 +303,29 @@ class TextData(L.LightningDataModule):
             self.refuse_changed(self.position.get("made_from"), made_from)
             loader.load_state_dict(self.position)
         self.train_loader, self.__made_from = loader, made_from
+        if self.trainer is not None and isinstance(loader, PlanLoader | StreamLoader):
+            loader.on_epoch = self.__begin_epoch
         return loader
+
+    def __begin_epoch(self, epoch: int) -> None:
+        """Tells Lightning how many batches this epoch has, and how many of them an update has.
+
+        Lightning reads the length of a loader once, in the first epoch, but a mixture is drawn again in each and may
+        pack into fewer or more rows. And if a run resumes within an epoch, nothing else sets the accumulation.
+        """
+        trainer: Any = self.trainer
+        loop, loader = trainer.fit_loop, self.train_loader
+        layout = loader.layout.at(epoch)
+        if layout.schedule:
+            trainer.accumulate_grad_batches = layout.micro_batches
+        if trainer.train_dataloader is not loader:
+            return
+        try:
+            whole = len(loader)
+        except TypeError:  # a stream of unknown length
+            return
+        loop.max_batches = limited(whole, self.limit)
+        loop._combined_loader.limits = [loop.max_batches]
 
     def val_dataloader(self) -> DataLoader | list:
         """Every held-out row once; an empty list without `validation`."""

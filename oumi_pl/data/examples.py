@@ -1,28 +1,29 @@
 """Base classes of data whose rows each become an example, and of such data with chat templates."""
 
-import copy
 import math
-import sys
 from abc import abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from functools import partial
+from datetime import date as Date
+from functools import cached_property, partial
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from torch.utils.data import ConcatDataset, DataLoader
 
-from oumi_pl.attention.segments import path_positions
 from oumi_pl.data import report as reports
 from oumi_pl.data.base import TextData
 from oumi_pl.data.collate import collate
 from oumi_pl.data.formats import FORMATS, Formats
 from oumi_pl.data.loader import PlanLoader, eval_loader
 from oumi_pl.data.plan import Layout, Plan, mixture_epoch, plan_epoch, plan_in_order
+from oumi_pl.data.records import OnBadRows, RecordReader
 from oumi_pl.data.reference import ReferenceLogps
+from oumi_pl.data.rendering import ChatRenderer, Turns
 from oumi_pl.data.sources import Source, as_sources
-from oumi_pl.data.store import ExampleStore, code_of, example_store, source_records
-from oumi_pl.data.template import apply_template, load_template
-from oumi_pl.data.tokenize import Dropped, Overflow, Tokenize
+from oumi_pl.data.store import ExampleStore, code_of, example_store
+from oumi_pl.data.template import apply_template, check_variables, load_template
+from oumi_pl.data.template_date import template_date
+from oumi_pl.data.tokenize import Dropped, Lost, Overflow, Tokenize
 from oumi_pl.data.tokenizers import tokenizer_fingerprint
 from oumi_pl.errors import UserError
 from oumi_pl.types import Batch, Example, Record, Row
@@ -45,11 +46,21 @@ class ExampleData(TextData):
         packing: Put several examples into one row, isolated from each other.
         group_by_length: Without packing, put examples of similar length into the same update, which saves padding for
             models that need it.
+        bad_rows: What happens if rows can't be used (a damaged line, an unknown role, turns that the chat template
+            refuses): `error` stops the run and lists all kinds of them, `drop` leaves them out and counts them.
         kwargs: As of `TextData`.
     """
 
-    def __init__(self, *args: Any, packing: bool = False, group_by_length: bool = True, **kwargs: Any) -> None:
+    def __init__(
+        self,
+        *args: Any,
+        packing: bool = False,
+        group_by_length: bool = True,
+        bad_rows: OnBadRows = "error",
+        **kwargs: Any,
+    ) -> None:
         super().__init__(*args, **kwargs)
+        self.bad_rows: OnBadRows = bad_rows
         self.packing = packing
         self.group_by_length = group_by_length
         self.__stores: dict[str, list[ExampleStore]] = {}
@@ -93,6 +104,15 @@ class ExampleData(TextData):
     def capacity(self) -> int | None:
         """Tokens that a pack holds; None without packing."""
         return self.max_length if self.packing else None
+
+    def capacity_for(self, split: str) -> int | None:
+        """As `capacity`, but at least the tokens of the longest example, whose branches may add up to more."""
+        return None if self.capacity is None else max(self.capacity, int(self.lengths(split).max(initial=0)))
+
+    @property
+    def has_branches(self) -> bool:
+        """Whether an example of the splits that were opened so far has several segments."""
+        return any(store.branched for stores in self.__stores.values() for store in stores)
 
     # ---- stages
 
@@ -153,6 +173,13 @@ class ExampleData(TextData):
         """Tokens that carry loss, of every example of a split, `[examples]`."""
         return np.concatenate([store.targets for store in self.stores(split)])
 
+    def target_weights(self, split: str) -> np.ndarray | None:
+        """The sum of these tokens' weights, of every example of a split, `[examples]`; None if all are 1."""
+        stores = self.stores(split)
+        if all(store.target_weights is None for store in stores):
+            return None
+        return np.concatenate([s.targets if s.target_weights is None else s.target_weights for s in stores])
+
     def longest_path(self, splits: Iterable[str]) -> tuple[int, int] | None:
         """The positions of the longest path, if rows hold several examples; None for `max_length`."""
         if not self.packing:
@@ -163,13 +190,16 @@ class ExampleData(TextData):
     def records(self, split: str) -> Iterator[tuple[str, Record]]:
         """The records of a split with their origin, not tokenized, for `predict` and samples."""
         sources, keep = self.taken(split)
+        formats = self.prompt_formats if split == "predict" else self.formats
         for source in sources:
-            yield from source_records(source, keep, formats=self.prompt_formats if split == "predict" else self.formats)
+            for origin, record in RecordReader(source, formats).records(keep, strict=self.bad_rows == "error"):
+                if isinstance(record, Record):
+                    yield origin, record
 
     def __store(self, source: Source, keep: Callable[[Row], bool] | None, side: str | None) -> ExampleStore:
         key = [side, tokenizer_fingerprint(self.tokenizer), self.max_length, self.encoding_key()]
         code = code_of(type(self), *(function for function, _ in self.formats))
-        return example_store(source, [*key, code], self.encode, keep, self.formats)
+        return example_store(source, [*key, code], self.encode, keep, self.formats, bad_rows=self.bad_rows)
 
     def batch(self, split: str, ids: Sequence[int]) -> Batch:
         """A batch of some examples of a split, by id."""
@@ -179,7 +209,7 @@ class ExampleData(TextData):
     def in_batches(self, split: str, ids: Sequence[int]) -> list[list[int]]:
         """Groups ids into batches with at most as many tokens as a validation micro-batch may have, longest first."""
         lengths = self.compared(split)[0][np.asarray(ids, dtype=np.int64)]
-        budget = self.eval_batch_size * (self.capacity or int(lengths.max(initial=0)))
+        budget = self.eval_batch_size * (self.capacity_for(split) or int(lengths.max(initial=0)))
         batches: list[list[int]] = []
         tokens = budget
         for i in np.argsort(-lengths, kind="stable").tolist():
@@ -216,15 +246,17 @@ class ExampleData(TextData):
     def plan(self, epoch: int) -> Plan:
         """The training plan of one epoch, a pure function of data, seed and epoch."""
         weights = [source.weight for source in as_sources(self.sources["train"])]  # type: ignore[arg-type]
-        ids = mixture_epoch([len(store) for store in self.stores("train")], weights, self.run_seed, epoch)
+        drawn = 0 if self.overfits else epoch
+        ids = mixture_epoch([len(store) for store in self.stores("train")], weights, self.run_seed, drawn)
         return plan_epoch(
             self.lengths("train"),
-            ids,
-            self.layout.rows_per_update,
+            np.sort(ids) if self.overfits else ids,
+            self.layout.at(epoch).rows_per_update,
             seed=self.run_seed,
             epoch=epoch,
-            capacity=self.capacity,
+            capacity=self.capacity_for("train"),
             group_by_length=self.group_by_length,
+            shuffle=not self.overfits,
         )
 
     def largest_micro_batch(self) -> list[np.ndarray]:
@@ -240,18 +272,22 @@ class ExampleData(TextData):
         tokens, left, epochs = 0, updates, 0
         while left > 0 and epochs < EXACT_EPOCHS:
             plan = self.plan(epochs)
-            rows = min(left * plan.rows_per_update, plan.rows)
+            within = self.layout.at(epochs).updates(plan.rows, self.limit)
+            rows = min(min(left, within) * plan.rows_per_update, plan.rows)
             tokens += int(lengths[plan.example_ids[: plan.row_starts[rows]]].sum())
             left -= math.ceil(rows / plan.rows_per_update)
             epochs += 1
         return round(tokens * updates / (updates - left))
 
     def updates(self, epochs: int) -> int:
-        """Number of optimizer updates in `epochs` epochs."""
+        """Number of optimizer updates in `epochs` epochs, within `limit_train_batches`."""
         weighted = any(source.weight is not None for source in as_sources(self.sources["train"]))  # type: ignore[arg-type]
-        if weighted:  # each epoch draws other rows, which may need another number of packs
-            return sum(len(self.plan(epoch)) for epoch in range(epochs))
-        return len(self.plan(0)) * epochs
+        first, layout, updates = self.plan(0).rows, self.layout, 0
+        for epoch in range(epochs):
+            # with weights each epoch draws other rows, which may need another number of packs
+            rows = self.plan(epoch).rows if weighted and epoch else first
+            updates += layout.at(epoch).updates(rows, self.limit)
+        return updates
 
     def make_train_loader(self) -> PlanLoader:
         """Creates the loader that follows the plan."""
@@ -262,13 +298,14 @@ class ExampleData(TextData):
             self.layout,
             partial(collate, pad_id=self.pad_id),
             limit=self.limit,
+            weights=self.target_weights("train"),
             **self.fetching,
         )
 
     def eval_plan(self, split: str) -> tuple[Plan, Layout]:
         """The plan of a pass over held-out examples, and its layout."""
         layout = Layout(self.eval_batch_size, 1, self.layout.ranks, self.layout.rank)
-        return plan_in_order(self.lengths(split), layout.rows_per_update, capacity=self.capacity), layout
+        return plan_in_order(self.lengths(split), layout.rows_per_update, capacity=self.capacity_for(split)), layout
 
     def make_eval_loader(self, split: str) -> DataLoader:
         """Creates a loader with each example of a split once, longest first."""
@@ -289,9 +326,10 @@ class ExampleData(TextData):
     def __split_report(self, split: str) -> dict[str, Any]:
         stores = self.stores(split)
         plan = self.plan(0) if split == "train" else None
+        capacity = self.capacity_for(split)
         if plan is None:  # as on one device, whatever runs it
-            plan = plan_in_order(self.lengths(split), self.eval_batch_size, capacity=self.capacity)
-        report = reports.describe(stores, self.lengths(split), plan, self.capacity)
+            plan = plan_in_order(self.lengths(split), self.eval_batch_size, capacity=capacity)
+        report = reports.describe(stores, self.lengths(split), plan, capacity)
         if self.branching:
             spared = sum(store.shared for store in stores)
             report["saved_by_sharing"] = round(spared / max(1, spared + report["tokens"]), 6)
@@ -307,16 +345,37 @@ class ChatData(ExampleData):
 
     Args:
         args: As of `TextData`.
-        template: Chat template: `chatml`, `llama3` or `plain`, or a `.jinja` file; the tokenizer's own when left out.
+        template: Chat template: `chatml`, `llama3` or `plain`, `trl/NAME` for a training template of TRL, one of the
+            tokenizer's own if it has several, or a `.jinja` file; the tokenizer's own when left out.
         overflow: What happens to rows longer than `max_length`: `truncate` cuts the prompt first, `keep_start` the end
             of the row, `drop` leaves the row out, `error` stops the run.
+        template_variables: Values for variables that the template reads (`enable_thinking`, for example). `date` is
+            today's date for templates that write one; the day on which the data were first prepared when left out.
+        lost: What happens if the template doesn't write something that is to be trained (a tool call, reasoning):
+            `error` stops the run, `drop` leaves the row out, `keep` trains the rest of it.
+        add_eos: End turns with the tokenizer's EOS if the template writes nothing at their end.
         kwargs: As of `ExampleData`.
     """
 
-    def __init__(self, *args: Any, template: str | None = None, overflow: Overflow = "truncate", **kwargs: Any) -> None:
+    turns: Turns = "auto"
+    """Whether the trained turns of a conversation share one text; see `oumi_pl.data.rendering`."""
+
+    def __init__(
+        self,
+        *args: Any,
+        template: str | None = None,
+        overflow: Overflow = "truncate",
+        template_variables: dict[str, Any] | None = None,
+        lost: Lost = "error",
+        add_eos: bool = False,
+        **kwargs: Any,
+    ) -> None:
         super().__init__(*args, **kwargs)
         self.template_spec = template
         self.overflow = overflow
+        self.template_variables = template_variables or {}
+        self.lost: Lost = lost
+        self.add_eos = add_eos
 
     @property
     @abstractmethod
@@ -326,32 +385,43 @@ class ChatData(ExampleData):
     def prepare_tokenizer(self, tokenizer: "PreTrainedTokenizerBase") -> list[int]:
         """Sets the chat template and adds the special tokens that it needs."""
         self.template = load_template(tokenizer, self.template_spec)
-        return apply_template(tokenizer, self.template)
+        added = apply_template(tokenizer, self.template)
+        check_variables(tokenizer.chat_template, self.template_variables)
+        return added
+
+    @cached_property
+    def template_date(self) -> Date | None:
+        """The day that the template gets as today; None if it doesn't ask for it."""
+        sources = [str(source.path) for source in as_sources(self.sources["train"])] if self.sources["train"] else []  # type: ignore[arg-type]
+        return template_date(self.tokenizer.chat_template, self.template_variables, sources)
+
+    @cached_property
+    def renderer(self) -> ChatRenderer:
+        """Renders conversations."""
+        return ChatRenderer(
+            self.tokenizer, self.template_variables, self.turns, add_eos=self.add_eos, date=self.template_date
+        )
 
     def encoding_key(self) -> list[Any]:
-        """`overflow`."""
-        return [self.overflow]
+        """Everything that rendering and cutting depend on, besides the tokenizer."""
+        date = str(self.template_date)
+        return [self.overflow, self.lost, self.turns, self.add_eos, self.template_variables, date]
+
+    def report(self) -> dict[str, Any]:
+        """As of `ExampleData`, with the date that the template writes."""
+        report = super().report()
+        for described in report.values():
+            if self.template_date is not None:
+                described["template_date"] = str(self.template_date)
+        return report
 
     def encode(self, records: Sequence[Record]) -> list[Example | Dropped]:
         """Turns records into examples, or into the reason why not."""
         return self.tokenize(list(records))
 
     def uncut(self, record: Record) -> tuple[Example, list[np.ndarray]] | None:
-        """As of `ExampleData`: `Tokenize.kept` cuts the longest path, and other segments are cut to the same length."""
-        tokenize = copy.copy(self.tokenize)
-        tokenize.max_length = sys.maxsize
-        (whole,) = tokenize([record])
-        if isinstance(whole, Dropped):
-            return None
-        segments, border = whole.segments, int(whole.loss_mask.argmax())  # the context ends at the first target
-        longest = max(range(len(segments)), key=lambda i: segments[i].shared + segments[i].length)
-        kept = self.tokenize.kept(whole.input_ids[path_positions(segments, longest)], border)
-        if isinstance(kept, Dropped):
-            kept = np.arange(0)
-        context = kept[kept < border]
-        room = len(kept) - len(context)
-        first = np.concatenate([context, np.arange(border, min(border + room, segments[0].length))])
-        return whole, [first, *(np.arange(min(room, segment.length)) for segment in segments[1:])]
+        """As of `ExampleData`."""
+        return self.tokenize.uncut(record)
 
     def prompts(self, split: str) -> Iterator[tuple[list[int], str]]:
         """Prompt ids and reference answer of each row of a split, for sampling completions."""

@@ -5,6 +5,7 @@ column beside it. A pair of responses is a source as well: it gives one desirabl
 """
 
 import math
+from dataclasses import replace
 from typing import Any
 
 from oumi_pl.data.formats import FORMATS, Formats, find_format, kind_name, text
@@ -60,7 +61,7 @@ def _with_prompt(response: Conversation | Text) -> Conversation | Text:
     last = len(response.messages) - 1
     if not last or response.messages[last]["role"] != "assistant":
         raise UserError("the conversation has to end with a turn of 'assistant' after a prompt: that is what is judged")
-    return Conversation(response.messages, response.tools, prompt_messages=last)
+    return replace(response, prompt_messages=last)
 
 
 def _label(row: Row) -> bool | float | None:

@@ -1,10 +1,11 @@
 """Evaluates whole held-out documents: windows slide over them so that each token is a target once."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from typing import Any, cast
 
 import numpy as np
 import torch
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, SequentialSampler
 
 from oumi_pl.data.loader import as_it_is
 from oumi_pl.data.plan import Layout, Plan
@@ -75,11 +76,18 @@ class HeldOut(Dataset):
         return batches
 
 
+class InOrder(SequentialSampler):
+    """Yields the given items. Its base class tells Lightning that `overfit_batches` has no shuffling to turn off."""
+
+    def __iter__(self) -> Iterator[Any]:
+        return iter(cast("Any", self.data_source))
+
+
 def held_out_loader(held_out: HeldOut, layout: Layout, *, workers: int = 0, pin_memory: bool = False) -> DataLoader:
     """Creates a loader that yields all windows once per pass."""
     return DataLoader(
         held_out,
-        sampler=held_out.batches(layout),
+        sampler=InOrder(held_out.batches(layout)),
         batch_size=None,
         collate_fn=as_it_is,
         num_workers=workers,

@@ -25,6 +25,12 @@ _SEED = 2402_01306
 """Of the order in which rows are mismatched. Fixed, so that runs with other seeds read the same cached reference."""
 
 
+class TokenizeResponses(Tokenize):
+    """Turns responses into examples of one text each, also if its turns would be generated in other contexts."""
+
+    _as_one = True
+
+
 class KTOData(ChatData):
     """Turns rows into single responses with the field `desirable`.
 
@@ -63,7 +69,9 @@ class KTOData(ChatData):
     @cached_property
     def tokenize(self) -> Tokenize:
         """Turns responses into examples, whose completion carries loss."""
-        return Tokenize(self.tokenizer, self.max_length, overflow=self.overflow)
+        return TokenizeResponses(
+            self.tokenizer, self.max_length, overflow=self.overflow, lost=self.lost, renderer=self.renderer
+        )
 
     def encoding_key(self) -> list[Any]:
         """`overflow` and `threshold`."""

@@ -35,6 +35,8 @@ class PlanSampler(Sampler[list[np.ndarray]]):
         self.layout = layout
         self.epoch = 0
         self.update = 0
+        self.on_epoch: Callable[[int], None] = lambda epoch: None
+        """Called with the number of each epoch before its first batch, also if a resumed run begins within it."""
         self._planned: tuple[Any, Plan] | None = None
 
     @property
@@ -54,15 +56,21 @@ class PlanSampler(Sampler[list[np.ndarray]]):
         """Begins an epoch; keeps the position if it is within the same epoch, as after a resume."""
         if epoch != self.epoch:
             self.epoch, self.update = epoch, 0
+        self.on_epoch(epoch)
+
+    @property
+    def layout_now(self) -> Layout:
+        """The layout in the current epoch."""
+        return self.layout.at(self.epoch)
 
     def __len__(self) -> int:
         """Micro-batches of a whole epoch on one rank, whatever the position."""
-        return len(self.current) * self.layout.micro_batches
+        return len(self.current) * self.layout_now.micro_batches
 
     def __iter__(self) -> Iterator[list[np.ndarray]]:
-        plan = self.current
+        plan, layout = self.current, self.layout_now
         for update in range(self.update, len(plan)):
-            yield from plan.micro_batches(update, self.layout)
+            yield from plan.micro_batches(update, layout)
 
 
 class PlanLoader(DataLoader):
@@ -84,6 +92,7 @@ class PlanLoader(DataLoader):
         collate: Callable[[list], Any],
         *,
         limit: int | float = 1.0,
+        weights: np.ndarray | None = None,
         workers: int = 0,
         pin_memory: bool = False,
         **fetching: Any,
@@ -97,12 +106,14 @@ class PlanLoader(DataLoader):
             layout: How the rows of an update are divided.
             collate: Rows -> micro-batch.
             limit: Micro-batches of an epoch that are trained on, or the share of them (`limit_train_batches`).
+            weights: Sum of the weights of these tokens, `[examples]`; None if all are 1.
             workers: Loader processes.
             pin_memory: Pin batches in memory, for asynchronous copies to a GPU.
             fetching: Further arguments of `DataLoader` for its workers.
         """
         self.position = PlanSampler(plan, layout)
         self.targets = targets
+        self.weights = weights
         self.limit = limit
         super().__init__(
             Rows(examples),
@@ -117,24 +128,34 @@ class PlanLoader(DataLoader):
 
     @property
     def layout(self) -> Layout:
-        """How the rows of an update are divided; may be replaced before the first batch is fetched."""
+        """How the rows of an update are divided, in all epochs; may be replaced before the first batch is fetched."""
         return self.position.layout
 
     @layout.setter
     def layout(self, layout: Layout) -> None:
         self.position.layout = layout
 
+    @property
+    def on_epoch(self) -> Callable[[int], None]:
+        """Called with the number of each epoch before its first batch, also if a resumed run begins within it."""
+        return self.position.on_epoch
+
+    @on_epoch.setter
+    def on_epoch(self, function: Callable[[int], None]) -> None:
+        self.position.on_epoch = function
+
     def __iter__(self) -> Iterator[Any]:  # type: ignore[override]
         # A generator, so that nothing is fetched before the first `next`: Lightning calls `iter` before `set_epoch` and
         # `load_state_dict`.
-        position, micro_batches = self.position, self.position.layout.micro_batches
+        position, micro_batches = self.position, self.position.layout_now.micro_batches
         yielded = position.update * micro_batches
         update: Update | None = None
         ids: list[int] = []
         for batch in super().__iter__():
             if yielded % micro_batches == 0 or update is None:
                 ids = self._examples_of(position.update).tolist()
-                update = Update(int(self.targets[ids].sum()), len(ids), position.layout.parts)
+                weight = None if self.weights is None else float(self.weights[ids].sum())
+                update = Update(int(self.targets[ids].sum()), len(ids), position.layout_now.parts, weight)
             batch["update"], batch["update_ids"] = update, ids
             yielded += 1
             position.update = yielded // micro_batches
@@ -142,12 +163,12 @@ class PlanLoader(DataLoader):
 
     def _examples_of(self, update: int) -> np.ndarray:
         """The examples of an update; only those within `limit` if it ends within the update."""
-        layout, plan = self.position.layout, self.position.current
+        layout, plan = self.position.layout_now, self.position.current
         return plan.examples_of(update, layout, layout.within(self.limit, update, len(plan)))
 
     def state_dict(self) -> dict[str, int]:
         """The position, between two updates, and the layout of updates."""
-        layout = self.position.layout
+        layout = self.position.layout_now
         return {
             "epoch": self.position.epoch,
             "update": self.position.update,
@@ -161,7 +182,7 @@ class PlanLoader(DataLoader):
         Raises:
             UserError: an update has another number of rows than when the state was saved.
         """
-        refuse_other_rows(state, self.position.layout)
+        refuse_other_rows(state, self.position.layout.at(state["epoch"]))
         self.position.epoch, self.position.update = state["epoch"], state["update"]
 
 

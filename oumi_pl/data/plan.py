@@ -8,7 +8,7 @@ layout of the same `rows_per_update`.
 import math
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -160,12 +160,19 @@ class Layout:
     """How the rows of an update are divided: `ranks` x `micro_batches` x `batch_size`.
 
     batch_size: rows of one micro-batch on one rank. micro_batches: micro-batches per update (gradient accumulation).
+    schedule: (first epoch, micro-batches per update from then on), in order, if accumulation changes with the epoch.
     """
 
     batch_size: int
     micro_batches: int = 1
     ranks: int = 1
     rank: int = 0
+    schedule: tuple[tuple[int, int], ...] = ()
+
+    def at(self, epoch: int) -> "Layout":
+        """The layout in an epoch: with the `micro_batches` that `schedule` says."""
+        now = [micro_batches for first, micro_batches in self.schedule if first <= epoch]
+        return replace(self, micro_batches=now[-1]) if now else self
 
     @property
     def parts(self) -> int:
@@ -187,6 +194,11 @@ class Layout:
         """Micro-batches per rank, in an update of `rows`, for which at least one rank has rows."""
         return math.ceil(rows / (self.batch_size * self.ranks))
 
+    def updates(self, rows: int, limit: int | float = 1.0) -> int:
+        """Updates in an epoch of `rows` rows, within `limit_train_batches`; Lightning also steps at its last batch."""
+        batches = limited(math.ceil(rows / self.rows_per_update) * self.micro_batches, limit)
+        return math.ceil(batches / self.micro_batches)
+
     def within(self, limit: int | float, update: int, updates: int | None) -> int:
         """Micro-batches of an update, on one rank, that are within `limit_train_batches`.
 
@@ -198,6 +210,11 @@ class Layout:
         if isinstance(limit, float):
             limit = self.micro_batches * (update + 1) if updates is None else int(limit * updates * self.micro_batches)
         return min(self.micro_batches, max(0, limit - update * self.micro_batches))
+
+
+def limited(batches: int, limit: int | float) -> int:
+    """How many of the micro-batches of an epoch are trained on, by Lightning's rule for `limit_train_batches`."""
+    return min(limit, batches) if isinstance(limit, int) else int(limit * batches)
 
 
 class Plan:
@@ -251,6 +268,7 @@ def plan_epoch(
     epoch: int,
     capacity: int | None = None,
     group_by_length: bool = True,
+    shuffle: bool = True,
 ) -> Plan:
     """Shuffles and arranges one epoch of training.
 
@@ -262,14 +280,17 @@ def plan_epoch(
         epoch: counted from 0; each epoch has its own order.
         capacity: tokens per packed row; None leaves one example per row.
         group_by_length: without packing, put examples of similar length into the same update.
+        shuffle: False keeps the order of `example_ids`, in every epoch; packs are ordered by their first example.
     """
     rng = np.random.default_rng([seed, epoch])
-    ids = rng.permutation(example_ids)
+    ids = rng.permutation(example_ids) if shuffle else np.asarray(example_ids)
     if capacity is not None:
         members, starts = pack(lengths[ids], capacity, order=np.arange(len(ids)))
-        ids, starts = _reorder_rows(ids[members], starts, rng.permutation(len(starts) - 1))
+        rows = len(starts) - 1
+        order = rng.permutation(rows) if shuffle else np.argsort(np.minimum.reduceat(members, starts[:-1]))
+        ids, starts = _reorder_rows(ids[members], starts, order)
         return Plan(ids, starts, rows_per_update)
-    if group_by_length:
+    if group_by_length and shuffle:
         ids = _group_by_length(ids, lengths, rows_per_update, rng)
     return Plan(ids, np.arange(len(ids) + 1), rows_per_update)
 

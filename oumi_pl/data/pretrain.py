@@ -206,7 +206,8 @@ class PretrainData(TextData):
     def stream(self, epoch: int) -> RowStream:
         """The rows of an epoch, from its start; depends only on documents, seed and epoch."""
         mixture = TokenMixture(self.documents, self.weights, self.exhausted)
-        return RowStream(mixture, self.windows(), self.shuffle_buffer, self.run_seed, epoch)
+        buffer = 0 if self.overfits else self.shuffle_buffer
+        return RowStream(mixture, self.windows(), buffer, self.run_seed, epoch)
 
     @property
     def rows_per_pass(self) -> int | None:
@@ -228,15 +229,18 @@ class PretrainData(TextData):
         return self.windows().count(map(len, mixture))
 
     def updates(self, epochs: int) -> int:
-        """Number of optimizer updates in `epochs` epochs.
+        """Number of optimizer updates in `epochs` epochs, within `limit_train_batches`.
 
         Raises:
             UserError: a pass is endless, or its length is unknown.
         """
-        if self.rows_per_pass is None:
+        rows = self.rows_per_pass
+        if rows is None and self.exhausted == "restart" and isinstance(self.limit, int):
+            rows = self.limit * self.layout.batch_size * self.layout.ranks  # the limit ends the pass
+        if rows is None:
             why = "has no end" if self.exhausted == "restart" else "has an unknown length while streaming"
             raise UserError(f"a pass through the documents {why}; set trainer.max_steps or max_tokens")
-        return math.ceil(self.rows_per_pass / self.layout.rows_per_update) * epochs
+        return sum(self.layout.at(epoch).updates(rows, self.limit) for epoch in range(epochs))
 
     def tokens(self, updates: int) -> int:
         """Tokens in the first `updates` updates, as if every row had `max_length`."""
@@ -254,7 +258,7 @@ class PretrainData(TextData):
             self.stream,
             self.layout,
             partial(batch_of, pad_id=self.pad_id),
-            updates=None if self.rows_per_pass is None else self.updates(1),
+            rows=self.rows_per_pass,
             trained=None if trainer is None else lambda: trainer.global_step,
             limit=self.limit,
             pin_memory=self.fetching["pin_memory"],
@@ -334,7 +338,8 @@ class PretrainData(TextData):
             report["split"] = sum(int((s.lengths > self.max_length + 1).sum()) for s in shards)
         report["fill"] = round(min(1.0, inputs / max(1, (self.rows_till_exhausted or 0) * self.max_length)), 6)
         if self.rows_per_pass is not None:
-            report |= {"rows_planned": self.rows_per_pass, "updates_per_epoch": self.updates(1)}
+            first = self.layout.at(0)
+            report |= {"rows_planned": self.rows_per_pass, "updates_per_epoch": first.updates(self.rows_per_pass)}
         return report
 
     def consumed(self) -> list[dict[str, Any]]:

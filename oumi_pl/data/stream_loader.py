@@ -46,7 +46,7 @@ class StreamLoader:
         stream: Creates the stream of an epoch, at its start.
         layout: How the rows of an update are divided.
         collate: Turns rows and their numbers into a batch.
-        updates: Updates of a pass, if known; the loader then has a length.
+        rows: Rows of a pass, if known; the loader then has a length.
         trained: Returns the number of updates trained in the whole run; when left out, counts yielded batches.
         limit: Micro-batches of an epoch that are trained on, or the share of them (`limit_train_batches`).
         pin_memory: Pin batches in memory, for asynchronous copies to a GPU.
@@ -61,7 +61,7 @@ class StreamLoader:
         layout: Layout,
         collate: Callable[[Sequence[Row], Sequence[int]], Batch],
         *,
-        updates: int | None = None,
+        rows: int | None = None,
         trained: Callable[[], int] | None = None,
         limit: int | float = 1.0,
         pin_memory: bool = False,
@@ -69,12 +69,14 @@ class StreamLoader:
         self.stream = stream
         self.layout = layout
         self.collate = collate
-        self.updates = updates
+        self.rows = rows
         self.limit = limit
         self.pin_memory = pin_memory
         self.epoch = 0
+        self.on_epoch: Callable[[int], None] = lambda epoch: None
+        """Called with the number of each epoch before its first batch, also if a resumed run begins within it."""
         self._yielded = 0
-        self._trained = trained or (lambda: self._yielded // self.layout.micro_batches)
+        self._trained = trained or (lambda: self._yielded // self.layout_now.micro_batches)
         self._update = 0
         self._saved: dict[str, Any] | None = None
         self._begun_at = 0
@@ -89,8 +91,22 @@ class StreamLoader:
 
     def set_epoch(self, epoch: int) -> None:
         """Begins an epoch; keeps the position if it is within the same epoch, as after a resume."""
+        self._begin(epoch)
+        self.on_epoch(epoch)
+
+    def _begin(self, epoch: int) -> None:
         if epoch != self.epoch:
             self.epoch, self._update, self._saved = epoch, 0, None
+
+    @property
+    def layout_now(self) -> Layout:
+        """The layout in the current epoch."""
+        return self.layout.at(self.epoch)
+
+    @property
+    def updates(self) -> int | None:
+        """Updates of the current pass; None if unknown."""
+        return None if self.rows is None else self.layout_now.updates(self.rows)
 
     def __len__(self) -> int:
         """Micro-batches of a whole pass on one rank, whatever the position.
@@ -100,7 +116,7 @@ class StreamLoader:
         """
         if self.updates is None:
             raise TypeError("the length of a pass is unknown")
-        return self.updates * self.layout.micro_batches
+        return self.updates * self.layout_now.micro_batches
 
     def __iter__(self) -> Iterator[Batch]:
         # A generator, so that nothing is read before the first `next`: Lightning calls `iter` before `set_epoch` and
@@ -114,13 +130,13 @@ class StreamLoader:
                 break
             # The checkpoint is from the end of an epoch. If the length of a pass is unknown, Lightning fetches the
             # first batch of the next epoch before it calls `set_epoch`.
-            self.set_epoch(self.epoch + 1)
+            self._begin(self.epoch + 1)
         if not batches:
             raise UserError(self.nothing)
 
     def _pass(self) -> Iterator[Batch]:
         """The rest of one pass."""
-        layout, update = self.layout, self._update
+        layout, update = self.layout_now, self._update
         stream = self._stream = self.stream(self.epoch)
         if self._saved is not None:
             stream.restore(self._saved)
@@ -140,13 +156,14 @@ class StreamLoader:
 
     def batches_of(self, rows: Sequence[Any], update: int) -> Iterator[Any]:
         """Yields the micro-batches of this rank in an update, each with the totals of the update."""
-        first, totals = update * self.layout.rows_per_update, self._totals(rows, update)
-        for share in self.layout.shares(len(rows)):
+        layout = self.layout_now
+        first, totals = update * layout.rows_per_update, self._totals(rows, update)
+        for share in layout.shares(len(rows)):
             yield self._batch([rows[i] for i in share], [first + i for i in share], totals)
 
     def _totals(self, rows: Sequence[Row], update: int) -> Update:
         """The totals of an update; only those within `limit` if it ends within the update."""
-        layout = self.layout
+        layout = self.layout_now
         rows = rows[: layout.within(self.limit, update, self.updates) * layout.batch_size * layout.ranks]
         return Update(sum(int(np.count_nonzero(row.labels != IGNORE_INDEX)) for row in rows), len(rows), layout.parts)
 
@@ -175,8 +192,8 @@ class StreamLoader:
             self._last = position, self._stream.as_state(position["stream"])
         return position | {
             "stream": self._last[1],
-            "micro_batches": self.layout.micro_batches,
-            "rows_per_update": self.layout.rows_per_update,
+            "micro_batches": self.layout_now.micro_batches,
+            "rows_per_update": self.layout_now.rows_per_update,
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -185,5 +202,5 @@ class StreamLoader:
         Raises:
             UserError: an update has another number of rows than when the state was saved.
         """
-        refuse_other_rows(state, self.layout)
+        refuse_other_rows(state, self.layout.at(state["epoch"]))
         self.epoch, self._update, self._saved = state["epoch"], state["update"], state["stream"]

@@ -118,6 +118,7 @@ def token_loss_sum(
     head: nn.Module,
     token_loss: TokenLoss,
     *,
+    weights: Tensor | None = None,
     transform: Transform | None = None,
     chunk_size: int | None = None,
 ) -> TokenLossOutput:
@@ -134,6 +135,7 @@ def token_loss_sum(
         targets: `[n]` int64, each a token id.
         head: maps `[n, hidden]` to logits `[n, vocab]`.
         token_loss: called with float32 logits; any parameters of its own get no gradient.
+        weights: `[n]`, factors on the losses; None if all are 1.
         transform: applied to the float32 logits before the loss.
         chunk_size: rows of logits alive at a time; None chooses by vocabulary and device.
 
@@ -142,7 +144,7 @@ def token_loss_sum(
     """
     _check(hidden, targets)
     if is_plain_linear(head, hidden):
-        task = LossTask(targets, transform, chunk_size, torch.is_grad_enabled(), token_loss)
+        task = LossTask(targets, transform, chunk_size, torch.is_grad_enabled(), token_loss, weights)
         loss_sum, correct = LinearTokenLoss.apply(hidden, head.weight, head.bias, task)
     else:
 
@@ -151,7 +153,8 @@ def token_loss_sum(
             return checked_losses(token_loss, logits, wanted), is_largest(logits, wanted)
 
         losses, hits = _checkpointed(of_chunk, hidden, targets, head, chunk_size)
-        loss_sum, correct = losses.sum(), hits.sum()
+        loss_sum = (losses if weights is None else losses * weights).sum()
+        correct = hits.sum()
     return TokenLossOutput(loss_sum, torch.tensor(len(targets), device=hidden.device), correct)
 
 

@@ -74,6 +74,8 @@ class LossTask(Task):
     """The same, for a loss."""
 
     token_loss: TokenLoss
+    weights: Tensor | None = None
+    """`[n]`, factors on the losses; None if all are 1."""
 
 
 class LinearHead:
@@ -167,7 +169,11 @@ class LinearTokenLoss(torch.autograd.Function):
                     hits[rows] = is_largest(logits, targets[rows])
                 else:
                     losses[rows], hits[rows], gradient = _with_gradient(task, logits, targets[rows])
+                    if task.weights is not None:
+                        gradient = gradient * task.weights[rows].to(gradient.dtype).unsqueeze(-1)
                     gradients.add(rows, gradient)
+        if task.weights is not None:
+            losses *= task.weights
         if gradients is not None:
             ctx.save_for_backward(*gradients.tensors)
             ctx.dtypes = [t if t is None else t.dtype for t in (hidden, weight, bias)]

@@ -2,8 +2,10 @@
 
 import inspect
 import json
+import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, cast
 
@@ -17,7 +19,7 @@ from oumi_pl.attention.interface import NO_PACKING
 from oumi_pl.errors import UserError, nearest, reason
 from oumi_pl.models.hub import locate
 from oumi_pl.models.lm import LM
-from oumi_pl.models.lora import with_lora
+from oumi_pl.models.lora import merged, with_lora
 from oumi_pl.terminal.screen import working
 
 if TYPE_CHECKING:
@@ -25,6 +27,8 @@ if TYPE_CHECKING:
 
 DType = Literal["auto", "float32", "bfloat16", "float16"]
 
+BITSANDBYTES_ON_CPU = (0, 50)
+"""The first version that quantizes and computes on CPUs."""
 _HARMLESS = ("dropout", "pdrop", "router", "use_cache")
 """Parts of the names of config values that do not change what a trained model computes."""
 
@@ -131,8 +135,18 @@ def _refuse_unknown_keys(hf_config: "PretrainedConfig", values: dict[str, Any]) 
     arguments = inspect.signature(type(hf_config).__init__).parameters
     known = {*hf_config.to_dict(), *arguments, *hf_config.attribute_map}
     for key in values:
-        if key not in known:
+        if key not in known and not _is_read(hf_config, key):
             raise UserError(f"model.config.{key}: {hf_config.model_type} has no such value{nearest(key, known)}")
+
+
+def _is_read(hf_config: "PretrainedConfig", key: str) -> bool:
+    """Whether the code of an architecture reads a value that its config does not declare.
+
+    Qwen3-MoE for example has no `head_dim`, but reads it with `getattr`.
+    """
+    folder = Path(inspect.getfile(type(hf_config))).parent
+    reading = re.compile(rf"""config\.{re.escape(key)}\b|getattr\((\w+\.)*config, ["']{re.escape(key)}["']""")
+    return any(reading.search(file.read_text(encoding="utf-8")) for file in folder.glob("modeling_*.py"))
 
 
 def refuse_too_few_positions(hf: Any, max_length: int, longest: tuple[int, int] | None = None) -> None:
@@ -211,6 +225,7 @@ def build_model(
         hf = _random_weights(hf_config, attn, dtype, trust_remote_code)
     else:
         hf = _pretrained(base, hf_config, attn, dtype, **_quantized(quantization), **hub)
+    attention.separate_frequencies(hf)
     if adapter:
         hf = _with_adapter_merged(hf, adapter)
     new_rows = 0
@@ -269,7 +284,7 @@ def _pretrained(
     # mismatches are reported below in one line: transformers would print a table and fill in random weights
     kwargs |= {"use_safetensors": True, "output_loading_info": True, "ignore_mismatched_sizes": True}
     try:
-        with working(f"loading {model}"), _without_load_report():
+        with working(f"loading {model}"), without_load_report():
             hf, info = loaded(AutoModelForCausalLM.from_pretrained, model, **kwargs)
     except (UserError, KeyError) as error:
         _refuse_attention(attn, error.__cause__ or error)
@@ -285,11 +300,11 @@ def _pretrained(
             f"model: {model} lacks {len(missing)} of the weights that {type(hf).__name__} has, first {missing[0]}: "
             "it has another architecture, or model.config adds weights to it"
         )
-    return hf
+    return keep_differentiable(hf)
 
 
 @contextmanager
-def _without_load_report() -> Iterator[None]:
+def without_load_report() -> Iterator[None]:
     """Silences transformers' report of missing and unexpected weights."""
     from transformers.utils import logging as hf_logging
 
@@ -330,15 +345,17 @@ def _refuse_attention(attn: str | None, error: BaseException) -> None:
 
 
 def _quantized(quantization: str | None) -> dict[str, Any]:
-    from importlib.util import find_spec
-
     if quantization is None:
         return {}
-    if find_spec("bitsandbytes") is None:
-        raise UserError("model.quantization needs bitsandbytes: pip install 'oumi_pl[gpu]'")
-    if not torch.cuda.is_available():
+    try:
+        installed = version("bitsandbytes")
+    except PackageNotFoundError:
+        raise UserError("model.quantization needs bitsandbytes: pip install 'oumi_pl[gpu]'") from None
+    if not torch.cuda.is_available() and tuple(map(int, installed.split(".")[:2])) < BITSANDBYTES_ON_CPU:
+        least = ".".join(map(str, BITSANDBYTES_ON_CPU))
         raise UserError(
-            "model.quantization needs a CUDA device, and none is visible; leave it out to train in full precision"
+            f"model.quantization without a CUDA device needs bitsandbytes {least} or newer, and {installed} is "
+            "installed; leave it out to train in full precision"
         )
     from transformers import BitsAndBytesConfig
 
@@ -352,6 +369,18 @@ def _quantized(quantization: str | None) -> dict[str, Any]:
         bnb_4bit_compute_dtype=torch.bfloat16,
     )
     return {"quantization_config": nf4}
+
+
+def keep_differentiable(hf: "PreTrainedModel") -> "PreTrainedModel":
+    """Keeps 4-bit weights on CPUs in the layout that has gradients.
+
+    bitsandbytes packs them anew in the first evaluation on a CPU with AVX512-BF16, for a kernel of its own. That rounds
+    their scales, and has no backward pass: training that goes on after it would lose all gradients below.
+    """
+    for module in hf.modules():
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            cast("Any", module).support_avx512bf16_for_cpu = False
+    return hf
 
 
 def _is_adapter(folder: Path) -> bool:
@@ -371,12 +400,12 @@ def _with_adapter_merged(hf: "PreTrainedModel", adapter: str) -> "PreTrainedMode
     from peft import PeftModel
 
     try:
-        merged = PeftModel.from_pretrained(hf, adapter).merge_and_unload()
+        bare = merged(PeftModel.from_pretrained(hf, adapter))
     except (ValueError, RuntimeError, IndexError) as error:
         raise UserError(f"model: the adapter in {adapter} does not fit its base model: {reason(error)}") from error
-    for parameter in merged.parameters():  # PEFT has frozen the base
+    for parameter in bare.parameters():  # PEFT has frozen the base
         parameter.requires_grad_(parameter.is_floating_point())
-    return merged
+    return bare
 
 
 @torch.no_grad()
@@ -432,9 +461,7 @@ def shard(model: LM, module: L.LightningModule) -> None:
     Raises:
         UserError: under tensor parallelism, for which no plan is written.
     """
-    from lightning.pytorch.strategies import ModelParallelStrategy
-
-    if not isinstance(module.trainer.strategy, ModelParallelStrategy):
+    if not is_to_be_sharded(module):
         return
     from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
@@ -451,6 +478,13 @@ def shard(model: LM, module: L.LightningModule) -> None:
         fully_shard(layer, mesh=mesh["data_parallel"], mp_policy=policy)
 
 
+def is_to_be_sharded(module: L.LightningModule) -> bool:
+    """Whether the strategy of the run is one for which `shard` shards."""
+    from lightning.pytorch.strategies import ModelParallelStrategy
+
+    return isinstance(module.trainer.strategy, ModelParallelStrategy)
+
+
 def is_sharded(model: nn.Module) -> bool:
     """Whether each rank holds only parts of the weights."""
     from torch.distributed.tensor import DTensor
@@ -459,6 +493,8 @@ def is_sharded(model: nn.Module) -> bool:
 
 
 def decoder_layers(model: LM) -> list[nn.Module]:
-    """The transformer blocks: the modules that the architecture lists as not to be split."""
+    """The transformer blocks: the modules that the architecture lists as not to be split, without those within them."""
     names = set(model.base._no_split_modules or [])
-    return [m for m in model.base.modules() if type(m).__name__ in names]
+    blocks = {name: m for name, m in model.base.named_modules() if type(m).__name__ in names}
+    # some architectures list a block and its parts, as Mamba does
+    return [m for name, m in blocks.items() if not any(name.startswith(f"{outer}.") for outer in blocks)]

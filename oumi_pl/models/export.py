@@ -1,7 +1,6 @@
 """Exports a model to a folder that `transformers` loads: safetensors, tokenizer, chat template, model card."""
 
 import copy
-import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -13,8 +12,10 @@ from torch import Tensor
 
 from oumi_pl import __version__
 from oumi_pl.errors import UserError, reason
-from oumi_pl.models.build import is_sharded
-from oumi_pl.models.lm import LM
+from oumi_pl.models.build import is_sharded, keep_differentiable, without_load_report
+from oumi_pl.models.lm import LM, probe_ids
+from oumi_pl.models.lora import merged
+from oumi_pl.runs.checkpoints import read_sharded
 from oumi_pl.runs.folders import HALF, remove
 
 if TYPE_CHECKING:
@@ -37,10 +38,13 @@ def export_model(
     stop_tokens: Sequence[int] = (),
     card: str | None = None,
     heads: Mapping[str, Tensor] | None = None,
+    expected: Tensor | None = None,
 ) -> None:
     """Writes a folder that `AutoModelForCausalLM.from_pretrained` loads, with the live model's logits.
 
-    The folder appears once it is complete. Under FSDP2 all ranks have to call this; rank 0 writes.
+    The folder appears once it is complete and was compared: it is loaded, which takes the memory of the model once more
+    on the host, and its logits of a few tokens are compared with those of the live model. Under FSDP2 all ranks have
+    to call this; rank 0 writes.
 
     Args:
         model: What to write; unchanged afterwards.
@@ -51,25 +55,27 @@ def export_model(
         stop_tokens: Ids that end an answer besides EOS.
         card: Text of the model card.
         heads: Weights that a trainer type has beside the model, written to a separate file.
+        expected: As of `LM.probe_logits`, if `model` is a copy of the live model; computed of `model` if left out.
 
     Raises:
-        UserError: an adapter would not fit its base on disk, sharded or quantised weights are to be merged, or the
-            folder is not empty or can't be written.
+        UserError: an adapter would not fit its base on disk, sharded or quantised weights are to be merged, the folder
+            is not empty or can't be written, or its logits are not those of the live model.
     """
     is_adapter = model.has_adapters
-    if is_adapter and not merge and (why := why_not_alone(model)):
-        raise UserError(
-            f"the adapter can't be exported alone, because {why}; merge it (--merge, or export.merge: true)"
-        )
-    if is_adapter and merge and (is_sharded(model) or getattr(model.base, "is_quantized", False)):
-        raise UserError("sharded or quantised weights can't be merged in place: export the checkpoint with --merge")
-    state = _gathered(model)
+    is_writing = not torch.distributed.is_initialized() or torch.distributed.get_rank() == 0
+    if is_adapter:
+        _refuse_unexportable(model, merge, is_writing)
     whole_heads = {name: whole(value) for name, value in (heads or {}).items()}
-    if torch.distributed.is_initialized() and torch.distributed.get_rank() > 0:
+    if is_adapter and merge and not is_writing:
+        return  # rank 0 merges into a copy of its own
+    if expected is None:
+        expected = model.probe_logits()
+    state = _gathered(model)
+    if not is_writing:
         return
     hf = model.hf
     if is_adapter and merge:
-        hf = (copy.deepcopy(hf) if keep else hf).merge_and_unload()
+        hf = merged(copy.deepcopy(hf) if keep else hf)
     kwargs: dict[str, Any] = {} if state is None else {"state_dict": state}
     if is_adapter and not merge:
         kwargs["save_embedding_layers"] = False  # the adapter holds their trained rows, the base on disk the others
@@ -78,14 +84,21 @@ def export_model(
         if is_adapter and not merge and any(config.use_dora for config in hf.peft_config.values()):
             _rename_magnitudes(half / "adapter_model.safetensors")
         generation.save_pretrained(half)
-        if whole_heads:
-            save_file(whole_heads, half / HEADS, metadata={"format": "pt"})
-        if tokenizer is not None:
-            tokenizer.save_pretrained(half)
-        if card is not None:
-            (half / "README.md").write_text(card, encoding="utf-8")
-        for weights in half.glob("*.safetensors"):  # safetensors creates files that only the owner can read
-            weights.chmod((half / "generation_config.json").stat().st_mode)
+        _write_beside(half, tokenizer, whole_heads, card)
+        del state, kwargs  # make room for the model that is loaded now
+        _refuse_other_logits(half, hf, expected)
+
+
+def _write_beside(folder: Path, tokenizer: Any, heads: Mapping[str, Tensor], card: str | None) -> None:
+    """Writes what a model folder holds besides the model."""
+    if heads:
+        save_file(dict(heads), folder / HEADS, metadata={"format": "pt"})
+    if tokenizer is not None:
+        tokenizer.save_pretrained(folder)
+    if card is not None:
+        (folder / "README.md").write_text(card, encoding="utf-8")
+    for weights in folder.glob("*.safetensors"):  # safetensors creates files that only the owner can read
+        weights.chmod((folder / "generation_config.json").stat().st_mode)
 
 
 def read_heads(folder: Path, heads: Mapping[str, Tensor]) -> None:
@@ -131,7 +144,7 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
     try:
         if path.is_file():
             return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-        return _read_sharded(path)
+        return read_sharded(path, optimizers=False)
     except Exception as error:  # a damaged file can raise anything
         raise UserError(f"--checkpoint: {path} can't be read as a checkpoint: {reason(error)}") from error
 
@@ -220,27 +233,67 @@ def _rename_magnitudes(file: Path) -> None:
     save_file(tensors, file, metadata={"format": "pt"})
 
 
+def _refuse_unexportable(model: LM, merge: bool, is_writing: bool) -> None:
+    if not merge and (why := why_not_alone(model)):
+        raise UserError(
+            f"the adapter can't be exported alone, because {why}; merge it (--merge, or export.merge: true)"
+        )
+    if merge and is_writing and (is_sharded(model) or getattr(model.base, "is_quantized", False)):
+        raise UserError("sharded or quantised weights can't be merged in place: export the checkpoint with --merge")
+
+
+EXACT = {torch.float32, torch.float64}
+TOLERANCE = 1e-4
+"""How far the logits of an export may be from those of the live model, as a share of their norm, in float32."""
+HALF_TOLERANCE = 5e-2
+"""The same in half precision, on a quantized base, which computes in it, and on GPUs, whose matrix products in float32
+may be rounded to three digits (TF32)."""
+
+
+def _refuse_other_logits(folder: Path, hf: Any, expected: Tensor) -> None:
+    """Loads a folder as a user would, on the CPU, and compares its logits with those of the live model.
+
+    Raises:
+        UserError: they differ.
+    """
+    from transformers import AutoModelForCausalLM
+
+    base = hf.get_base_model() if hasattr(hf, "peft_config") else hf
+    weight = next(p for p in base.parameters() if p.is_floating_point())
+    kwargs: dict[str, Any] = {"dtype": weight.dtype}
+    if getattr(base, "is_quantized", False):  # an adapter alone: the base on disk is in full precision
+        kwargs["quantization_config"] = base.config.quantization_config
+    if type(base).__module__.startswith("transformers_modules"):  # code that came with the model, and runs already
+        kwargs["trust_remote_code"] = True
+    ids = probe_ids(base.config)
+    with without_load_report(), torch.random.fork_rng(), torch.no_grad():
+        exported = keep_differentiable(AutoModelForCausalLM.from_pretrained(folder, **kwargs)).eval()
+        places = torch.arange(ids.shape[1])[None]
+        logits = exported(input_ids=ids, position_ids=places, use_cache=False).logits.float()
+    is_exact = expected.device.type == "cpu" and {weight.dtype, expected.dtype} <= EXACT
+    is_exact = is_exact and "quantization_config" not in kwargs
+    expected = expected.float().cpu()
+    off = float((logits - expected).norm() / expected.norm())
+    tolerance = TOLERANCE if is_exact else HALF_TOLERANCE
+    if not off <= tolerance:
+        advice = "; merge the adapter (--merge, or export.merge: true)" if base is not hf else ""
+        raise UserError(
+            f"the exported {type(base).__name__} is not the trained model: its logits are off by {off:.1e} (relative; "
+            f"{tolerance:.0e} would be rounding), so nothing was written; checkpoints are unharmed{advice}"
+        )
+
+
 def _gathered(model: LM) -> dict[str, Any] | None:
     """The full state dict of a sharded model on rank 0, named as for `save_pretrained`; None if not sharded."""
     if not is_sharded(model):
         return None
     from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 
-    return get_model_state_dict(model.hf, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
-
-
-def _read_sharded(path: Path) -> dict[str, Any]:
-    from torch.distributed import checkpoint as dcp
-    from torch.distributed.checkpoint.metadata import TensorStorageMetadata
-
-    content = torch.load(path / "meta.pt", map_location="cpu", weights_only=True)
-    prefix = "state_dict."
-    saved = dcp.FileSystemReader(path).read_metadata().state_dict_metadata
-    weights: dict[str, Tensor] = {
-        name: torch.empty(entry.size, dtype=entry.properties.dtype)
-        for name, entry in saved.items()
-        if name.startswith(prefix) and isinstance(entry, TensorStorageMetadata)
-    }
-    with warnings.catch_warnings(action="ignore"):  # about loading in a single process, which is intended
-        dcp.load(weights, checkpoint_id=path, no_dist=True)
-    return content | {"state_dict": {name.removeprefix(prefix): value for name, value in weights.items()}}
+    state: dict[str, Any] = get_model_state_dict(
+        model.hf, options=StateDictOptions(full_state_dict=True, cpu_offload=True)
+    )
+    for copied, source in getattr(model.hf, "all_tied_weights_keys", {}).items():
+        # gathered twice, so that safetensors can't see that they are one
+        if copied in state and source in state and torch.equal(state[copied], state[source]):
+            del state[copied]
+    return state

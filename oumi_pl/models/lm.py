@@ -14,7 +14,8 @@ import torch
 from torch import Tensor, nn
 
 from oumi_pl.attention import NAME, packed, why_not_isolating, why_not_shared
-from oumi_pl.attention.probe import probing
+from oumi_pl.attention.probe import body_of, probing
+from oumi_pl.attention.rotary import rows_of
 from oumi_pl.attention.segments import path_positions
 from oumi_pl.errors import UserError
 from oumi_pl.losses.causal import TokenLossOutput, token_logps, token_loss_sum
@@ -123,6 +124,8 @@ def _tensor(values: np.ndarray, batch: Batch) -> Tensor:
 
 PROBE_TOKENS = 8
 """Tokens on which `refuse_unknown_logits` compares logits."""
+EXPORT_TOKENS = 24
+"""Tokens on which the logits of an exported model are compared with those of the live one."""
 
 
 @dataclass(frozen=True)
@@ -155,16 +158,20 @@ class States:
         return self.at((lengths.cumsum(0) - 1).to(self.hidden.device))
 
     def loss_sum(self, token_loss: TokenLoss) -> TokenLossOutput:
-        """Sum of `token_loss` over the targets; in training, with the router loss of mixtures of experts added.
+        """Sum of `token_loss` over the targets, by weight; in training, with the router loss of mixtures of experts.
 
-        The router loss is multiplied by the batch's number of targets: the update divides by all its targets, which
-        leaves the weight that the config sets. It is left out in evaluation, since it is no likelihood and depends on
-        which rows share a batch.
+        The router loss is multiplied by the weight of the batch's targets: the update divides by that of all its
+        targets, which leaves the weight that the config sets. It is left out in evaluation, since it is no likelihood
+        and depends on which rows share a batch.
         """
-        lm = self.lm
-        out = token_loss_sum(self.predicting, self.batch["targets"], lm.head, token_loss, transform=lm.logit_transform)
+        lm, batch = self.lm, self.batch
+        out = token_loss_sum(
+            *(self.predicting, batch["targets"], lm.head, token_loss),
+            weights=batch.get("weights"),
+            transform=lm.logit_transform,
+        )
         if self.router_loss is not None:
-            out = out._replace(loss_sum=out.loss_sum + self.router_loss * out.target_tokens)
+            out = out._replace(loss_sum=out.loss_sum + self.router_loss * batch.get("weight", len(batch["targets"])))
         return out
 
     def logps(self) -> Tensor:
@@ -181,6 +188,33 @@ class LM(nn.Module):
         self.layout = layout
         self.layout_reason = layout_reason
         """Why no cheaper layout could be used; empty for `forest`."""
+        self._kept: frozenset[str] = frozenset()
+
+    def keep_dtypes(self, dtype: torch.dtype, parameters: bool = True) -> None:
+        """Makes casts leave alone what is not of `dtype` now, such as RoPE's frequencies in float32.
+
+        Lightning's `bf16-true` casts the whole module, whereas `from_pretrained(dtype=bfloat16)` keeps what an
+        architecture computes or needs in float32.
+
+        Args:
+            dtype: Of the weights.
+            parameters: Whether this holds for parameters as well as buffers.
+        """
+        tensors = (*self.named_buffers(), *(self.named_parameters() if parameters else ()))
+        self._kept = frozenset(name for name, t in tensors if t.is_floating_point() and t.dtype != dtype)
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Any:
+        before = {name: tensor.data for name, tensor in self._kept_tensors()}
+        super()._apply(fn, recurse)
+        for name, tensor in self._kept_tensors():
+            if tensor.dtype != before[name].dtype:
+                tensor.data = before[name].to(tensor.device)
+        return self
+
+    def _kept_tensors(self) -> list[tuple[str, Tensor]]:
+        if not self._kept:
+            return []
+        return [(n, t) for n, t in (*self.named_buffers(), *self.named_parameters()) if n in self._kept]
 
     def forward(self, batch: Batch, compute: Callable[[States], Any] = States.logps) -> Any:
         """Runs the model and returns `compute(states)`; by default the log-probabilities of the targets.
@@ -212,12 +246,17 @@ class LM(nn.Module):
         return hasattr(self.hf, "peft_config")
 
     @property
+    def body(self) -> nn.Module:
+        """The part of the model that returns hidden states."""
+        return body_of(self.base)
+
+    @property
     def logit_transform(self) -> Callable[[Tensor], Tensor] | None:
         """The architecture's function of its logits after the head: scaling, soft cap; None for most."""
         config = self.base.config.get_text_config()
         scale = getattr(config, "logit_scale", None) or 1.0  # Cohere multiplies
         scale /= getattr(config, "logits_scaling", None) or 1.0  # Granite divides
-        cap = getattr(config, "final_logit_softcapping", None)  # Gemma
+        cap = getattr(config, "final_logit_softcapping", None) or getattr(config, "logits_soft_cap", None)  # Gemma
         if scale == 1.0 and cap is None:
             return None
         return lambda logits: _scaled_and_capped(logits, scale, cap)
@@ -237,17 +276,43 @@ class LM(nn.Module):
         """Last hidden states `[batch, seq, hidden]`, and the weighted router loss where the model has one."""
         coefficient = self._router_coefficient
         kwargs: dict[str, Any] = {"output_router_logits": True} if coefficient else {}
-        with packed(inputs.get("segments")):
+        mask = inputs.get("attention_mask")
+        rows, width = inputs["input_ids"].shape
+        lengths = [width] * rows if mask is None else mask.sum(1).tolist()
+        with packed(inputs.get("segments")), rows_of(lengths):
             # with a cache, transformers would ignore the borders of packed documents
-            output = self.base.base_model(
+            output = self.body(
                 input_ids=inputs["input_ids"],
                 position_ids=inputs["position_ids"],
-                attention_mask=inputs.get("attention_mask"),
+                attention_mask=mask,
                 use_cache=False,
                 **kwargs,
             )
         router_loss = self._router_loss(output.router_logits, inputs) * coefficient if coefficient else None
         return output.last_hidden_state, router_loss
+
+    def probe_logits(self) -> Tensor:
+        """Logits of a few random tokens, `[1, seq, vocabulary]`, to compare an export with.
+
+        They are computed within `forward`: under FSDP2 all ranks have to call this. Their device and dtype are those
+        of the computation. Restores random generators and training modes.
+        """
+        ids = probe_ids(self.base.config)
+        parameter = next(self.parameters())
+        length, device = ids.shape[1], parameter.device
+        batch: Any = {
+            "input_ids": ids.to(device),
+            "position_ids": torch.arange(length, device=device)[None],
+            "segments": [Segment(length)],
+        }
+
+        def compute(states: States) -> Tensor:
+            logits = self.head(states.hidden)
+            return logits if self.logit_transform is None else self.logit_transform(logits)
+
+        # eager: compiling for these few tokens would take a minute
+        with probing(self, device), torch.compiler.set_stance("force_eager"):
+            return self(batch, compute)
 
     @property
     def _router_coefficient(self) -> float:
@@ -289,33 +354,35 @@ class LM(nn.Module):
             )
 
 
-def choose_layout(hf: Any, share: bool = True) -> tuple[Layout, str]:
+def choose_layout(hf: Any, share: bool = True, longest: int = 0) -> tuple[Layout, str]:
     """Finds the cheapest layout that is exact for a model by running it, and the reason why no cheaper one is.
 
     Args:
         hf: The model, unsharded; unchanged afterwards.
         share: Whether to try to compute shared tokens once; False also if nothing is shared.
+        longest: Tokens of the longest row: lengths below it at which the config says that the model changes are tried.
     """
     why = ""
     if share:
         why = why_not_shared(hf) or ""
-        if not why:
-            return forest, ""
-    apart = why_not_isolating(hf)
+    apart = why_not_isolating(hf, longest)
+    if share and not why and apart is None:
+        return forest, ""
     return (documents, why) if apart is None else (padded, apart)
 
 
-def with_layout(build: Callable[[bool], Any], share: bool = True) -> LM:
+def with_layout(build: Callable[[bool], Any], share: bool = True, longest: int = 0) -> LM:
     """Builds a model with the cheapest layout that is exact for it.
 
     Args:
         build: Builds the Hugging Face model, with the attention that packed rows need (True) or with its own (False).
         share: As of `choose_layout`.
+        longest: As of `choose_layout`.
     """
     state, hf = torch.get_rng_state(), None
     try:
         hf = build(True)
-        layout, reason = choose_layout(hf, share)
+        layout, reason = choose_layout(hf, share, longest)
     except UserError as error:  # architectures without an implementation of this attention
         layout, reason = padded, str(error)
     if layout is padded and (hf is None or hf.config._attn_implementation == NAME):
@@ -323,6 +390,18 @@ def with_layout(build: Callable[[bool], Any], share: bool = True) -> LM:
         hf = build(False)
     # a right answer was found, so what to change for another one is left out
     return LM(hf, layout, reason.partition("; ")[0])
+
+
+def probe_ids(config: Any) -> Tensor:
+    """Random tokens, and the last ones of the vocabulary, which are often the added ones, `[1, seq]`."""
+    text = config.get_text_config()
+    positions = getattr(text, "max_position_embeddings", None)
+    length = min(EXPORT_TOKENS, positions) if isinstance(positions, int) and positions > 0 else EXPORT_TOKENS
+    generator = torch.Generator().manual_seed(0)
+    ids = torch.randint(text.vocab_size, (1, length), generator=generator)
+    added = min(4, length // 2)
+    ids[0, :added] = torch.arange(text.vocab_size - added, text.vocab_size)
+    return ids
 
 
 def disable_dropout(model: nn.Module) -> None:

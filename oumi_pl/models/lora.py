@@ -1,11 +1,15 @@
-"""LoRA through PEFT: checks of the recipe's `lora:`, and the embedding rows of added tokens."""
+"""LoRA through PEFT: checks of the recipe's `lora:`, its layers, the embedding rows of added tokens, and merging."""
 
+import copy
 import inspect
-from collections.abc import Sequence
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import nn
 
+from oumi_pl.attention.probe import body_of, probing
 from oumi_pl.errors import UserError, nearest, reason
 
 if TYPE_CHECKING:
@@ -18,6 +22,7 @@ _VALUES: dict[str, tuple[Any, Any, str]] = {
     "lora_dropout": (int | float, lambda p: 0 <= p < 1, "a number from 0 to below 1"),
 }
 """Key -> type, condition and description of the values that PEFT would fail on later, without naming the key."""
+ALL_LINEAR = "all-linear"
 _REWRITES_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
 
 
@@ -44,7 +49,7 @@ def lora_config(lora: dict[str, Any]) -> Any:
         # checkpoints and exports hold only the adapter, for the base weights on disk
         raise UserError(f"model.lora.init_lora_weights: {start!r} rewrites the base weights; use true, or 'gaussian'")
     try:
-        return LoraConfig(**{"task_type": "CAUSAL_LM", "target_modules": "all-linear"} | lora)
+        return LoraConfig(**{"task_type": "CAUSAL_LM", "target_modules": ALL_LINEAR} | lora)
     except (ValueError, TypeError) as error:
         raise UserError(f"model.lora: {reason(error)}") from error
 
@@ -66,12 +71,20 @@ def with_lora(
     config = lora_config(lora)
     if added_tokens and "trainable_token_indices" not in lora:
         config.trainable_token_indices = _token_rows(hf, added_tokens, lora.get("modules_to_save") or ())
+    if config.target_modules == ALL_LINEAR and config.target_parameters is None:
+        _target_all_linear(hf, config)
     if getattr(hf, "is_quantized", False):
         hf = prepare_model_for_kbit_training(hf, use_gradient_checkpointing=False)
     _refuse_unsaved(hf, lora.get("modules_to_save") or ())
     try:
         return get_peft_model(hf, config, revision=revision)
     except ValueError as error:
+        if "ParamWrapper does not work with" in str(error):
+            setting = str(error).rpartition(" with ")[2].rstrip(".")
+            raise UserError(
+                f"model.lora: {setting} can't be had for the weights of experts, which {ALL_LINEAR} includes; leave it "
+                "out, or name target_modules"
+            ) from error
         linear = sorted({n.rsplit(".", 1)[-1] for n, m in hf.named_modules() if isinstance(m, nn.Linear | Conv1D)})
         layers = f"linear layers of this model: {', '.join(linear)}"
         targets = lora.get("target_modules")
@@ -82,6 +95,113 @@ def with_lora(
         near = nearest(wrong, linear)
         hint = f"{near} {layers}" if near.startswith("; did") else f"; {layers}"
         raise UserError(f"model.lora.target_modules: {wrong!r} matches no layer{hint}") from error
+
+
+def merged(hf: Any) -> Any:
+    """Adds the adapters of a PEFT model to its weights, in place, and returns the bare model.
+
+    Adapters may change the embedding and the head differently although these share a weight. They are untied first,
+    and tied again if they are still equal; else `tie_word_embeddings` of the config becomes false.
+    """
+    base = hf.get_base_model()
+    tying = [part for part in (base.config, base.config.get_text_config()) if part.tie_word_embeddings]
+    tied = [_base_layer(layer) for layer in (base.get_input_embeddings(), base.get_output_embeddings())]
+    weights: list[Any] = [getattr(layer, "_parameters", {}).get("weight") for layer in tied]  # None: trained whole
+    if (weight := weights[0]) is not None and weight is weights[1]:
+        tied[1].weight = nn.Parameter(weight.detach().clone(), weight.requires_grad)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Model with `tie_word_embeddings=True`")  # they are no longer
+        warnings.filterwarnings("ignore", message="Input and output embeddings are no longer tied")
+        model = hf.merge_and_unload()
+    embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
+    is_equal = head is None or torch.equal(embedding.weight, head.weight)
+    for part in tying:
+        part.tie_word_embeddings = is_equal
+    if tying and head is not None and is_equal:
+        head.weight = embedding.weight
+    return model
+
+
+def _base_layer(layer: Any) -> Any:
+    """A layer without PEFT's wrappers."""
+    while layer is not None and hasattr(layer, "base_layer"):
+        layer = layer.base_layer
+    return layer
+
+
+def _target_all_linear(hf: "PreTrainedModel", config: Any) -> None:
+    """Makes `all-linear` mean the same for every architecture.
+
+    That is all linear layers but the head, and experts and routers that are no layers but parameters with a matrix or a
+    row per expert. PEFT finds these by the names of a few architectures (Mixtral, Qwen3-MoE), leaves out those of
+    others (gpt-oss), and drops shared experts and dense layers whose names are like those of experts. Layers that the
+    model never calls, because it reads their weights itself, are left out: an adapter would change nothing.
+    """
+    from peft.utils.transformers_weight_conversion import convert_peft_config_for_transformers
+    from transformers.pytorch_utils import Conv1D
+
+    head = hf.get_output_embeddings()
+    linear = {n: m for n, m in hf.named_modules() if isinstance(m, nn.Linear | Conv1D) and m is not head}
+    experts = list(_experts(hf))
+    unusable = _uncalled(hf, linear) | {n for n in linear if _is_refused(hf, config, n)}
+    if not experts and not unusable:
+        return
+    converted = copy.deepcopy(config)
+    converted.target_modules = set(linear)
+    convert_peft_config_for_transformers(converted, hf, None)
+    # By their weight, not as layers: those that PEFT would take for experts by their name, also when the adapter is
+    # loaded, and routers that are linear layers but return more than one value.
+    weights = {n for n, m in linear.items() if type(m).__module__.startswith("transformers.models.")}
+    weights = (weights | (linear.keys() - set(converted.target_modules))) - unusable
+    config.target_modules = linear.keys() - weights - unusable
+    config.target_parameters = sorted({_below_layer(n) for n in (*experts, *(f"{n}.weight" for n in weights))}) or None
+
+
+def _uncalled(hf: "PreTrainedModel", linear: Mapping[str, nn.Module]) -> set[str]:
+    """Names of the layers that are not called although the module that holds them is, in a pass over a few tokens."""
+    called: set[nn.Module] = set()
+    parents = {n: hf.get_submodule(n.rpartition(".")[0]) for n in linear}
+    hooks = [
+        module.register_forward_pre_hook(lambda module, _: called.add(module))
+        for module in {*linear.values(), *parents.values()}
+    ]
+    body = body_of(hf)
+    try:
+        with probing(hf, hf.device):
+            ids = torch.arange(2, 10, device=hf.device)[None] % hf.config.get_text_config().vocab_size
+            body(input_ids=ids, use_cache=False)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return {n for n, m in linear.items() if m not in called and parents[n] in called}
+
+
+def _is_refused(hf: "PreTrainedModel", config: Any, name: str) -> bool:
+    """Whether PEFT refuses a layer: the fast kernels of Mamba read the weights of some themselves."""
+    from peft.tuners.tuners_utils import _check_lora_target_modules_mamba
+
+    try:
+        _check_lora_target_modules_mamba(config, hf, name.rpartition(".")[2])
+    except ValueError:
+        return True
+    return False
+
+
+def _experts(hf: "PreTrainedModel") -> Iterator[str]:
+    """Names of the parameters `[experts, in, out]` or `[experts, out, in]`, and of routers `[experts, in]`."""
+    config = hf.config.get_text_config().to_dict()
+    counts = {v for k, v in config.items() if "experts" in k and "experts_per" not in k and isinstance(v, int)} - {1}
+    for path, module in hf.named_modules():
+        if not isinstance(module, nn.Linear | nn.Embedding | nn.modules.conv._ConvNd):
+            for name, parameter in module.named_parameters(prefix=path, recurse=False):
+                if parameter.ndim in (2, 3) and parameter.shape[0] in counts:
+                    yield name
+
+
+def _below_layer(name: str) -> str:
+    """A name without the path to the layer, which is the same in each: `mlp.experts.down_proj`."""
+    parts = name.split(".")
+    return ".".join(parts[max((i for i, part in enumerate(parts) if part.isdigit()), default=-1) + 1 :])
 
 
 def _refuse_unsaved(hf: "PreTrainedModel", saved: Sequence[str]) -> None:

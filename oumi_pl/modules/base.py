@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any, ClassVar, Literal, cast
 
 import torch
+from lightning.pytorch.callbacks import BackboneFinetuning, BatchSizeFinder, ModelPruning, StochasticWeightAveraging
 from lightning.pytorch.cli import OptimizerCallable
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import Tensor
@@ -13,7 +14,15 @@ from torch.optim import AdamW, Optimizer
 
 from oumi_pl import attention
 from oumi_pl.errors import UserError
-from oumi_pl.models.build import DType, build_config, build_model, is_sharded, refuse_too_few_positions, shard
+from oumi_pl.models.build import (
+    DType,
+    build_config,
+    build_model,
+    is_sharded,
+    is_to_be_sharded,
+    refuse_too_few_positions,
+    shard,
+)
 from oumi_pl.models.export import export_model, read_heads
 from oumi_pl.models.generation import complete
 from oumi_pl.models.lm import LM, choose_layout, disable_dropout, forest, padded, with_layout
@@ -22,6 +31,9 @@ from oumi_pl.modules.reference import Reference
 from oumi_pl.modules.update import RestorableModule
 from oumi_pl.optim import Constant, Schedule, fuse, parameter_groups
 from oumi_pl.types import SPLITS, Batch, RunData
+
+HALF_PRECISION: dict[str, DType] = {"bf16-true": "bfloat16", "16-true": "float16"}
+"""Values of `trainer.precision` for which Lightning casts the weights."""
 
 
 class LanguageModule(RestorableModule):
@@ -34,7 +46,7 @@ class LanguageModule(RestorableModule):
         attn: Attention implementation; the fastest exact one for the data and the device when left out.
         lora: Arguments of `peft.LoraConfig` (`r`, `lora_alpha`, `target_modules`, `use_dora`, ...); all linear layers
             unless `target_modules` says otherwise.
-        quantization: Load the frozen weights in 4 or 8 bits (QLoRA); needs a CUDA device and `lora`.
+        quantization: Load the frozen weights in 4 or 8 bits (QLoRA); needs `lora` and bitsandbytes, on CPUs 0.50 of it.
         freeze: Names of modules whose parameters are not trained.
         gradient_checkpointing: Recompute activations in the backward pass to save memory.
         compile: Compile the model's layers with `torch.compile`.
@@ -126,6 +138,7 @@ class LanguageModule(RestorableModule):
         """
         if self.model is not None:
             return
+        refuse_unfit_callbacks(self.trainer.callbacks)  # type: ignore[attr-defined]
         data = self.data
         if data is None:
             model = self.assemble(None)
@@ -135,9 +148,12 @@ class LanguageModule(RestorableModule):
             refuse_too_few_positions(model.base, data.max_length, data.longest_path(list(data.needed(stage))))
         # before sharding: this runs layers outside of the wrapper's forward, which gathers sharded weights
         model.refuse_unknown_logits()
+        if dtype := HALF_PRECISION.get(str(self.trainer.precision)):
+            # sharded parameters have to be of one dtype
+            model.keep_dtypes(getattr(torch, dtype), parameters=not is_to_be_sharded(self))
         self.on_model_built()
         if self.compile_layers:
-            model.hf.base_model.compile()
+            model.body.compile()
         shard(model, self)
 
     def assemble(self, tokenizer: Any, added_tokens: Sequence[int] = (), *, branching: bool | None = False) -> LM:
@@ -179,7 +195,7 @@ class LanguageModule(RestorableModule):
                 config=self.config,
                 tokenizer=tokenizer,
                 added_tokens=added_tokens,
-                dtype=self.dtype_name,
+                dtype=self.weights_dtype,
                 attn=self.attn or (attention.NAME if packed else None),
                 lora=self.lora,
                 quantization=self.quantization,
@@ -191,12 +207,24 @@ class LanguageModule(RestorableModule):
 
         if branching is None:
             return LM(build(False))
-        model = with_layout(build, branching and self.share_prompt is not False)
+        # long rows are tried on the device if it is another one, see `on_fit_start`
+        longest = 0 if self.__is_checked_on_device else self.__longest_row
+        model = with_layout(build, branching and self.share_prompt is not False, longest)
         if branching and self.share_prompt is True and model.layout is not forest:
             raise UserError(f"model.share_prompt: {model.layout_reason}; leave it out to compute prompts twice")
         if self.reference is not None:
             disable_dropout(model)
         return model
+
+    @property
+    def weights_dtype(self) -> DType:
+        """The dtype to build the model in: that of `trainer.precision` if it is `bf16-true` or `16-true`.
+
+        Lightning would cast a model that was built in another, but `from_pretrained` and the architecture know which
+        parts have to stay in float32.
+        """
+        trainer = self._trainer
+        return self.dtype_name if trainer is None else HALF_PRECISION.get(str(trainer.precision), self.dtype_name)
 
     @property
     def causal_lm(self) -> LM:
@@ -215,8 +243,11 @@ class LanguageModule(RestorableModule):
         data, model = self.data, self.causal_lm
         notes = [*self.engine_notes] + ([] if self.reference is None else [self.reference.description])
         if data is not None and data.branching:
-            twice = f"prompts are computed twice per pair: {model.layout_reason or 'share_prompt is off'}"
-            notes.append("prompts are computed once per pair" if model.layout is forest else twice)
+            pairs = self.branching  # else conversations with a branch for each turn
+            what = "prompts are computed" if pairs else "histories that several turns share are computed"
+            once, again = ("once per pair", "twice per pair") if pairs else ("once", "for each turn")
+            why = model.layout_reason or "share_prompt is off"
+            notes.append(f"{what} {once}" if model.layout is forest else f"{what} {again}: {why}")
         elif data is not None and data.packing and model.layout is padded:
             notes.append(f"packed documents are computed in rows of their own, padded: {model.layout_reason}")
         return notes
@@ -233,9 +264,24 @@ class LanguageModule(RestorableModule):
 
     def on_fit_start(self) -> None:
         """Checks layout and logits again on the device, whose attention kernels are others; opens the reference."""
-        if self.device.type != "cpu" and not is_sharded(self):
+        super().on_fit_start()
+        if self.__is_checked_on_device:
             self.__check_on_device()
         self.__open_reference()
+
+    @property
+    def __is_checked_on_device(self) -> bool:
+        """Whether layout and logits are checked on another device than the one that the model is built on."""
+        trainer = self._trainer
+        return trainer is not None and trainer.strategy.root_device.type != "cpu" and not is_to_be_sharded(self)
+
+    @property
+    def __longest_row(self) -> int:
+        """A bound on the tokens of a row of the run; 0 without data."""
+        data = None if self._trainer is None else self.data
+        if data is None:
+            return 0
+        return data.max_length * max(data.batch_size, data.eval_batch_size) * (2 if data.branching else 1)
 
     def __check_on_device(self) -> None:
         model, data = self.causal_lm, self.data
@@ -243,7 +289,7 @@ class LanguageModule(RestorableModule):
         with torch.compiler.set_stance("force_eager") if self.compile_layers else nullcontext():
             if model.layout is not padded and data is not None:
                 share = data.branching and self.share_prompt is not False
-                model.layout, model.layout_reason = choose_layout(model.hf, share)
+                model.layout, model.layout_reason = choose_layout(model.hf, share, self.__longest_row)
             model.refuse_unknown_logits()
 
     # ---- reference
@@ -353,21 +399,8 @@ class LanguageModule(RestorableModule):
     def on_train_start(self) -> None:
         """As of `RestorableModule`; the first batch is checked only if the run starts at step 0."""
         self.__is_start = self.global_step == 0
+        self.__open_reference()  # `LearningRateFinder` trains before `on_fit_start`
         super().on_train_start()
-
-    def on_train_epoch_start(self) -> None:
-        """Sets the length of this epoch in Lightning: a mixture is drawn again, and may pack into fewer or more rows.
-
-        Lightning reads the length of a loader once, in the first epoch.
-        """
-        loop = self.trainer.fit_loop
-        loader = self.trainer.train_dataloader
-        if self.trainer.limit_train_batches == 1.0 and self.data is not None and loader is self.data.train_loader:
-            try:
-                loop.max_batches = len(cast("Any", loader))
-            except TypeError:  # a stream of unknown length
-                return
-            cast("Any", loop._combined_loader).limits = [loop.max_batches]
 
     def keep_adapters_in_float32(self) -> None:
         """Casts trained adapters back to float32 after `precision: bf16-true` has cast every parameter."""
@@ -376,6 +409,8 @@ class LanguageModule(RestorableModule):
             for parameter in self.parameters():
                 if parameter.requires_grad and parameter.dtype in (torch.bfloat16, torch.float16):
                     parameter.data = parameter.data.float()
+            if is_sharded(self):  # FSDP keeps views of the values, which it renews after any cast of a module
+                self.causal_lm.to(self.device)
 
     # ---- predict
 
@@ -389,6 +424,30 @@ class LanguageModule(RestorableModule):
         prompts = [data.tokenizer.decode(ids) for ids in batch["prompts"]]
         columns = zip(batch["rows"], prompts, texts, batch["references"], strict=True)
         return [dict(zip(("row", "prompt", "completion", "reference"), line, strict=True)) for line in columns]
+
+
+UNFIT = {
+    StochasticWeightAveraging: "copies the weights before they are built, and would average nothing; take "
+    "WeightAveraging, or oumi_pl.callbacks.ema.EMA",
+    ModelPruning: "looks for weights before they are built, and would find none; leave it out",
+    BackboneFinetuning: "freezes the `backbone` of a module, and language models have none; take model.freeze",
+    BatchSizeFinder: "changes the rows of an update after the schedule has counted the updates; `fit --dry_run` "
+    "measures the memory of a batch_size, and a run that lacks memory says which one fits",
+}
+"""Callbacks of Lightning that can't work -> why."""
+
+
+def refuse_unfit_callbacks(callbacks: Sequence[Any]) -> None:
+    """Refuses callbacks of Lightning that expect the model before it is built, or change the plan during the run.
+
+    Raises:
+        UserError: there is one.
+    """
+    for callback in callbacks:
+        for kind, why in UNFIT.items():
+            alone = getattr(callback, "_early_exit", False)  # `Tuner.scale_batch_size`, which trains nothing
+            if isinstance(callback, kind) and not alone:
+                raise UserError(f"trainer.callbacks: {type(callback).__name__} {why}")
 
 
 def _optimizer(optimizer: OptimizerCallable, parameters: Any) -> Optimizer:

@@ -221,13 +221,14 @@ class Reference:
                 self.name,
                 tokenizer=data.tokenizer,
                 added_tokens=data.added_tokens,
-                dtype=self.dtype or module.dtype_name,
+                dtype=self.dtype or module.weights_dtype,
                 attn=NAME if packed else None,
                 trust_remote_code=module.trust_remote_code,
             )
 
         model = with_layout(build, data.branching and self._share_prompt)
         disable_dropout(model)
+        model.keep_dtypes(cast("Tensor", model.head.weight).dtype)
         return self._placed(model)
 
     def _placed(self, model: LM) -> LM:

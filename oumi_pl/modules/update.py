@@ -5,8 +5,9 @@ carries the totals of its update over all micro-batches and ranks, so its loss i
 Gradients therefore have their final scale, for Lightning's clipping, callbacks and optimizers.
 """
 
+import math
 from abc import abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ClassVar, Literal, cast
 
 import lightning as L
@@ -14,17 +15,20 @@ import torch
 from lightning.pytorch.callbacks import WeightAveraging
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import Tensor
+from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 from torchmetrics import SumMetric
 
 from oumi_pl.errors import UserError
 from oumi_pl.models.build import is_sharded
-from oumi_pl.runs.checkpoints import rng_state, set_rng_state
+from oumi_pl.runs.checkpoints import WEIGHTS_ONLY, rng_state, set_rng_state
 from oumi_pl.types import Batch, Sums
 
 Split = Literal["train", "validation", "test"]
 
+ROUNDING = 1e-6
+"""Largest relative difference of two sums of the same weights."""
 PREFIX: dict[Split, str] = {"train": "train", "validation": "val", "test": "test"}
 """Prefix of the metrics of a split, as in `val/loss`."""
 
@@ -37,7 +41,9 @@ class UpdateModule(L.LightningModule):
     """
 
     unit: ClassVar[str] = "targets"
-    """The sum that an update is divided by: `targets` (tokens that carry loss), or `rows` (examples)."""
+    """What an update is divided by: `targets` (tokens that carry loss, by weight), or `rows` (examples)."""
+    weighs_targets: ClassVar[bool] = False
+    """Whether `loss_sums` honours `Batch.weights`, as `States.loss_sum` does. If not, weighted rows are refused."""
     clipped_by: ClassVar[str] = "trainer.gradient_clip_val"
     """The key that clips gradients, for messages."""
 
@@ -51,7 +57,7 @@ class UpdateModule(L.LightningModule):
         """Called with all that is logged, instead of Lightning's logging, which works only within its own loops. Set by
         engines that run another loop."""
         self.__update: Sums = {}
-        self.__expected: int | None = None
+        self.__expected: float | None = None
         self.__finished = -1
         self.__evaluated = EvaluationSums()
 
@@ -67,10 +73,15 @@ class UpdateModule(L.LightningModule):
         loss has to be a 0 that depends on the model, so that all ranks take part in the backward pass.
         """
 
+    def units(self, sums: Mapping[str, Any]) -> Any:
+        """What the sums of an update or a split are divided by: its targets by weight, or its rows."""
+        return sums["weight"] if self.unit == "targets" and "weight" in sums else sums[self.unit]
+
     def metrics(self, sums: Sums, split: Split) -> dict[str, Tensor]:
         """Metrics from sums over an update or a whole split; by default, each sum divided by the number of units."""
-        counts = {"targets", "rows", "tokens", "positions"}
-        units = sums[self.unit].clamp(min=1)
+        counts = {"targets", "rows", "tokens", "positions", "weight"}
+        units = self.units(sums)
+        units = units.where(units > 0, 1)
         return {name: value / units for name, value in sums.items() if name not in counts}
 
     def count(self, batch: Any) -> dict[str, int]:
@@ -96,13 +107,14 @@ class UpdateModule(L.LightningModule):
         """
         update = batch.get("update")
         if update is not None:
-            return update.parts / max(1, getattr(update, self.unit))
+            return update.parts / (update.units(self.unit) or 1)
         if self.trainer.accumulate_grad_batches * self.trainer.world_size > 1:
             raise UserError(
                 "the batches lack the totals of their update (`update`), so a mean over several micro-batches or ranks "
                 "can't be computed; use a data module of oumi_pl, or one micro-batch on one device"
             )
-        return 1 / max(1, self.count(batch)[self.unit])
+        units = _weight(batch, self.count(batch)) if self.unit == "targets" else self.count(batch)[self.unit]
+        return 1 / (units or 1)
 
     # ---- training
 
@@ -112,14 +124,13 @@ class UpdateModule(L.LightningModule):
         objective = sums.pop("objective", sums["loss"])
         self.add_to_update(sums | self.__counts(batch, sums["loss"].device))
         update = batch.get("update")
-        self.__expected = None if update is None else getattr(update, self.unit)
+        self.__expected = None if update is None else update.units(self.unit)
         return objective * self.share(batch)
 
     def add_to_update(self, sums: Mapping[str, Tensor]) -> None:
         """Adds a micro-batch's sums to those of the update, for logging."""
-        # float64, so that the sum does not depend on the number of micro-batches; MPS has none
         for name, value in sums.items():
-            total = value.detach().to(self.device, torch.float32 if self.device.type == "mps" else torch.float64)
+            total = value.detach().to(self.device, _precise(self.device))
             self.__update[name] = self.__update[name] + total if name in self.__update else total
 
     def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
@@ -145,13 +156,14 @@ class UpdateModule(L.LightningModule):
             UserError: the loss or the norm is not a finite number.
         """
         sums = self.__over_ranks()
-        if self.__expected not in (None, int(sums[self.unit])):
+        trained = float(self.units(sums))
+        if self.__expected is not None and not math.isclose(self.__expected, trained, rel_tol=ROUNDING):
             raise RuntimeError(
-                f"update {self.global_step + 1} was divided by {self.__expected} {self.unit}, and "
-                f"{int(sums[self.unit])} were trained on"
+                f"update {self.global_step + 1} was divided by {self.__expected:g} {self.unit}, and {trained:g} were "
+                "trained on"
             )
         self.__finished = self.global_step
-        sums |= {name: mean * sums[self.unit] for name, mean in instead.items()}
+        sums |= {name: mean * self.units(sums) for name, mean in instead.items()}
         metrics = self.metrics(sums, "train")
         self.refuse_non_finite(metrics["loss"], grad_norm)
         self.last_update = {name: float(value) for name, value in sums.items()}
@@ -250,7 +262,14 @@ class UpdateModule(L.LightningModule):
     # ---- sums
 
     def __counts(self, batch: Any, device: torch.device) -> Sums:
-        return {name: torch.tensor(value, device=device) for name, value in self.count(batch).items()}
+        if not self.weighs_targets and "weights" in batch:
+            raise UserError(
+                f"{type(self).__name__} doesn't weigh tokens, and rows say how much they count in the loss; leave that "
+                "out with `ignore: [weight]`, or set the weights of turns to 0 or 1"
+            )
+        counts = self.count(batch)
+        weight = torch.tensor(_weight(batch, counts), dtype=_precise(device), device=device)
+        return {"weight": weight} | {name: torch.tensor(value, device=device) for name, value in counts.items()}
 
     def __over_ranks(self) -> Sums:
         names = sorted(self.__update)
@@ -263,6 +282,16 @@ class UpdateModule(L.LightningModule):
     def __epochs_done(self) -> float:
         loop = self.trainer.fit_loop
         return self.current_epoch + min(1.0, loop.epoch_loop.batch_progress.current.ready / max(1, loop.max_batches))
+
+
+def _precise(device: torch.device) -> torch.dtype:
+    """The dtype of sums: float64, so that they do not depend on the number of micro-batches; MPS has none."""
+    return torch.float32 if device.type == "mps" else torch.float64
+
+
+def _weight(batch: Any, counts: Mapping[str, int]) -> float:
+    """The weight of a batch's targets."""
+    return float(batch.get("weight", counts["targets"]))
 
 
 class EvaluationSums:
@@ -327,6 +356,10 @@ class RestorableModule(UpdateModule):
         """The recipe as YAML, kept in checkpoints so that one can be exported by itself."""
         self.__rng_to_restore: dict[str, Any] | None = None
         self.__settings: list[dict[str, Any]] = []
+        self.__loaded: dict[str, Any] = {}
+        self.__learning_rate: float | None = None
+        self.__restored_rate: float | None = None
+        self.__schedule: LambdaLR | None = None
 
     @property
     def keeps_trained_weights_only(self) -> bool:
@@ -342,13 +375,22 @@ class RestorableModule(UpdateModule):
         return {name: value for name, value in state.items() if name in trainable}
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Adds what Lightning leaves out: the random generators of every rank, tokens seen, recipe and metrics."""
+        """Adds what Lightning leaves out: the random generators of every rank, tokens seen, recipe and metrics.
+
+        The state of optimizers is saved by the names of weights, not by numbers: other ranks, another strategy or
+        another `model.freeze` may number them differently.
+        """
+        names = self.__optimized_names()
+        if "optimizer_states" in checkpoint:
+            by_number = zip(checkpoint["optimizer_states"], names, strict=True)
+            checkpoint["optimizer_states"] = [_keyed(state, dict(enumerate(order))) for state, order in by_number]
         states: list[Any] = [rng_state()] * self.trainer.world_size
         if self.trainer.world_size > 1:
             torch.distributed.all_gather_object(states, rng_state())
         checkpoint["rng"] = states
         checkpoint["tokens_seen"] = dict(self.tokens_seen)
         checkpoint["micro_batches"] = self.trainer.accumulate_grad_batches
+        checkpoint["learning_rate"] = self.__learning_rate
         checkpoint["config"] = self.run_config
         metrics = self.trainer.callback_metrics
         checkpoint["metrics"] = {k: float(v) for k, v in metrics.items() if k.startswith(("train/", "val/"))}
@@ -363,16 +405,45 @@ class RestorableModule(UpdateModule):
         if self._trainer is None or self.trainer.state.fn != "fit":
             return
         if "optimizer_states" not in checkpoint and "loops" in checkpoint and not is_sharded(self):
-            raise UserError("this checkpoint holds weights only (a best.ckpt): resume from a step-*.ckpt")
+            raise UserError(WEIGHTS_ONLY)
         callbacks: list[Any] = self.trainer.callbacks  # type: ignore[attr-defined]
         if "current_model_state" in checkpoint and not any(isinstance(c, WeightAveraging) for c in callbacks):
             rank_zero_warn("this checkpoint's run averaged its weights; this run resumes without the average")
             checkpoint["state_dict"] = checkpoint["current_model_state"]
+        self.__loaded = checkpoint
+        self.__restored_rate = checkpoint.get("learning_rate") or self.__restored_rate
         self.tokens_seen = checkpoint["tokens_seen"]
         states = checkpoint["rng"]
         # additional ranks keep the generators that they were seeded with
         self.__rng_to_restore = states[self.global_rank] if self.global_rank < len(states) else None
-        _recount(checkpoint["loops"], checkpoint["micro_batches"], self.trainer.accumulate_grad_batches)
+        _recount(checkpoint["loops"], checkpoint["micro_batches"], self.__micro_batches(checkpoint["loops"]))
+
+    def __micro_batches(self, loops: dict[str, Any]) -> int:
+        """Micro-batches per update in the epoch at which Lightning's loops were saved."""
+        data: Any = getattr(self.trainer, "datamodule", None)
+        if data is None:
+            return self.trainer.accumulate_grad_batches
+        # counted at the beginning of an epoch, while the others may already count this one as finished
+        epoch = max(0, loops["fit_loop"]["epoch_progress"]["current"]["started"] - 1)
+        return data.layout.at(epoch).micro_batches
+
+    def __optimized_names(self) -> list[list[str]]:
+        """For each optimizer, the names of its weights, in the order in which its state numbers them."""
+        if is_sharded(self):  # `ModelParallelStrategy` numbers all weights of the module
+            return [[name for name, _ in self.named_parameters()] for _ in self.trainer.optimizers]
+        names = {id(parameter): name for name, parameter in self.named_parameters()}
+        orders = [[p for group in o.param_groups for p in group["params"]] for o in self.trainer.optimizers]
+        return [[names.get(id(p), f"weight {i}") for i, p in enumerate(order)] for order in orders]
+
+    def on_fit_start(self) -> None:
+        """Matches the state of optimizers in a checkpoint with their weights by name, before Lightning restores it."""
+        checkpoint, self.__loaded = self.__loaded, {}
+        states = checkpoint.get("optimizer_states", [])
+        # of sharded weights, the strategy has restored it
+        if is_sharded(self) or len(states) != len(self.trainer.optimizers):
+            return
+        matched = zip(states, self.trainer.optimizers, self.__optimized_names(), strict=True)
+        checkpoint["optimizer_states"] = [_matched(state, optimizer, names) for state, optimizer, names in matched]
 
     def scheduled(self, optimizer: Optimizer, factor: Callable[[int], float]) -> dict[str, Any]:
         """Returns the value of `configure_optimizers`: the optimizer, and its schedule in optimizer steps.
@@ -381,13 +452,35 @@ class RestorableModule(UpdateModule):
             optimizer: Its settings take precedence over those in a checkpoint.
             factor: Number of finished updates -> factor on the learning rate of the next one.
         """
+        if self.__learning_rate is not None:
+            for group in optimizer.param_groups:
+                group["lr"] = self.__learning_rate
         self.__settings = [{k: v for k, v in group.items() if k != "params"} for group in optimizer.param_groups]
-        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": LambdaLR(optimizer, factor), "interval": "step"}}
+        self.__schedule = LambdaLR(optimizer, factor)
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": self.__schedule, "interval": "step"}}
+
+    @property
+    def learning_rate(self) -> float | None:
+        """The highest rate of the schedule; setting it sets that of all parameter groups, now and in later runs.
+
+        Lightning's `LearningRateFinder` and `Tuner.lr_find` look for it.
+        """
+        return self.__settings[0]["lr"] if self.__settings else self.__learning_rate
+
+    @learning_rate.setter
+    def learning_rate(self, value: float) -> None:
+        self.__learning_rate = value
+        for group in self.__settings:
+            group["lr"] = value
 
     def on_train_start(self) -> None:
         """Replaces the optimizer settings of the checkpoint, which Lightning has restored, by those of the recipe."""
         optimizer = cast("Optimizer", self.optimizers(use_pl_optimizer=False))
         schedule = cast("LambdaLR", self.lr_schedulers())
+        if schedule is not self.__schedule:  # `LearningRateFinder` tries rates with a schedule of its own
+            return
+        if self.__restored_rate is not None:  # a resumed run keeps the rate that was found for it, and not a new one
+            self.learning_rate, self.__restored_rate = self.__restored_rate, None
         before = optimizer.param_groups[0]["lr"]
         for group, values in zip(optimizer.param_groups, self.__settings, strict=True):
             group.update(values)
@@ -418,7 +511,8 @@ class RestorableModule(UpdateModule):
             UserError: they are of another model.
         """
         self.__refuse_other_weights(saved_state)
-        self.load_state_dict(saved_state, strict=False)
+        own = self.state_dict()
+        self.load_state_dict({name: _placed(value, own[name]) for name, value in saved_state.items()}, strict=False)
 
     def __refuse_other_weights(self, saved_state: dict[str, Any]) -> None:
         own = {name: tuple(value.shape) for name, value in self.state_dict().items()}
@@ -430,6 +524,46 @@ class RestorableModule(UpdateModule):
                 f"the checkpoint is of another model: {len(wrong)} weights differ in name or shape, first {name} "
                 f"(here {own.get(name, 'absent')}, checkpoint {saved.get(name, 'absent')})"
             )
+
+
+def _placed(value: Tensor, like: Tensor) -> Tensor:
+    """A whole weight, sharded as `like` is; all ranks have to call this."""
+    if isinstance(value, DTensor) or not isinstance(like, DTensor):
+        return value
+    return distribute_tensor(value.to(like.device), like.device_mesh, like.placements)
+
+
+def _keyed(state: dict[str, Any], names: Mapping[int, str]) -> dict[str, Any]:
+    """The state of an optimizer by the names of its weights instead of their numbers; names stay as they are."""
+    if not state:
+        return state  # of another rank, if rank 0 saves the whole state
+    groups = [group | {"params": [names.get(p, p) for p in group["params"]]} for group in state["param_groups"]]
+    return state | {
+        "state": {names.get(key, key): value for key, value in state["state"].items()},
+        "param_groups": groups,
+    }
+
+
+def _matched(state: dict[str, Any], optimizer: Optimizer, names: Sequence[str]) -> dict[str, Any]:
+    """The state of an optimizer by the numbers that its weights have now; weights that it does not know start anew.
+
+    Args:
+        state: By name, from a checkpoint.
+        optimizer: The optimizer to restore.
+        names: Of its weights, in order.
+    """
+    if any(isinstance(p, int) for group in state["param_groups"] for p in group["params"]):
+        return state  # of an engine or a version that does not name weights
+    own, first = optimizer.state_dict()["param_groups"], 0
+    groups = []
+    for group in own:
+        of_group = names[first : first + len(group["params"])]
+        first += len(of_group)
+        saved = next((g for g in state["param_groups"] if not {*of_group}.isdisjoint(g["params"])), group)
+        groups.append(group | saved | {"params": group["params"]})
+    numbers = {name: number for number, name in enumerate(names)}
+    known = {numbers[name]: value for name, value in state["state"].items() if name in numbers}
+    return state | {"state": known, "param_groups": groups}
 
 
 def _recount(loops: dict[str, Any], before: int, now: int) -> None:

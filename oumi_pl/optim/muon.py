@@ -4,6 +4,7 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
+from torch import Tensor
 from torch.optim import AdamW, Muon, Optimizer
 
 from oumi_pl.errors import UserError
@@ -12,12 +13,31 @@ MATRICES = "matrices"
 """Name of the parameter group that Muon updates: see `oumi_pl.optim.groups.parameter_groups`."""
 
 
+class _Muon(Muon):
+    """torch's Muon, which takes a parameter of several matrices, such as the weights of experts, one by one."""
+
+    def __init__(self, groups: list[dict[str, Any]], *args: Any, **kwargs: Any) -> None:
+        # torch refuses anything but matrices; their number and shape matter only in `step`
+        matrices = [group | {"params": [p.new_empty(0, 0) for p in group["params"]]} for group in groups]
+        super().__init__(matrices, *args, **kwargs)
+        for group, whole in zip(self.param_groups, groups, strict=True):
+            group["params"] = whole["params"]
+
+    def _init_group(self, group: Any, params: list[Tensor], grads: list[Tensor], momenta: list[Tensor]) -> bool:
+        found: tuple[list[Tensor], ...] = ([], [], [])
+        has_complex = super()._init_group(group, *found)
+        for each, target in zip(found, (params, grads, momenta), strict=True):
+            target += [matrix for p in each for matrix in (p.flatten(0, -3).unbind() if p.ndim > 2 else [p])]
+        return has_complex
+
+
 class MuonAdamW(Optimizer):
     """Orthogonalised momentum for hidden matrices, AdamW for embeddings, the head, norms and biases.
 
     Muon (Jordan 2024, kellerjordan.github.io/posts/muon) replaces the momentum of a matrix by the nearest orthogonal
     one. Its updates are scaled to the size of AdamW's (`match_rms_adamw`, Liu et al. 2025, arXiv:2502.16982), so that
-    one learning rate, the one that suits AdamW, serves both.
+    one learning rate, the one that suits AdamW, serves both. The weights of experts, `[experts, in, out]`, are a matrix
+    per expert.
 
     Args:
         params: Groups as `parameter_groups` returns them; those named `matrices` go to Muon.
@@ -52,7 +72,7 @@ class MuonAdamW(Optimizer):
         hidden = [group for group in self.param_groups if group["name"] == MATRICES]
         others = [group for group in self.param_groups if group["name"] != MATRICES]
         scaled = "match_rms_adamw"
-        self._muon = Muon(hidden, lr, weight_decay, momentum=momentum, ns_steps=ns_steps, adjust_lr_fn=scaled)
+        self._muon = _Muon(hidden, lr, weight_decay, momentum=momentum, ns_steps=ns_steps, adjust_lr_fn=scaled)
         self._adamw = AdamW(others, lr, betas, eps, weight_decay, fused=fused) if others else None
         # the inner optimizers' own group dictionaries, which hold their defaults: a schedule that sets `lr` sets it for
         # both

@@ -2,15 +2,20 @@
 
 import os
 import random
+import warnings
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from lightning.fabric.plugins import TorchCheckpointIO
+from torch.distributed.checkpoint._nested_dict import set_element
 
 from oumi_pl.errors import UserError
 from oumi_pl.runs.folders import HALF, remove
+
+META = "meta.pt"
+"""File of a sharded checkpoint, which is a directory, for all but weights and optimizers."""
 
 
 class AtomicCheckpointIO(TorchCheckpointIO):
@@ -50,6 +55,8 @@ class AtomicCheckpointIO(TorchCheckpointIO):
             UserError: if the file is not a checkpoint, or damaged.
         """
         try:
+            if is_sharded_checkpoint(Path(path)):
+                return read_sharded(Path(path))
             content = super().load_checkpoint(path, map_location, weights_only=weights_only is not False)
         except Exception as error:  # any error of torch's is about this file
             raise UserError(f"{path}: can't be read as a checkpoint: {str(error).partition(chr(10))[0]}") from error
@@ -58,6 +65,67 @@ class AtomicCheckpointIO(TorchCheckpointIO):
         if not is_handover and (not isinstance(content, dict) or "state_dict" not in content):
             raise UserError(f"{path}: is not a checkpoint of a run (it has no state_dict)")
         return content
+
+
+def is_sharded_checkpoint(path: Path) -> bool:
+    """Whether a path is a checkpoint that FSDP2 wrote as a directory, a file for each rank."""
+    return (path / META).is_file()
+
+
+def read_sharded(path: Path, optimizers: bool = True) -> dict[str, Any]:
+    """Reads a sharded checkpoint whole, in this process alone, without running code from it.
+
+    Args:
+        path: The directory.
+        optimizers: Whether to read the state of optimizers.
+
+    Returns:
+        What a checkpoint in one file would hold; the state of optimizers is by the names of weights.
+    """
+    from torch.distributed.checkpoint import FileSystemReader
+    from torch.distributed.checkpoint.default_planner import _EmptyStateDictLoadPlanner
+    from torch.distributed.checkpoint.state_dict_loader import _load_state_dict
+
+    class Planner(_EmptyStateDictLoadPlanner):
+        """Creates the tensors that the checkpoint describes."""
+
+        def load_bytes(self, read_item: Any, value: Any) -> None:
+            """As of its base class, which would run code from pickles."""
+            name = read_item.dest_index.fqn
+            set_element(self.original_state_dict, self.mappings[name], torch.load(value, weights_only=True))
+
+    content = torch.load(path / META, map_location="cpu", weights_only=True)
+    shards: dict[str, Any] = {}
+    planner = Planner(keys=None if optimizers else {"state_dict"})
+    with warnings.catch_warnings(action="ignore"):  # about loading in a single process, which is intended
+        _load_state_dict(shards, storage_reader=FileSystemReader(path), planner=planner, no_dist=True)
+    content["state_dict"] = shards.pop("state_dict")
+    if shards:
+        content["optimizer_states"] = [shards[name] for name in sorted(shards)]  # optimizer_0, ...
+    return content
+
+
+WEIGHTS_ONLY = (
+    "this checkpoint holds weights only (a best.ckpt): resume from a step-*.ckpt, or export it and start a new "
+    "run from that model"
+)
+"""The error for a checkpoint that training can't go on from."""
+
+
+def holds_weights_only(path: Path) -> bool:
+    """Whether a checkpoint of a run has no state of optimizers, so that training can't go on from it."""
+    if not is_sharded_checkpoint(path):
+        content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        return "loops" in content and "optimizer_states" not in content
+    from torch.distributed.checkpoint import FileSystemReader
+
+    return not any(name.startswith("optimizer_") for name in FileSystemReader(path).read_metadata().state_dict_metadata)
+
+
+def saved_at(path: Path) -> int:
+    """The step at which a checkpoint was saved."""
+    file = path / META if path.is_dir() else path
+    return int(torch.load(file, map_location="cpu", weights_only=True, mmap=True)["global_step"])
 
 
 def rng_state() -> dict[str, Any]:

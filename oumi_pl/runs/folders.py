@@ -32,6 +32,8 @@ CONFIG = "config.yaml"
 RECIPE = "recipe.yaml"
 METRICS = "metrics.csv"
 CHECKPOINTS = "checkpoints"
+TIME = "trainer.max_time"
+"""What has ended a run, if its time was up."""
 HALF = ".half"
 """Suffix of a checkpoint that is still being written."""
 
@@ -251,9 +253,16 @@ def last_unfinished(root: Path, recipe: str, name: str | None = None) -> Path:
         hint = "there is no run of it; leave --resume out to start one"
         if own:
             newest = [*own][-1]
-            hint = f"{newest} is finished; to train it further: --resume {newest} --trainer.max_steps MORE"
+            hint = f"{newest} is finished; to train it further: {how_to_extend(newest, own[newest])}"
         raise UserError(f"--resume: nothing to resume for {whose} in {root}: {hint}")
     return unfinished[-1]
+
+
+def how_to_extend(run: Path, state: dict[str, Any]) -> str:
+    """The options that train a finished run further."""
+    if state.get("ended_by") == TIME:  # what the run has taken so far counts
+        return f"--resume {run} --{TIME} LONGER (the time of the whole run, as in 00:12:00:00; or null)"
+    return f"--resume {run} --trainer.max_steps MORE (or --trainer.max_epochs)"
 
 
 def last_model(root: Path, recipe: str) -> Path | None:

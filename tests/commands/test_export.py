@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from oumi_pl.__main__ import main
@@ -233,7 +234,9 @@ def test_a_sharded_run(tmp_path, lora):
         timeout=300,
     )
     assert done.returncode == 0, done.stderr[-3000:]
+    assert "error" not in done.stderr.lower(), done.stderr[-3000:]  # of the other rank
     run = tmp_path / "runs" / "recipe"
+    assert "lm_head.weight" not in load_file(run / "model" / "model.safetensors"), "tied weights were written twice"
     live = AutoModelForCausalLM.from_pretrained(run / "model")
     assert json.loads((run / "model" / "config.json").read_text())["tie_word_embeddings"]
     assert (run / "checkpoints" / "best.ckpt").is_dir()

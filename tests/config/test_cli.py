@@ -142,3 +142,14 @@ def test_other_commands(cli):
 def test_help(cli, args):
     assert "--" in cli.works(*args)
     assert not (cli.directory / "runs").exists()
+
+
+def test_a_short_name_is_torchs_though_a_library_has_one_like_it(cli, monkeypatch):
+    """Bitsandbytes has optimizers of torch's names, transformers one; they are imported by other libraries."""
+    from transformers.optimization import Adafactor
+
+    assert Adafactor.__module__ == "transformers.optimization"
+    adafactor = {"class_path": "Adafactor", "init_args": {"lr": 0.01}}
+    cli.recipe({"model.init_args.optimizer": adafactor, "trainer.max_steps": 1})
+    cli.works(*FIT)
+    assert config(cli, "runs/r")["model"]["init_args"]["optimizer"]["class_path"] == "torch.optim.Adafactor"

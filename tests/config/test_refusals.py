@@ -1,9 +1,13 @@
 """What a user may do wrong with data, models, checkpoints and what has to go together; nothing is begun for it."""
 
+import re
 import sys
 
+import lightning as L
 import pytest
 import torch
+import yaml
+from lightning.pytorch.strategies import ModelParallelStrategy
 
 from oumi_pl.callbacks.predictions import Predictions
 from oumi_pl.config import refusals
@@ -200,3 +204,57 @@ def test_checkpoint(cli, command, path, message):
     cli.write("folder/x.ckpt", "abc")
     torch.save({"weight": torch.zeros(2)}, "weights.pt")
     assert message in cli.fails(command, "--config", "r.yaml", "--ckpt_path", path)
+
+
+# ---- callbacks of Lightning, and strategies
+
+CALLBACKS = "lightning.pytorch.callbacks."
+
+
+@pytest.mark.parametrize(
+    ("name", "arguments", "says"),
+    [
+        ("StochasticWeightAveraging", {"swa_lrs": 1e-3}, "would average nothing; take WeightAveraging, or "),
+        ("ModelPruning", {"pruning_fn": "l1_unstructured"}, "looks for weights before they are built"),
+        ("BatchSizeFinder", {}, "`fit --dry_run` measures the memory of a batch_size"),
+    ],
+)
+def test_callbacks_that_can_not_work_are_refused_by_name(cli, name, arguments, says):
+    cli.recipe({"trainer.callbacks": [{"class_path": CALLBACKS + name, "init_args": arguments}]})
+    message = cli.fails(*FIT)
+    assert f"trainer.callbacks: {name} " in message
+    assert says in message
+
+
+def test_the_class_that_averages_instead_is_accepted(cli):
+    for name in (f"{CALLBACKS}WeightAveraging", "oumi_pl.callbacks.ema.EMA"):
+        cli.recipe({"trainer.callbacks": [{"class_path": name}]})
+        cli.works(*FIT)
+
+
+@pytest.mark.parametrize(
+    ("option", "says"),
+    [
+        ("--trainer.accumulate_grad_batches=2", "trainer.accumulate_grad_batches: .* keep one"),
+        ("--val_every=2", "val_every: .* trainer.val_check_interval"),
+        ("--max_tokens=5000", "max_tokens: .* trainer.max_steps or max_epochs"),
+    ],
+)
+def test_a_schedule_of_accumulation_is_refused_beside_what_it_changes(cli, option, says):
+    schedule = {"class_path": f"{CALLBACKS}GradientAccumulationScheduler", "init_args": {"scheduling": {0: 1, 1: 2}}}
+    cli.recipe({"trainer.callbacks": [schedule], "trainer.max_steps": GONE, "data.init_args.validation": 0.3})
+    assert re.search(says, cli.fails(*FIT, option))
+
+
+@pytest.mark.parametrize("devices", [2, "auto"])
+def test_the_advice_for_deepspeed_is_a_strategy_that_is_accepted(cli, devices):
+    message = cli.fails(*FIT, "--trainer.strategy=deepspeed_stage_2", f"--trainer.devices={devices}")
+    advised = yaml.safe_load(message.partition("strategy: ")[2].partition("}}")[0].partition("strategy: ")[2] + "}}")
+    sizes = advised["init_args"]
+    if devices == "auto":
+        assert "(N is the number of devices)" in message
+        sizes["data_parallel_size"] = 2
+    assert sizes == {"data_parallel_size": 2, "tensor_parallel_size": 1}
+    strategy = ModelParallelStrategy(**sizes)
+    trainer = L.Trainer(accelerator="cpu", devices=2, strategy=strategy, logger=False, enable_checkpointing=False)
+    assert trainer.strategy is strategy

@@ -92,8 +92,8 @@ def test_a_resumed_epoch_counts_the_limit_from_its_beginning():
 
 
 def stream_loader(layout, limit, made, length_known):
-    updates = -(-made.rows_till_exhausted // layout.rows_per_update) if length_known else None
-    return StreamLoader(made.stream, layout, partial(batch_of, pad_id=0), updates=updates, limit=limit)
+    rows = made.rows_till_exhausted if length_known else None
+    return StreamLoader(made.stream, layout, partial(batch_of, pad_id=0), rows=rows, limit=limit)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS, ids=str)

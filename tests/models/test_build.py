@@ -3,6 +3,7 @@
 import json
 import socket
 import time
+from importlib.metadata import PackageNotFoundError
 
 import pytest
 import torch
@@ -13,7 +14,7 @@ from oumi_pl.data.sft import SFTData
 from oumi_pl.data.tokenizers import ByteTokenizer
 from oumi_pl.errors import UserError
 from oumi_pl.losses.causal import CrossEntropy
-from oumi_pl.models import hub
+from oumi_pl.models import build, hub
 from oumi_pl.models.build import build_model
 from oumi_pl.models.lm import LM
 from tests.tiny import LLAMA
@@ -84,6 +85,17 @@ def test_rope_values_may_have_their_old_names():
     values = {"vocab_size": 97, "rope_theta": 5.0, "rope_scaling": {"rope_type": "linear", "factor": 2.0}}
     rope = build_model(None, config=LLAMA | values).config.rope_parameters
     assert rope == {"rope_type": "linear", "factor": 2.0, "rope_theta": 5.0}
+
+
+def test_values_that_a_model_reads_though_its_config_does_not_declare_them(tmp_path, tokenizer):
+    """Qwen3-MoE reads `head_dim` with `getattr`."""
+    moe = LLAMA | {"model_type": "qwen3_moe", "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16}
+    assert build_model(None, config=moe, tokenizer=tokenizer).model.layers[0].self_attn.head_dim == 8
+    hf = build_model(None, config=moe | {"head_dim": 16}, tokenizer=tokenizer)
+    assert hf.model.layers[0].self_attn.head_dim == 16
+    hf.save_pretrained(tmp_path)
+    assert torch.equal(logits(build_model(str(tmp_path), config={"head_dim": 16})), logits(hf))
+    refused(["model.config.head_dims"], None, config=moe | {"head_dims": 16}, tokenizer=tokenizer)
 
 
 def test_attention_falls_back_where_an_architecture_lacks_it(tokenizer):
@@ -339,17 +351,18 @@ def count_calls(hf):
     return calls
 
 
-def test_quantization_without_its_requirements_is_refused(tmp_path):
+def test_quantization_without_its_requirements_is_refused(tmp_path, monkeypatch):
     save(tmp_path)
-    words = ["model.quantization", "CUDA" if hub_has("bitsandbytes") else "oumi_pl[gpu]"]
-    if not (hub_has("bitsandbytes") and torch.cuda.is_available()):
-        refused(words, str(tmp_path), quantization="nf4", lora={"r": 4})
 
+    def absent(name):
+        raise PackageNotFoundError(name)
 
-def hub_has(package):
-    from importlib.util import find_spec
-
-    return find_spec(package) is not None
+    monkeypatch.setattr(build, "version", absent)
+    refused(["model.quantization", "oumi_pl[gpu]"], str(tmp_path), quantization="nf4", lora={"r": 4})
+    monkeypatch.setattr(build, "version", lambda name: "0.49.2")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    words = ["model.quantization", "without a CUDA device needs bitsandbytes 0.50", "0.49.2 is installed"]
+    refused(words, str(tmp_path), quantization="nf4", lora={"r": 4})
 
 
 def test_damaged_weights_are_refused(tmp_path):

@@ -9,6 +9,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 from oumi_pl.data.template import apply_template, load_template
 from oumi_pl.data.tokenizers import ByteTokenizer
 from oumi_pl.errors import UserError
+from oumi_pl.models import export
 from oumi_pl.models.build import build_model
 from oumi_pl.models.export import HEADS, export_model, read_heads
 from oumi_pl.models.lm import LM
@@ -105,6 +106,77 @@ def test_a_merged_adapter(tmp_path, tied, lora):
     model.hf.train()
     loss_of(model.hf, batch()).backward()
     assert all(p.grad.norm() > 0 for p in model.parameters() if p.requires_grad)
+
+
+EMBEDDINGS = {
+    "embedding": {"target_modules": ["q_proj", "embed_tokens"]},
+    "head": {"target_modules": ["q_proj", "lm_head"]},
+    "both": {"target_modules": ["q_proj", "embed_tokens", "lm_head"]},
+    "whole": {"target_modules": ["q_proj"], "modules_to_save": ["embed_tokens"]},
+}
+"""LoRA that changes embedding or head, which share a weight."""
+
+
+@pytest.mark.parametrize("lora", EMBEDDINGS)
+def test_an_adapter_on_tied_embeddings_is_merged_into_an_untied_model(tmp_path, lora):
+    """And training on from the folder of the adapter starts from the same model."""
+    base = pretrained(tmp_path / "base", tie_word_embeddings=True)
+    model = LM(moved(base, lora={"r": 4} | EMBEDDINGS[lora]))
+    before = logits(model.hf)
+    export_model(model, tmp_path / "merged", merge=True)
+    assert not assert_same(tmp_path / "merged", model.hf, 1e-5).config.tie_word_embeddings
+    assert torch.equal(logits(model.hf), before)
+    assert model.base.config.tie_word_embeddings
+    export_model(model, tmp_path / "alone")
+    again = build_model(str(tmp_path / "alone"))
+    assert (logits(again) - before).abs().max() <= 1e-5 * before.abs().max()
+    export_model(LM(again), tmp_path / "again")
+    assert_same(tmp_path / "again", model.hf, 1e-5)
+
+
+def test_an_adapter_that_leaves_tied_embeddings_equal_is_merged_into_a_tied_model(tmp_path):
+    """`ensure_weight_tying`: embedding and head have one adapter."""
+    base = pretrained(tmp_path / "base", tie_word_embeddings=True)
+    saved = {"modules_to_save": ["embed_tokens"], "target_modules": ["q_proj"], "ensure_weight_tying": True}
+    model = LM(moved(base, lora={"r": 4} | saved))
+    export_model(model, tmp_path / "merged", merge=True)
+    assert assert_same(tmp_path / "merged", model.hf, 1e-5).config.tie_word_embeddings
+
+
+def test_an_export_that_is_another_model_is_refused(tmp_path, monkeypatch):
+    """Merged into tied embeddings, as PEFT does it by itself."""
+    base = pretrained(tmp_path / "base", tie_word_embeddings=True)
+    model = LM(moved(base, lora={"r": 4} | EMBEDDINGS["embedding"]))
+    monkeypatch.setattr(export, "merged", lambda hf: hf.merge_and_unload())
+    with pytest.raises(UserError, match=r"exported LlamaForCausalLM is not the trained model: its logits are off by"):
+        export_model(model, tmp_path / "out", merge=True)
+    assert [path.name for path in tmp_path.iterdir()] == ["base"]
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+def test_a_weight_that_is_not_written_is_noticed_in_any_precision(tmp_path, monkeypatch, dtype):
+    model = LM(build_model(None, config=LLAMA | {"vocab_size": 97}, dtype=dtype))
+    export_model(model, tmp_path / "right")
+    save = type(model.hf).save_pretrained
+
+    def forget(hf, folder, **kwargs):
+        state = {n: torch.zeros_like(v) if n == "model.norm.weight" else v for n, v in hf.state_dict().items()}
+        save(hf, folder, **kwargs | {"state_dict": state})
+
+    monkeypatch.setattr(type(model.hf), "save_pretrained", forget)
+    with pytest.raises(UserError, match="is not the trained model"):
+        export_model(model, tmp_path / "wrong")
+
+
+def test_the_comparison_leaves_generators_and_training_modes_as_they_were(tmp_path):
+    model = LM(build_model(None, config=LLAMA | {"vocab_size": 97, "attention_dropout": 0.5}))
+    model.hf.model.layers[0].eval()
+    modes = [module.training for module in model.modules()]
+    torch.manual_seed(3)
+    state = torch.get_rng_state()
+    export_model(model, tmp_path / "out")
+    assert [module.training for module in model.modules()] == modes
+    assert torch.equal(torch.get_rng_state(), state)
 
 
 def test_a_mixture_of_experts(tmp_path):

@@ -14,6 +14,7 @@ from oumi_pl.models.build import build_model
 from oumi_pl.models.lm import LM
 from oumi_pl.modules.sft import SFT
 from oumi_pl.runs.checkpoints import AtomicCheckpointIO
+from tests.architectures import small
 from tests.tiny import LLAMA, data, trainer
 from tests.trees import batch_of_rows
 
@@ -80,6 +81,70 @@ def test_all_linear_layers_but_the_head_by_default(tmp_path):
     assert names == LINEAR
     assert all(".lora_A." in name or ".lora_B." in name for name in trainable(hf))
     assert len(trainable(hf)) == 2 * 2 * len(LINEAR)
+
+
+MIXTURES = [
+    "mixtral",
+    "qwen2_moe",
+    "qwen3_moe",
+    "qwen3_next",
+    "gpt_oss",
+    "granitemoe",
+    "deepseek_v3",
+    "phimoe",
+    "llama4_text",
+]
+
+OTHERS = ["embed_tokens", "lm_head", "conv1d"]
+
+
+def gradients_of_weights(hf):
+    """Names of the weights, by hooks on nothing but the parameters: those that a batch of many tokens reaches."""
+    ids = torch.arange(4 * 60).view(4, 60) % 90
+    hf(input_ids=ids, use_cache=False).logits.square().sum().backward()
+    return {name for name, p in hf.named_parameters() if p.grad is not None and p.grad.any()}
+
+
+@pytest.mark.parametrize("name", MIXTURES)
+def test_all_linear_includes_experts_and_routers_of_every_architecture(name):
+    """Every matrix of the layers has an adapter: as many as a full fine-tuning would train."""
+    config = small(name)
+    hf = build_model(None, config=config)
+    matrices = {n for n, p in hf.named_parameters() if p.ndim > 1 and not any(x in n for x in OTHERS)}
+    with_adapters = moved(None, config=config, lora={"r": 2})
+    adapted = set()
+    for path, module in with_adapters.get_base_model().named_modules():
+        if hasattr(module, "lora_A") and len(module.lora_A):
+            layer = path.replace(".base_layer", "")
+            adapted.add(f"{layer}.{getattr(module, 'parameter_name', 'weight')}")
+    assert adapted == matrices
+    reached = gradients_of_weights(with_adapters)
+    assert all(n in reached for n in trainable(with_adapters)), "an adapter changes nothing"
+
+
+def test_all_linear_leaves_out_what_the_model_reads_without_calling():
+    """Jamba multiplies with the weight of `dt_proj` itself: an adapter there would be trained for nothing."""
+    hf = build_model(None, config=small("jamba"), lora={"r": 2})
+    names = {name.split(".lora_")[0].rsplit(".", 1)[-1] for name in trainable(hf)}
+    assert "dt_proj" not in names
+    assert {"in_proj", "x_proj", "out_proj"} <= names
+
+
+@pytest.mark.parametrize("name", ["mamba", "falcon_h1"])
+def test_all_linear_leaves_out_what_peft_refuses(name):
+    hf = build_model(None, config=small(name), lora={"r": 2})
+    names = {name.split(".lora_")[0].rsplit(".", 1)[-1] for name in trainable(hf)}
+    assert "in_proj" in names
+    assert "out_proj" not in names
+
+
+@pytest.mark.parametrize("lora", [{"lora_dropout": 0.1}, {"use_dora": True}])
+def test_what_adapters_of_experts_can_not_do_is_refused(lora):
+    with pytest.raises(
+        UserError, match=rf"model\.lora: {next(iter(lora))}.* the weights of experts.*name target_modules"
+    ):
+        build_model(None, config=small("gpt_oss"), lora={"r": 2} | lora)
+    build_model(None, config=small("gpt_oss"), lora={"r": 2, "target_modules": ["q_proj"]} | lora)
 
 
 def test_unknown_layers_are_an_error_that_lists_the_known_ones(tmp_path):

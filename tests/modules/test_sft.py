@@ -86,7 +86,7 @@ def test_a_model_that_mixes_packed_documents_reads_them_as_padded_rows(tmp_path,
 
 def test_packs_that_leak_would_be_caught(tmp_path, monkeypatch):
     alone = weights(trained_at_once(tmp_path, LEAKING["see each other"]))
-    monkeypatch.setattr("oumi_pl.models.lm.choose_layout", lambda hf, share: (documents, ""))
+    monkeypatch.setattr("oumi_pl.models.lm.choose_layout", lambda *_: (documents, ""))
     packed = weights(trained_at_once(tmp_path, LEAKING["see each other"], packing=True))
     assert distance(packed, alone) > 1e-4
 

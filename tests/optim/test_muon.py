@@ -2,13 +2,17 @@
 
 import copy
 
+import lightning as L
 import pytest
 import torch
 from torch import nn
 
 from oumi_pl.errors import UserError
+from oumi_pl.modules.sft import SFT
 from oumi_pl.optim import parameter_groups
 from oumi_pl.optim.muon import MuonAdamW
+from tests.architectures import small
+from tests.tiny import data, fit, weights
 
 
 def network():
@@ -49,6 +53,60 @@ def test_equals_muon_and_adamw_side_by_side():
     assert all(torch.equal(a, b) for a, b in zip(got, expected, strict=True))
     assert [group["name"] for group in optimizer.param_groups] == ["matrices", "embeddings", "no_decay"]
     assert optimizer.param_groups[2]["weight_decay"] == 0
+
+
+class Experts(nn.Module):
+    """A stack of matrices as one parameter, or as many."""
+
+    def __init__(self, stacked):
+        super().__init__()
+        torch.manual_seed(0)
+        values = torch.randn(3, 8, 16)
+        self.weights = nn.ParameterList(
+            [nn.Parameter(values)] if stacked else [nn.Parameter(v.clone()) for v in values]
+        )
+
+    def forward(self, x):
+        stack = self.weights[0] if len(self.weights) == 1 else torch.stack(list(self.weights))
+        return torch.einsum("bi,eio->beo", x, stack).tanh().sum((0, 2)) @ torch.tensor([1.0, 2.0, -1.0])
+
+
+def test_each_expert_is_a_matrix_of_its_own():
+    results = []
+    for stacked in (True, False):
+        model = Experts(stacked)
+        optimizer = MuonAdamW(parameter_groups(model.named_parameters()), lr=0.01, weight_decay=0.1)
+        for step in range(4):
+            if step == 2:  # from its state
+                state = copy.deepcopy(optimizer.state_dict())
+                optimizer = MuonAdamW(parameter_groups(model.named_parameters()), lr=0.5)
+                optimizer.load_state_dict(state)
+            model.zero_grad()
+            torch.manual_seed(step)
+            model(torch.randn(5, 8)).backward()
+            optimizer.step()
+        results.append(torch.cat([w.detach().view(-1, 8, 16) for w in model.weights]))
+    assert torch.equal(*results)
+    assert not torch.equal(results[0], torch.stack(list(Experts(False).weights)))
+
+
+@pytest.mark.parametrize("name", ["mixtral", "gpt_oss", "granitemoe"])
+def test_a_mixture_of_experts_trains(tmp_path, name):
+    config = {k: v for k, v in small(name).items() if k != "vocab_size"}
+    sft = SFT(config=config, optimizer=lambda params: MuonAdamW(params, lr=0.01))
+    before = {}
+    fit(sft, data(tmp_path, 8, batch_size=4), max_steps=2, callbacks=[Remember(before)])
+    experts = [n for n, p in sft.causal_lm.hf.named_parameters() if p.ndim == 3]
+    assert experts
+    assert all(not torch.equal(weights(sft)[n], before[n]) for n in experts)
+
+
+class Remember(L.Callback):
+    def __init__(self, into):
+        self.into = into
+
+    def on_train_start(self, trainer, pl_module):
+        self.into |= weights(pl_module)
 
 
 def test_goes_on_from_its_state():

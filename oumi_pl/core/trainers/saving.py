@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from oumi_pl.core.trainers.kinds import Adapted, Pretrained, bare
 from oumi_pl.errors import UserError
+from oumi_pl.models.lora import merged
 
 ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors")
 
@@ -52,7 +53,7 @@ def _save_peft(model: Any, directory: Path, mode: str) -> None:
         model.save_pretrained(adapter)
         for name in ADAPTER_FILES:  # a checkpoint of the adapter would be put on the merged model once more
             (directory / name).unlink(missing_ok=True)
-        copy.deepcopy(model).merge_and_unload(safe_merge=True).save_pretrained(directory)
+        merged(copy.deepcopy(model)).save_pretrained(directory)
         return
     model.save_pretrained(directory)
     if mode == "ADAPTER_AND_BASE_MODEL":
