@@ -8,12 +8,12 @@ import math
 from dataclasses import replace
 from typing import Any
 
-from oumi_pl.data.formats import FORMATS, Formats, find_format, kind_name, text
+from oumi_pl.data.formats import FORMATS, Formats, columns_read, find_format, kind_name, reads, text
 from oumi_pl.data.preferences import PREFERENCE_FORMATS
 from oumi_pl.errors import UserError
 from oumi_pl.types import Conversation, Feedback, Preference, Record, Row, Text
 
-LABELS = ("label", "desirable", "thumbs", "feedback", "score", "rating")
+LABELS = ("label", "kto_tag", "desirable", "thumbs", "feedback", "score", "rating")
 """Columns that may hold the label; the first that a row has is read."""
 _WORDS = {
     **dict.fromkeys(("true", "yes", "up", "thumbs up", "good", "desirable", "positive", "like", "chosen", "👍"), True),
@@ -23,6 +23,12 @@ _WORDS = {
 _RESPONSE_FORMATS: Formats = tuple((function, columns) for function, columns in FORMATS if function is not text)
 
 
+def _read_by(formats: Formats) -> set[str]:
+    """The columns that any of these formats reads."""
+    return {column for function, _ in formats for column in columns_read(function) or ()}
+
+
+@reads(*_read_by(PREFERENCE_FORMATS))
 def pair_feedback(row: Row) -> list[Record]:
     """Reads a pair in any format of preference data: the chosen response is desirable, the rejected one is not.
 
@@ -34,6 +40,7 @@ def pair_feedback(row: Row) -> list[Record]:
     return [Feedback(pair.chosen, True), Feedback(pair.rejected, False)]
 
 
+@reads(*LABELS, *_read_by(_RESPONSE_FORMATS))
 def feedback(row: Row) -> Feedback:
     """Reads a prompt and a response as fine-tuning data has them, and a column with the label.
 
