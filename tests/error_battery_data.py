@@ -63,8 +63,8 @@ ROWS = {
     "missing column": reads(jsonl(GOOD, {"prompt": "a"}), "data.jsonl:2: no column 'response'; known: 'prompt'"),
     "response without a label": reads(
         jsonl(GOOD),
-        "data.jsonl:1: no column says whether the response is good; known: label, desirable, thumbs, feedback, score, "
-        "rating; say which of your columns it is with `columns`, e.g. {label: my_column}",
+        "data.jsonl:1: no column says whether the response is good; known: label, kto_tag, desirable, thumbs, "
+        "feedback, score, rating; say which of your columns it is with `columns`, e.g. {label: my_column}",
         **{"model.class_path": "KTO", "data.class_path": "KTOData"},
     ),
     "mixed formats": reads(

@@ -96,7 +96,7 @@ def test_compare_with_trl(cli):
 ROWS = {
     "no label": (
         [{"prompt": "a", "response": "b"}],
-        "feedback.jsonl:1: no column says whether the response is good; known: label, desirable, thumbs",
+        "feedback.jsonl:1: no column says whether the response is good; known: label, kto_tag, desirable, thumbs",
     ),
     "a label of words": (
         [{"prompt": "a", "response": "b", "label": "so so"}],
@@ -104,7 +104,7 @@ ROWS = {
     ),
     "a score": (
         [{"prompt": "a", "response": "b", "score": 4.5}],
-        "feedback.jsonl:1: the label 4.5 is a score; set data.threshold",
+        "the label is a number besides 1, 0 and -1, and so a score; set data.threshold",
     ),
     "one prompt": (
         [{"prompt": "a", "response": str(i), "label": i % 2} for i in range(8)],

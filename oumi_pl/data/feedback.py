@@ -13,7 +13,7 @@ from oumi_pl.data.preferences import PREFERENCE_FORMATS
 from oumi_pl.errors import UserError
 from oumi_pl.types import Conversation, Feedback, Preference, Record, Row, Text
 
-LABELS = ("label", "desirable", "thumbs", "feedback", "score", "rating", "kto_tag")
+LABELS = ("label", "kto_tag", "desirable", "thumbs", "feedback", "score", "rating")
 """Columns that may hold the label; the first that a row has is read."""
 _WORDS = {
     **dict.fromkeys(("true", "yes", "up", "thumbs up", "good", "desirable", "positive", "like", "chosen", "👍"), True),
@@ -24,7 +24,7 @@ _RESPONSE_FORMATS: Formats = tuple((function, columns) for function, columns in 
 
 
 def _read_by(formats: Formats) -> set[str]:
-    """The columns that at least one of some formats reads."""
+    """The columns that any of these formats reads."""
     return {column for function, _ in formats for column in columns_read(function) or ()}
 
 

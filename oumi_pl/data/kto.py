@@ -96,7 +96,8 @@ class KTOData(ChatData):
         if label in (-1, 0, 1):
             return label == 1
         raise UserError(
-            f"the label {label:g} is a score; set data.threshold to the lowest score of a desirable response"
+            "the label is a number besides 1, 0 and -1, and so a score; set data.threshold to the lowest score of a "
+            "desirable response"
         )
 
     def uncut(self, record: Record) -> tuple[Example, list[np.ndarray]] | None:
@@ -275,6 +276,11 @@ def _checked(record: Record) -> Feedback:
 
 
 def _labelled(example: Example | Dropped, desirable: bool | None) -> Example | Dropped:
-    if desirable is None:
-        return Dropped(NO_LABEL)
-    return example if isinstance(example, Dropped) else replace(example, fields={DESIRABLE: float(desirable)})
+    if isinstance(example, Dropped):
+        return example
+    if example.weights is not None:
+        raise UserError(
+            "a turn or the row has a weight besides 0 and 1, and KTO counts whole responses; leave weights out, or set "
+            "model.desirable_weight for all desirable rows"
+        )
+    return Dropped(NO_LABEL) if desirable is None else replace(example, fields={DESIRABLE: float(desirable)})

@@ -60,6 +60,7 @@ def test_responses_in_all_formats_of_sft(row, response):
         *(("label", value, False) for value in (False, 0, -1, "false", "thumbs-down", "👎", "bad", "0", "no")),
         ("desirable", True, True),
         ("thumbs", "down", False),
+        ("kto_tag", "true", True),
         ("feedback", "positive", True),
     ],
 )
@@ -75,8 +76,29 @@ def test_scores_are_compared_with_a_threshold(tmp_path, column):
     data = make(file, threshold=3.0)
     assert data.desirable("train").tolist() == [True, False, True, False, True, False]
     assert make(file, threshold=1.0).desirable("train").tolist() == [True, True, True, True, True, False]
-    with pytest.raises(UserError, match=r"the label 4\.5 is a score; set data\.threshold .*rows\.jsonl:1"):
+    with pytest.raises(UserError, match=r"rows.jsonl:1: the label is a number .* so a score; set data\.threshold"):
         make(file)
+
+
+def test_weights_of_turns(tmp_path):
+    """A turn may carry no loss; other weights are refused, since whole responses count."""
+
+    def rows(weight):
+        turns = [*TURNS, {"role": "user", "content": "more"}, {"role": "assistant", "content": "b", "weight": weight}]
+        return [{"prompt": turns[:1], "completion": turns[1:], "label": True}, *rows_with([True])]
+
+    data = make(write_jsonl(tmp_path / "rows.jsonl", rows(0)[:1]), template="chatml")
+    example = data.examples("train")[0]
+    assert text_of(data, example.input_ids[example.loss_mask]) == "a<|im_end|>"
+    with pytest.raises(UserError, match="a weight besides 0 and 1, and KTO counts whole responses"):
+        make(write_jsonl(tmp_path / "half.jsonl", rows(0.5)[:1]), template="chatml")
+
+
+def test_columns_that_carry_meaning_and_are_not_read_are_refused(tmp_path):
+    rows = [row | {"reasoning": "because"} for row in rows_with([True, False])]
+    with pytest.raises(UserError, match="reasoning"):
+        make(write_jsonl(tmp_path / "rows.jsonl", rows))
+    make(write_jsonl(tmp_path / "system.jsonl", [row | {"system": "be kind"} for row in rows_with([True, False])]))
 
 
 def test_rows_without_a_label_are_dropped_and_counted(tmp_path):
@@ -89,7 +111,10 @@ def test_rows_without_a_label_are_dropped_and_counted(tmp_path):
 @pytest.mark.parametrize(
     ("row", "message"),
     [
-        ({"prompt": "q", "response": "a"}, r":1: no column says whether the response is good; known: label, desirable"),
+        (
+            {"prompt": "q", "response": "a"},
+            r":1: no column says whether the response is good; known: label, kto_tag, desirable",
+        ),
         (
             {"prompt": "q", "response": "a", "label": "perhaps"},
             r":1: column 'label' holds 'perhaps' instead of a label",
