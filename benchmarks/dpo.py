@@ -146,9 +146,9 @@ def run_ours(folder: Path, scratch: Path, **options: Any) -> Result:
     baseline, clock = peak_memory(), Clock()
 
     class Timed(DPO):
-        def on_fit_start(self) -> None:
+        def begin_fit(self) -> None:
             start = time.perf_counter()
-            super().on_fit_start()  # where the reference is computed
+            super().begin_fit()  # where the reference is computed
             clock.beforehand = time.perf_counter() - start
 
     class Watch(L.Callback):

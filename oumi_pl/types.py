@@ -410,11 +410,26 @@ SPLITS = {"fit": ("train", "validation"), "validate": ("validation",), "test": (
 
 
 class TokenLoss(ABC):
-    """A loss per token. Subclass it and name the class by `class_path` to train with it."""
+    """A loss per token. Subclass it and name the class by `class_path` to train with it.
+
+    A loss with parameters of its own (a learned temperature) is an `nn.Module` as well: they are trained with the model
+    and kept in checkpoints. Define `__call__` all the same, not `forward`.
+    """
 
     @abstractmethod
     def __call__(self, logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-        """Maps float32 `logits` `[n, vocab]` and `targets` `[n]` to losses `[n]`, token by token."""
+        """Maps float32 `logits` `[n, vocab]` and `targets` `[n]` to losses `[n]`, token by token.
+
+        It is called with a chunk of tokens at a time, and once for each token of a batch.
+        """
+
+    def metrics(self, logits: torch.Tensor, targets: torch.Tensor) -> dict[str, torch.Tensor]:
+        """Metrics by name, `[n]` each, whose means over the targets are logged in training, validation and test.
+
+        Called without gradients, on the same chunks as the loss. The names are the same for every chunk, also for one
+        without tokens.
+        """
+        return {}
 
 
 @dataclass(frozen=True)
@@ -497,6 +512,13 @@ class PreferenceLoss(ABC):
     @abstractmethod
     def __call__(self, pairs: Pairs) -> torch.Tensor:
         """Maps pairs to losses `[pairs]`; an update minimises their mean."""
+
+    def metrics(self, pairs: Pairs) -> dict[str, torch.Tensor]:
+        """Metrics by name, `[pairs]` each, whose means are logged in training, validation and test.
+
+        Called without gradients. The names are the same for every batch, also for one without pairs.
+        """
+        return {}
 
     def rewards(self, pairs: Pairs) -> tuple[torch.Tensor, torch.Tensor]:
         """Implicit rewards of the chosen and the rejected responses, `[pairs]` each, for the metrics.

@@ -45,6 +45,7 @@ def save(checkpoint: Path, trainer: Any, metrics_row: dict[str, float], checkpoi
         "data": trainer.datamodule.state_dict(),
         "micro_batches": trainer.accumulate_grad_batches,
         "tokens_seen": dict(module.tokens_seen),
+        "optimizer_settings": module.optimizer_settings,
         "metrics_row": metrics_row,
         "metrics": {k: float(v) for k, v in trainer.callback_metrics.items()},
         "reference": module.reference.state() if module.reference is not None else {},
@@ -72,6 +73,7 @@ def load(checkpoint: Path, trainer: Any, folder: Any, checkpoints: Any) -> dict[
     module = trainer.lightning_module
     trainer.datamodule.load_state_dict(content["data"])
     module.tokens_seen = content["tokens_seen"]
+    module.saved_optimizer_settings = content.get("optimizer_settings", [])
     if module.reference is not None:
         module.reference.load_state(content["reference"])  # refuses another initial model
     trainer.callback_metrics.update({k: torch.tensor(v) for k, v in content["metrics"].items()})

@@ -103,11 +103,11 @@ class DryRun(L.Callback):
         """Rows of the largest micro-batch of the first epoch, over all ranks; None if all are alike."""
         return self.data.largest_micro_batch()
 
-    def reference_logps(self, split: str, parts: dict[str, Any]) -> Any:
+    def reference_logps(self, split: str, parts: dict[str, Any], width: int = 1) -> Any:
         """Replaces the data module's method: its cache if that is complete, else one of the tried examples alone."""
         data = self.data
         assert isinstance(data, ExampleData)
-        cached = type(data).reference_logps(data, split, parts)
+        cached = type(data).reference_logps(data, split, parts, width)
         if not data.trainer.strategy.broadcast(bool(cached.missing())):
             return cached
         self.measured.rows_without_reference += len(data.compared(split)[0])

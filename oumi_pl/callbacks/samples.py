@@ -97,6 +97,12 @@ class Samples(L.Callback):
         self._chosen: list[tuple[list[int], str]] | None = None
         self._sampled_step = -1
 
+    def _repr_html_(self) -> str:
+        from oumi_pl.report.page import inline
+
+        title = f"samples at step {self._sampled_step:,}" if self.last else "no samples yet"
+        return inline(title, samples=self.last, height=80 + 90 * len(self.last))
+
     @rank_zero_only
     def on_train_start(self, trainer: Any, pl_module: RunModule) -> None:
         """Writes samples before the first update."""

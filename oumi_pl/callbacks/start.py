@@ -44,7 +44,7 @@ def headline(trainer: Any, pl_module: RunModule) -> str:
     """The first line, a summary of the run."""
     data: RunData = trainer.datamodule
     sources: Any = data.sources["train"]
-    names = [source.path for source in as_sources(sources)]
+    names = [source.title for source in as_sources(sources)]
     source = names[0] if len(names) == 1 else f"a mixture of {len(names)} sources"
     model = pl_module.model_name or f"a new {type(pl_module.causal_lm.base).__name__}"
     parameters = short(sum(p.numel() for p in pl_module.parameters()))

@@ -2,7 +2,7 @@
 
 import copy
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from oumi_pl.commands.parser import Parser
 from oumi_pl.errors import UserError, nearby
@@ -54,8 +54,36 @@ def export_checkpoint(checkpoint: Path, output: Path, *, merge: bool = False) ->
     )
 
 
-def built(checkpoint: Path) -> tuple[Any, Any, dict[str, Any], dict[str, Any]]:
+class LoadedCheckpoint(NamedTuple):
+    """A checkpoint, loaded."""
+
+    module: Any
+    """The trainer type, in evaluation mode. `module.causal_lm` is the model, to call with batches."""
+    tokenizer: Any
+    data: Any
+    """The data module of the recipe; it has read nothing yet."""
+    config: dict[str, Any]
+    """The recipe."""
+    metrics: dict[str, float]
+    """The metrics of its step."""
+
+
+def load_checkpoint(path: str | Path) -> LoadedCheckpoint:
+    """Loads the module and the tokenizer of a checkpoint, or of a run folder (its best checkpoint, else its newest).
+
+    Raises:
+        UserError: it can't be read, was not written by a recipe, or its base model can't be loaded.
+    """
+    module, data, config, content = built(find(Path(path).expanduser()), for_batches=True)
+    return LoadedCheckpoint(module.eval(), data.tokenizer, data, config, content.get("metrics", {}))
+
+
+def built(checkpoint: Path, *, for_batches: bool = False) -> tuple[Any, Any, dict[str, Any], dict[str, Any]]:
     """Builds module and data from the config in a checkpoint, and loads the weights.
+
+    Args:
+        checkpoint: The file or folder.
+        for_batches: Whether the model will read batches, which may be packed.
 
     Returns:
         Module, data, parsed config, and the whole content of the checkpoint.
@@ -79,7 +107,7 @@ def built(checkpoint: Path) -> tuple[Any, Any, dict[str, Any], dict[str, Any]]:
     if module.lora is None:  # with `precision: bf16-true`, the weights are bfloat16 whatever `model.dtype` is
         dtype = _dtype(content["state_dict"])
         module.dtype_name = dtype or module.dtype_name
-    module.assemble(data.tokenizer, data.added_tokens, branching=None)
+    module.assemble(data.tokenizer, data.added_tokens, branching=data.branching if for_batches else None)
     module.load_weights(content["state_dict"])
     return module, data, config, content
 

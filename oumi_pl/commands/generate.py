@@ -32,7 +32,7 @@ def main(args: list[str]) -> int:
         _refuse_no_model(Path(options.model).expanduser())
     with meanwhile("loading the model"):
         if options.model:
-            loaded = from_folder(options.model, options.trust_remote_code)
+            loaded = from_folder(options.model, options.trust_remote_code, options.architecture)
         else:
             loaded = from_checkpoint(options.checkpoint.expanduser())
     ids = [prompt_ids(loaded.tokenizer, prompt, options.system, options.raw) for prompt in prompts]
@@ -71,8 +71,13 @@ def main(args: list[str]) -> int:
     return 0
 
 
-def from_folder(name: str, trust_remote_code: bool = False) -> Loaded:
+def from_folder(name: str, trust_remote_code: bool = False, architecture: str | None = None) -> Loaded:
     """Loads a model by folder or hub id in its saved precision; a LoRA adapter is loaded on its base.
+
+    Args:
+        name: The folder or id.
+        trust_remote_code: Run code that came with it.
+        architecture: Class path of the model, if it is one of the user's own.
 
     Raises:
         UserError: the model can't be loaded, or lacks weights.
@@ -86,6 +91,10 @@ def from_folder(name: str, trust_remote_code: bool = False) -> Loaded:
     adapter = Path(path) / "adapter_config.json"
     if adapter.is_file() and (base := json.loads(adapter.read_text()).get("base_model_name_or_path")):
         locate(base, f"--model: the base of the adapter {name}")
+    if architecture is not None:
+        from oumi_pl.models.architectures import register_architecture
+
+        register_architecture(architecture)
     from transformers import AutoModelForCausalLM, AutoTokenizer
     from transformers.utils import logging
 
@@ -188,6 +197,7 @@ def _options(args: list[str]) -> argparse.Namespace:
     parser.add_argument("--seed", type=int, metavar="N", help="seed of sampling")
     parser.add_argument("--json", action="store_true", help="print a line of JSON per prompt")
     parser.add_argument("--trust_remote_code", action="store_true", help="run code that comes with a model")
+    parser.add_argument("--architecture", metavar="CLASS", help="class path of a model of your own, of --model")
     options = parser.parse_args(args)
     if bool(options.model) == bool(options.checkpoint):
         both = "name one of the two" if options.model else "name --model DIR or --checkpoint FILE"

@@ -61,8 +61,11 @@ def _report(args: list[str]) -> int:
 
 
 def _compare(args: list[str]) -> int:
-    """Compares runs: results, differing settings, and a picture of their curves."""
-    what = "Compare runs: results side by side, differing settings, and losses in one picture."
+    """Compares runs: results, means over seeds, differing settings, and a picture of their curves."""
+    what = (
+        "Compare runs: results side by side, differing settings, and losses in one picture. Runs that differ in "
+        "nothing but their seed are one group, with mean and standard deviation, and a band in the picture."
+    )
     parser = _parser("runs compare", what)
     parser.add_argument("run", nargs="+", help="names or folders of two or more runs")
     parser.add_argument("--output", type=Path, help="file of the picture (default: RUNS_DIR/compare.png)")
@@ -86,13 +89,17 @@ def _compare(args: list[str]) -> int:
             raise UserError(f"runs compare: {run.folder} has no metrics yet: not one step was written")
     names = _names(found)
     print(_table(["", *names], [[name, *cells] for name, cells in beside.outcomes(records).items()]))
+    grouped = beside.groups(records, names)
+    if len(grouped) < len(records):
+        print("\nmean ± standard deviation of runs that differ only in their seed:")
+        print(_table(["", *(group.label for group in grouped)], [[n, *c] for n, c in beside.spreads(grouped).items()]))
     differing = beside.differences(records)
     print(f"\ndifferent settings ({' | '.join(names)}):" if differing else "\nno settings differ")
     for key, values in differing.items():
         print(f"  {key}: {' | '.join(values)}")
     if note := beside.incomparable(records):
         print(f"\nnote: {note}")
-    beside.picture(records, names, output)
+    beside.picture(grouped, output)
     print(f"\npicture -> {output}")
     return 0
 

@@ -304,8 +304,9 @@ def instantiate(config: dict[str, Any]) -> tuple[LanguageModule, TextData]:
     """
     quiet()
     parser = Parser()
-    parser.add_subclass_arguments(LanguageModule, "model")
-    parser.add_subclass_arguments(TextData, "data")
+    # as LightningCLI does: a user's optimizer, for example, need not say the type of its parameters
+    parser.add_subclass_arguments(LanguageModule, "model", fail_untyped=False)
+    parser.add_subclass_arguments(TextData, "data", fail_untyped=False)
     tree = {"model": config["model"], "data": config["data"]}
     Checker(options(parser)).check_recipe({key: part for key, part in tree.items() if not isinstance(part, Namespace)})
     with unwrapped_mistakes():

@@ -330,11 +330,14 @@ def _refuse_finished(run: Path, state: Mapping[str, Any], checkpoint: Path | Non
 
 
 PREFIX = "recipe:"
-OPTIONS = ("--model.init_args.model", "--model.model")
+MODELS = ("model", "reference", "teacher")
+"""Arguments of modules that name a model."""
 
 
 def with_model(args: list[str], tree: Mapping[str, Any]) -> list[str]:
-    """Replaces `model: recipe:NAME` by the folder of the model that this recipe trains; trains it first if needed.
+    """Replaces `recipe:NAME`, where a module's argument names a model, by the folder of the model of that recipe.
+
+    Trains the recipe first if it has no finished run.
 
     Args:
         args: The command line.
@@ -343,36 +346,39 @@ def with_model(args: list[str], tree: Mapping[str, Any]) -> list[str]:
     Raises:
         UserError: there is no such recipe, or its run did not finish.
     """
-    values = [value for option in OPTIONS if (value := value_of(option, args)) is not None]
-    name = values[-1] if values else None
-    if name is None:
-        model = tree.get("model")
-        arguments = model.get("init_args") if isinstance(model, Mapping) else None
-        name = arguments.get("model") if isinstance(arguments, Mapping) else None
-    if not isinstance(name, str) or not name.startswith(PREFIX):
-        return args
     root = Path(str(value_of("--runs_dir", args) or tree.get("runs_dir") or "runs")).expanduser()
-    return [*args, f"{OPTIONS[0]}={trained(name.removeprefix(PREFIX), root)}"]
+    model = tree.get("model")
+    arguments = model.get("init_args") if isinstance(model, Mapping) else None
+    replaced = []
+    for key in MODELS:
+        options = (f"--model.init_args.{key}", f"--model.{key}")
+        typed = [value for option in options if (value := value_of(option, args)) is not None]
+        name = typed[-1] if typed else arguments.get(key) if isinstance(arguments, Mapping) else None
+        if isinstance(name, str) and name.startswith(PREFIX):
+            replaced.append(f"{options[0]}={trained(name.removeprefix(PREFIX), root, key)}")
+    return [*args, *replaced]
 
 
-def trained(recipe: str, root: Path) -> Path:
+def trained(recipe: str, root: Path, key: str = "model") -> Path:
     """The model of the newest finished run of a recipe in `root`. Trains the recipe if there is none.
+
+    `key` is the argument that names it, for messages.
 
     Raises:
         UserError: there is no such recipe, or its run did not finish.
     """
     name = recipe_name(find(recipe))
     if model := folders.last_model(root, name):
-        print(f"model: {model}")
+        print(f"{key}: {model}")
         return model
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        raise UserError(f"model: recipe:{recipe} has no finished run in {root}; train it first, in one process")
+        raise UserError(f"{key}: recipe:{recipe} has no finished run in {root}; train it first, in one process")
     command = [sys.executable, "-m", "oumi_pl", "fit", "--config", recipe, "--runs_dir", str(root)]
-    print(f"model: recipe:{recipe} has no finished run in {root}, so it is trained first", flush=True)
+    print(f"{key}: recipe:{recipe} has no finished run in {root}, so it is trained first", flush=True)
     import subprocess
 
     status = subprocess.run(command, check=False).returncode
     model = folders.last_model(root, name)
     if status or model is None:
-        raise UserError(f"model: the run of recipe:{recipe} did not finish; run it separately: fit --config {recipe}")
+        raise UserError(f"{key}: the run of recipe:{recipe} did not finish; run it separately: fit --config {recipe}")
     return model

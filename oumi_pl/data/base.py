@@ -2,7 +2,7 @@
 
 import os
 from abc import abstractmethod
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import cached_property, partial
 from typing import TYPE_CHECKING, Any
 
@@ -14,7 +14,7 @@ from torch.utils.data import DataLoader
 
 from oumi_pl.data.loader import PlanLoader
 from oumi_pl.data.plan import Layout, limited
-from oumi_pl.data.sources import Source, as_sources, is_held_out, is_not_held_out
+from oumi_pl.data.sources import Place, Source, as_sources, is_held_out, is_not_held_out
 from oumi_pl.data.stream_loader import StreamLoader
 from oumi_pl.data.template import ChatTemplate
 from oumi_pl.data.tokenizers import TokenizerFactory, load_tokenizer
@@ -24,7 +24,11 @@ from oumi_pl.types import SPLITS, Row
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-Sources = str | Source | list[str | Source]
+if TYPE_CHECKING:
+    OneSource = Place | Source
+    Sources = OneSource | Sequence[OneSource] | Mapping[str, OneSource]
+else:  # the types of a recipe
+    Sources = str | Source | list[str | Source]
 
 
 class TextData(L.LightningDataModule):
@@ -32,7 +36,8 @@ class TextData(L.LightningDataModule):
 
     Args:
         train: The source of the training rows: a hub id, a file, directory or glob, `bundled/NAME`, or a list of
-            these (a mixture).
+            these (a mixture). From Python also rows in memory (a list of dicts, a `datasets.Dataset`, a pandas
+            DataFrame), or a dict of sources by name.
         validation: A source, or the fraction of the training rows to hold out (chosen by a hash of the row).
         test: Source for `test`.
         predict: Source of prompts for `predict`; the test or validation rows when left out.
@@ -85,7 +90,10 @@ class TextData(L.LightningDataModule):
                 raise UserError(f"data.{name} is {value}, but can't be negative")
         if isinstance(validation, float) and not 0 < validation < 1:
             raise UserError(f"data.validation is {validation}, but a held-out fraction is between 0 and 1")
-        self.sources = {"train": train, "validation": validation, "test": test, "predict": predict}
+        self.sources: dict[str, Any] = {"train": train, "validation": validation, "test": test, "predict": predict}
+        for name, value in self.sources.items():
+            if value is not None and not (name == "validation" and isinstance(value, float)):
+                as_sources(value, f"data.{name}")  # refuses what is no source
         self.tokenizer_spec = tokenizer
         self.max_length = max_length
         self.batch_size = batch_size
@@ -217,7 +225,7 @@ class TextData(L.LightningDataModule):
         if isinstance(held_out, float) and split in ("train", "validation"):
             value = self.sources["train"]
             keep = partial(is_not_held_out if split == "train" else is_held_out, fraction=held_out)
-        return as_sources(value), keep  # type: ignore[arg-type]
+        return as_sources(value, f"data.{split}"), keep
 
     # ---- stages
 

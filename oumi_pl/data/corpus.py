@@ -7,12 +7,13 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from oumi_pl.data.code import code_of, is_own
 from oumi_pl.data.documents import TokenizeDocuments, texts
-from oumi_pl.data.formats import resolve_format
+from oumi_pl.data.formats import Format, format_name, resolve_format
 from oumi_pl.data.rendering import Rendering
 from oumi_pl.data.shards import FORMAT, MADE_FROM, MANIFEST, Shards, write_shards
 from oumi_pl.data.sources import Source, fingerprint, is_on_hub
-from oumi_pl.data.store import cache_key, cache_root, code_of
+from oumi_pl.data.store import cache_key, cache_root
 from oumi_pl.data.tokenizers import tokenizer_fingerprint
 from oumi_pl.errors import UserError
 from oumi_pl.types import Row
@@ -36,8 +37,10 @@ class Part(NamedTuple):
     @property
     def name(self) -> str:
         """The source's name in messages and metrics: the last part of its path, without suffixes."""
-        parts = [part for part in re.split(r"[/\\]", self.source.path) if part and not re.search(r"[*?\[]", part)]
-        return (parts[-1].split(".")[0] if parts else "") or self.source.path
+        if self.source.name is not None or self.source.rows is not None:
+            return self.source.title
+        parts = [part for part in re.split(r"[/\\]", self.source.address) if part and not re.search(r"[*?\[]", part)]
+        return (parts[-1].split(".")[0] if parts else "") or self.source.address
 
     @property
     def prepared(self) -> Path | None:
@@ -48,7 +51,9 @@ class Part(NamedTuple):
         Raises:
             UserError: it holds the shards of several sources, or preparing them was not finished.
         """
-        path = Path(self.source.path).expanduser()
+        if self.source.rows is not None:
+            return None
+        path = Path(self.source.address).expanduser()
         for folder in (path / self.source.split, path):
             if (folder / MANIFEST).is_file() and any(folder.glob("tokens-*.bin")):
                 return folder
@@ -71,7 +76,7 @@ class Part(NamedTuple):
         """Everything that the texts depend on. Of streamed hub data, only the name counts."""
         source = self.source
         if streaming and is_on_hub(source):
-            content = str([source.path, source.config, source.split, source.revision])
+            content = str([source.address, source.config, source.split, source.revision])
         else:
             content = fingerprint(source)
         made_from: list[Any] = [content, source.columns, _format_code(source.format), self.side]
@@ -80,12 +85,12 @@ class Part(NamedTuple):
         return made_from if self.render is None else [*made_from, self.render.template]
 
 
-def _format_code(name: str | None) -> list[str | None]:
+def _format_code(source_format: str | Format | None) -> list[str | None]:
     """Name and code of a source's format, with the user code that it imports."""
-    if name is None:
+    if source_format is None:
         return [None, None]
-    function = resolve_format(name)
-    return [name, inspect.getsource(function) + code_of(function)]
+    function, name = resolve_format(source_format), format_name(source_format)
+    return [name, "" if is_own(function.__module__) else inspect.getsource(function), code_of(function)]
 
 
 def shards_of(part: Part, tokenizer: "PreTrainedTokenizerBase") -> Shards:

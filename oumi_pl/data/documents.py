@@ -10,7 +10,17 @@ from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 import numpy as np
 
-from oumi_pl.data.formats import FORMATS, Format, Formats, find_format, raised, rename_columns, resolve_format, text
+from oumi_pl.data.formats import (
+    FORMATS,
+    Format,
+    Formats,
+    find_format,
+    format_name,
+    raised,
+    rename_columns,
+    resolve_format,
+    text,
+)
 from oumi_pl.data.records import RecordReader
 from oumi_pl.data.sources import Source, rows
 from oumi_pl.data.template import adds_bos
@@ -100,7 +110,7 @@ def texts(
         except Exception as error:
             if source.format is None:
                 raise
-            raise UserError(f"{origin}: {raised(source.format, error)}") from error
+            raise UserError(f"{origin}: {raised(format_name(source.format), error)}") from error
         kept = bool(document.strip())
         counts["kept" if kept else "empty"] += 1
         if kept:

@@ -5,13 +5,14 @@ from abc import abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from datetime import date as Date
 from functools import cached_property, partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, get_args
 
 import numpy as np
 from torch.utils.data import ConcatDataset, DataLoader
 
 from oumi_pl.data import report as reports
 from oumi_pl.data.base import TextData
+from oumi_pl.data.code import code_of, settings_of
 from oumi_pl.data.collate import collate
 from oumi_pl.data.formats import FORMATS, Formats
 from oumi_pl.data.loader import PlanLoader, eval_loader
@@ -19,13 +20,13 @@ from oumi_pl.data.plan import Layout, Plan, mixture_epoch, plan_epoch, plan_in_o
 from oumi_pl.data.records import OnBadRows, RecordReader
 from oumi_pl.data.reference import ReferenceLogps
 from oumi_pl.data.rendering import ChatRenderer, Turns
-from oumi_pl.data.sources import Source, as_sources
-from oumi_pl.data.store import ExampleStore, code_of, example_store
+from oumi_pl.data.sources import Source, as_sources, titles
+from oumi_pl.data.store import ExampleStore, example_store
 from oumi_pl.data.template import apply_template, check_variables, load_template
 from oumi_pl.data.template_date import template_date
 from oumi_pl.data.tokenize import Dropped, Lost, Overflow, Tokenize
 from oumi_pl.data.tokenizers import tokenizer_fingerprint
-from oumi_pl.errors import UserError
+from oumi_pl.errors import UserError, nearest
 from oumi_pl.types import Batch, Example, Record, Row
 
 EXACT_EPOCHS = 10
@@ -48,6 +49,8 @@ class ExampleData(TextData):
             models that need it.
         bad_rows: What happens if rows can't be used (a damaged line, an unknown role, turns that the chat template
             refuses): `error` stops the run and lists all kinds of them, `drop` leaves them out and counts them.
+        fields: Columns with numbers that a batch has by name in `batch["fields"]`, one number per row: NaN where a row
+            has `null`.
         kwargs: As of `TextData`.
     """
 
@@ -57,10 +60,14 @@ class ExampleData(TextData):
         packing: bool = False,
         group_by_length: bool = True,
         bad_rows: OnBadRows = "error",
+        fields: Sequence[str] = (),
         **kwargs: Any,
     ) -> None:
         super().__init__(*args, **kwargs)
+        if bad_rows not in get_args(OnBadRows):
+            raise UserError(f"data.bad_rows: unknown {bad_rows!r}{nearest(str(bad_rows), get_args(OnBadRows))}")
         self.bad_rows: OnBadRows = bad_rows
+        self.fields = list(fields)
         self.packing = packing
         self.group_by_length = group_by_length
         self.__stores: dict[str, list[ExampleStore]] = {}
@@ -74,7 +81,8 @@ class ExampleData(TextData):
     def encoding_key(self) -> list[Any]:
         """Settings that `encode` depends on, as part of the cache's key.
 
-        Tokenizer, `max_length` and the code of the class and of all that it uses are in the key anyway.
+        Tokenizer, `max_length`, the code of the class and of all that it uses, and the attributes that its own methods
+        read are in the key anyway.
         """
         return []
 
@@ -199,7 +207,15 @@ class ExampleData(TextData):
     def __store(self, source: Source, keep: Callable[[Row], bool] | None, side: str | None) -> ExampleStore:
         key = [side, tokenizer_fingerprint(self.tokenizer), self.max_length, self.encoding_key()]
         code = code_of(type(self), *(function for function, _ in self.formats))
-        return example_store(source, [*key, code], self.encode, keep, self.formats, bad_rows=self.bad_rows)
+        return example_store(
+            source,
+            [*key, code, settings_of(self)],
+            self.encode,
+            keep,
+            self.formats,
+            bad_rows=self.bad_rows,
+            columns=self.fields,
+        )
 
     def batch(self, split: str, ids: Sequence[int]) -> Batch:
         """A batch of some examples of a split, by id."""
@@ -231,21 +247,27 @@ class ExampleData(TextData):
         """The examples that a reference is asked about when a batch of `ids` is trained on."""
         return list(ids)
 
-    def reference_logps(self, split: str, parts: dict[str, Any]) -> ReferenceLogps:
+    def reference_logps(self, split: str, parts: dict[str, Any], width: int = 1) -> ReferenceLogps:
         """The store for reference log-probabilities of a split's targets.
 
         Args:
             split: `train`, `validation` or `test`.
             parts: Everything that they depend on besides the examples: the reference model, its precision.
+            width: Values per target.
         """
         names = [store.directory.name for store in self.stores(split)]
-        return ReferenceLogps(parts | {"examples": names}, self.compared(split)[1])
+        return ReferenceLogps(parts | {"examples": names}, self.compared(split)[1], width)
 
     # ---- plans and loaders
 
     def plan(self, epoch: int) -> Plan:
-        """The training plan of one epoch, a pure function of data, seed and epoch."""
-        weights = [source.weight for source in as_sources(self.sources["train"])]  # type: ignore[arg-type]
+        """The training plan of one epoch, a pure function of data, seed and epoch.
+
+        Override it for a curriculum. `lengths`, `targets` and `examples` describe the examples by id, and
+        `Plan(example_ids, np.arange(len(example_ids) + 1), self.layout.rows_per_update)` trains on them in this order,
+        one per row. A resumed run calls it again: it has to return the same plan for the same epoch.
+        """
+        weights = [source.weight for source in as_sources(self.sources["train"])]
         drawn = 0 if self.overfits else epoch
         ids = mixture_epoch([len(store) for store in self.stores("train")], weights, self.run_seed, drawn)
         return plan_epoch(
@@ -281,11 +303,12 @@ class ExampleData(TextData):
 
     def updates(self, epochs: int) -> int:
         """Number of optimizer updates in `epochs` epochs, within `limit_train_batches`."""
-        weighted = any(source.weight is not None for source in as_sources(self.sources["train"]))  # type: ignore[arg-type]
+        weighted = any(source.weight is not None for source in as_sources(self.sources["train"]))
+        varies = weighted or type(self).plan is not ExampleData.plan  # a curriculum
         first, layout, updates = self.plan(0).rows, self.layout, 0
         for epoch in range(epochs):
             # with weights each epoch draws other rows, which may need another number of packs
-            rows = self.plan(epoch).rows if weighted and epoch else first
+            rows = self.plan(epoch).rows if varies and epoch else first
             updates += layout.at(epoch).updates(rows, self.limit)
         return updates
 
@@ -392,8 +415,7 @@ class ChatData(ExampleData):
     @cached_property
     def template_date(self) -> Date | None:
         """The day that the template gets as today; None if it doesn't ask for it."""
-        sources = [str(source.path) for source in as_sources(self.sources["train"])] if self.sources["train"] else []  # type: ignore[arg-type]
-        return template_date(self.tokenizer.chat_template, self.template_variables, sources)
+        return template_date(self.tokenizer.chat_template, self.template_variables, titles(self.sources["train"]))
 
     @cached_property
     def renderer(self) -> ChatRenderer:

@@ -329,12 +329,21 @@ def _nearest_format(columns: Collection[str], formats: Formats) -> str | None:
     return None
 
 
-def resolve_format(name: str, formats: Formats = FORMATS) -> Format:
+def format_name(source_format: str | Format) -> str:
+    """The name of a source's format in messages: as a recipe gives it, or that of a function."""
+    return source_format if isinstance(source_format, str) else _name(source_format)
+
+
+def resolve_format(name: str | Format, formats: Formats = FORMATS) -> Format:
     """Returns the format `name` of `formats`, or the function that the dotted path `package.module.function` names.
+
+    From Python, `name` may be the function itself.
 
     Raises:
         UserError: there is no such format, module or function; offers the nearest.
     """
+    if callable(name):
+        return name
     known: dict[str, Format] = {_name(function): function for function, _ in formats}
     if name in known:
         return known[name]

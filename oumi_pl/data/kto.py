@@ -154,9 +154,9 @@ class KTOData(ChatData):
         """The rows and their mismatched rows."""
         return [*ids, *self.mismatched_ids(split, ids)] if self.mismatches else list(ids)
 
-    def reference_logps(self, split: str, parts: dict[str, Any]) -> ReferenceLogps:
+    def reference_logps(self, split: str, parts: dict[str, Any], width: int = 1) -> ReferenceLogps:
         """As of `ExampleData`; the mismatched rows are part of what they depend on."""
-        return super().reference_logps(split, parts | {"mismatched": _SEED if self.mismatches else None})
+        return super().reference_logps(split, parts | {"mismatched": _SEED if self.mismatches else None}, width)
 
     def longest_path(self, splits: Iterable[str]) -> tuple[int, int] | None:
         """As of `ExampleData`; a mismatched row may be longer than any row."""

@@ -90,7 +90,7 @@ class PretrainData(TextData):
     @property
     def weights(self) -> list[float | None]:
         """Shares of the training sources in the tokens; all None to read one after the other."""
-        return [source.weight for source in as_sources(self.sources["train"])]  # type: ignore[arg-type]
+        return [source.weight for source in as_sources(self.sources["train"])]
 
     def parts(self, split: str) -> list[Part]:
         """The parts of sources that a split uses."""
@@ -99,7 +99,7 @@ class PretrainData(TextData):
         for part in parts:
             if keep and self.streaming and part.prepared is None and is_on_hub(part.source):
                 raise UserError(
-                    f"data.validation: holding out a fraction of {part.source.path} would download all of it, but it "
+                    f"data.validation: holding out a fraction of {part.source.title} would download all of it, but it "
                     "is streamed; name a source for validation"
                 )
         return parts
@@ -160,7 +160,7 @@ class PretrainData(TextData):
         for part in parts:
             if part.prepared is not None:
                 raise UserError(
-                    f"data.tokenizer: TrainedBPE learns from texts, and {part.source.path} holds tokens; name the "
+                    f"data.tokenizer: TrainedBPE learns from texts, and {part.source.title} holds tokens; name the "
                     "tokenizer that they were made with"
                 )
         assert isinstance(self.tokenizer_spec, TrainedBPE)
@@ -277,7 +277,10 @@ class PretrainData(TextData):
                 texts = hashlib.blake2b(source.encode(), digest_size=8).hexdigest()
                 identities.append({"texts": texts, "tokens": documents.tokens})
             else:
-                files = itertools.chain.from_iterable((find_files(part.source.path) or {}).values())
+                if part.source.rows is not None:
+                    identities.append({"rows": part.source.rows.fingerprint()})
+                    continue
+                files = itertools.chain.from_iterable((find_files(part.source.address) or {}).values())
                 sizes = [path.stat().st_size for path in files]
                 identities.append({"bytes": sum(sizes)} if sizes else {})
         return identities
@@ -293,7 +296,7 @@ class PretrainData(TextData):
         for part, old, new in zip(self.parts("train"), before or [], now, strict=False):
             if any(old[key] != new[key] for key in old.keys() & new.keys()):
                 raise UserError(
-                    f"data.train: {part.source.path} has changed since the checkpoint was written, so the run can't "
+                    f"data.train: {part.source.title} has changed since the checkpoint was written, so the run can't "
                     "resume; undo the change, or start a new run from its model"
                 )
 
@@ -347,4 +350,5 @@ class PretrainData(TextData):
         position = self.train_loader.position() if self.train_loader is not None else {}
         if not position:
             return []
-        return describe_consumed(position["stream"]["mixture"], self.source_names("train"), self.weights)
+        stream = position["stream"]
+        return describe_consumed(stream["mixture"], self.source_names("train"), self.weights, stream["running"])

@@ -10,6 +10,7 @@ from oumi_pl.data.formats import (
     Formats,
     columns_read,
     find_format,
+    format_name,
     raised,
     rename_columns,
     resolve_format,
@@ -59,6 +60,8 @@ class RecordReader:
         self.mixed = mixed
         self.unread: set[str] = set()
         """Columns of the rows so far that their format doesn't read."""
+        self.row: Row = {}
+        """The row of the last record, as it was read; empty if it can't be read."""
         self._convert = resolve_format(source.format, formats) if source.format else None
         self._ignored = frozenset(source.ignore or ())
         self._found: dict[frozenset[str], Format | UserError] = {}
@@ -78,6 +81,7 @@ class RecordReader:
             UserError: a row does not have the format, if `strict`.
         """
         for origin, row in rows(self.source, strict=strict):
+            self.row = {} if isinstance(row, BadRow) else row
             if isinstance(row, BadRow):
                 yield origin, row
                 continue
@@ -122,13 +126,13 @@ class RecordReader:
         except Exception as error:
             if source.format is None:
                 raise
-            raise UserError(raised(source.format, error)) from error
+            raise UserError(raised(format_name(source.format), error)) from error
         records = record if isinstance(record, list) else [record]
         for one in records:
             if not isinstance(one, Record):
                 raise UserError(
-                    f"{source.format} returned a {type(one).__name__} for this row; a format returns a "
-                    "Conversation, a Text or a Preference"
+                    f"{format_name(source.format or convert)} returned a {type(one).__name__} for this row; a format "
+                    "returns a Conversation, a Text or a Preference"
                 )
         if self._ignored and any(not is_empty(row.get(name)) for name in self._ignored.intersection(MEDIA)):
             for one in records:

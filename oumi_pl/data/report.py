@@ -112,13 +112,26 @@ def _source_report(shards: Shards) -> dict[str, Any]:
 
 
 def describe_consumed(
-    mixture: dict[str, Any], names: Sequence[str], weights: Sequence[float | None]
+    mixture: dict[str, Any],
+    names: Sequence[str],
+    weights: Sequence[float | None],
+    running: Sequence[int] | None = None,
 ) -> list[dict[str, Any]]:
     """What the current pass has read from each source: documents, whole passes, tokens and their share.
 
-    With weights, also the intended share. `mixture` is the state of a `TokenMixture`.
+    With weights, also the intended share.
+
+    Args:
+        mixture: The state of a `TokenMixture`, before the document that is being cut into rows.
+        names: Of the sources.
+        weights: Of the sources.
+        running: Source of that document, and how many of its tokens are in rows already; None if there is none.
     """
-    total, wanted = max(1, sum(mixture["tokens"])), [w for w in weights if w is not None]
+    tokens = list(mixture["tokens"])
+    if running is not None:
+        tokens[running[0]] += running[1]
+    mixture = mixture | {"tokens": tokens}
+    total, wanted = max(1, sum(tokens)), [w for w in weights if w is not None]
     described = []
     for i, name in enumerate(names):
         counts = {key: mixture[key][i] for key in ("documents", "passes", "tokens")}

@@ -227,7 +227,7 @@ class RewardData(DPOData):
 
     def source_names(self, split: str) -> list[str]:
         """Unique names of a split's sources, indexed by the field `source` of held-out rows."""
-        names = [Path(source.path).stem for source in self.taken(split)[0]]
+        names = [Path(source.title).stem for source in self.taken(split)[0]]
         return [f"{name}-{i}" if names.count(name) > 1 else name for i, name in enumerate(names, 1)]
 
     def examples(self, split: str) -> Any:

@@ -94,6 +94,8 @@ class TokenMixture:
         given = np.array([weight for weight in weights if weight is not None], dtype=np.float64)
         self.shares = given / given.sum() if len(given) else None
         self._current = 0
+        self.source = 0
+        """The source of the last document."""
         self.restore({"current": 0, **{name: [0] * len(sources) for name in ("documents", "passes", "tokens")}})
 
     def __iter__(self) -> "TokenMixture":
@@ -108,6 +110,7 @@ class TokenMixture:
                 iterator = self._iterators[source] = self.sources[source].read(self._documents[source])
             ids = next(iterator, None)
             if ids is not None:
+                self.source = source
                 self._documents[source] += 1
                 self._tokens[source] += len(ids)
                 return ids
@@ -187,6 +190,7 @@ class RowStream:
         self._draws: tuple[int, np.ndarray] = (-1, np.empty(0))
         self._before = mixture.state(), windows.state()
         self._out = 0  # rows of the current document that were taken from `windows`
+        self._running: list[int] | None = None  # source and length of the current document
         self._drawn = 0
         self._buffer: list[Row] = []
 
@@ -211,6 +215,7 @@ class RowStream:
         while True:
             self._before = self.mixture.state(), self.windows.state()
             ids = next(self.mixture, None)
+            self._running = None if ids is None else [self.mixture.source, len(ids)]
             rows = self.windows.finish() if ids is None else self.windows.rows(ids)
             self._out = skipped
             for row in itertools.islice(rows, skipped, None):
@@ -231,8 +236,12 @@ class RowStream:
     def snapshot(self) -> dict[str, Any]:
         """The position between two rows. Cheap: copies only references, which `as_state` turns into tensors."""
         mixture, (carried, length) = self._before
+        running = self._running
+        if running is not None:  # to within a row: what was carried over from documents before is in its first row
+            running = [running[0], min(running[1], self._out * self.windows.max_length)]
         return {
             "mixture": mixture,
+            "running": running,
             "carried": (carried, length),
             "out": self._out,
             "drawn": self._drawn,
@@ -256,4 +265,5 @@ class RowStream:
         self.mixture.restore(state["mixture"])
         self.windows.restore(arrays_from_state(state["carried"]))
         self._out, self._drawn = state["out"], state["drawn"]
+        self._running = state.get("running")  # its length so far
         self._buffer = rows_from_state(state["buffer"])

@@ -1,4 +1,4 @@
-"""Sources of rows: files, directories, bundled data, the hub."""
+"""Sources of rows: files, directories, bundled data, the hub, and rows in memory."""
 
 import glob
 import hashlib
@@ -9,15 +9,17 @@ import re
 import sys
 import textwrap
 from collections import Counter
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, fields, replace
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal, TypeVar, get_args
+from typing import TYPE_CHECKING, Any, Literal, TypeVar, cast, get_args
 
 import numpy as np
 
 from oumi_pl.data.files import KINDS, Reading, count_rows, kind_of, read_file
+from oumi_pl.data.formats import Format
+from oumi_pl.data.memory import Rows, Table
 from oumi_pl.errors import UserError, nearby, nearest
 from oumi_pl.models.hub import asked_once
 from oumi_pl.types import BadRow, Row
@@ -147,6 +149,12 @@ _INFO = "dataset_info.json"
 _DOCUMENTS = ("file", "blank_lines")
 Errors = Literal["strict", "replace"]
 
+if TYPE_CHECKING:
+    Place = str | os.PathLike[str] | Table | Rows
+    FormatName = str | Format
+else:  # the types of a recipe; Python may pass the objects themselves
+    Place = FormatName = str
+
 
 @dataclass(frozen=True)
 class Source:
@@ -154,12 +162,14 @@ class Source:
 
     Args:
         path: A local file, directory or glob (JSON, JSON lines, CSV, text, Parquet, Arrow), a folder that
-            `save_to_disk` made, `bundled/NAME` or `bundled/NAME/SPLIT`, or the id of a data set on the hub.
+            `save_to_disk` made, `bundled/NAME` or `bundled/NAME/SPLIT`, or the id of a data set on the hub. From
+            Python also rows: a list of dicts, a `datasets.Dataset` or a pandas DataFrame.
         config: Configuration of a hub data set.
         split: Split, or a slice of it as in `datasets`: `train[:100]`, `train[10:20]`, `train[:5%]`.
         revision: Branch, tag or commit of a hub data set.
         weight: Share of this source in a mixture, relative to the others' weights.
-        format: The name of a format, or the dotted path of your own function; detected when left out.
+        format: The name of a format, or the dotted path of your own function (from Python, the function itself);
+            detected when left out.
         columns: The format's fields by the names of your columns, as `{question: my_column}`.
         ignore: Columns that are left out. A column that usually carries meaning (`system`, `weight`, `tools`, `images`,
             `label`, `history`, `context`, ...) stops the run if the format doesn't read it and it isn't listed here.
@@ -171,14 +181,15 @@ class Source:
         sample: Use exactly so many rows: the first ones, or randomly drawn ones with `sample_seed`. If there are too
             few, rows are repeated.
         sample_seed: Seed of the draw.
+        name: Name of the source in messages, reports and metrics; its path when left out.
     """
 
-    path: str
+    path: Place
     config: str | None = None
     split: str = "train"
     revision: str | None = None
     weight: float | None = None
-    format: str | None = None
+    format: FormatName | None = None
     columns: dict[str, str] | None = None
     ignore: list[str] | None = None
     label: Literal["keep_good"] | None = None
@@ -186,6 +197,32 @@ class Source:
     errors: Errors = "strict"
     sample: int | None = None
     sample_seed: int | None = None
+    name: str | None = None
+
+    def __post_init__(self) -> None:
+        path: Any = self.path
+        if isinstance(path, os.PathLike):
+            object.__setattr__(self, "path", os.fspath(path))
+        elif not isinstance(path, str | Rows):
+            object.__setattr__(self, "path", Rows(path, self.name or "a source"))
+        if not (self.format is None or isinstance(self.format, str) or callable(self.format)):
+            kind = type(self.format).__name__
+            raise UserError(f"{self.title}: format is a {kind}; it is the name of a format, or a function of a row")
+
+    @property
+    def title(self) -> str:
+        """The source's name in messages and reports."""
+        return self.name or str(self.path)
+
+    @property
+    def rows(self) -> Rows | None:
+        """The rows, if they are in memory."""
+        return self.path if isinstance(self.path, Rows) else None
+
+    @property
+    def address(self) -> str:
+        """The path or hub id of rows that are not in memory."""
+        return cast("str", self.path)
 
 
 @dataclass(frozen=True)
@@ -195,18 +232,70 @@ class _Split:
     files: list[Path]
     read: Callable[[], Iterator[tuple[str, Row | BadRow]]]
     count: Callable[[], int]
+    rows: Rows | None = None
+    """The rows, if they are in memory and so in no file."""
 
 
-def as_sources(value: str | Source | list[str | Source]) -> list[Source]:
-    """The sources of a recipe's entry: a path, a source, or a list of these.
+def as_sources(value: Any, where: str = "data") -> list[Source]:
+    """The sources of a data module's argument.
+
+    Args:
+        value: A path, a `Source`, rows in memory, a list of these, or a dict of these by name. A list of dicts is rows.
+        where: Name of the argument, for messages.
 
     Raises:
-        UserError: the list is empty.
+        UserError: it is something else, or empty.
     """
-    values = value if isinstance(value, list) else [value]
-    if not values:
-        raise UserError("data: a list of sources is empty; name at least one file, directory or hub id")
-    return [Source(item) if isinstance(item, str) else item for item in values]
+    if isinstance(value, Mapping):
+        return _named_sources(value, where)
+    if not isinstance(value, list | tuple) or (value and _is_row(value[0])):
+        return [_source(value, where)]
+    if not value:
+        raise UserError(f"{where}: a list of sources is empty; name at least one file, directory or hub id")
+    return [_source(item, where) for item in value]
+
+
+def titles(value: Any) -> list[str]:
+    """The names of the sources of an argument, for messages and caches; none for None."""
+    return [] if value is None else [source.title for source in as_sources(value)]
+
+
+def _named_sources(value: Mapping[str, Any], where: str) -> list[Source]:
+    import datasets
+
+    if isinstance(value, datasets.DatasetDict | datasets.IterableDatasetDict):
+        example = next(iter(value), "train")
+        raise UserError(f"{where}: a DatasetDict holds several splits; pass one of them, for example data[{example!r}]")
+    if "path" in value:
+        return [_source(value, where)]
+    if not value:
+        raise UserError(f"{where}: a dict of sources is empty; name at least one file, directory or hub id")
+    return [replace(_source(item, f"{where}[{name!r}]"), name=str(name)) for name, item in value.items()]
+
+
+def _source(value: Any, where: str) -> Source:
+    if isinstance(value, Source):
+        return value
+    if isinstance(value, Mapping):
+        known = [field.name for field in fields(Source)]
+        for key in value:
+            if key not in known:
+                raise UserError(f"{where}: a source has no {key!r}{nearest(key, known)}")
+        if "path" not in value:
+            raise UserError(f"{where}: this source has no path")
+        return Source(**value)
+    if isinstance(value, list | tuple) and value and not _is_row(value[0]):
+        kind = type(value[0]).__name__
+        raise UserError(
+            f"{where}: a list of {kind} is neither rows nor sources; rows are dicts from column to value, and columns "
+            "can be passed as a pandas DataFrame"
+        )
+    return Source(value if isinstance(value, str | os.PathLike | Rows) else Rows(value, where))
+
+
+def _is_row(value: Any) -> bool:
+    """Whether an item of a list is a row: a dict that does not describe a source."""
+    return isinstance(value, Mapping) and not ("path" in value and value.keys() <= {f.name for f in fields(Source)})
 
 
 def rows(
@@ -267,6 +356,8 @@ def fingerprint(source: Source) -> str:
         digest.update(_load_hub(source)._fingerprint.encode())
         return digest.hexdigest()
     for name in _names(source, splits):
+        if (in_memory := splits[name].rows) is not None:
+            digest.update(in_memory.fingerprint().encode())
         for path in splits[name].files:
             try:
                 with path.open("rb") as file:
@@ -296,33 +387,42 @@ def is_not_held_out(row: Row, fraction: float) -> bool:
 
 def _local_splits(source: Source, counts: Counter[str] | None = None, strict: bool = True) -> dict[str, _Split] | None:
     """The splits of a local source by name; None if the path is a hub id."""
-    path = Path(source.path).expanduser()
-    how = _reading(source, counts, strict)
     splits: dict[str, _Split]
-    if (path / "dataset_dict.json").exists() or ((path / "state.json").exists() and (path / _INFO).exists()):
+    how = _reading(source, counts, strict)
+    if source.rows is not None:
+        if source.documents is not None:
+            raise UserError(f"{source.title}: 'documents' divides .txt files; rows in memory are documents already")
+        read = partial(_numbered, source.rows, source.title)
+        splits = {"train": _Split([], read, partial(len, source.rows), source.rows)}
+    elif _is_saved(path := Path(source.address).expanduser()):
         splits = _saved_splits(path)
-    elif (files := find_files(source.path)) is not None:
+    elif (files := find_files(source.address)) is not None:
         splits = {name: _file_split(members, source, how) for name, members in files.items()}
     else:
         return None
     for key in ("config", "revision"):
         if getattr(source, key) is not None:
-            raise UserError(f"{source.path}: {key!r} is for data from the hub, and this is local; leave it out")
+            raise UserError(f"{source.title}: {key!r} is for data from the hub, and this is local; leave it out")
     return splits
+
+
+def _is_saved(path: Path) -> bool:
+    """Whether a folder was written by `save_to_disk`."""
+    return (path / "dataset_dict.json").exists() or ((path / "state.json").exists() and (path / _INFO).exists())
 
 
 def _reading(source: Source, counts: Counter[str] | None, strict: bool) -> Reading:
     if source.errors not in get_args(Errors):
-        raise UserError(f"{source.path}: unknown errors {source.errors!r}{nearest(source.errors, get_args(Errors))}")
+        raise UserError(f"{source.title}: unknown errors {source.errors!r}{nearest(source.errors, get_args(Errors))}")
     documents = source.documents or "file"
     if documents not in _DOCUMENTS and re.fullmatch(r"\w*", documents):  # a separator of letters would split words
         hint = nearest(documents, _DOCUMENTS)
-        raise UserError(f"{source.path}: unknown documents {documents!r}{hint} (a separator holds more than letters)")
+        raise UserError(f"{source.title}: unknown documents {documents!r}{hint} (a separator holds more than letters)")
     return Reading(documents, source.errors == "replace", Counter() if counts is None else counts, strict)
 
 
 def _file_split(files: list[Path], source: Source, how: Reading) -> _Split:
-    name, kinds = source.path, {kind_of(path): path.name for path in files}
+    name, kinds = source.title, {kind_of(path): path.name for path in files}
     if len(kinds) > 1:
         first, second, *_ = kinds.values()
         raise UserError(f"{name}: different kinds of files ({first}, {second}); choose one with a glob such as *.jsonl")
@@ -354,7 +454,7 @@ def _cut(source: Source, splits: dict[str, _Split]) -> Iterator[tuple[str, Row |
         pieces = instruction.to_absolute({n: splits[n].count() if counted else sys.maxsize for n in names})
     except ValueError as error:
         examples = "train, train[:100], train[10:20] or train[:5%]"
-        raise UserError(f"{source.path}: no split {source.split!r} ({error}); write for example {examples}") from error
+        raise UserError(f"{source.title}: no split {source.split!r} ({error}); write for example {examples}") from error
     return itertools.chain.from_iterable(
         itertools.islice(splits[piece.splitname].read(), piece.from_, piece.to) for piece in pieces
     )
@@ -364,7 +464,7 @@ def _names(source: Source, splits: dict[str, _Split]) -> list[str]:
     names = [re.split(r"[\[(]", piece)[0].strip() for piece in source.split.split("+")]
     for name in names:
         if name not in splits:
-            raise UserError(f"{source.path}: no split {name!r}{nearest(name, splits)}")
+            raise UserError(f"{source.title}: no split {name!r}{nearest(name, splits)}")
     return names
 
 
@@ -374,9 +474,9 @@ def _not_empty(found: Iterator[tuple[str, Any]], source: Source) -> Iterator[tup
         empty = False
         yield item
     if empty:
-        path = Path(source.path).expanduser()
-        empty = path.is_file() and not path.stat().st_size
-        raise UserError(f"{source.path}: {'the file is empty' if empty else f'split {source.split!r} has no rows'}")
+        path = Path(source.address).expanduser() if source.rows is None else None
+        empty = path is not None and path.is_file() and not path.stat().st_size
+        raise UserError(f"{source.title}: {'the file is empty' if empty else f'split {source.split!r} has no rows'}")
 
 
 def _saved_splits(path: Path) -> dict[str, _Split]:
@@ -407,8 +507,8 @@ def _numbered(dataset: Any, name: str) -> Iterator[tuple[str, Row]]:
 
 def _hub_rows(source: Source, streaming: bool = False) -> Iterator[tuple[str, Row]]:
     if source.documents is not None:
-        raise UserError(f"{source.path}: 'documents' divides .txt files; rows of the hub are documents already")
-    return _numbered(_load_hub(source, streaming), f"{source.path}[{source.split}]")
+        raise UserError(f"{source.title}: 'documents' divides .txt files; rows of the hub are documents already")
+    return _numbered(_load_hub(source, streaming), f"{source.title}[{source.split}]")
 
 
 def _load_hub(source: Source, streaming: bool = False) -> Any:
@@ -420,13 +520,13 @@ def _load_hub(source: Source, streaming: bool = False) -> Any:
             split, revision = source.split, source.revision
             return datasets.load_dataset(source.path, source.config, split=split, revision=revision, **how)
     except (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError) as error:
-        raise UserError(f"{source.path}: {_hub_reason(source, error)}") from error
+        raise UserError(f"{source.title}: {_hub_reason(source, error)}") from error
 
 
 def _hub_reason(source: Source, error: Exception) -> str:
     from datasets.exceptions import DatasetNotFoundError
 
-    beside = nearby(Path(source.path), could_be_meant, tell_where=False)
+    beside = nearby(Path(source.address), could_be_meant, tell_where=False)
     nothing_here = f"no such file or directory here{beside}"
     if isinstance(error, ConnectionError):
         offline = os.environ.get("HF_HUB_OFFLINE", "0").upper() in ("1", "ON", "YES", "TRUE")

@@ -1,27 +1,22 @@
 """Stores of tokenized examples on disk: written once, memory-mapped, and found by a hash of all they depend on."""
 
-import ast
 import contextlib
 import hashlib
-import inspect
 import itertools
 import json
 import os
 import shutil
-import sys
 import tempfile
-import textwrap
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from importlib.machinery import PathFinder
-from importlib.util import resolve_name
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
-from types import ModuleType
-from typing import Any, BinaryIO, cast, get_args
+from typing import Any, BinaryIO, cast
 
 import numpy as np
 
 from oumi_pl.attention.segments import check_segments
-from oumi_pl.data.formats import FORMATS, Formats, resolve_format
+from oumi_pl.data.code import code_of
+from oumi_pl.data.formats import FORMATS, Formats, format_name, resolve_format
 from oumi_pl.data.records import BadRows, OnBadRows, RecordReader
 from oumi_pl.data.sources import Source, fingerprint
 from oumi_pl.data.tokenize import Dropped
@@ -229,6 +224,8 @@ ENCODE_BATCH = 1000
 """Rows per call of `encode`."""
 
 Encode = Callable[[Sequence[Record]], list[Example | Dropped]]
+Read = tuple[str, Record | Dropped | BadRow, Mapping[str, float]]
+"""Where a row is, its record or the reason why it has none, and the numbers in its columns that become fields."""
 
 
 def example_store(
@@ -239,6 +236,7 @@ def example_store(
     formats: Formats = FORMATS,
     *,
     bad_rows: OnBadRows = "error",
+    columns: Sequence[str] = (),
 ) -> ExampleStore:
     """The tokenized rows of a source, from the cache or written now.
 
@@ -249,28 +247,39 @@ def example_store(
         keep: Which rows to use; all when left out.
         formats: The formats that rows may have.
         bad_rows: Whether rows that can't be used stop the run, after all rows were looked at, or are left out.
+        columns: Columns with numbers, which become fields of the examples.
 
     Raises:
         UserError: rows can't be used; lists the reasons with the files and lines of the first rows.
     """
-    if bad_rows not in get_args(OnBadRows):
-        raise UserError(f"data.bad_rows: unknown {bad_rows!r}{nearest(str(bad_rows), get_args(OnBadRows))}")
     code = source.format and code_of(resolve_format(source.format, formats))
     table = [(function.__module__, function.__qualname__, columns) for function, columns in formats]
-    reading = [source.columns, source.ignore, source.label, bad_rows]
-    parts = [fingerprint(source), reading, source.format, code, table, key, _own_code()]
+    name = source.format and format_name(source.format)
+    reading = [source.columns, source.ignore, source.label, bad_rows, columns]
+    parts = [fingerprint(source), reading, name, code, table, key, _own_code()]
     directory = cache_root() / "examples" / cache_key(*parts)
     if (directory / REPORT).exists():
-        return ExampleStore(directory)
-    report = _empty_report(source.path)
+        store = ExampleStore(directory)
+        store.report["source"] = source.title  # the rows may have been written under another name
+        return store
+    report = _empty_report(source.title)
     reader = RecordReader(source, formats)
-    records = track(reader.records(keep, strict=False), f"tokenizing {source.path}")
+
+    def records() -> Iterator[Read]:
+        for origin, record in track(reader.records(keep, strict=False), f"tokenizing {source.title}"):
+            try:
+                is_read = isinstance(record, Record)
+                fields = {column: _number(reader.row, column) for column in columns if is_read}
+            except UserError as error:
+                yield origin, BadRow(str(error)), {}
+            else:
+                yield origin, record, fields
 
     def examples() -> Iterator[Example]:
         bad = BadRows()
-        yield from _encoded(records, report, encode, bad)
+        yield from _encoded(records(), report, encode, bad)
         if bad.count and bad_rows == "error":
-            raise bad.error(source.path, report["rows"])
+            raise bad.error(source.title, report["rows"])
         if bad.count:
             report["bad_rows"] = bad.report()
             report["dropped"] |= {reason: kind["rows"] for reason, kind in report["bad_rows"].items()}
@@ -280,21 +289,33 @@ def example_store(
     return write_store(directory, examples(), report)
 
 
-def _encoded(
-    records: Iterable[tuple[str, Record | Dropped | BadRow]], report: dict[str, Any], encode: Encode, bad: BadRows
-) -> Iterator[Example]:
+def _number(row: Row, column: str) -> float:
+    """The number in a column; NaN if it is null.
+
+    Raises:
+        UserError: the row has no such column, or something else in it.
+    """
+    if column not in row:
+        raise UserError(f"data.fields: a row has no column {column!r}{nearest(column, row)}")
+    value = row[column]
+    if value is not None and not isinstance(value, bool | int | float):
+        raise UserError(f"data.fields: {column!r} is {value!r} in a row, and a field is a number")
+    return float("nan") if value is None else float(value)
+
+
+def _encoded(records: Iterable[Read], report: dict[str, Any], encode: Encode, bad: BadRows) -> Iterator[Example]:
     """Yields the examples; counts all rows in `report`, and adds bad ones to `bad`."""
     iterator = iter(records)
     while batch := list(itertools.islice(iterator, ENCODE_BATCH)):
         report["rows"] += len(batch)
-        good: list[tuple[str, Record]] = []
-        for origin, record in batch:
+        good: list[tuple[str, Record, Mapping[str, float]]] = []
+        for origin, record, fields in batch:
             if isinstance(record, BadRow):
                 bad.add(origin, record.reason)
             elif isinstance(record, Dropped):
                 _count(report, record)
             else:
-                good.append((origin, record))
+                good.append((origin, record, fields))
         for example in _encode(good, encode, bad):
             _count(report, example)
             if isinstance(example, Example):
@@ -303,98 +324,32 @@ def _encoded(
             return
 
 
-def _encode(records: list[tuple[str, Record]], encode: Encode, bad: BadRows) -> Iterator[Example | Dropped]:
+def _encode(
+    records: list[tuple[str, Record, Mapping[str, float]]], encode: Encode, bad: BadRows
+) -> Iterator[Example | Dropped]:
     """Encodes a batch; if that fails, row by row, to find the bad ones."""
     try:
-        encoded = encode([record for _, record in records])
+        encoded = encode([record for _, record, _ in records])
     except UserError as error:
         failed, before = error, bad.count
     else:
+        if any(fields for _, _, fields in records):
+            encoded = [_with_fields(example, row[2]) for example, row in zip(encoded, records, strict=True)]
         yield from encoded
         return
-    for origin, record in records:
+    for origin, record, fields in records:
         try:
             encoded = encode([record])
         except UserError as error:
             bad.add(origin, str(error))
         else:
-            yield from encoded
+            yield from (_with_fields(example, fields) for example in encoded)
     if bad.count == before:
         raise failed
 
 
-def code_of(*parts: type | Callable[..., Any]) -> str:
-    """Hash of the source code of classes and functions and of all user code that they use, as part of a cache's key.
-
-    Libraries and this package are left out. Follows the bases of classes and the imports of each file, also those
-    inside functions. In a notebook, all functions and methods count.
-    """
-    waiting = [base.__module__ for part in parts for base in (part.__mro__ if isinstance(part, type) else (part,))]
-    sources: dict[str, bytes] = {}
-    while waiting:
-        name = waiting.pop()
-        if name in sources or (source := _own_source(name)) is None:
-            continue
-        sources[name] = source
-        waiting += _imported(name, source)
-    digest = hashlib.blake2b(digest_size=16)
-    for name in sorted(sources):
-        digest.update(name.encode() + b"\0" + sources[name] + b"\0")
-    return digest.hexdigest()
-
-
-def _own_source(name: str) -> bytes | None:
-    """The source of a user's module; None if it belongs to this package or a library, or is no module."""
-    top = name.partition(".")[0]
-    if top == "oumi_pl" or top in sys.stdlib_module_names:
-        return None
-    file = _located(name)[0]
-    if file is None:
-        return _typed_source() if name == "__main__" else None
-    path = Path(file)
-    if path.suffix != ".py" or {"site-packages", "dist-packages"} & set(path.parts):
-        return None
-    return path.read_bytes()
-
-
-def _located(name: str) -> tuple[str | None, Sequence[str] | None]:
-    """The file of a module, and the folders of its submodules if it is a package. Imports nothing."""
-    if (module := sys.modules.get(name)) is not None:
-        return getattr(module, "__file__", None), getattr(module, "__path__", None)
-    parent = name.rpartition(".")[0]
-    folders = _located(parent)[1] if parent else None
-    spec = PathFinder.find_spec(name, folders) if folders is not None or not parent else None
-    return (None, None) if spec is None else (spec.origin, spec.submodule_search_locations)
-
-
-def _imported(name: str, source: bytes) -> Iterator[str]:
-    """Dotted names that a module imports, modules or not, and the packages that contain them."""
-    file, folders = _located(name)
-    package = name if folders is not None else name.rpartition(".")[0]
-    names = []
-    if file is None:  # a notebook: its import statements are not in a file
-        values = vars(sys.modules[name]).values()
-        names = [v.__name__ if isinstance(v, ModuleType) else getattr(v, "__module__", None) or "" for v in values]
-    with contextlib.suppress(SyntaxError, ImportError):  # an invalid file will fail when it is imported
-        for node in ast.walk(ast.parse(source)):
-            if isinstance(node, ast.Import):
-                names += [alias.name for alias in node.names]
-            elif isinstance(node, ast.ImportFrom):
-                origin = resolve_name("." * node.level + (node.module or ""), package) if node.level else node.module
-                names += [f"{origin}.{alias.name}" for alias in node.names]
-    for imported in names:
-        yield from itertools.accumulate(imported.split("."), "{}.{}".format)
-
-
-def _typed_source() -> bytes:
-    """The source of a notebook's functions and methods; if unavailable, random bytes, which miss the cache."""
-    own = [value for value in vars(sys.modules["__main__"]).values() if getattr(value, "__module__", "") == "__main__"]
-    members = [member for value in own for member in (vars(value).values() if isinstance(value, type) else (value,))]
-    try:
-        sources = [textwrap.dedent(inspect.getsource(member)) for member in members if inspect.isfunction(member)]
-    except OSError:
-        return f"# {os.urandom(16).hex()}".encode()
-    return "\n".join(sources).encode()
+def _with_fields(example: Example | Dropped, fields: Mapping[str, float]) -> Example | Dropped:
+    return replace(example, fields={**example.fields, **fields}) if fields and isinstance(example, Example) else example
 
 
 def _own_code() -> str:

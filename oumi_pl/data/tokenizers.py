@@ -1,6 +1,8 @@
 """Tokenizers: loaded by name or directory, or built by a class that a recipe's `tokenizer:` names."""
 
+import copy
 import hashlib
+import os
 from abc import ABC, abstractmethod
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -70,16 +72,21 @@ def byte_symbols() -> list[str]:
 def load_tokenizer(spec: Any, trust_remote_code: bool = False) -> "PreTrainedTokenizerBase":
     """Loads or builds the tokenizer of a `spec`: a hub id or directory, a factory with `build()`, or a tokenizer.
 
+    Of a tokenizer, it returns a copy: the data add tokens and a chat template to theirs.
+
     Raises:
-        UserError: it can't be loaded.
+        UserError: it can't be loaded, or is something else.
     """
     if hasattr(spec, "build"):
         return spec.build()
-    if not isinstance(spec, str):
-        return spec
-    from transformers import AutoTokenizer
+    from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-    spec = locate(spec, "data.tokenizer")
+    if isinstance(spec, PreTrainedTokenizerBase):
+        return copy.deepcopy(spec)
+    if not isinstance(spec, str | os.PathLike):
+        kind = type(spec).__name__
+        raise UserError(f"data.tokenizer is a {kind}; name a tokenizer or a folder, or pass one of transformers")
+    spec = locate(os.fspath(spec), "data.tokenizer")
     try:
         return AutoTokenizer.from_pretrained(spec, trust_remote_code=trust_remote_code)
     except (OSError, ValueError) as error:

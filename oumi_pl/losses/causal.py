@@ -9,11 +9,12 @@ Shapes: `n` tokens that carry a loss (callers select them *before* the head), `h
 """
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from torch.utils.checkpoint import checkpoint
 
 from oumi_pl.errors import UserError
@@ -21,6 +22,7 @@ from oumi_pl.losses.linear_head import (
     LinearTokenLoss,
     LossTask,
     Task,
+    TokenLossOfHead,
     Transform,
     at_target,
     checked_losses,
@@ -28,10 +30,11 @@ from oumi_pl.losses.linear_head import (
     full_precision,
     is_largest,
     is_plain_linear,
+    is_transformed,
     transformed,
 )
 from oumi_pl.losses.linear_logps import LinearLogps
-from oumi_pl.types import TokenLoss
+from oumi_pl.types import Sums, TokenLoss
 
 
 class CrossEntropy(TokenLoss):
@@ -110,6 +113,8 @@ class TokenLossOutput(NamedTuple):
     """Scalar, int64: how many tokens were summed."""
     correct: Tensor
     """Scalar, int64: how many targets had the largest logit; a tie counts as one."""
+    metrics: Sums
+    """Sums of the loss's own metrics (`TokenLoss.metrics`) over the targets, scalars."""
 
 
 def token_loss_sum(
@@ -124,18 +129,23 @@ def token_loss_sum(
 ) -> TokenLossOutput:
     """Sums a token loss over the logits `head(hidden)`, without ever holding all of them.
 
-    For a plain `nn.Linear` the gradients are computed chunk by chunk in the forward pass and scaled in the backward
-    pass. Any other head (LoRA, quantised, sharded separately) runs under activation checkpointing, chunk by chunk. With
-    gradients disabled only losses are computed. Matrix products run in autocast's dtype where it is active, in that of
-    `hidden` elsewhere; losses and sums over tokens are float32 (float64 in a float64 model).
+    The gradients are computed chunk by chunk in the forward pass and scaled in the backward pass, so the loss is called
+    once per token. Exceptions are heads with hooks or sharded separately: they run under activation checkpointing,
+    which calls the loss again in the backward pass. With gradients disabled only losses are computed. Matrix products
+    run in autocast's dtype where it is active, in that of `hidden` elsewhere; losses and sums over tokens are float32
+    (float64 in a float64 model).
+
+    Under `create_graph=True`, the backward pass computes the gradients again from plain operations, chunk by chunk, so
+    that they can be differentiated. Within transforms of `torch.func` and forward-mode AD, plain operations are used
+    throughout, and all logits are kept.
 
     Args:
         hidden: `[n, hidden]`, only the positions that carry a loss. `n` may be 0: then the sum is 0 and the gradients
             are zeros, so that every rank of a distributed run uses the same parameters.
         targets: `[n]` int64, each a token id.
         head: maps `[n, hidden]` to logits `[n, vocab]`.
-        token_loss: called with float32 logits; any parameters of its own get no gradient.
-        weights: `[n]`, factors on the losses; None if all are 1.
+        token_loss: called with float32 logits. If it is an `nn.Module`, its parameters get gradients.
+        weights: `[n]`, factors on the losses and on their metrics, under activation checkpointing; None if all are 1.
         transform: applied to the float32 logits before the loss.
         chunk_size: rows of logits alive at a time; None chooses by vocabulary and device.
 
@@ -143,19 +153,65 @@ def token_loss_sum(
         UserError: `chunk_size` is not positive.
     """
     _check(hidden, targets)
-    if is_plain_linear(head, hidden):
-        task = LossTask(targets, transform, chunk_size, torch.is_grad_enabled(), token_loss, weights)
-        loss_sum, correct = LinearTokenLoss.apply(hidden, head.weight, head.bias, task)
+    task = LossTask(targets, transform, chunk_size, torch.is_grad_enabled(), token_loss)
+    rows = chunks(len(targets), _vocab(head), hidden.device, chunk_size)
+    if weights is not None and rows:
+        losses, hits = _by_chunks(
+            _loss_of_chunk(task, head, weights), hidden, torch.arange(len(targets)), head, chunk_size
+        )
+        loss_sum, correct = losses.sum(), hits.sum()
+    elif is_transformed(hidden, head) or not _is_whole(head):
+        losses, hits = _by_chunks(_loss_of_chunk(task, head), hidden, targets, head, chunk_size)
+        loss_sum, correct = losses.sum(), hits.sum()
+    elif is_plain_linear(head, hidden):
+        loss_sum, correct = LinearTokenLoss.apply(hidden, head.weight, head.bias, task, *task.parameters)
     else:
+        trained = [p for p in head.parameters() if p.requires_grad]
+        loss_sum, correct = TokenLossOfHead.apply(hidden, head, task, rows, *trained, *task.parameters)
+    if not rows:  # so that the names are those of every other batch
+        task.metrics.clear()
+        task.measure(hidden.new_zeros(0, _vocab(head), dtype=full_precision(hidden.dtype)), targets)
+    # a copy, since activation checkpointing calls the loss again
+    return TokenLossOutput(loss_sum, torch.tensor(len(targets), device=hidden.device), correct, dict(task.metrics))
 
-        def of_chunk(states: Tensor, wanted: Tensor) -> tuple[Tensor, ...]:
-            logits = transformed(head(states), transform)
-            return checked_losses(token_loss, logits, wanted), is_largest(logits, wanted)
 
-        losses, hits = _checkpointed(of_chunk, hidden, targets, head, chunk_size)
-        loss_sum = (losses if weights is None else losses * weights).sum()
-        correct = hits.sum()
-    return TokenLossOutput(loss_sum, torch.tensor(len(targets), device=hidden.device), correct)
+def token_losses(
+    hidden: Tensor,
+    targets: Tensor,
+    head: nn.Module,
+    token_loss: TokenLoss,
+    *,
+    transform: Transform | None = None,
+    chunk_size: int | None = None,
+) -> Tensor:
+    """Computes the loss of each target, `[n]`, for losses that weigh tokens after seeing all of them.
+
+    Logits are recomputed in the backward pass, which calls the loss again. Arguments and dtypes are as for
+    `token_loss_sum`.
+    """
+    _check(hidden, targets)
+    task = LossTask(targets, transform, chunk_size, torch.is_grad_enabled(), token_loss)
+    return _by_chunks(_loss_of_chunk(task, head), hidden, targets, head, chunk_size)[0]
+
+
+def _loss_of_chunk(
+    task: LossTask, head: nn.Module, weights: Tensor | None = None
+) -> Callable[[Tensor, Tensor], tuple[Tensor, ...]]:
+    """A function of hidden states and targets; with `weights`, of hidden states and the indices of targets."""
+
+    def of_weighted_chunk(states: Tensor, rows: Tensor) -> tuple[Tensor, ...]:
+        assert weights is not None
+        wanted, factors = task.targets[rows], weights[rows]
+        logits = transformed(head(states), task.transform)
+        task.measure(logits, wanted, factors)
+        return checked_losses(task.token_loss, logits, wanted) * factors, is_largest(logits, wanted)
+
+    def of_chunk(states: Tensor, wanted: Tensor) -> tuple[Tensor, ...]:
+        logits = transformed(head(states), task.transform)
+        task.measure(logits, wanted)
+        return checked_losses(task.token_loss, logits, wanted), is_largest(logits, wanted)
+
+    return of_chunk if weights is None else of_weighted_chunk
 
 
 def token_logps(
@@ -176,7 +232,7 @@ def token_logps(
         `[n]`, float32 (float64 in a float64 model).
     """
     _check(hidden, targets)
-    if is_plain_linear(head, hidden):
+    if is_plain_linear(head, hidden) and not is_transformed(hidden, head):
         task = Task(targets, transform, chunk_size, torch.is_grad_enabled())
         return LinearLogps.apply(hidden, head.weight, head.bias, task)
 
@@ -184,10 +240,10 @@ def token_logps(
         logits = transformed(head(states), transform)
         return (at_target(logits, wanted) - logits.logsumexp(-1),)
 
-    return _checkpointed(of_chunk, hidden, targets, head, chunk_size)[0]
+    return _by_chunks(of_chunk, hidden, targets, head, chunk_size)[0]
 
 
-def _checkpointed(
+def _by_chunks(
     of_chunk: Callable[[Tensor, Tensor], tuple[Tensor, ...]],
     hidden: Tensor,
     targets: Tensor,
@@ -198,11 +254,28 @@ def _checkpointed(
     n = len(targets)
     if n == 0:  # one row of zeros, so that the head is part of the graph on every rank
         hidden, targets = torch.cat([hidden, hidden.new_zeros(1, hidden.shape[1])]), targets.new_zeros(1)
+    # torch.func has no saved tensor hooks, by which checkpointing works
+    options = {"use_reentrant": False}
+    run: Any = _called if is_transformed(hidden, head) else checkpoint
     outputs = [
-        checkpoint(of_chunk, hidden[rows], targets[rows], use_reentrant=False)
+        run(of_chunk, hidden[rows], targets[rows], **options)
         for rows in chunks(len(targets), _vocab(head), hidden.device, chunk_size)
     ]
     return [torch.cat(column)[:n] for column in zip(*outputs, strict=True)]
+
+
+def _called(function: Callable[..., Any], *args: Any, **_: Any) -> Any:
+    return function(*args)
+
+
+def _is_whole(head: nn.Module) -> bool:
+    """Whether the parameters of a head can be differentiated with respect to, while the loss is computed.
+
+    Not so if it is sharded separately, since it is gathered in hooks of its own; and its hooks of the backward pass
+    would see gradients before they are scaled.
+    """
+    hooks = [(m._forward_hooks, m._forward_pre_hooks, m._backward_hooks, m._backward_pre_hooks) for m in head.modules()]
+    return not any(any(of) for of in hooks) and not any(isinstance(p, DTensor) for p in head.parameters())
 
 
 def _vocab(head: nn.Module) -> int:

@@ -4,15 +4,15 @@ Shapes: `n` tokens, `hidden` the width of the model, `vocab`, `rows` the size of
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
+from torch.autograd import forward_ad
 
 from oumi_pl.errors import UserError
-from oumi_pl.types import TokenLoss
+from oumi_pl.types import Sums, TokenLoss
 
 Transform = Callable[[Tensor], Tensor]
 """Maps float32 logits `[n, vocab]` element by element to the final ones: a soft cap, a scale."""
@@ -57,9 +57,16 @@ def is_plain_linear(head: nn.Module, hidden: Tensor) -> bool:
     )
 
 
+def is_transformed(hidden: Tensor, head: nn.Module) -> bool:
+    """Whether forward-mode AD or a transform of `torch.func` is under way, which need plain operations of torch."""
+    if torch._C._are_functorch_transforms_active():
+        return True
+    return any(forward_ad.unpack_dual(tensor).tangent is not None for tensor in (hidden, *head.parameters()))
+
+
 @dataclass(frozen=True)
 class Task:
-    """The arguments of an autograd function of the head that get no gradient."""
+    """Log-probabilities of targets: the arguments of an autograd function of the head that get no gradient."""
 
     targets: Tensor
     """`[n]` int64."""
@@ -68,14 +75,51 @@ class Task:
     with_gradients: bool
     """Whether a backward pass will follow."""
 
+    has_parameters = False
+    """Whether the values depend on trained parameters besides the logits."""
+
+    def values(self, logits: Tensor, targets: Tensor) -> Tensor:
+        """A number per token, `[rows]`, from logits `[rows, vocab]` as the head gives them."""
+        logits = transformed(logits, self.transform)
+        return at_target(logits, targets) - logits.logsumexp(-1)
+
 
 @dataclass(frozen=True)
 class LossTask(Task):
-    """The same, for a loss."""
+    """The same, for the sum of a loss."""
 
     token_loss: TokenLoss
-    weights: Tensor | None = None
-    """`[n]`, factors on the losses; None if all are 1."""
+    metrics: Sums = field(default_factory=dict)
+    """Sums of the metrics of the loss over the chunks so far."""
+
+    def values(self, logits: Tensor, targets: Tensor) -> Tensor:
+        """The losses of tokens, `[rows]`, from logits `[rows, vocab]` as the head gives them."""
+        return checked_losses(self.token_loss, transformed(logits, self.transform), targets)
+
+    @property
+    def has_parameters(self) -> bool:  # type: ignore[override]
+        """Whether something of the loss itself is trained."""
+        return bool(self.parameters)
+
+    @property
+    def parameters(self) -> tuple[nn.Parameter, ...]:
+        """What is trained of the loss itself."""
+        loss = self.token_loss
+        return tuple(p for p in loss.parameters() if p.requires_grad) if isinstance(loss, nn.Module) else ()
+
+    @torch.no_grad()
+    def measure(self, logits: Tensor, targets: Tensor, weights: Tensor | None = None) -> None:
+        """Adds the metrics of the loss for a chunk, from logits `[rows, vocab]` in full precision, by weight."""
+        if not isinstance(self.token_loss, TokenLoss):
+            return
+        for name, values in self.token_loss.metrics(logits.detach(), targets).items():
+            if values.shape != targets.shape:
+                raise UserError(
+                    f"model.loss: the metric {name} of {type(self.token_loss).__name__} has shape "
+                    f"{list(values.shape)} for {len(targets)} tokens; a metric has one value per token"
+                )
+            weighted = values if weights is None else values * weights
+            self.metrics[name] = self.metrics.get(name, 0) + weighted.sum(dtype=full_precision(logits.dtype))
 
 
 class LinearHead:
@@ -153,45 +197,234 @@ class LinearTokenLoss(torch.autograd.Function):
     """Loss sum of a linear head. The forward pass computes the gradients too, up to the upstream factor."""
 
     @staticmethod
-    def forward(ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, task: LossTask) -> tuple[Tensor, Tensor]:
-        """Returns the sum of the losses and the count of targets whose logit is the largest, both scalars."""
+    def forward(
+        ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, task: LossTask, *parameters: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Returns the sum of the losses and the count of targets whose logit is the largest, both scalars.
+
+        `parameters` are those of the loss.
+        """
         head, targets = LinearHead(hidden, weight, bias), task.targets
-        needed = ctx.needs_input_grad[:3]
-        gradients = HeadGradients(head, needed) if task.with_gradients and any(needed) else None
+        wanted = task.with_gradients and any(ctx.needs_input_grad)
+        gradients = HeadGradients(head, ctx.needs_input_grad[:3]) if wanted else None
+        of_loss = [torch.zeros_like(parameter) for parameter in parameters]
         losses = torch.empty(len(hidden), dtype=full_precision(head.dtype), device=hidden.device)
         hits = torch.empty_like(losses, dtype=torch.bool)
         with torch.autocast(hidden.device.type, enabled=False):
             for rows in chunks(len(hidden), head.vocab, hidden.device, task.chunk_size):
                 logits = head.logits(rows)
                 if gradients is None:
-                    logits = transformed(logits, task.transform)
-                    losses[rows] = checked_losses(task.token_loss, logits, targets[rows])
-                    hits[rows] = is_largest(logits, targets[rows])
+                    losses[rows], hits[rows] = without_gradient(task, logits, targets[rows])
                 else:
-                    losses[rows], hits[rows], gradient = _with_gradient(task, logits, targets[rows])
-                    if task.weights is not None:
-                        gradient = gradient * task.weights[rows].to(gradient.dtype).unsqueeze(-1)
+                    losses[rows], hits[rows], gradient = with_gradient(task, logits, targets[rows], of_loss)
                     gradients.add(rows, gradient)
-        if task.weights is not None:
-            losses *= task.weights
         if gradients is not None:
-            ctx.save_for_backward(*gradients.tensors)
-            ctx.dtypes = [t if t is None else t.dtype for t in (hidden, weight, bias)]
+            ctx.save_for_backward(*gradients.tensors, hidden, weight, bias, *of_loss, *parameters)
+            ctx.task, ctx.dtype = task, head.dtype
         correct = hits.sum()
         ctx.mark_non_differentiable(correct)
         return losses.sum(), correct
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, upstream: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
-        """Scales what the forward pass computed."""
-        # In place unless the graph is kept for another pass: a second tensor of the weight's size would raise the peak.
-        scale = Tensor.mul if graph_is_kept() else Tensor.mul_
-        scaled = [
-            None if gradient is None else scale(gradient, upstream).to(dtype)
-            for gradient, dtype in zip(ctx.saved_tensors, ctx.dtypes, strict=True)
-        ]
-        return *scaled, None
+        """Scales what the forward pass computed; under `create_graph`, computes it again so that it has a graph."""
+        gradients, inputs, others = ctx.saved_tensors[:3], ctx.saved_tensors[3:6], ctx.saved_tensors[6:]
+        of_loss, parameters = others[: len(others) // 2], others[len(others) // 2 :]
+        if torch.is_grad_enabled():
+            weights = upstream.expand(len(ctx.task.targets))
+            found = gradients_with_graph(ctx.task, weights, inputs, parameters, dtype=ctx.dtype)
+            return *found[:3], None, *found[3:]
+        with torch.no_grad():
+            # In place unless the graph is kept for another pass: a second tensor of the weight's size would raise the
+            # peak.
+            scale = Tensor.mul if graph_is_kept() else Tensor.mul_
+            scaled = [
+                None if gradient is None else scale(gradient, upstream).to(of.dtype)
+                for gradient, of in zip((*gradients, *of_loss), (*inputs, *parameters), strict=True)
+            ]
+        return *scaled[:3], None, *scaled[3:]
+
+
+class TokenLossOfHead(torch.autograd.Function):
+    """Loss sum of any head (LoRA, quantised): its own `forward` gives the logits. Gradients as in `LinearTokenLoss`."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, hidden: Tensor, head: nn.Module, task: LossTask, rows: list[slice], *parameters: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Returns the sum of the losses and the count of targets whose logit is the largest, both scalars.
+
+        `parameters` are the trained ones of the head, then those of the loss.
+        """
+        ctx.head, ctx.task, ctx.rows, ctx.full = head, task, rows, full_precision(hidden.dtype)
+        wanted = task.with_gradients and any(ctx.needs_input_grad)
+        own = parameters[: len(parameters) - len(task.parameters)]
+        of_hidden = torch.zeros_like(hidden)
+        of_head = [torch.zeros_like(p, dtype=full_precision(p.dtype)) for p in own]
+        of_loss = [torch.zeros_like(p) for p in task.parameters]
+        losses, hits = [], []
+        for chunk in rows:
+            states = hidden[chunk].detach().requires_grad_(wanted)
+            with torch.set_grad_enabled(wanted):
+                logits = head(states)
+            if not wanted:
+                loss, hit = without_gradient(task, logits, task.targets[chunk])
+            else:
+                # a copy, since the gradient is computed in place
+                loss, hit, gradient = with_gradient(task, logits.detach().clone(), task.targets[chunk], of_loss)
+                of_hidden[chunk] = _add_gradients(logits, gradient.to(logits.dtype), states, own, of_head)
+            losses.append(loss)
+            hits.append(hit)
+        if wanted:
+            ctx.save_for_backward(of_hidden, *of_head, *of_loss, hidden, *parameters)
+        correct = torch.cat(hits).sum() if hits else torch.zeros((), dtype=torch.long, device=hidden.device)
+        ctx.mark_non_differentiable(correct)
+        return torch.cat(losses).sum() if losses else hidden.new_zeros((), dtype=ctx.full), correct
+
+    @staticmethod
+    def backward(ctx: Any, upstream: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+        """As of `LinearTokenLoss`."""
+        half = len(ctx.saved_tensors) // 2
+        gradients, (hidden, *parameters) = ctx.saved_tensors[:half], ctx.saved_tensors[half:]
+        if torch.is_grad_enabled():
+            weights = upstream.expand(len(ctx.task.targets))
+            names = [name for name, p in ctx.head.named_parameters() if p.requires_grad]
+
+            def logits_of(states: Tensor, *values: Tensor) -> Tensor:
+                # values beyond those of the head are the loss's
+                own = dict(zip(names, values, strict=False))
+                return torch.func.functional_call(ctx.head, own, (states,))
+
+            of = Gradients(logits_of, ctx.task, ctx.rows)
+            found = GradientsWithGraph.apply(of, weights, hidden, *parameters)
+            return found[0], None, None, None, *found[1:]
+        with torch.no_grad():
+            scaled = [(g * upstream).to(t.dtype) for g, t in zip(gradients, (hidden, *parameters), strict=True)]
+        return scaled[0], None, None, None, *scaled[1:]
+
+
+def _add_gradients(
+    logits: Tensor, gradient: Tensor, states: Tensor, parameters: Sequence[Tensor], sums: Sequence[Tensor]
+) -> Tensor:
+    """Adds the gradients of the parameters of a head to `sums`; returns that of the hidden states of a chunk."""
+    of_states, *others = torch.autograd.grad(logits, [states, *parameters], gradient, allow_unused=True)
+    for total, other in zip(sums, others, strict=True):
+        if other is not None:
+            total.add_(other)
+    return of_states
+
+
+@dataclass(frozen=True)
+class Gradients:
+    """How to compute the gradients of a weighted sum of values per token, a chunk at a time."""
+
+    logits_of: Callable[..., Tensor]
+    """Maps hidden states `[rows, hidden]` and the parameters to logits."""
+    task: Task
+    rows: list[slice]
+
+    def of_chunk(self, rows: slice, weights: Tensor, states: Tensor, parameters: Sequence[Tensor]) -> list[Tensor]:
+        """The gradients of a chunk for its hidden states and the parameters, with a graph."""
+        values = self.task.values(self.logits_of(states, *parameters), self.task.targets[rows])
+        inputs = [states, *parameters]
+        # in two steps, since autograd refuses inputs that need no gradient
+        asked = [tensor for tensor in inputs if tensor.requires_grad]
+        found = iter(torch.autograd.grad((values * weights).sum(), asked, create_graph=True, allow_unused=True))
+        gradients = [next(found) if tensor.requires_grad else None for tensor in inputs]
+        return [torch.zeros_like(t) if g is None else g for g, t in zip(gradients, inputs, strict=True)]
+
+
+class GradientsWithGraph(torch.autograd.Function):
+    """The gradients of a weighted sum of values per token, which can be differentiated again, a chunk at a time."""
+
+    @staticmethod
+    def forward(ctx: Any, of: Gradients, weights: Tensor, hidden: Tensor, *parameters: Tensor) -> tuple[Tensor, ...]:
+        """Returns the gradients of hidden states `[n, hidden]` and parameters, for weights `[n]`."""
+        ctx.of = of
+        ctx.save_for_backward(weights, hidden, *parameters)
+        of_hidden = torch.zeros_like(hidden)
+        sums = [torch.zeros_like(p) for p in parameters]
+        for rows in of.rows:
+            with torch.enable_grad():
+                states = hidden[rows].detach().requires_grad_()
+                of_hidden[rows], *others = (
+                    g.detach() for g in of.of_chunk(rows, weights[rows].detach(), states, parameters)
+                )
+            for total, other in zip(sums, others, strict=True):
+                total.add_(other)
+        return of_hidden, *sums
+
+    @staticmethod
+    def backward(ctx: Any, *directions: Tensor) -> tuple[Tensor | None, ...]:
+        """Computes the product of the second derivatives and `directions`."""
+        weights, hidden, *parameters = ctx.saved_tensors
+        higher = torch.is_grad_enabled()
+        if higher and ctx.of.task.has_parameters:
+            raise UserError("derivatives above the second can't be taken of a loss with parameters: compute its logits")
+        of_weights, of_hidden = [], []
+        sums: list[Tensor] = [torch.zeros_like(p) for p in parameters]
+        for rows in ctx.of.rows:
+            with torch.enable_grad():
+                # copies, so that only this chunk is differentiated; if there is a graph, they stay connected to it
+                inputs = [t.view_as(t) if higher else t for t in (weights[rows], hidden[rows], *parameters)]
+                if not higher:
+                    inputs[:2] = [t.detach().requires_grad_() for t in inputs[:2]]
+                asked = [t for t in inputs if t.requires_grad]
+                gradients = ctx.of.of_chunk(rows, *inputs[:2], inputs[2:])
+                along = [directions[0][rows], *directions[1:]]
+                kept = [i for i, gradient in enumerate(gradients) if gradient.requires_grad]  # not those of a constant
+                found = iter(
+                    torch.autograd.grad(
+                        [gradients[i] for i in kept],
+                        asked,
+                        [along[i] for i in kept],
+                        create_graph=higher,
+                        allow_unused=True,
+                    )
+                )
+            of_inputs = [next(found) if t.requires_grad else None for t in inputs]
+            of_weight, of_states, *others = (
+                torch.zeros_like(t) if g is None else g for g, t in zip(of_inputs, inputs, strict=True)
+            )
+            of_weights.append(of_weight)
+            of_hidden.append(of_states)
+            sums = [total + other for total, other in zip(sums, others, strict=True)]
+        if not ctx.of.rows:
+            return None, torch.zeros_like(weights), torch.zeros_like(hidden), *sums
+        return None, torch.cat(of_weights), torch.cat(of_hidden), *sums
+
+
+def gradients_with_graph(
+    task: Task,
+    weights: Tensor,
+    inputs: tuple[Tensor, Tensor, Tensor | None],
+    parameters: Sequence[Tensor] = (),
+    *,
+    dtype: torch.dtype,
+) -> tuple[Tensor | None, ...]:
+    """Gradients of a linear head that can be differentiated again.
+
+    Args:
+        task: What is computed of each token.
+        weights: `[n]`, of the tokens' values in the sum that is differentiated.
+        inputs: Hidden states `[n, hidden]`, weight `[vocab, hidden]`, and bias `[vocab]` or None.
+        parameters: Of the loss.
+        dtype: Of the matrix products.
+
+    Returns:
+        Those of hidden states, weight, bias and parameters.
+    """
+    hidden, weight, bias = inputs
+
+    def logits_of(states: Tensor, weight: Tensor, *others: Tensor) -> Tensor:
+        own = None if bias is None else others[0].to(dtype)
+        with torch.autocast(states.device.type, enabled=False):
+            return torch.nn.functional.linear(states.to(dtype), weight.to(dtype), own)
+
+    rows = chunks(len(hidden), len(weight), hidden.device, task.chunk_size)
+    of_head = (weight,) if bias is None else (weight, bias)
+    found = GradientsWithGraph.apply(Gradients(logits_of, task, rows), weights, hidden, *of_head, *parameters)
+    return (*found[:2], None, *found[2:]) if bias is None else found
 
 
 def transformed(logits: Tensor, transform: Transform | None) -> Tensor:
@@ -226,22 +459,42 @@ def checked_losses(token_loss: TokenLoss, logits: Tensor, targets: Tensor) -> Te
     return losses
 
 
-def _with_gradient(task: LossTask, logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Returns the losses `[n]`, whether each target has the largest logit `[n]`, and the gradient of `logits`."""
-    quick = _quick_method(task.token_loss)
+def without_gradient(task: LossTask, logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+    """Returns the losses `[n]` of a chunk, and whether each target has the largest logit `[n]`."""
+    logits = transformed(logits, task.transform)
+    task.measure(logits, targets)
+    return checked_losses(task.token_loss, logits, targets), is_largest(logits, targets)
+
+
+def with_gradient(
+    task: LossTask, logits: Tensor, targets: Tensor, of_loss: Sequence[Tensor]
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Returns the losses `[n]`, whether each target has the largest logit `[n]`, and the gradient of `logits`.
+
+    Adds the gradients of the parameters of the loss to `of_loss`. May overwrite `logits`.
+    """
+    quick = None if of_loss else _quick_method(task.token_loss)
     if quick and task.transform is None:
         hits = is_largest(logits, targets)
+        task.measure(logits, targets)
         losses, gradient = quick(logits, targets)
         return losses, hits, gradient
     leaf, last = leaf_and_logits(logits, task.transform)
     hits = is_largest(last, targets)
+    task.measure(last, targets)
     if quick:
         losses, gradient = quick(last.detach().clone(), targets)
-    else:
-        inputs = last.detach().requires_grad_()
-        with torch.enable_grad():
-            losses = checked_losses(task.token_loss, inputs, targets)
-        (gradient,) = torch.autograd.grad(losses, inputs, torch.ones_like(losses))
+        return losses.detach(), hits, to_leaf(leaf, last, gradient)
+    inputs = last.detach().requires_grad_()
+    with torch.enable_grad():
+        losses = checked_losses(task.token_loss, inputs, targets)
+    asked = [inputs, *task.parameters]
+    gradient, *others = torch.autograd.grad(losses, asked, torch.ones_like(losses), allow_unused=True)
+    for total, other in zip(of_loss, others, strict=True):
+        if other is not None:
+            total.add_(other)
+    if gradient is None:  # a loss of the targets alone
+        gradient = torch.zeros_like(inputs)
     return losses.detach(), hits, to_leaf(leaf, last, gradient)
 
 

@@ -4,7 +4,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from oumi_pl.losses.linear_head import (
     HeadGradients,
@@ -13,6 +12,7 @@ from oumi_pl.losses.linear_head import (
     at_target,
     chunks,
     full_precision,
+    gradients_with_graph,
     graph_is_kept,
     leaf_and_logits,
     to_leaf,
@@ -56,30 +56,38 @@ class LinearLogps(torch.autograd.Function):
         return logps
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
-        """Computes the gradients chunk by chunk, from the kept softmax or from recomputed logits."""
-        hidden, weight, bias, lse = ctx.saved_tensors
-        task: Task = ctx.task
-        head = LinearHead(hidden, weight, bias, ctx.dtype)
-        gradients = HeadGradients(head, ctx.needs_input_grad[:3])
-        with torch.autocast(hidden.device.type, enabled=False):
-            for number, rows in enumerate(chunks(len(hidden), head.vocab, hidden.device, task.chunk_size)):
-                # The gradient of a log-probability with respect to the logits is one-hot - softmax.
-                weights, wanted = upstream[rows].unsqueeze(-1), task.targets[rows].unsqueeze(-1)
-                if number in ctx.kept:
-                    exponentials, total = ctx.kept[number] if graph_is_kept() else ctx.kept.pop(number)
-                    scale = exponentials.mul if graph_is_kept() else exponentials.mul_
-                    gradients.add(rows, scale(-weights / total).scatter_add_(-1, wanted, weights))
-                    continue
-                leaf, logits = leaf_and_logits(head.logits(rows), task.transform)
-                # a transform may have saved its output for backward
-                shift = logits.detach().sub if task.transform else logits.sub_
-                gradient = shift(lse[rows].unsqueeze(-1)).exp_().mul_(-weights).scatter_add_(-1, wanted, weights)
-                gradients.add(rows, to_leaf(leaf, logits, gradient))
+        """Computes the gradients chunk by chunk; under `create_graph`, such that they have a graph themselves."""
+        hidden, weight, bias, _ = ctx.saved_tensors
+        if torch.is_grad_enabled():
+            return *gradients_with_graph(ctx.task, upstream, (hidden, weight, bias), dtype=ctx.dtype), None
+        with torch.no_grad(), torch.autocast(hidden.device.type, enabled=False):
+            gradients = _gradients(ctx, upstream)
         inputs = (hidden, weight, bias)
         cast = [g if g is None else g.to(t.dtype) for g, t in zip(gradients.tensors, inputs, strict=True)]
         return *cast, None
+
+
+def _gradients(ctx: Any, upstream: Tensor) -> HeadGradients:
+    """The gradients, from the kept softmax or from recomputed logits."""
+    hidden, weight, bias, lse = ctx.saved_tensors
+    task: Task = ctx.task
+    head = LinearHead(hidden, weight, bias, ctx.dtype)
+    gradients = HeadGradients(head, ctx.needs_input_grad[:3])
+    for number, rows in enumerate(chunks(len(hidden), head.vocab, hidden.device, task.chunk_size)):
+        # The gradient of a log-probability with respect to the logits is one-hot - softmax.
+        weights, wanted = upstream[rows].unsqueeze(-1), task.targets[rows].unsqueeze(-1)
+        if number in ctx.kept:
+            exponentials, total = ctx.kept[number] if graph_is_kept() else ctx.kept.pop(number)
+            scale = exponentials.mul if graph_is_kept() else exponentials.mul_
+            gradients.add(rows, scale(-weights / total).scatter_add_(-1, wanted, weights))
+            continue
+        leaf, logits = leaf_and_logits(head.logits(rows), task.transform)
+        # a transform may have saved its output for backward
+        shift = logits.detach().sub if task.transform else logits.sub_
+        gradient = shift(lse[rows].unsqueeze(-1)).exp_().mul_(-weights).scatter_add_(-1, wanted, weights)
+        gradients.add(rows, to_leaf(leaf, logits, gradient))
+    return gradients
 
 
 def _exponentials(logits: Tensor) -> tuple[Tensor, Tensor]:

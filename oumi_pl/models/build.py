@@ -241,8 +241,8 @@ def build_model(
         hf = _with_adapter_merged(hf, adapter)
     new_rows = 0
     if base is not None and tokenizer is not None:
-        new_rows = _fit_vocabulary(hf, tokenizer, added_tokens)
-    _freeze(hf, freeze)
+        new_rows = fit_vocabulary(hf, tokenizer, added_tokens)
+    freeze_modules(hf, freeze)
     if gradient_checkpointing:
         hf.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     if lora is not None:
@@ -301,7 +301,7 @@ def _random_weights(
             hf_config, attn_implementation=attn, dtype=_torch_dtype(dtype), trust_remote_code=trust_remote_code
         )
     except Exception as error:  # sizes that don't match raise whatever error the layer raises
-        _refuse_attention(attn, error)
+        refuse_attention(attn, error)
         raise UserError(
             f"model.config: can't build this {hf_config.model_type}: {type(error).__name__}: {reason(error)}"
         ) from error
@@ -319,7 +319,7 @@ def _pretrained(
         with working(f"loading {model}"), without_load_report():
             hf, info = loaded(_auto_class(scoring).from_pretrained, model, **kwargs)
     except (UserError, KeyError) as error:
-        _refuse_attention(attn, error.__cause__ or error)
+        refuse_attention(attn, error.__cause__ or error)
         raise
     if wrong := sorted(info["mismatched_keys"]):
         name, saved, own = wrong[0]
@@ -368,7 +368,12 @@ def _refuse_without_weights(folder: Path) -> None:
     raise UserError(f"model: {folder} holds no weights (no *.safetensors); {right}")
 
 
-def _refuse_attention(attn: str | None, error: BaseException) -> None:
+def refuse_attention(attn: str | None, error: BaseException) -> None:
+    """Explains an error that an attention implementation caused; does nothing for other errors.
+
+    Raises:
+        UserError: the implementation is the cause.
+    """
     if attn == attention.NAME and isinstance(error, KeyError) and error.args[:1] == (attn,):
         # this architecture has a dictionary from implementation names to attention classes
         raise UserError(f"this architecture's attention can't keep packed documents apart; {NO_PACKING}") from error
@@ -443,7 +448,12 @@ def _with_adapter_merged(hf: "PreTrainedModel", adapter: str) -> "PreTrainedMode
 
 
 @torch.no_grad()
-def _fit_vocabulary(hf: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase", added_tokens: Sequence[int]) -> int:
+def fit_vocabulary(
+    hf: "PreTrainedModel",
+    tokenizer: "PreTrainedTokenizerBase",
+    added_tokens: Sequence[int],
+    known: Sequence[int] = (),
+) -> int:
     """Initialises the rows of added tokens to the mean of the trained rows; returns how many rows were appended.
 
     With the mean, a new token starts with an average logit (Hewitt 2021, "Initializing New Word Embeddings for
@@ -452,13 +462,14 @@ def _fit_vocabulary(hf: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase",
     Args:
         hf: A pretrained model.
         tokenizer: The tokenizer, with the added tokens.
-        added_tokens: Ids that were added to the tokenizer.
+        added_tokens: Ids that were added to the tokenizer, whose rows are to be initialised.
+        known: Ids that were added before, whose rows are kept.
 
     Raises:
         UserError: the tokenizer has ids without a row in the model, besides the added ones.
     """
     rows = len(cast("Tensor", hf.get_input_embeddings().weight))
-    own = max(set(tokenizer.get_vocab().values()) - set(added_tokens), default=-1) + 1
+    own = max(set(tokenizer.get_vocab().values()) - {*added_tokens, *known}, default=-1) + 1
     if own > rows:
         raise UserError(
             f"model: the tokenizer has {own} tokens, the model's vocabulary {rows}: they don't belong together; "
@@ -478,7 +489,12 @@ def _fit_vocabulary(hf: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase",
     return max(0, needed - rows)
 
 
-def _freeze(hf: "PreTrainedModel", freeze: Sequence[str]) -> None:
+def freeze_modules(hf: "PreTrainedModel", freeze: Sequence[str]) -> None:
+    """Freezes the modules of these names.
+
+    Raises:
+        UserError: the model has no such module.
+    """
     modules = dict(hf.named_modules())
     for name in freeze:
         if name not in modules:

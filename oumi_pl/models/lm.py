@@ -18,7 +18,8 @@ from oumi_pl.attention.probe import body_of, probing
 from oumi_pl.attention.rotary import rows_of
 from oumi_pl.attention.segments import path_positions
 from oumi_pl.errors import UserError
-from oumi_pl.losses.causal import TokenLossOutput, token_logps, token_loss_sum
+from oumi_pl.losses.causal import TokenLossOutput, token_logps, token_loss_sum, token_losses
+from oumi_pl.losses.linear_head import transformed
 from oumi_pl.types import Batch, Inputs, Segment, TokenLoss
 
 if TYPE_CHECKING:
@@ -174,13 +175,33 @@ class States:
             out = out._replace(loss_sum=out.loss_sum + self.router_loss * batch.get("weight", len(batch["targets"])))
         return out
 
+    def token_losses(self, token_loss: TokenLoss) -> Tensor:
+        """The loss of each target, `[targets]` float32, differentiable; backward calls the loss again."""
+        lm = self.lm
+        return token_losses(self.predicting, self.batch["targets"], lm.head, token_loss, transform=lm.logit_transform)
+
+    def logits(self) -> Tensor:
+        """The logits that predict each target, `[targets, vocab]` float32, differentiable.
+
+        All of them are in memory at once, which training avoids.
+        """
+        return transformed(self.lm.head(self.predicting), self.lm.logit_transform)
+
     def logps(self) -> Tensor:
         """Log-probability of each target, `[targets]` float32, differentiable."""
         return token_logps(self.predicting, self.batch["targets"], self.lm.head, transform=self.lm.logit_transform)
 
 
 class LM(nn.Module):
-    """A causal LM, or a PEFT model around one; called with a batch and a function of its hidden states."""
+    """A causal LM, or a PEFT model around one; called with a batch and a function of its hidden states.
+
+    This is how to compute anything on a batch: `lm(batch)` for log-probabilities, `lm(batch, States.logits)`,
+    `lm(batch, lambda states: states.token_losses(loss))`. It keeps the documents of a row apart, in whatever layout the
+    model reads. `lm.hf` is the model of transformers: it doesn't know where documents end.
+
+    For Hessian-vector products and forward-mode AD on CPUs, use `torch.nn.attention.sdpa_kernel(SDPBackend.MATH)`:
+    torch's fused attention kernels have first derivatives only.
+    """
 
     auto_class: ClassVar[str] = "AutoModelForCausalLM"
     """The class of transformers that loads an export."""
@@ -191,6 +212,7 @@ class LM(nn.Module):
         self.layout = layout
         self.layout_reason = layout_reason
         """Why no cheaper layout could be used; empty for `forest`."""
+        self.base.register_forward_pre_hook(_refuse_packed_rows, with_kwargs=True)
         self._kept: frozenset[str] = frozenset()
 
     def keep_dtypes(self, dtype: torch.dtype, parameters: bool = True) -> None:
@@ -364,6 +386,24 @@ class LM(nn.Module):
                 f"{type(self.base).__name__} computes its logits in a way that is not supported, so the loss would be "
                 "wrong; please report the architecture"
             )
+
+
+def _refuse_packed_rows(hf: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
+    """Refuses rows of several documents in a call of the Hugging Face model itself. `LM` calls what is inside of it.
+
+    Raises:
+        UserError: positions start again within a row that has no attention mask.
+    """
+    places = kwargs.get("position_ids")
+    # transformers' own attention functions find documents by their positions
+    is_known = cast("Any", hf).config._attn_implementation != NAME
+    if is_known or not isinstance(places, Tensor) or kwargs.get("attention_mask") is not None or places.dim() != 2:
+        return
+    if places.shape[1] > 1 and bool((places[:, 1:] <= places[:, :-1]).any()):
+        raise UserError(
+            f"{type(hf).__name__} was called on a row of several documents, which would see each other: call "
+            "module.causal_lm(batch), or module.causal_lm(batch, compute) with a function of its States"
+        )
 
 
 class ScoringLM(LM):

@@ -1,23 +1,33 @@
 """The base class of all trainer types: model, reference, optimizer, prediction and export."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from pathlib import Path
-from typing import Any, ClassVar, Literal, cast
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple, cast
 
+import lightning as L
 import torch
-from lightning.pytorch.callbacks import BackboneFinetuning, BatchSizeFinder, ModelPruning, StochasticWeightAveraging
+from lightning.pytorch.callbacks import (
+    BackboneFinetuning,
+    BaseFinetuning,
+    BatchSizeFinder,
+    ModelPruning,
+    StochasticWeightAveraging,
+)
 from lightning.pytorch.cli import OptimizerCallable
+from lightning.pytorch.trainer import call
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import Tensor
 from torch.optim import AdamW, Optimizer
 
 from oumi_pl import attention
 from oumi_pl.errors import UserError
+from oumi_pl.models.architectures import register_architecture
 from oumi_pl.models.build import (
     DType,
     build_config,
     build_model,
+    decoder_layers,
     is_sharded,
     is_to_be_sharded,
     refuse_too_few_positions,
@@ -25,23 +35,56 @@ from oumi_pl.models.build import (
 )
 from oumi_pl.models.export import export_model, read_heads
 from oumi_pl.models.generation import complete
+from oumi_pl.models.given import adopt, refuse_unusable, set_attention
 from oumi_pl.models.lm import LM, ScoringLM, choose_layout, disable_dropout, forest, padded, with_layout
 from oumi_pl.models.lora import lora_config
 from oumi_pl.modules.reference import Reference
-from oumi_pl.modules.update import RestorableModule
-from oumi_pl.optim import Constant, Schedule, fuse, parameter_groups
+from oumi_pl.modules.update import RestorableModule, Split
+from oumi_pl.optim import Constant, Schedule, fuse, parameter_groups, scale_rates
+from oumi_pl.runs.checkpoints import AtomicCheckpointIO
 from oumi_pl.types import SPLITS, Batch, RunData
 
 HALF_PRECISION: dict[str, DType] = {"bf16-true": "bfloat16", "16-true": "float16"}
 """Values of `trainer.precision` for which Lightning casts the weights."""
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+    ModelName = str | PreTrainedModel
+else:  # the type of a recipe; Python may pass the model itself
+    ModelName = str
+
+
+class Comparison(NamedTuple):
+    """Log-probabilities of the targets of a batch, `[targets]` float32 each."""
+
+    logps: Tensor
+    """Under the policy, differentiable."""
+    ref_logps: Tensor
+    """Under the reference."""
+
+
+READ_IN_SETUP = (BaseFinetuning,)
+"""Callbacks of Lightning that read the model in `setup`."""
+
+
+class BuildModel(L.Callback):
+    """Builds the model before the callbacks that need one in their `setup`."""
+
+    def setup(self, trainer: Any, pl_module: L.LightningModule, stage: str) -> None:
+        """Builds the model as Lightning would, right after the `setup` of callbacks and module."""
+        call._call_configure_model(trainer)
 
 
 class LanguageModule(RestorableModule):
     """Trains a causal language model. Subclasses define the loss of a batch.
 
     Args:
-        model: Hub id or directory of a pretrained model; leave it out to start from random weights.
+        model: Hub id or directory of a pretrained model; leave it out to start from random weights. From Python also a
+            causal LM of transformers, which is then trained itself.
         config: `model_type` and values of a config to start from; with `model`, values to override.
+        architecture: Class path of a model of your own, a subclass of `transformers.PreTrainedModel` with a
+            `config_class`; `config` then needs no `model_type`.
         dtype: Of the weights; `auto` takes the checkpoint's. Compute precision is `trainer.precision`.
         attn: Attention implementation; the fastest exact one for the data and the device when left out.
         lora: Arguments of `peft.LoraConfig` (`r`, `lora_alpha`, `target_modules`, `use_dora`, ...); all linear layers
@@ -54,6 +97,10 @@ class LanguageModule(RestorableModule):
         trust_remote_code: Run code that came with the model.
         optimizer: Class and arguments of the optimizer.
         schedule: Learning rate over optimizer steps.
+        groups: Names of modules or parameters, with `*` for any text -> settings of the optimizer for them:
+            `{lm_head: {lr: 1.0e-4}}`. `lr_factor` multiplies the learning rate.
+        layer_decay: Factor on the learning rate for each layer below the head, at most 1 (layer-wise decay). The head
+            has the full rate, the last layer once this factor, and the embeddings the smallest rate.
     """
 
     branching: ClassVar[bool | None] = None
@@ -73,9 +120,10 @@ class LanguageModule(RestorableModule):
 
     def __init__(
         self,
-        model: str | None = None,
+        model: ModelName | None = None,
         config: dict[str, Any] | None = None,
         *,
+        architecture: str | None = None,
         dtype: DType = "float32",
         attn: str | None = None,
         lora: dict[str, Any] | None = None,
@@ -87,8 +135,21 @@ class LanguageModule(RestorableModule):
         trust_remote_code: bool = False,
         optimizer: OptimizerCallable = lambda params: AdamW(params, lr=2e-5, weight_decay=0.0),
         schedule: Schedule | None = None,
+        groups: dict[str, dict[str, Any]] | None = None,
+        layer_decay: float = 1.0,
     ) -> None:
         super().__init__()
+        self.model_object: Any = None
+        """The model, if it was passed as an object; in a list, since it is no submodule beside `model`."""
+        if model is not None and not isinstance(model, str):
+            other = {"config": config, "quantization": quantization, "revision": revision}
+            refuse_unusable(model, **other, dtype=dtype if dtype not in ("float32", "auto") else None)
+            self.model_object = [model]
+        if not 0 < layer_decay <= 1:
+            raise UserError(f"model.layer_decay is {layer_decay}, but has to be above 0 and at most 1")
+        if architecture is not None:
+            model_type = register_architecture(architecture)
+            config = config if model is not None else {"model_type": model_type} | (config or {})
         if model is None and not (config or {}).get("model_type"):
             raise UserError(
                 "model: name a model (`model: HuggingFaceTB/SmolLM2-135M`) or a `config: {model_type: llama, …}`"
@@ -103,7 +164,7 @@ class LanguageModule(RestorableModule):
             build_config(None, config, None)
         # built once with a dummy parameter, so that a negative learning rate, for example, is refused now
         _optimizer(optimizer, parameter_groups([("probe", torch.nn.Parameter(torch.zeros(1, 1)))]))
-        self.model_name = model
+        self.model_name = model if isinstance(model, str | None) else model.name_or_path or None
         self.config = config
         self.dtype_name: DType = dtype
         self.attn = attn
@@ -116,6 +177,8 @@ class LanguageModule(RestorableModule):
         self.trust_remote_code = trust_remote_code
         self.optimizer = optimizer
         self.schedule = schedule or Constant()
+        self.groups = groups or {}
+        self.layer_decay = layer_decay
         self.model: LM | None = None
         self.loss: Any = None
         """The loss of a token or a pair, for trainer types that have a replaceable one."""
@@ -124,11 +187,38 @@ class LanguageModule(RestorableModule):
         self.engine_notes: list[str] = []
         """Lines that an engine other than Lightning adds to `notes`."""
         self.__is_start = False
+        self.__built: list[LM] = []  # in a list, since it is no second submodule
 
     @property
     def keeps_trained_weights_only(self) -> bool:
         """Whether the model is pretrained with adapters: resuming loads its frozen weights again."""
-        return self.lora is not None and self.model_name is not None
+        return self.lora is not None and self.model_name is not None and self.model_object is None
+
+    @classmethod
+    def load_from_checkpoint(  # type: ignore[override]
+        cls, checkpoint_path: str | Path, *, tokenizer: Any = None, **kwargs: Any
+    ) -> "LanguageModule":
+        """Builds a module with arguments of the constructor, and loads the weights of a checkpoint.
+
+        Checkpoints hold no arguments. One of a recipe holds the recipe:
+        `oumi_pl.commands.export.load_checkpoint(path)` builds the module from that, with its data and tokenizer.
+
+        Args:
+            checkpoint_path: A checkpoint file.
+            tokenizer: The tokenizer that random weights are built for (`data.tokenizer`); None: that of the config.
+            kwargs: As of the constructor.
+
+        Raises:
+            UserError: arguments are missing, or are those of another model.
+        """
+        remedy = f"pass the arguments of {cls.__name__}, or use oumi_pl.commands.export.load_checkpoint(path) for a run"
+        if not kwargs:
+            raise UserError(f"load_from_checkpoint: checkpoints hold no arguments; {remedy}")
+        content = AtomicCheckpointIO().load_checkpoint(checkpoint_path)
+        module = cls(**kwargs)
+        module.assemble(tokenizer, branching=bool(cls.branching))
+        module.load_weights(content["state_dict"])
+        return module
 
     # ---- model
 
@@ -138,16 +228,22 @@ class LanguageModule(RestorableModule):
         Raises:
             UserError: the model can't be built, does not fit the data, or computes its logits in an unknown way.
         """
-        if self.model is not None:
+        if self.model is not None and self.model in self.__built:
             return
         refuse_unfit_callbacks(self.trainer.callbacks)  # type: ignore[attr-defined]
+        if self.__built and self.reference is not None:
+            self.reference.opened = None  # it was that of another model
         data = self.data
-        if data is None:
+        if isinstance(self.model, LM):
+            model = self.__prepared(self.model)
+        elif data is None:
             model = self.assemble(None)
         else:
-            stage = self.trainer.state.fn.value if self.trainer.state.fn else "fit"
             model = self.assemble(data.tokenizer, data.added_tokens, branching=data.branching)
+        if data is not None:
+            stage = self.trainer.state.fn.value if self.trainer.state.fn else "fit"
             refuse_too_few_positions(model.base, data.max_length, data.longest_path(list(data.needed(stage))))
+        self.__refuse_sharded_loss()
         # before sharding: this runs layers outside of the wrapper's forward, which gathers sharded weights
         model.refuse_unknown_logits()
         if dtype := HALF_PRECISION.get(str(self.trainer.precision)):
@@ -157,6 +253,34 @@ class LanguageModule(RestorableModule):
         if self.compile_layers:
             model.body.compile()
         shard(model, self)
+        self.__built = [model]
+
+    def __prepared(self, model: LM) -> LM:
+        """A model that the user assigned to `self.model`, with what `assemble` would have added."""
+        self.model_object = [model.hf]
+        model.train()  # `from_pretrained` returns eval mode, which Lightning would keep
+        if self.reference is not None:
+            disable_dropout(model)
+        if self.data is not None and model.layout is not padded:
+            share = self.data.branching and self.share_prompt is not False
+            longest = 0 if self.__is_checked_on_device else self.__longest_row
+            model.layout, model.layout_reason = choose_layout(model.hf, share, longest)
+        if not self.heads():
+            self.make_heads(model)
+        return model
+
+    def __refuse_sharded_loss(self) -> None:
+        """Refuses to shard the parameters of a loss, which is called where they are not gathered.
+
+        Raises:
+            UserError: the strategy shards weights, and the loss has some.
+        """
+        own = isinstance(self.loss, torch.nn.Module) and any(p.requires_grad for p in self.loss.parameters())
+        if own and is_to_be_sharded(self):
+            raise UserError(
+                f"model.loss: {type(self.loss).__name__} has parameters of its own, which can't be sharded; train with "
+                "strategy ddp, or move them into make_heads and call them in loss_sums"
+            )
 
     def assemble(self, tokenizer: Any, added_tokens: Sequence[int] = (), *, branching: bool | None = False) -> LM:
         """Builds the model and its heads and assigns them to the module; arguments as of `build`.
@@ -164,6 +288,9 @@ class LanguageModule(RestorableModule):
         Raises:
             UserError: the model folder holds other heads than this trainer type has.
         """
+        if self.model is not None and not isinstance(self.model, LM):  # assigned by the user, instead of an argument
+            refuse_unusable(self.model)
+            self.model_object, self.model = [self.model], None
         self.model = self.build(tokenizer, added_tokens, branching=branching)
         self.make_heads(self.model)
         if self.model_name is not None and (heads := self.heads()):
@@ -208,17 +335,37 @@ class LanguageModule(RestorableModule):
                 scoring=self.scoring,
             )
 
+        builder = build if self.model_object is None else self.__given(tokenizer, added_tokens)
         wrap = ScoringLM if self.scoring else LM
         if branching is None:
-            return wrap(build(False))
-        # long rows are tried on the device if it is another one, see `on_fit_start`
+            return wrap(builder(False))
+        # long rows are tried on the device if it is another one, see `begin_fit`
         longest = 0 if self.__is_checked_on_device else self.__longest_row
-        model = with_layout(build, branching and self.share_prompt is not False, longest, wrap)
+        model = with_layout(builder, branching and self.share_prompt is not False, longest, wrap)
         if branching and self.share_prompt is True and model.layout is not forest:
             raise UserError(f"model.share_prompt: {model.layout_reason}; leave it out to compute prompts twice")
         if self.reference is not None:
             disable_dropout(model)
         return model
+
+    def __given(self, tokenizer: Any, added_tokens: Sequence[int]) -> Callable[[bool], Any]:
+        """Prepares the model that was passed as an object; returns what sets its attention, with packed rows or not."""
+        (hf,) = self.model_object
+        own = hf.config._attn_implementation
+        prepared = adopt(
+            hf,
+            tokenizer=tokenizer,
+            added_tokens=added_tokens,
+            lora=self.lora,
+            freeze=self.freeze_modules,
+            gradient_checkpointing=self.gradient_checkpointing,
+        )
+
+        def with_attention(packed: bool) -> Any:
+            set_attention(hf, self.attn or (attention.NAME if packed else own))
+            return prepared
+
+        return with_attention
 
     @property
     def weights_dtype(self) -> DType:
@@ -232,9 +379,52 @@ class LanguageModule(RestorableModule):
 
     @property
     def causal_lm(self) -> LM:
-        """The model; set before any hook runs."""
-        assert self.model is not None
+        """The model; set before any hook but `setup` runs.
+
+        `module.causal_lm(batch)` are the log-probabilities of the targets of a batch, and
+        `module.causal_lm(batch, compute)` is what `compute` makes of its hidden states; see `oumi_pl.models.lm.States`.
+
+        Raises:
+            UserError: the model was not built.
+        """
+        if self.model is None:
+            own = type(self).configure_model is not LanguageModule.configure_model
+            why = (
+                f"{type(self).__name__}.configure_model has to call super().configure_model(), or to assign self.model"
+                if own
+                else "`trainer.fit` builds it, or `assemble(tokenizer)` without a trainer"
+            )
+            raise UserError(f"{type(self).__name__} has no model yet: {why}")
         return self.model
+
+    @property
+    def trainer(self) -> L.Trainer:
+        """The trainer, once it runs."""
+        return super().trainer
+
+    @trainer.setter
+    def trainer(self, trainer: L.Trainer | None) -> None:
+        """Adds a callback that builds the model, if others need one in their `setup`, which Lightning calls earlier."""
+        L.LightningModule.trainer.fset(self, trainer)  # type: ignore[attr-defined]
+        callbacks: list[Any] = getattr(trainer, "callbacks", [])
+        first = next((i for i, callback in enumerate(callbacks) if isinstance(callback, READ_IN_SETUP)), None)
+        if first is not None and not any(isinstance(callback, BuildModel) for callback in callbacks):
+            callbacks.insert(first, BuildModel())
+
+    def compare(self, batch: Batch, split: Split) -> Comparison:
+        """Log-probabilities of a batch's targets under policy and reference.
+
+        Args:
+            batch: A batch of this split, on the device.
+            split: `train`, `validation` or `test`: precomputed log-probabilities are found by the split's examples.
+
+        Raises:
+            UserError: the module has no reference.
+        """
+        if self.reference is None or self.reference.kind == "none":
+            raise UserError(f"{type(self).__name__} has no reference: set self.reference = Reference(self)")
+        self.__open_reference(split)
+        return Comparison(self.causal_lm(batch), self.reference.logps(batch, split))
 
     @property
     def data(self) -> RunData | None:
@@ -266,9 +456,9 @@ class LanguageModule(RestorableModule):
         counts = super().count(batch)
         return counts | {"positions": self.causal_lm.positions(batch) if counts["rows"] else 0}
 
-    def on_fit_start(self) -> None:
+    def begin_fit(self) -> None:
         """Checks layout and logits again on the device, whose attention kernels are others; opens the reference."""
-        super().on_fit_start()
+        super().begin_fit()
         if self.__is_checked_on_device:
             self.__check_on_device()
         self.__open_reference()
@@ -298,16 +488,13 @@ class LanguageModule(RestorableModule):
 
     # ---- reference
 
-    def on_validation_start(self) -> None:
-        """Opens the reference, if it is not open because only validation runs."""
+    def begin_evaluation(self) -> None:
+        """Opens the reference, if it is not open because only validation or test runs."""
+        super().begin_evaluation()
         self.__open_reference()
 
-    def on_test_start(self) -> None:
-        """Opens the reference."""
-        self.__open_reference()
-
-    def __open_reference(self) -> None:
-        splits = SPLITS[str(cast("Any", self.trainer.state.fn).value)]
+    def __open_reference(self, *splits: str) -> None:
+        splits = splits or SPLITS[str(cast("Any", self.trainer.state.fn).value)]
         if self.reference is not None and not self.reference.covers(splits):
             self.reference.open(splits)
 
@@ -327,21 +514,21 @@ class LanguageModule(RestorableModule):
             self.check_start(batch)
         return super().training_step(batch, batch_idx)
 
-    def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
-        """Takes the step, then moves the reference if it is due, before a checkpoint of this step is saved."""
-        super().optimizer_step(*args, **kwargs)
+    def after_update(self, step: int) -> None:
+        """Moves the reference if it is due."""
+        super().after_update(step)
         if self.reference is not None:
-            self.reference.after_step(self.global_step + 1)
+            self.reference.after_step(step)
 
-    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+    def add_to_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Adds the fingerprint of the initial weights, and the reference if it moves."""
-        super().on_save_checkpoint(checkpoint)
+        super().add_to_checkpoint(checkpoint)
         if self.reference is not None:
             checkpoint["reference"] = self.reference.state()
 
-    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Restores what `on_save_checkpoint` added."""
-        super().on_load_checkpoint(checkpoint)
+    def restore_from(self, checkpoint: dict[str, Any]) -> None:
+        """Restores what `add_to_checkpoint` added."""
+        super().restore_from(checkpoint)
         if self.reference is not None:
             self.reference.load_state(checkpoint.get("reference") or {})
 
@@ -367,12 +554,17 @@ class LanguageModule(RestorableModule):
     # ---- optimizer
 
     def configure_optimizers(self) -> Any:
-        """The optimizer over named groups, and its schedule in optimizer steps."""
+        """The optimizer over named groups, and its schedule in optimizer steps.
+
+        Override it with any return value that Lightning documents. `parameter_groups`, `total_steps` and `scheduled`
+        are for such methods too.
+        """
         self.keep_adapters_in_float32()
-        groups = parameter_groups(self.named_parameters(), self.causal_lm.vocabulary_weights)
-        if not groups:
+        groups = self.parameter_groups()
+        if not any(parameter.requires_grad for group in groups for parameter in group["params"]):
             raise UserError("model: no parameter is trainable; look at model.freeze and model.lora")
         optimizer = _optimizer(self.optimizer, groups)
+        scale_rates(optimizer)
         # not with float16: Lightning refuses to clip for fused optimizers, which unscale the gradients themselves
         if getattr(self.trainer.precision_plugin, "scaler", None) is None and self.device.type in ("cpu", "cuda"):
             fuse(optimizer)
@@ -387,6 +579,31 @@ class LanguageModule(RestorableModule):
             rank_zero_warn(doubt)
         return self.scheduled(optimizer, lambda step: float(self.schedule(step, total)))
 
+    def parameter_groups(self) -> list[dict[str, Any]]:
+        """The parameters in named groups, with the settings of `groups` and the factors of `layer_decay`.
+
+        Parameters that `freeze` names are in groups too, so that they are trained from the step on at which something
+        sets `requires_grad` again; until then optimizers skip them, as they have no gradient.
+        """
+        named = [(_name_in_model(name), parameter) for name, parameter in self.named_parameters()]
+        return parameter_groups(
+            named,
+            self.causal_lm.vocabulary_weights,
+            settings=self.groups,
+            factor=self.__layer_factor(),
+            frozen=() if self.lora is not None else self.freeze_modules,
+        )
+
+    def __layer_factor(self) -> Callable[[str, Tensor], float]:
+        model, decay = self.causal_lm, self.layer_decay
+        layers = decoder_layers(model) if decay < 1 else []
+        depth = {id(p): len(layers) - i for i, layer in enumerate(layers) for p in layer.parameters()}
+        head = {id(p) for p in model.head.parameters()}
+        embedded = model.base.get_input_embeddings()
+        below = {id(p) for p in embedded.parameters()} | {id(p) for p in model.vocabulary_weights} - head
+        depth |= dict.fromkeys(below, len(layers) + 1)
+        return lambda name, parameter: decay ** depth.get(id(parameter), 0)
+
     def total_steps(self) -> int:
         """Optimizer steps of the whole run."""
         trainer = self.trainer
@@ -400,11 +617,11 @@ class LanguageModule(RestorableModule):
             raise UserError("trainer: set max_steps or max_epochs, so that the schedule knows how long the run is")
         return min(limits)
 
-    def on_train_start(self) -> None:
+    def begin_training(self) -> None:
         """As of `RestorableModule`; the first batch is checked only if the run starts at step 0."""
         self.__is_start = self.global_step == 0
         self.__open_reference()  # `LearningRateFinder` trains before `on_fit_start`
-        super().on_train_start()
+        super().begin_training()
 
     def keep_adapters_in_float32(self) -> None:
         """Casts trained adapters back to float32 after `precision: bf16-true` has cast every parameter."""
@@ -454,8 +671,20 @@ def refuse_unfit_callbacks(callbacks: Sequence[Any]) -> None:
                 raise UserError(f"trainer.callbacks: {type(callback).__name__} {why}")
 
 
-def _optimizer(optimizer: OptimizerCallable, parameters: Any) -> Optimizer:
+def _name_in_model(name: str) -> str:
+    """The name of a parameter in the Hugging Face model; of one beside it, the name itself."""
+    return name.removeprefix("model.hf.").removeprefix("base_model.model.")
+
+
+def _optimizer(optimizer: OptimizerCallable, groups: list[dict[str, Any]]) -> Optimizer:
+    # torch adds the defaults to the groups that it is given
+    own = any(group.keys() - {"params", "name", "weight_decay"} for group in groups)
+    parameters = [parameter for group in groups for parameter in group["params"]]
     try:
-        return optimizer(parameters)
-    except (ValueError, TypeError) as error:
+        return optimizer(groups)
+    except ValueError as error:
+        if "parameter groups" in str(error) and not own:  # LBFGS takes none
+            return optimizer(parameters)
+        raise UserError(f"model.optimizer: {error}") from error
+    except TypeError as error:
         raise UserError(f"model.optimizer: {error}") from error

@@ -8,10 +8,10 @@ from torch import Tensor, nn
 from torch.optim import AdamW
 
 from oumi_pl.errors import UserError
-from oumi_pl.losses.preference import Sigmoid
+from oumi_pl.losses.preference import LDDPO, Sigmoid, WeightedSum
 from oumi_pl.models.build import DType
 from oumi_pl.models.lm import States
-from oumi_pl.modules.base import LanguageModule
+from oumi_pl.modules.base import LanguageModule, ModelName
 from oumi_pl.modules.reference import Reference
 from oumi_pl.modules.update import Split
 from oumi_pl.types import Batch, Pairs, PreferenceLoss, Sums
@@ -23,7 +23,7 @@ class DPO(LanguageModule):
     Args:
         model: Hub id or directory of a pretrained model, usually one that was fine-tuned (SFT); an adapter's too.
         config: `model_type` and values of a config to start from; with `model`, values to override.
-        loss: Loss of a pair; `Sigmoid` (DPO with beta 0.1) when left out.
+        loss: Loss of a pair; `Sigmoid` (DPO with beta 0.1) when left out. Its `metrics` are logged as well.
         reference: What the policy is compared with. `initial`: the model at the start of training; with LoRA the base
             with its adapters disabled, else log-probabilities that are computed before training and kept in the cache.
             `online`: the same model as a frozen copy in memory. A hub id or directory: another model, also computed
@@ -46,7 +46,7 @@ class DPO(LanguageModule):
 
     def __init__(
         self,
-        model: str | None = None,
+        model: ModelName | None = None,
         config: dict[str, Any] | None = None,
         *,
         loss: PreferenceLoss | None = None,
@@ -60,6 +60,8 @@ class DPO(LanguageModule):
     ) -> None:
         super().__init__(model, config, optimizer=optimizer, **kwargs)
         self.loss = loss or Sigmoid()
+        if isinstance(self.loss, WeightedSum | LDDPO) or type(self.loss).metrics is not PreferenceLoss.metrics:
+            self.validation_metrics = ()  # the loss has names of its own
         self.share_prompt = share_prompt
         self.reference: Reference = Reference(
             self,
@@ -110,7 +112,7 @@ class DPO(LanguageModule):
             "lengths/chosen": pairs.chosen_tokens,
             "lengths/rejected": pairs.rejected_tokens,
         }
-        sums = {name: values.double().sum() for name, values in of_pairs.items()}
+        sums = {name: values.double().sum() for name, values in (self.loss.metrics(pairs) | of_pairs).items()}
         return sums | {"kl": 0.5 * (pairs.logps - pairs.ref_logps).double().square().sum()}
 
     def metrics(self, sums: Sums, split: Split) -> dict[str, Tensor]:

@@ -10,6 +10,7 @@ from torch.optim import AdamW
 
 from oumi_pl.errors import UserError
 from oumi_pl.models.shapes import Shape, scale_residuals, shape_config
+from oumi_pl.modules.base import ModelName
 from oumi_pl.modules.sft import SFT
 from oumi_pl.modules.update import Split
 from oumi_pl.types import Batch, Sums
@@ -33,7 +34,7 @@ class Pretrain(SFT):
 
     def __init__(
         self,
-        model: str | None = None,
+        model: ModelName | None = None,
         config: dict[str, Any] | None = None,
         *,
         shape: Shape | None = None,
@@ -49,7 +50,7 @@ class Pretrain(SFT):
     def on_model_built(self) -> None:
         """Scales the residual projections of random weights (see `oumi_pl.models.shapes`)."""
         super().on_model_built()
-        if self.model_name is None:
+        if self.model_name is None and self.model_object is None:
             scale_residuals(self.causal_lm.base)
 
     def loss_sums(self, batch: Batch, split: Split) -> Sums:

@@ -7,7 +7,7 @@ in training mode.
 
 import difflib
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from copy import deepcopy
 from typing import Any, cast
 
@@ -21,7 +21,7 @@ from oumi_pl.errors import UserError
 from oumi_pl.models.build import DType, build_model, is_sharded
 from oumi_pl.models.fingerprint import model_fingerprint, weights_fingerprint
 from oumi_pl.models.hub import locate
-from oumi_pl.models.lm import LM, disable_dropout, with_layout
+from oumi_pl.models.lm import LM, States, disable_dropout, with_layout
 from oumi_pl.terminal.screen import track
 from oumi_pl.types import Batch, RunModule
 
@@ -63,6 +63,11 @@ class Reference:
         needed: bool = True,
         user: str = "this loss",
     ) -> None:
+        if not isinstance(name, str):
+            raise UserError(
+                f"model.reference is a {type(name).__name__}; name a model or a folder (`save_pretrained` writes one), "
+                "or say initial, online or none"
+            )
         self.name = name
         self.dtype = dtype
         self.sync_every = sync_every
@@ -213,22 +218,7 @@ class Reference:
         """
         if self.name == "initial":
             return self._module.causal_lm if self._kept is None else self._placed(self._kept)
-        module, data = self._module, self._module.trainer.datamodule
-        _refuse_other_vocabulary(self.name, data.tokenizer)
-
-        def build(packed: bool) -> Any:
-            return build_model(
-                self.name,
-                tokenizer=data.tokenizer,
-                added_tokens=data.added_tokens,
-                dtype=self.dtype or module.weights_dtype,
-                attn=NAME if packed else None,
-                trust_remote_code=module.trust_remote_code,
-            )
-
-        model = with_layout(build, data.branching and self._share_prompt)
-        disable_dropout(model)
-        model.keep_dtypes(cast("Tensor", model.head.weight).dtype)
+        model = other_model(self._module, self.name, self.dtype, share_prompt=self._share_prompt)
         return self._placed(model)
 
     def _placed(self, model: LM) -> LM:
@@ -392,11 +382,82 @@ class Precomputed(Opened):
         return values.to(batch["targets"].device, non_blocking=True)
 
 
+class OtherModel:
+    """A frozen model beside policy and reference: a teacher, a judge, a third policy.
+
+    It is no submodule: it is in no checkpoint and no optimizer, and in evaluation mode. It is loaded when it is first
+    called, so that a constructor may create it: `self.teacher = OtherModel(self, "org/name")`. It has to read the same
+    tokens as the policy.
+
+    Args:
+        module: The module that uses it.
+        name: Hub id or directory.
+        dtype: Of its weights; that of the policy when left out.
+    """
+
+    def __init__(self, module: RunModule, name: str, dtype: DType | None = None) -> None:
+        self.name = name
+        self.dtype = dtype
+        self._module = module
+        self._model: LM | None = None
+
+    @torch.no_grad()
+    def __call__(self, batch: Batch, compute: Callable[[States], Any] = States.logps) -> Any:
+        """Runs it on a batch, like `module.causal_lm`: log-probabilities of the targets, or what `compute` returns."""
+        if self._model is None:
+            model = other_model(self._module, self.name, self.dtype).eval().requires_grad_(False)
+            if self.dtype in (None, "auto"):
+                model = self._module.trainer.precision_plugin.convert_module(model)
+            self._model = model.to(self._module.device)
+        return self._model(batch, compute)
+
+
+def other_model(module: RunModule, name: str, dtype: DType | None = None, *, share_prompt: bool = True) -> LM:
+    """Loads another model for the batches of a module's run, without dropout, on the CPU.
+
+    Raises:
+        UserError: it can't be loaded, or has another vocabulary.
+    """
+    data = module.trainer.datamodule
+    _refuse_other_vocabulary(name, data.tokenizer)
+
+    def build(packed: bool) -> Any:
+        return build_model(
+            name,
+            tokenizer=data.tokenizer,
+            added_tokens=data.added_tokens,
+            dtype=dtype or module.weights_dtype,
+            attn=NAME if packed else None,
+            trust_remote_code=module.trust_remote_code,
+        )
+
+    model = with_layout(build, data.branching and share_prompt)
+    disable_dropout(model)
+    model.keep_dtypes(cast("Tensor", model.head.weight).dtype)
+    return model
+
+
 # ---- precomputing
 
 
-def precompute(trainer: Any, model: LM, split: str, store: Any) -> None:
+def precompute(
+    trainer: Any,
+    model: LM,
+    split: str,
+    store: Any,
+    *,
+    compute: Callable[[States], Tensor] = States.logps,
+    what: str = "reference log-probabilities",
+) -> None:
     """Computes the missing chunks of a store, divided among the ranks.
+
+    Args:
+        trainer: The run's.
+        model: The reference.
+        split: The split of the examples.
+        store: The `oumi_pl.data.reference.ReferenceLogps` to fill.
+        compute: From hidden states to the values of the targets, `[targets]` or `[targets, width]`.
+        what: The name of the values, for the progress line.
 
     Raises:
         UserError: the ranks do not see each other's files.
@@ -405,11 +466,10 @@ def precompute(trainer: Any, model: LM, split: str, store: Any) -> None:
     training = model.training
     model.eval()
     try:
-        batches = _computed(trainer, model, split, store, missing)
+        batches = _computed(trainer, model, split, store, missing, compute=compute)
         if trainer.is_global_zero and missing:
             total = sum(len(store.examples(chunk)) for chunk in missing) // trainer.world_size
-            what = f"reference log-probabilities, {split}"
-            batches = track(batches, what, total=total, unit="rows", size=len)
+            batches = track(batches, f"{what}, {split}", total=total, unit="rows", size=len)
         for _ in batches:
             pass
     finally:
@@ -422,7 +482,9 @@ def precompute(trainer: Any, model: LM, split: str, store: Any) -> None:
         )
 
 
-def _computed(trainer: Any, model: LM, split: str, store: Any, missing: list[int]) -> Iterator[list[int]]:
+def _computed(
+    trainer: Any, model: LM, split: str, store: Any, missing: list[int], *, compute: Callable[[States], Tensor]
+) -> Iterator[list[int]]:
     """Computes this rank's share of the missing chunks, and yields the example ids of each finished batch.
 
     Every rank runs the model equally often, because all ranks have to gather sharded weights.
@@ -435,19 +497,21 @@ def _computed(trainer: Any, model: LM, split: str, store: Any, missing: list[int
         logps: dict[int, np.ndarray] = {}
         for step in range(max(map(len, plans))):
             ids = mine[step] if step < len(mine) else []
-            logps |= _logps(trainer, model, split, ids)
+            logps |= _logps(trainer, model, split, ids, compute)
             yield ids
         if mine:
             store.write(chunks[rank], np.concatenate([logps[i] for i in store.examples(chunks[rank])]))
 
 
 @torch.no_grad()
-def _logps(trainer: Any, model: LM, split: str, ids: list[int]) -> dict[int, np.ndarray]:
-    """Log-probabilities of each example's targets."""
+def _logps(
+    trainer: Any, model: LM, split: str, ids: list[int], compute: Callable[[States], Tensor]
+) -> dict[int, np.ndarray]:
+    """The values of each example's targets."""
     data = trainer.datamodule
     batch = trainer.strategy.batch_to_device(data.batch(split, ids))
     with trainer.precision_plugin.forward_context():
-        logps = model(batch)
+        logps = model(batch, compute)
     counts = [data.examples(split)[i].target_tokens for i in ids]
     pieces = cast("Any", logps.float().cpu()).split(counts) if ids else []
     return {i: piece.numpy() for i, piece in zip(ids, pieces, strict=True)}

@@ -6,7 +6,7 @@ from torch import Tensor
 
 from oumi_pl.losses.causal import CrossEntropy, is_cross_entropy
 from oumi_pl.models.lm import States
-from oumi_pl.modules.base import LanguageModule
+from oumi_pl.modules.base import LanguageModule, ModelName
 from oumi_pl.modules.update import Split
 from oumi_pl.types import Batch, Sums, TokenLoss
 
@@ -15,7 +15,7 @@ class SFT(LanguageModule):
     """Trains on the tokens that carry loss, normalised by their number (or weight) over the whole update.
 
     Args:
-        loss: Loss per token: `(logits [n, vocab], targets [n]) -> [n]`.
+        loss: Loss per token: `(logits [n, vocab], targets [n]) -> [n]`. Its `metrics` are logged as well.
         kwargs: As of `LanguageModule`.
     """
 
@@ -25,7 +25,7 @@ class SFT(LanguageModule):
 
     def __init__(
         self,
-        model: str | None = None,
+        model: ModelName | None = None,
         config: dict[str, Any] | None = None,
         *,
         loss: TokenLoss | None = None,
@@ -33,6 +33,8 @@ class SFT(LanguageModule):
     ) -> None:
         super().__init__(model, config, **kwargs)
         self.loss = loss or CrossEntropy()
+        if isinstance(self.loss, TokenLoss) and type(self.loss).metrics is not TokenLoss.metrics:
+            self.validation_metrics = ()  # the loss has names of its own
 
     def loss_sums(self, batch: Batch, split: Split) -> Sums:
         """Sums over the targets: `loss`, `correct` (targets with the largest logit), and in evaluation `nll`.
@@ -43,7 +45,7 @@ class SFT(LanguageModule):
 
         def compute(states: States) -> Sums:
             out = states.loss_sum(self.loss)
-            sums = {"loss": out.loss_sum, "correct": out.correct}
+            sums = out.metrics | {"loss": out.loss_sum, "correct": out.correct}
             if split != "train":
                 sums["nll"] = states.loss_sum(CrossEntropy()).loss_sum if with_nll else out.loss_sum
             return sums

@@ -5,9 +5,11 @@ carries the totals of its update over all micro-batches and ranks, so its loss i
 Gradients therefore have their final scale, for Lightning's clipping, callbacks and optimizers.
 """
 
+import copy
+import functools
 import math
 from abc import abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any, ClassVar, Literal, cast
 
 import lightning as L
@@ -17,11 +19,11 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import Tensor
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.optim import Optimizer
-from torch.optim.lr_scheduler import LambdaLR
 from torchmetrics import SumMetric
 
 from oumi_pl.errors import UserError
 from oumi_pl.models.build import is_sharded
+from oumi_pl.optim import ScheduledRates
 from oumi_pl.runs.checkpoints import WEIGHTS_ONLY, rng_state, set_rng_state
 from oumi_pl.types import Batch, Sums
 
@@ -29,12 +31,33 @@ Split = Literal["train", "validation", "test"]
 
 ROUNDING = 1e-6
 """Largest relative difference of two sums of the same weights."""
+OWN_LOSS = "the loss of a step without ours"
+"""Name of the sum of the losses of a `training_step` that does not call ours."""
 PREFIX: dict[Split, str] = {"train": "train", "validation": "val", "test": "test"}
 """Prefix of the metrics of a split, as in `val/loss`."""
 
 
+OWN_WORK = {
+    "on_fit_start": "begin_fit",
+    "on_train_start": "begin_training",
+    "on_train_batch_start": "begin_batch",
+    "on_before_backward": "before_backward",
+    "on_before_optimizer_step": "before_step",
+    "on_validation_start": "begin_evaluation",
+    "on_test_start": "begin_evaluation",
+    "on_validation_epoch_end": "end_validation",
+    "on_test_epoch_end": "end_test",
+    "on_save_checkpoint": "add_to_checkpoint",
+    "on_load_checkpoint": "restore_from",
+}
+"""Hooks that are empty in Lightning -> our method that runs before each, whatever a subclass makes of the hook."""
+
+
 class UpdateModule(L.LightningModule):
     """Implements all steps of a trainer type. Subclasses define the sums of a batch.
+
+    The hooks of Lightning that are empty in Lightning belong to subclasses, which need not call `super()` in them. What
+    has to happen there for us is in methods of other names (`OWN_WORK`), which run before the hooks.
 
     Private names begin with two underscores, so that Python mangles them: a subclass may use any name that is not
     documented here without overriding something by accident.
@@ -57,9 +80,35 @@ class UpdateModule(L.LightningModule):
         """Called with all that is logged, instead of Lightning's logging, which works only within its own loops. Set by
         engines that run another loop."""
         self.__update: Sums = {}
-        self.__expected: float | None = None
-        self.__finished = -1
+        self.__divisor, self.__counted_batches, self.__of_update = 0.0, 0, 1
+        self.__batch: Any = None
+        self.__is_counted = False
+        self.__finished = self.__stepped = -1
         self.__evaluated = EvaluationSums()
+        self.__running: set[str] = set()
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        """Makes the hooks of a subclass run our own work first."""
+        super().__init_subclass__(**kwargs)
+        for hook, own in OWN_WORK.items():
+            if not hasattr(getattr(cls, hook), "own_work"):
+                setattr(cls, hook, UpdateModule.__with_own_work(hook, own, getattr(cls, hook)))
+
+    @staticmethod
+    def __with_own_work(name: str, own: str, hook: Callable[..., Any]) -> Callable[..., Any]:
+        @functools.wraps(hook)
+        def run(self: UpdateModule, *args: Any, **kwargs: Any) -> Any:
+            if name in self.__running:  # called by `super()` in the hook of a subclass
+                return hook(self, *args, **kwargs)
+            self.__running.add(name)
+            try:
+                getattr(self, own)(*args, **kwargs)
+                return hook(self, *args, **kwargs)
+            finally:
+                self.__running.discard(name)
+
+        run.own_work = own  # type: ignore[attr-defined]
+        return run
 
     # ---- what a trainer type defines
 
@@ -118,14 +167,50 @@ class UpdateModule(L.LightningModule):
 
     # ---- training
 
+    def begin_fit(self) -> None:
+        """Runs when the optimizers are set up, before a checkpoint is restored into them."""
+
+    def begin_training(self) -> None:
+        """Runs before the first update, once a checkpoint is restored."""
+        self.__finished = self.__stepped = -1  # another trainer counts its steps from 0 again
+        self.__update = {}
+        for optimizer in self.trainer.optimizers:
+            if isinstance(optimizer, Optimizer):  # `optimizer_step` is not called in manual optimisation
+                optimizer.register_step_post_hook(lambda *_: self.__after_step())
+
+    def begin_batch(self, batch: Any, batch_idx: int) -> None:
+        """Runs before each micro-batch."""
+        self.__batch, self.__is_counted = batch, False
+
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
-        """Returns the micro-batch's share of the update's mean loss."""
+        """Returns the micro-batch's share of the update's mean loss.
+
+        A subclass may return something else: what it returns is minimised, averaged over micro-batches and ranks. If it
+        calls this method and adds a penalty, the penalty has the weight that it is added with, and `train/loss` is the
+        loss without it. If it does not call this method, `train/loss` is what it returns.
+        """
         sums = self.loss_sums(batch, "train")
         objective = sums.pop("objective", sums["loss"])
-        self.add_to_update(sums | self.__counts(batch, sums["loss"].device))
-        update = batch.get("update")
-        self.__expected = None if update is None else update.units(self.unit)
+        if not self.__is_counted:  # a micro-batch that is computed twice (SAM) counts once
+            self.__is_counted, self.__batch = True, None
+            self.add_to_update(sums | self.__counts(batch, sums["loss"].device))
+            if (update := batch.get("update")) is not None:
+                self.__of_update = update.parts // self.trainer.world_size
+                self.__divisor += update.units(self.unit) / self.__of_update
+                self.__counted_batches += 1
         return objective * self.share(batch)
+
+    def before_backward(self, loss: Tensor) -> None:
+        """Counts a micro-batch whose `training_step` did not call ours."""
+        if self.__is_counted:
+            return
+        batch, self.__batch, self.__is_counted = self.__batch, None, True
+        try:
+            counts = self.__counts(batch, loss.device)
+        except (KeyError, TypeError, AttributeError):  # of another loader: override `count` to have its tokens counted
+            nothing = torch.zeros((), device=loss.device)
+            counts = dict.fromkeys(("targets", "rows", "tokens", "positions"), nothing)
+        self.add_to_update({OWN_LOSS: loss} | counts)
 
     def add_to_update(self, sums: Mapping[str, Tensor]) -> None:
         """Adds a micro-batch's sums to those of the update, for logging."""
@@ -133,16 +218,24 @@ class UpdateModule(L.LightningModule):
             total = value.detach().to(self.device, _precise(self.device))
             self.__update[name] = self.__update[name] + total if name in self.__update else total
 
-    def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
+    def before_step(self, optimizer: Optimizer) -> None:
         """Logs the update, with the norm of its gradient before it is clipped.
 
+        An optimizer that calls its closure several times (SAM, LBFGS) has its first call logged.
+
         Raises:
-            UserError: the loss or the norm is not a finite number.
+            UserError: the loss or the norm is not a finite number, or a closure is called again after several
+                micro-batches.
         """
-        if self.__finished == self.global_step:  # the closure is called again (SAM): log the first call
-            self.__update = {}
-        elif self.__update:  # empty if a user's `training_step` does not call ours
-            self.finish_update(total_norm(self), optimizer.param_groups[0]["lr"])
+        if self.__finished == self.global_step:
+            if self.trainer.accumulate_grad_batches > 1:
+                raise UserError(
+                    f"{type(optimizer).__name__} computes the gradient several times in a step, and Lightning would "
+                    "compute it again for the last micro-batch alone: set trainer.accumulate_grad_batches to 1"
+                )
+            self.__forget_update()
+        elif self.__update:
+            self.finish_update(total_norm(self), current_rate(optimizer))
 
     def finish_update(self, grad_norm: Tensor, lr: float, **instead: float) -> None:
         """Logs what was added to the update, and starts the next.
@@ -156,15 +249,15 @@ class UpdateModule(L.LightningModule):
             UserError: the loss or the norm is not a finite number.
         """
         sums = self.__over_ranks()
-        trained = float(self.units(sums))
-        if self.__expected is not None and not math.isclose(self.__expected, trained, rel_tol=ROUNDING):
-            raise RuntimeError(
-                f"update {self.global_step + 1} was divided by {self.__expected:g} {self.unit}, and {trained:g} were "
-                "trained on"
-            )
-        self.__finished = self.global_step
-        sums |= {name: mean * self.units(sums) for name, mean in instead.items()}
-        metrics = self.metrics(sums, "train")
+        self.__refuse_other_divisor(sums)
+        self.__forget_update()
+        self.__finished, self.__is_counted = self.global_step, False
+        if OWN_LOSS in sums:
+            metrics = {"loss": sums.pop(OWN_LOSS) / self.trainer.world_size}
+            sums["loss"] = metrics["loss"] * (self.units(sums) or 1)
+        else:
+            sums |= {name: mean * self.units(sums) for name, mean in instead.items()}
+            metrics = self.metrics(sums, "train")
         self.refuse_non_finite(metrics["loss"], grad_norm)
         self.last_update = {name: float(value) for name, value in sums.items()}
         for name in self.tokens_seen:
@@ -180,11 +273,41 @@ class UpdateModule(L.LightningModule):
         }
         self.log_dict(logged, batch_size=1)
 
+    def __refuse_other_divisor(self, sums: Sums) -> None:
+        """Checks that an update was divided by what it was trained on, unless some micro-batches did without our step.
+
+        Raises:
+            RuntimeError: it was not.
+        """
+        trained = float(self.units(sums))
+        is_whole = self.__counted_batches % self.__of_update == 0 < self.__counted_batches
+        if is_whole and not math.isclose(self.__divisor, trained, rel_tol=ROUNDING):
+            raise RuntimeError(
+                f"update {self.global_step + 1} was divided by {self.__divisor:g} {self.unit}, and {trained:g} were "
+                "trained on"
+            )
+
     def abandon_update(self) -> None:
         """Drops the sums and gradients of an update that will not be finished."""
-        self.__update = {}
+        self.__forget_update()
         for parameter in self.parameters():
             parameter.grad = None
+
+    def __forget_update(self) -> None:
+        self.__update = {}
+        self.__divisor, self.__counted_batches = 0.0, 0
+
+    def after_update(self, step: int) -> None:
+        """Runs after each step of an optimizer, before a checkpoint of this step is saved.
+
+        Args:
+            step: Steps of the run so far, this one included.
+        """
+
+    def __after_step(self) -> None:
+        if self.__stepped != self.global_step:
+            self.__stepped = self.global_step
+            self.after_update(self.global_step + 1)  # Lightning has not counted it yet
 
     def on_after_optimizer_step(self) -> None:
         """Called after each step of the optimizer, before its gradients are freed."""
@@ -192,6 +315,7 @@ class UpdateModule(L.LightningModule):
     def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
         """Steps, and frees the gradients: Lightning would keep them through the next forward pass."""
         super().optimizer_step(*args, **kwargs)
+        self.__after_step()
         self.on_after_optimizer_step()
         for parameter in self.parameters():
             parameter.grad = None
@@ -221,11 +345,14 @@ class UpdateModule(L.LightningModule):
         """Adds a batch to the sums over the test rows."""
         self.__evaluate(batch, "test")
 
-    def on_validation_epoch_end(self) -> None:
+    def begin_evaluation(self) -> None:
+        """Runs before validation and test."""
+
+    def end_validation(self) -> None:
         """Logs exact means over all validation rows."""
         self.__log_evaluation("validation")
 
-    def on_test_epoch_end(self) -> None:
+    def end_test(self) -> None:
         """Logs exact means over all test rows."""
         self.__log_evaluation("test")
 
@@ -276,7 +403,6 @@ class UpdateModule(L.LightningModule):
         flat = torch.stack([self.__update[name] for name in names])
         if self.trainer.world_size > 1:
             flat = cast("Tensor", self.trainer.strategy.reduce(flat, reduce_op="sum"))
-        self.__update = {}
         return dict(zip(names, flat, strict=True))
 
     def __epochs_done(self) -> float:
@@ -330,6 +456,11 @@ def _sum_metric(device: torch.device) -> SumMetric:
     return metric
 
 
+def current_rate(optimizer: Optimizer) -> float:
+    """The rate of the first group; NaN if the optimizer has none."""
+    return next((float(group["lr"]) for group in optimizer.param_groups if "lr" in group), math.nan)
+
+
 def total_norm(module: torch.nn.Module) -> Tensor:
     """The norm of all gradients of a module, sharded ones included."""
     norm = torch.nn.utils.get_total_norm([p.grad for p in module.parameters() if p.grad is not None])
@@ -354,12 +485,15 @@ class RestorableModule(UpdateModule):
         self.strict_loading = False
         self.run_config = ""
         """The recipe as YAML, kept in checkpoints so that one can be exported by itself."""
+        self.optimizer_settings: list[list[dict[str, Any]]] = []
+        """For each optimizer and group, the settings that it was created with, without the learning rate's schedule."""
+        self.saved_optimizer_settings: list[list[dict[str, Any]]] | None = None
+        """The same in the run that wrote the checkpoint; None if this run starts anew."""
+        self.__trained_at_start: list[str] = []
         self.__rng_to_restore: dict[str, Any] | None = None
-        self.__settings: list[dict[str, Any]] = []
         self.__loaded: dict[str, Any] = {}
         self.__learning_rate: float | None = None
         self.__restored_rate: float | None = None
-        self.__schedule: LambdaLR | None = None
 
     @property
     def keeps_trained_weights_only(self) -> bool:
@@ -374,7 +508,7 @@ class RestorableModule(UpdateModule):
         trainable = {name for name, p in self.named_parameters() if p.requires_grad}
         return {name: value for name, value in state.items() if name in trainable}
 
-    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+    def add_to_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Adds what Lightning leaves out: the random generators of every rank, tokens seen, recipe and metrics.
 
         The state of optimizers is saved by the names of weights, not by numbers: other ranks, another strategy or
@@ -392,15 +526,20 @@ class RestorableModule(UpdateModule):
         checkpoint["micro_batches"] = self.trainer.accumulate_grad_batches
         checkpoint["learning_rate"] = self.__learning_rate
         checkpoint["config"] = self.run_config
+        # of a run that has not begun to train (`LearningRateFinder` saves and restores one), those it will begin with
+        pending = self.saved_optimizer_settings
+        checkpoint["optimizer_settings"] = self.optimizer_settings if pending is None else pending
+        checkpoint["trained"] = {"at_start": self.__trained_at_start, "now": self.__trained()}
         metrics = self.trainer.callback_metrics
         checkpoint["metrics"] = {k: float(v) for k, v in metrics.items() if k.startswith(("train/", "val/"))}
 
-    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Restores what `on_save_checkpoint` added.
+    def restore_from(self, checkpoint: dict[str, Any]) -> None:
+        """Restores what `add_to_checkpoint` added.
 
         Raises:
             UserError: the checkpoint is of another model, or holds too little to resume training.
         """
+        self.__thaw(checkpoint.get("trained", {}))
         self.__refuse_other_weights(checkpoint.get("state_dict", {}))
         if self._trainer is None or self.trainer.state.fn != "fit":
             return
@@ -413,6 +552,8 @@ class RestorableModule(UpdateModule):
         self.__loaded = checkpoint
         self.__restored_rate = checkpoint.get("learning_rate") or self.__restored_rate
         self.tokens_seen = checkpoint["tokens_seen"]
+        self.saved_optimizer_settings = checkpoint.get("optimizer_settings", [])
+        self.abandon_update()  # `lr_find` trains, and then restores the state from before
         states = checkpoint["rng"]
         # additional ranks keep the generators that they were seeded with
         self.__rng_to_restore = states[self.global_rank] if self.global_rank < len(states) else None
@@ -435,67 +576,127 @@ class RestorableModule(UpdateModule):
         orders = [[p for group in o.param_groups for p in group["params"]] for o in self.trainer.optimizers]
         return [[names.get(id(p), f"weight {i}") for i, p in enumerate(order)] for order in orders]
 
-    def on_fit_start(self) -> None:
-        """Matches the state of optimizers in a checkpoint with their weights by name, before Lightning restores it."""
-        checkpoint, self.__loaded = self.__loaded, {}
-        states = checkpoint.get("optimizer_states", [])
-        # of sharded weights, the strategy has restored it
-        if is_sharded(self) or len(states) != len(self.trainer.optimizers):
-            return
-        matched = zip(states, self.trainer.optimizers, self.__optimized_names(), strict=True)
-        checkpoint["optimizer_states"] = [_matched(state, optimizer, names) for state, optimizer, names in matched]
-
     def scheduled(self, optimizer: Optimizer, factor: Callable[[int], float]) -> dict[str, Any]:
         """Returns the value of `configure_optimizers`: the optimizer, and its schedule in optimizer steps.
 
         Args:
-            optimizer: Its settings take precedence over those in a checkpoint.
+            optimizer: Settings that were changed since a checkpoint was written take precedence over the checkpoint's.
             factor: Number of finished updates -> factor on the learning rate of the next one.
         """
-        if self.__learning_rate is not None:
-            for group in optimizer.param_groups:
-                group["lr"] = self.__learning_rate
-        self.__settings = [{k: v for k, v in group.items() if k != "params"} for group in optimizer.param_groups]
-        self.__schedule = LambdaLR(optimizer, factor)
-        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": self.__schedule, "interval": "step"}}
+        schedule = ScheduledRates(optimizer, factor)
+        self.optimizer_settings = [_settings(optimizer)]
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
     @property
     def learning_rate(self) -> float | None:
         """The highest rate of the schedule; setting it sets that of all parameter groups, now and in later runs.
 
-        Lightning's `LearningRateFinder` and `Tuner.lr_find` look for it.
+        Groups with a factor (`lr_factor`) have that multiple of it. Lightning's `LearningRateFinder` and
+        `Tuner.lr_find` look for it.
         """
-        return self.__settings[0]["lr"] if self.__settings else self.__learning_rate
+        settings = self.optimizer_settings[0][0] if self.optimizer_settings else {}
+        if self.__learning_rate is not None or "lr" not in settings:
+            return self.__learning_rate
+        return settings["lr"] / settings.get("lr_factor", 1.0)
 
     @learning_rate.setter
     def learning_rate(self, value: float) -> None:
         self.__learning_rate = value
-        for group in self.__settings:
-            group["lr"] = value
 
-    def on_train_start(self) -> None:
-        """Replaces the optimizer settings of the checkpoint, which Lightning has restored, by those of the recipe."""
-        optimizer = cast("Optimizer", self.optimizers(use_pl_optimizer=False))
-        schedule = cast("LambdaLR", self.lr_schedulers())
-        if schedule is not self.__schedule:  # `LearningRateFinder` tries rates with a schedule of its own
+    def __apply_learning_rate(self) -> None:
+        """Sets the base rates of all groups, if one was set for the module."""
+        if self.__learning_rate is not None:
+            for optimizer in self.trainer.optimizers:
+                for group in optimizer.param_groups:
+                    _set_rate(group, self.__learning_rate * group.get("lr_factor", 1.0))
+            self.__follow_schedule()
+
+    def __trained(self) -> list[str]:
+        return [name for name, parameter in self.named_parameters() if parameter.requires_grad]
+
+    def __thaw(self, saved: dict[str, list[str]]) -> None:
+        """Restores which weights are trained, unless this run would train others at its start than that run."""
+        self.__trained_at_start = self.__trained()
+        if saved.get("at_start") != self.__trained_at_start:
             return
+        for name, parameter in self.named_parameters():
+            if (name in saved["now"]) != parameter.requires_grad:
+                parameter.requires_grad_(name in saved["now"])
+
+    def begin_fit(self) -> None:
+        """Keeps the settings of the optimizers before those of a checkpoint are restored.
+
+        Matches the state of optimizers in a checkpoint with their weights by name, before Lightning restores it.
+        """
+        super().begin_fit()
+        if self.saved_optimizer_settings is None:  # else set when the checkpoint was restored
+            self.__trained_at_start = self.__trained()
+        self.__apply_learning_rate()  # of a module that was tuned, or by a callback after the optimizers were created
+        self.optimizer_settings = [_settings(optimizer) for optimizer in self.trainer.optimizers]
+        checkpoint, self.__loaded = self.__loaded, {}
+        states = checkpoint.get("optimizer_states", [])
+        # of sharded weights, the strategy has restored it
+        if is_sharded(self) or len(states) != len(self.trainer.optimizers):
+            return
+        # weights that are frozen since have no use for their state
+        refrozen = {*checkpoint.get("trained", {}).get("now", [])} - {*self.__trained()}
+        matched = zip(states, self.trainer.optimizers, self.__optimized_names(), strict=True)
+        checkpoint["optimizer_states"] = [
+            _matched(_without(state, refrozen), optimizer, names) for state, optimizer, names in matched
+        ]
+
+    def begin_training(self) -> None:
+        """Applies the optimizer settings that were changed since the checkpoint was written.
+
+        Lightning has restored all that is in the groups: the settings of that run, and what an optimizer keeps there of
+        its own (counters, estimates). A setting is changed if the optimizer was created with another value then.
+        """
+        super().begin_training()
+        if any(type(c).__module__ == LR_FINDER for c in self.trainer.callbacks):  # type: ignore[attr-defined]
+            return  # it tries rates with a schedule of its own
+        before = [current_rate(optimizer) for optimizer in self.trainer.optimizers]
+        self.__apply_changed_settings()
         if self.__restored_rate is not None:  # a resumed run keeps the rate that was found for it, and not a new one
             self.learning_rate, self.__restored_rate = self.__restored_rate, None
-        before = optimizer.param_groups[0]["lr"]
-        for group, values in zip(optimizer.param_groups, self.__settings, strict=True):
-            group.update(values)
-            group["initial_lr"] = values["lr"]
-        schedule.base_lrs = [values["lr"] for values in self.__settings]
-        for group, base_lr, factor in zip(optimizer.param_groups, schedule.base_lrs, schedule.lr_lambdas, strict=True):
-            group["lr"] = base_lr * factor(schedule.last_epoch)
-        now = optimizer.param_groups[0]["lr"]
-        if self.global_step and abs(now - before) > 0.01 * max(now, before):
-            rank_zero_warn(
-                f"the checkpoint's next learning rate was {before:.3g}, and this run continues with {now:.3g}"
-            )
+            self.__apply_learning_rate()
+            self.optimizer_settings = [_settings(optimizer) for optimizer in self.trainer.optimizers]
+        for was, optimizer in zip(before, self.trainer.optimizers, strict=True):
+            now = current_rate(optimizer)
+            if self.global_step and abs(now - was) > 0.01 * max(now, was):
+                rank_zero_warn(
+                    f"the checkpoint's next learning rate was {was:.3g}, and this run continues with {now:.3g}"
+                )
 
-    def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
+    def __apply_changed_settings(self) -> None:
+        if self.saved_optimizer_settings is None:
+            return
+        for i, optimizer in enumerate(self.trainer.optimizers):
+            saved = self.saved_optimizer_settings[i] if i < len(self.saved_optimizer_settings) else []
+            # groups that callbacks add later come last
+            for j, (group, now) in enumerate(zip(optimizer.param_groups, self.optimizer_settings[i], strict=False)):
+                self.__apply_changes(group, now, saved[j] if j < len(saved) else {})
+        self.saved_optimizer_settings = None  # a second `fit` of this module starts anew
+        self.__follow_schedule()
+
+    def __apply_changes(self, group: dict[str, Any], now: dict[str, Any], saved: dict[str, Any]) -> None:
+        changed = {name: value for name, value in now.items() if not _equal(value, saved.get(name, NOTHING))}
+        lr = changed.pop("lr", None)
+        group.update(changed)
+        if lr is not None:
+            _set_rate(group, lr)
+
+    def __follow_schedule(self) -> None:
+        """Sets the rates of our own schedule from the groups' base rates; the schedule may have changed as well."""
+        for config in self.trainer.lr_scheduler_configs:
+            groups = config.scheduler.optimizer.param_groups
+            if isinstance(config.scheduler, ScheduledRates):
+                config.scheduler.follow()
+            elif all("initial_lr" in group for group in groups):  # the base rates that torch's schedules multiply
+                config.scheduler.base_lrs = [group["initial_lr"] for group in groups]
+
+    def begin_batch(self, batch: Any, batch_idx: int) -> None:
         """Restores the random generators, at last: callbacks and loaders may draw from them before the first batch."""
+        super().begin_batch(batch, batch_idx)
         self.restore_generators()
 
     def restore_generators(self) -> None:
@@ -526,6 +727,34 @@ class RestorableModule(UpdateModule):
             )
 
 
+NOTHING = object()
+LR_FINDER = "lightning.pytorch.tuner.lr_finder"
+"""Lightning's module whose callback replaces all others while it tries learning rates."""
+
+
+def _settings(optimizer: Any) -> list[dict[str, Any]]:
+    """The settings of each group, with the base rate as `lr`; without the weights."""
+    groups = []
+    for group in optimizer.param_groups:
+        settings = {k: copy.copy(v) for k, v in group.items() if k not in ("params", "param_names", "initial_lr")}
+        groups.append(settings | ({"lr": group["initial_lr"]} if "initial_lr" in group else {}))
+    return groups
+
+
+def _set_rate(group: dict[str, Any], lr: float) -> None:
+    """Sets the base rate of a group, and the current one in the same proportion."""
+    base = group.get("initial_lr", group["lr"])
+    group["lr"] = group["lr"] * (lr / base) if base else lr
+    if "initial_lr" in group:
+        group["initial_lr"] = lr
+
+
+def _equal(a: Any, b: Any) -> bool:
+    if isinstance(a, Tensor) or isinstance(b, Tensor):
+        return isinstance(a, Tensor) and isinstance(b, Tensor) and torch.equal(a.cpu(), b.cpu())
+    return bool(a == b)
+
+
 def _placed(value: Tensor, like: Tensor) -> Tensor:
     """A whole weight, sharded as `like` is; all ranks have to call this."""
     if isinstance(value, DTensor) or not isinstance(like, DTensor):
@@ -542,6 +771,11 @@ def _keyed(state: dict[str, Any], names: Mapping[int, str]) -> dict[str, Any]:
         "state": {names.get(key, key): value for key, value in state["state"].items()},
         "param_groups": groups,
     }
+
+
+def _without(state: dict[str, Any], names: Collection[str]) -> dict[str, Any]:
+    """The state of an optimizer without that of some weights; they stay in their groups."""
+    return state | {"state": {key: value for key, value in state.get("state", {}).items() if key not in names}}
 
 
 def _matched(state: dict[str, Any], optimizer: Optimizer, names: Sequence[str]) -> dict[str, Any]:

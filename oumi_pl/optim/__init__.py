@@ -1,8 +1,16 @@
 """Optimizers, parameter groups and learning-rate schedules."""
 
-from oumi_pl.optim.groups import fuse, parameter_groups
+from oumi_pl.optim.groups import fuse, parameter_groups, scale_rates
 from oumi_pl.optim.muon import MuonAdamW
-from oumi_pl.optim.schedules import Constant, Cosine, CosineRestarts, Linear, Schedule, WarmupStableDecay
+from oumi_pl.optim.schedules import (
+    Constant,
+    Cosine,
+    CosineRestarts,
+    Linear,
+    Schedule,
+    ScheduledRates,
+    WarmupStableDecay,
+)
 
 __all__ = [
     "Constant",
@@ -11,7 +19,9 @@ __all__ = [
     "Linear",
     "MuonAdamW",
     "Schedule",
+    "ScheduledRates",
     "WarmupStableDecay",
     "fuse",
     "parameter_groups",
+    "scale_rates",
 ]

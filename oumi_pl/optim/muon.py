@@ -8,6 +8,7 @@ from torch import Tensor
 from torch.optim import AdamW, Muon, Optimizer
 
 from oumi_pl.errors import UserError
+from oumi_pl.optim.groups import is_of
 
 MATRICES = "matrices"
 """Name of the parameter group that Muon updates: see `oumi_pl.optim.groups.parameter_groups`."""
@@ -66,11 +67,11 @@ class MuonAdamW(Optimizer):
         fused: bool | None = None,
     ) -> None:
         groups = [dict(group) for group in params]
-        if not any(group.get("name") == MATRICES for group in groups):
+        if not any(is_of(group, MATRICES) for group in groups):
             raise UserError("model.optimizer: MuonAdamW needs hidden matrices to train, and there are none")
         super().__init__(groups, {"lr": lr, "weight_decay": weight_decay})
-        hidden = [group for group in self.param_groups if group["name"] == MATRICES]
-        others = [group for group in self.param_groups if group["name"] != MATRICES]
+        hidden = [group for group in self.param_groups if is_of(group, MATRICES)]
+        others = [group for group in self.param_groups if not is_of(group, MATRICES)]
         scaled = "match_rms_adamw"
         self._muon = _Muon(hidden, lr, weight_decay, momentum=momentum, ns_steps=ns_steps, adjust_lr_fn=scaled)
         self._adamw = AdamW(others, lr, betas, eps, weight_decay, fused=fused) if others else None
@@ -83,10 +84,10 @@ class MuonAdamW(Optimizer):
 
     def _share(self) -> None:
         """Makes both optimizers use the groups and the state of this one, which is what checkpoints hold."""
-        self._muon.param_groups = [group for group in self.param_groups if group["name"] == MATRICES]
+        self._muon.param_groups = [group for group in self.param_groups if is_of(group, MATRICES)]
         self._muon.state = self.state
         if self._adamw is not None:
-            self._adamw.param_groups = [group for group in self.param_groups if group["name"] != MATRICES]
+            self._adamw.param_groups = [group for group in self.param_groups if not is_of(group, MATRICES)]
             self._adamw.state = self.state
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:

@@ -2,6 +2,10 @@
 
 import math
 from abc import ABC, abstractmethod
+from collections.abc import Callable
+
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LambdaLR
 
 from oumi_pl.errors import UserError
 
@@ -157,3 +161,39 @@ class WarmupStableDecay(Schedule):
 def _progress(step: int, start: int, total: int) -> float:
     """How far `step` is from `start` to `total`, between 0 and 1."""
     return min(1.0, max(0.0, (step - start) / max(1, total - start)))
+
+
+class ScheduledRates(LambdaLR):
+    """The learning rates of all groups, as their base rates times a common factor.
+
+    Unlike torch's schedules, it takes in groups that are added to the optimizer during training: their rate at that
+    moment is scaled like the others from then on.
+
+    Args:
+        optimizer: The optimizer.
+        factor: Number of finished updates -> factor for the next one.
+    """
+
+    def __init__(self, optimizer: Optimizer, factor: Callable[[int], float]) -> None:
+        super().__init__(optimizer, factor)
+
+    def step(self, epoch: int | None = None) -> None:
+        """Sets the rates of the next update."""
+        self.__take_in_new_groups()
+        super().step(epoch)
+
+    def follow(self) -> None:
+        """Sets the rates of the next update again, from the base rates in the groups."""
+        self.__take_in_new_groups()
+        self.base_lrs = [group["initial_lr"] for group in self.optimizer.param_groups]
+        for group, base in zip(self.optimizer.param_groups, self.base_lrs, strict=True):
+            group["lr"] = base * self.lr_lambdas[0](self.last_epoch)
+
+    def __take_in_new_groups(self) -> None:
+        groups = self.optimizer.param_groups
+        for group in groups[len(self.base_lrs) :]:
+            if "initial_lr" not in group:
+                now = self.lr_lambdas[0](self.last_epoch)
+                group["initial_lr"] = group["lr"] / now if now else group["lr"]
+        self.base_lrs += [group["initial_lr"] for group in groups[len(self.base_lrs) :]]
+        self.lr_lambdas = [self.lr_lambdas[0]] * len(groups)

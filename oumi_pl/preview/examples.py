@@ -63,7 +63,7 @@ def walk(data: ExampleData, split: str, wanted: Wanted) -> Iterator[SourceRow]:
     for source, store in zip(sources, data.stores(split), strict=True):
         drops = store.report["rows"] != len(store)
         reader = RecordReader(source, data.formats)
-        records = track(reader.records(keep, strict=False), f"looking for rows in {source.path}")
+        records = track(reader.records(keep, strict=False), f"looking for rows in {source.title}")
         while batch := list(itertools.islice(records, AT_ONCE)):
             rows = [(number + i, origin, record) for i, (origin, record) in enumerate(batch, 1)]
             if not drops:  # every row has an example, so only wanted rows have to be tokenized

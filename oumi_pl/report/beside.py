@@ -1,9 +1,11 @@
-"""Compares runs: results side by side, differing settings, and losses in one picture."""
+"""Compares runs: results side by side, means over seeds, differing settings, and losses in one picture."""
 
 import json
 import math
+import os
 import statistics
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from operator import itemgetter
 from pathlib import Path
 from typing import Any
@@ -15,6 +17,8 @@ from oumi_pl.runs import folders
 
 PLACES = ("name", "runs_dir", "report", "config")
 """Keys of a config that say where a run is written, and do not affect training."""
+SEEDS = ("seed_everything", "data.seed")
+"""Keys in which the runs of a group may differ."""
 MACHINE = ("python", "packages", "git", "device", "devices", "cpu")
 """Keys of a run's environment that are compared."""
 DRAWN = {
@@ -31,6 +35,61 @@ STYLES = ("-", "--", "-.", ":")
 LAST = itemgetter(-1)
 LONGEST = 60
 """Most characters of a value in the list of differences."""
+
+
+@dataclass(frozen=True)
+class Group:
+    """Runs that differ in nothing but their seed."""
+
+    name: str
+    runs: Sequence[Record]
+
+    @property
+    def label(self) -> str:
+        """The name, and for several runs their seeds."""
+        seeds = [
+            next((value for key in reversed(SEEDS) if (value := flat(run.config).get(key)) is not None), "-")
+            for run in self.runs
+        ]
+        return self.name if len(seeds) == 1 else f"{self.name} ({len(seeds)} runs, seeds {', '.join(map(str, seeds))})"
+
+
+def groups(records: Sequence[Record], names: Sequence[str]) -> list[Group]:
+    """The runs grouped by all settings but the seed, in order; a group is named by what its runs' names begin with."""
+    by_settings: dict[str, list[int]] = {}
+    for i, run in enumerate(records):
+        settings = flat({key: value for key, value in run.config.items() if key not in PLACES})
+        shown = {key: value for key, value in settings.items() if key not in SEEDS and value is not None}
+        by_settings.setdefault(json.dumps(shown, sort_keys=True, default=str), []).append(i)
+    found = []
+    for members in by_settings.values():
+        first = names[members[0]]
+        # characters, not folders: `base-1` and `base-2` are `base`
+        common = os.path.commonprefix([names[i] for i in members]).rstrip("-_. ")  # noqa: RUF071
+        found.append(Group(common or first if len(members) > 1 else first, [records[i] for i in members]))
+    return found
+
+
+def spreads(found: Sequence[Group]) -> dict[str, list[str]]:
+    """Means and sample standard deviations over the runs of each group: name of a metric -> a cell for each group."""
+    values: dict[str, Callable[[Record], float]] = {
+        f"train/loss, mean of {folders.RECENT}": lambda run: folders.recent(run.metrics["train/loss"][1]),
+    }
+    for name in sorted({name for group in found for run in group.runs for name in run.metrics}):
+        if name.startswith("val/"):
+            values[name] = lambda run, name=name: run.metrics[name][1][-1]  # type: ignore[misc]
+    rows = {name: [_spread(group, value) for group in found] for name, value in values.items()}
+    return {name: cells for name, cells in rows.items() if any(cell != "-" for cell in cells)}
+
+
+def _spread(group: Group, value: Callable[[Record], float]) -> str:
+    try:
+        each = [value(run) for run in group.runs]
+    except KeyError:  # one of them lacks the metric
+        return "-"
+    if len(each) == 1:
+        return number(each[0])
+    return f"{number(statistics.fmean(each))} ± {number(statistics.stdev(each), 2)}"
 
 
 def outcomes(records: Sequence[Record]) -> dict[str, list[str]]:
@@ -108,37 +167,51 @@ def incomparable(records: Sequence[Record]) -> str | None:
     return f"these losses are of different kinds ({listed})" if len(set(kinds.values())) > 1 else None
 
 
-def picture(records: Sequence[Record], names: Sequence[str], file: Path) -> None:
-    """Draws the metrics of all runs into one picture, each run in its own colour and line style."""
+def picture(found: Sequence[Group], file: Path) -> None:
+    """Draws the metrics of all runs into one picture, each group of runs in its own colour and line style.
+
+    Of several runs, it draws the mean, and a band of one standard deviation around it.
+    """
     from matplotlib.lines import Line2D
 
+    records = [run for group in found for run in group.runs]
     counts = {name: sum(name in run.metrics for run in records) for name in DRAWN}
     drawn = {name: title for name, title in DRAWN.items() if counts[name] > (0 if name.endswith("/loss") else 1)}
-    with grid(file, len(drawn), min(3, len(drawn)), (4.8, 3.1), 0.22 * len(records) + 0.35) as (figure, axes):
+    with grid(file, len(drawn), min(3, len(drawn)), (4.8, 3.1), 0.22 * len(found) + 0.35) as (figure, axes):
         bounds = steps_of(run.metrics[name] for name in drawn for run in records if name in run.metrics)
         for axis, (metric, title) in zip(axes, drawn.items(), strict=True):
-            for i, run in enumerate(records):
-                if metric in run.metrics:
-                    _draw(axis, metric, run.metrics[metric], i)
+            for i, group in enumerate(found):
+                if columns := [run.metrics[metric] for run in group.runs if metric in run.metrics]:
+                    _draw(axis, metric, columns, i)
             axis.set_title(title, loc="left", fontsize=9.5, fontweight="bold")
             axis.set_xlabel("step")
             axis.grid(alpha=0.25, linewidth=0.6, color=FAINT)
             axis.set_xlim(*bounds)
             ticks(axis)
         width, height = figure.get_size_inches()
-        for i, name in enumerate(names):
+        for i, group in enumerate(found):
             y = 1 - (0.18 + 0.22 * i) / height
             line = figure.add_artist(Line2D((0.1 / width, 0.55 / width), (y, y), **_style(i)))
             line.set_transform(figure.transFigure)
-            figure.text(0.65 / width, y, name, va="center", fontsize=9.5, parse_math=False)
+            figure.text(0.65 / width, y, group.label, va="center", fontsize=9.5, parse_math=False)
 
 
-def _draw(axis: Any, metric: str, column: folders.Column, index: int) -> None:
-    steps, values = column
+def _draw(axis: Any, metric: str, columns: Sequence[folders.Column], index: int) -> None:
+    """Draws a metric of the runs of a group, over the steps that all of them have."""
     is_validation = metric.startswith("val/")
-    y = values if is_validation else smooth(values, window_of(len(values)))
-    few = len(values) < 3 or (is_validation and len(values) <= 60)
-    axis.plot(*thin(steps, y), **_style(index), marker="o" if few else "", markersize=3)
+    curves = []
+    for steps, values in columns:
+        y = values if is_validation else smooth(values, window_of(len(values)))
+        curves.append(dict(zip(steps, y, strict=True)))
+    steps = sorted(set.intersection(*map(set, curves)))
+    means = [statistics.fmean(curve[step] for curve in curves) for step in steps]
+    few = len(steps) < 3 or (is_validation and len(steps) <= 60)
+    axis.plot(*thin(steps, means), **_style(index), marker="o" if few else "", markersize=3)
+    if len(curves) > 1:
+        spread = [statistics.stdev(curve[step] for curve in curves) for step in steps]
+        low, high = ([m + sign * s for m, s in zip(means, spread, strict=True)] for sign in (-1, 1))
+        shown, lows = thin(steps, low)
+        axis.fill_between(shown, lows, thin(steps, high)[1], color=_style(index)["color"], alpha=0.18, linewidth=0)
 
 
 def _style(index: int) -> dict[str, Any]:

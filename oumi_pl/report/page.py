@@ -2,7 +2,7 @@
 
 import shlex
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from html import escape
 from pathlib import Path
 from typing import Any
@@ -31,9 +31,30 @@ def render(template: Path, filters: Mapping[str, Callable[..., Any]] | None = No
     return environment.get_template(template.name).render(values)
 
 
+def framed(html: str, height: int) -> str:
+    """A page within a notebook: in a frame, so that its style does not change the notebook's."""
+    style = f"width: 100%; height: {height}px; border: 0"
+    return f'<iframe srcdoc="{escape(html)}" style="{style}" sandbox="allow-popups"></iframe>'
+
+
+def inline(title: str, facts: Sequence[str] = (), *, height: int = 120, **parts: Any) -> str:
+    """A small page within a notebook.
+
+    Args:
+        title: Its first line.
+        facts: Further lines.
+        height: Of the frame, in pixels.
+        parts: `curves` (SVG elements), `bars` (name, parameters, trained ones, most parameters), or `samples`.
+    """
+    content = {"curves": [], "bars": [], "samples": []} | parts
+    page = render(INLINE, {"count": lambda n: f"{n:,}"}, title=title, facts=facts, **content)
+    return framed(page, height)
+
+
 PAGE = "report.html"
 PICTURE = "curves.png"
 TEMPLATE = Path(__file__).with_name("report.html")
+INLINE = Path(__file__).with_name("inline.html")
 
 
 def make(folder: Path) -> Path | None:

@@ -91,6 +91,11 @@ class Record:
         steps = self.state.get("resumed")
         return [step for step in steps if isinstance(step, int) and step > 0] if isinstance(steps, list) else []
 
+    def _repr_html_(self) -> str:
+        from oumi_pl.report.page import framed, inline, page
+
+        return framed(page(self), 640) if self.metrics else inline(f"{self.name} has no metrics yet")
+
     def _text(self, name: str) -> str:
         try:
             return (self.folder / name).read_text(encoding="utf-8", errors="replace")

@@ -133,6 +133,25 @@ def test_compares_what_came_out_and_what_was_set_otherwise(here, capsys):
     assert "of different kinds" not in out
 
 
+def test_runs_that_differ_only_in_their_seed_are_one_group_with_error_bars(here, capsys):
+    for name, seed, lr, loss in (
+        ("base-1", 1, 0.1, 2.0),
+        ("base-2", 2, 0.1, 3.0),
+        ("base-3", 3, 0.1, 7.0),
+        ("other", 1, 0.2, 5.0),
+    ):
+        run_folder(here, name, seed=seed, lr=lr)
+        write_metrics(here / name, columns() | {"val/loss": {20: 9.0, 40: loss}})
+    out = works(capsys, "compare", "base-1", "base-2", "base-3", "other")
+    table = out.partition("mean ± standard deviation of runs that differ only in their seed:\n")[2]
+    head, _, losses = table.splitlines()[:3]
+    assert [cell.strip() for cell in head.split("  ") if cell] == ["base (3 runs, seeds 1, 2, 3)", "other"]
+    assert [cell.strip() for cell in losses.split("  ") if cell] == ["val/loss", "4 ± 2.6", "5"]
+    assert "seed_everything: 1 | 2 | 3 | 1" in out
+    assert (here / "compare.png").read_bytes().startswith(b"\x89PNG")
+    assert "standard deviation" not in works(capsys, "compare", "base-1", "other")
+
+
 def test_runs_with_other_losses_are_compared_with_a_warning(here, capsys):
     run_folder(here, "one")
     run_folder(here, "two", model={"trainer": "DPO", "loss": "Sigmoid"})

@@ -29,7 +29,7 @@ SHARED = {
 }
 EXAMPLES = SHARED | {"packing": True, "group_by_length": False, "bad_rows": "drop"}
 EXAMPLES |= {"template": "plain", "overflow": "drop"}
-EXAMPLES |= {"template_variables": {"mood": 1}, "lost": "drop", "add_eos": True}
+EXAMPLES |= {"template_variables": {"mood": 1}, "lost": "drop", "add_eos": True, "fields": ["margin"]}
 STREAM = SHARED | {
     "packing": "best_fit",
     "isolate": True,

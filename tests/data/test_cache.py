@@ -4,15 +4,17 @@ import importlib
 import inspect
 import linecache
 import sys
+import threading
+from functools import lru_cache, partial
 from types import ModuleType
 
 import pytest
 
 from oumi_pl.data import corpus, examples, store
+from oumi_pl.data.code import code_of, settings_of
 from oumi_pl.data.pretrain import PretrainData
 from oumi_pl.data.sft import SFTData
 from oumi_pl.data.sources import Source
-from oumi_pl.data.store import code_of
 from oumi_pl.data.tokenizers import ByteTokenizer
 from oumi_pl.types import Text
 from tests.tiny import write_jsonl
@@ -203,3 +205,107 @@ def test_a_class_of_an_interpreter_without_source_trains(typed, rows):
     data = prepare(sys.modules["__main__"].Own, rows)
     data.setup("fit")
     assert data.report()["train"]["kept"] == 4
+
+
+# ---- values that no file shows
+
+
+@pytest.mark.parametrize(
+    ("name", "old", "new"),
+    [
+        ("a constant", "ENDING = '.'", "ENDING = '!'"),
+        ("a set", "KEPT = {'a', 'b'}", "KEPT = {'a', 'c'}"),
+        ("a table", "TABLE = {'a': [1, 2]}", "TABLE = {'a': [1, 3]}"),
+        ("a function in a table", "TABLE = {'a': [1, 2]}", "TABLE = {'a': lambda x: x}"),
+        ("a default", "def helper(text, n=1)", "def helper(text, n=2)"),
+        ("an object", "rule = Rule(3)", "rule = Rule(4)"),
+        ("an array", "array = np.arange(3)", "array = np.arange(4)"),
+    ],
+)
+def test_values_that_a_typed_function_uses_are_part_of_the_key(typed, name, old, new):
+    cell = (
+        "import numpy as np\n"
+        "ENDING = '.'\nKEPT = {'a', 'b'}\nTABLE = {'a': [1, 2]}\narray = np.arange(3)\nunused = 1\n"
+        "class Rule:\n    def __init__(self, n):\n        self.n = n\n"
+        "def helper(text, n=1):\n    return text * n\n"
+        "rule = Rule(3)\n"
+        "def read(row):\n    return helper(row['x']) + ENDING, row in KEPT, TABLE, rule.n, array\n"
+    )
+    assert old in cell
+    before = code_of(typed(cell))
+    assert code_of(typed(cell)) == before
+    assert code_of(typed(cell.replace("unused = 1", "unused = 2"))) == before
+    assert code_of(typed(cell.replace(old, new))) != before, name
+
+
+def test_a_constant_that_is_set_while_running_is_part_of_the_key(own):
+    module = own()
+    before = code_of(module.read)
+    module.own_words.NAME, module.ENDING = "b", "?"
+    assert code_of(module.read) != before
+
+
+def test_partial_functions_methods_and_callable_objects_have_keys_of_their_own(own):
+    read = own().read
+
+    class Reader:
+        def __init__(self, n):
+            self.n = n
+
+        def read(self, row):
+            return row[: self.n]
+
+        __call__ = read
+
+    one, two = Reader(1), Reader(2)
+    keys = [code_of(x) for x in (read, partial(read, n=1), partial(read, n=2), one, two, one.read, two.read)]
+    assert len(set(keys)) == len(keys)
+    assert keys[2:4] == [code_of(partial(read, n=2)), code_of(Reader(1))]
+    cached = lru_cache(read)
+    assert code_of(cached) == code_of(lru_cache(own().read))
+    assert code_of(cached) != code_of(lru_cache(Reader(1).read))
+
+
+def test_functions_that_differ_only_in_the_order_of_what_they_use_have_other_keys():
+    a, b = (lambda x: x), (lambda x: -x)
+
+    def both(*functions):
+        return lambda x: [f(x) for f in functions]
+
+    assert len({code_of(both(a, b, a)), code_of(both(a, b, b)), code_of(both(b, a, b))}) == 3
+
+
+def test_what_can_not_be_hashed_never_hits_the_cache():
+    lock = threading.Lock()
+
+    def read(row):
+        return lock
+
+    assert code_of(read) != code_of(read)
+
+
+def test_attributes_that_the_own_methods_read_are_part_of_the_key_and_others_are_not(own):
+    class Data(SFTData):
+        def __init__(self, *args, suffix, note="", **kwargs):
+            super().__init__(*args, **kwargs)
+            self.suffix, self.note = suffix, note
+
+        @property
+        def ending(self):
+            return self.suffix * 2
+
+        def encode(self, records):
+            return super().encode([Text(record.text + self.ending, record.prompt) for record in records])
+
+    first = settings_of(Data(suffix="."))
+    assert settings_of(Data("other.jsonl", suffix=".", note="x", batch_size=2)) == first
+    assert settings_of(Data(suffix="!")) != first
+
+
+def test_functions_of_a_namespace_without_a_module_have_keys(own):
+    def made(ending):
+        names = {"__name__": "a_namespace"}
+        exec(f"ENDING = {ending!r}\ndef read(row):\n    return row + ENDING\n", names)
+        return names["read"]
+
+    assert code_of(made(".")) == code_of(made(".")) != code_of(made("!"))

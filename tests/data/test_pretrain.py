@@ -1,6 +1,8 @@
 """The pretraining DataModule: what it refuses, what it reports, and a run that is killed and resumed."""
 
 import contextlib
+import dataclasses
+import itertools
 import json
 import os
 import subprocess
@@ -324,3 +326,23 @@ def test_two_processes_train_the_same_weights_as_one(tmp_path):
     (one, one_loss), (two, two_loss) = (torch.load(tmp_path / f"result-{n}.pt", weights_only=True) for n in (1, 2))
     assert distance(two, one) < 1e-5
     assert float(two_loss) == pytest.approx(float(one_loss), rel=1e-5)
+
+
+def test_the_consumed_shares_count_the_document_that_is_being_read(tmp_path):
+    """A few short documents, and one that fills nearly all rows of the run."""
+    sources = [Source([{"text": "short"}] * 3), Source([{"text": "x" * 40_000}])]
+    made = PretrainData(
+        [dataclasses.replace(s, name=name, weight=w) for s, name, w in zip(sources, "ab", (1, 99), strict=True)],
+        tokenizer=ByteTokenizer(False),
+        max_length=32,
+        batch_size=8,
+        shuffle_buffer=0,
+    )
+    made.prepare_data()
+    made.setup("fit")
+    batches = itertools.islice(made.train_dataloader(), 20)  # 160 rows
+    seen = sum(int((batch["input_ids"] == ord("x")).sum()) for batch in batches)
+    short, long = made.consumed()
+    assert seen > 156 * 32
+    assert long["tokens"] == pytest.approx(seen, abs=32)
+    assert short["share"] < 0.01 < 0.99 < long["share"]

@@ -2,11 +2,14 @@
 
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 from transformers import AutoTokenizer
 
+from oumi_pl.data.sft import SFTData
 from oumi_pl.data.tokenizers import ByteTokenizer, TokenizerFactory
+from oumi_pl.errors import UserError
 
 TEXTS = [
     "plain words, 12.5 % of them",
@@ -107,3 +110,16 @@ def test_importing_the_module_loads_no_heavy_library():
         "assert not {'torch', 'transformers', 'tokenizers'} & set(sys.modules)"
     )
     subprocess.run([sys.executable, "-c", code, sys.modules[ByteTokenizer.__module__].__file__], check=True)
+
+
+def test_a_tokenizer_that_is_passed_is_copied_and_other_objects_are_refused(tmp_path):
+    """Two data modules add the tokens of a template, and both know which ones they added."""
+    tokenizer = ByteTokenizer(chat_template=False).build()
+    first, second = (SFTData(tokenizer=tokenizer, template="llama3") for _ in range(2))
+    assert first.tokenizer is not tokenizer
+    assert len(first.tokenizer) == len(second.tokenizer) > len(tokenizer) == 260
+    assert first.added_tokens == second.added_tokens != []
+    tokenizer.save_pretrained(tmp_path)
+    assert len(SFTData(tokenizer=Path(tmp_path), template="plain").tokenizer) == 260
+    with pytest.raises(UserError, match=r"data\.tokenizer is a int; name a tokenizer or a folder"):
+        SFTData(tokenizer=3).tokenizer  # noqa: B018

@@ -40,9 +40,9 @@ def computed(monkeypatch):
     """The examples whose log-probabilities are computed before training, in order."""
     ids, original = [], reference._logps
 
-    def counted(trainer, model, split, examples):
+    def counted(trainer, model, split, examples, compute):
         ids.extend((split, i) for i in examples)
-        return original(trainer, model, split, examples)
+        return original(trainer, model, split, examples, compute)
 
     monkeypatch.setattr(reference, "_logps", counted)
     return ids

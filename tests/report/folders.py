@@ -13,7 +13,8 @@ model:
   init_args: {{lr: {lr}, model: null}}
 data:
   class_path: SFTData
-  init_args: {{train: rows.jsonl}}
+  init_args: {{train: rows.jsonl, seed: null}}
+seed_everything: {seed}
 trainer: {{max_steps: {steps}}}
 name: {name}
 """
@@ -44,14 +45,14 @@ def columns(steps=40):
     }
 
 
-def run_folder(root, name="r", steps=40, lr=0.1, **state):
+def run_folder(root, name="r", steps=40, lr=0.1, seed=42, **state):
     """A finished run of so many steps, with all its files."""
     folder = root / name
     (folder / folders.CHECKPOINTS).mkdir(parents=True)
     lengths = dict(zip(PERCENTILES, (1, 2, 3, 4, 5, 6, 9), strict=True))
     train = {"rows": 12, "kept": 10, "dropped": {"empty": 2}, "tokens": 400, "lengths": lengths, "fill": 0.75}
     (folder / "data.json").write_text(json.dumps({"train": train}))
-    (folder / folders.CONFIG).write_text(CONFIG.format(lr=lr, steps=steps, name=name))
+    (folder / folders.CONFIG).write_text(CONFIG.format(lr=lr, steps=steps, name=name, seed=seed))
     (folder / folders.RECIPE).write_text(f"# mine\nlr: {lr}\n")
     if steps:
         write_metrics(folder, columns(steps))

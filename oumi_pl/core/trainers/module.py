@@ -121,9 +121,9 @@ class LossModule(RestorableModule):
         factor = build_schedule(self.params, total)
         return self.scheduled(optimizer, lambda step: factor(step, total))
 
-    def on_train_start(self) -> None:
+    def begin_training(self) -> None:
         """Starts the clocks and the log, and tells callbacks."""
-        super().on_train_start()
+        super().begin_training()
         step = self.flow.state.global_step
         self.file.open(step)
         self._losses = [-self.unlogged]  # trained before the resume, and logged after it
@@ -168,16 +168,16 @@ class LossModule(RestorableModule):
 
     # ---- an update, in the order of its events
 
-    def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
+    def begin_batch(self, batch: Any, batch_idx: int) -> None:
         """Tells callbacks of the first micro-batch of an update."""
-        super().on_train_batch_start(batch, batch_idx)
+        super().begin_batch(batch, batch_idx)
         if batch_idx % self.trainer.accumulate_grad_batches == 0:
             self.flow.fire("on_step_begin")
 
-    def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
+    def before_step(self, optimizer: Optimizer) -> None:
         """Logs the update."""
         self.profiler.start("optimizer step")
-        super().on_before_optimizer_step(optimizer)
+        super().before_step(optimizer)
 
     def finish_update(self, grad_norm: Tensor, lr: float, **instead: float) -> None:
         """Keeps what the flow may log."""
@@ -338,15 +338,15 @@ class LossModule(RestorableModule):
             keep_last(self.output_dir, self.flow.args.save_total_limit, state.best_model_checkpoint)
         self.trainer.strategy.barrier("checkpoint written")
 
-    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+    def add_to_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Adds the losses that are not logged yet; leaves out what a `checkpoint-N` folder has in other files."""
-        super().on_save_checkpoint(checkpoint)
+        super().add_to_checkpoint(checkpoint)
         checkpoint |= {"unlogged": self.unlogged, "last_logged": self.last_logged}
         if self._is_saving:
             checkpoint["state_dict"] = {}
             del checkpoint["loops"]
 
-    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+    def restore_from(self, checkpoint: dict[str, Any]) -> None:
         """Restores what is in the files of the folder, and Lightning's counters from the position in the data."""
         folder, position = cast("Path", self.checkpoint), checkpoint[type(self.inputs).__qualname__]
         load_weights(self.model, folder)
@@ -354,7 +354,7 @@ class LossModule(RestorableModule):
         micro_batches = self.trainer.accumulate_grad_batches
         checkpoint["micro_batches"] = micro_batches
         checkpoint["loops"] = self._loops(position["epoch"], position["update"] * micro_batches)
-        super().on_load_checkpoint(checkpoint)
+        super().restore_from(checkpoint)
         saved = [len(group["params"]) for group in checkpoint["optimizer_states"][0]["param_groups"]]
         own = [len(group["params"]) for group in parameter_groups(self.named_parameters())]
         if saved != own:

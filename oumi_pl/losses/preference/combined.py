@@ -47,6 +47,10 @@ class WeightedSum(PreferenceLoss, nn.Module):
         terms = [weight * loss(pairs) for weight, loss in zip(self.weights, self.losses, strict=True)]
         return torch.stack(terms).sum(0)
 
+    def metrics(self, pairs: Pairs) -> dict[str, Tensor]:
+        """Those of all losses; of equal names, the first one's."""
+        return {name: values for loss in reversed(self.losses) for name, values in loss.metrics(pairs).items()}
+
     def rewards(self, pairs: Pairs) -> tuple[Tensor, Tensor]:
         """Rewards of the first loss that has any, `[pairs]` each; zeros if none has."""
         first = next((loss for loss in self.losses if loss.beta), self.losses[0])
@@ -76,6 +80,10 @@ class LDDPO(PreferenceLoss, nn.Module):
 
     def __call__(self, pairs: Pairs) -> Tensor:
         return self.loss(self._reweighted(pairs))
+
+    def metrics(self, pairs: Pairs) -> dict[str, Tensor]:
+        """Those of the loss, from reweighted log-probabilities."""
+        return self.loss.metrics(self._reweighted(pairs))
 
     def rewards(self, pairs: Pairs) -> tuple[Tensor, Tensor]:
         """Rewards of the loss, made of reweighted log-probabilities, `[pairs]` each."""

@@ -1,0 +1,92 @@
+"""Models that Python passes as objects, instead of naming a folder or a model on the hub."""
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+from torch import nn
+
+from oumi_pl import attention
+from oumi_pl.errors import UserError, reason
+from oumi_pl.models.build import fit_vocabulary, freeze_modules, refuse_attention
+from oumi_pl.models.lora import with_lora
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+
+def refuse_unusable(model: Any, **instead: Any) -> None:
+    """Refuses an object that is no causal language model of transformers, and settings that it can't take.
+
+    Args:
+        model: What was passed as `model`.
+        instead: Settings by name that apply only to models which are loaded or built; None where left out.
+
+    Raises:
+        UserError: it can't be trained as it is.
+    """
+    from peft import PeftModel
+    from transformers import PreTrainedModel
+
+    name = type(model).__name__
+    if isinstance(model, PeftModel):
+        raise UserError("model: a PeftModel has its adapters already; pass its base model, and `lora: {r: 16, …}`")
+    if not isinstance(model, PreTrainedModel):
+        kind = "an nn.Module" if isinstance(model, nn.Module) else "no model"
+        raise UserError(
+            f"model: {name} is {kind}; pass a name, a folder or a transformers.PreTrainedModel (for an architecture of "
+            "your own, a subclass with a `base_model` and an output head; see recipes/notebooks/README.md)"
+        )
+    if model.get_output_embeddings() is None:
+        raise UserError(f"model: {name} has no output head; load it with AutoModelForCausalLM")
+    if any("lora_" in parameter for parameter, _ in model.named_parameters()):
+        raise UserError(f"model: this {name} has adapters in its layers already; pass a new one, or merge them first")
+    for key, value in instead.items():
+        if value is not None:
+            raise UserError(f"model.{key}: {name} was passed as an object, which is trained as it is; leave {key} out")
+
+
+def adopt(
+    hf: "PreTrainedModel",
+    *,
+    tokenizer: "PreTrainedTokenizerBase | None",
+    added_tokens: Sequence[int] = (),
+    lora: dict[str, Any] | None = None,
+    freeze: Sequence[str] = (),
+    gradient_checkpointing: bool = False,
+) -> Any:
+    """Prepares a model object for training as `build_model` prepares a loaded one; returns it, or a PEFT model of it.
+
+    The object itself is trained. Rows of added tokens are initialised once, also if several modules use the object.
+
+    Raises:
+        UserError: parts don't fit together.
+    """
+    attention.register()
+    fitted: set[int] = getattr(hf, "fitted_tokens", set())
+    new_rows = 0
+    if tokenizer is not None:
+        new_rows = fit_vocabulary(hf, tokenizer, [i for i in added_tokens if i not in fitted], added_tokens)
+        hf.fitted_tokens = fitted | set(added_tokens)  # type: ignore[assignment]
+    freeze_modules(hf, freeze)
+    if gradient_checkpointing:
+        hf.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    trained: Any = hf
+    if lora is not None:
+        trained = with_lora(hf, lora, added_tokens)
+        trained.why_not_alone = "its base model was passed as an object" if new_rows or not hf.name_or_path else ""
+    return trained.train()
+
+
+def set_attention(hf: "PreTrainedModel", name: str) -> None:
+    """Sets the attention implementation of a model.
+
+    Raises:
+        UserError: it has no such implementation.
+    """
+    if hf.config._attn_implementation == name:
+        return
+    try:
+        hf.set_attn_implementation(name)
+    except (ValueError, KeyError, ImportError) as error:
+        refuse_attention(name, error)
+        raise UserError(f"model.attn: {name!r} does not work for this model: {reason(error)}") from error

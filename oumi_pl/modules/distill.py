@@ -1,0 +1,265 @@
+"""Distillation: a student learns a teacher's next-token distributions on the tokens that carry loss."""
+
+from functools import cached_property
+from typing import Any, Literal, cast
+
+import torch
+from torch import Tensor
+
+from oumi_pl.attention import NAME
+from oumi_pl.errors import UserError
+from oumi_pl.losses.distillation import (
+    DistillationSums,
+    Divergence,
+    ForwardKL,
+    Outcomes,
+    TeacherHead,
+    distillation_sums,
+    from_columns,
+    top_k,
+)
+from oumi_pl.models.build import DType, build_model, vocabulary
+from oumi_pl.models.fingerprint import model_fingerprint
+from oumi_pl.models.hub import locate
+from oumi_pl.models.lm import LM, States, disable_dropout, with_layout
+from oumi_pl.modules.base import LanguageModule
+from oumi_pl.modules.reference import WORDS, FrozenModel, Precomputed, Reference, precompute
+from oumi_pl.modules.update import Split
+from oumi_pl.types import Batch, RunModule, Sums
+
+PIECE = 512
+"""Targets whose full distributions are in memory at a time while the top k are computed."""
+
+
+class Distill(LanguageModule):
+    """Trains a student on a teacher's distributions, normalised by the number of targets. Dropout is off.
+
+    With `top_k`, the teacher's most likely tokens are computed once, before training, and kept in the cache: training
+    then needs no teacher in memory, and a second run computes nothing. All other tokens count as one outcome, whose
+    probability is exact. The cache takes `8 k + 4` bytes per target. Without `top_k`, the teacher runs beside the
+    student, and all tokens are compared.
+
+    Args:
+        model: Hub id or directory of the student; leave it out to start from random weights.
+        config: `model_type` and values of a config to start from; with `model`, values to override.
+        teacher: Hub id or directory of the teacher. It has to read the same tokens.
+        teacher_dtype: Of the teacher's weights; that of the student when left out.
+        teacher_quantization: Load the teacher in 4 or 8 bits.
+        top_k: How many of the teacher's most likely tokens are cached per target; None runs the teacher in training.
+        divergence: From the teacher; `ForwardKL` when left out.
+        temperature: Divides the logits of both before the divergence, above 0. The loss is not multiplied by its
+            square, as it is in Hinton et al. 2015.
+        cross_entropy: Weight of the cross-entropy of the targets, from 0 to 1; the divergence has the rest.
+        kwargs: As of `LanguageModule`.
+    """
+
+    branching = None
+    validation_metrics: tuple[str, ...] = (
+        *("val/loss", "val/divergence", "val/nll", "val/perplexity"),
+        *("val/mean_token_accuracy", "val/teacher_agreement"),
+    )
+
+    def __init__(
+        self,
+        model: str | None = None,
+        config: dict[str, Any] | None = None,
+        *,
+        teacher: str,
+        teacher_dtype: DType | None = None,
+        teacher_quantization: Literal["nf4", "int8"] | None = None,
+        top_k: int | None = None,
+        divergence: Divergence | None = None,
+        temperature: float = 1.0,
+        cross_entropy: float = 0.0,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(model, config, **kwargs)
+        if not temperature > 0:
+            raise UserError(f"model.temperature is {temperature}, but has to be above 0")
+        if not 0 <= cross_entropy < 1:
+            advice = "; for cross-entropy alone use SFT" if cross_entropy == 1 else ""
+            raise UserError(f"model.cross_entropy is a share from 0 to below 1, not {cross_entropy}{advice}")
+        if top_k is not None and top_k < 1:
+            raise UserError(f"model.top_k is {top_k}, but has to be at least 1; leave it out to run the teacher online")
+        self.divergence = divergence or ForwardKL()
+        self.temperature = temperature
+        self.cross_entropy = cross_entropy
+        self.reference: Teacher = Teacher(
+            self, teacher, teacher_dtype, quantization=teacher_quantization, top_k=top_k, temperature=temperature
+        )
+
+    def loss_sums(self, batch: Batch, split: Split) -> Sums:
+        """Sums over the targets: `loss`, its parts, and how often student and teacher prefer the same token."""
+        outcomes = self.reference.outcomes(batch, split)
+        head = self.causal_lm.head
+
+        def compute(states: States) -> tuple[DistillationSums, Tensor | None]:
+            sums = distillation_sums(
+                states.predicting,
+                batch["targets"],
+                head,
+                outcomes,
+                self.divergence,
+                vocab=self.reference.vocab,
+                temperature=self.temperature,
+                cross_entropy=self.cross_entropy,
+                transform=states.lm.logit_transform,
+            )
+            return sums, states.router_loss
+
+        out, router_loss = self.causal_lm(batch, compute)
+        sums: Sums = out._asdict()
+        return sums if router_loss is None else sums | {"objective": out.loss + router_loss * len(batch["targets"])}
+
+    def metrics(self, sums: Sums, split: Split) -> dict[str, Tensor]:
+        """Means per target; in evaluation also the perplexity."""
+        means = super().metrics(sums, split)
+        means["mean_token_accuracy"] = means.pop("correct")
+        means["teacher_agreement"] = means.pop("agreed")
+        return means if split == "train" else means | {"perplexity": means["nll"].exp()}
+
+
+class Teacher(Reference):
+    """The model that a student learns from: in memory, or its top tokens from the cache.
+
+    Args:
+        module: The student's module.
+        name: Hub id or directory.
+        dtype: Of its weights; that of the student when left out.
+        quantization: Load it in 4 or 8 bits.
+        top_k: Tokens that are cached per target; None: it runs in training.
+        temperature: Divides its logits.
+    """
+
+    def __init__(
+        self,
+        module: RunModule,
+        name: str,
+        dtype: DType | None,
+        *,
+        quantization: Literal["nf4", "int8"] | None,
+        top_k: int | None,
+        temperature: float,
+    ) -> None:
+        if name in WORDS:  # their meanings for other references are no teachers
+            raise UserError(f"model.teacher: {name!r} is no model; name a hub id or a directory")
+        super().__init__(module, name, dtype, user="distillation")
+        self.kind = "online" if top_k is None else "precomputed"
+        self.quantization = quantization
+        self.top_k = top_k
+        self.temperature = temperature
+
+    @cached_property
+    def vocab(self) -> int:
+        """How many logits stand for tokens: embeddings are often padded to more rows than the tokenizer has tokens."""
+        return vocabulary(self._module.trainer.datamodule.tokenizer)
+
+    def outcomes(self, batch: Batch, split: str) -> Outcomes:
+        """The teacher's distributions at the targets of a batch."""
+        if isinstance(self.opened, FrozenModel):
+            with torch.no_grad():
+                return self.opened.model(batch, self._outcomes)
+        opened = cast("Precomputed", self.opened)
+        return from_columns(opened.logps(batch, split), self.vocab)
+
+    def remember(self, model: LM) -> None:
+        """Nothing: the teacher is another model."""
+
+    def open(self, splits: tuple[str, ...], *, in_memory: bool = False) -> None:
+        """Loads the teacher, or computes what is missing in the cache.
+
+        Raises:
+            UserError: it reads other tokens than the student.
+        """
+        width = "" if self.top_k is None else f", top {self.top_k} of {self.vocab} tokens per target"
+        if self.top_k is None or in_memory:
+            self.opened = FrozenModel(self._model())
+            self.description = f"teacher: {self.name}, beside the student"
+            return
+        module, trainer = self._module, self._module.trainer
+        data = trainer.datamodule
+        k = min(self.top_k, self.vocab)
+        parts: dict[str, Any] = {
+            "model": model_fingerprint(self.name, "model.teacher"),
+            "precision": str(trainer.precision),
+            "dtype": self.dtype or module.dtype_name,
+            "quantization": self.quantization,
+            "top_k": k,
+            "temperature": self.temperature,
+            "vocab": self.vocab,
+        }
+        stores = {
+            split: data.reference_logps(split, parts, 2 * k + 1) for split in splits if data.sources[split] is not None
+        }
+        missing = trainer.strategy.broadcast(any(store.missing() for store in stores.values()))
+        if missing:
+            model = self._model()
+            for split, store in stores.items():
+                precompute(trainer, model, split, store, compute=self._columns, what="the teacher's distributions")
+        before = self.opened.stores if isinstance(self.opened, Precomputed) else {}
+        self.opened = Precomputed(before | stores)
+        source = "computed before training" if missing else "from the cache"
+        self.description = f"teacher: {self.name}, {source}{width}"
+
+    def _outcomes(self, states: States) -> TeacherHead:
+        lm = states.lm
+        return TeacherHead(states.predicting, lm.head, lm.logit_transform, self.temperature, self.vocab)
+
+    def _columns(self, states: States) -> Tensor:
+        k = min(cast("int", self.top_k), self.vocab)
+        return top_k(self._outcomes(states), len(states.batch["targets"]), k, PIECE)
+
+    def _model(self) -> LM:
+        """Loads the teacher.
+
+        Raises:
+            UserError: it reads other tokens than the student.
+        """
+        module, data = self._module, self._module.trainer.datamodule
+        refuse_other_tokens(self.name, data.tokenizer, data.added_tokens)
+
+        def build(packed: bool) -> Any:
+            return build_model(
+                self.name,
+                dtype=self.dtype or module.dtype_name,
+                attn=NAME if packed else None,
+                quantization=self.quantization,
+                trust_remote_code=module.trust_remote_code,
+            )
+
+        model = with_layout(build, data.branching)
+        disable_dropout(model)
+        rows = cast("int", model.head.out_features)
+        if rows < self.vocab:
+            raise UserError(
+                f"model.teacher: {self.name} has logits for {rows} tokens, and the data's tokenizer has {self.vocab}"
+            )
+        model.eval().requires_grad_(False)
+        return model if self.quantization else self._placed(model)
+
+
+def refuse_other_tokens(name: str, tokenizer: Any, added_tokens: Any) -> None:
+    """Refuses a teacher whose tokens are not those of the data; a folder without tokenizer is trusted.
+
+    Raises:
+        UserError: some tokens have other ids, or one of the two lacks them.
+    """
+    from transformers import AutoTokenizer
+
+    try:
+        theirs = AutoTokenizer.from_pretrained(locate(name, "model.teacher")).get_vocab()
+    except (OSError, ValueError):
+        return
+    ours = tokenizer.get_vocab()
+    moved = next((token for token, i in ours.items() if theirs.get(token, i) != i), None)
+    lacking = next((token for token in ours if token not in theirs), None)
+    if moved is not None:
+        what = f"{moved!r} is {theirs[moved]} there and {ours[moved]} here"
+    elif lacking is not None:
+        what = f"it lacks {lacking!r}" + ("" if not added_tokens else f" and {len(added_tokens)} added tokens")
+    else:
+        return
+    raise UserError(
+        f"model.teacher: {name} reads other tokens than the data's tokenizer ({len(theirs)} there, {len(ours)} here; "
+        f"{what}); distributions can only be compared over the same tokens"
+    )

@@ -1,0 +1,279 @@
+"""Distillation: the update equals a plain loop over both models' full logits, and a second run computes nothing."""
+
+import lightning as L
+import pytest
+import torch
+import torch.nn.functional as F
+from transformers import AutoModelForCausalLM
+
+from oumi_pl.callbacks.checkpoint import Checkpoints
+from oumi_pl.data.tokenizers import ByteTokenizer
+from oumi_pl.errors import UserError
+from oumi_pl.losses.distillation import JSD, ForwardKL, ReverseKL
+from oumi_pl.modules import reference
+from oumi_pl.modules.base import LanguageModule
+from oumi_pl.modules.distill import Distill, Teacher
+from oumi_pl.runs.checkpoints import AtomicCheckpointIO
+from oumi_pl.runs.folders import saved_steps
+from tests.models.test_lora import plain_tokenizer, pretrained
+from tests.modules.test_dpo import Record
+from tests.modules.test_update import epoch_of
+from tests.tiny import LLAMA, data, distance, fit, sgd, trainer, weights
+
+ROWS = 11
+SETTINGS = {
+    "forward": (ForwardKL, {}, {}),
+    "reverse": (ReverseKL, {}, {"temperature": 2.0}),
+    "jsd": (JSD, {"beta": 0.3}, {"cross_entropy": 0.4}),
+}
+
+
+@pytest.fixture(scope="module")
+def teacher(tmp_path_factory):
+    """Twice as wide as the student, with larger weights, so that it has something to say."""
+    folder = tmp_path_factory.mktemp("teacher") / "model"
+    return pretrained(folder, hidden_size=64, initializer_range=0.3)
+
+
+@pytest.fixture
+def computed(monkeypatch):
+    """The examples whose distributions are computed before training, in order."""
+    ids, original = [], reference._logps
+
+    def counted(trainer, model, split, examples, compute):
+        ids.extend((split, i) for i in examples)
+        return original(trainer, model, split, examples, compute)
+
+    monkeypatch.setattr(reference, "_logps", counted)
+    return ids
+
+
+def distill(teacher, name="forward", model=None, **kwargs):
+    of, arguments, settings = SETTINGS[name]
+    start = {} if model else {"config": LLAMA}
+    return Distill(model, teacher=teacher, divergence=of(**arguments), optimizer=sgd, **start | settings | kwargs)
+
+
+def rows(path, **kwargs):
+    return data(path, ROWS, **{"batch_size": 8, "group_by_length": False} | kwargs)
+
+
+def trained(path, module, micro_batches=1, **kwargs):
+    record = Record()
+    options = {k: kwargs.pop(k) for k in ("max_epochs", "max_steps", "precision") if k in kwargs}
+    result = fit(
+        module,
+        rows(path, **kwargs),
+        accumulate_grad_batches=micro_batches,
+        callbacks=[record],
+        **{"max_epochs": 1} | options,
+    )
+    return result, record.updates
+
+
+def plain_loop(path, module, teacher):
+    """SGD written out, with full logits of both models, one division per update."""
+    samples = rows(path)
+    L.seed_everything(1)
+    trainer(max_epochs=1).strategy.connect(module)
+    hf = module.build(samples.tokenizer).hf
+    theirs = AutoModelForCausalLM.from_pretrained(teacher)
+    optimizer = torch.optim.SGD(hf.parameters(), lr=0.1)
+    losses = []
+    samples.setup("fit")
+    for update in epoch_of(samples):
+        total, targets = 0.0, 0
+        for i in update:
+            example = samples.examples("train")[i]
+            ids = torch.tensor(example.input_ids, dtype=torch.long).unsqueeze(0)
+            mask = torch.tensor(example.loss_mask[1:])
+            logits = hf(input_ids=ids).logits[0, :-1][mask]
+            with torch.no_grad():
+                wanted = theirs(input_ids=ids).logits[0, :-1][mask]
+            total = total + loss(module, logits, wanted, ids[0, 1:][mask])
+            targets += int(mask.sum())
+        optimizer.zero_grad()
+        (total / targets).backward()
+        optimizer.step()
+        losses.append(float(total / targets))
+    return {name: p.detach() for name, p in hf.named_parameters()}, losses
+
+
+def loss(module, student, teacher, targets):
+    t, weight, kl = module.temperature, module.cross_entropy, torch.nn.KLDivLoss(reduction="sum", log_target=True)
+    p, q = (student / t).log_softmax(-1), (teacher / t).log_softmax(-1)
+    if isinstance(module.divergence, JSD):
+        b = module.divergence.beta
+        m = (b * q.exp() + (1 - b) * p.exp()).log()
+        value = b * kl(m, q) + (1 - b) * kl(m, p)
+    else:
+        value = kl(p, q) if isinstance(module.divergence, ForwardKL) else kl(q, p)
+    return (1 - weight) * value + weight * F.cross_entropy(student, targets, reduction="sum")
+
+
+@pytest.mark.parametrize("top_k", [None, 9999], ids=["online", "whole vocabulary cached"])
+@pytest.mark.parametrize("name", SETTINGS)
+def test_equals_a_plain_loop_however_it_is_cut(tmp_path, teacher, name, top_k):
+    expected, losses = plain_loop(tmp_path, distill(teacher, name), teacher)
+    for batch_size, micro_batches in ((8, 1), (2, 4)):
+        got, updates = trained(tmp_path, distill(teacher, name, top_k=top_k), micro_batches, batch_size=batch_size)
+        assert distance(got, expected) < 2e-6
+        assert [update["loss"] for update in updates] == pytest.approx(losses, rel=2e-6)
+
+
+def test_a_mean_of_means_would_be_caught(tmp_path, teacher, monkeypatch):
+    expected, _ = plain_loop(tmp_path, distill(teacher), teacher)
+    monkeypatch.setattr(LanguageModule, "share", lambda self, batch: 1 / max(1, len(batch["targets"])))
+    got, _ = trained(tmp_path, distill(teacher), 4, batch_size=2)
+    assert distance(got, expected) > 1e-4
+
+
+def test_validation_does_not_depend_on_batches_or_packing(tmp_path, teacher):
+    values = []
+    for kwargs in ({"eval_batch_size": 1}, {"eval_batch_size": 8}, {"eval_batch_size": 2, "packing": True}):
+        module = distill(teacher, "jsd")
+        options = {"validation": 0.4} | kwargs
+        trained(tmp_path, module, **options | {"batch_size": 99})  # one update, before which validation would differ
+        values.append({k: float(v) for k, v in module.trainer.callback_metrics.items() if k.startswith("val/")})
+    assert set(values[0]) == set(Distill.validation_metrics)
+    for other in values[1:]:
+        assert other == pytest.approx(values[0], rel=1e-5)
+    assert values[0]["val/perplexity"] == pytest.approx(2.718281828 ** values[0]["val/nll"], rel=1e-5)
+
+
+@pytest.mark.parametrize("top_k", [None, 4])
+@pytest.mark.parametrize("name", SETTINGS)
+def test_a_model_learns_nothing_from_itself(tmp_path, teacher, name, top_k):
+    module = distill(teacher, name, model=teacher, top_k=top_k, cross_entropy=0.0)
+    _, updates = trained(tmp_path, module, max_steps=1)
+    assert abs(updates[0]["divergence"]) < 1e-5
+    assert updates[0]["grad_norm"] < 1e-4
+    assert updates[0]["teacher_agreement"] == 1.0
+
+
+def test_temperature_of_only_one_of_the_two_would_be_caught(tmp_path, teacher, monkeypatch):
+    monkeypatch.setattr(Teacher, "_outcomes", lambda self, states: forgetful(self, states))
+    _, updates = trained(tmp_path, distill(teacher, "reverse", model=teacher), max_steps=1)
+    assert updates[0]["divergence"] > 1e-2
+
+
+def forgetful(teacher, states):
+    from oumi_pl.losses.distillation import TeacherHead
+
+    return TeacherHead(states.predicting, states.lm.head, None, 1.0, teacher.vocab)
+
+
+# ---- the cache
+
+
+def test_the_second_run_computes_nothing_and_loads_no_teacher(tmp_path, teacher, computed, monkeypatch):
+    first, updates = trained(tmp_path, distill(teacher, top_k=4), validation=0.3)
+    assert computed
+    computed.clear()
+    monkeypatch.setattr(Teacher, "_model", lambda self: pytest.fail("the teacher was loaded"))
+    for kwargs in ({}, {"batch_size": 4}):
+        module = distill(teacher, top_k=4)
+        second, again = trained(tmp_path, module, validation=0.3, **kwargs)
+        assert not computed
+        assert "from the cache" in module.notes[0]
+        if not kwargs:
+            assert again == updates
+            assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+@pytest.mark.parametrize(
+    "change", [{"top_k": 5}, {"temperature": 1.5}, {"teacher_dtype": "bfloat16"}], ids=lambda c: next(iter(c))
+)
+def test_whatever_the_distributions_depend_on_computes_them_anew(tmp_path, teacher, computed, change):
+    trained(tmp_path, distill(teacher, top_k=4), max_steps=1)
+    computed.clear()
+    trained(tmp_path, distill(teacher, **{"top_k": 4} | change), max_steps=1)
+    assert len(computed) == ROWS
+
+
+def test_more_of_the_vocabulary_comes_nearer_to_all_of_it(tmp_path, teacher):
+    exact, _ = trained(tmp_path, distill(teacher))
+    away = [distance(trained(tmp_path, distill(teacher, top_k=k))[0], exact) for k in (1, 16, 128, 9999)]
+    assert away == sorted(away, reverse=True)
+    assert away[-1] < 1e-6
+
+
+# ---- exact resume, LoRA, export
+
+
+@pytest.mark.parametrize("kwargs", [{}, {"top_k": 4}, {"lora": {"r": 4}}], ids=["online", "cached", "lora"])
+def test_resumed_it_is_bit_identical(tmp_path, teacher, kwargs):
+    model = teacher if "lora" in kwargs else None
+    whole = run(tmp_path, distill(teacher, model=model, **kwargs), tmp_path / "checkpoints")
+    again = run(tmp_path, distill(teacher, model=model, **kwargs), None, saved_steps(tmp_path / "checkpoints")[1])
+    assert all(torch.equal(whole[name], again[name]) for name in whole)
+
+
+def run(path, module, directory, resume=None):
+    callbacks = []
+    if directory:
+        callbacks = [Checkpoints(every=1, keep=9)]
+        callbacks[0].directory = directory
+    L.seed_everything(1)
+    loop = trainer(
+        max_epochs=2, callbacks=callbacks, plugins=[AtomicCheckpointIO()], enable_checkpointing=bool(directory)
+    )
+    loop.fit(module, rows(path, batch_size=4), ckpt_path=resume)
+    return weights(module)
+
+
+# ---- teachers that don't fit
+
+
+def test_another_vocabulary_is_refused(tmp_path, teacher):
+    other = pretrained(tmp_path / "other", tokenizer=plain_tokenizer())
+    with pytest.raises(UserError, match=r"model\.teacher: .*reads other tokens than the data's tokenizer"):
+        trained(tmp_path, distill(other))
+    with pytest.raises(UserError, match=r"model\.teacher: .*reads other tokens"):
+        trained(tmp_path, distill(other, top_k=3))
+
+
+def test_padded_embeddings_are_no_other_vocabulary(tmp_path):
+    padded = pretrained(tmp_path / "padded", room=7, initializer_range=0.3)
+    expected, losses = plain_loop_of_fewer(tmp_path, padded)
+    _, updates = trained(tmp_path, distill(padded))
+    assert updates[0]["loss"] == pytest.approx(losses, rel=1e-5)
+    assert expected == len(ByteTokenizer().build())
+
+
+def plain_loop_of_fewer(path, teacher):
+    """The first update's loss with the teacher's logits cut to the tokens."""
+    samples, module = rows(path), distill(teacher)
+    L.seed_everything(1)
+    trainer(max_epochs=1).strategy.connect(module)
+    hf, theirs = module.build(samples.tokenizer).hf, AutoModelForCausalLM.from_pretrained(teacher)
+    samples.setup("fit")
+    size, total, targets = hf.config.vocab_size, 0.0, 0
+    for i in epoch_of(samples)[0]:
+        example = samples.examples("train")[i]
+        ids = torch.tensor(example.input_ids, dtype=torch.long).unsqueeze(0)
+        mask = torch.tensor(example.loss_mask[1:])
+        with torch.no_grad():
+            mine, wanted = (m(input_ids=ids).logits[0, :-1][mask][:, :size] for m in (hf, theirs))
+        total += float(loss(module, mine, wanted, ids[0, 1:][mask]))
+        targets += int(mask.sum())
+    return size, total / targets
+
+
+MISTAKES = {
+    "temperature is 0, but has to be above 0": {"temperature": 0},
+    "cross_entropy is a share from 0 to below 1, not 1; for cross-entropy alone use SFT": {"cross_entropy": 1},
+    "top_k is 0, but has to be at least 1; leave it out to run the teacher online": {"top_k": 0},
+}
+
+
+@pytest.mark.parametrize("message", MISTAKES)
+def test_settings_that_make_no_sense_are_refused(teacher, message):
+    with pytest.raises(UserError, match=f"model.{message}"):
+        Distill(config=LLAMA, teacher=teacher, **MISTAKES[message])
+
+
+@pytest.mark.parametrize("word", ["initial", "online", "none"])
+def test_a_teacher_is_a_model(word):
+    with pytest.raises(UserError, match=f"model.teacher: '{word}' is no model"):
+        Distill(config=LLAMA, teacher=word)
