@@ -158,7 +158,7 @@ REFUSED = {
         "DPOData makes no rows for a reward model; use RewardDa",
     ),
     "data of SFT": ("--data SFTData --data.train rows.jsonl", "SFTData gives tokens, but Reward trains on pairs"),
-    "loss of DPO": ("--model.loss Sigmoid", "model.loss: Sigmoid is not a subclass of PairLoss; known: 'BradleyTerry'"),
+    "loss of DPO": ("--model.loss Sigmoid", "model.loss: Sigmoid is not a subclass of PairLoss; known: "),
     "margins": ("--model.loss.margin true", "BradleyTerry needs the margin of each pair, and "),
 }
 

@@ -89,7 +89,7 @@ def test_a_section_shows_its_classes_with_what_is_their_own_and_what_they_share(
     found = options(page)
     assert every <= set(found)
     assert found.count("model.gradient_checkpointing") == 1
-    assert found.count("model.loss") == 4
+    assert found.count("model.loss") == 5
     assert found.count("model.reference") == 2
     assert "LanguageModule" not in page
     assert not inspect.isabstract(LanguageModule) or "ExampleData" not in ask("fit", "--help", "data")
