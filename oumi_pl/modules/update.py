@@ -9,7 +9,7 @@ import copy
 import functools
 import math
 from abc import abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any, ClassVar, Literal, cast
 
 import lightning as L
@@ -611,8 +611,12 @@ class RestorableModule(UpdateModule):
         # of sharded weights, the strategy has restored it
         if is_sharded(self) or len(states) != len(self.trainer.optimizers):
             return
+        # weights that are frozen since have no use for their state
+        refrozen = {*checkpoint.get("trained", {}).get("now", [])} - {*self.__trained()}
         matched = zip(states, self.trainer.optimizers, self.__optimized_names(), strict=True)
-        checkpoint["optimizer_states"] = [_matched(state, optimizer, names) for state, optimizer, names in matched]
+        checkpoint["optimizer_states"] = [
+            _matched(_without(state, refrozen), optimizer, names) for state, optimizer, names in matched
+        ]
 
     def begin_training(self) -> None:
         """Applies the optimizer settings that were changed since the checkpoint was written.
@@ -740,6 +744,11 @@ def _keyed(state: dict[str, Any], names: Mapping[int, str]) -> dict[str, Any]:
         "state": {names.get(key, key): value for key, value in state["state"].items()},
         "param_groups": groups,
     }
+
+
+def _without(state: dict[str, Any], names: Collection[str]) -> dict[str, Any]:
+    """The state of an optimizer without that of some weights; they stay in their groups."""
+    return state | {"state": {key: value for key, value in state.get("state", {}).items() if key not in names}}
 
 
 def _matched(state: dict[str, Any], optimizer: Optimizer, names: Sequence[str]) -> dict[str, Any]:
