@@ -20,14 +20,27 @@ Row = dict[str, Any]
 
 
 class Message(TypedDict, total=False):
-    """One turn of a conversation, in the shape that chat templates read."""
+    """One turn of a conversation, in the shape that chat templates read.
+
+    `weight` and `spans` are not for the template: they say how much the turn counts in the loss.
+    """
 
     role: Required[str]
     content: Required[str | None]
+    """None if the turn has no text, but calls or reasoning."""
     name: str
     tool_calls: list[dict[str, Any]]
+    """Each `{"type": "function", "function": {"name": ..., "arguments": {...}}}`, with an `id` if the row has one."""
     tool_call_id: str
     reasoning_content: str
+    weight: float
+    """Factor on the loss of each token of the turn; 0 takes the turn out of the loss. Missing: 1, if it is trained."""
+    spans: list[tuple[int, int]]
+    """The parts of `content` that carry loss, as (start, end) in characters; missing: all of the turn."""
+
+
+TRAINING_KEYS = ("weight", "spans")
+"""Keys of a `Message` that chat templates don't get."""
 
 
 class Record:
@@ -39,20 +52,27 @@ class Conversation(Record):
     """Turns that a chat template renders.
 
     `prompt_messages` is the number of leading messages that form the prompt, for rows that separate prompt and
-    completion; None for a conversation that does not.
+    completion; None for a conversation that does not. `template_variables` are given to the chat template in addition.
+    `weight` is a factor on the loss of each token.
     """
 
     messages: tuple[Message, ...]
     tools: tuple[dict[str, Any], ...] | None = None
     prompt_messages: int | None = None
+    template_variables: Mapping[str, Any] = field(default_factory=dict)
+    weight: float = 1.0
 
 
 @dataclass(frozen=True)
 class Text(Record):
-    """Text used without a chat template: a document, or the completion of a `prompt`."""
+    """Text used without a chat template: a document, or the completion of a `prompt`.
+
+    `weight` is a factor on the loss of each token.
+    """
 
     text: str
     prompt: str = ""
+    weight: float = 1.0
 
 
 @dataclass(frozen=True)
@@ -60,13 +80,32 @@ class Preference(Record):
     """Two responses to one prompt, the better one first.
 
     `chosen` and `rejected` have the same type and the same prompt: `prompt_messages` equal leading messages and the
-    same `tools` in conversations, the same `prompt` in texts. `margin` is how much better the chosen one is (for
-    example the difference of two scores); None if the row does not say.
+    same `tools` and `template_variables` in conversations, the same `prompt` in texts. `margin` is how much better the
+    chosen one is (for example the difference of two scores); None if the row does not say.
     """
 
     chosen: Conversation | Text
     rejected: Conversation | Text
     margin: float | None = None
+
+
+@dataclass(frozen=True)
+class BadRow:
+    """Why a row can't be read or has no record."""
+
+    reason: str
+
+
+@dataclass(frozen=True)
+class Feedback(Record):
+    """One response to a prompt, and whether it is desirable.
+
+    `response` separates prompt and response: a conversation with `prompt_messages`, or a text with a `prompt`. `label`
+    is True or False; a score that is compared with a threshold; or None if the row does not say.
+    """
+
+    response: Conversation | Text
+    label: bool | float | None
 
 
 class Segment(NamedTuple):
@@ -95,6 +134,8 @@ class Example:
     first is a root; one segment with all tokens when left out. fields: numbers of the row (a margin, a label, a score),
     NaN if it has none; all examples of a data set have the same names. cut: tokens were removed to fit. straddled: a
     token holds characters of both the prompt and a target. empty_answer: the only target is the end of the answer.
+    notes: what else the data report counts. weights: `[tokens]` float32, above 0 where `loss_mask` is True: factors on
+    the losses of the tokens; None if all are 1.
     """
 
     input_ids: np.ndarray
@@ -104,6 +145,8 @@ class Example:
     cut: bool = False
     straddled: bool = False
     empty_answer: bool = False
+    notes: tuple[str, ...] = ()
+    weights: np.ndarray | None = None
 
     def __post_init__(self) -> None:
         if not self.segments:
@@ -113,6 +156,13 @@ class Example:
     def target_tokens(self) -> int:
         """Number of tokens that carry loss."""
         return int(self.loss_mask.sum())
+
+    @property
+    def target_weight(self) -> float:
+        """Sum of the weights of the tokens that carry loss."""
+        if self.weights is None:
+            return float(self.target_tokens)
+        return float(self.weights[self.loss_mask].sum(dtype=np.float64))
 
 
 class Inputs(TypedDict):
@@ -137,6 +187,12 @@ class Update(NamedTuple):
     """Examples."""
     parts: int
     """Micro-batches over all ranks, whose gradients Lightning averages."""
+    weight: float | None = None
+    """Sum of the weights of the targets; None if all are 1."""
+
+    def units(self, unit: str) -> float:
+        """What the update is divided by: its `rows`, or its `targets` by weight."""
+        return getattr(self, unit) if self.weight is None or unit != "targets" else self.weight
 
 
 class Batch(TypedDict):
@@ -154,7 +210,10 @@ class Batch(TypedDict):
     target_segments: torch.Tensor  # [targets] int64, ascending: the segment that contains it
     fields: dict[str, torch.Tensor]  # [rows] float32 each: `Example.fields`
     sample_ids: list[int]  # [rows], ids of the examples; empty for the stand-in of a rank that ran out of rows
+    weights: NotRequired[torch.Tensor]  # [targets] float32, factors on the losses; missing if all are 1
+    weight: NotRequired[float]  # their sum, on the host; missing if all are 1
     update: NotRequired[Update]  # in training
+    update_ids: NotRequired[list[int]]  # in training on a plan: ids of all examples of the update
     source: NotRequired[int]  # index of the source of all rows of a held-out batch
     text_bytes: NotRequired[int]  # UTF-8 bytes of the text of a held-out batch's targets
 
@@ -290,7 +349,7 @@ class RunModule(Protocol):
     trainer: Any
     trust_remote_code: bool
     unit: ClassVar[str]
-    """The sum that an update is divided by: `targets` or `rows`."""
+    """What an update is divided by: `targets` or `rows`."""
 
     @property
     def causal_lm(self) -> Any:
@@ -299,6 +358,10 @@ class RunModule(Protocol):
     @property
     def device(self) -> torch.device:
         """The device of the weights."""
+
+    @property
+    def doubts(self) -> list[str]:
+        """Advice on the settings for these data, which is given as warnings before the first update."""
 
     @property
     def notes(self) -> list[str]:
@@ -334,6 +397,9 @@ class RunModule(Protocol):
 
     def state_dict(self) -> dict[str, Any]:
         """The weights that a checkpoint holds."""
+
+    def units(self, sums: Mapping[str, Any]) -> Any:
+        """What the sums of an update or a split are divided by: its targets by weight, or its rows."""
 
     def total_steps(self) -> int:
         """Optimizer steps of the whole run."""
@@ -461,3 +527,49 @@ class PreferenceLoss(ABC):
         loss without reference.
         """
         return self.beta * pairs.chosen_logratios, self.beta * pairs.rejected_logratios
+
+
+@dataclass(frozen=True)
+class Responses:
+    """Log-probabilities of single responses, each desirable or not: the input of response losses.
+
+    logps: `[targets]`, of each target token under the policy, float32, differentiable.
+    ref_logps: `[targets]`, the same under the reference.
+    rows: `[targets]`, ascending: the response of each target.
+    desirable: `[rows]` bool.
+    kl: scalar, the estimated KL divergence of the policy from the reference, at least 0, without gradient.
+    """
+
+    logps: torch.Tensor
+    ref_logps: torch.Tensor
+    rows: torch.Tensor
+    desirable: torch.Tensor
+    kl: torch.Tensor
+
+    def sums(self, values: torch.Tensor) -> torch.Tensor:
+        """Sums of `values` `[targets]` over each response, `[rows]`."""
+        return values.new_zeros(len(self.desirable)).index_add(0, self.rows, values)
+
+    @cached_property
+    def logratios(self) -> torch.Tensor:
+        """`log(policy / reference)` of each response, `[rows]`."""
+        return self.sums(self.logps - self.ref_logps)
+
+
+class ResponseLoss(ABC):
+    """A loss on single responses. Subclass it and name the class by `class_path` to train with it."""
+
+    beta: float = 1.0
+    """Factor from log-ratios to rewards."""
+    needs_kl: bool = True
+    """Whether the loss reads `Responses.kl`. If not, it is not estimated, and 0."""
+    loss_at_start: float | None = None
+    """The loss of any response while policy and reference are equal; None if that depends on the response."""
+
+    @abstractmethod
+    def __call__(self, responses: Responses) -> torch.Tensor:
+        """Maps responses to losses `[rows]`; an update minimises their weighted mean."""
+
+    def rewards(self, responses: Responses) -> torch.Tensor:
+        """Implicit rewards of the responses, `[rows]`, for the metrics: `beta log(policy / reference)`."""
+        return self.beta * responses.logratios

@@ -55,6 +55,12 @@ ROWS = {
         "data.jsonl:3: not valid JSON: Unterminated string starting at (column 12)",
     ),
     "missing column": reads(jsonl(GOOD, {"prompt": "a"}), "data.jsonl:2: no column 'response'; known: 'prompt'"),
+    "response without a label": reads(
+        jsonl(GOOD),
+        "data.jsonl:1: no column says whether the response is good; known: label, desirable, thumbs, feedback, score, "
+        "rating; say which of your columns it is with `columns`, e.g. {label: my_column}",
+        **{"model.class_path": "KTO", "data.class_path": "KTOData"},
+    ),
     "mixed formats": reads(
         jsonl(GOOD, CHAT),
         "data.jsonl:2: a row of the format messages, and those before it are prompt_response; put the rows of each "

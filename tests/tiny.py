@@ -8,9 +8,11 @@ import lightning as L
 import torch
 
 from oumi_pl.data.dpo import DPOData
+from oumi_pl.data.kto import KTOData
 from oumi_pl.data.sft import SFTData
 from oumi_pl.data.tokenizers import ByteTokenizer
 from oumi_pl.modules.dpo import DPO
+from oumi_pl.modules.kto import KTO
 from oumi_pl.modules.sft import SFT
 
 LLAMA = {
@@ -48,6 +50,12 @@ def pairs(n, seed=0, longest=12):
     return rows
 
 
+def feedback(n, seed=0, longest=12):
+    """Rows of a prompt, a completion and a label, all of ragged length; two in three are desirable."""
+    rows = [row["messages"] for row in conversations(n, seed, longest)]
+    return [{"prompt": [p], "completion": [c], "label": i % 3 != 1} for i, (p, c) in enumerate(rows)]
+
+
 def write_jsonl(path: Path, rows) -> str:
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     return str(path)
@@ -75,6 +83,19 @@ def dpo(model=None, optimizer=None, config=None, **kwargs) -> DPO:
     """A DPO module; from random weights unless it names a model."""
     config = LLAMA | (config or {}) if model is None else config
     return DPO(model, config, optimizer=optimizer or sgd, **kwargs)
+
+
+def kto_data(path: Path, n=16, seed=0, **kwargs) -> KTOData:
+    file = path / f"feedback-{n}-{seed}.jsonl"
+    if not file.exists():
+        write_jsonl(file, feedback(n, seed))
+    return KTOData(str(file), **({"tokenizer": ByteTokenizer(), "max_length": 256, "seed": 0} | kwargs))
+
+
+def kto(model=None, optimizer=None, config=None, **kwargs) -> KTO:
+    """A KTO module; from random weights unless it names a model."""
+    config = LLAMA | (config or {}) if model is None else config
+    return KTO(model, config, optimizer=optimizer or sgd, **kwargs)
 
 
 def sgd(params):

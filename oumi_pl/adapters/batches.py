@@ -33,6 +33,11 @@ def token_inputs(batch: Batch, layout: Layout, *, labels_are_shifted: bool = Fal
         layout: `padded`, or `documents` for one packed row, in which transformers finds documents by their positions.
         labels_are_shifted: Whether `labels` equal `shift_labels`, for a loss function that only gets `labels`.
     """
+    if "weights" in batch:
+        raise UserError(
+            "rows say how much they count in the loss, and --engine hf and trl count all tokens alike; leave that out "
+            "with `ignore: [weight]`, set the weights of turns to 0 or 1, or train with --engine lightning"
+        )
     arranged = layout(batch)
     shift_labels = torch.full_like(arranged.inputs["input_ids"], IGNORE_INDEX)
     shift_labels.view(-1)[_predictors(batch, arranged)] = batch["targets"]
@@ -47,15 +52,37 @@ def pair_inputs(batch: Batch) -> EngineBatch:
 
     `completion_mask` is 1 at tokens that carry loss. The prompt is repeated.
     """
+    rows = _completions(batch)
+    count = len(rows["input_ids"])
+    # a rank that ran out of rows has a batch of one row, and TRL needs two
+    order = [*range(0, count, 2), *range(1, count, 2)] if batch["sample_ids"] else [0, 0]
+    return EngineBatch({name: value[order] for name, value in rows.items()}, batch)
+
+
+def feedback_inputs(batch: Batch, mismatched: Callable[[list[int]], Batch] | None) -> EngineBatch:
+    """Converts a micro-batch of single responses for TRL's `KTOTrainer`, `[rows, seq]`, with a `label` `[rows]` each.
+
+    Args:
+        batch: A micro-batch.
+        mismatched: Returns the batch of the mismatched rows of some rows, whose tensors are named `KL_...`; None if the
+            KL divergence is not estimated.
+    """
+    rows = _completions(batch)
+    if mismatched is not None:
+        rows |= {f"KL_{name}": value for name, value in _completions(mismatched(batch["sample_ids"])).items()}
+    # the stand-in of a short update has one row, and no labels
+    rows["label"] = batch["fields"].get("desirable", torch.zeros(len(rows["input_ids"]))) > 0.5
+    return EngineBatch(rows, batch)
+
+
+def _completions(batch: Batch) -> dict[str, Tensor]:
+    """A padded row for each path, with a `completion_mask` that is 1 at tokens that carry loss."""
     arranged = padded(batch)
     ids = arranged.inputs["input_ids"]
     completion_mask = torch.zeros_like(ids)
     completion_mask.view(-1)[_predictors(batch, arranged) + 1] = 1
     attention_mask = arranged.inputs.get("attention_mask", torch.ones_like(ids))
-    # a rank that ran out of rows has a batch of one row, and TRL needs two
-    order = [*range(0, len(ids), 2), *range(1, len(ids), 2)] if batch["sample_ids"] else [0, 0]
-    rows = {"input_ids": ids, "attention_mask": attention_mask, "completion_mask": completion_mask}
-    return EngineBatch({name: value[order] for name, value in rows.items()}, batch)
+    return {"input_ids": ids, "attention_mask": attention_mask, "completion_mask": completion_mask}
 
 
 def target_values(values: Tensor, completion_mask: Tensor) -> Tensor:

@@ -29,6 +29,7 @@ from oumi_pl.losses.preference import (
     Sigmoid,
     WeightedSum,
 )
+from oumi_pl.losses.responses import APOZeroUnpaired, KTOLoss
 from oumi_pl.types import IGNORE_INDEX, PreferenceLoss, TokenLoss
 
 TRL_NAMES: dict[type, str] = {
@@ -48,6 +49,8 @@ TRL_NAMES: dict[type, str] = {
     APODown: "apo_down",
 }
 """Our class -> TRL's `loss_type`, where both compute the same (`tests/parity/test_trl_losses.py`)."""
+TRL_RESPONSE_NAMES: dict[type, str] = {KTOLoss: "kto", APOZeroUnpaired: "apo_zero_unpaired"}
+"""The same for losses of single responses (`tests/parity/test_trl_kto.py`)."""
 DIVERGENCES: dict[type, str] = {
     ReverseKL: "reverse_kl",
     ForwardKL: "forward_kl",
@@ -100,6 +103,26 @@ def dpo_settings(loss: PreferenceLoss) -> dict[str, Any]:
     if alpha := [divergence.alpha for divergence in divergences if isinstance(divergence, Alpha)]:
         settings["f_alpha_divergence_coef"] = _common("alpha of the divergence", alpha)
     return settings
+
+
+def kto_settings(module: Any) -> dict[str, Any]:
+    """The arguments of `trl.KTOConfig` that make TRL compute the loss of a KTO module.
+
+    Raises:
+        UserError: TRL has no such loss, or not without the KL divergence.
+    """
+    name = type(module.loss).__name__
+    if type(module.loss) not in TRL_RESPONSE_NAMES:
+        known = ", ".join(cls.__name__ for cls in TRL_RESPONSE_NAMES)
+        raise UserError(f"model.loss: {name} has no counterpart in TRL; --engine trl knows {known}; {INSTEAD}")
+    if module.loss.needs_kl and not module.kl:
+        raise UserError(f"model.kl: TRL computes {name} with the KL divergence only; take APOZeroUnpaired, {INSTEAD}")
+    return {
+        "loss_type": TRL_RESPONSE_NAMES[type(module.loss)],
+        "beta": module.loss.beta,
+        "desirable_weight": module.desirable_weight,
+        "undesirable_weight": module.undesirable_weight,
+    }
 
 
 def _terms(loss: PreferenceLoss) -> tuple[list[Any], list[float], list[float | None]]:

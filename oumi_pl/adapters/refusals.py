@@ -8,7 +8,7 @@ from lightning.pytorch.strategies import SingleDeviceStrategy
 from torch import nn
 
 from oumi_pl import attention
-from oumi_pl.adapters.losses import INSTEAD, dpo_settings
+from oumi_pl.adapters.losses import INSTEAD, dpo_settings, kto_settings
 from oumi_pl.callbacks.advice import Advice, PreferenceWarnings
 from oumi_pl.callbacks.checkpoint import Checkpoints
 from oumi_pl.callbacks.export import Export
@@ -27,12 +27,14 @@ from oumi_pl.errors import UserError
 from oumi_pl.losses.causal import is_cross_entropy
 from oumi_pl.modules.base import LanguageModule
 from oumi_pl.modules.dpo import DPO
+from oumi_pl.modules.kto import KTO
 from oumi_pl.modules.pretrain import Pretrain
 from oumi_pl.modules.sft import SFT
 from oumi_pl.types import IGNORE_INDEX
 
 FITS: dict[type, tuple[str, ...]] = {
     DPO: ("lightning", "trl"),
+    KTO: ("lightning", "trl"),
     Pretrain: ("lightning", "hf"),
     SFT: ("lightning", "hf", "trl"),
 }
@@ -52,13 +54,18 @@ REPLACED_METHODS = (
 """Methods of a module that an engine replaces by its own in training."""
 
 
+def kind_of(module: LanguageModule) -> type:
+    """The trainer type that a module counts as; `LanguageModule` if no other engine knows it."""
+    return next((kind for kind in FITS if isinstance(module, kind)), LanguageModule)
+
+
 def refuse_engine(engine: str, module: LanguageModule) -> None:
     """Refuses an engine that can't train a module, or would not call methods that its class overrides.
 
     Raises:
         UserError: with the engines that can.
     """
-    kind = next((kind for kind in FITS if isinstance(module, kind)), LanguageModule)
+    kind = kind_of(module)
     fitting = FITS.get(kind, ("lightning",))
     if engine not in fitting:
         raise UserError(f"engine: {engine} can't train {type(module).__name__}; these can: {', '.join(fitting)}")
@@ -122,6 +129,25 @@ def refuse_preferences(module: DPO) -> None:
     dpo_settings(module.loss)
     if module.share_prompt is True:
         raise UserError(f"model.share_prompt: TRL computes prompts twice; leave it out, {INSTEAD}")
+    _refuse_reference(module)
+
+
+def refuse_feedback(module: KTO, micro_batches: int) -> None:
+    """Refuses losses, references and updates of several micro-batches that TRL does not support in KTO.
+
+    Raises:
+        UserError: with what is supported.
+    """
+    kto_settings(module)
+    if module.kl and micro_batches > 1:
+        raise UserError(
+            "trainer.accumulate_grad_batches: TRL estimates the KL divergence on each micro-batch, not on the update; "
+            f"set it to 1 and data.batch_size to {micro_batches} times as many rows, {INSTEAD}"
+        )
+    _refuse_reference(module)
+
+
+def _refuse_reference(module: DPO | KTO) -> None:
     reference = module.reference
     if not reference.is_initial:
         raise UserError(
@@ -136,7 +162,7 @@ def refuse_preferences(module: DPO) -> None:
         )
 
 
-def refuse_model(engine: str, module: SFT | DPO, packing: bool) -> None:
+def refuse_model(engine: str, module: LanguageModule, packing: bool) -> None:
     """Refuses a model for which the engine would compute a different loss. Runs it on a few tokens.
 
     Raises:
@@ -144,7 +170,7 @@ def refuse_model(engine: str, module: SFT | DPO, packing: bool) -> None:
     """
     model = module.causal_lm
     model.refuse_unknown_logits()  # again, because the attention has changed since it was built
-    if packing and not isinstance(module, DPO):
+    if packing and module.unit == "targets":
         try:
             attention.refuse_unless_isolating(model.base)
         except UserError as error:

@@ -15,8 +15,7 @@ from oumi_pl.callbacks.run_folder import RunFolder
 from oumi_pl.callbacks.stopping import Preemption, Stopped
 from oumi_pl.data.base import TextData
 from oumi_pl.errors import UserError
-from oumi_pl.modules.dpo import DPO
-from oumi_pl.modules.sft import SFT
+from oumi_pl.modules.base import LanguageModule
 from oumi_pl.runs import folders
 from oumi_pl.types import Batch, Sums
 
@@ -79,7 +78,7 @@ class RunCallback(TrainerCallback):
     def __init__(
         self,
         lightning: Any,
-        module: SFT | DPO,
+        module: LanguageModule,
         data: TextData,
         loader: EngineLoader,
         validations: ValidationSchedule,

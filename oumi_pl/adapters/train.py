@@ -3,7 +3,7 @@
 import contextlib
 import copy
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,14 @@ from transformers import __version__ as transformers_version
 
 from oumi_pl import attention
 from oumi_pl.adapters import batches, checkpoints
-from oumi_pl.adapters.refusals import refuse_engine, refuse_model, refuse_preferences, refuse_settings
+from oumi_pl.adapters.refusals import (
+    kind_of,
+    refuse_engine,
+    refuse_feedback,
+    refuse_model,
+    refuse_preferences,
+    refuse_settings,
+)
 from oumi_pl.adapters.run_callback import RunCallback, ValidationSchedule
 from oumi_pl.adapters.trainers import build_trainer, import_trl, training_arguments
 from oumi_pl.callbacks import find
@@ -25,24 +32,25 @@ from oumi_pl.callbacks.run_folder import RunFolder, nothing_left
 from oumi_pl.data.base import TextData
 from oumi_pl.losses.causal import is_cross_entropy
 from oumi_pl.models.lm import documents, padded
+from oumi_pl.modules.base import LanguageModule
 from oumi_pl.modules.dpo import DPO
-from oumi_pl.modules.sft import SFT
+from oumi_pl.modules.kto import KTO
 from oumi_pl.runs import folders
+from oumi_pl.types import Batch
 
 
-def run(engine: str, trainer: Any, module: SFT | DPO, data: TextData, callbacks: Sequence[TrainerCallback] = ()) -> Any:
-    """Trains like `trainer.fit(module, data)`, but in the loop of another engine.
+def run(
+    engine: str, trainer: Any, module: LanguageModule, data: TextData, callbacks: Sequence[TrainerCallback] = ()
+) -> Any:
+    """Trains like `trainer.fit(module, data)`, but in the loop of another engine; returns the engine's trainer.
 
     Args:
         engine: `hf` or `trl`.
         trainer: A Lightning trainer with settings, callbacks and loggers; its loops do not run.
-        module: SFT, Pretrain or DPO. Training starts from its model; if it has none, the module builds one.
+        module: SFT, Pretrain, DPO or KTO. Training starts from its model; if it has none, the module builds one.
         data: The data module of the recipe.
         callbacks: Additional transformers callbacks, called after ours. The keyword argument `train_dataloader` of
             their hooks is an `EngineLoader`, which has the micro-batches of the update.
-
-    Returns:
-        The engine's trainer, trained.
 
     Raises:
         UserError: the engine does not support the recipe.
@@ -92,17 +100,19 @@ def run(engine: str, trainer: Any, module: SFT | DPO, data: TextData, callbacks:
     return engine_trainer
 
 
-def _refuse_before_loading(engine: str, trainer: Any, module: SFT | DPO) -> None:
+def _refuse_before_loading(engine: str, trainer: Any, module: LanguageModule) -> None:
     """Makes all checks that are possible before anything is loaded."""
     refuse_engine(engine, module)
     refuse_settings(engine, trainer)
     if isinstance(module, DPO):
         refuse_preferences(module)
+    if isinstance(module, KTO):
+        refuse_feedback(module, trainer.accumulate_grad_batches)
     if engine == "trl":
         import_trl()
 
 
-def _connect(trainer: Any, module: SFT | DPO, data: TextData) -> None:
+def _connect(trainer: Any, module: LanguageModule, data: TextData) -> None:
     """Connects trainer, module and data, and sets up the data, as `trainer.fit` does at its start."""
     trainer.state.fn, trainer.state.status, trainer.training = TrainerFn.FITTING, TrainerStatus.RUNNING, True
     trainer.strategy.connect(module)
@@ -113,7 +123,7 @@ def _connect(trainer: Any, module: SFT | DPO, data: TextData) -> None:
     data.setup("fit")
 
 
-def _build_model(trainer: Any, module: SFT | DPO, data: TextData) -> None:
+def _build_model(trainer: Any, module: LanguageModule, data: TextData) -> None:
     """Builds the model as Lightning would, then sets attention and layout for the engine.
 
     Our own attention reads the documents of a packed row from a context that only our modules enter. The attention of
@@ -126,7 +136,7 @@ def _build_model(trainer: Any, module: SFT | DPO, data: TextData) -> None:
         model.base.set_attn_implementation("sdpa" if getattr(model.base, "_supports_sdpa", True) else "eager")
     trainer.precision_plugin.convert_module(module)
     module.to(trainer.strategy.root_device)
-    if data.packing and not isinstance(module, DPO):
+    if data.packing and module.unit == "targets":
         model.layout, model.layout_reason = documents, ""
     else:
         model.layout, model.layout_reason = padded, "the engine reads padded rows"
@@ -134,15 +144,14 @@ def _build_model(trainer: Any, module: SFT | DPO, data: TextData) -> None:
         module.reference.open(("train", "validation"), in_memory=True)
 
 
-def _notes(engine: str, module: SFT | DPO) -> Iterator[str]:
+def _notes(engine: str, module: LanguageModule) -> Iterator[str]:
     """Notes on the engine, printed before the first update."""
     versions = f"transformers {transformers_version}"
     if engine == "hf":
         yield f"engine: transformers.Trainer, {versions}"
     else:
-        name = "DPOTrainer" if isinstance(module, DPO) else "SFTTrainer"
-        yield f"engine: trl.{name}, TRL {import_trl().__version__}, {versions}"
-    if isinstance(module, DPO):
+        yield f"engine: trl.{kind_of(module).__name__}Trainer, TRL {import_trl().__version__}, {versions}"
+    if module.unit == "rows":
         return
     if not is_cross_entropy(module.loss):
         twice = ", and TRL runs the model twice" if engine == "trl" else ""
@@ -151,7 +160,7 @@ def _notes(engine: str, module: SFT | DPO) -> Iterator[str]:
         yield "logits are computed for all positions at once, including those without loss"
 
 
-def _optimizers(trainer: Any, module: SFT | DPO) -> tuple[Any, Any]:
+def _optimizers(trainer: Any, module: LanguageModule) -> tuple[Any, Any]:
     """Builds the recipe's optimizer and schedule, and registers them with the Lightning trainer."""
     configured = module.configure_optimizers()
     optimizer, schedule = configured["optimizer"], configured["lr_scheduler"]["scheduler"]
@@ -172,9 +181,11 @@ def _resume(trainer: Any) -> tuple[Path | None, dict[str, Any]]:
     return checkpoint, checkpoints.load(checkpoint, trainer, folder, enabled_checkpoints(trainer))
 
 
-def _loader(trainer: Any, module: SFT | DPO, data: TextData, position: dict[str, Any]) -> batches.EngineLoader:
+def _loader(trainer: Any, module: LanguageModule, data: TextData, position: dict[str, Any]) -> batches.EngineLoader:
     if isinstance(module, DPO):
         convert: Any = batches.pair_inputs
+    elif isinstance(module, KTO):
+        convert = partial(batches.feedback_inputs, mismatched=_mismatched(data) if module.kl else None)
     else:
         layout, is_own = module.causal_lm.layout, not is_cross_entropy(module.loss)
         convert = partial(batches.token_inputs, layout=layout, labels_are_shifted=is_own)
@@ -183,8 +194,13 @@ def _loader(trainer: Any, module: SFT | DPO, data: TextData, position: dict[str,
     return batches.EngineLoader(data.train_dataloader(), convert, micro_batches, epoch, fetched)
 
 
+def _mismatched(data: Any) -> Callable[[list[int]], Batch]:
+    """Returns the batch of the mismatched rows of some training rows."""
+    return lambda ids: data.batch("train", data.mismatched_ids("train", ids))
+
+
 @contextlib.contextmanager
-def _model_restored(module: SFT | DPO) -> Iterator[None]:
+def _model_restored(module: LanguageModule) -> Iterator[None]:
     """Restores a model's configs and forward methods, which engines change, at the end of the block.
 
     They set `use_cache` and the ids of special tokens, which would end up in the export.

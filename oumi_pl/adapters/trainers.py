@@ -10,7 +10,8 @@ from transformers import Trainer, TrainingArguments
 
 from oumi_pl.adapters import checkpoints
 from oumi_pl.adapters.batches import EngineBatch, EngineLoader, target_values
-from oumi_pl.adapters.losses import INSTEAD, compute_loss_func, dpo_settings
+from oumi_pl.adapters.losses import INSTEAD, compute_loss_func, dpo_settings, kto_settings
+from oumi_pl.adapters.refusals import kind_of
 from oumi_pl.adapters.run_callback import RunCallback
 from oumi_pl.callbacks.checkpoint import enabled_checkpoints
 from oumi_pl.data.base import TextData
@@ -19,6 +20,7 @@ from oumi_pl.errors import UserError
 from oumi_pl.losses.causal import is_cross_entropy
 from oumi_pl.modules.base import LanguageModule
 from oumi_pl.modules.dpo import DPO
+from oumi_pl.modules.kto import KTO
 from oumi_pl.modules.reference import refuse_other_start
 from oumi_pl.modules.sft import SFT
 from oumi_pl.types import Sums
@@ -87,8 +89,8 @@ class EngineMixin:
         """Does nothing: our export writes a model card."""
 
 
-class PairsMixin(EngineMixin):
-    """The mixin for `trl.DPOTrainer`."""
+class RowsMixin(EngineMixin):
+    """The mixin for trainers of TRL that count rows and compare with a reference."""
 
     def observed_models(self) -> list[Any]:
         """The policy, and the reference if it is another model."""
@@ -96,8 +98,36 @@ class PairsMixin(EngineMixin):
         return [engine.model] if engine.ref_model is None else [engine.model, engine.ref_model]
 
     def reduce_output(self, output: Any) -> Tensor:
-        """The token log-probabilities, `[2 pairs, seq - 1]`."""
+        """The token log-probabilities, `[rows, seq - 1]`."""
         return output.log_probs.detach()
+
+    def compute_loss(self, *args: Any, **kwargs: Any) -> Any:
+        """Weights TRL's loss by the rows of the micro-batch, so that the loss of an update is the mean over all rows.
+
+        TRL averages over a micro-batch, and transformers then over the micro-batches of an update. Rows in a short
+        micro-batch would count for more.
+        """
+        loss = super().compute_loss(*args, **kwargs)  # type: ignore[misc]
+        native = self.micro_batch.native
+        return loss * len(native["sample_ids"]) * self.run_callback.module.share(native)
+
+    def refuse_other_start(self, policy: Tensor, reference: Tensor) -> None:
+        """Refuses a policy that differs from its reference before the first update, `[targets]` each.
+
+        Raises:
+            UserError: it does.
+        """
+        module: Any = self.run_callback.module
+        if self.run_callback.lightning.global_step == 0 and len(policy):
+            refuse_other_start(float((policy - reference).abs().max()), module.reference.is_half_precision)
+
+    def _prepare_dataset(self, dataset: Any, *args: Any, **kwargs: Any) -> Any:
+        """Returns the one-row dataset unchanged: rows are tokenized already, and come from our loader."""
+        return dataset
+
+
+class PairsMixin(RowsMixin):
+    """The mixin for `trl.DPOTrainer`."""
 
     def batch_sums(self, outputs: list[Tensor]) -> Sums:
         """The sums for our preference metrics, from TRL's log-probabilities of policy and reference.
@@ -108,26 +138,36 @@ class PairsMixin(EngineMixin):
         module, lightning = cast("DPO", self.run_callback.module), self.run_callback.lightning
         mask = self.micro_batch["completion_mask"].to(outputs[0].device)
         policy, reference = (target_values(values.float(), mask) for values in outputs)
-        if lightning.global_step == 0 and len(policy):
-            difference = float((policy - reference).abs().max())
-            refuse_other_start(difference, module.reference.is_half_precision)
+        self.refuse_other_start(policy, reference)
         pairs = module.pairs(lightning.strategy.batch_to_device(self.micro_batch.native), policy, reference)
         sums = module.pair_sums(pairs, policy.new_zeros(pairs.count))
         return {name: value for name, value in sums.items() if name != "loss"}
 
-    def compute_loss(self, *args: Any, **kwargs: Any) -> Any:
-        """Weights TRL's loss by the pairs of the micro-batch, so that the loss of an update is the mean over all pairs.
 
-        TRL averages over a micro-batch, and transformers then over the micro-batches of an update. Pairs in a short
-        micro-batch would count for more.
+class FeedbackMixin(RowsMixin):
+    """The mixin for `trl.KTOTrainer`."""
+
+    def batch_sums(self, outputs: list[Tensor]) -> Sums:
+        """The sums for our metrics, from TRL's log-probabilities of policy and reference.
+
+        TRL runs each of them on the mismatched rows first, if it estimates the KL divergence.
+
+        Raises:
+            UserError: policy and reference differ before the first update.
         """
-        loss = super().compute_loss(*args, **kwargs)  # type: ignore[misc]
-        native = self.micro_batch.native
-        return loss * len(native["sample_ids"]) * self.run_callback.module.share(native)
-
-    def _prepare_dataset(self, dataset: Any, *args: Any, **kwargs: Any) -> Any:
-        """Returns the one-row dataset unchanged: rows are tokenized already, and come from our loader."""
-        return dataset
+        module, lightning = cast("KTO", self.run_callback.module), self.run_callback.lightning
+        kl = outputs[0].new_zeros(())
+        if module.kl:
+            mismatched, policy, ref_mismatched, reference = (values.float() for values in outputs)
+            masked = self.micro_batch["KL_completion_mask"][:, 1:].to(mismatched.device)
+            kl = ((mismatched - ref_mismatched) * masked).sum().div(len(masked)).clamp(min=0)
+        else:
+            policy, reference = (values.float() for values in outputs)
+        mask = self.micro_batch["completion_mask"][:, 1:].bool().to(policy.device)
+        policy, reference = policy[mask], reference[mask]
+        self.refuse_other_start(policy, reference)
+        native = lightning.strategy.batch_to_device(self.micro_batch.native)
+        return module.response_sums(module.responses(native, policy, reference, kl))
 
 
 class HFTrainer(EngineMixin, Trainer):  # type: ignore[misc]
@@ -180,7 +220,7 @@ def training_arguments(
     }
 
 
-def build_trainer(engine: str, module: SFT | DPO, settings: dict[str, Any], **common: Any) -> Any:
+def build_trainer(engine: str, module: LanguageModule, settings: dict[str, Any], **common: Any) -> Any:
     """Builds an engine's trainer for a module.
 
     Args:
@@ -192,7 +232,8 @@ def build_trainer(engine: str, module: SFT | DPO, settings: dict[str, Any], **co
     Raises:
         UserError: the engine refuses the settings.
     """
-    build: Any = _hf if engine == "hf" else _trl_dpo if isinstance(module, DPO) else _trl_sft
+    builders: dict[type, Any] = {DPO: _trl_dpo, KTO: _trl_kto}
+    build: Any = _hf if engine == "hf" else builders.get(kind_of(module), _trl_sft)
     try:
         with warnings.catch_warnings(action="ignore", category=FutureWarning):  # warnings about later releases
             return build(module, settings, common)
@@ -249,8 +290,30 @@ def _trl_dpo(module: DPO, settings: dict[str, Any], common: dict[str, Any]) -> A
     args = trl.DPOConfig(
         **settings, max_length=None, disable_dropout=True, **dpo_settings(module.loss), **_no_router_loss(module)
     )
+    return _with_reference(DPOTrainer, module, args, common)
+
+
+def _trl_kto(module: KTO, settings: dict[str, Any], common: dict[str, Any]) -> Any:
+    trl = import_trl()
+
+    class KTOTrainer(FeedbackMixin, trl.KTOTrainer):  # type: ignore[name-defined]
+        """TRL's trainer with our batches."""
+
+    # TRL refuses single rows, because it would mismatch a row with itself; ours are mismatched with the whole data
+    size = max(2, settings["per_device_train_batch_size"])
+    args = trl.KTOConfig(
+        **settings | {"per_device_train_batch_size": size},
+        max_length=None,
+        disable_dropout=True,
+        **kto_settings(module),
+        **_no_router_loss(module),
+    )
+    return _with_reference(KTOTrainer, module, args, common)
+
+
+def _with_reference(kind: Any, module: DPO | KTO, args: Any, common: dict[str, Any]) -> Any:
     model, reference = module.causal_lm, module.reference.frozen_model
-    trainer = DPOTrainer(
+    trainer = kind(
         model=model.hf,
         ref_model=None if reference is None else reference.hf,  # None: the base, adapters disabled
         args=_on_one_device(args),
@@ -283,7 +346,7 @@ def _one_row() -> Any:
     return Dataset.from_dict({"input_ids": [[0]], "labels": [[0]]})
 
 
-def _no_router_loss(module: SFT | DPO) -> dict[str, float]:
+def _no_router_loss(module: LanguageModule) -> dict[str, float]:
     """Turns off the load-balancing loss of mixtures of experts: TRL adds it by default, our modules only by config."""
     has_router = hasattr(module.causal_lm.base.config.get_text_config(), "output_router_logits")
     return {"router_aux_loss_coef": 0.0} if has_router else {}

@@ -92,6 +92,8 @@ class Advice(L.Callback):
         for check in (rounded_away, unusual_lr, cut_rows, other_template, no_pad_token, no_validation):
             if message := check(trainer, pl_module):
                 warn(trainer, message)
+        for message in pl_module.doubts:
+            warn(trainer, message)
         self.loss.is_watching = trainer.global_step == 0
         self.loss.in_float16 = str(trainer.precision).startswith("16")
         self.wait.follow(trainer.fit_loop.epoch_loop)
@@ -108,7 +110,7 @@ class Advice(L.Callback):
         if times := self.wait.update_ends():
             warn(trainer, _starved(*times, trainer.datamodule))
         sums, group = pl_module.last_update, trainer.optimizers[0].param_groups[0]
-        loss = sums["loss"] / max(1.0, sums[pl_module.unit])
+        loss = sums["loss"] / (pl_module.units(sums) or 1.0)
         if message := self.loss.update(loss, group["lr"], group.get("initial_lr", group["lr"])):
             warn(trainer, message)
 
@@ -358,7 +360,7 @@ DISPLACED = 20
 class PreferenceWarnings(L.Callback):
     """Warns of pairs that are too easy to tell apart, and of chosen responses that become less likely as well.
 
-    Does nothing for modules that log no `rewards/accuracies`.
+    Does nothing for modules that log no margins of pairs.
     """
 
     def __init__(self) -> None:
@@ -369,7 +371,7 @@ class PreferenceWarnings(L.Callback):
     def on_train_batch_end(self, trainer: Any, pl_module: RunModule, *_: Any) -> None:
         """Checks the update that has just ended."""
         sums, reference = pl_module.last_update, pl_module.reference
-        if trainer.fit_loop._should_accumulate() or "rewards/accuracies" not in sums:
+        if trainer.fit_loop._should_accumulate() or "rewards/margins" not in sums:
             return
         self._watch_leak(trainer, sums)
         if reference is not None and reference.kind != "none":  # without a reference, rewards are not log-ratios

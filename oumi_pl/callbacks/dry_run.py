@@ -110,13 +110,13 @@ class DryRun(L.Callback):
         cached = type(data).reference_logps(data, split, parts)
         if not data.trainer.strategy.broadcast(bool(cached.missing())):
             return cached
-        self.measured.rows_without_reference += len(data.lengths(split))
+        self.measured.rows_without_reference += len(data.compared(split)[0])
         if split == "train":
             ids = np.concatenate(self.largest or [])
         else:
             plan, layout = data.eval_plan(split)
             ids = plan.examples_of(0, layout, micro_batches=1)
-        return SomeLogps(ids.tolist(), data.layout.ranks)
+        return SomeLogps(data.compared_ids(split, ids.tolist()), data.layout.ranks)
 
     # ---- the run
 

@@ -157,6 +157,7 @@ LINES_AT_MOST = 300.0
 LOGGED = (
     ("grad_norm", "train/grad_norm", ".3g", "grad"),
     ("accuracy", "train/rewards/accuracies", ".2f", "accuracy"),
+    ("signs", "train/rewards/sign_accuracy", ".2f", "right sign"),
     ("margin", "train/rewards/margins", ".3g", "margin"),
     ("lr", "train/lr", ".1e", "lr"),
 )
@@ -224,7 +225,7 @@ class ProgressLine(ProgressBar):
             return
         sums, now, step = pl_module.last_update, time.monotonic(), trainer.global_step
         self.pace.update_ends(step, sums["tokens"])
-        loss = sums["loss"] / max(1.0, sums[pl_module.unit])
+        loss = sums["loss"] / (pl_module.units(sums) or 1.0)
         self._losses.append(loss)
         width, wait = terminal_width(), EVERY
         if width is None:

@@ -19,6 +19,8 @@ from oumi_pl.types import RunData, RunModule
 
 LABEL = 12
 """Columns of the labels at the left."""
+REASON = 100
+"""Most characters of a reason for dropping rows; the data report has it whole."""
 
 
 class Start(L.Callback):
@@ -122,19 +124,29 @@ def _steps(trainer: Any, pl_module: RunModule) -> str:
     )
 
 
+def _shortened(reason: str) -> str:
+    return reason if len(reason) <= REASON else f"{reason[: REASON - 3]}..."
+
+
 def summary(report: dict[str, Any]) -> str:
     """The report of a split in one line."""
     kept = "all" if report["kept"] == report["rows"] else f"{report['kept']:,}"
     parts = [f"{report['rows']:,} row{'s' if report['rows'] != 1 else ''}, {kept} kept"]
     if report.get("documents", report["kept"]) != report["kept"]:
         parts.append(f"{report['documents']:,} documents")
-    parts += [f"{n:,} dropped ({reason})" for reason, n in report["dropped"].items()]
+    parts += [f"{n:,} dropped ({_shortened(reason)})" for reason, n in report["dropped"].items()]
     if report["cut"]:
         parts.append(f"{report['cut']:,} cut to length")
     if report["straddled"]:
         parts.append(f"{report['straddled']:,} with a token across the border of prompt and answer")
+    if report.get("unread_columns"):
+        parts.append(f"columns that aren't read: {', '.join(report['unread_columns'])}")
     if report.get("empty_answers"):
         parts.append(f"{report['empty_answers']:,} with an empty answer")
+    parts += [f"{n:,} with {note}" for note, n in report.get("notes", {}).items()]
+    if report.get("turns_apart"):
+        more = f"{report['turns_apart_tokens']:,} tokens more than their longest"
+        parts.append(f"{report['turns_apart']:,} with a branch for each turn ({more})")
     lengths = report["lengths"]
     parts.append(f"{report['tokens']:,} tokens, {report['target_tokens']:,} carry loss")
     if lengths and lengths["p0"] == lengths["p100"]:

@@ -18,7 +18,7 @@ NEEDS = {
 """Command -> the keys of `data` of which it needs at least one."""
 GIVES = {False: "tokens", True: "pairs"}
 """Whether examples branch -> their name in messages."""
-PARTNERS = "SFT goes with SFTData, DPO with DPOData, Pretrain with PretrainData"
+PARTNERS = "SFT goes with SFTData, DPO with DPOData, KTO with KTOData, Pretrain with PretrainData"
 
 
 def refuse_contradictions(

@@ -282,11 +282,15 @@ class TextData(L.LightningDataModule):
         return {"workers": self.workers, "pin_memory": on_gpu}
 
     def transfer_batch_to_device(self, batch: Any, device: torch.device, dataloader_idx: int) -> Any:
-        """As in Lightning, but without the segments: its recursion into each takes 10 ms for 300 of them."""
+        """As in Lightning, but without the lists: its recursion into segments takes 10 ms for 300 of them.
+
+        The lists remain the same objects: an update is recognised by its `update_ids`.
+        """
         if not isinstance(batch, dict) or "segments" not in batch:
             return super().transfer_batch_to_device(batch, device, dataloader_idx)
-        rest = {name: value for name, value in batch.items() if name != "segments"}
-        return super().transfer_batch_to_device(rest, device, dataloader_idx) | {"segments": batch["segments"]}
+        lists = {name: value for name, value in batch.items() if isinstance(value, list)}
+        rest = {name: value for name, value in batch.items() if name not in lists}
+        return super().transfer_batch_to_device(rest, device, dataloader_idx) | lists
 
     def train_dataloader(self) -> Any:
         """The training loader, at the position where a resumed run stopped."""

@@ -34,7 +34,7 @@ def collate(rows: Sequence[FetchedRow], pad_id: int) -> Batch:
         owners.append(first + np.searchsorted(starts, at, side="right") - 1)
         segments += [s if s.parent < 0 else s._replace(parent=s.parent + first) for s in example.segments]
         start += len(example.input_ids)
-    return {
+    batch: Batch = {
         "input_ids": _tensor([example.input_ids for example in examples]).unsqueeze(0),
         "position_ids": torch.from_numpy(position_ids(segments)).unsqueeze(0),
         "segments": segments,
@@ -44,6 +44,12 @@ def collate(rows: Sequence[FetchedRow], pad_id: int) -> Batch:
         "fields": _fields([example.fields for example in examples]),
         "sample_ids": [i for ids, _ in rows for i in ids],
     }
+    if any(example.weights is not None for example in examples):
+        weights = np.concatenate([_weights(example) for example in examples])
+        if (weights != 1).any():
+            batch["weights"] = torch.from_numpy(weights)
+            batch["weight"] = float(weights.sum(dtype=np.float64))
+    return batch
 
 
 def stand_in(pad_id: int) -> Batch:
@@ -68,6 +74,13 @@ def _predictors(example: Example, at: np.ndarray, starts: np.ndarray) -> np.ndar
         if segment.shared:  # its first token is predicted at the last token of the shared prefix
             before[at == starts[i]] = path_positions(example.segments, i)[segment.shared - 1]
     return before
+
+
+def _weights(example: Example) -> np.ndarray:
+    """The weights of an example's targets, `[targets]` float32."""
+    if example.weights is None:
+        return np.ones(example.target_tokens, dtype=np.float32)
+    return example.weights[example.loss_mask]
 
 
 def _fields(rows: Sequence[Mapping[str, float]]) -> dict[str, torch.Tensor]:

@@ -9,10 +9,10 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from oumi_pl.data.documents import TokenizeDocuments, texts
 from oumi_pl.data.formats import resolve_format
+from oumi_pl.data.rendering import Rendering
 from oumi_pl.data.shards import FORMAT, MADE_FROM, MANIFEST, Shards, write_shards
 from oumi_pl.data.sources import Source, fingerprint, is_on_hub
 from oumi_pl.data.store import cache_key, cache_root, code_of
-from oumi_pl.data.template import Rendering
 from oumi_pl.data.tokenizers import tokenizer_fingerprint
 from oumi_pl.errors import UserError
 from oumi_pl.types import Row
@@ -74,7 +74,9 @@ class Part(NamedTuple):
             content = str([source.path, source.config, source.split, source.revision])
         else:
             content = fingerprint(source)
-        made_from = [content, source.columns, _format_code(source.format), self.side]
+        made_from: list[Any] = [content, source.columns, _format_code(source.format), self.side]
+        if source.ignore or source.label:
+            made_from.append([source.ignore, source.label])
         return made_from if self.render is None else [*made_from, self.render.template]
 
 

@@ -11,10 +11,12 @@ from typing import TYPE_CHECKING, NamedTuple, Protocol
 import numpy as np
 
 from oumi_pl.data.formats import FORMATS, Format, Formats, find_format, raised, rename_columns, resolve_format, text
+from oumi_pl.data.records import RecordReader
 from oumi_pl.data.sources import Source, rows
 from oumi_pl.data.template import adds_bos
+from oumi_pl.data.tokenize import Dropped
 from oumi_pl.errors import UserError
-from oumi_pl.types import Conversation, Row, Text
+from oumi_pl.types import Conversation, Record, Row, Text
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -71,7 +73,7 @@ def texts(
     Args:
         source: The source.
         keep: Which rows to use; all when left out.
-        counts: Counter that is updated: `rows`, `kept`, `empty`, `replaced`.
+        counts: Counter that is updated: `rows`, `kept`, `empty`, `not_good` (left out for their label), `replaced`.
         streaming: Read data from the hub without downloading them first.
         render: Renders conversations as texts; without it, they are refused.
 
@@ -80,12 +82,19 @@ def texts(
     """
     counts = Counter() if counts is None else counts
     convert = resolve_format(source.format, FORMATS) if source.format else None
+    reader = None if render is None else RecordReader(source, mixed=True)
     for origin, row in rows(source, streaming=streaming, counts=counts):
         if keep is not None and not keep(row):
             continue
         counts["rows"] += 1
         try:
-            document = _text_of(rename_columns(row, source.columns or {}), convert, render)
+            if render is None or reader is None:
+                document = _document(rename_columns(row, source.columns or {}), convert)
+            elif isinstance(record := reader.record(row), Dropped):
+                counts["not_good"] += 1
+                continue
+            else:
+                document = _rendered(record, render)
         except UserError as error:
             raise UserError(f"{origin}: {error}") from None
         except Exception as error:
@@ -98,14 +107,23 @@ def texts(
             yield document
 
 
-def _text_of(row: Row, convert: Format | None, render: Callable[[Conversation], str] | None) -> str:
-    if render is not None:
-        record = (convert or find_format(row.keys()))(row)
-        if isinstance(record, Conversation):
-            return render(record)
-    else:
-        _refuse_conversation(row, convert)
-        record = (convert or find_format(row.keys(), DOCUMENTS))(row)
+def _rendered(record: Record, render: Callable[[Conversation], str]) -> str:
+    if isinstance(record, Conversation):
+        if record.weight != 1 or any("weight" in message for message in record.messages):
+            raise UserError(
+                "this row says how much it counts in the loss, and a stream of conversations trains on all tokens "
+                "alike; use SFTData with packing, or leave a column out with `ignore: [weight]`"
+            )
+        return render(record)
+    return _text(record)
+
+
+def _document(row: Row, convert: Format | None) -> str:
+    _refuse_conversation(row, convert)
+    return _text((convert or find_format(row.keys(), DOCUMENTS))(row))
+
+
+def _text(record: Record | list[Record]) -> str:
     if not isinstance(record, Text):
         raise UserError(
             f"the format returns a {type(record).__name__} for this row, which SFT or DPO trains on; pretraining reads "

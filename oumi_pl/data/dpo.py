@@ -33,7 +33,7 @@ class DPOData(ChatData):
     @cached_property
     def tokenize(self) -> TokenizePairs:
         """Turns preferences into pairs."""
-        return TokenizePairs(self.tokenizer, self.max_length, self.overflow)
+        return TokenizePairs(self.tokenizer, self.max_length, self.overflow, lost=self.lost, renderer=self.renderer)
 
     @property
     def row_name(self) -> str:

@@ -1,28 +1,29 @@
 """Base classes of data whose rows each become an example, and of such data with chat templates."""
 
-import copy
 import math
-import sys
 from abc import abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from functools import partial
+from datetime import date as Date
+from functools import cached_property, partial
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from torch.utils.data import ConcatDataset, DataLoader
 
-from oumi_pl.attention.segments import path_positions
 from oumi_pl.data import report as reports
 from oumi_pl.data.base import TextData
 from oumi_pl.data.collate import collate
 from oumi_pl.data.formats import FORMATS, Formats
 from oumi_pl.data.loader import PlanLoader, eval_loader
 from oumi_pl.data.plan import Layout, Plan, mixture_epoch, plan_epoch, plan_in_order
+from oumi_pl.data.records import OnBadRows, RecordReader
 from oumi_pl.data.reference import ReferenceLogps
+from oumi_pl.data.rendering import ChatRenderer, Turns
 from oumi_pl.data.sources import Source, as_sources
-from oumi_pl.data.store import ExampleStore, code_of, example_store, source_records
-from oumi_pl.data.template import apply_template, load_template
-from oumi_pl.data.tokenize import Dropped, Overflow, Tokenize
+from oumi_pl.data.store import ExampleStore, code_of, example_store
+from oumi_pl.data.template import apply_template, check_variables, load_template
+from oumi_pl.data.template_date import template_date
+from oumi_pl.data.tokenize import Dropped, Lost, Overflow, Tokenize
 from oumi_pl.data.tokenizers import tokenizer_fingerprint
 from oumi_pl.errors import UserError
 from oumi_pl.types import Batch, Example, Record, Row
@@ -47,6 +48,8 @@ class ExampleData(TextData):
             models that need it.
         fields: Columns with numbers that a batch has by name in `batch["fields"]`, one number per row: NaN where a row
             has `null`.
+        bad_rows: What happens if rows can't be used (a damaged line, an unknown role, turns that the chat template
+            refuses): `error` stops the run and lists all kinds of them, `drop` leaves them out and counts them.
         kwargs: As of `TextData`.
     """
 
@@ -56,10 +59,12 @@ class ExampleData(TextData):
         packing: bool = False,
         group_by_length: bool = True,
         fields: Sequence[str] = (),
+        bad_rows: OnBadRows = "error",
         **kwargs: Any,
     ) -> None:
         super().__init__(*args, **kwargs)
         self.fields = list(fields)
+        self.bad_rows: OnBadRows = bad_rows
         self.packing = packing
         self.group_by_length = group_by_length
         self.__stores: dict[str, list[ExampleStore]] = {}
@@ -103,6 +108,15 @@ class ExampleData(TextData):
     def capacity(self) -> int | None:
         """Tokens that a pack holds; None without packing."""
         return self.max_length if self.packing else None
+
+    def capacity_for(self, split: str) -> int | None:
+        """As `capacity`, but at least the tokens of the longest example, whose branches may add up to more."""
+        return None if self.capacity is None else max(self.capacity, int(self.lengths(split).max(initial=0)))
+
+    @property
+    def has_branches(self) -> bool:
+        """Whether an example of the splits that were opened so far has several segments."""
+        return any(store.branched for stores in self.__stores.values() for store in stores)
 
     # ---- stages
 
@@ -163,6 +177,13 @@ class ExampleData(TextData):
         """Tokens that carry loss, of every example of a split, `[examples]`."""
         return np.concatenate([store.targets for store in self.stores(split)])
 
+    def target_weights(self, split: str) -> np.ndarray | None:
+        """The sum of these tokens' weights, of every example of a split, `[examples]`; None if all are 1."""
+        stores = self.stores(split)
+        if all(store.target_weights is None for store in stores):
+            return None
+        return np.concatenate([s.targets if s.target_weights is None else s.target_weights for s in stores])
+
     def longest_path(self, splits: Iterable[str]) -> tuple[int, int] | None:
         """The positions of the longest path, if rows hold several examples; None for `max_length`."""
         if not self.packing:
@@ -173,23 +194,28 @@ class ExampleData(TextData):
     def records(self, split: str) -> Iterator[tuple[str, Record]]:
         """The records of a split with their origin, not tokenized, for `predict` and samples."""
         sources, keep = self.taken(split)
+        formats = self.prompt_formats if split == "predict" else self.formats
         for source in sources:
-            yield from source_records(source, keep, formats=self.prompt_formats if split == "predict" else self.formats)
+            for origin, record in RecordReader(source, formats).records(keep, strict=self.bad_rows == "error"):
+                if isinstance(record, Record):
+                    yield origin, record
 
     def __store(self, source: Source, keep: Callable[[Row], bool] | None, side: str | None) -> ExampleStore:
         key = [side, tokenizer_fingerprint(self.tokenizer), self.max_length, self.encoding_key()]
         code = code_of(type(self), *(function for function, _ in self.formats))
-        return example_store(source, [*key, code], self.encode, keep, self.formats, columns=self.fields)
+        return example_store(
+            source, [*key, code], self.encode, keep, self.formats, bad_rows=self.bad_rows, fields=self.fields
+        )
 
     def batch(self, split: str, ids: Sequence[int]) -> Batch:
         """A batch of some examples of a split, by id."""
         examples = self.examples(split)
         return collate([([i], [examples[i]]) for i in ids], self.pad_id)
 
-    def in_batches(self, split: str, ids: range) -> list[list[int]]:
+    def in_batches(self, split: str, ids: Sequence[int]) -> list[list[int]]:
         """Groups ids into batches with at most as many tokens as a validation micro-batch may have, longest first."""
-        lengths = self.lengths(split)[ids.start : ids.stop]
-        budget = self.eval_batch_size * (self.capacity or int(lengths.max()))
+        lengths = self.compared(split)[0][np.asarray(ids, dtype=np.int64)]
+        budget = self.eval_batch_size * (self.capacity_for(split) or int(lengths.max(initial=0)))
         batches: list[list[int]] = []
         tokens = budget
         for i in np.argsort(-lengths, kind="stable").tolist():
@@ -197,8 +223,19 @@ class ExampleData(TextData):
             if tokens > budget:
                 batches.append([])
                 tokens = int(lengths[i])
-            batches[-1].append(ids.start + i)
+            batches[-1].append(int(ids[i]))
         return batches
+
+    def compared(self, split: str) -> tuple[np.ndarray, np.ndarray]:
+        """Tokens, and tokens that carry loss, of all examples that a reference may be asked about, `[examples]` each.
+
+        A data set may have more of them than rows to train on; their ids follow those of the rows.
+        """
+        return self.lengths(split), self.targets(split)
+
+    def compared_ids(self, split: str, ids: Sequence[int]) -> list[int]:
+        """The examples that a reference is asked about when a batch of `ids` is trained on."""
+        return list(ids)
 
     def reference_logps(self, split: str, parts: dict[str, Any]) -> ReferenceLogps:
         """The store for reference log-probabilities of a split's targets.
@@ -208,7 +245,7 @@ class ExampleData(TextData):
             parts: Everything that they depend on besides the examples: the reference model, its precision.
         """
         names = [store.directory.name for store in self.stores(split)]
-        return ReferenceLogps(parts | {"examples": names}, self.targets(split))
+        return ReferenceLogps(parts | {"examples": names}, self.compared(split)[1])
 
     # ---- plans and loaders
 
@@ -228,7 +265,7 @@ class ExampleData(TextData):
             self.layout.at(epoch).rows_per_update,
             seed=self.run_seed,
             epoch=epoch,
-            capacity=self.capacity,
+            capacity=self.capacity_for("train"),
             group_by_length=self.group_by_length,
             shuffle=not self.overfits,
         )
@@ -273,13 +310,14 @@ class ExampleData(TextData):
             self.layout,
             partial(collate, pad_id=self.pad_id),
             limit=self.limit,
+            weights=self.target_weights("train"),
             **self.fetching,
         )
 
     def eval_plan(self, split: str) -> tuple[Plan, Layout]:
         """The plan of a pass over held-out examples, and its layout."""
         layout = Layout(self.eval_batch_size, 1, self.layout.ranks, self.layout.rank)
-        return plan_in_order(self.lengths(split), layout.rows_per_update, capacity=self.capacity), layout
+        return plan_in_order(self.lengths(split), layout.rows_per_update, capacity=self.capacity_for(split)), layout
 
     def make_eval_loader(self, split: str) -> DataLoader:
         """Creates a loader with each example of a split once, longest first."""
@@ -300,9 +338,10 @@ class ExampleData(TextData):
     def __split_report(self, split: str) -> dict[str, Any]:
         stores = self.stores(split)
         plan = self.plan(0) if split == "train" else None
+        capacity = self.capacity_for(split)
         if plan is None:  # as on one device, whatever runs it
-            plan = plan_in_order(self.lengths(split), self.eval_batch_size, capacity=self.capacity)
-        report = reports.describe(stores, self.lengths(split), plan, self.capacity)
+            plan = plan_in_order(self.lengths(split), self.eval_batch_size, capacity=capacity)
+        report = reports.describe(stores, self.lengths(split), plan, capacity)
         if self.branching:
             spared = sum(store.shared for store in stores)
             report["saved_by_sharing"] = round(spared / max(1, spared + report["tokens"]), 6)
@@ -318,16 +357,37 @@ class ChatData(ExampleData):
 
     Args:
         args: As of `TextData`.
-        template: Chat template: `chatml`, `llama3` or `plain`, or a `.jinja` file; the tokenizer's own when left out.
+        template: Chat template: `chatml`, `llama3` or `plain`, `trl/NAME` for a training template of TRL, one of the
+            tokenizer's own if it has several, or a `.jinja` file; the tokenizer's own when left out.
         overflow: What happens to rows longer than `max_length`: `truncate` cuts the prompt first, `keep_start` the end
             of the row, `drop` leaves the row out, `error` stops the run.
+        template_variables: Values for variables that the template reads (`enable_thinking`, for example). `date` is
+            today's date for templates that write one; the day on which the data were first prepared when left out.
+        lost: What happens if the template doesn't write something that is to be trained (a tool call, reasoning):
+            `error` stops the run, `drop` leaves the row out, `keep` trains the rest of it.
+        add_eos: End turns with the tokenizer's EOS if the template writes nothing at their end.
         kwargs: As of `ExampleData`.
     """
 
-    def __init__(self, *args: Any, template: str | None = None, overflow: Overflow = "truncate", **kwargs: Any) -> None:
+    turns: Turns = "auto"
+    """Whether the trained turns of a conversation share one text; see `oumi_pl.data.rendering`."""
+
+    def __init__(
+        self,
+        *args: Any,
+        template: str | None = None,
+        overflow: Overflow = "truncate",
+        template_variables: dict[str, Any] | None = None,
+        lost: Lost = "error",
+        add_eos: bool = False,
+        **kwargs: Any,
+    ) -> None:
         super().__init__(*args, **kwargs)
         self.template_spec = template
         self.overflow = overflow
+        self.template_variables = template_variables or {}
+        self.lost: Lost = lost
+        self.add_eos = add_eos
 
     @property
     @abstractmethod
@@ -337,32 +397,43 @@ class ChatData(ExampleData):
     def prepare_tokenizer(self, tokenizer: "PreTrainedTokenizerBase") -> list[int]:
         """Sets the chat template and adds the special tokens that it needs."""
         self.template = load_template(tokenizer, self.template_spec)
-        return apply_template(tokenizer, self.template)
+        added = apply_template(tokenizer, self.template)
+        check_variables(tokenizer.chat_template, self.template_variables)
+        return added
+
+    @cached_property
+    def template_date(self) -> Date | None:
+        """The day that the template gets as today; None if it doesn't ask for it."""
+        sources = [str(source.path) for source in as_sources(self.sources["train"])] if self.sources["train"] else []  # type: ignore[arg-type]
+        return template_date(self.tokenizer.chat_template, self.template_variables, sources)
+
+    @cached_property
+    def renderer(self) -> ChatRenderer:
+        """Renders conversations."""
+        return ChatRenderer(
+            self.tokenizer, self.template_variables, self.turns, add_eos=self.add_eos, date=self.template_date
+        )
 
     def encoding_key(self) -> list[Any]:
-        """`overflow`."""
-        return [self.overflow]
+        """Everything that rendering and cutting depend on, besides the tokenizer."""
+        date = str(self.template_date)
+        return [self.overflow, self.lost, self.turns, self.add_eos, self.template_variables, date]
+
+    def report(self) -> dict[str, Any]:
+        """As of `ExampleData`, with the date that the template writes."""
+        report = super().report()
+        for described in report.values():
+            if self.template_date is not None:
+                described["template_date"] = str(self.template_date)
+        return report
 
     def encode(self, records: Sequence[Record]) -> list[Example | Dropped]:
         """Turns records into examples, or into the reason why not."""
         return self.tokenize(list(records))
 
     def uncut(self, record: Record) -> tuple[Example, list[np.ndarray]] | None:
-        """As of `ExampleData`: `Tokenize.kept` cuts the longest path, and other segments are cut to the same length."""
-        tokenize = copy.copy(self.tokenize)
-        tokenize.max_length = sys.maxsize
-        (whole,) = tokenize([record])
-        if isinstance(whole, Dropped):
-            return None
-        segments, border = whole.segments, int(whole.loss_mask.argmax())  # the context ends at the first target
-        longest = max(range(len(segments)), key=lambda i: segments[i].shared + segments[i].length)
-        kept = self.tokenize.kept(whole.input_ids[path_positions(segments, longest)], border)
-        if isinstance(kept, Dropped):
-            kept = np.arange(0)
-        context = kept[kept < border]
-        room = len(kept) - len(context)
-        first = np.concatenate([context, np.arange(border, min(border + room, segments[0].length))])
-        return whole, [first, *(np.arange(min(room, segment.length)) for segment in segments[1:])]
+        """As of `ExampleData`."""
+        return self.tokenize.uncut(record)
 
     def prompts(self, split: str) -> Iterator[tuple[list[int], str]]:
         """Prompt ids and reference answer of each row of a split, for sampling completions."""

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from oumi_pl.errors import UserError
-from oumi_pl.types import Row
+from oumi_pl.types import BadRow, Row
 
 KINDS = {
     ".jsonl": "jsonl",
@@ -45,12 +45,14 @@ class Reading:
 
     documents: how a `.txt` file is divided into documents: not at all (`file`), at `blank_lines`, or at each occurrence
     of this text. replace: replace bytes that aren't UTF-8 by U+FFFD instead of raising an error. counts: `replaced`
-    counts those characters.
+    counts those characters. strict: raise an error for something that isn't a row; else yield a `BadRow` in its place,
+    if the rows after it can be read.
     """
 
     documents: str = "file"
     replace: bool = False
     counts: Counter[str] = field(default_factory=Counter)
+    strict: bool = True
 
 
 def kind_of(path: Path) -> str | None:
@@ -62,7 +64,15 @@ def kind_of(path: Path) -> str | None:
     return KINDS.get(suffixes[-1]) if suffixes else None
 
 
-def read_file(path: Path, name: str, how: Reading | None = None) -> Iterator[tuple[str, Row]]:
+class RowError(UserError):
+    """Something that isn't a row, where the rows after it can be read."""
+
+    def __init__(self, where: str, reason: str) -> None:
+        super().__init__(f"{where}: {reason}")
+        self.reason = reason
+
+
+def read_file(path: Path, name: str, how: Reading | None = None) -> Iterator[tuple[str, Row | BadRow]]:
     """Reads the rows of a file, each with its origin.
 
     JSON lines, CSV and text are read one row at a time, tables a batch of rows at a time, a JSON document at once. CSV
@@ -77,7 +87,7 @@ def read_file(path: Path, name: str, how: Reading | None = None) -> Iterator[tup
         `("name:17", row)`, counted in lines, or `("name row 3", row)`; both start at 1.
 
     Raises:
-        UserError: the file can't be read to its end, or something in it isn't a row.
+        UserError: the file can't be read to its end, or something in it isn't a row (if `how.strict`).
     """
     return _READERS[kind_of(path) or ""](path, name, how or Reading())
 
@@ -95,14 +105,20 @@ def count_rows(path: Path, name: str, how: Reading) -> int:
 # --- kinds of file ---------------------------------------------------------------------------------------------------
 
 
-def _json_lines(path: Path, name: str, how: Reading) -> Iterator[tuple[str, Row]]:
-    for number, line in _lines(path, name, how):
-        if line.strip():
-            where = f"{name}:{number}"
-            yield where, _row(_parse(line.rstrip(), name, number), where)
+def _json_lines(path: Path, name: str, how: Reading) -> Iterator[tuple[str, Row | BadRow]]:
+    for number, offset, data in _raw_lines(path, name):
+        where = f"{name}:{number}"
+        try:
+            line = _decoded(data, name, number, offset, how)
+            if line.strip():
+                yield where, _row(_parse(line.rstrip(), name, number), where)
+        except RowError as error:
+            if how.strict:
+                raise
+            yield where, BadRow(error.reason)
 
 
-def _json(path: Path, name: str, how: Reading) -> Iterator[tuple[str, Row]]:
+def _json(path: Path, name: str, how: Reading) -> Iterator[tuple[str, Row | BadRow]]:
     if _holds_lines(path, name, how):
         yield from _json_lines(path, name, how)
         return
@@ -116,7 +132,12 @@ def _json(path: Path, name: str, how: Reading) -> Iterator[tuple[str, Row]]:
         raise UserError(f"{name}: expected a list of objects (the rows), found {_word(value)}")
     for number, item in enumerate(value, 1):
         where = f"{name} row {number}"
-        yield where, _row(item, where)
+        try:
+            yield where, _row(item, where)
+        except RowError as error:
+            if how.strict:
+                raise
+            yield where, BadRow(error.reason)
 
 
 def _holds_lines(path: Path, name: str, how: Reading) -> bool:
@@ -148,7 +169,7 @@ def _are_turns(items: list[dict[str, Any]]) -> bool:
     return all("role" in item or {"from", "value"} <= item.keys() for item in items)
 
 
-def _csv(path: Path, name: str, how: Reading) -> Iterator[tuple[str, Row]]:
+def _csv(path: Path, name: str, how: Reading) -> Iterator[tuple[str, Row | BadRow]]:
     if csv.field_size_limit() < _MAX_CELL:
         csv.field_size_limit(_MAX_CELL)
     reader = csv.reader((line for _, line in _lines(path, name, how)), strict=True)
@@ -169,7 +190,11 @@ def _csv(path: Path, name: str, how: Reading) -> Iterator[tuple[str, Row]]:
             number += 1
             if len(cells) != len(header):
                 wrong = f"{len(cells)} cells under {len(header)} column names ({', '.join(header)})"
-                raise UserError(f"{name} row {number}: {wrong}; commas within a text need quotes around it")
+                wrong += "; commas within a text need quotes around it"
+                if how.strict:
+                    raise RowError(f"{name} row {number}", wrong)
+                yield f"{name} row {number}", BadRow(wrong)
+                continue
             yield f"{name} row {number}", dict(zip(header, cells, strict=True))
     except csv.Error as error:
         raise UserError(f"{name}:{reader.line_num}: not valid CSV: {error}") from error
@@ -250,7 +275,7 @@ def _batches(path: Path, name: str) -> Iterator[Any]:
         raise UserError(f"{name}: damaged, or not a file of this kind: {error}") from error
 
 
-_READERS: dict[str, Callable[[Path, str, Reading], Iterator[tuple[str, Row]]]] = {
+_READERS: dict[str, Callable[[Path, str, Reading], Iterator[tuple[str, Row | BadRow]]]] = {
     "jsonl": _json_lines,
     "json": _json,
     "csv": _csv,
@@ -264,11 +289,17 @@ _READERS: dict[str, Callable[[Path, str, Reading], Iterator[tuple[str, Row]]]] =
 
 def _lines(path: Path, name: str, how: Reading) -> Iterator[tuple[int, str]]:
     """Yields decoded lines with their numbers, from 1, including line ends."""
+    for number, offset, line in _raw_lines(path, name):
+        yield number, _decoded(line, name, number, offset, how)
+
+
+def _raw_lines(path: Path, name: str) -> Iterator[tuple[int, int, bytes]]:
+    """Yields lines with their numbers, from 1, and their offsets in the file; including line ends."""
     number = offset = 0
     try:
         with _open(path) as file:
             for number, line in enumerate(file, 1):
-                yield number, _decoded(line, name, number, offset, how)
+                yield number, offset, line
                 offset += len(line)
     except (OSError, EOFError, zlib.error) as error:
         reason = getattr(error, "strerror", None) or error
@@ -332,7 +363,7 @@ def _decoded(line: bytes, name: str, number: int, offset: int, how: Reading) -> 
             f"0x{line[error.start]:02x} at byte {error.start + 1} of the line, {offset + error.start + 1} of the file"
         )
         right = f"save it as UTF-8, or have such bytes replaced: {{path: {name}, errors: replace}}"
-        raise UserError(f"{name}:{number}: not UTF-8 text ({byte}); {right}") from error
+        raise RowError(f"{name}:{number}", f"not UTF-8 text ({byte}); {right}") from error
 
 
 def _parse(text: str, name: str, number: int = 1) -> Any:
@@ -343,17 +374,17 @@ def _parse(text: str, name: str, number: int = 1) -> Any:
             json.dumps(value, ensure_ascii=False).encode()
     except json.JSONDecodeError as error:
         where = f"{name}:{number + error.lineno - 1}"
-        raise UserError(f"{where}: not valid JSON: {error.msg} (column {error.colno})") from error
+        raise RowError(where, f"not valid JSON: {error.msg} (column {error.colno})") from error
     except UnicodeEncodeError as error:
-        raise UserError(f"{name}:{number}: not valid text: half of a surrogate pair") from error
+        raise RowError(f"{name}:{number}", "not valid text: half of a surrogate pair") from error
     except (ValueError, RecursionError) as error:
-        raise UserError(f"{name}:{number}: not readable as JSON: {error}") from error
+        raise RowError(f"{name}:{number}", f"not readable as JSON: {error}") from error
     return value
 
 
 def _row(value: Any, where: str) -> Row:
     if not isinstance(value, dict):
-        raise UserError(f"{where}: expected an object (one row), found {_word(value)}")
+        raise RowError(where, f"expected an object (one row), found {_word(value)}")
     return value
 
 

@@ -5,70 +5,120 @@ tokenized unchanged. Those of `preferences.py` return a `Preference`, which is t
 function `row -> record` that a recipe names by its dotted path.
 """
 
+import contextlib
 import difflib
 import importlib
-import json
 import traceback
 from collections.abc import Callable, Collection, Mapping
-from typing import Any, cast
+from typing import TypeVar, cast
 
+from oumi_pl.data.turns import (
+    Turns,
+    column,
+    is_empty,
+    kind_name,
+    message,
+    number,
+    optional_json,
+    optional_text,
+    plain,
+    read_turns,
+    text_column,
+    tools_column,
+    turns_column,
+    turns_of_text,
+)
 from oumi_pl.errors import UserError, nearest
 from oumi_pl.types import Conversation, Message, Record, Row, Text
 
-Format = Callable[[Row], Record]
-"""A function that returns the record of a row, and raises `UserError` if the row is invalid."""
+Format = Callable[[Row], Record | list[Record]]
+"""A function that returns the record of a row, or a list of them, and raises `UserError` if the row is invalid."""
 
 Formats = tuple[tuple[Format, tuple[str, ...]], ...]
 """Formats with the columns that each needs. The first one whose columns all exist is used."""
 
-ROLES = ("system", "developer", "user", "assistant", "tool")
-_SHAREGPT_ROLES = {
-    **{role: role for role in ROLES},
-    "human": "user",
-    "gpt": "assistant",
-    "function": "tool",
-    "observation": "tool",
-}
+F = TypeVar("F", bound=Callable[..., object])
+
+SYSTEM = ("system", "system_prompt")
+AROUND = (*SYSTEM, "tools", "functions", "chat_template_kwargs", "weight")
+"""Columns that all formats of conversations read beside the turns."""
+_AROUND = frozenset(AROUND)
 
 
 # --- formats ----------------------------------------------------------------------------------------------------------
 
 
+def reads(*columns: str) -> Callable[[F], F]:
+    """Declares all columns that a format may read, so that the data report can name those of a row that it doesn't.
+
+    Formats without it are given all columns and nothing is reported.
+    """
+
+    def declare(function: F) -> F:
+        function.reads = frozenset(columns)  # type: ignore[attr-defined]
+        return function
+
+    return declare
+
+
+def columns_read(function: Format) -> frozenset[str] | None:
+    """The columns that a format reads, as declared by `reads`; None if it doesn't say."""
+    return getattr(function, "reads", None)
+
+
+@reads("messages", *AROUND)
 def messages(row: Row) -> Conversation:
-    """Reads `messages`: turns with `role` and `content`, as in OpenAI's API; optionally the `tools` they may call.
+    """Reads `messages`: turns with `role` and `content`, as in OpenAI's API.
 
     Raises:
         UserError: a turn isn't a turn, or its role is unknown.
     """
-    return Conversation(turns_column(row, "messages"), tools_column(row))
+    return conversation(row, turns_column(row, "messages"))
 
 
+@reads("conversations", *AROUND)
 def sharegpt(row: Row) -> Conversation:
-    """Reads `conversations`: turns with `from` and `value` (or `role` and `content`); optionally `tools`.
+    """Reads `conversations`: turns with `from` and `value` (or `role` and `content`).
 
     Raises:
         UserError: a turn isn't a turn, or its role is unknown.
     """
-    return Conversation(turns_column(row, "conversations", sharegpt_message), tools_column(row))
+    return conversation(row, turns_column(row, "conversations"))
 
 
+@reads("contents", "systemInstruction", "system_instruction", *AROUND)
+def gemini(row: Row) -> Conversation:
+    """Reads `contents`: turns with `role` and `parts`, as in Gemini's API; optionally `systemInstruction`.
+
+    Raises:
+        UserError: a turn isn't a turn, or its role is unknown.
+    """
+    given = next((row[name] for name in ("systemInstruction", "system_instruction") if not is_empty(row.get(name))), "")
+    if isinstance(given, dict):
+        given = message({"role": "system", "parts": given.get("parts")}, "systemInstruction")[0]["content"]
+    return conversation(row | {"system": given} if given else row, turns_column(row, "contents"))
+
+
+@reads("instruction", "input", "output", "history", *AROUND)
 def alpaca(row: Row) -> Conversation:
     """Reads `instruction`, `output` and optionally `input`, which follows the instruction after an empty line.
+
+    `history` holds earlier exchanges, `[[question, answer], ...]`, which belong to the prompt.
 
     Raises:
         UserError: a column isn't text.
     """
-    question, context = text_column(row, "instruction"), row.get("input")
-    if context is not None and not isinstance(context, str):
-        raise UserError(f"column 'input' holds {kind_name(context)} instead of text")
-    return exchange(f"{question}\n\n{context}" if context else question, text_column(row, "output"))
+    prompt = (*history_column(row), alpaca_question(row))
+    return conversation(row, (*prompt, answered(text_column(row, "output"))), len(prompt))
 
 
+@reads("prompt", "completion", *AROUND)
 def prompt_completion(row: Row) -> Record:
-    """Reads `prompt` and `completion`: both text (concatenated), or both lists of turns; optionally `tools`.
+    """Reads `prompt` and `completion`: both text (concatenated, without a template), or both lists of turns.
 
     Raises:
-        UserError: one is text and the other isn't, or a turn isn't a turn.
+        UserError: one is text and the other isn't, a turn isn't a turn, or there is a system prompt or a tool beside
+            texts.
     """
     prompt, completion = (column(row, name, (str, list), "text or turns") for name in ("prompt", "completion"))
     if isinstance(prompt, str) != isinstance(completion, str):
@@ -76,181 +126,168 @@ def prompt_completion(row: Row) -> Record:
             f"'prompt' holds {kind_name(prompt)} and 'completion' {kind_name(completion)}; "
             "both must be text, or both turns"
         )
-    if isinstance(prompt, str):
-        return Text(text=completion, prompt=prompt)
+    if isinstance(prompt, str) and not (turns_of_text(prompt) and turns_of_text(completion)):
+        refuse_without_template(row, "{response: completion}")
+        return Text(completion, prompt, row_weight(row))
     start = turns_column(row, "prompt")
-    return Conversation(start + turns_column(row, "completion"), tools_column(row), prompt_messages=len(start))
+    return conversation(row, start + turns_column(row, "completion"), len(start))
 
 
+@reads("prompt", "response", *AROUND)
 def prompt_response(row: Row) -> Conversation:
     """Reads `prompt` and `response`, texts of a user and an assistant.
 
     Raises:
         UserError: a column isn't text.
     """
-    return exchange(text_column(row, "prompt"), text_column(row, "response"))
+    return _exchange(row, "prompt", "response")
 
 
+@reads("question", "answer", *AROUND)
 def question_answer(row: Row) -> Conversation:
     """Reads `question` and `answer`, texts of a user and an assistant.
 
     Raises:
         UserError: a column isn't text.
     """
-    return exchange(text_column(row, "question"), text_column(row, "answer"))
+    return _exchange(row, "question", "answer")
 
 
+@reads("question", "response", *AROUND)
+def question_response(row: Row) -> Conversation:
+    """Reads `question` and `response`, texts of a user and an assistant.
+
+    Raises:
+        UserError: a column isn't text.
+    """
+    return _exchange(row, "question", "response")
+
+
+@reads("text", "weight")
 def text(row: Row) -> Text:
     """Reads `text`, which is used without a chat template.
 
     Raises:
         UserError: the column isn't text.
     """
-    return Text(text_column(row, "text"))
-
-
-def exchange(question: str, answer: str) -> Conversation:
-    """A user's question and an assistant's answer; the question is the prompt."""
-    turns: tuple[Message, ...] = ({"role": "user", "content": question}, {"role": "assistant", "content": answer})
-    return Conversation(turns, prompt_messages=1)
+    return Text(text_column(row, "text"), weight=row_weight(row))
 
 
 # The order decides between several fits: chats first, and `text` last, since many data sets have it additionally.
 FORMATS: Formats = (
     (messages, ("messages",)),
     (sharegpt, ("conversations",)),
+    (gemini, ("contents",)),
     (prompt_completion, ("prompt", "completion")),
     (prompt_response, ("prompt", "response")),
     (question_answer, ("question", "answer")),
+    (question_response, ("question", "response")),
     (alpaca, ("instruction", "output")),
     (text, ("text",)),
 )
 
 
-# --- reading and checking columns: text, turns, tools ---------------------------------------------------------------
+# --- parts of formats -------------------------------------------------------------------------------------------------
 
 
-def kind_name(value: Any) -> str:
-    """A value's type in words for messages."""
-    kinds = {str: "text", list: "a list", dict: "a mapping", type(None): "nothing (null)", bool: "true or false"}
-    return kinds.get(type(value), f"a value of type {type(value).__name__}")
-
-
-def column(row: Row, name: str, kind: type | tuple[type, ...], wanted: str) -> Any:
-    """Returns a column's value.
+def conversation(row: Row, turns: Turns, prompt_messages: int | None = None) -> Conversation:
+    """A conversation with what the columns of `AROUND` say: system turn, tools, template variables, weight.
 
     Raises:
-        UserError: the row has no such column (offers the nearest), or its value has another type than `wanted` says.
+        UserError: such a column holds something else, or a system turn differs from the one that `turns` begin with.
     """
-    if name not in row:
-        raise UserError(f"no column {name!r}{nearest(name, row)}")
-    if not isinstance(row[name], kind):
-        raise UserError(f"column {name!r} holds {kind_name(row[name])} instead of {wanted}")
-    return row[name]
+    if _AROUND.isdisjoint(row):
+        return Conversation(turns, prompt_messages=prompt_messages)
+    if (system := system_column(row)) and not (turns[0]["role"] == "system" and turns[0]["content"] == system):
+        if turns[0]["role"] == "system":
+            raise UserError("the first turn is a system turn, and a column holds another system prompt")
+        turns = ({"role": "system", "content": system}, *turns)
+        prompt_messages = None if prompt_messages is None else prompt_messages + 1
+    variables = optional_json(row, "chat_template_kwargs") or {}
+    if not isinstance(variables, dict):
+        raise UserError(f"column 'chat_template_kwargs' holds {kind_name(variables)} instead of a mapping")
+    return Conversation(turns, tools_column(row), prompt_messages, variables, row_weight(row))
 
 
-def text_column(row: Row, name: str) -> str:
-    """Returns a column's text; raises `UserError` if it is something else."""
-    return cast(str, column(row, name, str, "text"))
+def exchange(question: str, answer: str) -> Conversation:
+    """A user's question and an assistant's answer; the question is the prompt."""
+    return Conversation(({"role": "user", "content": question}, answered(answer)), prompt_messages=1)
 
 
-def message(turn: Any, where: str) -> Message:
-    """Checks a turn with `role` and `content` and returns it without keys whose value is None.
+def answered(answer: str) -> Message:
+    """A turn of the assistant."""
+    return {"role": "assistant", "content": answer}
+
+
+def _exchange(row: Row, question: str, answer: str) -> Conversation:
+    asked: Message = {"role": "user", "content": text_column(row, question)}
+    return conversation(row, (asked, answered(text_column(row, answer))), 1)
+
+
+def alpaca_question(row: Row) -> Message:
+    """The user's turn of an alpaca row: `instruction` and, after an empty line, `input`."""
+    question, context = text_column(row, "instruction"), optional_text(row, "input")
+    return {"role": "user", "content": "\n\n".join([question, context] if context else [question])}
+
+
+def history_column(row: Row) -> Turns:
+    """The turns of an alpaca row's `history`: pairs of question and answer, or turns; none if it is missing.
 
     Raises:
-        UserError: it isn't a turn; `where` says which.
+        UserError: it holds something else.
     """
-    if not isinstance(turn, dict):
-        raise UserError(f"{where} is {kind_name(turn)} instead of a mapping with role and content")
-    # Arrow gives each turn the keys of all turns, with None for missing ones; templates would render those as "None".
-    checked = {key: _without_none(value) for key, value in turn.items() if value is not None}
-    role = checked.get("role")
-    if not isinstance(role, str):
-        raise UserError(f"{where} has no role; keys: {', '.join(map(str, checked))}")
-    if role not in ROLES:
-        raise UserError(f"{where} has the unknown role {role!r}{nearest(role, ROLES)}")
-    if not checked.get("tool_calls"):
-        checked.pop("tool_calls", None)
-    if "content" not in checked:
-        if "tool_calls" not in checked:
-            raise UserError(f"{where} ({role}) has no content")
-        checked["content"] = None
-    elif not isinstance(checked["content"], str):
-        checked["content"] = _joined_parts(checked["content"], where)
-    return cast(Message, checked)
+    history = optional_json(row, "history") or []
+    if not isinstance(history, list):
+        raise UserError(f"column 'history' holds {kind_name(history)} instead of pairs of question and answer")
+    if history and all(isinstance(item, dict) for item in history):
+        return read_turns(history, "history")
+    turns: list[Message] = []
+    for i, pair in enumerate(history):
+        if not isinstance(pair, list) or len(pair) != 2 or not all(isinstance(said, str) for said in pair):
+            raise UserError(f"history[{i}] is {kind_name(pair)} instead of a question and its answer, both text")
+        turns += [{"role": "user", "content": pair[0]}, answered(pair[1])]
+    return tuple(turns)
 
 
-def sharegpt_message(turn: Any, where: str) -> Message:
-    """Checks a turn with `from` and `value` (or `role` and `content`) and returns it as `message` does.
+def system_column(row: Row) -> str:
+    """The system prompt beside turns, in `system` or `system_prompt`; empty if there is none.
 
     Raises:
-        UserError: it isn't a turn; `where` says which.
+        UserError: both columns hold one, and they differ.
     """
-    if not isinstance(turn, dict):
-        return message(turn, where)
-    renamed = {{"from": "role", "value": "content"}.get(k, k): v for k, v in turn.items() if v is not None}
-    role = renamed.get("role")
-    if isinstance(role, str):
-        if role not in _SHAREGPT_ROLES:
-            raise UserError(f"{where} has the unknown role {role!r}{nearest(role, _SHAREGPT_ROLES)}")
-        renamed["role"] = _SHAREGPT_ROLES[role]
-    return message(renamed, where)
+    texts = {optional_text(row, name) for name in SYSTEM if name in row} - {""}
+    if len(texts) > 1:
+        raise UserError(f"the columns {' and '.join(map(repr, SYSTEM))} hold different system prompts")
+    return texts.pop() if texts else ""
 
 
-def turns_column(row: Row, name: str, read: Callable[[Any, str], Message] = message) -> tuple[Message, ...]:
-    """Returns a column's turns, at least one.
-
-    Args:
-        row: A row.
-        name: The column.
-        read: Checks one turn: `message` or `sharegpt_message`.
+def row_weight(row: Row) -> float:
+    """A row's `weight`, which multiplies the loss of its tokens; 1 if it has none.
 
     Raises:
-        UserError: the column holds no list of turns.
+        UserError: it isn't a number of at least 0.
     """
-    turns = column(row, name, list, "a list of turns")
-    if not turns:
-        raise UserError(f"column {name!r} holds no turns")
-    return tuple(read(turn, f"{name}[{i}]") for i, turn in enumerate(turns))
+    weight = row.get("weight")
+    if weight is None or is_empty(weight):
+        return 1.0
+    if isinstance(weight, str):  # a cell of a CSV file
+        with contextlib.suppress(ValueError):
+            weight = float(weight)
+    return number(plain(weight), "column 'weight'")
 
 
-def tools_column(row: Row) -> tuple[dict[str, Any], ...] | None:
-    """Returns the functions that a row's column `tools` lists, as a list or as JSON; None if there are none.
+def refuse_without_template(row: Row, columns: str) -> None:
+    """Refuses a row of texts that are used without a chat template, beside columns that only a template can render.
 
     Raises:
-        UserError: the column holds something else.
+        UserError: there is such a column; `columns` renames the others to those of a conversation.
     """
-    tools = row.get("tools")
-    if isinstance(tools, str) and tools.strip():
-        try:
-            tools = json.loads(tools)
-        except json.JSONDecodeError as error:
-            raise UserError(f"column 'tools' holds text that isn't JSON: {error}") from error
-    if not tools:
-        return None
-    if not isinstance(tools, list) or not all(isinstance(tool, dict) for tool in tools):
-        raise UserError("column 'tools' must hold a list of mappings, one JSON schema each")
-    return tuple(_without_none(tool) for tool in tools)
-
-
-def _joined_parts(content: Any, where: str) -> str:
-    if not isinstance(content, list) or not all(isinstance(part, dict) for part in content):
-        raise UserError(f"{where}.content is {kind_name(content)} instead of text")
-    for part in content:
-        if part.get("type") != "text" or not isinstance(part.get("text"), str):
+    for name in AROUND:
+        if name != "weight" and not is_empty(row.get(name)):
             raise UserError(
-                f"{where}.content has a part of type {part.get('type')!r}; only text can be trained on, "
-                "images and other media aren't supported"
+                f"column {name!r} needs a chat template, and texts of these columns are used without one; make it a "
+                f"conversation with `columns: {columns}`, or leave the column out with `ignore: [{name}]`"
             )
-    return "".join(part["text"] for part in content)
-
-
-def _without_none(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {key: _without_none(item) for key, item in value.items() if item is not None}
-    if isinstance(value, list):
-        return [_without_none(item) for item in value]
-    return value
 
 
 # --- detection --------------------------------------------------------------------------------------------------------

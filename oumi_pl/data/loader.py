@@ -76,7 +76,8 @@ class PlanSampler(Sampler[list[np.ndarray]]):
 class PlanLoader(DataLoader):
     """A DataLoader over a plan, with a position that can be saved and restored.
 
-    Each micro-batch carries the totals of its update over all micro-batches and ranks (`Batch.update`).
+    Each micro-batch carries the totals of its update over all micro-batches and ranks (`Batch.update`), and the ids of
+    the update's examples, the same list in each of them.
 
     Its state is `{epoch, update}`, counted when batches are yielded, so that prefetching doesn't change it. It is the
     same on every rank, because Lightning saves only rank 0's.
@@ -91,6 +92,7 @@ class PlanLoader(DataLoader):
         collate: Callable[[list], Any],
         *,
         limit: int | float = 1.0,
+        weights: np.ndarray | None = None,
         workers: int = 0,
         pin_memory: bool = False,
         **fetching: Any,
@@ -104,12 +106,14 @@ class PlanLoader(DataLoader):
             layout: How the rows of an update are divided.
             collate: Rows -> micro-batch.
             limit: Micro-batches of an epoch that are trained on, or the share of them (`limit_train_batches`).
+            weights: Sum of the weights of these tokens, `[examples]`; None if all are 1.
             workers: Loader processes.
             pin_memory: Pin batches in memory, for asynchronous copies to a GPU.
             fetching: Further arguments of `DataLoader` for its workers.
         """
         self.position = PlanSampler(plan, layout)
         self.targets = targets
+        self.weights = weights
         self.limit = limit
         super().__init__(
             Rows(examples),
@@ -146,19 +150,21 @@ class PlanLoader(DataLoader):
         position, micro_batches = self.position, self.position.layout_now.micro_batches
         yielded = position.update * micro_batches
         update: Update | None = None
+        ids: list[int] = []
         for batch in super().__iter__():
             if yielded % micro_batches == 0 or update is None:
-                update = self._totals(position.update)
-            batch["update"] = update
+                ids = self._examples_of(position.update).tolist()
+                weight = None if self.weights is None else float(self.weights[ids].sum())
+                update = Update(int(self.targets[ids].sum()), len(ids), position.layout_now.parts, weight)
+            batch["update"], batch["update_ids"] = update, ids
             yielded += 1
             position.update = yielded // micro_batches
             yield batch
 
-    def _totals(self, update: int) -> Update:
-        """The totals of an update; only those within `limit` if it ends within the update."""
+    def _examples_of(self, update: int) -> np.ndarray:
+        """The examples of an update; only those within `limit` if it ends within the update."""
         layout, plan = self.position.layout_now, self.position.current
-        ids = plan.examples_of(update, layout, layout.within(self.limit, update, len(plan)))
-        return Update(int(self.targets[ids].sum()), len(ids), layout.parts)
+        return plan.examples_of(update, layout, layout.within(self.limit, update, len(plan)))
 
     def state_dict(self) -> dict[str, int]:
         """The position, between two updates, and the layout of updates."""

@@ -5,7 +5,10 @@ from typing import TYPE_CHECKING, Any
 
 from oumi_pl.data.corpus import Part
 from oumi_pl.data.pretrain import PretrainData
-from oumi_pl.data.template import Rendering, apply_template, load_template
+from oumi_pl.data.rendering import Rendering
+from oumi_pl.data.sources import as_sources
+from oumi_pl.data.template import apply_template, load_template
+from oumi_pl.data.template_date import template_date
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -35,7 +38,8 @@ class PackedChatData(PretrainData):
     @cached_property
     def rendering(self) -> Rendering:
         """Renders conversations as texts."""
-        return Rendering(self.tokenizer)
+        sources = [str(source.path) for source in as_sources(self.sources["train"])] if self.sources["train"] else []  # type: ignore[arg-type]
+        return Rendering(self.tokenizer, template_date(self.tokenizer.chat_template, {}, sources))
 
     def parts(self, split: str) -> list[Part]:
         """The parts of sources that a split uses, with conversations rendered as texts."""

@@ -5,14 +5,16 @@ prefix of both id sequences. Prompt and response are never tokenized separately,
 border.
 """
 
+import copy
+import sys
 from collections.abc import Sequence
 from itertools import pairwise
 from typing import TYPE_CHECKING
 
 import numpy as np
 
-from oumi_pl.data.template import RefusedError
-from oumi_pl.data.tokenize import Dropped, Marked, Overflow, Tokenize, Tokens
+from oumi_pl.data.rendering import ChatRenderer, RefusedError, Written
+from oumi_pl.data.tokenize import Dropped, Lost, Overflow, Tokenize, Tokens, common_prefix
 from oumi_pl.errors import UserError
 from oumi_pl.types import Conversation, Example, Preference, Record, Segment, Text
 
@@ -36,13 +38,24 @@ class TokenizePairs(Tokenize):
         overflow: What happens to longer pairs: `truncate` cuts the prompt's start first, then the responses' ends, by
             the rule of `Tokenize` with the longer response as the answer; `keep_start` cuts only the responses' ends;
             `drop`; or `error`.
+        lost: As of `Tokenize`.
+        renderer: As of `Tokenize`.
 
     Raises:
         UserError: a setting is unknown, or the tokenizer can't tell which characters a token stands for.
     """
 
-    def __init__(self, tokenizer: "PreTrainedTokenizerBase", max_length: int, overflow: Overflow = "truncate") -> None:
-        super().__init__(tokenizer, max_length, overflow=overflow)
+    _as_one = True
+
+    def __init__(
+        self,
+        tokenizer: "PreTrainedTokenizerBase",
+        max_length: int,
+        overflow: Overflow = "truncate",
+        lost: Lost = "error",
+        renderer: ChatRenderer | None = None,
+    ) -> None:
+        super().__init__(tokenizer, max_length, overflow=overflow, lost=lost, renderer=renderer)
 
     def __call__(self, records: Sequence[Record]) -> list[Example | Dropped]:
         """Tokenizes preferences, each to a prompt with two branches or the reason why not, in order.
@@ -58,28 +71,57 @@ class TokenizePairs(Tokenize):
         """
         preferences = [_checked(record) for record in records]
         marked = [self._marked_pair(preference) for preference in preferences]
-        tokens = iter(self.tokens([m for pair in marked if not isinstance(pair, Dropped) for m in pair]))
+        tokens = iter(self.tokens([m for pair in marked if not isinstance(pair, Dropped) for m in pair[:2]]))
         return [
-            pair if isinstance(pair, Dropped) else self._pair(next(tokens), next(tokens), preference.margin)
+            pair if isinstance(pair, Dropped) else self._pair(next(tokens), next(tokens), preference.margin, pair[2])
             for preference, pair in zip(preferences, marked, strict=True)
         ]
 
-    def _marked_pair(self, preference: Preference) -> tuple[Marked, Marked] | Dropped:
+    def uncut(self, record: Record) -> tuple[Example, list[np.ndarray]] | None:
+        """As of `Tokenize`: the longer response decides what is kept, and the other is cut to the same length."""
+        whole = copy.copy(self)
+        whole.max_length = sys.maxsize
+        (example,) = whole([record])
+        if isinstance(example, Dropped):
+            return None
+        chosen, rejected = example.segments
+        border = rejected.shared
+        prompt, ids = example.input_ids[:border], example.input_ids
+        longer = max(ids[: chosen.length], np.concatenate([prompt, ids[chosen.length :]]), key=len)
+        kept = self.kept(longer, border)
+        if isinstance(kept, Dropped):
+            kept = np.arange(0)
+        context = kept[kept < border]
+        room = len(kept) - len(context)
+        first = np.concatenate([context, np.arange(border, min(border + room, chosen.length))])
+        return example, [first, np.arange(min(room, rejected.length))]
+
+    def _marked_pair(self, preference: Preference) -> tuple[Written, Written, tuple[str, ...]] | Dropped:
         chosen, rejected = preference.chosen, preference.rejected
         if _is_blank(chosen) or _is_blank(rejected):
             return Dropped("empty response")
         try:
-            return self.mark(chosen), self.mark(rejected)
+            marked = [self.mark(chosen), self.mark(rejected)]
         except RefusedError:
             # Real dialogues don't always alternate, and some templates require it: drop those instead of stopping.
             if any(_repeats_a_role(response) for response in (chosen, rejected)):
                 return Dropped("the same role twice in a row, which the chat template refuses")
             raise
+        texts: list[Written] = []
+        notes: list[str] = []
+        for response in marked:
+            if isinstance(response, Dropped):
+                return response
+            texts += response.texts
+            notes += response.notes
+        return texts[0], texts[1], tuple(dict.fromkeys(notes))
 
-    def _pair(self, chosen: Tokens, rejected: Tokens, margin: float | None) -> Example | Dropped:
+    def _pair(
+        self, chosen: Tokens, rejected: Tokens, margin: float | None, notes: tuple[str, ...]
+    ) -> Example | Dropped:
         if not (chosen.mask.any() and rejected.mask.any()):
             return Dropped("no target tokens")
-        shared = _common_prefix(chosen.ids, rejected.ids)
+        shared = common_prefix(chosen.ids, rejected.ids)
         if shared == len(chosen.ids) == len(rejected.ids):
             return Dropped(EQUAL)
         border = min(shared, int(chosen.mask.argmax()), int(rejected.mask.argmax()))
@@ -101,21 +143,19 @@ class TokenizePairs(Tokenize):
             {"margin": float("nan") if margin is None else margin},
             cut=len(kept) < max(len(chosen.ids), len(rejected.ids)),
             straddled=chosen.straddled or rejected.straddled,
+            notes=notes,
         )
 
 
 def _branch(tokens: Tokens, border: int, room: int) -> tuple[np.ndarray, np.ndarray]:
-    """Ids and loss mask of a response after the prompt, at most `room` tokens. Its first token carries loss."""
+    """Ids and loss mask of a response after the prompt, at most `room` tokens. Its first token carries loss.
+
+    Unless its turns say what carries loss.
+    """
     mask = tokens.mask[border:].copy()
-    mask[: mask.argmax()] = True
+    if tokens.weights is None:
+        mask[: mask.argmax()] = True
     return tokens.ids[border:][:room], mask[:room]
-
-
-def _common_prefix(a: np.ndarray, b: np.ndarray) -> int:
-    """Length of the common prefix of two id sequences."""
-    shorter = min(len(a), len(b))
-    differs = a[:shorter] != b[:shorter]
-    return int(differs.argmax()) if differs.any() else shorter
 
 
 def _checked(record: Record) -> Preference:
@@ -124,7 +164,19 @@ def _checked(record: Record) -> Preference:
         raise UserError("this row is not a pair of responses; DPO needs a chosen and a rejected one")
     if _prompt(record.chosen) != _prompt(record.rejected):
         raise UserError("chosen and rejected hold different prompts")
+    for weight in (*_weights(record.chosen), *_weights(record.rejected)):
+        if weight not in {0, 1}:
+            raise UserError(
+                f"a turn has the weight {weight:g}, and pairs count whole responses: a turn carries loss (weight 1) or "
+                "doesn't (weight 0)"
+            )
     return record
+
+
+def _weights(response: Conversation | Text) -> list[float]:
+    if isinstance(response, Text):
+        return [response.weight]
+    return [response.weight, *(turn["weight"] for turn in response.messages if "weight" in turn)]
 
 
 def _prompt(response: Conversation | Text) -> object:

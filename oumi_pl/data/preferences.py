@@ -7,18 +7,26 @@ column `margin` or from two scores, if a row has them.
 
 import math
 import re
-from collections.abc import Callable
 from itertools import takewhile
 from typing import Any
 
-from oumi_pl.data.formats import Formats, column, kind_name, message, sharegpt_message, tools_column, turns_column
+from oumi_pl.data.formats import (
+    AROUND,
+    Formats,
+    alpaca_question,
+    conversation,
+    history_column,
+    reads,
+    refuse_without_template,
+)
+from oumi_pl.data.turns import Turns, column, is_missing, kind_name, text_column, turns_column, turns_of_text
 from oumi_pl.errors import UserError
-from oumi_pl.types import Conversation, Message, Preference, Row, Text
-
-Turns = tuple[Message, ...]
+from oumi_pl.types import Preference, Row, Text
 
 _RESPONSES = ("chosen", "rejected")
 _SCORES = (("score_chosen", "score_rejected"), ("chosen_score", "rejected_score"), ("chosen_rating", "rejected_rating"))
+_AROUND = (*(name for name in AROUND if name != "weight"), "margin", *(name for names in _SCORES for name in names))
+"""Columns that all formats read besides prompt and responses. Pairs have no weights."""
 _SPEAKER = re.compile(r"\n\n(Human|Assistant):")
 _HH_ROLES = {"Human": "user", "Assistant": "assistant"}
 
@@ -26,6 +34,7 @@ _HH_ROLES = {"Human": "user", "Assistant": "assistant"}
 # --- formats ----------------------------------------------------------------------------------------------------------
 
 
+@reads("prompt", *_RESPONSES, *_AROUND)
 def prompt_preference(row: Row) -> Preference:
     """Reads `prompt`, `chosen` and `rejected`: text used without a chat template, or turns; optionally `tools`.
 
@@ -37,39 +46,64 @@ def prompt_preference(row: Row) -> Preference:
             begin with the assistant.
     """
     prompt = column(row, "prompt", (str, list), "text or turns")
-    if isinstance(prompt, list):
-        return _after(turns_column(row, "prompt"), row, message)
+    if isinstance(prompt, list) or turns_of_text(prompt):
+        return _after(turns_column(row, "prompt"), row)
     chosen, rejected = (column(row, name, (str, list), "text or turns") for name in _RESPONSES)
-    if isinstance(chosen, str) != isinstance(rejected, str):
+    are_texts = [isinstance(said, str) and not turns_of_text(said) for said in (chosen, rejected)]
+    if are_texts[0] != are_texts[1]:
         raise UserError(
             f"'chosen' holds {kind_name(chosen)} and 'rejected' {kind_name(rejected)}; both must be text, or both turns"
         )
-    if isinstance(chosen, str):
+    if all(are_texts):
+        refuse_without_template(row, "{question: prompt}")
         return Preference(Text(chosen, prompt), Text(rejected, prompt), _margin(row))
     chosen, rejected = (turns_column(row, name) for name in _RESPONSES)
     if not chosen[0]["role"] == rejected[0]["role"] == "assistant":
         return _whole(chosen, rejected, row)
-    return _after(({"role": "user", "content": prompt},), row, message)
+    return _after(({"role": "user", "content": prompt},), row)
 
 
+@reads("instruction", "input", "history", *_RESPONSES, *_AROUND)
+def alpaca_preference(row: Row) -> Preference:
+    """Reads `instruction`, optionally `input` and `history`, as `alpaca`; `chosen` and `rejected`: text or turns.
+
+    Raises:
+        UserError: a column isn't text, or a response doesn't begin with the assistant.
+    """
+    return _after((*history_column(row), alpaca_question(row)), row)
+
+
+@reads("question", *_RESPONSES, *_AROUND)
+def question_preference(row: Row) -> Preference:
+    """Reads `question`, the text of a user, and `chosen` and `rejected`: text or turns of an assistant.
+
+    Raises:
+        UserError: a column isn't text, or a response doesn't begin with the assistant.
+    """
+    return _after(({"role": "user", "content": text_column(row, "question")},), row)
+
+
+@reads("messages", *_RESPONSES, *_AROUND)
 def messages_preference(row: Row) -> Preference:
     """Reads `messages`, the turns of the prompt, and `chosen` and `rejected`: text, a turn or turns.
 
     Raises:
         UserError: a turn isn't a turn, or a response doesn't begin with the assistant.
     """
-    return _after(turns_column(row, "messages"), row, message)
+    return _after(turns_column(row, "messages"), row)
 
 
+@reads("conversations", *_RESPONSES, *_AROUND)
 def sharegpt_preference(row: Row) -> Preference:
     """Reads `conversations`, `chosen` and `rejected` as `messages_preference`, turns with `from` and `value`.
 
     Raises:
         UserError: a turn isn't a turn, or a response doesn't begin with the assistant.
     """
-    return _after(turns_column(row, "conversations", sharegpt_message), row, sharegpt_message)
+    return _after(turns_column(row, "conversations"), row)
 
 
+@reads(*_RESPONSES, *_AROUND)
 def implicit_prompt(row: Row) -> Preference:
     """Reads `chosen` and `rejected`, whole conversations: the turns that both begin with are the prompt.
 
@@ -79,11 +113,12 @@ def implicit_prompt(row: Row) -> Preference:
         UserError: the first turns that differ aren't both the assistant's, or one conversation ends before that.
     """
     chosen, rejected = (column(row, name, (str, list), "turns, or a dialogue as text") for name in _RESPONSES)
-    if isinstance(chosen, str) and isinstance(rejected, str):
+    if isinstance(chosen, str) and isinstance(rejected, str) and not turns_of_text(chosen):
         return anthropic_hh(row)
     return _whole(turns_column(row, "chosen"), turns_column(row, "rejected"), row)
 
 
+@reads(*_RESPONSES, *_AROUND)
 def anthropic_hh(row: Row) -> Preference:
     r"""Reads `chosen` and `rejected`, dialogues as text: `\n\nHuman: ...\n\nAssistant: ...`, as in Anthropic's HH data.
 
@@ -100,6 +135,8 @@ PREFERENCE_FORMATS: Formats = (
     (prompt_preference, ("prompt", "chosen", "rejected")),
     (sharegpt_preference, ("conversations", "chosen", "rejected")),
     (messages_preference, ("messages", "chosen", "rejected")),
+    (alpaca_preference, ("instruction", "chosen", "rejected")),
+    (question_preference, ("question", "chosen", "rejected")),
     (implicit_prompt, ("chosen", "rejected")),
     (anthropic_hh, ("chosen", "rejected")),
 )
@@ -108,9 +145,9 @@ PREFERENCE_FORMATS: Formats = (
 # --- joining and splitting --------------------------------------------------------------------------------------------
 
 
-def _after(prompt: Turns, row: Row, read: Callable[[Any, str], Message]) -> Preference:
+def _after(prompt: Turns, row: Row) -> Preference:
     """Joins a prompt with the responses, unless they already begin with it."""
-    chosen, rejected = (_response(row, name, read) for name in _RESPONSES)
+    chosen, rejected = (_response(row, name) for name in _RESPONSES)
     if chosen[: len(prompt)] == prompt == rejected[: len(prompt)]:
         return _whole(chosen, rejected, row)
     for name, response in zip(_RESPONSES, (chosen, rejected), strict=True):
@@ -119,11 +156,11 @@ def _after(prompt: Turns, row: Row, read: Callable[[Any, str], Message]) -> Pref
     return _preference(prompt, chosen, rejected, row)
 
 
-def _response(row: Row, name: str, read: Callable[[Any, str], Message]) -> Turns:
+def _response(row: Row, name: str) -> Turns:
     response = column(row, name, (str, dict, list), "text or turns")
-    if isinstance(response, str):
+    if isinstance(response, str) and not turns_of_text(response):
         return ({"role": "assistant", "content": response},)
-    return turns_column({name: [response]} if isinstance(response, dict) else row, name, read)
+    return turns_column({name: [response]} if isinstance(response, dict) else row, name)
 
 
 def _whole(chosen: Turns, rejected: Turns, row: Row) -> Preference:
@@ -144,12 +181,9 @@ def _whole(chosen: Turns, rejected: Turns, row: Row) -> Preference:
 
 
 def _preference(prompt: Turns, chosen: Turns, rejected: Turns, row: Row) -> Preference:
-    tools = tools_column(row)
-    return Preference(
-        Conversation(prompt + chosen, tools, prompt_messages=len(prompt)),
-        Conversation(prompt + rejected, tools, prompt_messages=len(prompt)),
-        _margin(row),
-    )
+    row = {name: value for name, value in row.items() if name != "weight"}
+    first, second = (conversation(row, prompt + response, len(prompt)) for response in (chosen, rejected))
+    return Preference(first, second, _margin(row))
 
 
 def _dialogue(row: Row, name: str) -> Turns:
@@ -168,8 +202,7 @@ def _margin(row: Row) -> float | None:
     margin = row.get("margin")
     if _is_number(margin):
         return float(row["margin"])
-    empty = isinstance(margin, float) and math.isnan(margin)  # an empty cell of a table
-    if margin is not None and not empty:
+    if not is_missing(margin):
         raise UserError(f"column 'margin' holds {margin!r} instead of a number")
     for better, worse in _SCORES:
         if _is_number(row.get(better)) and _is_number(row.get(worse)):

@@ -14,21 +14,45 @@ PERCENTILES = (0, 5, 25, 50, 75, 95, 100)
 
 
 def merged(reports: list[dict[str, Any]]) -> dict[str, Any]:
-    """The sum of the sources' reports."""
+    """The sum of the sources' reports.
+
+    `unread_columns` and `bad_rows` (reason -> number of rows, and the first of them) are there only if there are any.
+    """
     counts = ("rows", "kept", "cut", "straddled", "empty_answers")
     total: dict[str, Any] = {key: sum(r[key] for r in reports) for key in counts}
     dropped: Counter[str] = Counter()
     for report in reports:
         dropped.update(report["dropped"])
-    return total | {"dropped": dict(dropped)}
+    total["dropped"] = dict(dropped)
+    notes: Counter[str] = Counter()
+    for report in reports:
+        notes.update(report.get("notes", {}))
+    if notes:
+        total["notes"] = dict(notes)
+    if unread := {name for report in reports for name in report.get("unread_columns", ())}:
+        total["unread_columns"] = sorted(unread)
+    if bad := [report["bad_rows"] for report in reports if "bad_rows" in report]:
+        total["bad_rows"] = {
+            reason: {
+                "rows": sum(kinds[reason]["rows"] for kinds in bad if reason in kinds),
+                "first": [origin for kinds in bad if reason in kinds for origin in kinds[reason]["first"]],
+            }
+            for kinds in bad
+            for reason in kinds
+        }
+    return total
 
 
 def describe(stores: list[ExampleStore], lengths: np.ndarray, plan: Plan, capacity: int | None) -> dict[str, Any]:
-    """Counts, tokens, length percentiles, and `fill`, the used share of the packs' capacity."""
+    """Counts, tokens, length percentiles, and `fill`, the used share of the packs' capacity.
+
+    `target_weight` is the weight of all targets, if rows or turns have weights.
+    """
     tokens = int(lengths.sum())
     described = merged([store.report for store in stores]) | {
         "tokens": tokens,
         "target_tokens": sum(store.target_tokens for store in stores),
+        **_target_weight(stores),
         "lengths": {f"p{p}": int(np.percentile(lengths, p, method="nearest")) for p in PERCENTILES} if tokens else {},
         "rows_planned": plan.rows,
         "updates_per_epoch": len(plan),
@@ -39,6 +63,14 @@ def describe(stores: list[ExampleStore], lengths: np.ndarray, plan: Plan, capaci
     if len(stores) > 1:
         described["sources"] = [store.report for store in stores]
     return described
+
+
+def _target_weight(stores: list[ExampleStore]) -> dict[str, float]:
+    """The weight of all targets; nothing if each has the weight 1."""
+    if all(store.target_weights is None for store in stores):
+        return {}
+    weights = (store.targets if store.target_weights is None else store.target_weights for store in stores)
+    return {"target_weight": round(float(sum(values.sum() for values in weights)), 6)}
 
 
 def describe_documents(shards: list[Shards], across: bool = False) -> dict[str, Any]:
@@ -54,10 +86,13 @@ def describe_documents(shards: list[Shards], across: bool = False) -> dict[str, 
     tokens = int(lengths.sum())
     sources = [_source_report(s) for s in shards]
     text_bytes = sum(source["bytes"] for source in sources)
-    empty = sum(source["empty"] for source in sources)
+    dropped = {
+        "empty": sum(source["empty"] for source in sources),
+        "label: not good": sum(source.get("not_good", 0) for source in sources),
+    }
     described: dict[str, Any] = {
         **{key: sum(source[key] for source in sources) for key in ("rows", "kept", "replaced")},
-        "dropped": {"empty": empty} if empty else {},
+        "dropped": {reason: count for reason, count in dropped.items() if count},
         "cut": 0,
         "straddled": 0,
         "empty_answers": 0,

@@ -163,6 +163,7 @@ def write_shards(
         whole.append(shard)
     totals = {key: sum(shard[key] for shard in whole) for key in ("documents", "tokens", "text_bytes")}
     report = {key: counts[key] for key in ("rows", "kept", "empty", "replaced")}
+    report |= {"not_good": counts["not_good"]} if counts["not_good"] else {}
     manifest = made_from | totals | {"name": name, "report": report, "shards": whole}
     _write_whole(directory / MANIFEST, json.dumps(manifest, indent=1).encode())
 

@@ -20,7 +20,7 @@ import numpy as np
 from oumi_pl.data.files import KINDS, Reading, count_rows, kind_of, read_file
 from oumi_pl.errors import UserError, nearby, nearest
 from oumi_pl.models.hub import asked_once
-from oumi_pl.types import Row
+from oumi_pl.types import BadRow, Row
 
 BUNDLED = Path(__file__).parent / "bundled"
 """Folder of the bundled data: `bundled/NAME` is `NAME/train.jsonl` or `.txt`, `bundled/NAME/SPLIT` another split."""
@@ -161,6 +161,10 @@ class Source:
         weight: Share of this source in a mixture, relative to the others' weights.
         format: The name of a format, or the dotted path of your own function; detected when left out.
         columns: The format's fields by the names of your columns, as `{question: my_column}`.
+        ignore: Columns that are left out. A column that usually carries meaning (`system`, `weight`, `tools`, `images`,
+            `label`, `history`, `context`, ...) stops the run if the format doesn't read it and it isn't listed here.
+        label: How rows with a column `label` (or `kto_tag`) are used, which says whether an answer is good: `keep_good`
+            leaves out the bad ones.
         documents: How a `.txt` file is divided into documents: not at all (`file`, the default), at `blank_lines`, or
             at a separator of your own, for example `<|endoftext|>`.
         errors: How bytes that aren't UTF-8 are handled: the run stops (`strict`), or they become U+FFFD (`replace`).
@@ -176,6 +180,8 @@ class Source:
     weight: float | None = None
     format: str | None = None
     columns: dict[str, str] | None = None
+    ignore: list[str] | None = None
+    label: Literal["keep_good"] | None = None
     documents: str | None = None
     errors: Errors = "strict"
     sample: int | None = None
@@ -187,7 +193,7 @@ class _Split:
     """A local split: its `files`, and functions that `read` and `count` its rows from the start."""
 
     files: list[Path]
-    read: Callable[[], Iterator[tuple[str, Row]]]
+    read: Callable[[], Iterator[tuple[str, Row | BadRow]]]
     count: Callable[[], int]
 
 
@@ -203,13 +209,16 @@ def as_sources(value: str | Source | list[str | Source]) -> list[Source]:
     return [Source(item) if isinstance(item, str) else item for item in values]
 
 
-def rows(source: Source, *, streaming: bool = False, counts: Counter[str] | None = None) -> Iterator[tuple[str, Row]]:
+def rows(
+    source: Source, *, streaming: bool = False, counts: Counter[str] | None = None, strict: bool = True
+) -> Iterator[tuple[str, Any]]:
     """Finds a source immediately and reads its rows lazily, each with its origin for messages.
 
     Args:
         source: The source.
         streaming: Read data from the hub without downloading them first.
         counts: Counter whose `replaced` counts the characters inserted by `errors: replace`.
+        strict: Raise an error for something that isn't a row, instead of yielding a `BadRow` in its place.
 
     Yields:
         `("data/train.jsonl:17", row)` for JSON lines, `("data/train.csv row 12", row)` for other files,
@@ -219,9 +228,9 @@ def rows(source: Source, *, streaming: bool = False, counts: Counter[str] | None
         UserError: when called: the source does not exist, the split is unknown, or the hub can't be reached; while
             reading: a file is damaged, something in it isn't a row, or there are no rows.
     """
-    splits = _local_splits(source, counts)
+    splits = _local_splits(source, counts, strict)
 
-    def start() -> Iterator[tuple[str, Row]]:
+    def start() -> Iterator[tuple[str, Row | BadRow]]:
         return _hub_rows(source, streaming) if splits is None else _cut(source, splits)
 
     found = start() if source.sample is None else sampled(start, source.sample, source.sample_seed)
@@ -241,7 +250,8 @@ def fingerprint(source: Source) -> str:
     """Hash of all that determines the rows and their order: 32 hex digits.
 
     Local data are identified by their contents, not their names; hub data by their fingerprint in `datasets`. `split`,
-    `config`, `revision`, `documents`, `errors` and `sample` count, `weight`, `format` and `columns` do not.
+    `config`, `revision`, `documents`, `errors` and `sample` count; `weight` and what turns rows into records (`format`,
+    `columns`, `ignore`, `label`) do not.
 
     Raises:
         UserError: the source can't be found, as for `rows`.
@@ -284,10 +294,10 @@ def is_not_held_out(row: Row, fraction: float) -> bool:
 # --- local data ------------------------------------------------------------------------------------------------------
 
 
-def _local_splits(source: Source, counts: Counter[str] | None = None) -> dict[str, _Split] | None:
+def _local_splits(source: Source, counts: Counter[str] | None = None, strict: bool = True) -> dict[str, _Split] | None:
     """The splits of a local source by name; None if the path is a hub id."""
     path = Path(source.path).expanduser()
-    how = _reading(source, counts)
+    how = _reading(source, counts, strict)
     splits: dict[str, _Split]
     if (path / "dataset_dict.json").exists() or ((path / "state.json").exists() and (path / _INFO).exists()):
         splits = _saved_splits(path)
@@ -301,14 +311,14 @@ def _local_splits(source: Source, counts: Counter[str] | None = None) -> dict[st
     return splits
 
 
-def _reading(source: Source, counts: Counter[str] | None) -> Reading:
+def _reading(source: Source, counts: Counter[str] | None, strict: bool) -> Reading:
     if source.errors not in get_args(Errors):
         raise UserError(f"{source.path}: unknown errors {source.errors!r}{nearest(source.errors, get_args(Errors))}")
     documents = source.documents or "file"
     if documents not in _DOCUMENTS and re.fullmatch(r"\w*", documents):  # a separator of letters would split words
         hint = nearest(documents, _DOCUMENTS)
         raise UserError(f"{source.path}: unknown documents {documents!r}{hint} (a separator holds more than letters)")
-    return Reading(documents, source.errors == "replace", Counter() if counts is None else counts)
+    return Reading(documents, source.errors == "replace", Counter() if counts is None else counts, strict)
 
 
 def _file_split(files: list[Path], source: Source, how: Reading) -> _Split:
@@ -319,7 +329,7 @@ def _file_split(files: list[Path], source: Source, how: Reading) -> _Split:
     if source.documents is not None and "txt" not in kinds:
         raise UserError(f"{name}: 'documents' divides .txt files; the rows of other files are documents already")
 
-    def read() -> Iterator[tuple[str, Row]]:
+    def read() -> Iterator[tuple[str, Row | BadRow]]:
         return itertools.chain.from_iterable(read_file(path, _name(path), how) for path in files)
 
     return _Split(files, read, lambda: sum(count_rows(path, _name(path), how) for path in files))
@@ -330,7 +340,7 @@ def _name(path: Path) -> str:
     return str(path.relative_to(BUNDLED.parent) if path.is_relative_to(BUNDLED) else path)
 
 
-def _cut(source: Source, splits: dict[str, _Split]) -> Iterator[tuple[str, Row]]:
+def _cut(source: Source, splits: dict[str, _Split]) -> Iterator[tuple[str, Row | BadRow]]:
     """Reads what `source.split` names: whole splits or slices, added up with `+`."""
     names = _names(source, splits)
     if names == source.split.split("+"):
@@ -358,7 +368,7 @@ def _names(source: Source, splits: dict[str, _Split]) -> list[str]:
     return names
 
 
-def _not_empty(found: Iterator[tuple[str, Row]], source: Source) -> Iterator[tuple[str, Row]]:
+def _not_empty(found: Iterator[tuple[str, Any]], source: Source) -> Iterator[tuple[str, Any]]:
     empty = True
     for item in found:
         empty = False
@@ -383,6 +393,7 @@ def _saved_splits(path: Path) -> dict[str, _Split]:
 
 def _saved_split(dataset: Any, folder: Path, name: str) -> _Split:
     files = sorted(p for p in folder.rglob("*") if p.is_file())
+    dataset = dataset.with_format(None)  # the folder remembers a format, which would make arrays or tensors of lists
     return _Split(files, partial(_numbered, dataset, name), partial(len, dataset))
 
 

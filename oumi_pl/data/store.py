@@ -11,24 +11,24 @@ import shutil
 import sys
 import tempfile
 import textwrap
-from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
 from importlib.machinery import PathFinder
 from importlib.util import resolve_name
 from pathlib import Path
 from types import ModuleType
-from typing import Any, cast
+from typing import Any, BinaryIO, cast, get_args
 
 import numpy as np
 
 from oumi_pl.attention.segments import check_segments
-from oumi_pl.data.formats import FORMATS, Format, Formats, find_format, raised, rename_columns, resolve_format
-from oumi_pl.data.sources import Source, fingerprint, rows
+from oumi_pl.data.formats import FORMATS, Formats, resolve_format
+from oumi_pl.data.records import BadRows, FieldReader, OnBadRows, RecordReader, RecordWithFields
+from oumi_pl.data.sources import Source, fingerprint
 from oumi_pl.data.tokenize import Dropped
 from oumi_pl.errors import UserError, nearest
 from oumi_pl.terminal.screen import track
-from oumi_pl.types import Example, Record, Row, Segment
+from oumi_pl.types import BadRow, Example, Record, Row, Segment
 
 REPORT = "report.json"
 TABLES = "tables.npz"
@@ -80,8 +80,8 @@ def new_folder(directory: Path) -> Iterator[Path]:
 class ExampleStore:
     """Examples of one source as flat arrays: ids and loss mask `[tokens]`, offsets `[examples + 1]`, the segments.
 
-    targets: number of tokens that carry loss, `[examples]` int64. fields: the numeric fields by name, `[examples]`
-    float64 each.
+    targets: number of tokens that carry loss, `[examples]` int64. target_weights: sum of their weights, `[examples]`
+    float64; None if all are 1. fields: the numeric fields by name, `[examples]` float64 each.
     """
 
     def __init__(self, directory: Path) -> None:
@@ -89,9 +89,12 @@ class ExampleStore:
         self.report: dict[str, Any] = json.loads((directory / REPORT).read_text())
         self.input_ids = _mapped(directory / "input_ids.bin", np.int32)
         self.loss_mask = _mapped(directory / "loss_mask.bin", np.bool_)
+        weights = directory / "weights.bin"
+        self.weights = _mapped(weights, np.float32) if weights.exists() else None
         with np.load(directory / TABLES) as tables:
             self.offsets = tables["offsets"]
             self.targets = tables["targets"]
+            self.target_weights = None if self.weights is None else tables["target_weights"]
             self._segments = tables["segments"]  # [segments, 3], as in `Segment`
             self._first_segment = tables["first_segment"]  # [examples + 1]
             self.fields = {name[len(FIELD) :]: tables[name] for name in tables.files if name.startswith(FIELD)}
@@ -107,6 +110,7 @@ class ExampleStore:
             np.asarray(self.loss_mask[start:stop]),
             tuple(Segment(*values) for values in self._segments[first:end].tolist()),
             {name: values[index].item() for name, values in self.fields.items()},
+            weights=None if self.weights is None else np.asarray(self.weights[start:stop]),
         )
 
     @property
@@ -123,6 +127,19 @@ class ExampleStore:
     def shared(self) -> int:
         """Tokens saved by storing what several paths share once."""
         return int(self._segments[:, 2].sum())
+
+    @property
+    def branched(self) -> int:
+        """Number of examples with several segments."""
+        return int((np.diff(self._first_segment) > 1).sum())
+
+    @property
+    def beyond_longest(self) -> int:
+        """Tokens that examples have besides those of their longest path."""
+        if not len(self):
+            return 0
+        paths = np.maximum.reduceat(self._segments[:, 0] + self._segments[:, 2], self._first_segment[:-1])
+        return int(self.offsets[-1] - paths.sum())
 
     @property
     def target_tokens(self) -> int:
@@ -142,10 +159,13 @@ def write_store(directory: Path, examples: Iterable[Example], report: dict[str, 
     with new_folder(directory) as half:
         lengths: list[int] = []
         targets: list[int] = []
+        target_weights: list[float] = []
         segments: list[Segment] = []
         counts: list[int] = []
         fields: dict[str, list[float]] = {}
-        with (half / "input_ids.bin").open("wb") as ids, (half / "loss_mask.bin").open("wb") as masks:
+        weights: BinaryIO | None = None  # opened at the first example whose weights are not all 1
+        with contextlib.ExitStack() as files:
+            ids, masks = (files.enter_context((half / f"{name}.bin").open("wb")) for name in ("input_ids", "loss_mask"))
             for example in examples:
                 _check(example)
                 if not lengths:
@@ -156,8 +176,16 @@ def write_store(directory: Path, examples: Iterable[Example], report: dict[str, 
                     values.append(example.fields[name])
                 ids.write(example.input_ids.astype(np.int32, copy=False).tobytes())
                 masks.write(example.loss_mask.astype(np.bool_, copy=False).tobytes())
+                if weights is None and example.weights is not None:
+                    weights = files.enter_context((half / "weights.bin").open("wb"))
+                    for length in lengths:
+                        weights.write(np.ones(length, dtype=np.float32).tobytes())
+                if weights is not None:
+                    own = np.ones(len(example.input_ids)) if example.weights is None else example.weights
+                    weights.write(own.astype(np.float32, copy=False).tobytes())
                 lengths.append(len(example.input_ids))
                 targets.append(example.target_tokens)
+                target_weights.append(example.target_weight)
                 segments += example.segments
                 counts.append(len(example.segments))
         tables: dict[str, Any] = {
@@ -167,6 +195,8 @@ def write_store(directory: Path, examples: Iterable[Example], report: dict[str, 
             "first_segment": np.cumsum([0, *counts], dtype=np.int64),
         }
         tables |= {FIELD + name: np.array(values, dtype=np.float64) for name, values in fields.items()}
+        if weights is not None:
+            tables["target_weights"] = np.array(target_weights, dtype=np.float64)
         np.savez(half / TABLES, **tables)
         (half / REPORT).write_text(json.dumps(report, indent=1))
     return ExampleStore(directory)
@@ -183,6 +213,11 @@ def _check(example: Example) -> None:
         raise ValueError(f"the first segment of an example has to be its only root: {segments}")
     if example.loss_mask[0]:
         raise ValueError("the first token carries loss, and nothing predicts it")
+    if example.weights is not None:
+        if len(example.weights) != tokens:
+            raise ValueError(f"{tokens} tokens, and {len(example.weights)} weights")
+        if not (example.weights[example.loss_mask] > 0).all():
+            raise ValueError("a token that carries loss has a weight that isn't above 0")
 
 
 def _mapped(file: Path, dtype: type) -> np.ndarray:
@@ -204,7 +239,8 @@ def example_store(
     keep: Callable[[Row], bool] | None = None,
     formats: Formats = FORMATS,
     *,
-    columns: Sequence[str] = (),
+    bad_rows: OnBadRows = "error",
+    fields: Sequence[str] = (),
 ) -> ExampleStore:
     """The tokenized rows of a source, from the cache or written now.
 
@@ -214,129 +250,91 @@ def example_store(
         encode: Turns records into examples, or into the reason why not.
         keep: Which rows to use; all when left out.
         formats: The formats that rows may have.
-        columns: Columns with numbers, which become fields of the examples.
+        bad_rows: Whether rows that can't be used stop the run, after all rows were looked at, or are left out.
+        fields: Columns with numbers, which become fields of the examples.
 
     Raises:
-        UserError: a row is invalid; names its file and line.
+        UserError: rows can't be used; lists the reasons with the files and lines of the first rows.
     """
+    if bad_rows not in get_args(OnBadRows):
+        raise UserError(f"data.bad_rows: unknown {bad_rows!r}{nearest(str(bad_rows), get_args(OnBadRows))}")
     code = source.format and code_of(resolve_format(source.format, formats))
     table = [(function.__module__, function.__qualname__, columns) for function, columns in formats]
-    parts = [fingerprint(source), source.columns, source.format, code, table, key, columns, _own_code()]
+    reading = [source.columns, source.ignore, source.label, bad_rows, *fields]
+    parts = [fingerprint(source), reading, source.format, code, table, key, _own_code()]
     directory = cache_root() / "examples" / cache_key(*parts)
     if (directory / REPORT).exists():
         return ExampleStore(directory)
     report = _empty_report(source.path)
-    if columns:
-        keep, encode = _with_columns(columns, keep, encode)
-    records = track(source_records(source, keep, report, formats), f"tokenizing {source.path}")
-    return write_store(directory, _encoded(records, report, encode), report)
+    reader = FieldReader(source, formats, fields) if fields else RecordReader(source, formats)
+    records = track(reader.records(keep, strict=False), f"tokenizing {source.path}")
+
+    def examples() -> Iterator[Example]:
+        bad = BadRows()
+        yield from _encoded(records, report, _with_fields(encode) if fields else encode, bad)
+        if bad.count and bad_rows == "error":
+            raise bad.error(source.path, report["rows"])
+        if bad.count:
+            report["bad_rows"] = bad.report()
+            report["dropped"] |= {reason: kind["rows"] for reason, kind in report["bad_rows"].items()}
+        if reader.unread:
+            report["unread_columns"] = sorted(reader.unread)
+
+    return write_store(directory, examples(), report)
 
 
-def _with_columns(
-    columns: Sequence[str], keep: Callable[[Row], bool] | None, encode: Encode
-) -> tuple[Callable[[Row], bool], Encode]:
-    """Adds columns of the rows to the fields of their examples: rows are seen by `keep`, and records by `encode`."""
-    waiting: deque[dict[str, float]] = deque()
-
-    def kept(row: Row) -> bool:
-        if keep is not None and not keep(row):
-            return False
-        waiting.append({column: _number(row, column) for column in columns})
-        return True
+def _with_fields(encode: Encode) -> Encode:
+    """Encodes the records of a `FieldReader`, and adds their numbers to the fields of the examples."""
 
     def encoded(records: Sequence[Record]) -> list[Example | Dropped]:
-        values = [waiting.popleft() for _ in records]
-        pairs = zip(encode(records), values, strict=True)
-        return [replace(e, fields={**e.fields, **own}) if isinstance(e, Example) else e for e, own in pairs]
+        own = cast("Sequence[RecordWithFields]", records)
+        pairs = zip(encode([one.record for one in own]), own, strict=True)
+        return [replace(e, fields={**e.fields, **one.fields}) if isinstance(e, Example) else e for e, one in pairs]
 
-    return kept, encoded
-
-
-def _number(row: Row, column: str) -> float:
-    """The number in a column; NaN if it is null.
-
-    Raises:
-        UserError: the row has no such column, or something else in it.
-    """
-    if column not in row:
-        raise UserError(f"data.fields: a row has no column {column!r}{nearest(column, row)}")
-    value = row[column]
-    if value is not None and not isinstance(value, bool | int | float):
-        raise UserError(f"data.fields: {column!r} is {value!r} in a row, and a field is a number")
-    return float("nan") if value is None else float(value)
+    return encoded
 
 
-def source_records(
-    source: Source,
-    keep: Callable[[Row], bool] | None = None,
-    report: dict[str, Any] | None = None,
-    formats: Formats = FORMATS,
-) -> Iterator[tuple[str, Record]]:
-    """Yields the records of a source with their origin (file and line); counts rows in `report`.
-
-    Raises:
-        UserError: a row does not have the format.
-    """
-    convert = resolve_format(source.format, formats) if source.format else None
-    for origin, row in rows(source):
-        if keep is not None and not keep(row):
-            continue
-        if report is not None:
-            report["rows"] += 1
-        try:
-            renamed = rename_columns(row, source.columns or {})
-            convert = convert or find_format(renamed.keys(), formats)
-            record = convert(renamed)
-        except UserError as error:
-            other = source.format is None and convert is not None and _other_format(renamed, convert, formats)
-            raise UserError(f"{origin}: {other or error}") from None
-        except Exception as error:
-            if source.format is None:
-                raise
-            raise UserError(f"{origin}: {raised(source.format, error)}") from error
-        if not isinstance(record, Record):
-            raise UserError(
-                f"{origin}: {source.format} returned a {type(record).__name__} for this row; a format returns a "
-                "Conversation, a Text or a Preference"
-            )
-        yield origin, record
-
-
-def _other_format(row: Row, before: Format, formats: Formats) -> str | None:
-    """The message for a row of another format than those before it; None if it has no known format."""
-    try:
-        own = find_format(row.keys(), formats)
-    except UserError:
-        return None
-    if own is before:
-        return None
-    return (
-        f"a row of the format {own.__name__}, and those before it are {before.__name__}; put the rows of each format "
-        "in a separate file, and name both as sources"
-    )
-
-
-def _encoded(records: Iterable[tuple[str, Record]], report: dict[str, Any], encode: Encode) -> Iterator[Example]:
+def _encoded(
+    records: Iterable[tuple[str, Record | Dropped | BadRow]], report: dict[str, Any], encode: Encode, bad: BadRows
+) -> Iterator[Example]:
+    """Yields the examples; counts all rows in `report`, and adds bad ones to `bad`."""
     iterator = iter(records)
     while batch := list(itertools.islice(iterator, ENCODE_BATCH)):
-        try:
-            encoded = encode([record for _, record in batch])
-        except UserError:
-            _name_the_row(batch, encode)
-            raise
-        for example in encoded:
+        report["rows"] += len(batch)
+        good: list[tuple[str, Record]] = []
+        for origin, record in batch:
+            if isinstance(record, BadRow):
+                bad.add(origin, record.reason)
+            elif isinstance(record, Dropped):
+                _count(report, record)
+            else:
+                good.append((origin, record))
+        for example in _encode(good, encode, bad):
             _count(report, example)
             if isinstance(example, Example):
                 yield example
+        if not report["kept"] and bad.count >= ENCODE_BATCH:  # no row fits the template, say: one batch shows it
+            return
 
 
-def _name_the_row(batch: list[tuple[str, Record]], encode: Encode) -> None:
-    """Encodes row by row, after a batch has failed, and adds the row's origin to the error."""
-    for origin, record in batch:
+def _encode(records: list[tuple[str, Record]], encode: Encode, bad: BadRows) -> Iterator[Example | Dropped]:
+    """Encodes a batch; if that fails, row by row, to find the bad ones."""
+    try:
+        encoded = encode([record for _, record in records])
+    except UserError as error:
+        failed, before = error, bad.count
+    else:
+        yield from encoded
+        return
+    for origin, record in records:
         try:
-            encode([record])
+            encoded = encode([record])
         except UserError as error:
-            raise UserError(f"{origin}: {error}") from None
+            bad.add(origin, str(error))
+        else:
+            yield from encoded
+    if bad.count == before:
+        raise failed
 
 
 def code_of(*parts: type | Callable[..., Any]) -> str:
@@ -424,7 +422,16 @@ def _own_code() -> str:
 
 def _empty_report(source: str) -> dict[str, Any]:
     """A report with nothing counted yet."""
-    return {"source": source, "rows": 0, "kept": 0, "dropped": {}, "cut": 0, "straddled": 0, "empty_answers": 0}
+    return {
+        "source": source,
+        "rows": 0,
+        "kept": 0,
+        "dropped": {},
+        "cut": 0,
+        "straddled": 0,
+        "empty_answers": 0,
+        "notes": {},
+    }
 
 
 def _count(report: dict[str, Any], example: Example | Dropped) -> None:
@@ -436,3 +443,5 @@ def _count(report: dict[str, Any], example: Example | Dropped) -> None:
     report["cut"] += example.cut
     report["straddled"] += example.straddled
     report["empty_answers"] += example.empty_answer
+    for note in example.notes:
+        report["notes"][note] = report["notes"].get(note, 0) + 1

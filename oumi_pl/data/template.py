@@ -1,19 +1,14 @@
-"""Chat templates: loading them, the tokens they need, and the spans of the assistant's turns in rendered text.
+"""Chat templates: loading them, the tokens that they need from a tokenizer, and the variables that they read."""
 
-With `{% generation %}` markers, as in the built-in ones, a template itself says which characters the assistant wrote.
-Without markers the span of a turn is found by rendering the conversation up to that turn, which is exact if the
-template never writes a turn differently once others follow. If it does, `ChatRenderer` raises an error.
-"""
-
-import contextlib
+import importlib.util
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from oumi_pl.errors import UserError, nearest
-from oumi_pl.types import Conversation, Message
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -24,14 +19,19 @@ OUMI = tuple(
 )
 """Templates that Oumi's recipes name. They add no tokens: those that a tokenizer lacks are tokenized as text."""
 _OWN = "the tokenizer's own"
-_HELP = f"a built-in template ({', '.join(BUILT_IN)})"
+HELP = f"a built-in template ({', '.join(BUILT_IN)})"
+TRL = "trl/"
+"""Prefix of the names of templates that come with TRL."""
+DATE = "date"
+"""The template variable that sets the day which templates get as today."""
 
-Span = tuple[int, int]
-"""Start and end, in characters of the rendered text."""
-
-_MARKER = re.compile(r"\{%[-+]?\s*generation\s*[-+]?%\}")
 _COMMENT = re.compile(r"\{#.*?#\}", re.DOTALL)
 _CONTROL_TOKEN = re.compile(r"<\|[^|<>\s'\"]+\|>")
+
+
+_BUILT_IN_VARIABLES = {"messages", "tools", "documents", "add_generation_prompt", "bos_token", "eos_token"}
+_BUILT_IN_VARIABLES |= {"unk_token", "pad_token", "sep_token", "cls_token", "mask_token", "additional_special_tokens"}
+_BUILT_IN_VARIABLES |= {"raise_exception", "strftime_now", "namespace", "dict", "range", "lipsum", "cycler", "joiner"}
 
 
 @dataclass(frozen=True)
@@ -54,7 +54,8 @@ def load_template(tokenizer: "PreTrainedTokenizerBase", template: str | None) ->
 
     Args:
         tokenizer: The tokenizer that will be used.
-        template: Name of a built-in template, path of a `.jinja` file, or None for the tokenizer's own.
+        template: Name of a built-in template, `trl/NAME` for TRL's training template of a model, the name of one of the
+            tokenizer's own templates if it has several, the path of a `.jinja` file, or None for the tokenizer's own.
 
     Returns:
         The template; None if none is named and the tokenizer has none. Rows that are conversations are then refused by
@@ -101,8 +102,13 @@ def apply_template(tokenizer: "PreTrainedTokenizerBase", chat_template: ChatTemp
 
 def _read(tokenizer: "PreTrainedTokenizerBase", template: str | None) -> tuple[str, str]:
     """Text and source of a template."""
+    own: Any = tokenizer.chat_template
     if template is None:
-        return tokenizer.get_chat_template(), _OWN
+        return own if isinstance(own, str) else str(own.get("default") or next(iter(own.values()))), _OWN
+    if isinstance(own, dict) and template in own:
+        return str(own[template]), f"{_OWN} {template}"
+    if template.startswith(TRL):
+        return _read_trl(template.removeprefix(TRL)), template
     if template in BUILT_IN or template in OUMI:
         text = (Path(__file__).parent / "templates" / f"{template}.jinja").read_text("utf-8")
         if template in OUMI:
@@ -123,11 +129,27 @@ def _read(tokenizer: "PreTrainedTokenizerBase", template: str | None) -> tuple[s
     raise UserError(f"data.template: no chat template file {template!r}{nearest(template, [*beside, *BUILT_IN])}")
 
 
+def _read_trl(name: str) -> str:
+    """The training template that TRL has for a model, or the model's own if it needs no other."""
+    spec = importlib.util.find_spec("trl")  # not imported, which would take seconds
+    if spec is None or not spec.submodule_search_locations:
+        raise UserError(
+            f"data.template: {TRL}{name} comes with TRL, which isn't installed: pip install 'oumi_pl[trl]', or choose "
+            f"{HELP}"
+        )
+    folder = Path(next(iter(spec.submodule_search_locations))) / "chat_templates"
+    for file in (folder / f"{name}_training.jinja", folder / f"{name}.jinja"):
+        if file.is_file():
+            return file.read_text("utf-8")
+    known = sorted({file.stem.removesuffix("_training") for file in folder.glob("*.jinja")})
+    raise UserError(f"data.template: TRL has no template {name!r}{nearest(name, known)}; it has {', '.join(known)}")
+
+
 def _check(tokenizer: "PreTrainedTokenizerBase", text: str, source: str) -> None:
     import jinja2
 
     try:
-        _render(text, [{"role": "user", "content": "?"}], None, {})
+        compiled(text).render(messages=[{"role": "user", "content": "?"}], add_generation_prompt=False)
     except jinja2.TemplateSyntaxError as error:
         raise UserError(
             f"data.template: chat template ({source}) isn't valid Jinja, line {error.lineno}: {error.message}"
@@ -153,183 +175,63 @@ def _is_token(tokenizer: "PreTrainedTokenizerBase", token: str) -> bool:
 def _end_of_turn(tokenizer: "PreTrainedTokenizerBase", text: str, missing: tuple[str, ...]) -> str | None:
     """The special token after an answer, found by rendering one; None if it is EOS or there is none."""
     probe = "Seventeen."
-    turns: list[Message] = [{"role": "user", "content": "?"}, {"role": "assistant", "content": probe}]
+    turns = [{"role": "user", "content": "?"}, {"role": "assistant", "content": probe}]
     try:
-        rendered, _ = _render(text, turns, None, tokenizer.special_tokens_map)
+        rendered = compiled(text).render(messages=turns, add_generation_prompt=False, **tokenizer.special_tokens_map)
     except Exception:  # the template refuses these turns
         return None
     _, found, tail = rendered.rpartition(probe)
     if not found:
         return None
-    ends = [token for token in (*_special_tokens(tokenizer), *missing) if tail.lstrip().startswith(token)]
+    ends = [token for token in (*special_tokens(tokenizer), *missing) if tail.lstrip().startswith(token)]
     end = max(ends, key=len, default=None)
     return None if end == tokenizer.eos_token else end
 
 
-def _special_tokens(tokenizer: "PreTrainedTokenizerBase") -> tuple[str, ...]:
+def special_tokens(tokenizer: "PreTrainedTokenizerBase") -> tuple[str, ...]:
+    """The texts of a tokenizer's special tokens."""
     return tuple(token.content for token in tokenizer.added_tokens_decoder.values() if token.special)
 
 
-def _render(
-    text: str,
-    messages: Sequence[Message],
-    tools: Sequence[dict[str, Any]] | None,
-    special_tokens: Mapping[str, Any],
-    *,
-    marked: bool = False,
-    generation_prompt: bool = False,
-) -> tuple[str, list[Span]]:
-    """Renders as `tokenizer.apply_chat_template` does; with `marked`, also returns the spans of the markers."""
-    from transformers.utils.chat_template_utils import render_jinja_template
-
-    # as in transformers: templates test whether a key exists, and would write "None" for its value
-    turns = [{key: value for key, value in message.items() if value is not None} for message in messages]
-    rendered: Any = render_jinja_template(
-        [turns],
-        tools=None if tools is None else list(tools),
-        chat_template=text,
-        return_assistant_tokens_mask=marked,
-        add_generation_prompt=generation_prompt,
-        **special_tokens,
-    )
-    (result,), spans = rendered
-    return result, spans[0] if marked else []
+# ---- Jinja
 
 
-class ChatRenderer:
-    """Renders conversations with a tokenizer's current template, and finds the assistant's turns in the text."""
+def compiled(source: str) -> Any:
+    """A chat template, compiled as transformers does, with its markers, filters and sandbox."""
+    from transformers.utils.chat_template_utils import _compile_jinja_template
 
-    def __init__(self, tokenizer: "PreTrainedTokenizerBase") -> None:
-        self._tokenizer = tokenizer
-        self._names = dict(tokenizer.special_tokens_map)
-        self._special = _special_tokens(tokenizer)
-
-    def prompt(self, messages: Sequence[Message], tools: Sequence[dict[str, Any]] | None) -> str:
-        """Renders turns, with the generation prompt at the end.
-
-        Raises:
-            UserError: there is no template, or it refuses these turns.
-        """
-        return self._rendered(messages, tools, generation_prompt=True)[0]
-
-    def spans(self, conversation: Conversation, turns: Sequence[int]) -> tuple[str, list[Span]]:
-        """Renders a conversation and finds the spans of some assistant turns, including end-of-turn tokens.
-
-        Args:
-            conversation: The conversation.
-            turns: Indices of assistant messages, ascending.
-
-        Returns:
-            The rendered text, and one span of characters per turn.
-
-        Raises:
-            UserError: there is no template, it refuses the conversation, or the spans can't be found exactly.
-        """
-        messages, tools = conversation.messages, conversation.tools
-        marked = bool(turns) and bool(_MARKER.search(self._text(tools)))
-        text, spans = self._rendered(messages, tools, marked=marked)
-        if marked:
-            spans = self._marked_spans(conversation, turns, spans)
-        else:
-            spans = [self._span_by_prefix(text, conversation, turn) for turn in turns]
-        written = "\n".join(text[start:end] for start, end in spans)
-        for turn in turns:
-            # Check that the spans contain the end of each answer: templates for images skip plain strings, and markers
-            # in a captured block have wrong positions. Only the end, since templates may trim, and move thoughts.
-            last_word = (messages[turn]["content"] or "").split()[-1:]
-            if last_word and last_word[0][-8:] not in written:
-                raise UserError(f"the chat template doesn't write the text of turn {turn + 1}; use {_HELP}")
-        return text, spans
-
-    @staticmethod
-    def _marked_spans(conversation: Conversation, turns: Sequence[int], spans: list[Span]) -> list[Span]:
-        """Selects the spans of some turns: markers don't say which turn a span belongs to."""
-        speaks = [i for i, message in enumerate(conversation.messages) if message["role"] == "assistant"]
-        if len(spans) == len(speaks):
-            return [span for i, span in zip(speaks, spans, strict=True) if i in turns]
-        if len(spans) > len(speaks) and list(turns) == speaks:
-            return spans
-        raise UserError(
-            f"the chat template marks {len(spans)} spans with {{% generation %}} in a conversation of {len(speaks)} "
-            f"assistant turns, so they can't be matched; what helps: one marked span per turn, or {_HELP}"
-        )
-
-    def _text(self, tools: Sequence[dict[str, Any]] | None) -> str:
-        if not self._tokenizer.chat_template:
-            raise UserError(
-                "rows are conversations and the tokenizer has no chat template; choose one with `template`: "
-                f"{', '.join(BUILT_IN)}, or the path of a .jinja file"
-            )
-        return self._tokenizer.get_chat_template(tools=None if tools is None else list(tools))
-
-    def _rendered(
-        self, messages: Sequence[Message], tools: Sequence[dict[str, Any]] | None, **kwargs: bool
-    ) -> tuple[str, list[Span]]:
-        template = self._text(tools)
-        try:
-            return _render(template, messages, tools, self._names, **kwargs)
-        except Exception as error:  # a template can raise anything
-            raise RefusedError(f"the chat template refuses this conversation: {error}") from error
-
-    def _span_by_prefix(self, text: str, conversation: Conversation, turn: int) -> Span:
-        try:
-            return self._exact_span(text, conversation, turn)
-        except _InexactError as why:
-            advice = "a template with {% generation %} markers, or " + _HELP
-            last = max(i for i, message in enumerate(conversation.messages) if message["role"] == "assistant")
-            with contextlib.suppress(_InexactError):
-                self._exact_span(text, conversation, last)
-                advice = f"train_on: last_turn (exact here), {advice}"
-            raise UserError(
-                f"with this chat template, turn {turn + 1} can't be masked exactly: {why}; what helps: {advice}"
-            ) from why
-
-    def _exact_span(self, text: str, conversation: Conversation, turn: int) -> Span:
-        """The text after the prompt of a turn, if the template writes both as in the whole conversation."""
-        messages, tools = conversation.messages, conversation.tools
-        try:
-            before = self.prompt(messages[:turn], tools)
-            through = text if turn + 1 == len(messages) else self._rendered(messages[: turn + 1], tools)[0]
-        except UserError as error:
-            raise _InexactError(f"it can't be rendered without what follows ({error})") from error
-        if not text.startswith(through):
-            raise _InexactError("the template writes a turn differently once others follow")
-        if not through.startswith(before):
-            raise _InexactError("the template's generation prompt isn't how it begins the turn")
-        # A newline after an end-of-turn token is not part of the turn, since generation stops before it. Without such a
-        # token, the newline itself ends the turn.
-        spoken = through[len(before) :].rstrip()
-        if spoken.endswith(self._special):
-            return len(before), len(before) + len(spoken)
-        if (content := (messages[turn]["content"] or "").strip()) and through.endswith(content):
-            raise _InexactError(
-                "the template writes nothing at the turn's end, so a model couldn't learn to stop there"
-            )
-        return len(before), len(through)
+    return _compile_jinja_template(source)
 
 
-class Rendering:
-    """Renders a conversation as text, with a tokenizer's current template.
+@lru_cache(maxsize=256)
+def variables_of(source: str) -> frozenset[str]:
+    """Names that a template reads and that a recipe or a row may set."""
+    from jinja2 import meta
 
-    template: everything that the texts depend on, for cache keys.
+    return frozenset(meta.find_undeclared_variables(compiled(source).environment.parse(source)) - _BUILT_IN_VARIABLES)
+
+
+def check_variables(template: Any, names: Mapping[str, Any]) -> None:
+    """Refuses variables that a template doesn't read.
+
+    Args:
+        template: A template, several by name, or None.
+        names: The variables. `date` is known for templates that ask for today's date.
+
+    Raises:
+        UserError: names the first of them, and those that the template reads.
     """
-
-    def __init__(self, tokenizer: "PreTrainedTokenizerBase") -> None:
-        self._renderer = ChatRenderer(tokenizer)
-        self.template = f"{tokenizer.chat_template} {tokenizer.special_tokens_map}"
-
-    def __call__(self, conversation: Conversation) -> str:
-        """Renders all turns.
-
-        Raises:
-            UserError: there is no template, or it refuses these turns.
-        """
-        return self._renderer.spans(conversation, [])[0]
+    if not names:
+        return
+    texts = template.values() if isinstance(template, Mapping) else [template] if template else []
+    known = {name for text in texts for name in variables_of(text)} | ({DATE} if writes_date(template) else set())
+    for name in names:
+        if name not in known:
+            reads = f"it reads {', '.join(sorted(known))}" if known else "it reads none"
+            raise UserError(f"template_variables: the chat template reads no {name!r}{nearest(name, known)}; {reads}")
 
 
-class RefusedError(UserError):
-    """The chat template refuses a conversation."""
-
-
-class _InexactError(Exception):
-    """Why a turn can't be found by rendering prefixes."""
+def writes_date(template: Any) -> bool:
+    """Whether a template, or one of several, asks for today's date."""
+    texts = template.values() if isinstance(template, Mapping) else [template or ""]
+    return any("strftime_now" in text for text in texts)

@@ -159,16 +159,20 @@ class States:
         return self.at((lengths.cumsum(0) - 1).to(self.hidden.device))
 
     def loss_sum(self, token_loss: TokenLoss) -> TokenLossOutput:
-        """Sum of `token_loss` over the targets; in training, with the router loss of mixtures of experts added.
+        """Sum of `token_loss` over the targets, by weight; in training, with the router loss of mixtures of experts.
 
-        The router loss is multiplied by the batch's number of targets: the update divides by all its targets, which
-        leaves the weight that the config sets. It is left out in evaluation, since it is no likelihood and depends on
-        which rows share a batch.
+        The router loss is multiplied by the weight of the batch's targets: the update divides by that of all its
+        targets, which leaves the weight that the config sets. It is left out in evaluation, since it is no likelihood
+        and depends on which rows share a batch.
         """
-        lm = self.lm
-        out = token_loss_sum(self.predicting, self.batch["targets"], lm.head, token_loss, transform=lm.logit_transform)
+        lm, batch = self.lm, self.batch
+        out = token_loss_sum(
+            *(self.predicting, batch["targets"], lm.head, token_loss),
+            weights=batch.get("weights"),
+            transform=lm.logit_transform,
+        )
         if self.router_loss is not None:
-            out = out._replace(loss_sum=out.loss_sum + self.router_loss * out.target_tokens)
+            out = out._replace(loss_sum=out.loss_sum + self.router_loss * batch.get("weight", len(batch["targets"])))
         return out
 
     def token_losses(self, token_loss: TokenLoss) -> Tensor:

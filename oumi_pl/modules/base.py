@@ -374,11 +374,19 @@ class LanguageModule(RestorableModule):
         data, model = self.data, self.causal_lm
         notes = [*self.engine_notes] + ([] if self.reference is None else [self.reference.description])
         if data is not None and data.branching:
-            twice = f"prompts are computed twice per pair: {model.layout_reason or 'share_prompt is off'}"
-            notes.append("prompts are computed once per pair" if model.layout is forest else twice)
+            pairs = self.branching  # else conversations with a branch for each turn
+            what = "prompts are computed" if pairs else "histories that several turns share are computed"
+            once, again = ("once per pair", "twice per pair") if pairs else ("once", "for each turn")
+            why = model.layout_reason or "share_prompt is off"
+            notes.append(f"{what} {once}" if model.layout is forest else f"{what} {again}: {why}")
         elif data is not None and data.packing and model.layout is padded:
             notes.append(f"packed documents are computed in rows of their own, padded: {model.layout_reason}")
         return notes
+
+    @property
+    def doubts(self) -> list[str]:
+        """Advice on the settings for these data, which is given as warnings before the first update."""
+        return []
 
     def count(self, batch: Batch) -> dict[str, int]:
         """As of `UpdateModule`, with the positions that the model computes in its layout."""

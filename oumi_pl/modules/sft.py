@@ -12,7 +12,7 @@ from oumi_pl.types import Batch, Sums, TokenLoss
 
 
 class SFT(LanguageModule):
-    """Trains on the tokens that carry loss, normalised by their number over the whole update.
+    """Trains on the tokens that carry loss, normalised by their number (or weight) over the whole update.
 
     Args:
         loss: Loss per token: `(logits [n, vocab], targets [n]) -> [n]`. Its `metrics` are logged as well.
@@ -20,6 +20,7 @@ class SFT(LanguageModule):
     """
 
     branching = False
+    weighs_targets = True
     validation_metrics: tuple[str, ...] = ("val/loss", "val/nll", "val/perplexity", "val/mean_token_accuracy")
 
     def __init__(
@@ -36,7 +37,10 @@ class SFT(LanguageModule):
             self.validation_metrics = ()  # the loss has names of its own
 
     def loss_sums(self, batch: Batch, split: Split) -> Sums:
-        """Sums over the targets: `loss`, `correct` (targets with the largest logit), and in evaluation `nll`."""
+        """Sums over the targets: `loss`, `correct` (targets with the largest logit), and in evaluation `nll`.
+
+        `loss` and `nll` are sums by weight.
+        """
         with_nll = split != "train" and not is_cross_entropy(self.loss)
 
         def compute(states: States) -> Sums:
@@ -49,7 +53,7 @@ class SFT(LanguageModule):
         return self.causal_lm(batch, compute)
 
     def metrics(self, sums: Sums, split: Split) -> dict[str, Tensor]:
-        """Means per target, and in evaluation perplexity."""
-        means = super().metrics(sums, split)
-        means["mean_token_accuracy"] = means.pop("correct")
+        """Means by weight, accuracy over the targets, and in evaluation perplexity."""
+        means = super().metrics({name: value for name, value in sums.items() if name != "correct"}, split)
+        means["mean_token_accuracy"] = sums["correct"] / sums["targets"].clamp(min=1)
         return means if split == "train" else means | {"perplexity": means["nll"].exp()}

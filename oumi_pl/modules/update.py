@@ -31,6 +31,8 @@ Split = Literal["train", "validation", "test"]
 
 OWN_LOSS = "the loss of a step without ours"
 """Name of the sum of the losses of a `training_step` that does not call ours."""
+ROUNDING = 1e-6
+"""Largest relative difference of two sums of the same weights."""
 PREFIX: dict[Split, str] = {"train": "train", "validation": "val", "test": "test"}
 """Prefix of the metrics of a split, as in `val/loss`."""
 
@@ -62,7 +64,9 @@ class UpdateModule(L.LightningModule):
     """
 
     unit: ClassVar[str] = "targets"
-    """The sum that an update is divided by: `targets` (tokens that carry loss), or `rows` (examples)."""
+    """What an update is divided by: `targets` (tokens that carry loss, by weight), or `rows` (examples)."""
+    weighs_targets: ClassVar[bool] = False
+    """Whether `loss_sums` honours `Batch.weights`, as `States.loss_sum` does. If not, weighted rows are refused."""
     clipped_by: ClassVar[str] = "trainer.gradient_clip_val"
     """The key that clips gradients, for messages."""
 
@@ -118,10 +122,15 @@ class UpdateModule(L.LightningModule):
         loss has to be a 0 that depends on the model, so that all ranks take part in the backward pass.
         """
 
+    def units(self, sums: Mapping[str, Any]) -> Any:
+        """What the sums of an update or a split are divided by: its targets by weight, or its rows."""
+        return sums["weight"] if self.unit == "targets" and "weight" in sums else sums[self.unit]
+
     def metrics(self, sums: Sums, split: Split) -> dict[str, Tensor]:
         """Metrics from sums over an update or a whole split; by default, each sum divided by the number of units."""
-        counts = {"targets", "rows", "tokens", "positions"}
-        units = sums[self.unit].clamp(min=1)
+        counts = {"targets", "rows", "tokens", "positions", "weight"}
+        units = self.units(sums)
+        units = units.where(units > 0, 1)
         return {name: value / units for name, value in sums.items() if name not in counts}
 
     def count(self, batch: Any) -> dict[str, int]:
@@ -147,13 +156,14 @@ class UpdateModule(L.LightningModule):
         """
         update = batch.get("update")
         if update is not None:
-            return update.parts / max(1, getattr(update, self.unit))
+            return update.parts / (update.units(self.unit) or 1)
         if self.trainer.accumulate_grad_batches * self.trainer.world_size > 1:
             raise UserError(
                 "the batches lack the totals of their update (`update`), so a mean over several micro-batches or ranks "
                 "can't be computed; use a data module of oumi_pl, or one micro-batch on one device"
             )
-        return 1 / max(1, self.count(batch)[self.unit])
+        units = _weight(batch, self.count(batch)) if self.unit == "targets" else self.count(batch)[self.unit]
+        return 1 / (units or 1)
 
     # ---- training
 
@@ -184,7 +194,7 @@ class UpdateModule(L.LightningModule):
             self.add_to_update(sums | self.__counts(batch, sums["loss"].device))
             if (update := batch.get("update")) is not None:
                 self.__of_update = update.parts // self.trainer.world_size
-                self.__divisor += getattr(update, self.unit) / self.__of_update
+                self.__divisor += update.units(self.unit) / self.__of_update
                 self.__counted_batches += 1
         return objective * self.share(batch)
 
@@ -202,9 +212,8 @@ class UpdateModule(L.LightningModule):
 
     def add_to_update(self, sums: Mapping[str, Tensor]) -> None:
         """Adds a micro-batch's sums to those of the update, for logging."""
-        # float64, so that the sum does not depend on the number of micro-batches; MPS has none
         for name, value in sums.items():
-            total = value.detach().to(self.device, torch.float32 if self.device.type == "mps" else torch.float64)
+            total = value.detach().to(self.device, _precise(self.device))
             self.__update[name] = self.__update[name] + total if name in self.__update else total
 
     def before_step(self, optimizer: Optimizer) -> None:
@@ -245,7 +254,7 @@ class UpdateModule(L.LightningModule):
             metrics = {"loss": sums.pop(OWN_LOSS) / self.trainer.world_size}
             sums["loss"] = metrics["loss"] * sums[self.unit].clamp(min=1)
         else:
-            sums |= {name: mean * sums[self.unit] for name, mean in instead.items()}
+            sums |= {name: mean * self.units(sums) for name, mean in instead.items()}
             metrics = self.metrics(sums, "train")
         self.refuse_non_finite(metrics["loss"], grad_norm)
         self.last_update = {name: float(value) for name, value in sums.items()}
@@ -379,7 +388,14 @@ class UpdateModule(L.LightningModule):
     # ---- sums
 
     def __counts(self, batch: Any, device: torch.device) -> Sums:
-        return {name: torch.tensor(value, device=device) for name, value in self.count(batch).items()}
+        if not self.weighs_targets and "weights" in batch:
+            raise UserError(
+                f"{type(self).__name__} doesn't weigh tokens, and rows say how much they count in the loss; leave that "
+                "out with `ignore: [weight]`, or set the weights of turns to 0 or 1"
+            )
+        counts = self.count(batch)
+        weight = torch.tensor(_weight(batch, counts), dtype=_precise(device), device=device)
+        return {"weight": weight} | {name: torch.tensor(value, device=device) for name, value in counts.items()}
 
     def __over_ranks(self) -> Sums:
         names = sorted(self.__update)
@@ -391,6 +407,16 @@ class UpdateModule(L.LightningModule):
     def __epochs_done(self) -> float:
         loop = self.trainer.fit_loop
         return self.current_epoch + min(1.0, loop.epoch_loop.batch_progress.current.ready / max(1, loop.max_batches))
+
+
+def _precise(device: torch.device) -> torch.dtype:
+    """The dtype of sums: float64, so that they do not depend on the number of micro-batches; MPS has none."""
+    return torch.float32 if device.type == "mps" else torch.float64
+
+
+def _weight(batch: Any, counts: Mapping[str, int]) -> float:
+    """The weight of a batch's targets."""
+    return float(batch.get("weight", counts["targets"]))
 
 
 class EvaluationSums:

@@ -7,28 +7,32 @@ from typing import NamedTuple
 
 import numpy as np
 
-from oumi_pl.data.examples import ExampleData
-from oumi_pl.data.store import source_records
+from oumi_pl.data.examples import ChatData, ExampleData
+from oumi_pl.data.records import RecordReader
+from oumi_pl.data.tokenize import Dropped
 from oumi_pl.errors import UserError
 from oumi_pl.preview.pieces import Decoder, Piece, Tokens, segments_of
 from oumi_pl.preview.shown import Mark, Section, Shown
 from oumi_pl.terminal.screen import track
-from oumi_pl.types import Example, Record, Segment
+from oumi_pl.types import BadRow, Conversation, Example, Record, Segment
 
 AT_ONCE = 256
 """Rows tokenized at once."""
+LISTED = 8
+"""Most weights of a row that are listed."""
 
 
 class SourceRow(NamedTuple):
     """A row of a source, and its example.
 
-    number: of the row, from 1 over all sources of the split. origin: file and line. example: index of its example in
-    the split, from 0; None if the row was dropped. reason: why it was dropped.
+    number: of the row, from 1 over all sources of the split. origin: file and line. record: None for a row that can't
+    be used. example: index of its example in the split, from 0; None if the row was dropped. reason: why it was
+    dropped.
     """
 
     number: int
     origin: str
-    record: Record
+    record: Record | None
     example: int | None
     reason: str = ""
     cut: bool = False
@@ -58,15 +62,16 @@ def walk(data: ExampleData, split: str, wanted: Wanted) -> Iterator[SourceRow]:
     number = index = 0
     for source, store in zip(sources, data.stores(split), strict=True):
         drops = store.report["rows"] != len(store)
-        records = track(source_records(source, keep, formats=data.formats), f"looking for rows in {source.path}")
+        reader = RecordReader(source, data.formats)
+        records = track(reader.records(keep, strict=False), f"looking for rows in {source.path}")
         while batch := list(itertools.islice(records, AT_ONCE)):
             rows = [(number + i, origin, record) for i, (origin, record) in enumerate(batch, 1)]
             if not drops:  # every row has an example, so only wanted rows have to be tokenized
                 places: list[int | None] = list(range(index, index + len(rows)))
                 chosen = [(row, place) for row, place in zip(rows, places, strict=True) if wanted(row[0], place)]
-                encoded = data.encode([record for (_, _, record), _ in chosen]) if chosen else []
+                encoded = _encoded(data, [record for (_, _, record), _ in chosen])
             else:
-                encoded = data.encode([record for _, _, record in rows])
+                encoded = _encoded(data, [record for _, _, record in rows])
                 kept = itertools.count(index)
                 places = [next(kept) if isinstance(example, Example) else None for example in encoded]
                 chosen = list(zip(rows, places, strict=True))
@@ -76,9 +81,21 @@ def walk(data: ExampleData, split: str, wanted: Wanted) -> Iterator[SourceRow]:
                 if isinstance(example, Example):
                     yield SourceRow(row, origin, record, place, "", example.cut, example.straddled)
                 else:
-                    yield SourceRow(row, origin, record, None, example.reason)
+                    yield SourceRow(row, origin, record if isinstance(record, Record) else None, None, example.reason)
             number += len(rows)
             index += sum(place is not None for place in places)
+
+
+def _encoded(data: ExampleData, records: Sequence[Record | Dropped | BadRow]) -> list[Example | Dropped | BadRow]:
+    """The example of each record, or the reason why there is none."""
+    known = [record for record in records if isinstance(record, Record)]
+    try:
+        examples = iter(data.encode(known) if known else [])
+    except UserError as error:
+        if len(records) == 1:
+            return [BadRow(str(error))]
+        return [example for record in records for example in _encoded(data, [record])]
+    return [next(examples) if isinstance(record, Record) else record for record in records]
 
 
 # ---- which examples
@@ -139,13 +156,17 @@ def shown(data: ExampleData, split: str, row: SourceRow, decoder: Decoder) -> Sh
         return Shown(title, [row.origin, f"dropped: {row.reason}"], _text_of_dropped(data, row, decoder))
     example: Example = data.examples(split)[row.example]
     segments = segments_of(data.batch(split, [row.example]))
-    uncut = data.uncut(row.record) if row.cut else None
+    uncut = data.uncut(row.record) if row.cut and row.record is not None else None
     whole, kept = uncut or (example, [np.arange(len(tokens)) for tokens in segments])
     parts = _parts(data.segment_names, example, segments, whole, kept)
     targets = sum(int(tokens.targets.sum()) for tokens in segments)
     lengths = ", ".join(f"{part.name} {len(part.tokens):,}" for part in parts) if len(parts) > 1 else ""
     facts = [row.origin, f"{len(example.input_ids):,} tokens{f' ({lengths})' if lengths else ''}"]
-    facts.append(f"{targets:,} carry loss")
+    facts.append(f"{targets:,} carry loss{'' if row.cut else _by_kind(data, row.record, targets)}")
+    weights = [] if example.weights is None else np.unique(example.weights[example.loss_mask]).tolist()
+    if weights not in ([], [1.0]):
+        counted = [f"{weight:g}" for weight in weights]
+        facts.append(f"with weights {', '.join(counted[:LISTED])}{', ...' if len(counted) > LISTED else ''}")
     facts += [f"{name} {value:g}" for name, value in example.fields.items() if not math.isnan(value)]
     if row.cut:
         removed = len(whole.input_ids) - len(example.input_ids)
@@ -153,6 +174,17 @@ def shown(data: ExampleData, split: str, row: SourceRow, decoder: Decoder) -> Sh
     if row.straddled:
         facts.append("a token holds characters of both prompt and answer")
     return Shown(title, facts, [Section(part.title, _with_cuts(part, decoder)) for part in parts])
+
+
+def _by_kind(data: ExampleData, record: Record | None, targets: int) -> str:
+    """What the tokens that carry loss are, if a conversation has more than texts."""
+    if not isinstance(data, ChatData) or not isinstance(record, Conversation):
+        return ""
+    kinds = data.tokenize.loss_by_kind(record)
+    if not kinds.keys() - {"text"}:
+        return ""
+    kinds["tags and ends of turns"] = targets - sum(kinds.values())
+    return f" ({', '.join(f'{kind} {n:,}' for kind, n in kinds.items() if n > 0)})"
 
 
 class _Part:
@@ -202,7 +234,11 @@ def _shared_by_all(segments: Sequence[Segment]) -> int:
 
 def _text_of_dropped(data: ExampleData, row: SourceRow, decoder: Decoder) -> list[Section]:
     """The text of a row that was dropped for its length, without targets, because nothing in it is trained on."""
-    if (uncut := data.uncut(row.record)) is None:
+    try:
+        uncut = data.uncut(row.record) if row.record is not None else None
+    except UserError:  # the reason why the row was dropped
+        uncut = None
+    if uncut is None:
         return []
     ids = uncut[0].input_ids.tolist()
     pieces = decoder.pieces(ids, [False] * len(ids), range(len(ids)))

@@ -43,10 +43,8 @@ def _weights(data: TextData, split: str) -> list[float]:
 
 def _lines(report: dict[str, Any]) -> dict[str, str]:
     """The report of a split as names and values."""
-    lengths = report["lengths"]
-    rows, tokens, targets = report["rows"], report["tokens"], report["target_tokens"]
-    lines = {"rows": f"{rows:,}", "kept": f"{report['kept']:,}"}
-    lines |= {f"dropped: {reason}": _share(n, rows) for reason, n in report["dropped"].items()}
+    tokens, targets = report["tokens"], report["target_tokens"]
+    lines = {"rows": f"{report['rows']:,}", "kept": f"{report['kept']:,}"} | _left_out(report)
     for key, name in (
         ("cut", "cut to length"),
         ("straddled", "a token across the border of prompt and answer"),
@@ -54,16 +52,21 @@ def _lines(report: dict[str, Any]) -> dict[str, str]:
     ):
         if report.get(key):
             lines[name] = _share(report[key], report["kept"])
+    lines |= {note: _share(n, report["kept"]) for note, n in report.get("notes", {}).items()}
+    if rows_apart := report.get("turns_apart"):
+        name = "turns apart, each after its own history"
+        lines[name] = f"{_share(rows_apart, report['kept'])}, {report['turns_apart_tokens']:,} tokens more"
+    if "template_date" in report:
+        lines["today, for the chat template"] = report["template_date"]
     for key in ("documents", "replaced", "split"):
         if report.get(key):
             name = {"replaced": "characters that weren't UTF-8", "split": "documents longer than a row"}.get(key, key)
             lines[name] = f"{report[key]:,}"
     lines |= {"tokens": f"{tokens:,}", "carry loss": _share(targets, tokens)}
-    if "bytes_per_token" in report:
-        lines["bytes per token"] = f"{report['bytes_per_token']:.2f}"
-    if lengths and report["kept"] > 1:
-        lines["length: shortest, median, longest"] = f"{lengths['p0']:,}, {lengths['p50']:,}, {lengths['p100']:,}"
-        lines["length: 5 %, 25 %, 75 %, 95 %"] = ", ".join(f"{lengths[p]:,}" for p in ("p5", "p25", "p75", "p95"))
+    for key, name in (("target_weight", "their weight in the loss"), ("bytes_per_token", "bytes per token")):
+        if key in report:
+            lines[name] = f"{report[key]:,.2f}"
+    lines |= _lengths(report)
     for key, name in (("rows_planned", "rows of an epoch"), ("updates_per_epoch", "updates of an epoch, one device")):
         if key in report:
             lines[name] = f"{report[key]:,}"
@@ -71,6 +74,26 @@ def _lines(report: dict[str, Any]) -> dict[str, str]:
     for key, name in (("fill", "fill of the rows"), ("saved_by_sharing", "saved by sharing prompts")):
         if key in report:
             lines[name] = f"{report[key]:.1%}"
+    return lines
+
+
+def _lengths(report: dict[str, Any]) -> dict[str, str]:
+    lengths = report["lengths"]
+    if not lengths or report["kept"] <= 1:
+        return {}
+    return {
+        "length: shortest, median, longest": f"{lengths['p0']:,}, {lengths['p50']:,}, {lengths['p100']:,}",
+        "length: 5 %, 25 %, 75 %, 95 %": ", ".join(f"{lengths[p]:,}" for p in ("p5", "p25", "p75", "p95")),
+    }
+
+
+def _left_out(report: dict[str, Any]) -> dict[str, str]:
+    """What was not used: rows by reason, with the first of those that can't be used, and columns."""
+    lines = {f"dropped: {reason}": _share(n, report["rows"]) for reason, n in report["dropped"].items()}
+    for reason, kind in report.get("bad_rows", {}).items():
+        lines[f"first: {reason}"] = ", ".join(kind["first"][:LISTED])
+    if report.get("unread_columns"):
+        lines["columns that no format reads"] = ", ".join(report["unread_columns"])
     return lines
 
 
@@ -130,12 +153,13 @@ def notes(data: TextData) -> list[str]:
 
 def packs(data: ExampleData) -> Packs:
     """The packs of the first micro-batch of training. The data must be packed."""
-    assert data.capacity is not None
+    capacity = data.capacity_for("train")
+    assert capacity is not None
     numbered = has_no_dropped_rows(data, "train")
     lengths = data.lengths("train")
     first = next(data.plan(0).micro_batches(0, data.layout))
     filled = [Pack(lengths[ids].tolist(), [i + 1 if numbered else 0 for i in ids.tolist()]) for ids in first]
     total = sum(sum(pack.lengths) for pack in filled)
-    share = total / (len(filled) * data.capacity)
-    title = f"packs of the first micro-batch: {len(filled)} of {data.capacity:,} tokens, {share:.1%} filled"
-    return Packs(title, data.capacity, filled)
+    share = total / (len(filled) * capacity)
+    title = f"packs of the first micro-batch: {len(filled)} of {capacity:,} tokens, {share:.1%} filled"
+    return Packs(title, capacity, filled)

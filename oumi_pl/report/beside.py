@@ -22,6 +22,7 @@ DRAWN = {
     "val/loss": "Validation loss",
     "val/bits_per_byte": "Bits per byte, validation",
     "val/rewards/accuracies": "Share of pairs ranked right, validation",
+    "val/rewards/sign_accuracy": "Share of rewards with the right sign, validation",
     "val/rewards/margins": "Reward margin, validation",
     "val/exact_match": "Exact answers, share of held-out",
 }

@@ -64,7 +64,10 @@ class Panel:
 def panels(metrics: Mapping[str, Column]) -> list[Panel]:
     """The panels for these metrics, the most informative first."""
     blue, orange, green, purple = COLORS[:4]
-    pairs = "train/rewards/margins" in metrics or "val/rewards/margins" in metrics
+    # single responses (KTO) have margins as well, of the means over all good and all bad rows
+    units = {"rewards/sign_accuracy": "Loss per row", "rewards/margins": "Loss per pair"}
+    found = (title for name, title in units.items() if f"train/{name}" in metrics or f"val/{name}" in metrics)
+    loss = next(found, "Loss, nats per target token")
     both = lambda name: (Line(f"train/{name}", "training", blue), Line(f"val/{name}", "validation", orange))  # noqa: E731
     rewards = (
         Line("train/rewards/chosen", "chosen", green),
@@ -73,9 +76,10 @@ def panels(metrics: Mapping[str, Column]) -> list[Panel]:
         Line("val/rewards/rejected", "rejected, validation", purple),
     )
     wanted = [
-        Panel("Loss per pair" if pairs else "Loss, nats per target token", both("loss")),
+        Panel(loss, both("loss")),
         Panel("Reward margin: chosen minus rejected", both("rewards/margins"), middle=0.0),
         Panel("Share of pairs ranked right", both("rewards/accuracies"), 0.0, 1.0, middle=0.5),
+        Panel("Share of rewards with the right sign", both("rewards/sign_accuracy"), 0.0, 1.0, middle=0.5),
         Panel("Rewards", rewards, middle=0.0),
         Panel("Bits per byte, validation", _by_source(metrics, "bits_per_byte")),
         Panel("Perplexity, validation", _by_source(metrics, "perplexity")),

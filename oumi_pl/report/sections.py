@@ -9,11 +9,12 @@ from oumi_pl.report.record import Record
 from oumi_pl.report.words import clock, large, meaning, moment, number
 from oumi_pl.runs import folders
 
-HIGHER_IS_BETTER = ("exact_match", "accuracies", "mean_token_accuracy", "margins")
+HIGHER_IS_BETTER = ("exact_match", "accuracies", "sign_accuracy", "mean_token_accuracy", "margins")
 TILES = {
     "val/loss": "Validation loss",
     "val/exact_match": "Exact answers",
     "val/rewards/accuracies": "Pairs ranked right",
+    "val/rewards/sign_accuracy": "Rewards with the right sign",
     "val/rewards/margins": "Reward margin",
     "val/bits_per_byte": "Bits per byte",
     "val/perplexity": "Perplexity",
@@ -32,12 +33,19 @@ ROWS = {
     "documents": ("documents", "n"),
     "kept": ("kept", "n"),
     "dropped": ("dropped", "reasons"),
+    "bad_rows": ("of these, rows that can't be used", "first rows"),
+    "unread_columns": ("columns that aren't read", "names"),
     "cut": ("cut to length", "n"),
     "empty_answers": ("empty answers", "n"),
     "straddled": ("a token crosses the border of prompt and answer", "n"),
+    "notes": ("notes", "reasons"),
+    "turns_apart": ("a branch for each turn", "n"),
+    "turns_apart_tokens": ("tokens that the branches add", "n"),
+    "template_date": ("today, for the chat template", "text"),
     "replaced": ("characters that were not UTF-8", "n"),
     "tokens": ("tokens", "n"),
     "target_tokens": ("tokens that carry loss", "n"),
+    "target_weight": ("their weight in the loss", "n"),
     "bytes": ("bytes of text", "n"),
     "bytes_per_token": ("bytes per token", "n"),
     "rows_planned": ("rows of an epoch", "n"),
@@ -206,12 +214,17 @@ def _cell(value: Any, kind: str) -> str:
         return ""
     if kind == "reasons" and isinstance(value, dict):
         return "\n".join(f"{number(n)} ({reason})" for reason, n in value.items())
+    if kind == "first rows" and isinstance(value, dict):
+        return "\n".join(f"{', '.join(rows['first'])}: {reason}" for reason, rows in value.items())
+    if isinstance(value, list):
+        return ", ".join(map(str, value))
     return f"{value:.1%}" if kind == "%" and isinstance(value, int | float) else number(value)
 
 
 def _sources(title: str, sources: list[Any]) -> Table:
     mappings = [source for source in sources if isinstance(source, dict)]
-    keys = [key for key in dict.fromkeys(key for source in mappings for key in source) if key != "source"]
+    apart = ("source", "bad_rows")  # those of all sources are in the first table
+    keys = [key for key in dict.fromkeys(key for source in mappings for key in source) if key not in apart]
     keys = [key for key in keys if any(source.get(key) for source in mappings)]
     rows = []
     for source in mappings:

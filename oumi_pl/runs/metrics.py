@@ -1,13 +1,14 @@
 """Writes `metrics.csv`: one line per optimizer step. A resume truncates it to its checkpoint and continues it.
 
 The table lists name, meaning and window of every metric. Names are TRL's if it has one. "Update" is one optimizer step:
-all its micro-batches on all ranks.
+all its micro-batches on all ranks. In KTO, `chosen` are the desirable rows and `rejected` the others, and `kl` is the
+mean log-ratio of whole mismatched responses, as it is in the loss.
 
 | name | meaning | window |
 |---|---|---|
 | `step` | optimizer steps done | |
 | `epoch` | epochs done, as a fraction | |
-| `train/loss` | training loss per target token; per pair in preference training | the update |
+| `train/loss` | training loss per target token; per pair in preference training, per row in KTO | the update |
 | `train/mean_token_accuracy` | share of target tokens that are the most likely ones | the update |
 | `train/grad_norm` | 2-norm of the gradient before clipping | the update |
 | `train/lr` | learning rate of the first parameter group | the update |
@@ -18,11 +19,12 @@ all its micro-batches on all ranks.
 | `train/padding` | share of the computed positions that is padding, or a shared prompt computed again | the update |
 | `train/peak_memory_gb` | peak memory: allocated on CUDA, resident elsewhere; 1e9 bytes | the run on rank 0 |
 | `train/rewards/chosen`, `/rejected` | rewards of the responses, as the loss defines them | the update's pairs |
-| `train/rewards/margins` | chosen minus rejected reward | the update's pairs |
+| `train/rewards/margins` | chosen minus rejected reward; in KTO, of their means | the update's pairs |
 | `train/rewards/accuracies` | share of pairs whose margin is above 0; exactly 0 counts half | the update's pairs |
 | `train/logps/chosen`, `/rejected` | log-probability of a response, in nats | the update's pairs |
 | `train/lengths/chosen`, `/rejected` | target tokens of a response | the update's pairs |
-| `train/kl` | half the squared log-ratio to the reference, an estimate of the KL divergence | the update's targets |
+| `train/rewards/sign_accuracy` | (KTO) share of rows whose reward has the sign of the label | the update's rows |
+| `train/kl` | estimated KL divergence from the reference: half the squared log-ratio | the update's targets |
 | `train/rows_per_second` | rows (pairs) over wall time, where the loss is a mean over rows | the update |
 | `val/loss` | the training loss on held-out tokens or pairs | all of `validation` |
 | `val/nll` | cross-entropy in nats per target token; `val/loss` unless another loss is trained | all of `validation` |

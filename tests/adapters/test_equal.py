@@ -9,11 +9,12 @@ from oumi_pl import adapters
 from oumi_pl.errors import UserError
 from oumi_pl.losses.causal import CrossEntropy
 from oumi_pl.losses.preference import BCO, LDDPO, JensenShannon, Robust, Sigmoid, WeightedSum
+from oumi_pl.losses.responses import APOZeroUnpaired, KTOLoss
 from oumi_pl.modules.pretrain import Pretrain
 from oumi_pl.optim.schedules import Linear
 from oumi_pl.types import TokenLoss
 from tests.data.corpora import corpus, pretrain_data
-from tests.tiny import LLAMA, data, distance, dpo, dpo_data, module, trainer, weights
+from tests.tiny import LLAMA, data, distance, dpo, dpo_data, kto, kto_data, module, trainer, weights
 
 ROWS, BATCH, MICRO = 21, 2, 4
 """Updates of 8, 8 and 5 rows: the last one has a short micro-batch and an empty one."""
@@ -73,14 +74,20 @@ def preferences(tmp_path, packing=False, config=None, **kwargs):
     return policy, dpo_data(tmp_path, ROWS, **layout)
 
 
-def run(engine, make, tmp_path, precision="32-true", **kwargs):
+def judgements(tmp_path, packing=False, batch_size=8, **kwargs):
+    layout = {"packing": True, "batch_size": 2, "max_length": 128} if packing else {"batch_size": batch_size}
+    policy = kto(None, adamw, {"attention_dropout": 0.1}, schedule=Linear(2), **kwargs)
+    return policy, kto_data(tmp_path, ROWS, **layout)
+
+
+def run(engine, make, tmp_path, precision="32-true", micro=MICRO, **kwargs):
     """The trained module, its last metrics, and losses, norms and rates by update."""
     trained, its_data = make(tmp_path, **kwargs)
     L.seed_everything(3)
     record = LogLightning() if engine == "lightning" else LogEngine()
     loop = trainer(
         max_epochs=2,
-        accumulate_grad_batches=MICRO,
+        accumulate_grad_batches=micro,
         gradient_clip_val=0.5,
         precision=precision,
         callbacks=[record] if engine == "lightning" else [],
@@ -162,6 +169,22 @@ def test_pretraining(tmp_path, kwargs):
 def test_preferences(tmp_path, kwargs):
     """Micro-batches of an update have different numbers of pairs."""
     assert_equal("trl", preferences, tmp_path, **kwargs)
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize(
+    "kwargs",
+    [
+        {"loss": KTOLoss(0.3), "desirable_weight": 0.7, "undesirable_weight": 1.5},
+        {"lora": LORA},
+        {"packing": True},
+        {"reference": "online", "batch_size": 1},
+        {"loss": APOZeroUnpaired(0.2), "micro": MICRO, "batch_size": 2},
+    ],
+)
+def test_judgements(tmp_path, kwargs):
+    """Single responses. TRL estimates the KL divergence on a micro-batch, which has to be the update."""
+    assert_equal("trl", judgements, tmp_path, **{"micro": 1} | kwargs)
 
 
 GEMMA = {"model_type": "gemma2", "head_dim": 8, "query_pre_attn_scalar": 8, "sliding_window": 16}

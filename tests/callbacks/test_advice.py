@@ -6,6 +6,7 @@ import random
 import sys
 import time
 import warnings
+from operator import itemgetter
 from types import SimpleNamespace
 
 import pytest
@@ -47,7 +48,12 @@ def parts(
     }
     made_trainer = SimpleNamespace(optimizers=[made], datamodule=SimpleNamespace(**(held | kwargs)))
     made_module = SimpleNamespace(
-        parameters=lambda: [weights, whole], lora=lora, model_name=model, unit=unit, reference=reference
+        parameters=lambda: [weights, whole],
+        lora=lora,
+        model_name=model,
+        unit=unit,
+        units=itemgetter(unit),
+        reference=reference,
     )
     return made_trainer, made_module
 

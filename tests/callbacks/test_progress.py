@@ -6,6 +6,7 @@ import re
 import sys
 import time
 from contextlib import suppress
+from operator import itemgetter
 from types import SimpleNamespace
 
 import pytest
@@ -73,7 +74,11 @@ def made_run(metrics=FULL, total=12_000):
         num_val_batches=[8],
     )
     module = SimpleNamespace(
-        total_steps=lambda: total, unit="targets", device=torch.device("cpu"), details=("kl",), last_update={}
+        total_steps=lambda: total,
+        units=itemgetter("targets"),
+        device=torch.device("cpu"),
+        details=("kl",),
+        last_update={},
     )
     return trainer, module
 

@@ -207,6 +207,41 @@ def test_trl_dpo():
     assert any("float32" in text for text in made.comments["model"])
 
 
+def test_trl_kto():
+    kwargs = '{"beta": 0.2, "undesirable_weight": 1.5, "loss_type": "kto", "max_length": 128}'
+    made = recipe(
+        {"dataset_name": "trl-lib/kto-mix-14k"},
+        engine=None,
+        training__trainer_type="TRL_KTO",
+        training__trainer_kwargs=kwargs,
+    )
+    assert made.tree["engine"] == "trl"
+    assert made.tree["model"]["class_path"] == "KTO"
+    assert section(made, "model")["loss"] == {"class_path": "KTOLoss", "init_args": {"beta": 0.2}}
+    assert section(made, "model")["undesirable_weight"] == 1.5
+    assert "desirable_weight" not in section(made, "model")
+    assert made.tree["data"]["class_path"] == "KTOData"
+    assert section(made, "data")["train"] == "trl-lib/kto-mix-14k"
+    assert (section(made, "data")["max_length"], section(made, "data")["overflow"]) == (128, "keep_start")
+    assert any("to another prompt" in text for text in made.comments["data"])
+
+
+def test_trl_kto_over_several_micro_batches():
+    """TRL's divergence would be of each micro-batch; without one, TRL can do it."""
+    several = {"training__trainer_type": "TRL_KTO", "training__gradient_accumulation_steps": 4}
+    made = recipe({"dataset_name": "org/feedback"}, engine=None, **several)
+    assert "engine" not in made.tree
+    assert any("a KL divergence over several micro-batches" in text for text in made.comments[""])
+    apo = recipe(
+        {"dataset_name": "org/feedback"},
+        engine=None,
+        training__trainer_kwargs='{"loss_type": "apo_zero_unpaired"}',
+        **several,
+    )
+    assert apo.tree["engine"] == "trl"
+    assert section(apo, "model")["loss"]["class_path"] == "APOZeroUnpaired"
+
+
 def test_registered_documents():
     made = recipe(
         {

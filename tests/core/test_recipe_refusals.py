@@ -7,6 +7,7 @@ from tests.core.oumi import recipe
 
 PEFT = {"training__use_peft": True}
 FSDP = {"fsdp__enable_fsdp": True}
+KTO = {"dataset": {"dataset_name": "trl-lib/kto-mix-14k"}, "training__trainer_type": "TRL_KTO"}
 DPO = {"dataset": {"dataset_name": "mlabonne/orpo-dpo-mix-40k"}, "training__trainer_type": "TRL_DPO"}
 
 
@@ -132,6 +133,14 @@ def dataset(**fields):
             r"training\.max_steps: missing",
         ),
         ({"training__trainer_type": "TRL_DPO"}, r"data\.train\.datasets: TRL_DPO reads pairs"),
+        ({"training__trainer_type": "TRL_KTO"}, r"data\.train\.datasets: TRL_KTO reads responses with a label"),
+        ({"dataset": {"dataset_name": "trl-lib/kto-mix-14k"}}, r"data\.train\.datasets: .*TRL_KTO trains on"),
+        (kwargs('{"loss_type": "bco"}', **KTO), r"training\.trainer_kwargs\.loss_type: no counterpart of 'bco'"),
+        (
+            kwargs('{"desirable_weigt": 1}', **KTO),
+            r"desirable_weigt: has no counterpart; did you mean 'desirable_weight'",
+        ),
+        ({**KTO, "data__train__pack": True}, r"data\.train\.pack: responses with a label are not packed"),
         ({"dataset": {"dataset_name": "mlabonne/orpo-dpo-mix-40k"}}, r"data\.train\.datasets: .*TRL_DPO trains on"),
         ({**DPO, "data__train__pack": True}, r"data\.train\.pack: pairs of responses are not packed"),
     ],

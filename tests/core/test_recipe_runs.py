@@ -73,6 +73,19 @@ def test_dpo(cli):
     assert float(losses[1]) == pytest.approx(0.693147, abs=1e-5)
 
 
+def test_kto(cli):
+    turns = [row["messages"] for row in conversations(8)]
+    rows = ({"prompt": m[:1], "completion": m[1:], "label": i % 2 == 0} for i, m in enumerate(turns))
+    cli.write("rows.jsonl", jsonl(*rows))
+    losses, _ = run(
+        cli,
+        data=dataset("rows.jsonl", "trl-lib/kto-mix-14k"),
+        training={"trainer_type": "TRL_KTO", "trainer_kwargs": {"beta": 0.3}, "per_device_train_batch_size": 2},
+    )
+    assert float(losses[1]) == pytest.approx(0.5, abs=1e-5)
+    assert float(cli.column("out/run", "train/kl")[1]) == 0.0
+
+
 def test_pretraining_from_random_weights_with_adafactor(cli):
     cli.write("texts.jsonl", jsonl(*({"text": f"document {i} " * 9} for i in range(20))))
     data = dataset("texts.jsonl", "HuggingFaceFW/fineweb-edu", stream=True)

@@ -47,7 +47,9 @@ def test_a_warmup_ratio_of_one_is_the_whole_run():
     assert made.get_warmup_steps(1000) == 1000
 
 
-@pytest.mark.parametrize(("kind", "name"), [("TRL_SFT", "SFTConfig"), ("TRL_DPO", "DPOConfig")])
+@pytest.mark.parametrize(
+    ("kind", "name"), [("TRL_SFT", "SFTConfig"), ("TRL_DPO", "DPOConfig"), ("TRL_KTO", "KTOConfig")]
+)
 def test_each_type_has_its_class_and_never_its_defaults(kind, name):
     made = to_hf(TrainingParams(enable_tensorboard=False, trainer_kwargs={"max_length": 77}), TrainerType[kind])
     assert (type(made).__name__, made.max_length, made.learning_rate) == (name, 77, 5e-5)
@@ -141,7 +143,7 @@ def test_oumis_own_trainer_and_the_recipes(tmp_path):
         model=Regression(), args=params(tmp_path), train_dataset=Points(), training_config=None
     )
     assert isinstance(trainer, Trainer)
-    for kind in ("SFT", "DPO", "PRETRAIN"):
+    for kind in ("SFT", "DPO", "KTO", "PRETRAIN"):
         with pytest.raises(UserError, match=rf"{kind} builds its own model and data"):
             build_trainer(TrainerType[kind])
 

@@ -6,6 +6,7 @@ import numpy as np
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 
+from oumi_pl.data.rendering import ChatRenderer
 from oumi_pl.data.template import BUILT_IN, apply_template, load_template
 from oumi_pl.types import Conversation
 
@@ -61,3 +62,14 @@ def pieces(tokenizer, example):
     assert example.loss_mask.dtype == bool
     pairs = zip(example.loss_mask.tolist(), example.input_ids.tolist(), strict=True)
     return [(tokenizer.decode([i for _, i in group]), loss) for loss, group in groupby(pairs, key=lambda pair: pair[0])]
+
+
+def spans_of(tokenizer, conversation, turns):
+    """The text of a conversation whose trained turns share one, and their spans."""
+    (written,) = ChatRenderer(tokenizer).render(conversation, turns).texts
+    return written.text, [(target.start, target.end) for target in written.targets]
+
+
+def prompt_of(tokenizer, turns, tools=None):
+    """Turns rendered with the generation prompt at the end."""
+    return ChatRenderer(tokenizer).prompt(Conversation(tuple(turns), tools and tuple(tools)), len(turns))

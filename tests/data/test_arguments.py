@@ -27,7 +27,9 @@ SHARED = {
     "seed": 9,
     "trust_remote_code": True,
 }
-EXAMPLES = SHARED | {"packing": True, "group_by_length": False, "template": "plain", "overflow": "drop"}
+EXAMPLES = SHARED | {"packing": True, "group_by_length": False, "bad_rows": "drop"}
+EXAMPLES |= {"template": "plain", "overflow": "drop"}
+EXAMPLES |= {"template_variables": {"mood": 1}, "lost": "drop", "add_eos": True}
 STREAM = SHARED | {
     "packing": "best_fit",
     "isolate": True,
@@ -37,7 +39,7 @@ STREAM = SHARED | {
     "eval_stride": 16,
 }
 ARGUMENTS = {
-    SFTData: EXAMPLES | {"train_on": "all"},
+    SFTData: EXAMPLES | {"train_on": "all", "turns": "apart"},
     DPOData: EXAMPLES,
     PretrainData: STREAM,
     PackedChatData: STREAM | {"template": "plain"},

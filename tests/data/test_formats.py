@@ -1,7 +1,9 @@
 """Rows of every built-in format, the mistakes users make in them, and how a format is found."""
 
+import json
 import sys
 
+import numpy as np
 import pytest
 
 from oumi_pl.data import formats
@@ -151,3 +153,118 @@ def test_rename_columns():
     }
     with pytest.raises(UserError, match=r"no column 'q_txt' \(for 'question'\); did you mean 'q_text'"):
         formats.rename_columns(row, {"question": "q_txt"})
+
+
+PIRATE = turn("system", "Talk like a pirate.")
+
+
+@pytest.mark.parametrize("name", ["system", "system_prompt"])
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"instruction": "q", "input": "", "output": "a"},
+        {"conversations": [{"from": "human", "value": "q"}, {"from": "gpt", "value": "a"}]},
+        {"messages": list(EXCHANGE)},
+        {"prompt": "q", "response": "a"},
+        {"question": "q", "answer": "a"},
+        {"question": "q", "response": "a"},
+        {"prompt": [EXCHANGE[0]], "completion": [EXCHANGE[1]]},
+    ],
+)
+def test_a_system_column_becomes_the_first_turn(row, name):
+    find = formats.find_format(row.keys())
+    plain, system = find(row), find(row | {name: PIRATE["content"]})
+    assert system.messages == (PIRATE, *plain.messages)
+    assert (system.prompt_messages is None) == (plain.prompt_messages is None)
+    if plain.prompt_messages is not None:
+        assert system.prompt_messages == plain.prompt_messages + 1
+    for nothing in ("", None, float("nan")):
+        assert find(row | {name: nothing}) == plain
+
+
+def test_a_system_column_beside_a_system_turn():
+    row = {"messages": [PIRATE, *EXCHANGE], "system": PIRATE["content"]}
+    assert formats.messages(row).messages == (PIRATE, *EXCHANGE)
+    with pytest.raises(UserError, match="the first turn is a system turn, and a column holds another system prompt"):
+        formats.messages(row | {"system": "Be brief."})
+    with pytest.raises(UserError, match="'system' and 'system_prompt' hold different system prompts"):
+        formats.messages({"messages": list(EXCHANGE), "system": "a", "system_prompt": "b"})
+    with pytest.raises(UserError, match="column 'system' holds a list instead of text"):
+        formats.messages({"messages": list(EXCHANGE), "system": ["a"]})
+
+
+@pytest.mark.parametrize("as_text", [False, True])
+def test_alpacas_history_is_part_of_the_prompt(as_text):
+    history = [["Say hello.", "Hello."], ["And again.", "Hello!"]]
+    row = {"instruction": "And in French?", "input": "", "output": "Bonjour."}
+    read = formats.alpaca(row | {"history": json.dumps(history) if as_text else history, "system": "s"})
+    said = [("system", "s"), ("user", "Say hello."), ("assistant", "Hello."), ("user", "And again.")]
+    said += [("assistant", "Hello!"), ("user", "And in French?"), ("assistant", "Bonjour.")]
+    assert read == Conversation(tuple(turn(*each) for each in said), prompt_messages=6)
+    turns = [turn(*each) for each in said[1:5]]
+    assert formats.alpaca(row | {"history": turns, "system": "s"}) == read
+    for nothing in (None, [], "[]", "", float("nan")):
+        assert formats.alpaca(row | {"history": nothing}) == formats.alpaca(row)
+
+
+@pytest.mark.parametrize(
+    ("columns", "message"),
+    [
+        ({"history": [["q"]]}, r"history\[0\] is a list instead of a question and its answer"),
+        ({"history": [["q", "a"], "b"]}, r"history\[1\] is text instead of a question and its answer"),
+        ({"history": {"q": "a"}}, r"'history' holds a mapping instead of pairs"),
+        ({"history": "before"}, r"'history' holds text that isn't JSON"),
+        ({"weight": "heavy"}, r"column 'weight' is 'heavy', but has to be"),
+        ({"weight": -2}, r"column 'weight' is -2, but has to be"),
+        ({"chat_template_kwargs": [1]}, r"'chat_template_kwargs' holds a list instead of a mapping"),
+        ({"tools": ["oops"]}, r"'tools' must hold a list of mappings"),
+    ],
+)
+def test_a_wrong_column_beside_the_turns_is_one_error_message(columns, message):
+    with pytest.raises(UserError, match=message):
+        formats.alpaca({"instruction": "q", "output": "a"} | columns)
+
+
+@pytest.mark.parametrize(
+    "tools",
+    [
+        [{"type": "function", "function": {"name": "f", "parameters": {}}}],
+        json.dumps([{"name": "f", "parameters": {}}]),
+        [json.dumps({"type": "function", "function": {"name": "f", "parameters": {}}})],
+        [{"functionDeclarations": [{"name": "f", "parameters": {}}]}],
+        np.array([{"type": "function", "function": {"name": "f", "parameters": {}, "strict": None}}], dtype=object),
+    ],
+)
+def test_tools_are_described_in_one_shape(tools):
+    expected = ({"type": "function", "function": {"name": "f", "parameters": {}}},)
+    assert formats.messages({"messages": list(EXCHANGE), "tools": tools}).tools == expected
+    assert formats.messages({"messages": list(EXCHANGE), "functions": tools}).tools == expected
+
+
+@pytest.mark.parametrize("variables", [{"enable_thinking": False, "date": None}, '{"enable_thinking": false}'])
+def test_template_variables_of_a_row(variables):
+    read = formats.question_answer({"question": "q", "answer": "a", "chat_template_kwargs": variables})
+    assert read == Conversation(EXCHANGE, prompt_messages=1, template_variables={"enable_thinking": False})
+
+
+@pytest.mark.parametrize(
+    ("value", "weight"), [(0, 0.0), (0.5, 0.5), ("2", 2.0), (None, 1.0), (float("nan"), 1.0), ("", 1.0)]
+)
+def test_the_weight_of_a_row(value, weight):
+    for row in ({"text": "words"}, {"prompt": "q", "completion": "a"}, {"question": "q", "answer": "a"}):
+        assert formats.find_format(row.keys())(row | {"weight": value}).weight == weight
+
+
+@pytest.mark.parametrize("name", ["system", "tools", "chat_template_kwargs"])
+def test_texts_without_a_template_refuse_what_only_a_template_renders(name):
+    row = {"prompt": "q", "completion": "a", name: "[1]" if name == "tools" else "{}"}
+    with pytest.raises(UserError, match=rf"column '{name}' needs a chat template.*columns: \{{response: completion\}}"):
+        formats.prompt_completion(row)
+    assert formats.prompt_completion(row | {name: None}) == Text("a", "q")
+
+
+def test_a_missing_cell_of_a_table_is_nothing():
+    nan = float("nan")
+    assert formats.alpaca({"instruction": "q", "input": nan, "output": "a"}).messages == EXCHANGE
+    with pytest.raises(UserError, match=r"'output' holds nothing \(NaN\) instead of text"):
+        formats.alpaca({"instruction": "q", "output": nan})

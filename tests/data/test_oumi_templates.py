@@ -2,10 +2,10 @@
 
 import pytest
 
-from oumi_pl.data.template import BUILT_IN, OUMI, ChatRenderer, apply_template, load_template
+from oumi_pl.data.template import BUILT_IN, OUMI, apply_template, load_template
 from oumi_pl.errors import UserError
 from oumi_pl.types import Conversation
-from tests.data.byte_level import byte_tokenizer, turn
+from tests.data.byte_level import byte_tokenizer, prompt_of, spans_of, turn
 
 TURNS = (
     turn("system", " Be brief. "),
@@ -69,23 +69,23 @@ def test_all_are_here():
 @pytest.mark.parametrize("name", OUMI)
 def test_texts_and_spans(name):
     expected, *said = EXPECTED[name]
-    text, spans = ChatRenderer(tokenizer_with(name)).spans(Conversation(TURNS), [2, 4])
+    text, spans = spans_of(tokenizer_with(name), Conversation(TURNS), [2, 4])
     assert text == expected
     assert [text[start:end] for start, end in spans] == said
 
 
 @pytest.mark.parametrize("name", OUMI)
 def test_a_prompt_ends_where_the_answer_begins(name):
-    renderer = ChatRenderer(tokenizer_with(name))
-    text, ((start, _),) = renderer.spans(Conversation(TURNS[:3]), [2])
-    assert renderer.prompt(TURNS[:2], None) == text[:start]
+    tokenizer = tokenizer_with(name)
+    text, ((start, _),) = spans_of(tokenizer, Conversation(TURNS[:3]), [2])
+    assert prompt_of(tokenizer, TURNS[:2], None) == text[:start]
 
 
 @pytest.mark.parametrize("name", ["oumi/chat_ml", "oumi/gemma2-it", "oumi/zephyr"])
 @pytest.mark.parametrize("wrong", [(TURNS[1], TURNS[1]), (TURNS[2],), (TURNS[1], TURNS[0])])
 def test_roles_have_to_alternate(name, wrong):
     with pytest.raises(UserError, match="have to alternate"):
-        ChatRenderer(tokenizer_with(name)).spans(Conversation(tuple(wrong)), [])
+        spans_of(tokenizer_with(name), Conversation(tuple(wrong)), [])
 
 
 def test_the_nearest_is_offered():

@@ -4,6 +4,7 @@ import pytest
 
 from oumi_pl.data.packed_chat import PackedChatData
 from oumi_pl.data.pretrain import PretrainData
+from oumi_pl.data.sources import Source
 from oumi_pl.data.tokenizers import ByteTokenizer
 from oumi_pl.errors import UserError
 from tests.tiny import write_jsonl
@@ -59,3 +60,22 @@ def test_turns_that_the_template_refuses_are_an_error_with_file_and_line(tmp_pat
     wrong = {"messages": [{"role": "user", "content": "a"}, {"role": "user", "content": "b"}]}
     with pytest.raises(UserError, match=r"rows\.jsonl:3: .*have to alternate"):
         stream(data(tmp_path, [*ROWS, wrong], template="oumi/zephyr"))
+
+
+def test_columns_are_read_as_in_sft(tmp_path):
+    turns = ROWS[0]["messages"]
+    made = data(tmp_path, [{"messages": turns, "system": "s"}])
+    expected = chatml({"messages": [{"role": "system", "content": "s"}, *turns]})
+    assert stream(made) == made.tokenizer(expected, add_special_tokens=False)["input_ids"]
+    with pytest.raises(UserError, match="column 'images': images, audio and video can't be trained on yet"):
+        stream(data(tmp_path, [{"messages": turns, "images": ["a.png"]}]))
+    for row in ({"messages": turns, "weight": 2}, {"messages": [turns[0], turns[1] | {"weight": 0}]}):
+        with pytest.raises(UserError, match="a stream of conversations trains on all tokens alike; use SFTData"):
+            stream(data(tmp_path, [row]))
+
+
+def test_keep_good_leaves_rows_out_and_counts_them(tmp_path):
+    path = write_jsonl(tmp_path / "rows.jsonl", [ROWS[0] | {"label": False}, ROWS[1] | {"label": True}])
+    made = PackedChatData(Source(path, label="keep_good"), tokenizer=ByteTokenizer(), max_length=16, shuffle_buffer=0)
+    assert stream(made) == made.tokenizer(chatml(ROWS[1]), add_special_tokens=False)["input_ids"]
+    assert made.report()["train"]["dropped"] == {"label: not good": 1}

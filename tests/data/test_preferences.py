@@ -77,6 +77,30 @@ TOOL = {"type": "function", "function": {"name": "f"}}
         ({"messages": [Q], "chosen": GOOD, "rejected": BAD}, SIMPLE),
         ({"messages": [Q], "chosen": "good", "rejected": [BAD]}, SIMPLE),
         ({"messages": [Q], "chosen": [Q, GOOD], "rejected": [Q, BAD]}, SIMPLE),
+        # a question as text
+        ({"instruction": "q", "chosen": "good", "rejected": "bad"}, SIMPLE),
+        ({"instruction": "q", "input": "", "chosen": [GOOD], "rejected": BAD}, SIMPLE),
+        (
+            {"instruction": "q", "input": "i", "chosen": "good", "rejected": "bad"},
+            pair([user("q\n\ni")], [GOOD], [BAD]),
+        ),
+        (
+            {"instruction": "q", "chosen": "good", "rejected": "bad", "history": [["a", "b"]], "system": "s"},
+            pair([SYSTEM, user("a"), said("b"), Q], [GOOD], [BAD]),
+        ),
+        ({"system": "s", "question": "q", "chosen": "good", "rejected": "bad"}, pair([SYSTEM, Q], [GOOD], [BAD])),
+        # a system prompt beside turns
+        ({"system_prompt": "s", "prompt": [Q], "chosen": [GOOD], "rejected": [BAD]}, pair([SYSTEM, Q], [GOOD], [BAD])),
+        ({"system": "s", "chosen": [Q, GOOD], "rejected": [Q, BAD]}, pair([SYSTEM, Q], [GOOD], [BAD])),
+        (
+            {
+                "system": "s",
+                "conversations": [sharegpt("human", "q")],
+                "chosen": sharegpt("gpt", "good"),
+                "rejected": "bad",
+            },
+            pair([SYSTEM, Q], [GOOD], [BAD]),
+        ),
     ],
 )
 def test_each_format_is_found_by_its_columns_and_reads_its_row(row, expected):
@@ -168,6 +192,11 @@ def test_the_margin_is_kept_if_the_row_has_one(columns, margin):
         ({"prompt": [Q], "chosen": [Q], "rejected": [BAD]}, r"chosen\[0\] is a turn of 'user', but a response begins"),
         ({"messages": [Q], "chosen": "good", "rejected": None}, r"'rejected' holds nothing \(null\)"),
         ({"messages": [], "chosen": "good", "rejected": "bad"}, r"'messages' holds no turns"),
+        (
+            {"prompt": "q", "chosen": "good", "rejected": "bad", "system": "s"},
+            r"column 'system' needs a chat template.*`columns: \{question: prompt\}`.*`ignore: \[system\]`",
+        ),
+        ({"instruction": "q", "chosen": [Q], "rejected": "bad"}, r"chosen\[0\] is a turn of 'user'"),
         (
             {"conversations": [sharegpt("human", "q")], "chosen": sharegpt("gtp", "x"), "rejected": "bad"},
             r"chosen\[0\] has the unknown role 'gtp'; did you mean 'gpt'",

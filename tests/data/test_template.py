@@ -4,9 +4,10 @@ import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-from oumi_pl.data.template import BUILT_IN, ChatRenderer, apply_template, load_template
+from oumi_pl.data.template import BUILT_IN, apply_template, load_template
 from oumi_pl.errors import UserError
 from oumi_pl.types import Conversation
+from tests.data.byte_level import prompt_of, spans_of
 
 
 def byte_tokenizer(bos=None, eos="<eos>", adds_bos=False, **kwargs):
@@ -99,7 +100,7 @@ Assistant:"""
 def test_built_in_texts(name, expected, bos):
     tokenizer = byte_tokenizer(bos=bos, adds_bos=bos is not None)
     apply_template(tokenizer, load_template(tokenizer, name))
-    assert ChatRenderer(tokenizer).prompt(TURNS, None) == (bos or "") + expected
+    assert prompt_of(tokenizer, TURNS, None) == (bos or "") + expected
     # What the exported tokenizer writes for others is what was trained on.
     assert tokenizer.apply_chat_template(TURNS, add_generation_prompt=True, tokenize=False) == (bos or "") + expected
 
@@ -110,7 +111,7 @@ def test_tools_are_listed_once_before_the_conversation(name, system):
     tokenizer = byte_tokenizer()
     apply_template(tokenizer, load_template(tokenizer, name))
     schema = {"type": "function", "function": {"name": "add"}}
-    text = ChatRenderer(tokenizer).prompt(TURNS if system else TURNS[1:], [schema])
+    text = prompt_of(tokenizer, TURNS if system else TURNS[1:], [schema])
     assert text.count('{"type": "function", "function": {"name": "add"}}') == 1
     assert text.index('"type"') < text.index("1 + 1?")
     assert text.count("Be brief.") == system
@@ -199,7 +200,7 @@ def test_wrong_names_and_files_offer_the_nearest(tmp_path):
 def test_conversations_without_any_template_are_refused():
     conversation = Conversation(({"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}))
     with pytest.raises(UserError, match="no chat template; choose one with `template`: chatml, llama3, plain"):
-        ChatRenderer(byte_tokenizer()).spans(conversation, [1])
+        spans_of(byte_tokenizer(), conversation, [1])
 
 
 def test_the_end_of_turn_is_unknown_where_the_answer_is_not_written():
@@ -210,14 +211,13 @@ def test_the_end_of_turn_is_unknown_where_the_answer_is_not_written():
 
 def test_a_key_without_a_value_is_not_there():
     tokenizer = byte_tokenizer()
-    tokenizer.chat_template = "{% for m in messages %}{{ 'content' in m }}{% endfor %}"
-    assert ChatRenderer(tokenizer).prompt(TURNS[1:3], None) == "TrueFalse"
+    tokenizer.chat_template = "{% for m in messages %}{{ 'name' in m }}{% endfor %}"
+    assert prompt_of(tokenizer, [{**TURNS[1], "name": "x"}, {**TURNS[1], "name": None}]) == "TrueFalse"
 
 
 def test_named_templates_with_one_for_tools():
     tokenizer = byte_tokenizer()
     tokenizer.chat_template = {"default": "no tools", "tool_use": "{{ tools | length }} tools"}
     assert load_template(tokenizer, None).text == "no tools"
-    renderer = ChatRenderer(tokenizer)
-    assert renderer.prompt(TURNS, None) == "no tools"
-    assert renderer.prompt(TURNS, [{"name": "f"}]) == "1 tools"
+    assert prompt_of(tokenizer, TURNS, None) == "no tools"
+    assert prompt_of(tokenizer, TURNS, [{"name": "f"}]) == "1 tools"

@@ -9,12 +9,13 @@ import pytest
 from tokenizers import AddedToken, models
 from transformers import AutoTokenizer
 
+from oumi_pl.attention.segments import path_positions
 from oumi_pl.data.formats import question_answer
-from oumi_pl.data.template import BUILT_IN, ChatRenderer, apply_template, load_template
+from oumi_pl.data.template import BUILT_IN, apply_template, load_template
 from oumi_pl.data.tokenize import Dropped, Tokenize
 from oumi_pl.errors import UserError
-from oumi_pl.types import Conversation, Text
-from tests.data.byte_level import WORDS, byte_tokenizer, chat, pieces, turn, wrap
+from oumi_pl.types import Conversation, Example, Text
+from tests.data.byte_level import WORDS, byte_tokenizer, chat, pieces, spans_of, turn, wrap
 
 DATA = Path(__file__).parents[2] / ".." / "shared" / "data"
 needs_data = pytest.mark.skipif(not DATA.is_dir(), reason="needs ../shared/data (GPT-2's tokenizer, GSM8K)")
@@ -227,7 +228,17 @@ OTHER_PROMPT = (
 )
 
 
-def test_a_template_that_inserts_a_think_block_trains_it_in_the_last_turn():
+def as_texts(tokenizer, example):
+    """The paths of an example as text, each as [(text, carries loss)] with the loss of its own tokens only."""
+    found = []
+    for i, segment in enumerate(example.segments):
+        path = path_positions(example.segments, i)
+        mask = np.concatenate([np.zeros(segment.shared, bool), example.loss_mask[path[segment.shared :]]])
+        found.append(pieces(tokenizer, Example(example.input_ids[path], mask)))
+    return found
+
+
+def test_a_template_that_inserts_a_think_block_trains_it_in_every_turn():
     tokenizer = byte_tokenizer(THINKS)
     tokenizer.add_tokens(["<|im_start|>", "<|im_end|>"], special_tokens=True)
     expected = [("<think>\n\n</think>\n\nho<|im_end|>", True), ("\n", False)]
@@ -235,23 +246,37 @@ def test_a_template_that_inserts_a_think_block_trains_it_in_the_last_turn():
     assert pieces(tokenizer, one(tokenizer, chat("hi", "ho"))) == [(prompt, False), *expected]
     last = one(tokenizer, chat("hi", "ho", "hi", "ho"), train_on="last_turn")
     assert pieces(tokenizer, last) == [(f"{prompt}ho<|im_end|>\n{prompt}", False), *expected]
-    # The earlier turn is written without the block once it isn't last, so nothing says what exactly to train.
-    with pytest.raises(UserError, match=r"turn 2 .*differently once others follow; what helps: train_on: last_turn"):
-        one(tokenizer, chat("hi", "ho", "hi", "ho"))
+    # The earlier turn is written without the block once it isn't last: each turn is trained as it is generated.
+    both = one(tokenizer, chat("hi", "ho", "hi", "ho"))
+    assert as_texts(tokenizer, both) == [
+        [(prompt, False), expected[0]],
+        [(f"{prompt}ho<|im_end|>\n{prompt}", False), expected[0]],
+    ]
+    assert both.segments[1].shared == len(tokenizer(prompt)["input_ids"])
+    assert len(both.segments) == 2
+    with pytest.raises(UserError, match=r"together is not exact.*writes turn 2 .*differently.*train_on: last_turn"):
+        Tokenize(tokenizer, 1000, turns="together")([chat("hi", "ho", "hi", "ho")])
 
 
-def test_templates_that_cannot_be_cut_are_refused_without_a_guess():
-    with pytest.raises(
-        UserError, match=r"turn 2 can't be masked exactly.*turns must alternate.*helps: a template with"
-    ):
-        one(byte_tokenizer(REFUSES), chat("hi", "ho"))
-    with pytest.raises(UserError, match=r"generation prompt isn't how it begins the turn.*chatml, llama3, plain"):
-        one(byte_tokenizer(OTHER_PROMPT), chat("hi", "ho"))
+def test_a_turn_that_cannot_be_rendered_alone_is_found_in_the_whole():
+    tokenizer = byte_tokenizer(REFUSES)
+    assert pieces(tokenizer, one(tokenizer, chat("hi", "ho"))) == [("user: hi\nassistant: ", False), ("ho\n", True)]
+    # the turn's text may also be elsewhere
+    both = [("user: o\nassistant: ", False), ("o\n", True), ("user: o\nassistant: ", False), ("o\n", True)]
+    assert pieces(tokenizer, one(tokenizer, chat("o", "o", "o", "o"))) == both
     with pytest.raises(UserError, match="the chat template refuses this conversation: turns must alternate"):
-        one(byte_tokenizer(REFUSES), chat("hi"))
-    # Where nothing has to be told apart, both are fine.
-    for template in (REFUSES, OTHER_PROMPT):
-        assert one(byte_tokenizer(template), chat("hi", "ho"), train_on="all").target_tokens > 10
+        one(tokenizer, chat("hi"))
+
+
+def test_a_generation_prompt_that_goes_on_is_left_where_the_turn_differs():
+    tokenizer = byte_tokenizer(OTHER_PROMPT)
+    assert pieces(tokenizer, one(tokenizer, chat("hi", "ho"))) == [("user: hi\nassistant: ", False), ("ho\n", True)]
+    # an empty block is what inference feeds; a turn that brings its own is kept as the template writes it
+    closed = byte_tokenizer(OTHER_PROMPT.replace("<think>", "<think></think>"))
+    assert pieces(closed, one(closed, chat("hi", "ho"))) == [
+        ("user: hi\nassistant: <think></think>", False),
+        ("ho\n", True),
+    ]
 
 
 def test_a_newline_that_ends_the_turn_itself_is_trained():
@@ -486,7 +511,7 @@ def test_trl_agrees_on_prompt_and_completion(tmp_path):
 
 def test_rendering_does_not_change_the_record():
     before = json.dumps(LONG.messages)
-    ChatRenderer(byte_tokenizer("chatml")).spans(LONG, [2, 4, 6])
+    spans_of(byte_tokenizer("chatml"), LONG, [2, 4, 6])
     assert json.dumps(LONG.messages) == before
 
 

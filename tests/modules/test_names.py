@@ -6,16 +6,18 @@ import re
 import pytest
 
 from oumi_pl.data.dpo import DPOData
+from oumi_pl.data.kto import KTOData
 from oumi_pl.data.packed_chat import PackedChatData
 from oumi_pl.data.pretrain import PretrainData
 from oumi_pl.data.sft import SFTData
 from oumi_pl.data.tokenizers import ByteTokenizer
 from oumi_pl.modules.dpo import DPO
+from oumi_pl.modules.kto import KTO
 from oumi_pl.modules.pretrain import Pretrain
 from oumi_pl.modules.sft import SFT
 from tests.tiny import LLAMA, data, distance, fit, module, sgd
 
-CLASSES = [SFT, DPO, Pretrain, SFTData, DPOData, PretrainData, PackedChatData]
+CLASSES = [SFT, DPO, KTO, Pretrain, SFTData, DPOData, KTOData, PretrainData, PackedChatData]
 
 
 def own_names(cls):

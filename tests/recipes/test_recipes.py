@@ -26,6 +26,14 @@ HH = [
     {"chosen": f"\n\nHuman: Say {i}.\n\nAssistant: {i}!", "rejected": f"\n\nHuman: Say {i}.\n\nAssistant: No."}
     for i in range(40)
 ]
+KTO_MIX = [
+    {
+        "prompt": [{"role": "user", "content": f"Say {i}."}],
+        "completion": [{"role": "assistant", "content": f"{i}!"}],
+        "label": i % 2 == 0,
+    }
+    for i in range(40)
+]
 RECIPES = recipe_files.names()
 
 
@@ -34,7 +42,7 @@ TEXTS = [{"text": f"Document {i}: " + "one more word " * (i % 5 + 3)} for i in r
 
 def rows_like(source):
     """Rows of the shape that a hub data set has."""
-    shapes = {"alpaca": ALPACA, "ultrafeedback": ULTRAFEEDBACK, "hh-rlhf": HH}
+    shapes = {"alpaca": ALPACA, "ultrafeedback": ULTRAFEEDBACK, "hh-rlhf": HH, "kto-mix": KTO_MIX}
     shapes |= dict.fromkeys(("fineweb", "c4", "my_texts", "train.txt"), TEXTS)
     return next((rows for name, rows in shapes.items() if name in str(source)), None) or conversations(40)
 
@@ -50,7 +58,7 @@ def tiny_model(tmp_path_factory):
 
 
 def test_there_are_recipes():
-    names = {"quickstart/sft", "quickstart/dpo", "quickstart/pretrain", "sft/gsm8k_small", "dpo/hh_small"}
+    names = {f"quickstart/{name}" for name in ("sft", "dpo", "kto", "pretrain")} | {"sft/gsm8k_small", "dpo/hh_small"}
     assert names <= set(RECIPES)
 
 

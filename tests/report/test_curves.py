@@ -46,6 +46,9 @@ def test_the_panels_are_those_of_the_metrics():
     assert titles(loss | {"val/nll": column([1.4], 2)})[1] == "Cross-entropy, nats per target token"
     pairs = loss | {f"{split}/rewards/margins": column([0, 1]) for split in ("train", "val")}
     assert titles(pairs)[:2] == ["Loss per pair", "Reward margin: chosen minus rejected"]
+    single = pairs | {"train/rewards/sign_accuracy": column([0.5, 1])}
+    assert titles(single)[0] == "Loss per row"
+    assert "Share of rewards with the right sign" in titles(single)
     text = {"val/perplexity": column([8.0]), "val/bits_per_byte": column([2.0]), "val/bits_per_byte/web": column([1.0])}
     assert titles(text) == ["Bits per byte, validation", "Perplexity, validation"]
     assert titles({"val/perplexity": column([8.0]), **loss}) == ["Loss, nats per target token"]

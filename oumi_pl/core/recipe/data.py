@@ -17,7 +17,7 @@ ADD_BOS = ("oumi/default", "oumi/phi3-instruct", "oumi/gpt2", "oumi/zephyr")
 
 
 def kind(config: TrainingConfig, notes: Notes) -> str:
-    """`SFT`, `DPO` or `Pretrain`, by the trainer type and the data.
+    """`SFT`, `DPO`, `KTO` or `Pretrain`, by the trainer type and the data.
 
     Raises:
         UserError: the data are not for this trainer type, or can't be mixed.
@@ -27,14 +27,19 @@ def kind(config: TrainingConfig, notes: Notes) -> str:
         refuse("data.train.datasets", "is empty, so there is nothing to train on")
     kinds = {entry.kind for entry in _entries(split)}
     name = config.training.trainer_type.name
-    module = "DPO" if name.endswith("DPO") else "Pretrain" if name == "PRETRAIN" else "SFT"
+    rows = {"DPO": "pair", "KTO": "feedback"}
+    module = next((module for module in rows if name.endswith(module)), "Pretrain" if name == "PRETRAIN" else "SFT")
     if len(kinds - {"raw"}) > 1 or ("document" in kinds and len(kinds) > 1):
         refuse("data.train.datasets", f"{' and '.join(sorted(kinds))} data can't be mixed; keep one kind")
-    if module == "DPO" and kinds & {"chat", "document"}:
+    if module == "DPO" and kinds & {"chat", "document", "feedback"}:
         refuse("data.train.datasets", f"{name} reads pairs of responses, e.g. text_dpo_jsonl, and these have none")
+    if module == "KTO" and kinds & {"chat", "document", "pair"}:
+        refuse("data.train.datasets", f"{name} reads responses with a label, e.g. trl-lib/kto-mix-14k, unlike these")
     if module != "DPO" and "pair" in kinds:
         refuse("data.train.datasets", f"these are pairs of responses, which TRL_DPO trains on, and not {name}")
-    if module == "DPO":
+    if module != "KTO" and "feedback" in kinds:
+        refuse("data.train.datasets", f"these are responses with a label, which TRL_KTO trains on, and not {name}")
+    if module in rows:
         return module
     if "document" in kinds or split.pack:
         module = "Pretrain"
@@ -48,7 +53,7 @@ def data(config: TrainingConfig, kind: str, notes: Notes) -> dict[str, Any]:
     Raises:
         UserError: something has no counterpart.
     """
-    sections = {"DPO": _pairs, "Pretrain": _documents, "SFT": _conversations}
+    sections = {"DPO": _pairs, "KTO": _feedback, "Pretrain": _documents, "SFT": _conversations}
     return sections[kind](config, notes)
 
 
@@ -86,6 +91,21 @@ def _pairs(config: TrainingConfig, notes: Notes) -> dict[str, Any]:
             "responses, which teach nothing, are left out",
         )
     return {"class_path": "DPOData", "init_args": args | _loading(config)}
+
+
+def _feedback(config: TrainingConfig, notes: Notes) -> dict[str, Any]:
+    split = config.data.train
+    refuse_collators(split, "data.train", (None,))
+    if split.pack:
+        refuse("data.train.pack", "responses with a label are not packed in Oumi; leave it out")
+    args = _common(config, notes) | _template(config, notes)
+    args |= {"max_length": _max_length(config, notes), "overflow": "keep_start"}
+    notes.comment(
+        "data",
+        "the KL divergence is estimated on each prompt with the response to another prompt, which is the same one in "
+        "all of a run; Oumi takes it from the micro-batch",
+    )
+    return {"class_path": "KTOData", "init_args": args | _loading(config)}
 
 
 def _documents(config: TrainingConfig, notes: Notes) -> dict[str, Any]:

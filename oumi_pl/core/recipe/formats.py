@@ -4,6 +4,7 @@ from typing import Any
 
 from oumi_pl.data import formats
 from oumi_pl.data.preferences import prompt_preference
+from oumi_pl.data.turns import text_column, turns_column
 from oumi_pl.errors import UserError
 from oumi_pl.types import Conversation, Message, Preference, Row
 
@@ -34,10 +35,10 @@ def alpaca_without_system(row: Row) -> Conversation:
     Raises:
         UserError: a column isn't text.
     """
-    asked = formats.text_column(row, "instruction")
+    asked = text_column(row, "instruction")
     if row.get("input"):
-        asked = f"{asked}\n\n### Input:\n{formats.text_column(row, 'input')}"
-    return formats.exchange(asked, formats.text_column(row, "output"))
+        asked = f"{asked}\n\n### Input:\n{text_column(row, 'input')}"
+    return formats.exchange(asked, text_column(row, "output"))
 
 
 def text_sft(row: Row) -> Conversation:
@@ -51,8 +52,8 @@ def text_sft(row: Row) -> Conversation:
     if isinstance(row.get("conversation"), dict):
         return formats.messages(row["conversation"])
     if "instruction" in row:
-        asked = f"{formats.text_column(row, 'instruction')}\n\n{row.get('input') or ''}".strip()
-        return formats.exchange(asked, formats.text_column(row, "output"))
+        asked = f"{text_column(row, 'instruction')}\n\n{row.get('input') or ''}".strip()
+        return formats.exchange(asked, text_column(row, "output"))
     raise UserError(
         f"columns {', '.join(sorted(row))}; text_sft reads `messages`, a `conversation`, or `instruction`, `input` and "
         "`output`"
@@ -65,7 +66,7 @@ def without_final_answer(row: Row) -> Conversation:
     Raises:
         UserError: a turn isn't a turn, or nothing is left.
     """
-    turns = formats.turns_column(row, "messages")
+    turns = turns_column(row, "messages")
     turns = turns[:-1] if turns[-1]["role"] == "assistant" else turns
     if not turns:
         raise UserError("'messages' holds nothing but an answer, which is left out")

@@ -11,7 +11,7 @@ from oumi_pl.core.recipe.fields import note_fields
 from oumi_pl.core.recipe.model import model
 from oumi_pl.core.recipe.notes import Notes
 from oumi_pl.core.recipe.trainer import ENGINES, Engine, engine_of
-from oumi_pl.core.recipe.trainer_kwargs import note_kwargs, preference
+from oumi_pl.core.recipe.trainer_kwargs import feedback, note_kwargs, preference
 
 
 @dataclass(frozen=True)
@@ -46,8 +46,9 @@ def to_recipe(config: TrainingConfig, engine: Engine | None = None, devices: int
     note_kwargs(config, kind, notes)
     training = config.training
     module = model(config, notes)
-    if kind == "DPO":
-        module |= preference(training.trainer_kwargs)
+    compared = {"DPO": preference, "KTO": feedback}
+    if kind in compared:
+        module |= compared[kind](training.trainer_kwargs)
         if not training.use_peft and config.model.dtype != "float32":
             notes.comment("model", "the reference is the model as training starts, where Oumi loads it in float32")
     elif smoothing := training.trainer_kwargs.get("label_smoothing_factor"):

@@ -14,9 +14,9 @@ FORMATS = "oumi_pl.core.recipe.formats"
 class Registered(NamedTuple):
     """A registered dataset.
 
-    kind: what its rows are: `chat`, `pair` or `document`. format: of the source; found from the columns if None.
-    columns: of the source. kwargs: what `dataset_kwargs` may hold besides `ANY` and those of its kind. path: id on the
-    hub, where that is not the name it is registered by; empty where `dataset_path` or a keyword has to say.
+    kind: what its rows are: `chat`, `pair`, `feedback` or `document`. format: of the source; found from the columns if
+    None. columns: of the source. kwargs: what `dataset_kwargs` may hold besides `ANY` and those of its kind. path: id
+    on the hub, where that is not the name it is registered by; empty where `dataset_path` or a keyword has to say.
     """
 
     kind: str
@@ -31,6 +31,7 @@ OF_KIND = {
     "chat": ("task", "return_tensors", "text_col", "assistant_only", "response_template", "instruction_template",
              "return_conversations"),
     "pair": ("return_tensors",),
+    "feedback": ("return_tensors",),
     "document": ("seq_length", "dataset_text_field", "append_concat_token", "add_special_tokens", "skip_last"),
 }  # fmt: skip
 """Kind of dataset -> what `dataset_kwargs` may hold for all of them."""
@@ -67,6 +68,7 @@ REGISTERED: dict[str, Registered] = {
     "text_sft": _TEXT_SFT,
     "text_sft_jsonl": _TEXT_SFT,
     "mlabonne/orpo-dpo-mix-40k": Registered("pair", f"{FORMATS}.turns_preference"),
+    "trl-lib/kto-mix-14k": Registered("feedback"),
     "text_dpo_jsonl": Registered("pair", "prompt_preference", path=""),
     **{name.lower(): _DOCUMENTS._replace(path=name) for name in _DOCUMENT_SETS},
 }

@@ -14,11 +14,13 @@ from oumi_pl.runs.folders import CHECKPOINTS
 Engine = Literal["lightning", "trl", "hf"]
 
 ENGINES: dict[str, Engine] = {
-    "TRL_SFT": "trl", "TRL_DPO": "trl", "HF": "hf",
-    "OUMI": "lightning", "SFT": "lightning", "DPO": "lightning", "PRETRAIN": "lightning",
+    "TRL_SFT": "trl", "TRL_DPO": "trl", "TRL_KTO": "trl", "HF": "hf",
+    "OUMI": "lightning", "SFT": "lightning", "DPO": "lightning", "KTO": "lightning", "PRETRAIN": "lightning",
 }  # fmt: skip
 """Trainer type -> what drives the training loop."""
 
+APO = "apo_zero_unpaired"
+"""TRL's loss of KTO that needs no KL divergence."""
 NEVER = 1_000_000_000
 """Steps that no run reaches."""
 ALL = 1000
@@ -35,7 +37,7 @@ def engine_of(config: TrainingConfig, kind: str, requested: Engine | None, devic
 
     Args:
         config: The config.
-        kind: `SFT`, `DPO` or `Pretrain`.
+        kind: `SFT`, `DPO`, `KTO` or `Pretrain`.
         requested: By the user; None for that of the trainer type.
         devices: Devices per node; None for as many as there are.
         notes: Where comments go.
@@ -51,6 +53,12 @@ def engine_of(config: TrainingConfig, kind: str, requested: Engine | None, devic
     only_lightning = {
         "peft.lora_modules_to_save": (training.use_peft and peft.lora_modules_to_save, "modules trained as a whole"),
         "fsdp.enable_fsdp": (config.fsdp.enable_fsdp, "several devices"),
+        "training.gradient_accumulation_steps": (
+            kind == "KTO"
+            and training.gradient_accumulation_steps > 1
+            and training.trainer_kwargs.get("loss_type") != APO,
+            "a KL divergence over several micro-batches",
+        ),
         "training.save_epoch": (training.save_epoch and training.save_steps <= 0, "checkpoints by epoch"),
     }
     for path, (is_set, what) in only_lightning.items():
@@ -82,7 +90,7 @@ def trainer(config: TrainingConfig, notes: Notes, devices: int | None, engine: E
     if training.max_steps > 0:
         notes.nothing("training.num_train_epochs", "max_steps wins")
     accumulated = training.gradient_accumulation_steps
-    if accumulated != 1 and training.trainer_type.name in ("OUMI", "TRL_DPO", "DPO"):
+    if accumulated != 1 and training.trainer_type.name in ("OUMI", "TRL_DPO", "DPO", "TRL_KTO", "KTO"):
         different = "an update is the mean over all of it; in Oumi, that of the means of its micro-batches"
         notes.comment("trainer.accumulate_grad_batches", different)
     if training.use_deterministic and not training.full_determinism:

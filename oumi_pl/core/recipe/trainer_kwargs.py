@@ -42,7 +42,12 @@ _OF_DPO = (
     "ref_model_sync_steps", "ref_model_mixup_alpha", "precompute_ref_log_probs", "disable_dropout", "truncation_mode",
 )  # fmt: skip
 OF_PREFERENCES = dict.fromkeys(_OF_DPO, "model.loss and the reference")
-"""Argument -> the key of the recipe that says the same: of all trainers, of those of tokens, and of TRL's DPO."""
+_OF_KTO = (
+    "beta", "loss_type", "desirable_weight", "undesirable_weight", "sync_ref_model", "ref_model_sync_steps",
+    "ref_model_mixup_alpha", "precompute_ref_log_probs", "disable_dropout",
+)  # fmt: skip
+OF_FEEDBACK = dict.fromkeys(_OF_KTO, "model.loss, the weights and the reference")
+"""Argument -> the key of the recipe that says the same: of all trainers, of those of tokens, of TRL's DPO and KTO."""
 
 GONE = ("max_seq_length", "max_prompt_length", "max_completion_length")
 """Arguments that TRL no longer has."""
@@ -60,7 +65,7 @@ def note_kwargs(config: TrainingConfig, kind: str, notes: Notes) -> None:
     kwargs = config.training.trainer_kwargs
     if kwargs and config.training.trainer_type.name == "OUMI":
         refuse(PLACE, f"Oumi's own trainer reads none of {', '.join(kwargs)}; leave them out")
-    known = OF_ANY | (OF_PREFERENCES if kind == "DPO" else OF_TOKENS)
+    known = OF_ANY | {"DPO": OF_PREFERENCES, "KTO": OF_FEEDBACK}.get(kind, OF_TOKENS)
     for key, value in kwargs.items():
         place = f"{PLACE}.{key}"
         if key in known:
@@ -69,7 +74,7 @@ def note_kwargs(config: TrainingConfig, kind: str, notes: Notes) -> None:
             notes.became[place] = f"nothing: {HARMLESS[key]}"
         elif key in GONE:
             refuse(place, "TRL has no such argument any more; set model.model_max_length")
-        elif kind != "DPO" and key in ONLY:
+        elif kind not in ("DPO", "KTO") and key in ONLY:
             if value not in ONLY[key]:
                 refuse(place, f"{value!r} has no counterpart; the only value is {ONLY[key][0]}")
         else:
@@ -98,6 +103,7 @@ LOSSES = {
     "sigmoid_norm": "LengthNormalizedSigmoid",
     "sft": "SFTTerm",
 }
+RESPONSE_LOSSES = {"kto": "KTOLoss", "apo_zero_unpaired": "APOZeroUnpaired"}
 SMOOTHED = ("sigmoid", "sigmoid_norm", "exo_pair", "robust", "aot", "aot_unpaired")
 BETA = 0.1
 
@@ -111,9 +117,31 @@ def preference(kwargs: dict[str, Any]) -> dict[str, Any]:
     for key, only in {"disable_dropout": True, "truncation_mode": "keep_start"}.items():
         if kwargs.get(key, only) != only:
             refuse(f"{PLACE}.{key}", f"{kwargs[key]!r} has no counterpart; leave it out")
+    return given(loss=_loss(kwargs)) | _reference(kwargs)
+
+
+def feedback(kwargs: dict[str, Any]) -> dict[str, Any]:
+    """`model.loss` and the weights of TRL's KTO, and a reference that moves, as far as they aren't the defaults.
+
+    Raises:
+        UserError: there is no such loss, or an argument has no counterpart.
+    """
+    if not kwargs.get("disable_dropout", True):
+        refuse(f"{PLACE}.disable_dropout", "False has no counterpart; leave it out")
+    name = str(kwargs.get("loss_type") or "kto")
+    if name not in RESPONSE_LOSSES:
+        refuse(f"{PLACE}.loss_type", f"no counterpart of {name!r}{nearest(name, RESPONSE_LOSSES)}")
+    weights = {key: kwargs.get(key) for key in ("desirable_weight", "undesirable_weight")}
+    loss = {"class_path": RESPONSE_LOSSES[name], "init_args": {"beta": float(kwargs.get("beta", BETA))}}
+    return given(loss=loss, **{key: None if value is None else float(value) for key, value in weights.items()}) | (
+        _reference(kwargs)
+    )
+
+
+def _reference(kwargs: dict[str, Any]) -> dict[str, Any]:
+    """`sync_every` and `mixup` of a reference that moves."""
     moves = kwargs.get("sync_ref_model")
     return given(
-        loss=_loss(kwargs),
         sync_every=kwargs.get("ref_model_sync_steps", 512) if moves else None,
         mixup=kwargs.get("ref_model_mixup_alpha") if moves else None,
     )

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger("oumi_pl")
 
-RECIPES = ("SFT", "DPO", "PRETRAIN")
+RECIPES = ("SFT", "DPO", "KTO", "PRETRAIN")
 """Types that are recipes of oumi_pl's own: they build their own model and data."""
 
 
@@ -81,7 +81,7 @@ def build_trainer(
     logs reaches the trackers. All other keywords go to the trainer's constructor as they are.
 
     Args:
-        trainer_type: TRL_SFT, TRL_DPO, HF or OUMI.
+        trainer_type: TRL_SFT, TRL_DPO, TRL_KTO, HF or OUMI.
         processor: Of a model that reads more than text; saved with it.
         verbose: Whether to print the arguments of trainers of transformers and TRL.
 

@@ -19,6 +19,7 @@ CLASSES = {
     "HF": {"trainer": ("transformers", "Trainer"), "arguments": ("transformers", "TrainingArguments")},
     "TRL_SFT": {"trainer": ("trl", "SFTTrainer"), "arguments": ("trl", "SFTConfig")},
     "TRL_DPO": {"trainer": ("trl", "DPOTrainer"), "arguments": ("trl", "DPOConfig")},
+    "TRL_KTO": {"trainer": ("trl", "KTOTrainer"), "arguments": ("trl", "KTOConfig")},
 }
 """Trainer type -> library and name of its classes."""
 SAME = (
@@ -31,13 +32,13 @@ SAME = (
 
 
 def to_hf(params: "TrainingParams", trainer_type: "TrainerType | None" = None) -> "TrainingArguments":
-    """The arguments of the trainer that a type names: TrainingArguments, SFTConfig or DPOConfig.
+    """The arguments of the trainer that a type names: TrainingArguments, or a config of TRL.
 
     TRL's own defaults never apply to what Oumi has a field for: the learning rate of DPO is 5e-5 unless it is set.
 
     Args:
         params: Oumi's parameters.
-        trainer_type: HF, TRL_SFT or TRL_DPO; that of the parameters if left out.
+        trainer_type: HF, TRL_SFT, TRL_DPO or TRL_KTO; that of the parameters if left out.
 
     Raises:
         UserError: for `trainer_kwargs` that a field sets already or that the class does not have, and for parameters

@@ -1,8 +1,8 @@
-"""Generates the quickstart's data: conversations with eight kinds of short instructions about words, and preferences.
+"""Generates the quickstart's data: conversations with eight kinds of short instructions, preferences and feedback.
 
     python -m oumi_pl.data.bundled.make_instructions
 
-rewrites `instructions/` and `preferences/` next to this file, with identical bytes each time.
+rewrites `instructions/`, `preferences/` and `feedback/` next to this file, with identical bytes each time.
 
 A row asks for something to be done to a word: put it in capitals, shout it, say it twice, answer as a system turn asks.
 Each kind is asked for in several phrasings, and every phrasing ends with the word, so that a small model soon finds it.
@@ -15,6 +15,9 @@ untrained model, and approaches 100 % only if the model follows the instruction 
 
 A preference has two correct answers to such a question: the plain one, which a model trained on the instructions gives,
 is rejected, and the same with a smile at the end is chosen. The model learns to smile, and should remain correct.
+
+Feedback has one answer to each question, with the label true if it smiles and false if it does not. No question has
+both.
 """
 
 import json
@@ -27,6 +30,7 @@ Message = dict[str, str]
 TRAIN_ROWS = 6000
 HELDOUT_ROWS = 240
 PREFERENCES = 1200
+FEEDBACK = 3000
 SMILE = " :)"
 
 # The words of the held-out questions; no training word is among them. Five letters each, as the made-up ones.
@@ -112,14 +116,24 @@ def preference(row: dict[str, list[Message]]) -> dict[str, list[Message]]:
     return {"prompt": prompt, "chosen": [smiling], "rejected": [answer]}
 
 
+def judged(row: dict[str, list[Message]], smiles: bool) -> dict[str, object]:
+    """The question of a conversation, its answer with or without a smile, and whether that is a good one."""
+    *prompt, answer = row["messages"]
+    completion = answer | {"content": answer["content"] + SMILE} if smiles else answer
+    return {"prompt": prompt, "completion": [completion], "label": smiles}
+
+
 def main() -> None:
     """Writes the data files."""
     heldout = make_rows(HELDOUT_ROWS, lambda rng: rng.choice(ENGLISH_WORDS), seed=2)
-    parts = {
+    # kinds of questions and labels vary independently, since the rows are shuffled
+    judgements = [judged(row, i % 2 == 0) for i, row in enumerate(make_rows(FEEDBACK, made_up_word, seed=4))]
+    parts: dict[str, list] = {
         "instructions/train": make_rows(TRAIN_ROWS, made_up_word, seed=1),
         "instructions/heldout": heldout,
         "preferences/train": [preference(row) for row in make_rows(PREFERENCES, made_up_word, seed=3)],
         "preferences/heldout": [preference(row) for row in heldout],
+        "feedback/train": judgements,
     }
     for name, rows in parts.items():
         file = Path(__file__).parent / f"{name}.jsonl"

@@ -19,7 +19,7 @@ from oumi_pl.core.configs.params.base_params import (
 )
 from oumi_pl.core.configs.params.unsupported_params import GkdParams, GoldParams, GrpoParams
 
-NOT_HERE = ("TRL_KTO", "TRL_GRPO", "TRL_GKD", "TRL_GOLD", "VERL_GRPO")
+NOT_HERE = ("TRL_GRPO", "TRL_GKD", "TRL_GOLD", "VERL_GRPO")
 LONGEST_NAME = 100
 """Trackers take names of 128 characters, and put some of their own around this one."""
 
@@ -29,14 +29,16 @@ class TrainerType(Enum):
 
     TRL_SFT = "trl_sft"
     TRL_DPO = "trl_dpo"
+    TRL_KTO = "trl_kto"
     HF = "hf"
     OUMI = "oumi"
     SFT = "sft"
     DPO = "dpo"
+    KTO = "kto"
     PRETRAIN = "pretrain"
 
 
-THROUGH_TRANSFORMERS = (TrainerType.TRL_SFT, TrainerType.TRL_DPO, TrainerType.HF)
+THROUGH_TRANSFORMERS = (TrainerType.TRL_SFT, TrainerType.TRL_DPO, TrainerType.TRL_KTO, TrainerType.HF)
 
 
 class SchedulerType(StrEnum):
