@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any, Literal
 
 from oumi_pl.data.formats import (
@@ -18,7 +19,7 @@ from oumi_pl.data.formats import (
 from oumi_pl.data.sources import Source, rows
 from oumi_pl.data.tokenize import Dropped
 from oumi_pl.data.turns import MEDIA, PLACEHOLDERS, is_empty, is_missing, plain
-from oumi_pl.errors import UserError
+from oumi_pl.errors import UserError, nearest
 from oumi_pl.types import BadRow, Conversation, Feedback, Preference, Record, Row
 
 OnBadRows = Literal["error", "drop"]
@@ -60,8 +61,6 @@ class RecordReader:
         self.mixed = mixed
         self.unread: set[str] = set()
         """Columns of the rows so far that their format doesn't read."""
-        self.row: Row = {}
-        """The row of the last record, as it was read; empty if it can't be read."""
         self._convert = resolve_format(source.format, formats) if source.format else None
         self._ignored = frozenset(source.ignore or ())
         self._found: dict[frozenset[str], Format | UserError] = {}
@@ -81,7 +80,6 @@ class RecordReader:
             UserError: a row does not have the format, if `strict`.
         """
         for origin, row in rows(self.source, strict=strict):
-            self.row = {} if isinstance(row, BadRow) else row
             if isinstance(row, BadRow):
                 yield origin, row
                 continue
@@ -174,6 +172,56 @@ class RecordReader:
             f"a row of the format {own.__name__}, and those before it are {before.__name__}; put the rows of each "
             "format in a separate file, and name both as sources"
         )
+
+
+@dataclass(frozen=True)
+class RecordWithFields(Record):
+    """A record, and numbers of its row by column."""
+
+    record: Record
+    fields: dict[str, float]
+
+
+class FieldReader(RecordReader):
+    """Reads records with some columns of their rows beside them.
+
+    Args:
+        source: As of `RecordReader`.
+        formats: As of `RecordReader`.
+        columns: Columns with numbers; they need not be read by the format.
+    """
+
+    def __init__(self, source: Source, formats: Formats, columns: Sequence[str]) -> None:
+        super().__init__(source, formats)
+        self.columns = columns
+
+    def read(self, row: Row) -> Sequence[Record | Dropped]:
+        """The records of a row, each with the row's numbers.
+
+        Raises:
+            UserError: as of `RecordReader`, or a column has no number.
+        """
+        values = {column: _number(row, column) for column in self.columns}
+        return [
+            RecordWithFields(record, values) if isinstance(record, Record) else record for record in super().read(row)
+        ]
+
+    def _look_at_columns(self, row: Row, convert: Format) -> None:
+        super()._look_at_columns({name: value for name, value in row.items() if name not in self.columns}, convert)
+
+
+def _number(row: Row, column: str) -> float:
+    """The number in a column; NaN if it is null.
+
+    Raises:
+        UserError: the row has no such column, or something else in it.
+    """
+    if column not in row:
+        raise UserError(f"data.fields: a row has no column {column!r}{nearest(column, row)}")
+    value = row[column]
+    if value is not None and not isinstance(value, bool | int | float):
+        raise UserError(f"data.fields: {column!r} is {type(value).__name__} in a row, and a field is a number")
+    return float("nan") if value is None else float(value)
 
 
 def _refusal(name: str, convert: Format) -> str:

@@ -7,7 +7,7 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, BinaryIO, cast
@@ -17,10 +17,10 @@ import numpy as np
 from oumi_pl.attention.segments import check_segments
 from oumi_pl.data.code import code_of
 from oumi_pl.data.formats import FORMATS, Formats, format_name, resolve_format
-from oumi_pl.data.records import BadRows, OnBadRows, RecordReader
+from oumi_pl.data.records import BadRows, FieldReader, OnBadRows, RecordReader, RecordWithFields
 from oumi_pl.data.sources import Source, fingerprint
 from oumi_pl.data.tokenize import Dropped
-from oumi_pl.errors import UserError, nearest
+from oumi_pl.errors import UserError
 from oumi_pl.terminal.screen import track
 from oumi_pl.types import BadRow, Example, Record, Row, Segment
 
@@ -224,8 +224,6 @@ ENCODE_BATCH = 1000
 """Rows per call of `encode`."""
 
 Encode = Callable[[Sequence[Record]], list[Example | Dropped]]
-Read = tuple[str, Record | Dropped | BadRow, Mapping[str, float]]
-"""Where a row is, its record or the reason why it has none, and the numbers in its columns that become fields."""
 
 
 def example_store(
@@ -263,21 +261,12 @@ def example_store(
         store.report["source"] = source.title  # the rows may have been written under another name
         return store
     report = _empty_report(source.title)
-    reader = RecordReader(source, formats)
-
-    def records() -> Iterator[Read]:
-        for origin, record in track(reader.records(keep, strict=False), f"tokenizing {source.title}"):
-            try:
-                is_read = isinstance(record, Record)
-                fields = {column: _number(reader.row, column) for column in columns if is_read}
-            except UserError as error:
-                yield origin, BadRow(str(error)), {}
-            else:
-                yield origin, record, fields
+    reader = FieldReader(source, formats, columns) if columns else RecordReader(source, formats)
+    records = track(reader.records(keep, strict=False), f"tokenizing {source.title}")
 
     def examples() -> Iterator[Example]:
         bad = BadRows()
-        yield from _encoded(records(), report, encode, bad)
+        yield from _encoded(records, report, _with_fields(encode) if columns else encode, bad)
         if bad.count and bad_rows == "error":
             raise bad.error(source.title, report["rows"])
         if bad.count:
@@ -289,33 +278,32 @@ def example_store(
     return write_store(directory, examples(), report)
 
 
-def _number(row: Row, column: str) -> float:
-    """The number in a column; NaN if it is null.
+def _with_fields(encode: Encode) -> Encode:
+    """Encodes the records of a `FieldReader`, and adds their numbers to the fields of the examples."""
 
-    Raises:
-        UserError: the row has no such column, or something else in it.
-    """
-    if column not in row:
-        raise UserError(f"data.fields: a row has no column {column!r}{nearest(column, row)}")
-    value = row[column]
-    if value is not None and not isinstance(value, bool | int | float):
-        raise UserError(f"data.fields: {column!r} is {value!r} in a row, and a field is a number")
-    return float("nan") if value is None else float(value)
+    def encoded(records: Sequence[Record]) -> list[Example | Dropped]:
+        own = cast("Sequence[RecordWithFields]", records)
+        pairs = zip(encode([one.record for one in own]), own, strict=True)
+        return [replace(e, fields={**e.fields, **one.fields}) if isinstance(e, Example) else e for e, one in pairs]
+
+    return encoded
 
 
-def _encoded(records: Iterable[Read], report: dict[str, Any], encode: Encode, bad: BadRows) -> Iterator[Example]:
+def _encoded(
+    records: Iterable[tuple[str, Record | Dropped | BadRow]], report: dict[str, Any], encode: Encode, bad: BadRows
+) -> Iterator[Example]:
     """Yields the examples; counts all rows in `report`, and adds bad ones to `bad`."""
     iterator = iter(records)
     while batch := list(itertools.islice(iterator, ENCODE_BATCH)):
         report["rows"] += len(batch)
-        good: list[tuple[str, Record, Mapping[str, float]]] = []
-        for origin, record, fields in batch:
+        good: list[tuple[str, Record]] = []
+        for origin, record in batch:
             if isinstance(record, BadRow):
                 bad.add(origin, record.reason)
             elif isinstance(record, Dropped):
                 _count(report, record)
             else:
-                good.append((origin, record, fields))
+                good.append((origin, record))
         for example in _encode(good, encode, bad):
             _count(report, example)
             if isinstance(example, Example):
@@ -324,32 +312,24 @@ def _encoded(records: Iterable[Read], report: dict[str, Any], encode: Encode, ba
             return
 
 
-def _encode(
-    records: list[tuple[str, Record, Mapping[str, float]]], encode: Encode, bad: BadRows
-) -> Iterator[Example | Dropped]:
+def _encode(records: list[tuple[str, Record]], encode: Encode, bad: BadRows) -> Iterator[Example | Dropped]:
     """Encodes a batch; if that fails, row by row, to find the bad ones."""
     try:
-        encoded = encode([record for _, record, _ in records])
+        encoded = encode([record for _, record in records])
     except UserError as error:
         failed, before = error, bad.count
     else:
-        if any(fields for _, _, fields in records):
-            encoded = [_with_fields(example, row[2]) for example, row in zip(encoded, records, strict=True)]
         yield from encoded
         return
-    for origin, record, fields in records:
+    for origin, record in records:
         try:
             encoded = encode([record])
         except UserError as error:
             bad.add(origin, str(error))
         else:
-            yield from (_with_fields(example, fields) for example in encoded)
+            yield from encoded
     if bad.count == before:
         raise failed
-
-
-def _with_fields(example: Example | Dropped, fields: Mapping[str, float]) -> Example | Dropped:
-    return replace(example, fields={**example.fields, **fields}) if fields and isinstance(example, Example) else example
 
 
 def _own_code() -> str:

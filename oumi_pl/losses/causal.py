@@ -145,7 +145,7 @@ def token_loss_sum(
         targets: `[n]` int64, each a token id.
         head: maps `[n, hidden]` to logits `[n, vocab]`.
         token_loss: called with float32 logits. If it is an `nn.Module`, its parameters get gradients.
-        weights: `[n]`, factors on the losses and on their metrics, under activation checkpointing; None if all are 1.
+        weights: `[n]`, factors on the losses and metrics; None if all are 1.
         transform: applied to the float32 logits before the loss.
         chunk_size: rows of logits alive at a time; None chooses by vocabulary and device.
 
@@ -153,16 +153,11 @@ def token_loss_sum(
         UserError: `chunk_size` is not positive.
     """
     _check(hidden, targets)
-    task = LossTask(targets, transform, chunk_size, torch.is_grad_enabled(), token_loss)
+    task = LossTask(targets, transform, chunk_size, torch.is_grad_enabled(), token_loss, weights)
     rows = chunks(len(targets), _vocab(head), hidden.device, chunk_size)
-    if weights is not None and rows:
-        losses, hits = _by_chunks(
-            _loss_of_chunk(task, head, weights), hidden, torch.arange(len(targets)), head, chunk_size
-        )
-        loss_sum, correct = losses.sum(), hits.sum()
-    elif is_transformed(hidden, head) or not _is_whole(head):
-        losses, hits = _by_chunks(_loss_of_chunk(task, head), hidden, targets, head, chunk_size)
-        loss_sum, correct = losses.sum(), hits.sum()
+    if is_transformed(hidden, head) or not _is_whole(head):
+        losses, hits = _by_chunks(_loss_of_chunk(task, head), hidden, targets, head, chunk_size, weights=weights)
+        loss_sum, correct = (losses if weights is None else losses * weights).sum(), hits.sum()
     elif is_plain_linear(head, hidden):
         loss_sum, correct = LinearTokenLoss.apply(hidden, head.weight, head.bias, task, *task.parameters)
     else:
@@ -170,7 +165,7 @@ def token_loss_sum(
         loss_sum, correct = TokenLossOfHead.apply(hidden, head, task, rows, *trained, *task.parameters)
     if not rows:  # so that the names are those of every other batch
         task.metrics.clear()
-        task.measure(hidden.new_zeros(0, _vocab(head), dtype=full_precision(hidden.dtype)), targets)
+        task.measure(hidden.new_zeros(0, _vocab(head), dtype=full_precision(hidden.dtype)), targets, None)
     # a copy, since activation checkpointing calls the loss again
     return TokenLossOutput(loss_sum, torch.tensor(len(targets), device=hidden.device), correct, dict(task.metrics))
 
@@ -194,24 +189,13 @@ def token_losses(
     return _by_chunks(_loss_of_chunk(task, head), hidden, targets, head, chunk_size)[0]
 
 
-def _loss_of_chunk(
-    task: LossTask, head: nn.Module, weights: Tensor | None = None
-) -> Callable[[Tensor, Tensor], tuple[Tensor, ...]]:
-    """A function of hidden states and targets; with `weights`, of hidden states and the indices of targets."""
-
-    def of_weighted_chunk(states: Tensor, rows: Tensor) -> tuple[Tensor, ...]:
-        assert weights is not None
-        wanted, factors = task.targets[rows], weights[rows]
+def _loss_of_chunk(task: LossTask, head: nn.Module) -> Callable[..., tuple[Tensor, ...]]:
+    def of_chunk(states: Tensor, wanted: Tensor, weights: Tensor | None) -> tuple[Tensor, ...]:
         logits = transformed(head(states), task.transform)
-        task.measure(logits, wanted, factors)
-        return checked_losses(task.token_loss, logits, wanted) * factors, is_largest(logits, wanted)
-
-    def of_chunk(states: Tensor, wanted: Tensor) -> tuple[Tensor, ...]:
-        logits = transformed(head(states), task.transform)
-        task.measure(logits, wanted)
+        task.measure(logits, wanted, weights)
         return checked_losses(task.token_loss, logits, wanted), is_largest(logits, wanted)
 
-    return of_chunk if weights is None else of_weighted_chunk
+    return of_chunk
 
 
 def token_logps(
@@ -236,7 +220,7 @@ def token_logps(
         task = Task(targets, transform, chunk_size, torch.is_grad_enabled())
         return LinearLogps.apply(hidden, head.weight, head.bias, task)
 
-    def of_chunk(states: Tensor, wanted: Tensor) -> tuple[Tensor, ...]:
+    def of_chunk(states: Tensor, wanted: Tensor, _: None) -> tuple[Tensor, ...]:
         logits = transformed(head(states), transform)
         return (at_target(logits, wanted) - logits.logsumexp(-1),)
 
@@ -244,21 +228,24 @@ def token_logps(
 
 
 def _by_chunks(
-    of_chunk: Callable[[Tensor, Tensor], tuple[Tensor, ...]],
+    of_chunk: Callable[..., tuple[Tensor, ...]],
     hidden: Tensor,
     targets: Tensor,
     head: nn.Module,
     chunk_size: int | None,
+    *,
+    weights: Tensor | None = None,
 ) -> list[Tensor]:
     """Runs `of_chunk` over rows under activation checkpointing and joins each of its outputs, `[n]`."""
     n = len(targets)
     if n == 0:  # one row of zeros, so that the head is part of the graph on every rank
+        weights = None
         hidden, targets = torch.cat([hidden, hidden.new_zeros(1, hidden.shape[1])]), targets.new_zeros(1)
     # torch.func has no saved tensor hooks, by which checkpointing works
     options = {"use_reentrant": False}
     run: Any = _called if is_transformed(hidden, head) else checkpoint
     outputs = [
-        run(of_chunk, hidden[rows], targets[rows], **options)
+        run(of_chunk, hidden[rows], targets[rows], None if weights is None else weights[rows], **options)
         for rows in chunks(len(targets), _vocab(head), hidden.device, chunk_size)
     ]
     return [torch.cat(column)[:n] for column in zip(*outputs, strict=True)]

@@ -89,12 +89,18 @@ class LossTask(Task):
     """The same, for the sum of a loss."""
 
     token_loss: TokenLoss
+    weights: Tensor | None = None
+    """`[n]`, factors on the losses and metrics; None if all are 1."""
     metrics: Sums = field(default_factory=dict)
     """Sums of the metrics of the loss over the chunks so far."""
 
     def values(self, logits: Tensor, targets: Tensor) -> Tensor:
         """The losses of tokens, `[rows]`, from logits `[rows, vocab]` as the head gives them."""
         return checked_losses(self.token_loss, transformed(logits, self.transform), targets)
+
+    def weights_of(self, rows: slice) -> Tensor | None:
+        """The factors of a chunk, `[rows]`."""
+        return None if self.weights is None else self.weights[rows]
 
     @property
     def has_parameters(self) -> bool:  # type: ignore[override]
@@ -108,8 +114,8 @@ class LossTask(Task):
         return tuple(p for p in loss.parameters() if p.requires_grad) if isinstance(loss, nn.Module) else ()
 
     @torch.no_grad()
-    def measure(self, logits: Tensor, targets: Tensor, weights: Tensor | None = None) -> None:
-        """Adds the metrics of the loss for a chunk, from logits `[rows, vocab]` in full precision, by weight."""
+    def measure(self, logits: Tensor, targets: Tensor, weights: Tensor | None) -> None:
+        """Adds the metrics of the loss for a chunk, from logits `[rows, vocab]` in full precision."""
         if not isinstance(self.token_loss, TokenLoss):
             return
         for name, values in self.token_loss.metrics(logits.detach(), targets).items():
@@ -118,8 +124,8 @@ class LossTask(Task):
                     f"model.loss: the metric {name} of {type(self.token_loss).__name__} has shape "
                     f"{list(values.shape)} for {len(targets)} tokens; a metric has one value per token"
                 )
-            weighted = values if weights is None else values * weights
-            self.metrics[name] = self.metrics.get(name, 0) + weighted.sum(dtype=full_precision(logits.dtype))
+            weighed = values if weights is None else values * weights
+            self.metrics[name] = self.metrics.get(name, 0) + weighed.sum(dtype=full_precision(logits.dtype))
 
 
 class LinearHead:
@@ -204,7 +210,7 @@ class LinearTokenLoss(torch.autograd.Function):
 
         `parameters` are those of the loss.
         """
-        head, targets = LinearHead(hidden, weight, bias), task.targets
+        head = LinearHead(hidden, weight, bias)
         wanted = task.with_gradients and any(ctx.needs_input_grad)
         gradients = HeadGradients(head, ctx.needs_input_grad[:3]) if wanted else None
         of_loss = [torch.zeros_like(parameter) for parameter in parameters]
@@ -214,10 +220,12 @@ class LinearTokenLoss(torch.autograd.Function):
             for rows in chunks(len(hidden), head.vocab, hidden.device, task.chunk_size):
                 logits = head.logits(rows)
                 if gradients is None:
-                    losses[rows], hits[rows] = without_gradient(task, logits, targets[rows])
+                    losses[rows], hits[rows] = without_gradient(task, logits, rows)
                 else:
-                    losses[rows], hits[rows], gradient = with_gradient(task, logits, targets[rows], of_loss)
+                    losses[rows], hits[rows], gradient = with_gradient(task, logits, rows, of_loss)
                     gradients.add(rows, gradient)
+        if task.weights is not None:
+            losses *= task.weights
         if gradients is not None:
             ctx.save_for_backward(*gradients.tensors, hidden, weight, bias, *of_loss, *parameters)
             ctx.task, ctx.dtype = task, head.dtype
@@ -231,7 +239,7 @@ class LinearTokenLoss(torch.autograd.Function):
         gradients, inputs, others = ctx.saved_tensors[:3], ctx.saved_tensors[3:6], ctx.saved_tensors[6:]
         of_loss, parameters = others[: len(others) // 2], others[len(others) // 2 :]
         if torch.is_grad_enabled():
-            weights = upstream.expand(len(ctx.task.targets))
+            weights = _factors(ctx.task, upstream)
             found = gradients_with_graph(ctx.task, weights, inputs, parameters, dtype=ctx.dtype)
             return *found[:3], None, *found[3:]
         with torch.no_grad():
@@ -268,10 +276,10 @@ class TokenLossOfHead(torch.autograd.Function):
             with torch.set_grad_enabled(wanted):
                 logits = head(states)
             if not wanted:
-                loss, hit = without_gradient(task, logits, task.targets[chunk])
+                loss, hit = without_gradient(task, logits, chunk)
             else:
                 # a copy, since the gradient is computed in place
-                loss, hit, gradient = with_gradient(task, logits.detach().clone(), task.targets[chunk], of_loss)
+                loss, hit, gradient = with_gradient(task, logits.detach().clone(), chunk, of_loss)
                 of_hidden[chunk] = _add_gradients(logits, gradient.to(logits.dtype), states, own, of_head)
             losses.append(loss)
             hits.append(hit)
@@ -279,7 +287,10 @@ class TokenLossOfHead(torch.autograd.Function):
             ctx.save_for_backward(of_hidden, *of_head, *of_loss, hidden, *parameters)
         correct = torch.cat(hits).sum() if hits else torch.zeros((), dtype=torch.long, device=hidden.device)
         ctx.mark_non_differentiable(correct)
-        return torch.cat(losses).sum() if losses else hidden.new_zeros((), dtype=ctx.full), correct
+        if not losses:
+            return hidden.new_zeros((), dtype=ctx.full), correct
+        joined = torch.cat(losses)
+        return (joined if task.weights is None else joined * task.weights).sum(), correct
 
     @staticmethod
     def backward(ctx: Any, upstream: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
@@ -287,7 +298,7 @@ class TokenLossOfHead(torch.autograd.Function):
         half = len(ctx.saved_tensors) // 2
         gradients, (hidden, *parameters) = ctx.saved_tensors[:half], ctx.saved_tensors[half:]
         if torch.is_grad_enabled():
-            weights = upstream.expand(len(ctx.task.targets))
+            weights = _factors(ctx.task, upstream)
             names = [name for name, p in ctx.head.named_parameters() if p.requires_grad]
 
             def logits_of(states: Tensor, *values: Tensor) -> Tensor:
@@ -459,43 +470,48 @@ def checked_losses(token_loss: TokenLoss, logits: Tensor, targets: Tensor) -> Te
     return losses
 
 
-def without_gradient(task: LossTask, logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+def without_gradient(task: LossTask, logits: Tensor, rows: slice) -> tuple[Tensor, Tensor]:
     """Returns the losses `[n]` of a chunk, and whether each target has the largest logit `[n]`."""
+    targets = task.targets[rows]
     logits = transformed(logits, task.transform)
-    task.measure(logits, targets)
+    task.measure(logits, targets, task.weights_of(rows))
     return checked_losses(task.token_loss, logits, targets), is_largest(logits, targets)
 
 
 def with_gradient(
-    task: LossTask, logits: Tensor, targets: Tensor, of_loss: Sequence[Tensor]
+    task: LossTask, logits: Tensor, rows: slice, of_loss: Sequence[Tensor]
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Returns the losses `[n]`, whether each target has the largest logit `[n]`, and the gradient of `logits`.
+    """Returns the losses `[n]` of a chunk, whether each target has the largest logit, and the gradient of `logits`.
 
-    Adds the gradients of the parameters of the loss to `of_loss`. May overwrite `logits`.
+    The gradient is that of the weighted sum; the losses are without weights. Adds the gradients of the parameters of
+    the loss to `of_loss`. May overwrite `logits`.
     """
+    targets, weights = task.targets[rows], task.weights_of(rows)
     quick = None if of_loss else _quick_method(task.token_loss)
-    if quick and task.transform is None:
-        hits = is_largest(logits, targets)
-        task.measure(logits, targets)
-        losses, gradient = quick(logits, targets)
-        return losses, hits, gradient
-    leaf, last = leaf_and_logits(logits, task.transform)
+    leaf, last = (logits, logits) if quick and task.transform is None else leaf_and_logits(logits, task.transform)
     hits = is_largest(last, targets)
-    task.measure(last, targets)
+    task.measure(last, targets, weights)
     if quick:
-        losses, gradient = quick(last.detach().clone(), targets)
+        losses, gradient = quick(last if last is logits else last.detach().clone(), targets)
+        if weights is not None:
+            gradient = gradient * weights.to(gradient.dtype).unsqueeze(-1)
         return losses.detach(), hits, to_leaf(leaf, last, gradient)
     inputs = last.detach().requires_grad_()
     with torch.enable_grad():
         losses = checked_losses(task.token_loss, inputs, targets)
-    asked = [inputs, *task.parameters]
-    gradient, *others = torch.autograd.grad(losses, asked, torch.ones_like(losses), allow_unused=True)
+    factors = torch.ones_like(losses) if weights is None else weights.to(losses.dtype)
+    gradient, *others = torch.autograd.grad(losses, [inputs, *task.parameters], factors, allow_unused=True)
     for total, other in zip(of_loss, others, strict=True):
         if other is not None:
             total.add_(other)
     if gradient is None:  # a loss of the targets alone
         gradient = torch.zeros_like(inputs)
     return losses.detach(), hits, to_leaf(leaf, last, gradient)
+
+
+def _factors(task: LossTask, upstream: Tensor) -> Tensor:
+    """The factor of each token's loss in the result of a backward pass, `[n]`."""
+    return upstream.expand(len(task.targets)) if task.weights is None else upstream * task.weights
 
 
 def _quick_method(token_loss: TokenLoss) -> Callable[[Tensor, Tensor], tuple[Tensor, Tensor]] | None:

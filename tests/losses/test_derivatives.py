@@ -222,3 +222,23 @@ def test_losses_per_token_equal_full_logits(kind):
     assert_close([ours], [theirs], 1e-10)
     inputs = [hidden, *(p for p in called.parameters() if p.requires_grad)]
     assert_close(torch.autograd.grad(ours @ SCALES, inputs), torch.autograd.grad(theirs @ SCALES, inputs), 1e-10)
+
+
+@pytest.mark.parametrize("kind", HEADS)
+def test_weights_of_tokens_are_in_sum_metrics_and_all_derivatives(kind):
+    hidden, targets, head = make(bias=True)
+    loss, called, weights = Learned(), HEADS[kind](head), torch.rand(N, dtype=torch.float64) + 0.5
+    inputs = [hidden, loss.temperature, *(p for p in called.parameters() if p.requires_grad)]
+
+    def derivatives(total):
+        gradients = torch.autograd.grad(total, inputs, create_graph=True)
+        return *gradients, *torch.autograd.grad(sum(g.sum() for g in gradients), inputs)
+
+    out = token_loss_sum(hidden, targets, called, loss, weights=weights, chunk_size=CHUNK)
+    losses = F.cross_entropy(called(hidden) / loss.temperature, targets, reduction="none")
+    assert_close(derivatives(out.loss_sum), derivatives(losses @ weights), 1e-10)
+    assert float(out.metrics["one"]) == pytest.approx(float(weights.sum()))
+    first = token_loss_sum(hidden, targets, called, CrossEntropy(), weights=weights, chunk_size=CHUNK).loss_sum
+    plain = F.cross_entropy(called(hidden), targets, reduction="none") @ weights
+    del inputs[1]
+    assert_close(torch.autograd.grad(first, inputs), torch.autograd.grad(plain, inputs), 1e-10)
