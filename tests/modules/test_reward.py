@@ -301,7 +301,7 @@ def test_losses_that_do_not_fit_the_rows(tmp_path, kwargs, message):
 
 def test_scores_out_of_range_are_refused_for_bce_and_fine_for_mse(tmp_path):
     write_jsonl(tmp_path / "s.jsonl", [{"prompt": "a", "response": "b" * i, "score": i} for i in (1, 2, 3)])
-    rows = reward_data(tmp_path, 0)
+    rows = reward_data(tmp_path)
     rows.sources["train"] = str(tmp_path / "s.jsonl")
     with pytest.raises(
         UserError, match=r"BCE takes outcomes from 0 to 1, and those in data.train are from 1 to 3; use"
@@ -316,7 +316,7 @@ def test_scores_out_of_range_are_refused_for_bce_and_fine_for_mse(tmp_path):
 
 def test_margins_enter_the_loss(tmp_path):
     write_jsonl(tmp_path / "m.jsonl", [row | {"margin": 3.0} for row in pairs(4)])
-    rows = reward_data(tmp_path, 0)
+    rows = reward_data(tmp_path)
     rows.sources["train"] = str(tmp_path / "m.jsonl")
     record = Record()
     fit(reward(loss=BradleyTerry(margin=True)), rows, max_steps=1, callbacks=[record])
