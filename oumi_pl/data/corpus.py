@@ -80,8 +80,8 @@ class Part(NamedTuple):
         else:
             content = fingerprint(source)
         made_from: list[Any] = [content, source.columns, _format_code(source.format), self.side]
-        if source.ignore or source.label:
-            made_from.append([source.ignore, source.label])
+        if source.ignore or source.label or source.template_variables:
+            made_from.append([source.ignore, source.label, source.template_variables])
         return made_from if self.render is None else [*made_from, self.render.template]
 
 

@@ -18,12 +18,14 @@ from oumi_pl.data.formats import (
 )
 from oumi_pl.data.sources import Source, rows
 from oumi_pl.data.tokenize import Dropped
-from oumi_pl.data.turns import MEDIA, PLACEHOLDERS, is_empty, is_missing, plain
+from oumi_pl.data.turns import MEDIA, PLACEHOLDERS, is_empty, is_missing, optional_json, plain
 from oumi_pl.errors import UserError, nearest
 from oumi_pl.types import BadRow, Conversation, Feedback, Preference, Record, Row
 
 OnBadRows = Literal["error", "drop"]
 
+VARIABLES = "chat_template_kwargs"
+"""The column with variables of the chat template."""
 MEANINGFUL = frozenset(
     (
         *("system", "system_prompt", "system_message", "system_instruction", "systemInstruction"),
@@ -108,6 +110,10 @@ class RecordReader:
         source = self.source
         if source.columns:
             row = rename_columns(row, source.columns)
+        if source.template_variables:
+            own = optional_json(row, VARIABLES) or {}
+            if isinstance(own, dict):  # else the format says what is wrong
+                row = row | {VARIABLES: source.template_variables | own}
         if source.label is not None and not _is_good(row):
             return [Dropped("label: not good")]
         used = {name: value for name, value in row.items() if name not in self._ignored} if self._ignored else row

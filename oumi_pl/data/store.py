@@ -253,7 +253,7 @@ def example_store(
     code = source.format and code_of(resolve_format(source.format, formats))
     table = [(function.__module__, function.__qualname__, columns) for function, columns in formats]
     name = source.format and format_name(source.format)
-    reading = [source.columns, source.ignore, source.label, bad_rows, columns]
+    reading = [source.columns, source.ignore, source.label, source.template_variables, bad_rows, columns]
     parts = [fingerprint(source), reading, name, code, table, key, _own_code()]
     directory = cache_root() / "examples" / cache_key(*parts)
     if (directory / REPORT).exists():

@@ -283,3 +283,14 @@ def test_feedback_on_media_is_refused_by_name(tmp_path):
         path = write_jsonl(tmp_path / f"{i}-images.jsonl", [row | {"images": ["cat.png"]}])
         with pytest.raises(UserError, match="column 'images': images, audio and video can't be trained on yet"):
             list(RecordReader(Source(path), FEEDBACK_FORMATS).records())
+
+
+def test_a_source_has_variables_of_the_template_for_its_rows(tmp_path):
+    turns = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]
+    rows = [{"messages": turns}, {"messages": turns, "chat_template_kwargs": {"mood": "sad", "own": 1}}]
+    source = Source(write_jsonl(tmp_path / "rows.jsonl", rows), template_variables={"mood": "calm", "tone": "dry"})
+    records = [record for _, record in RecordReader(source).records()]
+    assert [dict(record.template_variables) for record in records] == [
+        {"mood": "calm", "tone": "dry"},
+        {"mood": "sad", "tone": "dry", "own": 1},
+    ]
