@@ -175,8 +175,8 @@ class Source:
             `label`, `history`, `context`, ...) stops the run if the format doesn't read it and it isn't listed here.
         label: How rows with a column `label` (or `kto_tag`) are used, which says whether an answer is good: `keep_good`
             leaves out the bad ones.
-        template_variables: Values for variables that the chat template reads, for the rows of this source. They override
-            those of the recipe, and a row's own (`chat_template_kwargs`) override them.
+        template_variables: Values for variables that the chat template reads, for the rows of this source. They
+            override those of the recipe, and a row's own (`chat_template_kwargs`) override them.
         documents: How a `.txt` file is divided into documents: not at all (`file`, the default), at `blank_lines`, or
             at a separator of your own, for example `<|endoftext|>`.
         errors: How bytes that aren't UTF-8 are handled: the run stops (`strict`), or they become U+FFFD (`replace`).
