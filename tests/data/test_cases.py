@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from oumi_pl.attention.segments import path_positions
 from oumi_pl.data.dpo import DPOData
 from oumi_pl.data.sft import SFTData
 from oumi_pl.data.sources import Source
@@ -98,6 +99,31 @@ def test_pairs_that_differ_in_their_reasoning_are_kept():
     ((losses, _),) = trained(CASES / "reasoning_dpo.jsonl", cls=DPOData)
     assert "Two and two make four." in losses
     assert "A guess." in losses
+
+
+@needs_cases
+def test_each_answer_is_trained_after_the_history_it_would_have():
+    """Qwen3's template removes the reasoning of earlier turns once the user speaks again."""
+    qwen3 = (
+        Path(pytest.importorskip("trl", reason="needs TRL's templates").__file__).parent / "chat_templates/qwen3.jinja"
+    )
+    made = module(CASES / "reasoning_multi_turn.jsonl", template=str(qwen3))
+    made.setup("fit")
+    (example,) = made.examples("train")
+    decode = made.tokenizer.decode
+    paths = [path_positions(example.segments, i) for i in range(len(example.segments))]
+    first, second = ([decode(example.input_ids[p]), decode(example.input_ids[p][example.loss_mask[p]])] for p in paths)
+    assert first[1] == "<think>\nTwo and two make four.\n</think>\n\n4<|im_end|>"
+    assert second[1] == "<think>\nFour and three make seven.\n</think>\n\n7<|im_end|>"
+    assert "Two and two make four." not in second[0]
+    assert second[0].startswith("<|im_start|>user\n2+2?<|im_end|>\n<|im_start|>assistant\n4<|im_end|>")
+
+
+@needs_cases
+def test_the_end_of_a_turn_outside_the_markers_is_trained():
+    row = CASES / "turn_weight.jsonl"
+    ((losses, _),) = trained(row, template=str(CASES / "eot_outside_markers.jinja"))
+    assert losses == "Paris.<|im_end|>"
 
 
 @needs_cases
