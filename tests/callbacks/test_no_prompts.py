@@ -16,7 +16,7 @@ from tests.tiny import LLAMA, pairs, write_jsonl
 FIT = ("fit", "--config", "r.yaml")
 
 
-class Reward(LanguageModule):
+class ScalarReward(LanguageModule):
     """Scores the end of each response; the chosen one should have the higher score, by the margin of its pair."""
 
     unit = "rows"
@@ -42,7 +42,7 @@ def cli(tmp_path, monkeypatch, capsys):
     made, rng = CommandLine(tmp_path, monkeypatch, capsys), random.Random(0)
     write_jsonl(tmp_path / "pairs.jsonl", [row | {"margin": rng.random()} for row in pairs(16)])
     changes = {
-        "model.class_path": "tests.callbacks.test_no_prompts.Reward",
+        "model.class_path": "tests.callbacks.test_no_prompts.ScalarReward",
         "model.init_args.schedule": GONE,
         "data.class_path": "DPOData",
         "data.init_args.train": "pairs.jsonl",
@@ -58,7 +58,7 @@ def test_a_dry_run_counts_the_head_and_leaves_out_what_there_is_not(cli):
     before = cli.files()
     found = told(cli.works(*FIT, "--dry_run", "--trainer.max_steps", "3"))
     assert cli.files() == before
-    assert found["trainer"].startswith("Reward of LlamaForCausalLM")
+    assert found["trainer"].startswith("ScalarReward of LlamaForCausalLM")
     assert found["pairs per update"].startswith("2: 2 x 1 x 1 ")
     assert not {"loss", "reference"} & found.keys()
     cli.works(*FIT, "--trainer.max_steps", "3")
@@ -72,7 +72,7 @@ def test_a_dry_run_counts_the_head_and_leaves_out_what_there_is_not(cli):
 def test_a_run_says_once_that_there_are_no_samples_and_has_all_the_rest(cli):
     code, _, err = cli.run(*FIT, "--val_every", "1", "--report", "true")
     assert code == 0, err
-    assert err.count("no samples are written: Reward does not complete prompts\n") == 1
+    assert err.count("no samples are written: ScalarReward does not complete prompts\n") == 1
     assert not (cli.directory / "runs/r/samples.jsonl").exists()
     assert list(cli.column("runs/r", "val/rewards/accuracies")) == [1, 2]
     assert float(cli.column("runs/r", "train/rows_per_second")[2]) > 0
@@ -86,7 +86,7 @@ def test_answers_are_left_out(cli):
     cli.recipe(cli.changes | {"trainer.callbacks": [answers]})
     code, out, err = cli.run(*FIT, "--val_every", "1")
     assert code == 0, err
-    assert err.count("no answers are written: Reward does not complete prompts\n") == 1
+    assert err.count("no answers are written: ScalarReward does not complete prompts\n") == 1
     assert "no samples" not in err, "answers are what this recipe writes"
     assert "exact match" not in out
     assert not cli.column("runs/r", "val/exact_match")
@@ -94,10 +94,10 @@ def test_answers_are_left_out(cli):
 
 
 def test_prompts_are_refused(cli):
-    refusal = "predict: Reward does not complete prompts"
+    refusal = "predict: ScalarReward does not complete prompts"
     assert refusal in cli.fails("predict", "--config", "r.yaml")
     cli.works(*FIT)
     checkpoint = "runs/r/checkpoints/step-00000002.ckpt"
     assert refusal in cli.fails("predict", "--config", "r.yaml", "--ckpt_path", checkpoint)
     message = cli.fails("generate", "--checkpoint", "runs/r", "--prompt", "a")
-    assert f"--checkpoint: {checkpoint} is of Reward, which does not complete prompts" in message
+    assert f"--checkpoint: {checkpoint} is of ScalarReward, which does not complete prompts" in message

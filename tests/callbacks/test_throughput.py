@@ -7,7 +7,7 @@ import torch
 
 from oumi_pl.callbacks import throughput
 from oumi_pl.callbacks.throughput import Throughput, flops_per_token, peak_flops
-from oumi_pl.models.lm import LM, padded
+from oumi_pl.models.lm import padded
 from oumi_pl.modules import base
 from oumi_pl.runs.metrics import MetricsCSV
 from tests.tiny import data, module, trainer
@@ -17,7 +17,7 @@ from tests.tiny import data, module, trainer
 def test_tokens_and_padding_are_those_of_the_batches(tmp_path, monkeypatch, is_padded):
     """Rows are padded only for a model that needs it."""
     if is_padded:
-        monkeypatch.setattr(base, "with_layout", lambda build, share, longest: LM(build(False), padded))
+        monkeypatch.setattr(base, "with_layout", lambda build, share, longest, wrap: wrap(build(False), padded))
     logger = MetricsCSV()
     logger.open(tmp_path / "metrics.csv")
     sft_data = data(tmp_path, 11, batch_size=2)
