@@ -1,9 +1,9 @@
 """What a user may do wrong, one row a mistake: how it comes about, and the whole of what is said about it."""
 
-import importlib.util
 import json
 import os
 from collections.abc import Callable, Mapping
+from importlib.metadata import PackageNotFoundError
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -62,8 +62,11 @@ def of_gpt2(cli: CommandLine, patch: pytest.MonkeyPatch) -> None:
 
 def without_bitsandbytes(cli: CommandLine, patch: pytest.MonkeyPatch) -> None:
     saved(cli)
-    find = importlib.util.find_spec
-    patch.setattr("importlib.util.find_spec", lambda name, *a: None if name == "bitsandbytes" else find(name, *a))
+
+    def missing(name: str) -> str:
+        raise PackageNotFoundError(name)
+
+    patch.setattr("oumi_pl.models.build.version", missing)
 
 
 def on_an_old_gpu(cli: CommandLine, patch: pytest.MonkeyPatch) -> None:
