@@ -24,6 +24,7 @@ from oumi_pl.models.hub import locate
 from oumi_pl.models.lm import LM, States, disable_dropout, with_layout
 from oumi_pl.modules.base import LanguageModule
 from oumi_pl.modules.reference import WORDS, FrozenModel, Precomputed, Reference, precompute
+from oumi_pl.modules.sft import refuse_bad_answers
 from oumi_pl.modules.update import Split
 from oumi_pl.types import Batch, RunModule, Sums
 
@@ -87,6 +88,15 @@ class Distill(LanguageModule):
         self.reference: Teacher = Teacher(
             self, teacher, teacher_dtype, quantization=teacher_quantization, top_k=top_k, temperature=temperature
         )
+
+    def on_model_built(self) -> None:
+        """As of `SFT`.
+
+        Raises:
+            UserError: some rows of the data are labelled as bad answers.
+        """
+        super().on_model_built()
+        refuse_bad_answers(self)
 
     def loss_sums(self, batch: Batch, split: Split) -> Sums:
         """Sums over the targets: `loss`, its parts, and how often student and teacher prefer the same token."""

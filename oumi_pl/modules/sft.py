@@ -4,6 +4,7 @@ from typing import Any
 
 from torch import Tensor
 
+from oumi_pl.errors import UserError
 from oumi_pl.losses.causal import CrossEntropy, is_cross_entropy
 from oumi_pl.models.lm import States
 from oumi_pl.modules.base import LanguageModule, ModelName
@@ -36,6 +37,15 @@ class SFT(LanguageModule):
         if isinstance(self.loss, TokenLoss) and type(self.loss).metrics is not TokenLoss.metrics:
             self.validation_metrics = ()  # the loss has names of its own
 
+    def on_model_built(self) -> None:
+        """As of `LanguageModule`.
+
+        Raises:
+            UserError: some rows of the data are labelled as bad answers, which must not be imitated.
+        """
+        super().on_model_built()
+        refuse_bad_answers(self)
+
     def loss_sums(self, batch: Batch, split: Split) -> Sums:
         """Sums over the targets: `loss`, `correct` (targets with the largest logit), and in evaluation `nll`.
 
@@ -57,3 +67,17 @@ class SFT(LanguageModule):
         means = super().metrics({name: value for name, value in sums.items() if name != "correct"}, split)
         means["mean_token_accuracy"] = sums["correct"] / sums["targets"].clamp(min=1)
         return means if split == "train" else means | {"perplexity": means["nll"].exp()}
+
+
+def refuse_bad_answers(module: LanguageModule) -> None:
+    """Refuses labelled data for a trainer type that imitates every answer.
+
+    Raises:
+        UserError: the data have labels (the count `desirable` in their report).
+    """
+    data = module.data
+    if data is not None and any("desirable" in part for part in data.report().values()):
+        raise UserError(
+            f"data: {type(data).__name__} gives good and bad answers, and {type(module).__name__} would imitate both; "
+            "use SFTData, with `label: keep_good` on the source if its rows have labels"
+        )

@@ -8,6 +8,9 @@ import pytest
 import torch
 
 from oumi_pl.__main__ import main
+from oumi_pl.data.kto import KTOData
+from oumi_pl.data.tokenizers import ByteTokenizer
+from oumi_pl.errors import UserError
 from oumi_pl.losses.causal import CrossEntropy
 from oumi_pl.models.lm import documents, padded
 from oumi_pl.modules.sft import SFT
@@ -224,3 +227,12 @@ def test_several_devices_without_a_gpu_are_refused(recipe, capsys, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert main(["fit", "--config", "recipe.yaml", "--trainer.accelerator", "auto", "--trainer.devices", "8"]) == 2
     assert "no GPU is visible" in capsys.readouterr().err
+
+
+def test_bad_answers_are_not_imitated(tmp_path):
+    rows = [{"prompt": "q", "completion": "a", "label": label} for label in (True, False)]
+    feedback = KTOData(
+        write_jsonl(tmp_path / "rows.jsonl", rows), tokenizer=ByteTokenizer(), max_length=64, batch_size=2
+    )
+    with pytest.raises(UserError, match="data: KTOData gives good and bad answers, and SFT would imitate both"):
+        fit(module(), feedback, max_steps=1)
