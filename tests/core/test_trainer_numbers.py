@@ -178,7 +178,9 @@ def test_optimizers_by_name(tmp_path, name, more, made):
 
 
 def test_bitsandbytes_is_named_where_it_is_missing(tmp_path, monkeypatch):
-    monkeypatch.setitem(sys.modules, "bitsandbytes", None)
+    # The submodule too: one that another test has imported would be taken without a look at its package.
+    for name in ("bitsandbytes", "bitsandbytes.optim"):
+        monkeypatch.setitem(sys.modules, name, None)
     with pytest.raises(UserError, match=r"pip install 'oumi_pl\[gpu\]'"):
         build_optimizer(Regression(), params(tmp_path, optimizer="paged_adamw_8bit"))
 
