@@ -190,6 +190,11 @@ class LanguageModule(RestorableModule):
         self.__built: list[LM] = []  # in a list, since it is no second submodule
 
     @property
+    def tokenizer_name(self) -> str | None:
+        """The model whose tokenizer the data use unless they name one; None if there is none."""
+        return self.model_name
+
+    @property
     def keeps_trained_weights_only(self) -> bool:
         """Whether the model is pretrained with adapters: resuming loads its frozen weights again."""
         return self.lora is not None and self.model_name is not None and self.model_object is None

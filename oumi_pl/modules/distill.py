@@ -89,6 +89,11 @@ class Distill(LanguageModule):
             self, teacher, teacher_dtype, quantization=teacher_quantization, top_k=top_k, temperature=temperature
         )
 
+    @property
+    def tokenizer_name(self) -> str | None:
+        """A student that starts from random weights reads the teacher's tokens."""
+        return self.model_name or self.reference.name
+
     def on_model_built(self) -> None:
         """As of `SFT`.
 

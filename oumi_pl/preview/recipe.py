@@ -41,9 +41,9 @@ def read(configs: Sequence[Path], overrides: Sequence[str]) -> tuple[TextData, l
     module, data = instantiate({"model": settings.model, "data": settings.data})
     data.micro_batches = settings.trainer.accumulate_grad_batches or 1
     data.workers = 0  # starting processes would take longer than a few rows do
-    if data.tokenizer_spec is not None or module.model_name is None:
+    if data.tokenizer_spec is not None or module.tokenizer_name is None:
         return data, []
-    data.tokenizer_spec, notes = _tokenizer_of(module.model_name, Path(settings.runs_dir).expanduser())
+    data.tokenizer_spec, notes = _tokenizer_of(module.tokenizer_name, Path(settings.runs_dir).expanduser())
     return data, notes
 
 
