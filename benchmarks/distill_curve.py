@@ -3,11 +3,11 @@
     python benchmarks/distill_curve.py [--seeds 3] [--threads 2] [--runs_dir runs] [--out benchmarks/results]
 
 The student of `quickstart/distill` (443,008 parameters) is trained as the recipe says, from the teacher of
-`quickstart/pretrain` (918,656 parameters, which is trained first if it has no finished run in `--runs_dir`), and with
-cross-entropy alone: on the same text, from the same weights, with the same optimizer, for as many and for three times as
-many updates. The schedule has the length of each run. Measured is the held-out cross-entropy of the next token, in nats,
-which for cross-entropy alone is the loss itself. Learning rates are those that suit each: of 2e-3, 4e-3 and 8e-3 the one
-with the lowest cross-entropy at the end, with the first seed.
+`quickstart/pretrain` (918,656 parameters, trained first if it has no finished run in `--runs_dir`), and with
+cross-entropy alone: on the same text, from the same weights, with the same optimizer, for as many and for three times
+as many updates. The schedule has the length of each run. Measured is the held-out cross-entropy of the next token in
+nats, which for cross-entropy alone is the loss itself. Each kind of run has the learning rate of 2e-3, 4e-3 and 8e-3
+that is best for it: with the lowest cross-entropy at the end, with the first seed.
 """
 
 import argparse

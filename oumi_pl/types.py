@@ -352,6 +352,7 @@ class RunModule(Protocol):
     @property
     def tokenizer_name(self) -> str | None:
         """The model whose tokenizer the data use unless they name one; None if there is none."""
+
     unit: ClassVar[str]
     """What an update is divided by: `targets` or `rows`."""
 
