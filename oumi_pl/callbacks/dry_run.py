@@ -32,6 +32,7 @@ from oumi_pl.callbacks.start import data_lines, labelled
 from oumi_pl.callbacks.throughput import peak_memory
 from oumi_pl.data.examples import ExampleData
 from oumi_pl.data.plan import Layout, Plan
+from oumi_pl.data.reference import ReferenceLogps
 from oumi_pl.modules.update import COUNTS, recounted
 from oumi_pl.optim.schedules import in_steps
 from oumi_pl.runs import folders
@@ -111,12 +112,13 @@ class DryRun(L.Callback):
         if not data.trainer.strategy.broadcast(bool(cached.missing())):
             return cached
         self.measured.rows_without_reference += len(data.compared(split)[0])
+        self.measured.bytes_without_reference += cached.bytes
         if split == "train":
             ids = np.concatenate(self.largest or [])
         else:
             plan, layout = data.eval_plan(split)
             ids = plan.examples_of(0, layout, micro_batches=1)
-        return SomeLogps(data.compared_ids(split, ids.tolist()), data.layout.ranks)
+        return SomeLogps(data.compared_ids(split, ids.tolist()), data.layout.ranks, cached)
 
     # ---- the run
 
@@ -209,9 +211,11 @@ class SomeLogps:
     A chunk holds one example, and there is one chunk for each rank, so that every rank computes all of them.
     """
 
-    def __init__(self, ids: list[int], ranks: int) -> None:
+    def __init__(self, ids: list[int], ranks: int, whole: ReferenceLogps) -> None:
         self.ids = sorted(set(ids))
         self.ranks = ranks
+        self.bytes = whole.bytes
+        self.width = whole.width
         self.directory = "memory"
         self._logps: dict[int, np.ndarray] = {}
 
@@ -229,9 +233,10 @@ class SomeLogps:
         self._logps[self.ids[chunk // self.ranks]] = logps
 
     def logps(self, examples: list[int]) -> np.ndarray:
-        """Log-probabilities of the targets of some examples, in their order, `[targets]` float32."""
+        """As of `ReferenceLogps`."""
         parts = [self._logps[example] for example in examples]
-        return np.concatenate(parts) if parts else np.empty(0, dtype=np.float32)
+        empty = np.empty((0, self.width) if self.width > 1 else 0, dtype=np.float32)
+        return np.concatenate(parts) if parts else empty
 
 
 # ---- the table: counted for the whole run, or measured on its first updates
@@ -263,7 +268,9 @@ class Measured:
         self.peak = 0
         """Peak memory in bytes on the rank that needs most."""
         self.rows_without_reference = 0
-        """Rows whose reference log-probabilities are not in the cache yet."""
+        """Rows whose reference log-probabilities, or teacher's distributions, are not in the cache yet."""
+        self.bytes_without_reference = 0
+        """Size of these values on disk."""
         self.step = self.total = self.micro_batches = self.rows_per_update = self.tokens = 0
         """Of the whole run: steps done and in total, micro-batches and rows per update, tokens in total."""
         self.ranks = 1
@@ -342,9 +349,12 @@ def _data(data: RunData, module: RunModule, measured: Measured) -> Lines:
         "(batch_size x accumulate_grad_batches x devices)",
     )
     for label, note in map(labelled, module.notes):
-        if label == "reference" and measured.rows_without_reference:
+        if label in ("reference", "teacher") and measured.rows_without_reference:
+            what = "log-probabilities"
+            if label == "teacher":
+                what = f"distributions, {measured.bytes_without_reference / 1e9:.2g} GB on disk,"
             missing = f"of {measured.rows_without_reference:,} rows will be computed once, before the first update"
-            yield label, f"log-probabilities {missing} (the dry run computed those of its own rows)"
+            yield label, f"{what} {missing} (the dry run computed those of its own rows)"
         else:
             yield label, note
 
