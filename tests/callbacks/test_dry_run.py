@@ -142,10 +142,8 @@ def test_a_teachers_cache_is_announced_with_its_size(cli):
     assert not list((cli.directory / "cache").rglob("000000.bin"))
     cli.works(*TRAINED)
     size = sum(file.stat().st_size for file in (cli.directory / "cache" / "reference").rglob("*.bin"))
-    targets = sum(
-        split["target_tokens"] for split in json.loads((cli.directory / "runs/r/data.json").read_text()).values()
-    )
-    assert size == 4 * 5 * targets
+    report = json.loads((cli.directory / "runs/r/data.json").read_text())
+    assert size == 4 * 5 * sum(split["target_tokens"] for split in report.values())
     assert found["teacher"].startswith(f"distributions, {size / 1e9:.2g} GB on disk, of ")
 
 
