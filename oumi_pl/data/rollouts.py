@@ -169,25 +169,32 @@ class RolloutData(ChatData):
 
     def lengths(self, split: str) -> np.ndarray:
         """Most tokens of each prompt with its completions, `[prompts]`."""
-        most = self.completions * self.sampling.max_new_tokens
-        return np.array([len(prompt.ids) + most for prompt in self.all_prompts(split)], dtype=np.int64)
+        return self.prompt_lengths(split) + self.completions * self.sampling.max_new_tokens
 
     def longest_path(self, splits: Iterable[str]) -> tuple[int, int] | None:
         """As of `TextData`."""
         return None
 
     def report(self) -> dict[str, Any]:
-        """Counts per split."""
-        return {
-            split: reports.merged(counts) | {"tokens": sum(len(prompt.ids) for prompt in self.__prompts[split])}
-            for split, counts in self.__reports.items()
-        }
+        """Counts per split: rows read, kept and dropped, tokens and lengths of the prompts."""
+        return {split: self.__report_of(split) for split in self.__reports}
+
+    def __report_of(self, split: str) -> dict[str, Any]:
+        report = reports.merged(self.__reports[split]) | reports.of_lengths(self.prompt_lengths(split))
+        if split == "train":
+            plan = self.plan(0)
+            report |= {"rows_planned": plan.rows, "updates_per_epoch": len(plan) * self.iterations}
+        return report
+
+    def prompt_lengths(self, split: str) -> np.ndarray:
+        """Tokens of each prompt, `[prompts]`."""
+        return np.array([len(prompt.ids) for prompt in self.all_prompts(split)], dtype=np.int64)
 
     # ---- plan and loaders
 
     def plan(self, epoch: int) -> Plan:
         """The prompts of each update of an epoch."""
-        lengths = np.array([len(prompt.ids) for prompt in self.all_prompts("train")])
+        lengths = self.prompt_lengths("train")
         weights = [source.weight for source in as_sources(self.sources["train"])]
         sizes = [report["kept"] for report in self.__reports["train"]]
         ids = mixture_epoch(sizes, weights, self.run_seed, epoch)

@@ -164,15 +164,19 @@ def resolve(path: str) -> Reward:
 
 
 def answer_of(row: Mapping[str, Any]) -> str:
-    """The expected answer of a row: its column `answer`, `completion`, `target` or `solution`.
+    """The expected answer of a row: its column `answer`, `completion`, `target` or `solution`, or its last turn.
 
     Raises:
         UserError: it has none.
     """
     for column in ("answer", "completion", "target", "solution"):
         if column in row:
-            return str(row[column])
-    raise UserError("no column `answer`, `completion`, `target` or `solution`")
+            value = row[column]
+            return str(value[-1]["content"] if isinstance(value, list) else value)
+    turns = row.get("messages") or row.get("conversations") or [{}]
+    if turns[-1].get("role") == "assistant":
+        return str(turns[-1]["content"])
+    raise UserError("no column `answer`, `completion`, `target` or `solution`, and no `messages` that end with one")
 
 
 def exact_match(completion: str, row: Mapping[str, Any]) -> float:
