@@ -57,6 +57,8 @@ class TextData(L.LightningDataModule):
     """Whether examples may have segments that continue others."""
     streaming: bool = False
     """Whether training rows are tokenized while training, so that their number is unknown beforehand."""
+    samples: bool = False
+    """Whether the policy samples the training rows while training."""
     template: ChatTemplate | None = None
     """The chat template in use; None if rows have no turns."""
     micro_batches: int = 1

@@ -63,6 +63,7 @@ class RolloutData(ChatData):
     """
 
     branching = True
+    samples = True
     formats: Formats = ((prompt_only, ("prompt",)), *FORMATS)
     prompt_formats = formats
 

@@ -42,6 +42,7 @@ class GRPO(LanguageModule):
     """
 
     branching = True
+    group_name = "group"
     validation_metrics: tuple[str, ...] = ("val/loss", "val/reward", "val/pass@1")
 
     def __init__(
@@ -101,32 +102,33 @@ class GRPO(LanguageModule):
         sums = torch.zeros(count, device=estimates.device).index_add(0, batch["target_segments"], estimates)
         return self.kl * sums.double().cpu().numpy()
 
-    def refuse_settings(self) -> None:
-        """Refuses data whose sampling the objective can't correct for.
+    def on_model_built(self) -> None:
+        """As of `LanguageModule`; refuses data whose sampling the objective can't correct for.
 
         Raises:
             UserError: says which setting.
         """
+        super().on_model_built()
         data: Any = self.data
-        sampling = data.sampling
-        if sampling.temperature == 0:
+        if data is None:
+            return
+        if not data.samples:
+            raise UserError(
+                f"data: GRPO trains on completions that the policy samples; RolloutData does so, {type(data).__name__} "
+                "reads answers"
+            )
+        if data.sampling.temperature == 0:
             raise UserError("data.sampling.temperature: greedy completions of a prompt are all the same; raise it")
-        if sampling.is_truncated:
+        if data.sampling.is_truncated:
             raise UserError(
                 "data.sampling: with top_p, top_k or min_p, log-probabilities are not those of the tokens' "
                 "distribution, so that gradients and ratios would be wrong; sample from all tokens"
             )
-        reuses = data.steps_per_rollout * data.iterations > 1
-        if reuses and not self.loss.has_ratio:
+        if data.steps_per_rollout * data.iterations > 1 and not self.loss.has_ratio:
             raise UserError(
                 f"data: {type(self.loss).__name__} does not correct for a policy that has moved since it sampled; set "
                 "steps_per_rollout and iterations to 1, or take a loss with a ratio"
             )
-
-    def on_model_built(self) -> None:
-        """Checks settings of model and data against each other."""
-        self.refuse_settings()
-        super().on_model_built()
 
     # ---- the loss
 

@@ -13,6 +13,7 @@ import torch
 from lightning.pytorch.callbacks import GradientAccumulationScheduler
 
 from oumi_pl.callbacks.checkpoint import Checkpoints
+from oumi_pl.data.dpo import DPOData
 from oumi_pl.data.rollouts import RolloutData
 from oumi_pl.data.tokenizers import ByteTokenizer
 from oumi_pl.errors import UserError
@@ -279,6 +280,13 @@ def test_settings_that_would_give_wrong_gradients_are_refused(tmp_path, message)
     data, module = MISTAKES[message]
     with pytest.raises(UserError, match=message):
         run(tmp_path, grpo(**module), data=data)
+
+
+def test_data_with_answers_are_refused(tmp_path):
+    rows = tmp_path / "pairs.jsonl"
+    rows.write_text(json.dumps({"prompt": "2 + 3", "chosen": "5", "rejected": "6"}) + "\n")
+    with pytest.raises(UserError, match="RolloutData does so, DPOData reads answers"):
+        trainer(max_steps=1).fit(grpo(), DPOData(str(rows), tokenizer=ByteTokenizer(), max_length=64))
 
 
 def test_a_penalty_without_a_gradient_is_refused():
