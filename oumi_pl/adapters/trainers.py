@@ -400,9 +400,8 @@ def _trl_gkd(module: Distill, settings: dict[str, Any], common: dict[str, Any]) 
 
     teacher = module.reference.frozen_model
     assert teacher is not None
-    args = gkd.GKDConfig(
-        **settings, max_length=None, disable_dropout=True, **gkd_settings(module), **_no_router_loss(module)
-    )
+    arguments: dict[str, Any] = settings | gkd_settings(module) | _no_router_loss(module)
+    args = gkd.GKDConfig(**arguments, max_length=None, disable_dropout=True)
     return GKDTrainer(
         model=module.causal_lm.hf,
         teacher_model=teacher.hf,
