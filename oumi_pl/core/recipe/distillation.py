@@ -19,9 +19,9 @@ def distillation(config: TrainingConfig, notes: Notes) -> dict[str, Any]:
     params = config.training.gkd
     if params.lmbda:
         why = f"{params.lmbda:g} of the updates would train on what the student generates, which waits for online"
-        refuse(f"{PLACE}.lmbda", f"{why} training; set it to 0")
+        refuse(f"{PLACE}.lmbda", f"{why} distillation; set it to 0")
     if params.seq_kd:
-        why = "it would train on what the teacher generates, which waits for online training; set it to false"
+        why = "it would train on what the teacher generates, which waits for online distillation; set it to false"
         refuse(f"{PLACE}.seq_kd", why)
     if not params.disable_dropout:
         refuse(f"{PLACE}.disable_dropout", "False has no counterpart; leave it out")
