@@ -247,6 +247,7 @@ def build_model(
         hf.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     if lora is not None:
         hf = with_lora(hf, lora, added_tokens, revision, task="SEQ_CLS" if scoring else "CAUSAL_LM")
+        freeze_adapters(hf, freeze)
         hf.why_not_alone = _why_not_alone(base, adapter, config or {}, new_rows)
     # `from_pretrained` returns eval mode, which Lightning would keep
     return hf.train()
@@ -500,6 +501,12 @@ def freeze_modules(hf: "PreTrainedModel", freeze: Sequence[str]) -> None:
         if name not in modules:
             raise UserError(f"model.freeze: the model has no module {name!r}{nearest(name, modules)}")
         modules[name].requires_grad_(False)
+
+
+def freeze_adapters(hf: Any, freeze: Sequence[str]) -> None:
+    """Freezes the adapters in modules of these names; `hf.adapter_weights` are the names of all adapters' weights."""
+    hf.adapter_weights = frozenset(name for name, parameter in hf.named_parameters() if parameter.requires_grad)
+    freeze_modules(hf.get_base_model(), freeze)
 
 
 def shard(model: LM, module: L.LightningModule) -> None:

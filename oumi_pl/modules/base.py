@@ -194,6 +194,11 @@ class LanguageModule(RestorableModule):
         """Whether the model is pretrained with adapters: resuming loads its frozen weights again."""
         return self.lora is not None and self.model_name is not None and self.model_object is None
 
+    @property
+    def adapter_weights(self) -> set[str]:
+        """Names of the weights that LoRA trains, also of those that `freeze` names."""
+        return set() if self.model is None else {f"model.hf.{name}" for name in self.model.adapter_weights}
+
     @classmethod
     def load_from_checkpoint(  # type: ignore[override]
         cls, checkpoint_path: str | Path, *, tokenizer: Any = None, **kwargs: Any
