@@ -227,6 +227,7 @@ def build_model(
             base, revision = _base_of(adapter)
     hub = {"revision": revision, "trust_remote_code": trust_remote_code}
     hf_config = build_config(base, config, tokenizer, **hub)
+    attn = _with_soft_cap(hf_config, attn)
     if scoring:
         _refuse_without_scores(hf_config)
         hf_config.num_labels = 1
@@ -286,6 +287,19 @@ def _refuse_other_heads(hf: "PreTrainedModel") -> None:
             f"model: {type(hf).__name__} has no linear head `{SCORE}` on its last token, so it can't be a reward model "
             f"here; take a causal architecture, for example {', '.join(USUAL)}"
         )
+
+
+def _with_soft_cap(hf_config: "PretrainedConfig", attn: str | None) -> str | None:
+    """The attention to use: not sdpa for a soft cap on attention logits, which transformers below 5.21 leaves out.
+
+    Raises:
+        UserError: sdpa was asked for.
+    """
+    if getattr(hf_config.get_text_config(), "attn_logit_softcapping", None) is None or attn not in (None, "sdpa"):
+        return attn
+    if attn is None:
+        return "eager"
+    raise UserError("model.attn: 'sdpa' can't apply the soft cap on this model's attention logits; leave it out, or set eager")
 
 
 def _auto_class(scoring: bool) -> Any:

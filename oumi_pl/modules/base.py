@@ -90,7 +90,7 @@ class LanguageModule(RestorableModule):
         lora: Arguments of `peft.LoraConfig` (`r`, `lora_alpha`, `target_modules`, `use_dora`, ...); all linear layers
             unless `target_modules` says otherwise.
         quantization: Load the frozen weights in 4 or 8 bits (QLoRA); needs `lora` and bitsandbytes, on CPUs 0.50 of it.
-        freeze: Names of modules whose parameters are not trained.
+        freeze: Names of modules whose parameters are not trained, adapters included.
         gradient_checkpointing: Recompute activations in the backward pass to save memory.
         compile: Compile the model's layers with `torch.compile`.
         revision: Branch, tag or commit of the model on the hub.
