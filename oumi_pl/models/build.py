@@ -299,7 +299,9 @@ def _with_soft_cap(hf_config: "PretrainedConfig", attn: str | None) -> str | Non
         return attn
     if attn is None:
         return "eager"
-    raise UserError("model.attn: 'sdpa' can't apply the soft cap on this model's attention logits; leave it out, or set eager")
+    raise UserError(
+        "model.attn: 'sdpa' can't apply the soft cap on this model's attention logits; leave it out, or set eager"
+    )
 
 
 def _auto_class(scoring: bool) -> Any:

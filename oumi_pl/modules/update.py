@@ -609,7 +609,7 @@ class RestorableModule(UpdateModule):
         Lightning steps a `ReduceLROnPlateau` with `interval: step` after callbacks have saved the update.
         """
         loop = self.trainer.fit_loop.epoch_loop
-        batches = loop.batch_progress.current
+        batches: Any = loop.batch_progress.current
         # callbacks save after a batch before Lightning counts it as completed, or during the validation after it
         is_before = batches.completed < batches.processed or self.trainer.validating
         if not (is_before and self.automatic_optimization) or loop._should_accumulate():
