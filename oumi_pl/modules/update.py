@@ -17,6 +17,7 @@ import lightning as L
 import torch
 from lightning.pytorch.callbacks import WeightAveraging
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
+from lightning.pytorch.utilities.types import LRSchedulerConfig
 from torch import Tensor
 from torch.optim import Optimizer
 from torchmetrics import SumMetric
@@ -606,23 +607,33 @@ class RestorableModule(UpdateModule):
     def __metrics_of_due_plateaus(self) -> list[Tensor | None]:
         """For each schedule, the metric that it is about to be stepped with; None if it is not.
 
-        Lightning steps a `ReduceLROnPlateau` with `interval: step` after callbacks have saved the update.
+        Lightning steps a `ReduceLROnPlateau` after callbacks have saved the update or the epoch.
         """
+        epochs: Any = self.trainer.fit_loop.epoch_progress.current
         loop = self.trainer.fit_loop.epoch_loop
         batches: Any = loop.batch_progress.current
         # callbacks save after a batch before Lightning counts it as completed, or during the validation after it
-        is_before = batches.completed < batches.processed or self.trainer.validating
-        if not (is_before and self.automatic_optimization) or loop._should_accumulate():
-            return []
-        return [
-            self.trainer.callback_metrics.get(config.monitor or "")
-            if config.reduce_on_plateau and config.interval == "step" and not batches.ready % config.frequency
-            else None
-            for config in self.trainer.lr_scheduler_configs
-        ]
+        after_batch = batches.completed < batches.processed or bool(self.trainer.validating)
+        after_epoch = epochs.completed < epochs.processed
+
+        def is_due(config: LRSchedulerConfig) -> bool:
+            if not (config.reduce_on_plateau and self.automatic_optimization):
+                return False
+            if config.interval == "step":
+                return after_batch and not loop._should_accumulate() and not batches.ready % config.frequency
+            ends = (after_batch and loop._num_ready_batches_reached()) or after_epoch
+            return ends and not (self.current_epoch + 1) % config.frequency
+
+        metrics = self.trainer.callback_metrics
+        return [metrics.get(c.monitor or "") if is_due(c) else None for c in self.trainer.lr_scheduler_configs]
 
     def __step_due_plateaus(self) -> None:
-        """Steps the schedules that were due when the checkpoint was saved, unless Lightning has."""
+        """Steps the schedules that were due when the checkpoint was saved, unless Lightning has.
+
+        Lightning itself does not step a `ReduceLROnPlateau` at the ends of epochs as long as the loop is restarting,
+        which it would be to the end of the run.
+        """
+        self.trainer.fit_loop._restarting = False
         metrics, self.__plateau_metrics = self.__plateau_metrics, []
         if self.__scheduler_steps == self.trainer.fit_loop.epoch_loop.scheduler_progress.total.ready:
             for config, metric in zip(self.trainer.lr_scheduler_configs, metrics, strict=False):

@@ -216,14 +216,16 @@ def test_schedules_step_and_resume_as_in_lightning(tmp_path, name):
     assert distance(weights(resumed), weights(whole)) == 0
 
 
-@pytest.mark.parametrize(("monitor", "frequency"), [("train/loss", 1), ("val/loss", 4)])
+@pytest.mark.parametrize(
+    ("monitor", "interval", "frequency"), [("train/loss", "step", 1), ("val/loss", "step", 4), ("val/loss", "epoch", 1)]
+)
 @pytest.mark.parametrize("stop", [3, 4])
-def test_a_plateau_by_steps_is_resumed_exactly(tmp_path, monitor, frequency, stop):
+def test_a_plateau_is_resumed_exactly(tmp_path, monitor, interval, frequency, stop):
     """Saved after a batch or after the validation that follows it, within an epoch or at its end."""
 
     def schedule(optimizer):
         plateau = ReduceLROnPlateau(optimizer, factor=0.5, patience=0, threshold=9.0)
-        return {"scheduler": plateau, "monitor": monitor, "interval": "step", "frequency": frequency}
+        return {"scheduler": plateau, "monitor": monitor, "interval": interval, "frequency": frequency}
 
     def trained(steps, ckpt_path=None, callback=None):
         seen, sft = Steps(), configured(lambda o, s: {"optimizer": o, "lr_scheduler": s}, schedule)
@@ -232,7 +234,7 @@ def test_a_plateau_by_steps_is_resumed_exactly(tmp_path, monitor, frequency, sto
         return weights(sft), seen["train/lr"]
 
     whole, rates = trained(8)
-    assert len({*rates}) == (8 if frequency == 1 else 4)  # counted in batches, of which an epoch has 4
+    assert len({*rates}) == (8 if monitor == "train/loss" else 4)  # counted in batches, of which an epoch has 4
     for saved in (StopAt(stop, tmp_path / "part.ckpt"), StopAfterValidation(stop, tmp_path / "part.ckpt")):
         trained(8, callback=saved)
         resumed, later = trained(8, tmp_path / "part.ckpt")
