@@ -329,6 +329,14 @@ def model_of(**changes):
     return section(recipe(**changes), "model")
 
 
+def test_frozen_layers_have_adapters_that_are_trained_as_in_oumi():
+    frozen = {"model__freeze_layers": "[model.embed_tokens]"}
+    assert model_of(**frozen)["freeze"] == ["model.embed_tokens"]
+    made = recipe(**frozen, training__use_peft=True)
+    assert "freeze" not in section(made, "model")
+    assert made.became["model.freeze_layers"].startswith("nothing: Oumi trains the adapters in these layers")
+
+
 def test_lora():
     made = recipe(
         training__use_peft=True,
