@@ -220,8 +220,10 @@ def _mapped(file: Path, dtype: type) -> np.ndarray:
     return cast("np.ndarray", np.memmap(file, dtype=dtype, mode="r"))
 
 
-ENCODE_BATCH = 1000
-"""Rows per call of `encode`."""
+ENCODE_BATCH = 200
+"""Rows per call of `encode`. With larger batches, Python's garbage collector goes through all objects more often."""
+HOPELESS = 1000
+"""Bad rows after which the others are not looked at, if no row was usable until then."""
 
 Encode = Callable[[Sequence[Record]], list[Example | Dropped]]
 
@@ -308,7 +310,7 @@ def _encoded(
             _count(report, example)
             if isinstance(example, Example):
                 yield example
-        if not report["kept"] and bad.count >= ENCODE_BATCH:  # no row fits the template, say: one batch shows it
+        if not report["kept"] and bad.count >= HOPELESS:  # no row fits the template, say
             return
 
 

@@ -344,6 +344,8 @@ class Tokenize:
 
         The context is what all paths begin with, up to the first target.
         """
+        if all(len(path.ids) <= self.max_length for path in paths):
+            return list(paths)
         places = self._places(paths)
         if isinstance(places, Dropped):
             return places
