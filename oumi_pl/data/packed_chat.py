@@ -1,5 +1,6 @@
 """Conversations as one stream of tokens: rendered, joined and cut into rows, like the documents of pretraining."""
 
+from datetime import date as Date
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
@@ -38,7 +39,17 @@ class PackedChatData(PretrainData):
     @cached_property
     def rendering(self) -> Rendering:
         """Renders conversations as texts."""
-        return Rendering(self.tokenizer, template_date(self.tokenizer.chat_template, {}, titles(self.sources["train"])))
+        return Rendering(self.tokenizer, self.template_date)
+
+    @cached_property
+    def template_date(self) -> Date | None:
+        """The day that the template gets as today; None if it doesn't ask for it."""
+        return template_date(self.tokenizer.chat_template, {}, titles(self.sources["train"]))
+
+    def report(self) -> dict[str, Any]:
+        """As of `PretrainData`, with the date that the template writes."""
+        date = {} if self.template_date is None else {"template_date": str(self.template_date)}
+        return {split: described | date for split, described in super().report().items()}
 
     def parts(self, split: str) -> list[Part]:
         """The parts of sources that a split uses, with conversations rendered as texts."""

@@ -767,7 +767,7 @@ def _replaced_call(call: dict[str, Any], replace: Any) -> dict[str, Any]:
 
 
 def _without_texts(conversation: Conversation, content: str | None) -> Conversation | None:
-    """A conversation whose assistant turns of calls or reasoning alone have this content; None if it has no such turn."""
+    """A conversation whose assistant turns without text have this content; None if there are none."""
     messages = conversation.messages
     blank = [
         message["role"] == "assistant"
