@@ -2,9 +2,9 @@
 
     python benchmarks/tokenizing.py --tokenizer FOLDER [--rows 6000] [--processes 1 2]
 
-Both render the same rows with the same chat template, mark the assistant's turns and write the tokens to disk. Ours also
-checks that all parts of each trained turn are written. Rows per second are given by the clock and by the processor time
-of all processes, which depends less on what else a machine does.
+Both render the same rows with the same chat template, mark the assistant's turns and write the tokens to disk. Ours
+also checks that all parts of each trained turn are written. Rows per second are given by the clock and by the processor
+time of all processes, which depends less on what else a machine does.
 """
 
 import argparse
@@ -26,25 +26,7 @@ import trl
 from oumi_pl.data.sft import SFTData
 from oumi_pl.data.template import apply_template, load_template
 
-WORDS = [
-    "tide",
-    "port",
-    "harbour",
-    "moon",
-    "water",
-    "height",
-    "rises",
-    "falls",
-    "early",
-    "late",
-    "north",
-    "south",
-    "because",
-    "therefore",
-    "measured",
-    "in",
-    "metres",
-]
+WORDS = ("tide", "port", "harbour", "moon", "water", "rises", "falls", "early", "late", "north", "because", "metres")
 
 
 def conversations(rows: int) -> list[dict]:

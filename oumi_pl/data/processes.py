@@ -9,7 +9,7 @@ import signal
 import sys
 import threading
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from typing import Any, TypeVar
@@ -25,12 +25,13 @@ AHEAD = 3
 """Batches per process that are under way or waiting, so that none is idle and few are in memory."""
 PARALLELISM = "TOKENIZERS_PARALLELISM"
 
-_function: Callable[[Any], Any]
+_functions: list[Callable[[Any], Any]] = []
+"""In a process that was started here, the function that it calls."""
 
 
 def mapped(
     function: Callable[[Item], Result], items: Iterable[Item], processes: int, what: str = "processes"
-) -> Iterator[Result]:
+) -> Generator[Result, None, None]:
     """Yields `function(item)` for each item in order.
 
     The first item is done in this process, so that what the function builds for all of them is there before others
@@ -74,8 +75,7 @@ def mapped(
 
 def _begin(function: Callable[[Any], Any]) -> None:
     """Prepares a process: it leaves Ctrl-C to its parent, and ends with it."""
-    global _function
-    _function = function
+    _functions.append(function)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     parent = multiprocessing.parent_process()
@@ -89,7 +89,7 @@ def _end_with(parent: Any) -> None:
 
 
 def _call(item: Any) -> Any:
-    return _function(item)
+    return _functions[-1](item)
 
 
 @contextlib.contextmanager

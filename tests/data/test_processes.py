@@ -126,12 +126,12 @@ def test_processes_end_with_their_parent():
 
 def test_a_function_that_can_not_be_sent_is_named(monkeypatch):
     monkeypatch.setattr(processes, "START", "spawn")
-    with pytest.raises(UserError, match="data.processes: what they need can't be sent to other processes"):
+    with pytest.raises(UserError, match=r"data\.processes: what they need can't be sent to other processes"):
         list(mapped(lambda item: item, range(3), 2, "data.processes"))
 
 
 def test_a_number_below_1_is_refused():
-    with pytest.raises(UserError, match="data.processes is 0, but has to be at least 1"):
+    with pytest.raises(UserError, match=r"data\.processes is 0, but has to be at least 1"):
         SFTData("rows.jsonl", processes=0)
 
 
