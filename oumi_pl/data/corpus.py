@@ -3,7 +3,7 @@
 import inspect
 import re
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -14,10 +14,10 @@ from oumi_pl.data.records import OnBadRows
 from oumi_pl.data.rendering import Rendering
 from oumi_pl.data.shards import FORMAT, MADE_FROM, MANIFEST, Shards, write_shards
 from oumi_pl.data.sources import Source, fingerprint, is_on_hub
+from oumi_pl.data.splitting import Side
 from oumi_pl.data.store import cache_key, cache_root
 from oumi_pl.data.tokenizers import tokenizer_fingerprint
 from oumi_pl.errors import UserError
-from oumi_pl.types import Row
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -26,13 +26,12 @@ if TYPE_CHECKING:
 class Part(NamedTuple):
     """The part of a source that a split uses.
 
-    keep: which rows to use; all if None. side: names those rows in the cache's key. render: renders conversations as
-    texts, if rows may be conversations. bad_rows: as of `texts`.
+    keep: which rows to use; all if None. render: renders conversations as texts, if rows may be conversations.
+    bad_rows: as of `texts`.
     """
 
     source: Source
-    keep: Callable[[Row], bool] | None = None
-    side: str | None = None
+    keep: Side | None = None
     render: Rendering | None = None
     bad_rows: OnBadRows | None = None
 
@@ -81,7 +80,7 @@ class Part(NamedTuple):
             content = str([source.address, source.config, source.split, source.revision])
         else:
             content = fingerprint(source)
-        made_from: list[Any] = [content, source.columns, _format_code(source.format), self.side]
+        made_from: list[Any] = [content, source.columns, _format_code(source.format), str(self.keep)]
         if source.ignore or source.label or source.template_variables:
             made_from.append([source.ignore, source.label, source.template_variables])
         if self.bad_rows == "drop":

@@ -23,6 +23,7 @@ from oumi_pl.data.formats import (
 )
 from oumi_pl.data.records import BadRows, OnBadRows, RecordReader, RowCounts
 from oumi_pl.data.sources import Source, rows
+from oumi_pl.data.splitting import Side
 from oumi_pl.data.template import adds_bos
 from oumi_pl.data.tokenize import Dropped
 from oumi_pl.errors import UserError
@@ -73,7 +74,7 @@ class Documents(Protocol):
 
 def texts(
     source: Source,
-    keep: Callable[[Row], bool] | None = None,
+    keep: Side | None = None,
     counts: Counter[str] | None = None,
     streaming: bool = False,
     render: Callable[[Conversation], str] | None = None,
@@ -103,20 +104,22 @@ def texts(
             counts["rows"] += 1
             bad.add(origin, row.reason)
             continue
-        if keep is not None and not keep(row):
-            continue
-        counts["rows"] += 1
         try:
             document = convert(row)
+            if keep is not None and not keep(row, None if isinstance(document, Dropped) else Text(document)):
+                continue
         except UserError as error:
             if at_once:
                 raise UserError(f"{origin}: {error}") from None
-            bad.add(origin, str(error))
+            if keep is None or keep.counts_bad(row):
+                counts["rows"] += 1
+                bad.add(origin, str(error))
             continue
         except Exception as error:
             if source.format is None:
                 raise
             raise UserError(f"{origin}: {raised(format_name(source.format), error)}") from error
+        counts["rows"] += 1
         if isinstance(document, Dropped):
             counts["not_good"] += 1
             continue
