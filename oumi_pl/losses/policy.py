@@ -7,6 +7,13 @@ not depend on how the completions are divided into micro-batches and ranks.
 `rho = pi / pi_old` is the importance ratio of a token, and `A` the advantage of its completion. In the first update
 after sampling the two policies are the same: rho is exactly 1, and every objective here has the gradient of REINFORCE,
 up to its weights of tokens.
+
+Beside TRL 1.16 (`tests/parity/test_trl_grpo.py`): `grpo`, `dapo`, `dr_grpo` and, with `importance_sampling_level:
+sequence` and `loss_type: grpo`, GSPO are the same. `bnpo` is with one micro-batch per update: TRL divides each by its
+own tokens. `cispo` bounds the ratio itself by `epsilon_high`, so that TRL's 1.28 is 0.28 here. TRL's `dapo` clips as low
+above 1 as below by default. The KL penalty is k3 with `kl_corrected: true`. Advantages are the same, but in
+float64 here. TRL takes the ratio to the policy before the update that it computes anew, here it is the sampled one: the
+same but for rounding.
 """
 
 from abc import ABC, abstractmethod

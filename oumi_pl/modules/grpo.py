@@ -32,6 +32,8 @@ class GRPO(LanguageModule):
         advantage: From rewards to advantages; `GroupMean` when left out. See `oumi_pl.rollouts.advantages`.
         kl: Coefficient of the penalty for leaving the reference; 0 needs no reference.
         kl_estimator: `k1`, `k2` or `k3`; see `oumi_pl.losses.policy.kl_estimates` for what their gradients mean.
+        kl_corrected: Weigh the penalty of each token in the loss by its importance ratio. The gradient of `k1` and `k3`
+            is then that of `KL(policy || reference)`, also after the policy has moved (TRL's `use_bias_correction_kl`).
         kl_in: Where the penalty goes: into the `loss`, token by token, or into the `reward` of a completion.
         reference: What the policy is compared with. `initial`: with LoRA the base with its adapters disabled, else a
             frozen copy of the initial model in memory.
@@ -54,6 +56,7 @@ class GRPO(LanguageModule):
         advantage: Advantage | None = None,
         kl: float = 0.0,
         kl_estimator: Estimator = "k3",
+        kl_corrected: bool = False,
         kl_in: Literal["loss", "reward"] = "loss",
         reference: Literal["initial", "online"] = "initial",
         sync_every: int | None = None,
@@ -67,15 +70,18 @@ class GRPO(LanguageModule):
             raise UserError(f"model.kl is {kl}, but has to be 0 or more")
         if kl_estimator not in get_args(Estimator):
             raise UserError(f"model.kl_estimator: unknown {kl_estimator!r}{nearest(kl_estimator, get_args(Estimator))}")
-        if kl and kl_in == "loss" and kl_estimator == "k1":
+        if kl and kl_in == "loss" and kl_estimator == "k1" and not kl_corrected:
             raise UserError(
                 "model.kl_estimator: the gradient of k1 in the loss is 0 on average, so it would penalise nothing; use "
-                "k2 or k3, or kl_in: reward"
+                "k2 or k3, kl_corrected: true or kl_in: reward"
             )
+        if kl and kl_corrected and (kl_in == "reward" or kl_estimator == "k2"):
+            raise UserError("model.kl_corrected: is for k1 and k3 in the loss, the only ones that it corrects")
         self.loss = loss or GRPOLoss()
         self.unit = self.loss.unit  # type: ignore[misc]
         self.advantage = advantage or GroupMean()
         self.kl, self.kl_estimator, self.kl_in = kl, kl_estimator, kl_in
+        self.kl_corrected = kl_corrected
         self.share_prompt = share_prompt
         if kl:
             # completions are new in each update, so that nothing of the reference can be computed before training
@@ -157,6 +163,8 @@ class GRPO(LanguageModule):
         sums = self.__reward_sums(rollouts) | self.__token_sums(completions, rollouts)
         if self.reference is not None and self.kl_in == "loss":
             estimates = kl_estimates(logps, self.__ref_logps(batch), self.kl_estimator)
+            if self.kl_corrected:
+                estimates = estimates * completions.log_ratios.exp()
             loss = loss + self.kl * (self.loss.weights(completions) * estimates).sum()
             sums["kl"] = estimates.detach().double().sum()
         sums["loss"] = loss
