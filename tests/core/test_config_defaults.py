@@ -249,7 +249,11 @@ def test_defaults_of_what_a_run_may_hold(name, defaults):
 
 MEMBERS = {
     "TrainerType": {
-        name: name.lower() for name in ("TRL_SFT", "TRL_DPO", "TRL_KTO", "HF", "OUMI", "SFT", "DPO", "KTO", "PRETRAIN")
+        name: name.lower()
+        for name in (
+            *("TRL_SFT", "TRL_DPO", "TRL_KTO", "TRL_GRPO", "VERL_GRPO"),
+            *("HF", "OUMI", "SFT", "DPO", "KTO", "PRETRAIN"),
+        )
     },
     "SchedulerType": {
         "LINEAR": "linear",

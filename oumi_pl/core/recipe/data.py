@@ -5,7 +5,7 @@ from typing import Any
 
 from oumi_pl.core.configs import DatasetSplitParams, TrainingConfig
 from oumi_pl.core.recipe.notes import Notes, given, refuse
-from oumi_pl.core.recipe.sources import Registered, entry_of, source
+from oumi_pl.core.recipe.sources import FORMATS, Registered, entry_of, source
 from oumi_pl.core.recipe.targets import COMPLETIONS, PADDING, refuse_collators, template, train_on
 
 EVALUATION = ("training.per_device_eval_batch_size", "training.eval_steps")
@@ -17,7 +17,7 @@ ADD_BOS = ("oumi/default", "oumi/phi3-instruct", "oumi/gpt2", "oumi/zephyr")
 
 
 def kind(config: TrainingConfig, notes: Notes) -> str:
-    """`SFT`, `DPO`, `KTO` or `Pretrain`, by the trainer type and the data.
+    """`SFT`, `DPO`, `KTO`, `GRPO` or `Pretrain`, by the trainer type and the data.
 
     Raises:
         UserError: the data are not for this trainer type, or can't be mixed.
@@ -35,6 +35,12 @@ def kind(config: TrainingConfig, notes: Notes) -> str:
         refuse("data.train.datasets", f"{name} reads pairs of responses, e.g. text_dpo_jsonl, and these have none")
     if module == "KTO" and kinds & {"chat", "document", "pair"}:
         refuse("data.train.datasets", f"{name} reads responses with a label, e.g. trl-lib/kto-mix-14k, unlike these")
+    if name.endswith("GRPO"):
+        if kinds - {"prompt", "raw"}:
+            refuse("data.train.datasets", f"{name} reads prompts, e.g. openai/gsm8k, and these are something else")
+        return "GRPO"
+    if "prompt" in kinds:
+        refuse("data.train.datasets", f"these are prompts, which TRL_GRPO and VERL_GRPO train on, and not {name}")
     if module != "DPO" and "pair" in kinds:
         refuse("data.train.datasets", f"these are pairs of responses, which TRL_DPO trains on, and not {name}")
     if module != "KTO" and "feedback" in kinds:
@@ -53,7 +59,7 @@ def data(config: TrainingConfig, kind: str, notes: Notes) -> dict[str, Any]:
     Raises:
         UserError: something has no counterpart.
     """
-    sections = {"DPO": _pairs, "KTO": _feedback, "Pretrain": _documents, "SFT": _conversations}
+    sections = {"DPO": _pairs, "KTO": _feedback, "Pretrain": _documents, "SFT": _conversations, "GRPO": _prompts}
     return sections[kind](config, notes)
 
 
@@ -106,6 +112,29 @@ def _feedback(config: TrainingConfig, notes: Notes) -> dict[str, Any]:
         "all of a run; Oumi takes it from the micro-batch",
     )
     return {"class_path": "KTOData", "init_args": args | _loading(config)}
+
+
+def _prompts(config: TrainingConfig, notes: Notes) -> dict[str, Any]:
+    """What `recipe.grpo` doesn't say: sources and template."""
+    split = config.data.train
+    refuse_collators(split, "data.train", (None,))
+    if split.pack:
+        refuse("data.train.pack", "prompts are not packed; leave it out")
+    if split.stream:
+        notes.nothing("data.train.stream", "prompts are read before training")
+    args = _common(config, notes) | _template(config, notes) | _loading(config)
+    for name in ("train", "validation"):
+        if name in args:
+            sources = args[name] if isinstance(args[name], list) else [args[name]]
+            read = [_as_prompts(source) for source in sources]
+            args[name] = read if isinstance(args[name], list) else read[0]
+    return {"class_path": "RolloutData", "init_args": args}
+
+
+def _as_prompts(source: str | dict[str, Any]) -> dict[str, Any]:
+    """A source whose `prompt` is not rendered if it is text, as in TRL."""
+    tree = {"path": source} if isinstance(source, str) else source
+    return {"format": f"{FORMATS}.prompt"} | tree
 
 
 def _documents(config: TrainingConfig, notes: Notes) -> dict[str, Any]:

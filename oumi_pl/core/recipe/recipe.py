@@ -1,5 +1,6 @@
 """From an Oumi config to the recipe that trains the same."""
 
+import dataclasses
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -8,10 +9,12 @@ from oumi_pl.core.recipe import data as data_section
 from oumi_pl.core.recipe import optimisation
 from oumi_pl.core.recipe import trainer as trainer_section
 from oumi_pl.core.recipe.fields import note_fields
+from oumi_pl.core.recipe.grpo import online
 from oumi_pl.core.recipe.model import model
 from oumi_pl.core.recipe.notes import Notes
 from oumi_pl.core.recipe.trainer import ENGINES, Engine, engine_of
 from oumi_pl.core.recipe.trainer_kwargs import feedback, note_kwargs, preference
+from oumi_pl.core.recipe.verl import as_trl
 
 
 @dataclass(frozen=True)
@@ -45,12 +48,21 @@ def to_recipe(config: TrainingConfig, engine: Engine | None = None, devices: int
     kind = data_section.kind(config, notes)
     note_kwargs(config, kind, notes)
     training = config.training
+    sampled = None
+    if kind == "GRPO":
+        if training.trainer_type.name == "VERL_GRPO":
+            config = as_trl(config, devices, notes)
+        sampled = online(config, notes)
+        training = dataclasses.replace(config.training, gradient_accumulation_steps=sampled.micro_batches)
+        config = dataclasses.replace(config, training=training)
     module = model(config, notes)
     compared = {"DPO": preference, "KTO": feedback}
     if kind in compared:
         module |= compared[kind](training.trainer_kwargs)
         if not training.use_peft and config.model.dtype != "float32":
             notes.comment("model", "the reference is the model as training starts, where Oumi loads it in float32")
+    elif sampled is not None:
+        module |= sampled.module
     elif smoothing := training.trainer_kwargs.get("label_smoothing_factor"):
         module["loss"] = {"class_path": "CrossEntropy", "init_args": {"label_smoothing": float(smoothing)}}
     module["optimizer"] = optimisation.optimizer(training, notes)
@@ -68,6 +80,8 @@ def to_recipe(config: TrainingConfig, engine: Engine | None = None, devices: int
         "data": data_section.data(config, kind, notes),
         "trainer": trainer_section.trainer(config, notes, devices, chosen),
     }
+    if sampled is not None:
+        tree["data"]["init_args"] |= sampled.data
     tree |= trainer_section.around(config, notes)
     if chosen == "lightning" and kind != "Pretrain" and ENGINES[training.trainer_type.name] != "lightning":
         notes.comment("data", "the order of the rows is drawn by another sampler than transformers'")
