@@ -98,7 +98,7 @@ def test_a_recipe_runs_two_steps(name, tiny_model, tmp_path, monkeypatch):
         args += ["--data.sampling.max_new_tokens=8"] if not name.startswith("quickstart/") else []
     if not str(data["train"]).startswith("bundled/"):
         write_jsonl(tmp_path / "rows.jsonl", rows_like(data["train"]))
-        local = {"path": "rows.jsonl", "config": None, "split": None}
+        local = {"path": "rows.jsonl", "config": None, "split": "train"}
         args += [f"--data.train={json.dumps(data['train'] | local) if prompts else 'rows.jsonl'}"]
         args += ["--data.validation=0.2", "--data.batch_size=2"]
         args += ["--data.max_length=" + ("64" if "train.txt" in str(data["train"]) else "1024" if prompts else "256")]
