@@ -8,9 +8,9 @@ with transformers' `generate` at temperature 1, and nothing ends a completion, s
 its defaults, but for float32, a constant learning rate and gradient checkpointing, which is off for all.
 
 Seconds are means over the updates after the first, of the wall clock and of processor time, which a busy machine
-disturbs less. Generating is what is spent within the sampling calls; training is all the rest. Memory is the process's peak, and
-what of it came after the imports. The run stops if the contenders trained on other numbers of tokens. That losses and
-gradients are equal on equal completions is asserted in `tests/parity/test_trl_grpo.py`.
+disturbs less. Generating is what is spent within the sampling calls; training is all the rest. Memory is the process's
+peak, and what of it came after the imports. The run stops if the contenders trained on other numbers of tokens. That
+losses and gradients are equal on equal completions is asserted in `tests/parity/test_trl_grpo.py`.
 """
 
 import argparse
