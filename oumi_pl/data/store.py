@@ -319,7 +319,9 @@ def _encoded(
             sent.append(batch)
             yield batch.records
 
-    with contextlib.closing(mapped(partial(_encode, encode), batches(), processes, "data.processes")) as results:
+    of_batch = partial(_encode, encode)
+    alone = (of_batch(batch) for batch in batches()) if processes == 1 else None
+    with contextlib.closing(alone or mapped(of_batch, batches(), processes, "data.processes")) as results:
         for result in results:
             batch = sent.popleft()
             report["rows"] += batch.rows
