@@ -7,6 +7,7 @@ gradients of the first are held. By then one-time costs (compilation, first allo
 ends, and nothing of it is kept.
 """
 
+import math
 import shutil
 import statistics
 import textwrap
@@ -205,6 +206,15 @@ class OneBatch(Plan):
     def micro_batches(self, update: int, layout: Layout) -> Any:
         """The rows, once per micro-batch."""
         return iter([self._rows] * layout.micro_batches)
+
+    @property
+    def rows(self) -> int:
+        """Number of rows in the epoch; the last update is as long as the others."""
+        return len(self) * self.rows_per_update
+
+    def __len__(self) -> int:
+        """Number of updates."""
+        return math.ceil(super().rows / self.rows_per_update)
 
     def row(self, index: int) -> np.ndarray:
         """The rows, again and again."""

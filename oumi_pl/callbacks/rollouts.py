@@ -2,10 +2,9 @@
 
 import json
 import math
-import statistics
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -250,7 +249,7 @@ class RolloutWarnings(L.Callback):
         if entropy >= COLLAPSED * first or self._mean("reward") >= SOLVED * data.success:
             return None
         return (
-            f"the entropy of the policy fell from {first:.3g} to {entropy:.3g} nats per token, while the mean reward is "
+            f"the entropy of the policy fell from {first:.3g} to {entropy:.3g} nats per token, at a mean reward of "
             f"{self._mean('reward'):.3g}: the completions of a prompt are nearly the same, so that nothing better can "
             "be discovered. Lower model.optimizer.lr, stay near the initial model (model.kl), let unlikely tokens grow "
             "(loss: DAPOLoss), or raise data.sampling.temperature"

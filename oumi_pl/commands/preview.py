@@ -134,9 +134,9 @@ def _rollouts(configs: list[Path], overrides: list[str], options: argparse.Names
     from oumi_pl.preview.pieces import Decoder
     from oumi_pl.preview.shown import Preview
 
-    data, first = recipe.sample(configs, overrides, options.rollouts)
-    shown = groups.groups(data, Decoder(data.tokenizer), first.groups, first.advantages)
-    return Preview(recipe.title(configs), groups.notes(data, first.groups), shown, None, [], [])
+    data, sampled, advantages = recipe.sample(configs, overrides, options.rollouts)
+    shown = groups.groups(data, Decoder(data.tokenizer), sampled, advantages)
+    return Preview(recipe.title(configs), groups.notes(data, sampled), shown, None, [], [])
 
 
 def _preview(data: "TextData", options: argparse.Namespace, title: str, notes: list[str]) -> "Preview":
@@ -205,7 +205,7 @@ def _examples(data: "TextData", options: argparse.Namespace) -> "list[Shown]":
     if isinstance(data, PretrainData):
         return stream.rows(data, split, decoder, count, options.row)
     if isinstance(data, RolloutData):
-        return groups.prompts(data, split, decoder, count, options.row, options.longest)
+        return groups.prompts(data, split, decoder, count, numbers=options.row, longest=options.longest)
     assert isinstance(data, ExampleData)
     if options.row is not None:
         rows = examples.numbered(data, split, options.row)

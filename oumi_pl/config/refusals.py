@@ -218,9 +218,7 @@ def _refuse_without_validation(config: Mapping[str, Any], callbacks: Sequence[An
         )
 
 
-def _refuse_unknown_metric(
-    monitor: str | None, callback: Any, model: Any, data: Any, callbacks: Sequence[Any]
-) -> None:
+def _refuse_unknown_metric(monitor: str | None, callback: Any, model: Any, data: Any, callbacks: Sequence[Any]) -> None:
     """Checks the name of a monitored metric, unless a class of a user takes part, which may log any name."""
     own = [type(part).__module__.split(".")[0] not in ("oumi_pl", "lightning") for part in (model, *callbacks)]
     if monitor is None or any(own) or not getattr(model, "validation_metrics", ()) or monitor.startswith("train/"):

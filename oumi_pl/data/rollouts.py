@@ -1,7 +1,7 @@
 """Data for online training: prompts, for which the policy samples groups of completions that rewards score."""
 
 import time
-from collections import Counter
+from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from functools import cached_property
@@ -118,7 +118,7 @@ class RolloutData(ChatData):
         self.success = success
         self.pass_at = checked_ks(pass_at, eval_completions, "data.pass_at", "data.eval_completions")
         self.metrics = None if metrics is None else Rewards(metrics, "data.metrics")
-        self.seconds: Counter[str] = Counter()
+        self.seconds: defaultdict[str, float] = defaultdict(float)
         """Seconds spent on `generating` and `rewarding` training completions since the last update was logged."""
         self.__prompts: dict[str, list[Prompt]] = {}
         self.__reports: dict[str, list[dict[str, Any]]] = {}
@@ -314,7 +314,7 @@ class RolloutData(ChatData):
 
     @staticmethod
     def numbered(plan: Plan, epoch: int, rows: Iterable[int]) -> list[tuple[int, int]]:
-        """The number of the seed and the id of the prompts at some places of an epoch's plan, as `groups` reads them."""
+        """The number of the seed and the id of the prompts in some rows of an epoch's plan, as `groups` reads them."""
         return [(epoch * plan.rows + row, int(plan.row(row)[0])) for row in rows]
 
     def example(self, split: str, group: Group) -> Example:

@@ -15,7 +15,7 @@ LISTED = 12
 
 
 def prompts(
-    data: RolloutData, split: str, decoder: Decoder, count: int, numbers: Sequence[int] | None, longest: bool = False
+    data: RolloutData, split: str, decoder: Decoder, count: int, *, numbers: Sequence[int] | None, longest: bool
 ) -> list[Shown]:
     """The first or the longest `count` prompts of a split, or those with these numbers, counted from 1.
 
@@ -79,9 +79,9 @@ def notes(data: RolloutData, sampled: Sequence[Group]) -> list[str]:
     cut = sum(not completion.is_finished for completion in completions)
     lengths = [len(completion.ids) for completion in completions]
     return [
-        f"{len(sampled):,} groups of {data.completions}: mean reward {totals.mean():.4g}; {same} without variance, from "
-        f"which nothing is learned; {cut} of {len(completions):,} completions cut at {data.sampling.max_new_tokens:,} "
-        f"tokens; {np.mean(lengths):.1f} tokens on average",
+        f"{len(sampled):,} groups of {data.completions}: mean reward {totals.mean():.4g}; {same} without variance, "
+        f"from which nothing is learned; {cut} of {len(completions):,} completions cut at "
+        f"{data.sampling.max_new_tokens:,} tokens; {np.mean(lengths):.1f} tokens on average",
         "the first update of a run with the same seed samples the same completions; advantages that compare with other "
         "prompts may differ",
     ]

@@ -63,7 +63,7 @@ class _Sampling(CLI):
     """
 
     def __init__(self, args: list[str], trees: Sequence[dict[str, Any]], count: int) -> None:
-        self.sampled = FirstGroups(count)
+        self.sampled = _FirstGroups(count)
         super().__init__(args, trees=trees)
 
     def _run_subcommand(self, subcommand: str) -> None:
@@ -77,7 +77,7 @@ class _Sampling(CLI):
         self.trainer.fit(self.model, datamodule=self.datamodule)
 
 
-class FirstGroups(L.Callback):
+class _FirstGroups(L.Callback):
     """Samples the groups of the first prompts of the first epoch, exactly those of the first update."""
 
     def __init__(self, count: int) -> None:
@@ -97,7 +97,9 @@ class FirstGroups(L.Callback):
         trainer.fit_loop.epoch_loop.max_steps = 0
 
 
-def sample(configs: Sequence[Path], overrides: Sequence[str], count: int) -> tuple[RolloutData, FirstGroups]:
+def sample(
+    configs: Sequence[Path], overrides: Sequence[str], count: int
+) -> tuple[RolloutData, list[Group], np.ndarray]:
     """Samples and rewards the first groups of a recipe's first epoch with its initial model, on one device.
 
     Trains the recipe of the initial model first, if `model` names a recipe that has no finished run, as `fit` does.
@@ -107,6 +109,9 @@ def sample(configs: Sequence[Path], overrides: Sequence[str], count: int) -> tup
         overrides: `--data.completions 4` and the like.
         count: Groups to sample.
 
+    Returns:
+        The data, the groups, and their advantages `[groups, completions]`.
+
     Raises:
         UserError: for every mistake that `fit` would report, and for data that sample nothing.
     """
@@ -115,7 +120,7 @@ def sample(configs: Sequence[Path], overrides: Sequence[str], count: int) -> tup
     args = recipe_files.with_model([*args, *overrides], recipe_files.merged(trees))
     cli = _Sampling(["fit", *args, "--trainer.devices", "1"], trees, count)
     data: Any = cli.datamodule
-    return data, cli.sampled
+    return data, cli.sampled.groups, cli.sampled.advantages
 
 
 def _tokenizer_of(model: str, root: Path) -> tuple[Any, list[str]]:

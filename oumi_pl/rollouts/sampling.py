@@ -19,7 +19,6 @@ from oumi_pl.attention.probe import evaluating
 from oumi_pl.errors import UserError
 from oumi_pl.models.generation import PLAIN
 
-
 NO_TOKEN = 2**31 - 1
 """An id beyond all vocabularies."""
 
