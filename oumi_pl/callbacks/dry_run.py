@@ -14,6 +14,7 @@ import textwrap
 import time
 from collections import Counter
 from collections.abc import Iterator
+from dataclasses import replace
 from functools import cached_property
 from typing import Any
 
@@ -36,11 +37,13 @@ from oumi_pl.data.plan import Layout, Plan
 from oumi_pl.data.rollouts import RolloutData
 from oumi_pl.modules.update import COUNTS, recounted
 from oumi_pl.optim.schedules import in_steps
-from oumi_pl.rollouts.sampling import FullLength
+from oumi_pl.rollouts.sampling import Completion, Engine
 from oumi_pl.runs import folders
 from oumi_pl.runs.folders import refuse_unwritable
 from oumi_pl.types import RunData, RunModule
 
+NO_TOKEN = 2**31 - 1
+"""An id beyond all vocabularies."""
 UPDATES = 2
 """Fewest updates: from the second on there is an optimizer state, and memory no longer grows."""
 MOST_UPDATES = 6
@@ -74,7 +77,7 @@ def dry_run(trainer: Any, module: Any, data: Any, ckpt_path: str | None = None) 
     if isinstance(data, ExampleData):  # the whole cache of the reference would take too long
         data.reference_logps = attempt.reference_logps  # type: ignore[method-assign]
     if isinstance(data, RolloutData):
-        data.engine = FullLength(data.engine)
+        data.engine = _FullLength(data.engine)
     trainer.fit(module, datamodule=data, ckpt_path=ckpt_path)
 
 
@@ -223,6 +226,19 @@ class OneBatch(Plan):
     def examples_of(self, update: int, layout: Layout, micro_batches: int) -> np.ndarray:
         """Ids of the examples of an update, repeated for each rank and micro-batch, `[n]`."""
         return np.tile(np.concatenate(self._rows), micro_batches * layout.ranks)
+
+
+class _FullLength(Engine):
+    """Samples completions of `max_new_tokens` with another engine: those that need the most time and memory."""
+
+    def __init__(self, engine: Engine) -> None:
+        self.engine = engine
+
+    def sample(self, *args: Any, **kwargs: Any) -> list[Completion]:
+        """As of `Engine`, but nothing ends a completion."""
+        # not an empty list of tokens: `generate` would then take those that the model's config names
+        unlimited = {"sampling": replace(kwargs["sampling"], stop=()), "ends": [NO_TOKEN]}
+        return self.engine.sample(*args, **kwargs | unlimited)
 
 
 class SomeLogps:

@@ -7,7 +7,7 @@ run on another number of ranks draw the same completions.
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
@@ -18,9 +18,6 @@ from transformers import LogitsProcessor, LogitsProcessorList, StoppingCriteria,
 from oumi_pl.attention.probe import evaluating
 from oumi_pl.errors import UserError
 from oumi_pl.models.generation import PLAIN
-
-NO_TOKEN = 2**31 - 1
-"""An id beyond all vocabularies."""
 
 
 @dataclass(frozen=True)
@@ -201,28 +198,6 @@ class Generate(Engine):
         """As of `Engine`, in one batch."""
         numbers = np.stack([uniforms(seed, sampling.max_new_tokens) for seed in seeds])
         return sample(policy.causal_lm.hf, tokenizer, prompts, numbers=numbers, sampling=sampling, ends=ends)
-
-
-class FullLength(Engine):
-    """Samples completions of `max_new_tokens` with another engine, to measure the most time and memory of an update."""
-
-    def __init__(self, engine: Engine) -> None:
-        self.engine = engine
-
-    def sample(
-        self,
-        policy: Any,
-        tokenizer: Any,
-        prompts: Sequence[Sequence[int]],
-        *,
-        seeds: Sequence[Sequence[int]],
-        sampling: Sampling,
-        ends: Iterable[int],
-    ) -> list[Completion]:
-        """As of `Engine`, but nothing ends a completion."""
-        # not an empty list: `generate` would then take the tokens that the model names
-        unlimited = replace(sampling, stop=())
-        return self.engine.sample(policy, tokenizer, prompts, seeds=seeds, sampling=unlimited, ends=[NO_TOKEN])
 
 
 @torch.no_grad()
