@@ -3,20 +3,21 @@
 import inspect
 import re
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from oumi_pl.data.code import code_of, is_own
 from oumi_pl.data.documents import TokenizeDocuments, texts
 from oumi_pl.data.formats import Format, format_name, resolve_format
+from oumi_pl.data.records import OnBadRows
 from oumi_pl.data.rendering import Rendering
 from oumi_pl.data.shards import FORMAT, MADE_FROM, MANIFEST, Shards, write_shards
 from oumi_pl.data.sources import Source, fingerprint, is_on_hub
+from oumi_pl.data.splitting import Side
 from oumi_pl.data.store import cache_key, cache_root
 from oumi_pl.data.tokenizers import tokenizer_fingerprint
 from oumi_pl.errors import UserError
-from oumi_pl.types import Row
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -25,14 +26,14 @@ if TYPE_CHECKING:
 class Part(NamedTuple):
     """The part of a source that a split uses.
 
-    keep: which rows to use; all if None. side: names those rows in the cache's key. render: renders conversations as
-    texts, if rows may be conversations.
+    keep: which rows to use; all if None. render: renders conversations as texts, if rows may be conversations.
+    bad_rows: as of `texts`.
     """
 
     source: Source
-    keep: Callable[[Row], bool] | None = None
-    side: str | None = None
+    keep: Side | None = None
     render: Rendering | None = None
+    bad_rows: OnBadRows | None = None
 
     @property
     def name(self) -> str:
@@ -70,7 +71,7 @@ class Part(NamedTuple):
 
     def texts(self, counts: Counter[str] | None = None, streaming: bool = False) -> Iterator[str]:
         """Iterates over the documents' texts from the start."""
-        return texts(self.source, self.keep, counts, streaming, self.render)
+        return texts(self.source, self.keep, counts, streaming, self.render, bad_rows=self.bad_rows)
 
     def made_from(self, streaming: bool = False) -> list[Any]:
         """Everything that the texts depend on. Of streamed hub data, only the name counts."""
@@ -79,9 +80,11 @@ class Part(NamedTuple):
             content = str([source.address, source.config, source.split, source.revision])
         else:
             content = fingerprint(source)
-        made_from: list[Any] = [content, source.columns, _format_code(source.format), self.side]
+        made_from: list[Any] = [content, source.columns, _format_code(source.format), str(self.keep)]
         if source.ignore or source.label or source.template_variables:
             made_from.append([source.ignore, source.label, source.template_variables])
+        if self.bad_rows == "drop":
+            made_from.append(self.bad_rows)
         return made_from if self.render is None else [*made_from, self.render.template]
 
 

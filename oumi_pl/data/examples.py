@@ -1,8 +1,9 @@
 """Base classes of data whose rows each become an example, and of such data with chat templates."""
 
+import copy
 import math
 from abc import abstractmethod
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from datetime import date as Date
 from functools import cached_property, partial
 from typing import TYPE_CHECKING, Any, get_args
@@ -21,13 +22,14 @@ from oumi_pl.data.records import OnBadRows, RecordReader
 from oumi_pl.data.reference import ReferenceLogps
 from oumi_pl.data.rendering import ChatRenderer, Turns
 from oumi_pl.data.sources import Source, as_sources, titles
+from oumi_pl.data.splitting import Side
 from oumi_pl.data.store import ExampleStore, example_store
 from oumi_pl.data.template import apply_template, check_variables, load_template
 from oumi_pl.data.template_date import template_date
 from oumi_pl.data.tokenize import Dropped, Lost, Overflow, Tokenize
 from oumi_pl.data.tokenizers import tokenizer_fingerprint
 from oumi_pl.errors import UserError, nearest
-from oumi_pl.types import Batch, Example, Record, Row
+from oumi_pl.types import Batch, Example, Record
 
 EXACT_EPOCHS = 10
 """Epochs whose tokens are counted exactly; later ones are estimated from these."""
@@ -51,6 +53,8 @@ class ExampleData(TextData):
             refuses): `error` stops the run and lists all kinds of them, `drop` leaves them out and counts them.
         fields: Columns with numbers that a batch has by name in `batch["fields"]`, one number per row: NaN where a row
             has `null`.
+        processes: Processes that tokenize rows, with the same result for any number. They call `encode`; files are read
+            and formats are called in the main process.
         kwargs: As of `TextData`.
     """
 
@@ -61,9 +65,13 @@ class ExampleData(TextData):
         group_by_length: bool = True,
         bad_rows: OnBadRows = "error",
         fields: Sequence[str] = (),
+        processes: int = 1,
         **kwargs: Any,
     ) -> None:
         super().__init__(*args, **kwargs)
+        if processes < 1:
+            raise UserError(f"data.processes is {processes}, but has to be at least 1")
+        self.processes = processes
         if bad_rows not in get_args(OnBadRows):
             raise UserError(f"data.bad_rows: unknown {bad_rows!r}{nearest(str(bad_rows), get_args(OnBadRows))}")
         self.bad_rows: OnBadRows = bad_rows
@@ -140,8 +148,8 @@ class ExampleData(TextData):
                 if not total["rows"]:
                     held_out = self.sources["validation"]
                     raise UserError(
-                        f"data.validation: {held_out} of the rows of data.train, chosen by a hash of each, leaves none "
-                        f"for {split}; name a source for validation, or another fraction"
+                        f"data.validation: {held_out} of the rows of data.train, chosen by a hash of the prompt, "
+                        f"leaves none for {split}; name a source for validation, another fraction, or a data.group"
                     )
                 reasons = ", ".join(f"{n} {reason}" for reason, n in total["dropped"].items())
                 advice = next((advice for part, advice in REMEDIES.items() if part in reasons), "")
@@ -161,8 +169,7 @@ class ExampleData(TextData):
         """The tokenized sources of a split, from the cache or written now."""
         if split not in self.__stores:
             sources, keep = self.taken(split)
-            side = f"{split} {self.sources['validation']}" if keep else None
-            stores = [self.__store(source, keep, side) for source in sources]
+            stores = [self.__store(source, keep) for source in sources]
             names = [sorted(store.fields) for store in stores if len(store)]
             if names != names[:1] * len(names):
                 raise UserError(f"data.{split}: the examples of its sources have different fields: {names}")
@@ -204,18 +211,26 @@ class ExampleData(TextData):
                 if isinstance(record, Record):
                     yield origin, record
 
-    def __store(self, source: Source, keep: Callable[[Row], bool] | None, side: str | None) -> ExampleStore:
-        key = [side, tokenizer_fingerprint(self.tokenizer), self.max_length, self.encoding_key()]
+    def __store(self, source: Source, keep: Side | None) -> ExampleStore:
+        key = [str(keep), tokenizer_fingerprint(self.tokenizer), self.max_length, self.encoding_key()]
         code = code_of(type(self), *(function for function, _ in self.formats))
         return example_store(
             source,
             [*key, code, settings_of(self)],
-            self.encode,
+            self.encode if self.processes == 1 else self.__alone().encode,
             keep,
             self.formats,
             bad_rows=self.bad_rows,
             columns=self.fields,
+            processes=self.processes,
         )
+
+    def __alone(self) -> "ExampleData":
+        """A copy that can be sent to other processes: without the trainer, which can't."""
+        alone = copy.copy(self)
+        alone.trainer = None
+        alone.__stores = {}
+        return alone
 
     def batch(self, split: str, ids: Sequence[int]) -> Batch:
         """A batch of some examples of a split, by id."""

@@ -251,7 +251,7 @@ MEMBERS = {
     "TrainerType": {
         name: name.lower()
         for name in (
-            *("TRL_SFT", "TRL_DPO", "TRL_KTO", "TRL_GRPO", "VERL_GRPO"),
+            *("TRL_SFT", "TRL_DPO", "TRL_KTO", "TRL_GRPO", "VERL_GRPO", "TRL_GKD"),
             *("HF", "OUMI", "SFT", "DPO", "KTO", "PRETRAIN"),
         )
     },

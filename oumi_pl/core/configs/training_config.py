@@ -17,8 +17,11 @@ from oumi_pl.core.configs.params.training_params import (
     TrainingParams,
 )
 
-TRL = (TrainerType.TRL_SFT, TrainerType.TRL_DPO, TrainerType.TRL_KTO, TrainerType.TRL_GRPO)
-WITH_MAX_LENGTH = TRL[:3]
+TRL = (
+    *(TrainerType.TRL_SFT, TrainerType.TRL_DPO, TrainerType.TRL_KTO, TrainerType.TRL_GKD),
+    TrainerType.TRL_GRPO,
+)
+WITH_MAX_LENGTH = TRL[:4]
 """Types whose TRL config has `max_length`."""
 VISION_COLLATOR = "vision_language_sft"
 

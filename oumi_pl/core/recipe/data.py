@@ -16,8 +16,23 @@ ADD_BOS = ("oumi/default", "oumi/phi3-instruct", "oumi/gpt2", "oumi/zephyr")
 """Templates that don't write BOS themselves."""
 
 
+READS: dict[str, tuple[str, set[str], str]] = {
+    "DPO": ("DPO", {"pair"}, "pairs of responses, e.g. text_dpo_jsonl, and these have none"),
+    "KTO": ("KTO", {"feedback"}, "responses with a label, e.g. trl-lib/kto-mix-14k, unlike these"),
+    "GRPO": ("GRPO", {"prompt"}, "prompts, e.g. openai/gsm8k, and these are something else"),
+    "GKD": ("Distill", {"chat"}, "conversations, and these are something else"),
+}
+"""End of a trainer type -> module, the kinds of data that it reads, and what they are."""
+FOR = {
+    "pair": "pairs of responses, which TRL_DPO trains on",
+    "feedback": "responses with a label, which TRL_KTO trains on",
+    "prompt": "prompts, which TRL_GRPO and VERL_GRPO train on",
+}
+"""Kind of data -> what it is for."""
+
+
 def kind(config: TrainingConfig, notes: Notes) -> str:
-    """`SFT`, `DPO`, `KTO`, `GRPO` or `Pretrain`, by the trainer type and the data.
+    """`SFT`, `DPO`, `KTO`, `Distill`, `GRPO` or `Pretrain`, by the trainer type and the data.
 
     Raises:
         UserError: the data are not for this trainer type, or can't be mixed.
@@ -27,27 +42,18 @@ def kind(config: TrainingConfig, notes: Notes) -> str:
         refuse("data.train.datasets", "is empty, so there is nothing to train on")
     kinds = {entry.kind for entry in _entries(split)}
     name = config.training.trainer_type.name
-    rows = {"DPO": "pair", "KTO": "feedback"}
-    module = next((module for module in rows if name.endswith(module)), "Pretrain" if name == "PRETRAIN" else "SFT")
     if len(kinds - {"raw"}) > 1 or ("document" in kinds and len(kinds) > 1):
         refuse("data.train.datasets", f"{' and '.join(sorted(kinds))} data can't be mixed; keep one kind")
-    if module == "DPO" and kinds & {"chat", "document", "feedback"}:
-        refuse("data.train.datasets", f"{name} reads pairs of responses, e.g. text_dpo_jsonl, and these have none")
-    if module == "KTO" and kinds & {"chat", "document", "pair"}:
-        refuse("data.train.datasets", f"{name} reads responses with a label, e.g. trl-lib/kto-mix-14k, unlike these")
-    if name.endswith("GRPO"):
-        if kinds - {"prompt", "raw"}:
-            refuse("data.train.datasets", f"{name} reads prompts, e.g. openai/gsm8k, and these are something else")
-        return "GRPO"
-    if "prompt" in kinds:
-        refuse("data.train.datasets", f"these are prompts, which TRL_GRPO and VERL_GRPO train on, and not {name}")
-    if module != "DPO" and "pair" in kinds:
-        refuse("data.train.datasets", f"these are pairs of responses, which TRL_DPO trains on, and not {name}")
-    if module != "KTO" and "feedback" in kinds:
-        refuse("data.train.datasets", f"these are responses with a label, which TRL_KTO trains on, and not {name}")
-    if module in rows:
+    module, kinds_read, what = next(
+        (reads for ending, reads in READS.items() if name.endswith(ending)), ("SFT", {"chat", "document"}, "")
+    )
+    if what and kinds - kinds_read - {"raw"}:
+        refuse("data.train.datasets", f"{name} reads {what}")
+    for other in kinds & set(FOR) - kinds_read:
+        refuse("data.train.datasets", f"these are {FOR[other]}, and not {name}")
+    if what:
         return module
-    if "document" in kinds or split.pack:
+    if "document" in kinds or split.pack or name == "PRETRAIN":
         module = "Pretrain"
     notes.became["training.trainer_type"] = f"model.class_path {module}"
     return module
@@ -60,6 +66,7 @@ def data(config: TrainingConfig, kind: str, notes: Notes) -> dict[str, Any]:
         UserError: something has no counterpart.
     """
     sections = {"DPO": _pairs, "KTO": _feedback, "Pretrain": _documents, "SFT": _conversations, "GRPO": _prompts}
+    sections["Distill"] = _last_turns
     return sections[kind](config, notes)
 
 
@@ -137,6 +144,20 @@ def _as_prompts(source: str | dict[str, Any]) -> dict[str, Any]:
     return {"format": f"{FORMATS}.prompt"} | tree
 
 
+def _last_turns(config: TrainingConfig, notes: Notes) -> dict[str, Any]:
+    split = config.data.train
+    refuse_collators(split, "data.train", (None,))
+    if split.pack:
+        refuse("data.train.pack", "TRL_GKD does not pack; leave it out")
+    args = _common(config, notes) | _template(config, notes)
+    args |= {"train_on": "last_turn", "max_length": _max_length(config, notes), "group_by_length": False}
+    notes.comment(
+        "data.init_args.train_on",
+        "as in TRL, where what the template writes after the end of the turn is trained as well",
+    )
+    return {"class_path": "SFTData", "init_args": args | _loading(config)}
+
+
 def _documents(config: TrainingConfig, notes: Notes) -> dict[str, Any]:
     split = config.data.train
     refuse_collators(split, "data.train", (None, COMPLETIONS, PADDING) if split.pack else (None, PADDING))
@@ -209,7 +230,14 @@ def _sources(config: TrainingConfig, name: str, notes: Notes) -> Any:
         notes.nothing(f"data.{name}.mixture_strategy", "there is no mixture_proportion, so that all rows are read")
     text_field = config.training.trainer_kwargs.get("dataset_text_field")
     sources = [
-        source(dataset, f"data.{name}.datasets[{number}]", notes, config.training.seed, text_field)
+        source(
+            dataset,
+            f"data.{name}.datasets[{number}]",
+            notes,
+            config.training.seed,
+            text_field,
+            conversations=config.training.trainer_type.name == "TRL_GKD",
+        )
         for number, dataset in enumerate(split.datasets)
     ]
     if name == "train" and mixed:

@@ -19,6 +19,7 @@ ONLY_WITH = {
     "fsdp": "fsdp.enable_fsdp",
     "deepspeed": "deepspeed.enable_deepspeed",
     "training.grpo": "training.trainer_type TRL_GRPO or VERL_GRPO",
+    "training.gkd": "training.trainer_type TRL_GKD",
 }
 """Section -> the field without which Oumi reads none of it, and the values that it has to have, if not true."""
 

@@ -98,7 +98,9 @@ def note_kwargs(config: TrainingConfig, kind: str, notes: Notes) -> None:
     kwargs = config.training.trainer_kwargs
     if kwargs and config.training.trainer_type.name == "OUMI":
         refuse(PLACE, f"Oumi's own trainer reads none of {', '.join(kwargs)}; leave them out")
-    known = OF_ANY | {"DPO": OF_PREFERENCES, "KTO": OF_FEEDBACK, "GRPO": OF_ROLLOUTS}.get(kind, OF_TOKENS)
+    known = OF_ANY | {"DPO": OF_PREFERENCES, "KTO": OF_FEEDBACK, "GRPO": OF_ROLLOUTS, "Distill": {}}.get(
+        kind, OF_TOKENS
+    )
     harmless = HARMLESS
     if kind == "GRPO":
         del known["max_length"]

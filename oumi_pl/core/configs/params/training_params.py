@@ -17,10 +17,11 @@ from oumi_pl.core.configs.params.base_params import (
     honoured,
     refused,
 )
+from oumi_pl.core.configs.params.gkd_params import GkdParams
 from oumi_pl.core.configs.params.grpo_params import GrpoParams
-from oumi_pl.core.configs.params.unsupported_params import GkdParams, GoldParams
+from oumi_pl.core.configs.params.unsupported_params import GoldParams
 
-NOT_HERE = ("TRL_GKD", "TRL_GOLD")
+NOT_HERE = ("TRL_GOLD",)
 LONGEST_NAME = 100
 """Trackers take names of 128 characters, and put some of their own around this one."""
 
@@ -31,6 +32,7 @@ class TrainerType(Enum):
     TRL_SFT = "trl_sft"
     TRL_DPO = "trl_dpo"
     TRL_KTO = "trl_kto"
+    TRL_GKD = "trl_gkd"
     TRL_GRPO = "trl_grpo"
     VERL_GRPO = "verl_grpo"
     HF = "hf"
@@ -42,7 +44,7 @@ class TrainerType(Enum):
 
 
 THROUGH_TRANSFORMERS = (
-    *(TrainerType.TRL_SFT, TrainerType.TRL_DPO, TrainerType.TRL_KTO, TrainerType.TRL_GRPO),
+    *(TrainerType.TRL_SFT, TrainerType.TRL_DPO, TrainerType.TRL_KTO, TrainerType.TRL_GKD, TrainerType.TRL_GRPO),
     TrainerType.HF,
 )
 ONLINE = (TrainerType.TRL_GRPO, TrainerType.VERL_GRPO)
@@ -177,7 +179,8 @@ class TrainingParams(BaseParams):
     reward_function_kwargs: dict[str, Any] = refused("write a function without them, and name its path", {})
     grpo: GrpoParams = honoured("the keys that have a counterpart, one by one", GrpoParams())
     """The section of TRL_GRPO and VERL_GRPO."""
-    gkd: GkdParams = refused("GKD is not among the trainer types here", GkdParams())
+    gkd: GkdParams = honoured("the keys that have a counterpart, one by one", GkdParams())
+    """The section of TRL_GKD."""
     gold: GoldParams = refused("GOLD is not among the trainer types here", GoldParams())
     log_level: str = harmless(SHOWN, "info")
     """From which level on the library's own messages are shown."""

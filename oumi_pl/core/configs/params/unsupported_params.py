@@ -23,10 +23,6 @@ class _Unsupported(BaseParams):
                 yield f"{field.name}: {method} is not among the trainer types here; remove the section"
 
 
-GKD: dict[str, Any] = {
-    "teacher_model_name_or_path": TEXT, "teacher_model_init_kwargs": {"dtype": "auto"}, "temperature": 0.9,
-    "lmbda": 0.5, "beta": 0.5, "max_new_tokens": 128, "disable_dropout": True, "seq_kd": False,
-}  # fmt: skip
 GOLD: dict[str, Any] = {
     "teacher_model_name_or_path": TEXT, "teacher_model_init_kwargs": {"torch_dtype": "auto"},
     "teacher_tokenizer_name_or_path": TEXT, "temperature": 0.9, "top_p": 0.95, "top_k": 0, "lmbda": 0.5, "beta": 0.5,
@@ -40,12 +36,7 @@ GOLD: dict[str, Any] = {
     "vllm_tensor_parallel_size": 1, "vllm_guided_decoding_regex": TEXT, "vllm_sync_frequency": 1,
     "vllm_enable_sleep_mode": False,
 }  # fmt: skip
-"""Fields and defaults of Oumi's sections."""
-
-
-@with_fields(GKD)
-class GkdParams(_Unsupported):
-    """Generalized knowledge distillation: not here."""
+"""Fields and defaults of Oumi's section."""
 
 
 @with_fields(GOLD)
