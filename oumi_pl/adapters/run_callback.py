@@ -11,6 +11,7 @@ from oumi_pl.adapters.checkpoints import set_step
 from oumi_pl.adapters.refusals import OBSERVERS
 from oumi_pl.callbacks import find
 from oumi_pl.callbacks.checkpoint import enabled_checkpoints
+from oumi_pl.callbacks.rollouts import Rollouts
 from oumi_pl.callbacks.run_folder import RunFolder
 from oumi_pl.callbacks.stopping import Preemption, Stopped
 from oumi_pl.data.base import TextData
@@ -126,6 +127,11 @@ class RunCallback(TrainerCallback):
         if self.preemption is not None:
             self.preemption.on_train_start(self.lightning, self.module)
         self.call("on_train_batch_start", None, 0)
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Starts timing an update whose completions, if it has some, have been sampled."""
+        if (rollouts := find(self.lightning, Rollouts)) is not None:
+            rollouts.on_train_batch_start(self.lightning, self.module)
 
     def add_to_update(self, batch: Batch, sums: Sums) -> None:
         """Adds the sums and counts of a micro-batch to those of the update."""

@@ -108,7 +108,7 @@ class GRPO(LanguageModule):
             return np.zeros(count)
         batch = self.trainer.strategy.batch_to_device(batch)
         sampled = batch["sampled_logps"]  # type: ignore[typeddict-item]
-        estimates = kl_estimates(sampled, self.__ref_logps(batch), self.kl_estimator)
+        estimates = kl_estimates(sampled, self.ref_logps(batch), self.kl_estimator)
         sums = torch.zeros(count, device=estimates.device).index_add(0, batch["target_segments"], estimates)
         return self.kl * sums.double().cpu().numpy()
 
@@ -157,21 +157,12 @@ class GRPO(LanguageModule):
             return states.logps(temperature), states.router_loss
 
         logps, router_loss = self.causal_lm(batch, compute)
-        old = logps.detach() if rollouts["on_policy"] else rollouts["sampled_logps"]
-        completions = Completions(
-            logps,
-            old,
-            batch["target_segments"],
-            rollouts["advantages"],
-            self.data.sampling.max_new_tokens,  # type: ignore[union-attr]
-        )
+        completions = self.completions(rollouts, logps)
         # a rank that ran out of prompts has no completions, but all parameters in its graph
         loss = self.loss(completions).sum() if completions.count else logps.sum()
-        sums = self.__reward_sums(rollouts, split) | self.__token_sums(completions, rollouts)
+        sums = self.rollout_sums(rollouts, completions)
         if self.reference is not None and self.kl_in == "loss":
-            estimates = kl_estimates(logps, self.__ref_logps(batch), self.kl_estimator)
-            if self.kl_corrected:
-                estimates = estimates * completions.log_ratios.exp()
+            estimates = self.kl_terms(completions, self.ref_logps(batch))
             loss = loss + self.kl * (self.loss.weights(completions) * estimates).sum()
             sums["kl"] = estimates.detach().double().sum()
         elif self.kl:  # of the policy that sampled
@@ -179,6 +170,21 @@ class GRPO(LanguageModule):
         sums["loss"] = loss
         units = completions.count if self.unit == "rows" else len(targets)
         return sums if router_loss is None else sums | {"objective": loss + router_loss * units}
+
+    def completions(self, rollouts: Any, logps: Tensor) -> Completions:
+        """The completions of a batch, with their log-probabilities `[targets]` under the policy."""
+        old = logps.detach() if rollouts["on_policy"] else rollouts["sampled_logps"]
+        most = self.data.sampling.max_new_tokens  # type: ignore[union-attr]
+        return Completions(logps, old, rollouts["target_segments"], rollouts["advantages"], most)
+
+    def kl_terms(self, completions: Completions, ref_logps: Tensor) -> Tensor:
+        """The penalty of each token in the loss before its coefficient, `[targets]`."""
+        estimates = kl_estimates(completions.logps, ref_logps, self.kl_estimator)
+        return estimates * completions.log_ratios.exp() if self.kl_corrected else estimates
+
+    def rollout_sums(self, rollouts: Any, completions: Completions) -> Sums:
+        """Sums of what is logged of rewards and ratios; the `loss` among them is minus the rewards."""
+        return self.__reward_sums(rollouts, "train") | self.__token_sums(completions, rollouts)
 
     def count(self, batch: Batch) -> dict[str, int]:
         """As of `LanguageModule`; `rows` are completions."""
@@ -202,7 +208,7 @@ class GRPO(LanguageModule):
             metrics[f"{name}_std"] = (sums[SQUARES + name] / rows - metrics[name].square()).clamp(min=0).sqrt()
         return metrics
 
-    def __ref_logps(self, batch: Batch) -> Tensor:
+    def ref_logps(self, batch: Batch) -> Tensor:
         """Log-probabilities of the targets under the reference, at the temperature of sampling, `[targets]`."""
         temperature = self.data.sampling.temperature  # type: ignore[union-attr]
         return self.reference.logps(batch, "train", lambda states: states.logps(temperature))  # type: ignore[union-attr]

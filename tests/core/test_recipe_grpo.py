@@ -6,8 +6,9 @@ import pytest
 import yaml
 
 from oumi_pl.commands.convert import convert
-from oumi_pl.core.configs import TrainingConfig
+from oumi_pl.core.configs import TrainerType, TrainingConfig, TrainingParams
 from oumi_pl.core.recipe import formats, rewards, to_recipe
+from oumi_pl.core.trainers import to_hf
 from oumi_pl.errors import UserError
 from oumi_pl.types import Conversation, Text
 from tests.command_line import CommandLine, jsonl
@@ -325,3 +326,61 @@ def test_a_converted_recipe_runs(rows, name, tmp_path, monkeypatch, capsys):
     line.works("fit", "--config", "native.yaml", "--trainer.accelerator", "cpu")
     assert line.state("out/run")["status"] == "finished"
     assert set(line.column("out/run", "train/reward")) == {1, 2}
+
+
+LETTER_COUNTING = """
+model: {model_max_length: 8192, torch_dtype_str: float32, attn_implementation: sdpa}
+training:
+  save_steps: 500
+  learning_rate: 5e-7
+  lr_scheduler_type: cosine
+  warmup_steps: 20
+  reward_functions: [count_letters]
+  enable_gradient_checkpointing: false
+  gradient_checkpointing_kwargs: {use_reentrant: false}
+  ddp_find_unused_parameters: false
+  optimizer: adafactor
+  grpo: {num_generations: 4, use_vllm: true, vllm_gpu_memory_utilization: 0.4, epsilon: 1e-4}
+  dataloader_num_workers: auto
+  dataloader_prefetch_factor: 32
+  logging_steps: 10
+  include_performance_metrics: false
+  trainer_kwargs: {vllm_mode: colocate}
+"""
+TLDR = """
+model: {model_max_length: 8192, torch_dtype_str: float32, attn_implementation: sdpa}
+training:
+  save_steps: 500
+  reward_functions: [soft_20tokens_completions]
+  optimizer: adamw_torch
+  empty_device_cache_steps: 1
+  compile: false
+  grpo: {use_vllm: true, vllm_gpu_memory_utilization: 0.4, num_generations: 4}
+  log_model_summary: false
+  trainer_kwargs: {vllm_mode: colocate, beta: 0.04, num_iterations: 2}
+"""
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize(("name", "text"), [("oumi-ai/oumi-letter-count", LETTER_COUNTING), ("trl-lib/tldr", TLDR)])
+def test_what_oumis_configs_set_trains_in_trl(rows, name, text, tmp_path, monkeypatch, capsys):
+    line, tree = CommandLine(tmp_path, monkeypatch, capsys), yaml.safe_load(text)
+    dataset = {"dataset_name": name, "dataset_path": str(rows / f"{name.replace('/', '-')}.jsonl")}
+    tree["data"] = {"train": {"datasets": [dataset]}}
+    tree["model"]["model_name"] = str(rows / "tiny")
+    tree["training"] |= {"trainer_type": "TRL_GRPO", "max_steps": 2, "per_device_train_batch_size": 2}
+    tree["training"] |= {"output_dir": "out/run", "enable_tensorboard": False}
+    tree["training"]["grpo"]["max_completion_length"] = 8
+    line.write("oumi.yaml", json.dumps(tree))
+    line.works("train", "-c", "oumi.yaml")
+    assert (line.state("out/run")["status"], line.state("out/run")["step"]) == ("finished", 2)
+    assert (line.directory / "out/run/model.safetensors").exists()
+    assert set(line.column("out/run", "train/reward")) == {1, 2}
+
+
+def test_trl_has_the_section_of_grpo():
+    values = TrainingParams(enable_tensorboard=False, per_device_train_batch_size=8)
+    values.grpo.max_completion_length, values.grpo.vllm_gpu_memory_utilization = 16, 0.4
+    made = to_hf(values, TrainerType.TRL_GRPO)
+    assert (made.max_completion_length, made.num_generations, made.temperature) == (16, 8, 0.9)
+    assert made.vllm_gpu_memory_utilization == 0.3  # TRL's own: it is not used
