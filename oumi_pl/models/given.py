@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 from oumi_pl import attention
 from oumi_pl.errors import UserError, reason
-from oumi_pl.models.build import fit_vocabulary, freeze_modules, refuse_attention
+from oumi_pl.models.build import fit_vocabulary, freeze_adapters, freeze_modules, refuse_attention
 from oumi_pl.models.lora import with_lora
 
 if TYPE_CHECKING:
@@ -81,6 +81,7 @@ def adopt(
     trained: Any = hf
     if lora is not None:
         trained = with_lora(hf, lora, added_tokens)
+        freeze_adapters(trained, freeze)
         trained.why_not_alone = "its base model was passed as an object" if new_rows or not hf.name_or_path else ""
     return trained.train()
 

@@ -90,7 +90,7 @@ class LanguageModule(RestorableModule):
         lora: Arguments of `peft.LoraConfig` (`r`, `lora_alpha`, `target_modules`, `use_dora`, ...); all linear layers
             unless `target_modules` says otherwise.
         quantization: Load the frozen weights in 4 or 8 bits (QLoRA); needs `lora` and bitsandbytes, on CPUs 0.50 of it.
-        freeze: Names of modules whose parameters are not trained.
+        freeze: Names of modules whose parameters are not trained, adapters included.
         gradient_checkpointing: Recompute activations in the backward pass to save memory.
         compile: Compile the model's layers with `torch.compile`.
         revision: Branch, tag or commit of the model on the hub.
@@ -194,9 +194,19 @@ class LanguageModule(RestorableModule):
         self.__built: list[LM] = []  # in a list, since it is no second submodule
 
     @property
+    def tokenizer_name(self) -> str | None:
+        """The model whose tokenizer the data use unless they name one; None if there is none."""
+        return self.model_name
+
+    @property
     def keeps_trained_weights_only(self) -> bool:
         """Whether the model is pretrained with adapters: resuming loads its frozen weights again."""
         return self.lora is not None and self.model_name is not None and self.model_object is None
+
+    @property
+    def adapter_weights(self) -> set[str]:
+        """Names of the weights that LoRA trains, also of those that `freeze` names."""
+        return set() if self.model is None else {f"model.hf.{name}" for name in self.model.adapter_weights}
 
     @classmethod
     def load_from_checkpoint(  # type: ignore[override]
