@@ -28,6 +28,7 @@ from oumi_pl.optim import ScheduledRates
 from oumi_pl.runs.checkpoints import (
     WEIGHTS_ONLY,
     holds_weights_only,
+    is_sharded_checkpoint,
     read_unsharded,
     rng_state,
     set_rng_state,
@@ -724,9 +725,11 @@ class RestorableModule(UpdateModule):
         """
         strategy: Any = self.trainer.strategy
         load = functools.partial(type(strategy).load_checkpoint, strategy)
+        path = Path(strategy.broadcast(path))
+        if is_sharded_checkpoint(path):
+            refuse_code(path)
         if self.trainer.state.fn != "fit":
             return load(path, *args, **kwargs)
-        path = Path(strategy.broadcast(path))
         if holds_weights_only(path):
             raise UserError(f"{path}: {WEIGHTS_ONLY}")
         self.__thaw(read_unsharded(path).get("trained", {}))

@@ -16,6 +16,7 @@ from torch.optim import Optimizer
 
 from oumi_pl.errors import UserError
 from oumi_pl.runs.folders import HALF, remove
+from oumi_pl.runs.received import refuse_code
 
 META = "meta.pt"
 """File of a sharded checkpoint, which is a directory, for all but weights and optimizers."""
@@ -97,6 +98,7 @@ def read_sharded(path: Path, optimizers: bool = True) -> dict[str, Any]:
             name = read_item.dest_index.fqn
             set_element(self.original_state_dict, self.mappings[name], torch.load(value, weights_only=True))
 
+    refuse_code(path)
     content = torch.load(path / META, map_location="cpu", weights_only=True)
     shards: dict[str, Any] = {}
     planner = Planner(keys=None if optimizers else {"state_dict"})
@@ -125,6 +127,7 @@ def _shards(path: Path) -> dict[str, Any]:
     """What the files of a sharded checkpoint hold, by key."""
     from torch.distributed.checkpoint import FileSystemReader
 
+    refuse_code(path)
     return FileSystemReader(path).read_metadata().state_dict_metadata
 
 
