@@ -36,6 +36,7 @@ from oumi_pl.runs.checkpoints import (
     sharded_optimizer_state,
     weight_names,
 )
+from oumi_pl.runs.received import refuse_code
 from oumi_pl.types import Batch, Sums
 
 Split = Literal["train", "validation", "test"]

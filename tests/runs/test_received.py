@@ -60,17 +60,19 @@ def checkpoint(tmp_path, config):
     return path
 
 
+TRAIN = {"path": "a.jsonl", "format": "evil_module.evil"}
+SYSTEM = {"class_path": "os.system", "init_args": {"command": "x"}}
 FOREIGN = {
     "model.class_path: evil_module.Evil": recipe(class_path="evil_module.Evil"),
     "model.loss.class_path: evil_module.EvilLoss": recipe({"loss": {"class_path": "evil_module.EvilLoss"}}),
     "model.architecture: evil_module.Evil": recipe({"architecture": "evil_module.Evil"}),
     "model.trust_remote_code: true": recipe({"trust_remote_code": True}),
-    "data.train.format: evil_module.evil": recipe(data={"train": {"path": "a.jsonl", "format": "evil_module.evil"}}),
-    "data.validation.format: evil_module.evil": recipe(data={"validation": [{"path": "a", "format": "evil_module.evil"}]}),
+    "data.train.format: evil_module.evil": recipe(data={"train": TRAIN}),
+    "data.validation.format: evil_module.evil": recipe(data={"validation": [TRAIN]}),
     "data.tokenizer.class_path: evil_module.Evil": recipe(data={"tokenizer": {"class_path": "evil_module.Evil"}}),
     "data.reward: evil_module.evil": recipe(data={"reward": {"evil_module.evil": 1.0, "exact_match": 1.0}}),
-    "data.tokenizer.class_path: os.system": recipe(data={"tokenizer": {"class_path": "os.system", "init_args": {"command": "x"}}}),
-}  # fmt: skip
+    "data.tokenizer.class_path: os.system": recipe(data={"tokenizer": SYSTEM}),
+}
 
 
 @pytest.mark.parametrize("what", FOREIGN)
