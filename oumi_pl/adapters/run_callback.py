@@ -205,6 +205,8 @@ class RunCallback(TrainerCallback):
     def finish(self) -> None:
         """Ends a finished run: marks it as `finished`, and exports the model."""
         self.call("on_train_end")
+        if (folder := find(self.lightning, RunFolder)) is not None:
+            folder.finish()
         self.call("on_fit_end")
         for logger in self.lightning.loggers:
             logger.finalize("success")

@@ -15,6 +15,7 @@ from oumi_pl.callbacks.advice import Advice, PreferenceWarnings
 from oumi_pl.callbacks.checkpoint import Checkpoints
 from oumi_pl.callbacks.dry_run import dry_run
 from oumi_pl.callbacks.export import Export
+from oumi_pl.callbacks.loop import RunLoop
 from oumi_pl.callbacks.memory import Memory
 from oumi_pl.callbacks.predictions import Predictions
 from oumi_pl.callbacks.progress import ProgressLine
@@ -213,6 +214,7 @@ class CLI(LightningCLI):
         refuse_unsupported_precision(config.get("precision"), trainer.strategy.root_device)
         if get("max_tokens") is not None:
             self._limit_tokens(trainer, config, get("max_tokens"))
+        RunLoop.replace_in(trainer)
         return trainer
 
     def _callbacks(self, config: Any) -> list[Any]:

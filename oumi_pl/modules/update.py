@@ -699,11 +699,12 @@ class RestorableModule(UpdateModule):
         super().begin_batch(batch, batch_idx)
         self.restore_generators()
 
-    def restore_generators(self) -> None:
-        """Restores the random generators from the checkpoint, once."""
+    def restore_generators(self, keep: bool = False) -> None:
+        """Restores the random generators from the checkpoint, once; with `keep`, they will be restored again."""
         if self.__rng_to_restore is not None:
             set_rng_state(self.__rng_to_restore)
-            self.__rng_to_restore = None
+            if not keep:
+                self.__rng_to_restore = None
 
     def load_weights(self, saved_state: dict[str, Any]) -> None:
         """Loads the weights of a checkpoint into the model that was built.

@@ -1,6 +1,5 @@
 """Writes checkpoints atomically, so that a kill at any moment leaves a complete one; reads the state of generators."""
 
-import os
 import random
 import warnings
 from pathlib import Path
@@ -12,7 +11,7 @@ from lightning.fabric.plugins import TorchCheckpointIO
 from torch.distributed.checkpoint._nested_dict import set_element
 
 from oumi_pl.errors import UserError
-from oumi_pl.runs.folders import HALF, remove
+from oumi_pl.runs.files import HALF, put
 
 META = "meta.pt"
 """File of a sharded checkpoint, which is a directory, for all but weights and optimizers."""
@@ -33,8 +32,6 @@ class AtomicCheckpointIO(TorchCheckpointIO):
         try:
             with half.open("wb") as file:
                 torch.save(checkpoint, file)
-                file.flush()
-                os.fsync(file.fileno())
         except (OSError, RuntimeError) as error:
             half.unlink(missing_ok=True)
             # after a failed write, torch's writer fails again on closing the file, with an error that hides the cause
@@ -42,9 +39,7 @@ class AtomicCheckpointIO(TorchCheckpointIO):
             if isinstance(full, OSError):
                 full.filename = full.filename or str(path)
             raise
-        if path.is_dir():  # a sharded checkpoint, written with another strategy before
-            remove(path)
-        half.replace(path)
+        put(half, path)
 
     def load_checkpoint(
         self, path: str | Path, map_location: Any | None = "cpu", weights_only: bool | None = None
