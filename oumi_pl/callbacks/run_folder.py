@@ -114,7 +114,6 @@ class RunFolder(L.Callback):
         if trainer.is_global_zero:
             if self.resume is None:
                 chosen = folders.create(self.root, self.name, fill)
-                lock.acquire(chosen)
             else:
                 lock.acquire(self.resume)
                 folders.remove_leftovers(self.resume)
@@ -151,8 +150,8 @@ class RunFolder(L.Callback):
             start = {"command": _command(), **now}
             if self.recipe_text is not None:
                 files.write(directory / folders.RECIPE, self.recipe_text)
-        checkpoints = find(trainer, Checkpoints)
-        has_ended = self.resumes_unfinished() and checkpoints is not None and checkpoints.has_ended(trainer)
+        checkpoints = find(trainer, Checkpoints) if self.resumes_unfinished() else None
+        has_ended = checkpoints is not None and checkpoints.has_ended(trainer)
         self.phases = ["prepare", "reference"]
         if has_ended:
             self.phases = [p for p in folders.PHASES if p in {*self.phases, *earlier.get("phases", [])}]

@@ -17,6 +17,7 @@ Nothing in it names its own place: a run folder can be moved, renamed or copied,
 that end in `.half` were being written when a process was killed; the next start removes them.
 """
 
+import contextlib
 import csv
 import errno
 import json
@@ -65,7 +66,8 @@ def step_of(checkpoint: Path) -> int:
 def create(root: Path, name: str, fill: Callable[[Path], None] = lambda run: None) -> Path:
     """Creates `root/name`, or `name-2`, `name-3`, ... if that exists, with the files that `fill` writes to it.
 
-    The folder gets its name when it is complete: a kill leaves a run that can be resumed, or none.
+    The folder gets its name when it is complete: a kill leaves a run that can be resumed, or none. This process has the
+    lock of the folder then.
 
     Raises:
         UserError: if the folder can't be created.
@@ -78,6 +80,7 @@ def create(root: Path, name: str, fill: Callable[[Path], None] = lambda run: Non
         files.remove(half)
         half.mkdir()
         (half / CHECKPOINTS).mkdir()
+        lock.write(half)
         fill(half)
         files.sync_all(half)
         for run in _names(root, name):
@@ -90,13 +93,15 @@ def create(root: Path, name: str, fill: Callable[[Path], None] = lambda run: Non
                     raise
                 continue
             files.sync(root)
+            lock.acquire(run)
             return run
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             raise
         raise UserError(f"runs_dir: can't write to {root}: {error.strerror}") from error
     finally:
-        files.remove(half)
+        with contextlib.suppress(OSError):
+            files.remove(half)
     raise UserError(f"runs_dir: {root} holds too many runs named {name}")
 
 
@@ -119,7 +124,10 @@ def _is_remnant(run: Path) -> bool:
     """Whether a folder is what a process left that was killed before it wrote anything into its run folder."""
     if not run.is_dir() or run.is_symlink():
         return False
-    return [path.name for path in run.iterdir()] == [CHECKPOINTS] and not any((run / CHECKPOINTS).iterdir())
+    names = {path.name for path in run.iterdir()}
+    if CHECKPOINTS not in names or names - {CHECKPOINTS, lock.LOCK} or any((run / CHECKPOINTS).iterdir()):
+        return False
+    return lock.LOCK not in names or lock.is_alive(lock.owner(run)) is False
 
 
 def free(root: Path, name: str) -> Path:

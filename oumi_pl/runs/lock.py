@@ -70,24 +70,24 @@ def acquire(run: Path) -> None:
     """
     run = run.resolve()
     with _alone(run):
-        if run in _held and _owner(run) == process():
+        if run in _held and owner(run) == process():
             return
-        owner = _owner(run)
-        if owner and owner != process():
-            if is_alive(owner) or (is_alive(owner) is None and _is_touched(run)):
-                raise UserError(
-                    f"{run} is being written by process {owner.get('pid')} on {owner.get('host')}; wait for its end, "
-                    "or stop it (SIGTERM saves and stops)"
-                )
-            print(
-                f"the run's last process ({owner.get('pid')} on {owner.get('host')}) has ended without saying so; "
-                "taking the run over",
-                file=sys.stderr,
-            )
-        files.write(run / LOCK, json.dumps(process()) + "\n")
+        other = owner(run)
+        if other and other != process():
+            name = f"process {other.get('pid')} on {other.get('host')}"
+            alive = is_alive(other)
+            if alive or (alive is None and _is_touched(run)):
+                raise UserError(f"{run} is being written by {name}; wait for its end, or stop it (SIGTERM saves first)")
+            print(f"{run}: its {name} was killed; going on in its place", file=sys.stderr)
+        write(run)
     ends = threading.Event()
     threading.Thread(target=_touch, args=(run / LOCK, ends), daemon=True, name="lock of the run").start()
     _held[run] = ends
+
+
+def write(run: Path) -> None:
+    """Writes the lock of a run folder that no other process can know yet."""
+    files.write(run / LOCK, json.dumps(process()) + "\n")
 
 
 def release(run: Path) -> None:
@@ -97,7 +97,7 @@ def release(run: Path) -> None:
     if ends is None:
         return
     ends.set()
-    if _owner(run) == process():  # not of a parent that this process was forked from
+    if owner(run) == process():  # not of a parent that this process was forked from
         with contextlib.suppress(OSError):
             (run / LOCK).unlink()
 
@@ -108,7 +108,7 @@ def release_all() -> None:
         release(run)
 
 
-def _owner(run: Path) -> dict[str, Any] | None:
+def owner(run: Path) -> dict[str, Any] | None:
     """The process that a lock names; None without a lock or a readable one."""
     try:
         owner = json.loads((run / LOCK).read_text(encoding="utf-8"))
