@@ -83,7 +83,7 @@ def _report(error: Exception) -> int:
 
 def _code_of(stop: SystemExit) -> int:
     if isinstance(stop.__context__, KeyboardInterrupt):
-        print("interrupted; fit --resume continues from the last checkpoint", file=sys.stderr)
+        print("interrupted", file=sys.stderr)
         return 130
     return stop.code if isinstance(stop.code, int) else int(stop.code is not None)
 
@@ -121,8 +121,26 @@ def _train(command: str, typed: list[tuple[str, str | None]]) -> int:
 
     try:
         return _fit(command, typed)
+    except (KeyboardInterrupt, SystemExit) as stop:
+        if not isinstance(stop, KeyboardInterrupt) and not isinstance(stop.__context__, KeyboardInterrupt):
+            raise
+        print(_after_interrupt(lock.held()), file=sys.stderr)
+        return 130
     finally:
         lock.release_all()
+
+
+def _after_interrupt(runs: list[Path]) -> str:
+    """What to do next after Ctrl-C, given the run folders that this process was writing."""
+    from oumi_pl.runs import folders
+
+    if not runs:
+        return "interrupted before training began; to start it, repeat the command"
+    run, checkpoint = runs[-1], folders.newest_checkpoint(runs[-1])
+    shown = run.relative_to(Path.cwd()) if run.is_relative_to(Path.cwd()) else run
+    if checkpoint is None:
+        return f"interrupted before the first checkpoint; to start it again: oumi_pl fit --resume {shown}"
+    return f"interrupted; to continue from {checkpoint.name}: oumi_pl fit --resume {shown}"
 
 
 def _fit(command: str, typed: list[tuple[str, str | None]]) -> int:

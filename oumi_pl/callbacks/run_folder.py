@@ -263,8 +263,17 @@ class RunFolder(L.Callback):
         completed(trainer, "train", "validate")
 
     def finish(self) -> None:
-        """Marks the run as finished, at the end of its last phase."""
+        """Marks the run as finished, at the end of its last phase; says how to train on if its time was over."""
         self.record(status="finished")
+        self._say_how_to_go_on()
+
+    @rank_zero_only
+    def _say_how_to_go_on(self) -> None:
+        state = folders.read_state(self.directory) if self.directory is not None else {}
+        if self.directory is not None and state.get("ended_by") == folders.TIME:
+            further = folders.how_to_extend(self.directory, state)
+            print(f"ended by {folders.TIME} after step {state['step']} of {state['steps']}")
+            print(f"to train it further: oumi_pl fit {further}")
 
     def _report_consumed(self, data: RunData) -> None:
         """Prints the shares of a mixture that was streamed, and adds what was read of each source to `data.json`."""

@@ -29,6 +29,7 @@ from oumi_pl.callbacks.tracking import Tracking
 from oumi_pl.config.check import Checker, Parser, options, unwrapped_mistakes
 from oumi_pl.config.files import as_written, read_options
 from oumi_pl.config.refusals import (
+    launched_devices,
     refuse_contradictions,
     refuse_missing_gpus,
     refuse_seed,
@@ -206,6 +207,7 @@ class CLI(LightningCLI):
         if get("val_every") is not None:
             kwargs |= self._validation_by_steps(config, get("val_every"))
         refuse_unknown_devices(config)
+        kwargs |= launched_devices(config)
         try:
             trainer = self.trainer_class(**{**config, **kwargs})
         except (MisconfigurationException, ValueError, RuntimeError) as error:

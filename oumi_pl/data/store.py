@@ -4,7 +4,6 @@ import contextlib
 import hashlib
 import itertools
 import json
-import os
 import shutil
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -20,7 +19,7 @@ from oumi_pl.data.formats import FORMATS, Formats, format_name, resolve_format
 from oumi_pl.data.records import BadRows, FieldReader, OnBadRows, RecordReader, RecordWithFields
 from oumi_pl.data.sources import Source, fingerprint
 from oumi_pl.data.tokenize import Dropped
-from oumi_pl.errors import UserError
+from oumi_pl.errors import UserError, cache_folder
 from oumi_pl.terminal.screen import track
 from oumi_pl.types import BadRow, Example, Record, Row, Segment
 
@@ -36,8 +35,7 @@ def cache_root() -> Path:
     Raises:
         UserError: it can't be created.
     """
-    explicit = os.environ.get("OUMI_PL_CACHE")
-    root = Path(explicit or Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")) / "oumi_pl").expanduser()
+    root = cache_folder()
     try:
         root.mkdir(parents=True, exist_ok=True)
     except OSError as error:

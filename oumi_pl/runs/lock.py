@@ -102,6 +102,11 @@ def release(run: Path) -> None:
             (run / LOCK).unlink()
 
 
+def held() -> list[Path]:
+    """The run folders whose locks this process has."""
+    return [*_held]
+
+
 def release_all() -> None:
     """Gives up all locks of this process."""
     for run in [*_held]:

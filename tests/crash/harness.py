@@ -21,6 +21,7 @@ import torch
 import yaml
 
 from oumi_pl.__main__ import main
+from tests.conftest import free_port
 from tests.tiny import LLAMA, conversations, feedback, pairs, write_jsonl
 
 CHANGING = ("train/tokens_per_second", "train/rows_per_second", "train/peak_memory_gb", "train/mfu")
@@ -140,10 +141,15 @@ class Child:
         folder: Its working directory, which also has its cache.
         args: The command line.
         faults: What happens to its file operations.
+        environment: Variables to set, `RANK` for example.
     """
 
-    def __init__(self, folder: Path, *args: str, faults: Faults | None = None) -> None:
-        self.folder, self.output, self.counted = folder, folder / "output.txt", folder / "operations.json"
+    def __init__(
+        self, folder: Path, *args: str, faults: Faults | None = None, environment: dict[str, str] | None = None
+    ) -> None:
+        self.environment = environment or {}
+        self.folder, self.counted = folder, folder / "operations.json"
+        self.output = folder / f"output{self.environment.get('RANK', '')}.txt"
         self.pid = os.fork()
         if self.pid == 0:
             self._run(args, faults)
@@ -156,6 +162,7 @@ class Child:
             os.environ["OUMI_PL_CACHE"] = str(self.folder / "cache")
             for name in ("PL_GLOBAL_SEED", "LOCAL_RANK", "RANK", "WORLD_SIZE"):
                 os.environ.pop(name, None)
+            os.environ.update(self.environment)
             handle = os.open(self.output, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
             os.dup2(handle, 1)
             os.dup2(handle, 2)
@@ -203,6 +210,26 @@ def works(folder: Path, *args: str, faults: Faults | None = None) -> str:
     code = child.wait()
     assert code == 0, f"exit code {code}\n{child.text}"
     return child.text
+
+
+def torchrun(folder: Path, *args: str, processes: int = 2) -> str:
+    """Runs a command line in several processes with the environment that torchrun gives them; what rank 0 printed."""
+    port = free_port()
+    children = [
+        Child(
+            folder,
+            *args,
+            environment={
+                **{"RANK": str(rank), "LOCAL_RANK": str(rank), "GROUP_RANK": "0", "TORCHELASTIC_RUN_ID": "none"},
+                **{"WORLD_SIZE": str(processes), "LOCAL_WORLD_SIZE": str(processes)},
+                **{"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port},
+            },
+        )
+        for rank in range(processes)
+    ]
+    codes = [child.wait() for child in children]
+    assert not any(codes), f"exit codes {codes}\n" + "\n".join(child.text for child in children)
+    return children[0].text
 
 
 def copy(source: Path, target: Path) -> Path:
