@@ -120,6 +120,8 @@ class RunCallback(TrainerCallback):
         schedule: Any = self.module.lr_schedulers()
         schedule._last_lr = [group["lr"] for group in schedule.optimizer.param_groups]  # the engine logs this
         self.call("on_train_start")
+        if self.checkpoints is not None:
+            self.checkpoints.on_train_start(self.lightning, self.module)
         folder = find(self.lightning, RunFolder)
         if folder is not None and folder.directory is not None:
             args.output_dir = str(folder.directory / folders.CHECKPOINTS)

@@ -69,7 +69,8 @@ def run(
     if checkpoint is not None:
         print(f"engine {engine}: resuming from {checkpoint}")
     total = module.total_steps()
-    if trainer.global_step >= total:
+    is_trained, run_folder = trainer.global_step >= total, find(trainer, RunFolder)
+    if is_trained and (run_folder is None or not run_folder.resumes_unfinished()):
         raise nothing_left(trainer.global_step)
     loader = _loader(trainer, module, data, position)
     run_callback = RunCallback(
@@ -90,7 +91,13 @@ def run(
             engine_trainer.run_callback = run_callback
             engine_trainer.remove_callback(PrinterCallback)
             module.keep_adapters_in_float32()  # TRL casts adapters of quantized models to bfloat16
-            engine_trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+            if is_trained:  # but killed before its end: what is left is the export
+                engine_trainer._load_from_checkpoint(str(checkpoint))
+                run_callback.call("on_train_start")
+                if run_callback.checkpoints is not None:
+                    run_callback.checkpoints.on_train_start(trainer, module)
+            else:
+                engine_trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
         run_callback.finish()  # after `_model_restored`, because the export writes the model's config
     except BaseException as error:
         run_callback.call("on_exception", error)
