@@ -37,7 +37,7 @@ def is_due(trainer: Any, phase: str) -> bool:
 def completed(trainer: Any, *phases: str) -> None:
     """Records phases as complete, in `run.json`."""
     if (folder := find(trainer, RunFolder)) is not None:
-        folder.phases = [phase for phase in folders.PHASES if phase in {*folder.phases, *phases}]
+        folder.phases = folders.phases({"phases": [*folder.phases, *phases]})
         folder.record(phases=folder.phases)
 
 
@@ -154,7 +154,7 @@ class RunFolder(L.Callback):
         has_ended = checkpoints is not None and checkpoints.has_ended(trainer)
         self.phases = ["prepare", "reference"]
         if has_ended:
-            self.phases = [p for p in folders.PHASES if p in {*self.phases, *earlier.get("phases", [])}]
+            self.phases = folders.phases({"phases": [*self.phases, *folders.phases(earlier)]})
         self._before = dict(earlier.get("times", {}))
         unrecorded = (folders.seconds(directory, earlier) or 0.0) - sum(self._before.values())
         if unrecorded > 0:

@@ -275,7 +275,7 @@ def resume_arguments(
     is_engine_run = any((run / folders.CHECKPOINTS).glob("checkpoint-*"))
     if checkpoint is not None or not is_engine_run:
         print(f"resuming {run} from {checkpoint.name if checkpoint else 'the start: it has no checkpoint yet'}")
-    phases = state.get("phases", ())
+    phases = folders.phases(state)
     if (checkpoint is not None or is_engine_run) and "train" in phases and state.get("status") != "finished":
         left = [phase for phase in folders.PHASES if phase not in phases]
         print(f"its training is complete; what is left: {', '.join(left) or 'nothing'}")

@@ -170,6 +170,12 @@ def read_state(run: Path) -> dict[str, Any]:
     return state if isinstance(state, dict) else {}
 
 
+def phases(state: dict[str, Any]) -> list[str]:
+    """The phases that `run.json` says are complete, in order."""
+    listed = state.get("phases")
+    return [phase for phase in PHASES if phase in listed] if isinstance(listed, list) else []
+
+
 def condition(state: dict[str, Any]) -> str:
     """The current state of a run: the one in `run.json`, unless that is `running` and its process has ended.
 

@@ -155,7 +155,7 @@ def finish(recipe: Recipe, folder: Path) -> list[str]:
 TRIALS: tuple[Callable[[Recipe, Path, random.Random], list[str]], ...] = (
     *(kill_at_operation, kill_twice, kill_at_random, stop, full_disk, two_at_once, moved),
 )
-PER_RECIPE = 30
+PER_RECIPE = 15
 
 
 def soak(minutes: float, seed: int, only: str | None = None) -> tuple[Counter[str], Counter[str]]:
