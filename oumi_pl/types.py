@@ -254,6 +254,8 @@ class RunData(Protocol):
     """The chat template that the tokenizer came with; None if it has none."""
     packing: bool
     """Whether a row of the plan may hold several examples, kept apart by the attention."""
+    samples: bool
+    """Whether the policy samples the training rows while training."""
     sources: dict[str, Any]
     """`train`, `validation`, `test`, `predict` -> the recipe's value; None for a split that it leaves out."""
     streaming: bool

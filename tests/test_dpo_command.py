@@ -61,7 +61,7 @@ def test_the_first_lines_say_what_is_compared_with_what(cli):
     assert "prompts are computed once per pair" in said[0]
     assert "of the tokens saved where prompts are shared" in said[0]
     assert "reference: the initial model, from the cache" in said[1]
-    assert "prompts are computed twice per pair: share_prompt is off" in said[2]
+    assert "prompts are computed for each response: share_prompt is off" in said[2]
 
 
 def test_a_loss_of_ones_own(cli):

@@ -94,7 +94,8 @@ class Advice(L.Callback):
                 warn(trainer, message)
         for message in pl_module.doubts:
             warn(trainer, message)
-        self.loss.is_watching = trainer.global_step == 0
+        # the loss of a policy gradient says nothing of progress
+        self.loss.is_watching = trainer.global_step == 0 and not trainer.datamodule.samples
         self.loss.in_float16 = str(trainer.precision).startswith("16")
         self.wait.follow(trainer.fit_loop.epoch_loop)
 
@@ -107,7 +108,7 @@ class Advice(L.Callback):
         self.wait.batch_ends()
         if trainer.fit_loop._should_accumulate():
             return
-        if times := self.wait.update_ends():
+        if (times := self.wait.update_ends()) and not trainer.datamodule.samples:
             warn(trainer, _starved(*times, trainer.datamodule))
         sums, group = pl_module.last_update, trainer.optimizers[0].param_groups[0]
         loss = sums["loss"] / (pl_module.units(sums) or 1.0)

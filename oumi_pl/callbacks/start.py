@@ -148,7 +148,8 @@ def summary(report: dict[str, Any]) -> str:
         more = f"{report['turns_apart_tokens']:,} tokens more than their longest"
         parts.append(f"{report['turns_apart']:,} with a branch for each turn ({more})")
     lengths = report["lengths"]
-    parts.append(f"{report['tokens']:,} tokens, {report['target_tokens']:,} carry loss")
+    loss = f", {report['target_tokens']:,} carry loss" if "target_tokens" in report else " in prompts"
+    parts.append(f"{report['tokens']:,} tokens{loss}")
     if lengths and lengths["p0"] == lengths["p100"]:
         parts.append(f"length {lengths['p0']:,}")
     elif lengths:

@@ -14,6 +14,7 @@ from torch.utils.data import DataLoader
 
 from oumi_pl.data.loader import PlanLoader
 from oumi_pl.data.plan import Layout, limited
+from oumi_pl.data.rollout_loader import RolloutLoader
 from oumi_pl.data.sources import Place, Source, as_sources, is_held_out, is_not_held_out
 from oumi_pl.data.stream_loader import StreamLoader
 from oumi_pl.data.template import ChatTemplate
@@ -56,6 +57,8 @@ class TextData(L.LightningDataModule):
     """Whether examples may have segments that continue others."""
     streaming: bool = False
     """Whether training rows are tokenized while training, so that their number is unknown beforehand."""
+    samples: bool = False
+    """Whether the policy samples the training rows while training."""
     template: ChatTemplate | None = None
     """The chat template in use; None if rows have no turns."""
     micro_batches: int = 1
@@ -311,7 +314,7 @@ class TextData(L.LightningDataModule):
             self.refuse_changed(self.position.get("made_from"), made_from)
             loader.load_state_dict(self.position)
         self.train_loader, self.__made_from = loader, made_from
-        if self.trainer is not None and isinstance(loader, PlanLoader | StreamLoader):
+        if self.trainer is not None and isinstance(loader, PlanLoader | StreamLoader | RolloutLoader):
             loader.on_epoch = self.__begin_epoch
         return loader
 

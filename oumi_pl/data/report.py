@@ -43,17 +43,22 @@ def merged(reports: list[dict[str, Any]]) -> dict[str, Any]:
     return total
 
 
+def of_lengths(lengths: np.ndarray) -> dict[str, Any]:
+    """The sum and the percentiles of lengths `[examples]`."""
+    tokens = int(lengths.sum())
+    percentiles = {f"p{p}": int(np.percentile(lengths, p, method="nearest")) for p in PERCENTILES} if tokens else {}
+    return {"tokens": tokens, "lengths": percentiles}
+
+
 def describe(stores: list[ExampleStore], lengths: np.ndarray, plan: Plan, capacity: int | None) -> dict[str, Any]:
     """Counts, tokens, length percentiles, and `fill`, the used share of the packs' capacity.
 
     `target_weight` is the weight of all targets, if rows or turns have weights.
     """
-    tokens = int(lengths.sum())
     described = merged([store.report for store in stores]) | {
-        "tokens": tokens,
+        **of_lengths(lengths),
         "target_tokens": sum(store.target_tokens for store in stores),
         **_target_weight(stores),
-        "lengths": {f"p{p}": int(np.percentile(lengths, p, method="nearest")) for p in PERCENTILES} if tokens else {},
         "rows_planned": plan.rows,
         "updates_per_epoch": len(plan),
     }
@@ -101,7 +106,6 @@ def describe_documents(shards: list[Shards], across: bool = False) -> dict[str, 
         "target_tokens": max(0, tokens - (1 if across else len(lengths))),
         "bytes": text_bytes,
         "bytes_per_token": round(text_bytes / max(1, tokens), 4),
-        "lengths": {f"p{p}": int(np.percentile(lengths, p, method="nearest")) for p in PERCENTILES} if tokens else {},
     }
     return described | ({"sources": sources} if len(sources) > 1 else {})
 

@@ -187,9 +187,15 @@ class States:
         """
         return transformed(self.lm.head(self.predicting), self.lm.logit_transform)
 
-    def logps(self) -> Tensor:
-        """Log-probability of each target, `[targets]` float32, differentiable."""
-        return token_logps(self.predicting, self.batch["targets"], self.lm.head, transform=self.lm.logit_transform)
+    def logps(self, temperature: float = 1.0) -> Tensor:
+        """Log-probability of each target at a temperature, `[targets]` float32, differentiable."""
+        own = self.lm.logit_transform
+
+        def tempered(logits: Tensor) -> Tensor:
+            return (logits if own is None else own(logits)) / temperature
+
+        transform = own if temperature == 1 else tempered
+        return token_logps(self.predicting, self.batch["targets"], self.lm.head, transform=transform)
 
 
 class LM(nn.Module):

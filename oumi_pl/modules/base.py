@@ -109,6 +109,8 @@ class LanguageModule(RestorableModule):
     """Names of the metrics of validation, to refuse a misspelt `monitor` before training; empty: not checked."""
     generates: ClassVar[bool] = True
     """Whether the model completes prompts. If not, no samples are written and `predict` is refused."""
+    group_name: ClassVar[str] = "pair"
+    """The name of a row whose segments share a prompt, for messages."""
     scoring: ClassVar[bool] = False
     """Whether the model gives each path a score instead of next tokens: transformers' sequence classification."""
     details: ClassVar[tuple[str, ...]] = ()
@@ -437,9 +439,10 @@ class LanguageModule(RestorableModule):
         data, model = self.data, self.causal_lm
         notes = [*self.engine_notes] + ([] if self.reference is None else [self.reference.description])
         if data is not None and data.branching:
-            pairs = self.branching  # else conversations with a branch for each turn
-            what = "prompts are computed" if pairs else "histories that several turns share are computed"
-            once, again = ("once per pair", "twice per pair") if pairs else ("once", "for each turn")
+            if self.branching:
+                what, once, again = "prompts are computed", f"once per {self.group_name}", "for each response"
+            else:  # conversations with a branch for each turn
+                what, once, again = "histories that several turns share are computed", "once", "for each turn"
             why = model.layout_reason or "share_prompt is off"
             notes.append(f"{what} {once}" if model.layout is forest else f"{what} {again}: {why}")
         elif data is not None and data.packing and model.layout is padded:

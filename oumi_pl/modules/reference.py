@@ -86,10 +86,17 @@ class Reference:
         self._fingerprint: str | None = None
         self._moved: dict[str, Tensor] | None = None
 
-    def logps(self, batch: Batch, split: str) -> Tensor:
-        """Log-probability of each target under the reference, `[targets]` float32, without gradient."""
+    def logps(self, batch: Batch, split: str, compute: Callable[[States], Tensor] = States.logps) -> Tensor:
+        """Log-probability of each target under the reference, `[targets]` float32, without gradient.
+
+        Args:
+            batch: A batch of examples of the split.
+            split: `train`, `validation` or `test`.
+            compute: Computes other values from the reference's hidden states, such as log-probabilities at a
+                temperature; for references that run a model, not for those that were computed before training.
+        """
         assert self.opened is not None
-        return self.opened.logps(batch, split).float()
+        return self.opened.logps(batch, split, compute).float()
 
     @property
     def is_initial(self) -> bool:
@@ -322,14 +329,14 @@ class Opened(ABC):
     """A reference that was opened."""
 
     @abstractmethod
-    def logps(self, batch: Batch, split: str) -> Tensor:
+    def logps(self, batch: Batch, split: str, compute: Callable[[States], Tensor] = States.logps) -> Tensor:
         """Log-probabilities `[targets]` of a batch of examples of a split, without gradient."""
 
 
 class NoReference(Opened):
     """Zeros, for losses that need no reference."""
 
-    def logps(self, batch: Batch, split: str) -> Tensor:
+    def logps(self, batch: Batch, split: str, compute: Callable[[States], Tensor] = States.logps) -> Tensor:
         """Zeros."""
         return torch.zeros(len(batch["targets"]), device=batch["targets"].device)
 
@@ -341,10 +348,10 @@ class WithoutAdapters(Opened):
         self.policy = policy
 
     @torch.no_grad()
-    def logps(self, batch: Batch, split: str) -> Tensor:
+    def logps(self, batch: Batch, split: str, compute: Callable[[States], Tensor] = States.logps) -> Tensor:
         """Runs the base model."""
         with self.policy.hf.disable_adapter():
-            return self.policy(batch)
+            return self.policy(batch, compute)
 
 
 class FrozenModel(Opened):
@@ -354,9 +361,9 @@ class FrozenModel(Opened):
         self.model: LM = model.eval().requires_grad_(False)
 
     @torch.no_grad()
-    def logps(self, batch: Batch, split: str) -> Tensor:
+    def logps(self, batch: Batch, split: str, compute: Callable[[States], Tensor] = States.logps) -> Tensor:
         """Runs the model."""
-        return self.model(batch)
+        return self.model(batch, compute)
 
     @torch.no_grad()
     def move_towards(self, policy: LM, share: float) -> None:
@@ -376,7 +383,7 @@ class Precomputed(Opened):
     def __init__(self, stores: dict[str, Any]) -> None:
         self.stores = stores
 
-    def logps(self, batch: Batch, split: str) -> Tensor:
+    def logps(self, batch: Batch, split: str, compute: Callable[[States], Tensor] = States.logps) -> Tensor:
         """Reads those of the batch's examples."""
         values = torch.from_numpy(self.stores[split].logps(batch["sample_ids"]))
         return values.to(batch["targets"].device, non_blocking=True)

@@ -43,7 +43,6 @@ def _weights(data: TextData, split: str) -> list[float]:
 
 def _lines(report: dict[str, Any]) -> dict[str, str]:
     """The report of a split as names and values."""
-    tokens, targets = report["tokens"], report["target_tokens"]
     lines = {"rows": f"{report['rows']:,}", "kept": f"{report['kept']:,}"} | _left_out(report)
     for key, name in (
         ("cut", "cut to length"),
@@ -62,7 +61,7 @@ def _lines(report: dict[str, Any]) -> dict[str, str]:
         if report.get(key):
             name = {"replaced": "characters that weren't UTF-8", "split": "documents longer than a row"}.get(key, key)
             lines[name] = f"{report[key]:,}"
-    lines |= {"tokens": f"{tokens:,}", "carry loss": _share(targets, tokens)}
+    lines |= _tokens(report)
     for key, name in (("target_weight", "their weight in the loss"), ("bytes_per_token", "bytes per token")):
         if key in report:
             lines[name] = f"{report[key]:,.2f}"
@@ -75,6 +74,12 @@ def _lines(report: dict[str, Any]) -> dict[str, str]:
         if key in report:
             lines[name] = f"{report[key]:.1%}"
     return lines
+
+
+def _tokens(report: dict[str, Any]) -> dict[str, str]:
+    if "target_tokens" not in report:
+        return {"tokens of the prompts": f"{report['tokens']:,}"}
+    return {"tokens": f"{report['tokens']:,}", "carry loss": _share(report["target_tokens"], report["tokens"])}
 
 
 def _lengths(report: dict[str, Any]) -> dict[str, str]:

@@ -308,7 +308,7 @@ def test_documents_where_sharing_is_off(tmp_path, tokenizer):
     assert model.build(tokenizer, branching=True).layout is documents
     fit(model, dpo_data(tmp_path, 4), max_steps=1)
     assert model.causal_lm.layout is documents
-    assert model.notes[1] == "prompts are computed twice per pair: share_prompt is off"
+    assert model.notes[1] == "prompts are computed for each response: share_prompt is off"
 
 
 UNABLE = {
@@ -326,7 +326,7 @@ def test_pairs_are_padded_where_nothing_else_is_exact_and_the_model_trains(tmp_p
     assert policy.layout is padded
     assert policy.layout_reason
     assert policy.base.config._attn_implementation != NAME
-    assert f"computed twice per pair: {policy.layout_reason}" in model.notes[1]
+    assert f"computed for each response: {policy.layout_reason}" in model.notes[1]
 
 
 @pytest.mark.parametrize("name", ["mamba", "gemma2"])

@@ -1,0 +1,110 @@
+"""Prompts for online training: their token ids, and the rows that rewards read."""
+
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+from oumi_pl.data.formats import Format, Formats, reads
+from oumi_pl.data.records import BadRows, OnBadRows, RecordReader
+from oumi_pl.data.sources import Source
+from oumi_pl.data.tokenize import Dropped
+from oumi_pl.data.turns import MEDIA, column, turns_column
+from oumi_pl.errors import UserError
+from oumi_pl.types import BadRow, Conversation, Record, Row
+
+
+class Prompt(NamedTuple):
+    """A prompt, and the row that it came from."""
+
+    ids: list[int]
+    row: Row
+    origin: str
+    """File and line."""
+
+
+@reads("prompt", "tools", "system", "system_prompt")
+def prompt_only(row: Row) -> Record:
+    """Reads `prompt`: the user's turn as text, or turns."""
+    prompt = column(row, "prompt", (str, list), "text or turns")
+    if isinstance(prompt, str):
+        return Conversation(({"role": "user", "content": prompt},))
+    return Conversation(turns_column(row, "prompt"))
+
+
+@dataclass(frozen=True)
+class RecordWithRow(Record):
+    """A record and its row."""
+
+    record: Record
+    row: Row
+
+
+class PromptReader(RecordReader):
+    """Reads records with their rows. Columns that the format doesn't read are for the rewards."""
+
+    def read(self, row: Row) -> Sequence[Record | Dropped]:
+        """The records of a row, each with the row.
+
+        Raises:
+            UserError: as of `RecordReader`.
+        """
+        return [RecordWithRow(one, row) if isinstance(one, Record) else one for one in super().read(row)]
+
+    def _look_at_columns(self, row: Row, convert: Format) -> None:
+        super()._look_at_columns({name: value for name, value in row.items() if name in MEDIA}, convert)
+
+
+def read_prompts(
+    source: Source,
+    formats: Formats,
+    encode: Callable[[Record], list[int]],
+    most: int,
+    *,
+    keep: Callable[[Row], bool] | None = None,
+    bad_rows: OnBadRows = "error",
+) -> tuple[list[Prompt], dict[str, Any]]:
+    """Reads the prompts of a source, and counts rows for the data report.
+
+    Args:
+        source: The source.
+        formats: The formats that its rows may have.
+        encode: Turns a record into the token ids of its prompt.
+        most: Most tokens of a prompt; longer ones are left out.
+        keep: Which rows to use; all when left out.
+        bad_rows: Whether rows that can't be used stop the run, after all were looked at, or are left out.
+
+    Raises:
+        UserError: rows can't be used; lists the reasons with the files and lines of the first rows.
+    """
+    prompts: list[Prompt] = []
+    dropped: Counter[str] = Counter()
+    bad, rows = BadRows(), 0
+    for origin, record in PromptReader(source, formats).records(keep, strict=False):
+        rows += 1
+        if isinstance(record, BadRow):
+            bad.add(origin, record.reason)
+            continue
+        if isinstance(record, Dropped):
+            dropped[record.reason] += 1
+            continue
+        assert isinstance(record, RecordWithRow)
+        try:
+            ids = encode(record.record)
+        except UserError as error:
+            bad.add(origin, str(error))
+            continue
+        if not ids:
+            bad.add(origin, "the prompt is empty, and the model needs a token to begin with")
+        elif len(ids) > most:
+            dropped["prompt leaves no room for a completion"] += 1
+        else:
+            prompts.append(Prompt(ids, record.row, origin))
+    if bad.count and bad_rows == "error":
+        raise bad.error(source.title, rows)
+    report: dict[str, Any] = {"source": source.title, "rows": rows, "kept": len(prompts), "dropped": dict(dropped)}
+    report |= {"cut": 0, "straddled": 0, "empty_answers": 0}
+    if bad.count:
+        report["bad_rows"] = bad.report()
+        report["dropped"] |= {reason: kind["rows"] for reason, kind in report["bad_rows"].items()}
+    return prompts, report

@@ -1,0 +1,318 @@
+"""Data for online training: prompts, for which the policy samples groups of completions that rewards score."""
+
+from collections.abc import Iterable, Sequence
+from functools import cached_property
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from oumi_pl.data import report as reports
+from oumi_pl.data.collate import collate
+from oumi_pl.data.examples import ChatData
+from oumi_pl.data.formats import FORMATS, Formats
+from oumi_pl.data.plan import Plan, mixture_epoch, plan_epoch
+from oumi_pl.data.prompts import Prompt, prompt_only, read_prompts
+from oumi_pl.data.rollout_loader import EvalLoader, Group, RolloutLoader
+from oumi_pl.data.sources import as_sources, fingerprint
+from oumi_pl.data.store import cache_key
+from oumi_pl.data.tokenize import Tokenize
+from oumi_pl.data.tokenizers import tokenizer_fingerprint
+from oumi_pl.errors import UserError
+from oumi_pl.rollouts.rewards import Reward, Rewards
+from oumi_pl.rollouts.sampling import Engine, Generate, Sampling
+from oumi_pl.types import Batch, Example, Record, Segment
+
+
+class Policy(Protocol):
+    """What rollouts need of a module."""
+
+    @property
+    def causal_lm(self) -> Any:
+        """The model, an `oumi_pl.models.lm.LM`."""
+
+    def advantages(self, rewards: np.ndarray) -> np.ndarray:
+        """Maps the rewards of an update, `[prompts, completions]`, to advantages of the same shape."""
+
+    def penalties(self, batch: Batch) -> np.ndarray:
+        """What is taken from the reward of each completion of a batch of groups, `[completions]`."""
+
+
+class RolloutData(ChatData):
+    """Samples `completions` per prompt from the policy, scores them, and yields them update by update.
+
+    A row of `batch_size` is a prompt with all its completions, which share it. Completions are sampled when their
+    update is due. They depend on the seed, the epoch, the prompt's place in it and their index alone, not on ranks or
+    micro-batches.
+
+    Args:
+        args: As of `TextData`.
+        reward: A function `(completion, row) -> float` by its path, or several, with weights if it is a mapping; see
+            `oumi_pl.rollouts.rewards`.
+        completions: Completions per prompt (a group).
+        sampling: How they are sampled.
+        engine: What samples them; transformers' `generate` when left out.
+        steps_per_rollout: Updates whose prompts are completed at once, before the first of them.
+        iterations: How often each rollout is trained on.
+        prompts_per_call: Prompts whose groups are sampled in one batch.
+        mask_truncated: Leave completions that `max_new_tokens` cut out of the loss.
+        eval_completions: Completions per held-out prompt, sampled if more than one; one is greedy.
+        success: Total reward from which on a held-out completion counts as solved.
+        kwargs: As of `ChatData`.
+    """
+
+    branching = True
+    samples = True
+    formats: Formats = ((prompt_only, ("prompt",)), *FORMATS)
+    prompt_formats = formats
+
+    def __init__(
+        self,
+        *args: Any,
+        reward: str | Reward | list[str] | dict[str, float],
+        completions: int = 8,
+        sampling: Sampling | None = None,
+        engine: Engine | None = None,
+        steps_per_rollout: int = 1,
+        iterations: int = 1,
+        prompts_per_call: int = 8,
+        mask_truncated: bool = False,
+        eval_completions: int = 1,
+        success: float = 1.0,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(*args, **kwargs)
+        for name, value, least in (
+            ("completions", completions, 2),
+            ("steps_per_rollout", steps_per_rollout, 1),
+            ("iterations", iterations, 1),
+            ("prompts_per_call", prompts_per_call, 1),
+            ("eval_completions", eval_completions, 1),
+        ):
+            if value < least:
+                raise UserError(f"data.{name} is {value}, but has to be at least {least}")
+        if self.packing:
+            raise UserError(
+                "data.packing: a row is a prompt with its completions, which share it already; leave it out"
+            )
+        self.rewards = Rewards(reward)
+        self.completions = completions
+        self.sampling = sampling or Sampling()
+        self.engine = engine or Generate()
+        self.steps_per_rollout = steps_per_rollout
+        self.iterations = iterations
+        self.prompts_per_call = prompts_per_call
+        self.mask_truncated = mask_truncated
+        self.eval_completions = eval_completions
+        self.success = success
+        self.__prompts: dict[str, list[Prompt]] = {}
+        self.__reports: dict[str, list[dict[str, Any]]] = {}
+
+    @property
+    def row_name(self) -> str:
+        """The unit of `batch_size`."""
+        return "prompt"
+
+    @cached_property
+    def tokenize(self) -> Tokenize:
+        """Tokenizes prompts."""
+        return Tokenize(self.tokenizer, self.max_length, overflow=self.overflow)
+
+    # ---- prompts
+
+    def all_prompts(self, split: str) -> list[Prompt]:
+        """The prompts of a split, in memory. Those with too little room for a completion are left out.
+
+        Raises:
+            UserError: a row has no prompt; names it.
+        """
+        if split not in self.__prompts:
+            room = self.max_length - self.sampling.max_new_tokens
+            if room < 1:
+                raise UserError(
+                    f"data.max_length is {self.max_length}, which leaves no room for a prompt and "
+                    f"{self.sampling.max_new_tokens} new tokens"
+                )
+            sources, keep = self.taken(split)
+            read = [
+                read_prompts(source, self.formats, self.__prompt_ids, room, keep=keep, bad_rows=self.bad_rows)
+                for source in sources
+            ]
+            self.__prompts[split] = [prompt for prompts, _ in read for prompt in prompts]
+            self.__reports[split] = [report for _, report in read]
+        return self.__prompts[split]
+
+    def __prompt_ids(self, record: Record) -> list[int]:
+        return self.tokenize.prompt_ids(record)[0]
+
+    def make(self, split: str) -> None:
+        """Reads the prompts."""
+        self.all_prompts(split)
+
+    def setup(self, stage: str) -> None:
+        """Stops before weights are loaded if there are no prompts.
+
+        Raises:
+            UserError: no prompt of a split is left.
+        """
+        for split in self.needed(stage):
+            if not self.all_prompts(split):
+                raise UserError(
+                    f"data.{split}: none of its prompts leaves room for {self.sampling.max_new_tokens} new tokens in "
+                    f"data.max_length, which is {self.max_length}"
+                )
+
+    def made_from(self) -> list[str]:
+        """A hash of the sources, the tokenizer and the lengths."""
+        sources = [fingerprint(source) for source in as_sources(self.sources["train"])]
+        return [cache_key(sources, tokenizer_fingerprint(self.tokenizer), self.max_length, self.completions)]
+
+    def lengths(self, split: str) -> np.ndarray:
+        """Most tokens of each prompt with its completions, `[prompts]`."""
+        return self.prompt_lengths(split) + self.completions * self.sampling.max_new_tokens
+
+    def longest_path(self, splits: Iterable[str]) -> tuple[int, int] | None:
+        """As of `TextData`."""
+        return None
+
+    def report(self) -> dict[str, Any]:
+        """Counts per split: rows read, kept and dropped, tokens and lengths of the prompts."""
+        return {split: self.__report_of(split) for split in self.__reports}
+
+    def __report_of(self, split: str) -> dict[str, Any]:
+        report = reports.merged(self.__reports[split]) | reports.of_lengths(self.prompt_lengths(split))
+        if split == "train":
+            plan = self.plan(0)
+            report |= {"rows_planned": plan.rows, "updates_per_epoch": len(plan) * self.iterations}
+        return report
+
+    def prompt_lengths(self, split: str) -> np.ndarray:
+        """Tokens of each prompt, `[prompts]`."""
+        return np.array([len(prompt.ids) for prompt in self.all_prompts(split)], dtype=np.int64)
+
+    # ---- plan and loaders
+
+    def plan(self, epoch: int) -> Plan:
+        """The prompts of each update of an epoch."""
+        lengths = self.prompt_lengths("train")
+        weights = [source.weight for source in as_sources(self.sources["train"])]
+        sizes = [report["kept"] for report in self.__reports["train"]]
+        ids = mixture_epoch(sizes, weights, self.run_seed, epoch)
+        rows_per_update = self.layout.at(epoch).rows_per_update
+        return plan_epoch(lengths, ids, rows_per_update, seed=self.run_seed, epoch=epoch, group_by_length=False)
+
+    def updates(self, epochs: int) -> int:
+        """Number of optimizer updates in `epochs` epochs."""
+        counts = ((self.layout.at(epoch), self.plan(epoch)) for epoch in range(epochs))
+        return sum(
+            layout.updates(len(plan) * self.iterations * layout.rows_per_update, self.limit) for layout, plan in counts
+        )
+
+    def make_train_loader(self) -> RolloutLoader:  # type: ignore[override]
+        """Creates the loader that samples."""
+        return RolloutLoader(self, self.plan, self.layout)
+
+    def make_eval_loader(self, split: str) -> Any:
+        """Creates a loader that completes this rank's share of the held-out prompts."""
+        return EvalLoader(self, split)
+
+    @property
+    def policy(self) -> Any:
+        """The module of the run, a `Policy`."""
+        return self.trainer.lightning_module  # type: ignore[union-attr]
+
+    # ---- rollouts
+
+    def groups(self, split: str, numbers: Sequence[tuple[int, int]], sampling: Sampling, members: int) -> list[Group]:
+        """Completes and scores prompts; the ranks share the work, and each gets all groups.
+
+        Args:
+            split: The split of the prompts.
+            numbers: Number of the seed and id of each prompt.
+            sampling: How to sample.
+            members: Completions per prompt.
+        """
+        layout, size = self.layout, self.prompts_per_call
+        calls = [list(numbers[i : i + size]) for i in range(0, len(numbers), size)]
+        mine = [self.__call(split, call, sampling, members) for call in calls[layout.rank :: layout.ranks]]
+        if layout.ranks == 1:
+            return [group for of_call in mine for group in of_call]
+        gathered: list[Any] = [None] * layout.ranks
+        torch.distributed.all_gather_object(gathered, mine)
+        in_order = [gathered[i % layout.ranks][i // layout.ranks] for i in range(len(calls))]
+        return [group for of_call in in_order for group in of_call]
+
+    def __call(self, split: str, numbers: list[tuple[int, int]], sampling: Sampling, members: int) -> list[Group]:
+        prompts = self.all_prompts(split)
+        repeated = [(number, prompts[prompt], member) for number, prompt in numbers for member in range(members)]
+        own = self.policy.causal_lm.hf.generation_config.eos_token_id
+        ends = {*self.stop_tokens, self.tokenizer.eos_token_id, *(own if isinstance(own, list) else [own])} - {None}
+        with self.trainer.precision_plugin.forward_context():  # type: ignore[union-attr]
+            completions = self.engine.sample(
+                self.policy,
+                self.tokenizer,
+                [prompt.ids for _, prompt, _ in repeated],
+                seeds=[(self.run_seed, number, member) for number, _, member in repeated],
+                sampling=sampling,
+                ends=ends,
+            )
+        texts = [str(self.tokenizer.decode(completion.ids, skip_special_tokens=True)) for completion in completions]
+        components = self.rewards.components(texts, [prompt.row for _, prompt, _ in repeated])
+        groups = []
+        for i, (_, prompt) in enumerate(numbers):
+            of_prompt = slice(i * members, (i + 1) * members)
+            group = Group(prompt, completions[of_prompt], components[of_prompt], np.zeros(members))
+            penalties = self.policy.penalties(self.batch_of(split, [group])) if split == "train" else group.penalties
+            groups.append(Group(prompt, group.completions, group.components, penalties))
+        return groups
+
+    def example(self, split: str, group: Group) -> Example:
+        """A group as a tree: the prompt with the first completion, and the others after the prompt."""
+        prompt = self.all_prompts(split)[group.prompt].ids
+        first, *others = group.completions
+        segments = [Segment(len(prompt) + len(first.ids))]
+        segments += [Segment(len(completion.ids), parent=0, shared=len(prompt)) for completion in others]
+        trained = [c.is_finished or not self.mask_truncated for c in group.completions]
+        return Example(
+            np.concatenate([prompt, *(c.ids for c in group.completions)]).astype(np.int32),
+            np.concatenate(
+                [np.zeros(len(prompt), dtype=bool)]
+                + [np.full(len(c.ids), kept) for c, kept in zip(group.completions, trained, strict=True)]
+            ),
+            tuple(segments),
+        )
+
+    def batch_of(self, split: str, groups: Sequence[Group], advantages: np.ndarray | None = None) -> Batch:
+        """A batch of groups.
+
+        Besides the keys of `Batch`: `advantages`, `rewards` (the totals), `components` (`[completions, rewards]`),
+        `lengths` and `finished`, for each completion, `sampled_logps` and `entropies` for each target, and the number
+        of `completions` per prompt.
+        """
+        examples = [self.example(split, group) for group in groups]
+        batch: Any = collate([([g.prompt], [e]) for g, e in zip(groups, examples, strict=True)], self.pad_id)
+        completions = [c for group in groups for c in group.completions]
+        kept = [c for c in completions if c.is_finished or not self.mask_truncated]
+        members = self.completions if split == "train" else self.eval_completions
+        components = (
+            np.concatenate([g.components for g in groups]) if groups else np.empty((0, len(self.rewards.names)))
+        )
+        penalties = np.concatenate([g.penalties for g in groups]) if groups else np.empty(0)
+        batch["advantages"] = _floats([] if advantages is None else advantages.reshape(-1))
+        batch["components"] = _floats(components).reshape(-1, len(self.rewards.names))
+        batch["rewards"] = _floats(self.rewards.total(components) - penalties)
+        batch["lengths"] = _floats([len(c.ids) for c in completions])
+        batch["finished"] = _floats([c.is_finished for c in completions])
+        batch["sampled_logps"] = _floats(np.concatenate([c.logps for c in kept]) if kept else [])
+        batch["entropies"] = _floats(np.concatenate([c.entropies for c in kept]) if kept else [])
+        batch["completions"] = members
+        return batch
+
+    def totals(self, groups: Sequence[Group]) -> np.ndarray:
+        """The total reward of each completion after penalties, `[groups, completions]`."""
+        return np.stack([self.rewards.total(group.components) - group.penalties for group in groups])
+
+
+def _floats(values: Any) -> Tensor:
+    return torch.as_tensor(np.asarray(values, dtype=np.float32))

@@ -1,0 +1,230 @@
+"""Online training: policy gradients on completions that the policy itself sampled, from rewards instead of answers."""
+
+from typing import Any, Literal, get_args
+
+import numpy as np
+import torch
+from lightning.pytorch.cli import OptimizerCallable
+from lightning.pytorch.utilities.rank_zero import rank_zero_warn
+from torch import Tensor
+from torch.optim import AdamW
+
+from oumi_pl.errors import UserError, nearest
+from oumi_pl.losses.policy import Completions, Estimator, GRPOLoss, PolicyLoss, kl_estimates
+from oumi_pl.models.lm import States
+from oumi_pl.modules.base import LanguageModule
+from oumi_pl.modules.reference import Reference
+from oumi_pl.modules.update import Split
+from oumi_pl.rollouts.advantages import Advantage, GroupMean
+from oumi_pl.types import Batch, Sums
+
+SAMPLED = 1e-3
+"""Nats per token by which sampled and recomputed log-probabilities may differ before a warning."""
+
+
+class GRPO(LanguageModule):
+    """Trains on sampled completions with any `PolicyLoss`, normalised over the whole update. Dropout is off.
+
+    Args:
+        model: Hub id or directory of a pretrained model, usually one that was fine-tuned (SFT); an adapter's too.
+        config: `model_type` and values of a config to start from; with `model`, values to override.
+        loss: The objective; `GRPOLoss` when left out. See `oumi_pl.losses.policy`.
+        advantage: From rewards to advantages; `GroupMean` when left out. See `oumi_pl.rollouts.advantages`.
+        kl: Coefficient of the penalty for leaving the reference; 0 needs no reference.
+        kl_estimator: `k1`, `k2` or `k3`; see `oumi_pl.losses.policy.kl_estimates` for what their gradients mean.
+        kl_in: Where the penalty goes: into the `loss`, token by token, or into the `reward` of a completion.
+        reference: What the policy is compared with. `initial`: with LoRA the base with its adapters disabled, else a
+            frozen copy of the initial model in memory.
+        sync_every: Optimizer steps after which the reference moves towards the policy; needs a copy in memory.
+        mixup: How far it moves, from 0 to 1.
+        share_prompt: Compute the prompt of a group once for all completions. `auto`: if the model can do so exactly.
+        kwargs: As of `LanguageModule`.
+    """
+
+    branching = True
+    group_name = "group"
+    validation_metrics: tuple[str, ...] = ("val/loss", "val/reward", "val/pass@1")
+
+    def __init__(
+        self,
+        model: str | None = None,
+        config: dict[str, Any] | None = None,
+        *,
+        loss: PolicyLoss | None = None,
+        advantage: Advantage | None = None,
+        kl: float = 0.0,
+        kl_estimator: Estimator = "k3",
+        kl_in: Literal["loss", "reward"] = "loss",
+        reference: Literal["initial", "online"] = "initial",
+        sync_every: int | None = None,
+        mixup: float = 0.6,
+        share_prompt: Literal["auto"] | bool = "auto",
+        optimizer: OptimizerCallable = lambda params: AdamW(params, lr=1e-6, weight_decay=0.0),
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(model, config, optimizer=optimizer, **kwargs)
+        if not kl >= 0:
+            raise UserError(f"model.kl is {kl}, but has to be 0 or more")
+        if kl_estimator not in get_args(Estimator):
+            raise UserError(f"model.kl_estimator: unknown {kl_estimator!r}{nearest(kl_estimator, get_args(Estimator))}")
+        if kl and kl_in == "loss" and kl_estimator == "k1":
+            raise UserError(
+                "model.kl_estimator: the gradient of k1 in the loss is 0 on average, so it would penalise nothing; use "
+                "k2 or k3, or kl_in: reward"
+            )
+        self.loss = loss or GRPOLoss()
+        self.unit = self.loss.unit  # type: ignore[misc]
+        self.advantage = advantage or GroupMean()
+        self.kl, self.kl_estimator, self.kl_in = kl, kl_estimator, kl_in
+        self.share_prompt = share_prompt
+        if kl:
+            # completions are new in each update, so that nothing of the reference can be computed before training
+            name = "online" if reference == "initial" and (self.lora is None or sync_every) else reference
+            share = share_prompt is not False
+            self.reference = Reference(self, name, None, sync_every, mixup, share_prompt=share, user="the KL penalty")
+        self.__warned = False
+
+    # ---- what rollouts need
+
+    def advantages(self, rewards: np.ndarray) -> np.ndarray:
+        """Maps the rewards of an update, `[prompts, completions]`, to advantages of the same shape."""
+        return self.advantage(rewards)
+
+    @torch.no_grad()
+    def penalties(self, batch: Batch) -> np.ndarray:
+        """The KL penalty in the reward of each completion, `[completions]`; zeros if it is in the loss."""
+        count = len(batch["segments"])
+        if not self.kl or self.kl_in != "reward" or self.reference is None:
+            return np.zeros(count)
+        batch = self.trainer.strategy.batch_to_device(batch)
+        sampled = batch["sampled_logps"]  # type: ignore[typeddict-item]
+        estimates = kl_estimates(sampled, self.__ref_logps(batch), self.kl_estimator)
+        sums = torch.zeros(count, device=estimates.device).index_add(0, batch["target_segments"], estimates)
+        return self.kl * sums.double().cpu().numpy()
+
+    def on_model_built(self) -> None:
+        """As of `LanguageModule`; refuses data whose sampling the objective can't correct for.
+
+        Raises:
+            UserError: says which setting.
+        """
+        super().on_model_built()
+        data: Any = self.data
+        if data is None:
+            return
+        if not data.samples:
+            raise UserError(
+                f"data: GRPO trains on completions that the policy samples; RolloutData does so, {type(data).__name__} "
+                "reads answers"
+            )
+        if data.sampling.temperature == 0:
+            raise UserError("data.sampling.temperature: greedy completions of a prompt are all the same; raise it")
+        if data.sampling.is_truncated:
+            raise UserError(
+                "data.sampling: with top_p, top_k or min_p, log-probabilities are not those of the tokens' "
+                "distribution, so that gradients and ratios would be wrong; sample from all tokens"
+            )
+        if data.steps_per_rollout * data.iterations > 1 and not self.loss.has_ratio:
+            raise UserError(
+                f"data: {type(self.loss).__name__} does not correct for a policy that has moved since it sampled; set "
+                "steps_per_rollout and iterations to 1, or take a loss with a ratio"
+            )
+
+    # ---- the loss
+
+    def loss_sums(self, batch: Batch, split: Split) -> Sums:
+        """Sums over the completions; in evaluation, over held-out prompts, of rewards alone."""
+        rollouts: Any = batch
+        if split != "train":
+            return self.__reward_sums(rollouts) | self.__solved(rollouts)
+        temperature = self.data.sampling.temperature  # type: ignore[union-attr]
+        targets = batch["targets"]
+
+        def compute(states: States) -> tuple[Tensor, Tensor | None]:
+            return states.logps(temperature), states.router_loss
+
+        logps, router_loss = self.causal_lm(batch, compute)
+        old = logps.detach() if rollouts["on_policy"] else rollouts["sampled_logps"]
+        completions = Completions(
+            logps,
+            old,
+            batch["target_segments"],
+            rollouts["advantages"],
+            self.data.sampling.max_new_tokens,  # type: ignore[union-attr]
+        )
+        # a rank that ran out of prompts has no completions, but all parameters in its graph
+        loss = self.loss(completions).sum() if completions.count else logps.sum()
+        sums = self.__reward_sums(rollouts) | self.__token_sums(completions, rollouts)
+        if self.reference is not None and self.kl_in == "loss":
+            estimates = kl_estimates(logps, self.__ref_logps(batch), self.kl_estimator)
+            loss = loss + self.kl * (self.loss.weights(completions) * estimates).sum()
+            sums["kl"] = estimates.detach().double().sum()
+        sums["loss"] = loss
+        units = completions.count if self.unit == "rows" else len(targets)
+        return sums if router_loss is None else sums | {"objective": loss + router_loss * units}
+
+    def count(self, batch: Batch) -> dict[str, int]:
+        """As of `LanguageModule`; `rows` are completions."""
+        rollouts: Any = batch
+        return super().count(batch) | {"rows": len(rollouts["rewards"])}
+
+    def metrics(self, sums: Sums, split: Split) -> dict[str, Tensor]:
+        """Means over completions; of entropy, KL, ratios and log-probabilities over tokens."""
+        per_token = {"entropy", "kl", "clipped/low", "clipped/high", "sampling_difference"}
+        rows, targets = sums["rows"].clamp(min=1), sums["targets"].clamp(min=1)
+        metrics = {
+            name: value / (targets if name in per_token else rows)
+            for name, value in sums.items()
+            if name not in {"targets", "rows", "tokens", "positions", "loss", "reward_squares"}
+        }
+        metrics["loss"] = sums["loss"] / sums[self.unit].clamp(min=1)
+        variance = sums["reward_squares"] / rows - metrics["reward"].square()
+        metrics["reward_std"] = variance.clamp(min=0).sqrt()
+        return metrics
+
+    def __ref_logps(self, batch: Batch) -> Tensor:
+        """Log-probabilities of the targets under the reference, at the temperature of sampling, `[targets]`."""
+        temperature = self.data.sampling.temperature  # type: ignore[union-attr]
+        return self.reference.logps(batch, "train", lambda states: states.logps(temperature))  # type: ignore[union-attr]
+
+    @torch.no_grad()
+    def __reward_sums(self, rollouts: Any) -> Sums:
+        rewards = rollouts["rewards"].double()
+        names = self.data.rewards.names  # type: ignore[union-attr]
+        sums: Sums = {"loss": -rewards.sum(), "reward": rewards.sum(), "reward_squares": rewards.square().sum()}
+        if len(names) > 1:
+            components = rollouts["components"].double().sum(0)
+            sums |= {f"rewards/{name}": value for name, value in zip(names, components, strict=True)}
+        sums["length"] = rollouts["lengths"].double().sum()
+        sums["truncated"] = (1 - rollouts["finished"]).double().sum()
+        groups = rewards.reshape(-1, rollouts["completions"])
+        same = (groups == groups[:, :1]).all(1)
+        return sums | {"groups_without_variance": same.double().sum() * rollouts["completions"]}
+
+    @torch.no_grad()
+    def __solved(self, rollouts: Any) -> Sums:
+        """The share of completions, and of prompts by any of their completions, that reach `data.success`."""
+        data: Any = self.data
+        solved = (rollouts["rewards"] >= data.success).double()
+        sums = {"pass@1": solved.sum()}
+        if data.eval_completions > 1:
+            any_solved = solved.reshape(-1, data.eval_completions).any(1)
+            sums[f"pass@{data.eval_completions}"] = any_solved.double().sum() * data.eval_completions
+        return sums
+
+    @torch.no_grad()
+    def __token_sums(self, completions: Completions, rollouts: Any) -> Sums:
+        low, high = self.loss.clipped(completions)
+        difference = (completions.logps.detach() - rollouts["sampled_logps"]).abs().double()
+        if rollouts["on_policy"] and len(difference) and not self.__warned and float(difference.mean()) > SAMPLED:
+            self.__warned = True
+            rank_zero_warn(
+                f"sampled and recomputed log-probabilities differ by {float(difference.mean()):.2g} nats per token: "
+                "sampling and training compute in different precision"
+            )
+        return {
+            "entropy": rollouts["entropies"].double().sum(),
+            "clipped/low": low.double().sum(),
+            "clipped/high": high.double().sum(),
+            "sampling_difference": difference.sum(),
+        }

@@ -1,0 +1,276 @@
+"""Rewards: functions of a completion and its row, named by their paths, and those that are built in.
+
+A reward is any function `(completion: str, row: dict) -> float`, or a coroutine function of the same arguments; it may
+also be a class, whose object is called so. A batched reward takes lists of both and returns a list; mark it with
+`@batched`. In a conversation, the completion is the text of the assistant's answer.
+"""
+
+import asyncio
+import importlib
+import inspect
+import math
+import re
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from oumi_pl.errors import UserError
+
+Reward = Callable[..., Any]
+
+
+def batched(reward: Reward) -> Reward:
+    """Marks a reward of all completions at once: `(completions: list[str], rows: list[dict]) -> list[float]`."""
+    reward.is_batched = True  # type: ignore[attr-defined]
+    return reward
+
+
+class Rewards:
+    """The rewards of a run, and their weights.
+
+    Args:
+        rewards: A reward; or several, by path or as functions, with their weights. A path is `module.function`, or the
+            name of one that is built in.
+
+    Raises:
+        UserError: a path names no function, or a weight is no number.
+    """
+
+    def __init__(self, rewards: str | Reward | Sequence[str | Reward] | Mapping[str, float]) -> None:
+        if isinstance(rewards, Mapping):
+            named: list[tuple[str | Reward, float]] = list(rewards.items())
+        elif isinstance(rewards, str) or callable(rewards):
+            named = [(rewards, 1.0)]
+        else:
+            named = [(reward, 1.0) for reward in rewards]
+        if not named:
+            raise UserError("data.reward: name at least one")
+        for reward, weight in named:
+            if isinstance(weight, bool) or not isinstance(weight, int | float) or not math.isfinite(weight):
+                raise UserError(f"data.reward: the weight of {reward} is {weight!r}, which is no number")
+        self.functions = {_name(reward): resolve(reward) if isinstance(reward, str) else reward for reward, _ in named}
+        self.weights = np.array([weight for _, weight in named], dtype=np.float64)
+        if len(self.functions) < len(named):
+            raise UserError("data.reward: two rewards have the same name")
+
+    @property
+    def names(self) -> list[str]:
+        """Names of the components."""
+        return list(self.functions)
+
+    def components(self, completions: Sequence[str], rows: Sequence[Mapping[str, Any]]) -> np.ndarray:
+        """The value of each reward for each completion, `[completions, rewards]` float64.
+
+        Raises:
+            UserError: a reward fails, or returns something else than a finite number; names the row.
+        """
+        columns = [self._column(name, reward, completions, rows) for name, reward in self.functions.items()]
+        return np.stack(columns, 1) if columns else np.empty((len(completions), 0))
+
+    def total(self, components: np.ndarray) -> np.ndarray:
+        """Weighted sums of components `[..., rewards]`."""
+        return components @ self.weights
+
+    def _column(
+        self, name: str, reward: Reward, completions: Sequence[str], rows: Sequence[Mapping[str, Any]]
+    ) -> np.ndarray:
+        if getattr(reward, "is_batched", False):
+            try:
+                values = reward(list(completions), [dict(row) for row in rows])
+                values = asyncio.run(_awaited(values)) if inspect.isawaitable(values) else values
+            except Exception as error:
+                raise UserError(f"data.reward: {name} failed: {type(error).__name__}: {error}") from error
+            if len(values) != len(completions):
+                raise UserError(f"data.reward: {name} returned {len(values)} values for {len(completions)} completions")
+        elif inspect.iscoroutinefunction(reward) or inspect.iscoroutinefunction(getattr(reward, "__call__", None)):  # noqa: B004
+            values = asyncio.run(_gather(name, reward, completions, rows))
+        else:
+            values = [_called(name, reward, c, row) for c, row in zip(completions, rows, strict=True)]
+        return np.array(
+            [_number(name, value, c, row) for value, c, row in zip(values, completions, rows, strict=True)],
+            dtype=np.float64,
+        )
+
+
+async def _awaited(value: Awaitable[Any]) -> Any:
+    return await value
+
+
+async def _gather(name: str, reward: Reward, completions: Sequence[str], rows: Sequence[Mapping[str, Any]]) -> Any:
+    async def one(completion: str, row: Mapping[str, Any]) -> Any:
+        try:
+            return await reward(completion, dict(row))
+        except Exception as error:
+            raise _failed(name, error, completion, row) from error
+
+    return await asyncio.gather(*(one(c, row) for c, row in zip(completions, rows, strict=True)))
+
+
+def _called(name: str, reward: Reward, completion: str, row: Mapping[str, Any]) -> Any:
+    try:
+        return reward(completion, dict(row))
+    except Exception as error:
+        raise _failed(name, error, completion, row) from error
+
+
+def _failed(name: str, error: Exception, completion: str, row: Mapping[str, Any]) -> UserError:
+    where = f" for the row {_short(dict(row))} and the completion {_short(completion)}"
+    return UserError(f"data.reward: {name} failed{where}: {type(error).__name__}: {error}")
+
+
+def _number(name: str, value: Any, completion: str, row: Mapping[str, Any]) -> float:
+    try:
+        number = float(value)
+    except (TypeError, ValueError):
+        number = math.nan
+    if not math.isfinite(number):
+        raise UserError(
+            f"data.reward: {name} returned {value!r} for the row {_short(dict(row))} and the completion "
+            f"{_short(completion)}; a reward is a finite number"
+        )
+    return number
+
+
+def _short(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 100 else text[:97] + "..."
+
+
+def _name(reward: str | Reward) -> str:
+    return reward.rpartition(".")[2] if isinstance(reward, str) else getattr(reward, "__name__", type(reward).__name__)
+
+
+def resolve(path: str) -> Reward:
+    """Finds a reward by the name of a built-in one, or by `module.function`.
+
+    Raises:
+        UserError: there is no such function.
+    """
+    module, _, name = path.rpartition(".")
+    try:
+        found = getattr(importlib.import_module(module or __name__), name)
+    except ImportError as error:
+        raise UserError(f"data.reward: can't import {module}: {error}") from error
+    except AttributeError:
+        where = f"{module} has no {name}" if module else f"no built-in reward {name!r}; give the path of a function"
+        raise UserError(f"data.reward: {where}") from None
+    if not callable(found):
+        raise UserError(f"data.reward: {path} is a {type(found).__name__}, not a function")
+    return found() if isinstance(found, type) else found
+
+
+# ---- built in
+
+
+def answer_of(row: Mapping[str, Any]) -> str:
+    """The expected answer of a row: its column `answer`, `completion`, `target` or `solution`, or its last turn.
+
+    Raises:
+        UserError: it has none.
+    """
+    for column in ("answer", "completion", "target", "solution"):
+        if column in row:
+            value = row[column]
+            return str(value[-1]["content"] if isinstance(value, list) else value)
+    turns = row.get("messages") or row.get("conversations") or [{}]
+    if turns[-1].get("role") == "assistant":
+        return str(turns[-1]["content"])
+    raise UserError("no column `answer`, `completion`, `target` or `solution`, and no `messages` that end with one")
+
+
+def exact_match(completion: str, row: Mapping[str, Any]) -> float:
+    """1 if the completion is the expected answer, but for white space around both."""
+    return float(completion.strip() == answer_of(row).strip())
+
+
+_NUMBER = re.compile(r"-?\d[\d,]*(?:\.\d+)?")
+
+
+def gsm8k(completion: str, row: Mapping[str, Any]) -> float:
+    """1 if the last number of the completion (after `####` or within a box, if there is one) is that of the answer."""
+    expected, got = _last_number(answer_of(row)), _last_number(completion)
+    return float(expected is not None and got == expected)
+
+
+def _last_number(text: str) -> float | None:
+    for pattern in (r"####\s*(.*)", r"\\boxed\{([^{}]*)\}"):
+        if marked := re.findall(pattern, text):
+            text = marked[-1]
+            break
+    numbers = _NUMBER.findall(text)
+    return float(numbers[-1].replace(",", "")) if numbers else None
+
+
+def letter_count(completion: str, row: Mapping[str, Any]) -> float:
+    """1 if the last number of the completion (in a box, if there is one) is the row's `letter_count_integer`."""
+    return float(_last_number(completion) == float(row["letter_count_integer"]))
+
+
+def countdown(completion: str, row: Mapping[str, Any]) -> float:
+    """1 if the `<answer>` is an equation that reaches `target` and uses each of `nums` exactly once; else 0."""
+    found = re.findall(r"<answer>(.*?)</answer>", completion, re.DOTALL)
+    if not found:
+        return 0.0
+    equation = found[-1].partition("=")[0].strip()
+    if not re.fullmatch(r"[\d\s+\-*/().]+", equation) or "**" in equation or "//" in equation:
+        return 0.0
+    if sorted(int(n) for n in re.findall(r"\d+", equation)) != sorted(int(n) for n in row["nums"]):
+        return 0.0
+    value = arithmetic(equation)
+    return float(value is not None and abs(value - float(row["target"])) < 1e-5)
+
+
+def arithmetic(text: str) -> float | None:
+    """The value of an expression of numbers, `+ - * /` and parentheses; None if it is none."""
+    import ast
+    import operator
+
+    operators = {ast.Add: operator.add, ast.Sub: operator.sub, ast.Mult: operator.mul, ast.Div: operator.truediv}
+
+    def value(node: ast.expr) -> float:
+        if isinstance(node, ast.Constant) and isinstance(node.value, int | float):
+            return float(node.value)
+        if isinstance(node, ast.UnaryOp) and isinstance(node.op, ast.USub):
+            return -value(node.operand)
+        if isinstance(node, ast.BinOp) and type(node.op) in operators:
+            return operators[type(node.op)](value(node.left), value(node.right))
+        raise ValueError
+
+    try:
+        return value(ast.parse(text, mode="eval").body)
+    except (SyntaxError, ValueError, ZeroDivisionError, RecursionError, OverflowError):
+        return None
+
+
+class Matches:
+    """1 if the completion matches a regular expression from its beginning to its end.
+
+    Args:
+        pattern: The expression; `.` matches newlines too.
+    """
+
+    def __init__(self, pattern: str) -> None:
+        self.pattern = re.compile(pattern, re.DOTALL)
+        self.__name__ = "matches"
+
+    def __call__(self, completion: str, row: Mapping[str, Any]) -> float:
+        """Returns 1 or 0."""
+        return float(self.pattern.fullmatch(completion) is not None)
+
+
+class LengthPenalty:
+    """`-max(0, words - free) / scale`.
+
+    Args:
+        free: Words that cost nothing.
+        scale: Words beyond that cost 1.
+    """
+
+    def __init__(self, free: int = 100, scale: float = 100.0) -> None:
+        self.free, self.scale = free, scale
+        self.__name__ = "length_penalty"
+
+    def __call__(self, completion: str, row: Mapping[str, Any]) -> float:
+        """Returns 0 or less."""
+        return -max(0, len(completion.split()) - self.free) / self.scale

@@ -1,0 +1,257 @@
+"""Samples completions of prompts, token ids in and token ids out, with the log-probability of each sampled token.
+
+`generate` of transformers runs the model; the tokens are drawn here, from one uniform number per token. The numbers of
+a completion depend on the run's seed, the update, the prompt and the completion's index alone, so a resumed run and a
+run on another number of ranks draw the same completions.
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+from transformers import LogitsProcessor, LogitsProcessorList, StoppingCriteria, StoppingCriteriaList
+
+from oumi_pl.attention.probe import evaluating
+from oumi_pl.errors import UserError
+from oumi_pl.models.generation import PLAIN
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How completions are sampled.
+
+    Args:
+        max_new_tokens: Most tokens of a completion.
+        temperature: Divides the logits; 0 takes the most likely token.
+        top_p: Samples from the likeliest tokens that make up this much of the distribution.
+        top_k: Samples from this many of the likeliest tokens; 0 from all.
+        min_p: Samples from tokens with at least this share of the likeliest token's probability.
+        stop: Texts that end a completion; the text itself belongs to the completion.
+
+    Raises:
+        UserError: a value is out of its range.
+    """
+
+    max_new_tokens: int = 128
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int = 0
+    min_p: float = 0.0
+    stop: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        ranges = {
+            "max_new_tokens": (self.max_new_tokens >= 1, "at least 1"),
+            "temperature": (self.temperature >= 0, "0 or more"),
+            "top_p": (0 < self.top_p <= 1, "above 0 and at most 1"),
+            "top_k": (self.top_k >= 0, "0 (all tokens) or more"),
+            "min_p": (0 <= self.min_p < 1, "from 0 to below 1"),
+        }
+        for name, (is_right, wanted) in ranges.items():
+            if not is_right:
+                raise UserError(f"sampling.{name} is {getattr(self, name)}, but has to be {wanted}")
+
+    @property
+    def is_truncated(self) -> bool:
+        """Whether some tokens can't be sampled, so that log-probabilities are not those of the model."""
+        return self.top_p < 1 or self.top_k > 0 or self.min_p > 0
+
+
+class Completion(NamedTuple):
+    """A sampled completion."""
+
+    ids: np.ndarray
+    """`[tokens]` int32, with the token that ended it."""
+    logps: np.ndarray
+    """`[tokens]` float32: the log-probability of each under the distribution that it was sampled from."""
+    entropies: np.ndarray
+    """`[tokens]` float32: the entropy of that distribution, in nats."""
+    is_finished: bool
+    """Whether it ended by itself; False if `max_new_tokens` cut it."""
+
+
+def uniforms(seed: Sequence[int], tokens: int) -> np.ndarray:
+    """The numbers from 0 to 1 that decide the tokens of a completion, `[tokens]` float64.
+
+    Args:
+        seed: Run seed, number of the prompt within the run, and index of the completion.
+        tokens: Most tokens of a completion.
+    """
+    return np.random.default_rng(list(seed)).random(tokens)
+
+
+class Draw(LogitsProcessor):
+    """Draws the next token of each row, and lets `generate` see only that one.
+
+    Args:
+        sampling: The settings.
+        numbers: `[rows, max_new_tokens]` from 0 to 1.
+    """
+
+    def __init__(self, sampling: Sampling, numbers: Tensor) -> None:
+        self.sampling = sampling
+        self.numbers = numbers
+        self.logps: list[Tensor] = []
+        """`[rows]` for each new token."""
+        self.entropies: list[Tensor] = []
+        """The same."""
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        """Maps scores `[rows, vocab]` to 0 for the drawn token and -inf for all others."""
+        if self.sampling.temperature == 0:
+            logps = scores.float().log_softmax(-1)
+            drawn = logps.argmax(-1, keepdim=True)
+        else:
+            logps = truncated(scores.float() / self.sampling.temperature, self.sampling).log_softmax(-1)
+            drawn = draw(logps, self.numbers[:, len(self.logps)])
+        self.logps.append(logps.gather(-1, drawn).squeeze(-1))
+        self.entropies.append(torch.special.entr(logps.exp()).sum(-1))
+        return torch.full_like(scores, -torch.inf).scatter_(-1, drawn, 0.0)
+
+
+def draw(logps: Tensor, numbers: Tensor) -> Tensor:
+    """Draws from log-probabilities `[rows, vocab]` with one number from 0 to 1 per row; returns `[rows, 1]`."""
+    # float64: with float32 the sum over a large vocabulary would miss rare tokens
+    cumulated = logps.double().exp().cumsum(-1)
+    wanted = numbers.to(cumulated)[:, None] * cumulated[:, -1:]
+    drawn = torch.searchsorted(cumulated, wanted, right=True)
+    # a number just below 1 can lie beyond the last token with a probability
+    last = (logps > -torch.inf).long().cumsum(-1).argmax(-1, keepdim=True)
+    return torch.minimum(drawn, last)
+
+
+def truncated(logits: Tensor, sampling: Sampling) -> Tensor:
+    """Sets the logits `[rows, vocab]` of tokens that can't be sampled to -inf."""
+    if sampling.top_k:
+        kept = logits.topk(min(sampling.top_k, logits.shape[-1])).values[:, -1:]
+        logits = logits.masked_fill(logits < kept, -torch.inf)
+    if sampling.top_p < 1:
+        ordered, order = logits.softmax(-1).sort(-1, descending=True)
+        before = ordered.cumsum(-1) - ordered  # the likeliest token is always kept
+        logits = logits.masked_fill((before >= sampling.top_p).gather(-1, order.argsort(-1)), -torch.inf)
+    if sampling.min_p:
+        floor = logits.amax(-1, keepdim=True) + np.log(sampling.min_p)
+        logits = logits.masked_fill(logits < floor, -torch.inf)
+    return logits
+
+
+class _StopTexts(StoppingCriteria):
+    """Ends rows whose completion contains a text. Remembers after how many tokens."""
+
+    def __init__(self, tokenizer: Any, texts: Sequence[str], start: int, rows: int) -> None:
+        self.tokenizer, self.texts, self.start = tokenizer, texts, start
+        self.ended: list[int | None] = [None] * rows
+
+    def __call__(self, input_ids: Tensor, scores: Any, **kwargs: Any) -> Tensor:
+        for row, ids in enumerate(input_ids[:, self.start :].tolist()):
+            if self.ended[row] is None and any(stop in self.tokenizer.decode(ids) for stop in self.texts):
+                self.ended[row] = len(ids)
+        return torch.tensor([end is not None for end in self.ended], device=input_ids.device)
+
+
+class Engine(ABC):
+    """Samples completions from the policy of a run."""
+
+    is_exact: ClassVar[bool] = True
+    """Whether its log-probabilities are those of the policy that is trained, but for rounding."""
+
+    @abstractmethod
+    def sample(
+        self,
+        policy: Any,
+        tokenizer: Any,
+        prompts: Sequence[Sequence[int]],
+        *,
+        seeds: Sequence[Sequence[int]],
+        sampling: Sampling,
+        ends: Iterable[int],
+    ) -> list[Completion]:
+        """Samples a completion for each prompt.
+
+        Args:
+            policy: The module that is trained; `policy.causal_lm.hf` is its model.
+            tokenizer: Its tokenizer.
+            prompts: Token ids, at least one each.
+            seeds: Run seed, number of the prompt within the run, and index of the completion, of each prompt.
+            sampling: The settings.
+            ends: Token ids that end a completion.
+        """
+
+
+class Generate(Engine):
+    """The default: transformers' `generate` on the policy itself."""
+
+    def sample(
+        self,
+        policy: Any,
+        tokenizer: Any,
+        prompts: Sequence[Sequence[int]],
+        *,
+        seeds: Sequence[Sequence[int]],
+        sampling: Sampling,
+        ends: Iterable[int],
+    ) -> list[Completion]:
+        """As of `Engine`, in one batch."""
+        numbers = np.stack([uniforms(seed, sampling.max_new_tokens) for seed in seeds])
+        return sample(policy.causal_lm.hf, tokenizer, prompts, numbers=numbers, sampling=sampling, ends=ends)
+
+
+@torch.no_grad()
+def sample(
+    model: Any,
+    tokenizer: Any,
+    prompts: Sequence[Sequence[int]],
+    *,
+    numbers: np.ndarray,
+    sampling: Sampling,
+    ends: Iterable[int],
+) -> list[Completion]:
+    """Samples a completion for each prompt, in one batch. Training modes are left as they were.
+
+    Args:
+        model: A Hugging Face model with `generate`.
+        tokenizer: Its tokenizer.
+        prompts: Token ids, at least one each.
+        numbers: `[prompts, max_new_tokens]`, as of `uniforms`.
+        sampling: The settings.
+        ends: Token ids that end a completion.
+    """
+    device = next(model.parameters()).device
+    longest = max(map(len, prompts))
+    pad = tokenizer.pad_token_id if isinstance(tokenizer.pad_token_id, int) else 0
+    ids = torch.tensor([[pad] * (longest - len(p)) + list(p) for p in prompts], device=device)
+    mask = torch.tensor([[0] * (longest - len(p)) + [1] * len(p) for p in prompts], device=device)
+    drawing = Draw(sampling, torch.from_numpy(numbers).to(device))
+    stopping = _StopTexts(tokenizer, sampling.stop, longest, len(prompts)) if sampling.stop else None
+    ending = sorted(set(ends))
+    with evaluating(model):
+        out = model.generate(
+            input_ids=ids,
+            attention_mask=mask,
+            max_new_tokens=sampling.max_new_tokens,
+            eos_token_id=ending or None,
+            pad_token_id=pad,
+            logits_processor=LogitsProcessorList([drawing]),
+            stopping_criteria=StoppingCriteriaList([stopping]) if stopping else None,
+            do_sample=False,
+            temperature=None,
+            top_p=None,
+            top_k=None,
+            **PLAIN,
+        )
+    tokens = out[:, longest:].cpu().numpy().astype(np.int32)
+    logps, entropies = (torch.stack(v, 1).float().cpu().numpy() for v in (drawing.logps, drawing.entropies))
+    completions = []
+    for row, sampled in enumerate(tokens):
+        hits = np.flatnonzero(np.isin(sampled, ending))
+        length = int(hits[0]) + 1 if len(hits) else None
+        if stopping and (end := stopping.ended[row]) is not None:
+            length = end if length is None else min(length, end)
+        is_finished = length is not None
+        kept = slice(length)
+        completions.append(Completion(sampled[kept], logps[row, kept], entropies[row, kept], is_finished))
+    return completions

@@ -1,0 +1,294 @@
+"""Online training: updates against a plain loop with full logits, for any layout, and exact resumes."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import lightning as L
+import numpy as np
+import pytest
+import torch
+from lightning.pytorch.callbacks import GradientAccumulationScheduler
+
+from oumi_pl.callbacks.checkpoint import Checkpoints
+from oumi_pl.data.dpo import DPOData
+from oumi_pl.data.rollouts import RolloutData
+from oumi_pl.data.tokenizers import ByteTokenizer
+from oumi_pl.errors import UserError
+from oumi_pl.losses.policy import BNPOLoss, DrGRPOLoss, GRPOLoss, ReinforceLoss
+from oumi_pl.modules.base import LanguageModule
+from oumi_pl.modules.grpo import GRPO
+from oumi_pl.rollouts.advantages import GroupMean, LeaveOneOut
+from oumi_pl.rollouts.sampling import Sampling
+from oumi_pl.runs.checkpoints import AtomicCheckpointIO
+from oumi_pl.runs.folders import saved_steps
+from tests.tiny import LLAMA, distance, sgd, trainer, weights
+
+PROMPTS = 7
+SAMPLING = Sampling(max_new_tokens=6, temperature=1.5)
+
+
+def vowels(completion, row):
+    """Varies from one completion of a random model to the next, and from row to row."""
+    return sum(ord(letter) % 7 for letter in completion) / 10 + len(row["prompt"]) % 3
+
+
+def rollouts(path, **kwargs):
+    file = path / "prompts.jsonl"
+    if not file.exists():
+        file.write_text("".join(json.dumps({"prompt": "say " + "ab" * i}) + "\n" for i in range(PROMPTS)))
+    defaults = {"tokenizer": ByteTokenizer(), "max_length": 128, "batch_size": 4, "completions": 3, "seed": 0}
+    return RolloutData(str(file), reward=vowels, **defaults | {"sampling": SAMPLING} | kwargs)
+
+
+def grpo(**kwargs):
+    return GRPO(config=LLAMA | {"initializer_range": 0.2}, **{"optimizer": sgd} | kwargs)
+
+
+def run(path, module, micro_batches=1, data=None, callbacks=(), **kwargs):
+    """Trains; returns the data module, with all groups that were sampled as `sampled`."""
+    samples = rollouts(path, **data or {})
+    samples.sampled, original = [], samples.groups
+
+    def groups(*args):
+        samples.sampled.append(original(*args))
+        return samples.sampled[-1]
+
+    samples.groups = groups
+    L.seed_everything(1)
+    options = {"max_epochs": 1, "accumulate_grad_batches": micro_batches} | kwargs
+    trainer(callbacks=list(callbacks), **options).fit(module, samples)
+    return samples
+
+
+def plain_loop(path, module, updates, prompts):
+    """SGD written out: each completion as a row of its own, full logits, the objective's formula, one division."""
+    L.seed_everything(1)
+    trainer(max_epochs=1).strategy.connect(module)
+    hf = module.build(ByteTokenizer().build()).hf.eval()
+    optimizer = torch.optim.SGD(hf.parameters(), lr=0.1)
+    losses = []
+    for groups in updates:
+        total, completions, tokens = 0.0, 0, 0
+        for group in groups:
+            texts = [ByteTokenizer().build().decode(c.ids, skip_special_tokens=True) for c in group.completions]
+            rewards = torch.tensor([vowels(text, prompts[group.prompt].row) for text in texts])
+            advantages = rewards - rewards.mean()
+            if isinstance(module.advantage, GroupMean) and module.advantage.scale == "group":
+                advantages = advantages / (rewards.std() + 1e-4)
+            elif isinstance(module.advantage, LeaveOneOut):
+                advantages = rewards - (rewards.sum() - rewards) / (len(rewards) - 1)
+            for completion, advantage in zip(group.completions, advantages, strict=True):
+                ids = torch.tensor([*prompts[group.prompt].ids, *completion.ids], dtype=torch.long)
+                n = len(completion.ids)
+                logits = hf(input_ids=ids[None]).logits[0, -n - 1 : -1] / SAMPLING.temperature
+                logps = logits.log_softmax(-1).gather(-1, ids[-n:, None]).sum(-1)
+                weight = {GRPOLoss: 1 / n, DrGRPOLoss: 1 / SAMPLING.max_new_tokens}.get(type(module.loss), 1.0)
+                # on-policy every objective is REINFORCE, up to weights; the ratio of 1 gives the value
+                value = logps if isinstance(module.loss, ReinforceLoss) else torch.exp(logps - logps.detach())
+                total = total - weight * (advantage * value).sum()
+                completions, tokens = completions + 1, tokens + n
+        units = tokens if module.loss.unit == "targets" else completions
+        optimizer.zero_grad()
+        (total / units).backward()
+        optimizer.step()
+        losses.append(float(total.detach()) / units)
+    return {name: p.detach() for name, p in hf.named_parameters()}, losses
+
+
+OBJECTIVES = {
+    "grpo": {},
+    "dr_grpo": {"loss": DrGRPOLoss(), "advantage": GroupMean("none")},
+    "bnpo": {"loss": BNPOLoss()},
+    "rloo": {"loss": ReinforceLoss(), "advantage": LeaveOneOut()},
+}
+
+
+@pytest.mark.parametrize("name", OBJECTIVES)
+def test_equals_a_plain_loop_however_it_is_cut(tmp_path, name):
+    module = grpo(**OBJECTIVES[name])
+    samples = run(tmp_path, module)
+    assert [len(groups) for groups in samples.sampled] == [4, 3]
+    expected, _ = plain_loop(tmp_path, grpo(**OBJECTIVES[name]), samples.sampled, samples.all_prompts("train"))
+    assert distance(weights(module), expected) < 5e-6
+    for batch_size, micro_batches in ((2, 2), (1, 4)):
+        other = grpo(**OBJECTIVES[name])
+        cut = run(tmp_path, other, micro_batches, {"batch_size": batch_size})
+        assert same(cut.sampled, samples.sampled)
+        assert distance(weights(other), expected) < 5e-6
+
+
+def test_an_epoch_that_ends_within_an_update(tmp_path):
+    samples = run(tmp_path, module := grpo(), 2, {"batch_size": 2}, limit_train_batches=3)
+    first, second = samples.sampled  # 4 prompts and 3, of which the third micro-batch trains 2
+    expected, _ = plain_loop(tmp_path, grpo(), [first, second[:2]], samples.all_prompts("train"))
+    assert distance(weights(module), expected) < 5e-6
+
+
+def test_the_first_epoch_in_one_micro_batch_the_second_in_two(tmp_path):
+    schedule = GradientAccumulationScheduler({0: 1, 1: 2})
+    samples = run(tmp_path, module := grpo(), 1, {"batch_size": 4}, callbacks=[schedule], max_epochs=2)
+    assert [len(groups) for groups in samples.sampled] == [4, 3, 7]
+    expected, _ = plain_loop(tmp_path, grpo(), samples.sampled, samples.all_prompts("train"))
+    assert distance(weights(module), expected) < 1e-5
+
+
+def same(ours, theirs):
+    """Whether the same tokens were sampled."""
+    pairs = [
+        (a, b) for x, y in zip(ours, theirs, strict=True) for g, h in zip(x, y, strict=True)
+        for a, b in zip(g.completions, h.completions, strict=True)
+    ]  # fmt: skip
+    return all(np.array_equal(a.ids, b.ids) for a, b in pairs)
+
+
+FAULTS = {
+    "a mean of means": (LanguageModule, "share", lambda self, batch: 1 / max(1, len(batch["rewards"]))),
+    "advantages of other completions": (GRPO, "advantages", lambda self, rewards: -self.advantage(rewards)),
+}
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_faults_would_be_caught(tmp_path, fault, monkeypatch):
+    samples = run(tmp_path, grpo())
+    expected, _ = plain_loop(tmp_path, grpo(), samples.sampled, samples.all_prompts("train"))
+    monkeypatch.setattr(*FAULTS[fault])
+    module = grpo()
+    run(tmp_path, module, 2, {"batch_size": 2}, max_steps=2)
+    assert distance(weights(module), expected) > 1e-4
+
+
+class Logged(L.Callback):
+    def __init__(self):
+        self.updates = []
+
+    def on_train_batch_end(self, trainer, *_):
+        if not trainer.fit_loop._should_accumulate():
+            self.updates.append({k: float(v) for k, v in trainer.callback_metrics.items() if k.startswith("train/")})
+
+
+def test_on_policy_the_ratio_is_1_and_sampled_equals_recomputed(tmp_path):
+    logged = Logged()
+    run(tmp_path, grpo(), callbacks=[logged])
+    for update in logged.updates:
+        assert update["train/sampling_difference"] < 1e-5
+        assert update["train/clipped/low"] == update["train/clipped/high"] == 0
+        assert 0 < update["train/entropy"] < np.log(300)
+
+
+def test_a_prompt_is_completed_the_same_wherever_it_is_trained(tmp_path):
+    together = run(tmp_path, grpo(), data={"prompts_per_call": 8}, max_steps=1).sampled[0]
+    apart = run(tmp_path, grpo(), data={"prompts_per_call": 1}, max_steps=1).sampled[0]
+    assert same([together], [apart])
+    other = run(tmp_path, grpo(), data={"seed": 1}, max_steps=1).sampled[0]
+    assert {tuple(c.ids) for g in other for c in g.completions} != {tuple(c.ids) for g in apart for c in g.completions}
+
+
+WORKER = """
+import sys, torch
+from pathlib import Path
+sys.path.insert(0, {root!r})
+torch.set_num_threads(1)
+from tests.modules.test_grpo import grpo, run
+from tests.tiny import weights
+module, out = grpo(), Path(sys.argv[1])
+run(out, module, 2, {{"batch_size": 1}}, devices=2, strategy="ddp")
+if module.global_rank == 0:
+    torch.save(weights(module), out / "weights.pt")
+"""
+
+
+def test_two_processes_train_as_one(tmp_path):
+    script = tmp_path / "worker.py"
+    script.write_text(WORKER.format(root=str(Path(__file__).parents[2])))
+    done = subprocess.run(
+        [sys.executable, str(script), str(tmp_path)],
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=240,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    module = grpo()
+    run(tmp_path, module)
+    assert distance(torch.load(tmp_path / "weights.pt"), weights(module)) < 5e-6
+
+
+# ---- several updates per rollout
+
+
+def test_rollouts_serve_several_updates(tmp_path):
+    logged = Logged()
+    data = {"batch_size": 2, "steps_per_rollout": 2, "iterations": 2}
+    samples = run(tmp_path, grpo(), data=data, callbacks=[logged])
+    # 4 updates of prompts: two blocks of two, each trained on twice
+    assert [len(groups) for groups in samples.sampled] == [4, 3]
+    assert len(logged.updates) == 8
+    moved = [update["train/sampling_difference"] for update in logged.updates]
+    assert max(moved[0], moved[4]) < 1e-5 < min(moved[1:4] + moved[5:])
+
+
+@pytest.mark.parametrize("step", range(1, 8))
+def test_resumed_it_is_bit_identical(tmp_path, step):
+    data = {"batch_size": 2, "steps_per_rollout": 2, "iterations": 2}
+    adam = {"optimizer": lambda params: torch.optim.AdamW(params, lr=1e-2), "kl": 0.1}
+    callbacks = [Checkpoints(every=1, keep=20)]
+    callbacks[0].directory = tmp_path / "checkpoints"
+    whole = grpo(**adam)
+    options = {"plugins": [AtomicCheckpointIO()], "enable_checkpointing": True, "max_epochs": 1}
+    run(tmp_path, whole, data=data, callbacks=callbacks, **options)
+    resumed = grpo(**adam)
+    samples = rollouts(tmp_path, **data)
+    L.seed_everything(1)
+    trainer(max_epochs=1, plugins=[AtomicCheckpointIO()]).fit(
+        resumed, samples, ckpt_path=str(saved_steps(tmp_path / "checkpoints")[step - 1])
+    )
+    ours, theirs = weights(resumed), weights(whole)
+    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+
+
+# ---- the penalty
+
+
+@pytest.mark.parametrize("kl_in", ["loss", "reward"])
+@pytest.mark.parametrize("lora", [None, {"r": 4}], ids=["full", "lora"])
+def test_the_penalty_is_0_at_the_start_and_holds_the_policy_back(tmp_path, kl_in, lora):
+    moved = []
+    for kl in (0.0, 1.0):
+        logged = Logged()
+        options = {"kl": kl, "kl_in": kl_in, "kl_estimator": "k2" if kl_in == "loss" else "k1", "lora": lora}
+        module = grpo(optimizer=lambda params: torch.optim.AdamW(params, lr=1e-2), **options)
+        run(tmp_path, module, callbacks=[logged], max_steps=6, max_epochs=None)
+        moved.append(logged.updates)
+        if kl and kl_in == "loss":
+            assert logged.updates[0]["train/kl"] < 1e-9
+            assert logged.updates[-1]["train/kl"] > 1e-5
+    assert moved[0][0]["train/reward"] == pytest.approx(moved[1][0]["train/reward"], abs=1e-4)
+
+
+MISTAKES = {
+    "greedy completions of a prompt are all the same": ({"sampling": Sampling(6, temperature=0.0)}, {}),
+    "with top_p, top_k or min_p": ({"sampling": Sampling(6, top_p=0.9)}, {}),
+    "does not correct for a policy that has moved": ({"iterations": 2}, {"loss": ReinforceLoss()}),
+}
+
+
+@pytest.mark.parametrize("message", MISTAKES)
+def test_settings_that_would_give_wrong_gradients_are_refused(tmp_path, message):
+    data, module = MISTAKES[message]
+    with pytest.raises(UserError, match=message):
+        run(tmp_path, grpo(**module), data=data)
+
+
+def test_data_with_answers_are_refused(tmp_path):
+    rows = tmp_path / "pairs.jsonl"
+    rows.write_text(json.dumps({"prompt": "2 + 3", "chosen": "5", "rejected": "6"}) + "\n")
+    with pytest.raises(UserError, match="RolloutData does so, DPOData reads answers"):
+        trainer(max_steps=1).fit(grpo(), DPOData(str(rows), tokenizer=ByteTokenizer(), max_length=64))
+
+
+def test_a_penalty_without_a_gradient_is_refused():
+    with pytest.raises(UserError, match="the gradient of k1 in the loss is 0 on average"):
+        grpo(kl=0.1, kl_estimator="k1")
