@@ -114,14 +114,18 @@ class RunCallback(TrainerCallback):
 
     # ---- an update
 
+    def start(self) -> None:
+        """Creates or continues the run folder, and finds its best weights."""
+        self.call("on_train_start")
+        if self.checkpoints is not None:
+            self.checkpoints.on_train_start(self.lightning, self.module)
+
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Applies the recipe's optimizer settings in place of the checkpoint's, and creates the run folder."""
         self.module.on_train_start()
         schedule: Any = self.module.lr_schedulers()
         schedule._last_lr = [group["lr"] for group in schedule.optimizer.param_groups]  # the engine logs this
-        self.call("on_train_start")
-        if self.checkpoints is not None:
-            self.checkpoints.on_train_start(self.lightning, self.module)
+        self.start()
         folder = find(self.lightning, RunFolder)
         if folder is not None and folder.directory is not None:
             args.output_dir = str(folder.directory / folders.CHECKPOINTS)
@@ -207,8 +211,6 @@ class RunCallback(TrainerCallback):
     def finish(self) -> None:
         """Ends a finished run: marks it as `finished`, and exports the model."""
         self.call("on_train_end")
-        if (folder := find(self.lightning, RunFolder)) is not None:
-            folder.finish()
         self.call("on_fit_end")
         for logger in self.lightning.loggers:
             logger.finalize("success")

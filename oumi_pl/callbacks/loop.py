@@ -11,7 +11,7 @@ from oumi_pl.callbacks.run_folder import RunFolder
 
 
 class RunLoop(_FitLoop):
-    """Trains as Lightning does, then marks the run as finished.
+    """Trains as Lightning does.
 
     Lightning skips all hooks of a run whose checkpoint is at its last update. Here such a run goes on with the first
     phase that is not complete: the last validation, samples, export, report. A checkpoint that was saved before the
@@ -61,9 +61,7 @@ class RunLoop(_FitLoop):
         trainer.training = True
 
     def on_run_end(self) -> None:
-        """Saves what is not saved yet, ends training, and marks the run as finished."""
+        """Saves what is not saved yet, before the run is recorded as trained."""
         for checkpoints in find_all(self.trainer, Checkpoints):
             checkpoints.save(self.trainer)
         super().on_run_end()
-        if (folder := find(self.trainer, RunFolder)) is not None:
-            folder.finish()

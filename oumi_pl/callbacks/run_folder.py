@@ -239,19 +239,21 @@ class RunFolder(L.Callback):
         self._create(trainer)
 
     def on_fit_end(self, trainer: Any, pl_module: RunModule) -> None:
-        """Refuses a run that made no update, because its checkpoint is at the last step or beyond.
+        """Marks the run as finished, at the end of its last phase; says how to train on if its time was over.
 
         Raises:
-            UserError: no update was made.
+            UserError: no update was made, because the checkpoint is at the last step or beyond.
         """
         if self.directory is None and not trainer.fast_dev_run:
             raise nothing_left(trainer.global_step)
+        self.record(status="finished")
+        self._say_how_to_go_on()
 
     @rank_zero_only
     def on_train_end(self, trainer: Any, pl_module: RunModule) -> None:
         """Records that the run is trained; prints and stores how much of each streamed source was read.
 
-        What is left then are samples, export and report, after which `finish` is called.
+        What is left then are samples, export and report, and `on_fit_end`, which marks the run as finished.
         """
         self.clock.enter("end")
         for logger in trainer.loggers:
@@ -261,11 +263,6 @@ class RunFolder(L.Callback):
         self._report_consumed(trainer.datamodule)
         self.record(step=trainer.global_step, metrics=metrics, ended_by=ended_by(trainer))
         completed(trainer, "train", "validate")
-
-    def finish(self) -> None:
-        """Marks the run as finished, at the end of its last phase; says how to train on if its time was over."""
-        self.record(status="finished")
-        self._say_how_to_go_on()
 
     @rank_zero_only
     def _say_how_to_go_on(self) -> None:

@@ -243,7 +243,7 @@ def resume_arguments(
     run = _chosen(resume, root, recipe, value_of("--name", args) or tree.get("name"))
     if run is None:
         return None, recipe, args
-    if _is_first_rank():
+    if _is_first_rank() and not _only_shows(args):
         lock.acquire(run)  # before reading its state, which another process may be changing
     config = run / folders.CONFIG
     if not config.is_file():
@@ -259,14 +259,7 @@ def resume_arguments(
             f"{folders.how_to_extend(run, dict(state))}; to train anew, leave --resume out"
         )
     _refuse_finished(run, state, checkpoint, args)
-    if differences := differing(tree, check(config) if tree else {}):
-        listed = [f"{key} ({ours} there, {theirs} in the recipe)" for key, ours, theirs in differences[:LISTED]]
-        more = f" and {len(differences) - LISTED} more" if len(differences) > LISTED else ""
-        print(
-            f"note: the run continues with {config}, which differs from the recipe in {', '.join(listed)}{more}; "
-            f"to change a value, pass it as an option: --{differences[0][0]} VALUE",
-            file=sys.stderr,
-        )
+    _say_differences(config, tree)
     kept = write_options(option for option in read_options(args) if option[0] != "--config")
     arguments = ["--config", str(config), *kept]
     if checkpoint is not None:
@@ -291,6 +284,18 @@ def _chosen(resume: str, root: Path, recipe: str, name: str | None) -> Path | No
         print(f"--resume auto: there is no run of {name or recipe} in {root} yet; starting one")
         return None
     return run
+
+
+def _say_differences(config: Path, tree: Mapping[str, Any]) -> None:
+    """Prints what a run's config has otherwise than the recipe that was named beside `--resume`."""
+    if differences := differing(tree, check(config) if tree else {}):
+        listed = [f"{key} ({ours} there, {theirs} in the recipe)" for key, ours, theirs in differences[:LISTED]]
+        more = f" and {len(differences) - LISTED} more" if len(differences) > LISTED else ""
+        print(
+            f"note: the run continues with {config}, which differs from the recipe in {', '.join(listed)}{more}; "
+            f"to change a value, pass it as an option: --{differences[0][0]} VALUE",
+            file=sys.stderr,
+        )
 
 
 def differing(recipe: Mapping[str, Any], run: Mapping[str, Any], above: str = "") -> list[tuple[str, Any, Any]]:
@@ -340,6 +345,11 @@ def _run_at(path: Path, root: Path) -> Path:
 
 def _is_run(path: Path) -> bool:
     return (path / folders.RUN).is_file()
+
+
+def _only_shows(args: list[str]) -> bool:
+    """Whether a command line writes nothing."""
+    return value_of("--dry_run", args) == "true" or any(flag == "--print_config" for flag, _ in read_options(args))
 
 
 def _is_first_rank() -> bool:

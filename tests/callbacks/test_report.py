@@ -69,7 +69,7 @@ def fit(tmp_path, *callbacks, **limits):
 
 
 def test_a_failure_in_drawing_is_told_and_the_run_goes_on(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr("oumi_pl.report.page.make", {}.__getitem__)
+    monkeypatch.setattr("oumi_pl.report.page.make", lambda run, condition: {}[run])
     folder = fit(tmp_path, max_steps=1)
     assert folders.read_state(folder)["status"] == "finished"
     told = capsys.readouterr().err
