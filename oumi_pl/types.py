@@ -46,6 +46,10 @@ TRAINING_KEYS = ("weight", "spans")
 class Record:
     """What a format returns for a row. Subclass it for a kind of data that the package does not have."""
 
+    def split_key(self) -> str:
+        """Decides whether the row is held out, if a fraction of the rows is: the prompt, else all that it says."""
+        return repr(self)
+
 
 @dataclass(frozen=True)
 class Conversation(Record):
@@ -62,6 +66,14 @@ class Conversation(Record):
     template_variables: Mapping[str, Any] = field(default_factory=dict)
     weight: float = 1.0
 
+    def split_key(self) -> str:
+        """The turns before the last answer; all turns if there is none before it."""
+        border = self.prompt_messages
+        if border is None:
+            border = len(self.messages) - (self.messages[-1]["role"] == "assistant")
+        turns = self.messages[:border] or self.messages
+        return "\n".join(f"{turn['role']}: {turn['content'] or turn}" for turn in turns)
+
 
 @dataclass(frozen=True)
 class Text(Record):
@@ -73,6 +85,10 @@ class Text(Record):
     text: str
     prompt: str = ""
     weight: float = 1.0
+
+    def split_key(self) -> str:
+        """The prompt; the text if there is none."""
+        return self.prompt or self.text
 
 
 @dataclass(frozen=True)
@@ -87,6 +103,10 @@ class Preference(Record):
     chosen: Conversation | Text
     rejected: Conversation | Text
     margin: float | None = None
+
+    def split_key(self) -> str:
+        """The prompt."""
+        return self.chosen.split_key()
 
 
 @dataclass(frozen=True)
@@ -106,6 +126,10 @@ class Feedback(Record):
 
     response: Conversation | Text
     label: bool | float | None
+
+    def split_key(self) -> str:
+        """The prompt."""
+        return self.response.split_key()
 
 
 class Segment(NamedTuple):

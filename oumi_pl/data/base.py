@@ -2,8 +2,8 @@
 
 import os
 from abc import abstractmethod
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from functools import cached_property, partial
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 import lightning as L
@@ -15,12 +15,13 @@ from torch.utils.data import DataLoader
 from oumi_pl.data.loader import PlanLoader
 from oumi_pl.data.plan import Layout, limited
 from oumi_pl.data.rollout_loader import RolloutLoader
-from oumi_pl.data.sources import Place, Source, as_sources, is_held_out, is_not_held_out
+from oumi_pl.data.sources import Place, Source, as_sources
+from oumi_pl.data.splitting import Side
 from oumi_pl.data.stream_loader import StreamLoader
 from oumi_pl.data.template import ChatTemplate
 from oumi_pl.data.tokenizers import TokenizerFactory, load_tokenizer
 from oumi_pl.errors import UserError
-from oumi_pl.types import SPLITS, Row
+from oumi_pl.types import SPLITS
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -39,9 +40,11 @@ class TextData(L.LightningDataModule):
         train: The source of the training rows: a hub id, a file, directory or glob, `bundled/NAME`, or a list of
             these (a mixture). From Python also rows in memory (a list of dicts, a `datasets.Dataset`, a pandas
             DataFrame), or a dict of sources by name.
-        validation: A source, or the fraction of the training rows to hold out (chosen by a hash of the row).
+        validation: A source, or the fraction of the training rows to hold out. A hash of each prompt chooses them, so
+            that rows with the same prompt are on the same side.
         test: Source for `test`.
         predict: Source of prompts for `predict`; the test or validation rows when left out.
+        group: Column whose value keeps rows on the same side instead of the prompt: a customer, a document.
         tokenizer: Hub id or directory, or a class that builds one; the model's own when left out.
         max_length: Tokens of the longest row.
         batch_size: Rows per micro-batch and device.
@@ -71,6 +74,7 @@ class TextData(L.LightningDataModule):
         test: Sources | None = None,
         predict: Sources | None = None,
         *,
+        group: str | None = None,
         tokenizer: str | TokenizerFactory | None = None,
         max_length: int = 1024,
         batch_size: int = 8,
@@ -97,6 +101,9 @@ class TextData(L.LightningDataModule):
         for name, value in self.sources.items():
             if value is not None and not (name == "validation" and isinstance(value, float)):
                 as_sources(value, f"data.{name}")  # refuses what is no source
+        if group is not None and not isinstance(validation, float):
+            raise UserError("data.group keeps rows together when a fraction is held out; set data.validation to one")
+        self.group = group
         self.tokenizer_spec = tokenizer
         self.max_length = max_length
         self.batch_size = batch_size
@@ -221,13 +228,13 @@ class TextData(L.LightningDataModule):
 
     # ---- sources
 
-    def taken(self, split: str) -> tuple[list[Source], Callable[[Row], bool] | None]:
-        """The sources of a split, and a function that selects its rows; None for all rows."""
+    def taken(self, split: str) -> tuple[list[Source], Side | None]:
+        """The sources of a split, and which side of them it uses; None for all rows."""
         value, held_out = self.sources[split], self.sources["validation"]
-        keep: Callable[[Row], bool] | None = None
+        keep: Side | None = None
         if isinstance(held_out, float) and split in ("train", "validation"):
             value = self.sources["train"]
-            keep = partial(is_not_held_out if split == "train" else is_held_out, fraction=held_out)
+            keep = Side(held_out, split == "validation", self.group)
         return as_sources(value, f"data.{split}"), keep
 
     # ---- stages

@@ -3,7 +3,7 @@
 import inspect
 import re
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -13,10 +13,10 @@ from oumi_pl.data.formats import Format, format_name, resolve_format
 from oumi_pl.data.rendering import Rendering
 from oumi_pl.data.shards import FORMAT, MADE_FROM, MANIFEST, Shards, write_shards
 from oumi_pl.data.sources import Source, fingerprint, is_on_hub
+from oumi_pl.data.splitting import Side
 from oumi_pl.data.store import cache_key, cache_root
 from oumi_pl.data.tokenizers import tokenizer_fingerprint
 from oumi_pl.errors import UserError
-from oumi_pl.types import Row
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -25,13 +25,11 @@ if TYPE_CHECKING:
 class Part(NamedTuple):
     """The part of a source that a split uses.
 
-    keep: which rows to use; all if None. side: names those rows in the cache's key. render: renders conversations as
-    texts, if rows may be conversations.
+    keep: which rows to use; all if None. render: renders conversations as texts, if rows may be conversations.
     """
 
     source: Source
-    keep: Callable[[Row], bool] | None = None
-    side: str | None = None
+    keep: Side | None = None
     render: Rendering | None = None
 
     @property
@@ -79,7 +77,7 @@ class Part(NamedTuple):
             content = str([source.address, source.config, source.split, source.revision])
         else:
             content = fingerprint(source)
-        made_from: list[Any] = [content, source.columns, _format_code(source.format), self.side]
+        made_from: list[Any] = [content, source.columns, _format_code(source.format), str(self.keep)]
         if source.ignore or source.label or source.template_variables:
             made_from.append([source.ignore, source.label, source.template_variables])
         return made_from if self.render is None else [*made_from, self.render.template]

@@ -23,6 +23,7 @@ from oumi_pl.data.formats import (
 )
 from oumi_pl.data.records import RecordReader
 from oumi_pl.data.sources import Source, rows
+from oumi_pl.data.splitting import Side
 from oumi_pl.data.template import adds_bos
 from oumi_pl.data.tokenize import Dropped
 from oumi_pl.errors import UserError
@@ -73,7 +74,7 @@ class Documents(Protocol):
 
 def texts(
     source: Source,
-    keep: Callable[[Row], bool] | None = None,
+    keep: Side | None = None,
     counts: Counter[str] | None = None,
     streaming: bool = False,
     render: Callable[[Conversation], str] | None = None,
@@ -94,23 +95,24 @@ def texts(
     convert = resolve_format(source.format, FORMATS) if source.format else None
     reader = None if render is None else RecordReader(source, mixed=True)
     for origin, row in rows(source, streaming=streaming, counts=counts):
-        if keep is not None and not keep(row):
-            continue
-        counts["rows"] += 1
         try:
+            document: str | None = None
             if render is None or reader is None:
                 document = _document(rename_columns(row, source.columns or {}), convert)
-            elif isinstance(record := reader.record(row), Dropped):
-                counts["not_good"] += 1
-                continue
-            else:
+            elif not isinstance(record := reader.record(row), Dropped):
                 document = _rendered(record, render)
+            if keep is not None and not keep(row, None if document is None else Text(document)):
+                continue
         except UserError as error:
             raise UserError(f"{origin}: {error}") from None
         except Exception as error:
             if source.format is None:
                 raise
             raise UserError(f"{origin}: {raised(format_name(source.format), error)}") from error
+        counts["rows"] += 1
+        if document is None:
+            counts["not_good"] += 1
+            continue
         kept = bool(document.strip())
         counts["kept" if kept else "empty"] += 1
         if kept:

@@ -2,7 +2,7 @@
 
 import math
 from abc import abstractmethod
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from datetime import date as Date
 from functools import cached_property, partial
 from typing import TYPE_CHECKING, Any, get_args
@@ -21,13 +21,14 @@ from oumi_pl.data.records import OnBadRows, RecordReader
 from oumi_pl.data.reference import ReferenceLogps
 from oumi_pl.data.rendering import ChatRenderer, Turns
 from oumi_pl.data.sources import Source, as_sources, titles
+from oumi_pl.data.splitting import Side
 from oumi_pl.data.store import ExampleStore, example_store
 from oumi_pl.data.template import apply_template, check_variables, load_template
 from oumi_pl.data.template_date import template_date
 from oumi_pl.data.tokenize import Dropped, Lost, Overflow, Tokenize
 from oumi_pl.data.tokenizers import tokenizer_fingerprint
 from oumi_pl.errors import UserError, nearest
-from oumi_pl.types import Batch, Example, Record, Row
+from oumi_pl.types import Batch, Example, Record
 
 EXACT_EPOCHS = 10
 """Epochs whose tokens are counted exactly; later ones are estimated from these."""
@@ -140,8 +141,8 @@ class ExampleData(TextData):
                 if not total["rows"]:
                     held_out = self.sources["validation"]
                     raise UserError(
-                        f"data.validation: {held_out} of the rows of data.train, chosen by a hash of each, leaves none "
-                        f"for {split}; name a source for validation, or another fraction"
+                        f"data.validation: {held_out} of the rows of data.train, chosen by a hash of the prompt, "
+                        f"leaves none for {split}; name a source for validation, another fraction, or a data.group"
                     )
                 reasons = ", ".join(f"{n} {reason}" for reason, n in total["dropped"].items())
                 advice = next((advice for part, advice in REMEDIES.items() if part in reasons), "")
@@ -161,8 +162,7 @@ class ExampleData(TextData):
         """The tokenized sources of a split, from the cache or written now."""
         if split not in self.__stores:
             sources, keep = self.taken(split)
-            side = f"{split} {self.sources['validation']}" if keep else None
-            stores = [self.__store(source, keep, side) for source in sources]
+            stores = [self.__store(source, keep) for source in sources]
             names = [sorted(store.fields) for store in stores if len(store)]
             if names != names[:1] * len(names):
                 raise UserError(f"data.{split}: the examples of its sources have different fields: {names}")
@@ -204,8 +204,8 @@ class ExampleData(TextData):
                 if isinstance(record, Record):
                     yield origin, record
 
-    def __store(self, source: Source, keep: Callable[[Row], bool] | None, side: str | None) -> ExampleStore:
-        key = [side, tokenizer_fingerprint(self.tokenizer), self.max_length, self.encoding_key()]
+    def __store(self, source: Source, keep: Side | None) -> ExampleStore:
+        key = [str(keep), tokenizer_fingerprint(self.tokenizer), self.max_length, self.encoding_key()]
         code = code_of(type(self), *(function for function, _ in self.formats))
         return example_store(
             source,

@@ -95,7 +95,7 @@ class PretrainData(TextData):
     def parts(self, split: str) -> list[Part]:
         """The parts of sources that a split uses."""
         sources, keep = self.taken(split)
-        parts = [Part(s, keep, f"{split} {self.sources['validation']}" if keep else None) for s in sources]
+        parts = [Part(source, keep) for source in sources]
         for part in parts:
             if keep and self.streaming and part.prepared is None and is_on_hub(part.source):
                 raise UserError(

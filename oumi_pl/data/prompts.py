@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 from oumi_pl.data.formats import Format, Formats, reads
 from oumi_pl.data.records import BadRows, OnBadRows, RecordReader
 from oumi_pl.data.sources import Source
+from oumi_pl.data.splitting import Side
 from oumi_pl.data.tokenize import Dropped
 from oumi_pl.data.turns import MEDIA, column, turns_column
 from oumi_pl.errors import UserError
@@ -39,6 +40,10 @@ class RecordWithRow(Record):
     record: Record
     row: Row
 
+    def split_key(self) -> str:
+        """That of the record."""
+        return self.record.split_key()
+
 
 class PromptReader(RecordReader):
     """Reads records with their rows. Columns that the format doesn't read are for the rewards."""
@@ -61,7 +66,7 @@ def read_prompts(
     encode: Callable[[Record], list[int]],
     most: int,
     *,
-    keep: Callable[[Row], bool] | None = None,
+    keep: Side | None = None,
     bad_rows: OnBadRows = "error",
 ) -> tuple[list[Prompt], dict[str, Any]]:
     """Reads the prompts of a source, and counts rows for the data report.

@@ -1,7 +1,7 @@
 """From the rows of a source to records: which format reads them, which columns it leaves out, which rows are bad."""
 
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -17,6 +17,7 @@ from oumi_pl.data.formats import (
     resolve_format,
 )
 from oumi_pl.data.sources import Source, rows
+from oumi_pl.data.splitting import Side
 from oumi_pl.data.tokenize import Dropped
 from oumi_pl.data.turns import MEDIA, PLACEHOLDERS, is_empty, is_missing, optional_json, plain
 from oumi_pl.errors import UserError, nearest
@@ -68,7 +69,7 @@ class RecordReader:
         self._found: dict[frozenset[str], Format | UserError] = {}
 
     def records(
-        self, keep: Callable[[Row], bool] | None = None, *, strict: bool = True
+        self, keep: Side | None = None, *, strict: bool = True
     ) -> Iterator[tuple[str, Record | Dropped | BadRow]]:
         """Yields the records of each row with its origin (file and line), or the reason why it has none.
 
@@ -85,16 +86,18 @@ class RecordReader:
             if isinstance(row, BadRow):
                 yield origin, row
                 continue
-            if keep is not None and not keep(row):
-                continue
             try:
-                found = self.read(row)
+                records = self.read(row)
+                first = records[0] if isinstance(records[0], Record) else None
+                if keep is not None and not keep(row, first):
+                    continue
             except UserError as error:
                 if strict:
                     raise UserError(f"{origin}: {error}") from None
-                yield origin, BadRow(str(error))
+                if keep is None or keep.counts_bad(row):
+                    yield origin, BadRow(str(error))
                 continue
-            for record in found:
+            for record in records:
                 yield origin, record
 
     def record(self, row: Row) -> Record | Dropped:
@@ -186,6 +189,10 @@ class RecordWithFields(Record):
 
     record: Record
     fields: dict[str, float]
+
+    def split_key(self) -> str:
+        """That of the record."""
+        return self.record.split_key()
 
 
 class FieldReader(RecordReader):

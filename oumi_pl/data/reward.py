@@ -36,6 +36,10 @@ class Rated(Record):
     response: Conversation | Text
     outcome: float
 
+    def split_key(self) -> str:
+        """The prompt."""
+        return self.response.split_key()
+
 
 def rated(row: Row) -> Rated:
     """Reads a conversation, or a prompt and its completion, in any format of SFT, and its `label` or `score`.

@@ -371,20 +371,6 @@ def fingerprint(source: Source) -> str:
     return digest.hexdigest()
 
 
-def is_held_out(row: Row, fraction: float) -> bool:
-    """Whether a row belongs to the held-out `fraction` of its source, by a hash of its content.
-
-    So a row is on the same side in every run, at any position, and equal rows are on the same side.
-    """
-    content = json.dumps(row, sort_keys=True, default=str).encode()
-    return int.from_bytes(hashlib.blake2b(content, digest_size=8).digest(), "big") < fraction * 2**64
-
-
-def is_not_held_out(row: Row, fraction: float) -> bool:
-    """The complement of `is_held_out`, as a function that can be pickled."""
-    return not is_held_out(row, fraction)
-
-
 # --- local data ------------------------------------------------------------------------------------------------------
 
 

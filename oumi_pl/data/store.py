@@ -18,10 +18,11 @@ from oumi_pl.data.code import code_of
 from oumi_pl.data.formats import FORMATS, Formats, format_name, resolve_format
 from oumi_pl.data.records import BadRows, FieldReader, OnBadRows, RecordReader, RecordWithFields
 from oumi_pl.data.sources import Source, fingerprint
+from oumi_pl.data.splitting import Side
 from oumi_pl.data.tokenize import Dropped
 from oumi_pl.errors import UserError, cache_folder
 from oumi_pl.terminal.screen import track
-from oumi_pl.types import BadRow, Example, Record, Row, Segment
+from oumi_pl.types import BadRow, Example, Record, Segment
 
 REPORT = "report.json"
 TABLES = "tables.npz"
@@ -228,7 +229,7 @@ def example_store(
     source: Source,
     key: list[Any],
     encode: Encode,
-    keep: Callable[[Row], bool] | None = None,
+    keep: Side | None = None,
     formats: Formats = FORMATS,
     *,
     bad_rows: OnBadRows = "error",

@@ -2,7 +2,7 @@ from pathlib import Path
 
 import pytest
 
-from oumi_pl.data.sources import Source, as_sources, fingerprint, is_held_out
+from oumi_pl.data.sources import Source, as_sources, fingerprint
 from oumi_pl.errors import UserError
 from tests.data.source_files import ROWS, lines, mistake, read, values, write
 
@@ -162,25 +162,6 @@ def test_fingerprint_follows_content_not_names():
     assert len({base, *map(fingerprint, others)}) == 5
     with pytest.raises(UserError, match="no such file"):
         fingerprint(Source("missing.jsonl"))
-
-
-def test_held_out_is_a_stable_share_that_sees_only_what_the_row_says():
-    data = [{"a": i, "b": f"text {i}"} for i in range(20_000)]
-    held = [is_held_out(row, 0.05) for row in data]
-    assert 0.045 < sum(held) / len(held) < 0.055
-    assert held == [is_held_out({"b": row["b"], "a": row["a"]}, 0.05) for row in data]
-    assert all(is_held_out(row, 0.1) for row, is_held in zip(data, held, strict=True) if is_held)
-    # the very rows must not change between versions, or a resumed run would validate on what it trained on
-    assert [row["a"] for row, is_held in zip(data, held, strict=True) if is_held][:4] == PINNED
-
-
-PINNED = [9, 21, 32, 50]
-
-
-def test_rows_are_held_out_by_values_that_json_can_not_hold():
-    import datetime
-
-    assert is_held_out({"when": datetime.date(2020, 1, 1), "raw": b"x"}, 1.0)
 
 
 def test_as_sources():
