@@ -73,6 +73,8 @@ def acquire(run: Path) -> None:
         if run in _held and owner(run) == process():
             return
         other = owner(run)
+        if other and other.get("pid") == os.getppid() and is_alive(other):
+            return  # by `ddp_spawn` and the like: the process that started this one has the lock for it
         if other and other != process():
             name = f"process {other.get('pid')} on {other.get('host')}"
             alive = is_alive(other)

@@ -40,6 +40,14 @@ def test_the_lock_of_a_live_process_is_respected(tmp_path):
     lock.acquire(tmp_path)
 
 
+def test_the_ranks_of_a_run_share_the_lock_of_the_process_that_started_them(tmp_path):
+    parent = {"pid": os.getppid(), "began": lock.began(os.getppid())}
+    locked_by(tmp_path, **parent)
+    lock.acquire(tmp_path)
+    lock.release_all()
+    assert lock.owner(tmp_path) == lock.process() | parent
+
+
 @pytest.mark.parametrize(
     "owner",
     [{"pid": 2**22 - 1}, {"began": "boot-before-this:17"}],
