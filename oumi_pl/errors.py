@@ -114,7 +114,9 @@ def is_out_of_memory(error: BaseException) -> bool:
     return False
 
 
-WORKER_ENDED = re.compile(r"DataLoader worker \(pid[^)]*\) (?:is killed by signal: ([^.]+)|exited unexpectedly)")
+WORKER_ENDED = re.compile(
+    r"DataLoader worker \(pid(?:\(s\))? [\d, ]+\) (?:is killed by signal: ([^.]+)|exited unexpectedly)"
+)
 RANK_ENDED = re.compile(r"Connection (closed by|reset by) peer|Broken pipe|remote process exited|NCCL.*aborted", re.I)
 """Messages of gloo and NCCL if the process at the other end is gone."""
 OUT_OF_HOST_MEMORY = "which is what the system does to a process when memory runs out (`dmesg` says so)"
@@ -143,7 +145,8 @@ def machine_failure(error: BaseException) -> str | None:
                 )
             return f"{seen.strerror}{place}; free some space and continue with --resume, or choose another --runs_dir"
         if ended := WORKER_ENDED.search(str(seen)):
-            return _why_worker_ended(ended[1])
+            by_signal = WORKER_ENDED.search(str(seen.__cause__))  # PyTorch's first error names the signal
+            return _why_worker_ended(ended[1] or (by_signal and by_signal[1]))
         if isinstance(seen, RuntimeError) and RANK_ENDED.search(str(seen)):
             return (
                 "another rank exited; see its output for the cause. If it says nothing, it was killed, "

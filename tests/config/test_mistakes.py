@@ -295,6 +295,9 @@ def test_a_loader_process_that_ended_is_named_with_the_likely_cause(words, messa
     told = machine_failure(error)
     assert message in told
     assert told.endswith("continue with --resume")
+    second = RuntimeError("DataLoader worker (pid(s) 4711) exited unexpectedly")
+    second.__cause__ = error
+    assert machine_failure(second) == told
 
 
 def test_a_full_cache_is_told_from_a_full_disk_of_the_run(tmp_path):

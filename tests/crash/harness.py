@@ -212,10 +212,10 @@ def works(folder: Path, *args: str, faults: Faults | None = None) -> str:
     return child.text
 
 
-def torchrun(folder: Path, *args: str, processes: int = 2) -> str:
-    """Runs a command line in several processes with the environment that torchrun gives them; what rank 0 printed."""
+def ranks(folder: Path, *args: str, processes: int = 2) -> list[Child]:
+    """Starts a command line in several processes, with the environment that torchrun gives them."""
     port = free_port()
-    children = [
+    return [
         Child(
             folder,
             *args,
@@ -227,6 +227,11 @@ def torchrun(folder: Path, *args: str, processes: int = 2) -> str:
         )
         for rank in range(processes)
     ]
+
+
+def torchrun(folder: Path, *args: str, processes: int = 2) -> str:
+    """Runs a command line in several processes to its end; what rank 0 printed."""
+    children = ranks(folder, *args, processes=processes)
     codes = [child.wait() for child in children]
     assert not any(codes), f"exit codes {codes}\n" + "\n".join(child.text for child in children)
     return children[0].text

@@ -5,10 +5,11 @@ import json
 import os
 import signal
 import time
+from pathlib import Path
 
 import pytest
 
-from tests.crash.harness import Child, Faults, copy, deviations, outcome, prepare, works
+from tests.crash.harness import Child, Faults, copy, deviations, outcome, prepare, ranks, works
 
 RESUME = ("fit", "--config", "r.yaml", "--resume", "auto")
 
@@ -108,3 +109,52 @@ def test_a_stop_of_the_whole_process_group_saves_although_there_are_loader_worke
     assert (state["status"], state["reason"].partition(" after")[0]) == ("stopped", "stopped by SIGTERM")
     newest = max((folder / "runs/r/checkpoints").glob("step-*.ckpt"))
     assert newest.name == f"step-{state['step']:08d}.ckpt"
+
+
+ENDLESS = {"trainer.max_steps": 10**6, "val_every": 10**6, "checkpoint.every": 10**6}
+
+
+def started(folder, *children):
+    while not (folder / "runs" / "r" / "metrics.csv").exists():
+        assert all(Path(f"/proc/{child.pid}").exists() for child in children)
+        time.sleep(0.01)
+    time.sleep(0.5)
+
+
+@pytest.mark.slow
+def test_a_loader_process_that_was_killed_is_named(tmp_path):
+    folder = tmp_path / "run"
+    prepare(folder, changes=ENDLESS | {"data.init_args.workers": 1})
+    child = Child(folder, *RESUME)
+    started(folder, child)
+    children = Path(f"/proc/{child.pid}/task/{child.pid}/children")
+    while not (workers := children.read_text().split()):
+        time.sleep(0.01)
+    os.kill(int(workers[0]), signal.SIGKILL)
+    assert child.wait() == 2
+    assert "error: a loader process was killed, which is what the system does to a process when memory" in child.text
+    assert "Traceback" not in child.text
+
+
+@pytest.mark.slow
+def test_a_rank_that_was_killed_is_named_by_the_others(tmp_path):
+    folder = tmp_path / "run"
+    prepare(folder, changes=ENDLESS)
+    first, second = ranks(folder, *RESUME)
+    started(folder, first, second)
+    os.kill(second.pid, signal.SIGKILL)
+    assert first.wait() == 2, first.text
+    assert "error: another rank exited; see its output for the cause. If it says nothing, it was killed" in first.text
+    second.wait()
+
+
+@pytest.mark.slow
+def test_a_stop_of_all_ranks_saves_once_and_each_ends_with_its_exit_code(tmp_path):
+    folder = tmp_path / "run"
+    prepare(folder, changes=ENDLESS)
+    children = ranks(folder, *RESUME)
+    started(folder, *children)
+    for child in children:
+        os.kill(child.pid, signal.SIGTERM)
+    assert [child.wait() for child in children] == [143, 143], children[0].text
+    assert len(list((folder / "runs/r/checkpoints").iterdir())) == 1
