@@ -15,7 +15,9 @@ import torch
 
 from oumi_pl.callbacks.checkpoint import Checkpoints
 from oumi_pl.callbacks.stopping import LastStep
+from oumi_pl.modules.sft import SFT
 from oumi_pl.runs.checkpoints import AtomicCheckpointIO
+from tests.models.test_lora import pretrained
 from tests.tiny import conversations, data, module, trainer, weights, write_jsonl
 
 DROPOUT = {"attention_dropout": 0.2}
@@ -178,6 +180,43 @@ def test_resumes_with_other_frozen_weights(tmp_path, before, now):
     assert all(torch.equal(value, saved[name]["exp_avg"]) for name, value in state.moments.items())
     after, start = dict(resumed.named_parameters()), dict(first.named_parameters())
     assert {name for name in after if not torch.equal(after[name], start[name])} == state.trained
+
+
+@pytest.mark.parametrize(
+    ("before", "now"),
+    [([], ["model.layers.0"]), (["model.layers.0"], []), (["model.layers.0"], ["model.layers.1"])],
+    ids=str,
+)
+def test_resumes_lora_with_other_frozen_weights(tmp_path, before, now):
+    """Adapters that are frozen since keep what they have learned, also in the next checkpoint."""
+
+    def fit(freeze, *callbacks, resume=None, steps):
+        sft = SFT(base, lora={"r": 2, "init_lora_weights": "gaussian"}, freeze=freeze, optimizer=adamw)
+        checkpoints = Checkpoints(every=2, keep=9)
+        checkpoints.directory = tmp_path / "checkpoints"
+        checkpoints.directory.mkdir(exist_ok=True)
+        settings = {"plugins": [AtomicCheckpointIO()], "enable_checkpointing": True, "max_steps": steps}
+        loop = trainer(callbacks=[checkpoints, *callbacks], **settings)
+        loop.fit(sft, data(tmp_path, ROWS, batch_size=BATCH), ckpt_path=resume, weights_only=True)
+        return sft, torch.load(newest(checkpoints.directory), weights_only=True)
+
+    base, state = pretrained(tmp_path), State()
+    first, saved = fit(before, steps=2)
+    adapters = {name for name, _ in first.named_parameters() if "lora_" in name}
+    assert saved["state_dict"].keys() == adapters
+    assert saved["optimizer_states"][0]["state"].keys() == {n for n in adapters if not any(f in n for f in before)}
+    resumed, later = fit(now, state, resume=newest(tmp_path / "checkpoints"), steps=4)
+    trained = {name for name in adapters if not any(frozen in name for frozen in now)}
+    assert state.trained == trained
+    assert state.moments.keys() == saved["optimizer_states"][0]["state"].keys() & trained
+    assert later["state_dict"].keys() == adapters
+    after = dict(resumed.named_parameters())
+    assert {n for n in adapters if not torch.equal(after[n], saved["state_dict"][n])} == trained
+    assert all(torch.equal(after[name], later["state_dict"][name]) for name in adapters)
+    whole, _ = fit(
+        now, resume=tmp_path / "checkpoints/step-00000004.ckpt", steps=5
+    )  # all are frozen or trained as before
+    assert {n for n in adapters if not torch.equal(dict(whole.named_parameters())[n], after[n])} == trained
 
 
 RECIPE = """

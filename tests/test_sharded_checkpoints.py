@@ -12,15 +12,18 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from lightning.pytorch.strategies import ModelParallelStrategy
 
 from oumi_pl.__main__ import main
+from oumi_pl.errors import UserError
 from oumi_pl.models.build import decoder_layers
 from oumi_pl.models.export import read_checkpoint
 from oumi_pl.models.lm import LM
 from oumi_pl.runs.folders import newest_checkpoint
 from tests.command_line import RECIPE
 from tests.conftest import free_port
-from tests.tiny import conversations, distance, write_jsonl
+from tests.models.test_lora import pretrained
+from tests.tiny import conversations, data, distance, module, trainer, write_jsonl
 
 STEPS, HALF = 4, 2
 MAMBA = {"model_type": "mamba", "hidden_size": 32, "state_size": 4, "num_hidden_layers": 2, "vocab_size": 300}
@@ -86,6 +89,31 @@ def commands(folder: Path) -> dict[str, list[str]]:
     }
 
 
+PRETRAINED_LORA = ["--model.model=base", "--model.config=null", "--model.lora={r: 2, init_lora_weights: gaussian}"]
+FREEZE = ["--model.freeze=[model.layers.0, model.embed_tokens]"]
+
+
+def frozen_commands(folder: Path) -> dict[str, list[str]]:
+    """What runs on two processes with other frozen weights than the run whose checkpoint it goes on from."""
+    commands = {}
+    for kind, one_file in (("shards", False), ("file", True)):
+        on_two = sharded(one_file)
+        for name, settings in (("full", []), ("lora", PRETRAINED_LORA)):
+            case = f"{name} {kind}"
+            for start, end in (([], FREEZE), (FREEZE, [])):
+                then = "thawed" if start else "frozen"
+                source = f"{name}-{kind}-{then}-start"
+                commands[f"{case}, before {then}"] = fit(source, *settings, *start, *on_two)
+                ckpt = step_file(folder, source)
+                commands[f"{case}, {then}"] = fit(f"{name}-{kind}-{then}", *settings, *end, *on_two, ckpt=ckpt)
+        best = folder / f"runs/full-{kind}-frozen/checkpoints/best.ckpt"
+        commands[f"best of {kind} from Python"] = [str(best)]
+    return commands
+
+
+COMMANDS = {"checkpoints": commands, "frozen": frozen_commands}
+
+
 def run(command: list[str]) -> dict:
     """Runs a command line in this process; how it ended and what it printed."""
     out, err = io.StringIO(), io.StringIO()
@@ -95,6 +123,18 @@ def run(command: list[str]) -> dict:
         except BaseException:
             code = traceback.format_exc()
     return {"code": code, "out": out.getvalue(), "err": err.getvalue()}
+
+
+def on_two_processes(folder: Path, which: str) -> dict:
+    """How each of `COMMANDS[which]` ended, by case and rank."""
+    worker = [sys.executable, __file__, str(folder), which]
+    ended = subprocess.run(worker, capture_output=True, text=True, timeout=560)
+    assert ended.returncode == 0, ended.stderr[-3000:]
+    results = {}
+    for file in folder.glob("result-*.json"):
+        result = json.loads(file.read_text())
+        results[result["case"], int(file.stem[-1])] = result
+    return results
 
 
 @pytest.fixture(scope="module")
@@ -109,13 +149,7 @@ def done(tmp_path_factory):
         patch.setenv("MASTER_PORT", free_port())
         alone = run(fit("one"))
         assert alone["code"] == 0, alone["err"]
-        worker = [sys.executable, __file__, str(folder)]
-        ended = subprocess.run(worker, capture_output=True, text=True, timeout=560)
-        assert ended.returncode == 0, ended.stderr[-3000:]
-        results = {}
-        for file in folder.glob("result-*.json"):
-            result = json.loads(file.read_text())
-            results[result["case"], int(file.stem[-1])] = result
+        results = on_two_processes(folder, "checkpoints")
         # back on one process
         for source in ("start", "file-start"):
             step = step_file(folder, source)
@@ -207,10 +241,70 @@ def test_blocks_within_blocks_are_not_sharded_again():
     assert [type(block).__name__ for block in decoder_layers(LM(model))] == ["MambaBlock"] * 2
 
 
+@pytest.fixture(scope="module")
+def frozen(tmp_path_factory):
+    """A folder of runs with other frozen weights after step 2, on two processes and on one."""
+    folder = tmp_path_factory.mktemp("frozen")
+    recipe(folder)
+    pretrained(folder / "base")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        patch.setenv("OUMI_PL_CACHE", str(folder / "cache"))
+        patch.setenv("OMP_NUM_THREADS", "1")
+        patch.setenv("MASTER_PORT", free_port())
+        for name, settings in (("full", []), ("lora", PRETRAINED_LORA)):
+            for start, end in (([], FREEZE), (FREEZE, [])):
+                then = "thawed" if start else "frozen"
+                source = f"{name}-one-{then}-start"
+                for command in (
+                    fit(source, *settings, *start),
+                    fit(f"{name}-one-{then}", *settings, *end, ckpt=step_file(folder, source)),
+                ):
+                    ended = run(command)
+                    assert ended["code"] == 0, ended["err"]
+        return folder, on_two_processes(folder, "frozen")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("then", ["frozen", "thawed"])
+@pytest.mark.parametrize("kind", ["shards", "file"])
+@pytest.mark.parametrize("name", ["full", "lora"])
+def test_sharded_runs_resume_with_other_frozen_weights_as_on_one_process(frozen, name, kind, then):
+    folder, results = frozen
+    ended_well(results, f"{name} {kind}, before {then}")
+    ended_well(results, f"{name} {kind}, {then}")
+    one, two = final(folder, f"{name}-one-{then}"), final(folder, f"{name}-{kind}-{then}")
+    start = read_checkpoint(step_file(folder, f"{name}-{kind}-{then}-start"))["state_dict"]
+    assert distance(two, one) < 1e-5
+    changed = {weight for weight in two if not torch.equal(two[weight], start[weight])}
+    skipped = {weight for weight in two if ".layers.0." in weight or "embed_tokens" in weight}
+    assert skipped
+    assert changed == (two.keys() - skipped if then == "frozen" else two.keys())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["shards", "file"])
+def test_python_refuses_to_go_on_from_the_best_weights_of_a_sharded_run(frozen, kind):
+    _, results = frozen
+    for rank in (0, 1):
+        assert "holds weights only (a best.ckpt)" in results[f"best of {kind} from Python", rank]["err"]
+
+
+def fit_from_python(checkpoint: Path) -> dict:
+    """Goes on from a checkpoint without the command line; the error."""
+    recipe_data = data(checkpoint.parent, 16, batch_size=2)
+    strategy = ModelParallelStrategy(data_parallel_size=2, tensor_parallel_size=1, process_group_backend="gloo")
+    try:
+        trainer(max_steps=3, devices=2, strategy=strategy).fit(module(), recipe_data, ckpt_path=checkpoint)
+    except UserError as error:
+        return {"err": str(error)}
+    return {"err": ""}
+
+
 if __name__ == "__main__":  # on two processes: Lightning starts the second by running this file again
     os.chdir(sys.argv[1])
     torch.set_num_threads(1)
-    for number, (case, command) in enumerate(commands(Path(sys.argv[1])).items()):
-        result = run(command)
+    for number, (case, command) in enumerate(COMMANDS[sys.argv[2]](Path(sys.argv[1])).items()):
+        result = fit_from_python(Path(command[0])) if case.endswith("from Python") else run(command)
         rank = os.environ.get("LOCAL_RANK", "0")
         Path(sys.argv[1], f"result-{number}-{rank}.json").write_text(json.dumps({"case": case} | result))

@@ -135,11 +135,14 @@ class RunFolder(L.Callback):
 
     def _describe(self, trainer: Any, pl_module: RunModule, directory: Path) -> None:
         data: RunData = trainer.datamodule
+        report = data.report()
+        earlier = folders.read_state(directory) if self.resume else {}
+        date = next((part["template_date"] for part in report.values() if "template_date" in part), None)
+        refuse_other_date(earlier.get("template_date"), date)
         config = directory / folders.CONFIG
         if not config.is_file() or config.read_bytes() != self.config.encode():  # else nothing that a resume needs
             files.write(config, self.config)
-        files.write(directory / "data.json", json.dumps(data.report(), indent=1) + "\n")
-        earlier = folders.read_state(directory) if self.resume else {}
+        files.write(directory / "data.json", json.dumps(report, indent=1) + "\n")
         start: dict[str, Any]
         if self.resume:
             # steps of an earlier resume that this one goes back behind are trained again
@@ -171,6 +174,7 @@ class RunFolder(L.Callback):
             process=lock.process(),
             oumi_pl=__version__,
             steps=pl_module.total_steps(),
+            **({} if date is None else {"template_date": date}),
             model=_model(trainer, pl_module),
             environment=environment() | {"device": device, "devices": trainer.world_size},
             begun=time.time() - sum(self.clock.read().values()),
@@ -314,6 +318,19 @@ def _move(state: dict[str, Any], directory: str) -> None:
     for name in ("best_model_path", "kth_best_model_path", "last_model_path"):
         state[name] = moved(state.get(name, ""))
     state["best_k_models"] = {moved(path): score for path, score in state.get("best_k_models", {}).items()}
+
+
+def refuse_other_date(before: str | None, now: str | None) -> None:
+    """Refuses to resume with another date than the run's in the texts of its chat template.
+
+    Raises:
+        UserError: they differ, because the cache that holds the date of the first preparation is another one.
+    """
+    if before is not None and now != before:
+        raise UserError(
+            f"--resume: the chat template writes today's date, which was {before} in this run and would be {now} now; "
+            f"set data.template_variables.date: {before}"
+        )
 
 
 def nothing_left(step: int) -> UserError:

@@ -227,6 +227,7 @@ def build_model(
             base, revision = _base_of(adapter)
     hub = {"revision": revision, "trust_remote_code": trust_remote_code}
     hf_config = build_config(base, config, tokenizer, **hub)
+    attn = _with_soft_cap(hf_config, attn)
     if scoring:
         _refuse_without_scores(hf_config)
         hf_config.num_labels = 1
@@ -247,6 +248,7 @@ def build_model(
         hf.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     if lora is not None:
         hf = with_lora(hf, lora, added_tokens, revision, task="SEQ_CLS" if scoring else "CAUSAL_LM")
+        freeze_adapters(hf, freeze)
         hf.why_not_alone = _why_not_alone(base, adapter, config or {}, new_rows)
     # `from_pretrained` returns eval mode, which Lightning would keep
     return hf.train()
@@ -285,6 +287,21 @@ def _refuse_other_heads(hf: "PreTrainedModel") -> None:
             f"model: {type(hf).__name__} has no linear head `{SCORE}` on its last token, so it can't be a reward model "
             f"here; take a causal architecture, for example {', '.join(USUAL)}"
         )
+
+
+def _with_soft_cap(hf_config: "PretrainedConfig", attn: str | None) -> str | None:
+    """The attention to use: not sdpa for a soft cap on attention logits, which transformers below 5.21 leaves out.
+
+    Raises:
+        UserError: sdpa was asked for.
+    """
+    if getattr(hf_config.get_text_config(), "attn_logit_softcapping", None) is None or attn not in (None, "sdpa"):
+        return attn
+    if attn is None:
+        return "eager"
+    raise UserError(
+        "model.attn: 'sdpa' can't apply the soft cap on this model's attention logits; leave it out, or set eager"
+    )
 
 
 def _auto_class(scoring: bool) -> Any:
@@ -500,6 +517,12 @@ def freeze_modules(hf: "PreTrainedModel", freeze: Sequence[str]) -> None:
         if name not in modules:
             raise UserError(f"model.freeze: the model has no module {name!r}{nearest(name, modules)}")
         modules[name].requires_grad_(False)
+
+
+def freeze_adapters(hf: Any, freeze: Sequence[str]) -> None:
+    """Freezes the adapters in modules of these names; `hf.adapter_weights` are the names of all adapters' weights."""
+    hf.adapter_weights = frozenset(name for name, parameter in hf.named_parameters() if parameter.requires_grad)
+    freeze_modules(hf.get_base_model(), freeze)
 
 
 def shard(model: LM, module: L.LightningModule) -> None:

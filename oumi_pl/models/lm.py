@@ -221,6 +221,11 @@ class LM(nn.Module):
         self.base.register_forward_pre_hook(_refuse_packed_rows, with_kwargs=True)
         self._kept: frozenset[str] = frozenset()
 
+    @property
+    def adapter_weights(self) -> frozenset[str]:
+        """Names in `hf` of the weights that LoRA trains; empty without LoRA."""
+        return getattr(self.hf, "adapter_weights", frozenset())
+
     def keep_dtypes(self, dtype: torch.dtype, parameters: bool = True) -> None:
         """Makes casts leave alone what is not of `dtype` now, such as RoPE's frequencies in float32.
 

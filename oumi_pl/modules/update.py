@@ -10,21 +10,31 @@ import functools
 import math
 from abc import abstractmethod
 from collections.abc import Callable, Collection, Mapping, Sequence
+from pathlib import Path
 from typing import Any, ClassVar, Literal, cast
 
 import lightning as L
 import torch
 from lightning.pytorch.callbacks import WeightAveraging
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
+from lightning.pytorch.utilities.types import LRSchedulerConfig
 from torch import Tensor
-from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.optim import Optimizer
 from torchmetrics import SumMetric
 
 from oumi_pl.errors import UserError
 from oumi_pl.models.build import is_sharded
 from oumi_pl.optim import ScheduledRates
-from oumi_pl.runs.checkpoints import WEIGHTS_ONLY, rng_state, set_rng_state
+from oumi_pl.runs.checkpoints import (
+    WEIGHTS_ONLY,
+    holds_weights_only,
+    read_unsharded,
+    rng_state,
+    set_rng_state,
+    sharded_as,
+    sharded_optimizer_state,
+    weight_names,
+)
 from oumi_pl.types import Batch, Sums
 
 Split = Literal["train", "validation", "test"]
@@ -510,19 +520,28 @@ class RestorableModule(UpdateModule):
         self.__loaded: dict[str, Any] = {}
         self.__learning_rate: float | None = None
         self.__restored_rate: float | None = None
+        self.__plateau_metrics: list[Tensor | None] = []
+        self.__scheduler_steps = 0
+        self.__saved_weights: set[str] = set()
 
     @property
     def keeps_trained_weights_only(self) -> bool:
-        """Whether checkpoints leave out frozen weights, because they can be loaded again."""
+        """Whether checkpoints leave out weights that were never trained, because they can be loaded again."""
         return False
 
+    @property
+    def adapter_weights(self) -> set[str]:
+        """Names of weights that pretrained weights lack, such as those of LoRA, whether they are trained or not."""
+        return set()
+
     def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:  # type: ignore[override]
-        """The weights of a checkpoint: only the trained ones if `keeps_trained_weights_only`."""
+        """The weights of a checkpoint; if `keeps_trained_weights_only`, without those of the pretrained model."""
         state = super().state_dict(*args, **kwargs)
         if not self.keeps_trained_weights_only:
             return state
-        trainable = {name for name, p in self.named_parameters() if p.requires_grad}
-        return {name: value for name, value in state.items() if name in trainable}
+        # also what is frozen now, but was trained by a run before or earlier in this one
+        self.__saved_weights |= {*self.__trained()} | self.adapter_weights
+        return {name: value for name, value in state.items() if name in self.__saved_weights}
 
     def add_to_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Adds what Lightning leaves out: the random generators of every rank, tokens seen, recipe and metrics.
@@ -546,6 +565,7 @@ class RestorableModule(UpdateModule):
         pending = self.saved_optimizer_settings
         checkpoint["optimizer_settings"] = self.optimizer_settings if pending is None else pending
         checkpoint["trained"] = {"at_start": self.__trained_at_start, "now": self.__trained()}
+        checkpoint["plateau_metrics"] = self.__metrics_of_due_plateaus()
         metrics = self.trainer.callback_metrics
         checkpoint["metrics"] = {k: float(v) for k, v in metrics.items() if k.startswith(("train/", "val/"))}
 
@@ -555,9 +575,12 @@ class RestorableModule(UpdateModule):
         Raises:
             UserError: the checkpoint is of another model, or holds too little to resume training.
         """
-        self.__thaw(checkpoint.get("trained", {}))
+        is_fitting = self._trainer is not None and self.trainer.state.fn == "fit"
+        if not (is_fitting and is_sharded(self)):  # else `__load_sharded` has done it
+            self.__thaw(checkpoint.get("trained", {}))
+            self.__saved_weights |= checkpoint.get("state_dict", {}).keys()
         self.__refuse_other_weights(checkpoint.get("state_dict", {}))
-        if self._trainer is None or self.trainer.state.fn != "fit":
+        if not is_fitting:
             return
         if "optimizer_states" not in checkpoint and "loops" in checkpoint and not is_sharded(self):
             raise UserError(WEIGHTS_ONLY)
@@ -569,6 +592,7 @@ class RestorableModule(UpdateModule):
         self.__restored_rate = checkpoint.get("learning_rate") or self.__restored_rate
         self.tokens_seen = checkpoint["tokens_seen"]
         self.saved_optimizer_settings = checkpoint.get("optimizer_settings", [])
+        self.__plateau_metrics = checkpoint.get("plateau_metrics", [])
         self.abandon_update()  # `lr_find` trains, and then restores the state from before
         states = checkpoint["rng"]
         # additional ranks keep the generators that they were seeded with
@@ -588,9 +612,49 @@ class RestorableModule(UpdateModule):
         """For each optimizer, the names of its weights, in the order in which its state numbers them."""
         if is_sharded(self):  # `ModelParallelStrategy` numbers all weights of the module
             return [[name for name, _ in self.named_parameters()] for _ in self.trainer.optimizers]
+        return self.__names_by_optimizer()
+
+    def __names_by_optimizer(self) -> list[list[str]]:
+        """For each optimizer, the names of its weights, in its order."""
         names = {id(parameter): name for name, parameter in self.named_parameters()}
         orders = [[p for group in o.param_groups for p in group["params"]] for o in self.trainer.optimizers]
         return [[names.get(id(p), f"weight {i}") for i, p in enumerate(order)] for order in orders]
+
+    def __metrics_of_due_plateaus(self) -> list[Tensor | None]:
+        """For each schedule, the metric that it is about to be stepped with; None if it is not.
+
+        Lightning steps a `ReduceLROnPlateau` after callbacks have saved the update or the epoch.
+        """
+        epochs: Any = self.trainer.fit_loop.epoch_progress.current
+        loop = self.trainer.fit_loop.epoch_loop
+        batches: Any = loop.batch_progress.current
+        # callbacks save after a batch before Lightning counts it as completed, or during the validation after it
+        after_batch = batches.completed < batches.processed or bool(self.trainer.validating)
+        after_epoch = epochs.completed < epochs.processed
+
+        def is_due(config: LRSchedulerConfig) -> bool:
+            if not (config.reduce_on_plateau and self.automatic_optimization):
+                return False
+            if config.interval == "step":
+                return after_batch and not loop._should_accumulate() and not batches.ready % config.frequency
+            ends = (after_batch and loop._num_ready_batches_reached()) or after_epoch
+            return ends and not (self.current_epoch + 1) % config.frequency
+
+        metrics = self.trainer.callback_metrics
+        return [metrics.get(c.monitor or "") if is_due(c) else None for c in self.trainer.lr_scheduler_configs]
+
+    def __step_due_plateaus(self) -> None:
+        """Steps the schedules that were due when the checkpoint was saved, unless Lightning has.
+
+        Lightning itself does not step a `ReduceLROnPlateau` at the ends of epochs as long as the loop is restarting,
+        which it would be to the end of the run.
+        """
+        self.trainer.fit_loop._restarting = False
+        metrics, self.__plateau_metrics = self.__plateau_metrics, []
+        if self.__scheduler_steps == self.trainer.fit_loop.epoch_loop.scheduler_progress.total.ready:
+            for config, metric in zip(self.trainer.lr_scheduler_configs, metrics, strict=False):
+                if metric is not None:
+                    self.lr_scheduler_step(config.scheduler, metric)
 
     def scheduled(self, optimizer: Optimizer, factor: Callable[[int], float]) -> dict[str, Any]:
         """Returns the value of `configure_optimizers`: the optimizer, and its schedule in optimizer steps.
@@ -649,17 +713,52 @@ class RestorableModule(UpdateModule):
             self.__trained_at_start = self.__trained()
         self.__apply_learning_rate()  # of a module that was tuned, or by a callback after the optimizers were created
         self.optimizer_settings = [_settings(optimizer) for optimizer in self.trainer.optimizers]
-        checkpoint, self.__loaded = self.__loaded, {}
-        states = checkpoint.get("optimizer_states", [])
-        # of sharded weights, the strategy has restored it
-        if is_sharded(self) or len(states) != len(self.trainer.optimizers):
+        if is_sharded(self):  # a checkpoint is loaded after this
+            cast("Any", self.trainer.strategy).load_checkpoint = self.__load_sharded
             return
+        checkpoint, self.__loaded = self.__loaded, {}
+        if len(checkpoint.get("optimizer_states", [])) == len(self.trainer.optimizers):
+            self.__match_optimizer_states(checkpoint)
+
+    def __match_optimizer_states(self, checkpoint: dict[str, Any]) -> None:
+        """Makes the state of optimizers, which is by the names of weights, one by the numbers that they have now."""
         # weights that are frozen since have no use for their state
         refrozen = {*checkpoint.get("trained", {}).get("now", [])} - {*self.__trained()}
-        matched = zip(states, self.trainer.optimizers, self.__optimized_names(), strict=True)
+        orders = self.__names_by_optimizer()
+        matched = zip(checkpoint["optimizer_states"], self.trainer.optimizers, orders, strict=True)
         checkpoint["optimizer_states"] = [
             _matched(_without(state, refrozen), optimizer, names) for state, optimizer, names in matched
         ]
+
+    def __load_sharded(self, path: str | Path, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        """Loads a checkpoint into sharded weights and optimizers, also if other weights are trained than at its time.
+
+        Lightning's method, which this replaces, needs a state of each trained weight. All ranks have to call it.
+
+        Raises:
+            UserError: the checkpoint holds weights only, and training is to go on from it.
+        """
+        strategy: Any = self.trainer.strategy
+        load = functools.partial(type(strategy).load_checkpoint, strategy)
+        if self.trainer.state.fn != "fit":
+            return load(path, *args, **kwargs)
+        path = Path(strategy.broadcast(path))
+        if holds_weights_only(path):
+            raise UserError(f"{path}: {WEIGHTS_ONLY}")
+        self.__thaw(read_unsharded(path).get("trained", {}))
+        self.__saved_weights |= weight_names(path)
+        optimizers, strategy.optimizers = strategy.optimizers, []
+        try:
+            content = load(path, *args, **kwargs)
+        finally:
+            strategy.optimizers = optimizers
+        content["optimizer_states"] = [
+            sharded_optimizer_state(path, i, self, optimizer) for i, optimizer in enumerate(optimizers)
+        ]
+        self.__match_optimizer_states(content)
+        for optimizer, state in zip(optimizers, content.pop("optimizer_states"), strict=True):
+            optimizer.load_state_dict(state)
+        return content
 
     def begin_training(self) -> None:
         """Applies the optimizer settings that were changed since the checkpoint was written.
@@ -670,6 +769,10 @@ class RestorableModule(UpdateModule):
         super().begin_training()
         if any(type(c).__module__ == LR_FINDER for c in self.trainer.callbacks):  # type: ignore[attr-defined]
             return  # it tries rates with a schedule of its own
+        self.__scheduler_steps = self.trainer.fit_loop.epoch_loop.scheduler_progress.total.ready
+        for config, metric in zip(self.trainer.lr_scheduler_configs, self.__plateau_metrics, strict=False):
+            if metric is not None:  # Lightning steps with it before the first batch, or not at all
+                self.trainer.callback_metrics[config.monitor or ""] = metric
         before = [current_rate(optimizer) for optimizer in self.trainer.optimizers]
         self.__apply_changed_settings()
         if self.__restored_rate is not None:  # a resumed run keeps the rate that was found for it, and not a new one
@@ -711,9 +814,13 @@ class RestorableModule(UpdateModule):
                 config.scheduler.base_lrs = [group["initial_lr"] for group in groups]
 
     def begin_batch(self, batch: Any, batch_idx: int) -> None:
-        """Restores the random generators, at last: callbacks and loaders may draw from them before the first batch."""
+        """Restores the random generators, at last: callbacks and loaders may draw from them before the first batch.
+
+        Steps the schedules that are due since the checkpoint was saved.
+        """
         super().begin_batch(batch, batch_idx)
         self.restore_generators()
+        self.__step_due_plateaus()
 
     def restore_generators(self, keep: bool = False) -> None:
         """Restores the random generators from the checkpoint, once; with `keep`, they will be restored again."""
@@ -730,7 +837,7 @@ class RestorableModule(UpdateModule):
         """
         self.__refuse_other_weights(saved_state)
         own = self.state_dict()
-        self.load_state_dict({name: _placed(value, own[name]) for name, value in saved_state.items()}, strict=False)
+        self.load_state_dict({name: sharded_as(value, own[name]) for name, value in saved_state.items()}, strict=False)
 
     def __refuse_other_weights(self, saved_state: dict[str, Any]) -> None:
         own = {name: tuple(value.shape) for name, value in self.state_dict().items()}
@@ -770,13 +877,6 @@ def _equal(a: Any, b: Any) -> bool:
     if isinstance(a, Tensor) or isinstance(b, Tensor):
         return isinstance(a, Tensor) and isinstance(b, Tensor) and torch.equal(a.cpu(), b.cpu())
     return bool(a == b)
-
-
-def _placed(value: Tensor, like: Tensor) -> Tensor:
-    """A whole weight, sharded as `like` is; all ranks have to call this."""
-    if isinstance(value, DTensor) or not isinstance(like, DTensor):
-        return value
-    return distribute_tensor(value.to(like.device), like.device_mesh, like.placements)
 
 
 def _keyed(state: dict[str, Any], names: Mapping[int, str]) -> dict[str, Any]:

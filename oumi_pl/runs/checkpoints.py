@@ -8,7 +8,10 @@ from typing import Any
 import numpy as np
 import torch
 from lightning.fabric.plugins import TorchCheckpointIO
+from torch import nn
 from torch.distributed.checkpoint._nested_dict import set_element
+from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.optim import Optimizer
 
 from oumi_pl.errors import UserError
 from oumi_pl.runs.files import HALF, put
@@ -100,6 +103,72 @@ def read_sharded(path: Path, optimizers: bool = True) -> dict[str, Any]:
     return content
 
 
+def read_unsharded(path: Path) -> dict[str, Any]:
+    """Reads a file, mapped to memory, or what a folder of shards holds besides weights and optimizers."""
+    file = path / META if path.is_dir() else path
+    return torch.load(file, map_location="cpu", weights_only=True, mmap=True)
+
+
+def weight_names(path: Path) -> set[str]:
+    """The names of the weights in a checkpoint."""
+    if not is_sharded_checkpoint(path):
+        return {*read_unsharded(path)["state_dict"]}
+    return {name.removeprefix("state_dict.") for name in _shards(path) if name.startswith("state_dict.")}
+
+
+def _shards(path: Path) -> dict[str, Any]:
+    """What the files of a sharded checkpoint hold, by key."""
+    from torch.distributed.checkpoint import FileSystemReader
+
+    return FileSystemReader(path).read_metadata().state_dict_metadata
+
+
+def sharded_optimizer_state(path: Path, number: int, module: nn.Module, optimizer: Optimizer) -> dict[str, Any]:
+    """Reads the state of an optimizer of sharded weights; all ranks have to call this.
+
+    Args:
+        path: A checkpoint in one file or in shards.
+        number: Of the optimizer in the run.
+        module: Holds the weights.
+        optimizer: Gets a state of zeros for all that is trained.
+
+    Returns:
+        The state by the names of weights, without those that the checkpoint or the optimizer doesn't have.
+    """
+    from torch.distributed.checkpoint import load
+    from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict
+
+    own: dict[str, Any] = get_optimizer_state_dict(module, optimizer)
+    if not is_sharded_checkpoint(path):
+        saved = read_unsharded(path)["optimizer_states"][number]
+        known = {name: values for name, values in saved["state"].items() if name in own["state"]}
+        return saved | {
+            "state": {
+                name: {key: sharded_as(value, own["state"][name].get(key)) for key, value in values.items()}
+                for name, values in known.items()
+            }
+        }
+    optimizer_key = f"optimizer_{number}"
+    keys = _shards(path)
+    own["state"] = {
+        name: values
+        for name, values in own["state"].items()
+        if any(f"{optimizer_key}.state.{name}.{key}" in keys for key in values)
+    }
+    if not own["state"]:
+        del own["state"]
+    parts = {optimizer_key: own}
+    load(parts, checkpoint_id=path)
+    return {"state": {}} | parts[optimizer_key]
+
+
+def sharded_as(value: Any, like: Any) -> Any:
+    """A whole tensor, sharded as `like` is; all ranks have to call this. Returns other values as they are."""
+    if isinstance(value, DTensor) or not isinstance(like, DTensor):
+        return value
+    return distribute_tensor(value.to(like.device), like.device_mesh, like.placements)
+
+
 WEIGHTS_ONLY = (
     "this checkpoint holds weights only (a best.ckpt): resume from a step-*.ckpt, or export it and start a new "
     "run from that model"
@@ -110,17 +179,14 @@ WEIGHTS_ONLY = (
 def holds_weights_only(path: Path) -> bool:
     """Whether a checkpoint of a run has no state of optimizers, so that training can't go on from it."""
     if not is_sharded_checkpoint(path):
-        content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        content = read_unsharded(path)
         return "loops" in content and "optimizer_states" not in content
-    from torch.distributed.checkpoint import FileSystemReader
-
-    return not any(name.startswith("optimizer_") for name in FileSystemReader(path).read_metadata().state_dict_metadata)
+    return not any(name.startswith("optimizer_") for name in _shards(path))
 
 
 def saved_at(path: Path) -> int:
     """The step at which a checkpoint was saved."""
-    file = path / META if path.is_dir() else path
-    return int(torch.load(file, map_location="cpu", weights_only=True, mmap=True)["global_step"])
+    return int(read_unsharded(path)["global_step"])
 
 
 def rng_state() -> dict[str, Any]:

@@ -210,12 +210,46 @@ def test_schedules_step_and_resume_as_in_lightning(tmp_path, name):
     run(tmp_path, whole, 8, callbacks=[steps, LearningRateMonitor()], validation=validated, logger=Logged())
     if name in RATES:
         assert steps["train/lr"] == pytest.approx(RATES[name])
-    if name == "plateau of the training loss":  # Lightning saves before this step of it, and does not repeat it
-        return
     run(tmp_path, sft(), 8, callbacks=[StopAt(5, tmp_path / "part.ckpt")], validation=validated)
     resumed = sft()
     run(tmp_path, resumed, 8, tmp_path / "part.ckpt", validation=validated)
     assert distance(weights(resumed), weights(whole)) == 0
+
+
+@pytest.mark.parametrize(
+    ("monitor", "interval", "frequency"), [("train/loss", "step", 1), ("val/loss", "step", 4), ("val/loss", "epoch", 1)]
+)
+@pytest.mark.parametrize("stop", [3, 4])
+def test_a_plateau_is_resumed_exactly(tmp_path, monitor, interval, frequency, stop):
+    """Saved after a batch or after the validation that follows it, within an epoch or at its end."""
+
+    def schedule(optimizer):
+        plateau = ReduceLROnPlateau(optimizer, factor=0.5, patience=0, threshold=9.0)
+        return {"scheduler": plateau, "monitor": monitor, "interval": interval, "frequency": frequency}
+
+    def trained(steps, ckpt_path=None, callback=None):
+        seen, sft = Steps(), configured(lambda o, s: {"optimizer": o, "lr_scheduler": s}, schedule)
+        settings = {"val_check_interval": 1, "accumulate_grad_batches": 2, "validation": True}
+        run(tmp_path, sft, steps, ckpt_path, callbacks=[seen, *([callback] if callback else [])], **settings)
+        return weights(sft), seen["train/lr"]
+
+    whole, rates = trained(8)
+    assert len({*rates}) == (8 if monitor == "train/loss" else 4)  # counted in batches, of which an epoch has 4
+    for saved in (StopAt(stop, tmp_path / "part.ckpt"), StopAfterValidation(stop, tmp_path / "part.ckpt")):
+        trained(8, callback=saved)
+        resumed, later = trained(8, tmp_path / "part.ckpt")
+        assert later == rates[stop:]
+        assert distance(resumed, whole) == 0
+
+
+class StopAfterValidation(StopAt):
+    """Saves a checkpoint after a step and the validation that follows it, and stops."""
+
+    def on_train_batch_end(self, trainer, *_):
+        pass
+
+    def on_validation_end(self, trainer, *_):
+        super().on_train_batch_end(trainer)
 
 
 class Logged(L.pytorch.loggers.logger.DummyLogger):

@@ -29,13 +29,17 @@ def model(config: TrainingConfig, notes: Notes) -> dict[str, Any]:
     params, training = config.model, config.training
     _refuse_names(params)
     args = _weights(params, notes) | _dtype(params, notes) | (_lora(config, notes) if training.use_peft else {})
-    if params.freeze_layers:
+    frozen = list(params.freeze_layers)
+    if frozen and training.use_peft:
+        frozen = []
+        notes.nothing("model.freeze_layers", "Oumi trains the adapters in these layers, and all else is frozen anyway")
+    elif frozen:
         notes.comment("model.init_args.freeze", "a name that the model doesn't have is refused, and not passed over")
     if params.model_revision is not None:
         notes.comment("model.init_args.revision", "of the model alone: the tokenizer is that of the default branch")
     return args | given(
         attn=None if params.attn_implementation == "sdpa" else params.attn_implementation,
-        freeze=list(params.freeze_layers),
+        freeze=frozen,
         gradient_checkpointing=_checkpointing(config, notes),
         compile=training.compile,
         revision=params.model_revision,
