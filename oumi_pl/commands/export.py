@@ -159,6 +159,11 @@ def find(path: Path) -> Path:
         return folder / "best.ckpt"
     if steps := saved_steps(folder):
         return steps[-1]
+    if (path / "run.json").is_file():
+        written = f"; the model that the run exported is {path / 'model'}" if (path / "model").is_dir() else ""
+        raise UserError(
+            f"--checkpoint: {path} has no checkpoint yet{written}; to train it: oumi_pl fit --resume {path}"
+        )
     raise UserError(f"--checkpoint: no checkpoint in {path}")
 
 

@@ -96,6 +96,7 @@ class UpdateModule(L.LightningModule):
         self.__batch: Any = None
         self.__is_counted = False
         self.__finished = self.__stepped = -1
+        self.__logged: set[str] = set()
         self.__evaluated = EvaluationSums()
         self.__running: set[str] = set()
 
@@ -283,7 +284,22 @@ class UpdateModule(L.LightningModule):
             "step": float(self.global_step + 1),
             "epoch": self.__epochs_done(),
         }
+        self.__forget_metrics(self.__logged - logged.keys())
+        self.__logged = {*logged}
         self.log_dict(logged, batch_size=1)
+
+    def __forget_metrics(self, names: set[str]) -> None:
+        """Drops metrics that the update before had and this one lacks: Lightning would log them again, until an epoch
+        ends. KTO has none of undesirable rows, for example, in an update without such rows.
+        """
+        trainer: Any = self.trainer
+        if not names or self.log_to is not None or trainer._results is None:
+            return
+        for key in [key for key in trainer._results if key.partition(".")[2] in names]:
+            del trainer._results[key]
+        for metrics in (trainer._logger_connector._logged_metrics, trainer._logger_connector._callback_metrics):
+            for name in names & metrics.keys():
+                del metrics[name]
 
     def __refuse_other_divisor(self, sums: Sums) -> None:
         """Checks that an update was divided by what it was trained on, unless some micro-batches did without our step.
@@ -810,11 +826,12 @@ class RestorableModule(UpdateModule):
         self.restore_generators()
         self.__step_due_plateaus()
 
-    def restore_generators(self) -> None:
-        """Restores the random generators from the checkpoint, once."""
+    def restore_generators(self, keep: bool = False) -> None:
+        """Restores the random generators from the checkpoint, once; with `keep`, they will be restored again."""
         if self.__rng_to_restore is not None:
             set_rng_state(self.__rng_to_restore)
-            self.__rng_to_restore = None
+            if not keep:
+                self.__rng_to_restore = None
 
     def load_weights(self, saved_state: dict[str, Any]) -> None:
         """Loads the weights of a checkpoint into the model that was built.
