@@ -374,6 +374,11 @@ class RunModule(Protocol):
     tokens_seen: dict[str, int]
     trainer: Any
     trust_remote_code: bool
+
+    @property
+    def tokenizer_name(self) -> str | None:
+        """The model whose tokenizer the data use unless they name one; None if there is none."""
+
     unit: ClassVar[str]
     """What an update is divided by: `targets` or `rows`."""
 

@@ -13,6 +13,7 @@ import transformers
 
 from oumi_pl.config import refusals
 from tests.command_line import GONE, CommandLine, jsonl
+from tests.models.test_lora import plain_tokenizer
 from tests.tiny import LLAMA
 
 HERE = "HERE"
@@ -53,6 +54,10 @@ def saved(cli: CommandLine, **config: Any) -> Path:
     values = {key: value for key, value in LLAMA.items() if key != "model_type"} | {"vocab_size": 300} | config
     transformers.LlamaForCausalLM(transformers.LlamaConfig(**values)).save_pretrained(cli.directory / "m")
     return cli.directory / "m"
+
+
+def of_other_tokens(cli: CommandLine, patch: pytest.MonkeyPatch) -> None:
+    plain_tokenizer().save_pretrained(saved(cli))
 
 
 def of_gpt2(cli: CommandLine, patch: pytest.MonkeyPatch) -> None:
@@ -231,6 +236,32 @@ TOGETHER = {
         "smollm3",
         REWARDS | {f"{DATA}train": "data.jsonl", f"{MODEL}config": {"model_type": "cohere", "hidden_size": 32}},
         files={"data.jsonl": jsonl({"prompt": "a ", "chosen": "b", "rejected": "c"})},
+    ),
+    "no teacher": Case(
+        "model.teacher: missing, and there is no default",
+        {"model.class_path": "Distill"},
+    ),
+    "a teacher that is not there": Case(
+        "model.teacher: there is no folder './m'; it is looked for in HERE",
+        {"model.class_path": "Distill", f"{MODEL}teacher": "./m"},
+    ),
+    "a teacher of other tokens": Case(
+        "model.teacher: ./m reads other tokens than the data's tokenizer (258 there, 260 here; 'Ā' is 188 there and 0 "
+        "here); distributions can only be compared over the same tokens",
+        {"model.class_path": "Distill", f"{MODEL}teacher": "./m"},
+        before=of_other_tokens,
+    ),
+    "a teacher with fewer logits than tokens": Case(
+        "model.teacher: ./m has logits for 40 tokens, and the data's tokenizer has 260",
+        {"model.class_path": "Distill", f"{MODEL}teacher": "./m"},
+        before=lambda cli, patch: saved(cli, vocab_size=40),
+    ),
+    "a teacher's cache for a stream of documents": Case(
+        "data: the rows of PretrainData are a stream, and a cache belongs to examples: run the reference beside the "
+        "model (`model.reference: online`; with Distill leave out `model.top_k`)",
+        PRETRAINING | {"model.class_path": "Distill", f"{MODEL}teacher": "./m", f"{MODEL}top_k": 4},
+        files=TEXTS,
+        before=lambda cli, patch: saved(cli, vocab_size=300),
     ),
     "rows longer than the table of positions": Case(
         "data.max_length is 128, but GPT2LMHeadModel has a table of 64 positions: set it to 64",

@@ -6,6 +6,7 @@ import pytest
 import transformers
 
 from oumi_pl.config import files as recipe_files
+from oumi_pl.errors import UserError
 from tests.command_line import GONE, CommandLine, jsonl
 from tests.tiny import pairs, write_jsonl
 
@@ -187,6 +188,22 @@ def test_the_model_of_a_recipe_is_that_of_its_newest_finished_run(cli):
     assert recipe_files.with_model([], tree) == ["--model.init_args.model=runs/quickstart-sft-2/model"]
     assert recipe_files.with_model(["--model.model", "mine"], tree) == ["--model.model", "mine"]
     assert recipe_files.with_model(["--x"], {}) == ["--x"]
+
+
+@pytest.mark.parametrize("key", ["reference", "teacher"])
+def test_references_and_teachers_may_be_models_of_recipes(cli, key):
+    tree = {"model": {"init_args": {"model": "org/mine", key: "recipe:quickstart/sft"}}}
+    finished(cli, "quickstart-sft", "quickstart-sft")
+    assert recipe_files.with_model([], tree) == [f"--model.init_args.{key}=runs/quickstart-sft/model"]
+    typed = [f"--model.{key}=recipe:quickstart/sft", "--model.model=recipe:quickstart/sft"]
+    replaced = {f"--model.init_args.{name}=runs/quickstart-sft/model" for name in (key, "model")}
+    assert set(recipe_files.with_model(typed, {})[2:]) == replaced
+
+
+def test_a_teacher_that_is_no_recipe(cli):
+    tree = {"model": {"init_args": {"teacher": "recipe:quickstart/stf"}}}
+    with pytest.raises(UserError, match="no recipe 'quickstart/stf'; did you mean 'quickstart/sft'"):
+        recipe_files.with_model([], tree)
 
 
 def test_a_recipe_without_a_run_is_trained_first(cli, monkeypatch):

@@ -409,15 +409,30 @@ def hold(feature: Feature, seen: Seen, reference: Seen, cli: CommandLine) -> Non
     feature.check(seen, reference, cli)
 
 
+BEFORE = dict.fromkeys(("BackboneFinetuning", "GradientAccumulationScheduler", "LearningRateFinder"), "crashed") | {
+    "BatchSizeFinder": "ran, not checked; DPO crashed",
+    "ModelCheckpoint": "wrong: outside of the run folder",
+    "ModelPruning": "crashed",
+    "StochasticWeightAveraging": "ran, not checked",
+    "Timer": "crashed",
+    "barebones": "refused",
+    "enable_checkpointing": "refused",
+    "limit_train_batches: number": "wrong: learning rate",
+    "limit_train_batches: share": "wrong: learning rate",
+    "overfit_batches": "wrong: learning rate; pretraining crashed",
+}
+"""Verdicts of the same checks on commit d80039a, where it wasn't `works` for all kinds of training."""
+
+
 def table() -> str:
     """The table of the documentation."""
     names = list(KINDS)
-    lines = [f"| | {' | '.join(names)} |", "|---" * (len(names) + 1) + "|"]
+    lines = [f"| | {' | '.join(names)} | before |", "|---" * (len(names) + 2) + "|"]
     for name, feature in FEATURES.items():
         flag, _, value = name.partition(": ")
         cell = "refused" if feature.refused else "works"
         shown = f"`{flag}`" + (f" ({value})" if value else "")
-        lines.append(f"| {shown} | " + " | ".join([cell] * len(names)) + " |")
+        lines.append(f"| {shown} | " + " | ".join([*[cell] * len(names), BEFORE.get(name, "works")]) + " |")
     return "\n".join(lines) + "\n"
 
 

@@ -47,6 +47,22 @@ def token_inputs(batch: Batch, layout: Layout, *, labels_are_shifted: bool = Fal
     return EngineBatch(inputs, batch)
 
 
+def distillation_inputs(batch: Batch) -> EngineBatch:
+    """Converts a micro-batch for TRL's `GKDTrainer`, one padded row per document, `[rows, seq]`.
+
+    Raises:
+        UserError: a row ends with a position that has a target, which TRL would leave out.
+    """
+    rows = token_inputs(batch, padded)
+    if int((rows["labels"] != IGNORE_INDEX).sum()) != len(batch["targets"]):
+        raise UserError(
+            "data: rows of a stream of documents end with a target in the next row, which TRL's GKDTrainer leaves out; "
+            "train with --engine lightning"
+        )
+    rows.setdefault("attention_mask", torch.ones_like(rows["input_ids"]))
+    return rows
+
+
 def pair_inputs(batch: Batch) -> EngineBatch:
     """Converts a micro-batch of pairs for TRL's `DPOTrainer`, `[2 pairs, seq]`: all chosen rows, then all rejected.
 

@@ -6,6 +6,7 @@ from typing import Any
 from torch import Tensor
 
 from oumi_pl.errors import UserError
+from oumi_pl.losses import distillation
 from oumi_pl.losses.linear_head import checked_losses
 from oumi_pl.losses.preference import (
     AOT,
@@ -137,6 +138,22 @@ def reward_settings(loss: PairLoss) -> dict[str, Any]:
     if loss.label_smoothing:
         raise UserError(f"model.loss: TRL's RewardTrainer has no label_smoothing; set it to 0, {INSTEAD}")
     return {"center_rewards_coefficient": loss.center_rewards_coefficient or None}
+
+
+def gkd_settings(module: Any) -> dict[str, Any]:
+    """The arguments of TRL's `GKDConfig` that make TRL compute the loss of a distillation.
+
+    Raises:
+        UserError: TRL has no such divergence, or mixes in no cross-entropy.
+    """
+    divergence = module.divergence
+    betas = {distillation.ForwardKL: 0.0, distillation.ReverseKL: 1.0, distillation.JSD: getattr(divergence, "beta", 0)}
+    if type(divergence) not in betas:
+        known, name = ", ".join(cls.__name__ for cls in betas), type(divergence).__name__
+        raise UserError(f"model.divergence: {name} has no counterpart in TRL; --engine trl knows {known}; {INSTEAD}")
+    if module.cross_entropy:
+        raise UserError(f"model.cross_entropy: TRL's GKDTrainer mixes in none; leave it out, {INSTEAD}")
+    return {"beta": betas[type(divergence)], "lmbda": 0.0}
 
 
 def _terms(loss: PreferenceLoss) -> tuple[list[Any], list[float], list[float | None]]:

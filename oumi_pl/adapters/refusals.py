@@ -8,11 +8,12 @@ from lightning.pytorch.strategies import SingleDeviceStrategy
 from torch import nn
 
 from oumi_pl import attention
-from oumi_pl.adapters.losses import INSTEAD, dpo_settings, kto_settings, reward_settings
+from oumi_pl.adapters.losses import INSTEAD, dpo_settings, gkd_settings, kto_settings, reward_settings
 from oumi_pl.callbacks.advice import Advice, PreferenceWarnings
 from oumi_pl.callbacks.checkpoint import Checkpoints
 from oumi_pl.callbacks.export import Export
 from oumi_pl.callbacks.memory import Memory
+from oumi_pl.callbacks.pass_at_k import PassAtK
 from oumi_pl.callbacks.predictions import Predictions
 from oumi_pl.callbacks.progress import ProgressLine
 from oumi_pl.callbacks.report import Report
@@ -26,6 +27,7 @@ from oumi_pl.callbacks.trigram import TrigramBaseline
 from oumi_pl.errors import UserError
 from oumi_pl.losses.causal import is_cross_entropy
 from oumi_pl.modules.base import LanguageModule
+from oumi_pl.modules.distill import Distill
 from oumi_pl.modules.dpo import DPO
 from oumi_pl.modules.kto import KTO
 from oumi_pl.modules.pretrain import Pretrain
@@ -34,6 +36,7 @@ from oumi_pl.modules.sft import SFT
 from oumi_pl.types import IGNORE_INDEX
 
 FITS: dict[type, tuple[str, ...]] = {
+    Distill: ("lightning", "trl"),
     DPO: ("lightning", "trl"),
     KTO: ("lightning", "trl"),
     Pretrain: ("lightning", "hf"),
@@ -43,7 +46,7 @@ FITS: dict[type, tuple[str, ...]] = {
 """Trainer type -> the engines that can train it. A module counts as the first type that it is an instance of."""
 OBSERVERS = (
     *(RunFolder, Start, Throughput, PreferenceWarnings, ProgressLine),
-    *(Advice, Answers, Samples, TrigramBaseline, Export, Report, Tracking),
+    *(Advice, Answers, Samples, PassAtK, TrigramBaseline, Export, Report, Tracking),
 )
 """Callbacks that only observe what happens between two updates, so that any engine can call them."""
 REPLACED = (LastStep, Memory, Checkpoints, Preemption, Predictions)
@@ -160,6 +163,17 @@ def refuse_rewards(module: Reward) -> None:
         raise UserError(f"model.outcome_loss: TRL's RewardTrainer trains on pairs alone; leave it out, {INSTEAD}")
     if module.share_prompt is True:
         raise UserError(f"model.share_prompt: TRL computes prompts twice; leave it out, {INSTEAD}")
+
+
+def refuse_distillation(module: Distill) -> None:
+    """Refuses losses and teachers that TRL does not support.
+
+    Raises:
+        UserError: with what is supported.
+    """
+    gkd_settings(module)
+    if module.reference.top_k is not None:
+        raise UserError(f"model.top_k: TRL runs the teacher and compares all tokens; leave it out, {INSTEAD}")
 
 
 def _refuse_reference(module: DPO | KTO) -> None:

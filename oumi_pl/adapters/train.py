@@ -18,6 +18,7 @@ from oumi_pl import attention
 from oumi_pl.adapters import batches, checkpoints
 from oumi_pl.adapters.refusals import (
     kind_of,
+    refuse_distillation,
     refuse_engine,
     refuse_feedback,
     refuse_model,
@@ -32,8 +33,9 @@ from oumi_pl.callbacks.checkpoint import enabled_checkpoints
 from oumi_pl.callbacks.run_folder import RunFolder, nothing_left
 from oumi_pl.data.base import TextData
 from oumi_pl.losses.causal import is_cross_entropy
-from oumi_pl.models.lm import documents, padded
+from oumi_pl.models.lm import LM, documents, padded
 from oumi_pl.modules.base import LanguageModule
+from oumi_pl.modules.distill import Distill
 from oumi_pl.modules.dpo import DPO
 from oumi_pl.modules.kto import KTO
 from oumi_pl.modules.reward import Reward
@@ -49,7 +51,7 @@ def run(
     Args:
         engine: `hf` or `trl`.
         trainer: A Lightning trainer with settings, callbacks and loggers; its loops do not run.
-        module: SFT, Pretrain, DPO, KTO or Reward. Its model is trained; if it has none, the module builds one.
+        module: SFT, Pretrain, DPO, KTO, Reward or Distill. Its model is trained; if it has none, the module builds one.
         data: The data module of the recipe.
         callbacks: Additional transformers callbacks, called after ours. The keyword argument `train_dataloader` of
             their hooks is an `EngineLoader`, which has the micro-batches of the update.
@@ -112,6 +114,8 @@ def _refuse_before_loading(engine: str, trainer: Any, module: LanguageModule) ->
         refuse_feedback(module, trainer.accumulate_grad_batches)
     if isinstance(module, Reward):
         refuse_rewards(module)
+    if isinstance(module, Distill):
+        refuse_distillation(module)
     if engine == "trl":
         import_trl()
 
@@ -136,8 +140,7 @@ def _build_model(trainer: Any, module: LanguageModule, data: TextData) -> None:
     with trainer.precision_plugin.module_init_context():
         module.configure_model()
     model = module.causal_lm
-    if model.base.config._attn_implementation == attention.NAME:
-        model.base.set_attn_implementation("sdpa" if getattr(model.base, "_supports_sdpa", True) else "eager")
+    _use_their_attention(model)
     trainer.precision_plugin.convert_module(module)
     module.to(trainer.strategy.root_device)
     if data.packing and module.unit == "targets":
@@ -146,6 +149,14 @@ def _build_model(trainer: Any, module: LanguageModule, data: TextData) -> None:
         model.layout, model.layout_reason = padded, "the engine reads padded rows"
     if module.reference is not None:
         module.reference.open(("train", "validation"), in_memory=True)
+    if isinstance(module, Distill) and (teacher := module.reference.frozen_model) is not None:
+        _use_their_attention(teacher)
+        teacher.layout = model.layout
+
+
+def _use_their_attention(model: LM) -> None:
+    if model.base.config._attn_implementation == attention.NAME:
+        model.base.set_attn_implementation("sdpa" if getattr(model.base, "_supports_sdpa", True) else "eager")
 
 
 def _notes(engine: str, module: LanguageModule) -> Iterator[str]:
@@ -154,8 +165,12 @@ def _notes(engine: str, module: LanguageModule) -> Iterator[str]:
     if engine == "hf":
         yield f"engine: transformers.Trainer, {versions}"
     else:
-        yield f"engine: trl.{kind_of(module).__name__}Trainer, TRL {import_trl().__version__}, {versions}"
+        name = "experimental.gkd.GKD" if isinstance(module, Distill) else kind_of(module).__name__
+        yield f"engine: trl.{name}Trainer, TRL {import_trl().__version__}, {versions}"
     if module.unit == "rows":
+        return
+    if isinstance(module, Distill):
+        yield "logits of student and teacher are computed for all positions at once"
         return
     if not is_cross_entropy(module.loss):
         twice = ", and TRL runs the model twice" if engine == "trl" else ""
@@ -192,6 +207,8 @@ def _loader(trainer: Any, module: LanguageModule, data: TextData, position: dict
         convert = partial(batches.feedback_inputs, mismatched=_mismatched(data) if module.kl else None)
     elif isinstance(module, Reward):
         convert = partial(batches.reward_inputs, pad=data.pad_id, with_margins=module.loss.needs_margins)
+    elif isinstance(module, Distill):
+        convert = batches.distillation_inputs
     else:
         layout, is_own = module.causal_lm.layout, not is_cross_entropy(module.loss)
         convert = partial(batches.token_inputs, layout=layout, labels_are_shifted=is_own)

@@ -5,12 +5,20 @@ import warnings
 from pathlib import Path
 from typing import Any, cast
 
-from torch import Tensor
+import torch
+from torch import Tensor, nn
 from transformers import Trainer, TrainingArguments
 
 from oumi_pl.adapters import checkpoints
 from oumi_pl.adapters.batches import EngineBatch, EngineLoader, target_values
-from oumi_pl.adapters.losses import INSTEAD, compute_loss_func, dpo_settings, kto_settings, reward_settings
+from oumi_pl.adapters.losses import (
+    INSTEAD,
+    compute_loss_func,
+    dpo_settings,
+    gkd_settings,
+    kto_settings,
+    reward_settings,
+)
 from oumi_pl.adapters.refusals import kind_of
 from oumi_pl.adapters.run_callback import RunCallback
 from oumi_pl.callbacks.checkpoint import enabled_checkpoints
@@ -18,13 +26,15 @@ from oumi_pl.data.base import TextData
 from oumi_pl.data.loader import as_it_is
 from oumi_pl.errors import UserError
 from oumi_pl.losses.causal import is_cross_entropy
+from oumi_pl.losses.distillation import DistillationSums, TeacherHead, distillation_sums
 from oumi_pl.modules.base import LanguageModule
+from oumi_pl.modules.distill import Distill
 from oumi_pl.modules.dpo import DPO
 from oumi_pl.modules.kto import KTO
 from oumi_pl.modules.reference import refuse_other_start
 from oumi_pl.modules.reward import Reward, outcome_sums, pair_sums
 from oumi_pl.modules.sft import SFT
-from oumi_pl.types import Sums
+from oumi_pl.types import IGNORE_INDEX, Sums
 
 
 class EngineMixin:
@@ -189,6 +199,40 @@ class RewardMixin(RowsMixin):
         return pair_sums(chosen[:pairs], rejected[:pairs]) | outcome_sums(chosen[:0], chosen[:0])
 
 
+class DistillationMixin(EngineMixin):
+    """The mixin for TRL's `GKDTrainer`."""
+
+    sums: DistillationSums
+    """Of the micro-batch, for our metrics."""
+
+    def observed_models(self) -> list[Any]:
+        """None: the loss sees the logits of both models."""
+        return []
+
+    def generalized_jsd_loss(self, student_logits: Tensor, teacher_logits: Tensor, **kwargs: Any) -> Tensor:
+        """TRL's loss, at our temperature (TRL's is of sampling alone), of the logits that stand for tokens."""
+        module = cast("Distill", self.run_callback.module)
+        vocab, temperature = module.reference.vocab, module.temperature
+        carries_loss = kwargs["labels"] != IGNORE_INDEX
+        with torch.no_grad():
+            student, teacher = student_logits[carries_loss], teacher_logits[carries_loss]
+            self.sums = distillation_sums(
+                student,
+                kwargs["labels"][carries_loss],
+                nn.Identity(),
+                TeacherHead(teacher, nn.Identity(), None, temperature, vocab),
+                module.divergence,
+                vocab=vocab,
+                temperature=temperature,
+            )
+        logits = (student_logits[..., :vocab], teacher_logits[..., :vocab])
+        return super().generalized_jsd_loss(*logits, **kwargs | {"temperature": temperature})  # type: ignore[misc]
+
+    def batch_sums(self, outputs: list[Tensor]) -> Sums:
+        """The sums for our metrics, from the logits of both models."""
+        return {name: value for name, value in self.sums._asdict().items() if name != "loss"}
+
+
 class HFTrainer(EngineMixin, Trainer):  # type: ignore[misc]
     """`transformers.Trainer` with our batches."""
 
@@ -251,7 +295,7 @@ def build_trainer(engine: str, module: LanguageModule, settings: dict[str, Any],
     Raises:
         UserError: the engine refuses the settings.
     """
-    builders: dict[type, Any] = {DPO: _trl_dpo, KTO: _trl_kto, Reward: _trl_reward}
+    builders: dict[type, Any] = {Distill: _trl_gkd, DPO: _trl_dpo, KTO: _trl_kto, Reward: _trl_reward}
     build: Any = _hf if engine == "hf" else builders.get(kind_of(module), _trl_sft)
     try:
         with warnings.catch_warnings(action="ignore", category=FutureWarning):  # warnings about later releases
@@ -339,6 +383,28 @@ def _trl_reward(module: Reward, settings: dict[str, Any], common: dict[str, Any]
     args = trl.RewardConfig(**settings, max_length=None, disable_dropout=True, **reward_settings(module.loss))
     return RewardTrainer(
         model=module.causal_lm.hf,
+        args=_on_one_device(args),
+        data_collator=as_it_is,
+        train_dataset=_one_row(),
+        **common,
+    )
+
+
+def _trl_gkd(module: Distill, settings: dict[str, Any], common: dict[str, Any]) -> Any:
+    import_trl()
+    with warnings.catch_warnings(action="ignore"):  # that it is experimental
+        from trl.experimental import gkd
+
+    class GKDTrainer(DistillationMixin, gkd.GKDTrainer):  # type: ignore[misc]
+        """TRL's trainer with our batches."""
+
+    teacher = module.reference.frozen_model
+    assert teacher is not None
+    arguments: dict[str, Any] = settings | gkd_settings(module) | _no_router_loss(module)
+    args = gkd.GKDConfig(**arguments, max_length=None, disable_dropout=True)
+    return GKDTrainer(
+        model=module.causal_lm.hf,
+        teacher_model=teacher.hf,
         args=_on_one_device(args),
         data_collator=as_it_is,
         train_dataset=_one_row(),

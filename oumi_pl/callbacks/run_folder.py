@@ -103,9 +103,12 @@ class RunFolder(L.Callback):
 
     def _describe(self, trainer: Any, pl_module: RunModule, directory: Path) -> None:
         data: RunData = trainer.datamodule
-        (directory / folders.CONFIG).write_text(self.config, encoding="utf-8")
-        (directory / "data.json").write_text(json.dumps(data.report(), indent=1) + "\n", encoding="utf-8")
+        report = data.report()
         earlier = folders.read_state(directory) if self.resume else {}
+        date = next((part["template_date"] for part in report.values() if "template_date" in part), None)
+        refuse_other_date(earlier.get("template_date"), date)
+        (directory / folders.CONFIG).write_text(self.config, encoding="utf-8")
+        (directory / "data.json").write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
         start: dict[str, Any]
         if self.resume:
             # steps of an earlier resume that this one goes back behind are trained again
@@ -131,6 +134,7 @@ class RunFolder(L.Callback):
             process=folders.process(),
             oumi_pl=__version__,
             steps=pl_module.total_steps(),
+            **({} if date is None else {"template_date": date}),
             model=_model(trainer, pl_module),
             environment=environment() | {"device": device, "devices": trainer.world_size},
             begun=time.time() - sum(self.clock.read().values()),
@@ -228,6 +232,19 @@ class RunFolder(L.Callback):
         stopped = isinstance(exception, Stopped | KeyboardInterrupt)
         with contextlib.suppress(OSError):
             self.record(status="stopped" if stopped else "failed", step=trainer.global_step, reason=_reason(exception))
+
+
+def refuse_other_date(before: str | None, now: str | None) -> None:
+    """Refuses to resume with another date than the run's in the texts of its chat template.
+
+    Raises:
+        UserError: they differ, because the cache that holds the date of the first preparation is another one.
+    """
+    if before is not None and now != before:
+        raise UserError(
+            f"--resume: the chat template writes today's date, which was {before} in this run and would be {now} now; "
+            f"set data.template_variables.date: {before}"
+        )
 
 
 def _is_over(timer: Timer) -> bool:

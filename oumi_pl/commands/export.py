@@ -102,7 +102,7 @@ def built(checkpoint: Path, *, for_batches: bool = False) -> tuple[Any, Any, dic
 
     config = yaml.safe_load(content["config"])
     module, data = instantiate(copy.deepcopy(config))  # `instantiate` changes its argument
-    data.tokenizer_spec = data.tokenizer_spec or module.model_name
+    data.tokenizer_spec = data.tokenizer_spec or module.tokenizer_name
     module.quantization = None  # it only saves memory in training; adapters are exported for the full-precision base
     if module.lora is None:  # with `precision: bf16-true`, the weights are bfloat16 whatever `model.dtype` is
         dtype = _dtype(content["state_dict"])

@@ -21,7 +21,7 @@ COLUMN = 34
 """Column at which descriptions begin, unless a name is longer."""
 LISTED = 8
 """Places with more classes than this are listed with a summary per class instead of all arguments."""
-OF_FIT = ("checkpoint", "export", "samples", "val_every", "max_tokens", "report", "logger", "engine")
+OF_FIT = ("checkpoint", "export", "samples", "rollouts", "val_every", "max_tokens", "report", "logger", "engine")
 HIDDEN = {
     "fit": ("predictions",),
     "validate": (*OF_FIT, "predictions"),

@@ -46,7 +46,7 @@ def prepare(recipe: dict[str, Any], output: Path | None = None) -> None:
     module, data = instantiate(recipe)
     if not isinstance(data, PretrainData):
         raise UserError(f"prepare: token shards are for PretrainData, and this recipe has {type(data).__name__}")
-    data.tokenizer_spec = data.tokenizer_spec or module.model_name
+    data.tokenizer_spec = data.tokenizer_spec or module.tokenizer_name
     data.streaming = False
     prepared = {split: _prepare_split(data, split, output) for split in SPLITS if data.sources[split] is not None}
     if output is not None:

@@ -19,6 +19,7 @@ from oumi_pl.callbacks.memory import Memory
 from oumi_pl.callbacks.predictions import Predictions
 from oumi_pl.callbacks.progress import ProgressLine
 from oumi_pl.callbacks.report import Report
+from oumi_pl.callbacks.rollouts import Rollouts, RolloutWarnings
 from oumi_pl.callbacks.run_folder import RunFolder
 from oumi_pl.callbacks.samples import Answers, Samples
 from oumi_pl.callbacks.start import Start
@@ -189,6 +190,7 @@ class CLI(LightningCLI):
         parser.add_class_arguments(Export, "export")
         parser.add_class_arguments(Predictions, "predictions")
         parser.add_class_arguments(Samples, "samples")
+        parser.add_class_arguments(Rollouts, "rollouts")
 
     def instantiate_trainer(self, **kwargs: Any) -> Any:
         """Builds the recipe's trainer with the callbacks, loggers and limits of every run."""
@@ -232,6 +234,7 @@ class CLI(LightningCLI):
         watching = [Start(), LastStep(), Memory(), Throughput(), PreferenceWarnings(), get("predictions")]
         if not any(isinstance(c, ProgressBar) for c in own) and config.get("enable_progress_bar") is not False:
             watching.append(ProgressLine())
+        watching += self._rollouts(own)
         samples = [] if self._has_samples(own) else [get("samples")]
         # saving comes after them, so that a checkpoint has the state of other callbacks after its step
         checkpoints = get("checkpoint")
@@ -261,6 +264,17 @@ class CLI(LightningCLI):
         if names and given["rows"] and given != parser.get_defaults(skip_validation=True)["samples"]:
             raise UserError(f"samples: the recipe's {names[0]} shows what the model writes; set its own arguments")
         return bool(names)
+
+    def _rollouts(self, own: list[Any]) -> list[Any]:
+        """What watches online training; nothing for other data, which refuse settings of `rollouts`, as unused."""
+        data: Any = self.datamodule
+        if data.samples:
+            is_own = any(isinstance(callback, Rollouts) for callback in own)
+            return [RolloutWarnings(), *([] if is_own else [self._get(self.config_init, "rollouts")])]
+        parser, settings = self._parser(str(self.subcommand)), self._get(self.config, "rollouts")
+        if settings != parser.get_defaults(skip_validation=True)["rollouts"]:
+            raise UserError(f"rollouts: {type(data).__name__} samples no completions while training; leave it out")
+        return []
 
     def _limit_tokens(self, trainer: Any, config: Any, max_tokens: float) -> None:
         """Sets the number of steps from a number of tokens. With padding, an update has rows x `max_length`."""

@@ -12,7 +12,7 @@ from oumi_pl.errors import UserError, nearby, nearest
 from oumi_pl.runs import folders
 
 ENDINGS = (".yaml", ".yml")
-ORDER = ("quickstart", "sft", "dpo", "reward", "pretrain")
+ORDER = ("quickstart", "sft", "dpo", "kto", "reward", "distill", "pretrain")
 """Folders of shipped recipes, and names in `quickstart`, in the order in which to list them."""
 
 

@@ -66,7 +66,7 @@ def refuse_contradictions(
         if sources and sources.get("validation") is None:
             _refuse_without_validation(config, callbacks)
         for callback in callbacks:
-            _refuse_unknown_metric(getattr(callback, "monitor", None), callback, model, callbacks)
+            _refuse_unknown_metric(getattr(callback, "monitor", None), callback, model, data, callbacks)
 
 
 def _refuse_callbacks(config: Mapping[str, Any], callbacks: Sequence[Any]) -> None:
@@ -218,12 +218,12 @@ def _refuse_without_validation(config: Mapping[str, Any], callbacks: Sequence[An
         )
 
 
-def _refuse_unknown_metric(monitor: str | None, callback: Any, model: Any, callbacks: Sequence[Any]) -> None:
+def _refuse_unknown_metric(monitor: str | None, callback: Any, model: Any, data: Any, callbacks: Sequence[Any]) -> None:
     """Checks the name of a monitored metric, unless a class of a user takes part, which may log any name."""
     own = [type(part).__module__.split(".")[0] not in ("oumi_pl", "lightning") for part in (model, *callbacks)]
     if monitor is None or any(own) or not getattr(model, "validation_metrics", ()) or monitor.startswith("train/"):
         return
-    known = [name for part in (model, *callbacks) for name in getattr(part, "validation_metrics", ())]
+    known = [name for part in (model, data, *callbacks) for name in getattr(part, "validation_metrics", ())]
     if monitor not in known:
         raise UserError(f"{_place(callback)}: unknown metric {monitor!r}{nearest(monitor, known)}")
 

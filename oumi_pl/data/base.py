@@ -174,6 +174,17 @@ class TextData(L.LightningDataModule):
     def tokens(self, updates: int) -> int:
         """Tokens in the first `updates` updates; estimated beyond the first few epochs."""
 
+    def reference_logps(self, split: str, parts: dict[str, Any], width: int = 1) -> Any:
+        """The cache for values of a reference at each target; only data with a plan have one.
+
+        Raises:
+            UserError: these are not such data.
+        """
+        raise UserError(
+            f"data: the rows of {type(self).__name__} are a stream, and a cache belongs to examples: run the reference "
+            "beside the model (`model.reference: online`; with Distill leave out `model.top_k`)"
+        )
+
     def largest_micro_batch(self) -> list[np.ndarray] | None:
         """Rows of the largest micro-batch of the first epoch, over all ranks; None if all are the same size."""
         return None
@@ -212,7 +223,7 @@ class TextData(L.LightningDataModule):
         """The tokenizer, loaded on first use."""
         spec: Any = self.tokenizer_spec
         if spec is None and self.trainer is not None:
-            spec = getattr(self.trainer.lightning_module, "model_name", None)
+            spec = getattr(self.trainer.lightning_module, "tokenizer_name", None)
         if spec is None:
             raise UserError("data.tokenizer: no tokenizer is named, and a model with random weights has none")
         tokenizer = load_tokenizer(spec, self.trust_remote_code)

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from oumi_pl.data.code import code_of, is_own
 from oumi_pl.data.documents import TokenizeDocuments, texts
 from oumi_pl.data.formats import Format, format_name, resolve_format
+from oumi_pl.data.records import OnBadRows
 from oumi_pl.data.rendering import Rendering
 from oumi_pl.data.shards import FORMAT, MADE_FROM, MANIFEST, Shards, write_shards
 from oumi_pl.data.sources import Source, fingerprint, is_on_hub
@@ -26,11 +27,13 @@ class Part(NamedTuple):
     """The part of a source that a split uses.
 
     keep: which rows to use; all if None. render: renders conversations as texts, if rows may be conversations.
+    bad_rows: as of `texts`.
     """
 
     source: Source
     keep: Side | None = None
     render: Rendering | None = None
+    bad_rows: OnBadRows | None = None
 
     @property
     def name(self) -> str:
@@ -68,7 +71,7 @@ class Part(NamedTuple):
 
     def texts(self, counts: Counter[str] | None = None, streaming: bool = False) -> Iterator[str]:
         """Iterates over the documents' texts from the start."""
-        return texts(self.source, self.keep, counts, streaming, self.render)
+        return texts(self.source, self.keep, counts, streaming, self.render, bad_rows=self.bad_rows)
 
     def made_from(self, streaming: bool = False) -> list[Any]:
         """Everything that the texts depend on. Of streamed hub data, only the name counts."""
@@ -80,6 +83,8 @@ class Part(NamedTuple):
         made_from: list[Any] = [content, source.columns, _format_code(source.format), str(self.keep)]
         if source.ignore or source.label or source.template_variables:
             made_from.append([source.ignore, source.label, source.template_variables])
+        if self.bad_rows == "drop":
+            made_from.append(self.bad_rows)
         return made_from if self.render is None else [*made_from, self.render.template]
 
 

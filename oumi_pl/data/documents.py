@@ -21,13 +21,13 @@ from oumi_pl.data.formats import (
     resolve_format,
     text,
 )
-from oumi_pl.data.records import RecordReader
+from oumi_pl.data.records import BadRows, OnBadRows, RecordReader, RowCounts
 from oumi_pl.data.sources import Source, rows
 from oumi_pl.data.splitting import Side
 from oumi_pl.data.template import adds_bos
 from oumi_pl.data.tokenize import Dropped
 from oumi_pl.errors import UserError
-from oumi_pl.types import Conversation, Record, Row, Text
+from oumi_pl.types import BadRow, Conversation, Record, Row, Text
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -78,6 +78,8 @@ def texts(
     counts: Counter[str] | None = None,
     streaming: bool = False,
     render: Callable[[Conversation], str] | None = None,
+    *,
+    bad_rows: OnBadRows | None = None,
 ) -> Iterator[str]:
     """Yields the text of each document of a source, in order, without empty ones.
 
@@ -87,36 +89,62 @@ def texts(
         counts: Counter that is updated: `rows`, `kept`, `empty`, `not_good` (left out for their label), `replaced`.
         streaming: Read data from the hub without downloading them first.
         render: Renders conversations as texts; without it, they are refused.
+        bad_rows: Whether rows that can't be used are left out, or are an `error` that lists all of them, after which no
+            further text is yielded. None stops at the first, as `error` does when streaming.
 
     Raises:
         UserError: a row is no document (names file and line); and as for `rows`.
     """
-    counts = Counter() if counts is None else counts
-    convert = resolve_format(source.format, FORMATS) if source.format else None
-    reader = None if render is None else RecordReader(source, mixed=True)
-    for origin, row in rows(source, streaming=streaming, counts=counts):
+    counts = RowCounts() if counts is None else counts
+    bad = counts.bad if isinstance(counts, RowCounts) else BadRows()
+    at_once = bad_rows is None or (bad_rows == "error" and streaming)
+    convert = _converter(source, render)
+    for origin, row in rows(source, streaming=streaming, counts=counts, strict=at_once):
+        if isinstance(row, BadRow):
+            counts["rows"] += 1
+            bad.add(origin, row.reason)
+            continue
         try:
-            document: str | None = None
-            if render is None or reader is None:
-                document = _document(rename_columns(row, source.columns or {}), convert)
-            elif not isinstance(record := reader.record(row), Dropped):
-                document = _rendered(record, render)
-            if keep is not None and not keep(row, None if document is None else Text(document)):
+            document = convert(row)
+            if keep is not None and not keep(row, None if isinstance(document, Dropped) else Text(document)):
                 continue
         except UserError as error:
-            raise UserError(f"{origin}: {error}") from None
+            if at_once:
+                raise UserError(f"{origin}: {error}") from None
+            if keep is None or keep.counts_bad(row):
+                counts["rows"] += 1
+                bad.add(origin, str(error))
+            continue
         except Exception as error:
             if source.format is None:
                 raise
             raise UserError(f"{origin}: {raised(format_name(source.format), error)}") from error
         counts["rows"] += 1
-        if document is None:
+        if isinstance(document, Dropped):
             counts["not_good"] += 1
             continue
+        if bad.count and bad_rows == "error":
+            continue  # what is wrong with the others is all that is left to find
         kept = bool(document.strip())
         counts["kept" if kept else "empty"] += 1
         if kept:
             yield document
+    if bad.count and bad_rows == "error":
+        raise bad.error(source.title, counts["rows"])
+
+
+def _converter(source: Source, render: Callable[[Conversation], str] | None) -> Callable[[Row], str | Dropped]:
+    """What makes a row's text, or the reason why it has none."""
+    if render is None:
+        own = resolve_format(source.format, FORMATS) if source.format else None
+        return lambda row: _document(rename_columns(row, source.columns or {}), own)
+    reader = RecordReader(source, mixed=True)
+
+    def rendered(row: Row) -> str | Dropped:
+        record = reader.record(row)
+        return record if isinstance(record, Dropped) else _rendered(record, render)
+
+    return rendered
 
 
 def _rendered(record: Record, render: Callable[[Conversation], str]) -> str:

@@ -1,5 +1,6 @@
 """Base classes of data whose rows each become an example, and of such data with chat templates."""
 
+import copy
 import math
 from abc import abstractmethod
 from collections.abc import Iterable, Iterator, Sequence
@@ -52,6 +53,8 @@ class ExampleData(TextData):
             refuses): `error` stops the run and lists all kinds of them, `drop` leaves them out and counts them.
         fields: Columns with numbers that a batch has by name in `batch["fields"]`, one number per row: NaN where a row
             has `null`.
+        processes: Processes that tokenize rows, with the same result for any number. They call `encode`; files are read
+            and formats are called in the main process.
         kwargs: As of `TextData`.
     """
 
@@ -62,9 +65,13 @@ class ExampleData(TextData):
         group_by_length: bool = True,
         bad_rows: OnBadRows = "error",
         fields: Sequence[str] = (),
+        processes: int = 1,
         **kwargs: Any,
     ) -> None:
         super().__init__(*args, **kwargs)
+        if processes < 1:
+            raise UserError(f"data.processes is {processes}, but has to be at least 1")
+        self.processes = processes
         if bad_rows not in get_args(OnBadRows):
             raise UserError(f"data.bad_rows: unknown {bad_rows!r}{nearest(str(bad_rows), get_args(OnBadRows))}")
         self.bad_rows: OnBadRows = bad_rows
@@ -210,12 +217,20 @@ class ExampleData(TextData):
         return example_store(
             source,
             [*key, code, settings_of(self)],
-            self.encode,
+            self.encode if self.processes == 1 else self.__alone().encode,
             keep,
             self.formats,
             bad_rows=self.bad_rows,
             columns=self.fields,
+            processes=self.processes,
         )
+
+    def __alone(self) -> "ExampleData":
+        """A copy that can be sent to other processes: without the trainer, which can't."""
+        alone = copy.copy(self)
+        alone.trainer = None
+        alone.__stores = {}
+        return alone
 
     def batch(self, split: str, ids: Sequence[int]) -> Batch:
         """A batch of some examples of a split, by id."""

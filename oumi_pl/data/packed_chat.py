@@ -1,14 +1,17 @@
 """Conversations as one stream of tokens: rendered, joined and cut into rows, like the documents of pretraining."""
 
+from datetime import date as Date
 from functools import cached_property
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, get_args
 
 from oumi_pl.data.corpus import Part
 from oumi_pl.data.pretrain import PretrainData
+from oumi_pl.data.records import OnBadRows
 from oumi_pl.data.rendering import Rendering
 from oumi_pl.data.sources import titles
 from oumi_pl.data.template import apply_template, load_template
 from oumi_pl.data.template_date import template_date
+from oumi_pl.errors import UserError, nearest
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -23,11 +26,16 @@ class PackedChatData(PretrainData):
     Args:
         args: As of `TextData`; rows come in any format of `SFTData`.
         template: Chat template: `chatml`, `llama3` or `plain`, or a `.jinja` file; the tokenizer's own when left out.
+        bad_rows: What happens if rows can't be used: `error` stops the run and lists all kinds of them, `drop` leaves
+            them out and counts them.
         kwargs: As of `PretrainData`.
     """
 
-    def __init__(self, *args: Any, template: str | None = None, **kwargs: Any) -> None:
+    def __init__(self, *args: Any, template: str | None = None, bad_rows: OnBadRows = "error", **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
+        if bad_rows not in get_args(OnBadRows):
+            raise UserError(f"data.bad_rows: unknown {bad_rows!r}{nearest(str(bad_rows), get_args(OnBadRows))}")
+        self.bad_rows: OnBadRows = bad_rows
         self.template_spec = template
 
     def prepare_tokenizer(self, tokenizer: "PreTrainedTokenizerBase") -> list[int]:
@@ -38,8 +46,18 @@ class PackedChatData(PretrainData):
     @cached_property
     def rendering(self) -> Rendering:
         """Renders conversations as texts."""
-        return Rendering(self.tokenizer, template_date(self.tokenizer.chat_template, {}, titles(self.sources["train"])))
+        return Rendering(self.tokenizer, self.template_date)
+
+    @cached_property
+    def template_date(self) -> Date | None:
+        """The day that the template gets as today; None if it doesn't ask for it."""
+        return template_date(self.tokenizer.chat_template, {}, titles(self.sources["train"]))
+
+    def report(self) -> dict[str, Any]:
+        """As of `PretrainData`, with the date that the template writes."""
+        date = {} if self.template_date is None else {"template_date": str(self.template_date)}
+        return {split: described | date for split, described in super().report().items()}
 
     def parts(self, split: str) -> list[Part]:
         """The parts of sources that a split uses, with conversations rendered as texts."""
-        return [part._replace(render=self.rendering) for part in super().parts(split)]
+        return [part._replace(render=self.rendering, bad_rows=self.bad_rows) for part in super().parts(split)]

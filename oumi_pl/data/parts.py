@@ -23,6 +23,11 @@ class Part(NamedTuple):
     value: Any
 
     @property
+    def size(self) -> int:
+        """Characters of the value."""
+        return len(self.value if isinstance(self.value, str) else _constant(self.value)[0])
+
+    @property
     def spellings(self) -> tuple[str, ...]:
         """The ways in which templates write the value: as it is, or as JSON, XML or Python."""
         return _spellings(self.value) if isinstance(self.value, str) else _constant(self.value)
@@ -93,7 +98,7 @@ def missing_parts(message: Message, written: str) -> list[Part]:
     parts = parts_of(message)
     missing, folded = [], False
     # longest first, and each is taken out, so that a short one isn't found within another part
-    for part in sorted(parts, key=lambda part: -len(part.spellings[0])):
+    for part in sorted(parts, key=lambda part: -part.size):
         rest = _without(written, part)
         if rest is None and not folded:
             # templates may wrap lines or collapse blanks: compare without the difference
@@ -109,6 +114,9 @@ def missing_parts(message: Message, written: str) -> list[Part]:
 
 def _without(written: str, part: Part) -> str | None:
     """The text without one occurrence of a part; None if there is none."""
+    value = part.value
+    if isinstance(value, str) and (at := written.find(value)) >= 0:  # most are written as they are
+        return f"{written[:at]}\0{written[at + len(value) :]}"
     for spelling in part.spellings:
         at = written.find(spelling)
         if at >= 0:

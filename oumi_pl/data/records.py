@@ -1,6 +1,7 @@
 """From the rows of a source to records: which format reads them, which columns it leaves out, which rows are bad."""
 
 import re
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -318,6 +319,14 @@ class BadRows:
         if len(kinds) > KINDS_LISTED:
             lines.append(f"  and {len(kinds) - KINDS_LISTED:,} more reasons")
         return UserError("\n".join([f"{name}: {self.count:,} of {rows:,} rows can't be used; {remedy}", *lines]))
+
+
+class RowCounts(Counter[str]):
+    """Counts of rows by what became of them, and the bad ones among them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.bad = BadRows()
 
 
 def _named(origins: list[str], count: int) -> str:

@@ -36,6 +36,11 @@ class ReferenceLogps:
         """Number of chunks."""
         return -(-(len(self.offsets) - 1) // CHUNK)
 
+    @property
+    def bytes(self) -> int:
+        """Size of all chunks on disk."""
+        return 4 * self.width * int(self.offsets[-1])
+
     def examples(self, chunk: int) -> range:
         """The examples of a chunk."""
         return range(chunk * CHUNK, min((chunk + 1) * CHUNK, len(self.offsets) - 1))

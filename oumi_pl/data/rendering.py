@@ -142,6 +142,7 @@ class ChatRenderer:
         self._eos = tokenizer.eos_token if add_eos else None
         self._date = date
         self._ends_of: dict[tuple[str, bool], _Ends] = {}
+        self._shaped: tuple[Any, Any] = None, None  # the last conversation and its shape, asked for once per turn
         self._shapes: dict[Any, Any] = {}  # facts that hold for all conversations with turns of the same kinds
 
     # ---- text
@@ -152,10 +153,11 @@ class ChatRenderer:
         Raises:
             UserError: there is no template, or it refuses these turns.
         """
-        blank, without = _with_blank_texts(conversation)
+        blank = _without_texts(conversation, "")
         try:
             return self._text(conversation, (blank or conversation).messages[:border], generation_prompt=True)
         except RefusedError:
+            without = _without_texts(conversation, None)
             if without is None:
                 raise
             return self._text(conversation, without.messages[:border], generation_prompt=True)
@@ -182,17 +184,17 @@ class ChatRenderer:
         """
         if not turns:
             return Rendered([Written(self.text(conversation))])
-        blank, without = _with_blank_texts(conversation)
-        if blank is None or without is None:
+        blank = _without_texts(conversation, "")
+        if blank is None:
             return self._render(conversation, turns, as_one)
         try:  # templates differ in whether a turn without text has an empty one or none
             rendered = self._render(blank, turns, as_one)
             if not rendered.lost:
                 return rendered
         except UserError:
-            return self._render(without, turns, as_one)
+            return self._render(_without_texts(conversation, None) or conversation, turns, as_one)
         with contextlib.suppress(UserError):
-            other = self._render(without, turns, as_one)
+            other = self._render(_without_texts(conversation, None) or conversation, turns, as_one)
             if len(other.lost) < len(rendered.lost):
                 return other
         return rendered
@@ -203,11 +205,16 @@ class ChatRenderer:
         else:
             rendered = self._render_unmarked(conversation, turns, as_one)
         by_turn = {target.turn: text for text in rendered.texts for target in text.targets}
+        last, whole = by_turn.get(turns[-1]), set()
         for turn in turns:
             written = by_turn[turn].of(turn) if turn in by_turn else ""
-            rendered.lost += [(turn, kind, name) for kind, name in self._lost(conversation, turn, written)]
-        if turns[-1] in by_turn:
-            rendered.left_out = _left_out(conversation.messages[: turns[-1]], by_turn[turns[-1]].text)
+            lost = self._lost(conversation, turn, written)
+            rendered.lost += [(turn, kind, name) for kind, name in lost]
+            if not lost and by_turn.get(turn) is last:
+                whole.add(turn)
+        if last is not None:
+            history = [m for i, m in enumerate(conversation.messages[: turns[-1]]) if i not in whole]
+            rendered.left_out = _left_out(history, last.text)
         return rendered
 
     # ---- which text serves which turn
@@ -497,6 +504,12 @@ class ChatRenderer:
 
     def _shape(self, conversation: Conversation) -> Any:
         """The kinds of a conversation's turns, on which it depends what a template writes of them."""
+        if conversation is not self._shaped[0]:
+            self._shaped = conversation, self._new_shape(conversation)
+        return self._shaped[1]
+
+    @staticmethod
+    def _new_shape(conversation: Conversation) -> Any:
         kinds = []
         for message in conversation.messages:
             content = message.get("content") or ""
@@ -753,8 +766,8 @@ def _replaced_call(call: dict[str, Any], replace: Any) -> dict[str, Any]:
     return {**call, "function": altered} if "function" in call else altered
 
 
-def _with_blank_texts(conversation: Conversation) -> tuple[Conversation | None, Conversation | None]:
-    """A conversation whose assistant turns without text have an empty text, and one in which they have none."""
+def _without_texts(conversation: Conversation, content: str | None) -> Conversation | None:
+    """A conversation whose assistant turns without text have this content; None if there are none."""
     messages = conversation.messages
     blank = [
         message["role"] == "assistant"
@@ -763,12 +776,9 @@ def _with_blank_texts(conversation: Conversation) -> tuple[Conversation | None, 
         for message in messages
     ]
     if not any(blank):
-        return None, None
-    variants = []
-    for content in ("", None):
-        turns = ({**m, "content": content} if empty else m for m, empty in zip(messages, blank, strict=True))
-        variants.append(replace(conversation, messages=tuple(turns)))  # type: ignore[arg-type]
-    return variants[0], variants[1]
+        return None
+    turns = ({**m, "content": content} if empty else m for m, empty in zip(messages, blank, strict=True))
+    return replace(conversation, messages=tuple(turns))  # type: ignore[arg-type]
 
 
 def _left_out(history: Sequence[Message], text: str) -> set[str]:

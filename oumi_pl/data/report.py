@@ -31,16 +31,20 @@ def merged(reports: list[dict[str, Any]]) -> dict[str, Any]:
         total["notes"] = dict(notes)
     if unread := {name for report in reports for name in report.get("unread_columns", ())}:
         total["unread_columns"] = sorted(unread)
-    if bad := [report["bad_rows"] for report in reports if "bad_rows" in report]:
-        total["bad_rows"] = {
-            reason: {
-                "rows": sum(kinds[reason]["rows"] for kinds in bad if reason in kinds),
-                "first": [origin for kinds in bad if reason in kinds for origin in kinds[reason]["first"]],
-            }
-            for kinds in bad
-            for reason in kinds
+    return total | _merged_bad_rows(reports)
+
+
+def _merged_bad_rows(reports: list[dict[str, Any]]) -> dict[str, Any]:
+    bad = [report["bad_rows"] for report in reports if "bad_rows" in report]
+    merged_kinds = {
+        reason: {
+            "rows": sum(kinds[reason]["rows"] for kinds in bad if reason in kinds),
+            "first": [origin for kinds in bad if reason in kinds for origin in kinds[reason]["first"]],
         }
-    return total
+        for kinds in bad
+        for reason in kinds
+    }
+    return {"bad_rows": merged_kinds} if bad else {}
 
 
 def of_lengths(lengths: np.ndarray) -> dict[str, Any]:
@@ -95,6 +99,8 @@ def describe_documents(shards: list[Shards], across: bool = False) -> dict[str, 
         "empty": sum(source["empty"] for source in sources),
         "label: not good": sum(source.get("not_good", 0) for source in sources),
     }
+    bad = _merged_bad_rows(sources)
+    dropped |= {reason: kind["rows"] for reason, kind in bad.get("bad_rows", {}).items()}
     described: dict[str, Any] = {
         **{key: sum(source[key] for source in sources) for key in ("rows", "kept", "replaced")},
         "dropped": {reason: count for reason, count in dropped.items() if count},
@@ -107,7 +113,7 @@ def describe_documents(shards: list[Shards], across: bool = False) -> dict[str, 
         "bytes": text_bytes,
         "bytes_per_token": round(text_bytes / max(1, tokens), 4),
     }
-    return described | ({"sources": sources} if len(sources) > 1 else {})
+    return described | bad | ({"sources": sources} if len(sources) > 1 else {})
 
 
 def _source_report(shards: Shards) -> dict[str, Any]:

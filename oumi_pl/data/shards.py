@@ -17,6 +17,7 @@ from typing import Any, cast
 import numpy as np
 
 from oumi_pl.data.documents import Document, TokenizeDocuments, in_chunks
+from oumi_pl.data.records import RowCounts
 from oumi_pl.errors import UserError
 from oumi_pl.terminal.screen import track
 
@@ -154,7 +155,7 @@ def write_shards(
     if (directory / MANIFEST).exists():
         return
     whole = _whole_shards(directory, np.dtype(tokenize.dtype))
-    counts: Counter[str] = Counter()
+    counts = RowCounts()
     # documents in complete shards are read again for the counts, which costs little compared to tokenizing
     rest = itertools.islice(documents(counts), sum(shard["documents"] for shard in whole), None)
     tracked = track(rest, f"tokenizing {name}", unit="documents")
@@ -162,8 +163,9 @@ def write_shards(
     while shard := _write_shard(directory, len(whole), tokenized, shard_tokens):
         whole.append(shard)
     totals = {key: sum(shard[key] for shard in whole) for key in ("documents", "tokens", "text_bytes")}
-    report = {key: counts[key] for key in ("rows", "kept", "empty", "replaced")}
+    report: dict[str, Any] = {key: counts[key] for key in ("rows", "kept", "empty", "replaced")}
     report |= {"not_good": counts["not_good"]} if counts["not_good"] else {}
+    report |= {"bad_rows": counts.bad.report()} if counts.bad.count else {}
     manifest = made_from | totals | {"name": name, "report": report, "shards": whole}
     _write_whole(directory / MANIFEST, json.dumps(manifest, indent=1).encode())
 

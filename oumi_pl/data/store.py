@@ -7,8 +7,10 @@ import json
 import os
 import shutil
 import tempfile
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, BinaryIO, cast
 
@@ -17,6 +19,7 @@ import numpy as np
 from oumi_pl.attention.segments import check_segments
 from oumi_pl.data.code import code_of
 from oumi_pl.data.formats import FORMATS, Formats, format_name, resolve_format
+from oumi_pl.data.processes import mapped
 from oumi_pl.data.records import BadRows, FieldReader, OnBadRows, RecordReader, RecordWithFields
 from oumi_pl.data.sources import Source, fingerprint
 from oumi_pl.data.splitting import Side
@@ -221,8 +224,10 @@ def _mapped(file: Path, dtype: type) -> np.ndarray:
     return cast("np.ndarray", np.memmap(file, dtype=dtype, mode="r"))
 
 
-ENCODE_BATCH = 1000
-"""Rows per call of `encode`."""
+ENCODE_BATCH = 200
+"""Rows per call of `encode`. With larger batches, Python's garbage collector goes through all objects more often."""
+HOPELESS = 1000
+"""Bad rows after which the others are not looked at, if no row was usable until then."""
 
 Encode = Callable[[Sequence[Record]], list[Example | Dropped]]
 
@@ -236,6 +241,7 @@ def example_store(
     *,
     bad_rows: OnBadRows = "error",
     columns: Sequence[str] = (),
+    processes: int = 1,
 ) -> ExampleStore:
     """The tokenized rows of a source, from the cache or written now.
 
@@ -247,6 +253,7 @@ def example_store(
         formats: The formats that rows may have.
         bad_rows: Whether rows that can't be used stop the run, after all rows were looked at, or are left out.
         columns: Columns with numbers, which become fields of the examples.
+        processes: How many processes call `encode`. The store is the same for any number.
 
     Raises:
         UserError: rows can't be used; lists the reasons with the files and lines of the first rows.
@@ -267,7 +274,7 @@ def example_store(
 
     def examples() -> Iterator[Example]:
         bad = BadRows()
-        yield from _encoded(records, report, _with_fields(encode) if columns else encode, bad)
+        yield from _encoded(records, report, partial(_with_fields, encode) if columns else encode, bad, processes)
         if bad.count and bad_rows == "error":
             raise bad.error(source.title, report["rows"])
         if bad.count:
@@ -279,58 +286,90 @@ def example_store(
     return write_store(directory, examples(), report)
 
 
-def _with_fields(encode: Encode) -> Encode:
+def _with_fields(encode: Encode, records: Sequence[Record]) -> list[Example | Dropped]:
     """Encodes the records of a `FieldReader`, and adds their numbers to the fields of the examples."""
+    own = cast("Sequence[RecordWithFields]", records)
+    pairs = zip(encode([one.record for one in own]), own, strict=True)
+    return [replace(e, fields={**e.fields, **one.fields}) if isinstance(e, Example) else e for e, one in pairs]
 
-    def encoded(records: Sequence[Record]) -> list[Example | Dropped]:
-        own = cast("Sequence[RecordWithFields]", records)
-        pairs = zip(encode([one.record for one in own]), own, strict=True)
-        return [replace(e, fields={**e.fields, **one.fields}) if isinstance(e, Example) else e for e, one in pairs]
 
-    return encoded
+@dataclass
+class _Rows:
+    """A batch of rows as they were read."""
+
+    rows: int
+    bad: list[tuple[str, str]] = field(default_factory=list)
+    dropped: list[Dropped] = field(default_factory=list)
+    origins: list[str] = field(default_factory=list)
+    records: list[Record] = field(default_factory=list)
 
 
 def _encoded(
-    records: Iterable[tuple[str, Record | Dropped | BadRow]], report: dict[str, Any], encode: Encode, bad: BadRows
+    records: Iterable[tuple[str, Record | Dropped | BadRow]],
+    report: dict[str, Any],
+    encode: Encode,
+    bad: BadRows,
+    processes: int,
 ) -> Iterator[Example]:
     """Yields the examples; counts all rows in `report`, and adds bad ones to `bad`."""
+    sent: deque[_Rows] = deque()
+
+    def batches() -> Iterator[list[Record]]:
+        for batch in _batches(records):
+            sent.append(batch)
+            yield batch.records
+
+    of_batch = partial(_encode, encode)
+    alone = (of_batch(batch) for batch in batches()) if processes == 1 else None
+    with contextlib.closing(alone or mapped(of_batch, batches(), processes, "data.processes")) as results:
+        for result in results:
+            batch = sent.popleft()
+            report["rows"] += batch.rows
+            for origin, reason in batch.bad:
+                bad.add(origin, reason)
+            for dropped in batch.dropped:
+                _count(report, dropped)
+            for origin, example in zip(batch.origins, result, strict=True):
+                if isinstance(example, BadRow):
+                    bad.add(origin, example.reason)
+                    continue
+                _count(report, example)
+                if isinstance(example, Example):
+                    yield example
+            if not report["kept"] and bad.count >= HOPELESS:  # no row fits the template, say
+                return
+
+
+def _batches(records: Iterable[tuple[str, Record | Dropped | BadRow]]) -> Iterator[_Rows]:
     iterator = iter(records)
-    while batch := list(itertools.islice(iterator, ENCODE_BATCH)):
-        report["rows"] += len(batch)
-        good: list[tuple[str, Record]] = []
-        for origin, record in batch:
+    while rows := list(itertools.islice(iterator, ENCODE_BATCH)):
+        batch = _Rows(len(rows))
+        for origin, record in rows:
             if isinstance(record, BadRow):
-                bad.add(origin, record.reason)
+                batch.bad.append((origin, record.reason))
             elif isinstance(record, Dropped):
-                _count(report, record)
+                batch.dropped.append(record)
             else:
-                good.append((origin, record))
-        for example in _encode(good, encode, bad):
-            _count(report, example)
-            if isinstance(example, Example):
-                yield example
-        if not report["kept"] and bad.count >= ENCODE_BATCH:  # no row fits the template, say: one batch shows it
-            return
+                batch.origins.append(origin)
+                batch.records.append(record)
+        yield batch
 
 
-def _encode(records: list[tuple[str, Record]], encode: Encode, bad: BadRows) -> Iterator[Example | Dropped]:
+def _encode(encode: Encode, records: list[Record]) -> list[Example | Dropped | BadRow]:
     """Encodes a batch; if that fails, row by row, to find the bad ones."""
     try:
-        encoded = encode([record for _, record in records])
+        return list(encode(records))
     except UserError as error:
-        failed, before = error, bad.count
-    else:
-        yield from encoded
-        return
-    for origin, record in records:
+        failed = error
+    encoded: list[Example | Dropped | BadRow] = []
+    for record in records:
         try:
-            encoded = encode([record])
+            encoded += encode([record])
         except UserError as error:
-            bad.add(origin, str(error))
-        else:
-            yield from encoded
-    if bad.count == before:
+            encoded.append(BadRow(str(error)))
+    if not any(isinstance(row, BadRow) for row in encoded):
         raise failed
+    return encoded
 
 
 def _own_code() -> str:

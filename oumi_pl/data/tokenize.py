@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Literal, NamedTuple, get_args
 
 import numpy as np
 
-from oumi_pl.data.rendering import ChatRenderer, Rendered, Span, Target, Turns, Written, spans_by_kind
+from oumi_pl.data.rendering import ChatRenderer, Span, Target, Turns, Written, spans_by_kind
 from oumi_pl.data.template import adds_bos, special_tokens
 from oumi_pl.errors import UserError, nearest
 from oumi_pl.types import Conversation, Example, Preference, Record, Segment, Text
@@ -204,27 +204,31 @@ class Tokenize:
     def _weighed(self, record: Conversation, texts: list[Written]) -> list[Written]:
         """Gives the targets of a conversation's texts the weights that its turns and the row have.
 
+        If answers have texts of their own, a turn of another role carries loss in that of the answer which follows it.
+
         Raises:
-            UserError: turns that carry loss have texts of their own, and turns of other roles carry loss too; or a
-                turn's text can't be found.
+            UserError: a turn's text can't be found.
         """
         messages, all_of_it = record.messages, self._train_on == "all"
-        if all_of_it:  # then turns with other weights lie over the whole
-            flagged = [i for i, m in enumerate(messages) if m["role"] == "assistant" and "weight" in m]
-            rendered = self._renderer.render(record, flagged) if flagged else Rendered(texts)
-            texts = [replace(text, targets=[Target(-1, 0, len(text.text)), *text.targets]) for text in rendered.texts]
         others = [
             i
             for i, m in enumerate(messages)
             if m["role"] != "assistant" and (m.get("weight", 1) != 1 if all_of_it else m.get("weight", 0) > 0)
         ]
-        if len(texts) > 1 and (others or all_of_it):
-            raise UserError(
-                "with this chat template, turns have a context of their own each, so their weights can't be combined "
-                "with train_on: all or with the loss of other roles' turns; what helps: another template"
-            )
+        if all_of_it:  # then turns with other weights lie over the whole
+            flagged = [i for i, m in enumerate(messages) if m["role"] == "assistant" and "weight" in m]
+            (whole,), own = texts, []
+            rendered = self._renderer.render(record, flagged, as_one=True).texts[0] if flagged else whole
+            if flagged and rendered.text.startswith(whole.text):
+                whole, own = rendered, rendered.targets
+            else:  # the template writes the last of them differently without what follows
+                others += flagged
+            texts = [replace(whole, targets=[Target(-1, 0, len(whole.text)), *own])]
+        last = [max((target.turn for target in text.targets), default=-1) for text in texts]
         for i in others:
-            texts[0].targets.append(self._place(record, i, texts[0].text))
+            place = next((k for k, turn in enumerate(last) if turn > i), len(texts) - 1)
+            shown = record if len(texts) == 1 else replace(record, messages=messages[: last[place] + 1])
+            texts[place].targets.append(self._place(shown, i, texts[place].text))
         return [self._with_weights(record, text) for text in texts]
 
     def _with_weights(self, record: Conversation, text: Written) -> Written:
@@ -247,6 +251,11 @@ class Tokenize:
         """Where in a conversation's text the content of a turn of any role is, with the special token that ends it."""
         mark = "Zq?zQ"  # a text that doesn't occur otherwise
         messages = [*record.messages]
+        if turn >= len(messages):
+            raise UserError(
+                f"with this chat template, each answer has a context of its own, and turn {turn + 1}, which is to be "
+                "trained, is in none of them, because no answer follows it; what helps: another template"
+            )
         messages[turn] = {**messages[turn], "content": mark}
         marked = self._renderer.text(replace(record, messages=tuple(messages)))
         start, _, rest = marked.partition(mark)
@@ -344,6 +353,8 @@ class Tokenize:
 
         The context is what all paths begin with, up to the first target.
         """
+        if all(len(path.ids) <= self.max_length for path in paths):
+            return list(paths)
         places = self._places(paths)
         if isinstance(places, Dropped):
             return places

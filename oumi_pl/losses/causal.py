@@ -8,6 +8,7 @@ the logits in the backward pass if it could not keep them.
 Shapes: `n` tokens that carry a loss (callers select them *before* the head), `hidden` the width of the model, `vocab`.
 """
 
+import contextlib
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -21,6 +22,7 @@ from oumi_pl.errors import UserError
 from oumi_pl.losses.linear_head import (
     LinearTokenLoss,
     LossTask,
+    OtherInputsError,
     Task,
     TokenLossOfHead,
     Transform,
@@ -130,10 +132,12 @@ def token_loss_sum(
     """Sums a token loss over the logits `head(hidden)`, without ever holding all of them.
 
     The gradients are computed chunk by chunk in the forward pass and scaled in the backward pass, so the loss is called
-    once per token. Exceptions are heads with hooks or sharded separately: they run under activation checkpointing,
-    which calls the loss again in the backward pass. With gradients disabled only losses are computed. Matrix products
-    run in autocast's dtype where it is active, in that of `hidden` elsewhere; losses and sums over tokens are float32
-    (float64 in a float64 model).
+    once per token. Exceptions are heads with backward hooks, which have to see the scaled gradients; heads that are
+    sharded separately, whose weights are gathered again for the backward pass; and heads that compute with trained
+    tensors besides their own parameters. They run under activation checkpointing, which calls the loss again in the
+    backward pass, since the gradients of all logits are not kept. With gradients disabled only losses are computed.
+    Matrix products run in autocast's dtype where it is active, in that of `hidden` elsewhere; losses and sums over
+    tokens are float32 (float64 in a float64 model).
 
     Under `create_graph=True`, the backward pass computes the gradients again from plain operations, chunk by chunk, so
     that they can be differentiated. Within transforms of `torch.func` and forward-mode AD, plain operations are used
@@ -155,19 +159,27 @@ def token_loss_sum(
     _check(hidden, targets)
     task = LossTask(targets, transform, chunk_size, torch.is_grad_enabled(), token_loss, weights)
     rows = chunks(len(targets), _vocab(head), hidden.device, chunk_size)
-    if is_transformed(hidden, head) or not _is_whole(head):
-        losses, hits = _by_chunks(_loss_of_chunk(task, head), hidden, targets, head, chunk_size, weights=weights)
-        loss_sum, correct = (losses if weights is None else losses * weights).sum(), hits.sum()
-    elif is_plain_linear(head, hidden):
+    if is_plain_linear(head, hidden) and not is_transformed(hidden, head):
         loss_sum, correct = LinearTokenLoss.apply(hidden, head.weight, head.bias, task, *task.parameters)
     else:
-        trained = [p for p in head.parameters() if p.requires_grad]
-        loss_sum, correct = TokenLossOfHead.apply(hidden, head, task, rows, *trained, *task.parameters)
+        loss_sum, correct = _sum_of_any_head(hidden, head, task, rows)
     if not rows:  # so that the names are those of every other batch
         task.metrics.clear()
         task.measure(hidden.new_zeros(0, _vocab(head), dtype=full_precision(hidden.dtype)), targets, None)
     # a copy, since activation checkpointing calls the loss again
     return TokenLossOutput(loss_sum, torch.tensor(len(targets), device=hidden.device), correct, dict(task.metrics))
+
+
+def _sum_of_any_head(hidden: Tensor, head: nn.Module, task: LossTask, rows: list[slice]) -> tuple[Tensor, Tensor]:
+    """The sum of the losses, and the count of targets with the largest logit."""
+    if _is_whole(head) and not is_transformed(hidden, head):
+        trained = [p for p in head.parameters() if p.requires_grad]
+        with contextlib.suppress(OtherInputsError):
+            loss_sum, correct = TokenLossOfHead.apply(hidden, head, task, rows, *trained, *task.parameters)
+            return loss_sum, correct
+    weights = task.weights
+    losses, hits = _by_chunks(_loss_of_chunk(task, head), hidden, task.targets, head, task.chunk_size, weights=weights)
+    return (losses if weights is None else losses * weights).sum(), hits.sum()
 
 
 def token_losses(
@@ -261,7 +273,7 @@ def _is_whole(head: nn.Module) -> bool:
     Not so if it is sharded separately, since it is gathered in hooks of its own; and its hooks of the backward pass
     would see gradients before they are scaled.
     """
-    hooks = [(m._forward_hooks, m._forward_pre_hooks, m._backward_hooks, m._backward_pre_hooks) for m in head.modules()]
+    hooks = [(m._backward_hooks, m._backward_pre_hooks) for m in head.modules()]
     return not any(any(of) for of in hooks) and not any(isinstance(p, DTensor) for p in head.parameters())
 
 

@@ -254,7 +254,10 @@ class LinearTokenLoss(torch.autograd.Function):
 
 
 class TokenLossOfHead(torch.autograd.Function):
-    """Loss sum of any head (LoRA, quantised): its own `forward` gives the logits. Gradients as in `LinearTokenLoss`."""
+    """Loss sum of any head (LoRA, quantised, with forward hooks), by calling it. Gradients as in `LinearTokenLoss`.
+
+    Raises `OtherInputsError`, before the loss is called, if the head computes with other trained tensors.
+    """
 
     @staticmethod
     def forward(
@@ -278,6 +281,8 @@ class TokenLossOfHead(torch.autograd.Function):
             if not wanted:
                 loss, hit = without_gradient(task, logits, chunk)
             else:
+                if chunk is rows[0]:
+                    refuse_other_inputs(logits, (states, *own))
                 # a copy, since the gradient is computed in place
                 loss, hit, gradient = with_gradient(task, logits.detach().clone(), chunk, of_loss)
                 of_hidden[chunk] = _add_gradients(logits, gradient.to(logits.dtype), states, own, of_head)
@@ -312,6 +317,31 @@ class TokenLossOfHead(torch.autograd.Function):
         with torch.no_grad():
             scaled = [(g * upstream).to(t.dtype) for g, t in zip(gradients, (hidden, *parameters), strict=True)]
         return scaled[0], None, None, None, *scaled[1:]
+
+
+class OtherInputsError(Exception):
+    """A head computes with something trained that is neither its hidden states nor its own parameters."""
+
+
+def refuse_other_inputs(logits: Tensor, inputs: Sequence[Tensor]) -> None:
+    """Looks for leaves of a graph that are not among `inputs`, whose gradients would be lost.
+
+    Hooks of a head may use any tensor, and so may a module of the user's.
+
+    Raises:
+        OtherInputsError: there is one.
+    """
+    known, seen = {id(tensor) for tensor in inputs}, set()
+    nodes = [logits.grad_fn]
+    while nodes:
+        node = nodes.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        leaf = getattr(node, "variable", None)  # of the nodes that accumulate gradients
+        if leaf is not None and id(leaf) not in known:
+            raise OtherInputsError
+        nodes += [following for following, _ in node.next_functions]
 
 
 def _add_gradients(

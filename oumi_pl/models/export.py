@@ -13,6 +13,7 @@ from torch import Tensor
 from oumi_pl import __version__
 from oumi_pl.errors import UserError, reason
 from oumi_pl.models.build import is_sharded, keep_differentiable, without_load_report
+from oumi_pl.models.given import is_plain
 from oumi_pl.models.lm import LM
 from oumi_pl.models.lora import merged
 from oumi_pl.runs.checkpoints import read_sharded
@@ -209,7 +210,7 @@ def _generation_config(hf: Any, tokenizer: Any, stop_tokens: Sequence[int]) -> I
     Yields None for a model that does not generate.
     """
     base = hf.get_base_model() if hasattr(hf, "peft_config") else hf
-    if not base.can_generate():
+    if not base.can_generate() or is_plain(base):
         yield None
         return
     own = base.generation_config
@@ -276,7 +277,8 @@ def _refuse_other_logits(folder: Path, model: LM, hf: Any, expected: Tensor) -> 
         kwargs |= model.adapter_settings
     with without_load_report(), torch.random.fork_rng(), torch.no_grad():
         load: Any = getattr(transformers, model.auto_class)
-        logits = model.plain_logits(keep_differentiable(load.from_pretrained(folder, **kwargs)).eval())
+        loaded = base.reloaded(folder) if is_plain(base) else load.from_pretrained(folder, **kwargs)
+        logits = model.plain_logits(keep_differentiable(loaded).eval())
     is_exact = expected.device.type == "cpu" and {weight.dtype, expected.dtype} <= EXACT
     is_exact = is_exact and "quantization_config" not in kwargs
     expected = expected.float().cpu()

@@ -1,9 +1,7 @@
 """Models that Python passes as objects, instead of naming a folder or a model on the hub."""
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
-
-from torch import nn
+from typing import TYPE_CHECKING, Any, cast
 
 from oumi_pl import attention
 from oumi_pl.errors import UserError, reason
@@ -14,8 +12,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 
-def refuse_unusable(model: Any, **instead: Any) -> None:
-    """Refuses an object that is no causal language model of transformers, and settings that it can't take.
+def as_model(model: Any, **instead: Any) -> "PreTrainedModel":
+    """The model that was passed as an object; a plain `nn.Module` gets the interface of a model of transformers.
 
     Args:
         model: What was passed as `model`.
@@ -30,19 +28,25 @@ def refuse_unusable(model: Any, **instead: Any) -> None:
     name = type(model).__name__
     if isinstance(model, PeftModel):
         raise UserError("model: a PeftModel has its adapters already; pass its base model, and `lora: {r: 16, …}`")
+    for key, value in instead.items():
+        if value is not None:
+            raise UserError(f"model.{key}: {name} was passed as an object, which is trained as it is; leave {key} out")
     if not isinstance(model, PreTrainedModel):
-        kind = "an nn.Module" if isinstance(model, nn.Module) else "no model"
-        raise UserError(
-            f"model: {name} is {kind}; pass a name, a folder or a transformers.PreTrainedModel (for an architecture of "
-            "your own, a subclass with a `base_model` and an output head; see recipes/notebooks/README.md)"
-        )
+        from oumi_pl.models.plain import PlainLM
+
+        return PlainLM(model)
     if model.get_output_embeddings() is None:
         raise UserError(f"model: {name} has no output head; load it with AutoModelForCausalLM")
     if any("lora_" in parameter for parameter, _ in model.named_parameters()):
         raise UserError(f"model: this {name} has adapters in its layers already; pass a new one, or merge them first")
-    for key, value in instead.items():
-        if value is not None:
-            raise UserError(f"model.{key}: {name} was passed as an object, which is trained as it is; leave {key} out")
+    return model
+
+
+def is_plain(model: Any) -> bool:
+    """Whether a model is a plain `nn.Module` with the interface of a model of transformers."""
+    from oumi_pl.models.plain import PlainLM  # here, since it imports transformers
+
+    return isinstance(model, PlainLM)
 
 
 def adopt(
@@ -67,8 +71,12 @@ def adopt(
     if tokenizer is not None:
         new_rows = fit_vocabulary(hf, tokenizer, [i for i in added_tokens if i not in fitted], added_tokens)
         hf.fitted_tokens = fitted | set(added_tokens)  # type: ignore[assignment]
-    freeze_modules(hf, freeze)
+    freeze_modules(cast("Any", hf).plain if is_plain(hf) else hf, freeze)
     if gradient_checkpointing:
+        if not hf.supports_gradient_checkpointing:
+            raise UserError(
+                f"model.gradient_checkpointing: {_name(hf)} has no such switch; leave it out, or recompute in forward"
+            )
         hf.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     trained: Any = hf
     if lora is not None:
@@ -84,6 +92,8 @@ def set_attention(hf: "PreTrainedModel", name: str) -> None:
     Raises:
         UserError: it has no such implementation.
     """
+    if is_plain(hf) and name not in (attention.NAME, "eager"):  # what it has without being asked
+        raise UserError(f"model.attn: {_name(hf)} has none of the attentions of transformers; leave it out")
     if hf.config._attn_implementation == name:
         return
     try:
@@ -91,3 +101,7 @@ def set_attention(hf: "PreTrainedModel", name: str) -> None:
     except (ValueError, KeyError, ImportError) as error:
         refuse_attention(name, error)
         raise UserError(f"model.attn: {name!r} does not work for this model: {reason(error)}") from error
+
+
+def _name(hf: Any) -> str:
+    return type(hf.plain if is_plain(hf) else hf).__name__

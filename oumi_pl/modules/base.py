@@ -35,7 +35,7 @@ from oumi_pl.models.build import (
 )
 from oumi_pl.models.export import export_model, read_heads
 from oumi_pl.models.generation import complete
-from oumi_pl.models.given import adopt, refuse_unusable, set_attention
+from oumi_pl.models.given import adopt, as_model, set_attention
 from oumi_pl.models.lm import LM, ScoringLM, choose_layout, disable_dropout, forest, padded, with_layout
 from oumi_pl.models.lora import lora_config
 from oumi_pl.modules.reference import Reference
@@ -81,7 +81,7 @@ class LanguageModule(RestorableModule):
 
     Args:
         model: Hub id or directory of a pretrained model; leave it out to start from random weights. From Python also a
-            causal LM of transformers, which is then trained itself.
+            causal LM of transformers, or any `nn.Module` from token ids to logits, which is then trained itself.
         config: `model_type` and values of a config to start from; with `model`, values to override.
         architecture: Class path of a model of your own, a subclass of `transformers.PreTrainedModel` with a
             `config_class`; `config` then needs no `model_type`.
@@ -145,7 +145,9 @@ class LanguageModule(RestorableModule):
         """The model, if it was passed as an object; in a list, since it is no submodule beside `model`."""
         if model is not None and not isinstance(model, str):
             other = {"config": config, "quantization": quantization, "revision": revision}
-            refuse_unusable(model, **other, dtype=dtype if dtype not in ("float32", "auto") else None)
+            if self.scoring:
+                raise UserError(f"model: {type(self).__name__} gives scores; pass the name or folder of a model")
+            model = as_model(model, **other, dtype=dtype if dtype not in ("float32", "auto") else None)
             self.model_object = [model]
         if not 0 < layer_decay <= 1:
             raise UserError(f"model.layer_decay is {layer_decay}, but has to be above 0 and at most 1")
@@ -190,6 +192,11 @@ class LanguageModule(RestorableModule):
         """Lines that an engine other than Lightning adds to `notes`."""
         self.__is_start = False
         self.__built: list[LM] = []  # in a list, since it is no second submodule
+
+    @property
+    def tokenizer_name(self) -> str | None:
+        """The model whose tokenizer the data use unless they name one; None if there is none."""
+        return self.model_name
 
     @property
     def keeps_trained_weights_only(self) -> bool:
@@ -296,8 +303,7 @@ class LanguageModule(RestorableModule):
             UserError: the model folder holds other heads than this trainer type has.
         """
         if self.model is not None and not isinstance(self.model, LM):  # assigned by the user, instead of an argument
-            refuse_unusable(self.model)
-            self.model_object, self.model = [self.model], None
+            self.model_object, self.model = [as_model(self.model)], None
         self.model = self.build(tokenizer, added_tokens, branching=branching)
         self.make_heads(self.model)
         if self.model_name is not None and (heads := self.heads()):
@@ -681,7 +687,7 @@ def refuse_unfit_callbacks(callbacks: Sequence[Any]) -> None:
 
 def _name_in_model(name: str) -> str:
     """The name of a parameter in the Hugging Face model; of one beside it, the name itself."""
-    return name.removeprefix("model.hf.").removeprefix("base_model.model.")
+    return name.removeprefix("model.hf.").removeprefix("base_model.model.").removeprefix("body.plain.")
 
 
 def _optimizer(optimizer: OptimizerCallable, groups: list[dict[str, Any]]) -> Optimizer:

@@ -89,6 +89,11 @@ class Distill(LanguageModule):
             self, teacher, teacher_dtype, quantization=teacher_quantization, top_k=top_k, temperature=temperature
         )
 
+    @property
+    def tokenizer_name(self) -> str | None:
+        """A student that starts from random weights reads the teacher's tokens."""
+        return self.model_name or self.reference.name
+
     def on_model_built(self) -> None:
         """As of `SFT`.
 
@@ -204,8 +209,11 @@ class Teacher(Reference):
         missing = trainer.strategy.broadcast(any(store.missing() for store in stores.values()))
         if missing:
             model = self._model()
+            # the size that is said before the first is computed, since it may be more than the disk has
+            size = sum(store.bytes for store in stores.values()) / 1e9
+            what = f"the teacher's distributions ({size:.2g} GB)"
             for split, store in stores.items():
-                precompute(trainer, model, split, store, compute=self._columns, what="the teacher's distributions")
+                precompute(trainer, model, split, store, compute=self._columns, what=what)
         before = self.opened.stores if isinstance(self.opened, Precomputed) else {}
         self.opened = Precomputed(before | stores)
         source = "computed before training" if missing else "from the cache"
@@ -262,8 +270,9 @@ def refuse_other_tokens(name: str, tokenizer: Any, added_tokens: Any) -> None:
     except (OSError, ValueError):
         return
     ours = tokenizer.get_vocab()
-    moved = next((token for token, i in ours.items() if theirs.get(token, i) != i), None)
-    lacking = next((token for token in ours if token not in theirs), None)
+    in_order = sorted(ours, key=lambda token: ours[token])
+    moved = next((token for token in in_order if theirs.get(token, ours[token]) != ours[token]), None)
+    lacking = next((token for token in in_order if token not in theirs), None)
     if moved is not None:
         what = f"{moved!r} is {theirs[moved]} there and {ours[moved]} here"
     elif lacking is not None:

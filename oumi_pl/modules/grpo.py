@@ -1,6 +1,6 @@
 """Online training: policy gradients on completions that the policy itself sampled, from rewards instead of answers."""
 
-from typing import Any, Literal, get_args
+from typing import Any, ClassVar, Literal, get_args
 
 import numpy as np
 import torch
@@ -16,8 +16,11 @@ from oumi_pl.modules.base import LanguageModule
 from oumi_pl.modules.reference import Reference
 from oumi_pl.modules.update import Split
 from oumi_pl.rollouts.advantages import Advantage, GroupMean
+from oumi_pl.rollouts.evaluation import pass_at_k
 from oumi_pl.types import Batch, Sums
 
+SQUARES = "squares/"
+"""Before the names of sums of squares, which become standard deviations."""
 SAMPLED = 1e-3
 """Nats per token by which sampled and recomputed log-probabilities may differ before a warning."""
 
@@ -43,7 +46,8 @@ class GRPO(LanguageModule):
 
     branching = True
     group_name = "group"
-    validation_metrics: tuple[str, ...] = ("val/loss", "val/reward", "val/pass@1")
+    validation_metrics: tuple[str, ...] = ("val/loss", "val/reward", "val/reward_std", "val/length", "val/truncated")
+    details: ClassVar[tuple[str, ...]] = ("reward_std",)
 
     def __init__(
         self,
@@ -129,6 +133,9 @@ class GRPO(LanguageModule):
                 f"data: {type(self.loss).__name__} does not correct for a policy that has moved since it sampled; set "
                 "steps_per_rollout and iterations to 1, or take a loss with a ratio"
             )
+        own = {name.removeprefix("val/") for name in self.validation_metrics} | {f"pass@{k}" for k in data.pass_at}
+        if taken := own.intersection(data.metric_names):
+            raise UserError(f"data.metrics: val/{min(taken)} is logged already; give the function another name")
 
     # ---- the loss
 
@@ -136,7 +143,7 @@ class GRPO(LanguageModule):
         """Sums over the completions; in evaluation, over held-out prompts, of rewards alone."""
         rollouts: Any = batch
         if split != "train":
-            return self.__reward_sums(rollouts) | self.__solved(rollouts)
+            return self.__reward_sums(rollouts, split) | self.__solved(rollouts)
         temperature = self.data.sampling.temperature  # type: ignore[union-attr]
         targets = batch["targets"]
 
@@ -154,11 +161,13 @@ class GRPO(LanguageModule):
         )
         # a rank that ran out of prompts has no completions, but all parameters in its graph
         loss = self.loss(completions).sum() if completions.count else logps.sum()
-        sums = self.__reward_sums(rollouts) | self.__token_sums(completions, rollouts)
+        sums = self.__reward_sums(rollouts, split) | self.__token_sums(completions, rollouts)
         if self.reference is not None and self.kl_in == "loss":
             estimates = kl_estimates(logps, self.__ref_logps(batch), self.kl_estimator)
             loss = loss + self.kl * (self.loss.weights(completions) * estimates).sum()
             sums["kl"] = estimates.detach().double().sum()
+        elif self.kl:  # of the policy that sampled
+            sums["kl"] = rollouts["penalties"].double().sum() / self.kl
         sums["loss"] = loss
         units = completions.count if self.unit == "rows" else len(targets)
         return sums if router_loss is None else sums | {"objective": loss + router_loss * units}
@@ -169,17 +178,20 @@ class GRPO(LanguageModule):
         return super().count(batch) | {"rows": len(rollouts["rewards"])}
 
     def metrics(self, sums: Sums, split: Split) -> dict[str, Tensor]:
-        """Means over completions; of entropy, KL, ratios and log-probabilities over tokens."""
+        """Means over completions; of entropy, KL, ratios and log-probabilities over tokens.
+
+        `NAME_std` are standard deviations over completions. The loss of evaluation is minus the reward.
+        """
         per_token = {"entropy", "kl", "clipped/low", "clipped/high", "sampling_difference"}
         rows, targets = sums["rows"].clamp(min=1), sums["targets"].clamp(min=1)
         metrics = {
             name: value / (targets if name in per_token else rows)
             for name, value in sums.items()
-            if name not in {"targets", "rows", "tokens", "positions", "loss", "reward_squares"}
+            if name not in {"targets", "rows", "tokens", "positions", "weight", "loss"} and not _squared(name)
         }
-        metrics["loss"] = sums["loss"] / sums[self.unit].clamp(min=1)
-        variance = sums["reward_squares"] / rows - metrics["reward"].square()
-        metrics["reward_std"] = variance.clamp(min=0).sqrt()
+        metrics["loss"] = sums["loss"] / (sums[self.unit].clamp(min=1) if split == "train" else rows)
+        for name in filter(None, map(_squared, sums)):
+            metrics[f"{name}_std"] = (sums[SQUARES + name] / rows - metrics[name].square()).clamp(min=0).sqrt()
         return metrics
 
     def __ref_logps(self, batch: Batch) -> Tensor:
@@ -188,29 +200,35 @@ class GRPO(LanguageModule):
         return self.reference.logps(batch, "train", lambda states: states.logps(temperature))  # type: ignore[union-attr]
 
     @torch.no_grad()
-    def __reward_sums(self, rollouts: Any) -> Sums:
-        rewards = rollouts["rewards"].double()
+    def __reward_sums(self, rollouts: Any, split: Split) -> Sums:
+        rewards, completions = rollouts["rewards"].double(), rollouts["completions"]
         names = self.data.rewards.names  # type: ignore[union-attr]
-        sums: Sums = {"loss": -rewards.sum(), "reward": rewards.sum(), "reward_squares": rewards.square().sum()}
+        sums: Sums = {"loss": -rewards.sum()}
+        values = {"reward": rewards}
         if len(names) > 1:
-            components = rollouts["components"].double().sum(0)
-            sums |= {f"rewards/{name}": value for name, value in zip(names, components, strict=True)}
+            columns = rollouts["components"].double().T
+            values |= {f"rewards/{name}": column for name, column in zip(names, columns, strict=True)}
+        for name, value in values.items():
+            sums[name] = value.sum()
+            if split == "train" or name == "reward":
+                sums[SQUARES + name] = value.square().sum()
         sums["length"] = rollouts["lengths"].double().sum()
         sums["truncated"] = (1 - rollouts["finished"]).double().sum()
-        groups = rewards.reshape(-1, rollouts["completions"])
-        same = (groups == groups[:, :1]).all(1)
-        return sums | {"groups_without_variance": same.double().sum() * rollouts["completions"]}
+        if completions > 1:
+            groups = rewards.reshape(-1, completions)
+            same = (groups == groups[:, :1]).all(1)
+            sums["groups_without_variance"] = same.double().sum() * completions
+        return sums
 
     @torch.no_grad()
     def __solved(self, rollouts: Any) -> Sums:
-        """The share of completions, and of prompts by any of their completions, that reach `data.success`."""
+        """Estimates of pass@k with `data.success`, and the user's metrics, as sums over completions."""
         data: Any = self.data
-        solved = (rollouts["rewards"] >= data.success).double()
-        sums = {"pass@1": solved.sum()}
-        if data.eval_completions > 1:
-            any_solved = solved.reshape(-1, data.eval_completions).any(1)
-            sums[f"pass@{data.eval_completions}"] = any_solved.double().sum() * data.eval_completions
-        return sums
+        n = data.eval_completions
+        solved = (rollouts["rewards"] >= data.success).reshape(-1, n).cpu().numpy()
+        metrics = rollouts["metrics"].double().sum(0)
+        sums = {f"pass@{k}": metrics.new_tensor(n * pass_at_k(solved, k).sum()) for k in data.pass_at}
+        return sums | dict(zip(data.metric_names, metrics, strict=True))
 
     @torch.no_grad()
     def __token_sums(self, completions: Completions, rollouts: Any) -> Sums:
@@ -228,3 +246,8 @@ class GRPO(LanguageModule):
             "clipped/high": high.double().sum(),
             "sampling_difference": difference.sum(),
         }
+
+
+def _squared(name: str) -> str:
+    """The name of what a sum of squares is of; empty for other sums."""
+    return name.removeprefix(SQUARES) if name.startswith(SQUARES) else ""

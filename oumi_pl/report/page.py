@@ -82,6 +82,8 @@ def page(run: Record) -> str:
         curves=[_curve(run, panel) for panel in curves.panels(run.metrics)],
         legend=curves.legend(run.metrics, run.resumed),
         samples=sections.samples(run),
+        groups=sections.groups(run),
+        groups_end=run.rollouts_end,
         tables=sections.tables(run),
         strips=sections.strips(run),
         phases=phases,

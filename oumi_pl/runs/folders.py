@@ -8,6 +8,7 @@ Contents of `runs/<name>/`:
 - `data.json`: the data report
 - `metrics.csv`: one line per optimizer step
 - `samples.jsonl`: completions that callbacks sampled during training
+- `rollouts.jsonl`: of online training, every training completion with its rewards and advantage
 - `curves.png`, `report.html`: curves of the metrics, and one page with all of this
 - `checkpoints/`: `step-*.ckpt`, and `best.ckpt` (weights only) when a metric is monitored
 - `model/`: the trained model, for `transformers`

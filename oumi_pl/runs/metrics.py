@@ -30,6 +30,20 @@ mean log-ratio of whole mismatched responses, as it is in the loss.
 | `train/outcomes/accuracies` | share of these rows on the right side of 0, with `BCE` | the update's rows |
 | `train/outcomes/errors` | mean distance of reward and score, with `MSE` | the update's rows |
 | `train/rows_per_second` | rows (pairs) over wall time, where the loss is a mean over rows | the update |
+| `train/reward`, `train/reward_std` | total reward, less the KL penalty if that is in it | the update's completions |
+| `train/rewards/NAME`, `/NAME_std` | a reward before its weight, if there are several | the update's completions |
+| `train/groups_without_variance` | share of prompts whose completions all got the same reward | the update |
+| `train/length` | tokens of a sampled completion | the update's completions |
+| `train/truncated` | share of completions that were cut at `max_new_tokens` | the update's completions |
+| `train/entropy` | entropy of the distribution that was sampled from, nats per token | the update's tokens |
+| `train/clipped/low`, `/high` | share of tokens whose ratio was clipped | the update's tokens |
+| `train/sampling_difference` | distance of sampled and recomputed log-probabilities | the update's tokens |
+| `train/seconds/generating` | sampling, with waiting for other ranks; 0 if the completions are older | the update |
+| `train/seconds/rewarding` | rewards, and the KL penalty if that is in the reward | the update |
+| `train/seconds/training` | forward and backward passes, and the optimizer's step | the update |
+| `val/reward`, `/reward_std` | total reward of completions; `val/loss` is minus this | all of `validation` |
+| `val/pass@K` | probability that one of K completions is a success, an unbiased estimate | all of `validation` |
+| `val/NAME` | mean of a function in `data.metrics` or `PassAtK.metrics` over completions | all of `validation` |
 | `val/loss` | the training loss on held-out tokens or pairs | all of `validation` |
 | `val/nll` | cross-entropy in nats per target token; `val/loss` unless another loss is trained | all of `validation` |
 | `val/perplexity` | exp of `val/nll` | all of `validation` |

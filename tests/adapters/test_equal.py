@@ -8,13 +8,16 @@ from transformers import TrainerCallback
 from oumi_pl import adapters
 from oumi_pl.errors import UserError
 from oumi_pl.losses.causal import CrossEntropy
+from oumi_pl.losses.distillation import JSD, ReverseKL
 from oumi_pl.losses.preference import BCO, LDDPO, JensenShannon, Robust, Sigmoid, WeightedSum
 from oumi_pl.losses.responses import APOZeroUnpaired, KTOLoss
 from oumi_pl.losses.reward import BradleyTerry
+from oumi_pl.modules.distill import Distill
 from oumi_pl.modules.pretrain import Pretrain
 from oumi_pl.optim.schedules import Linear
 from oumi_pl.types import TokenLoss
 from tests.data.corpora import corpus, pretrain_data
+from tests.models.test_lora import pretrained
 from tests.tiny import (
     LLAMA,
     data,
@@ -215,6 +218,29 @@ def rewards(tmp_path, packing=False, config=None, **kwargs):
 )
 def test_rewards(tmp_path, kwargs):
     assert_equal("trl", rewards, tmp_path, **kwargs)
+
+
+@pytest.fixture(scope="module")
+def pair(tmp_path_factory):
+    """Student and teacher. Both have logits for five more tokens than the tokenizer has, which don't take part."""
+    folder = tmp_path_factory.mktemp("pair")
+    teacher = pretrained(folder / "teacher", room=5, hidden_size=64, initializer_range=0.3)
+    return {"model": pretrained(folder / "student", room=5), "teacher": teacher}
+
+
+def distillation(tmp_path, packing=False, **kwargs):
+    layout = {"packing": True, "batch_size": 1, "max_length": 128} if packing else {"batch_size": BATCH}
+    return Distill(**kwargs, optimizer=adamw, schedule=Linear(2)), data(tmp_path, ROWS, **layout)
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize(
+    "kwargs",
+    [{}, {"divergence": ReverseKL()}, {"divergence": JSD(0.3), "temperature": 2.0}, {"lora": LORA}, {"packing": True}],
+    ids=["forward", "reverse", "jsd", "lora", "packing"],
+)
+def test_distillation(tmp_path, pair, kwargs):
+    assert_equal("trl", distillation, tmp_path, **pair, **kwargs)
 
 
 GEMMA = {"model_type": "gemma2", "head_dim": 8, "query_pre_attn_scalar": 8, "sliding_window": 16}

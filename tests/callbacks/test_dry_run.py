@@ -1,5 +1,6 @@
 """`fit --dry_run`: what it says is what the run then is, and nothing of it stays."""
 
+import json
 import os
 import re
 import subprocess
@@ -17,6 +18,7 @@ from oumi_pl.data.plan import Layout
 from oumi_pl.modules.sft import SFT
 from oumi_pl.types import Update
 from tests.command_line import CommandLine
+from tests.models.test_lora import pretrained
 from tests.test_dpo_command import DPO
 from tests.tiny import LLAMA, data, pairs, write_jsonl
 
@@ -129,6 +131,20 @@ def test_a_reference_is_computed_for_the_tried_pairs_alone(cli, monkeypatch):
     tokens = cli.column("runs/r", "train/num_tokens")
     assert number(found["tokens in all"]) == float(tokens[3])
     assert told(cli.works(*FIT, "--dry_run"))["reference"] == "the initial model, from the cache"
+
+
+def test_a_teachers_cache_is_announced_with_its_size(cli):
+    """Five float32 values for each target at k = 2: two ids, two probabilities, and that of all other tokens."""
+    pretrained(cli.directory / "teacher")
+    distill = {"model.class_path": "Distill", "model.init_args.teacher": "./teacher", "model.init_args.top_k": 2}
+    cli.recipe(distill | {"trainer.max_steps": 3, "data.init_args.validation": 0.2})
+    found = told(cli.works(*FIT, "--dry_run"))
+    assert not list((cli.directory / "cache").rglob("000000.bin"))
+    cli.works(*TRAINED)
+    size = sum(file.stat().st_size for file in (cli.directory / "cache" / "reference").rglob("*.bin"))
+    report = json.loads((cli.directory / "runs/r/data.json").read_text())
+    assert size == 4 * 5 * sum(split["target_tokens"] for split in report.values())
+    assert found["teacher"].startswith(f"distributions, {size / 1e9:.2g} GB on disk, of ")
 
 
 def test_a_stream_is_tried_as_it_comes(cli):

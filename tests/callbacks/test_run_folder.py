@@ -3,25 +3,20 @@
 from pathlib import Path
 from types import SimpleNamespace
 
+import pytest
 import torch
 
 from oumi_pl.callbacks.run_folder import RunFolder
+from oumi_pl.errors import UserError
 from oumi_pl.report.record import Record
 from oumi_pl.runs import folders
 
 CONFIG = "name: Größe 大\n"
 
 
-def test_what_is_read_as_utf_8_is_written_so_whatever_the_locale(tmp_path, monkeypatch):
-    write_text = Path.write_text
-    monkeypatch.setattr(
-        Path, "write_text", lambda self, text, encoding="ascii": write_text(self, text, encoding=encoding)
-    )
+def described(folder, report, config=CONFIG, **kwargs):
     trainer = SimpleNamespace(
-        datamodule=SimpleNamespace(report=lambda: {"train": {"rows": 3}}),
-        global_step=0,
-        world_size=1,
-        precision="32-true",
+        datamodule=SimpleNamespace(report=lambda: report), global_step=0, world_size=1, precision="32-true"
     )
     module = SimpleNamespace(
         total_steps=lambda: 5,
@@ -31,7 +26,26 @@ def test_what_is_read_as_utf_8_is_written_so_whatever_the_locale(tmp_path, monke
         loss=None,
         device=torch.device("cpu"),
     )
-    RunFolder(tmp_path, "r", "r", CONFIG)._describe(trainer, module, tmp_path)
+    RunFolder(folder, "r", "r", config, **kwargs)._describe(trainer, module, folder)
+    return folders.read_state(folder)
+
+
+def test_what_is_read_as_utf_8_is_written_so_whatever_the_locale(tmp_path, monkeypatch):
+    write_text = Path.write_text
+    monkeypatch.setattr(
+        Path, "write_text", lambda self, text, encoding="ascii": write_text(self, text, encoding=encoding)
+    )
+    state = described(tmp_path, {"train": {"rows": 3}})
     assert Record(tmp_path).config_text == CONFIG
     assert Record(tmp_path).data == {"train": {"rows": 3}}
-    assert folders.read_state(tmp_path)["steps"] == 5
+    assert state["steps"] == 5
+    assert "template_date" not in state
+
+
+def test_the_date_that_the_template_writes_is_kept_and_can_not_change_on_resume(tmp_path):
+    dated = {"train": {"rows": 3, "template_date": "2026-03-01"}}
+    assert described(tmp_path, dated)["template_date"] == "2026-03-01"
+    assert described(tmp_path, dated, resume=tmp_path)["template_date"] == "2026-03-01"
+    later = {"train": {"rows": 3, "template_date": "2026-03-02"}}
+    with pytest.raises(UserError, match=r"was 2026-03-01 .* set data.template_variables.date: 2026-03-01"):
+        described(tmp_path, later, resume=tmp_path)

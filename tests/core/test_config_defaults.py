@@ -249,7 +249,8 @@ def test_defaults_of_what_a_run_may_hold(name, defaults):
 
 MEMBERS = {
     "TrainerType": {
-        name: name.lower() for name in ("TRL_SFT", "TRL_DPO", "TRL_KTO", "HF", "OUMI", "SFT", "DPO", "KTO", "PRETRAIN")
+        name: name.lower()
+        for name in ("TRL_SFT", "TRL_DPO", "TRL_KTO", "TRL_GKD", "HF", "OUMI", "SFT", "DPO", "KTO", "PRETRAIN")
     },
     "SchedulerType": {
         "LINEAR": "linear",

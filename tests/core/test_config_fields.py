@@ -78,8 +78,8 @@ FIELDS = {
         "training.grpo.temperature: GRPO is not among the trainer types here; remove the section",
     ),
     "gkd": (
-        ["training.gkd.teacher_model_init_kwargs={dtype: float32}"],
-        "training.gkd.teacher_model_init_kwargs: GKD is not among the trainer types here; remove the section",
+        ["training.gkd.lmbda=1.5"],
+        "training.gkd.lmbda is 1.5, but has to be between 0 and 1",
     ),
     "gold": (
         ["training.gold.top_k=3"],

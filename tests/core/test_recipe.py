@@ -242,6 +242,47 @@ def test_trl_kto_over_several_micro_batches():
     assert section(apo, "model")["loss"]["class_path"] == "APOZeroUnpaired"
 
 
+GKD = {
+    "training__trainer_type": "TRL_GKD",
+    "training__gkd__teacher_model_name_or_path": "org/large",
+    "training__gkd__lmbda": 0,
+}
+TURNS = {
+    "dataset_name": "yahma/alpaca-cleaned",
+    "dataset_kwargs": {"return_conversations": True, "return_conversations_format": "dict"},
+}
+
+
+@pytest.mark.parametrize(
+    ("beta", "divergence"),
+    [(0, None), (1, {"class_path": "ReverseKL"}), (0.3, {"class_path": "JSD", "init_args": {"beta": 0.3}})],
+)
+def test_trl_gkd(beta, divergence):
+    """TRL's `beta` at 0 and 1 is the forward and the reverse KL."""
+    init = '{"attn_implementation": "sdpa", "dtype": "bfloat16"}'
+    made = recipe(
+        TURNS,
+        engine=None,
+        **GKD | {"training__gkd__beta": beta, "training__gkd__teacher_model_init_kwargs": init},
+        training__gkd__temperature=0.7,
+        model__model_max_length=256,
+    )
+    assert (made.tree["engine"], made.tree["model"]["class_path"]) == ("trl", "Distill")
+    arguments = section(made, "model")
+    assert (arguments["teacher"], arguments["teacher_dtype"]) == ("org/large", "bfloat16")
+    assert arguments.get("divergence") == divergence
+    assert "temperature" not in arguments
+    assert made.became["training.gkd.temperature"].startswith("nothing: ")
+    data = section(made, "data")
+    assert (data["train_on"], data["max_length"], data["train"]["format"]) == ("last_turn", 256, ALPACA)
+
+
+def test_the_section_of_gkd_is_read_by_gkd_alone():
+    made = recipe(training__gkd__teacher_model_name_or_path="org/large")
+    path = "training.gkd.teacher_model_name_or_path"
+    assert made.became[path] == "nothing: it is only read with training.trainer_type TRL_GKD"
+
+
 def test_registered_documents():
     made = recipe(
         {

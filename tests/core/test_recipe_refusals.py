@@ -7,6 +7,13 @@ from tests.core.oumi import recipe
 
 PEFT = {"training__use_peft": True}
 FSDP = {"fsdp__enable_fsdp": True}
+TURNS = {"return_conversations": True, "return_conversations_format": "dict"}
+GKD = {
+    "dataset": {"dataset_name": "yahma/alpaca-cleaned", "dataset_kwargs": TURNS},
+    "training__trainer_type": "TRL_GKD",
+    "training__gkd__teacher_model_name_or_path": "org/large",
+    "training__gkd__lmbda": 0,
+}
 KTO = {"dataset": {"dataset_name": "trl-lib/kto-mix-14k"}, "training__trainer_type": "TRL_KTO"}
 DPO = {"dataset": {"dataset_name": "mlabonne/orpo-dpo-mix-40k"}, "training__trainer_type": "TRL_DPO"}
 
@@ -140,6 +147,20 @@ def dataset(**fields):
             kwargs('{"desirable_weigt": 1}', **KTO),
             r"desirable_weigt: has no counterpart; did you mean 'desirable_weight'",
         ),
+        ({**GKD, "training__gkd__lmbda": 0.5}, r"training\.gkd\.lmbda: 0\.5 of the updates .*waits for online"),
+        ({**GKD, "training__gkd__seq_kd": True}, r"training\.gkd\.seq_kd: .*waits for online distillation"),
+        ({**GKD, "training__gkd__disable_dropout": False}, r"training\.gkd\.disable_dropout: False has no"),
+        ({**GKD, "training__gkd__teacher_model_name_or_path": "null"}, r"teacher_model_name_or_path: missing"),
+        (
+            {**GKD, "training__gkd__teacher_model_init_kwargs": '{"revision": "x"}'},
+            r"training\.gkd\.teacher_model_init_kwargs\.revision: has no counterpart",
+        ),
+        (
+            {**GKD, "dataset": {"dataset_name": "yahma/alpaca-cleaned"}},
+            r"dataset_kwargs\.return_conversations: missing: TRL_GKD reads conversations; set it to true",
+        ),
+        ({**GKD, "dataset": {"dataset_name": "allenai/c4"}}, r"data\.train\.datasets: TRL_GKD reads conversations"),
+        ({**GKD, "data__train__pack": True}, r"data\.train\.pack: TRL_GKD does not pack"),
         ({**KTO, "data__train__pack": True}, r"data\.train\.pack: responses with a label are not packed"),
         ({"dataset": {"dataset_name": "mlabonne/orpo-dpo-mix-40k"}}, r"data\.train\.datasets: .*TRL_DPO trains on"),
         ({**DPO, "data__train__pack": True}, r"data\.train\.pack: pairs of responses are not packed"),
@@ -150,3 +171,8 @@ def test_refused(changes, message):
         recipe(**changes)
     assert "\n" not in str(error.value)
     assert len(str(error.value)) < 250
+
+
+def test_arguments_of_trls_sft_are_none_of_its_gkd():
+    with pytest.raises(UserError, match=r"^training\.trainer_kwargs\.packing: has no counterpart"):
+        recipe(**kwargs('{"packing": true}', **GKD))

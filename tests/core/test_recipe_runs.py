@@ -31,8 +31,9 @@ def run(cli, **sections):
     return cli.column("out/run", "train/loss"), cli.column("out/run", "train/lr")
 
 
-def dataset(path, name="text_sft_jsonl", **kwargs):
-    return {"train": {"datasets": [{"dataset_name": name, "dataset_path": path}], **kwargs}}
+def dataset(path, name="text_sft_jsonl", dataset_kwargs=None, **kwargs):
+    options = {"dataset_kwargs": dataset_kwargs} if dataset_kwargs else {}
+    return {"train": {"datasets": [{"dataset_name": name, "dataset_path": path, **options}], **kwargs}}
 
 
 def test_sft_in_bfloat16_with_a_schedule(cli):
@@ -84,6 +85,25 @@ def test_kto(cli):
     )
     assert float(losses[1]) == pytest.approx(0.5, abs=1e-5)
     assert float(cli.column("out/run", "train/kl")[1]) == 0.0
+
+
+@pytest.mark.parametrize("beta", [0.0, 0.4, 1.0])
+def test_gkd(cli, beta):
+    """A teacher that equals the student has nothing to teach."""
+    losses, _ = run(
+        cli,
+        data=dataset(
+            "rows.jsonl",
+            dataset_kwargs={"return_conversations": True, "return_conversations_format": "dict"},
+        ),
+        model={"torch_dtype_str": "float32"},
+        training={
+            "trainer_type": "TRL_GKD",
+            "gkd": {"teacher_model_name_or_path": "tiny", "lmbda": 0.0, "beta": beta},
+        },
+    )
+    assert float(losses[1]) == pytest.approx(0.0, abs=1e-6)
+    assert set(losses) == {1, 2}
 
 
 def test_pretraining_from_random_weights_with_adafactor(cli):

@@ -48,12 +48,21 @@ def test_a_warmup_ratio_of_one_is_the_whole_run():
 
 
 @pytest.mark.parametrize(
-    ("kind", "name"), [("TRL_SFT", "SFTConfig"), ("TRL_DPO", "DPOConfig"), ("TRL_KTO", "KTOConfig")]
+    ("kind", "name"),
+    [("TRL_SFT", "SFTConfig"), ("TRL_DPO", "DPOConfig"), ("TRL_KTO", "KTOConfig"), ("TRL_GKD", "GKDConfig")],
 )
 def test_each_type_has_its_class_and_never_its_defaults(kind, name):
     made = to_hf(TrainingParams(enable_tensorboard=False, trainer_kwargs={"max_length": 77}), TrainerType[kind])
     assert (type(made).__name__, made.max_length, made.learning_rate) == (name, 77, 5e-5)
     assert (made.gradient_checkpointing, made.logging_steps) == (False, 50)
+
+
+def test_gkd_has_its_section():
+    values = TrainingParams(enable_tensorboard=False)
+    values.gkd.lmbda, values.gkd.beta = 0.0, 0.7
+    made = to_hf(values, TrainerType.TRL_GKD)
+    assert (made.lmbda, made.beta, made.temperature, made.seq_kd) == (0.0, 0.7, 0.9, False)
+    assert made.teacher_model_init_kwargs == {"dtype": "auto"}
 
 
 def test_keywords_that_are_repeated_or_unknown_are_refused():

@@ -79,3 +79,23 @@ def test_keep_good_leaves_rows_out_and_counts_them(tmp_path):
     made = PackedChatData(Source(path, label="keep_good"), tokenizer=ByteTokenizer(), max_length=16, shuffle_buffer=0)
     assert stream(made) == made.tokenizer(chatml(ROWS[1]), add_special_tokens=False)["input_ids"]
     assert made.report()["train"]["dropped"] == {"label: not good": 1}
+
+
+def test_bad_rows_are_all_listed_or_left_out_and_counted(tmp_path):
+    rows = [ROWS[0], {"messages": [{"role": "wizard", "content": "?"}]}, ROWS[1], {"messages": []}]
+    with pytest.raises(UserError) as error:
+        data(tmp_path, rows).setup("fit")
+    assert "2 of 4 rows can't be used; `data.bad_rows: drop` leaves such rows out" in str(error.value)
+    assert "rows.jsonl:2" in str(error.value)
+    assert "rows.jsonl:4" in str(error.value)
+    made = data(tmp_path, rows, bad_rows="drop")
+    assert stream(made) == made.tokenizer("".join(map(chatml, ROWS)), add_special_tokens=False)["input_ids"]
+    made.setup("fit")
+    report = made.report()["train"]
+    assert (report["rows"], report["kept"]) == (4, 2)
+    assert sorted(report["dropped"].values()) == [1, 1]
+    assert [kind["first"][0].rpartition(":")[2] for kind in report["bad_rows"].values()] == ["2", "4"]
+    streamed = data(tmp_path, rows, bad_rows="drop", streaming=True)
+    assert stream(streamed) == stream(made)
+    with pytest.raises(UserError, match=r"data\.bad_rows: unknown 'dorp'; did you mean 'drop'"):
+        data(tmp_path, bad_rows="dorp")

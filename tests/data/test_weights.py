@@ -136,6 +136,42 @@ def test_a_users_turn_carries_loss_if_it_says_so(template, end):
     assert whole[2.0] == f"r{end}"
 
 
+def test_a_users_turn_is_trained_with_the_answer_that_follows_it():
+    """Also where each answer has a context of its own: once, and in that of the next answer."""
+    row = {
+        "messages": [
+            turn("user", "one", train=True),
+            turn("assistant", "Lyon"),
+            turn("user", "two", weight=2.0),
+            turn("assistant", "Paris", weight=0.5),
+            turn("user", "three", train=True),
+        ]
+    }
+    _, example = one({"messages": row["messages"][:4]}, REWRITES)
+    assert len(example.segments) == 2
+    found = weighed({"messages": row["messages"][:4]}, REWRITES)
+    assert found == {1.0: "one<eos>Lyon<eos>", 2.0: "two<eos>", 0.5: "Paris<eos>"}
+    with pytest.raises(UserError, match="turn 5, which is to be trained, is in none of them"):
+        one(row, REWRITES)
+    assert weighed(row, PREFIXES)[1.0] == "one<eos>Lyon<eos>three<eos>"
+
+
+def test_everything_is_trained_as_one_text_whatever_the_template():
+    row = asked_twice(weight=0.5)
+    tokenizer, example = one(row, REWRITES, train_on="all")
+    assert len(example.segments) == 1
+    text = tokenizer.decode(example.input_ids)
+    assert text == "[user]q<eos>[assistant]Lyon<eos>[user]s<eos>[assistant]!Paris<eos>"
+    assert weighed(row, REWRITES, train_on="all") == {
+        1.0: text[1:].replace("Lyon<eos>", ""),
+        0.5: "Lyon<eos>",
+    }
+    first = {"messages": [turn("user", "q", weight=2.0), turn("assistant", "Lyon")]}
+    assert weighed(first, REWRITES, train_on="all") == {1.0: "user][assistant]!Lyon<eos>", 2.0: "q<eos>"}
+    greeting = {"messages": [turn("assistant", "Hello", weight=2.0), turn("user", "q"), turn("assistant", "Lyon")]}
+    assert weighed(greeting, REWRITES, train_on="all")[2.0] == "Hello<eos>"
+
+
 def test_weights_are_cut_with_their_tokens():
     tokenizer = byte_tokenizer("chatml")
     record = find_format(["messages"])(asked_twice(weight=0.5))

@@ -179,16 +179,55 @@ def test_parameters_of_a_loss_get_gradients(kind):
     assert float(torch.autograd.grad(none.loss_sum, loss.temperature)[0]) == 0
 
 
-@pytest.mark.parametrize("kind", ["linear", "wrapped", "lora"])
+def hooked_lora(head):
+    """A head of every kind of forward hook: before and after, within and outside, with dropout."""
+    head = with_lora(head)
+    head.register_forward_hook(lambda module, inputs, output: 2 * output)
+    head.register_forward_pre_hook(lambda module, inputs: (inputs[0].tanh(),))
+    head.lora_B["default"].register_forward_hook(lambda module, inputs, output: output.sin())
+    return head
+
+
+@pytest.mark.parametrize("kind", [*HEADS, "hooked lora"])
 @pytest.mark.parametrize("training", [True, False])
 def test_a_loss_is_called_once_per_token(kind, training):
     hidden, targets, head = make()
-    loss = Learned()
+    loss, called = Learned(), (HEADS | {"hooked lora": hooked_lora})[kind](head)
     with torch.set_grad_enabled(training):
-        out = token_loss_sum(hidden, targets, HEADS[kind](head), loss, chunk_size=CHUNK)
+        out = token_loss_sum(hidden, targets, called, loss, chunk_size=CHUNK)
     if training:
-        out.loss_sum.backward()
+        inputs = [hidden, *(p for p in called.parameters() if p.requires_grad)]
+        ours = torch.autograd.grad(out.loss_sum * 0.37, inputs)
+        whole = F.cross_entropy(called(hidden) / loss.temperature, targets, reduction="sum")
+        assert_close(ours, torch.autograd.grad(whole * 0.37, inputs), 1e-10)
     assert loss.seen == N
+
+
+@pytest.mark.parametrize("source", ["a parameter", "an earlier result"])
+def test_hooks_of_a_head_that_use_other_tensors_do_not_lose_their_gradients(source):
+    """The head's own parameters are not all that is trained in it: the loss is then called again, which is exact."""
+    hidden, targets, head = make()
+    scale = torch.tensor(0.7, dtype=torch.float64, requires_grad=True)
+    used = scale if source == "a parameter" else scale.exp()
+    head.register_forward_hook(lambda module, inputs, output: output * used)
+    loss, inputs = Learned(), [hidden, head.weight, scale]
+    out = token_loss_sum(hidden, targets, head, loss, chunk_size=CHUNK)
+    ours = torch.autograd.grad(out.loss_sum * 0.37, inputs, retain_graph=True)
+    whole = F.cross_entropy(head(hidden) / loss.temperature, targets, reduction="sum")
+    assert_close(ours, torch.autograd.grad(whole * 0.37, inputs), 1e-10)
+    assert loss.seen == 2 * N
+
+
+def test_backward_hooks_of_a_head_see_the_scaled_gradients():
+    hidden, targets, head = make()
+    seen = []
+    head.register_full_backward_hook(lambda module, of_inputs, of_outputs: seen.append(of_outputs[0]))
+    loss = Learned()
+    (token_loss_sum(hidden, targets, head, loss).loss_sum * 0.37).backward()
+    logits = head(hidden).detach().requires_grad_()
+    expected = torch.autograd.grad(F.cross_entropy(logits / 1.5, targets, reduction="sum") * 0.37, logits)
+    assert_close(seen, expected, 1e-10)
+    assert loss.seen == 2 * N
 
 
 @pytest.mark.parametrize("kind", HEADS)

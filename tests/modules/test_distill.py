@@ -1,5 +1,10 @@
 """Distillation: the update equals a plain loop over both models' full logits, and a second run computes nothing."""
 
+import os
+import subprocess
+import sys
+from pathlib import Path
+
 import lightning as L
 import pytest
 import torch
@@ -15,6 +20,8 @@ from oumi_pl.modules.base import LanguageModule
 from oumi_pl.modules.distill import Distill, Teacher
 from oumi_pl.runs.checkpoints import AtomicCheckpointIO
 from oumi_pl.runs.folders import saved_steps
+from tests.conftest import free_port
+from tests.data.corpora import corpus, pretrain_data
 from tests.models.test_lora import plain_tokenizer, pretrained
 from tests.modules.test_dpo import Record
 from tests.modules.test_update import epoch_of
@@ -60,7 +67,7 @@ def rows(path, **kwargs):
 
 def trained(path, module, micro_batches=1, **kwargs):
     record = Record()
-    options = {k: kwargs.pop(k) for k in ("max_epochs", "max_steps", "precision") if k in kwargs}
+    options = {k: kwargs.pop(k) for k in ("max_epochs", "max_steps", "precision", "devices", "strategy") if k in kwargs}
     result = fit(
         module,
         rows(path, **kwargs),
@@ -161,6 +168,83 @@ def forgetful(teacher, states):
     from oumi_pl.losses.distillation import TeacherHead
 
     return TeacherHead(states.predicting, states.lm.head, None, 1.0, teacher.vocab)
+
+
+# ---- two processes
+
+WORKER = """
+import sys, torch
+from pathlib import Path
+torch.set_num_threads(1)
+import oumi_pl.data.reference
+from tests.modules.test_distill import distill, trained
+oumi_pl.data.reference.CHUNK = 2
+teacher, out = sys.argv[1], Path(sys.argv[2])
+for name, top_k in (("online", None), ("cached", 9999)):
+    module = distill(teacher, "jsd", top_k=top_k)
+    got, updates = trained(out, module, 2, batch_size=2, devices=2, strategy="ddp")
+    if module.global_rank == 0:
+        torch.save({"weights": got, "losses": [u["loss"] for u in updates]}, out / f"{name}.pt")
+"""
+
+
+def test_equals_a_plain_loop_on_two_processes(tmp_path, teacher):
+    """The short update of 3 rows leaves a rank without rows; the ranks compute the cache together."""
+    expected, losses = plain_loop(tmp_path, distill(teacher, "jsd"), teacher)  # puts the rows into the cache
+    (tmp_path / "worker.py").write_text(WORKER)
+    root = str(Path(__file__).parents[2])
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": root, "MASTER_PORT": free_port()}
+    command = [sys.executable, str(tmp_path / "worker.py"), teacher, str(tmp_path)]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=240)
+    assert done.returncode == 0, done.stderr[-3000:]
+    for name in ("online", "cached"):
+        got = torch.load(tmp_path / f"{name}.pt", weights_only=True)
+        assert distance(got["weights"], expected) < 2e-6
+        assert got["losses"] == pytest.approx(losses, rel=2e-6)
+
+
+# ---- documents
+
+
+def test_every_token_of_documents_is_a_target(tmp_path, teacher):
+    """A row's last target is the next row's first token, which the teacher predicts too; as in a plain loop."""
+    options = {"tokenizer": ByteTokenizer(), "batch_size": 3, "shuffle_buffer": 0}
+    documents = pretrain_data(corpus(tmp_path, 6), **options)
+    module = Distill(config=LLAMA, teacher=teacher, optimizer=sgd)
+    hf = initial(tmp_path, module, documents)
+    theirs = AutoModelForCausalLM.from_pretrained(teacher)
+    batch = next(iter(documents.train_dataloader()))
+    ids = batch["input_ids"].view(3, -1)
+    with torch.no_grad():
+        p, q = (model(input_ids=ids).logits.flatten(0, 1).log_softmax(-1) for model in (hf, theirs))
+        expected = F.kl_div(p, q, reduction="batchmean", log_target=True)
+    assert len(batch["targets"]) == ids.numel()
+    module, record = Distill(config=LLAMA, teacher=teacher, optimizer=sgd), Record()
+    fit(module, pretrain_data(corpus(tmp_path, 6), **options), max_steps=1, callbacks=[record])
+    assert record.updates[0]["loss"] == pytest.approx(float(expected), rel=1e-5)
+
+
+def initial(path, module, samples):
+    """The student of a run with seed 1, before its first update."""
+    L.seed_everything(1)
+    trainer(max_steps=1).strategy.connect(module)
+    samples.prepare_data()
+    samples.setup("fit")
+    return module.build(samples.tokenizer).hf
+
+
+def test_streams_have_no_cache(tmp_path, teacher):
+    module = Distill(config=LLAMA, teacher=teacher, optimizer=sgd, top_k=4)
+    with pytest.raises(UserError, match=r"the rows of PretrainData are a stream.*leave out `model.top_k`"):
+        fit(module, pretrain_data(corpus(tmp_path, 6), tokenizer=ByteTokenizer()), max_steps=1)
+
+
+def test_a_student_from_random_weights_reads_the_tokens_of_its_teacher(tmp_path):
+    teacher = pretrained(tmp_path / "other", tokenizer=plain_tokenizer())
+    module = distill(teacher)
+    trained(tmp_path, module, tokenizer=None, template="plain")
+    assert module.trainer.datamodule.tokenizer.get_vocab() == plain_tokenizer().get_vocab()
+    assert distill(teacher, model="org/student").tokenizer_name == "org/student"
 
 
 # ---- the cache

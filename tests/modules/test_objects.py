@@ -104,7 +104,7 @@ REFUSED = {
         lambda hf, folder: DPO(folder, reference=hf),
         "model.reference is a LlamaForCausalLM; name a model",
     ),
-    "a plain module": (lambda hf, folder: SFT(torch.nn.Linear(2, 2)), "model: Linear is an nn.Module; pass a name"),
+    "a layer": (lambda hf, folder: SFT(torch.nn.Linear(2, 2)), "model: Linear can't be called on token ids"),
     "something else": (lambda hf, folder: SFT({"model_type": "llama"}), "model: dict is no model; pass a name"),
     "no head": (lambda hf, folder: SFT(AutoModel.from_pretrained(folder)), "LlamaModel has no output head"),
     "adapters": (lambda hf, folder: SFT(peft.get_peft_model(hf, peft.LoraConfig())), "model: a PeftModel has its"),
@@ -124,7 +124,7 @@ REFUSED = {
     ),
     "assigned": (
         lambda hf, folder: preset(SFT(folder), torch.nn.Linear(2, 2)).assemble(None),
-        "Linear is an nn.Module",
+        "Linear can't be called on token ids",
     ),
 }
 

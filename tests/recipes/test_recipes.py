@@ -58,7 +58,10 @@ def tiny_model(tmp_path_factory):
 
 
 def test_there_are_recipes():
-    names = {f"quickstart/{name}" for name in ("sft", "dpo", "kto", "pretrain")} | {"sft/gsm8k_small", "dpo/hh_small"}
+    names = {f"quickstart/{name}" for name in ("sft", "dpo", "kto", "distill", "pretrain")} | {
+        "sft/gsm8k_small",
+        "dpo/hh_small",
+    }
     assert names <= set(RECIPES)
 
 
@@ -81,6 +84,8 @@ def test_a_recipe_runs_two_steps(name, tiny_model, tmp_path, monkeypatch):
     args += [] if name.startswith("quickstart/") else ["--report=false"]
     if "model" in model:
         args.append(f"--model.model={tiny_model}")
+    if "teacher" in model:
+        args.append(f"--model.teacher={tiny_model}")
     if "quantization" in model:
         args.append("--model.quantization=null")  # needs a CUDA device
     if recipe["model"]["class_path"] == "Pretrain":

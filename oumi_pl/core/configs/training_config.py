@@ -17,7 +17,7 @@ from oumi_pl.core.configs.params.training_params import (
     TrainingParams,
 )
 
-TRL = (TrainerType.TRL_SFT, TrainerType.TRL_DPO, TrainerType.TRL_KTO)
+TRL = (TrainerType.TRL_SFT, TrainerType.TRL_DPO, TrainerType.TRL_KTO, TrainerType.TRL_GKD)
 VISION_COLLATOR = "vision_language_sft"
 
 

@@ -17,7 +17,7 @@ ADD_BOS = ("oumi/default", "oumi/phi3-instruct", "oumi/gpt2", "oumi/zephyr")
 
 
 def kind(config: TrainingConfig, notes: Notes) -> str:
-    """`SFT`, `DPO`, `KTO` or `Pretrain`, by the trainer type and the data.
+    """`SFT`, `DPO`, `KTO`, `Distill` or `Pretrain`, by the trainer type and the data.
 
     Raises:
         UserError: the data are not for this trainer type, or can't be mixed.
@@ -41,6 +41,10 @@ def kind(config: TrainingConfig, notes: Notes) -> str:
         refuse("data.train.datasets", f"these are responses with a label, which TRL_KTO trains on, and not {name}")
     if module in rows:
         return module
+    if name == "TRL_GKD":
+        if "document" in kinds:
+            refuse("data.train.datasets", f"{name} reads conversations, and these are documents")
+        return "Distill"
     if "document" in kinds or split.pack:
         module = "Pretrain"
     notes.became["training.trainer_type"] = f"model.class_path {module}"
@@ -54,6 +58,7 @@ def data(config: TrainingConfig, kind: str, notes: Notes) -> dict[str, Any]:
         UserError: something has no counterpart.
     """
     sections = {"DPO": _pairs, "KTO": _feedback, "Pretrain": _documents, "SFT": _conversations}
+    sections["Distill"] = _last_turns
     return sections[kind](config, notes)
 
 
@@ -106,6 +111,20 @@ def _feedback(config: TrainingConfig, notes: Notes) -> dict[str, Any]:
         "all of a run; Oumi takes it from the micro-batch",
     )
     return {"class_path": "KTOData", "init_args": args | _loading(config)}
+
+
+def _last_turns(config: TrainingConfig, notes: Notes) -> dict[str, Any]:
+    split = config.data.train
+    refuse_collators(split, "data.train", (None,))
+    if split.pack:
+        refuse("data.train.pack", "TRL_GKD does not pack; leave it out")
+    args = _common(config, notes) | _template(config, notes)
+    args |= {"train_on": "last_turn", "max_length": _max_length(config, notes), "group_by_length": False}
+    notes.comment(
+        "data.init_args.train_on",
+        "as in TRL, where what the template writes after the end of the turn is trained as well",
+    )
+    return {"class_path": "SFTData", "init_args": args | _loading(config)}
 
 
 def _documents(config: TrainingConfig, notes: Notes) -> dict[str, Any]:
@@ -180,7 +199,14 @@ def _sources(config: TrainingConfig, name: str, notes: Notes) -> Any:
         notes.nothing(f"data.{name}.mixture_strategy", "there is no mixture_proportion, so that all rows are read")
     text_field = config.training.trainer_kwargs.get("dataset_text_field")
     sources = [
-        source(dataset, f"data.{name}.datasets[{number}]", notes, config.training.seed, text_field)
+        source(
+            dataset,
+            f"data.{name}.datasets[{number}]",
+            notes,
+            config.training.seed,
+            text_field,
+            conversations=config.training.trainer_type.name == "TRL_GKD",
+        )
         for number, dataset in enumerate(split.datasets)
     ]
     if name == "train" and mixed:

@@ -18,6 +18,7 @@ ONLY_WITH = {
     "peft": "training.use_peft",
     "fsdp": "fsdp.enable_fsdp",
     "deepspeed": "deepspeed.enable_deepspeed",
+    "training.gkd": "training.trainer_type TRL_GKD",
 }
 """Section -> the field without which Oumi reads none of it."""
 
@@ -30,19 +31,25 @@ def field_of(path: str) -> Becomes | None:
     return FIELDS.get(name)
 
 
+def _is_read(config: TrainingConfig, condition: str) -> bool:
+    """Whether a field is true, or has the value that follows it."""
+    path, _, wanted = condition.partition(" ")
+    value = attrgetter(path)(config)
+    return value.name == wanted if wanted else bool(value)
+
+
 def note_fields(config: TrainingConfig, notes: Notes) -> None:
     """Refuses fields without a counterpart, and notes what becomes of all others that differ from their defaults.
 
     Raises:
         UserError: at the first one that is refused.
     """
-    switches = {section: attrgetter(switch)(config) for section, switch in ONLY_WITH.items()}
     for path, value, default in walk(config):
         if value == default:
             continue
-        section = path.partition(".")[0]
+        section = next((section for section in ONLY_WITH if path.startswith(f"{section}.")), None)
         field = field_of(path)
-        if not switches.get(section, True):
+        if section is not None and not _is_read(config, ONLY_WITH[section]):
             notes.became[path] = f"nothing: it is only read with {ONLY_WITH[section]}"
         elif field is None:
             refuse(path, "is not known here")

@@ -7,6 +7,7 @@ from oumi_pl.core.configs import TrainingConfig
 from oumi_pl.core.recipe import data as data_section
 from oumi_pl.core.recipe import optimisation
 from oumi_pl.core.recipe import trainer as trainer_section
+from oumi_pl.core.recipe.distillation import distillation
 from oumi_pl.core.recipe.fields import note_fields
 from oumi_pl.core.recipe.model import model
 from oumi_pl.core.recipe.notes import Notes
@@ -46,6 +47,8 @@ def to_recipe(config: TrainingConfig, engine: Engine | None = None, devices: int
     note_kwargs(config, kind, notes)
     training = config.training
     module = model(config, notes)
+    if kind == "Distill":
+        module |= distillation(config, notes)
     compared = {"DPO": preference, "KTO": feedback}
     if kind in compared:
         module |= compared[kind](training.trainer_kwargs)

@@ -29,7 +29,7 @@ class Registered(NamedTuple):
 ANY = ("dataset_name_override",)
 OF_KIND = {
     "chat": ("task", "return_tensors", "text_col", "assistant_only", "response_template", "instruction_template",
-             "return_conversations"),
+             "return_conversations", "return_conversations_format"),
     "pair": ("return_tensors",),
     "feedback": ("return_tensors",),
     "document": ("seq_length", "dataset_text_field", "append_concat_token", "add_special_tokens", "skip_last"),
@@ -116,7 +116,13 @@ def entry_of(dataset: DatasetParams, place: str) -> Registered:
 
 
 def source(
-    dataset: DatasetParams, place: str, notes: Notes, seed: int, text_field: str | None = None
+    dataset: DatasetParams,
+    place: str,
+    notes: Notes,
+    seed: int,
+    text_field: str | None = None,
+    *,
+    conversations: bool = False,
 ) -> str | dict[str, Any] | None:
     """The source of a dataset; None if its share in the mixture is 0.
 
@@ -126,12 +132,13 @@ def source(
         notes: Where comments go.
         seed: Of the run, where the dataset has none.
         text_field: Column of the text, of data that Oumi doesn't register.
+        conversations: Whether the trainer type reads conversations, and not token ids.
 
     Raises:
         UserError: it has images, options without a counterpart, or no rows that can be found.
     """
     entry = entry_of(dataset, place)
-    _check_kwargs(dataset, entry, place)
+    _check_kwargs(dataset, entry, place, conversations=conversations)
     if dataset.mixture_proportion == 0:
         notes.became[f"{place}.mixture_proportion"] = "the source is left out"
         return None
@@ -216,18 +223,24 @@ def _sample(dataset: DatasetParams, place: str, seed: int) -> dict[str, Any]:
     return {"sample": dataset.sample_count, "sample_seed": seed if dataset.seed is None else dataset.seed}
 
 
-def _check_kwargs(dataset: DatasetParams, entry: Registered, place: str) -> None:
+def _check_kwargs(dataset: DatasetParams, entry: Registered, place: str, *, conversations: bool) -> None:
     known = (*ANY, *entry.kwargs, *(() if entry is RAW else OF_KIND[entry.kind]))
     expected = {
         "task": ("sft",),
-        "return_conversations": (False, None),
+        "return_conversations": (True,) if conversations else (False, None),
+        "return_conversations_format": ("dict",) if conversations else (None,),
         "append_concat_token": (True,),
         "add_special_tokens": (True,),
     }
+    needed = ("return_conversations", "return_conversations_format") if conversations and entry is not RAW else ()
+    for key in needed:
+        if key not in dataset.dataset_kwargs:
+            value = str(expected[key][0]).lower()
+            refuse(f"{place}.dataset_kwargs.{key}", f"missing: TRL_GKD reads conversations; set it to {value}")
     for key, value in dataset.dataset_kwargs.items():
         if key not in known:
             why = f"{dataset.dataset_name} is read without it{nearest(key, known)}"
             refuse(f"{place}.dataset_kwargs.{key}", f"has no counterpart: {why}")
         if key in expected and value not in expected[key]:
-            words = " or ".join(str(one).lower() for one in expected[key] if one is not None)
+            words = " or ".join(str(one).lower() for one in expected[key] if one is not None) or "null"
             refuse(f"{place}.dataset_kwargs.{key}", f"{value!r} has no counterpart; the only value is {words}")

@@ -14,7 +14,7 @@ from oumi_pl.runs.folders import CHECKPOINTS
 Engine = Literal["lightning", "trl", "hf"]
 
 ENGINES: dict[str, Engine] = {
-    "TRL_SFT": "trl", "TRL_DPO": "trl", "TRL_KTO": "trl", "HF": "hf",
+    "TRL_SFT": "trl", "TRL_DPO": "trl", "TRL_KTO": "trl", "TRL_GKD": "trl", "HF": "hf",
     "OUMI": "lightning", "SFT": "lightning", "DPO": "lightning", "KTO": "lightning", "PRETRAIN": "lightning",
 }  # fmt: skip
 """Trainer type -> what drives the training loop."""
@@ -37,7 +37,7 @@ def engine_of(config: TrainingConfig, kind: str, requested: Engine | None, devic
 
     Args:
         config: The config.
-        kind: `SFT`, `DPO`, `KTO` or `Pretrain`.
+        kind: `SFT`, `DPO`, `KTO`, `Distill` or `Pretrain`.
         requested: By the user; None for that of the trainer type.
         devices: Devices per node; None for as many as there are.
         notes: Where comments go.

@@ -65,7 +65,7 @@ def note_kwargs(config: TrainingConfig, kind: str, notes: Notes) -> None:
     kwargs = config.training.trainer_kwargs
     if kwargs and config.training.trainer_type.name == "OUMI":
         refuse(PLACE, f"Oumi's own trainer reads none of {', '.join(kwargs)}; leave them out")
-    known = OF_ANY | {"DPO": OF_PREFERENCES, "KTO": OF_FEEDBACK}.get(kind, OF_TOKENS)
+    known = OF_ANY | {"DPO": OF_PREFERENCES, "KTO": OF_FEEDBACK, "Distill": {}}.get(kind, OF_TOKENS)
     for key, value in kwargs.items():
         place = f"{PLACE}.{key}"
         if key in known:
@@ -74,7 +74,7 @@ def note_kwargs(config: TrainingConfig, kind: str, notes: Notes) -> None:
             notes.became[place] = f"nothing: {HARMLESS[key]}"
         elif key in GONE:
             refuse(place, "TRL has no such argument any more; set model.model_max_length")
-        elif kind not in ("DPO", "KTO") and key in ONLY:
+        elif kind in ("SFT", "Pretrain") and key in ONLY:
             if value not in ONLY[key]:
                 refuse(place, f"{value!r} has no counterpart; the only value is {ONLY[key][0]}")
         else:

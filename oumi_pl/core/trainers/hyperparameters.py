@@ -20,6 +20,7 @@ CLASSES = {
     "TRL_SFT": {"trainer": ("trl", "SFTTrainer"), "arguments": ("trl", "SFTConfig")},
     "TRL_DPO": {"trainer": ("trl", "DPOTrainer"), "arguments": ("trl", "DPOConfig")},
     "TRL_KTO": {"trainer": ("trl", "KTOTrainer"), "arguments": ("trl", "KTOConfig")},
+    "TRL_GKD": {"trainer": ("trl.experimental.gkd", "GKDTrainer"), "arguments": ("trl.experimental.gkd", "GKDConfig")},
 }
 """Trainer type -> library and name of its classes."""
 SAME = (
@@ -38,7 +39,7 @@ def to_hf(params: "TrainingParams", trainer_type: "TrainerType | None" = None) -
 
     Args:
         params: Oumi's parameters.
-        trainer_type: HF, TRL_SFT, TRL_DPO or TRL_KTO; that of the parameters if left out.
+        trainer_type: HF, TRL_SFT, TRL_DPO, TRL_KTO or TRL_GKD; that of the parameters if left out.
 
     Raises:
         UserError: for `trainer_kwargs` that a field sets already or that the class does not have, and for parameters
@@ -49,7 +50,7 @@ def to_hf(params: "TrainingParams", trainer_type: "TrainerType | None" = None) -
     if params.metrics_function:
         raise UserError("training.metrics_function: there is no registry; give compute_metrics to the trainer instead")
     _refuse_unknown_names(params)
-    passed = _arguments(params) | {"report_to": trackers(params)}
+    passed = _arguments(params) | {"report_to": trackers(params)} | (_gkd(params) if kind.name == "TRL_GKD" else {})
     known = [field.name for field in dataclasses.fields(cls) if field.init]
     for name in params.trainer_kwargs:
         if name in passed:
@@ -101,6 +102,13 @@ def _refuse_unknown_names(params: "TrainingParams") -> None:
         value, known = getattr(params, field), [str(name.value) for name in names]
         if value not in known:
             raise UserError(f"training.{field}: transformers has no {value!r}{nearest(value, known)}")
+
+
+def _gkd(params: "TrainingParams") -> dict[str, Any]:
+    """The section `gkd` but for the teacher, which the trainer itself is given as `teacher_model`."""
+    section = {name: value for name, value in params.gkd if name != "teacher_model_name_or_path"}
+    section["teacher_model_init_kwargs"] = dict(section["teacher_model_init_kwargs"]) or None
+    return section
 
 
 def _arguments(params: "TrainingParams") -> dict[str, Any]:

@@ -17,9 +17,10 @@ from oumi_pl.core.configs.params.base_params import (
     honoured,
     refused,
 )
-from oumi_pl.core.configs.params.unsupported_params import GkdParams, GoldParams, GrpoParams
+from oumi_pl.core.configs.params.gkd_params import GkdParams
+from oumi_pl.core.configs.params.unsupported_params import GoldParams, GrpoParams
 
-NOT_HERE = ("TRL_GRPO", "TRL_GKD", "TRL_GOLD", "VERL_GRPO")
+NOT_HERE = ("TRL_GRPO", "TRL_GOLD", "VERL_GRPO")
 LONGEST_NAME = 100
 """Trackers take names of 128 characters, and put some of their own around this one."""
 
@@ -30,6 +31,7 @@ class TrainerType(Enum):
     TRL_SFT = "trl_sft"
     TRL_DPO = "trl_dpo"
     TRL_KTO = "trl_kto"
+    TRL_GKD = "trl_gkd"
     HF = "hf"
     OUMI = "oumi"
     SFT = "sft"
@@ -38,7 +40,10 @@ class TrainerType(Enum):
     PRETRAIN = "pretrain"
 
 
-THROUGH_TRANSFORMERS = (TrainerType.TRL_SFT, TrainerType.TRL_DPO, TrainerType.TRL_KTO, TrainerType.HF)
+THROUGH_TRANSFORMERS = (
+    *(TrainerType.TRL_SFT, TrainerType.TRL_DPO, TrainerType.TRL_KTO, TrainerType.TRL_GKD),
+    TrainerType.HF,
+)
 
 
 class SchedulerType(StrEnum):
@@ -167,7 +172,8 @@ class TrainingParams(BaseParams):
     reward_functions: list[str] | None = refused("rewards are for reinforcement learning", None)
     reward_function_kwargs: dict[str, Any] = refused("rewards are for reinforcement learning", {})
     grpo: GrpoParams = refused("GRPO is not among the trainer types here", GrpoParams())
-    gkd: GkdParams = refused("GKD is not among the trainer types here", GkdParams())
+    gkd: GkdParams = honoured("the keys that have a counterpart, one by one", GkdParams())
+    """The section of TRL_GKD."""
     gold: GoldParams = refused("GOLD is not among the trainer types here", GoldParams())
     log_level: str = harmless(SHOWN, "info")
     """From which level on the library's own messages are shown."""

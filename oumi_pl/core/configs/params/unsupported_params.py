@@ -29,10 +29,6 @@ GRPO: dict[str, Any] = {
     "vllm_mode": TEXT, "vllm_gpu_memory_utilization": 0.9, "epsilon": 0.2, "log_completions": False,
     "rollout_function": TEXT,
 }  # fmt: skip
-GKD: dict[str, Any] = {
-    "teacher_model_name_or_path": TEXT, "teacher_model_init_kwargs": {"dtype": "auto"}, "temperature": 0.9,
-    "lmbda": 0.5, "beta": 0.5, "max_new_tokens": 128, "disable_dropout": True, "seq_kd": False,
-}  # fmt: skip
 GOLD: dict[str, Any] = {
     "teacher_model_name_or_path": TEXT, "teacher_model_init_kwargs": {"torch_dtype": "auto"},
     "teacher_tokenizer_name_or_path": TEXT, "temperature": 0.9, "top_p": 0.95, "top_k": 0, "lmbda": 0.5, "beta": 0.5,
@@ -52,11 +48,6 @@ GOLD: dict[str, Any] = {
 @with_fields(GRPO)
 class GrpoParams(_Unsupported):
     """Group-relative policy optimization: not here."""
-
-
-@with_fields(GKD)
-class GkdParams(_Unsupported):
-    """Generalized knowledge distillation: not here."""
 
 
 @with_fields(GOLD)
