@@ -115,12 +115,18 @@ class RunCallback(TrainerCallback):
 
     # ---- an update
 
+    def start(self) -> None:
+        """Creates or continues the run folder, and finds its best weights."""
+        self.call("on_train_start")
+        if self.checkpoints is not None:
+            self.checkpoints.on_train_start(self.lightning, self.module)
+
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Applies the recipe's optimizer settings in place of the checkpoint's, and creates the run folder."""
         self.module.on_train_start()
         schedule: Any = self.module.lr_schedulers()
         schedule._last_lr = [group["lr"] for group in schedule.optimizer.param_groups]  # the engine logs this
-        self.call("on_train_start")
+        self.start()
         folder = find(self.lightning, RunFolder)
         if folder is not None and folder.directory is not None:
             args.output_dir = str(folder.directory / folders.CHECKPOINTS)

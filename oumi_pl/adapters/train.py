@@ -70,12 +70,9 @@ def run(
         refuse_model(engine, module, data.packing)
     module.engine_notes = list(_notes(engine, module))
     optimizer, schedule = _optimizers(trainer, module)
-    checkpoint, position = _resume(trainer)
-    if checkpoint is not None:
-        print(f"engine {engine}: resuming from {checkpoint}")
+    checkpoint, position = _resume(trainer, engine)
     total = module.total_steps()
-    if trainer.global_step >= total:
-        raise nothing_left(trainer.global_step)
+    is_trained = _is_trained(trainer, total)
     loader = _loader(trainer, module, data, position)
     run_callback = RunCallback(
         trainer, module, data, loader, ValidationSchedule(trainer, data, loader.epoch_length, total)
@@ -95,7 +92,11 @@ def run(
             engine_trainer.run_callback = run_callback
             engine_trainer.remove_callback(PrinterCallback)
             module.keep_adapters_in_float32()  # TRL casts adapters of quantized models to bfloat16
-            engine_trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+            if is_trained:  # but killed before its end: what is left is the export
+                engine_trainer._load_from_checkpoint(str(checkpoint))
+                run_callback.start()
+            else:
+                engine_trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
         run_callback.finish()  # after `_model_restored`, because the export writes the model's config
     except BaseException as error:
         run_callback.call("on_exception", error)
@@ -105,6 +106,18 @@ def run(
         if run_callback.preemption is not None:
             run_callback.preemption.teardown(trainer, module, "fit")
     return engine_trainer
+
+
+def _is_trained(trainer: Any, total: int) -> bool:
+    """Whether the last update was made before the run was killed.
+
+    Raises:
+        UserError: it was made, and the run is finished.
+    """
+    folder = find(trainer, RunFolder)
+    if trainer.global_step >= total and (folder is None or not folder.resumes_unfinished()):
+        raise nothing_left(trainer.global_step)
+    return trainer.global_step >= total
 
 
 def _refuse_before_loading(engine: str, trainer: Any, module: LanguageModule, data: Any) -> None:
@@ -193,7 +206,7 @@ def _optimizers(trainer: Any, module: LanguageModule) -> tuple[Any, Any]:
     return optimizer, schedule
 
 
-def _resume(trainer: Any) -> tuple[Path | None, dict[str, Any]]:
+def _resume(trainer: Any, engine: str) -> tuple[Path | None, dict[str, Any]]:
     """The checkpoint to resume from, or None, and the position in the data."""
     folder = find(trainer, RunFolder)
     start = {"epoch": 0, "update": 0}
@@ -202,6 +215,7 @@ def _resume(trainer: Any) -> tuple[Path | None, dict[str, Any]]:
     checkpoint = checkpoints.newest(folder.resume / folders.CHECKPOINTS)
     if checkpoint is None:
         return None, start
+    print(f"engine {engine}: resuming from {checkpoint}")
     return checkpoint, checkpoints.load(checkpoint, trainer, folder, enabled_checkpoints(trainer))
 
 

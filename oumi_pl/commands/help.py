@@ -33,7 +33,7 @@ FOREIGN = ("builtins", "abc", "torch", "lightning", "transformers", "typing")
 """Packages with other docstring styles: for these, the descriptions parsed by jsonargparse are used."""
 FIRST = {
     "config NAME|FILE": "A recipe, by name or path; several are merged, the later wins.",
-    "resume [RUN]": "Resume the last unfinished run of the recipe, or this run folder.",
+    "resume [RUN]": "Resume the last unfinished run of the recipe, or this run folder; `auto`: or start the run.",
 }
 LAST = {
     "ckpt_path FILE": "Checkpoint to load weights from; fit also continues from its step.",

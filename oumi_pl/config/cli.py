@@ -15,6 +15,7 @@ from oumi_pl.callbacks.advice import Advice, PreferenceWarnings
 from oumi_pl.callbacks.checkpoint import Checkpoints
 from oumi_pl.callbacks.dry_run import dry_run
 from oumi_pl.callbacks.export import Export
+from oumi_pl.callbacks.loop import RunLoop
 from oumi_pl.callbacks.memory import Memory
 from oumi_pl.callbacks.predictions import Predictions
 from oumi_pl.callbacks.progress import ProgressLine
@@ -29,6 +30,7 @@ from oumi_pl.callbacks.tracking import Tracking
 from oumi_pl.config.check import Checker, Parser, options, unwrapped_mistakes
 from oumi_pl.config.files import as_written, read_options
 from oumi_pl.config.refusals import (
+    launched_devices,
     refuse_contradictions,
     refuse_missing_gpus,
     refuse_seed,
@@ -207,6 +209,7 @@ class CLI(LightningCLI):
         if get("val_every") is not None:
             kwargs |= self._validation_by_steps(config, get("val_every"))
         refuse_unknown_devices(config)
+        kwargs |= launched_devices(config)
         try:
             trainer = self.trainer_class(**{**config, **kwargs})
         except (MisconfigurationException, ValueError, RuntimeError) as error:
@@ -215,6 +218,7 @@ class CLI(LightningCLI):
         refuse_unsupported_precision(config.get("precision"), trainer.strategy.root_device)
         if get("max_tokens") is not None:
             self._limit_tokens(trainer, config, get("max_tokens"))
+        RunLoop.replace_in(trainer)
         return trainer
 
     def _callbacks(self, config: Any) -> list[Any]:

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import ArrayLike
 
+from oumi_pl.runs import files
 from oumi_pl.runs.folders import Column
 
 if TYPE_CHECKING:
@@ -263,9 +264,8 @@ def grid(
         for axis in axes[count:]:
             axis.remove()
         yield figure, axes[:count]
-        half = file.with_name(f"{file.name}.half")
-        figure.savefig(half, dpi=110, format="png")
-    half.replace(file)
+        with files.replacing(file) as half:
+            figure.savefig(half, dpi=110, format="png")
 
 
 def legend(metrics: Mapping[str, Column], resumed: Sequence[int] = ()) -> str:

@@ -14,6 +14,8 @@ class Record:
     """A run folder whose files are read on first use."""
 
     folder: Path
+    shown_condition: str | None = None
+    """Instead of that in `run.json`."""
 
     @property
     def name(self) -> str:
@@ -32,7 +34,7 @@ class Record:
     @cached_property
     def condition(self) -> str:
         """The current state of the run: see `oumi_pl.runs.folders.condition`."""
-        return folders.condition(self.state)
+        return self.shown_condition or folders.condition(self.state)
 
     @cached_property
     def metrics(self) -> dict[str, folders.Column]:
