@@ -153,7 +153,7 @@ def resolve(path: str, key: str = "data.reward") -> Reward:
     """
     module, _, name = path.rpartition(".")
     try:
-        found = getattr(importlib.import_module(module or __name__), name)
+        value = getattr(importlib.import_module(module or __name__), name)
     except ImportError as error:
         raise UserError(f"{key}: can't import {module}: {error}") from error
     except AttributeError:
@@ -213,10 +213,10 @@ def letter_count(completion: str, row: Mapping[str, Any]) -> float:
 
 def countdown(completion: str, row: Mapping[str, Any]) -> float:
     """1 if the `<answer>` is an equation that reaches `target` and uses each of `nums` exactly once; else 0."""
-    found = re.findall(r"<answer>(.*?)</answer>", completion, re.DOTALL)
-    if not found:
+    answers = re.findall(r"<answer>(.*?)</answer>", completion, re.DOTALL)
+    if not answers:
         return 0.0
-    equation = found[-1].partition("=")[0].strip()
+    equation = answers[-1].partition("=")[0].strip()
     if not re.fullmatch(r"[\d\s+\-*/().]+", equation) or "**" in equation or "//" in equation:
         return 0.0
     if sorted(int(n) for n in re.findall(r"\d+", equation)) != sorted(int(n) for n in row["nums"]):
