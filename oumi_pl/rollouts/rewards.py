@@ -159,9 +159,9 @@ def resolve(path: str, key: str = "data.reward") -> Reward:
     except AttributeError:
         where = f"{module} has no {name}" if module else f"no built-in reward {name!r}; give the path of a function"
         raise UserError(f"{key}: {where}") from None
-    if not callable(found):
-        raise UserError(f"{key}: {path} is a {type(found).__name__}, not a function")
-    return found() if isinstance(found, type) else found
+    if not callable(value):
+        raise UserError(f"{key}: {path} is a {type(value).__name__}, not a function")
+    return value() if isinstance(value, type) else value
 
 
 # ---- built in
