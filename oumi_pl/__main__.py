@@ -33,6 +33,7 @@ options of fit, validate, test and predict:
   --config NAME|FILE      a recipe, by name or path; several are merged, the later wins
   --KEY VALUE             override a value of the recipe: --data.batch_size 8 --trainer.max_steps 100
   --resume [RUN]          fit: resume the last unfinished run of the recipe, or this run folder
+  --resume auto           fit: the same, or start the run: a command that a scheduler can repeat until it exits with 0
   --dry_run               fit: try a few updates, and print what would run, its memory and time
   --engine hf|trl         fit: the same training in the loop of transformers' Trainer or TRL's
   --print_config          print the complete config, and exit
@@ -82,7 +83,7 @@ def _report(error: Exception) -> int:
 
 def _code_of(stop: SystemExit) -> int:
     if isinstance(stop.__context__, KeyboardInterrupt):
-        print("interrupted; fit --resume continues from the last checkpoint", file=sys.stderr)
+        print("interrupted", file=sys.stderr)
         return 130
     return stop.code if isinstance(stop.code, int) else int(stop.code is not None)
 
@@ -116,6 +117,33 @@ def _run(argv: list[str]) -> int:
 
 
 def _train(command: str, typed: list[tuple[str, str | None]]) -> int:
+    from oumi_pl.runs import lock
+
+    try:
+        return _fit(command, typed)
+    except (KeyboardInterrupt, SystemExit) as stop:
+        if not isinstance(stop, KeyboardInterrupt) and not isinstance(stop.__context__, KeyboardInterrupt):
+            raise
+        print(_after_interrupt(lock.held()), file=sys.stderr)
+        return 130
+    finally:
+        lock.release_all()
+
+
+def _after_interrupt(runs: list[Path]) -> str:
+    """What to do next after Ctrl-C, given the run folders that this process was writing."""
+    from oumi_pl.runs import folders
+
+    if not runs:
+        return "interrupted before training began; to start it, repeat the command"
+    run, checkpoint = runs[-1], folders.newest_checkpoint(runs[-1])
+    shown = run.relative_to(Path.cwd()) if run.is_relative_to(Path.cwd()) else run
+    if checkpoint is None:
+        return f"interrupted before the first checkpoint; to start it again: oumi_pl fit --resume {shown}"
+    return f"interrupted; to continue from {checkpoint.name}: oumi_pl fit --resume {shown}"
+
+
+def _fit(command: str, typed: list[tuple[str, str | None]]) -> int:
     # here and not above: they import what listing recipes, for example, does not need
     from oumi_pl.config import files as recipe_files
     from oumi_pl.runs import folders
@@ -129,7 +157,7 @@ def _train(command: str, typed: list[tuple[str, str | None]]) -> int:
     if not configs and resume is None and not asks_for_help:
         recipes = ", ".join(recipe_files.names())
         raise UserError(f"{command} needs a recipe: oumi_pl {command} --config NAME or FILE; recipes: {recipes}")
-    if resume == "" and not configs:
+    if resume in ("", recipe_files.AUTO) and not configs:
         raise UserError(
             "--resume: name the recipe of the run (--config NAME or FILE), or its folder (--resume RUN; "
             "oumi_pl runs lists them)"
@@ -138,8 +166,13 @@ def _train(command: str, typed: list[tuple[str, str | None]]) -> int:
     tree = recipe_files.merged(trees)
     folder = None
     if resume is not None:
-        folder, recipe, args = recipe_files.resume_arguments(command, resume, recipe, args, tree)
-        trees = [recipe_files.check(folder / folders.CONFIG)]
+        try:
+            folder, recipe, args = recipe_files.resume_arguments(command, resume, recipe, args, tree)
+        except recipe_files.NothingToDo as nothing:
+            print(nothing)
+            return 0
+        if folder is not None:
+            trees = [recipe_files.check(folder / folders.CONFIG)]
     if not asks_for_help:
         args = recipe_files.with_model(args, {} if folder else tree)
     # Threads that spin while they wait slow each other down when anything else runs on the machine: 80 steps of the

@@ -2,6 +2,8 @@
 
 import contextlib
 import errno
+import os
+import re
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
@@ -112,8 +114,18 @@ def is_out_of_memory(error: BaseException) -> bool:
     return False
 
 
+WORKER_ENDED = re.compile(
+    r"DataLoader worker \(pid(?:\(s\))? [\d, ]+\) (?:is killed by signal: ([^.]+)|exited unexpectedly)"
+)
+RANK_ENDED = re.compile(r"Connection (closed by|reset by) peer|Broken pipe|remote process exited|NCCL.*aborted", re.I)
+"""Messages of gloo and NCCL if the process at the other end is gone."""
+OUT_OF_HOST_MEMORY = "which is what the system does to a process when memory runs out (`dmesg` says so)"
+
+
 def machine_failure(error: BaseException) -> str | None:
-    """The message for an error that is neither the user's nor a bug: out of memory, a full disk; None for others."""
+    """The message for an error that is neither the user's nor a bug: out of memory, a full disk, a process that was
+    killed; None for others.
+    """
     if is_out_of_memory(error):
         # `oumi_pl.callbacks.memory` attaches a better message as notes
         noted = [note for note in getattr(error, "__notes__", ()) if note.startswith("out of memory")]
@@ -125,8 +137,39 @@ def machine_failure(error: BaseException) -> str | None:
     while seen is not None:  # the whole chain, since writers often fail again while they clean up
         if isinstance(seen, OSError) and seen.errno in (errno.ENOSPC, errno.EDQUOT, errno.EROFS):
             place = f" to write {seen.filename}" if seen.filename else ""
+            if seen.filename and Path(str(seen.filename)).absolute().is_relative_to(cache_folder().absolute()):
+                return (
+                    f"{seen.strerror}{place}, in the cache; free some space (the cache itself may be deleted, and "
+                    "is then written again), or set OUMI_PL_CACHE to a folder on another disk; then repeat the "
+                    "command, with --resume if the run had begun"
+                )
             return f"{seen.strerror}{place}; free some space and continue with --resume, or choose another --runs_dir"
-        if "Connection closed by peer" in str(seen):  # gloo's message if another rank has exited
-            return "another rank exited; see its output for the cause"
+        if ended := WORKER_ENDED.search(str(seen)):
+            by_signal = WORKER_ENDED.search(str(seen.__cause__))  # PyTorch's first error names the signal
+            return _why_worker_ended(ended[1] or (by_signal and by_signal[1]))
+        if isinstance(seen, RuntimeError) and RANK_ENDED.search(str(seen)):
+            return (
+                "another rank exited; see its output for the cause. If it says nothing, it was killed, "
+                f"{OUT_OF_HOST_MEMORY}; continue with --resume"
+            )
         seen = seen.__cause__ or seen.__context__
     return None
+
+
+def _why_worker_ended(signal: str | None) -> str:
+    """The message for a loader process that ended; `signal` is the name of what ended it, if that is known."""
+    if signal == "Killed":
+        why = f"was killed, {OUT_OF_HOST_MEMORY}: set data.workers lower, or give the run more memory"
+    elif signal is not None and "Bus error" in signal:
+        why = "ran out of shared memory (/dev/shm): enlarge it (docker run --shm-size 8g), or set data.workers to 0"
+    elif signal is not None:
+        why = f"was ended by the signal {signal!r}: by a crash in native code, or another program"
+    else:
+        why = "ended unexpectedly: set data.workers to 0 to see the error"
+    return f"a loader process {why}; continue with --resume"
+
+
+def cache_folder() -> Path:
+    """The cache directory: `$OUMI_PL_CACHE`, else `oumi_pl` in the user's cache directory."""
+    explicit = os.environ.get("OUMI_PL_CACHE")
+    return Path(explicit or Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")) / "oumi_pl").expanduser()

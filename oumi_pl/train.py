@@ -14,6 +14,7 @@ from oumi_pl.core.configs import PeftSaveMode, TrainingConfig
 from oumi_pl.core.layout import write_base, write_layout
 from oumi_pl.core.recipe import Engine, Recipe, to_recipe
 from oumi_pl.errors import UserError
+from oumi_pl.runs import lock
 from oumi_pl.runs.folders import CONFIG, read_state
 
 LENGTH = ("max_steps", "max_epochs")
@@ -51,6 +52,8 @@ def train(config: TrainingConfig, engine: Engine | None = None, verbose: bool = 
             if stopped := _newest(Path(recipe.tree["runs_dir"]).expanduser(), name):
                 write_layout(Path(stopped), config)
             raise
+        finally:
+            lock.release_all()
     if run is not None and int(os.environ.get("RANK", "0")) == 0:
         write_layout(run, config, made.trainer.world_size, str(made.model.causal_lm.hf))
         if config.training.use_peft and config.peft.peft_save_mode == PeftSaveMode.ADAPTER_AND_BASE_MODEL:
@@ -89,6 +92,7 @@ def _fit(file: Path, recipe: Recipe, name: str) -> tuple[Any, Path | None]:
                 folder, name, args = files.resume_arguments("fit", run, name, args, tree)
             except UserError as error:
                 raise UserError(_in_oumis_words(str(error))) from error
+            assert folder is not None  # which only `auto` may leave out
             tree = files.check(folder / CONFIG)
     made: Any = CLI(["fit", *args], recipe=name, resume=folder, trees=[tree])
     return made, run_directory(made.trainer)

@@ -56,7 +56,7 @@ DRAWN = (
 def undrawn(request, monkeypatch):
     """Drawing the report of a run takes a second, which most tests have no use for."""
     if not request.module.__name__.startswith(DRAWN):
-        monkeypatch.setattr("oumi_pl.report.page.make", lambda run: None)
+        monkeypatch.setattr("oumi_pl.report.page.make", lambda run, condition=None: None)
 
 
 @pytest.fixture(autouse=True)

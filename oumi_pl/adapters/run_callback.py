@@ -11,6 +11,7 @@ from oumi_pl.adapters.checkpoints import set_step
 from oumi_pl.adapters.refusals import OBSERVERS
 from oumi_pl.callbacks import find
 from oumi_pl.callbacks.checkpoint import enabled_checkpoints
+from oumi_pl.callbacks.rollouts import Rollouts
 from oumi_pl.callbacks.run_folder import RunFolder
 from oumi_pl.callbacks.stopping import Preemption, Stopped
 from oumi_pl.data.base import TextData
@@ -114,18 +115,29 @@ class RunCallback(TrainerCallback):
 
     # ---- an update
 
+    def start(self) -> None:
+        """Creates or continues the run folder, and finds its best weights."""
+        self.call("on_train_start")
+        if self.checkpoints is not None:
+            self.checkpoints.on_train_start(self.lightning, self.module)
+
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Applies the recipe's optimizer settings in place of the checkpoint's, and creates the run folder."""
         self.module.on_train_start()
         schedule: Any = self.module.lr_schedulers()
         schedule._last_lr = [group["lr"] for group in schedule.optimizer.param_groups]  # the engine logs this
-        self.call("on_train_start")
+        self.start()
         folder = find(self.lightning, RunFolder)
         if folder is not None and folder.directory is not None:
             args.output_dir = str(folder.directory / folders.CHECKPOINTS)
         if self.preemption is not None:
             self.preemption.on_train_start(self.lightning, self.module)
         self.call("on_train_batch_start", None, 0)
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Starts timing an update whose completions, if it has some, have been sampled."""
+        if (rollouts := find(self.lightning, Rollouts)) is not None:
+            rollouts.on_train_batch_start(self.lightning, self.module)
 
     def add_to_update(self, batch: Batch, sums: Sums) -> None:
         """Adds the sums and counts of a micro-batch to those of the update."""

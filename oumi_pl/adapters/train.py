@@ -24,6 +24,7 @@ from oumi_pl.adapters.refusals import (
     refuse_model,
     refuse_preferences,
     refuse_rewards,
+    refuse_rollouts,
     refuse_settings,
 )
 from oumi_pl.adapters.run_callback import RunCallback, ValidationSchedule
@@ -37,6 +38,7 @@ from oumi_pl.models.lm import LM, documents, padded
 from oumi_pl.modules.base import LanguageModule
 from oumi_pl.modules.distill import Distill
 from oumi_pl.modules.dpo import DPO
+from oumi_pl.modules.grpo import GRPO
 from oumi_pl.modules.kto import KTO
 from oumi_pl.modules.reward import Reward
 from oumi_pl.runs import folders
@@ -51,7 +53,8 @@ def run(
     Args:
         engine: `hf` or `trl`.
         trainer: A Lightning trainer with settings, callbacks and loggers; its loops do not run.
-        module: SFT, Pretrain, DPO, KTO, Reward or Distill. Its model is trained; if it has none, the module builds one.
+        module: SFT, Pretrain, DPO, KTO, GRPO, Reward or Distill. Its model is trained; if it has none, the module
+            builds one.
         data: The data module of the recipe.
         callbacks: Additional transformers callbacks, called after ours. The keyword argument `train_dataloader` of
             their hooks is an `EngineLoader`, which has the micro-batches of the update.
@@ -59,7 +62,7 @@ def run(
     Raises:
         UserError: the engine does not support the recipe.
     """
-    _refuse_before_loading(engine, trainer, module)
+    _refuse_before_loading(engine, trainer, module, data)
     _connect(trainer, module, data)
     _build_model(trainer, module, data)
     # the checks run a few tokens, for which compiling is not worth its time
@@ -67,12 +70,9 @@ def run(
         refuse_model(engine, module, data.packing)
     module.engine_notes = list(_notes(engine, module))
     optimizer, schedule = _optimizers(trainer, module)
-    checkpoint, position = _resume(trainer)
-    if checkpoint is not None:
-        print(f"engine {engine}: resuming from {checkpoint}")
+    checkpoint, position = _resume(trainer, engine)
     total = module.total_steps()
-    if trainer.global_step >= total:
-        raise nothing_left(trainer.global_step)
+    is_trained = _is_trained(trainer, total)
     loader = _loader(trainer, module, data, position)
     run_callback = RunCallback(
         trainer, module, data, loader, ValidationSchedule(trainer, data, loader.epoch_length, total)
@@ -92,7 +92,11 @@ def run(
             engine_trainer.run_callback = run_callback
             engine_trainer.remove_callback(PrinterCallback)
             module.keep_adapters_in_float32()  # TRL casts adapters of quantized models to bfloat16
-            engine_trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+            if is_trained:  # but killed before its end: what is left is the export
+                engine_trainer._load_from_checkpoint(str(checkpoint))
+                run_callback.start()
+            else:
+                engine_trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
         run_callback.finish()  # after `_model_restored`, because the export writes the model's config
     except BaseException as error:
         run_callback.call("on_exception", error)
@@ -104,7 +108,19 @@ def run(
     return engine_trainer
 
 
-def _refuse_before_loading(engine: str, trainer: Any, module: LanguageModule) -> None:
+def _is_trained(trainer: Any, total: int) -> bool:
+    """Whether the last update was made before the run was killed.
+
+    Raises:
+        UserError: it was made, and the run is finished.
+    """
+    folder = find(trainer, RunFolder)
+    if trainer.global_step >= total and (folder is None or not folder.resumes_unfinished()):
+        raise nothing_left(trainer.global_step)
+    return trainer.global_step >= total
+
+
+def _refuse_before_loading(engine: str, trainer: Any, module: LanguageModule, data: Any) -> None:
     """Makes all checks that are possible before anything is loaded."""
     refuse_engine(engine, module)
     refuse_settings(engine, trainer)
@@ -112,6 +128,8 @@ def _refuse_before_loading(engine: str, trainer: Any, module: LanguageModule) ->
         refuse_preferences(module)
     if isinstance(module, KTO):
         refuse_feedback(module, trainer.accumulate_grad_batches)
+    if isinstance(module, GRPO):
+        refuse_rollouts(module, data)
     if isinstance(module, Reward):
         refuse_rewards(module)
     if isinstance(module, Distill):
@@ -188,7 +206,7 @@ def _optimizers(trainer: Any, module: LanguageModule) -> tuple[Any, Any]:
     return optimizer, schedule
 
 
-def _resume(trainer: Any) -> tuple[Path | None, dict[str, Any]]:
+def _resume(trainer: Any, engine: str) -> tuple[Path | None, dict[str, Any]]:
     """The checkpoint to resume from, or None, and the position in the data."""
     folder = find(trainer, RunFolder)
     start = {"epoch": 0, "update": 0}
@@ -197,6 +215,7 @@ def _resume(trainer: Any) -> tuple[Path | None, dict[str, Any]]:
     checkpoint = checkpoints.newest(folder.resume / folders.CHECKPOINTS)
     if checkpoint is None:
         return None, start
+    print(f"engine {engine}: resuming from {checkpoint}")
     return checkpoint, checkpoints.load(checkpoint, trainer, folder, enabled_checkpoints(trainer))
 
 
@@ -205,6 +224,8 @@ def _loader(trainer: Any, module: LanguageModule, data: TextData, position: dict
         convert: Any = batches.pair_inputs
     elif isinstance(module, KTO):
         convert = partial(batches.feedback_inputs, mismatched=_mismatched(data) if module.kl else None)
+    elif isinstance(module, GRPO):
+        convert = batches.rollout_inputs
     elif isinstance(module, Reward):
         convert = partial(batches.reward_inputs, pad=data.pad_id, with_margins=module.loss.needs_margins)
     elif isinstance(module, Distill):

@@ -7,13 +7,16 @@ from typing import Any, Literal
 
 import lightning as L
 import torch
-from lightning.pytorch.callbacks import Checkpoint, WeightAveraging
+from lightning.pytorch.callbacks import Checkpoint, Timer, WeightAveraging
 
 from oumi_pl.callbacks import find_all
 from oumi_pl.errors import UserError, nearest
 from oumi_pl.runs.checkpoints import saved_at
-from oumi_pl.runs.folders import HALF, checkpoint_name, remove, saved_steps
+from oumi_pl.runs.files import HALF, put, remove
+from oumi_pl.runs.folders import TIME, checkpoint_name, saved_steps
+from oumi_pl.runs.metrics import MetricsCSV
 from oumi_pl.terminal.screen import working
+from oumi_pl.types import RunModule
 
 
 class Checkpoints(Checkpoint):
@@ -48,6 +51,11 @@ class Checkpoints(Checkpoint):
         """Where checkpoints go, set when the run folder is there; None writes none."""
         self.best_score: float | None = None
         self.best_model_path = ""
+        """`best.ckpt` in the run's folder; empty without one. Checkpoints don't hold it: the folder may be moved."""
+        self.validation_due = False
+        """Whether the checkpoint to resume from was saved before the validation of its step."""
+        self.ending: dict[str, Any] | None = None
+        """Total steps of the run and what ended it, if the checkpoint to resume from is that of its last update."""
         self._saved_step = -1
         self._due = False
 
@@ -56,6 +64,8 @@ class Checkpoints(Checkpoint):
 
         They are not if the checkpoint is of another run, or if `best.ckpt` was written later than the checkpoint.
         """
+        if self.directory is not None and (self.directory / checkpoint_name(trainer.global_step)).exists():
+            self._saved_step = trainer.global_step
         best = None if self.directory is None else self.directory / "best.ckpt"
         if best is not None and best.exists() and saved_at(best) <= trainer.global_step:
             self.best_model_path = str(best)
@@ -65,13 +75,13 @@ class Checkpoints(Checkpoint):
     def on_train_batch_end(self, trainer: L.Trainer, *_: Any) -> None:
         """Saves after every n-th update and after the last, never within one: a run can't be resumed from there.
 
-        If validation follows, saves after it: a resumed run would not repeat it, and its metrics would be lost.
+        If validation follows, saves after it. The last update is saved before and after: a run that is killed in its
+        last validation repeats only that.
         """
-        if trainer.fit_loop._should_accumulate() or (trainer.global_step % self.every and not _ends(trainer)):
+        if trainer.fit_loop._should_accumulate() or (trainer.global_step % self.every and not ends(trainer)):
             return
-        if _validation_follows(trainer):
-            self._due = True
-        else:
+        self._due = validation_follows(trainer)
+        if not self._due or ends(trainer):
             self.save(trainer)
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
@@ -88,7 +98,8 @@ class Checkpoints(Checkpoint):
             return
         if self.monitor is not None:
             self._keep_best(trainer, self.directory, self.monitor)
-        if self._due or _ends(trainer):
+        if self._due or ends(trainer):
+            self._saved_step = -1  # the checkpoint from before the validation is replaced
             self.save(trainer)
 
     def _keep_best(self, trainer: L.Trainer, directory: Path, monitor: str) -> None:
@@ -103,25 +114,49 @@ class Checkpoints(Checkpoint):
                 _save_whole(trainer, Path(self.best_model_path), weights_only=True)
 
     def save(self, trainer: L.Trainer) -> None:
-        """Writes a checkpoint of this step unless there is one, then removes the oldest beyond `keep`."""
+        """Writes a checkpoint of this step unless there is one, then removes the oldest beyond `keep`.
+
+        What the checkpoint covers of `metrics.csv` is on disk before.
+        """
         step = trainer.global_step
         if self.directory is None or step == self._saved_step:
             return
+        for logger in trainer.loggers:
+            if isinstance(logger, MetricsCSV):
+                logger.flush()
         self._saved_step = step
-        self._due = False
+        # on_train_batch_end comes before the validation of a step, and all else after it
+        self.validation_due = not trainer.validating and trainer.state.fn == "fit" and validation_follows(trainer)
+        self._due = self._due and self.validation_due
+        self.ending = None
+        if ends(trainer):
+            self.ending = {"steps": _total_steps(trainer), "by": ended_by(trainer)}
         _save_whole(trainer, self.directory / checkpoint_name(step))
         if trainer.is_global_zero:
             for old in saved_steps(self.directory)[: -self.keep]:
                 remove(old)
 
     def state_dict(self) -> dict[str, Any]:
-        """The best score so far."""
-        return {"best_score": self.best_score, "best_model_path": self.best_model_path}
+        """The best score so far, and where in the run this is."""
+        return {"best_score": self.best_score, "validation_due": self.validation_due, "ending": self.ending}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Restores the best score so far."""
+        """Restores it."""
         self.best_score = state_dict["best_score"]
-        self.best_model_path = state_dict["best_model_path"]
+        self.validation_due = bool(state_dict.get("validation_due"))
+        self.ending = state_dict.get("ending")
+
+    def has_ended(self, trainer: L.Trainer) -> bool:
+        """Whether the run has made its last update: that of its length now, or of the checkpoint that it resumes from.
+
+        It has not if the run is to be longer now than it was.
+        """
+        total = _total_steps(trainer)
+        if trainer.global_step >= total:
+            return True
+        if self.ending is None or total > self.ending["steps"]:
+            return False
+        return self.ending["by"] is None or ended_by(trainer) is not None
 
 
 def enabled_checkpoints(trainer: Any) -> Checkpoints | None:
@@ -129,12 +164,25 @@ def enabled_checkpoints(trainer: Any) -> Checkpoints | None:
     return next((checkpoints for checkpoints in find_all(trainer, Checkpoints) if checkpoints.enabled), None)
 
 
-def _ends(trainer: L.Trainer) -> bool:
+def _total_steps(trainer: Any) -> int:
+    """Optimizer steps of the whole run."""
+    module: RunModule = trainer.lightning_module
+    return module.total_steps()
+
+
+def ends(trainer: L.Trainer) -> bool:
     """Whether the run ends now; with `min_steps` or `min_epochs` it may go on after it was asked to stop."""
     return trainer.should_stop and trainer.fit_loop._can_stop_early
 
 
-def _validation_follows(trainer: L.Trainer) -> bool:
+def ended_by(trainer: Any) -> str | None:
+    """`trainer.max_time` if that is over; None if steps, epochs or a callback end the run."""
+    left = [timer.time_remaining() for timer in find_all(trainer, Timer)]
+    return TIME if any(seconds is not None and seconds <= 0 for seconds in left) else None
+
+
+def validation_follows(trainer: L.Trainer) -> bool:
+    """Whether validation comes next, at the end of an update."""
     fetcher = trainer.fit_loop._data_fetcher
     if fetcher is None or not sum(trainer.num_val_batches):  # Lightning may say yes without held-out rows
         return False
@@ -155,15 +203,13 @@ def _validated_weights(trainer: L.Trainer) -> Iterator[None]:
 
 
 def _save_whole(trainer: L.Trainer, path: Path, weights_only: bool = False) -> None:
-    """Saves under a temporary name, then renames: a kill may leave half of a sharded checkpoint's directory."""
+    """Saves under a temporary name, syncs and renames: a kill may leave half of a sharded checkpoint's directory."""
     half = path.with_name(path.name + HALF)
     with working(f"saving {path.name}"):
         trainer.save_checkpoint(half, weights_only=weights_only)
         trainer.strategy.barrier("checkpoint written")
     if trainer.is_global_zero:
-        if path.exists():
-            remove(path)
-        half.replace(path)
+        put(half, path)
     trainer.strategy.barrier("checkpoint in place")
     if torch.cuda.is_available():  # returns what gathering weights and optimizer state allocated
         torch.cuda.empty_cache()

@@ -7,12 +7,14 @@ gradients of the first are held. By then one-time costs (compilation, first allo
 ends, and nothing of it is kept.
 """
 
+import math
 import shutil
 import statistics
 import textwrap
 import time
 from collections import Counter
 from collections.abc import Iterator
+from dataclasses import replace
 from functools import cached_property
 from typing import Any
 
@@ -33,12 +35,16 @@ from oumi_pl.callbacks.throughput import peak_memory
 from oumi_pl.data.examples import ExampleData
 from oumi_pl.data.plan import Layout, Plan
 from oumi_pl.data.reference import ReferenceLogps
+from oumi_pl.data.rollouts import RolloutData
 from oumi_pl.modules.update import COUNTS, recounted
 from oumi_pl.optim.schedules import in_steps
+from oumi_pl.rollouts.sampling import Completion, Engine
 from oumi_pl.runs import folders
 from oumi_pl.runs.folders import refuse_unwritable
 from oumi_pl.types import RunData, RunModule
 
+NO_TOKEN = 2**31 - 1
+"""An id beyond all vocabularies."""
 UPDATES = 2
 """Fewest updates: from the second on there is an optimizer state, and memory no longer grows."""
 MOST_UPDATES = 6
@@ -71,6 +77,8 @@ def dry_run(trainer: Any, module: Any, data: Any, ckpt_path: str | None = None) 
     trainer.num_sanity_val_steps = 1
     if isinstance(data, ExampleData):  # the whole cache of the reference would take too long
         data.reference_logps = attempt.reference_logps  # type: ignore[method-assign]
+    if isinstance(data, RolloutData):
+        data.engine = _FullLength(data.engine)
     trainer.fit(module, datamodule=data, ckpt_path=ckpt_path)
 
 
@@ -133,6 +141,7 @@ class DryRun(L.Callback):
         loader = trainer.train_dataloader
         loader.layout = self.data.layout  # follows the trainer's accumulation, which has just changed
         self.measured.alike = self.largest is None
+        self.measured.sampled = self.data.sampling.max_new_tokens if isinstance(self.data, RolloutData) else 0
         if (rows := self.largest) is not None:
             plan = loader.position.plan
             loader.position.plan = lambda epoch: OneBatch(plan(epoch), rows)
@@ -150,6 +159,9 @@ class DryRun(L.Callback):
             torch.cuda.synchronize(pl_module.device)  # kernels run on after the call that starts them
         now = time.perf_counter()
         self.measured.updates.append((now - self._began, dict(pl_module.last_update)))
+        if isinstance(self.data, RolloutData):
+            self.measured.sampling.append(dict(self.data.seconds))
+            self.data.seconds.clear()
         self._began = now
         done = len(self.measured.updates)
         has_time = sum(seconds for seconds, _ in self.measured.updates) < SECONDS
@@ -200,9 +212,35 @@ class OneBatch(Plan):
         """The rows, once per micro-batch."""
         return iter([self._rows] * layout.micro_batches)
 
+    @property
+    def rows(self) -> int:
+        """Number of rows in the epoch; the last update is as long as the others."""
+        return len(self) * self.rows_per_update
+
+    def __len__(self) -> int:
+        """Number of updates."""
+        return math.ceil(super().rows / self.rows_per_update)
+
+    def row(self, index: int) -> np.ndarray:
+        """The rows, again and again."""
+        return self._rows[index % len(self._rows)]
+
     def examples_of(self, update: int, layout: Layout, micro_batches: int) -> np.ndarray:
         """Ids of the examples of an update, repeated for each rank and micro-batch, `[n]`."""
         return np.tile(np.concatenate(self._rows), micro_batches * layout.ranks)
+
+
+class _FullLength(Engine):
+    """Samples completions of `max_new_tokens` with another engine: those that need the most time and memory."""
+
+    def __init__(self, engine: Engine) -> None:
+        self.engine = engine
+
+    def sample(self, *args: Any, **kwargs: Any) -> list[Completion]:
+        """As of `Engine`, but nothing ends a completion."""
+        # not an empty list of tokens: `generate` would then take those that the model's config names
+        unlimited = {"sampling": replace(kwargs["sampling"], stop=()), "ends": [NO_TOKEN]}
+        return self.engine.sample(*args, **kwargs | unlimited)
 
 
 class SomeLogps:
@@ -276,6 +314,10 @@ class Measured:
         self.ranks = 1
         self.alike = False
         """Whether all micro-batches have one size."""
+        self.sampled = 0
+        """Tokens of a sampled completion; 0 without any."""
+        self.sampling: list[dict[str, float]] = []
+        """Seconds of generating and rewarding in each update."""
         self.report: dict[str, Any] = {}
 
     def begin(self, trainer: Any, module: RunModule) -> None:
@@ -299,7 +341,7 @@ def show(table: dict[str, Lines]) -> None:
         for name, value in lines:
             wrapped = textwrap.wrap(value, width - SECTION - NAME, break_long_words=False) or [""]
             for label, line in zip([name, *[""] * len(wrapped)], wrapped, strict=False):
-                console.print(Text.assemble((f"{title:{SECTION}}", "bold"), f"{label:{NAME}}", line))
+                console.print(Text.assemble((f"{title:{SECTION}}", "bold"), f"{label:{NAME - 1}} ", line))
                 title = ""
 
 
@@ -386,7 +428,8 @@ def _steps(measured: Measured) -> Lines:
     tokens, positions = (sum(sums[name] for _, sums in measured.updates) for name in ("tokens", "positions"))
     padding = 1 - tokens / max(1.0, positions)
     padded = f" (and {padding:.1%} of padding where it was measured)" if padding > 0.0005 else ""
-    yield "tokens per step", f"{measured.tokens / measured.total:,.0f} on average{padded}"
+    on_average = "on average, if no completion ends early" if measured.sampled else "on average"
+    yield "tokens per step", f"{measured.tokens / measured.total:,.0f} {on_average}{padded}"
     yield "tokens in all", f"{measured.tokens:,}"
 
 
@@ -404,6 +447,7 @@ def _memory(module: RunModule, optimizer: Optimizer, measured: Measured) -> Line
     total = available(module.device)
     yield "peak", f"{gigabytes(measured.peak)} {kind}, of {gigabytes(total)} ({measured.peak / total:.0%})"
     which = "as all of them are" if measured.alike else "the largest of the first epoch"
+    which += f", with completions of {measured.sampled:,} tokens, the most" if measured.sampled else ""
     validated = f"; validation on {measured.validated}" if measured.validated else ""
     yield "measured on", f"micro-batches of {measured.size}, {which}{validated}"
 
@@ -417,6 +461,12 @@ def _time(measured: Measured) -> Lines:
         f"about {roughly(each)}: median of {len(updates)}, with {min(measured.micro_batches, 2)} of "
         f"{measured.micro_batches} micro-batches, after a first that took {roughly(measured.updates[0][0])}",
     )
+    if measured.sampling:
+        spent = Counter[str]()
+        for seconds in measured.sampling:
+            spent.update(seconds)
+        whole = sum(seconds for seconds, _ in measured.updates)
+        yield "of which", ", ".join(f"{name} {spent[name] / whole:.0%}" for name in ("generating", "rewarding"))
     what = "what is left" if measured.step else "whole run"
     left = roughly((measured.total - measured.step) * each)
     yield what, f"about {left}, in proportion to the tokens; validation, saving and samples are not counted"

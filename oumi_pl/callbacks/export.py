@@ -10,11 +10,12 @@ import yaml
 
 from oumi_pl.callbacks import find
 from oumi_pl.callbacks.checkpoint import Checkpoints
-from oumi_pl.callbacks.run_folder import run_directory
+from oumi_pl.callbacks.run_folder import completed, is_due, run_directory
 from oumi_pl.models.build import is_sharded
 from oumi_pl.models.export import model_card, read_checkpoint, whole, why_not_alone
 from oumi_pl.models.lm import LM
-from oumi_pl.runs.folders import CONFIG, remove
+from oumi_pl.runs.files import remove
+from oumi_pl.runs.folders import CONFIG
 from oumi_pl.terminal.screen import working
 from oumi_pl.types import RunData, RunModule
 
@@ -35,7 +36,7 @@ class Export(L.Callback):
     def on_train_end(self, trainer: Any, pl_module: RunModule) -> None:
         """Exports the best or the last weights; the module keeps the last."""
         folder = run_directory(trainer)
-        if not self.enabled or folder is None or trainer.fast_dev_run:
+        if not self.enabled or folder is None or trainer.fast_dev_run or not is_due(trainer, "export"):
             return
         checkpoints = find(trainer, Checkpoints)
         best = "" if checkpoints is None else checkpoints.best_model_path
@@ -48,6 +49,7 @@ class Export(L.Callback):
             self.write(trainer, pl_module, folder, metrics)
         if last is not None:
             pl_module.load_weights(last)
+        completed(trainer, "export")
 
     def write(self, trainer: Any, pl_module: RunModule, folder: Path, metrics: Mapping[str, Any]) -> None:
         """Exports the module's current weights; replaces an export from before the run was resumed."""

@@ -7,7 +7,7 @@ import lightning as L
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
 
 from oumi_pl.callbacks import find
-from oumi_pl.callbacks.run_folder import RunFolder
+from oumi_pl.callbacks.run_folder import RunFolder, completed
 from oumi_pl.runs.metrics import MetricsCSV
 from oumi_pl.types import RunModule
 
@@ -17,8 +17,9 @@ class Report(L.Callback):
 
     @rank_zero_only
     def on_train_end(self, trainer: Any, pl_module: RunModule) -> None:
-        """Reports a finished run, after the export."""
-        self._write(trainer)
+        """Reports a finished run, after the export. The run is marked as finished only after its report."""
+        if self._write(trainer, "finished"):
+            completed(trainer, "report")
 
     @rank_zero_only
     def on_exception(self, trainer: Any, pl_module: RunModule, exception: BaseException) -> None:
@@ -26,10 +27,10 @@ class Report(L.Callback):
         if not isinstance(exception, KeyboardInterrupt):
             self._write(trainer)
 
-    def _write(self, trainer: Any) -> None:
+    def _write(self, trainer: Any, condition: str | None = None) -> bool:
         folder = find(trainer, RunFolder)
         if folder is None or folder.directory is None:
-            return
+            return False
         try:
             for logger in trainer.loggers:
                 if isinstance(logger, MetricsCSV):
@@ -37,10 +38,11 @@ class Report(L.Callback):
             folder.record()
             from oumi_pl.report.page import make
 
-            page = make(folder.directory)
+            page = make(folder.directory, condition)
         except Exception as error:
             retry = f"the run itself is complete; to try again: oumi_pl runs report {folder.directory}"
             print(f"warning: no report: {type(error).__name__}: {error} ({retry})", file=sys.stderr)
-            return
+            return False
         if page is not None:
             print(f"report -> {page}")
+        return True

@@ -6,24 +6,39 @@ import os
 import shlex
 import sys
 import time
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import lightning as L
 import torch
-from lightning.pytorch.callbacks import ModelCheckpoint, Timer
+from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
 
 from oumi_pl import __version__
 from oumi_pl.callbacks import find, find_all
-from oumi_pl.callbacks.checkpoint import Checkpoints
+from oumi_pl.callbacks.checkpoint import Checkpoints, ended_by
 from oumi_pl.callbacks.stopping import Stopped
 from oumi_pl.errors import UserError
 from oumi_pl.report.clock import Clock
 from oumi_pl.report.environment import environment
-from oumi_pl.runs import folders
+from oumi_pl.runs import files, folders, lock
 from oumi_pl.runs.metrics import MetricsCSV
 from oumi_pl.types import RunData, RunModule
+
+
+def is_due(trainer: Any, phase: str) -> bool:
+    """Whether a phase at the end of a run has not been completed before the run was resumed."""
+    folder = find(trainer, RunFolder)
+    return folder is None or phase not in folder.phases
+
+
+def completed(trainer: Any, *phases: str) -> None:
+    """Records phases as complete, in `run.json`."""
+    if (folder := find(trainer, RunFolder)) is not None:
+        folder.phases = folders.phases({"phases": [*folder.phases, *phases]})
+        folder.record(phases=folder.phases)
 
 
 def run_directory(trainer: Any) -> Path | None:
@@ -62,6 +77,10 @@ class RunFolder(L.Callback):
         self.recipe_text = recipe_text
         self.directory: Path | None = None
         self.clock = Clock()
+        self.phases: list[str] = []
+        """The phases of `folders.PHASES` that are complete."""
+        self.checkpoint_metrics: dict[str, float] = {}
+        """All metrics of the checkpoint, in a resumed run."""
         self._before: dict[str, float] = {}
         self._without_folder: list[ModelCheckpoint] = []
         self.checkpoint_row: dict[str, Any] | None = None
@@ -83,12 +102,25 @@ class RunFolder(L.Callback):
         if stage in ("fit", "predict") and trainer.is_global_zero and not trainer.fast_dev_run:
             folders.refuse_unwritable(self.resume or self.root)
 
-    def _create(self, trainer: Any) -> None:
-        """Creates the folder on rank 0, and sends its path to the other ranks."""
+    def resumes_unfinished(self) -> bool:
+        """Whether this is a resumed run that was not finished; else it is trained further, or a new one."""
+        return self.resume is not None and folders.read_state(self.resume).get("status") != "finished"
+
+    def _create(self, trainer: Any, fill: Callable[[Path], None] = lambda run: None) -> None:
+        """Creates the folder on rank 0, and sends its path and the complete phases to the other ranks."""
         if trainer.fast_dev_run:
             return
-        chosen = (self.resume or folders.create(self.root, self.name)) if trainer.is_global_zero else None
-        self.directory = Path(trainer.strategy.broadcast(str(chosen)))
+        chosen = None
+        if trainer.is_global_zero:
+            if self.resume is None:
+                chosen = folders.create(self.root, self.name, fill)
+            else:
+                lock.acquire(self.resume)
+                folders.remove_leftovers(self.resume)
+                fill(self.resume)
+                chosen = self.resume
+        chosen, self.phases = trainer.strategy.broadcast((str(chosen), self.phases))
+        self.directory = Path(chosen)
         for checkpoints in find_all(trainer, Checkpoints):
             if checkpoints.enabled:
                 checkpoints.directory = self.directory / folders.CHECKPOINTS
@@ -107,8 +139,10 @@ class RunFolder(L.Callback):
         earlier = folders.read_state(directory) if self.resume else {}
         date = next((part["template_date"] for part in report.values() if "template_date" in part), None)
         refuse_other_date(earlier.get("template_date"), date)
-        (directory / folders.CONFIG).write_text(self.config, encoding="utf-8")
-        (directory / "data.json").write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+        config = directory / folders.CONFIG
+        if not config.is_file() or config.read_bytes() != self.config.encode():  # else nothing that a resume needs
+            files.write(config, self.config)
+        files.write(directory / "data.json", json.dumps(report, indent=1) + "\n")
         start: dict[str, Any]
         if self.resume:
             # steps of an earlier resume that this one goes back behind are trained again
@@ -118,7 +152,12 @@ class RunFolder(L.Callback):
             now = {"created": time.strftime("%Y-%m-%dT%H:%M:%S%z"), "created_ns": time.time_ns()}
             start = {"command": _command(), **now}
             if self.recipe_text is not None:
-                (directory / folders.RECIPE).write_bytes(self.recipe_text)
+                files.write(directory / folders.RECIPE, self.recipe_text)
+        checkpoints = find(trainer, Checkpoints) if self.resumes_unfinished() else None
+        has_ended = checkpoints is not None and checkpoints.has_ended(trainer)
+        self.phases = ["prepare", "reference"]
+        if has_ended:
+            self.phases = folders.phases({"phases": [*self.phases, *folders.phases(earlier)]})
         self._before = dict(earlier.get("times", {}))
         unrecorded = (folders.seconds(directory, earlier) or 0.0) - sum(self._before.values())
         if unrecorded > 0:
@@ -130,8 +169,9 @@ class RunFolder(L.Callback):
             directory,
             recipe=self.recipe,
             status="running",
+            phases=self.phases,
             pid=os.getpid(),
-            process=folders.process(),
+            process=lock.process(),
             oumi_pl=__version__,
             steps=pl_module.total_steps(),
             **({} if date is None else {"template_date": date}),
@@ -155,10 +195,9 @@ class RunFolder(L.Callback):
     def on_train_start(self, trainer: Any, pl_module: RunModule) -> None:
         """Creates the folder, writes the files that describe the run, and opens `metrics.csv` at the current step."""
         self.clock.enter("start")
-        self._create(trainer)
+        self._create(trainer, partial(self._describe, trainer, pl_module))
         if self.directory is None or not trainer.is_global_zero:
             return
-        self._describe(trainer, pl_module, self.directory)
         for logger in trainer.loggers:
             if isinstance(logger, MetricsCSV):
                 logger.open(self.directory / folders.METRICS, trainer.global_step, self.checkpoint_row)
@@ -182,33 +221,60 @@ class RunFolder(L.Callback):
         self.clock.enter("saving")
         kinds = ("train/", "val/", "epoch") if trainer.validating else ("train/", "epoch")
         row = {name: float(value) for name, value in trainer.logged_metrics.items() if name.startswith(kinds)}
+        resumed = self.checkpoint_row or {}
+        if resumed.get("step") == trainer.global_step:  # validated or saved again after a resume, without an update
+            row = resumed | row
         checkpoint["metrics_row"] = row | {"step": trainer.global_step}
 
     def on_load_checkpoint(self, trainer: Any, pl_module: RunModule, checkpoint: dict[str, Any]) -> None:
-        """Reads the metrics of the checkpoint's step."""
+        """Reads the metrics of the checkpoint, and the paths that the recipe's own checkpoint callbacks saved.
+
+        Those are absolute: of a run folder that was moved or copied since, they are set to where it is now.
+        """
         self.checkpoint_row = checkpoint.get("metrics_row")
+        self.checkpoint_metrics = checkpoint.get("metrics", {})
+        for callback in self._without_folder:
+            state = checkpoint.get("callbacks", {}).get(callback.state_key)
+            if self.resume is not None and state is not None:
+                _move(state, str((self.resume / folders.CHECKPOINTS).absolute()))
 
     def on_predict_start(self, trainer: Any, pl_module: RunModule) -> None:
         """Creates the folder for the predictions."""
         self._create(trainer)
 
     def on_fit_end(self, trainer: Any, pl_module: RunModule) -> None:
-        """Refuses a run that made no update, because its checkpoint is at the last step or beyond.
+        """Marks the run as finished, at the end of its last phase; says how to train on if its time was over.
 
         Raises:
-            UserError: no update was made.
+            UserError: no update was made, because the checkpoint is at the last step or beyond.
         """
         if self.directory is None and not trainer.fast_dev_run:
             raise nothing_left(trainer.global_step)
+        self.record(status="finished")
+        self._say_how_to_go_on()
 
     @rank_zero_only
     def on_train_end(self, trainer: Any, pl_module: RunModule) -> None:
-        """Marks the run as finished; prints and stores how much of each streamed source was read."""
+        """Records that the run is trained; prints and stores how much of each streamed source was read.
+
+        What is left then are samples, export and report, and `on_fit_end`, which marks the run as finished.
+        """
         self.clock.enter("end")
+        for logger in trainer.loggers:
+            if isinstance(logger, MetricsCSV):
+                logger.flush()
         metrics = {k: float(v) for k, v in trainer.callback_metrics.items() if k.startswith(("train/", "val/"))}
-        ended_by = folders.TIME if any(_is_over(timer) for timer in find_all(trainer, Timer)) else None
-        self.record(status="finished", step=trainer.global_step, metrics=metrics, ended_by=ended_by)
         self._report_consumed(trainer.datamodule)
+        self.record(step=trainer.global_step, metrics=metrics, ended_by=ended_by(trainer))
+        completed(trainer, "train", "validate")
+
+    @rank_zero_only
+    def _say_how_to_go_on(self) -> None:
+        state = folders.read_state(self.directory) if self.directory is not None else {}
+        if self.directory is not None and state.get("ended_by") == folders.TIME:
+            further = folders.how_to_extend(self.directory, state)
+            print(f"ended by {folders.TIME} after step {state['step']} of {state['steps']}")
+            print(f"to train it further: oumi_pl fit {further}")
 
     def _report_consumed(self, data: RunData) -> None:
         """Prints the shares of a mixture that was streamed, and adds what was read of each source to `data.json`."""
@@ -221,7 +287,8 @@ class RunFolder(L.Callback):
                 )
         if consumed and self.directory is not None:
             file = self.directory / "data.json"
-            file.write_text(json.dumps(json.loads(file.read_text()) | {"consumed": consumed}, indent=1) + "\n")
+            report = json.loads(file.read_text(encoding="utf-8")) | {"consumed": consumed}
+            files.write(file, json.dumps(report, indent=1) + "\n")
 
     @rank_zero_only
     def on_exception(self, trainer: Any, pl_module: RunModule, exception: BaseException) -> None:
@@ -232,6 +299,25 @@ class RunFolder(L.Callback):
         stopped = isinstance(exception, Stopped | KeyboardInterrupt)
         with contextlib.suppress(OSError):
             self.record(status="stopped" if stopped else "failed", step=trainer.global_step, reason=_reason(exception))
+
+    def teardown(self, trainer: Any, pl_module: RunModule, stage: str) -> None:
+        """Gives up the run folder's lock."""
+        lock.release_all()
+
+
+def _move(state: dict[str, Any], directory: str) -> None:
+    """Changes the paths in the state of a `ModelCheckpoint` as if it had written to `directory`."""
+    before = state.get("dirpath")
+    if not before:
+        return
+
+    def moved(path: str) -> str:
+        return path.replace(before, directory, 1) if path.startswith(before) else path
+
+    state["dirpath"] = directory
+    for name in ("best_model_path", "kth_best_model_path", "last_model_path"):
+        state[name] = moved(state.get(name, ""))
+    state["best_k_models"] = {moved(path): score for path, score in state.get("best_k_models", {}).items()}
 
 
 def refuse_other_date(before: str | None, now: str | None) -> None:
@@ -245,11 +331,6 @@ def refuse_other_date(before: str | None, now: str | None) -> None:
             f"--resume: the chat template writes today's date, which was {before} in this run and would be {now} now; "
             f"set data.template_variables.date: {before}"
         )
-
-
-def _is_over(timer: Timer) -> bool:
-    left = timer.time_remaining()
-    return left is not None and left <= 0
 
 
 def nothing_left(step: int) -> UserError:

@@ -13,9 +13,10 @@ import lightning as L
 import torch
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
 
-from oumi_pl.callbacks.run_folder import run_directory
+from oumi_pl.callbacks.run_folder import completed, run_directory
 from oumi_pl.models.build import is_sharded
 from oumi_pl.models.generation import complete
+from oumi_pl.runs import files
 from oumi_pl.runs.checkpoints import rng_state, set_rng_state
 from oumi_pl.terminal.screen import styled, terminal_width, visible, working
 from oumi_pl.types import RunData, RunModule
@@ -46,18 +47,21 @@ class SampleFile:
         written = self._path.read_text("utf-8").split("\n")  # not `splitlines`: texts may hold U+2028 and the like
         kept = [line for line in map(_parsed, written) if line is not None]
         kept = [line for line in kept if line["step"] <= trainer.global_step]
-        half = self._path.with_name(FILE + ".half")
-        half.write_text("".join(_line(line) for line in kept), encoding="utf-8")
-        half.replace(self._path)
+        files.write(self._path, "".join(_line(line) for line in kept))
         self._last_step = max((line["step"] for line in kept), default=-1)
 
     def write(self, step: int, samples: list[dict[str, str]]) -> None:
-        """Appends the completions of a step, unless the file has them already."""
+        """Adds the completions of a step, all or none, unless the file has them already."""
         if self._path is None or step <= self._last_step:
             return
-        with self._path.open("a", encoding="utf-8") as out:
-            out.writelines(_line({"step": step, **sample}) for sample in samples)
+        earlier = self._path.read_bytes() if self._path.exists() else b""
+        files.write(self._path, earlier + "".join(_line({"step": step, **sample}) for sample in samples).encode())
         self._last_step = step
+
+    @property
+    def last_step(self) -> int:
+        """The last step whose completions the file has; -1 without any."""
+        return self._last_step
 
 
 def _parsed(line: str) -> dict[str, Any] | None:
@@ -113,7 +117,7 @@ class Samples(L.Callback):
         if trainer.global_step == 0:
             self._write(trainer, pl_module)
         else:
-            self._sampled_step = trainer.global_step
+            self._sampled_step = self._file.last_step
 
     @rank_zero_only
     def on_validation_epoch_end(self, trainer: Any, pl_module: RunModule) -> None:
@@ -125,6 +129,7 @@ class Samples(L.Callback):
     def on_train_end(self, trainer: Any, pl_module: RunModule) -> None:
         """Writes samples at the last step, unless its validation has done so."""
         self._write(trainer, pl_module)
+        completed(trainer, "samples")
 
     def _write(self, trainer: Any, pl_module: RunModule) -> None:
         step = trainer.global_step

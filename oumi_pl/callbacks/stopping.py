@@ -3,7 +3,7 @@
 import signal
 from pathlib import Path
 from types import FrameType
-from typing import Any
+from typing import Any, NoReturn
 
 import lightning as L
 
@@ -77,6 +77,18 @@ class Preemption(L.Callback):
             return
         if not trainer.strategy.reduce_boolean_decision(bool(self._signal), all=False):
             return
+        self._stop(trainer)
+
+    def on_train_end(self, trainer: Any, pl_module: RunModule) -> None:
+        """Stops before the export, which a resumed run goes on with, if a signal came after the last update.
+
+        Raises:
+            Stopped: a signal asked the run to stop.
+        """
+        if trainer.strategy.reduce_boolean_decision(bool(self._signal), all=False):
+            self._stop(trainer)
+
+    def _stop(self, trainer: Any) -> NoReturn:
         run = None
         for checkpoints in find_all(trainer, Checkpoints):
             if checkpoints.directory is not None:

@@ -7,6 +7,10 @@ from typing import Any, NamedTuple
 from oumi_pl.commands.parser import Parser
 from oumi_pl.errors import UserError, nearby
 
+TRUST = "run code outside the package that the checkpoint's recipe names"
+TRAINING_ONLY = ("optimizer", "schedule", "groups", "layer_decay")
+"""Arguments of a module that only training needs."""
+
 
 def main(args: list[str]) -> int:
     """Runs the command; returns its exit code."""
@@ -19,20 +23,27 @@ def main(args: list[str]) -> int:
     )
     parser.add_argument("--output", type=Path, required=True, help="folder to write to, new or empty")
     parser.add_argument("--merge", action="store_true", help="merge a LoRA adapter into its base weights")
+    parser.add_argument("--trust", action="store_true", help=TRUST)
     parser.add_argument("--push_to_hub", metavar="NAME", help="also upload the folder to this hub repository")
     options = parser.parse_args(args)
     checkpoint, output = find(options.checkpoint.expanduser()), options.output.expanduser()
     if options.push_to_hub:
         _check_name(options.push_to_hub)
-    export_checkpoint(checkpoint, output, merge=options.merge)
+    export_checkpoint(checkpoint, output, merge=options.merge, trust=options.trust)
     print(f"exported {checkpoint} to {output}")
     if options.push_to_hub:
         _push(output, options.push_to_hub)
     return 0
 
 
-def export_checkpoint(checkpoint: Path, output: Path, *, merge: bool = False) -> None:
+def export_checkpoint(checkpoint: Path, output: Path, *, merge: bool = False, trust: bool = False) -> None:
     """Builds the model from the config in a checkpoint, loads the weights and writes the folder.
+
+    Args:
+        checkpoint: The file or folder.
+        output: A new or empty folder.
+        merge: Merge a LoRA adapter into its base weights.
+        trust: Run code outside the package that the checkpoint's recipe names.
 
     Raises:
         UserError: if the checkpoint can't be read or has no config, its base model can't be loaded, or the folder is
@@ -42,7 +53,7 @@ def export_checkpoint(checkpoint: Path, output: Path, *, merge: bool = False) ->
         raise UserError(f"--output: {output} exists and is not an empty folder; name another one")
     from oumi_pl.models.export import model_card
 
-    module, data, config, content = built(checkpoint)
+    module, data, config, content = built(checkpoint, trust=trust)
     adapter = module.lora is not None and not merge
     module.save(
         output,
@@ -68,22 +79,29 @@ class LoadedCheckpoint(NamedTuple):
     """The metrics of its step."""
 
 
-def load_checkpoint(path: str | Path) -> LoadedCheckpoint:
+def load_checkpoint(path: str | Path, *, trust: bool = False) -> LoadedCheckpoint:
     """Loads the module and the tokenizer of a checkpoint, or of a run folder (its best checkpoint, else its newest).
+
+    Args:
+        path: The file or folder.
+        trust: Run code outside the package that the checkpoint's recipe names, such as a loss of your own.
 
     Raises:
         UserError: it can't be read, was not written by a recipe, or its base model can't be loaded.
     """
-    module, data, config, content = built(find(Path(path).expanduser()), for_batches=True)
+    module, data, config, content = built(find(Path(path).expanduser()), for_batches=True, trust=trust)
     return LoadedCheckpoint(module.eval(), data.tokenizer, data, config, content.get("metrics", {}))
 
 
-def built(checkpoint: Path, *, for_batches: bool = False) -> tuple[Any, Any, dict[str, Any], dict[str, Any]]:
+def built(
+    checkpoint: Path, *, for_batches: bool = False, trust: bool = False
+) -> tuple[Any, Any, dict[str, Any], dict[str, Any]]:
     """Builds module and data from the config in a checkpoint, and loads the weights.
 
     Args:
         checkpoint: The file or folder.
         for_batches: Whether the model will read batches, which may be packed.
+        trust: Run code outside the package that the checkpoint's recipe names.
 
     Returns:
         Module, data, parsed config, and the whole content of the checkpoint.
@@ -99,9 +117,15 @@ def built(checkpoint: Path, *, for_batches: bool = False) -> tuple[Any, Any, dic
     if not content.get("config") or "state_dict" not in content:
         raise UserError(f"--checkpoint: {checkpoint} has no config, so it was not written by `oumi_pl fit`")
     from oumi_pl.config.cli import instantiate
+    from oumi_pl.runs.received import refuse_foreign
 
     config = yaml.safe_load(content["config"])
-    module, data = instantiate(copy.deepcopy(config))  # `instantiate` changes its argument
+    parts = copy.deepcopy({"model": config["model"], "data": config["data"]})
+    for name in TRAINING_ONLY:
+        parts["model"].get("init_args", {}).pop(name, None)
+    if not trust:
+        refuse_foreign(parts, checkpoint)
+    module, data = instantiate(parts)
     data.tokenizer_spec = data.tokenizer_spec or module.tokenizer_name
     module.quantization = None  # it only saves memory in training; adapters are exported for the full-precision base
     if module.lora is None:  # with `precision: bf16-true`, the weights are bfloat16 whatever `model.dtype` is
@@ -135,6 +159,11 @@ def find(path: Path) -> Path:
         return folder / "best.ckpt"
     if steps := saved_steps(folder):
         return steps[-1]
+    if (path / "run.json").is_file():
+        written = f"; the model that the run exported is {path / 'model'}" if (path / "model").is_dir() else ""
+        raise UserError(
+            f"--checkpoint: {path} has no checkpoint yet{written}; to train it: oumi_pl fit --resume {path}"
+        )
     raise UserError(f"--checkpoint: no checkpoint in {path}")
 
 

@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from oumi_pl.commands.export import TRUST
 from oumi_pl.commands.parser import Parser
 from oumi_pl.errors import UserError
 from oumi_pl.terminal.screen import has_colours, meanwhile, visible
@@ -34,7 +35,7 @@ def main(args: list[str]) -> int:
         if options.model:
             loaded = from_folder(options.model, options.trust_remote_code, options.architecture)
         else:
-            loaded = from_checkpoint(options.checkpoint.expanduser())
+            loaded = from_checkpoint(options.checkpoint.expanduser(), trust=options.trust)
     ids = [prompt_ids(loaded.tokenizer, prompt, options.system, options.raw) for prompt in prompts]
     limits = [_limit(loaded.model, len(one), options.max_new_tokens) for one in ids]
     import torch
@@ -114,8 +115,12 @@ def from_folder(name: str, trust_remote_code: bool = False, architecture: str | 
     return Loaded(model, tokenizer, [])
 
 
-def from_checkpoint(path: Path) -> Loaded:
+def from_checkpoint(path: Path, *, trust: bool = False) -> Loaded:
     """Loads the model of a checkpoint; for a run folder, of its best checkpoint, else its newest.
+
+    Args:
+        path: The file or folder.
+        trust: Run code outside the package that the checkpoint's recipe names.
 
     Raises:
         UserError: the checkpoint can't be read, its base can't be loaded, or the model does not complete prompts.
@@ -123,7 +128,7 @@ def from_checkpoint(path: Path) -> Loaded:
     from oumi_pl.commands.export import built, find
 
     checkpoint = find(path)
-    module, data, _, _ = built(checkpoint)
+    module, data, _, _ = built(checkpoint, trust=trust)
     if not module.generates:
         raise UserError(f"--checkpoint: {checkpoint} is of {type(module).__name__}, which does not complete prompts")
     return Loaded(module.causal_lm.hf, data.tokenizer, data.stop_tokens)
@@ -197,6 +202,7 @@ def _options(args: list[str]) -> argparse.Namespace:
     parser.add_argument("--seed", type=int, metavar="N", help="seed of sampling")
     parser.add_argument("--json", action="store_true", help="print a line of JSON per prompt")
     parser.add_argument("--trust_remote_code", action="store_true", help="run code that comes with a model")
+    parser.add_argument("--trust", action="store_true", help=TRUST)
     parser.add_argument("--architecture", metavar="CLASS", help="class path of a model of your own, of --model")
     options = parser.parse_args(args)
     if bool(options.model) == bool(options.checkpoint):

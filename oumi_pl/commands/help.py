@@ -21,7 +21,7 @@ COLUMN = 34
 """Column at which descriptions begin, unless a name is longer."""
 LISTED = 8
 """Places with more classes than this are listed with a summary per class instead of all arguments."""
-OF_FIT = ("checkpoint", "export", "samples", "val_every", "max_tokens", "report", "logger", "engine")
+OF_FIT = ("checkpoint", "export", "samples", "rollouts", "val_every", "max_tokens", "report", "logger", "engine")
 HIDDEN = {
     "fit": ("predictions",),
     "validate": (*OF_FIT, "predictions"),
@@ -33,7 +33,7 @@ FOREIGN = ("builtins", "abc", "torch", "lightning", "transformers", "typing")
 """Packages with other docstring styles: for these, the descriptions parsed by jsonargparse are used."""
 FIRST = {
     "config NAME|FILE": "A recipe, by name or path; several are merged, the later wins.",
-    "resume [RUN]": "Resume the last unfinished run of the recipe, or this run folder.",
+    "resume [RUN]": "Resume the last unfinished run of the recipe, or this run folder; `auto`: or start the run.",
 }
 LAST = {
     "ckpt_path FILE": "Checkpoint to load weights from; fit also continues from its step.",

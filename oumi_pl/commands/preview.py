@@ -1,4 +1,4 @@
-"""Show examples as the model will see them, and the data report. Loads no weights."""
+"""Show examples as the model will see them, and the data report. Loads no weights, except for --rollouts."""
 
 import argparse
 import difflib
@@ -24,6 +24,7 @@ Other options override values of the recipe, as for fit: --data.max_length 256 -
   oumi_pl preview --config quickstart/dpo --longest -n 1       the longest pair
   oumi_pl preview --config mine.yaml --cut                     where rows were cut to data.max_length
   oumi_pl preview --config mine.yaml --html mine.html          a page to send to a colleague
+  oumi_pl preview --config quickstart/grpo --rollouts 3        sample and reward three groups before training
 
 Tokenized rows are cached and reused by fit.
 """
@@ -39,6 +40,7 @@ def main(args: list[str]) -> int:
     _refuse_misspelt(parser, overrides)
     if options.rows < 1:
         raise UserError(f"--rows is {options.rows}, but has to be at least 1")
+    _refuse_others_with_rollouts(options)
     if options.split not in SPLITS:
         raise UserError(f"--split: there is no {options.split!r}{nearest(options.split, SPLITS)}")
     configs = [recipe_files.find(name) for name in options.config]
@@ -52,8 +54,11 @@ def main(args: list[str]) -> int:
     with meanwhile("loading PyTorch and Lightning"):
         from oumi_pl.preview import recipe, terminal
 
+    if options.rollouts is not None:
+        preview = _rollouts(configs, overrides, options)
+    else:
         data, notes = recipe.read(configs, overrides)
-    preview = _preview(data, options, recipe.title(configs), notes)
+        preview = _preview(data, options, recipe.title(configs), notes)
     if html is not None:
         page.write(preview, html)
         print(f"{len(preview.examples)} examples and the data report -> {html}")
@@ -79,6 +84,12 @@ def _parser() -> Parser:
     which.add_argument("--longest", action="store_true", help="the longest examples")
     which.add_argument("--cut", action="store_true", help="examples that were cut to data.max_length")
     which.add_argument("--dropped", action="store_true", help="rows that were dropped, and why")
+    which.add_argument(
+        "--rollouts",
+        type=int,
+        metavar="N",
+        help="of online training: sample and reward the groups of the first N prompts with the initial model",
+    )
     add("--split", default="train", help="train, validation or test (default: train)")
     add("--packs", action="store_true", help="show how the packs of the first micro-batch are filled, and no examples")
     add("--tokens", action="store_true", help="show token by token, with position and id")
@@ -100,6 +111,32 @@ def _refuse_misspelt(parser: Parser, overrides: list[str]) -> None:
         close = difflib.get_close_matches(flag, own, n=1, cutoff=0.75) if "." not in flag else []
         if flag.startswith("--") and close:
             raise UserError(f"preview: unknown option {flag}; did you mean {close[0]!r}?")
+
+
+def _refuse_others_with_rollouts(options: argparse.Namespace) -> None:
+    """Checks that `--rollouts` is a number of groups, and that no option asks for something else.
+
+    Raises:
+        UserError: it isn't, or one does.
+    """
+    if options.rollouts is None:
+        return
+    if options.rollouts < 1:
+        raise UserError(f"--rollouts is {options.rollouts}, but has to be at least 1")
+    if options.split != "train" or options.packs:
+        other = "--packs" if options.packs else f"--split {options.split}"
+        raise UserError(f"--rollouts samples completions of the first training prompts; leave out {other}")
+
+
+def _rollouts(configs: list[Path], overrides: list[str], options: argparse.Namespace) -> "Preview":
+    """Samples the first groups and shows them."""
+    from oumi_pl.preview import groups, recipe
+    from oumi_pl.preview.pieces import Decoder
+    from oumi_pl.preview.shown import Preview
+
+    data, sampled, advantages = recipe.sample(configs, overrides, options.rollouts)
+    shown = groups.groups(data, Decoder(data.tokenizer), sampled, advantages)
+    return Preview(recipe.title(configs), groups.notes(data, sampled), shown, None, [], [])
 
 
 def _preview(data: "TextData", options: argparse.Namespace, title: str, notes: list[str]) -> "Preview":
@@ -130,9 +167,12 @@ def _refuse_other_data(data: "TextData", options: argparse.Namespace) -> None:
     """
     from oumi_pl.data.examples import ExampleData
     from oumi_pl.data.pretrain import PretrainData
+    from oumi_pl.data.rollouts import RolloutData
 
     if data.sources[options.split] is None:
         raise UserError(f"--split {options.split}: the recipe names no source in data.{options.split}")
+    if isinstance(data, RolloutData) and (chosen := _chosen(options)) in ("cut", "dropped"):
+        raise UserError(f"--{chosen}: prompts are never cut, and the data report counts those that were dropped")
     if isinstance(data, ExampleData):
         if options.packs and data.capacity is None:
             raise UserError("--packs: data.packing is off, so there are no packs: each row is one example")
@@ -156,13 +196,16 @@ def _examples(data: "TextData", options: argparse.Namespace) -> "list[Shown]":
     """The requested examples; if there are none, an entry that says so."""
     from oumi_pl.data.examples import ExampleData
     from oumi_pl.data.pretrain import PretrainData
-    from oumi_pl.preview import examples, stream
+    from oumi_pl.data.rollouts import RolloutData
+    from oumi_pl.preview import examples, groups, stream
     from oumi_pl.preview.pieces import Decoder
     from oumi_pl.preview.shown import Shown
 
     split, count, decoder = options.split, options.rows, Decoder(data.tokenizer)
     if isinstance(data, PretrainData):
         return stream.rows(data, split, decoder, count, options.row)
+    if isinstance(data, RolloutData):
+        return groups.prompts(data, split, decoder, count, numbers=options.row, longest=options.longest)
     assert isinstance(data, ExampleData)
     if options.row is not None:
         rows = examples.numbered(data, split, options.row)

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from oumi_pl.commands.parser import Parser
 from oumi_pl.errors import UserError
-from oumi_pl.runs.folders import HALF
+from oumi_pl.runs.files import HALF
 from oumi_pl.terminal.screen import meanwhile
 
 if TYPE_CHECKING:

@@ -15,10 +15,12 @@ from oumi_pl.callbacks.advice import Advice, PreferenceWarnings
 from oumi_pl.callbacks.checkpoint import Checkpoints
 from oumi_pl.callbacks.dry_run import dry_run
 from oumi_pl.callbacks.export import Export
+from oumi_pl.callbacks.loop import RunLoop
 from oumi_pl.callbacks.memory import Memory
 from oumi_pl.callbacks.predictions import Predictions
 from oumi_pl.callbacks.progress import ProgressLine
 from oumi_pl.callbacks.report import Report
+from oumi_pl.callbacks.rollouts import Rollouts, RolloutWarnings
 from oumi_pl.callbacks.run_folder import RunFolder
 from oumi_pl.callbacks.samples import Answers, Samples
 from oumi_pl.callbacks.start import Start
@@ -28,6 +30,7 @@ from oumi_pl.callbacks.tracking import Tracking
 from oumi_pl.config.check import Checker, Parser, options, unwrapped_mistakes
 from oumi_pl.config.files import as_written, read_options
 from oumi_pl.config.refusals import (
+    launched_devices,
     refuse_contradictions,
     refuse_missing_gpus,
     refuse_seed,
@@ -189,6 +192,7 @@ class CLI(LightningCLI):
         parser.add_class_arguments(Export, "export")
         parser.add_class_arguments(Predictions, "predictions")
         parser.add_class_arguments(Samples, "samples")
+        parser.add_class_arguments(Rollouts, "rollouts")
 
     def instantiate_trainer(self, **kwargs: Any) -> Any:
         """Builds the recipe's trainer with the callbacks, loggers and limits of every run."""
@@ -205,6 +209,7 @@ class CLI(LightningCLI):
         if get("val_every") is not None:
             kwargs |= self._validation_by_steps(config, get("val_every"))
         refuse_unknown_devices(config)
+        kwargs |= launched_devices(config)
         try:
             trainer = self.trainer_class(**{**config, **kwargs})
         except (MisconfigurationException, ValueError, RuntimeError) as error:
@@ -213,6 +218,7 @@ class CLI(LightningCLI):
         refuse_unsupported_precision(config.get("precision"), trainer.strategy.root_device)
         if get("max_tokens") is not None:
             self._limit_tokens(trainer, config, get("max_tokens"))
+        RunLoop.replace_in(trainer)
         return trainer
 
     def _callbacks(self, config: Any) -> list[Any]:
@@ -232,6 +238,7 @@ class CLI(LightningCLI):
         watching = [Start(), LastStep(), Memory(), Throughput(), PreferenceWarnings(), get("predictions")]
         if not any(isinstance(c, ProgressBar) for c in own) and config.get("enable_progress_bar") is not False:
             watching.append(ProgressLine())
+        watching += self._rollouts(own)
         samples = [] if self._has_samples(own) else [get("samples")]
         # saving comes after them, so that a checkpoint has the state of other callbacks after its step
         checkpoints = get("checkpoint")
@@ -261,6 +268,17 @@ class CLI(LightningCLI):
         if names and given["rows"] and given != parser.get_defaults(skip_validation=True)["samples"]:
             raise UserError(f"samples: the recipe's {names[0]} shows what the model writes; set its own arguments")
         return bool(names)
+
+    def _rollouts(self, own: list[Any]) -> list[Any]:
+        """What watches online training; nothing for other data, which refuse settings of `rollouts`, as unused."""
+        data: Any = self.datamodule
+        if data.samples:
+            is_own = any(isinstance(callback, Rollouts) for callback in own)
+            return [RolloutWarnings(), *([] if is_own else [self._get(self.config_init, "rollouts")])]
+        parser, settings = self._parser(str(self.subcommand)), self._get(self.config, "rollouts")
+        if settings != parser.get_defaults(skip_validation=True)["rollouts"]:
+            raise UserError(f"rollouts: {type(data).__name__} samples no completions while training; leave it out")
+        return []
 
     def _limit_tokens(self, trainer: Any, config: Any, max_tokens: float) -> None:
         """Sets the number of steps from a number of tokens. With padding, an update has rows x `max_length`."""

@@ -1,6 +1,7 @@
 """Finds recipes and reads the command line, importing nothing heavy, so that mistakes are reported at once."""
 
 import functools
+import math
 import os
 import re
 import sys
@@ -9,7 +10,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from oumi_pl.errors import UserError, nearby, nearest
-from oumi_pl.runs import folders
+from oumi_pl.runs import folders, lock
 
 ENDINGS = (".yaml", ".yml")
 ORDER = ("quickstart", "sft", "dpo", "kto", "reward", "distill", "pretrain")
@@ -201,52 +202,64 @@ def value_of(flag: str, args: Sequence[str]) -> str | None:
 
 LONGER = ("--trainer.max_steps", "--trainer.max_epochs", f"--{folders.TIME}")
 """Options that extend a finished run."""
+AUTO = "auto"
+"""Value of `--resume` for schedulers, which start the same command until the run is finished."""
+
+
+class NothingToDo(Exception):  # noqa: N818 - not an error: the run did what the command asks for
+    """`--resume auto` on a run that is finished."""
+
+
 LISTED = 4
 """Most differences between a recipe and its run that are listed."""
 
 
 def resume_arguments(
     command: str, resume: str, recipe: str, args: list[str], tree: Mapping[str, Any]
-) -> tuple[Path, str, list[str]]:
+) -> tuple[Path | None, str, list[str]]:
     """Finds the run to resume. Returns its folder, the name of its recipe, and the command line that continues it.
+
+    This process then holds the lock of the folder. With `auto`, the folder is None and the arguments are unchanged if
+    there is no run yet.
 
     The run's `config.yaml`, which has the settings that it used, replaces `--config`. Other options override it.
 
     Args:
         command: Must be `fit`.
-        resume: A run folder; empty for the last unfinished run of the recipe.
+        resume: A run folder; empty for the last unfinished run of the recipe; `auto` for its last run, or a new one.
         recipe: Name of the recipe.
         args: The command line.
         tree: Content of the recipe, which may set `runs_dir`.
 
     Raises:
-        UserError: if there is nothing to resume, or the run is finished.
+        UserError: if there is nothing to resume, the run is finished, or another process writes to it.
+        NothingToDo: with `auto`, if the run is finished.
     """
     if command != "fit":
         raise UserError(f"--resume is for fit; for {command}, pass the weights with --ckpt_path FILE")
     if value_of("--ckpt_path", args) is not None:
         raise UserError("--resume uses the run's newest checkpoint: leave out --ckpt_path or --resume")
     root = Path(str(value_of("--runs_dir", args) or tree.get("runs_dir") or "runs")).expanduser()
-    if resume:
-        run = _run_at(Path(resume).expanduser(), root)
-    else:
-        run = folders.last_unfinished(root, recipe, value_of("--name", args) or tree.get("name"))
+    run = _chosen(resume, root, recipe, value_of("--name", args) or tree.get("name"))
+    if run is None:
+        return None, recipe, args
+    if _is_first_rank() and not _only_shows(args):
+        lock.acquire(run)  # before reading its state, which another process may be changing
     config = run / folders.CONFIG
     if not config.is_file():
         raise UserError(
-            f"--resume: {run} has no {folders.CONFIG}, so it stopped before training began; start a new run"
+            f"--resume: {run} has no {folders.CONFIG}, so it stopped before training began; start a new run "
+            "(leave --resume out)"
         )
     state = folders.read_state(run)
     checkpoint = folders.newest_checkpoint(run)
-    _refuse_finished(run, state, checkpoint, args)
-    if differences := differing(tree, check(config) if tree else {}):
-        listed = [f"{key} ({ours} there, {theirs} in the recipe)" for key, ours, theirs in differences[:LISTED]]
-        more = f" and {len(differences) - LISTED} more" if len(differences) > LISTED else ""
-        print(
-            f"note: the run continues with {config}, which differs from the recipe in {', '.join(listed)}{more}; "
-            f"to change a value, pass it as an option: --{differences[0][0]} VALUE",
-            file=sys.stderr,
+    if resume == AUTO and state.get("status") == "finished" and not _longer(state, args):
+        raise NothingToDo(
+            f"--resume auto: {run} is finished, at step {state.get('step', '?')}; to train it further: "
+            f"{folders.how_to_extend(run, dict(state))}; to train anew, leave --resume out"
         )
+    _refuse_finished(run, state, checkpoint, args)
+    _say_differences(config, tree)
     kept = write_options(option for option in read_options(args) if option[0] != "--config")
     arguments = ["--config", str(config), *kept]
     if checkpoint is not None:
@@ -255,7 +268,34 @@ def resume_arguments(
     is_engine_run = any((run / folders.CHECKPOINTS).glob("checkpoint-*"))
     if checkpoint is not None or not is_engine_run:
         print(f"resuming {run} from {checkpoint.name if checkpoint else 'the start: it has no checkpoint yet'}")
+    phases = folders.phases(state)
+    if (checkpoint is not None or is_engine_run) and "train" in phases and state.get("status") != "finished":
+        left = [phase for phase in folders.PHASES if phase not in phases]
+        print(f"its training is complete; what is left: {', '.join(left) or 'nothing'}")
     return run, str(state.get("recipe", recipe)), arguments
+
+
+def _chosen(resume: str, root: Path, recipe: str, name: str | None) -> Path | None:
+    """The run that `--resume` means; None if `auto` starts a new one."""
+    if resume != AUTO:
+        return _run_at(Path(resume).expanduser(), root) if resume else folders.last_unfinished(root, recipe, name)
+    run = folders.last_run(root, recipe, str(name or recipe))
+    if run is None or not (run / folders.CONFIG).is_file():
+        print(f"--resume auto: there is no run of {name or recipe} in {root} yet; starting one")
+        return None
+    return run
+
+
+def _say_differences(config: Path, tree: Mapping[str, Any]) -> None:
+    """Prints what a run's config has otherwise than the recipe that was named beside `--resume`."""
+    if differences := differing(tree, check(config) if tree else {}):
+        listed = [f"{key} ({ours} there, {theirs} in the recipe)" for key, ours, theirs in differences[:LISTED]]
+        more = f" and {len(differences) - LISTED} more" if len(differences) > LISTED else ""
+        print(
+            f"note: the run continues with {config}, which differs from the recipe in {', '.join(listed)}{more}; "
+            f"to change a value, pass it as an option: --{differences[0][0]} VALUE",
+            file=sys.stderr,
+        )
 
 
 def differing(recipe: Mapping[str, Any], run: Mapping[str, Any], above: str = "") -> list[tuple[str, Any, Any]]:
@@ -307,19 +347,36 @@ def _is_run(path: Path) -> bool:
     return (path / folders.RUN).is_file()
 
 
-def _refuse_finished(run: Path, state: Mapping[str, Any], checkpoint: Path | None, args: list[str]) -> None:
-    """Refuses a run with nothing left to train. The trainer would notice only after loading everything."""
+def _only_shows(args: list[str]) -> bool:
+    """Whether a command line writes nothing."""
+    return value_of("--dry_run", args) == "true" or any(flag == "--print_config" for flag, _ in read_options(args))
+
+
+def _is_first_rank() -> bool:
+    """Whether this is the process of a run that writes its folder, as launchers and Lightning number them."""
+    return all(int(os.environ.get(name) or 0) == 0 for name in ("RANK", "LOCAL_RANK", "NODE_RANK", "SLURM_PROCID"))
+
+
+def _longer(state: Mapping[str, Any], args: list[str]) -> list[str]:
+    """The options on a command line that extend a run."""
     more = [option for option in LONGER if value_of(option, args) is not None]
     if state.get("ended_by") == folders.TIME:
         more = [option for option in more if option == f"--{folders.TIME}"]
-    if state.get("status") == "finished" and not more:
+    return more
+
+
+def _refuse_finished(run: Path, state: Mapping[str, Any], checkpoint: Path | None, args: list[str]) -> None:
+    """Refuses a run with nothing left to train. The trainer would notice only after loading everything."""
+    if state.get("status") == "finished" and not _longer(state, args):
         by = f", by {folders.TIME}" if state.get("ended_by") == folders.TIME else ""
         raise UserError(
             f"--resume: {run} is finished, at step {state.get('step', '?')}{by}; "
             f"to train it further: {folders.how_to_extend(run, dict(state))}"
         )
     steps = value_of("--trainer.max_steps", args) or ""
-    if checkpoint is not None and steps.isdigit() and int(steps) <= folders.step_of(checkpoint):
+    # an unfinished run may end where its checkpoint is: it is exported then
+    last = int(steps) - (state.get("status") == "finished") if steps.isdigit() else math.inf
+    if checkpoint is not None and last < folders.step_of(checkpoint):
         raise UserError(
             f"--resume: {run} is at step {folders.step_of(checkpoint)} already: "
             f"--trainer.max_steps {steps} leaves nothing to do"

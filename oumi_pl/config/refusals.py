@@ -1,5 +1,6 @@
 """Checks that the parts of a run fit each other and the command, before any row or weight is loaded."""
 
+import os
 import re
 import sys
 import zipfile
@@ -66,7 +67,7 @@ def refuse_contradictions(
         if sources and sources.get("validation") is None:
             _refuse_without_validation(config, callbacks)
         for callback in callbacks:
-            _refuse_unknown_metric(getattr(callback, "monitor", None), callback, model, callbacks)
+            _refuse_unknown_metric(getattr(callback, "monitor", None), callback, model, data, callbacks)
 
 
 def _refuse_callbacks(config: Mapping[str, Any], callbacks: Sequence[Any]) -> None:
@@ -104,16 +105,39 @@ def _check_predictions(callbacks: Sequence[Any]) -> None:
 
 
 def refuse_missing_gpus(config: Mapping[str, Any], trainer: Any) -> None:
-    """Refuses to run a recipe for several GPUs as several CPU processes, unless the recipe asks for the CPU.
+    """Refuses to run a recipe for several GPUs as several CPU processes, unless the recipe or torchrun asks for them.
 
     Raises:
         UserError: if several devices are requested without an accelerator, and there is only a CPU.
     """
-    if config.get("accelerator") == "auto" and trainer.num_devices > 1 and trainer.strategy.root_device.type == "cpu":
+    on_cpu = config.get("accelerator") == "auto" and trainer.strategy.root_device.type == "cpu"
+    if on_cpu and trainer.num_devices > 1 and "TORCHELASTIC_RUN_ID" not in os.environ:
         raise UserError(
             f"trainer.devices: {trainer.num_devices} devices are requested, but no GPU is visible; "
             "to run as many processes on the CPU, add --trainer.accelerator cpu"
         )
+
+
+def launched_devices(trainer: Mapping[str, Any]) -> dict[str, Any]:
+    """Devices and nodes of a run that torchrun started, for a recipe that leaves them out; empty without torchrun.
+
+    Raises:
+        UserError: the recipe sets others. Each process would train a model of its own.
+    """
+    if "TORCHELASTIC_RUN_ID" not in os.environ:
+        return {}
+    world, local = int(os.environ["WORLD_SIZE"]), int(os.environ["LOCAL_WORLD_SIZE"])
+    devices, nodes = trainer.get("devices", "auto"), trainer.get("num_nodes", 1)
+    left_out = devices in ("auto", None, -1, "-1")
+    listed = devices.strip(",").split(",") if isinstance(devices, str) and "," in devices else devices
+    count = local if left_out else len(listed) if isinstance(listed, list) else int(listed)
+    if count != local or nodes not in (1, world // local):
+        raise UserError(
+            f"trainer.devices: torchrun started {local} process{'es' if local > 1 else ''} on each of {world // local} "
+            f"node{'s' if world > local else ''}, and the recipe has {devices} on {nodes}; leave trainer.devices and "
+            "trainer.num_nodes out, or start it without torchrun"
+        )
+    return {"devices": local if left_out else devices, "num_nodes": world // local}
 
 
 def refuse_unknown_devices(trainer: Mapping[str, Any]) -> None:
@@ -218,12 +242,12 @@ def _refuse_without_validation(config: Mapping[str, Any], callbacks: Sequence[An
         )
 
 
-def _refuse_unknown_metric(monitor: str | None, callback: Any, model: Any, callbacks: Sequence[Any]) -> None:
+def _refuse_unknown_metric(monitor: str | None, callback: Any, model: Any, data: Any, callbacks: Sequence[Any]) -> None:
     """Checks the name of a monitored metric, unless a class of a user takes part, which may log any name."""
     own = [type(part).__module__.split(".")[0] not in ("oumi_pl", "lightning") for part in (model, *callbacks)]
     if monitor is None or any(own) or not getattr(model, "validation_metrics", ()) or monitor.startswith("train/"):
         return
-    known = [name for part in (model, *callbacks) for name in getattr(part, "validation_metrics", ())]
+    known = [name for part in (model, data, *callbacks) for name in getattr(part, "validation_metrics", ())]
     if monitor not in known:
         raise UserError(f"{_place(callback)}: unknown metric {monitor!r}{nearest(monitor, known)}")
 

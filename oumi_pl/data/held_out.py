@@ -12,6 +12,7 @@ from oumi_pl.data.plan import Layout, Plan
 from oumi_pl.data.row_stream import batch_of
 from oumi_pl.data.shards import Shards
 from oumi_pl.data.windows import Row
+from oumi_pl.data.workers import Loader
 from oumi_pl.types import IGNORE_INDEX, Batch
 
 
@@ -85,7 +86,7 @@ class InOrder(SequentialSampler):
 
 def held_out_loader(held_out: HeldOut, layout: Layout, *, workers: int = 0, pin_memory: bool = False) -> DataLoader:
     """Creates a loader that yields all windows once per pass."""
-    return DataLoader(
+    return Loader(
         held_out,
         sampler=InOrder(held_out.batches(layout)),
         batch_size=None,

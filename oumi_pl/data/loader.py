@@ -8,6 +8,7 @@ import torch
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from oumi_pl.data.plan import Layout, Plan
+from oumi_pl.data.workers import Loader
 from oumi_pl.errors import UserError
 from oumi_pl.types import Example, Update
 
@@ -73,7 +74,7 @@ class PlanSampler(Sampler[list[np.ndarray]]):
             yield from plan.micro_batches(update, layout)
 
 
-class PlanLoader(DataLoader):
+class PlanLoader(Loader):
     """A DataLoader over a plan, with a position that can be saved and restored.
 
     Each micro-batch carries the totals of its update over all micro-batches and ranks (`Batch.update`), and the ids of
@@ -215,7 +216,7 @@ def eval_loader(
     pin_memory: bool = False,
 ) -> DataLoader:
     """Creates a loader that follows a plan from the start in each pass, for validation and test."""
-    return DataLoader(
+    return Loader(
         Rows(examples),
         batch_sampler=[rows for update in range(len(plan)) for rows in plan.micro_batches(update, layout)],
         collate_fn=collate,

@@ -92,7 +92,8 @@ def describe_documents(shards: list[Shards], across: bool = False) -> dict[str, 
         across: Whether first tokens of documents are targets, except for the very first.
     """
     lengths = np.concatenate([s.lengths for s in shards])
-    tokens = int(lengths.sum())
+    counted = of_lengths(lengths)
+    tokens = counted["tokens"]
     sources = [_source_report(s) for s in shards]
     text_bytes = sum(source["bytes"] for source in sources)
     dropped = {
@@ -108,7 +109,7 @@ def describe_documents(shards: list[Shards], across: bool = False) -> dict[str, 
         "straddled": 0,
         "empty_answers": 0,
         "documents": len(lengths),
-        **of_lengths(lengths),
+        **counted,
         "target_tokens": max(0, tokens - (1 if across else len(lengths))),
         "bytes": text_bytes,
         "bytes_per_token": round(text_bytes / max(1, tokens), 4),

@@ -2,8 +2,8 @@
 
 import math
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import torch
@@ -22,12 +22,24 @@ class Group:
     """The completions of one prompt.
 
     components: `[completions, rewards]`, the value of each reward. penalties: `[completions]`, taken from the total.
+    metrics: `[completions, metrics]`, of held-out prompts.
     """
 
     prompt: int
     completions: list[Completion]
     components: np.ndarray
     penalties: np.ndarray
+    metrics: np.ndarray = field(default_factory=lambda: np.empty((0, 0)))
+
+
+class TrainedGroups(NamedTuple):
+    """The groups of an update, over all ranks and micro-batches."""
+
+    groups: list[Group]
+    advantages: np.ndarray
+    """`[groups, completions]`."""
+    are_new: bool
+    """Whether this is the first update that trains on them."""
 
 
 class RolloutLoader:
@@ -43,6 +55,8 @@ class RolloutLoader:
         """The groups of the current block."""
         self.block: tuple[int, int] | None = None
         """Epoch and number of the block that `groups` belongs to."""
+        self.trained: TrainedGroups | None = None
+        """The groups of the current update."""
 
     @property
     def sampler(self) -> PlanSampler:
@@ -51,8 +65,12 @@ class RolloutLoader:
 
     @property
     def layout(self) -> Layout:
-        """How the prompts of an update are divided, in the current epoch."""
+        """How the prompts of an update are divided, in the current epoch; may be replaced before the first update."""
         return self.position.layout_now
+
+    @layout.setter
+    def layout(self, layout: Layout) -> None:
+        self.position.layout = layout
 
     @property
     def on_epoch(self) -> Callable[[int], None]:
@@ -83,7 +101,7 @@ class RolloutLoader:
         size = min(data.steps_per_rollout, len(plan) - first)
         if self.block != (self.position.epoch, number):
             rows = range(first * plan.rows_per_update, min((first + size) * plan.rows_per_update, plan.rows))
-            numbers = [(self.position.epoch * plan.rows + row, int(plan.row(row)[0])) for row in rows]
+            numbers = data.numbered(plan, self.position.epoch, rows)
             self.groups = data.groups("train", numbers, data.sampling, data.completions)
             self.block = self.position.epoch, number
         start = (within % size) * plan.rows_per_update
@@ -91,6 +109,7 @@ class RolloutLoader:
         stop = start + min(plan.rows_per_update, micro_batches * layout.batch_size * layout.ranks)
         groups = self.groups[start:stop]
         advantages = data.policy.advantages(data.totals(groups))
+        self.trained = TrainedGroups(groups, advantages, are_new=within < size)
         targets = sum(data.example("train", group).target_tokens for group in groups)
         totals = Update(targets, len(groups) * data.completions, layout.parts)
         for share in layout.shares(len(groups)):

@@ -1,6 +1,9 @@
 """Data for online training: prompts, for which the policy samples groups of completions that rewards score."""
 
+import time
+from collections import defaultdict
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from functools import cached_property
 from typing import Any, Protocol
 
@@ -20,8 +23,9 @@ from oumi_pl.data.store import cache_key
 from oumi_pl.data.tokenize import Tokenize
 from oumi_pl.data.tokenizers import tokenizer_fingerprint
 from oumi_pl.errors import UserError
+from oumi_pl.rollouts.evaluation import checked_ks
 from oumi_pl.rollouts.rewards import Reward, Rewards
-from oumi_pl.rollouts.sampling import Engine, Generate, Sampling
+from oumi_pl.rollouts.sampling import Completion, Engine, Generate, Sampling
 from oumi_pl.types import Batch, Example, Record, Segment
 
 
@@ -59,6 +63,10 @@ class RolloutData(ChatData):
         mask_truncated: Leave completions that `max_new_tokens` cut out of the loss.
         eval_completions: Completions per held-out prompt, sampled if more than one; one is greedy.
         success: Total reward from which on a held-out completion counts as solved.
+        pass_at: The values of k for which `val/pass@k` is estimated from the `eval_completions`; 1 and all of them when
+            left out.
+        metrics: Further functions `(completion, row) -> float` by their paths, whose means over held-out completions
+            are logged as `val/NAME`.
         kwargs: As of `ChatData`.
     """
 
@@ -70,7 +78,7 @@ class RolloutData(ChatData):
     def __init__(
         self,
         *args: Any,
-        reward: str | Reward | list[str] | dict[str, float],
+        reward: str | list[str] | dict[str, float] | Reward,
         completions: int = 8,
         sampling: Sampling | None = None,
         engine: Engine | None = None,
@@ -80,6 +88,8 @@ class RolloutData(ChatData):
         mask_truncated: bool = False,
         eval_completions: int = 1,
         success: float = 1.0,
+        pass_at: list[int] | None = None,
+        metrics: str | list[str] | Reward | None = None,
         **kwargs: Any,
     ) -> None:
         super().__init__(*args, **kwargs)
@@ -106,6 +116,10 @@ class RolloutData(ChatData):
         self.mask_truncated = mask_truncated
         self.eval_completions = eval_completions
         self.success = success
+        self.pass_at = checked_ks(pass_at, eval_completions, "data.pass_at", "data.eval_completions")
+        self.metrics = None if metrics is None else Rewards(metrics, "data.metrics")
+        self.seconds: defaultdict[str, float] = defaultdict(float)
+        """Seconds spent on `generating` and `rewarding` training completions since the last update was logged."""
         self.__prompts: dict[str, list[Prompt]] = {}
         self.__reports: dict[str, list[dict[str, Any]]] = {}
 
@@ -113,6 +127,19 @@ class RolloutData(ChatData):
     def row_name(self) -> str:
         """The unit of `batch_size`."""
         return "prompt"
+
+    @property
+    def metric_names(self) -> list[str]:
+        """Names of `metrics`."""
+        return [] if self.metrics is None else self.metrics.names
+
+    @property
+    def validation_metrics(self) -> list[str]:
+        """Metrics of validation that depend on the settings of the data."""
+        names = [*(f"pass@{k}" for k in self.pass_at), *self.metric_names]
+        names += [f"rewards/{name}" for name in self.rewards.names] if len(self.rewards.names) > 1 else []
+        names += ["groups_without_variance"] if self.eval_completions > 1 else []
+        return [f"val/{name}" for name in names]
 
     @cached_property
     def tokenize(self) -> Tokenize:
@@ -233,6 +260,14 @@ class RolloutData(ChatData):
             sampling: How to sample.
             members: Completions per prompt.
         """
+        started, rewarding = time.perf_counter(), self.seconds["rewarding"]
+        groups = self.__groups(split, numbers, sampling, members)
+        if split == "train":
+            seconds = time.perf_counter() - started  # waiting for other ranks counts as generating
+            self.seconds["generating"] += seconds - (self.seconds["rewarding"] - rewarding)
+        return groups
+
+    def __groups(self, split: str, numbers: Sequence[tuple[int, int]], sampling: Sampling, members: int) -> list[Group]:
         layout, size = self.layout, self.prompts_per_call
         calls = [list(numbers[i : i + size]) for i in range(0, len(numbers), size)]
         mine = [self.__call(split, call, sampling, members) for call in calls[layout.rank :: layout.ranks]]
@@ -257,15 +292,30 @@ class RolloutData(ChatData):
                 sampling=sampling,
                 ends=ends,
             )
-        texts = [str(self.tokenizer.decode(completion.ids, skip_special_tokens=True)) for completion in completions]
-        components = self.rewards.components(texts, [prompt.row for _, prompt, _ in repeated])
+        started = time.perf_counter()
+        texts = [self.text_of(completion) for completion in completions]
+        rows = [prompt.row for _, prompt, _ in repeated]
+        components = self.rewards.components(texts, rows)
+        is_measured = self.metrics is not None and split != "train"
+        metrics = self.metrics.components(texts, rows) if is_measured else np.empty((len(texts), 0))  # type: ignore[union-attr]
         groups = []
         for i, (_, prompt) in enumerate(numbers):
             of_prompt = slice(i * members, (i + 1) * members)
-            group = Group(prompt, completions[of_prompt], components[of_prompt], np.zeros(members))
+            group = Group(prompt, completions[of_prompt], components[of_prompt], np.zeros(members), metrics[of_prompt])
             penalties = self.policy.penalties(self.batch_of(split, [group])) if split == "train" else group.penalties
-            groups.append(Group(prompt, group.completions, group.components, penalties))
+            groups.append(replace(group, penalties=penalties))
+        if split == "train":
+            self.seconds["rewarding"] += time.perf_counter() - started
         return groups
+
+    def text_of(self, completion: Completion) -> str:
+        """The text of a completion, as rewards read it: without special tokens."""
+        return str(self.tokenizer.decode(completion.ids, skip_special_tokens=True))
+
+    @staticmethod
+    def numbered(plan: Plan, epoch: int, rows: Iterable[int]) -> list[tuple[int, int]]:
+        """The number of the seed and the id of the prompts in some rows of an epoch's plan, as `groups` reads them."""
+        return [(epoch * plan.rows + row, int(plan.row(row)[0])) for row in rows]
 
     def example(self, split: str, group: Group) -> Example:
         """A group as a tree: the prompt with the first completion, and the others after the prompt."""
@@ -287,8 +337,8 @@ class RolloutData(ChatData):
         """A batch of groups.
 
         Besides the keys of `Batch`: `advantages`, `rewards` (the totals), `components` (`[completions, rewards]`),
-        `lengths` and `finished`, for each completion, `sampled_logps` and `entropies` for each target, and the number
-        of `completions` per prompt.
+        `penalties`, `metrics` (`[completions, metrics]`), `lengths` and `finished`, for each completion,
+        `sampled_logps` and `entropies` for each target, and the number of `completions` per prompt.
         """
         examples = [self.example(split, group) for group in groups]
         batch: Any = collate([([g.prompt], [e]) for g, e in zip(groups, examples, strict=True)], self.pad_id)
@@ -302,6 +352,9 @@ class RolloutData(ChatData):
         batch["advantages"] = _floats([] if advantages is None else advantages.reshape(-1))
         batch["components"] = _floats(components).reshape(-1, len(self.rewards.names))
         batch["rewards"] = _floats(self.rewards.total(components) - penalties)
+        batch["penalties"] = _floats(penalties)
+        metrics = [group.metrics for group in groups if split != "train"]
+        batch["metrics"] = _floats(np.concatenate(metrics) if metrics else np.empty((0, len(self.metric_names))))
         batch["lengths"] = _floats([len(c.ids) for c in completions])
         batch["finished"] = _floats([c.is_finished for c in completions])
         batch["sampled_logps"] = _floats(np.concatenate([c.logps for c in kept]) if kept else [])

@@ -4,7 +4,6 @@ import contextlib
 import hashlib
 import itertools
 import json
-import os
 import shutil
 import tempfile
 from collections import deque
@@ -24,7 +23,7 @@ from oumi_pl.data.records import BadRows, FieldReader, OnBadRows, RecordReader, 
 from oumi_pl.data.sources import Source, fingerprint
 from oumi_pl.data.splitting import Side
 from oumi_pl.data.tokenize import Dropped
-from oumi_pl.errors import UserError
+from oumi_pl.errors import UserError, cache_folder
 from oumi_pl.terminal.screen import track
 from oumi_pl.types import BadRow, Example, Record, Segment
 
@@ -40,8 +39,7 @@ def cache_root() -> Path:
     Raises:
         UserError: it can't be created.
     """
-    explicit = os.environ.get("OUMI_PL_CACHE")
-    root = Path(explicit or Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")) / "oumi_pl").expanduser()
+    root = cache_folder()
     try:
         root.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -319,7 +317,9 @@ def _encoded(
             sent.append(batch)
             yield batch.records
 
-    with contextlib.closing(mapped(partial(_encode, encode), batches(), processes, "data.processes")) as results:
+    of_batch = partial(_encode, encode)
+    alone = (of_batch(batch) for batch in batches()) if processes == 1 else None
+    with contextlib.closing(alone or mapped(of_batch, batches(), processes, "data.processes")) as results:
         for result in results:
             batch = sent.popleft()
             report["rows"] += batch.rows

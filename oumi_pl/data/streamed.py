@@ -11,6 +11,7 @@ from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
 from oumi_pl.data.documents import TokenizeDocuments, in_chunks
 from oumi_pl.data.loader import as_it_is
+from oumi_pl.data.workers import Loader
 from oumi_pl.errors import UserError
 
 
@@ -41,7 +42,7 @@ class StreamedDocuments:
         Raises:
             UserError: a row is invalid; after those before it were yielded.
         """
-        loader: DataLoader = DataLoader(
+        loader: DataLoader = Loader(
             _Chunks(self.texts, self.tokenize, start),
             batch_size=None,
             collate_fn=as_it_is,

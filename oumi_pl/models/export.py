@@ -17,7 +17,7 @@ from oumi_pl.models.given import is_plain
 from oumi_pl.models.lm import LM
 from oumi_pl.models.lora import merged
 from oumi_pl.runs.checkpoints import read_sharded
-from oumi_pl.runs.folders import HALF, remove
+from oumi_pl.runs.files import HALF, put, remove
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -198,7 +198,7 @@ def _folder(directory: Path) -> Iterator[Path]:
         raise UserError(f"can't write to {directory}: {error.strerror}") from error
     try:
         yield half
-        half.replace(directory)
+        put(half, directory)
     finally:
         remove(half)
 

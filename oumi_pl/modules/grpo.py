@@ -1,6 +1,6 @@
 """Online training: policy gradients on completions that the policy itself sampled, from rewards instead of answers."""
 
-from typing import Any, Literal, get_args
+from typing import Any, ClassVar, Literal, get_args
 
 import numpy as np
 import torch
@@ -16,8 +16,11 @@ from oumi_pl.modules.base import LanguageModule
 from oumi_pl.modules.reference import Reference
 from oumi_pl.modules.update import Split
 from oumi_pl.rollouts.advantages import Advantage, GroupMean
+from oumi_pl.rollouts.evaluation import pass_at_k
 from oumi_pl.types import Batch, Sums
 
+SQUARES = "squares/"
+"""Before the names of sums of squares, which become standard deviations."""
 SAMPLED = 1e-3
 """Nats per token by which sampled and recomputed log-probabilities may differ before a warning."""
 
@@ -32,6 +35,8 @@ class GRPO(LanguageModule):
         advantage: From rewards to advantages; `GroupMean` when left out. See `oumi_pl.rollouts.advantages`.
         kl: Coefficient of the penalty for leaving the reference; 0 needs no reference.
         kl_estimator: `k1`, `k2` or `k3`; see `oumi_pl.losses.policy.kl_estimates` for what their gradients mean.
+        kl_corrected: Weigh the penalty of each token in the loss by its importance ratio. The gradient of `k1` and `k3`
+            is then that of `KL(policy || reference)`, also after the policy has moved (TRL's `use_bias_correction_kl`).
         kl_in: Where the penalty goes: into the `loss`, token by token, or into the `reward` of a completion.
         reference: What the policy is compared with. `initial`: with LoRA the base with its adapters disabled, else a
             frozen copy of the initial model in memory.
@@ -43,7 +48,8 @@ class GRPO(LanguageModule):
 
     branching = True
     group_name = "group"
-    validation_metrics: tuple[str, ...] = ("val/loss", "val/reward", "val/pass@1")
+    validation_metrics: tuple[str, ...] = ("val/loss", "val/reward", "val/reward_std", "val/length", "val/truncated")
+    details: ClassVar[tuple[str, ...]] = ("reward_std",)
 
     def __init__(
         self,
@@ -54,6 +60,7 @@ class GRPO(LanguageModule):
         advantage: Advantage | None = None,
         kl: float = 0.0,
         kl_estimator: Estimator = "k3",
+        kl_corrected: bool = False,
         kl_in: Literal["loss", "reward"] = "loss",
         reference: Literal["initial", "online"] = "initial",
         sync_every: int | None = None,
@@ -67,15 +74,18 @@ class GRPO(LanguageModule):
             raise UserError(f"model.kl is {kl}, but has to be 0 or more")
         if kl_estimator not in get_args(Estimator):
             raise UserError(f"model.kl_estimator: unknown {kl_estimator!r}{nearest(kl_estimator, get_args(Estimator))}")
-        if kl and kl_in == "loss" and kl_estimator == "k1":
+        if kl and kl_in == "loss" and kl_estimator == "k1" and not kl_corrected:
             raise UserError(
                 "model.kl_estimator: the gradient of k1 in the loss is 0 on average, so it would penalise nothing; use "
-                "k2 or k3, or kl_in: reward"
+                "k2 or k3, kl_corrected: true or kl_in: reward"
             )
+        if kl and kl_corrected and (kl_in == "reward" or kl_estimator == "k2"):
+            raise UserError("model.kl_corrected: is for k1 and k3 in the loss, the only ones that it corrects")
         self.loss = loss or GRPOLoss()
         self.unit = self.loss.unit  # type: ignore[misc]
         self.advantage = advantage or GroupMean()
         self.kl, self.kl_estimator, self.kl_in = kl, kl_estimator, kl_in
+        self.kl_corrected = kl_corrected
         self.share_prompt = share_prompt
         if kl:
             # completions are new in each update, so that nothing of the reference can be computed before training
@@ -98,7 +108,7 @@ class GRPO(LanguageModule):
             return np.zeros(count)
         batch = self.trainer.strategy.batch_to_device(batch)
         sampled = batch["sampled_logps"]  # type: ignore[typeddict-item]
-        estimates = kl_estimates(sampled, self.__ref_logps(batch), self.kl_estimator)
+        estimates = kl_estimates(sampled, self.ref_logps(batch), self.kl_estimator)
         sums = torch.zeros(count, device=estimates.device).index_add(0, batch["target_segments"], estimates)
         return self.kl * sums.double().cpu().numpy()
 
@@ -129,6 +139,9 @@ class GRPO(LanguageModule):
                 f"data: {type(self.loss).__name__} does not correct for a policy that has moved since it sampled; set "
                 "steps_per_rollout and iterations to 1, or take a loss with a ratio"
             )
+        own = {name.removeprefix("val/") for name in self.validation_metrics} | {f"pass@{k}" for k in data.pass_at}
+        if taken := own.intersection(data.metric_names):
+            raise UserError(f"data.metrics: val/{min(taken)} is logged already; give the function another name")
 
     # ---- the loss
 
@@ -136,7 +149,7 @@ class GRPO(LanguageModule):
         """Sums over the completions; in evaluation, over held-out prompts, of rewards alone."""
         rollouts: Any = batch
         if split != "train":
-            return self.__reward_sums(rollouts) | self.__solved(rollouts)
+            return self.__reward_sums(rollouts, split) | self.__solved(rollouts)
         temperature = self.data.sampling.temperature  # type: ignore[union-attr]
         targets = batch["targets"]
 
@@ -144,24 +157,34 @@ class GRPO(LanguageModule):
             return states.logps(temperature), states.router_loss
 
         logps, router_loss = self.causal_lm(batch, compute)
-        old = logps.detach() if rollouts["on_policy"] else rollouts["sampled_logps"]
-        completions = Completions(
-            logps,
-            old,
-            batch["target_segments"],
-            rollouts["advantages"],
-            self.data.sampling.max_new_tokens,  # type: ignore[union-attr]
-        )
+        completions = self.completions(rollouts, logps)
         # a rank that ran out of prompts has no completions, but all parameters in its graph
         loss = self.loss(completions).sum() if completions.count else logps.sum()
-        sums = self.__reward_sums(rollouts) | self.__token_sums(completions, rollouts)
+        sums = self.rollout_sums(rollouts, completions)
         if self.reference is not None and self.kl_in == "loss":
-            estimates = kl_estimates(logps, self.__ref_logps(batch), self.kl_estimator)
+            estimates = self.kl_terms(completions, self.ref_logps(batch))
             loss = loss + self.kl * (self.loss.weights(completions) * estimates).sum()
             sums["kl"] = estimates.detach().double().sum()
+        elif self.kl:  # of the policy that sampled
+            sums["kl"] = rollouts["penalties"].double().sum() / self.kl
         sums["loss"] = loss
         units = completions.count if self.unit == "rows" else len(targets)
         return sums if router_loss is None else sums | {"objective": loss + router_loss * units}
+
+    def completions(self, rollouts: Any, logps: Tensor) -> Completions:
+        """The completions of a batch, with their log-probabilities `[targets]` under the policy."""
+        old = logps.detach() if rollouts["on_policy"] else rollouts["sampled_logps"]
+        most = self.data.sampling.max_new_tokens  # type: ignore[union-attr]
+        return Completions(logps, old, rollouts["target_segments"], rollouts["advantages"], most)
+
+    def kl_terms(self, completions: Completions, ref_logps: Tensor) -> Tensor:
+        """The penalty of each token in the loss before its coefficient, `[targets]`."""
+        estimates = kl_estimates(completions.logps, ref_logps, self.kl_estimator)
+        return estimates * completions.log_ratios.exp() if self.kl_corrected else estimates
+
+    def rollout_sums(self, rollouts: Any, completions: Completions) -> Sums:
+        """Sums of what is logged of rewards and ratios; the `loss` among them is minus the rewards."""
+        return self.__reward_sums(rollouts, "train") | self.__token_sums(completions, rollouts)
 
     def count(self, batch: Batch) -> dict[str, int]:
         """As of `LanguageModule`; `rows` are completions."""
@@ -169,48 +192,57 @@ class GRPO(LanguageModule):
         return super().count(batch) | {"rows": len(rollouts["rewards"])}
 
     def metrics(self, sums: Sums, split: Split) -> dict[str, Tensor]:
-        """Means over completions; of entropy, KL, ratios and log-probabilities over tokens."""
+        """Means over completions; of entropy, KL, ratios and log-probabilities over tokens.
+
+        `NAME_std` are standard deviations over completions. The loss of evaluation is minus the reward.
+        """
         per_token = {"entropy", "kl", "clipped/low", "clipped/high", "sampling_difference"}
         rows, targets = sums["rows"].clamp(min=1), sums["targets"].clamp(min=1)
         metrics = {
             name: value / (targets if name in per_token else rows)
             for name, value in sums.items()
-            if name not in {"targets", "rows", "tokens", "positions", "loss", "reward_squares"}
+            if name not in {"targets", "rows", "tokens", "positions", "weight", "loss"} and not _squared(name)
         }
-        metrics["loss"] = sums["loss"] / sums[self.unit].clamp(min=1)
-        variance = sums["reward_squares"] / rows - metrics["reward"].square()
-        metrics["reward_std"] = variance.clamp(min=0).sqrt()
+        metrics["loss"] = sums["loss"] / (sums[self.unit].clamp(min=1) if split == "train" else rows)
+        for name in filter(None, map(_squared, sums)):
+            metrics[f"{name}_std"] = (sums[SQUARES + name] / rows - metrics[name].square()).clamp(min=0).sqrt()
         return metrics
 
-    def __ref_logps(self, batch: Batch) -> Tensor:
+    def ref_logps(self, batch: Batch) -> Tensor:
         """Log-probabilities of the targets under the reference, at the temperature of sampling, `[targets]`."""
         temperature = self.data.sampling.temperature  # type: ignore[union-attr]
         return self.reference.logps(batch, "train", lambda states: states.logps(temperature))  # type: ignore[union-attr]
 
     @torch.no_grad()
-    def __reward_sums(self, rollouts: Any) -> Sums:
-        rewards = rollouts["rewards"].double()
+    def __reward_sums(self, rollouts: Any, split: Split) -> Sums:
+        rewards, completions = rollouts["rewards"].double(), rollouts["completions"]
         names = self.data.rewards.names  # type: ignore[union-attr]
-        sums: Sums = {"loss": -rewards.sum(), "reward": rewards.sum(), "reward_squares": rewards.square().sum()}
+        sums: Sums = {"loss": -rewards.sum()}
+        values = {"reward": rewards}
         if len(names) > 1:
-            components = rollouts["components"].double().sum(0)
-            sums |= {f"rewards/{name}": value for name, value in zip(names, components, strict=True)}
+            columns = rollouts["components"].double().T
+            values |= {f"rewards/{name}": column for name, column in zip(names, columns, strict=True)}
+        for name, value in values.items():
+            sums[name] = value.sum()
+            if split == "train" or name == "reward":
+                sums[SQUARES + name] = value.square().sum()
         sums["length"] = rollouts["lengths"].double().sum()
         sums["truncated"] = (1 - rollouts["finished"]).double().sum()
-        groups = rewards.reshape(-1, rollouts["completions"])
-        same = (groups == groups[:, :1]).all(1)
-        return sums | {"groups_without_variance": same.double().sum() * rollouts["completions"]}
+        if completions > 1:
+            groups = rewards.reshape(-1, completions)
+            same = (groups == groups[:, :1]).all(1)
+            sums["groups_without_variance"] = same.double().sum() * completions
+        return sums
 
     @torch.no_grad()
     def __solved(self, rollouts: Any) -> Sums:
-        """The share of completions, and of prompts by any of their completions, that reach `data.success`."""
+        """Estimates of pass@k with `data.success`, and the user's metrics, as sums over completions."""
         data: Any = self.data
-        solved = (rollouts["rewards"] >= data.success).double()
-        sums = {"pass@1": solved.sum()}
-        if data.eval_completions > 1:
-            any_solved = solved.reshape(-1, data.eval_completions).any(1)
-            sums[f"pass@{data.eval_completions}"] = any_solved.double().sum() * data.eval_completions
-        return sums
+        n = data.eval_completions
+        solved = (rollouts["rewards"] >= data.success).reshape(-1, n).cpu().numpy()
+        metrics = rollouts["metrics"].double().sum(0)
+        sums = {f"pass@{k}": metrics.new_tensor(n * pass_at_k(solved, k).sum()) for k in data.pass_at}
+        return sums | dict(zip(data.metric_names, metrics, strict=True))
 
     @torch.no_grad()
     def __token_sums(self, completions: Completions, rollouts: Any) -> Sums:
@@ -228,3 +260,8 @@ class GRPO(LanguageModule):
             "clipped/high": high.double().sum(),
             "sampling_difference": difference.sum(),
         }
+
+
+def _squared(name: str) -> str:
+    """The name of what a sum of squares is of; empty for other sums."""
+    return name.removeprefix(SQUARES) if name.startswith(SQUARES) else ""

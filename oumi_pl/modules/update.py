@@ -28,6 +28,7 @@ from oumi_pl.optim import ScheduledRates
 from oumi_pl.runs.checkpoints import (
     WEIGHTS_ONLY,
     holds_weights_only,
+    is_sharded_checkpoint,
     read_unsharded,
     rng_state,
     set_rng_state,
@@ -35,6 +36,7 @@ from oumi_pl.runs.checkpoints import (
     sharded_optimizer_state,
     weight_names,
 )
+from oumi_pl.runs.received import refuse_code
 from oumi_pl.types import Batch, Sums
 
 Split = Literal["train", "validation", "test"]
@@ -94,6 +96,7 @@ class UpdateModule(L.LightningModule):
         self.__batch: Any = None
         self.__is_counted = False
         self.__finished = self.__stepped = -1
+        self.__logged: set[str] = set()
         self.__evaluated = EvaluationSums()
         self.__running: set[str] = set()
 
@@ -281,7 +284,22 @@ class UpdateModule(L.LightningModule):
             "step": float(self.global_step + 1),
             "epoch": self.__epochs_done(),
         }
+        self.__forget_metrics(self.__logged - logged.keys())
+        self.__logged = {*logged}
         self.log_dict(logged, batch_size=1)
+
+    def __forget_metrics(self, names: set[str]) -> None:
+        """Drops metrics that the update before had and this one lacks: Lightning would log them again, until an epoch
+        ends. KTO has none of undesirable rows, for example, in an update without such rows.
+        """
+        trainer: Any = self.trainer
+        if not names or self.log_to is not None or trainer._results is None:
+            return
+        for key in [key for key in trainer._results if key.partition(".")[2] in names]:
+            del trainer._results[key]
+        for metrics in (trainer._logger_connector._logged_metrics, trainer._logger_connector._callback_metrics):
+            for name in names & metrics.keys():
+                del metrics[name]
 
     def __refuse_other_divisor(self, sums: Sums) -> None:
         """Checks that an update was divided by what it was trained on, unless some micro-batches did without our step.
@@ -724,9 +742,11 @@ class RestorableModule(UpdateModule):
         """
         strategy: Any = self.trainer.strategy
         load = functools.partial(type(strategy).load_checkpoint, strategy)
+        path = Path(strategy.broadcast(path))
+        if is_sharded_checkpoint(path):
+            refuse_code(path)
         if self.trainer.state.fn != "fit":
             return load(path, *args, **kwargs)
-        path = Path(strategy.broadcast(path))
         if holds_weights_only(path):
             raise UserError(f"{path}: {WEIGHTS_ONLY}")
         self.__thaw(read_unsharded(path).get("trained", {}))
@@ -806,11 +826,12 @@ class RestorableModule(UpdateModule):
         self.restore_generators()
         self.__step_due_plateaus()
 
-    def restore_generators(self) -> None:
-        """Restores the random generators from the checkpoint, once."""
+    def restore_generators(self, keep: bool = False) -> None:
+        """Restores the random generators from the checkpoint, once; with `keep`, they will be restored again."""
         if self.__rng_to_restore is not None:
             set_rng_state(self.__rng_to_restore)
-            self.__rng_to_restore = None
+            if not keep:
+                self.__rng_to_restore = None
 
     def load_weights(self, saved_state: dict[str, Any]) -> None:
         """Loads the weights of a checkpoint into the model that was built.

@@ -1,15 +1,21 @@
-"""Builds the data module of a recipe as `fit` does, without a trainer and without weights."""
+"""Builds the data module of a recipe as `fit` does, without a trainer and without weights; or starts it to sample."""
 
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import lightning as L
+import numpy as np
+
 from oumi_pl.config import files as recipe_files
 from oumi_pl.config.cli import CLI, instantiate
 from oumi_pl.config.files import PREFIX
 from oumi_pl.data.base import TextData
+from oumi_pl.data.rollout_loader import Group
+from oumi_pl.data.rollouts import RolloutData
 from oumi_pl.errors import UserError
 from oumi_pl.runs import folders
+from oumi_pl.terminal.screen import working
 
 
 class _Settings(CLI):
@@ -45,6 +51,76 @@ def read(configs: Sequence[Path], overrides: Sequence[str]) -> tuple[TextData, l
         return data, []
     data.tokenizer_spec, notes = _tokenizer_of(module.tokenizer_name, Path(settings.runs_dir).expanduser())
     return data, notes
+
+
+class _Sampling(CLI):
+    """Starts the `fit` of a recipe, samples the first groups, and ends it before the first update.
+
+    Args:
+        args: The command line of `fit`.
+        trees: Contents of the recipes, in order.
+        count: Groups to sample.
+    """
+
+    def __init__(self, args: list[str], trees: Sequence[dict[str, Any]], count: int) -> None:
+        self.sampled = _FirstGroups(count)
+        super().__init__(args, trees=trees)
+
+    def _run_subcommand(self, subcommand: str) -> None:
+        """Samples, and keeps nothing."""
+        if not isinstance(self.datamodule, RolloutData):
+            name = type(self.datamodule).__name__
+            raise UserError(f"--rollouts: {name} samples no completions while training; RolloutData does (GRPO)")
+        self.trainer.callbacks = [self.sampled]  # type: ignore[attr-defined]
+        self.trainer.loggers = []
+        self.trainer.limit_val_batches = 0
+        self.trainer.fit(self.model, datamodule=self.datamodule)
+
+
+class _FirstGroups(L.Callback):
+    """Samples the groups of the first prompts of the first epoch, exactly those of the first update."""
+
+    def __init__(self, count: int) -> None:
+        self.count = count
+        self.groups: list[Group] = []
+        self.advantages = np.empty((0, 0))
+        """`[groups, completions]`; of these groups alone."""
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Samples, and lets the run end."""
+        data: Any = trainer.datamodule  # type: ignore[attr-defined]
+        plan = data.plan(0)
+        numbers = data.numbered(plan, 0, range(min(self.count, plan.rows)))
+        with working(f"sampling and rewarding {len(numbers) * data.completions} completions"):
+            self.groups = data.groups("train", numbers, data.sampling, data.completions)
+        self.advantages = data.policy.advantages(data.totals(self.groups))
+        trainer.fit_loop.epoch_loop.max_steps = 0
+
+
+def sample(
+    configs: Sequence[Path], overrides: Sequence[str], count: int
+) -> tuple[RolloutData, list[Group], np.ndarray]:
+    """Samples and rewards the first groups of a recipe's first epoch with its initial model, on one device.
+
+    Trains the recipe of the initial model first, if `model` names a recipe that has no finished run, as `fit` does.
+
+    Args:
+        configs: Recipes; later ones win.
+        overrides: `--data.completions 4` and the like.
+        count: Groups to sample.
+
+    Returns:
+        The data, the groups, and their advantages `[groups, completions]`.
+
+    Raises:
+        UserError: for every mistake that `fit` would report, and for data that sample nothing.
+    """
+    trees = [recipe_files.check(path) for path in configs]
+    args = [part for path in configs for part in ("--config", str(path))]
+    args = recipe_files.with_model([*args, *overrides], recipe_files.merged(trees))
+    cli = _Sampling(["fit", *args, "--trainer.devices", "1"], trees, count)
+    data: Any = cli.datamodule
+    return data, cli.sampled.groups, cli.sampled.advantages
 
 
 def _tokenizer_of(model: str, root: Path) -> tuple[Any, list[str]]:

@@ -7,6 +7,7 @@ import numpy as np
 from oumi_pl.data.base import TextData
 from oumi_pl.data.examples import ExampleData
 from oumi_pl.data.pretrain import PretrainData
+from oumi_pl.data.rollouts import RolloutData
 from oumi_pl.data.sources import as_sources
 from oumi_pl.data.tokenizers import TokenizerFactory
 from oumi_pl.preview.examples import has_no_dropped_rows
@@ -124,7 +125,9 @@ def histograms(data: TextData) -> list[Histogram]:
     """The lengths of the examples or documents of each split."""
     histograms = []
     for split in data.report():
-        if isinstance(data, ExampleData):
+        if isinstance(data, RolloutData):
+            lengths, what = data.prompt_lengths(split), "prompts"
+        elif isinstance(data, ExampleData):
             lengths, what = data.lengths(split), "examples"
         elif isinstance(data, PretrainData):
             lengths, what = np.concatenate([shards.lengths for shards in data.shards(split)]), "documents"

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import ArrayLike
 
+from oumi_pl.runs import files
 from oumi_pl.runs.folders import Column
 
 if TYPE_CHECKING:
@@ -68,6 +69,8 @@ def panels(metrics: Mapping[str, Column]) -> list[Panel]:
     units = {"rewards/sign_accuracy": "Loss per row", "rewards/margins": "Loss per pair"}
     found = (title for name, title in units.items() if f"train/{name}" in metrics or f"val/{name}" in metrics)
     loss = next(found, "Loss, nats per target token")
+    if "train/reward" in metrics:
+        return _filled(_online_panels(metrics), metrics)
     both = lambda name: (Line(f"train/{name}", "training", blue), Line(f"val/{name}", "validation", orange))  # noqa: E731
     rewards = (
         Line("train/rewards/chosen", "chosen", green),
@@ -84,6 +87,7 @@ def panels(metrics: Mapping[str, Column]) -> list[Panel]:
         Panel("Bits per byte, validation", _by_source(metrics, "bits_per_byte")),
         Panel("Perplexity, validation", _by_source(metrics, "perplexity")),
         Panel("Exact answers, share of held-out", (Line("val/exact_match", "validation", orange),), 0.0, 1.0),
+        Panel("Solved held-out prompts", _in_colors(_passes(metrics), "val/"), 0.0, 1.0),
         Panel("Token accuracy", both("mean_token_accuracy"), low=0.0),
         Panel("KL divergence to the reference, nats", both("kl"), low=0.0),
         Panel("Learning rate", (Line("train/lr", "training", blue),), low=0.0),
@@ -93,6 +97,57 @@ def panels(metrics: Mapping[str, Column]) -> list[Panel]:
     ]
     if not _same(metrics, "val/nll", "val/loss"):
         wanted.insert(1, Panel("Cross-entropy, nats per target token", (Line("val/nll", "validation", orange),)))
+    return _filled(wanted, metrics)
+
+
+def _online_panels(metrics: Mapping[str, Column]) -> list[Panel]:
+    """The panels of online training. Its validation loss is minus the reward, and is left out."""
+    blue, orange, green, purple = COLORS[:4]
+    both = lambda name: (Line(f"train/{name}", "training", blue), Line(f"val/{name}", "validation", orange))  # noqa: E731
+    train = lambda *names: tuple(  # noqa: E731
+        Line(f"train/{name}", label, color) for (name, label), color in zip(names, COLORS, strict=False)
+    )
+    components = sorted(name for name in metrics if re.fullmatch(r"train/rewards/.+(?<!_std)", name))
+    shares = (
+        Line("train/groups_without_variance", "groups without variance", blue),
+        Line("train/truncated", "truncated completions", orange),
+        Line("train/clipped/low", "clipped low", green),
+        Line("train/clipped/high", "clipped high", purple),
+    )
+    return [
+        Panel("Reward", both("reward")),
+        Panel("Reward by component", _in_colors(components, "train/rewards/")),
+        Panel("Standard deviation of rewards", train(("reward_std", "")), low=0.0),
+        Panel("Solved held-out prompts", _in_colors(_passes(metrics), "val/"), 0.0, 1.0),
+        Panel("Exact answers, share of held-out", (Line("val/exact_match", "validation", orange),), 0.0, 1.0),
+        Panel("Completion length, tokens", both("length"), low=0.0),
+        Panel("Entropy of the policy, nats per token", train(("entropy", "")), low=0.0),
+        Panel("KL divergence to the reference, nats", train(("kl", "")), low=0.0),
+        Panel("Shares", shares, 0.0, 1.0),
+        Panel("Policy loss", train(("loss", "")), middle=0.0),
+        Panel("Sampling difference, nats per token", train(("sampling_difference", "")), low=0.0),
+        Panel("Learning rate", train(("lr", "")), low=0.0),
+        Panel("Gradient norm, before clipping", train(("grad_norm", ""))),
+        Panel(
+            "Seconds per update",
+            train(*((f"seconds/{name}", name) for name in ("generating", "training", "rewarding"))),
+            low=0.0,
+        ),
+        Panel("Tokens per second", train(("tokens_per_second", "")), low=0.0),
+    ]
+
+
+def _passes(metrics: Mapping[str, Column]) -> list[str]:
+    """The columns of pass@k, by k."""
+    return sorted((name for name in metrics if name.startswith("val/pass@")), key=lambda name: (len(name), name))
+
+
+def _in_colors(columns: Sequence[str], prefix: str) -> tuple[Line, ...]:
+    return tuple(Line(name, name.removeprefix(prefix), COLORS[i % len(COLORS)]) for i, name in enumerate(columns))
+
+
+def _filled(wanted: Iterable[Panel], metrics: Mapping[str, Column]) -> list[Panel]:
+    """The panels with the lines that there are, without panels that have none."""
     filled = []
     for panel in wanted:
         lines = tuple(line for line in panel.lines if line.column in metrics)
@@ -209,9 +264,8 @@ def grid(
         for axis in axes[count:]:
             axis.remove()
         yield figure, axes[:count]
-        half = file.with_name(f"{file.name}.half")
-        figure.savefig(half, dpi=110, format="png")
-    half.replace(file)
+        with files.replacing(file) as half:
+            figure.savefig(half, dpi=110, format="png")
 
 
 def legend(metrics: Mapping[str, Column], resumed: Sequence[int] = ()) -> str:

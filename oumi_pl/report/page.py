@@ -11,6 +11,7 @@ from oumi_pl import __version__
 from oumi_pl.report import curves, sections
 from oumi_pl.report.record import Record
 from oumi_pl.report.words import clock, meaning
+from oumi_pl.runs import files
 from oumi_pl.runs.folders import CHECKPOINTS, CONFIG, saved_steps
 
 
@@ -57,16 +58,18 @@ TEMPLATE = Path(__file__).with_name("report.html")
 INLINE = Path(__file__).with_name("inline.html")
 
 
-def make(folder: Path) -> Path | None:
-    """Draws the curves of a run and writes its page; returns its path, or None if the run has no metrics yet."""
-    run = Record(folder)
+def make(folder: Path, condition: str | None = None) -> Path | None:
+    """Draws the curves of a run and writes its page; returns its path, or None if the run has no metrics yet.
+
+    `condition` is shown instead of the present state of the run: its report is drawn before it is marked as finished.
+    """
+    run = Record(folder, condition)
     if not run.metrics:
         return None
     title = f"{run.name}: {run.condition}, step {run.step:,}"
     curves.png(run.metrics, title, folder / PICTURE, run.resumed)
-    half = folder / f"{PAGE}.half"
-    half.write_text(page(run), encoding="utf-8")
-    return half.replace(folder / PAGE)
+    files.write(folder / PAGE, page(run))
+    return folder / PAGE
 
 
 def page(run: Record) -> str:
@@ -82,6 +85,8 @@ def page(run: Record) -> str:
         curves=[_curve(run, panel) for panel in curves.panels(run.metrics)],
         legend=curves.legend(run.metrics, run.resumed),
         samples=sections.samples(run),
+        groups=sections.groups(run),
+        groups_end=run.rollouts_end,
         tables=sections.tables(run),
         strips=sections.strips(run),
         phases=phases,

@@ -14,6 +14,8 @@ class Record:
     """A run folder whose files are read on first use."""
 
     folder: Path
+    shown_condition: str | None = None
+    """Instead of that in `run.json`."""
 
     @property
     def name(self) -> str:
@@ -32,7 +34,7 @@ class Record:
     @cached_property
     def condition(self) -> str:
         """The current state of the run: see `oumi_pl.runs.folders.condition`."""
-        return folders.condition(self.state)
+        return self.shown_condition or folders.condition(self.state)
 
     @cached_property
     def metrics(self) -> dict[str, folders.Column]:
@@ -70,15 +72,19 @@ class Record:
     @cached_property
     def samples(self) -> list[dict[str, Any]]:
         """The samples in `samples.jsonl`, without lines that a kill cut short."""
-        samples = []
-        for line in self._text("samples.jsonl").split("\n"):  # not `splitlines`: JSON texts may hold U+2028
-            try:
-                sample = json.loads(line)
-            except ValueError:
-                continue
-            if isinstance(sample, dict) and isinstance(sample.get("step"), int) and "prompt" in sample:
-                samples.append(sample)
-        return samples
+        lines = self._lines("samples.jsonl")
+        return [sample for sample in lines if isinstance(sample.get("step"), int) and "prompt" in sample]
+
+    @cached_property
+    def rollouts(self) -> list[dict[str, Any]]:
+        """The completions in `rollouts.jsonl`, without its last line if that says why the file ends."""
+        lines = self._lines("rollouts.jsonl")
+        return [line for line in lines if isinstance(line.get("update"), int) and "completion" in line]
+
+    @property
+    def rollouts_end(self) -> int | None:
+        """The update before which `rollouts.jsonl` ends because of its size; None if it has all."""
+        return next((line["update"] for line in self._lines("rollouts.jsonl")[-1:] if "stopped" in line), None)
 
     @property
     def step(self) -> int:
@@ -95,6 +101,18 @@ class Record:
         from oumi_pl.report.page import framed, inline, page
 
         return framed(page(self), 640) if self.metrics else inline(f"{self.name} has no metrics yet")
+
+    def _lines(self, name: str) -> list[dict[str, Any]]:
+        """The mappings in a file of JSON lines."""
+        mappings = []
+        for line in self._text(name).split("\n"):  # not `splitlines`: JSON texts may hold U+2028
+            try:
+                value = json.loads(line)
+            except ValueError:
+                continue
+            if isinstance(value, dict):
+                mappings.append(value)
+        return mappings
 
     def _text(self, name: str) -> str:
         try:

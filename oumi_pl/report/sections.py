@@ -9,9 +9,10 @@ from oumi_pl.report.record import Record
 from oumi_pl.report.words import clock, large, meaning, moment, number
 from oumi_pl.runs import folders
 
-HIGHER_IS_BETTER = ("exact_match", "accuracies", "sign_accuracy", "mean_token_accuracy", "margins")
+HIGHER_IS_BETTER = ("exact_match", "accuracies", "sign_accuracy", "mean_token_accuracy", "margins", "val/reward")
 TILES = {
     "val/loss": "Validation loss",
+    "val/reward": "Validation reward",
     "val/exact_match": "Exact answers",
     "val/rewards/accuracies": "Pairs ranked right",
     "val/rewards/sign_accuracy": "Rewards with the right sign",
@@ -126,12 +127,15 @@ def _tiles(run: Record) -> list[dict[str, str]]:
     def add(title: str, value: str, note: str, metric: str = "") -> None:
         tiles.append({"title": title, "value": value, "note": note, "meaning": meaning(metric)})
 
-    if "train/loss" in metrics:
-        values = metrics["train/loss"][1]
+    # the loss of a policy gradient says nothing of progress
+    first, title = ("train/reward", "Training reward") if "train/reward" in metrics else ("train/loss", "Training loss")
+    if first in metrics:
+        values = metrics[first][1]
         note = f"mean of the last {min(folders.RECENT, len(values))} updates; began at {number(values[0])}"
-        add("Training loss", number(folders.recent(values)), note, "train/loss")
-    for name, title in TILES.items():
-        if name in metrics:
+        add(title, number(folders.recent(values)), note, first)
+    passes = sorted((name for name in metrics if name.startswith("val/pass@")), key=lambda name: (len(name), name))
+    for name, title in (TILES | {name: name.removeprefix("val/") for name in passes}).items():
+        if name in metrics and not (name == "val/loss" and "val/reward" in metrics):
             add(title, number(metrics[name][1][-1]), _best(metrics, name), name)
     took = folders.seconds(run.folder, run.state)
     add("Time", clock(took), "in total, resumes included" if run.resumed else "in total")
@@ -145,7 +149,7 @@ def _best(metrics: dict[str, folders.Column], name: str) -> str:
     finite = [(value, step) for step, value in zip(steps, values, strict=True) if math.isfinite(value)]
     if len(finite) < 2 or name == "val/kl":
         return f"at step {steps[-1]:,}"
-    best, step = (max if name.endswith(HIGHER_IS_BETTER) else min)(finite)
+    best, step = (max if name.endswith(HIGHER_IS_BETTER) or "pass@" in name else min)(finite)
     where = "the best so far" if step == steps[-1] else f"best {number(best)} at step {step:,}"
     return f"{number(values[0])} at step {steps[0]:,}; {where}"
 
@@ -167,6 +171,65 @@ def samples(run: Record) -> list[tuple[str, list[tuple[str, str]]]]:
             texts.append(("Reference", str(reference)))
         cards.append((prompt, texts))
     return cards
+
+
+# ---- groups of online training
+
+GROUPS = 8
+"""Prompts whose completions are shown."""
+TIMES = 4
+"""Updates at which those of a prompt are shown: its first, its last, and evenly between."""
+
+
+def groups(run: Record) -> list[tuple[str, str, list[dict[str, Any]]]]:
+    """Prompts that were sampled at several updates, each with its best and worst completion at some of them.
+
+    Returns:
+        Text and origin of the prompt, and `{when, mean, best, worst}` for each update; `best` and `worst` are
+        `(text, total reward, rewards in words)`, and `worst` is None if all completions got the same reward. Prompts
+        that were sampled most often come first, then those whose rewards changed most.
+    """
+    by_prompt: dict[tuple[str, str], dict[int, list[dict[str, Any]]]] = {}
+    for line in run.rollouts:
+        key = str(line.get("prompt")), str(line.get("origin"))
+        by_prompt.setdefault(key, {}).setdefault(line["update"], []).append(line)
+
+    def change(updates: dict[int, list[dict[str, Any]]]) -> float:
+        means = [statistics.fmean(_total(line) for line in lines) for lines in updates.values()]
+        return max(means) - min(means)
+
+    ranked = sorted(by_prompt.items(), key=lambda item: (-len(item[1]), -change(item[1])))
+    shown = []
+    for (prompt, origin), updates in ranked[:GROUPS]:
+        steps = sorted(updates)
+        count = min(TIMES, len(steps))
+        chosen = [steps[round(i * (len(steps) - 1) / max(1, count - 1))] for i in range(count)]
+        shown.append((prompt, origin, [_group(step, updates[step]) for step in chosen]))
+    return shown
+
+
+def _group(update: int, lines: list[dict[str, Any]]) -> dict[str, Any]:
+    totals = [_total(line) for line in lines]
+    best, worst = max(lines, key=_total), min(lines, key=_total)
+    mean = f"{len(lines)} completions, mean reward {number(statistics.fmean(totals))}"
+    return {
+        "when": f"Update {update:,}",
+        "mean": mean,
+        "best": _scored(best),
+        "worst": _scored(worst) if min(totals) < max(totals) else None,
+    }
+
+
+def _scored(line: dict[str, Any]) -> tuple[str, str, str]:
+    rewards = line.get("rewards")
+    parts = [f"{name} {number(value)}" for name, value in rewards.items()] if isinstance(rewards, dict) else []
+    parts += [f"{number(line.get('length'))} tokens"] + ([] if line.get("finished", True) else ["cut"])
+    return str(line["completion"]), number(_total(line)), ", ".join(parts)
+
+
+def _total(line: dict[str, Any]) -> float:
+    total = line.get("total")
+    return float(total) if isinstance(total, int | float) else math.nan
 
 
 # ---- data

@@ -2,9 +2,13 @@
 
 import ast
 import math
+import re
 import time
 from functools import cache
 from pathlib import Path
+
+GENERAL = {r"^(val|test)/pass@\d+$": "val/pass@K", r"^(train|val|test)/rewards/[^/]+?(_std)?$": r"train/rewards/NAME\2"}
+"""Names of metrics with a part that the user chose, as patterns -> the row of the table."""
 
 
 def clock(seconds: float | None) -> str:
@@ -82,4 +86,7 @@ def meaning(name: str) -> str:
     if split in ("val", "test") and f"train/{rest}" in known:
         return known[f"train/{rest}"]
     parent = name.rpartition("/")[0]  # `val/perplexity/SOURCE`
-    return meaning(parent) if "/" in parent else ""
+    if "/" in parent and (inherited := meaning(parent)):
+        return inherited
+    general = (re.sub(pattern, row, name) for pattern, row in GENERAL.items())
+    return next((known[row] for row in general if row in known), "")

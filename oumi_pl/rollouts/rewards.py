@@ -32,12 +32,16 @@ class Rewards:
     Args:
         rewards: A reward; or several, by path or as functions, with their weights. A path is `module.function`, or the
             name of one that is built in.
+        key: The key that names them, for messages.
 
     Raises:
         UserError: a path names no function, or a weight is no number.
     """
 
-    def __init__(self, rewards: str | Reward | Sequence[str | Reward] | Mapping[str, float]) -> None:
+    def __init__(
+        self, rewards: str | Reward | Sequence[str | Reward] | Mapping[str, float], key: str = "data.reward"
+    ) -> None:
+        self.key = key
         if isinstance(rewards, Mapping):
             named: list[tuple[str | Reward, float]] = list(rewards.items())
         elif isinstance(rewards, str) or callable(rewards):
@@ -45,14 +49,14 @@ class Rewards:
         else:
             named = [(reward, 1.0) for reward in rewards]
         if not named:
-            raise UserError("data.reward: name at least one")
+            raise UserError(f"{key}: name at least one")
         for reward, weight in named:
             if isinstance(weight, bool) or not isinstance(weight, int | float) or not math.isfinite(weight):
-                raise UserError(f"data.reward: the weight of {reward} is {weight!r}, which is no number")
-        self.functions = {_name(reward): resolve(reward) if isinstance(reward, str) else reward for reward, _ in named}
+                raise UserError(f"{key}: the weight of {reward} is {weight!r}, which is no number")
+        self.functions = {_name(r): resolve(r, key) if isinstance(r, str) else r for r, _ in named}
         self.weights = np.array([weight for _, weight in named], dtype=np.float64)
         if len(self.functions) < len(named):
-            raise UserError("data.reward: two rewards have the same name")
+            raise UserError(f"{key}: two {key.rpartition('.')[2].removesuffix('s')}s have the same name")
 
     @property
     def names(self) -> list[str]:
@@ -65,7 +69,7 @@ class Rewards:
         Raises:
             UserError: a reward fails, or returns something else than a finite number; names the row.
         """
-        columns = [self._column(name, reward, completions, rows) for name, reward in self.functions.items()]
+        columns = [self._column(f"{self.key}: {name}", f, completions, rows) for name, f in self.functions.items()]
         return np.stack(columns, 1) if columns else np.empty((len(completions), 0))
 
     def total(self, components: np.ndarray) -> np.ndarray:
@@ -80,9 +84,9 @@ class Rewards:
                 values = reward(list(completions), [dict(row) for row in rows])
                 values = asyncio.run(_awaited(values)) if inspect.isawaitable(values) else values
             except Exception as error:
-                raise UserError(f"data.reward: {name} failed: {type(error).__name__}: {error}") from error
+                raise UserError(f"{name} failed: {type(error).__name__}: {error}") from error
             if len(values) != len(completions):
-                raise UserError(f"data.reward: {name} returned {len(values)} values for {len(completions)} completions")
+                raise UserError(f"{name} returned {len(values)} values for {len(completions)} completions")
         elif inspect.iscoroutinefunction(reward) or inspect.iscoroutinefunction(getattr(reward, "__call__", None)):  # noqa: B004
             values = asyncio.run(_gather(name, reward, completions, rows))
         else:
@@ -116,7 +120,7 @@ def _called(name: str, reward: Reward, completion: str, row: Mapping[str, Any]) 
 
 def _failed(name: str, error: Exception, completion: str, row: Mapping[str, Any]) -> UserError:
     where = f" for the row {_short(dict(row))} and the completion {_short(completion)}"
-    return UserError(f"data.reward: {name} failed{where}: {type(error).__name__}: {error}")
+    return UserError(f"{name} failed{where}: {type(error).__name__}: {error}")
 
 
 def _number(name: str, value: Any, completion: str, row: Mapping[str, Any]) -> float:
@@ -126,7 +130,7 @@ def _number(name: str, value: Any, completion: str, row: Mapping[str, Any]) -> f
         number = math.nan
     if not math.isfinite(number):
         raise UserError(
-            f"data.reward: {name} returned {value!r} for the row {_short(dict(row))} and the completion "
+            f"{name} returned {value!r} for the row {_short(dict(row))} and the completion "
             f"{_short(completion)}; a reward is a finite number"
         )
     return number
@@ -141,7 +145,7 @@ def _name(reward: str | Reward) -> str:
     return reward.rpartition(".")[2] if isinstance(reward, str) else getattr(reward, "__name__", type(reward).__name__)
 
 
-def resolve(path: str) -> Reward:
+def resolve(path: str, key: str = "data.reward") -> Reward:
     """Finds a reward by the name of a built-in one, or by `module.function`.
 
     Raises:
@@ -149,15 +153,15 @@ def resolve(path: str) -> Reward:
     """
     module, _, name = path.rpartition(".")
     try:
-        found = getattr(importlib.import_module(module or __name__), name)
+        value = getattr(importlib.import_module(module or __name__), name)
     except ImportError as error:
-        raise UserError(f"data.reward: can't import {module}: {error}") from error
+        raise UserError(f"{key}: can't import {module}: {error}") from error
     except AttributeError:
         where = f"{module} has no {name}" if module else f"no built-in reward {name!r}; give the path of a function"
-        raise UserError(f"data.reward: {where}") from None
-    if not callable(found):
-        raise UserError(f"data.reward: {path} is a {type(found).__name__}, not a function")
-    return found() if isinstance(found, type) else found
+        raise UserError(f"{key}: {where}") from None
+    if not callable(value):
+        raise UserError(f"{key}: {path} is a {type(value).__name__}, not a function")
+    return value() if isinstance(value, type) else value
 
 
 # ---- built in
@@ -209,10 +213,10 @@ def letter_count(completion: str, row: Mapping[str, Any]) -> float:
 
 def countdown(completion: str, row: Mapping[str, Any]) -> float:
     """1 if the `<answer>` is an equation that reaches `target` and uses each of `nums` exactly once; else 0."""
-    found = re.findall(r"<answer>(.*?)</answer>", completion, re.DOTALL)
-    if not found:
+    answers = re.findall(r"<answer>(.*?)</answer>", completion, re.DOTALL)
+    if not answers:
         return 0.0
-    equation = found[-1].partition("=")[0].strip()
+    equation = answers[-1].partition("=")[0].strip()
     if not re.fullmatch(r"[\d\s+\-*/().]+", equation) or "**" in equation or "//" in equation:
         return 0.0
     if sorted(int(n) for n in re.findall(r"\d+", equation)) != sorted(int(n) for n in row["nums"]):

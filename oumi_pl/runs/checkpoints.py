@@ -1,6 +1,5 @@
 """Writes checkpoints atomically, so that a kill at any moment leaves a complete one; reads the state of generators."""
 
-import os
 import random
 import warnings
 from pathlib import Path
@@ -15,7 +14,8 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.optim import Optimizer
 
 from oumi_pl.errors import UserError
-from oumi_pl.runs.folders import HALF, remove
+from oumi_pl.runs.files import HALF, put
+from oumi_pl.runs.received import refuse_code
 
 META = "meta.pt"
 """File of a sharded checkpoint, which is a directory, for all but weights and optimizers."""
@@ -36,8 +36,6 @@ class AtomicCheckpointIO(TorchCheckpointIO):
         try:
             with half.open("wb") as file:
                 torch.save(checkpoint, file)
-                file.flush()
-                os.fsync(file.fileno())
         except (OSError, RuntimeError) as error:
             half.unlink(missing_ok=True)
             # after a failed write, torch's writer fails again on closing the file, with an error that hides the cause
@@ -45,9 +43,7 @@ class AtomicCheckpointIO(TorchCheckpointIO):
             if isinstance(full, OSError):
                 full.filename = full.filename or str(path)
             raise
-        if path.is_dir():  # a sharded checkpoint, written with another strategy before
-            remove(path)
-        half.replace(path)
+        put(half, path)
 
     def load_checkpoint(
         self, path: str | Path, map_location: Any | None = "cpu", weights_only: bool | None = None
@@ -97,6 +93,7 @@ def read_sharded(path: Path, optimizers: bool = True) -> dict[str, Any]:
             name = read_item.dest_index.fqn
             set_element(self.original_state_dict, self.mappings[name], torch.load(value, weights_only=True))
 
+    refuse_code(path)
     content = torch.load(path / META, map_location="cpu", weights_only=True)
     shards: dict[str, Any] = {}
     planner = Planner(keys=None if optimizers else {"state_dict"})
@@ -125,6 +122,7 @@ def _shards(path: Path) -> dict[str, Any]:
     """What the files of a sharded checkpoint hold, by key."""
     from torch.distributed.checkpoint import FileSystemReader
 
+    refuse_code(path)
     return FileSystemReader(path).read_metadata().state_dict_metadata
 
 

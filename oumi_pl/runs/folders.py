@@ -2,30 +2,37 @@
 
 Contents of `runs/<name>/`:
 
-- `run.json`: recipe, command, state, versions, where the time went
+- `run.json`: recipe, command, state, which phases are complete, versions, where the time went
+- `lock.json`: the process that writes to the folder, while one does
 - `config.yaml`: the complete config; `fit --config` of it repeats the run
 - `recipe.yaml`: the recipe as its author wrote it, without command-line options and defaults
 - `data.json`: the data report
 - `metrics.csv`: one line per optimizer step
 - `samples.jsonl`: completions that callbacks sampled during training
+- `rollouts.jsonl`: of online training, every training completion with its rewards and advantage
 - `curves.png`, `report.html`: curves of the metrics, and one page with all of this
 - `checkpoints/`: `step-*.ckpt`, and `best.ckpt` (weights only) when a metric is monitored
 - `model/`: the trained model, for `transformers`
+
+Nothing in it names its own place: a run folder can be moved, renamed or copied, and resumed from any directory. Names
+that end in `.half` were being written when a process was killed; the next start removes them.
 """
 
+import contextlib
 import csv
+import errno
 import json
 import os
 import re
-import shutil
 import socket
-import subprocess
 import time
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 from oumi_pl.errors import UserError, nearest
+from oumi_pl.runs import files, lock
+from oumi_pl.runs.files import HALF
 
 RUN = "run.json"
 CONFIG = "config.yaml"
@@ -34,8 +41,9 @@ METRICS = "metrics.csv"
 CHECKPOINTS = "checkpoints"
 TIME = "trainer.max_time"
 """What has ended a run, if its time was up."""
-HALF = ".half"
-"""Suffix of a checkpoint that is still being written."""
+PHASES = ("prepare", "reference", "train", "validate", "samples", "export", "report")
+"""What a run consists of, in order. `phases` in `run.json` lists those that are complete, and a resumed run goes on
+with the first that is not. `status` becomes `finished` after the last."""
 
 _STEP = re.compile(r"step-(\d+)\.ckpt$")
 
@@ -56,37 +64,76 @@ def step_of(checkpoint: Path) -> int:
     return int(match.group(1)) if match else -1
 
 
-def remove(path: Path) -> None:
-    """Deletes a file, or a directory with its content; nothing if there is none. Checkpoints may be either."""
-    if path.is_dir():
-        shutil.rmtree(path)
-    else:
-        path.unlink(missing_ok=True)
+def create(root: Path, name: str, fill: Callable[[Path], None] = lambda run: None) -> Path:
+    """Creates `root/name`, or `name-2`, `name-3`, ... if that exists, with the files that `fill` writes to it.
 
-
-def create(root: Path, name: str) -> Path:
-    """Creates `root/name`, or `name-2`, `name-3`, ... if that exists.
+    The folder gets its name when it is complete: a kill leaves a run that can be resumed, or none. This process has the
+    lock of the folder then.
 
     Raises:
         UserError: if the folder can't be created.
     """
+    first = root / name
+    half = first.with_name(f".{first.name}.{os.getpid()}@{socket.gethostname()}{HALF}")
     try:
         root.mkdir(parents=True, exist_ok=True)
+        remove_leftovers(root)
+        files.remove(half)
+        half.mkdir()
+        (half / CHECKPOINTS).mkdir()
+        lock.write(half)
+        fill(half)
+        files.sync_all(half)
         for run in _names(root, name):
+            if _is_remnant(run):
+                files.remove(run)
             try:
-                run.mkdir()
-            except FileExistsError:
+                half.rename(run)
+            except OSError as error:
+                if error.errno not in (errno.EEXIST, errno.ENOTEMPTY, errno.ENOTDIR):
+                    raise
                 continue
-            (run / CHECKPOINTS).mkdir()
+            files.sync(root)
+            lock.acquire(run)
             return run
     except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise
         raise UserError(f"runs_dir: can't write to {root}: {error.strerror}") from error
+    finally:
+        with contextlib.suppress(OSError):
+            files.remove(half)
     raise UserError(f"runs_dir: {root} holds too many runs named {name}")
+
+
+_UNNAMED = re.compile(rf"\..+\.(\d+)@(.+){re.escape(HALF)}$")
+
+
+def remove_leftovers(folder: Path) -> None:
+    """Removes what killed processes were writing: in the directory of all runs, or in a run's folder."""
+    for path in (*folder.glob(f"*{HALF}"), *(folder / CHECKPOINTS).glob(f"*{HALF}")):
+        if match := _UNNAMED.match(path.name):  # a run folder that may still be in the making
+            host, pid = match[2], int(match[1])
+            if host != socket.gethostname() or (pid != os.getpid() and lock.began(pid) is not None):
+                continue
+        elif not (folder / RUN).is_file():
+            continue
+        files.remove(path)
+
+
+def _is_remnant(run: Path) -> bool:
+    """Whether a folder is what a process left that was killed before it wrote anything into its run folder."""
+    if not run.is_dir() or run.is_symlink():
+        return False
+    names = {path.name for path in run.iterdir()}
+    if CHECKPOINTS not in names or names - {CHECKPOINTS, lock.LOCK} or any((run / CHECKPOINTS).iterdir()):
+        return False
+    return lock.LOCK not in names or lock.is_alive(lock.owner(run)) is False
 
 
 def free(root: Path, name: str) -> Path:
     """The folder that `create` would create now."""
-    return next(run for run in _names(root, name) if not run.exists())
+    return next(run for run in _names(root, name) if not run.exists() or _is_remnant(run))
 
 
 def _names(root: Path, name: str) -> Iterator[Path]:
@@ -112,9 +159,7 @@ def refuse_unwritable(root: Path, key: str = "runs_dir") -> None:
 def write_state(run: Path, **values: Any) -> None:
     """Updates `run.json` atomically: a kill leaves the old file."""
     state = read_state(run) | values | {"updated": time.strftime("%Y-%m-%dT%H:%M:%S%z")}
-    half = run / f"{RUN}.half"
-    half.write_text(json.dumps(state, indent=1) + "\n", encoding="utf-8")
-    half.replace(run / RUN)
+    files.write(run / RUN, json.dumps(state, indent=1) + "\n")
 
 
 def read_state(run: Path) -> dict[str, Any]:
@@ -126,9 +171,10 @@ def read_state(run: Path) -> dict[str, Any]:
     return state if isinstance(state, dict) else {}
 
 
-def process() -> dict[str, Any]:
-    """Identifies this process by host, process id and start time."""
-    return {"host": socket.gethostname(), "pid": os.getpid(), "began": _began(os.getpid())}
+def phases(state: dict[str, Any]) -> list[str]:
+    """The phases that `run.json` says are complete, in order."""
+    listed = state.get("phases")
+    return [phase for phase in PHASES if phase in listed] if isinstance(listed, list) else []
 
 
 def condition(state: dict[str, Any]) -> str:
@@ -139,30 +185,9 @@ def condition(state: dict[str, Any]) -> str:
         `running?` if that can't be checked, on another machine for example; `unknown` if `run.json` has no state.
     """
     status = str(state.get("status") or "unknown")
-    owner = state.get("process")
     if status != "running":
         return status
-    if not isinstance(owner, dict) or owner.get("host") != socket.gethostname() or not owner.get("began"):
-        return "running?"
-    return "running" if _began(owner.get("pid")) == owner["began"] else "killed"
-
-
-def _began(pid: object) -> str | None:
-    """Start time of a process as the system prints it; None if there is no such process, or it is unknown.
-
-    A process id alone does not identify a process, since systems reuse ids.
-    """
-    if Path("/proc/self/stat").exists():
-        try:
-            fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-            boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
-        except OSError:
-            return None
-        return None if fields[0] in "ZX" else f"{boot}:{fields[19]}"  # X is dead, Z a zombie
-    if shutil.which("ps") is None:
-        return None
-    printed = subprocess.run(["ps", "-o", "lstart=", "-p", str(pid)], capture_output=True, text=True, check=False)
-    return printed.stdout.strip() or None
+    return {True: "running", False: "killed", None: "running?"}[lock.is_alive(state.get("process"))]
 
 
 Column = tuple[list[int], list[float]]
@@ -256,6 +281,13 @@ def last_unfinished(root: Path, recipe: str, name: str | None = None) -> Path:
             hint = f"{newest} is finished; to train it further: {how_to_extend(newest, own[newest])}"
         raise UserError(f"--resume: nothing to resume for {whose} in {root}: {hint}")
     return unfinished[-1]
+
+
+def last_run(root: Path, recipe: str, name: str) -> Path | None:
+    """The newest run of a recipe among the runs of a name: an unfinished one if there is one. None without any."""
+    own = _runs_of(root, recipe, name)
+    unfinished = [run for run, state in own.items() if state.get("status") != "finished"]
+    return next(reversed(unfinished or [*own]), None)
 
 
 def how_to_extend(run: Path, state: dict[str, Any]) -> str:

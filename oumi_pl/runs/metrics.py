@@ -30,6 +30,20 @@ mean log-ratio of whole mismatched responses, as it is in the loss.
 | `train/outcomes/accuracies` | share of these rows on the right side of 0, with `BCE` | the update's rows |
 | `train/outcomes/errors` | mean distance of reward and score, with `MSE` | the update's rows |
 | `train/rows_per_second` | rows (pairs) over wall time, where the loss is a mean over rows | the update |
+| `train/reward`, `train/reward_std` | total reward, less the KL penalty if that is in it | the update's completions |
+| `train/rewards/NAME`, `/NAME_std` | a reward before its weight, if there are several | the update's completions |
+| `train/groups_without_variance` | share of prompts whose completions all got the same reward | the update |
+| `train/length` | tokens of a sampled completion | the update's completions |
+| `train/truncated` | share of completions that were cut at `max_new_tokens` | the update's completions |
+| `train/entropy` | entropy of the distribution that was sampled from, nats per token | the update's tokens |
+| `train/clipped/low`, `/high` | share of tokens whose ratio was clipped | the update's tokens |
+| `train/sampling_difference` | distance of sampled and recomputed log-probabilities | the update's tokens |
+| `train/seconds/generating` | sampling, with waiting for other ranks; 0 if the completions are older | the update |
+| `train/seconds/rewarding` | rewards, and the KL penalty if that is in the reward | the update |
+| `train/seconds/training` | forward and backward passes, and the optimizer's step | the update |
+| `val/reward`, `/reward_std` | total reward of completions; `val/loss` is minus this | all of `validation` |
+| `val/pass@K` | probability that one of K completions is a success, an unbiased estimate | all of `validation` |
+| `val/NAME` | mean of a function in `data.metrics` or `PassAtK.metrics` over completions | all of `validation` |
 | `val/loss` | the training loss on held-out tokens or pairs | all of `validation` |
 | `val/nll` | cross-entropy in nats per target token; `val/loss` unless another loss is trained | all of `validation` |
 | `val/perplexity` | exp of `val/nll` | all of `validation` |
@@ -43,12 +57,15 @@ mean log-ratio of whole mismatched responses, as it is in the loss.
 """
 
 import csv
+import io
 from argparse import Namespace
 from pathlib import Path
 from typing import Any
 
 from lightning.pytorch.loggers.logger import Logger, rank_zero_experiment
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
+
+from oumi_pl.runs import files
 
 
 class MetricsCSV(Logger):
@@ -59,20 +76,26 @@ class MetricsCSV(Logger):
         self.file: Path | None = None
         self.columns: list[str] = ["step", "epoch"]
         self._row: dict[str, Any] = {}
+        self._unwritten = False
+        self._begin: int | None = None
+        """Where the line of `_row` begins in the file, if it is there."""
 
     def open(self, file: Path, step: int = 0, row: dict[str, Any] | None = None) -> None:
         """Creates the file, or continues it from `step`: later lines are removed.
 
-        `row` is the line of `step` from the checkpoint, for a run that was killed before that line was written.
+        `row` is the line of `step` from the checkpoint, for a run that was killed before that line was written. It is
+        written at once, since a run may have nothing left to train.
         """
         self.file = file
         rows = [line for line in _read(file) if int(line["step"]) <= step]
         self.columns = list(rows[0]) if rows else ["step", "epoch"]
+        self._row, self._begin, self._unwritten = {}, None, False
         if row:
             rows = [line for line in rows if int(line["step"]) < row["step"]]
             self.columns += sorted(row.keys() - set(self.columns))
-            self._row = dict(row)
+            self._row, self._unwritten = dict(row), True
         self._rewrite(rows)
+        self.flush()
 
     @rank_zero_only
     def log_metrics(self, metrics: dict[str, float], step: int | None = None) -> None:
@@ -81,32 +104,48 @@ class MetricsCSV(Logger):
             return
         if self._row and self._row["step"] != step:
             self._write_row()
+            self._row, self._begin = {}, None
         self._row = {**self._row, **metrics, "step": step}
+        self._unwritten = True
 
     @rank_zero_only
     def finalize(self, status: str) -> None:
         """Writes the line of the last step."""
         self._write_row()
 
+    @rank_zero_only
+    def flush(self) -> None:
+        """Writes the line of the last step, and waits until the file is on disk: before a checkpoint that covers it."""
+        self._write_row()
+        if self.file is not None and self.file.exists():
+            files.sync(self.file)
+
     def _write_row(self) -> None:
-        if not self._row or self.file is None:
+        """Writes the current line, in the place of an earlier one of its step.
+
+        A kill can leave a part of a line. If a checkpoint covers that step, the line is in the checkpoint as well.
+        """
+        if not self._unwritten or self.file is None:
             return
         new = [name for name in self._row if name not in self.columns]
         if new:
             self.columns += sorted(new)
-            self._rewrite(_read(self.file))
-        with self.file.open("a", newline="") as out:
+            self._rewrite([line for line in _read(self.file) if int(line["step"]) != self._row["step"]])
+            self._begin = None
+        with self.file.open("r+", newline="", encoding="utf-8") as out:
+            out.seek(0, 2)
+            self._begin = out.seek(out.tell() if self._begin is None else self._begin)
             csv.DictWriter(out, self.columns, restval="").writerow(self._row)
-        self._row = {}
+            out.truncate()
+        self._unwritten = False
 
     def _rewrite(self, rows: list[dict[str, Any]]) -> None:
         assert self.file is not None
-        half = self.file.with_name(self.file.name + ".half")
-        with half.open("w", newline="") as out:
-            writer = csv.DictWriter(out, self.columns, restval="")
-            writer.writeheader()
-            writer.writerows(rows)
-        half.replace(self.file)
+        text = io.StringIO(newline="")
+        writer = csv.DictWriter(text, self.columns, restval="")
+        writer.writeheader()
+        writer.writerows(rows)
+        files.write(self.file, text.getvalue())
 
     @property
     def name(self) -> str:
@@ -132,6 +171,6 @@ class MetricsCSV(Logger):
 def _read(file: Path) -> list[dict[str, Any]]:
     if not file.exists():
         return []
-    with file.open(newline="") as lines:
+    with file.open(newline="", encoding="utf-8") as lines:
         # a kill can cut the last line short, before its step
         return [row for row in csv.DictReader(lines) if (row.get("step") or "").isdigit()]

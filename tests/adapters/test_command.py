@@ -188,6 +188,22 @@ def test_a_finished_run_has_nothing_left_to_train(cli):
     assert "nothing is left to train" in cli.fails("fit", "--resume", "runs/r", "--trainer.max_epochs", "2")
 
 
+def test_a_run_killed_in_its_export_is_only_exported(cli, monkeypatch):
+    """The best weights, although they are of an earlier session."""
+    monitored = {"checkpoint": {"every": 100, "monitor": "val/loss", "mode": "max"}, "model.init_args.schedule": GONE}
+    cli.recipe(SETTINGS | monitored)
+    with monkeypatch.context() as patched:
+        patched.setattr("oumi_pl.callbacks.export.Export.write", lambda *_: 1 / 0)
+        assert cli.run(*FIT, "--engine", "hf", "--name", "killed")[0] == 1
+    assert not (cli.directory / "runs/killed/model").exists()
+    out = cli.works("fit", "--resume", "runs/killed")
+    assert "its training is complete; what is left: export, report" in out
+    cli.works(*FIT, "--engine", "hf", "--name", "whole")
+    assert same(weights(cli, "runs/killed"), weights(cli, "runs/whole"))
+    assert cli.column("runs/killed", "train/loss") == cli.column("runs/whole", "train/loss")
+    assert cli.state("runs/killed")["status"] == "finished"
+
+
 def test_the_best_weights_are_exported(cli):
     monitored = {"checkpoint": {"every": 100, "monitor": "val/loss", "mode": "max"}, "model.init_args.schedule": GONE}
     cli.recipe(SETTINGS | monitored | {"model.init_args.config.attention_dropout": 0.0})

@@ -7,7 +7,7 @@ import torch
 from oumi_pl.callbacks.checkpoint import Checkpoints
 from oumi_pl.errors import UserError
 from oumi_pl.runs.checkpoints import AtomicCheckpointIO, rng_state, set_rng_state
-from oumi_pl.runs.folders import HALF
+from oumi_pl.runs.files import HALF
 from tests.tiny import conversations, data, module, trainer, write_jsonl
 
 

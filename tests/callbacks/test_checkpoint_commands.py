@@ -63,10 +63,14 @@ def test_a_branched_run_exports_its_own_best_weights(cli):
     assert not torch.equal(exported(cli, "b"), best(cli, "a"))
 
 
-def test_another_runs_best_weights_would_be_caught(cli, monkeypatch):
+def test_a_checkpoint_does_not_name_the_folder_that_it_is_in(cli, monkeypatch):
+    """So another run's best weights can't be exported even if nothing looks for those of this run."""
     monkeypatch.setattr(Checkpoints, "on_train_start", lambda *args: None)
     branched(cli)
-    assert torch.equal(exported(cli, "b"), best(cli, "a"))
+    assert not torch.equal(exported(cli, "b"), best(cli, "a"))
+    for checkpoint in (cli.directory / "runs/a/checkpoints").iterdir():
+        state = torch.load(checkpoint, weights_only=True).get("callbacks", {})
+        assert "runs/a" not in str(state), checkpoint
 
 
 def test_a_resumed_run_keeps_its_best_weights(cli):

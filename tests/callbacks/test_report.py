@@ -11,7 +11,7 @@ from oumi_pl.callbacks.run_folder import RunFolder, _command
 from oumi_pl.callbacks.stopping import Preemption
 from oumi_pl.report import page
 from oumi_pl.report.clock import Clock
-from oumi_pl.runs import folders
+from oumi_pl.runs import folders, lock
 from oumi_pl.runs.metrics import MetricsCSV
 from tests.command_line import CommandLine
 from tests.tiny import data, module, trainer
@@ -33,7 +33,7 @@ def test_a_run_leaves_what_one_wants_to_know_of_it(cli, monkeypatch):
     state = cli.state("runs/r")
     assert state["status"] == "finished"
     assert state["steps"] == state["step"] == 2
-    assert state["process"]["began"] == folders.process()["began"]
+    assert state["process"]["began"] == lock.process()["began"]
     assert state["model"]["trainer"] == "SFT"
     assert state["model"]["parameters"] == state["model"]["trainable"] > 0
     assert state["environment"]["packages"]["torch"]
@@ -69,7 +69,7 @@ def fit(tmp_path, *callbacks, **limits):
 
 
 def test_a_failure_in_drawing_is_told_and_the_run_goes_on(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr("oumi_pl.report.page.make", {}.__getitem__)
+    monkeypatch.setattr("oumi_pl.report.page.make", lambda run, condition: {}[run])
     folder = fit(tmp_path, max_steps=1)
     assert folders.read_state(folder)["status"] == "finished"
     told = capsys.readouterr().err

@@ -16,7 +16,11 @@ CONFIG = "name: Größe 大\n"
 
 def described(folder, report, config=CONFIG, **kwargs):
     trainer = SimpleNamespace(
-        datamodule=SimpleNamespace(report=lambda: report), global_step=0, world_size=1, precision="32-true"
+        datamodule=SimpleNamespace(report=lambda: report),
+        global_step=0,
+        callbacks=[],
+        world_size=1,
+        precision="32-true",
     )
     module = SimpleNamespace(
         total_steps=lambda: 5,

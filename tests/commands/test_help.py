@@ -83,14 +83,14 @@ def test_a_section_shows_its_classes_with_what_is_their_own_and_what_they_share(
     monkeypatch.setattr(help_pages, "_places", lambda: ours)
     page = ask("fit", "--help", "model")
     assert "model: one of" in page
-    for name in ("SFT", "DPO", "KTO", "Reward", "Distill", "Pretrain"):
+    for name in ("SFT", "DPO", "KTO", "Reward", "Distill", "Pretrain", "GRPO"):
         assert re.search(rf"^{name}: ", page, re.MULTILINE)
     every = {f"model.{name}" for cls in ours["model"].values() for name in arguments(cls)}
     found = options(page)
     assert every <= set(found)
     assert found.count("model.gradient_checkpointing") == 1
-    assert found.count("model.loss") == 5
-    assert found.count("model.reference") == 2
+    assert found.count("model.loss") == 6
+    assert found.count("model.reference") == 3
     assert "LanguageModule" not in page
     assert not inspect.isabstract(LanguageModule) or "ExampleData" not in ask("fit", "--help", "data")
 

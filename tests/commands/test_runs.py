@@ -12,7 +12,7 @@ import pytest
 
 from oumi_pl.__main__ import main
 from oumi_pl.report import listing
-from oumi_pl.runs import folders
+from oumi_pl.runs import folders, lock
 from tests.report.folders import columns, curve, run_folder, write_metrics
 
 TYPES = json.dumps(
@@ -53,10 +53,10 @@ def test_lists_runs_the_newest_last_with_state_step_and_losses(here, capsys):
 
 
 def test_a_run_whose_process_is_gone_was_killed(here, capsys):
-    gone = folders.process() | {"pid": 2**22 - 1}
-    reused = folders.process() | {"began": "at another time"}
-    elsewhere = folders.process() | {"host": "elsewhere"}
-    for name, process in {"gone": gone, "reused": reused, "here": folders.process(), "there": elsewhere}.items():
+    gone = lock.process() | {"pid": 2**22 - 1}
+    reused = lock.process() | {"began": "at another time"}
+    elsewhere = lock.process() | {"host": "elsewhere"}
+    for name, process in {"gone": gone, "reused": reused, "here": lock.process(), "there": elsewhere}.items():
         run_folder(here, name, status="running", process=process, begun=time.time() - 60, before=10)
     out = works(capsys)
     states = {name: line[2] for name, line in cells(out).items()}
@@ -74,12 +74,12 @@ def test_an_ended_child_that_nobody_waited_for_is_gone():
     child = subprocess.Popen([sys.executable, "-c", ""])
     try:
         deadline = time.monotonic() + 20
-        while folders._began(child.pid) is not None and time.monotonic() < deadline:
+        while lock.began(child.pid) is not None and time.monotonic() < deadline:
             time.sleep(0.01)
-        assert folders._began(child.pid) is None
+        assert lock.began(child.pid) is None
     finally:
         child.wait()
-    assert folders._began(os.getpid()) == folders.process()["began"]
+    assert lock.began(os.getpid()) == lock.process()["began"]
 
 
 def test_broken_folders_do_not_break_the_list(here, capsys):
@@ -160,7 +160,7 @@ def test_runs_with_other_losses_are_compared_with_a_warning(here, capsys):
 
 
 def test_report_is_made_of_a_run_that_was_killed(here, capsys):
-    run_folder(here, "r", status="running", process=folders.process() | {"began": "long ago"})
+    run_folder(here, "r", status="running", process=lock.process() | {"began": "long ago"})
     assert works(capsys, "report", "r") == "report -> runs/r/report.html\n"
     assert "killed after step 40" in (here / "r/report.html").read_text()
     assert json.loads((here / "r" / folders.RUN).read_text())["status"] == "running", "what is written stays"

@@ -232,6 +232,9 @@ def test_out_of_memory():
 
 def test_another_rank_gone():
     assert "another rank exited" in machine_failure(RuntimeError("[pair.cc:553] Connection closed by peer [::1]:1"))
+    for words in ("Read error [127.0.0.1]:5: Connection reset by peer", "NCCL error: remote process exited"):
+        assert "If it says nothing, it was killed" in machine_failure(RuntimeError(words))
+    assert machine_failure(ConnectionResetError("Connection reset by peer")) is None  # of the network
 
 
 def test_bug_of_ours_keeps_its_traceback(cli, monkeypatch):
@@ -273,3 +276,32 @@ def test_nearest(name, names, end):
 def test_user_error_is_no_kind_of_value_error():
     """Libraries catch those of their own, and would swallow it."""
     assert UserError.__mro__[1] is Exception
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (
+            "is killed by signal: Killed. ",
+            "was killed, which is what the system does to a process when memory",
+        ),
+        ("is killed by signal: Bus error. It is possible", "ran out of shared memory (/dev/shm): enlarge it"),
+        ("is killed by signal: Segmentation fault. ", "was ended by the signal 'Segmentation fault'"),
+        ("exited unexpectedly", "ended unexpectedly: set data.workers to 0 to see the error"),
+    ],
+)
+def test_a_loader_process_that_ended_is_named_with_the_likely_cause(words, message):
+    error = RuntimeError(f"DataLoader worker (pid 4711) {words}")
+    told = machine_failure(error)
+    assert message in told
+    assert told.endswith("continue with --resume")
+    second = RuntimeError("DataLoader worker (pid(s) 4711) exited unexpectedly")
+    second.__cause__ = error
+    assert machine_failure(second) == told
+
+
+def test_a_full_cache_is_told_from_a_full_disk_of_the_run(tmp_path):
+    full = OSError(28, "No space left on device", str(tmp_path / "cache" / "examples" / "x.bin"))
+    assert "set OUMI_PL_CACHE to a folder on another disk" in machine_failure(full)
+    elsewhere = OSError(28, "No space left on device", str(tmp_path / "runs" / "x"))
+    assert "choose another --runs_dir" in machine_failure(elsewhere)

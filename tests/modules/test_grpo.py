@@ -1,5 +1,6 @@
 """Online training: updates against a plain loop with full logits, for any layout, and exact resumes."""
 
+import itertools
 import json
 import os
 import subprocess
@@ -40,7 +41,7 @@ def rollouts(path, **kwargs):
     if not file.exists():
         file.write_text("".join(json.dumps({"prompt": "say " + "ab" * i}) + "\n" for i in range(PROMPTS)))
     defaults = {"tokenizer": ByteTokenizer(), "max_length": 128, "batch_size": 4, "completions": 3, "seed": 0}
-    return RolloutData(str(file), reward=vowels, **defaults | {"sampling": SAMPLING} | kwargs)
+    return RolloutData(str(file), **defaults | {"reward": vowels, "sampling": SAMPLING} | kwargs)
 
 
 def grpo(**kwargs):
@@ -292,3 +293,93 @@ def test_data_with_answers_are_refused(tmp_path):
 def test_a_penalty_without_a_gradient_is_refused():
     with pytest.raises(UserError, match="the gradient of k1 in the loss is 0 on average"):
         grpo(kl=0.1, kl_estimator="k1")
+
+
+# ---- what is logged
+
+
+def short(completion, row):
+    return float(len(completion) < 4)
+
+
+def words(completion, row):
+    return float(len(completion.split()))
+
+
+def test_rewards_are_logged_by_component_with_their_spread(tmp_path):
+    logged = Logged()
+    samples = run(tmp_path, grpo(), data={"reward": [vowels, short]}, callbacks=[logged])
+    for update, groups in zip(logged.updates, samples.sampled, strict=True):
+        values = np.concatenate([group.components for group in groups])
+        for i, name in enumerate(("vowels", "short")):
+            assert update[f"train/rewards/{name}"] == pytest.approx(values[:, i].mean(), rel=1e-5)
+            assert update[f"train/rewards/{name}_std"] == pytest.approx(values[:, i].std(), rel=1e-4)
+        totals = values.sum(1)
+        assert update["train/reward"] == pytest.approx(totals.mean(), rel=1e-5)
+        assert update["train/reward_std"] == pytest.approx(totals.std(), rel=1e-4)
+        assert not {"train/weight", "train/rows"} & update.keys()
+
+
+def test_the_kl_is_logged_wherever_the_penalty_goes(tmp_path):
+    adam = {"optimizer": lambda params: torch.optim.AdamW(params, lr=1e-2), "kl": 0.1}
+    by_place = {}
+    for kl_in, estimator in (("loss", "k3"), ("reward", "k3")):
+        logged = Logged()
+        run(tmp_path, grpo(kl_in=kl_in, kl_estimator=estimator, **adam), callbacks=[logged], max_steps=2)
+        by_place[kl_in] = [update["train/kl"] for update in logged.updates]
+    assert max(by_place["loss"][0], by_place["reward"][0]) < 1e-6
+    assert min(by_place["loss"][1], by_place["reward"][1]) > 1e-4
+
+
+def validated(path, loss=None, **data):
+    """Metrics of a validation of untrained weights, and the groups that were sampled for it."""
+    file = path / "prompts.jsonl"
+    data = {"validation": str(file), "success": 2.0} | data
+    samples = rollouts(path, **data)
+    samples.sampled, original = [], samples.groups
+    samples.groups = lambda *args: samples.sampled.append(original(*args)) or samples.sampled[-1]
+    L.seed_everything(1)
+    runner = trainer()
+    runner.validate(grpo(loss=loss), samples, verbose=False)
+    metrics = {name: float(value) for name, value in runner.callback_metrics.items()}
+    return metrics, [group for groups in samples.sampled for group in groups]
+
+
+def test_validation_estimates_pass_at_k_and_logs_any_function(tmp_path):
+    settings = {"eval_completions": 4, "pass_at": [1, 2, 4], "metrics": [words, short]}
+    metrics, groups = validated(tmp_path, **settings)
+    solved = np.stack([group.components[:, 0] >= 2 for group in groups])
+    assert 0 < solved.mean() < 1
+    for k in (1, 2, 4):
+        subsets = [[any(chosen) for chosen in itertools.combinations(row, k)] for row in solved.tolist()]
+        assert metrics[f"val/pass@{k}"] == pytest.approx(np.mean(subsets), rel=1e-6)
+    decode = ByteTokenizer().build().decode
+    texts = [decode(c.ids, skip_special_tokens=True) for group in groups for c in group.completions]
+    assert metrics["val/words"] == pytest.approx(np.mean([words(text, {}) for text in texts]), rel=1e-6)
+    assert metrics["val/short"] == pytest.approx(np.mean([short(text, {}) for text in texts]), rel=1e-6)
+    assert "val/groups_without_variance" in metrics
+    in_parts, _ = validated(tmp_path, **settings, eval_batch_size=2, prompts_per_call=1)
+    assert in_parts == pytest.approx(metrics, rel=1e-5)
+
+
+@pytest.mark.parametrize("loss", [GRPOLoss(), BNPOLoss()])
+def test_a_greedy_validation_logs_minus_the_reward_and_nothing_that_needs_several(tmp_path, loss):
+    metrics, _ = validated(tmp_path, loss)
+    assert metrics["val/loss"] == pytest.approx(-metrics["val/reward"])
+    assert set(metrics) == {f"val/{name}" for name in ("loss", "reward", "reward_std", "length", "truncated", "pass@1")}
+
+
+def test_a_metric_with_the_name_of_another_is_refused(tmp_path):
+    def length(completion, row):
+        return 0.0
+
+    with pytest.raises(UserError, match="val/length is logged already"):
+        validated(tmp_path, metrics=[length])
+
+
+def test_a_metric_that_fails_names_the_row_and_its_key(tmp_path):
+    def wrong(completion, row):
+        return row["no_such_column"]
+
+    with pytest.raises(UserError, match=r"data\.metrics: wrong failed for the row \{'prompt': 'say '\}"):
+        validated(tmp_path, metrics=[wrong])

@@ -14,7 +14,8 @@ from tests.modules.test_base import FALCON_H1
 from tests.tiny import data, distance, fit, sgd
 
 CONFIGS = {
-    "falcon_h1": FALCON_H1 | {"lm_head_multiplier": 1.0},
+    # Its convolution leaks into the first 3 positions of a document, which carry no loss; a second layer reads them.
+    "falcon_h1": FALCON_H1 | {"lm_head_multiplier": 1.0, "num_hidden_layers": 2},
     "recurrent_gemma": small("recurrent_gemma") | {"num_hidden_layers": 3, "vocab_size": 260},
 }
 """Models whose recurrent layers read across the documents of a row."""
@@ -103,4 +104,5 @@ def test_a_sharded_run_without_the_checks_is_caught(tmp_path, fault):
         weights, _ = alone(tmp_path, name)
         results[name].pop("loss")
         distances[name] = distance(results[name], weights)
+    assert min(distances.values()) > 3e-5  # three times what is allowed above
     assert max(distances.values()) > 1e-3

@@ -369,7 +369,7 @@ def work(tmp_path, monkeypatch):
 def test_an_architecture_by_class_path_fits_exports_and_generates(work, capsys):
     assert main(["fit", "--config", "r.yaml", "--name", "gla"]) == 0
     assert "packed documents are computed in rows of their own" in capsys.readouterr().err
-    assert main(["export", "--checkpoint", "runs/gla", "--output", "exported"]) == 0
+    assert main(["export", "--checkpoint", "runs/gla", "--output", "exported", "--trust"]) == 0
     capsys.readouterr()
     answers = []
     for source in (
@@ -391,7 +391,7 @@ def test_an_architecture_by_class_path_fits_exports_and_generates(work, capsys):
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd="/")
     assert done.returncode == 0, done.stderr[-2000:]
-    here = load_checkpoint("runs/gla").module.causal_lm.hf(torch.arange(9)[None]).logits.double().sum()
+    here = load_checkpoint("runs/gla", trust=True).module.causal_lm.hf(torch.arange(9)[None]).logits.double().sum()
     assert float(done.stdout) == pytest.approx(float(here.detach()), rel=1e-5)
 
 
@@ -421,7 +421,7 @@ def test_a_recipe_with_a_step_and_hooks_of_ones_own_is_watched_resumed_and_expor
     names = lines[0].split(",")
     assert {"train/loss", "train/grad_norm", "train/tokens_per_second", "val/loss"} <= set(names)
     assert float(lines[1].split(",")[names.index("train/num_tokens")]) > 0
-    assert main(["export", "--checkpoint", "runs/own/checkpoints/best.ckpt", "--output", "exported"]) == 0
+    assert main(["export", "--checkpoint", "runs/own/checkpoints/best.ckpt", "--output", "exported", "--trust"]) == 0
     step = "runs/own/checkpoints/step-00000002.ckpt"
     assert main(["fit", "--config", "own.yaml", "--name", "again", "--ckpt_path", step]) == 0
     ours, theirs = (load_checkpoint(work / "runs" / name).module.state_dict() for name in ("own", "again"))

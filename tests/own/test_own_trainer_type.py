@@ -110,7 +110,7 @@ def test_the_exported_folder_loads_with_its_head(work):
     run = work / "runs" / "r"
     checkpoint = saved_steps(run / "checkpoints")[-1]
     state = torch.load(checkpoint, weights_only=True)["state_dict"]
-    assert main(["export", "--checkpoint", str(checkpoint), "--output", "exported"]) == 0
+    assert main(["export", "--checkpoint", str(checkpoint), "--output", "exported", "--trust"]) == 0
     for folder in (run / "model", work / "exported"):
         hf = AutoModelForCausalLM.from_pretrained(folder)
         assert torch.equal(hf.lm_head.weight, state["model.hf.lm_head.weight"])

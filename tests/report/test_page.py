@@ -143,3 +143,58 @@ def test_meanings_are_those_of_the_table_of_metrics():
     assert meaning("val/loss") == "the training loss on held-out tokens or pairs"
     assert meaning("val/perplexity/web") == meaning("val/perplexity") == "exp of val/nll"
     assert meaning("val/something") == meaning("val") == ""
+    assert meaning("val/pass@8") == meaning("val/pass@1") != ""
+    assert meaning("val/rewards/gsm8k") == meaning("train/rewards/gsm8k_std") != meaning("train/rewards/chosen_std")
+
+
+# ---- online training
+
+
+def completion(update, prompt, text, total, **changes):
+    rewards = {"right": total, "short": 0.0}
+    line = {"update": update, "origin": f"rows.jsonl:{prompt}", "prompt": f"{EVIL} prompt {prompt}", "completion": text}
+    return line | {"rewards": rewards, "total": total, "advantage": 0.0, "length": 3, "finished": True} | changes
+
+
+@pytest.fixture
+def online(tmp_path):
+    folder = run_folder(tmp_path, steps=0)
+    columns = {f"train/{name}": {1: 0.5, 2: 0.6} for name in ("reward", "rewards/right", "rewards/right_std", "loss")}
+    columns |= {f"train/{name}": {1: 0.5, 2: 0.6} for name in ("rewards/short", "length", "entropy", "kl", "truncated")}
+    columns |= {f"train/seconds/{name}": {1: 0.5, 2: 0.6} for name in ("generating", "rewarding", "training")}
+    write_metrics(folder, columns | {f"val/{name}": {2: 0.25} for name in ("loss", "reward", "pass@1", "pass@4")})
+    lines = [
+        *(completion(1, 7, text, total) for text, total in (("bad", 0.0), ("good", 1.0), ("middling", 0.5))),
+        *(completion(2, 7, f"{EVIL} same", 1.0, finished=False) for _ in range(2)),
+        *(completion(1, 8, text, total) for text, total in (("only once", 0.0), ("at the start", 1.0))),
+        {"update": 3, "stopped": "full"},
+    ]
+    text = "".join(json.dumps(line) + "\n" for line in lines) + '{"update": 4, "comp'
+    (folder / "rollouts.jsonl").write_text(text)
+    return read(folder)
+
+
+def test_groups_show_the_best_and_the_worst_completion_of_a_prompt_over_time(online):
+    _, elements = online
+    text = elements.text.split("The best and the worst completion of a prompt")[1]
+    assert text.index("prompt 7") < text.index("prompt 8"), "sampled most often"
+    first, second = text.split("Update 2")
+    for shown in ("Update 1", "3 completions, mean reward 0.5", "Best: 1 (right 1, short 0, 3 tokens)", "good"):
+        assert shown in first
+    assert "Worst: 0 (right 0, short 0, 3 tokens)" in first
+    assert "bad" in first
+    assert "middling" not in text
+    assert "The first; all have the same reward: 1 (right 1, short 0, 3 tokens, cut)" in second
+    assert f"{EVIL} same" in second
+    assert "Up to update 2, where rollouts.jsonl reached its largest size" in text
+    assert not [tag for tag, _ in elements.found if tag == "script"]
+
+
+def test_online_training_is_measured_by_rewards_and_not_by_its_loss(online):
+    _, elements = online
+    for shown in ("Training reward", "Validation reward", "pass@4", "Reward by component", "Completion length"):
+        assert shown in elements.text
+    for shown in ("Entropy of the policy", "KL divergence", "Seconds per update", "Policy loss"):
+        assert shown in elements.text
+    for hidden in ("Training loss", "Validation loss", "nats per target token"):
+        assert hidden not in elements.text

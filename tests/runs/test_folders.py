@@ -3,12 +3,13 @@
 import json
 import math
 import os
+import socket
 
 import pytest
 
 from oumi_pl.config import files as recipe_files
 from oumi_pl.errors import UserError
-from oumi_pl.runs import folders
+from oumi_pl.runs import folders, lock
 from oumi_pl.runs.folders import checkpoint_name
 
 
@@ -37,6 +38,8 @@ def refusal(*args, **kwargs) -> str:
 @pytest.fixture(autouse=True)
 def here(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
+    yield
+    lock.release_all()
 
 
 def test_names_are_numbered(tmp_path):
@@ -44,6 +47,41 @@ def test_names_are_numbered(tmp_path):
     told_and_made = [(folders.free(root, "r").name, folders.create(root, "r").name) for _ in range(3)]
     assert told_and_made == [("r", "r"), ("r-2", "r-2"), ("r-3", "r-3")]
     assert (tmp_path / "a/runs/r-3/checkpoints").is_dir()
+
+
+def test_what_killed_processes_left_is_removed_and_blocks_no_name(tmp_path):
+    gone, here = 2**22 - 1, socket.gethostname()
+    (tmp_path / f".r.{gone}@{here}.half" / "checkpoints").mkdir(parents=True)
+    (tmp_path / f".r.{os.getppid()}@{here}.half").mkdir()  # in the making
+    (tmp_path / "new.half").mkdir()  # not ours
+    (tmp_path / "r" / "checkpoints").mkdir(parents=True)  # without run.json
+    (tmp_path / "r-2").mkdir()
+    (tmp_path / "r-2" / "mine.txt").touch()
+    assert folders.free(tmp_path, "r").name == "r"
+    assert folders.create(tmp_path, "r").name == "r"
+    assert folders.create(tmp_path, "r").name == "r-3"
+    assert {path.name for path in tmp_path.glob("*half")} == {f".r.{os.getppid()}@{here}.half", "new.half"}
+
+
+def test_leftovers_in_a_run_are_removed(tmp_path):
+    folder = run(tmp_path, step=1)
+    (tmp_path / "victim").mkdir()
+    (folder / "checkpoints" / "step-2.ckpt.half").mkdir()
+    (folder / "run.json.17.half").touch()
+    (folder / "model.half").symlink_to(tmp_path / "victim")
+    folders.remove_leftovers(folder)
+    assert list(folder.rglob("*.half")) == []
+    assert (tmp_path / "victim").is_dir()
+
+
+def test_a_run_folder_appears_complete_or_not_at_all(tmp_path):
+    def fill(folder):
+        assert not (tmp_path / "r").exists()
+        raise OSError(28, "No space left on device")
+
+    with pytest.raises(OSError, match="No space left"):
+        folders.create(tmp_path, "r", fill)
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_where_nothing_can_be_written(tmp_path):
@@ -107,6 +145,29 @@ def test_goes_on_from_the_newest_checkpoint(tmp_path, capsys):
     config, checkpoint = "runs/r/config.yaml", "runs/r/checkpoints/step-00000010.ckpt"
     assert args == ["--config", config, "--trainer.max_steps=20", f"--ckpt_path={checkpoint}"]
     assert capsys.readouterr().out == "resuming runs/r from step-00000010.ckpt\n"
+
+
+def test_auto_goes_on_with_the_newest_run_of_the_name_or_starts(tmp_path, capsys):
+    assert arguments(["--config", "r.yaml"], resume="auto") == (None, "r", ["--config", "r.yaml"])
+    assert "there is no run of r in runs yet; starting one" in capsys.readouterr().out
+    run(tmp_path / "runs", "r", created=1, step=3)
+    run(tmp_path / "runs", "other", created=5, step=4)
+    assert arguments(resume="auto")[0].name == "r"
+    assert arguments(["--name", "other"], resume="auto")[0].name == "other"
+
+
+def test_auto_on_a_finished_run_does_nothing_unless_it_is_to_be_longer(tmp_path):
+    run(tmp_path / "runs", status="finished", step=9)
+    with pytest.raises(recipe_files.NothingToDo, match="runs/r is finished, at step 9; to train it further: --resume"):
+        arguments(resume="auto")
+    assert arguments(["--trainer.max_steps=10"], resume="auto")[0].name == "r"
+
+
+def test_a_resume_takes_the_lock_before_it_reads_the_state(tmp_path):
+    folder = run(tmp_path / "runs")
+    (folder / lock.LOCK).write_text(json.dumps(lock.process() | {"pid": 1, "began": lock.began(1)}))
+    assert "is being written by process 1 on" in refusal(resume="runs/r")
+    assert "is being written by process 1 on" in refusal(resume="auto")
 
 
 def test_goes_on_from_the_start(tmp_path, capsys):

@@ -45,3 +45,21 @@ def test_the_checkpoints_line_replaces_what_the_kill_left_out(tmp_path):
     assert [line["step"] for line in lines(file)] == ["1", "2"]
     logged(file, [4], step=3, row={"step": 3, "train/loss": 1.0}).finalize("success")
     assert [(line["step"], line["train/loss"]) for line in lines(file)][2:] == [("3", "1.0"), ("4", str(4 / 3))]
+
+
+def test_a_line_is_on_disk_before_the_checkpoint_and_gets_the_validation_of_its_step(tmp_path):
+    file = tmp_path / "metrics.csv"
+    logger = logged(file, [1])
+    logger.flush()
+    assert [line["step"] for line in lines(file)] == ["1"]
+    logger.log_metrics({"val/loss": 7.0}, 1)
+    logger.log_metrics({"train/loss": 5.0}, 2)
+    logger.log_metrics({"train/loss": 5.0}, 3)
+    assert [(line["step"], line["val/loss"]) for line in lines(file)] == [("1", "7.0"), ("2", "")]
+
+
+def test_the_line_of_the_checkpoint_is_written_at_once(tmp_path):
+    """A run may have nothing left to train."""
+    file = tmp_path / "metrics.csv"
+    MetricsCSV().open(file, step=2, row={"step": 2, "train/loss": 0.5})
+    assert [(line["step"], line["train/loss"]) for line in lines(file)] == [("2", "0.5")]

@@ -22,6 +22,7 @@ from oumi_pl.core.trainers.loss import Counter
 from oumi_pl.data.loader import PlanLoader, as_it_is, eval_loader
 from oumi_pl.data.plan import Layout, Plan
 from oumi_pl.data.stream_loader import StreamLoader
+from oumi_pl.data.workers import Loader
 from oumi_pl.errors import UserError
 from oumi_pl.types import Update
 
@@ -136,7 +137,7 @@ class DatasetStream:
     def __iter__(self) -> Iterator[Any]:
         rows = self.dataset
         if self.workers:
-            rows = DataLoader(rows, batch_size=None, collate_fn=as_it_is, num_workers=1, generator=torch.Generator())
+            rows = Loader(rows, batch_size=None, collate_fn=as_it_is, num_workers=1, generator=torch.Generator())
         for row in itertools.islice(rows, self._skipped, None):
             self.read += 1
             yield row
@@ -247,7 +248,7 @@ class DatasetModule(L.LightningDataModule):
         if is_iterable(self.evaluation):
             rows, number = _Shares(self.evaluation, layout), min(self.workers, 1)
             seeded = torch.Generator().manual_seed(0)  # evaluating must not change what training draws
-            return DataLoader(rows, batch_size=None, collate_fn=self.collate, num_workers=number, generator=seeded)
+            return Loader(rows, batch_size=None, collate_fn=self.collate, num_workers=number, generator=seeded)
         number = len(self.evaluation)
         plan = Plan(np.arange(number), np.arange(number + 1), layout.rows_per_update)
         return eval_loader(self.evaluation, plan, layout, self.collate.planned, workers=self.workers)

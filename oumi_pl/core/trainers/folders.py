@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from oumi_pl.errors import UserError
-from oumi_pl.runs.folders import HALF, remove
+from oumi_pl.runs.files import HALF, remove
 
 if TYPE_CHECKING:
     from transformers.trainer_callback import TrainerState

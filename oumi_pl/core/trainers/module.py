@@ -24,7 +24,7 @@ from oumi_pl.core.trainers.saving import load_weights, save_weights
 from oumi_pl.errors import UserError
 from oumi_pl.modules.update import RestorableModule, Split
 from oumi_pl.optim import fuse, parameter_groups
-from oumi_pl.runs.folders import HALF, remove
+from oumi_pl.runs.files import HALF, remove
 from oumi_pl.types import Sums
 
 if TYPE_CHECKING:

@@ -1,0 +1,151 @@
+"""Samples several completions of held-out prompts at each validation, and logs pass@k and other scores."""
+
+import itertools
+from collections.abc import Iterator
+from typing import Any
+
+import lightning as L
+import numpy as np
+
+from oumi_pl.callbacks.samples import generation, say_why_not
+from oumi_pl.data.examples import ChatData
+from oumi_pl.data.prompts import PromptReader, RecordWithRow
+from oumi_pl.errors import UserError
+from oumi_pl.rollouts.evaluation import checked_ks, pass_at_k
+from oumi_pl.rollouts.rewards import Rewards
+from oumi_pl.rollouts.sampling import Completion, Sampling, sample, uniforms
+from oumi_pl.terminal.screen import working
+from oumi_pl.types import Row, RunModule
+
+
+class PassAtK(L.Callback):
+    """Samples `completions` of held-out prompts at each validation, and logs `val/pass@k` and the mean of each metric.
+
+    For training on conversations or texts with answers (SFT and the like); `RolloutData` has arguments for the same.
+    Rows are passed to the functions with a column `answer`, the text of the answer, unless they have one. The same
+    random numbers are drawn each time, and those of training are left alone. Does nothing for models that do not
+    complete prompts.
+
+    Args:
+        reward: A function `(completion, row) -> float` by its path, or several; see `oumi_pl.rollouts.rewards`.
+        success: Total reward from which on a completion counts as solved.
+        completions: Completions per prompt; a single one is greedy.
+        pass_at: The values of k; 1 and `completions` when left out.
+        metrics: Further functions, whose means over completions are logged as `val/NAME`.
+        rows: Held-out rows to complete.
+        sampling: How completions are sampled.
+        batch_size: Completions per batch.
+        seed: Of the sampling.
+    """
+
+    needs_validation = True
+
+    def __init__(
+        self,
+        reward: str | list[str] | dict[str, float] = "exact_match",
+        *,
+        success: float = 1.0,
+        completions: int = 8,
+        pass_at: list[int] | None = None,
+        metrics: str | list[str] | None = None,
+        rows: int = 100,
+        sampling: Sampling | None = None,
+        batch_size: int = 64,
+        seed: int = 0,
+    ) -> None:
+        for name, value in (("completions", completions), ("rows", rows), ("batch_size", batch_size)):
+            if value < 1:
+                raise UserError(f"PassAtK: {name} is {value}, but has to be at least 1")
+        self.rewards = Rewards(reward, "PassAtK.reward")
+        self.metrics = None if metrics is None else Rewards(metrics, "PassAtK.metrics")
+        self.success = success
+        self.completions = completions
+        self.pass_at = checked_ks(pass_at, completions, "PassAtK.pass_at", "completions")
+        self.rows = rows
+        self.sampling = sampling or Sampling()
+        if completions > 1 and self.sampling.temperature == 0:
+            raise UserError("PassAtK: greedy completions of a prompt are all the same; raise sampling.temperature")
+        self.batch_size = batch_size
+        self.seed = seed
+        self._generates = True
+        self._prompts: list[tuple[list[int], Row]] | None = None
+
+    @property
+    def validation_metrics(self) -> list[str]:
+        """Names of what is logged."""
+        return [f"val/{name}" for name in [*(f"pass@{k}" for k in self.pass_at), *self._metric_names]]
+
+    @property
+    def _metric_names(self) -> list[str]:
+        return [] if self.metrics is None else self.metrics.names
+
+    def setup(self, trainer: Any, pl_module: RunModule, stage: str) -> None:
+        """Forgets the prompts of an earlier data module; says so if the model can't complete any.
+
+        Raises:
+            UserError: the data have no prompts with answers.
+        """
+        self._prompts = None
+        self._generates = pl_module.generates
+        data = trainer.datamodule
+        if not isinstance(data, ChatData) or data.samples:
+            instead = "set data.eval_completions, pass_at and metrics" if data.samples else "it needs rows with answers"
+            raise UserError(f"PassAtK does not fit {type(data).__name__}: {instead}")
+        if not self._generates:
+            say_why_not("completions", pl_module)
+
+    def on_validation_epoch_end(self, trainer: Any, pl_module: RunModule) -> None:
+        """Samples and logs."""
+        if trainer.sanity_checking or not self._generates:
+            return
+        for name, value in self.scores(trainer, pl_module).items():
+            pl_module.log(f"val/{name}", value, rank_zero_only=False, sync_dist=False)
+
+    def scores(self, trainer: Any, pl_module: RunModule) -> dict[str, float]:
+        """pass@k and the mean of each metric."""
+        data: ChatData = trainer.datamodule
+        if self._prompts is None:
+            config = pl_module.causal_lm.base.config.get_text_config()
+            most = getattr(config, "max_position_embeddings", None) or float("inf")
+            fitting = (p for p in prompts_with_rows(data) if 0 < len(p[0]) <= most - self.sampling.max_new_tokens)
+            self._prompts = list(itertools.islice(fitting, self.rows))
+            if not self._prompts:
+                raise UserError(
+                    f"PassAtK: no held-out prompt leaves room for {self.sampling.max_new_tokens} new tokens in the "
+                    f"{most} positions of the model; lower sampling.max_new_tokens"
+                )
+        repeated = [(i, prompt, row) for i, (prompt, row) in enumerate(self._prompts) for _ in range(self.completions)]
+        with working(f"sampling {len(repeated)} completions"), generation(trainer, pl_module):
+            completions = self._sample(pl_module, data, [(i, prompt) for i, prompt, _ in repeated])
+        texts = [str(data.tokenizer.decode(completion.ids, skip_special_tokens=True)) for completion in completions]
+        rows = [row for _, _, row in repeated]
+        totals = self.rewards.total(self.rewards.components(texts, rows))
+        solved = (totals >= self.success).reshape(-1, self.completions)
+        scores = {f"pass@{k}": float(pass_at_k(solved, k).mean()) for k in self.pass_at}
+        values = np.empty((0, 0)) if self.metrics is None else self.metrics.components(texts, rows)
+        return scores | {name: float(values[:, i].mean()) for i, name in enumerate(self._metric_names)}
+
+    def _sample(self, module: Any, data: ChatData, prompts: list[tuple[int, list[int]]]) -> list[Completion]:
+        hf = module.causal_lm.hf
+        own = hf.generation_config.eos_token_id
+        ends = {*data.stop_tokens, data.tokenizer.eos_token_id, *(own if isinstance(own, list) else [own])} - {None}
+        # a single completion shows what the model would answer
+        sampling = self.sampling if self.completions > 1 else Sampling(self.sampling.max_new_tokens, temperature=0.0)
+        completions: list[Completion] = []
+        for start in range(0, len(prompts), self.batch_size):
+            batch = prompts[start : start + self.batch_size]
+            seeds = [(self.seed, i, (start + j) % self.completions) for j, (i, _) in enumerate(batch)]
+            numbers = np.stack([uniforms(seed, sampling.max_new_tokens) for seed in seeds])
+            ids = [prompt for _, prompt in batch]
+            completions += sample(hf, data.tokenizer, ids, numbers=numbers, sampling=sampling, ends=ends)
+        return completions
+
+
+def prompts_with_rows(data: ChatData) -> Iterator[tuple[list[int], Row]]:
+    """The prompt of each held-out row, and the row with its answer in a column `answer`."""
+    sources, keep = data.taken("validation")
+    for source in sources:
+        for _, record in PromptReader(source, data.formats).records(keep, strict=False):
+            if isinstance(record, RecordWithRow):
+                ids, answer = data.tokenize.prompt_ids(record.record)
+                yield ids, {"answer": answer} | record.row

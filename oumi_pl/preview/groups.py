@@ -1,0 +1,91 @@
+"""Shows what online training reads and samples: prompts, and groups of completions with their rewards."""
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from oumi_pl.data.rollout_loader import Group
+from oumi_pl.data.rollouts import RolloutData
+from oumi_pl.errors import UserError
+from oumi_pl.preview.pieces import Decoder
+from oumi_pl.preview.shown import Section, Shown
+
+LISTED = 12
+"""Most columns of a row that are listed."""
+
+
+def prompts(
+    data: RolloutData, split: str, decoder: Decoder, count: int, *, numbers: Sequence[int] | None, longest: bool
+) -> list[Shown]:
+    """The first or the longest `count` prompts of a split, or those with these numbers, counted from 1.
+
+    Raises:
+        UserError: a number is out of range.
+    """
+    known = data.all_prompts(split)
+    for number in numbers or ():
+        if not 1 <= number <= len(known):
+            raise UserError(f"--row {number}: the {split} split has prompts 1 to {len(known):,}")
+    if numbers is not None:
+        chosen = [number - 1 for number in dict.fromkeys(numbers)]
+    elif longest:
+        chosen = np.argsort(-data.prompt_lengths(split), kind="stable")[:count].tolist()
+    else:
+        chosen = list(range(min(count, len(known))))
+    shown = []
+    for i in chosen:
+        prompt = known[i]
+        columns = ", ".join(list(prompt.row)[:LISTED]) + (", ..." if len(prompt.row) > LISTED else "")
+        facts = [prompt.origin, f"{len(prompt.ids):,} tokens", f"rewards read its columns {columns}"]
+        shown.append(Shown(f"{split} prompt {i + 1:,}", facts, [_section(decoder, "", prompt.ids, False)]))
+    return shown
+
+
+def groups(data: RolloutData, decoder: Decoder, sampled: Sequence[Group], advantages: np.ndarray) -> list[Shown]:
+    """Groups of training completions, with the rewards, the advantage and the tokens of each.
+
+    Args:
+        data: The data that sampled them.
+        decoder: Of its tokenizer.
+        sampled: The groups.
+        advantages: `[groups, completions]`.
+    """
+    shown = []
+    for number, (group, of_group) in enumerate(zip(sampled, advantages.tolist(), strict=True), 1):
+        prompt = data.all_prompts("train")[group.prompt]
+        totals = data.totals([group])[0]
+        mean = f"rewards {totals.min():.4g} to {totals.max():.4g}, mean {totals.mean():.4g}"
+        facts = [prompt.origin, mean if np.ptp(totals) else f"all rewards are {totals[0]:.4g}, so no advantage differs"]
+        sections = [_section(decoder, f"prompt ({len(prompt.ids):,} tokens)", prompt.ids, False)]
+        for i, completion in enumerate(group.completions):
+            components = zip(data.rewards.names, group.components[i].tolist(), strict=True)
+            parts = [f"{name} {value:.4g}" for name, value in components]
+            parts += [f"KL penalty {group.penalties[i]:.4g}"] if group.penalties[i] else []
+            parts += [f"total {totals[i]:.4g}"] if len(parts) > 1 or parts[0].split()[-1] != f"{totals[i]:.4g}" else []
+            parts += [f"advantage {of_group[i]:+.4g}", f"{len(completion.ids):,} tokens"]
+            parts += [] if completion.is_finished else [f"cut at {data.sampling.max_new_tokens:,}"]
+            carries_loss = completion.is_finished or not data.mask_truncated
+            title = f"completion {i + 1}: {', '.join(parts)}"
+            sections.append(_section(decoder, title, completion.ids.tolist(), carries_loss, len(prompt.ids)))
+        shown.append(Shown(f"group {number:,}", facts, sections))
+    return shown
+
+
+def notes(data: RolloutData, sampled: Sequence[Group]) -> list[str]:
+    """What the groups have in common."""
+    totals = data.totals(sampled)
+    completions = [completion for group in sampled for completion in group.completions]
+    same = int((totals == totals[:, :1]).all(1).sum())
+    cut = sum(not completion.is_finished for completion in completions)
+    lengths = [len(completion.ids) for completion in completions]
+    return [
+        f"{len(sampled):,} groups of {data.completions}: mean reward {totals.mean():.4g}; {same} without variance, "
+        f"from which nothing is learned; {cut} of {len(completions):,} completions cut at "
+        f"{data.sampling.max_new_tokens:,} tokens; {np.mean(lengths):.1f} tokens on average",
+        "the first update of a run with the same seed samples the same completions; advantages that compare with other "
+        "prompts may differ",
+    ]
+
+
+def _section(decoder: Decoder, title: str, ids: Sequence[int], carries_loss: bool, start: int = 0) -> Section:
+    return Section(title, [*decoder.pieces(ids, [carries_loss] * len(ids), range(start, start + len(ids)))])

@@ -1,0 +1,276 @@
+"""Runs command lines in forked children that are killed at a chosen file operation, and compares what runs leave.
+
+The parent has imported everything once, so a child costs what its training costs.
+"""
+
+import builtins
+import contextlib
+import csv
+import io
+import json
+import os
+import shutil
+import signal
+import sys
+import time
+import traceback
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+
+from oumi_pl.__main__ import main
+from tests.conftest import free_port
+from tests.tiny import LLAMA, conversations, feedback, pairs, write_jsonl
+
+CHANGING = ("train/tokens_per_second", "train/rows_per_second", "train/peak_memory_gb", "train/mfu")
+"""Columns of `metrics.csv` that differ between two runs of the same recipe."""
+CHANGING_CALLS = ("replace", "rename", "fsync", "unlink", "mkdir", "rmdir", "link", "symlink", "truncate", "utime")
+"""Functions of `os` that change files; `open` for writing is counted as well."""
+KINDS = {
+    "SFT": ("SFTData", conversations),
+    "DPO": ("DPOData", pairs),
+    "KTO": ("KTOData", feedback),
+    "Reward": ("RewardData", pairs),
+    "Pretrain": ("PretrainData", lambda n, seed=0: [{"text": str(row)} for row in conversations(n, seed)]),
+}
+"""Trainer type -> its data module, and a function that makes rows for it."""
+
+
+def recipe(kind: str = "SFT", changes: dict[str, Any] | None = None) -> dict[str, Any]:
+    """A recipe of 5 updates with dropout, two validations, two checkpoints, samples and an export."""
+    tree: dict[str, Any] = {
+        "seed_everything": 1,
+        "model": {
+            "class_path": kind,
+            "init_args": {
+                "config": LLAMA | {"num_hidden_layers": 1, "attention_dropout": 0.1},
+                "optimizer": {"class_path": "AdamW", "init_args": {"lr": 1e-2}},
+            },
+        },
+        "data": {
+            "class_path": KINDS[kind][0],
+            "init_args": {
+                "train": "rows.jsonl",
+                "validation": "held-out.jsonl",
+                "tokenizer": {"class_path": "ByteTokenizer"},
+                "max_length": 128,
+                "batch_size": 2,
+            },
+        },
+        "trainer": {"max_steps": 5, "accelerator": "cpu"},
+        "val_every": 3,
+        "checkpoint": {"every": 2, "monitor": "val/loss"},
+        "report": False,
+        "samples": {"rows": 1, "max_new_tokens": 2, "temperature": 1.0},
+    }
+    for path, value in (changes or {}).items():
+        *above, last = path.split(".")
+        level = tree
+        for key in above:
+            level = level.setdefault(key, {})
+        level[last] = value
+    return tree
+
+
+def prepare(folder: Path, kind: str = "SFT", changes: dict[str, Any] | None = None) -> None:
+    """Writes recipe and rows to a new folder."""
+    folder.mkdir(parents=True)
+    rows = KINDS[kind][1]
+    write_jsonl(folder / "rows.jsonl", rows(12))
+    write_jsonl(folder / "held-out.jsonl", rows(2, seed=5))
+    (folder / "r.yaml").write_text(yaml.safe_dump(recipe(kind, changes), sort_keys=False))
+
+
+class Faults:
+    """Counts the operations that change files in a folder, and ends the process before one of them.
+
+    Args:
+        folder: Only operations on paths in it count.
+        kill_at: Number of the operation, from 0.
+        kill_on: Its name and the end of its path instead, as in `("replace", "model")`.
+        error: Raise this error there instead of killing, once.
+    """
+
+    def __init__(
+        self, folder: Path, kill_at: int = -1, kill_on: tuple[str, str] | None = None, error: OSError | None = None
+    ) -> None:
+        self.folder, self.kill_at, self.kill_on, self.error = str(folder.resolve()), kill_at, kill_on, error
+        self.operations: list[str] = []
+
+    def count(self, name: str, *paths: Any) -> None:
+        """Counts an operation."""
+        texts = [os.path.abspath(os.fspath(path)) for path in paths if isinstance(path, str | Path)]  # noqa: PTH100
+        if texts and not any(text.startswith(self.folder) for text in texts):
+            return
+        is_chosen = self.kill_on is not None and self.kill_on[0] == name and texts[-1:] != []
+        is_chosen = is_chosen and texts[-1].endswith(self.kill_on[1]) if self.kill_on else False
+        if len(self.operations) == self.kill_at or is_chosen:
+            self.kill_at, self.kill_on = -1, None
+            if self.error is not None:
+                raise self.error
+            os.kill(os.getpid(), signal.SIGKILL)
+        self.operations.append(f"{name} {' '.join(text.removeprefix(self.folder) for text in texts)}")
+
+    def install(self) -> None:
+        """Replaces the functions that change files, in this process."""
+        for name in CHANGING_CALLS:
+            setattr(os, name, self._counted(name, getattr(os, name)))
+        opened = builtins.open
+
+        def counted_open(file: Any, mode: str = "r", *args: Any, **kwargs: Any) -> Any:
+            if set(mode) & set("wax+"):
+                self.count("open", file)
+            return opened(file, mode, *args, **kwargs)
+
+        builtins.open = io.open = counted_open  # type: ignore[assignment]
+
+    def _counted(self, name: str, function: Any) -> Any:
+        def counted(*args: Any, **kwargs: Any) -> Any:
+            self.count(name, *args)
+            return function(*args, **kwargs)
+
+        return counted
+
+
+class Child:
+    """A command line in a forked process, in a folder.
+
+    Args:
+        folder: Its working directory, which also has its cache.
+        args: The command line.
+        faults: What happens to its file operations.
+        environment: Variables to set, `RANK` for example.
+    """
+
+    def __init__(
+        self, folder: Path, *args: str, faults: Faults | None = None, environment: dict[str, str] | None = None
+    ) -> None:
+        self.environment = environment or {}
+        self.folder, self.counted = folder, folder / "operations.json"
+        self.output = folder / f"output{self.environment.get('RANK', '')}.txt"
+        self.pid = os.fork()
+        if self.pid == 0:
+            self._run(args, faults)
+
+    def _run(self, args: tuple[str, ...], faults: Faults | None) -> None:
+        code = 1
+        try:
+            os.setpgid(0, 0)  # signals to its process group reach its loader workers, and not the tests
+            os.chdir(self.folder)
+            os.environ["OUMI_PL_CACHE"] = str(self.folder / "cache")
+            for name in ("PL_GLOBAL_SEED", "LOCAL_RANK", "RANK", "WORLD_SIZE"):
+                os.environ.pop(name, None)
+            os.environ.update(self.environment)
+            handle = os.open(self.output, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+            os.dup2(handle, 1)
+            os.dup2(handle, 2)
+            sys.stdout = os.fdopen(1, "w", buffering=1, closefd=False)
+            sys.stderr = os.fdopen(2, "w", buffering=1, closefd=False)
+            sys.path.insert(0, str(self.folder))
+            if faults is not None:
+                faults.install()
+            code = main([*args])
+            if faults is not None:
+                self.counted.write_text(json.dumps(faults.operations))
+        except BaseException:
+            traceback.print_exc()
+        finally:
+            with contextlib.suppress(BaseException):
+                sys.stdout.flush()
+            os._exit(code)
+
+    def wait(self, seconds: float = 60.0) -> int:
+        """The exit code; minus the signal that ended it.
+
+        Raises:
+            TimeoutError: it takes longer.
+        """
+        end = time.monotonic() + seconds
+        while True:
+            pid, status = os.waitpid(self.pid, os.WNOHANG)
+            if pid:
+                return os.waitstatus_to_exitcode(status)
+            if time.monotonic() > end:
+                os.killpg(self.pid, signal.SIGKILL)
+                os.waitpid(self.pid, 0)
+                raise TimeoutError(f"a run took longer than {seconds} s:\n{self.text}")
+            time.sleep(0.002)
+
+    @property
+    def text(self) -> str:
+        """What it printed."""
+        return self.output.read_text(errors="replace") if self.output.exists() else ""
+
+
+def works(folder: Path, *args: str, faults: Faults | None = None) -> str:
+    """Runs a command line to its end; returns what it printed."""
+    child = Child(folder, *args, faults=faults)
+    code = child.wait()
+    assert code == 0, f"exit code {code}\n{child.text}"
+    return child.text
+
+
+def ranks(folder: Path, *args: str, processes: int = 2) -> list[Child]:
+    """Starts a command line in several processes, with the environment that torchrun gives them."""
+    port = free_port()
+    return [
+        Child(
+            folder,
+            *args,
+            environment={
+                **{"RANK": str(rank), "LOCAL_RANK": str(rank), "GROUP_RANK": "0", "TORCHELASTIC_RUN_ID": "none"},
+                **{"WORLD_SIZE": str(processes), "LOCAL_WORLD_SIZE": str(processes)},
+                **{"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port},
+            },
+        )
+        for rank in range(processes)
+    ]
+
+
+def torchrun(folder: Path, *args: str, processes: int = 2) -> str:
+    """Runs a command line in several processes to its end; what rank 0 printed."""
+    children = ranks(folder, *args, processes=processes)
+    codes = [child.wait() for child in children]
+    assert not any(codes), f"exit codes {codes}\n" + "\n".join(child.text for child in children)
+    return children[0].text
+
+
+def copy(source: Path, target: Path) -> Path:
+    """Copies a folder."""
+    shutil.copytree(source, target, symlinks=True)
+    return target
+
+
+def outcome(run: Path) -> dict[str, Any]:
+    """All that a finished run has to leave, in a form that can be compared with that of another run."""
+    state = json.loads((run / "run.json").read_text())
+    with (run / "metrics.csv").open(newline="") as lines:
+        rows = [{k: v for k, v in row.items() if k not in CHANGING} for row in csv.DictReader(lines)]
+    newest = max((run / "checkpoints").glob("step-*.ckpt"))
+    checkpoint = torch.load(newest, weights_only=True)
+    model = {path.name: path.read_bytes() for path in (run / "model").glob("*") if path.suffix != ".md"}
+    return {
+        "status": state["status"],
+        "step": state["step"],
+        "phases": state["phases"],
+        "rows": rows,
+        "checkpoints": sorted(path.name for path in (run / "checkpoints").iterdir()),
+        "weights": {name: value.numpy().tobytes() for name, value in checkpoint["state_dict"].items()},
+        "model": model,
+        "samples": (run / "samples.jsonl").read_text() if (run / "samples.jsonl").exists() else "",
+        "config": (run / "config.yaml").read_text(),
+    }
+
+
+def deviations(run: Path, expected: dict[str, Any]) -> list[str]:
+    """What a run left otherwise than it should have, by name; the folder has to be free of leftovers as well."""
+    try:
+        actual = outcome(run)
+    except (OSError, ValueError, KeyError) as error:
+        return [f"unusable: {type(error).__name__}: {error}"]
+    different = [name for name, value in expected.items() if actual[name] != value]
+    leftovers = [path.name for path in (*run.parent.rglob("*.half"), *run.glob("lock.json"))]
+    others = [path.name for path in run.parent.iterdir() if path.is_dir() and path.name != run.name]
+    return different + [f"left {name}" for name in leftovers] + [f"another folder {name}" for name in others]

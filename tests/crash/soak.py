@@ -1,0 +1,207 @@
+"""Kills, stops and starves runs of random recipes at random and at every file operation; each is resumed and compared.
+
+    python -m tests.crash.soak --minutes 10
+
+Prints each deviation as it occurs, and a table at the end. README.md in this folder holds the last one.
+"""
+
+import argparse
+import errno
+import json
+import os
+import random
+import shutil
+import signal
+import sys
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+os.environ["HF_HUB_OFFLINE"] = "1"
+
+import peft
+import torch
+import transformers
+
+import oumi_pl.config.cli
+from tests.crash import harness
+from tests.crash.harness import Child, Faults, copy, deviations, outcome, prepare, works
+
+IMPORTED = (peft, transformers, oumi_pl.config.cli)
+"""What children would import otherwise, each for itself."""
+LENGTH = ({}, {"trainer.max_steps": -1, "trainer.max_epochs": 2, "val_every": None})
+VARIANTS: tuple[dict[str, Any], ...] = (
+    {},
+    {"data.init_args.workers": 1},
+    {"trainer.accumulate_grad_batches": 2},
+    {"data.init_args.validation": None, "checkpoint.monitor": None, "val_every": None},
+    {"checkpoint.monitor": None, "checkpoint.keep": 2},
+    {"trainer.callbacks": [{"class_path": "EMA", "init_args": {"decay": 0.5}}]},
+    {"trainer.callbacks": [{"class_path": "EarlyStopping", "init_args": {"monitor": "val/loss", "mode": "max"}}]},
+    {"model.init_args.lora": {"r": 2}, "export.merge": True},
+)
+RESUME = ("fit", "--config", "r.yaml", "--resume", "auto")
+
+
+class Recipe:
+    """A recipe, a folder with warm caches to copy for each trial, and what its uninterrupted run leaves."""
+
+    def __init__(self, root: Path, number: int, rng: random.Random) -> None:
+        self.folder = root / f"recipe-{number}"
+        self.kind = rng.choice([*harness.KINDS])
+        self.changes = rng.choice(VARIANTS) | rng.choice(LENGTH) | {"report": rng.random() < 0.1}
+        prepare(self.folder, self.kind, self.changes)
+        whole = copy(self.folder, root / f"whole-{number}")
+        faults = Faults(whole)
+        begin = time.monotonic()
+        self.text = works(whole, *RESUME, faults=faults)
+        self.seconds = time.monotonic() - begin
+        self.operations = len(json.loads((whole / "operations.json").read_text()))
+        self.expected = outcome(whole / "runs" / "r")
+        if rng.random() < 0.5:  # else each trial fills the caches
+            shutil.copytree(whole / "cache", self.folder / "cache")
+
+
+def kill_at_operation(recipe: Recipe, folder: Path, rng: random.Random) -> list[str]:
+    """Kills at one file operation."""
+    Child(folder, *RESUME, faults=Faults(folder, rng.randrange(recipe.operations))).wait()
+    return finish(recipe, folder)
+
+
+def kill_twice(recipe: Recipe, folder: Path, rng: random.Random) -> list[str]:
+    """Kills at one file operation, and the resumed run at another of its first."""
+    Child(folder, *RESUME, faults=Faults(folder, rng.randrange(recipe.operations))).wait()
+    Child(folder, *RESUME, faults=Faults(folder, rng.randrange(40))).wait()
+    return finish(recipe, folder)
+
+
+def kill_at_random(recipe: Recipe, folder: Path, rng: random.Random) -> list[str]:
+    """Kills the process group at a random moment."""
+    child = Child(folder, *RESUME)
+    time.sleep(rng.random() * recipe.seconds)
+    os.killpg(child.pid, signal.SIGKILL)
+    child.wait()
+    return finish(recipe, folder)
+
+
+def stop(recipe: Recipe, folder: Path, rng: random.Random) -> list[str]:
+    """SIGTERM to the process group, loader workers included, once the run has begun."""
+    child = Child(folder, *RESUME)
+    end = time.monotonic() + 30
+    while not (folder / "runs" / "r" / "metrics.csv").exists() and time.monotonic() < end:
+        time.sleep(0.005)
+    time.sleep(rng.random() * recipe.seconds * 0.4)
+    os.killpg(child.pid, signal.SIGTERM)
+    code = child.wait()
+    wrong = [] if code in (0, 143) else [f"exit code {code}: {child.text[-600:]}"]
+    return wrong + finish(recipe, folder)
+
+
+def full_disk(recipe: Recipe, folder: Path, rng: random.Random) -> list[str]:
+    """One file operation fails because the disk is full or was mounted read-only."""
+    number = rng.choice([errno.ENOSPC, errno.EROFS, errno.EDQUOT])
+    error = OSError(number, os.strerror(number))
+    child = Child(folder, *RESUME, faults=Faults(folder, rng.randrange(recipe.operations), error=error))
+    code = child.wait()
+    wrong = [] if code in (0, 2) else [f"exit code {code}: {child.text[-600:]}"]
+    if "Traceback" in child.text:
+        wrong.append(f"traceback: {child.text[-600:]}")
+    return wrong + finish(recipe, folder)
+
+
+def two_at_once(recipe: Recipe, folder: Path, rng: random.Random) -> list[str]:
+    """After a kill, two processes resume the run at the same time: one does, the other is refused or comes too late."""
+    Child(folder, *RESUME, faults=Faults(folder, rng.randrange(recipe.operations // 2, recipe.operations))).wait()
+    if not (folder / "runs" / "r").exists():
+        return finish(recipe, folder)
+    first = Child(folder, *RESUME)
+    time.sleep(rng.random() * 0.5)
+    second = Child(folder, *RESUME)
+    second.output = folder / "output.txt"
+    codes = sorted((first.wait(), second.wait()))
+    wrong = [] if codes in ([0, 2], [0, 0]) else [f"exit codes {codes}: {second.text[-600:]}"]
+    return wrong + finish(recipe, folder)
+
+
+def moved(recipe: Recipe, folder: Path, rng: random.Random) -> list[str]:
+    """After a kill, the run folder is moved and renamed, and resumed from another directory."""
+    Child(folder, *RESUME, faults=Faults(folder, rng.randrange(recipe.operations // 2, recipe.operations))).wait()
+    run = folder / "runs" / "r"
+    if not run.exists():
+        return finish(recipe, folder)
+    (folder / "elsewhere").mkdir()
+    run.rename(folder / "elsewhere" / "other")
+    child = Child(folder, "fit", "--resume", "elsewhere/other")
+    code = child.wait()
+    finished = code == 2 and "is finished" in child.text
+    wrong = [] if code == 0 or finished else [f"exit code {code}: {child.text[-600:]}"]
+    expected = {name: value for name, value in recipe.expected.items() if name != "config"}
+    return wrong + deviations(folder / "elsewhere" / "other", expected)
+
+
+def finish(recipe: Recipe, folder: Path) -> list[str]:
+    """Resumes until the run is finished; what it left otherwise than the uninterrupted one."""
+    child = Child(folder, *RESUME)
+    code = child.wait()
+    wrong = [] if code == 0 else [f"resume: exit code {code}: {child.text[-600:]}"]
+    if "Traceback" in child.text:
+        wrong.append("resume: traceback")
+    return wrong + deviations(folder / "runs" / "r", recipe.expected)
+
+
+TRIALS: tuple[Callable[[Recipe, Path, random.Random], list[str]], ...] = (
+    *(kill_at_operation, kill_twice, kill_at_random, stop, full_disk, two_at_once, moved),
+)
+PER_RECIPE = 15
+
+
+def soak(minutes: float, seed: int, only: str | None = None) -> tuple[Counter[str], Counter[str]]:
+    """Runs trials for so many minutes; returns how many, and how many deviated, by kind."""
+    rng, end = random.Random(seed), time.monotonic() + 60 * minutes
+    torch.set_num_threads(1)
+    trials: Counter[str] = Counter()
+    failed: Counter[str] = Counter()
+    with tempfile.TemporaryDirectory() as temporary:
+        root, number = Path(temporary), 0
+        while time.monotonic() < end:
+            recipe = Recipe(root, number, rng)
+            number += 1
+            for _ in range(PER_RECIPE):
+                if time.monotonic() > end:
+                    break
+                trial = rng.choice([t for t in TRIALS if only in (None, t.__name__)])
+                folder = copy(recipe.folder, root / "trial")
+                try:
+                    wrong = trial(recipe, folder, rng)
+                except TimeoutError as error:
+                    wrong = [f"hang: {error}"]
+                trials[trial.__name__] += 1
+                if wrong:
+                    failed[trial.__name__] += 1
+                    kept = Path(tempfile.mkdtemp(prefix="oumi_pl-soak-"))
+                    shutil.copytree(folder, kept / "trial")
+                    print(f"{trial.__name__} {recipe.kind} {recipe.changes}: {wrong} ({kept})", flush=True)
+                shutil.rmtree(folder)
+    return trials, failed
+
+
+def main() -> int:
+    """Parses the command line, and prints the table."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--minutes", type=float, default=10.0)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--only", choices=[trial.__name__ for trial in TRIALS])
+    options = parser.parse_args()
+    trials, failed = soak(options.minutes, options.seed, options.only)
+    print("| trial | runs | deviations |\n|---|---:|---:|")
+    for name, count in sorted(trials.items()):
+        print(f"| {name} | {count} | {failed[name]} |")
+    print(f"| all | {trials.total()} | {failed.total()} |")
+    return int(failed.total() > 0)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

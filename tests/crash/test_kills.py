@@ -1,0 +1,160 @@
+"""A run that is killed anywhere, and resumed, leaves what an uninterrupted one leaves."""
+
+import errno
+import json
+import os
+import signal
+import time
+from pathlib import Path
+
+import pytest
+
+from tests.crash.harness import Child, Faults, copy, deviations, outcome, prepare, ranks, works
+
+RESUME = ("fit", "--config", "r.yaml", "--resume", "auto")
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """A folder with warm caches to copy, and what its uninterrupted run left."""
+    root = tmp_path_factory.mktemp("crash")
+    prepare(root / "start")
+    done = copy(root / "start", root / "whole")
+    works(done, *RESUME)
+    copy(done / "cache", root / "start" / "cache")
+    return root / "start", outcome(done / "runs" / "r")
+
+
+@pytest.mark.parametrize(
+    ("operation", "file"),
+    [
+        pytest.param("rename", "runs/r", marks=pytest.mark.slow),  # the folder is complete, but has no name yet
+        ("replace", "checkpoints/step-00000004.ckpt"),
+        pytest.param("replace", "checkpoints/best.ckpt", marks=pytest.mark.slow),
+        ("replace", "runs/r/model"),  # exported, but not in its place
+        pytest.param("unlink", "runs/r/lock.json", marks=pytest.mark.slow),  # the very end
+    ],
+)
+def test_a_run_killed_at_a_file_operation_is_completed_by_a_resume(tmp_path, whole, operation, file):
+    start, expected = whole
+    folder = copy(start, tmp_path / "killed")
+    killed = Child(folder, *RESUME, faults=Faults(folder, kill_on=(operation, file)))
+    assert killed.wait() == -signal.SIGKILL
+    text = works(folder, *RESUME)
+    assert deviations(folder / "runs" / "r", expected) == []
+    if file.endswith("model"):
+        assert "its training is complete; what is left: export, report" in text
+        assert "step 1/5" not in text
+
+
+@pytest.mark.slow
+def test_the_same_command_again_finds_nothing_to_do(tmp_path, whole):
+    start, _ = whole
+    folder = copy(start, tmp_path / "twice")
+    works(folder, *RESUME)
+    assert "runs/r is finished, at step 5; to train it further: --resume runs/r" in works(folder, *RESUME)
+
+
+def test_a_full_disk_in_the_export_costs_only_the_export(tmp_path, whole):
+    start, expected = whole
+    folder = copy(start, tmp_path / "full")
+    full = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "model")
+    failed = Child(folder, *RESUME, faults=Faults(folder, kill_on=("open", "config.json"), error=full))
+    assert failed.wait() == 2
+    assert "No space left on device to write model; free some space and continue with --resume" in failed.text
+    state = json.loads((folder / "runs/r/run.json").read_text())
+    assert (state["status"], state["phases"][-1]) == ("failed", "samples")
+    works(folder, *RESUME)
+    assert deviations(folder / "runs" / "r", expected) == []
+
+
+def test_a_moved_run_is_resumed_from_elsewhere_with_its_own_best_weights(tmp_path, whole):
+    start, expected = whole
+    folder = copy(start, tmp_path / "moved")
+    Child(folder, *RESUME, faults=Faults(folder, kill_on=("replace", "runs/r/model"))).wait()
+    original = folder / "runs" / "r"
+    copied = copy(original, folder / "elsewhere" / "other")
+    for checkpoint in (original / "checkpoints").iterdir():
+        checkpoint.write_bytes(b"")  # whatever is read of the original fails
+    works(folder, "fit", "--resume", "elsewhere/other")
+    assert deviations(copied, expected) == []
+
+
+def test_a_second_process_does_not_write_to_the_folder_of_a_live_run(tmp_path, whole):
+    start, expected = whole
+    folder = copy(start, tmp_path / "two")
+    first = Child(folder, *RESUME)
+    while not (folder / "runs" / "r" / "metrics.csv").exists():
+        time.sleep(0.005)
+    os.kill(first.pid, signal.SIGSTOP)
+    second = Child(folder, *RESUME)
+    assert second.wait() == 2
+    assert f"is being written by process {first.pid} on" in second.text
+    os.kill(first.pid, signal.SIGCONT)
+    assert first.wait() == 0
+    assert deviations(folder / "runs" / "r", expected) == []
+
+
+def test_a_stop_of_the_whole_process_group_saves_although_there_are_loader_workers(tmp_path):
+    folder = tmp_path / "stopped"
+    prepare(folder, changes={"data.init_args.workers": 2, "trainer.max_steps": 3000, "val_every": 4000})
+    child = Child(folder, *RESUME)
+    while not (folder / "runs" / "r" / "metrics.csv").exists():
+        time.sleep(0.01)
+    time.sleep(1.0)
+    os.killpg(child.pid, signal.SIGTERM)
+    assert child.wait() == 128 + signal.SIGTERM, child.text
+    assert "stopped by SIGTERM after step" in child.text
+    state = json.loads((folder / "runs/r/run.json").read_text())
+    assert (state["status"], state["reason"].partition(" after")[0]) == ("stopped", "stopped by SIGTERM")
+    newest = max((folder / "runs/r/checkpoints").glob("step-*.ckpt"))
+    assert newest.name == f"step-{state['step']:08d}.ckpt"
+
+
+ENDLESS = {"trainer.max_steps": 10**6, "val_every": 10**6, "checkpoint.every": 10**6}
+
+
+def started(folder, *children):
+    while not (folder / "runs" / "r" / "metrics.csv").exists():
+        assert all(Path(f"/proc/{child.pid}").exists() for child in children)
+        time.sleep(0.01)
+    time.sleep(0.5)
+
+
+@pytest.mark.slow
+def test_a_loader_process_that_was_killed_is_named(tmp_path):
+    folder = tmp_path / "run"
+    prepare(folder, changes=ENDLESS | {"data.init_args.workers": 1})
+    child = Child(folder, *RESUME)
+    started(folder, child)
+    children = Path(f"/proc/{child.pid}/task/{child.pid}/children")
+    while not (workers := children.read_text().split()):
+        time.sleep(0.01)
+    os.kill(int(workers[0]), signal.SIGKILL)
+    assert child.wait() == 2
+    assert "error: a loader process was killed, which is what the system does to a process when memory" in child.text
+    assert "Traceback" not in child.text
+
+
+@pytest.mark.slow
+def test_a_rank_that_was_killed_is_named_by_the_others(tmp_path):
+    folder = tmp_path / "run"
+    prepare(folder, changes=ENDLESS)
+    first, second = ranks(folder, *RESUME)
+    started(folder, first, second)
+    os.kill(second.pid, signal.SIGKILL)
+    assert first.wait() == 2, first.text
+    assert "error: another rank exited; see its output for the cause. If it says nothing, it was killed" in first.text
+    second.wait()
+
+
+@pytest.mark.slow
+def test_a_stop_of_all_ranks_saves_once_and_each_ends_with_its_exit_code(tmp_path):
+    folder = tmp_path / "run"
+    prepare(folder, changes=ENDLESS)
+    children = ranks(folder, *RESUME)
+    started(folder, *children)
+    for child in children:
+        os.kill(child.pid, signal.SIGTERM)
+    assert [child.wait() for child in children] == [143, 143], children[0].text
+    assert len(list((folder / "runs/r/checkpoints").iterdir())) == 1
