@@ -207,8 +207,12 @@ def _last_number(text: str) -> float | None:
 
 
 def letter_count(completion: str, row: Mapping[str, Any]) -> float:
-    """1 if the last number of the completion (in a box, if there is one) is the row's `letter_count_integer`."""
-    return float(_last_number(completion) == float(row["letter_count_integer"]))
+    """1 if the last number of the completion (in a box, if there is one) is the row's `letter_count_integer`.
+
+    The data set oumi-ai/oumi-letter-count has this number in a column `metadata`.
+    """
+    expected = (row.get("metadata") or row)["letter_count_integer"]
+    return float(_last_number(completion) == float(expected))
 
 
 def countdown(completion: str, row: Mapping[str, Any]) -> float:
