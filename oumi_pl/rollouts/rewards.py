@@ -11,6 +11,7 @@ import inspect
 import math
 import re
 from collections.abc import Awaitable, Callable, Mapping, Sequence
+from os.path import commonprefix  # of any sequences, in spite of its name
 from typing import Any
 
 import numpy as np
@@ -186,6 +187,16 @@ def answer_of(row: Mapping[str, Any]) -> str:
 def exact_match(completion: str, row: Mapping[str, Any]) -> float:
     """1 if the completion is the expected answer, but for white space around both."""
     return float(completion.strip() == answer_of(row).strip())
+
+
+def common_prefix(completion: str, row: Mapping[str, Any]) -> float:
+    """The characters before the first difference from the expected answer, as a share of the longer of both.
+
+    Partial credit: a reward of whole answers alone teaches nothing about prompts that the policy never solves.
+    """
+    texts = completion.strip(), answer_of(row).strip()
+    longest = max(map(len, texts))
+    return len(commonprefix(texts)) / longest if longest else 1.0
 
 
 _NUMBER = re.compile(r"-?\d[\d,]*(?:\.\d+)?")
