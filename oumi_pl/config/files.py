@@ -259,6 +259,7 @@ def resume_arguments(
             f"{folders.how_to_extend(run, dict(state))}; to train anew, leave --resume out"
         )
     _refuse_finished(run, state, checkpoint, args)
+    checkpoint, damaged = folders.newest_whole_checkpoint(run)  # reads it, which takes a second per 1.5 GB
     _say_differences(config, tree)
     kept = write_options(option for option in read_options(args) if option[0] != "--config")
     arguments = ["--config", str(config), *kept]
@@ -268,6 +269,10 @@ def resume_arguments(
     is_engine_run = any((run / folders.CHECKPOINTS).glob("checkpoint-*"))
     if checkpoint is not None or not is_engine_run:
         print(f"resuming {run} from {checkpoint.name if checkpoint else 'the start: it has no checkpoint yet'}")
+    for path, why in damaged.items():
+        print(f"note: {path} is damaged: {why}; what came after {checkpoint and checkpoint.name} is trained again")
+    if _is_first_rank() and not _only_shows(args):
+        folders.set_aside(damaged)
     phases = folders.phases(state)
     if (checkpoint is not None or is_engine_run) and "train" in phases and state.get("status") != "finished":
         left = [phase for phase in folders.PHASES if phase not in phases]
