@@ -260,8 +260,8 @@ def _refuse_checkpoint(name: str | None, command: str) -> None:
     """Checks that a checkpoint file exists and is valid: Lightning would start from scratch for a missing `last`."""
     if name is None or "://" in name:
         return
-    from oumi_pl.runs.checksums import is_archive
     from oumi_pl.runs.checkpoints import WEIGHTS_ONLY, holds_weights_only, is_sharded_checkpoint
+    from oumi_pl.runs.checksums import is_archive
 
     path = Path(name).expanduser()
     if path.is_dir() and not is_sharded_checkpoint(path):

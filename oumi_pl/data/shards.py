@@ -2,9 +2,10 @@
 
 A folder of shards holds pairs of files `tokens-00000.bin` (the ids of all documents, concatenated) and
 `index-00000.npy` (per document: its end in the shard, bytes of its text, bytes of its targets' text), and
-`manifest.json`, written last, which has the checksums of all of them. Tokens are checked in blocks, when a process reads
-a block for the first time, since a corpus may be large; the manifest and the indices when they are opened. Shards of
-older versions have no checksums, and are read without a check.
+`manifest.json`, written last, which has the checksums of all of them.
+
+Tokens are checked in blocks, when a process reads a block for the first time, since a corpus may be large; the manifest
+and the indices when they are opened. Shards of older versions have no checksums, and are read without a check.
 """
 
 import itertools
@@ -158,9 +159,10 @@ class Shards:
                 begin = block * BLOCK
                 if zlib.crc32(content[begin : begin + BLOCK]) != expected[block]:
                     file = self.directory / f"tokens-{shard:05}.bin"
+                    end = min(begin + BLOCK, len(content))
                     raise DamagedError(
-                        f"{file}: bytes {begin} to {min(begin + BLOCK, len(content))} are not what their checksum says: "
-                        "it was overwritten or damaged; prepare it again"
+                        f"{file}: bytes {begin} to {end} are not what their checksum says: it was overwritten or "
+                        "damaged; prepare it again"
                     )
                 checked[block] = True
 
@@ -176,11 +178,11 @@ class Shards:
     def _open_index(self, number: int, shard: dict[str, int]) -> np.ndarray:
         file = self.directory / f"index-{number:05}.npy"
         try:
+            is_other = checksums.is_other(file, shard.get("index_crc32"))
             index = cast("np.ndarray", np.load(file, mmap_mode="r")).view(np.ndarray)
-        except (OSError, ValueError, EOFError) as error:
+        except Exception as error:  # numpy parses the header as Python, which can raise anything
             raise DamagedError(f"{file}: missing or damaged; prepare it again") from error
-        is_other = index.shape != (shard["documents"], 3) or int(index[-1, 0]) != shard["tokens"]
-        if is_other or checksums.is_other(file, shard.get("index_crc32")):
+        if is_other or index.shape != (shard["documents"], 3) or int(index[-1, 0]) != shard["tokens"]:
             raise DamagedError(f"{file}: doesn't match its shard; prepare it again")
         return index
 
@@ -192,7 +194,8 @@ def _read_manifest(directory: Path) -> dict[str, Any]:
         if manifest["format"] != FORMAT:
             raise UserError(f"{directory}: shards of another version of oumi_pl; prepare them again")
         own = manifest.pop("crc32", None)
-        if own is not None and checksums.of_json(manifest) != own:
+        has_checksums = own is not None or any("tokens_crc32" in shard for shard in manifest["shards"])
+        if has_checksums and checksums.of_json(manifest) != own:
             raise DamagedError(f"{file} is not what its checksum says; prepare it again")
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise DamagedError(f"{file}: can't be read; prepare it again") from error
@@ -264,7 +267,7 @@ def _whole_shards(directory: Path, dtype: np.dtype) -> list[dict[str, Any]]:
     while (file := directory / f"index-{len(whole):05}.npy").exists():
         try:
             index = np.load(file)
-        except (ValueError, EOFError):  # damaged
+        except Exception:  # damaged: numpy parses the header as Python, which can raise anything
             break
         tokens = directory / f"tokens-{len(whole):05}.bin"
         if not tokens.exists() or tokens.stat().st_size != index[-1, 0] * dtype.itemsize:

@@ -91,7 +91,8 @@ def is_whole(directory: Path) -> bool:
     """
     if not directory.exists():
         return False
-    why = checksums.damage(directory)
+    has_list = (directory / checksums.LIST).exists()
+    why = checksums.damage(directory) if has_list else f"it has no {checksums.LIST}"  # or is of an older version
     if why is None:
         return True
     print(f"the cache folder {directory} is damaged: {why}; it is written again", file=sys.stderr)

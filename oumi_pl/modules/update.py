@@ -913,7 +913,7 @@ def _other_structure(own: Any, saved: Any, place: str) -> str:
         wrong = (_other_structure(value, saved[key], f"{place}.{key}") for key, value in own.items() if key in saved)
         return next((name for name in wrong if name), "")
     is_number = isinstance(own, int | float)
-    return place if is_number and (not isinstance(saved, int | float) or saved != saved or saved < 0) else ""
+    return place if is_number and not (isinstance(saved, int | float) and saved >= 0) else ""
 
 
 PLAIN = (torch.optim.SGD, torch.optim.Adam, torch.optim.RMSprop, torch.optim.Adagrad, torch.optim.NAdam)

@@ -123,9 +123,9 @@ def half_of(folder: Path) -> Path:
     """Where this process may write a folder before it gets its name; removes what killed processes left of it."""
     half = _half(folder)
     for path in folder.parent.glob(f".*{HALF}"):
-        if path.name.startswith(f".{folder.name}.") and (match := _UNNAMED.match(path.name)):
-            if path.name == f".{folder.name}.{match[1]}@{match[2]}{HALF}" and _is_abandoned(path):
-                files.remove(path)
+        match = _UNNAMED.match(path.name)
+        if match and path.name == f".{folder.name}.{match[1]}@{match[2]}{HALF}" and _is_abandoned(path):
+            files.remove(path)
     return half
 
 

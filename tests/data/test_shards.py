@@ -158,7 +158,7 @@ def test_a_flipped_bit_anywhere_in_manifest_or_index_is_an_error(tmp_path, name)
     whole = (tmp_path / name).read_bytes()
     for place in range(0, len(whole), 5):
         flip(tmp_path / name, place)
-        with pytest.raises(UserError, match="prepare (it|them) again"):
+        with pytest.raises(UserError, match=r"prepare (it|them) again"):
             Shards(tmp_path, "bytes")
         (tmp_path / name).write_bytes(whole)
 
