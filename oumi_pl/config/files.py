@@ -11,6 +11,8 @@ from typing import Any, NamedTuple
 
 from oumi_pl.errors import UserError, nearby, nearest
 from oumi_pl.runs import folders, lock
+from oumi_pl.runs.files import refuse_expanding
+from oumi_pl.terminal.screen import visible
 
 ENDINGS = (".yaml", ".yml")
 ORDER = ("quickstart", "sft", "dpo", "kto", "reward", "distill", "pretrain")
@@ -100,6 +102,8 @@ def check(path: Path) -> dict[str, Any]:
     import yaml
 
     try:
+        if not path.is_file():
+            raise UserError(f"{path}: is not a file")
         text = path.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
         line = error.object[: error.start].count(b"\n") + 1
@@ -107,9 +111,17 @@ def check(path: Path) -> dict[str, Any]:
     except OSError as error:
         raise UserError(f"{path}: can't be read: {error.strerror}") from error
     try:
-        _refuse_repeated_keys(yaml.compose(text, Loader=yaml.SafeLoader), path, "")
+        node = yaml.compose(text, Loader=yaml.SafeLoader)
+        refuse_expanding(node)
+        _refuse_repeated_keys(node, path, "")
         value = yaml.safe_load(text)
-    except (yaml.YAMLError, ValueError, RecursionError) as error:  # ValueError: an impossible date
+    except (
+        yaml.YAMLError,
+        ValueError,
+        TypeError,
+        OverflowError,
+        RecursionError,
+    ) as error:  # ValueError: an impossible date
         mark = getattr(error, "problem_mark", None)
         where = f" line {mark.line + 1}" if mark else ""
         raise UserError(f"{path}{where}: not valid YAML: {getattr(error, 'problem', None) or error}") from error
@@ -297,8 +309,8 @@ def _say_differences(config: Path, tree: Mapping[str, Any]) -> None:
         listed = [f"{key} ({ours} there, {theirs} in the recipe)" for key, ours, theirs in differences[:LISTED]]
         more = f" and {len(differences) - LISTED} more" if len(differences) > LISTED else ""
         print(
-            f"note: the run continues with {config}, which differs from the recipe in {', '.join(listed)}{more}; "
-            f"to change a value, pass it as an option: --{differences[0][0]} VALUE",
+            f"note: the run continues with {config}, which differs from the recipe in "
+            f"{visible(', '.join(listed))}{more}; to change a value, pass it as an option: --{differences[0][0]} VALUE",
             file=sys.stderr,
         )
 

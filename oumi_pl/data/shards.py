@@ -134,12 +134,13 @@ class Shards:
         return ids
 
     def _blocks_of(self, number: int, shard: dict[str, Any]) -> tuple[np.ndarray, np.ndarray] | None:
-        """Which blocks of a shard were checked, and the checksums of all; None if it has none."""
+        """Which blocks of a shard were checked, and the checksums of all; None if there is nothing left to check."""
         if "tokens_crc32" not in shard:
             return None
         expected = np.array(shard["tokens_crc32"], dtype=np.uint32)
         key = checksums.stamp(self.directory / f"tokens-{number:05}.bin")
-        return _checked_blocks.setdefault(key, np.zeros(len(expected), dtype=np.bool_)), expected
+        checked = _checked_blocks.setdefault(key, np.zeros(len(expected), dtype=np.bool_))
+        return None if checked.all() else (checked, expected)
 
     def _read(self, shard: int, start: int, end: int) -> np.ndarray:
         """The ids of a shard from `start` to `end`, checked."""
@@ -151,7 +152,7 @@ class Shards:
         checked, expected = cast("tuple[np.ndarray, np.ndarray]", self._blocks[shard])
         size = self.dtype.itemsize
         first, last = start * size // BLOCK, (end * size - 1) // BLOCK
-        if checked[first : last + 1].all():
+        if last - first < 2 and checked[first] and checked[last]:  # which is asked for each document
             return
         content = self._tokens[shard].view(np.uint8)
         for block in range(first, last + 1):
@@ -165,6 +166,8 @@ class Shards:
                         "damaged; prepare it again"
                     )
                 checked[block] = True
+        if checked.all():
+            self._blocks[shard] = None
 
     def _checked(self, ids: np.ndarray, shard: int) -> np.ndarray:
         """Returns the ids if all are in the vocabulary: larger ones would index past the embedding table."""

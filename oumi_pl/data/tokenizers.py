@@ -7,7 +7,7 @@ from abc import ABC, abstractmethod
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from oumi_pl.errors import UserError, reason
+from oumi_pl.errors import UserError, is_out_of_memory, reason
 from oumi_pl.models.hub import locate
 
 if TYPE_CHECKING:
@@ -89,7 +89,11 @@ def load_tokenizer(spec: Any, trust_remote_code: bool = False) -> "PreTrainedTok
     spec = locate(os.fspath(spec), "data.tokenizer")
     try:
         return AutoTokenizer.from_pretrained(spec, trust_remote_code=trust_remote_code)
-    except (OSError, ValueError) as error:
+    except BaseException as error:  # a damaged file can raise anything, also Rust's panics
+        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+            raise
+        if is_out_of_memory(error) or (trust_remote_code and not isinstance(error, OSError | ValueError)):
+            raise
         raise UserError(f"data.tokenizer: can't load {spec!r}: {reason(error)}") from error
 
 

@@ -21,6 +21,7 @@ that end in `.half` were being written when a process was killed; the next start
 import contextlib
 import csv
 import errno
+import io
 import json
 import os
 import re
@@ -185,7 +186,7 @@ def write_state(run: Path, **values: Any) -> None:
 def read_state(run: Path) -> dict[str, Any]:
     """The content of `run.json`; empty if it is missing or unreadable."""
     try:
-        state = json.loads((run / RUN).read_text(encoding="utf-8"))
+        state = files.parse(files.read(run / RUN))
     except (OSError, ValueError):
         return {}
     return state if isinstance(state, dict) else {}
@@ -219,25 +220,33 @@ RECENT = 20
 def read_metrics(run: Path, only: Collection[str] | None = None) -> dict[str, Column]:
     """Reads `metrics.csv`, or the columns in `only`, without empty cells; empty if there is no such file.
 
-    A line that a kill cut short is skipped.
+    Lines that a kill cut short, and damaged lines and cells, are skipped.
     """
     columns: dict[str, Column] = {}
     try:
-        with (run / METRICS).open(newline="", encoding="utf-8") as text:
-            names = next(csv.reader(text), [])
-            wanted = [(i, *columns.setdefault(n, ([], []))) for i, n in enumerate(names) if only is None or n in only]
-            for line in text:
-                cells = line.rstrip().split(",")  # below the header there are only numbers, so no quotes
-                if len(cells) != len(names) or not cells[0].isdigit():
-                    continue
-                step = int(cells[0])
-                for i, steps, values in wanted:
-                    if cells[i]:
-                        steps.append(step)
-                        values.append(float(cells[i]))
-    except (OSError, ValueError):
-        pass
+        text = io.StringIO(files.read(run / METRICS).decode(errors="replace"), newline="")
+        names = next(csv.reader(text), [])
+    except (OSError, ValueError, csv.Error):
+        return {}
+    wanted = [(i, *columns.setdefault(n, ([], []))) for i, n in enumerate(names) if only is None or n in only]
+    for line in text:
+        cells = line.rstrip().split(",")  # below the header there are only numbers, so no quotes
+        step = step_in(cells[0])
+        if step is None or len(cells) != len(names):
+            continue
+        for i, steps, values in wanted:
+            with contextlib.suppress(ValueError):
+                value = float(cells[i] or "nan")
+                if cells[i]:
+                    steps.append(step)
+                    values.append(value)
     return {name: column for name, column in columns.items() if column[0]}
+
+
+def step_in(cell: str | None) -> int | None:
+    """The step in a cell of `metrics.csv`; None if there is no number, or one that is no step."""
+    is_step = bool(cell) and len(cell or "") <= files.LONGEST and cell.isascii() and cell.isdigit()
+    return int(cell) if is_step else None
 
 
 def recent(values: Sequence[float]) -> float:
