@@ -1,5 +1,6 @@
 """Writes checkpoints between two updates, and removes an old one only after the new one is complete."""
 
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -8,7 +9,6 @@ from typing import Any, Literal
 import lightning as L
 import torch
 from lightning.pytorch.callbacks import Checkpoint, Timer, WeightAveraging
-from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 
 from oumi_pl.callbacks import find_all
 from oumi_pl.errors import UserError, nearest
@@ -73,7 +73,8 @@ class Checkpoints(Checkpoint):
         if best is not None and best.exists():
             damage = trainer.strategy.broadcast(checksums.damage(best) if trainer.is_global_zero else None)
         if damage:
-            rank_zero_warn(f"{best} is damaged ({damage}); the best from here on will replace it")
+            if trainer.is_global_zero:
+                print(f"note: {best} is damaged ({damage}); the best from here on replaces it", file=sys.stderr)
         elif best is not None and best.exists() and saved_at(best) <= trainer.global_step:
             self.best_model_path = str(best)
         else:

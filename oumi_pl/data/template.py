@@ -225,9 +225,11 @@ def compiled(source: str) -> Any:
     """
     from transformers.utils.chat_template_utils import _compile_jinja_template
 
-    environment: Any = _compile_jinja_template(source).environment
-    environment.intercepted_binops = frozenset("+*%")
-    environment.binop_table = environment.binop_table | {"+": _added, "*": _times, "%": _percent}
+    environment: Any = _compile_jinja_template("").environment  # not of the source, which would be compiled unlimited
+    environment.optimized = False  # else constants are computed while it is compiled
+    environment.intercepted_binops = frozenset(OPERATORS)
+    environment.binop_table = environment.binop_table | OPERATORS
+    environment.filters |= {"center": _centered, "format": _formatted}
     template = environment.from_string(source)
     names = template.root_render_func.__globals__
     join = names["str_join"]
@@ -252,7 +254,12 @@ def limits(source: str) -> Iterator[None]:
     if source in _limited:
         raise TemplateLimitError(too_long)
     is_main = threading.current_thread() is threading.main_thread()
-    if not is_main or not hasattr(signal, "setitimer") or signal.getitimer(signal.ITIMER_REAL)[0]:
+    if (
+        not _may_be_long(source)
+        or not is_main
+        or not hasattr(signal, "setitimer")
+        or signal.getitimer(signal.ITIMER_REAL)[0]
+    ):
         yield
         return
 
@@ -267,6 +274,16 @@ def limits(source: str) -> Iterator[None]:
     finally:
         signal.setitimer(signal.ITIMER_REAL, 0)
         signal.signal(signal.SIGALRM, before)
+
+
+@lru_cache(maxsize=256)
+def _may_be_long(source: str) -> bool:
+    """Whether a template can take long: starting and ending a timer would take half the time of rendering most."""
+    depth = deepest = 0
+    for word in re.findall(r"\{%[-+]?\s*(for|endfor)\b", source):
+        depth += 1 if word == "for" else -1
+        deepest = max(deepest, depth)
+    return deepest > 2 or re.search(r"range|macro|recursive|lipsum", source) is not None
 
 
 def _refuse_long(characters: int) -> None:
@@ -291,6 +308,24 @@ def _percent(left: Any, right: Any) -> Any:
     if isinstance(left, str):
         _refuse_long(max((int(width[:12]) for width in re.findall(r"\d+", left)), default=0))
     return left % right
+
+
+def _power(left: Any, right: Any) -> Any:
+    _refuse_long(int(abs(left) > 1) * int(abs(right)) * 16)
+    return left**right
+
+
+def _centered(text: Any, width: int = 80) -> str:
+    _refuse_long(width)
+    return str(text).center(width)
+
+
+def _formatted(text: Any, *values: Any, **names: Any) -> str:
+    return str(_percent(str(text), names or values))
+
+
+OPERATORS = {"+": _added, "*": _times, "%": _percent, "**": _power}
+"""Operators of templates with which a few characters can make a text or a number of gigabytes."""
 
 
 @lru_cache(maxsize=256)

@@ -2,6 +2,7 @@
 
 import copy
 import hashlib
+import json
 import os
 from abc import ABC, abstractmethod
 from pathlib import Path
@@ -88,7 +89,11 @@ def load_tokenizer(spec: Any, trust_remote_code: bool = False) -> "PreTrainedTok
         raise UserError(f"data.tokenizer is a {kind}; name a tokenizer or a folder, or pass one of transformers")
     spec = locate(os.fspath(spec), "data.tokenizer")
     try:
-        return AutoTokenizer.from_pretrained(spec, trust_remote_code=trust_remote_code)
+        tokenizer = AutoTokenizer.from_pretrained(spec, trust_remote_code=trust_remote_code)
+        json.dumps(
+            tokenizer.init_kwargs, ensure_ascii=False, default=str
+        ).encode()  # half of a surrogate pair could not be written again
+        return tokenizer
     except BaseException as error:  # a damaged file can raise anything, also Rust's panics
         if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
             raise

@@ -241,8 +241,8 @@ def build_model(
     if base is None:
         hf = _random_weights(hf_config, attn, dtype, trust_remote_code, scoring)
     else:
-        keeps_layers = not any("layer" in key for key in config or {})
-        hf = _pretrained(base, hf_config, attn, dtype, scoring, keeps_layers, **_quantized(quantization), **hub)
+        drops = any("layer" in key for key in config or {})
+        hf = _pretrained(base, hf_config, attn, dtype, scoring, drops_layers=drops, **_quantized(quantization), **hub)
     if scoring:
         _refuse_other_heads(hf)
     attention.separate_frequencies(hf)
@@ -333,15 +333,10 @@ def _random_weights(
 
 
 def _pretrained(
-    model: str,
-    hf_config: "PretrainedConfig",
-    attn: str | None,
-    dtype: DType,
-    scoring: bool,
-    keeps_layers: bool,
-    **kwargs: Any,
+    model: str, hf_config: "PretrainedConfig", attn: str | None, dtype: DType, scoring: bool, **kwargs: Any
 ) -> "PreTrainedModel":
     _refuse_without_weights(Path(model))
+    drops_layers = kwargs.pop("drops_layers", False)
     loaded_dtype = dtype if dtype == "auto" else _torch_dtype(dtype)
     kwargs |= {"config": hf_config, "attn_implementation": attn, "dtype": loaded_dtype}
     # mismatches are reported below in one line: transformers would print a table and fill in random weights
@@ -359,7 +354,7 @@ def _pretrained(
             f"and {list(own)} here"
         )
     # a causal LM has no scoring head yet
-    if keeps_layers and (dropped := _dropped_layers(hf, info["unexpected_keys"])):
+    if not drops_layers and (dropped := _dropped_layers(hf, info["unexpected_keys"])):
         raise UserError(
             f"model: {model} has weights of more layers than its config.json, first {dropped}: they would be dropped; "
             "correct the config (num_hidden_layers), or set it in model.config to drop them"
@@ -375,10 +370,7 @@ def _pretrained(
 
 def _dropped_layers(hf: "PreTrainedModel", unexpected: Any) -> str:
     """The first weight of a layer beyond the last that the model has; empty without one."""
-    last: dict[str, int] = {}
-    for name in hf.state_dict():
-        for match in _NUMBER.finditer(name):
-            last[name[: match.start()]] = max(last.get(name[: match.start()], -1), int(match[1]))
+    last = {name: len(part) - 1 for name, part in hf.named_modules() if isinstance(part, nn.ModuleList)}
     for name in sorted(unexpected):
         for match in _NUMBER.finditer(name):
             if int(match[1]) > last.get(name[: match.start()], 10**9):

@@ -58,12 +58,13 @@ mean log-ratio of whole mismatched responses, as it is in the loss.
 
 import csv
 import io
+import sys
 from argparse import Namespace
 from pathlib import Path
 from typing import Any
 
 from lightning.pytorch.loggers.logger import Logger, rank_zero_experiment
-from lightning.pytorch.utilities.rank_zero import rank_zero_only, rank_zero_warn
+from lightning.pytorch.utilities.rank_zero import rank_zero_only
 
 from oumi_pl.runs import files
 from oumi_pl.runs.folders import step_in
@@ -179,7 +180,7 @@ def _read(file: Path, notes: bool = False) -> list[dict[str, Any]]:
     whole = [_is_row(line, columns) for line in cells]
     damaged = whole[:-1].count(False)  # a kill can cut the last one short
     if notes and damaged:
-        rank_zero_warn(f"{file}: {damaged} damaged lines are left out")
+        print(f"note: {file}: {damaged} damaged lines are left out", file=sys.stderr)
     return [dict(zip(columns, line, strict=True)) for line, is_whole in zip(cells, whole, strict=True) if is_whole]
 
 

@@ -203,7 +203,7 @@ def main() -> None:
             counts[f"{case}: {result}"] += 1
             if result not in ("success", "refused"):
                 shown = text[-1500:].encode("ascii", "backslashreplace").decode()
-                print(f"--- {case}: {what}: {result}\n{shown}", flush=True)
+                print(f"--- {case}: {what!a}: {result}\n{shown}", flush=True)
     for name in sorted(counts):
         print(f"{counts[name]:5} {name}")
     print(f"{sum(counts.values()):5} of {len(every)}")
