@@ -1,7 +1,6 @@
 """Builds and loads causal language models: config, weights, new token rows, adapters. Nothing else loads weights."""
 
 import inspect
-import json
 import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -16,10 +15,11 @@ from torch import Tensor, nn
 
 from oumi_pl import attention
 from oumi_pl.attention.interface import NO_PACKING
-from oumi_pl.errors import UserError, nearest, reason
+from oumi_pl.errors import UserError, is_out_of_memory, nearest, reason
 from oumi_pl.models.hub import locate
 from oumi_pl.models.lm import LM
 from oumi_pl.models.lora import SCORE, merged, with_lora
+from oumi_pl.runs.files import parse
 from oumi_pl.terminal.screen import working
 
 if TYPE_CHECKING:
@@ -94,7 +94,14 @@ def loaded(load: Any, name: str, **kwargs: Any) -> Any:
 
     try:
         return load(name, **kwargs)
-    except (OSError, ValueError, SafetensorError) as error:
+    except BaseException as error:  # a damaged file can raise anything, also Rust's panics
+        is_panic = type(error).__name__ == "PanicException"
+        if not isinstance(error, Exception) and not is_panic:
+            raise
+        if is_out_of_memory(error):
+            raise
+        if kwargs.get("trust_remote_code") and not isinstance(error, (OSError, ValueError, SafetensorError)):
+            raise  # by code that came with the model
         if "trust_remote_code" in str(error):
             raise UserError(
                 f"model: {name} runs code from its repository; if you trust it, set model.trust_remote_code: true"
@@ -234,7 +241,8 @@ def build_model(
     if base is None:
         hf = _random_weights(hf_config, attn, dtype, trust_remote_code, scoring)
     else:
-        hf = _pretrained(base, hf_config, attn, dtype, scoring, **_quantized(quantization), **hub)
+        drops = any("layer" in key for key in config or {})
+        hf = _pretrained(base, hf_config, attn, dtype, scoring, drops_layers=drops, **_quantized(quantization), **hub)
     if scoring:
         _refuse_other_heads(hf)
     attention.separate_frequencies(hf)
@@ -328,6 +336,7 @@ def _pretrained(
     model: str, hf_config: "PretrainedConfig", attn: str | None, dtype: DType, scoring: bool, **kwargs: Any
 ) -> "PreTrainedModel":
     _refuse_without_weights(Path(model))
+    drops_layers = kwargs.pop("drops_layers", False)
     loaded_dtype = dtype if dtype == "auto" else _torch_dtype(dtype)
     kwargs |= {"config": hf_config, "attn_implementation": attn, "dtype": loaded_dtype}
     # mismatches are reported below in one line: transformers would print a table and fill in random weights
@@ -345,6 +354,11 @@ def _pretrained(
             f"and {list(own)} here"
         )
     # a causal LM has no scoring head yet
+    if not drops_layers and (dropped := _dropped_layers(hf, info["unexpected_keys"])):
+        raise UserError(
+            f"model: {model} has weights of more layers than its config.json, first {dropped}: they would be dropped; "
+            "correct the config (num_hidden_layers), or set it in model.config to drop them"
+        )
     new_head = {f"{SCORE}.weight"} if scoring else set()
     if missing := sorted(set(info["missing_keys"]) - new_head):
         raise UserError(
@@ -352,6 +366,19 @@ def _pretrained(
             "it has another architecture, or model.config adds weights to it"
         )
     return keep_differentiable(hf)
+
+
+def _dropped_layers(hf: "PreTrainedModel", unexpected: Any) -> str:
+    """The first weight of a layer beyond the last that the model has; empty without one."""
+    last = {name: len(part) - 1 for name, part in hf.named_modules() if isinstance(part, nn.ModuleList)}
+    for name in sorted(unexpected):
+        for match in _NUMBER.finditer(name):
+            if int(match[1]) > last.get(name[: match.start()], 10**9):
+                return name
+    return ""
+
+
+_NUMBER = re.compile(r"\.(\d{1,9})(?=\.)")
 
 
 @contextmanager
@@ -439,13 +466,28 @@ def keep_differentiable(hf: "PreTrainedModel") -> "PreTrainedModel":
     return hf
 
 
+def read_adapter_config(folder: Path) -> dict[str, Any]:
+    """The content of an adapter's `adapter_config.json`.
+
+    Raises:
+        UserError: it can't be read.
+    """
+    try:
+        config = parse((folder / "adapter_config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(f"model: can't read {folder / 'adapter_config.json'}: {reason(error)}") from error
+    if not isinstance(config, dict):
+        raise UserError(f"model: {folder / 'adapter_config.json'} holds no object")
+    return config
+
+
 def _is_adapter(folder: Path) -> bool:
     return (folder / "adapter_config.json").is_file() and not (folder / "config.json").is_file()
 
 
 def _base_of(adapter: str) -> tuple[str, str | None]:
     """Path or hub id, and revision, of the base model of an adapter."""
-    config = json.loads((Path(adapter) / "adapter_config.json").read_text())
+    config = read_adapter_config(Path(adapter))
     name, revision = config.get("base_model_name_or_path"), config.get("revision")
     if not name:
         raise UserError(f"model: the adapter in {adapter} doesn't name its base model; export it with --merge")

@@ -17,7 +17,9 @@ from oumi_pl.models.given import is_plain
 from oumi_pl.models.lm import LM
 from oumi_pl.models.lora import merged
 from oumi_pl.runs.checkpoints import read_sharded
-from oumi_pl.runs.files import HALF, put, remove
+from oumi_pl.runs.checksums import refuse_damaged
+from oumi_pl.runs.files import put, remove
+from oumi_pl.runs.folders import half_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -141,8 +143,9 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
     Tensors of a file are memory-mapped.
 
     Raises:
-        UserError: if it is not a checkpoint.
+        UserError: if it is not a checkpoint, or damaged.
     """
+    refuse_damaged(path)
     try:
         if path.is_file():
             return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
@@ -188,12 +191,12 @@ def _argument(config: Mapping[str, Any], section: str, name: str) -> Any:
 @contextmanager
 def _folder(directory: Path) -> Iterator[Path]:
     """A temporary folder beside `directory` that replaces it if nothing fails."""
-    half = directory.with_name(directory.name + HALF)
     try:
-        if directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
+        if directory.is_symlink() or (directory.exists() and (not directory.is_dir() or any(directory.iterdir()))):
             raise UserError(f"{directory} is there and not an empty folder; export to another one")
-        remove(half)
-        half.mkdir(parents=True)
+        directory.parent.mkdir(parents=True, exist_ok=True)
+        half = half_of(directory)
+        half.mkdir()
     except OSError as error:
         raise UserError(f"can't write to {directory}: {error.strerror}") from error
     try:
