@@ -51,6 +51,11 @@ class Record:
         return repr(self)
 
 
+def beside(row: Row, values: Row) -> Row:
+    """The columns of a row and `values`; columns of the row with a name of `values` are kept as `source_NAME`."""
+    return {f"source_{name}" if name in values else name: value for name, value in row.items()} | values
+
+
 @dataclass(frozen=True)
 class Conversation(Record):
     """Turns that a chat template renders.
