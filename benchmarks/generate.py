@@ -45,7 +45,7 @@ def new_model(folder: Path) -> Path:
     """Exports a model of random weights."""
     torch.manual_seed(0)
     tokenizer = ByteTokenizer().build()
-    hf = build_model(config=LLAMA, tokenizer=tokenizer)
+    hf = build_model(None, config=LLAMA, tokenizer=tokenizer)
     end = tokenizer.convert_tokens_to_ids("<|im_end|>")
     export_model(LM(hf), folder / "model", tokenizer, stop_tokens=[end])
     return folder / "model"
