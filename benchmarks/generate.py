@@ -4,7 +4,7 @@
 
 Both load the model, complete the same chat prompts greedily and write JSON lines. The loop does what its reader would
 write: batches of 16 in the order of the rows, padded on the left by the tokenizer. Without `--model`, the model is a
-Llama of 5M random weights whose completions end by chance. Completions have to be equal, but for ties in rounding.
+Llama of 0.7M random weights whose completions end by chance. Completions have to be equal, but for ties in rounding.
 """
 
 import argparse
@@ -31,9 +31,9 @@ from oumi_pl.models.lm import LM
 
 LLAMA = {
     "model_type": "llama",
-    "hidden_size": 256,
-    "intermediate_size": 688,
-    "num_hidden_layers": 6,
+    "hidden_size": 128,
+    "intermediate_size": 344,
+    "num_hidden_layers": 4,
     "num_attention_heads": 8,
     "num_key_value_heads": 4,
     "max_position_embeddings": 1024,
@@ -88,7 +88,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--model", type=Path)
     parser.add_argument("--rows", type=int, default=400)
-    parser.add_argument("--new", type=int, default=128)
+    parser.add_argument("--new", type=int, default=64)
     parser.add_argument("--repeats", type=int, default=3)
     options = parser.parse_args()
     print(

@@ -258,6 +258,8 @@ class UpdateLayout(Protocol):
     micro_batches: int
     ranks: int
     rank: int
+    schedule: tuple[tuple[int, int], ...]
+    """(first epoch, micro-batches per update from then on), if accumulation changes with the epoch."""
 
     @property
     def rows_per_update(self) -> int:
@@ -439,6 +441,9 @@ class RunModule(Protocol):
 
     def total_steps(self) -> int:
         """Optimizer steps of the whole run."""
+
+    def apply_changed_settings(self) -> None:
+        """Applies the optimizer settings that were changed since the checkpoint was written; once."""
 
 
 SPLITS = {"fit": ("train", "validation"), "validate": ("validation",), "test": ("test",)}

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from oumi_pl.commands.parser import Parser
-from oumi_pl.commands.push import check_name, push
+from oumi_pl.commands.push import check_name, push, refuse_local_base
 from oumi_pl.errors import UserError, nearby
 
 TRUST = "run code outside the package that the checkpoint's recipe names"
@@ -39,6 +39,7 @@ def main(args: list[str]) -> int:
     export_checkpoint(checkpoint, output, merge=options.merge, trust=options.trust)
     print(f"exported {checkpoint} to {output}")
     if options.push_to_hub:
+        refuse_local_base(output, "--push_to_hub")
         settings = {"public": options.public, "overwrite": options.overwrite, "key": "--push_to_hub"}
         print(f"pushed to {push(output, options.push_to_hub, **settings)}")
     return 0
@@ -60,6 +61,8 @@ def export_checkpoint(checkpoint: Path, output: Path, *, merge: bool = False, tr
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
         raise UserError(f"--output: {output} exists and is not an empty folder; name another one")
     from oumi_pl.models.export import model_card
+    from oumi_pl.runs.folders import read_state
+    from oumi_pl.runs.lineage import parent_text
 
     module, data, config, content = built(checkpoint, trust=trust)
     adapter = module.lora is not None and not merge
@@ -69,7 +72,16 @@ def export_checkpoint(checkpoint: Path, output: Path, *, merge: bool = False, tr
         merge=merge,
         keep=False,
         stop_tokens=data.stop_tokens,
-        card=model_card(config, content["config"], content.get("metrics", {}), output.resolve().name, adapter),
+        card=model_card(
+            config,
+            content["config"],
+            content.get("metrics", {}),
+            output.resolve().name,
+            adapter,
+            parent=parent_text(read_state(checkpoint.resolve().parent.parent)),
+            generates=module.generates,
+            chat=bool(data.tokenizer.chat_template),
+        ),
     )
 
 

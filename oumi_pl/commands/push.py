@@ -1,5 +1,6 @@
 """Upload the model of a run to the Hugging Face hub: into a new private repository, unless you say otherwise."""
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,7 @@ def main(args: list[str]) -> int:
     options = parser.parse_args(args)
     check_name(options.name, "push")
     folder = model_folder(options.run, options.runs_dir.expanduser())
+    refuse_local_base(folder, "push")
     sizes = files_of(folder)
     if options.dry_run:
         for name, size in sizes.items():
@@ -66,6 +68,21 @@ def files_of(folder: Path) -> dict[str, int]:
 
 def _is_left_out(name: str) -> bool:
     return any(part.startswith(".") or part.endswith(HALF) for part in name.split("/"))
+
+
+def refuse_local_base(folder: Path, key: str) -> None:
+    """Refuses an adapter whose base is a folder of this machine, because nobody else could load it.
+
+    Raises:
+        UserError: it is one.
+    """
+    file = folder / "adapter_config.json"
+    base = json.loads(file.read_text(encoding="utf-8")).get("base_model_name_or_path") if file.is_file() else None
+    if base and Path(base).expanduser().is_dir():
+        raise UserError(
+            f"{key}: the base of this adapter is the folder {base}, which is nowhere else; export it merged (--merge), "
+            f"or write the name of its base on the hub into {file}"
+        )
 
 
 def check_name(name: str, key: str) -> None:

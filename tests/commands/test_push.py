@@ -186,3 +186,11 @@ def test_export_pushes_by_the_same_rules(hub, run, monkeypatch, capsys):
     assert "--push_to_hub: the repository me/tickets exists" in capsys.readouterr().err
     assert main([*command, "--overwrite"]) == 0
     assert export.push is push_module.push
+
+
+def test_an_adapter_of_a_folder_of_this_machine_is_not_pushed(hub, run, tmp_path, capsys):
+    adapter = run / "model" / "adapter_config.json"
+    adapter.write_text(json.dumps({"base_model_name_or_path": str(tmp_path)}))
+    assert "the base of this adapter is the folder" in refused(capsys, "tickets", "me/x")
+    adapter.write_text(json.dumps({"base_model_name_or_path": "org/base"}))
+    assert main(["push", "tickets", "me/x"]) == 0
