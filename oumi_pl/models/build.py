@@ -3,7 +3,7 @@
 import inspect
 import json
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -234,7 +234,9 @@ def build_model(
     if base is None:
         hf = _random_weights(hf_config, attn, dtype, trust_remote_code, scoring)
     else:
-        hf = _pretrained(base, hf_config, attn, dtype, scoring, **_quantized(quantization), **hub)
+        hf = _pretrained(
+            base, hf_config, attn, dtype, scoring, overrides=config or {}, **_quantized(quantization), **hub
+        )
     if scoring:
         _refuse_other_heads(hf)
     attention.separate_frequencies(hf)
@@ -325,7 +327,14 @@ def _random_weights(
 
 
 def _pretrained(
-    model: str, hf_config: "PretrainedConfig", attn: str | None, dtype: DType, scoring: bool, **kwargs: Any
+    model: str,
+    hf_config: "PretrainedConfig",
+    attn: str | None,
+    dtype: DType,
+    scoring: bool,
+    *,
+    overrides: Mapping[str, Any],
+    **kwargs: Any,
 ) -> "PreTrainedModel":
     _refuse_without_weights(Path(model))
     loaded_dtype = dtype if dtype == "auto" else _torch_dtype(dtype)
@@ -351,7 +360,18 @@ def _pretrained(
             f"model: {model} lacks {len(missing)} of the weights that {type(hf).__name__} has, first {missing[0]}: "
             "it has another architecture, or model.config adds weights to it"
         )
+    if overrides and (dropped := _of_dropped_layers(info["unexpected_keys"], hf)):
+        raise UserError(
+            f"model.config ({', '.join(overrides)}): {len(dropped)} trained weights of {model} would be left out, "
+            f"first {dropped[0]}: layers can't be taken from a trained model; leave the value out"
+        )
     return keep_differentiable(hf)
+
+
+def _of_dropped_layers(unexpected: Iterable[str], hf: Any) -> list[str]:
+    """The unexpected weights that differ from those of the model in a number only: of layers that it lacks."""
+    kinds = {re.sub(r"\d+", "#", name) for name in hf.state_dict()}
+    return sorted(name for name in unexpected if re.sub(r"\d+", "#", name) in kinds)
 
 
 @contextmanager
