@@ -114,7 +114,7 @@ def test_with_nothing_to_go_on_with_it_starts_anew_and_else_it_goes_on(cli):
     [
         (["--training.max_step", "3"], "max_steps"),
         (["--engine", "tlr"], "invalid choice: 'tlr'"),
-        (["--training.trainer_type", "TRL_GRPO"], "TRL_GRPO"),
+        (["--training.trainer_type", "TRL_GOLD"], "TRL_GOLD"),
         (["--data.train.datasets=[{dataset_name: text_sft, dataset_path: gone.jsonl}]"], "gone.jsonl"),
     ],
 )

@@ -14,9 +14,10 @@ FORMATS = "oumi_pl.core.recipe.formats"
 class Registered(NamedTuple):
     """A registered dataset.
 
-    kind: what its rows are: `chat`, `pair`, `feedback` or `document`. format: of the source; found from the columns if
-    None. columns: of the source. kwargs: what `dataset_kwargs` may hold besides `ANY` and those of its kind. path: id
-    on the hub, where that is not the name it is registered by; empty where `dataset_path` or a keyword has to say.
+    kind: what its rows are: `chat`, `pair`, `feedback`, `prompt` or `document`. format: of the source; found from the
+    columns if None. columns: of the source. kwargs: what `dataset_kwargs` may hold besides `ANY` and those of its kind.
+    path: id on the hub, where that is not the name it is registered by; empty where `dataset_path` or a keyword has to
+    say.
     """
 
     kind: str
@@ -32,6 +33,7 @@ OF_KIND = {
              "return_conversations", "return_conversations_format"),
     "pair": ("return_tensors",),
     "feedback": ("return_tensors",),
+    "prompt": ("return_conversations",),
     "document": ("seq_length", "dataset_text_field", "append_concat_token", "add_special_tokens", "skip_last"),
 }  # fmt: skip
 """Kind of dataset -> what `dataset_kwargs` may hold for all of them."""
@@ -39,6 +41,7 @@ OF_KIND = {
 _ALPACA = Registered("chat", f"{FORMATS}.alpaca", kwargs=("include_system_prompt",))
 _QUESTIONS = Registered("chat", "prompt_response", {"prompt": "instruction", "response": "output"})
 _TEXT_SFT = Registered("chat", f"{FORMATS}.text_sft", kwargs=("format",), path="")
+_LETTERS = Registered("prompt", f"{FORMATS}.letter_count")
 _MAGPIE = Registered("chat", "sharegpt")
 _DOCUMENTS = Registered("document")
 _DOCUMENT_SETS = [
@@ -69,6 +72,12 @@ REGISTERED: dict[str, Registered] = {
     "text_sft_jsonl": _TEXT_SFT,
     "mlabonne/orpo-dpo-mix-40k": Registered("pair", f"{FORMATS}.turns_preference"),
     "trl-lib/kto-mix-14k": Registered("feedback"),
+    "trl-lib/tldr": Registered("prompt", f"{FORMATS}.prompt"),
+    "d1shs0ap/countdown": Registered("prompt", f"{FORMATS}.countdown"),
+    "openai/gsm8k": Registered("prompt", f"{FORMATS}.gsm8k"),
+    "oumi-ai/oumi-letter-count": _LETTERS,
+    "oumi-ai/oumi-letter-count-clean": _LETTERS,
+    "oumi-ai/berrybench-v0.1.1": Registered("prompt", f"{FORMATS}.berry_bench"),
     "text_dpo_jsonl": Registered("pair", "prompt_preference", path=""),
     **{name.lower(): _DOCUMENTS._replace(path=name) for name in _DOCUMENT_SETS},
 }
