@@ -21,7 +21,7 @@ from oumi_pl.data.stream_loader import StreamLoader
 from oumi_pl.data.template import ChatTemplate
 from oumi_pl.data.tokenizers import TokenizerFactory, load_tokenizer
 from oumi_pl.errors import UserError
-from oumi_pl.types import SPLITS
+from oumi_pl.types import SPLITS, Row
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -161,6 +161,10 @@ class TextData(L.LightningDataModule):
     @abstractmethod
     def prompts(self, split: str) -> Iterator[tuple[list[int], str]]:
         """Prompt ids and reference answer of each row of a split, for sampling completions."""
+
+    def prompts_with_rows(self, split: str) -> Iterator[tuple[list[int], str, Row]]:
+        """As `prompts`, each with the columns of its row, which `predict` writes beside the completion."""
+        return ((ids, reference, {}) for ids, reference in self.prompts(split))
 
     @abstractmethod
     def report(self) -> dict[str, Any]:
@@ -380,12 +384,11 @@ class TextData(L.LightningDataModule):
         split = next((s for s in ("predict", "test", "validation") if self.sources[s] is not None), None)
         if split is None:
             raise UserError("data.predict: `predict` needs a source of prompts here, and the recipe names none")
-        rows = [(row, ids, reference) for row, (ids, reference) in enumerate(self.prompts(split))]
+        rows = [(number, *prompt) for number, prompt in enumerate(self.prompts_with_rows(split), 1)]
         layout = self.layout
         share = rows[layout.rank :: layout.ranks]
         return DataLoader(share, batch_size=self.eval_batch_size, collate_fn=_prompt_batch)  # type: ignore[arg-type]
 
 
-def _prompt_batch(rows: list[tuple[int, list[int], str]]) -> dict[str, list[Any]]:
-    numbers, prompts, references = zip(*rows, strict=True)
-    return {"rows": list(numbers), "prompts": list(prompts), "references": list(references)}
+def _prompt_batch(rows: list[tuple[int, list[int], str, Row]]) -> dict[str, list[Any]]:
+    return dict(zip(("rows", "prompts", "references", "columns"), map(list, zip(*rows, strict=True)), strict=True))

@@ -2,7 +2,7 @@
 
 import inspect
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -241,8 +241,9 @@ def build_model(
     if base is None:
         hf = _random_weights(hf_config, attn, dtype, trust_remote_code, scoring)
     else:
-        drops = any("layer" in key for key in config or {})
-        hf = _pretrained(base, hf_config, attn, dtype, scoring, drops_layers=drops, **_quantized(quantization), **hub)
+        hf = _pretrained(
+            base, hf_config, attn, dtype, scoring, overrides=config or {}, **_quantized(quantization), **hub
+        )
     if scoring:
         _refuse_other_heads(hf)
     attention.separate_frequencies(hf)
@@ -333,10 +334,16 @@ def _random_weights(
 
 
 def _pretrained(
-    model: str, hf_config: "PretrainedConfig", attn: str | None, dtype: DType, scoring: bool, **kwargs: Any
+    model: str,
+    hf_config: "PretrainedConfig",
+    attn: str | None,
+    dtype: DType,
+    scoring: bool,
+    *,
+    overrides: Mapping[str, Any],
+    **kwargs: Any,
 ) -> "PreTrainedModel":
     _refuse_without_weights(Path(model))
-    drops_layers = kwargs.pop("drops_layers", False)
     loaded_dtype = dtype if dtype == "auto" else _torch_dtype(dtype)
     kwargs |= {"config": hf_config, "attn_implementation": attn, "dtype": loaded_dtype}
     # mismatches are reported below in one line: transformers would print a table and fill in random weights
@@ -354,10 +361,15 @@ def _pretrained(
             f"and {list(own)} here"
         )
     # a causal LM has no scoring head yet
-    if not drops_layers and (dropped := _dropped_layers(hf, info["unexpected_keys"])):
+    if dropped := _dropped_layers(hf, info["unexpected_keys"]):
+        if set(overrides) & set(hf_config.to_dict()):
+            raise UserError(
+                f"model.config ({', '.join(overrides)}): {len(dropped)} trained weights of {model} would be left out, "
+                f"first {dropped[0]}: layers can't be taken from a trained model; leave the value out"
+            )
         raise UserError(
-            f"model: {model} has weights of more layers than its config.json, first {dropped}: they would be dropped; "
-            "correct the config (num_hidden_layers), or set it in model.config to drop them"
+            f"model: {model} has weights of more layers than its config.json, first {dropped[0]}: they would be "
+            "dropped; correct the config (num_hidden_layers)"
         )
     new_head = {f"{SCORE}.weight"} if scoring else set()
     if missing := sorted(set(info["missing_keys"]) - new_head):
@@ -368,14 +380,14 @@ def _pretrained(
     return keep_differentiable(hf)
 
 
-def _dropped_layers(hf: "PreTrainedModel", unexpected: Any) -> str:
-    """The first weight of a layer beyond the last that the model has; empty without one."""
+def _dropped_layers(hf: "PreTrainedModel", unexpected: Iterable[str]) -> list[str]:
+    """The weights of layers beyond the last that the model has, sorted."""
     last = {name: len(part) - 1 for name, part in hf.named_modules() if isinstance(part, nn.ModuleList)}
-    for name in sorted(unexpected):
-        for match in _NUMBER.finditer(name):
-            if int(match[1]) > last.get(name[: match.start()], 10**9):
-                return name
-    return ""
+    return [
+        name
+        for name in sorted(unexpected)
+        if any(int(match[1]) > last.get(name[: match.start()], 10**9) for match in _NUMBER.finditer(name))
+    ]
 
 
 _NUMBER = re.compile(r"\.(\d{1,9})(?=\.)")

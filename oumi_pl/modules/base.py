@@ -42,7 +42,7 @@ from oumi_pl.modules.reference import Reference
 from oumi_pl.modules.update import RestorableModule, Split
 from oumi_pl.optim import Constant, Schedule, fuse, parameter_groups, scale_rates
 from oumi_pl.runs.checkpoints import AtomicCheckpointIO
-from oumi_pl.types import SPLITS, Batch, RunData
+from oumi_pl.types import SPLITS, Batch, RunData, beside
 
 HALF_PRECISION: dict[str, DType] = {"bf16-true": "bfloat16", "16-true": "float16"}
 """Values of `trainer.precision` for which Lightning casts the weights."""
@@ -650,15 +650,22 @@ class LanguageModule(RestorableModule):
     # ---- predict
 
     def predict_step(self, batch: dict[str, Any], batch_idx: int) -> list[dict[str, Any]]:
-        """Completes a batch of prompts: `{row, prompt, completion, reference}` each."""
+        """Completes a batch of prompts: `{row, prompt, completion, reference}` each, beside the columns of its row.
+
+        Rows count from 1. A column with one of these names is kept as `source_NAME`.
+        """
         data = self.data
         assert data is not None
         texts = complete(
             self.causal_lm.hf, data.tokenizer, batch["prompts"], stop=data.stop_tokens, **self.generation_settings
         )
         prompts = [data.tokenizer.decode(ids) for ids in batch["prompts"]]
-        columns = zip(batch["rows"], prompts, texts, batch["references"], strict=True)
-        return [dict(zip(("row", "prompt", "completion", "reference"), line, strict=True)) for line in columns]
+        names = ("row", "prompt", "completion", "reference")
+        values = zip(batch["rows"], prompts, texts, batch["references"], strict=True)
+        return [
+            beside(columns, dict(zip(names, line, strict=True)))
+            for columns, line in zip(batch["columns"], values, strict=True)
+        ]
 
 
 UNFIT = {
