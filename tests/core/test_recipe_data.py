@@ -66,7 +66,7 @@ def test_mixtures():
 def test_the_text_column_of_unregistered_data():
     made = recipe({"dataset_name": "a/b"}, training__trainer_kwargs='{"dataset_text_field": "story"}')
     assert section(made, "data")["train"] == {"path": "a/b", "columns": {"text": "story"}}
-    assert section(made, "data")["train_on"] == "all"
+    assert section(made, "data")["train_on"] == "completion_or_all"
     only = recipe({"dataset_name": "a/b"}, training__trainer_kwargs='{"assistant_only_loss": true, "packing": true}')
     assert (section(only, "data")["train_on"], section(only, "data")["packing"]) == ("assistant", True)
 

@@ -138,6 +138,35 @@ def test_prompt_and_response_columns(tmp_path, model):
     assert texts(data) == [whole(turn("user", "hi") + turn("assistant", "ho"))]
 
 
+@pytest.mark.parametrize(
+    ("kwargs", "row", "expected"),
+    [
+        ("{}", {"prompt": "Q: a", "completion": " b"}, [("Q: a", False), (" b<|im_end|>", True)]),
+        (
+            "{}",
+            {
+                "prompt": [{"role": "user", "content": "a?"}],
+                "completion": [{"role": "assistant", "content": "b"}],
+            },
+            [(turn("user", "a?") + "<|im_start|>assistant\n", False), ("b<|im_end|>", True), ("\n", False)],
+        ),
+        ("{}", {"text": "a b"}, [("a", False), (" b<|im_end|>", True)]),
+        ("{}", CHAT[0], whole("".join(turn(m["role"], m["content"]) for m in CHAT[0]["messages"]))),
+        ('{"completion_only_loss": false}', {"prompt": "Q: a", "completion": " b"}, [("Q", False), (": a b<|im_end|>", True)]),
+        ('{"completion_only_loss": true}', {"prompt": "Q: a", "completion": " b"}, [("Q: a", False), (" b<|im_end|>", True)]),
+    ],
+)
+def test_rows_of_unregistered_data_carry_loss_where_trl_puts_it(tmp_path, model, kwargs, row, expected):
+    (tmp_path / "org").mkdir()
+    write_jsonl(tmp_path / "org/train.jsonl", [row])
+    made = recipe(
+        {"dataset_name": str(tmp_path / "org")}, model__model_name=model, training__trainer_kwargs=kwargs
+    )
+    module, data = instantiate(made.tree)
+    data.tokenizer_spec = module.model_name
+    assert texts(data) == [expected]
+
+
 def pair(tmp_path, model, row, dataset="mlabonne/orpo-dpo-mix-40k", **changes):
     data = data_of(tmp_path, model, [row], {"dataset_name": dataset}, training__trainer_type="TRL_DPO", **changes)
     (example,) = data.examples("train")

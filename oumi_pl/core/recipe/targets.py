@@ -114,12 +114,14 @@ def _by_collator(split: DatasetSplitParams) -> str:
 
 def _by_trl(kwargs: dict[str, Any], notes: Notes) -> str:
     """What TRL trains on of rows that Oumi hands to it as they are."""
+    only = kwargs.get("completion_only_loss")
     if kwargs.get("assistant_only_loss"):
         return "assistant"
-    if kwargs.get("completion_only_loss"):
-        return "completion"
-    if kwargs.get("completion_only_loss") is None and not kwargs.get("dataset_text_field"):
+    if only is None:
         notes.comment(
-            PLACE, "of rows with `prompt` and `completion`, TRL trains on the completion: set train_on: completion"
+            PLACE,
+            "of rows with `prompt` and `completion` the completion, of others all, as in TRL; which also trains what "
+            "the template writes after the end of the completion's turn",
         )
-    return "all"
+        return "completion_or_all"
+    return "completion" if only else "all"
