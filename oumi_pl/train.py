@@ -32,7 +32,7 @@ def train(config: TrainingConfig, engine: Engine | None = None, verbose: bool = 
     Args:
         config: The config. Its paths are not looked at before they are read; `finalize_and_validate` does that.
         engine: `lightning`, `trl` or `hf`; what Oumi's trainer type stands for when left out.
-        verbose: Print what each key of the config became.
+        verbose: Print what each key of the config became. What is done otherwise than in Oumi is printed in any case.
 
     Raises:
         UserError: a key has no counterpart, or whatever else is wrong with config or data.
@@ -40,8 +40,9 @@ def train(config: TrainingConfig, engine: Engine | None = None, verbose: bool = 
     from oumi_pl.callbacks.stopping import Stopped
 
     recipe = to_recipe(config, engine)
-    if verbose:
-        print(listing(recipe), file=sys.stderr)
+    if int(os.environ.get("RANK", "0")) == 0:
+        lines = [*(became(recipe) if verbose else ()), *differences(recipe)]
+        print("".join(f"{line}\n" for line in lines), end="", file=sys.stderr)
     with tempfile.TemporaryDirectory() as scratch:
         name = str(recipe.tree.get("name", "output"))
         file = Path(scratch) / f"{name}.yaml"
@@ -61,11 +62,15 @@ def train(config: TrainingConfig, engine: Engine | None = None, verbose: bool = 
         print(f"output -> {run}")
 
 
-def listing(recipe: Recipe) -> str:
-    """What each key of the config became, one line each, and what is done otherwise than Oumi does it."""
+def became(recipe: Recipe) -> list[str]:
+    """What each key of the config became, one line each."""
     width = max(map(len, recipe.became), default=0)
-    lines = [f"{key:{width}}  {became}" for key, became in recipe.became.items()]
-    return "\n".join([*lines, *(f"note: {text}" for texts in recipe.comments.values() for text in texts)])
+    return [f"{key:{width}}  {meaning}" for key, meaning in recipe.became.items()]
+
+
+def differences(recipe: Recipe) -> list[str]:
+    """What is done otherwise than in Oumi, one line each."""
+    return [f"note: {text}" for texts in recipe.comments.values() for text in texts]
 
 
 def _fit(file: Path, recipe: Recipe, name: str) -> tuple[Any, Path | None]:

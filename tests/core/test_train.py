@@ -88,6 +88,19 @@ def test_each_key_is_told_with_what_it_became(cli):
     assert told["training.learning_rate"] == "model.optimizer.lr"
 
 
+def test_what_differs_from_oumi_is_printed_before_the_run(cli):
+    (cli.directory / "completions").mkdir()
+    cli.write("completions/train.jsonl", jsonl(*({"prompt": f"Q{i}", "completion": f" {i}"} for i in range(8))))
+    data = "--data.train.datasets=[{dataset_name: completions}]"
+    steps = ["--training.max_steps", "1", "--training.save_steps", "0", "--training.save_epoch", "true"]
+    code, _, err = cli.run("train", "-c", "oumi.yaml", data, *steps)
+    assert code == 0, err
+    notes = [line for line in err.splitlines() if line.startswith("note: ")]
+    assert "note: Lightning drives it, and not trl, which can't do checkpoints by epoch here" in notes
+    assert any(line.startswith("note: of rows with `prompt` and `completion` the completion") for line in notes)
+    assert not any(line.startswith("training.") for line in err.splitlines())
+
+
 @pytest.mark.parametrize("engine", ["lightning", "trl"])
 def test_a_run_that_stopped_goes_on(cli, engine):
     options = ["--engine", engine, "--training.save_steps", "1", "--training.lr_scheduler_type", "constant"]

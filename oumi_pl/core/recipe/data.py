@@ -122,7 +122,7 @@ def _last_turns(config: TrainingConfig, notes: Notes) -> dict[str, Any]:
     args |= {"train_on": "last_turn", "max_length": _max_length(config, notes), "group_by_length": False}
     notes.comment(
         "data.init_args.train_on",
-        "as in TRL, where what the template writes after the end of the turn is trained as well",
+        "the last turn is trained as in TRL, which also trains what the template writes after its end",
     )
     return {"class_path": "SFTData", "init_args": args | _loading(config)}
 
@@ -185,7 +185,7 @@ def _common(config: TrainingConfig, notes: Notes) -> dict[str, Any]:
         args["validation"] = _sources(config, "validation", notes)
         if config.data.validation.pack != config.data.train.pack and config.training.trainer_type.name != "PRETRAIN":
             notes.became["data.validation.pack"] = "nothing: evaluation rows are packed where data.train.pack is true"
-            different = "packed if the training rows are; Oumi packs each split by itself"
+            different = "evaluation rows are packed if the training rows are; Oumi packs each split by itself"
             notes.comment("data.init_args.validation", different)
     model, tokenizer = config.model, config.model.tokenizer_name or config.model.model_name
     own = model.load_pretrained_weights and tokenizer == model.model_name

@@ -82,6 +82,6 @@ def to_recipe(config: TrainingConfig, engine: Engine | None = None, devices: int
             "Oumi's own trainer takes one micro-batch, or none",
         )
         if training.max_steps <= 0:
-            different = "its end is that of the run, also where gradients are accumulated"
+            different = "the schedule ends with the run, also where gradients are accumulated"
             notes.comment("model.init_args.schedule", different)
     return Recipe(tree, notes.became, notes.comments, trainer_section.resume(training))

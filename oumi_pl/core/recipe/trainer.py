@@ -91,10 +91,10 @@ def trainer(config: TrainingConfig, notes: Notes, devices: int | None, engine: E
         notes.nothing("training.num_train_epochs", "max_steps wins")
     accumulated = training.gradient_accumulation_steps
     if accumulated != 1 and training.trainer_type.name in ("OUMI", "TRL_DPO", "DPO", "TRL_KTO", "KTO"):
-        different = "an update is the mean over all of it; in Oumi, that of the means of its micro-batches"
+        different = "an update is the mean over all micro-batches together; in Oumi, the mean of their means"
         notes.comment("trainer.accumulate_grad_batches", different)
     if training.use_deterministic and not training.full_determinism:
-        notes.comment("trainer.deterministic", "Oumi sets cuDNN alone; this warns of other operations as well")
+        notes.comment("trainer.deterministic", "use_deterministic: Oumi sets cuDNN alone; here, other operations that aren't deterministic warn")
     by_epoch = training.save_epoch and training.save_steps <= 0
     strategy = _strategy(config, notes, devices) if engine == "lightning" else {}
     return (
@@ -133,7 +133,7 @@ def _strategy(config: TrainingConfig, notes: Notes, devices: int | None) -> dict
     import torch
 
     size = devices or int(os.environ.get("WORLD_SIZE", "0")) or max(1, torch.cuda.device_count())
-    notes.comment(STRATEGY, "data_parallel_size is the number of all GPUs")
+    notes.comment(STRATEGY, "FSDP2 shards over all GPUs; data_parallel_size of the recipe is their number")
     notes.became["fsdp.enable_fsdp"] = f"trainer.strategy ModelParallelStrategy (FSDP2) over {size} devices"
     arguments = {"data_parallel_size": size, "tensor_parallel_size": 1}
     return {"strategy": {"class_path": "ModelParallelStrategy", "init_args": arguments}} | section
