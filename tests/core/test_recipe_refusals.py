@@ -122,7 +122,7 @@ def dataset(**fields):
         (dataset(sample_count=0), r"datasets\[0\]\.sample_count: is 0"),
         ({"dataset": {"dataset_name": "text_sft"}}, r"dataset_path: missing: text_sft reads a local file"),
         ({"dataset": {"dataset_name": "PromptResponseDataset"}}, r"dataset_kwargs\.hf_dataset_path: missing"),
-        ({"dataset": {"dataset_name": "nvidia/ChatQA-Training-Data"}}, r"dataset_name: .*text_sft_jsonl"),
+        ({"dataset": {"dataset_name": "nvidia/ChatRAG-Bench"}}, r"dataset_name: .*text_sft_jsonl"),
         (
             {"dataset": {"dataset_name": "org/x", "dataset_path": "a.jsonl"}},
             r"dataset_path: Oumi ignores it for 'org/x'",

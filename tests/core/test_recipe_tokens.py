@@ -152,16 +152,22 @@ def test_prompt_and_response_columns(tmp_path, model):
         ),
         ("{}", {"text": "a b"}, [("a", False), (" b<|im_end|>", True)]),
         ("{}", CHAT[0], whole("".join(turn(m["role"], m["content"]) for m in CHAT[0]["messages"]))),
-        ('{"completion_only_loss": false}', {"prompt": "Q: a", "completion": " b"}, [("Q", False), (": a b<|im_end|>", True)]),
-        ('{"completion_only_loss": true}', {"prompt": "Q: a", "completion": " b"}, [("Q: a", False), (" b<|im_end|>", True)]),
+        (
+            '{"completion_only_loss": false}',
+            {"prompt": "Q: a", "completion": " b"},
+            [("Q", False), (": a b<|im_end|>", True)],
+        ),
+        (
+            '{"completion_only_loss": true}',
+            {"prompt": "Q: a", "completion": " b"},
+            [("Q: a", False), (" b<|im_end|>", True)],
+        ),
     ],
 )
 def test_rows_of_unregistered_data_carry_loss_where_trl_puts_it(tmp_path, model, kwargs, row, expected):
     (tmp_path / "org").mkdir()
     write_jsonl(tmp_path / "org/train.jsonl", [row])
-    made = recipe(
-        {"dataset_name": str(tmp_path / "org")}, model__model_name=model, training__trainer_kwargs=kwargs
-    )
+    made = recipe({"dataset_name": str(tmp_path / "org")}, model__model_name=model, training__trainer_kwargs=kwargs)
     module, data = instantiate(made.tree)
     data.tokenizer_spec = module.model_name
     assert texts(data) == [expected]

@@ -34,9 +34,15 @@ def model(config: TrainingConfig, notes: Notes) -> dict[str, Any]:
         frozen = []
         notes.nothing("model.freeze_layers", "Oumi trains the adapters in these layers, and all else is frozen anyway")
     elif frozen:
-        notes.comment("model.init_args.freeze", "freeze_layers: a name that the model doesn't have is refused, and not passed over")
+        notes.comment(
+            "model.init_args.freeze",
+            "freeze_layers: a name that the model doesn't have is refused, and not passed over",
+        )
     if params.model_revision is not None:
-        notes.comment("model.init_args.revision", "model_revision is of the model alone: the tokenizer is that of the default branch")
+        notes.comment(
+            "model.init_args.revision",
+            "model_revision is of the model alone: the tokenizer is that of the default branch",
+        )
     return args | given(
         attn=None if params.attn_implementation == "sdpa" else params.attn_implementation,
         freeze=frozen,

@@ -94,7 +94,10 @@ def trainer(config: TrainingConfig, notes: Notes, devices: int | None, engine: E
         different = "an update is the mean over all micro-batches together; in Oumi, the mean of their means"
         notes.comment("trainer.accumulate_grad_batches", different)
     if training.use_deterministic and not training.full_determinism:
-        notes.comment("trainer.deterministic", "use_deterministic: Oumi sets cuDNN alone; here, other operations that aren't deterministic warn")
+        notes.comment(
+            "trainer.deterministic",
+            "use_deterministic: Oumi sets cuDNN alone; here, other operations that aren't deterministic warn",
+        )
     by_epoch = training.save_epoch and training.save_steps <= 0
     strategy = _strategy(config, notes, devices) if engine == "lightning" else {}
     return (
