@@ -15,7 +15,7 @@ from oumi_pl.core.layout import write_base, write_layout
 from oumi_pl.core.recipe import Engine, Recipe, to_recipe
 from oumi_pl.errors import UserError
 from oumi_pl.runs import lock
-from oumi_pl.runs.folders import CONFIG, read_state
+from oumi_pl.runs.folders import CHECKPOINTS, CONFIG, read_state
 
 LENGTH = ("max_steps", "max_epochs")
 WORDS = {
@@ -91,6 +91,8 @@ def _fit(file: Path, recipe: Recipe, name: str) -> tuple[Any, Path | None]:
         if run and not recipe.resume and _has_ended(Path(run), length):
             print(f"{run} is finished, and has nothing left to train; raise training.max_steps, or num_train_epochs")
             return None, None
+        if run and not recipe.resume and not _can_go_on(Path(run), recipe):
+            run = None
         if run:
             args += [f"--trainer.{key}={value}" for key, value in length.items()]
             try:
@@ -117,6 +119,11 @@ def _has_ended(run: Path, length: dict[str, int]) -> bool:
     state = read_state(run)
     enough = state.get("step", 0) >= length.get("max_steps", math.inf)
     return state.get("status") == "finished" and (enough or all(trainer.get(k) == v for k, v in length.items()))
+
+
+def _can_go_on(run: Path, recipe: Recipe) -> bool:
+    """Whether a run has a checkpoint, or may be killed before its first: a config that writes none begins anew."""
+    return recipe.tree["checkpoint"].get("enabled", True) or any((run / CHECKPOINTS).glob("*"))
 
 
 def _in_oumis_words(message: str) -> str:

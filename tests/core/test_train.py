@@ -122,6 +122,19 @@ def test_with_nothing_to_go_on_with_it_starts_anew_and_else_it_goes_on(cli):
     assert not (cli.directory / "out/run-2").exists()
 
 
+@pytest.mark.parametrize("engine", ["lightning", "trl"])
+def test_no_steps_between_checkpoints_write_none(cli, engine):
+    again = ["--training.try_resume_from_last_checkpoint", "true", "--engine", engine]
+    options = ["--training.save_steps", "0", "--training.max_steps", "1", *again]
+    cli.works("train", "-c", "oumi.yaml", *options, "--training.save_final_model", "false")
+    run = cli.directory / "out/run"
+    assert (run / "metrics_rank0000.jsonl").is_file()
+    assert not list(run.rglob("*.safetensors")) + list(run.rglob("*.ckpt")) + list(run.rglob("*.pt"))
+    cli.works("train", "-c", "oumi.yaml", *options, "--training.max_steps", "2")  # nothing to go on from: anew
+    assert {path.name for path in (cli.directory / "out/run-2").rglob("*.safetensors")} == {"model.safetensors"}
+    assert not list((cli.directory / "out/run-2").rglob("*.pt")) + list((cli.directory / "out/run-2").rglob("*.ckpt"))
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [

@@ -217,8 +217,10 @@ def _checkpoints(training: TrainingParams, notes: Notes) -> dict[str, Any]:
         if training.save_epoch:
             notes.became["training.save_epoch"] = "trainer.callbacks, SaveEachEpoch"
             return {"every": NEVER, "keep": ALL}
-        notes.comment("checkpoint", "none but that of the end: save_steps is 0")
-        return {"every": NEVER}
+        if training.trainer_kwargs.get("load_best_model_at_end"):
+            why = "the best model is kept as a checkpoint, and save_steps: 0 writes none; set save_steps"
+            refuse("training.trainer_kwargs.load_best_model_at_end", why)
+        return {"enabled": False}
     if training.save_epoch:
         notes.nothing("training.save_epoch", "save_steps wins")
     section: dict[str, Any] = {"every": training.save_steps}
