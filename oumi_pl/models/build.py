@@ -20,6 +20,7 @@ from oumi_pl.errors import UserError, nearest, reason
 from oumi_pl.models.hub import locate
 from oumi_pl.models.lm import LM
 from oumi_pl.models.lora import SCORE, merged, with_lora
+from oumi_pl.models.text_part import text_part, whole_model
 from oumi_pl.terminal.screen import working
 
 if TYPE_CHECKING:
@@ -207,12 +208,14 @@ def build_model(
     revision: str | None = None,
     trust_remote_code: bool = False,
     scoring: bool = False,
+    text_only: bool = False,
 ) -> "PreTrainedModel":
     """Builds a causal LM in training mode, with new token rows, frozen parts and adapters; arguments as of the modules.
 
     `model` may also be the folder of an adapter, which is then merged into its base before training. Without `attn`,
     transformers chooses (sdpa if the architecture has it). With `scoring`, builds the architecture's
     sequence-classification model with one label: its head `score`, random if `model` has none, replaces that of the LM.
+    With `text_only`, the text model is taken out of one that has other parts.
 
     Raises:
         UserError: something can't be loaded, or parts don't fit together.
@@ -235,6 +238,8 @@ def build_model(
         hf = _random_weights(hf_config, attn, dtype, trust_remote_code, scoring)
     else:
         hf = _pretrained(base, hf_config, attn, dtype, scoring, **_quantized(quantization), **hub)
+        hf = text_part(hf, attn) if text_only else hf
+        hf.taken_from = None if scoring or text_only else whole_model(hf, base, hf_config, **hub)
     if scoring:
         _refuse_other_heads(hf)
     attention.separate_frequencies(hf)

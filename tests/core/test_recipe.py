@@ -530,3 +530,7 @@ def test_tensorboard_is_on_by_default_where_it_is_installed(installed, monkeypat
 def test_a_config_of_defaults_names_what_is_missing():
     with pytest.raises(UserError, match=r"data\.train\.datasets"):
         to_recipe(TrainingConfig())
+
+
+def test_text_only_takes_the_text_model():
+    assert section(recipe(model__text_only=True), "model")["text_only"] is True

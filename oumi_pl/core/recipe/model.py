@@ -50,6 +50,7 @@ def model(config: TrainingConfig, notes: Notes) -> dict[str, Any]:
         compile=training.compile,
         revision=params.model_revision,
         trust_remote_code=params.trust_remote_code,
+        text_only=params.text_only,
     )
 
 

@@ -63,7 +63,8 @@ class ModelParams(BaseParams):
     shard_for_eval: bool = harmless("only evaluation reads it", False)
     freeze_layers: list[str] = honoured("model.freeze", [])
     """Modules whose weights are not trained, by their dotted names."""
-    text_only: bool = refused("images are not trained on", False)
+    text_only: bool = honoured("model.text_only", False)
+    """Take the text model alone out of one that also sees; else its other parts stay as they are."""
     model_revision: str | None = honoured("model.revision", None)
     tool_call_parser: str | None = harmless("only inference reads it", None)
 
