@@ -39,7 +39,7 @@ def train(config: TrainingConfig, engine: Engine | None = None, verbose: bool = 
     """
     from oumi_pl.callbacks.stopping import Stopped
 
-    recipe = to_recipe(config, engine)
+    recipe = to_recipe(config, engine, online=True)
     if int(os.environ.get("RANK", "0")) == 0:
         lines = [*(became(recipe) if verbose else ()), *differences(recipe)]
         print("".join(f"{line}\n" for line in lines), end="", file=sys.stderr)

@@ -478,6 +478,8 @@ def fit_vocabulary(
 ) -> int:
     """Initialises the rows of added tokens to the mean of the trained rows; returns how many rows were appended.
 
+    A pad token without a row gets one too, so that padded rows can be computed.
+
     With the mean, a new token starts with an average logit (Hewitt 2021, "Initializing New Word Embeddings for
     Pretrained Language Models"). Rows that only pad the vocabulary were never trained, and are left out of the mean.
 
@@ -491,13 +493,15 @@ def fit_vocabulary(
         UserError: the tokenizer has ids without a row in the model, besides the added ones.
     """
     rows = len(cast("Tensor", hf.get_input_embeddings().weight))
-    own = max(set(tokenizer.get_vocab().values()) - {*added_tokens, *known}, default=-1) + 1
+    pad = {tokenizer.pad_token_id} - {None, *range(rows)}
+    own = max(set(tokenizer.get_vocab().values()) - {*added_tokens, *known, *pad}, default=-1) + 1
     if own > rows:
         raise UserError(
             f"model: the tokenizer has {own} tokens, the model's vocabulary {rows}: they don't belong together; "
             "set data.tokenizer to the model's own"
         )
-    if not added_tokens:
+    new = sorted({*added_tokens, *pad})
+    if not new:
         return 0
     needed = vocabulary(tokenizer)
     if needed > rows:
@@ -505,9 +509,7 @@ def fit_vocabulary(
     for layer in (hf.get_input_embeddings(), hf.get_output_embeddings()):
         for values in (getattr(layer, "weight", None), getattr(layer, "bias", None)):
             if values is not None:
-                values[list(added_tokens)] = (
-                    values[: min(added_tokens)].mean(dim=0, dtype=torch.float32).to(values.dtype)
-                )
+                values[new] = values[: min(new)].mean(dim=0, dtype=torch.float32).to(values.dtype)
     return max(0, needed - rows)
 
 

@@ -130,7 +130,9 @@ def test_no_steps_between_checkpoints_write_none(cli, engine):
     run = cli.directory / "out/run"
     assert (run / "metrics_rank0000.jsonl").is_file()
     assert not list(run.rglob("*.safetensors")) + list(run.rglob("*.ckpt")) + list(run.rglob("*.pt"))
-    cli.works("train", "-c", "oumi.yaml", *options, "--training.max_steps", "2")  # nothing to go on from: anew
+    options += ["--training.max_steps", "2", "--model.tokenizer_pad_token", "<|endoftext|>"]
+    cli.works("train", "-c", "oumi.yaml", *options)  # nothing to go on from: anew
+    assert transformers.AutoTokenizer.from_pretrained(cli.directory / "out/run-2").pad_token == "<|endoftext|>"
     assert {path.name for path in (cli.directory / "out/run-2").rglob("*.safetensors")} == {"model.safetensors"}
     assert not list((cli.directory / "out/run-2").rglob("*.pt")) + list((cli.directory / "out/run-2").rglob("*.ckpt"))
 

@@ -189,7 +189,8 @@ def _common(config: TrainingConfig, notes: Notes) -> dict[str, Any]:
             notes.comment("data.init_args.validation", different)
     model, tokenizer = config.model, config.model.tokenizer_name or config.model.model_name
     own = model.load_pretrained_weights and tokenizer == model.model_name
-    return args if own else args | {"tokenizer": tokenizer}
+    args |= {} if own else {"tokenizer": tokenizer}
+    return args | given(pad_token=model.tokenizer_pad_token or model.tokenizer_kwargs.get("pad_token"))
 
 
 def _sources(config: TrainingConfig, name: str, notes: Notes) -> Any:

@@ -30,18 +30,21 @@ class Recipe:
     resume: str | None = None
 
 
-def to_recipe(config: TrainingConfig, engine: Engine | None = None, devices: int | None = None) -> Recipe:
+def to_recipe(
+    config: TrainingConfig, engine: Engine | None = None, devices: int | None = None, *, online: bool = False
+) -> Recipe:
     """Converts an Oumi config: each field is honoured with the same meaning, or refused by its name.
 
     Args:
         config: The config, finalized or not.
         engine: What drives the training loop; what Oumi's trainer type does so with when left out.
         devices: Devices per node; as many as there are when left out.
+        online: Whether to ask the hub if the tokenizer has a chat template, unless its files are on this machine.
 
     Raises:
         UserError: a field has no counterpart; the message begins with its dotted path.
     """
-    notes = Notes()
+    notes = Notes(online=online)
     note_fields(config, notes)
     kind = data_section.kind(config, notes)
     note_kwargs(config, kind, notes)
