@@ -13,17 +13,11 @@ import yaml
 from oumi_pl.core.configs import PeftSaveMode, TrainingConfig
 from oumi_pl.core.layout import write_base, write_layout
 from oumi_pl.core.recipe import Engine, Recipe, to_recipe
-from oumi_pl.errors import UserError
+from oumi_pl.core.words import spoken
 from oumi_pl.runs import lock
 from oumi_pl.runs.folders import CHECKPOINTS, CONFIG, read_state
 
 LENGTH = ("max_steps", "max_epochs")
-WORDS = {
-    "--resume": "training.resume_from_checkpoint",
-    "--trainer.max_steps": "--training.max_steps",
-    "--trainer.max_epochs": "--training.num_train_epochs",
-}
-"""Options of `fit` -> those of `train`."""
 
 
 def train(config: TrainingConfig, engine: Engine | None = None, verbose: bool = False) -> None:
@@ -48,7 +42,8 @@ def train(config: TrainingConfig, engine: Engine | None = None, verbose: bool = 
         file = Path(scratch) / f"{name}.yaml"
         file.write_text(yaml.safe_dump(recipe.tree, sort_keys=False), encoding="utf-8")
         try:
-            made, run = _fit(file, recipe, name)
+            with spoken():
+                made, run = _fit(file, recipe, name)
         except Stopped:  # by Ctrl-C, say: what is there so far is to be found where it always is
             if stopped := _newest(Path(recipe.tree["runs_dir"]).expanduser(), name):
                 write_layout(Path(stopped), config)
@@ -95,10 +90,7 @@ def _fit(file: Path, recipe: Recipe, name: str) -> tuple[Any, Path | None]:
             run = None
         if run:
             args += [f"--trainer.{key}={value}" for key, value in length.items()]
-            try:
-                folder, name, args = files.resume_arguments("fit", run, name, args, tree)
-            except UserError as error:
-                raise UserError(_in_oumis_words(str(error))) from error
+            folder, name, args = files.resume_arguments("fit", run, name, args, tree)
             assert folder is not None  # which only `auto` may leave out
             tree = files.check(folder / CONFIG)
     made: Any = CLI(["fit", *args], recipe=name, resume=folder, trees=[tree])
@@ -124,10 +116,3 @@ def _has_ended(run: Path, length: dict[str, int]) -> bool:
 def _can_go_on(run: Path, recipe: Recipe) -> bool:
     """Whether a run has a checkpoint, or may be killed before its first: a config that writes none begins anew."""
     return recipe.tree["checkpoint"].get("enabled", True) or any((run / CHECKPOINTS).glob("*"))
-
-
-def _in_oumis_words(message: str) -> str:
-    """What is wrong with resuming, under the names that these options have here."""
-    for native, ours in WORDS.items():
-        message = message.replace(native, ours)
-    return message
