@@ -51,6 +51,20 @@ def kind(config: TrainingConfig, notes: Notes) -> str:
     return module
 
 
+def refuse_images(config: TrainingConfig) -> None:
+    """Refuses data with images by that reason, before whatever else such a config says.
+
+    Raises:
+        UserError: a dataset or a collator is for images.
+    """
+    for name in ("train", "validation"):
+        split: DatasetSplitParams = getattr(config.data, name)
+        for number, dataset in enumerate(split.datasets):
+            entry_of(dataset, f"data.{name}.datasets[{number}]")
+        if (split.collator_name or "").startswith("vision"):
+            refuse(f"data.{name}.collator_name", f"{split.collator_name} is for images, and images are not trained on")
+
+
 def data(config: TrainingConfig, kind: str, notes: Notes) -> dict[str, Any]:
     """The section `data`.
 
@@ -173,6 +187,10 @@ def _documents(config: TrainingConfig, notes: Notes) -> dict[str, Any]:
 
 def _common(config: TrainingConfig, notes: Notes) -> dict[str, Any]:
     """Sources and tokenizer."""
+    for name in ("train", "validation"):
+        if getattr(config.data, name).use_torchdata:
+            why = "true is set, and has no counterpart: torchdata's pipelines are not used; leave it out"
+            refuse(f"data.{name}.use_torchdata", why)
     args: dict[str, Any] = {"train": _sources(config, "train", notes)}
     if config.training.eval_strategy == "no":
         for path in list(notes.became):

@@ -164,8 +164,9 @@ def _quantization(config: TrainingConfig, notes: Notes) -> dict[str, Any]:
     peft = config.peft
     if not peft.q_lora:
         return {}
-    if config.fsdp.enable_fsdp:
-        refuse("peft.q_lora", "a quantized base is not sharded; leave fsdp out, or train LoRA on a whole base")
+    if config.is_sharded:
+        section = "fsdp" if config.fsdp.enable_fsdp else "deepspeed"
+        refuse("peft.q_lora", f"a quantized base is not sharded; leave {section} out, or train LoRA on a whole base")
     if peft.q_lora_bits == 8:
         return {"quantization": "int8"}
     if peft.bnb_4bit_quant_type != "nf4":

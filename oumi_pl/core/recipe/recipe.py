@@ -45,6 +45,7 @@ def to_recipe(
         UserError: a field has no counterpart; the message begins with its dotted path.
     """
     notes = Notes(online=online)
+    data_section.refuse_images(config)
     note_fields(config, notes)
     kind = data_section.kind(config, notes)
     note_kwargs(config, kind, notes)

@@ -18,7 +18,7 @@ from oumi_pl.core.configs.params.base_params import (
     refused,
 )
 from oumi_pl.core.configs.params.gkd_params import GkdParams
-from oumi_pl.core.configs.params.unsupported_params import GoldParams, GrpoParams
+from oumi_pl.core.configs.params.unsupported_params import GoldParams, GrpoParams, Unsupported
 
 NOT_HERE = ("TRL_GRPO", "TRL_GOLD", "VERL_GRPO")
 LONGEST_NAME = 100
@@ -270,6 +270,9 @@ class TrainingParams(BaseParams):
         yield from self._none_of("logging_strategy", ("steps", "epoch", "no"))
         yield from self._none_of("eval_strategy", ("steps", "epoch", "no"))
         yield from self._interval_problems()
+        for section, params in self:
+            if isinstance(params, Unsupported):
+                yield from (f"{section}.{problem}" for problem in params.unsupported())
         for name in ("reward_functions", "reward_function_kwargs", "verl_config_overrides"):
             if any(getattr(self, name) or ()):
                 yield f"{name}: reinforcement learning is not among the trainer types here; remove it"
