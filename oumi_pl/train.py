@@ -6,6 +6,7 @@ import re
 import sys
 import tempfile
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import yaml
@@ -116,3 +117,14 @@ def _has_ended(run: Path, length: dict[str, int]) -> bool:
 def _can_go_on(run: Path, recipe: Recipe) -> bool:
     """Whether a run has a checkpoint, or may be killed before its first: a config that writes none begins anew."""
     return recipe.tree["checkpoint"].get("enabled", True) or any((run / CHECKPOINTS).glob("*"))
+
+
+class _Module(ModuleType):
+    """Lets `from oumi_pl import train; train(config)` work as in Oumi: the name is this module, and the function."""
+
+    def __call__(self, config: TrainingConfig, engine: Engine | None = None, verbose: bool = False) -> None:
+        """As the function `train`."""
+        train(config, engine, verbose)
+
+
+sys.modules[__name__].__class__ = _Module

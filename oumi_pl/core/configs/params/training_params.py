@@ -5,6 +5,7 @@ import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from enum import Enum, StrEnum
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -235,6 +236,18 @@ class TrainingParams(BaseParams):
     nccl_default_timeout_minutes: float | None = refused("set `timeout` of trainer.strategy in the recipe", None)
     label_ignore_index: int | None = harmless("tokens without loss are marked by a mask", None)
     """Label of tokens without loss; null: -100, or the model's."""
+
+    def to_hf(self, training_config: Any = None) -> Any:
+        """The arguments of transformers' or TRL's trainer that these parameters stand for.
+
+        Args:
+            training_config: Not used; here because Oumi's signature has it.
+
+        Raises:
+            UserError: an argument is unknown, or set twice.
+        """
+        # imported by name, since reading a config must not import these libraries
+        return import_module("oumi_pl.core.trainers.hyperparameters").to_hf(self)
 
     @property
     def telemetry_dir(self) -> Path | None:
