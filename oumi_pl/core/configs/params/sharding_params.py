@@ -111,7 +111,7 @@ OFFLOAD: dict[str, Any] = {
     "block_size": 1_048_576, "queue_depth": 8, "single_submit": False, "overlap_events": True, "thread_count": 1,
 }  # fmt: skip
 DEEPSPEED: dict[str, Any] = {
-    "precision": (DeepSpeedPrecision | None, None), "overlap_comm": False, "contiguous_gradients": True,
+    "overlap_comm": False, "contiguous_gradients": True,
     "reduce_bucket_size": (int | str, 500_000_000), "allgather_bucket_size": 500_000_000,
     "allgather_partitions": True, "reduce_scatter": True, "round_robin_gradients": False,
     "stage3_prefetch_bucket_size": (int | str, 50_000_000),
@@ -137,6 +137,7 @@ class DeepSpeedParams(BaseParams):
     deepspeed_config_path: str | Path | None = refused("name zero_stage and precision in this section", None)
     """A configuration in DeepSpeed's own JSON, which replaces all other fields."""
     zero_stage: ZeRORuntimeStage = honoured("trainer.strategy: ddp for ZERO_0, else FSDP2", ZeRORuntimeStage.ZERO_0)
+    precision: DeepSpeedPrecision | None = honoured("trainer.precision", None)
     offload_optimizer: OffloadConfig | None = None
     offload_param: OffloadConfig | None = None
     train_batch_size: int | str = "auto"
