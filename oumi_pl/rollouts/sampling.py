@@ -117,8 +117,8 @@ def draw(logps: Tensor, numbers: Tensor) -> Tensor:
     """Draws from log-probabilities `[rows, vocab]` with one number from 0 to 1 per row; returns `[rows, 1]`."""
     # float64: with float32 the sum over a large vocabulary would miss rare tokens
     cumulated = logps.double().exp().cumsum(-1)
-    wanted = numbers.to(cumulated)[:, None] * cumulated[:, -1:]
-    drawn = torch.searchsorted(cumulated, wanted, right=True)
+    thresholds = numbers.to(cumulated)[:, None] * cumulated[:, -1:]
+    drawn = torch.searchsorted(cumulated, thresholds, right=True)
     # a number just below 1 can lie beyond the last token with a probability
     last = (logps > -torch.inf).long().cumsum(-1).argmax(-1, keepdim=True)
     return torch.minimum(drawn, last)

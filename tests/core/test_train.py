@@ -142,7 +142,7 @@ def test_no_steps_between_checkpoints_write_none(cli, engine):
     [
         (["--training.max_step", "3"], "max_steps"),
         (["--engine", "tlr"], "invalid choice: 'tlr'"),
-        (["--training.trainer_type", "TRL_GRPO"], "TRL_GRPO"),
+        (["--training.trainer_type", "TRL_GOLD"], "TRL_GOLD"),
         (["--data.train.datasets=[{dataset_name: text_sft, dataset_path: gone.jsonl}]"], "gone.jsonl"),
     ],
 )

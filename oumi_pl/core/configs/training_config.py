@@ -17,7 +17,12 @@ from oumi_pl.core.configs.params.training_params import (
     TrainingParams,
 )
 
-TRL = (TrainerType.TRL_SFT, TrainerType.TRL_DPO, TrainerType.TRL_KTO, TrainerType.TRL_GKD)
+TRL = (
+    *(TrainerType.TRL_SFT, TrainerType.TRL_DPO, TrainerType.TRL_KTO, TrainerType.TRL_GKD),
+    TrainerType.TRL_GRPO,
+)
+WITH_MAX_LENGTH = TRL[:4]
+"""Types whose TRL config has `max_length`."""
 VISION_COLLATOR = "vision_language_sft"
 
 
@@ -71,7 +76,7 @@ class TrainingConfig(BaseConfig):
     def _settle(self) -> None:
         """Copies what one section says for another."""
         model, training, length = self.model, self.training, self.model.model_max_length
-        if length is not None and length > 0 and training.trainer_type in TRL:
+        if length is not None and length > 0 and training.trainer_type in WITH_MAX_LENGTH:
             if (given := self._kwargs.get("max_length")) not in (None, length):
                 message = (
                     f"training.trainer_kwargs.max_length is {given}, and model.model_max_length {length}, which wins"

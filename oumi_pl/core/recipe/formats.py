@@ -6,7 +6,7 @@ from oumi_pl.data import formats
 from oumi_pl.data.preferences import prompt_preference
 from oumi_pl.data.turns import column, is_missing, optional_text, plain, text_column, tools_column, turns_column
 from oumi_pl.errors import UserError
-from oumi_pl.types import Conversation, Message, Preference, Row
+from oumi_pl.types import Conversation, Message, Preference, Record, Row, Text
 
 WITH_INPUT = (
     "Below is an instruction that describes a task, paired with an input that provides further context. "
@@ -193,6 +193,79 @@ def turns_preference(row: Row) -> Preference:
     turns = {name: _turns(row.get(name), "assistant") for name in ("chosen", "rejected")}
     prompt: Any = row.get("prompt")
     return prompt_preference({**row, **turns, "prompt": [prompt] if isinstance(prompt, dict) else prompt})
+
+
+def prompt(row: Row) -> Record:
+    """Reads `prompt`: turns, or text that no chat template renders, as in TRL.
+
+    Raises:
+        UserError: it is neither.
+    """
+    if isinstance(row.get("prompt"), str):
+        return Text(text_column(row, "prompt"))
+    return Conversation(turns_column(row, "prompt"))
+
+
+COUNTDOWN = """A conversation between User and Assistant. The user asks a question, and the Assistant solves it. \
+The assistant first thinks about the reasoning process in the mind and then provides the user with the answer.
+User: Using the numbers {nums}, create an equation that equals {target}. You can use basic arithmetic operations \
+(+, -, *, /) and each number can only be used once. Show your work in <think> </think> tags. And return the final \
+answer in <answer> </answer> tags, for example <answer> (1 + 2) / 3 </answer>.
+Assistant: Let me solve this step by step.
+<think>"""
+"""The prompt of TinyZero (Pan et al. 2025), which Oumi puts into the user's turn."""
+STEP_BY_STEP = 'Let\'s think step by step and output the final answer after "####".'
+"""What verl and Oumi add to GSM8K's questions."""
+BOXED = (
+    "Your final answer should be an integer written as digits and formatted as "
+    r'"\boxed{your_answer}". For example, if the answer is 42, you should output "\boxed{42}".'
+)
+"""The system turn of Oumi's letter counting."""
+AS_JSON = (
+    "Your final answer should be formatted as ```json YOUR_ANSWER```. "
+    'For example, if the answer is {"a": 1}, you should output ```json {"a": 1}}```.'
+)
+"""The system turn of Oumi's BerryBench, with its brace too many."""
+
+
+def countdown(row: Row) -> Conversation:
+    """Reads `nums` and `target`: an equation is asked for.
+
+    Raises:
+        UserError: one of them is missing, or is no number.
+    """
+    try:
+        nums, target = [int(n) for n in row["nums"]], int(row["target"])
+    except (KeyError, TypeError, ValueError):
+        raise UserError("'nums' has to be a list of whole numbers, and 'target' one") from None
+    return Conversation(({"role": "user", "content": COUNTDOWN.format(nums=nums, target=target)},))
+
+
+def gsm8k(row: Row) -> Conversation:
+    """Reads `question`, and asks for the answer after `####`.
+
+    Raises:
+        UserError: it isn't text.
+    """
+    return Conversation(({"role": "user", "content": f"{text_column(row, 'question')} {STEP_BY_STEP}"},))
+
+
+def letter_count(row: Row) -> Conversation:
+    """Reads the first turn of `messages`, after a system turn that asks for a box.
+
+    Raises:
+        UserError: a turn isn't a turn.
+    """
+    return Conversation(({"role": "system", "content": BOXED}, turns_column(row, "messages")[0]))
+
+
+def berry_bench(row: Row) -> Conversation:
+    """Reads the first turn of `messages`, after a system turn that asks for JSON.
+
+    Raises:
+        UserError: a turn isn't a turn.
+    """
+    return Conversation(({"role": "system", "content": AS_JSON}, turns_column(row, "messages")[0]))
 
 
 def _turns(value: Any, role: str) -> Any:

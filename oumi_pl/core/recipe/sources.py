@@ -14,10 +14,10 @@ FORMATS = "oumi_pl.core.recipe.formats"
 class Registered(NamedTuple):
     """A registered dataset.
 
-    kind: what its rows are: `chat`, `pair`, `feedback` or `document`. format: of the source; found from the columns if
-    None. columns: of the source. kwargs: what `dataset_kwargs` may hold besides `ANY` and those of its kind. path: id
-    on the hub, where that is not the name it is registered by; empty where `dataset_path` or a keyword has to say.
-    subset: the one that is read where the config names none.
+    kind: what its rows are: `chat`, `pair`, `feedback`, `prompt` or `document`. format: of the source; found from the
+    columns if None. columns: of the source. kwargs: what `dataset_kwargs` may hold besides `ANY` and those of its kind.
+    path: id on the hub, where that is not the name it is registered by; empty where `dataset_path` or a keyword has to
+    say. subset: the one that is read where the config names none.
     """
 
     kind: str
@@ -34,6 +34,7 @@ OF_KIND = {
              "return_conversations", "return_conversations_format"),
     "pair": ("return_tensors",),
     "feedback": ("return_tensors",),
+    "prompt": ("return_conversations",),
     "document": ("seq_length", "dataset_text_field", "append_concat_token", "add_special_tokens", "skip_last"),
 }  # fmt: skip
 """Kind of dataset -> what `dataset_kwargs` may hold for all of them."""
@@ -44,6 +45,7 @@ _QUESTIONS_OR_NOTHING = Registered("chat", f"{FORMATS}.prompt_response_or_nothin
 _MESSAGES = Registered("chat", f"{FORMATS}.messages")
 _TEXT_SFT = Registered("chat", f"{FORMATS}.text_sft", kwargs=("format",), path="")
 _MAGPIE = Registered("chat", f"{FORMATS}.sharegpt")
+_LETTERS = Registered("prompt", f"{FORMATS}.letter_count")
 _DOCUMENTS = Registered("document")
 _DOCUMENT_SETS = [
     "allenai/c4", "allenai/dolma", "bigcode/starcoderdata", "bigcode/the-stack", "cerebras/slimpajama-627b",
@@ -76,6 +78,12 @@ REGISTERED: dict[str, Registered] = {
     "mlabonne/orpo-dpo-mix-40k": Registered("pair", f"{FORMATS}.turns_preference"),
     "nvidia/chatqa-training-data": Registered("chat", f"{FORMATS}.chatqa", subset="sft"),
     "trl-lib/kto-mix-14k": Registered("feedback"),
+    "trl-lib/tldr": Registered("prompt", f"{FORMATS}.prompt"),
+    "d1shs0ap/countdown": Registered("prompt", f"{FORMATS}.countdown"),
+    "openai/gsm8k": Registered("prompt", f"{FORMATS}.gsm8k"),
+    "oumi-ai/oumi-letter-count": _LETTERS,
+    "oumi-ai/oumi-letter-count-clean": _LETTERS,
+    "oumi-ai/berrybench-v0.1.1": Registered("prompt", f"{FORMATS}.berry_bench"),
     "text_dpo_jsonl": Registered("pair", "prompt_preference", path=""),
     **{name.lower(): _DOCUMENTS._replace(path=name) for name in _DOCUMENT_SETS},
 }

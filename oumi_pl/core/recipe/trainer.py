@@ -14,7 +14,8 @@ from oumi_pl.runs.folders import CHECKPOINTS
 Engine = Literal["lightning", "trl", "hf"]
 
 ENGINES: dict[str, Engine] = {
-    "TRL_SFT": "trl", "TRL_DPO": "trl", "TRL_KTO": "trl", "TRL_GKD": "trl", "HF": "hf",
+    "TRL_SFT": "trl", "TRL_DPO": "trl", "TRL_KTO": "trl", "TRL_GKD": "trl", "TRL_GRPO": "trl", "HF": "hf",
+    "VERL_GRPO": "lightning",
     "OUMI": "lightning", "SFT": "lightning", "DPO": "lightning", "KTO": "lightning", "PRETRAIN": "lightning",
 }  # fmt: skip
 """Trainer type -> what drives the training loop."""
@@ -37,7 +38,7 @@ def engine_of(config: TrainingConfig, kind: str, requested: Engine | None, devic
 
     Args:
         config: The config.
-        kind: `SFT`, `DPO`, `KTO`, `Distill` or `Pretrain`.
+        kind: `SFT`, `DPO`, `KTO`, `Distill`, `GRPO` or `Pretrain`.
         requested: By the user; None for that of the trainer type.
         devices: Devices per node; None for as many as there are.
         notes: Where comments go.

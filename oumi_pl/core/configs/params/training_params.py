@@ -19,9 +19,10 @@ from oumi_pl.core.configs.params.base_params import (
     refused,
 )
 from oumi_pl.core.configs.params.gkd_params import GkdParams
-from oumi_pl.core.configs.params.unsupported_params import GoldParams, GrpoParams, Unsupported
+from oumi_pl.core.configs.params.grpo_params import GrpoParams
+from oumi_pl.core.configs.params.unsupported_params import GoldParams, Unsupported
 
-NOT_HERE = ("TRL_GRPO", "TRL_GOLD", "VERL_GRPO")
+NOT_HERE = ("TRL_GOLD",)
 LONGEST_NAME = 100
 """Trackers take names of 128 characters, and put some of their own around this one."""
 
@@ -33,6 +34,8 @@ class TrainerType(Enum):
     TRL_DPO = "trl_dpo"
     TRL_KTO = "trl_kto"
     TRL_GKD = "trl_gkd"
+    TRL_GRPO = "trl_grpo"
+    VERL_GRPO = "verl_grpo"
     HF = "hf"
     OUMI = "oumi"
     SFT = "sft"
@@ -42,9 +45,11 @@ class TrainerType(Enum):
 
 
 THROUGH_TRANSFORMERS = (
-    *(TrainerType.TRL_SFT, TrainerType.TRL_DPO, TrainerType.TRL_KTO, TrainerType.TRL_GKD),
+    *(TrainerType.TRL_SFT, TrainerType.TRL_DPO, TrainerType.TRL_KTO, TrainerType.TRL_GKD, TrainerType.TRL_GRPO),
     TrainerType.HF,
 )
+ONLINE = (TrainerType.TRL_GRPO, TrainerType.VERL_GRPO)
+"""Trainer types that sample completions, and train on their rewards."""
 
 
 class SchedulerType(StrEnum):
@@ -170,9 +175,11 @@ class TrainingParams(BaseParams):
     metrics_function: str | None = refused(
         "there are no functions of metrics; write a callback, or read metrics.csv", None
     )
-    reward_functions: list[str] | None = refused("rewards are for reinforcement learning", None)
-    reward_function_kwargs: dict[str, Any] = refused("rewards are for reinforcement learning", {})
-    grpo: GrpoParams = refused("GRPO is not among the trainer types here", GrpoParams())
+    reward_functions: list[str] | None = honoured("data.reward", None)
+    """Rewards by Oumi's names, or functions `(completion, row) -> float` by their paths."""
+    reward_function_kwargs: dict[str, Any] = refused("write a function without them, and name its path", {})
+    grpo: GrpoParams = honoured("the keys that have a counterpart, one by one", GrpoParams())
+    """The section of TRL_GRPO and VERL_GRPO."""
     gkd: GkdParams = honoured("the keys that have a counterpart, one by one", GkdParams())
     """The section of TRL_GKD."""
     gold: GoldParams = refused("GOLD is not among the trainer types here", GoldParams())
@@ -228,7 +235,8 @@ class TrainingParams(BaseParams):
     """Norm that gradients are clipped to; 0 or null: they are not."""
     trainer_kwargs: dict[str, Any] = honoured("the keys that have a counterpart, one by one", {})
     """Further arguments of transformers' and TRL's trainers, as `beta`."""
-    verl_config_overrides: dict[str, Any] = refused("verl is not driven from here", {})
+    verl_config_overrides: dict[str, Any] = honoured("the keys that have a counterpart, one by one", {})
+    """Keys of verl's own config, of VERL_GRPO."""
     profiler: ProfilerParams = harmless("it is only read while profiling", ProfilerParams())
     telemetry: TelemetryParams = harmless(f"it describes the machine; {THROUGHPUT}", TelemetryParams())
     empty_device_cache_steps: int | None = harmless(SPEED, None)
@@ -287,8 +295,9 @@ class TrainingParams(BaseParams):
             if isinstance(params, Unsupported):
                 yield from (f"{section}.{problem}" for problem in params.unsupported())
         for name in ("reward_functions", "reward_function_kwargs", "verl_config_overrides"):
-            if any(getattr(self, name) or ()):
-                yield f"{name}: reinforcement learning is not among the trainer types here; remove it"
+            only = ONLINE if name != "verl_config_overrides" else ONLINE[1:]
+            if any(getattr(self, name) or ()) and self.trainer_type not in only:
+                yield f"{name}: is for {' and '.join(kind.name for kind in only)}; remove it"
         for key in self.trainer_kwargs if self.trainer_type in THROUGH_TRANSFORMERS else ():
             if key in FIXED:
                 yield f"trainer_kwargs.{key}: is fixed, and can't be set"

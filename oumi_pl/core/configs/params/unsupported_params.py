@@ -9,7 +9,7 @@ from typing import Any
 
 from oumi_pl.core.configs.params.base_params import BaseParams, default_of, with_fields
 
-TEXT, INT, FLOAT = (str | None, None), (int | None, None), (float | None, None)
+TEXT, FLOAT = (str | None, None), (float | None, None)
 
 
 @dataclasses.dataclass
@@ -24,12 +24,6 @@ class Unsupported(BaseParams):
                 yield f"{field.name}: {method} is not among the trainer types here; remove the section"
 
 
-GRPO: dict[str, Any] = {
-    "model_init_kwargs": {}, "max_prompt_length": INT, "max_completion_length": INT, "num_generations": INT,
-    "temperature": 0.9, "remove_unused_columns": False, "repetition_penalty": (float | None, 1.0), "use_vllm": False,
-    "vllm_mode": TEXT, "vllm_gpu_memory_utilization": 0.9, "epsilon": 0.2, "log_completions": False,
-    "rollout_function": TEXT,
-}  # fmt: skip
 GOLD: dict[str, Any] = {
     "teacher_model_name_or_path": TEXT, "teacher_model_init_kwargs": {"torch_dtype": "auto"},
     "teacher_tokenizer_name_or_path": TEXT, "temperature": 0.9, "top_p": 0.95, "top_k": 0, "lmbda": 0.5, "beta": 0.5,
@@ -43,12 +37,7 @@ GOLD: dict[str, Any] = {
     "vllm_tensor_parallel_size": 1, "vllm_guided_decoding_regex": TEXT, "vllm_sync_frequency": 1,
     "vllm_enable_sleep_mode": False,
 }  # fmt: skip
-"""Fields and defaults of Oumi's sections."""
-
-
-@with_fields(GRPO)
-class GrpoParams(Unsupported):
-    """Group-relative policy optimization: not here."""
+"""Fields and defaults of Oumi's section."""
 
 
 @with_fields(GOLD)
