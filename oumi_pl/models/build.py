@@ -19,6 +19,7 @@ from oumi_pl.errors import UserError, is_out_of_memory, nearest, reason
 from oumi_pl.models.hub import locate
 from oumi_pl.models.lm import LM
 from oumi_pl.models.lora import SCORE, merged, with_lora
+from oumi_pl.models.text_part import text_part, whole_model
 from oumi_pl.runs.files import parse
 from oumi_pl.terminal.screen import working
 
@@ -214,12 +215,14 @@ def build_model(
     revision: str | None = None,
     trust_remote_code: bool = False,
     scoring: bool = False,
+    text_only: bool = False,
 ) -> "PreTrainedModel":
     """Builds a causal LM in training mode, with new token rows, frozen parts and adapters; arguments as of the modules.
 
     `model` may also be the folder of an adapter, which is then merged into its base before training. Without `attn`,
     transformers chooses (sdpa if the architecture has it). With `scoring`, builds the architecture's
     sequence-classification model with one label: its head `score`, random if `model` has none, replaces that of the LM.
+    With `text_only`, the text model is taken out of one that has other parts.
 
     Raises:
         UserError: something can't be loaded, or parts don't fit together.
@@ -244,6 +247,8 @@ def build_model(
         hf = _pretrained(
             base, hf_config, attn, dtype, scoring, overrides=config or {}, **_quantized(quantization), **hub
         )
+        hf = text_part(hf, attn) if text_only else hf
+        hf.taken_from = None if scoring or text_only else whole_model(hf, base, hf_config, **hub)
     if scoring:
         _refuse_other_heads(hf)
     attention.separate_frequencies(hf)
@@ -527,6 +532,8 @@ def fit_vocabulary(
 ) -> int:
     """Initialises the rows of added tokens to the mean of the trained rows; returns how many rows were appended.
 
+    A pad token without a row gets one too, so that padded rows can be computed.
+
     With the mean, a new token starts with an average logit (Hewitt 2021, "Initializing New Word Embeddings for
     Pretrained Language Models"). Rows that only pad the vocabulary were never trained, and are left out of the mean.
 
@@ -540,13 +547,15 @@ def fit_vocabulary(
         UserError: the tokenizer has ids without a row in the model, besides the added ones.
     """
     rows = len(cast("Tensor", hf.get_input_embeddings().weight))
-    own = max(set(tokenizer.get_vocab().values()) - {*added_tokens, *known}, default=-1) + 1
+    pad = {tokenizer.pad_token_id} - {None, *range(rows)}
+    own = max(set(tokenizer.get_vocab().values()) - {*added_tokens, *known, *pad}, default=-1) + 1
     if own > rows:
         raise UserError(
             f"model: the tokenizer has {own} tokens, the model's vocabulary {rows}: they don't belong together; "
             "set data.tokenizer to the model's own"
         )
-    if not added_tokens:
+    new = sorted({*added_tokens, *pad})
+    if not new:
         return 0
     needed = vocabulary(tokenizer)
     if needed > rows:
@@ -554,9 +563,7 @@ def fit_vocabulary(
     for layer in (hf.get_input_embeddings(), hf.get_output_embeddings()):
         for values in (getattr(layer, "weight", None), getattr(layer, "bias", None)):
             if values is not None:
-                values[list(added_tokens)] = (
-                    values[: min(added_tokens)].mean(dim=0, dtype=torch.float32).to(values.dtype)
-                )
+                values[new] = values[: min(new)].mean(dim=0, dtype=torch.float32).to(values.dtype)
     return max(0, needed - rows)
 
 
