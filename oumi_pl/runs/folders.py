@@ -245,8 +245,9 @@ def read_metrics(run: Path, only: Collection[str] | None = None) -> dict[str, Co
 
 def step_in(cell: str | None) -> int | None:
     """The step in a cell of `metrics.csv`; None if there is no number, or one that is no step."""
-    is_step = bool(cell) and len(cell or "") <= files.LONGEST and cell.isascii() and cell.isdigit()
-    return int(cell) if is_step else None
+    if not cell or len(cell) > files.LONGEST or not (cell.isascii() and cell.isdigit()):
+        return None
+    return int(cell)
 
 
 def recent(values: Sequence[float]) -> float:
