@@ -126,7 +126,9 @@ def from_folder(name: str, trust_remote_code: bool = False, architecture: str | 
     quiet()
     path = locate(name, "--model")
     adapter = Path(path) / "adapter_config.json"
-    if adapter.is_file() and (base := json.loads(adapter.read_text()).get("base_model_name_or_path")):
+    from oumi_pl.models.build import read_adapter_config
+
+    if adapter.is_file() and (base := read_adapter_config(Path(path)).get("base_model_name_or_path")):
         locate(base, f"--model: the base of the adapter {name}")
     if architecture is not None:
         from oumi_pl.models.architectures import register_architecture

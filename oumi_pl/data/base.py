@@ -46,6 +46,7 @@ class TextData(L.LightningDataModule):
         predict: Source of prompts for `predict`; the test or validation rows when left out.
         group: Column whose value keeps rows on the same side instead of the prompt: a customer, a document.
         tokenizer: Hub id or directory, or a class that builds one; the model's own when left out.
+        pad_token: Token that the exported tokenizer fills rows with, added if it is new; its own when left out, or EOS.
         max_length: Tokens of the longest row.
         batch_size: Rows per micro-batch and device.
         eval_batch_size: The same for validation and test; `batch_size` when left out.
@@ -76,6 +77,7 @@ class TextData(L.LightningDataModule):
         *,
         group: str | None = None,
         tokenizer: str | TokenizerFactory | None = None,
+        pad_token: str | None = None,
         max_length: int = 1024,
         batch_size: int = 8,
         eval_batch_size: int | None = None,
@@ -105,6 +107,7 @@ class TextData(L.LightningDataModule):
             raise UserError("data.group keeps rows together when a fraction is held out; set data.validation to one")
         self.group = group
         self.tokenizer_spec = tokenizer
+        self.pad_token = pad_token
         self.max_length = max_length
         self.batch_size = batch_size
         self.eval_batch_size = eval_batch_size or batch_size
@@ -232,6 +235,8 @@ class TextData(L.LightningDataModule):
             raise UserError("data.tokenizer: no tokenizer is named, and a model with random weights has none")
         tokenizer = load_tokenizer(spec, self.trust_remote_code)
         self.own_template, self.own_pad = tokenizer.chat_template, tokenizer.pad_token
+        if self.pad_token is not None:  # no added token, since its row in the model is never trained
+            tokenizer.add_special_tokens({"pad_token": self.pad_token})
         self.added_tokens = self.prepare_tokenizer(tokenizer)
         return tokenizer
 

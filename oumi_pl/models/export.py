@@ -18,8 +18,11 @@ from oumi_pl.models.build import is_sharded, keep_differentiable, without_load_r
 from oumi_pl.models.given import is_plain
 from oumi_pl.models.lm import LM
 from oumi_pl.models.lora import merged
+from oumi_pl.models.text_part import copy_processors, put_back
 from oumi_pl.runs.checkpoints import read_sharded
-from oumi_pl.runs.files import HALF, put, remove
+from oumi_pl.runs.checksums import refuse_damaged
+from oumi_pl.runs.files import put, remove
+from oumi_pl.runs.folders import half_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -44,6 +47,8 @@ def export_model(
     expected: Tensor | None = None,
 ) -> None:
     """Writes a folder that the `from_pretrained` of the model's class loads, with the live model's outputs.
+
+    A text model that was taken out of one with other parts (a vision tower) is put back: the folder holds them all.
 
     The folder appears once it is complete and was compared: it is loaded, which takes the memory of the model once more
     on the host, and its logits of a few tokens are compared with those of the live model. Under FSDP2 all ranks have
@@ -83,7 +88,12 @@ def export_model(
     if is_adapter and not merge:
         kwargs["save_embedding_layers"] = False  # the adapter holds their trained rows, the base on disk the others
     with _folder(directory) as half, _generation_config(hf, tokenizer, stop_tokens) as generation:
-        hf.save_pretrained(half, **kwargs)
+        whole_base = None if is_adapter and not merge else getattr(hf, "taken_from", None)
+        if whole_base is None:
+            hf.save_pretrained(half, **kwargs)
+        else:
+            put_back(whole_base, hf, hf.state_dict() if state is None else state).save_pretrained(half)
+            copy_processors(whole_base, half)
         if is_adapter and not merge and any(config.use_dora for config in hf.peft_config.values()):
             _rename_magnitudes(half / "adapter_model.safetensors")
         if generation is not None:
@@ -153,8 +163,9 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
     Tensors of a file are memory-mapped.
 
     Raises:
-        UserError: if it is not a checkpoint.
+        UserError: if it is not a checkpoint, or damaged.
     """
+    refuse_damaged(path)
     try:
         if path.is_file():
             return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
@@ -251,12 +262,12 @@ def _argument(config: Mapping[str, Any], section: str, name: str) -> Any:
 @contextmanager
 def _folder(directory: Path) -> Iterator[Path]:
     """A temporary folder beside `directory` that replaces it if nothing fails."""
-    half = directory.with_name(directory.name + HALF)
     try:
-        if directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
+        if directory.is_symlink() or (directory.exists() and (not directory.is_dir() or any(directory.iterdir()))):
             raise UserError(f"{directory} is there and not an empty folder; export to another one")
-        remove(half)
-        half.mkdir(parents=True)
+        directory.parent.mkdir(parents=True, exist_ok=True)
+        half = half_of(directory)
+        half.mkdir()
     except OSError as error:
         raise UserError(f"can't write to {directory}: {error.strerror}") from error
     try:

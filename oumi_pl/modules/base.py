@@ -95,6 +95,8 @@ class LanguageModule(RestorableModule):
         compile: Compile the model's layers with `torch.compile`.
         revision: Branch, tag or commit of the model on the hub.
         trust_remote_code: Run code that came with the model.
+        text_only: Of a model with other parts, such as a vision tower, take and export the text model alone. Otherwise
+            the text is trained, and the export keeps the other parts as they are.
         optimizer: Class and arguments of the optimizer.
         schedule: Learning rate over optimizer steps.
         groups: Names of modules or parameters, with `*` for any text -> settings of the optimizer for them:
@@ -135,6 +137,7 @@ class LanguageModule(RestorableModule):
         compile: bool = False,
         revision: str | None = None,
         trust_remote_code: bool = False,
+        text_only: bool = False,
         optimizer: OptimizerCallable = lambda params: AdamW(params, lr=2e-5, weight_decay=0.0),
         schedule: Schedule | None = None,
         groups: dict[str, dict[str, Any]] | None = None,
@@ -179,6 +182,7 @@ class LanguageModule(RestorableModule):
         self.compile_layers = compile
         self.revision = revision
         self.trust_remote_code = trust_remote_code
+        self.text_only = text_only
         self.optimizer = optimizer
         self.schedule = schedule or Constant()
         self.groups = groups or {}
@@ -346,6 +350,7 @@ class LanguageModule(RestorableModule):
                 revision=self.revision,
                 trust_remote_code=self.trust_remote_code,
                 scoring=self.scoring,
+                text_only=self.text_only,
             )
 
         builder = build if self.model_object is None else self.__given(tokenizer, added_tokens)

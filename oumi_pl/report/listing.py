@@ -8,6 +8,7 @@ from pathlib import Path
 from oumi_pl.report.words import ago, clock, number
 from oumi_pl.runs import folders
 from oumi_pl.runs.lineage import parent_text
+from oumi_pl.terminal.screen import visible
 
 COLUMNS = ("name", "recipe", "parent", "state", "step", "loss", "val", "best val", "time", "begun")
 RIGHT = ("step", "loss", "val", "best val", "time")
@@ -26,7 +27,7 @@ def line(run: Path) -> dict[str, str]:
     steps = state.get("steps")
     begun, why = state.get("created_ns"), state.get("why")
     val = [value for value in metrics.get("val/loss", ([], []))[1] if math.isfinite(value)]
-    return {
+    cells = {
         "name": run.name,
         "recipe": str(state.get("recipe", "-")),
         "parent": parent_text(state),
@@ -38,6 +39,7 @@ def line(run: Path) -> dict[str, str]:
         "time": clock(folders.seconds(run, state)),
         "begun": ago(time.time() - begun / 1e9) if isinstance(begun, int | float) else "-",
     }
+    return {name: visible(cell) for name, cell in cells.items()}
 
 
 def table(lines: Sequence[dict[str, str]], width: int | None) -> str:
