@@ -34,6 +34,7 @@ usage: oumi_pl COMMAND [options]          (or: python -m oumi_pl COMMAND)
 options of fit, validate, test and predict:
   --config NAME|FILE      a recipe, by name or path; several are merged, the later wins
   --KEY VALUE             override a value of the recipe: --data.batch_size 8 --trainer.max_steps 100
+                          a source with another path keeps nothing of the recipe's: --data.train.path rows.jsonl
   --resume [RUN]          fit: resume the last unfinished run of the recipe, or this run folder
   --resume auto           fit: the same, or start the run: a command that a scheduler can repeat until it exits with 0
   --dry_run               fit: try a few updates, and print what would run, its memory and time
@@ -176,6 +177,7 @@ def _fit(command: str, typed: list[tuple[str, str | None]]) -> int:
         if folder is not None:
             trees = [recipe_files.check(folder / folders.CONFIG)]
     if not asks_for_help:
+        args = recipe_files.with_fresh_sources(args, trees)
         args = recipe_files.with_model(args, {} if folder else tree)
     # Threads that spin while they wait slow each other down when anything else runs on the machine: 80 steps of the
     # quickstart on two busy cores took 92 s with GNU OpenMP's default and 29 s with this; on idle ones 120 steps took

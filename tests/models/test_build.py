@@ -375,8 +375,6 @@ def test_damaged_weights_are_refused(tmp_path):
 
 def test_a_config_that_leaves_layers_of_trained_weights_out_is_refused(tmp_path):
     folder = pretrained(tmp_path / "base")
-    with pytest.raises(
-        UserError, match=r"num_hidden_layers\): 9 trained weights .* would be left out, first model.layers.1"
-    ):
+    with pytest.raises(UserError, match=r"num_hidden_layers\): 9 trained weights .* left out, first model.layers.1"):
         build_model(folder, config={"num_hidden_layers": 1})
     build_model(folder, config={"attention_dropout": 0.1})
