@@ -187,9 +187,7 @@ def test_padding_that_carries_loss_would_be_caught(tmp_path):
 
 def cut_last(groups):
     """Groups without the last token of each completion."""
-    return [
-        replace(group, completions=[c._replace(ids=c.ids[:-1]) for c in group.completions]) for group in groups
-    ]
+    return [replace(group, completions=[c._replace(ids=c.ids[:-1]) for c in group.completions]) for group in groups]
 
 
 class Logged(L.Callback):

@@ -152,7 +152,14 @@ def test_advantages_by_hand():
 
 @pytest.mark.parametrize(
     ("completion", "expected"),
-    [("curry badge", 1), (" curry badge\n", 1), ("curry bag", 8 / 11), ("curry badges", 11 / 12), ("badge", 0), ("", 0)],
+    [
+        ("curry badge", 1),
+        (" curry badge\n", 1),
+        ("curry bag", 8 / 11),
+        ("curry badges", 11 / 12),
+        ("badge", 0),
+        ("", 0),
+    ],
 )
 def test_a_common_prefix_gives_partial_credit(completion, expected):
     assert rewards.common_prefix(completion, {"answer": "curry badge"}) == expected
