@@ -237,7 +237,7 @@ class _FullLength(Engine):
         self.engine = engine
 
     def sample(self, *args: Any, **kwargs: Any) -> list[Completion]:
-        """As of `Engine`, but nothing ends a completion."""
+        """Samples as the other engine does, but nothing ends a completion."""
         # not an empty list of tokens: `generate` would then take those that the model's config names
         unlimited = {"sampling": replace(kwargs["sampling"], stop=()), "ends": [NO_TOKEN]}
         return self.engine.sample(*args, **kwargs | unlimited)
@@ -271,7 +271,7 @@ class SomeLogps:
         self._logps[self.ids[chunk // self.ranks]] = logps
 
     def logps(self, examples: list[int]) -> np.ndarray:
-        """As of `ReferenceLogps`."""
+        """See `ReferenceLogps`."""
         parts = [self._logps[example] for example in examples]
         empty = np.empty((0, self.width) if self.width > 1 else 0, dtype=np.float32)
         return np.concatenate(parts) if parts else empty

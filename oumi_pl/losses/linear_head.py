@@ -299,7 +299,7 @@ class TokenLossOfHead(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, upstream: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
-        """As of `LinearTokenLoss`."""
+        """See `LinearTokenLoss`."""
         half = len(ctx.saved_tensors) // 2
         gradients, (hidden, *parameters) = ctx.saved_tensors[:half], ctx.saved_tensors[half:]
         if torch.is_grad_enabled():
