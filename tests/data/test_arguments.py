@@ -43,7 +43,7 @@ ARGUMENTS = {
     SFTData: EXAMPLES | {"train_on": "all", "turns": "apart"},
     DPOData: EXAMPLES,
     PretrainData: STREAM,
-    PackedChatData: STREAM | {"template": "plain"},
+    PackedChatData: STREAM | {"template": "plain", "bad_rows": "drop"},
 }
 """Every argument of each class, with a value that is not its default."""
 NAMED_OTHERWISE = {"tokenizer": "tokenizer_spec", "template": "template_spec"}
