@@ -53,7 +53,7 @@ def test_own_options_come_first_in_groups(ask):
     assert any(line.startswith("checkpoint: Writes `step-*.ckpt`") for line in headings)
 
 
-def test_whatever_the_command_line_adds_is_in_it_with_its_words(ask):
+def test_it_has_every_option_that_the_command_line_adds(ask):
     """Against the source of the command line: an option that another adds turns up by itself."""
     tree = ast.parse(textwrap.dedent(inspect.getsource(CLI.add_arguments_to_parser)))
     calls = [node for node in ast.walk(tree) if isinstance(node, ast.Call) and hasattr(node.func, "attr")]
@@ -113,7 +113,7 @@ def test_a_class_is_described_by_its_docstring(ask):
     assert "--data.overflow truncate|keep_start|drop|error" in page
 
 
-def test_places_of_many_classes_and_of_one(ask):
+def test_topics_with_many_classes_and_with_one(ask):
     page = ask("fit", "--help", "model.optimizer")
     assert {"AdamW", "MuonAdamW", "SGD"} <= set(options(page))
     assert "model.optimizer.lr" not in page
@@ -129,7 +129,7 @@ def test_a_callback_is_shown_as_a_recipe_has_it(ask):
     assert options(page) == ["decay", "every", "start"]
 
 
-def test_an_option_alone_says_whose_it_is(ask):
+def test_the_help_of_one_option_names_its_classes(ask):
     page = ask("fit", "--help", "data.batch_size")
     assert options(page) == ["data.batch_size"]
     assert "DPOData" in page

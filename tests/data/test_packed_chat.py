@@ -32,7 +32,7 @@ def chatml(row):
 
 
 @pytest.mark.parametrize("streaming", [False, True])
-def test_the_stream_is_what_the_template_writes(tmp_path, streaming):
+def test_the_stream_is_the_rendered_conversations(tmp_path, streaming):
     made = data(tmp_path, streaming=streaming)
     expected = "".join(chatml(row) for row in ROWS)
     assert stream(made) == made.tokenizer(expected, add_special_tokens=False)["input_ids"]

@@ -160,7 +160,7 @@ FAULTS = {"path_positions": parents_end, "_own_places": one_place_on}
 
 @pytest.mark.parametrize("fault", FAULTS)
 @pytest.mark.parametrize("layout", ["documents", "padded"])
-def test_another_path_or_place_is_caught(layout, fault, monkeypatch):
+def test_a_wrong_path_or_position_would_be_caught(layout, fault, monkeypatch):
     monkeypatch.setattr(lm, fault, FAULTS[fault])
     arrange, attention = LAYOUTS[layout]
     with pytest.raises((AssertionError, IndexError)):
@@ -169,7 +169,7 @@ def test_another_path_or_place_is_caught(layout, fault, monkeypatch):
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_a_segment_that_continues_one_token_less_is_caught(layout):
+def test_a_segment_that_shares_one_token_less_would_be_caught(layout):
     """The reference reads the example's own segments, the model those of the batch."""
     arrange, attention = LAYOUTS[layout]
     example = Example(np.arange(3, 15, dtype=np.int32), np.arange(12) > 0, (Segment(8), Segment(4, 0, 5)))
@@ -360,7 +360,7 @@ def test_choosing_tries_what_it_chooses():
     assert "Mamba" in why
 
 
-def test_sharing_can_be_insisted_on(tokenizer):
+def test_shared_prompts_can_be_required(tokenizer):
     assert dpo(share_prompt=True).build(tokenizer, branching=True).layout is forest
     with pytest.raises(UserError, match=r"model\.share_prompt: .*mixes responses"):
         dpo(share_prompt=True, attn="eager").build(tokenizer, branching=True)

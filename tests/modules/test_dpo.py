@@ -245,7 +245,7 @@ def assert_logged(updates, expected):
     ("batch_size", "micro_batches", "share", "reference"),
     [(1, 8, "auto", True), (2, 4, "auto", True), (8, 1, "auto", True), (2, 4, False, True), (3, 3, "auto", False)],
 )
-def test_equals_a_plain_loop_however_it_is_cut(
+def test_equals_a_plain_loop_with_any_micro_batches(
     tmp_path, base, other, plain, batch_size, micro_batches, share, reference
 ):
     size = batch_size * micro_batches

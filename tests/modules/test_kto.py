@@ -225,7 +225,7 @@ def assert_logged(updates, expected):
     ("batch_size", "micro_batches", "reference"),
     [(1, 8, True), (2, 4, True), (8, 1, True), (3, 3, False)],
 )
-def test_equals_a_plain_loop_however_it_is_cut(tmp_path, base, other, plain, batch_size, micro_batches, reference):
+def test_equals_a_plain_loop_with_any_micro_batches(tmp_path, base, other, plain, batch_size, micro_batches, reference):
     expected, logged = plain(batch_size * micro_batches, other if reference else None)
     assert len(logged) == 2
     assert not reference or logged[0]["kl"] > 0.1, "the divergence would not matter"

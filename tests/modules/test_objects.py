@@ -130,7 +130,7 @@ REFUSED = {
 
 
 @pytest.mark.parametrize("case", REFUSED)
-def test_what_can_not_be_trained_is_refused_in_one_line(folder, case):
+def test_unsupported_models_are_refused_in_one_line(folder, case):
     make, message = REFUSED[case]
     with pytest.raises(UserError, match=message) as error:
         make(load(folder), folder)

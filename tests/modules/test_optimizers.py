@@ -89,7 +89,7 @@ class CountedTensor(SGD):
 
 
 @pytest.mark.parametrize("optimizer", [ScheduleFree, Prodigy, CountedTensor])
-def test_all_that_is_in_the_groups_is_resumed(tmp_path, optimizer):
+def test_everything_in_the_parameter_groups_is_resumed(tmp_path, optimizer):
     whole, part, resumed = (module(optimizer, schedule=Linear(0.2)) for _ in range(3))
     run(tmp_path, whole, 8)
     run(tmp_path, part, 8, callbacks=[StopAt(3, tmp_path / "part.ckpt")])
@@ -111,7 +111,7 @@ class StopAt(L.Callback):
             trainer.should_stop = True
 
 
-def test_changed_settings_are_applied_and_what_the_optimizer_keeps_is_not(tmp_path):
+def test_changed_settings_apply_and_the_optimizers_own_state_is_kept(tmp_path):
     first = run(
         tmp_path, module(lambda params: Prodigy(params, lr=1.0)), 8, callbacks=[StopAt(3, tmp_path / "part.ckpt")]
     )
@@ -291,7 +291,7 @@ def test_several_optimizers_in_manual_optimisation(tmp_path):
     assert steps["train/loss"] == pytest.approx(losses, rel=1e-5)
 
 
-def test_a_subclass_may_change_what_ours_returns(tmp_path):
+def test_a_subclass_may_change_the_result_of_configure_optimizers(tmp_path):
     class Changed(SFT):
         def configure_optimizers(self):
             ours = super().configure_optimizers()
@@ -392,7 +392,7 @@ class Thaw(L.Callback):
 
 
 @pytest.mark.parametrize("optimizer", [lambda ps: SGD(ps, lr=0.1, momentum=0.9), lambda ps: AdamW(ps, lr=1e-3)])
-def test_what_is_frozen_and_thawed_again_is_trained_from_then_on(tmp_path, optimizer):
+def test_unfrozen_modules_are_trained_from_then_on(tmp_path, optimizer):
     hf, made, updates = plain(tmp_path, 4, epochs=2, n=16, optimizer=optimizer)
     hf.model.layers[0].requires_grad_(False)
     stepped(hf, made, updates[:2])

@@ -149,7 +149,7 @@ def test_pretraining_of_a_module_is_a_plain_loop(tmp_path, cls):
     assert distance(dict(net.named_parameters()), dict(expected.named_parameters())) < 1e-6
 
 
-def test_the_head_is_known_by_what_it_computes():
+def test_the_head_is_identified_by_its_output():
     """It then runs only where there are targets, and the logits are never all in memory."""
     heads = {
         cls: SFT(new(cls)).build(ByteTokenizer().build()).hf.body.head_name for cls in (Recurrent, Attending, Blocks)
@@ -201,7 +201,7 @@ REFUSED = {
 
 
 @pytest.mark.parametrize("case", REFUSED)
-def test_what_can_not_be_trained_is_refused_in_one_line(case):
+def test_unsupported_modules_are_refused_in_one_line(case):
     make, message = REFUSED[case]
     with pytest.raises(UserError, match=message) as error:
         make()
@@ -232,7 +232,7 @@ def test_added_tokens_need_rows_of_the_module():
     assert float(net.head.weight[260].min()) == 1.0, "trained meanwhile"
 
 
-def test_names_are_those_of_the_module(tmp_path):
+def test_freeze_and_groups_use_the_modules_own_names(tmp_path):
     net = new(Recurrent)
     before = {name: p.clone() for name, p in net.named_parameters()}
     sft = SFT(net, freeze=["layer"], groups={"head": {"lr": 0.0}}, optimizer=sgd)
@@ -269,7 +269,7 @@ def test_a_completion_does_not_depend_on_the_others_of_its_batch(cls):
     assert len(set(alone)) > 1
 
 
-def test_an_export_is_built_again_from_its_folder(tmp_path):
+def test_an_export_can_be_built_from_its_folder(tmp_path):
     net = new(Recurrent, width=12)
     sft = SFT(net, optimizer=sgd)
     trainer(max_steps=1).fit(sft, data(tmp_path, n=8))

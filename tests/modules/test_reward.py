@@ -114,7 +114,7 @@ def trained(tmp_path, batch_size=8, micro_batches=1, packing=False, **kwargs):
 
 
 @pytest.mark.parametrize(("batch_size", "micro_batches"), [(1, 8), (2, 4), (8, 1)])
-def test_equals_a_plain_loop_however_it_is_cut(tmp_path, reference, batch_size, micro_batches):
+def test_equals_a_plain_loop_with_any_micro_batches(tmp_path, reference, batch_size, micro_batches):
     ours, got, losses = trained(tmp_path, batch_size, micro_batches)
     assert ours.causal_lm.layout is forest
     assert distance(got, reference[0]) < 1e-6

@@ -411,7 +411,7 @@ class OwnStep(SFT):
 """
 
 
-def test_a_recipe_with_a_step_and_hooks_of_ones_own_is_watched_resumed_and_exported(work):
+def test_a_recipe_with_a_custom_step_and_hooks_is_logged_resumed_and_exported(work):
     (work / "own_step.py").write_text(OWN_STEP)
     recipe = yaml.safe_load(RECIPE)
     recipe["model"] = {"class_path": "own_step.OwnStep", "init_args": {"config": LLAMA}}
@@ -428,7 +428,7 @@ def test_a_recipe_with_a_step_and_hooks_of_ones_own_is_watched_resumed_and_expor
     assert distance(ours, theirs) == 0
 
 
-def test_architectures_that_are_none_are_refused(work):
+def test_invalid_architectures_are_refused(work):
     for path, message in {
         "gla.GLAX": r"model\.architecture: can't import 'gla\.GLAX'",
         "gla.Block": r"gla\.Block is no subclass of transformers\.PreTrainedModel",

@@ -68,7 +68,7 @@ MISTAKES = {
 
 
 @pytest.mark.parametrize("reward", MISTAKES)
-def test_a_mistake_names_the_row(reward):
+def test_a_failing_reward_names_the_row(reward):
     with pytest.raises(UserError, match=MISTAKES[reward]):
         Rewards(reward).components(["a", "b"], ROWS)
 
@@ -82,7 +82,7 @@ PATHS = {
 
 
 @pytest.mark.parametrize("path", PATHS)
-def test_a_path_that_names_no_reward(path):
+def test_an_unknown_reward_is_refused(path):
     with pytest.raises(UserError, match=PATHS[path]):
         Rewards(path)
 

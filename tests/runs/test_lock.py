@@ -23,7 +23,7 @@ def locked_by(run, **owner):
     (run / lock.LOCK).write_text(json.dumps(lock.process() | owner))
 
 
-def test_a_process_can_take_its_lock_again_and_gives_it_up(tmp_path):
+def test_a_process_can_take_its_lock_again_and_release_it(tmp_path):
     lock.acquire(tmp_path)
     lock.acquire(tmp_path)
     assert lock.owner(tmp_path) == lock.process()
@@ -31,7 +31,7 @@ def test_a_process_can_take_its_lock_again_and_gives_it_up(tmp_path):
     assert not (tmp_path / lock.LOCK).exists()
 
 
-def test_the_lock_of_a_live_process_is_respected(tmp_path):
+def test_the_lock_of_a_running_process_is_respected(tmp_path):
     with subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE) as other:
         locked_by(tmp_path, pid=other.pid, began=lock.began(other.pid))
         with pytest.raises(UserError, match=f"is being written by process {other.pid} on "):
