@@ -242,8 +242,8 @@ class RolloutWarnings(L.Callback):
         masked = "; they carry no loss (data.mask_truncated)" if data.mask_truncated else ""
         return (
             f"in {WINDOW} updates, {share:.0%} of the completions were cut at {tokens} tokens{masked}: their rewards "
-            "are those of unfinished texts. Raise data.sampling.max_new_tokens; or reward short answers "
-            "(oumi_pl.rollouts.rewards.LengthPenalty), if the model rambles or does not end its turns"
+            "are those of unfinished texts. Raise data.sampling.max_new_tokens; if the model rambles or does not end "
+            "its turns, penalise length (oumi_pl.rollouts.rewards.LengthPenalty)"
         )
 
     def _collapsed(self, module: Any, data: RolloutData) -> str | None:
@@ -252,8 +252,8 @@ class RolloutWarnings(L.Callback):
             return None
         return (
             f"the entropy of the policy fell from {first:.3g} to {entropy:.3g} nats per token, at a mean reward of "
-            f"{self._mean('reward'):.3g}: the completions of a prompt are nearly the same, so that nothing better can "
-            "be discovered. Lower model.optimizer.lr, stay near the initial model (model.kl), let unlikely tokens grow "
+            f"{self._mean('reward'):.3g}: the completions of a prompt are nearly the same, so the policy can't find "
+            "better ones. Lower model.optimizer.lr, stay near the initial model (model.kl), clip unlikely tokens later "
             "(loss: DAPOLoss), or raise data.sampling.temperature"
         )
 
@@ -263,9 +263,9 @@ class RolloutWarnings(L.Callback):
             mean, square = self._mean(f"rewards/{name}"), self._mean(f"squares/rewards/{name}")
             if square - mean * mean <= 1e-9 * square:
                 return (
-                    f"the reward {name} was {mean:.4g} for all completions of {WINDOW} updates: it tells no completion "
-                    "from another, so it teaches nothing. Look at completions in rollouts.jsonl: does it look for "
-                    "something that never occurs, or that always does?"
+                    f"the reward {name} was {mean:.4g} for all completions of {WINDOW} updates, so nothing is "
+                    "learned from it. Read some completions in rollouts.jsonl: does the reward check for something "
+                    "that never occurs, or always does?"
                 )
         return None
 
@@ -276,7 +276,7 @@ class RolloutWarnings(L.Callback):
             return None
         return (
             f"the training reward rises ({best_trained:.3g} to {trained:.3g}), while that of held-out prompts falls "
-            f"({best:.3g} to {validated:.3g}): the policy learns these prompts by heart, or exploits the reward. Keep "
+            f"({best:.3g} to {validated:.3g}): the policy memorises the training prompts, or exploits the reward. Keep "
             "the best checkpoint (checkpoint.monitor: val/reward, checkpoint.mode: max), add prompts, or stay near the "
             "initial model (model.kl)"
         )

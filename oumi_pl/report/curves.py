@@ -67,8 +67,8 @@ def panels(metrics: Mapping[str, Column]) -> list[Panel]:
     blue, orange, green, purple = COLORS[:4]
     # single responses (KTO) have margins as well, of the means over all good and all bad rows
     units = {"rewards/sign_accuracy": "Loss per row", "rewards/margins": "Loss per pair"}
-    found = (title for name, title in units.items() if f"train/{name}" in metrics or f"val/{name}" in metrics)
-    loss = next(found, "Loss, nats per target token")
+    titles = (title for name, title in units.items() if f"train/{name}" in metrics or f"val/{name}" in metrics)
+    loss = next(titles, "Loss, nats per target token")
     if "train/reward" in metrics:
         return _filled(_online_panels(metrics), metrics)
     both = lambda name: (Line(f"train/{name}", "training", blue), Line(f"val/{name}", "validation", orange))  # noqa: E731

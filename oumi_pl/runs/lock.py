@@ -79,8 +79,10 @@ def acquire(run: Path) -> None:
             name = f"process {other.get('pid')} on {other.get('host')}"
             alive = is_alive(other)
             if alive or (alive is None and _is_touched(run)):
-                raise UserError(f"{run} is being written by {name}; wait for its end, or stop it (SIGTERM saves first)")
-            print(f"{run}: its {name} was killed; going on in its place", file=sys.stderr)
+                raise UserError(
+                    f"{run} is being written by {name}; wait until it ends, or stop it (SIGTERM saves first)"
+                )
+            print(f"{run}: taking the lock of {name}, which no longer runs", file=sys.stderr)
         write(run)
     released = threading.Event()
     threading.Thread(target=_touch, args=(run / LOCK, released), daemon=True, name="lock of the run").start()
@@ -126,7 +128,7 @@ def owner(run: Path) -> dict[str, Any] | None:
 
 def _is_touched(run: Path) -> bool:
     """Watches another host's lock: True if it is touched, False if it doesn't change or is released."""
-    print(f"{run} is locked by a process of another host; watching for {WATCHED:.0f} s if it runs", file=sys.stderr)
+    print(f"{run} is locked by a process on another host; checking for {WATCHED:.0f} s if it runs", file=sys.stderr)
     before, end = _stamp(run), time.monotonic() + WATCHED
     while time.monotonic() < end:
         time.sleep(min(1.0, WATCHED / 4))

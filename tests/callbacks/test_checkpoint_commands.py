@@ -15,9 +15,9 @@ CALLBACKS = "lightning.pytorch.callbacks"
 
 @pytest.fixture
 def cli(tmp_path, monkeypatch, capsys):
-    made = CommandLine(tmp_path, monkeypatch, capsys)
+    built = CommandLine(tmp_path, monkeypatch, capsys)
     write_jsonl(tmp_path / "val.jsonl", conversations(3, seed=8))
-    return made
+    return built
 
 
 def checkpoints(cli, run="r"):

@@ -63,8 +63,8 @@ def test_a_run_writes_its_report(cli, monkeypatch):
 
 def fit(tmp_path, *callbacks, **limits):
     folder = RunFolder(tmp_path, "run", "run", "{}")
-    made = trainer(callbacks=[folder, *callbacks, Preemption(), Report()], logger=[MetricsCSV()], **limits)
-    made.fit(module(), data(tmp_path, batch_size=2))
+    built = trainer(callbacks=[folder, *callbacks, Preemption(), Report()], logger=[MetricsCSV()], **limits)
+    built.fit(module(), data(tmp_path, batch_size=2))
     return folder.directory
 
 
@@ -72,9 +72,9 @@ def test_a_failure_to_draw_is_printed_and_the_run_continues(tmp_path, monkeypatc
     monkeypatch.setattr("oumi_pl.report.page.make", lambda run, condition: {}[run])
     folder = fit(tmp_path, max_steps=1)
     assert folders.read_state(folder)["status"] == "finished"
-    told = capsys.readouterr().err
-    assert f"warning: no report: KeyError: {folder!r}" in told
-    assert f"to try again: oumi_pl runs report {folder}" in told
+    output = capsys.readouterr().err
+    assert f"warning: no report: KeyError: {folder!r}" in output
+    assert f"to try again: oumi_pl runs report {folder}" in output
 
 
 class Failing(L.Callback):

@@ -1,4 +1,4 @@
-"""`rollouts.jsonl` has every completion once, whatever kills the run; warnings come once, and where they belong."""
+"""`rollouts.jsonl` has every completion once, even if the run is killed; each warning appears once, when it should."""
 
 import json
 import time

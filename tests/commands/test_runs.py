@@ -192,8 +192,8 @@ def test_metrics_of_a_run_that_is_being_written(tmp_path):
     write_metrics(tmp_path, {"train/loss": curve(5), "val/loss": {2: 7.0}})
     with (tmp_path / folders.METRICS).open("a") as out:
         out.write("6,0.1")
-    found = folders.read_metrics(tmp_path)
-    assert found["train/loss"][0] == [1, 2, 3, 4, 5]
-    assert found["val/loss"] == ([2], [7.0])
+    actual = folders.read_metrics(tmp_path)
+    assert actual["train/loss"][0] == [1, 2, 3, 4, 5]
+    assert actual["val/loss"] == ([2], [7.0])
     assert folders.read_metrics(tmp_path, only=("val/loss",)).keys() == {"val/loss"}
     assert folders.read_metrics(tmp_path / "none") == {}

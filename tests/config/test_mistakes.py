@@ -292,12 +292,12 @@ def test_user_error_is_no_kind_of_value_error():
 )
 def test_a_loader_process_that_ended_is_named_with_the_likely_cause(words, message):
     error = RuntimeError(f"DataLoader worker (pid 4711) {words}")
-    told = machine_failure(error)
-    assert message in told
-    assert told.endswith("continue with --resume")
+    output = machine_failure(error)
+    assert message in output
+    assert output.endswith("continue with --resume")
     second = RuntimeError("DataLoader worker (pid(s) 4711) exited unexpectedly")
     second.__cause__ = error
-    assert machine_failure(second) == told
+    assert machine_failure(second) == output
 
 
 def test_a_full_cache_disk_and_a_full_run_disk_have_different_messages(tmp_path):

@@ -1,4 +1,4 @@
-"""A run that is killed anywhere, and resumed, leaves what an uninterrupted one leaves."""
+"""A killed and resumed run writes the same files as an uninterrupted one, wherever it is killed."""
 
 import errno
 import json

@@ -1,4 +1,4 @@
-"""A run that is stopped or killed at a moment that matters goes on as if nothing had happened."""
+"""Runs that are stopped or killed between phases, then resumed, equal an uninterrupted run."""
 
 import json
 import re

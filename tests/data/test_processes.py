@@ -28,7 +28,7 @@ def bytes_of(folder):
 
 
 def stored(tmp_path, monkeypatch, source, number, cls=SFTData, **kwargs):
-    """The files of the store that so many processes write, and its name in the cache."""
+    """The files of the store that this number of processes writes, and its name in the cache."""
     monkeypatch.setenv("OUMI_PL_CACHE", str(tmp_path / f"cache-{number}"))
     data = cls(source, tokenizer=ByteTokenizer(), max_length=64, processes=number, **kwargs)
     (written,) = data.stores("train")
@@ -48,7 +48,7 @@ def test_stores_do_not_depend_on_the_number_of_processes(tmp_path, monkeypatch, 
 
 
 def test_any_user_function_works(tmp_path, monkeypatch):
-    """Formats are called in the main process, so that they may be closures and keep state."""
+    """Formats are called in the main process, so they may be closures and keep state."""
     seen = []
 
     def shouting(row):
@@ -104,7 +104,7 @@ def test_a_killed_process_gives_one_message(tmp_path, monkeypatch):
 
 
 def test_processes_end_with_their_parent():
-    """A killed run leaves none behind."""
+    """A killed run leaves no process behind."""
     read, write = os.pipe()
     child = os.fork()
     if not child:

@@ -1,4 +1,4 @@
-"""A held-out fraction of the rows: nothing that is asked in them is answered in the training rows."""
+"""Holding out a fraction of the rows: no held-out prompt is also a training prompt."""
 
 import json
 import random
@@ -22,7 +22,7 @@ def write(path, rows):
 
 
 def messy(row_of, unique=600, repeated=400):
-    """1,000 rows: 400 repeat one of the others under a number of their own, in any order."""
+    """1,000 shuffled rows with ids; 400 of them repeat the content of another row."""
     rng = random.Random(0)
     contents = [*range(unique), *rng.choices(range(unique), k=repeated)]
     rng.shuffle(contents)

@@ -149,8 +149,8 @@ def test_a_users_turn_is_trained_with_the_answer_that_follows_it():
     }
     _, example = one({"messages": row["messages"][:4]}, REWRITES)
     assert len(example.segments) == 2
-    found = weighed({"messages": row["messages"][:4]}, REWRITES)
-    assert found == {1.0: "one<eos>Lyon<eos>", 2.0: "two<eos>", 0.5: "Paris<eos>"}
+    actual = weighed({"messages": row["messages"][:4]}, REWRITES)
+    assert actual == {1.0: "one<eos>Lyon<eos>", 2.0: "two<eos>", 0.5: "Paris<eos>"}
     with pytest.raises(UserError, match="turn 5, which is to be trained, is in none of them"):
         one(row, REWRITES)
     assert weighed(row, PREFIXES)[1.0] == "one<eos>Lyon<eos>three<eos>"

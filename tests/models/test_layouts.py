@@ -83,8 +83,8 @@ def projected(logps):
 
 
 def gradients(model, value):
-    found = torch.autograd.grad(value, list(model.parameters()), allow_unused=True)
-    return [torch.zeros(()) if g is None else g for g in found]
+    actual = torch.autograd.grad(value, list(model.parameters()), allow_unused=True)
+    return [torch.zeros(()) if g is None else g for g in actual]
 
 
 def assert_equal_to_paths_alone(layout, attention, name, examples, dtype=torch.float32, **changes):
@@ -212,9 +212,9 @@ def test_the_layouts_of_two_pairs_written_out():
 
 
 def mask(length, targets):
-    made = np.zeros(length, dtype=bool)
-    made[targets] = True
-    return made
+    built = np.zeros(length, dtype=bool)
+    built[targets] = True
+    return built
 
 
 def padding_changed(batch):
@@ -261,11 +261,11 @@ def test_the_router_loss_is_that_of_the_tokens_that_were_run(layout):
     layers = tuple(torch.cat(layer) for layer in zip(*routed, strict=True))
     expected = 0.5 * load_balancing_loss_func(layers, 4, reference.config.num_experts_per_tok)
     policy, batch = LM(model.train(), arrange), batch_of(*pairs())
-    found = policy(batch, lambda states: states.router_loss)
-    assert_close([found], [expected])
+    actual = policy(batch, lambda states: states.router_loss)
+    assert_close([actual], [expected])
     names = [name for name, _ in model.named_parameters()]
     routers = [i for i, name in enumerate(names) if "gate.weight" in name]
-    ours, theirs = gradients(model, found), gradients(reference, expected)
+    ours, theirs = gradients(model, actual), gradients(reference, expected)
     assert_close([ours[i] for i in routers], [theirs[i] for i in routers])
     assert policy.eval()(batch, lambda states: states.router_loss) is None
 

@@ -37,7 +37,7 @@ SETTINGS = {
 
 @pytest.fixture(scope="module")
 def teacher(tmp_path_factory):
-    """Twice as wide as the student, with larger weights, so that it has something to say."""
+    """A model twice as wide as the student, with larger weights, so its distributions are not uniform."""
     folder = tmp_path_factory.mktemp("teacher") / "model"
     return pretrained(folder, hidden_size=64, initializer_range=0.3)
 
@@ -96,8 +96,8 @@ def plain_loop(path, module, teacher):
             mask = torch.tensor(example.loss_mask[1:])
             logits = hf(input_ids=ids).logits[0, :-1][mask]
             with torch.no_grad():
-                wanted = theirs(input_ids=ids).logits[0, :-1][mask]
-            total = total + loss(module, logits, wanted, ids[0, 1:][mask])
+                expected = theirs(input_ids=ids).logits[0, :-1][mask]
+            total = total + loss(module, logits, expected, ids[0, 1:][mask])
             targets += int(mask.sum())
         optimizer.zero_grad()
         (total / targets).backward()
@@ -338,8 +338,8 @@ def plain_loop_of_fewer(path, teacher):
         ids = torch.tensor(example.input_ids, dtype=torch.long).unsqueeze(0)
         mask = torch.tensor(example.loss_mask[1:])
         with torch.no_grad():
-            mine, wanted = (m(input_ids=ids).logits[0, :-1][mask][:, :size] for m in (hf, theirs))
-        total += float(loss(module, mine, wanted, ids[0, 1:][mask]))
+            mine, expected = (m(input_ids=ids).logits[0, :-1][mask][:, :size] for m in (hf, theirs))
+        total += float(loss(module, mine, expected, ids[0, 1:][mask]))
         targets += int(mask.sum())
     return size, total / targets
 

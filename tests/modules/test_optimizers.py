@@ -150,8 +150,8 @@ INTERVAL["a dictionary with a config"] = 2
 def configured(form, schedule=lambda o: ExponentialLR(o, 0.7), optimizer=lambda ps: SGD(ps, lr=0.1, momentum=0.9)):
     class Configured(SFT):
         def configure_optimizers(self):
-            made = optimizer(self.parameters())
-            return form(made, schedule(made))
+            built = optimizer(self.parameters())
+            return form(built, schedule(built))
 
     return Configured(config=LLAMA)
 
@@ -310,13 +310,13 @@ def test_lr_find_sets_the_rate(tmp_path):
     sft = module(schedule=Linear(2))
     train = trainer(max_steps=4, default_root_dir=tmp_path)
     rows = data(tmp_path, 16, **CUT)
-    found = Tuner(train).lr_find(sft, datamodule=rows, min_lr=1e-4, max_lr=1.0, num_training=40)
-    assert sft.learning_rate == found.suggestion() and len(found.results["loss"]) >= 10
+    actual = Tuner(train).lr_find(sft, datamodule=rows, min_lr=1e-4, max_lr=1.0, num_training=40)
+    assert sft.learning_rate == actual.suggestion() and len(actual.results["loss"]) >= 10
     assert sft.tokens_seen["tokens"] == 0
     steps = Steps()
     train.callbacks.append(steps)
     train.fit(sft, rows)
-    assert steps["train/lr"] == pytest.approx([factor * found.suggestion() for factor in (0, 0.5, 1, 0.5)])
+    assert steps["train/lr"] == pytest.approx([factor * actual.suggestion() for factor in (0, 0.5, 1, 0.5)])
 
 
 def test_the_learning_rate_finder_trains_with_the_rate_it_finds(tmp_path):
@@ -336,9 +336,9 @@ def test_the_learning_rate_finder_trains_with_the_rate_it_finds(tmp_path):
 
 def groups_of(tmp_path, optimizer=lambda ps: AdamW(ps, lr=0.1, weight_decay=0.2), **kwargs):
     sft = module(optimizer, **kwargs)
-    made = run(tmp_path, sft, 1).optimizers[0]
+    built = run(tmp_path, sft, 1).optimizers[0]
     names = {id(p): name.removeprefix("model.hf.") for name, p in sft.named_parameters()}
-    return {names[id(p)]: group for group in made.param_groups for p in group["params"]}
+    return {names[id(p)]: group for group in built.param_groups for p in group["params"]}
 
 
 def test_groups_by_name(tmp_path):
@@ -393,11 +393,11 @@ class Thaw(L.Callback):
 
 @pytest.mark.parametrize("optimizer", [lambda ps: SGD(ps, lr=0.1, momentum=0.9), lambda ps: AdamW(ps, lr=1e-3)])
 def test_unfrozen_modules_are_trained_from_then_on(tmp_path, optimizer):
-    hf, made, updates = plain(tmp_path, 4, epochs=2, n=16, optimizer=optimizer)
+    hf, built, updates = plain(tmp_path, 4, epochs=2, n=16, optimizer=optimizer)
     hf.model.layers[0].requires_grad_(False)
-    stepped(hf, made, updates[:2])
+    stepped(hf, built, updates[:2])
     hf.model.layers[0].requires_grad_(True)
-    _, _, expected = stepped(hf, made, updates[2:6])
+    _, _, expected = stepped(hf, built, updates[2:6])
     sft = module(optimizer, freeze=["model.layers.0"])
     run(tmp_path, sft, 6, callbacks=[Thaw()])
     assert distance(weights(sft), expected) < 1e-4

@@ -155,8 +155,8 @@ def test_transforms_of_torch_func_through_the_model(tmp_path):
     with sdpa_kernel(SDPBackend.MATH):
         ours, theirs = torch.func.grad(loss)(parameters), torch.func.grad(plain)(parameters)
         assert distance(ours, theirs) < 1e-5
-        for got, wanted in zip(*(torch.func.jvp(f, (parameters,), (tangents,)) for f in (loss, plain)), strict=True):
-            assert float(got) == pytest.approx(float(wanted), rel=1e-4)
+        for got, expected in zip(*(torch.func.jvp(f, (parameters,), (tangents,)) for f in (loss, plain)), strict=True):
+            assert float(got) == pytest.approx(float(expected), rel=1e-4)
 
 
 # ---- losses

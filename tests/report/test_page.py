@@ -38,9 +38,9 @@ class Elements(HTMLParser):
 
 
 def read(folder):
-    made = page.make(folder)
-    assert made == folder / "report.html"
-    text = made.read_text(encoding="utf-8")
+    built = page.make(folder)
+    assert built == folder / "report.html"
+    text = built.read_text(encoding="utf-8")
     return text, Elements(text)
 
 
@@ -92,12 +92,12 @@ def test_the_page_of_a_finished_run(tmp_path):
     (folder / "model").mkdir()
     _, elements = read(folder)
     text = elements.text
-    for told in (
+    for output in (
         "finished",
         "SFT of Llama (random weights; 5 parameters), loss L",
         "rows.jsonl (400 tokens in 10 rows)",
     ):
-        assert told in text
+        assert output in text
     assert "0.7906" in text, "the last validation loss"
     assert "the best so far" in text
     assert "2 (empty)" in text, "why rows were dropped"

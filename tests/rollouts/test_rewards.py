@@ -1,4 +1,4 @@
-"""Rewards: functions of all kinds, their mistakes, and those that are built in."""
+"""Rewards: kinds of functions, errors, and the built-in ones."""
 
 import asyncio
 
@@ -33,11 +33,11 @@ class Callable:
 
 
 def test_functions_of_all_kinds_and_their_weights():
-    found = Rewards({"tests.rollouts.test_rewards.length": 1, f"{__name__}.later": 0.5, f"{__name__}.Callable": -1})
-    assert found.names == ["length", "later", "Callable"]
-    components = found.components(["a", "bcd"], ROWS)
+    actual = Rewards({"tests.rollouts.test_rewards.length": 1, f"{__name__}.later": 0.5, f"{__name__}.Callable": -1})
+    assert actual.names == ["length", "later", "Callable"]
+    components = actual.components(["a", "bcd"], ROWS)
     assert components.tolist() == [[1, 3, 2], [3, 2, 2]]
-    assert found.total(components).tolist() == [0.5, 2.0]
+    assert actual.total(components).tolist() == [0.5, 2.0]
     assert Rewards([length, all_at_once]).components(["a", "bcd"], ROWS).tolist() == [[1, 4], [3, 5]]
     assert Rewards("exact_match").components(["yes ", "yes"], ROWS).tolist() == [[1], [0]]
 

@@ -140,8 +140,8 @@ def test_resumes_from_the_newest_checkpoint(tmp_path, capsys):
     folder = run(tmp_path / "runs", step=4)
     (folder / folders.CHECKPOINTS / checkpoint_name(10)).write_bytes(b"")
     (folder / folders.CHECKPOINTS / "step-00000011.ckpt.half").write_bytes(b"")
-    found, recipe, args = arguments(["--config", "r.yaml", "--trainer.max_steps", "20"])
-    assert (found.name, recipe) == ("r", "r")
+    actual, recipe, args = arguments(["--config", "r.yaml", "--trainer.max_steps", "20"])
+    assert (actual.name, recipe) == ("r", "r")
     config, checkpoint = "runs/r/config.yaml", "runs/r/checkpoints/step-00000010.ckpt"
     assert args == ["--config", config, "--trainer.max_steps=20", f"--ckpt_path={checkpoint}"]
     assert capsys.readouterr().out == "resuming runs/r from step-00000010.ckpt\n"

@@ -1,4 +1,4 @@
-"""One process writes to a run folder; a lock survives kills, and is taken over."""
+"""One process at a time writes to a run folder; the lock of a killed process is taken over."""
 
 import json
 import os
@@ -56,7 +56,7 @@ def test_the_ranks_of_a_run_share_the_lock_of_the_process_that_started_them(tmp_
 def test_a_stale_lock_is_taken_over_with_a_line(tmp_path, capsys, owner):
     locked_by(tmp_path, **owner)
     lock.acquire(tmp_path)
-    assert "was killed; going on in its place" in capsys.readouterr().err
+    assert "which no longer runs" in capsys.readouterr().err
     assert lock.owner(tmp_path) == lock.process()
 
 

@@ -1,4 +1,4 @@
-"""A checkpoint from somebody else is data: nothing that it names is run."""
+"""Reading an untrusted checkpoint runs no code that it names."""
 
 import os
 import pickle
@@ -35,7 +35,7 @@ def evil(row):
 
 @pytest.fixture
 def evil(tmp_path, monkeypatch):
-    """A module that leaves a file behind when it is imported."""
+    """A module that writes a file when it is imported."""
     marker = tmp_path / "was-imported"
     (tmp_path / "evil_module.py").write_text(MODULE.format(marker=str(marker)))
     monkeypatch.syspath_prepend(tmp_path)
