@@ -93,6 +93,7 @@ class RunCallback(TrainerCallback):
         self.checkpoints = enabled_checkpoints(lightning)
         self.metrics_row: dict[str, float] = {}
         """The metrics of the last update, and of the validation after it."""
+        self._logged: set[str] = set()  # names of the metrics of the last update
 
     def call(self, hook: str, *args: Any) -> None:
         """Calls a hook of the trainer's callbacks, of those that only observe."""
@@ -107,6 +108,10 @@ class RunCallback(TrainerCallback):
         if self.metrics_row.get("step") != step:
             self.metrics_row = {"step": step}
         self.metrics_row |= values
+        if "step" in metrics:  # a metric that this update lacks must not keep the value of the one before
+            for name in self._logged - values.keys():
+                self.lightning.callback_metrics.pop(name, None)
+            self._logged = {*values}
         self.lightning.callback_metrics.update({name: torch.tensor(value) for name, value in values.items()})
         is_validation = any(name.startswith("val/") for name in values)
         if is_validation or step % max(1, self.lightning.log_every_n_steps) == 0:

@@ -61,6 +61,9 @@ class RolloutData(ChatData):
         iterations: How often each rollout is trained on.
         prompts_per_call: Prompts whose groups are sampled in one batch.
         mask_truncated: Leave completions that `max_new_tokens` cut out of the loss.
+        overlong_tokens: The last so many of `max_new_tokens` reduce the reward in training, up to `overlong_penalty`
+            for all of them (Yu et al. 2025, arXiv:2503.14476, "soft overlong punishment"); 0 for none.
+        overlong_penalty: Taken from the total reward of a completion with `max_new_tokens`.
         eval_completions: Completions per held-out prompt, sampled if more than one; one is greedy.
         success: Total reward from which on a held-out completion counts as solved.
         pass_at: The values of k for which `val/pass@k` is estimated from the `eval_completions`; 1 and all of them when
@@ -86,6 +89,8 @@ class RolloutData(ChatData):
         iterations: int = 1,
         prompts_per_call: int = 8,
         mask_truncated: bool = False,
+        overlong_tokens: int = 0,
+        overlong_penalty: float = 1.0,
         eval_completions: int = 1,
         success: float = 1.0,
         pass_at: list[int] | None = None,
@@ -113,7 +118,15 @@ class RolloutData(ChatData):
         self.steps_per_rollout = steps_per_rollout
         self.iterations = iterations
         self.prompts_per_call = prompts_per_call
+        if not 0 <= overlong_tokens <= self.sampling.max_new_tokens:
+            raise UserError(
+                f"data.overlong_tokens is {overlong_tokens}, but has to be from 0 to data.sampling.max_new_tokens, "
+                f"which is {self.sampling.max_new_tokens}"
+            )
+        if not overlong_penalty >= 0:
+            raise UserError(f"data.overlong_penalty is {overlong_penalty}, but has to be 0 or more")
         self.mask_truncated = mask_truncated
+        self.overlong_tokens, self.overlong_penalty = overlong_tokens, overlong_penalty
         self.eval_completions = eval_completions
         self.success = success
         self.pass_at = checked_ks(pass_at, eval_completions, "data.pass_at", "data.eval_completions")
@@ -337,7 +350,7 @@ class RolloutData(ChatData):
         """A batch of groups.
 
         Besides the keys of `Batch`: `advantages`, `rewards` (the totals), `components` (`[completions, rewards]`),
-        `penalties`, `metrics` (`[completions, metrics]`), `lengths` and `finished`, for each completion,
+        `penalties` (of the KL), `metrics` (`[completions, metrics]`), `lengths` and `finished`, for each completion,
         `sampled_logps` and `entropies` for each target, and the number of `completions` per prompt.
         """
         examples = [self.example(split, group) for group in groups]
@@ -351,7 +364,9 @@ class RolloutData(ChatData):
         penalties = np.concatenate([g.penalties for g in groups]) if groups else np.empty(0)
         batch["advantages"] = _floats([] if advantages is None else advantages.reshape(-1))
         batch["components"] = _floats(components).reshape(-1, len(self.rewards.names))
-        batch["rewards"] = _floats(self.rewards.total(components) - penalties)
+        overlong = [self.overlong(g) for g in groups if split == "train"]
+        penalised = np.concatenate(overlong) if overlong else 0.0
+        batch["rewards"] = _floats(self.rewards.total(components) - penalties - penalised)
         batch["penalties"] = _floats(penalties)
         metrics = [group.metrics for group in groups if split != "train"]
         batch["metrics"] = _floats(np.concatenate(metrics) if metrics else np.empty((0, len(self.metric_names))))
@@ -364,7 +379,13 @@ class RolloutData(ChatData):
 
     def totals(self, groups: Sequence[Group]) -> np.ndarray:
         """The total reward of each completion after penalties, `[groups, completions]`."""
-        return np.stack([self.rewards.total(group.components) - group.penalties for group in groups])
+        return np.stack([self.rewards.total(g.components) - g.penalties - self.overlong(g) for g in groups])
+
+    def overlong(self, group: Group) -> np.ndarray:
+        """What is taken from the reward of each completion of a group for its length, `[completions]`."""
+        lengths = np.array([len(completion.ids) for completion in group.completions])
+        over = lengths - (self.sampling.max_new_tokens - self.overlong_tokens)
+        return self.overlong_penalty * np.clip(over, 0, None) / max(1, self.overlong_tokens)
 
 
 def _floats(values: Any) -> Tensor:

@@ -8,9 +8,10 @@ also be a class, whose object is called so. A batched reward takes lists of both
 import asyncio
 import importlib
 import inspect
-import math
 import re
 from collections.abc import Awaitable, Callable, Mapping, Sequence
+from math import isfinite, nan
+from os.path import commonprefix  # of any sequences, in spite of its name
 from typing import Any
 
 import numpy as np
@@ -51,7 +52,7 @@ class Rewards:
         if not named:
             raise UserError(f"{key}: name at least one")
         for reward, weight in named:
-            if isinstance(weight, bool) or not isinstance(weight, int | float) or not math.isfinite(weight):
+            if isinstance(weight, bool) or not isinstance(weight, int | float) or not isfinite(weight):
                 raise UserError(f"{key}: the weight of {reward} is {weight!r}, which is no number")
         self.functions = {_name(r): resolve(r, key) if isinstance(r, str) else r for r, _ in named}
         self.weights = np.array([weight for _, weight in named], dtype=np.float64)
@@ -127,8 +128,8 @@ def _number(name: str, value: Any, completion: str, row: Mapping[str, Any]) -> f
     try:
         number = float(value)
     except (TypeError, ValueError):
-        number = math.nan
-    if not math.isfinite(number):
+        number = nan
+    if not isfinite(number):
         raise UserError(
             f"{name} returned {value!r} for the row {_short(dict(row))} and the completion "
             f"{_short(completion)}; a reward is a finite number"
@@ -188,6 +189,16 @@ def exact_match(completion: str, row: Mapping[str, Any]) -> float:
     return float(completion.strip() == answer_of(row).strip())
 
 
+def common_prefix(completion: str, row: Mapping[str, Any]) -> float:
+    """The characters before the first difference from the expected answer, as a share of the longer of both.
+
+    Partial credit: a reward of whole answers alone teaches nothing about prompts that the policy never solves.
+    """
+    texts = completion.strip(), answer_of(row).strip()
+    longest = max(map(len, texts))
+    return len(commonprefix(texts)) / longest if longest else 1.0
+
+
 _NUMBER = re.compile(r"-?\d[\d,]*(?:\.\d+)?")
 
 
@@ -207,8 +218,12 @@ def _last_number(text: str) -> float | None:
 
 
 def letter_count(completion: str, row: Mapping[str, Any]) -> float:
-    """1 if the last number of the completion (in a box, if there is one) is the row's `letter_count_integer`."""
-    return float(_last_number(completion) == float(row["letter_count_integer"]))
+    """1 if the last number of the completion (in a box, if there is one) is the row's `letter_count_integer`.
+
+    The data set oumi-ai/oumi-letter-count has this number in a column `metadata`.
+    """
+    expected = (row.get("metadata") or row)["letter_count_integer"]
+    return float(_last_number(completion) == float(expected))
 
 
 def countdown(completion: str, row: Mapping[str, Any]) -> float:
@@ -261,6 +276,31 @@ class Matches:
     def __call__(self, completion: str, row: Mapping[str, Any]) -> float:
         """Returns 1 or 0."""
         return float(self.pattern.fullmatch(completion) is not None)
+
+
+class math:  # noqa: N801
+    """1 if the last expression of the completion is mathematically equal to the answer, in LaTeX or plain.
+
+    Needs the package math-verify, the extra `math`.
+    """
+
+    def __init__(self) -> None:
+        try:
+            from math_verify import parse, verify
+        except ImportError:
+            raise UserError(
+                "the reward `math` needs the package math-verify: pip install '.[math]' in a clone"
+            ) from None
+        self._parse, self._verify = parse, verify
+        self.__name__ = "math"
+
+    def __call__(self, completion: str, row: Mapping[str, Any]) -> float:
+        """Returns 1 or 0."""
+        answer = answer_of(row)
+        expected = self._parse(answer) if "$" in answer or "\\boxed" in answer else self._parse(f"${answer}$")
+        if not expected:
+            raise UserError(f"the answer {_short(answer)} can't be read as mathematics")
+        return float(self._verify(expected, self._parse(completion)))
 
 
 class LengthPenalty:

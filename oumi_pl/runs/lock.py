@@ -120,8 +120,8 @@ def release_all() -> None:
 def owner(run: Path) -> dict[str, Any] | None:
     """The process that holds the lock, as `process` describes it; None if there is no readable lock."""
     try:
-        owner = json.loads((run / LOCK).read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError):
+        owner = files.parse(files.read(run / LOCK))
+    except (OSError, ValueError):
         return None
     return owner if isinstance(owner, dict) else None
 
