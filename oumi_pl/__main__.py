@@ -18,6 +18,7 @@ usage: oumi_pl COMMAND [options]          (or: python -m oumi_pl COMMAND)
   fit       train on a recipe:            oumi_pl fit --config quickstart/sft
   runs      list and compare runs:        oumi_pl runs; runs compare A B
   generate  complete prompts:             oumi_pl generate --model runs/NAME/model --prompt TEXT
+            or all rows of a file:        oumi_pl generate --model DIR --file rows.jsonl --output answers.jsonl
   score     score rows with a reward model: oumi_pl score --model DIR --input rows.jsonl --output scores.jsonl
 
   validate  compute validation metrics:   oumi_pl validate --config RECIPE --ckpt_path FILE
@@ -25,6 +26,7 @@ usage: oumi_pl COMMAND [options]          (or: python -m oumi_pl COMMAND)
   predict   write a completion per row, as JSON lines
   prepare   tokenize a pretraining corpus once, into shards
   export    write a checkpoint as a folder that transformers loads
+  push      upload a model to the hub:    oumi_pl push RUN OWNER/NAME (private; --dry_run lists its files)
   compare   compare training engines:     oumi_pl compare --config RECIPE --engines lightning,trl
   train     run an Oumi training config:  oumi_pl train -c oumi.yaml --training.max_steps 3
   convert   print it as a recipe:         oumi_pl convert oumi.yaml
@@ -32,6 +34,7 @@ usage: oumi_pl COMMAND [options]          (or: python -m oumi_pl COMMAND)
 options of fit, validate, test and predict:
   --config NAME|FILE      a recipe, by name or path; several are merged, the later wins
   --KEY VALUE             override a value of the recipe: --data.batch_size 8 --trainer.max_steps 100
+                          a source with another path keeps nothing of the recipe's: --data.train.path rows.jsonl
   --resume [RUN]          fit: resume the last unfinished run of the recipe, or this run folder
   --resume auto           fit: the same, or start the run: a command that a scheduler can repeat until it exits with 0
   --dry_run               fit: try a few updates, and print what would run, its memory and time
@@ -46,7 +49,7 @@ TRAINER_COMMANDS = ("fit", "validate", "test", "predict")
 COMMANDS = (
     *TRAINER_COMMANDS,
     *("recipes", "preview", "runs", "generate", "score"),
-    *("prepare", "export", "compare", "train", "convert"),
+    *("prepare", "export", "push", "compare", "train", "convert"),
 )
 
 
@@ -174,6 +177,7 @@ def _fit(command: str, typed: list[tuple[str, str | None]]) -> int:
         if folder is not None:
             trees = [recipe_files.check(folder / folders.CONFIG)]
     if not asks_for_help:
+        args = recipe_files.with_fresh_sources(args, trees)
         args = recipe_files.with_model(args, {} if folder else tree)
     # Threads that spin while they wait slow each other down when anything else runs on the machine: 80 steps of the
     # quickstart on two busy cores took 92 s with GNU OpenMP's default and 29 s with this; on idle ones 120 steps took

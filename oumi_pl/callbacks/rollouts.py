@@ -93,7 +93,8 @@ def described(data: RolloutData, trained: TrainedGroups, update: int) -> Iterato
         prompt = data.all_prompts("train")[group.prompt]
         shared = {"update": update, "origin": prompt.origin, "prompt": str(data.tokenizer.decode(prompt.ids))}
         totals = data.totals([group])[0].tolist()
-        columns = (group.completions, group.components.tolist(), group.penalties.tolist(), totals, advantages)
+        penalties = (group.penalties + data.overlong(group)).tolist()
+        columns = (group.completions, group.components.tolist(), penalties, totals, advantages)
         for completion, components, penalty, total, advantage in zip(*columns, strict=True):
             yield shared | {
                 "completion": data.text_of(completion),

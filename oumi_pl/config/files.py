@@ -1,6 +1,7 @@
 """Finds recipes and reads the command line, importing nothing heavy, so that mistakes are reported at once."""
 
 import functools
+import json
 import math
 import os
 import re
@@ -140,8 +141,28 @@ def merge(first: Mapping[str, Any], second: Mapping[str, Any]) -> dict[str, Any]
 
 
 def merged(recipes: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
-    """Merges recipes in order; the later ones win."""
-    return functools.reduce(merge, recipes, {})
+    """Merges recipes in order; the later ones win. A source with another `path` replaces the earlier one as a whole."""
+    return functools.reduce(lambda first, second: merge(_without_replaced(first, second), second), recipes, {})
+
+
+def _without_replaced(first: Mapping[str, Any], second: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The first recipe without the sources that the second replaces."""
+    replaced = []
+    for split in SPLITS:
+        old, new = _source_of(first, split), _source_of(second, split)
+        if (
+            isinstance(old, Mapping)
+            and isinstance(new, Mapping)
+            and new.get("path", old.get("path")) != old.get("path")
+        ):
+            replaced.append(split)
+    if not replaced:
+        return first
+    data = dict(first["data"])
+    holder = dict(data["init_args"]) if isinstance(data.get("init_args"), Mapping) else data
+    for split in replaced:
+        del holder[split]
+    return {**first, "data": {**data, "init_args": holder} if holder is not data else data}
 
 
 def as_written(paths: Sequence[Path]) -> bytes | None:
@@ -407,6 +428,74 @@ def _refuse_finished(run: Path, state: Mapping[str, Any], checkpoint: Path | Non
 PREFIX = "recipe:"
 MODELS = ("model", "reference", "teacher")
 """Arguments of modules that name a model."""
+
+
+def with_fresh_sources(args: list[str], trees: Iterable[Mapping[str, Any]]) -> list[str]:
+    """Adds options so that a source of data with another `path` has nothing of the source that it replaces.
+
+    The parser merges mappings: a `sample: 12` of the recipe would be kept beside the path of other rows.
+
+    Args:
+        args: The command line.
+        trees: Contents of the recipes, in order.
+    """
+    resets = []
+    for split in SPLITS:
+        source: dict[str, Any] = {}
+        left: set[str] = set()
+        for value in (*(_source_of(tree, split) for tree in trees), _typed_source(args, split)):
+            if value is None:
+                continue
+            if not isinstance(value, Mapping):
+                source, left = {}, set()
+                continue
+            if source and value.get("path", source.get("path")) != source.get("path"):
+                left |= source.keys()
+                source = {}
+            left -= value.keys()
+            source |= value
+        if left:
+            fresh = {key: SOURCE_DEFAULTS.get(key) for key in sorted(left)}
+            resets.append(f"--data.{split}={json.dumps({**source, **fresh})}")
+    return [*args, *resets]
+
+
+SPLITS = ("train", "validation", "test", "predict")
+SOURCE_DEFAULTS = {"split": "train", "errors": "strict"}
+"""Values of a source that are not null when left out."""
+
+
+def _source_of(tree: Mapping[str, Any], split: str) -> Any:
+    """The source of a split in a recipe, which may leave `init_args` out."""
+    data = tree.get("data")
+    if not isinstance(data, Mapping):
+        return None
+    arguments = data.get("init_args")
+    return (arguments if isinstance(arguments, Mapping) else data).get(split)
+
+
+def _typed_source(args: list[str], split: str) -> Any:
+    """The source of a split on the command line: a value, or its keys that are set there; None if it isn't named."""
+    keys: dict[str, Any] = {}
+    whole: Any = None
+    for flag, value in read_options(args):
+        name = flag.removeprefix("--data.").removeprefix("init_args.")
+        if flag.startswith("--data.") and name == split and value is not None:
+            whole = _parsed(value)
+        elif flag.startswith("--data.") and name.startswith(f"{split}."):
+            keys[name.removeprefix(f"{split}.")] = None if value is None else _parsed(value)
+    if isinstance(whole, Mapping):
+        return {**whole, **keys}
+    return whole if whole is not None else keys or None
+
+
+def _parsed(value: str) -> Any:
+    import yaml
+
+    try:
+        return yaml.safe_load(value)
+    except yaml.YAMLError:
+        return value
 
 
 def with_model(args: list[str], tree: Mapping[str, Any]) -> list[str]:

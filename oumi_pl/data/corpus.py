@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from oumi_pl.data.code import code_of, is_own
-from oumi_pl.data.documents import TokenizeDocuments, texts
+from oumi_pl.data.documents import TokenizeDocuments, texts, texts_with_rows
 from oumi_pl.data.formats import Format, format_name, resolve_format
 from oumi_pl.data.records import OnBadRows
 from oumi_pl.data.rendering import Rendering
@@ -21,6 +21,7 @@ from oumi_pl.data.tokenizers import tokenizer_fingerprint
 from oumi_pl.errors import UserError
 from oumi_pl.runs.checksums import DamagedError
 from oumi_pl.runs.files import remove
+from oumi_pl.types import Row
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -75,6 +76,10 @@ class Part(NamedTuple):
     def texts(self, counts: Counter[str] | None = None, streaming: bool = False) -> Iterator[str]:
         """Iterates over the documents' texts from the start."""
         return texts(self.source, self.keep, counts, streaming, self.render, bad_rows=self.bad_rows)
+
+    def texts_with_rows(self) -> Iterator[tuple[str, Row]]:
+        """As `texts`, each with its row."""
+        return texts_with_rows(self.source, self.keep, render=self.render, bad_rows=self.bad_rows)
 
     def made_from(self, streaming: bool = False) -> list[Any]:
         """Everything that the texts depend on. Of streamed hub data, only the name counts."""

@@ -53,14 +53,17 @@ class RolloutData(ChatData):
     Args:
         args: As of `TextData`.
         reward: A function `(completion, row) -> float` by its path, or several, with weights if it is a mapping; see
-            `oumi_pl.rollouts.rewards`.
-        completions: Completions per prompt (a group).
+            `oumi_pl.rollouts.rewards`. `Distill` needs none.
+        completions: Completions per prompt (a group), at least 2 if they are compared by a reward.
         sampling: How they are sampled.
         engine: What samples them; transformers' `generate` when left out.
         steps_per_rollout: Updates whose prompts are completed at once, before the first of them.
         iterations: How often each rollout is trained on.
         prompts_per_call: Prompts whose groups are sampled in one batch.
         mask_truncated: Leave completions that `max_new_tokens` cut out of the loss.
+        overlong_tokens: The last so many of `max_new_tokens` reduce the reward in training, up to `overlong_penalty`
+            for all of them (Yu et al. 2025, arXiv:2503.14476, "soft overlong punishment"); 0 for none.
+        overlong_penalty: Taken from the total reward of a completion with `max_new_tokens`.
         eval_completions: Completions per held-out prompt, sampled if more than one; one is greedy.
         success: Total reward from which on a held-out completion counts as solved.
         pass_at: The values of k for which `val/pass@k` is estimated from the `eval_completions`; 1 and all of them when
@@ -78,7 +81,7 @@ class RolloutData(ChatData):
     def __init__(
         self,
         *args: Any,
-        reward: str | list[str] | dict[str, float] | Reward,
+        reward: str | list[str] | dict[str, float] | Reward | None = None,
         completions: int = 8,
         sampling: Sampling | None = None,
         engine: Engine | None = None,
@@ -86,6 +89,8 @@ class RolloutData(ChatData):
         iterations: int = 1,
         prompts_per_call: int = 8,
         mask_truncated: bool = False,
+        overlong_tokens: int = 0,
+        overlong_penalty: float = 1.0,
         eval_completions: int = 1,
         success: float = 1.0,
         pass_at: list[int] | None = None,
@@ -94,7 +99,7 @@ class RolloutData(ChatData):
     ) -> None:
         super().__init__(*args, **kwargs)
         for name, value, least in (
-            ("completions", completions, 2),
+            ("completions", completions, 1 if reward is None else 2),
             ("steps_per_rollout", steps_per_rollout, 1),
             ("iterations", iterations, 1),
             ("prompts_per_call", prompts_per_call, 1),
@@ -106,14 +111,22 @@ class RolloutData(ChatData):
             raise UserError(
                 "data.packing: a row is a prompt with its completions, which share it already; leave it out"
             )
-        self.rewards = Rewards(reward)
+        self.rewards = Rewards.none() if reward is None else Rewards(reward)
         self.completions = completions
         self.sampling = sampling or Sampling()
         self.engine = engine or Generate()
         self.steps_per_rollout = steps_per_rollout
         self.iterations = iterations
         self.prompts_per_call = prompts_per_call
+        if not 0 <= overlong_tokens <= self.sampling.max_new_tokens:
+            raise UserError(
+                f"data.overlong_tokens is {overlong_tokens}, but has to be from 0 to data.sampling.max_new_tokens, "
+                f"which is {self.sampling.max_new_tokens}"
+            )
+        if not overlong_penalty >= 0:
+            raise UserError(f"data.overlong_penalty is {overlong_penalty}, but has to be 0 or more")
         self.mask_truncated = mask_truncated
+        self.overlong_tokens, self.overlong_penalty = overlong_tokens, overlong_penalty
         self.eval_completions = eval_completions
         self.success = success
         self.pass_at = checked_ks(pass_at, eval_completions, "data.pass_at", "data.eval_completions")
@@ -136,6 +149,8 @@ class RolloutData(ChatData):
     @property
     def validation_metrics(self) -> list[str]:
         """Metrics of validation that depend on the settings of the data."""
+        if not self.rewards.names:
+            return []
         names = [*(f"pass@{k}" for k in self.pass_at), *self.metric_names]
         names += [f"rewards/{name}" for name in self.rewards.names] if len(self.rewards.names) > 1 else []
         names += ["groups_without_variance"] if self.eval_completions > 1 else []
@@ -337,7 +352,7 @@ class RolloutData(ChatData):
         """A batch of groups.
 
         Besides the keys of `Batch`: `advantages`, `rewards` (the totals), `components` (`[completions, rewards]`),
-        `penalties`, `metrics` (`[completions, metrics]`), `lengths` and `finished`, for each completion,
+        `penalties` (of the KL), `metrics` (`[completions, metrics]`), `lengths` and `finished`, for each completion,
         `sampled_logps` and `entropies` for each target, and the number of `completions` per prompt.
         """
         examples = [self.example(split, group) for group in groups]
@@ -350,8 +365,10 @@ class RolloutData(ChatData):
         )
         penalties = np.concatenate([g.penalties for g in groups]) if groups else np.empty(0)
         batch["advantages"] = _floats([] if advantages is None else advantages.reshape(-1))
-        batch["components"] = _floats(components).reshape(-1, len(self.rewards.names))
-        batch["rewards"] = _floats(self.rewards.total(components) - penalties)
+        batch["components"] = _floats(components)
+        overlong = [self.overlong(g) for g in groups if split == "train"]
+        penalised = np.concatenate(overlong) if overlong else 0.0
+        batch["rewards"] = _floats(self.rewards.total(components) - penalties - penalised)
         batch["penalties"] = _floats(penalties)
         metrics = [group.metrics for group in groups if split != "train"]
         batch["metrics"] = _floats(np.concatenate(metrics) if metrics else np.empty((0, len(self.metric_names))))
@@ -364,7 +381,13 @@ class RolloutData(ChatData):
 
     def totals(self, groups: Sequence[Group]) -> np.ndarray:
         """The total reward of each completion after penalties, `[groups, completions]`."""
-        return np.stack([self.rewards.total(group.components) - group.penalties for group in groups])
+        return np.stack([self.rewards.total(g.components) - g.penalties - self.overlong(g) for g in groups])
+
+    def overlong(self, group: Group) -> np.ndarray:
+        """What is taken from the reward of each completion of a group for its length, `[completions]`."""
+        lengths = np.array([len(completion.ids) for completion in group.completions])
+        over = lengths - (self.sampling.max_new_tokens - self.overlong_tokens)
+        return self.overlong_penalty * np.clip(over, 0, None) / max(1, self.overlong_tokens)
 
 
 def _floats(values: Any) -> Tensor:

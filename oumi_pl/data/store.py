@@ -316,6 +316,8 @@ def example_store(
         if bad.count:
             report["bad_rows"] = bad.report()
             report["dropped"] |= {reason: kind["rows"] for reason, kind in report["bad_rows"].items()}
+        if replaced := reader.counts["replaced"]:
+            report["notes"]["U+FFFD in place of bytes that aren't UTF-8 (characters, not rows)"] = replaced
         if reader.unread:
             report["unread_columns"] = sorted(reader.unread)
 

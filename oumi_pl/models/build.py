@@ -2,7 +2,7 @@
 
 import inspect
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -19,6 +19,7 @@ from oumi_pl.errors import UserError, is_out_of_memory, nearest, reason
 from oumi_pl.models.hub import locate
 from oumi_pl.models.lm import LM
 from oumi_pl.models.lora import SCORE, merged, with_lora
+from oumi_pl.models.text_part import text_part, whole_model
 from oumi_pl.runs.files import parse
 from oumi_pl.terminal.screen import working
 
@@ -107,7 +108,8 @@ def loaded(load: Any, name: str, **kwargs: Any) -> Any:
                 f"model: {name} runs code from its repository; if you trust it, set model.trust_remote_code: true"
             ) from error
         damaged = "; the file is damaged or cut short: fetch it again" if isinstance(error, SafetensorError) else ""
-        raise UserError(f"model: can't load {name!r}: {reason(error)}{damaged}") from error
+        what = f"KeyError: {error}" if isinstance(error, KeyError) else reason(error)
+        raise UserError(f"model: can't load {name!r}: {what}{damaged}") from error
 
 
 def vocabulary(tokenizer: "PreTrainedTokenizerBase") -> int:
@@ -214,12 +216,14 @@ def build_model(
     revision: str | None = None,
     trust_remote_code: bool = False,
     scoring: bool = False,
+    text_only: bool = False,
 ) -> "PreTrainedModel":
     """Builds a causal LM in training mode, with new token rows, frozen parts and adapters; arguments as of the modules.
 
     `model` may also be the folder of an adapter, which is then merged into its base before training. Without `attn`,
     transformers chooses (sdpa if the architecture has it). With `scoring`, builds the architecture's
     sequence-classification model with one label: its head `score`, random if `model` has none, replaces that of the LM.
+    With `text_only`, the text model is taken out of one that has other parts.
 
     Raises:
         UserError: something can't be loaded, or parts don't fit together.
@@ -241,8 +245,11 @@ def build_model(
     if base is None:
         hf = _random_weights(hf_config, attn, dtype, trust_remote_code, scoring)
     else:
-        drops = any("layer" in key for key in config or {})
-        hf = _pretrained(base, hf_config, attn, dtype, scoring, drops_layers=drops, **_quantized(quantization), **hub)
+        hf = _pretrained(
+            base, hf_config, attn, dtype, scoring, overrides=config or {}, **_quantized(quantization), **hub
+        )
+        hf = text_part(hf, attn) if text_only else hf
+        hf.taken_from = None if scoring or text_only else whole_model(hf, base, hf_config, **hub)
     if scoring:
         _refuse_other_heads(hf)
     attention.separate_frequencies(hf)
@@ -333,10 +340,16 @@ def _random_weights(
 
 
 def _pretrained(
-    model: str, hf_config: "PretrainedConfig", attn: str | None, dtype: DType, scoring: bool, **kwargs: Any
+    model: str,
+    hf_config: "PretrainedConfig",
+    attn: str | None,
+    dtype: DType,
+    scoring: bool,
+    *,
+    overrides: Mapping[str, Any],
+    **kwargs: Any,
 ) -> "PreTrainedModel":
     _refuse_without_weights(Path(model))
-    drops_layers = kwargs.pop("drops_layers", False)
     loaded_dtype = dtype if dtype == "auto" else _torch_dtype(dtype)
     kwargs |= {"config": hf_config, "attn_implementation": attn, "dtype": loaded_dtype}
     # mismatches are reported below in one line: transformers would print a table and fill in random weights
@@ -354,10 +367,15 @@ def _pretrained(
             f"and {list(own)} here"
         )
     # a causal LM has no scoring head yet
-    if not drops_layers and (dropped := _dropped_layers(hf, info["unexpected_keys"])):
+    if dropped := _dropped_layers(hf, info["unexpected_keys"]):
+        if set(overrides) & set(hf_config.to_dict()):
+            raise UserError(
+                f"model.config ({', '.join(overrides)}): {len(dropped)} trained weights of {model} would be left out, "
+                f"first {dropped[0]}: layers can't be taken from a trained model; leave the value out"
+            )
         raise UserError(
-            f"model: {model} has weights of more layers than its config.json, first {dropped}: they would be dropped; "
-            "correct the config (num_hidden_layers), or set it in model.config to drop them"
+            f"model: {model} has weights of more layers than its config.json, first {dropped[0]}: they would be "
+            "dropped; correct the config (num_hidden_layers)"
         )
     new_head = {f"{SCORE}.weight"} if scoring else set()
     if missing := sorted(set(info["missing_keys"]) - new_head):
@@ -368,14 +386,14 @@ def _pretrained(
     return keep_differentiable(hf)
 
 
-def _dropped_layers(hf: "PreTrainedModel", unexpected: Any) -> str:
-    """The first weight of a layer beyond the last that the model has; empty without one."""
+def _dropped_layers(hf: "PreTrainedModel", unexpected: Iterable[str]) -> list[str]:
+    """The weights of layers beyond the last that the model has, sorted."""
     last = {name: len(part) - 1 for name, part in hf.named_modules() if isinstance(part, nn.ModuleList)}
-    for name in sorted(unexpected):
-        for match in _NUMBER.finditer(name):
-            if int(match[1]) > last.get(name[: match.start()], 10**9):
-                return name
-    return ""
+    return [
+        name
+        for name in sorted(unexpected)
+        if any(int(match[1]) > last.get(name[: match.start()], 10**9) for match in _NUMBER.finditer(name))
+    ]
 
 
 _NUMBER = re.compile(r"\.(\d{1,9})(?=\.)")
@@ -515,6 +533,8 @@ def fit_vocabulary(
 ) -> int:
     """Initialises the rows of added tokens to the mean of the trained rows; returns how many rows were appended.
 
+    A pad token without a row gets one too, so that padded rows can be computed.
+
     With the mean, a new token starts with an average logit (Hewitt 2021, "Initializing New Word Embeddings for
     Pretrained Language Models"). Rows that only pad the vocabulary were never trained, and are left out of the mean.
 
@@ -528,13 +548,15 @@ def fit_vocabulary(
         UserError: the tokenizer has ids without a row in the model, besides the added ones.
     """
     rows = len(cast("Tensor", hf.get_input_embeddings().weight))
-    own = max(set(tokenizer.get_vocab().values()) - {*added_tokens, *known}, default=-1) + 1
+    pad = {tokenizer.pad_token_id} - {None, *range(rows)}
+    own = max(set(tokenizer.get_vocab().values()) - {*added_tokens, *known, *pad}, default=-1) + 1
     if own > rows:
         raise UserError(
             f"model: the tokenizer has {own} tokens, the model's vocabulary {rows}: they don't belong together; "
             "set data.tokenizer to the model's own"
         )
-    if not added_tokens:
+    new = sorted({*added_tokens, *pad})
+    if not new:
         return 0
     needed = vocabulary(tokenizer)
     if needed > rows:
@@ -542,9 +564,7 @@ def fit_vocabulary(
     for layer in (hf.get_input_embeddings(), hf.get_output_embeddings()):
         for values in (getattr(layer, "weight", None), getattr(layer, "bias", None)):
             if values is not None:
-                values[list(added_tokens)] = (
-                    values[: min(added_tokens)].mean(dim=0, dtype=torch.float32).to(values.dtype)
-                )
+                values[new] = values[: min(new)].mean(dim=0, dtype=torch.float32).to(values.dtype)
     return max(0, needed - rows)
 
 

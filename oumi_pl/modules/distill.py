@@ -3,6 +3,7 @@
 from functools import cached_property
 from typing import Any, Literal, cast
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -39,6 +40,10 @@ class Distill(LanguageModule):
     then needs no teacher in memory, and a second run computes nothing. All other tokens count as one outcome, whose
     probability is exact. The cache takes `8 k + 4` bytes per target. Without `top_k`, the teacher runs beside the
     student, and all tokens are compared.
+
+    With `RolloutData`, the student learns from completions that it samples itself, in training and in evaluation, so
+    that it is corrected where it goes wrong (Agarwal et al. 2023, arXiv:2306.13649: GKD with `lmbda` 1). Prompts need
+    no answers then, and completions no reward. No gradient passes through the sampling, as in the paper.
 
     Args:
         model: Hub id or directory of the student; leave it out to start from random weights.
@@ -98,10 +103,22 @@ class Distill(LanguageModule):
         """As of `SFT`.
 
         Raises:
-            UserError: some rows of the data are labelled as bad answers.
+            UserError: some rows of the data are labelled as bad answers, or what has to be cached is not known before.
         """
         super().on_model_built()
         refuse_bad_answers(self)
+        if self.data is not None and self.data.samples and self.reference.top_k is not None:
+            raise UserError(
+                "model.top_k: the student's own completions can't be read by the teacher in advance; leave it out"
+            )
+
+    def advantages(self, rewards: np.ndarray) -> np.ndarray:
+        """Zeros: completions are not compared. See `oumi_pl.data.rollouts.Policy`."""
+        return np.zeros_like(rewards)
+
+    def penalties(self, batch: Batch) -> np.ndarray:
+        """Zeros: there is no reward."""
+        return np.zeros(len(batch["segments"]))
 
     def loss_sums(self, batch: Batch, split: Split) -> Sums:
         """Sums over the targets: `loss`, its parts, and how often student and teacher prefer the same token."""

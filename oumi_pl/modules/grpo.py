@@ -127,6 +127,8 @@ class GRPO(LanguageModule):
                 f"data: GRPO trains on completions that the policy samples; RolloutData does so, {type(data).__name__} "
                 "reads answers"
             )
+        if not data.rewards.names:
+            raise UserError("data.reward: missing; name a function that scores completions, as `exact_match`")
         if data.sampling.temperature == 0:
             raise UserError("data.sampling.temperature: greedy completions of a prompt are all the same; raise it")
         if data.sampling.is_truncated:

@@ -809,12 +809,16 @@ class RestorableModule(UpdateModule):
         return content
 
     def begin_training(self) -> None:
-        """Applies the optimizer settings that were changed since the checkpoint was written.
+        """Applies the optimizer settings that were changed since the checkpoint was written, unless a callback has."""
+        super().begin_training()
+        self.apply_changed_settings()
+
+    def apply_changed_settings(self) -> None:
+        """Applies the optimizer settings that were changed since the checkpoint was written; once.
 
         Lightning has restored all that is in the groups: the settings of that run, and what an optimizer keeps there of
         its own (counters, estimates). A setting is changed if the optimizer was created with another value then.
         """
-        super().begin_training()
         if any(type(c).__module__ == LR_FINDER for c in self.trainer.callbacks):  # type: ignore[attr-defined]
             return  # it tries rates with a schedule of its own
         self.__scheduler_steps = self.trainer.fit_loop.epoch_loop.scheduler_progress.total.ready
@@ -822,7 +826,7 @@ class RestorableModule(UpdateModule):
             if metric is not None:  # Lightning steps with it before the first batch, or not at all
                 self.trainer.callback_metrics[config.monitor or ""] = metric
         before = [current_rate(optimizer) for optimizer in self.trainer.optimizers]
-        self.__apply_changed_settings()
+        self.__apply_changed_groups()
         if self.__restored_rate is not None:  # a resumed run keeps the rate that was found for it, and not a new one
             self.learning_rate, self.__restored_rate = self.__restored_rate, None
             self.__apply_learning_rate()
@@ -834,7 +838,7 @@ class RestorableModule(UpdateModule):
                     f"the checkpoint's next learning rate was {was:.3g}, and this run continues with {now:.3g}"
                 )
 
-    def __apply_changed_settings(self) -> None:
+    def __apply_changed_groups(self) -> None:
         if self.saved_optimizer_settings is None:
             return
         for i, optimizer in enumerate(self.trainer.optimizers):

@@ -53,7 +53,7 @@ def groups(data: RolloutData, decoder: Decoder, sampled: Sequence[Group], advant
     shown = []
     for number, (group, of_group) in enumerate(zip(sampled, advantages.tolist(), strict=True), 1):
         prompt = data.all_prompts("train")[group.prompt]
-        totals = data.totals([group])[0]
+        totals, overlong = data.totals([group])[0], data.overlong(group)
         mean = f"rewards {totals.min():.4g} to {totals.max():.4g}, mean {totals.mean():.4g}"
         facts = [prompt.origin, mean if np.ptp(totals) else f"all rewards are {totals[0]:.4g}, so no advantage differs"]
         sections = [_section(decoder, f"prompt ({len(prompt.ids):,} tokens)", prompt.ids, False)]
@@ -61,6 +61,7 @@ def groups(data: RolloutData, decoder: Decoder, sampled: Sequence[Group], advant
             components = zip(data.rewards.names, group.components[i].tolist(), strict=True)
             parts = [f"{name} {value:.4g}" for name, value in components]
             parts += [f"KL penalty {group.penalties[i]:.4g}"] if group.penalties[i] else []
+            parts += [f"penalty for its length {overlong[i]:.4g}"] if overlong[i] else []
             parts += [f"total {totals[i]:.4g}"] if len(parts) > 1 or parts[0].split()[-1] != f"{totals[i]:.4g}" else []
             parts += [f"advantage {of_group[i]:+.4g}", f"{len(completion.ids):,} tokens"]
             parts += [] if completion.is_finished else [f"cut at {data.sampling.max_new_tokens:,}"]

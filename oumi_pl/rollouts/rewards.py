@@ -8,9 +8,10 @@ also be a class, whose object is called so. A batched reward takes lists of both
 import asyncio
 import importlib
 import inspect
-import math
 import re
 from collections.abc import Awaitable, Callable, Mapping, Sequence
+from itertools import takewhile
+from math import isfinite, nan
 from typing import Any
 
 import numpy as np
@@ -51,12 +52,19 @@ class Rewards:
         if not named:
             raise UserError(f"{key}: name at least one")
         for reward, weight in named:
-            if isinstance(weight, bool) or not isinstance(weight, int | float) or not math.isfinite(weight):
+            if isinstance(weight, bool) or not isinstance(weight, int | float) or not isfinite(weight):
                 raise UserError(f"{key}: the weight of {reward} is {weight!r}, which is no number")
         self.functions = {_name(r): resolve(r, key) if isinstance(r, str) else r for r, _ in named}
         self.weights = np.array([weight for _, weight in named], dtype=np.float64)
         if len(self.functions) < len(named):
             raise UserError(f"{key}: two {key.rpartition('.')[2].removesuffix('s')}s have the same name")
+
+    @classmethod
+    def none(cls) -> "Rewards":
+        """No reward: all totals are 0."""
+        rewards = cls(exact_match)
+        rewards.functions, rewards.weights = {}, np.empty(0)
+        return rewards
 
     @property
     def names(self) -> list[str]:
@@ -127,8 +135,8 @@ def _number(name: str, value: Any, completion: str, row: Mapping[str, Any]) -> f
     try:
         number = float(value)
     except (TypeError, ValueError):
-        number = math.nan
-    if not math.isfinite(number):
+        number = nan
+    if not isfinite(number):
         raise UserError(
             f"{name} returned {value!r} for the row {_short(dict(row))} and the completion "
             f"{_short(completion)}; a reward is a finite number"
@@ -186,6 +194,17 @@ def answer_of(row: Mapping[str, Any]) -> str:
 def exact_match(completion: str, row: Mapping[str, Any]) -> float:
     """1 if the completion is the expected answer, but for white space around both."""
     return float(completion.strip() == answer_of(row).strip())
+
+
+def common_prefix(completion: str, row: Mapping[str, Any]) -> float:
+    """The characters before the first difference from the expected answer, as a share of the longer of both.
+
+    Partial credit: a reward of whole answers alone teaches nothing about prompts that the policy never solves.
+    """
+    texts = completion.strip(), answer_of(row).strip()
+    longest = max(map(len, texts))
+    same = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(*texts, strict=False)))
+    return same / longest if longest else 1.0
 
 
 _NUMBER = re.compile(r"-?\d[\d,]*(?:\.\d+)?")
@@ -265,6 +284,31 @@ class Matches:
     def __call__(self, completion: str, row: Mapping[str, Any]) -> float:
         """Returns 1 or 0."""
         return float(self.pattern.fullmatch(completion) is not None)
+
+
+class math:  # noqa: N801
+    """1 if the last expression of the completion is mathematically equal to the answer, in LaTeX or plain.
+
+    Needs the package math-verify, the extra `math`.
+    """
+
+    def __init__(self) -> None:
+        try:
+            from math_verify import parse, verify
+        except ImportError:
+            raise UserError(
+                "the reward `math` needs the package math-verify: pip install '.[math]' in a clone"
+            ) from None
+        self._parse, self._verify = parse, verify
+        self.__name__ = "math"
+
+    def __call__(self, completion: str, row: Mapping[str, Any]) -> float:
+        """Returns 1 or 0."""
+        answer = answer_of(row)
+        expected = self._parse(answer) if "$" in answer or "\\boxed" in answer else self._parse(f"${answer}$")
+        if not expected:
+            raise UserError(f"the answer {_short(answer)} can't be read as mathematics")
+        return float(self._verify(expected, self._parse(completion)))
 
 
 class LengthPenalty:

@@ -104,7 +104,7 @@ class Draw(LogitsProcessor):
         """Maps scores `[rows, vocab]` to 0 for the drawn token and -inf for all others."""
         if self.sampling.temperature == 0:
             logps = scores.float().log_softmax(-1)
-            drawn = logps.argmax(-1, keepdim=True)
+            drawn = scores.argmax(-1, keepdim=True)
         else:
             logps = truncated(scores.float() / self.sampling.temperature, self.sampling).log_softmax(-1)
             drawn = draw(logps, self.numbers[:, len(self.logps)])
@@ -209,6 +209,7 @@ def sample(
     numbers: np.ndarray,
     sampling: Sampling,
     ends: Iterable[int],
+    streamer: Any = None,
 ) -> list[Completion]:
     """Samples a completion for each prompt, in one batch. Training modes are left as they were.
 
@@ -219,6 +220,7 @@ def sample(
         numbers: `[prompts, max_new_tokens]`, as of `uniforms`.
         sampling: The settings.
         ends: Token ids that end a completion.
+        streamer: Of transformers, for a single prompt.
     """
     device = next(model.parameters()).device
     longest = max(map(len, prompts))
@@ -237,6 +239,7 @@ def sample(
             pad_token_id=pad,
             logits_processor=LogitsProcessorList([drawing]),
             stopping_criteria=StoppingCriteriaList([stopping]) if stopping else None,
+            streamer=streamer,
             do_sample=False,
             temperature=None,
             top_p=None,

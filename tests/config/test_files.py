@@ -1,6 +1,7 @@
 """Recipes are found by name from anywhere, and read with care."""
 
 import importlib.util
+import json
 import subprocess
 import sys
 import zipfile
@@ -92,3 +93,26 @@ def test_wheel_holds_what_is_no_code(tmp_path):
     for pattern in ("templates/*.jinja", "bundled/*/*.jsonl"):
         expected |= {p.relative_to(ROOT).as_posix() for p in (ROOT / "oumi_pl" / "data").glob(pattern)}
     assert expected <= inside
+
+
+@pytest.mark.parametrize(
+    ("second", "options", "fresh"),
+    [
+        (None, ["--data.train.path", "b.jsonl"], {"path": "b.jsonl", "sample": None, "split": "train"}),
+        (None, ["--data.train", "{path: b.jsonl, sample: 3}"], {"path": "b.jsonl", "sample": 3, "split": "train"}),
+        ({"path": "b.jsonl"}, [], {"path": "b.jsonl", "sample": None, "split": "train"}),
+        ({"path": "b.jsonl"}, ["--data.train.sample", "5"], {"path": "b.jsonl", "sample": 5, "split": "train"}),
+        ({"sample": 5}, [], None),
+        ({"path": "a.jsonl", "sample": 5}, [], None),
+        ("b.jsonl", [], None),
+        (None, ["--data.train", "b.jsonl"], None),
+    ],
+)
+def test_a_source_with_another_path_inherits_nothing(second, options, fresh):
+    first = {"data": {"class_path": "SFTData", "init_args": {"train": {"path": "a.jsonl", "sample": 12, "split": "x"}}}}
+    trees = [first] if second is None else [first, {"data": {"train": second}}]
+    added = recipe_files.with_fresh_sources(options, trees)[len(options) :]
+    assert [json.loads(option.removeprefix("--data.train=")) for option in added] == ([fresh] if fresh else [])
+    whole = recipe_files.merged(trees)["data"]
+    if fresh and not options:
+        assert {**whole["init_args"], **whole}["train"] == second

@@ -53,7 +53,7 @@ model:
   load_pretrained_weights: True
   trust_remote_code: True
   enable_liger_kernel: True
-  tokenizer_pad_token: "<|finetune_right_pad_id|>"
+  tokenizer_pad_token: "<|pad|>"
 data:
   train:
     datasets:

@@ -24,7 +24,10 @@ from oumi_pl.__main__ import main
 from tests.conftest import free_port
 from tests.tiny import LLAMA, conversations, feedback, pairs, write_jsonl
 
-CHANGING = ("train/tokens_per_second", "train/rows_per_second", "train/peak_memory_gb", "train/mfu")
+CHANGING = (
+    *("train/tokens_per_second", "train/rows_per_second", "train/peak_memory_gb", "train/mfu"),
+    *("train/seconds/generating", "train/seconds/rewarding", "train/seconds/training"),
+)
 """Columns of `metrics.csv` that differ between two runs of the same recipe."""
 CHANGING_CALLS = ("replace", "rename", "fsync", "unlink", "mkdir", "rmdir", "link", "symlink", "truncate", "utime")
 """Functions of `os` that change files; `open` for writing is counted as well."""
@@ -33,9 +36,40 @@ KINDS = {
     "DPO": ("DPOData", pairs),
     "KTO": ("KTOData", feedback),
     "Reward": ("RewardData", pairs),
+    "GRPO": ("RolloutData", conversations),
     "Pretrain": ("PretrainData", lambda n, seed=0: [{"text": str(row)} for row in conversations(n, seed)]),
 }
 """Trainer type -> its data module, and a function that makes rows for it."""
+FURTHER = {
+    "GRPO": {
+        "reward": "own_rollouts.letters",
+        "engine": {"class_path": "own_rollouts.Killed"},
+        "completions": 3,
+        "sampling": {"max_new_tokens": 6},
+        "steps_per_rollout": 3,
+        "prompts_per_call": 1,
+    }
+}
+"""Further arguments of data modules."""
+ROLLOUTS = """
+import os
+import signal
+
+from oumi_pl.rollouts.sampling import Generate
+
+def letters(completion, row):
+    return sum(ord(letter) % 7 for letter in completion) / 10
+
+class Killed(Generate):
+    calls = 0
+
+    def sample(self, *args, **kwargs):
+        Killed.calls += 1
+        if str(Killed.calls) == os.environ.get("KILL_IN_CALL"):
+            os.kill(os.getpid(), signal.SIGKILL)
+        return super().sample(*args, **kwargs)
+"""
+"""An engine that kills the process when it is called, and a reward that differs from one completion to the next."""
 
 
 def recipe(kind: str = "SFT", changes: dict[str, Any] | None = None) -> dict[str, Any]:
@@ -57,6 +91,7 @@ def recipe(kind: str = "SFT", changes: dict[str, Any] | None = None) -> dict[str
                 "tokenizer": {"class_path": "ByteTokenizer"},
                 "max_length": 128,
                 "batch_size": 2,
+                **FURTHER.get(kind, {}),
             },
         },
         "trainer": {"max_steps": 5, "accelerator": "cpu"},
@@ -80,6 +115,7 @@ def prepare(folder: Path, kind: str = "SFT", changes: dict[str, Any] | None = No
     rows = KINDS[kind][1]
     write_jsonl(folder / "rows.jsonl", rows(12))
     write_jsonl(folder / "held-out.jsonl", rows(2, seed=5))
+    (folder / "own_rollouts.py").write_text(ROLLOUTS)
     (folder / "r.yaml").write_text(yaml.safe_dump(recipe(kind, changes), sort_keys=False))
 
 
@@ -260,6 +296,7 @@ def outcome(run: Path) -> dict[str, Any]:
         "weights": {name: value.numpy().tobytes() for name, value in checkpoint["state_dict"].items()},
         "model": model,
         "samples": (run / "samples.jsonl").read_text() if (run / "samples.jsonl").exists() else "",
+        "rollouts": (run / "rollouts.jsonl").read_text() if (run / "rollouts.jsonl").exists() else "",
         "config": (run / "config.yaml").read_text(),
     }
 

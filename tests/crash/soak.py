@@ -61,7 +61,7 @@ class Recipe:
         self.seconds = time.monotonic() - begin
         self.operations = len(json.loads((whole / "operations.json").read_text()))
         self.expected = outcome(whole / "runs" / "r")
-        if rng.random() < 0.5:  # else each trial fills the caches
+        if rng.random() < 0.5 and (whole / "cache").exists():  # else each trial fills the caches
             shutil.copytree(whole / "cache", self.folder / "cache")
 
 

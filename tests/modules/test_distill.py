@@ -1,5 +1,6 @@
 """Distillation: the update equals a plain loop over both models' full logits, and a second run computes nothing."""
 
+import json
 import os
 import subprocess
 import sys
@@ -12,12 +13,14 @@ import torch.nn.functional as F
 from transformers import AutoModelForCausalLM
 
 from oumi_pl.callbacks.checkpoint import Checkpoints
+from oumi_pl.data.rollouts import RolloutData
 from oumi_pl.data.tokenizers import ByteTokenizer
 from oumi_pl.errors import UserError
 from oumi_pl.losses.distillation import JSD, ForwardKL, ReverseKL
 from oumi_pl.modules import reference
 from oumi_pl.modules.base import LanguageModule
 from oumi_pl.modules.distill import Distill, Teacher
+from oumi_pl.rollouts.sampling import Sampling
 from oumi_pl.runs.checkpoints import AtomicCheckpointIO
 from oumi_pl.runs.folders import saved_steps
 from tests.conftest import free_port
@@ -361,3 +364,55 @@ def test_settings_that_make_no_sense_are_refused(teacher, message):
 def test_a_teacher_is_a_model(word):
     with pytest.raises(UserError, match=f"model.teacher: '{word}' is no model"):
         Distill(config=LLAMA, teacher=word)
+
+
+def sampling(path, **kwargs):
+    file = path / "prompts.jsonl"
+    file.write_text("".join(json.dumps({"prompt": "say " + "ab" * i}) + "\n" for i in range(5)))
+    options = {"batch_size": 4, "completions": 2, "max_length": 128, "sampling": Sampling(6), "validation": str(file)}
+    return RolloutData(str(file), tokenizer=ByteTokenizer(), seed=0, **options | kwargs)
+
+
+@pytest.mark.parametrize(("batch_size", "micro_batches"), [(4, 1), (1, 4)])
+def test_on_its_own_completions_it_equals_a_plain_loop(tmp_path, teacher, batch_size, micro_batches):
+    module, samples, updates = distill(teacher, "reverse"), sampling(tmp_path, batch_size=batch_size), []
+    original = samples.groups
+
+    def groups(*args):
+        updates.append(original(*args))
+        return updates[-1]
+
+    samples.groups = groups
+    fit(module, samples, accumulate_grad_batches=micro_batches, max_steps=2, max_epochs=2, limit_val_batches=0)
+    other = distill(teacher, "reverse")
+    L.seed_everything(1)
+    trainer(max_epochs=1).strategy.connect(other)
+    hf = other.build(samples.tokenizer).hf
+    theirs = AutoModelForCausalLM.from_pretrained(teacher)
+    optimizer = torch.optim.SGD(hf.parameters(), lr=0.1)
+    for update in updates[:2]:
+        total, targets = 0.0, 0
+        for group in update:
+            for completion in group.completions:
+                prompt, n = samples.all_prompts("train")[group.prompt].ids, len(completion.ids)
+                ids = torch.tensor([[*prompt, *completion.ids]])
+                with torch.no_grad():
+                    wanted = theirs(input_ids=ids).logits[0, -n - 1 : -1]
+                total = total + loss(other, hf(input_ids=ids).logits[0, -n - 1 : -1], wanted, ids[0, -n:])
+                targets += n
+        optimizer.zero_grad()
+        (total / targets).backward()
+        optimizer.step()
+    assert len(updates[0]) == 4
+    assert distance(weights(module), {name: p.detach() for name, p in hf.named_parameters()}) < 5e-6
+
+
+def test_its_own_completions_are_evaluated_without_a_reward(tmp_path, teacher):
+    logged = trainer(max_epochs=1).validate(distill(teacher), sampling(tmp_path), verbose=False)[0]
+    assert logged["val/divergence"] > 0
+    assert not any("reward" in name or "pass@" in name for name in logged)
+
+
+def test_its_own_completions_can_not_be_cached_in_advance(tmp_path, teacher):
+    with pytest.raises(UserError, match=r"model.top_k: the student's own completions"):
+        trainer(max_steps=1).fit(distill(teacher, top_k=4), sampling(tmp_path))

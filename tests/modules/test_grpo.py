@@ -5,6 +5,7 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import lightning as L
@@ -22,7 +23,7 @@ from oumi_pl.losses.policy import BNPOLoss, DrGRPOLoss, GRPOLoss, ReinforceLoss
 from oumi_pl.modules.base import LanguageModule
 from oumi_pl.modules.grpo import GRPO
 from oumi_pl.rollouts.advantages import GroupMean, LeaveOneOut
-from oumi_pl.rollouts.sampling import Sampling
+from oumi_pl.rollouts.sampling import Generate, Sampling
 from oumi_pl.runs.checkpoints import AtomicCheckpointIO
 from oumi_pl.runs.folders import saved_steps
 from tests.tiny import LLAMA, distance, sgd, trainer, weights
@@ -159,6 +160,34 @@ def test_faults_would_be_caught(tmp_path, fault, monkeypatch):
     module = grpo()
     run(tmp_path, module, 2, {"batch_size": 2}, max_steps=2)
     assert distance(weights(module), expected) > 1e-4
+
+
+class Padded(Generate):
+    """Trains on padding after the end of a completion."""
+
+    def sample(self, policy, tokenizer, prompts, **kwargs):
+        completions = super().sample(policy, tokenizer, prompts, **kwargs)
+        pads = np.array([tokenizer.pad_token_id], dtype=np.int32), np.zeros(1, dtype=np.float32)
+        return [
+            completion._replace(
+                ids=np.append(completion.ids, pads[0]),
+                logps=np.append(completion.logps, pads[1]),
+                entropies=np.append(completion.entropies, pads[1]),
+            )
+            for completion in completions
+        ]
+
+
+def test_padding_that_carries_loss_would_be_caught(tmp_path):
+    samples = run(tmp_path, module := grpo(), max_steps=1)
+    padded = run(tmp_path, other := grpo(), max_steps=1, data={"engine": Padded()})
+    assert same([samples.sampled[0]], [cut_last(padded.sampled[0])])
+    assert distance(weights(module), weights(other)) > 1e-4
+
+
+def cut_last(groups):
+    """Groups without the last token of each completion."""
+    return [replace(group, completions=[c._replace(ids=c.ids[:-1]) for c in group.completions]) for group in groups]
 
 
 class Logged(L.Callback):
@@ -383,3 +412,25 @@ def test_a_metric_that_fails_names_the_row_and_its_key(tmp_path):
 
     with pytest.raises(UserError, match=r"data\.metrics: wrong failed for the row \{'prompt': 'say '\}"):
         validated(tmp_path, metrics=[wrong])
+
+
+def test_long_completions_lose_reward_in_training_alone(tmp_path):
+    overlong = {"overlong_tokens": 4, "overlong_penalty": 0.5, "validation": str(tmp_path / "prompts.jsonl")}
+    samples = run(tmp_path, grpo(), data=overlong, max_steps=1)
+    group = samples.sampled[0][0]
+    lengths = np.array([len(completion.ids) for completion in group.completions])
+    expected = 0.5 * np.maximum(0, lengths - 2) / 4
+    assert lengths.max() == SAMPLING.max_new_tokens
+    assert samples.overlong(group) == pytest.approx(expected)
+    totals = samples.totals([group])[0]
+    assert totals == pytest.approx(group.components[:, 0] - expected)
+    trained = samples.batch_of("train", [group])["rewards"].numpy()
+    assert trained == pytest.approx(totals, abs=1e-6)
+    samples.eval_completions = 3
+    assert samples.batch_of("validation", [group])["rewards"].numpy() == pytest.approx(group.components[:, 0])
+
+
+@pytest.mark.parametrize("wrong", [{"overlong_tokens": 7}, {"overlong_tokens": -1}, {"overlong_penalty": -1.0}])
+def test_penalties_of_long_completions_are_checked(tmp_path, wrong):
+    with pytest.raises(UserError, match=f"data.{min(wrong)} is"):
+        rollouts(tmp_path, **wrong)

@@ -1,6 +1,7 @@
 """Rewards: functions of all kinds, their mistakes, and those that are built in."""
 
 import asyncio
+import sys
 
 import numpy as np
 import pytest
@@ -148,3 +149,35 @@ def test_advantages_by_hand():
     np.testing.assert_allclose(BatchMean()(values), values - 7 / 6)
     with pytest.raises(UserError, match="scale: unknown 'grup'; did you mean 'group'"):
         GroupMean("grup")
+
+
+@pytest.mark.parametrize(
+    ("completion", "expected"),
+    [
+        ("curry badge", 1),
+        (" curry badge\n", 1),
+        ("curry bag", 8 / 11),
+        ("curry badges", 11 / 12),
+        ("badge", 0),
+        ("", 0),
+    ],
+)
+def test_a_common_prefix_gives_partial_credit(completion, expected):
+    assert rewards.common_prefix(completion, {"answer": "curry badge"}) == expected
+
+
+def test_mathematical_equality(monkeypatch):
+    pytest.importorskip("math_verify")
+    answers = [r"\frac{1}{2}", "0.5", "$x^2+1$", r"thus \boxed{(1,2)}"]
+    rows = [{"answer": answer} for answer in answers]
+    right, wrong = ["It is $0.5$.", r"\boxed{\frac{2}{4}}", "$1+x^2$", "$(1,2)$"], ["3", "no", "$x$", "$(2,1)$"]
+    assert Rewards("math").components(right, rows).T.tolist() == [[1, 1, 1, 1]]
+    assert Rewards("math").components(wrong, rows).T.tolist() == [[0, 0, 0, 0]]
+    with pytest.raises(UserError, match="the answer '' can't be read as mathematics"):
+        Rewards("math").components(["3"], [{"answer": ""}])
+
+
+def test_without_its_package_mathematical_equality_names_the_extra(monkeypatch):
+    monkeypatch.setitem(sys.modules, "math_verify", None)
+    with pytest.raises(UserError, match=r"the reward `math` needs the package math-verify: pip install '\.\[math\]'"):
+        Rewards("math")

@@ -37,6 +37,11 @@ class TrainingConfig(BaseConfig):
     fsdp: FSDPParams = field(default_factory=FSDPParams)
     deepspeed: DeepSpeedParams = field(default_factory=DeepSpeedParams)
 
+    @property
+    def is_sharded(self) -> bool:
+        """Whether weights are divided among devices, by FSDP or by DeepSpeed's ZeRO."""
+        return self.fsdp.enable_fsdp or self.deepspeed.shards
+
     def _problems(self) -> Iterator[str]:
         """What contradicts between sections, in Oumi's order."""
         training, model, fsdp = self.training, self.model, self.fsdp

@@ -59,6 +59,20 @@ def kind(config: TrainingConfig, notes: Notes) -> str:
     return module
 
 
+def refuse_images(config: TrainingConfig) -> None:
+    """Refuses data with images by that reason, before whatever else such a config says.
+
+    Raises:
+        UserError: a dataset or a collator is for images.
+    """
+    for name in ("train", "validation"):
+        split: DatasetSplitParams = getattr(config.data, name)
+        for number, dataset in enumerate(split.datasets):
+            entry_of(dataset, f"data.{name}.datasets[{number}]")
+        if (split.collator_name or "").startswith("vision"):
+            refuse(f"data.{name}.collator_name", f"{split.collator_name} is for images, and images are not trained on")
+
+
 def data(config: TrainingConfig, kind: str, notes: Notes) -> dict[str, Any]:
     """The section `data`.
 
@@ -153,7 +167,7 @@ def _last_turns(config: TrainingConfig, notes: Notes) -> dict[str, Any]:
     args |= {"train_on": "last_turn", "max_length": _max_length(config, notes), "group_by_length": False}
     notes.comment(
         "data.init_args.train_on",
-        "as in TRL, where what the template writes after the end of the turn is trained as well",
+        "the last turn is trained as in TRL, which also trains what the template writes after its end",
     )
     return {"class_path": "SFTData", "init_args": args | _loading(config)}
 
@@ -204,6 +218,10 @@ def _documents(config: TrainingConfig, notes: Notes) -> dict[str, Any]:
 
 def _common(config: TrainingConfig, notes: Notes) -> dict[str, Any]:
     """Sources and tokenizer."""
+    for name in ("train", "validation"):
+        if getattr(config.data, name).use_torchdata:
+            why = "true is set, and has no counterpart: torchdata's pipelines are not used; leave it out"
+            refuse(f"data.{name}.use_torchdata", why)
     args: dict[str, Any] = {"train": _sources(config, "train", notes)}
     if config.training.eval_strategy == "no":
         for path in list(notes.became):
@@ -216,11 +234,12 @@ def _common(config: TrainingConfig, notes: Notes) -> dict[str, Any]:
         args["validation"] = _sources(config, "validation", notes)
         if config.data.validation.pack != config.data.train.pack and config.training.trainer_type.name != "PRETRAIN":
             notes.became["data.validation.pack"] = "nothing: evaluation rows are packed where data.train.pack is true"
-            different = "packed if the training rows are; Oumi packs each split by itself"
+            different = "evaluation rows are packed if the training rows are; Oumi packs each split by itself"
             notes.comment("data.init_args.validation", different)
     model, tokenizer = config.model, config.model.tokenizer_name or config.model.model_name
     own = model.load_pretrained_weights and tokenizer == model.model_name
-    return args if own else args | {"tokenizer": tokenizer}
+    args |= {} if own else {"tokenizer": tokenizer}
+    return args | given(pad_token=model.tokenizer_pad_token or model.tokenizer_kwargs.get("pad_token"))
 
 
 def _sources(config: TrainingConfig, name: str, notes: Notes) -> Any:

@@ -11,7 +11,7 @@ FIELDS: dict[str, Becomes] = {
     path.replace("[0]", ""): field.metadata[BECOMES]
     for path, field in fields_of(TrainingConfig)
     if BECOMES in field.metadata and not path.startswith("data.test.")  # which is never read
-} | {"deepspeed": Becomes("harmless", "it is only read with deepspeed.enable_deepspeed")}
+} | {"deepspeed": Becomes("harmless", "it decides on speed or memory alone")}
 """Field, or section, by its dotted path -> what becomes of it."""
 
 ONLY_WITH = {

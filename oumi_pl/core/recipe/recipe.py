@@ -33,18 +33,22 @@ class Recipe:
     resume: str | None = None
 
 
-def to_recipe(config: TrainingConfig, engine: Engine | None = None, devices: int | None = None) -> Recipe:
+def to_recipe(
+    config: TrainingConfig, engine: Engine | None = None, devices: int | None = None, *, online: bool = False
+) -> Recipe:
     """Converts an Oumi config: each field is honoured with the same meaning, or refused by its name.
 
     Args:
         config: The config, finalized or not.
         engine: What drives the training loop; what Oumi's trainer type does so with when left out.
         devices: Devices per node; as many as there are when left out.
+        online: Whether to ask the hub if the tokenizer has a chat template, unless its files are on this machine.
 
     Raises:
         UserError: a field has no counterpart; the message begins with its dotted path.
     """
-    notes = Notes()
+    notes = Notes(online=online)
+    data_section.refuse_images(config)
     note_fields(config, notes)
     kind = data_section.kind(config, notes)
     note_kwargs(config, kind, notes)
@@ -82,7 +86,7 @@ def to_recipe(config: TrainingConfig, engine: Engine | None = None, devices: int
             "Oumi's own trainer takes one micro-batch, or none",
         )
         if training.max_steps <= 0:
-            different = "its end is that of the run, also where gradients are accumulated"
+            different = "the schedule ends with the run, also where gradients are accumulated"
             notes.comment("model.init_args.schedule", different)
     return Recipe(tree, notes.became, notes.comments, trainer_section.resume(training))
 

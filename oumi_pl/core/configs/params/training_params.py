@@ -5,6 +5,7 @@ import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from enum import Enum, StrEnum
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ from oumi_pl.core.configs.params.base_params import (
 )
 from oumi_pl.core.configs.params.gkd_params import GkdParams
 from oumi_pl.core.configs.params.grpo_params import GrpoParams
-from oumi_pl.core.configs.params.unsupported_params import GoldParams
+from oumi_pl.core.configs.params.unsupported_params import GoldParams, Unsupported
 
 NOT_HERE = ("TRL_GOLD",)
 LONGEST_NAME = 100
@@ -244,6 +245,18 @@ class TrainingParams(BaseParams):
     label_ignore_index: int | None = harmless("tokens without loss are marked by a mask", None)
     """Label of tokens without loss; null: -100, or the model's."""
 
+    def to_hf(self, training_config: Any = None) -> Any:
+        """The arguments of transformers' or TRL's trainer that these parameters stand for.
+
+        Args:
+            training_config: Not used; here because Oumi's signature has it.
+
+        Raises:
+            UserError: an argument is unknown, or set twice.
+        """
+        # imported by name, since reading a config must not import these libraries
+        return import_module("oumi_pl.core.trainers.hyperparameters").to_hf(self)
+
     @property
     def telemetry_dir(self) -> Path | None:
         """Where telemetry is written; None for nowhere."""
@@ -278,6 +291,9 @@ class TrainingParams(BaseParams):
         yield from self._none_of("logging_strategy", ("steps", "epoch", "no"))
         yield from self._none_of("eval_strategy", ("steps", "epoch", "no"))
         yield from self._interval_problems()
+        for section, params in self:
+            if isinstance(params, Unsupported):
+                yield from (f"{section}.{problem}" for problem in params.unsupported())
         for name in ("reward_functions", "reward_function_kwargs", "verl_config_overrides"):
             only = ONLINE if name != "verl_config_overrides" else ONLINE[1:]
             if any(getattr(self, name) or ()) and self.trainer_type not in only:

@@ -13,10 +13,11 @@ TEXT, FLOAT = (str | None, None), (float | None, None)
 
 
 @dataclasses.dataclass
-class _Unsupported(BaseParams):
+class Unsupported(BaseParams):
     """A section of a trainer type that is not here."""
 
-    def _problems(self) -> Iterator[str]:
+    def unsupported(self) -> Iterator[str]:
+        """Values that would have no effect; checked by whoever holds the section, after the trainer type."""
         method = type(self).__name__.removesuffix("Params").upper()
         for field in dataclasses.fields(self):
             if getattr(self, field.name) != default_of(field):
@@ -40,5 +41,5 @@ GOLD: dict[str, Any] = {
 
 
 @with_fields(GOLD)
-class GoldParams(_Unsupported):
+class GoldParams(Unsupported):
     """Distillation across tokenizers: not here."""

@@ -1,0 +1,70 @@
+"""Online training that is killed, also while it samples, is completed by a resume as if nothing had happened."""
+
+import os
+import random
+import signal
+import time
+
+import pytest
+
+from oumi_pl.data.rollout_loader import RolloutLoader
+from tests.crash.harness import Child, copy, deviations, outcome, prepare, works
+
+RESUME = ("fit", "--config", "r.yaml", "--resume", "auto")
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """A folder to copy, and what its uninterrupted run left after how many seconds."""
+    root = tmp_path_factory.mktemp("rollouts")
+    prepare(root / "start", "GRPO")
+    done = copy(root / "start", root / "whole")
+    started = time.monotonic()
+    works(done, *RESUME)
+    seconds = time.monotonic() - started
+    return root / "start", outcome(done / "runs" / "r"), seconds
+
+
+def killed_in(folder, call):
+    return Child(folder, *RESUME, environment={"KILL_IN_CALL": str(call)}).wait() == -signal.SIGKILL
+
+
+# the engine is called 6 times for 3 updates, twice for a validation, and so again; a checkpoint follows update 2
+IN_VALIDATION = 8
+
+
+@pytest.mark.parametrize("call", [IN_VALIDATION, *(pytest.param(n, marks=pytest.mark.slow) for n in (1, 4, 9, 12, 16))])
+def test_a_run_that_was_killed_while_it_sampled_is_completed_by_a_resume(tmp_path, whole, call):
+    start, expected, _ = whole
+    assert expected["rollouts"]
+    folder = copy(start, tmp_path / "killed")
+    assert killed_in(folder, call)
+    works(folder, *RESUME)
+    assert deviations(folder / "runs" / "r", expected) == []
+
+
+@pytest.mark.slow
+def test_thirty_kills_at_random_moments(tmp_path, whole):
+    start, expected, seconds = whole
+    rng, killed = random.Random(17), 0
+    for trial in range(30):
+        folder = copy(start, tmp_path / str(trial))
+        child = Child(folder, *RESUME)
+        time.sleep(rng.uniform(0.1, 1.0) * seconds)
+        os.killpg(child.pid, signal.SIGKILL)
+        killed += child.wait() == -signal.SIGKILL
+        works(folder, *RESUME)
+        assert deviations(folder / "runs" / "r", expected) == [], trial
+    assert killed > 20  # the others were complete
+
+
+@pytest.mark.slow
+def test_rollouts_that_a_checkpoint_lacks_would_be_noticed(tmp_path, whole, monkeypatch):
+    start, expected, _ = whole
+    folder = copy(start, tmp_path / "killed")
+    assert killed_in(folder, IN_VALIDATION)
+    assert (folder / "runs/r/checkpoints/step-00000002.ckpt").exists()
+    load = RolloutLoader.load_state_dict
+    monkeypatch.setattr(RolloutLoader, "load_state_dict", lambda self, state: load(self, {**state, "rollouts": []}))
+    works(folder, *RESUME)
+    assert "weights" in deviations(folder / "runs" / "r", expected)
