@@ -65,7 +65,7 @@ def read(path: Path) -> bytes:
 
 
 def parse(text: str | bytes) -> Any:
-    """Parses JSON. Numbers that are not finite, and integers of more than 18 digits, become None.
+    """Parses JSON. Numbers that are not finite, and integers of more than 300 digits, become None.
 
     Raises:
         ValueError: it is not JSON, or nested too deeply.
@@ -109,7 +109,7 @@ def refuse_expanding(node: Any) -> None:
 
 MOST_VALUES = 100_000
 """Most values of a file of YAML."""
-LONGEST = 18
+LONGEST = 300
 """Most characters of an integer: with more, formatting and converting to float can fail."""
 
 
