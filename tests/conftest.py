@@ -42,6 +42,7 @@ def own_seed(monkeypatch):
 
 
 DRAWN = (
+    "tests.crash.test_damage",
     "tests.report",
     "tests.recipes",
     "tests.callbacks.test_report",

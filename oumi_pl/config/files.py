@@ -13,7 +13,6 @@ from typing import Any, NamedTuple
 from oumi_pl.errors import UserError, nearby, nearest
 from oumi_pl.runs import folders, lock
 from oumi_pl.runs.files import refuse_expanding
-from oumi_pl.terminal.screen import visible
 
 ENDINGS = (".yaml", ".yml")
 ORDER = ("quickstart", "sft", "dpo", "kto", "reward", "distill", "pretrain")
@@ -328,10 +327,12 @@ def _say_differences(config: Path, tree: Mapping[str, Any]) -> None:
     """Prints what a run's config has otherwise than the recipe that was named beside `--resume`."""
     if differences := differing(tree, check(config) if tree else {}):
         listed = [f"{key} ({ours} there, {theirs} in the recipe)" for key, ours, theirs in differences[:LISTED]]
+        joined = ", ".join(listed)
+        text = joined if joined.isprintable() else ascii(joined)  # no escape sequences of a received run
         more = f" and {len(differences) - LISTED} more" if len(differences) > LISTED else ""
         print(
             f"note: the run continues with {config}, which differs from the recipe in "
-            f"{visible(', '.join(listed))}{more}; to change a value, pass it as an option: --{differences[0][0]} VALUE",
+            f"{text}{more}; to change a value, pass it as an option: --{differences[0][0]} VALUE",
             file=sys.stderr,
         )
 

@@ -53,8 +53,8 @@ class RolloutData(ChatData):
     Args:
         args: As of `TextData`.
         reward: A function `(completion, row) -> float` by its path, or several, with weights if it is a mapping; see
-            `oumi_pl.rollouts.rewards`.
-        completions: Completions per prompt (a group).
+            `oumi_pl.rollouts.rewards`. `Distill` needs none.
+        completions: Completions per prompt (a group), at least 2 if they are compared by a reward.
         sampling: How they are sampled.
         engine: What samples them; transformers' `generate` when left out.
         steps_per_rollout: Updates whose prompts are completed at once, before the first of them.
@@ -81,7 +81,7 @@ class RolloutData(ChatData):
     def __init__(
         self,
         *args: Any,
-        reward: str | list[str] | dict[str, float] | Reward,
+        reward: str | list[str] | dict[str, float] | Reward | None = None,
         completions: int = 8,
         sampling: Sampling | None = None,
         engine: Engine | None = None,
@@ -99,7 +99,7 @@ class RolloutData(ChatData):
     ) -> None:
         super().__init__(*args, **kwargs)
         for name, value, least in (
-            ("completions", completions, 2),
+            ("completions", completions, 1 if reward is None else 2),
             ("steps_per_rollout", steps_per_rollout, 1),
             ("iterations", iterations, 1),
             ("prompts_per_call", prompts_per_call, 1),
@@ -111,7 +111,7 @@ class RolloutData(ChatData):
             raise UserError(
                 "data.packing: a row is a prompt with its completions, which share it already; leave it out"
             )
-        self.rewards = Rewards(reward)
+        self.rewards = Rewards.none() if reward is None else Rewards(reward)
         self.completions = completions
         self.sampling = sampling or Sampling()
         self.engine = engine or Generate()
@@ -149,6 +149,8 @@ class RolloutData(ChatData):
     @property
     def validation_metrics(self) -> list[str]:
         """Metrics of validation that depend on the settings of the data."""
+        if not self.rewards.names:
+            return []
         names = [*(f"pass@{k}" for k in self.pass_at), *self.metric_names]
         names += [f"rewards/{name}" for name in self.rewards.names] if len(self.rewards.names) > 1 else []
         names += ["groups_without_variance"] if self.eval_completions > 1 else []
@@ -363,7 +365,7 @@ class RolloutData(ChatData):
         )
         penalties = np.concatenate([g.penalties for g in groups]) if groups else np.empty(0)
         batch["advantages"] = _floats([] if advantages is None else advantages.reshape(-1))
-        batch["components"] = _floats(components).reshape(-1, len(self.rewards.names))
+        batch["components"] = _floats(components)
         overlong = [self.overlong(g) for g in groups if split == "train"]
         penalised = np.concatenate(overlong) if overlong else 0.0
         batch["rewards"] = _floats(self.rewards.total(components) - penalties - penalised)

@@ -158,7 +158,7 @@ class Shards:
         for block in range(first, last + 1):
             if not checked[block]:
                 begin = block * BLOCK
-                if zlib.crc32(content[begin : begin + BLOCK]) != expected[block]:
+                if zlib.crc32(content[begin : begin + BLOCK].data) != expected[block]:
                     file = self.directory / f"tokens-{shard:05}.bin"
                     end = min(begin + BLOCK, len(content))
                     raise DamagedError(

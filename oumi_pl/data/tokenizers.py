@@ -90,16 +90,15 @@ def load_tokenizer(spec: Any, trust_remote_code: bool = False) -> "PreTrainedTok
     spec = locate(os.fspath(spec), "data.tokenizer")
     try:
         tokenizer = AutoTokenizer.from_pretrained(spec, trust_remote_code=trust_remote_code)
-        json.dumps(
-            tokenizer.init_kwargs, ensure_ascii=False, default=str
-        ).encode()  # half of a surrogate pair could not be written again
-        return tokenizer
+        # half of a surrogate pair could not be written again
+        json.dumps(tokenizer.init_kwargs, ensure_ascii=False, default=str).encode()
     except BaseException as error:  # a damaged file can raise anything, also Rust's panics
         if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
             raise
         if is_out_of_memory(error) or (trust_remote_code and not isinstance(error, OSError | ValueError)):
             raise
         raise UserError(f"data.tokenizer: can't load {spec!r}: {reason(error)}") from error
+    return tokenizer
 
 
 def tokenizer_fingerprint(tokenizer: "PreTrainedTokenizerBase", *, chat: bool = True) -> str:

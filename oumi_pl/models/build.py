@@ -108,7 +108,8 @@ def loaded(load: Any, name: str, **kwargs: Any) -> Any:
                 f"model: {name} runs code from its repository; if you trust it, set model.trust_remote_code: true"
             ) from error
         damaged = "; the file is damaged or cut short: fetch it again" if isinstance(error, SafetensorError) else ""
-        raise UserError(f"model: can't load {name!r}: {reason(error)}{damaged}") from error
+        what = f"KeyError: {error}" if isinstance(error, KeyError) else reason(error)
+        raise UserError(f"model: can't load {name!r}: {what}{damaged}") from error
 
 
 def vocabulary(tokenizer: "PreTrainedTokenizerBase") -> int:
@@ -217,7 +218,9 @@ def build_model(
     scoring: bool = False,
     text_only: bool = False,
 ) -> "PreTrainedModel":
-    """Builds a causal LM in training mode, with new token rows, frozen parts and adapters; arguments as of the modules.
+    """Builds a causal LM in training mode, with new token rows, frozen parts and adapters.
+
+    Arguments are those of the modules.
 
     `model` may also be the folder of an adapter, which is then merged into its base before training. Without `attn`,
     transformers chooses (sdpa if the architecture has it). With `scoring`, builds the architecture's

@@ -10,8 +10,8 @@ import importlib
 import inspect
 import re
 from collections.abc import Awaitable, Callable, Mapping, Sequence
+from itertools import takewhile
 from math import isfinite, nan
-from os.path import commonprefix  # of any sequences, in spite of its name
 from typing import Any
 
 import numpy as np
@@ -58,6 +58,13 @@ class Rewards:
         self.weights = np.array([weight for _, weight in named], dtype=np.float64)
         if len(self.functions) < len(named):
             raise UserError(f"{key}: two {key.rpartition('.')[2].removesuffix('s')}s have the same name")
+
+    @classmethod
+    def none(cls) -> "Rewards":
+        """No reward: all totals are 0."""
+        rewards = cls(exact_match)
+        rewards.functions, rewards.weights = {}, np.empty(0)
+        return rewards
 
     @property
     def names(self) -> list[str]:
@@ -196,7 +203,8 @@ def common_prefix(completion: str, row: Mapping[str, Any]) -> float:
     """
     texts = completion.strip(), answer_of(row).strip()
     longest = max(map(len, texts))
-    return len(commonprefix(texts)) / longest if longest else 1.0
+    same = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(*texts, strict=False)))
+    return same / longest if longest else 1.0
 
 
 _NUMBER = re.compile(r"-?\d[\d,]*(?:\.\d+)?")

@@ -245,7 +245,7 @@ def read_metrics(run: Path, only: Collection[str] | None = None) -> dict[str, Co
 
 def step_in(cell: str | None) -> int | None:
     """The step in a cell of `metrics.csv`; None if there is no number, or one that is no step."""
-    if not cell or len(cell) > files.LONGEST or not (cell.isascii() and cell.isdigit()):
+    if not cell or len(cell) > 18 or not (cell.isascii() and cell.isdigit()):
         return None
     return int(cell)
 
@@ -257,7 +257,7 @@ def recent(values: Sequence[float]) -> float:
 
 
 def seconds(run: Path, state: dict[str, Any]) -> float | None:
-    """Duration of a run including earlier sessions; up to the last line of metrics if its end was not recorded."""
+    """Duration of a run, including the time before resumes; up to the last metrics line if its end was not recorded."""
     if state.get("status") != "running":
         return sum(map(_number, state["times"].values())) if isinstance(state.get("times"), dict) else None
     try:

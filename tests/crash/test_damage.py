@@ -116,8 +116,8 @@ def test_damage_at_random_places_is_refused_or_harmless(base, tmp_path, case):
 
 
 def test_the_page_shows_nothing_through_links(base, tmp_path):
-    result, _ = assert_no_deviation(base, tmp_path, "runs/r/data.json", lambda file: None)
-    assert result == "success"
+    result, text = assert_no_deviation(base, tmp_path, "runs/r/data.json", lambda file: None)
+    assert result == "success", text
     record = Record(copy(base, tmp_path / "other") / "runs/r")
     secret = tmp_path / "secret.yaml"
     secret.write_text("a: secret\n")

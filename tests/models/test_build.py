@@ -119,8 +119,8 @@ def test_an_error_blames_the_attention_only_if_it_names_it(monkeypatch, tmp_path
     monkeypatch.undo()
     save(tmp_path)
     monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", fail)
-    with pytest.raises(UserError if key == "documents" else KeyError):
-        build_model(str(tmp_path), attn="documents")
+    at_load = words if key == "documents" else "KeyError: 'hidden'"
+    refused([at_load], str(tmp_path), attn="documents")
 
 
 # ---- from a folder

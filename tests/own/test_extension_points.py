@@ -155,8 +155,8 @@ def test_transforms_of_torch_func_through_the_model(tmp_path):
     with sdpa_kernel(SDPBackend.MATH):
         ours, theirs = torch.func.grad(loss)(parameters), torch.func.grad(plain)(parameters)
         assert distance(ours, theirs) < 1e-5
-        for got, wanted in zip(*(torch.func.jvp(f, (parameters,), (tangents,)) for f in (loss, plain)), strict=True):
-            assert float(got) == pytest.approx(float(wanted), rel=1e-4)
+        for got, expected in zip(*(torch.func.jvp(f, (parameters,), (tangents,)) for f in (loss, plain)), strict=True):
+            assert float(got) == pytest.approx(float(expected), rel=1e-4)
 
 
 # ---- losses
@@ -411,7 +411,7 @@ class OwnStep(SFT):
 """
 
 
-def test_a_recipe_with_a_step_and_hooks_of_ones_own_is_watched_resumed_and_exported(work):
+def test_a_recipe_with_a_custom_step_and_hooks_is_logged_resumed_and_exported(work):
     (work / "own_step.py").write_text(OWN_STEP)
     recipe = yaml.safe_load(RECIPE)
     recipe["model"] = {"class_path": "own_step.OwnStep", "init_args": {"config": LLAMA}}
@@ -428,7 +428,7 @@ def test_a_recipe_with_a_step_and_hooks_of_ones_own_is_watched_resumed_and_expor
     assert distance(ours, theirs) == 0
 
 
-def test_architectures_that_are_none_are_refused(work):
+def test_invalid_architectures_are_refused(work):
     for path, message in {
         "gla.GLAX": r"model\.architecture: can't import 'gla\.GLAX'",
         "gla.Block": r"gla\.Block is no subclass of transformers\.PreTrainedModel",
