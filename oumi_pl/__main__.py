@@ -8,7 +8,7 @@ from pathlib import Path
 
 from oumi_pl import __version__
 from oumi_pl.errors import UserError, machine_failure, nearest, versions
-from oumi_pl.terminal.screen import meanwhile
+from oumi_pl.terminal.screen import meanwhile, visible
 
 HELP = """\
 usage: oumi_pl COMMAND [options]          (or: python -m oumi_pl COMMAND)
@@ -18,6 +18,7 @@ usage: oumi_pl COMMAND [options]          (or: python -m oumi_pl COMMAND)
   fit       train on a recipe:            oumi_pl fit --config quickstart/sft
   runs      list and compare runs:        oumi_pl runs; runs compare A B
   generate  complete prompts:             oumi_pl generate --model runs/NAME/model --prompt TEXT
+            or all rows of a file:        oumi_pl generate --model DIR --file rows.jsonl --output answers.jsonl
   score     score rows with a reward model: oumi_pl score --model DIR --input rows.jsonl --output scores.jsonl
 
   validate  compute validation metrics:   oumi_pl validate --config RECIPE --ckpt_path FILE
@@ -25,6 +26,7 @@ usage: oumi_pl COMMAND [options]          (or: python -m oumi_pl COMMAND)
   predict   write a completion per row, as JSON lines
   prepare   tokenize a pretraining corpus once, into shards
   export    write a checkpoint as a folder that transformers loads
+  push      upload a model to the hub:    oumi_pl push RUN OWNER/NAME (private; --dry_run lists its files)
   compare   compare training engines:     oumi_pl compare --config RECIPE --engines lightning,trl
   train     run an Oumi training config:  oumi_pl train -c oumi.yaml --training.max_steps 3
   convert   print it as a recipe:         oumi_pl convert oumi.yaml
@@ -46,7 +48,7 @@ TRAINER_COMMANDS = ("fit", "validate", "test", "predict")
 COMMANDS = (
     *TRAINER_COMMANDS,
     *("recipes", "preview", "runs", "generate", "score"),
-    *("prepare", "export", "compare", "train", "convert"),
+    *("prepare", "export", "push", "compare", "train", "convert"),
 )
 
 
@@ -72,7 +74,7 @@ def _report(error: Exception) -> int:
     """Prints an error and returns the exit code: a message for mistakes and full disks, a traceback for bugs."""
     message = str(error) if isinstance(error, UserError) else machine_failure(error)
     if message is not None:
-        print(f"error: {message}", file=sys.stderr)
+        print(f"error: {visible(message)}", file=sys.stderr)
         return 2
     import traceback
 

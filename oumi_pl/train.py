@@ -6,6 +6,7 @@ import re
 import sys
 import tempfile
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import yaml
@@ -13,17 +14,11 @@ import yaml
 from oumi_pl.core.configs import PeftSaveMode, TrainingConfig
 from oumi_pl.core.layout import write_base, write_layout
 from oumi_pl.core.recipe import Engine, Recipe, to_recipe
-from oumi_pl.errors import UserError
+from oumi_pl.core.words import spoken
 from oumi_pl.runs import lock
-from oumi_pl.runs.folders import CONFIG, read_state
+from oumi_pl.runs.folders import CHECKPOINTS, CONFIG, read_state
 
 LENGTH = ("max_steps", "max_epochs")
-WORDS = {
-    "--resume": "training.resume_from_checkpoint",
-    "--trainer.max_steps": "--training.max_steps",
-    "--trainer.max_epochs": "--training.num_train_epochs",
-}
-"""Options of `fit` -> those of `train`."""
 
 
 def train(config: TrainingConfig, engine: Engine | None = None, verbose: bool = False) -> None:
@@ -32,22 +27,24 @@ def train(config: TrainingConfig, engine: Engine | None = None, verbose: bool = 
     Args:
         config: The config. Its paths are not looked at before they are read; `finalize_and_validate` does that.
         engine: `lightning`, `trl` or `hf`; what Oumi's trainer type stands for when left out.
-        verbose: Print what each key of the config became.
+        verbose: Print what each key of the config became. What is done otherwise than in Oumi is printed in any case.
 
     Raises:
         UserError: a key has no counterpart, or whatever else is wrong with config or data.
     """
     from oumi_pl.callbacks.stopping import Stopped
 
-    recipe = to_recipe(config, engine)
-    if verbose:
-        print(listing(recipe), file=sys.stderr)
+    recipe = to_recipe(config, engine, online=True)
+    if int(os.environ.get("RANK", "0")) == 0:
+        lines = [*(became(recipe) if verbose else ()), *differences(recipe)]
+        print("".join(f"{line}\n" for line in lines), end="", file=sys.stderr)
     with tempfile.TemporaryDirectory() as scratch:
         name = str(recipe.tree.get("name", "output"))
         file = Path(scratch) / f"{name}.yaml"
         file.write_text(yaml.safe_dump(recipe.tree, sort_keys=False), encoding="utf-8")
         try:
-            made, run = _fit(file, recipe, name)
+            with spoken():
+                made, run = _fit(file, recipe, name)
         except Stopped:  # by Ctrl-C, say: what is there so far is to be found where it always is
             if stopped := _newest(Path(recipe.tree["runs_dir"]).expanduser(), name):
                 write_layout(Path(stopped), config)
@@ -61,11 +58,15 @@ def train(config: TrainingConfig, engine: Engine | None = None, verbose: bool = 
         print(f"output -> {run}")
 
 
-def listing(recipe: Recipe) -> str:
-    """What each key of the config became, one line each, and what is done otherwise than Oumi does it."""
+def became(recipe: Recipe) -> list[str]:
+    """What each key of the config became, one line each."""
     width = max(map(len, recipe.became), default=0)
-    lines = [f"{key:{width}}  {became}" for key, became in recipe.became.items()]
-    return "\n".join([*lines, *(f"note: {text}" for texts in recipe.comments.values() for text in texts)])
+    return [f"{key:{width}}  {meaning}" for key, meaning in recipe.became.items()]
+
+
+def differences(recipe: Recipe) -> list[str]:
+    """What is done otherwise than in Oumi, one line each."""
+    return [f"note: {text}" for texts in recipe.comments.values() for text in texts]
 
 
 def _fit(file: Path, recipe: Recipe, name: str) -> tuple[Any, Path | None]:
@@ -86,12 +87,11 @@ def _fit(file: Path, recipe: Recipe, name: str) -> tuple[Any, Path | None]:
         if run and not recipe.resume and _has_ended(Path(run), length):
             print(f"{run} is finished, and has nothing left to train; raise training.max_steps, or num_train_epochs")
             return None, None
+        if run and not recipe.resume and not _can_go_on(Path(run), recipe):
+            run = None
         if run:
             args += [f"--trainer.{key}={value}" for key, value in length.items()]
-            try:
-                folder, name, args = files.resume_arguments("fit", run, name, args, tree)
-            except UserError as error:
-                raise UserError(_in_oumis_words(str(error))) from error
+            folder, name, args = files.resume_arguments("fit", run, name, args, tree)
             assert folder is not None  # which only `auto` may leave out
             tree = files.check(folder / CONFIG)
     made: Any = CLI(["fit", *args], recipe=name, resume=folder, trees=[tree])
@@ -114,8 +114,17 @@ def _has_ended(run: Path, length: dict[str, int]) -> bool:
     return state.get("status") == "finished" and (enough or all(trainer.get(k) == v for k, v in length.items()))
 
 
-def _in_oumis_words(message: str) -> str:
-    """What is wrong with resuming, under the names that these options have here."""
-    for native, ours in WORDS.items():
-        message = message.replace(native, ours)
-    return message
+def _can_go_on(run: Path, recipe: Recipe) -> bool:
+    """Whether a run has a checkpoint, or may be killed before its first: a config that writes none begins anew."""
+    return recipe.tree["checkpoint"].get("enabled", True) or any((run / CHECKPOINTS).glob("*"))
+
+
+class _Module(ModuleType):
+    """Lets `from oumi_pl import train; train(config)` work as in Oumi: the name is this module, and the function."""
+
+    def __call__(self, config: TrainingConfig, engine: Engine | None = None, verbose: bool = False) -> None:
+        """As the function `train`."""
+        train(config, engine, verbose)
+
+
+sys.modules[__name__].__class__ = _Module

@@ -51,6 +51,11 @@ class Record:
         return repr(self)
 
 
+def beside(row: Row, values: Row) -> Row:
+    """The columns of a row and `values`; columns of the row with a name of `values` are kept as `source_NAME`."""
+    return {f"source_{name}" if name in values else name: value for name, value in row.items()} | values
+
+
 @dataclass(frozen=True)
 class Conversation(Record):
     """Turns that a chat template renders.
@@ -253,6 +258,8 @@ class UpdateLayout(Protocol):
     micro_batches: int
     ranks: int
     rank: int
+    schedule: tuple[tuple[int, int], ...]
+    """(first epoch, micro-batches per update from then on), if accumulation changes with the epoch."""
 
     @property
     def rows_per_update(self) -> int:
@@ -434,6 +441,9 @@ class RunModule(Protocol):
 
     def total_steps(self) -> int:
         """Optimizer steps of the whole run."""
+
+    def apply_changed_settings(self) -> None:
+        """Applies the optimizer settings that were changed since the checkpoint was written; once."""
 
 
 SPLITS = {"fit": ("train", "validation"), "validate": ("validation",), "test": ("test",)}

@@ -60,4 +60,48 @@ def small(name: str) -> dict:
     return {"model_type": name} | sizes | OTHERS.get(name, {})
 
 
+PARTS = {
+    **{"depth": 1, "image_size": 16, "patch_size": 4, "out_hidden_size": 32, "vision_output_dim": 32},
+    **{"deepstack_visual_indexes": [0], "hidden_size_global": 32},
+}
+"""Values of the parts of a model that has several, such as a vision tower."""
+OTHERS_WITH_PARTS = {
+    "blt": {"encoder_hash_byte_group_vocab": 64, "encoder_hash_byte_group_size": [3]},
+    "cohere_compass_text": {"rope_parameters": {"full_attention": {"rope_type": "default", "rope_theta": 1e4}}},
+    "dbrx": {
+        "attn_config": {"kv_n_heads": 2, "rope_theta": 1e4, "clip_qkv": 8.0},
+        "ffn_config": {"ffn_hidden_size": 48, "moe_num_experts": 4, "moe_top_k": 2, "hidden_size": 32},
+    },
+    "gemma3n_text": {
+        **{"num_kv_shared_layers": 0, "intermediate_size": 48, "activation_sparsity_pattern": [0.0, 0.0]},
+        "layer_types": ["full_attention", "sliding_attention"],
+    },
+    "lfm2_moe": {"layer_types": ["conv", "full_attention"]},
+    "reformer": {"axial_pos_embds": False, "attn_layers": ["local", "lsh"], "num_buckets": 4},
+    "rembert": {"output_embedding_size": 32, "input_embedding_size": 32},
+    "xmod": {"default_language": "en_XX"},
+    "zamba": {"layers_block_type": ["mamba", "hybrid"] * 2, "num_hidden_layers": 4},
+    "zamba2": {"layers_block_type": ["mamba", "hybrid"], "n_mamba_heads": 8},
+}
+"""Values that fit each other, which shrinking one by one does not give."""
+
+
+def small_with_parts(name: str) -> dict:
+    """As `small`, with the parts of a model that has several made small as well."""
+    default = CONFIG_MAPPING[name]()
+    values = small(name)
+    for part in getattr(type(default), "sub_configs", {}):
+        config = getattr(default, part, None)
+        if config is None:
+            continue
+        known = config.to_dict()
+        kind = {"model_type": config.model_type} if getattr(config, "model_type", "") else {}
+        sizes = {k: v for k, v in SIZES.items() if k in {*known, *config.attribute_map}}
+        sizes = {k: v for k, v in sizes.items() if not isinstance(known.get(k), list | dict)}
+        values[part] = kind | sizes | {k: v for k, v in PARTS.items() if k in known}
+        if known.get("layer_types"):
+            values[part]["layer_types"] = known["layer_types"][:2]
+    return values | OTHERS_WITH_PARTS.get(name, {})
+
+
 NAMES = tuple(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)

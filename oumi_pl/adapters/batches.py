@@ -119,6 +119,47 @@ def reward_inputs(batch: Batch, pad: int, *, with_margins: bool) -> EngineBatch:
     return EngineBatch(rows, batch)
 
 
+def rollout_inputs(batch: Any) -> EngineBatch:
+    """Converts a micro-batch of groups for TRL's `GRPOTrainer`: prompts `[rows, prompt]`, completions `[rows, seq]`.
+
+    Prompts are padded on the left, and repeated for each completion. `tool_mask` is 0 at completions that are left out
+    of the loss. With them come what our data module made of the rewards, and, after the policy has moved, the
+    log-probabilities of sampling.
+    """
+    rows = _completions(batch)
+    ids, count = rows["input_ids"], len(batch["lengths"])
+    # the stand-in of a rank that ran out of prompts has no completions: its first row counts for nothing
+    lengths = [int(length) for length in batch["lengths"]] or [1] * len(ids)
+    totals = [int(total) for total in rows["attention_mask"].sum(1)]
+    borders = [total - length for total, length in zip(totals, lengths, strict=True)]
+    longest, most = max(1, *borders), max(lengths)
+    prompt, prompt_mask = ids.new_zeros(len(ids), longest), ids.new_zeros(len(ids), longest)
+    completion, completion_mask, loss_mask = (ids.new_zeros(len(ids), most) for _ in range(3))
+    for row, (border, total) in enumerate(zip(borders, totals, strict=True)):
+        prompt[row, longest - border :], prompt_mask[row, longest - border :] = ids[row, :border], 1
+        completion[row, : total - border], completion_mask[row, : total - border] = ids[row, border:total], 1
+        loss_mask[row, : total - border] = rows["completion_mask"][row, border:total]
+    if not count:
+        loss_mask.zero_()
+    inputs = {
+        "prompt_ids": prompt,
+        "prompt_mask": prompt_mask,
+        "completion_ids": completion,
+        "completion_mask": completion_mask,
+        "tool_mask": loss_mask,
+        "advantages": batch["advantages"] if count else torch.zeros(len(ids)),
+        "num_items_in_batch": torch.tensor(float(batch["update"].targets)),
+    }
+    if not batch["on_policy"]:
+        inputs["old_per_token_logps"] = completion_values(batch["sampled_logps"], loss_mask)
+    return EngineBatch(inputs, batch)
+
+
+def completion_values(values: Tensor, loss_mask: Tensor) -> Tensor:
+    """Lays values `[targets]` out as TRL's completions, `[rows, seq]`."""
+    return values.new_zeros(loss_mask.shape).masked_scatter(loss_mask.bool(), values)
+
+
 def target_values(values: Tensor, completion_mask: Tensor) -> Tensor:
     """Reorders TRL's values per predicted token, `[2 pairs, seq - 1]`, like `Batch.targets`, `[targets]`."""
     order = torch.arange(len(values), device=values.device).view(2, -1).T.reshape(-1)

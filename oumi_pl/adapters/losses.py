@@ -8,6 +8,7 @@ from torch import Tensor
 from oumi_pl.errors import UserError
 from oumi_pl.losses import distillation
 from oumi_pl.losses.linear_head import checked_losses
+from oumi_pl.losses.policy import BNPOLoss, CISPOLoss, DAPOLoss, DrGRPOLoss, GRPOLoss, GSPOLoss
 from oumi_pl.losses.preference import (
     AOT,
     BCO,
@@ -32,6 +33,7 @@ from oumi_pl.losses.preference import (
 )
 from oumi_pl.losses.responses import APOZeroUnpaired, KTOLoss
 from oumi_pl.losses.reward import BradleyTerry, PairLoss
+from oumi_pl.rollouts.advantages import GroupMean
 from oumi_pl.types import IGNORE_INDEX, PreferenceLoss, TokenLoss
 
 TRL_NAMES: dict[type, str] = {
@@ -124,6 +126,45 @@ def kto_settings(module: Any) -> dict[str, Any]:
         "beta": module.loss.beta,
         "desirable_weight": module.desirable_weight,
         "undesirable_weight": module.undesirable_weight,
+    }
+
+
+TRL_POLICY_NAMES: dict[type, str] = {
+    GRPOLoss: "grpo",
+    BNPOLoss: "bnpo",
+    DAPOLoss: "dapo",
+    DrGRPOLoss: "dr_grpo",
+    GSPOLoss: "grpo",
+    CISPOLoss: "cispo",
+}
+"""The same for losses of sampled completions (`tests/parity/test_trl_grpo.py`)."""
+
+
+def grpo_settings(module: Any) -> dict[str, Any]:
+    """The arguments of `trl.GRPOConfig` that make TRL compute the loss of a GRPO module.
+
+    Raises:
+        UserError: TRL has no such loss or penalty.
+    """
+    loss = module.loss
+    if type(loss) not in TRL_POLICY_NAMES:
+        known = ", ".join(cls.__name__ for cls in TRL_POLICY_NAMES)
+        name = type(loss).__name__
+        raise UserError(f"model.loss: {name} has no counterpart in TRL; --engine trl knows {known}; {INSTEAD}")
+    if module.kl and (module.kl_estimator != "k3" or module.kl_in != "loss"):
+        raise UserError(f"model.kl: TRL's GRPO knows kl_estimator: k3 and kl_in: loss; set them, {INSTEAD}")
+    if module.kl_corrected and isinstance(loss, GSPOLoss):
+        raise UserError(f"model.kl_corrected: TRL weighs by the ratio of the sequence; set it to false, {INSTEAD}")
+    if type(module.advantage) is not GroupMean:
+        name = type(module.advantage).__name__
+        raise UserError(f"model.advantage: TRL's GRPO knows GroupMean, not {name}; {INSTEAD[3:]}")
+    bounds = {"epsilon": getattr(loss, "epsilon", 0.2), "epsilon_high": loss.epsilon_high}
+    if isinstance(loss, CISPOLoss):  # TRL's bound is that of the ratio itself
+        bounds["epsilon_high"] += 1
+    return bounds | {
+        "loss_type": TRL_POLICY_NAMES[type(loss)],
+        "importance_sampling_level": "sequence" if isinstance(loss, GSPOLoss) else "token",
+        "use_bias_correction_kl": module.kl_corrected,
     }
 
 

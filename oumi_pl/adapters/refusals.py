@@ -8,7 +8,7 @@ from lightning.pytorch.strategies import SingleDeviceStrategy
 from torch import nn
 
 from oumi_pl import attention
-from oumi_pl.adapters.losses import INSTEAD, dpo_settings, gkd_settings, kto_settings, reward_settings
+from oumi_pl.adapters.losses import INSTEAD, dpo_settings, gkd_settings, grpo_settings, kto_settings, reward_settings
 from oumi_pl.callbacks.advice import Advice, PreferenceWarnings
 from oumi_pl.callbacks.checkpoint import Checkpoints
 from oumi_pl.callbacks.export import Export
@@ -17,6 +17,7 @@ from oumi_pl.callbacks.pass_at_k import PassAtK
 from oumi_pl.callbacks.predictions import Predictions
 from oumi_pl.callbacks.progress import ProgressLine
 from oumi_pl.callbacks.report import Report
+from oumi_pl.callbacks.rollouts import Rollouts, RolloutWarnings
 from oumi_pl.callbacks.run_folder import RunFolder
 from oumi_pl.callbacks.samples import Answers, Samples
 from oumi_pl.callbacks.start import Start
@@ -29,6 +30,7 @@ from oumi_pl.losses.causal import is_cross_entropy
 from oumi_pl.modules.base import LanguageModule
 from oumi_pl.modules.distill import Distill
 from oumi_pl.modules.dpo import DPO
+from oumi_pl.modules.grpo import GRPO
 from oumi_pl.modules.kto import KTO
 from oumi_pl.modules.pretrain import Pretrain
 from oumi_pl.modules.reward import Reward
@@ -38,6 +40,7 @@ from oumi_pl.types import IGNORE_INDEX
 FITS: dict[type, tuple[str, ...]] = {
     Distill: ("lightning", "trl"),
     DPO: ("lightning", "trl"),
+    GRPO: ("lightning", "trl"),
     KTO: ("lightning", "trl"),
     Pretrain: ("lightning", "hf"),
     Reward: ("lightning", "trl"),
@@ -45,7 +48,7 @@ FITS: dict[type, tuple[str, ...]] = {
 }
 """Trainer type -> the engines that can train it. A module counts as the first type that it is an instance of."""
 OBSERVERS = (
-    *(RunFolder, Start, Throughput, PreferenceWarnings, ProgressLine),
+    *(RunFolder, Start, Throughput, PreferenceWarnings, ProgressLine, Rollouts, RolloutWarnings),
     *(Advice, Answers, Samples, PassAtK, TrigramBaseline, Export, Report, Tracking),
 )
 """Callbacks that only observe what happens between two updates, so that any engine can call them."""
@@ -152,6 +155,24 @@ def refuse_feedback(module: KTO, micro_batches: int) -> None:
     _refuse_reference(module)
 
 
+def refuse_rollouts(module: GRPO, data: Any) -> None:
+    """Refuses objectives and rollouts that TRL does not support in GRPO.
+
+    Raises:
+        UserError: with what is supported.
+    """
+    grpo_settings(module)
+    if module.share_prompt is True:
+        raise UserError(f"model.share_prompt: TRL computes prompts for each completion; leave it out, {INSTEAD}")
+    if module.reference is not None:
+        _refuse_reference(module)
+    if data is not None and data.samples and not data.engine.is_exact:
+        name = type(data.engine).__name__
+        raise UserError(
+            f"data.engine: --engine trl trains on what Generate samples, not {name}; leave it out, {INSTEAD}"
+        )
+
+
 def refuse_rewards(module: Reward) -> None:
     """Refuses losses of a reward model that TRL does not support.
 
@@ -176,8 +197,9 @@ def refuse_distillation(module: Distill) -> None:
         raise UserError(f"model.top_k: TRL runs the teacher and compares all tokens; leave it out, {INSTEAD}")
 
 
-def _refuse_reference(module: DPO | KTO) -> None:
+def _refuse_reference(module: DPO | KTO | GRPO) -> None:
     reference = module.reference
+    assert reference is not None
     if not reference.is_initial:
         raise UserError(
             f"model.reference: --engine trl compares with the initial model, not with {reference.name}; {INSTEAD[3:]}"

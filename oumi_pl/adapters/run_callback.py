@@ -11,6 +11,7 @@ from oumi_pl.adapters.checkpoints import set_step
 from oumi_pl.adapters.refusals import OBSERVERS
 from oumi_pl.callbacks import find
 from oumi_pl.callbacks.checkpoint import enabled_checkpoints
+from oumi_pl.callbacks.rollouts import Rollouts
 from oumi_pl.callbacks.run_folder import RunFolder
 from oumi_pl.callbacks.stopping import Preemption, Stopped
 from oumi_pl.data.base import TextData
@@ -92,6 +93,7 @@ class RunCallback(TrainerCallback):
         self.checkpoints = enabled_checkpoints(lightning)
         self.metrics_row: dict[str, float] = {}
         """The metrics of the last update, and of the validation after it."""
+        self._logged: set[str] = set()  # names of the metrics of the last update
 
     def call(self, hook: str, *args: Any) -> None:
         """Calls a hook of the trainer's callbacks, of those that only observe."""
@@ -106,6 +108,10 @@ class RunCallback(TrainerCallback):
         if self.metrics_row.get("step") != step:
             self.metrics_row = {"step": step}
         self.metrics_row |= values
+        if "step" in metrics:  # a metric that this update lacks must not keep the value of the one before
+            for name in self._logged - values.keys():
+                self.lightning.callback_metrics.pop(name, None)
+            self._logged = {*values}
         self.lightning.callback_metrics.update({name: torch.tensor(value) for name, value in values.items()})
         is_validation = any(name.startswith("val/") for name in values)
         if is_validation or step % max(1, self.lightning.log_every_n_steps) == 0:
@@ -132,6 +138,11 @@ class RunCallback(TrainerCallback):
         if self.preemption is not None:
             self.preemption.on_train_start(self.lightning, self.module)
         self.call("on_train_batch_start", None, 0)
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Starts timing an update whose completions, if it has some, have been sampled."""
+        if (rollouts := find(self.lightning, Rollouts)) is not None:
+            rollouts.on_train_batch_start(self.lightning, self.module)
 
     def add_to_update(self, batch: Batch, sums: Sums) -> None:
         """Adds the sums and counts of a micro-batch to those of the update."""

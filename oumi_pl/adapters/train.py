@@ -24,6 +24,7 @@ from oumi_pl.adapters.refusals import (
     refuse_model,
     refuse_preferences,
     refuse_rewards,
+    refuse_rollouts,
     refuse_settings,
 )
 from oumi_pl.adapters.run_callback import RunCallback, ValidationSchedule
@@ -37,6 +38,7 @@ from oumi_pl.models.lm import LM, documents, padded
 from oumi_pl.modules.base import LanguageModule
 from oumi_pl.modules.distill import Distill
 from oumi_pl.modules.dpo import DPO
+from oumi_pl.modules.grpo import GRPO
 from oumi_pl.modules.kto import KTO
 from oumi_pl.modules.reward import Reward
 from oumi_pl.runs import folders
@@ -51,7 +53,8 @@ def run(
     Args:
         engine: `hf` or `trl`.
         trainer: A Lightning trainer with settings, callbacks and loggers; its loops do not run.
-        module: SFT, Pretrain, DPO, KTO, Reward or Distill. Its model is trained; if it has none, the module builds one.
+        module: SFT, Pretrain, DPO, KTO, GRPO, Reward or Distill. Its model is trained; if it has none, the module
+            builds one.
         data: The data module of the recipe.
         callbacks: Additional transformers callbacks, called after ours. The keyword argument `train_dataloader` of
             their hooks is an `EngineLoader`, which has the micro-batches of the update.
@@ -59,7 +62,7 @@ def run(
     Raises:
         UserError: the engine does not support the recipe.
     """
-    _refuse_before_loading(engine, trainer, module)
+    _refuse_before_loading(engine, trainer, module, data)
     _connect(trainer, module, data)
     _build_model(trainer, module, data)
     # the checks run a few tokens, for which compiling is not worth its time
@@ -117,7 +120,7 @@ def _is_trained(trainer: Any, total: int) -> bool:
     return trainer.global_step >= total
 
 
-def _refuse_before_loading(engine: str, trainer: Any, module: LanguageModule) -> None:
+def _refuse_before_loading(engine: str, trainer: Any, module: LanguageModule, data: Any) -> None:
     """Makes all checks that are possible before anything is loaded."""
     refuse_engine(engine, module)
     refuse_settings(engine, trainer)
@@ -125,6 +128,8 @@ def _refuse_before_loading(engine: str, trainer: Any, module: LanguageModule) ->
         refuse_preferences(module)
     if isinstance(module, KTO):
         refuse_feedback(module, trainer.accumulate_grad_batches)
+    if isinstance(module, GRPO):
+        refuse_rollouts(module, data)
     if isinstance(module, Reward):
         refuse_rewards(module)
     if isinstance(module, Distill):
@@ -219,6 +224,8 @@ def _loader(trainer: Any, module: LanguageModule, data: TextData, position: dict
         convert: Any = batches.pair_inputs
     elif isinstance(module, KTO):
         convert = partial(batches.feedback_inputs, mismatched=_mismatched(data) if module.kl else None)
+    elif isinstance(module, GRPO):
+        convert = batches.rollout_inputs
     elif isinstance(module, Reward):
         convert = partial(batches.reward_inputs, pad=data.pad_id, with_margins=module.loss.needs_margins)
     elif isinstance(module, Distill):

@@ -10,12 +10,13 @@ from torch import Tensor, nn
 from transformers import Trainer, TrainingArguments
 
 from oumi_pl.adapters import checkpoints
-from oumi_pl.adapters.batches import EngineBatch, EngineLoader, target_values
+from oumi_pl.adapters.batches import EngineBatch, EngineLoader, completion_values, target_values
 from oumi_pl.adapters.losses import (
     INSTEAD,
     compute_loss_func,
     dpo_settings,
     gkd_settings,
+    grpo_settings,
     kto_settings,
     reward_settings,
 )
@@ -30,6 +31,7 @@ from oumi_pl.losses.distillation import DistillationSums, TeacherHead, distillat
 from oumi_pl.modules.base import LanguageModule
 from oumi_pl.modules.distill import Distill
 from oumi_pl.modules.dpo import DPO
+from oumi_pl.modules.grpo import GRPO
 from oumi_pl.modules.kto import KTO
 from oumi_pl.modules.reference import refuse_other_start
 from oumi_pl.modules.reward import Reward, outcome_sums, pair_sums
@@ -233,6 +235,52 @@ class DistillationMixin(EngineMixin):
         return {name: value for name, value in self.sums._asdict().items() if name != "loss"}
 
 
+class RolloutsMixin(EngineMixin):
+    """The mixin for `trl.GRPOTrainer`: it trains on completions that our data module sampled and scored."""
+
+    ref_logps: Tensor | None = None
+    """Log-probabilities of the micro-batch's targets under the reference, `[targets]`."""
+
+    def _prepare_inputs(self, inputs: Any) -> Any:
+        """Moves a micro-batch to the device, with the reference's log-probabilities. TRL's own method would sample."""
+        prepared = Trainer._prepare_inputs(self, inputs)  # type: ignore[arg-type]
+        module, lightning = cast("GRPO", self.run_callback.module), self.run_callback.lightning
+        if module.kl:
+            with torch.no_grad():
+                self.ref_logps = module.ref_logps(lightning.strategy.batch_to_device(inputs.native))
+            prepared["ref_per_token_logps"] = completion_values(self.ref_logps, prepared["tool_mask"])
+        return prepared
+
+    def compute_loss(self, *args: Any, **kwargs: Any) -> Any:
+        """Weights TRL's loss so that the loss of an update is the mean over its completions, or its tokens.
+
+        TRL averages over a micro-batch, and then over the micro-batches of an update; but for losses that it divides by
+        the tokens of all of them.
+        """
+        loss, engine = super().compute_loss(*args, **kwargs), cast("Any", self)  # type: ignore[misc]
+        if engine.loss_type in ("dapo", "cispo"):
+            return loss
+        module, native = self.run_callback.module, self.micro_batch.native
+        count = module.count(native)[module.unit] * engine.current_gradient_accumulation_steps
+        return loss * count * module.share(native) / engine.args.gradient_accumulation_steps
+
+    def reduce_output(self, output: Any) -> Tensor:
+        """The token log-probabilities, `[rows, seq - 1]`."""
+        return output.log_probs.detach()
+
+    def batch_sums(self, outputs: list[Tensor]) -> Sums:
+        """The sums for our metrics, from TRL's log-probabilities."""
+        module, lightning = cast("GRPO", self.run_callback.module), self.run_callback.lightning
+        native: Any = lightning.strategy.batch_to_device(self.micro_batch.native)
+        mask = self.micro_batch["tool_mask"].bool().to(outputs[-1].device)
+        logps = outputs[-1][:, -mask.shape[1] :][mask].float()
+        completions = module.completions(native, logps)
+        sums = module.rollout_sums(native, completions)
+        if module.kl and self.ref_logps is not None:
+            sums["kl"] = module.kl_terms(completions, self.ref_logps).double().sum()
+        return {name: value for name, value in sums.items() if name != "loss"}
+
+
 class HFTrainer(EngineMixin, Trainer):  # type: ignore[misc]
     """`transformers.Trainer` with our batches."""
 
@@ -295,7 +343,7 @@ def build_trainer(engine: str, module: LanguageModule, settings: dict[str, Any],
     Raises:
         UserError: the engine refuses the settings.
     """
-    builders: dict[type, Any] = {Distill: _trl_gkd, DPO: _trl_dpo, KTO: _trl_kto, Reward: _trl_reward}
+    builders: dict[type, Any] = {Distill: _trl_gkd, DPO: _trl_dpo, KTO: _trl_kto, Reward: _trl_reward, GRPO: _trl_grpo}
     build: Any = _hf if engine == "hf" else builders.get(kind_of(module), _trl_sft)
     try:
         with warnings.catch_warnings(action="ignore", category=FutureWarning):  # warnings about later releases
@@ -410,6 +458,37 @@ def _trl_gkd(module: Distill, settings: dict[str, Any], common: dict[str, Any]) 
         train_dataset=_one_row(),
         **common,
     )
+
+
+def _trl_grpo(module: GRPO, settings: dict[str, Any], common: dict[str, Any]) -> Any:
+    trl = import_trl()
+    from datasets import Dataset
+
+    class GRPOTrainer(RolloutsMixin, trl.GRPOTrainer):  # type: ignore[name-defined]
+        """TRL's trainer with our batches."""
+
+    data: Any = module.data
+    args = trl.GRPOConfig(
+        **settings | {"per_device_train_batch_size": data.batch_size * data.completions},
+        num_generations=data.completions,
+        max_completion_length=data.sampling.max_new_tokens,
+        temperature=data.sampling.temperature,
+        reward_weights=data.rewards.weights.tolist(),
+        scale_rewards=module.advantage.scale,  # type: ignore[attr-defined]
+        disable_dropout=True,
+        **grpo_settings(module),
+        **_no_router_loss(module),
+    )
+    trainer = GRPOTrainer(
+        model=module.causal_lm.hf,
+        reward_funcs=list(data.rewards.functions.values()),
+        args=_on_one_device(args),
+        train_dataset=Dataset.from_dict({"prompt": [""]}),
+        **common,
+    )
+    # only now, because TRL would load a reference by the model's name; ours is the model that the run started from
+    trainer.beta = module.kl
+    return trainer
 
 
 def _with_reference(kind: Any, module: DPO | KTO, args: Any, common: dict[str, Any]) -> Any:

@@ -158,7 +158,7 @@ def body_of(model: nn.Module) -> Any:
     bare: Any = unwrap() if callable(unwrap) else model
     body = getattr(bare, "base_model", bare)
     is_whole = body is bare and body.get_output_embeddings() is not None
-    return body.model if is_whole else body
+    return getattr(body, "model", body) if is_whole else body
 
 
 def _embedding(base: Any) -> Tensor:

@@ -9,6 +9,7 @@ import statistics
 import sys
 import time
 import warnings
+from pathlib import Path
 from typing import Any
 
 import lightning as L
@@ -89,7 +90,7 @@ class Advice(L.Callback):
 
     def on_train_start(self, trainer: Any, pl_module: RunModule) -> None:
         """Checks the settings, and starts to watch."""
-        for check in (rounded_away, unusual_lr, cut_rows, other_template, no_pad_token, no_validation):
+        for check in CHECKS:
             if message := check(trainer, pl_module):
                 warn(trainer, message)
         for message in pl_module.doubts:
@@ -205,6 +206,45 @@ def other_template(trainer: Any, module: RunModule) -> str | None:
     )
 
 
+OTHER_TOKENS = 0.1
+"""Share of tokens with another meaning above which a tokenizer is not the model's."""
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model")
+
+
+def other_tokenizer(trainer: Any, module: RunModule) -> str | None:
+    """Warns of a tokenizer whose ids mean other tokens to the pretrained model, or that uses few of its tokens."""
+    data: RunData = trainer.datamodule
+    name, spec = module.model_name, data.tokenizer_spec
+    if name is None or spec is None or str(spec) == name:
+        return None
+    tokens = {i: token for token, i in data.tokenizer.get_vocab().items() if i not in set(data.added_tokens)}
+    advice = "the model would have to learn its tokens anew; leave data.tokenizer out to use the model's own"
+    own = _own_tokens(name)
+    if own:
+        others = sum(own.get(i) != token for i, token in tokens.items()) / len(tokens)
+        if others > OTHER_TOKENS:
+            return f"data.tokenizer is not that of {name}: {others:.0%} of its ids are other tokens there, and {advice}"
+        return None
+    rows = module.causal_lm.base.get_input_embeddings().weight.shape[0]
+    if rows > 2 * len(tokens) and rows - len(tokens) > 1000:
+        return f"data.tokenizer has {len(tokens):,} tokens and {name} {rows:,}, so it seems not to be its own: {advice}"
+    return None
+
+
+def _own_tokens(name: str) -> dict[int, str]:
+    """Id -> token of the tokenizer that came with a model; empty if there is none."""
+    folder = Path(name).expanduser()
+    if folder.is_dir() and not any((folder / file).is_file() for file in TOKENIZER_FILES):
+        return {}
+    from transformers import AutoTokenizer
+
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(name)
+    except Exception:  # it needs a network, or code of its own: nothing is known then
+        return {}
+    return {i: token for token, i in tokenizer.get_vocab().items()}
+
+
 def no_pad_token(trainer: Any, module: RunModule) -> str | None:
     """Warns of a tokenizer without a pad token, for which another token is used."""
     data: RunData = trainer.datamodule
@@ -227,6 +267,10 @@ def no_validation(trainer: Any, module: RunModule) -> str | None:
         "no rows are held out: without them you cannot tell learning from memorisation; set data.validation, to a "
         "source or to a share such as 0.05"
     )
+
+
+CHECKS = (rounded_away, unusual_lr, cut_rows, other_template, other_tokenizer, no_pad_token, no_validation)
+"""Checks of the settings at the start of a run."""
 
 
 def _starved(share: float, wait: float, step: float, data: RunData) -> str:

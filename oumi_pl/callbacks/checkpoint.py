@@ -1,5 +1,6 @@
 """Writes checkpoints between two updates, and removes an old one only after the new one is complete."""
 
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -11,6 +12,7 @@ from lightning.pytorch.callbacks import Checkpoint, Timer, WeightAveraging
 
 from oumi_pl.callbacks import find_all
 from oumi_pl.errors import UserError, nearest
+from oumi_pl.runs import checksums
 from oumi_pl.runs.checkpoints import saved_at
 from oumi_pl.runs.files import HALF, put, remove
 from oumi_pl.runs.folders import TIME, checkpoint_name, saved_steps
@@ -67,7 +69,13 @@ class Checkpoints(Checkpoint):
         if self.directory is not None and (self.directory / checkpoint_name(trainer.global_step)).exists():
             self._saved_step = trainer.global_step
         best = None if self.directory is None else self.directory / "best.ckpt"
-        if best is not None and best.exists() and saved_at(best) <= trainer.global_step:
+        damage = None
+        if best is not None and best.exists():
+            damage = trainer.strategy.broadcast(checksums.damage(best) if trainer.is_global_zero else None)
+        if damage:
+            if trainer.is_global_zero:
+                print(f"note: {best} is damaged ({damage}); the best from here on replaces it", file=sys.stderr)
+        elif best is not None and best.exists() and saved_at(best) <= trainer.global_step:
             self.best_model_path = str(best)
         else:
             self.best_score, self.best_model_path = None, ""
@@ -202,12 +210,25 @@ def _validated_weights(trainer: L.Trainer) -> Iterator[None]:
             average._swap_models(trainer.lightning_module)
 
 
+def _write_checksums(trainer: L.Trainer, folder: Path) -> None:
+    """Writes the checksums of a sharded checkpoint, of which each rank reads its share."""
+    paths = sorted(path for path in folder.iterdir() if path.is_file())
+    own = checksums.of_files(paths[trainer.global_rank :: trainer.world_size])
+    shares: list[Any] = [own] * trainer.world_size
+    if trainer.world_size > 1:
+        torch.distributed.all_gather_object(shares, own)
+    if trainer.is_global_zero:
+        checksums.write_list(folder, {name: sums for share in shares for name, sums in share.items()})
+
+
 def _save_whole(trainer: L.Trainer, path: Path, weights_only: bool = False) -> None:
     """Saves under a temporary name, syncs and renames: a kill may leave half of a sharded checkpoint's directory."""
     half = path.with_name(path.name + HALF)
     with working(f"saving {path.name}"):
         trainer.save_checkpoint(half, weights_only=weights_only)
         trainer.strategy.barrier("checkpoint written")
+        if half.is_dir():
+            _write_checksums(trainer, half)
     if trainer.is_global_zero:
         put(half, path)
     trainer.strategy.barrier("checkpoint in place")

@@ -10,12 +10,14 @@ import yaml
 
 from oumi_pl.callbacks import find
 from oumi_pl.callbacks.checkpoint import Checkpoints
-from oumi_pl.callbacks.run_folder import completed, is_due, run_directory
+from oumi_pl.callbacks.run_folder import RunFolder, completed, is_due, run_directory
 from oumi_pl.models.build import is_sharded
 from oumi_pl.models.export import model_card, read_checkpoint, whole, why_not_alone
 from oumi_pl.models.lm import LM
+from oumi_pl.runs import folders
 from oumi_pl.runs.files import remove
 from oumi_pl.runs.folders import CONFIG
+from oumi_pl.runs.lineage import parent_text
 from oumi_pl.terminal.screen import working
 from oumi_pl.types import RunData, RunModule
 
@@ -45,10 +47,13 @@ class Export(L.Callback):
         if best and Path(best).exists():
             last = {name: value.detach().clone() for name, value in pl_module.state_dict().items()}
             metrics = _load(pl_module, Path(best))
+        step = trainer.global_step if last is None else step_saved(Path(best))
         with working("exporting the model"):
             self.write(trainer, pl_module, folder, metrics)
         if last is not None:
             pl_module.load_weights(last)
+        if (run := find(trainer, RunFolder)) is not None:
+            run.record(exported_step=step)
         completed(trainer, "export")
 
     def write(self, trainer: Any, pl_module: RunModule, folder: Path, metrics: Mapping[str, Any]) -> None:
@@ -78,7 +83,16 @@ class Export(L.Callback):
             keep=False,
             expected=expected,
             stop_tokens=data.stop_tokens,
-            card=model_card(yaml.safe_load(text) or {}, text, metrics, folder.name, has_adapter and not merge),
+            card=model_card(
+                yaml.safe_load(text) or {},
+                text,
+                metrics,
+                folder.name,
+                has_adapter and not merge,
+                parent=parent_text(folders.read_state(folder)),
+                generates=pl_module.generates,
+                chat=bool(data.tokenizer.chat_template),
+            ),
         )
         if trainer.is_global_zero:
             print(f"model -> {folder / 'model'}")
@@ -94,6 +108,12 @@ def _load(pl_module: RunModule, checkpoint: Path) -> dict[str, float]:
 
     dcp.load({"state_dict": pl_module.state_dict()}, checkpoint_id=checkpoint)  # into the live shards
     return torch.load(checkpoint / "meta.pt", map_location="cpu", weights_only=True).get("metrics", {})
+
+
+def step_saved(checkpoint: Path) -> int:
+    """The step of a checkpoint."""
+    content = checkpoint if checkpoint.is_file() else checkpoint / "meta.pt"
+    return int(torch.load(content, map_location="cpu", weights_only=True, mmap=True)["global_step"])
 
 
 def _copy_on_cpu(pl_module: RunModule, data: RunData, is_rank_zero: bool) -> LM:

@@ -13,7 +13,7 @@ from typing import Any
 
 import lightning as L
 import torch
-from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
 
 from oumi_pl import __version__
@@ -24,6 +24,7 @@ from oumi_pl.errors import UserError
 from oumi_pl.report.clock import Clock
 from oumi_pl.report.environment import environment
 from oumi_pl.runs import files, folders, lock
+from oumi_pl.runs.lineage import parent_of
 from oumi_pl.runs.metrics import MetricsCSV
 from oumi_pl.types import RunData, RunModule
 
@@ -57,6 +58,7 @@ class RunFolder(L.Callback):
         config: The whole config as YAML.
         resume: Folder of the run to continue.
         recipe_text: The recipe as its author wrote it, with comments.
+        ckpt_path: Checkpoint of another run that this one continues from.
     """
 
     def __init__(
@@ -68,6 +70,7 @@ class RunFolder(L.Callback):
         resume: Path | None = None,
         *,
         recipe_text: bytes | None = None,
+        ckpt_path: str | None = None,
     ) -> None:
         self.root = root
         self.name = name
@@ -75,6 +78,7 @@ class RunFolder(L.Callback):
         self.config = config
         self.resume = resume
         self.recipe_text = recipe_text
+        self.ckpt_path = ckpt_path
         self.directory: Path | None = None
         self.clock = Clock()
         self.phases: list[str] = []
@@ -147,10 +151,14 @@ class RunFolder(L.Callback):
         if self.resume:
             # steps of an earlier resume that this one goes back behind are trained again
             resumed = [step for step in earlier.get("resumed", []) if step < trainer.global_step]
-            start = {"resumed": [*resumed, trainer.global_step], "resumed_by": _command(), "reason": None}
+            start = {"resumed": [*resumed, trainer.global_step], "resumed_by": _command(), "reason": None, "why": None}
         else:
             now = {"created": time.strftime("%Y-%m-%dT%H:%M:%S%z"), "created_ns": time.time_ns()}
             start = {"command": _command(), **now}
+            if (parent := parent_of(self.ckpt_path, pl_module.model_name)) is not None:
+                if self.ckpt_path is not None:
+                    parent["step"] = trainer.global_step
+                start["parent"] = parent
             if self.recipe_text is not None:
                 files.write(directory / folders.RECIPE, self.recipe_text)
         checkpoints = find(trainer, Checkpoints) if self.resumes_unfinished() else None
@@ -195,6 +203,7 @@ class RunFolder(L.Callback):
     def on_train_start(self, trainer: Any, pl_module: RunModule) -> None:
         """Creates the folder, writes the files that describe the run, and opens `metrics.csv` at the current step."""
         self.clock.enter("start")
+        pl_module.apply_changed_settings()  # the header and the checks of settings come before the module's own hook
         self._create(trainer, partial(self._describe, trainer, pl_module))
         if self.directory is None or not trainer.is_global_zero:
             return
@@ -265,7 +274,12 @@ class RunFolder(L.Callback):
                 logger.flush()
         metrics = {k: float(v) for k, v in trainer.callback_metrics.items() if k.startswith(("train/", "val/"))}
         self._report_consumed(trainer.datamodule)
-        self.record(step=trainer.global_step, metrics=metrics, ended_by=ended_by(trainer))
+        self.record(
+            step=trainer.global_step,
+            metrics=metrics,
+            ended_by=ended_by(trainer),
+            why=why_ended(trainer, pl_module.total_steps()),
+        )
         completed(trainer, "train", "validate")
 
     @rank_zero_only
@@ -298,11 +312,26 @@ class RunFolder(L.Callback):
                 logger.finalize("failed")
         stopped = isinstance(exception, Stopped | KeyboardInterrupt)
         with contextlib.suppress(OSError):
-            self.record(status="stopped" if stopped else "failed", step=trainer.global_step, reason=_reason(exception))
+            self.record(
+                status="stopped" if stopped else "failed",
+                step=trainer.global_step,
+                reason=_reason(exception),
+                why="Ctrl-C" if isinstance(exception, KeyboardInterrupt) else getattr(exception, "signal", None),
+            )
 
     def teardown(self, trainer: Any, pl_module: RunModule, stage: str) -> None:
         """Gives up the run folder's lock."""
         lock.release_all()
+
+
+def why_ended(trainer: Any, steps: int) -> str | None:
+    """What ended a run before its last update; None if nothing did."""
+    if trainer.global_step >= steps:
+        return None
+    for callback in find_all(trainer, EarlyStopping):
+        if callback.stopped_epoch or callback.stopping_reason_message:
+            return f"early stopping on {callback.monitor}"
+    return ended_by(trainer) or "a callback"
 
 
 def _move(state: dict[str, Any], directory: str) -> None:

@@ -44,7 +44,8 @@ class SampleFile:
         self._last_step = -1
         if self._path is None or not self._path.exists():
             return
-        written = self._path.read_text("utf-8").split("\n")  # not `splitlines`: texts may hold U+2028 and the like
+        # not `splitlines`: texts may hold U+2028 and the like
+        written = files.read(self._path).decode(errors="replace").split("\n")
         kept = [line for line in map(_parsed, written) if line is not None]
         kept = [line for line in kept if line["step"] <= trainer.global_step]
         files.write(self._path, "".join(_line(line) for line in kept))
@@ -54,7 +55,7 @@ class SampleFile:
         """Adds the completions of a step, all or none, unless the file has them already."""
         if self._path is None or step <= self._last_step:
             return
-        earlier = self._path.read_bytes() if self._path.exists() else b""
+        earlier = files.read(self._path) if self._path.exists() else b""
         files.write(self._path, earlier + "".join(_line({"step": step, **sample}) for sample in samples).encode())
         self._last_step = step
 
@@ -67,7 +68,7 @@ class SampleFile:
 def _parsed(line: str) -> dict[str, Any] | None:
     """The sample of a line; None for a line that a kill cut short."""
     try:
-        sample = json.loads(line)
+        sample = files.parse(line)
     except ValueError:
         return None
     return sample if isinstance(sample, dict) and isinstance(sample.get("step"), int) else None

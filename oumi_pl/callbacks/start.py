@@ -14,6 +14,7 @@ from oumi_pl.callbacks.run_folder import run_directory
 from oumi_pl.data.sources import as_sources
 from oumi_pl.losses.preference import WeightedSum
 from oumi_pl.runs import folders
+from oumi_pl.runs.lineage import parent_text
 from oumi_pl.terminal.screen import styled, terminal_width, wrapped
 from oumi_pl.types import RunData, RunModule
 
@@ -64,7 +65,10 @@ def lines(trainer: Any, pl_module: RunModule) -> Iterator[tuple[str, str]]:
     if data.template is not None:
         added = f", {len(data.added_tokens)} tokens added" if data.added_tokens else ""
         yield "template", f"{data.template.source}, for rows with turns{added}"
-    yield "optimizer", _optimizer(trainer.optimizers[0])
+    folder = run_directory(trainer)
+    if folder is not None and (parent := parent_text(folders.read_state(folder))):
+        yield "parent", parent
+    yield "optimizer", _optimizer(trainer.optimizers[0], trainer.global_step)
     yield "device", f"{trainer.world_size} x {pl_module.device.type}, precision {trainer.precision}"
     yield "steps", _steps(trainer, pl_module)
 
@@ -102,9 +106,11 @@ def described(loss: Any) -> str:
     return f"{type(loss).__name__}{f' of {parts}' if parts else ''}{f': {sentence}' if sentence else ''}"
 
 
-def _optimizer(optimizer: Optimizer) -> str:
+def _optimizer(optimizer: Optimizer, step: int) -> str:
     rates = {group["initial_lr"] for group in optimizer.param_groups}
     lr = f"lr {min(rates):g}" + (f" to {max(rates):g}" if len(rates) > 1 else "")
+    if step:
+        lr += f" ({max(group['lr'] for group in optimizer.param_groups):.3g} at step {step:,} of its schedule)"
     decays: dict[float, int] = {}
     for group in optimizer.param_groups:
         decay = group.get("weight_decay", 0)
@@ -118,8 +124,11 @@ def _steps(trainer: Any, pl_module: RunModule) -> str:
     total, rows = pl_module.total_steps(), data.layout.rows_per_update
     unit = f"{data.row_name}{'s' if rows > 1 else ''}"
     resumed = f"; resumed at step {trainer.global_step:,}" if trainer.global_step else ""
+    # a callback changes the accumulation with the epoch
+    later = [(epoch, data.layout.at(epoch).rows_per_update) for epoch, _ in data.layout.schedule]
+    changes = "".join(f", of {n:,} from epoch {epoch + 1} on" for epoch, n in later if epoch > trainer.current_epoch)
     return (
-        f"{total:,} update{'s' if total > 1 else ''} of {rows:,} {unit} each{resumed}; the "
+        f"{total:,} update{'s' if total > 1 else ''} of {rows:,} {unit} each{changes}{resumed}; the "
         f"loss shown from here on is the mean of the last {folders.RECENT} updates"
     )
 

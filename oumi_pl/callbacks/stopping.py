@@ -38,6 +38,7 @@ class Stopped(Exception):  # noqa: N818 - not an error: the run did as it was as
         how = f"resume it with: oumi_pl fit --resume {run}" if run else "this run writes no checkpoints"
         super().__init__(f"stopped by {signal.Signals(signum).name} after step {step}; {how}")
         self.exit_code = 128 + signum
+        self.signal = signal.Signals(signum).name
 
 
 class Preemption(L.Callback):

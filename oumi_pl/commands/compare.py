@@ -14,7 +14,10 @@ from oumi_pl.config import files as recipe_files
 from oumi_pl.errors import UserError, nearest
 
 ENGINES = ("lightning", "hf", "trl")
-FITS = dict.fromkeys(("DPO", "KTO", "Reward", "Distill"), ("trl",)) | {"SFT": ("hf", "trl"), "Pretrain": ("hf",)}
+FITS = dict.fromkeys(("DPO", "KTO", "GRPO", "Reward", "Distill"), ("trl",)) | {
+    "SFT": ("hf", "trl"),
+    "Pretrain": ("hf",),
+}
 """Trainer type -> the engines that can train it besides Lightning."""
 BFLOAT16 = 2.0**-8
 """Relative rounding of bfloat16."""

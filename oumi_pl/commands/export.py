@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from oumi_pl.commands.parser import Parser
+from oumi_pl.commands.push import check_name, push, refuse_local_base
 from oumi_pl.errors import UserError, nearby
 
 TRUST = "run code outside the package that the checkpoint's recipe names"
@@ -24,15 +25,23 @@ def main(args: list[str]) -> int:
     parser.add_argument("--output", type=Path, required=True, help="folder to write to, new or empty")
     parser.add_argument("--merge", action="store_true", help="merge a LoRA adapter into its base weights")
     parser.add_argument("--trust", action="store_true", help=TRUST)
-    parser.add_argument("--push_to_hub", metavar="NAME", help="also upload the folder to this hub repository")
+    parser.add_argument(
+        "--push_to_hub", metavar="OWNER/NAME", help="also upload the folder to this repository, new and private"
+    )
+    parser.add_argument("--public", action="store_true", help="the repository is public")
+    parser.add_argument("--overwrite", action="store_true", help="replace the files of an existing repository")
     options = parser.parse_args(args)
+    if (options.public or options.overwrite) and not options.push_to_hub:
+        raise UserError("export: --public and --overwrite are about a repository; name it with --push_to_hub")
     checkpoint, output = find(options.checkpoint.expanduser()), options.output.expanduser()
     if options.push_to_hub:
-        _check_name(options.push_to_hub)
+        check_name(options.push_to_hub, "--push_to_hub")
     export_checkpoint(checkpoint, output, merge=options.merge, trust=options.trust)
     print(f"exported {checkpoint} to {output}")
     if options.push_to_hub:
-        _push(output, options.push_to_hub)
+        refuse_local_base(output, "--push_to_hub")
+        settings = {"public": options.public, "overwrite": options.overwrite, "key": "--push_to_hub"}
+        print(f"pushed to {push(output, options.push_to_hub, **settings)}")
     return 0
 
 
@@ -52,6 +61,8 @@ def export_checkpoint(checkpoint: Path, output: Path, *, merge: bool = False, tr
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
         raise UserError(f"--output: {output} exists and is not an empty folder; name another one")
     from oumi_pl.models.export import model_card
+    from oumi_pl.runs.folders import read_state
+    from oumi_pl.runs.lineage import parent_text
 
     module, data, config, content = built(checkpoint, trust=trust)
     adapter = module.lora is not None and not merge
@@ -61,7 +72,16 @@ def export_checkpoint(checkpoint: Path, output: Path, *, merge: bool = False, tr
         merge=merge,
         keep=False,
         stop_tokens=data.stop_tokens,
-        card=model_card(config, content["config"], content.get("metrics", {}), output.resolve().name, adapter),
+        card=model_card(
+            config,
+            content["config"],
+            content.get("metrics", {}),
+            output.resolve().name,
+            adapter,
+            parent=parent_text(read_state(checkpoint.resolve().parent.parent)),
+            generates=module.generates,
+            chat=bool(data.tokenizer.chat_template),
+        ),
     )
 
 
@@ -165,26 +185,3 @@ def find(path: Path) -> Path:
             f"--checkpoint: {path} has no checkpoint yet{written}; to train it: oumi_pl fit --resume {path}"
         )
     raise UserError(f"--checkpoint: no checkpoint in {path}")
-
-
-def _check_name(name: str) -> None:
-    from huggingface_hub.errors import HFValidationError
-    from huggingface_hub.utils import validate_repo_id
-
-    try:
-        validate_repo_id(name)
-    except HFValidationError as error:
-        raise UserError(f"--push_to_hub: {error}") from None
-
-
-def _push(folder: Path, name: str) -> None:
-    from huggingface_hub import HfApi
-
-    from oumi_pl.errors import reason
-
-    try:
-        api = HfApi()
-        api.create_repo(name, exist_ok=True)
-        print(f"pushed to {api.upload_folder(repo_id=name, folder_path=folder)}")
-    except Exception as error:  # of the hub, the network or the HTTP library
-        raise UserError(f"--push_to_hub: {name}: {reason(error)}; the folder {folder} is written") from error

@@ -1,7 +1,8 @@
-"""Complete prompts with an exported model, or with a checkpoint."""
+"""Complete prompts with an exported model, or with a checkpoint: one, or all of a file."""
 
 import argparse
 import json
+import secrets
 import sys
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -23,53 +24,88 @@ class Loaded(NamedTuple):
     tokenizer: Any
     stop: list[int]
     """Ids that end a completion, besides EOS and those in the model's generation config."""
+    recipe: dict[str, Any] | None = None
+    """The recipe that it was trained on, if it is known."""
 
 
 def main(args: list[str]) -> int:
     """Runs the command; returns its exit code."""
     options = _options(args)
-    prompts = _prompts(options)
+    texts = _texts(options)
     if options.model:
         _refuse_no_model(Path(options.model).expanduser())
+    from oumi_pl.commands import bulk
+    from oumi_pl.rollouts.rewards import resolve
+    from oumi_pl.rollouts.sampling import Sampling
+
+    metrics = {name.rpartition(".")[2]: resolve(name, "--metric") for name in options.metric}
     with meanwhile("loading the model"):
         if options.model:
             loaded = from_folder(options.model, options.trust_remote_code, options.architecture)
         else:
             loaded = from_checkpoint(options.checkpoint.expanduser(), trust=options.trust)
-    ids = [prompt_ids(loaded.tokenizer, prompt, options.system, options.raw) for prompt in prompts]
-    limits = [_limit(loaded.model, len(one), options.max_new_tokens) for one in ids]
+    prompts = _prompts(loaded, texts, options)
     import torch
 
-    from oumi_pl.models.generation import complete
+    from oumi_pl.models.generation import ends_of
 
     loaded.model.to("cuda" if torch.cuda.is_available() else "cpu")
-    if options.seed is not None:
-        torch.manual_seed(options.seed)
-    chat = is_chat(loaded.tokenizer, options.raw)
-    sampling = {"temperature": options.temperature, "top_p": options.top_p or 1.0, "stop": loaded.stop}
-    for i, (prompt, one, limit) in enumerate(zip(prompts, ids, limits, strict=True)):
-        streamed = not options.json and sys.stdout.isatty()
-        if streamed:
-            print("\n" * (i > 0) + _dim(visible(prompt)), end="\n" if chat else "", flush=True)
+    sampling = Sampling(
+        options.max_new_tokens or LONGEST, options.temperature, options.top_p or 1.0, stop=tuple(options.stop)
+    )
+    seed = options.seed if options.temperature else 0  # a greedy completion draws nothing
+    ends = ends_of(loaded.model, loaded.tokenizer, loaded.stop)
+    complete = bulk.Completer(loaded.model, loaded.tokenizer, ends, sampling, seed or 0)
+    if options.output is None:
+        _print(complete._replace(seed=secrets.randbits(32) if seed is None else seed), prompts, options)
+        return 0
+    settings = {
+        "model": options.model or str(options.checkpoint),
+        "weights": bulk.stamps(Path(options.model or options.checkpoint).expanduser()),
+        "prompts": bulk.hashed(prompts),
+        "max_new_tokens": sampling.max_new_tokens,
+        "temperature": sampling.temperature,
+        "top_p": sampling.top_p,
+        "stop": options.stop,
+        "samples": options.samples,
+        "seed": seed,
+    }
+    part = bulk.Part(options.output, settings)
+    lines = bulk.run(
+        complete._replace(seed=part.settings["seed"]),
+        prompts,
+        part,
+        options.output,
+        metrics,
+        samples=options.samples,
+        batch_size=options.batch_size,
+        logprobs=options.logprobs,
+    )
+    print("\n".join(lines))
+    return 0
+
+
+def _print(complete: Any, prompts: list[Any], options: argparse.Namespace) -> None:
+    """Prints completions: on a terminal while they are generated, one after the other, and else in batches."""
+    from oumi_pl.commands import bulk
+
+    if options.json or not sys.stdout.isatty():
+        for prompt, answer in bulk.in_order(complete, prompts, options.samples, options.batch_size):
+            values = answer.values(samples=options.samples > 1, logprobs=options.logprobs)
+            values.pop("row")
+            line = json.dumps(bulk.beside(prompt.row, values), ensure_ascii=False, default=str)
+            print(line if options.json else answer.completion, flush=True)
+        return
+    chat = is_chat(complete.tokenizer, options.raw)
+    items = [(row, s, prompt) for row, prompt in enumerate(prompts, 1) for s in range(1, options.samples + 1)]
+    for i, item in enumerate(items):
+        print("\n" * (i > 0) + _dim(visible(item[2].text)), end="\n" if chat else "", flush=True)
         try:
-            answers = complete(
-                loaded.model,
-                loaded.tokenizer,
-                [one],
-                max_new_tokens=limit,
-                on_text=_write if streamed else None,
-                **sampling,
-            )
+            (answer,) = complete([item], on_text=_write)
         except KeyboardInterrupt:
             print()  # ends the line of the unfinished completion
             raise
-        if options.json:
-            print(json.dumps({"prompt": prompt, "completion": answers[0]}, ensure_ascii=False), flush=True)
-        elif streamed:
-            print("" if answers[0] else _dim("(nothing)"))
-        else:
-            print(answers[0], flush=True)
-    return 0
+        print("" if answer.completion else _dim("(nothing)"))
 
 
 def from_folder(name: str, trust_remote_code: bool = False, architecture: str | None = None) -> Loaded:
@@ -90,7 +126,9 @@ def from_folder(name: str, trust_remote_code: bool = False, architecture: str | 
     quiet()
     path = locate(name, "--model")
     adapter = Path(path) / "adapter_config.json"
-    if adapter.is_file() and (base := json.loads(adapter.read_text()).get("base_model_name_or_path")):
+    from oumi_pl.models.build import read_adapter_config
+
+    if adapter.is_file() and (base := read_adapter_config(Path(path)).get("base_model_name_or_path")):
         locate(base, f"--model: the base of the adapter {name}")
     if architecture is not None:
         from oumi_pl.models.architectures import register_architecture
@@ -112,7 +150,18 @@ def from_folder(name: str, trust_remote_code: bool = False, architecture: str | 
         raise UserError(f"--model: can't load {name}: {reason(error)}") from error
     if missing := sorted(info["missing_keys"]):
         raise UserError(f"--model: {name} lacks {len(missing)} of the model's weights, first {missing[0]}")
-    return Loaded(model, tokenizer, [])
+    return Loaded(model, tokenizer, [], _recipe_of(Path(name).expanduser().absolute()))
+
+
+def _recipe_of(model: Path) -> dict[str, Any] | None:
+    """The recipe of the run that exported a model folder, if it is still in the run's folder."""
+    from oumi_pl.runs.folders import CONFIG, RUN
+
+    if not all((model.parent / name).is_file() for name in (RUN, CONFIG)):
+        return None
+    import yaml
+
+    return yaml.safe_load((model.parent / CONFIG).read_text(encoding="utf-8"))
 
 
 def from_checkpoint(path: Path, *, trust: bool = False) -> Loaded:
@@ -128,10 +177,10 @@ def from_checkpoint(path: Path, *, trust: bool = False) -> Loaded:
     from oumi_pl.commands.export import built, find
 
     checkpoint = find(path)
-    module, data, _, _ = built(checkpoint, trust=trust)
+    module, data, config, _ = built(checkpoint, trust=trust)
     if not module.generates:
         raise UserError(f"--checkpoint: {checkpoint} is of {type(module).__name__}, which does not complete prompts")
-    return Loaded(module.causal_lm.hf, data.tokenizer, data.stop_tokens)
+    return Loaded(module.causal_lm.hf, data.tokenizer, data.stop_tokens, config)
 
 
 def is_chat(tokenizer: Any, raw: bool) -> bool:
@@ -143,22 +192,58 @@ def prompt_ids(tokenizer: Any, prompt: str, system: str | None = None, raw: bool
     """The ids of a prompt: a user's turn if the tokenizer has a chat template, else plain text.
 
     Raises:
-        UserError: the template refuses the prompt, or `system` is given without a template.
+        UserError: the template refuses the prompt, or `system` is set without a template.
     """
+    from oumi_pl.types import Conversation
+
+    return record_ids(tokenizer, Conversation(({"role": "user", "content": prompt},)), system, raw)
+
+
+def record_ids(
+    tokenizer: Any,
+    record: Any,
+    system: str | None = None,
+    raw: bool = False,
+    variables: dict[str, Any] | None = None,
+) -> list[int]:
+    """The ids of a record's prompt, as in training rows. A user's only turn is plain text without a chat template.
+
+    Args:
+        tokenizer: The tokenizer.
+        record: A conversation, a text or a preference.
+        system: A system turn for conversations that begin with none.
+        raw: Do not use the chat template.
+        variables: Variables of the chat template.
+
+    Raises:
+        UserError: the template refuses the turns, or there is none and they are not a user's only one.
+    """
+    from dataclasses import replace
+
+    from oumi_pl.data.rendering import ChatRenderer
+    from oumi_pl.data.template import adds_bos
+    from oumi_pl.types import Conversation, Preference
+
+    if isinstance(record, Preference):
+        record = record.chosen
+    if not isinstance(record, Conversation):
+        return list(tokenizer(record.prompt or record.text)["input_ids"])
+    turns = record.messages
+    border = record.prompt_messages
+    turns = turns[: len(turns) - (turns[-1]["role"] == "assistant") if border is None else border]
     if not is_chat(tokenizer, raw):
         if system is not None:
             raise UserError("--system: this tokenizer has no chat template, so there is no place for a system turn")
-        return list(tokenizer(prompt)["input_ids"])
-    from jinja2 import TemplateError
-
-    from oumi_pl.data.template import adds_bos
-
-    turns = [{"role": "system", "content": system}] if system is not None else []
-    turns.append({"role": "user", "content": prompt})
+        if len(turns) != 1 or turns[0]["role"] != "user" or record.tools:
+            why = "--raw leaves it out" if raw else "this tokenizer has none"
+            raise UserError(f"several turns, a system turn or tools need a chat template, and {why}")
+        return list(tokenizer(turns[0]["content"])["input_ids"])
+    if system is not None and turns[0]["role"] != "system":
+        turns = ({"role": "system", "content": system}, *turns)
     try:
-        text = tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
-    except TemplateError as error:
-        raise UserError(f"the chat template refuses this prompt: {error}; leave the template out with --raw") from error
+        text = ChatRenderer(tokenizer, variables).prompt(replace(record, messages=turns), len(turns))
+    except UserError as error:
+        raise UserError(f"{error}; leave the template out with --raw") from error
     ids = list(tokenizer(text, add_special_tokens=False)["input_ids"])
     # training rows begin with BOS, even if the template does not write it
     lacks_bos = adds_bos(tokenizer) and ids[:1] != [tokenizer.bos_token_id]
@@ -188,7 +273,51 @@ def _options(args: list[str]) -> argparse.Namespace:
         help="a .ckpt file, or a run folder: its best",
     )
     parser.add_argument("--prompt", action="append", default=[], metavar="TEXT", help="a prompt; may be repeated")
-    parser.add_argument("--file", metavar="FILE", help="a file with one prompt per line; - reads standard input")
+    parser.add_argument(
+        "--file",
+        metavar="FILE",
+        help="prompts: rows of .jsonl, .csv or .parquet with a prompt, turns, or the columns that the recipe names; "
+        "else one per line; - reads standard input",
+    )
+    parser.add_argument(
+        "--output",
+        type=Path,
+        metavar="FILE",
+        help="a .jsonl or .csv file to write, with all columns of each row; a repeated command continues it",
+    )
+    parser.add_argument("--batch_size", type=int, default=16, metavar="N", help="prompts per batch (default: 16)")
+    parser.add_argument("--samples", type=int, default=1, metavar="N", help="completions per prompt (default: 1)")
+    parser.add_argument(
+        "--stop",
+        action="append",
+        default=[],
+        metavar="TEXT",
+        help="end a completion before this text; may be repeated",
+    )
+    parser.add_argument(
+        "--logprobs",
+        action="store_true",
+        help="write the log-probability of each token, as it was sampled (greedy: as the model has it), and their sum",
+    )
+    parser.add_argument(
+        "--metric",
+        action="append",
+        default=[],
+        metavar="FUNCTION",
+        help="path of a function (completion, row) -> number or mapping, or a built-in one such as exact_match; writes "
+        "its values, and prints their means with 95 %% intervals; may be repeated",
+    )
+    parser.add_argument(
+        "--columns",
+        action="append",
+        default=[],
+        metavar="FIELD=COLUMN",
+        help="which of your columns is the format's field, as in prompt=ticket; may be repeated",
+    )
+    parser.add_argument("--format", metavar="NAME", help="format of the rows, as in a recipe")
+    parser.add_argument(
+        "--ignore", action="append", default=[], metavar="COLUMN", help="a column that is no part of the prompt"
+    )
     parser.add_argument("--system", metavar="TEXT", help="a system turn before the prompt")
     parser.add_argument("--raw", action="store_true", help="send the prompt as plain text, without the chat template")
     parser.add_argument("--max_new_tokens", type=int, metavar="N", help=f"longest completion (default: {LONGEST})")
@@ -200,11 +329,18 @@ def _options(args: list[str]) -> argparse.Namespace:
         help="sample from the likeliest tokens that add up to P",
     )
     parser.add_argument("--seed", type=int, metavar="N", help="seed of sampling")
-    parser.add_argument("--json", action="store_true", help="print a line of JSON per prompt")
+    parser.add_argument("--json", action="store_true", help="print a line of JSON per completion, with all columns")
     parser.add_argument("--trust_remote_code", action="store_true", help="run code that comes with a model")
     parser.add_argument("--trust", action="store_true", help=TRUST)
     parser.add_argument("--architecture", metavar="CLASS", help="class path of a model of your own, of --model")
     options = parser.parse_args(args)
+    _check(options)
+    if options.output is not None:
+        options.output = _checked_output(options.output.expanduser())
+    return options
+
+
+def _check(options: argparse.Namespace) -> None:
     if bool(options.model) == bool(options.checkpoint):
         both = "name one of the two" if options.model else "name --model DIR or --checkpoint FILE"
         raise UserError(f"generate: {both}; see: oumi_pl generate --help")
@@ -218,24 +354,154 @@ def _options(args: list[str]) -> argparse.Namespace:
         raise UserError("--top_p is for sampling: add --temperature, since completions are greedy without it")
     if options.raw and options.system is not None:
         raise UserError("--system needs the chat template, which --raw leaves out")
-    return options
+    _check_bulk(options)
 
 
-def _prompts(options: argparse.Namespace) -> list[str]:
-    prompts = list(options.prompt)
-    if any(not prompt.strip() for prompt in prompts):
+def _check_bulk(options: argparse.Namespace) -> None:
+    for name in ("samples", "batch_size"):
+        if getattr(options, name) < 1:
+            raise UserError(f"--{name} is {getattr(options, name)}, but has to be at least 1")
+    if options.samples > 1 and options.temperature == 0:
+        raise UserError("--samples: greedy completions of a prompt are all the same; add --temperature")
+    if options.metric and options.output is None:
+        raise UserError("--metric: its values are written beside the completions; add --output FILE")
+    for column in options.columns:
+        if not all(column.partition("=")):
+            raise UserError(f"--columns: {column!r} is no FIELD=COLUMN, as in prompt=ticket")
+
+
+def _checked_output(path: Path) -> Path:
+    if path.suffix not in (".jsonl", ".csv"):
+        raise UserError(f"--output: {path} has to end in .jsonl or .csv")
+    if path.exists():
+        raise UserError(f"--output: {path} exists; name another file")
+    if not path.parent.is_dir():
+        raise UserError(f"--output: there is no folder {path.parent}")
+    return path
+
+
+def _texts(options: argparse.Namespace) -> list[str]:
+    """The prompts of the options and of a file of lines."""
+    texts = list(options.prompt)
+    if any(not text.strip() for text in texts):
         raise UserError("--prompt is empty")
-    if options.file is not None:
+    if options.file is None and not texts:
+        raise UserError("generate: name a --prompt TEXT, or a --file of prompts (- for lines of the standard input)")
+    if options.file is None or _has_rows(options.file):
+        return texts
+    try:
+        text = sys.stdin.read() if options.file == "-" else Path(options.file).expanduser().read_text("utf-8")
+    except OSError as error:
+        raise UserError(f"--file: {options.file} can't be read: {error.strerror}") from error
+    except UnicodeDecodeError as error:
+        raise UserError(f"--file: {options.file} is not UTF-8 text") from error
+    texts += [line for line in text.splitlines() if line.strip()]
+    if not texts:
+        raise UserError(f"--file: {options.file} holds no prompt")
+    return texts
+
+
+def _has_rows(file: str) -> bool:
+    """Whether a file holds rows with columns; else its lines are prompts.
+
+    Raises:
+        UserError: there is no such file.
+    """
+    path = Path(file).expanduser()
+    suffixes = [suffix for suffix in path.suffixes if suffix not in (".gz", ".zst")]
+    if not suffixes or suffixes[-1] not in (".jsonl", ".ndjson", ".json", ".csv", ".parquet", ".arrow"):
+        return path.is_dir() or file.startswith("bundled/")
+    if not path.exists():
+        raise UserError(f"--file: {file} can't be read: No such file or directory")
+    return True
+
+
+def _prompts(loaded: Loaded, texts: list[str], options: argparse.Namespace) -> list[Any]:
+    """The prompts of the options and of the rows of the file.
+
+    Raises:
+        UserError: a row has no prompt, or one that leaves no room in the model's positions; names it.
+    """
+    from oumi_pl.commands.bulk import Prompt
+    from oumi_pl.types import Conversation, Text
+
+    variables = dict(((loaded.recipe or {}).get("data", {}).get("init_args") or {}).get("template_variables") or {})
+    items: list[tuple[str, dict[str, Any], Any]] = []
+    items += [("--prompt", {"prompt": t}, Conversation(({"role": "user", "content": t},))) for t in texts]
+    if options.file is not None and _has_rows(options.file):
+        items += _records(loaded, options)
+    positions = getattr(loaded.model.config.get_text_config(), "max_position_embeddings", None)
+    prompts, cut = [], []
+    for origin, row, record in items:
+        own = dict(getattr(record, "template_variables", {}))
         try:
-            text = sys.stdin.read() if options.file == "-" else Path(options.file).expanduser().read_text("utf-8")
-        except OSError as error:
-            raise UserError(f"--file: {options.file} can't be read: {error.strerror}") from error
-        except UnicodeDecodeError as error:
-            raise UserError(f"--file: {options.file} is not UTF-8 text") from error
-        prompts += [line for line in text.splitlines() if line.strip()]
-    if not prompts:
-        raise UserError("generate: name a --prompt TEXT, or a --file with one per line (- for the standard input)")
+            ids = record_ids(loaded.tokenizer, record, options.system, options.raw, variables | own)
+        except UserError as error:
+            raise UserError(str(error) if origin == "--prompt" else f"{origin}: {error}") from error
+        if not ids:
+            raise UserError(f"{origin}: the prompt is empty, and the model needs a token to begin with")
+        if positions is not None and len(ids) >= positions:
+            raise UserError(f"{origin}: it has {len(ids):,} tokens, but the model has only {positions:,} positions")
+        limit = options.max_new_tokens or LONGEST
+        if positions is not None and limit > positions - len(ids):
+            limit = positions - len(ids)
+            cut.append(limit)
+        prompts.append(Prompt(row, _shown(record), ids, limit))
+    if cut and options.max_new_tokens is not None:
+        most = f"the prompt leaves {min(cut):,} of the model's {positions:,} positions, so completions end there"
+        print(f"note: {most}" + (f" (and {len(cut) - 1:,} more prompts)" if len(cut) > 1 else ""), file=sys.stderr)
+    if is_chat(loaded.tokenizer, options.raw) and any(isinstance(record, Text) for _, _, record in items):
+        print(
+            "note: rows of `text`, or of `prompt` and `completion`, are sent as plain text, as they are trained: "
+            "without the chat template",
+            file=sys.stderr,
+        )
     return prompts
+
+
+def _shown(record: Any) -> str:
+    """What the terminal shows of a prompt: its last turn."""
+    from oumi_pl.types import Conversation, Preference
+
+    if isinstance(record, Preference):
+        record = record.chosen
+    if not isinstance(record, Conversation):
+        return record.prompt or record.text
+    return next((turn["content"] or "" for turn in reversed(record.messages) if turn["role"] != "assistant"), "")
+
+
+def _records(loaded: Loaded, options: argparse.Namespace) -> list[tuple[str, dict[str, Any], Any]]:
+    """Origin, columns and record of each row of the file, read as the recipe's training rows are."""
+    from oumi_pl.data.prompts import PROMPT_FORMATS, PromptsWithRows
+    from oumi_pl.data.sources import Source, rows
+
+    read = list(rows(Source(options.file)))
+    recipe = _reading(loaded.recipe)
+    # the recipe's columns of answers need not be there
+    columns = {field: name for field, name in (recipe.get("columns") or {}).items() if name in read[0][1]}
+    columns |= dict(option.split("=", 1) for option in options.columns)
+    ignore = [*(recipe.get("ignore") or ()), *options.ignore]
+    form = options.format or recipe.get("format")
+    reader = PromptsWithRows(
+        Source(options.file, columns=columns or None, ignore=ignore or None, format=form), PROMPT_FORMATS, mixed=True
+    )
+    items = []
+    for origin, row in read:
+        try:
+            items.append((origin, row, reader.record(row).record))  # type: ignore[union-attr]
+        except UserError as error:
+            raise UserError(f"{origin}: {error}") from error
+    return items
+
+
+def _reading(recipe: dict[str, Any] | None) -> dict[str, Any]:
+    """How a recipe reads its training rows, if it reads all sources in the same way: `columns`, `format`, `ignore`."""
+    sources = (((recipe or {}).get("data") or {}).get("init_args") or {}).get("train")
+    how = []
+    for source in sources if isinstance(sources, list) else [sources]:
+        arguments = source.get("init_args", source) if isinstance(source, dict) else {}
+        how.append({name: arguments.get(name) for name in ("columns", "format", "ignore")})
+    return how[0] if all(one == how[0] for one in how) else {}
 
 
 def _refuse_no_model(path: Path) -> None:
@@ -255,20 +521,3 @@ def _refuse_no_model(path: Path) -> None:
         raise UserError(f"--model: {path} is not a model folder: it has no config.json")
     if not any([*path.glob("*.safetensors"), *path.glob("*.bin")]):
         raise UserError(f"--model: no weights in {path}")
-
-
-def _limit(model: Any, prompt: int, asked: int | None) -> int:
-    """Most tokens of a completion: the requested number, limited by the model's positions.
-
-    Raises:
-        UserError: the prompt alone needs more positions.
-    """
-    positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-    if positions is None:
-        return asked or LONGEST
-    if prompt >= positions:
-        raise UserError(f"--prompt: it has {prompt:,} tokens, but the model has only {positions:,} positions")
-    if asked is not None and asked > positions - prompt:
-        left = f"the prompt leaves {positions - prompt:,} of the model's {positions:,} positions"
-        print(f"note: {left}, so completions end there", file=sys.stderr)
-    return min(asked or LONGEST, positions - prompt)

@@ -9,6 +9,7 @@ from oumi_pl.commands.parser import Parser
 from oumi_pl.errors import UserError, nearest
 from oumi_pl.report import listing
 from oumi_pl.runs import folders
+from oumi_pl.terminal.screen import visible
 
 ACTIONS = ("compare", "report")
 EPILOG = "also: oumi_pl runs compare A B ... (differing settings, overlaid curves); oumi_pl runs report RUN"
@@ -31,7 +32,7 @@ def main(args: list[str]) -> int:
     lines = [listing.line(run) for run in runs]
     print(listing.table(lines, shutil.get_terminal_size().columns if sys.stdout.isatty() else None))
     for note in listing.notes(runs, lines):
-        print(f"note: {note}")
+        print(f"note: {visible(note)}")
     return 0
 
 
@@ -80,6 +81,8 @@ def _compare(args: list[str]) -> int:
         raise UserError(f"--output: {output} has to end in .png")
     if not output.parent.is_dir():
         raise UserError(f"--output: no directory {output.parent}")
+    if options.output is not None and (output.exists() or output.is_symlink()):
+        raise UserError(f"--output: {output} exists; name another file")
     from oumi_pl.report import beside
     from oumi_pl.report.record import Record
 
@@ -96,7 +99,7 @@ def _compare(args: list[str]) -> int:
     differing = beside.differences(records)
     print(f"\ndifferent settings ({' | '.join(names)}):" if differing else "\nno settings differ")
     for key, values in differing.items():
-        print(f"  {key}: {' | '.join(values)}")
+        print(visible(f"  {key}: {' | '.join(values)}"))
     if note := beside.incomparable(records):
         print(f"\nnote: {note}")
     beside.picture(grouped, output)
@@ -116,4 +119,4 @@ def _table(head: list[str], rows: list[list[str]]) -> str:
         [row[0].ljust(sizes[0]), *(c.rjust(s) for c, s in zip(row[1:], sizes[1:], strict=True))]
         for row in (head, *rows)
     ]
-    return "\n".join("  ".join(line).rstrip() for line in lines)
+    return visible("\n".join("  ".join(line).rstrip() for line in lines))

@@ -3,6 +3,7 @@
 import argparse
 import itertools
 import json
+import os
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -42,7 +43,7 @@ def main(args: list[str]) -> int:
     """Runs the command; returns its exit code."""
     options = _options(args)
     output = options.output.expanduser()
-    if output.exists():
+    if output.exists() or output.is_symlink():
         raise UserError(f"--output: {output} exists; name another file")
     if not output.parent.is_dir():
         raise UserError(f"--output: there is no folder {output.parent}")
@@ -52,9 +53,9 @@ def main(args: list[str]) -> int:
     with meanwhile("loading the model"):
         scorer = load(options.model, options.max_length, options.overflow, options.trust_remote_code)
     rewards: list[list[float]] = []
-    half = output.with_name(output.name + HALF)
+    half = output.with_name(f"{output.name}.{os.getpid()}{HALF}")
     try:
-        with half.open("w", encoding="utf-8") as out:
+        with half.open("x", encoding="utf-8") as out:
             for row, scores in scored(scorer, lines, options.batch_size, options.input):
                 names = PAIR_COLUMNS if len(scores) == 2 else COLUMNS
                 line = row | dict(zip(names, scores, strict=True))
@@ -127,8 +128,10 @@ def _refuse_other_models(name: str, path: Path, trust_remote_code: bool) -> None
     from oumi_pl.models.build import build_config
 
     adapter = path / "adapter_config.json"
+    from oumi_pl.models.build import read_adapter_config
+
     if adapter.is_file() and not (path / "config.json").is_file():
-        kind, fits = "an adapter of a language model", json.loads(adapter.read_text()).get("task_type") == "SEQ_CLS"
+        kind, fits = "an adapter of a language model", read_adapter_config(path).get("task_type") == "SEQ_CLS"
     else:
         config = build_config(str(path) if path.is_dir() else name, None, None, trust_remote_code=trust_remote_code)
         architecture = next(iter(config.architectures or ()), "a model without an architecture")

@@ -11,6 +11,8 @@ from typing import Any, NamedTuple
 
 from oumi_pl.errors import UserError, nearby, nearest
 from oumi_pl.runs import folders, lock
+from oumi_pl.runs.files import refuse_expanding
+from oumi_pl.terminal.screen import visible
 
 ENDINGS = (".yaml", ".yml")
 ORDER = ("quickstart", "sft", "dpo", "kto", "reward", "distill", "pretrain")
@@ -100,6 +102,8 @@ def check(path: Path) -> dict[str, Any]:
     import yaml
 
     try:
+        if not path.is_file():
+            raise UserError(f"{path}: is not a file")
         text = path.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
         line = error.object[: error.start].count(b"\n") + 1
@@ -107,9 +111,17 @@ def check(path: Path) -> dict[str, Any]:
     except OSError as error:
         raise UserError(f"{path}: can't be read: {error.strerror}") from error
     try:
-        _refuse_repeated_keys(yaml.compose(text, Loader=yaml.SafeLoader), path, "")
+        node = yaml.compose(text, Loader=yaml.SafeLoader)
+        refuse_expanding(node)
+        _refuse_repeated_keys(node, path, "")
         value = yaml.safe_load(text)
-    except (yaml.YAMLError, ValueError, RecursionError) as error:  # ValueError: an impossible date
+    except (
+        yaml.YAMLError,
+        ValueError,
+        TypeError,
+        OverflowError,
+        RecursionError,
+    ) as error:  # ValueError: an impossible date
         mark = getattr(error, "problem_mark", None)
         where = f" line {mark.line + 1}" if mark else ""
         raise UserError(f"{path}{where}: not valid YAML: {getattr(error, 'problem', None) or error}") from error
@@ -259,6 +271,7 @@ def resume_arguments(
             f"{folders.how_to_extend(run, dict(state))}; to train anew, leave --resume out"
         )
     _refuse_finished(run, state, checkpoint, args)
+    checkpoint, damaged = folders.newest_whole_checkpoint(run)  # reads it, which takes a second per 1.5 GB
     _say_differences(config, tree)
     kept = write_options(option for option in read_options(args) if option[0] != "--config")
     arguments = ["--config", str(config), *kept]
@@ -268,6 +281,10 @@ def resume_arguments(
     is_engine_run = any((run / folders.CHECKPOINTS).glob("checkpoint-*"))
     if checkpoint is not None or not is_engine_run:
         print(f"resuming {run} from {checkpoint.name if checkpoint else 'the start: it has no checkpoint yet'}")
+    for path, why in damaged.items():
+        print(f"note: {path} is damaged: {why}; what came after {checkpoint and checkpoint.name} is trained again")
+    if _is_first_rank() and not _only_shows(args):
+        folders.set_aside(damaged)
     phases = folders.phases(state)
     if (checkpoint is not None or is_engine_run) and "train" in phases and state.get("status") != "finished":
         left = [phase for phase in folders.PHASES if phase not in phases]
@@ -292,8 +309,8 @@ def _say_differences(config: Path, tree: Mapping[str, Any]) -> None:
         listed = [f"{key} ({ours} there, {theirs} in the recipe)" for key, ours, theirs in differences[:LISTED]]
         more = f" and {len(differences) - LISTED} more" if len(differences) > LISTED else ""
         print(
-            f"note: the run continues with {config}, which differs from the recipe in {', '.join(listed)}{more}; "
-            f"to change a value, pass it as an option: --{differences[0][0]} VALUE",
+            f"note: the run continues with {config}, which differs from the recipe in "
+            f"{visible(', '.join(listed))}{more}; to change a value, pass it as an option: --{differences[0][0]} VALUE",
             file=sys.stderr,
         )
 

@@ -3,7 +3,6 @@
 import os
 import re
 import sys
-import zipfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -262,6 +261,7 @@ def _refuse_checkpoint(name: str | None, command: str) -> None:
     if name is None or "://" in name:
         return
     from oumi_pl.runs.checkpoints import WEIGHTS_ONLY, holds_weights_only, is_sharded_checkpoint
+    from oumi_pl.runs.checksums import is_archive
 
     path = Path(name).expanduser()
     if path.is_dir() and not is_sharded_checkpoint(path):
@@ -270,7 +270,7 @@ def _refuse_checkpoint(name: str | None, command: str) -> None:
         raise UserError(f"--ckpt_path: {name} is a directory, but not a sharded checkpoint{hint}")
     if not path.exists():
         raise UserError(f"--ckpt_path: no file {name!r}{nearby(path, lambda p: p.suffix == '.ckpt')}")
-    if path.is_file() and not zipfile.is_zipfile(path):  # torch writes zip archives, whose index comes last
+    if path.is_file() and not is_archive(path):  # torch writes zip archives, whose index comes last
         raise UserError(f"--ckpt_path: {name} is not a checkpoint, or was cut short when it was written")
     if command == "fit":
         try:

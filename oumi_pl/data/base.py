@@ -21,7 +21,7 @@ from oumi_pl.data.stream_loader import StreamLoader
 from oumi_pl.data.template import ChatTemplate
 from oumi_pl.data.tokenizers import TokenizerFactory, load_tokenizer
 from oumi_pl.errors import UserError
-from oumi_pl.types import SPLITS
+from oumi_pl.types import SPLITS, Row
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -46,6 +46,7 @@ class TextData(L.LightningDataModule):
         predict: Source of prompts for `predict`; the test or validation rows when left out.
         group: Column whose value keeps rows on the same side instead of the prompt: a customer, a document.
         tokenizer: Hub id or directory, or a class that builds one; the model's own when left out.
+        pad_token: Token that the exported tokenizer fills rows with, added if it is new; its own when left out, or EOS.
         max_length: Tokens of the longest row.
         batch_size: Rows per micro-batch and device.
         eval_batch_size: The same for validation and test; `batch_size` when left out.
@@ -76,6 +77,7 @@ class TextData(L.LightningDataModule):
         *,
         group: str | None = None,
         tokenizer: str | TokenizerFactory | None = None,
+        pad_token: str | None = None,
         max_length: int = 1024,
         batch_size: int = 8,
         eval_batch_size: int | None = None,
@@ -105,6 +107,7 @@ class TextData(L.LightningDataModule):
             raise UserError("data.group keeps rows together when a fraction is held out; set data.validation to one")
         self.group = group
         self.tokenizer_spec = tokenizer
+        self.pad_token = pad_token
         self.max_length = max_length
         self.batch_size = batch_size
         self.eval_batch_size = eval_batch_size or batch_size
@@ -161,6 +164,10 @@ class TextData(L.LightningDataModule):
     @abstractmethod
     def prompts(self, split: str) -> Iterator[tuple[list[int], str]]:
         """Prompt ids and reference answer of each row of a split, for sampling completions."""
+
+    def prompts_with_rows(self, split: str) -> Iterator[tuple[list[int], str, Row]]:
+        """As `prompts`, each with the columns of its row, which `predict` writes beside the completion."""
+        return ((ids, reference, {}) for ids, reference in self.prompts(split))
 
     @abstractmethod
     def report(self) -> dict[str, Any]:
@@ -228,6 +235,8 @@ class TextData(L.LightningDataModule):
             raise UserError("data.tokenizer: no tokenizer is named, and a model with random weights has none")
         tokenizer = load_tokenizer(spec, self.trust_remote_code)
         self.own_template, self.own_pad = tokenizer.chat_template, tokenizer.pad_token
+        if self.pad_token is not None:  # no added token, since its row in the model is never trained
+            tokenizer.add_special_tokens({"pad_token": self.pad_token})
         self.added_tokens = self.prepare_tokenizer(tokenizer)
         return tokenizer
 
@@ -380,12 +389,11 @@ class TextData(L.LightningDataModule):
         split = next((s for s in ("predict", "test", "validation") if self.sources[s] is not None), None)
         if split is None:
             raise UserError("data.predict: `predict` needs a source of prompts here, and the recipe names none")
-        rows = [(row, ids, reference) for row, (ids, reference) in enumerate(self.prompts(split))]
+        rows = [(number, *prompt) for number, prompt in enumerate(self.prompts_with_rows(split), 1)]
         layout = self.layout
         share = rows[layout.rank :: layout.ranks]
         return DataLoader(share, batch_size=self.eval_batch_size, collate_fn=_prompt_batch)  # type: ignore[arg-type]
 
 
-def _prompt_batch(rows: list[tuple[int, list[int], str]]) -> dict[str, list[Any]]:
-    numbers, prompts, references = zip(*rows, strict=True)
-    return {"rows": list(numbers), "prompts": list(prompts), "references": list(references)}
+def _prompt_batch(rows: list[tuple[int, list[int], str, Row]]) -> dict[str, list[Any]]:
+    return dict(zip(("rows", "prompts", "references", "columns"), map(list, zip(*rows, strict=True)), strict=True))

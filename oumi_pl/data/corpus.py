@@ -2,22 +2,26 @@
 
 import inspect
 import re
+import sys
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from oumi_pl.data.code import code_of, is_own
-from oumi_pl.data.documents import TokenizeDocuments, texts
+from oumi_pl.data.documents import TokenizeDocuments, texts, texts_with_rows
 from oumi_pl.data.formats import Format, format_name, resolve_format
 from oumi_pl.data.records import OnBadRows
 from oumi_pl.data.rendering import Rendering
-from oumi_pl.data.shards import FORMAT, MADE_FROM, MANIFEST, Shards, write_shards
+from oumi_pl.data.shards import FORMAT, MADE_FROM, MANIFEST, OtherShardsError, Shards, write_shards
 from oumi_pl.data.sources import Source, fingerprint, is_on_hub
 from oumi_pl.data.splitting import Side
 from oumi_pl.data.store import cache_key, cache_root
 from oumi_pl.data.tokenizers import tokenizer_fingerprint
 from oumi_pl.errors import UserError
+from oumi_pl.runs.checksums import DamagedError
+from oumi_pl.runs.files import remove
+from oumi_pl.types import Row
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -73,6 +77,10 @@ class Part(NamedTuple):
         """Iterates over the documents' texts from the start."""
         return texts(self.source, self.keep, counts, streaming, self.render, bad_rows=self.bad_rows)
 
+    def texts_with_rows(self) -> Iterator[tuple[str, Row]]:
+        """As `texts`, each with its row."""
+        return texts_with_rows(self.source, self.keep, render=self.render, bad_rows=self.bad_rows)
+
     def made_from(self, streaming: bool = False) -> list[Any]:
         """Everything that the texts depend on. Of streamed hub data, only the name counts."""
         source = self.source
@@ -106,15 +114,26 @@ def shards_of(part: Part, tokenizer: "PreTrainedTokenizerBase") -> Shards:
     vocabulary = max(tokenizer.get_vocab().values(), default=-1) + 1
     if part.prepared is None:
         directory = cache_root() / "tokens" / cache_key(FORMAT, part.made_from(), ids)
-        if not (directory / MANIFEST).exists():
-            write_part(part, tokenizer, directory)
-        return Shards(directory, ids, vocabulary)
+        try:
+            return _cached(part, tokenizer, directory, ids, vocabulary)
+        except (DamagedError, OtherShardsError) as error:
+            print(f"the cache folder {directory} is damaged: {error}; it is written again", file=sys.stderr)
+            remove(directory)
+            return _cached(part, tokenizer, directory, ids, vocabulary)
     if part.keep is not None:
         raise UserError(
             f"data.validation: no fraction of {part.prepared} can be held out, since it holds tokens: name a source, "
             "or hold out a fraction when you prepare it"
         )
     return Shards(part.prepared, ids, vocabulary)
+
+
+def _cached(part: Part, tokenizer: "PreTrainedTokenizerBase", directory: Path, ids: str, vocabulary: int) -> Shards:
+    if not (directory / MANIFEST).exists():
+        write_part(part, tokenizer, directory)
+    shards = Shards(directory, ids, vocabulary)
+    shards.check()
+    return shards
 
 
 def write_part(part: Part, tokenizer: "PreTrainedTokenizerBase", directory: Path) -> None:

@@ -81,7 +81,20 @@ def texts(
     *,
     bad_rows: OnBadRows | None = None,
 ) -> Iterator[str]:
-    """Yields the text of each document of a source, in order, without empty ones.
+    """Yields the text of each document of a source, in order, without empty ones; arguments as of `texts_with_rows`."""
+    return (text for text, _ in texts_with_rows(source, keep, counts, streaming, render, bad_rows=bad_rows))
+
+
+def texts_with_rows(
+    source: Source,
+    keep: Side | None = None,
+    counts: Counter[str] | None = None,
+    streaming: bool = False,
+    render: Callable[[Conversation], str] | None = None,
+    *,
+    bad_rows: OnBadRows | None = None,
+) -> Iterator[tuple[str, Row]]:
+    """Yields the text of each document of a source, in order, and its row; without empty ones.
 
     Args:
         source: The source.
@@ -128,7 +141,7 @@ def texts(
         kept = bool(document.strip())
         counts["kept" if kept else "empty"] += 1
         if kept:
-            yield document
+            yield document, row
     if bad.count and bad_rows == "error":
         raise bad.error(source.title, counts["rows"])
 

@@ -4,7 +4,6 @@ from functools import cached_property
 from typing import Any
 
 from oumi_pl.data.examples import ChatData
-from oumi_pl.data.formats import FORMATS
 from oumi_pl.data.pairs import TokenizePairs
 from oumi_pl.data.preferences import PREFERENCE_FORMATS
 
@@ -25,7 +24,6 @@ class DPOData(ChatData):
     branching = True
     segment_names = ("chosen", "rejected")
     formats = PREFERENCE_FORMATS
-    prompt_formats = (*PREFERENCE_FORMATS, *FORMATS)
 
     def __init__(self, *args: Any, group_by_length: bool = False, **kwargs: Any) -> None:
         super().__init__(*args, group_by_length=group_by_length, **kwargs)

@@ -18,10 +18,11 @@ from oumi_pl.data.collate import collate
 from oumi_pl.data.formats import FORMATS, Formats
 from oumi_pl.data.loader import PlanLoader, eval_loader
 from oumi_pl.data.plan import Layout, Plan, mixture_epoch, plan_epoch, plan_in_order
-from oumi_pl.data.records import OnBadRows, RecordReader
+from oumi_pl.data.prompts import PROMPT_FORMATS, PromptsWithRows, RecordsWithRows, RecordWithRow
+from oumi_pl.data.records import OnBadRows
 from oumi_pl.data.reference import ReferenceLogps
 from oumi_pl.data.rendering import ChatRenderer, Turns
-from oumi_pl.data.sources import Source, as_sources, titles
+from oumi_pl.data.sources import Source, as_sources, by_line, titles
 from oumi_pl.data.splitting import Side
 from oumi_pl.data.store import ExampleStore, example_store
 from oumi_pl.data.template import apply_template, check_variables, load_template
@@ -29,7 +30,7 @@ from oumi_pl.data.template_date import template_date
 from oumi_pl.data.tokenize import Dropped, Lost, Overflow, Tokenize
 from oumi_pl.data.tokenizers import tokenizer_fingerprint
 from oumi_pl.errors import UserError, nearest
-from oumi_pl.types import Batch, Example, Record
+from oumi_pl.types import Batch, Example, Record, Row
 
 EXACT_EPOCHS = 10
 """Epochs whose tokens are counted exactly; later ones are estimated from these."""
@@ -96,7 +97,7 @@ class ExampleData(TextData):
 
     formats: Formats = FORMATS
     """The formats that rows may have."""
-    prompt_formats: Formats = FORMATS
+    prompt_formats: Formats = PROMPT_FORMATS
     """The same for the rows of `predict`, of which only the prompt is read."""
 
     segment_names: Sequence[str] = ()
@@ -204,11 +205,24 @@ class ExampleData(TextData):
 
     def records(self, split: str) -> Iterator[tuple[str, Record]]:
         """The records of a split with their origin, not tokenized, for `predict` and samples."""
+        for origin, record in self.records_with_rows(split):
+            yield origin, record.record
+
+    @property
+    def line_column(self) -> str:
+        """The column of a line of a text file, in the rows of `predict`."""
+        return "text"
+
+    def records_with_rows(self, split: str) -> Iterator[tuple[str, RecordWithRow]]:
+        """As `records`, each with its row."""
         sources, keep = self.taken(split)
-        formats = self.prompt_formats if split == "predict" else self.formats
+        formats, reader = self.formats, RecordsWithRows
+        if split == "predict":
+            formats, reader = self.prompt_formats, PromptsWithRows
+            sources = [by_line(source, self.line_column) for source in sources]
         for source in sources:
-            for origin, record in RecordReader(source, formats).records(keep, strict=self.bad_rows == "error"):
-                if isinstance(record, Record):
+            for origin, record in reader(source, formats).records(keep, strict=self.bad_rows == "error"):
+                if isinstance(record, RecordWithRow):
                     yield origin, record
 
     def __store(self, source: Source, keep: Side | None) -> ExampleStore:
@@ -460,10 +474,27 @@ class ChatData(ExampleData):
         """As of `ExampleData`."""
         return self.tokenize.uncut(record)
 
+    @property
+    def line_column(self) -> str:
+        """As of `ExampleData`: a line is a user's turn for a chat model, and else a text."""
+        return "prompt" if self.tokenizer.chat_template else "text"
+
+    def prompt_of(self, record: Record) -> tuple[list[int], str] | None:
+        """Prompt ids and reference answer of a record; None for one whose prompt isn't to be completed."""
+        return self.tokenize.prompt_ids(record)
+
     def prompts(self, split: str) -> Iterator[tuple[list[int], str]]:
         """Prompt ids and reference answer of each row of a split, for sampling completions."""
-        for _, record in self.records(split):
-            yield self.tokenize.prompt_ids(record)
+        return ((ids, reference) for ids, reference, _ in self.prompts_with_rows(split))
+
+    def prompts_with_rows(self, split: str) -> Iterator[tuple[list[int], str, Row]]:
+        """As `prompts`, each with its row."""
+        if type(self).prompts is not ChatData.prompts:  # a subclass has prompts of its own
+            yield from super().prompts_with_rows(split)
+            return
+        for _, record in self.records_with_rows(split):
+            if (prompt := self.prompt_of(record.record)) is not None:
+                yield *prompt, record.row
 
     @property
     def stop_tokens(self) -> list[int]:

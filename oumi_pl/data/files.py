@@ -43,10 +43,10 @@ _ZSTD_WINDOW = 1 << 31  # published dumps are made with `zstd --long=31`
 class Reading:
     """How text files are read.
 
-    documents: how a `.txt` file is divided into documents: not at all (`file`), at `blank_lines`, or at each occurrence
-    of this text. replace: replace bytes that aren't UTF-8 by U+FFFD instead of raising an error. counts: `replaced`
-    counts those characters. strict: raise an error for something that isn't a row; else yield a `BadRow` in its place,
-    if the rows after it can be read.
+    documents: how a `.txt` file is divided into documents: not at all (`file`), at `blank_lines`, into `lines`, or at
+    each occurrence of this text. replace: replace bytes that aren't UTF-8 by U+FFFD instead of raising an error.
+    counts: `replaced` counts those characters. strict: raise an error for something that isn't a row; else yield a
+    `BadRow` in its place, if the rows after it can be read.
     """
 
     documents: str = "file"
@@ -201,6 +201,11 @@ def _csv(path: Path, name: str, how: Reading) -> Iterator[tuple[str, Row | BadRo
 
 
 def _text(path: Path, name: str, how: Reading) -> Iterator[tuple[str, Row]]:
+    if how.documents == "lines":
+        for number, line in _lines(path, name, how):
+            if line.strip():
+                yield f"{name}:{number}", {"text": line.rstrip("\r\n")}
+        return
     if how.documents != "file":
         yield from (_paragraphs if how.documents == "blank_lines" else _separated)(path, name, how)
         return

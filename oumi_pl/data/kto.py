@@ -1,6 +1,6 @@
 """Data for KTO: single responses that are desirable or not, and mismatched ones that estimate the KL divergence."""
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from functools import cached_property
 from typing import Any
@@ -10,8 +10,6 @@ from torch.utils.data import Dataset
 
 from oumi_pl.data.examples import ChatData
 from oumi_pl.data.feedback import FEEDBACK_FORMATS
-from oumi_pl.data.formats import FORMATS
-from oumi_pl.data.preferences import PREFERENCE_FORMATS
 from oumi_pl.data.reference import ReferenceLogps
 from oumi_pl.data.tokenize import Dropped, Tokenize
 from oumi_pl.errors import UserError
@@ -53,7 +51,6 @@ class KTOData(ChatData):
     """
 
     formats = FEEDBACK_FORMATS
-    prompt_formats = (*PREFERENCE_FORMATS, *FORMATS)
     mismatches: bool = True
     """Whether mismatched rows are used; set by a module that estimates no KL divergence."""
 
@@ -104,13 +101,13 @@ class KTOData(ChatData):
         """As of `ChatData`."""
         return super().uncut(_checked(record).response)
 
-    def prompts(self, split: str) -> Iterator[tuple[list[int], str]]:
-        """Prompt ids and answer of the rows whose response is desirable; of all rows of `predict`."""
-        for _, record in self.records(split):
-            if not isinstance(record, Feedback):
-                yield self.tokenize.prompt_ids(record)
-            elif record.label is not None and self.__is_desirable(record.label):
-                yield self.tokenize.prompt_ids(record.response)
+    def prompt_of(self, record: Record) -> tuple[list[int], str] | None:
+        """Prompt ids and answer if the response is desirable, and of rows without a label; None for others."""
+        if not isinstance(record, Feedback):
+            return self.tokenize.prompt_ids(record)
+        if record.label is not None and self.__is_desirable(record.label):
+            return self.tokenize.prompt_ids(record.response)
+        return None
 
     def desirable(self, split: str) -> np.ndarray:
         """Whether each row of a split is desirable, `[rows]` bool."""

@@ -18,12 +18,13 @@ from oumi_pl.data.plan import Layout, mixture_counts
 from oumi_pl.data.report import describe_consumed, describe_documents
 from oumi_pl.data.row_stream import Exhausted, RowStream, TokenMixture, batch_of
 from oumi_pl.data.shards import Lengths, Shards
-from oumi_pl.data.sources import as_sources, find_files, is_on_hub
+from oumi_pl.data.sources import as_sources, by_line, find_files, is_on_hub
 from oumi_pl.data.stream_loader import StreamLoader
 from oumi_pl.data.streamed import StreamedDocuments
 from oumi_pl.data.trained_bpe import TrainedBPE, first_bytes
 from oumi_pl.data.windows import BestFit, Concat, Windows
 from oumi_pl.errors import UserError, nearest
+from oumi_pl.types import Row
 
 Packing = Literal["concat", "best_fit"]
 
@@ -311,15 +312,23 @@ class PretrainData(TextData):
     def prompts(self, split: str) -> Iterator[tuple[list[int], str]]:
         """The beginning of each document of a split, and as much of its continuation; for `predict`, whole texts."""
         if split == "predict":
-            tokenize = TokenizeDocuments(self.tokenizer)
-            for text in itertools.chain.from_iterable(part.texts() for part in self.parts(split)):
-                yield tokenize.prompt(text), ""
+            yield from ((ids, reference) for ids, reference, _ in self.prompts_with_rows(split))
             return
         for shards in self.shards(split):
             for ids in shards.read(0):
                 tokens = min(PROMPT_TOKENS, max(1, len(ids) // 2))
                 rest = ids[tokens : 2 * tokens].tolist()
                 yield ids[:tokens].tolist(), str(self.tokenizer.decode(rest, skip_special_tokens=True))
+
+    def prompts_with_rows(self, split: str) -> Iterator[tuple[list[int], str, Row]]:
+        """As `prompts`; those of `predict` with their rows, of which a text file has one per line."""
+        if split != "predict":
+            yield from super().prompts_with_rows(split)
+            return
+        tokenize = TokenizeDocuments(self.tokenizer)
+        parts = [part._replace(source=by_line(part.source)) for part in self.parts(split)]
+        for text, row in itertools.chain.from_iterable(part.texts_with_rows() for part in parts):
+            yield tokenize.prompt(text), "", row
 
     # ---- report
 

@@ -5,14 +5,24 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-from oumi_pl.data.formats import Format, Formats, reads
+from oumi_pl.data.formats import (
+    AROUND,
+    FORMATS,
+    Format,
+    Formats,
+    alpaca_question,
+    conversation,
+    history_column,
+    reads,
+)
+from oumi_pl.data.preferences import PREFERENCE_FORMATS
 from oumi_pl.data.records import BadRows, OnBadRows, RecordReader
 from oumi_pl.data.sources import Source
 from oumi_pl.data.splitting import Side
 from oumi_pl.data.tokenize import Dropped
-from oumi_pl.data.turns import MEDIA, column, turns_column
+from oumi_pl.data.turns import MEDIA, column, text_column, turns_column, turns_of_text
 from oumi_pl.errors import UserError
-from oumi_pl.types import BadRow, Conversation, Record, Row
+from oumi_pl.types import BadRow, Record, Row
 
 
 class Prompt(NamedTuple):
@@ -24,13 +34,40 @@ class Prompt(NamedTuple):
     """File and line."""
 
 
-@reads("prompt", "tools", "system", "system_prompt")
+@reads("prompt", *AROUND)
 def prompt_only(row: Row) -> Record:
     """Reads `prompt`: the user's turn as text, or turns."""
     prompt = column(row, "prompt", (str, list), "text or turns")
-    if isinstance(prompt, str):
-        return Conversation(({"role": "user", "content": prompt},))
-    return Conversation(turns_column(row, "prompt"))
+    if isinstance(prompt, str) and not turns_of_text(prompt):
+        return conversation(row, ({"role": "user", "content": prompt},))
+    return conversation(row, turns_column(row, "prompt"))
+
+
+@reads("question", *AROUND)
+def question_only(row: Row) -> Record:
+    """Reads `question`, the text of a user."""
+    return conversation(row, ({"role": "user", "content": text_column(row, "question")},))
+
+
+@reads("instruction", "input", "history", *AROUND)
+def instruction_only(row: Row) -> Record:
+    """Reads `instruction`, and optionally `input` and `history`, as `alpaca` does."""
+    return conversation(row, (*history_column(row), alpaca_question(row)))
+
+
+PROMPT_ONLY: Formats = (
+    (prompt_only, ("prompt",)),
+    (question_only, ("question",)),
+    (instruction_only, ("instruction",)),
+)
+"""Formats of rows that have no answer."""
+PROMPT_FORMATS: Formats = (*PREFERENCE_FORMATS, *FORMATS[:-1], *PROMPT_ONLY, FORMATS[-1])
+"""Formats of rows whose prompts are completed, with an answer or without one; `text` is the last."""
+
+OF_ANSWERS = frozenset(
+    ("label", "kto_tag", "weight", "loss", "train", "masked", "margin", "reasoning_content", "reasoning", "thinking")
+)
+"""Columns that say something of a row's answer and nothing of its prompt."""
 
 
 @dataclass(frozen=True)
@@ -45,8 +82,8 @@ class RecordWithRow(Record):
         return self.record.split_key()
 
 
-class PromptReader(RecordReader):
-    """Reads records with their rows. Columns that the format doesn't read are for the rewards."""
+class RecordsWithRows(RecordReader):
+    """Reads records with their rows."""
 
     def read(self, row: Row) -> Sequence[Record | Dropped]:
         """The records of a row, each with the row.
@@ -56,8 +93,19 @@ class PromptReader(RecordReader):
         """
         return [RecordWithRow(one, row) if isinstance(one, Record) else one for one in super().read(row)]
 
+
+class PromptReader(RecordsWithRows):
+    """As `RecordsWithRows`. Columns that the format doesn't read are for the rewards."""
+
     def _look_at_columns(self, row: Row, convert: Format) -> None:
         super()._look_at_columns({name: value for name, value in row.items() if name in MEDIA}, convert)
+
+
+class PromptsWithRows(RecordsWithRows):
+    """As `RecordsWithRows`. Columns about a row's own answer may be unread, since only its prompt is used."""
+
+    def _look_at_columns(self, row: Row, convert: Format) -> None:
+        super()._look_at_columns({name: value for name, value in row.items() if name not in OF_ANSWERS}, convert)
 
 
 def read_prompts(

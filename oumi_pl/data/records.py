@@ -65,6 +65,8 @@ class RecordReader:
         self.mixed = mixed
         self.unread: set[str] = set()
         """Columns of the rows so far that their format doesn't read."""
+        self.counts: Counter[str] = Counter()
+        """`replaced`: characters that `errors: replace` has put into the rows so far."""
         self._convert = resolve_format(source.format, formats) if source.format else None
         self._ignored = frozenset(source.ignore or ())
         self._found: dict[frozenset[str], Format | UserError] = {}
@@ -83,7 +85,7 @@ class RecordReader:
         Raises:
             UserError: a row does not have the format, if `strict`.
         """
-        for origin, row in rows(self.source, strict=strict):
+        for origin, row in rows(self.source, strict=strict, counts=self.counts):
             if isinstance(row, BadRow):
                 yield origin, row
                 continue

@@ -1,8 +1,11 @@
-"""Reference log-probabilities on disk, computed once, in chunks, so that a killed run loses at most one chunk."""
+"""Reference log-probabilities on disk, computed once, in chunks, so that a killed run loses at most one chunk.
+
+A chunk's file ends in a checksum. Files of older versions have none, and are read without a check.
+"""
 
 import json
-import os
-import tempfile
+import sys
+import zlib
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -10,9 +13,14 @@ from typing import Any
 import numpy as np
 
 from oumi_pl.data.store import cache_key, cache_root
+from oumi_pl.runs import checksums
+from oumi_pl.runs.files import write
 
 CHUNK = 512
 """Examples per file."""
+MADE_FROM = "made_from.json"
+MARK = b"crc1"
+"""Comes before the checksum at the end of a file."""
 
 
 class ReferenceLogps:
@@ -46,19 +54,17 @@ class ReferenceLogps:
         return range(chunk * CHUNK, min((chunk + 1) * CHUNK, len(self.offsets) - 1))
 
     def missing(self) -> list[int]:
-        """The chunks whose files are missing, or do not have the right size."""
+        """The chunks whose files are missing or damaged. Reads all of them once per process."""
         return [chunk for chunk in range(self.chunks) if not self._is_whole(chunk)]
 
     def write(self, chunk: int, logps: np.ndarray) -> None:
         """Writes the values of a chunk's targets, in order of examples, in one step."""
         self.directory.mkdir(parents=True, exist_ok=True)
-        (self.directory / "made_from.json").write_text(json.dumps(self.parts, indent=1, default=str) + "\n")
-        handle, half = tempfile.mkstemp(suffix=".half", dir=self.directory)
-        with os.fdopen(handle, "wb") as out:
-            out.write(logps.astype(np.float32, copy=False).tobytes())
-            out.flush()
-            os.fsync(out.fileno())
-        Path(half).replace(self._file(chunk))
+        if not (self.directory / MADE_FROM).exists():
+            write(self.directory / MADE_FROM, json.dumps(self.parts, indent=1, default=str) + "\n")
+        content = logps.astype(np.float32, copy=False).tobytes()
+        write(self._file(chunk), content + MARK + zlib.crc32(content).to_bytes(4, "little"))
+        self._chunks.pop(chunk, None)
 
     def logps(self, examples: Iterable[int]) -> np.ndarray:
         """Reads the values of some examples' targets, in order, `[targets]` float32; `[targets, width]` if wider."""
@@ -69,15 +75,38 @@ class ReferenceLogps:
     def _of(self, example: int) -> np.ndarray:
         chunk = example // CHUNK
         if chunk not in self._chunks:
-            self._chunks[chunk] = np.memmap(self._file(chunk), dtype=np.float32, mode="r").reshape(-1, self.width)
+            shape = (self._size(chunk) // (4 * self.width), self.width)
+            self._chunks[chunk] = np.memmap(self._file(chunk), dtype=np.float32, mode="r", shape=shape)
         start = self.offsets[chunk * CHUNK]
         return self._chunks[chunk][self.offsets[example] - start : self.offsets[example + 1] - start]
 
     def _file(self, chunk: int) -> Path:
         return self.directory / f"{chunk:06}.bin"
 
-    def _is_whole(self, chunk: int) -> bool:
+    def _size(self, chunk: int) -> int:
+        """Bytes of a chunk's values."""
         ids = self.examples(chunk)
-        size = 4 * self.width * int(self.offsets[ids.stop] - self.offsets[ids.start])
-        file = self._file(chunk)
-        return file.is_file() and file.stat().st_size == size
+        return 4 * self.width * int(self.offsets[ids.stop] - self.offsets[ids.start])
+
+    def _is_whole(self, chunk: int) -> bool:
+        file, size = self._file(chunk), self._size(chunk)
+        if not file.is_file():
+            return False
+        if file.stat().st_size == size:  # of an older version
+            return True
+        key = checksums.stamp(file)
+        if key in _whole:
+            return True
+        content = file.read_bytes()
+        checksum = MARK + zlib.crc32(memoryview(content)[:size]).to_bytes(4, "little")
+        if len(content) != size + len(checksum):
+            return False
+        if content[size:] != checksum:
+            print(f"{file} is damaged; its reference log-probabilities are computed again", file=sys.stderr)
+            return False
+        _whole.add(key)
+        return True
+
+
+_whole: set[Any] = set()
+"""Files that this process has checked, as by `checksums.stamp`."""

@@ -26,7 +26,7 @@ from functools import lru_cache
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, cast
 
 from oumi_pl.data.parts import missing_parts, parts_of
-from oumi_pl.data.template import BUILT_IN, HELP, check_variables, compiled, special_tokens
+from oumi_pl.data.template import BUILT_IN, HELP, check_variables, compiled, limits, special_tokens
 from oumi_pl.errors import UserError
 from oumi_pl.types import TRAINING_KEYS, Conversation, Message
 
@@ -599,9 +599,10 @@ class ChatRenderer:
         }
         try:
             if spans is None:
-                return str(template.render(values))
+                with limits(source):
+                    return str(template.render(values))
             blocks: list[str] = []
-            with template.environment.activate_tracker(blocks, spans):
+            with limits(source), template.environment.activate_tracker(blocks, spans):
                 for block in template.generate(values):
                     blocks.append(block)
             return "".join(blocks)
@@ -620,9 +621,10 @@ def _writes_developers(source: str) -> bool:
     """Whether a template writes turns with the role `developer`."""
     turns = [("developer", _PROBE), ("user", "Why?"), ("assistant", "Because.")]
     try:
-        text = compiled(source).render(
-            messages=[{"role": role, "content": content} for role, content in turns], add_generation_prompt=False
-        )
+        with limits(source):
+            text = compiled(source).render(
+                messages=[{"role": role, "content": content} for role, content in turns], add_generation_prompt=False
+            )
     except Exception:  # a template can raise anything
         return False
     return _PROBE in text

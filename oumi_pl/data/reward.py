@@ -1,7 +1,7 @@
 """Data for reward models: pairs of responses that share their prompt, and single responses with an outcome."""
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import pairwise
@@ -193,7 +193,6 @@ class RewardData(DPOData):
     """
 
     formats = (*PREFERENCE_FORMATS, *RATED_FORMATS)
-    prompt_formats = (*PREFERENCE_FORMATS, *FORMATS)
 
     def prepare_tokenizer(self, tokenizer: "PreTrainedTokenizerBase") -> list[int]:
         """As of `ChatData`; pads with EOS if there is no pad token, as usual for reward models.
@@ -222,10 +221,9 @@ class RewardData(DPOData):
     def uncut(self, record: Record) -> None:
         """Returns None: examples don't say where the prompt of a rated response ends."""
 
-    def prompts(self, split: str) -> Iterator[tuple[list[int], str]]:
+    def prompt_of(self, record: Record) -> tuple[list[int], str]:
         """Prompt ids and the row's (chosen) response."""
-        for _, record in self.records(split):
-            yield self.tokenize.prompt_ids(record.response if isinstance(record, Rated) else record)
+        return self.tokenize.prompt_ids(record.response if isinstance(record, Rated) else record)
 
     # ---- sources
 

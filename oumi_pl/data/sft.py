@@ -14,7 +14,7 @@ class SFTData(ChatData):
     Args:
         args: As of `TextData`.
         train_on: Which tokens carry loss. When left out: the completion if the row has one, all assistant turns of a
-            conversation, all of a plain text.
+            conversation, all of a plain text. `completion_or_all`: the completion if the row has one, else all of it.
         turns: Whether the trained turns of a conversation share one text. `together`: they do. `apart`: each has a
             branch of its own, after the history as the template writes it for this turn. `auto`: together where that is
             the same, else apart (templates that remove the reasoning of earlier turns, for example).
@@ -24,7 +24,7 @@ class SFTData(ChatData):
     def __init__(
         self,
         *args: Any,
-        train_on: Literal["completion", "assistant", "last_turn", "all"] | None = None,
+        train_on: Literal["completion", "assistant", "last_turn", "all", "completion_or_all"] | None = None,
         turns: Turns = "auto",
         **kwargs: Any,
     ) -> None:

@@ -2,12 +2,16 @@
 
 A folder of shards holds pairs of files `tokens-00000.bin` (the ids of all documents, concatenated) and
 `index-00000.npy` (per document: its end in the shard, bytes of its text, bytes of its targets' text), and
-`manifest.json`, written last.
+`manifest.json`, written last, which has the checksums of all of them.
+
+Tokens are checked in blocks, when a process reads a block for the first time, since a corpus may be large; the manifest
+and the indices when they are opened. Shards of older versions have no checksums, and are read without a check.
 """
 
 import itertools
 import json
 import os
+import zlib
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from functools import cached_property
@@ -19,6 +23,9 @@ import numpy as np
 from oumi_pl.data.documents import Document, TokenizeDocuments, in_chunks
 from oumi_pl.data.records import RowCounts
 from oumi_pl.errors import UserError
+from oumi_pl.runs import checksums
+from oumi_pl.runs.checksums import DamagedError
+from oumi_pl.runs.files import sync
 from oumi_pl.terminal.screen import track
 
 FORMAT = 1
@@ -27,8 +34,18 @@ MANIFEST = "manifest.json"
 MADE_FROM = "made_from.json"
 LOOKED_AT = 1 << 16
 """Ids at the start of each shard that are checked when it is opened; the others are checked when read."""
+BLOCK = 1 << 18
+"""Bytes of the blocks of tokens that have a checksum each."""
 SHARD_TOKENS = 1 << 26
 """Tokens after which a shard is closed, at the next end of a document."""
+
+
+_checked_blocks: dict[Any, np.ndarray] = {}
+"""File, as by `checksums.stamp` -> which of its blocks this process has checked, `[blocks]` bool."""
+
+
+class OtherShardsError(UserError):
+    """A folder holds shards of other texts than those that are to be written."""
 
 
 class Shards:
@@ -40,16 +57,15 @@ class Shards:
         vocabulary: Number of ids of the tokenizer, to refuse larger ones when they are read; None: not checked.
 
     Raises:
-        UserError: the shards have another tokenizer or version, or a file is missing, truncated or damaged.
+        DamagedError: a file is missing, truncated or damaged.
+        UserError: the shards have another tokenizer or version.
     """
 
     def __init__(self, directory: Path, tokenizer: str, vocabulary: int | None = None) -> None:
         self.directory = directory
         self._vocabulary = vocabulary
-        self.manifest: dict[str, Any] = json.loads((directory / MANIFEST).read_text())
+        self.manifest = _read_manifest(directory)
         self.name: str = self.manifest["name"]
-        if self.manifest["format"] != FORMAT:
-            raise UserError(f"{directory}: shards of another version of oumi_pl; prepare them again")
         if self.manifest["tokenizer"] != tokenizer:
             raise UserError(
                 f"{directory}: these shards were made with another tokenizer; set data.tokenizer to that one, or "
@@ -59,6 +75,7 @@ class Shards:
         counts = [shard["documents"] for shard in self.manifest["shards"]]
         self.starts = np.concatenate([[0], np.cumsum(counts, dtype=np.int64)])
         self._tokens = [self._open(i, shard["tokens"]) for i, shard in enumerate(self.manifest["shards"])]
+        self._blocks = [self._blocks_of(i, shard) for i, shard in enumerate(self.manifest["shards"])]
         self._indices = [self._open_index(i, shard) for i, shard in enumerate(self.manifest["shards"])]
 
     def __len__(self) -> int:
@@ -69,19 +86,29 @@ class Shards:
         local = number - int(self.starts[shard])
         end, text_bytes, target_bytes = self._indices[shard][local].tolist()
         start = int(self._indices[shard][local - 1, 0]) if local else 0
-        return Document(self._checked(self._tokens[shard][start:end], shard), text_bytes, target_bytes)
+        return Document(self._read(shard, start, end), text_bytes, target_bytes)
 
     def read(self, start: int) -> Iterator[np.ndarray]:
         """Yields the ids of each document, `[tokens]`, from number `start` on."""
-        for shard, (tokens, index) in enumerate(zip(self._tokens, self._indices, strict=True)):
+        for shard, index in enumerate(self._indices):
             first = max(0, start - int(self.starts[shard]))
             if first >= len(index):
                 continue
             begin = int(index[first - 1, 0]) if first else 0
             for chunk in range(first, len(index), 4096):  # converted to ints in blocks, since an index may be large
                 for end in index[chunk : chunk + 4096, 0].tolist():
-                    yield self._checked(tokens[begin:end], shard)
+                    yield self._read(shard, begin, end)
                     begin = end
+
+    def check(self) -> None:
+        """Reads all blocks of tokens that this process has not read yet.
+
+        Raises:
+            DamagedError: one is not as it was written.
+        """
+        for shard, (tokens, blocks) in enumerate(zip(self._tokens, self._blocks, strict=True)):
+            if blocks is not None:
+                self._check_blocks(shard, 0, len(tokens))
 
     @property
     def tokens(self) -> int:
@@ -99,12 +126,48 @@ class Shards:
         size = file.stat().st_size if file.is_file() else None
         if size != tokens * self.dtype.itemsize:
             problem = "is missing" if size is None else f"holds {size} bytes"
-            raise UserError(
+            raise DamagedError(
                 f"{file}: {problem}, where the manifest says {tokens * self.dtype.itemsize} bytes; prepare it again"
             )
         ids = np.memmap(file, dtype=self.dtype, mode="r").view(np.ndarray)
         self._checked(ids[:LOOKED_AT], number)
         return ids
+
+    def _blocks_of(self, number: int, shard: dict[str, Any]) -> tuple[np.ndarray, np.ndarray] | None:
+        """Which blocks of a shard were checked, and the checksums of all; None if there is nothing left to check."""
+        if "tokens_crc32" not in shard:
+            return None
+        expected = np.array(shard["tokens_crc32"], dtype=np.uint32)
+        key = checksums.stamp(self.directory / f"tokens-{number:05}.bin")
+        checked = _checked_blocks.setdefault(key, np.zeros(len(expected), dtype=np.bool_))
+        return None if checked.all() else (checked, expected)
+
+    def _read(self, shard: int, start: int, end: int) -> np.ndarray:
+        """The ids of a shard from `start` to `end`, checked."""
+        if self._blocks[shard] is not None and end > start:
+            self._check_blocks(shard, start, end)
+        return self._checked(self._tokens[shard][start:end], shard)
+
+    def _check_blocks(self, shard: int, start: int, end: int) -> None:
+        checked, expected = cast("tuple[np.ndarray, np.ndarray]", self._blocks[shard])
+        size = self.dtype.itemsize
+        first, last = start * size // BLOCK, (end * size - 1) // BLOCK
+        if last - first < 2 and checked[first] and checked[last]:  # which is asked for each document
+            return
+        content = self._tokens[shard].view(np.uint8)
+        for block in range(first, last + 1):
+            if not checked[block]:
+                begin = block * BLOCK
+                if zlib.crc32(content[begin : begin + BLOCK]) != expected[block]:
+                    file = self.directory / f"tokens-{shard:05}.bin"
+                    end = min(begin + BLOCK, len(content))
+                    raise DamagedError(
+                        f"{file}: bytes {begin} to {end} are not what their checksum says: it was overwritten or "
+                        "damaged; prepare it again"
+                    )
+                checked[block] = True
+        if checked.all():
+            self._blocks[shard] = None
 
     def _checked(self, ids: np.ndarray, shard: int) -> np.ndarray:
         """Returns the ids if all are in the vocabulary: larger ones would index past the embedding table."""
@@ -118,12 +181,28 @@ class Shards:
     def _open_index(self, number: int, shard: dict[str, int]) -> np.ndarray:
         file = self.directory / f"index-{number:05}.npy"
         try:
+            is_other = checksums.is_other(file, shard.get("index_crc32"))
             index = cast("np.ndarray", np.load(file, mmap_mode="r")).view(np.ndarray)
-        except (OSError, ValueError) as error:
-            raise UserError(f"{file}: missing or damaged; prepare it again") from error
-        if index.shape != (shard["documents"], 3) or int(index[-1, 0]) != shard["tokens"]:
-            raise UserError(f"{file}: doesn't match its shard; prepare it again")
+        except Exception as error:  # numpy parses the header as Python, which can raise anything
+            raise DamagedError(f"{file}: missing or damaged; prepare it again") from error
+        if is_other or index.shape != (shard["documents"], 3) or int(index[-1, 0]) != shard["tokens"]:
+            raise DamagedError(f"{file}: doesn't match its shard; prepare it again")
         return index
+
+
+def _read_manifest(directory: Path) -> dict[str, Any]:
+    file = directory / MANIFEST
+    try:
+        manifest = json.loads(file.read_text())
+        if manifest["format"] != FORMAT:
+            raise UserError(f"{directory}: shards of another version of oumi_pl; prepare them again")
+        own = manifest.pop("crc32", None)
+        has_checksums = own is not None or any("tokens_crc32" in shard for shard in manifest["shards"])
+        if has_checksums and checksums.of_json(manifest) != own:
+            raise DamagedError(f"{file} is not what its checksum says; prepare it again")
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise DamagedError(f"{file}: can't be read; prepare it again") from error
+    return manifest
 
 
 def write_shards(
@@ -167,7 +246,8 @@ def write_shards(
     report |= {"not_good": counts["not_good"]} if counts["not_good"] else {}
     report |= {"bad_rows": counts.bad.report()} if counts.bad.count else {}
     manifest = made_from | totals | {"name": name, "report": report, "shards": whole}
-    _write_whole(directory / MANIFEST, json.dumps(manifest, indent=1).encode())
+    manifest["crc32"] = checksums.of_json(manifest)
+    _write_whole(directory / MANIFEST, json.dumps(manifest).encode())
 
 
 def _check_origin(directory: Path, made_from: dict[str, Any]) -> None:
@@ -175,34 +255,44 @@ def _check_origin(directory: Path, made_from: dict[str, Any]) -> None:
     file, text = directory / MADE_FROM, json.dumps(made_from, indent=1, default=str)
     if not file.exists():
         if any(directory.glob("tokens-*.bin")):
-            raise UserError(f"{directory}: holds shards of unknown origin; name another folder, or remove it")
+            raise OtherShardsError(f"{directory}: holds shards of unknown origin; name another folder, or remove it")
         _write_whole(file, text.encode())
-    elif file.read_text() != text:
-        raise UserError(
+    elif file.read_bytes() != text.encode():
+        raise OtherShardsError(
             f"{directory}: holds shards of other texts, another tokenizer or other settings; name another folder, or "
             "remove it"
         )
 
 
-def _whole_shards(directory: Path, dtype: np.dtype) -> list[dict[str, int]]:
+def _whole_shards(directory: Path, dtype: np.dtype) -> list[dict[str, Any]]:
     """The complete shards, up to the first incomplete one. An index is written after its tokens."""
-    whole: list[dict[str, int]] = []
+    whole: list[dict[str, Any]] = []
     while (file := directory / f"index-{len(whole):05}.npy").exists():
-        index = np.load(file)
+        try:
+            index = np.load(file)
+        except Exception:  # damaged: numpy parses the header as Python, which can raise anything
+            break
         tokens = directory / f"tokens-{len(whole):05}.bin"
         if not tokens.exists() or tokens.stat().st_size != index[-1, 0] * dtype.itemsize:
             break
-        whole.append(_described(index))
+        whole.append(_described(directory, len(whole), index))
     return whole
 
 
-def _described(index: np.ndarray) -> dict[str, int]:
-    return {"documents": len(index), "tokens": int(index[-1, 0]), "text_bytes": int(index[:, 1].sum())}
+def _described(directory: Path, number: int, index: np.ndarray) -> dict[str, Any]:
+    """What the manifest says about a shard that is written."""
+    return {
+        "documents": len(index),
+        "tokens": int(index[-1, 0]),
+        "text_bytes": int(index[:, 1].sum()),
+        "tokens_crc32": checksums.of_blocks(directory / f"tokens-{number:05}.bin", BLOCK),
+        "index_crc32": checksums.of_file(directory / f"index-{number:05}.npy"),
+    }
 
 
 def _write_shard(
     directory: Path, number: int, documents: Iterable[Document], shard_tokens: int
-) -> dict[str, int] | None:
+) -> dict[str, Any] | None:
     """Writes one shard, tokens first; None if no documents are left."""
     index: list[tuple[int, int, int]] = []
     half = directory / f".tokens-{number:05}.{os.getpid()}"
@@ -222,16 +312,20 @@ def _write_shard(
         half.replace(directory / f"tokens-{number:05}.bin")
         half = directory / f".index-{number:05}.{os.getpid()}.npy"
         np.save(half, np.array(index, dtype=np.int64))
+        sync(half)
         half.replace(directory / f"index-{number:05}.npy")
+        sync(directory)
     finally:
         half.unlink(missing_ok=True)
-    return _described(np.array(index, dtype=np.int64))
+    return _described(directory, number, np.array(index, dtype=np.int64))
 
 
 def _write_whole(file: Path, content: bytes) -> None:
     half = file.with_name(f".{file.name}.{os.getpid()}")
     half.write_bytes(content)
+    sync(half)
     half.replace(file)
+    sync(file.parent)
 
 
 class Lengths:

@@ -146,7 +146,7 @@ def _drawn(start: Callable[[], Iterator[T]], sample: int, seed: int) -> Iterator
 
 
 _INFO = "dataset_info.json"
-_DOCUMENTS = ("file", "blank_lines")
+_DOCUMENTS = ("file", "blank_lines", "lines")
 Errors = Literal["strict", "replace"]
 
 if TYPE_CHECKING:
@@ -177,8 +177,8 @@ class Source:
             leaves out the bad ones.
         template_variables: Values for variables that the chat template reads, for the rows of this source. They
             override those of the recipe, and a row's own (`chat_template_kwargs`) override them.
-        documents: How a `.txt` file is divided into documents: not at all (`file`, the default), at `blank_lines`, or
-            at a separator of your own, for example `<|endoftext|>`.
+        documents: How a `.txt` file is divided into documents: not at all (`file`, the default; `lines` for prompts of
+            `predict`), at `blank_lines`, into `lines`, or at a separator of your own, for example `<|endoftext|>`.
         errors: How bytes that aren't UTF-8 are handled: the run stops (`strict`), or they become U+FFFD (`replace`).
         sample: Use exactly so many rows: the first ones, or randomly drawn ones with `sample_seed`. If there are too
             few, rows are repeated.
@@ -256,6 +256,25 @@ def as_sources(value: Any, where: str = "data") -> list[Source]:
     if not value:
         raise UserError(f"{where}: a list of sources is empty; name at least one file, directory or hub id")
     return [_source(item, where) for item in value]
+
+
+def by_line(source: Source, column: str = "text") -> Source:
+    """The source with each line of its text files as a row, unless it says how they are divided, or has none.
+
+    Args:
+        source: The source.
+        column: The column of the text.
+
+    Raises:
+        UserError: the source does not exist.
+    """
+    if source.rows is not None or source.documents is not None or _is_saved(Path(source.address).expanduser()):
+        return source
+    files = [path for paths in (find_files(source.address) or {}).values() for path in paths]
+    if not any(kind_of(path) == "txt" for path in files):
+        return source
+    columns = source.columns if column == "text" or source.columns else {column: "text"}
+    return replace(source, documents="lines", columns=columns)
 
 
 def titles(value: Any) -> list[str]:

@@ -4,7 +4,9 @@ import contextlib
 import hashlib
 import itertools
 import json
+import os
 import shutil
+import sys
 import tempfile
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -24,6 +26,8 @@ from oumi_pl.data.sources import Source, fingerprint
 from oumi_pl.data.splitting import Side
 from oumi_pl.data.tokenize import Dropped
 from oumi_pl.errors import UserError, cache_folder
+from oumi_pl.runs import checksums
+from oumi_pl.runs.files import sync, sync_all
 from oumi_pl.terminal.screen import track
 from oumi_pl.types import BadRow, Example, Record, Segment
 
@@ -58,19 +62,49 @@ def cache_key(*parts: Any) -> str:
 
 @contextlib.contextmanager
 def new_folder(directory: Path) -> Iterator[Path]:
-    """Yields a temporary folder that becomes `directory` if nothing fails, so that a kill leaves no partial one."""
+    """Yields a temporary folder that becomes `directory` if nothing fails, so that a kill leaves no partial one.
+
+    It gets a list of checksums, and is on disk before it gets its name.
+    """
     directory.parent.mkdir(parents=True, exist_ok=True)
     half = Path(tempfile.mkdtemp(prefix=f".{directory.name}-", dir=directory.parent))
     try:
         yield half
+        checksums.write_list(half)
         half.chmod(0o755)  # mkdtemp lets only the owner read it
+        sync_all(half)
         try:
             half.rename(directory)
         except OSError:  # another process has written the same folder meanwhile: names are hashes of the content
             if not directory.exists():
                 raise
+        sync(directory.parent)
     finally:
         shutil.rmtree(half, ignore_errors=True)
+
+
+def is_whole(directory: Path) -> bool:
+    """Whether a folder of the cache is there and whole. A damaged one is removed, which prints a line.
+
+    Raises:
+        UserError: a damaged one can't be removed.
+    """
+    if not directory.exists():
+        return False
+    has_list = (directory / checksums.LIST).exists()
+    why = checksums.damage(directory) if has_list else f"it has no {checksums.LIST}"  # or is of an older version
+    if why is None:
+        return True
+    print(f"the cache folder {directory} is damaged: {why}; it is written again", file=sys.stderr)
+    try:
+        # moved first: another process may be reading it, or removing it as well
+        gone = directory.with_name(f".{directory.name}-{os.getpid()}")
+        directory.rename(gone)
+        shutil.rmtree(gone, ignore_errors=True)
+    except OSError as error:
+        if directory.exists():
+            raise UserError(f"can't remove the damaged cache folder {directory}: {error.strerror}") from error
+    return False
 
 
 class ExampleStore:
@@ -78,10 +112,14 @@ class ExampleStore:
 
     targets: number of tokens that carry loss, `[examples]` int64. target_weights: sum of their weights, `[examples]`
     float64; None if all are 1. fields: the numeric fields by name, `[examples]` float64 each.
+
+    Raises:
+        DamagedError: a file is not as it was written.
     """
 
     def __init__(self, directory: Path) -> None:
         self.directory = directory
+        checksums.refuse_damaged(directory)
         self.report: dict[str, Any] = json.loads((directory / REPORT).read_text())
         self.input_ids = _mapped(directory / "input_ids.bin", np.int32)
         self.loss_mask = _mapped(directory / "loss_mask.bin", np.bool_)
@@ -262,7 +300,7 @@ def example_store(
     reading = [source.columns, source.ignore, source.label, source.template_variables, bad_rows, columns]
     parts = [fingerprint(source), reading, name, code, table, key, _own_code()]
     directory = cache_root() / "examples" / cache_key(*parts)
-    if (directory / REPORT).exists():
+    if is_whole(directory):
         store = ExampleStore(directory)
         store.report["source"] = source.title  # the rows may have been written under another name
         return store
@@ -278,6 +316,8 @@ def example_store(
         if bad.count:
             report["bad_rows"] = bad.report()
             report["dropped"] |= {reason: kind["rows"] for reason, kind in report["bad_rows"].items()}
+        if replaced := reader.counts["replaced"]:
+            report["notes"]["U+FFFD in place of bytes that aren't UTF-8 (characters, not rows)"] = replaced
         if reader.unread:
             report["unread_columns"] = sorted(reader.unread)
 

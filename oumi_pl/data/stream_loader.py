@@ -79,6 +79,7 @@ class StreamLoader:
         self._trained = trained or (lambda: self._yielded // self.layout_now.micro_batches)
         self._update = 0
         self._saved: dict[str, Any] | None = None
+        self._loaded: dict[str, Any] = {}
         self._begun_at = 0
         self._positions: dict[int, dict[str, Any]] = {}
         self._stream: Stream
@@ -185,8 +186,8 @@ class StreamLoader:
     def state_dict(self) -> dict[str, Any]:
         """The position between two updates, as plain numbers and tensors, and the layout of updates."""
         position = self.position()
-        if not position:
-            return {}
+        if not position:  # nothing was read yet, as when a trained run is resumed for what is left
+            return self._loaded
         # Lightning saves the state of both the loader and the data module: with the same tensors, they are written once
         if self._last is None or self._last[0] is not position:
             self._last = position, self._stream.as_state(position["stream"])
@@ -204,3 +205,4 @@ class StreamLoader:
         """
         refuse_other_rows(state, self.layout.at(state["epoch"]))
         self.epoch, self._update, self._saved = state["epoch"], state["update"], state["stream"]
+        self._loaded = dict(state)

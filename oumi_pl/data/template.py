@@ -1,8 +1,11 @@
 """Chat templates: loading them, the tokens that they need from a tokenizer, and the variables that they read."""
 
+import contextlib
 import importlib.util
 import re
-from collections.abc import Mapping
+import signal
+import threading
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -149,7 +152,10 @@ def _check(tokenizer: "PreTrainedTokenizerBase", text: str, source: str) -> None
     import jinja2
 
     try:
-        compiled(text).render(messages=[{"role": "user", "content": "?"}], add_generation_prompt=False)
+        with limits(text):
+            compiled(text).render(messages=[{"role": "user", "content": "?"}], add_generation_prompt=False)
+    except TemplateLimitError as error:
+        raise UserError(f"data.template: {source}: {error}") from error
     except jinja2.TemplateSyntaxError as error:
         raise UserError(
             f"data.template: chat template ({source}) isn't valid Jinja, line {error.lineno}: {error.message}"
@@ -177,7 +183,10 @@ def _end_of_turn(tokenizer: "PreTrainedTokenizerBase", text: str, missing: tuple
     probe = "Seventeen."
     turns = [{"role": "user", "content": "?"}, {"role": "assistant", "content": probe}]
     try:
-        rendered = compiled(text).render(messages=turns, add_generation_prompt=False, **tokenizer.special_tokens_map)
+        with limits(text):
+            rendered = compiled(text).render(
+                messages=turns, add_generation_prompt=False, **tokenizer.special_tokens_map
+            )
     except Exception:  # the template refuses these turns
         return None
     _, found, tail = rendered.rpartition(probe)
@@ -196,11 +205,127 @@ def special_tokens(tokenizer: "PreTrainedTokenizerBase") -> tuple[str, ...]:
 # ---- Jinja
 
 
+class TemplateLimitError(UserError):
+    """A chat template takes too long, or writes too much."""
+
+
+SECONDS = 10.0
+"""Seconds after which the rendering of a template is ended: a template may loop for ever."""
+CHARACTERS = 100_000_000
+"""Most characters of a text that a template puts together."""
+_limited: set[str] = set()
+"""Templates that took too long in this process; they are not rendered again for the next row."""
+
+
+@lru_cache(maxsize=256)
 def compiled(source: str) -> Any:
-    """A chat template, compiled as transformers does, with its markers, filters and sandbox."""
+    """A chat template, compiled as transformers does, with its markers, filters and sandbox; its texts are limited.
+
+    Call it within `limits`.
+    """
     from transformers.utils.chat_template_utils import _compile_jinja_template
 
-    return _compile_jinja_template(source)
+    environment: Any = _compile_jinja_template("").environment  # not of the source, which would be compiled unlimited
+    environment.optimized = False  # else constants are computed while it is compiled
+    environment.intercepted_binops = frozenset(OPERATORS)
+    environment.binop_table = environment.binop_table | OPERATORS
+    environment.filters |= {"center": _centered, "format": _formatted}
+    template = environment.from_string(source)
+    names = template.root_render_func.__globals__
+    join = names["str_join"]
+
+    def limited_join(parts: Any) -> Any:
+        parts = list(parts)
+        _refuse_long(sum(len(part) for part in parts if isinstance(part, str)))
+        return join(parts)
+
+    names["str_join"] = limited_join
+    return template
+
+
+@contextlib.contextmanager
+def limits(source: str) -> Iterator[None]:
+    """Ends the rendering of a template after `SECONDS`, in the main thread of a process.
+
+    Raises:
+        TemplateLimitError: it took longer, now or before.
+    """
+    too_long = f"the chat template takes more than {SECONDS:.0f} s for a conversation; does it loop for ever?"
+    if source in _limited:
+        raise TemplateLimitError(too_long)
+    is_main = threading.current_thread() is threading.main_thread()
+    if (
+        not _may_be_long(source)
+        or not is_main
+        or not hasattr(signal, "setitimer")
+        or signal.getitimer(signal.ITIMER_REAL)[0]
+    ):
+        yield
+        return
+
+    def end(*_: Any) -> None:
+        _limited.add(source)
+        raise TemplateLimitError(too_long)
+
+    before = signal.signal(signal.SIGALRM, end)
+    signal.setitimer(signal.ITIMER_REAL, SECONDS)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
+
+
+@lru_cache(maxsize=256)
+def _may_be_long(source: str) -> bool:
+    """Whether a template can take long: starting and ending a timer would take half the time of rendering most."""
+    depth = deepest = 0
+    for word in re.findall(r"\{%[-+]?\s*(for|endfor)\b", source):
+        depth += 1 if word == "for" else -1
+        deepest = max(deepest, depth)
+    return deepest > 2 or re.search(r"range|macro|recursive|lipsum", source) is not None
+
+
+def _refuse_long(characters: int) -> None:
+    if characters > CHARACTERS:
+        raise TemplateLimitError(f"the chat template puts together a text of {characters:,} characters")
+
+
+def _added(left: Any, right: Any) -> Any:
+    if isinstance(left, str | list) and isinstance(right, str | list):
+        _refuse_long(len(left) + len(right))
+    return left + right
+
+
+def _times(left: Any, right: Any) -> Any:
+    for text, number in ((left, right), (right, left)):
+        if isinstance(text, str | list | tuple) and isinstance(number, int):
+            _refuse_long(len(text) * number)
+    return left * right
+
+
+def _percent(left: Any, right: Any) -> Any:
+    if isinstance(left, str):
+        _refuse_long(max((int(width[:12]) for width in re.findall(r"\d+", left)), default=0))
+    return left % right
+
+
+def _power(left: Any, right: Any) -> Any:
+    _refuse_long(int(abs(left) > 1) * int(abs(right)) * 16)
+    return left**right
+
+
+def _centered(text: Any, width: int = 80) -> str:
+    _refuse_long(width)
+    return str(text).center(width)
+
+
+def _formatted(text: Any, *values: Any, **names: Any) -> str:
+    return str(_percent(str(text), names or values))
+
+
+OPERATORS = {"+": _added, "*": _times, "%": _percent, "**": _power}
+"""Operators of templates with which a few characters can make a text or a number of gigabytes."""
 
 
 @lru_cache(maxsize=256)

@@ -1,6 +1,7 @@
 """The date that chat templates write as today's: fixed, so that the same rows give the same tokens on another day."""
 
 import contextlib
+import sys
 from collections.abc import Mapping, Sequence
 from datetime import date as Date
 from typing import Any
@@ -36,4 +37,9 @@ def template_date(template: Any, variables: Mapping[str, Any], sources: Sequence
     file = folder / cache_key(str(template), list(sources))
     with contextlib.suppress(FileExistsError), file.open("x") as new:  # two processes may come at once
         new.write(Date.today().isoformat())
-    return Date.fromisoformat(file.read_text() or Date.today().isoformat())
+    try:
+        return Date.fromisoformat(file.read_text() or Date.today().isoformat())
+    except ValueError:  # damaged
+        print(f"{file} is damaged: it is no date; the date of today is taken", file=sys.stderr)
+        file.write_text(Date.today().isoformat())
+        return Date.today()

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from tokenizers import Tokenizer
     from transformers import PreTrainedTokenizerBase
 
-TrainOn = Literal["completion", "assistant", "last_turn", "all"]
+TrainOn = Literal["completion", "assistant", "last_turn", "all", "completion_or_all"]
 Overflow = Literal["truncate", "keep_start", "drop", "error"]
 Lost = Literal["error", "drop", "keep"]
 
@@ -68,8 +68,8 @@ class Tokenize:
         tokenizer: A fast tokenizer with its chat template and special tokens in place (`apply_template`).
         max_length: Longest example in tokens.
         train_on: Which tokens carry loss: `completion` (what follows the prompt), `assistant` (all assistant turns),
-            `last_turn` (the last of them) or `all`. None: the completion if there is a prompt, all assistant turns of
-            a conversation, all of a text.
+            `last_turn` (the last of them), `all`, or `completion_or_all` (the completion if there is a prompt, else
+            all). None: the completion if there is a prompt, all assistant turns of a conversation, all of a text.
         overflow: What happens to longer records: `truncate` cuts the context's start first, then the answer's end;
             `keep_start` cuts the end; `drop`; or `error`.
         turns: Whether the trained turns of a conversation share one text: `auto` (where that is exact), `together` or
@@ -184,7 +184,7 @@ class Tokenize:
         notes = [f"{kind} not trained, because the chat template doesn't write it" for kind in kinds]
         notes += [f"{kind} of earlier turns left out of the context" for kind in sorted(rendered.left_out)]
         texts = rendered.texts
-        if self._train_on == "all":
+        if self._trains_all(record):
             texts = [Written(text.text, [Target(0, 0, len(text.text))]) for text in texts]
         if record.weight != 1 or any("weight" in message for message in record.messages):
             texts = self._weighed(record, texts)
@@ -209,7 +209,7 @@ class Tokenize:
         Raises:
             UserError: a turn's text can't be found.
         """
-        messages, all_of_it = record.messages, self._train_on == "all"
+        messages, all_of_it = record.messages, self._trains_all(record)
         others = [
             i
             for i, m in enumerate(messages)
@@ -241,7 +241,7 @@ class Tokenize:
                 message = record.messages[turn]
                 weight, spans = message.get("weight", 1.0), message.get("spans")
             if spans is not None:
-                if self._train_on == "all":
+                if self._trains_all(record):
                     targets, weights = targets + own, weights + [0.0] * len(own)
                 own = _narrowed(own, spans, record.messages[turn]["content"] or "", text.text)
             targets, weights = targets + own, weights + [weight * record.weight] * len(own)
@@ -269,6 +269,8 @@ class Tokenize:
         """Indices of the messages that carry loss; none for `all`, which needs no spans."""
         border = record.prompt_messages
         train_on = self._train_on or ("assistant" if border is None else "completion")
+        if train_on == "completion_or_all":
+            train_on = "all" if border is None else "completion"
         turns = [i for i, message in enumerate(record.messages) if message["role"] == "assistant"]
         if train_on == "completion":
             if border is None:
@@ -279,6 +281,12 @@ class Tokenize:
             turns = [i for i in turns if i >= border]
         chosen = {"last_turn": turns[-1:], "all": []}.get(train_on, turns)
         return [i for i in chosen if record.messages[i].get("weight") != 0 and record.messages[i].get("spans") != []]
+
+    def _trains_all(self, record: Record) -> bool:
+        """Whether all tokens of a record carry loss, those of its prompt among them."""
+        if self._train_on != "completion_or_all":
+            return self._train_on == "all"
+        return not record.prompt if isinstance(record, Text) else _conversation(record).prompt_messages is None
 
     # --- tokens
 
@@ -344,7 +352,7 @@ class Tokenize:
             weights=None if weights is None or (weights[mask] == 1).all() else weights,
             cut=any(len(before.ids) > len(after.ids) for before, after in zip(paths, kept, strict=True)),
             straddled=any(path.straddled for path in paths),
-            empty_answer=self._train_on != "all" and says_nothing(record),
+            empty_answer=not self._trains_all(record) and says_nothing(record),
             notes=notes,
         )
 

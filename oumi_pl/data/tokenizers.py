@@ -2,12 +2,13 @@
 
 import copy
 import hashlib
+import json
 import os
 from abc import ABC, abstractmethod
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from oumi_pl.errors import UserError, reason
+from oumi_pl.errors import UserError, is_out_of_memory, reason
 from oumi_pl.models.hub import locate
 
 if TYPE_CHECKING:
@@ -88,8 +89,16 @@ def load_tokenizer(spec: Any, trust_remote_code: bool = False) -> "PreTrainedTok
         raise UserError(f"data.tokenizer is a {kind}; name a tokenizer or a folder, or pass one of transformers")
     spec = locate(os.fspath(spec), "data.tokenizer")
     try:
-        return AutoTokenizer.from_pretrained(spec, trust_remote_code=trust_remote_code)
-    except (OSError, ValueError) as error:
+        tokenizer = AutoTokenizer.from_pretrained(spec, trust_remote_code=trust_remote_code)
+        json.dumps(
+            tokenizer.init_kwargs, ensure_ascii=False, default=str
+        ).encode()  # half of a surrogate pair could not be written again
+        return tokenizer
+    except BaseException as error:  # a damaged file can raise anything, also Rust's panics
+        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+            raise
+        if is_out_of_memory(error) or (trust_remote_code and not isinstance(error, OSError | ValueError)):
+            raise
         raise UserError(f"data.tokenizer: can't load {spec!r}: {reason(error)}") from error
 
 

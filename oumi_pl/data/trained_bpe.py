@@ -4,7 +4,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from oumi_pl.data.store import cache_key, cache_root, new_folder
+from oumi_pl.data.store import cache_key, cache_root, is_whole, new_folder
 from oumi_pl.data.tokenizers import SPECIAL_TOKENS, TokenizerFactory
 from oumi_pl.errors import UserError
 
@@ -56,7 +56,7 @@ class TrainedBPE(TokenizerFactory):
             )
         made_from, texts = self.corpus()
         directory = cache_root() / "tokenizers" / cache_key(1, made_from, self.vocab_size, self.max_bytes)
-        if not directory.exists():
+        if not is_whole(directory):
             self._train(texts, directory)
         return PreTrainedTokenizerFast.from_pretrained(directory)
 

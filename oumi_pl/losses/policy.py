@@ -7,6 +7,16 @@ not depend on how the completions are divided into micro-batches and ranks.
 `rho = pi / pi_old` is the importance ratio of a token, and `A` the advantage of its completion. In the first update
 after sampling the two policies are the same: rho is exactly 1, and every objective here has the gradient of REINFORCE,
 up to its weights of tokens.
+
+TRL 1.16 computes the same for `grpo`, `dapo`, `dr_grpo` and, with `importance_sampling_level: sequence` and
+`loss_type: grpo`, GSPO (`tests/parity/test_trl_grpo.py`). What differs:
+
+- `bnpo`: TRL divides each micro-batch by its own tokens, so that it is the same with one micro-batch per update.
+- `cispo`: TRL's `epsilon_high` bounds the ratio itself; its 1.28 is 0.28 here.
+- `dapo`: TRL clips above 1 as below (0.2) unless `epsilon_high` is set.
+- KL: TRL's default is k3 with `kl_corrected: true`; `use_bias_correction_kl: false` is `kl_corrected: false`.
+- Old log-probabilities: TRL computes them anew with the policy that sampled; here they are those of sampling.
+- Advantages: the same formula (1e-4 is added to the standard deviation, with n - 1), in float64 here.
 """
 
 from abc import ABC, abstractmethod

@@ -1,9 +1,8 @@
 """Builds and loads causal language models: config, weights, new token rows, adapters. Nothing else loads weights."""
 
 import inspect
-import json
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -16,10 +15,12 @@ from torch import Tensor, nn
 
 from oumi_pl import attention
 from oumi_pl.attention.interface import NO_PACKING
-from oumi_pl.errors import UserError, nearest, reason
+from oumi_pl.errors import UserError, is_out_of_memory, nearest, reason
 from oumi_pl.models.hub import locate
 from oumi_pl.models.lm import LM
 from oumi_pl.models.lora import SCORE, merged, with_lora
+from oumi_pl.models.text_part import text_part, whole_model
+from oumi_pl.runs.files import parse
 from oumi_pl.terminal.screen import working
 
 if TYPE_CHECKING:
@@ -94,7 +95,14 @@ def loaded(load: Any, name: str, **kwargs: Any) -> Any:
 
     try:
         return load(name, **kwargs)
-    except (OSError, ValueError, SafetensorError) as error:
+    except BaseException as error:  # a damaged file can raise anything, also Rust's panics
+        is_panic = type(error).__name__ == "PanicException"
+        if not isinstance(error, Exception) and not is_panic:
+            raise
+        if is_out_of_memory(error):
+            raise
+        if kwargs.get("trust_remote_code") and not isinstance(error, (OSError, ValueError, SafetensorError)):
+            raise  # by code that came with the model
         if "trust_remote_code" in str(error):
             raise UserError(
                 f"model: {name} runs code from its repository; if you trust it, set model.trust_remote_code: true"
@@ -207,12 +215,14 @@ def build_model(
     revision: str | None = None,
     trust_remote_code: bool = False,
     scoring: bool = False,
+    text_only: bool = False,
 ) -> "PreTrainedModel":
     """Builds a causal LM in training mode, with new token rows, frozen parts and adapters; arguments as of the modules.
 
     `model` may also be the folder of an adapter, which is then merged into its base before training. Without `attn`,
     transformers chooses (sdpa if the architecture has it). With `scoring`, builds the architecture's
     sequence-classification model with one label: its head `score`, random if `model` has none, replaces that of the LM.
+    With `text_only`, the text model is taken out of one that has other parts.
 
     Raises:
         UserError: something can't be loaded, or parts don't fit together.
@@ -234,7 +244,11 @@ def build_model(
     if base is None:
         hf = _random_weights(hf_config, attn, dtype, trust_remote_code, scoring)
     else:
-        hf = _pretrained(base, hf_config, attn, dtype, scoring, **_quantized(quantization), **hub)
+        hf = _pretrained(
+            base, hf_config, attn, dtype, scoring, overrides=config or {}, **_quantized(quantization), **hub
+        )
+        hf = text_part(hf, attn) if text_only else hf
+        hf.taken_from = None if scoring or text_only else whole_model(hf, base, hf_config, **hub)
     if scoring:
         _refuse_other_heads(hf)
     attention.separate_frequencies(hf)
@@ -325,7 +339,14 @@ def _random_weights(
 
 
 def _pretrained(
-    model: str, hf_config: "PretrainedConfig", attn: str | None, dtype: DType, scoring: bool, **kwargs: Any
+    model: str,
+    hf_config: "PretrainedConfig",
+    attn: str | None,
+    dtype: DType,
+    scoring: bool,
+    *,
+    overrides: Mapping[str, Any],
+    **kwargs: Any,
 ) -> "PreTrainedModel":
     _refuse_without_weights(Path(model))
     loaded_dtype = dtype if dtype == "auto" else _torch_dtype(dtype)
@@ -345,6 +366,16 @@ def _pretrained(
             f"and {list(own)} here"
         )
     # a causal LM has no scoring head yet
+    if dropped := _dropped_layers(hf, info["unexpected_keys"]):
+        if set(overrides) & set(hf_config.to_dict()):
+            raise UserError(
+                f"model.config ({', '.join(overrides)}): {len(dropped)} trained weights of {model} would be left out, "
+                f"first {dropped[0]}: layers can't be taken from a trained model; leave the value out"
+            )
+        raise UserError(
+            f"model: {model} has weights of more layers than its config.json, first {dropped[0]}: they would be "
+            "dropped; correct the config (num_hidden_layers)"
+        )
     new_head = {f"{SCORE}.weight"} if scoring else set()
     if missing := sorted(set(info["missing_keys"]) - new_head):
         raise UserError(
@@ -352,6 +383,19 @@ def _pretrained(
             "it has another architecture, or model.config adds weights to it"
         )
     return keep_differentiable(hf)
+
+
+def _dropped_layers(hf: "PreTrainedModel", unexpected: Iterable[str]) -> list[str]:
+    """The weights of layers beyond the last that the model has, sorted."""
+    last = {name: len(part) - 1 for name, part in hf.named_modules() if isinstance(part, nn.ModuleList)}
+    return [
+        name
+        for name in sorted(unexpected)
+        if any(int(match[1]) > last.get(name[: match.start()], 10**9) for match in _NUMBER.finditer(name))
+    ]
+
+
+_NUMBER = re.compile(r"\.(\d{1,9})(?=\.)")
 
 
 @contextmanager
@@ -439,13 +483,28 @@ def keep_differentiable(hf: "PreTrainedModel") -> "PreTrainedModel":
     return hf
 
 
+def read_adapter_config(folder: Path) -> dict[str, Any]:
+    """The content of an adapter's `adapter_config.json`.
+
+    Raises:
+        UserError: it can't be read.
+    """
+    try:
+        config = parse((folder / "adapter_config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(f"model: can't read {folder / 'adapter_config.json'}: {reason(error)}") from error
+    if not isinstance(config, dict):
+        raise UserError(f"model: {folder / 'adapter_config.json'} holds no object")
+    return config
+
+
 def _is_adapter(folder: Path) -> bool:
     return (folder / "adapter_config.json").is_file() and not (folder / "config.json").is_file()
 
 
 def _base_of(adapter: str) -> tuple[str, str | None]:
     """Path or hub id, and revision, of the base model of an adapter."""
-    config = json.loads((Path(adapter) / "adapter_config.json").read_text())
+    config = read_adapter_config(Path(adapter))
     name, revision = config.get("base_model_name_or_path"), config.get("revision")
     if not name:
         raise UserError(f"model: the adapter in {adapter} doesn't name its base model; export it with --merge")
@@ -473,6 +532,8 @@ def fit_vocabulary(
 ) -> int:
     """Initialises the rows of added tokens to the mean of the trained rows; returns how many rows were appended.
 
+    A pad token without a row gets one too, so that padded rows can be computed.
+
     With the mean, a new token starts with an average logit (Hewitt 2021, "Initializing New Word Embeddings for
     Pretrained Language Models"). Rows that only pad the vocabulary were never trained, and are left out of the mean.
 
@@ -486,13 +547,15 @@ def fit_vocabulary(
         UserError: the tokenizer has ids without a row in the model, besides the added ones.
     """
     rows = len(cast("Tensor", hf.get_input_embeddings().weight))
-    own = max(set(tokenizer.get_vocab().values()) - {*added_tokens, *known}, default=-1) + 1
+    pad = {tokenizer.pad_token_id} - {None, *range(rows)}
+    own = max(set(tokenizer.get_vocab().values()) - {*added_tokens, *known, *pad}, default=-1) + 1
     if own > rows:
         raise UserError(
             f"model: the tokenizer has {own} tokens, the model's vocabulary {rows}: they don't belong together; "
             "set data.tokenizer to the model's own"
         )
-    if not added_tokens:
+    new = sorted({*added_tokens, *pad})
+    if not new:
         return 0
     needed = vocabulary(tokenizer)
     if needed > rows:
@@ -500,9 +563,7 @@ def fit_vocabulary(
     for layer in (hf.get_input_embeddings(), hf.get_output_embeddings()):
         for values in (getattr(layer, "weight", None), getattr(layer, "bias", None)):
             if values is not None:
-                values[list(added_tokens)] = (
-                    values[: min(added_tokens)].mean(dim=0, dtype=torch.float32).to(values.dtype)
-                )
+                values[new] = values[: min(new)].mean(dim=0, dtype=torch.float32).to(values.dtype)
     return max(0, needed - rows)
 
 

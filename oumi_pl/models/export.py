@@ -1,6 +1,8 @@
 """Exports a model to a folder that `transformers` loads: safetensors, tokenizer, chat template, model card."""
 
 import copy
+import json
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -16,8 +18,11 @@ from oumi_pl.models.build import is_sharded, keep_differentiable, without_load_r
 from oumi_pl.models.given import is_plain
 from oumi_pl.models.lm import LM
 from oumi_pl.models.lora import merged
+from oumi_pl.models.text_part import copy_processors, put_back
 from oumi_pl.runs.checkpoints import read_sharded
-from oumi_pl.runs.files import HALF, put, remove
+from oumi_pl.runs.checksums import refuse_damaged
+from oumi_pl.runs.files import put, remove
+from oumi_pl.runs.folders import half_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -42,6 +47,8 @@ def export_model(
     expected: Tensor | None = None,
 ) -> None:
     """Writes a folder that the `from_pretrained` of the model's class loads, with the live model's outputs.
+
+    A text model that was taken out of one with other parts (a vision tower) is put back: the folder holds them all.
 
     The folder appears once it is complete and was compared: it is loaded, which takes the memory of the model once more
     on the host, and its logits of a few tokens are compared with those of the live model. Under FSDP2 all ranks have
@@ -81,7 +88,12 @@ def export_model(
     if is_adapter and not merge:
         kwargs["save_embedding_layers"] = False  # the adapter holds their trained rows, the base on disk the others
     with _folder(directory) as half, _generation_config(hf, tokenizer, stop_tokens) as generation:
-        hf.save_pretrained(half, **kwargs)
+        whole_base = None if is_adapter and not merge else getattr(hf, "taken_from", None)
+        if whole_base is None:
+            hf.save_pretrained(half, **kwargs)
+        else:
+            put_back(whole_base, hf, hf.state_dict() if state is None else state).save_pretrained(half)
+            copy_processors(whole_base, half)
         if is_adapter and not merge and any(config.use_dora for config in hf.peft_config.values()):
             _rename_magnitudes(half / "adapter_model.safetensors")
         if generation is not None:
@@ -89,6 +101,16 @@ def export_model(
         _write_beside(half, tokenizer, whole_heads, card)
         del state, kwargs  # make room for the model that is loaded now
         _refuse_other_logits(half, model, hf, expected)
+        if is_adapter and not merge:
+            _name_base(half / "adapter_config.json")
+
+
+def _name_base(file: Path) -> None:
+    """Names the base of an adapter by its hub id, if it was loaded from the folder of the hub's cache."""
+    config = json.loads(file.read_text(encoding="utf-8"))
+    if name := cached_name(config.get("base_model_name_or_path") or ""):
+        config["base_model_name_or_path"] = name
+        file.write_text(json.dumps(config, indent=2, sort_keys=True), encoding="utf-8")
 
 
 def _write_beside(folder: Path, tokenizer: Any, heads: Mapping[str, Tensor], card: str | None) -> None:
@@ -141,8 +163,9 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
     Tensors of a file are memory-mapped.
 
     Raises:
-        UserError: if it is not a checkpoint.
+        UserError: if it is not a checkpoint, or damaged.
     """
+    refuse_damaged(path)
     try:
         if path.is_file():
             return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
@@ -152,27 +175,78 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
 
 
 def model_card(
-    config: Mapping[str, Any], yaml_text: str, metrics: Mapping[str, float], title: str, adapter: bool = False
+    config: Mapping[str, Any],
+    yaml_text: str,
+    metrics: Mapping[str, float],
+    title: str,
+    adapter: bool = False,
+    *,
+    parent: str = "",
+    generates: bool = False,
+    chat: bool = False,
 ) -> str:
-    """The text of a model card: base model, data, metrics and recipe."""
+    """The text of a model card: base model, data, parent, use, metrics and recipe.
+
+    Args:
+        config: The recipe.
+        yaml_text: Its text.
+        metrics: Of the exported step.
+        title: Heading.
+        adapter: Whether the folder holds an adapter alone.
+        parent: The run that training went on from, in words.
+        generates: Whether the model completes prompts.
+        chat: Whether its tokenizer has a chat template.
+    """
     base = _argument(config, "model", "model")
     sources = _argument(config, "data", "train")
-    sources = sources if isinstance(sources, list) else [sources]
-    data = ", ".join(f"`{_path(source)}`" for source in sources)
+    sources = [_path(source) for source in (sources if isinstance(sources, list) else [sources])]
+    data = ", ".join(f"`{shown_path(source)}`" for source in sources)
     trainer = str((config.get("model") or {}).get("class_path", "")).rsplit(".", 1)[-1]
     header = [f"library_name: {'peft' if adapter else 'transformers'}", "tags: [oumi_pl]"]
-    if base and not Path(base).expanduser().exists():  # the hub accepts only hub ids here
-        header.append(f"base_model: {base}")
+    if base and (name := cached_name(base) or (None if Path(base).expanduser().exists() else base)):
+        header.append(f"base_model: {name}")  # the hub accepts only hub ids here
     names = [name for name in sorted(metrics) if name.rpartition("/")[2] not in NO_SCORES]
     scores = [f"| `{name}` | {metrics[name]:.4g} |" for name in names]
     lines = [
         *("---", *header, "---", "", f"# {title}", ""),
         f"{'A LoRA adapter, trained' if adapter else 'Trained'} by `oumi_pl` {__version__} ({trainer}) "
-        f"from {f'`{base}`' if base else 'random weights'} on {data}.",
+        f"from {f'`{shown_path(base)}`' if base else 'random weights'} on {data}.",
+        *(("", f"Training went on from {parent}.") if parent else ()),
+        *(("", "## Use", "", "```python", *_use(chat), "```") if generates else ()),
         *(("", "| metric | value |", "|---|---|", *scores) if scores else ()),
         *("", "## Recipe", "", "```yaml", yaml_text.strip(), "```", ""),
     ]
     return "\n".join(lines)
+
+
+def _use(chat: bool) -> list[str]:
+    """The code that completes a prompt, run in the model's folder."""
+    turns = '[{"role": "user", "content": "Hello"}], add_generation_prompt=True, return_dict=True'
+    call = f"tokenizer.apply_chat_template({turns}, " if chat else 'tokenizer("Hello", '
+    return [
+        "from transformers import AutoModelForCausalLM, AutoTokenizer",
+        'tokenizer, model = AutoTokenizer.from_pretrained("."), AutoModelForCausalLM.from_pretrained(".")',
+        f'ids = {call}return_tensors="pt")',
+        'out = model.generate(**ids, max_new_tokens=256)[0, ids["input_ids"].shape[1] :]',
+        "print(tokenizer.decode(out, skip_special_tokens=True))",
+    ]
+
+
+_SNAPSHOT = re.compile(r"models--([^/]+?)--([^/]+)/snapshots/[^/]+/?$")
+
+
+def cached_name(path: str) -> str | None:
+    """The hub id of a model whose folder lies in the hub's cache; None for other folders."""
+    match = _SNAPSHOT.search(str(path))
+    return f"{match[1]}/{match[2]}" if match else None
+
+
+def shown_path(path: Any) -> str:
+    """A hub id or path without what belongs to this machine: of an absolute path, the last two parts."""
+    text = str(path)
+    if not Path(text).is_absolute():
+        return text
+    return cached_name(text) or "/".join(Path(text).parts[1:][-2:])
 
 
 def _path(source: Any) -> Any:
@@ -188,12 +262,12 @@ def _argument(config: Mapping[str, Any], section: str, name: str) -> Any:
 @contextmanager
 def _folder(directory: Path) -> Iterator[Path]:
     """A temporary folder beside `directory` that replaces it if nothing fails."""
-    half = directory.with_name(directory.name + HALF)
     try:
-        if directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
+        if directory.is_symlink() or (directory.exists() and (not directory.is_dir() or any(directory.iterdir()))):
             raise UserError(f"{directory} is there and not an empty folder; export to another one")
-        remove(half)
-        half.mkdir(parents=True)
+        directory.parent.mkdir(parents=True, exist_ok=True)
+        half = half_of(directory)
+        half.mkdir()
     except OSError as error:
         raise UserError(f"can't write to {directory}: {error.strerror}") from error
     try:

@@ -1,14 +1,13 @@
 """Fingerprints of model weights, for the keys of cached model outputs."""
 
 import hashlib
-import json
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
-from oumi_pl.models.build import loaded
+from oumi_pl.models.build import loaded, read_adapter_config
 from oumi_pl.models.hub import locate
 
 _CHUNK = 1 << 24
@@ -44,7 +43,7 @@ def model_fingerprint(name: str, key: str) -> str:
     digest = _folder_digest(folder)
     adapter = folder / "adapter_config.json"
     if adapter.is_file() and not (folder / "config.json").is_file():
-        base = json.loads(adapter.read_text()).get("base_model_name_or_path")
+        base = read_adapter_config(folder).get("base_model_name_or_path")
         digest += f" on {model_fingerprint(str(base), key)}"
     return digest
 

@@ -62,8 +62,7 @@ def complete(
     sampling: dict[str, Any] = {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}
     if temperature > 0:
         sampling = {"do_sample": True, "temperature": temperature, "top_p": top_p, "top_k": 0}
-    own = model.generation_config.eos_token_id
-    ends = sorted({*stop, tokenizer.eos_token_id, *(own if isinstance(own, list) else [own])} - {None})
+    ends = ends_of(model, tokenizer, stop)
     with evaluating(model):
         out = model.generate(
             input_ids=ids,
@@ -71,14 +70,20 @@ def complete(
             max_new_tokens=max_new_tokens,
             eos_token_id=ends or None,
             pad_token_id=pad,
-            streamer=None if on_text is None else _Stream(tokenizer, on_text),
+            streamer=None if on_text is None else TextStreamer(tokenizer, on_text),
             **PLAIN,
             **sampling,
         )
     return [str(tokenizer.decode(row[longest:], skip_special_tokens=True)) for row in out]
 
 
-class _Stream:
+def ends_of(model: Any, tokenizer: "PreTrainedTokenizerBase", stop: Sequence[int] = ()) -> list[int]:
+    """The ids that end a completion: `stop`, the tokenizer's EOS and those of the model's generation config."""
+    own = model.generation_config.eos_token_id
+    return sorted({*stop, tokenizer.eos_token_id, *(own if isinstance(own, list) else [own])} - {None})
+
+
+class TextStreamer:
     """A streamer for `generate`: passes on text once later tokens can no longer change it.
 
     The whole text is decoded again for each token, because the text of a token can depend on those before it.

@@ -309,7 +309,11 @@ class LM(nn.Module):
         return [p for layer in (*layers, self.head) for p in layer.parameters()]
 
     def hidden_states(self, inputs: Inputs) -> tuple[Tensor, Tensor | None]:
-        """Last hidden states `[batch, seq, hidden]`, and the weighted router loss where the model has one."""
+        """Last hidden states `[batch, seq, hidden]`, and the weighted router loss where the model has one.
+
+        Raises:
+            UserError: the architecture doesn't return them.
+        """
         coefficient = self._router_coefficient
         kwargs: dict[str, Any] = {"output_router_logits": True} if coefficient else {}
         mask = inputs.get("attention_mask")
@@ -324,6 +328,9 @@ class LM(nn.Module):
                 use_cache=False,
                 **kwargs,
             )
+        if getattr(output, "last_hidden_state", None) is None:
+            name = type(self.base).__name__
+            raise UserError(f"model: {name} returns no hidden states, so it can't be trained here; name another model")
         router_loss = self._router_loss(output.router_logits, inputs) * coefficient if coefficient else None
         return output.last_hidden_state, router_loss
 

@@ -42,7 +42,7 @@ from oumi_pl.modules.reference import Reference
 from oumi_pl.modules.update import RestorableModule, Split
 from oumi_pl.optim import Constant, Schedule, fuse, parameter_groups, scale_rates
 from oumi_pl.runs.checkpoints import AtomicCheckpointIO
-from oumi_pl.types import SPLITS, Batch, RunData
+from oumi_pl.types import SPLITS, Batch, RunData, beside
 
 HALF_PRECISION: dict[str, DType] = {"bf16-true": "bfloat16", "16-true": "float16"}
 """Values of `trainer.precision` for which Lightning casts the weights."""
@@ -95,6 +95,8 @@ class LanguageModule(RestorableModule):
         compile: Compile the model's layers with `torch.compile`.
         revision: Branch, tag or commit of the model on the hub.
         trust_remote_code: Run code that came with the model.
+        text_only: Of a model with other parts, such as a vision tower, take and export the text model alone. Otherwise
+            the text is trained, and the export keeps the other parts as they are.
         optimizer: Class and arguments of the optimizer.
         schedule: Learning rate over optimizer steps.
         groups: Names of modules or parameters, with `*` for any text -> settings of the optimizer for them:
@@ -135,6 +137,7 @@ class LanguageModule(RestorableModule):
         compile: bool = False,
         revision: str | None = None,
         trust_remote_code: bool = False,
+        text_only: bool = False,
         optimizer: OptimizerCallable = lambda params: AdamW(params, lr=2e-5, weight_decay=0.0),
         schedule: Schedule | None = None,
         groups: dict[str, dict[str, Any]] | None = None,
@@ -179,6 +182,7 @@ class LanguageModule(RestorableModule):
         self.compile_layers = compile
         self.revision = revision
         self.trust_remote_code = trust_remote_code
+        self.text_only = text_only
         self.optimizer = optimizer
         self.schedule = schedule or Constant()
         self.groups = groups or {}
@@ -346,6 +350,7 @@ class LanguageModule(RestorableModule):
                 revision=self.revision,
                 trust_remote_code=self.trust_remote_code,
                 scoring=self.scoring,
+                text_only=self.text_only,
             )
 
         builder = build if self.model_object is None else self.__given(tokenizer, added_tokens)
@@ -650,15 +655,22 @@ class LanguageModule(RestorableModule):
     # ---- predict
 
     def predict_step(self, batch: dict[str, Any], batch_idx: int) -> list[dict[str, Any]]:
-        """Completes a batch of prompts: `{row, prompt, completion, reference}` each."""
+        """Completes a batch of prompts: `{row, prompt, completion, reference}` each, beside the columns of its row.
+
+        Rows count from 1. A column with one of these names is kept as `source_NAME`.
+        """
         data = self.data
         assert data is not None
         texts = complete(
             self.causal_lm.hf, data.tokenizer, batch["prompts"], stop=data.stop_tokens, **self.generation_settings
         )
         prompts = [data.tokenizer.decode(ids) for ids in batch["prompts"]]
-        columns = zip(batch["rows"], prompts, texts, batch["references"], strict=True)
-        return [dict(zip(("row", "prompt", "completion", "reference"), line, strict=True)) for line in columns]
+        names = ("row", "prompt", "completion", "reference")
+        values = zip(batch["rows"], prompts, texts, batch["references"], strict=True)
+        return [
+            beside(columns, dict(zip(names, line, strict=True)))
+            for columns, line in zip(batch["columns"], values, strict=True)
+        ]
 
 
 UNFIT = {

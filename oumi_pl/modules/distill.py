@@ -163,6 +163,8 @@ class Teacher(Reference):
         temperature: Divides its logits.
     """
 
+    role = "teacher"
+
     def __init__(
         self,
         module: RunModule,

@@ -35,6 +35,8 @@ class GRPO(LanguageModule):
         advantage: From rewards to advantages; `GroupMean` when left out. See `oumi_pl.rollouts.advantages`.
         kl: Coefficient of the penalty for leaving the reference; 0 needs no reference.
         kl_estimator: `k1`, `k2` or `k3`; see `oumi_pl.losses.policy.kl_estimates` for what their gradients mean.
+        kl_corrected: Weigh the penalty of each token in the loss by its importance ratio. The gradient of `k1` and `k3`
+            is then that of `KL(policy || reference)`, also after the policy has moved (TRL's `use_bias_correction_kl`).
         kl_in: Where the penalty goes: into the `loss`, token by token, or into the `reward` of a completion.
         reference: What the policy is compared with. `initial`: with LoRA the base with its adapters disabled, else a
             frozen copy of the initial model in memory.
@@ -58,6 +60,7 @@ class GRPO(LanguageModule):
         advantage: Advantage | None = None,
         kl: float = 0.0,
         kl_estimator: Estimator = "k3",
+        kl_corrected: bool = False,
         kl_in: Literal["loss", "reward"] = "loss",
         reference: Literal["initial", "online"] = "initial",
         sync_every: int | None = None,
@@ -71,15 +74,18 @@ class GRPO(LanguageModule):
             raise UserError(f"model.kl is {kl}, but has to be 0 or more")
         if kl_estimator not in get_args(Estimator):
             raise UserError(f"model.kl_estimator: unknown {kl_estimator!r}{nearest(kl_estimator, get_args(Estimator))}")
-        if kl and kl_in == "loss" and kl_estimator == "k1":
+        if kl and kl_in == "loss" and kl_estimator == "k1" and not kl_corrected:
             raise UserError(
                 "model.kl_estimator: the gradient of k1 in the loss is 0 on average, so it would penalise nothing; use "
-                "k2 or k3, or kl_in: reward"
+                "k2 or k3, kl_corrected: true or kl_in: reward"
             )
+        if kl and kl_corrected and (kl_in == "reward" or kl_estimator == "k2"):
+            raise UserError("model.kl_corrected: is for k1 and k3 in the loss, the only ones that it corrects")
         self.loss = loss or GRPOLoss()
         self.unit = self.loss.unit  # type: ignore[misc]
         self.advantage = advantage or GroupMean()
         self.kl, self.kl_estimator, self.kl_in = kl, kl_estimator, kl_in
+        self.kl_corrected = kl_corrected
         self.share_prompt = share_prompt
         if kl:
             # completions are new in each update, so that nothing of the reference can be computed before training
@@ -102,7 +108,7 @@ class GRPO(LanguageModule):
             return np.zeros(count)
         batch = self.trainer.strategy.batch_to_device(batch)
         sampled = batch["sampled_logps"]  # type: ignore[typeddict-item]
-        estimates = kl_estimates(sampled, self.__ref_logps(batch), self.kl_estimator)
+        estimates = kl_estimates(sampled, self.ref_logps(batch), self.kl_estimator)
         sums = torch.zeros(count, device=estimates.device).index_add(0, batch["target_segments"], estimates)
         return self.kl * sums.double().cpu().numpy()
 
@@ -153,19 +159,12 @@ class GRPO(LanguageModule):
             return states.logps(temperature), states.router_loss
 
         logps, router_loss = self.causal_lm(batch, compute)
-        old = logps.detach() if rollouts["on_policy"] else rollouts["sampled_logps"]
-        completions = Completions(
-            logps,
-            old,
-            batch["target_segments"],
-            rollouts["advantages"],
-            self.data.sampling.max_new_tokens,  # type: ignore[union-attr]
-        )
+        completions = self.completions(rollouts, logps)
         # a rank that ran out of prompts has no completions, but all parameters in its graph
         loss = self.loss(completions).sum() if completions.count else logps.sum()
-        sums = self.__reward_sums(rollouts, split) | self.__token_sums(completions, rollouts)
+        sums = self.rollout_sums(rollouts, completions)
         if self.reference is not None and self.kl_in == "loss":
-            estimates = kl_estimates(logps, self.__ref_logps(batch), self.kl_estimator)
+            estimates = self.kl_terms(completions, self.ref_logps(batch))
             loss = loss + self.kl * (self.loss.weights(completions) * estimates).sum()
             sums["kl"] = estimates.detach().double().sum()
         elif self.kl:  # of the policy that sampled
@@ -173,6 +172,21 @@ class GRPO(LanguageModule):
         sums["loss"] = loss
         units = completions.count if self.unit == "rows" else len(targets)
         return sums if router_loss is None else sums | {"objective": loss + router_loss * units}
+
+    def completions(self, rollouts: Any, logps: Tensor) -> Completions:
+        """The completions of a batch, with their log-probabilities `[targets]` under the policy."""
+        old = logps.detach() if rollouts["on_policy"] else rollouts["sampled_logps"]
+        most = self.data.sampling.max_new_tokens  # type: ignore[union-attr]
+        return Completions(logps, old, rollouts["target_segments"], rollouts["advantages"], most)
+
+    def kl_terms(self, completions: Completions, ref_logps: Tensor) -> Tensor:
+        """The penalty of each token in the loss before its coefficient, `[targets]`."""
+        estimates = kl_estimates(completions.logps, ref_logps, self.kl_estimator)
+        return estimates * completions.log_ratios.exp() if self.kl_corrected else estimates
+
+    def rollout_sums(self, rollouts: Any, completions: Completions) -> Sums:
+        """Sums of what is logged of rewards and ratios; the `loss` among them is minus the rewards."""
+        return self.__reward_sums(rollouts, "train") | self.__token_sums(completions, rollouts)
 
     def count(self, batch: Batch) -> dict[str, int]:
         """As of `LanguageModule`; `rows` are completions."""
@@ -196,7 +210,7 @@ class GRPO(LanguageModule):
             metrics[f"{name}_std"] = (sums[SQUARES + name] / rows - metrics[name].square()).clamp(min=0).sqrt()
         return metrics
 
-    def __ref_logps(self, batch: Batch) -> Tensor:
+    def ref_logps(self, batch: Batch) -> Tensor:
         """Log-probabilities of the targets under the reference, at the temperature of sampling, `[targets]`."""
         temperature = self.data.sampling.temperature  # type: ignore[union-attr]
         return self.reference.logps(batch, "train", lambda states: states.logps(temperature))  # type: ignore[union-attr]

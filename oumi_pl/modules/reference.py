@@ -9,7 +9,7 @@ import difflib
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from copy import deepcopy
-from typing import Any, cast
+from typing import Any, ClassVar, cast
 
 import numpy as np
 import torch
@@ -50,6 +50,9 @@ class Reference:
     Raises:
         UserError: the arguments contradict each other or the loss.
     """
+
+    role: ClassVar[str] = "reference"
+    """What it is called in messages."""
 
     def __init__(
         self,

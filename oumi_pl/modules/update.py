@@ -25,6 +25,7 @@ from torchmetrics import SumMetric
 from oumi_pl.errors import UserError
 from oumi_pl.models.build import is_sharded
 from oumi_pl.optim import ScheduledRates
+from oumi_pl.runs import checksums
 from oumi_pl.runs.checkpoints import (
     WEIGHTS_ONLY,
     holds_weights_only,
@@ -586,6 +587,7 @@ class RestorableModule(UpdateModule):
             return
         if "optimizer_states" not in checkpoint and "loops" in checkpoint and not is_sharded(self):
             raise UserError(WEIGHTS_ONLY)
+        self.__refuse_incomplete(checkpoint)
         callbacks: list[Any] = self.trainer.callbacks  # type: ignore[attr-defined]
         if "current_model_state" in checkpoint and not any(isinstance(c, WeightAveraging) for c in callbacks):
             rank_zero_warn("this checkpoint's run averaged its weights; this run resumes without the average")
@@ -600,6 +602,35 @@ class RestorableModule(UpdateModule):
         # additional ranks keep the generators that they were seeded with
         self.__rng_to_restore = states[self.global_rank] if self.global_rank < len(states) else None
         _recount(checkpoint["loops"], checkpoint["micro_batches"], self.__micro_batches(checkpoint["loops"]))
+
+    def __refuse_incomplete(self, checkpoint: dict[str, Any]) -> None:
+        """Refuses a checkpoint with too little to go on from, or with something else in its place.
+
+        Lightning would go on without: from the start of the data, or with an optimizer that starts anew.
+
+        Raises:
+            UserError: names what is missing or of another kind.
+        """
+        trainer: Any = self.trainer
+        needed = {"loops": dict, "rng": list, "tokens_seen": dict, "micro_batches": int, "callbacks": dict}
+        if not is_sharded(self):  # else `__load_sharded` has read it
+            needed |= {"optimizer_states": list, "lr_schedulers": list}
+        data = getattr(trainer, "datamodule", None)
+        if data is not None and type(data).state_dict is not L.LightningDataModule.state_dict:
+            needed |= {type(data).__qualname__: dict} if checkpoint.get("global_step") else {}
+        for name, kind in needed.items():
+            if not isinstance(checkpoint.get(name), kind) or (name == "rng" and not checkpoint[name]):
+                is_data = data is not None and name == type(data).__qualname__
+                raise _not_resumable(f"its position in the data ({name})" if is_data else name, name in checkpoint)
+        loops = trainer._checkpoint_connector._get_loops_state_dict()["fit_loop"]
+        if wrong := _other_structure(loops, checkpoint["loops"].get("fit_loop"), "loops.fit_loop"):
+            raise _not_resumable(wrong)
+        try:
+            state = rng_state()
+            set_rng_state(checkpoint["rng"][0])
+            set_rng_state(state)
+        except (KeyError, TypeError, ValueError, RuntimeError, AttributeError, OverflowError, IndexError) as error:
+            raise _not_resumable("rng") from error
 
     def __micro_batches(self, loops: dict[str, Any]) -> int:
         """Micro-batches per update in the epoch at which Lightning's loops were saved."""
@@ -719,8 +750,19 @@ class RestorableModule(UpdateModule):
             cast("Any", self.trainer.strategy).load_checkpoint = self.__load_sharded
             return
         checkpoint, self.__loaded = self.__loaded, {}
-        if len(checkpoint.get("optimizer_states", [])) == len(self.trainer.optimizers):
+        if not checkpoint:
+            return
+        states, schedules = checkpoint.get("optimizer_states", []), checkpoint.get("lr_schedulers", [])
+        if len(states) != len(self.trainer.optimizers):
+            raise _not_resumable(f"optimizer_states: {len(states)} of {len(self.trainer.optimizers)} optimizers")
+        if len(schedules) < len(self.trainer.lr_scheduler_configs):
+            raise _not_resumable(f"lr_schedulers: {len(schedules)} of {len(self.trainer.lr_scheduler_configs)}")
+        try:
             self.__match_optimizer_states(checkpoint)
+            for state, optimizer in zip(checkpoint["optimizer_states"], self.trainer.optimizers, strict=True):
+                _refuse_other_shapes(state, optimizer)
+        except (KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
+            raise _not_resumable("optimizer_states") from error
 
     def __match_optimizer_states(self, checkpoint: dict[str, Any]) -> None:
         """Makes the state of optimizers, which is by the names of weights, one by the numbers that they have now."""
@@ -743,6 +785,8 @@ class RestorableModule(UpdateModule):
         strategy: Any = self.trainer.strategy
         load = functools.partial(type(strategy).load_checkpoint, strategy)
         path = Path(strategy.broadcast(path))
+        if damage := strategy.broadcast(checksums.damage(path) if self.global_rank == 0 else None):
+            raise UserError(f"{path} is damaged: {damage}")
         if is_sharded_checkpoint(path):
             refuse_code(path)
         if self.trainer.state.fn != "fit":
@@ -765,12 +809,16 @@ class RestorableModule(UpdateModule):
         return content
 
     def begin_training(self) -> None:
-        """Applies the optimizer settings that were changed since the checkpoint was written.
+        """Applies the optimizer settings that were changed since the checkpoint was written, unless a callback has."""
+        super().begin_training()
+        self.apply_changed_settings()
+
+    def apply_changed_settings(self) -> None:
+        """Applies the optimizer settings that were changed since the checkpoint was written; once.
 
         Lightning has restored all that is in the groups: the settings of that run, and what an optimizer keeps there of
         its own (counters, estimates). A setting is changed if the optimizer was created with another value then.
         """
-        super().begin_training()
         if any(type(c).__module__ == LR_FINDER for c in self.trainer.callbacks):  # type: ignore[attr-defined]
             return  # it tries rates with a schedule of its own
         self.__scheduler_steps = self.trainer.fit_loop.epoch_loop.scheduler_progress.total.ready
@@ -778,7 +826,7 @@ class RestorableModule(UpdateModule):
             if metric is not None:  # Lightning steps with it before the first batch, or not at all
                 self.trainer.callback_metrics[config.monitor or ""] = metric
         before = [current_rate(optimizer) for optimizer in self.trainer.optimizers]
-        self.__apply_changed_settings()
+        self.__apply_changed_groups()
         if self.__restored_rate is not None:  # a resumed run keeps the rate that was found for it, and not a new one
             self.learning_rate, self.__restored_rate = self.__restored_rate, None
             self.__apply_learning_rate()
@@ -790,7 +838,7 @@ class RestorableModule(UpdateModule):
                     f"the checkpoint's next learning rate was {was:.3g}, and this run continues with {now:.3g}"
                 )
 
-    def __apply_changed_settings(self) -> None:
+    def __apply_changed_groups(self) -> None:
         if self.saved_optimizer_settings is None:
             return
         for i, optimizer in enumerate(self.trainer.optimizers):
@@ -853,6 +901,45 @@ class RestorableModule(UpdateModule):
                 f"the checkpoint is of another model: {len(wrong)} weights differ in name or shape, first {name} "
                 f"(here {own.get(name, 'absent')}, checkpoint {saved.get(name, 'absent')})"
             )
+
+
+def _not_resumable(what: str, is_there: bool = True) -> UserError:
+    """The error for a checkpoint that training can't go on from."""
+    problem = "holds something else as" if is_there else "lacks"
+    return UserError(f"the checkpoint {problem} {what}, so training can't go on from it; resume from another one")
+
+
+def _other_structure(own: Any, saved: Any, place: str) -> str:
+    """Where a saved state has no mapping or number, and this run's own state has one; empty if nowhere."""
+    if isinstance(own, dict):
+        if not isinstance(saved, dict):
+            return place
+        wrong = (_other_structure(value, saved[key], f"{place}.{key}") for key, value in own.items() if key in saved)
+        return next((name for name in wrong if name), "")
+    is_number = isinstance(own, int | float)
+    return place if is_number and not (isinstance(saved, int | float) and saved >= 0) else ""
+
+
+PLAIN = (torch.optim.SGD, torch.optim.Adam, torch.optim.RMSprop, torch.optim.Adagrad, torch.optim.NAdam)
+"""Optimizers whose state tensors are all single numbers, or of the shape of their weight. AdamW is an Adam."""
+
+
+def _refuse_other_shapes(state: dict[str, Any], optimizer: Optimizer) -> None:
+    """Refuses a state whose tensors don't fit the weights: fused optimizers would read past their ends.
+
+    Raises:
+        UserError: names the first.
+    """
+    weights = [weight for group in optimizer.param_groups for weight in group["params"]]
+    for number, values in state["state"].items():
+        shape = weights[number].shape
+        for name, value in values.items():
+            is_other = isinstance(value, Tensor) and value.numel() != 1 and value.shape != shape
+            if isinstance(optimizer, PLAIN) and is_other:
+                raise _not_resumable(f"optimizer_states: {name} of shape {[*value.shape]} for a weight of {[*shape]}")
+    kinds = {frozenset(values) for values in state["state"].values()}
+    if isinstance(optimizer, torch.optim.Adam) and any(not {"step", "exp_avg", "exp_avg_sq"} <= kind for kind in kinds):
+        raise _not_resumable("optimizer_states: averages are missing")
 
 
 NOTHING = object()

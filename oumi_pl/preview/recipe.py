@@ -14,6 +14,7 @@ from oumi_pl.data.base import TextData
 from oumi_pl.data.rollout_loader import Group
 from oumi_pl.data.rollouts import RolloutData
 from oumi_pl.errors import UserError
+from oumi_pl.modules.base import LanguageModule
 from oumi_pl.runs import folders
 from oumi_pl.terminal.screen import working
 
@@ -36,7 +37,7 @@ def read(configs: Sequence[Path], overrides: Sequence[str]) -> tuple[TextData, l
         overrides: `--data.max_length 256` and the like.
 
     Returns:
-        The data with a tokenizer, and notes on where the tokenizer comes from.
+        The data with a tokenizer, and notes on other models and on where the tokenizer comes from.
 
     Raises:
         UserError: for every mistake in the settings of model and data that `fit` would report.
@@ -47,10 +48,19 @@ def read(configs: Sequence[Path], overrides: Sequence[str]) -> tuple[TextData, l
     module, data = instantiate({"model": settings.model, "data": settings.data})
     data.micro_batches = settings.trainer.accumulate_grad_batches or 1
     data.workers = 0  # starting processes would take longer than a few rows do
+    others = _other_models(module)
     if data.tokenizer_spec is not None or module.tokenizer_name is None:
-        return data, []
+        return data, others
     data.tokenizer_spec, notes = _tokenizer_of(module.tokenizer_name, Path(settings.runs_dir).expanduser())
-    return data, notes
+    return data, others + notes
+
+
+def _other_models(module: LanguageModule) -> list[str]:
+    """The reference or the teacher that a recipe names."""
+    reference = module.reference
+    if reference is None or reference.kind == "none":
+        return []
+    return [f"{reference.role}: {'the model at the start' if reference.is_initial else reference.name}"]
 
 
 class _Sampling(CLI):

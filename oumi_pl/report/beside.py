@@ -14,6 +14,7 @@ from oumi_pl.report.curves import COLORS, FAINT, grid, smooth, steps_of, thin, t
 from oumi_pl.report.record import Record
 from oumi_pl.report.words import clock, large, number
 from oumi_pl.runs import folders
+from oumi_pl.runs.lineage import parent_text
 
 PLACES = ("name", "runs_dir", "report", "config")
 """Keys of a config that say where a run is written, and do not affect training."""
@@ -60,6 +61,7 @@ def groups(records: Sequence[Record], names: Sequence[str]) -> list[Group]:
     for i, run in enumerate(records):
         settings = flat({key: value for key, value in run.config.items() if key not in PLACES})
         shown = {key: value for key, value in settings.items() if key not in SEEDS and value is not None}
+        shown["parent"] = run.part("parent").get("step")  # a branch is no repetition of a run from the start
         by_settings.setdefault(json.dumps(shown, sort_keys=True, default=str), []).append(i)
     found = []
     for members in by_settings.values():
@@ -97,6 +99,7 @@ def outcomes(records: Sequence[Record]) -> dict[str, list[str]]:
     rows: dict[str, list[str]] = {
         "state": [run.condition for run in records],
         "steps": [f"{run.step:,}" for run in records],
+        "parent": [parent_text(run.state) or "-" for run in records],
         "time": [clock(folders.seconds(run.folder, run.state)) for run in records],
         "tokens": [_cell(run, "train/num_tokens", LAST, large) for run in records],
         "tokens/s, median": [_cell(run, "train/tokens_per_second", statistics.median) for run in records],

@@ -7,10 +7,12 @@ from pathlib import Path
 
 from oumi_pl.report.words import ago, clock, number
 from oumi_pl.runs import folders
+from oumi_pl.runs.lineage import parent_text
+from oumi_pl.terminal.screen import visible
 
-COLUMNS = ("name", "recipe", "state", "step", "loss", "val", "best val", "time", "begun")
+COLUMNS = ("name", "recipe", "parent", "state", "step", "loss", "val", "best val", "time", "begun")
 RIGHT = ("step", "loss", "val", "best val", "time")
-DISPENSABLE = ("recipe", "best val", "begun", "time", "loss")
+DISPENSABLE = ("parent", "recipe", "best val", "begun", "time", "loss")
 """Columns that a narrow terminal leaves out, in this order."""
 GAP = "  "
 
@@ -23,12 +25,13 @@ def line(run: Path) -> dict[str, str]:
     noted = state.get("step")
     done = max([noted if isinstance(noted, int) else 0, *(steps[-1] for steps, _ in metrics.values())])
     steps = state.get("steps")
-    begun = state.get("created_ns")
+    begun, why = state.get("created_ns"), state.get("why")
     val = [value for value in metrics.get("val/loss", ([], []))[1] if math.isfinite(value)]
-    return {
+    cells = {
         "name": run.name,
         "recipe": str(state.get("recipe", "-")),
-        "state": condition,
+        "parent": parent_text(state),
+        "state": f"{condition} ({why})" if why and condition in ("finished", "stopped") else condition,
         "step": f"{done:,}/{steps:,}" if isinstance(steps, int) else f"{done:,}",
         "loss": number(folders.recent(metrics["train/loss"][1])) if "train/loss" in metrics else "-",
         "val": number(metrics["val/loss"][1][-1]) if "val/loss" in metrics else "-",
@@ -36,11 +39,14 @@ def line(run: Path) -> dict[str, str]:
         "time": clock(folders.seconds(run, state)),
         "begun": ago(time.time() - begun / 1e9) if isinstance(begun, int | float) else "-",
     }
+    return {name: visible(cell) for name, cell in cells.items()}
 
 
 def table(lines: Sequence[dict[str, str]], width: int | None) -> str:
     """The lines below a head. Fits into `width` columns by leaving columns out, then by cutting names."""
     columns = [c for c in COLUMNS if c != "recipe" or any(cells["recipe"] != cells["name"] for cells in lines)]
+    if not any(cells["parent"] for cells in lines):
+        columns.remove("parent")
     sizes = {c: max(len(c), *(len(cells[c]) for cells in lines)) for c in columns}
     total = lambda: sum(sizes[c] + len(GAP) for c in columns) - len(GAP)  # noqa: E731
     if width is not None:

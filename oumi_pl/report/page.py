@@ -8,11 +8,12 @@ from pathlib import Path
 from typing import Any
 
 from oumi_pl import __version__
+from oumi_pl.errors import UserError
 from oumi_pl.report import curves, sections
 from oumi_pl.report.record import Record
 from oumi_pl.report.words import clock, meaning
 from oumi_pl.runs import files
-from oumi_pl.runs.folders import CHECKPOINTS, CONFIG, saved_steps
+from oumi_pl.runs.folders import CHECKPOINTS, CONFIG, RUN, saved_steps
 
 
 def render(template: Path, filters: Mapping[str, Callable[..., Any]] | None = None, **values: Any) -> str:
@@ -68,8 +69,19 @@ def make(folder: Path, condition: str | None = None) -> Path | None:
         return None
     title = f"{run.name}: {run.condition}, step {run.step:,}"
     curves.png(run.metrics, title, folder / PICTURE, run.resumed)
-    files.write(folder / PAGE, page(run))
+    try:
+        text = page(run)
+    except DAMAGE as error:
+        raise UserError(
+            f"{folder}: the report can't be drawn, because {RUN} or data.json holds something else than a run writes "
+            f"({type(error).__name__}: {error})"
+        ) from error
+    files.write(folder / PAGE, text)
     return folder / PAGE
+
+
+DAMAGE = (KeyError, TypeError, ValueError, AttributeError, ArithmeticError, IndexError, RecursionError)
+"""What values of other kinds raise."""
 
 
 def page(run: Record) -> str:

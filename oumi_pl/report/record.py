@@ -1,12 +1,11 @@
 """Reads a run folder. Missing or broken files count as empty."""
 
-import json
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from oumi_pl.runs import folders
+from oumi_pl.runs import files, folders
 
 
 @dataclass(frozen=True)
@@ -45,7 +44,7 @@ class Record:
     def data(self) -> dict[str, Any]:
         """The data report, by split."""
         try:
-            return _mapping(json.loads(self._text("data.json")))
+            return _mapping(files.parse(self._text("data.json")))
         except ValueError:
             return {}
 
@@ -55,8 +54,10 @@ class Record:
         import yaml
 
         try:
-            return _mapping(yaml.load(self.config_text, Loader=getattr(yaml, "CSafeLoader", yaml.SafeLoader)))
-        except yaml.YAMLError:
+            loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
+            files.refuse_expanding(yaml.compose(self.config_text, Loader=loader))
+            return _mapping(yaml.load(self.config_text, Loader=loader))
+        except (yaml.YAMLError, ValueError, RecursionError, TypeError):
             return {}
 
     @cached_property
@@ -89,7 +90,7 @@ class Record:
     @property
     def step(self) -> int:
         """The last step known to be done."""
-        return max([int(self.state.get("step") or 0), *(steps[-1] for steps, _ in self.metrics.values())])
+        return max([_step(self.state.get("step")), *(steps[-1] for steps, _ in self.metrics.values())])
 
     @property
     def resumed(self) -> list[int]:
@@ -107,7 +108,7 @@ class Record:
         mappings = []
         for line in self._text(name).split("\n"):  # not `splitlines`: JSON texts may hold U+2028
             try:
-                value = json.loads(line)
+                value = files.parse(line)
             except ValueError:
                 continue
             if isinstance(value, dict):
@@ -116,9 +117,13 @@ class Record:
 
     def _text(self, name: str) -> str:
         try:
-            return (self.folder / name).read_text(encoding="utf-8", errors="replace")
+            return files.read(self.folder / name).decode(errors="replace")
         except OSError:
             return ""
+
+
+def _step(value: Any) -> int:
+    return value if isinstance(value, int) and value > 0 else 0
 
 
 def _mapping(value: Any) -> dict[str, Any]:

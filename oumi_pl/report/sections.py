@@ -8,6 +8,7 @@ from oumi_pl.report.clock import PHASES
 from oumi_pl.report.record import Record
 from oumi_pl.report.words import clock, large, meaning, moment, number
 from oumi_pl.runs import folders
+from oumi_pl.runs.lineage import parent_text
 
 HIGHER_IS_BETTER = ("exact_match", "accuracies", "sign_accuracy", "mean_token_accuracy", "margins", "val/reward")
 TILES = {
@@ -73,11 +74,16 @@ def headline(run: Record) -> dict[str, Any]:
         "title": run.name,
         "condition": run.condition,
         "summary": _summary(run),
-        "begun": f"Begun {moment(state.get('created_ns'))}, step {steps}{resumed}.",
+        "begun": f"Begun {moment(state.get('created_ns'))}, step {steps}{resumed}{_ended(state)}.",
         "ending": _ending(run),
         "warnings": warnings if isinstance(warnings, list) else [],
         "tiles": _tiles(run),
     }
+
+
+def _ended(state: dict[str, Any]) -> str:
+    """What ended a finished run before its last update."""
+    return f", ended by {state['why']}" if state.get("why") and state.get("status") == "finished" else ""
 
 
 def _summary(run: Record) -> str:
@@ -98,6 +104,8 @@ def _summary(run: Record) -> str:
         if isinstance(train, dict) and isinstance(train.get("tokens"), int):
             size = f" ({train['tokens']:,} tokens in {number(train.get('kept'))} rows)"
         parts.append(f"trained on {_source(source)}{size}")
+    if parent := parent_text(run.state):
+        parts.append(f"begun from {parent}")
     if run.config.get("engine", "lightning") != "lightning":
         parts.append(f"by the engine {run.config['engine']}")
     return "; ".join(parts) + "." if parts else f"Recipe {run.state.get('recipe', 'unknown')}."

@@ -161,15 +161,15 @@ def resolve(path: str, key: str = "data.reward") -> Reward:
     """
     module, _, name = path.rpartition(".")
     try:
-        found = getattr(importlib.import_module(module or __name__), name)
+        value = getattr(importlib.import_module(module or __name__), name)
     except ImportError as error:
         raise UserError(f"{key}: can't import {module}: {error}") from error
     except AttributeError:
         where = f"{module} has no {name}" if module else f"no built-in reward {name!r}; give the path of a function"
         raise UserError(f"{key}: {where}") from None
-    if not callable(found):
-        raise UserError(f"{key}: {path} is a {type(found).__name__}, not a function")
-    return found() if isinstance(found, type) else found
+    if not callable(value):
+        raise UserError(f"{key}: {path} is a {type(value).__name__}, not a function")
+    return value() if isinstance(value, type) else value
 
 
 # ---- built in
@@ -226,16 +226,20 @@ def _last_number(text: str) -> float | None:
 
 
 def letter_count(completion: str, row: Mapping[str, Any]) -> float:
-    """1 if the last number of the completion (in a box, if there is one) is the row's `letter_count_integer`."""
-    return float(_last_number(completion) == float(row["letter_count_integer"]))
+    """1 if the last number of the completion (in a box, if there is one) is the row's `letter_count_integer`.
+
+    The data set oumi-ai/oumi-letter-count has this number in a column `metadata`.
+    """
+    expected = (row.get("metadata") or row)["letter_count_integer"]
+    return float(_last_number(completion) == float(expected))
 
 
 def countdown(completion: str, row: Mapping[str, Any]) -> float:
     """1 if the `<answer>` is an equation that reaches `target` and uses each of `nums` exactly once; else 0."""
-    found = re.findall(r"<answer>(.*?)</answer>", completion, re.DOTALL)
-    if not found:
+    answers = re.findall(r"<answer>(.*?)</answer>", completion, re.DOTALL)
+    if not answers:
         return 0.0
-    equation = found[-1].partition("=")[0].strip()
+    equation = answers[-1].partition("=")[0].strip()
     if not re.fullmatch(r"[\d\s+\-*/().]+", equation) or "**" in equation or "//" in equation:
         return 0.0
     if sorted(int(n) for n in re.findall(r"\d+", equation)) != sorted(int(n) for n in row["nums"]):

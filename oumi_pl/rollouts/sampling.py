@@ -104,7 +104,7 @@ class Draw(LogitsProcessor):
         """Maps scores `[rows, vocab]` to 0 for the drawn token and -inf for all others."""
         if self.sampling.temperature == 0:
             logps = scores.float().log_softmax(-1)
-            drawn = logps.argmax(-1, keepdim=True)
+            drawn = scores.argmax(-1, keepdim=True)
         else:
             logps = truncated(scores.float() / self.sampling.temperature, self.sampling).log_softmax(-1)
             drawn = draw(logps, self.numbers[:, len(self.logps)])
@@ -117,8 +117,8 @@ def draw(logps: Tensor, numbers: Tensor) -> Tensor:
     """Draws from log-probabilities `[rows, vocab]` with one number from 0 to 1 per row; returns `[rows, 1]`."""
     # float64: with float32 the sum over a large vocabulary would miss rare tokens
     cumulated = logps.double().exp().cumsum(-1)
-    wanted = numbers.to(cumulated)[:, None] * cumulated[:, -1:]
-    drawn = torch.searchsorted(cumulated, wanted, right=True)
+    thresholds = numbers.to(cumulated)[:, None] * cumulated[:, -1:]
+    drawn = torch.searchsorted(cumulated, thresholds, right=True)
     # a number just below 1 can lie beyond the last token with a probability
     last = (logps > -torch.inf).long().cumsum(-1).argmax(-1, keepdim=True)
     return torch.minimum(drawn, last)
@@ -209,6 +209,7 @@ def sample(
     numbers: np.ndarray,
     sampling: Sampling,
     ends: Iterable[int],
+    streamer: Any = None,
 ) -> list[Completion]:
     """Samples a completion for each prompt, in one batch. Training modes are left as they were.
 
@@ -219,6 +220,7 @@ def sample(
         numbers: `[prompts, max_new_tokens]`, as of `uniforms`.
         sampling: The settings.
         ends: Token ids that end a completion.
+        streamer: Of transformers, for a single prompt.
     """
     device = next(model.parameters()).device
     longest = max(map(len, prompts))
@@ -237,6 +239,7 @@ def sample(
             pad_token_id=pad,
             logits_processor=LogitsProcessorList([drawing]),
             stopping_criteria=StoppingCriteriaList([stopping]) if stopping else None,
+            streamer=streamer,
             do_sample=False,
             temperature=None,
             top_p=None,

@@ -14,6 +14,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.optim import Optimizer
 
 from oumi_pl.errors import UserError
+from oumi_pl.runs.checksums import refuse_damaged
 from oumi_pl.runs.files import HALF, put
 from oumi_pl.runs.received import refuse_code
 
@@ -53,14 +54,16 @@ class AtomicCheckpointIO(TorchCheckpointIO):
         Raises:
             UserError: if the file is not a checkpoint, or damaged.
         """
+        # a spawned process returns its weights to Lightning in a file of this name, without a dictionary around them
+        is_handover = Path(path).name == ".temp.ckpt"
+        if not is_handover and Path(path).exists():
+            refuse_damaged(Path(path))
         try:
             if is_sharded_checkpoint(Path(path)):
                 return read_sharded(Path(path))
             content = super().load_checkpoint(path, map_location, weights_only=weights_only is not False)
         except Exception as error:  # any error of torch's is about this file
             raise UserError(f"{path}: can't be read as a checkpoint: {str(error).partition(chr(10))[0]}") from error
-        # a spawned process returns its weights to Lightning in a file of this name, without a dictionary around them
-        is_handover = Path(path).name == ".temp.ckpt"
         if not is_handover and (not isinstance(content, dict) or "state_dict" not in content):
             raise UserError(f"{path}: is not a checkpoint of a run (it has no state_dict)")
         return content
@@ -93,6 +96,7 @@ def read_sharded(path: Path, optimizers: bool = True) -> dict[str, Any]:
             name = read_item.dest_index.fqn
             set_element(self.original_state_dict, self.mappings[name], torch.load(value, weights_only=True))
 
+    refuse_damaged(path)
     refuse_code(path)
     content = torch.load(path / META, map_location="cpu", weights_only=True)
     shards: dict[str, Any] = {}

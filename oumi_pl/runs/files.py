@@ -5,10 +5,15 @@ is synced, so that the new name survives a power cut as well.
 """
 
 import contextlib
+import errno
+import json
+import math
 import os
 import shutil
+import stat
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 HALF = ".half"
 """Suffix of a file or folder that is still being written."""
@@ -43,6 +48,69 @@ def write(path: Path, content: str | bytes) -> None:
     """Writes a file, text as UTF-8, atomically and durably."""
     with replacing(path) as half, half.open("xb") as file:  # `x`: never through a link that someone put there
         file.write(content.encode() if isinstance(content, str) else content)
+
+
+def read(path: Path) -> bytes:
+    """Reads a file of a run folder, which may come from somebody else.
+
+    Raises:
+        OSError: it can't be read, or is a link, a pipe or something else than a file.
+    """
+    # a link could lead to any file of this user, and a pipe would wait for ever
+    handle = os.open(path, os.O_RDONLY | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0))
+    with os.fdopen(handle, "rb") as file:
+        if not stat.S_ISREG(os.fstat(handle).st_mode):
+            raise OSError(errno.EINVAL, "not a file", str(path))
+        return file.read()
+
+
+def parse(text: str | bytes) -> Any:
+    """Parses JSON. Numbers that are not finite, and integers of more than 18 digits, become None.
+
+    Raises:
+        ValueError: it is not JSON, or nested too deeply.
+    """
+    try:
+        return json.loads(text, parse_constant=lambda _: None, parse_float=_finite, parse_int=_short)
+    except RecursionError as error:
+        raise ValueError("nested too deeply") from error
+
+
+def _finite(digits: str) -> float | None:
+    number = float(digits)
+    return number if math.isfinite(number) else None
+
+
+def _short(digits: str) -> int | None:
+    return int(digits) if len(digits) <= LONGEST else None
+
+
+def refuse_expanding(node: Any) -> None:
+    """Refuses composed YAML whose aliases (`*name`) stand for more than it could say without them, or for themselves.
+
+    A few lines can stand for gigabytes: nine names, each a list of nine times the one before.
+
+    Raises:
+        ValueError: it has more than `MOST_VALUES` values.
+    """
+    sizes: dict[int, float] = {}
+
+    def size(part: Any) -> float:
+        if isinstance(part, tuple):
+            return sum(map(size, part))
+        if id(part) not in sizes:
+            sizes[id(part)] = math.inf  # if it is met again within itself
+            sizes[id(part)] = 1 + (sum(map(size, part.value)) if isinstance(part.value, list) else 0)
+        return sizes[id(part)]
+
+    if node is not None and size(node) > MOST_VALUES:
+        raise ValueError(f"its aliases (*name) stand for more than {MOST_VALUES:,} values")
+
+
+MOST_VALUES = 100_000
+"""Most values of a file of YAML."""
+LONGEST = 18
+"""Most characters of an integer: with more, formatting and converting to float can fail."""
 
 
 def sync(path: Path) -> None:

@@ -21,17 +21,18 @@ that end in `.half` were being written when a process was killed; the next start
 import contextlib
 import csv
 import errno
+import io
 import json
 import os
 import re
 import socket
 import time
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 from oumi_pl.errors import UserError, nearest
-from oumi_pl.runs import files, lock
+from oumi_pl.runs import checksums, files, lock
 from oumi_pl.runs.files import HALF
 
 RUN = "run.json"
@@ -74,7 +75,7 @@ def create(root: Path, name: str, fill: Callable[[Path], None] = lambda run: Non
         UserError: if the folder can't be created.
     """
     first = root / name
-    half = first.with_name(f".{first.name}.{os.getpid()}@{socket.gethostname()}{HALF}")
+    half = _half(first)
     try:
         root.mkdir(parents=True, exist_ok=True)
         remove_leftovers(root)
@@ -106,19 +107,39 @@ def create(root: Path, name: str, fill: Callable[[Path], None] = lambda run: Non
     raise UserError(f"runs_dir: {root} holds too many runs named {name}")
 
 
-_UNNAMED = re.compile(rf"\..+\.(\d+)@(.+){re.escape(HALF)}$")
+_UNNAMED = re.compile(rf"\..+\.(\d{{1,18}})@(.+){re.escape(HALF)}$")
 
 
 def remove_leftovers(folder: Path) -> None:
     """Removes what killed processes were writing: in the directory of all runs, or in a run's folder."""
     for path in (*folder.glob(f"*{HALF}"), *(folder / CHECKPOINTS).glob(f"*{HALF}")):
-        if match := _UNNAMED.match(path.name):  # a run folder that may still be in the making
-            host, pid = match[2], int(match[1])
-            if host != socket.gethostname() or (pid != os.getpid() and lock.began(pid) is not None):
-                continue
-        elif not (folder / RUN).is_file():
-            continue
-        files.remove(path)
+        if _UNNAMED.match(path.name):  # a folder that may still be in the making
+            if _is_abandoned(path):
+                files.remove(path)
+        elif (folder / RUN).is_file():
+            files.remove(path)
+
+
+def half_of(folder: Path) -> Path:
+    """Where this process may write a folder before it gets its name; removes what killed processes left of it."""
+    half = _half(folder)
+    for path in folder.parent.glob(f".*{HALF}"):
+        match = _UNNAMED.match(path.name)
+        if match and path.name == f".{folder.name}.{match[1]}@{match[2]}{HALF}" and _is_abandoned(path):
+            files.remove(path)
+    return half
+
+
+def _half(folder: Path) -> Path:
+    return folder.with_name(f".{folder.name}.{os.getpid()}@{socket.gethostname()}{HALF}")
+
+
+def _is_abandoned(half: Path) -> bool:
+    """Whether the process is gone that wrote a folder whose name names it."""
+    match = _UNNAMED.match(half.name)
+    if match is None or match[2] != socket.gethostname():
+        return False
+    return int(match[1]) == os.getpid() or lock.began(int(match[1])) is None
 
 
 def _is_remnant(run: Path) -> bool:
@@ -165,7 +186,7 @@ def write_state(run: Path, **values: Any) -> None:
 def read_state(run: Path) -> dict[str, Any]:
     """The content of `run.json`; empty if it is missing or unreadable."""
     try:
-        state = json.loads((run / RUN).read_text(encoding="utf-8"))
+        state = files.parse(files.read(run / RUN))
     except (OSError, ValueError):
         return {}
     return state if isinstance(state, dict) else {}
@@ -199,25 +220,34 @@ RECENT = 20
 def read_metrics(run: Path, only: Collection[str] | None = None) -> dict[str, Column]:
     """Reads `metrics.csv`, or the columns in `only`, without empty cells; empty if there is no such file.
 
-    A line that a kill cut short is skipped.
+    Lines that a kill cut short, and damaged lines and cells, are skipped.
     """
     columns: dict[str, Column] = {}
     try:
-        with (run / METRICS).open(newline="", encoding="utf-8") as text:
-            names = next(csv.reader(text), [])
-            wanted = [(i, *columns.setdefault(n, ([], []))) for i, n in enumerate(names) if only is None or n in only]
-            for line in text:
-                cells = line.rstrip().split(",")  # below the header there are only numbers, so no quotes
-                if len(cells) != len(names) or not cells[0].isdigit():
-                    continue
-                step = int(cells[0])
-                for i, steps, values in wanted:
-                    if cells[i]:
-                        steps.append(step)
-                        values.append(float(cells[i]))
-    except (OSError, ValueError):
-        pass
+        text = io.StringIO(files.read(run / METRICS).decode(errors="replace"), newline="")
+        names = next(csv.reader(text), [])
+    except (OSError, ValueError, csv.Error):
+        return {}
+    wanted = [(i, *columns.setdefault(n, ([], []))) for i, n in enumerate(names) if only is None or n in only]
+    for line in text:
+        cells = line.rstrip().split(",")  # below the header there are only numbers, so no quotes
+        step = step_in(cells[0])
+        if step is None or len(cells) != len(names):
+            continue
+        for i, steps, values in wanted:
+            with contextlib.suppress(ValueError):
+                value = float(cells[i] or "nan")
+                if cells[i]:
+                    steps.append(step)
+                    values.append(value)
     return {name: column for name, column in columns.items() if column[0]}
+
+
+def step_in(cell: str | None) -> int | None:
+    """The step in a cell of `metrics.csv`; None if there is no number, or one that is no step."""
+    if not cell or len(cell) > files.LONGEST or not (cell.isascii() and cell.isdigit()):
+        return None
+    return int(cell)
 
 
 def recent(values: Sequence[float]) -> float:
@@ -315,3 +345,36 @@ def newest_checkpoint(run: Path) -> Path | None:
     """The newest complete checkpoint of a run; None if it has none."""
     steps = saved_steps(run / CHECKPOINTS)
     return steps[-1] if steps else None
+
+
+def newest_whole_checkpoint(run: Path) -> tuple[Path | None, dict[Path, str]]:
+    """The newest checkpoint of a run that is not damaged, and the newer ones with what is wrong with them.
+
+    Raises:
+        UserError: there are checkpoints, and all are damaged.
+    """
+    damaged: dict[Path, str] = {}
+    for path in reversed(saved_steps(run / CHECKPOINTS)):
+        why = checksums.damage(path)
+        if why is None:
+            return path, damaged
+        damaged[path] = why
+    if damaged:
+        listed = "; ".join(f"{path.name}: {why}" for path, why in damaged.items())
+        raise UserError(
+            f"--resume: all checkpoints in {run / CHECKPOINTS} are damaged ({listed}); put a copy in their place, or "
+            "remove them to train from the start"
+        )
+    return None, damaged
+
+
+DAMAGED = ".damaged"
+"""Suffix that damaged checkpoints get, so that a run that goes on from an older one may write its own."""
+
+
+def set_aside(damaged: Iterable[Path]) -> None:
+    """Renames damaged checkpoints."""
+    for path in damaged:
+        aside = path.with_name(path.name + DAMAGED)
+        files.remove(aside)
+        path.rename(aside)

@@ -118,8 +118,8 @@ def release_all() -> None:
 def owner(run: Path) -> dict[str, Any] | None:
     """The process that a lock names; None without a lock or a readable one."""
     try:
-        owner = json.loads((run / LOCK).read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError):
+        owner = files.parse(files.read(run / LOCK))
+    except (OSError, ValueError):
         return None
     return owner if isinstance(owner, dict) else None
 

@@ -58,6 +58,7 @@ mean log-ratio of whole mismatched responses, as it is in the loss.
 
 import csv
 import io
+import sys
 from argparse import Namespace
 from pathlib import Path
 from typing import Any
@@ -66,6 +67,7 @@ from lightning.pytorch.loggers.logger import Logger, rank_zero_experiment
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
 
 from oumi_pl.runs import files
+from oumi_pl.runs.folders import step_in
 
 
 class MetricsCSV(Logger):
@@ -87,7 +89,7 @@ class MetricsCSV(Logger):
         written at once, since a run may have nothing left to train.
         """
         self.file = file
-        rows = [line for line in _read(file) if int(line["step"]) <= step]
+        rows = [line for line in _read(file, notes=True) if int(line["step"]) <= step]
         self.columns = list(rows[0]) if rows else ["step", "epoch"]
         self._row, self._begin, self._unwritten = {}, None, False
         if row:
@@ -168,9 +170,26 @@ class MetricsCSV(Logger):
         """Does nothing: `config.yaml` has the hyper-parameters."""
 
 
-def _read(file: Path) -> list[dict[str, Any]]:
+def _read(file: Path, notes: bool = False) -> list[dict[str, Any]]:
+    """The lines of a file by column, without damaged ones; with `notes`, prints how many those are."""
     if not file.exists():
         return []
-    with file.open(newline="", encoding="utf-8") as lines:
-        # a kill can cut the last line short, before its step
-        return [row for row in csv.DictReader(lines) if (row.get("step") or "").isdigit()]
+    header, *lines = files.read(file).decode(errors="replace").splitlines() or [""]
+    columns = next(csv.reader([header.replace("\0", "")]), [])
+    cells = [line.split(",") for line in lines]  # below the header there are only numbers, so no quotes
+    whole = [_is_row(line, columns) for line in cells]
+    damaged = whole[:-1].count(False)  # a kill can cut the last one short
+    if notes and damaged:
+        print(f"note: {file}: {damaged} damaged lines are left out", file=sys.stderr)
+    return [dict(zip(columns, line, strict=True)) for line, is_whole in zip(cells, whole, strict=True) if is_whole]
+
+
+def _is_row(cells: list[str], columns: list[str]) -> bool:
+    """Whether a line has a number or nothing in each of the columns, and a step."""
+    if len(cells) != len(columns) or step_in(dict(zip(columns, cells, strict=True)).get("step")) is None:
+        return False
+    try:
+        [float(cell) for cell in cells if cell]
+    except ValueError:
+        return False
+    return True

@@ -356,6 +356,8 @@ def quiet() -> None:
 
     for name in ("lightning.pytorch", "lightning.fabric"):
         logging.getLogger(name).setLevel(logging.WARNING)
+    # prints the table of `trainer.profiler`
+    logging.getLogger("lightning.pytorch.profilers.profiler").setLevel(logging.INFO)
     # warns at each product of int8 that it rounds its input to float16
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     from transformers.utils import logging as hf_logging

@@ -1,20 +1,30 @@
 """One recipe on Lightning, on transformers.Trainer and on TRL: the same losses, norms, rates, metrics and weights."""
 
+import json
+import math
+from functools import partial
+
 import lightning as L
 import pytest
 import torch
 from transformers import TrainerCallback
 
 from oumi_pl import adapters
+from oumi_pl.data.rollouts import RolloutData
+from oumi_pl.data.tokenizers import ByteTokenizer
 from oumi_pl.errors import UserError
 from oumi_pl.losses.causal import CrossEntropy
 from oumi_pl.losses.distillation import JSD, ReverseKL
+from oumi_pl.losses.policy import BNPOLoss, CISPOLoss, DAPOLoss, DrGRPOLoss, GRPOLoss, GSPOLoss
 from oumi_pl.losses.preference import BCO, LDDPO, JensenShannon, Robust, Sigmoid, WeightedSum
 from oumi_pl.losses.responses import APOZeroUnpaired, KTOLoss
 from oumi_pl.losses.reward import BradleyTerry
 from oumi_pl.modules.distill import Distill
+from oumi_pl.modules.grpo import GRPO
 from oumi_pl.modules.pretrain import Pretrain
 from oumi_pl.optim.schedules import Linear
+from oumi_pl.rollouts.advantages import GroupMean
+from oumi_pl.rollouts.sampling import Sampling
 from oumi_pl.types import TokenLoss
 from tests.data.corpora import corpus, pretrain_data
 from tests.models.test_lora import pretrained
@@ -241,6 +251,49 @@ def distillation(tmp_path, packing=False, **kwargs):
 )
 def test_distillation(tmp_path, pair, kwargs):
     assert_equal("trl", distillation, tmp_path, **pair, **kwargs)
+
+
+def sampled(tmp_path, loss=None, lora=None, kl=0.0, kl_corrected=True, advantage=None, **kwargs):
+    """Updates of 8 and 3 prompts: the last one has a short micro-batch and two empty ones."""
+    file = tmp_path / "prompts.jsonl"
+    file.write_text("".join(json.dumps({"prompt": "say " + "ab" * i}) + "\n" for i in range(11)))
+    data = {"tokenizer": ByteTokenizer(), "max_length": 128, "batch_size": BATCH, "completions": 3, "seed": 0}
+    rollouts = RolloutData(str(file), reward=mixed, **data | {"sampling": Sampling(6, temperature=1.5)} | kwargs)
+    settings = {"loss": loss, "advantage": advantage, "kl": kl, "kl_corrected": kl_corrected and kl > 0, "lora": lora}
+    optimizer = partial(torch.optim.SGD, lr=0.3, momentum=0.5)
+    return GRPO(config=LLAMA | {"initializer_range": 0.2}, optimizer=optimizer, **settings), rollouts
+
+
+def mixed(completion, row):
+    """Varies between completions."""
+    return math.sin(sum(map(ord, completion))) + len(row["prompt"]) % 3
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize(
+    "kwargs",
+    [
+        {"loss": GRPOLoss(0.05), "iterations": 2},
+        {"loss": BNPOLoss(), "kl": 0.2, "kl_corrected": False},
+        {"loss": DAPOLoss(), "steps_per_rollout": 2, "mask_truncated": True},
+        {"loss": DrGRPOLoss(), "advantage": GroupMean("none"), "kl": 0.2},
+        {"loss": GSPOLoss(), "lora": LORA},
+        {"loss": CISPOLoss(), "lora": LORA, "kl": 0.2},
+    ],
+    ids=["grpo", "bnpo", "dapo", "dr_grpo", "gspo", "cispo"],
+)
+def test_rollouts(tmp_path, kwargs):
+    ours, our_loop, expected, _ = run("lightning", sampled, tmp_path, **kwargs)
+    theirs, their_loop, logged, _ = run("trl", sampled, tmp_path, **kwargs)
+    metrics = [
+        {k: float(v) for k, v in loop.callback_metrics.items() if k != "step"} for loop in (our_loop, their_loop)
+    ]
+    assert metrics[1].keys() == metrics[0].keys() >= {"train/reward", "train/entropy", "train/clipped/low"}
+    assert metrics[1] == pytest.approx(metrics[0], rel=1e-4, abs=1e-5)
+    assert len(expected[0]) == (8 if "iterations" in kwargs else 4)
+    assert logged[0] == pytest.approx(expected[0], rel=1e-5, abs=5e-6)
+    assert logged[1] == pytest.approx(expected[1], rel=1e-5)
+    assert distance(weights(theirs), weights(ours)) < 1e-5
 
 
 GEMMA = {"model_type": "gemma2", "head_dim": 8, "query_pre_attn_scalar": 8, "sliding_window": 16}

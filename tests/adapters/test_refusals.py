@@ -11,6 +11,7 @@ from oumi_pl.adapters.losses import dpo_settings
 from oumi_pl.callbacks.ema import EMA
 from oumi_pl.errors import UserError
 from oumi_pl.losses.causal import CrossEntropy
+from oumi_pl.losses.policy import GSPOLoss, ReinforceLoss
 from oumi_pl.losses.preference import (
     AOT,
     CPO,
@@ -25,8 +26,10 @@ from oumi_pl.losses.preference import (
     SimPO,
     WeightedSum,
 )
+from oumi_pl.modules.grpo import GRPO
 from oumi_pl.modules.pretrain import Pretrain
 from oumi_pl.modules.sft import SFT
+from oumi_pl.rollouts.advantages import LeaveOneOut
 from oumi_pl.types import PreferenceLoss
 from tests.tiny import LLAMA, data, dpo, dpo_data, module, sgd, trainer
 
@@ -172,3 +175,27 @@ def test_the_switch_is_lazy():
     code = f"import sys, oumi_pl.config.cli; print([name for name in {heavy} if name in sys.modules])"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.splitlines()[-1] == "[]"
+
+
+def rollouts(loss=None, **kwargs):
+    return GRPO(config=LLAMA, optimizer=sgd, loss=loss, **kwargs)
+
+
+@pytest.mark.parametrize(
+    ("policy", "message"),
+    [
+        ({"loss": ReinforceLoss()}, "model.loss: ReinforceLoss has no counterpart in TRL"),
+        ({"advantage": LeaveOneOut()}, "model.advantage: TRL's GRPO knows GroupMean, not LeaveOneOut"),
+        ({"kl": 0.1, "kl_estimator": "k2"}, "model.kl: TRL's GRPO knows kl_estimator: k3"),
+        ({"kl": 0.1, "kl_in": "reward"}, "model.kl: TRL's GRPO knows kl_estimator: k3"),
+        ({"kl": 0.1, "kl_corrected": True, "loss": GSPOLoss()}, "model.kl_corrected: TRL weighs by the ratio"),
+        ({"kl": 0.1, "sync_every": 5}, "model.sync_every: with --engine trl"),
+        ({"share_prompt": True}, "model.share_prompt: TRL computes prompts for each completion"),
+    ],
+)
+def test_online_training(policy, message):
+    assert message in refused("trl", rollouts(**policy))
+
+
+def test_online_training_by_transformers():
+    assert "hf can't train GRPO; these can: lightning, trl" in refused("hf", rollouts())

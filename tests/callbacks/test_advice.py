@@ -15,7 +15,7 @@ import yaml
 from torch.optim import SGD, AdamW
 
 from oumi_pl.callbacks import advice
-from oumi_pl.callbacks.advice import STUCK_AFTER, Advice, LossWatch, Wait, usual_lr, warn
+from oumi_pl.callbacks.advice import STUCK_AFTER, Advice, LossWatch, Wait, other_tokenizer, usual_lr, warn
 from oumi_pl.callbacks.run_folder import RunFolder
 from oumi_pl.config import files as recipe_files
 from oumi_pl.data import examples
@@ -308,3 +308,22 @@ def test_warnings_are_yellow_and_not_broken_within_words_on_a_terminal(monkeypat
     monkeypatch.setattr(screen, "terminal_width", lambda: None)
     monkeypatch.setattr(sys, "stderr", io.StringIO())
     assert screen._formatted("something is as it should not be") == "warning: something is as it should not be\n"
+
+
+@pytest.mark.parametrize("has_own", [True, False])
+def test_a_tokenizer_that_is_not_the_models_is_warned_of(tmp_path, has_own):
+    own, used = ByteTokenizer().build(), ByteTokenizer().build()
+    if has_own:
+        own.save_pretrained(tmp_path)
+        vocab = {token: 259 - i for token, i in used.get_vocab().items()}
+        used = SimpleNamespace(get_vocab=lambda: vocab)
+    embeddings = torch.nn.Embedding(50257, 1)
+    base = SimpleNamespace(get_input_embeddings=lambda: embeddings)
+    module = SimpleNamespace(model_name=str(tmp_path), causal_lm=SimpleNamespace(base=base))
+    data = SimpleNamespace(tokenizer_spec="other", tokenizer=used, added_tokens=[])
+    message = other_tokenizer(SimpleNamespace(datamodule=data), module)
+    assert ("100% of its ids are other tokens" if has_own else "260 tokens and") in message
+    data.tokenizer, embeddings.weight.data = own, torch.zeros(264, 1)
+    assert other_tokenizer(SimpleNamespace(datamodule=data), module) is None
+    data.tokenizer_spec = None
+    assert other_tokenizer(SimpleNamespace(datamodule=data), module) is None

@@ -10,12 +10,14 @@ import pytest
 import torch
 import yaml
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 from oumi_pl.__main__ import main
 from oumi_pl.commands.export import export_checkpoint
 from oumi_pl.errors import UserError
-from oumi_pl.models.export import model_card
+from oumi_pl.models.build import build_model
+from oumi_pl.models.export import export_model, model_card
+from oumi_pl.models.lm import LM
 from tests.models.test_export import assert_same, logits, names
 from tests.models.test_lora import plain_tokenizer, pretrained
 from tests.tiny import LLAMA, conversations, write_jsonl
@@ -97,6 +99,34 @@ def test_the_model_card_of_a_mixture_on_a_hub_model():
     assert "A LoRA adapter" in card
     assert "(SFT) from `someone/model` on `someone/rows`, `own.jsonl`." in card
     assert "| `val/loss` | 1.235 |" in card
+
+
+def test_the_five_lines_of_a_card_complete_a_chat_prompt(full_run, monkeypatch, capsys):
+    card = (full_run / "model" / "README.md").read_text()
+    code = card.split("```python\n")[1].split("```")[0]
+    assert len(code.splitlines()) == 5
+    assert str(full_run) not in card.split("## Recipe")[0]
+    monkeypatch.chdir(full_run / "model")
+    exec(code.replace("256", "4"))
+    assert capsys.readouterr().out
+    generation = GenerationConfig.from_pretrained(full_run / "model")
+    tokenizer = AutoTokenizer.from_pretrained(full_run / "model")
+    ends = generation.eos_token_id if isinstance(generation.eos_token_id, list) else [generation.eos_token_id]
+    assert tokenizer.convert_tokens_to_ids("<|im_end|>") in ends
+
+
+def test_an_adapter_names_a_base_in_the_hubs_cache_by_its_id(tmp_path):
+    base = pretrained(tmp_path / "models--org--base" / "snapshots" / "0f3a")
+    tokenizer = plain_tokenizer()
+    lm = LM(build_model(base, tokenizer=tokenizer, lora={"r": 4}))
+    export_model(lm, tmp_path / "adapter", tokenizer, stop_tokens=[5])
+    assert (
+        json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())["base_model_name_or_path"] == "org/base"
+    )
+    assert 5 in json.loads((tmp_path / "adapter" / "generation_config.json").read_text())["eos_token_id"]
+    card = model_card({"model": {"init_args": {"model": base}}}, "", {}, "title", parent="base, step 3 (model)")
+    assert "base_model: org/base" in card
+    assert "Training went on from base, step 3 (model)." in card
 
 
 @pytest.mark.parametrize("what", [".", "checkpoints", "checkpoints/best.ckpt", "checkpoints/step-00000002.ckpt"])

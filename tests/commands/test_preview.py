@@ -94,6 +94,17 @@ def test_the_tokenizer_of_a_recipe_that_was_not_run_is_that_recipes(cli):
     assert "260 tokens" in out
 
 
+def test_the_reference_and_the_teacher_are_named(cli):
+    cli.write("pairs.jsonl", jsonl(*pairs(3)))
+    changes = {"model.class_path": "DPO", "data.class_path": "DPOData", "data.init_args.train": "pairs.jsonl"}
+    cli.recipe(changes)
+    assert "reference: the model at the start" in cli.works("preview", "--config", "r.yaml")
+    cli.recipe(changes | {"model.init_args.reference": "org/older"})
+    assert "reference: org/older" in cli.works("preview", "--config", "r.yaml")
+    cli.recipe({"model.class_path": "Distill", "model.init_args.teacher": "org/large"})
+    assert "teacher: org/large" in cli.works("preview", "--config", "r.yaml")
+
+
 def test_a_page(cli):
     cli.write("rows.jsonl", jsonl({"prompt": "<script>alert(1)</script>", "completion": "no"}))
     cli.works("preview", "--config", "r.yaml", "--html", "page.html")

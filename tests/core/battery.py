@@ -53,7 +53,7 @@ model:
   load_pretrained_weights: True
   trust_remote_code: True
   enable_liger_kernel: True
-  tokenizer_pad_token: "<|finetune_right_pad_id|>"
+  tokenizer_pad_token: "<|pad|>"
 data:
   train:
     datasets:
@@ -270,7 +270,7 @@ REFUSED = {
     "a section of null": ("data: null\n", "data", ""),
     "no data": ("data: {train: {datasets: []}}\n", "data.train.datasets", ""),
     "a reference for a number": (sft("max_steps: '${training.seed}'"), "training.max_steps", "${training.seed}"),
-    "reinforcement learning": (sft("").replace("TRL_SFT", "TRL_GRPO"), "training.trainer_type", "TRL_SFT"),
+    "reinforcement learning": (sft("").replace("TRL_SFT", "TRL_GRPO"), "data.train.datasets", "reads prompts"),
     "rewards": (sft("reward_functions: [f]"), "training.reward_functions", ""),
     # recipes that Oumi can't run either
     "max_seq_length": (sft("trainer_kwargs: {max_seq_length: 64}"), "training.trainer_kwargs.max_seq_length", "model"),

@@ -250,7 +250,10 @@ def test_defaults_of_what_a_run_may_hold(name, defaults):
 MEMBERS = {
     "TrainerType": {
         name: name.lower()
-        for name in ("TRL_SFT", "TRL_DPO", "TRL_KTO", "TRL_GKD", "HF", "OUMI", "SFT", "DPO", "KTO", "PRETRAIN")
+        for name in (
+            *("TRL_SFT", "TRL_DPO", "TRL_KTO", "TRL_GRPO", "VERL_GRPO", "TRL_GKD"),
+            *("HF", "OUMI", "SFT", "DPO", "KTO", "PRETRAIN"),
+        )
     },
     "SchedulerType": {
         "LINEAR": "linear",

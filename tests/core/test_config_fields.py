@@ -63,19 +63,19 @@ FIELDS = {
     ),
     "rewards": (
         ["training.reward_functions=[f]"],
-        "training.reward_functions: reinforcement learning is not among the trainer types here; remove it",
+        "training.reward_functions: is for TRL_GRPO and VERL_GRPO; remove it",
     ),
     "reward arguments": (
         ["training.reward_function_kwargs.a=1"],
-        "training.reward_function_kwargs: reinforcement learning is not among the trainer types here; remove it",
+        "training.reward_function_kwargs: is for TRL_GRPO and VERL_GRPO; remove it",
     ),
     "verl": (
         ["training.verl_config_overrides.a=1"],
-        "training.verl_config_overrides: reinforcement learning is not among the trainer types here; remove it",
+        "training.verl_config_overrides: is for VERL_GRPO; remove it",
     ),
     "grpo": (
-        ["training.grpo.temperature=0.5"],
-        "training.grpo.temperature: GRPO is not among the trainer types here; remove the section",
+        ["training.grpo.temperature=1.5"],
+        "training.grpo.temperature is 1.5, but has to be between 0 and 1",
     ),
     "gkd": (
         ["training.gkd.lmbda=1.5"],

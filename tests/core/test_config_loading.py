@@ -118,11 +118,11 @@ def test_value_of_a_wrong_type(write, text, message):
     assert len(said) < 200
 
 
-@pytest.mark.parametrize("name", ["TRL_GRPO", "TRL_GOLD", "VERL_GRPO", "trl_gold"])
+@pytest.mark.parametrize("name", ["TRL_GOLD", "trl_gold"])
 def test_trainer_types_that_are_not_here_are_known(name):
     assert refused(load, f"training.trainer_type={name}") == (
         f"training.trainer_type: Oumi's {name.upper()} is not among the trainer types here: "
-        "TRL_SFT, TRL_DPO, TRL_KTO, TRL_GKD, HF, OUMI, SFT, DPO, KTO, PRETRAIN"
+        "TRL_SFT, TRL_DPO, TRL_KTO, TRL_GKD, TRL_GRPO, VERL_GRPO, HF, OUMI, SFT, DPO, KTO, PRETRAIN"
     )
 
 

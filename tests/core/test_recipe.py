@@ -530,3 +530,42 @@ def test_tensorboard_is_on_by_default_where_it_is_installed(installed, monkeypat
 def test_a_config_of_defaults_names_what_is_missing():
     with pytest.raises(UserError, match=r"data\.train\.datasets"):
         to_recipe(TrainingConfig())
+
+
+def test_text_only_takes_the_text_model():
+    assert section(recipe(model__text_only=True), "model")["text_only"] is True
+
+
+@pytest.mark.parametrize("stage", ["ZERO_1", "ZERO_2", "ZERO_3"])
+def test_deepspeed_becomes_fsdp2_with_a_note(monkeypatch, stage):
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    changes = {"model__torch_dtype_str": "float32", "deepspeed__offload_optimizer": "{device: CPU}"}
+    made = recipe(
+        deepspeed__enable_deepspeed=True,
+        deepspeed__zero_stage=stage,
+        deepspeed__precision="BF16",
+        engine=None,
+        **changes,
+    )
+    strategy = made.tree["trainer"]["strategy"]
+    assert strategy["class_path"] == "ModelParallelStrategy"
+    assert strategy["init_args"] == {"data_parallel_size": 4, "tensor_parallel_size": 1}
+    assert made.tree["trainer"]["precision"] == "bf16-mixed"
+    (note,) = (text for text in made.comments["trainer.strategy"] if stage in text)
+    assert "what it would offload stays on the GPUs" in note
+
+
+def test_offloaded_shards_stay_on_their_gpu_with_a_note():
+    made = recipe(fsdp__enable_fsdp=True, fsdp__cpu_offload=True)
+    assert any(text.startswith("cpu_offload: shards stay") for text in made.comments["trainer.strategy"])
+
+
+def test_what_torchdata_is_not_to_do_is_not_refused():
+    assert "trainer" in recipe(data__train__use_torchdata=False).tree
+
+
+def test_the_trainer_type_is_the_reason_named_before_its_section():
+    with pytest.raises(UserError, match=r"training\.trainer_type: Oumi's TRL_GOLD is not among"):
+        recipe(training__trainer_type="TRL_GOLD", training__gold__max_completion_length=8)
+    with pytest.raises(UserError, match=r"training\.gold\.max_completion_length: GOLD is not among"):
+        recipe(training__gold__max_completion_length=8)

@@ -14,7 +14,7 @@ def source(name, **fields):
 
 
 def test_sources():
-    questions = "prompt_response"
+    questions = "oumi_pl.core.recipe.formats.prompt_response"
     assert source("org/unknown") == "org/unknown"
     assert source("org/unknown", subset="en", split="test[:9]") == {
         "path": "org/unknown",
@@ -27,7 +27,7 @@ def test_sources():
     }
     assert source("CohereForAI/aya_dataset") == {
         "path": "CohereForAI/aya_dataset",
-        "format": questions,
+        "format": f"{questions}_or_nothing",
         "columns": {"prompt": "inputs", "response": "targets"},
     }
     kwargs = {"hf_dataset_path": "GAIR/LIMO", "prompt_column": "question", "response_column": "solution"}
@@ -66,7 +66,7 @@ def test_mixtures():
 def test_the_text_column_of_unregistered_data():
     made = recipe({"dataset_name": "a/b"}, training__trainer_kwargs='{"dataset_text_field": "story"}')
     assert section(made, "data")["train"] == {"path": "a/b", "columns": {"text": "story"}}
-    assert section(made, "data")["train_on"] == "all"
+    assert section(made, "data")["train_on"] == "completion_or_all"
     only = recipe({"dataset_name": "a/b"}, training__trainer_kwargs='{"assistant_only_loss": true, "packing": true}')
     assert (section(only, "data")["train_on"], section(only, "data")["packing"]) == ("assistant", True)
 
@@ -92,24 +92,6 @@ def test_text_sft_reads_three_layouts():
     assert turns(formats.text_sft({"instruction": "a", "input": "", "output": "b"})) == expected
     with pytest.raises(UserError, match="columns conversations; text_sft reads"):
         formats.text_sft({"conversations": []})
-
-
-def test_dolly_prefers_what_was_curated():
-    row = {
-        "original-instruction": "x",
-        "original-context": "y",
-        "original-response": "z",
-        "new-instruction": {"value": ["a"]},
-        "new-context": {"value": [""]},
-        "new-response": {"value": ["b"]},
-    }
-    assert turns(formats.dolly_original(row)) == [("user", "x\n\ny"), ("assistant", "z")]
-    assert turns(formats.dolly({k: v for k, v in row.items() if "context" not in k})) == [
-        ("user", "a"),
-        ("assistant", "b"),
-    ]
-    with pytest.raises(UserError, match="no columns"):
-        formats.dolly({})
 
 
 def test_the_final_answer_is_left_out():

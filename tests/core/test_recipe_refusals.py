@@ -7,6 +7,7 @@ from tests.core.oumi import recipe
 
 PEFT = {"training__use_peft": True}
 FSDP = {"fsdp__enable_fsdp": True}
+ZERO = {"deepspeed__enable_deepspeed": True, "deepspeed__zero_stage": "ZERO_3"}
 TURNS = {"return_conversations": True, "return_conversations_format": "dict"}
 GKD = {
     "dataset": {"dataset_name": "yahma/alpaca-cleaned", "dataset_kwargs": TURNS},
@@ -55,9 +56,12 @@ def dataset(**fields):
         ),
         # devices
         ({**FSDP, "fsdp__sharding_strategy": "SHARD_GRAD_OP"}, r"fsdp\.sharding_strategy: .* FULL_SHARD gives"),
-        ({**FSDP, "fsdp__cpu_offload": True}, r"fsdp\.cpu_offload: true is set"),
         ({**FSDP, "fsdp__mixed_precision": "fp16"}, r"fsdp\.mixed_precision: fp16"),
-        ({"deepspeed__enable_deepspeed": True}, r"deepspeed\.enable_deepspeed: .*fsdp\.enable_fsdp: true"),
+        ({**ZERO, "deepspeed__precision": "FP16"}, r"deepspeed\.precision: fp16 is not sharded"),
+        ({**ZERO, "deepspeed__gradient_clipping": 3}, r"deepspeed\.gradient_clipping: 3, but section training says 1"),
+        ({**ZERO, "deepspeed__deepspeed_config_path": "x.json"}, r"deepspeed_config_path: .*name zero_stage"),
+        ({**ZERO, **PEFT, "peft__q_lora": True}, r"peft\.q_lora: a quantized base is not sharded; leave deepspeed out"),
+        ({**ZERO, "engine": "trl"}, r"deepspeed\.enable_deepspeed: trl can't do several devices"),
         ({"training__nccl_default_timeout_minutes": 3}, r"training\.nccl_default_timeout_minutes: 3\.0 is set"),
         # the loop
         ({"training__optimizer": "adamw"}, r"training\.optimizer: no counterpart of 'adamw'; did you mean"),
@@ -110,6 +114,14 @@ def dataset(**fields):
             },
             r"data\.train\.collator_kwargs\.tool_response_template: results of tools",
         ),
+        (
+            {
+                "dataset": {"dataset_name": "merve/vqav2-small"},
+                "data__train__use_torchdata": True,
+                "model__compile": False,
+            },
+            r"datasets\[0\]\.dataset_name: .*images are not trained",
+        ),
         ({"dataset": {"dataset_name": "merve/vqav2-small"}}, r"datasets\[0\]\.dataset_name: .*images are not trained"),
         (dataset(dataset_kwargs={"processor_name": "p"}), r"datasets\[0\]\.dataset_kwargs\.processor_name: .*images"),
         (
@@ -122,7 +134,7 @@ def dataset(**fields):
         (dataset(sample_count=0), r"datasets\[0\]\.sample_count: is 0"),
         ({"dataset": {"dataset_name": "text_sft"}}, r"dataset_path: missing: text_sft reads a local file"),
         ({"dataset": {"dataset_name": "PromptResponseDataset"}}, r"dataset_kwargs\.hf_dataset_path: missing"),
-        ({"dataset": {"dataset_name": "nvidia/ChatQA-Training-Data"}}, r"dataset_name: .*text_sft_jsonl"),
+        ({"dataset": {"dataset_name": "nvidia/ChatRAG-Bench"}}, r"dataset_name: .*text_sft_jsonl"),
         (
             {"dataset": {"dataset_name": "org/x", "dataset_path": "a.jsonl"}},
             r"dataset_path: Oumi ignores it for 'org/x'",

@@ -1,12 +1,14 @@
 """Converted recipes on tiny local data: the tokens and the masks are those that Oumi's description gives, by hand."""
 
+import json
 from itertools import pairwise
 
 import numpy as np
 import pytest
 
 from oumi_pl.config.cli import instantiate
-from tests.core.oumi import recipe, tiny_model
+from oumi_pl.models.build import build_model
+from tests.core.oumi import recipe, section, tiny_model
 from tests.tiny import write_jsonl
 
 WITH = (
@@ -138,6 +140,41 @@ def test_prompt_and_response_columns(tmp_path, model):
     assert texts(data) == [whole(turn("user", "hi") + turn("assistant", "ho"))]
 
 
+@pytest.mark.parametrize(
+    ("kwargs", "row", "expected"),
+    [
+        ("{}", {"prompt": "Q: a", "completion": " b"}, [("Q: a", False), (" b<|im_end|>", True)]),
+        (
+            "{}",
+            {
+                "prompt": [{"role": "user", "content": "a?"}],
+                "completion": [{"role": "assistant", "content": "b"}],
+            },
+            [(turn("user", "a?") + "<|im_start|>assistant\n", False), ("b<|im_end|>", True), ("\n", False)],
+        ),
+        ("{}", {"text": "a b"}, [("a", False), (" b<|im_end|>", True)]),
+        ("{}", CHAT[0], whole("".join(turn(m["role"], m["content"]) for m in CHAT[0]["messages"]))),
+        (
+            '{"completion_only_loss": false}',
+            {"prompt": "Q: a", "completion": " b"},
+            [("Q", False), (": a b<|im_end|>", True)],
+        ),
+        (
+            '{"completion_only_loss": true}',
+            {"prompt": "Q: a", "completion": " b"},
+            [("Q: a", False), (" b<|im_end|>", True)],
+        ),
+    ],
+)
+def test_rows_of_unregistered_data_carry_loss_where_trl_puts_it(tmp_path, model, kwargs, row, expected):
+    (tmp_path / "org").mkdir()
+    write_jsonl(tmp_path / "org/train.jsonl", [row])
+    made = recipe({"dataset_name": str(tmp_path / "org")}, model__model_name=model, training__trainer_kwargs=kwargs)
+    module, data = instantiate(made.tree)
+    data.tokenizer_spec = module.model_name
+    assert texts(data) == [expected]
+
+
 def pair(tmp_path, model, row, dataset="mlabonne/orpo-dpo-mix-40k", **changes):
     data = data_of(tmp_path, model, [row], {"dataset_name": dataset}, training__trainer_type="TRL_DPO", **changes)
     (example,) = data.examples("train")
@@ -192,3 +229,43 @@ def test_documents_end_with_eos_and_come_in_order(tmp_path, model):
     batches = list(data.train_dataloader())
     labels = [target for batch in batches for target in batch["targets"].tolist()]
     assert labels == ids[1:]
+
+
+def without_template(folder, model_type=None):
+    """A model whose tokenizer has no chat template."""
+    place = tiny_model(folder)
+    (folder / "chat_template.jinja").unlink()
+    if model_type is not None:
+        config = json.loads((folder / "config.json").read_text())
+        (folder / "config.json").write_text(json.dumps(config | {"model_type": model_type}))
+    return place
+
+
+def test_a_tokenizer_without_a_chat_template_gets_oumis_default_with_a_note(tmp_path):
+    made = recipe(model__model_name=without_template(tmp_path))
+    assert section(made, "data")["template"] == "oumi/default"
+    assert any("has no chat template" in text for text in made.comments["data.init_args.template"])
+
+
+def test_a_gpt2_is_known_by_its_model_type_and_not_by_the_name_of_its_folder(tmp_path, model):
+    gpt2 = without_template(tmp_path / "mine", "gpt2")
+    assert section(recipe(model__model_name=gpt2), "data")["template"] == "oumi/gpt2"
+    llama = without_template(tmp_path / "not-gpt2-at-all", "llama")
+    assert section(recipe(model__model_name=llama), "data")["template"] == "oumi/default"
+    assert "template" not in section(recipe(model__model_name=model), "data")
+
+
+@pytest.mark.parametrize(
+    "changes", [{"model__tokenizer_pad_token": "<x>"}, {"model__tokenizer_kwargs": '{"pad_token": "<x>"}'}]
+)
+def test_the_pad_token_reaches_the_tokenizer(tmp_path, model, changes):
+    data = data_of(tmp_path, model, ROWS, **changes)
+    assert data.tokenizer.pad_token == "<x>"
+    hf = build_model(model, tokenizer=data.tokenizer, added_tokens=data.added_tokens)
+    assert len(hf.get_input_embeddings().weight) == len(data.tokenizer) == data.tokenizer.pad_token_id + 1
+
+
+def test_a_pad_token_of_the_vocabulary_needs_no_row(tmp_path, model):
+    data = data_of(tmp_path, model, ROWS, model__tokenizer_pad_token="<|endoftext|>")
+    assert data.tokenizer.pad_token == "<|endoftext|>"
+    assert len(build_model(model, tokenizer=data.tokenizer).get_input_embeddings().weight) == len(data.tokenizer)

@@ -88,6 +88,19 @@ def test_each_key_is_told_with_what_it_became(cli):
     assert told["training.learning_rate"] == "model.optimizer.lr"
 
 
+def test_what_differs_from_oumi_is_printed_before_the_run(cli):
+    (cli.directory / "completions").mkdir()
+    cli.write("completions/train.jsonl", jsonl(*({"prompt": f"Q{i}", "completion": f" {i}"} for i in range(8))))
+    data = "--data.train.datasets=[{dataset_name: completions}]"
+    steps = ["--training.max_steps", "1", "--training.save_steps", "0", "--training.save_epoch", "true"]
+    code, _, err = cli.run("train", "-c", "oumi.yaml", data, *steps)
+    assert code == 0, err
+    notes = [line for line in err.splitlines() if line.startswith("note: ")]
+    assert "note: Lightning drives it, and not trl, which can't do checkpoints by epoch here" in notes
+    assert any(line.startswith("note: of rows with `prompt` and `completion` the completion") for line in notes)
+    assert not any(line.startswith("training.") for line in err.splitlines())
+
+
 @pytest.mark.parametrize("engine", ["lightning", "trl"])
 def test_a_run_that_stopped_goes_on(cli, engine):
     options = ["--engine", engine, "--training.save_steps", "1", "--training.lr_scheduler_type", "constant"]
@@ -109,12 +122,27 @@ def test_with_nothing_to_go_on_with_it_starts_anew_and_else_it_goes_on(cli):
     assert not (cli.directory / "out/run-2").exists()
 
 
+@pytest.mark.parametrize("engine", ["lightning", "trl"])
+def test_no_steps_between_checkpoints_write_none(cli, engine):
+    again = ["--training.try_resume_from_last_checkpoint", "true", "--engine", engine]
+    options = ["--training.save_steps", "0", "--training.max_steps", "1", *again]
+    cli.works("train", "-c", "oumi.yaml", *options, "--training.save_final_model", "false")
+    run = cli.directory / "out/run"
+    assert (run / "metrics_rank0000.jsonl").is_file()
+    assert not list(run.rglob("*.safetensors")) + list(run.rglob("*.ckpt")) + list(run.rglob("*.pt"))
+    options += ["--training.max_steps", "2", "--model.tokenizer_pad_token", "<|endoftext|>"]
+    cli.works("train", "-c", "oumi.yaml", *options)  # nothing to go on from: anew
+    assert transformers.AutoTokenizer.from_pretrained(cli.directory / "out/run-2").pad_token == "<|endoftext|>"
+    assert {path.name for path in (cli.directory / "out/run-2").rglob("*.safetensors")} == {"model.safetensors"}
+    assert not list((cli.directory / "out/run-2").rglob("*.pt")) + list((cli.directory / "out/run-2").rglob("*.ckpt"))
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
         (["--training.max_step", "3"], "max_steps"),
         (["--engine", "tlr"], "invalid choice: 'tlr'"),
-        (["--training.trainer_type", "TRL_GRPO"], "TRL_GRPO"),
+        (["--training.trainer_type", "TRL_GOLD"], "TRL_GOLD"),
         (["--data.train.datasets=[{dataset_name: text_sft, dataset_path: gone.jsonl}]"], "gone.jsonl"),
     ],
 )

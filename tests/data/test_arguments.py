@@ -20,6 +20,7 @@ SHARED = {
     "test": ["a.jsonl", "b.jsonl"],
     "predict": "questions.jsonl",
     "tokenizer": "gpt2",
+    "pad_token": "<|pad|>",
     "max_length": 77,
     "batch_size": 3,
     "eval_batch_size": 5,

@@ -4,7 +4,9 @@ import json
 
 import pytest
 
+from oumi_pl.data.pretrain import PretrainData
 from oumi_pl.data.rollouts import RolloutData
+from oumi_pl.data.sft import SFTData
 from oumi_pl.data.tokenizers import ByteTokenizer
 from oumi_pl.errors import UserError
 from oumi_pl.rollouts.sampling import Sampling
@@ -60,3 +62,55 @@ def test_bad_rows_stop_the_run_or_are_counted(tmp_path):
 def test_images_are_refused(tmp_path):
     with pytest.raises(UserError, match="column 'images': images, audio and video can't be trained on yet"):
         data(tmp_path, {"prompt": "What is this?", "images": ["cat.png"]}).all_prompts("train")
+
+
+def test_the_system_turn_of_a_column_belongs_to_the_prompt(tmp_path):
+    (prompt,) = data(tmp_path, {"prompt": "2 + 3", "system": "Be short."}).all_prompts("train")
+    (turns,) = data(tmp_path, ROWS["turns"]).all_prompts("train")
+    assert prompt.ids == turns.ids
+
+
+# ---- predict
+
+
+def predicted(data):
+    """What `predict` reads: number, decoded prompt and columns of each row."""
+    rows = []
+    for batch in data.predict_dataloader():
+        texts = [data.tokenizer.decode(ids) for ids in batch["prompts"]]
+        rows += zip(batch["rows"], texts, batch["columns"], strict=True)
+    return rows
+
+
+def user(text):
+    return f"<|im_start|>user\n{text}<|im_end|>\n<|im_start|>assistant\n"
+
+
+def test_predict_makes_a_prompt_of_each_line_of_a_text_file(tmp_path):
+    file = tmp_path / "questions.txt"
+    file.write_text("one\n\ntwo\n")
+    chat = SFTData(predict=str(file), tokenizer=ByteTokenizer())
+    assert predicted(chat) == [(1, user("one"), {"text": "one"}), (2, user("two"), {"text": "two"})]
+    whole = SFTData(predict={"path": str(file), "documents": "file"}, tokenizer=ByteTokenizer())
+    assert [text for _, text, _ in predicted(whole)] == ["one\n\ntwo\n"]
+    pretrained = PretrainData(predict=str(file), tokenizer=ByteTokenizer(chat_template=False))
+    assert [(number, columns) for number, _, columns in predicted(pretrained)] == [
+        (1, {"text": "one"}),
+        (2, {"text": "two"}),
+    ]
+
+
+def test_predict_reads_rows_that_have_only_a_prompt_and_keeps_their_columns(tmp_path):
+    rows = [
+        {"id": "a7", "prompt": "one", "label": "x"},
+        {"id": "b2", "question": "two"},
+        {"id": "c1", "instruction": "three"},
+        {"id": "d5", "messages": [{"role": "user", "content": "four"}]},
+    ]
+    for row, text in zip(rows, ("one", "two", "three", "four"), strict=True):
+        file = tmp_path / "rows.jsonl"
+        file.write_text(json.dumps(row) + "\n")
+        assert predicted(SFTData(predict=str(file), tokenizer=ByteTokenizer())) == [(1, user(text), row)]
+    file.write_text(json.dumps({"prompt": "one", "context": "which changes the answer"}) + "\n")
+    with pytest.raises(UserError, match="context"):
+        predicted(SFTData(predict=str(file), tokenizer=ByteTokenizer()))

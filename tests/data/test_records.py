@@ -6,8 +6,10 @@ import pytest
 
 from oumi_pl.data.feedback import FEEDBACK_FORMATS
 from oumi_pl.data.records import BadRows, RecordReader
+from oumi_pl.data.sft import SFTData
 from oumi_pl.data.sources import Source
 from oumi_pl.data.tokenize import Dropped
+from oumi_pl.data.tokenizers import ByteTokenizer
 from oumi_pl.errors import UserError
 from oumi_pl.preview import examples as preview
 from oumi_pl.preview.report import tables
@@ -294,3 +296,13 @@ def test_a_source_has_variables_of_the_template_for_its_rows(tmp_path):
         {"mood": "calm", "tone": "dry"},
         {"mood": "sad", "tone": "dry", "own": 1},
     ]
+
+
+def test_characters_that_replace_bytes_are_counted_in_the_data_report(tmp_path):
+    rows = b'{"prompt": "a\xff\xfe", "completion": "b"}\n{"prompt": "c", "completion": "d\xff"}\n'
+    (tmp_path / "rows.jsonl").write_bytes(rows)
+    source = {"path": str(tmp_path / "rows.jsonl"), "errors": "replace"}
+    data = SFTData(source, tokenizer=ByteTokenizer())
+    data.setup("fit")
+    (note,) = data.report()["train"]["notes"].items()
+    assert note == ("U+FFFD in place of bytes that aren't UTF-8 (characters, not rows)", 3)

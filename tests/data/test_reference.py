@@ -63,6 +63,25 @@ def test_a_file_of_another_size_is_missing(store, damage):
     assert again.logps([5]).tolist() == pytest.approx([5 + t / 10 for t in range(9)])
 
 
+def test_a_flipped_bit_anywhere_makes_a_chunk_missing(store, capsys):
+    file = store.directory / "000001.bin"
+    whole = file.read_bytes()
+    for place in range(len(whole)):
+        file.write_bytes(whole[:place] + bytes([whole[place] ^ 4]) + whole[place + 1 :])
+        assert ReferenceLogps({"model": "a"}, COUNTS).missing() == [1], place
+    assert "000001.bin is damaged; its reference log-probabilities are computed again" in capsys.readouterr().err
+    file.write_bytes(whole)
+    assert ReferenceLogps({"model": "a"}, COUNTS).missing() == []
+
+
+def test_a_chunk_of_an_older_version_has_no_checksum_and_is_read(store):
+    file = store.directory / "000001.bin"
+    file.write_bytes(file.read_bytes()[: -len(reference.MARK) - 4])
+    again = ReferenceLogps({"model": "a"}, COUNTS)
+    assert again.missing() == []
+    assert again.logps([5]).tolist() == pytest.approx([5 + t / 10 for t in range(9)])
+
+
 def test_a_kill_while_writing_leaves_the_chunk_missing(monkeypatch):
     store = ReferenceLogps({"model": "a"}, COUNTS)
 
@@ -70,7 +89,7 @@ def test_a_kill_while_writing_leaves_the_chunk_missing(monkeypatch):
         raise InterruptedError
 
     with monkeypatch.context() as patch, pytest.raises(InterruptedError):
-        patch.setattr(reference.os, "fsync", killed)
+        patch.setattr("os.fsync", killed)
         store.write(0, numbers(store, 0))
     assert store.missing() == [0, 1, 2]
     store.write(0, numbers(store, 0))

@@ -10,6 +10,7 @@ from oumi_pl.data.documents import TokenizeDocuments
 from oumi_pl.data.shards import MANIFEST, Shards, write_shards
 from oumi_pl.data.tokenizers import ByteTokenizer
 from oumi_pl.errors import UserError
+from oumi_pl.runs.checksums import DamagedError
 from tests.data.corpora import documents
 
 TEXTS = documents(60)
@@ -103,13 +104,12 @@ def test_shards_of_other_texts_are_not_continued(tmp_path, change):
 def test_damaged_shards_are_an_error_that_names_the_file(tmp_path):
     write(tmp_path, shard_tokens=700)
     tokens, index = tmp_path / "tokens-00001.bin", tmp_path / "index-00001.npy"
-    size, whole = tokens.stat().st_size, index.read_bytes()
+    size, whole, ids = tokens.stat().st_size, index.read_bytes(), tokens.read_bytes()
     with tokens.open("r+b") as file:
         file.truncate(size - 2)
     with pytest.raises(UserError, match=rf"tokens-00001.bin: holds {size - 2} bytes, where the manifest says {size}"):
         Shards(tmp_path, "bytes")
-    with tokens.open("ab") as file:
-        file.write(b"\0\0")
+    tokens.write_bytes(ids)
     index.write_bytes(whole[:-24])
     with pytest.raises(UserError, match=r"index-00001.npy: "):
         Shards(tmp_path, "bytes")
@@ -127,3 +127,50 @@ def test_damaged_shards_are_an_error_that_names_the_file(tmp_path):
     (tmp_path / MANIFEST).write_text(json.dumps(manifest | {"format": 0}))
     with pytest.raises(UserError, match="another version of oumi_pl"):
         Shards(tmp_path, "bytes")
+
+
+def flip(file, place):
+    content = bytearray(file.read_bytes())
+    content[place] ^= 1
+    file.write_bytes(content)
+
+
+def test_a_flipped_bit_of_tokens_is_an_error_when_its_block_is_read(tmp_path, monkeypatch):
+    monkeypatch.setattr("oumi_pl.data.shards.BLOCK", 256)
+    write(tmp_path, shard_tokens=700)
+    tokens = tmp_path / "tokens-00001.bin"
+    flip(tokens, 600)
+    shards = Shards(tmp_path, "bytes")
+    number = int(shards.starts[1])
+    assert len(shards[number].ids)  # in another block
+    place = number + int(np.searchsorted(shards._indices[1][:, 0], 300, side="right"))
+    damaged = r"tokens-00001.bin: bytes 512 to 768 are not what their checksum says"
+    for read in (lambda: shards[place], lambda: list(shards.read(number)), shards.check):
+        with pytest.raises(DamagedError, match=damaged):
+            read()
+    flip(tokens, 600)
+    Shards(tmp_path, "bytes").check()
+
+
+@pytest.mark.parametrize("name", [MANIFEST, "index-00001.npy"])
+def test_a_flipped_bit_anywhere_in_manifest_or_index_is_an_error(tmp_path, name):
+    write(tmp_path, shard_tokens=700)
+    whole = (tmp_path / name).read_bytes()
+    for place in range(0, len(whole), 5):
+        flip(tmp_path / name, place)
+        with pytest.raises(UserError, match=r"prepare (it|them) again"):
+            Shards(tmp_path, "bytes")
+        (tmp_path / name).write_bytes(whole)
+
+
+def test_shards_of_an_older_version_have_no_checksums_and_are_read(tmp_path):
+    write(tmp_path, shard_tokens=700)
+    manifest = json.loads((tmp_path / MANIFEST).read_text())
+    del manifest["crc32"]
+    for shard in manifest["shards"]:
+        del shard["tokens_crc32"], shard["index_crc32"]
+    (tmp_path / MANIFEST).write_text(json.dumps(manifest))
+    flip(tmp_path / "tokens-00001.bin", 600)
+    shards = Shards(tmp_path, "bytes")
+    shards.check()
+    assert sum(len(ids) for ids in shards.read(0)) == shards.tokens

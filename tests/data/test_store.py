@@ -1,6 +1,7 @@
 """Examples on disk: what is read is what was written, with all segments and fields."""
 
 import ast
+import os
 import random
 from dataclasses import replace
 from pathlib import Path
@@ -11,7 +12,9 @@ import pytest
 from oumi_pl.data import store
 from oumi_pl.data.store import ExampleStore, cache_root, write_store
 from oumi_pl.errors import UserError
+from oumi_pl.runs.checksums import DamagedError, write_list
 from oumi_pl.types import Example, Segment
+from tests.tiny import data
 from tests.trees import naive_paths, random_example
 
 
@@ -55,6 +58,7 @@ def test_a_changed_border_of_a_segment_is_noticed(tmp_path):
     shared = np.flatnonzero(changed["segments"][:, 2] > 1)[0]
     changed["segments"][shared, 2] -= 1
     np.savez(tmp_path / "store" / store.TABLES, **changed)
+    write_list(tmp_path / "store")  # else it would be damaged
     opened = ExampleStore(tmp_path / "store")
     assert sum(opened[i].segments != example.segments for i, example in enumerate(examples)) == 1
 
@@ -139,3 +143,40 @@ def test_a_cache_directory_that_can_not_be_made_is_an_error(tmp_path, monkeypatc
     monkeypatch.setenv("OUMI_PL_CACHE", str(tmp_path / "file/cache"))
     with pytest.raises(UserError, match=r"can't create the cache directory .*OUMI_PL_CACHE"):
         cache_root()
+
+
+# ---- damage
+
+
+def flip(file, place):
+    content = bytearray(file.read_bytes())
+    content[place] ^= 16
+    file.write_bytes(content)
+
+
+def test_a_flipped_bit_anywhere_in_a_store_is_refused_when_it_is_opened(tmp_path):
+    write_store(tmp_path / "store", random_examples(2, depth=1), {"rows": 2})
+    for file in (tmp_path / "store").iterdir():
+        for place in range(0, file.stat().st_size - 1, 7):
+            flip(file, place)
+            with pytest.raises(DamagedError, match="store is damaged: it"):
+                ExampleStore(tmp_path / "store")
+            flip(file, place)
+    ExampleStore(tmp_path / "store")
+
+
+@pytest.mark.parametrize("name", ["input_ids.bin", "loss_mask.bin", "tables.npz", "report.json", "checksums.json"])
+@pytest.mark.parametrize("harm", [lambda file: flip(file, 20), os.unlink, lambda file: os.truncate(file, 9)])
+def test_a_damaged_cache_is_written_again_with_a_line_that_says_so(tmp_path, capsys, name, harm):
+    first = data(tmp_path, 3)
+    first.prepare_data()
+    ids = first.examples("train")[0].input_ids.tolist()
+    (directory,) = (cache_root() / "examples").iterdir()
+    whole = {file.name: file.read_bytes() for file in directory.iterdir()}
+    harm(directory / name)
+    again = data(tmp_path, 3)
+    again.prepare_data()
+    assert f"the cache folder {directory} is damaged: it" in capsys.readouterr().err
+    assert {file.name: file.read_bytes() for file in directory.iterdir()} == whole
+    assert again.examples("train")[0].input_ids.tolist() == ids
+    assert [path.name for path in directory.parent.iterdir()] == [directory.name]

@@ -11,7 +11,8 @@ from oumi_pl.errors import UserError
 from oumi_pl.models.build import build_model
 from oumi_pl.models.export import export_model
 from oumi_pl.models.lm import LM
-from tests.architectures import NAMES, small
+from oumi_pl.types import Segment
+from tests.architectures import NAMES, small, small_with_parts
 from tests.models.test_lora import trainable
 
 CONTROLS = ["llama", "gpt2", "gemma3_text", "qwen3_moe", "gpt_oss", "mamba"]
@@ -77,6 +78,58 @@ def assert_exports(folder, name):
         return
     export_model(adapted, folder / "alone")
     assert_same(folder / "alone", adapted.hf)
+
+
+HIDDEN = {"llama4": "Llama4ForCausalLM", "mllama": "MllamaForCausalLM", "qwen3_5": "Qwen3_5ForCausalLM"}
+"""What the default suite tries: prefixes that name a part which the causal class does not have, and a vision tower."""
+NO_SMALL_CONFIG = {
+    **dict.fromkeys(("musicgen", "musicgen_melody"), "transformers builds no causal model of their default config"),
+    **dict.fromkeys(("gemma4_assistant", "gemma4_unified_assistant"), "they read the cache of another model"),
+    **{"gemma3n": "needs timm", "dots3_note": "values by layer that have to fit 48 layers"},
+}
+"""Not built by `small_with_parts`, and why."""
+
+
+def assert_hidden_states_give_the_logits_or_are_refused(name):
+    """Our logits equal the model's own, or the message names the class."""
+    torch.manual_seed(0)
+    hf = AutoModelForCausalLM.from_config(AutoConfig.for_model(**small_with_parts(name))).train()
+    assert sum(p.numel() for p in hf.parameters()) < 14_000_000
+    try:
+        LM(hf).refuse_unknown_logits()
+    except UserError as error:
+        assert type(hf).__name__ in str(error)
+        assert "is not supported" in str(error) or "no hidden states" in str(error)
+    return hf
+
+
+@pytest.mark.parametrize("name", HIDDEN)
+def test_hidden_states_are_those_of_the_logits(name):
+    hf = assert_hidden_states_give_the_logits_or_are_refused(name)
+    assert type(hf).__name__ == HIDDEN[name]
+    batch = {
+        "input_ids": torch.arange(3, 9)[None],
+        "position_ids": torch.arange(6)[None],
+        "segments": [Segment(6)],
+        "targets": torch.arange(4, 9),
+        "predictors": torch.arange(5),
+    }
+    own = hf(input_ids=batch["input_ids"], use_cache=False).logits[0, :5].float().log_softmax(-1)
+    logps = LM(hf)(batch)
+    torch.testing.assert_close(logps, own.gather(1, batch["targets"][:, None])[:, 0], rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", sorted(set(NAMES) - set(HIDDEN) - set(NO_SMALL_CONFIG)))
+def test_hidden_states_of_every_causal_class_give_its_logits_or_the_class_is_refused(name):
+    assert_hidden_states_give_the_logits_or_are_refused(name)
+
+
+def test_a_class_without_hidden_states_is_refused_by_name():
+    hf = build_model(None, config=small("llama"))
+    hf.model.forward = lambda **_: (torch.zeros(1, 3, 32),)
+    with pytest.raises(UserError, match="LlamaForCausalLM returns no hidden states"):
+        LM(hf).hidden_states({"input_ids": torch.zeros(1, 3, dtype=torch.long), "position_ids": torch.arange(3)[None]})
 
 
 @pytest.mark.parametrize("name", CONTROLS)

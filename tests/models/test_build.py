@@ -17,6 +17,7 @@ from oumi_pl.losses.causal import CrossEntropy
 from oumi_pl.models import build, hub
 from oumi_pl.models.build import build_model
 from oumi_pl.models.lm import LM
+from tests.models.test_lora import pretrained
 from tests.tiny import LLAMA
 from tests.trees import batch_of_rows
 
@@ -370,3 +371,12 @@ def test_damaged_weights_are_refused(tmp_path):
     (tmp_path / "model.safetensors").write_bytes(b"cut short")
     with pytest.raises(UserError, match="can't load"):
         build_model(str(tmp_path))
+
+
+def test_a_config_that_leaves_layers_of_trained_weights_out_is_refused(tmp_path):
+    folder = pretrained(tmp_path / "base")
+    with pytest.raises(
+        UserError, match=r"num_hidden_layers\): 9 trained weights .* would be left out, first model.layers.1"
+    ):
+        build_model(folder, config={"num_hidden_layers": 1})
+    build_model(folder, config={"attention_dropout": 0.1})

@@ -191,7 +191,7 @@ def test_predict_writes_a_completion_per_row(recipe):
     ]
     assert main(command) == 0
     lines = [json.loads(line) for line in (recipe / "runs/recipe-predict/predictions.jsonl").read_text().splitlines()]
-    assert [line["row"] for line in lines] == list(range(ROWS))
+    assert [line["row"] for line in lines] == list(range(1, ROWS + 1))
     rows = conversations(ROWS)
     assert [line["reference"] for line in lines] == [row["messages"][-1]["content"] for row in rows]
     assert all(rows[i]["messages"][0]["content"] in line["prompt"] for i, line in enumerate(lines))

@@ -33,6 +33,5 @@ class ThumbsData(ChatData):
         goods = [{"good": float(record.good)} for record in records]
         return [replace(e, fields=g) if isinstance(e, Example) else e for e, g in zip(examples, goods, strict=True)]
 
-    def prompts(self, split):
-        for _, record in self.records(split):
-            yield self.tokenize.prompt_ids(record.conversation)
+    def prompt_of(self, record):
+        return self.tokenize.prompt_ids(record.conversation)

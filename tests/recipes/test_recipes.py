@@ -34,6 +34,8 @@ KTO_MIX = [
     }
     for i in range(40)
 ]
+GSM8K = [{"question": f"What is {i} + 1?", "answer": f"{i} + 1 = {i + 1} #### {i + 1}"} for i in range(40)]
+COUNTDOWN = [{"nums": [i, 1], "target": i + 1} for i in range(40)]
 RECIPES = recipe_files.names()
 
 
@@ -43,6 +45,8 @@ TEXTS = [{"text": f"Document {i}: " + "one more word " * (i % 5 + 3)} for i in r
 def rows_like(source):
     """Rows of the shape that a hub data set has."""
     shapes = {"alpaca": ALPACA, "ultrafeedback": ULTRAFEEDBACK, "hh-rlhf": HH, "kto-mix": KTO_MIX}
+    if isinstance(source, dict) and "format" in source:
+        shapes |= {"gsm8k": GSM8K, "countdown": COUNTDOWN}
     shapes |= dict.fromkeys(("fineweb", "c4", "my_texts", "train.txt"), TEXTS)
     return next((rows for name, rows in shapes.items() if name in str(source)), None) or conversations(40)
 
@@ -94,10 +98,15 @@ def test_a_recipe_runs_two_steps(name, tiny_model, tmp_path, monkeypatch):
         args += ["--model.compile=false"] if "compile" in model else []  # takes a C++ compiler, and minutes
     if isinstance(data.get("tokenizer"), str):
         args.append(f"--data.tokenizer={tiny_model}")
+    prompts = recipe["data"]["class_path"] == "RolloutData"
+    if prompts:
+        args += ["--data.sampling.max_new_tokens=8"] if not name.startswith("quickstart/") else []
     if not str(data["train"]).startswith("bundled/"):
         write_jsonl(tmp_path / "rows.jsonl", rows_like(data["train"]))
-        args += ["--data.train=rows.jsonl", "--data.validation=0.2", "--data.batch_size=2"]
-        args += ["--data.max_length=" + ("64" if "train.txt" in str(data["train"]) else "256")]
+        local = {"path": "rows.jsonl", "config": None, "split": "train"}
+        args += [f"--data.train={json.dumps(data['train'] | local) if prompts else 'rows.jsonl'}"]
+        args += ["--data.validation=0.2", "--data.batch_size=2"]
+        args += ["--data.max_length=" + ("64" if "train.txt" in str(data["train"]) else "1024" if prompts else "256")]
     assert main(["fit", "--config", name, *args]) == 0
     run = tmp_path / "runs" / name.replace("/", "-")
     state = json.loads((run / "run.json").read_text())

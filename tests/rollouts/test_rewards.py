@@ -130,6 +130,7 @@ def test_countdown(completion, expected):
 def test_other_built_in_rewards():
     assert rewards.letter_count("there are \\boxed{3}", {"letter_count_integer": 3}) == 1
     assert rewards.letter_count("2", {"letter_count_integer": 3}) == 0
+    assert rewards.letter_count("3 of them", {"metadata": {"letter_count_integer": 3}}) == 1
     assert Matches(r"<think>.*</think>.+")("<think>a\nb</think>c", {}) == 1
     assert Matches(r"<think>.*</think>.+")("c", {}) == 0
     assert LengthPenalty(free=2, scale=4)("a b c d", {}) == -0.5

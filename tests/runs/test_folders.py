@@ -4,6 +4,7 @@ import json
 import math
 import os
 import socket
+import zipfile
 
 import pytest
 
@@ -11,6 +12,11 @@ from oumi_pl.config import files as recipe_files
 from oumi_pl.errors import UserError
 from oumi_pl.runs import folders, lock
 from oumi_pl.runs.folders import checkpoint_name
+
+
+def write_checkpoint(file):
+    """A checkpoint without content: an archive without files."""
+    zipfile.ZipFile(file, "w").close()
 
 
 def run(root, name="r", recipe="r", status="stopped", created=0, step=None, config=True):
@@ -21,7 +27,7 @@ def run(root, name="r", recipe="r", status="stopped", created=0, step=None, conf
     if config:
         (folder / folders.CONFIG).write_text("trainer: {max_steps: 9}\n")
     if step is not None:
-        (folder / folders.CHECKPOINTS / checkpoint_name(step)).write_bytes(b"")
+        write_checkpoint(folder / folders.CHECKPOINTS / checkpoint_name(step))
     return folder
 
 
@@ -138,13 +144,27 @@ def test_config_of_a_run_stands_for_its_recipe(tmp_path):
 
 def test_goes_on_from_the_newest_checkpoint(tmp_path, capsys):
     folder = run(tmp_path / "runs", step=4)
-    (folder / folders.CHECKPOINTS / checkpoint_name(10)).write_bytes(b"")
+    write_checkpoint(folder / folders.CHECKPOINTS / checkpoint_name(10))
     (folder / folders.CHECKPOINTS / "step-00000011.ckpt.half").write_bytes(b"")
     found, recipe, args = arguments(["--config", "r.yaml", "--trainer.max_steps", "20"])
     assert (found.name, recipe) == ("r", "r")
     config, checkpoint = "runs/r/config.yaml", "runs/r/checkpoints/step-00000010.ckpt"
     assert args == ["--config", config, "--trainer.max_steps=20", f"--ckpt_path={checkpoint}"]
     assert capsys.readouterr().out == "resuming runs/r from step-00000010.ckpt\n"
+
+
+def test_goes_on_from_an_older_checkpoint_if_the_newest_is_damaged(tmp_path, capsys):
+    folder = run(tmp_path / "runs", step=4)
+    damaged = folder / folders.CHECKPOINTS / checkpoint_name(10)
+    damaged.write_bytes(b"PK")
+    _, _, args = arguments(resume="runs/r", args=["--dry_run"])
+    assert args[-1] == "--ckpt_path=runs/r/checkpoints/step-00000004.ckpt"
+    assert damaged.exists()
+    arguments(resume="runs/r")
+    printed = capsys.readouterr().out
+    assert "resuming runs/r from step-00000004.ckpt\n" in printed
+    assert "step-00000010.ckpt is damaged: it was cut short" in printed
+    assert not damaged.exists()
 
 
 def test_auto_goes_on_with_the_newest_run_of_the_name_or_starts(tmp_path, capsys):

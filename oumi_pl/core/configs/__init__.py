@@ -14,6 +14,7 @@ from oumi_pl.core.configs.params.data_params import (
     TrainTarget,
 )
 from oumi_pl.core.configs.params.gkd_params import GkdParams
+from oumi_pl.core.configs.params.grpo_params import GrpoParams
 from oumi_pl.core.configs.params.model_params import ModelParams
 from oumi_pl.core.configs.params.peft_params import LoraWeightInitialization, PeftParams, PeftSaveMode, TaskType
 from oumi_pl.core.configs.params.sharding_params import (
@@ -37,7 +38,7 @@ from oumi_pl.core.configs.params.training_params import (
     TrainerType,
     TrainingParams,
 )
-from oumi_pl.core.configs.params.unsupported_params import GoldParams, GrpoParams
+from oumi_pl.core.configs.params.unsupported_params import GoldParams
 from oumi_pl.core.configs.training_config import TrainingConfig
 
 __all__ = [

@@ -17,7 +17,12 @@ from oumi_pl.core.configs.params.training_params import (
     TrainingParams,
 )
 
-TRL = (TrainerType.TRL_SFT, TrainerType.TRL_DPO, TrainerType.TRL_KTO, TrainerType.TRL_GKD)
+TRL = (
+    *(TrainerType.TRL_SFT, TrainerType.TRL_DPO, TrainerType.TRL_KTO, TrainerType.TRL_GKD),
+    TrainerType.TRL_GRPO,
+)
+WITH_MAX_LENGTH = TRL[:4]
+"""Types whose TRL config has `max_length`."""
 VISION_COLLATOR = "vision_language_sft"
 
 
@@ -31,6 +36,11 @@ class TrainingConfig(BaseConfig):
     peft: PeftParams = field(default_factory=PeftParams)
     fsdp: FSDPParams = field(default_factory=FSDPParams)
     deepspeed: DeepSpeedParams = field(default_factory=DeepSpeedParams)
+
+    @property
+    def is_sharded(self) -> bool:
+        """Whether weights are divided among devices, by FSDP or by DeepSpeed's ZeRO."""
+        return self.fsdp.enable_fsdp or self.deepspeed.shards
 
     def _problems(self) -> Iterator[str]:
         """What contradicts between sections, in Oumi's order."""
@@ -66,7 +76,7 @@ class TrainingConfig(BaseConfig):
     def _settle(self) -> None:
         """Copies what one section says for another."""
         model, training, length = self.model, self.training, self.model.model_max_length
-        if length is not None and length > 0 and training.trainer_type in TRL:
+        if length is not None and length > 0 and training.trainer_type in WITH_MAX_LENGTH:
             if (given := self._kwargs.get("max_length")) not in (None, length):
                 message = (
                     f"training.trainer_kwargs.max_length is {given}, and model.model_max_length {length}, which wins"

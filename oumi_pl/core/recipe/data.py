@@ -5,7 +5,7 @@ from typing import Any
 
 from oumi_pl.core.configs import DatasetSplitParams, TrainingConfig
 from oumi_pl.core.recipe.notes import Notes, given, refuse
-from oumi_pl.core.recipe.sources import Registered, entry_of, source
+from oumi_pl.core.recipe.sources import FORMATS, Registered, entry_of, source
 from oumi_pl.core.recipe.targets import COMPLETIONS, PADDING, refuse_collators, template, train_on
 
 EVALUATION = ("training.per_device_eval_batch_size", "training.eval_steps")
@@ -16,8 +16,23 @@ ADD_BOS = ("oumi/default", "oumi/phi3-instruct", "oumi/gpt2", "oumi/zephyr")
 """Templates that don't write BOS themselves."""
 
 
+READS: dict[str, tuple[str, set[str], str]] = {
+    "DPO": ("DPO", {"pair"}, "pairs of responses, e.g. text_dpo_jsonl, and these have none"),
+    "KTO": ("KTO", {"feedback"}, "responses with a label, e.g. trl-lib/kto-mix-14k, unlike these"),
+    "GRPO": ("GRPO", {"prompt"}, "prompts, e.g. openai/gsm8k, and these are something else"),
+    "GKD": ("Distill", {"chat"}, "conversations, and these are something else"),
+}
+"""End of a trainer type -> module, the kinds of data that it reads, and what they are."""
+FOR = {
+    "pair": "pairs of responses, which TRL_DPO trains on",
+    "feedback": "responses with a label, which TRL_KTO trains on",
+    "prompt": "prompts, which TRL_GRPO and VERL_GRPO train on",
+}
+"""Kind of data -> what it is for."""
+
+
 def kind(config: TrainingConfig, notes: Notes) -> str:
-    """`SFT`, `DPO`, `KTO`, `Distill` or `Pretrain`, by the trainer type and the data.
+    """`SFT`, `DPO`, `KTO`, `Distill`, `GRPO` or `Pretrain`, by the trainer type and the data.
 
     Raises:
         UserError: the data are not for this trainer type, or can't be mixed.
@@ -27,28 +42,35 @@ def kind(config: TrainingConfig, notes: Notes) -> str:
         refuse("data.train.datasets", "is empty, so there is nothing to train on")
     kinds = {entry.kind for entry in _entries(split)}
     name = config.training.trainer_type.name
-    rows = {"DPO": "pair", "KTO": "feedback"}
-    module = next((module for module in rows if name.endswith(module)), "Pretrain" if name == "PRETRAIN" else "SFT")
     if len(kinds - {"raw"}) > 1 or ("document" in kinds and len(kinds) > 1):
         refuse("data.train.datasets", f"{' and '.join(sorted(kinds))} data can't be mixed; keep one kind")
-    if module == "DPO" and kinds & {"chat", "document", "feedback"}:
-        refuse("data.train.datasets", f"{name} reads pairs of responses, e.g. text_dpo_jsonl, and these have none")
-    if module == "KTO" and kinds & {"chat", "document", "pair"}:
-        refuse("data.train.datasets", f"{name} reads responses with a label, e.g. trl-lib/kto-mix-14k, unlike these")
-    if module != "DPO" and "pair" in kinds:
-        refuse("data.train.datasets", f"these are pairs of responses, which TRL_DPO trains on, and not {name}")
-    if module != "KTO" and "feedback" in kinds:
-        refuse("data.train.datasets", f"these are responses with a label, which TRL_KTO trains on, and not {name}")
-    if module in rows:
+    module, kinds_read, what = next(
+        (reads for ending, reads in READS.items() if name.endswith(ending)), ("SFT", {"chat", "document"}, "")
+    )
+    if what and kinds - kinds_read - {"raw"}:
+        refuse("data.train.datasets", f"{name} reads {what}")
+    for other in kinds & set(FOR) - kinds_read:
+        refuse("data.train.datasets", f"these are {FOR[other]}, and not {name}")
+    if what:
         return module
-    if name == "TRL_GKD":
-        if "document" in kinds:
-            refuse("data.train.datasets", f"{name} reads conversations, and these are documents")
-        return "Distill"
-    if "document" in kinds or split.pack:
+    if "document" in kinds or split.pack or name == "PRETRAIN":
         module = "Pretrain"
     notes.became["training.trainer_type"] = f"model.class_path {module}"
     return module
+
+
+def refuse_images(config: TrainingConfig) -> None:
+    """Refuses data with images by that reason, before whatever else such a config says.
+
+    Raises:
+        UserError: a dataset or a collator is for images.
+    """
+    for name in ("train", "validation"):
+        split: DatasetSplitParams = getattr(config.data, name)
+        for number, dataset in enumerate(split.datasets):
+            entry_of(dataset, f"data.{name}.datasets[{number}]")
+        if (split.collator_name or "").startswith("vision"):
+            refuse(f"data.{name}.collator_name", f"{split.collator_name} is for images, and images are not trained on")
 
 
 def data(config: TrainingConfig, kind: str, notes: Notes) -> dict[str, Any]:
@@ -57,7 +79,7 @@ def data(config: TrainingConfig, kind: str, notes: Notes) -> dict[str, Any]:
     Raises:
         UserError: something has no counterpart.
     """
-    sections = {"DPO": _pairs, "KTO": _feedback, "Pretrain": _documents, "SFT": _conversations}
+    sections = {"DPO": _pairs, "KTO": _feedback, "Pretrain": _documents, "SFT": _conversations, "GRPO": _prompts}
     sections["Distill"] = _last_turns
     return sections[kind](config, notes)
 
@@ -113,6 +135,29 @@ def _feedback(config: TrainingConfig, notes: Notes) -> dict[str, Any]:
     return {"class_path": "KTOData", "init_args": args | _loading(config)}
 
 
+def _prompts(config: TrainingConfig, notes: Notes) -> dict[str, Any]:
+    """What `recipe.grpo` doesn't say: sources and template."""
+    split = config.data.train
+    refuse_collators(split, "data.train", (None,))
+    if split.pack:
+        refuse("data.train.pack", "prompts are not packed; leave it out")
+    if split.stream:
+        notes.nothing("data.train.stream", "prompts are read before training")
+    args = _common(config, notes) | _template(config, notes) | _loading(config)
+    for name in ("train", "validation"):
+        if name in args:
+            sources = args[name] if isinstance(args[name], list) else [args[name]]
+            read = [_as_prompts(source) for source in sources]
+            args[name] = read if isinstance(args[name], list) else read[0]
+    return {"class_path": "RolloutData", "init_args": args}
+
+
+def _as_prompts(source: str | dict[str, Any]) -> dict[str, Any]:
+    """A source whose `prompt` is not rendered if it is text, as in TRL."""
+    tree = {"path": source} if isinstance(source, str) else source
+    return {"format": f"{FORMATS}.prompt"} | tree
+
+
 def _last_turns(config: TrainingConfig, notes: Notes) -> dict[str, Any]:
     split = config.data.train
     refuse_collators(split, "data.train", (None,))
@@ -122,7 +167,7 @@ def _last_turns(config: TrainingConfig, notes: Notes) -> dict[str, Any]:
     args |= {"train_on": "last_turn", "max_length": _max_length(config, notes), "group_by_length": False}
     notes.comment(
         "data.init_args.train_on",
-        "as in TRL, where what the template writes after the end of the turn is trained as well",
+        "the last turn is trained as in TRL, which also trains what the template writes after its end",
     )
     return {"class_path": "SFTData", "init_args": args | _loading(config)}
 
@@ -173,6 +218,10 @@ def _documents(config: TrainingConfig, notes: Notes) -> dict[str, Any]:
 
 def _common(config: TrainingConfig, notes: Notes) -> dict[str, Any]:
     """Sources and tokenizer."""
+    for name in ("train", "validation"):
+        if getattr(config.data, name).use_torchdata:
+            why = "true is set, and has no counterpart: torchdata's pipelines are not used; leave it out"
+            refuse(f"data.{name}.use_torchdata", why)
     args: dict[str, Any] = {"train": _sources(config, "train", notes)}
     if config.training.eval_strategy == "no":
         for path in list(notes.became):
@@ -185,11 +234,12 @@ def _common(config: TrainingConfig, notes: Notes) -> dict[str, Any]:
         args["validation"] = _sources(config, "validation", notes)
         if config.data.validation.pack != config.data.train.pack and config.training.trainer_type.name != "PRETRAIN":
             notes.became["data.validation.pack"] = "nothing: evaluation rows are packed where data.train.pack is true"
-            different = "packed if the training rows are; Oumi packs each split by itself"
+            different = "evaluation rows are packed if the training rows are; Oumi packs each split by itself"
             notes.comment("data.init_args.validation", different)
     model, tokenizer = config.model, config.model.tokenizer_name or config.model.model_name
     own = model.load_pretrained_weights and tokenizer == model.model_name
-    return args if own else args | {"tokenizer": tokenizer}
+    args |= {} if own else {"tokenizer": tokenizer}
+    return args | given(pad_token=model.tokenizer_pad_token or model.tokenizer_kwargs.get("pad_token"))
 
 
 def _sources(config: TrainingConfig, name: str, notes: Notes) -> Any:

@@ -11,16 +11,17 @@ FIELDS: dict[str, Becomes] = {
     path.replace("[0]", ""): field.metadata[BECOMES]
     for path, field in fields_of(TrainingConfig)
     if BECOMES in field.metadata and not path.startswith("data.test.")  # which is never read
-} | {"deepspeed": Becomes("harmless", "it is only read with deepspeed.enable_deepspeed")}
+} | {"deepspeed": Becomes("harmless", "it decides on speed or memory alone")}
 """Field, or section, by its dotted path -> what becomes of it."""
 
 ONLY_WITH = {
     "peft": "training.use_peft",
     "fsdp": "fsdp.enable_fsdp",
     "deepspeed": "deepspeed.enable_deepspeed",
+    "training.grpo": "training.trainer_type TRL_GRPO or VERL_GRPO",
     "training.gkd": "training.trainer_type TRL_GKD",
 }
-"""Section -> the field without which Oumi reads none of it."""
+"""Section -> the field without which Oumi reads none of it, and the values that it has to have, if not true."""
 
 
 def field_of(path: str) -> Becomes | None:
@@ -32,10 +33,10 @@ def field_of(path: str) -> Becomes | None:
 
 
 def _is_read(config: TrainingConfig, condition: str) -> bool:
-    """Whether a field is true, or has the value that follows it."""
-    path, _, wanted = condition.partition(" ")
+    """Whether a field is true, or has one of the values that follow it."""
+    path, *wanted = condition.split()
     value = attrgetter(path)(config)
-    return value.name == wanted if wanted else bool(value)
+    return value.name in wanted if wanted else bool(value)
 
 
 def note_fields(config: TrainingConfig, notes: Notes) -> None:

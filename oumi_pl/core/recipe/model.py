@@ -34,9 +34,15 @@ def model(config: TrainingConfig, notes: Notes) -> dict[str, Any]:
         frozen = []
         notes.nothing("model.freeze_layers", "Oumi trains the adapters in these layers, and all else is frozen anyway")
     elif frozen:
-        notes.comment("model.init_args.freeze", "a name that the model doesn't have is refused, and not passed over")
+        notes.comment(
+            "model.init_args.freeze",
+            "freeze_layers: a name that the model doesn't have is refused, and not passed over",
+        )
     if params.model_revision is not None:
-        notes.comment("model.init_args.revision", "of the model alone: the tokenizer is that of the default branch")
+        notes.comment(
+            "model.init_args.revision",
+            "model_revision is of the model alone: the tokenizer is that of the default branch",
+        )
     return args | given(
         attn=None if params.attn_implementation == "sdpa" else params.attn_implementation,
         freeze=frozen,
@@ -44,6 +50,7 @@ def model(config: TrainingConfig, notes: Notes) -> dict[str, Any]:
         compile=training.compile,
         revision=params.model_revision,
         trust_remote_code=params.trust_remote_code,
+        text_only=params.text_only,
     )
 
 
@@ -157,8 +164,9 @@ def _quantization(config: TrainingConfig, notes: Notes) -> dict[str, Any]:
     peft = config.peft
     if not peft.q_lora:
         return {}
-    if config.fsdp.enable_fsdp:
-        refuse("peft.q_lora", "a quantized base is not sharded; leave fsdp out, or train LoRA on a whole base")
+    if config.is_sharded:
+        section = "fsdp" if config.fsdp.enable_fsdp else "deepspeed"
+        refuse("peft.q_lora", f"a quantized base is not sharded; leave {section} out, or train LoRA on a whole base")
     if peft.q_lora_bits == 8:
         return {"quantization": "int8"}
     if peft.bnb_4bit_quant_type != "nf4":

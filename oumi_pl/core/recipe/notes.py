@@ -8,11 +8,12 @@ from oumi_pl.errors import UserError
 class Notes:
     """Collects, while a config is converted, what its reader has to know.
 
-    became: field of the config -> what it became in the recipe. comments: key of the recipe by its dotted path, empty
-    for the recipe as a whole -> how Oumi differs there.
+    online: whether files of models may be fetched from the hub. became: field of the config -> what it became in the
+    recipe. comments: key of the recipe by its dotted path, empty for the recipe as a whole -> how Oumi differs there.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, *, online: bool = False) -> None:
+        self.online = online
         self.became: dict[str, str] = {}
         self.comments: dict[str, list[str]] = {}
 

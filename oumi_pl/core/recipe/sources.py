@@ -14,9 +14,10 @@ FORMATS = "oumi_pl.core.recipe.formats"
 class Registered(NamedTuple):
     """A registered dataset.
 
-    kind: what its rows are: `chat`, `pair`, `feedback` or `document`. format: of the source; found from the columns if
-    None. columns: of the source. kwargs: what `dataset_kwargs` may hold besides `ANY` and those of its kind. path: id
-    on the hub, where that is not the name it is registered by; empty where `dataset_path` or a keyword has to say.
+    kind: what its rows are: `chat`, `pair`, `feedback`, `prompt` or `document`. format: of the source; found from the
+    columns if None. columns: of the source. kwargs: what `dataset_kwargs` may hold besides `ANY` and those of its kind.
+    path: id on the hub, where that is not the name it is registered by; empty where `dataset_path` or a keyword has to
+    say. subset: the one that is read where the config names none.
     """
 
     kind: str
@@ -24,6 +25,7 @@ class Registered(NamedTuple):
     columns: Mapping[str, str] = {}
     kwargs: tuple[str, ...] = ()
     path: str | None = None
+    subset: str | None = None
 
 
 ANY = ("dataset_name_override",)
@@ -32,14 +34,18 @@ OF_KIND = {
              "return_conversations", "return_conversations_format"),
     "pair": ("return_tensors",),
     "feedback": ("return_tensors",),
+    "prompt": ("return_conversations",),
     "document": ("seq_length", "dataset_text_field", "append_concat_token", "add_special_tokens", "skip_last"),
 }  # fmt: skip
 """Kind of dataset -> what `dataset_kwargs` may hold for all of them."""
 
 _ALPACA = Registered("chat", f"{FORMATS}.alpaca", kwargs=("include_system_prompt",))
-_QUESTIONS = Registered("chat", "prompt_response", {"prompt": "instruction", "response": "output"})
+_QUESTIONS = Registered("chat", f"{FORMATS}.prompt_response", {"prompt": "instruction", "response": "output"})
+_QUESTIONS_OR_NOTHING = Registered("chat", f"{FORMATS}.prompt_response_or_nothing")
+_MESSAGES = Registered("chat", f"{FORMATS}.messages")
 _TEXT_SFT = Registered("chat", f"{FORMATS}.text_sft", kwargs=("format",), path="")
-_MAGPIE = Registered("chat", "sharegpt")
+_MAGPIE = Registered("chat", f"{FORMATS}.sharegpt")
+_LETTERS = Registered("prompt", f"{FORMATS}.letter_count")
 _DOCUMENTS = Registered("document")
 _DOCUMENT_SETS = [
     "allenai/c4", "allenai/dolma", "bigcode/starcoderdata", "bigcode/the-stack", "cerebras/slimpajama-627b",
@@ -54,32 +60,48 @@ REGISTERED: dict[str, Registered] = {
     "uiuc-convai/coalm-it": _ALPACA,
     "promptresponsedataset": _QUESTIONS._replace(kwargs=("hf_dataset_path", "prompt_column", "response_column")),
     "o1-open/openo1-sft": _QUESTIONS,
-    "argilla/magpie-ultra-v0.1": _QUESTIONS._replace(columns={"prompt": "instruction", "response": "response"}),
-    "cohereforai/aya_dataset": _QUESTIONS._replace(columns={"prompt": "inputs", "response": "targets"}),
+    "argilla/magpie-ultra-v0.1": _QUESTIONS_OR_NOTHING._replace(columns={"prompt": "instruction"}),
+    "cohereforai/aya_dataset": _QUESTIONS_OR_NOTHING._replace(columns={"prompt": "inputs", "response": "targets"}),
     "huggingfacedataset": Registered(
-        "chat", "messages", kwargs=("hf_dataset_path", "messages_column", "exclude_final_assistant_message")
+        "chat",
+        f"{FORMATS}.messages_or_nothing",
+        kwargs=("hf_dataset_path", "messages_column", "exclude_final_assistant_message"),
     ),
-    "huggingfaceh4/ultrachat_200k": Registered("chat", "messages"),
-    "allenai/tulu-3-sft-mixture": Registered("chat", "messages"),
-    "allenai/wildchat-1m": Registered("chat", "messages", {"messages": "conversation"}),
+    "huggingfaceh4/ultrachat_200k": _MESSAGES,
+    "allenai/tulu-3-sft-mixture": _MESSAGES,
+    "allenai/wildchat-1m": _MESSAGES._replace(columns={"messages": "conversation"}),
     "magpie-align/llama-3-magpie-pro-1m-v0.1": _MAGPIE,
     "magpie-align/magpie-pro-300k-filtered": _MAGPIE,
     "argilla/databricks-dolly-15k-curated-en": Registered("chat", f"{FORMATS}.dolly", kwargs=("use_new_fields",)),
     "text_sft": _TEXT_SFT,
     "text_sft_jsonl": _TEXT_SFT,
     "mlabonne/orpo-dpo-mix-40k": Registered("pair", f"{FORMATS}.turns_preference"),
+    "nvidia/chatqa-training-data": Registered("chat", f"{FORMATS}.chatqa", subset="sft"),
     "trl-lib/kto-mix-14k": Registered("feedback"),
+    "trl-lib/tldr": Registered("prompt", f"{FORMATS}.prompt"),
+    "d1shs0ap/countdown": Registered("prompt", f"{FORMATS}.countdown"),
+    "openai/gsm8k": Registered("prompt", f"{FORMATS}.gsm8k"),
+    "oumi-ai/oumi-letter-count": _LETTERS,
+    "oumi-ai/oumi-letter-count-clean": _LETTERS,
+    "oumi-ai/berrybench-v0.1.1": Registered("prompt", f"{FORMATS}.berry_bench"),
     "text_dpo_jsonl": Registered("pair", "prompt_preference", path=""),
     **{name.lower(): _DOCUMENTS._replace(path=name) for name in _DOCUMENT_SETS},
 }
 """Name in lower case, as Oumi compares it -> how its rows are read."""
 
 NOT_READ = {
-    "nvidia/chatqa-training-data": "its system turns differ from subset to subset",
     "nvidia/chatrag-bench": "its turns are put together from documents",
     **dict.fromkeys(("debug_sft", "debug_pretraining", "debug_dpo", "debug_classfication"), "it is made up for tests"),
 }
 """Registered names without a counterpart, and why."""
+
+CHATQA = {
+    "sft": "chatqa",
+    "synthetic_convqa": "chatqa_full",
+    "tatqa": "chatqa_number",
+    **dict.fromkeys(("drop", "narrativeqa", "quoref", "ropes", "squad1.1", "squad2.0", "newsqa"), "chatqa_short"),
+}
+"""Subset of ChatQA -> the function that reads its rows."""
 
 VISION = (
     "merve/vqav2-small", "hf_vision", "vl_sft", "vision_language_jsonl", "vision_dpo_jsonl",
@@ -151,7 +173,7 @@ def source(
         notes.nothing(f"{place}.split", "a file has one split, and is read as a whole")
     tree = given(
         path=path,
-        config=dataset.subset,
+        config=dataset.subset or (entry.subset if dataset.dataset_path is None else None),
         split=None if local_file or split == "train" else split,
         format=_format(dataset, entry, place),
         columns=_columns(dataset, entry, text_field),
@@ -199,7 +221,19 @@ def _format(dataset: DatasetParams, entry: Registered, place: str) -> str | None
         return f"{FORMATS}.without_final_answer"
     if kwargs.get("format") not in (None, "oumi", "alpaca"):
         refuse(f"{place}.dataset_kwargs.format", f"unknown {kwargs['format']!r}; known: oumi, alpaca")
-    return entry.format
+    if "response_column" in entry.kwargs and not kwargs.get("response_column", True):
+        return f"{FORMATS}.prompt_alone"
+    return _chatqa(dataset, place) if entry.format == f"{FORMATS}.chatqa" else entry.format
+
+
+def _chatqa(dataset: DatasetParams, place: str) -> str:
+    """The format of a subset of ChatQA."""
+    subset = dataset.subset or "sft"
+    if subset in ("tatqa-arithmetic", "tatqa-others"):
+        refuse(f"{place}.subset", f"{subset} is one file of the data set; use tatqa, or text_sft_jsonl with its rows")
+    if subset not in CHATQA:
+        refuse(f"{place}.subset", f"ChatQA has no subset {subset!r}{nearest(subset, CHATQA)}")
+    return f"{FORMATS}.{CHATQA[subset]}"
 
 
 def _columns(dataset: DatasetParams, entry: Registered, text_field: str | None) -> dict[str, str]:
@@ -210,6 +244,8 @@ def _columns(dataset: DatasetParams, entry: Registered, text_field: str | None) 
     if entry is RAW and text_field is not None:
         given["text"] = text_field
     columns = {**entry.columns, **given}
+    if not kwargs.get("response_column", True):
+        columns.pop("response", None)
     return {ours: theirs for ours, theirs in columns.items() if ours != theirs}
 
 

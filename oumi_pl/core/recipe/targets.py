@@ -4,6 +4,7 @@ from typing import Any
 
 from oumi_pl.core.configs import DatasetSplitParams, ModelParams, TrainingConfig
 from oumi_pl.core.configs.params.data_params import COMPLETIONS_COLLATOR as COMPLETIONS
+from oumi_pl.core.recipe import files
 from oumi_pl.core.recipe.notes import Notes, refuse
 from oumi_pl.core.recipe.sources import Registered
 from oumi_pl.data.template import OUMI
@@ -28,9 +29,20 @@ def template(params: ModelParams, notes: Notes) -> str | None:
     name = params.chat_template
     known = {path.rpartition("/")[2]: path for path in OUMI} | {"default_gen": "oumi/default"}
     if name is None:
-        if "gpt2" in params.model_name.lower():
-            notes.comment("data.init_args.template", "Oumi puts this in place of whatever template a GPT-2 has")
+        kind = files.model_type(params, online=notes.online)
+        if kind == "gpt2" or (kind is None and "gpt2" in params.model_name.lower()):
+            notes.comment("data.init_args.template", "Oumi's template gpt2 replaces whatever template a GPT-2 has")
             return known["gpt2"]
+        has_one = files.has_template(params, online=notes.online)
+        if has_one is False:
+            notes.comment(
+                "data.init_args.template",
+                "the tokenizer has no chat template; as in Oumi, its `default` is used, which has no special tokens "
+                "and rarely gives good results: name another one as model.chat_template",
+            )
+            return known["default"]
+        if has_one is None:
+            notes.comment("data", "of a tokenizer without chat template, Oumi uses `default`: template: oumi/default")
         return None
     if name == "auto":
         return None
@@ -114,12 +126,14 @@ def _by_collator(split: DatasetSplitParams) -> str:
 
 def _by_trl(kwargs: dict[str, Any], notes: Notes) -> str:
     """What TRL trains on of rows that Oumi hands to it as they are."""
+    only = kwargs.get("completion_only_loss")
     if kwargs.get("assistant_only_loss"):
         return "assistant"
-    if kwargs.get("completion_only_loss"):
-        return "completion"
-    if kwargs.get("completion_only_loss") is None and not kwargs.get("dataset_text_field"):
+    if only is None:
         notes.comment(
-            PLACE, "of rows with `prompt` and `completion`, TRL trains on the completion: set train_on: completion"
+            PLACE,
+            "of rows with `prompt` and `completion` the completion, of others all, as in TRL; which also trains what "
+            "the template writes after the end of the completion's turn",
         )
-    return "all"
+        return "completion_or_all"
+    return "completion" if only else "all"

@@ -14,7 +14,8 @@ from oumi_pl.runs.folders import CHECKPOINTS
 Engine = Literal["lightning", "trl", "hf"]
 
 ENGINES: dict[str, Engine] = {
-    "TRL_SFT": "trl", "TRL_DPO": "trl", "TRL_KTO": "trl", "TRL_GKD": "trl", "HF": "hf",
+    "TRL_SFT": "trl", "TRL_DPO": "trl", "TRL_KTO": "trl", "TRL_GKD": "trl", "TRL_GRPO": "trl", "HF": "hf",
+    "VERL_GRPO": "lightning",
     "OUMI": "lightning", "SFT": "lightning", "DPO": "lightning", "KTO": "lightning", "PRETRAIN": "lightning",
 }  # fmt: skip
 """Trainer type -> what drives the training loop."""
@@ -37,7 +38,7 @@ def engine_of(config: TrainingConfig, kind: str, requested: Engine | None, devic
 
     Args:
         config: The config.
-        kind: `SFT`, `DPO`, `KTO`, `Distill` or `Pretrain`.
+        kind: `SFT`, `DPO`, `KTO`, `Distill`, `GRPO` or `Pretrain`.
         requested: By the user; None for that of the trainer type.
         devices: Devices per node; None for as many as there are.
         notes: Where comments go.
@@ -53,6 +54,7 @@ def engine_of(config: TrainingConfig, kind: str, requested: Engine | None, devic
     only_lightning = {
         "peft.lora_modules_to_save": (training.use_peft and peft.lora_modules_to_save, "modules trained as a whole"),
         "fsdp.enable_fsdp": (config.fsdp.enable_fsdp, "several devices"),
+        "deepspeed.enable_deepspeed": (config.deepspeed.enable_deepspeed, "several devices"),
         "training.gradient_accumulation_steps": (
             kind == "KTO"
             and training.gradient_accumulation_steps > 1
@@ -91,10 +93,13 @@ def trainer(config: TrainingConfig, notes: Notes, devices: int | None, engine: E
         notes.nothing("training.num_train_epochs", "max_steps wins")
     accumulated = training.gradient_accumulation_steps
     if accumulated != 1 and training.trainer_type.name in ("OUMI", "TRL_DPO", "DPO", "TRL_KTO", "KTO"):
-        different = "an update is the mean over all of it; in Oumi, that of the means of its micro-batches"
+        different = "an update is the mean over all micro-batches together; in Oumi, the mean of their means"
         notes.comment("trainer.accumulate_grad_batches", different)
     if training.use_deterministic and not training.full_determinism:
-        notes.comment("trainer.deterministic", "Oumi sets cuDNN alone; this warns of other operations as well")
+        notes.comment(
+            "trainer.deterministic",
+            "use_deterministic: Oumi sets cuDNN alone; here, other operations that aren't deterministic warn",
+        )
     by_epoch = training.save_epoch and training.save_steps <= 0
     strategy = _strategy(config, notes, devices) if engine == "lightning" else {}
     return (
@@ -117,9 +122,13 @@ def trainer(config: TrainingConfig, notes: Notes, devices: int | None, engine: E
 def _strategy(config: TrainingConfig, notes: Notes, devices: int | None) -> dict[str, Any]:
     """`trainer.strategy`, and the precision that goes with it."""
     fsdp = config.fsdp
+    if config.deepspeed.enable_deepspeed:
+        return _deepspeed(config, notes, devices)
     if not fsdp.enable_fsdp:
         return {"strategy": "ddp_find_unused_parameters_true"} if config.training.ddp_find_unused_parameters else {}
-    section: dict[str, Any] = _sharded_precision(config, notes)
+    if fsdp.cpu_offload:
+        notes.comment(STRATEGY, "cpu_offload: shards stay on their GPU; if memory runs out, take more GPUs or LoRA")
+    section: dict[str, Any] = _sharded_precision(config, "fsdp.mixed_precision", fsdp.mixed_precision, notes)
     name = fsdp.sharding_strategy.name
     if name == "NO_SHARD":
         notes.became["fsdp.sharding_strategy"] = "trainer.strategy ddp, which is what it comes to"
@@ -130,23 +139,54 @@ def _strategy(config: TrainingConfig, notes: Notes, devices: int | None) -> dict
         notes.comment(
             STRATEGY, "HYBRID_SHARD shards within a node; on several, this shards over all, with equal numbers"
         )
+    return _fsdp2("fsdp.enable_fsdp", notes, devices) | section
+
+
+def _deepspeed(config: TrainingConfig, notes: Notes, devices: int | None) -> dict[str, Any]:
+    """`trainer.strategy` for DeepSpeed's ZeRO, and the precision that goes with it."""
+    params, training = config.deepspeed, config.training
+    same = {
+        "train_micro_batch_size_per_gpu": training.per_device_train_batch_size,
+        "gradient_accumulation_steps": training.gradient_accumulation_steps,
+        "gradient_clipping": training.max_grad_norm,
+    }
+    for key, value in same.items():
+        if (given := getattr(params, key)) not in ("auto", value):
+            refuse(f"deepspeed.{key}", f"{given}, but section training says {value}; set auto, or the same in both")
+    if params.train_batch_size != "auto":
+        refuse("deepspeed.train_batch_size", "the rows of an update follow from section training; set auto")
+    precision = None if params.precision is None else params.precision.value
+    section = _sharded_precision(config, "deepspeed.precision", precision, notes)
+    if not params.shards:
+        notes.comment(STRATEGY, "DDP takes the place of DeepSpeed's ZERO_0; the numbers are the same")
+        return {"strategy": "ddp"} | section
+    offload = params.offload_optimizer or params.offload_param
+    kept = "; what it would offload stays on the GPUs" if offload else ""
+    notes.comment(
+        STRATEGY,
+        f"FSDP2, which shards weights, gradients and optimizer states, takes the place of DeepSpeed's "
+        f"{params.zero_stage.name}; the numbers are the same{kept}",
+    )
+    return _fsdp2("deepspeed.enable_deepspeed", notes, devices) | section
+
+
+def _fsdp2(place: str, notes: Notes, devices: int | None) -> dict[str, Any]:
     import torch
 
     size = devices or int(os.environ.get("WORLD_SIZE", "0")) or max(1, torch.cuda.device_count())
-    notes.comment(STRATEGY, "data_parallel_size is the number of all GPUs")
-    notes.became["fsdp.enable_fsdp"] = f"trainer.strategy ModelParallelStrategy (FSDP2) over {size} devices"
+    notes.comment(STRATEGY, "FSDP2 shards over all GPUs; data_parallel_size of the recipe is their number")
+    notes.became[place] = f"trainer.strategy ModelParallelStrategy (FSDP2) over {size} devices"
     arguments = {"data_parallel_size": size, "tensor_parallel_size": 1}
-    return {"strategy": {"class_path": "ModelParallelStrategy", "init_args": arguments}} | section
+    return {"strategy": {"class_path": "ModelParallelStrategy", "init_args": arguments}}
 
 
-def _sharded_precision(config: TrainingConfig, notes: Notes) -> dict[str, Any]:
-    name = config.fsdp.mixed_precision
+def _sharded_precision(config: TrainingConfig, place: str, name: str | None, notes: Notes) -> dict[str, Any]:
     if name is None:
         return {}
     if name == "fp16":
-        refuse("fsdp.mixed_precision", "fp16 is not sharded; set bf16")
+        refuse(place, "fp16 is not sharded; set bf16")
     if config.model.dtype != "float32":
-        notes.nothing("fsdp.mixed_precision", f"the weights are {config.model.torch_dtype_str} already")
+        notes.nothing(place, f"the weights are {config.model.torch_dtype_str} already")
         return {}
     return {"precision": "bf16-mixed"}
 
@@ -214,8 +254,10 @@ def _checkpoints(training: TrainingParams, notes: Notes) -> dict[str, Any]:
         if training.save_epoch:
             notes.became["training.save_epoch"] = "trainer.callbacks, SaveEachEpoch"
             return {"every": NEVER, "keep": ALL}
-        notes.comment("checkpoint", "none but that of the end: save_steps is 0")
-        return {"every": NEVER}
+        if training.trainer_kwargs.get("load_best_model_at_end"):
+            why = "the best model is kept as a checkpoint, and save_steps: 0 writes none; set save_steps"
+            refuse("training.trainer_kwargs.load_best_model_at_end", why)
+        return {"enabled": False}
     if training.save_epoch:
         notes.nothing("training.save_epoch", "save_steps wins")
     section: dict[str, Any] = {"every": training.save_steps}
@@ -232,7 +274,7 @@ def _export(config: TrainingConfig, notes: Notes) -> dict[str, Any]:
     section: dict[str, Any] = {} if config.training.save_final_model else {"enabled": False}
     mode = config.peft.peft_save_mode.name
     if config.training.use_peft and mode == "ADAPTER_AND_BASE_MODEL":
-        if config.peft.q_lora or config.fsdp.enable_fsdp:
+        if config.peft.q_lora or config.is_sharded:
             refuse("peft.peft_save_mode", f"{mode} needs the base whole and in full precision; set ADAPTER_ONLY")
         notes.became["peft.peft_save_mode"] = "the adapter in model/, and beside it the base, which train writes"
         notes.comment("export", "train writes the base model beside the adapter; fit writes the adapter alone")

@@ -47,7 +47,40 @@ _OF_KTO = (
     "ref_model_mixup_alpha", "precompute_ref_log_probs", "disable_dropout",
 )  # fmt: skip
 OF_FEEDBACK = dict.fromkeys(_OF_KTO, "model.loss, the weights and the reference")
-"""Argument -> the key of the recipe that says the same: of all trainers, of those of tokens, of TRL's DPO and KTO."""
+OF_ROLLOUTS = {
+    **dict.fromkeys(("loss_type", "epsilon_high", "importance_sampling_level"), "model.loss"),
+    **dict.fromkeys(("beta", "use_bias_correction_kl"), "model.kl and model.kl_corrected"),
+    **dict.fromkeys(("sync_ref_model", "ref_model_sync_steps", "ref_model_mixup_alpha"), "model.sync_every and mixup"),
+    **dict.fromkeys(("top_p", "top_k", "min_p", "max_completion_length"), "data.sampling"),
+    **dict.fromkeys(("steps_per_generation", "generation_batch_size"), "data.steps_per_rollout"),
+    "scale_rewards": "model.advantage",
+    "reward_weights": "data.reward",
+    "num_generations": "data.completions",
+    "num_generations_eval": "data.eval_completions",
+    "num_iterations": "data.iterations",
+    "mask_truncated_completions": "data.mask_truncated",
+    "disable_dropout": "dropout is off in any case",
+}
+"""Argument -> the key of the recipe that says the same: of all trainers, of those of tokens, of TRL's DPO, KTO and
+GRPO."""
+GENERATE = "completions are sampled by generate, which draws from the same distribution"
+OF_GENERATING = (
+    "vllm_mode", "vllm_model_impl", "vllm_enable_sleep_mode", "vllm_server_base_url", "vllm_server_host",
+    "vllm_server_port", "vllm_server_timeout", "vllm_group_port", "vllm_gpu_memory_utilization",
+    "vllm_max_model_length", "vllm_tensor_parallel_size", "vllm_importance_sampling_correction",
+    "vllm_importance_sampling_mode", "vllm_importance_sampling_cap", "vllm_importance_sampling_clip_max",
+    "vllm_importance_sampling_clip_min", "use_transformers_paged", "use_transformers_continuous_batching",
+    "transformers_continuous_batching_config", "cache_implementation", "ds3_gather_for_generation",
+)  # fmt: skip
+"""Arguments of TRL's GRPO that decide how completions are sampled, but not from which distribution."""
+NO_OTHERS: dict[str, Any] = {
+    "delta": None, "top_entropy_quantile": 1.0, "entropy_coef": 0.0, "use_adaptive_entropy": False,
+    "multi_objective_aggregation": "sum_then_normalize", "off_policy_mask_threshold": None, "shuffle_dataset": True,
+    "chat_template_kwargs": None, "generation_kwargs": None, "router_aux_loss_coef": None, "model_init_kwargs": None,
+    "cast_lm_head_to_fp32": False, "max_tool_calling_iterations": None,
+}  # fmt: skip
+"""Argument of TRL's GRPO -> the only value that has a counterpart, its default."""
+SHOWN = ("log_completions", "num_completions_to_print", "log_unique_prompts", "log_multimodal", "use_liger_loss")
 
 GONE = ("max_seq_length", "max_prompt_length", "max_completion_length")
 """Arguments that TRL no longer has."""
@@ -65,22 +98,29 @@ def note_kwargs(config: TrainingConfig, kind: str, notes: Notes) -> None:
     kwargs = config.training.trainer_kwargs
     if kwargs and config.training.trainer_type.name == "OUMI":
         refuse(PLACE, f"Oumi's own trainer reads none of {', '.join(kwargs)}; leave them out")
-    known = OF_ANY | {"DPO": OF_PREFERENCES, "KTO": OF_FEEDBACK, "Distill": {}}.get(kind, OF_TOKENS)
+    known = OF_ANY | {"DPO": OF_PREFERENCES, "KTO": OF_FEEDBACK, "GRPO": OF_ROLLOUTS, "Distill": {}}.get(
+        kind, OF_TOKENS
+    )
+    harmless = HARMLESS
+    if kind == "GRPO":
+        del known["max_length"]
+        known |= dict.fromkeys(NO_OTHERS, "its default is the only value")
+        harmless = HARMLESS | dict.fromkeys(OF_GENERATING, GENERATE) | dict.fromkeys(SHOWN, "nothing depends on it")
     for key, value in kwargs.items():
         place = f"{PLACE}.{key}"
         if key in known:
             notes.became[place] = known[key]
-        elif key in HARMLESS:
-            notes.became[place] = f"nothing: {HARMLESS[key]}"
+        elif key in harmless:
+            notes.became[place] = f"nothing: {harmless[key]}"
         elif key in GONE:
             refuse(place, "TRL has no such argument any more; set model.model_max_length")
         elif kind in ("SFT", "Pretrain") and key in ONLY:
             if value not in ONLY[key]:
                 refuse(place, f"{value!r} has no counterpart; the only value is {ONLY[key][0]}")
         else:
-            refuse(place, f"has no counterpart{nearest(key, [*known, *HARMLESS])}")
+            refuse(place, f"has no counterpart{nearest(key, [*known, *harmless])}")
     notes.became.pop(PLACE, None)
-    if "max_length" in kwargs and config.model.model_max_length is not None:
+    if "max_length" in known and "max_length" in kwargs and config.model.model_max_length is not None:
         notes.became[f"{PLACE}.max_length"] = "data.max_length, which is model.model_max_length"
 
 
@@ -117,7 +157,7 @@ def preference(kwargs: dict[str, Any]) -> dict[str, Any]:
     for key, only in {"disable_dropout": True, "truncation_mode": "keep_start"}.items():
         if kwargs.get(key, only) != only:
             refuse(f"{PLACE}.{key}", f"{kwargs[key]!r} has no counterpart; leave it out")
-    return given(loss=_loss(kwargs)) | _reference(kwargs)
+    return given(loss=_loss(kwargs)) | moving_reference(kwargs)
 
 
 def feedback(kwargs: dict[str, Any]) -> dict[str, Any]:
@@ -134,11 +174,11 @@ def feedback(kwargs: dict[str, Any]) -> dict[str, Any]:
     weights = {key: kwargs.get(key) for key in ("desirable_weight", "undesirable_weight")}
     loss = {"class_path": RESPONSE_LOSSES[name], "init_args": {"beta": float(kwargs.get("beta", BETA))}}
     return given(loss=loss, **{key: None if value is None else float(value) for key, value in weights.items()}) | (
-        _reference(kwargs)
+        moving_reference(kwargs)
     )
 
 
-def _reference(kwargs: dict[str, Any]) -> dict[str, Any]:
+def moving_reference(kwargs: dict[str, Any]) -> dict[str, Any]:
     """`sync_every` and `mixup` of a reference that moves."""
     moves = kwargs.get("sync_ref_model")
     return given(

@@ -81,7 +81,7 @@ def build_trainer(
     logs reaches the trackers. All other keywords go to the trainer's constructor as they are.
 
     Args:
-        trainer_type: TRL_SFT, TRL_DPO, TRL_KTO, TRL_GKD, HF or OUMI.
+        trainer_type: TRL_SFT, TRL_DPO, TRL_KTO, TRL_GKD, TRL_GRPO, HF or OUMI.
         processor: Of a model that reads more than text; saved with it.
         verbose: Whether to print the arguments of trainers of transformers and TRL.
 

@@ -20,6 +20,7 @@ CLASSES = {
     "TRL_SFT": {"trainer": ("trl", "SFTTrainer"), "arguments": ("trl", "SFTConfig")},
     "TRL_DPO": {"trainer": ("trl", "DPOTrainer"), "arguments": ("trl", "DPOConfig")},
     "TRL_KTO": {"trainer": ("trl", "KTOTrainer"), "arguments": ("trl", "KTOConfig")},
+    "TRL_GRPO": {"trainer": ("trl", "GRPOTrainer"), "arguments": ("trl", "GRPOConfig")},
     "TRL_GKD": {"trainer": ("trl.experimental.gkd", "GKDTrainer"), "arguments": ("trl.experimental.gkd", "GKDConfig")},
 }
 """Trainer type -> library and name of its classes."""
@@ -39,7 +40,7 @@ def to_hf(params: "TrainingParams", trainer_type: "TrainerType | None" = None) -
 
     Args:
         params: Oumi's parameters.
-        trainer_type: HF, TRL_SFT, TRL_DPO, TRL_KTO or TRL_GKD; that of the parameters if left out.
+        trainer_type: HF, TRL_SFT, TRL_DPO, TRL_KTO, TRL_GKD or TRL_GRPO; that of the parameters if left out.
 
     Raises:
         UserError: for `trainer_kwargs` that a field sets already or that the class does not have, and for parameters
@@ -50,7 +51,8 @@ def to_hf(params: "TrainingParams", trainer_type: "TrainerType | None" = None) -
     if params.metrics_function:
         raise UserError("training.metrics_function: there is no registry; give compute_metrics to the trainer instead")
     _refuse_unknown_names(params)
-    passed = _arguments(params) | {"report_to": trackers(params)} | (_gkd(params) if kind.name == "TRL_GKD" else {})
+    passed = _arguments(params) | {"report_to": trackers(params)}
+    passed |= {"TRL_GKD": _gkd, "TRL_GRPO": _grpo}.get(kind.name, lambda _: {})(params)
     known = [field.name for field in dataclasses.fields(cls) if field.init]
     for name in params.trainer_kwargs:
         if name in passed:
@@ -109,6 +111,16 @@ def _gkd(params: "TrainingParams") -> dict[str, Any]:
     section = {name: value for name, value in params.gkd if name != "teacher_model_name_or_path"}
     section["teacher_model_init_kwargs"] = dict(section["teacher_model_init_kwargs"]) or None
     return section
+
+
+def _grpo(params: "TrainingParams") -> dict[str, Any]:
+    """The section `grpo`: what is null has TRL's default, and vLLM's fields are passed if it is used."""
+    vllm = ("vllm_mode", "vllm_gpu_memory_utilization")
+    return {
+        name: value
+        for name, value in params.grpo
+        if name != "rollout_function" and value not in (None, {}) and (params.grpo.use_vllm or name not in vllm)
+    }
 
 
 def _arguments(params: "TrainingParams") -> dict[str, Any]:

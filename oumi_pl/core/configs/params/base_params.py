@@ -104,19 +104,31 @@ class BaseParams:
     def finalize_and_validate(self) -> None:
         """Checks everything again, since values may have been assigned, and also what depends on the machine.
 
+        Sections inside come first, in lists and mappings too, each of them once.
+
         Raises:
             OumiConfigError: at the first wrong value.
         """
+        self._finalize(set())
+
+    def _finalize(self, seen: set[int]) -> None:
+        if id(self) in seen:  # sections may hold each other
+            return
+        seen.add(id(self))
         for name, value in self:
             for place, part in _parts(name, value):
                 try:
-                    part.finalize_and_validate()
+                    part._finalize(seen)
                 except OumiConfigError as error:
                     raise error.at(place) from error
         self.__post_init__()
         self.refuse_missing()
+        self.__finalize_and_validate__()
         for problem in self._final_problems():
             raise OumiConfigError(problem)
+
+    def __finalize_and_validate__(self) -> None:
+        """What a subclass outside this package checks, under the name that it has in Oumi; raises what it likes."""
 
     def refuse_missing(self) -> None:
         """Refuses required fields that are not set.
@@ -194,14 +206,22 @@ def with_fields(table: Mapping[str, Any]) -> Callable[[Section], Section]:
     return decorate
 
 
-def walk(section: Any, place: str = "") -> Iterator[tuple[str, Any, Any]]:
-    """All fields of a section, and of those inside it, as (dotted path, value, default)."""
+def walk(section: Any, place: str = "", around: tuple[int, ...] = ()) -> Iterator[tuple[str, Any, Any]]:
+    """All fields of a section, and of those inside it, as (dotted path, value, default).
+
+    Args:
+        section: The section.
+        place: Its path, with a point at the end.
+        around: Ids of the sections that it is in, which are not walked again.
+    """
+    around = (*around, id(section))
     for field in dataclasses.fields(section):
         path, value = f"{place}{field.name}", getattr(section, field.name)
         if not isinstance(value, BaseParams):
             yield path, value, default_of(field)
         for inside, part in _parts(path, value):
-            yield from walk(part, f"{inside}.")
+            if id(part) not in around:
+                yield from walk(part, f"{inside}.", around)
 
 
 def fields_of(cls: type[BaseParams], place: str = "") -> Iterator[tuple[str, "dataclasses.Field[Any]"]]:
@@ -221,6 +241,9 @@ def _parts(name: str, value: Any) -> Iterator[tuple[str, BaseParams]]:
     if isinstance(value, list):
         for i, item in enumerate(value):
             yield from _parts(f"{name}[{i}]", item)
+    if isinstance(value, dict):
+        for key, item in value.items():
+            yield from _parts(f"{name}.{key}", item)
 
 
 # --- values: what a YAML file may write for a number, a truth or a name ----------------------------------------------
@@ -292,7 +315,7 @@ def converted(value: Any, hint: Any, name: str) -> Any:
 def _single(value: Any, kind: Any, name: str) -> Any:
     origin = typing.get_origin(kind) or kind
     if origin is list and isinstance(value, list | tuple):
-        (item,) = typing.get_args(kind)
+        item = next(iter(typing.get_args(kind)), Any)
         return [converted(one, item, f"{name}[{i}]") for i, one in enumerate(value)]
     if origin is dict and isinstance(value, Mapping):
         if odd := [key for key in value if not isinstance(key, str)]:

@@ -14,7 +14,6 @@ from oumi_pl.core.configs.params.base_params import (
     BaseParams,
     harmless,
     honoured,
-    refused,
     shown,
 )
 
@@ -98,7 +97,7 @@ class DatasetSplitParams(BaseParams):
     mixture_strategy: str = honoured("data.exhausted, or the length of an epoch", MixtureStrategy.FIRST_EXHAUSTED.value)
     """A mixture ends when the first dataset does (`first_exhausted`), or the last (`all_exhausted`)."""
     seed: int | None = harmless("a mixture is redrawn for each epoch, with the seed of the run", None)
-    use_torchdata: bool | None = refused("torchdata's pipelines are not used; leave it out", None)
+    use_torchdata: bool | None = harmless("rows are read without torchdata; true is refused", None)
 
     def _problems(self) -> Iterator[str]:
         yield from self._none_of("collator_name", COLLATORS)

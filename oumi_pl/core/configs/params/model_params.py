@@ -40,8 +40,10 @@ class ModelParams(BaseParams):
     )
     adapter_trainable: bool = refused("an adapter can't be trained on; merge it into its base first", False)
     tokenizer_name: str | None = honoured("data.tokenizer", None)
-    tokenizer_pad_token: str | None = harmless("padding is masked by position, never by its id", None)
-    tokenizer_kwargs: dict[str, Any] = honoured("nothing but padding may be set, which is masked by position", {})
+    tokenizer_pad_token: str | None = honoured("data.pad_token", None)
+    """Token to fill rows with, by its text; wins over `tokenizer_kwargs.pad_token`."""
+    tokenizer_kwargs: dict[str, Any] = honoured("data.pad_token; padding_side decides on nothing", {})
+    """`pad_token` and `padding_side`; others have no counterpart."""
     processor_kwargs: dict[str, Any] = refused("images are not trained on", {})
     model_max_length: int | None = honoured("data.max_length", None)
     """Longest sequence, in tokens; null: the trainer type's own limit."""
@@ -63,7 +65,8 @@ class ModelParams(BaseParams):
     shard_for_eval: bool = harmless("only evaluation reads it", False)
     freeze_layers: list[str] = honoured("model.freeze", [])
     """Modules whose weights are not trained, by their dotted names."""
-    text_only: bool = refused("images are not trained on", False)
+    text_only: bool = honoured("model.text_only", False)
+    """Take the text model alone out of one that also sees; else its other parts stay as they are."""
     model_revision: str | None = honoured("model.revision", None)
     tool_call_parser: str | None = harmless("only inference reads it", None)
 

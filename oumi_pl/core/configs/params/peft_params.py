@@ -3,6 +3,8 @@
 from collections.abc import Iterator
 from dataclasses import dataclass
 from enum import Enum, StrEnum
+from importlib import import_module
+from typing import Any
 
 from oumi_pl.core.configs.params.base_params import BaseParams, harmless, honoured, refused
 
@@ -68,6 +70,37 @@ class PeftParams(BaseParams):
     bnb_4bit_quant_storage: str = harmless("it only decides how the 4-bit numbers are stored in memory", "uint8")
     bnb_4bit_compute_dtype: str = honoured("model.quantization, which computes in bfloat16", "float32")
     peft_save_mode: PeftSaveMode = honoured("export.merge", PeftSaveMode.ADAPTER_ONLY)
+
+    def to_lora(self) -> Any:
+        """The `peft.LoraConfig` of these parameters."""
+        names = {LoraWeightInitialization.RANDOM: False, LoraWeightInitialization.DEFAULT: True}
+        targets: Any = self.lora_target_modules
+        excluded = "|".join(f"({pattern})" for pattern in self.lora_exclude_modules or ())
+        # imported by name, since reading a config must not import these libraries
+        return import_module("peft").LoraConfig(
+            r=self.lora_r,
+            lora_alpha=self.lora_alpha,
+            lora_dropout=self.lora_dropout,
+            target_modules="all-linear" if targets == ["all-linear"] else targets,
+            exclude_modules=excluded or None,
+            target_parameters=self.lora_target_parameters,
+            modules_to_save=self.lora_modules_to_save,
+            bias=self.lora_bias,
+            task_type=self.lora_task_type.value,
+            init_lora_weights=names.get(self.lora_init_weights, self.lora_init_weights.value),
+        )
+
+    def to_bits_and_bytes(self) -> Any:
+        """The `transformers.BitsAndBytesConfig` of these parameters."""
+        return import_module("transformers").BitsAndBytesConfig(
+            load_in_4bit=self.q_lora_bits == 4,
+            load_in_8bit=self.q_lora_bits == 8,
+            llm_int8_skip_modules=self.llm_int8_skip_modules,
+            bnb_4bit_compute_dtype=self.bnb_4bit_compute_dtype,
+            bnb_4bit_quant_type=self.bnb_4bit_quant_type,
+            bnb_4bit_use_double_quant=self.use_bnb_nested_quant,
+            bnb_4bit_quant_storage=self.bnb_4bit_quant_storage,
+        )
 
     def _problems(self) -> Iterator[str]:
         yield from self._below(1, "lora_r")

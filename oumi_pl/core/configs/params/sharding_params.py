@@ -63,9 +63,7 @@ class FSDPParams(BaseParams):
 
     enable_fsdp: bool = honoured("trainer.strategy", False)
     sharding_strategy: ShardingStrategy = honoured("trainer.strategy", ShardingStrategy.FULL_SHARD)
-    cpu_offload: bool = refused(
-        "shards stay on their GPU; leave it out, and use more GPUs, LoRA or shorter rows", False
-    )
+    cpu_offload: bool = harmless("shards stay on their GPU; the numbers are the same", False)
     mixed_precision: str | None = honoured("trainer.precision", None)
     """Type of the computation, `bf16` or `fp16`; null: that of the weights."""
     backward_prefetch: BackwardPrefetch = harmless(SPEED, BackwardPrefetch.BACKWARD_PRE)
@@ -106,14 +104,14 @@ class DeepSpeedOffloadDevice(StrEnum):
     NVME = "nvme"
 
 
-# DeepSpeed is refused when it is enabled, so these fields are here only for files that name them.
+# FSDP2 takes DeepSpeed's place, so most of these fields are here only for files that name them.
 COUNT = (int | str, "auto")
 OFFLOAD: dict[str, Any] = {
     "device": DeepSpeedOffloadDevice.CPU, "pin_memory": True, "buffer_count": 4, "buffer_count_nvme": 2,
     "block_size": 1_048_576, "queue_depth": 8, "single_submit": False, "overlap_events": True, "thread_count": 1,
 }  # fmt: skip
 DEEPSPEED: dict[str, Any] = {
-    "precision": (DeepSpeedPrecision | None, None), "overlap_comm": False, "contiguous_gradients": True,
+    "overlap_comm": False, "contiguous_gradients": True,
     "reduce_bucket_size": (int | str, 500_000_000), "allgather_bucket_size": 500_000_000,
     "allgather_partitions": True, "reduce_scatter": True, "round_robin_gradients": False,
     "stage3_prefetch_bucket_size": (int | str, 50_000_000),
@@ -135,16 +133,20 @@ class OffloadConfig(BaseParams):
 class DeepSpeedParams(BaseParams):
     """DeepSpeed; read when `enable_deepspeed` is true."""
 
-    enable_deepspeed: bool = refused(
-        "DeepSpeed is not driven from here; what shards the same is fsdp.enable_fsdp: true", False
-    )
-    deepspeed_config_path: str | Path | None = None
+    enable_deepspeed: bool = honoured("trainer.strategy, FSDP2 in place of DeepSpeed", False)
+    deepspeed_config_path: str | Path | None = refused("name zero_stage and precision in this section", None)
     """A configuration in DeepSpeed's own JSON, which replaces all other fields."""
-    zero_stage: ZeRORuntimeStage = ZeRORuntimeStage.ZERO_0
+    zero_stage: ZeRORuntimeStage = honoured("trainer.strategy: ddp for ZERO_0, else FSDP2", ZeRORuntimeStage.ZERO_0)
+    precision: DeepSpeedPrecision | None = honoured("trainer.precision", None)
     offload_optimizer: OffloadConfig | None = None
     offload_param: OffloadConfig | None = None
     train_batch_size: int | str = "auto"
     """Rows of an update over all GPUs."""
+
+    @property
+    def shards(self) -> bool:
+        """Whether it is enabled and divides something among devices."""
+        return self.enable_deepspeed and self.zero_stage != ZeRORuntimeStage.ZERO_0
 
     def _problems(self) -> Iterator[str]:
         stage = self.zero_stage

@@ -5,6 +5,7 @@ import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from enum import Enum, StrEnum
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -18,9 +19,10 @@ from oumi_pl.core.configs.params.base_params import (
     refused,
 )
 from oumi_pl.core.configs.params.gkd_params import GkdParams
-from oumi_pl.core.configs.params.unsupported_params import GoldParams, GrpoParams
+from oumi_pl.core.configs.params.grpo_params import GrpoParams
+from oumi_pl.core.configs.params.unsupported_params import GoldParams, Unsupported
 
-NOT_HERE = ("TRL_GRPO", "TRL_GOLD", "VERL_GRPO")
+NOT_HERE = ("TRL_GOLD",)
 LONGEST_NAME = 100
 """Trackers take names of 128 characters, and put some of their own around this one."""
 
@@ -32,6 +34,8 @@ class TrainerType(Enum):
     TRL_DPO = "trl_dpo"
     TRL_KTO = "trl_kto"
     TRL_GKD = "trl_gkd"
+    TRL_GRPO = "trl_grpo"
+    VERL_GRPO = "verl_grpo"
     HF = "hf"
     OUMI = "oumi"
     SFT = "sft"
@@ -41,9 +45,11 @@ class TrainerType(Enum):
 
 
 THROUGH_TRANSFORMERS = (
-    *(TrainerType.TRL_SFT, TrainerType.TRL_DPO, TrainerType.TRL_KTO, TrainerType.TRL_GKD),
+    *(TrainerType.TRL_SFT, TrainerType.TRL_DPO, TrainerType.TRL_KTO, TrainerType.TRL_GKD, TrainerType.TRL_GRPO),
     TrainerType.HF,
 )
+ONLINE = (TrainerType.TRL_GRPO, TrainerType.VERL_GRPO)
+"""Trainer types that sample completions, and train on their rewards."""
 
 
 class SchedulerType(StrEnum):
@@ -169,9 +175,11 @@ class TrainingParams(BaseParams):
     metrics_function: str | None = refused(
         "there are no functions of metrics; write a callback, or read metrics.csv", None
     )
-    reward_functions: list[str] | None = refused("rewards are for reinforcement learning", None)
-    reward_function_kwargs: dict[str, Any] = refused("rewards are for reinforcement learning", {})
-    grpo: GrpoParams = refused("GRPO is not among the trainer types here", GrpoParams())
+    reward_functions: list[str] | None = honoured("data.reward", None)
+    """Rewards by Oumi's names, or functions `(completion, row) -> float` by their paths."""
+    reward_function_kwargs: dict[str, Any] = refused("write a function without them, and name its path", {})
+    grpo: GrpoParams = honoured("the keys that have a counterpart, one by one", GrpoParams())
+    """The section of TRL_GRPO and VERL_GRPO."""
     gkd: GkdParams = honoured("the keys that have a counterpart, one by one", GkdParams())
     """The section of TRL_GKD."""
     gold: GoldParams = refused("GOLD is not among the trainer types here", GoldParams())
@@ -227,7 +235,8 @@ class TrainingParams(BaseParams):
     """Norm that gradients are clipped to; 0 or null: they are not."""
     trainer_kwargs: dict[str, Any] = honoured("the keys that have a counterpart, one by one", {})
     """Further arguments of transformers' and TRL's trainers, as `beta`."""
-    verl_config_overrides: dict[str, Any] = refused("verl is not driven from here", {})
+    verl_config_overrides: dict[str, Any] = honoured("the keys that have a counterpart, one by one", {})
+    """Keys of verl's own config, of VERL_GRPO."""
     profiler: ProfilerParams = harmless("it is only read while profiling", ProfilerParams())
     telemetry: TelemetryParams = harmless(f"it describes the machine; {THROUGHPUT}", TelemetryParams())
     empty_device_cache_steps: int | None = harmless(SPEED, None)
@@ -235,6 +244,18 @@ class TrainingParams(BaseParams):
     nccl_default_timeout_minutes: float | None = refused("set `timeout` of trainer.strategy in the recipe", None)
     label_ignore_index: int | None = harmless("tokens without loss are marked by a mask", None)
     """Label of tokens without loss; null: -100, or the model's."""
+
+    def to_hf(self, training_config: Any = None) -> Any:
+        """The arguments of transformers' or TRL's trainer that these parameters stand for.
+
+        Args:
+            training_config: Not used; here because Oumi's signature has it.
+
+        Raises:
+            UserError: an argument is unknown, or set twice.
+        """
+        # imported by name, since reading a config must not import these libraries
+        return import_module("oumi_pl.core.trainers.hyperparameters").to_hf(self)
 
     @property
     def telemetry_dir(self) -> Path | None:
@@ -270,9 +291,13 @@ class TrainingParams(BaseParams):
         yield from self._none_of("logging_strategy", ("steps", "epoch", "no"))
         yield from self._none_of("eval_strategy", ("steps", "epoch", "no"))
         yield from self._interval_problems()
+        for section, params in self:
+            if isinstance(params, Unsupported):
+                yield from (f"{section}.{problem}" for problem in params.unsupported())
         for name in ("reward_functions", "reward_function_kwargs", "verl_config_overrides"):
-            if any(getattr(self, name) or ()):
-                yield f"{name}: reinforcement learning is not among the trainer types here; remove it"
+            only = ONLINE if name != "verl_config_overrides" else ONLINE[1:]
+            if any(getattr(self, name) or ()) and self.trainer_type not in only:
+                yield f"{name}: is for {' and '.join(kind.name for kind in only)}; remove it"
         for key in self.trainer_kwargs if self.trainer_type in THROUGH_TRANSFORMERS else ():
             if key in FIXED:
                 yield f"trainer_kwargs.{key}: is fixed, and can't be set"

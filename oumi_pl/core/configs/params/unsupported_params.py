@@ -9,26 +9,21 @@ from typing import Any
 
 from oumi_pl.core.configs.params.base_params import BaseParams, default_of, with_fields
 
-TEXT, INT, FLOAT = (str | None, None), (int | None, None), (float | None, None)
+TEXT, FLOAT = (str | None, None), (float | None, None)
 
 
 @dataclasses.dataclass
-class _Unsupported(BaseParams):
+class Unsupported(BaseParams):
     """A section of a trainer type that is not here."""
 
-    def _problems(self) -> Iterator[str]:
+    def unsupported(self) -> Iterator[str]:
+        """Values that would have no effect; checked by whoever holds the section, after the trainer type."""
         method = type(self).__name__.removesuffix("Params").upper()
         for field in dataclasses.fields(self):
             if getattr(self, field.name) != default_of(field):
                 yield f"{field.name}: {method} is not among the trainer types here; remove the section"
 
 
-GRPO: dict[str, Any] = {
-    "model_init_kwargs": {}, "max_prompt_length": INT, "max_completion_length": INT, "num_generations": INT,
-    "temperature": 0.9, "remove_unused_columns": False, "repetition_penalty": (float | None, 1.0), "use_vllm": False,
-    "vllm_mode": TEXT, "vllm_gpu_memory_utilization": 0.9, "epsilon": 0.2, "log_completions": False,
-    "rollout_function": TEXT,
-}  # fmt: skip
 GOLD: dict[str, Any] = {
     "teacher_model_name_or_path": TEXT, "teacher_model_init_kwargs": {"torch_dtype": "auto"},
     "teacher_tokenizer_name_or_path": TEXT, "temperature": 0.9, "top_p": 0.95, "top_k": 0, "lmbda": 0.5, "beta": 0.5,
@@ -42,14 +37,9 @@ GOLD: dict[str, Any] = {
     "vllm_tensor_parallel_size": 1, "vllm_guided_decoding_regex": TEXT, "vllm_sync_frequency": 1,
     "vllm_enable_sleep_mode": False,
 }  # fmt: skip
-"""Fields and defaults of Oumi's sections."""
-
-
-@with_fields(GRPO)
-class GrpoParams(_Unsupported):
-    """Group-relative policy optimization: not here."""
+"""Fields and defaults of Oumi's section."""
 
 
 @with_fields(GOLD)
-class GoldParams(_Unsupported):
+class GoldParams(Unsupported):
     """Distillation across tokenizers: not here."""
