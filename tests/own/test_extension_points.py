@@ -375,7 +375,7 @@ def test_an_architecture_by_class_path_fits_exports_and_generates(work, capsys):
     for source in (
         ["--model", "runs/gla/model", "--architecture", "gla.GLA"],
         ["--model", "exported", "--trust_remote_code"],
-        ["--checkpoint", "runs/gla"],
+        ["--checkpoint", "runs/gla", "--trust"],
     ):
         assert main(["generate", *source, "--prompt", "abc", "--max_new_tokens", "4", "--json"]) == 0
         answers.append(json.loads(capsys.readouterr().out)["completion"])
@@ -424,7 +424,7 @@ def test_a_recipe_with_a_custom_step_and_hooks_is_logged_resumed_and_exported(wo
     assert main(["export", "--checkpoint", "runs/own/checkpoints/best.ckpt", "--output", "exported", "--trust"]) == 0
     step = "runs/own/checkpoints/step-00000002.ckpt"
     assert main(["fit", "--config", "own.yaml", "--name", "again", "--ckpt_path", step]) == 0
-    ours, theirs = (load_checkpoint(work / "runs" / name).module.state_dict() for name in ("own", "again"))
+    ours, theirs = (load_checkpoint(work / "runs" / name, trust=True).module.state_dict() for name in ("own", "again"))
     assert distance(ours, theirs) == 0
 
 
