@@ -45,7 +45,7 @@ WIDTHS = {"rows/s": 10, "/CPU s": 10, "over all": 10, "beforehand s": 14, "peak 
 
 
 class KTOClock(Clock):
-    """As of DPO, with the divergences."""
+    """What the DPO benchmark returns, with the divergences."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -90,11 +90,11 @@ def versions() -> str:
     import platform
     from importlib import metadata
 
-    found = []
+    packages = []
     for name in ("oumi_pl", *LIBRARIES):
         with contextlib.suppress(metadata.PackageNotFoundError):
-            found.append(f"{name} {metadata.version(name)}")
-    return ", ".join([*found, f"Python {platform.python_version()}", platform.platform()])
+            packages.append(f"{name} {metadata.version(name)}")
+    return ", ".join([*packages, f"Python {platform.python_version()}", platform.platform()])
 
 
 OUT_OF_MEMORY = ("DefaultCPUAllocator: ", "MPS backend out of memory", "CUDA error: out of memory", "ALLOC_FAILED")

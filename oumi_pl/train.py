@@ -44,7 +44,7 @@ def train(config: TrainingConfig, engine: Engine | None = None, verbose: bool = 
         file.write_text(yaml.safe_dump(recipe.tree, sort_keys=False), encoding="utf-8")
         try:
             with spoken():
-                made, run = _fit(file, recipe, name)
+                cli, run = _fit(file, recipe, name)
         except Stopped:  # by Ctrl-C, say: what is there so far is to be found where it always is
             if stopped := _newest(Path(recipe.tree["runs_dir"]).expanduser(), name):
                 write_layout(Path(stopped), config)
@@ -52,9 +52,9 @@ def train(config: TrainingConfig, engine: Engine | None = None, verbose: bool = 
         finally:
             lock.release_all()
     if run is not None and int(os.environ.get("RANK", "0")) == 0:
-        write_layout(run, config, made.trainer.world_size, str(made.model.causal_lm.hf))
+        write_layout(run, config, cli.trainer.world_size, str(cli.model.causal_lm.hf))
         if config.training.use_peft and config.peft.peft_save_mode == PeftSaveMode.ADAPTER_AND_BASE_MODEL:
-            write_base(run, made.model.causal_lm.hf)
+            write_base(run, cli.model.causal_lm.hf)
         print(f"output -> {run}")
 
 
@@ -94,8 +94,8 @@ def _fit(file: Path, recipe: Recipe, name: str) -> tuple[Any, Path | None]:
             folder, name, args = files.resume_arguments("fit", run, name, args, tree)
             assert folder is not None  # which only `auto` may leave out
             tree = files.check(folder / CONFIG)
-    made: Any = CLI(["fit", *args], recipe=name, resume=folder, trees=[tree])
-    return made, run_directory(made.trainer)
+    cli: Any = CLI(["fit", *args], recipe=name, resume=folder, trees=[tree])
+    return cli, run_directory(cli.trainer)
 
 
 def _newest(root: Path, name: str) -> str | None:

@@ -92,8 +92,8 @@ class CommandLine:
 
     def files(self) -> set[str]:
         """All files but the cache of tokenized rows."""
-        found = {p.relative_to(self.directory).as_posix() for p in self.directory.rglob("*")}
-        return {name for name in found if not name.startswith("cache") and "__pycache__" not in name}
+        actual = {p.relative_to(self.directory).as_posix() for p in self.directory.rglob("*")}
+        return {name for name in actual if not name.startswith("cache") and "__pycache__" not in name}
 
     def column(self, run, name) -> dict[int, str]:
         """A column of a run's metrics by step, as it was written, empty cells left out."""

@@ -56,7 +56,7 @@ def test_a_run_leaves_metrics_reports_and_a_model(cli):
     assert transformers.AutoModelForCausalLM.from_pretrained("runs/r/model").config.model_type == "llama"
 
 
-def test_the_first_lines_say_what_is_compared_with_what(cli):
+def test_the_first_lines_name_policy_and_reference(cli):
     said = [cli.run(*FIT, *extra)[2] for extra in ((), (), ("--model.share_prompt", "false"))]
     assert "reference: the initial model, computed before training" in said[0]
     assert "prompts are computed once per pair" in said[0]
@@ -89,7 +89,7 @@ def test_a_loss_of_ones_own_that_is_wrong(cli, name):
     assert message in err
 
 
-def test_a_run_does_not_go_on_with_other_rows(cli):
+def test_a_resume_with_other_rows_is_refused(cli):
     cli.works(*FIT, "--trainer.max_steps", "2")
     write_jsonl(cli.directory / "pairs.jsonl", pairs(20))
     code, _, err = cli.run("fit", "--resume", "runs/r", "--trainer.max_steps", "4")
@@ -135,7 +135,7 @@ ROWS = {
 
 
 @pytest.mark.parametrize(("rows", "message"), ROWS.values(), ids=ROWS)
-def test_rows_that_are_no_pairs(cli, rows, message):
+def test_rows_without_pairs_are_refused(cli, rows, message):
     cli.write("pairs.jsonl", jsonl(*rows))
     assert message in cli.fails(*FIT, "--data.validation", "null")
 
@@ -169,7 +169,7 @@ OPTIONS = {
 
 
 @pytest.mark.parametrize(("options", "message"), OPTIONS.values(), ids=OPTIONS)
-def test_options_that_cannot_be(cli, options, message):
+def test_invalid_options_are_refused(cli, options, message):
     assert message in cli.fails(*FIT, *options.split())
 
 
@@ -200,7 +200,7 @@ def test_references_and_teachers_may_be_models_of_recipes(cli, key):
     assert set(recipe_files.with_model(typed, {})[2:]) == replaced
 
 
-def test_a_teacher_that_is_no_recipe(cli):
+def test_an_unknown_teacher_recipe_is_refused(cli):
     tree = {"model": {"init_args": {"teacher": "recipe:quickstart/stf"}}}
     with pytest.raises(UserError, match="no recipe 'quickstart/stf'; did you mean 'quickstart/sft'"):
         recipe_files.with_model([], tree)

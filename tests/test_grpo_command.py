@@ -83,7 +83,7 @@ def test_previewed_groups_are_those_of_the_first_update(cli):
     assert "2 groups of 3: mean reward" in out
 
 
-def test_what_can_not_be_previewed(cli):
+def test_unsupported_previews_are_refused(cli):
     assert "has to be at least 1" in cli.fails("preview", "--config", "r.yaml", "--rollouts", 0)
     assert "leave out --split" in cli.fails("preview", "--config", "r.yaml", "--rollouts", 1, "--split", "validation")
     cli.recipe()

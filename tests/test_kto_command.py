@@ -137,7 +137,7 @@ OPTIONS = {
 
 
 @pytest.mark.parametrize(("options", "message"), OPTIONS.values(), ids=OPTIONS)
-def test_options_that_cannot_be(cli, options, message):
+def test_invalid_options_are_refused(cli, options, message):
     assert message in cli.fails(*FIT, *options.split())
 
 

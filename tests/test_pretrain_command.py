@@ -24,10 +24,10 @@ CHANGES = {
 
 @pytest.fixture
 def cli(tmp_path, monkeypatch, capsys):
-    made = CommandLine(tmp_path, monkeypatch, capsys)
+    built = CommandLine(tmp_path, monkeypatch, capsys)
     write_jsonl(tmp_path / "texts.jsonl", [{"text": f"document {i} says {i * i} times nothing"} for i in range(30)])
-    made.recipe(CHANGES)
-    return made
+    built.recipe(CHANGES)
+    return built
 
 
 def saved(cli, run, step):
@@ -119,8 +119,8 @@ def test_a_rate_that_jumps_at_a_checkpoint_is_told(cli, recwarn):
     cli.works("fit", "--config", "r.yaml", "--trainer.max_steps", "6")
     decayed = "runs/r/checkpoints/step-00000006.ckpt"
     cli.works("fit", "--config", "r.yaml", "--ckpt_path", decayed, "--name", "on", "--trainer.max_steps", "12")
-    told = [str(warning.message) for warning in recwarn if "learning rate" in str(warning.message)]
-    assert told == ["the checkpoint's next learning rate was 0, and this run continues with 0.001"]
+    output = [str(warning.message) for warning in recwarn if "learning rate" in str(warning.message)]
+    assert output == ["the checkpoint's next learning rate was 0, and this run continues with 0.001"]
 
 
 @pytest.mark.parametrize("streaming", [False, True])

@@ -87,7 +87,7 @@ def test_killed_in_the_middle_of_max_steps(tmp_path):
 
 @pytest.mark.parametrize("validation", [0.2, None])
 @pytest.mark.parametrize("end", [4, 5, 6])
-def test_a_finished_run_goes_on_as_if_it_had_been_longer(tmp_path, end, validation):
+def test_an_extended_run_equals_one_that_was_planned_longer(tmp_path, end, validation):
     """Its last checkpoint stands in the middle of an epoch, or at the end of one (3 updates each)."""
     settings = {"every": 100, "max_epochs": None, "validation": validation}
     whole, seen = run(tmp_path, tmp_path / "whole", max_steps=8, **settings)
@@ -133,7 +133,7 @@ def test_refuses_another_size_of_update(tmp_path):
         )
 
 
-def test_what_the_recipe_says_now_wins_over_the_checkpoint(tmp_path):
+def test_settings_of_the_recipe_win_over_the_checkpoint(tmp_path):
     run(tmp_path, tmp_path / "killed", 8)
     sft = module(lambda params: torch.optim.AdamW(params, lr=5e-4, weight_decay=0.3), DROPOUT)
     loop = trainer(max_epochs=3, accumulate_grad_batches=MICRO)

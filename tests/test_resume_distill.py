@@ -65,7 +65,7 @@ def test_killed_and_resumed_is_bit_identical(tmp_path, teacher, model, kill, mon
     assert_equal(weights(resumed.module), weights(whole.module))
 
 
-def test_killed_while_the_cache_is_computed_it_goes_on_with_the_next_chunk(tmp_path, teacher, monkeypatch):
+def test_a_run_killed_while_it_fills_the_cache_continues_with_the_next_chunk(tmp_path, teacher, monkeypatch):
     monkeypatch.setattr("oumi_pl.data.reference.CHUNK", 2)
     monkeypatch.setenv("OUMI_PL_CACHE", str(tmp_path / "cache of the whole run"))
     whole = run(tmp_path / "whole", teacher, "cached")

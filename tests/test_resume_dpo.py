@@ -165,10 +165,10 @@ def test_validation_of_a_checkpoint_compares_with_the_reference_it_was_trained_w
     whole = uninterrupted(model)
     expected = float(whole.module.trainer.callback_metrics["val/loss"])
     assert expected != pytest.approx(0.693147, abs=1e-4)
-    found = trainer().validate(
+    actual = trainer().validate(
         dpo(base, **MODELS[model]), rows(tmp_path / "x"), ckpt_path=whole.checkpoint, weights_only=True, verbose=False
     )
-    assert found[0]["val/loss"] == pytest.approx(expected, rel=1e-6)
+    assert actual[0]["val/loss"] == pytest.approx(expected, rel=1e-6)
 
 
 @pytest.mark.parametrize("model", ["cached", "online", "moving"])

@@ -176,6 +176,6 @@ def test_predict_is_refused_by_name(cli):
     assert "predict: Reward does not complete prompts" in cli.fails(*command)
 
 
-def test_rows_that_are_no_pairs(cli):
+def test_rows_without_pairs_are_refused(cli):
     cli.write("pairs.jsonl", jsonl({"prompt": "a", "chosen": "b"}))
     assert "pairs.jsonl:1: no format fits the columns chosen, prompt" in cli.fails(*FIT, "--data.validation", "null")

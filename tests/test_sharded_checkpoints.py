@@ -183,7 +183,7 @@ RESUMED = {
 
 @pytest.mark.slow
 @pytest.mark.parametrize("case", RESUMED)
-def test_a_run_goes_on_from_any_checkpoint_as_if_on_one_process(done, case):
+def test_any_checkpoint_resumes_as_on_one_process(done, case):
     """The weights after step 4 are those of one process, whichever way they went; and the best are exported."""
     folder, results = done
     ended_well(results, case)
@@ -193,7 +193,7 @@ def test_a_run_goes_on_from_any_checkpoint_as_if_on_one_process(done, case):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("source", ["start", "file-start"])
-def test_sharded_runs_go_on_on_one_process(done, source):
+def test_sharded_runs_resume_on_one_process(done, source):
     folder, results = done
     assert results[f"resume {source}", 0]["code"] == 0, results[f"resume {source}", 0]["err"][-2000:]
     assert distance(final(folder, f"alone-{source}"), final(folder, "one")) < 1e-5
@@ -213,7 +213,7 @@ def test_sharded_checkpoints_are_validated_on_one_process_and_under_ddp(done):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("case", ["fit from the best shards", "fit from the best file"])
-def test_training_does_not_go_on_from_the_best_weights_alone(done, case):
+def test_training_can_not_resume_from_best_weights_alone(done, case):
     _, results = done
     for rank in (0, 1):
         assert results[case, rank]["code"] == 2

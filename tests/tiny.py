@@ -46,8 +46,8 @@ def conversations(n, seed=0, longest=12):
 
 def pairs(n, seed=0, longest=12):
     """Rows of two responses to one prompt, all of ragged length."""
-    made, rows = conversations(2 * n, seed, longest), []
-    for a, b in zip(made[::2], made[1::2], strict=True):
+    built, rows = conversations(2 * n, seed, longest), []
+    for a, b in zip(built[::2], built[1::2], strict=True):
         (prompt, chosen), (_, rejected) = a["messages"], b["messages"]
         rows.append({"prompt": [prompt], "chosen": [chosen], "rejected": [rejected]})
     return rows

@@ -95,7 +95,7 @@ class Advice(L.Callback):
                 warn(trainer, message)
         for message in pl_module.doubts:
             warn(trainer, message)
-        # the loss of a policy gradient says nothing of progress
+        # the loss of a policy gradient does not measure progress
         self.loss.is_watching = trainer.global_step == 0 and not trainer.datamodule.samples
         self.loss.in_float16 = str(trainer.precision).startswith("16")
         self.wait.follow(trainer.fit_loop.epoch_loop)

@@ -50,14 +50,14 @@ class Checkpoints(Checkpoint):
         self.monitor = monitor
         self.mode = mode
         self.directory: Path | None = None
-        """Where checkpoints go, set when the run folder is there; None writes none."""
+        """Where checkpoints are written; set when the run folder exists. None writes none."""
         self.best_score: float | None = None
         self.best_model_path = ""
-        """`best.ckpt` in the run's folder; empty without one. Checkpoints don't hold it: the folder may be moved."""
+        """Path of `best.ckpt`; empty if there is none. Not saved in checkpoints, because the folder may be moved."""
         self.validation_due = False
         """Whether the checkpoint to resume from was saved before the validation of its step."""
         self.ending: dict[str, Any] | None = None
-        """Total steps of the run and what ended it, if the checkpoint to resume from is that of its last update."""
+        """Total steps of the run and what ended it, if the checkpoint is that of the last update."""
         self._saved_step = -1
         self._due = False
 
@@ -124,7 +124,7 @@ class Checkpoints(Checkpoint):
     def save(self, trainer: L.Trainer) -> None:
         """Writes a checkpoint of this step unless there is one, then removes the oldest beyond `keep`.
 
-        What the checkpoint covers of `metrics.csv` is on disk before.
+        The rows of `metrics.csv` up to this step are on disk before the checkpoint.
         """
         step = trainer.global_step
         if self.directory is None or step == self._saved_step:
@@ -133,7 +133,7 @@ class Checkpoints(Checkpoint):
             if isinstance(logger, MetricsCSV):
                 logger.flush()
         self._saved_step = step
-        # on_train_batch_end comes before the validation of a step, and all else after it
+        # on_train_batch_end runs before the validation of a step, all other hooks that save run after it
         self.validation_due = not trainer.validating and trainer.state.fn == "fit" and validation_follows(trainer)
         self._due = self._due and self.validation_due
         self.ending = None
@@ -145,19 +145,19 @@ class Checkpoints(Checkpoint):
                 remove(old)
 
     def state_dict(self) -> dict[str, Any]:
-        """The best score so far, and where in the run this is."""
+        """Returns the best score so far, whether a validation is due, and how the run ended."""
         return {"best_score": self.best_score, "validation_due": self.validation_due, "ending": self.ending}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Restores it."""
+        """Restores the state returned by `state_dict`."""
         self.best_score = state_dict["best_score"]
         self.validation_due = bool(state_dict.get("validation_due"))
         self.ending = state_dict.get("ending")
 
     def has_ended(self, trainer: L.Trainer) -> bool:
-        """Whether the run has made its last update: that of its length now, or of the checkpoint that it resumes from.
+        """Whether the last update is done, by the current length of the run or by how the resumed run had ended.
 
-        It has not if the run is to be longer now than it was.
+        A resumed run that had ended is not at its end if its length was raised.
         """
         total = _total_steps(trainer)
         if trainer.global_step >= total:
@@ -179,18 +179,18 @@ def _total_steps(trainer: Any) -> int:
 
 
 def ends(trainer: L.Trainer) -> bool:
-    """Whether the run ends now; with `min_steps` or `min_epochs` it may go on after it was asked to stop."""
+    """Whether the run ends now. With `min_steps` or `min_epochs`, it may continue after a request to stop."""
     return trainer.should_stop and trainer.fit_loop._can_stop_early
 
 
 def ended_by(trainer: Any) -> str | None:
-    """`trainer.max_time` if that is over; None if steps, epochs or a callback end the run."""
+    """Returns `trainer.max_time` if that has run out; None if steps, epochs or a callback end the run."""
     left = [timer.time_remaining() for timer in find_all(trainer, Timer)]
     return TIME if any(seconds is not None and seconds <= 0 for seconds in left) else None
 
 
 def validation_follows(trainer: L.Trainer) -> bool:
-    """Whether validation comes next, at the end of an update."""
+    """Whether a validation follows the update that has just ended."""
     fetcher = trainer.fit_loop._data_fetcher
     if fetcher is None or not sum(trainer.num_val_batches):  # Lightning may say yes without held-out rows
         return False

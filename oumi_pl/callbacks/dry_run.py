@@ -44,7 +44,7 @@ from oumi_pl.runs.folders import refuse_unwritable
 from oumi_pl.types import RunData, RunModule
 
 NO_TOKEN = 2**31 - 1
-"""An id beyond all vocabularies."""
+"""A token id that no vocabulary has, so it never ends a completion."""
 UPDATES = 2
 """Fewest updates: from the second on there is an optimizer state, and memory no longer grows."""
 MOST_UPDATES = 6
@@ -222,7 +222,7 @@ class OneBatch(Plan):
         return math.ceil(super().rows / self.rows_per_update)
 
     def row(self, index: int) -> np.ndarray:
-        """The rows, again and again."""
+        """The rows, repeated."""
         return self._rows[index % len(self._rows)]
 
     def examples_of(self, update: int, layout: Layout, micro_batches: int) -> np.ndarray:
@@ -237,8 +237,8 @@ class _FullLength(Engine):
         self.engine = engine
 
     def sample(self, *args: Any, **kwargs: Any) -> list[Completion]:
-        """As of `Engine`, but nothing ends a completion."""
-        # not an empty list of tokens: `generate` would then take those that the model's config names
+        """Samples as the other engine does, but nothing ends a completion."""
+        # not an empty list: `generate` would then use the end tokens of the model's config
         unlimited = {"sampling": replace(kwargs["sampling"], stop=()), "ends": [NO_TOKEN]}
         return self.engine.sample(*args, **kwargs | unlimited)
 
@@ -271,7 +271,7 @@ class SomeLogps:
         self._logps[self.ids[chunk // self.ranks]] = logps
 
     def logps(self, examples: list[int]) -> np.ndarray:
-        """As of `ReferenceLogps`."""
+        """See `ReferenceLogps`."""
         parts = [self._logps[example] for example in examples]
         empty = np.empty((0, self.width) if self.width > 1 else 0, dtype=np.float32)
         return np.concatenate(parts) if parts else empty
@@ -315,7 +315,7 @@ class Measured:
         self.alike = False
         """Whether all micro-batches have one size."""
         self.sampled = 0
-        """Tokens of a sampled completion; 0 without any."""
+        """Tokens of each sampled completion; 0 without sampling."""
         self.sampling: list[dict[str, float]] = []
         """Seconds of generating and rewarding in each update."""
         self.report: dict[str, Any] = {}

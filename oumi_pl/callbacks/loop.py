@@ -1,4 +1,4 @@
-"""Lightning's training loop, with what a resumed run still has to do before its next update or after its last."""
+"""A fit loop with which a resumed run also completes a missed validation and the phases after training."""
 
 from typing import Any
 
@@ -11,23 +11,23 @@ from oumi_pl.callbacks.run_folder import RunFolder
 
 
 class RunLoop(_FitLoop):
-    """Trains as Lightning does.
+    """A fit loop that completes resumed runs.
 
-    Lightning skips all hooks of a run whose checkpoint is at its last update. Here such a run goes on with the first
-    phase that is not complete: the last validation, samples, export, report. A checkpoint that was saved before the
-    validation of its step is validated first.
+    If the checkpoint is at the last update, Lightning skips all hooks. This loop runs the phases that are not complete:
+    the last validation, samples, export, report. If the checkpoint was saved before the validation of its step, that
+    validation runs first.
     """
 
     @classmethod
     def replace_in(cls, trainer: Any) -> None:
-        """Replaces the loop of a trainer that has not run yet."""
-        before = trainer.fit_loop
-        loop = cls(trainer, before.min_epochs, before.max_epochs)
-        loop.epoch_loop = before.epoch_loop
+        """Replaces the fit loop of a trainer that has not run yet."""
+        original = trainer.fit_loop
+        loop = cls(trainer, original.min_epochs, original.max_epochs)
+        loop.epoch_loop = original.epoch_loop
         trainer.fit_loop = loop
 
     def run(self) -> None:
-        """Trains, or ends a run that is trained already."""
+        """Trains, or only completes a run whose training is complete."""
         trainer: Any = self.trainer
         folder, checkpoints = find(trainer, RunFolder), find(trainer, Checkpoints)
         if folder is None or checkpoints is None or not folder.resumes_unfinished():
@@ -44,7 +44,7 @@ class RunLoop(_FitLoop):
         return None
 
     def on_run_start(self) -> None:
-        """Starts training; validates first if that is due."""
+        """Calls the start hooks; then validates if the checkpoint was saved before its validation."""
         super().on_run_start()
         checkpoints = find(self.trainer, Checkpoints)
         if checkpoints is not None and checkpoints.validation_due:
@@ -61,7 +61,7 @@ class RunLoop(_FitLoop):
         trainer.training = True
 
     def on_run_end(self) -> None:
-        """Saves what is not saved yet, before the run is recorded as trained."""
+        """Saves the last checkpoint before the hooks record training as complete."""
         for checkpoints in find_all(self.trainer, Checkpoints):
             checkpoints.save(self.trainer)
         super().on_run_end()

@@ -21,21 +21,21 @@ from oumi_pl.types import Row, RunModule
 class PassAtK(L.Callback):
     """Samples `completions` of held-out prompts at each validation, and logs `val/pass@k` and the mean of each metric.
 
-    For training on conversations or texts with answers (SFT and the like); `RolloutData` has arguments for the same.
-    Rows are passed to the functions with a column `answer`, the text of the answer, unless they have one. The same
-    random numbers are drawn each time, and those of training are left alone. Does nothing for models that do not
+    For training on rows with answers (SFT and the like); in online training, use `RolloutData`'s arguments instead.
+    Functions get the row, with the text of the answer as the column `answer` unless it has such a column. Each
+    validation draws the same random numbers, and leaves those of training unchanged. Does nothing for models that don't
     complete prompts.
 
     Args:
-        reward: A function `(completion, row) -> float` by its path, or several; see `oumi_pl.rollouts.rewards`.
-        success: Total reward from which on a completion counts as solved.
-        completions: Completions per prompt; a single one is greedy.
+        reward: Path of a function `(completion, row) -> float`, or several; see `oumi_pl.rollouts.rewards`.
+        success: Smallest total reward of a completion that counts as solved.
+        completions: Completions per prompt; with 1, it is greedy.
         pass_at: The values of k; 1 and `completions` when left out.
-        metrics: Further functions, whose means over completions are logged as `val/NAME`.
-        rows: Held-out rows to complete.
+        metrics: Further functions; their means over completions are logged as `val/NAME`.
+        rows: Number of held-out rows to complete.
         sampling: How completions are sampled.
         batch_size: Completions per batch.
-        seed: Of the sampling.
+        seed: Seed of the sampling.
     """
 
     needs_validation = True
@@ -72,7 +72,7 @@ class PassAtK(L.Callback):
 
     @property
     def validation_metrics(self) -> list[str]:
-        """Names of what is logged."""
+        """Names of the logged metrics."""
         return [f"val/{name}" for name in [*(f"pass@{k}" for k in self.pass_at), *self._metric_names]]
 
     @property
@@ -80,7 +80,7 @@ class PassAtK(L.Callback):
         return [] if self.metrics is None else self.metrics.names
 
     def setup(self, trainer: Any, pl_module: RunModule, stage: str) -> None:
-        """Forgets the prompts of an earlier data module; says so if the model can't complete any.
+        """Drops the prompts of an earlier data module; prints a note if the model can't complete prompts.
 
         Raises:
             UserError: the data have no prompts with answers.
@@ -95,14 +95,14 @@ class PassAtK(L.Callback):
             say_why_not("completions", pl_module)
 
     def on_validation_epoch_end(self, trainer: Any, pl_module: RunModule) -> None:
-        """Samples and logs."""
+        """Samples completions and logs their scores."""
         if trainer.sanity_checking or not self._generates:
             return
         for name, value in self.scores(trainer, pl_module).items():
             pl_module.log(f"val/{name}", value, rank_zero_only=False, sync_dist=False)
 
     def scores(self, trainer: Any, pl_module: RunModule) -> dict[str, float]:
-        """pass@k and the mean of each metric."""
+        """Samples completions; returns pass@k and the mean of each metric by name."""
         data: ChatData = trainer.datamodule
         if self._prompts is None:
             config = pl_module.causal_lm.base.config.get_text_config()
@@ -129,7 +129,7 @@ class PassAtK(L.Callback):
         hf = module.causal_lm.hf
         own = hf.generation_config.eos_token_id
         ends = {*data.stop_tokens, data.tokenizer.eos_token_id, *(own if isinstance(own, list) else [own])} - {None}
-        # a single completion shows what the model would answer
+        # a single completion is greedy: it is the model's answer
         sampling = self.sampling if self.completions > 1 else Sampling(self.sampling.max_new_tokens, temperature=0.0)
         completions: list[Completion] = []
         for start in range(0, len(prompts), self.batch_size):
@@ -142,7 +142,7 @@ class PassAtK(L.Callback):
 
 
 def prompts_with_rows(data: ChatData) -> Iterator[tuple[list[int], Row]]:
-    """The prompt of each held-out row, and the row with its answer in a column `answer`."""
+    """Yields the prompt ids of each held-out row, and the row with its answer in the column `answer`."""
     sources, keep = data.taken("validation")
     for source in sources:
         for _, record in PromptReader(source, data.formats).records(keep, strict=False):

@@ -1,4 +1,4 @@
-"""Watches online training: writes every completion to `rollouts.jsonl`, logs where the time went, and warns."""
+"""Records online training: writes every completion to `rollouts.jsonl`, logs the time of each phase, and warns."""
 
 import json
 import math
@@ -25,12 +25,14 @@ FILE = "rollouts.jsonl"
 class Rollouts(L.Callback):
     """Writes every training completion to `rollouts.jsonl`, and logs the seconds of generating, rewarding and training.
 
-    A line is a completion: `update`, `origin` (file and line of the prompt), `prompt`, `completion`, `rewards` by name,
-    `penalty` (of the KL in the reward), `total`, `advantage`, `length` in tokens, and `finished`. A completion that
-    several updates train on is written at the first of them. Does nothing for data that samples nothing.
+    Each line is one completion: `update`, `origin` (file and line of the prompt), `prompt`, `completion`, `rewards` by
+    name, `penalty` (the KL penalty, if it is in the reward), `total`, `advantage`, `length` in tokens, and `finished`
+    (false if it was truncated). A completion that several updates train on is written once, at the first. Does nothing
+    if the data module doesn't sample.
 
     Args:
-        max_megabytes: Size at which the file ends; a last line says at which update. 0 writes no file.
+        max_megabytes: Largest size of the file; the last line then names the update at which it stopped. 0 writes no
+            file.
     """
 
     def __init__(self, max_megabytes: float = 50.0) -> None:
@@ -43,7 +45,7 @@ class Rollouts(L.Callback):
 
     @rank_zero_only
     def on_train_start(self, trainer: Any, pl_module: RunModule) -> None:
-        """Finds the file of the run, and removes the lines of updates that a resumed run will repeat."""
+        """Opens the run's file, and removes the lines of updates that a resumed run will repeat."""
         self._training = 0.0
         self._path = None
         directory = run_directory(trainer)
@@ -54,11 +56,11 @@ class Rollouts(L.Callback):
         self._path = None if is_full else path
 
     def on_train_batch_start(self, trainer: Any, pl_module: RunModule, *_: Any) -> None:
-        """Starts timing a micro-batch, whose completions have been sampled."""
+        """Starts timing a micro-batch; its completions are sampled by now."""
         self._since = time.perf_counter()
 
     def on_train_batch_end(self, trainer: Any, pl_module: RunModule, *_: Any) -> None:
-        """Logs and writes the update that has just ended."""
+        """At the end of an update, logs its times and writes its completions."""
         data = trainer.datamodule
         if not data.samples:
             return
@@ -88,7 +90,7 @@ class Rollouts(L.Callback):
 
 
 def described(data: RolloutData, trained: TrainedGroups, update: int) -> Iterator[dict[str, Any]]:
-    """The line of each completion of an update."""
+    """Yields the line of each completion of an update, as a dict."""
     for group, advantages in zip(trained.groups, trained.advantages.tolist(), strict=True):
         prompt = data.all_prompts("train")[group.prompt]
         shared = {"update": update, "origin": prompt.origin, "prompt": str(data.tokenizer.decode(prompt.ids))}
@@ -108,10 +110,10 @@ def described(data: RolloutData, trained: TrainedGroups, update: int) -> Iterato
 
 
 def cut_after(path: Path, update: int) -> tuple[int, bool]:
-    """Removes the lines of later updates from the end of a file, and a line that a kill cut short.
+    """Truncates a file after the lines of `update`; also removes a line that a kill left incomplete.
 
     Returns:
-        The bytes that are left, and whether the file has ended at its largest size.
+        Size of the file in bytes, and whether it had reached its largest size.
     """
     if not path.exists():
         return 0, False
@@ -137,39 +139,39 @@ def _line(entry: dict[str, Any]) -> str:
 # ---- warnings
 
 WINDOW = 20
-"""Updates over which shares and means are taken: a few updates vary by chance."""
+"""Updates over which shares and means are averaged; fewer would be too noisy."""
 SAME_SHARE = 0.8
-"""With a larger share of groups without variance, most of the sampling is for nothing."""
+"""Warns from this share of groups without variance on: most completions then have no effect."""
 TRUNCATED_SHARE = 0.3
-"""With a larger share of cut completions, rewards are those of the cut more than of the answers."""
+"""Warns above this share of truncated completions: rewards then depend more on the cut than on the answer."""
 COLLAPSED = 0.1
-"""An entropy below this share of the first updates' explores nothing any more."""
+"""Warns below this share of the initial entropy: the policy no longer explores."""
 SOLVED = 0.9
-"""A mean reward from this share of `data.success` on: an entropy that falls is then what training is for."""
+"""No entropy warning from this share of `data.success` on: the policy has learned the task."""
 STANDARD_ERRORS = 3.0
-"""A validation reward that is lower than the best by more than this many standard errors did not fall by chance."""
+"""Warns if the validation reward is below the best by more than this many standard errors."""
 
 
 class RolloutWarnings(L.Callback):
-    """Warns of rollouts that teach nothing: each once per run, resumes included.
+    """Warns about rollouts that the policy can't learn from. Each warning appears once per run, resumes included.
 
-    Does nothing for data that samples nothing.
+    Does nothing if the data module doesn't sample.
     """
 
     def __init__(self) -> None:
         self._updates: list[dict[str, float]] = []
         """Sums of the last `WINDOW` updates."""
         self._first_entropy: float | None = None
-        """Mean over the first `WINDOW` updates."""
+        """Mean over the first `WINDOW` updates, in nats per token."""
         self._validations: list[tuple[float, float]] = []
-        """Training reward since the validation before, and validation reward."""
+        """For each validation: mean training reward since the previous one, and validation reward."""
         self._since_validation = [0.0, 0.0]
-        """Sum of the rewards since the last validation, and their number."""
+        """Sum and number of the training rewards since the last validation."""
         self._warned: list[str] = []
-        """Names of the warnings that were given."""
+        """Names of the checks that have warned."""
 
     def state_dict(self) -> dict[str, Any]:
-        """What was seen, and which warnings were given."""
+        """Returns the statistics so far, and which checks have warned."""
         return {
             "updates": [dict(sums) for sums in self._updates],
             "first_entropy": self._first_entropy,
@@ -179,13 +181,13 @@ class RolloutWarnings(L.Callback):
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Restores what was seen."""
+        """Restores the state returned by `state_dict`."""
         self._updates, self._first_entropy = list(state_dict["updates"]), state_dict["first_entropy"]
         self._validations = [(trained, validated) for trained, validated in state_dict["validations"]]
         self._since_validation, self._warned = list(state_dict["since_validation"]), list(state_dict["warned"])
 
     def on_train_batch_end(self, trainer: Any, pl_module: RunModule, *_: Any) -> None:
-        """Checks the last updates."""
+        """Checks the last `WINDOW` updates."""
         data, sums = trainer.datamodule, pl_module.last_update
         if not data.samples or trainer.fit_loop._should_accumulate() or "reward" not in sums:
             return
@@ -202,7 +204,7 @@ class RolloutWarnings(L.Callback):
                 warn(trainer, message)
 
     def on_validation_end(self, trainer: Any, pl_module: RunModule) -> None:
-        """Compares the validation with the best one before."""
+        """Compares the validation reward with the best one so far."""
         data = trainer.datamodule
         if not data.samples or trainer.state.fn != "fit" or trainer.sanity_checking or not self._since_validation[1]:
             return
@@ -218,12 +220,12 @@ class RolloutWarnings(L.Callback):
             warn(trainer, message)
 
     def _mean(self, name: str, per: str = "rows") -> float:
-        """The mean of a sum over the last updates, weighted by their rows or tokens."""
+        """The mean of a metric over the last updates, per row or per token (`targets`)."""
         return sum(sums.get(name, 0.0) for sums in self._updates) / max(1.0, sum(sums[per] for sums in self._updates))
 
     def _same_rewards(self, module: Any, data: RolloutData) -> str | None:
         share, reward = self._mean("groups_without_variance"), self._mean("reward")
-        # with a baseline over the whole batch, groups without variance teach as well
+        # a baseline over the whole batch gives groups without variance an advantage, too
         if share < SAME_SHARE or np.any(module.advantages(np.array([[0.0, 0.0], [1.0, 1.0]]))):
             return None
         return (
@@ -241,8 +243,8 @@ class RolloutWarnings(L.Callback):
         masked = "; they carry no loss (data.mask_truncated)" if data.mask_truncated else ""
         return (
             f"in {WINDOW} updates, {share:.0%} of the completions were cut at {tokens} tokens{masked}: their rewards "
-            "are those of unfinished texts. Raise data.sampling.max_new_tokens; or reward short answers "
-            "(oumi_pl.rollouts.rewards.LengthPenalty), if the model rambles or does not end its turns"
+            "are those of unfinished texts. Raise data.sampling.max_new_tokens; if the model rambles or does not end "
+            "its turns, penalise length (oumi_pl.rollouts.rewards.LengthPenalty)"
         )
 
     def _collapsed(self, module: Any, data: RolloutData) -> str | None:
@@ -251,8 +253,8 @@ class RolloutWarnings(L.Callback):
             return None
         return (
             f"the entropy of the policy fell from {first:.3g} to {entropy:.3g} nats per token, at a mean reward of "
-            f"{self._mean('reward'):.3g}: the completions of a prompt are nearly the same, so that nothing better can "
-            "be discovered. Lower model.optimizer.lr, stay near the initial model (model.kl), let unlikely tokens grow "
+            f"{self._mean('reward'):.3g}: the completions of a prompt are nearly the same, so the policy can't find "
+            "better ones. Lower model.optimizer.lr, stay near the initial model (model.kl), clip unlikely tokens later "
             "(loss: DAPOLoss), or raise data.sampling.temperature"
         )
 
@@ -262,9 +264,9 @@ class RolloutWarnings(L.Callback):
             mean, square = self._mean(f"rewards/{name}"), self._mean(f"squares/rewards/{name}")
             if square - mean * mean <= 1e-9 * square:
                 return (
-                    f"the reward {name} was {mean:.4g} for all completions of {WINDOW} updates: it tells no completion "
-                    "from another, so it teaches nothing. Look at completions in rollouts.jsonl: does it look for "
-                    "something that never occurs, or that always does?"
+                    f"the reward {name} was {mean:.4g} for all completions of {WINDOW} updates, so nothing is "
+                    "learned from it. Read some completions in rollouts.jsonl: does the reward check for something "
+                    "that never occurs, or always does?"
                 )
         return None
 
@@ -275,7 +277,7 @@ class RolloutWarnings(L.Callback):
             return None
         return (
             f"the training reward rises ({best_trained:.3g} to {trained:.3g}), while that of held-out prompts falls "
-            f"({best:.3g} to {validated:.3g}): the policy learns these prompts by heart, or exploits the reward. Keep "
+            f"({best:.3g} to {validated:.3g}): the policy memorises the training prompts, or exploits the reward. Keep "
             "the best checkpoint (checkpoint.monitor: val/reward, checkpoint.mode: max), add prompts, or stay near the "
             "initial model (model.kl)"
         )

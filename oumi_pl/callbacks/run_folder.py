@@ -30,7 +30,7 @@ from oumi_pl.types import RunData, RunModule
 
 
 def is_due(trainer: Any, phase: str) -> bool:
-    """Whether a phase at the end of a run has not been completed before the run was resumed."""
+    """Whether a phase still has to run: a resumed run may have completed it before."""
     folder = find(trainer, RunFolder)
     return folder is None or phase not in folder.phases
 
@@ -84,7 +84,7 @@ class RunFolder(L.Callback):
         self.phases: list[str] = []
         """The phases of `folders.PHASES` that are complete."""
         self.checkpoint_metrics: dict[str, float] = {}
-        """All metrics of the checkpoint, in a resumed run."""
+        """In a resumed run, all metrics of the checkpoint."""
         self._before: dict[str, float] = {}
         self._without_folder: list[ModelCheckpoint] = []
         self.checkpoint_row: dict[str, Any] | None = None
@@ -107,7 +107,7 @@ class RunFolder(L.Callback):
             folders.refuse_unwritable(self.resume or self.root)
 
     def resumes_unfinished(self) -> bool:
-        """Whether this is a resumed run that was not finished; else it is trained further, or a new one."""
+        """Whether this resumes a run that was not finished, rather than extending a finished one or starting anew."""
         return self.resume is not None and folders.read_state(self.resume).get("status") != "finished"
 
     def _create(self, trainer: Any, fill: Callable[[Path], None] = lambda run: None) -> None:
@@ -144,12 +144,12 @@ class RunFolder(L.Callback):
         date = next((part["template_date"] for part in report.values() if "template_date" in part), None)
         refuse_other_date(earlier.get("template_date"), date)
         config = directory / folders.CONFIG
-        if not config.is_file() or config.read_bytes() != self.config.encode():  # else nothing that a resume needs
+        if not config.is_file() or config.read_bytes() != self.config.encode():  # unchanged files are left alone
             files.write(config, self.config)
         files.write(directory / "data.json", json.dumps(report, indent=1) + "\n")
         start: dict[str, Any]
         if self.resume:
-            # steps of an earlier resume that this one goes back behind are trained again
+            # drop earlier resumes at steps that this one trains again
             resumed = [step for step in earlier.get("resumed", []) if step < trainer.global_step]
             start = {"resumed": [*resumed, trainer.global_step], "resumed_by": _command(), "reason": None, "why": None}
         else:
@@ -197,7 +197,7 @@ class RunFolder(L.Callback):
             folders.write_state(self.directory, times=self.clock.read(self._before), **values)
 
     def on_fit_start(self, trainer: Any, pl_module: RunModule) -> None:
-        """Ends the phase of building the model: what follows counts as checks."""
+        """Ends the phase that builds the model; the time until training counts as checks."""
         self.clock.enter("checks")
 
     def on_train_start(self, trainer: Any, pl_module: RunModule) -> None:
@@ -238,7 +238,7 @@ class RunFolder(L.Callback):
     def on_load_checkpoint(self, trainer: Any, pl_module: RunModule, checkpoint: dict[str, Any]) -> None:
         """Reads the metrics of the checkpoint, and the paths that the recipe's own checkpoint callbacks saved.
 
-        Those are absolute: of a run folder that was moved or copied since, they are set to where it is now.
+        These paths are absolute. If the run folder was moved or copied, they are changed to its current place.
         """
         self.checkpoint_row = checkpoint.get("metrics_row")
         self.checkpoint_metrics = checkpoint.get("metrics", {})
@@ -252,7 +252,7 @@ class RunFolder(L.Callback):
         self._create(trainer)
 
     def on_fit_end(self, trainer: Any, pl_module: RunModule) -> None:
-        """Marks the run as finished, at the end of its last phase; says how to train on if its time was over.
+        """Marks the run as finished; if `max_time` ended it, prints how to extend it.
 
         Raises:
             UserError: no update was made, because the checkpoint is at the last step or beyond.
@@ -260,13 +260,13 @@ class RunFolder(L.Callback):
         if self.directory is None and not trainer.fast_dev_run:
             raise nothing_left(trainer.global_step)
         self.record(status="finished")
-        self._say_how_to_go_on()
+        self._print_how_to_extend()
 
     @rank_zero_only
     def on_train_end(self, trainer: Any, pl_module: RunModule) -> None:
-        """Records that the run is trained; prints and stores how much of each streamed source was read.
+        """Records that training is complete; prints and stores how much of each streamed source was read.
 
-        What is left then are samples, export and report, and `on_fit_end`, which marks the run as finished.
+        Samples, export and report follow; then `on_fit_end` marks the run as finished.
         """
         self.clock.enter("end")
         for logger in trainer.loggers:
@@ -283,12 +283,12 @@ class RunFolder(L.Callback):
         completed(trainer, "train", "validate")
 
     @rank_zero_only
-    def _say_how_to_go_on(self) -> None:
+    def _print_how_to_extend(self) -> None:
         state = folders.read_state(self.directory) if self.directory is not None else {}
         if self.directory is not None and state.get("ended_by") == folders.TIME:
-            further = folders.how_to_extend(self.directory, state)
+            arguments = folders.how_to_extend(self.directory, state)
             print(f"ended by {folders.TIME} after step {state['step']} of {state['steps']}")
-            print(f"to train it further: oumi_pl fit {further}")
+            print(f"to train it further: oumi_pl fit {arguments}")
 
     def _report_consumed(self, data: RunData) -> None:
         """Prints the shares of a mixture that was streamed, and adds what was read of each source to `data.json`."""
@@ -320,7 +320,7 @@ class RunFolder(L.Callback):
             )
 
     def teardown(self, trainer: Any, pl_module: RunModule, stage: str) -> None:
-        """Gives up the run folder's lock."""
+        """Releases the run folder's lock."""
         lock.release_all()
 
 
@@ -335,7 +335,7 @@ def why_ended(trainer: Any, steps: int) -> str | None:
 
 
 def _move(state: dict[str, Any], directory: str) -> None:
-    """Changes the paths in the state of a `ModelCheckpoint` as if it had written to `directory`."""
+    """Moves the paths in the state of a `ModelCheckpoint` to `directory`."""
     before = state.get("dirpath")
     if not before:
         return
@@ -350,10 +350,10 @@ def _move(state: dict[str, Any], directory: str) -> None:
 
 
 def refuse_other_date(before: str | None, now: str | None) -> None:
-    """Refuses to resume with another date than the run's in the texts of its chat template.
+    """Refuses to resume if the chat template would now write another date than before.
 
     Raises:
-        UserError: they differ, because the cache that holds the date of the first preparation is another one.
+        UserError: the dates differ, because the cache that held the first one is gone.
     """
     if before is not None and now != before:
         raise UserError(

@@ -81,7 +81,7 @@ class Preemption(L.Callback):
         self._stop(trainer)
 
     def on_train_end(self, trainer: Any, pl_module: RunModule) -> None:
-        """Stops before the export, which a resumed run goes on with, if a signal came after the last update.
+        """Stops before the export if a signal came after the last update; a resumed run continues with the export.
 
         Raises:
             Stopped: a signal asked the run to stop.

@@ -63,19 +63,19 @@ def _compare(title: str, recipe: list[str], engines: list[str], options: argpars
     from oumi_pl.compare import report
     from oumi_pl.compare.run import compare, first_difference
 
-    found = compare(recipe, engines, options.steps, folder)
-    report.write_csv(found, folder / "steps.csv")
-    report.picture(found, f"{title}: {', '.join(engines)}", folder / "compare.png", options.tolerance)
-    print(report.table(found))
+    results = compare(recipe, engines, options.steps, folder)
+    report.write_csv(results, folder / "steps.csv")
+    report.picture(results, f"{title}: {', '.join(engines)}", folder / "compare.png", options.tolerance)
+    print(report.table(results))
     updates = None
     if "Muon" in options.optimizer:
         updates = max(options.tolerance, BFLOAT16)
         print(
             f"tolerance of updates: {updates:g}; Muon computes them in bfloat16, whose rounding amplifies differences"
         )
-    differences = [first_difference(found[0], other, options.tolerance, updates) for other in found[1:]]
-    for other, difference in zip(found[1:], differences, strict=True):
-        print(report.verdict(other.name, found[0].name, len(found[0].held), difference, options.tolerance))
+    differences = [first_difference(results[0], other, options.tolerance, updates) for other in results[1:]]
+    for other, difference in zip(results[1:], differences, strict=True):
+        print(report.verdict(other.name, results[0].name, len(results[0].held), difference, options.tolerance))
     print(f"all steps -> {folder / 'steps.csv'}, picture -> {folder / 'compare.png'}")
     return int(any(differences))
 

@@ -50,10 +50,10 @@ def _report(args: list[str]) -> int:
     )
     parser.add_argument("run", nargs="+", help="a run's name or folder")
     options = parser.parse_args(args)
-    found = [folders.find(name, options.runs_dir.expanduser()) for name in options.run]
+    run_folders = [folders.find(name, options.runs_dir.expanduser()) for name in options.run]
     from oumi_pl.report.page import make
 
-    for run in found:
+    for run in run_folders:
         page = make(run)
         if page is None:
             raise UserError(f"runs report: {run} has no metrics yet: not one step was written to {folders.METRICS}")
@@ -72,9 +72,9 @@ def _compare(args: list[str]) -> int:
     parser.add_argument("--output", type=Path, help="file of the picture (default: RUNS_DIR/compare.png)")
     options = parser.parse_args(args)
     root = options.runs_dir.expanduser()
-    found = [folders.find(name, root) for name in dict.fromkeys(options.run)]
-    if len(found) < 2:
-        others = ", ".join(run.name for run in folders.all_runs(root) if run.resolve() != found[0].resolve())
+    run_folders = [folders.find(name, root) for name in dict.fromkeys(options.run)]
+    if len(run_folders) < 2:
+        others = ", ".join(run.name for run in folders.all_runs(root) if run.resolve() != run_folders[0].resolve())
         raise UserError(f"runs compare: name two or more runs{f'; there are also {others}' if others else ''}")
     output = (options.output or root / "compare.png").expanduser()
     if output.suffix != ".png":
@@ -86,11 +86,11 @@ def _compare(args: list[str]) -> int:
     from oumi_pl.report import beside
     from oumi_pl.report.record import Record
 
-    records = [Record(run) for run in found]
+    records = [Record(run) for run in run_folders]
     for run in records:
         if not run.metrics:
             raise UserError(f"runs compare: {run.folder} has no metrics yet: not one step was written")
-    names = _names(found)
+    names = _names(run_folders)
     print(_table(["", *names], [[name, *cells] for name, cells in beside.outcomes(records).items()]))
     grouped = beside.groups(records, names)
     if len(grouped) < len(records):

@@ -88,7 +88,7 @@ def load(name: str, max_length: int | None, overflow: Any, trust_remote_code: bo
     Args:
         name: Folder or hub id.
         max_length: Longest row in tokens; that of the model when left out.
-        overflow: What happens to longer rows, as of `RewardData`.
+        overflow: What happens to longer rows; see `RewardData`.
         trust_remote_code: Run code that comes with the model.
 
     Raises:

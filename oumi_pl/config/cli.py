@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 from jsonargparse import Namespace
 from lightning.fabric.utilities.exceptions import MisconfigurationException
-from lightning.pytorch.callbacks import Checkpoint, GradientAccumulationScheduler, ProgressBar
+from lightning.pytorch.callbacks import Checkpoint, ProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 
 from oumi_pl.callbacks.advice import Advice, PreferenceWarnings
@@ -208,12 +208,6 @@ class CLI(LightningCLI):
             kwargs["max_epochs"] = 1 if get("max_tokens") is None else -1
         if get("val_every") is not None:
             kwargs |= self._validation_by_steps(config, get("val_every"))
-            own = _as_list(config.get("callbacks"))
-            if any(isinstance(callback, GradientAccumulationScheduler) for callback in own):
-                raise UserError(
-                    "val_every counts optimizer steps, and GradientAccumulationScheduler changes how many batches they "
-                    "have; set trainer.check_val_every_n_epoch"
-                )
         refuse_unknown_devices(config)
         kwargs |= launched_devices(config)
         try:

@@ -44,7 +44,7 @@ class TextData(L.LightningDataModule):
             that rows with the same prompt are on the same side.
         test: Source for `test`.
         predict: Source of prompts for `predict`; the test or validation rows when left out.
-        group: Column whose value keeps rows on the same side instead of the prompt: a customer, a document.
+        group: Column whose value, instead of the prompt, keeps rows on one side of the split.
         tokenizer: Hub id or directory, or a class that builds one; the model's own when left out.
         pad_token: Token that the exported tokenizer fills rows with, added if it is new; its own when left out, or EOS.
         max_length: Tokens of the longest row.

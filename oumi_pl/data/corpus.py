@@ -31,7 +31,7 @@ class Part(NamedTuple):
     """The part of a source that a split uses.
 
     keep: which rows to use; all if None. render: renders conversations as texts, if rows may be conversations.
-    bad_rows: as of `texts`.
+    bad_rows: see `texts`.
     """
 
     source: Source

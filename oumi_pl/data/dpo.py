@@ -15,10 +15,10 @@ class DPOData(ChatData):
     longer pairs, `overflow: truncate` cuts the prompt's start first, then the ends of the responses.
 
     Args:
-        args: As of `TextData`.
+        args: See `TextData`.
         group_by_length: Without packing, put pairs of similar length into the same update, which saves padding for
             models that need it.
-        kwargs: As of `ChatData`.
+        kwargs: See `ChatData`.
     """
 
     branching = True

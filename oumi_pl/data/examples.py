@@ -46,7 +46,7 @@ class ExampleData(TextData):
     """Reads, tokenizes, caches, plans and loads examples. Subclasses define how a record becomes an example.
 
     Args:
-        args: As of `TextData`.
+        args: See `TextData`.
         packing: Put several examples into one row, isolated from each other.
         group_by_length: Without packing, put examples of similar length into the same update, which saves padding for
             models that need it.
@@ -56,7 +56,7 @@ class ExampleData(TextData):
             has `null`.
         processes: Processes that tokenize rows, with the same result for any number. They call `encode`; files are read
             and formats are called in the main process.
-        kwargs: As of `TextData`.
+        kwargs: See `TextData`.
     """
 
     def __init__(
@@ -396,7 +396,7 @@ class ChatData(ExampleData):
     """Turns rows into conversations or texts, and tokenizes them with the characters that carry loss marked.
 
     Args:
-        args: As of `TextData`.
+        args: See `TextData`.
         template: Chat template: `chatml`, `llama3` or `plain`, `trl/NAME` for a training template of TRL, one of the
             tokenizer's own if it has several, or a `.jinja` file; the tokenizer's own when left out.
         overflow: What happens to rows longer than `max_length`: `truncate` cuts the prompt first, `keep_start` the end
@@ -406,7 +406,7 @@ class ChatData(ExampleData):
         lost: What happens if the template doesn't write something that is to be trained (a tool call, reasoning):
             `error` stops the run, `drop` leaves the row out, `keep` trains the rest of it.
         add_eos: End turns with the tokenizer's EOS if the template writes nothing at their end.
-        kwargs: As of `ExampleData`.
+        kwargs: See `ExampleData`.
     """
 
     turns: Turns = "auto"
@@ -459,7 +459,7 @@ class ChatData(ExampleData):
         return [self.overflow, self.lost, self.turns, self.add_eos, self.template_variables, date]
 
     def report(self) -> dict[str, Any]:
-        """As of `ExampleData`, with the date that the template writes."""
+        """Adds the date that the template writes; see `ExampleData`."""
         report = super().report()
         for described in report.values():
             if self.template_date is not None:
@@ -471,7 +471,7 @@ class ChatData(ExampleData):
         return self.tokenize(list(records))
 
     def uncut(self, record: Record) -> tuple[Example, list[np.ndarray]] | None:
-        """As of `ExampleData`."""
+        """See `ExampleData`."""
         return self.tokenize.uncut(record)
 
     @property

@@ -42,12 +42,12 @@ class KTOData(ChatData):
     Plans, loaders, reports and previews only use the rows.
 
     Args:
-        args: As of `TextData`. Rows have a prompt, a response and a label; pairs give two rows each.
+        args: See `TextData`. Rows have a prompt, a response and a label; pairs give two rows each.
         threshold: Lowest score of a desirable response, for labels that are scores. Without it, 1 is desirable, 0 and
             -1 are not, and other numbers are refused.
         group_by_length: Without packing, put rows of similar length into the same update, which saves padding for
             models that need it.
-        kwargs: As of `ChatData`.
+        kwargs: See `ChatData`.
     """
 
     formats = FEEDBACK_FORMATS
@@ -98,7 +98,7 @@ class KTOData(ChatData):
         )
 
     def uncut(self, record: Record) -> tuple[Example, list[np.ndarray]] | None:
-        """As of `ChatData`."""
+        """See `ChatData`."""
         return super().uncut(_checked(record).response)
 
     def prompt_of(self, record: Record) -> tuple[list[int], str] | None:
@@ -114,7 +114,7 @@ class KTOData(ChatData):
         return np.concatenate([store.fields.get(DESIRABLE, np.empty(0)) > 0.5 for store in self.stores(split)])
 
     def report(self) -> dict[str, Any]:
-        """As of `ExampleData`, with the number of desirable rows."""
+        """Adds the number of desirable rows; see `ExampleData`."""
         return {split: part | {DESIRABLE: int(self.desirable(split).sum())} for split, part in super().report().items()}
 
     # ---- mismatched rows
@@ -153,11 +153,11 @@ class KTOData(ChatData):
         return [*ids, *self.mismatched_ids(split, ids)] if self.mismatches else list(ids)
 
     def reference_logps(self, split: str, parts: dict[str, Any], width: int = 1) -> ReferenceLogps:
-        """As of `ExampleData`; the mismatched rows are part of what they depend on."""
+        """See `ExampleData`; they depend on the mismatched rows too."""
         return super().reference_logps(split, parts | {"mismatched": _SEED if self.mismatches else None}, width)
 
     def longest_path(self, splits: Iterable[str]) -> tuple[int, int] | None:
-        """As of `ExampleData`; a mismatched row may be longer than any row."""
+        """See `ExampleData`; a mismatched row may be longer than any row."""
         splits = list(splits)
         bounds = super().longest_path(splits)
         if bounds is None or not self.mismatches:

@@ -24,11 +24,11 @@ class PackedChatData(PretrainData):
     keep conversations apart, use `SFTData` with `packing`.
 
     Args:
-        args: As of `TextData`; rows come in any format of `SFTData`.
+        args: See `TextData`. Rows may have any format of `SFTData`.
         template: Chat template: `chatml`, `llama3` or `plain`, or a `.jinja` file; the tokenizer's own when left out.
         bad_rows: What happens if rows can't be used: `error` stops the run and lists all kinds of them, `drop` leaves
             them out and counts them.
-        kwargs: As of `PretrainData`.
+        kwargs: See `PretrainData`.
     """
 
     def __init__(self, *args: Any, template: str | None = None, bad_rows: OnBadRows = "error", **kwargs: Any) -> None:
@@ -54,7 +54,7 @@ class PackedChatData(PretrainData):
         return template_date(self.tokenizer.chat_template, {}, titles(self.sources["train"]))
 
     def report(self) -> dict[str, Any]:
-        """As of `PretrainData`, with the date that the template writes."""
+        """Adds the date that the template writes; see `PretrainData`."""
         date = {} if self.template_date is None else {"template_date": str(self.template_date)}
         return {split: described | date for split, described in super().report().items()}
 

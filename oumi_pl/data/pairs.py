@@ -38,8 +38,8 @@ class TokenizePairs(Tokenize):
         overflow: What happens to longer pairs: `truncate` cuts the prompt's start first, then the responses' ends, by
             the rule of `Tokenize` with the longer response as the answer; `keep_start` cuts only the responses' ends;
             `drop`; or `error`.
-        lost: As of `Tokenize`.
-        renderer: As of `Tokenize`.
+        lost: See `Tokenize`.
+        renderer: See `Tokenize`.
 
     Raises:
         UserError: a setting is unknown, or the tokenizer can't tell which characters a token stands for.
@@ -78,7 +78,7 @@ class TokenizePairs(Tokenize):
         ]
 
     def uncut(self, record: Record) -> tuple[Example, list[np.ndarray]] | None:
-        """As of `Tokenize`: the longer response decides what is kept, and the other is cut to the same length."""
+        """Cuts a pair: the longer response decides what is kept, and the other is cut to the same length."""
         whole = copy.copy(self)
         whole.max_length = sys.maxsize
         (example,) = whole([record])

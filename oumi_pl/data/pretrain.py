@@ -39,7 +39,7 @@ class PretrainData(TextData):
     shares of the tokens. `TrainedBPE` trains a tokenizer on the training documents.
 
     Args:
-        args: As of `TextData`.
+        args: See `TextData`.
         packing: `concat` joins the documents and cuts every `max_length` tokens; `best_fit` packs whole documents and
             cuts only those that are longer than a row.
         isolate: Keep the documents of a row apart: attention doesn't cross their borders, positions restart at 0.
@@ -49,7 +49,7 @@ class PretrainData(TextData):
             only `trainer.max_steps` ends the run.
         eval_stride: Tokens by which the window over a held-out document moves; `max_length` when left out. A smaller
             stride gives each token more context and takes more time.
-        kwargs: As of `TextData`. `workers` are tokenizing processes per source when streaming, else processes that load
+        kwargs: See `TextData`. `workers` are tokenizing processes per source when streaming, else processes that load
             held-out documents.
     """
 

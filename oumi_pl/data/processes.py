@@ -20,13 +20,13 @@ Item = TypeVar("Item")
 Result = TypeVar("Result")
 
 START = "fork" if sys.platform == "linux" else "spawn"
-"""How processes are started. Forked ones have the function as it is; for others it is pickled."""
+"""How processes are started. A forked process inherits the function; a spawned one gets it pickled."""
 AHEAD = 3
-"""Batches per process that are under way or waiting, so that none is idle and few are in memory."""
+"""Items per process that are submitted ahead: enough to keep it busy, few enough to fit in memory."""
 PARALLELISM = "TOKENIZERS_PARALLELISM"
 
 _functions: list[Callable[[Any], Any]] = []
-"""In a process that was started here, the function that it calls."""
+"""In a worker process, the function that it calls."""
 
 
 def mapped(
@@ -34,17 +34,17 @@ def mapped(
 ) -> Generator[Result, None, None]:
     """Yields `function(item)` for each item in order.
 
-    The first item is done in this process, so that what the function builds for all of them is there before others
-    start, and a single item starts none.
+    The first item is processed here, so that whatever the function builds once exists before the other processes start,
+    and a single item starts no process.
 
     Args:
-        function: Called in other processes. Results and errors are pickled.
-        items: Read in this process, a few ahead of the results.
-        processes: How many.
-        what: The setting that the number is from, for messages.
+        function: Called in worker processes. Its results and errors must be picklable.
+        items: Read in this process, a few items ahead of the results.
+        processes: Number of worker processes; with 1, all items are processed here.
+        what: Name of the setting that `processes` comes from, for error messages.
 
     Raises:
-        UserError: a process died, or the function can't be sent to one.
+        UserError: a process died, or the function can't be pickled.
     """
     iterator = iter(items)
     yield from map(function, itertools.islice(iterator, 1 if processes > 1 else None))
@@ -74,7 +74,7 @@ def mapped(
 
 
 def _begin(function: Callable[[Any], Any]) -> None:
-    """Prepares a process: it leaves Ctrl-C to its parent, and ends with it."""
+    """Prepares a worker process: it ignores Ctrl-C, which its parent handles, and ends when the parent ends."""
     _functions.append(function)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
@@ -94,7 +94,7 @@ def _call(item: Any) -> Any:
 
 @contextlib.contextmanager
 def _one_thread_each() -> Iterator[None]:
-    """Turns off the tokenizers' own threads: those of a forked process don't exist, and the others fill the cores."""
+    """Turns off the tokenizers' own threads: they don't survive a fork, and the processes already use all cores."""
     before = os.environ.get(PARALLELISM)
     os.environ[PARALLELISM] = "false"
     try:

@@ -1,4 +1,4 @@
-"""Prompts for online training: their token ids, and the rows that rewards read."""
+"""Reads prompts for online training: token ids, and the rows that reward functions get."""
 
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -26,7 +26,7 @@ from oumi_pl.types import BadRow, Record, Row
 
 
 class Prompt(NamedTuple):
-    """A prompt, and the row that it came from."""
+    """The token ids of a prompt, and the row that it came from."""
 
     ids: list[int]
     row: Row
@@ -36,7 +36,7 @@ class Prompt(NamedTuple):
 
 @reads("prompt", *AROUND)
 def prompt_only(row: Row) -> Record:
-    """Reads `prompt`: the user's turn as text, or turns."""
+    """Reads the column `prompt`: text, which becomes the user's turn, or turns."""
     prompt = column(row, "prompt", (str, list), "text or turns")
     if isinstance(prompt, str) and not turns_of_text(prompt):
         return conversation(row, ({"role": "user", "content": prompt},))
@@ -72,13 +72,13 @@ OF_ANSWERS = frozenset(
 
 @dataclass(frozen=True)
 class RecordWithRow(Record):
-    """A record and its row."""
+    """A record, together with the row it was read from."""
 
     record: Record
     row: Row
 
     def split_key(self) -> str:
-        """That of the record."""
+        """The split key of the record."""
         return self.record.split_key()
 
 
@@ -86,10 +86,10 @@ class RecordsWithRows(RecordReader):
     """Reads records with their rows."""
 
     def read(self, row: Row) -> Sequence[Record | Dropped]:
-        """The records of a row, each with the row.
+        """Returns the records of a row, each together with the row.
 
         Raises:
-            UserError: as of `RecordReader`.
+            UserError: the row can't be read; see `RecordReader`.
         """
         return [RecordWithRow(one, row) if isinstance(one, Record) else one for one in super().read(row)]
 
@@ -123,12 +123,12 @@ def read_prompts(
         source: The source.
         formats: The formats that its rows may have.
         encode: Turns a record into the token ids of its prompt.
-        most: Most tokens of a prompt; longer ones are left out.
+        most: Maximal number of tokens of a prompt; longer prompts are dropped.
         keep: Which rows to use; all when left out.
-        bad_rows: Whether rows that can't be used stop the run, after all were looked at, or are left out.
+        bad_rows: `error` stops the run after all rows were read, `drop` leaves unusable rows out.
 
     Raises:
-        UserError: rows can't be used; lists the reasons with the files and lines of the first rows.
+        UserError: some rows can't be used; lists the reasons, each with file and line of its first rows.
     """
     prompts: list[Prompt] = []
     dropped: Counter[str] = Counter()

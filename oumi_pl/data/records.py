@@ -104,7 +104,7 @@ class RecordReader:
                 yield origin, record
 
     def record(self, row: Row) -> Record | Dropped:
-        """The first record of a row, as of `read`."""
+        """The first record that `read` returns for a row."""
         return self.read(row)[0]
 
     def read(self, row: Row) -> Sequence[Record | Dropped]:
@@ -202,8 +202,8 @@ class FieldReader(RecordReader):
     """Reads records with some columns of their rows beside them.
 
     Args:
-        source: As of `RecordReader`.
-        formats: As of `RecordReader`.
+        source: See `RecordReader`.
+        formats: See `RecordReader`.
         columns: Columns with numbers; they need not be read by the format.
     """
 
@@ -215,7 +215,7 @@ class FieldReader(RecordReader):
         """The records of a row, each with the row's numbers.
 
         Raises:
-            UserError: as of `RecordReader`, or a column has no number.
+            UserError: a row can't be read (see `RecordReader`), or a column has no number.
         """
         values = {column: _number(row, column) for column in self.columns}
         return [

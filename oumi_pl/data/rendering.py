@@ -466,8 +466,8 @@ class ChatRenderer:
 
     def _probed(self, probe: Conversation) -> _Ends:
         text = self.text(probe)
-        _, found, tail = text.rpartition(_PROBE)
-        if not found:
+        _, separator, tail = text.rpartition(_PROBE)
+        if not separator:
             return _Ends()
         thanks = Conversation((*probe.messages, {"role": "user", "content": "Thanks."}), probe.tools)
         try:
@@ -656,14 +656,14 @@ def spans_by_kind(written: Written, messages: Sequence[Message]) -> dict[str, li
     for turn, start, end in written.targets:
         places: dict[str, list[Span]] = {}
         for part in parts_of(messages[turn]):
-            found = [(at, at + len(s)) for s in part.spellings if (at := written.text.find(s, start, end)) >= 0]
-            places.setdefault(part.kind, []).extend(found[:1])
+            ranges = [(at, at + len(s)) for s in part.spellings if (at := written.text.find(s, start, end)) >= 0]
+            places.setdefault(part.kind, []).extend(ranges[:1])
         if calls := places.get("tool call"):  # with the syntax between names and arguments, up to the last of them
             values = [s for part in parts_of(messages[turn]) if part.kind == "tool call" for s in part.spellings]
             ends = [written.text.rfind(value, start, end) + len(value) for value in values if value in written.text]
             places["tool call"] = [(min(calls)[0], max(ends))]
-        for kind, found in places.items():
-            spans.setdefault(kind, []).extend(Target(turn, *span) for span in found)
+        for kind, ranges in places.items():
+            spans.setdefault(kind, []).extend(Target(turn, *span) for span in ranges)
     return spans
 
 

@@ -69,11 +69,11 @@ class TokenizeResponses(TokenizePairs):
     The fields are `margin`, NaN for a rated response, and `outcome`, NaN for a pair.
 
     Args:
-        tokenizer: As of `Tokenize`; it has to have a pad token.
+        tokenizer: See `Tokenize`; it has to have a pad token.
         max_length: Longest prompt with one response, in tokens.
-        overflow: As of `TokenizePairs`.
-        lost: As of `Tokenize`.
-        renderer: As of `Tokenize`.
+        overflow: See `TokenizePairs`.
+        lost: See `Tokenize`.
+        renderer: See `Tokenize`.
     """
 
     def __init__(
@@ -91,7 +91,7 @@ class TokenizeResponses(TokenizePairs):
         """Tokenizes pairs (`Preference`) and rated responses (`Rated`), in order.
 
         Raises:
-            UserError: as of `TokenizePairs`, or a record is neither.
+            UserError: a pair can't be tokenized (see `TokenizePairs`), or a record is neither.
         """
         for record in records:
             if not isinstance(record, Preference | Rated):
@@ -188,14 +188,14 @@ class RewardData(DPOData):
     both kinds may be mixed. The score of a response is read at its last token.
 
     Args:
-        args: As of `TextData`.
-        kwargs: As of `DPOData`.
+        args: See `TextData`.
+        kwargs: See `DPOData`.
     """
 
     formats = (*PREFERENCE_FORMATS, *RATED_FORMATS)
 
     def prepare_tokenizer(self, tokenizer: "PreTrainedTokenizerBase") -> list[int]:
-        """As of `ChatData`; pads with EOS if there is no pad token, as usual for reward models.
+        """See `ChatData`; pads with EOS if there is no pad token, as usual for reward models.
 
         Raises:
             UserError: there is neither.
@@ -233,7 +233,7 @@ class RewardData(DPOData):
         return [f"{name}-{i}" if names.count(name) > 1 else name for i, name in enumerate(names, 1)]
 
     def examples(self, split: str) -> Any:
-        """As of `ExampleData`; held-out rows of several sources have the field `source`."""
+        """See `ExampleData`; held-out rows of several sources have the field `source`."""
         if split == "train" or len(self.stores(split)) < 2:
             return super().examples(split)
         return ConcatDataset([WithSource(store, i) for i, store in enumerate(self.stores(split))])
@@ -241,7 +241,7 @@ class RewardData(DPOData):
     # ---- report
 
     def report(self) -> dict[str, Any]:
-        """As of `ExampleData`, with the number of pairs, of pairs without a margin, and a summary of the outcomes."""
+        """Adds the number of pairs, of pairs without a margin, and a summary of the outcomes; see `ExampleData`."""
         return {split: report | self.__kinds(split) for split, report in super().report().items()}
 
     def __kinds(self, split: str) -> dict[str, Any]:

@@ -12,13 +12,13 @@ class SFTData(ChatData):
     """Turns rows into conversations, renders them with a chat template, and marks the answers to carry loss.
 
     Args:
-        args: As of `TextData`.
+        args: See `TextData`.
         train_on: Which tokens carry loss. When left out: the completion if the row has one, all assistant turns of a
             conversation, all of a plain text. `completion_or_all`: the completion if the row has one, else all of it.
         turns: Whether the trained turns of a conversation share one text. `together`: they do. `apart`: each has a
             branch of its own, after the history as the template writes it for this turn. `auto`: together where that is
             the same, else apart (templates that remove the reasoning of earlier turns, for example).
-        kwargs: As of `ChatData`.
+        kwargs: See `ChatData`.
     """
 
     def __init__(
@@ -51,11 +51,11 @@ class SFTData(ChatData):
         )
 
     def encoding_key(self) -> list[Any]:
-        """`train_on`, and as of `ChatData`."""
+        """`train_on`, and what `ChatData` returns."""
         return [self.train_on, *super().encoding_key()]
 
     def report(self) -> dict[str, Any]:
-        """As of `ChatData`, with the rows whose turns are trained apart, and the tokens that this costs."""
+        """Adds the rows whose turns are trained apart, and the tokens that this costs; see `ChatData`."""
         report = super().report()
         for split, described in report.items():
             stores = self.stores(split)

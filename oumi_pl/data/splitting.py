@@ -1,7 +1,7 @@
-"""Which rows of a source are held out, if `data.validation` is a fraction: a hash of each row's prompt decides.
+"""Splits a source into training and held-out rows by a hash of each prompt, if `data.validation` is a fraction.
 
-Rows with the same prompt, or with the same value of the column `data.group`, are on the same side. So nothing that is
-asked in the held-out rows is answered in the training rows, however often a row is repeated under other ids.
+Rows with the same prompt, or with the same value of the column `data.group`, are on the same side. So no held-out
+prompt is also a training prompt, even if a row is repeated under another id.
 """
 
 import hashlib
@@ -15,10 +15,10 @@ from oumi_pl.types import Record, Row
 
 @dataclass(frozen=True)
 class Side:
-    """One of the two sides of a source; called with a row and its record.
+    """A predicate for the rows of one side of the split.
 
-    fraction: the share of the prompts that is held out. is_held_out: which side this is. group: the column that keeps
-    rows together; None for their prompts.
+    fraction: share of the prompts that is held out. is_held_out: whether this is the held-out side. group: column whose
+    value keeps rows together; None groups by prompt.
     """
 
     fraction: float
@@ -26,7 +26,7 @@ class Side:
     group: str | None = None
 
     def __call__(self, row: Row, record: Record | None) -> bool:
-        """Whether a row is on this side; one without a record (left out for its label) is placed by its content.
+        """Whether a row is on this side. A row without a record (left out because of its label) is hashed as a whole.
 
         Raises:
             UserError: the row has no column `group`.
@@ -40,7 +40,7 @@ class Side:
         return is_held_out(key, self.fraction) == self.is_held_out
 
     def counts_bad(self, row: Row) -> bool:
-        """Whether a row that can't be used counts on this side, so that it counts once."""
+        """Whether to count an unusable row on this side. Each is counted on one side only."""
         return is_held_out(row, self.fraction) == self.is_held_out
 
     def __str__(self) -> str:
@@ -49,10 +49,10 @@ class Side:
 
 
 def is_held_out(key: Any, fraction: float) -> bool:
-    """Whether a key lies in the held-out `fraction`, by its hash: the same in every run and on every machine.
+    """Whether the hash of a key falls into the held-out `fraction`; the same in every run and on every machine.
 
-    What is held out at a smaller fraction is held out at a larger one. Texts that differ in white space or in upper and
-    lower case are one key.
+    Keys that are held out at a fraction are also held out at any larger one. Texts that differ only in white space or
+    case are the same key.
     """
     if isinstance(key, str):
         key = " ".join(key.casefold().split())

@@ -1,10 +1,10 @@
 """Divergences between a student's and a teacher's next-token distributions, one chunk of logits at a time.
 
-The logits of both models, `[targets, vocab]` each, would be by far the largest tensors. Nothing here holds more than a
-chunk of their rows: a chunk of the student's logits, the teacher's outcomes for the same rows, and the gradient, which
-is computed right away, so that the backward pass only scales it.
+The full logits of both models, `[targets, vocab]` each, would be by far the largest tensors, so only one chunk of rows
+is in memory at a time: the student's logits, the teacher's outcomes, and the gradient. The gradient is computed in the
+forward pass; the backward pass only scales it.
 
-An *outcome* is a token, or the bucket of all tokens that are not among the teacher's top k. Shapes: `n` targets,
+An *outcome* is a token, or the bucket of all tokens outside the teacher's top k. Shapes: `n` targets,
 `outcomes` (the vocabulary, or k + 1), `vocab`, `hidden` the width of the model.
 """
 
@@ -40,7 +40,7 @@ ALIVE = 4
 
 
 class Divergence(ABC):
-    """A divergence of two distributions. Subclass it and name the class by `class_path` to train with it."""
+    """A divergence between two distributions. To add one, subclass it and name the class by `class_path`."""
 
     @abstractmethod
     def __call__(self, student: Tensor, teacher: Tensor) -> Tensor:
@@ -50,7 +50,7 @@ class Divergence(ABC):
         """
 
     def derivative(self, student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor] | None:
-        """The divergences `[n]` and their derivatives by the student's log-probabilities `[n, outcomes]`.
+        """The divergences `[n]` and their derivatives with respect to the student's log-probabilities `[n, outcomes]`.
 
         Optional: None leaves the derivative to autograd. May overwrite `teacher`.
         """
@@ -58,14 +58,14 @@ class Divergence(ABC):
 
 
 class ForwardKL(Divergence):
-    """`KL(teacher || student)`: the student covers all that the teacher says (Hinton et al. 2015, arXiv:1503.02531)."""
+    """`KL(teacher || student)`: the student covers all modes of the teacher (Hinton et al. 2015, arXiv:1503.02531)."""
 
     def __call__(self, student: Tensor, teacher: Tensor) -> Tensor:
         """Computes `sum q (log q - log p)`, with the student's `p` and the teacher's `q`."""
         return _kl(teacher, student)
 
     def derivative(self, student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor]:
-        """As of `Divergence`."""
+        """See `Divergence`."""
         return _kl(teacher, student), teacher.exp().neg_()
 
 
@@ -77,7 +77,7 @@ class ReverseKL(Divergence):
         return _kl(student, teacher)
 
     def derivative(self, student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor]:
-        """As of `Divergence`. The derivative of `p` itself, a sum of 1, changes nothing after normalisation."""
+        """See `Divergence`. The term `p`, from differentiating the factor p, is left out: the softmax cancels it."""
         weighted = student.exp().mul_(student - teacher)
         return weighted.sum(-1), weighted
 
@@ -86,8 +86,8 @@ class JSD(Divergence):
     """`beta KL(teacher || m) + (1 - beta) KL(student || m)` with the mixture `m = beta teacher + (1 - beta) student`.
 
     The generalised Jensen-Shannon divergence of GKD (Agarwal et al. 2023, arXiv:2306.13649, equation 1). It is bounded.
-    Divided by `beta`, it tends to the forward KL for `beta` to 0, and divided by `1 - beta` to the reverse KL for
-    `beta` to 1. At 0 and 1 themselves it is 0, so these are refused; TRL takes them to mean the two KLs.
+    As `beta` goes to 0, JSD / beta approaches the forward KL; as `beta` goes to 1, JSD / (1 - beta) approaches the
+    reverse KL. At 0 and 1 the divergence itself is 0, so these are refused (in TRL they select the two KLs).
 
     Args:
         beta: Share of the teacher in the mixture, above 0 and below 1.
@@ -99,12 +99,12 @@ class JSD(Divergence):
         self.beta = beta
 
     def __call__(self, student: Tensor, teacher: Tensor) -> Tensor:
-        """Computes both parts; a mixture is never 0 where one of the two is not."""
+        """Computes both terms. The mixture is positive wherever one of the two is, so both terms are finite."""
         mixture = self._mixture(student, teacher)
         return self.beta * _kl(teacher, mixture) + (1 - self.beta) * _kl(student, mixture)
 
     def derivative(self, student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor]:
-        """As of `Divergence`: `(1 - beta) p log(p / m)`; the terms through the mixture cancel."""
+        """See `Divergence`. It is `(1 - beta) p log(p / m)`; the terms through the mixture cancel."""
         mixture = self._mixture(student, teacher)
         by_student = student.exp().mul_(student - mixture).mul_(1 - self.beta)
         return self.beta * _kl(teacher, mixture) + by_student.sum(-1), by_student
@@ -127,11 +127,11 @@ class Outcomes(ABC):
 
     @abstractmethod
     def logps(self, rows: slice) -> tuple[Tensor | None, Tensor]:
-        """Ids and log-probabilities of the outcomes for some targets, float32.
+        """Returns ids and log-probabilities of the outcomes for some targets, float32.
 
         Returns:
             None and `[rows, vocab]`; or the ids of the top tokens `[rows, k]`, most likely first, and `[rows, k + 1]`,
-            of which the last is the log-probability of all other tokens together.
+            whose last column is the log-probability of all other tokens together.
         """
 
 
@@ -155,25 +155,25 @@ class TeacherHead(Outcomes):
 
 @dataclass(frozen=True)
 class TopK(Outcomes):
-    """Outcomes that were computed before: ids `[targets, k]`, log-probabilities `[targets, k + 1]`.
+    """Precomputed outcomes: ids `[targets, k]`, log-probabilities `[targets, k + 1]`.
 
-    If k is the vocabulary there are no other tokens, and `[targets, k]` log-probabilities.
+    If k is the vocabulary size, there are no other tokens: log-probabilities are `[targets, k]`.
     """
 
     ids: Tensor
     values: Tensor
 
     def logps(self, rows: slice) -> tuple[Tensor, Tensor]:
-        """Reads them. A copy, because derivatives may overwrite it."""
+        """Returns rows of the stored values; a copy, because derivatives may overwrite it."""
         return self.ids[rows], self.values[rows].clone()
 
 
 @torch.no_grad()
 def top_k(outcomes: Outcomes, targets: int, k: int, chunk_size: int) -> Tensor:
-    """Summarises full distributions: `[targets, 2 k + 1]` float32.
+    """Summarises full distributions as `[targets, 2 k + 1]` float32.
 
-    The columns are k ids (int32, bit by bit), k log-probabilities, and that of all other tokens together (-inf if k is
-    the vocabulary).
+    The columns are k ids (int32 bits viewed as float32), their log-probabilities, and that of all other tokens together
+    (-inf if k is the vocabulary size).
     """
     columns = [torch.empty(0, 2 * k + 1)]
     for first in range(0, targets, chunk_size):
@@ -185,7 +185,7 @@ def top_k(outcomes: Outcomes, targets: int, k: int, chunk_size: int) -> Tensor:
 
 
 def from_columns(columns: Tensor, vocab: int) -> TopK:
-    """Reads the columns of `top_k` for a vocabulary of this size."""
+    """Restores outcomes from the columns that `top_k` wrote, for this vocabulary size."""
     k = columns.shape[-1] // 2
     ids = columns[:, :k].contiguous().view(torch.int32).long()
     return TopK(ids, columns[:, k : 2 * k] if k == vocab else columns[:, k:])
@@ -195,7 +195,7 @@ def from_columns(columns: Tensor, vocab: int) -> TopK:
 
 
 class DistillationSums(NamedTuple):
-    """Sums over the targets of a batch, scalars."""
+    """Scalar sums over the targets of a batch."""
 
     loss: Tensor
     """Differentiable: `(1 - weight) divergence + weight nll`."""
@@ -205,7 +205,7 @@ class DistillationSums(NamedTuple):
     correct: Tensor
     """How many targets had the student's largest logit."""
     agreed: Tensor
-    """How often the most likely token of student and teacher was the same."""
+    """How many targets have the same most likely token in student and teacher."""
 
 
 @dataclass(frozen=True)
@@ -240,12 +240,12 @@ def distillation_sums(
     Args:
         hidden: `[n, hidden]`, the student's states that predict the targets.
         targets: `[n]` int64.
-        head: The student's, `[n, hidden]` to logits.
+        head: The student's output head, `[n, hidden]` to logits `[n, vocab]`.
         outcomes: The teacher's distributions, at the same temperature.
-        divergence: Between the two.
+        divergence: Compares the two distributions.
         vocab: How many of the student's logits stand for tokens of both models.
         temperature: Divides the student's logits before the divergence.
-        cross_entropy: Weight of the cross-entropy of the targets, from 0 to 1; the divergence has the rest.
+        cross_entropy: Weight of the targets' cross-entropy, from 0 to 1; the divergence is weighted by 1 minus it.
         transform: Applied to the student's float32 logits.
         chunk_size: Rows of logits alive at a time; None chooses by vocabulary and device.
     """
@@ -282,13 +282,13 @@ def _compared(task: _Task, logits: Tensor, ids: Tensor | None) -> Tensor:
     top = logps.gather(-1, ids)
     if ids.shape[-1] == task.vocab:
         return top
-    # the sum over the other tokens: 1 minus the top would lose all digits where the top is nearly everything
+    # summed over the other tokens: `1 - sum(top)` loses all digits if the top tokens have nearly all the probability
     rest = logps.scatter(-1, ids, -torch.inf).logsumexp(-1, keepdim=True)
     return torch.cat([top, rest], -1)
 
 
 def _of_chunk(task: _Task, logits: Tensor, rows: slice) -> tuple[Tensor, ...]:
-    """Sums over a chunk, from the student's logits `[rows, vocab]`, differentiable by them."""
+    """Sums over a chunk of the student's logits `[rows, vocab]`, differentiable with respect to them."""
     targets = task.targets[rows]
     ids, teacher = task.outcomes.logps(rows)
     divergences = task.divergence(_compared(task, logits, ids), teacher)
@@ -343,16 +343,16 @@ class _LinearDistillation(torch.autograd.Function):
 
 
 def _with_gradient(task: _Task, logits: Tensor, rows: slice) -> tuple[tuple[Tensor, ...], Tensor]:
-    """The sums of a chunk, and the gradient of its loss by the logits `[rows, vocab]`."""
+    """The sums of a chunk, and the gradient of its loss with respect to the logits `[rows, vocab]`."""
     logits = logits.detach()
     targets = task.targets[rows]
     ids, teacher = task.outcomes.logps(rows)
     counts = _counts(task, logits, targets, ids, teacher)
-    known = None
-    if ids is None:  # for few outcomes autograd costs little
+    derivative = None
+    if ids is None:  # with few outcomes, autograd is cheap
         student = _compared(task, logits, ids)
-        known = task.divergence.derivative(student, teacher)
-    if known is None:
+        derivative = task.divergence.derivative(student, teacher)
+    if derivative is None:
         inputs = logits.clone().requires_grad_()
         with torch.enable_grad():
             divergences = task.divergence(_compared(task, inputs, ids), teacher)
@@ -360,7 +360,7 @@ def _with_gradient(task: _Task, logits: Tensor, rows: slice) -> tuple[tuple[Tens
         (gradient,) = torch.autograd.grad(divergences, inputs, share)
         divergences = divergences.detach()
     else:
-        divergences, by_logps = known
+        divergences, by_logps = derivative
         # through the softmax: d log p_j / d x_i = (1[i = j] - p_i) / temperature
         gradient = torch.zeros_like(logits) if task.vocab < logits.shape[-1] else torch.empty_like(logits)
         compared = gradient[:, : task.vocab]
@@ -371,7 +371,7 @@ def _with_gradient(task: _Task, logits: Tensor, rows: slice) -> tuple[tuple[Tens
     if task.weight:
         softmax = logits.sub(lse.unsqueeze(-1)).exp_()
         gradient.add_(softmax, alpha=task.weight)
-        wanted = targets.unsqueeze(-1)
-        gradient.scatter_add_(-1, wanted, torch.full_like(wanted, -task.weight, dtype=gradient.dtype))
+        columns = targets.unsqueeze(-1)
+        gradient.scatter_add_(-1, columns, torch.full_like(columns, -task.weight, dtype=gradient.dtype))
     loss = (1 - task.weight) * divergences.sum() + task.weight * nll.sum()
     return (loss, divergences.sum(), nll.sum(), *counts), gradient

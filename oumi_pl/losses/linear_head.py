@@ -211,8 +211,8 @@ class LinearTokenLoss(torch.autograd.Function):
         `parameters` are those of the loss.
         """
         head = LinearHead(hidden, weight, bias)
-        wanted = task.with_gradients and any(ctx.needs_input_grad)
-        gradients = HeadGradients(head, ctx.needs_input_grad[:3]) if wanted else None
+        with_gradients = task.with_gradients and any(ctx.needs_input_grad)
+        gradients = HeadGradients(head, ctx.needs_input_grad[:3]) if with_gradients else None
         of_loss = [torch.zeros_like(parameter) for parameter in parameters]
         losses = torch.empty(len(hidden), dtype=full_precision(head.dtype), device=hidden.device)
         hits = torch.empty_like(losses, dtype=torch.bool)
@@ -240,8 +240,8 @@ class LinearTokenLoss(torch.autograd.Function):
         of_loss, parameters = others[: len(others) // 2], others[len(others) // 2 :]
         if torch.is_grad_enabled():
             weights = _factors(ctx.task, upstream)
-            found = gradients_with_graph(ctx.task, weights, inputs, parameters, dtype=ctx.dtype)
-            return *found[:3], None, *found[3:]
+            results = gradients_with_graph(ctx.task, weights, inputs, parameters, dtype=ctx.dtype)
+            return *results[:3], None, *results[3:]
         with torch.no_grad():
             # In place unless the graph is kept for another pass: a second tensor of the weight's size would raise the
             # peak.
@@ -268,17 +268,17 @@ class TokenLossOfHead(torch.autograd.Function):
         `parameters` are the trained ones of the head, then those of the loss.
         """
         ctx.head, ctx.task, ctx.rows, ctx.full = head, task, rows, full_precision(hidden.dtype)
-        wanted = task.with_gradients and any(ctx.needs_input_grad)
+        with_gradients = task.with_gradients and any(ctx.needs_input_grad)
         own = parameters[: len(parameters) - len(task.parameters)]
         of_hidden = torch.zeros_like(hidden)
         of_head = [torch.zeros_like(p, dtype=full_precision(p.dtype)) for p in own]
         of_loss = [torch.zeros_like(p) for p in task.parameters]
         losses, hits = [], []
         for chunk in rows:
-            states = hidden[chunk].detach().requires_grad_(wanted)
-            with torch.set_grad_enabled(wanted):
+            states = hidden[chunk].detach().requires_grad_(with_gradients)
+            with torch.set_grad_enabled(with_gradients):
                 logits = head(states)
-            if not wanted:
+            if not with_gradients:
                 loss, hit = without_gradient(task, logits, chunk)
             else:
                 if chunk is rows[0]:
@@ -288,7 +288,7 @@ class TokenLossOfHead(torch.autograd.Function):
                 of_hidden[chunk] = _add_gradients(logits, gradient.to(logits.dtype), states, own, of_head)
             losses.append(loss)
             hits.append(hit)
-        if wanted:
+        if with_gradients:
             ctx.save_for_backward(of_hidden, *of_head, *of_loss, hidden, *parameters)
         correct = torch.cat(hits).sum() if hits else torch.zeros((), dtype=torch.long, device=hidden.device)
         ctx.mark_non_differentiable(correct)
@@ -299,7 +299,7 @@ class TokenLossOfHead(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, upstream: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
-        """As of `LinearTokenLoss`."""
+        """See `LinearTokenLoss`."""
         half = len(ctx.saved_tensors) // 2
         gradients, (hidden, *parameters) = ctx.saved_tensors[:half], ctx.saved_tensors[half:]
         if torch.is_grad_enabled():
@@ -312,8 +312,8 @@ class TokenLossOfHead(torch.autograd.Function):
                 return torch.func.functional_call(ctx.head, own, (states,))
 
             of = Gradients(logits_of, ctx.task, ctx.rows)
-            found = GradientsWithGraph.apply(of, weights, hidden, *parameters)
-            return found[0], None, None, None, *found[1:]
+            results = GradientsWithGraph.apply(of, weights, hidden, *parameters)
+            return results[0], None, None, None, *results[1:]
         with torch.no_grad():
             scaled = [(g * upstream).to(t.dtype) for g, t in zip(gradients, (hidden, *parameters), strict=True)]
         return scaled[0], None, None, None, *scaled[1:]
@@ -370,8 +370,8 @@ class Gradients:
         inputs = [states, *parameters]
         # in two steps, since autograd refuses inputs that need no gradient
         asked = [tensor for tensor in inputs if tensor.requires_grad]
-        found = iter(torch.autograd.grad((values * weights).sum(), asked, create_graph=True, allow_unused=True))
-        gradients = [next(found) if tensor.requires_grad else None for tensor in inputs]
+        results = iter(torch.autograd.grad((values * weights).sum(), asked, create_graph=True, allow_unused=True))
+        gradients = [next(results) if tensor.requires_grad else None for tensor in inputs]
         return [torch.zeros_like(t) if g is None else g for g, t in zip(gradients, inputs, strict=True)]
 
 
@@ -414,7 +414,7 @@ class GradientsWithGraph(torch.autograd.Function):
                 gradients = ctx.of.of_chunk(rows, *inputs[:2], inputs[2:])
                 along = [directions[0][rows], *directions[1:]]
                 kept = [i for i, gradient in enumerate(gradients) if gradient.requires_grad]  # not those of a constant
-                found = iter(
+                results = iter(
                     torch.autograd.grad(
                         [gradients[i] for i in kept],
                         asked,
@@ -423,7 +423,7 @@ class GradientsWithGraph(torch.autograd.Function):
                         allow_unused=True,
                     )
                 )
-            of_inputs = [next(found) if t.requires_grad else None for t in inputs]
+            of_inputs = [next(results) if t.requires_grad else None for t in inputs]
             of_weight, of_states, *others = (
                 torch.zeros_like(t) if g is None else g for g, t in zip(of_inputs, inputs, strict=True)
             )
@@ -464,8 +464,8 @@ def gradients_with_graph(
 
     rows = chunks(len(hidden), len(weight), hidden.device, task.chunk_size)
     of_head = (weight,) if bias is None else (weight, bias)
-    found = GradientsWithGraph.apply(Gradients(logits_of, task, rows), weights, hidden, *of_head, *parameters)
-    return (*found[:2], None, *found[2:]) if bias is None else found
+    results = GradientsWithGraph.apply(Gradients(logits_of, task, rows), weights, hidden, *of_head, *parameters)
+    return (*results[:2], None, *results[2:]) if bias is None else results
 
 
 def transformed(logits: Tensor, transform: Transform | None) -> Tensor:

@@ -1,22 +1,22 @@
-"""Objectives of online training: policy gradients of sampled completions, each with the denominator of its paper.
+"""Policy-gradient losses for online training (GRPO and relatives), each with its paper's denominator.
 
-An objective maps the completions of a batch to one loss each, `[completions]`. An update minimises their sum divided by
-the number of completions (`unit = "rows"`) or of their tokens (`unit = "targets"`) of the whole update, so that it does
-not depend on how the completions are divided into micro-batches and ranks.
+A loss maps the completions of a batch to values `[completions]`. An update minimises their sum divided by the number of
+completions (`unit = "rows"`) or tokens (`unit = "targets"`) of the whole update, so it does not depend on how
+completions are split into micro-batches and ranks.
 
 `rho = pi / pi_old` is the importance ratio of a token, and `A` the advantage of its completion. In the first update
-after sampling the two policies are the same: rho is exactly 1, and every objective here has the gradient of REINFORCE,
-up to its weights of tokens.
+after sampling, the two policies are the same: rho is exactly 1, and every loss here has the gradient of REINFORCE, up
+to its token weights.
 
 TRL 1.16 computes the same for `grpo`, `dapo`, `dr_grpo` and, with `importance_sampling_level: sequence` and
-`loss_type: grpo`, GSPO (`tests/parity/test_trl_grpo.py`). What differs:
+`loss_type: grpo`, GSPO (`tests/parity/test_trl_grpo.py`). Differences:
 
-- `bnpo`: TRL divides each micro-batch by its own tokens, so that it is the same with one micro-batch per update.
+- `bnpo`: TRL divides each micro-batch by its own tokens, so both agree only with one micro-batch per update.
 - `cispo`: TRL's `epsilon_high` bounds the ratio itself; its 1.28 is 0.28 here.
-- `dapo`: TRL clips above 1 as below (0.2) unless `epsilon_high` is set.
+- `dapo`: TRL clips symmetrically (0.2) unless `epsilon_high` is set.
 - KL: TRL's default is k3 with `kl_corrected: true`; `use_bias_correction_kl: false` is `kl_corrected: false`.
-- Old log-probabilities: TRL computes them anew with the policy that sampled; here they are those of sampling.
-- Advantages: the same formula (1e-4 is added to the standard deviation, with n - 1), in float64 here.
+- Old log-probabilities: TRL recomputes them with the policy that sampled; here they are recorded while sampling.
+- Advantages: the same formula (standard deviation with `n - 1`, plus 1e-4), in float64 here.
 """
 
 from abc import ABC, abstractmethod
@@ -35,7 +35,7 @@ class Completions:
     """The sampled completions of a batch: the input of policy losses.
 
     logps: `[targets]`, of each sampled token under the policy, float32, differentiable.
-    old_logps: `[targets]`, under the policy that sampled; `logps` without gradient if no update lies in between.
+    old_logps: `[targets]`, under the policy that sampled; `logps.detach()` if there was no update since.
     owners: `[targets]`, ascending: the completion of each token.
     advantages: `[completions]`.
     max_tokens: the most tokens that a completion could have had.
@@ -73,24 +73,24 @@ class Completions:
 
 
 class PolicyLoss(ABC):
-    """An objective on sampled completions. Subclass it and name the class by `class_path` to train with it."""
+    """A loss on sampled completions. To train with your own, subclass it and name the class by `class_path`."""
 
     unit: ClassVar[Literal["rows", "targets"]] = "rows"
     """What the sum of the losses is divided by: the completions of the update, or their tokens."""
     has_ratio: ClassVar[bool] = True
-    """Whether it corrects for a policy that has moved since it sampled. If not, each rollout serves one update."""
+    """Whether it corrects for updates since the sampling. If not, each rollout is used for one update only."""
 
     @abstractmethod
     def __call__(self, completions: Completions) -> Tensor:
         """Maps completions to losses `[completions]`."""
 
     def weights(self, completions: Completions) -> Tensor:
-        """The weight of each token in the sum that is divided by the units, `[targets]`; for the KL penalty as well."""
+        """The weight of each token, `[targets]`, in the sum over the update; also used for the KL penalty."""
         return torch.ones_like(completions.logps)
 
     @torch.no_grad()
     def clipped(self, completions: Completions) -> tuple[Tensor, Tensor]:
-        """Whether the ratio of each token was clipped from below and from above, `[targets]` bool each."""
+        """Whether each token's ratio is clipped at the lower and at the upper bound: two bools `[targets]`."""
         none = torch.zeros_like(completions.logps, dtype=torch.bool)
         return none, none
 
@@ -99,7 +99,7 @@ class ClippedLoss(PolicyLoss):
     """`-min(rho A, clip(rho, 1 - epsilon, 1 + epsilon_high) A)` for each token (PPO, Schulman et al. 2017).
 
     Args:
-        epsilon: How far the ratio may fall below 1 before its gradient stops.
+        epsilon: How far the ratio may fall below 1 before its gradient is cut off.
         epsilon_high: The same above 1; `epsilon` when left out.
     """
 
@@ -111,13 +111,13 @@ class ClippedLoss(PolicyLoss):
         self.epsilon_high = epsilon if epsilon_high is None else epsilon_high
 
     def __call__(self, completions: Completions) -> Tensor:
-        """Sums over the tokens of each completion."""
+        """Sums over the tokens of each completion, `[completions]`."""
         ratios, advantages = completions.log_ratios.exp(), completions.token_advantages
         return completions.sums(self.weights(completions) * self._surrogate(ratios, advantages))
 
     @torch.no_grad()
     def clipped(self, completions: Completions) -> tuple[Tensor, Tensor]:
-        """As of `PolicyLoss`: where clipping changes the loss."""
+        """Marks the tokens at which clipping changes the loss."""
         return self._clipped(completions.log_ratios.exp(), completions.token_advantages)
 
     def _surrogate(self, ratios: Tensor, advantages: Tensor) -> Tensor:
@@ -140,7 +140,7 @@ class GRPOLoss(ClippedLoss):
 
 
 class BNPOLoss(ClippedLoss):
-    """The clipped loss, averaged over all tokens of the update: TRL's `bnpo`, there of a micro-batch."""
+    """The clipped loss, averaged over all tokens of the update (TRL's `bnpo` averages over a micro-batch)."""
 
     unit = "targets"
 
@@ -148,7 +148,7 @@ class BNPOLoss(ClippedLoss):
 class DAPOLoss(BNPOLoss):
     """`BNPOLoss` that clips later above 1 than below (Yu et al. 2025, arXiv:2503.14476, "clip higher").
 
-    The paper's other parts are options of the module and of the data: penalties of overlong completions, and the
+    The paper's other parts are settings of the module and the data: the penalty for overlong completions, and the
     resampling of groups without variance.
     """
 
@@ -159,7 +159,7 @@ class DAPOLoss(BNPOLoss):
 class DrGRPOLoss(ClippedLoss):
     """The clipped loss, summed over tokens and divided by `max_tokens` for every completion.
 
-    Liu et al. 2025, arXiv:2503.20783: dividing by a completion's own length prefers long wrong answers. Combine it with
+    Liu et al. 2025, arXiv:2503.20783: dividing by a completion's own length favours long wrong answers. Combine it with
     advantages that are not divided by the group's standard deviation, as in the paper.
     """
 
@@ -169,18 +169,18 @@ class DrGRPOLoss(ClippedLoss):
 
 
 class GSPOLoss(ClippedLoss):
-    """The clipped loss of whole completions, with the ratio `exp(mean log rho)` (Zheng et al. 2025, arXiv:2507.18071).
+    """The clipped loss per completion, with the ratio `exp(mean log rho)` (Zheng et al. 2025, arXiv:2507.18071).
 
     Args:
-        epsilon: As of `ClippedLoss`; ratios of sequences vary less, hence the smaller value, the paper's.
-        epsilon_high: As of `ClippedLoss`; the paper's.
+        epsilon: How far a sequence's ratio may fall below 1. The default is the paper's: such ratios vary less.
+        epsilon_high: The same above 1; the default is the paper's.
     """
 
     def __init__(self, epsilon: float = 3e-4, epsilon_high: float | None = 4e-4) -> None:
         super().__init__(epsilon, epsilon_high)
 
     def __call__(self, completions: Completions) -> Tensor:
-        """One ratio and one loss for each completion."""
+        """Computes one ratio and one loss per completion."""
         return self._surrogate(self._ratios(completions), completions.advantages)
 
     def weights(self, completions: Completions) -> Tensor:
@@ -189,7 +189,7 @@ class GSPOLoss(ClippedLoss):
 
     @torch.no_grad()
     def clipped(self, completions: Completions) -> tuple[Tensor, Tensor]:
-        """As of `PolicyLoss`: the tokens of clipped completions."""
+        """Marks all tokens of the clipped completions."""
         low, high = self._clipped(self._ratios(completions), completions.advantages)
         return low[completions.owners], high[completions.owners]
 
@@ -201,8 +201,8 @@ class GSPOLoss(ClippedLoss):
 class CISPOLoss(PolicyLoss):
     """`-sg(min(rho, 1 + epsilon_high)) A log pi`, averaged over all tokens of the update.
 
-    MiniMax 2025, arXiv:2506.13585: the weight of a token is clipped, not its gradient, so that rare but decisive tokens
-    keep theirs. `sg` stops the gradient.
+    MiniMax 2025, arXiv:2506.13585: the weight of a token is clipped instead of its gradient being cut off, so rare but
+    decisive tokens still learn. `sg` stops the gradient.
 
     Args:
         epsilon_high: How far the weight may rise above 1.
@@ -222,13 +222,13 @@ class CISPOLoss(PolicyLoss):
 
     @torch.no_grad()
     def clipped(self, completions: Completions) -> tuple[Tensor, Tensor]:
-        """As of `PolicyLoss`; nothing is clipped from below."""
+        """Marks tokens whose weight is clipped; none is clipped from below."""
         high = completions.log_ratios.exp() > 1 + self.epsilon_high
         return torch.zeros_like(high), high
 
 
 class ReinforceLoss(PolicyLoss):
-    """`-A log pi(completion)`, averaged over completions (Williams 1992), which needs no ratio.
+    """`-A log pi(completion)`, averaged over completions, without a ratio (REINFORCE, Williams 1992).
 
     With `advantage: LeaveOneOut` this is RLOO (Ahmadian et al. 2024, arXiv:2402.14740).
     """
@@ -249,9 +249,9 @@ def kl_estimates(logps: Tensor, ref_logps: Tensor, estimator: Estimator) -> Tens
     """Estimates `KL(policy || reference)` per token from tokens that the policy sampled, `[targets]`.
 
     With `d = log pi - log ref` (Schulman 2020, "Approximating KL divergence"): k1 is `d`, k2 `d^2 / 2`, k3
-    `exp(-d) - 1 + d`. As *values*, k1 and k3 are unbiased and k2 is not. As *terms of a loss*, their gradients on the
-    policy's samples mean other things: that of k1 is 0 on average, so it penalises nothing; that of k2 is the gradient
-    of `KL(policy || reference)`; that of k3 is the gradient of `KL(reference || policy)`.
+    `exp(-d) - 1 + d`. As *values*, k1 and k3 are unbiased and k2 is not. As *terms of a loss* they behave differently:
+    in expectation over the policy's samples, the gradient of k1 is 0, so it penalises nothing; that of k2 is the
+    gradient of `KL(policy || reference)`; that of k3 is the gradient of `KL(reference || policy)`.
     """
     difference = logps - ref_logps
     if estimator == "k1":

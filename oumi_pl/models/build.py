@@ -218,7 +218,9 @@ def build_model(
     scoring: bool = False,
     text_only: bool = False,
 ) -> "PreTrainedModel":
-    """Builds a causal LM in training mode, with new token rows, frozen parts and adapters; arguments as of the modules.
+    """Builds a causal LM in training mode, with new token rows, frozen parts and adapters.
+
+    Arguments are those of the modules.
 
     `model` may also be the folder of an adapter, which is then merged into its base before training. Without `attn`,
     transformers chooses (sdpa if the architecture has it). With `scoring`, builds the architecture's

@@ -445,7 +445,7 @@ class ScoringLM(LM):
         return head(states.ends.to(head.weight.dtype))[:, 0].float()
 
     def probe_logits(self) -> Tensor:
-        """Scores of a few rows of random tokens, `[rows]`; otherwise as of `LM`."""
+        """Scores of a few rows of random tokens, `[rows]`; otherwise see `LM`."""
         rows = probe_rows(self.base.config)
         lengths, device = [len(row) for row in rows], next(self.parameters()).device
         batch: Any = {
@@ -530,8 +530,8 @@ def with_layout(build: Callable[[bool], Any], share: bool = True, longest: int =
 
     Args:
         build: Builds the Hugging Face model, with the attention that packed rows need (True) or with its own (False).
-        share: As of `choose_layout`.
-        longest: As of `choose_layout`.
+        share: See `choose_layout`.
+        longest: See `choose_layout`.
         wrap: The class of the result.
     """
     state, hf = torch.get_rng_state(), None

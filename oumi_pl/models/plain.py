@@ -1,4 +1,4 @@
-"""Plain `nn.Module`s as models: any module from token ids to logits, with the interface of a model of transformers."""
+"""Wraps any `nn.Module` from token ids to logits (a "plain module") as a causal LM of transformers."""
 
 import copy
 import inspect
@@ -19,16 +19,17 @@ from oumi_pl.attention.probe import probing
 from oumi_pl.errors import UserError, reason
 
 DESCRIPTION = "module_config.json"
-"""File of an exported module's folder: its class, and the arguments that build it."""
+"""File in the folder of an exported module: its class and constructor arguments."""
 PROBE_TOKENS = 8
-"""Tokens on which a module is tried before it is trained."""
+"""Number of tokens on which a module is checked before training."""
 TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-4}
-"""How far two computations of the same logits may be from each other, as a share of the largest; else `HALF`."""
+"""Largest difference between two computations of the same logits, relative to the largest logit, by dtype."""
 HALF = 5e-2
+"""The same for all other dtypes (float16, bfloat16)."""
 
 
 class PlainConfig(PretrainedConfig):
-    """The config of a plain module: the size of its vocabulary."""
+    """The config of a plain module; holds its vocabulary size."""
 
     model_type = "plain_module"
 
@@ -38,7 +39,7 @@ class PlainConfig(PretrainedConfig):
 
 
 class PlainBody(PreTrainedModel):
-    """A plain module up to its head."""
+    """A plain module without its head: returns hidden states `[batch, seq, hidden]`."""
 
     config_class = PlainConfig
 
@@ -48,30 +49,33 @@ class PlainBody(PreTrainedModel):
         self.plain = module
         self.embedding_name: str = ""
         self.head_name: str | None = None
-        """Names of the embedding and of the head in the module; without a head, logits serve as hidden states."""
+        """Names of the embedding and of the head in the module. Without a head, logits serve as hidden states."""
         self.takes, self.required = _parameters(module)
 
     def get_input_embeddings(self) -> nn.Module:
-        """The embedding of the token ids."""
+        """Returns the embedding of the token ids."""
         return self.plain.get_submodule(self.embedding_name)
 
     def forward(
         self, input_ids: Tensor, position_ids: Tensor | None = None, attention_mask: Tensor | None = None, **_: Any
     ) -> BaseModelOutput:
-        """Runs the module up to its head."""
+        """Runs the module without its head."""
         with _without(self.plain, self.head_name):
             return BaseModelOutput(self.output(input_ids, position_ids, attention_mask))
 
     def output(self, ids: Tensor, positions: Tensor | None = None, mask: Tensor | None = None) -> Tensor:
-        """Calls the module on ids `[batch, seq]`, with positions and mask if it takes them.
+        """Calls the module on ids `[batch, seq]`, with positions and mask `[batch, seq]` if its `forward` takes them.
+
+        Returns:
+            `[batch, seq, vocab]` logits; hidden states while the head is replaced.
 
         Raises:
-            UserError: its table of positions is too short for these ids.
+            UserError: its position embeddings are too short for these ids.
         """
         named: dict[str, Tensor] = {}
         if "position_ids" in self.takes:
-            places = torch.arange(ids.shape[1], device=ids.device).expand_as(ids)
-            named["position_ids"] = places if positions is None else positions
+            default = torch.arange(ids.shape[1], device=ids.device).expand_as(ids)
+            named["position_ids"] = default if positions is None else positions
         if "attention_mask" in self.takes and (mask is not None or "attention_mask" in self.required):
             named["attention_mask"] = torch.ones_like(ids) if mask is None else mask
         try:
@@ -84,16 +88,16 @@ class PlainBody(PreTrainedModel):
 
 
 class PlainLM(PreTrainedModel, GenerationMixin):
-    """A plain module as a causal LM of transformers. The module itself is `plain`, and is trained in place."""
+    """A causal LM of transformers around a plain module. The module, `plain`, is trained in place."""
 
     config_class = PlainConfig
     base_model_prefix = "body"
 
     def __init__(self, module: nn.Module) -> None:
-        """Runs the module on a few token ids, to find its embedding and its head.
+        """Wraps a module. Runs it on a few token ids to find its embedding and head, and to check that it is causal.
 
         Raises:
-            UserError: it isn't a causal language model.
+            UserError: the module isn't a causal language model.
         """
         embedding, vocabulary = _embedding_and_vocabulary(module)
         config = PlainConfig(vocab_size=vocabulary)
@@ -113,12 +117,12 @@ class PlainLM(PreTrainedModel, GenerationMixin):
 
     @property
     def plain(self) -> nn.Module:
-        """The module."""
+        """The wrapped module."""
         return self.body.plain
 
     @property
     def fitted_tokens(self) -> set[int]:
-        """Added tokens whose rows have values; kept at the module, which may be trained by several wrappers."""
+        """Added tokens whose embedding rows are initialised. Stored in the module, which several wrappers may share."""
         return getattr(self.plain, "fitted_tokens", set())
 
     @fitted_tokens.setter
@@ -130,12 +134,12 @@ class PlainLM(PreTrainedModel, GenerationMixin):
         return self.body.get_input_embeddings()
 
     def get_output_embeddings(self) -> nn.Module:
-        """The head; `Identity` if none was found."""
+        """Returns the head; `Identity` if the module has none."""
         name = self.body.head_name
         return self._whole if name is None else self.plain.get_submodule(name)
 
     def resize_token_embeddings(self, new_num_tokens: int | None = None, *_: Any, **__: Any) -> Any:
-        """Refuses: only its author knows how the module can grow.
+        """Refuses to resize: only the module's author knows how.
 
         Raises:
             UserError: always.
@@ -148,22 +152,25 @@ class PlainLM(PreTrainedModel, GenerationMixin):
     def forward(
         self, input_ids: Tensor, attention_mask: Tensor | None = None, position_ids: Tensor | None = None, **_: Any
     ) -> CausalLMOutput:
-        """The module's own logits. Rows padded on the left, as in generation, are run as rows padded on the right."""
+        """Returns the module's logits `[batch, seq, vocab]`. Left-padded rows (generation) become right-padded.
+
+        A causal module without a mask would otherwise read the padding, and count positions from it.
+        """
         if attention_mask is None or attention_mask.shape != input_ids.shape or bool(attention_mask[:, 0].all()):
             return CausalLMOutput(logits=self.body.output(input_ids, position_ids, attention_mask))
         width = input_ids.shape[1]
         padding = (attention_mask == 0).int().argmin(1, keepdim=True)
-        places = torch.arange(width, device=input_ids.device).expand_as(input_ids)
-        taken = (places + padding) % width
-        mask = attention_mask.gather(1, taken) * (places < width - padding)
-        logits = self.body.output(input_ids.gather(1, taken), places, mask)
-        back = (places - padding) % width
-        return CausalLMOutput(logits=logits.gather(1, back[..., None].expand_as(logits)))
+        positions = torch.arange(width, device=input_ids.device).expand_as(input_ids)
+        to_right_padded = (positions + padding) % width
+        mask = attention_mask.gather(1, to_right_padded) * (positions < width - padding)
+        logits = self.body.output(input_ids.gather(1, to_right_padded), positions, mask)
+        to_left_padded = (positions - padding) % width
+        return CausalLMOutput(logits=logits.gather(1, to_left_padded[..., None].expand_as(logits)))
 
     def save_pretrained(self, save_directory: Any, state_dict: Any = None, **_: Any) -> None:  # type: ignore[override]
-        """Writes the module's weights under its own names, and its class with the arguments that build it, if known.
+        """Writes the weights under the module's own names, and its class with constructor arguments, if they are known.
 
-        If no arguments are known, the description says how to load the weights.
+        If they are not, `module_config.json` says how to load the weights.
         """
         folder = Path(save_directory)
         module = self.plain
@@ -175,7 +182,7 @@ class PlainLM(PreTrainedModel, GenerationMixin):
         (folder / DESCRIPTION).write_text(json.dumps(description, indent=2) + "\n", encoding="utf-8")
 
     def reloaded(self, folder: Path) -> "PlainLM":
-        """The module as built from a folder; a copy of this one with the folder's weights if it can't be built."""
+        """Loads an exported module: builds it, or if that can't be done, copies this one and loads the weights."""
         description = json.loads((folder / DESCRIPTION).read_text(encoding="utf-8"))
         if description["init_args"] is not None:
             return PlainLM(load_module(folder))
@@ -183,7 +190,7 @@ class PlainLM(PreTrainedModel, GenerationMixin):
         load_weights(other.plain, folder)
         return other
 
-    # ---- what the module does
+    # ---- checks, and the search for the head
 
     @property
     def _embedding_weight(self) -> Tensor:
@@ -209,7 +216,7 @@ class PlainLM(PreTrainedModel, GenerationMixin):
             )
 
     def _find_head(self) -> str | None:
-        """The name of the linear layer that gives the logits; None if something else does."""
+        """Returns the name of the linear layer whose output is the logits; None if there is none."""
         ids, names = self._ids(), {module: name for name, module in self.plain.named_modules()}
         outputs: dict[str, Tensor] = {}
 
@@ -230,16 +237,16 @@ class PlainLM(PreTrainedModel, GenerationMixin):
                     hidden = self.body.output(ids)
                 if _are_near(self.plain.get_submodule(name)(hidden), logits):
                     return name
-            except (RuntimeError, AttributeError, UserError):  # the module reads more of its head than its output
+            except (RuntimeError, AttributeError, UserError):  # e.g. the module reads its head's weight as well
                 continue
         return None
 
 
 def logits_of(output: Any) -> Tensor:
-    """The logits of a module's output: a tensor, an object with `logits`, or a tuple that begins with one of them.
+    """Returns the logits in a module's output: a tensor, an object or mapping with `logits`, or a tuple led by either.
 
     Raises:
-        UserError: there are none.
+        UserError: the output has no logits.
     """
     first = output[0] if isinstance(output, tuple) and output and not hasattr(output, "logits") else output
     logits = first.get("logits") if isinstance(first, Mapping) else getattr(first, "logits", first)
@@ -249,12 +256,12 @@ def logits_of(output: Any) -> Tensor:
 
 
 def class_path(module: nn.Module) -> str:
-    """The class path of a module."""
+    """The class path of a module: `package.file.Class`."""
     return f"{type(module).__module__}.{type(module).__qualname__}"
 
 
 def how_to_load(module: nn.Module) -> str:
-    """What to do to load exported weights into a module that can't be built again."""
+    """Instructions for loading exported weights if the module can't be built from its folder."""
     return f"build {class_path(module)} yourself, then oumi_pl.models.plain.load_weights(module, folder)"
 
 
@@ -263,7 +270,7 @@ def load_module(folder: str | Path, **arguments: Any) -> nn.Module:
 
     Args:
         folder: As written by an export.
-        arguments: Of the class, beside or instead of those in the folder.
+        arguments: Constructor arguments that add to or replace those in the folder.
 
     Raises:
         UserError: the folder holds no module, its class can't be imported or built, or the weights don't fit.
@@ -288,30 +295,30 @@ def load_weights(module: nn.Module, folder: str | Path) -> None:
     """Loads the weights of an exported plain module.
 
     Raises:
-        UserError: they are those of another module.
+        UserError: names or shapes differ from the module's.
     """
     saved = load_file(Path(folder).expanduser() / "model.safetensors")
-    wanted = _distinct(module.state_dict())
-    shapes, own = ({name: list(v.shape) for name, v in state.items()} for state in (saved, wanted))
-    if shapes != own:
-        name = next(n for n in (*shapes, *own) if shapes.get(n) != own.get(n))
-        here, there = own.get(name, "missing"), shapes.get(name, "missing")
-        raise UserError(f"{folder}: {name} is {there} in the file and {here} in {type(module).__name__}")
+    expected = _distinct(module.state_dict())
+    in_file, in_module = ({name: list(v.shape) for name, v in state.items()} for state in (saved, expected))
+    if in_file != in_module:
+        name = next(n for n in (*in_file, *in_module) if in_file.get(n) != in_module.get(n))
+        saved_shape, own_shape = in_file.get(name, "missing"), in_module.get(name, "missing")
+        raise UserError(f"{folder}: {name} is {saved_shape} in the file and {own_shape} in {type(module).__name__}")
     module.load_state_dict(saved, strict=False)
 
 
-# ---- modules
+# ---- inspecting modules
 
 
 def _parameters(module: nn.Module) -> tuple[set[str], set[str]]:
-    """Names of the parameters of a module's `forward` after the first, and of those without a default."""
+    """Returns the names of `forward`'s parameters after the first, and of those among them without a default."""
     parameters = list(inspect.signature(module.forward).parameters.values())[1:]
     named = [p for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)]
     return {p.name for p in named}, {p.name for p in named if p.default is p.empty}
 
 
 def _embedding_and_vocabulary(module: nn.Module) -> tuple[str, int]:
-    """The name of the embedding that is called with the token ids, and the number of logits.
+    """Returns the name of the embedding that gets the token ids, and the number of logits per token.
 
     Raises:
         UserError: the module can't be called on token ids, or has no such embedding.
@@ -352,7 +359,7 @@ def _embedding_and_vocabulary(module: nn.Module) -> tuple[str, int]:
 
 @contextmanager
 def _without(module: nn.Module, name: str | None) -> Iterator[None]:
-    """Replaces a submodule by the identity."""
+    """Replaces a submodule by the identity within the block."""
     if name is None or not name:
         yield
         return
@@ -377,7 +384,7 @@ def _are_near(ours: Tensor, theirs: Tensor) -> bool:
 
 
 def _distinct(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Tensors on the CPU, without second names of the same memory, which safetensors doesn't write."""
+    """Copies tensors to the CPU, each memory once: safetensors refuses tied weights under two names."""
     seen: set[tuple[Any, ...]] = set()
     kept = {}
     for name, value in state.items():
@@ -394,10 +401,10 @@ def _class(path: str) -> Any:
 
 
 def _arguments(module: nn.Module) -> dict[str, Any] | None:
-    """Arguments that build a module with the same weights' shapes and names; None if none are known.
+    """Guesses a module's constructor arguments; None if that fails.
 
-    They are its attributes with the names of its constructor's parameters. Whether they build the same module is seen
-    when its logits are compared.
+    They are its attributes with the names of the constructor's parameters, and must build a module whose weights have
+    the same names and shapes. Whether it also computes the same is checked when the export's logits are compared.
     """
     try:
         if type(module).__module__ == "__main__" or _class(class_path(module)) is not type(module):

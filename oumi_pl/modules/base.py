@@ -224,7 +224,7 @@ class LanguageModule(RestorableModule):
         Args:
             checkpoint_path: A checkpoint file.
             tokenizer: The tokenizer that random weights are built for (`data.tokenizer`); None: that of the config.
-            kwargs: As of the constructor.
+            kwargs: Arguments of the constructor.
 
         Raises:
             UserError: arguments are missing, or are those of another model.
@@ -301,7 +301,7 @@ class LanguageModule(RestorableModule):
             )
 
     def assemble(self, tokenizer: Any, added_tokens: Sequence[int] = (), *, branching: bool | None = False) -> LM:
-        """Builds the model and its heads and assigns them to the module; arguments as of `build`.
+        """Builds the model and its heads and assigns them to the module; takes the arguments of `build`.
 
         Raises:
             UserError: the model folder holds other heads than this trainer type has.
@@ -471,7 +471,7 @@ class LanguageModule(RestorableModule):
         return []
 
     def count(self, batch: Batch) -> dict[str, int]:
-        """As of `UpdateModule`, with the positions that the model computes in its layout."""
+        """Adds the positions that the model computes in its layout; see `UpdateModule`."""
         counts = super().count(batch)
         return counts | {"positions": self.causal_lm.positions(batch) if counts["rows"] else 0}
 
@@ -527,7 +527,7 @@ class LanguageModule(RestorableModule):
             self.reference.check_start(batch)
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
-        """As of `UpdateModule`, after `check_start` on the very first batch."""
+        """Calls `check_start` on the very first batch, then does what `UpdateModule` does."""
         if self.__is_start:
             self.__is_start = False
             self.check_start(batch)
@@ -566,7 +566,7 @@ class LanguageModule(RestorableModule):
         Args:
             directory: Where; new or empty.
             model: A model to write instead of the module's own.
-            settings: As of `oumi_pl.models.export.export_model`.
+            settings: See `oumi_pl.models.export.export_model`.
         """
         export_model(model or self.causal_lm, directory, heads=self.heads(), **settings)
 
@@ -637,7 +637,7 @@ class LanguageModule(RestorableModule):
         return min(limits)
 
     def begin_training(self) -> None:
-        """As of `RestorableModule`; the first batch is checked only if the run starts at step 0."""
+        """Restores a checkpoint. The first batch is checked only if the run starts at step 0."""
         self.__is_start = self.global_step == 0
         self.__open_reference()  # `LearningRateFinder` trains before `on_fit_start`
         super().begin_training()

@@ -1,4 +1,4 @@
-"""Distillation: a student learns a teacher's next-token distributions on the tokens that carry loss."""
+"""Distillation: trains a student on a teacher's next-token distributions, at the tokens that carry loss."""
 
 from functools import cached_property
 from typing import Any, Literal, cast
@@ -30,16 +30,16 @@ from oumi_pl.modules.update import Split
 from oumi_pl.types import Batch, RunModule, Sums
 
 PIECE = 512
-"""Targets whose full distributions are in memory at a time while the top k are computed."""
+"""Targets whose full teacher distributions are in memory at a time, while their top k are computed."""
 
 
 class Distill(LanguageModule):
     """Trains a student on a teacher's distributions, normalised by the number of targets. Dropout is off.
 
-    With `top_k`, the teacher's most likely tokens are computed once, before training, and kept in the cache: training
-    then needs no teacher in memory, and a second run computes nothing. All other tokens count as one outcome, whose
-    probability is exact. The cache takes `8 k + 4` bytes per target. Without `top_k`, the teacher runs beside the
-    student, and all tokens are compared.
+    With `top_k`, the teacher's most likely tokens are computed once, before training, and cached on disk: training then
+    needs no teacher in memory, and the next run on the same rows reads the cache. All other tokens count as one
+    outcome, whose probability is exact. The cache takes `8 k + 4` bytes per target. Without `top_k`, the teacher runs
+    beside the student, and all tokens are compared.
 
     With `RolloutData`, the student learns from completions that it samples itself, in training and in evaluation, so
     that it is corrected where it goes wrong (Agarwal et al. 2023, arXiv:2306.13649: GKD with `lmbda` 1). Prompts need
@@ -49,14 +49,14 @@ class Distill(LanguageModule):
         model: Hub id or directory of the student; leave it out to start from random weights.
         config: `model_type` and values of a config to start from; with `model`, values to override.
         teacher: Hub id or directory of the teacher. It has to read the same tokens.
-        teacher_dtype: Of the teacher's weights; that of the student when left out.
+        teacher_dtype: Dtype of the teacher's weights; the student's when left out.
         teacher_quantization: Load the teacher in 4 or 8 bits.
         top_k: How many of the teacher's most likely tokens are cached per target; None runs the teacher in training.
-        divergence: From the teacher; `ForwardKL` when left out.
-        temperature: Divides the logits of both before the divergence, above 0. The loss is not multiplied by its
-            square, as it is in Hinton et al. 2015.
-        cross_entropy: Weight of the cross-entropy of the targets, from 0 to 1; the divergence has the rest.
-        kwargs: As of `LanguageModule`.
+        divergence: Divergence of the student from the teacher; `ForwardKL` when left out.
+        temperature: Divides the logits of both models before the divergence, above 0. The loss is not multiplied by its
+            square (Hinton et al. 2015 do so).
+        cross_entropy: Weight of the targets' cross-entropy, from 0 to below 1; the divergence gets the rest.
+        kwargs: See `LanguageModule`.
     """
 
     branching = None
@@ -96,11 +96,11 @@ class Distill(LanguageModule):
 
     @property
     def tokenizer_name(self) -> str | None:
-        """A student that starts from random weights reads the teacher's tokens."""
+        """The student's tokenizer; a student from random weights uses the teacher's."""
         return self.model_name or self.reference.name
 
     def on_model_built(self) -> None:
-        """As of `SFT`.
+        """Refuses rows that are labelled as bad answers; see `LanguageModule`.
 
         Raises:
             UserError: some rows of the data are labelled as bad answers, or what has to be cached is not known before.
@@ -121,7 +121,7 @@ class Distill(LanguageModule):
         return np.zeros(len(batch["segments"]))
 
     def loss_sums(self, batch: Batch, split: Split) -> Sums:
-        """Sums over the targets: `loss`, its parts, and how often student and teacher prefer the same token."""
+        """Sums over the targets: `loss`, its terms, and how often student and teacher agree on the likeliest token."""
         outcomes = self.reference.outcomes(batch, split)
         head = self.causal_lm.head
 
@@ -152,14 +152,14 @@ class Distill(LanguageModule):
 
 
 class Teacher(Reference):
-    """The model that a student learns from: in memory, or its top tokens from the cache.
+    """The teacher: a model in memory, or its top tokens from the cache.
 
     Args:
         module: The student's module.
         name: Hub id or directory.
-        dtype: Of its weights; that of the student when left out.
+        dtype: Dtype of its weights; the student's when left out.
         quantization: Load it in 4 or 8 bits.
-        top_k: Tokens that are cached per target; None: it runs in training.
+        top_k: Tokens cached per target; None runs the teacher during training.
         temperature: Divides its logits.
     """
 
@@ -175,7 +175,7 @@ class Teacher(Reference):
         top_k: int | None,
         temperature: float,
     ) -> None:
-        if name in WORDS:  # their meanings for other references are no teachers
+        if name in WORDS:  # `initial` and the like name references, not models
             raise UserError(f"model.teacher: {name!r} is no model; name a hub id or a directory")
         super().__init__(module, name, dtype, user="distillation")
         self.kind = "online" if top_k is None else "precomputed"
@@ -185,7 +185,7 @@ class Teacher(Reference):
 
     @cached_property
     def vocab(self) -> int:
-        """How many logits stand for tokens: embeddings are often padded to more rows than the tokenizer has tokens."""
+        """Number of tokens. Models may have more logits, since embeddings are often padded."""
         return vocabulary(self._module.trainer.datamodule.tokenizer)
 
     def outcomes(self, batch: Batch, split: str) -> Outcomes:
@@ -197,7 +197,7 @@ class Teacher(Reference):
         return from_columns(opened.logps(batch, split), self.vocab)
 
     def remember(self, model: LM) -> None:
-        """Nothing: the teacher is another model."""
+        """Does nothing: the teacher is another model, so its weights need not be remembered."""
 
     def open(self, splits: tuple[str, ...], *, in_memory: bool = False) -> None:
         """Loads the teacher, or computes what is missing in the cache.
@@ -228,7 +228,7 @@ class Teacher(Reference):
         missing = trainer.strategy.broadcast(any(store.missing() for store in stores.values()))
         if missing:
             model = self._model()
-            # the size that is said before the first is computed, since it may be more than the disk has
+            # shown before the first is computed, because it may not fit on the disk
             size = sum(store.bytes for store in stores.values()) / 1e9
             what = f"the teacher's distributions ({size:.2g} GB)"
             for split, store in stores.items():

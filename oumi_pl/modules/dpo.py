@@ -32,7 +32,7 @@ class DPO(LanguageModule):
         sync_every: Optimizer steps after which the reference moves towards the policy (TR-DPO); keeps a copy in memory.
         mixup: How far it moves, from 0 to 1.
         share_prompt: Compute the prompt of a pair once for both responses. `auto`: if the model can do so exactly.
-        kwargs: As of `LanguageModule`.
+        kwargs: See `LanguageModule`.
     """
 
     unit = "rows"
@@ -160,7 +160,7 @@ class DPO(LanguageModule):
             raise UserError(f"{type(loss).__name__} is {value:.6g} for equal policy and reference, not {expected:g}")
 
     def refuse_non_finite(self, loss: Tensor, grad_norm: Tensor) -> None:
-        """As of `UpdateModule`; if rows lack a margin, names that as the likely cause.
+        """See `UpdateModule`; if rows lack a margin, names that as the likely cause.
 
         Raises:
             UserError: the loss or the norm is not a finite number.
@@ -176,6 +176,6 @@ class DPO(LanguageModule):
             raise
 
     def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:  # type: ignore[override]
-        """Weights as of `LanguageModule`, and the buffers of the loss."""
+        """The weights that `LanguageModule` saves, and the buffers of the loss."""
         state = super().state_dict(*args, **kwargs)
         return state | (self.loss.state_dict(prefix="loss.") if isinstance(self.loss, nn.Module) else {})

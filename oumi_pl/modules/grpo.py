@@ -1,4 +1,4 @@
-"""Online training: policy gradients on completions that the policy itself sampled, from rewards instead of answers."""
+"""Online training (GRPO and relatives): policy gradients on completions that the policy samples."""
 
 from typing import Any, ClassVar, Literal, get_args
 
@@ -20,7 +20,7 @@ from oumi_pl.rollouts.evaluation import pass_at_k
 from oumi_pl.types import Batch, Sums
 
 SQUARES = "squares/"
-"""Before the names of sums of squares, which become standard deviations."""
+"""Prefix of the names of sums of squares, from which standard deviations are computed."""
 SAMPLED = 1e-3
 """Nats per token by which sampled and recomputed log-probabilities may differ before a warning."""
 
@@ -32,18 +32,18 @@ class GRPO(LanguageModule):
         model: Hub id or directory of a pretrained model, usually one that was fine-tuned (SFT); an adapter's too.
         config: `model_type` and values of a config to start from; with `model`, values to override.
         loss: The objective; `GRPOLoss` when left out. See `oumi_pl.losses.policy`.
-        advantage: From rewards to advantages; `GroupMean` when left out. See `oumi_pl.rollouts.advantages`.
-        kl: Coefficient of the penalty for leaving the reference; 0 needs no reference.
+        advantage: Maps rewards to advantages; `GroupMean` when left out. See `oumi_pl.rollouts.advantages`.
+        kl: Coefficient of the penalty for divergence from the reference; with 0 there is no reference.
         kl_estimator: `k1`, `k2` or `k3`; see `oumi_pl.losses.policy.kl_estimates` for what their gradients mean.
         kl_corrected: Weigh the penalty of each token in the loss by its importance ratio. The gradient of `k1` and `k3`
             is then that of `KL(policy || reference)`, also after the policy has moved (TRL's `use_bias_correction_kl`).
-        kl_in: Where the penalty goes: into the `loss`, token by token, or into the `reward` of a completion.
+        kl_in: Where the penalty is applied: in the `loss` of each token, or in the `reward` of a completion.
         reference: What the policy is compared with. `initial`: with LoRA the base with its adapters disabled, else a
             frozen copy of the initial model in memory.
-        sync_every: Optimizer steps after which the reference moves towards the policy; needs a copy in memory.
-        mixup: How far it moves, from 0 to 1.
+        sync_every: Optimizer steps between updates of the reference towards the policy; needs a copy in memory.
+        mixup: The policy's share in such an update, from 0 to 1: reference = mixup * policy + (1 - mixup) * reference.
         share_prompt: Compute the prompt of a group once for all completions. `auto`: if the model can do so exactly.
-        kwargs: As of `LanguageModule`.
+        kwargs: See `LanguageModule`.
     """
 
     branching = True
@@ -88,7 +88,7 @@ class GRPO(LanguageModule):
         self.kl_corrected = kl_corrected
         self.share_prompt = share_prompt
         if kl:
-            # completions are new in each update, so that nothing of the reference can be computed before training
+            # completions are sampled during training, so the reference can't be computed before it
             name = "online" if reference == "initial" and (self.lora is None or sync_every) else reference
             share = share_prompt is not False
             self.reference = Reference(self, name, None, sync_every, mixup, share_prompt=share, user="the KL penalty")
@@ -102,7 +102,7 @@ class GRPO(LanguageModule):
 
     @torch.no_grad()
     def penalties(self, batch: Batch) -> np.ndarray:
-        """The KL penalty in the reward of each completion, `[completions]`; zeros if it is in the loss."""
+        """The KL penalty to subtract from each reward, `[completions]`; zeros if the penalty is in the loss."""
         count = len(batch["segments"])
         if not self.kl or self.kl_in != "reward" or self.reference is None:
             return np.zeros(count)
@@ -113,7 +113,7 @@ class GRPO(LanguageModule):
         return self.kl * sums.double().cpu().numpy()
 
     def on_model_built(self) -> None:
-        """As of `LanguageModule`; refuses data whose sampling the objective can't correct for.
+        """Refuses data whose sampling the objective can't correct for; see `LanguageModule`.
 
         Raises:
             UserError: says which setting.
@@ -148,7 +148,7 @@ class GRPO(LanguageModule):
     # ---- the loss
 
     def loss_sums(self, batch: Batch, split: Split) -> Sums:
-        """Sums over the completions; in evaluation, over held-out prompts, of rewards alone."""
+        """Sums over completions: loss and metrics in training, rewards alone in evaluation."""
         rollouts: Any = batch
         if split != "train":
             return self.__reward_sums(rollouts, split) | self.__solved(rollouts)
@@ -167,7 +167,7 @@ class GRPO(LanguageModule):
             estimates = self.kl_terms(completions, self.ref_logps(batch))
             loss = loss + self.kl * (self.loss.weights(completions) * estimates).sum()
             sums["kl"] = estimates.detach().double().sum()
-        elif self.kl:  # of the policy that sampled
+        elif self.kl:  # computed when the completions were sampled
             sums["kl"] = rollouts["penalties"].double().sum() / self.kl
         sums["loss"] = loss
         units = completions.count if self.unit == "rows" else len(targets)
@@ -180,23 +180,23 @@ class GRPO(LanguageModule):
         return Completions(logps, old, rollouts["target_segments"], rollouts["advantages"], most)
 
     def kl_terms(self, completions: Completions, ref_logps: Tensor) -> Tensor:
-        """The penalty of each token in the loss before its coefficient, `[targets]`."""
+        """The KL penalty of each token in the loss, `[targets]`, before it is multiplied by `kl`."""
         estimates = kl_estimates(completions.logps, ref_logps, self.kl_estimator)
         return estimates * completions.log_ratios.exp() if self.kl_corrected else estimates
 
     def rollout_sums(self, rollouts: Any, completions: Completions) -> Sums:
-        """Sums of what is logged of rewards and ratios; the `loss` among them is minus the rewards."""
+        """Sums of the metrics of rewards and ratios; their `loss` is minus the reward, to be replaced by the caller."""
         return self.__reward_sums(rollouts, "train") | self.__token_sums(completions, rollouts)
 
     def count(self, batch: Batch) -> dict[str, int]:
-        """As of `LanguageModule`; `rows` are completions."""
+        """Counts completions as `rows`; see `LanguageModule`."""
         rollouts: Any = batch
         return super().count(batch) | {"rows": len(rollouts["rewards"])}
 
     def metrics(self, sums: Sums, split: Split) -> dict[str, Tensor]:
-        """Means over completions; of entropy, KL, ratios and log-probabilities over tokens.
+        """Means over completions; those of entropy, KL, clipping and `sampling_difference` are over tokens.
 
-        `NAME_std` are standard deviations over completions. The loss of evaluation is minus the reward.
+        `NAME_std` is a standard deviation over completions. The loss of evaluation is minus the reward.
         """
         per_token = {"entropy", "kl", "clipped/low", "clipped/high", "sampling_difference"}
         rows, targets = sums["rows"].clamp(min=1), sums["targets"].clamp(min=1)
@@ -211,7 +211,7 @@ class GRPO(LanguageModule):
         return metrics
 
     def ref_logps(self, batch: Batch) -> Tensor:
-        """Log-probabilities of the targets under the reference, at the temperature of sampling, `[targets]`."""
+        """Log-probabilities of the targets under the reference, at the sampling temperature, `[targets]`."""
         temperature = self.data.sampling.temperature  # type: ignore[union-attr]
         return self.reference.logps(batch, "train", lambda states: states.logps(temperature))  # type: ignore[union-attr]
 
@@ -238,7 +238,7 @@ class GRPO(LanguageModule):
 
     @torch.no_grad()
     def __solved(self, rollouts: Any) -> Sums:
-        """Estimates of pass@k with `data.success`, and the user's metrics, as sums over completions."""
+        """Sums over completions of pass@k estimates (`data.success` counts as solved) and of the user's metrics."""
         data: Any = self.data
         n = data.eval_completions
         solved = (rollouts["rewards"] >= data.success).reshape(-1, n).cpu().numpy()
@@ -265,5 +265,5 @@ class GRPO(LanguageModule):
 
 
 def _squared(name: str) -> str:
-    """The name of what a sum of squares is of; empty for other sums."""
+    """The name without the prefix of sums of squares; empty for other sums."""
     return name.removeprefix(SQUARES) if name.startswith(SQUARES) else ""

@@ -45,7 +45,7 @@ class KTO(LanguageModule):
         reference_dtype: Of a frozen copy or another model; that of the policy when left out.
         sync_every: Optimizer steps after which the reference moves towards the policy (TR-DPO); keeps a copy in memory.
         mixup: How far it moves, from 0 to 1.
-        kwargs: As of `LanguageModule`.
+        kwargs: See `LanguageModule`.
     """
 
     unit = "rows"
@@ -87,7 +87,7 @@ class KTO(LanguageModule):
         self.__estimate: tuple[Any, Tensor] | None = None
 
     def on_model_built(self) -> None:
-        """As of `LanguageModule`; tells the data whether mismatched rows are needed.
+        """Tells the data whether mismatched rows are needed; see `LanguageModule`.
 
         Raises:
             UserError: the data have no labels.
@@ -179,12 +179,12 @@ class KTO(LanguageModule):
     # ---- the KL divergence
 
     def on_validation_start(self) -> None:
-        """As of `LanguageModule`; a pass over held-out rows has an estimate of its own."""
+        """Starts an estimate for this pass over held-out rows; see `LanguageModule`."""
         super().on_validation_start()
         self.__estimate = None
 
     def on_test_start(self) -> None:
-        """As of `LanguageModule`; as `on_validation_start`."""
+        """Starts an estimate for this pass over test rows; see `LanguageModule`."""
         super().on_test_start()
         self.__estimate = None
 

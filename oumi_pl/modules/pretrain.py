@@ -27,7 +27,7 @@ class Pretrain(SFT):
         config: `model_type` and values of a config to start from; with `model` or `shape`, values to override.
         shape: Number of parameters of a Llama that starts from random weights.
         optimizer: Class and arguments; AdamW with rate 3e-4, betas 0.9 and 0.95 and decay 0.1 when left out.
-        kwargs: As of `SFT`.
+        kwargs: See `SFT`.
     """
 
     validation_metrics = (*SFT.validation_metrics, "val/bits_per_byte")
@@ -54,7 +54,7 @@ class Pretrain(SFT):
             scale_residuals(self.causal_lm.base)
 
     def loss_sums(self, batch: Batch, split: Split) -> Sums:
-        """Sums as of `SFT`; in evaluation also `nll`, targets and bytes of text for each source."""
+        """The sums of `SFT`; in evaluation also `nll`, targets and bytes of text for each source."""
         sums = super().loss_sums(batch, split)
         if split == "train":
             return sums
@@ -67,7 +67,7 @@ class Pretrain(SFT):
         )
 
     def metrics(self, sums: Sums, split: Split) -> dict[str, Tensor]:
-        """As of `SFT`, with bits per byte; with several sources, also perplexity and bits per byte of each."""
+        """The metrics of `SFT`, with bits per byte; with several sources, also perplexity and bits per byte of each."""
         metrics = super().metrics({name: value for name, value in sums.items() if ": " not in name}, split)
         if split == "train":
             return metrics

@@ -32,7 +32,7 @@ class Reward(LanguageModule):
         outcome_loss: Loss of a response with an outcome: `BCE` for outcomes of 0 and 1, `MSE` for scores. Only needed
             if rows have outcomes.
         share_prompt: Compute the prompt of a pair once for both responses. `auto`: if the model can do so exactly.
-        kwargs: As of `LanguageModule`.
+        kwargs: See `LanguageModule`.
     """
 
     unit = "rows"
@@ -69,7 +69,7 @@ class Reward(LanguageModule):
     # ---- model
 
     def configure_model(self) -> None:
-        """As of `LanguageModule`, after the rows have been compared with the losses.
+        """Compares the rows with the losses; see `LanguageModule`.
 
         Raises:
             UserError: the losses do not fit the rows.
@@ -111,7 +111,7 @@ class Reward(LanguageModule):
                 )
 
     def build(self, tokenizer: Any, *args: Any, **kwargs: Any) -> LM:
-        """As of `LanguageModule`, with the tokenizer's pad token in the config and without dropout.
+        """Puts the tokenizer's pad token in the config and turns dropout off; see `LanguageModule`.
 
         transformers finds the last token of a padded row by the pad token.
         """
@@ -124,7 +124,7 @@ class Reward(LanguageModule):
 
     @property
     def notes(self) -> list[str]:
-        """As of `LanguageModule`, with the loss of outcomes."""
+        """Adds the loss of outcomes; see `LanguageModule`."""
         outcome = self.outcome_loss
         return super().notes + ([] if outcome is None else [f"outcomes: {type(outcome).__name__}"])
 

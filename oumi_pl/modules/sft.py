@@ -17,7 +17,7 @@ class SFT(LanguageModule):
 
     Args:
         loss: Loss per token: `(logits [n, vocab], targets [n]) -> [n]`. Its `metrics` are logged as well.
-        kwargs: As of `LanguageModule`.
+        kwargs: See `LanguageModule`.
     """
 
     branching = False
@@ -38,7 +38,7 @@ class SFT(LanguageModule):
             self.validation_metrics = ()  # the loss has names of its own
 
     def on_model_built(self) -> None:
-        """As of `LanguageModule`.
+        """Refuses rows that are labelled as bad answers; see `LanguageModule`.
 
         Raises:
             UserError: some rows of the data are labelled as bad answers, which must not be imitated.

@@ -402,14 +402,14 @@ class UpdateModule(L.LightningModule):
     # ---- logging
 
     def log(self, name: str, value: Any, *args: Any, **kwargs: Any) -> None:
-        """As of `LightningModule`, unless `log_to` is set."""
+        """Logs as `LightningModule` does, unless `log_to` is set."""
         if self.log_to is None:
             super().log(name, value, *args, **kwargs)
         else:
             self.log_to({name: value})
 
     def log_dict(self, dictionary: Any, *args: Any, **kwargs: Any) -> None:
-        """As of `LightningModule`, unless `log_to` is set."""
+        """Logs as `LightningModule` does, unless `log_to` is set."""
         if self.log_to is None:
             super().log_dict(dictionary, *args, **kwargs)
         else:

@@ -63,13 +63,13 @@ def groups(records: Sequence[Record], names: Sequence[str]) -> list[Group]:
         shown = {key: value for key, value in settings.items() if key not in SEEDS and value is not None}
         shown["parent"] = run.part("parent").get("step")  # a branch is no repetition of a run from the start
         by_settings.setdefault(json.dumps(shown, sort_keys=True, default=str), []).append(i)
-    found = []
+    grouped = []
     for members in by_settings.values():
         first = names[members[0]]
         # characters, not folders: `base-1` and `base-2` are `base`
         common = os.path.commonprefix([names[i] for i in members]).rstrip("-_. ")  # noqa: RUF071
-        found.append(Group(common or first if len(members) > 1 else first, [records[i] for i in members]))
-    return found
+        grouped.append(Group(common or first if len(members) > 1 else first, [records[i] for i in members]))
+    return grouped
 
 
 def spreads(found: Sequence[Group]) -> dict[str, list[str]]:

@@ -11,7 +11,7 @@ PHASES = {
     "validation": "validation",
     "saving": "checkpoints",
     "end": "last answers, export, report",
-    "killed": "sessions that were killed, after their last validation",
+    "killed": "processes that were killed, after their last validation",
 }
 """Phase -> its description in the report."""
 
@@ -31,7 +31,7 @@ class Clock:
         self.phase, self._since = phase, now
 
     def read(self, before: dict[str, float] | None = None) -> dict[str, float]:
-        """Seconds of each phase so far, with those of the run's earlier sessions (`before`) added."""
+        """Seconds of each phase so far, with those before the run was resumed (`before`) added."""
         self.enter(self.phase)  # adds the seconds since the last call
         before = before or {}
         return {

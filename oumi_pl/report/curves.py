@@ -67,8 +67,8 @@ def panels(metrics: Mapping[str, Column]) -> list[Panel]:
     blue, orange, green, purple = COLORS[:4]
     # single responses (KTO) have margins as well, of the means over all good and all bad rows
     units = {"rewards/sign_accuracy": "Loss per row", "rewards/margins": "Loss per pair"}
-    found = (title for name, title in units.items() if f"train/{name}" in metrics or f"val/{name}" in metrics)
-    loss = next(found, "Loss, nats per target token")
+    titles = (title for name, title in units.items() if f"train/{name}" in metrics or f"val/{name}" in metrics)
+    loss = next(titles, "Loss, nats per target token")
     if "train/reward" in metrics:
         return _filled(_online_panels(metrics), metrics)
     both = lambda name: (Line(f"train/{name}", "training", blue), Line(f"val/{name}", "validation", orange))  # noqa: E731
@@ -78,7 +78,7 @@ def panels(metrics: Mapping[str, Column]) -> list[Panel]:
         Line("val/rewards/chosen", "chosen, validation", green),
         Line("val/rewards/rejected", "rejected, validation", purple),
     )
-    wanted = [
+    candidates = [
         Panel(loss, both("loss")),
         Panel("Reward margin: chosen minus rejected", both("rewards/margins"), middle=0.0),
         Panel("Share of pairs ranked right", both("rewards/accuracies"), 0.0, 1.0, middle=0.5),
@@ -96,12 +96,12 @@ def panels(metrics: Mapping[str, Column]) -> list[Panel]:
         Panel("Model FLOPs utilisation", (Line("train/mfu", "training", blue),), low=0.0),
     ]
     if not _same(metrics, "val/nll", "val/loss"):
-        wanted.insert(1, Panel("Cross-entropy, nats per target token", (Line("val/nll", "validation", orange),)))
-    return _filled(wanted, metrics)
+        candidates.insert(1, Panel("Cross-entropy, nats per target token", (Line("val/nll", "validation", orange),)))
+    return _filled(candidates, metrics)
 
 
 def _online_panels(metrics: Mapping[str, Column]) -> list[Panel]:
-    """The panels of online training. Its validation loss is minus the reward, and is left out."""
+    """The panels of online training. They leave out the validation loss, which is minus the reward."""
     blue, orange, green, purple = COLORS[:4]
     both = lambda name: (Line(f"train/{name}", "training", blue), Line(f"val/{name}", "validation", orange))  # noqa: E731
     train = lambda *names: tuple(  # noqa: E731
@@ -138,7 +138,7 @@ def _online_panels(metrics: Mapping[str, Column]) -> list[Panel]:
 
 
 def _passes(metrics: Mapping[str, Column]) -> list[str]:
-    """The columns of pass@k, by k."""
+    """The columns of pass@k, sorted by k."""
     return sorted((name for name in metrics if name.startswith("val/pass@")), key=lambda name: (len(name), name))
 
 
@@ -146,10 +146,10 @@ def _in_colors(columns: Sequence[str], prefix: str) -> tuple[Line, ...]:
     return tuple(Line(name, name.removeprefix(prefix), COLORS[i % len(COLORS)]) for i, name in enumerate(columns))
 
 
-def _filled(wanted: Iterable[Panel], metrics: Mapping[str, Column]) -> list[Panel]:
-    """The panels with the lines that there are, without panels that have none."""
+def _filled(candidates: Iterable[Panel], metrics: Mapping[str, Column]) -> list[Panel]:
+    """Keeps the lines whose metrics exist, and the panels that have any."""
     filled = []
-    for panel in wanted:
+    for panel in candidates:
         lines = tuple(line for line in panel.lines if line.column in metrics)
         if lines:
             filled.append(Panel(panel.title, lines, panel.low, panel.high, panel.middle))
@@ -235,10 +235,10 @@ def styled() -> Iterator[None]:
 
 def png(metrics: Mapping[str, Column], title: str, file: Path, resumed: Sequence[int] = ()) -> None:
     """Draws all panels into one PNG file; an existing file is replaced."""
-    wanted = panels(metrics)
-    columns = min(4 if len(wanted) in (4, 7, 8, 10, 11, 12) else 3, len(wanted))
-    with grid(file, len(wanted), columns, (4.4, 2.75), 0.55) as (figure, axes):
-        for axis, panel in zip(axes, wanted, strict=True):
+    shown = panels(metrics)
+    columns = min(4 if len(shown) in (4, 7, 8, 10, 11, 12) else 3, len(shown))
+    with grid(file, len(shown), columns, (4.4, 2.75), 0.55) as (figure, axes):
+        for axis, panel in zip(axes, shown, strict=True):
             draw(axis, panel, metrics, resumed)
         for axis in axes[-columns:]:
             axis.set_xlabel("step")

@@ -62,7 +62,7 @@ INLINE = Path(__file__).with_name("inline.html")
 def make(folder: Path, condition: str | None = None) -> Path | None:
     """Draws the curves of a run and writes its page; returns its path, or None if the run has no metrics yet.
 
-    `condition` is shown instead of the present state of the run: its report is drawn before it is marked as finished.
+    `condition` is shown as the state of the run, because the report is drawn before the run is marked as finished.
     """
     run = Record(folder, condition)
     if not run.metrics:

@@ -14,7 +14,7 @@ class Record:
 
     folder: Path
     shown_condition: str | None = None
-    """Instead of that in `run.json`."""
+    """The state to show, instead of that in `run.json`."""
 
     @property
     def name(self) -> str:
@@ -78,13 +78,13 @@ class Record:
 
     @cached_property
     def rollouts(self) -> list[dict[str, Any]]:
-        """The completions in `rollouts.jsonl`, without its last line if that says why the file ends."""
+        """The completions in `rollouts.jsonl`, without a last line that says why the file ends."""
         lines = self._lines("rollouts.jsonl")
         return [line for line in lines if isinstance(line.get("update"), int) and "completion" in line]
 
     @property
     def rollouts_end(self) -> int | None:
-        """The update before which `rollouts.jsonl` ends because of its size; None if it has all."""
+        """The first update that `rollouts.jsonl` lacks because of its size; None if it has all."""
         return next((line["update"] for line in self._lines("rollouts.jsonl")[-1:] if "stopped" in line), None)
 
     @property
@@ -104,7 +104,7 @@ class Record:
         return framed(page(self), 640) if self.metrics else inline(f"{self.name} has no metrics yet")
 
     def _lines(self, name: str) -> list[dict[str, Any]]:
-        """The mappings in a file of JSON lines."""
+        """The JSON objects in a file of JSON lines; broken lines are skipped."""
         mappings = []
         for line in self._text(name).split("\n"):  # not `splitlines`: JSON texts may hold U+2028
             try:

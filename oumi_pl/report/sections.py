@@ -135,7 +135,7 @@ def _tiles(run: Record) -> list[dict[str, str]]:
     def add(title: str, value: str, note: str, metric: str = "") -> None:
         tiles.append({"title": title, "value": value, "note": note, "meaning": meaning(metric)})
 
-    # the loss of a policy gradient says nothing of progress
+    # the loss of a policy gradient does not measure progress
     first, title = ("train/reward", "Training reward") if "train/reward" in metrics else ("train/loss", "Training loss")
     if first in metrics:
         values = metrics[first][1]
@@ -184,13 +184,13 @@ def samples(run: Record) -> list[tuple[str, list[tuple[str, str]]]]:
 # ---- groups of online training
 
 GROUPS = 8
-"""Prompts whose completions are shown."""
+"""Number of prompts whose completions are shown."""
 TIMES = 4
-"""Updates at which those of a prompt are shown: its first, its last, and evenly between."""
+"""Number of updates shown for a prompt: the first, the last, and some evenly between."""
 
 
 def groups(run: Record) -> list[tuple[str, str, list[dict[str, Any]]]]:
-    """Prompts that were sampled at several updates, each with its best and worst completion at some of them.
+    """Selects prompts, each with its best and worst completion at some of the updates that sampled it.
 
     Returns:
         Text and origin of the prompt, and `{when, mean, best, worst}` for each update; `best` and `worst` are

@@ -8,7 +8,7 @@ from functools import cache
 from pathlib import Path
 
 GENERAL = {r"^(val|test)/pass@\d+$": "val/pass@K", r"^(train|val|test)/rewards/[^/]+?(_std)?$": r"train/rewards/NAME\2"}
-"""Names of metrics with a part that the user chose, as patterns -> the row of the table."""
+"""Pattern of metric names with a part that the user chose -> name of their row in the table."""
 
 
 def clock(seconds: float | None) -> str:

@@ -1,4 +1,4 @@
-"""Writes files so that a kill, a full disk or a power cut leaves either the old file or the new one, never a part.
+"""Writes files atomically: a kill, a full disk or a power cut leaves the old file or the new one, never a part.
 
 A new file is written beside its target under a name that ends in `.half`, synced to disk, and renamed; then the folder
 is synced, so that the new name survives a power cut as well.
@@ -21,7 +21,7 @@ HALF = ".half"
 
 @contextlib.contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """Yields a path beside `path` to write a new file or folder to, and puts it in the place of `path` at the end.
+    """Yields a temporary path to write a new file or folder to, which replaces `path` at the end of the block.
 
     If the block fails, `path` stays as it was. Two processes that write the same file don't disturb each other: the
     last one wins.
@@ -36,9 +36,9 @@ def replacing(path: Path) -> Iterator[Path]:
 
 
 def put(half: Path, path: Path) -> None:
-    """Syncs a file or folder that is written, and renames it to `path`, which it replaces."""
+    """Syncs a finished file or folder, and renames it to `path`, which it replaces."""
     sync_all(half)
-    if path.is_dir() and not path.is_symlink():  # neither a file nor a folder can be renamed onto a folder with files
+    if path.is_dir() and not path.is_symlink():  # nothing can be renamed onto a non-empty folder
         remove(path)
     half.replace(path)
     sync(path.parent)
@@ -46,7 +46,7 @@ def put(half: Path, path: Path) -> None:
 
 def write(path: Path, content: str | bytes) -> None:
     """Writes a file, text as UTF-8, atomically and durably."""
-    with replacing(path) as half, half.open("xb") as file:  # `x`: never through a link that someone put there
+    with replacing(path) as half, half.open("xb") as file:  # `x`: never write through a link at that path
         file.write(content.encode() if isinstance(content, str) else content)
 
 
@@ -114,10 +114,10 @@ LONGEST = 300
 
 
 def sync(path: Path) -> None:
-    """Waits until a file's content, or a folder's list of names, is on disk."""
+    """Waits until a file's content, or a folder's list of entries, is on disk (fsync)."""
     handle = os.open(path, os.O_RDONLY)
     try:
-        # some network file systems refuse to sync folders, and do it by themselves
+        # some network file systems refuse to sync folders; they do so by themselves
         with contextlib.suppress(OSError) if path.is_dir() else contextlib.nullcontext():
             os.fsync(handle)
     finally:
@@ -125,7 +125,7 @@ def sync(path: Path) -> None:
 
 
 def sync_all(path: Path) -> None:
-    """Syncs a file, or a folder with all that is in it."""
+    """Syncs a file, or a folder with everything in it."""
     for inner in sorted(path.rglob("*")) if path.is_dir() else ():
         if not inner.is_symlink():
             sync(inner)
@@ -133,7 +133,7 @@ def sync_all(path: Path) -> None:
 
 
 def remove(path: Path) -> None:
-    """Deletes a file, a link, or a folder with its content; nothing if there is none."""
+    """Deletes a file, a link, or a folder with its content, if it exists."""
     if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path)
     else:

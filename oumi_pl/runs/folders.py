@@ -257,7 +257,7 @@ def recent(values: Sequence[float]) -> float:
 
 
 def seconds(run: Path, state: dict[str, Any]) -> float | None:
-    """Duration of a run including earlier sessions; up to the last line of metrics if its end was not recorded."""
+    """Duration of a run, including the time before resumes; up to the last metrics line if its end was not recorded."""
     if state.get("status") != "running":
         return sum(map(_number, state["times"].values())) if isinstance(state.get("times"), dict) else None
     try:

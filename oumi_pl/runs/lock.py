@@ -1,9 +1,9 @@
-"""Lets one process at a time write to a run folder.
+"""A lock that lets one process at a time write to a run folder.
 
-`lock.json` in the folder names the process by host, process id and start time. It survives kills and reboots; the lock
-of a process that no longer runs is taken over. Whether a process of another host still runs can't be asked: while a
-process holds a lock it touches the file every few seconds, and another host watches whether that happens. So no
-clocks are compared.
+`lock.json` in the folder names its owner by host, process id and start time. The file survives kills and reboots, so
+the lock of a process that no longer runs is taken over. Another host can't see the owner's process; instead, an owner
+touches the file every few seconds, and the other host waits to see whether the file changes. So the clocks of two hosts
+are never compared.
 """
 
 import contextlib
@@ -24,28 +24,28 @@ from oumi_pl.runs import files
 
 LOCK = "lock.json"
 TOUCHED = 5.0
-"""Seconds between two touches of a lock."""
+"""Seconds between two touches of the file."""
 WATCHED = 20.0
-"""Seconds for which another host's lock is watched. Network file systems may show changes late."""
+"""Seconds to watch the lock of another host; network file systems may show changes late."""
 
 _held: dict[Path, threading.Event] = {}
-"""The locks of this process -> what ends their touching."""
+"""The run folders that this process has locked -> an event that stops the touching."""
 
 
 def process() -> dict[str, Any]:
-    """Identifies this process by host, process id and start time."""
+    """Returns host, process id and start time of this process."""
     return {"host": socket.gethostname(), "pid": os.getpid(), "began": began(os.getpid())}
 
 
 def is_alive(owner: Any) -> bool | None:
-    """Whether the process that `process` described still runs; None if that can't be asked from here."""
+    """Whether the process that `process` described is still running; None if that can't be known here."""
     if not isinstance(owner, dict) or owner.get("host") != socket.gethostname() or not owner.get("began"):
         return None
     return began(owner.get("pid")) == owner["began"]
 
 
 def began(pid: object) -> str | None:
-    """Start time of a process as the system prints it; None if there is no such process, or it is unknown.
+    """Returns the start time of a process, as the system prints it; None if it doesn't run or the time is unknown.
 
     A process id alone does not identify a process, since systems reuse ids.
     """
@@ -63,10 +63,10 @@ def began(pid: object) -> str | None:
 
 
 def acquire(run: Path) -> None:
-    """Takes the lock of a run folder for this process, which may have it already.
+    """Locks a run folder for this process; does nothing if this process has locked it already.
 
     Raises:
-        UserError: another process that still runs has it.
+        UserError: a running process has locked it.
     """
     run = run.resolve()
     with _alone(run):
@@ -74,49 +74,51 @@ def acquire(run: Path) -> None:
             return
         other = owner(run)
         if other and other.get("pid") == os.getppid() and is_alive(other):
-            return  # by `ddp_spawn` and the like: the process that started this one has the lock for it
+            return  # spawned by the owner (`ddp_spawn`), which holds the lock for its children
         if other and other != process():
             name = f"process {other.get('pid')} on {other.get('host')}"
             alive = is_alive(other)
             if alive or (alive is None and _is_touched(run)):
-                raise UserError(f"{run} is being written by {name}; wait for its end, or stop it (SIGTERM saves first)")
-            print(f"{run}: its {name} was killed; going on in its place", file=sys.stderr)
+                raise UserError(
+                    f"{run} is being written by {name}; wait until it ends, or stop it (SIGTERM saves first)"
+                )
+            print(f"{run}: taking the lock of {name}, which no longer runs", file=sys.stderr)
         write(run)
-    ends = threading.Event()
-    threading.Thread(target=_touch, args=(run / LOCK, ends), daemon=True, name="lock of the run").start()
-    _held[run] = ends
+    released = threading.Event()
+    threading.Thread(target=_touch, args=(run / LOCK, released), daemon=True, name="lock of the run").start()
+    _held[run] = released
 
 
 def write(run: Path) -> None:
-    """Writes the lock of a run folder that no other process can know yet."""
+    """Writes the lock of a new run folder, whose path no other process knows yet."""
     files.write(run / LOCK, json.dumps(process()) + "\n")
 
 
 def release(run: Path) -> None:
-    """Gives up the lock of a run folder, if this process has it."""
+    """Releases the lock of a run folder, if this process holds it."""
     run = run.resolve()
-    ends = _held.pop(run, None)
-    if ends is None:
+    released = _held.pop(run, None)
+    if released is None:
         return
-    ends.set()
-    if owner(run) == process():  # not of a parent that this process was forked from
+    released.set()
+    if owner(run) == process():  # after a fork, `_held` also has the locks of the parent
         with contextlib.suppress(OSError):
             (run / LOCK).unlink()
 
 
 def held() -> list[Path]:
-    """The run folders whose locks this process has."""
+    """The run folders that this process has locked."""
     return [*_held]
 
 
 def release_all() -> None:
-    """Gives up all locks of this process."""
+    """Releases all locks of this process."""
     for run in [*_held]:
         release(run)
 
 
 def owner(run: Path) -> dict[str, Any] | None:
-    """The process that a lock names; None without a lock or a readable one."""
+    """The process that holds the lock, as `process` describes it; None if there is no readable lock."""
     try:
         owner = files.parse(files.read(run / LOCK))
     except (OSError, ValueError):
@@ -125,8 +127,8 @@ def owner(run: Path) -> dict[str, Any] | None:
 
 
 def _is_touched(run: Path) -> bool:
-    """Whether another host's process touches its lock now, or gives it up."""
-    print(f"{run} is locked by a process of another host; watching for {WATCHED:.0f} s if it runs", file=sys.stderr)
+    """Watches another host's lock: True if it is touched, False if it doesn't change or is released."""
+    print(f"{run} is locked by a process on another host; checking for {WATCHED:.0f} s if it runs", file=sys.stderr)
     before, end = _stamp(run), time.monotonic() + WATCHED
     while time.monotonic() < end:
         time.sleep(min(1.0, WATCHED / 4))
@@ -136,7 +138,7 @@ def _is_touched(run: Path) -> bool:
 
 
 def _stamp(run: Path) -> tuple[int, int] | None:
-    """File number and time of change of a lock; opened, since network file systems look anew when a file is opened."""
+    """Inode and modification time of a lock. Opening it makes network file systems refresh them."""
     try:
         with (run / LOCK).open() as file:
             status = os.fstat(file.fileno())
@@ -145,15 +147,15 @@ def _stamp(run: Path) -> tuple[int, int] | None:
     return status.st_ino, status.st_mtime_ns
 
 
-def _touch(lock: Path, ends: threading.Event) -> None:
-    while not ends.wait(TOUCHED):
+def _touch(lock: Path, released: threading.Event) -> None:
+    while not released.wait(TOUCHED):
         with contextlib.suppress(OSError):
             os.utime(lock)
 
 
 @contextlib.contextmanager
 def _alone(run: Path) -> Iterator[None]:
-    """Keeps two processes of this host from looking at a lock and taking it at the same time."""
+    """Keeps two processes of this host from checking and taking a lock at the same time."""
     try:
         import fcntl
     except ImportError:  # Windows

@@ -1,7 +1,7 @@
-"""Checkpoints that came from somebody else are data: reading one runs none of its code.
+"""Keeps checkpoints from untrusted sources from running code when they are read.
 
-A checkpoint holds the recipe of its run, which may name classes and functions of any module; and a sharded one
-describes its files in a pickle, which could call anything.
+A checkpoint holds its run's recipe, which may name classes and functions of any module. A sharded checkpoint describes
+its files in a pickle, which could call any function.
 """
 
 import pickle
@@ -14,12 +14,12 @@ import torch
 from oumi_pl.errors import UserError
 
 METADATA = ".metadata"
-"""The file of a sharded checkpoint that says which file holds which part of which tensor."""
+"""File of a sharded checkpoint that says which file holds which part of which tensor: its description."""
 PACKAGE = "oumi_pl."
 FUNCTIONS = ("architecture", "format", "reward", "metrics")
-"""Arguments that name functions or classes by their path."""
+"""Recipe keys whose values are paths of functions or classes."""
 ALLOWED = {
-    "torch.distributed.checkpoint.metadata": None,  # None: all names
+    "torch.distributed.checkpoint.metadata": None,  # None allows every name
     "torch.distributed.checkpoint.filesystem": {"_StorageInfo", "_StoragePrefix"},
     "torch.serialization": {"_get_layout"},
     "pathlib": {"Path", "PosixPath", "PurePosixPath", "WindowsPath", "PureWindowsPath"},
@@ -31,13 +31,13 @@ VALUES = (torch.dtype, torch.layout, torch.memory_format)
 
 
 class _Unpickler(pickle.Unpickler):
-    """Reads the plain classes that describe a sharded checkpoint, and nothing else."""
+    """Loads only the classes that describe a sharded checkpoint."""
 
     def find_class(self, module: str, name: str) -> Any:
-        """As of its base class.
+        """Returns a class or function that the pickle names.
 
         Raises:
-            pickle.UnpicklingError: for any other name.
+            pickle.UnpicklingError: the name is not in `ALLOWED`.
         """
         value = getattr(torch, name, None) if module == "torch" else None
         if value is torch.Size or isinstance(value, VALUES):
@@ -48,7 +48,7 @@ class _Unpickler(pickle.Unpickler):
 
 
 def refuse_code(path: Path) -> None:
-    """Refuses a sharded checkpoint whose description would run code. Call it before torch reads the folder.
+    """Refuses a sharded checkpoint whose description would run code. Call this before torch reads the folder.
 
     Raises:
         UserError: says what the description names, or that it can't be read.
@@ -61,7 +61,7 @@ def refuse_code(path: Path) -> None:
 
 
 def refuse_foreign(config: Mapping[str, Any], checkpoint: Path) -> None:
-    """Refuses the recipe of a checkpoint that names code outside this package.
+    """Refuses a checkpoint whose recipe names code outside this package.
 
     Args:
         config: The recipe.
@@ -79,7 +79,7 @@ def refuse_foreign(config: Mapping[str, Any], checkpoint: Path) -> None:
 
 
 def _named_code(value: Any, place: str = "") -> Iterator[str]:
-    """Yields each place in a recipe that names code of others, with the name."""
+    """Yields `key path: name` for each class, function or setting in a recipe that would run foreign code."""
     if isinstance(value, list | tuple):
         for item in value:
             yield from _named_code(item, place)
@@ -98,7 +98,7 @@ def _named_code(value: Any, place: str = "") -> Iterator[str]:
 
 
 def _paths(value: Any) -> Iterator[str]:
-    """The dotted names in a value: a name, a list of names, or names with weights."""
+    """Yields the dotted names in a value: a name, a list of names, or a mapping from names to weights."""
     names = [value] if isinstance(value, str) else value
     if isinstance(names, list | tuple | Mapping):
         yield from (name for name in names if isinstance(name, str) and "." in name)

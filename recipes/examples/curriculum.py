@@ -14,8 +14,8 @@ class Curriculum(SFTData):
 
     Args:
         stages: Epochs until all rows are trained on.
-        args: As of `SFTData`.
-        kwargs: As of `SFTData`.
+        args: See `SFTData`.
+        kwargs: See `SFTData`.
     """
 
     def __init__(self, *args, stages: int = 3, **kwargs):

@@ -83,7 +83,7 @@ def same(a, b):
     ("engine", "changes"),
     [("hf", {}), ("hf", {"data.init_args.packing": True}), ("hf", PRETRAINING), ("trl", {}), ("trl", PREFERENCES)],
 )
-def test_a_run_leaves_what_lightning_leaves(cli, engine, changes):
+def test_a_run_writes_the_same_files_as_with_lightning(cli, engine, changes):
     # with dropout, engines draw in another order
     cli.recipe(SETTINGS | {"model.init_args.config.attention_dropout": 0.0} | changes)
     cli.works(*FIT, "--name", "ours")
@@ -188,7 +188,7 @@ def test_a_finished_run_has_nothing_left_to_train(cli):
     assert "nothing is left to train" in cli.fails("fit", "--resume", "runs/r", "--trainer.max_epochs", "2")
 
 
-def test_a_run_killed_in_its_export_is_only_exported(cli, monkeypatch):
+def test_a_run_killed_during_export_only_exports_when_resumed(cli, monkeypatch):
     """The best weights, although they are of an earlier session."""
     monitored = {"checkpoint": {"every": 100, "monitor": "val/loss", "mode": "max"}, "model.init_args.schedule": GONE}
     cli.recipe(SETTINGS | monitored)

@@ -209,7 +209,7 @@ def test_preferences(tmp_path, kwargs):
         {"loss": APOZeroUnpaired(0.2), "micro": MICRO, "batch_size": 2},
     ],
 )
-def test_judgements(tmp_path, kwargs):
+def test_single_responses(tmp_path, kwargs):
     """Single responses. TRL estimates the KL divergence on a micro-batch, which has to be the update."""
     assert_equal("trl", judgements, tmp_path, **{"micro": 1} | kwargs)
 
@@ -338,7 +338,7 @@ class Infinite(TokenLoss):
 
 
 @pytest.mark.filterwarnings("ignore")
-def test_a_loss_that_is_no_number_ends_the_run(tmp_path):
+def test_a_non_finite_loss_ends_the_run(tmp_path):
     with pytest.raises(UserError, match="train/loss became inf at step 1"):
         run("hf", sft, tmp_path, loss=Infinite())
 

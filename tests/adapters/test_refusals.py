@@ -170,7 +170,7 @@ def test_without_trl(monkeypatch):
     assert "pip install trl" in refused("trl", module())
 
 
-def test_the_switch_is_lazy():
+def test_the_engines_are_imported_lazily():
     heavy = ("trl", "transformers.trainer", "oumi_pl.adapters")
     code = f"import sys, oumi_pl.config.cli; print([name for name in {heavy} if name in sys.modules])"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

@@ -35,8 +35,8 @@ def parts(
 ):
     """A trainer and a module with what the looks at settings read."""
     weights = torch.nn.Parameter(torch.ones(4, 4) if weights is None else weights)
-    made = optimizer([{"params": [weights], "name": "matrices"}], lr=lr)
-    made.param_groups[0]["initial_lr"] = lr
+    built = optimizer([{"params": [weights], "name": "matrices"}], lr=lr)
+    built.param_groups[0]["initial_lr"] = lr
     whole = SimpleNamespace(numel=lambda: LARGE, requires_grad=False)
     held = {
         "report": lambda: REPORT,
@@ -46,7 +46,7 @@ def parts(
         "template": None,
         "own_pad": "<pad>",
     }
-    made_trainer = SimpleNamespace(optimizers=[made], datamodule=SimpleNamespace(**(held | kwargs)))
+    made_trainer = SimpleNamespace(optimizers=[built], datamodule=SimpleNamespace(**(held | kwargs)))
     made_module = SimpleNamespace(
         parameters=lambda: [weights, whole],
         lora=lora,
@@ -224,7 +224,7 @@ def test_waiting_is_measured_between_batches_and_told_once(monkeypatch):
     monkeypatch.setattr(advice.time, "perf_counter", lambda: now[0])
 
     def run(waited, worked, between=0.0, updates=200):
-        wait, told = Wait(), []
+        wait, output = Wait(), []
         for step in range(updates):
             wait.start_clock()
             now[0] += waited if step else 60.0  # processes start
@@ -233,8 +233,8 @@ def test_waiting_is_measured_between_batches_and_told_once(monkeypatch):
             now[0] += worked
             wait.batch_ends()
             now[0] += between  # validation, saving
-            told.append(wait.update_ends())
-        return [found for found in told if found]
+            output.append(wait.update_ends())
+        return [actual for actual in output if actual]
 
     ((share, wait, step),) = run(waited=0.2, worked=0.6)
     assert share == pytest.approx(0.25)

@@ -54,7 +54,7 @@ def test_the_best_is_the_step_with_the_lowest_metric(tmp_path, monkeypatch):
     assert "optimizer_states" not in best
 
 
-def test_a_checkpoint_that_can_not_be_finished_leaves_the_old_one(tmp_path, monkeypatch):
+def test_a_checkpoint_that_fails_leaves_the_old_one(tmp_path, monkeypatch):
     path = tmp_path / "step-00000001.ckpt"
     AtomicCheckpointIO().save_checkpoint({"a": 1}, path)
 
@@ -68,7 +68,7 @@ def test_a_checkpoint_that_can_not_be_finished_leaves_the_old_one(tmp_path, monk
     assert not list(tmp_path.glob(f"*{HALF}"))
 
 
-def test_generators_come_back_and_load_without_code(tmp_path):
+def test_generators_are_restored_without_running_code(tmp_path):
     state = rng_state()
     torch.save(state, tmp_path / "rng.pt")
     expected = torch.rand(3)
@@ -76,6 +76,6 @@ def test_generators_come_back_and_load_without_code(tmp_path):
     assert torch.equal(torch.rand(3), expected)
 
 
-def test_nonsense_is_refused():
+def test_invalid_settings_are_refused():
     with pytest.raises(UserError, match="at least 1"):
         Checkpoints(every=0)

@@ -15,9 +15,9 @@ CALLBACKS = "lightning.pytorch.callbacks"
 
 @pytest.fixture
 def cli(tmp_path, monkeypatch, capsys):
-    made = CommandLine(tmp_path, monkeypatch, capsys)
+    built = CommandLine(tmp_path, monkeypatch, capsys)
     write_jsonl(tmp_path / "val.jsonl", conversations(3, seed=8))
-    return made
+    return built
 
 
 def checkpoints(cli, run="r"):
@@ -63,7 +63,7 @@ def test_a_branched_run_exports_its_own_best_weights(cli):
     assert not torch.equal(exported(cli, "b"), best(cli, "a"))
 
 
-def test_a_checkpoint_does_not_name_the_folder_that_it_is_in(cli, monkeypatch):
+def test_a_checkpoint_does_not_store_the_path_of_its_folder(cli, monkeypatch):
     """So another run's best weights can't be exported even if nothing looks for those of this run."""
     monkeypatch.setattr(Checkpoints, "on_train_start", lambda *args: None)
     branched(cli)
@@ -81,7 +81,7 @@ def test_a_resumed_run_keeps_its_best_weights(cli):
     assert torch.equal(exported(cli, "a"), before)
 
 
-def test_best_weights_from_after_the_checkpoint_are_forgotten(cli):
+def test_best_weights_that_are_newer_than_the_checkpoint_are_ignored(cli):
     """They are of updates that a resumed run makes anew, maybe otherwise."""
     branched(cli)
     for later in ("step-00000004.ckpt",):
@@ -95,7 +95,7 @@ def test_best_weights_from_after_the_checkpoint_are_forgotten(cli):
 # ---- when, and whether
 
 
-def test_a_run_that_has_to_go_on_after_it_was_asked_to_stop_saves_once(cli):
+def test_a_run_that_min_steps_keeps_going_after_early_stopping_saves_once(cli):
     stopping = {"monitor": "val/loss", "min_delta": 100.0, "patience": 1}
     cli.recipe(
         {
@@ -122,7 +122,7 @@ def test_a_run_without_checkpoints_exports_its_model(cli, option):
         assert "none: checkpoint.enabled" in cli.works("fit", "--config", "r.yaml", option, "--dry_run")
 
 
-def test_checkpoints_that_are_wanted_and_not_are_refused_by_name(cli):
+def test_contradictory_checkpoint_settings_are_refused(cli):
     args = ("fit", "--config", "r.yaml", "--data.validation=0.2", "--checkpoint.monitor=val/loss")
     assert "checkpoint.monitor" in cli.fails(*args, "--checkpoint.enabled=false")
     assert "trainer.enable_checkpointing is false, but checkpoint.monitor" in cli.fails(
@@ -173,7 +173,7 @@ def a_second_per_batch(monkeypatch):
     monkeypatch.setattr(Timer, "time_elapsed", lambda self, stage="train": self._offset + getattr(self, "batches", 0))
 
 
-def test_a_run_that_ended_by_the_clock_says_what_extends_it(cli, a_second_per_batch):
+def test_a_run_that_max_time_ended_prints_how_to_extend_it(cli, a_second_per_batch):
     cli.recipe({"trainer.max_steps": GONE, "trainer.max_epochs": 2, "trainer.max_time": "00:00:00:03"})
     cli.works("fit", "--config", "r.yaml")
     assert cli.state("runs/r")["step"] == 3

@@ -41,37 +41,37 @@ def number(text) -> int:
     return int(re.match(r"[\d,]+", text).group().replace(",", ""))
 
 
-def test_what_it_says_is_what_the_run_is(cli):
+def test_the_table_matches_the_real_run(cli):
     """Parameters, steps, tokens, groups, folder: each against the run itself. Nothing but the cache is left."""
     cli.recipe({"data.init_args.validation": 0.2, "trainer.max_steps": 5, "trainer.accumulate_grad_batches": 3})
     before = cli.files()
-    found = told(cli.works(*FIT, "--dry_run"))
+    actual = told(cli.works(*FIT, "--dry_run"))
     assert cli.files() == before
-    assert found["folder"] == "runs/r"
+    assert actual["folder"] == "runs/r"
     cli.works(*TRAINED)
     assert cli.state("runs/r")["status"] == "finished"
     assert "dry_run" not in (cli.directory / "runs/r/config.yaml").read_text()
     tokens = cli.column("runs/r", "train/num_tokens")
-    assert number(found["optimizer steps"]) == max(tokens)
-    assert number(found["tokens in all"]) == float(tokens[5])
-    assert number(found["tokens per step"]) == round(float(tokens[5]) / 5)
+    assert number(actual["optimizer steps"]) == max(tokens)
+    assert number(actual["tokens in all"]) == float(tokens[5])
+    assert number(actual["tokens per step"]) == round(float(tokens[5]) / 5)
     saved = torch.load(cli.directory / "runs/r/checkpoints/step-00000005.ckpt", weights_only=True)
     numel = sum(value.numel() for value in saved["state_dict"].values())
-    assert found["parameters"] == f"{numel:,} trainable of {numel:,} (all)"
-    assert found["weights"] == "float32"
-    assert found["gradients"] == f"{numel * 4 / 1e3:.0f} kB"
+    assert actual["parameters"] == f"{numel:,} trainable of {numel:,} (all)"
+    assert actual["weights"] == "float32"
+    assert actual["gradients"] == f"{numel * 4 / 1e3:.0f} kB"
     state = saved["optimizer_states"][0]["state"].values()
     held = sum(tensor.numel() * tensor.element_size() for moments in state for tensor in moments.values())
-    assert found["optimizer state"] == f"{held / 1e3:.0f} kB"
-    assert found["rows per update"].startswith("6: 2 x 3 x 1 ")
+    assert actual["optimizer state"] == f"{held / 1e3:.0f} kB"
+    assert actual["rows per update"].startswith("6: 2 x 3 x 1 ")
     for group in saved["optimizer_states"][0]["param_groups"]:
         decay = group["weight_decay"]
-        assert found[group["name"]].startswith(f"{len(group['params'])} tensor")
-        assert found[group["name"]].endswith(f" lr {group['initial_lr']:g}, weight decay {decay:g}")
+        assert actual[group["name"]].startswith(f"{len(group['params'])} tensor")
+        assert actual[group["name"]].endswith(f" lr {group['initial_lr']:g}, weight decay {decay:g}")
     assert told(cli.works(*FIT, "--dry_run", "true"))["folder"] == "runs/r-2"
 
 
-def test_it_trains_on_the_largest_micro_batch_and_then_on_nothing_else(cli, monkeypatch):
+def test_it_trains_only_on_the_largest_micro_batch(cli, monkeypatch):
     sizes, training_step = [], SFT.training_step
     monkeypatch.setattr(
         SFT,
@@ -79,14 +79,14 @@ def test_it_trains_on_the_largest_micro_batch_and_then_on_nothing_else(cli, monk
         lambda self, b, i: sizes.append((len(b["sample_ids"]), b["input_ids"].numel())) or training_step(self, b, i),
     )
     cli.recipe({"trainer.accumulate_grad_batches": 3, "val_every": 1, "data.init_args.validation": "rows.jsonl"})
-    found = told(cli.works(*FIT, "--dry_run"))
+    actual = told(cli.works(*FIT, "--dry_run"))
     assert len(sizes) in range(4, 13)  # two to six updates of two micro-batches, as long as they are quick
     ((rows, tokens),) = set(sizes)
-    assert found["measured on"].startswith(f"micro-batches of {rows} rows, {tokens} tokens, the largest")
-    assert "validation on 2 rows, " in found["measured on"]
+    assert actual["measured on"].startswith(f"micro-batches of {rows} rows, {tokens} tokens, the largest")
+    assert "validation on 2 rows, " in actual["measured on"]
 
 
-def test_the_largest_micro_batch_is_that_of_the_most_tokens(tmp_path):
+def test_the_largest_micro_batch_has_the_most_tokens(tmp_path):
     for settings in ({"batch_size": 3}, {"batch_size": 2, "packing": True}):
         made = data(tmp_path, n=25, **settings)
         made.setup("fit")
@@ -101,53 +101,53 @@ def test_the_largest_micro_batch_is_that_of_the_most_tokens(tmp_path):
         assert len(set(sizes)) > 1
 
 
-def test_an_update_of_one_batch_comes_to_what_is_trained_on(tmp_path):
+def test_a_repeated_micro_batch_carries_the_counts_of_its_own_update(tmp_path):
     """The loader's own totals, with fewer micro-batches than the plan was made for, over two ranks."""
-    made = data(tmp_path, n=25, batch_size=3)
-    made.micro_batches = 4
-    made.setup("fit")
-    loader, rows = made.train_dataloader(), made.largest_micro_batch()
+    built = data(tmp_path, n=25, batch_size=3)
+    built.micro_batches = 4
+    built.setup("fit")
+    loader, rows = built.train_dataloader(), built.largest_micro_batch()
     loader.layout = Layout(3, micro_batches=2, ranks=2)
     plan = loader.position.plan
     loader.position.plan = lambda epoch: OneBatch(plan(epoch), rows)
     batches = list(loader)
-    assert len(batches) == 2 * len(made.plan(0))
+    assert len(batches) == 2 * len(built.plan(0))
     for batch in batches:
         assert batch["sample_ids"] == [int(i) for row in rows for i in row]
         assert batch["update"] == Update(targets=4 * len(batch["targets"]), rows=4 * 3, parts=4)
 
 
-def test_a_reference_is_computed_for_the_tried_pairs_alone(cli, monkeypatch):
+def test_the_reference_is_computed_only_for_the_pairs_of_the_dry_run(cli, monkeypatch):
     write_jsonl(cli.directory / "pairs.jsonl", pairs(40))
     cli.recipe(DPO | {"trainer.max_steps": 3, "data.init_args.validation": 0.2})
     computed = []
     write = SomeLogps.write
     monkeypatch.setattr(SomeLogps, "write", lambda self, c, logps: computed.append(c) or write(self, c, logps))
-    found = told(cli.works(*FIT, "--dry_run"))
+    actual = told(cli.works(*FIT, "--dry_run"))
     assert len(computed) == 4  # two pairs to train on, two to validate
-    assert found["reference"].startswith("log-probabilities of 40 rows will be computed once, before the first update")
+    assert actual["reference"].startswith("log-probabilities of 40 rows will be computed once, before the first update")
     assert not list((cli.directory / "cache").rglob("000000.bin"))
     cli.works(*TRAINED)
     tokens = cli.column("runs/r", "train/num_tokens")
-    assert number(found["tokens in all"]) == float(tokens[3])
+    assert number(actual["tokens in all"]) == float(tokens[3])
     assert told(cli.works(*FIT, "--dry_run"))["reference"] == "the initial model, from the cache"
 
 
-def test_a_teachers_cache_is_announced_with_its_size(cli):
+def test_the_size_of_a_teachers_cache_is_printed(cli):
     """Five float32 values for each target at k = 2: two ids, two probabilities, and that of all other tokens."""
     pretrained(cli.directory / "teacher")
     distill = {"model.class_path": "Distill", "model.init_args.teacher": "./teacher", "model.init_args.top_k": 2}
     cli.recipe(distill | {"trainer.max_steps": 3, "data.init_args.validation": 0.2})
-    found = told(cli.works(*FIT, "--dry_run"))
+    actual = told(cli.works(*FIT, "--dry_run"))
     assert not list((cli.directory / "cache").rglob("000000.bin"))
     cli.works(*TRAINED)
     size = sum(file.stat().st_size for file in (cli.directory / "cache" / "reference").rglob("*.bin"))
     report = json.loads((cli.directory / "runs/r/data.json").read_text())
     assert size == 4 * 5 * sum(split["target_tokens"] for split in report.values())
-    assert found["teacher"].startswith(f"distributions, {size / 1e9:.2g} GB on disk, of ")
+    assert actual["teacher"].startswith(f"distributions, {size / 1e9:.2g} GB on disk, of ")
 
 
-def test_a_stream_is_tried_as_it_comes(cli):
+def test_a_stream_is_read_in_its_own_order(cli):
     write_jsonl(cli.directory / "texts.jsonl", [{"text": f"document {i} says {i * i}"} for i in range(30)])
     changes = {
         "model.class_path": "Pretrain",
@@ -160,13 +160,13 @@ def test_a_stream_is_tried_as_it_comes(cli):
         "trainer.accumulate_grad_batches": 2,
     }
     cli.recipe(changes)
-    found = told(cli.works(*FIT, "--dry_run"))
-    assert found["measured on"] == "micro-batches of 3 rows, 48 tokens, as all of them are"
+    actual = told(cli.works(*FIT, "--dry_run"))
+    assert actual["measured on"] == "micro-batches of 3 rows, 48 tokens, as all of them are"
     cli.works(*TRAINED)
-    assert number(found["tokens in all"]) == float(cli.column("runs/r", "train/num_tokens")[4]) == 4 * 2 * 3 * 16
+    assert number(actual["tokens in all"]) == float(cli.column("runs/r", "train/num_tokens")[4]) == 4 * 2 * 3 * 16
 
 
-def test_a_run_to_be_resumed_is_tried_where_it_stands(cli):
+def test_a_dry_run_of_a_resume_starts_at_the_checkpoint(cli):
     cli.works(*TRAINED)
     before = {name: (cli.directory / name).stat().st_mtime_ns for name in cli.files()}
     out = cli.works("fit", "--resume", "runs/r", "--trainer.max_steps", "9", "--dry_run")
@@ -178,16 +178,16 @@ def test_a_run_to_be_resumed_is_tried_where_it_stands(cli):
     assert said == cli.fails(*at_its_end)
 
 
-def test_a_run_is_resumed_between_updates_of_more_micro_batches_than_are_tried(cli):
+def test_a_dry_run_of_a_resume_may_have_fewer_micro_batches_per_update(cli):
     """Lightning counts micro-batches, of which an update has fewer in a dry run."""
     cli.recipe({"trainer.max_steps": 1, "trainer.accumulate_grad_batches": 3})
     cli.works(*TRAINED)
-    found = told(cli.works("fit", "--resume", "runs/r", "--trainer.max_steps", "9", "--dry_run"))
-    assert found["optimizer steps"] == "9, of which 1 are done"
-    assert "with 2 of 3 micro-batches" in found["one update"]
+    actual = told(cli.works("fit", "--resume", "runs/r", "--trainer.max_steps", "9", "--dry_run"))
+    assert actual["optimizer steps"] == "9, of which 1 are done"
+    assert "with 2 of 3 micro-batches" in actual["one update"]
 
 
-def test_callbacks_that_need_a_logger_take_part(cli):
+def test_callbacks_that_need_a_logger_work(cli):
     cli.recipe({"trainer.callbacks": [{"class_path": "LearningRateMonitor"}], "trainer.max_steps": 3})
     before = cli.files()
     assert told(cli.works(*FIT, "--dry_run"))["optimizer steps"] == "3"
@@ -196,7 +196,7 @@ def test_callbacks_that_need_a_logger_take_part(cli):
     assert "no logger" in cli.run(*FIT, "--trainer.logger", "false")[2]
 
 
-def test_what_has_no_dry_run(cli):
+def test_options_that_a_dry_run_refuses(cli):
     assert "unknown option --dry_run" in cli.fails("validate", "--config", "r.yaml", "--dry_run")
     assert "--dry_run measures Lightning's loop, but --engine hf" in cli.fails(*FIT, "--dry_run", "--engine", "hf")
     cli.recipe({"trainer.max_steps": 3, "checkpoint": {"monitor": "val/los"}, "data.init_args.validation": 0.2})
@@ -205,20 +205,20 @@ def test_what_has_no_dry_run(cli):
     assert "can't write to rows.jsonl" in cli.fails(*FIT, "--dry_run")
 
 
-def test_adapters_and_their_base_are_told_apart(cli):
-    found = told(cli.works(*FIT, "--dry_run", "--model.lora.r", "4"))
+def test_adapters_and_base_weights_are_counted_separately(cli):
+    actual = told(cli.works(*FIT, "--dry_run", "--model.lora.r", "4"))
     hidden, inner, layers, kv = LLAMA["hidden_size"], LLAMA["intermediate_size"], LLAMA["num_hidden_layers"], 16
     shapes = [(hidden, hidden), (hidden, kv), (hidden, kv), (hidden, hidden), *[(hidden, inner)] * 3]
     adapters = 4 * layers * sum(a + b for a, b in shapes)
-    assert found["parameters"].startswith(f"{adapters:,} trainable of ")
-    assert found["gradients"] == f"{4 * adapters / 1e3:.0f} kB"
+    assert actual["parameters"].startswith(f"{adapters:,} trainable of ")
+    assert actual["gradients"] == f"{4 * adapters / 1e3:.0f} kB"
 
 
-def test_tokens_beyond_the_epochs_that_are_counted_are_reckoned(tmp_path, monkeypatch):
+def test_tokens_of_later_epochs_are_extrapolated(tmp_path, monkeypatch):
     monkeypatch.setattr(examples_module, "EXACT_EPOCHS", 2)
-    made = data(tmp_path, n=10, batch_size=2)
-    made.setup("fit")
-    assert made.tokens(5 * 7) == 7 * int(np.sum(made.lengths("train")))
+    built = data(tmp_path, n=10, batch_size=2)
+    built.setup("fit")
+    assert built.tokens(5 * 7) == 7 * int(np.sum(built.lengths("train")))
 
 
 def test_times():

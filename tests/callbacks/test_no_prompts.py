@@ -39,7 +39,7 @@ class ScalarReward(LanguageModule):
 
 @pytest.fixture
 def cli(tmp_path, monkeypatch, capsys):
-    made, rng = CommandLine(tmp_path, monkeypatch, capsys), random.Random(0)
+    built, rng = CommandLine(tmp_path, monkeypatch, capsys), random.Random(0)
     write_jsonl(tmp_path / "pairs.jsonl", [row | {"margin": rng.random()} for row in pairs(16)])
     changes = {
         "model.class_path": "tests.callbacks.test_no_prompts.ScalarReward",
@@ -49,24 +49,24 @@ def cli(tmp_path, monkeypatch, capsys):
         "data.init_args.validation": 0.3,
         "samples": GONE,
     }
-    made.changes = changes
-    made.recipe(changes)
-    return made
+    built.changes = changes
+    built.recipe(changes)
+    return built
 
 
 def test_a_dry_run_counts_the_head_and_leaves_out_what_there_is_not(cli):
     before = cli.files()
-    found = told(cli.works(*FIT, "--dry_run", "--trainer.max_steps", "3"))
+    actual = told(cli.works(*FIT, "--dry_run", "--trainer.max_steps", "3"))
     assert cli.files() == before
-    assert found["trainer"].startswith("ScalarReward of LlamaForCausalLM")
-    assert found["pairs per update"].startswith("2: 2 x 1 x 1 ")
-    assert not {"loss", "reference"} & found.keys()
+    assert actual["trainer"].startswith("ScalarReward of LlamaForCausalLM")
+    assert actual["pairs per update"].startswith("2: 2 x 1 x 1 ")
+    assert not {"loss", "reference"} & actual.keys()
     cli.works(*FIT, "--trainer.max_steps", "3")
     saved = torch.load(cli.directory / "runs/r/checkpoints/step-00000003.ckpt", weights_only=True)["state_dict"]
     assert saved["head.weight"].shape == (1, LLAMA["hidden_size"])
     numel = sum({value.data_ptr(): value.numel() for value in saved.values()}.values())
-    assert found["parameters"] == f"{numel:,} trainable of {numel:,} (all)"
-    assert number(found["tokens in all"]) == float(cli.column("runs/r", "train/num_tokens")[3])
+    assert actual["parameters"] == f"{numel:,} trainable of {numel:,} (all)"
+    assert number(actual["tokens in all"]) == float(cli.column("runs/r", "train/num_tokens")[3])
 
 
 def test_a_run_says_once_that_there_are_no_samples_and_has_all_the_rest(cli):

@@ -106,6 +106,6 @@ def test_mistakes_are_refused(message):
         passes(**MISTAKES[message])
 
 
-def test_online_training_has_arguments_of_its_own(tmp_path):
+def test_it_refuses_online_training_which_has_its_own_arguments(tmp_path):
     with pytest.raises(UserError, match=r"does not fit RolloutData: set data\.eval_completions"):
         trainer(max_steps=1, callbacks=[passes()]).fit(grpo(), rollouts(tmp_path))

@@ -44,17 +44,17 @@ class Terminal(io.StringIO):
 @pytest.fixture
 def on_terminal(monkeypatch):
     """Called in a test, lets both streams go to one terminal; pytest takes them itself when a test begins."""
-    made = Terminal()
+    built = Terminal()
     monkeypatch.setenv("TERM", "xterm")
 
     def begin(width=120):
-        made.width = width
-        monkeypatch.setattr(sys, "stderr", made)
-        monkeypatch.setattr(sys, "stdout", made)
-        return made
+        built.width = width
+        monkeypatch.setattr(sys, "stderr", built)
+        monkeypatch.setattr(sys, "stdout", built)
+        return built
 
     for module in ("oumi_pl.terminal.screen", "oumi_pl.callbacks.progress"):
-        monkeypatch.setattr(f"{module}.terminal_width", lambda: made.width)
+        monkeypatch.setattr(f"{module}.terminal_width", lambda: built.width)
     monkeypatch.setattr("oumi_pl.callbacks.progress.EVERY", 0.0)
     yield begin
     if Line.current is not None:
@@ -366,7 +366,7 @@ def test_a_narrow_terminal_tears_no_value_from_its_name(on_terminal):
     trainer.callback_metrics |= {"val/loss": torch.tensor(0.25), "val/mean_token_accuracy": torch.tensor(0.5)}
     display.on_validation_start(trainer, module)
     display.on_validation_end(trainer, module)
-    told = [line.strip() for line in terminal.screen[-4:]]
-    assert "step 1  val/loss 0.25" in told
-    assert any("val/mean_token_accuracy 0.5" in line for line in told)
-    assert any(line.endswith("best so far") for line in told)
+    output = [line.strip() for line in terminal.screen[-4:]]
+    assert "step 1  val/loss 0.25" in output
+    assert any("val/mean_token_accuracy 0.5" in line for line in output)
+    assert any(line.endswith("best so far") for line in output)

@@ -24,7 +24,7 @@ def cli(tmp_path, monkeypatch, capsys):
     return CommandLine(tmp_path, monkeypatch, capsys)
 
 
-def test_a_run_leaves_what_one_wants_to_know_of_it(cli, monkeypatch):
+def test_a_run_writes_its_report(cli, monkeypatch):
     cli.write("r.yaml", "# a comment of mine\n" + (cli.directory / "r.yaml").read_text())
     out = cli.works(*FIT)
     assert "report -> runs/r/report.html" in out
@@ -63,18 +63,18 @@ def test_a_run_leaves_what_one_wants_to_know_of_it(cli, monkeypatch):
 
 def fit(tmp_path, *callbacks, **limits):
     folder = RunFolder(tmp_path, "run", "run", "{}")
-    made = trainer(callbacks=[folder, *callbacks, Preemption(), Report()], logger=[MetricsCSV()], **limits)
-    made.fit(module(), data(tmp_path, batch_size=2))
+    built = trainer(callbacks=[folder, *callbacks, Preemption(), Report()], logger=[MetricsCSV()], **limits)
+    built.fit(module(), data(tmp_path, batch_size=2))
     return folder.directory
 
 
-def test_a_failure_in_drawing_is_told_and_the_run_goes_on(tmp_path, monkeypatch, capsys):
+def test_a_failure_to_draw_is_printed_and_the_run_continues(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr("oumi_pl.report.page.make", lambda run, condition: {}[run])
     folder = fit(tmp_path, max_steps=1)
     assert folders.read_state(folder)["status"] == "finished"
-    told = capsys.readouterr().err
-    assert f"warning: no report: KeyError: {folder!r}" in told
-    assert f"to try again: oumi_pl runs report {folder}" in told
+    output = capsys.readouterr().err
+    assert f"warning: no report: KeyError: {folder!r}" in output
+    assert f"to try again: oumi_pl runs report {folder}" in output
 
 
 class Failing(L.Callback):
@@ -96,7 +96,7 @@ def test_a_run_that_fails_is_reported_with_its_reason(tmp_path):
     assert "ZeroDivisionError: &lt;of mine&gt;" in (tmp_path / "run" / page.PAGE).read_text()
 
 
-def test_who_presses_ctrl_c_twice_does_not_wait_for_a_report(tmp_path):
+def test_a_second_ctrl_c_skips_the_report(tmp_path):
     with pytest.raises((KeyboardInterrupt, SystemExit)):
         fit(tmp_path, Failing(KeyboardInterrupt()), max_steps=4)
     assert folders.read_state(tmp_path / "run")["status"] == "stopped"
@@ -117,6 +117,6 @@ def test_the_phases_of_a_clock_sum_to_the_whole(monkeypatch):
     }
 
 
-def test_the_command_is_kept_ready_to_be_pasted(monkeypatch):
+def test_the_command_is_recorded_quoted_for_a_shell(monkeypatch):
     monkeypatch.setattr(sys, "argv", ["/x/oumi_pl/__main__.py", "fit", "--config", "my file.yaml"])
     assert _command() == "oumi_pl fit --config 'my file.yaml'"

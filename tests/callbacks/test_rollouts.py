@@ -1,4 +1,4 @@
-"""`rollouts.jsonl` has every completion once, whatever kills the run; warnings come once, and where they belong."""
+"""`rollouts.jsonl` has every completion once, even if the run is killed; each warning appears once, when it should."""
 
 import json
 import time
@@ -46,7 +46,7 @@ def test_each_completion_is_written_once_with_its_rewards_and_advantage(tmp_path
         assert (line["length"], line["finished"]) == (len(group.completions[i].ids), group.completions[i].is_finished)
 
 
-def test_micro_batches_write_the_update_whole(tmp_path):
+def test_several_micro_batches_write_one_update(tmp_path):
     folders = [RunFolder(tmp_path, f"run-{i}", "run", "{}") for i in range(2)]
     run(tmp_path, grpo(), callbacks=[folders[0], Rollouts()], max_steps=1)
     run(tmp_path, grpo(), 4, {"batch_size": 1}, [folders[1], Rollouts()], max_steps=1)
@@ -70,7 +70,7 @@ def whole(tmp_path_factory):
 
 
 @pytest.mark.parametrize(("step", "limit"), [(3, 50.0), (5, 50.0), (1, 0.003), (7, 0.003)])
-def test_killed_and_resumed_the_file_is_that_of_an_uninterrupted_run(tmp_path, whole, step, limit):
+def test_a_killed_and_resumed_run_writes_the_same_file_as_an_uninterrupted_one(tmp_path, whole, step, limit):
     """Also if the file reached its largest size before or after the checkpoint."""
     directory = whole if limit == 50.0 else saved_run(tmp_path, "small", limit)
     file = directory / "rollouts.jsonl"
@@ -86,7 +86,7 @@ def test_killed_and_resumed_the_file_is_that_of_an_uninterrupted_run(tmp_path, w
     assert file.read_bytes() == expected
 
 
-def test_at_its_largest_size_the_file_ends_and_says_where(tmp_path, capsys):
+def test_the_file_ends_at_its_largest_size_with_a_last_line_that_says_so(tmp_path, capsys):
     folder = RunFolder(tmp_path, "run", "run", "{}")
     run(tmp_path, grpo(), data={"batch_size": 1}, callbacks=[folder, Rollouts(0.0025)])
     *written, last = lines(folder.directory)
@@ -105,7 +105,7 @@ def test_0_writes_no_file_and_less_is_refused(tmp_path):
         Rollouts(-1)
 
 
-def test_lines_of_later_updates_and_broken_ones_are_cut(tmp_path):
+def test_lines_of_later_updates_and_incomplete_lines_are_removed(tmp_path):
     file = tmp_path / "rollouts.jsonl"
     text = ['{"update": 1, "completion": "\u2028"}\n', '{"update": 2}\n', '{"update": 3}\n', '{"upd']
     file.write_text("".join(text), encoding="utf-8")
@@ -114,7 +114,7 @@ def test_lines_of_later_updates_and_broken_ones_are_cut(tmp_path):
     assert cut_after(tmp_path / "none.jsonl", 2) == (0, False)
 
 
-def test_other_data_are_left_alone(tmp_path):
+def test_data_that_sample_nothing_write_no_file(tmp_path):
     folder = RunFolder(tmp_path, "run", "run", "{}")
     callbacks = [folder, Rollouts(), RolloutWarnings()]
     trainer(max_steps=1, callbacks=callbacks).fit(sft(), sft_data(tmp_path))
@@ -213,12 +213,12 @@ def test_runs_that_learn_are_not_warned(name, recwarn):
     assert not recwarn
 
 
-def test_with_a_baseline_over_the_batch_groups_without_variance_teach(recwarn):
+def test_no_warning_about_groups_without_variance_with_a_batch_baseline(recwarn):
     warned([{"groups_without_variance": 1.0}] * 60, advantage=BatchMean())
     assert not recwarn
 
 
-def test_a_single_reward_is_judged_by_its_groups_alone(recwarn):
+def test_a_single_reward_gets_no_warning_about_constant_rewards(recwarn):
     warned([{"rewards/right": 1.0, "squares/rewards/right": 1.0}] * 60, rewards=["right"])
     assert not recwarn
 
@@ -226,7 +226,7 @@ def test_a_single_reward_is_judged_by_its_groups_alone(recwarn):
 RISING = [{"reward": 0.3 + 0.01 * i} for i in range(60)]
 
 
-def test_a_training_reward_that_rises_while_validation_falls(recwarn):
+def test_a_training_reward_that_rises_while_validation_falls_is_warned_about(recwarn):
     warned(RISING, validations=[(10, 0.5), (20, 0.6), (30, 0.5), (40, 0.4), (50, 0.3)])
     assert len(recwarn) == 1
     expected = "the training reward rises (0.445 to 0.645), while that of held-out prompts falls (0.6 to 0.4)"
@@ -241,12 +241,12 @@ def test_a_training_reward_that_rises_while_validation_falls(recwarn):
         (RISING, (0.1, 0.2, 0.3, 0.4, 0.5)),  # both rise
     ],
 )
-def test_rewards_that_move_together_or_by_chance_are_no_reason(updates, rewards, recwarn):
+def test_no_overfitting_warning_if_rewards_move_together_or_by_chance(updates, rewards, recwarn):
     warned(updates, validations=list(zip(range(10, 60, 10), rewards, strict=True)))
     assert not recwarn
 
 
-def test_the_baseline_of_the_package_is_recognised_by_what_it_does():
+def test_a_batch_baseline_is_recognised_by_its_advantages():
     constant = np.array([[0.0, 0.0], [1.0, 1.0]])
     assert np.any(BatchMean()(constant))
     assert not np.any(GroupMean()(constant))

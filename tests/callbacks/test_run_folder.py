@@ -34,7 +34,7 @@ def described(folder, report, config=CONFIG, **kwargs):
     return folders.read_state(folder)
 
 
-def test_what_is_read_as_utf_8_is_written_so_whatever_the_locale(tmp_path, monkeypatch):
+def test_files_are_written_as_utf_8_in_any_locale(tmp_path, monkeypatch):
     write_text = Path.write_text
     monkeypatch.setattr(
         Path, "write_text", lambda self, text, encoding="ascii": write_text(self, text, encoding=encoding)
@@ -46,7 +46,7 @@ def test_what_is_read_as_utf_8_is_written_so_whatever_the_locale(tmp_path, monke
     assert "template_date" not in state
 
 
-def test_the_date_that_the_template_writes_is_kept_and_can_not_change_on_resume(tmp_path):
+def test_the_template_date_is_recorded_and_can_not_change_on_resume(tmp_path):
     dated = {"train": {"rows": 3, "template_date": "2026-03-01"}}
     assert described(tmp_path, dated)["template_date"] == "2026-03-01"
     assert described(tmp_path, dated, resume=tmp_path)["template_date"] == "2026-03-01"

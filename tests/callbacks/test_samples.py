@@ -47,12 +47,12 @@ def lines(folder):
 
 def test_the_same_prompts_are_completed_at_the_start_and_at_each_validation(tmp_path):
     module, data, folder = run(tmp_path, Samples(["first", "second"], max_new_tokens=8))
-    found = lines(folder)
-    assert [(line["step"], line["prompt"]) for line in found] == [
+    actual = lines(folder)
+    assert [(line["step"], line["prompt"]) for line in actual] == [
         (step, prompt) for step in (0, 2, 4) for prompt in ("first", "second")
     ]
     ids = [data.tokenizer.encode(prompt, add_special_tokens=False) for prompt in ("first", "second")]
-    assert [line["completion"] for line in found[-2:]] == complete(
+    assert [line["completion"] for line in actual[-2:]] == complete(
         module.causal_lm.hf, data.tokenizer, ids, max_new_tokens=8
     )
 
@@ -62,9 +62,9 @@ def test_left_out_prompts_are_the_beginnings_of_held_out_documents(tmp_path, cap
     prompts = [line["prompt"] for line in lines(folder) if line["step"] == 4]
     assert len(prompts) == 2
     assert all(text.startswith(prompt) and prompt for prompt, text in zip(prompts, TEXTS, strict=False))
-    told = capsys.readouterr().err
-    assert [f"step {step}  samples" in told for step in (0, 2, 4)] == [True] * 3
-    assert all(told.count(f"  {prompt.strip()} > ") == 3 for prompt in prompts)
+    output = capsys.readouterr().err
+    assert [f"step {step}  samples" in output for step in (0, 2, 4)] == [True] * 3
+    assert all(output.count(f"  {prompt.strip()} > ") == 3 for prompt in prompts)
     kept = [line for line in lines(folder) if line["step"] == 0]
     assert all(text.startswith(line["prompt"] + line["reference"]) for line, text in zip(kept, TEXTS, strict=False))
 
@@ -73,14 +73,14 @@ def test_left_out_prompts_are_the_beginnings_of_held_out_documents(tmp_path, cap
 def unvalidated(tmp_path_factory):
     """A run without held-out rows; `(module, folder)`."""
     path = tmp_path_factory.mktemp("unvalidated")
-    made, _, folder = run(path, Samples(rows=2, max_new_tokens=4), validation=False)
-    return made, folder
+    built, _, folder = run(path, Samples(rows=2, max_new_tokens=4), validation=False)
+    return built, folder
 
 
 def test_without_held_out_rows_the_first_training_rows_are_taken_at_the_start_and_the_end(unvalidated):
-    found = lines(unvalidated[1])
-    assert [line["step"] for line in found] == [0, 0, 4, 4]
-    assert all(text.startswith(line["prompt"]) for line, text in zip(found[:2], TEXTS, strict=False))
+    actual = lines(unvalidated[1])
+    assert [line["step"] for line in actual] == [0, 0, 4, 4]
+    assert all(text.startswith(line["prompt"]) for line, text in zip(actual[:2], TEXTS, strict=False))
 
 
 def test_a_resume_keeps_the_lines_up_to_its_step_and_writes_none_twice(unvalidated, tmp_path):
@@ -148,19 +148,19 @@ def test_prompts_that_leave_no_room_in_the_positions_are_passed_over(tmp_path):
     trainer(max_steps=1).fit(sft, rows)
     lengths = [len(ids) for ids, _ in rows.prompts("validation")]
     shortest = min(lengths)
-    made = Samples(rows=3, max_new_tokens=sft.causal_lm.base.config.max_position_embeddings - shortest)
-    chosen = made._choose(SimpleNamespace(datamodule=rows, strategy=None), sft)
+    built = Samples(rows=3, max_new_tokens=sft.causal_lm.base.config.max_position_embeddings - shortest)
+    chosen = built._choose(SimpleNamespace(datamodule=rows, strategy=None), sft)
     assert [len(ids) for ids, _ in chosen] == [shortest] * lengths.count(shortest)
 
 
 def test_what_is_shown_fits_and_can_not_drive_the_terminal(monkeypatch):
     monkeypatch.setattr(samples_module, "terminal_width", lambda: 60)
     long = "word " * 200
-    told = shown(
+    output = shown(
         3,
         [("short", "\033[2Jan\nanswer\r\a"), (f"begin {long}end", long), ("empty", ""), ("joined", "👩\u200d🚀\u202e")],
     )
-    first, short, prompt, *completion, empty, joined = told.splitlines()
+    first, short, prompt, *completion, empty, joined = output.splitlines()
     assert first == "step 3  samples"
     assert short == "  short > ⟨ESC⟩[2Jan⏎answer⟨CR⟩⟨BEL⟩"
     assert prompt.startswith("  …")
@@ -169,7 +169,7 @@ def test_what_is_shown_fits_and_can_not_drive_the_terminal(monkeypatch):
     assert completion[-1].endswith(" …")
     assert empty == "  empty > (nothing)"
     assert joined == "  joined > 👩\u200d🚀⟨U+202E⟩"
-    assert max(len(line) for line in told.splitlines()) < 60
+    assert max(len(line) for line in output.splitlines()) < 60
 
 
 def test_sampling_leaves_the_training_as_it_is(tmp_path):
@@ -189,16 +189,16 @@ def cli(tmp_path, monkeypatch, capsys):
 def test_each_run_writes_samples_unless_it_is_told_not_to_or_has_answers(cli):
     held_out = {"data.init_args.validation": 0.5, "samples": {"max_new_tokens": 4}}
     cli.recipe(held_out)
-    _, _, told = cli.run("fit", "--config", "r.yaml")
-    found = [json.loads(line) for line in (cli.directory / "runs/r/samples.jsonl").read_text().splitlines()]
-    assert [line["step"] for line in found] == [0, 0, 0, 2, 2, 2]
-    assert found[0].keys() == {"step", "prompt", "completion", "reference"}
-    assert told.count("samples\n") == 2
-    assert "set data.validation" not in told
+    _, _, output = cli.run("fit", "--config", "r.yaml")
+    actual = [json.loads(line) for line in (cli.directory / "runs/r/samples.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in actual] == [0, 0, 0, 2, 2, 2]
+    assert actual[0].keys() == {"step", "prompt", "completion", "reference"}
+    assert output.count("samples\n") == 2
+    assert "set data.validation" not in output
     answers = {"trainer.callbacks": [{"class_path": "Answers", "init_args": {"rows": 2, "max_new_tokens": 4}}]}
     cli.recipe(held_out | answers)
-    _, _, told = cli.run("fit", "--config", "r.yaml", "--name", "answers")
-    assert "samples\n" not in told
-    _, _, told = cli.run("fit", "--config", "r.yaml", "--trainer.callbacks=[]", "--samples.rows=0", "--name", "none")
-    assert "samples\n" not in told
+    _, _, output = cli.run("fit", "--config", "r.yaml", "--name", "answers")
+    assert "samples\n" not in output
+    _, _, output = cli.run("fit", "--config", "r.yaml", "--trainer.callbacks=[]", "--samples.rows=0", "--name", "none")
+    assert "samples\n" not in output
     assert not (cli.directory / "runs/none/samples.jsonl").exists()

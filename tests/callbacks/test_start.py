@@ -29,9 +29,9 @@ def begun(tmp_path_factory):
     """A trainer and a module that have begun to train, and where it goes."""
     path = tmp_path_factory.mktemp("start")
     sft, folder = module(lora={"r": 2}), RunFolder(path, "run", "run", "{}")
-    made = trainer(max_steps=1, callbacks=[folder])
-    made.fit(sft, data(path, validation=0.2))
-    return made, sft, folder.directory
+    built = trainer(max_steps=1, callbacks=[folder])
+    built.fit(sft, data(path, validation=0.2))
+    return built, sft, folder.directory
 
 
 def said(begun, monkeypatch, capsys, width):
@@ -72,5 +72,5 @@ def test_a_report_is_a_line_with_what_was_lost_if_anything_was():
     assert summary(REPORT) == (
         "1,200 rows, all kept, 34,567 tokens, 890 carry loss, length 1/20/300 (min/median/max), fill 50.0%"
     )
-    told = summary(REPORT | {"kept": 1100, "dropped": {"too long": 100}, "cut": 7})
-    assert "1,200 rows, 1,100 kept, 100 dropped (too long), 7 cut to length" in told
+    output = summary(REPORT | {"kept": 1100, "dropped": {"too long": 100}, "cut": 7})
+    assert "1,200 rows, 1,100 kept, 100 dropped (too long), 7 cut to length" in output

@@ -83,8 +83,8 @@ def test_the_text_reads_back_as_the_recipe(file):
         "--training.trainer_kwargs={save_total_limit: 3}",
         "--training.seed=7",
     ]
-    made = to_recipe(TrainingConfig.from_yaml_and_arg_list(file, changes))
-    assert yaml.safe_load(convert(file, changes)) == made.tree
+    built = to_recipe(TrainingConfig.from_yaml_and_arg_list(file, changes))
+    assert yaml.safe_load(convert(file, changes)) == built.tree
 
 
 @pytest.mark.parametrize(

@@ -44,16 +44,16 @@ def test_own_options_come_first_in_groups(ask):
     page = ask("fit", "--help")
     assert page.startswith("usage: oumi_pl fit --config")
     own = ["config", "resume", "engine", "name", "runs_dir", "dry_run", "checkpoint.every", "export.merge"]
-    found = options(page)
-    assert [name for name in found if name in own] == sorted(own, key=found.index)
-    assert found.index("checkpoint.mode") < found.index("model.KEY")
+    actual = options(page)
+    assert [name for name in actual if name in own] == sorted(own, key=actual.index)
+    assert actual.index("checkpoint.mode") < actual.index("model.KEY")
     assert len(page.splitlines()) < 90
     headings = [line for line in page.splitlines() if line and not line.startswith(" ")]
     assert headings[1] == "the run"
     assert any(line.startswith("checkpoint: Writes `step-*.ckpt`") for line in headings)
 
 
-def test_whatever_the_command_line_adds_is_in_it_with_its_words(ask):
+def test_it_has_every_option_that_the_command_line_adds(ask):
     """Against the source of the command line: an option that another adds turns up by itself."""
     tree = ast.parse(textwrap.dedent(inspect.getsource(CLI.add_arguments_to_parser)))
     calls = [node for node in ast.walk(tree) if isinstance(node, ast.Call) and hasattr(node.func, "attr")]
@@ -61,12 +61,12 @@ def test_whatever_the_command_line_adds_is_in_it_with_its_words(ask):
     classes = [call.args[1].value for call in calls if call.func.attr == "add_class_arguments"]
     assert {"dry_run", "engine"} <= set(added)
     page = ask("fit", "--help")
-    found = options(page)
-    assert set(added) <= set(found)
+    actual = options(page)
+    assert set(added) <= set(actual)
     for section in set(classes) - {"predictions"}:
-        assert any(name.startswith(f"{section}.") for name in found)
+        assert any(name.startswith(f"{section}.") for name in actual)
     for name in inspect.signature(Checkpoints).parameters:
-        assert f"checkpoint.{name}" in found
+        assert f"checkpoint.{name}" in actual
     assert "How many of the newest to keep. (default: 1)" in page
 
 
@@ -86,11 +86,11 @@ def test_a_section_shows_its_classes_with_what_is_their_own_and_what_they_share(
     for name in ("SFT", "DPO", "KTO", "Reward", "Distill", "Pretrain", "GRPO"):
         assert re.search(rf"^{name}: ", page, re.MULTILINE)
     every = {f"model.{name}" for cls in ours["model"].values() for name in arguments(cls)}
-    found = options(page)
-    assert every <= set(found)
-    assert found.count("model.gradient_checkpointing") == 1
-    assert found.count("model.loss") == 6
-    assert found.count("model.reference") == 3
+    actual = options(page)
+    assert every <= set(actual)
+    assert actual.count("model.gradient_checkpointing") == 1
+    assert actual.count("model.loss") == 6
+    assert actual.count("model.reference") == 3
     assert "LanguageModule" not in page
     assert not inspect.isabstract(LanguageModule) or "ExampleData" not in ask("fit", "--help", "data")
 
@@ -113,7 +113,7 @@ def test_a_class_is_described_by_its_docstring(ask):
     assert "--data.overflow truncate|keep_start|drop|error" in page
 
 
-def test_places_of_many_classes_and_of_one(ask):
+def test_topics_with_many_classes_and_with_one(ask):
     page = ask("fit", "--help", "model.optimizer")
     assert {"AdamW", "MuonAdamW", "SGD"} <= set(options(page))
     assert "model.optimizer.lr" not in page
@@ -129,7 +129,7 @@ def test_a_callback_is_shown_as_a_recipe_has_it(ask):
     assert options(page) == ["decay", "every", "start"]
 
 
-def test_an_option_alone_says_whose_it_is(ask):
+def test_the_help_of_one_option_names_its_classes(ask):
     page = ask("fit", "--help", "data.batch_size")
     assert options(page) == ["data.batch_size"]
     assert "DPOData" in page

@@ -36,10 +36,10 @@ def recipe(path, train, **data):
 
 
 def batches(train, tokenizer, **kwargs):
-    made = PretrainData(train, tokenizer=tokenizer, max_length=64, seed=0, **kwargs)
-    made.prepare_data()
-    made.setup("fit")
-    return handed_out(made.train_dataloader()), handed_out(made.val_dataloader())
+    built = PretrainData(train, tokenizer=tokenizer, max_length=64, seed=0, **kwargs)
+    built.prepare_data()
+    built.setup("fit")
+    return handed_out(built.train_dataloader()), handed_out(built.val_dataloader())
 
 
 @pytest.mark.parametrize("streaming", [False, True])

@@ -70,7 +70,7 @@ def test_a_run_whose_process_is_gone_was_killed(here, capsys):
     assert cells(out)["gone"][-3:-1] == ["1:10", "min"], "up to the last line, with the sessions before"
 
 
-def test_an_ended_child_that_nobody_waited_for_is_gone():
+def test_a_zombie_process_counts_as_ended():
     child = subprocess.Popen([sys.executable, "-c", ""])
     try:
         deadline = time.monotonic() + 20
@@ -117,7 +117,7 @@ def test_the_list_imports_nothing_heavy(here):
     assert done.stdout.splitlines()[-1] == "set()"
 
 
-def test_compares_what_came_out_and_what_was_set_otherwise(here, capsys):
+def test_compare_shows_results_and_differing_settings(here, capsys):
     run_folder(here, "one", lr=0.1)
     write_metrics(here / "one", columns() | {"val/loss": {10: 3.0, 20: 1.0, 40: 2.0}})
     run_folder(here, "two", lr=0.2, steps=20)
@@ -159,7 +159,7 @@ def test_runs_with_other_losses_are_compared_with_a_warning(here, capsys):
     assert "these losses are of different kinds (one: SFT with L, two: DPO with Sigmoid)" in out
 
 
-def test_report_is_made_of_a_run_that_was_killed(here, capsys):
+def test_a_killed_run_can_be_reported(here, capsys):
     run_folder(here, "r", status="running", process=lock.process() | {"began": "long ago"})
     assert works(capsys, "report", "r") == "report -> runs/r/report.html\n"
     assert "killed after step 40" in (here / "r/report.html").read_text()
@@ -192,8 +192,8 @@ def test_metrics_of_a_run_that_is_being_written(tmp_path):
     write_metrics(tmp_path, {"train/loss": curve(5), "val/loss": {2: 7.0}})
     with (tmp_path / folders.METRICS).open("a") as out:
         out.write("6,0.1")
-    found = folders.read_metrics(tmp_path)
-    assert found["train/loss"][0] == [1, 2, 3, 4, 5]
-    assert found["val/loss"] == ([2], [7.0])
+    actual = folders.read_metrics(tmp_path)
+    assert actual["train/loss"][0] == [1, 2, 3, 4, 5]
+    assert actual["val/loss"] == ([2], [7.0])
     assert folders.read_metrics(tmp_path, only=("val/loss",)).keys() == {"val/loss"}
     assert folders.read_metrics(tmp_path / "none") == {}

@@ -230,7 +230,7 @@ def test_out_of_memory():
     assert machine_failure(RuntimeError("other")) is None
 
 
-def test_another_rank_gone():
+def test_another_rank_exited():
     assert "another rank exited" in machine_failure(RuntimeError("[pair.cc:553] Connection closed by peer [::1]:1"))
     for words in ("Read error [127.0.0.1]:5: Connection reset by peer", "NCCL error: remote process exited"):
         assert "If it says nothing, it was killed" in machine_failure(RuntimeError(words))
@@ -292,15 +292,15 @@ def test_user_error_is_no_kind_of_value_error():
 )
 def test_a_loader_process_that_ended_is_named_with_the_likely_cause(words, message):
     error = RuntimeError(f"DataLoader worker (pid 4711) {words}")
-    told = machine_failure(error)
-    assert message in told
-    assert told.endswith("continue with --resume")
+    output = machine_failure(error)
+    assert message in output
+    assert output.endswith("continue with --resume")
     second = RuntimeError("DataLoader worker (pid(s) 4711) exited unexpectedly")
     second.__cause__ = error
-    assert machine_failure(second) == told
+    assert machine_failure(second) == output
 
 
-def test_a_full_cache_is_told_from_a_full_disk_of_the_run(tmp_path):
+def test_a_full_cache_disk_and_a_full_run_disk_have_different_messages(tmp_path):
     full = OSError(28, "No space left on device", str(tmp_path / "cache" / "examples" / "x.bin"))
     assert "set OUMI_PL_CACHE to a folder on another disk" in machine_failure(full)
     elsewhere = OSError(28, "No space left on device", str(tmp_path / "runs" / "x"))

@@ -282,7 +282,7 @@ def copy(source: Path, target: Path) -> Path:
 
 
 def outcome(run: Path) -> dict[str, Any]:
-    """All that a finished run has to leave, in a form that can be compared with that of another run."""
+    """Everything that a finished run writes, in a form that can be compared with another run."""
     state = json.loads((run / "run.json").read_text())
     with (run / "metrics.csv").open(newline="") as lines:
         rows = [{k: v for k, v in row.items() if k not in CHANGING} for row in csv.DictReader(lines)]
@@ -304,7 +304,7 @@ def outcome(run: Path) -> dict[str, Any]:
 
 
 def deviations(run: Path, expected: dict[str, Any]) -> list[str]:
-    """What a run left otherwise than it should have, by name; the folder has to be free of leftovers as well."""
+    """Differences of a run folder from the expected one, by name; leftover files count as differences."""
     try:
         actual = outcome(run)
     except (OSError, ValueError, KeyError) as error:

@@ -143,7 +143,7 @@ def moved(recipe: Recipe, folder: Path, rng: random.Random) -> list[str]:
 
 
 def finish(recipe: Recipe, folder: Path) -> list[str]:
-    """Resumes until the run is finished; what it left otherwise than the uninterrupted one."""
+    """Resumes until the run is finished; returns its differences from the uninterrupted run."""
     child = Child(folder, *RESUME)
     code = child.wait()
     wrong = [] if code == 0 else [f"resume: exit code {code}: {child.text[-600:]}"]

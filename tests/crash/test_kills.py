@@ -1,4 +1,4 @@
-"""A run that is killed anywhere, and resumed, leaves what an uninterrupted one leaves."""
+"""A killed and resumed run writes the same files as an uninterrupted one, wherever it is killed."""
 
 import errno
 import json
@@ -48,7 +48,7 @@ def test_a_run_killed_at_a_file_operation_is_completed_by_a_resume(tmp_path, who
 
 
 @pytest.mark.slow
-def test_the_same_command_again_finds_nothing_to_do(tmp_path, whole):
+def test_repeating_the_command_does_nothing(tmp_path, whole):
     start, _ = whole
     folder = copy(start, tmp_path / "twice")
     works(folder, *RESUME)

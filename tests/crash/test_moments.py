@@ -1,4 +1,4 @@
-"""A run that is stopped or killed at a moment that matters goes on as if nothing had happened."""
+"""Runs that are stopped or killed between phases, then resumed, equal an uninterrupted run."""
 
 import json
 import re
@@ -77,7 +77,7 @@ def whole(tmp_path_factory):
         pytest.param("end", 5, signal.SIGTERM, "stopped by SIGTERM after step 5", marks=pytest.mark.slow),
     ],
 )
-def test_the_rest_is_done_by_a_resume(tmp_path, whole, hook, step, signum, said):
+def test_a_resume_completes_the_missing_phases(tmp_path, whole, hook, step, signum, said):
     source, expected = whole
     folder = copy(source, tmp_path / "ended")
     code, text = ended(folder, hook, step, signum)

@@ -25,7 +25,7 @@ def assert_equal(actual, expected):
         assert torch.allclose(actual[name], value, rtol=1e-5, atol=1e-6), name
 
 
-def test_two_processes_train_what_one_does(tmp_path):
+def test_two_processes_train_like_one(tmp_path):
     prepare(tmp_path / "two", changes=CHANGES)
     one = copy(tmp_path / "two", tmp_path / "one")
     works(one, "fit", "--config", "r.yaml", "--trainer.accumulate_grad_batches", "2")

@@ -36,10 +36,10 @@ def pretrain_data(train, **kwargs):
         "shuffle_buffer": 7,
         "seed": 0,
     }
-    made = PretrainData(train, **(defaults | kwargs))
-    made.prepare_data()
-    made.setup("fit")
-    return made
+    built = PretrainData(train, **(defaults | kwargs))
+    built.prepare_data()
+    built.setup("fit")
+    return built
 
 
 def handed_out(batches):

@@ -17,6 +17,7 @@ from tests.tiny import LLAMA
 SHARED = {
     "train": "rows.jsonl",
     "validation": 0.25,
+    "group": "customer",
     "test": ["a.jsonl", "b.jsonl"],
     "predict": "questions.jsonl",
     "tokenizer": "gpt2",
@@ -28,7 +29,7 @@ SHARED = {
     "seed": 9,
     "trust_remote_code": True,
 }
-EXAMPLES = SHARED | {"packing": True, "group_by_length": False, "bad_rows": "drop"}
+EXAMPLES = SHARED | {"packing": True, "group_by_length": False, "bad_rows": "drop", "processes": 2}
 EXAMPLES |= {"template": "plain", "overflow": "drop"}
 EXAMPLES |= {"template_variables": {"mood": 1}, "lost": "drop", "add_eos": True, "fields": ["margin"]}
 STREAM = SHARED | {
@@ -43,7 +44,7 @@ ARGUMENTS = {
     SFTData: EXAMPLES | {"train_on": "all", "turns": "apart"},
     DPOData: EXAMPLES,
     PretrainData: STREAM,
-    PackedChatData: STREAM | {"template": "plain"},
+    PackedChatData: STREAM | {"template": "plain", "bad_rows": "drop"},
 }
 """Every argument of each class, with a value that is not its default."""
 NAMED_OTHERWISE = {"tokenizer": "tokenizer_spec", "template": "template_spec"}
@@ -77,7 +78,7 @@ def test_help_describes_every_argument(cls, capsys, monkeypatch):
     assert described.keys() == ARGUMENTS[cls].keys()
     for argument, text in described.items():
         assert re.search(r"\w[`)]?\.( |$)", " ".join(text.split())), f"no sentence on {argument}: {text!r}"
-    assert "As of `" not in page, "a reference to another class where its arguments should be"
+    assert "See `" not in page, "a reference to another class where its arguments should be"
 
 
 def test_help_of_all_data_classes_has_the_shared_arguments_once(capsys, monkeypatch):

@@ -88,11 +88,11 @@ def test_formats_in_another_order_tokenize_again(tmp_path, tokenized, monkeypatc
 
 def test_held_out_rows_are_disjoint_from_training_and_do_not_depend_on_the_order(tmp_path):
     rows = conversations(200)
-    made = make(write_jsonl(tmp_path / "rows.jsonl", rows), validation=0.2)
-    train, held = made.report()["train"], made.report()["validation"]
+    built = make(write_jsonl(tmp_path / "rows.jsonl", rows), validation=0.2)
+    train, held = built.report()["train"], built.report()["validation"]
     assert train["rows"] + held["rows"] == 200
     assert 20 <= held["rows"] <= 60
-    references = [reference for _, reference in made.prompts("validation")]
+    references = [reference for _, reference in built.prompts("validation")]
     again = make(write_jsonl(tmp_path / "again.jsonl", rows[::-1]), validation=0.2)
     assert sorted(reference for _, reference in again.prompts("validation")) == sorted(references)
 
@@ -100,14 +100,14 @@ def test_held_out_rows_are_disjoint_from_training_and_do_not_depend_on_the_order
 def test_the_report_counts_what_became_of_all_rows(tmp_path):
     rows = conversations(30, longest=40)
     rows[3]["messages"] = rows[3]["messages"][:1]  # no answer: no target tokens
-    made = make(write_jsonl(tmp_path / "rows.jsonl", rows), max_length=96, batch_size=4, packing=True)
-    report = made.report()["train"]
+    built = make(write_jsonl(tmp_path / "rows.jsonl", rows), max_length=96, batch_size=4, packing=True)
+    report = built.report()["train"]
     assert report["rows"] == 30 == report["kept"] + sum(report["dropped"].values())
     assert report["dropped"] == {"no target tokens": 1}
-    lengths = made.lengths("train")
+    lengths = built.lengths("train")
     assert report["cut"] == int((lengths == 96).sum()) > 0
     assert report["tokens"] == lengths.sum()
-    examples = [made.examples("train")[i] for i in range(29)]
+    examples = [built.examples("train")[i] for i in range(29)]
     assert report["target_tokens"] == sum(e.target_tokens for e in examples)
     assert report["lengths"]["p0"] == lengths.min() and report["lengths"]["p100"] == 96
     assert report["fill"] == pytest.approx(lengths.sum() / (report["rows_planned"] * 96), abs=1e-6)
@@ -118,11 +118,11 @@ def test_empty_answers_are_trained_and_counted_and_refused_if_all_are_empty(tmp_
     rows = conversations(4)
     for row in rows[:3]:
         row["messages"][-1]["content"] = " "
-    made = make(write_jsonl(tmp_path / "rows.jsonl", rows))
-    report = made.report()["train"]
+    built = make(write_jsonl(tmp_path / "rows.jsonl", rows))
+    report = built.report()["train"]
     assert (report["kept"], report["empty_answers"], report["dropped"]) == (4, 3, {})
     assert "4 rows, all kept, 3 with an empty answer, " in start.summary(report)
-    (table,) = preview.tables(made)
+    (table,) = preview.tables(built)
     assert ["an empty answer", "3 (75.0%)"] in table.rows
     silent = write_jsonl(tmp_path / "empty.jsonl", rows[:3])
     with pytest.raises(UserError, match=r"data\.train: the answers of all 3 rows are empty"):
@@ -132,12 +132,12 @@ def test_empty_answers_are_trained_and_counted_and_refused_if_all_are_empty(tmp_
 
 @pytest.mark.parametrize("packing", [False, True])
 def test_batches_hold_the_tokens_of_their_rows_without_padding(tmp_path, packing):
-    made = make(write_jsonl(tmp_path / "rows.jsonl", conversations(10)), batch_size=4, packing=packing)
-    batches = list(made.train_dataloader())
-    assert sum(batch["input_ids"].numel() for batch in batches) == made.report()["train"]["tokens"]
-    assert "padding" not in made.report()["train"]
+    built = make(write_jsonl(tmp_path / "rows.jsonl", conversations(10)), batch_size=4, packing=packing)
+    batches = list(built.train_dataloader())
+    assert sum(batch["input_ids"].numel() for batch in batches) == built.report()["train"]["tokens"]
+    assert "padding" not in built.report()["train"]
     for batch in batches:
-        examples = [made.examples("train")[i] for i in batch["sample_ids"]]
+        examples = [built.examples("train")[i] for i in batch["sample_ids"]]
         assert batch["input_ids"].tolist() == [[token for e in examples for token in e.input_ids.tolist()]]
 
 
@@ -154,9 +154,9 @@ class Scored(SFTData):
 def test_sources_with_different_fields_are_refused(tmp_path):
     with_score = write_jsonl(tmp_path / "a.jsonl", [{"text": "a", "score": 1}, {"text": "b", "score": 0.5}])
     without = write_jsonl(tmp_path / "b.jsonl", [{"text": "a"}])
-    made = Scored(with_score, tokenizer=ByteTokenizer())
-    made.prepare_data()
-    assert sorted(next(iter(made.train_dataloader()))["fields"]["score"].tolist()) == [0.5, 1.0]
+    built = Scored(with_score, tokenizer=ByteTokenizer())
+    built.prepare_data()
+    assert sorted(next(iter(built.train_dataloader()))["fields"]["score"].tolist()) == [0.5, 1.0]
     with pytest.raises(UserError, match=r"data.train: the examples of its sources have different fields"):
         Scored([with_score, without], tokenizer=ByteTokenizer()).prepare_data()
 
@@ -166,20 +166,20 @@ def test_a_mixture_keeps_its_proportions_and_changes_with_the_epoch(tmp_path):
         base.Source(write_jsonl(tmp_path / "a.jsonl", conversations(30)), weight=3),
         base.Source(write_jsonl(tmp_path / "b.jsonl", conversations(10, seed=1)), weight=1),
     ]
-    made = SFTData(sources, tokenizer=ByteTokenizer(), max_length=256, seed=0)
-    made.prepare_data()
-    ids = [made.plan(epoch).example_ids for epoch in range(2)]
+    built = SFTData(sources, tokenizer=ByteTokenizer(), max_length=256, seed=0)
+    built.prepare_data()
+    ids = [built.plan(epoch).example_ids for epoch in range(2)]
     assert [(epoch < 30).sum() for epoch in ids] == [30, 30]
     assert ids[0].tolist() != ids[1].tolist()
-    assert made.updates(2) == 10
+    assert built.updates(2) == 10
 
 
 def test_an_error_says_why_no_row_is_left(tmp_path):
-    made = SFTData(
+    built = SFTData(
         write_jsonl(tmp_path / "rows.jsonl", conversations(5)), tokenizer=ByteTokenizer(), max_length=4, overflow="drop"
     )
     with pytest.raises(UserError, match=r"none of 5 rows is left \(5 longer than max_length\)"):
-        made.setup("fit")
+        built.setup("fit")
 
 
 def test_an_error_in_a_row_names_file_and_line(tmp_path):

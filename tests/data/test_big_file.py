@@ -68,10 +68,10 @@ def test_memory_does_not_grow_with_the_corpus(tmp_path, kind):
     with Peak() as streaming:
         list(itertools.islice(iter(PretrainData(source, streaming=True, **settings).train_dataloader()), 0, 500, 499))
     with Peak() as preparing:
-        made = pretrain_data(source, **settings)
+        built = pretrain_data(source, **settings)
     with Peak() as reading:
-        batches = sum(1 for _ in made.train_dataloader())
-    assert batches == made.updates(1)
-    assert made.report()["train"]["bytes"] > 0.9e9 * GIGABYTES
+        batches = sum(1 for _ in built.train_dataloader())
+    assert batches == built.updates(1)
+    assert built.report()["train"]["bytes"] > 0.9e9 * GIGABYTES
     for peak in (streaming, preparing, reading):
         assert peak.most - peak.start < GROWTH

@@ -22,29 +22,31 @@ needs_cases = pytest.mark.skipif(not CASES.is_dir(), reason="needs ../shared/cas
 
 def module(source, cls=SFTData, template="chatml", options=None, **settings):
     """A data module of a file, or of rows."""
-    made = cls(Source(str(source), **(options or {})), tokenizer="none", template=template, max_length=4000, **settings)
+    built = cls(
+        Source(str(source), **(options or {})), tokenizer="none", template=template, max_length=4000, **settings
+    )
     tokenizer = byte_tokenizer(None)
     tokenizer.chat_template = None
-    made.__dict__["tokenizer"] = tokenizer
-    made.added_tokens = made.prepare_tokenizer(tokenizer)
-    return made
+    built.__dict__["tokenizer"] = tokenizer
+    built.added_tokens = built.prepare_tokenizer(tokenizer)
+    return built
 
 
 def trained(source, **kwargs):
     """The texts of a source's examples, as (text that carries loss, whole text)."""
-    made = module(source, **kwargs)
-    made.setup("fit")
+    built = module(source, **kwargs)
+    built.setup("fit")
     texts = []
-    for example in made.examples("train"):
+    for example in built.examples("train"):
         ids = example.input_ids
-        texts.append((made.tokenizer.decode(ids[example.loss_mask]), made.tokenizer.decode(ids)))
+        texts.append((built.tokenizer.decode(ids[example.loss_mask]), built.tokenizer.decode(ids)))
     return texts
 
 
 def report(source, **kwargs):
-    made = module(source, **kwargs)
-    made.setup("fit")
-    return made.report()["train"]
+    built = module(source, **kwargs)
+    built.setup("fit")
+    return built.report()["train"]
 
 
 def rows(name):
@@ -107,10 +109,10 @@ def test_each_answer_is_trained_after_the_history_it_would_have():
     qwen3 = (
         Path(pytest.importorskip("trl", reason="needs TRL's templates").__file__).parent / "chat_templates/qwen3.jinja"
     )
-    made = module(CASES / "reasoning_multi_turn.jsonl", template=str(qwen3))
-    made.setup("fit")
-    (example,) = made.examples("train")
-    decode = made.tokenizer.decode
+    built = module(CASES / "reasoning_multi_turn.jsonl", template=str(qwen3))
+    built.setup("fit")
+    (example,) = built.examples("train")
+    decode = built.tokenizer.decode
     paths = [path_positions(example.segments, i) for i in range(len(example.segments))]
     first, second = ([decode(example.input_ids[p]), decode(example.input_ids[p][example.loss_mask[p]])] for p in paths)
     assert first[1] == "<think>\nTwo and two make four.\n</think>\n\n4<|im_end|>"
@@ -184,8 +186,8 @@ def test_unusual_turns_are_trained_or_named(name):
     assert len(trained(CASES / name)) == 2
     with pytest.raises(UserError, match=rf"{name}:1: the chat template refuses this conversation: .*alternate"):
         trained(CASES / name, template="oumi/gemma2-it")
-    found = report(CASES / name, template="oumi/gemma2-it", bad_rows="drop")
-    assert (found["kept"], sum(found["dropped"].values())) == (1, 1)
+    actual = report(CASES / name, template="oumi/gemma2-it", bad_rows="drop")
+    assert (actual["kept"], sum(actual["dropped"].values())) == (1, 1)
 
 
 # ---- the example shapes of LLaMA-Factory's data/README.md and of its demo files

@@ -148,8 +148,8 @@ FAULTS = {
 @pytest.mark.parametrize(("entry", "fault"), [(entry, fault) for entry, faults in FAULTS.items() for fault in faults])
 def test_the_naive_loop_catches_planted_faults(monkeypatch, entry, fault):
     monkeypatch.setattr(collating, *fault)
-    found = [differing(collate(rows, pad_id=0), naive_batch(rows)) for rows in (random_rows(s, 3) for s in range(20))]
-    assert sum(entry in names for names in found) > 10
+    actual = [differing(collate(rows, pad_id=0), naive_batch(rows)) for rows in (random_rows(s, 3) for s in range(20))]
+    assert sum(entry in names for names in actual) > 10
 
 
 # ---- the stand-in

@@ -30,8 +30,8 @@ def test_a_text_file_is_one_document_by_default():
 
 def test_documents_may_be_divided_by_blank_lines():
     write("a.txt", "\n \none\ntwo\r\n\n\t\n\nthree\n\nfour")
-    found = read("a.txt", documents="blank_lines")
-    assert found == [
+    actual = read("a.txt", documents="blank_lines")
+    assert actual == [
         ("a.txt:3", {"text": "one\ntwo"}),
         ("a.txt:8", {"text": "three"}),
         ("a.txt:10", {"text": "four"}),

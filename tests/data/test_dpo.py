@@ -23,8 +23,8 @@ needs_data = pytest.mark.skipif(not DATA.is_dir(), reason="needs ../shared/data 
 
 def preferences(n, seed=0, longest=12):
     """Rows of ragged length, with scores in every other one."""
-    made, rows = conversations(2 * n, seed, longest), []
-    for i, (a, b) in enumerate(zip(made[::2], made[1::2], strict=True)):
+    built, rows = conversations(2 * n, seed, longest), []
+    for i, (a, b) in enumerate(zip(built[::2], built[1::2], strict=True)):
         (prompt, chosen), (_, rejected) = a["messages"], b["messages"]
         scores = {"score_chosen": i + 0.5, "score_rejected": 1} if i % 2 else {}
         rows.append({"chosen": [prompt, chosen], "rejected": [prompt, rejected], **scores})

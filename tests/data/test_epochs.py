@@ -182,11 +182,11 @@ def test_overfitting_trains_the_same_rows_in_each_epoch(tmp_path, kind):
     """Those that come first in the source; and validates on the same held-out rows."""
     validation = write_jsonl(tmp_path / "val.jsonl", conversations(8, seed=5))
     if kind == "pairs":
-        run, made = dpo(), dpo_data(tmp_path, ROWS, batch_size=2)
+        run, built = dpo(), dpo_data(tmp_path, ROWS, batch_size=2)
     else:
         run = module()
-        made = data(tmp_path, ROWS, batch_size=2, packing=kind == "packed", max_length=256, validation=validation)
-    seen, _ = fit(run, made, max_epochs=3, overfit_batches=2)
+        built = data(tmp_path, ROWS, batch_size=2, packing=kind == "packed", max_length=256, validation=validation)
+    seen, _ = fit(run, built, max_epochs=3, overfit_batches=2)
     first, *others = seen.epochs.values()
     assert [first] * 2 == others
     assert 0 in first[0]

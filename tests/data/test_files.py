@@ -120,10 +120,10 @@ def test_tables_of_datasets_keep_their_json_columns():
 
 def test_reads_lazily():
     write("a.jsonl", lines(ROWS[:3]) + "broken")
-    found = rows(Source("a.jsonl"))
-    assert [next(found)[1]["n"] for _ in range(3)] == [0, 1, 2]
+    actual = rows(Source("a.jsonl"))
+    assert [next(actual)[1]["n"] for _ in range(3)] == [0, 1, 2]
     with pytest.raises(UserError, match=r"a\.jsonl:4"):
-        next(found)
+        next(actual)
 
 
 # --- what is wrong with a file

@@ -16,9 +16,9 @@ LENGTHS = np.array([1, 2, 8, 9, 10, 17, 18, 100, 3])
 
 @pytest.mark.parametrize("stride", [1, 3, 8])
 def test_windows_cover_each_target_once_with_as_much_context_as_fits(stride):
-    found = sliding_windows(LENGTHS, 8, stride)
+    actual = sliding_windows(LENGTHS, 8, stride)
     targets = Counter()
-    for document, start, first, end in found.tolist():
+    for document, start, first, end in actual.tolist():
         assert start < first < end <= LENGTHS[document]
         assert end - 1 - start <= 8
         assert start == 0 or end - 1 - start == 8, "a later window sees as much as it can"
@@ -27,8 +27,8 @@ def test_windows_cover_each_target_once_with_as_much_context_as_fits(stride):
 
 
 def test_a_stride_of_max_length_needs_the_fewest_windows():
-    found = sliding_windows(LENGTHS, 8, 8)
-    assert Counter(found[:, 0].tolist()) == {d: -(-(n - 1) // 8) for d, n in enumerate(LENGTHS.tolist()) if n > 1}
+    actual = sliding_windows(LENGTHS, 8, 8)
+    assert Counter(actual[:, 0].tolist()) == {d: -(-(n - 1) // 8) for d, n in enumerate(LENGTHS.tolist()) if n > 1}
 
 
 @pytest.mark.parametrize("kwargs", [{}, {"isolate": True}, {"eval_stride": 20}, {"streaming": True}])
@@ -38,7 +38,7 @@ def test_batches_of_all_ranks_hold_each_target_and_its_bytes_once(tmp_path, kwar
         Counter(pair for text in documents(n, seed) for pair in pairs([*text.encode(), 257]))
         for n, seed in ((23, 5), (8, 6))
     ]
-    found, sizes, counts = [Counter(), Counter()], [0, 0], []
+    actual, sizes, counts = [Counter(), Counter()], [0, 0], []
     for rank in range(2):
         monkeypatch.setattr(PretrainData, "layout", Layout(4, 1, 2, rank))
         batches = list(pretrain_data(corpus(tmp_path), validation=sources, **kwargs).val_dataloader())
@@ -46,11 +46,11 @@ def test_batches_of_all_ranks_hold_each_target_and_its_bytes_once(tmp_path, kwar
         for batch in batches:
             sizes[batch["source"]] += batch["text_bytes"]
             inputs, targets = batch["input_ids"][0, batch["predictors"]].tolist(), batch["targets"].tolist()
-            found[batch["source"]].update(zip(inputs, targets, strict=True))
+            actual[batch["source"]].update(zip(inputs, targets, strict=True))
             ends = np.cumsum([segment.length for segment in batch["segments"]])
             owners = np.searchsorted(ends, batch["predictors"], side="right")
             assert batch["target_segments"].tolist() == owners.tolist(), "predicted from within another window"
-    assert found == expected
+    assert actual == expected
     # a byte per token here, and the first of a document is no target
     assert sizes == [sum(map(len, documents(n, seed))) - n for n, seed in ((23, 5), (8, 6))]
     assert counts[0] == counts[1]
@@ -62,17 +62,17 @@ def pairs(ids):
 
 def test_held_out_documents_are_never_trained_on(tmp_path):
     for streaming in (False, True):
-        made = pretrain_data(corpus(tmp_path, 200), validation=0.2, streaming=streaming, shuffle_buffer=0)
-        held = [bytes(ids[:-1].tolist()).decode() for ids in made.shards("validation")[0].read(0)]
-        trained = [bytes(ids[:-1].tolist()).decode() for ids in made.documents[0].read(0)]
+        built = pretrain_data(corpus(tmp_path, 200), validation=0.2, streaming=streaming, shuffle_buffer=0)
+        held = [bytes(ids[:-1].tolist()).decode() for ids in built.shards("validation")[0].read(0)]
+        trained = [bytes(ids[:-1].tolist()).decode() for ids in built.documents[0].read(0)]
         assert 20 <= len(held) <= 60
         assert sorted(held + trained) == sorted(documents(200))
-        assert made.source_names("validation") == ["corpus-200-0"]
+        assert built.source_names("validation") == ["corpus-200-0"]
 
 
 def test_prompts_are_beginnings_of_held_out_documents(tmp_path):
-    made = pretrain_data(corpus(tmp_path), validation=corpus(tmp_path, 9, 5))
-    for (ids, reference), text in zip(made.prompts("validation"), documents(9, 5), strict=True):
+    built = pretrain_data(corpus(tmp_path), validation=corpus(tmp_path, 9, 5))
+    for (ids, reference), text in zip(built.prompts("validation"), documents(9, 5), strict=True):
         prompt = bytes(ids).decode()
         assert 1 <= len(prompt) <= 32
         assert text.startswith(prompt + reference)

@@ -31,11 +31,11 @@ def sample_ids(batches):
 
 
 def test_the_length_is_that_of_a_whole_epoch_at_any_position():
-    made = loader()
-    assert len(made) == 12  # 21 rows in updates of 4: 6 updates of 2 micro-batches
-    made.load_state_dict(made.state_dict() | {"update": 4})
-    assert len(made) == 12
-    assert len(list(made)) == 4
+    built = loader()
+    assert len(built) == 12  # 21 rows in updates of 4: 6 updates of 2 micro-batches
+    built.load_state_dict(built.state_dict() | {"update": 4})
+    assert len(built) == 12
+    assert len(list(built)) == 4
 
 
 @pytest.mark.parametrize("workers", [0, 2])
@@ -52,14 +52,14 @@ def test_a_loaded_state_yields_the_remaining_batches(workers):
 
 
 def test_each_epoch_has_its_order_and_set_epoch_keeps_a_loaded_position():
-    made = loader()
-    first = sample_ids(made)
-    made.batch_sampler.sampler.set_epoch(1)
-    second = sample_ids(made)
+    built = loader()
+    first = sample_ids(built)
+    built.batch_sampler.sampler.set_epoch(1)
+    second = sample_ids(built)
     assert first != second
     assert sorted(i for b in first for i in b) == sorted(i for b in second for i in b)
     resumed = loader()
-    resumed.load_state_dict(made.state_dict() | {"epoch": 1, "update": 2})
+    resumed.load_state_dict(built.state_dict() | {"epoch": 1, "update": 2})
     iterator = iter(resumed)  # Lightning asks for the iterator before it announces the epoch
     resumed.batch_sampler.sampler.set_epoch(1)
     assert sample_ids(iterator) == second[4:]

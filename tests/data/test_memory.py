@@ -183,8 +183,8 @@ def test_a_function_is_a_format(written):
     assert bytes(other[0][:4]) == b"1one"
     assert len(written) == 2
     for ending in ".!.":
-        made = ids(prepared(sft(Source(FACTS, format=ending_with(ending)))))
-        assert bytes(made[0][:5]) == b"one1" + ending.encode()
+        built = ids(prepared(sft(Source(FACTS, format=ending_with(ending)))))
+        assert bytes(built[0][:5]) == b"one1" + ending.encode()
     assert len(written) == 4, "what a function closes over is part of the key"
 
 

@@ -40,8 +40,8 @@ def test_tokens_are_within_a_document_of_their_share_at_any_time(weights):
 
 
 def test_without_weights_one_after_the_other():
-    found = [int(ids[0]) for ids in taken(TokenMixture(sources(3, 2), [None, None], "stop"))]
-    assert found == [0, 0, 0, 1, 1]
+    actual = [int(ids[0]) for ids in taken(TokenMixture(sources(3, 2), [None, None], "stop"))]
+    assert actual == [0, 0, 0, 1, 1]
 
 
 def test_restart_begins_again_and_counts_the_passes():
@@ -57,8 +57,8 @@ def test_restart_begins_again_and_counts_the_passes():
 
 def test_stop_ends_with_the_first_source_that_is_at_its_end():
     mixture = TokenMixture(sources(4, 1000), [1, 1], "stop")
-    found = [int(ids[0]) for ids in taken(mixture)]
-    assert found.count(0) == 4
+    actual = [int(ids[0]) for ids in taken(mixture)]
+    assert actual.count(0) == 4
     assert next(mixture, None) is None
 
 

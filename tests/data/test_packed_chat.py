@@ -32,10 +32,10 @@ def chatml(row):
 
 
 @pytest.mark.parametrize("streaming", [False, True])
-def test_the_stream_is_what_the_template_writes(tmp_path, streaming):
-    made = data(tmp_path, streaming=streaming)
+def test_the_stream_is_the_rendered_conversations(tmp_path, streaming):
+    built = data(tmp_path, streaming=streaming)
     expected = "".join(chatml(row) for row in ROWS)
-    assert stream(made) == made.tokenizer(expected, add_special_tokens=False)["input_ids"]
+    assert stream(built) == built.tokenizer(expected, add_special_tokens=False)["input_ids"]
 
 
 def test_another_template_is_another_stream(tmp_path):
@@ -47,8 +47,8 @@ def test_another_template_is_another_stream(tmp_path):
 
 
 def test_texts_are_not_rendered_by_the_template(tmp_path):
-    made = data(tmp_path, [{"text": "hello"}, {"prompt": "a", "completion": "b"}])
-    assert stream(made) == made.tokenizer("hello<|im_end|>ab<|im_end|>", add_special_tokens=False)["input_ids"]
+    built = data(tmp_path, [{"text": "hello"}, {"prompt": "a", "completion": "b"}])
+    assert stream(built) == built.tokenizer("hello<|im_end|>ab<|im_end|>", add_special_tokens=False)["input_ids"]
 
 
 def test_pretrain_data_refuses_conversations(tmp_path):
@@ -64,9 +64,9 @@ def test_turns_that_the_template_refuses_are_an_error_with_file_and_line(tmp_pat
 
 def test_columns_are_read_as_in_sft(tmp_path):
     turns = ROWS[0]["messages"]
-    made = data(tmp_path, [{"messages": turns, "system": "s"}])
+    built = data(tmp_path, [{"messages": turns, "system": "s"}])
     expected = chatml({"messages": [{"role": "system", "content": "s"}, *turns]})
-    assert stream(made) == made.tokenizer(expected, add_special_tokens=False)["input_ids"]
+    assert stream(built) == built.tokenizer(expected, add_special_tokens=False)["input_ids"]
     with pytest.raises(UserError, match="column 'images': images, audio and video can't be trained on yet"):
         stream(data(tmp_path, [{"messages": turns, "images": ["a.png"]}]))
     for row in ({"messages": turns, "weight": 2}, {"messages": [turns[0], turns[1] | {"weight": 0}]}):
@@ -76,9 +76,9 @@ def test_columns_are_read_as_in_sft(tmp_path):
 
 def test_keep_good_leaves_rows_out_and_counts_them(tmp_path):
     path = write_jsonl(tmp_path / "rows.jsonl", [ROWS[0] | {"label": False}, ROWS[1] | {"label": True}])
-    made = PackedChatData(Source(path, label="keep_good"), tokenizer=ByteTokenizer(), max_length=16, shuffle_buffer=0)
-    assert stream(made) == made.tokenizer(chatml(ROWS[1]), add_special_tokens=False)["input_ids"]
-    assert made.report()["train"]["dropped"] == {"label: not good": 1}
+    built = PackedChatData(Source(path, label="keep_good"), tokenizer=ByteTokenizer(), max_length=16, shuffle_buffer=0)
+    assert stream(built) == built.tokenizer(chatml(ROWS[1]), add_special_tokens=False)["input_ids"]
+    assert built.report()["train"]["dropped"] == {"label: not good": 1}
 
 
 def test_bad_rows_are_all_listed_or_left_out_and_counted(tmp_path):
@@ -88,14 +88,14 @@ def test_bad_rows_are_all_listed_or_left_out_and_counted(tmp_path):
     assert "2 of 4 rows can't be used; `data.bad_rows: drop` leaves such rows out" in str(error.value)
     assert "rows.jsonl:2" in str(error.value)
     assert "rows.jsonl:4" in str(error.value)
-    made = data(tmp_path, rows, bad_rows="drop")
-    assert stream(made) == made.tokenizer("".join(map(chatml, ROWS)), add_special_tokens=False)["input_ids"]
-    made.setup("fit")
-    report = made.report()["train"]
+    built = data(tmp_path, rows, bad_rows="drop")
+    assert stream(built) == built.tokenizer("".join(map(chatml, ROWS)), add_special_tokens=False)["input_ids"]
+    built.setup("fit")
+    report = built.report()["train"]
     assert (report["rows"], report["kept"]) == (4, 2)
     assert sorted(report["dropped"].values()) == [1, 1]
     assert [kind["first"][0].rpartition(":")[2] for kind in report["bad_rows"].values()] == ["2", "4"]
     streamed = data(tmp_path, rows, bad_rows="drop", streaming=True)
-    assert stream(streamed) == stream(made)
+    assert stream(streamed) == stream(built)
     with pytest.raises(UserError, match=r"data\.bad_rows: unknown 'dorp'; did you mean 'drop'"):
         data(tmp_path, bad_rows="dorp")

@@ -207,15 +207,15 @@ def test_truncation_of_random_pairs_cuts_no_more_than_it_must(adds_bos):
                 assert lost[1:] == [0, 0]
             else:
                 assert len(example[0]) == min(len(whole[0]), max_length // 2)
-        made = one(tokenizer, record, max_length)
-        assert made.cut == any(lost)
-        first, second = starts(made)
-        assert made.loss_mask.tolist() == [False] * first + [True] * (len(made.input_ids) - first)
+        built = one(tokenizer, record, max_length)
+        assert built.cut == any(lost)
+        first, second = starts(built)
+        assert built.loss_mask.tolist() == [False] * first + [True] * (len(built.input_ids) - first)
         assert second - first == len(example[1])
         for overflow in ("drop", "error"):
             if not any(lost):
                 same = one(tokenizer, record, max_length, overflow=overflow)
-                assert same.input_ids.tolist() == made.input_ids.tolist()
+                assert same.input_ids.tolist() == built.input_ids.tolist()
     assert 100 < cut < 400
 
 

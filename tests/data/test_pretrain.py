@@ -37,9 +37,9 @@ ENTRIES = {"input_ids", "position_ids", "segments", "targets", "predictors", "ta
 
 
 def test_rows_are_full_and_each_a_segment_unless_documents_are_isolated(tmp_path):
-    made = pretrain_data(corpus(tmp_path), shuffle_buffer=0)
-    assert not made.packing
-    *full, last = made.train_dataloader()
+    built = pretrain_data(corpus(tmp_path), shuffle_buffer=0)
+    assert not built.packing
+    *full, last = built.train_dataloader()
     for batch in full:
         assert set(batch) == ENTRIES | {"update"}
         assert batch["segments"] == [Segment(64), Segment(64)]
@@ -53,9 +53,9 @@ def test_rows_are_full_and_each_a_segment_unless_documents_are_isolated(tmp_path
 
 
 def test_isolated_documents_are_segments_of_one_row(tmp_path):
-    made = pretrain_data(corpus(tmp_path), isolate=True)
-    assert made.packing
-    for batch in made.train_dataloader():
+    built = pretrain_data(corpus(tmp_path), isolate=True)
+    assert built.packing
+    for batch in built.train_dataloader():
         assert set(batch) == ENTRIES | {"update"}
         lengths = [segment.length for segment in batch["segments"]]
         assert batch["segments"] == [Segment(length) for length in lengths]
@@ -142,15 +142,15 @@ def test_epochs_of_unknown_length_are_refused(tmp_path, kwargs, why):
 
 
 def test_token_shards_are_refused_by_other_data_and_as_a_fraction(tmp_path):
-    made = pretrain_data(corpus(tmp_path)).shards("train")[0].directory
-    again = pretrain_data(str(made))
+    built = pretrain_data(corpus(tmp_path)).shards("train")[0].directory
+    again = pretrain_data(str(built))
     assert handed_out(again.train_dataloader()) == handed_out(pretrain_data(corpus(tmp_path)).train_dataloader())
     with pytest.raises(UserError, match="token shards, which only PretrainData reads"):
-        SFTData(str(made), tokenizer=ByteTokenizer()).prepare_data()
+        SFTData(str(built), tokenizer=ByteTokenizer()).prepare_data()
     with pytest.raises(UserError, match=r"no fraction of .* can be held out, since it holds tokens"):
-        pretrain_data(str(made), validation=0.1)
+        pretrain_data(str(built), validation=0.1)
     with pytest.raises(UserError, match="made with another tokenizer"):
-        pretrain_data(str(made), tokenizer=ByteTokenizer())
+        pretrain_data(str(built), tokenizer=ByteTokenizer())
 
 
 def test_a_fraction_of_what_is_streamed_from_the_hub_is_refused(tmp_path):
@@ -165,8 +165,8 @@ def test_a_fraction_of_what_is_streamed_from_the_hub_is_refused(tmp_path):
 def test_the_report_counts_what_became_of_all_documents(tmp_path, kwargs):
     texts = documents(50)
     rows = write_jsonl(tmp_path / "rows.jsonl", [{"text": text} for text in [*texts, ""]])
-    made = pretrain_data(rows, validation=corpus(tmp_path, 9, 5), **kwargs)
-    report = made.report()
+    built = pretrain_data(rows, validation=corpus(tmp_path, 9, 5), **kwargs)
+    report = built.report()
     train = report["train"]
     assert (train["rows"], train["kept"], train["documents"], train["dropped"]) == (51, 50, 50, {"empty": 1})
     assert train["bytes"] == sum(len(text) for text in texts)
@@ -175,14 +175,14 @@ def test_the_report_counts_what_became_of_all_documents(tmp_path, kwargs):
     if "exhausted" in kwargs:
         assert "rows_planned" not in train
     else:
-        batches = list(made.train_dataloader())
+        batches = list(built.train_dataloader())
         targets = sum(len(batch["targets"]) for batch in batches)
         assert targets == train["target_tokens"]
         assert train["rows_planned"] == sum(len(batch["sample_ids"]) for batch in batches)
         assert train["updates_per_epoch"] == len(batches)
         inputs = sum(batch["input_ids"].numel() for batch in batches)
         assert train["fill"] == pytest.approx(inputs / (64 * train["rows_planned"]), abs=0.02)
-    held = list(made.val_dataloader())
+    held = list(built.val_dataloader())
     assert report["validation"]["windows"] == sum(len(batch["sample_ids"]) for batch in held)
     assert report["validation"]["target_tokens"] == sum(len(batch["targets"]) for batch in held)
     assert "padding" not in train | report["validation"]
@@ -191,11 +191,11 @@ def test_the_report_counts_what_became_of_all_documents(tmp_path, kwargs):
 
 def test_the_consumed_share_of_each_source_is_reported_beside_the_wanted_one(tmp_path):
     sources = [corpus(tmp_path, 200, 0, weight=3), corpus(tmp_path, 6, 1, weight=1)]
-    made = pretrain_data(sources, exhausted="restart", shuffle_buffer=0)
-    assert made.consumed() == []
-    for _, _ in zip(range(60), made.train_dataloader(), strict=False):
+    built = pretrain_data(sources, exhausted="restart", shuffle_buffer=0)
+    assert built.consumed() == []
+    for _, _ in zip(range(60), built.train_dataloader(), strict=False):
         pass
-    first, second = made.consumed()
+    first, second = built.consumed()
     assert first["source"], second["source"] == ("corpus-200-0", "corpus-6-1")
     assert first["tokens"] + second["tokens"] == pytest.approx(60 * 2 * 64, abs=700)
     assert first["share"] == pytest.approx(0.75, abs=0.1)
@@ -331,18 +331,18 @@ def test_two_processes_train_the_same_weights_as_one(tmp_path):
 def test_the_consumed_shares_count_the_document_that_is_being_read(tmp_path):
     """A few short documents, and one that fills nearly all rows of the run."""
     sources = [Source([{"text": "short"}] * 3), Source([{"text": "x" * 40_000}])]
-    made = PretrainData(
+    built = PretrainData(
         [dataclasses.replace(s, name=name, weight=w) for s, name, w in zip(sources, "ab", (1, 99), strict=True)],
         tokenizer=ByteTokenizer(False),
         max_length=32,
         batch_size=8,
         shuffle_buffer=0,
     )
-    made.prepare_data()
-    made.setup("fit")
-    batches = itertools.islice(made.train_dataloader(), 20)  # 160 rows
+    built.prepare_data()
+    built.setup("fit")
+    batches = itertools.islice(built.train_dataloader(), 20)  # 160 rows
     seen = sum(int((batch["input_ids"] == ord("x")).sum()) for batch in batches)
-    short, long = made.consumed()
+    short, long = built.consumed()
     assert seen > 156 * 32
     assert long["tokens"] == pytest.approx(seen, abs=32)
     assert short["share"] < 0.01 < 0.99 < long["share"]

@@ -28,7 +28,7 @@ def bytes_of(folder):
 
 
 def stored(tmp_path, monkeypatch, source, number, cls=SFTData, **kwargs):
-    """The files of the store that so many processes write, and its name in the cache."""
+    """The files of the store that this number of processes writes, and its name in the cache."""
     monkeypatch.setenv("OUMI_PL_CACHE", str(tmp_path / f"cache-{number}"))
     data = cls(source, tokenizer=ByteTokenizer(), max_length=64, processes=number, **kwargs)
     (written,) = data.stores("train")
@@ -47,8 +47,8 @@ def test_stores_do_not_depend_on_the_number_of_processes(tmp_path, monkeypatch, 
     assert len(one[1]) >= 4
 
 
-def test_a_function_of_the_users_may_be_any(tmp_path, monkeypatch):
-    """Formats are called in the main process, so that they may be closures and keep state."""
+def test_any_user_function_works(tmp_path, monkeypatch):
+    """Formats are called in the main process, so they may be closures and keep state."""
     seen = []
 
     def shouting(row):
@@ -87,7 +87,7 @@ def test_bad_rows_have_their_file_and_number(tmp_path, monkeypatch):
     assert json.loads(names[0][1]["report.json"])["kept"] == 31
 
 
-def test_the_death_of_a_process_ends_in_one_message(tmp_path, monkeypatch):
+def test_a_killed_process_gives_one_message(tmp_path, monkeypatch):
     main = os.getpid()
 
     class Dying(SFTData):
@@ -104,7 +104,7 @@ def test_the_death_of_a_process_ends_in_one_message(tmp_path, monkeypatch):
 
 
 def test_processes_end_with_their_parent():
-    """A killed run leaves none behind."""
+    """A killed run leaves no process behind."""
     read, write = os.pipe()
     child = os.fork()
     if not child:
@@ -124,7 +124,7 @@ def test_processes_end_with_their_parent():
     assert time.monotonic() < until
 
 
-def test_a_function_that_can_not_be_sent_is_named(monkeypatch):
+def test_a_function_that_can_not_be_pickled_is_named(monkeypatch):
     monkeypatch.setattr(processes, "START", "spawn")
     with pytest.raises(UserError, match=r"data\.processes: what they need can't be sent to other processes"):
         list(mapped(lambda item: item, range(3), 2, "data.processes"))
@@ -135,7 +135,7 @@ def test_a_number_below_1_is_refused():
         SFTData("rows.jsonl", processes=0)
 
 
-def test_a_run_tokenizes_in_processes_although_its_trainer_can_not_be_sent(tmp_path, monkeypatch):
+def test_a_run_tokenizes_in_processes_although_its_trainer_can_not_be_pickled(tmp_path, monkeypatch):
     from tests.tiny import module
 
     monkeypatch.setattr(processes, "_begin", _without_trainer)

@@ -30,7 +30,7 @@ def data(tmp_path, *rows, **kwargs):
 
 
 @pytest.mark.parametrize("name", ROWS)
-def test_the_prompt_is_what_comes_before_the_answer(tmp_path, name):
+def test_the_prompt_ends_before_the_answer(tmp_path, name):
     (prompt,) = data(tmp_path, ROWS[name]).all_prompts("train")
     turns = ROWS[name].get("messages", ROWS[name].get("prompt"))
     turns = [{"role": "user", "content": turns}] if isinstance(turns, str) else turns

@@ -24,8 +24,8 @@ from tests.data.byte_level import byte_tokenizer, turn
 
 def folder(package, *inside):
     spec = importlib.util.find_spec(package)
-    found = [Path(place, *inside) for place in spec.submodule_search_locations or ()] if spec else []
-    return next((place for place in found if place.is_dir()), None)
+    actual = [Path(place, *inside) for place in spec.submodule_search_locations or ()] if spec else []
+    return next((place for place in actual if place.is_dir()), None)
 
 
 INSTALLED = folder("llama_cpp", "..", "vendor", "llama.cpp", "models", "templates")
@@ -121,8 +121,8 @@ MARKED_WITHOUT_END = {"glm4moe_training"}
 def words_of(message):
     """The texts that have to be in the target of a turn."""
     words = [message["content"] or "", message.get("reasoning_content", "")]
-    for made in message.get("tool_calls", ()):
-        words += [made["function"]["name"], *made["function"]["arguments"].values()]
+    for built in message.get("tool_calls", ()):
+        words += [built["function"]["name"], *built["function"]["arguments"].values()]
     return [word for word in words if word]
 
 
@@ -132,7 +132,7 @@ def has_all(text, words):
 
 def runs(tokenizer, example):
     """What carries loss, in order: the text before it in its path, and itself."""
-    found, ends = [], []
+    actual, ends = [], []
     start = 0
     for segment in example.segments:
         own = range(start, start + segment.length)
@@ -143,8 +143,8 @@ def runs(tokenizer, example):
             inside = list(places)
             if carries:
                 texts = [tokenizer.decode([example.input_ids[i] for i in part]) for part in _split(path, inside)]
-                found.append(tuple(texts))
-    return found
+                actual.append(tuple(texts))
+    return actual
 
 
 def _split(path, inside):
@@ -228,14 +228,14 @@ OTHER_BEGINNINGS = {
 
 def marked(tokenizer, messages, tools):
     """The texts that transformers' own mask marks."""
-    made = tokenizer.apply_chat_template(
+    built = tokenizer.apply_chat_template(
         [dict(message) for message in messages],
         tools=list(tools) if tools else None,
         tokenize=True,
         return_dict=True,
         return_assistant_tokens_mask=True,
     )
-    pairs = zip(made["assistant_masks"], made["input_ids"], strict=True)
+    pairs = zip(built["assistant_masks"], built["input_ids"], strict=True)
     return [tokenizer.decode([i for _, i in group]) for carries, group in groupby(pairs, lambda p: p[0]) if carries]
 
 

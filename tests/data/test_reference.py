@@ -22,10 +22,10 @@ def numbers(store, chunk):
 
 @pytest.fixture
 def store():
-    made = ReferenceLogps({"model": "a"}, COUNTS)
-    for chunk in range(made.chunks):
-        made.write(chunk, numbers(made, chunk))
-    return made
+    built = ReferenceLogps({"model": "a"}, COUNTS)
+    for chunk in range(built.chunks):
+        built.write(chunk, numbers(built, chunk))
+    return built
 
 
 def test_chunks_cover_the_examples_in_order(store):
@@ -37,9 +37,9 @@ def test_examples_may_be_read_in_any_order(store):
     assert again.missing() == []
     for ids in ([0], [6, 0, 5], [4, 4], range(7), []):
         expected = [i + t / 10 for i in ids for t in range(COUNTS[i])]
-        found = again.logps(ids)
-        assert found.dtype == np.float32
-        np.testing.assert_allclose(found, expected, rtol=1e-6)
+        actual = again.logps(ids)
+        assert actual.dtype == np.float32
+        np.testing.assert_allclose(actual, expected, rtol=1e-6)
 
 
 def test_chunks_that_were_not_written_are_missing():

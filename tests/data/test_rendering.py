@@ -106,8 +106,8 @@ def test_every_part_of_a_trained_turn_has_to_be_written(written, answer, lost):
 
 def test_values_may_be_written_in_other_ways():
     arguments = {"text": 'é "quoted"\n<b>', "flag": True, "n": 3, "none": None, "list": ["a\\b", {"deep": 1.5}]}
-    made = {"function": {"name": "f", "arguments": arguments}}
-    record = Conversation((ASK, turn("assistant", "  two\nlines ", tool_calls=[made])))
+    built = {"function": {"name": "f", "arguments": arguments}}
+    record = Conversation((ASK, turn("assistant", "  two\nlines ", tool_calls=[built])))
     for write in ("tojson", "string", "tojson | escape", "tojson | tojson"):
         written = f"{{{{ m.content | trim }}}}{{{{ m.tool_calls | {write} if m.tool_calls }}}}"
         assert one(byte_tokenizer(template(written)), record).target_tokens
@@ -193,14 +193,14 @@ def thinking(turns, words=1):
 
 def paths(tokenizer, example):
     """Each path as (text without loss in it, text with the loss of its own tokens)."""
-    found = []
+    actual = []
     for i, segment in enumerate(example.segments):
         places = path_positions(example.segments, i)
         own = np.arange(len(places)) >= segment.shared
         carries = example.loss_mask[places] & own
         ids = example.input_ids[places]
-        found.append((tokenizer.decode(ids[~carries]), tokenizer.decode(ids[carries])))
-    return found
+        actual.append((tokenizer.decode(ids[~carries]), tokenizer.decode(ids[carries])))
+    return actual
 
 
 def test_each_turn_is_trained_after_the_history_that_it_would_have():
@@ -416,8 +416,8 @@ def test_cases(tmp_path):
         text = target(data.tokenizer, data.examples("train")[0])
         spoken = [message for message in row["messages"] if message["role"] == "assistant"]
         for message in spoken:
-            for made in message.get("tool_calls", ()):
-                assert text.count(made["function"]["arguments"]["port"]) == 1
+            for built in message.get("tool_calls", ()):
+                assert text.count(built["function"]["arguments"]["port"]) == 1
             assert message.get("reasoning_content", "") in text
             assert message["content"] in text
         results = [message["content"] for message in row["messages"] if message["role"] == "tool"]

@@ -1,4 +1,4 @@
-"""A held-out fraction of the rows: nothing that is asked in them is answered in the training rows."""
+"""Holding out a fraction of the rows: no held-out prompt is also a training prompt."""
 
 import json
 import random
@@ -22,7 +22,7 @@ def write(path, rows):
 
 
 def messy(row_of, unique=600, repeated=400):
-    """1,000 rows: 400 repeat one of the others under a number of their own, in any order."""
+    """1,000 shuffled rows with ids; 400 of them repeat the content of another row."""
     rng = random.Random(0)
     contents = [*range(unique), *rng.choices(range(unique), k=repeated)]
     rng.shuffle(contents)
@@ -52,7 +52,7 @@ def test_repeated_rows_are_on_one_side(tmp_path, name):
     assert not prompts["train"] & prompts["validation"]
 
 
-def test_prompts_to_sample_from_are_divided_too(tmp_path):
+def test_prompts_of_online_training_are_split_too(tmp_path):
     file = write(tmp_path / "rows.jsonl", messy(lambda i: {"prompt": f"Question {i}?", "answer": i}))
     data = RolloutData(file, 0.1, reward=len, tokenizer=ByteTokenizer(), template="chatml", max_length=256)
     asked = [{prompt.row["prompt"] for prompt in data.all_prompts(split)} for split in ("train", "validation")]
@@ -83,7 +83,7 @@ def asked(data, split):
     return [record.messages[0]["content"] for _, record in data.records(split)]
 
 
-def test_mistakes_are_named(tmp_path):
+def test_mistakes_are_refused_with_the_key(tmp_path):
     file = write(tmp_path / "rows.jsonl", [{"messages": turns("a", "b"), "customer": 1}])
     options = {"tokenizer": ByteTokenizer(), "template": "chatml"}
     with pytest.raises(UserError, match=r"rows.jsonl:1: data.group: this row has no column 'costumer'.*'customer'"):
@@ -103,7 +103,7 @@ def test_bad_rows_are_counted_on_one_side(tmp_path):
     assert min(read) > 30
 
 
-def test_the_share_is_stable():
+def test_the_held_out_share_is_stable():
     held = [is_held_out(f"text {i}", 0.05) for i in range(20_000)]
     assert 0.045 < sum(held) / len(held) < 0.055
     assert all(is_held_out(f"text {i}", 0.1) for i in range(20_000) if held[i])
@@ -115,13 +115,13 @@ def test_the_share_is_stable():
 PINNED = [22, 31, 50, 77]
 
 
-def test_both_sides_are_complements():
+def test_each_row_is_on_exactly_one_side():
     sides = [Side(0.3, is_held_out=value) for value in (True, False)]
     records = [Text(f"document {i}") for i in range(100)]
     assert all(sides[0]({}, record) != sides[1]({}, record) for record in records)
 
 
-def test_the_prompt_is_what_decides():
+def test_the_split_key_is_the_prompt():
     conversation = Conversation(tuple(turns("Why?", "Because.")))
     other = Conversation(tuple(turns("Why?", "No idea.")))
     assert conversation.split_key() == other.split_key() == Preference(conversation, other).split_key()

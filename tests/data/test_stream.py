@@ -72,9 +72,9 @@ def test_ranks_and_micro_batches_divide_the_rows_of_an_update(tmp_path, laid_out
 def test_a_short_last_update_is_filled_up_with_batches_without_targets(tmp_path, laid_out):
     laid_out(4, 5)
     for isolate in (False, True):
-        made = pretrain_data(corpus(tmp_path, 10), isolate=isolate)
-        batches = list(made.train_dataloader())
-        assert len(batches) == len(made.train_dataloader()) == 5 * made.updates(1)
+        built = pretrain_data(corpus(tmp_path, 10), isolate=isolate)
+        batches = list(built.train_dataloader())
+        assert len(batches) == len(built.train_dataloader()) == 5 * built.updates(1)
         assert batches[-1]["sample_ids"] == []
         assert len(batches[-1]["targets"]) == len(batches[-1]["predictors"]) == 0
         assert batches[-1]["segments"] == [Segment(2)]
@@ -95,8 +95,8 @@ def test_shuffling_loses_nothing_and_follows_seed_and_epoch(tmp_path, buffer):
     assert (numbered() == in_order) == (buffer < 2)
     if buffer > 1:
         assert numbered() != numbered(seed=1)
-        made = pretrain_data(corpus(tmp_path), shuffle_buffer=buffer)
-        loader = made.train_dataloader()
+        built = pretrain_data(corpus(tmp_path), shuffle_buffer=buffer)
+        loader = built.train_dataloader()
         epochs = [rows_of(loader)]
         loader.sampler.set_epoch(1)
         epochs.append(rows_of(loader))
@@ -129,10 +129,10 @@ def test_a_stream_resumed_at_any_update_yields_the_remaining_batches(tmp_path, l
 def test_a_stream_resumes_within_a_document_that_fills_many_rows(tmp_path):
     """Nothing of the document is in the state, which says only how many of its rows are out."""
     (tmp_path / "long.txt").write_text("".join(f"{i} " for i in range(4000)))
-    made = pretrain_data(str(tmp_path / "long.txt"), shuffle_buffer=0)
-    whole = handed_out(made.train_dataloader())
+    built = pretrain_data(str(tmp_path / "long.txt"), shuffle_buffer=0)
+    whole = handed_out(built.train_dataloader())
     assert len(whole) > 100
-    loader = made.train_dataloader()
+    loader = built.train_dataloader()
     list(itertools.islice(loader, 50))
     state = loader.state_dict()
     assert state["stream"]["out"] == 100
@@ -173,9 +173,9 @@ def test_a_run_resumes_with_another_layout_of_the_same_update_only(tmp_path, lai
 def test_reading_ahead_does_not_move_the_position(tmp_path, laid_out):
     """The state is that after what was trained, not after what was fetched."""
     laid_out(2, 1)
-    made, trained = mixture(tmp_path), [0]
+    built, trained = mixture(tmp_path), [0]
     collate = partial(batch_of, pad_id=0)
-    loader = StreamLoader(made.stream, made.layout, collate, trained=lambda: trained[0])
+    loader = StreamLoader(built.stream, built.layout, collate, trained=lambda: trained[0])
     batches = iter(loader)
     expected = []
     for ahead in (1, 2, 1, 2):
@@ -186,20 +186,20 @@ def test_reading_ahead_does_not_move_the_position(tmp_path, laid_out):
         assert loader.state_dict()["update"] == trained[0]
         assert fetched["sample_ids"] == [2 * trained[0], 2 * trained[0] + 1]
         trained[0] += 1
-    resumed = StreamLoader(made.stream, made.layout, collate, trained=lambda: 100)
+    resumed = StreamLoader(built.stream, built.layout, collate, trained=lambda: 100)
     resumed.load_state_dict(loader.state_dict())
     assert next(iter(resumed))["sample_ids"] == [2 * trained[0], 2 * trained[0] + 1]
 
 
 def test_a_stream_resumed_at_the_end_of_an_epoch_begins_the_next(tmp_path):
-    made = pretrain_data(corpus(tmp_path), streaming=True)
-    loader = made.train_dataloader()
+    built = pretrain_data(corpus(tmp_path), streaming=True)
+    loader = built.train_dataloader()
     whole = handed_out(loader)
     state = loader.state_dict()
     loader.sampler.set_epoch(1)
     second = handed_out(loader)
     assert whole != second
-    resumed = made.train_dataloader()
+    resumed = built.train_dataloader()
     resumed.load_state_dict(state)
     # Lightning asks for a batch before it announces the epoch
     batches = iter(resumed)
@@ -229,8 +229,8 @@ def test_workers_report_a_wrong_row_with_the_message_of_the_reader(tmp_path):
     file = tmp_path / "rows.jsonl"
     file.write_text('{"text": "a good one"}\n' * 300 + '{"text": 3}\n')
     for workers in (0, 2):
-        made = pretrain_data(str(file), streaming=True, workers=workers, shuffle_buffer=0)
-        batches = iter(made.train_dataloader())
+        built = pretrain_data(str(file), streaming=True, workers=workers, shuffle_buffer=0)
+        batches = iter(built.train_dataloader())
         next(batches)
         with pytest.raises(UserError) as caught:
             list(batches)

@@ -111,8 +111,8 @@ def test_prefixes_find_what_the_markers_mark(name):
     for record in (LONG, chat("a", "b"), chat("q", " a \n", "q", ""), Conversation(LONG.messages, ({"name": "f"},))):
         for train_on in ("assistant", "last_turn"):
             expected = one(marked, record, train_on=train_on)
-            found = one(bare, record, train_on=train_on)
-            assert pieces(bare, found) == pieces(marked, expected)
+            actual = one(bare, record, train_on=train_on)
+            assert pieces(bare, actual) == pieces(marked, expected)
 
 
 @pytest.mark.parametrize("name", BUILT_IN)
@@ -230,12 +230,12 @@ OTHER_PROMPT = (
 
 def as_texts(tokenizer, example):
     """The paths of an example as text, each as [(text, carries loss)] with the loss of its own tokens only."""
-    found = []
+    actual = []
     for i, segment in enumerate(example.segments):
         path = path_positions(example.segments, i)
         mask = np.concatenate([np.zeros(segment.shared, bool), example.loss_mask[path[segment.shared :]]])
-        found.append(pieces(tokenizer, Example(example.input_ids[path], mask)))
-    return found
+        actual.append(pieces(tokenizer, Example(example.input_ids[path], mask)))
+    return actual
 
 
 def test_a_template_that_inserts_a_think_block_trains_it_in_every_turn():

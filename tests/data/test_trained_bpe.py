@@ -6,7 +6,7 @@ from transformers import AutoTokenizer
 
 from oumi_pl.data.pretrain import PretrainData
 from oumi_pl.data.sft import SFTData
-from oumi_pl.data.sources import is_held_out
+from oumi_pl.data.splitting import is_held_out
 from oumi_pl.data.tokenizers import SPECIAL_TOKENS, tokenizer_fingerprint
 from oumi_pl.data.trained_bpe import TrainedBPE, first_bytes
 from oumi_pl.errors import UserError
@@ -52,8 +52,8 @@ def test_it_is_trained_once_for_a_corpus(tmp_path, trained):
 
 def test_it_is_not_trained_on_held_out_documents(tmp_path):
     words = [f"{a}xqz{b}" for a in "abcdefgh" for b in "jkvw"]
-    held = next(word for word in words if is_held_out({"text": word}, 0.3))
-    trained = next(word for word in words if not is_held_out({"text": word}, 0.3))
+    held = next(word for word in words if is_held_out(word, 0.3))
+    trained = next(word for word in words if not is_held_out(word, 0.3))
     texts = [*TEXTS, *[held] * 500, *[trained] * 500]
     vocabulary = data(tmp_path, texts, validation=0.3).tokenizer.get_vocab()
     assert trained in vocabulary
@@ -63,10 +63,10 @@ def test_it_is_not_trained_on_held_out_documents(tmp_path):
 def test_streamed_and_prepared_documents_train_the_same_tokenizer(tmp_path):
     batches = []
     for streaming in (False, True):
-        made = data(tmp_path, streaming=streaming)
-        made.prepare_data()
-        made.setup("fit")
-        batches.append(handed_out(made.train_dataloader()))
+        built = data(tmp_path, streaming=streaming)
+        built.prepare_data()
+        built.setup("fit")
+        batches.append(handed_out(built.train_dataloader()))
     assert batches[0] == batches[1]
 
 
@@ -94,8 +94,8 @@ def test_refusals(tmp_path):
         SFTData(rows, tokenizer=TrainedBPE()).prepare_data()
     with pytest.raises(UserError, match=r"learns from data.train, and the recipe names no source"):
         _ = PretrainData(validation=rows, tokenizer=TrainedBPE()).tokenizer
-    made = data(tmp_path)
-    made.prepare_data()
-    shards = made.shards("train")[0].directory
+    built = data(tmp_path)
+    built.prepare_data()
+    shards = built.shards("train")[0].directory
     with pytest.raises(UserError, match=r"TrainedBPE learns from texts, and .* holds tokens"):
         PretrainData(str(shards), tokenizer=TrainedBPE()).prepare_data()

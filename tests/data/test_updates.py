@@ -99,17 +99,17 @@ def stream_loader(layout, limit, made, length_known):
 @pytest.mark.parametrize("layout", LAYOUTS, ids=str)
 @pytest.mark.parametrize("isolate", [False, True])
 def test_the_batches_of_a_stream_add_up_to_their_updates(tmp_path, layout, isolate):
-    made = pretrain_data(corpus(tmp_path, 25), isolate=isolate, packing="best_fit" if isolate else "concat")
+    built = pretrain_data(corpus(tmp_path, 25), isolate=isolate, packing="best_fit" if isolate else "concat")
     for limit in LIMITS:
-        assert wrong_totals(partial(stream_loader, limit=limit, made=made, length_known=True), layout, limit) == []
+        assert wrong_totals(partial(stream_loader, limit=limit, made=built, length_known=True), layout, limit) == []
         if isinstance(limit, int) or limit == 1.0:  # of a stream of unknown length Lightning takes no share
-            load = partial(stream_loader, limit=limit, made=made, length_known=False)
+            load = partial(stream_loader, limit=limit, made=built, length_known=False)
             assert wrong_totals(load, layout, limit) == []
 
 
 def test_a_stream_that_ignores_the_limit_is_caught(tmp_path, monkeypatch):
-    made = pretrain_data(corpus(tmp_path, 25))
-    load = partial(stream_loader, limit=3, made=made, length_known=True)
+    built = pretrain_data(corpus(tmp_path, 25))
+    load = partial(stream_loader, limit=3, made=built, length_known=True)
     monkeypatch.setattr(Layout, "within", whole_updates)
     assert wrong_totals(load, (2, 2, 2), 3) == [1]
 

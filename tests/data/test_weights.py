@@ -97,7 +97,7 @@ def test_texts_have_the_weight_of_their_row():
 
 
 @pytest.mark.parametrize("template", ["chatml", PREFIXES, REWRITES])
-def test_spans_are_what_carries_loss_of_a_turn(template):
+def test_only_the_spans_of_a_turn_carry_loss(template):
     end = "<|im_end|>" if template == "chatml" else "<eos>"
     spans = {"messages": [turn("user", "q"), turn("assistant", ALPHABET, train=[[2, 4], [6, 9]]), turn("user", "r")]}
     assert weighed(spans, template) == {1.0: "cdghi"}
@@ -105,14 +105,14 @@ def test_spans_are_what_carries_loss_of_a_turn(template):
     assert weighed(spans, template) == {1.0: "cdghi", 2.0: f"op{end}"}
 
 
-def test_spans_that_cannot_be_found_are_an_error():
+def test_spans_that_the_template_changes_are_refused():
     shouting = PREFIXES.replace("m.content", "m.content | upper")
     row = {"messages": [turn("user", "q"), turn("assistant", "a", reasoning_content="b", train=[[0, 1]])]}
     with pytest.raises(UserError, match=r"spans that carry loss can't be found|doesn't write"):
         one(row, shouting)
 
 
-def test_everything_with_other_weights_over_it():
+def test_train_on_all_keeps_the_weights_of_turns():
     row = asked_twice(weight=0)
     whole = weighed(asked_twice(), train_on="all")[1.0]
     assert weighed(row, train_on="all") == {1.0: whole.replace("Lyon<|im_end|>", "")}
@@ -123,7 +123,7 @@ def test_everything_with_other_weights_over_it():
 
 
 @pytest.mark.parametrize(("template", "end"), [("chatml", "<|im_end|>"), (PREFIXES, "<eos>")])
-def test_a_users_turn_carries_loss_if_it_says_so(template, end):
+def test_a_user_turn_with_a_weight_carries_loss(template, end):
     row = {
         "messages": [turn("user", "q", train=True), turn("assistant", "a", train=False), turn("user", "r", weight=2)]
     }
@@ -149,8 +149,8 @@ def test_a_users_turn_is_trained_with_the_answer_that_follows_it():
     }
     _, example = one({"messages": row["messages"][:4]}, REWRITES)
     assert len(example.segments) == 2
-    found = weighed({"messages": row["messages"][:4]}, REWRITES)
-    assert found == {1.0: "one<eos>Lyon<eos>", 2.0: "two<eos>", 0.5: "Paris<eos>"}
+    actual = weighed({"messages": row["messages"][:4]}, REWRITES)
+    assert actual == {1.0: "one<eos>Lyon<eos>", 2.0: "two<eos>", 0.5: "Paris<eos>"}
     with pytest.raises(UserError, match="turn 5, which is to be trained, is in none of them"):
         one(row, REWRITES)
     assert weighed(row, PREFIXES)[1.0] == "one<eos>Lyon<eos>three<eos>"
@@ -268,7 +268,7 @@ def test_every_spelling_gives_the_same_tokens(tmp_path):
     assert len(shown) == 1
 
 
-def test_weights_are_shown(tmp_path):
+def test_the_preview_shows_weights(tmp_path):
     path = write_jsonl(tmp_path / "rows.jsonl", [asked_twice(weight=0.25), asked_twice()])
     module = data(tmp_path, template="chatml")
     module.sources["train"] = path

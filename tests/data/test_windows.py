@@ -35,12 +35,12 @@ def targets(found):
 @pytest.mark.parametrize("max_length", [1, 7, 16, 200])
 def test_every_token_is_a_label_once_and_follows_its_input(kind, isolate, max_length):
     documents = numbered(ragged())
-    found = rows(kind(max_length, isolate), documents)
+    actual = rows(kind(max_length, isolate), documents)
     firsts = [int(ids[0]) for ids in documents]
     missing = firsts[:1] if kind is Concat and not isolate else firsts
     everything = set(range(int(documents[-1][-1]) + 1))
-    assert sorted(targets(found)) == sorted(everything - set(missing))
-    for row in found:
+    assert sorted(targets(actual)) == sorted(everything - set(missing))
+    for row in actual:
         assert len(row.input_ids) == len(row.labels) == row.lengths.sum() <= max_length
         carries = row.labels != IGNORE_INDEX
         assert (row.labels[carries] == row.input_ids[carries] + 1).all()
@@ -48,9 +48,9 @@ def test_every_token_is_a_label_once_and_follows_its_input(kind, isolate, max_le
 
 def test_concat_fills_every_row_but_the_last_and_keeps_the_order():
     documents = numbered(ragged())
-    found = rows(Concat(16, False), documents)
-    assert [len(row.input_ids) for row in found[:-1]] == [16] * (len(found) - 1)
-    assert np.concatenate([row.input_ids for row in found]).tolist() == list(range(int(documents[-1][-1])))
+    actual = rows(Concat(16, False), documents)
+    assert [len(row.input_ids) for row in actual[:-1]] == [16] * (len(actual) - 1)
+    assert np.concatenate([row.input_ids for row in actual]).tolist() == list(range(int(documents[-1][-1])))
 
 
 @pytest.mark.parametrize("kind", [Concat, BestFit])
@@ -67,21 +67,21 @@ def test_isolated_documents_stay_apart(kind):
 def test_best_fit_cuts_no_document_that_fits_into_a_row():
     documents = numbered(ragged(300, longest=30))
     for isolate in (False, True):
-        found = rows(BestFit(29 if isolate else 30, isolate), documents)
-        starts = {int(piece[0]) for row in found for piece in np.split(row.input_ids, np.cumsum(row.lengths)[:-1])}
+        actual = rows(BestFit(29 if isolate else 30, isolate), documents)
+        starts = {int(piece[0]) for row in actual for piece in np.split(row.input_ids, np.cumsum(row.lengths)[:-1])}
         if isolate:
             assert starts == {int(ids[0]) for ids in documents if len(ids) > 1}
-        inputs = [set(row.input_ids.tolist()) for row in found]
+        inputs = [set(row.input_ids.tolist()) for row in actual]
         assert all(any(set(ids.tolist()[:-1]) <= row for row in inputs) for ids in documents)
 
 
 def test_best_fit_of_a_buffer_fills_nearly_as_well_as_that_of_everything():
     lengths = ragged(4000, longest=60)
-    found = rows(BestFit(64, True), numbered(lengths))
+    actual = rows(BestFit(64, True), numbered(lengths))
     assert sum(lengths) > 5 * BUFFERED_ROWS * 64, "several buffers"
     sizes = np.array([length - 1 for length in lengths if length > 1])
     best = len(pack(sizes, 64)[1]) - 1
-    assert len(found) <= best * 1.03
+    assert len(actual) <= best * 1.03
 
 
 @pytest.mark.parametrize(("kind", "isolate"), KINDS)

@@ -135,10 +135,10 @@ def test_what_is_kept_for_the_backward_pass_changes_nothing(kept, monkeypatch):
     hidden, targets, head = make(bias=True)
     inputs, weights = (hidden, *head.parameters()), torch.linspace(-1, 2, N, dtype=torch.float64)
     logps = token_logps(hidden, targets, head, chunk_size=CHUNK)
-    wanted = gradients(-naive(hidden, targets, head, plain_cross_entropy)[0] @ weights, *inputs)
+    expected = gradients(-naive(hidden, targets, head, plain_cross_entropy)[0] @ weights, *inputs)
     first = gradients(logps @ weights, *inputs, retain_graph=True)
-    for found in (first, gradients(logps @ weights, *inputs)):  # a graph that is kept can be gone through again
-        assert_close(found, wanted, TOLERANCE[torch.float64])
+    for actual in (first, gradients(logps @ weights, *inputs)):  # a graph that is kept can be gone through again
+        assert_close(actual, expected, TOLERANCE[torch.float64])
 
 
 @pytest.mark.parametrize("frozen", ["head", "hidden", "bias", "both"])
@@ -269,12 +269,12 @@ def test_bfloat16(name, mode):
     assert output.loss_sum.dtype == logps.dtype == torch.float32
     assert abs(output.loss_sum - exact) <= 3e-3 * exact
     assert abs(output.correct - correct) <= 4
-    got, wanted = gradients(output.loss_sum, *inputs), gradients(full.sum(), hidden, *low.parameters())
-    for a, b, parameter in zip(got, wanted, inputs, strict=True):
+    got, expected = gradients(output.loss_sum, *inputs), gradients(full.sum(), hidden, *low.parameters())
+    for a, b, parameter in zip(got, expected, inputs, strict=True):
         assert a.dtype == parameter.dtype
         assert (a.float() - b.float()).norm() <= 1e-2 * b.float().norm()
     if name == "plain":
-        for a, b in zip(gradients(-logps.sum(), *inputs), wanted, strict=True):
+        for a, b in zip(gradients(-logps.sum(), *inputs), expected, strict=True):
             assert (a.float() - b.float()).norm() <= 1e-2 * b.float().norm()
 
 

@@ -122,12 +122,12 @@ def test_torch_func_equals_full_logits(name):
 @pytest.mark.parametrize("name", FUNCTIONS)
 def test_forward_mode_equals_full_logits(name):
     hidden, targets, head = make()
-    found = []
+    actual = []
     for function in FUNCTIONS[name]:
         with forward_ad.dual_level():
             dual = forward_ad.make_dual(hidden.detach(), torch.ones_like(hidden))
-            found.append(forward_ad.unpack_dual(function(dual, targets, head, None)).tangent)
-    assert_close([found[0]], [found[1]], 1e-10)
+            actual.append(forward_ad.unpack_dual(function(dual, targets, head, None)).tangent)
+    assert_close([actual[0]], [actual[1]], 1e-10)
 
 
 class Learned(TokenLoss, nn.Module):

@@ -138,7 +138,7 @@ def test_what_is_clipped_has_no_gradient(completions):
 
 
 @pytest.mark.parametrize("name", FORMULAS)
-def test_the_sum_does_not_depend_on_how_completions_are_cut(completions, name):
+def test_the_sum_does_not_depend_on_micro_batches(completions, name):
     loss, _ = FORMULAS[name]
     whole, parts = loss(completions), []
     for first, last in ((0, 2), (2, 3), (3, 5)):
@@ -157,7 +157,7 @@ def test_the_sum_does_not_depend_on_how_completions_are_cut(completions, name):
 # ---- the KL penalty
 
 
-def test_estimates_of_the_divergence_and_what_their_gradients_mean():
+def test_kl_estimates_and_their_gradients_have_the_documented_expectations():
     """By enumeration of one token: k1 and k3 are unbiased values; k2 has the gradient of the reverse KL, k1 none."""
     torch.manual_seed(2)
     logits = torch.randn(7, dtype=torch.float64, requires_grad=True)
@@ -178,7 +178,7 @@ def test_estimates_of_the_divergence_and_what_their_gradients_mean():
 
 
 @pytest.mark.parametrize("values", [(0.0, 0.2), (0.2, -0.1)])
-def test_ranges_that_make_no_sense(values):
+def test_invalid_ranges_are_refused(values):
     with pytest.raises(UserError, match="but has to be above 0"):
         GRPOLoss(*values)
     with pytest.raises(UserError, match="but has to be above 0"):

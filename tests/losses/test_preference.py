@@ -319,8 +319,8 @@ WITH_BETA = [type(loss) for loss, _ in CASES.values() if hasattr(loss, "beta") a
 @pytest.mark.parametrize("loss", sorted(set(WITH_BETA) - {Offset, SFTTerm}, key=lambda loss: loss.__name__))
 @pytest.mark.parametrize("beta", [-0.1, 0, math.nan, math.inf])
 def test_beta_is_positive(loss, beta):
-    wanted = "finite" if beta == math.inf else "above 0"
-    with pytest.raises(UserError, match=f"^model.loss: beta is {beta}, but has to be {wanted}$"):
+    expected = "finite" if beta == math.inf else "above 0"
+    with pytest.raises(UserError, match=f"^model.loss: beta is {beta}, but has to be {expected}$"):
         loss(beta=beta)
 
 

@@ -83,8 +83,8 @@ def projected(logps):
 
 
 def gradients(model, value):
-    found = torch.autograd.grad(value, list(model.parameters()), allow_unused=True)
-    return [torch.zeros(()) if g is None else g for g in found]
+    actual = torch.autograd.grad(value, list(model.parameters()), allow_unused=True)
+    return [torch.zeros(()) if g is None else g for g in actual]
 
 
 def assert_equal_to_paths_alone(layout, attention, name, examples, dtype=torch.float32, **changes):
@@ -160,7 +160,7 @@ FAULTS = {"path_positions": parents_end, "_own_places": one_place_on}
 
 @pytest.mark.parametrize("fault", FAULTS)
 @pytest.mark.parametrize("layout", ["documents", "padded"])
-def test_another_path_or_place_is_caught(layout, fault, monkeypatch):
+def test_a_wrong_path_or_position_would_be_caught(layout, fault, monkeypatch):
     monkeypatch.setattr(lm, fault, FAULTS[fault])
     arrange, attention = LAYOUTS[layout]
     with pytest.raises((AssertionError, IndexError)):
@@ -169,7 +169,7 @@ def test_another_path_or_place_is_caught(layout, fault, monkeypatch):
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_a_segment_that_continues_one_token_less_is_caught(layout):
+def test_a_segment_that_shares_one_token_less_would_be_caught(layout):
     """The reference reads the example's own segments, the model those of the batch."""
     arrange, attention = LAYOUTS[layout]
     example = Example(np.arange(3, 15, dtype=np.int32), np.arange(12) > 0, (Segment(8), Segment(4, 0, 5)))
@@ -212,9 +212,9 @@ def test_the_layouts_of_two_pairs_written_out():
 
 
 def mask(length, targets):
-    made = np.zeros(length, dtype=bool)
-    made[targets] = True
-    return made
+    built = np.zeros(length, dtype=bool)
+    built[targets] = True
+    return built
 
 
 def padding_changed(batch):
@@ -261,11 +261,11 @@ def test_the_router_loss_is_that_of_the_tokens_that_were_run(layout):
     layers = tuple(torch.cat(layer) for layer in zip(*routed, strict=True))
     expected = 0.5 * load_balancing_loss_func(layers, 4, reference.config.num_experts_per_tok)
     policy, batch = LM(model.train(), arrange), batch_of(*pairs())
-    found = policy(batch, lambda states: states.router_loss)
-    assert_close([found], [expected])
+    actual = policy(batch, lambda states: states.router_loss)
+    assert_close([actual], [expected])
     names = [name for name, _ in model.named_parameters()]
     routers = [i for i, name in enumerate(names) if "gate.weight" in name]
-    ours, theirs = gradients(model, found), gradients(reference, expected)
+    ours, theirs = gradients(model, actual), gradients(reference, expected)
     assert_close([ours[i] for i in routers], [theirs[i] for i in routers])
     assert policy.eval()(batch, lambda states: states.router_loss) is None
 
@@ -360,7 +360,7 @@ def test_choosing_tries_what_it_chooses():
     assert "Mamba" in why
 
 
-def test_sharing_can_be_insisted_on(tokenizer):
+def test_shared_prompts_can_be_required(tokenizer):
     assert dpo(share_prompt=True).build(tokenizer, branching=True).layout is forest
     with pytest.raises(UserError, match=r"model\.share_prompt: .*mixes responses"):
         dpo(share_prompt=True, attn="eager").build(tokenizer, branching=True)

@@ -77,11 +77,11 @@ def test_a_pack_may_be_longer_than_the_table(tmp_path):
 
 def test_a_pair_needs_the_positions_of_its_prompt_and_the_longer_response(tmp_path):
     for packing in (True, False):
-        made = dpo_data(tmp_path, packing=packing)
-        made.setup("fit")
-        pairs = [pair_lengths(pair) for pair in made.examples("train")]
+        built = dpo_data(tmp_path, packing=packing)
+        built.setup("fit")
+        pairs = [pair_lengths(pair) for pair in built.examples("train")]
         longest = max(prompt + max(chosen, rejected) for prompt, chosen, rejected in pairs)
-        assert made.longest_path(["train"]) == ((longest, longest) if packing else None)
+        assert built.longest_path(["train"]) == ((longest, longest) if packing else None)
 
 
 def test_the_longest_path_of_a_corpus(tmp_path):
@@ -93,8 +93,8 @@ def test_the_longest_path_of_a_corpus(tmp_path):
         ("best_fit", True): (0, 4096),
     }
     for (packing, streaming), positions in expected.items():
-        made = pretrain_data(file, packing=packing, isolate=True, streaming=streaming, max_length=4096)
-        assert made.longest_path(["train"]) == positions
+        built = pretrain_data(file, packing=packing, isolate=True, streaming=streaming, max_length=4096)
+        assert built.longest_path(["train"]) == positions
     short = pretrain_data(file, packing="best_fit", isolate=True, max_length=16)
     assert short.longest_path(["train"]) == (16, 16)
     assert pretrain_data(file, max_length=4096).longest_path(["train"]) is None

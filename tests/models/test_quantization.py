@@ -95,9 +95,9 @@ def test_training_goes_on_with_the_same_gradients_after_an_evaluation(base):
     with torch.no_grad():
         evaluated.eval()(torch.arange(20)[None])
     evaluated.train()
-    (loss, expected), (again, found) = gradients(fresh), gradients(evaluated)
+    (loss, expected), (again, actual) = gradients(fresh), gradients(evaluated)
     assert torch.equal(loss, again)
-    assert all(torch.equal(found[name], gradient) for name, gradient in expected.items())
+    assert all(torch.equal(actual[name], gradient) for name, gradient in expected.items())
 
 
 def test_a_run_trains_and_resumes(tmp_path):

@@ -40,7 +40,7 @@ SETTINGS = {
 
 @pytest.fixture(scope="module")
 def teacher(tmp_path_factory):
-    """Twice as wide as the student, with larger weights, so that it has something to say."""
+    """A model twice as wide as the student, with larger weights, so its distributions are not uniform."""
     folder = tmp_path_factory.mktemp("teacher") / "model"
     return pretrained(folder, hidden_size=64, initializer_range=0.3)
 
@@ -99,8 +99,8 @@ def plain_loop(path, module, teacher):
             mask = torch.tensor(example.loss_mask[1:])
             logits = hf(input_ids=ids).logits[0, :-1][mask]
             with torch.no_grad():
-                wanted = theirs(input_ids=ids).logits[0, :-1][mask]
-            total = total + loss(module, logits, wanted, ids[0, 1:][mask])
+                expected = theirs(input_ids=ids).logits[0, :-1][mask]
+            total = total + loss(module, logits, expected, ids[0, 1:][mask])
             targets += int(mask.sum())
         optimizer.zero_grad()
         (total / targets).backward()
@@ -123,7 +123,7 @@ def loss(module, student, teacher, targets):
 
 @pytest.mark.parametrize("top_k", [None, 9999], ids=["online", "whole vocabulary cached"])
 @pytest.mark.parametrize("name", SETTINGS)
-def test_equals_a_plain_loop_however_it_is_cut(tmp_path, teacher, name, top_k):
+def test_equals_a_plain_loop_with_any_micro_batches(tmp_path, teacher, name, top_k):
     expected, losses = plain_loop(tmp_path, distill(teacher, name), teacher)
     for batch_size, micro_batches in ((8, 1), (2, 4)):
         got, updates = trained(tmp_path, distill(teacher, name, top_k=top_k), micro_batches, batch_size=batch_size)
@@ -153,7 +153,7 @@ def test_validation_does_not_depend_on_batches_or_packing(tmp_path, teacher):
 
 @pytest.mark.parametrize("top_k", [None, 4])
 @pytest.mark.parametrize("name", SETTINGS)
-def test_a_model_learns_nothing_from_itself(tmp_path, teacher, name, top_k):
+def test_a_model_that_is_its_own_teacher_has_no_gradient(tmp_path, teacher, name, top_k):
     module = distill(teacher, name, model=teacher, top_k=top_k, cross_entropy=0.0)
     _, updates = trained(tmp_path, module, max_steps=1)
     assert abs(updates[0]["divergence"]) < 1e-5
@@ -242,7 +242,7 @@ def test_streams_have_no_cache(tmp_path, teacher):
         fit(module, pretrain_data(corpus(tmp_path, 6), tokenizer=ByteTokenizer()), max_steps=1)
 
 
-def test_a_student_from_random_weights_reads_the_tokens_of_its_teacher(tmp_path):
+def test_a_student_from_random_weights_uses_the_teachers_tokenizer(tmp_path):
     teacher = pretrained(tmp_path / "other", tokenizer=plain_tokenizer())
     module = distill(teacher)
     trained(tmp_path, module, tokenizer=None, template="plain")
@@ -271,14 +271,14 @@ def test_the_second_run_computes_nothing_and_loads_no_teacher(tmp_path, teacher,
 @pytest.mark.parametrize(
     "change", [{"top_k": 5}, {"temperature": 1.5}, {"teacher_dtype": "bfloat16"}], ids=lambda c: next(iter(c))
 )
-def test_whatever_the_distributions_depend_on_computes_them_anew(tmp_path, teacher, computed, change):
+def test_the_cache_is_recomputed_if_anything_it_depends_on_changes(tmp_path, teacher, computed, change):
     trained(tmp_path, distill(teacher, top_k=4), max_steps=1)
     computed.clear()
     trained(tmp_path, distill(teacher, **{"top_k": 4} | change), max_steps=1)
     assert len(computed) == ROWS
 
 
-def test_more_of_the_vocabulary_comes_nearer_to_all_of_it(tmp_path, teacher):
+def test_a_larger_top_k_is_closer_to_the_full_distribution(tmp_path, teacher):
     exact, _ = trained(tmp_path, distill(teacher))
     away = [distance(trained(tmp_path, distill(teacher, top_k=k))[0], exact) for k in (1, 16, 128, 9999)]
     assert away == sorted(away, reverse=True)
@@ -289,7 +289,7 @@ def test_more_of_the_vocabulary_comes_nearer_to_all_of_it(tmp_path, teacher):
 
 
 @pytest.mark.parametrize("kwargs", [{}, {"top_k": 4}, {"lora": {"r": 4}}], ids=["online", "cached", "lora"])
-def test_resumed_it_is_bit_identical(tmp_path, teacher, kwargs):
+def test_a_resumed_run_is_bit_identical(tmp_path, teacher, kwargs):
     model = teacher if "lora" in kwargs else None
     whole = run(tmp_path, distill(teacher, model=model, **kwargs), tmp_path / "checkpoints")
     again = run(tmp_path, distill(teacher, model=model, **kwargs), None, saved_steps(tmp_path / "checkpoints")[1])
@@ -320,7 +320,7 @@ def test_another_vocabulary_is_refused(tmp_path, teacher):
         trained(tmp_path, distill(other, top_k=3))
 
 
-def test_padded_embeddings_are_no_other_vocabulary(tmp_path):
+def test_padded_embeddings_are_accepted(tmp_path):
     padded = pretrained(tmp_path / "padded", room=7, initializer_range=0.3)
     expected, losses = plain_loop_of_fewer(tmp_path, padded)
     _, updates = trained(tmp_path, distill(padded))
@@ -341,8 +341,8 @@ def plain_loop_of_fewer(path, teacher):
         ids = torch.tensor(example.input_ids, dtype=torch.long).unsqueeze(0)
         mask = torch.tensor(example.loss_mask[1:])
         with torch.no_grad():
-            mine, wanted = (m(input_ids=ids).logits[0, :-1][mask][:, :size] for m in (hf, theirs))
-        total += float(loss(module, mine, wanted, ids[0, 1:][mask]))
+            mine, expected = (m(input_ids=ids).logits[0, :-1][mask][:, :size] for m in (hf, theirs))
+        total += float(loss(module, mine, expected, ids[0, 1:][mask]))
         targets += int(mask.sum())
     return size, total / targets
 
@@ -355,13 +355,13 @@ MISTAKES = {
 
 
 @pytest.mark.parametrize("message", MISTAKES)
-def test_settings_that_make_no_sense_are_refused(teacher, message):
+def test_invalid_settings_are_refused(teacher, message):
     with pytest.raises(UserError, match=f"model.{message}"):
         Distill(config=LLAMA, teacher=teacher, **MISTAKES[message])
 
 
 @pytest.mark.parametrize("word", ["initial", "online", "none"])
-def test_a_teacher_is_a_model(word):
+def test_a_teacher_must_be_a_model(word):
     with pytest.raises(UserError, match=f"model.teacher: '{word}' is no model"):
         Distill(config=LLAMA, teacher=word)
 

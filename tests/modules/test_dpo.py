@@ -155,7 +155,7 @@ def responses(example):
 
 def by_hand(hf, reference, examples):
     """One big batch: the losses and metrics of pairs, `[pairs]` each."""
-    found = {name: [] for name in (*OF_PAIRS, "kl")}
+    actual = {name: [] for name in (*OF_PAIRS, "kl")}
     for example in examples:
         sequences = list(responses(example))
         logps = [log_probabilities(hf, *sequence) for sequence in sequences]
@@ -173,9 +173,9 @@ def by_hand(hf, reference, examples):
             *(mask.sum().float() for _, mask in sequences),
             sum(0.5 * ratio.detach().square().sum() for ratio in ratios),
         )
-        for name, value in zip(found, values, strict=True):
-            found[name].append(value)
-    return {name: torch.stack(values) for name, values in found.items()}
+        for name, value in zip(actual, values, strict=True):
+            actual[name].append(value)
+    return {name: torch.stack(values) for name, values in actual.items()}
 
 
 def means(found):
@@ -189,11 +189,11 @@ def plain_loop(hf, reference, data, updates):
     """SGD written out; the means over the pairs of each update."""
     optimizer, logged = torch.optim.SGD(hf.parameters(), lr=LR), []
     for ids in updates:
-        found = by_hand(hf, reference, [data.examples("train")[i] for i in ids])
+        actual = by_hand(hf, reference, [data.examples("train")[i] for i in ids])
         optimizer.zero_grad()
-        found["loss"].mean().backward()
+        actual["loss"].mean().backward()
         optimizer.step()
-        logged.append(means(found))
+        logged.append(means(actual))
     return logged
 
 
@@ -245,7 +245,7 @@ def assert_logged(updates, expected):
     ("batch_size", "micro_batches", "share", "reference"),
     [(1, 8, "auto", True), (2, 4, "auto", True), (8, 1, "auto", True), (2, 4, False, True), (3, 3, "auto", False)],
 )
-def test_equals_a_plain_loop_however_it_is_cut(
+def test_equals_a_plain_loop_with_any_micro_batches(
     tmp_path, base, other, plain, batch_size, micro_batches, share, reference
 ):
     size = batch_size * micro_batches
@@ -338,8 +338,8 @@ def test_validation_does_not_depend_on_batches_packing_or_layout(tmp_path, base,
     examples = dpo_data(tmp_path, ROWS, seed=5).examples("train")
     hf, reference = (build_model(name).double() for name in (base, other))
     with torch.no_grad():
-        found = by_hand(hf, reference, [examples[i] for i in range(ROWS)])
-    expected = {f"val/{name}": value for name, value in means(found).items()}
+        actual = by_hand(hf, reference, [examples[i] for i in range(ROWS)])
+    expected = {f"val/{name}": value for name, value in means(actual).items()}
     for kwargs in (
         {"eval_batch_size": 1},
         {"eval_batch_size": 3},

@@ -109,7 +109,7 @@ OBJECTIVES = {
 
 
 @pytest.mark.parametrize("name", OBJECTIVES)
-def test_equals_a_plain_loop_however_it_is_cut(tmp_path, name):
+def test_equals_a_plain_loop_with_any_micro_batches(tmp_path, name):
     module = grpo(**OBJECTIVES[name])
     samples = run(tmp_path, module)
     assert [len(groups) for groups in samples.sampled] == [4, 3]
@@ -208,7 +208,7 @@ def test_on_policy_the_ratio_is_1_and_sampled_equals_recomputed(tmp_path):
         assert 0 < update["train/entropy"] < np.log(300)
 
 
-def test_a_prompt_is_completed_the_same_wherever_it_is_trained(tmp_path):
+def test_completions_do_not_depend_on_micro_batches_or_ranks(tmp_path):
     together = run(tmp_path, grpo(), data={"prompts_per_call": 8}, max_steps=1).sampled[0]
     apart = run(tmp_path, grpo(), data={"prompts_per_call": 1}, max_steps=1).sampled[0]
     assert same([together], [apart])
@@ -249,7 +249,7 @@ def test_two_processes_train_as_one(tmp_path):
 # ---- several updates per rollout
 
 
-def test_rollouts_serve_several_updates(tmp_path):
+def test_rollouts_are_used_for_several_updates(tmp_path):
     logged = Logged()
     data = {"batch_size": 2, "steps_per_rollout": 2, "iterations": 2}
     samples = run(tmp_path, grpo(), data=data, callbacks=[logged])
@@ -261,7 +261,7 @@ def test_rollouts_serve_several_updates(tmp_path):
 
 
 @pytest.mark.parametrize("step", range(1, 8))
-def test_resumed_it_is_bit_identical(tmp_path, step):
+def test_a_resumed_run_is_bit_identical(tmp_path, step):
     data = {"batch_size": 2, "steps_per_rollout": 2, "iterations": 2}
     adam = {"optimizer": lambda params: torch.optim.AdamW(params, lr=1e-2), "kl": 0.1}
     callbacks = [Checkpoints(every=1, keep=20)]
@@ -284,7 +284,7 @@ def test_resumed_it_is_bit_identical(tmp_path, step):
 
 @pytest.mark.parametrize("kl_in", ["loss", "reward"])
 @pytest.mark.parametrize("lora", [None, {"r": 4}], ids=["full", "lora"])
-def test_the_penalty_is_0_at_the_start_and_holds_the_policy_back(tmp_path, kl_in, lora):
+def test_the_penalty_is_0_at_the_start_and_keeps_the_policy_near_the_reference(tmp_path, kl_in, lora):
     moved = []
     for kl in (0.0, 1.0):
         logged = Logged()

@@ -163,7 +163,7 @@ def by_hand(hf, reference, data, ids, kl=True):
 
 def means(rows):
     good, rewards, logps = rows["good"], rows["reward"].double(), rows["logp"].double()
-    found = {
+    actual = {
         "loss": rows["loss"].detach().double().mean(),
         "kl": rows["kl"],
         "rewards/sign_accuracy": (0.5 + 0.5 * torch.where(good, 1, -1) * rewards.sign()).mean(),
@@ -172,8 +172,8 @@ def means(rows):
         "logps/chosen": logps[good].mean(),
         "logps/rejected": logps[~good].mean(),
     }
-    found["rewards/margins"] = found["rewards/chosen"] - found["rewards/rejected"]
-    return {name: float(value) for name, value in found.items() if not math.isnan(value)}
+    actual["rewards/margins"] = actual["rewards/chosen"] - actual["rewards/rejected"]
+    return {name: float(value) for name, value in actual.items() if not math.isnan(value)}
 
 
 def plain_loop(hf, reference, data, updates, **kwargs):
@@ -225,7 +225,7 @@ def assert_logged(updates, expected):
     ("batch_size", "micro_batches", "reference"),
     [(1, 8, True), (2, 4, True), (8, 1, True), (3, 3, False)],
 )
-def test_equals_a_plain_loop_however_it_is_cut(tmp_path, base, other, plain, batch_size, micro_batches, reference):
+def test_equals_a_plain_loop_with_any_micro_batches(tmp_path, base, other, plain, batch_size, micro_batches, reference):
     expected, logged = plain(batch_size * micro_batches, other if reference else None)
     assert len(logged) == 2
     assert not reference or logged[0]["kl"] > 0.1, "the divergence would not matter"
@@ -349,8 +349,8 @@ def test_validation_does_not_depend_on_batches_or_packing(tmp_path, base, other)
     data = kto_data(tmp_path, ROWS, seed=5)
     hf, reference = (build_model(name).double() for name in (base, other))
     with torch.no_grad():
-        found = by_hand(hf, reference, data, range(ROWS))
-    expected = {f"val/{name}": value for name, value in means(found).items()}
+        actual = by_hand(hf, reference, data, range(ROWS))
+    expected = {f"val/{name}": value for name, value in means(actual).items()}
     for kwargs in (
         {"eval_batch_size": 1},
         {"eval_batch_size": 3},

@@ -67,22 +67,22 @@ def test_the_object_itself_is_trained_and_two_modules_can_share_it(tmp_path, fol
 
 
 def test_a_preset_policy_is_its_own_reference_at_the_start(tmp_path, folder):
-    made = preset(dpo(), load(folder))
+    built = preset(dpo(), load(folder))
     loop = trainer(max_steps=1)
-    loop.fit(made, dpo_data(tmp_path, n=8))
+    loop.fit(built, dpo_data(tmp_path, n=8))
     assert float(loop.callback_metrics["train/loss"]) == pytest.approx(math.log(2), abs=1e-6)
-    made.model = load(folder)  # another model, and so another reference
+    built.model = load(folder)  # another model, and so another reference
     loop = trainer(max_steps=1)
-    loop.fit(made, dpo_data(tmp_path, n=8))
+    loop.fit(built, dpo_data(tmp_path, n=8))
     assert float(loop.callback_metrics["train/loss"]) == pytest.approx(math.log(2), abs=1e-6)
 
 
 def test_adapters_around_an_object(tmp_path, folder):
-    made = SFT(load(folder), optimizer=sgd, lora={"r": 2})
-    trained = fit(made, data(tmp_path, n=8), max_steps=1)
+    built = SFT(load(folder), optimizer=sgd, lora={"r": 2})
+    trained = fit(built, data(tmp_path, n=8), max_steps=1)
     assert {name for name in trained if "lora" in name}
-    assert not made.keeps_trained_weights_only, "checkpoints hold the base, which no name leads to"
-    assert "model.hf.base_model.model.lm_head.weight" in made.state_dict()
+    assert not built.keeps_trained_weights_only, "checkpoints hold the base, which no name leads to"
+    assert "model.hf.base_model.model.lm_head.weight" in built.state_dict()
 
 
 def test_rows_of_added_tokens_are_initialised_once(folder):
@@ -130,7 +130,7 @@ REFUSED = {
 
 
 @pytest.mark.parametrize("case", REFUSED)
-def test_what_can_not_be_trained_is_refused_in_one_line(folder, case):
+def test_unsupported_models_are_refused_in_one_line(folder, case):
     make, message = REFUSED[case]
     with pytest.raises(UserError, match=message) as error:
         make(load(folder), folder)

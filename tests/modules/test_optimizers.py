@@ -89,7 +89,7 @@ class CountedTensor(SGD):
 
 
 @pytest.mark.parametrize("optimizer", [ScheduleFree, Prodigy, CountedTensor])
-def test_all_that_is_in_the_groups_is_resumed(tmp_path, optimizer):
+def test_everything_in_the_parameter_groups_is_resumed(tmp_path, optimizer):
     whole, part, resumed = (module(optimizer, schedule=Linear(0.2)) for _ in range(3))
     run(tmp_path, whole, 8)
     run(tmp_path, part, 8, callbacks=[StopAt(3, tmp_path / "part.ckpt")])
@@ -111,7 +111,7 @@ class StopAt(L.Callback):
             trainer.should_stop = True
 
 
-def test_changed_settings_are_applied_and_what_the_optimizer_keeps_is_not(tmp_path):
+def test_changed_settings_apply_and_the_optimizers_own_state_is_kept(tmp_path):
     first = run(
         tmp_path, module(lambda params: Prodigy(params, lr=1.0)), 8, callbacks=[StopAt(3, tmp_path / "part.ckpt")]
     )
@@ -150,8 +150,8 @@ INTERVAL["a dictionary with a config"] = 2
 def configured(form, schedule=lambda o: ExponentialLR(o, 0.7), optimizer=lambda ps: SGD(ps, lr=0.1, momentum=0.9)):
     class Configured(SFT):
         def configure_optimizers(self):
-            made = optimizer(self.parameters())
-            return form(made, schedule(made))
+            built = optimizer(self.parameters())
+            return form(built, schedule(built))
 
     return Configured(config=LLAMA)
 
@@ -291,7 +291,7 @@ def test_several_optimizers_in_manual_optimisation(tmp_path):
     assert steps["train/loss"] == pytest.approx(losses, rel=1e-5)
 
 
-def test_a_subclass_may_change_what_ours_returns(tmp_path):
+def test_a_subclass_may_change_the_result_of_configure_optimizers(tmp_path):
     class Changed(SFT):
         def configure_optimizers(self):
             ours = super().configure_optimizers()
@@ -310,13 +310,13 @@ def test_lr_find_sets_the_rate(tmp_path):
     sft = module(schedule=Linear(2))
     train = trainer(max_steps=4, default_root_dir=tmp_path)
     rows = data(tmp_path, 16, **CUT)
-    found = Tuner(train).lr_find(sft, datamodule=rows, min_lr=1e-4, max_lr=1.0, num_training=40)
-    assert sft.learning_rate == found.suggestion() and len(found.results["loss"]) >= 10
+    actual = Tuner(train).lr_find(sft, datamodule=rows, min_lr=1e-4, max_lr=1.0, num_training=40)
+    assert sft.learning_rate == actual.suggestion() and len(actual.results["loss"]) >= 10
     assert sft.tokens_seen["tokens"] == 0
     steps = Steps()
     train.callbacks.append(steps)
     train.fit(sft, rows)
-    assert steps["train/lr"] == pytest.approx([factor * found.suggestion() for factor in (0, 0.5, 1, 0.5)])
+    assert steps["train/lr"] == pytest.approx([factor * actual.suggestion() for factor in (0, 0.5, 1, 0.5)])
 
 
 def test_the_learning_rate_finder_trains_with_the_rate_it_finds(tmp_path):
@@ -336,9 +336,9 @@ def test_the_learning_rate_finder_trains_with_the_rate_it_finds(tmp_path):
 
 def groups_of(tmp_path, optimizer=lambda ps: AdamW(ps, lr=0.1, weight_decay=0.2), **kwargs):
     sft = module(optimizer, **kwargs)
-    made = run(tmp_path, sft, 1).optimizers[0]
+    built = run(tmp_path, sft, 1).optimizers[0]
     names = {id(p): name.removeprefix("model.hf.") for name, p in sft.named_parameters()}
-    return {names[id(p)]: group for group in made.param_groups for p in group["params"]}
+    return {names[id(p)]: group for group in built.param_groups for p in group["params"]}
 
 
 def test_groups_by_name(tmp_path):
@@ -392,12 +392,12 @@ class Thaw(L.Callback):
 
 
 @pytest.mark.parametrize("optimizer", [lambda ps: SGD(ps, lr=0.1, momentum=0.9), lambda ps: AdamW(ps, lr=1e-3)])
-def test_what_is_frozen_and_thawed_again_is_trained_from_then_on(tmp_path, optimizer):
-    hf, made, updates = plain(tmp_path, 4, epochs=2, n=16, optimizer=optimizer)
+def test_unfrozen_modules_are_trained_from_then_on(tmp_path, optimizer):
+    hf, built, updates = plain(tmp_path, 4, epochs=2, n=16, optimizer=optimizer)
     hf.model.layers[0].requires_grad_(False)
-    stepped(hf, made, updates[:2])
+    stepped(hf, built, updates[:2])
     hf.model.layers[0].requires_grad_(True)
-    _, _, expected = stepped(hf, made, updates[2:6])
+    _, _, expected = stepped(hf, built, updates[2:6])
     sft = module(optimizer, freeze=["model.layers.0"])
     run(tmp_path, sft, 6, callbacks=[Thaw()])
     assert distance(weights(sft), expected) < 1e-4

@@ -1,4 +1,4 @@
-"""Plain `nn.Module`s as models: trained like a plain loop, checked before training, and exported."""
+"""Training of any `nn.Module`: updates equal a plain loop, modules are checked before training, and exported."""
 
 import json
 from types import SimpleNamespace
@@ -25,7 +25,7 @@ SIZE = 260
 
 
 class Recurrent(nn.Module):
-    """A GRU over embeddings; knows neither positions nor masks."""
+    """A GRU over embeddings; takes neither positions nor a mask."""
 
     def __init__(self, vocabulary=SIZE, width=16):
         super().__init__()
@@ -59,7 +59,7 @@ class Attending(nn.Module):
 
 
 class Isolating(Attending):
-    """The same, with documents of a row apart: positions start again where one begins."""
+    """The same, but documents of a row don't see each other; a document begins where positions restart."""
 
     def forward(self, input_ids, position_ids, attention_mask=None):
         hidden = self.embedding(input_ids) + self.places(position_ids)
@@ -77,7 +77,7 @@ class Capped(Recurrent):
 
 
 class Blocks(nn.Sequential):
-    """A model without names or a class of its own."""
+    """A `Sequential`: its submodules have no names, and it has no class of its own."""
 
     def __init__(self):
         super().__init__(nn.Embedding(SIZE, 16), nn.Linear(16, 16), nn.SiLU(), nn.Linear(16, SIZE))
@@ -89,7 +89,7 @@ def new(cls, **kwargs):
 
 
 def update_alone(net, optimizer, rows, targets_of):
-    """An update of a plain loop: the sum over all targets by their number, one unpadded row at a time."""
+    """An update of a plain loop: the loss summed over all targets / their number, one unpadded row at a time."""
     losses = []
     for ids, targets in rows:
         places = {"position_ids": torch.arange(len(ids))[None]} if isinstance(net, Attending) else {}
@@ -149,8 +149,8 @@ def test_pretraining_of_a_module_is_a_plain_loop(tmp_path, cls):
     assert distance(dict(net.named_parameters()), dict(expected.named_parameters())) < 1e-6
 
 
-def test_the_head_is_known_by_what_it_computes():
-    """It then runs only where there are targets, and the logits are never all in memory."""
+def test_the_head_is_identified_by_its_output():
+    """A detected head runs only at targets, so the full logits are never in memory."""
     heads = {
         cls: SFT(new(cls)).build(ByteTokenizer().build()).hf.body.head_name for cls in (Recurrent, Attending, Blocks)
     }
@@ -201,7 +201,7 @@ REFUSED = {
 
 
 @pytest.mark.parametrize("case", REFUSED)
-def test_what_can_not_be_trained_is_refused_in_one_line(case):
+def test_unsupported_modules_are_refused_in_one_line(case):
     make, message = REFUSED[case]
     with pytest.raises(UserError, match=message) as error:
         make()
@@ -232,7 +232,7 @@ def test_added_tokens_need_rows_of_the_module():
     assert float(net.head.weight[260].min()) == 1.0, "trained meanwhile"
 
 
-def test_names_are_those_of_the_module(tmp_path):
+def test_freeze_and_groups_use_the_modules_own_names(tmp_path):
     net = new(Recurrent)
     before = {name: p.clone() for name, p in net.named_parameters()}
     sft = SFT(net, freeze=["layer"], groups={"head": {"lr": 0.0}}, optimizer=sgd)
@@ -269,7 +269,7 @@ def test_a_completion_does_not_depend_on_the_others_of_its_batch(cls):
     assert len(set(alone)) > 1
 
 
-def test_an_export_is_built_again_from_its_folder(tmp_path):
+def test_an_export_can_be_built_from_its_folder(tmp_path):
     net = new(Recurrent, width=12)
     sft = SFT(net, optimizer=sgd)
     trainer(max_steps=1).fit(sft, data(tmp_path, n=8))

@@ -78,11 +78,11 @@ def test_shapes_have_about_the_parameters_they_are_named_for():
 
     named = {"1m": 1e6, "10m": 1e7, "30m": 3e7, "135m": 1.35e8, "1b": 1.2e9, "8b": 8e9}
     vocabulary = {"135m": 49152, "1b": 128256, "8b": 128256}
-    for shape, wanted in named.items():
+    for shape, expected in named.items():
         config = AutoConfig.for_model(**shape_config(shape) | {"vocab_size": vocabulary.get(shape, 256)})  # type: ignore[arg-type]
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(config)
-        assert sum(p.numel() for p in model.parameters()) == pytest.approx(wanted, rel=0.12)
+        assert sum(p.numel() for p in model.parameters()) == pytest.approx(expected, rel=0.12)
 
 
 def test_a_shape_is_for_random_weights():

@@ -355,8 +355,8 @@ def test_another_model_in_less_precision(tmp_path, base, other, computed):
     example = half.trainer.datamodule.examples("train")[0]
     with torch.no_grad():
         expected = sum(float(log_probabilities(hf, *sequence).sum()) for sequence in responses(example))
-    found = float(half.reference.opened.stores["train"].logps([0]).sum())
-    assert found == pytest.approx(expected, rel=1e-2)
+    actual = float(half.reference.opened.stores["train"].logps([0]).sum())
+    assert actual == pytest.approx(expected, rel=1e-2)
 
 
 # ---- adapters

@@ -114,7 +114,7 @@ def trained(tmp_path, batch_size=8, micro_batches=1, packing=False, **kwargs):
 
 
 @pytest.mark.parametrize(("batch_size", "micro_batches"), [(1, 8), (2, 4), (8, 1)])
-def test_equals_a_plain_loop_however_it_is_cut(tmp_path, reference, batch_size, micro_batches):
+def test_equals_a_plain_loop_with_any_micro_batches(tmp_path, reference, batch_size, micro_batches):
     ours, got, losses = trained(tmp_path, batch_size, micro_batches)
     assert ours.causal_lm.layout is forest
     assert distance(got, reference[0]) < 1e-6
@@ -214,15 +214,15 @@ def test_scores_do_not_depend_on_what_shares_the_batch(tmp_path):
 
 
 def test_validation_does_not_depend_on_the_batch_size_or_packing(tmp_path):
-    found = []
+    actual = []
     for kwargs in ({"eval_batch_size": 1}, {"eval_batch_size": 5}, {"packing": True}):
         ours = module()
         L.seed_everything(1)
         loop = trainer()
         rows = data(tmp_path, validation=str(tmp_path / "pairs-7-0.jsonl"), **kwargs)
-        found.append(loop.validate(ours, rows, verbose=False)[0])
-    assert found[1] == pytest.approx(found[0], rel=1e-6)
-    assert found[2] == pytest.approx(found[0], rel=1e-6)
+        actual.append(loop.validate(ours, rows, verbose=False)[0])
+    assert actual[1] == pytest.approx(actual[0], rel=1e-6)
+    assert actual[2] == pytest.approx(actual[0], rel=1e-6)
 
 
 # ---- metrics

@@ -82,7 +82,7 @@ def alone(path, name):
 
 
 @pytest.mark.slow
-def test_two_processes_refuse_and_train_what_one_does(tmp_path):
+def test_two_processes_train_and_refuse_like_one(tmp_path):
     results = on_two_processes(tmp_path)
     assert "FalconH1ForCausalLM computes its logits in a way that is not supported" in results["unknown"]
     for name in CONFIGS:
@@ -94,7 +94,7 @@ def test_two_processes_refuse_and_train_what_one_does(tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("fault", ["unchecked", "leaking"])
-def test_a_sharded_run_without_the_checks_is_caught(tmp_path, fault):
+def test_a_sharded_run_without_the_checks_would_be_caught(tmp_path, fault):
     results = on_two_processes(tmp_path, fault)
     if fault == "unchecked":
         assert results["unknown"]["loss"] > 0  # trained, on a loss that is not the model's

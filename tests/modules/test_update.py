@@ -81,7 +81,7 @@ def reference(tmp_path):
 
 
 @pytest.mark.parametrize(("batch_size", "micro_batches"), LAYOUTS[:3])
-def test_equals_a_plain_loop_however_it_is_cut(tmp_path, batch_size, micro_batches):
+def test_equals_a_plain_loop_with_any_micro_batches(tmp_path, batch_size, micro_batches):
     expected, expected_losses = reference(tmp_path)
     got, losses = trained(tmp_path, batch_size, micro_batches)
     assert distance(got, expected) < 1e-6

@@ -125,9 +125,9 @@ def test_two_processes_take_the_same_steps(tmp_path, monkeypatch):
     )
     worker = worker.replace("data(out, ROWS, batch_size", "weighed(out, batch_size")
     monkeypatch.setattr(test_update, "WORKER", worker)
-    found = test_update.on_two_processes(tmp_path, "ddp", 2, 2)
-    assert distance(found["weights"], weights(sft)) < 1e-5
-    assert found["losses"] == pytest.approx(expected, rel=1e-5)
+    actual = test_update.on_two_processes(tmp_path, "ddp", 2, 2)
+    assert distance(actual["weights"], weights(sft)) < 1e-5
+    assert actual["losses"] == pytest.approx(expected, rel=1e-5)
 
 
 def test_any_cut_gives_the_same_update(tmp_path):

@@ -85,7 +85,7 @@ def test_the_floor_is_reached_and_kept():
         assert schedule(TOTAL + 5, TOTAL) == pytest.approx(0.1)
 
 
-def test_nonsense_is_refused():
+def test_invalid_settings_are_refused():
     with pytest.raises(UserError, match="warmup"):
         Linear(-1)
     with pytest.raises(UserError, match="decay"):

@@ -155,8 +155,8 @@ def test_transforms_of_torch_func_through_the_model(tmp_path):
     with sdpa_kernel(SDPBackend.MATH):
         ours, theirs = torch.func.grad(loss)(parameters), torch.func.grad(plain)(parameters)
         assert distance(ours, theirs) < 1e-5
-        for got, wanted in zip(*(torch.func.jvp(f, (parameters,), (tangents,)) for f in (loss, plain)), strict=True):
-            assert float(got) == pytest.approx(float(wanted), rel=1e-4)
+        for got, expected in zip(*(torch.func.jvp(f, (parameters,), (tangents,)) for f in (loss, plain)), strict=True):
+            assert float(got) == pytest.approx(float(expected), rel=1e-4)
 
 
 # ---- losses
@@ -375,7 +375,7 @@ def test_an_architecture_by_class_path_fits_exports_and_generates(work, capsys):
     for source in (
         ["--model", "runs/gla/model", "--architecture", "gla.GLA"],
         ["--model", "exported", "--trust_remote_code"],
-        ["--checkpoint", "runs/gla"],
+        ["--checkpoint", "runs/gla", "--trust"],
     ):
         assert main(["generate", *source, "--prompt", "abc", "--max_new_tokens", "4", "--json"]) == 0
         answers.append(json.loads(capsys.readouterr().out)["completion"])
@@ -411,7 +411,7 @@ class OwnStep(SFT):
 """
 
 
-def test_a_recipe_with_a_step_and_hooks_of_ones_own_is_watched_resumed_and_exported(work):
+def test_a_recipe_with_a_custom_step_and_hooks_is_logged_resumed_and_exported(work):
     (work / "own_step.py").write_text(OWN_STEP)
     recipe = yaml.safe_load(RECIPE)
     recipe["model"] = {"class_path": "own_step.OwnStep", "init_args": {"config": LLAMA}}
@@ -424,11 +424,11 @@ def test_a_recipe_with_a_step_and_hooks_of_ones_own_is_watched_resumed_and_expor
     assert main(["export", "--checkpoint", "runs/own/checkpoints/best.ckpt", "--output", "exported", "--trust"]) == 0
     step = "runs/own/checkpoints/step-00000002.ckpt"
     assert main(["fit", "--config", "own.yaml", "--name", "again", "--ckpt_path", step]) == 0
-    ours, theirs = (load_checkpoint(work / "runs" / name).module.state_dict() for name in ("own", "again"))
+    ours, theirs = (load_checkpoint(work / "runs" / name, trust=True).module.state_dict() for name in ("own", "again"))
     assert distance(ours, theirs) == 0
 
 
-def test_architectures_that_are_none_are_refused(work):
+def test_invalid_architectures_are_refused(work):
     for path, message in {
         "gla.GLAX": r"model\.architecture: can't import 'gla\.GLAX'",
         "gla.Block": r"gla\.Block is no subclass of transformers\.PreTrainedModel",

@@ -84,7 +84,7 @@ def test_the_two_files_have_at_most_80_lines():
     assert sum(len((HERE / name).read_text().splitlines()) for name in ("thumbs.py", "thumbs_data.py")) <= 80
 
 
-def test_it_learns_and_its_run_can_be_looked_at(work, capsys):
+def test_it_learns_and_its_run_can_be_inspected(work, capsys):
     assert main(["preview", "--config", "r.yaml", "--plain"]) == 0
     assert "⟦" in capsys.readouterr().out
     assert main(["fit", "--config", "r.yaml", "--dry_run"]) == 0
@@ -124,7 +124,7 @@ def test_the_exported_folder_loads_with_its_head(work):
 
 
 @pytest.mark.parametrize("lora", [None, {"r": 4}], ids=["full", "lora"])
-def test_killed_and_resumed_it_is_bit_identical(work, lora):
+def test_a_killed_and_resumed_run_is_bit_identical(work, lora):
     recipe = json.loads(json.dumps(RECIPE))
     if lora is not None:
         recipe["model"]["init_args"]["lora"] = lora

@@ -15,7 +15,7 @@ class Thumbs(LanguageModule):
 
     Args:
         beta: Scale of the log-ratios.
-        kwargs: As of `LanguageModule`.
+        kwargs: See `LanguageModule`.
     """
 
     unit = "rows"

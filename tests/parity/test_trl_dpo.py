@@ -47,17 +47,17 @@ def ours(tmp_path, **kwargs):
 def rows(data):
     """Both epochs, in the order of our plan. Tokens after the last target, which nothing looks at, are left out."""
     examples = data.examples("train")
-    made = {"prompt_ids": [], "chosen_ids": [], "rejected_ids": []}
+    built = {"prompt_ids": [], "chosen_ids": [], "rejected_ids": []}
     for i in (int(i) for epoch in range(2) for i in data.plan(epoch).example_ids):
         ids, mask = examples[i].input_ids, examples[i].loss_mask
         chosen, rejected = examples[i].segments
         start, border = rejected.shared, chosen.length
-        made["prompt_ids"].append(ids[:start].tolist())
+        built["prompt_ids"].append(ids[:start].tolist())
         for name, part in (("chosen_ids", slice(start, border)), ("rejected_ids", slice(border, None))):
             targets = int(mask[part].sum())
             assert mask[part][:targets].all()
-            made[name].append(ids[part][:targets].tolist())
-    return made
+            built[name].append(ids[part][:targets].tolist())
+    return built
 
 
 def theirs(tmp_path, model, data, adapters=None):

@@ -83,18 +83,18 @@ def samples(tmp_path, **kwargs):
 def ours(tmp_path, micro_batches, data=None, **kwargs):
     """Trains; returns the module, the data with all groups as `sampled`, and the metrics of the updates."""
     record, policy = Updates(), module(**kwargs)
-    made = samples(tmp_path, batch_size=BATCH // micro_batches, **data or {})
-    made.sampled, original = [], made.groups
+    built = samples(tmp_path, batch_size=BATCH // micro_batches, **data or {})
+    built.sampled, original = [], built.groups
 
     def groups(*args):
-        made.sampled.append(original(*args))
-        return made.sampled[-1]
+        built.sampled.append(original(*args))
+        return built.sampled[-1]
 
-    made.groups = groups
+    built.groups = groups
     L.seed_everything(3)
     loop = trainer(max_epochs=EPOCHS, accumulate_grad_batches=micro_batches, gradient_clip_val=CLIP, callbacks=[record])
-    loop.fit(policy, made)
-    return policy, made, record.rows
+    loop.fit(policy, built)
+    return policy, built, record.rows
 
 
 def theirs(tmp_path, made, micro_batches, sign=1.0, **settings):
@@ -189,8 +189,8 @@ def assert_equal(updates, logged, iterations=1, micro_batches=1, ratio="token", 
 def test_equals_trl(tmp_path, name):
     """Two updates per rollout, so that ratios matter."""
     kwargs, settings = CASES[name]
-    policy, made, updates = ours(tmp_path, 1, {"iterations": 2}, **kwargs)
-    model, logged = theirs(tmp_path, made, 1, **settings)
+    policy, built, updates = ours(tmp_path, 1, {"iterations": 2}, **kwargs)
+    model, logged = theirs(tmp_path, built, 1, **settings)
     assert_equal(updates, logged, 2, ratio=settings.get("importance_sampling_level", "token"))
     if "clip_ratio/low_mean" in logged[1]:
         assert 0.05 < logged[1]["clip_ratio/region_mean"] < 0.95
@@ -201,8 +201,8 @@ def test_equals_trl(tmp_path, name):
 @pytest.mark.parametrize("name", ["grpo", "dapo", "cispo"])
 def test_two_micro_batches_of_an_update_equal_trl(tmp_path, name):
     kwargs, settings = CASES[name]
-    policy, made, updates = ours(tmp_path, 2, **kwargs)
-    model, logged = theirs(tmp_path, made, 2, **settings)
+    policy, built, updates = ours(tmp_path, 2, **kwargs)
+    model, logged = theirs(tmp_path, built, 2, **settings)
     assert_equal(updates, logged, micro_batches=2)
     assert distance(weights(policy), {name: p.detach() for name, p in model.named_parameters()}) < 1e-5
 
@@ -210,8 +210,8 @@ def test_two_micro_batches_of_an_update_equal_trl(tmp_path, name):
 @pytest.mark.filterwarnings("ignore")
 def test_bnpo_of_trl_averages_over_each_micro_batch_and_ours_over_the_update(tmp_path):
     kwargs, settings = CASES["bnpo"]
-    _, made, updates = ours(tmp_path, 2, **kwargs)
-    _, logged = theirs(tmp_path, made, 2, **settings)
+    _, built, updates = ours(tmp_path, 2, **kwargs)
+    _, logged = theirs(tmp_path, built, 2, **settings)
     with pytest.raises(AssertionError):
         assert_equal(updates, logged, micro_batches=2)
 
@@ -220,13 +220,13 @@ def test_bnpo_of_trl_averages_over_each_micro_batch_and_ours_over_the_update(tmp
 @pytest.mark.parametrize("name", ["grpo", "dapo"])
 def test_truncated_completions_are_masked_as_in_trl(tmp_path, name):
     kwargs, settings = CASES[name]
-    policy, made, updates = ours(tmp_path, 1, {"mask_truncated": True}, **kwargs)
+    policy, built, updates = ours(tmp_path, 1, {"mask_truncated": True}, **kwargs)
     assert (
         0
-        < sum(c.is_finished for groups in made.sampled for g in groups for c in g.completions)
+        < sum(c.is_finished for groups in built.sampled for g in groups for c in g.completions)
         < EPOCHS * PROMPTS * GROUP
     )
-    model, logged = theirs(tmp_path, made, 1, **settings)
+    model, logged = theirs(tmp_path, built, 1, **settings)
     assert_equal(updates, logged, masked=True)  # TRL's metrics of tokens leave these out as well
     assert distance(weights(policy), {name: p.detach() for name, p in model.named_parameters()}) < 1e-5
 
@@ -234,7 +234,7 @@ def test_truncated_completions_are_masked_as_in_trl(tmp_path, name):
 @pytest.mark.filterwarnings("ignore")
 def test_other_rewards_would_be_caught(tmp_path):
     kwargs, settings = CASES["grpo"]
-    _, made, updates = ours(tmp_path, 1, **kwargs)
-    _, logged = theirs(tmp_path, made, 1, sign=-1.0, **settings)
+    _, built, updates = ours(tmp_path, 1, **kwargs)
+    _, logged = theirs(tmp_path, built, 1, sign=-1.0, **settings)
     with pytest.raises(AssertionError):
         assert_equal(updates, logged)

@@ -53,15 +53,15 @@ def rows(data):
     """
     data.mismatches = True  # which a loss without the divergence has turned off
     examples = data.examples("train")
-    made = {"prompt_ids": [], "completion_ids": [], "KL_completion_ids": [], "label": []}
+    built = {"prompt_ids": [], "completion_ids": [], "KL_completion_ids": [], "label": []}
     for i in (int(i) for epoch in range(2) for i in data.plan(epoch).example_ids):
-        made["label"].append(examples[i].fields["desirable"] == 1.0)
+        built["label"].append(examples[i].fields["desirable"] == 1.0)
         for name, example in (("", examples[i]), ("KL_", examples[data.mismatched_ids("train", [i])[0]])):
             border, targets = int(example.loss_mask.argmax()), example.target_tokens
             assert example.loss_mask[border : border + targets].all()
-            made[f"{name}completion_ids"].append(example.input_ids[border : border + targets].tolist())
-        made["prompt_ids"].append(examples[i].input_ids[:border].tolist())
-    return made
+            built[f"{name}completion_ids"].append(example.input_ids[border : border + targets].tolist())
+        built["prompt_ids"].append(examples[i].input_ids[:border].tolist())
+    return built
 
 
 def theirs(tmp_path, model, data, loss="kto", adapters=None):

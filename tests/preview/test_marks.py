@@ -206,8 +206,8 @@ def test_the_cuts_of_a_pair_are_marked_in_each_part(tmp_path):
     row = {"prompt": "p" * 40, "chosen": "c" * 60, "rejected": "r" * 10}
     file = tiny.write_jsonl(tmp_path / "rows.jsonl", [row])
     data = made(DPOData(file, tokenizer=ByteTokenizer(), max_length=50))
-    (found,) = examples.cut(data, "train", 1)
-    prompt, chosen, rejected = examples.shown(data, "train", found, Decoder(data.tokenizer)).sections
+    (actual,) = examples.cut(data, "train", 1)
+    prompt, chosen, rejected = examples.shown(data, "train", actual, Decoder(data.tokenizer)).sections
     marks = [[i.text for i in s.items if isinstance(i, Mark)] for s in (prompt, chosen, rejected)]
     # 40 + 61 tokens with EOS into 50: the prompt keeps its last 25, the chosen response its first 25
     assert marks == [["✂ 15 tokens cut off here"], ["✂ 36 tokens cut off here"], []]
@@ -227,10 +227,10 @@ def two_files(tmp_path, monkeypatch):
 
 def test_rows_keep_their_number_where_some_are_dropped(two_files):
     data, rows, origins = two_files
-    found = list(walk(data, "train", lambda row, index: True))
-    assert [row.origin for row in found] == origins
-    assert [row.number for row in found] == list(range(1, 41))
-    kept = [row for row in found if row.example is not None]
+    actual = list(walk(data, "train", lambda row, index: True))
+    assert [row.origin for row in actual] == origins
+    assert [row.number for row in actual] == list(range(1, 41))
+    kept = [row for row in actual if row.example is not None]
     assert [row.example for row in kept] == list(range(len(data.examples("train"))))
     assert 0 < len(kept) < 40
     for row in kept:
@@ -260,5 +260,5 @@ def test_margins_are_shown(tmp_path):
     rows = [row | {"margin": 1.5} for row in tiny.pairs(1)]
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     data = made(DPOData(str(tmp_path / "rows.jsonl"), tokenizer=ByteTokenizer()))
-    (found,) = examples.first(data, "train", 3)
-    assert "margin 1.5" in examples.shown(data, "train", found, Decoder(data.tokenizer)).facts
+    (actual,) = examples.first(data, "train", 3)
+    assert "margin 1.5" in examples.shown(data, "train", actual, Decoder(data.tokenizer)).facts

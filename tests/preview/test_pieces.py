@@ -22,19 +22,19 @@ def pieces(text, targets=None, tokenizer=BYTES):
     "text", ["plain", "👋🏽 你好", "a\tb\nc", "� itself", "<|im_start|>user", "\x00\x1b[31m", "عربي"]
 )
 def test_the_texts_of_pieces_add_up_to_the_text(text):
-    made = pieces(text)
-    assert "".join(piece.text for piece in made) == text
-    assert [i for piece in made for i in piece.ids] == BYTES(text)["input_ids"]
+    built = pieces(text)
+    assert "".join(piece.text for piece in built) == text
+    assert [i for piece in built for i in piece.ids] == BYTES(text)["input_ids"]
 
 
 def test_tokens_that_make_a_character_together_are_one_piece():
-    made = pieces("a👋b")
-    assert [(piece.text, len(piece.ids), piece.start) for piece in made] == [("a", 1, 0), ("👋", 4, 1), ("b", 1, 5)]
+    built = pieces("a👋b")
+    assert [(piece.text, len(piece.ids), piece.start) for piece in built] == [("a", 1, 0), ("👋", 4, 1), ("b", 1, 5)]
 
 
 def test_a_border_of_loss_within_a_character_stays_where_it_is():
-    made = pieces("你", targets={2})
-    assert [(piece.text, piece.ids, piece.target) for piece in made] == [
+    built = pieces("你", targets={2})
+    assert [(piece.text, piece.ids, piece.target) for piece in built] == [
         ("\\xe4\\xbd", (0xE4, 0xBD), False),
         ("\\xa0", (0xA0,), True),
     ]
@@ -57,9 +57,9 @@ def test_sentence_pieces_and_their_bytes():
     backend.pre_tokenizer = pre_tokenizers.Metaspace()
     backend.decoder = decoders.Sequence([decoders.ByteFallback(), decoders.Metaspace()])
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, unk_token="<unk>")
-    made = pieces("hello 你", tokenizer=tokenizer)
-    assert [piece.text for piece in made] == [" hello", " ", "你"]
-    assert len(made[-1].ids) == 3
+    built = pieces("hello 你", tokenizer=tokenizer)
+    assert [piece.text for piece in built] == [" hello", " ", "你"]
+    assert len(built[-1].ids) == 3
 
 
 def test_an_id_beyond_the_vocabulary_is_named():

@@ -38,9 +38,9 @@ class Elements(HTMLParser):
 
 
 def read(folder):
-    made = page.make(folder)
-    assert made == folder / "report.html"
-    text = made.read_text(encoding="utf-8")
+    built = page.make(folder)
+    assert built == folder / "report.html"
+    text = built.read_text(encoding="utf-8")
     return text, Elements(text)
 
 
@@ -62,13 +62,13 @@ def evil(tmp_path_factory):
     return read(folder)
 
 
-def test_nothing_in_a_file_becomes_markup(evil):
+def test_the_content_of_files_is_escaped(evil):
     _, elements = evil
     assert not [tag for tag, _ in elements.found if tag == "script"]
     assert elements.text.count(EVIL) > 8
 
 
-def test_the_page_needs_nothing_else(evil):
+def test_the_page_needs_no_other_file_and_no_script(evil):
     _, elements = evil
     addresses = [
         value for _, attrs in elements.found for key, value in attrs.items() if key in ("src", "href", "xlink:href")
@@ -78,7 +78,7 @@ def test_the_page_needs_nothing_else(evil):
     assert "@import" not in elements.text
 
 
-def test_samples_before_and_after_stand_beside_the_reference(evil):
+def test_samples_before_and_after_are_shown_with_the_reference(evil):
     _, elements = evil
     assert "Before the first update" in elements.text
     assert f"{EVIL} at 40" in elements.text
@@ -86,18 +86,18 @@ def test_samples_before_and_after_stand_beside_the_reference(evil):
     assert "Reference" in elements.text
 
 
-def test_what_a_finished_run_says(tmp_path):
+def test_the_page_of_a_finished_run(tmp_path):
     folder = run_folder(tmp_path)
     (folder / "checkpoints" / "step-00000040.ckpt").write_bytes(b"")
     (folder / "model").mkdir()
     _, elements = read(folder)
     text = elements.text
-    for told in (
+    for output in (
         "finished",
         "SFT of Llama (random weights; 5 parameters), loss L",
         "rows.jsonl (400 tokens in 10 rows)",
     ):
-        assert told in text
+        assert output in text
     assert "0.7906" in text, "the last validation loss"
     assert "the best so far" in text
     assert "2 (empty)" in text, "why rows were dropped"
@@ -127,7 +127,7 @@ def test_a_folder_with_metrics_alone_is_reported(tmp_path):
     assert "unknown" in elements.text
 
 
-def test_numbers_as_people_read_them():
+def test_numbers_are_formatted_for_people():
     assert [clock(s) for s in (0.04, 12, 59.7, 185, 3723, 200_000, None)] == [
         *("0.0 s", "12 s", "60 s", "3:05 min", "1:02:03 h", "2 d 07 h", "-")
     ]
@@ -138,7 +138,7 @@ def test_numbers_as_people_read_them():
     ]
 
 
-def test_meanings_are_those_of_the_table_of_metrics():
+def test_meanings_come_from_the_table_of_metrics():
     assert meaning("train/rewards/rejected") == meaning("val/rewards/chosen") != ""
     assert meaning("val/loss") == "the training loss on held-out tokens or pairs"
     assert meaning("val/perplexity/web") == meaning("val/perplexity") == "exp of val/nll"
@@ -190,7 +190,7 @@ def test_groups_show_the_best_and_the_worst_completion_of_a_prompt_over_time(onl
     assert not [tag for tag, _ in elements.found if tag == "script"]
 
 
-def test_online_training_is_measured_by_rewards_and_not_by_its_loss(online):
+def test_online_training_is_summarised_by_rewards_instead_of_its_loss(online):
     _, elements = online
     for shown in ("Training reward", "Validation reward", "pass@4", "Reward by component", "Completion length"):
         assert shown in elements.text

@@ -14,13 +14,13 @@ def by_subsets(solved, k):
     return [np.mean([any(subset) for subset in itertools.combinations(row, k)]) for row in solved]
 
 
-def test_it_is_the_share_of_subsets_with_a_right_completion():
+def test_pass_at_k_is_the_share_of_subsets_with_a_right_completion():
     solved = np.random.default_rng(0).random((12, 7)) < np.linspace(0, 1, 12)[:, None]
     for k in range(1, 8):
         assert pass_at_k(solved, k) == pytest.approx(by_subsets(solved, k), abs=1e-12)
 
 
-def test_it_is_unbiased_and_the_plug_in_estimate_is_not():
+def test_pass_at_k_is_unbiased_and_the_plug_in_estimate_is_not():
     probability, n, k = 0.2, 5, 3
     outcomes = np.array(list(itertools.product([False, True], repeat=n)))
     weights = np.prod(np.where(outcomes, probability, 1 - probability), 1)
@@ -36,7 +36,7 @@ def test_large_numbers_do_not_overflow():
     assert pass_at_k(solved, 10_000) == pytest.approx([0.5])
 
 
-def test_ks_are_1_and_all_unless_named_and_never_more_than_there_are():
+def test_ks_default_to_1_and_all_and_are_at_most_the_number_of_completions():
     assert checked_ks(None, 8, "data.pass_at", "data.eval_completions") == [1, 8]
     assert checked_ks(None, 1, "data.pass_at", "data.eval_completions") == [1]
     assert checked_ks([4, 2, 2], 8, "data.pass_at", "data.eval_completions") == [2, 4]

@@ -1,4 +1,4 @@
-"""Rewards: functions of all kinds, their mistakes, and those that are built in."""
+"""Rewards: kinds of functions, errors, and the built-in ones."""
 
 import asyncio
 import sys
@@ -34,11 +34,11 @@ class Callable:
 
 
 def test_functions_of_all_kinds_and_their_weights():
-    found = Rewards({"tests.rollouts.test_rewards.length": 1, f"{__name__}.later": 0.5, f"{__name__}.Callable": -1})
-    assert found.names == ["length", "later", "Callable"]
-    components = found.components(["a", "bcd"], ROWS)
+    actual = Rewards({"tests.rollouts.test_rewards.length": 1, f"{__name__}.later": 0.5, f"{__name__}.Callable": -1})
+    assert actual.names == ["length", "later", "Callable"]
+    components = actual.components(["a", "bcd"], ROWS)
     assert components.tolist() == [[1, 3, 2], [3, 2, 2]]
-    assert found.total(components).tolist() == [0.5, 2.0]
+    assert actual.total(components).tolist() == [0.5, 2.0]
     assert Rewards([length, all_at_once]).components(["a", "bcd"], ROWS).tolist() == [[1, 4], [3, 5]]
     assert Rewards("exact_match").components(["yes ", "yes"], ROWS).tolist() == [[1], [0]]
 
@@ -69,7 +69,7 @@ MISTAKES = {
 
 
 @pytest.mark.parametrize("reward", MISTAKES)
-def test_a_mistake_names_the_row(reward):
+def test_a_failing_reward_names_the_row(reward):
     with pytest.raises(UserError, match=MISTAKES[reward]):
         Rewards(reward).components(["a", "b"], ROWS)
 
@@ -83,7 +83,7 @@ PATHS = {
 
 
 @pytest.mark.parametrize("path", PATHS)
-def test_a_path_that_names_no_reward(path):
+def test_an_unknown_reward_is_refused(path):
     with pytest.raises(UserError, match=PATHS[path]):
         Rewards(path)
 

@@ -1,4 +1,4 @@
-"""Tokens are drawn from the distribution that is asked for, with its log-probabilities."""
+"""Tokens are drawn from the requested distribution, with its log-probabilities."""
 
 import numpy as np
 import pytest

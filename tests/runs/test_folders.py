@@ -55,7 +55,7 @@ def test_names_are_numbered(tmp_path):
     assert (tmp_path / "a/runs/r-3/checkpoints").is_dir()
 
 
-def test_what_killed_processes_left_is_removed_and_blocks_no_name(tmp_path):
+def test_leftovers_of_killed_processes_are_removed_and_block_no_name(tmp_path):
     gone, here = 2**22 - 1, socket.gethostname()
     (tmp_path / f".r.{gone}@{here}.half" / "checkpoints").mkdir(parents=True)
     (tmp_path / f".r.{os.getppid()}@{here}.half").mkdir()  # in the making
@@ -90,7 +90,7 @@ def test_a_run_folder_appears_complete_or_not_at_all(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_where_nothing_can_be_written(tmp_path):
+def test_an_unwritable_place_is_refused(tmp_path):
     (tmp_path / "file").write_text("")
     for refuse in (folders.refuse_unwritable, lambda root: folders.create(root, "r")):
         with pytest.raises(UserError, match=r"runs_dir: can't write to .*file/runs"):
@@ -135,25 +135,25 @@ def test_named_run(tmp_path):
         folders.last_unfinished(tmp_path, "r", "third")
 
 
-def test_config_of_a_run_stands_for_its_recipe(tmp_path):
+def test_the_config_of_a_run_replaces_its_recipe(tmp_path):
     folder = run(tmp_path, "some-name-2", recipe="some")
     assert folders.recipe_of(folder / folders.CONFIG) == "some"
     assert folders.recipe_of(folder / "other.yaml") is None
     assert folders.recipe_of(tmp_path / folders.CONFIG) is None
 
 
-def test_goes_on_from_the_newest_checkpoint(tmp_path, capsys):
+def test_resumes_from_the_newest_checkpoint(tmp_path, capsys):
     folder = run(tmp_path / "runs", step=4)
     write_checkpoint(folder / folders.CHECKPOINTS / checkpoint_name(10))
     (folder / folders.CHECKPOINTS / "step-00000011.ckpt.half").write_bytes(b"")
-    found, recipe, args = arguments(["--config", "r.yaml", "--trainer.max_steps", "20"])
-    assert (found.name, recipe) == ("r", "r")
+    actual, recipe, args = arguments(["--config", "r.yaml", "--trainer.max_steps", "20"])
+    assert (actual.name, recipe) == ("r", "r")
     config, checkpoint = "runs/r/config.yaml", "runs/r/checkpoints/step-00000010.ckpt"
     assert args == ["--config", config, "--trainer.max_steps=20", f"--ckpt_path={checkpoint}"]
     assert capsys.readouterr().out == "resuming runs/r from step-00000010.ckpt\n"
 
 
-def test_goes_on_from_an_older_checkpoint_if_the_newest_is_damaged(tmp_path, capsys):
+def test_resumes_from_an_older_checkpoint_if_the_newest_is_damaged(tmp_path, capsys):
     folder = run(tmp_path / "runs", step=4)
     damaged = folder / folders.CHECKPOINTS / checkpoint_name(10)
     damaged.write_bytes(b"PK")
@@ -167,7 +167,7 @@ def test_goes_on_from_an_older_checkpoint_if_the_newest_is_damaged(tmp_path, cap
     assert not damaged.exists()
 
 
-def test_auto_goes_on_with_the_newest_run_of_the_name_or_starts(tmp_path, capsys):
+def test_auto_resumes_the_newest_run_of_the_name_or_starts_one(tmp_path, capsys):
     assert arguments(["--config", "r.yaml"], resume="auto") == (None, "r", ["--config", "r.yaml"])
     assert "there is no run of r in runs yet; starting one" in capsys.readouterr().out
     run(tmp_path / "runs", "r", created=1, step=3)
@@ -176,7 +176,7 @@ def test_auto_goes_on_with_the_newest_run_of_the_name_or_starts(tmp_path, capsys
     assert arguments(["--name", "other"], resume="auto")[0].name == "other"
 
 
-def test_auto_on_a_finished_run_does_nothing_unless_it_is_to_be_longer(tmp_path):
+def test_auto_does_nothing_for_a_finished_run_unless_its_length_was_raised(tmp_path):
     run(tmp_path / "runs", status="finished", step=9)
     with pytest.raises(recipe_files.NothingToDo, match="runs/r is finished, at step 9; to train it further: --resume"):
         arguments(resume="auto")
@@ -190,7 +190,7 @@ def test_a_resume_takes_the_lock_before_it_reads_the_state(tmp_path):
     assert "is being written by process 1 on" in refusal(resume="auto")
 
 
-def test_goes_on_from_the_start(tmp_path, capsys):
+def test_restarts_a_run_without_checkpoints(tmp_path, capsys):
     run(tmp_path / "runs")
     _, _, args = arguments()
     assert args == ["--config", "runs/r/config.yaml"]
@@ -200,12 +200,12 @@ def test_goes_on_from_the_start(tmp_path, capsys):
 @pytest.mark.parametrize(
     ("args", "tree"), [(["--runs_dir", "out"], {"runs_dir": "no"}), (["--runs_dir=out"], {}), ([], {"runs_dir": "out"})]
 )
-def test_looks_where_the_runs_are(tmp_path, args, tree):
+def test_searches_the_configured_runs_dir(tmp_path, args, tree):
     run(tmp_path / "out")
     assert arguments(args, tree=tree)[0].as_posix() == "out/r"
 
 
-def test_given_folder_says_the_recipe(tmp_path):
+def test_a_named_run_provides_its_recipe(tmp_path):
     run(tmp_path, "x", recipe="theirs")
     assert arguments(resume="x", recipe="run")[1] == "theirs"
 
@@ -234,7 +234,7 @@ def test_finished_run(tmp_path):
     assert json.loads((tmp_path / "runs/r/run.json").read_text())["status"] == "finished"
 
 
-def test_a_loss_is_told_as_the_mean_of_the_last_updates():
+def test_the_shown_loss_is_the_mean_of_the_last_updates():
     assert folders.recent([100.0, *[2.0] * 10, *[4.0] * 10]) == 3.0
     assert folders.recent([1.0, 2.0]) == 1.5
     assert math.isnan(folders.recent([1.0, math.nan]))

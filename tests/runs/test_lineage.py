@@ -82,12 +82,9 @@ def test_the_profiler_prints_its_table(cli):
     assert any("run_training_batch" in text for text in records)
 
 
-def test_the_header_names_a_schedule_of_accumulation_and_val_every_is_refused_beside_it(cli):
+def test_the_header_names_a_schedule_of_accumulation(cli):
     schedule = {"class_path": "GradientAccumulationScheduler", "init_args": {"scheduling": {0: 1, 1: 4}}}
     cli.recipe({"trainer.callbacks": [schedule], "trainer.max_epochs": 2, "trainer.max_steps": -1})
     code, _, err = cli.run(*FIT)
     assert code == 0, err
     assert "of 2 rows each, of 8 from epoch 2 on" in err
-    code, _, err = cli.run(*FIT, "--val_every", "2", "--data.validation", "0.3")
-    assert code == 2
-    assert "val_every counts optimizer steps" in err

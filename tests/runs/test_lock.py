@@ -1,4 +1,4 @@
-"""One process writes to a run folder; a lock survives kills, and is taken over."""
+"""One process at a time writes to a run folder; the lock of a killed process is taken over."""
 
 import json
 import os
@@ -23,7 +23,7 @@ def locked_by(run, **owner):
     (run / lock.LOCK).write_text(json.dumps(lock.process() | owner))
 
 
-def test_a_process_can_take_its_lock_again_and_gives_it_up(tmp_path):
+def test_a_process_can_take_its_lock_again_and_release_it(tmp_path):
     lock.acquire(tmp_path)
     lock.acquire(tmp_path)
     assert lock.owner(tmp_path) == lock.process()
@@ -31,7 +31,7 @@ def test_a_process_can_take_its_lock_again_and_gives_it_up(tmp_path):
     assert not (tmp_path / lock.LOCK).exists()
 
 
-def test_the_lock_of_a_live_process_is_respected(tmp_path):
+def test_the_lock_of_a_running_process_is_respected(tmp_path):
     with subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE) as other:
         locked_by(tmp_path, pid=other.pid, began=lock.began(other.pid))
         with pytest.raises(UserError, match=f"is being written by process {other.pid} on "):
@@ -56,7 +56,7 @@ def test_the_ranks_of_a_run_share_the_lock_of_the_process_that_started_them(tmp_
 def test_a_stale_lock_is_taken_over_with_a_line(tmp_path, capsys, owner):
     locked_by(tmp_path, **owner)
     lock.acquire(tmp_path)
-    assert "was killed; going on in its place" in capsys.readouterr().err
+    assert "which no longer runs" in capsys.readouterr().err
     assert lock.owner(tmp_path) == lock.process()
 
 

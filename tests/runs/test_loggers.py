@@ -68,13 +68,13 @@ class StandIn(DummyLogger):
 @pytest.fixture
 def stand_ins(monkeypatch):
     """Loggers of no library in the places of all three, by name."""
-    made = {}
+    built = {}
 
     def make(name, run, step, earlier):
         assert (run / "run.json").is_file(), "before the run folder is there, nothing may be written"
-        made[name] = StandIn(name)
-        made[name].place = (run, step, dict(earlier))
-        return made[name], "nowhere"
+        built[name] = StandIn(name)
+        built[name].place = (run, step, dict(earlier))
+        return built[name], "nowhere"
 
     def log_file(logger, file, step):
         logger.files.append((file.name, step))
@@ -89,7 +89,7 @@ def stand_ins(monkeypatch):
             keep(logger, *args, **kwargs) if isinstance(logger, StandIn) else None
         )
         monkeypatch.setattr(loggers, name, only)
-    return made
+    return built
 
 
 @pytest.mark.parametrize(
@@ -120,9 +120,12 @@ def test_a_resumed_run_goes_on_where_it_was(command, stand_ins):
     first = dict(stand_ins["wandb"].metrics)
     command.works("fit", "--resume", "runs/r", "--trainer.max_steps", "3")
     assert stand_ins["wandb"].place == (Path("runs/r"), 2, {"wandb": "wandb-1"})
-    told = stand_ins["wandb"].metrics
-    assert {step for _, step in told} == {2, 3}  # that of the checkpoint again, for a run may stop before it is logged
-    assert told[("train/loss", 2)] == first[("train/loss", 2)]
+    output = stand_ins["wandb"].metrics
+    assert {step for _, step in output} == {
+        2,
+        3,
+    }  # that of the checkpoint again, for a run may stop before it is logged
+    assert output[("train/loss", 2)] == first[("train/loss", 2)]
 
 
 def test_what_fails_is_told(command, stand_ins):
@@ -179,12 +182,12 @@ def test_tensorboard_shows_the_run(command):
     command.recipe(WHOLE | {"logger": "tensorboard"})
     command.works("fit", "--config", "r.yaml")
     run = command.directory / "runs" / "r"
-    found, events = scalars(run / "tensorboard")
+    actual, events = scalars(run / "tensorboard")
     expected = in_csv(run)
-    shown = {(tag, step): value for tag, step, value in found if not tag.startswith("final/")}
+    shown = {(tag, step): value for tag, step, value in actual if not tag.startswith("final/")}
     assert shown == pytest.approx(expected, rel=1e-6)
-    assert len(found) == len(expected) + 4  # the last of train/loss, val/loss, val/nll, val/mean_token_accuracy
-    assert ("final/val/loss", 2, pytest.approx(expected["val/loss", 2])) in found
+    assert len(actual) == len(expected) + 4  # the last of train/loss, val/loss, val/nll, val/mean_token_accuracy
+    assert ("final/val/loss", 2, pytest.approx(expected["val/loss", 2])) in actual
     for file in ("config.yaml", "data.json", "recipe.yaml"):
         (text,) = events.Tensors(f"{file}/text_summary")
         written = text.tensor_proto.string_val[0].decode().splitlines()
@@ -204,8 +207,8 @@ def test_tensorboard_shows_nothing_twice_after_a_kill(tmp_path):
     for step in range(3, 7):
         resumed.log_metrics({"loss": 200.0 + step}, step)
     loggers.finish(resumed, True)
-    found, _ = scalars(tmp_path / "run" / "tensorboard")
-    assert found == [("loss", step, (100.0 if step < 3 else 200.0) + step) for step in range(1, 7)]
+    actual, _ = scalars(tmp_path / "run" / "tensorboard")
+    assert actual == [("loss", step, (100.0 if step < 3 else 200.0) + step) for step in range(1, 7)]
 
 
 def test_a_picture_keeps_its_colours(tmp_path):

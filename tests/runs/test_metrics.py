@@ -28,7 +28,7 @@ def test_training_and_validation_of_a_step_share_a_line(tmp_path):
     assert float(lines(file)[0]["train/loss"]) == 1 / 3, "values are written to the last bit"
 
 
-def test_a_resume_cuts_back_and_goes_on(tmp_path):
+def test_a_resume_truncates_and_continues_the_file(tmp_path):
     file, whole = tmp_path / "metrics.csv", tmp_path / "whole.csv"
     logged(whole, range(1, 7)).finalize("success")
     logged(file, range(1, 6))  # killed: the line of step 5 was never written
@@ -39,7 +39,7 @@ def test_a_resume_cuts_back_and_goes_on(tmp_path):
     assert lines(file) == lines(whole)
 
 
-def test_the_checkpoints_line_replaces_what_the_kill_left_out(tmp_path):
+def test_the_checkpoints_line_replaces_one_that_a_kill_lost(tmp_path):
     file = tmp_path / "metrics.csv"
     logged(file, range(1, 4))  # the line of step 3 is still in memory when the process dies
     assert [line["step"] for line in lines(file)] == ["1", "2"]

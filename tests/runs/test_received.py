@@ -1,4 +1,4 @@
-"""A checkpoint from somebody else is data: nothing that it names is run."""
+"""Reading an untrusted checkpoint runs no code that it names."""
 
 import os
 import pickle
@@ -35,7 +35,7 @@ def evil(row):
 
 @pytest.fixture
 def evil(tmp_path, monkeypatch):
-    """A module that leaves a file behind when it is imported."""
+    """A module that writes a file when it is imported."""
     marker = tmp_path / "was-imported"
     (tmp_path / "evil_module.py").write_text(MODULE.format(marker=str(marker)))
     monkeypatch.syspath_prepend(tmp_path)
@@ -76,14 +76,14 @@ FOREIGN = {
 
 
 @pytest.mark.parametrize("what", FOREIGN)
-def test_code_that_a_recipe_names_is_refused(tmp_path, evil, what):
+def test_recipes_that_name_foreign_code_are_refused(tmp_path, evil, what):
     with pytest.raises(UserError, match=r"would run code that its recipe names .*add --trust") as refused:
         built(checkpoint(tmp_path, FOREIGN[what]))
     assert what in str(refused.value)
     assert not evil.exists()
 
 
-def test_it_runs_if_the_user_trusts_it(tmp_path, evil):
+def test_foreign_code_runs_if_the_user_trusts_it(tmp_path, evil):
     config = recipe({"loss": {"class_path": "evil_module.EvilLoss"}})
     with pytest.raises((UserError, RuntimeError)):  # its weights are none of this model
         load_checkpoint(checkpoint(tmp_path, config), trust=True)
@@ -91,7 +91,7 @@ def test_it_runs_if_the_user_trusts_it(tmp_path, evil):
 
 
 @pytest.mark.parametrize("name", ["optimizer", "schedule"])
-def test_what_only_training_needs_is_not_created(tmp_path, evil, name):
+def test_the_optimizer_and_the_schedule_are_not_created(tmp_path, evil, name):
     config = recipe({name: {"class_path": "os.system", "init_args": {"command": f"touch {evil}"}}})
     with pytest.raises(Exception, match="w") as failed:  # only the weights are wrong
         built(checkpoint(tmp_path, config))
@@ -132,7 +132,7 @@ def test_a_whole_sharded_checkpoint_is_read(tmp_path):
 
 @pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
 @pytest.mark.parametrize("read", [read_sharded, weight_names])
-def test_calls_in_its_description_are_refused(tmp_path, read):
+def test_calls_in_the_metadata_are_refused(tmp_path, read):
     folder, marker = sharded(tmp_path / "step-1.ckpt"), tmp_path / "was-called"
     (folder / METADATA).write_bytes(pickle.dumps(Call(f"touch {marker}")))
     with pytest.raises(UserError, match=r"it names (posix|nt|os)\.system, which no checkpoint needs"):
@@ -144,7 +144,7 @@ def test_calls_in_its_description_are_refused(tmp_path, read):
 @pytest.mark.parametrize(
     "content", [b"", b"\x80\x05", b"not a pickle", pickle.dumps(torch.load), pickle.dumps(Path.unlink)]
 )
-def test_damaged_descriptions_are_refused(tmp_path, content):
+def test_damaged_metadata_are_refused(tmp_path, content):
     folder = sharded(tmp_path / "step-1.ckpt")
     (folder / METADATA).write_bytes(content)
     with pytest.raises(UserError, match="can't be read as a checkpoint"):

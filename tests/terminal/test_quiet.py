@@ -17,8 +17,8 @@ def test_advice_on_sync_dist_is_left_out_for_what_is_the_same_on_all_ranks(monke
     monkeypatch.setattr(result, "warning_cache", type(result.warning_cache)())
     collection = result._ResultCollection(training=False)
     collection.log("validation_step", name, torch.tensor(1.0), batch_size=1)
-    with warnings.catch_warnings(record=True) as found:
+    with warnings.catch_warnings(record=True) as actual:
         warnings.resetwarnings()
         quiet()
         collection.metrics(on_step=False)
-    assert [name in str(warning.message) for warning in found] == [True] * told
+    assert [name in str(warning.message) for warning in actual] == [True] * told
