@@ -103,7 +103,7 @@ def is_archive(path: Path) -> bool:
 def _damage_of_archive(path: Path) -> str | None:
     """What is wrong with a file of `torch.save`, a zip archive with a checksum for each tensor."""
     if not is_archive(path):
-        return "it was cut short, or is not a checkpoint"
+        return "it can't be read as a checkpoint: it was cut short, or is none"
     try:
         with zipfile.ZipFile(path) as archive:
             wrong = archive.testzip()

@@ -196,6 +196,8 @@ class Child:
             os.setpgid(0, 0)  # signals to its process group reach its loader workers, and not the tests
             os.chdir(self.folder)
             os.environ["OUMI_PL_CACHE"] = str(self.folder / "cache")
+            # a fork has none of the threads that the parent's tokenizers may have started, and would wait for them
+            os.environ["TOKENIZERS_PARALLELISM"] = "false"
             for name in ("PL_GLOBAL_SEED", "LOCAL_RANK", "RANK", "WORLD_SIZE"):
                 os.environ.pop(name, None)
             os.environ.update(self.environment)

@@ -163,7 +163,7 @@ def test_resumes_from_an_older_checkpoint_if_the_newest_is_damaged(tmp_path, cap
     arguments(resume="runs/r")
     printed = capsys.readouterr().out
     assert "resuming runs/r from step-00000004.ckpt\n" in printed
-    assert "step-00000010.ckpt is damaged: it was cut short" in printed
+    assert "step-00000010.ckpt is damaged: it can't be read as a checkpoint" in printed
     assert not damaged.exists()
 
 
