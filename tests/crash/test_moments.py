@@ -14,6 +14,9 @@ import os
 import signal
 from lightning.pytorch.callbacks import Callback
 
+# forked runs with time limits: beside other tests on a busy machine they time out
+pytestmark = pytest.mark.slow
+
 class Ends(Callback):
     '''Sends a signal to this process in a hook, at a step.'''
 

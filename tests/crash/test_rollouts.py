@@ -10,6 +10,9 @@ import pytest
 from oumi_pl.data.rollout_loader import RolloutLoader
 from tests.crash.harness import Child, copy, deviations, outcome, prepare, works
 
+# forked runs with time limits: beside other tests on a busy machine they time out
+pytestmark = pytest.mark.slow
+
 RESUME = ("fit", "--config", "r.yaml", "--resume", "auto")
 
 

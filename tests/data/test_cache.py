@@ -52,8 +52,8 @@ FILES = {
 EDITS = {
     "the format function": ("own_data.py", "'q')", "'question')"),
     "a helper in the same file": ("own_data.py", "text + ENDING", "text + ENDING + ENDING"),
-    "a method of the data class": ("own_data.py", "super().encode(records)", "super().encode(records[:1])"),
-    "a base of the data class": ("own_base.py", "super().encode(records)", "super().encode(records[:1])"),
+    "a method of the data class": ("own_data.py", "super().encode(records)", "super().encode(records[::-1])"),
+    "a base of the data class": ("own_base.py", "super().encode(records)", "super().encode(records[::-1])"),
     "an imported module": ("own_words.py", "NAME + text", "NAME + NAME + text"),
     "a module that an imported one imports": ("own_deeper.py", "'a'", "'b'"),
     "a module of which a constant is imported": ("own_constants.py", "'.'", "'!'"),
