@@ -179,9 +179,9 @@ def child(name: str, threads: int, folder: Path) -> None:
         return
     engine, options = CASES[name]
     with tempfile.TemporaryDirectory() as scratch:
-        found = (run_ours if engine == "oumi_pl" else run_trl)(folder, Path(scratch), **options)
+        result = (run_ours if engine == "oumi_pl" else run_trl)(folder, Path(scratch), **options)
     peak = peak_memory()
-    print("RESULT " + json.dumps(found | {"peak": peak, "added": peak - found["baseline"]}))
+    print("RESULT " + json.dumps(result | {"peak": peak, "added": peak - result["baseline"]}))
 
 
 def in_a_process(name: str, threads: int, folder: Path) -> Result:

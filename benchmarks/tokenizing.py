@@ -36,7 +36,7 @@ def conversations(rows: int) -> list[dict]:
     def text(most: int) -> str:
         return " ".join(rng.choices(WORDS, k=rng.randint(3, most)))
 
-    made = []
+    rows_written = []
     for i in range(rows):
         messages = []
         for _ in range(rng.randint(1, 3)):
@@ -48,8 +48,8 @@ def conversations(rows: int) -> list[dict]:
                 {"role": "tool", "content": "4.2 m"},
                 messages[-1],
             ]
-        made.append({"messages": messages})
-    return made
+        rows_written.append({"messages": messages})
+    return rows_written
 
 
 def timed(work: Callable[[], object]) -> tuple[float, float]:

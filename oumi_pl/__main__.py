@@ -178,7 +178,6 @@ def _fit(command: str, typed: list[tuple[str, str | None]]) -> int:
             trees = [recipe_files.check(folder / folders.CONFIG)]
     if not asks_for_help:
         args = recipe_files.with_fresh_sources(args, trees)
-        args = recipe_files.with_model(args, {} if folder else tree)
     # Threads that spin while they wait slow each other down when anything else runs on the machine: 80 steps of the
     # quickstart on two busy cores took 92 s with GNU OpenMP's default and 29 s with this; on idle ones 120 steps took
     # 14 s with either. torch reads it when it is imported.

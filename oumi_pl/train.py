@@ -115,7 +115,7 @@ def _has_ended(run: Path, length: dict[str, int]) -> bool:
 
 
 def _can_go_on(run: Path, recipe: Recipe) -> bool:
-    """Whether a run has a checkpoint, or may be killed before its first: a config that writes none begins anew."""
+    """Whether a run has a checkpoint, or may be killed before its first: a config that writes none starts over."""
     return recipe.tree["checkpoint"].get("enabled", True) or any((run / CHECKPOINTS).glob("*"))
 
 

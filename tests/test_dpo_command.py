@@ -206,6 +206,14 @@ def test_an_unknown_teacher_recipe_is_refused(cli):
         recipe_files.with_model([], tree)
 
 
+def test_mistakes_are_found_before_another_recipe_is_trained(cli, monkeypatch):
+    monkeypatch.setattr("subprocess.run", lambda *_, **__: pytest.fail("a recipe is trained"))
+    cli.recipe({"model.init_args.model": "recipe:quickstart/sft", "data.init_args.max_lenght": 64})
+    assert "did you mean 'data.max_length'" in cli.fails("fit", "--config", "r.yaml")
+    cli.recipe({"model.init_args.model": "recipe:quickstart/sft"})
+    assert "did you mean '--trainer.max_steps'" in cli.fails("fit", "--config", "r.yaml", "--trainer.max_step", 3)
+
+
 def test_a_recipe_without_a_run_is_trained_first(cli, monkeypatch):
     commands = []
 

@@ -218,7 +218,7 @@ def other_tokenizer(trainer: Any, module: RunModule) -> str | None:
     if name is None or spec is None or str(spec) == name:
         return None
     tokens = {i: token for token, i in data.tokenizer.get_vocab().items() if i not in set(data.added_tokens)}
-    advice = "the model would have to learn its tokens anew; leave data.tokenizer out to use the model's own"
+    advice = "the model would have to learn its tokens from scratch; leave data.tokenizer out to use the model's own"
     own = _own_tokens(name)
     if own:
         others = sum(own.get(i) != token for i, token in tokens.items()) / len(tokens)

@@ -107,7 +107,7 @@ class RunFolder(L.Callback):
             folders.refuse_unwritable(self.resume or self.root)
 
     def resumes_unfinished(self) -> bool:
-        """Whether this resumes a run that was not finished, rather than extending a finished one or starting anew."""
+        """Whether this resumes a run that was not finished, rather than extending a finished one or starting over."""
         return self.resume is not None and folders.read_state(self.resume).get("status") != "finished"
 
     def _create(self, trainer: Any, fill: Callable[[Path], None] = lambda run: None) -> None:

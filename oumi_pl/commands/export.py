@@ -11,6 +11,8 @@ from oumi_pl.errors import UserError, nearby
 TRUST = "run code outside the package that the checkpoint's recipe names"
 TRAINING_ONLY = ("optimizer", "schedule", "groups", "layer_decay")
 """Arguments of a module that only training needs."""
+ROWS = ("train", "validation", "test", "predict", "group", "reward", "metrics")
+"""Arguments of data that are about rows: an export needs the tokenizer and the template alone."""
 
 
 def main(args: list[str]) -> int:
@@ -141,8 +143,9 @@ def built(
 
     config = yaml.safe_load(content["config"])
     parts = copy.deepcopy({"model": config["model"], "data": config["data"]})
-    for name in TRAINING_ONLY:
-        parts["model"].get("init_args", {}).pop(name, None)
+    for part, names in (("model", TRAINING_ONLY), ("data", () if for_batches else ROWS)):
+        for name in names:
+            parts[part].get("init_args", {}).pop(name, None)
     if not trust:
         refuse_foreign(parts, checkpoint)
     module, data = instantiate(parts)

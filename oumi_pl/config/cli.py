@@ -28,7 +28,7 @@ from oumi_pl.callbacks.stopping import LastStep, Preemption
 from oumi_pl.callbacks.throughput import Throughput
 from oumi_pl.callbacks.tracking import Tracking
 from oumi_pl.config.check import Checker, Parser, options, unwrapped_mistakes
-from oumi_pl.config.files import as_written, read_options
+from oumi_pl.config.files import as_written, merged, read_options, with_model
 from oumi_pl.config.refusals import (
     launched_devices,
     refuse_contradictions,
@@ -103,8 +103,14 @@ class CLI(LightningCLI):
         for tree in self.trees:
             checker.check_recipe(tree)
         checker.check_options(read_options(args[1:]))
-        super().parse_arguments(parser, args)
+        super().parse_arguments(parser, self.with_initial_model(args))
         refuse_seed(self.config[self.command].get("seed_everything"))
+
+    def with_initial_model(self, args: list[str]) -> list[str]:
+        """Replaces `recipe:NAME` by the model of that recipe, which may have to be trained: hence after the checks."""
+        if any(flag.endswith("help") for flag, _ in read_options(args[1:])):
+            return args
+        return with_model(args, {} if self.resume else merged(self.trees))
 
     def _parse_ckpt_path(self) -> None:
         """Does nothing. Lightning would load the whole checkpoint here to read hyper-parameters, and ours have none."""

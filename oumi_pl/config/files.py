@@ -288,7 +288,7 @@ def resume_arguments(
     if resume == AUTO and state.get("status") == "finished" and not _longer(state, args):
         raise NothingToDo(
             f"--resume auto: {run} is finished, at step {state.get('step', '?')}; to train it further: "
-            f"{folders.how_to_extend(run, dict(state))}; to train anew, leave --resume out"
+            f"{folders.how_to_extend(run, dict(state))}; to start a new run, leave --resume out"
         )
     _refuse_finished(run, state, checkpoint, args)
     checkpoint, damaged = folders.newest_whole_checkpoint(run)  # reads it, which takes a second per 1.5 GB

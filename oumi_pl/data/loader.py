@@ -74,7 +74,31 @@ class PlanSampler(Sampler[list[np.ndarray]]):
             yield from plan.micro_batches(update, layout)
 
 
-class PlanLoader(Loader):
+class FollowsPlan:
+    """A loader whose position is that of a `PlanSampler`."""
+
+    position: PlanSampler
+
+    @property
+    def layout(self) -> Layout:
+        """How the rows of an update are divided, in all epochs; may be replaced before the first batch is fetched."""
+        return self.position.layout
+
+    @layout.setter
+    def layout(self, layout: Layout) -> None:
+        self.position.layout = layout
+
+    @property
+    def on_epoch(self) -> Callable[[int], None]:
+        """Called with the number of each epoch before its first batch, also if a resumed run begins within it."""
+        return self.position.on_epoch
+
+    @on_epoch.setter
+    def on_epoch(self, function: Callable[[int], None]) -> None:
+        self.position.on_epoch = function
+
+
+class PlanLoader(FollowsPlan, Loader):
     """A DataLoader over a plan, with a position that can be saved and restored.
 
     Each micro-batch carries the totals of its update over all micro-batches and ranks (`Batch.update`), and the ids of
@@ -126,24 +150,6 @@ class PlanLoader(Loader):
             # a separate generator, so that the seeds of workers are not drawn from the one that dropout uses
             generator=torch.Generator().manual_seed(0),
         )
-
-    @property
-    def layout(self) -> Layout:
-        """How the rows of an update are divided, in all epochs; may be replaced before the first batch is fetched."""
-        return self.position.layout
-
-    @layout.setter
-    def layout(self, layout: Layout) -> None:
-        self.position.layout = layout
-
-    @property
-    def on_epoch(self) -> Callable[[int], None]:
-        """Called with the number of each epoch before its first batch, also if a resumed run begins within it."""
-        return self.position.on_epoch
-
-    @on_epoch.setter
-    def on_epoch(self, function: Callable[[int], None]) -> None:
-        self.position.on_epoch = function
 
     def __iter__(self) -> Iterator[Any]:  # type: ignore[override]
         # A generator, so that nothing is fetched before the first `next`: Lightning calls `iter` before `set_epoch` and

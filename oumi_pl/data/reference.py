@@ -46,8 +46,8 @@ class ReferenceLogps:
 
     @property
     def bytes(self) -> int:
-        """Size of all chunks on disk."""
-        return 4 * self.width * int(self.offsets[-1])
+        """Size of all chunks on disk, with their checksums."""
+        return 4 * self.width * int(self.offsets[-1]) + self.chunks * (len(MARK) + 4)
 
     def examples(self, chunk: int) -> range:
         """The examples of a chunk."""

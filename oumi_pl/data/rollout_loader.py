@@ -1,14 +1,14 @@
 """Loaders of online training: they sample the completions of an update when it is due, and yield its micro-batches."""
 
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import torch
 
-from oumi_pl.data.loader import PlanSampler, refuse_other_rows
+from oumi_pl.data.loader import FollowsPlan, PlanSampler, refuse_other_rows
 from oumi_pl.data.plan import Layout, Plan
 from oumi_pl.rollouts.sampling import Completion
 from oumi_pl.types import Batch, Update
@@ -42,7 +42,7 @@ class TrainedGroups(NamedTuple):
     """Whether this is the first update that trains on them."""
 
 
-class RolloutLoader:
+class RolloutLoader(FollowsPlan):
     """Yields this rank's micro-batches of each update, and samples the completions of an update when it is due.
 
     Its state is the position, counted in updates, and the rollouts that are not used up. It is the same on all ranks.
@@ -63,38 +63,20 @@ class RolloutLoader:
         """Lightning looks here for `set_epoch`."""
         return self.position
 
-    @property
-    def layout(self) -> Layout:
-        """How the prompts of an update are divided, in the current epoch; may be replaced before the first update."""
-        return self.position.layout_now
-
-    @layout.setter
-    def layout(self, layout: Layout) -> None:
-        self.position.layout = layout
-
-    @property
-    def on_epoch(self) -> Callable[[int], None]:
-        """Called with the number of each epoch before its first batch, also if a resumed run begins within it."""
-        return self.position.on_epoch
-
-    @on_epoch.setter
-    def on_epoch(self, function: Callable[[int], None]) -> None:
-        self.position.on_epoch = function
-
     def __len__(self) -> int:
         """Micro-batches of an epoch on one rank. Lightning does not prefetch from loaders that have a length."""
-        return len(self.position.current) * self.data.iterations * self.layout.micro_batches
+        return len(self.position.current) * self.data.iterations * self.position.layout_now.micro_batches
 
     def __iter__(self) -> Iterator[Batch]:
         position, plan = self.position, self.position.current
         for update in range(position.update, len(plan) * self.data.iterations):
             batches = self._batches(plan, update)
             for i, batch in enumerate(batches, 1):
-                position.update = update + (i == self.layout.micro_batches)
+                position.update = update + (i == self.position.layout_now.micro_batches)
                 yield batch
 
     def _batches(self, plan: Plan, update: int) -> Iterator[Batch]:
-        data, layout = self.data, self.layout
+        data, layout = self.data, self.position.layout_now
         per_block = data.steps_per_rollout * data.iterations
         number, within = divmod(update, per_block)
         first = number * data.steps_per_rollout
@@ -127,8 +109,8 @@ class RolloutLoader:
         return {
             "epoch": self.position.epoch,
             "update": self.position.update,
-            "micro_batches": self.layout.micro_batches,
-            "rows_per_update": self.layout.rows_per_update,
+            "micro_batches": self.position.layout_now.micro_batches,
+            "rows_per_update": self.position.layout_now.rows_per_update,
             "rollouts": [_to_plain(group) for group in self.groups] if is_in_use else [],
         }
 

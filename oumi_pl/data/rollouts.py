@@ -9,6 +9,7 @@ from typing import Any, Protocol
 
 import numpy as np
 import torch
+from lightning.pytorch.strategies import ModelParallelStrategy
 from torch import Tensor
 
 from oumi_pl.data import report as reports
@@ -193,11 +194,14 @@ class RolloutData(ChatData):
         self.all_prompts(split)
 
     def setup(self, stage: str) -> None:
-        """Stops before weights are loaded if there are no prompts.
+        """Stops before weights are loaded if completions can't be sampled.
 
         Raises:
-            UserError: no prompt of a split is left.
+            UserError: no prompt of a split is left, or weights are to be sharded: ranks sample different numbers of
+                batches, so that some would wait for ever to gather weights.
         """
+        if self.trainer is not None and isinstance(self.trainer.strategy, ModelParallelStrategy):
+            raise UserError("trainer.strategy: completions can't be sampled from sharded weights; use ddp")
         for split in self.needed(stage):
             if not self.all_prompts(split):
                 raise UserError(

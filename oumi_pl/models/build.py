@@ -477,7 +477,7 @@ def _quantized(quantization: str | None) -> dict[str, Any]:
 def keep_differentiable(hf: "PreTrainedModel") -> "PreTrainedModel":
     """Keeps 4-bit weights on CPUs in the layout that has gradients.
 
-    bitsandbytes packs them anew in the first evaluation on a CPU with AVX512-BF16, for a kernel of its own. That rounds
+    bitsandbytes repacks them in the first evaluation on a CPU with AVX512-BF16, for a kernel of its own. That rounds
     their scales, and has no backward pass: training that goes on after it would lose all gradients below.
     """
     for module in hf.modules():

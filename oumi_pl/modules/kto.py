@@ -26,7 +26,7 @@ class KTO(LanguageModule):
     The loss compares each response's reward with the average reward of the policy, its KL divergence from the reference
     times beta. The divergence is estimated on mismatched rows (the prompt of each row of the update with the response
     to another prompt), without gradient, before the update's first micro-batch: one estimate for all its micro-batches
-    and ranks, at least 0. So an update does not depend on how it is divided. (TRL estimates it anew on each
+    and ranks, at least 0. So an update does not depend on how it is divided. (TRL estimates it again on each
     micro-batch, whose responses it rotates; with one micro-batch per update and the same mismatched rows, both are
     equal.) In validation, it is estimated on all rows of the pass.
 

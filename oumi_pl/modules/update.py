@@ -517,7 +517,7 @@ class RestorableModule(UpdateModule):
         self.optimizer_settings: list[list[dict[str, Any]]] = []
         """For each optimizer and group, the settings that it was created with, without the learning rate's schedule."""
         self.saved_optimizer_settings: list[list[dict[str, Any]]] | None = None
-        """The same in the run that wrote the checkpoint; None if this run starts anew."""
+        """The same in the run that wrote the checkpoint; None if this run starts over."""
         self.__trained_at_start: list[str] = []
         self.__rng_to_restore: dict[str, Any] | None = None
         self.__loaded: dict[str, Any] = {}
@@ -606,7 +606,7 @@ class RestorableModule(UpdateModule):
     def __refuse_incomplete(self, checkpoint: dict[str, Any]) -> None:
         """Refuses a checkpoint with too little to go on from, or with something else in its place.
 
-        Lightning would go on without: from the start of the data, or with an optimizer that starts anew.
+        Lightning would go on without: from the start of the data, or with an optimizer that starts over.
 
         Raises:
             UserError: names what is missing or of another kind.
@@ -846,7 +846,7 @@ class RestorableModule(UpdateModule):
             # groups that callbacks add later come last
             for j, (group, now) in enumerate(zip(optimizer.param_groups, self.optimizer_settings[i], strict=False)):
                 self.__apply_changes(group, now, saved[j] if j < len(saved) else {})
-        self.saved_optimizer_settings = None  # a second `fit` of this module starts anew
+        self.saved_optimizer_settings = None  # a second `fit` of this module starts over
         self.__follow_schedule()
 
     def __apply_changes(self, group: dict[str, Any], now: dict[str, Any], saved: dict[str, Any]) -> None:
@@ -987,7 +987,7 @@ def _without(state: dict[str, Any], names: Collection[str]) -> dict[str, Any]:
 
 
 def _matched(state: dict[str, Any], optimizer: Optimizer, names: Sequence[str]) -> dict[str, Any]:
-    """The state of an optimizer by the numbers that its weights have now; weights that it does not know start anew.
+    """The state of an optimizer by the numbers that its weights have now; unknown weights start from zero.
 
     Args:
         state: By name, from a checkpoint.

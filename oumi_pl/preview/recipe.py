@@ -22,6 +22,10 @@ from oumi_pl.terminal.screen import working
 class _Settings(CLI):
     """Parses and checks the command line of `fit`, without building the objects that it describes."""
 
+    def with_initial_model(self, args: list[str]) -> list[str]:
+        """Leaves `recipe:NAME` as it is: a preview needs its tokenizer alone."""
+        return args
+
     def instantiate_classes(self) -> None:
         """Instantiates nothing."""
 
@@ -127,8 +131,7 @@ def sample(
     """
     trees = [recipe_files.check(path) for path in configs]
     args = [part for path in configs for part in ("--config", str(path))]
-    args = recipe_files.with_model([*args, *overrides], recipe_files.merged(trees))
-    cli = _Sampling(["fit", *args, "--trainer.devices", "1"], trees, count)
+    cli = _Sampling(["fit", *args, *overrides, "--trainer.devices", "1"], trees, count)
     data: Any = cli.datamodule
     return data, cli.sampled.groups, cli.sampled.advantages
 

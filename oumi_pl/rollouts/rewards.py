@@ -6,6 +6,7 @@ also be a class, whose object is called so. A batched reward takes lists of both
 """
 
 import asyncio
+import functools
 import importlib
 import inspect
 import re
@@ -21,10 +22,21 @@ from oumi_pl.errors import UserError
 Reward = Callable[..., Any]
 
 
-def batched(reward: Reward) -> Reward:
-    """Marks a reward of all completions at once: `(completions: list[str], rows: list[dict]) -> list[float]`."""
-    reward.is_batched = True  # type: ignore[attr-defined]
-    return reward
+class Batched:
+    """A reward of all completions at once: `(completions: list[str], rows: list[dict]) -> list[float]`."""
+
+    def __init__(self, reward: Reward) -> None:
+        self.reward = reward
+        functools.update_wrapper(self, reward)
+
+    def __call__(self, completions: list[str], rows: list[dict[str, Any]]) -> Any:
+        """Calls the function."""
+        return self.reward(completions, rows)
+
+
+def batched(reward: Reward) -> Batched:
+    """Marks a function as a reward of all completions at once, as a decorator."""
+    return Batched(reward)
 
 
 class Rewards:
@@ -87,7 +99,7 @@ class Rewards:
     def _column(
         self, name: str, reward: Reward, completions: Sequence[str], rows: Sequence[Mapping[str, Any]]
     ) -> np.ndarray:
-        if getattr(reward, "is_batched", False):
+        if isinstance(reward, Batched):
             try:
                 values = reward(list(completions), [dict(row) for row in rows])
                 values = asyncio.run(_awaited(values)) if inspect.isawaitable(values) else values

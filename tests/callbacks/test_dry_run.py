@@ -31,7 +31,7 @@ def cli(tmp_path, monkeypatch, capsys):
     return CommandLine(tmp_path, monkeypatch, capsys)
 
 
-def told(printed) -> dict[str, str]:
+def labels_of(printed) -> dict[str, str]:
     """Name -> value of the table; sections and names stand in columns."""
     lines = [line for line in printed.splitlines() if re.match(r".{11}\S", line)]
     return {line[11:28].strip(): line[28:].strip() for line in reversed(lines)}
@@ -45,7 +45,7 @@ def test_the_table_matches_the_real_run(cli):
     """Parameters, steps, tokens, groups, folder: each against the run itself. Nothing but the cache is left."""
     cli.recipe({"data.init_args.validation": 0.2, "trainer.max_steps": 5, "trainer.accumulate_grad_batches": 3})
     before = cli.files()
-    actual = told(cli.works(*FIT, "--dry_run"))
+    actual = labels_of(cli.works(*FIT, "--dry_run"))
     assert cli.files() == before
     assert actual["folder"] == "runs/r"
     cli.works(*TRAINED)
@@ -68,7 +68,7 @@ def test_the_table_matches_the_real_run(cli):
         decay = group["weight_decay"]
         assert actual[group["name"]].startswith(f"{len(group['params'])} tensor")
         assert actual[group["name"]].endswith(f" lr {group['initial_lr']:g}, weight decay {decay:g}")
-    assert told(cli.works(*FIT, "--dry_run", "true"))["folder"] == "runs/r-2"
+    assert labels_of(cli.works(*FIT, "--dry_run", "true"))["folder"] == "runs/r-2"
 
 
 def test_it_trains_only_on_the_largest_micro_batch(cli, monkeypatch):
@@ -79,7 +79,7 @@ def test_it_trains_only_on_the_largest_micro_batch(cli, monkeypatch):
         lambda self, b, i: sizes.append((len(b["sample_ids"]), b["input_ids"].numel())) or training_step(self, b, i),
     )
     cli.recipe({"trainer.accumulate_grad_batches": 3, "val_every": 1, "data.init_args.validation": "rows.jsonl"})
-    actual = told(cli.works(*FIT, "--dry_run"))
+    actual = labels_of(cli.works(*FIT, "--dry_run"))
     assert len(sizes) in range(4, 13)  # two to six updates of two micro-batches, as long as they are quick
     ((rows, tokens),) = set(sizes)
     assert actual["measured on"].startswith(f"micro-batches of {rows} rows, {tokens} tokens, the largest")
@@ -123,14 +123,14 @@ def test_the_reference_is_computed_only_for_the_pairs_of_the_dry_run(cli, monkey
     computed = []
     write = SomeLogps.write
     monkeypatch.setattr(SomeLogps, "write", lambda self, c, logps: computed.append(c) or write(self, c, logps))
-    actual = told(cli.works(*FIT, "--dry_run"))
+    actual = labels_of(cli.works(*FIT, "--dry_run"))
     assert len(computed) == 4  # two pairs to train on, two to validate
     assert actual["reference"].startswith("log-probabilities of 40 rows will be computed once, before the first update")
     assert not list((cli.directory / "cache").rglob("000000.bin"))
     cli.works(*TRAINED)
     tokens = cli.column("runs/r", "train/num_tokens")
     assert number(actual["tokens in all"]) == float(tokens[3])
-    assert told(cli.works(*FIT, "--dry_run"))["reference"] == "the initial model, from the cache"
+    assert labels_of(cli.works(*FIT, "--dry_run"))["reference"] == "the initial model, from the cache"
 
 
 def test_the_size_of_a_teachers_cache_is_printed(cli):
@@ -138,12 +138,14 @@ def test_the_size_of_a_teachers_cache_is_printed(cli):
     pretrained(cli.directory / "teacher")
     distill = {"model.class_path": "Distill", "model.init_args.teacher": "./teacher", "model.init_args.top_k": 2}
     cli.recipe(distill | {"trainer.max_steps": 3, "data.init_args.validation": 0.2})
-    actual = told(cli.works(*FIT, "--dry_run"))
+    actual = labels_of(cli.works(*FIT, "--dry_run"))
     assert not list((cli.directory / "cache").rglob("000000.bin"))
     cli.works(*TRAINED)
-    size = sum(file.stat().st_size for file in (cli.directory / "cache" / "reference").rglob("*.bin"))
+    files = list((cli.directory / "cache" / "reference").rglob("*.bin"))
+    size = sum(file.stat().st_size for file in files)
     report = json.loads((cli.directory / "runs/r/data.json").read_text())
-    assert size == 4 * 5 * sum(split["target_tokens"] for split in report.values())
+    checksums = 8 * len(files)
+    assert size == 4 * 5 * sum(split["target_tokens"] for split in report.values()) + checksums
     assert actual["teacher"].startswith(f"distributions, {size / 1e9:.2g} GB on disk, of ")
 
 
@@ -160,7 +162,7 @@ def test_a_stream_is_read_in_its_own_order(cli):
         "trainer.accumulate_grad_batches": 2,
     }
     cli.recipe(changes)
-    actual = told(cli.works(*FIT, "--dry_run"))
+    actual = labels_of(cli.works(*FIT, "--dry_run"))
     assert actual["measured on"] == "micro-batches of 3 rows, 48 tokens, as all of them are"
     cli.works(*TRAINED)
     assert number(actual["tokens in all"]) == float(cli.column("runs/r", "train/num_tokens")[4]) == 4 * 2 * 3 * 16
@@ -170,8 +172,8 @@ def test_a_dry_run_of_a_resume_starts_at_the_checkpoint(cli):
     cli.works(*TRAINED)
     before = {name: (cli.directory / name).stat().st_mtime_ns for name in cli.files()}
     out = cli.works("fit", "--resume", "runs/r", "--trainer.max_steps", "9", "--dry_run")
-    assert told(out)["optimizer steps"] == "9, of which 2 are done"
-    assert told(out)["folder"] == "runs/r"
+    assert labels_of(out)["optimizer steps"] == "9, of which 2 are done"
+    assert labels_of(out)["folder"] == "runs/r"
     assert {name: (cli.directory / name).stat().st_mtime_ns for name in cli.files()} == before
     at_its_end = (*FIT, "--ckpt_path", "runs/r/checkpoints/step-00000002.ckpt")
     assert "nothing is left to train: the run ends at step 2" in (said := cli.fails(*at_its_end, "--dry_run"))
@@ -182,7 +184,7 @@ def test_a_dry_run_of_a_resume_may_have_fewer_micro_batches_per_update(cli):
     """Lightning counts micro-batches, of which an update has fewer in a dry run."""
     cli.recipe({"trainer.max_steps": 1, "trainer.accumulate_grad_batches": 3})
     cli.works(*TRAINED)
-    actual = told(cli.works("fit", "--resume", "runs/r", "--trainer.max_steps", "9", "--dry_run"))
+    actual = labels_of(cli.works("fit", "--resume", "runs/r", "--trainer.max_steps", "9", "--dry_run"))
     assert actual["optimizer steps"] == "9, of which 1 are done"
     assert "with 2 of 3 micro-batches" in actual["one update"]
 
@@ -190,7 +192,7 @@ def test_a_dry_run_of_a_resume_may_have_fewer_micro_batches_per_update(cli):
 def test_callbacks_that_need_a_logger_work(cli):
     cli.recipe({"trainer.callbacks": [{"class_path": "LearningRateMonitor"}], "trainer.max_steps": 3})
     before = cli.files()
-    assert told(cli.works(*FIT, "--dry_run"))["optimizer steps"] == "3"
+    assert labels_of(cli.works(*FIT, "--dry_run"))["optimizer steps"] == "3"
     assert cli.files() == before
     assert "no logger" in cli.fails(*FIT, "--trainer.logger", "false", "--dry_run")
     assert "no logger" in cli.run(*FIT, "--trainer.logger", "false")[2]
@@ -206,7 +208,7 @@ def test_options_that_a_dry_run_refuses(cli):
 
 
 def test_adapters_and_base_weights_are_counted_separately(cli):
-    actual = told(cli.works(*FIT, "--dry_run", "--model.lora.r", "4"))
+    actual = labels_of(cli.works(*FIT, "--dry_run", "--model.lora.r", "4"))
     hidden, inner, layers, kv = LLAMA["hidden_size"], LLAMA["intermediate_size"], LLAMA["num_hidden_layers"], 16
     shapes = [(hidden, hidden), (hidden, kv), (hidden, kv), (hidden, hidden), *[(hidden, inner)] * 3]
     adapters = 4 * layers * sum(a + b for a, b in shapes)
@@ -258,5 +260,5 @@ def test_on_two_processes(tmp_path):
     command = [sys.executable, "-m", "oumi_pl", "fit", "--config", "r.yaml", "--dry_run"]
     done = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True, timeout=300, check=True)
     assert done.stdout.count("optimizer steps") == 1  # one of them prints
-    assert told(done.stdout)["pairs per update"].startswith("4: 2 x 1 x 2 ")
+    assert labels_of(done.stdout)["pairs per update"].startswith("4: 2 x 1 x 2 ")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["cache", "pairs.jsonl", "r.yaml"]

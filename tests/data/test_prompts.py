@@ -2,7 +2,9 @@
 
 import json
 
+import lightning as L
 import pytest
+from lightning.pytorch.strategies import ModelParallelStrategy
 
 from oumi_pl.data.pretrain import PretrainData
 from oumi_pl.data.rollouts import RolloutData
@@ -114,3 +116,11 @@ def test_predict_reads_rows_that_have_only_a_prompt_and_keeps_their_columns(tmp_
     file.write_text(json.dumps({"prompt": "one", "context": "which changes the answer"}) + "\n")
     with pytest.raises(UserError, match="context"):
         predicted(SFTData(predict=str(file), tokenizer=ByteTokenizer()))
+
+
+def test_sampling_from_sharded_weights_is_refused(tmp_path):
+    samples = data(tmp_path, {"prompt": "2 + 3"})
+    strategy = ModelParallelStrategy(data_parallel_size=1, tensor_parallel_size=1)
+    samples.trainer = L.Trainer(accelerator="cpu", devices=1, strategy=strategy, logger=False)
+    with pytest.raises(UserError, match="can't be sampled from sharded weights; use ddp"):
+        samples.setup("fit")

@@ -78,7 +78,7 @@ FOREIGN = {
 @pytest.mark.parametrize("what", FOREIGN)
 def test_recipes_that_name_foreign_code_are_refused(tmp_path, evil, what):
     with pytest.raises(UserError, match=r"would run code that its recipe names .*add --trust") as refused:
-        built(checkpoint(tmp_path, FOREIGN[what]))
+        load_checkpoint(checkpoint(tmp_path, FOREIGN[what]))
     assert what in str(refused.value)
     assert not evil.exists()
 
@@ -88,6 +88,14 @@ def test_foreign_code_runs_if_the_user_trusts_it(tmp_path, evil):
     with pytest.raises((UserError, RuntimeError)):  # its weights are none of this model
         load_checkpoint(checkpoint(tmp_path, config), trust=True)
     assert evil.exists()
+
+
+@pytest.mark.parametrize("what", [what for what in FOREIGN if "format" in what or "reward" in what])
+def test_an_export_needs_neither_formats_nor_rewards(tmp_path, evil, what):
+    with pytest.raises(Exception, match="w") as failed:  # only the weights are wrong
+        built(checkpoint(tmp_path, FOREIGN[what]))
+    assert "trust" not in str(failed.value)
+    assert not evil.exists()
 
 
 @pytest.mark.parametrize("name", ["optimizer", "schedule"])

@@ -24,7 +24,7 @@ class Recipe:
 
     tree: what `fit --config` reads. became: field of the config that was set, or that matters -> what it became.
     comments: key of the tree by its dotted path, empty for all of it -> where Oumi does something else. resume: what
-    `fit --resume` is given, empty for the last unfinished run; None to start anew.
+    `fit --resume` is given, empty for the last unfinished run; None for a new run.
     """
 
     tree: dict[str, Any]

@@ -282,7 +282,7 @@ def _export(config: TrainingConfig, notes: Notes) -> dict[str, Any]:
 
 
 def resume(training: TrainingParams) -> str | None:
-    """What `fit --resume` is given: a run, empty for the last unfinished one; None to start anew.
+    """What `fit --resume` is given: a run, empty for the last unfinished one; None for a new run.
 
     Raises:
         UserError: a checkpoint is named that is not the newest of its run.
