@@ -481,7 +481,7 @@ def _records(loaded: Loaded, options: argparse.Namespace) -> list[tuple[str, dic
     columns = {field: name for field, name in (recipe.get("columns") or {}).items() if name in read[0][1]}
     columns |= dict(option.split("=", 1) for option in options.columns)
     ignore = [*(recipe.get("ignore") or ()), *options.ignore]
-    form = options.format or recipe.get("format")
+    form = options.format or _own_format(recipe.get("format"), options.trust)
     reader = PromptsWithRows(
         Source(options.file, columns=columns or None, ignore=ignore or None, format=form), PROMPT_FORMATS, mixed=True
     )
@@ -502,6 +502,22 @@ def _reading(recipe: dict[str, Any] | None) -> dict[str, Any]:
         arguments = source.get("init_args", source) if isinstance(source, dict) else {}
         how.append({name: arguments.get(name) for name in ("columns", "format", "ignore")})
     return how[0] if all(one == how[0] for one in how) else {}
+
+
+def _own_format(name: str | None, trust: bool) -> str | None:
+    """The format of a model's recipe, which may have come with the model.
+
+    Raises:
+        UserError: it is a function outside the package, and `trust` is not set.
+    """
+    from oumi_pl.runs.received import PACKAGE
+
+    if name is not None and "." in name and not name.startswith(PACKAGE) and not trust:
+        raise UserError(
+            f"--file: the recipe beside the model reads rows with the function {name}; if you trust where the model "
+            "comes from, add --trust, or name a --format"
+        )
+    return name
 
 
 def _refuse_no_model(path: Path) -> None:

@@ -108,6 +108,25 @@ def test_the_columns_of_the_recipe_are_read_beside_its_model(folder, tmp_path):
     assert [line["ticket"] for line in lines("out.jsonl")] == QUESTIONS
 
 
+def test_a_function_that_came_with_a_model_runs_only_if_it_is_trusted(folder, tmp_path, monkeypatch, capsys):
+    run = tmp_path / "run"
+    run.mkdir()
+    (run / "model").symlink_to(folder)
+    (run / "run.json").write_text("{}")
+    train = {"path": "tickets.csv", "format": "received_format.read"}
+    (run / "config.yaml").write_text(json.dumps({"data": {"init_args": {"train": train}}}))
+    code = "from pathlib import Path\nfrom oumi_pl.types import Text\nPath('imported').touch()\n"
+    (tmp_path / "received_format.py").write_text(code + "def read(row): return Text('', prompt=row['ticket'])\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    rows = write_jsonl(tmp_path / "in.jsonl", [{"ticket": text} for text in QUESTIONS])
+    command = ["generate", "--model", str(run / "model"), "--file", rows, "--output", "out.jsonl", *NEW]
+    assert main(command) == 2
+    assert "reads rows with the function received_format.read; if you trust" in capsys.readouterr().err
+    assert not Path("imported").exists()
+    assert main([*command, "--trust"]) == 0
+    assert Path("imported").exists()
+
+
 def test_a_killed_command_is_continued_without_repeating_a_row(folder, tmp_path, monkeypatch, capsys):
     rows = write_jsonl(tmp_path / "in.jsonl", ROWS)
     options = ["--file", rows, "--temperature", 1, "--samples", 2, "--batch_size", 2]
