@@ -83,9 +83,8 @@ ROWS = {
         **{f"{DATA}overflow": "drop", f"{DATA}max_length": 5},
     ),
     "no row held out": Case(
-        "data.validation: 1e-09 of the rows of data.train, chosen by a hash of each, leaves none for validation; "
-        "name a "
-        "source for validation, or another fraction",
+        "data.validation: 1e-09 of the rows of data.train, chosen by a hash of the prompt, leaves none for "
+        "validation; name a source for validation, another fraction, or a data.group",
         {f"{DATA}validation": 1e-9},
     ),
     "unknown template": Case(

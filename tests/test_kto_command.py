@@ -23,7 +23,7 @@ KTO = {
 @pytest.fixture
 def cli(tmp_path, monkeypatch, capsys):
     line = CommandLine(tmp_path, monkeypatch, capsys)
-    write_jsonl(tmp_path / "feedback.jsonl", feedback(24))
+    write_jsonl(tmp_path / "feedback.jsonl", feedback(24, seed=3))
     line.recipe(KTO)
     return line
 
@@ -53,7 +53,7 @@ def test_advice_on_unbalanced_labels(cli):
 
 def test_preview_shows_the_label_and_what_carries_loss(cli):
     out = cli.works("preview", "--config", "r.yaml", "--plain", "-n", "2", "--data.validation", "null")
-    row = feedback(24)[1]
+    row = feedback(24, seed=3)[1]
     assert "desirable 1" in out
     assert "desirable 0" in out
     assert f"⟦{row['completion'][0]['content']}" in out

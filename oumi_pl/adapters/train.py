@@ -74,9 +74,8 @@ def run(
     total = module.total_steps()
     is_trained = _is_trained(trainer, total)
     loader = _loader(trainer, module, data, position)
-    run_callback = RunCallback(
-        trainer, module, data, loader, ValidationSchedule(trainer, data, loader.epoch_length, total)
-    )
+    validation = ValidationSchedule(trainer, data, loader.epoch_length, total)
+    run_callback = RunCallback(trainer, module, data, loader, validation)
     module.log_to = run_callback.log
     try:
         # the engine creates its output folder at once, but our run folder is created only when training begins

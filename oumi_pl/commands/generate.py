@@ -265,6 +265,16 @@ def _options(args: list[str]) -> argparse.Namespace:
         UserError: options are out of range, or contradict each other.
     """
     parser = Parser("generate", __doc__)
+    for add in (_add_model, _add_prompts, _add_sampling, _add_output):
+        add(parser)
+    options = parser.parse_args(args)
+    _check(options)
+    if options.output is not None:
+        options.output = _checked_output(options.output.expanduser())
+    return options
+
+
+def _add_model(parser: Parser) -> None:
     parser.add_argument("--model", metavar="DIR", help="a model or LoRA adapter: a folder, or a name on the hub")
     parser.add_argument(
         "--checkpoint",
@@ -272,40 +282,18 @@ def _options(args: list[str]) -> argparse.Namespace:
         metavar="FILE",
         help="a .ckpt file, or a run folder: its best",
     )
+    parser.add_argument("--trust_remote_code", action="store_true", help="run code that comes with a model")
+    parser.add_argument("--trust", action="store_true", help=TRUST)
+    parser.add_argument("--architecture", metavar="CLASS", help="class path of a model of your own, of --model")
+
+
+def _add_prompts(parser: Parser) -> None:
     parser.add_argument("--prompt", action="append", default=[], metavar="TEXT", help="a prompt; may be repeated")
     parser.add_argument(
         "--file",
         metavar="FILE",
         help="prompts: rows of .jsonl, .csv or .parquet with a prompt, turns, or the columns that the recipe names; "
         "else one per line; - reads standard input",
-    )
-    parser.add_argument(
-        "--output",
-        type=Path,
-        metavar="FILE",
-        help="a .jsonl or .csv file to write, with all columns of each row; a repeated command continues it",
-    )
-    parser.add_argument("--batch_size", type=int, default=16, metavar="N", help="prompts per batch (default: 16)")
-    parser.add_argument("--samples", type=int, default=1, metavar="N", help="completions per prompt (default: 1)")
-    parser.add_argument(
-        "--stop",
-        action="append",
-        default=[],
-        metavar="TEXT",
-        help="end a completion before this text; may be repeated",
-    )
-    parser.add_argument(
-        "--logprobs",
-        action="store_true",
-        help="write the log-probability of each token, as it was sampled (greedy: as the model has it), and their sum",
-    )
-    parser.add_argument(
-        "--metric",
-        action="append",
-        default=[],
-        metavar="FUNCTION",
-        help="path of a function (completion, row) -> number or mapping, or a built-in one such as exact_match; writes "
-        "its values, and prints their means with 95 %% intervals; may be repeated",
     )
     parser.add_argument(
         "--columns",
@@ -320,6 +308,18 @@ def _options(args: list[str]) -> argparse.Namespace:
     )
     parser.add_argument("--system", metavar="TEXT", help="a system turn before the prompt")
     parser.add_argument("--raw", action="store_true", help="send the prompt as plain text, without the chat template")
+
+
+def _add_sampling(parser: Parser) -> None:
+    parser.add_argument("--batch_size", type=int, default=16, metavar="N", help="prompts per batch (default: 16)")
+    parser.add_argument("--samples", type=int, default=1, metavar="N", help="completions per prompt (default: 1)")
+    parser.add_argument(
+        "--stop",
+        action="append",
+        default=[],
+        metavar="TEXT",
+        help="end a completion before this text; may be repeated",
+    )
     parser.add_argument("--max_new_tokens", type=int, metavar="N", help=f"longest completion (default: {LONGEST})")
     parser.add_argument("--temperature", type=float, default=0.0, metavar="T", help="0 (the default) is greedy")
     parser.add_argument(
@@ -329,15 +329,29 @@ def _options(args: list[str]) -> argparse.Namespace:
         help="sample from the likeliest tokens that add up to P",
     )
     parser.add_argument("--seed", type=int, metavar="N", help="seed of sampling")
+
+
+def _add_output(parser: Parser) -> None:
+    parser.add_argument(
+        "--output",
+        type=Path,
+        metavar="FILE",
+        help="a .jsonl or .csv file to write, with all columns of each row; a repeated command continues it",
+    )
+    parser.add_argument(
+        "--logprobs",
+        action="store_true",
+        help="write the log-probability of each token, as it was sampled (greedy: as the model has it), and their sum",
+    )
+    parser.add_argument(
+        "--metric",
+        action="append",
+        default=[],
+        metavar="FUNCTION",
+        help="path of a function (completion, row) -> number or mapping, or a built-in one such as exact_match; writes "
+        "its values, and prints their means with 95 %% intervals; may be repeated",
+    )
     parser.add_argument("--json", action="store_true", help="print a line of JSON per completion, with all columns")
-    parser.add_argument("--trust_remote_code", action="store_true", help="run code that comes with a model")
-    parser.add_argument("--trust", action="store_true", help=TRUST)
-    parser.add_argument("--architecture", metavar="CLASS", help="class path of a model of your own, of --model")
-    options = parser.parse_args(args)
-    _check(options)
-    if options.output is not None:
-        options.output = _checked_output(options.output.expanduser())
-    return options
 
 
 def _check(options: argparse.Namespace) -> None:

@@ -297,19 +297,24 @@ def resume_arguments(
     arguments = ["--config", str(config), *kept]
     if checkpoint is not None:
         arguments.append(f"--ckpt_path={checkpoint}")
+    _say_where(run, state, checkpoint, damaged)
+    if _is_first_rank() and not _only_shows(args):
+        folders.set_aside(damaged)
+    return run, str(state.get("recipe", recipe)), arguments
+
+
+def _say_where(run: Path, state: dict[str, Any], checkpoint: Path | None, damaged: Mapping[Path, str]) -> None:
+    """Prints from which checkpoint the run goes on, which ones are damaged, and what is left after training."""
     # with another engine, `adapters.train` finds and reports the checkpoint
     is_engine_run = any((run / folders.CHECKPOINTS).glob("checkpoint-*"))
     if checkpoint is not None or not is_engine_run:
         print(f"resuming {run} from {checkpoint.name if checkpoint else 'the start: it has no checkpoint yet'}")
     for path, why in damaged.items():
         print(f"note: {path} is damaged: {why}; what came after {checkpoint and checkpoint.name} is trained again")
-    if _is_first_rank() and not _only_shows(args):
-        folders.set_aside(damaged)
     phases = folders.phases(state)
     if (checkpoint is not None or is_engine_run) and "train" in phases and state.get("status") != "finished":
         left = [phase for phase in folders.PHASES if phase not in phases]
         print(f"its training is complete; what is left: {', '.join(left) or 'nothing'}")
-    return run, str(state.get("recipe", recipe)), arguments
 
 
 def _chosen(resume: str, root: Path, recipe: str, name: str | None) -> Path | None:

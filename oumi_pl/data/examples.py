@@ -485,13 +485,15 @@ class ChatData(ExampleData):
 
     def prompts(self, split: str) -> Iterator[tuple[list[int], str]]:
         """Prompt ids and reference answer of each row of a split, for sampling completions."""
-        return ((ids, reference) for ids, reference, _ in self.prompts_with_rows(split))
+        return ((ids, reference) for ids, reference, _ in self.__prompts_with_rows(split))
 
     def prompts_with_rows(self, split: str) -> Iterator[tuple[list[int], str, Row]]:
-        """As `prompts`, each with its row."""
-        if type(self).prompts is not ChatData.prompts:  # a subclass has prompts of its own
-            yield from super().prompts_with_rows(split)
-            return
+        """As `prompts`, each with its row; without, if a subclass has prompts of its own."""
+        if type(self).prompts is not ChatData.prompts:
+            return super().prompts_with_rows(split)
+        return self.__prompts_with_rows(split)
+
+    def __prompts_with_rows(self, split: str) -> Iterator[tuple[list[int], str, Row]]:
         for _, record in self.records_with_rows(split):
             if (prompt := self.prompt_of(record.record)) is not None:
                 yield *prompt, record.row

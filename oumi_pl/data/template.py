@@ -5,6 +5,7 @@ import importlib.util
 import re
 import signal
 import threading
+import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
@@ -245,7 +246,7 @@ def compiled(source: str) -> Any:
 
 @contextlib.contextmanager
 def limits(source: str) -> Iterator[None]:
-    """Ends the rendering of a template after `SECONDS`, in the main thread of a process.
+    """Ends the rendering of a template after `SECONDS` of work, in the main thread of a process.
 
     Raises:
         TemplateLimitError: it took longer, now or before.
@@ -263,7 +264,15 @@ def limits(source: str) -> Iterator[None]:
         yield
         return
 
+    is_rendering = True
+    started = time.thread_time()  # of this thread's own work: other programs, or a laptop that slept, do not count
+
     def end(*_: Any) -> None:
+        if not is_rendering:  # an exception as deep as the stack allows kept the timer from being stopped
+            return
+        if (left := SECONDS - (time.thread_time() - started)) > 0:
+            signal.setitimer(signal.ITIMER_REAL, max(left, 0.1))
+            return
         _limited.add(source)
         raise TemplateLimitError(too_long)
 
@@ -272,6 +281,7 @@ def limits(source: str) -> Iterator[None]:
     try:
         yield
     finally:
+        is_rendering = False
         signal.setitimer(signal.ITIMER_REAL, 0)
         signal.signal(signal.SIGALRM, before)
 

@@ -231,13 +231,7 @@ def build_model(
         UserError: something can't be loaded, or parts don't fit together.
     """
     attention.register()
-    base = None if model is None else locate(model, "model", revision)
-    adapter = None
-    if base is not None:
-        _refuse_without_config(Path(base))
-        if _is_adapter(Path(base)):
-            adapter = base
-            base, revision = _base_of(adapter)
+    base, adapter, revision = _located(model, revision)
     hub = {"revision": revision, "trust_remote_code": trust_remote_code}
     hf_config = build_config(base, config, tokenizer, **hub)
     attn = _with_soft_cap(hf_config, attn)
@@ -257,9 +251,7 @@ def build_model(
     attention.separate_frequencies(hf)
     if adapter:
         hf = _with_adapter_merged(hf, adapter)
-    new_rows = 0
-    if base is not None and tokenizer is not None:
-        new_rows = fit_vocabulary(hf, tokenizer, added_tokens)
+    new_rows = 0 if base is None or tokenizer is None else fit_vocabulary(hf, tokenizer, added_tokens)
     freeze_modules(hf, freeze)
     if gradient_checkpointing:
         hf.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
@@ -269,6 +261,18 @@ def build_model(
         hf.why_not_alone = _why_not_alone(base, adapter, config or {}, new_rows)
     # `from_pretrained` returns eval mode, which Lightning would keep
     return hf.train()
+
+
+def _located(model: str | None, revision: str | None) -> tuple[str | None, str | None, str | None]:
+    """The folder of the base model, that of the adapter to merge into it, and the revision of the base."""
+    if model is None:
+        return None, None, revision
+    folder = locate(model, "model", revision)
+    _refuse_without_config(Path(folder))
+    if not _is_adapter(Path(folder)):
+        return folder, None, revision
+    base, revision = _base_of(folder)
+    return base, folder, revision
 
 
 def _why_not_alone(base: str | None, adapter: str | None, config: dict[str, Any], new_rows: int) -> str:

@@ -84,25 +84,33 @@ def export_model(
     hf = model.hf
     if is_adapter and merge:
         hf = merged(copy.deepcopy(hf) if keep else hf)
-    kwargs: dict[str, Any] = {} if state is None else {"state_dict": state}
-    if is_adapter and not merge:
-        kwargs["save_embedding_layers"] = False  # the adapter holds their trained rows, the base on disk the others
     with _folder(directory) as half, _generation_config(hf, tokenizer, stop_tokens) as generation:
-        whole_base = None if is_adapter and not merge else getattr(hf, "taken_from", None)
-        if whole_base is None:
-            hf.save_pretrained(half, **kwargs)
-        else:
-            put_back(whole_base, hf, hf.state_dict() if state is None else state).save_pretrained(half)
-            copy_processors(whole_base, half)
-        if is_adapter and not merge and any(config.use_dora for config in hf.peft_config.values()):
-            _rename_magnitudes(half / "adapter_model.safetensors")
+        save = _save_adapter if is_adapter and not merge else _save_weights
+        save(hf, half, state)
         if generation is not None:
             generation.save_pretrained(half)
         _write_beside(half, tokenizer, whole_heads, card)
-        del state, kwargs  # make room for the model that is loaded now
+        del state  # make room for the model that is loaded now
         _refuse_other_logits(half, model, hf, expected)
         if is_adapter and not merge:
             _name_base(half / "adapter_config.json")
+
+
+def _save_adapter(hf: Any, folder: Path, state: dict[str, Tensor] | None) -> None:
+    kwargs = {} if state is None else {"state_dict": state}
+    # the adapter holds the trained rows of embeddings, the base on disk the others
+    hf.save_pretrained(folder, save_embedding_layers=False, **kwargs)
+    if any(config.use_dora for config in hf.peft_config.values()):
+        _rename_magnitudes(folder / "adapter_model.safetensors")
+
+
+def _save_weights(hf: Any, folder: Path, state: dict[str, Tensor] | None) -> None:
+    whole_base = getattr(hf, "taken_from", None)
+    if whole_base is None:
+        hf.save_pretrained(folder, **({} if state is None else {"state_dict": state}))
+        return
+    put_back(whole_base, hf, hf.state_dict() if state is None else state).save_pretrained(folder)
+    copy_processors(whole_base, folder)
 
 
 def _name_base(file: Path) -> None:

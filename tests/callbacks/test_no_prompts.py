@@ -9,7 +9,7 @@ from safetensors.torch import load_file
 from torch import nn
 
 from oumi_pl.modules.base import LanguageModule
-from tests.callbacks.test_dry_run import number, told
+from tests.callbacks.test_dry_run import labels_of, number
 from tests.command_line import GONE, CommandLine
 from tests.tiny import LLAMA, pairs, write_jsonl
 
@@ -56,7 +56,7 @@ def cli(tmp_path, monkeypatch, capsys):
 
 def test_a_dry_run_counts_the_head_and_leaves_out_what_there_is_not(cli):
     before = cli.files()
-    actual = told(cli.works(*FIT, "--dry_run", "--trainer.max_steps", "3"))
+    actual = labels_of(cli.works(*FIT, "--dry_run", "--trainer.max_steps", "3"))
     assert cli.files() == before
     assert actual["trainer"].startswith("ScalarReward of LlamaForCausalLM")
     assert actual["pairs per update"].startswith("2: 2 x 1 x 1 ")
@@ -99,5 +99,5 @@ def test_prompts_are_refused(cli):
     cli.works(*FIT)
     checkpoint = "runs/r/checkpoints/step-00000002.ckpt"
     assert refusal in cli.fails("predict", "--config", "r.yaml", "--ckpt_path", checkpoint)
-    message = cli.fails("generate", "--checkpoint", "runs/r", "--prompt", "a")
+    message = cli.fails("generate", "--checkpoint", "runs/r", "--prompt", "a", "--trust")
     assert f"--checkpoint: {checkpoint} is of ScalarReward, which does not complete prompts" in message

@@ -34,6 +34,7 @@ model:
     dtype: bfloat16
     optimizer: {class_path: AdamW, init_args: {lr: 2.0e-5, weight_decay: 1.0e-7}}
     schedule: {class_path: Linear}
+# if the tokenizer has no chat template, Oumi takes its own `default`: template: oumi/default
 data:
   class_path: SFTData
   init_args:
@@ -49,8 +50,7 @@ trainer:
   gradient_clip_val: 1.0
 name: output
 runs_dir: .
-# none but that of the end: save_steps is 0
-checkpoint: {every: 1000000000}
+checkpoint: {enabled: false}
 """
 
 

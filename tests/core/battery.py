@@ -189,6 +189,8 @@ peft: {{q_lora: false, {TARGETS}}}
         "", "fsdp: {enable_fsdp: false, cpu_offload: true, sharding_strategy: HYBRID_SHARD}\n"),
     "not sharded": sft("", "fsdp: {enable_fsdp: true, sharding_strategy: NO_SHARD, auto_wrap_policy: NO_WRAP}\n"),
     "a block of deepspeed alone": sft("", "deepspeed: {zero_stage: ZERO_3, offload_param: {device: CPU}}\n"),
+    "deepspeed": sft("", "deepspeed: {enable_deepspeed: true, zero_stage: ZERO_3}\n"),
+    "fsdp with offload": sft("", "fsdp: {enable_fsdp: true, cpu_offload: true}\n"),
     # what is shown
     "text with a reference": sft(
         "logging_dir: '${training.output_dir}/runs', run_name: 'a b/c', logging_strategy: 'no'"),
@@ -308,9 +310,6 @@ REFUSED = {
     ),
     "torchdata": (reads("dataset_name: text_sft, dataset_path: rows.jsonl", "use_torchdata: true"),
                   "data.train.use_torchdata", ""),
-    "deepspeed": (sft("", "deepspeed: {enable_deepspeed: true, zero_stage: ZERO_3}\n"), "deepspeed.enable_deepspeed",
-                  "fsdp.enable_fsdp: true"),
-    "fsdp on the cpu": (sft("", "fsdp: {enable_fsdp: true, cpu_offload: true}\n"), "fsdp.cpu_offload", "LoRA"),
     "an address of a model": (model("model_name: 'oumi://tiny'"), "model.model_name", "address"),
     "an address of data": (reads("dataset_name: 'oumi://rows'"), "data.train.datasets[0].dataset_name", "address"),
     "qlora of a base in fp4": (lora("q_lora: true"), "peft.bnb_4bit_quant_type", "nf4"),

@@ -219,8 +219,10 @@ class Child:
                 sys.stdout.flush()
             os._exit(code)
 
-    def wait(self, seconds: float = 60.0) -> int:
+    def wait(self, seconds: float = 300.0) -> int:
         """The exit code; minus the signal that ended it.
+
+        A run takes two seconds; the default waits for one on a machine that many tests share.
 
         Raises:
             TimeoutError: it takes longer.

@@ -11,9 +11,6 @@ import pytest
 
 from tests.crash.harness import Child, Faults, copy, deviations, outcome, prepare, ranks, works
 
-# forked runs with time limits: beside other tests on a busy machine they time out
-pytestmark = pytest.mark.slow
-
 RESUME = ("fit", "--config", "r.yaml", "--resume", "auto")
 
 

@@ -14,9 +14,6 @@ import os
 import signal
 from lightning.pytorch.callbacks import Callback
 
-# forked runs with time limits: beside other tests on a busy machine they time out
-pytestmark = pytest.mark.slow
-
 class Ends(Callback):
     '''Sends a signal to this process in a hook, at a step.'''
 
@@ -44,12 +41,12 @@ class StopsAtThree(Callback):
         if trainer.global_step == 3:
             trainer.should_stop = True
 """
-ENDS = {"class_path": "own.Ends"}
+ENDS = {"class_path": "crash_moments.Ends"}
 
 
 def start(folder, callbacks=(ENDS,), **changes):
     prepare(folder, changes={"trainer.callbacks": list(callbacks)} | changes)
-    (folder / "own.py").write_text(OWN)
+    (folder / "crash_moments.py").write_text(OWN)
     return folder
 
 
@@ -92,7 +89,7 @@ def test_a_resume_completes_the_missing_phases(tmp_path, whole, hook, step, sign
 
 
 def test_a_run_that_a_callback_ended_is_not_trained_further_by_a_resume(tmp_path):
-    folder = start(tmp_path / "start", [{"class_path": "own.StopsAtThree"}, ENDS])
+    folder = start(tmp_path / "start", [{"class_path": "crash_moments.StopsAtThree"}, ENDS])
     done = copy(folder, tmp_path / "whole")
     works(done, *RESUME)
     expected = outcome(done / "runs/r")

@@ -1,9 +1,13 @@
 """Finding a chat template, giving a tokenizer what it needs, and the texts that the built-in ones write."""
 
+import signal
+import time
+
 import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
+from oumi_pl.data import template
 from oumi_pl.data.template import BUILT_IN, apply_template, load_template
 from oumi_pl.errors import UserError
 from oumi_pl.types import Conversation
@@ -188,13 +192,13 @@ def test_the_tokenizers_own_template_is_left_alone():
 
 def test_wrong_names_and_files_offer_the_nearest(tmp_path):
     (tmp_path / "mine.jinja").write_text("{% for %}")
-    for template, message in {
+    for name, message in {
         "chatmll": r"unknown chat template 'chatmll'; did you mean 'chatml'\? \(or name a .jinja file\)",
         str(tmp_path / "mime.jinja"): r"no chat template file '.*'; did you mean '.*mine.jinja'",
         str(tmp_path / "mine.jinja"): r"\(file mine.jinja\) isn't valid Jinja, line 1",
     }.items():
         with pytest.raises(UserError, match=message):
-            load_template(byte_tokenizer(), template)
+            load_template(byte_tokenizer(), name)
 
 
 def test_conversations_without_any_template_are_refused():
@@ -221,3 +225,54 @@ def test_named_templates_with_one_for_tools():
     assert load_template(tokenizer, None).text == "no tools"
     assert prompt_of(tokenizer, TURNS, None) == "no tools"
     assert prompt_of(tokenizer, TURNS, [{"name": "f"}]) == "1 tools"
+
+
+# ---- limits of rendering
+
+LOOPS = 3 * "{% for i in range(99999) %}" + 3 * "{% endfor %}"
+
+
+def work(seconds):
+    end = time.thread_time() + seconds
+    while time.thread_time() < end:
+        pass
+
+
+@pytest.fixture
+def short_limit(monkeypatch):
+    monkeypatch.setattr(template, "SECONDS", 0.2)
+    monkeypatch.setattr(template, "_limited", set())
+
+
+def test_a_template_that_loops_is_ended_and_not_rendered_again(short_limit):
+    with pytest.raises(template.TemplateLimitError, match="does it loop for ever"), template.limits(LOOPS):
+        template.compiled(LOOPS).render()
+    with pytest.raises(template.TemplateLimitError, match="does it loop for ever"), template.limits(LOOPS):
+        raise AssertionError("rendered again")
+
+
+def test_time_in_which_this_process_does_not_run_is_not_counted(short_limit):
+    """A machine that many programs share, or a laptop that sleeps, is no fault of the template."""
+    with template.limits(LOOPS):
+        time.sleep(0.5)
+    with pytest.raises(template.TemplateLimitError), template.limits(LOOPS):
+        time.sleep(0.3)
+        work(0.5)
+
+
+def test_a_timer_that_could_not_be_stopped_ends_nothing_later(short_limit, monkeypatch):
+    """An exception at the end of the stack leaves no room for the call that stops it."""
+    start = signal.setitimer
+
+    def stack_is_full(which, seconds, interval=0.0):
+        if not seconds:
+            raise RecursionError
+        return start(which, seconds, interval)
+
+    monkeypatch.setattr(signal, "setitimer", stack_is_full)
+    with pytest.raises(RecursionError), template.limits(LOOPS):
+        raise RecursionError
+    work(0.5)
+    monkeypatch.setattr(signal, "setitimer", start)
+    with template.limits(LOOPS):
+        pass

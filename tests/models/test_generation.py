@@ -6,7 +6,7 @@ import torch
 from oumi_pl import attention
 from oumi_pl.data.tokenizers import ByteTokenizer
 from oumi_pl.models.build import build_model
-from oumi_pl.models.generation import _Stream, complete
+from oumi_pl.models.generation import TextStreamer, complete
 from tests.tiny import LLAMA
 
 
@@ -62,7 +62,7 @@ def test_a_streamed_answer_comes_in_whole_characters(tokenizer):
 
 def test_bytes_of_a_character_are_held_back_until_it_is_whole(tokenizer):
     pieces = []
-    stream = _Stream(tokenizer, pieces.append)
+    stream = TextStreamer(tokenizer, pieces.append)
     stream.put(torch.tensor([[1, 2, 3]]))  # the prompt, which is not passed on
     for byte in "aé€\ufffd😀!".encode()[:-2]:
         stream.put(torch.tensor([byte]))

@@ -42,7 +42,9 @@ def template(params: ModelParams, notes: Notes) -> str | None:
             )
             return known["default"]
         if has_one is None:
-            notes.comment("data", "of a tokenizer without chat template, Oumi uses `default`: template: oumi/default")
+            notes.comment(
+                "data", "if the tokenizer has no chat template, Oumi takes its own `default`: template: oumi/default"
+            )
         return None
     if name == "auto":
         return None
