@@ -312,10 +312,7 @@ class ExampleData(TextData):
 
     def largest_micro_batch(self) -> list[np.ndarray]:
         """Rows of the first epoch's micro-batch with the most tokens, over all ranks."""
-        plan, size = self.plan(0), self.batch_size
-        lengths = np.add.reduceat(self.lengths("train")[plan.example_ids], plan.row_starts[:-1])
-        first = int(np.add.reduceat(lengths, np.arange(0, len(lengths), size)).argmax()) * size
-        return [plan.row(i) for i in range(first, min(first + size, plan.rows))]
+        return largest_micro_batch(self.plan(0), self.lengths("train"), self.batch_size)
 
     def tokens(self, updates: int) -> int:
         """Tokens in the first `updates` updates: counted over `EXACT_EPOCHS`, extrapolated beyond."""
@@ -386,6 +383,19 @@ class ExampleData(TextData):
             spared = sum(store.shared for store in stores)
             report["saved_by_sharing"] = round(spared / max(1, spared + report["tokens"]), 6)
         return report
+
+
+def largest_micro_batch(plan: Plan, lengths: np.ndarray, size: int) -> list[np.ndarray]:
+    """Rows of the micro-batch with the most tokens.
+
+    Args:
+        plan: The plan of an epoch.
+        lengths: Tokens of each example, `[examples]`.
+        size: Rows of a micro-batch.
+    """
+    tokens = np.add.reduceat(lengths[plan.example_ids], plan.row_starts[:-1])
+    first = int(np.add.reduceat(tokens, np.arange(0, len(tokens), size)).argmax()) * size
+    return [plan.row(i) for i in range(first, min(first + size, plan.rows))]
 
 
 if TYPE_CHECKING:

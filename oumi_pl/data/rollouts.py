@@ -160,7 +160,7 @@ class RolloutData(ChatData):
     @cached_property
     def tokenize(self) -> Tokenize:
         """Tokenizes prompts."""
-        return Tokenize(self.tokenizer, self.max_length, overflow=self.overflow)
+        return Tokenize(self.tokenizer, self.max_length, overflow=self.overflow, renderer=self.renderer)
 
     # ---- prompts
 
@@ -171,20 +171,29 @@ class RolloutData(ChatData):
             UserError: a row has no prompt; names it.
         """
         if split not in self.__prompts:
-            room = self.max_length - self.sampling.max_new_tokens
-            if room < 1:
-                raise UserError(
-                    f"data.max_length is {self.max_length}, which leaves no room for a prompt and "
-                    f"{self.sampling.max_new_tokens} new tokens"
-                )
             sources, keep = self.taken(split)
             read = [
-                read_prompts(source, self.formats, self.__prompt_ids, room, keep=keep, bad_rows=self.bad_rows)
+                read_prompts(source, self.formats, self.__prompt_ids, self.room, keep=keep, bad_rows=self.bad_rows)
                 for source in sources
             ]
             self.__prompts[split] = [prompt for prompts, _ in read for prompt in prompts]
             self.__reports[split] = [report for _, report in read]
         return self.__prompts[split]
+
+    @property
+    def room(self) -> int:
+        """Most tokens of a prompt.
+
+        Raises:
+            UserError: no prompt fits.
+        """
+        room = self.max_length - self.sampling.max_new_tokens
+        if room < 1:
+            raise UserError(
+                f"data.max_length is {self.max_length}, which leaves no room for a prompt and "
+                f"{self.sampling.max_new_tokens} new tokens"
+            )
+        return room
 
     def __prompt_ids(self, record: Record) -> list[int]:
         return self.tokenize.prompt_ids(record)[0]
@@ -200,14 +209,22 @@ class RolloutData(ChatData):
             UserError: no prompt of a split is left, or weights are to be sharded: ranks sample different numbers of
                 batches, so that some would wait for ever to gather weights.
         """
-        if self.trainer is not None and isinstance(self.trainer.strategy, ModelParallelStrategy):
-            raise UserError("trainer.strategy: completions can't be sampled from sharded weights; use ddp")
+        self.refuse_sharded_weights()
         for split in self.needed(stage):
             if not self.all_prompts(split):
                 raise UserError(
                     f"data.{split}: none of its prompts leaves room for {self.sampling.max_new_tokens} new tokens in "
                     f"data.max_length, which is {self.max_length}"
                 )
+
+    def refuse_sharded_weights(self) -> None:
+        """Refuses a strategy that shards weights, since ranks sample different numbers of batches.
+
+        Raises:
+            UserError: it does.
+        """
+        if self.trainer is not None and isinstance(self.trainer.strategy, ModelParallelStrategy):
+            raise UserError("trainer.strategy: completions can't be sampled from sharded weights; use ddp")
 
     def made_from(self) -> list[str]:
         """A hash of the sources, the tokenizer and the lengths."""

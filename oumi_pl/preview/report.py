@@ -7,10 +7,10 @@ import numpy as np
 from oumi_pl.data.base import TextData
 from oumi_pl.data.examples import ExampleData
 from oumi_pl.data.pretrain import PretrainData
-from oumi_pl.data.rollouts import RolloutData
 from oumi_pl.data.sources import as_sources
 from oumi_pl.data.tokenizers import TokenizerFactory
 from oumi_pl.preview.examples import has_no_dropped_rows
+from oumi_pl.preview.groups import reads_prompts_alone
 from oumi_pl.preview.shown import Histogram, Pack, Packs, Table
 
 BINS = 32
@@ -125,7 +125,7 @@ def histograms(data: TextData) -> list[Histogram]:
     """The lengths of the examples or documents of each split."""
     histograms = []
     for split in data.report():
-        if isinstance(data, RolloutData):
+        if reads_prompts_alone(data):
             lengths, what = data.prompt_lengths(split), "prompts"
         elif isinstance(data, ExampleData):
             lengths, what = data.lengths(split), "examples"
