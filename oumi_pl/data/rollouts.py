@@ -227,9 +227,10 @@ class RolloutData(ChatData):
             raise UserError("trainer.strategy: completions can't be sampled from sharded weights; use ddp")
 
     def made_from(self) -> list[str]:
-        """A hash of the sources, the tokenizer and the lengths."""
+        """A hash of the sources, the tokenizer, how prompts are rendered, and the lengths."""
         sources = [fingerprint(source) for source in as_sources(self.sources["train"])]
-        return [cache_key(sources, tokenizer_fingerprint(self.tokenizer), self.max_length, self.completions)]
+        rendering = tokenizer_fingerprint(self.tokenizer), self.template_variables
+        return [cache_key(sources, *rendering, self.max_length, self.completions)]
 
     def lengths(self, split: str) -> np.ndarray:
         """Most tokens of each prompt with its completions, `[prompts]`."""

@@ -529,7 +529,7 @@ def test_a_run_of_both_kinds_resumes_bit_identically(tmp_path, teacher):
         run(mixed(tmp_path, batch_size=2, engine=Dies()), tmp_path / "killed")
     killed = saved_steps(tmp_path / "killed")
     assert len(killed) == 2  # the first and the third update sample
-    for checkpoint in [killed[-1], *steps[:5]]:
+    for checkpoint in [killed[-1], *steps[:5:2]]:
         again = run(mixed(tmp_path, batch_size=2), resume=checkpoint)
         assert all(torch.equal(whole[name], again[name]) for name in whole)
 
