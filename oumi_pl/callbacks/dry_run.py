@@ -147,7 +147,7 @@ class DryRun(L.Callback):
         self.measured.sampled = self.data.sampling.max_new_tokens if isinstance(self.data, RolloutData) else 0
         if self.measured.has_both_kinds and isinstance(self.data, DistillData):
             # alternating, sampled ones first: the third is the first of them with an optimizer state
-            self.data.is_sampled = lambda epoch, update: len(self.measured.updates) % 2 == 0  # type: ignore[method-assign]
+            self.data.is_sampled = lambda epoch, update: len(self.measured.updates) % 2 == 0
             trainer.fit_loop.epoch_loop.max_steps = trainer.global_step + UPDATES_OF_BOTH_KINDS
         if (rows := self.largest) is not None:
             plan = loader.position.plan

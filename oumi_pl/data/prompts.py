@@ -32,6 +32,8 @@ class Prompt(NamedTuple):
     row: Row
     origin: str
     """File and line."""
+    record: Record | None = None
+    """What the ids were rendered from, for rewards that render it otherwise."""
 
 
 @reads("prompt", *AROUND)
@@ -152,7 +154,7 @@ def read_prompts(
         elif len(ids) > most:
             dropped["prompt leaves no room for a completion"] += 1
         else:
-            prompts.append(Prompt(ids, record.row, origin))
+            prompts.append(Prompt(ids, record.row, origin, record.record))
     if bad.count and bad_rows == "error":
         raise bad.error(source.title, rows)
     report: dict[str, Any] = {"source": source.title, "rows": rows, "kept": len(prompts), "dropped": dict(dropped)}

@@ -4,7 +4,7 @@ import time
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any, Protocol
 
 import numpy as np
@@ -18,6 +18,7 @@ from oumi_pl.data.examples import ChatData
 from oumi_pl.data.formats import FORMATS, Formats
 from oumi_pl.data.plan import Plan, mixture_epoch, plan_epoch
 from oumi_pl.data.prompts import Prompt, prompt_only, read_prompts
+from oumi_pl.data.reward_model import RewardModel
 from oumi_pl.data.rollout_loader import EvalLoader, Group, RolloutLoader
 from oumi_pl.data.sources import as_sources, fingerprint
 from oumi_pl.data.store import cache_key
@@ -25,7 +26,7 @@ from oumi_pl.data.tokenize import Tokenize
 from oumi_pl.data.tokenizers import tokenizer_fingerprint
 from oumi_pl.errors import UserError
 from oumi_pl.rollouts.evaluation import checked_ks
-from oumi_pl.rollouts.rewards import Reward, Rewards
+from oumi_pl.rollouts.rewards import Reward, Rewards, Scored
 from oumi_pl.rollouts.sampling import Completion, Engine, Generate, Sampling
 from oumi_pl.types import Batch, Example, Record, Segment
 
@@ -54,7 +55,8 @@ class RolloutData(ChatData):
     Args:
         args: As of `TextData`.
         reward: A function `(completion, row) -> float` by its path, or several, with weights if it is a mapping; see
-            `oumi_pl.rollouts.rewards`. `Distill` needs none.
+            `oumi_pl.rollouts.rewards`. A path with a slash is the folder or the hub id of a reward model, whose score
+            it is. `Distill` needs none.
         completions: Completions per prompt (a group), at least 2 if they are compared by a reward.
         sampling: How they are sampled.
         engine: What samples them; transformers' `generate` when left out.
@@ -112,7 +114,7 @@ class RolloutData(ChatData):
             raise UserError(
                 "data.packing: a row is a prompt with its completions, which share it already; leave it out"
             )
-        self.rewards = Rewards.none() if reward is None else Rewards(reward)
+        self.rewards = Rewards.none() if reward is None else Rewards(reward, load_model=self.__reward_model)
         self.completions = completions
         self.sampling = sampling or Sampling()
         self.engine = engine or Generate()
@@ -131,11 +133,15 @@ class RolloutData(ChatData):
         self.eval_completions = eval_completions
         self.success = success
         self.pass_at = checked_ks(pass_at, eval_completions, "data.pass_at", "data.eval_completions")
-        self.metrics = None if metrics is None else Rewards(metrics, "data.metrics")
+        in_metrics = partial(self.__reward_model, key="data.metrics")
+        self.metrics = None if metrics is None else Rewards(metrics, "data.metrics", in_metrics)
         self.seconds: defaultdict[str, float] = defaultdict(float)
         """Seconds spent on `generating` and `rewarding` training completions since the last update was logged."""
         self.__prompts: dict[str, list[Prompt]] = {}
         self.__reports: dict[str, list[dict[str, Any]]] = {}
+
+    def __reward_model(self, path: str, key: str = "data.reward") -> RewardModel:
+        return RewardModel(path, self, key)
 
     @property
     def row_name(self) -> str:
@@ -332,9 +338,10 @@ class RolloutData(ChatData):
         started = time.perf_counter()
         texts = [self.text_of(completion) for completion in completions]
         rows = [prompt.row for _, prompt, _ in repeated]
-        components = self.rewards.components(texts, rows)
+        samples = [Scored(p, c, text) for (_, p, _), c, text in zip(repeated, completions, texts, strict=True)]
+        components = self.rewards.components(texts, rows, samples)
         is_measured = self.metrics is not None and split != "train"
-        metrics = self.metrics.components(texts, rows) if is_measured else np.empty((len(texts), 0))  # type: ignore[union-attr]
+        metrics = self.metrics.components(texts, rows, samples) if is_measured else np.empty((len(texts), 0))  # type: ignore[union-attr]
         groups = []
         for i, (_, prompt) in enumerate(numbers):
             of_prompt = slice(i * members, (i + 1) * members)

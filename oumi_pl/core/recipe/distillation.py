@@ -41,7 +41,8 @@ def alternating(config: TrainingConfig, notes: Notes) -> dict[str, Any]:
         return {}
     notes.comment("data.init_args.lmbda", "the kind of an update is drawn for all of it; in TRL, for each micro-batch")
     notes.comment(
-        "data.init_args.max_length", "rows whose prompt leaves no room in it for max_new_tokens are left out; TRL's grow"
+        "data.init_args.max_length",
+        "rows whose prompt leaves no room in it for max_new_tokens are left out; TRL's grow",
     )
     return {
         "lmbda": float(params.lmbda),
