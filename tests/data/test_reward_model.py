@@ -24,7 +24,7 @@ from oumi_pl.rollouts.sampling import Completion, Sampling
 from oumi_pl.runs.checkpoints import AtomicCheckpointIO
 from oumi_pl.runs.folders import saved_steps
 from tests.models.test_lora import plain_tokenizer, pretrained
-from tests.tiny import LLAMA, sgd, trainer
+from tests.tiny import LLAMA, reward, reward_data, sgd, trainer
 
 TURNS = {
     "prompt": [
@@ -57,11 +57,11 @@ def reward_model(folder, tokenizer=None, pad=True, of=LlamaForSequenceClassifica
     return str(folder)
 
 
-def data(tmp_path, reward, **kwargs):
+def data(tmp_path, judge, **kwargs):
     file = tmp_path / "prompts.jsonl"
     file.write_text("".join(json.dumps(row) + "\n" for row in ROWS))
     options = {"tokenizer": ByteTokenizer(), "max_length": 200, "sampling": Sampling(40)}
-    return RolloutData(str(file), reward=reward, **options | kwargs)
+    return RolloutData(str(file), reward=judge, **options | kwargs)
 
 
 @pytest.fixture
@@ -80,7 +80,7 @@ def samples_of(samples, answers, *, are_finished=True):
 
 
 def own_scores(folder, texts, tokenizer):
-    """transformers' own score of each text, or of its ids, one at a time."""
+    """Transformers' own score of each text, or of its ids, one at a time."""
     model = AutoModelForSequenceClassification.from_pretrained(folder).eval()
     rows = [tokenizer(text, add_special_tokens=False)["input_ids"] if isinstance(text, str) else text for text in texts]
     with torch.no_grad():
@@ -132,6 +132,24 @@ def test_an_encoder_scores_too(tmp_path):
     samples = data(tmp_path, folder)
     scores = samples.rewards.components(ANSWERS, ROWS, samples_of(samples, ANSWERS))[:, 0]
     assert scores == pytest.approx(own_scores(folder, rendered(tokenizer), tokenizer), abs=1e-5)
+
+
+@pytest.mark.usefixtures("policy")
+def test_the_adapter_of_a_reward_run_scores_too(tmp_path, capfd):
+    rows = reward_data(tmp_path, tokenizer=None)
+    judge = reward(pretrained(tmp_path / "base", initializer_range=0.3), lora={"r": 4})
+    trainer(max_steps=2).fit(judge, rows)
+    judge.save(tmp_path / "judge/model")
+    rows.tokenizer.save_pretrained(tmp_path / "judge/model")
+    folder = str(tmp_path / "judge/model")
+    samples = data(tmp_path, folder)
+    capfd.readouterr()
+    scores = samples.rewards.components(ANSWERS, ROWS, samples_of(samples, ANSWERS))[:, 0]
+    assert "MISSING" not in "".join(capfd.readouterr())  # the base has no head, and the adapter has one
+    lines = [(str(i), {"messages": turns}) for i, turns in enumerate(conversations())]
+    by_command = [values[0] for _, values in scored(load(folder, None, "error"), lines, 2, "rows")]
+    assert scores == pytest.approx(by_command, abs=1e-5)
+    assert np.ptp(scores) > 0.1
 
 
 @pytest.mark.usefixtures("policy")

@@ -185,6 +185,50 @@ def test_padding_that_carries_loss_would_be_caught(tmp_path):
     assert distance(weights(module), weights(other)) > 1e-4
 
 
+def train_prompts(monkeypatch, first):
+    """Lets the prompt's tokens from `first` on carry loss, as part of the first completion; all counts agree."""
+    original_example, original_batch = RolloutData.example, RolloutData.batch_of
+
+    def own(samples, split, group):
+        """Which tokens of a prompt carry loss; nothing predicts the first."""
+        mask = np.zeros(len(samples.all_prompts(split)[group.prompt].ids), dtype=bool)
+        mask[first:] = True
+        mask[0] = False
+        return mask
+
+    def example(self, split, group):
+        right = original_example(self, split, group)
+        mask, prompt = right.loss_mask.copy(), own(self, split, group)
+        mask[: len(prompt)] = prompt
+        return replace(right, loss_mask=mask)
+
+    def batch_of(self, split, groups, *args):
+        batch, start = original_batch(self, split, groups, *args), 0
+        for group in groups:
+            trained, sampled = int(own(self, split, group).sum()), sum(len(c.ids) for c in group.completions)
+            for name in ("sampled_logps", "entropies"):
+                value = batch[name]
+                batch[name] = torch.cat([value[:start], value.new_zeros(trained), value[start:]])
+            start += trained + sampled
+        assert len(batch["sampled_logps"]) == len(batch["targets"])
+        return batch
+
+    monkeypatch.setattr(RolloutData, "example", example)
+    monkeypatch.setattr(RolloutData, "batch_of", batch_of)
+
+
+@pytest.mark.parametrize("first", [0, -1], ids=["all of the prompt", "its last token"])
+@pytest.mark.parametrize("name", OBJECTIVES)
+def test_prompt_tokens_that_carry_loss_would_be_caught(tmp_path, name, first, monkeypatch):
+    samples = run(tmp_path, right := grpo(**OBJECTIVES[name]), max_steps=1)
+    expected, _ = plain_loop(tmp_path, grpo(**OBJECTIVES[name]), samples.sampled[:1], samples.all_prompts("train"))
+    assert distance(weights(right), expected) < 5e-6
+    train_prompts(monkeypatch, first)
+    wrong = run(tmp_path, module := grpo(**OBJECTIVES[name]), max_steps=1)
+    assert same(wrong.sampled[:1], samples.sampled[:1])
+    assert distance(weights(module), expected) > 1e-4
+
+
 def cut_last(groups):
     """Groups without the last token of each completion."""
     return [replace(group, completions=[c._replace(ids=c.ids[:-1]) for c in group.completions]) for group in groups]
