@@ -47,6 +47,7 @@ class DistillData(RolloutData):
             completions=completions,
             steps_per_rollout=1,
             iterations=1,
+            extra_rounds=0,
             mask_truncated=False,
             overlong_tokens=0,
             overlong_penalty=0.0,

@@ -30,6 +30,12 @@ from oumi_pl.rollouts.rewards import Reward, Rewards, Scored
 from oumi_pl.rollouts.sampling import Completion, Engine, Generate, Sampling
 from oumi_pl.types import Batch, Example, Record, Segment
 
+OTHER_PROMPT = (0, 1)
+"""Sets the random numbers that choose a prompt of an extra round apart from those of completions, which have no fifth.
+
+(To numpy, a seed with a 0 at its end is the same as without it.)
+"""
+
 
 class Policy(Protocol):
     """What rollouts need of a module."""
@@ -63,6 +69,9 @@ class RolloutData(ChatData):
         steps_per_rollout: Updates whose prompts are completed at once, before the first of them.
         iterations: How often each rollout is trained on.
         prompts_per_call: Prompts whose groups are sampled in one batch.
+        extra_rounds: How often prompts whose completions all got the same total reward are replaced by others of the
+            epoch, which are sampled as well (Yu et al. 2025, arXiv:2503.14476, "dynamic sampling", equation 11). A
+            group stays if its place gets none with different rewards. `train/extra_groups` is what this costs.
         mask_truncated: Leave completions that `max_new_tokens` cut out of the loss.
         overlong_tokens: The last so many of `max_new_tokens` reduce the reward in training, up to `overlong_penalty`
             for all of them (Yu et al. 2025, arXiv:2503.14476, "soft overlong punishment"); 0 for none.
@@ -91,6 +100,7 @@ class RolloutData(ChatData):
         steps_per_rollout: int = 1,
         iterations: int = 1,
         prompts_per_call: int = 8,
+        extra_rounds: int = 0,
         mask_truncated: bool = False,
         overlong_tokens: int = 0,
         overlong_penalty: float = 1.0,
@@ -106,6 +116,7 @@ class RolloutData(ChatData):
             ("steps_per_rollout", steps_per_rollout, 1),
             ("iterations", iterations, 1),
             ("prompts_per_call", prompts_per_call, 1),
+            ("extra_rounds", extra_rounds, 0),
             ("eval_completions", eval_completions, 1),
         ):
             if value < least:
@@ -121,6 +132,9 @@ class RolloutData(ChatData):
         self.steps_per_rollout = steps_per_rollout
         self.iterations = iterations
         self.prompts_per_call = prompts_per_call
+        if extra_rounds and reward is None:
+            raise UserError("data.extra_rounds: without a reward, no group of completions is better than another")
+        self.extra_rounds = extra_rounds
         if not 0 <= overlong_tokens <= self.sampling.max_new_tokens:
             raise UserError(
                 f"data.overlong_tokens is {overlong_tokens}, but has to be from 0 to data.sampling.max_new_tokens, "
@@ -294,7 +308,34 @@ class RolloutData(ChatData):
 
     # ---- rollouts
 
-    def groups(self, split: str, numbers: Sequence[tuple[int, int]], sampling: Sampling, members: int) -> list[Group]:
+    def training_groups(self, plan: Plan, epoch: int, rows: Iterable[int]) -> list[Group]:
+        """The groups of some rows of an epoch's plan, with up to `extra_rounds` prompts sampled in place of each.
+
+        A row's other prompts depend on the seed and the row alone, so that resumes and other layouts sample the same.
+        """
+        numbers = self.numbered(plan, epoch, rows)
+        groups = [*self.groups("train", numbers, self.sampling, self.completions)]
+        for extra in range(1, self.extra_rounds + 1):
+            same = [i for i, group in enumerate(groups) if not self.has_variance(group)]
+            if not same:
+                break
+            others = [(number, self.__other_prompt(plan, number, extra)) for number, _ in (numbers[i] for i in same)]
+            sampled = self.groups("train", others, self.sampling, self.completions, extra)
+            for i, group in zip(same, sampled, strict=True):
+                groups[i] = replace(group if self.has_variance(group) else groups[i], extra=extra)
+        return groups
+
+    def __other_prompt(self, plan: Plan, number: int, extra: int) -> int:
+        drawn = np.random.default_rng([self.run_seed, number, extra, *OTHER_PROMPT]).integers(len(plan.example_ids))
+        return int(plan.example_ids[drawn])
+
+    def has_variance(self, group: Group) -> bool:
+        """Whether the completions of a group got different rewards, before penalties."""
+        return bool(np.ptp(self.rewards.total(group.components)) > 0)
+
+    def groups(
+        self, split: str, numbers: Sequence[tuple[int, int]], sampling: Sampling, members: int, extra: int = 0
+    ) -> list[Group]:
         """Completes and scores prompts; the ranks share the work, and each gets all groups.
 
         Args:
@@ -302,18 +343,21 @@ class RolloutData(ChatData):
             numbers: Number of the seed and id of each prompt.
             sampling: How to sample.
             members: Completions per prompt.
+            extra: Number of the extra round, from 1; its random numbers are others.
         """
         started, rewarding = time.perf_counter(), self.seconds["rewarding"]
-        groups = self.__groups(split, numbers, sampling, members)
+        groups = self.__groups(split, numbers, sampling, members, extra)
         if split == "train":
             seconds = time.perf_counter() - started  # waiting for other ranks counts as generating
             self.seconds["generating"] += seconds - (self.seconds["rewarding"] - rewarding)
         return groups
 
-    def __groups(self, split: str, numbers: Sequence[tuple[int, int]], sampling: Sampling, members: int) -> list[Group]:
+    def __groups(
+        self, split: str, numbers: Sequence[tuple[int, int]], sampling: Sampling, members: int, extra: int
+    ) -> list[Group]:
         layout, size = self.layout, self.prompts_per_call
         calls = [list(numbers[i : i + size]) for i in range(0, len(numbers), size)]
-        mine = [self.__call(split, call, sampling, members) for call in calls[layout.rank :: layout.ranks]]
+        mine = [self.__call(split, call, sampling, members, extra) for call in calls[layout.rank :: layout.ranks]]
         if layout.ranks == 1:
             return [group for of_call in mine for group in of_call]
         gathered: list[Any] = [None] * layout.ranks
@@ -321,7 +365,9 @@ class RolloutData(ChatData):
         in_order = [gathered[i % layout.ranks][i // layout.ranks] for i in range(len(calls))]
         return [group for of_call in in_order for group in of_call]
 
-    def __call(self, split: str, numbers: list[tuple[int, int]], sampling: Sampling, members: int) -> list[Group]:
+    def __call(
+        self, split: str, numbers: list[tuple[int, int]], sampling: Sampling, members: int, extra: int
+    ) -> list[Group]:
         prompts = self.all_prompts(split)
         repeated = [(number, prompts[prompt], member) for number, prompt in numbers for member in range(members)]
         own = self.policy.causal_lm.hf.generation_config.eos_token_id
@@ -331,7 +377,7 @@ class RolloutData(ChatData):
                 self.policy,
                 self.tokenizer,
                 [prompt.ids for _, prompt, _ in repeated],
-                seeds=[(self.run_seed, number, member) for number, _, member in repeated],
+                seeds=[(self.run_seed, number, member, *([extra] if extra else [])) for number, _, member in repeated],
                 sampling=sampling,
                 ends=ends,
             )
@@ -382,7 +428,8 @@ class RolloutData(ChatData):
 
         Besides the keys of `Batch`: `advantages`, `rewards` (the totals), `components` (`[completions, rewards]`),
         `penalties` (of the KL), `metrics` (`[completions, metrics]`), `lengths` and `finished`, for each completion,
-        `sampled_logps` and `entropies` for each target, and the number of `completions` per prompt.
+        `sampled_logps` and `entropies` for each target, and the number of `completions` per prompt; with `extra_rounds`
+        in training, `extra_groups` for each completion.
         """
         examples = [self.example(split, group) for group in groups]
         batch: Any = collate([([g.prompt], [e]) for g, e in zip(groups, examples, strict=True)], self.pad_id)
@@ -405,6 +452,8 @@ class RolloutData(ChatData):
         batch["finished"] = _floats([c.is_finished for c in completions])
         batch["sampled_logps"] = _floats(np.concatenate([c.logps for c in kept]) if kept else [])
         batch["entropies"] = _floats(np.concatenate([c.entropies for c in kept]) if kept else [])
+        if self.extra_rounds and split == "train":
+            batch["extra_groups"] = _floats([group.extra for group in groups for _ in range(members)])
         batch["completions"] = members
         return batch
 
