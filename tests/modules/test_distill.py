@@ -23,6 +23,7 @@ from oumi_pl.losses.distillation import JSD, ForwardKL, ReverseKL
 from oumi_pl.modules import reference
 from oumi_pl.modules.base import LanguageModule
 from oumi_pl.modules.distill import Distill, Teacher
+from oumi_pl.modules.sft import SFT
 from oumi_pl.rollouts.sampling import Generate, Sampling
 from oumi_pl.runs.checkpoints import AtomicCheckpointIO
 from oumi_pl.runs.folders import saved_steps
@@ -183,7 +184,8 @@ import sys, torch
 from pathlib import Path
 torch.set_num_threads(1)
 import oumi_pl.data.reference
-from tests.modules.test_distill import distill, trained
+from tests.modules.test_distill import distill, mixed, trained
+from tests.tiny import fit
 oumi_pl.data.reference.CHUNK = 2
 teacher, out = sys.argv[1], Path(sys.argv[2])
 for name, top_k in (("online", None), ("cached", 9999)):
@@ -191,6 +193,11 @@ for name, top_k in (("online", None), ("cached", 9999)):
     got, updates = trained(out, module, 2, batch_size=2, devices=2, strategy="ddp")
     if module.global_rank == 0:
         torch.save({"weights": got, "losses": [u["loss"] for u in updates]}, out / f"{name}.pt")
+module = distill(teacher, "jsd")
+options = {"accumulate_grad_batches": 2, "max_epochs": 2, "devices": 2, "strategy": "ddp"}
+got = fit(module, mixed(out, batch_size=1), **options)
+if module.global_rank == 0:
+    torch.save(got, out / "both kinds.pt")
 """
 
 
@@ -207,6 +214,8 @@ def test_equals_a_plain_loop_on_two_processes(tmp_path, teacher):
         got = torch.load(tmp_path / f"{name}.pt", weights_only=True)
         assert distance(got["weights"], expected) < 2e-6
         assert got["losses"] == pytest.approx(losses, rel=2e-6)
+    alone = fit(distill(teacher, "jsd"), mixed(tmp_path), max_epochs=2)
+    assert distance(torch.load(tmp_path / "both kinds.pt", weights_only=True), alone) < 5e-6
 
 
 # ---- documents
@@ -571,6 +580,11 @@ REFUSED = {
 def test_settings_of_both_kinds_that_can_not_be_are_refused(tmp_path, message):
     with pytest.raises(UserError, match=message):
         mixed(tmp_path, **REFUSED[message])
+
+
+def test_what_the_model_samples_is_not_imitated(tmp_path):
+    with pytest.raises(UserError, match="DistillData samples completions, and SFT imitates answers; use SFTData"):
+        fit(SFT(config=LLAMA), mixed(tmp_path), max_steps=1)
 
 
 def test_only_rows_with_a_prompt_and_an_answer_have_both_kinds(tmp_path):
