@@ -14,7 +14,7 @@ from oumi_pl.data.rendering import Target, Written
 from oumi_pl.data.reward import RewardData, response_ids
 from oumi_pl.data.tokenize import Marked, Tokenize
 from oumi_pl.errors import UserError
-from oumi_pl.models.build import build_config, loaded, read_adapter_config
+from oumi_pl.models.build import build_config, loaded, read_adapter_config, without_load_report
 from oumi_pl.models.hub import locate
 from oumi_pl.rollouts.rewards import SampleReward, Scored
 from oumi_pl.types import Conversation, Record, Text
@@ -103,14 +103,12 @@ class RewardModel(SampleReward):
         arguments: dict[str, Any] = {"dtype": "auto", "output_loading_info": True, **self._hub}
         if self._is_adapter:
             arguments |= {"num_labels": 1, "pad_token_id": self._own.tokenizer.pad_token_id}
-        with torch.random.fork_rng():  # weights that are missing at first would be drawn from the numbers of the run
-            model, info = self._loaded(
-                loaded, AutoModelForSequenceClassification.from_pretrained, self.path, **arguments
-            )
+        load = AutoModelForSequenceClassification.from_pretrained
+        # the head of an adapter's base is drawn at first: not from the run's random numbers, and not worth a report
+        with torch.random.fork_rng(), without_load_report():
+            model, info = self._loaded(loaded, load, self.path, **arguments)
         if (missing := sorted(info["missing_keys"])) and not self._is_adapter:
-            raise UserError(
-                f"{self.key}: its weights {', '.join(missing[:3])} are missing, so that they would be random"
-            )
+            raise UserError(f"{self.key}: its weights {', '.join(missing[:3])} are missing, and would be random")
         return model.eval().requires_grad_(False)
 
     @cached_property
@@ -144,10 +142,13 @@ class RewardModel(SampleReward):
             ids = [*sample.prompt.ids, *sample.completion.ids.tolist()]
             end, after = self._after_turn
             return ids + (after if ids[-1] == end else [])
-        record = answered(sample.prompt.record, sample.text)
-        if not sample.completion.is_finished:
-            return unfinished_ids(self._own.tokenize, record, sample.text)
-        return response_ids(self._own.tokenize, record, None).tolist()
+        record, tokenize = answered(sample.prompt.record, sample.text), self._own.tokenize
+        try:
+            if not sample.completion.is_finished:
+                return unfinished_ids(tokenize, record, sample.text)
+            return response_ids(tokenize, record, None).tolist()
+        except UserError as error:
+            raise UserError(f"{self.key}: {sample.prompt.origin}: {error}") from error
 
     @torch.no_grad()
     def __call__(self, samples: Sequence[Scored]) -> list[float]:
