@@ -11,6 +11,7 @@ from torch.optim import Optimizer
 
 from oumi_pl.callbacks.progress import short
 from oumi_pl.callbacks.run_folder import run_directory
+from oumi_pl.data.duplicates import REPEATED
 from oumi_pl.data.sources import as_sources
 from oumi_pl.losses.preference import WeightedSum
 from oumi_pl.runs import folders
@@ -144,6 +145,10 @@ def summary(report: dict[str, Any]) -> str:
     if report.get("documents", report["kept"]) != report["kept"]:
         parts.append(f"{report['documents']:,} documents")
     parts += [f"{n:,} dropped ({_shortened(reason)})" for reason, n in report["dropped"].items()]
+    if "duplicates" in report and REPEATED not in report["dropped"]:
+        parts.append(f"{report['duplicates']['rows']:,} repeat an earlier row")
+    if shared := report.get("prompts_in_training"):
+        parts.append(f"{shared['rows']:,} with a prompt that is in training too")
     if report["cut"]:
         parts.append(f"{report['cut']:,} cut to length")
     if report["straddled"]:

@@ -200,6 +200,10 @@ class TextData(L.LightningDataModule):
         """What the current pass has read from each source; empty for data that follow a plan."""
         return []
 
+    def held_out_rows(self) -> Iterator[tuple[str, str]]:
+        """Source and origin (file and line) of each row that is held out, if a fraction of the rows is."""
+        return iter(())
+
     def source_names(self, split: str) -> list[str]:
         """Names of the sources that get separate held-out metrics; a single name if there are no separate ones."""
         return ["all"]

@@ -141,9 +141,15 @@ def texts_with_rows(
         kept = bool(document.strip())
         counts["kept" if kept else "empty"] += 1
         if kept:
+            _note_held_out(counts, keep, origin)
             yield document, row
     if bad.count and bad_rows == "error":
         raise bad.error(source.title, counts["rows"])
+
+
+def _note_held_out(counts: Counter[str], keep: Side | None, origin: str) -> None:
+    if keep is not None and keep.is_held_out and isinstance(counts, RowCounts):
+        counts.held_out.append(origin)
 
 
 def _converter(source: Source, render: Callable[[Conversation], str] | None) -> Callable[[Row], str | Dropped]:

@@ -15,6 +15,7 @@ from oumi_pl.data import report as reports
 from oumi_pl.data.base import TextData
 from oumi_pl.data.code import code_of, settings_of
 from oumi_pl.data.collate import collate
+from oumi_pl.data.duplicates import Duplicates
 from oumi_pl.data.formats import FORMATS, Formats
 from oumi_pl.data.loader import PlanLoader, eval_loader
 from oumi_pl.data.plan import Layout, Plan, mixture_epoch, plan_epoch, plan_in_order
@@ -52,6 +53,8 @@ class ExampleData(TextData):
             models that need it.
         bad_rows: What happens if rows can't be used (a damaged line, an unknown role, turns that the chat template
             refuses): `error` stops the run and lists all kinds of them, `drop` leaves them out and counts them.
+        duplicates: What happens to training rows that repeat an earlier one word for word: `keep` uses them, `drop`
+            leaves them out. The data report counts them in both cases.
         fields: Columns with numbers that a batch has by name in `batch["fields"]`, one number per row: NaN where a row
             has `null`.
         processes: Processes that tokenize rows, with the same result for any number. They call `encode`; files are read
@@ -65,6 +68,7 @@ class ExampleData(TextData):
         packing: bool = False,
         group_by_length: bool = True,
         bad_rows: OnBadRows = "error",
+        duplicates: Duplicates = "keep",
         fields: Sequence[str] = (),
         processes: int = 1,
         **kwargs: Any,
@@ -73,13 +77,16 @@ class ExampleData(TextData):
         if processes < 1:
             raise UserError(f"data.processes is {processes}, but has to be at least 1")
         self.processes = processes
-        if bad_rows not in get_args(OnBadRows):
-            raise UserError(f"data.bad_rows: unknown {bad_rows!r}{nearest(str(bad_rows), get_args(OnBadRows))}")
+        for name, value, known in (("bad_rows", bad_rows, OnBadRows), ("duplicates", duplicates, Duplicates)):
+            if value not in get_args(known):
+                raise UserError(f"data.{name}: unknown {value!r}{nearest(str(value), get_args(known))}")
         self.bad_rows: OnBadRows = bad_rows
+        self.duplicates: Duplicates = duplicates
         self.fields = list(fields)
         self.packing = packing
         self.group_by_length = group_by_length
         self.__stores: dict[str, list[ExampleStore]] = {}
+        self.__same: dict[str, dict[str, Any]] = {}
 
     # ---- what a subclass defines
 
@@ -170,12 +177,26 @@ class ExampleData(TextData):
         """The tokenized sources of a split, from the cache or written now."""
         if split not in self.__stores:
             sources, keep = self.taken(split)
-            stores = [self.__store(source, keep) for source in sources]
+            stores: list[ExampleStore] = []
+            for source in sources:
+                stores.append(self.__store(source, keep, stores if self.drops_repeated(split) else None))
             names = [sorted(store.fields) for store in stores if len(store)]
             if names != names[:1] * len(names):
                 raise UserError(f"data.{split}: the examples of its sources have different fields: {names}")
             self.__stores[split] = stores
         return self.__stores[split]
+
+    def drops_repeated(self, split: str) -> bool:
+        """Whether rows that repeat an earlier one are left out: rows of training, and those that are held out of it."""
+        is_held_out = split == "validation" and isinstance(self.sources["validation"], float)
+        return self.duplicates == "drop" and (split == "train" or is_held_out)
+
+    def held_out_rows(self) -> Iterator[tuple[str, str]]:
+        """Source and origin (file and line) of each row that is held out, if a fraction of the rows is."""
+        if isinstance(self.sources["validation"], float):
+            for store in self.stores("validation"):
+                # a row may have several examples
+                yield from ((store.report["source"], origin) for origin in dict.fromkeys(store.origins))
 
     def examples(self, split: str) -> Any:
         """All examples of a split as one map-style dataset."""
@@ -225,7 +246,7 @@ class ExampleData(TextData):
                 if isinstance(record, RecordWithRow):
                     yield origin, record
 
-    def __store(self, source: Source, keep: Side | None) -> ExampleStore:
+    def __store(self, source: Source, keep: Side | None, before: Sequence[ExampleStore] | None) -> ExampleStore:
         key = [str(keep), tokenizer_fingerprint(self.tokenizer), self.max_length, self.encoding_key()]
         code = code_of(type(self), *(function for function, _ in self.formats))
         return example_store(
@@ -237,6 +258,7 @@ class ExampleData(TextData):
             bad_rows=self.bad_rows,
             columns=self.fields,
             processes=self.processes,
+            before=before,
         )
 
     def __alone(self) -> "ExampleData":
@@ -381,11 +403,19 @@ class ExampleData(TextData):
         capacity = self.capacity_for(split)
         if plan is None:  # as on one device, whatever runs it
             plan = plan_in_order(self.lengths(split), self.eval_batch_size, capacity=capacity)
-        report = reports.describe(stores, self.lengths(split), plan, capacity)
+        report = reports.describe(stores, self.lengths(split), plan, capacity) | self.__repeated(split)
         if self.branching:
             spared = sum(store.shared for store in stores)
             report["saved_by_sharing"] = round(spared / max(1, spared + report["tokens"]), 6)
         return report
+
+    def __repeated(self, split: str) -> dict[str, Any]:
+        """The part of a report about rows that repeat others, counted once."""
+        if split not in self.__same:
+            training = self.__stores.get("train") if split != "train" else None
+            stores = self.stores(split)
+            self.__same[split] = reports.describe_repeated(stores, [store.report for store in stores], training)
+        return self.__same[split]
 
 
 if TYPE_CHECKING:

@@ -329,6 +329,8 @@ class RowCounts(Counter[str]):
     def __init__(self) -> None:
         super().__init__()
         self.bad = BadRows()
+        self.held_out: list[str] = []
+        """File and line of each row that is used, if these are held-out rows of a source."""
 
 
 def _named(origins: list[str], count: int) -> str:

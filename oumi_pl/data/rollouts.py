@@ -2,7 +2,7 @@
 
 import time
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 from functools import cached_property
 from typing import Any, Protocol
@@ -14,6 +14,7 @@ from torch import Tensor
 
 from oumi_pl.data import report as reports
 from oumi_pl.data.collate import collate
+from oumi_pl.data.duplicates import RowKeys
 from oumi_pl.data.examples import ChatData
 from oumi_pl.data.formats import FORMATS, Formats
 from oumi_pl.data.plan import Plan, mixture_epoch, plan_epoch
@@ -136,6 +137,7 @@ class RolloutData(ChatData):
         """Seconds spent on `generating` and `rewarding` training completions since the last update was logged."""
         self.__prompts: dict[str, list[Prompt]] = {}
         self.__reports: dict[str, list[dict[str, Any]]] = {}
+        self.__keys: dict[str, list[RowKeys]] = {}
 
     @property
     def row_name(self) -> str:
@@ -178,12 +180,18 @@ class RolloutData(ChatData):
                     f"{self.sampling.max_new_tokens} new tokens"
                 )
             sources, keep = self.taken(split)
-            read = [
-                read_prompts(source, self.formats, self.__prompt_ids, room, keep=keep, bad_rows=self.bad_rows)
-                for source in sources
-            ]
-            self.__prompts[split] = [prompt for prompts, _ in read for prompt in prompts]
-            self.__reports[split] = [report for _, report in read]
+            keys: list[RowKeys] = []
+            read = []
+            for source in sources:
+                before = keys if self.drops_repeated(split) else None
+                of_source = read_prompts(
+                    source, self.formats, self.__prompt_ids, room, keep=keep, bad_rows=self.bad_rows, before=before
+                )
+                read.append(of_source)
+                keys.append(of_source[2])
+            self.__prompts[split] = [prompt for prompts, _, _ in read for prompt in prompts]
+            self.__reports[split] = [report for _, report, _ in read]
+            self.__keys[split] = keys
         return self.__prompts[split]
 
     def __prompt_ids(self, record: Record) -> list[int]:
@@ -210,9 +218,17 @@ class RolloutData(ChatData):
                 )
 
     def made_from(self) -> list[str]:
-        """A hash of the sources, the tokenizer and the lengths."""
-        sources = [fingerprint(source) for source in as_sources(self.sources["train"])]
-        return [cache_key(sources, tokenizer_fingerprint(self.tokenizer), self.max_length, self.completions)]
+        """A hash of the sources and which of their rows are used, the tokenizer and the lengths."""
+        sources, keep = self.taken("train")
+        rows = [[fingerprint(source) for source in sources], str(keep), self.duplicates]
+        return [cache_key(rows, tokenizer_fingerprint(self.tokenizer), self.max_length, self.completions)]
+
+    def held_out_rows(self) -> Iterator[tuple[str, str]]:
+        """As of `TextData`."""
+        if isinstance(self.sources["validation"], float):
+            self.all_prompts("validation")
+            for report, keys in zip(self.__reports["validation"], self.__keys["validation"], strict=True):
+                yield from ((report["source"], origin) for origin in dict.fromkeys(keys.origins))
 
     def lengths(self, split: str) -> np.ndarray:
         """Most tokens of each prompt with its completions, `[prompts]`."""
@@ -228,6 +244,8 @@ class RolloutData(ChatData):
 
     def __report_of(self, split: str) -> dict[str, Any]:
         report = reports.merged(self.__reports[split]) | reports.of_lengths(self.prompt_lengths(split))
+        training = self.__keys.get("train") if split != "train" else None
+        report |= reports.describe_repeated(self.__keys[split], self.__reports[split], training)
         if split == "train":
             plan = self.plan(0)
             report |= {"rows_planned": plan.rows, "updates_per_epoch": len(plan) * self.iterations}

@@ -32,6 +32,8 @@ FORMAT = 1
 """Version of the files and of the tokenization of documents: increase it when either changes."""
 MANIFEST = "manifest.json"
 MADE_FROM = "made_from.json"
+HELD_OUT = "held_out.txt"
+"""File and line of each document, if they were held out of a source."""
 LOOKED_AT = 1 << 16
 """Ids at the start of each shard that are checked when it is opened; the others are checked when read."""
 BLOCK = 1 << 18
@@ -114,6 +116,12 @@ class Shards:
     def tokens(self) -> int:
         """Tokens of all documents."""
         return int(self.manifest["tokens"])
+
+    @property
+    def held_out(self) -> list[str]:
+        """File and line of each document, if they were held out of a source; else empty."""
+        file = self.directory / HELD_OUT
+        return file.read_text(encoding="utf-8").split("\n") if file.is_file() else []
 
     @cached_property
     def lengths(self) -> np.ndarray:
@@ -247,6 +255,8 @@ def write_shards(
     report |= {"bad_rows": counts.bad.report()} if counts.bad.count else {}
     manifest = made_from | totals | {"name": name, "report": report, "shards": whole}
     manifest["crc32"] = checksums.of_json(manifest)
+    if counts.held_out:
+        _write_whole(directory / HELD_OUT, "\n".join(counts.held_out).encode())
     _write_whole(directory / MANIFEST, json.dumps(manifest).encode())
 
 

@@ -235,6 +235,8 @@ class _Split:
     files: list[Path]
     read: Callable[[], Iterator[tuple[str, Row | BadRow]]]
     count: Callable[[], int]
+    names: list[str]
+    """What origins of rows begin with: the names of files, or that of the data set."""
     rows: Rows | None = None
     """The rows, if they are in memory and so in no file."""
 
@@ -390,6 +392,18 @@ def fingerprint(source: Source) -> str:
     return digest.hexdigest()
 
 
+def origin_names(source: Source) -> list[str]:
+    """What the origins of a source's rows begin with, in order: names of files, or that of the data set.
+
+    Raises:
+        UserError: the source can't be found, as for `rows`.
+    """
+    splits = _local_splits(source)
+    if splits is None:
+        return [f"{source.title}[{source.split}]"]
+    return [name for split in _names(source, splits) for name in splits[split].names]
+
+
 # --- local data ------------------------------------------------------------------------------------------------------
 
 
@@ -401,7 +415,7 @@ def _local_splits(source: Source, counts: Counter[str] | None = None, strict: bo
         if source.documents is not None:
             raise UserError(f"{source.title}: 'documents' divides .txt files; rows in memory are documents already")
         read = partial(_numbered, source.rows, source.title)
-        splits = {"train": _Split([], read, partial(len, source.rows), source.rows)}
+        splits = {"train": _Split([], read, partial(len, source.rows), [source.title], source.rows)}
     elif _is_saved(path := Path(source.address).expanduser()):
         splits = _saved_splits(path)
     elif (files := find_files(source.address)) is not None:
@@ -440,7 +454,8 @@ def _file_split(files: list[Path], source: Source, how: Reading) -> _Split:
     def read() -> Iterator[tuple[str, Row | BadRow]]:
         return itertools.chain.from_iterable(read_file(path, _name(path), how) for path in files)
 
-    return _Split(files, read, lambda: sum(count_rows(path, _name(path), how) for path in files))
+    names = [_name(path) for path in files]
+    return _Split(files, read, lambda: sum(count_rows(path, _name(path), how) for path in files), names)
 
 
 def _name(path: Path) -> str:
@@ -502,7 +517,7 @@ def _saved_splits(path: Path) -> dict[str, _Split]:
 def _saved_split(dataset: Any, folder: Path, name: str) -> _Split:
     files = sorted(p for p in folder.rglob("*") if p.is_file())
     dataset = dataset.with_format(None)  # the folder remembers a format, which would make arrays or tensors of lists
-    return _Split(files, partial(_numbered, dataset, name), partial(len, dataset))
+    return _Split(files, partial(_numbered, dataset, name), partial(len, dataset), [name])
 
 
 def _numbered(dataset: Any, name: str) -> Iterator[tuple[str, Row]]:
