@@ -5,7 +5,7 @@ Prepared shards and tokenizing on the fly both use this module, so they see the 
 
 import re
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 import numpy as np
@@ -22,7 +22,7 @@ from oumi_pl.data.formats import (
     text,
 )
 from oumi_pl.data.records import BadRows, OnBadRows, RecordReader, RowCounts
-from oumi_pl.data.sources import Source, rows
+from oumi_pl.data.sources import Source, left_out, rows
 from oumi_pl.data.splitting import Side
 from oumi_pl.data.template import adds_bos
 from oumi_pl.data.tokenize import Dropped
@@ -99,7 +99,8 @@ def texts_with_rows(
     Args:
         source: The source.
         keep: Which rows to use; all when left out.
-        counts: Counter that is updated: `rows`, `kept`, `empty`, `not_good` (left out for their label), `replaced`.
+        counts: Counter that is updated: `rows`, `kept`, `empty`, `replaced`; a `RowCounts` also counts why rows were
+            dropped.
         streaming: Read data from the hub without downloading them first.
         render: Renders conversations as texts; without it, they are refused.
         bad_rows: Whether rows that can't be used are left out, or are an `error` that lists all of them, after which no
@@ -134,7 +135,7 @@ def texts_with_rows(
             raise UserError(f"{origin}: {raised(format_name(source.format), error)}") from error
         counts["rows"] += 1
         if isinstance(document, Dropped):
-            counts["not_good"] += 1
+            _note_dropped(counts, {document.reason: 1})
             continue
         if bad.count and bad_rows == "error":
             continue  # what is wrong with the others is all that is left to find
@@ -145,6 +146,14 @@ def texts_with_rows(
             yield document, row
     if bad.count and bad_rows == "error":
         raise bad.error(source.title, counts["rows"])
+    filtered = left_out(source, counts, keep)
+    counts["rows"] += sum(filtered.values())
+    _note_dropped(counts, filtered)
+
+
+def _note_dropped(counts: Counter[str], reasons: Mapping[str, int]) -> None:
+    if isinstance(counts, RowCounts):
+        counts.dropped.update(reasons)
 
 
 def _note_held_out(counts: Counter[str], keep: Side | None, origin: str) -> None:
@@ -177,12 +186,13 @@ def _rendered(record: Record, render: Callable[[Conversation], str]) -> str:
     return _text(record)
 
 
-def _document(row: Row, convert: Format | None) -> str:
+def _document(row: Row, convert: Format | None) -> str | Dropped:
     _refuse_conversation(row, convert)
-    return _text((convert or find_format(row.keys(), DOCUMENTS))(row))
+    record = (convert or find_format(row.keys(), DOCUMENTS))(row)
+    return Dropped(f"the format {format_name(convert)} returned None") if record is None and convert else _text(record)
 
 
-def _text(record: Record | list[Record]) -> str:
+def _text(record: Record | list[Record] | None) -> str:
     if not isinstance(record, Text):
         raise UserError(
             f"the format returns a {type(record).__name__} for this row, which SFT or DPO trains on; pretraining reads "

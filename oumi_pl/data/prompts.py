@@ -141,7 +141,8 @@ def read_prompts(
     prompts: list[Prompt] = []
     dropped: Counter[str] = Counter()
     bad, rows, keys = BadRows(), 0, RowKeys()
-    records = PromptReader(source, formats).records(keep, strict=False)
+    reader = PromptReader(source, formats)
+    records = reader.records(keep, strict=False)
     repeats = Repeats(before or ())
     for origin, record in records if before is None else repeats.leave_out(records):
         rows += 1
@@ -166,6 +167,9 @@ def read_prompts(
             keys.add(origin, record)
     if bad.count and bad_rows == "error":
         raise bad.error(source.title, rows)
+    for reason, number in reader.left_out(keep).items():
+        rows += number
+        dropped[reason] = number
     report: dict[str, Any] = {"source": source.title, "rows": rows, "kept": len(prompts), "dropped": dict(dropped)}
     report |= {"cut": 0, "straddled": 0, "empty_answers": 0}
     if bad.count:

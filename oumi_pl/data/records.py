@@ -17,7 +17,7 @@ from oumi_pl.data.formats import (
     rename_columns,
     resolve_format,
 )
-from oumi_pl.data.sources import Source, rows
+from oumi_pl.data.sources import Source, left_out, rows
 from oumi_pl.data.splitting import Side
 from oumi_pl.data.tokenize import Dropped
 from oumi_pl.data.turns import MEDIA, PLACEHOLDERS, is_empty, is_missing, optional_json, plain
@@ -103,12 +103,16 @@ class RecordReader:
             for record in records:
                 yield origin, record
 
+    def left_out(self, keep: Side | None) -> dict[str, int]:
+        """The rows so far that `where` left out, by reason."""
+        return left_out(self.source, self.counts, keep)
+
     def record(self, row: Row) -> Record | Dropped:
         """The first record that `read` returns for a row."""
         return self.read(row)[0]
 
     def read(self, row: Row) -> Sequence[Record | Dropped]:
-        """The records of a row; `Dropped` for one whose label says that it isn't good, with `label: keep_good`.
+        """The records of a row; `Dropped` if its format returned None, or its label says that it isn't good.
 
         Raises:
             UserError: it does not have the format, or has a column that carries meaning and isn't read.
@@ -129,15 +133,13 @@ class RecordReader:
             self._convert = convert
         try:
             self._look_at_columns(row, convert)
-            record = convert(used)
+            record = self._converted(used, convert)
         except UserError as error:
             other = source.format is None and before is not None and self._other_format(used, convert)
             raise UserError(other or str(error)) from None
-        except Exception as error:
-            if source.format is None:
-                raise
-            raise UserError(raised(format_name(source.format), error)) from error
-        records = record if isinstance(record, list) else [record]
+        records = record if isinstance(record, list) else [] if record is None else [record]
+        if not records:
+            return [Dropped(f"the format {format_name(source.format or convert)} returned None")]
         for one in records:
             if not isinstance(one, Record):
                 raise UserError(
@@ -148,6 +150,19 @@ class RecordReader:
             for one in records:
                 _refuse_placeholders(one)
         return records
+
+    def _converted(self, row: Row, convert: Format) -> Record | list[Record] | None:
+        """What the format returns for a row.
+
+        Raises:
+            UserError: the row is invalid, or a format of the user failed.
+        """
+        try:
+            return convert(row)
+        except Exception as error:
+            if isinstance(error, UserError) or self.source.format is None:
+                raise
+            raise UserError(raised(format_name(self.source.format), error)) from error
 
     def _format_of(self, row: Row) -> Format:
         """The format that fits a row's columns; looked for once, since finding the nearest names takes a while."""
@@ -329,6 +344,8 @@ class RowCounts(Counter[str]):
     def __init__(self) -> None:
         super().__init__()
         self.bad = BadRows()
+        self.dropped: Counter[str] = Counter()
+        """Rows that a format or `where` left out, by reason."""
         self.held_out: list[str] = []
         """File and line of each row that is used, if these are held-out rows of a source."""
 

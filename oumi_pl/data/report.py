@@ -130,12 +130,11 @@ def describe_documents(shards: list[Shards], across: bool = False) -> dict[str, 
     tokens = counted["tokens"]
     sources = [_source_report(s) for s in shards]
     text_bytes = sum(source["bytes"] for source in sources)
-    dropped = {
-        "empty": sum(source["empty"] for source in sources),
-        "label: not good": sum(source.get("not_good", 0) for source in sources),
-    }
+    dropped = Counter({"empty": sum(source["empty"] for source in sources)})
+    for source in sources:
+        dropped.update(source.get("dropped", {}))
     bad = _merged_bad_rows(sources)
-    dropped |= {reason: kind["rows"] for reason, kind in bad.get("bad_rows", {}).items()}
+    dropped.update({reason: kind["rows"] for reason, kind in bad.get("bad_rows", {}).items()})
     described: dict[str, Any] = {
         **{key: sum(source[key] for source in sources) for key in ("rows", "kept", "replaced")},
         "dropped": {reason: count for reason, count in dropped.items() if count},

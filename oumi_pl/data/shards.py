@@ -251,7 +251,7 @@ def write_shards(
         whole.append(shard)
     totals = {key: sum(shard[key] for shard in whole) for key in ("documents", "tokens", "text_bytes")}
     report: dict[str, Any] = {key: counts[key] for key in ("rows", "kept", "empty", "replaced")}
-    report |= {"not_good": counts["not_good"]} if counts["not_good"] else {}
+    report |= {"dropped": dict(counts.dropped)} if counts.dropped else {}
     report |= {"bad_rows": counts.bad.report()} if counts.bad.count else {}
     manifest = made_from | totals | {"name": name, "report": report, "shards": whole}
     manifest["crc32"] = checksums.of_json(manifest)

@@ -357,6 +357,9 @@ def example_store(
         bad = BadRows()
         encode_all = partial(_with_fields, encode) if columns else encode
         yield from _encoded(records, report, encode_all, bad, processes=processes, keys=keys)
+        for reason, rows in reader.left_out(keep).items():
+            report["rows"] += rows
+            report["dropped"][reason] = rows
         if repeats is not None and repeats.rows:
             report["duplicates"] = repeats.report()
         if bad.count and bad_rows == "error":

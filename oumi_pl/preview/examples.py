@@ -12,7 +12,9 @@ from oumi_pl.data.examples import ChatData, ExampleData
 from oumi_pl.data.records import FieldReader, RecordReader, RecordWithFields
 from oumi_pl.data.sources import Source
 from oumi_pl.data.splitting import Side
+from oumi_pl.data.store import ExampleStore
 from oumi_pl.data.tokenize import Dropped
+from oumi_pl.data.where import WHERE
 from oumi_pl.errors import UserError
 from oumi_pl.preview.pieces import Decoder, Piece, Tokens, segments_of
 from oumi_pl.preview.shown import Mark, Section, Shown
@@ -47,8 +49,14 @@ Wanted = Callable[[int, int | None], bool]
 
 
 def row_count(data: ExampleData, split: str) -> int:
-    """Number of rows of a split, including dropped ones."""
-    return sum(int(store.report["rows"]) for store in data.stores(split))
+    """Number of rows of a split, including dropped ones, but not those that `where` leaves out."""
+    return sum(map(_rows_of, data.stores(split)))
+
+
+def _rows_of(store: ExampleStore) -> int:
+    """Number of rows that the store's source yields."""
+    filtered = sum(n for reason, n in store.report["dropped"].items() if reason.startswith(WHERE))
+    return int(store.report["rows"]) - filtered
 
 
 def has_no_dropped_rows(data: ExampleData, split: str) -> bool:
@@ -64,7 +72,7 @@ def walk(data: ExampleData, split: str, wanted: Wanted) -> Iterator[SourceRow]:
     sources, keep = data.taken(split)
     number = index = 0
     for i, (source, store) in enumerate(zip(sources, data.stores(split), strict=True)):
-        drops = store.report["rows"] != len(store)
+        drops = _rows_of(store) != len(store)
         records = track(_records(data, split, source, keep, i), f"looking for rows in {source.title}")
         while batch := list(itertools.islice(records, AT_ONCE)):
             rows = [(number + i, origin, record) for i, (origin, record) in enumerate(batch, 1)]
