@@ -21,6 +21,8 @@ from oumi_pl.types import RunData, RunModule
 
 LABEL = 12
 """Columns of the labels at the left."""
+SOURCES = 5
+"""Most sources of a mixture whose shares are printed; the data report has all."""
 REASON = 100
 """Most characters of a reason for dropping rows; the data report has it whole."""
 
@@ -84,8 +86,20 @@ def data_lines(data: RunData, report: dict[str, Any]) -> Iterator[tuple[str, str
     """The data report of each split in a line, and the streamed sources."""
     for split, rows in report.items():
         yield split, summary(rows)
+        if any("share_of_rows" in source for source in rows.get("sources", ())):
+            yield "mixture", mixture(rows["sources"])
     for name in data.streamed:
         yield "train", f"{name}, tokenized while it is streamed"
+
+
+def mixture(sources: list[dict[str, Any]]) -> str:
+    """The shares of a mixture's sources in an epoch."""
+    parts = [
+        f"{source['source']}: {source['share_of_rows']:.1%} of the rows, {source['share_of_tokens']:.1%} of the "
+        f"tokens, {source['share_of_targets']:.1%} of what carries loss"
+        for source in sources[:SOURCES]
+    ]
+    return "; ".join(parts) + (f"; and {len(sources) - SOURCES} more" if len(sources) > SOURCES else "")
 
 
 def _model(pl_module: RunModule) -> str:

@@ -153,8 +153,8 @@ class TextData(L.LightningDataModule):
         """
         if before is not None and before != now:
             raise UserError(
-                "data.train: the rows, or how they are tokenized, have changed since the checkpoint was written, "
-                "so the run can't resume; undo the change, or start a new run from its model"
+                "data.train: the rows, how they are tokenized, or their shares have changed since the checkpoint was "
+                "written, so the run can't resume; undo the change, or start a new run from its model"
             )
 
     @abstractmethod

@@ -6,7 +6,7 @@ from abc import abstractmethod
 from collections.abc import Iterable, Iterator, Sequence
 from datetime import date as Date
 from functools import cached_property, partial
-from typing import TYPE_CHECKING, Any, get_args
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import numpy as np
 from torch.utils.data import ConcatDataset, DataLoader
@@ -35,6 +35,7 @@ from oumi_pl.types import Batch, Example, Record, Row
 
 EXACT_EPOCHS = 10
 """Epochs whose tokens are counted exactly; later ones are estimated from these."""
+WeightBy = Literal["rows", "tokens", "targets"]
 REMEDIES = {
     "max_length": "; raise data.max_length, which is {}, or set data.overflow: truncate",
     "once cut": "; raise data.max_length, which is {}",
@@ -55,6 +56,8 @@ class ExampleData(TextData):
             refuses): `error` stops the run and lists all kinds of them, `drop` leaves them out and counts them.
         duplicates: What happens to training rows that repeat an earlier one word for word: `keep` uses them, `drop`
             leaves them out. The data report counts them in both cases.
+        weight_by: What the weights of sources are shares of: `rows`, `tokens`, or `targets` (tokens that carry loss, by
+            their weight). With long and short answers these differ; the data report shows all three.
         fields: Columns with numbers that a batch has by name in `batch["fields"]`, one number per row: NaN where a row
             has `null`.
         processes: Processes that tokenize rows, with the same result for any number. They call `encode`; files are read
@@ -69,6 +72,7 @@ class ExampleData(TextData):
         group_by_length: bool = True,
         bad_rows: OnBadRows = "error",
         duplicates: Duplicates = "keep",
+        weight_by: WeightBy = "rows",
         fields: Sequence[str] = (),
         processes: int = 1,
         **kwargs: Any,
@@ -77,11 +81,16 @@ class ExampleData(TextData):
         if processes < 1:
             raise UserError(f"data.processes is {processes}, but has to be at least 1")
         self.processes = processes
-        for name, value, known in (("bad_rows", bad_rows, OnBadRows), ("duplicates", duplicates, Duplicates)):
+        for name, value, known in (
+            ("bad_rows", bad_rows, OnBadRows),
+            ("duplicates", duplicates, Duplicates),
+            ("weight_by", weight_by, WeightBy),
+        ):
             if value not in get_args(known):
                 raise UserError(f"data.{name}: unknown {value!r}{nearest(str(value), get_args(known))}")
         self.bad_rows: OnBadRows = bad_rows
         self.duplicates: Duplicates = duplicates
+        self.weight_by: WeightBy = weight_by
         self.fields = list(fields)
         self.packing = packing
         self.group_by_length = group_by_length
@@ -142,6 +151,8 @@ class ExampleData(TextData):
 
     def make(self, split: str) -> None:
         """Tokenizes a split, unless it is in the cache."""
+        if split == "train" and self.weight_by != "rows" and all(weight is None for weight in self.source_weights):
+            raise UserError(f"data.weight_by: {self.weight_by} needs weights, and no source of data.train has one")
         self.stores(split)
 
     def setup(self, stage: str) -> None:
@@ -318,9 +329,9 @@ class ExampleData(TextData):
         `Plan(example_ids, np.arange(len(example_ids) + 1), self.layout.rows_per_update)` trains on them in this order,
         one per row. A resumed run calls it again: it has to return the same plan for the same epoch.
         """
-        weights = [source.weight for source in as_sources(self.sources["train"])]
         drawn = 0 if self.overfits else epoch
-        ids = mixture_epoch([len(store) for store in self.stores("train")], weights, self.run_seed, drawn)
+        sizes = [len(store) for store in self.stores("train")]
+        ids = mixture_epoch(sizes, self.row_weights, self.run_seed, drawn)
         return plan_epoch(
             self.lengths("train"),
             np.sort(ids) if self.overfits else ids,
@@ -331,6 +342,44 @@ class ExampleData(TextData):
             group_by_length=self.group_by_length,
             shuffle=not self.overfits,
         )
+
+    @property
+    def source_weights(self) -> list[float | None]:
+        """The weights of the training sources."""
+        train = self.sources["train"]
+        return [] if train is None else [source.weight for source in as_sources(train)]
+
+    @property
+    def row_weights(self) -> list[float | None]:
+        """The shares of the training sources in the rows that give them their shares in what `weight_by` names."""
+        weights = self.source_weights
+        if self.weight_by == "rows":
+            return weights
+        per_row = [self.__per_row(store) for store in self.stores("train")]
+        return [None if w is None else w / units for w, units in zip(weights, per_row, strict=True)]
+
+    def __per_row(self, store: ExampleStore) -> float:
+        """Mean number of tokens, or of targets by weight, of an example."""
+        if self.weight_by == "tokens":
+            return store.mean_length
+        return store.mean_target_weight or 1.0  # no source trains on nothing
+
+    def shares(self) -> list[dict[str, float]]:
+        """The share of each training source in the rows, tokens and targets of the first epoch."""
+        stores = self.stores("train")
+        ids = self.plan(0).example_ids
+        places = np.searchsorted(np.cumsum([len(store) for store in stores]), ids, side="right")
+        weights = self.target_weights("train")
+        units = {
+            "rows": np.ones(len(ids)),
+            "tokens": self.lengths("train")[ids],
+            "targets": (self.targets("train") if weights is None else weights)[ids],
+        }
+        sums = {name: np.bincount(places, values, minlength=len(stores)) for name, values in units.items()}
+        return [
+            {f"share_of_{name}": round(float(own[i] / max(own.sum(), 1e-9)), 6) for name, own in sums.items()}
+            for i in range(len(stores))
+        ]
 
     def largest_micro_batch(self) -> list[np.ndarray]:
         """Rows of the first epoch's micro-batch with the most tokens, over all ranks."""
@@ -354,7 +403,7 @@ class ExampleData(TextData):
 
     def updates(self, epochs: int) -> int:
         """Number of optimizer updates in `epochs` epochs, within `limit_train_batches`."""
-        weighted = any(source.weight is not None for source in as_sources(self.sources["train"]))
+        weighted = any(weight is not None for weight in self.source_weights)
         varies = weighted or type(self).plan is not ExampleData.plan  # a curriculum
         first, layout, updates = self.plan(0).rows, self.layout, 0
         for epoch in range(epochs):
@@ -387,8 +436,11 @@ class ExampleData(TextData):
         return eval_loader(self.examples(split), *self.eval_plan(split), collated, **self.fetching)
 
     def made_from(self) -> list[str]:
-        """Names of the stores, which are hashes of all that the examples depend on."""
-        return [store.directory.name for store in self.stores("train")]
+        """Names of the stores, which are hashes of all that the examples depend on, and the weights of a mixture."""
+        names = [store.directory.name for store in self.stores("train")]
+        weights = [weight for weight in self.source_weights if weight is not None]
+        shares = [f"{weight / sum(weights):.6f} of the {self.weight_by}" for weight in weights]
+        return [*names, *shares] if len(names) > 1 else names
 
     # ---- report
 
@@ -404,6 +456,9 @@ class ExampleData(TextData):
         if plan is None:  # as on one device, whatever runs it
             plan = plan_in_order(self.lengths(split), self.eval_batch_size, capacity=capacity)
         report = reports.describe(stores, self.lengths(split), plan, capacity) | self.__repeated(split)
+        if split == "train" and "sources" in report:
+            shared = zip(report["sources"], self.shares(), strict=True)
+            report["sources"] = [source | shares for source, shares in shared]
         if self.branching:
             spared = sum(store.shared for store in stores)
             report["saved_by_sharing"] = round(spared / max(1, spared + report["tokens"]), 6)

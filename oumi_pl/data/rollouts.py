@@ -20,7 +20,7 @@ from oumi_pl.data.formats import FORMATS, Formats
 from oumi_pl.data.plan import Plan, mixture_epoch, plan_epoch
 from oumi_pl.data.prompts import Prompt, prompt_only, read_prompts
 from oumi_pl.data.rollout_loader import EvalLoader, Group, RolloutLoader
-from oumi_pl.data.sources import as_sources, fingerprint
+from oumi_pl.data.sources import fingerprint
 from oumi_pl.data.store import cache_key
 from oumi_pl.data.tokenize import Tokenize
 from oumi_pl.data.tokenizers import tokenizer_fingerprint
@@ -112,6 +112,11 @@ class RolloutData(ChatData):
         if self.packing:
             raise UserError(
                 "data.packing: a row is a prompt with its completions, which share it already; leave it out"
+            )
+        if self.weight_by != "rows":
+            raise UserError(
+                f"data.weight_by: {self.weight_by} of completions are unknown before they are sampled; the weights of "
+                "sources are shares of the prompts"
             )
         self.rewards = Rewards.none() if reward is None else Rewards(reward)
         self.completions = completions
@@ -220,7 +225,8 @@ class RolloutData(ChatData):
     def made_from(self) -> list[str]:
         """A hash of the sources and which of their rows are used, the tokenizer and the lengths."""
         sources, keep = self.taken("train")
-        rows = [[fingerprint(source) for source in sources], str(keep), self.duplicates]
+        weights = self.source_weights if len(sources) > 1 else []
+        rows = [[fingerprint(source) for source in sources], weights, str(keep), self.duplicates]
         return [cache_key(rows, tokenizer_fingerprint(self.tokenizer), self.max_length, self.completions)]
 
     def held_out_rows(self) -> Iterator[tuple[str, str]]:
@@ -260,9 +266,8 @@ class RolloutData(ChatData):
     def plan(self, epoch: int) -> Plan:
         """The prompts of each update of an epoch."""
         lengths = self.prompt_lengths("train")
-        weights = [source.weight for source in as_sources(self.sources["train"])]
         sizes = [report["kept"] for report in self.__reports["train"]]
-        ids = mixture_epoch(sizes, weights, self.run_seed, epoch)
+        ids = mixture_epoch(sizes, self.source_weights, self.run_seed, epoch)
         rows_per_update = self.layout.at(epoch).rows_per_update
         return plan_epoch(lengths, ids, rows_per_update, seed=self.run_seed, epoch=epoch, group_by_length=False)
 

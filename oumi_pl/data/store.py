@@ -204,6 +204,17 @@ class ExampleStore:
         return int(self.offsets[-1] - paths.sum())
 
     @property
+    def mean_length(self) -> float:
+        """Tokens per example; 1 if there are none."""
+        return float(self.lengths.mean()) if len(self) else 1.0
+
+    @property
+    def mean_target_weight(self) -> float:
+        """The weight of the tokens that carry loss, per example; 1 if there are none."""
+        weights = self.targets if self.target_weights is None else self.target_weights
+        return float(weights.mean()) if len(self) else 1.0
+
+    @property
     def target_tokens(self) -> int:
         """Tokens that carry loss, over all examples."""
         return int(self.targets.sum())

@@ -140,6 +140,10 @@ def _sources(split: str, sources: list[dict[str, Any]], weights: list[float]) ->
         columns.append("share by weight")
         for row, weight in zip(rows, weights, strict=True):
             row.append(f"{weight / sum(weights):.1%}")
+    if all("share_of_rows" in source for source in sources):
+        columns.append("share of rows, tokens, targets")
+        for row, source in zip(rows, sources, strict=True):
+            row.append(", ".join(f"{source[f'share_of_{unit}']:.1%}" for unit in ("rows", "tokens", "targets")))
     return Table(f"sources of {split}", columns, rows)
 
 

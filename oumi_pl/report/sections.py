@@ -303,7 +303,9 @@ def _sources(title: str, sources: list[Any]) -> Table:
     keys = [key for key in keys if any(source.get(key) for source in mappings)]
     rows = []
     for source in mappings:
-        cells = (_cell(source.get(key), "%" if key in ("share", "wanted") else "reasons") for key in keys)
+        cells = (
+            _cell(source.get(key), "%" if key == "wanted" or key.startswith("share") else "reasons") for key in keys
+        )
         rows.append([str(source.get("source", "")), *cells])
     return ["", *(key.replace("_", " ") for key in keys)], rows, title
 

@@ -30,7 +30,7 @@ SHARED = {
     "trust_remote_code": True,
 }
 EXAMPLES = SHARED | {"packing": True, "group_by_length": False, "bad_rows": "drop", "processes": 2}
-EXAMPLES |= {"duplicates": "drop"}
+EXAMPLES |= {"duplicates": "drop", "weight_by": "tokens"}
 EXAMPLES |= {"template": "plain", "overflow": "drop"}
 EXAMPLES |= {"template_variables": {"mood": 1}, "lost": "drop", "add_eos": True, "fields": ["margin"]}
 STREAM = SHARED | {
