@@ -1,5 +1,7 @@
 """Sources of rows: files, directories, bundled data, the hub, and rows in memory."""
 
+import codecs
+import encodings.aliases
 import glob
 import hashlib
 import itertools
@@ -17,7 +19,7 @@ from typing import TYPE_CHECKING, Any, Literal, TypeVar, cast, get_args
 
 import numpy as np
 
-from oumi_pl.data.files import KINDS, Reading, count_rows, kind_of, read_file
+from oumi_pl.data.files import KINDS, TABLES, Reading, count_rows, kind_of, read_file
 from oumi_pl.data.formats import Format
 from oumi_pl.data.memory import Rows, Table
 from oumi_pl.data.splitting import Side
@@ -186,7 +188,9 @@ class Source:
             override those of the recipe, and a row's own (`chat_template_kwargs`) override them.
         documents: How a `.txt` file is divided into documents: not at all (`file`, the default; `lines` for prompts of
             `predict`), at `blank_lines`, into `lines`, or at a separator of your own, for example `<|endoftext|>`.
-        errors: How bytes that aren't UTF-8 are handled: the run stops (`strict`), or they become U+FFFD (`replace`).
+        encoding: Encoding of text files, such as `cp1252` or `utf-16`; UTF-8 when left out.
+        errors: How bytes that the encoding doesn't have are handled: the run stops (`strict`), or they become U+FFFD
+            (`replace`).
         sample: Use exactly so many of the rows that fit `where`: the first ones, or randomly drawn ones with
             `sample_seed`. If there are too few, rows are repeated.
         sample_seed: Seed of the draw.
@@ -205,6 +209,7 @@ class Source:
     label: Literal["keep_good"] | None = None
     template_variables: dict[str, Any] | None = None
     documents: str | None = None
+    encoding: str | None = None
     errors: Errors = "strict"
     sample: int | None = None
     sample_seed: int | None = None
@@ -409,8 +414,8 @@ def fingerprint(source: Source) -> str:
     """Hash of all that determines the rows and their order: 32 hex digits.
 
     Local data are identified by their contents, not their names; hub data by their fingerprint in `datasets`. `split`,
-    `config`, `revision`, `where`, `documents`, `errors` and `sample` count; `weight` and what turns rows into records
-    (`format`, `columns`, `ignore`, `label`) do not.
+    `config`, `revision`, `where`, `documents`, `encoding`, `errors` and `sample` count; `weight` and what turns rows into
+    records (`format`, `columns`, `ignore`, `label`) do not.
 
     Raises:
         UserError: the source can't be found, as for `rows`.
@@ -419,6 +424,8 @@ def fingerprint(source: Source) -> str:
     digest.update(json.dumps([source.config, source.split, source.revision]).encode())
     if source.documents is not None or source.errors != "strict":
         digest.update(json.dumps([source.documents, source.errors]).encode())
+    if source.encoding is not None:
+        digest.update(json.dumps(["encoding", source.encoding]).encode())
     if source.sample is not None:
         digest.update(json.dumps(["sample", source.sample, source.sample_seed]).encode())
     if (condition := source.condition) is not None:
@@ -470,6 +477,8 @@ def _local_splits(source: Source, counts: Counter[str] | None = None, strict: bo
         splits = {name: _file_split(members, source, how) for name, members in files.items()}
     else:
         return None
+    if source.encoding is not None and (source.rows is not None or _is_saved(Path(source.address).expanduser())):
+        raise UserError(f"{source.title}: 'encoding' is that of text files, and these rows are in none; leave it out")
     for key in ("config", "revision"):
         if getattr(source, key) is not None:
             raise UserError(f"{source.title}: {key!r} is for data from the hub, and this is local; leave it out")
@@ -488,7 +497,26 @@ def _reading(source: Source, counts: Counter[str] | None, strict: bool) -> Readi
     if documents not in _DOCUMENTS and re.fullmatch(r"\w*", documents):  # a separator of letters would split words
         hint = nearest(documents, _DOCUMENTS)
         raise UserError(f"{source.title}: unknown documents {documents!r}{hint} (a separator holds more than letters)")
-    return Reading(documents, source.errors == "replace", Counter() if counts is None else counts, strict)
+    counts = Counter() if counts is None else counts
+    return Reading(documents, _encoding(source), source.errors == "replace", counts, strict)
+
+
+def _encoding(source: Source) -> str:
+    """The encoding of a source's text files.
+
+    Raises:
+        UserError: it is unknown, or the source has no text files.
+    """
+    if source.encoding is None:
+        return "utf-8"
+    try:
+        known = codecs.lookup(source.encoding)
+        "\n".encode(source.encoding)  # refuses codecs that encode no text, such as base64
+    except LookupError as error:
+        names = {name.replace("_", "-") for name in encodings.aliases.aliases.values()}
+        hint = nearest(source.encoding, names)
+        raise UserError(f"{source.title}: unknown encoding {source.encoding!r}{hint}") from error
+    return known.name
 
 
 def _file_split(files: list[Path], source: Source, how: Reading) -> _Split:
@@ -496,6 +524,10 @@ def _file_split(files: list[Path], source: Source, how: Reading) -> _Split:
     if len(kinds) > 1:
         first, second, *_ = kinds.values()
         raise UserError(f"{name}: different kinds of files ({first}, {second}); choose one with a glob such as *.jsonl")
+    if source.encoding is not None and set(kinds) & set(TABLES):
+        raise UserError(
+            f"{name}: 'encoding' is that of text files, and {next(iter(kinds.values()))} is none; leave it out"
+        )
     if source.documents is not None and "txt" not in kinds:
         raise UserError(f"{name}: 'documents' divides .txt files; the rows of other files are documents already")
 
@@ -581,6 +613,8 @@ def _numbered(dataset: Any, name: str) -> Iterator[tuple[str, Row]]:
 def _hub_rows(source: Source, streaming: bool = False) -> Iterator[tuple[str, Row]]:
     if source.documents is not None:
         raise UserError(f"{source.title}: 'documents' divides .txt files; rows of the hub are documents already")
+    if source.encoding is not None:
+        raise UserError(f"{source.title}: 'encoding' is that of local text files; leave it out")
     return _numbered(_load_hub(source, streaming), f"{source.title}[{source.split}]")
 
 
