@@ -414,8 +414,8 @@ def fingerprint(source: Source) -> str:
     """Hash of all that determines the rows and their order: 32 hex digits.
 
     Local data are identified by their contents, not their names; hub data by their fingerprint in `datasets`. `split`,
-    `config`, `revision`, `where`, `documents`, `encoding`, `errors` and `sample` count; `weight` and what turns rows into
-    records (`format`, `columns`, `ignore`, `label`) do not.
+    `config`, `revision`, `where`, `documents`, `encoding`, `errors` and `sample` count; `weight` and what turns rows
+    into records (`format`, `columns`, `ignore`, `label`) do not.
 
     Raises:
         UserError: the source can't be found, as for `rows`.
@@ -525,9 +525,7 @@ def _file_split(files: list[Path], source: Source, how: Reading) -> _Split:
         first, second, *_ = kinds.values()
         raise UserError(f"{name}: different kinds of files ({first}, {second}); choose one with a glob such as *.jsonl")
     if source.encoding is not None and set(kinds) & set(TABLES):
-        raise UserError(
-            f"{name}: 'encoding' is that of text files, and {next(iter(kinds.values()))} is none; leave it out"
-        )
+        raise UserError(f"{name}: 'encoding' is that of text files, and these are none; leave it out")
     if source.documents is not None and "txt" not in kinds:
         raise UserError(f"{name}: 'documents' divides .txt files; the rows of other files are documents already")
 
