@@ -285,6 +285,8 @@ class RunData(Protocol):
     """Whether examples may have segments that continue others."""
     eval_batch_size: int
     max_length: int
+    new_tokens: list[str]
+    """Tokens that the recipe adds to the vocabulary."""
     own_pad: str | None
     """The pad token that the tokenizer came with; None if it has none."""
     own_template: Any

@@ -66,14 +66,22 @@ def lines(trainer: Any, pl_module: RunModule) -> Iterator[tuple[str, str]]:
     yield from map(labelled, pl_module.notes)
     yield from data_lines(data, data.report())
     if data.template is not None:
-        added = f", {len(data.added_tokens)} tokens added" if data.added_tokens else ""
+        of_template = len({*_texts(data)} - {*data.new_tokens})
+        added = f", {of_template} tokens added" if of_template else ""
         yield "template", f"{data.template.source}, for rows with turns{added}"
+    if data.new_tokens:
+        yield "tokens", _new_tokens(data, pl_module)
     folder = run_directory(trainer)
     if folder is not None and (parent := parent_text(folders.read_state(folder))):
         yield "parent", parent
     yield "optimizer", _optimizer(trainer.optimizers[0], trainer.global_step)
     yield "device", f"{trainer.world_size} x {pl_module.device.type}, precision {trainer.precision}"
     yield "steps", _steps(trainer, pl_module)
+
+
+def _texts(data: RunData) -> list[str]:
+    """The tokens that were added to the vocabulary."""
+    return list(data.tokenizer.convert_ids_to_tokens(data.added_tokens))
 
 
 def labelled(note: str) -> tuple[str, str]:
@@ -90,6 +98,15 @@ def data_lines(data: RunData, report: dict[str, Any]) -> Iterator[tuple[str, str
             yield "mixture", mixture(rows["sources"])
     for name in data.streamed:
         yield "train", f"{name}, tokenized while it is streamed"
+
+
+def _new_tokens(data: RunData, pl_module: RunModule) -> str:
+    """The recipe's tokens, and what their rows start as."""
+    added = [token for token in data.new_tokens if token in _texts(data)]
+    if not added:
+        return f"the vocabulary has all of {', '.join(data.new_tokens)} already"
+    start = "the mean of the trained rows" if pl_module.model_name is not None else "random"
+    return f"{len(added)} added to the vocabulary: {', '.join(added)}; their rows start as {start}"
 
 
 def mixture(sources: list[dict[str, Any]]) -> str:
