@@ -105,7 +105,7 @@ def _new_tokens(data: RunData, pl_module: RunModule) -> str:
     added = [token for token in data.new_tokens if token in _texts(data)]
     if not added:
         return f"the vocabulary has all of {', '.join(data.new_tokens)} already"
-    start = "the mean of the trained rows" if pl_module.model_name is not None else "random"
+    start = "the mean of the trained rows" if pl_module.model_name is not None else "random numbers"
     return f"{len(added)} added to the vocabulary: {', '.join(added)}; their rows start as {start}"
 
 

@@ -20,6 +20,7 @@ from oumi_pl.data.splitting import Side
 from oumi_pl.data.stream_loader import StreamLoader
 from oumi_pl.data.template import ChatTemplate
 from oumi_pl.data.tokenizers import TokenizerFactory, load_tokenizer
+from oumi_pl.data.where import NoColumnError
 from oumi_pl.errors import UserError
 from oumi_pl.types import SPLITS, Row
 
@@ -284,7 +285,10 @@ class TextData(L.LightningDataModule):
         stage = self.trainer.state.fn.value if self.trainer is not None and self.trainer.state.fn else "fit"
         for split in SPLITS.get(str(stage), ()):
             if self.sources[split] is not None:
-                self.make(split)
+                try:
+                    self.make(split)
+                except NoColumnError as error:
+                    raise UserError(f"data.{split}: {error}") from error
 
     def needed(self, stage: str) -> Iterator[str]:
         """The splits that a stage reads.

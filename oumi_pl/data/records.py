@@ -69,6 +69,7 @@ class RecordReader:
         """`replaced`: characters that `errors: replace` has put into the rows so far."""
         self._convert = resolve_format(source.format, formats) if source.format else None
         self._ignored = frozenset(source.ignore or ())
+        self._filtered = frozenset() if (condition := source.condition) is None else frozenset(condition.columns)
         self._found: dict[frozenset[str], Format | UserError] = {}
 
     def records(
@@ -181,7 +182,7 @@ class RecordReader:
         read = columns_read(convert)
         if read is None or row.keys() <= read:
             return
-        unread = row.keys() - read - set(LABELS if self.source.label else ())
+        unread = row.keys() - read - self._filtered - set(LABELS if self.source.label else ())
         self.unread |= unread
         for name in sorted((unread & MEANINGFUL) - self._ignored):
             if not is_empty(plain(row[name])):

@@ -245,7 +245,7 @@ class Source:
         """The filter of its rows; None if all are used.
 
         Raises:
-            UserError: the expression can't be read, or the function can't be found.
+            UserError: the expression can't be read.
         """
         return None if self.where is None else Where(self.where)
 

@@ -13,7 +13,7 @@ import operator
 import re
 from collections import Counter
 from collections.abc import Callable, Iterator
-from functools import partial
+from functools import cached_property, partial
 from typing import Any
 
 from oumi_pl.data.code import code_of
@@ -56,25 +56,30 @@ class Where:
         where: An expression, the dotted path of a function `row -> bool`, or from Python the function itself.
 
     Raises:
-        UserError: the expression holds something else than the module's docstring lists, or there is no such function.
+        UserError: the expression holds something else than the module's docstring lists.
     """
 
     def __init__(self, where: str | Filter) -> None:
         self.text = where if isinstance(where, str) else format_name(where)  # type: ignore[arg-type]
         self.columns: set[str] = set()
         """The columns that the expression names; empty for a function."""
-        self._function: Filter | None = None
+        self._where = where
         self._value: Callable[[Row], Any] | None = None
-        if not isinstance(where, str):
-            self._function = where
-        elif _PATH.fullmatch(where.strip()):
-            self._function = function_at(where.strip(), "where")
-        else:
+        if isinstance(where, str) and not _PATH.fullmatch(where.strip()):
             self._value = _Expression(where, self.columns).value
 
+    @cached_property
+    def _function(self) -> Filter:
+        """The function, which is imported when rows are read: that runs code."""
+        return function_at(self._where.strip(), "where") if isinstance(self._where, str) else self._where
+
     def key(self) -> list[str]:
-        """Identifies the filter: its text, and the code of a function."""
-        return [self.text] if self._function is None else [self.text, code_of(self._function)]
+        """Identifies the filter: its text, and the code of a function.
+
+        Raises:
+            UserError: there is no such function.
+        """
+        return [self.text, code_of(self._function)] if self._value is None else [self.text]
 
     def __call__(self, row: Row) -> bool:
         """Whether a row is used.
@@ -84,9 +89,9 @@ class Where:
         """
         if self._value is not None:
             return _is_true(self._value(row))
-        assert self._function is not None
+        function = self._function
         try:
-            value: Any = self._function(row)
+            value: Any = function(row)
         except UserError:
             raise
         except Exception as error:
@@ -107,7 +112,7 @@ class Where:
             strict: Raise an error for a row that can't be compared, instead of yielding a `BadRow` in its place.
 
         Raises:
-            UserError: none of the first rows has a column that the expression names.
+            NoColumnError: none of the first rows has a column that the expression names.
         """
         missing, known = set(self.columns), set[str]()
         looked_at = left_out = 0
@@ -136,9 +141,13 @@ class Where:
             raise _no_column(title, missing, known)
 
 
-def _no_column(title: str, missing: set[str], known: set[str]) -> UserError:
+class NoColumnError(UserError):
+    """An expression names a column that no row has."""
+
+
+def _no_column(title: str, missing: set[str], known: set[str]) -> NoColumnError:
     name = min(missing)
-    return UserError(f"{title}: where: no row has a column {name!r}{nearest(name, known)}")
+    return NoColumnError(f"{title}: where: no row has a column {name!r}{nearest(name, known)}")
 
 
 class _Expression:

@@ -68,15 +68,13 @@ def test_cells_of_csv_files_count_as_what_they_hold(tmp_path):
         ("lang = 'en'", "where: \"lang = 'en'\" can't be read: "),
         ("lang == 'en", "can't be read: unterminated string"),
         ("__import__('os').system('ls')", "is not available in filters"),
-        ("text.__class__", "where 'text.__class__' can't be imported"),
+        ("text.__class__ == 1", "'text.__class__' is not available in filters"),
         ("(lambda: 1)()", "is not available in filters"),
         ("[x for x in text]", "is not available in filters"),
         ("text.format(1)", "'text.format(1)' is not available in filters"),
         ("quality ** 9", "is not available in filters"),
         ("`my score` & 1", "'`my score` & 1' is not available in filters"),
         ("lang is 'en'", "`is` compares with None only; use =="),
-        ("no_module.keep", "where 'no_module.keep' can't be imported"),
-        ("json.lods", "'json' has no function 'lods'; did you mean 'loads'?"),
     ],
 )
 def test_a_bad_expression_is_one_message_with_the_key(expression, message):
@@ -159,6 +157,13 @@ def test_a_function_filters_and_its_mistakes_name_the_row(tmp_path):
         list(rows(Source(file, where=lambda row: row["x"])))
     with pytest.raises(UserError, match=r"a.jsonl:1: where: .*returned None for this row; it returns True or False"):
         list(rows(Source(file, where=lambda row: None)))
+    for name, message in (
+        ("no_module.keep", "where 'no_module.keep' can't be imported: No module named 'no_module'"),
+        ("json.lods", "'json' has no function 'lods'; did you mean 'loads'"),
+    ):
+        data = SFTData(Source(file, where=name), **OPTIONS)  # nothing is imported before rows are read
+        with pytest.raises(UserError, match=message):
+            data.make("train")
     with pytest.raises(UserError, match=r"a.jsonl: where is a int"):
         Source(file, where=3)
 
@@ -187,3 +192,18 @@ def test_a_format_that_returns_none_leaves_the_row_out(tmp_path):
     train = empty.report()["train"]
     assert (train["kept"], *train["dropped"].values()) == (30, 10)
     assert json.dumps(train)
+
+
+def test_a_column_that_a_filter_reads_is_not_unread(tmp_path):
+    """`label` would stop the run otherwise, as a column with a meaning that the format doesn't read."""
+    file = write(tmp_path / "a.jsonl", [{"text": f"Text {i}.", "label": i % 2, "other": 1} for i in range(4)])
+    data = SFTData(Source(file, where="label == 1"), **OPTIONS)
+    data.setup("fit")
+    assert data.report()["train"]["unread_columns"] == ["other"]
+
+
+def test_the_message_of_a_run_names_the_key(tmp_path):
+    file = write(tmp_path / "a.jsonl", messy())
+    data = SFTData(Source(file, where="qualty > 1"), **OPTIONS)
+    with pytest.raises(UserError, match=r"^data.train: .*a.jsonl: where: no row has a column 'qualty'"):
+        data.prepare_data()
