@@ -4,8 +4,7 @@ Prepared shards and tokenizing on the fly both use this module, so they see the 
 """
 
 import re
-from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator
 from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 import numpy as np
@@ -21,7 +20,7 @@ from oumi_pl.data.formats import (
     resolve_format,
     text,
 )
-from oumi_pl.data.records import BadRows, OnBadRows, RecordReader, RowCounts
+from oumi_pl.data.records import OnBadRows, RecordReader, RowCounts
 from oumi_pl.data.sources import Source, left_out, rows
 from oumi_pl.data.splitting import Side
 from oumi_pl.data.template import adds_bos
@@ -75,7 +74,7 @@ class Documents(Protocol):
 def texts(
     source: Source,
     keep: Side | None = None,
-    counts: Counter[str] | None = None,
+    counts: RowCounts | None = None,
     streaming: bool = False,
     render: Callable[[Conversation], str] | None = None,
     *,
@@ -88,7 +87,7 @@ def texts(
 def texts_with_rows(
     source: Source,
     keep: Side | None = None,
-    counts: Counter[str] | None = None,
+    counts: RowCounts | None = None,
     streaming: bool = False,
     render: Callable[[Conversation], str] | None = None,
     *,
@@ -99,8 +98,7 @@ def texts_with_rows(
     Args:
         source: The source.
         keep: Which rows to use; all when left out.
-        counts: Counter that is updated: `rows`, `kept`, `empty`, `replaced`; a `RowCounts` also counts why rows were
-            dropped.
+        counts: Counts that are updated: `rows`, `kept`, `empty`, `replaced`, and why rows were dropped.
         streaming: Read data from the hub without downloading them first.
         render: Renders conversations as texts; without it, they are refused.
         bad_rows: Whether rows that can't be used are left out, or are an `error` that lists all of them, after which no
@@ -110,13 +108,12 @@ def texts_with_rows(
         UserError: a row is no document (names file and line); and as for `rows`.
     """
     counts = RowCounts() if counts is None else counts
-    bad = counts.bad if isinstance(counts, RowCounts) else BadRows()
+    bad = counts.bad
     at_once = bad_rows is None or (bad_rows == "error" and streaming)
     convert = _converter(source, render)
     for origin, row in rows(source, streaming=streaming, counts=counts, strict=at_once):
         if isinstance(row, BadRow):
-            counts["rows"] += 1
-            bad.add(origin, row.reason)
+            counts.add_bad(origin, row.reason)
             continue
         try:
             document = convert(row)
@@ -126,8 +123,7 @@ def texts_with_rows(
             if at_once:
                 raise UserError(f"{origin}: {error}") from None
             if keep is None or keep.counts_bad(row):
-                counts["rows"] += 1
-                bad.add(origin, str(error))
+                counts.add_bad(origin, str(error))
             continue
         except Exception as error:
             if source.format is None:
@@ -135,30 +131,18 @@ def texts_with_rows(
             raise UserError(f"{origin}: {raised(format_name(source.format), error)}") from error
         counts["rows"] += 1
         if isinstance(document, Dropped):
-            _note_dropped(counts, {document.reason: 1})
+            counts.add_dropped({document.reason: 1})
             continue
         if bad.count and bad_rows == "error":
             continue  # what is wrong with the others is all that is left to find
         kept = bool(document.strip())
         counts["kept" if kept else "empty"] += 1
         if kept:
-            _note_held_out(counts, keep, origin)
+            counts.held_out += [origin] if keep is not None and keep.is_held_out else []
             yield document, row
     if bad.count and bad_rows == "error":
         raise bad.error(source.title, counts["rows"])
-    filtered = left_out(source, counts, keep)
-    counts["rows"] += sum(filtered.values())
-    _note_dropped(counts, filtered)
-
-
-def _note_dropped(counts: Counter[str], reasons: Mapping[str, int]) -> None:
-    if isinstance(counts, RowCounts):
-        counts.dropped.update(reasons)
-
-
-def _note_held_out(counts: Counter[str], keep: Side | None, origin: str) -> None:
-    if keep is not None and keep.is_held_out and isinstance(counts, RowCounts):
-        counts.held_out.append(origin)
+    counts["rows"] += counts.add_dropped(left_out(source, counts, keep))
 
 
 def _converter(source: Source, render: Callable[[Conversation], str] | None) -> Callable[[Row], str | Dropped]:

@@ -63,15 +63,16 @@ class Repeats:
     """Leaves out rows that repeat an earlier one, and counts them.
 
     Args:
-        before: Rows of earlier sources.
+        before: Rows of earlier sources, which count as earlier rows; None: no row is left out.
     """
 
-    def __init__(self, before: Iterable[Keyed] = ()) -> None:
+    def __init__(self, before: Iterable[Keyed] | None) -> None:
         self.rows = 0
         self.first: list[list[str]] = []
         """The first repeated rows, each with the one that it repeats."""
+        self._keeps_all = before is None
         self._origins: dict[int, str] = {}
-        for rows in before:
+        for rows in before or ():
             for key, origin in zip(rows.record_keys.tolist(), rows.origins, strict=True):
                 self._origins.setdefault(key, origin)
 
@@ -83,7 +84,7 @@ class Repeats:
         A row that is read twice, because `sample` asks for more rows than there are, is no repeated row.
         """
         for origin, record in records:
-            if isinstance(record, Record):
+            if isinstance(record, Record) and not self._keeps_all:
                 earlier = self._origins.setdefault(content_hash(record.content_key()), origin)
                 if earlier != origin:
                     self.rows += 1
@@ -92,9 +93,10 @@ class Repeats:
                     continue
             yield origin, record
 
-    def report(self) -> dict[str, Any]:
-        """The number of rows that were left out, and the first of them."""
-        return {"rows": self.rows, "first": self.first}
+    def add_to(self, report: dict[str, Any]) -> None:
+        """Adds the number of rows that were left out, and the first of them, to a report."""
+        if self.rows:
+            report["duplicates"] = {"rows": self.rows, "first": self.first}
 
 
 def repeated(sources: Sequence[Keyed]) -> dict[str, Any]:

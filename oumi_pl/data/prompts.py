@@ -141,10 +141,8 @@ def read_prompts(
     prompts: list[Prompt] = []
     dropped: Counter[str] = Counter()
     bad, rows, keys = BadRows(), 0, RowKeys()
-    reader = PromptReader(source, formats)
-    records = reader.records(keep, strict=False)
-    repeats = Repeats(before or ())
-    for origin, record in records if before is None else repeats.leave_out(records):
+    reader, repeats = PromptReader(source, formats), Repeats(before)
+    for origin, record in repeats.leave_out(reader.records(keep, strict=False)):
         rows += 1
         if isinstance(record, BadRow):
             bad.add(origin, record.reason)
@@ -167,14 +165,9 @@ def read_prompts(
             keys.add(origin, record)
     if bad.count and bad_rows == "error":
         raise bad.error(source.title, rows)
-    for reason, number in reader.left_out(keep).items():
-        rows += number
-        dropped[reason] = number
     report: dict[str, Any] = {"source": source.title, "rows": rows, "kept": len(prompts), "dropped": dict(dropped)}
     report |= {"cut": 0, "straddled": 0, "empty_answers": 0}
-    if bad.count:
-        report["bad_rows"] = bad.report()
-        report["dropped"] |= {reason: kind["rows"] for reason, kind in report["bad_rows"].items()}
-    if repeats.rows:
-        report["duplicates"] = repeats.report()
+    reader.add_left_out(report, keep)
+    bad.add_to(report)
+    repeats.add_to(report)
     return prompts, report, keys

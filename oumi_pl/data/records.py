@@ -2,7 +2,7 @@
 
 import re
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -104,9 +104,11 @@ class RecordReader:
             for record in records:
                 yield origin, record
 
-    def left_out(self, keep: Side | None) -> dict[str, int]:
-        """The rows so far that `where` left out, by reason."""
-        return left_out(self.source, self.counts, keep)
+    def add_left_out(self, report: dict[str, Any], keep: Side | None) -> None:
+        """Adds the rows so far that `where` left out to a report."""
+        for reason, number in left_out(self.source, self.counts, keep).items():
+            report["rows"] += number
+            report["dropped"][reason] = number
 
     def record(self, row: Row) -> Record | Dropped:
         """The first record that `read` returns for a row."""
@@ -317,6 +319,12 @@ class BadRows:
         """The number of rows and the first of them, by reason."""
         return {reason: {"rows": rows, "first": origins} for reason, origins, rows in self._kinds.values()}
 
+    def add_to(self, report: dict[str, Any]) -> None:
+        """Adds the bad rows to a report, by reason."""
+        if self.count:
+            report["bad_rows"] = self.report()
+            report["dropped"] |= {reason: kind["rows"] for reason, kind in report["bad_rows"].items()}
+
     def error(self, name: str, rows: int) -> UserError:
         """The message that lists all kinds; for a single row, its reason.
 
@@ -349,6 +357,16 @@ class RowCounts(Counter[str]):
         """Rows that a format or `where` left out, by reason."""
         self.held_out: list[str] = []
         """File and line of each row that is used, if these are held-out rows of a source."""
+
+    def add_bad(self, origin: str, reason: str) -> None:
+        """Adds a row that can't be used."""
+        self["rows"] += 1
+        self.bad.add(origin, reason)
+
+    def add_dropped(self, reasons: Mapping[str, int]) -> int:
+        """Adds rows that a format or `where` left out, by reason; returns how many."""
+        self.dropped.update(reasons)
+        return sum(reasons.values())
 
 
 def _named(origins: list[str], count: int) -> str:

@@ -12,7 +12,6 @@ import itertools
 import json
 import os
 import zlib
-from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from functools import cached_property
 from pathlib import Path
@@ -215,7 +214,7 @@ def _read_manifest(directory: Path) -> dict[str, Any]:
 
 def write_shards(
     directory: Path,
-    documents: Callable[[Counter[str]], Iterator[str]],
+    documents: Callable[[RowCounts], Iterator[str]],
     tokenize: TokenizeDocuments,
     made_from: dict[str, Any],
     *,

@@ -273,15 +273,21 @@ def write_store(
         tables |= {FIELD + name: np.array(values, dtype=np.float64) for name, values in fields.items()}
         if weights is not None:
             tables["target_weights"] = np.array(target_weights, dtype=np.float64)
-        numbers = np.arange(len(lengths), dtype=np.uint64)
-        tables["record_keys"] = numbers if keys is None else keys.record_keys
-        tables["prompt_keys"] = numbers if keys is None else keys.prompt_keys
-        origins = [f"row {i + 1}" for i in numbers.tolist()] if keys is None else keys.origins
-        lines = (origin.replace("\n", " ") + "\n" for origin in origins)
-        (half / ORIGINS).write_text("".join(lines), encoding="utf-8")
+        tables |= _write_keys(half, keys, len(lengths))
         np.savez(half / TABLES, **tables)
         (half / REPORT).write_text(json.dumps(report, indent=1))
     return ExampleStore(directory)
+
+
+def _write_keys(directory: Path, keys: RowKeys | None, count: int) -> dict[str, np.ndarray]:
+    """Writes the origins of the rows to a folder, and returns tables of their keys; without keys, all rows differ."""
+    numbers = np.arange(count, dtype=np.uint64)
+    origins = [f"row {i + 1}" for i in numbers.tolist()] if keys is None else keys.origins
+    lines = (origin.replace("\n", " ") + "\n" for origin in origins)
+    (directory / ORIGINS).write_text("".join(lines), encoding="utf-8")
+    if keys is None:
+        return {"record_keys": numbers, "prompt_keys": numbers}
+    return {"record_keys": keys.record_keys, "prompt_keys": keys.prompt_keys}
 
 
 def _check(example: Example) -> None:
@@ -345,11 +351,8 @@ def example_store(
     Raises:
         UserError: rows can't be used; lists the reasons with the files and lines of the first rows.
     """
-    code = source.format and code_of(resolve_format(source.format, formats))
-    table = [(function.__module__, function.__qualname__, columns) for function, columns in formats]
-    name = source.format and format_name(source.format)
     reading = [source.columns, source.ignore, source.label, source.template_variables, bad_rows, columns]
-    parts = [fingerprint(source), reading, name, code, table, key, _own_code()]
+    parts = [fingerprint(source), reading, *_format_key(source, formats), key, _own_code()]
     parts += [] if before is None else [[store.directory.name for store in before]]
     directory = cache_root() / "examples" / cache_key(*parts)
     if is_whole(directory):
@@ -359,31 +362,31 @@ def example_store(
     report = _empty_report(source.title) | {"names": origin_names(source)}
     keys = RowKeys()
     reader = FieldReader(source, formats, columns) if columns else RecordReader(source, formats)
-    records: Iterable[Any] = track(reader.records(keep, strict=False), f"tokenizing {source.title}")
-    repeats = None if before is None else Repeats(before)
-    if repeats is not None:
-        records = repeats.leave_out(records)
+    repeats = Repeats(before)
+    records = repeats.leave_out(track(reader.records(keep, strict=False), f"tokenizing {source.title}"))
 
     def examples() -> Iterator[Example]:
         bad = BadRows()
         encode_all = partial(_with_fields, encode) if columns else encode
         yield from _encoded(records, report, encode_all, bad, processes=processes, keys=keys)
-        for reason, rows in reader.left_out(keep).items():
-            report["rows"] += rows
-            report["dropped"][reason] = rows
-        if repeats is not None and repeats.rows:
-            report["duplicates"] = repeats.report()
         if bad.count and bad_rows == "error":
             raise bad.error(source.title, report["rows"])
-        if bad.count:
-            report["bad_rows"] = bad.report()
-            report["dropped"] |= {reason: kind["rows"] for reason, kind in report["bad_rows"].items()}
+        reader.add_left_out(report, keep)
+        repeats.add_to(report)
+        bad.add_to(report)
         if replaced := reader.counts["replaced"]:
             report["notes"]["U+FFFD in place of bytes that aren't UTF-8 (characters, not rows)"] = replaced
         if reader.unread:
             report["unread_columns"] = sorted(reader.unread)
 
     return write_store(directory, examples(), report, keys)
+
+
+def _format_key(source: Source, formats: Formats) -> list[Any]:
+    """Identifies how rows become records: the source's own format and its code, and the formats to choose from."""
+    code = source.format and code_of(resolve_format(source.format, formats))
+    table = [(function.__module__, function.__qualname__, columns) for function, columns in formats]
+    return [source.format and format_name(source.format), code, table]
 
 
 def _with_fields(encode: Encode, records: Sequence[Record]) -> list[Example | Dropped]:
