@@ -364,10 +364,9 @@ class ExampleData(TextData):
             return store.mean_length
         return store.mean_target_weight or 1.0  # no source trains on nothing
 
-    def source_shares(self) -> list[dict[str, float]]:
-        """The share of each training source in the rows, tokens and targets of the first epoch."""
+    def __shares(self, ids: np.ndarray) -> list[dict[str, float]]:
+        """The share of each training source in the rows, tokens and targets of some examples."""
         stores = self.stores("train")
-        ids = self.plan(0).example_ids
         places = np.searchsorted(np.cumsum([len(store) for store in stores]), ids, side="right")
         weights = self.target_weights("train")
         units = {
@@ -457,7 +456,7 @@ class ExampleData(TextData):
             plan = plan_in_order(self.lengths(split), self.eval_batch_size, capacity=capacity)
         report = reports.describe(stores, self.lengths(split), plan, capacity) | self.__repeated(split)
         if split == "train" and "sources" in report:
-            shared = zip(report["sources"], self.source_shares(), strict=True)
+            shared = zip(report["sources"], self.__shares(plan.example_ids), strict=True)
             report["sources"] = [source | shares for source, shares in shared]
         if self.branching:
             spared = sum(store.shared for store in stores)

@@ -193,6 +193,15 @@ def test_prompts_of_online_training_are_counted_and_dropped_by_what_they_ask(tmp
     assert kept.made_from() != dropped.made_from()
 
 
+def test_held_out_rows_are_named_by_file_and_line(tmp_path):
+    file = write(tmp_path / "rows.jsonl", messy(row, 60, 40))
+    data = sft(file, 0.2)
+    named = list(data.held_out_rows())
+    assert {source for source, _ in named} == {file}
+    assert [origin for _, origin in named] == [origin for origin, _ in data.records("validation")]
+    assert 5 < len(named) == len(data.examples("validation")) < 40
+
+
 def test_held_out_prompts_and_documents_are_named_by_file_and_line(tmp_path):
     file = write(tmp_path / "rows.jsonl", [{"prompt": f"Question {i}?"} for i in range(40)])
     data = RolloutData(file, 0.3, **OPTIONS, reward=len)
