@@ -14,13 +14,14 @@ from torch import Tensor
 
 from oumi_pl.data import report as reports
 from oumi_pl.data.collate import collate
+from oumi_pl.data.duplicates import RowKeys
 from oumi_pl.data.examples import ChatData
 from oumi_pl.data.formats import FORMATS, Formats
 from oumi_pl.data.plan import Plan, mixture_epoch, plan_epoch
 from oumi_pl.data.prompts import Prompt, prompt_only, read_prompts
 from oumi_pl.data.reward_model import RewardModel
 from oumi_pl.data.rollout_loader import EvalLoader, Group, RolloutLoader
-from oumi_pl.data.sources import as_sources, fingerprint
+from oumi_pl.data.sources import fingerprint
 from oumi_pl.data.store import cache_key
 from oumi_pl.data.tokenize import Tokenize
 from oumi_pl.data.tokenizers import tokenizer_fingerprint
@@ -125,6 +126,11 @@ class RolloutData(ChatData):
             raise UserError(
                 "data.packing: a row is a prompt with its completions, which share it already; leave it out"
             )
+        if self.weight_by != "rows":
+            raise UserError(
+                f"data.weight_by: {self.weight_by} of completions are unknown before they are sampled; the weights of "
+                "sources are shares of the prompts"
+            )
         self.rewards = Rewards.none() if reward is None else Rewards(reward, load_model=self.__reward_model)
         self.completions = completions
         self.sampling = sampling or Sampling()
@@ -153,6 +159,7 @@ class RolloutData(ChatData):
         """Seconds spent on `generating` and `rewarding` training completions since the last update was logged."""
         self.__prompts: dict[str, list[Prompt]] = {}
         self.__reports: dict[str, list[dict[str, Any]]] = {}
+        self.__keys: dict[str, list[RowKeys]] = {}
 
     def __reward_model(self, path: str, key: str = "data.reward") -> RewardModel:
         return RewardModel(path, self, key)
@@ -192,12 +199,18 @@ class RolloutData(ChatData):
         """
         if split not in self.__prompts:
             sources, keep = self.taken(split)
-            read = [
-                read_prompts(source, self.formats, self.__prompt_ids, self.room, keep=keep, bad_rows=self.bad_rows)
-                for source in sources
-            ]
-            self.__prompts[split] = [prompt for prompts, _ in read for prompt in prompts]
-            self.__reports[split] = [report for _, report in read]
+            keys: list[RowKeys] = []
+            read = []
+            for source in sources:
+                before = keys if self.drops_repeated(split) else None
+                of_source = read_prompts(
+                    source, self.formats, self.__prompt_ids, self.room, keep=keep, bad_rows=self.bad_rows, before=before
+                )
+                read.append(of_source)
+                keys.append(of_source[2])
+            self.__prompts[split] = [prompt for prompts, _, _ in read for prompt in prompts]
+            self.__reports[split] = [report for _, report, _ in read]
+            self.__keys[split] = keys
         return self.__prompts[split]
 
     @property
@@ -247,10 +260,12 @@ class RolloutData(ChatData):
             raise UserError("trainer.strategy: completions can't be sampled from sharded weights; use ddp")
 
     def made_from(self) -> list[str]:
-        """A hash of the sources, the tokenizer, how prompts are rendered, and the lengths."""
-        sources = [fingerprint(source) for source in as_sources(self.sources["train"])]
+        """A hash of the sources and which of their rows are used, the tokenizer, the rendering and the lengths."""
+        sources, keep = self.taken("train")
+        weights = self.source_weights if len(sources) > 1 else []
+        rows = [[fingerprint(source) for source in sources], weights, str(keep), self.duplicates]
         rendering = tokenizer_fingerprint(self.tokenizer), self.template_variables
-        return [cache_key(sources, *rendering, self.max_length, self.completions)]
+        return [cache_key(rows, *rendering, self.max_length, self.completions)]
 
     def lengths(self, split: str) -> np.ndarray:
         """Most tokens of each prompt with its completions, `[prompts]`."""
@@ -266,6 +281,8 @@ class RolloutData(ChatData):
 
     def __report_of(self, split: str) -> dict[str, Any]:
         report = reports.merged(self.__reports[split]) | reports.of_lengths(self.prompt_lengths(split))
+        training = self.__keys.get("train") if split != "train" else None
+        report |= reports.describe_repeated(self.__keys[split], self.__reports[split], training)
         if split == "train":
             plan = self.plan(0)
             report |= {"rows_planned": plan.rows, "updates_per_epoch": len(plan) * self.iterations}
@@ -280,9 +297,8 @@ class RolloutData(ChatData):
     def plan(self, epoch: int) -> Plan:
         """The prompts of each update of an epoch."""
         lengths = self.prompt_lengths("train")
-        weights = [source.weight for source in as_sources(self.sources["train"])]
         sizes = [report["kept"] for report in self.__reports["train"]]
-        ids = mixture_epoch(sizes, weights, self.run_seed, epoch)
+        ids = mixture_epoch(sizes, self.source_weights, self.run_seed, epoch)
         rows_per_update = self.layout.at(epoch).rows_per_update
         return plan_epoch(lengths, ids, rows_per_update, seed=self.run_seed, epoch=epoch, group_by_length=False)
 
