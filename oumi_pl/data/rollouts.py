@@ -2,7 +2,7 @@
 
 import time
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 from functools import cached_property, partial
 from typing import Any, Protocol
@@ -266,6 +266,13 @@ class RolloutData(ChatData):
         rows = [[fingerprint(source) for source in sources], weights, str(keep), self.duplicates]
         rendering = tokenizer_fingerprint(self.tokenizer), self.template_variables
         return [cache_key(rows, *rendering, self.max_length, self.completions)]
+
+    def held_out_rows(self) -> Iterator[tuple[str, str]]:
+        """As of `TextData`."""
+        if isinstance(self.sources["validation"], float):
+            self.all_prompts("validation")
+            for report, keys in zip(self.__reports["validation"], self.__keys["validation"], strict=True):
+                yield from ((report["source"], origin) for origin in dict.fromkeys(keys.origins))
 
     def lengths(self, split: str) -> np.ndarray:
         """Most tokens of each prompt with its completions, `[prompts]`."""

@@ -2,6 +2,7 @@
 
 import os
 import pickle
+import re
 import sys
 from pathlib import Path
 
@@ -91,9 +92,7 @@ def test_foreign_code_runs_if_the_user_trusts_it(tmp_path, evil):
     assert evil.exists()
 
 
-@pytest.mark.parametrize(
-    "what", [what for what in FOREIGN if any(key in what for key in ("format", "where", "reward"))]
-)
+@pytest.mark.parametrize("what", [what for what in FOREIGN if re.search("format|where|reward", what)])
 def test_an_export_needs_neither_formats_nor_rewards(tmp_path, evil, what):
     with pytest.raises(Exception, match="w") as failed:  # only the weights are wrong
         built(checkpoint(tmp_path, FOREIGN[what]))
