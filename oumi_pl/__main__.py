@@ -2,8 +2,10 @@
 
 import contextlib
 import importlib
+import io
 import os
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 from oumi_pl import __version__
@@ -55,8 +57,11 @@ COMMANDS = (
 
 def main(argv: list[str] | None = None) -> int:
     """Runs a command line and returns its exit code: 0 for success, 2 for a mistake of the user, 1 for a bug."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # names of files may hold what can't be encoded
+            stream.reconfigure(errors="backslashreplace")
     try:
-        code = _run(list(sys.argv[1:] if argv is None else argv))
+        code = _run(_readable(sys.argv[1:] if argv is None else argv))
         sys.stdout.flush()
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
@@ -71,6 +76,21 @@ def main(argv: list[str] | None = None) -> int:
     return code
 
 
+def _readable(arguments: Sequence[str]) -> list[str]:
+    """The arguments, which are written to recipes, logs and reports.
+
+    Raises:
+        UserError: one has bytes that aren't UTF-8; Python reads them as half surrogate pairs.
+    """
+    for argument in arguments:
+        try:
+            argument.encode()
+        except UnicodeEncodeError as error:
+            shown = os.fsencode(argument).decode(errors="backslashreplace")
+            raise UserError(f"argument {shown}: not UTF-8 text; rename the file or folder") from error
+    return list(arguments)
+
+
 def _report(error: Exception) -> int:
     """Prints an error and returns the exit code: a message for mistakes and full disks, a traceback for bugs."""
     message = str(error) if isinstance(error, UserError) else machine_failure(error)
@@ -79,7 +99,7 @@ def _report(error: Exception) -> int:
         return 2
     import traceback
 
-    traceback.print_exc()
+    print(visible(traceback.format_exc()), end="", file=sys.stderr)
     print(_origin(error), file=sys.stderr)
     return 1
 

@@ -12,6 +12,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any, NamedTuple
 
+from oumi_pl.data.turns import is_finite
 from oumi_pl.errors import UserError
 from oumi_pl.runs.files import replacing
 from oumi_pl.types import Row, beside
@@ -302,8 +303,8 @@ def scores(metrics: Mapping[str, Callable[[str, Row], Any]], text: str, row: Row
             raise UserError(f"--metric: {name} failed for row {number}: {reason}") from error
         named = {f"{name}/{key}": v for key, v in result.items()} if isinstance(result, Mapping) else {name: result}
         for key, value in named.items():
-            if not isinstance(value, bool | int | float) or not math.isfinite(value):
-                raise UserError(f"--metric: {key} is {value!r} for row {number}, but has to be a finite number")
+            if not is_finite(value):
+                raise UserError(f"--metric: {key} is {value!r:.40} for row {number}, but has to be a finite number")
             values[key] = float(value)
     return values
 

@@ -222,15 +222,18 @@ def record_ids(
 
     from oumi_pl.data.rendering import ChatRenderer
     from oumi_pl.data.template import adds_bos
+    from oumi_pl.data.tokenize import refuse_long
     from oumi_pl.types import Conversation, Preference
 
     if isinstance(record, Preference):
         record = record.chosen
     if not isinstance(record, Conversation):
+        refuse_long(len(record.prompt or record.text))
         return list(tokenizer(record.prompt or record.text)["input_ids"])
     turns = record.messages
     border = record.prompt_messages
     turns = turns[: len(turns) - (turns[-1]["role"] == "assistant") if border is None else border]
+    refuse_long(sum(len(turn["content"] or "") for turn in turns))
     if not is_chat(tokenizer, raw):
         if system is not None:
             raise UserError("--system: this tokenizer has no chat template, so there is no place for a system turn")
@@ -399,6 +402,8 @@ def _texts(options: argparse.Namespace) -> list[str]:
     texts = list(options.prompt)
     if any(not text.strip() for text in texts):
         raise UserError("--prompt is empty")
+    for text in texts:
+        _refuse_no_text(text, "--prompt")
     if options.file is None and not texts:
         raise UserError("generate: name a --prompt TEXT, or a --file of prompts (- for lines of the standard input)")
     if options.file is None or _has_rows(options.file):
@@ -409,10 +414,25 @@ def _texts(options: argparse.Namespace) -> list[str]:
         raise UserError(f"--file: {options.file} can't be read: {error.strerror}") from error
     except UnicodeDecodeError as error:
         raise UserError(f"--file: {options.file} is not UTF-8 text") from error
-    texts += [line for line in text.splitlines() if line.strip()]
+    _refuse_no_text(text, f"--file: {options.file}")
+    texts += [line for line in text.removeprefix("\ufeff").split("\n") if line.strip()]
     if not texts:
         raise UserError(f"--file: {options.file} holds no prompt")
     return texts
+
+
+def _refuse_no_text(text: str, where: str) -> None:
+    """Refuses bytes that are no text: Python reads them from a command line as half surrogate pairs.
+
+    Raises:
+        UserError: there is such a byte, or a zero byte.
+    """
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise UserError(f"{where} is not UTF-8 text") from error
+    if "\0" in text:
+        raise UserError(f"{where} holds binary data (a zero byte)")
 
 
 def _has_rows(file: str) -> bool:

@@ -75,6 +75,8 @@ def find(name: str) -> Path:
     path = Path(name).expanduser()
     if path.is_file():
         return path
+    if path.exists() and path.suffix in ENDINGS:
+        raise UserError(f"--config: {name} is not a file")
     if name in names():
         return shipped() / f"{name}.yaml"
     if path.suffix in ENDINGS:

@@ -270,7 +270,8 @@ def _refuse_checkpoint(name: str | None, command: str) -> None:
         raise UserError(f"--ckpt_path: {name} is a directory, but not a sharded checkpoint{hint}")
     if not path.exists():
         raise UserError(f"--ckpt_path: no file {name!r}{nearby(path, lambda p: p.suffix == '.ckpt')}")
-    if path.is_file() and not is_archive(path):  # torch writes zip archives, whose index comes last
+    # torch writes zip archives, whose index comes last; a pipe would wait for ever
+    if not path.is_dir() and not (path.is_file() and is_archive(path)):
         raise UserError(f"--ckpt_path: {name} is not a checkpoint, or was cut short when it was written")
     if command == "fit":
         try:
