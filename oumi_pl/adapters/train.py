@@ -211,9 +211,12 @@ def _resume(trainer: Any, engine: str) -> tuple[Path | None, dict[str, Any]]:
     start = {"epoch": 0, "update": 0}
     if folder is None or folder.resume is None:
         return None, start
-    checkpoint = checkpoints.newest(folder.resume / folders.CHECKPOINTS)
+    checkpoint, damaged = checkpoints.newest_whole(folder.resume / folders.CHECKPOINTS)
     if checkpoint is None:
         return None, start
+    for path, why in damaged.items():
+        print(f"note: {path} is damaged: {why}; what came after {checkpoint.name} is trained again")
+    folders.set_aside(damaged)
     print(f"engine {engine}: resuming from {checkpoint}")
     return checkpoint, checkpoints.load(checkpoint, trainer, folder, enabled_checkpoints(trainer))
 

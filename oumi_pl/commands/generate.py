@@ -127,9 +127,12 @@ def from_folder(name: str, trust_remote_code: bool = False, architecture: str | 
     path = locate(name, "--model")
     adapter = Path(path) / "adapter_config.json"
     from oumi_pl.models.build import read_adapter_config
+    from oumi_pl.runs.checksums import refuse_damaged_weights
 
+    refuse_damaged_weights(Path(path), "--model")
     if adapter.is_file() and (base := read_adapter_config(Path(path)).get("base_model_name_or_path")):
-        locate(base, f"--model: the base of the adapter {name}")
+        key = f"--model: the base of the adapter {name}"
+        refuse_damaged_weights(Path(locate(base, key)), key)
     if architecture is not None:
         from oumi_pl.models.architectures import register_architecture
 

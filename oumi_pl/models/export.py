@@ -20,7 +20,7 @@ from oumi_pl.models.lm import LM
 from oumi_pl.models.lora import merged
 from oumi_pl.models.text_part import copy_processors, put_back
 from oumi_pl.runs.checkpoints import read_sharded
-from oumi_pl.runs.checksums import refuse_damaged
+from oumi_pl.runs.checksums import refuse_damaged, refuse_damaged_weights, write_list_of_weights
 from oumi_pl.runs.files import put, remove
 from oumi_pl.runs.folders import half_of
 
@@ -92,6 +92,7 @@ def export_model(
         _write_beside(half, tokenizer, whole_heads, card)
         del state  # make room for the model that is loaded now
         _refuse_other_logits(half, model, hf, expected)
+        write_list_of_weights(half)
         if is_adapter and not merge:
             _name_base(half / "adapter_config.json")
 
@@ -142,6 +143,7 @@ def read_heads(folder: Path, heads: Mapping[str, Tensor]) -> None:
     file = folder / HEADS
     if not file.is_file():
         return
+    refuse_damaged_weights(folder, "model")
     saved = load_file(file)
     wanted = {name: list(value.shape) for name, value in heads.items()}
     given = {name: list(value.shape) for name, value in saved.items()}
