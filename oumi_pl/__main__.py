@@ -10,7 +10,8 @@ from pathlib import Path
 
 from oumi_pl import __version__
 from oumi_pl.errors import UserError, machine_failure, nearest, versions
-from oumi_pl.terminal.screen import meanwhile, visible
+from oumi_pl.terminal.screen import meanwhile
+from oumi_pl.terminal.text import echo, visible
 
 HELP = """\
 usage: oumi_pl COMMAND [options]          (or: python -m oumi_pl COMMAND)
@@ -95,12 +96,12 @@ def _report(error: Exception) -> int:
     """Prints an error and returns the exit code: a message for mistakes and full disks, a traceback for bugs."""
     message = str(error) if isinstance(error, UserError) else machine_failure(error)
     if message is not None:
-        print(f"error: {visible(message)}", file=sys.stderr)
+        echo(f"error: {visible(message)}", file=sys.stderr)
         return 2
     import traceback
 
-    print(visible(traceback.format_exc()), end="", file=sys.stderr)
-    print(_origin(error), file=sys.stderr)
+    echo(traceback.format_exc(), end="", file=sys.stderr)
+    echo(_origin(error), file=sys.stderr)
     return 1
 
 
@@ -116,7 +117,7 @@ def _run(argv: list[str]) -> int:
         print(HELP, end="")
         return 0
     if argv[0] == "--version":
-        print(f"oumi_pl {__version__}")
+        echo(f"oumi_pl {__version__}")
         return 0
     command, *rest = argv
     if command not in COMMANDS:
@@ -147,7 +148,7 @@ def _train(command: str, typed: list[tuple[str, str | None]]) -> int:
     except (KeyboardInterrupt, SystemExit) as stop:
         if not isinstance(stop, KeyboardInterrupt) and not isinstance(stop.__context__, KeyboardInterrupt):
             raise
-        print(_after_interrupt(lock.held()), file=sys.stderr)
+        echo(_after_interrupt(lock.held()), file=sys.stderr)
         return 130
     finally:
         lock.release_all()
@@ -192,7 +193,7 @@ def _fit(command: str, typed: list[tuple[str, str | None]]) -> int:
         try:
             folder, recipe, args = recipe_files.resume_arguments(command, resume, recipe, args, tree)
         except recipe_files.NothingToDo as nothing:
-            print(nothing)
+            echo(nothing)
             return 0
         if folder is not None:
             trees = [recipe_files.check(folder / folders.CONFIG)]
@@ -211,7 +212,7 @@ def _fit(command: str, typed: list[tuple[str, str | None]]) -> int:
     try:
         CLI([command, *args], recipe=recipe, resume=folder, trees=trees)
     except Stopped as stop:
-        print(stop, file=sys.stderr)
+        echo(stop, file=sys.stderr)
         return stop.exit_code
     return 0
 

@@ -42,6 +42,7 @@ from oumi_pl.modules.grpo import GRPO
 from oumi_pl.modules.kto import KTO
 from oumi_pl.modules.reward import Reward
 from oumi_pl.runs import folders
+from oumi_pl.terminal.text import echo
 from oumi_pl.types import Batch
 
 
@@ -215,9 +216,9 @@ def _resume(trainer: Any, engine: str) -> tuple[Path | None, dict[str, Any]]:
     if checkpoint is None:
         return None, start
     for path, why in damaged.items():
-        print(f"note: {path} is damaged: {why}; what came after {checkpoint.name} is trained again")
+        echo(f"note: {path} is damaged: {why}; what came after {checkpoint.name} is trained again")
     folders.set_aside(damaged)
-    print(f"engine {engine}: resuming from {checkpoint}")
+    echo(f"engine {engine}: resuming from {checkpoint}")
     return checkpoint, checkpoints.load(checkpoint, trainer, folder, enabled_checkpoints(trainer))
 
 

@@ -10,7 +10,8 @@ from typing import Any, NamedTuple
 from oumi_pl.commands.export import TRUST
 from oumi_pl.commands.parser import Parser
 from oumi_pl.errors import UserError
-from oumi_pl.terminal.screen import has_colours, meanwhile, visible
+from oumi_pl.terminal.screen import has_colours, meanwhile
+from oumi_pl.terminal.text import echo, visible
 
 LONGEST = 256
 """Default for the most tokens of a completion."""
@@ -81,7 +82,7 @@ def main(args: list[str]) -> int:
         batch_size=options.batch_size,
         logprobs=options.logprobs,
     )
-    print("\n".join(lines))
+    echo("\n".join(lines))
     return 0
 
 
@@ -93,7 +94,9 @@ def _print(complete: Any, prompts: list[Any], options: argparse.Namespace) -> No
         for prompt, answer in bulk.in_order(complete, prompts, options.samples, options.batch_size):
             values = answer.values(samples=options.samples > 1, logprobs=options.logprobs)
             values.pop("row")
-            line = json.dumps(bulk.beside(prompt.row, values), ensure_ascii=False, default=str)
+            # on a terminal, ASCII: JSON escapes only some of the characters that control one
+            is_ascii = sys.stdout.isatty()
+            line = json.dumps(bulk.beside(prompt.row, values), ensure_ascii=is_ascii, default=str)
             print(line if options.json else answer.completion, flush=True)
         return
     chat = is_chat(complete.tokenizer, options.raw)
@@ -486,7 +489,7 @@ def _prompts(loaded: Loaded, texts: list[str], options: argparse.Namespace) -> l
         prompts.append(Prompt(row, _shown(record), ids, limit))
     if cut and options.max_new_tokens is not None:
         most = f"the prompt leaves {min(cut):,} of the model's {positions:,} positions, so completions end there"
-        print(f"note: {most}" + (f" (and {len(cut) - 1:,} more prompts)" if len(cut) > 1 else ""), file=sys.stderr)
+        echo(f"note: {most}" + (f" (and {len(cut) - 1:,} more prompts)" if len(cut) > 1 else ""), file=sys.stderr)
     if is_chat(loaded.tokenizer, options.raw) and any(isinstance(record, Text) for _, _, record in items):
         print(
             "note: rows of `text`, or of `prompt` and `completion`, are sent as plain text, as they are trained: "

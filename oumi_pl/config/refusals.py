@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from oumi_pl.errors import UserError, nearby, nearest
+from oumi_pl.terminal.text import echo
 
 NEEDS = {
     "fit": ("train",),
@@ -92,7 +93,7 @@ def _check_weights(command: str, model: str | None) -> None:
     """Refuses to evaluate random weights; says so if pretrained weights are used for lack of a checkpoint."""
     if model is None:
         raise UserError(f"`{command}` would run on untrained weights; pass --ckpt_path FILE")
-    print(f"no --ckpt_path given; using the pretrained weights of {model}", file=sys.stderr)
+    echo(f"no --ckpt_path given; using the pretrained weights of {model}", file=sys.stderr)
 
 
 def _check_predictions(callbacks: Sequence[Any]) -> None:

@@ -92,7 +92,6 @@ def export_model(
         _write_beside(half, tokenizer, whole_heads, card)
         del state  # make room for the model that is loaded now
         _refuse_other_logits(half, model, hf, expected)
-        write_list_of_weights(half)
         if is_adapter and not merge:
             _name_base(half / "adapter_config.json")
 
@@ -271,7 +270,7 @@ def _argument(config: Mapping[str, Any], section: str, name: str) -> Any:
 
 @contextmanager
 def _folder(directory: Path) -> Iterator[Path]:
-    """A temporary folder beside `directory` that replaces it if nothing fails."""
+    """A temporary folder beside `directory` that replaces it if nothing fails, with checksums of the weights."""
     try:
         if directory.is_symlink() or (directory.exists() and (not directory.is_dir() or any(directory.iterdir()))):
             raise UserError(f"{directory} is there and not an empty folder; export to another one")
@@ -282,6 +281,7 @@ def _folder(directory: Path) -> Iterator[Path]:
         raise UserError(f"can't write to {directory}: {error.strerror}") from error
     try:
         yield half
+        write_list_of_weights(half)
         put(half, directory)
     finally:
         remove(half)
