@@ -2,13 +2,16 @@
 
 import contextlib
 import importlib
+import io
 import os
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 from oumi_pl import __version__
 from oumi_pl.errors import UserError, machine_failure, nearest, versions
-from oumi_pl.terminal.screen import meanwhile, visible
+from oumi_pl.terminal.screen import meanwhile
+from oumi_pl.terminal.text import echo, visible
 
 HELP = """\
 usage: oumi_pl COMMAND [options]          (or: python -m oumi_pl COMMAND)
@@ -55,8 +58,11 @@ COMMANDS = (
 
 def main(argv: list[str] | None = None) -> int:
     """Runs a command line and returns its exit code: 0 for success, 2 for a mistake of the user, 1 for a bug."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # names of files may hold what can't be encoded
+            stream.reconfigure(errors="backslashreplace")
     try:
-        code = _run(list(sys.argv[1:] if argv is None else argv))
+        code = _run(_readable(sys.argv[1:] if argv is None else argv))
         sys.stdout.flush()
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
@@ -71,16 +77,31 @@ def main(argv: list[str] | None = None) -> int:
     return code
 
 
+def _readable(arguments: Sequence[str]) -> list[str]:
+    """The arguments, which are written to recipes, logs and reports.
+
+    Raises:
+        UserError: one has bytes that aren't UTF-8; Python reads them as half surrogate pairs.
+    """
+    for argument in arguments:
+        try:
+            argument.encode()
+        except UnicodeEncodeError as error:
+            shown = os.fsencode(argument).decode(errors="backslashreplace")
+            raise UserError(f"argument {shown}: not UTF-8 text; rename the file or folder") from error
+    return list(arguments)
+
+
 def _report(error: Exception) -> int:
     """Prints an error and returns the exit code: a message for mistakes and full disks, a traceback for bugs."""
     message = str(error) if isinstance(error, UserError) else machine_failure(error)
     if message is not None:
-        print(f"error: {visible(message)}", file=sys.stderr)
+        echo(f"error: {visible(message)}", file=sys.stderr)
         return 2
     import traceback
 
-    traceback.print_exc()
-    print(_origin(error), file=sys.stderr)
+    echo(traceback.format_exc(), end="", file=sys.stderr)
+    echo(_origin(error), file=sys.stderr)
     return 1
 
 
@@ -96,7 +117,7 @@ def _run(argv: list[str]) -> int:
         print(HELP, end="")
         return 0
     if argv[0] == "--version":
-        print(f"oumi_pl {__version__}")
+        echo(f"oumi_pl {__version__}")
         return 0
     command, *rest = argv
     if command not in COMMANDS:
@@ -127,7 +148,7 @@ def _train(command: str, typed: list[tuple[str, str | None]]) -> int:
     except (KeyboardInterrupt, SystemExit) as stop:
         if not isinstance(stop, KeyboardInterrupt) and not isinstance(stop.__context__, KeyboardInterrupt):
             raise
-        print(_after_interrupt(lock.held()), file=sys.stderr)
+        echo(_after_interrupt(lock.held()), file=sys.stderr)
         return 130
     finally:
         lock.release_all()
@@ -172,7 +193,7 @@ def _fit(command: str, typed: list[tuple[str, str | None]]) -> int:
         try:
             folder, recipe, args = recipe_files.resume_arguments(command, resume, recipe, args, tree)
         except recipe_files.NothingToDo as nothing:
-            print(nothing)
+            echo(nothing)
             return 0
         if folder is not None:
             trees = [recipe_files.check(folder / folders.CONFIG)]
@@ -191,7 +212,7 @@ def _fit(command: str, typed: list[tuple[str, str | None]]) -> int:
     try:
         CLI([command, *args], recipe=recipe, resume=folder, trees=trees)
     except Stopped as stop:
-        print(stop, file=sys.stderr)
+        echo(stop, file=sys.stderr)
         return stop.exit_code
     return 0
 

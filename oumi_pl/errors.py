@@ -64,7 +64,8 @@ def nearby(path: Path, fits: Callable[[Path], object] = Path.is_dir, *, tell_whe
     if not there.is_dir():
         return f"; {there} is not a directory"
     could = Path.is_dir if missing != path else fits
-    names = {p.stem.casefold(): p for p in sorted(there.iterdir()) if not p.name.startswith(".") and could(p)}
+    others = [p for p in sorted(there.iterdir()) if not p.name.startswith(".") and p.name != missing.name]
+    names = {p.stem.casefold(): p for p in others if could(p)}
     close = difflib.get_close_matches(missing.stem.casefold(), names, n=1, cutoff=CLOSE)
     if close:
         return f"; did you mean {names[close[0]].as_posix()!r}?"
@@ -75,6 +76,9 @@ def reason(error: BaseException) -> str:
     """The first line of an error's message, or its type if it has none."""
     import textwrap
 
+    if isinstance(error, UnicodeEncodeError):  # a path, most likely
+        shown = error.object.encode(errors="surrogateescape").decode(errors="backslashreplace")
+        return textwrap.shorten(f"not UTF-8 text: {shown}", 250)
     lines = str(error).strip().splitlines()
     if lines and lines[0].rstrip().endswith(":"):  # the first line only introduces the reason
         return textwrap.shorten(" ".join(lines), 250)

@@ -17,6 +17,7 @@ from oumi_pl.core.recipe import Engine, Recipe, to_recipe
 from oumi_pl.core.words import spoken
 from oumi_pl.runs import lock
 from oumi_pl.runs.folders import CHECKPOINTS, CONFIG, read_state
+from oumi_pl.terminal.text import echo
 
 LENGTH = ("max_steps", "max_epochs")
 
@@ -37,7 +38,7 @@ def train(config: TrainingConfig, engine: Engine | None = None, verbose: bool = 
     recipe = to_recipe(config, engine, online=True)
     if int(os.environ.get("RANK", "0")) == 0:
         lines = [*(became(recipe) if verbose else ()), *differences(recipe)]
-        print("".join(f"{line}\n" for line in lines), end="", file=sys.stderr)
+        echo("".join(f"{line}\n" for line in lines), end="", file=sys.stderr)
     with tempfile.TemporaryDirectory() as scratch:
         name = str(recipe.tree.get("name", "output"))
         file = Path(scratch) / f"{name}.yaml"
@@ -55,7 +56,7 @@ def train(config: TrainingConfig, engine: Engine | None = None, verbose: bool = 
         write_layout(run, config, cli.trainer.world_size, str(cli.model.causal_lm.hf))
         if config.training.use_peft and config.peft.peft_save_mode == PeftSaveMode.ADAPTER_AND_BASE_MODEL:
             write_base(run, cli.model.causal_lm.hf)
-        print(f"output -> {run}")
+        echo(f"output -> {run}")
 
 
 def became(recipe: Recipe) -> list[str]:
@@ -85,7 +86,7 @@ def _fit(file: Path, recipe: Recipe, name: str) -> tuple[Any, Path | None]:
         length = {key: tree["trainer"][key] for key in LENGTH if key in tree["trainer"]}
         run = recipe.resume or _newest(Path(tree["runs_dir"]).expanduser(), name)
         if run and not recipe.resume and _has_ended(Path(run), length):
-            print(f"{run} is finished, and has nothing left to train; raise training.max_steps, or num_train_epochs")
+            echo(f"{run} is finished, and has nothing left to train; raise training.max_steps, or num_train_epochs")
             return None, None
         if run and not recipe.resume and not _can_go_on(Path(run), recipe):
             run = None

@@ -45,3 +45,31 @@ def imported(code):
 )
 def test_imports_are_lazy(code, forbidden):
     assert not forbidden & set(imported(code))
+
+
+WRITERS = {
+    "terminal/screen.py": "moves the cursor",
+    "terminal/text.py": "defines `echo`",
+    "callbacks/progress.py": "prints numbers, and what `wrapped` or `visible` returned",
+    "callbacks/samples.py": "prints what `printable` returned, in colours",
+    "callbacks/start.py": "prints what `wrapped` returned, in colours",
+    "commands/convert.py": "prints YAML, which escapes control characters",
+    "commands/generate.py": "pipes completions as they are",
+    "commands/help.py": "prints documentation",
+    "commands/recipes.py": "prints what is shipped, in colours",
+    "preview/terminal.py": "prints what `visible` returned, in colours",
+    "__main__.py": "prints the error as `visible`",
+}
+"""Files that may print text that they compose without `echo`, and why it holds no escape sequence of anybody else."""
+
+
+def test_names_and_values_are_printed_without_their_escape_sequences():
+    printing = []
+    for file in FILES:
+        for node in ast.walk(ast.parse(file.read_text())):
+            if not isinstance(node, ast.Call) or all(isinstance(arg, ast.Constant) for arg in node.args):
+                continue
+            function = ast.unparse(node.func)
+            if function == "print" or function in {"sys.stderr.write", "sys.stdout.write", "sys.stdout.writelines"}:
+                printing.append(f"{file.relative_to(PACKAGE)}: {ast.unparse(node)}")
+    assert {line.partition(":")[0] for line in printing} == {*WRITERS}

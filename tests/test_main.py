@@ -1,6 +1,7 @@
 """Answers that need no heavy import, and exit codes."""
 
 import json
+import os
 import subprocess
 import sys
 import textwrap
@@ -108,6 +109,25 @@ def test_light_answer(answers, case):
     assert not heavy
     assert "Traceback" not in given_text
     assert code == 0 or len(given_text.splitlines()) == 1
+
+
+def test_arguments_that_are_no_text_are_one_message(tmp_path):
+    for args in ([b"runs", b"compare", b"\xff"], [b"fit", b"--config", b"\xff.yaml"], [b"\xff"]):
+        env = {"PYTHONPATH": str(ROOT), "PATH": ""}
+        command = [sys.executable, "-m", "oumi_pl", *args]
+        done = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, check=False)
+        assert done.returncode == 2
+        assert done.stderr.startswith(b"error: argument \\xff")
+        assert done.stderr.count(b"\n") == 1
+
+
+def test_names_of_files_that_are_no_text_can_be_printed(tmp_path):
+    (tmp_path / os.fsdecode(b"runs/\xff\x1b")).mkdir(parents=True)
+    (tmp_path / os.fsdecode(b"runs/\xff\x1b/run.json")).write_text('{"status": "finished"}')
+    env = {"PYTHONPATH": str(ROOT), "PATH": ""}
+    command = [sys.executable, "-m", "oumi_pl", "runs"]
+    done = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True, check=True)
+    assert "⟨U+DCFF⟩⟨ESC⟩" in done.stdout
 
 
 def test_what_reads_no_recipe_imports_no_more_than_it_needs(tmp_path):

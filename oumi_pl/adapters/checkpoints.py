@@ -2,32 +2,61 @@
 
 import json
 import re
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from oumi_pl.errors import UserError
+from oumi_pl.runs import checksums
 
 FILE = "oumi_pl.pt"
 """Name of the file that `save` adds to an engine's checkpoint."""
 _CHECKPOINT = re.compile(r"checkpoint-(\d+)$")
 
 
-def newest(directory: Path) -> Path | None:
-    """The newest complete checkpoint of an engine; None if there is none.
+def newest_whole(directory: Path) -> tuple[Path | None, dict[Path, str]]:
+    """The newest complete checkpoint of an engine that is not damaged, and newer ones with what is wrong with them.
 
-    transformers writes `trainer_state.json` last: a checkpoint that a kill cut short has none, or an incomplete one.
+    Reads them, which takes a second per 1.5 GB.
+
+    Raises:
+        UserError: there are complete checkpoints, and all are damaged.
+    """
+    damaged: dict[Path, str] = {}
+    for path in _complete(directory):
+        why = checksums.damage(path)
+        if why is None:
+            return path, damaged
+        damaged[path] = why
+    if damaged:
+        listed = "; ".join(f"{path.name}: {why}" for path, why in damaged.items())
+        raise UserError(
+            f"--resume: all checkpoints in {directory} are damaged ({listed}); put a copy in their place, or remove "
+            "them to train from the start"
+        )
+    return None, damaged
+
+
+def _complete(directory: Path) -> Iterator[Path]:
+    """The complete checkpoints of an engine, newest first.
+
+    Of its own files, transformers writes `trainer_state.json` last: a checkpoint that a kill cut short has none, or an
+    incomplete one.
     """
     by_step = {int(m[1]): path for path in directory.glob("checkpoint-*") if (m := _CHECKPOINT.search(path.name))}
     for step in sorted(by_step, reverse=True):
+        path = by_step[step]
+        if (path / checksums.LIST).is_file():  # written when all others were; they may be damaged since
+            yield path
+            continue
         try:
-            state = json.loads((by_step[step] / "trainer_state.json").read_text())
+            state = json.loads((path / "trainer_state.json").read_text())
         except (OSError, ValueError):
             continue
-        if state.get("global_step") == step and (by_step[step] / FILE).is_file():
-            return by_step[step]
-    return None
+        if isinstance(state, dict) and state.get("global_step") == step and (path / FILE).is_file():
+            yield path
 
 
 def save(checkpoint: Path, trainer: Any, metrics_row: dict[str, float], checkpoints: Any) -> None:
@@ -40,6 +69,7 @@ def save(checkpoint: Path, trainer: Any, metrics_row: dict[str, float], checkpoi
         checkpoints: The trainer's `Checkpoints`, or None.
     """
     checkpoint.mkdir(parents=True, exist_ok=True)
+    (checkpoint / checksums.LIST).unlink(missing_ok=True)  # of a checkpoint that is written again
     module = trainer.lightning_module
     content = {
         "data": trainer.datamodule.state_dict(),

@@ -42,6 +42,7 @@ from oumi_pl.modules.grpo import GRPO
 from oumi_pl.modules.kto import KTO
 from oumi_pl.modules.reward import Reward
 from oumi_pl.runs import folders
+from oumi_pl.terminal.text import echo
 from oumi_pl.types import Batch
 
 
@@ -211,10 +212,13 @@ def _resume(trainer: Any, engine: str) -> tuple[Path | None, dict[str, Any]]:
     start = {"epoch": 0, "update": 0}
     if folder is None or folder.resume is None:
         return None, start
-    checkpoint = checkpoints.newest(folder.resume / folders.CHECKPOINTS)
+    checkpoint, damaged = checkpoints.newest_whole(folder.resume / folders.CHECKPOINTS)
     if checkpoint is None:
         return None, start
-    print(f"engine {engine}: resuming from {checkpoint}")
+    for path, why in damaged.items():
+        echo(f"note: {path} is damaged: {why}; what came after {checkpoint.name} is trained again")
+    folders.set_aside(damaged)
+    echo(f"engine {engine}: resuming from {checkpoint}")
     return checkpoint, checkpoints.load(checkpoint, trainer, folder, enabled_checkpoints(trainer))
 
 

@@ -36,6 +36,7 @@ from oumi_pl.modules.kto import KTO
 from oumi_pl.modules.reference import refuse_other_start
 from oumi_pl.modules.reward import Reward, outcome_sums, pair_sums
 from oumi_pl.modules.sft import SFT
+from oumi_pl.runs import checksums
 from oumi_pl.types import IGNORE_INDEX, Sums
 
 
@@ -91,12 +92,13 @@ class EngineMixin:
         return metrics
 
     def _save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
-        """Saves our part first, then the engine's: the engine's last file then marks the checkpoint as complete."""
+        """Saves our part first, then the engine's, whose last file marks the checkpoint as complete, then checksums."""
         engine: Any = self
         run = self.run_callback
         folder = Path(engine.args.output_dir) / f"checkpoint-{engine.state.global_step}"
         checkpoints.save(folder, run.lightning, run.metrics_row, run.checkpoints)
         super()._save_checkpoint(*args, **kwargs)  # type: ignore[misc]
+        checksums.add_list(folder)
 
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
         """Does nothing: our export writes a model card."""

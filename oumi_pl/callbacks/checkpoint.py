@@ -18,6 +18,7 @@ from oumi_pl.runs.files import HALF, put, remove
 from oumi_pl.runs.folders import TIME, checkpoint_name, saved_steps
 from oumi_pl.runs.metrics import MetricsCSV
 from oumi_pl.terminal.screen import working
+from oumi_pl.terminal.text import echo
 from oumi_pl.types import RunModule
 
 
@@ -74,7 +75,7 @@ class Checkpoints(Checkpoint):
             damage = trainer.strategy.broadcast(checksums.damage(best) if trainer.is_global_zero else None)
         if damage:
             if trainer.is_global_zero:
-                print(f"note: {best} is damaged ({damage}); the best from here on replaces it", file=sys.stderr)
+                echo(f"note: {best} is damaged ({damage}); the best from here on replaces it", file=sys.stderr)
         elif best is not None and best.exists() and saved_at(best) <= trainer.global_step:
             self.best_model_path = str(best)
         else:

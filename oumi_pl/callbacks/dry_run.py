@@ -42,6 +42,7 @@ from oumi_pl.optim.schedules import in_steps
 from oumi_pl.rollouts.sampling import Completion, Engine
 from oumi_pl.runs import folders
 from oumi_pl.runs.folders import refuse_unwritable
+from oumi_pl.terminal.text import visible
 from oumi_pl.types import RunData, RunModule
 
 NO_TOKEN = 2**31 - 1
@@ -374,7 +375,7 @@ def show(table: dict[str, Lines]) -> None:
     for section, lines in table.items():
         title = section
         for name, value in lines:
-            wrapped = textwrap.wrap(value, width - SECTION - NAME, break_long_words=False) or [""]
+            wrapped = textwrap.wrap(visible(value), width - SECTION - NAME, break_long_words=False) or [""]
             for label, line in zip([name, *[""] * len(wrapped)], wrapped, strict=False):
                 console.print(Text.assemble((f"{title:{SECTION}}", "bold"), f"{label:{NAME - 1}} ", line))
                 title = ""

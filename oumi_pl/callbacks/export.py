@@ -19,6 +19,7 @@ from oumi_pl.runs.files import remove
 from oumi_pl.runs.folders import CONFIG
 from oumi_pl.runs.lineage import parent_text
 from oumi_pl.terminal.screen import working
+from oumi_pl.terminal.text import echo
 from oumi_pl.types import RunData, RunModule
 
 
@@ -95,7 +96,7 @@ class Export(L.Callback):
             ),
         )
         if trainer.is_global_zero:
-            print(f"model -> {folder / 'model'}")
+            echo(f"model -> {folder / 'model'}")
 
 
 def _load(pl_module: RunModule, checkpoint: Path) -> dict[str, float]:

@@ -7,6 +7,7 @@ from typing import Any
 import lightning as L
 
 from oumi_pl.callbacks.run_folder import run_directory
+from oumi_pl.terminal.text import echo
 from oumi_pl.types import RunModule
 
 
@@ -52,4 +53,4 @@ class Predictions(L.Callback):
             )
         for part in parts:
             part.unlink()
-        print(f"{len(lines)} completions -> {file}")
+        echo(f"{len(lines)} completions -> {file}")

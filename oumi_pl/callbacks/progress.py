@@ -14,6 +14,7 @@ from oumi_pl.callbacks.run_folder import run_directory
 from oumi_pl.callbacks.throughput import peak_memory
 from oumi_pl.runs import folders
 from oumi_pl.terminal.screen import EVERY, LINE_EVERY, Line, clock, styled, terminal_width, worked, wrapped
+from oumi_pl.terminal.text import visible
 from oumi_pl.types import RunModule
 
 RECENT = 100
@@ -334,7 +335,7 @@ class ProgressLine(ProgressBar):
             best, style = "best so far", "green"
         elif before is not None:
             best, style = f"(best {before[1]:.4g} at step {before[0]})", "dim"
-        line = f"step {trainer.global_step}{values}"
+        line = visible(f"step {trainer.global_step}{values}")
         if terminal_width() is None:
             _write(line + (f"  best {self._best[1]:.4g}  best_step {self._best[0]}" if self._best else ""))
             return

@@ -9,6 +9,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_only
 from oumi_pl.callbacks import find
 from oumi_pl.callbacks.run_folder import RunFolder, completed
 from oumi_pl.runs.metrics import MetricsCSV
+from oumi_pl.terminal.text import echo
 from oumi_pl.types import RunModule
 
 
@@ -41,8 +42,8 @@ class Report(L.Callback):
             page = make(folder.directory, condition)
         except Exception as error:
             retry = f"the run itself is complete; to try again: oumi_pl runs report {folder.directory}"
-            print(f"warning: no report: {type(error).__name__}: {error} ({retry})", file=sys.stderr)
+            echo(f"warning: no report: {type(error).__name__}: {error} ({retry})", file=sys.stderr)
             return False
         if page is not None:
-            print(f"report -> {page}")
+            echo(f"report -> {page}")
         return True

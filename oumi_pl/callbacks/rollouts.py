@@ -17,6 +17,7 @@ from oumi_pl.callbacks.run_folder import run_directory
 from oumi_pl.data.rollout_loader import TrainedGroups
 from oumi_pl.data.rollouts import RolloutData
 from oumi_pl.errors import UserError
+from oumi_pl.terminal.text import echo
 from oumi_pl.types import RunModule
 
 FILE = "rollouts.jsonl"
@@ -83,7 +84,7 @@ class Rollouts(L.Callback):
         if self._bytes + len(lines) > self.max_megabytes * 1e6:
             reason = f"rollouts.max_megabytes, which is {self.max_megabytes:g}, was reached"
             lines, self._path = _line({"update": update, "stopped": reason}).encode(), None
-            sys.stderr.write(f"{FILE} ends before update {update:,}: {reason}\n")
+            echo(f"{FILE} ends before update {update:,}: {reason}", file=sys.stderr)
         with path.open("ab") as out:
             out.write(lines)
         self._bytes += len(lines)

@@ -26,6 +26,7 @@ from oumi_pl.report.environment import environment
 from oumi_pl.runs import files, folders, lock
 from oumi_pl.runs.lineage import parent_of
 from oumi_pl.runs.metrics import MetricsCSV
+from oumi_pl.terminal.text import echo
 from oumi_pl.types import RunData, RunModule
 
 
@@ -290,15 +291,15 @@ class RunFolder(L.Callback):
         state = folders.read_state(self.directory) if self.directory is not None else {}
         if self.directory is not None and state.get("ended_by") == folders.TIME:
             arguments = folders.how_to_extend(self.directory, state)
-            print(f"ended by {folders.TIME} after step {state['step']} of {state['steps']}")
-            print(f"to train it further: oumi_pl fit {arguments}")
+            echo(f"ended by {folders.TIME} after step {state['step']} of {state['steps']}")
+            echo(f"to train it further: oumi_pl fit {arguments}")
 
     def _report_consumed(self, data: RunData) -> None:
         """Prints the shares of a mixture that was streamed, and adds what was read of each source to `data.json`."""
         consumed = data.consumed()
         for source in consumed:
             if "wanted" in source and source["tokens"]:
-                print(
+                echo(
                     f"read from {source['source']}: {source['share']:.2%} of the tokens ({source['wanted']:.2%} "
                     "wanted), including what is still in the shuffle buffer"
                 )

@@ -18,7 +18,8 @@ from oumi_pl.models.build import is_sharded
 from oumi_pl.models.generation import complete
 from oumi_pl.runs import files
 from oumi_pl.runs.checkpoints import rng_state, set_rng_state
-from oumi_pl.terminal.screen import styled, terminal_width, visible, working
+from oumi_pl.terminal.screen import styled, terminal_width, working
+from oumi_pl.terminal.text import echo, visible
 from oumi_pl.types import RunData, RunModule
 
 FILE = "samples.jsonl"
@@ -146,7 +147,8 @@ class Samples(L.Callback):
                 texts = complete(hf, data.tokenizer, prompts, stop=data.stop_tokens, **self.settings)
         except Exception as error:  # no failure of sampling may end the run
             self.rows = 0
-            sys.stderr.write(f"no samples are written: {' '.join(str(error).split()) or type(error).__name__}\n")
+            why = " ".join(str(error).split()) or type(error).__name__
+            echo(f"no samples are written: {why}", file=sys.stderr)
             return
         self.last = [
             {"prompt": str(data.tokenizer.decode(ids)), "completion": text, "reference": reference}
@@ -380,7 +382,7 @@ class Answers(L.Callback):
             before = printable(self.before[i]) if self.before else ""
             mark = "[green]✓ [/]" if right else "[red]✗ [/]"
             after = mark + escape(printable(self.after[i]))
-            table.add_row(escape(question), escape(references[i]), escape(before), after)
+            table.add_row(escape(question), escape(printable(references[i])), escape(before), after)
         console = Console(highlight=False)
         console.print(table)
         before = f" (before training: {self.score_before:.1%})" if self.score_before is not None else ""

@@ -17,6 +17,7 @@ from oumi_pl.losses.preference import WeightedSum
 from oumi_pl.runs import folders
 from oumi_pl.runs.lineage import parent_text
 from oumi_pl.terminal.screen import styled, terminal_width, wrapped
+from oumi_pl.terminal.text import visible
 from oumi_pl.types import RunData, RunModule
 
 LABEL = 12
@@ -37,9 +38,9 @@ class Start(L.Callback):
         text = [styled(wrapped(headline(trainer, pl_module), width, "  "), "bold")]
         for label, value in lines(trainer, pl_module):
             if width is None:
-                text.append(f"{label}: {value}" if label else value)
+                text.append(wrapped(f"{label}: {value}" if label else value, None))
             else:
-                text.append(styled(f"{label:{LABEL}}", "dim") + wrapped(value, width - LABEL, " " * LABEL))
+                text.append(styled(f"{visible(label):{LABEL}}", "dim") + wrapped(value, width - LABEL, " " * LABEL))
         sys.stderr.write("\n".join(text) + "\n")
         sys.stderr.flush()
 

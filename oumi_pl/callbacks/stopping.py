@@ -9,6 +9,7 @@ import lightning as L
 
 from oumi_pl.callbacks import find_all
 from oumi_pl.callbacks.checkpoint import Checkpoints
+from oumi_pl.terminal.text import echo
 from oumi_pl.types import RunModule
 
 
@@ -66,7 +67,7 @@ class Preemption(L.Callback):
         if self._signal == signal.SIGINT == signum:
             raise KeyboardInterrupt
         self._signal = signum
-        print(f"\n{signal.Signals(signum).name}: finishing this update, then saving; Ctrl-C again stops at once")
+        echo(f"\n{signal.Signals(signum).name}: finishing this update, then saving; Ctrl-C again stops at once")
 
     def on_train_batch_end(self, trainer: Any, *_: Any) -> None:
         """Saves and stops at the end of an update if any rank got a signal.

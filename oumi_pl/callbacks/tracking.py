@@ -12,6 +12,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_only
 from oumi_pl.callbacks import find
 from oumi_pl.callbacks.run_folder import RunFolder
 from oumi_pl.runs import folders, loggers
+from oumi_pl.terminal.text import echo
 from oumi_pl.types import RunModule
 
 AT_START = (folders.CONFIG, folders.RECIPE, "data.json")
@@ -51,7 +52,7 @@ class Tracking(L.Callback):
             logger, where = loggers.make(name, run, trainer.global_step, earlier)
             self.added.append(logger)
             kept |= {name: own} if (own := loggers.own_id(logger)) else {}
-            print(f"{name:<11} {where}", file=sys.stderr)  # aligned with the lines of `Start`
+            echo(f"{name:<11} {where}", file=sys.stderr)  # aligned with the lines of `Start`
         folders.write_state(run, loggers=kept)
         trainer.loggers = [*trainer.loggers, *self.added]
         config, row = yaml.safe_load(folder.config), dict(folder.checkpoint_row or {})
@@ -85,7 +86,7 @@ class Tracking(L.Callback):
             for logger in self.added:
                 loggers.finish(logger, success)
         except Exception as error:  # of a server, for example; the run itself is complete
-            print(f"warning: {', '.join(self.names)} did not get the pictures: {error}", file=sys.stderr)
+            echo(f"warning: {', '.join(self.names)} did not get the pictures: {error}", file=sys.stderr)
 
     def _log_files(self, trainer: Any, run: Path, names: Sequence[str]) -> None:
         for file in (run / name for name in names):

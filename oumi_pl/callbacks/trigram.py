@@ -11,6 +11,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_only
 
 from oumi_pl.data.pretrain import PretrainData
 from oumi_pl.errors import UserError
+from oumi_pl.terminal.text import echo
 from oumi_pl.types import RunModule
 
 
@@ -84,13 +85,13 @@ class TrigramBaseline(L.Callback):
         for text in self._texts(data, "validation"):
             bits, size = bits + model.bits(text), size + len(text)
         self.bits_per_byte = bits / max(1, size)
-        print(f"a trigram model of bytes: {self.bits_per_byte:.3f} bits per byte of held-out text")
+        echo(f"a trigram model of bytes: {self.bits_per_byte:.3f} bits per byte of held-out text")
 
     @rank_zero_only
     def on_train_end(self, trainer: Any, pl_module: RunModule) -> None:
         """Prints the bits per byte of both models."""
         own = float(trainer.callback_metrics.get("val/bits_per_byte", math.nan))
-        print(f"bits per byte of held-out text: {own:.3f} (a trigram model of bytes: {self.bits_per_byte:.3f})")
+        echo(f"bits per byte of held-out text: {own:.3f} (a trigram model of bytes: {self.bits_per_byte:.3f})")
 
     def _texts(self, data: PretrainData, split: str) -> Iterable[bytes]:
         left = self.max_bytes

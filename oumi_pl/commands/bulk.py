@@ -12,8 +12,10 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any, NamedTuple
 
+from oumi_pl.data.turns import is_finite
 from oumi_pl.errors import UserError
 from oumi_pl.runs.files import replacing
+from oumi_pl.terminal.text import echo
 from oumi_pl.types import Row, beside
 
 if TYPE_CHECKING:
@@ -250,7 +252,7 @@ def run(
     items = [(row, s, prompt) for row, prompt in enumerate(prompts, 1) for s in range(1, samples + 1)]
     missing = [item for item in items if item[:2] not in part.answers]
     if len(missing) < len(items):
-        print(f"{part.path} has {len(items) - len(missing):,} of {len(items):,} completions", file=sys.stderr)
+        echo(f"{part.path} has {len(items) - len(missing):,} of {len(items):,} completions", file=sys.stderr)
     start = time.monotonic()
     try:
         with part.opened() as append:
@@ -260,7 +262,7 @@ def run(
                 append(complete(batch))
     except KeyboardInterrupt:
         done = f"{len(part.answers):,} of {len(items):,} completions are in {part.path}"
-        print(f"{done}; repeat the command to go on", file=sys.stderr)
+        echo(f"{done}; repeat the command to go on", file=sys.stderr)
         raise
     except OSError as error:
         raise UserError(f"--output: can't write to {part.path}: {error.strerror}") from error
@@ -302,8 +304,8 @@ def scores(metrics: Mapping[str, Callable[[str, Row], Any]], text: str, row: Row
             raise UserError(f"--metric: {name} failed for row {number}: {reason}") from error
         named = {f"{name}/{key}": v for key, v in result.items()} if isinstance(result, Mapping) else {name: result}
         for key, value in named.items():
-            if not isinstance(value, bool | int | float) or not math.isfinite(value):
-                raise UserError(f"--metric: {key} is {value!r} for row {number}, but has to be a finite number")
+            if not is_finite(value):
+                raise UserError(f"--metric: {key} is {value!r:.40} for row {number}, but has to be a finite number")
             values[key] = float(value)
     return values
 

@@ -12,6 +12,7 @@ import yaml
 from oumi_pl.commands.parser import Parser
 from oumi_pl.config import files as recipe_files
 from oumi_pl.errors import UserError, nearest
+from oumi_pl.terminal.text import echo
 
 ENGINES = ("lightning", "hf", "trl")
 FITS = dict.fromkeys(("DPO", "KTO", "GRPO", "Reward", "Distill"), ("trl",)) | {
@@ -66,17 +67,15 @@ def _compare(title: str, recipe: list[str], engines: list[str], options: argpars
     results = compare(recipe, engines, options.steps, folder)
     report.write_csv(results, folder / "steps.csv")
     report.picture(results, f"{title}: {', '.join(engines)}", folder / "compare.png", options.tolerance)
-    print(report.table(results))
+    echo(report.table(results))
     updates = None
     if "Muon" in options.optimizer:
         updates = max(options.tolerance, BFLOAT16)
-        print(
-            f"tolerance of updates: {updates:g}; Muon computes them in bfloat16, whose rounding amplifies differences"
-        )
+        echo(f"tolerance of updates: {updates:g}; Muon computes them in bfloat16, whose rounding amplifies differences")
     differences = [first_difference(results[0], other, options.tolerance, updates) for other in results[1:]]
     for other, difference in zip(results[1:], differences, strict=True):
-        print(report.verdict(other.name, results[0].name, len(results[0].held), difference, options.tolerance))
-    print(f"all steps -> {folder / 'steps.csv'}, picture -> {folder / 'compare.png'}")
+        echo(report.verdict(other.name, results[0].name, len(results[0].held), difference, options.tolerance))
+    echo(f"all steps -> {folder / 'steps.csv'}, picture -> {folder / 'compare.png'}")
     return int(any(differences))
 
 

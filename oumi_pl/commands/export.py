@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 from oumi_pl.commands.parser import Parser
 from oumi_pl.commands.push import check_name, push, refuse_local_base
 from oumi_pl.errors import UserError, nearby
+from oumi_pl.terminal.text import echo
 
 TRUST = "run code outside the package that the checkpoint's recipe names"
 TRAINING_ONLY = ("optimizer", "schedule", "groups", "layer_decay")
@@ -39,11 +40,11 @@ def main(args: list[str]) -> int:
     if options.push_to_hub:
         check_name(options.push_to_hub, "--push_to_hub")
     export_checkpoint(checkpoint, output, merge=options.merge, trust=options.trust)
-    print(f"exported {checkpoint} to {output}")
+    echo(f"exported {checkpoint} to {output}")
     if options.push_to_hub:
         refuse_local_base(output, "--push_to_hub")
         settings = {"public": options.public, "overwrite": options.overwrite, "key": "--push_to_hub"}
-        print(f"pushed to {push(output, options.push_to_hub, **settings)}")
+        echo(f"pushed to {push(output, options.push_to_hub, **settings)}")
     return 0
 
 

@@ -10,7 +10,8 @@ from typing import Any, NamedTuple
 from oumi_pl.commands.export import TRUST
 from oumi_pl.commands.parser import Parser
 from oumi_pl.errors import UserError
-from oumi_pl.terminal.screen import has_colours, meanwhile, visible
+from oumi_pl.terminal.screen import has_colours, meanwhile
+from oumi_pl.terminal.text import echo, visible
 
 LONGEST = 256
 """Default for the most tokens of a completion."""
@@ -81,7 +82,7 @@ def main(args: list[str]) -> int:
         batch_size=options.batch_size,
         logprobs=options.logprobs,
     )
-    print("\n".join(lines))
+    echo("\n".join(lines))
     return 0
 
 
@@ -93,7 +94,9 @@ def _print(complete: Any, prompts: list[Any], options: argparse.Namespace) -> No
         for prompt, answer in bulk.in_order(complete, prompts, options.samples, options.batch_size):
             values = answer.values(samples=options.samples > 1, logprobs=options.logprobs)
             values.pop("row")
-            line = json.dumps(bulk.beside(prompt.row, values), ensure_ascii=False, default=str)
+            # on a terminal, ASCII: JSON escapes only some of the characters that control one
+            is_ascii = sys.stdout.isatty()
+            line = json.dumps(bulk.beside(prompt.row, values), ensure_ascii=is_ascii, default=str)
             print(line if options.json else answer.completion, flush=True)
         return
     chat = is_chat(complete.tokenizer, options.raw)
@@ -127,9 +130,12 @@ def from_folder(name: str, trust_remote_code: bool = False, architecture: str | 
     path = locate(name, "--model")
     adapter = Path(path) / "adapter_config.json"
     from oumi_pl.models.build import read_adapter_config
+    from oumi_pl.runs.checksums import refuse_damaged_weights
 
+    refuse_damaged_weights(Path(path), "--model")
     if adapter.is_file() and (base := read_adapter_config(Path(path)).get("base_model_name_or_path")):
-        locate(base, f"--model: the base of the adapter {name}")
+        key = f"--model: the base of the adapter {name}"
+        refuse_damaged_weights(Path(locate(base, key)), key)
     if architecture is not None:
         from oumi_pl.models.architectures import register_architecture
 
@@ -222,15 +228,18 @@ def record_ids(
 
     from oumi_pl.data.rendering import ChatRenderer
     from oumi_pl.data.template import adds_bos
+    from oumi_pl.data.tokenize import refuse_long
     from oumi_pl.types import Conversation, Preference
 
     if isinstance(record, Preference):
         record = record.chosen
     if not isinstance(record, Conversation):
+        refuse_long(len(record.prompt or record.text))
         return list(tokenizer(record.prompt or record.text)["input_ids"])
     turns = record.messages
     border = record.prompt_messages
     turns = turns[: len(turns) - (turns[-1]["role"] == "assistant") if border is None else border]
+    refuse_long(sum(len(turn["content"] or "") for turn in turns))
     if not is_chat(tokenizer, raw):
         if system is not None:
             raise UserError("--system: this tokenizer has no chat template, so there is no place for a system turn")
@@ -399,6 +408,8 @@ def _texts(options: argparse.Namespace) -> list[str]:
     texts = list(options.prompt)
     if any(not text.strip() for text in texts):
         raise UserError("--prompt is empty")
+    for text in texts:
+        _refuse_no_text(text, "--prompt")
     if options.file is None and not texts:
         raise UserError("generate: name a --prompt TEXT, or a --file of prompts (- for lines of the standard input)")
     if options.file is None or _has_rows(options.file):
@@ -409,10 +420,25 @@ def _texts(options: argparse.Namespace) -> list[str]:
         raise UserError(f"--file: {options.file} can't be read: {error.strerror}") from error
     except UnicodeDecodeError as error:
         raise UserError(f"--file: {options.file} is not UTF-8 text") from error
-    texts += [line for line in text.splitlines() if line.strip()]
+    _refuse_no_text(text, f"--file: {options.file}")
+    texts += [line for line in text.removeprefix("\ufeff").split("\n") if line.strip()]
     if not texts:
         raise UserError(f"--file: {options.file} holds no prompt")
     return texts
+
+
+def _refuse_no_text(text: str, where: str) -> None:
+    """Refuses bytes that are no text: Python reads them from a command line as half surrogate pairs.
+
+    Raises:
+        UserError: there is such a byte, or a zero byte.
+    """
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise UserError(f"{where} is not UTF-8 text") from error
+    if "\0" in text:
+        raise UserError(f"{where} holds binary data (a zero byte)")
 
 
 def _has_rows(file: str) -> bool:
@@ -463,7 +489,7 @@ def _prompts(loaded: Loaded, texts: list[str], options: argparse.Namespace) -> l
         prompts.append(Prompt(row, _shown(record), ids, limit))
     if cut and options.max_new_tokens is not None:
         most = f"the prompt leaves {min(cut):,} of the model's {positions:,} positions, so completions end there"
-        print(f"note: {most}" + (f" (and {len(cut) - 1:,} more prompts)" if len(cut) > 1 else ""), file=sys.stderr)
+        echo(f"note: {most}" + (f" (and {len(cut) - 1:,} more prompts)" if len(cut) > 1 else ""), file=sys.stderr)
     if is_chat(loaded.tokenizer, options.raw) and any(isinstance(record, Text) for _, _, record in items):
         print(
             "note: rows of `text`, or of `prompt` and `completion`, are sent as plain text, as they are trained: "

@@ -7,6 +7,7 @@ from oumi_pl.commands.parser import Parser
 from oumi_pl.config import files as recipe_files
 from oumi_pl.errors import UserError
 from oumi_pl.runs.folders import refuse_unwritable
+from oumi_pl.terminal.text import echo
 
 SPLITS = ("train", "validation")
 
@@ -52,7 +53,7 @@ def prepare(recipe: dict[str, Any], output: Path | None = None) -> None:
     if output is not None:
         data.tokenizer.save_pretrained(output / "tokenizer")
         named = [f"{split}: {_in_recipe(data, split, folders)}" for split, folders in prepared.items()]
-        print(f"in a recipe: {', '.join(named)}, tokenizer: {output / 'tokenizer'}")
+        echo(f"in a recipe: {', '.join(named)}, tokenizer: {output / 'tokenizer'}")
 
 
 def _in_recipe(data: Any, split: str, folders: list[str]) -> str:
@@ -80,7 +81,7 @@ def _prepare_split(data: Any, split: str, output: Path | None) -> list[str]:
         written = [Shards(folder, tokenizer_fingerprint(data.tokenizer, chat=False)) for folder in folders]
     for shards in written:
         ratio = shards.manifest["text_bytes"] / max(1, shards.tokens)
-        print(
+        echo(
             f"{split}: {shards.name}: {len(shards):,} documents, {shards.tokens:,} tokens ({ratio:.2f} bytes each, "
             f"{shards.dtype}) in {shards.directory}"
         )

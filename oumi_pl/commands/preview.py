@@ -10,6 +10,7 @@ from oumi_pl.commands.parser import Parser
 from oumi_pl.config import files as recipe_files
 from oumi_pl.errors import UserError, nearest
 from oumi_pl.terminal.screen import has_colours, meanwhile
+from oumi_pl.terminal.text import echo
 
 if TYPE_CHECKING:
     from oumi_pl.data.base import TextData
@@ -61,7 +62,7 @@ def main(args: list[str]) -> int:
         preview = _preview(data, options, recipe.title(configs), notes)
     if html is not None:
         page.write(preview, html)
-        print(f"{len(preview.examples)} examples and the data report -> {html}")
+        echo(f"{len(preview.examples)} examples and the data report -> {html}")
         return 0
     plain = options.plain or not has_colours(sys.stdout)
     terminal.show(preview, plain=plain, tokens=options.tokens, full=options.full)

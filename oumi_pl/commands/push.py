@@ -7,6 +7,7 @@ from typing import Any
 from oumi_pl.commands.parser import Parser
 from oumi_pl.errors import UserError
 from oumi_pl.runs.files import HALF
+from oumi_pl.terminal.text import echo
 
 
 def main(args: list[str]) -> int:
@@ -29,12 +30,12 @@ def main(args: list[str]) -> int:
     sizes = files_of(folder)
     if options.dry_run:
         for name, size in sizes.items():
-            print(f"{size:>15,}  {name}")
+            echo(f"{size:>15,}  {name}")
         kind = "public" if options.public else "private"
         where = f"the {kind} repository {options.name}"
-        print(f"{sum(sizes.values()):>15,}  bytes in {len(sizes)} files of {folder}, for {where}; nothing was uploaded")
+        echo(f"{sum(sizes.values()):>15,}  bytes in {len(sizes)} files of {folder}, for {where}; nothing was uploaded")
         return 0
-    print(f"pushed to {push(folder, options.name, public=options.public, overwrite=options.overwrite)}")
+    echo(f"pushed to {push(folder, options.name, public=options.public, overwrite=options.overwrite)}")
     return 0
 
 

@@ -8,6 +8,7 @@ from pathlib import Path
 from oumi_pl.config import files as recipe_files
 from oumi_pl.errors import UserError, nearest
 from oumi_pl.terminal.screen import has_colours
+from oumi_pl.terminal.text import echo
 
 HELP = """\
 usage: oumi_pl recipes [FOLDER]             list recipes, in {folders}
@@ -92,7 +93,7 @@ def copy(name: str, file: Path) -> None:
         raise UserError(f"recipes: {file} exists; name another file") from None
     except OSError as error:
         raise UserError(f"recipes: can't write {file}: {error.strerror}") from error
-    print(f"{name} -> {file}\ntrain with it: {command(shlex.quote(str(file)))}")
+    echo(f"{name} -> {file}\ntrain with it: {command(shlex.quote(str(file)))}")
 
 
 def _file(name: str) -> Path:

@@ -9,7 +9,7 @@ from oumi_pl.commands.parser import Parser
 from oumi_pl.errors import UserError, nearest
 from oumi_pl.report import listing
 from oumi_pl.runs import folders
-from oumi_pl.terminal.screen import visible
+from oumi_pl.terminal.text import echo, visible
 
 ACTIONS = ("compare", "report")
 EPILOG = "also: oumi_pl runs compare A B ... (differing settings, overlaid curves); oumi_pl runs report RUN"
@@ -27,12 +27,12 @@ def main(args: list[str]) -> int:
     if not runs:
         if not root.is_dir() and root != Path("runs"):
             raise UserError(f"runs: no directory {root}")
-        print(f"no runs in {root} yet; start one: oumi_pl fit --config quickstart/sft")
+        echo(f"no runs in {root} yet; start one: oumi_pl fit --config quickstart/sft")
         return 0
     lines = [listing.line(run) for run in runs]
-    print(listing.table(lines, shutil.get_terminal_size().columns if sys.stdout.isatty() else None))
+    echo(listing.table(lines, shutil.get_terminal_size().columns if sys.stdout.isatty() else None))
     for note in listing.notes(runs, lines):
-        print(f"note: {visible(note)}")
+        echo(f"note: {visible(note)}")
     return 0
 
 
@@ -57,7 +57,7 @@ def _report(args: list[str]) -> int:
         page = make(run)
         if page is None:
             raise UserError(f"runs report: {run} has no metrics yet: not one step was written to {folders.METRICS}")
-        print(f"report -> {page}")
+        echo(f"report -> {page}")
     return 0
 
 
@@ -91,19 +91,19 @@ def _compare(args: list[str]) -> int:
         if not run.metrics:
             raise UserError(f"runs compare: {run.folder} has no metrics yet: not one step was written")
     names = _names(run_folders)
-    print(_table(["", *names], [[name, *cells] for name, cells in beside.outcomes(records).items()]))
+    echo(_table(["", *names], [[name, *cells] for name, cells in beside.outcomes(records).items()]))
     grouped = beside.groups(records, names)
     if len(grouped) < len(records):
         print("\nmean ± standard deviation of runs that differ only in their seed:")
-        print(_table(["", *(group.label for group in grouped)], [[n, *c] for n, c in beside.spreads(grouped).items()]))
+        echo(_table(["", *(group.label for group in grouped)], [[n, *c] for n, c in beside.spreads(grouped).items()]))
     differing = beside.differences(records)
-    print(f"\ndifferent settings ({' | '.join(names)}):" if differing else "\nno settings differ")
+    echo(f"\ndifferent settings ({' | '.join(names)}):" if differing else "\nno settings differ")
     for key, values in differing.items():
-        print(visible(f"  {key}: {' | '.join(values)}"))
+        echo(f"  {key}: {' | '.join(values)}")
     if note := beside.incomparable(records):
-        print(f"\nnote: {note}")
+        echo(f"\nnote: {note}")
     beside.picture(grouped, output)
-    print(f"\npicture -> {output}")
+    echo(f"\npicture -> {output}")
     return 0
 
 

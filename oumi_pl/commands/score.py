@@ -13,6 +13,7 @@ from oumi_pl.commands.parser import Parser
 from oumi_pl.errors import UserError
 from oumi_pl.runs.files import HALF
 from oumi_pl.terminal.screen import meanwhile
+from oumi_pl.terminal.text import echo
 
 if TYPE_CHECKING:
     from oumi_pl.data.reward import TokenizeResponses
@@ -66,7 +67,7 @@ def main(args: list[str]) -> int:
         raise UserError(f"--output: can't write to {output}: {error.strerror}") from error
     finally:
         half.unlink(missing_ok=True)
-    print(f"{summary(rewards)} -> {output}")
+    echo(f"{summary(rewards)} -> {output}")
     return 0
 
 

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from oumi_pl.commands.parser import Parser
 from oumi_pl.errors import UserError
+from oumi_pl.terminal.text import echo
 
 ENGINES = ("lightning", "trl", "hf")
 LEVELS = ("DEBUG", "INFO", "WARNING", "ERROR", "CRITICAL")
@@ -42,6 +43,6 @@ def main(args: list[str]) -> int:
     try:
         train(config, options.engine, options.verbose)
     except Stopped as stop:
-        print(stop, file=sys.stderr)
+        echo(stop, file=sys.stderr)
         return stop.exit_code
     return 0

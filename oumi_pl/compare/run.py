@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from oumi_pl.errors import UserError
+from oumi_pl.terminal.text import echo
 
 WORKER = (sys.executable, "-m", "oumi_pl.compare.worker")
 COLUMNS = {
@@ -73,7 +74,7 @@ def compare(
     snapshots = folder / "weights"
 
     def steps_of(engine: str, role: str) -> list[dict[str, Any]]:
-        print(f"{engine}: {ROLES[role]}", file=sys.stderr, flush=True)
+        echo(f"{engine}: {ROLES[role]}", file=sys.stderr, flush=True)
         run_folder = folder / f"{engine}-{role}"
         _run([*worker, engine, role, str(run_folder), str(snapshots), str(steps), *recipe], engine)
         return read_steps(run_folder)

@@ -21,6 +21,7 @@ from oumi_pl.callbacks.throughput import peak_memory
 from oumi_pl.config import files as recipe_files
 from oumi_pl.config.cli import CLI
 from oumi_pl.errors import UserError
+from oumi_pl.terminal.text import echo
 from oumi_pl.types import IGNORE_INDEX
 
 Document = tuple[np.ndarray, np.ndarray]
@@ -280,7 +281,7 @@ def main(args: list[str]) -> int:
         trees = [recipe_files.check(Path(recipe))]
         RecordedCLI(["fit", "--config", recipe, *overrides, *options], recipe="compare", trees=trees)
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
+        echo(f"error: {error}", file=sys.stderr)
         return 2
     return 0
 

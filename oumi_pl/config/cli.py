@@ -44,6 +44,7 @@ from oumi_pl.runs.checkpoints import AtomicCheckpointIO
 from oumi_pl.runs.loggers import names as logger_names
 from oumi_pl.runs.metrics import MetricsCSV
 from oumi_pl.terminal.screen import Line, quiet
+from oumi_pl.terminal.text import echo
 
 TRAINER_DEFAULTS = {
     "use_distributed_sampler": False,  # our plan is already divided among ranks
@@ -166,7 +167,7 @@ class CLI(LightningCLI):
         """Prints the metrics."""
         for name, value in self.trainer.callback_metrics.items():
             if "/" in name:
-                print(f"{name:28} {float(value):.6g}")
+                echo(f"{name:28} {float(value):.6g}")
 
     after_test = after_validate
 

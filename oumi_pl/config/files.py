@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 from oumi_pl.errors import UserError, nearby, nearest
 from oumi_pl.runs import folders, lock
 from oumi_pl.runs.files import refuse_expanding
+from oumi_pl.terminal.text import echo
 
 ENDINGS = (".yaml", ".yml")
 ORDER = ("quickstart", "sft", "dpo", "kto", "reward", "distill", "pretrain")
@@ -75,6 +76,8 @@ def find(name: str) -> Path:
     path = Path(name).expanduser()
     if path.is_file():
         return path
+    if path.exists() and path.suffix in ENDINGS:
+        raise UserError(f"--config: {name} is not a file")
     if name in names():
         return shipped() / f"{name}.yaml"
     if path.suffix in ENDINGS:
@@ -308,13 +311,13 @@ def _say_where(run: Path, state: dict[str, Any], checkpoint: Path | None, damage
     # with another engine, `adapters.train` finds and reports the checkpoint
     is_engine_run = any((run / folders.CHECKPOINTS).glob("checkpoint-*"))
     if checkpoint is not None or not is_engine_run:
-        print(f"resuming {run} from {checkpoint.name if checkpoint else 'the start: it has no checkpoint yet'}")
+        echo(f"resuming {run} from {checkpoint.name if checkpoint else 'the start: it has no checkpoint yet'}")
     for path, why in damaged.items():
-        print(f"note: {path} is damaged: {why}; what came after {checkpoint and checkpoint.name} is trained again")
+        echo(f"note: {path} is damaged: {why}; what came after {checkpoint and checkpoint.name} is trained again")
     phases = folders.phases(state)
     if (checkpoint is not None or is_engine_run) and "train" in phases and state.get("status") != "finished":
         left = [phase for phase in folders.PHASES if phase not in phases]
-        print(f"its training is complete; what is left: {', '.join(left) or 'nothing'}")
+        echo(f"its training is complete; what is left: {', '.join(left) or 'nothing'}")
 
 
 def _chosen(resume: str, root: Path, recipe: str, name: str | None) -> Path | None:
@@ -323,7 +326,7 @@ def _chosen(resume: str, root: Path, recipe: str, name: str | None) -> Path | No
         return _run_at(Path(resume).expanduser(), root) if resume else folders.last_unfinished(root, recipe, name)
     run = folders.last_run(root, recipe, str(name or recipe))
     if run is None or not (run / folders.CONFIG).is_file():
-        print(f"--resume auto: there is no run of {name or recipe} in {root} yet; starting one")
+        echo(f"--resume auto: there is no run of {name or recipe} in {root} yet; starting one")
         return None
     return run
 
@@ -335,7 +338,7 @@ def _say_differences(config: Path, tree: Mapping[str, Any]) -> None:
         joined = ", ".join(listed)
         text = joined if joined.isprintable() else ascii(joined)  # no escape sequences of a received run
         more = f" and {len(differences) - LISTED} more" if len(differences) > LISTED else ""
-        print(
+        echo(
             f"note: the run continues with {config}, which differs from the recipe in "
             f"{text}{more}; to change a value, pass it as an option: --{differences[0][0]} VALUE",
             file=sys.stderr,
@@ -538,12 +541,12 @@ def trained(recipe: str, root: Path, key: str = "model") -> Path:
     """
     name = recipe_name(find(recipe))
     if model := folders.last_model(root, name):
-        print(f"{key}: {model}")
+        echo(f"{key}: {model}")
         return model
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise UserError(f"{key}: recipe:{recipe} has no finished run in {root}; train it first, in one process")
     command = [sys.executable, "-m", "oumi_pl", "fit", "--config", recipe, "--runs_dir", str(root)]
-    print(f"{key}: recipe:{recipe} has no finished run in {root}, so it is trained first", flush=True)
+    echo(f"{key}: recipe:{recipe} has no finished run in {root}, so it is trained first", flush=True)
     import subprocess
 
     status = subprocess.run(command, check=False).returncode

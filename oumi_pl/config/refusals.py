@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from oumi_pl.errors import UserError, nearby, nearest
+from oumi_pl.terminal.text import echo
 
 NEEDS = {
     "fit": ("train",),
@@ -92,7 +93,7 @@ def _check_weights(command: str, model: str | None) -> None:
     """Refuses to evaluate random weights; says so if pretrained weights are used for lack of a checkpoint."""
     if model is None:
         raise UserError(f"`{command}` would run on untrained weights; pass --ckpt_path FILE")
-    print(f"no --ckpt_path given; using the pretrained weights of {model}", file=sys.stderr)
+    echo(f"no --ckpt_path given; using the pretrained weights of {model}", file=sys.stderr)
 
 
 def _check_predictions(callbacks: Sequence[Any]) -> None:
@@ -270,7 +271,8 @@ def _refuse_checkpoint(name: str | None, command: str) -> None:
         raise UserError(f"--ckpt_path: {name} is a directory, but not a sharded checkpoint{hint}")
     if not path.exists():
         raise UserError(f"--ckpt_path: no file {name!r}{nearby(path, lambda p: p.suffix == '.ckpt')}")
-    if path.is_file() and not is_archive(path):  # torch writes zip archives, whose index comes last
+    # torch writes zip archives, whose index comes last; a pipe would wait for ever
+    if not path.is_dir() and not (path.is_file() and is_archive(path)):
         raise UserError(f"--ckpt_path: {name} is not a checkpoint, or was cut short when it was written")
     if command == "fit":
         try:

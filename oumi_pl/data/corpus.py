@@ -20,6 +20,7 @@ from oumi_pl.data.tokenizers import tokenizer_fingerprint
 from oumi_pl.errors import UserError
 from oumi_pl.runs.checksums import DamagedError
 from oumi_pl.runs.files import remove
+from oumi_pl.terminal.text import echo
 from oumi_pl.types import Row
 
 if TYPE_CHECKING:
@@ -116,7 +117,7 @@ def shards_of(part: Part, tokenizer: "PreTrainedTokenizerBase") -> Shards:
         try:
             return _cached(part, tokenizer, directory, ids, vocabulary)
         except (DamagedError, OtherShardsError) as error:
-            print(f"the cache folder {directory} is damaged: {error}; it is written again", file=sys.stderr)
+            echo(f"the cache folder {directory} is damaged: {error}; it is written again", file=sys.stderr)
             remove(directory)
             return _cached(part, tokenizer, directory, ids, vocabulary)
     if part.keep is not None:

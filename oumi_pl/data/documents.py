@@ -38,6 +38,8 @@ CONVERSATIONS = ("messages", "conversations")
 
 PIECE = 1 << 17
 """Longer documents, in characters, are tokenized in pieces, since an encoding takes about 100 bytes per token."""
+LONGEST_PIECE = 50_000_000
+"""Most characters that are tokenized as one, which takes 3 GB if each is a token."""
 CHUNK_DOCUMENTS = 256
 CHUNK_CHARACTERS = 1 << 20
 """Limits of a batch for the tokenizer, which divides it among its threads."""
@@ -288,12 +290,19 @@ class TokenizeDocuments:
 
     def _pieces(self, document: str) -> list[str]:
         if len(document) <= PIECE or not self._cuts:
-            return [document]
-        pieces, start = [], 0
-        while len(document) - start > PIECE and (found := _LINE_END.search(document, start + PIECE)):
-            pieces.append(document[start : found.end()])
-            start = found.end()
-        return [*pieces, document[start:]]
+            pieces = [document]
+        else:
+            pieces, start = [], 0
+            while len(document) - start > PIECE and (found := _LINE_END.search(document, start + PIECE)):
+                pieces.append(document[start : found.end()])
+                start = found.end()
+            pieces.append(document[start:])
+        if (longest := max(map(len, pieces))) > LONGEST_PIECE:
+            raise UserError(
+                f"the document that begins with {document[:40]!r} has a text of {longest:,} characters, and at most "
+                f"{LONGEST_PIECE:,} are tokenized as one; divide it (the source's `documents`, if it is a .txt file)"
+            )
+        return pieces
 
     def _encoded(self, pieces: Iterable[str]) -> Iterator[np.ndarray]:
         for chunk in in_chunks(pieces):

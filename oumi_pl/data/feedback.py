@@ -4,12 +4,13 @@ Pure functions as in `formats.py`. The response is in any format of fine-tuning 
 column beside it. A pair of responses is a source as well: it gives one desirable and one undesirable response.
 """
 
-import math
+import contextlib
 from dataclasses import replace
 from typing import Any
 
 from oumi_pl.data.formats import FORMATS, Formats, columns_read, find_format, kind_name, reads, text
 from oumi_pl.data.preferences import PREFERENCE_FORMATS
+from oumi_pl.data.turns import is_finite, is_missing
 from oumi_pl.errors import UserError
 from oumi_pl.types import Conversation, Feedback, Preference, Record, Row, Text
 
@@ -82,19 +83,19 @@ def _label(row: Row) -> bool | float | None:
 
 
 def _read(name: str, value: Any) -> bool | float | None:
-    if value is None or (isinstance(value, float) and math.isnan(value)):  # an empty cell of a table
+    if is_missing(value):  # an empty cell of a table
         return None
-    if isinstance(value, bool | int | float):
+    if is_finite(value):
         return value
     if isinstance(value, str):
         words = value.strip().lower().replace("_", " ").replace("-", " ")
         if words in _WORDS:
             return _WORDS[words]
-        try:
-            return float(words)
-        except ValueError:
-            raise UserError(
-                f"column {name!r} holds {value[:40]!r} instead of a label: true or false, a number, or up and down, "
-                "good and bad, yes and no"
-            ) from None
+        with contextlib.suppress(ValueError):
+            if is_finite(score := float(words)):
+                return score
+        raise UserError(
+            f"column {name!r} holds {value[:40]!r} instead of a label: true or false, a number, or up and down, "
+            "good and bad, yes and no"
+        )
     raise UserError(f"column {name!r} holds {kind_name(value)} instead of a label: true or false, a word or a number")

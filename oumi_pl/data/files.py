@@ -16,6 +16,7 @@ from collections import Counter
 from collections.abc import Callable, Generator, Iterable, Iterator
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -35,9 +36,14 @@ KINDS = {
 TABLES = ("parquet", "arrow")
 """Kinds with built-in compression, which are not read as `.gz` or `.zst`."""
 
+LONGEST_LINE = 1 << 28
+"""Most bytes of a row of JSON lines: a compressed file, or one without line ends, could fill the memory."""
+DEEPEST = 100
+"""Most lists and objects within each other in a row: other code goes through them by recursion."""
+
 _BATCH = 1000  # rows of a table in memory
 _MAX_CELL = 2**31 - 1  # characters of a CSV cell; the module's own limit of 131,072 is too short for documents
-_ZSTD_CHUNK = 1 << 16  # compressed bytes read at once; decompressed, they have to fit into memory
+_ZSTD_CHUNK = 1 << 12  # compressed bytes read at once; decompressed, they have to fit into memory (up to 128 MB)
 _ZSTD_WINDOW = 1 << 31  # published dumps are made with `zstd --long=31`
 
 
@@ -109,10 +115,10 @@ def count_rows(path: Path, name: str, how: Reading) -> int:
 
 
 def _json_lines(path: Path, name: str, how: Reading) -> Iterator[tuple[str, Row | BadRow]]:
-    for number, offset, data in _raw_lines(path, name, how):
+    for number, offset, data in _raw_lines(path, name, how, LONGEST_LINE):
         where = f"{name}:{number}"
         try:
-            line = _decoded(data, name, number, offset, how)
+            line = _decoded(data, name, number, offset, how).removeprefix("\ufeff")  # of files that were put together
             if line.strip():
                 yield where, _row(_parse(line.rstrip(), name, number), where)
         except RowError as error:
@@ -153,9 +159,11 @@ def _holds_lines(path: Path, name: str, how: Reading) -> bool:
     if second is None or not first.lstrip().startswith("{"):
         return False
     try:
-        json.loads(first)
-    except ValueError:
+        parse_json(first)
+    except json.JSONDecodeError:
         return False
+    except ValueError:  # JSON, but no row that can be used
+        return True
     return True
 
 
@@ -338,15 +346,18 @@ def _lines(path: Path, name: str, how: Reading) -> Iterator[tuple[int, str]]:
         yield number, _decoded(line, name, number, offset, how)
 
 
-def _raw_lines(path: Path, name: str, how: Reading) -> Iterator[tuple[int, int, bytes]]:
+def _raw_lines(path: Path, name: str, how: Reading, longest: int | None = None) -> Iterator[tuple[int, int, bytes]]:
     """Yields lines with their numbers, from 1, and their offsets in the file; including line ends.
 
     Lines of an encoding in which a line end is not the byte of ASCII, such as UTF-16, are turned into UTF-8.
     """
     number = offset = 0
     try:
-        with _open(path) as file:
-            for number, line in enumerate(file if _ends_lines_as_ascii(how.encoding) else _as_utf8(file, name, how), 1):
+        with _open(path, longest) as parts:
+            lines = parts if _ends_lines_as_ascii(how.encoding) else _as_utf8(parts, name, how, longest)
+            for number, line in enumerate(lines, 1):
+                if longest is not None and len(line) > longest:
+                    raise UserError(f"{name}:{number}: the line has more than {longest:,} bytes; a row is one line")
                 yield number, offset, line
                 offset += len(line)
     except (OSError, EOFError, zlib.error) as error:
@@ -358,7 +369,7 @@ def _ends_lines_as_ascii(encoding: str) -> bool:
     return "\n".encode(encoding) == b"\n"
 
 
-def _as_utf8(chunks: Iterable[bytes], name: str, how: Reading) -> Iterator[bytes]:
+def _as_utf8(chunks: Iterable[bytes], name: str, how: Reading, longest: int | None) -> Iterator[bytes]:
     decoder = codecs.getincrementaldecoder(how.encoding)("replace" if how.replace else "strict")
     rest, number = "", 1
     for chunk in itertools.chain(chunks, (None,)):
@@ -371,26 +382,34 @@ def _as_utf8(chunks: Iterable[bytes], name: str, how: Reading) -> Iterator[bytes
         for line in lines:
             yield f"{line}\n".encode(errors="surrogatepass")
         number += len(lines)
+        if longest is not None and len(rest) > longest:
+            break  # too long, as the caller finds
     if rest:
         yield rest.encode(errors="surrogatepass")
 
 
-def _open(path: Path) -> AbstractContextManager[Iterable[bytes]]:
-    """Opens a file, decompressed; iterating over it yields lines."""
-    suffix = path.suffix.lower()
-    if suffix == ".zst":
-        return contextlib.closing(_zstd_lines(path))
-    return gzip.open(path, "rb") if suffix == ".gz" else path.open("rb")
+def _open(path: Path, longest: int | None = None) -> AbstractContextManager[Iterable[bytes]]:
+    """Opens a file, decompressed; iterating over it yields lines, and of lines of more than `longest` bytes parts."""
+    return contextlib.closing((_zstd_lines if path.suffix.lower() == ".zst" else _file_lines)(path, longest))
 
 
-def _zstd_lines(path: Path) -> Generator[bytes]:
+def _file_lines(path: Path, longest: int | None) -> Generator[bytes]:
+    with gzip.open(path, "rb") if path.suffix.lower() == ".gz" else path.open("rb") as file:
+        yield from file if longest is None else iter(partial(file.readline, longest + 1), b"")
+
+
+def _zstd_lines(path: Path, longest: int | None) -> Generator[bytes]:
     parts: list[bytes] = []  # of a line that continues in the next chunk
+    size = 0
     for chunk in _zstd_chunks(path):
         *whole, rest = chunk.split(b"\n")
         for line in whole:
             yield b"".join([*parts, line, b"\n"])
-            parts = []
+            parts, size = [], 0
         parts.append(rest)
+        size += len(rest)
+        if longest is not None and size > longest:
+            break
     if any(parts):
         yield b"".join(parts)
 
@@ -419,7 +438,7 @@ def _decoded(line: bytes, name: str, number: int, offset: int, how: Reading) -> 
     encoding = how.encoding if _ends_lines_as_ascii(how.encoding) else "utf-8"
     if encoding == "utf-8" and number == 1 and line.startswith((b"\xff\xfe", b"\xfe\xff")):
         right = f"save it as UTF-8, or name its encoding: {{path: {name}, encoding: utf-16}}"
-        raise UserError(f"{name}:1: expected UTF-8 text, found UTF-16; {right}")
+        raise UserError(f"{name}:1: expected UTF-8 text, found UTF-16 or UTF-32; {right}")
     if b"\0" in line:
         wrong = "expected text, found binary data (a zero byte); tables are read from .parquet and .arrow files"
         raise UserError(f"{name}:{number}: {wrong}")
@@ -443,17 +462,54 @@ def _decoded(line: bytes, name: str, number: int, offset: int, how: Reading) -> 
 def _parse(text: str, name: str, number: int = 1) -> Any:
     """Parses JSON that starts at line `number` of a file."""
     try:
-        value = json.loads(text)
+        value = parse_json(text)
         if "\\ud" in text or "\\uD" in text:  # half a surrogate pair is valid JSON, but tokenizers fail on it
             json.dumps(value, ensure_ascii=False).encode()
     except json.JSONDecodeError as error:
         where = f"{name}:{number + error.lineno - 1}"
-        raise RowError(where, f"not valid JSON: {error.msg} (column {error.colno})") from error
+        ends = "; the line ends are CR alone: save it with LF" if "\r" in text and "\n" not in text else ""
+        raise RowError(where, f"not valid JSON: {error.msg} (column {error.colno}){ends}") from error
     except UnicodeEncodeError as error:
         raise RowError(f"{name}:{number}", "not valid text: half of a surrogate pair") from error
-    except (ValueError, RecursionError) as error:
+    except ValueError as error:
         raise RowError(f"{name}:{number}", f"not readable as JSON: {error}") from error
     return value
+
+
+def parse_json(text: str) -> Any:
+    """Parses JSON that has one value for each key, and whose lists and objects are at most `DEEPEST` levels deep.
+
+    Raises:
+        ValueError: it has not; `json.JSONDecodeError` if it is no JSON.
+    """
+    too_deep = f"lists and objects are more than {DEEPEST} levels deep"
+    try:
+        value = _JSON.decode(text)
+    except RecursionError as error:
+        raise ValueError(too_deep) from error
+    if text.count("[") + text.count("{") > DEEPEST and _is_deep(value):
+        raise ValueError(too_deep)
+    return value
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """The object of some keys and values. Python's parser would take the last of two values for a key."""
+    value = dict(pairs)
+    if len(value) < len(pairs):
+        keys = [key for key, _ in pairs]
+        raise ValueError(f"the key {next(key for key in keys if keys.count(key) > 1)!r} occurs twice in an object")
+    return value
+
+
+_JSON = json.JSONDecoder(object_pairs_hook=_object)
+
+
+def _is_deep(value: Any) -> bool:
+    level = [value]
+    for _ in range(DEEPEST):
+        items = (item.values() if isinstance(item, dict) else item for item in level)
+        level = [item for item in itertools.chain.from_iterable(items) if isinstance(item, dict | list)]
+    return bool(level)
 
 
 def _row(value: Any, where: str) -> Row:

@@ -5,7 +5,6 @@ A prompt never ends within a turn, so equal first words of two responses remain 
 column `margin` or from two scores, if a row has them.
 """
 
-import math
 import re
 from itertools import takewhile
 from typing import Any
@@ -19,7 +18,7 @@ from oumi_pl.data.formats import (
     reads,
     refuse_without_template,
 )
-from oumi_pl.data.turns import Turns, column, is_missing, kind_name, text_column, turns_column, turns_of_text
+from oumi_pl.data.turns import Turns, column, is_finite, is_missing, kind_name, text_column, turns_column, turns_of_text
 from oumi_pl.errors import UserError
 from oumi_pl.types import Preference, Row, Text
 
@@ -206,9 +205,12 @@ def _margin(row: Row) -> float | None:
         raise UserError(f"column 'margin' holds {margin!r} instead of a number")
     for better, worse in _SCORES:
         if _is_number(row.get(better)) and _is_number(row.get(worse)):
-            return float(row[better]) - float(row[worse])
+            difference = float(row[better]) - float(row[worse])
+            if not is_finite(difference):
+                raise UserError(f"columns {better!r} and {worse!r} differ by more than a number can hold")
+            return difference
     return None
 
 
 def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    return not isinstance(value, bool) and is_finite(value)

@@ -20,7 +20,7 @@ from oumi_pl.data.formats import (
 from oumi_pl.data.sources import Source, left_out, rows
 from oumi_pl.data.splitting import Side
 from oumi_pl.data.tokenize import Dropped
-from oumi_pl.data.turns import MEDIA, PLACEHOLDERS, is_empty, is_missing, optional_json, plain
+from oumi_pl.data.turns import MEDIA, PLACEHOLDERS, is_empty, is_finite, is_missing, optional_json, plain
 from oumi_pl.errors import UserError, nearest
 from oumi_pl.types import BadRow, Conversation, Feedback, Preference, Record, Row
 
@@ -255,7 +255,11 @@ def _number(row: Row, column: str) -> float:
     value = row[column]
     if value is not None and not isinstance(value, bool | int | float):
         raise UserError(f"data.fields: {column!r} is {type(value).__name__} in a row, and a field is a number")
-    return float("nan") if value is None else float(value)
+    if is_missing(value):
+        return float("nan")
+    if not is_finite(value):
+        raise UserError(f"data.fields: {column!r} is {str(value)[:40]} in a row, which is no finite number")
+    return float(value)
 
 
 def _refusal(name: str, convert: Format) -> str:

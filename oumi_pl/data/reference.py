@@ -15,6 +15,7 @@ import numpy as np
 from oumi_pl.data.store import cache_key, cache_root
 from oumi_pl.runs import checksums
 from oumi_pl.runs.files import write
+from oumi_pl.terminal.text import echo
 
 CHUNK = 512
 """Examples per file."""
@@ -102,7 +103,7 @@ class ReferenceLogps:
         if len(content) != size + len(checksum):
             return False
         if content[size:] != checksum:
-            print(f"{file} is damaged; its reference log-probabilities are computed again", file=sys.stderr)
+            echo(f"{file} is damaged; its reference log-probabilities are computed again", file=sys.stderr)
             return False
         _whole.add(key)
         return True

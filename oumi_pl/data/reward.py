@@ -19,6 +19,7 @@ from oumi_pl.data.preferences import PREFERENCE_FORMATS
 from oumi_pl.data.rendering import ChatRenderer
 from oumi_pl.data.store import ExampleStore
 from oumi_pl.data.tokenize import Dropped, Lost, Overflow, Tokenize
+from oumi_pl.data.turns import is_finite
 from oumi_pl.errors import UserError
 from oumi_pl.types import Conversation, Example, Preference, Record, Row, Segment, Text
 
@@ -49,8 +50,8 @@ def rated(row: Row) -> Rated:
     """
     name = next((name for name in OUTCOMES if name in row), OUTCOMES[0])
     value = row.get(name)
-    if not isinstance(value, bool | int | float) or not math.isfinite(value):
-        raise UserError(f"column {name!r} holds {value!r} instead of a number, true or false")
+    if not is_finite(value):
+        raise UserError(f"column {name!r} holds {value!r:.40} instead of a number, true or false")
     rest = {column: content for column, content in row.items() if column not in OUTCOMES}
     response: Any = find_format(rest, FORMATS)(rest)
     return Rated(response, float(value))

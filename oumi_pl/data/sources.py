@@ -58,6 +58,8 @@ def find_files(name: str) -> dict[str, list[Path]] | None:
     if path.exists():
         if kind_of(path) is None:
             raise UserError(f"{name}: no reader for {path.suffix!r} files; known: {', '.join(KINDS)}")
+        if not path.is_file():  # rows are read several times
+            raise UserError(f"{name}: a pipe or device, not a file; copy its content to a file")
         return {"train": [path]}
     if glob.has_magic(name):
         # not Path.glob, which includes hidden files and refuses `**.jsonl`

@@ -30,6 +30,7 @@ from oumi_pl.errors import UserError, cache_folder
 from oumi_pl.runs import checksums
 from oumi_pl.runs.files import sync, sync_all
 from oumi_pl.terminal.screen import track
+from oumi_pl.terminal.text import echo
 from oumi_pl.types import BadRow, Example, Record, Segment
 
 REPORT = "report.json"
@@ -97,7 +98,7 @@ def is_whole(directory: Path) -> bool:
     why = checksums.damage(directory) if has_list else f"it has no {checksums.LIST}"  # or is of an older version
     if why is None:
         return True
-    print(f"the cache folder {directory} is damaged: {why}; it is written again", file=sys.stderr)
+    echo(f"the cache folder {directory} is damaged: {why}; it is written again", file=sys.stderr)
     try:
         # moved first: another process may be reading it, or removing it as well
         gone = directory.with_name(f".{directory.name}-{os.getpid()}")

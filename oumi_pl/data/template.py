@@ -124,6 +124,8 @@ def _read(tokenizer: "PreTrainedTokenizerBase", template: str | None) -> tuple[s
     path = Path(template).expanduser()
     if path.is_file():
         return path.read_text("utf-8"), f"file {path.name}"
+    if path.exists() and path.suffix == ".jinja":
+        raise UserError(f"data.template: {template} is not a file")
     if path.suffix != ".jinja":
         raise UserError(
             f"data.template: unknown chat template {template!r}{nearest(template, (*BUILT_IN, *OUMI))} (or name a "

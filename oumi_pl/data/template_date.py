@@ -9,6 +9,7 @@ from typing import Any
 from oumi_pl.data.store import cache_key, cache_root
 from oumi_pl.data.template import DATE, writes_date
 from oumi_pl.errors import UserError
+from oumi_pl.terminal.text import echo
 
 
 def template_date(template: Any, variables: Mapping[str, Any], sources: Sequence[str]) -> Date | None:
@@ -40,6 +41,6 @@ def template_date(template: Any, variables: Mapping[str, Any], sources: Sequence
     try:
         return Date.fromisoformat(file.read_text() or Date.today().isoformat())
     except ValueError:  # damaged
-        print(f"{file} is damaged: it is no date; the date of today is taken", file=sys.stderr)
+        echo(f"{file} is damaged: it is no date; the date of today is taken", file=sys.stderr)
         file.write_text(Date.today().isoformat())
         return Date.today()

@@ -4,7 +4,7 @@ The characters that carry loss are found in the rendered text, and mapped to tok
 Masks never depend on ids, so a pad token that equals EOS, or an answer that repeats the question, can't cause errors.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import chain
 from typing import TYPE_CHECKING, Literal, NamedTuple, get_args
@@ -17,12 +17,19 @@ from oumi_pl.errors import UserError, nearest
 from oumi_pl.types import Conversation, Example, Preference, Record, Segment, Text
 
 if TYPE_CHECKING:
-    from tokenizers import Tokenizer
+    from tokenizers import Encoding, Tokenizer
     from transformers import PreTrainedTokenizerBase
 
 TrainOn = Literal["completion", "assistant", "last_turn", "all", "completion_or_all"]
 Overflow = Literal["truncate", "keep_start", "drop", "error"]
 Lost = Literal["error", "drop", "keep"]
+
+LONGEST = 10_000_000
+"""Most characters of a text. The tokens of one this long can take 3 GB until they are cut to `max_length`."""
+TOO_LONG = "longer than max_length"
+"""Reason for dropping a record, as it is in reports."""
+CHARACTERS = 1 << 20
+"""Characters after which no further text is tokenized in the same call."""
 
 
 @dataclass(frozen=True)
@@ -158,6 +165,7 @@ class Tokenize:
                 border = len(messages) - (messages[-1]["role"] == "assistant")
             prompt = self._renderer.prompt(record, border)
             answer = "\n".join(m["content"] or "" for m in messages[border:] if m["role"] == "assistant")
+        refuse_long(len(prompt))
         ids = self._backend.encode(prompt, add_special_tokens=False).ids
         return [self._bos, *ids] if self._lacks_bos(ids) else ids, answer
 
@@ -175,6 +183,8 @@ class Tokenize:
         if isinstance(record, Preference):
             raise UserError("this row is a pair of responses, a chosen and a rejected one, which is data for DPO")
         record = _conversation(record)
+        if self._is_dropped_unread(sum(len(message["content"] or "") for message in record.messages)):
+            return Dropped(TOO_LONG)
         rendered = self._renderer.render(record, self._turns(record), as_one=self._as_one)
         if rendered.lost and self._lost == "error":
             raise lost_error(rendered.lost)
@@ -190,7 +200,7 @@ class Tokenize:
             texts = self._weighed(record, texts)
         return Marked(texts, tuple(notes))
 
-    def _marked_text(self, record: Text) -> Marked:
+    def _marked_text(self, record: Text) -> Marked | Dropped:
         if self._train_on in {"assistant", "last_turn"}:
             raise UserError(
                 f"train_on: {self._train_on} needs conversations, and this row is text: completion and all fit"
@@ -198,8 +208,20 @@ class Tokenize:
         if self._eos is None:
             raise UserError("the tokenizer has no end-of-text token (eos_token), so texts would have no end to learn")
         text = record.prompt + record.text
+        if self._is_dropped_unread(len(text)):
+            return Dropped(TOO_LONG)
         target = Target(0, 0 if self._train_on == "all" else len(record.prompt), len(text))
         return Marked([Written(text, [target], eos=True, weights=[record.weight] if record.weight != 1 else [])])
+
+    def _is_dropped_unread(self, characters: int) -> bool:
+        """Whether a record of so many characters is dropped before it is tokenized.
+
+        Raises:
+            UserError: it can't be tokenized, and `overflow` is not `drop`.
+        """
+        if characters > LONGEST and self.overflow != "drop":
+            refuse_long(characters)
+        return characters > LONGEST
 
     def _weighed(self, record: Conversation, texts: list[Written]) -> list[Written]:
         """Gives the targets of a conversation's texts the weights that its turns and the row have.
@@ -292,9 +314,8 @@ class Tokenize:
 
     def tokens(self, marked: Sequence[Written]) -> list[Tokens]:
         """Tokenizes marked texts, each once, with the BOS and EOS that they need."""
-        encodings = self._backend.encode_batch([m.text for m in marked], add_special_tokens=False)
         tokenized = []
-        for m, encoding in zip(marked, encodings, strict=True):
+        for m, encoding in zip(marked, self._encoded([m.text for m in marked]), strict=True):
             ids = np.array(encoding.ids, dtype=np.int32)
             weights = np.zeros(len(ids), dtype=np.float32) if m.weights else None
             mask, straddled = self._mask(m, ids, encoding.offsets, weights)
@@ -306,6 +327,15 @@ class Tokenize:
                 weights = None if weights is None else np.insert(weights, 0, 0)
             tokenized.append(Tokens(ids, mask, straddled, weights))
         return tokenized
+
+    def _encoded(self, texts: Sequence[str]) -> "Iterator[Encoding]":
+        """Encodes texts, as many at once as fit into memory: an encoding takes up to 300 bytes per character."""
+        start = characters = 0
+        for end, text in enumerate(texts, 1):
+            characters += len(text)
+            if characters >= CHARACTERS or end == len(texts):
+                yield from self._backend.encode_batch(texts[start:end], add_special_tokens=False)
+                start, characters = end, 0
 
     def kept(self, ids: np.ndarray, first_target: int) -> np.ndarray | Dropped:
         """Chooses the positions of `ids` `[seq]` to keep within `max_length`, according to `overflow`; ascending.
@@ -321,7 +351,7 @@ class Tokenize:
         if length <= self.max_length:
             return np.arange(length)
         if self.overflow == "drop":
-            return Dropped("longer than max_length")
+            return Dropped(TOO_LONG)
         if self.overflow == "error":
             raise UserError(f"{length} tokens, but max_length is {self.max_length}; raise it, or let overflow truncate")
         if self.overflow == "keep_start":
@@ -442,6 +472,16 @@ class Tokenize:
             if weights is not None:
                 weights[inside] = marked.weights[i]
         return (mask if weights is None else mask & (weights > 0)), straddled
+
+
+def refuse_long(characters: int) -> None:
+    """Refuses texts whose tokens would not fit into memory.
+
+    Raises:
+        UserError: the text has more than `LONGEST` characters.
+    """
+    if characters > LONGEST:
+        raise UserError(f"a text of {characters:,} characters, and at most {LONGEST:,} are tokenized as one; divide it")
 
 
 def lost_error(lost: Sequence[tuple[int, str, str]]) -> UserError:

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 from oumi_pl.data.store import cache_key, cache_root, is_whole, new_folder
 from oumi_pl.data.tokenizers import SPECIAL_TOKENS, TokenizerFactory
 from oumi_pl.errors import UserError
+from oumi_pl.terminal.text import echo
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -75,7 +76,7 @@ class TrainedBPE(TokenizerFactory):
         )
         backend.train_from_iterator(texts, trainer)
         if (learnt := backend.get_vocab_size()) < self.vocab_size:
-            print(f"TrainedBPE: these texts have pairs for {learnt} tokens, not for {self.vocab_size}")
+            echo(f"TrainedBPE: these texts have pairs for {learnt} tokens, not for {self.vocab_size}")
         tokenizer = PreTrainedTokenizerFast(
             tokenizer_object=backend,
             pad_token="<|pad|>",

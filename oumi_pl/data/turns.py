@@ -10,10 +10,11 @@ import json
 import math
 import re
 from collections.abc import Iterable, Iterator
-from typing import Any, cast
+from typing import Any, TypeGuard, cast
 
 import numpy as np
 
+from oumi_pl.data.files import parse_json
 from oumi_pl.errors import UserError, nearest
 from oumi_pl.types import Message, Row
 
@@ -35,6 +36,7 @@ MEDIA = ("image", "images", "audio", "audios", "video", "videos")
 PLACEHOLDERS = ("<image>", "<audio>", "<video>")
 """Where in a text they belong."""
 
+FLOAT32_MAX = float(np.finfo(np.float32).max)
 _CALL_TAGS = re.compile(r"<tool_call>(.*?)</tool_call>", re.DOTALL)
 _CALLS = ("tool_calls", "function_call")
 _REASONING = ("reasoning_content", "reasoning", "thinking")
@@ -56,6 +58,11 @@ def kind_name(value: Any) -> str:
 def is_missing(value: Any) -> bool:
     """Whether a cell holds nothing: null, or the NaN of a table."""
     return value is None or (isinstance(value, float) and math.isnan(value))
+
+
+def is_finite(value: Any) -> TypeGuard[float]:
+    """Whether a value is a number, true or false, and neither NaN nor beyond float32, in which it is stored."""
+    return isinstance(value, bool | int | float) and abs(value) <= FLOAT32_MAX
 
 
 def is_empty(value: Any) -> bool:
@@ -145,7 +152,7 @@ def optional_json(row: Row, name: str) -> Any:
         if not value.strip():
             return None
         try:
-            value = json.loads(value)
+            value = parse_json(value)
         except ValueError as error:
             raise UserError(f"column {name!r} holds text that isn't JSON: {error}") from error
     return None if is_missing(value) else cleaned(value)
@@ -172,14 +179,21 @@ def turns_of_text(text: str) -> list[Any] | None:
     """The turns that a text holds as JSON, or as Python's notation of a list of mappings; None if it holds none.
 
     Pandas writes lists in Python's notation into CSV files.
+
+    Raises:
+        UserError: it is JSON that can't be used: a key occurs twice, for example.
     """
     if not text.lstrip().startswith("["):
         return None
-    for read in (json.loads, ast.literal_eval):
+    for read in (parse_json, ast.literal_eval):
         try:
             turns = read(text.strip())
-        except (ValueError, SyntaxError, RecursionError):
+        except (json.JSONDecodeError, SyntaxError, RecursionError, MemoryError):
             continue
+        except ValueError as error:
+            if read is ast.literal_eval:
+                continue
+            raise UserError(f"turns as JSON text: {error}") from error
         if isinstance(turns, list) and all(isinstance(turn, dict) and _raw_role(turn) is not None for turn in turns):
             return turns
     return None
@@ -209,7 +223,7 @@ def tools_column(row: Row) -> tuple[dict[str, Any], ...] | None:
         if not tools:
             continue
         if isinstance(tools, list):
-            tools = [cleaned(_parsed(tool)) if isinstance(tool, str) else tool for tool in tools]
+            tools = [cleaned(_parsed(tool, f"column {name!r}")) if isinstance(tool, str) else tool for tool in tools]
         if not isinstance(tools, list) or not all(isinstance(tool, dict) for tool in tools):
             raise UserError(f"column {name!r} must hold a list of mappings, one JSON schema each")
         return tuple(described for tool in tools for described in _described(tool))
@@ -381,7 +395,7 @@ def _calls(value: Any, where: str) -> list[dict[str, Any]]:
     """The calls of a message, in OpenAI's shape; `value` is one or several, or their JSON text."""
     if isinstance(value, str):
         texts = [text.strip() for text in _CALL_TAGS.findall(value) or [value]]
-        parsed = [_parsed(text) for text in texts if text]
+        parsed = [_parsed(text, where) for text in texts if text]
         if any(isinstance(call, str) for call in parsed):
             raise UserError(f"{where} is text that isn't JSON: a call is a mapping with name and arguments")
         value = parsed[0] if len(parsed) == 1 else parsed
@@ -390,7 +404,7 @@ def _calls(value: Any, where: str) -> list[dict[str, Any]]:
 
 
 def _call(call: Any, where: str) -> dict[str, Any]:
-    call = _parsed(call) if isinstance(call, str) else call
+    call = _parsed(call, where) if isinstance(call, str) else call
     if not isinstance(call, dict):
         raise UserError(f"{where}: a call is {kind_name(call)} instead of a mapping with name and arguments")
     function = call.get("function")
@@ -411,7 +425,7 @@ def _mapping(arguments: Any, what: str) -> dict[str, Any]:
     """The arguments of a call: a mapping, or its JSON text, which templates that write JSON would encode once more."""
     while isinstance(arguments, str):
         try:
-            arguments = json.loads(arguments) if arguments.strip() else {}
+            arguments = parse_json(arguments) if arguments.strip() else {}
         except ValueError as error:
             raise UserError(f"{what} are text that isn't JSON: {error}") from error
     if arguments is None:
@@ -421,12 +435,14 @@ def _mapping(arguments: Any, what: str) -> dict[str, Any]:
     return arguments
 
 
-def _parsed(text: str) -> Any:
+def _parsed(text: str, where: str) -> Any:
     """The value of JSON text; the text itself if it isn't JSON."""
     try:
-        return json.loads(text)
-    except ValueError:
+        return parse_json(text)
+    except json.JSONDecodeError:
         return text
+    except ValueError as error:
+        raise UserError(f"{where}: {error}") from error
 
 
 # --- parts ------------------------------------------------------------------------------------------------------------
@@ -530,9 +546,9 @@ def number(value: Any, what: str) -> float:
     Raises:
         UserError: it is something else.
     """
-    if isinstance(value, int | float) and 0 <= value < math.inf:
+    if is_finite(value) and value >= 0:
         return float(value)
-    raise UserError(f"{what} is {value!r}, but has to be true, false, or a number of at least 0")
+    raise UserError(f"{what} is {value!r:.40}, but has to be true, false, or a number of at least 0")
 
 
 def _spans(value: list[Any], content: str, what: str) -> list[tuple[int, int]]:

@@ -20,6 +20,7 @@ from oumi_pl.models.hub import locate
 from oumi_pl.models.lm import LM
 from oumi_pl.models.lora import SCORE, merged, with_lora
 from oumi_pl.models.text_part import text_part, whole_model
+from oumi_pl.runs.checksums import refuse_damaged_weights
 from oumi_pl.runs.files import parse
 from oumi_pl.terminal.screen import working
 
@@ -356,6 +357,7 @@ def _pretrained(
     **kwargs: Any,
 ) -> "PreTrainedModel":
     _refuse_without_weights(Path(model))
+    refuse_damaged_weights(Path(model), "model")
     loaded_dtype = dtype if dtype == "auto" else _torch_dtype(dtype)
     kwargs |= {"config": hf_config, "attn_implementation": attn, "dtype": loaded_dtype}
     # mismatches are reported below in one line: transformers would print a table and fill in random weights
@@ -521,6 +523,7 @@ def _base_of(adapter: str) -> tuple[str, str | None]:
 def _with_adapter_merged(hf: "PreTrainedModel", adapter: str) -> "PreTrainedModel":
     from peft import PeftModel
 
+    refuse_damaged_weights(Path(adapter), "model")
     try:
         bare = merged(PeftModel.from_pretrained(hf, adapter))
     except (ValueError, RuntimeError, IndexError) as error:

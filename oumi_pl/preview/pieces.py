@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from oumi_pl.data.tokenizers import byte_symbols
-from oumi_pl.terminal import screen
+from oumi_pl.terminal import text as safe
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -154,7 +154,7 @@ def _visible(character: str) -> str:
     if character == "\t":
         return "⇥   "
     odd_space = unicodedata.category(character) == "Zs" and character != " "
-    return screen.named(character) if odd_space or character in OPEN + CLOSE else screen.visible(character)
+    return safe.named(character) if odd_space or character in OPEN + CLOSE else safe.visible(character)
 
 
 @dataclass(frozen=True)

@@ -14,6 +14,7 @@ from numpy.typing import ArrayLike
 
 from oumi_pl.runs import files
 from oumi_pl.runs.folders import Column
+from oumi_pl.terminal.text import visible
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -264,8 +265,18 @@ def grid(
         for axis in axes[count:]:
             axis.remove()
         yield figure, axes[:count]
+        _show_only_glyphs(figure)
         with files.replacing(file) as half:
             figure.savefig(half, dpi=110, format="png")
+
+
+def _show_only_glyphs(figure: Any) -> None:
+    """Makes the texts of a picture `visible`: for other characters, matplotlib prints warnings with them, or fails."""
+    from matplotlib.text import Text
+
+    for text in figure.findobj(Text):
+        if not text.get_text().isprintable():
+            text.set_text(visible(text.get_text()))
 
 
 def legend(metrics: Mapping[str, Column], resumed: Sequence[int] = ()) -> str:
@@ -287,6 +298,7 @@ def svg(panel: Panel, metrics: Mapping[str, Column], resumed: Sequence[int] = ()
         draw(figure.subplots(), panel, metrics, resumed)
         figure.patch.set_alpha(0.0)
         text = io.StringIO()
+        _show_only_glyphs(figure)
         figure.savefig(text, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
     markup = text.getvalue()
     markup = markup[markup.index("<svg") :]

@@ -8,7 +8,7 @@ from pathlib import Path
 from oumi_pl.report.words import ago, clock, number
 from oumi_pl.runs import folders
 from oumi_pl.runs.lineage import parent_text
-from oumi_pl.terminal.screen import visible
+from oumi_pl.terminal.text import visible
 
 COLUMNS = ("name", "recipe", "parent", "state", "step", "loss", "val", "best val", "time", "begun")
 RIGHT = ("step", "loss", "val", "best val", "time")

@@ -13,12 +13,17 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from oumi_pl.errors import UserError
+from oumi_pl.runs.files import remove, write
 
 LIST = "checksums.json"
 """File of a folder with sizes and checksums of the others, `{name: [bytes, CRC-32]}`, and one of its own."""
+WEIGHTS = "weights_checksums.json"
+"""The same of a model folder, for the files of weights alone: people edit the others, which are text."""
 BLOCK = 1 << 20
 """Bytes that are read at once."""
 
+UNREADABLE = (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError)
+"""What reading a damaged list can raise."""
 _whole: set[tuple[str, int, int, int]] = set()
 """Files that this process has checked, by path, file number, size and time of change."""
 
@@ -66,7 +71,43 @@ def write_list(folder: Path, listed: dict[str, list[int]] | None = None) -> None
     """Writes the list of a folder that is complete and has no other name yet; `listed` if it is known already."""
     if listed is None:
         listed = of_files(sorted(path for path in folder.iterdir() if path.is_file() and path.name != LIST))
-    (folder / LIST).write_text(json.dumps({"files": listed, "crc32": of_json(listed)}) + "\n")
+    (folder / LIST).write_text(_as_list(listed))
+
+
+def add_list(folder: Path) -> None:
+    """Writes the list of a folder that has its name already, in one step: a kill leaves it or none."""
+    remove(folder / LIST)
+    listed = of_files(sorted(path for path in folder.iterdir() if path.is_file()))
+    write(folder / LIST, _as_list(listed))
+
+
+def write_list_of_weights(folder: Path) -> None:
+    """Writes the list of a model folder that is complete and has no other name yet."""
+    (folder / WEIGHTS).write_text(_as_list(of_files(sorted(folder.glob("*.safetensors")))))
+
+
+def refuse_damaged_weights(folder: Path, key: str) -> None:
+    """Refuses a model folder of ours with damaged weights; does nothing for other folders and hub ids.
+
+    Args:
+        folder: The folder.
+        key: The key or option that names it, for the message.
+
+    Raises:
+        DamagedError: says which file, and what to do if it was replaced on purpose.
+    """
+    if not (folder / WEIGHTS).is_file():
+        return
+    try:
+        why = _damage_of_folder(folder, WEIGHTS)
+    except UNREADABLE as error:
+        why = f"its {WEIGHTS} can't be read ({error})"
+    if why:
+        raise DamagedError(f"{key}: {folder} is damaged: {why}; if that was on purpose, delete {WEIGHTS}")
+
+
+def _as_list(listed: dict[str, list[int]]) -> str:
+    return json.dumps({"files": listed, "crc32": of_json(listed)}) + "\n"
 
 
 def damage(path: Path) -> str | None:
@@ -76,9 +117,9 @@ def damage(path: Path) -> str | None:
     """
     try:
         if path.is_dir():
-            return _damage_of_folder(path) if (path / LIST).exists() else None
+            return _damage_of_folder(path, LIST) if (path / LIST).exists() else None
         return None if _is_known(path) else _damage_of_archive(path)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+    except UNREADABLE as error:
         return f"it can't be read ({getattr(error, 'strerror', None) or error})"
 
 
@@ -115,11 +156,11 @@ def _damage_of_archive(path: Path) -> str | None:
     return None
 
 
-def _damage_of_folder(folder: Path) -> str | None:
-    content = json.loads((folder / LIST).read_text())
+def _damage_of_folder(folder: Path, name_of_list: str) -> str | None:
+    content = json.loads((folder / name_of_list).read_text())
     listed = content["files"]
     if of_json(listed) != content["crc32"]:
-        return f"its {LIST} is not what its checksum says"
+        return f"its {name_of_list} is not what its checksum says"
     for name, (size, crc32) in listed.items():
         file = folder / name
         if not file.is_file():

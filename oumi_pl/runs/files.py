@@ -45,9 +45,9 @@ def put(half: Path, path: Path) -> None:
 
 
 def write(path: Path, content: str | bytes) -> None:
-    """Writes a file, text as UTF-8, atomically and durably."""
+    """Writes a file, text as UTF-8, atomically and durably. Bytes of odd paths are written in hex."""
     with replacing(path) as half, half.open("xb") as file:  # `x`: never write through a link at that path
-        file.write(content.encode() if isinstance(content, str) else content)
+        file.write(content.encode(errors="backslashreplace") if isinstance(content, str) else content)
 
 
 def read(path: Path) -> bytes:

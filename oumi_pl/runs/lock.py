@@ -21,6 +21,7 @@ from typing import Any
 
 from oumi_pl.errors import UserError
 from oumi_pl.runs import files
+from oumi_pl.terminal.text import echo
 
 LOCK = "lock.json"
 TOUCHED = 5.0
@@ -82,7 +83,7 @@ def acquire(run: Path) -> None:
                 raise UserError(
                     f"{run} is being written by {name}; wait until it ends, or stop it (SIGTERM saves first)"
                 )
-            print(f"{run}: taking the lock of {name}, which no longer runs", file=sys.stderr)
+            echo(f"{run}: taking the lock of {name}, which no longer runs", file=sys.stderr)
         write(run)
     released = threading.Event()
     threading.Thread(target=_touch, args=(run / LOCK, released), daemon=True, name="lock of the run").start()
@@ -128,7 +129,7 @@ def owner(run: Path) -> dict[str, Any] | None:
 
 def _is_touched(run: Path) -> bool:
     """Watches another host's lock: True if it is touched, False if it doesn't change or is released."""
-    print(f"{run} is locked by a process on another host; checking for {WATCHED:.0f} s if it runs", file=sys.stderr)
+    echo(f"{run} is locked by a process on another host; checking for {WATCHED:.0f} s if it runs", file=sys.stderr)
     before, end = _stamp(run), time.monotonic() + WATCHED
     while time.monotonic() < end:
         time.sleep(min(1.0, WATCHED / 4))

@@ -68,6 +68,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_only
 
 from oumi_pl.runs import files
 from oumi_pl.runs.folders import step_in
+from oumi_pl.terminal.text import echo
 
 
 class MetricsCSV(Logger):
@@ -180,7 +181,7 @@ def _read(file: Path, notes: bool = False) -> list[dict[str, Any]]:
     whole = [_is_row(line, columns) for line in cells]
     damaged = whole[:-1].count(False)  # a kill can cut the last one short
     if notes and damaged:
-        print(f"note: {file}: {damaged} damaged lines are left out", file=sys.stderr)
+        echo(f"note: {file}: {damaged} damaged lines are left out", file=sys.stderr)
     return [dict(zip(columns, line, strict=True)) for line, is_whole in zip(cells, whole, strict=True) if is_whole]
 
 

@@ -5,15 +5,12 @@ import sys
 import textwrap
 import threading
 import time
-import unicodedata
 import warnings
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from typing import Any
 
-JOINERS = "\u200c\u200d"
-"""Invisible, but needed to spell Persian, Indic scripts and emoji."""
-NAMES = {"\0": "NUL", "\a": "BEL", "\b": "BS", "\r": "CR", "\x1b": "ESC", "\x7f": "DEL"}
+from oumi_pl.terminal.text import visible
 
 
 def is_terminal(stream: Any) -> bool:
@@ -42,23 +39,6 @@ def meanwhile(text: str) -> Iterator[None]:
     finally:
         sys.stderr.write("\r\033[K")
         sys.stderr.flush()
-
-
-def visible(text: str) -> str:
-    """Replaces characters that would control a terminal or stay invisible by their names.
-
-    These are control characters, changes of direction and unassigned code points. Line ends, tabs and spaces stay.
-    """
-    return text if text.isprintable() else "".join(c if _is_harmless(c) else named(c) for c in text)
-
-
-def _is_harmless(character: str) -> bool:
-    return character.isprintable() or character in JOINERS + "\n\t" or unicodedata.category(character) == "Zs"
-
-
-def named(character: str) -> str:
-    """The name or code point of a character: `⟨ESC⟩`, `⟨U+202E⟩`."""
-    return f"⟨{NAMES.get(character, f'U+{ord(character):04X}')}⟩"
 
 
 SHOW_AFTER = 1.0
@@ -220,7 +200,8 @@ def styled(text: str, style: str) -> str:
 
 
 def wrapped(text: str, width: int | None, indent: str = "  ") -> str:
-    """Wraps text to `width` columns between words and indents further lines; None leaves it in one line."""
+    """Wraps text, made `visible`, to `width` columns between words, and indents further lines; None wraps nothing."""
+    text = visible(text)
     if width is None:
         return text
     room = max(20, min(WIDTH, width - 1))
@@ -253,7 +234,7 @@ def working(what: str) -> Iterator[None]:
     """
     from lightning.pytorch.utilities.rank_zero import rank_zero_only
 
-    start, line = time.monotonic(), Line.current
+    start, line, what = time.monotonic(), Line.current, visible(what)
     done = threading.Event()
     watcher, before, text = None, "", _shortened(f"{what} …")
     if line is not None:
@@ -321,7 +302,7 @@ def track(
     from rich.console import Console
     from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-    console, rewritten = Console(stderr=True), terminal_width() is not None
+    console, rewritten, what = Console(stderr=True), terminal_width() is not None, visible(what)
     of = "" if total is None else f" of {total:,}"
     counted = TextColumn("{task.description}: {task.completed:,}" + f"{of} {unit}")
     known = () if total is None else (BarColumn(), TimeRemainingColumn())
@@ -350,6 +331,12 @@ def _formatted(message: Any, *_: Any, **__: Any) -> str:
     return styled(wrapped(f"warning: {message}", terminal_width()), "yellow") + "\n"
 
 
+def _with_visible_text(record: Any) -> bool:
+    """A filter of log handlers: the texts of libraries hold names and values from files as well."""
+    record.msg, record.args = visible(record.getMessage()), ()
+    return True
+
+
 def quiet() -> None:
     """Silences the loggers and warnings of dependencies, and formats the warnings that remain."""
     import logging
@@ -362,6 +349,9 @@ def quiet() -> None:
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     from transformers.utils import logging as hf_logging
 
+    for name in ("transformers", "lightning.pytorch", "lightning.fabric", "datasets", "huggingface_hub"):
+        for handler in logging.getLogger(name).handlers:
+            handler.addFilter(_with_visible_text)
     hf_logging.disable_progress_bar()
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
     # users need to know what is wrong, not which line of which file warned

@@ -135,7 +135,7 @@ def test_a_killed_and_resumed_run_equals_an_uninterrupted_one(cli, monkeypatch, 
     cli.works(*FIT, "--engine", engine, "--name", "whole")
     assert stopped(cli, monkeypatch, 6, "error", "--engine", engine, "--name", "killed") == 1
     assert cli.state("runs/killed")["status"] == "failed"
-    assert checkpoints.newest(cli.directory / "runs/killed/checkpoints").name == "checkpoint-4"
+    assert checkpoints.newest_whole(cli.directory / "runs/killed/checkpoints")[0].name == "checkpoint-4"
     out = cli.works("fit", "--resume", "runs/killed")
     assert "resuming from runs/killed/checkpoints/checkpoint-4" in out
     assert same(weights(cli, "runs/killed"), weights(cli, "runs/whole"))
@@ -151,7 +151,7 @@ def test_a_signal_stops_the_run_after_the_update(cli, monkeypatch):
     assert stopped(cli, monkeypatch, 3, "signal", "--engine", "hf", "--name", "stopped") == 128 + signal.SIGTERM
     assert signal.getsignal(signal.SIGTERM) == before
     assert cli.state("runs/stopped")["status"] == "stopped"
-    assert checkpoints.newest(cli.directory / "runs/stopped/checkpoints").name == "checkpoint-3"
+    assert checkpoints.newest_whole(cli.directory / "runs/stopped/checkpoints")[0].name == "checkpoint-3"
     cli.works("fit", "--resume", "runs/stopped")
     assert same(weights(cli, "runs/stopped"), weights(cli, "runs/whole"))
     assert cli.column("runs/stopped", "val/loss") == cli.column("runs/whole", "val/loss")
@@ -163,9 +163,30 @@ def test_an_incomplete_checkpoint_is_skipped(cli, monkeypatch):
     newest = cli.directory / "runs/r/checkpoints/checkpoint-4"
     state = newest / "trainer_state.json"
     state.write_text(state.read_text()[:100])
-    assert checkpoints.newest(newest.parent).name == "checkpoint-2"
+    assert checkpoints.newest_whole(newest.parent)[0].name == "checkpoint-2"
     state.unlink()
-    assert checkpoints.newest(newest.parent).name == "checkpoint-2"
+    assert checkpoints.newest_whole(newest.parent)[0].name == "checkpoint-2"
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "trainer_state.json"])
+def test_a_damaged_checkpoint_is_named_and_the_one_before_is_taken(cli, monkeypatch, name):
+    cli.recipe(SETTINGS | {"checkpoint": {"every": 2, "keep": 2}})
+    cli.works(*FIT, "--engine", "hf", "--name", "whole")
+    stopped(cli, monkeypatch, 5, "error", "--engine", "hf", "--name", "killed")
+    newest = cli.directory / "runs/killed/checkpoints/checkpoint-4"
+    content = bytearray((newest / name).read_bytes())
+    content[len(content) // 2] ^= 1
+    (newest / name).write_bytes(content)
+    out = cli.works("fit", "--resume", "runs/killed")
+    assert "checkpoint-4 is damaged: its file" in out
+    assert "resuming from runs/killed/checkpoints/checkpoint-2" in out
+    assert same(weights(cli, "runs/killed"), weights(cli, "runs/whole"))
+
+
+def test_no_whole_checkpoint_is_a_mistake(cli, monkeypatch):
+    stopped(cli, monkeypatch, 3, "error", "--engine", "hf")
+    (cli.directory / "runs/r/checkpoints/checkpoint-2/model.safetensors").write_bytes(b"")
+    assert "all checkpoints in runs/r/checkpoints are damaged" in cli.fails("fit", "--resume", "runs/r")
 
 
 def test_a_resumed_run_can_be_longer(cli):

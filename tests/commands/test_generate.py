@@ -104,6 +104,22 @@ def test_several_prompts_by_option_and_file(run, tmp_path, monkeypatch, capsys):
     assert [json.loads(line) for line in said(capsys, *options, "--file", "-").splitlines()] == lines[1:]
 
 
+def test_a_prompt_of_a_text_file_is_a_whole_line(run, tmp_path, capsys):
+    (tmp_path / "prompts.txt").write_bytes("\ufefffirst\u2028line\r\nsecond\rthird".encode())
+    options = ["--model", run / "model", "--max_new_tokens", 2, "--json", "--file", tmp_path / "prompts.txt"]
+    lines = [json.loads(line) for line in said(capsys, *options).split("\n") if line]
+    assert [line["prompt"] for line in lines] == ["first\u2028line", "second", "third"]
+    (tmp_path / "prompts.txt").write_bytes(b"a\0b")
+    assert "holds binary data (a zero byte)" in refused(capsys, *options)
+
+
+def test_a_prompt_that_would_fill_the_memory_is_refused(run, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr("oumi_pl.data.tokenize.LONGEST", 10)
+    write_jsonl(tmp_path / "rows.jsonl", [{"prompt": "short", "response": "x" * 20}, {"prompt": "x" * 11}])
+    error = refused(capsys, "--model", run / "model", "--file", tmp_path / "rows.jsonl")
+    assert "rows.jsonl:2: a text of 11 characters" in error
+
+
 def test_a_seed_repeats_what_was_drawn(run, capsys):
     options = ["--model", run / "model", "--prompt", "x", "--max_new_tokens", 8, "--temperature", 2, "--json"]
     drawn = [said(capsys, *options, "--seed", seed) for seed in (1, 1, 2)]

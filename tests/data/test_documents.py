@@ -186,6 +186,14 @@ def test_documents_are_encoded_whole_where_pieces_could_change_ids(monkeypatch):
     assert TokenizeDocuments(prefixed)._pieces(text) == [text]
 
 
+def test_a_document_whose_tokens_would_fill_the_memory_is_refused(monkeypatch):
+    monkeypatch.setattr(module, "LONGEST_PIECE", 10)
+    tokenize = TokenizeDocuments(ByteTokenizer(False).build())
+    assert len(tokenize(["0123456789"])) == 1
+    with pytest.raises(UserError, match="the document that begins with '01234567890' has a text of 11 characters"):
+        tokenize(["01234567890"])
+
+
 def test_ids_take_two_bytes_each_if_the_vocabulary_fits():
     tokenizer = ByteTokenizer().build()
     assert token_dtype(tokenizer) is np.uint16

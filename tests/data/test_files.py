@@ -1,10 +1,13 @@
 import gzip
 import json
+import os
+import tracemalloc
 from collections import Counter
 
 import pytest
 import zstandard
 
+from oumi_pl.data import files
 from oumi_pl.data.sources import Source, fingerprint, rows
 from oumi_pl.errors import UserError
 from tests.data.source_files import ROWS, lines, mistake, read, values, write
@@ -47,6 +50,35 @@ def test_rows_keep_the_keys_they_have():
 def test_byte_order_mark_is_skipped():
     write("a.jsonl", b"\xef\xbb\xbf" + lines(ROWS).encode())
     assert values("a.jsonl") == list(range(10))
+
+
+def test_byte_order_marks_of_files_that_were_put_together_are_skipped():
+    write("a.jsonl", b'\xef\xbb\xbf{"n": 1}\n\xef\xbb\xbf{"n": 2}\n')
+    assert values("a.jsonl") == [1, 2]
+
+
+def test_rows_may_be_as_deep_as_any_that_are_published():
+    row = {"n": json.loads("[" * 99 + "]" * 99)}
+    write("a.jsonl", lines([row]))
+    assert [row for _, row in read("a.jsonl")] == [row]
+
+
+@pytest.mark.parametrize("suffix", ["", ".gz", ".zst"])
+def test_a_line_that_never_ends_is_refused_before_it_fills_the_memory(suffix, monkeypatch):
+    monkeypatch.setattr(files, "LONGEST_LINE", 1000)
+    content = lines(ROWS[:2]).encode() + os.urandom(3_000_000).replace(b"\n", b"")
+    write(f"a.jsonl{suffix}", compressed(suffix, content) if suffix else content)
+    tracemalloc.start()
+    message = mistake(f"a.jsonl{suffix}")
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert message == f"a.jsonl{suffix}:3: the line has more than 1,000 bytes; a row is one line"
+    assert peak < 500_000
+
+
+def test_a_pipe_is_refused_instead_of_waited_for():
+    os.mkfifo("a.jsonl")
+    assert mistake("a.jsonl") == "a.jsonl: a pipe or device, not a file; copy its content to a file"
 
 
 @pytest.mark.parametrize("indent", [None, 2])
@@ -140,6 +172,13 @@ def test_reads_lazily():
         ("a.jsonl", '{"n": "\\ud83d"}\n', ["a.jsonl:1", "surrogate"]),
         ("a.jsonl", "[" * 100_000, ["a.jsonl:1", "JSON"]),
         ("a.jsonl", '{"n": ' + "1" * 5000 + "}", ["a.jsonl:1", "JSON"]),
+        ("a.jsonl", '{"n": 1}\n{"a": [{"n": 1, "n": 2}]}\n', ["a.jsonl:2", "the key 'n' occurs twice"]),
+        ("a.json", '[{"n": 1, "n": 2}]', ["a.json:1", "the key 'n' occurs twice"]),
+        ("a.jsonl", '{"n": 1}\n{"n": ' + "[" * 101 + "]" * 101 + "}\n", ["a.jsonl:2", "more than 100 levels deep"]),
+        ("a.json", '{"n": ' + "[" * 200 + "]" * 200 + '}\n{"n": 1}\n', ["a.json:1", "more than 100 levels deep"]),
+        ("a.json", '{"n": ' + "[" * 100_000 + '\n{"n": 1}\n', ["a.json:1", "more than 100 levels deep"]),
+        ("a.jsonl", '{"n": 1}\r{"n": 2}\r', ["a.jsonl:1", "not valid JSON", "CR alone"]),
+        ("a.jsonl", '{"n": 1}'.encode("utf-32"), ["a.jsonl:1", "UTF-32"]),
         ("a.jsonl", b'{"n": 1}\n{"n": "\xff"}\n', ["a.jsonl:2", "not UTF-8", "0xff at byte 8"]),
         ("a.jsonl", b'{"n": 1}\n\x00\x01\x02', ["a.jsonl:2", "binary"]),
         ("a.jsonl", '{"n": 1}'.encode("utf-16"), ["a.jsonl:1", "expected UTF-8 text, found UTF-16"]),

@@ -3,6 +3,7 @@
 import json
 import re
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -10,6 +11,7 @@ from tokenizers import AddedToken, models
 from transformers import AutoTokenizer
 
 from oumi_pl.attention.segments import path_positions
+from oumi_pl.data import tokenize
 from oumi_pl.data.formats import question_answer
 from oumi_pl.data.template import BUILT_IN, apply_template, load_template
 from oumi_pl.data.tokenize import Dropped, Tokenize
@@ -413,6 +415,31 @@ def test_drop_and_error():
         one(tokenizer, record, 9, overflow="error")
     nothing = [Text(""), chat("hi"), chat("a", "b", "c", border=2)]
     assert Tokenize(tokenizer, 9)(nothing) == [Dropped("no target tokens")] * 3
+
+
+def test_a_text_whose_tokens_would_fill_the_memory_is_no_row(monkeypatch):
+    tokenizer = byte_tokenizer("plain")
+    monkeypatch.setattr(tokenize, "LONGEST", 10)
+    for record in (Text("789", prompt="12345678"), chat("hi", "0123456789")):
+        with pytest.raises(UserError, match=r"a text of 1[12] characters, and at most 10 are tokenized as one"):
+            one(tokenizer, record, 9)
+        assert one(tokenizer, record, 9, overflow="drop") == Dropped("longer than max_length")
+    with pytest.raises(UserError, match="tokenized as one"):
+        Tokenize(tokenizer, 9).prompt_ids(Text("", prompt="x" * 11))
+
+
+def test_long_texts_are_tokenized_one_after_the_other(monkeypatch):
+    records = [Text("x" * n) for n in range(1, 9)]
+    whole = Tokenize(byte_tokenizer("plain"), 20)(records)
+    monkeypatch.setattr(tokenize, "CHARACTERS", 5)
+    encoded = Tokenize(byte_tokenizer("plain"), 20)
+    sizes = []
+    backend = encoded._backend
+    encoded._backend = SimpleNamespace(
+        encode_batch=lambda texts, **how: sizes.append(len(texts)) or backend.encode_batch(texts, **how)
+    )
+    assert [e.input_ids.tolist() for e in encoded(records)] == [e.input_ids.tolist() for e in whole]
+    assert sizes == [3, 2, 1, 1, 1]
 
 
 def test_an_empty_answer_trains_the_end_of_turn_and_is_reported():

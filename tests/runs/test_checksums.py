@@ -1,16 +1,30 @@
 """Damaged checkpoints and folders are noticed, whichever byte it is."""
 
+import json
 import os
 
 import pytest
 import torch
 
+from oumi_pl.__main__ import main
+from oumi_pl.data.tokenizers import ByteTokenizer
 from oumi_pl.errors import UserError
-from oumi_pl.models.export import read_checkpoint
+from oumi_pl.models.build import build_model
+from oumi_pl.models.export import export_model, read_checkpoint
+from oumi_pl.models.lm import LM
 from oumi_pl.runs import checksums
 from oumi_pl.runs.checkpoints import AtomicCheckpointIO
-from oumi_pl.runs.checksums import LIST, DamagedError, damage, refuse_damaged, write_list
+from oumi_pl.runs.checksums import (
+    LIST,
+    WEIGHTS,
+    DamagedError,
+    damage,
+    refuse_damaged,
+    refuse_damaged_weights,
+    write_list,
+)
 from oumi_pl.runs.folders import CHECKPOINTS, checkpoint_name, newest_whole_checkpoint, saved_steps, set_aside
+from tests.tiny import LLAMA
 
 CONTENT = {"state_dict": {"a": torch.arange(5.0), "b": torch.ones(2, dtype=torch.bfloat16)}, "global_step": 3}
 
@@ -107,6 +121,50 @@ def test_a_folder_of_an_older_version_has_no_list_and_is_not_checked(folder):
     (folder / LIST).unlink()
     (folder / "a.bin").write_bytes(b"")
     assert damage(folder) is None
+
+
+# ---- models
+
+
+@pytest.fixture
+def model(tmp_path):
+    """A small model folder, as it is exported."""
+    tokenizer = ByteTokenizer().build()
+    config = LLAMA | {"num_hidden_layers": 1, "hidden_size": 8, "intermediate_size": 8, "vocab_size": len(tokenizer)}
+    export_model(LM(build_model(None, config=config, tokenizer=tokenizer)), tmp_path / "model", tokenizer)
+    return tmp_path / "model"
+
+
+def test_a_flipped_bit_anywhere_in_the_weights_of_a_model_is_noticed(model):
+    refuse_damaged_weights(model, "model")
+    for name in ("model.safetensors", WEIGHTS):
+        whole = (model / name).read_bytes()
+        for place in range(0, len(whole) - (name == WEIGHTS), 1 + len(whole) // 300):
+            (model / name).write_bytes(flipped(whole, place))
+            with pytest.raises(DamagedError, match=f"model: {model} is damaged"):
+                refuse_damaged_weights(model, "model")
+        (model / name).write_bytes(whole)
+
+
+def test_damaged_weights_are_neither_trained_on_nor_sampled_from(model, capsys):
+    tokenizer = ByteTokenizer().build()
+    whole = (model / "model.safetensors").read_bytes()
+    (model / "model.safetensors").write_bytes(flipped(whole, len(whole) - 5))
+    with pytest.raises(DamagedError, match=r"its file model\.safetensors is not what its checksum says"):
+        build_model(str(model), tokenizer=tokenizer)
+    assert main(["generate", "--model", str(model), "--prompt", "a"]) == 2
+    error = capsys.readouterr().err
+    assert f"if that was on purpose, delete {WEIGHTS}" in error
+    assert error.count("\n") == 1
+    (model / WEIGHTS).unlink()  # as a model of somebody else, which has no checksums
+    build_model(str(model), tokenizer=tokenizer)
+
+
+def test_other_files_of_a_model_may_be_edited(model):
+    config = json.loads((model / "config.json").read_text())
+    (model / "config.json").write_text(json.dumps(config | {"rope_theta": 20_000.0}))
+    (model / "README.md").write_text("my model")
+    build_model(str(model), tokenizer=ByteTokenizer().build())
 
 
 # ---- which checkpoint a run goes on from

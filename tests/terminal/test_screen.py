@@ -9,7 +9,8 @@ import pytest
 from oumi_pl.commands import generate, preview, recipes
 from oumi_pl.preview import pieces
 from oumi_pl.terminal import screen
-from oumi_pl.terminal.screen import has_colours, is_terminal, meanwhile, visible
+from oumi_pl.terminal.screen import has_colours, is_terminal, meanwhile
+from oumi_pl.terminal.text import visible
 
 
 class Stream(io.StringIO):

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, cast
 from oumi_pl.core.trainers.base import BaseTrainer
 from oumi_pl.core.trainers.kinds import Adapted
 from oumi_pl.errors import UserError
+from oumi_pl.terminal.text import echo
 
 if TYPE_CHECKING:
     from oumi_pl.core.configs import TrainerType
@@ -124,7 +125,7 @@ def _hugging_face(
     if params is not None:
         kwargs["args"] = to_hf(params, trainer_type)
         if verbose:
-            print(kwargs["args"])
+            echo(kwargs["args"])
         directory = params.logging_dir or str(Path(params.output_dir) / "tensorboard")
         os.environ["TENSORBOARD_LOGGING_DIR"] = directory  # transformers 5 reads it from nowhere else
     trainer = class_of(trainer_type.name, "trainer")(*args, **kwargs)
