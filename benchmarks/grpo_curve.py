@@ -27,14 +27,18 @@ Curve = dict[int, float]
 """Updates -> share of right answers."""
 
 
+def run_command(command: list[str], threads: int) -> None:
+    environment = os.environ | {"OMP_NUM_THREADS": str(threads)}
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
+    if done.returncode:
+        sys.exit(done.stderr[-3000:])
+
+
 def fit(recipe: str, folder: Path, threads: int, *options: str) -> Path:
     """Trains in a process of its own; returns the run folder."""
     name = recipe.rpartition("/")[2]
     command = [sys.executable, "-m", "oumi_pl", "fit", "--config", recipe, "--runs_dir", str(folder), "--name", name]
-    environment = os.environ | {"OMP_NUM_THREADS": str(threads)}
-    done = subprocess.run([*command, *options], capture_output=True, text=True, env=environment, check=False)
-    if done.returncode:
-        sys.exit(done.stderr[-3000:])
+    run_command([*command, *options], threads)
     return folder / name
 
 
@@ -43,14 +47,14 @@ def column(run: Path, name: str) -> Curve:
         return {int(row["step"]): float(row[name]) for row in csv.DictReader(lines) if row.get(name)}
 
 
-def sampled_score(run: Path, folder: Path) -> float:
+def sampled_score(run: Path, folder: Path, threads: int) -> float:
     """The share of right answers to the held-out questions, four samples of each."""
     file = folder / "answers.jsonl"
     file.unlink(missing_ok=True)
     sampling = ["--samples", "4", "--temperature", "1", "--seed", "1", "--max_new_tokens", "12"]
     files = ["--file", "bundled/reversed/heldout", "--output", str(file), "--metric", "exact_match"]
     command = [sys.executable, "-m", "oumi_pl", "generate", "--model", str(run / "model"), *files, *sampling]
-    subprocess.run(command, capture_output=True, check=True)
+    run_command(command, threads)
     scores = [json.loads(line)["exact_match"] for line in file.read_text().splitlines()]
     return sum(scores) / len(scores)
 
@@ -64,12 +68,12 @@ def curves(seed: int, threads: int) -> tuple[Curve, Curve, tuple[float, float]]:
         run = fit(RECIPE, Path(folder), threads, *seeded, *options)
         initial = column(start, "val/exact_match")
         greedy = {0: initial[max(initial)]} | column(run, "val/exact_match")
-        ends = sampled_score(start, Path(folder)), sampled_score(run, Path(folder))
-        return greedy, column(run, "train/reward"), ends
+        before, after = (sampled_score(trained, Path(folder), threads) for trained in (start, run))
+        return greedy, column(run, "train/reward"), (before, after)
 
 
 def reached(curve: Curve) -> int | None:
-    """The first measurement from which on all are at the target."""
+    """The first update from which on the curve never falls below the target."""
     below = [step for step, value in curve.items() if value < TARGET]
     above = [step for step in curve if step > max(below, default=-1)]
     return min(above, default=None)
@@ -108,7 +112,8 @@ def main() -> None:
         greedy, training, (before, after) = curves(seed, args.threads)
         runs.append((greedy, training))
         ends = f"{before:.1%} to {after:.1%}", f"{greedy[0]:.1%} to {greedy[max(greedy)]:.1%}"
-        print(f"{seed:4}  {ends[0]:>14}  {ends[1]:>14}  {reached(greedy) or 'never'}", flush=True)
+        steps = reached(greedy)
+        print(f"{seed:4}  {ends[0]:>14}  {ends[1]:>14}  {'never' if steps is None else steps}", flush=True)
     args.out.mkdir(parents=True, exist_ok=True)
     picture(runs, args.out / "grpo_curve.png")
     print(f"picture -> {args.out / 'grpo_curve.png'}")

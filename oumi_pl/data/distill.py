@@ -58,7 +58,7 @@ class DistillData(RolloutData):
             **kwargs,
         )
         if not 0 <= lmbda <= 1:
-            raise UserError(f"data.lmbda is {lmbda}, but a probability is from 0 to 1")
+            raise UserError(f"data.lmbda is {lmbda}, but has to be a probability, from 0 to 1")
         self.lmbda = lmbda
         self.most_prompt_tokens = self.room
         """Most tokens of a prompt."""
@@ -73,6 +73,7 @@ class DistillData(RolloutData):
     report = ChatData.report
     made_from = ChatData.made_from
     plan = ChatData.plan
+    held_out_rows = ChatData.held_out_rows
     lengths = ChatData.lengths
     make_eval_loader = ChatData.make_eval_loader
 

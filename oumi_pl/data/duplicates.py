@@ -63,7 +63,7 @@ class Repeats:
     """Leaves out rows that repeat an earlier one, and counts them.
 
     Args:
-        before: Rows of earlier sources, which count as earlier rows; None: no row is left out.
+        before: Rows of the sources before this one; None keeps every row.
     """
 
     def __init__(self, before: Iterable[Keyed] | None) -> None:
@@ -72,21 +72,25 @@ class Repeats:
         """The first repeated rows, each with the one that it repeats."""
         self._keeps_all = before is None
         self._origins: dict[int, str] = {}
+        self._earlier: dict[int, str] = {}
         for rows in before or ():
             for key, origin in zip(rows.record_keys.tolist(), rows.origins, strict=True):
-                self._origins.setdefault(key, origin)
+                self._earlier.setdefault(key, origin)
 
     def leave_out(
         self, records: Iterable[tuple[str, Record | Dropped | BadRow]]
     ) -> Iterator[tuple[str, Record | Dropped | BadRow]]:
         """Yields the records; `Dropped` in place of one that repeats another row.
 
-        A row that is read twice, because `sample` asks for more rows than there are, is no repeated row.
+        A row that is read twice, because `sample` asks for more rows than there are, is not a duplicate; a row of a
+        file that is also in an earlier source is one.
         """
         for origin, record in records:
             if isinstance(record, Record) and not self._keeps_all:
-                earlier = self._origins.setdefault(content_hash(record.content_key()), origin)
-                if earlier != origin:
+                key = content_hash(record.content_key())
+                before, here = self._earlier.get(key), self._origins.setdefault(key, origin)
+                earlier = here if before is None else before
+                if before is not None or here != origin:
                     self.rows += 1
                     self.first = [*self.first, [origin, earlier]][:LISTED]
                     yield origin, Dropped(REPEATED)
@@ -108,8 +112,13 @@ def repeated(sources: Sequence[Keyed]) -> dict[str, Any]:
     if not len(again):
         return {"rows": 0, "first": []}
     origins = [origin for rows in sources for origin in rows.origins]
-    # the same row, read again for `sample`, is no repeated row
-    again = np.array([i for i in again.tolist() if origins[i] != origins[earliest[i]]], dtype=np.int64)
+    number = np.repeat(np.arange(len(sources)), [len(rows.origins) for rows in sources])
+
+    def is_read_again(i: int) -> bool:
+        """Whether it is the same row, which `sample` reads several times."""
+        return bool(number[i] == number[earliest[i]]) and origins[i] == origins[earliest[i]]
+
+    again = np.array([i for i in again.tolist() if not is_read_again(i)], dtype=np.int64)
     first = [[origins[i], origins[earliest[i]]] for i in again[:LISTED].tolist()]
     return {"rows": len(again), "first": first}
 

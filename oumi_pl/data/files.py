@@ -107,7 +107,7 @@ def count_rows(path: Path, name: str, how: Reading) -> int:
     if kind_of(path) in TABLES:
         return sum(batch.num_rows for batch in _batches(path, name))
     if kind_of(path) == "jsonl":
-        return sum(1 for _, line in _lines(path, name, look) if line.strip())
+        return sum(1 for _, line in _lines(path, name, look, LONGEST_LINE) if line.strip())
     return sum(1 for _ in read_file(path, name, look))
 
 
@@ -118,7 +118,9 @@ def _json_lines(path: Path, name: str, how: Reading) -> Iterator[tuple[str, Row 
     for number, offset, data in _raw_lines(path, name, how, LONGEST_LINE):
         where = f"{name}:{number}"
         try:
-            line = _decoded(data, name, number, offset, how).removeprefix("\ufeff")  # of files that were put together
+            line = _decoded(data, name, number, offset, how).removeprefix(
+                "\ufeff"
+            )  # of a file within, if files were concatenated
             if line.strip():
                 yield where, _row(_parse(line.rstrip(), name, number), where)
         except RowError as error:
@@ -151,9 +153,8 @@ def _json(path: Path, name: str, how: Reading) -> Iterator[tuple[str, Row | BadR
 
 def _holds_lines(path: Path, name: str, how: Reading) -> bool:
     """Whether a `.json` file holds JSON lines: its first line is a whole object, and more lines follow."""
-    look = Reading(
-        encoding=how.encoding, replace=how.replace
-    )  # with a separate counter, since the lines are read again
+    # with a separate counter, since the lines are read again
+    look = Reading(encoding=how.encoding, replace=how.replace)
     filled = (line for _, line in _lines(path, name, look) if line.strip())
     first, second = next(filled, ""), next(filled, None)
     if second is None or not first.lstrip().startswith("{"):
@@ -340,9 +341,9 @@ _READERS: dict[str, Callable[[Path, str, Reading], Iterator[tuple[str, Row | Bad
 # --- bytes to lines to values ----------------------------------------------------------------------------------------
 
 
-def _lines(path: Path, name: str, how: Reading) -> Iterator[tuple[int, str]]:
+def _lines(path: Path, name: str, how: Reading, longest: int | None = None) -> Iterator[tuple[int, str]]:
     """Yields decoded lines with their numbers, from 1, including line ends."""
-    for number, offset, line in _raw_lines(path, name, how):
+    for number, offset, line in _raw_lines(path, name, how, longest):
         yield number, _decoded(line, name, number, offset, how)
 
 

@@ -63,7 +63,7 @@ class RewardModel(SampleReward):
         if not architecture.endswith(KIND):
             raise UserError(f"{self.key} is {architecture}, not a reward model; train one with `fit`, module Reward")
         if config.num_labels != 1:
-            raise UserError(f"{self.key} has {config.num_labels} labels, and a reward model has one")
+            raise UserError(f"{self.key} has {config.num_labels} labels; a reward model needs exactly one")
 
     @property
     def _is_adapter(self) -> bool:
@@ -79,7 +79,8 @@ class RewardModel(SampleReward):
             return load(*args, **kwargs)
         except UserError as error:
             # the loaders name the keys of a run's own model and tokenizer
-            raise UserError(f"{self.key}: {str(error).partition(': ')[2]}") from error
+            first, _, rest = str(error).partition(": ")
+            raise UserError(f"{self.key}: {rest or first}") from error
 
     # ---- what is loaded
 
@@ -104,8 +105,9 @@ class RewardModel(SampleReward):
         if self._is_adapter:
             arguments |= {"num_labels": 1, "pad_token_id": self._own.tokenizer.pad_token_id}
         load = AutoModelForSequenceClassification.from_pretrained
-        # the head of an adapter's base is drawn at first: not from the run's random numbers, and not worth a report
-        with torch.random.fork_rng(), without_load_report():
+        # the base of an adapter has no score head, so transformers draws one and reports it before the adapter replaces
+        # it: neither from the run's random numbers nor on the screen
+        with torch.random.fork_rng(devices=[]), without_load_report():
             model, info = self._loaded(loaded, load, self.path, **arguments)
         if (missing := sorted(info["missing_keys"])) and not self._is_adapter:
             raise UserError(f"{self.key}: its weights {', '.join(missing[:3])} are missing, and would be random")

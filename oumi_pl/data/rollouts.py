@@ -70,9 +70,10 @@ class RolloutData(ChatData):
         steps_per_rollout: Updates whose prompts are completed at once, before the first of them.
         iterations: How often each rollout is trained on.
         prompts_per_call: Prompts whose groups are sampled in one batch.
-        extra_rounds: How often prompts whose completions all got the same total reward are replaced by others of the
-            epoch, which are sampled as well (Yu et al. 2025, arXiv:2503.14476, "dynamic sampling", equation 11). A
-            group stays if its place gets none with different rewards. `train/extra_groups` is what this costs.
+        extra_rounds: How often prompts whose completions all got the same total reward are replaced by prompts that
+            are drawn from the epoch (similar to "dynamic sampling", Yu et al. 2025, arXiv:2503.14476, equation 11). If
+            no round finds a group with different rewards, the original one stays. `train/extra_groups` counts the
+            groups that were sampled in addition.
         mask_truncated: Leave completions that `max_new_tokens` cut out of the loss.
         overlong_tokens: The last so many of `max_new_tokens` reduce the reward in training, up to `overlong_penalty`
             for all of them (Yu et al. 2025, arXiv:2503.14476, "soft overlong punishment"); 0 for none.

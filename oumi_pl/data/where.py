@@ -2,8 +2,8 @@
 
 An expression is a small part of Python: columns by name, numbers, texts, lists, `and or not`, comparisons, `in`, `is
 None`, arithmetic, `meta['key']`, `len(text)`, and a few methods of text (`lower`, `upper`, `strip`, `startswith`,
-`endswith`). Nothing else is evaluated, so that an expression can't run code. Cells of CSV files are text; compared with
-numbers, they count as the numbers that they hold.
+`endswith`). Nothing else is evaluated, so that an expression can't run code. Cells of CSV files are
+strings, empty ones too; compared with a number, they are read as numbers.
 """
 
 import ast
@@ -56,7 +56,7 @@ class Where:
         where: An expression, the dotted path of a function `row -> bool`, or from Python the function itself.
 
     Raises:
-        UserError: the expression holds something else than the module's docstring lists.
+        UserError: the expression uses something that the module's docstring does not list.
     """
 
     def __init__(self, where: str | Filter) -> None:
@@ -97,18 +97,18 @@ class Where:
         except Exception as error:
             raise UserError(raised(f"where: {self.text}", error)) from error
         if type(value).__name__ not in ("bool", "bool_"):  # also numpy's
-            raise UserError(f"where: {self.text} returned {value!r} for this row; it returns True or False")
+            raise UserError(f"where: {self.text} returned {value!r} for this row; it has to return True or False")
         return bool(value)
 
     def used(
         self, rows: Iterator[tuple[str, Row | BadRow]], title: str, counts: Counter[str], strict: bool
     ) -> Iterator[tuple[str, Row | BadRow]]:
-        """Yields the rows that are used, and bad ones.
+        """Yields the rows that pass the filter, and bad ones unchanged.
 
         Args:
             rows: Rows with their origins, from the start of the source.
             title: Name of the source, for messages.
-            counts: `where` counts the rows that are left out; several passes are counted once.
+            counts: `where` counts the rows that are left out; a source that is read several times is counted once.
             strict: Raise an error for a row that can't be compared, instead of yielding a `BadRow` in its place.
 
         Raises:
@@ -125,7 +125,7 @@ class Where:
                 known |= row.keys()
                 missing -= row.keys()
                 if missing and looked_at == LOOKED_AT:
-                    raise _no_column(title, missing, known)
+                    raise _no_column(f"none of the first {LOOKED_AT:,} rows", title, missing, known)
             try:
                 if self(row):
                     yield origin, row
@@ -138,23 +138,23 @@ class Where:
             left_out += 1
             counts["where"] = max(counts["where"], left_out)
         if missing and looked_at:
-            raise _no_column(title, missing, known)
+            raise _no_column("no row", title, missing, known)
 
 
 class NoColumnError(UserError):
     """An expression names a column that no row has."""
 
 
-def _no_column(title: str, missing: set[str], known: set[str]) -> NoColumnError:
+def _no_column(rows: str, title: str, missing: set[str], known: set[str]) -> NoColumnError:
     name = min(missing)
-    return NoColumnError(f"{title}: where: no row has a column {name!r}{nearest(name, known)}")
+    return NoColumnError(f"{title}: where: {rows} has a column {name!r}{nearest(name, known)}")
 
 
 class _Expression:
     """An expression as a function of a row.
 
     Args:
-        text: The expression. A column whose name is no name in Python is written in backticks.
+        text: The expression. A column whose name is not a Python identifier is written in backticks.
         columns: Gets the columns that it names.
     """
 
@@ -174,7 +174,7 @@ class _Expression:
     def _stand_in(self, match: re.Match[str]) -> str:
         if match[1] is None:
             return match[0]
-        name = f"__column_{len(self._names)}"
+        name = f"__column_{len(self._names)}__"
         self._names[name] = match[1]
         return name
 
@@ -182,13 +182,13 @@ class _Expression:
         """The function that evaluates a part of the expression.
 
         Raises:
-            UserError: it is something that filters don't have.
+            UserError: it is not allowed in filters.
         """
         value = self._part(node)
         if value is None:
             raise UserError(
-                f"where: {self._source(node)!r} is not available in filters; they compare columns, numbers, texts and "
-                "lists, as in \"lang in ['en', 'de'] and len(text) < 2000\"; for more, name a function of a row "
+                f"where: {self._source(node)!r} is not available in filters; they compare columns, numbers, strings "
+                "and lists, as in \"lang in ['en', 'de'] and len(text) < 2000\"; for more, name a function of a row "
                 "(package.module.function)"
             )
         return value
@@ -330,7 +330,7 @@ def _number(value: Any) -> float | int | None:
     """A value as a number, also a text that holds one; None for nothing and empty text.
 
     Raises:
-        UserError: it is no number.
+        UserError: it is not a number.
     """
     if value is None or isinstance(value, int | float):
         return value
@@ -341,7 +341,7 @@ def _number(value: Any) -> float | int | None:
             return float(value)
         except ValueError:
             pass
-    raise UserError(f"where: {value!r} is no number")
+    raise UserError(f"where: {value!r} is not a number")
 
 
 def _equal(left: Any, right: Any) -> bool:
@@ -350,7 +350,7 @@ def _equal(left: Any, right: Any) -> bool:
         return bool(left == right)
     text, other = (left, right) if isinstance(left, str) else (right, left)
     if isinstance(other, bool):
-        return str(text).strip().lower() == str(other).lower()
+        return str(text).strip().lower() in (_TRUE if other else _FALSE)
     if not isinstance(other, int | float):
         return False
     try:
@@ -365,5 +365,5 @@ def _contains(holder: Any, value: Any) -> bool:
     if holder is None or isinstance(holder, str):
         return False
     if not isinstance(holder, list | dict):
-        raise UserError(f"where: {holder!r} is neither a list nor a text to look in")
+        raise UserError(f"where: {holder!r} is neither a list nor a string, so `in` can't be applied to it")
     return any(_equal(item, value) for item in holder)

@@ -359,7 +359,7 @@ def _refuse_other_logits(folder: Path, model: LM, hf: Any, expected: Tensor) -> 
         kwargs["trust_remote_code"] = True
     if base is not hf:  # what the base on disk does not know of the task
         kwargs |= model.adapter_settings
-    with without_load_report(), torch.random.fork_rng(), torch.no_grad():
+    with without_load_report(), torch.random.fork_rng(devices=[]), torch.no_grad():
         load: Any = getattr(transformers, model.auto_class)
         loaded = base.reloaded(folder) if is_plain(base) else load.from_pretrained(folder, **kwargs)
         logits = model.plain_logits(keep_differentiable(loaded).eval())

@@ -413,7 +413,7 @@ def _arguments(module: nn.Module) -> dict[str, Any] | None:
         named = [p for p in list(parameters)[1:] if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)]
         values = {p.name: getattr(module, p.name, p.default) for p in named}
         arguments = {name: v for name, v in values.items() if isinstance(v, int | float | str | bool | list | None)}
-        with torch.random.fork_rng():
+        with torch.random.fork_rng(devices=[]):
             built = type(module)(**json.loads(json.dumps(arguments)))
     except Exception:  # a user's class can raise anything
         return None

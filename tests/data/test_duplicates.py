@@ -77,6 +77,13 @@ def test_rows_dropped_as_repeated_are_those_after_the_first_also_across_sources(
     assert "repeat an earlier row," not in summary(train)
 
 
+def test_rows_of_a_file_that_is_named_twice_are_repeated(tmp_path):
+    file = write(tmp_path / "a.jsonl", [row(0), row(1)])
+    assert opened(sft([file, file]))["train"]["duplicates"]["rows"] == 2
+    dropped = opened(sft([file, file], duplicates="drop"))["train"]
+    assert (dropped["kept"], dropped["dropped"]) == (2, {REPEATED: 2})
+
+
 def test_dropping_changes_what_a_checkpoint_belongs_to(tmp_path):
     file = write(tmp_path / "rows.jsonl", [row(0), row(1), row(0)])
     kept, dropped = (sft(file, duplicates=value) for value in ("keep", "drop"))
@@ -157,7 +164,7 @@ def test_the_preview_finds_examples_across_sources_with_repeated_rows(tmp_path):
     assert [len(store) for store in data.stores("train")] == [2, 1]
 
 
-def test_only_training_rows_are_dropped(tmp_path):
+def test_rows_of_a_separate_validation_file_are_not_dropped(tmp_path):
     file = write(tmp_path / "rows.jsonl", [row(0), row(0)])
     report = opened(sft(file, write(tmp_path / "held.jsonl", [row(5), row(5)]), duplicates="drop"))
     assert report["train"]["kept"] == 1

@@ -227,7 +227,7 @@ def broken(tmp_path):
 MISTAKES = {
     r"data\.reward: there is no folder '.*/nowhere/model'": lambda path: str(path / "nowhere/model"),
     r"data\.reward: .*/lm is LlamaForCausalLM, not a reward model": lambda path: pretrained(path / "lm"),
-    r"data\.reward: .*/two has 2 labels, and a reward model has one": lambda path: reward_model(
+    r"data\.reward: .*/two has 2 labels; a reward model needs exactly one": lambda path: reward_model(
         path / "two", num_labels=2
     ),
     r"data\.reward: .*/broken: its weights score\.weight are missing": broken,

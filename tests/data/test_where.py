@@ -62,6 +62,20 @@ def test_cells_of_csv_files_count_as_what_they_hold(tmp_path):
     assert texts("quality < 3 or not good") == ["b", "d"]
 
 
+def test_words_for_true_and_false_count_alike_alone_and_compared(tmp_path):
+    file = tmp_path / "rows.csv"
+    file.write_text("text,good\na,yes\nb,no\nc,1\nd,true\ne,0\n")
+    for expression in ("good", "good == True", "not good == False", "good != False"):
+        assert [row["text"] for _, row in rows(Source(str(file), where=expression))] == ["a", "c", "d"], expression
+
+
+def test_messages_name_columns_in_backticks(tmp_path):
+    names = [f"column {i}" for i in range(11)]
+    expression = " and ".join(f"`{name}` == 1" for name in names) + " and `column 10` ** 2"
+    with pytest.raises(UserError, match=r"'`column 10` \*\* 2' is not available"):
+        SFTData(Source("a.jsonl", where=expression), **OPTIONS)
+
+
 @pytest.mark.parametrize(
     ("expression", "message"),
     [
@@ -91,7 +105,7 @@ def test_a_column_that_no_row_has_is_named_with_the_nearest(tmp_path):
         SFTData(Source(few, where="qualty != 3"), **OPTIONS).setup("fit")
     many = write(tmp_path / "many.jsonl", [{"text": "a"}] * 3000)
     read = rows(Source(many, where="lang != 'en'"))
-    with pytest.raises(UserError, match="no row has a column 'lang'; known: 'text'"):
+    with pytest.raises(UserError, match="none of the first 1,000 rows has a column 'lang'; known: 'text'"):
         assert sum(1 for _ in read) == 0
     # a column that only some rows have is fine
     assert [row["text"] for _, row in rows(Source(few, where="quality == 3"))] == ["b"]
@@ -100,11 +114,11 @@ def test_a_column_that_no_row_has_is_named_with_the_nearest(tmp_path):
 def test_a_value_that_can_not_be_compared_is_a_bad_row(tmp_path):
     file = write(tmp_path / "a.jsonl", [{"text": "a", "quality": 4}, {"text": "b", "quality": "high"}])
     source = Source(file, where="quality >= 3")
-    with pytest.raises(UserError, match=r"a.jsonl:2: where: 'high' is no number \(quality >= 3\)"):
+    with pytest.raises(UserError, match=r"a.jsonl:2: where: 'high' is not a number \(quality >= 3\)"):
         SFTData(source, **OPTIONS).setup("fit")
     data = SFTData(source, **OPTIONS, bad_rows="drop")
     data.setup("fit")
-    assert data.report()["train"]["dropped"] == {"where: 'high' is no number (quality >= 3)": 1}
+    assert data.report()["train"]["dropped"] == {"where: 'high' is not a number (quality >= 3)": 1}
 
 
 def messy(n=60):
@@ -155,7 +169,7 @@ def test_a_function_filters_and_its_mistakes_name_the_row(tmp_path):
     assert named == [row["text"] for _, row in rows(Source(file, where=good))] == ["Text 2.", "Text 5."]
     with pytest.raises(UserError, match=r"a.jsonl:1: where: .*<lambda> raised KeyError: 'x' \(.*test_where.py line"):
         list(rows(Source(file, where=lambda row: row["x"])))
-    with pytest.raises(UserError, match=r"a.jsonl:1: where: .*returned None for this row; it returns True or False"):
+    with pytest.raises(UserError, match=r"a.jsonl:1: .*returned None for this row; it has to return True or False"):
         list(rows(Source(file, where=lambda row: None)))
     for name, message in (
         ("no_module.keep", "where 'no_module.keep' can't be imported: No module named 'no_module'"),

@@ -587,6 +587,14 @@ def test_what_the_model_samples_is_not_imitated(tmp_path):
         fit(SFT(config=LLAMA), mixed(tmp_path), max_steps=1)
 
 
+def test_rows_held_out_by_a_fraction_are_named(tmp_path):
+    samples = mixed(tmp_path, validation=0.4)
+    samples.prepare_data()
+    named = [origin for _, origin in samples.held_out_rows()]
+    assert named == [origin for origin, _ in samples.records("validation")]
+    assert named
+
+
 def test_only_rows_with_a_prompt_and_an_answer_have_both_kinds(tmp_path):
     turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
     file = write_jsonl(tmp_path / "rows.jsonl", [{"messages": turns}, {"messages": [*turns, turns[0]]}])

@@ -20,8 +20,8 @@ Feedback has one answer to each question, with the label true if it smiles and f
 both.
 
 Reversals ask to spell a word backwards. Two in ten demonstrations spell it forwards, and four have a wrong letter, so
-a model that is trained on them is right less than half of the time. Rewards teach it the rest: for those there are
-other words, with their right answers.
+a model that is trained on them is right less than half of the time. Rewards teach it the rest: the rows for those
+are drawn independently, and have the right answers.
 """
 
 import json
