@@ -48,7 +48,13 @@ class Record:
 
     def split_key(self) -> str:
         """Decides whether the row is held out, if a fraction of the rows is: the prompt, else all that it says."""
-        return repr(self)
+        return self.content_key()
+
+    def content_key(self) -> str:
+        """All that the record says: rows with the same are duplicates."""
+        if type(self).__repr__ is not object.__repr__:
+            return repr(self)
+        return f"{type(self).__name__} {vars(self)}"  # the default representation has an address in memory
 
 
 def beside(row: Row, values: Row) -> Row:
@@ -279,6 +285,8 @@ class RunData(Protocol):
     """Whether examples may have segments that continue others."""
     eval_batch_size: int
     max_length: int
+    new_tokens: list[str]
+    """Tokens that the recipe adds to the vocabulary."""
     own_pad: str | None
     """The pad token that the tokenizer came with; None if it has none."""
     own_template: Any
@@ -321,6 +329,9 @@ class RunData(Protocol):
 
     def consumed(self) -> list[dict[str, Any]]:
         """What the current pass has read from each source; empty for data that follow a plan."""
+
+    def held_out_rows(self) -> Iterator[tuple[str, str]]:
+        """Source and origin (file and line) of each row that is held out, if a fraction of the rows is."""
 
     def largest_micro_batch(self) -> list[np.ndarray] | None:
         """Rows of the largest micro-batch of the first epoch, over all ranks; None if all are the same size."""

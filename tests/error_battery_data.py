@@ -50,11 +50,14 @@ ROWS = {
     ),
     "wrong encoding": reads(
         jsonl(GOOD).encode() + '{"prompt": "café"}'.encode("latin-1"),
-        "data.jsonl:2: not UTF-8 text (0xe9 at byte 16 of the line, 53 of the file); save it as UTF-8, or have "
-        "such bytes replaced: {path: data.jsonl, errors: replace}",
+        "data.jsonl:2: not UTF-8 text (0xe9 at byte 16 of the line, 53 of the file); save it as UTF-8, name its "
+        "encoding ({path: data.jsonl, encoding: cp1252}), or have such bytes replaced: {path: data.jsonl, errors: "
+        "replace}",
     ),
     "wrong encoding, UTF-16": reads(
-        jsonl(GOOD).encode("utf-16"), "data.jsonl:1: expected UTF-8 text, found UTF-16; save it as UTF-8"
+        jsonl(GOOD).encode("utf-16"),
+        "data.jsonl:1: expected UTF-8 text, found UTF-16; save it as UTF-8, or name its encoding: {path: data.jsonl, "
+        "encoding: utf-16}",
     ),
     "corrupt line": reads(
         jsonl(GOOD, GOOD) + '{"prompt": "a\n',

@@ -10,6 +10,7 @@ from transformers import AutoModelForCausalLM
 from oumi_pl.report.page import make as draw_report  # tests replace it in its module
 from oumi_pl.runs import folders
 from tests.command_line import GONE, CommandLine, jsonl
+from tests.data.test_reward_model import reward_model
 
 FIT = ("fit", "--config", "r.yaml")
 REWARDS = """
@@ -81,6 +82,19 @@ def test_previewed_groups_are_those_of_the_first_update(cli):
         assert line["origin"] in out
     assert out.count("⟦") == 1 + len(first)  # in the legend, and around each completion
     assert "2 groups of 3: mean reward" in out
+
+
+@pytest.mark.parametrize("engine", ["lightning", "trl"])
+def test_a_reward_models_folder_is_a_reward(cli, engine):
+    reward_model(cli.directory / "runs/judge/model")
+    cli.recipe(GRPO | {"data.init_args.reward": {"runs/judge/model": 0.5, "my_online_rewards.short": 1.0}})
+    out = cli.works("preview", "--config", "r.yaml", "--rollouts", 2)
+    cli.works(*FIT, "--trainer.max_steps", 2, "--export.enabled", "false", "--engine", engine)
+    for line in rollouts(cli, "runs/r")[:6]:
+        assert line["total"] == pytest.approx(0.5 * line["rewards"]["judge"] + line["rewards"]["short"], abs=1e-6)
+        assert f"judge {line['rewards']['judge']:.4g}, short" in out
+    assert list(cli.column("runs/r", "train/rewards/judge")) == [1, 2]
+    assert "data.reward: there is no folder 'runs/jugde/model'" in cli.fails(*FIT, "--data.reward", "runs/jugde/model")
 
 
 def test_unsupported_previews_are_refused(cli):

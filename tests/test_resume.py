@@ -15,6 +15,10 @@ import torch
 
 from oumi_pl.callbacks.checkpoint import Checkpoints
 from oumi_pl.callbacks.stopping import LastStep
+from oumi_pl.data.sft import SFTData
+from oumi_pl.data.sources import Source
+from oumi_pl.data.tokenizers import ByteTokenizer
+from oumi_pl.errors import UserError
 from oumi_pl.modules.sft import SFT
 from oumi_pl.runs.checkpoints import AtomicCheckpointIO
 from tests.models.test_lora import pretrained
@@ -73,6 +77,32 @@ def test_killed_and_resumed_equals_uninterrupted(tmp_path, kill):
     resumed, after = run(tmp_path, tmp_path / "killed", resume=checkpoint, seed=1 if checkpoint is None else 2)
     step = 0 if checkpoint is None else int(checkpoint.stem.split("-")[1])
     assert after == seen[step * MICRO :]
+    assert all(torch.equal(a, b) for a, b in zip(weights(resumed).values(), weights(whole).values(), strict=True))
+
+
+def test_filtered_rows_without_duplicates_in_shares_of_tokens_are_resumed(tmp_path, monkeypatch):
+    rows = [row | {"quality": i % 3} for i, row in enumerate(conversations(30))]
+    short = conversations(6, seed=1, longest=3)
+    sources = [
+        Source(write_jsonl(tmp_path / "a.jsonl", [*rows, *rows[:9]]), where="quality > 0", weight=2.0),
+        Source(write_jsonl(tmp_path / "b.jsonl", [*short, *rows[:5]]), weight=1.0),
+    ]
+
+    def use(**options):
+        chosen = {"tokenizer": ByteTokenizer(), "max_length": 256, "seed": 0, "duplicates": "drop"} | options
+        monkeypatch.setattr(f"{__name__}.data", lambda path, n, **kwargs: SFTData(sources, **(chosen | kwargs)))
+
+    use(weight_by="tokens")
+    whole, seen = run(tmp_path, tmp_path / "whole", every=2)
+    assert run(tmp_path, tmp_path / "killed", 7, every=2)[1] == seen[:7]
+    checkpoint = newest(tmp_path / "killed")
+    for changed in ({"weight_by": "rows"}, {"weight_by": "tokens", "duplicates": "keep"}):
+        use(**changed)
+        with pytest.raises(UserError, match=r"data\.train: the rows, .* or their shares have changed since"):
+            run(tmp_path, tmp_path / "killed", resume=checkpoint)
+    use(weight_by="tokens")
+    resumed, after = run(tmp_path, tmp_path / "killed", resume=checkpoint, seed=2, every=2)
+    assert after == seen[int(checkpoint.stem.split("-")[1]) * MICRO :]
     assert all(torch.equal(a, b) for a, b in zip(weights(resumed).values(), weights(whole).values(), strict=True))
 
 

@@ -29,7 +29,7 @@ from oumi_pl.errors import UserError
 from oumi_pl.losses.causal import is_cross_entropy
 from oumi_pl.losses.distillation import DistillationSums, TeacherHead, distillation_sums
 from oumi_pl.modules.base import LanguageModule
-from oumi_pl.modules.distill import Distill
+from oumi_pl.modules.distill import Distill, sampled_targets
 from oumi_pl.modules.dpo import DPO
 from oumi_pl.modules.grpo import GRPO
 from oumi_pl.modules.kto import KTO
@@ -234,7 +234,8 @@ class DistillationMixin(EngineMixin):
 
     def batch_sums(self, outputs: list[Tensor]) -> Sums:
         """The sums for our metrics, from the logits of both models."""
-        return {name: value for name, value in self.sums._asdict().items() if name != "loss"}
+        sums = {name: value for name, value in self.sums._asdict().items() if name != "loss"}
+        return sums | sampled_targets(self.micro_batch.native, self.sums.loss)
 
 
 class RolloutsMixin(EngineMixin):

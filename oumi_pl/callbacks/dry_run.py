@@ -32,6 +32,7 @@ from oumi_pl.callbacks.memory import Memory, available, gigabytes, size_in_words
 from oumi_pl.callbacks.run_folder import RunFolder, nothing_left
 from oumi_pl.callbacks.start import data_lines, labelled
 from oumi_pl.callbacks.throughput import peak_memory
+from oumi_pl.data.distill import DistillData
 from oumi_pl.data.examples import ExampleData
 from oumi_pl.data.plan import Layout, Plan
 from oumi_pl.data.reference import ReferenceLogps
@@ -48,6 +49,8 @@ NO_TOKEN = 2**31 - 1
 """A token id that no vocabulary has, so it never ends a completion."""
 UPDATES = 2
 """Fewest updates: from the second on there is an optimizer state, and memory no longer grows."""
+UPDATES_OF_BOTH_KINDS = 4
+"""The same, if some updates train on sampled completions and others on answers."""
 MOST_UPDATES = 6
 SECONDS = 2.0
 """Fast updates are repeated, up to `MOST_UPDATES`, until this time is spent: their times vary."""
@@ -143,6 +146,10 @@ class DryRun(L.Callback):
         loader.layout = self.data.layout  # follows the trainer's accumulation, which has just changed
         self.measured.alike = self.largest is None
         self.measured.sampled = self.data.sampling.max_new_tokens if isinstance(self.data, RolloutData) else 0
+        if self.measured.has_both_kinds and isinstance(self.data, DistillData):
+            # alternating, sampled ones first: the third is the first of them with an optimizer state
+            self.data.is_sampled = lambda epoch, update: len(self.measured.updates) % 2 == 0
+            trainer.fit_loop.epoch_loop.max_steps = trainer.global_step + UPDATES_OF_BOTH_KINDS
         if (rows := self.largest) is not None:
             plan = loader.position.plan
             loader.position.plan = lambda epoch: OneBatch(plan(epoch), rows)
@@ -166,7 +173,8 @@ class DryRun(L.Callback):
         self._began = now
         done = len(self.measured.updates)
         has_time = sum(seconds for seconds, _ in self.measured.updates) < SECONDS
-        if done >= UPDATES and trainer.strategy.broadcast(has_time and done < MOST_UPDATES):
+        least = UPDATES_OF_BOTH_KINDS if self.measured.has_both_kinds else UPDATES
+        if done >= least and trainer.strategy.broadcast(has_time and done < MOST_UPDATES):
             trainer.fit_loop.epoch_loop.max_steps = trainer.global_step + 1
 
     def on_validation_batch_start(self, trainer: Any, pl_module: RunModule, batch: Any, *_: Any) -> None:
@@ -319,6 +327,8 @@ class Measured:
         """Tokens of each sampled completion; 0 without sampling."""
         self.sampling: list[dict[str, float]] = []
         """Seconds of generating and rewarding in each update."""
+        self.sampled_share = 1.0
+        """Share of the updates of the whole run that train on sampled completions, if completions are sampled."""
         self.report: dict[str, Any] = {}
 
     def begin(self, trainer: Any, module: RunModule) -> None:
@@ -328,6 +338,31 @@ class Measured:
         self.micro_batches, self.ranks = data.layout.micro_batches, data.layout.ranks
         self.rows_per_update = data.layout.rows_per_update
         self.tokens, self.report = data.tokens(self.total), data.report()
+        if isinstance(data, DistillData):
+            self.sampled_share = data.sampled_updates(self.total) / max(1, self.total)
+
+    @property
+    def has_both_kinds(self) -> bool:
+        """Whether some updates of the whole run train on sampled completions, and others on answers."""
+        return 0 < self.sampled_share < 1
+
+    def weights(self, updates: list[tuple[float, dict[str, float]]]) -> list[float]:
+        """How often the whole run has an update like each of these, `[updates]`, up to a factor."""
+        kinds = [bool(sums.get("sampled", 1)) for _, sums in updates]
+        shares = {True: self.sampled_share, False: 1 - self.sampled_share}
+        return [shares[kind] / kinds.count(kind) if self.has_both_kinds else 1.0 for kind in kinds]
+
+    def seconds_per_token(self) -> float:
+        """Of an update, from those after the first, which includes one-time costs."""
+        updates = self.updates[1:] or self.updates
+        if not self.has_both_kinds:
+            return statistics.median(seconds / max(1.0, sums["tokens"]) for seconds, sums in updates)
+        weights = self.weights(updates)
+        seconds, tokens = (
+            sum(weight * value for weight, value in zip(weights, values, strict=True))
+            for values in ([seconds for seconds, _ in updates], [sums["tokens"] for _, sums in updates])
+        )
+        return seconds / max(1.0, tokens)
 
 
 def show(table: dict[str, Lines]) -> None:
@@ -423,6 +458,9 @@ def _optimizer(optimizer: Optimizer, module: RunModule, trainer: Any, total: int
 
 def _steps(measured: Measured) -> Lines:
     yield "optimizer steps", f"{measured.total:,}" + (f", of which {measured.step:,} are done" if measured.step else "")
+    if measured.has_both_kinds:
+        sampled = round(measured.sampled_share * measured.total)
+        yield "sampled", f"{sampled:,} of them train on completions that the model samples, the others on answers"
     per_pass = measured.report.get("train", {}).get("updates_per_epoch")
     if per_pass:
         yield "epochs", f"{measured.total / per_pass:.3g}, of {per_pass:,} steps each"
@@ -454,20 +492,22 @@ def _memory(module: RunModule, optimizer: Optimizer, measured: Measured) -> Line
 
 
 def _time(measured: Measured) -> Lines:
-    updates = measured.updates[1:] or measured.updates  # the first includes one-time costs
-    per_token = statistics.median(seconds / max(1.0, sums["tokens"]) for seconds, sums in updates)
-    each = per_token * measured.tokens / measured.total
+    each = measured.seconds_per_token() * measured.tokens / measured.total
+    kind = "mean of both kinds, by their shares," if measured.has_both_kinds else "median"
     yield (
         "one update",
-        f"about {roughly(each)}: median of {len(updates)}, with {min(measured.micro_batches, 2)} of "
-        f"{measured.micro_batches} micro-batches, after a first that took {roughly(measured.updates[0][0])}",
+        f"about {roughly(each)}: {kind} of {len(measured.updates[1:] or measured.updates)}, with "
+        f"{min(measured.micro_batches, 2)} of {measured.micro_batches} micro-batches, after a first that took "
+        f"{roughly(measured.updates[0][0])}",
     )
     if measured.sampling:
-        spent = Counter[str]()
-        for seconds in measured.sampling:
-            spent.update(seconds)
-        whole = sum(seconds for seconds, _ in measured.updates)
-        yield "of which", ", ".join(f"{name} {spent[name] / whole:.0%}" for name in ("generating", "rewarding"))
+        weights = measured.weights(measured.updates)
+        whole = sum(weight * seconds for weight, (seconds, _) in zip(weights, measured.updates, strict=True))
+        spent = {
+            name: sum(weight * of.get(name, 0.0) for weight, of in zip(weights, measured.sampling, strict=True))
+            for name in ("generating", "rewarding")
+        }
+        yield "of which", ", ".join(f"{name} {seconds / whole:.0%}" for name, seconds in spent.items())
     what = "what is left" if measured.step else "whole run"
     left = roughly((measured.total - measured.step) * each)
     yield what, f"about {left}, in proportion to the tokens; validation, saving and samples are not counted"

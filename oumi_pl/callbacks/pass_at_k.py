@@ -10,6 +10,7 @@ import numpy as np
 from oumi_pl.callbacks.samples import generation, say_why_not
 from oumi_pl.data.examples import ChatData
 from oumi_pl.data.prompts import PromptReader, RecordWithRow
+from oumi_pl.data.rollouts import RolloutData
 from oumi_pl.errors import UserError
 from oumi_pl.rollouts.evaluation import checked_ks, pass_at_k
 from oumi_pl.rollouts.rewards import Rewards
@@ -88,8 +89,9 @@ class PassAtK(L.Callback):
         self._prompts = None
         self._generates = pl_module.generates
         data = trainer.datamodule
-        if not isinstance(data, ChatData) or data.samples:
-            instead = "set data.eval_completions, pass_at and metrics" if data.samples else "it needs rows with answers"
+        is_rewarded = isinstance(data, RolloutData) and bool(data.rewards.names)
+        if not isinstance(data, ChatData) or is_rewarded:
+            instead = "set data.eval_completions, pass_at and metrics" if is_rewarded else "it needs rows with answers"
             raise UserError(f"PassAtK does not fit {type(data).__name__}: {instead}")
         if not self._generates:
             say_why_not("completions", pl_module)

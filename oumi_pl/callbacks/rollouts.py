@@ -234,7 +234,8 @@ class RolloutWarnings(L.Callback):
             f"reward {reward:.3g}): their advantages are 0, so nothing is learned from them. If none is right, start "
             "from a model that solves some of the prompts, choose easier ones, or reward parts of an answer; if all "
             "are, choose harder prompts. More completions per prompt (data.completions, "
-            f"{data.completions} now) or a higher data.sampling.temperature ({data.sampling.temperature:g}) help a bit"
+            f"{data.completions} now) or a higher data.sampling.temperature ({data.sampling.temperature:g}) help a "
+            "bit; data.extra_rounds replaces such groups by those of other prompts"
         )
 
     def _truncated(self, module: Any, data: RolloutData) -> str | None:

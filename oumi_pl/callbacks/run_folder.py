@@ -148,6 +148,9 @@ class RunFolder(L.Callback):
         if not config.is_file() or config.read_bytes() != self.config.encode():  # unchanged files are left alone
             files.write(config, self.config)
         files.write(directory / "data.json", json.dumps(report, indent=1) + "\n")
+        held_out = [json.dumps({"source": source, "row": row}) + "\n" for source, row in data.held_out_rows()]
+        if held_out:
+            files.write(directory / folders.HELD_OUT, "".join(held_out))
         start: dict[str, Any]
         if self.resume:
             # drop earlier resumes at steps that this one trains again

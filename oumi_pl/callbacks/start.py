@@ -11,6 +11,7 @@ from torch.optim import Optimizer
 
 from oumi_pl.callbacks.progress import short
 from oumi_pl.callbacks.run_folder import run_directory
+from oumi_pl.data.duplicates import REPEATED
 from oumi_pl.data.sources import as_sources
 from oumi_pl.losses.preference import WeightedSum
 from oumi_pl.runs import folders
@@ -21,6 +22,8 @@ from oumi_pl.types import RunData, RunModule
 
 LABEL = 12
 """Columns of the labels at the left."""
+SOURCES = 5
+"""Most sources of a mixture whose shares are printed; the data report has all."""
 REASON = 100
 """Most characters of a reason for dropping rows; the data report has it whole."""
 
@@ -64,14 +67,22 @@ def lines(trainer: Any, pl_module: RunModule) -> Iterator[tuple[str, str]]:
     yield from map(labelled, pl_module.notes)
     yield from data_lines(data, data.report())
     if data.template is not None:
-        added = f", {len(data.added_tokens)} tokens added" if data.added_tokens else ""
+        of_template = len({*_texts(data)} - {*data.new_tokens})
+        added = f", {of_template} tokens added" if of_template else ""
         yield "template", f"{data.template.source}, for rows with turns{added}"
+    if data.new_tokens:
+        yield "tokens", _new_tokens(data, pl_module)
     folder = run_directory(trainer)
     if folder is not None and (parent := parent_text(folders.read_state(folder))):
         yield "parent", parent
     yield "optimizer", _optimizer(trainer.optimizers[0], trainer.global_step)
     yield "device", f"{trainer.world_size} x {pl_module.device.type}, precision {trainer.precision}"
     yield "steps", _steps(trainer, pl_module)
+
+
+def _texts(data: RunData) -> list[str]:
+    """The tokens that were added to the vocabulary."""
+    return list(data.tokenizer.convert_ids_to_tokens(data.added_tokens))
 
 
 def labelled(note: str) -> tuple[str, str]:
@@ -84,8 +95,29 @@ def data_lines(data: RunData, report: dict[str, Any]) -> Iterator[tuple[str, str
     """The data report of each split in a line, and the streamed sources."""
     for split, rows in report.items():
         yield split, summary(rows)
+        if any("share_of_rows" in source for source in rows.get("sources", ())):
+            yield "mixture", mixture(rows["sources"])
     for name in data.streamed:
         yield "train", f"{name}, tokenized while it is streamed"
+
+
+def _new_tokens(data: RunData, pl_module: RunModule) -> str:
+    """The recipe's tokens, and what their rows start as."""
+    added = [token for token in data.new_tokens if token in _texts(data)]
+    if not added:
+        return f"the vocabulary has all of {', '.join(data.new_tokens)} already"
+    start = "the mean of the trained rows" if pl_module.model_name is not None else "random numbers"
+    return f"{len(added)} added to the vocabulary: {', '.join(added)}; their rows start as {start}"
+
+
+def mixture(sources: list[dict[str, Any]]) -> str:
+    """The shares of a mixture's sources in an epoch."""
+    parts = [
+        f"{source['source']}: {source['share_of_rows']:.1%} of the rows, {source['share_of_tokens']:.1%} of the "
+        f"tokens, {source['share_of_targets']:.1%} of what carries loss"
+        for source in sources[:SOURCES]
+    ]
+    return "; ".join(parts) + (f"; and {len(sources) - SOURCES} more" if len(sources) > SOURCES else "")
 
 
 def _model(pl_module: RunModule) -> str:
@@ -145,6 +177,10 @@ def summary(report: dict[str, Any]) -> str:
     if report.get("documents", report["kept"]) != report["kept"]:
         parts.append(f"{report['documents']:,} documents")
     parts += [f"{n:,} dropped ({_shortened(reason)})" for reason, n in report["dropped"].items()]
+    if "duplicates" in report and REPEATED not in report["dropped"]:
+        parts.append(f"{report['duplicates']['rows']:,} repeat an earlier row")
+    if shared := report.get("prompts_in_training"):
+        parts.append(f"{shared['rows']:,} with a prompt that is in training too")
     if report["cut"]:
         parts.append(f"{report['cut']:,} cut to length")
     if report["straddled"]:

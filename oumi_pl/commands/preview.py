@@ -168,11 +168,11 @@ def _refuse_other_data(data: "TextData", options: argparse.Namespace) -> None:
     """
     from oumi_pl.data.examples import ExampleData
     from oumi_pl.data.pretrain import PretrainData
-    from oumi_pl.data.rollouts import RolloutData
+    from oumi_pl.preview.groups import reads_prompts_alone
 
     if data.sources[options.split] is None:
         raise UserError(f"--split {options.split}: the recipe names no source in data.{options.split}")
-    if isinstance(data, RolloutData) and (chosen := _chosen(options)) in ("cut", "dropped"):
+    if reads_prompts_alone(data) and (chosen := _chosen(options)) in ("cut", "dropped"):
         raise UserError(f"--{chosen}: prompts are never cut, and the data report counts those that were dropped")
     if isinstance(data, ExampleData):
         if options.packs and data.capacity is None:
@@ -197,7 +197,6 @@ def _examples(data: "TextData", options: argparse.Namespace) -> "list[Shown]":
     """The requested examples; if there are none, an entry that says so."""
     from oumi_pl.data.examples import ExampleData
     from oumi_pl.data.pretrain import PretrainData
-    from oumi_pl.data.rollouts import RolloutData
     from oumi_pl.preview import examples, groups, stream
     from oumi_pl.preview.pieces import Decoder
     from oumi_pl.preview.shown import Shown
@@ -205,7 +204,7 @@ def _examples(data: "TextData", options: argparse.Namespace) -> "list[Shown]":
     split, count, decoder = options.split, options.rows, Decoder(data.tokenizer)
     if isinstance(data, PretrainData):
         return stream.rows(data, split, decoder, count, options.row)
-    if isinstance(data, RolloutData):
+    if groups.reads_prompts_alone(data):
         return groups.prompts(data, split, decoder, count, numbers=options.row, longest=options.longest)
     assert isinstance(data, ExampleData)
     if options.row is not None:

@@ -201,7 +201,7 @@ def _example(scorer: Scorer, origin: str, row: dict[str, Any]) -> "Example":
     return Example(tokens, np.zeros(len(tokens), dtype=bool), segments)
 
 
-def _record(row: dict[str, Any]) -> "Record | list[Record]":
+def _record(row: dict[str, Any]) -> "Record | list[Record] | None":
     from oumi_pl.data.formats import FORMATS, find_format
     from oumi_pl.data.preferences import PREFERENCE_FORMATS
 

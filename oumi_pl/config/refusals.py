@@ -20,8 +20,8 @@ NEEDS = {
 GIVES = {False: "tokens", True: "pairs"}
 """Whether examples branch -> their name in messages."""
 PARTNERS = (
-    "SFT and Distill go with SFTData, DPO with DPOData, KTO with KTOData, Reward with RewardData, GRPO with "
-    "RolloutData, Pretrain with PretrainData"
+    "SFT and Distill go with SFTData, Distill also with DistillData and RolloutData, DPO with DPOData, KTO with "
+    "KTOData, Reward with RewardData, GRPO with RolloutData, Pretrain with PretrainData"
 )
 
 

@@ -20,6 +20,7 @@ from oumi_pl.data.splitting import Side
 from oumi_pl.data.stream_loader import StreamLoader
 from oumi_pl.data.template import ChatTemplate
 from oumi_pl.data.tokenizers import TokenizerFactory, load_tokenizer
+from oumi_pl.data.where import NoColumnError
 from oumi_pl.errors import UserError
 from oumi_pl.types import SPLITS, Row
 
@@ -46,6 +47,9 @@ class TextData(L.LightningDataModule):
         predict: Source of prompts for `predict`; the test or validation rows when left out.
         group: Column whose value, instead of the prompt, keeps rows on one side of the split.
         tokenizer: Hub id or directory, or a class that builds one; the model's own when left out.
+        tokens: New tokens, such as `<ticket>`, wherever the text has them. The model's embeddings (and its head) grow
+            by their rows, which start as the mean of the trained ones. They are trained, with LoRA too, and exported
+            with the tokenizer.
         pad_token: Token that the exported tokenizer fills rows with, added if it is new; its own when left out, or EOS.
         max_length: Tokens of the longest row.
         batch_size: Rows per micro-batch and device.
@@ -77,6 +81,7 @@ class TextData(L.LightningDataModule):
         *,
         group: str | None = None,
         tokenizer: str | TokenizerFactory | None = None,
+        tokens: list[str] | None = None,
         pad_token: str | None = None,
         max_length: int = 1024,
         batch_size: int = 8,
@@ -107,6 +112,7 @@ class TextData(L.LightningDataModule):
             raise UserError("data.group keeps rows together when a fraction is held out; set data.validation to one")
         self.group = group
         self.tokenizer_spec = tokenizer
+        self.new_tokens = _checked_tokens(tokens or [])
         self.pad_token = pad_token
         self.max_length = max_length
         self.batch_size = batch_size
@@ -153,8 +159,8 @@ class TextData(L.LightningDataModule):
         """
         if before is not None and before != now:
             raise UserError(
-                "data.train: the rows, or how they are tokenized, have changed since the checkpoint was written, "
-                "so the run can't resume; undo the change, or start a new run from its model"
+                "data.train: the rows, how they are tokenized, or their shares have changed since the checkpoint was "
+                "written, so the run can't resume; undo the change, or start a new run from its model"
             )
 
     @abstractmethod
@@ -200,6 +206,10 @@ class TextData(L.LightningDataModule):
         """What the current pass has read from each source; empty for data that follow a plan."""
         return []
 
+    def held_out_rows(self) -> Iterator[tuple[str, str]]:
+        """Source and origin (file and line) of each row that is held out, if a fraction of the rows is."""
+        return iter(())
+
     def source_names(self, split: str) -> list[str]:
         """Names of the sources that get separate held-out metrics; a single name if there are no separate ones."""
         return ["all"]
@@ -237,8 +247,19 @@ class TextData(L.LightningDataModule):
         self.own_template, self.own_pad = tokenizer.chat_template, tokenizer.pad_token
         if self.pad_token is not None:  # no added token, since its row in the model is never trained
             tokenizer.add_special_tokens({"pad_token": self.pad_token})
-        self.added_tokens = self.prepare_tokenizer(tokenizer)
+        added = self.__add_tokens(tokenizer)
+        self.added_tokens = [*added, *self.prepare_tokenizer(tokenizer)]
         return tokenizer
+
+    def __add_tokens(self, tokenizer: "PreTrainedTokenizerBase") -> list[int]:
+        """Adds the recipe's new tokens, and returns the ids of those that the vocabulary did not have."""
+        from tokenizers import AddedToken
+
+        known = tokenizer.get_vocab()
+        tokenizer.add_tokens([AddedToken(token, normalized=False) for token in self.new_tokens])
+        ids = tokenizer.get_vocab()
+        # a model that was exported with them has rows for them already
+        return [ids[token] for token in self.new_tokens if token not in known]
 
     @property
     def pad_id(self) -> int:
@@ -264,7 +285,10 @@ class TextData(L.LightningDataModule):
         stage = self.trainer.state.fn.value if self.trainer is not None and self.trainer.state.fn else "fit"
         for split in SPLITS.get(str(stage), ()):
             if self.sources[split] is not None:
-                self.make(split)
+                try:
+                    self.make(split)
+                except NoColumnError as error:
+                    raise UserError(f"data.{split}: {error}") from error
 
     def needed(self, stage: str) -> Iterator[str]:
         """The splits that a stage reads.
@@ -393,6 +417,22 @@ class TextData(L.LightningDataModule):
         layout = self.layout
         share = rows[layout.rank :: layout.ranks]
         return DataLoader(share, batch_size=self.eval_batch_size, collate_fn=_prompt_batch)  # type: ignore[arg-type]
+
+
+def _checked_tokens(tokens: list[str]) -> list[str]:
+    """Refuses new tokens that can't be told apart.
+
+    Raises:
+        UserError: one is empty, is no text, or is there twice.
+    """
+    if isinstance(tokens, str):
+        raise UserError(f"data.tokens is the text {tokens!r}; it is a list of texts: [{tokens!r}]")
+    for token in tokens:
+        if not isinstance(token, str) or not token.strip():
+            raise UserError(f"data.tokens: {token!r} is no token; a new token is a text that isn't blank")
+        if tokens.count(token) > 1:
+            raise UserError(f"data.tokens: {token!r} is there twice")
+    return list(tokens)
 
 
 def _prompt_batch(rows: list[tuple[int, list[int], str, Row]]) -> dict[str, list[Any]]:

@@ -3,7 +3,6 @@
 import inspect
 import re
 import sys
-from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -11,7 +10,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from oumi_pl.data.code import code_of, is_own
 from oumi_pl.data.documents import TokenizeDocuments, texts, texts_with_rows
 from oumi_pl.data.formats import Format, format_name, resolve_format
-from oumi_pl.data.records import OnBadRows
+from oumi_pl.data.records import OnBadRows, RowCounts
 from oumi_pl.data.rendering import Rendering
 from oumi_pl.data.shards import FORMAT, MADE_FROM, MANIFEST, OtherShardsError, Shards, write_shards
 from oumi_pl.data.sources import Source, fingerprint, is_on_hub
@@ -74,7 +73,7 @@ class Part(NamedTuple):
             raise UserError(f"{path}: holds the shards of several sources: name them one by one: {', '.join(folders)}")
         return None
 
-    def texts(self, counts: Counter[str] | None = None, streaming: bool = False) -> Iterator[str]:
+    def texts(self, counts: RowCounts | None = None, streaming: bool = False) -> Iterator[str]:
         """Iterates over the documents' texts from the start."""
         return texts(self.source, self.keep, counts, streaming, self.render, bad_rows=self.bad_rows)
 

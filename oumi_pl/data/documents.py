@@ -4,7 +4,6 @@ Prepared shards and tokenizing on the fly both use this module, so they see the 
 """
 
 import re
-from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from typing import TYPE_CHECKING, NamedTuple, Protocol
 
@@ -21,8 +20,8 @@ from oumi_pl.data.formats import (
     resolve_format,
     text,
 )
-from oumi_pl.data.records import BadRows, OnBadRows, RecordReader, RowCounts
-from oumi_pl.data.sources import Source, rows
+from oumi_pl.data.records import OnBadRows, RecordReader, RowCounts
+from oumi_pl.data.sources import Source, left_out, rows
 from oumi_pl.data.splitting import Side
 from oumi_pl.data.template import adds_bos
 from oumi_pl.data.tokenize import Dropped
@@ -77,7 +76,7 @@ class Documents(Protocol):
 def texts(
     source: Source,
     keep: Side | None = None,
-    counts: Counter[str] | None = None,
+    counts: RowCounts | None = None,
     streaming: bool = False,
     render: Callable[[Conversation], str] | None = None,
     *,
@@ -90,7 +89,7 @@ def texts(
 def texts_with_rows(
     source: Source,
     keep: Side | None = None,
-    counts: Counter[str] | None = None,
+    counts: RowCounts | None = None,
     streaming: bool = False,
     render: Callable[[Conversation], str] | None = None,
     *,
@@ -101,7 +100,7 @@ def texts_with_rows(
     Args:
         source: The source.
         keep: Which rows to use; all when left out.
-        counts: Counter that is updated: `rows`, `kept`, `empty`, `not_good` (left out for their label), `replaced`.
+        counts: Counts that are updated: `rows`, `kept`, `empty`, `replaced`, and why rows were dropped.
         streaming: Read data from the hub without downloading them first.
         render: Renders conversations as texts; without it, they are refused.
         bad_rows: Whether rows that can't be used are left out, or are an `error` that lists all of them, after which no
@@ -111,13 +110,12 @@ def texts_with_rows(
         UserError: a row is no document (names file and line); and as for `rows`.
     """
     counts = RowCounts() if counts is None else counts
-    bad = counts.bad if isinstance(counts, RowCounts) else BadRows()
+    bad = counts.bad
     at_once = bad_rows is None or (bad_rows == "error" and streaming)
     convert = _converter(source, render)
     for origin, row in rows(source, streaming=streaming, counts=counts, strict=at_once):
         if isinstance(row, BadRow):
-            counts["rows"] += 1
-            bad.add(origin, row.reason)
+            counts.add_bad(origin, row.reason)
             continue
         try:
             document = convert(row)
@@ -127,8 +125,7 @@ def texts_with_rows(
             if at_once:
                 raise UserError(f"{origin}: {error}") from None
             if keep is None or keep.counts_bad(row):
-                counts["rows"] += 1
-                bad.add(origin, str(error))
+                counts.add_bad(origin, str(error))
             continue
         except Exception as error:
             if source.format is None:
@@ -136,16 +133,18 @@ def texts_with_rows(
             raise UserError(f"{origin}: {raised(format_name(source.format), error)}") from error
         counts["rows"] += 1
         if isinstance(document, Dropped):
-            counts["not_good"] += 1
+            counts.add_dropped({document.reason: 1})
             continue
         if bad.count and bad_rows == "error":
             continue  # what is wrong with the others is all that is left to find
         kept = bool(document.strip())
         counts["kept" if kept else "empty"] += 1
         if kept:
+            counts.held_out += [origin] if keep is not None and keep.is_held_out else []
             yield document, row
     if bad.count and bad_rows == "error":
         raise bad.error(source.title, counts["rows"])
+    counts["rows"] += counts.add_dropped(left_out(source, counts, keep))
 
 
 def _converter(source: Source, render: Callable[[Conversation], str] | None) -> Callable[[Row], str | Dropped]:
@@ -173,12 +172,13 @@ def _rendered(record: Record, render: Callable[[Conversation], str]) -> str:
     return _text(record)
 
 
-def _document(row: Row, convert: Format | None) -> str:
+def _document(row: Row, convert: Format | None) -> str | Dropped:
     _refuse_conversation(row, convert)
-    return _text((convert or find_format(row.keys(), DOCUMENTS))(row))
+    record = (convert or find_format(row.keys(), DOCUMENTS))(row)
+    return Dropped(f"the format {format_name(convert)} returned None") if record is None and convert else _text(record)
 
 
-def _text(record: Record | list[Record]) -> str:
+def _text(record: Record | list[Record] | None) -> str:
     if not isinstance(record, Text):
         raise UserError(
             f"the format returns a {type(record).__name__} for this row, which SFT or DPO trains on; pretraining reads "

@@ -6,7 +6,7 @@ from abc import abstractmethod
 from collections.abc import Iterable, Iterator, Sequence
 from datetime import date as Date
 from functools import cached_property, partial
-from typing import TYPE_CHECKING, Any, get_args
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import numpy as np
 from torch.utils.data import ConcatDataset, DataLoader
@@ -15,6 +15,7 @@ from oumi_pl.data import report as reports
 from oumi_pl.data.base import TextData
 from oumi_pl.data.code import code_of, settings_of
 from oumi_pl.data.collate import collate
+from oumi_pl.data.duplicates import Duplicates
 from oumi_pl.data.formats import FORMATS, Formats
 from oumi_pl.data.loader import PlanLoader, eval_loader
 from oumi_pl.data.plan import Layout, Plan, mixture_epoch, plan_epoch, plan_in_order
@@ -34,6 +35,7 @@ from oumi_pl.types import Batch, Example, Record, Row
 
 EXACT_EPOCHS = 10
 """Epochs whose tokens are counted exactly; later ones are estimated from these."""
+WeightBy = Literal["rows", "tokens", "targets"]
 REMEDIES = {
     "max_length": "; raise data.max_length, which is {}, or set data.overflow: truncate",
     "once cut": "; raise data.max_length, which is {}",
@@ -52,6 +54,10 @@ class ExampleData(TextData):
             models that need it.
         bad_rows: What happens if rows can't be used (a damaged line, an unknown role, turns that the chat template
             refuses): `error` stops the run and lists all kinds of them, `drop` leaves them out and counts them.
+        duplicates: What happens to training rows that repeat an earlier one word for word: `keep` uses them, `drop`
+            leaves them out. The data report counts them in both cases.
+        weight_by: What the weights of sources are shares of: `rows`, `tokens`, or `targets` (tokens that carry loss, by
+            their weight). With long and short answers these differ; the data report shows all three.
         fields: Columns with numbers that a batch has by name in `batch["fields"]`, one number per row: NaN where a row
             has `null`.
         processes: Processes that tokenize rows, with the same result for any number. They call `encode`; files are read
@@ -65,6 +71,8 @@ class ExampleData(TextData):
         packing: bool = False,
         group_by_length: bool = True,
         bad_rows: OnBadRows = "error",
+        duplicates: Duplicates = "keep",
+        weight_by: WeightBy = "rows",
         fields: Sequence[str] = (),
         processes: int = 1,
         **kwargs: Any,
@@ -73,13 +81,21 @@ class ExampleData(TextData):
         if processes < 1:
             raise UserError(f"data.processes is {processes}, but has to be at least 1")
         self.processes = processes
-        if bad_rows not in get_args(OnBadRows):
-            raise UserError(f"data.bad_rows: unknown {bad_rows!r}{nearest(str(bad_rows), get_args(OnBadRows))}")
+        for name, value, known in (
+            ("bad_rows", bad_rows, OnBadRows),
+            ("duplicates", duplicates, Duplicates),
+            ("weight_by", weight_by, WeightBy),
+        ):
+            if value not in get_args(known):
+                raise UserError(f"data.{name}: unknown {value!r}{nearest(str(value), get_args(known))}")
         self.bad_rows: OnBadRows = bad_rows
+        self.duplicates: Duplicates = duplicates
+        self.weight_by: WeightBy = weight_by
         self.fields = list(fields)
         self.packing = packing
         self.group_by_length = group_by_length
         self.__stores: dict[str, list[ExampleStore]] = {}
+        self.__same: dict[str, dict[str, Any]] = {}
 
     # ---- what a subclass defines
 
@@ -135,6 +151,8 @@ class ExampleData(TextData):
 
     def make(self, split: str) -> None:
         """Tokenizes a split, unless it is in the cache."""
+        if split == "train" and self.weight_by != "rows" and all(weight is None for weight in self.source_weights):
+            raise UserError(f"data.weight_by: {self.weight_by} needs weights, and no source of data.train has one")
         self.stores(split)
 
     def setup(self, stage: str) -> None:
@@ -170,12 +188,26 @@ class ExampleData(TextData):
         """The tokenized sources of a split, from the cache or written now."""
         if split not in self.__stores:
             sources, keep = self.taken(split)
-            stores = [self.__store(source, keep) for source in sources]
+            stores: list[ExampleStore] = []
+            for source in sources:
+                stores.append(self.__store(source, keep, stores if self.drops_repeated(split) else None))
             names = [sorted(store.fields) for store in stores if len(store)]
             if names != names[:1] * len(names):
                 raise UserError(f"data.{split}: the examples of its sources have different fields: {names}")
             self.__stores[split] = stores
         return self.__stores[split]
+
+    def drops_repeated(self, split: str) -> bool:
+        """Whether rows that repeat an earlier one are left out: rows of training, and those that are held out of it."""
+        is_held_out = split == "validation" and isinstance(self.sources["validation"], float)
+        return self.duplicates == "drop" and (split == "train" or is_held_out)
+
+    def held_out_rows(self) -> Iterator[tuple[str, str]]:
+        """Source and origin (file and line) of each row that is held out, if a fraction of the rows is."""
+        if isinstance(self.sources["validation"], float):
+            for store in self.stores("validation"):
+                # a row may have several examples
+                yield from ((store.report["source"], origin) for origin in dict.fromkeys(store.origins))
 
     def examples(self, split: str) -> Any:
         """All examples of a split as one map-style dataset."""
@@ -225,7 +257,7 @@ class ExampleData(TextData):
                 if isinstance(record, RecordWithRow):
                     yield origin, record
 
-    def __store(self, source: Source, keep: Side | None) -> ExampleStore:
+    def __store(self, source: Source, keep: Side | None, before: Sequence[ExampleStore] | None) -> ExampleStore:
         key = [str(keep), tokenizer_fingerprint(self.tokenizer), self.max_length, self.encoding_key()]
         code = code_of(type(self), *(function for function, _ in self.formats))
         return example_store(
@@ -237,6 +269,7 @@ class ExampleData(TextData):
             bad_rows=self.bad_rows,
             columns=self.fields,
             processes=self.processes,
+            before=before,
         )
 
     def __alone(self) -> "ExampleData":
@@ -296,9 +329,9 @@ class ExampleData(TextData):
         `Plan(example_ids, np.arange(len(example_ids) + 1), self.layout.rows_per_update)` trains on them in this order,
         one per row. A resumed run calls it again: it has to return the same plan for the same epoch.
         """
-        weights = [source.weight for source in as_sources(self.sources["train"])]
         drawn = 0 if self.overfits else epoch
-        ids = mixture_epoch([len(store) for store in self.stores("train")], weights, self.run_seed, drawn)
+        sizes = [len(store) for store in self.stores("train")]
+        ids = mixture_epoch(sizes, self.row_weights, self.run_seed, drawn)
         return plan_epoch(
             self.lengths("train"),
             np.sort(ids) if self.overfits else ids,
@@ -310,12 +343,46 @@ class ExampleData(TextData):
             shuffle=not self.overfits,
         )
 
+    @property
+    def source_weights(self) -> list[float | None]:
+        """The weights of the training sources."""
+        train = self.sources["train"]
+        return [] if train is None else [source.weight for source in as_sources(train)]
+
+    @property
+    def row_weights(self) -> list[float | None]:
+        """The shares of the training sources in the rows that give them their shares in what `weight_by` names."""
+        weights = self.source_weights
+        if self.weight_by == "rows":
+            return weights
+        per_row = [self.__per_row(store) for store in self.stores("train")]
+        return [None if w is None else w / units for w, units in zip(weights, per_row, strict=True)]
+
+    def __per_row(self, store: ExampleStore) -> float:
+        """Mean number of tokens, or of targets by weight, of an example."""
+        if self.weight_by == "tokens":
+            return store.mean_length
+        return store.mean_target_weight or 1.0  # no source trains on nothing
+
+    def __shares(self, ids: np.ndarray) -> list[dict[str, float]]:
+        """The share of each training source in the rows, tokens and targets of some examples."""
+        stores = self.stores("train")
+        places = np.searchsorted(np.cumsum([len(store) for store in stores]), ids, side="right")
+        weights = self.target_weights("train")
+        units = {
+            "rows": np.ones(len(ids)),
+            "tokens": self.lengths("train")[ids],
+            "targets": (self.targets("train") if weights is None else weights)[ids],
+        }
+        sums = {name: np.bincount(places, values, minlength=len(stores)) for name, values in units.items()}
+        return [
+            {f"share_of_{name}": round(float(own[i] / max(own.sum(), 1e-9)), 6) for name, own in sums.items()}
+            for i in range(len(stores))
+        ]
+
     def largest_micro_batch(self) -> list[np.ndarray]:
         """Rows of the first epoch's micro-batch with the most tokens, over all ranks."""
-        plan, size = self.plan(0), self.batch_size
-        lengths = np.add.reduceat(self.lengths("train")[plan.example_ids], plan.row_starts[:-1])
-        first = int(np.add.reduceat(lengths, np.arange(0, len(lengths), size)).argmax()) * size
-        return [plan.row(i) for i in range(first, min(first + size, plan.rows))]
+        return largest_micro_batch(self.plan(0), self.lengths("train"), self.batch_size)
 
     def tokens(self, updates: int) -> int:
         """Tokens in the first `updates` updates: counted over `EXACT_EPOCHS`, extrapolated beyond."""
@@ -332,7 +399,7 @@ class ExampleData(TextData):
 
     def updates(self, epochs: int) -> int:
         """Number of optimizer updates in `epochs` epochs, within `limit_train_batches`."""
-        weighted = any(source.weight is not None for source in as_sources(self.sources["train"]))
+        weighted = any(weight is not None for weight in self.source_weights)
         varies = weighted or type(self).plan is not ExampleData.plan  # a curriculum
         first, layout, updates = self.plan(0).rows, self.layout, 0
         for epoch in range(epochs):
@@ -365,8 +432,11 @@ class ExampleData(TextData):
         return eval_loader(self.examples(split), *self.eval_plan(split), collated, **self.fetching)
 
     def made_from(self) -> list[str]:
-        """Names of the stores, which are hashes of all that the examples depend on."""
-        return [store.directory.name for store in self.stores("train")]
+        """Names of the stores, which are hashes of all that the examples depend on, and the weights of a mixture."""
+        names = [store.directory.name for store in self.stores("train")]
+        weights = [weight for weight in self.source_weights if weight is not None]
+        shares = [f"{weight / sum(weights):.6f} of the {self.weight_by}" for weight in weights]
+        return [*names, *shares] if len(names) > 1 else names
 
     # ---- report
 
@@ -381,11 +451,35 @@ class ExampleData(TextData):
         capacity = self.capacity_for(split)
         if plan is None:  # as on one device, whatever runs it
             plan = plan_in_order(self.lengths(split), self.eval_batch_size, capacity=capacity)
-        report = reports.describe(stores, self.lengths(split), plan, capacity)
+        report = reports.describe(stores, self.lengths(split), plan, capacity) | self.__repeated(split)
+        if split == "train" and "sources" in report:
+            shared = zip(report["sources"], self.__shares(plan.example_ids), strict=True)
+            report["sources"] = [source | shares for source, shares in shared]
         if self.branching:
             spared = sum(store.shared for store in stores)
             report["saved_by_sharing"] = round(spared / max(1, spared + report["tokens"]), 6)
         return report
+
+    def __repeated(self, split: str) -> dict[str, Any]:
+        """The part of a report about rows that repeat others, counted once."""
+        if split not in self.__same:
+            training = self.__stores.get("train") if split != "train" else None
+            stores = self.stores(split)
+            self.__same[split] = reports.describe_repeated(stores, [store.report for store in stores], training)
+        return self.__same[split]
+
+
+def largest_micro_batch(plan: Plan, lengths: np.ndarray, size: int) -> list[np.ndarray]:
+    """Rows of the micro-batch with the most tokens.
+
+    Args:
+        plan: The plan of an epoch.
+        lengths: Tokens of each example, `[examples]`.
+        size: Rows of a micro-batch.
+    """
+    tokens = np.add.reduceat(lengths[plan.example_ids], plan.row_starts[:-1])
+    first = int(np.add.reduceat(tokens, np.arange(0, len(tokens), size)).argmax()) * size
+    return [plan.row(i) for i in range(first, min(first + size, plan.rows))]
 
 
 if TYPE_CHECKING:

@@ -5,6 +5,7 @@ gives all rows the same keys, so a tool call would get the arguments of all othe
 Tables are read by pyarrow, a batch of rows at a time.
 """
 
+import codecs
 import contextlib
 import csv
 import gzip
@@ -51,12 +52,13 @@ class Reading:
     """How text files are read.
 
     documents: how a `.txt` file is divided into documents: not at all (`file`), at `blank_lines`, into `lines`, or at
-    each occurrence of this text. replace: replace bytes that aren't UTF-8 by U+FFFD instead of raising an error.
-    counts: `replaced` counts those characters. strict: raise an error for something that isn't a row; else yield a
-    `BadRow` in its place, if the rows after it can be read.
+    each occurrence of this text. encoding: of text files. replace: replace bytes that it doesn't have by U+FFFD instead
+    of raising an error. counts: `replaced` counts those characters. strict: raise an error for something that isn't a
+    row; else yield a `BadRow` in its place, if the rows after it can be read.
     """
 
     documents: str = "file"
+    encoding: str = "utf-8"
     replace: bool = False
     counts: Counter[str] = field(default_factory=Counter)
     strict: bool = True
@@ -101,7 +103,7 @@ def read_file(path: Path, name: str, how: Reading | None = None) -> Iterator[tup
 
 def count_rows(path: Path, name: str, how: Reading) -> int:
     """Number of rows of a file; JSON lines and tables are counted without parsing them."""
-    look = Reading(how.documents, how.replace)  # with a separate counter, since the rows are read again
+    look = Reading(how.documents, how.encoding, how.replace)  # with a separate counter, since the rows are read again
     if kind_of(path) in TABLES:
         return sum(batch.num_rows for batch in _batches(path, name))
     if kind_of(path) == "jsonl":
@@ -113,7 +115,7 @@ def count_rows(path: Path, name: str, how: Reading) -> int:
 
 
 def _json_lines(path: Path, name: str, how: Reading) -> Iterator[tuple[str, Row | BadRow]]:
-    for number, offset, data in _raw_lines(path, name, LONGEST_LINE):
+    for number, offset, data in _raw_lines(path, name, how, LONGEST_LINE):
         where = f"{name}:{number}"
         try:
             line = _decoded(data, name, number, offset, how).removeprefix("\ufeff")  # of files that were put together
@@ -149,7 +151,9 @@ def _json(path: Path, name: str, how: Reading) -> Iterator[tuple[str, Row | BadR
 
 def _holds_lines(path: Path, name: str, how: Reading) -> bool:
     """Whether a `.json` file holds JSON lines: its first line is a whole object, and more lines follow."""
-    look = Reading(replace=how.replace)  # with a separate counter, since the lines are read again
+    look = Reading(
+        encoding=how.encoding, replace=how.replace
+    )  # with a separate counter, since the lines are read again
     filled = (line for _, line in _lines(path, name, look) if line.strip())
     first, second = next(filled, ""), next(filled, None)
     if second is None or not first.lstrip().startswith("{"):
@@ -181,11 +185,19 @@ def _are_turns(items: list[dict[str, Any]]) -> bool:
 def _csv(path: Path, name: str, how: Reading) -> Iterator[tuple[str, Row | BadRow]]:
     if csv.field_size_limit() < _MAX_CELL:
         csv.field_size_limit(_MAX_CELL)
-    reader = csv.reader((line for _, line in _lines(path, name, how)), strict=True)
+    of_row: list[tuple[int, str]] = []  # the lines since the last whole row
+
+    def lines() -> Iterator[str]:
+        for line in _lines(path, name, how):
+            of_row.append(line)
+            yield line[1]
+
+    reader = csv.reader(lines(), strict=True)
     header: list[str] | None = None
     number = 0
     try:
         for cells in reader:
+            of_row.clear()
             if not cells:
                 continue
             if header is None:
@@ -206,7 +218,34 @@ def _csv(path: Path, name: str, how: Reading) -> Iterator[tuple[str, Row | BadRo
                 continue
             yield f"{name} row {number}", dict(zip(header, cells, strict=True))
     except csv.Error as error:
-        raise UserError(f"{name}:{reader.line_num}: not valid CSV: {error}") from error
+        opened = _open_quote(of_row)
+        if opened is None or (opened == reader.line_num and "end of data" not in str(error)):
+            raise UserError(f"{name}:{reader.line_num}: not valid CSV: {error}") from error
+        raise UserError(
+            f'{name}:{opened}: not valid CSV: the quote (") that opens a cell in this line is not closed, so the lines '
+            'after it were read as part of the cell; a quote within a cell is written twice ("")'
+        ) from error
+
+
+def _open_quote(lines: list[tuple[int, str]]) -> int | None:
+    """The line with the quote that opens the last quoted cell of a row; None if there is none.
+
+    Args:
+        lines: Numbers and texts of the lines from the start of the row to where it can't be read.
+    """
+    opened: int | None = None
+    is_quoted, was_closed, before = False, False, ","
+    for number, line in lines:
+        for character in line:
+            is_closed = False
+            if character == '"' and is_quoted:
+                is_quoted, is_closed = False, True
+            elif character == '"' and was_closed:  # two quotes in a row are one within the cell
+                is_quoted = True
+            elif character == '"' and before in ",\n":
+                is_quoted, opened = True, number
+            was_closed, before = is_closed, character
+    return opened
 
 
 def _text(path: Path, name: str, how: Reading) -> Iterator[tuple[str, Row]]:
@@ -303,15 +342,19 @@ _READERS: dict[str, Callable[[Path, str, Reading], Iterator[tuple[str, Row | Bad
 
 def _lines(path: Path, name: str, how: Reading) -> Iterator[tuple[int, str]]:
     """Yields decoded lines with their numbers, from 1, including line ends."""
-    for number, offset, line in _raw_lines(path, name):
+    for number, offset, line in _raw_lines(path, name, how):
         yield number, _decoded(line, name, number, offset, how)
 
 
-def _raw_lines(path: Path, name: str, longest: int | None = None) -> Iterator[tuple[int, int, bytes]]:
-    """Yields lines with their numbers, from 1, and their offsets in the file; including line ends."""
+def _raw_lines(path: Path, name: str, how: Reading, longest: int | None = None) -> Iterator[tuple[int, int, bytes]]:
+    """Yields lines with their numbers, from 1, and their offsets in the file; including line ends.
+
+    Lines of an encoding in which a line end is not the byte of ASCII, such as UTF-16, are turned into UTF-8.
+    """
     number = offset = 0
     try:
-        with _open(path, longest) as lines:
+        with _open(path, longest) as parts:
+            lines = parts if _ends_lines_as_ascii(how.encoding) else _as_utf8(parts, name, how, longest)
             for number, line in enumerate(lines, 1):
                 if longest is not None and len(line) > longest:
                     raise UserError(f"{name}:{number}: the line has more than {longest:,} bytes; a row is one line")
@@ -320,6 +363,29 @@ def _raw_lines(path: Path, name: str, longest: int | None = None) -> Iterator[tu
     except (OSError, EOFError, zlib.error) as error:
         reason = getattr(error, "strerror", None) or error
         raise UserError(f"{name}: cannot be read{f' beyond line {number}' if number else ''}: {reason}") from error
+
+
+def _ends_lines_as_ascii(encoding: str) -> bool:
+    return "\n".encode(encoding) == b"\n"
+
+
+def _as_utf8(chunks: Iterable[bytes], name: str, how: Reading, longest: int | None) -> Iterator[bytes]:
+    decoder = codecs.getincrementaldecoder(how.encoding)("replace" if how.replace else "strict")
+    rest, number = "", 1
+    for chunk in itertools.chain(chunks, (None,)):
+        try:
+            text = decoder.decode(b"", True) if chunk is None else decoder.decode(chunk)
+        except UnicodeError as error:
+            raise UserError(f"{name}:{number}: not {how.encoding} text: {error}; name its encoding") from error
+        how.counts["replaced"] += text.count("\ufffd") if how.replace else 0
+        *lines, rest = (rest + text).split("\n")
+        for line in lines:
+            yield f"{line}\n".encode(errors="surrogatepass")
+        number += len(lines)
+        if longest is not None and len(rest) > longest:
+            break  # too long, as the caller finds
+    if rest:
+        yield rest.encode(errors="surrogatepass")
 
 
 def _open(path: Path, longest: int | None = None) -> AbstractContextManager[Iterable[bytes]]:
@@ -369,23 +435,28 @@ def _zstd_chunks(path: Path) -> Iterator[bytes]:
 def _decoded(line: bytes, name: str, number: int, offset: int, how: Reading) -> str:
     if number == 1 and line.startswith(b"\xef\xbb\xbf"):  # the byte order mark of some editors
         line, offset = line[3:], 3
-    if number == 1 and line.startswith((b"\xff\xfe", b"\xfe\xff")):
-        raise UserError(f"{name}:1: expected UTF-8 text, found UTF-16 or UTF-32; save it as UTF-8")
+    encoding = how.encoding if _ends_lines_as_ascii(how.encoding) else "utf-8"
+    if encoding == "utf-8" and number == 1 and line.startswith((b"\xff\xfe", b"\xfe\xff")):
+        right = f"save it as UTF-8, or name its encoding: {{path: {name}, encoding: utf-16}}"
+        raise UserError(f"{name}:1: expected UTF-8 text, found UTF-16 or UTF-32; {right}")
     if b"\0" in line:
         wrong = "expected text, found binary data (a zero byte); tables are read from .parquet and .arrow files"
         raise UserError(f"{name}:{number}: {wrong}")
     try:
-        return line.decode()
+        return line.decode(encoding)
     except UnicodeDecodeError as error:
         if how.replace:
-            text = line.decode(errors="replace")
-            how.counts["replaced"] += text.count("\ufffd") - line.count(b"\xef\xbf\xbd")
+            text = line.decode(encoding, errors="replace")
+            how.counts["replaced"] += text.count("\ufffd") - line.count("\ufffd".encode(encoding, "ignore") or b"\0")
             return text
         byte = (
             f"0x{line[error.start]:02x} at byte {error.start + 1} of the line, {offset + error.start + 1} of the file"
         )
-        right = f"save it as UTF-8, or have such bytes replaced: {{path: {name}, errors: replace}}"
-        raise RowError(f"{name}:{number}", f"not UTF-8 text ({byte}); {right}") from error
+        right = (
+            f"save it as UTF-8, name its encoding ({{path: {name}, encoding: cp1252}}), or have such bytes replaced: "
+            f"{{path: {name}, errors: replace}}"
+        )
+        raise RowError(f"{name}:{number}", f"not {encoding.upper()} text ({byte}); {right}") from error
 
 
 def _parse(text: str, name: str, number: int = 1) -> Any:

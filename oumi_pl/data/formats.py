@@ -10,7 +10,7 @@ import difflib
 import importlib
 import traceback
 from collections.abc import Callable, Collection, Mapping
-from typing import TypeVar, cast
+from typing import Any, TypeVar, cast
 
 from oumi_pl.data.turns import (
     Turns,
@@ -31,8 +31,11 @@ from oumi_pl.data.turns import (
 from oumi_pl.errors import UserError, nearest
 from oumi_pl.types import Conversation, Message, Record, Row, Text
 
-Format = Callable[[Row], Record | list[Record]]
-"""A function that returns the record of a row, or a list of them, and raises `UserError` if the row is invalid."""
+Format = Callable[[Row], Record | list[Record] | None]
+"""A function that returns the record of a row, a list of them, or None to leave the row out.
+
+It raises `UserError` if the row is invalid.
+"""
 
 Formats = tuple[tuple[Format, tuple[str, ...]], ...]
 """Formats with the columns that each needs. The first one whose columns all exist is used."""
@@ -349,18 +352,32 @@ def resolve_format(name: str | Format, formats: Formats = FORMATS) -> Format:
     known: dict[str, Format] = {_name(function): function for function, _ in formats}
     if name in known:
         return known[name]
-    module_name, _, attribute = name.rpartition(".")
-    if not module_name:
+    if "." not in name:
         raise UserError(f"unknown format {name!r}{nearest(name, known)} (or a path, as 'package.module.function')")
+    return cast(Format, function_at(name, "format", known))
+
+
+def function_at(path: str, what: str, known: Collection[str] = ()) -> Callable[[Row], Any]:
+    """The function that a dotted path `package.module.function` names.
+
+    Args:
+        path: The path.
+        what: The setting that names it, for messages.
+        known: Names that may have been meant.
+
+    Raises:
+        UserError: there is no such module or function; offers the nearest.
+    """
+    module_name, _, attribute = path.rpartition(".")
     try:
         module = importlib.import_module(module_name)
     except ImportError as error:
-        raise UserError(f"format {name!r} can't be imported: {error}{nearest(attribute, known)}") from error
+        raise UserError(f"{what} {path!r} can't be imported: {error}{nearest(attribute, known)}") from error
     function = getattr(module, attribute, None)
     if not callable(function):
         own = [key for key, value in vars(module).items() if callable(value) and not key.startswith("_")]
         raise UserError(f"{module_name!r} has no function {attribute!r}{nearest(attribute, own)}")
-    return cast(Format, function)
+    return cast("Callable[[Row], Any]", function)
 
 
 def raised(name: str, error: Exception) -> str:

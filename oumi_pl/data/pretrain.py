@@ -354,6 +354,12 @@ class PretrainData(TextData):
             report |= {"rows_planned": self.rows_per_pass, "updates_per_epoch": first.updates(self.rows_per_pass)}
         return report
 
+    def held_out_rows(self) -> Iterator[tuple[str, str]]:
+        """As of `TextData`."""
+        if isinstance(self.sources["validation"], float):
+            for shards in self.shards("validation"):
+                yield from ((shards.name, origin) for origin in shards.held_out)
+
     def consumed(self) -> list[dict[str, Any]]:
         """What the current pass has read from each source: see `describe_consumed`."""
         position = self.train_loader.position() if self.train_loader is not None else {}

@@ -5,6 +5,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
+from oumi_pl.data.duplicates import Keyed, Repeats, RowKeys
 from oumi_pl.data.formats import (
     AROUND,
     FORMATS,
@@ -32,6 +33,8 @@ class Prompt(NamedTuple):
     row: Row
     origin: str
     """File and line."""
+    record: Record | None = None
+    """What the ids were rendered from, for rewards that render it otherwise."""
 
 
 @reads("prompt", *AROUND)
@@ -81,6 +84,10 @@ class RecordWithRow(Record):
         """The split key of the record."""
         return self.record.split_key()
 
+    def content_key(self) -> str:
+        """That of the record: the row may have an id of its own."""
+        return self.record.content_key()
+
 
 class RecordsWithRows(RecordReader):
     """Reads records with their rows."""
@@ -116,8 +123,9 @@ def read_prompts(
     *,
     keep: Side | None = None,
     bad_rows: OnBadRows = "error",
-) -> tuple[list[Prompt], dict[str, Any]]:
-    """Reads the prompts of a source, and counts rows for the data report.
+    before: Sequence[Keyed] | None = None,
+) -> tuple[list[Prompt], dict[str, Any], RowKeys]:
+    """Reads the prompts of a source with their keys, and counts rows for the data report.
 
     Args:
         source: The source.
@@ -126,14 +134,17 @@ def read_prompts(
         most: Maximal number of tokens of a prompt; longer prompts are dropped.
         keep: Which rows to use; all when left out.
         bad_rows: `error` stops the run after all rows were read, `drop` leaves unusable rows out.
+        before: Prompts that are left out here, and so are those that repeat another one of the source; None: all are
+            used.
 
     Raises:
         UserError: some rows can't be used; lists the reasons, each with file and line of its first rows.
     """
     prompts: list[Prompt] = []
     dropped: Counter[str] = Counter()
-    bad, rows = BadRows(), 0
-    for origin, record in PromptReader(source, formats).records(keep, strict=False):
+    bad, rows, keys = BadRows(), 0, RowKeys()
+    reader, repeats = PromptReader(source, formats), Repeats(before)
+    for origin, record in repeats.leave_out(reader.records(keep, strict=False)):
         rows += 1
         if isinstance(record, BadRow):
             bad.add(origin, record.reason)
@@ -152,12 +163,13 @@ def read_prompts(
         elif len(ids) > most:
             dropped["prompt leaves no room for a completion"] += 1
         else:
-            prompts.append(Prompt(ids, record.row, origin))
+            prompts.append(Prompt(ids, record.row, origin, record.record))
+            keys.add(origin, record)
     if bad.count and bad_rows == "error":
         raise bad.error(source.title, rows)
     report: dict[str, Any] = {"source": source.title, "rows": rows, "kept": len(prompts), "dropped": dict(dropped)}
     report |= {"cut": 0, "straddled": 0, "empty_answers": 0}
-    if bad.count:
-        report["bad_rows"] = bad.report()
-        report["dropped"] |= {reason: kind["rows"] for reason, kind in report["bad_rows"].items()}
-    return prompts, report
+    reader.add_left_out(report, keep)
+    bad.add_to(report)
+    repeats.add_to(report)
+    return prompts, report, keys

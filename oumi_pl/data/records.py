@@ -2,7 +2,7 @@
 
 import re
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -17,7 +17,7 @@ from oumi_pl.data.formats import (
     rename_columns,
     resolve_format,
 )
-from oumi_pl.data.sources import Source, rows
+from oumi_pl.data.sources import Source, left_out, rows
 from oumi_pl.data.splitting import Side
 from oumi_pl.data.tokenize import Dropped
 from oumi_pl.data.turns import MEDIA, PLACEHOLDERS, is_empty, is_finite, is_missing, optional_json, plain
@@ -69,6 +69,7 @@ class RecordReader:
         """`replaced`: characters that `errors: replace` has put into the rows so far."""
         self._convert = resolve_format(source.format, formats) if source.format else None
         self._ignored = frozenset(source.ignore or ())
+        self._filtered = frozenset() if (condition := source.condition) is None else frozenset(condition.columns)
         self._found: dict[frozenset[str], Format | UserError] = {}
 
     def records(
@@ -103,12 +104,18 @@ class RecordReader:
             for record in records:
                 yield origin, record
 
+    def add_left_out(self, report: dict[str, Any], keep: Side | None) -> None:
+        """Adds the rows so far that `where` left out to a report."""
+        for reason, number in left_out(self.source, self.counts, keep).items():
+            report["rows"] += number
+            report["dropped"][reason] = number
+
     def record(self, row: Row) -> Record | Dropped:
         """The first record that `read` returns for a row."""
         return self.read(row)[0]
 
     def read(self, row: Row) -> Sequence[Record | Dropped]:
-        """The records of a row; `Dropped` for one whose label says that it isn't good, with `label: keep_good`.
+        """The records of a row; `Dropped` if its format returned None, or its label says that it isn't good.
 
         Raises:
             UserError: it does not have the format, or has a column that carries meaning and isn't read.
@@ -129,15 +136,13 @@ class RecordReader:
             self._convert = convert
         try:
             self._look_at_columns(row, convert)
-            record = convert(used)
+            record = self._converted(used, convert)
         except UserError as error:
             other = source.format is None and before is not None and self._other_format(used, convert)
             raise UserError(other or str(error)) from None
-        except Exception as error:
-            if source.format is None:
-                raise
-            raise UserError(raised(format_name(source.format), error)) from error
-        records = record if isinstance(record, list) else [record]
+        records = record if isinstance(record, list) else [] if record is None else [record]
+        if not records:
+            return [Dropped(f"the format {format_name(source.format or convert)} returned None")]
         for one in records:
             if not isinstance(one, Record):
                 raise UserError(
@@ -148,6 +153,19 @@ class RecordReader:
             for one in records:
                 _refuse_placeholders(one)
         return records
+
+    def _converted(self, row: Row, convert: Format) -> Record | list[Record] | None:
+        """What the format returns for a row.
+
+        Raises:
+            UserError: the row is invalid, or a format of the user failed.
+        """
+        try:
+            return convert(row)
+        except Exception as error:
+            if isinstance(error, UserError) or self.source.format is None:
+                raise
+            raise UserError(raised(format_name(self.source.format), error)) from error
 
     def _format_of(self, row: Row) -> Format:
         """The format that fits a row's columns; looked for once, since finding the nearest names takes a while."""
@@ -166,7 +184,7 @@ class RecordReader:
         read = columns_read(convert)
         if read is None or row.keys() <= read:
             return
-        unread = row.keys() - read - set(LABELS if self.source.label else ())
+        unread = row.keys() - read - self._filtered - set(LABELS if self.source.label else ())
         self.unread |= unread
         for name in sorted((unread & MEANINGFUL) - self._ignored):
             if not is_empty(plain(row[name])):
@@ -305,6 +323,12 @@ class BadRows:
         """The number of rows and the first of them, by reason."""
         return {reason: {"rows": rows, "first": origins} for reason, origins, rows in self._kinds.values()}
 
+    def add_to(self, report: dict[str, Any]) -> None:
+        """Adds the bad rows to a report, by reason."""
+        if self.count:
+            report["bad_rows"] = self.report()
+            report["dropped"] |= {reason: kind["rows"] for reason, kind in report["bad_rows"].items()}
+
     def error(self, name: str, rows: int) -> UserError:
         """The message that lists all kinds; for a single row, its reason.
 
@@ -333,6 +357,20 @@ class RowCounts(Counter[str]):
     def __init__(self) -> None:
         super().__init__()
         self.bad = BadRows()
+        self.dropped: Counter[str] = Counter()
+        """Rows that a format or `where` left out, by reason."""
+        self.held_out: list[str] = []
+        """File and line of each row that is used, if these are held-out rows of a source."""
+
+    def add_bad(self, origin: str, reason: str) -> None:
+        """Adds a row that can't be used."""
+        self["rows"] += 1
+        self.bad.add(origin, reason)
+
+    def add_dropped(self, reasons: Mapping[str, int]) -> int:
+        """Adds rows that a format or `where` left out, by reason; returns how many."""
+        self.dropped.update(reasons)
+        return sum(reasons.values())
 
 
 def _named(origins: list[str], count: int) -> str:

@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 
+from oumi_pl.data.duplicates import LISTED, Keyed, prompts_in_training, repeated
 from oumi_pl.data.plan import Plan
 from oumi_pl.data.shards import Shards
 from oumi_pl.data.store import ExampleStore
@@ -74,6 +75,39 @@ def describe(stores: list[ExampleStore], lengths: np.ndarray, plan: Plan, capaci
     return described
 
 
+def describe_repeated(
+    stores: Sequence[Keyed], reports: Sequence[dict[str, Any]], training: Sequence[Keyed] | None
+) -> dict[str, Any]:
+    """Counts repeated rows of a split, and held-out rows whose prompt is in training too.
+
+    Args:
+        stores: The rows of each source of the split.
+        reports: The report of each source.
+        training: Those of the training split; None if this is it, or if it is not used.
+
+    Returns:
+        `duplicates`, the rows that repeat an earlier one (`rows`, and the `first` pairs of them), and
+        `prompts_in_training` (see there). Each only if there are any.
+    """
+    same = repeated(stores)
+    for left_out in (report["duplicates"] for report in reports if "duplicates" in report):
+        same = {"rows": same["rows"] + left_out["rows"], "first": [*same["first"], *left_out["first"]][:LISTED]}
+    described: dict[str, Any] = {"duplicates": same} if same["rows"] else {}
+    if training is None:
+        return described
+    shared = [prompts_in_training(store, training) for store in stores]
+    if any(part["rows"] for part in shared):
+        described["prompts_in_training"] = {
+            "rows": sum(part["rows"] for part in shared),
+            "identical": sum(part["identical"] for part in shared),
+            "first": [pair for part in shared for pair in part["first"]][:LISTED],
+        }
+        if len(stores) > 1:
+            parts = zip(reports, shared, strict=True)
+            described["sources"] = [report | {"prompts_in_training": part["rows"]} for report, part in parts]
+    return described
+
+
 def _target_weight(stores: list[ExampleStore]) -> dict[str, float]:
     """The weight of all targets; nothing if each has the weight 1."""
     if all(store.target_weights is None for store in stores):
@@ -96,12 +130,11 @@ def describe_documents(shards: list[Shards], across: bool = False) -> dict[str, 
     tokens = counted["tokens"]
     sources = [_source_report(s) for s in shards]
     text_bytes = sum(source["bytes"] for source in sources)
-    dropped = {
-        "empty": sum(source["empty"] for source in sources),
-        "label: not good": sum(source.get("not_good", 0) for source in sources),
-    }
+    dropped = Counter({"empty": sum(source["empty"] for source in sources)})
+    for source in sources:
+        dropped.update(source.get("dropped", {}))
     bad = _merged_bad_rows(sources)
-    dropped |= {reason: kind["rows"] for reason, kind in bad.get("bad_rows", {}).items()}
+    dropped.update({reason: kind["rows"] for reason, kind in bad.get("bad_rows", {}).items()})
     described: dict[str, Any] = {
         **{key: sum(source[key] for source in sources) for key in ("rows", "kept", "replaced")},
         "dropped": {reason: count for reason, count in dropped.items() if count},

@@ -22,7 +22,7 @@ class Group:
     """The completions of one prompt.
 
     components: `[completions, rewards]`, the value of each reward. penalties: `[completions]`, taken from the total.
-    metrics: `[completions, metrics]`, of held-out prompts.
+    metrics: `[completions, metrics]`, of held-out prompts. extra: how many other prompts were sampled in its place.
     """
 
     prompt: int
@@ -30,6 +30,7 @@ class Group:
     components: np.ndarray
     penalties: np.ndarray
     metrics: np.ndarray = field(default_factory=lambda: np.empty((0, 0)))
+    extra: int = 0
 
 
 class TrainedGroups(NamedTuple):
@@ -83,8 +84,7 @@ class RolloutLoader(FollowsPlan):
         size = min(data.steps_per_rollout, len(plan) - first)
         if self.block != (self.position.epoch, number):
             rows = range(first * plan.rows_per_update, min((first + size) * plan.rows_per_update, plan.rows))
-            numbers = data.numbered(plan, self.position.epoch, rows)
-            self.groups = data.groups("train", numbers, data.sampling, data.completions)
+            self.groups = data.training_groups(plan, self.position.epoch, rows)
             self.block = self.position.epoch, number
         start = (within % size) * plan.rows_per_update
         micro_batches = layout.within(data.limit, update, len(plan) * data.iterations)
@@ -162,6 +162,7 @@ def _to_plain(group: Group) -> dict[str, Any]:
         "finished": [c.is_finished for c in group.completions],
         "components": torch.from_numpy(group.components.copy()),
         "penalties": torch.from_numpy(group.penalties.copy()),
+        "extra": group.extra,
     }
 
 
@@ -171,4 +172,5 @@ def _from_plain(plain: Mapping[str, Any]) -> Group:
         Completion(plain["ids"][i].numpy(), plain["logps"][i].numpy(), plain["entropies"][i].numpy(), is_finished)
         for i, is_finished in enumerate(plain["finished"])
     ]
-    return Group(plain["prompt"], completions, plain["components"].numpy(), plain["penalties"].numpy())
+    values = plain["components"].numpy(), plain["penalties"].numpy()
+    return Group(plain["prompt"], completions, *values, extra=plain["extra"])

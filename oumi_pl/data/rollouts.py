@@ -2,9 +2,9 @@
 
 import time
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any, Protocol
 
 import numpy as np
@@ -14,20 +14,28 @@ from torch import Tensor
 
 from oumi_pl.data import report as reports
 from oumi_pl.data.collate import collate
+from oumi_pl.data.duplicates import RowKeys
 from oumi_pl.data.examples import ChatData
 from oumi_pl.data.formats import FORMATS, Formats
 from oumi_pl.data.plan import Plan, mixture_epoch, plan_epoch
 from oumi_pl.data.prompts import Prompt, prompt_only, read_prompts
+from oumi_pl.data.reward_model import RewardModel
 from oumi_pl.data.rollout_loader import EvalLoader, Group, RolloutLoader
-from oumi_pl.data.sources import as_sources, fingerprint
+from oumi_pl.data.sources import fingerprint
 from oumi_pl.data.store import cache_key
 from oumi_pl.data.tokenize import Tokenize
 from oumi_pl.data.tokenizers import tokenizer_fingerprint
 from oumi_pl.errors import UserError
 from oumi_pl.rollouts.evaluation import checked_ks
-from oumi_pl.rollouts.rewards import Reward, Rewards
+from oumi_pl.rollouts.rewards import Reward, Rewards, Scored
 from oumi_pl.rollouts.sampling import Completion, Engine, Generate, Sampling
 from oumi_pl.types import Batch, Example, Record, Segment
+
+OTHER_PROMPT = (0, 1)
+"""Sets the random numbers that choose a prompt of an extra round apart from those of completions, which have no fifth.
+
+(To numpy, a seed with a 0 at its end is the same as without it.)
+"""
 
 
 class Policy(Protocol):
@@ -54,13 +62,17 @@ class RolloutData(ChatData):
     Args:
         args: As of `TextData`.
         reward: A function `(completion, row) -> float` by its path, or several, with weights if it is a mapping; see
-            `oumi_pl.rollouts.rewards`. `Distill` needs none.
+            `oumi_pl.rollouts.rewards`. A path with a slash is the folder or the hub id of a reward model, whose score
+            it is. `Distill` needs none.
         completions: Completions per prompt (a group), at least 2 if they are compared by a reward.
         sampling: How they are sampled.
         engine: What samples them; transformers' `generate` when left out.
         steps_per_rollout: Updates whose prompts are completed at once, before the first of them.
         iterations: How often each rollout is trained on.
         prompts_per_call: Prompts whose groups are sampled in one batch.
+        extra_rounds: How often prompts whose completions all got the same total reward are replaced by others of the
+            epoch, which are sampled as well (Yu et al. 2025, arXiv:2503.14476, "dynamic sampling", equation 11). A
+            group stays if its place gets none with different rewards. `train/extra_groups` is what this costs.
         mask_truncated: Leave completions that `max_new_tokens` cut out of the loss.
         overlong_tokens: The last so many of `max_new_tokens` reduce the reward in training, up to `overlong_penalty`
             for all of them (Yu et al. 2025, arXiv:2503.14476, "soft overlong punishment"); 0 for none.
@@ -89,6 +101,7 @@ class RolloutData(ChatData):
         steps_per_rollout: int = 1,
         iterations: int = 1,
         prompts_per_call: int = 8,
+        extra_rounds: int = 0,
         mask_truncated: bool = False,
         overlong_tokens: int = 0,
         overlong_penalty: float = 1.0,
@@ -104,6 +117,7 @@ class RolloutData(ChatData):
             ("steps_per_rollout", steps_per_rollout, 1),
             ("iterations", iterations, 1),
             ("prompts_per_call", prompts_per_call, 1),
+            ("extra_rounds", extra_rounds, 0),
             ("eval_completions", eval_completions, 1),
         ):
             if value < least:
@@ -112,13 +126,21 @@ class RolloutData(ChatData):
             raise UserError(
                 "data.packing: a row is a prompt with its completions, which share it already; leave it out"
             )
-        self.rewards = Rewards.none() if reward is None else Rewards(reward)
+        if self.weight_by != "rows":
+            raise UserError(
+                f"data.weight_by: {self.weight_by} of completions are unknown before they are sampled; the weights of "
+                "sources are shares of the prompts"
+            )
+        self.rewards = Rewards.none() if reward is None else Rewards(reward, load_model=self.__reward_model)
         self.completions = completions
         self.sampling = sampling or Sampling()
         self.engine = engine or Generate()
         self.steps_per_rollout = steps_per_rollout
         self.iterations = iterations
         self.prompts_per_call = prompts_per_call
+        if extra_rounds and reward is None:
+            raise UserError("data.extra_rounds: without a reward, no group of completions is better than another")
+        self.extra_rounds = extra_rounds
         if not 0 <= overlong_tokens <= self.sampling.max_new_tokens:
             raise UserError(
                 f"data.overlong_tokens is {overlong_tokens}, but has to be from 0 to data.sampling.max_new_tokens, "
@@ -131,11 +153,16 @@ class RolloutData(ChatData):
         self.eval_completions = eval_completions
         self.success = success
         self.pass_at = checked_ks(pass_at, eval_completions, "data.pass_at", "data.eval_completions")
-        self.metrics = None if metrics is None else Rewards(metrics, "data.metrics")
+        in_metrics = partial(self.__reward_model, key="data.metrics")
+        self.metrics = None if metrics is None else Rewards(metrics, "data.metrics", in_metrics)
         self.seconds: defaultdict[str, float] = defaultdict(float)
         """Seconds spent on `generating` and `rewarding` training completions since the last update was logged."""
         self.__prompts: dict[str, list[Prompt]] = {}
         self.__reports: dict[str, list[dict[str, Any]]] = {}
+        self.__keys: dict[str, list[RowKeys]] = {}
+
+    def __reward_model(self, path: str, key: str = "data.reward") -> RewardModel:
+        return RewardModel(path, self, key)
 
     @property
     def row_name(self) -> str:
@@ -160,7 +187,7 @@ class RolloutData(ChatData):
     @cached_property
     def tokenize(self) -> Tokenize:
         """Tokenizes prompts."""
-        return Tokenize(self.tokenizer, self.max_length, overflow=self.overflow)
+        return Tokenize(self.tokenizer, self.max_length, overflow=self.overflow, renderer=self.renderer)
 
     # ---- prompts
 
@@ -171,20 +198,35 @@ class RolloutData(ChatData):
             UserError: a row has no prompt; names it.
         """
         if split not in self.__prompts:
-            room = self.max_length - self.sampling.max_new_tokens
-            if room < 1:
-                raise UserError(
-                    f"data.max_length is {self.max_length}, which leaves no room for a prompt and "
-                    f"{self.sampling.max_new_tokens} new tokens"
-                )
             sources, keep = self.taken(split)
-            read = [
-                read_prompts(source, self.formats, self.__prompt_ids, room, keep=keep, bad_rows=self.bad_rows)
-                for source in sources
-            ]
-            self.__prompts[split] = [prompt for prompts, _ in read for prompt in prompts]
-            self.__reports[split] = [report for _, report in read]
+            keys: list[RowKeys] = []
+            read = []
+            for source in sources:
+                before = keys if self.drops_repeated(split) else None
+                of_source = read_prompts(
+                    source, self.formats, self.__prompt_ids, self.room, keep=keep, bad_rows=self.bad_rows, before=before
+                )
+                read.append(of_source)
+                keys.append(of_source[2])
+            self.__prompts[split] = [prompt for prompts, _, _ in read for prompt in prompts]
+            self.__reports[split] = [report for _, report, _ in read]
+            self.__keys[split] = keys
         return self.__prompts[split]
+
+    @property
+    def room(self) -> int:
+        """Most tokens of a prompt.
+
+        Raises:
+            UserError: no prompt fits.
+        """
+        room = self.max_length - self.sampling.max_new_tokens
+        if room < 1:
+            raise UserError(
+                f"data.max_length is {self.max_length}, which leaves no room for a prompt and "
+                f"{self.sampling.max_new_tokens} new tokens"
+            )
+        return room
 
     def __prompt_ids(self, record: Record) -> list[int]:
         return self.tokenize.prompt_ids(record)[0]
@@ -200,8 +242,7 @@ class RolloutData(ChatData):
             UserError: no prompt of a split is left, or weights are to be sharded: ranks sample different numbers of
                 batches, so that some would wait for ever to gather weights.
         """
-        if self.trainer is not None and isinstance(self.trainer.strategy, ModelParallelStrategy):
-            raise UserError("trainer.strategy: completions can't be sampled from sharded weights; use ddp")
+        self.refuse_sharded_weights()
         for split in self.needed(stage):
             if not self.all_prompts(split):
                 raise UserError(
@@ -209,10 +250,29 @@ class RolloutData(ChatData):
                     f"data.max_length, which is {self.max_length}"
                 )
 
+    def refuse_sharded_weights(self) -> None:
+        """Refuses a strategy that shards weights, since ranks sample different numbers of batches.
+
+        Raises:
+            UserError: it does.
+        """
+        if self.trainer is not None and isinstance(self.trainer.strategy, ModelParallelStrategy):
+            raise UserError("trainer.strategy: completions can't be sampled from sharded weights; use ddp")
+
     def made_from(self) -> list[str]:
-        """A hash of the sources, the tokenizer and the lengths."""
-        sources = [fingerprint(source) for source in as_sources(self.sources["train"])]
-        return [cache_key(sources, tokenizer_fingerprint(self.tokenizer), self.max_length, self.completions)]
+        """A hash of the sources and which of their rows are used, the tokenizer, the rendering and the lengths."""
+        sources, keep = self.taken("train")
+        weights = self.source_weights if len(sources) > 1 else []
+        rows = [[fingerprint(source) for source in sources], weights, str(keep), self.duplicates]
+        rendering = tokenizer_fingerprint(self.tokenizer), self.template_variables
+        return [cache_key(rows, *rendering, self.max_length, self.completions)]
+
+    def held_out_rows(self) -> Iterator[tuple[str, str]]:
+        """As of `TextData`."""
+        if isinstance(self.sources["validation"], float):
+            self.all_prompts("validation")
+            for report, keys in zip(self.__reports["validation"], self.__keys["validation"], strict=True):
+                yield from ((report["source"], origin) for origin in dict.fromkeys(keys.origins))
 
     def lengths(self, split: str) -> np.ndarray:
         """Most tokens of each prompt with its completions, `[prompts]`."""
@@ -228,6 +288,8 @@ class RolloutData(ChatData):
 
     def __report_of(self, split: str) -> dict[str, Any]:
         report = reports.merged(self.__reports[split]) | reports.of_lengths(self.prompt_lengths(split))
+        training = self.__keys.get("train") if split != "train" else None
+        report |= reports.describe_repeated(self.__keys[split], self.__reports[split], training)
         if split == "train":
             plan = self.plan(0)
             report |= {"rows_planned": plan.rows, "updates_per_epoch": len(plan) * self.iterations}
@@ -242,9 +304,8 @@ class RolloutData(ChatData):
     def plan(self, epoch: int) -> Plan:
         """The prompts of each update of an epoch."""
         lengths = self.prompt_lengths("train")
-        weights = [source.weight for source in as_sources(self.sources["train"])]
         sizes = [report["kept"] for report in self.__reports["train"]]
-        ids = mixture_epoch(sizes, weights, self.run_seed, epoch)
+        ids = mixture_epoch(sizes, self.source_weights, self.run_seed, epoch)
         rows_per_update = self.layout.at(epoch).rows_per_update
         return plan_epoch(lengths, ids, rows_per_update, seed=self.run_seed, epoch=epoch, group_by_length=False)
 
@@ -270,7 +331,34 @@ class RolloutData(ChatData):
 
     # ---- rollouts
 
-    def groups(self, split: str, numbers: Sequence[tuple[int, int]], sampling: Sampling, members: int) -> list[Group]:
+    def training_groups(self, plan: Plan, epoch: int, rows: Iterable[int]) -> list[Group]:
+        """The groups of some rows of an epoch's plan, with up to `extra_rounds` prompts sampled in place of each.
+
+        A row's other prompts depend on the seed and the row alone, so that resumes and other layouts sample the same.
+        """
+        numbers = self.numbered(plan, epoch, rows)
+        groups = [*self.groups("train", numbers, self.sampling, self.completions)]
+        for extra in range(1, self.extra_rounds + 1):
+            same = [i for i, group in enumerate(groups) if not self.has_variance(group)]
+            if not same:
+                break
+            others = [(number, self.__other_prompt(plan, number, extra)) for number, _ in (numbers[i] for i in same)]
+            sampled = self.groups("train", others, self.sampling, self.completions, extra)
+            for i, group in zip(same, sampled, strict=True):
+                groups[i] = replace(group if self.has_variance(group) else groups[i], extra=extra)
+        return groups
+
+    def __other_prompt(self, plan: Plan, number: int, extra: int) -> int:
+        drawn = np.random.default_rng([self.run_seed, number, extra, *OTHER_PROMPT]).integers(len(plan.example_ids))
+        return int(plan.example_ids[drawn])
+
+    def has_variance(self, group: Group) -> bool:
+        """Whether the completions of a group got different rewards, before penalties."""
+        return bool(np.ptp(self.rewards.total(group.components)) > 0)
+
+    def groups(
+        self, split: str, numbers: Sequence[tuple[int, int]], sampling: Sampling, members: int, extra: int = 0
+    ) -> list[Group]:
         """Completes and scores prompts; the ranks share the work, and each gets all groups.
 
         Args:
@@ -278,18 +366,21 @@ class RolloutData(ChatData):
             numbers: Number of the seed and id of each prompt.
             sampling: How to sample.
             members: Completions per prompt.
+            extra: Number of the extra round, from 1; its random numbers are others.
         """
         started, rewarding = time.perf_counter(), self.seconds["rewarding"]
-        groups = self.__groups(split, numbers, sampling, members)
+        groups = self.__groups(split, numbers, sampling, members, extra)
         if split == "train":
             seconds = time.perf_counter() - started  # waiting for other ranks counts as generating
             self.seconds["generating"] += seconds - (self.seconds["rewarding"] - rewarding)
         return groups
 
-    def __groups(self, split: str, numbers: Sequence[tuple[int, int]], sampling: Sampling, members: int) -> list[Group]:
+    def __groups(
+        self, split: str, numbers: Sequence[tuple[int, int]], sampling: Sampling, members: int, extra: int
+    ) -> list[Group]:
         layout, size = self.layout, self.prompts_per_call
         calls = [list(numbers[i : i + size]) for i in range(0, len(numbers), size)]
-        mine = [self.__call(split, call, sampling, members) for call in calls[layout.rank :: layout.ranks]]
+        mine = [self.__call(split, call, sampling, members, extra) for call in calls[layout.rank :: layout.ranks]]
         if layout.ranks == 1:
             return [group for of_call in mine for group in of_call]
         gathered: list[Any] = [None] * layout.ranks
@@ -297,7 +388,9 @@ class RolloutData(ChatData):
         in_order = [gathered[i % layout.ranks][i // layout.ranks] for i in range(len(calls))]
         return [group for of_call in in_order for group in of_call]
 
-    def __call(self, split: str, numbers: list[tuple[int, int]], sampling: Sampling, members: int) -> list[Group]:
+    def __call(
+        self, split: str, numbers: list[tuple[int, int]], sampling: Sampling, members: int, extra: int
+    ) -> list[Group]:
         prompts = self.all_prompts(split)
         repeated = [(number, prompts[prompt], member) for number, prompt in numbers for member in range(members)]
         own = self.policy.causal_lm.hf.generation_config.eos_token_id
@@ -307,16 +400,17 @@ class RolloutData(ChatData):
                 self.policy,
                 self.tokenizer,
                 [prompt.ids for _, prompt, _ in repeated],
-                seeds=[(self.run_seed, number, member) for number, _, member in repeated],
+                seeds=[(self.run_seed, number, member, *([extra] if extra else [])) for number, _, member in repeated],
                 sampling=sampling,
                 ends=ends,
             )
         started = time.perf_counter()
         texts = [self.text_of(completion) for completion in completions]
         rows = [prompt.row for _, prompt, _ in repeated]
-        components = self.rewards.components(texts, rows)
+        samples = [Scored(p, c, text) for (_, p, _), c, text in zip(repeated, completions, texts, strict=True)]
+        components = self.rewards.components(texts, rows, samples)
         is_measured = self.metrics is not None and split != "train"
-        metrics = self.metrics.components(texts, rows) if is_measured else np.empty((len(texts), 0))  # type: ignore[union-attr]
+        metrics = self.metrics.components(texts, rows, samples) if is_measured else np.empty((len(texts), 0))  # type: ignore[union-attr]
         groups = []
         for i, (_, prompt) in enumerate(numbers):
             of_prompt = slice(i * members, (i + 1) * members)
@@ -357,7 +451,8 @@ class RolloutData(ChatData):
 
         Besides the keys of `Batch`: `advantages`, `rewards` (the totals), `components` (`[completions, rewards]`),
         `penalties` (of the KL), `metrics` (`[completions, metrics]`), `lengths` and `finished`, for each completion,
-        `sampled_logps` and `entropies` for each target, and the number of `completions` per prompt.
+        `sampled_logps` and `entropies` for each target, and the number of `completions` per prompt; with `extra_rounds`
+        in training, `extra_groups` for each completion.
         """
         examples = [self.example(split, group) for group in groups]
         batch: Any = collate([([g.prompt], [e]) for g, e in zip(groups, examples, strict=True)], self.pad_id)
@@ -380,6 +475,8 @@ class RolloutData(ChatData):
         batch["finished"] = _floats([c.is_finished for c in completions])
         batch["sampled_logps"] = _floats(np.concatenate([c.logps for c in kept]) if kept else [])
         batch["entropies"] = _floats(np.concatenate([c.entropies for c in kept]) if kept else [])
+        if self.extra_rounds and split == "train":
+            batch["extra_groups"] = _floats([group.extra for group in groups for _ in range(members)])
         batch["completions"] = members
         return batch
 

@@ -12,7 +12,6 @@ import itertools
 import json
 import os
 import zlib
-from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from functools import cached_property
 from pathlib import Path
@@ -32,6 +31,8 @@ FORMAT = 1
 """Version of the files and of the tokenization of documents: increase it when either changes."""
 MANIFEST = "manifest.json"
 MADE_FROM = "made_from.json"
+HELD_OUT = "held_out.txt"
+"""File and line of each document, if they were held out of a source."""
 LOOKED_AT = 1 << 16
 """Ids at the start of each shard that are checked when it is opened; the others are checked when read."""
 BLOCK = 1 << 18
@@ -114,6 +115,12 @@ class Shards:
     def tokens(self) -> int:
         """Tokens of all documents."""
         return int(self.manifest["tokens"])
+
+    @property
+    def held_out(self) -> list[str]:
+        """File and line of each document, if they were held out of a source; else empty."""
+        file = self.directory / HELD_OUT
+        return file.read_text(encoding="utf-8").split("\n") if file.is_file() else []
 
     @cached_property
     def lengths(self) -> np.ndarray:
@@ -207,7 +214,7 @@ def _read_manifest(directory: Path) -> dict[str, Any]:
 
 def write_shards(
     directory: Path,
-    documents: Callable[[Counter[str]], Iterator[str]],
+    documents: Callable[[RowCounts], Iterator[str]],
     tokenize: TokenizeDocuments,
     made_from: dict[str, Any],
     *,
@@ -243,10 +250,12 @@ def write_shards(
         whole.append(shard)
     totals = {key: sum(shard[key] for shard in whole) for key in ("documents", "tokens", "text_bytes")}
     report: dict[str, Any] = {key: counts[key] for key in ("rows", "kept", "empty", "replaced")}
-    report |= {"not_good": counts["not_good"]} if counts["not_good"] else {}
+    report |= {"dropped": dict(counts.dropped)} if counts.dropped else {}
     report |= {"bad_rows": counts.bad.report()} if counts.bad.count else {}
     manifest = made_from | totals | {"name": name, "report": report, "shards": whole}
     manifest["crc32"] = checksums.of_json(manifest)
+    if counts.held_out:
+        _write_whole(directory / HELD_OUT, "\n".join(counts.held_out).encode())
     _write_whole(directory / MANIFEST, json.dumps(manifest).encode())
 
 

@@ -1,5 +1,7 @@
 """Sources of rows: files, directories, bundled data, the hub, and rows in memory."""
 
+import codecs
+import encodings.aliases
 import glob
 import hashlib
 import itertools
@@ -17,9 +19,11 @@ from typing import TYPE_CHECKING, Any, Literal, TypeVar, cast, get_args
 
 import numpy as np
 
-from oumi_pl.data.files import KINDS, Reading, count_rows, kind_of, read_file
+from oumi_pl.data.files import KINDS, TABLES, Reading, count_rows, kind_of, read_file
 from oumi_pl.data.formats import Format
 from oumi_pl.data.memory import Rows, Table
+from oumi_pl.data.splitting import Side
+from oumi_pl.data.where import WHERE, Filter, Where
 from oumi_pl.errors import UserError, nearby, nearest
 from oumi_pl.models.hub import asked_once
 from oumi_pl.types import BadRow, Row
@@ -154,8 +158,9 @@ Errors = Literal["strict", "replace"]
 if TYPE_CHECKING:
     Place = str | os.PathLike[str] | Table | Rows
     FormatName = str | Format
+    Condition = str | Filter
 else:  # the types of a recipe; Python may pass the objects themselves
-    Place = FormatName = str
+    Place = FormatName = Condition = str
 
 
 @dataclass(frozen=True)
@@ -170,6 +175,10 @@ class Source:
         split: Split, or a slice of it as in `datasets`: `train[:100]`, `train[10:20]`, `train[:5%]`.
         revision: Branch, tag or commit of a hub data set.
         weight: Share of this source in a mixture, relative to the others' weights.
+        where: Which rows are used: an expression over their columns, such as `lang == 'en' and quality >= 3`, or the
+            dotted path of a function from a row to true or false. The columns are those of the file, before `columns`
+            renames them; in backticks if their name has blanks. A missing value is never greater or less than
+            another. See `oumi_pl.data.where`.
         format: The name of a format, or the dotted path of your own function (from Python, the function itself);
             detected when left out.
         columns: The format's fields by the names of your columns, as `{question: my_column}`.
@@ -181,9 +190,11 @@ class Source:
             override those of the recipe, and a row's own (`chat_template_kwargs`) override them.
         documents: How a `.txt` file is divided into documents: not at all (`file`, the default; `lines` for prompts of
             `predict`), at `blank_lines`, into `lines`, or at a separator of your own, for example `<|endoftext|>`.
-        errors: How bytes that aren't UTF-8 are handled: the run stops (`strict`), or they become U+FFFD (`replace`).
-        sample: Use exactly so many rows: the first ones, or randomly drawn ones with `sample_seed`. If there are too
-            few, rows are repeated.
+        encoding: Encoding of text files, such as `cp1252` or `utf-16`; UTF-8 when left out.
+        errors: How bytes that the encoding doesn't have are handled: the run stops (`strict`), or they become U+FFFD
+            (`replace`).
+        sample: Use exactly so many of the rows that fit `where`: the first ones, or randomly drawn ones with
+            `sample_seed`. If there are too few, rows are repeated.
         sample_seed: Seed of the draw.
         name: Name of the source in messages, reports and metrics; its path when left out.
     """
@@ -193,12 +204,14 @@ class Source:
     split: str = "train"
     revision: str | None = None
     weight: float | None = None
+    where: Condition | None = None
     format: FormatName | None = None
     columns: dict[str, str] | None = None
     ignore: list[str] | None = None
     label: Literal["keep_good"] | None = None
     template_variables: dict[str, Any] | None = None
     documents: str | None = None
+    encoding: str | None = None
     errors: Errors = "strict"
     sample: int | None = None
     sample_seed: int | None = None
@@ -213,6 +226,11 @@ class Source:
         if not (self.format is None or isinstance(self.format, str) or callable(self.format)):
             kind = type(self.format).__name__
             raise UserError(f"{self.title}: format is a {kind}; it is the name of a format, or a function of a row")
+        if not (self.where is None or isinstance(self.where, str) or callable(self.where)):
+            kind = type(self.where).__name__
+            raise UserError(
+                f"{self.title}: where is a {kind}; it is an expression over columns, or a function of a row"
+            )
 
     @property
     def title(self) -> str:
@@ -223,6 +241,15 @@ class Source:
     def rows(self) -> Rows | None:
         """The rows, if they are in memory."""
         return self.path if isinstance(self.path, Rows) else None
+
+    @property
+    def condition(self) -> Where | None:
+        """The filter of its rows; None if all are used.
+
+        Raises:
+            UserError: the expression can't be read.
+        """
+        return None if self.where is None else Where(self.where)
 
     @property
     def address(self) -> str:
@@ -237,6 +264,8 @@ class _Split:
     files: list[Path]
     read: Callable[[], Iterator[tuple[str, Row | BadRow]]]
     count: Callable[[], int]
+    names: list[str]
+    """What origins of rows begin with: the names of files, or that of the data set."""
     rows: Rows | None = None
     """The rows, if they are in memory and so in no file."""
 
@@ -252,12 +281,19 @@ def as_sources(value: Any, where: str = "data") -> list[Source]:
         UserError: it is something else, or empty.
     """
     if isinstance(value, Mapping):
-        return _named_sources(value, where)
-    if not isinstance(value, list | tuple) or (value and _is_row(value[0])):
-        return [_source(value, where)]
-    if not value:
+        sources = _named_sources(value, where)
+    elif not isinstance(value, list | tuple) or (value and _is_row(value[0])):
+        sources = [_source(value, where)]
+    elif not value:
         raise UserError(f"{where}: a list of sources is empty; name at least one file, directory or hub id")
-    return [_source(item, where) for item in value]
+    else:
+        sources = [_source(item, where) for item in value]
+    for source in sources:
+        try:
+            _ = source.condition
+        except UserError as error:
+            raise UserError(f"{where}: {source.title}: {error}") from error
+    return sources
 
 
 def by_line(source: Source, column: str = "text") -> Source:
@@ -330,7 +366,8 @@ def rows(
     Args:
         source: The source.
         streaming: Read data from the hub without downloading them first.
-        counts: Counter whose `replaced` counts the characters inserted by `errors: replace`.
+        counts: Counter whose `replaced` counts the characters inserted by `errors: replace`, and `where` the rows that
+            are left out.
         strict: Raise an error for something that isn't a row, instead of yielding a `BadRow` in its place.
 
     Yields:
@@ -341,13 +378,29 @@ def rows(
         UserError: when called: the source does not exist, the split is unknown, or the hub can't be reached; while
             reading: a file is damaged, something in it isn't a row, or there are no rows.
     """
-    splits = _local_splits(source, counts, strict)
+    splits, condition = _local_splits(source, counts, strict), source.condition
+    counter = Counter[str]() if counts is None else counts
 
     def start() -> Iterator[tuple[str, Row | BadRow]]:
-        return _hub_rows(source, streaming) if splits is None else _cut(source, splits)
+        read = _hub_rows(source, streaming) if splits is None else _cut(source, splits)
+        return read if condition is None else condition.used(read, source.title, counter, strict)
 
     found = start() if source.sample is None else sampled(start, source.sample, source.sample_seed)
-    return _not_empty(found, source)
+    return _not_empty(found, source, counter)
+
+
+def left_out(source: Source, counts: Counter[str], keep: Side | None) -> dict[str, int]:
+    """The rows that `where` left out, by reason; they count on one side only if a fraction is held out.
+
+    Args:
+        source: The source, after its rows were read.
+        counts: The counter that they were counted in.
+        keep: Which rows were used.
+    """
+    number = counts["where"]
+    if not number or (keep is not None and keep.is_held_out) or (condition := source.condition) is None:
+        return {}
+    return {f"{WHERE}{condition.text}": number}
 
 
 def is_on_hub(source: Source) -> bool:
@@ -363,8 +416,8 @@ def fingerprint(source: Source) -> str:
     """Hash of all that determines the rows and their order: 32 hex digits.
 
     Local data are identified by their contents, not their names; hub data by their fingerprint in `datasets`. `split`,
-    `config`, `revision`, `documents`, `errors` and `sample` count; `weight` and what turns rows into records (`format`,
-    `columns`, `ignore`, `label`) do not.
+    `config`, `revision`, `where`, `documents`, `encoding`, `errors` and `sample` count; `weight` and what turns rows
+    into records (`format`, `columns`, `ignore`, `label`) do not.
 
     Raises:
         UserError: the source can't be found, as for `rows`.
@@ -373,8 +426,12 @@ def fingerprint(source: Source) -> str:
     digest.update(json.dumps([source.config, source.split, source.revision]).encode())
     if source.documents is not None or source.errors != "strict":
         digest.update(json.dumps([source.documents, source.errors]).encode())
+    if source.encoding is not None:
+        digest.update(json.dumps(["encoding", source.encoding]).encode())
     if source.sample is not None:
         digest.update(json.dumps(["sample", source.sample, source.sample_seed]).encode())
+    if (condition := source.condition) is not None:
+        digest.update(json.dumps(["where", condition.key()]).encode())
     splits = _local_splits(source)
     if splits is None:
         digest.update(_load_hub(source)._fingerprint.encode())
@@ -392,6 +449,18 @@ def fingerprint(source: Source) -> str:
     return digest.hexdigest()
 
 
+def origin_names(source: Source) -> list[str]:
+    """What the origins of a source's rows begin with, in order: names of files, or that of the data set.
+
+    Raises:
+        UserError: the source can't be found, as for `rows`.
+    """
+    splits = _local_splits(source)
+    if splits is None:
+        return [f"{source.title}[{source.split}]"]
+    return [name for split in _names(source, splits) for name in splits[split].names]
+
+
 # --- local data ------------------------------------------------------------------------------------------------------
 
 
@@ -403,13 +472,15 @@ def _local_splits(source: Source, counts: Counter[str] | None = None, strict: bo
         if source.documents is not None:
             raise UserError(f"{source.title}: 'documents' divides .txt files; rows in memory are documents already")
         read = partial(_numbered, source.rows, source.title)
-        splits = {"train": _Split([], read, partial(len, source.rows), source.rows)}
+        splits = {"train": _Split([], read, partial(len, source.rows), [source.title], source.rows)}
     elif _is_saved(path := Path(source.address).expanduser()):
         splits = _saved_splits(path)
     elif (files := find_files(source.address)) is not None:
         splits = {name: _file_split(members, source, how) for name, members in files.items()}
     else:
         return None
+    if source.encoding is not None and (source.rows is not None or _is_saved(Path(source.address).expanduser())):
+        raise UserError(f"{source.title}: 'encoding' is that of text files, and these rows are in none; leave it out")
     for key in ("config", "revision"):
         if getattr(source, key) is not None:
             raise UserError(f"{source.title}: {key!r} is for data from the hub, and this is local; leave it out")
@@ -428,7 +499,26 @@ def _reading(source: Source, counts: Counter[str] | None, strict: bool) -> Readi
     if documents not in _DOCUMENTS and re.fullmatch(r"\w*", documents):  # a separator of letters would split words
         hint = nearest(documents, _DOCUMENTS)
         raise UserError(f"{source.title}: unknown documents {documents!r}{hint} (a separator holds more than letters)")
-    return Reading(documents, source.errors == "replace", Counter() if counts is None else counts, strict)
+    counts = Counter() if counts is None else counts
+    return Reading(documents, _encoding(source), source.errors == "replace", counts, strict)
+
+
+def _encoding(source: Source) -> str:
+    """The encoding of a source's text files.
+
+    Raises:
+        UserError: it is unknown, or the source has no text files.
+    """
+    if source.encoding is None:
+        return "utf-8"
+    try:
+        known = codecs.lookup(source.encoding)
+        "\n".encode(source.encoding)  # refuses codecs that encode no text, such as base64
+    except LookupError as error:
+        names = {name.replace("_", "-") for name in encodings.aliases.aliases.values()}
+        hint = nearest(source.encoding, names)
+        raise UserError(f"{source.title}: unknown encoding {source.encoding!r}{hint}") from error
+    return known.name
 
 
 def _file_split(files: list[Path], source: Source, how: Reading) -> _Split:
@@ -436,13 +526,16 @@ def _file_split(files: list[Path], source: Source, how: Reading) -> _Split:
     if len(kinds) > 1:
         first, second, *_ = kinds.values()
         raise UserError(f"{name}: different kinds of files ({first}, {second}); choose one with a glob such as *.jsonl")
+    if source.encoding is not None and set(kinds) & set(TABLES):
+        raise UserError(f"{name}: 'encoding' is that of text files, and these are none; leave it out")
     if source.documents is not None and "txt" not in kinds:
         raise UserError(f"{name}: 'documents' divides .txt files; the rows of other files are documents already")
 
     def read() -> Iterator[tuple[str, Row | BadRow]]:
         return itertools.chain.from_iterable(read_file(path, _name(path), how) for path in files)
 
-    return _Split(files, read, lambda: sum(count_rows(path, _name(path), how) for path in files))
+    names = [_name(path) for path in files]
+    return _Split(files, read, lambda: sum(count_rows(path, _name(path), how) for path in files), names)
 
 
 def _name(path: Path) -> str:
@@ -478,11 +571,13 @@ def _names(source: Source, splits: dict[str, _Split]) -> list[str]:
     return names
 
 
-def _not_empty(found: Iterator[tuple[str, Any]], source: Source) -> Iterator[tuple[str, Any]]:
+def _not_empty(found: Iterator[tuple[str, Any]], source: Source, counts: Counter[str]) -> Iterator[tuple[str, Any]]:
     empty = True
     for item in found:
         empty = False
         yield item
+    if empty and counts["where"]:
+        raise UserError(f"{source.title}: where: none of {counts['where']:,} rows fits {source.where!r}")
     if empty:
         path = Path(source.address).expanduser() if source.rows is None else None
         empty = path is not None and path.is_file() and not path.stat().st_size
@@ -504,7 +599,7 @@ def _saved_splits(path: Path) -> dict[str, _Split]:
 def _saved_split(dataset: Any, folder: Path, name: str) -> _Split:
     files = sorted(p for p in folder.rglob("*") if p.is_file())
     dataset = dataset.with_format(None)  # the folder remembers a format, which would make arrays or tensors of lists
-    return _Split(files, partial(_numbered, dataset, name), partial(len, dataset))
+    return _Split(files, partial(_numbered, dataset, name), partial(len, dataset), [name])
 
 
 def _numbered(dataset: Any, name: str) -> Iterator[tuple[str, Row]]:
@@ -518,6 +613,8 @@ def _numbered(dataset: Any, name: str) -> Iterator[tuple[str, Row]]:
 def _hub_rows(source: Source, streaming: bool = False) -> Iterator[tuple[str, Row]]:
     if source.documents is not None:
         raise UserError(f"{source.title}: 'documents' divides .txt files; rows of the hub are documents already")
+    if source.encoding is not None:
+        raise UserError(f"{source.title}: 'encoding' is that of local text files; leave it out")
     return _numbered(_load_hub(source, streaming), f"{source.title}[{source.split}]")
 
 

@@ -54,7 +54,15 @@ def is_held_out(key: Any, fraction: float) -> bool:
     Keys that are held out at a fraction are also held out at any larger one. Texts that differ only in white space or
     case are the same key.
     """
-    if isinstance(key, str):
-        key = " ".join(key.casefold().split())
+    return prompt_hash(key) < fraction * 2**64
+
+
+def prompt_hash(key: Any) -> int:
+    """A hash of a prompt, 64 bits; texts that differ only in white space or case have the same."""
+    return content_hash(" ".join(key.casefold().split()) if isinstance(key, str) else key)
+
+
+def content_hash(key: Any) -> int:
+    """A hash of a text or JSON value, 64 bits, the same in every run and on every machine."""
     content = json.dumps(key, sort_keys=True, default=str).encode()
-    return int.from_bytes(hashlib.blake2b(content, digest_size=8).digest(), "big") < fraction * 2**64
+    return int.from_bytes(hashlib.blake2b(content, digest_size=8).digest(), "big")

@@ -11,7 +11,7 @@ import tempfile
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, BinaryIO, cast
 
@@ -19,10 +19,11 @@ import numpy as np
 
 from oumi_pl.attention.segments import check_segments
 from oumi_pl.data.code import code_of
+from oumi_pl.data.duplicates import Repeats, RowKeys
 from oumi_pl.data.formats import FORMATS, Formats, format_name, resolve_format
 from oumi_pl.data.processes import mapped
 from oumi_pl.data.records import BadRows, FieldReader, OnBadRows, RecordReader, RecordWithFields
-from oumi_pl.data.sources import Source, fingerprint
+from oumi_pl.data.sources import Source, fingerprint, origin_names
 from oumi_pl.data.splitting import Side
 from oumi_pl.data.tokenize import Dropped
 from oumi_pl.errors import UserError, cache_folder
@@ -34,6 +35,7 @@ from oumi_pl.types import BadRow, Example, Record, Segment
 
 REPORT = "report.json"
 TABLES = "tables.npz"
+ORIGINS = "origins.txt"
 FIELD = "field "
 """Prefix of the names of tables with fields of the examples."""
 
@@ -112,7 +114,8 @@ class ExampleStore:
     """Examples of one source as flat arrays: ids and loss mask `[tokens]`, offsets `[examples + 1]`, the segments.
 
     targets: number of tokens that carry loss, `[examples]` int64. target_weights: sum of their weights, `[examples]`
-    float64; None if all are 1. fields: the numeric fields by name, `[examples]` float64 each.
+    float64; None if all are 1. fields: the numeric fields by name, `[examples]` float64 each. record_keys, prompt_keys:
+    hashes of what the row of each example says and of its prompt, `[examples]` uint64.
 
     Raises:
         DamagedError: a file is not as it was written.
@@ -122,6 +125,8 @@ class ExampleStore:
         self.directory = directory
         checksums.refuse_damaged(directory)
         self.report: dict[str, Any] = json.loads((directory / REPORT).read_text())
+        self._names: list[str] = self.report.pop("names", [])
+        self._renamed: dict[str, str] = {}
         self.input_ids = _mapped(directory / "input_ids.bin", np.int32)
         self.loss_mask = _mapped(directory / "loss_mask.bin", np.bool_)
         weights = directory / "weights.bin"
@@ -133,6 +138,8 @@ class ExampleStore:
             self._segments = tables["segments"]  # [segments, 3], as in `Segment`
             self._first_segment = tables["first_segment"]  # [examples + 1]
             self.fields = {name[len(FIELD) :]: tables[name] for name in tables.files if name.startswith(FIELD)}
+            self.record_keys: np.ndarray = tables["record_keys"]
+            self.prompt_keys: np.ndarray = tables["prompt_keys"]
 
     def __len__(self) -> int:
         return len(self.offsets) - 1
@@ -147,6 +154,27 @@ class ExampleStore:
             {name: values[index].item() for name, values in self.fields.items()},
             weights=None if self.weights is None else np.asarray(self.weights[start:stop]),
         )
+
+    @cached_property
+    def origins(self) -> list[str]:
+        """File and line of each example's row."""
+        origins = (self.directory / ORIGINS).read_text(encoding="utf-8").split("\n")[: len(self)]
+        return [self._origin(origin) for origin in origins] if self._renamed else origins
+
+    def rename(self, source: str, names: list[str]) -> None:
+        """Sets the name of the source, and of the files that origins name: they may have been moved since."""
+        self.report["source"] = source
+        if len(names) == len(self._names) and names != self._names:
+            self._renamed = dict(zip(self._names, names, strict=True))
+            for kind in self.report.get("bad_rows", {}).values():
+                kind["first"] = [self._origin(origin) for origin in kind["first"]]
+
+    def _origin(self, origin: str) -> str:
+        """An origin with the file's present name."""
+        for before in sorted(self._renamed, key=len, reverse=True):
+            if origin.startswith(before) and origin[len(before) : len(before) + 1] in ("", ":", " "):
+                return self._renamed[before] + origin[len(before) :]
+        return origin
 
     @property
     def lengths(self) -> np.ndarray:
@@ -177,16 +205,30 @@ class ExampleStore:
         return int(self.offsets[-1] - paths.sum())
 
     @property
+    def mean_length(self) -> float:
+        """Tokens per example; 1 if there are none."""
+        return float(self.lengths.mean()) if len(self) else 1.0
+
+    @property
+    def mean_target_weight(self) -> float:
+        """The weight of the tokens that carry loss, per example; 1 if there are none."""
+        weights = self.targets if self.target_weights is None else self.target_weights
+        return float(weights.mean()) if len(self) else 1.0
+
+    @property
     def target_tokens(self) -> int:
         """Tokens that carry loss, over all examples."""
         return int(self.targets.sum())
 
 
-def write_store(directory: Path, examples: Iterable[Example], report: dict[str, Any]) -> ExampleStore:
+def write_store(
+    directory: Path, examples: Iterable[Example], report: dict[str, Any], keys: RowKeys | None = None
+) -> ExampleStore:
     """Writes a store in one step.
 
-    `report` is written last, so that it includes what consuming `examples` adds to it. `cut`, `straddled` and
-    `empty_answer` are counted there, and not stored per example.
+    `report` and `keys` are written last, so that they include what consuming `examples` adds to them. `cut`,
+    `straddled` and `empty_answer` are counted in the report, and not stored per example. Without `keys`, all rows
+    differ.
 
     Raises:
         ValueError: an example is not a tree of segments, or has other fields than those before it.
@@ -232,9 +274,21 @@ def write_store(directory: Path, examples: Iterable[Example], report: dict[str, 
         tables |= {FIELD + name: np.array(values, dtype=np.float64) for name, values in fields.items()}
         if weights is not None:
             tables["target_weights"] = np.array(target_weights, dtype=np.float64)
+        tables |= _write_keys(half, keys, len(lengths))
         np.savez(half / TABLES, **tables)
         (half / REPORT).write_text(json.dumps(report, indent=1))
     return ExampleStore(directory)
+
+
+def _write_keys(directory: Path, keys: RowKeys | None, count: int) -> dict[str, np.ndarray]:
+    """Writes the origins of the rows to a folder, and returns tables of their keys; without keys, all rows differ."""
+    numbers = np.arange(count, dtype=np.uint64)
+    origins = [f"row {i + 1}" for i in numbers.tolist()] if keys is None else keys.origins
+    lines = (origin.replace("\n", " ") + "\n" for origin in origins)
+    (directory / ORIGINS).write_text("".join(lines), encoding="utf-8")
+    if keys is None:
+        return {"record_keys": numbers, "prompt_keys": numbers}
+    return {"record_keys": keys.record_keys, "prompt_keys": keys.prompt_keys}
 
 
 def _check(example: Example) -> None:
@@ -279,6 +333,7 @@ def example_store(
     bad_rows: OnBadRows = "error",
     columns: Sequence[str] = (),
     processes: int = 1,
+    before: Sequence[ExampleStore] | None = None,
 ) -> ExampleStore:
     """The tokenized rows of a source, from the cache or written now.
 
@@ -291,38 +346,48 @@ def example_store(
         bad_rows: Whether rows that can't be used stop the run, after all rows were looked at, or are left out.
         columns: Columns with numbers, which become fields of the examples.
         processes: How many processes call `encode`. The store is the same for any number.
+        before: Stores whose rows are left out here, and so are rows that repeat another one of the source; None: all
+            rows are used.
 
     Raises:
         UserError: rows can't be used; lists the reasons with the files and lines of the first rows.
     """
-    code = source.format and code_of(resolve_format(source.format, formats))
-    table = [(function.__module__, function.__qualname__, columns) for function, columns in formats]
-    name = source.format and format_name(source.format)
     reading = [source.columns, source.ignore, source.label, source.template_variables, bad_rows, columns]
-    parts = [fingerprint(source), reading, name, code, table, key, _own_code()]
+    parts = [fingerprint(source), reading, *_format_key(source, formats), key, _own_code()]
+    parts += [] if before is None else [[store.directory.name for store in before]]
     directory = cache_root() / "examples" / cache_key(*parts)
     if is_whole(directory):
         store = ExampleStore(directory)
-        store.report["source"] = source.title  # the rows may have been written under another name
+        store.rename(source.title, origin_names(source))  # the rows may have been written under another name
         return store
-    report = _empty_report(source.title)
+    report = _empty_report(source.title) | {"names": origin_names(source)}
+    keys = RowKeys()
     reader = FieldReader(source, formats, columns) if columns else RecordReader(source, formats)
-    records = track(reader.records(keep, strict=False), f"tokenizing {source.title}")
+    repeats = Repeats(before)
+    records = repeats.leave_out(track(reader.records(keep, strict=False), f"tokenizing {source.title}"))
 
     def examples() -> Iterator[Example]:
         bad = BadRows()
-        yield from _encoded(records, report, partial(_with_fields, encode) if columns else encode, bad, processes)
+        encode_all = partial(_with_fields, encode) if columns else encode
+        yield from _encoded(records, report, encode_all, bad, processes=processes, keys=keys)
         if bad.count and bad_rows == "error":
             raise bad.error(source.title, report["rows"])
-        if bad.count:
-            report["bad_rows"] = bad.report()
-            report["dropped"] |= {reason: kind["rows"] for reason, kind in report["bad_rows"].items()}
+        reader.add_left_out(report, keep)
+        repeats.add_to(report)
+        bad.add_to(report)
         if replaced := reader.counts["replaced"]:
             report["notes"]["U+FFFD in place of bytes that aren't UTF-8 (characters, not rows)"] = replaced
         if reader.unread:
             report["unread_columns"] = sorted(reader.unread)
 
-    return write_store(directory, examples(), report)
+    return write_store(directory, examples(), report, keys)
+
+
+def _format_key(source: Source, formats: Formats) -> list[Any]:
+    """Identifies how rows become records: the source's own format and its code, and the formats to choose from."""
+    code = source.format and code_of(resolve_format(source.format, formats))
+    table = [(function.__module__, function.__qualname__, columns) for function, columns in formats]
+    return [source.format and format_name(source.format), code, table]
 
 
 def _with_fields(encode: Encode, records: Sequence[Record]) -> list[Example | Dropped]:
@@ -348,9 +413,11 @@ def _encoded(
     report: dict[str, Any],
     encode: Encode,
     bad: BadRows,
+    *,
     processes: int,
+    keys: RowKeys,
 ) -> Iterator[Example]:
-    """Yields the examples; counts all rows in `report`, and adds bad ones to `bad`."""
+    """Yields the examples, whose rows it adds to `keys`; counts all rows in `report`, and adds bad ones to `bad`."""
     sent: deque[_Rows] = deque()
 
     def batches() -> Iterator[list[Record]]:
@@ -368,12 +435,13 @@ def _encoded(
                 bad.add(origin, reason)
             for dropped in batch.dropped:
                 _count(report, dropped)
-            for origin, example in zip(batch.origins, result, strict=True):
+            for origin, record, example in zip(batch.origins, batch.records, result, strict=True):
                 if isinstance(example, BadRow):
                     bad.add(origin, example.reason)
                     continue
                 _count(report, example)
                 if isinstance(example, Example):
+                    keys.add(origin, record)
                     yield example
             if not report["kept"] and bad.count >= HOPELESS:  # no row fits the template, say
                 return

@@ -43,7 +43,8 @@ class Distill(LanguageModule):
 
     With `RolloutData`, the student learns from completions that it samples itself, in training and in evaluation, so
     that it is corrected where it goes wrong (Agarwal et al. 2023, arXiv:2306.13649: GKD with `lmbda` 1). Prompts need
-    no answers then, and completions no reward. No gradient passes through the sampling, as in the paper.
+    no answers then, and completions no reward. `DistillData` alternates between the rows' answers and such completions
+    (GKD with any `lmbda`). No gradient passes through the sampling, as in the paper.
 
     Args:
         model: Hub id or directory of the student; leave it out to start from random weights.
@@ -121,7 +122,10 @@ class Distill(LanguageModule):
         return np.zeros(len(batch["segments"]))
 
     def loss_sums(self, batch: Batch, split: Split) -> Sums:
-        """Sums over the targets: `loss`, its terms, and how often student and teacher agree on the likeliest token."""
+        """Sums over the targets: `loss`, its terms, and how often student and teacher agree on the likeliest token.
+
+        With `DistillData`, `sampled` counts the targets that the student sampled.
+        """
         outcomes = self.reference.outcomes(batch, split)
         head = self.causal_lm.head
 
@@ -140,7 +144,7 @@ class Distill(LanguageModule):
             return sums, states.router_loss
 
         out, router_loss = self.causal_lm(batch, compute)
-        sums: Sums = out._asdict()
+        sums: Sums = out._asdict() | sampled_targets(batch, out.loss)
         return sums if router_loss is None else sums | {"objective": out.loss + router_loss * len(batch["targets"])}
 
     def metrics(self, sums: Sums, split: Split) -> dict[str, Tensor]:
@@ -149,6 +153,11 @@ class Distill(LanguageModule):
         means["mean_token_accuracy"] = means.pop("correct")
         means["teacher_agreement"] = means.pop("agreed")
         return means if split == "train" else means | {"perplexity": means["nll"].exp()}
+
+
+def sampled_targets(batch: Any, loss: Tensor) -> Sums:
+    """`sampled`, the number of targets that the student sampled, if the data have others too; else nothing."""
+    return {"sampled": loss.new_tensor(len(batch["targets"]) * batch["sampled"])} if "sampled" in batch else {}
 
 
 class Teacher(Reference):

@@ -230,6 +230,8 @@ class GRPO(LanguageModule):
                 sums[SQUARES + name] = value.square().sum()
         sums["length"] = rollouts["lengths"].double().sum()
         sums["truncated"] = (1 - rollouts["finished"]).double().sum()
+        if "extra_groups" in rollouts:
+            sums["extra_groups"] = rollouts["extra_groups"].double().sum()
         if completions > 1:
             groups = rewards.reshape(-1, completions)
             same = (groups == groups[:, :1]).all(1)

@@ -38,13 +38,18 @@ class SFT(LanguageModule):
             self.validation_metrics = ()  # the loss has names of its own
 
     def on_model_built(self) -> None:
-        """Refuses rows that are labelled as bad answers; see `LanguageModule`.
+        """Refuses rows that must not be imitated; see `LanguageModule`.
 
         Raises:
-            UserError: some rows of the data are labelled as bad answers, which must not be imitated.
+            UserError: some rows of the data are labelled as bad answers, or the model samples them itself.
         """
         super().on_model_built()
         refuse_bad_answers(self)
+        if self.data is not None and self.data.samples:
+            raise UserError(
+                f"data: {type(self.data).__name__} samples completions, and {type(self).__name__} imitates answers; "
+                "use SFTData, or train with GRPO or Distill"
+            )
 
     def loss_sums(self, batch: Batch, split: Split) -> Sums:
         """Sums over the targets: `loss`, `correct` (targets with the largest logit), and in evaluation `nll`.

@@ -7,9 +7,14 @@ from typing import NamedTuple
 
 import numpy as np
 
+from oumi_pl.data.duplicates import Repeats
 from oumi_pl.data.examples import ChatData, ExampleData
-from oumi_pl.data.records import RecordReader
+from oumi_pl.data.records import FieldReader, RecordReader, RecordWithFields
+from oumi_pl.data.sources import Source
+from oumi_pl.data.splitting import Side
+from oumi_pl.data.store import ExampleStore
 from oumi_pl.data.tokenize import Dropped
+from oumi_pl.data.where import WHERE
 from oumi_pl.errors import UserError
 from oumi_pl.preview.pieces import Decoder, Piece, Tokens, segments_of
 from oumi_pl.preview.shown import Mark, Section, Shown
@@ -44,8 +49,14 @@ Wanted = Callable[[int, int | None], bool]
 
 
 def row_count(data: ExampleData, split: str) -> int:
-    """Number of rows of a split, including dropped ones."""
-    return sum(int(store.report["rows"]) for store in data.stores(split))
+    """Number of rows of a split, including dropped ones, but not those that `where` leaves out."""
+    return sum(map(_rows_of, data.stores(split)))
+
+
+def _rows_of(store: ExampleStore) -> int:
+    """Number of rows that the store's source yields."""
+    filtered = sum(n for reason, n in store.report["dropped"].items() if reason.startswith(WHERE))
+    return int(store.report["rows"]) - filtered
 
 
 def has_no_dropped_rows(data: ExampleData, split: str) -> bool:
@@ -60,10 +71,9 @@ def walk(data: ExampleData, split: str, wanted: Wanted) -> Iterator[SourceRow]:
     """
     sources, keep = data.taken(split)
     number = index = 0
-    for source, store in zip(sources, data.stores(split), strict=True):
-        drops = store.report["rows"] != len(store)
-        reader = RecordReader(source, data.formats)
-        records = track(reader.records(keep, strict=False), f"looking for rows in {source.title}")
+    for i, (source, store) in enumerate(zip(sources, data.stores(split), strict=True)):
+        drops = _rows_of(store) != len(store)
+        records = track(_records(data, split, source, keep, i), f"looking for rows in {source.title}")
         while batch := list(itertools.islice(records, AT_ONCE)):
             rows = [(number + i, origin, record) for i, (origin, record) in enumerate(batch, 1)]
             if not drops:  # every row has an example, so only wanted rows have to be tokenized
@@ -84,6 +94,17 @@ def walk(data: ExampleData, split: str, wanted: Wanted) -> Iterator[SourceRow]:
                     yield SourceRow(row, origin, record if isinstance(record, Record) else None, None, example.reason)
             number += len(rows)
             index += sum(place is not None for place in places)
+
+
+def _records(
+    data: ExampleData, split: str, source: Source, keep: Side | None, number: int
+) -> Iterator[tuple[str, Record | Dropped | BadRow]]:
+    """The records of a split's source, its number counted from 0, as its store was made from them."""
+    if not data.drops_repeated(split):
+        return RecordReader(source, data.formats).records(keep, strict=False)
+    reader = FieldReader(source, data.formats, data.fields) if data.fields else RecordReader(source, data.formats)
+    records = Repeats(data.stores(split)[:number]).leave_out(reader.records(keep, strict=False))
+    return ((origin, one.record if isinstance(one, RecordWithFields) else one) for origin, one in records)
 
 
 def _encoded(data: ExampleData, records: Sequence[Record | Dropped | BadRow]) -> list[Example | Dropped | BadRow]:

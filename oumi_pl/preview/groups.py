@@ -1,9 +1,11 @@
 """Shows what online training reads and samples: prompts, and groups of completions with their rewards."""
 
 from collections.abc import Sequence
+from typing import Any, TypeGuard
 
 import numpy as np
 
+from oumi_pl.data.distill import DistillData
 from oumi_pl.data.rollout_loader import Group
 from oumi_pl.data.rollouts import RolloutData
 from oumi_pl.errors import UserError
@@ -12,6 +14,11 @@ from oumi_pl.preview.shown import Section, Shown
 
 LISTED = 12
 """Most columns of a row that are listed."""
+
+
+def reads_prompts_alone(data: Any) -> TypeGuard[RolloutData]:
+    """Whether the rows of the data are prompts, whose answers aren't trained on."""
+    return isinstance(data, RolloutData) and not isinstance(data, DistillData)
 
 
 def prompts(
@@ -54,16 +61,21 @@ def groups(data: RolloutData, decoder: Decoder, sampled: Sequence[Group], advant
     for number, (group, of_group) in enumerate(zip(sampled, advantages.tolist(), strict=True), 1):
         prompt = data.all_prompts("train")[group.prompt]
         totals, overlong = data.totals([group])[0], data.overlong(group)
-        mean = f"rewards {totals.min():.4g} to {totals.max():.4g}, mean {totals.mean():.4g}"
-        facts = [prompt.origin, mean if np.ptp(totals) else f"all rewards are {totals[0]:.4g}, so no advantage differs"]
+        facts = [prompt.origin]
+        if data.rewards.names:
+            mean = f"rewards {totals.min():.4g} to {totals.max():.4g}, mean {totals.mean():.4g}"
+            facts += [mean if np.ptp(totals) else f"all rewards are {totals[0]:.4g}, so no advantage differs"]
         sections = [_section(decoder, f"prompt ({len(prompt.ids):,} tokens)", prompt.ids, False)]
         for i, completion in enumerate(group.completions):
             components = zip(data.rewards.names, group.components[i].tolist(), strict=True)
             parts = [f"{name} {value:.4g}" for name, value in components]
             parts += [f"KL penalty {group.penalties[i]:.4g}"] if group.penalties[i] else []
             parts += [f"penalty for its length {overlong[i]:.4g}"] if overlong[i] else []
-            parts += [f"total {totals[i]:.4g}"] if len(parts) > 1 or parts[0].split()[-1] != f"{totals[i]:.4g}" else []
-            parts += [f"advantage {of_group[i]:+.4g}", f"{len(completion.ids):,} tokens"]
+            if data.rewards.names:
+                is_sum = len(parts) > 1 or parts[0].split()[-1] != f"{totals[i]:.4g}"
+                parts += [f"total {totals[i]:.4g}"] if is_sum else []
+                parts += [f"advantage {of_group[i]:+.4g}"]
+            parts += [f"{len(completion.ids):,} tokens"]
             parts += [] if completion.is_finished else [f"cut at {data.sampling.max_new_tokens:,}"]
             carries_loss = completion.is_finished or not data.mask_truncated
             title = f"completion {i + 1}: {', '.join(parts)}"
@@ -74,18 +86,25 @@ def groups(data: RolloutData, decoder: Decoder, sampled: Sequence[Group], advant
 
 def notes(data: RolloutData, sampled: Sequence[Group]) -> list[str]:
     """What the groups have in common."""
-    totals = data.totals(sampled)
     completions = [completion for group in sampled for completion in group.completions]
-    same = int((totals == totals[:, :1]).all(1).sum())
     cut = sum(not completion.is_finished for completion in completions)
     lengths = [len(completion.ids) for completion in completions]
-    return [
-        f"{len(sampled):,} groups of {data.completions}: mean reward {totals.mean():.4g}; {same} without variance, "
-        f"from which nothing is learned; {cut} of {len(completions):,} completions cut at "
-        f"{data.sampling.max_new_tokens:,} tokens; {np.mean(lengths):.1f} tokens on average",
-        "the first update of a run with the same seed samples the same completions; advantages that compare with other "
-        "prompts may differ",
+    facts = []
+    if data.rewards.names:
+        totals = data.totals(sampled)
+        same = int((totals == totals[:, :1]).all(1).sum())
+        facts = [f"mean reward {totals.mean():.4g}", f"{same} without variance, from which nothing is learned"]
+    facts += [
+        f"{cut} of {len(completions):,} completions cut at {data.sampling.max_new_tokens:,} tokens",
+        f"{np.mean(lengths):.1f} tokens on average",
     ]
+    same_as = "the first update of a run with the same seed samples the same completions"
+    if isinstance(data, DistillData):
+        which = "trains on such completions" if data.is_sampled(0, 0) else "trains on the answers, and samples none"
+        same_as = f"the first update of a run with the same seed {which}; of all updates, {data.lmbda:.0%} sample"
+    if data.rewards.names:
+        same_as += "; advantages that compare with other prompts may differ"
+    return [f"{len(sampled):,} groups of {data.completions}: {'; '.join(facts)}", same_as]
 
 
 def _section(decoder: Decoder, title: str, ids: Sequence[int], carries_loss: bool, start: int = 0) -> Section:

@@ -104,9 +104,9 @@ class _FirstGroups(L.Callback):
         """Samples, and lets the run end."""
         data: Any = trainer.datamodule  # type: ignore[attr-defined]
         plan = data.plan(0)
-        numbers = data.numbered(plan, 0, range(min(self.count, plan.rows)))
-        with working(f"sampling and rewarding {len(numbers) * data.completions} completions"):
-            self.groups = data.groups("train", numbers, data.sampling, data.completions)
+        rows = range(min(self.count, plan.rows))
+        with working(f"sampling and rewarding {len(rows) * data.completions} completions"):
+            self.groups = data.training_groups(plan, 0, rows)
         self.advantages = data.policy.advantages(data.totals(self.groups))
         trainer.fit_loop.epoch_loop.max_steps = 0
 

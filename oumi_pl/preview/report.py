@@ -5,12 +5,13 @@ from typing import Any
 import numpy as np
 
 from oumi_pl.data.base import TextData
+from oumi_pl.data.duplicates import REPEATED
 from oumi_pl.data.examples import ExampleData
 from oumi_pl.data.pretrain import PretrainData
-from oumi_pl.data.rollouts import RolloutData
 from oumi_pl.data.sources import as_sources
 from oumi_pl.data.tokenizers import TokenizerFactory
 from oumi_pl.preview.examples import has_no_dropped_rows
+from oumi_pl.preview.groups import reads_prompts_alone
 from oumi_pl.preview.shown import Histogram, Pack, Packs, Table
 
 BINS = 32
@@ -98,9 +99,30 @@ def _left_out(report: dict[str, Any]) -> dict[str, str]:
     lines = {f"dropped: {reason}": _share(n, report["rows"]) for reason, n in report["dropped"].items()}
     for reason, kind in report.get("bad_rows", {}).items():
         lines[f"first: {reason}"] = ", ".join(kind["first"][:LISTED])
+    lines |= _repeated(report)
     if report.get("unread_columns"):
         lines["columns that no format reads"] = ", ".join(report["unread_columns"])
     return lines
+
+
+def _repeated(report: dict[str, Any]) -> dict[str, str]:
+    """Rows that say the same as others, with the first of them."""
+    lines = {}
+    if same := report.get("duplicates"):
+        if REPEATED in report["dropped"]:  # which is counted already
+            lines[f"first: {REPEATED}"] = _pairs(same["first"])
+        else:
+            lines["repeat an earlier row"] = f"{_share(same['rows'], report['kept'])}: {_pairs(same['first'])}"
+    if shared := report.get("prompts_in_training"):
+        identical = f", {shared['identical']:,} of them identical rows" if shared["identical"] else ""
+        rows = _share(shared["rows"], report["kept"])
+        lines["with a prompt that is in training too"] = f"{rows}{identical}: {_pairs(shared['first'])}"
+    return lines
+
+
+def _pairs(pairs: list[list[str]]) -> str:
+    """Rows, each with the earlier one, or the one in training, that it is the same as."""
+    return ", ".join(f"{row} = {other}" for row, other in pairs)
 
 
 def _share(count: int, total: int) -> str:
@@ -118,6 +140,10 @@ def _sources(split: str, sources: list[dict[str, Any]], weights: list[float]) ->
         columns.append("share by weight")
         for row, weight in zip(rows, weights, strict=True):
             row.append(f"{weight / sum(weights):.1%}")
+    if all("share_of_rows" in source for source in sources):
+        columns.append("share of rows, tokens, targets")
+        for row, source in zip(rows, sources, strict=True):
+            row.append(", ".join(f"{source[f'share_of_{unit}']:.1%}" for unit in ("rows", "tokens", "targets")))
     return Table(f"sources of {split}", columns, rows)
 
 
@@ -125,7 +151,7 @@ def histograms(data: TextData) -> list[Histogram]:
     """The lengths of the examples or documents of each split."""
     histograms = []
     for split in data.report():
-        if isinstance(data, RolloutData):
+        if reads_prompts_alone(data):
             lengths, what = data.prompt_lengths(split), "prompts"
         elif isinstance(data, ExampleData):
             lengths, what = data.lengths(split), "examples"

@@ -36,6 +36,8 @@ ROWS = {
     "kept": ("kept", "n"),
     "dropped": ("dropped", "reasons"),
     "bad_rows": ("of these, rows that can't be used", "first rows"),
+    "duplicates": ("repeat an earlier row", "pairs"),
+    "prompts_in_training": ("with a prompt that is in training too", "pairs"),
     "unread_columns": ("columns that aren't read", "names"),
     "cut": ("cut to length", "n"),
     "empty_answers": ("empty answers", "n"),
@@ -287,6 +289,8 @@ def _cell(value: Any, kind: str) -> str:
         return "\n".join(f"{number(n)} ({reason})" for reason, n in value.items())
     if kind == "first rows" and isinstance(value, dict):
         return "\n".join(f"{', '.join(rows['first'])}: {reason}" for reason, rows in value.items())
+    if kind == "pairs" and isinstance(value, dict):
+        return f"{number(value['rows'])}: {', '.join(' = '.join(pair) for pair in value['first'])}"
     if isinstance(value, list):
         return ", ".join(map(str, value))
     return f"{value:.1%}" if kind == "%" and isinstance(value, int | float) else number(value)
@@ -294,12 +298,14 @@ def _cell(value: Any, kind: str) -> str:
 
 def _sources(title: str, sources: list[Any]) -> Table:
     mappings = [source for source in sources if isinstance(source, dict)]
-    apart = ("source", "bad_rows")  # those of all sources are in the first table
+    apart = ("source", "bad_rows", "duplicates")  # those of all sources are in the first table
     keys = [key for key in dict.fromkeys(key for source in mappings for key in source) if key not in apart]
     keys = [key for key in keys if any(source.get(key) for source in mappings)]
     rows = []
     for source in mappings:
-        cells = (_cell(source.get(key), "%" if key in ("share", "wanted") else "reasons") for key in keys)
+        cells = (
+            _cell(source.get(key), "%" if key == "wanted" or key.startswith("share") else "reasons") for key in keys
+        )
         rows.append([str(source.get("source", "")), *cells])
     return ["", *(key.replace("_", " ") for key in keys)], rows, title
 

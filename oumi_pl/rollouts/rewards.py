@@ -10,10 +10,11 @@ import functools
 import importlib
 import inspect
 import re
+from abc import ABC, abstractmethod
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from itertools import takewhile
 from math import isfinite, nan
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -39,20 +40,42 @@ def batched(reward: Reward) -> Batched:
     return Batched(reward)
 
 
+class Scored(NamedTuple):
+    """A completion, with what a `SampleReward` reads besides its text."""
+
+    prompt: Any
+    """The `oumi_pl.data.prompts.Prompt`."""
+    completion: Any
+    """The `oumi_pl.rollouts.sampling.Completion`."""
+    text: str
+
+
+class SampleReward(ABC):
+    """A reward that reads prompts and token ids, such as a reward model."""
+
+    @abstractmethod
+    def __call__(self, samples: Sequence[Scored]) -> list[float]:
+        """Returns the reward of each sample."""
+
+
 class Rewards:
     """The rewards of a run, and their weights.
 
     Args:
         rewards: A reward; or several, by path or as functions, with their weights. A path is `module.function`, or the
-            name of one that is built in.
+            name of one that is built in; with a slash, it is the folder or the hub id of a reward model.
         key: The key that names them, for messages.
+        load_model: Creates the reward of a reward model from its path; None refuses them.
 
     Raises:
         UserError: a path names no function, or a weight is no number.
     """
 
     def __init__(
-        self, rewards: str | Reward | Sequence[str | Reward] | Mapping[str, float], key: str = "data.reward"
+        self,
+        rewards: str | Reward | Sequence[str | Reward] | Mapping[str, float],
+        key: str = "data.reward",
+        load_model: Callable[[str], SampleReward] | None = None,
     ) -> None:
         self.key = key
         if isinstance(rewards, Mapping):
@@ -66,10 +89,22 @@ class Rewards:
         for reward, weight in named:
             if isinstance(weight, bool) or not isinstance(weight, int | float) or not isfinite(weight):
                 raise UserError(f"{key}: the weight of {reward} is {weight!r}, which is no number")
-        self.functions = {_name(r): resolve(r, key) if isinstance(r, str) else r for r, _ in named}
+        functions = [self._resolved(reward, load_model) for reward, _ in named]
+        self.functions = {_name(function): function for function in functions}
         self.weights = np.array([weight for _, weight in named], dtype=np.float64)
         if len(self.functions) < len(named):
             raise UserError(f"{key}: two {key.rpartition('.')[2].removesuffix('s')}s have the same name")
+
+    def _resolved(self, reward: str | Reward, load_model: Callable[[str], SampleReward] | None) -> Reward:
+        if not isinstance(reward, str):
+            return reward
+        if not is_model(reward):
+            return resolve(reward, self.key)
+        if load_model is None:
+            raise UserError(
+                f"{self.key}: {reward} is a reward model, which only RolloutData has a use for; name functions"
+            )
+        return load_model(reward)
 
     @classmethod
     def none(cls) -> "Rewards":
@@ -83,13 +118,25 @@ class Rewards:
         """Names of the components."""
         return list(self.functions)
 
-    def components(self, completions: Sequence[str], rows: Sequence[Mapping[str, Any]]) -> np.ndarray:
+    def components(
+        self,
+        completions: Sequence[str],
+        rows: Sequence[Mapping[str, Any]],
+        samples: Sequence[Scored] = (),
+    ) -> np.ndarray:
         """The value of each reward for each completion, `[completions, rewards]` float64.
+
+        Args:
+            completions: Texts.
+            rows: Their rows.
+            samples: The same completions for reward models, if there are some.
 
         Raises:
             UserError: a reward fails, or returns something else than a finite number; names the row.
         """
-        columns = [self._column(f"{self.key}: {name}", f, completions, rows) for name, f in self.functions.items()]
+        columns = [
+            self._column(f"{self.key}: {name}", f, completions, rows, samples) for name, f in self.functions.items()
+        ]
         return np.stack(columns, 1) if columns else np.empty((len(completions), 0))
 
     def total(self, components: np.ndarray) -> np.ndarray:
@@ -97,9 +144,16 @@ class Rewards:
         return components @ self.weights
 
     def _column(
-        self, name: str, reward: Reward, completions: Sequence[str], rows: Sequence[Mapping[str, Any]]
+        self,
+        name: str,
+        reward: Reward,
+        completions: Sequence[str],
+        rows: Sequence[Mapping[str, Any]],
+        samples: Sequence[Scored],
     ) -> np.ndarray:
-        if isinstance(reward, Batched):
+        if isinstance(reward, SampleReward):
+            values = reward(samples)
+        elif isinstance(reward, Batched):
             try:
                 values = reward(list(completions), [dict(row) for row in rows])
                 values = asyncio.run(_awaited(values)) if inspect.isawaitable(values) else values
@@ -161,8 +215,13 @@ def _short(value: Any) -> str:
     return text if len(text) <= 100 else text[:97] + "..."
 
 
-def _name(reward: str | Reward) -> str:
-    return reward.rpartition(".")[2] if isinstance(reward, str) else getattr(reward, "__name__", type(reward).__name__)
+def _name(reward: Reward) -> str:
+    return str(getattr(reward, "__name__", type(reward).__name__))
+
+
+def is_model(path: str) -> bool:
+    """Whether the path of a reward is that of a reward model: paths of functions have no slash."""
+    return "/" in path
 
 
 def resolve(path: str, key: str = "data.reward") -> Reward:

@@ -7,6 +7,7 @@ Contents of `runs/<name>/`:
 - `config.yaml`: the complete config; `fit --config` of it repeats the run
 - `recipe.yaml`: the recipe as its author wrote it, without command-line options and defaults
 - `data.json`: the data report
+- `held_out.jsonl`: source, file and line of each held-out row, if a fraction of the training rows is held out
 - `metrics.csv`: one line per optimizer step
 - `samples.jsonl`: completions that callbacks sampled during training
 - `rollouts.jsonl`: of online training, every training completion with its rewards and advantage
@@ -38,6 +39,7 @@ from oumi_pl.runs.files import HALF
 RUN = "run.json"
 CONFIG = "config.yaml"
 RECIPE = "recipe.yaml"
+HELD_OUT = "held_out.jsonl"
 METRICS = "metrics.csv"
 CHECKPOINTS = "checkpoints"
 TIME = "trainer.max_time"

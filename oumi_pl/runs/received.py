@@ -5,6 +5,7 @@ its files in a pickle, which could call any function.
 """
 
 import pickle
+import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -16,8 +17,10 @@ from oumi_pl.errors import UserError
 METADATA = ".metadata"
 """File of a sharded checkpoint that says which file holds which part of which tensor: its description."""
 PACKAGE = "oumi_pl."
-FUNCTIONS = ("architecture", "format", "reward", "metrics")
+FUNCTIONS = ("architecture", "format", "where", "reward", "metrics")
 """Recipe keys whose values are paths of functions or classes."""
+DOTTED = re.compile(r"[^\W\d]\w*(\.[^\W\d]\w*)+")
+"""A name in a module. Other values of these keys are names of the package, folders and expressions."""
 ALLOWED = {
     "torch.distributed.checkpoint.metadata": None,  # None allows every name
     "torch.distributed.checkpoint.filesystem": {"_StorageInfo", "_StoragePrefix"},
@@ -98,7 +101,10 @@ def _named_code(value: Any, place: str = "") -> Iterator[str]:
 
 
 def _paths(value: Any) -> Iterator[str]:
-    """Yields the dotted names in a value: a name, a list of names, or a mapping from names to weights."""
+    """Yields the dotted names in a value: a name, a list of names, or a mapping from names to weights.
+
+    A filter may also be an expression, such as `score >= 3.5`, which is no code.
+    """
     names = [value] if isinstance(value, str) else value
     if isinstance(names, list | tuple | Mapping):
-        yield from (name for name in names if isinstance(name, str) and "." in name)
+        yield from (name for name in names if isinstance(name, str) and DOTTED.fullmatch(name))

@@ -10,6 +10,7 @@ import torch
 from transformers import TrainerCallback
 
 from oumi_pl import adapters
+from oumi_pl.data.distill import DistillData
 from oumi_pl.data.rollouts import RolloutData
 from oumi_pl.data.tokenizers import ByteTokenizer
 from oumi_pl.errors import UserError
@@ -251,6 +252,20 @@ def distillation(tmp_path, packing=False, **kwargs):
 )
 def test_distillation(tmp_path, pair, kwargs):
     assert_equal("trl", distillation, tmp_path, **pair, **kwargs)
+
+
+def distillation_of_both_kinds(tmp_path, **kwargs):
+    data(tmp_path, ROWS)  # writes the file
+    file = str(tmp_path / f"rows-{ROWS}-0.jsonl")
+    options = {"max_length": 128, "batch_size": BATCH, "seed": 3, "completions": 2, "sampling": Sampling(6)}
+    return Distill(**kwargs, optimizer=adamw, schedule=Linear(2)), DistillData(
+        file, tokenizer=ByteTokenizer(), **options
+    )
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_distillation_in_updates_of_both_kinds(tmp_path, pair):
+    assert_equal("trl", distillation_of_both_kinds, tmp_path, **pair)
 
 
 def sampled(tmp_path, loss=None, lora=None, kl=0.0, kl_corrected=True, advantage=None, **kwargs):

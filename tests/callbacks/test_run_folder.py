@@ -1,5 +1,6 @@
 """What a run writes of itself when it begins."""
 
+import json
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -14,9 +15,9 @@ from oumi_pl.runs import folders
 CONFIG = "name: Größe 大\n"
 
 
-def described(folder, report, config=CONFIG, **kwargs):
+def described(folder, report, config=CONFIG, held_out=(), **kwargs):
     trainer = SimpleNamespace(
-        datamodule=SimpleNamespace(report=lambda: report),
+        datamodule=SimpleNamespace(report=lambda: report, held_out_rows=lambda: held_out),
         global_step=0,
         callbacks=[],
         world_size=1,
@@ -53,3 +54,11 @@ def test_the_template_date_is_recorded_and_can_not_change_on_resume(tmp_path):
     later = {"train": {"rows": 3, "template_date": "2026-03-02"}}
     with pytest.raises(UserError, match=r"was 2026-03-01 .* set data.template_variables.date: 2026-03-01"):
         described(tmp_path, later, resume=tmp_path)
+
+
+def test_held_out_rows_are_listed_only_if_a_fraction_is_held_out(tmp_path):
+    described(tmp_path, {})
+    assert not (tmp_path / folders.HELD_OUT).exists()
+    described(tmp_path, {}, held_out=[("tickets", "a.csv row 3"), ("tickets", "a.csv row 9")])
+    lines = [json.loads(line) for line in (tmp_path / folders.HELD_OUT).read_text().splitlines()]
+    assert lines == [{"source": "tickets", "row": "a.csv row 3"}, {"source": "tickets", "row": "a.csv row 9"}]

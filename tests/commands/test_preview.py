@@ -150,6 +150,12 @@ def test_sources_of_a_mixture_are_told_apart(cli):
     cli.recipe({"data.init_args.train": mixture, "data.init_args.validation": "rows.jsonl"})
     out = cli.works("preview", "--config", "r.yaml", "--row", 17, "--data.max_length", 256)
     assert "more.jsonl:1 · " in out
-    lines = [line.split() for line in out[out.index("sources of train") :].splitlines()]
-    assert ["rows.jsonl", "16", "16", "0", "75.0%"] in lines
-    assert ["more.jsonl", "2", "1", "1", "25.0%"] in lines
+    table = [line.split() for line in out[out.index("sources of train") :].splitlines()]
+    lines = {name: cells for name, *cells in filter(None, table) if len(cells) == 7}
+    assert lines["rows.jsonl"][:4] == ["16", "16", "0", "75.0%"]
+    assert lines["more.jsonl"][:4] == ["2", "1", "1", "25.0%"]
+    # 13 and 4 rows of an epoch of 17, and their tokens and targets
+    shares = [[float(share.strip(",%")) for share in lines[name][4:]] for name in ("rows.jsonl", "more.jsonl")]
+    assert [own[0] for own in shares] == [76.5, 23.5]
+    assert [sum(both) for both in zip(*shares, strict=True)] == pytest.approx([100, 100, 100])
+    assert shares[0][1] > 90  # the other source has short rows

@@ -277,6 +277,21 @@ def test_trl_gkd(beta, divergence):
     assert (data["train_on"], data["max_length"], data["train"]["format"]) == ("last_turn", 256, ALPACA)
 
 
+def test_trl_gkd_on_what_the_student_generates():
+    options = {"training__gkd__lmbda": 0.3, "training__gkd__temperature": 0.7, "training__gkd__max_new_tokens": 40}
+    made = recipe(TURNS, engine=None, **GKD | options, model__model_max_length=256)
+    assert (made.tree["engine"], made.tree["data"]["class_path"]) == ("trl", "DistillData")
+    data = section(made, "data")
+    assert (data["lmbda"], data["sampling"]) == (0.3, {"max_new_tokens": 40, "temperature": 0.7})
+    assert (data["max_length"], data["train"]["format"]) == (256, ALPACA)
+    assert "train_on" not in data
+    assert made.became["training.gkd.lmbda"] == "data.lmbda"
+    assert made.became["training.gkd.temperature"] == "data.sampling.temperature"
+    teacher_writes = recipe(TURNS, **GKD | {"training__gkd__lmbda": 1, "training__gkd__seq_kd": True})
+    assert section(teacher_writes, "data")["lmbda"] == 1
+    assert teacher_writes.became["training.gkd.seq_kd"].startswith("nothing: with lmbda 1")
+
+
 def test_the_section_of_gkd_is_read_by_gkd_alone():
     made = recipe(training__gkd__teacher_model_name_or_path="org/large")
     path = "training.gkd.teacher_model_name_or_path"

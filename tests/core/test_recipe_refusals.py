@@ -159,8 +159,7 @@ def dataset(**fields):
             kwargs('{"desirable_weigt": 1}', **KTO),
             r"desirable_weigt: has no counterpart; did you mean 'desirable_weight'",
         ),
-        ({**GKD, "training__gkd__lmbda": 0.5}, r"training\.gkd\.lmbda: 0\.5 of the updates .*waits for online"),
-        ({**GKD, "training__gkd__seq_kd": True}, r"training\.gkd\.seq_kd: .*waits for online distillation"),
+        ({**GKD, "training__gkd__seq_kd": True}, r"training\.gkd\.seq_kd: true .*with `oumi_pl generate`.* to false"),
         ({**GKD, "training__gkd__disable_dropout": False}, r"training\.gkd\.disable_dropout: False has no"),
         ({**GKD, "training__gkd__teacher_model_name_or_path": "null"}, r"teacher_model_name_or_path: missing"),
         (

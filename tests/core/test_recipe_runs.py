@@ -87,8 +87,8 @@ def test_kto(cli):
     assert float(cli.column("out/run", "train/kl")[1]) == 0.0
 
 
-@pytest.mark.parametrize("beta", [0.0, 0.4, 1.0])
-def test_gkd(cli, beta):
+@pytest.mark.parametrize(("beta", "lmbda"), [(0.0, 0.0), (0.4, 0.5), (1.0, 1.0)])
+def test_gkd(cli, beta, lmbda):
     """A teacher that equals the student has nothing to teach."""
     losses, _ = run(
         cli,
@@ -99,7 +99,7 @@ def test_gkd(cli, beta):
         model={"torch_dtype_str": "float32"},
         training={
             "trainer_type": "TRL_GKD",
-            "gkd": {"teacher_model_name_or_path": "tiny", "lmbda": 0.0, "beta": beta},
+            "gkd": {"teacher_model_name_or_path": "tiny", "lmbda": lmbda, "beta": beta, "max_new_tokens": 6},
         },
     )
     assert float(losses[1]) == pytest.approx(0.0, abs=1e-6)

@@ -21,6 +21,7 @@ SHARED = {
     "test": ["a.jsonl", "b.jsonl"],
     "predict": "questions.jsonl",
     "tokenizer": "gpt2",
+    "tokens": ["<ticket>"],
     "pad_token": "<|pad|>",
     "max_length": 77,
     "batch_size": 3,
@@ -30,6 +31,7 @@ SHARED = {
     "trust_remote_code": True,
 }
 EXAMPLES = SHARED | {"packing": True, "group_by_length": False, "bad_rows": "drop", "processes": 2}
+EXAMPLES |= {"duplicates": "drop", "weight_by": "tokens"}
 EXAMPLES |= {"template": "plain", "overflow": "drop"}
 EXAMPLES |= {"template_variables": {"mood": 1}, "lost": "drop", "add_eos": True, "fields": ["margin"]}
 STREAM = SHARED | {
@@ -47,7 +49,7 @@ ARGUMENTS = {
     PackedChatData: STREAM | {"template": "plain", "bad_rows": "drop"},
 }
 """Every argument of each class, with a value that is not its default."""
-NAMED_OTHERWISE = {"tokenizer": "tokenizer_spec", "template": "template_spec"}
+NAMED_OTHERWISE = {"tokenizer": "tokenizer_spec", "tokens": "new_tokens", "template": "template_spec"}
 
 
 def stored(data):

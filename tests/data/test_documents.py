@@ -1,13 +1,12 @@
 """Documents: what a text file is divided into, which rows are documents, and exactly which ids a document has."""
 
-from collections import Counter
-
 import numpy as np
 import pytest
 from tokenizers import models
 
 from oumi_pl.data import documents as module
 from oumi_pl.data.documents import TokenizeDocuments, texts, token_dtype
+from oumi_pl.data.records import RowCounts
 from oumi_pl.data.sources import Source, fingerprint
 from oumi_pl.data.tokenizers import ByteTokenizer
 from oumi_pl.errors import UserError
@@ -64,7 +63,7 @@ def test_wrong_settings_are_refused():
 def test_invalid_bytes_are_an_error_or_are_replaced_and_counted():
     write("a.txt", b"one\ntw\xffo\n\xe2\x82 \xef\xbf\xbd\n")
     assert "a.txt:2: not UTF-8 text (0xff at byte 3 of the line, 7 of the file); save it as UTF-8" in mistake("a.txt")
-    counts = Counter()
+    counts = RowCounts()
     assert list(texts(Source("a.txt", errors="replace"), counts=counts)) == ["one\ntw\ufffdo\n\ufffd \ufffd\n"]
     assert counts["replaced"] == 2, "the third one was there before"
     write("a.jsonl", b'{"text": "a\xff"}\n')
@@ -89,7 +88,7 @@ def test_another_way_to_divide_is_another_source():
 
 def test_rows_that_are_documents():
     write("a.jsonl", lines([{"text": "a", "url": "u"}, {"text": " \n"}, {"text": "b"}]))
-    counts = Counter()
+    counts = RowCounts()
     assert list(texts(Source("a.jsonl"), counts=counts)) == ["a", "b"]
     assert counts == {"rows": 3, "kept": 2, "empty": 1}
     write("b.jsonl", lines([{"content": "c"}]))

@@ -2,12 +2,13 @@ import gzip
 import json
 import os
 import tracemalloc
+from collections import Counter
 
 import pytest
 import zstandard
 
 from oumi_pl.data import files
-from oumi_pl.data.sources import Source, rows
+from oumi_pl.data.sources import Source, fingerprint, rows
 from oumi_pl.errors import UserError
 from tests.data.source_files import ROWS, lines, mistake, read, values, write
 
@@ -206,6 +207,75 @@ def test_damaged_files_are_an_error_with_the_place(name, content, parts):
     message = mistake(name)
     for part in parts:
         assert part in message
+
+
+TICKETS = "".join(f"{i},ticket {i}\n" for i in range(1, 40))
+BROKEN = f"id,text\n{TICKETS}".splitlines(keepends=True)
+
+
+@pytest.mark.parametrize("line", ['11,"the screen says no\n', '11,"he said ""no"" and left\n', '"11,ticket 11\n'])
+def test_a_quote_that_is_not_closed_is_reported_where_it_opens(line):
+    """And not at the last line of the file, up to which all is then part of one cell."""
+    write("a.csv", "".join([*BROKEN[:11], line, *BROKEN[12:]]))
+    assert mistake("a.csv").startswith('a.csv:12: not valid CSV: the quote (") that opens a cell in this line')
+    # cells before it that hold line ends, and a quoted cell after it that seems to close it
+    several = ['3,"one\ntwo ""2""\nthree"\n', *BROKEN[1:8], line, *BROKEN[12:20], '21,"quoted"\n', *BROKEN[22:]]
+    write("a.csv", "".join([BROKEN[0], *several]))
+    assert mistake("a.csv").startswith("a.csv:12: not valid CSV: the quote")
+
+
+def test_a_quote_that_is_wrong_in_its_own_line_is_reported_as_it_is():
+    write("a.csv", 'a,b\n1,"x" y\n2,3\n')
+    assert mistake("a.csv") == "a.csv:2: not valid CSV: ',' expected after '\"'"
+    write("a.csv", 'a,b\n1,x "y" z\n2,"say ""hi"", you"\n')
+    assert [row["b"] for _, row in read("a.csv")] == ['x "y" z', 'say "hi", you']
+
+
+# --- encodings
+
+WORDS = [{"t": "Größe", "n": "1"}, {"t": "naive “ok”", "n": "2"}]
+
+
+@pytest.mark.parametrize("encoding", ["cp1252", "utf-16", "utf-16-le", "utf-32", "utf-8-sig", "mac-roman", "gb18030"])
+@pytest.mark.parametrize("name", ["a.csv", "a.jsonl", "a.json", "a.txt", "a.jsonl.gz", "a.csv.zst"])
+def test_files_of_other_encodings(name, encoding):
+    texts = {
+        "csv": "t,n\r\n" + "".join(f"{row['t']},{row['n']}\r\n" for row in WORDS),
+        "jsonl": "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in WORDS),
+        "json": json.dumps(WORDS, ensure_ascii=False),
+        "txt": "\n".join(row["t"] for row in WORDS),
+    }
+    content = texts[name.split(".")[1]].encode(encoding)
+    write(name, compressed(name, content) if name.endswith(("gz", "zst")) else content)
+    expected = [{"text": texts["txt"]}] if name == "a.txt" else WORDS
+    assert [row for _, row in rows(Source(name, encoding=encoding))] == expected
+    counted = [row for _, row in rows(Source(name, encoding=encoding, split="train[:100%]"))]
+    assert counted == expected
+
+
+def test_bytes_that_an_encoding_does_not_have():
+    write("a.csv", b"t\nok\nbad \x81\n")
+    with pytest.raises(UserError, match=r"a.csv:3: not CP1252 text \(0x81 at byte 5 of the line, 10 of the file\)"):
+        list(rows(Source("a.csv", encoding="cp1252")))
+    counts = Counter()
+    replaced = rows(Source("a.csv", encoding="cp1252", errors="replace"), counts=counts)
+    assert [row["t"] for _, row in replaced] == ["ok", "bad \ufffd"]
+    assert counts["replaced"] == 1
+    write("b.csv", "t\nok\n".encode("utf-16-le")[:-1])
+    with pytest.raises(UserError, match=r"b.csv:2: not utf-16-le text: .*truncated data"):
+        list(rows(Source("b.csv", encoding="utf-16-le")))
+
+
+def test_mistakes_in_the_encoding_are_one_message():
+    write("a.csv", "t\nok\n")
+    with pytest.raises(UserError, match=r"a.csv: unknown encoding 'cp1225'; did you mean 'cp12"):
+        rows(Source("a.csv", encoding="cp1225"))
+    with pytest.raises(UserError, match=r"a.csv: unknown encoding 'base64'"):
+        rows(Source("a.csv", encoding="base64"))
+    with pytest.raises(UserError, match=r"these rows are in none"):
+        rows(Source([{"t": "ok"}], encoding="cp1252"))
+    plain, named = Source("a.csv"), Source("a.csv", encoding="latin-1")
+    assert fingerprint(plain) != fingerprint(named)
 
 
 @pytest.mark.parametrize("name", ["a.jsonl", "a.json", "a.csv", "a.txt", "a.jsonl.gz", "a.jsonl.zst"])

@@ -45,6 +45,16 @@ def test_the_prompt_ends_before_the_answer(tmp_path, name):
     assert prompt.origin.endswith("prompts.jsonl:1")
 
 
+def test_prompts_are_rendered_with_the_templates_variables(tmp_path):
+    template = tmp_path / "moody.jinja"
+    template.write_text("{% for m in messages %}{{ m.role }} {{ m.content }}{{ mood }}\n{% endfor %}")
+    options = {"template": str(template), "template_variables": {"mood": " happily"}}
+    samples = data(tmp_path, {"prompt": "2 + 3"}, **options)
+    (prompt,) = samples.all_prompts("train")
+    assert samples.tokenizer.decode(prompt.ids).startswith("user 2 + 3 happily")
+    assert samples.made_from() != data(tmp_path, {"prompt": "2 + 3"}, template=str(template)).made_from()
+
+
 def test_long_prompts_are_left_out_and_counted(tmp_path):
     samples = data(tmp_path, {"prompt": "short"}, {"prompt": "long " * 30})
     assert [prompt.row["prompt"] for prompt in samples.all_prompts("train")] == ["short"]

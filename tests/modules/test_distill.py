@@ -1,5 +1,6 @@
 """Distillation: the update equals a plain loop over both models' full logits, and a second run computes nothing."""
 
+import itertools
 import json
 import os
 import subprocess
@@ -7,12 +8,14 @@ import sys
 from pathlib import Path
 
 import lightning as L
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 from transformers import AutoModelForCausalLM
 
 from oumi_pl.callbacks.checkpoint import Checkpoints
+from oumi_pl.data.distill import DistillData
 from oumi_pl.data.rollouts import RolloutData
 from oumi_pl.data.tokenizers import ByteTokenizer
 from oumi_pl.errors import UserError
@@ -20,7 +23,8 @@ from oumi_pl.losses.distillation import JSD, ForwardKL, ReverseKL
 from oumi_pl.modules import reference
 from oumi_pl.modules.base import LanguageModule
 from oumi_pl.modules.distill import Distill, Teacher
-from oumi_pl.rollouts.sampling import Sampling
+from oumi_pl.modules.sft import SFT
+from oumi_pl.rollouts.sampling import Generate, Sampling
 from oumi_pl.runs.checkpoints import AtomicCheckpointIO
 from oumi_pl.runs.folders import saved_steps
 from tests.conftest import free_port
@@ -28,7 +32,7 @@ from tests.data.corpora import corpus, pretrain_data
 from tests.models.test_lora import plain_tokenizer, pretrained
 from tests.modules.test_dpo import Record
 from tests.modules.test_update import epoch_of
-from tests.tiny import LLAMA, data, distance, fit, sgd, trainer, weights
+from tests.tiny import LLAMA, conversations, data, distance, fit, sgd, trainer, weights, write_jsonl
 
 ROWS = 11
 SETTINGS = {
@@ -61,7 +65,7 @@ def computed(monkeypatch):
 def distill(teacher, name="forward", model=None, **kwargs):
     of, arguments, settings = SETTINGS[name]
     start = {} if model else {"config": LLAMA}
-    return Distill(model, teacher=teacher, divergence=of(**arguments), optimizer=sgd, **start | settings | kwargs)
+    return Distill(model, teacher=teacher, divergence=of(**arguments), **{"optimizer": sgd} | start | settings | kwargs)
 
 
 def rows(path, **kwargs):
@@ -180,7 +184,8 @@ import sys, torch
 from pathlib import Path
 torch.set_num_threads(1)
 import oumi_pl.data.reference
-from tests.modules.test_distill import distill, trained
+from tests.modules.test_distill import distill, mixed, trained
+from tests.tiny import fit
 oumi_pl.data.reference.CHUNK = 2
 teacher, out = sys.argv[1], Path(sys.argv[2])
 for name, top_k in (("online", None), ("cached", 9999)):
@@ -188,6 +193,11 @@ for name, top_k in (("online", None), ("cached", 9999)):
     got, updates = trained(out, module, 2, batch_size=2, devices=2, strategy="ddp")
     if module.global_rank == 0:
         torch.save({"weights": got, "losses": [u["loss"] for u in updates]}, out / f"{name}.pt")
+module = distill(teacher, "jsd")
+options = {"accumulate_grad_batches": 2, "max_epochs": 2, "devices": 2, "strategy": "ddp"}
+got = fit(module, mixed(out, batch_size=1), **options)
+if module.global_rank == 0:
+    torch.save(got, out / "both kinds.pt")
 """
 
 
@@ -204,6 +214,8 @@ def test_equals_a_plain_loop_on_two_processes(tmp_path, teacher):
         got = torch.load(tmp_path / f"{name}.pt", weights_only=True)
         assert distance(got["weights"], expected) < 2e-6
         assert got["losses"] == pytest.approx(losses, rel=2e-6)
+    alone = fit(distill(teacher, "jsd"), mixed(tmp_path), max_epochs=2)
+    assert distance(torch.load(tmp_path / "both kinds.pt", weights_only=True), alone) < 5e-6
 
 
 # ---- documents
@@ -416,3 +428,178 @@ def test_its_own_completions_are_evaluated_without_a_reward(tmp_path, teacher):
 def test_its_own_completions_can_not_be_cached_in_advance(tmp_path, teacher):
     with pytest.raises(UserError, match=r"model.top_k: the student's own completions"):
         trainer(max_steps=1).fit(distill(teacher, top_k=4), sampling(tmp_path))
+
+
+# ---- the student's own completions in some of the updates
+
+
+def mixed(path, **kwargs):
+    """Rows of which some updates train on the answers, and others on completions; seed 3 draws both kinds early."""
+    file = path / f"rows-{ROWS}.jsonl"
+    write_jsonl(file, conversations(ROWS))
+    options = {"batch_size": 4, "max_length": 128, "sampling": Sampling(6), "group_by_length": False, "seed": 3}
+    return DistillData(str(file), tokenizer=ByteTokenizer(), **options | kwargs)
+
+
+def recorded(samples):
+    """The groups of each sampled update, which appear in the list once they are sampled."""
+    updates, original = [], samples.groups
+
+    def groups(*args):
+        updates.append(original(*args))
+        return updates[-1]
+
+    samples.groups = groups
+    return updates
+
+
+def plain_loop_of_both_kinds(path, module, teacher, kinds, sampled):
+    """GKD's algorithm 1 written out: for each update one of two sets of rows, full logits of both, one division."""
+    samples = mixed(path)
+    L.seed_everything(1)
+    trainer(max_epochs=1).strategy.connect(module)
+    hf, theirs = module.build(samples.tokenizer).hf, AutoModelForCausalLM.from_pretrained(teacher)
+    optimizer = torch.optim.SGD(hf.parameters(), lr=0.1)
+    samples.setup("fit")
+    sampled, examples = iter(sampled), samples.examples("train")
+    plans = [[plan.examples_of(u, samples.layout, 1) for u in range(len(plan))] for plan in map(samples.plan, range(2))]
+    for is_sampled, update in zip(kinds, itertools.chain(*plans), strict=True):
+        texts = [(examples[i].input_ids, examples[i].loss_mask) for i in update]
+        if is_sampled:
+            groups = next(sampled)
+            assert [group.prompt for group in groups] == list(update)
+            texts = []
+            for i, group in zip(update, groups, strict=True):
+                prompt = examples[i].input_ids[: examples[i].loss_mask.argmax()]
+                masks = [np.arange(len(prompt) + len(c.ids)) >= len(prompt) for c in group.completions]
+                texts += [([*prompt, *c.ids], mask) for c, mask in zip(group.completions, masks, strict=True)]
+        total, targets = 0.0, 0
+        for ids, mask in texts:
+            ids, mask = torch.tensor([[*map(int, ids)]]), torch.tensor(mask[1:])
+            with torch.no_grad():
+                wanted = theirs(input_ids=ids).logits[0, :-1][mask]
+            total = total + loss(module, hf(input_ids=ids).logits[0, :-1][mask], wanted, ids[0, 1:][mask])
+            targets += int(mask.sum())
+        optimizer.zero_grad()
+        (total / targets).backward()
+        optimizer.step()
+    return {name: p.detach() for name, p in hf.named_parameters()}
+
+
+def test_updates_of_both_kinds_equal_a_plain_loop_with_any_micro_batches(tmp_path, teacher):
+    results = []
+    for batch_size, micro_batches in ((4, 1), (1, 4)):
+        module, samples, record = distill(teacher, "jsd"), mixed(tmp_path, batch_size=batch_size), Record()
+        sampled = recorded(samples)
+        got = fit(module, samples, accumulate_grad_batches=micro_batches, max_epochs=2, callbacks=[record])
+        kinds = [bool(update["sampled"]) for update in record.updates]
+        assert kinds == [samples.is_sampled(*divmod(i, 3)) for i in range(6)]
+        assert {*kinds} == {True, False}
+        assert kinds.count(True) == len(sampled)
+        results.append((got, kinds, sampled))
+    (one, kinds, sampled), (other, *_) = results
+    expected = plain_loop_of_both_kinds(tmp_path, distill(teacher, "jsd"), teacher, kinds, sampled)
+    assert distance(one, expected) < 5e-6
+    assert distance(other, expected) < 5e-6
+    # a run that takes the wrong kind in one update ends elsewhere
+    wrong = plain_loop_of_both_kinds(tmp_path, distill(teacher, "jsd"), teacher, [False, *kinds[1:]], sampled[1:])
+    assert kinds[0]
+    assert distance(wrong, one) > 1e-3
+
+
+class Dies(Generate):
+    """Dies while it samples for the second time."""
+
+    calls = 0
+
+    def sample(self, *args, **kwargs):
+        self.calls += 1
+        if self.calls == 2:
+            raise ConnectionAbortedError
+        return super().sample(*args, **kwargs)
+
+
+def test_a_run_of_both_kinds_resumes_bit_identically(tmp_path, teacher):
+    def run(data, directory=None, resume=None):
+        callbacks = [Checkpoints(every=1, keep=9)] if directory else []
+        for callback in callbacks:
+            callback.directory = directory
+        options = {"max_epochs": 2, "accumulate_grad_batches": 2, "plugins": [AtomicCheckpointIO()]}
+        module = distill(teacher, optimizer=lambda params: torch.optim.AdamW(params, lr=1e-2))
+        L.seed_everything(1)
+        loop = trainer(callbacks=callbacks, enable_checkpointing=bool(directory), **options)
+        loop.fit(module, data, ckpt_path=resume)
+        return weights(module)
+
+    whole = run(mixed(tmp_path, batch_size=2), tmp_path / "whole")
+    steps = saved_steps(tmp_path / "whole")
+    assert len(steps) == 6
+    with pytest.raises(ConnectionAbortedError):
+        run(mixed(tmp_path, batch_size=2, engine=Dies()), tmp_path / "killed")
+    killed = saved_steps(tmp_path / "killed")
+    assert len(killed) == 2  # the first and the third update sample
+    for checkpoint in [killed[-1], *steps[:5:2]]:
+        again = run(mixed(tmp_path, batch_size=2), resume=checkpoint)
+        assert all(torch.equal(whole[name], again[name]) for name in whole)
+
+
+def test_the_share_of_sampled_updates_is_lmbda_and_does_not_depend_on_the_layout(tmp_path):
+    def kinds(**kwargs):
+        samples = mixed(tmp_path, **kwargs)
+        return [samples.is_sampled(epoch, i) for epoch in range(2) for i in range(1000)]
+
+    assert kinds(lmbda=0.3) == kinds(lmbda=0.3, batch_size=1)
+    assert np.mean(kinds(lmbda=0.3)) == pytest.approx(0.3, abs=0.03)
+    assert ({*kinds(lmbda=0)}, {*kinds(lmbda=1)}) == ({False}, {True})
+
+
+def test_without_sampled_updates_it_is_off_policy_distillation(tmp_path, teacher):
+    """The same update as `SFTData` makes of these rows, whose conversations have one answer each."""
+    sampled = recorded(samples := mixed(tmp_path, lmbda=0, seed=0))
+    ours = fit(distill(teacher), samples, max_epochs=1)
+    theirs = fit(distill(teacher), rows(tmp_path, batch_size=4, max_length=128), max_epochs=1)
+    assert not sampled
+    assert distance(ours, theirs) < 1e-7
+
+
+def test_held_out_rows_are_evaluated_on_their_answers(tmp_path, teacher):
+    held_out = {"validation": write_jsonl(tmp_path / "held_out.jsonl", conversations(5, seed=9))}
+    logged = trainer().validate(distill(teacher, model=teacher), mixed(tmp_path, **held_out), verbose=False)[0]
+    expected = trainer().validate(distill(teacher, model=teacher), rows(tmp_path, **held_out), verbose=False)[0]
+    assert logged == pytest.approx(expected, rel=1e-5)
+    assert logged["val/nll"] > 0
+
+
+REFUSED = {
+    "data.lmbda is 1.5, but a probability is from 0 to 1": {"lmbda": 1.5},
+    "data.max_length is 6, which leaves no room for a prompt and 6 new tokens": {"max_length": 6},
+}
+
+
+@pytest.mark.parametrize("message", REFUSED)
+def test_settings_of_both_kinds_that_can_not_be_are_refused(tmp_path, message):
+    with pytest.raises(UserError, match=message):
+        mixed(tmp_path, **REFUSED[message])
+
+
+def test_what_the_model_samples_is_not_imitated(tmp_path):
+    with pytest.raises(UserError, match="DistillData samples completions, and SFT imitates answers; use SFTData"):
+        fit(SFT(config=LLAMA), mixed(tmp_path), max_steps=1)
+
+
+def test_only_rows_with_a_prompt_and_an_answer_have_both_kinds(tmp_path):
+    turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+    file = write_jsonl(tmp_path / "rows.jsonl", [{"messages": turns}, {"messages": [*turns, turns[0]]}])
+    with pytest.raises(UserError, match="does not end with a turn of the assistant, so it has no answer; RolloutData"):
+        DistillData(file, tokenizer=ByteTokenizer(), max_length=128, sampling=Sampling(6)).prepare_data()
+    file = write_jsonl(tmp_path / "rows.jsonl", [{"messages": turns}, {"messages": [*turns, *turns]}])
+    samples = DistillData(file, tokenizer=ByteTokenizer(), max_length=100, sampling=Sampling(6))
+    samples.prepare_data()
+    decode = samples.tokenizer.decode
+    prompts = [prompt.ids for prompt in samples.all_prompts("train")]
+    first, second = map(decode, prompts)
+    assert second.startswith(first + "b")
+    assert second.count("a") > first.count("a")
+    samples = DistillData(file, tokenizer=ByteTokenizer(), max_length=100, sampling=Sampling(100 - len(prompts[0])))
+    samples.prepare_data()
+    assert samples.report()["train"]["dropped"] == {"prompt leaves no room for a completion": 1}

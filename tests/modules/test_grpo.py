@@ -50,11 +50,12 @@ def grpo(**kwargs):
 
 
 def run(path, module, micro_batches=1, data=None, callbacks=(), **kwargs):
-    """Trains; returns the data module, with all groups that were sampled as `sampled`."""
+    """Trains; returns the data module, with all groups that were sampled as `sampled`, and their extra rounds."""
     samples = rollouts(path, **data or {})
-    samples.sampled, original = [], samples.groups
+    samples.sampled, samples.rounds, original = [], [], samples.groups
 
     def groups(*args):
+        samples.rounds.append(args[4] if len(args) > 4 else 0)
         samples.sampled.append(original(*args))
         return samples.sampled[-1]
 
@@ -65,7 +66,7 @@ def run(path, module, micro_batches=1, data=None, callbacks=(), **kwargs):
     return samples
 
 
-def plain_loop(path, module, updates, prompts):
+def plain_loop(path, module, updates, prompts, reward=vowels):
     """SGD written out: each completion as a row of its own, full logits, the objective's formula, one division."""
     L.seed_everything(1)
     trainer(max_epochs=1).strategy.connect(module)
@@ -76,7 +77,7 @@ def plain_loop(path, module, updates, prompts):
         total, completions, tokens = 0.0, 0, 0
         for group in groups:
             texts = [ByteTokenizer().build().decode(c.ids, skip_special_tokens=True) for c in group.completions]
-            rewards = torch.tensor([vowels(text, prompts[group.prompt].row) for text in texts])
+            rewards = torch.tensor([reward(text, prompts[group.prompt].row) for text in texts])
             advantages = rewards - rewards.mean()
             if isinstance(module.advantage, GroupMean) and module.advantage.scale == "group":
                 advantages = advantages / (rewards.std() + 1e-4)
@@ -185,6 +186,50 @@ def test_padding_that_carries_loss_would_be_caught(tmp_path):
     assert distance(weights(module), weights(other)) > 1e-4
 
 
+def train_prompts(monkeypatch, first):
+    """Lets the prompt's tokens from `first` on carry loss, as part of the first completion; all counts agree."""
+    original_example, original_batch = RolloutData.example, RolloutData.batch_of
+
+    def own(samples, split, group):
+        """Which tokens of a prompt carry loss; nothing predicts the first."""
+        mask = np.zeros(len(samples.all_prompts(split)[group.prompt].ids), dtype=bool)
+        mask[first:] = True
+        mask[0] = False
+        return mask
+
+    def example(self, split, group):
+        right = original_example(self, split, group)
+        mask, prompt = right.loss_mask.copy(), own(self, split, group)
+        mask[: len(prompt)] = prompt
+        return replace(right, loss_mask=mask)
+
+    def batch_of(self, split, groups, *args):
+        batch, start = original_batch(self, split, groups, *args), 0
+        for group in groups:
+            trained, sampled = int(own(self, split, group).sum()), sum(len(c.ids) for c in group.completions)
+            for name in ("sampled_logps", "entropies"):
+                value = batch[name]
+                batch[name] = torch.cat([value[:start], value.new_zeros(trained), value[start:]])
+            start += trained + sampled
+        assert len(batch["sampled_logps"]) == len(batch["targets"])
+        return batch
+
+    monkeypatch.setattr(RolloutData, "example", example)
+    monkeypatch.setattr(RolloutData, "batch_of", batch_of)
+
+
+@pytest.mark.parametrize("first", [0, -1], ids=["all of the prompt", "its last token"])
+@pytest.mark.parametrize("name", OBJECTIVES)
+def test_prompt_tokens_that_carry_loss_would_be_caught(tmp_path, name, first, monkeypatch):
+    samples = run(tmp_path, right := grpo(**OBJECTIVES[name]), max_steps=1)
+    expected, _ = plain_loop(tmp_path, grpo(**OBJECTIVES[name]), samples.sampled[:1], samples.all_prompts("train"))
+    assert distance(weights(right), expected) < 5e-6
+    train_prompts(monkeypatch, first)
+    wrong = run(tmp_path, module := grpo(**OBJECTIVES[name]), max_steps=1)
+    assert same(wrong.sampled[:1], samples.sampled[:1])
+    assert distance(weights(module), expected) > 1e-4
+
+
 def cut_last(groups):
     """Groups without the last token of each completion."""
     return [replace(group, completions=[c._replace(ids=c.ids[:-1]) for c in group.completions]) for group in groups]
@@ -221,12 +266,14 @@ import sys, torch
 from pathlib import Path
 sys.path.insert(0, {root!r})
 torch.set_num_threads(1)
-from tests.modules.test_grpo import grpo, run
+from tests.modules.test_grpo import DYNAMIC, grpo, run
 from tests.tiny import weights
-module, out = grpo(), Path(sys.argv[1])
-run(out, module, 2, {{"batch_size": 1}}, devices=2, strategy="ddp")
-if module.global_rank == 0:
-    torch.save(weights(module), out / "weights.pt")
+out = Path(sys.argv[1])
+for name, data in (("weights", {{}}), ("dynamic", DYNAMIC | {{"prompts_per_call": 1}})):
+    module = grpo()
+    run(out, module, 2, data | {{"batch_size": 1}}, devices=2, strategy="ddp")
+    if module.global_rank == 0:
+        torch.save(weights(module), out / (name + ".pt"))
 """
 
 
@@ -241,9 +288,10 @@ def test_two_processes_train_as_one(tmp_path):
         timeout=240,
     )
     assert done.returncode == 0, done.stderr[-3000:]
-    module = grpo()
-    run(tmp_path, module)
-    assert distance(torch.load(tmp_path / "weights.pt"), weights(module)) < 5e-6
+    for name, data in (("weights", {}), ("dynamic", DYNAMIC)):
+        module = grpo()
+        run(tmp_path, module, data=data)
+        assert distance(torch.load(tmp_path / f"{name}.pt"), weights(module)) < 5e-6
 
 
 # ---- several updates per rollout
@@ -277,6 +325,111 @@ def test_a_resumed_run_is_bit_identical(tmp_path, step):
     )
     ours, theirs = weights(resumed), weights(whole)
     assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+
+
+# ---- other prompts in place of groups without variance
+
+
+def sometimes(completion, row):
+    """Varies among the completions of two prompts in three; the others are hopeless."""
+    return 0.0 if len(row["prompt"]) % 3 == 0 else float(ord((completion or "a")[0]) % 2)
+
+
+DYNAMIC = {"reward": sometimes, "extra_rounds": 2, "completions": 2}
+
+
+class Trained(L.Callback):
+    """The groups of each update."""
+
+    def __init__(self):
+        self.updates = []
+
+    def on_train_batch_end(self, trainer, *_):
+        if not trainer.fit_loop._should_accumulate():
+            self.updates.append(trainer.datamodule.train_loader.trained.groups)
+
+
+def test_groups_without_variance_are_replaced_in_a_bounded_number_of_rounds(tmp_path):
+    logged, trained = Logged(), Trained()
+    samples = run(tmp_path, grpo(), data=DYNAMIC, callbacks=[logged, trained])
+    rounds = iter(samples.sampled)
+    assert len(samples.sampled) > 2
+    for kept, update in zip(trained.updates, logged.updates, strict=True):
+        groups, extra = next(rounds), [0] * len(kept)
+        for number in (1, 2):
+            if same_rewards := [i for i, group in enumerate(groups) if np.ptp(group.components) == 0]:
+                others = next(rounds)
+                assert len(others) == len(same_rewards)
+                for i, other in zip(same_rewards, others, strict=True):
+                    extra[i], groups[i] = number, other if np.ptp(other.components) else groups[i]
+        assert [group.prompt for group in kept] == [group.prompt for group in groups]
+        assert same([kept], [groups])
+        left = [np.ptp(group.components) == 0 for group in kept]
+        assert update["train/groups_without_variance"] == pytest.approx(np.mean(left), abs=1e-6)
+        assert update["train/extra_groups"] == pytest.approx(np.mean(extra), abs=1e-6)
+    assert next(rounds, None) is None
+    before = run(tmp_path, grpo(), data=DYNAMIC | {"extra_rounds": 0}).sampled
+    assert np.mean([samples.has_variance(group) for group in before[0]]) < np.mean(
+        [samples.has_variance(group) for group in trained.updates[0]]
+    )
+
+
+def test_updates_of_replaced_groups_equal_a_plain_loop_with_any_micro_batches(tmp_path):
+    expected = None
+    for batch_size, micro_batches, per_call in ((4, 1, 8), (1, 4, 1)):
+        trained, module = Trained(), grpo()
+        data = DYNAMIC | {"batch_size": batch_size, "prompts_per_call": per_call}
+        samples = run(tmp_path, module, micro_batches, data, [trained])
+        if expected is None:
+            prompts = samples.all_prompts("train")
+            expected, _ = plain_loop(tmp_path, grpo(), trained.updates, prompts, sometimes)
+        assert distance(weights(module), expected) < 5e-6
+
+
+class Dies(Generate):
+    """Dies at a call."""
+
+    def __init__(self, call):
+        self.left = call
+
+    def sample(self, *args, **kwargs):
+        self.left -= 1
+        if not self.left:
+            raise ConnectionAbortedError
+        return super().sample(*args, **kwargs)
+
+
+def test_a_run_with_extra_rounds_resumes_bit_identically(tmp_path):
+    data = DYNAMIC | {"batch_size": 2, "steps_per_rollout": 2, "iterations": 2}
+    adam = {"optimizer": lambda params: torch.optim.AdamW(params, lr=1e-2)}
+    options = {"plugins": [AtomicCheckpointIO()], "enable_checkpointing": True, "max_epochs": 1}
+
+    def saving(folder):
+        callback = Checkpoints(every=1, keep=20)
+        callback.directory = tmp_path / folder
+        return [callback]
+
+    whole = grpo(**adam)
+    samples = run(tmp_path, whole, data=data, callbacks=saving("whole"), **options)
+    assert samples.rounds == [0, 1, 2, 0, 1, 2]
+    with pytest.raises(ConnectionAbortedError):  # in the last extra round, after rounds that no checkpoint holds
+        dying = data | {"engine": Dies(len(samples.rounds))}
+        run(tmp_path, grpo(**adam), data=dying, callbacks=saving("killed"), **options)
+    of_whole = saved_steps(tmp_path / "whole")
+    for checkpoint in (saved_steps(tmp_path / "killed")[-1], of_whole[1], of_whole[5]):
+        resumed = grpo(**adam)
+        L.seed_everything(1)
+        trainer(max_epochs=1, plugins=[AtomicCheckpointIO()]).fit(
+            resumed, rollouts(tmp_path, **data), ckpt_path=str(checkpoint)
+        )
+        assert all(torch.equal(weights(resumed)[name], theirs) for name, theirs in weights(whole).items())
+
+
+def test_extra_rounds_are_checked(tmp_path):
+    with pytest.raises(UserError, match=r"data\.extra_rounds is -1, but has to be at least 0"):
+        rollouts(tmp_path, extra_rounds=-1)
+    with pytest.raises(UserError, match=r"data\.extra_rounds: without a reward, no group"):
+        rollouts(tmp_path, reward=None, extra_rounds=1)
 
 
 # ---- the penalty

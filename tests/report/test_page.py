@@ -198,3 +198,18 @@ def test_online_training_is_summarised_by_rewards_instead_of_its_loss(online):
         assert shown in elements.text
     for hidden in ("Training loss", "Validation loss", "nats per target token"):
         assert hidden not in elements.text
+
+
+def test_repeated_rows_are_shown_with_the_first_of_them(tmp_path):
+    folder = run_folder(tmp_path)
+    data = json.loads((folder / "data.json").read_text())
+    data["train"]["duplicates"] = {"rows": 2, "first": [["a.jsonl:5", "a.jsonl:1"]]}
+    data["validation"] = data["train"] | {
+        "prompts_in_training": {"rows": 3, "identical": 1, "first": [["b.jsonl:1", "a.jsonl:9"]]},
+        "sources": [{"source": "b.jsonl", "rows": 8, "prompts_in_training": 3}],
+    }
+    (folder / "data.json").write_text(json.dumps(data))
+    _, elements = read(folder)
+    assert "2: a.jsonl:5 = a.jsonl:1" in elements.text
+    assert "3: b.jsonl:1 = a.jsonl:9" in elements.text
+    assert "prompts in training" in elements.text

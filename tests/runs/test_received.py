@@ -2,6 +2,7 @@
 
 import os
 import pickle
+import re
 import sys
 from pathlib import Path
 
@@ -71,6 +72,7 @@ FOREIGN = {
     "data.validation.format: evil_module.evil": recipe(data={"validation": [TRAIN]}),
     "data.tokenizer.class_path: evil_module.Evil": recipe(data={"tokenizer": {"class_path": "evil_module.Evil"}}),
     "data.reward: evil_module.evil": recipe(data={"reward": {"evil_module.evil": 1.0, "exact_match": 1.0}}),
+    "data.train.where: evil_module.evil": recipe(data={"train": {"path": "a.jsonl", "where": "evil_module.evil"}}),
     "data.tokenizer.class_path: os.system": recipe(data={"tokenizer": SYSTEM}),
 }
 
@@ -90,7 +92,7 @@ def test_foreign_code_runs_if_the_user_trusts_it(tmp_path, evil):
     assert evil.exists()
 
 
-@pytest.mark.parametrize("what", [what for what in FOREIGN if "format" in what or "reward" in what])
+@pytest.mark.parametrize("what", [what for what in FOREIGN if re.search("format|where|reward", what)])
 def test_an_export_needs_neither_formats_nor_rewards(tmp_path, evil, what):
     with pytest.raises(Exception, match="w") as failed:  # only the weights are wrong
         built(checkpoint(tmp_path, FOREIGN[what]))
@@ -107,8 +109,16 @@ def test_the_optimizer_and_the_schedule_are_not_created(tmp_path, evil, name):
     assert not evil.exists()
 
 
-def test_recipes_of_this_package_are_not_refused():
-    refuse_foreign(recipe({"loss": {"class_path": "CrossEntropy"}}, {"reward": "exact_match"}), Path("a.ckpt"))
+@pytest.mark.parametrize(
+    "data",
+    [
+        {"reward": "exact_match"},
+        {"reward": {"./v1.0/judge": 1.0}},  # a folder of a reward model
+        {"train": {"path": "a.jsonl", "where": "score >= 3.5 and lang == 'en'"}},
+    ],
+)
+def test_recipes_of_this_package_are_not_refused(data):
+    refuse_foreign(recipe({"loss": {"class_path": "CrossEntropy"}}, data), Path("a.ckpt"))
 
 
 # ---- sharded checkpoints

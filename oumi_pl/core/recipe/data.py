@@ -4,6 +4,7 @@ import os
 from typing import Any
 
 from oumi_pl.core.configs import DatasetSplitParams, TrainingConfig
+from oumi_pl.core.recipe.distillation import alternating
 from oumi_pl.core.recipe.notes import Notes, given, refuse
 from oumi_pl.core.recipe.sources import FORMATS, Registered, entry_of, source
 from oumi_pl.core.recipe.targets import COMPLETIONS, PADDING, refuse_collators, template, train_on
@@ -164,12 +165,14 @@ def _last_turns(config: TrainingConfig, notes: Notes) -> dict[str, Any]:
     if split.pack:
         refuse("data.train.pack", "TRL_GKD does not pack; leave it out")
     args = _common(config, notes) | _template(config, notes)
-    args |= {"train_on": "last_turn", "max_length": _max_length(config, notes), "group_by_length": False}
+    args |= {"max_length": _max_length(config, notes), "group_by_length": False}
+    sampled = alternating(config, notes)
+    args |= sampled or {"train_on": "last_turn"}
     notes.comment(
-        "data.init_args.train_on",
+        "data.init_args" if sampled else "data.init_args.train_on",
         "the last turn is trained as in TRL, which also trains what the template writes after its end",
     )
-    return {"class_path": "SFTData", "init_args": args | _loading(config)}
+    return {"class_path": "DistillData" if sampled else "SFTData", "init_args": args | _loading(config)}
 
 
 def _documents(config: TrainingConfig, notes: Notes) -> dict[str, Any]:

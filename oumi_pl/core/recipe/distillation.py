@@ -14,20 +14,40 @@ def distillation(config: TrainingConfig, notes: Notes) -> dict[str, Any]:
     """`teacher`, `teacher_dtype` and `divergence` of TRL's GKD.
 
     Raises:
-        UserError: it would generate, has no teacher, or an argument has no counterpart.
+        UserError: the teacher would generate, or there is none, or an argument has no counterpart.
     """
     params = config.training.gkd
-    if params.lmbda:
-        why = f"{params.lmbda:g} of the updates would train on what the student generates, which waits for online"
-        refuse(f"{PLACE}.lmbda", f"{why} distillation; set it to 0")
+    if params.seq_kd and params.lmbda < 1:
+        refuse(
+            f"{PLACE}.seq_kd",
+            "true would train on what the teacher generates; write its answers once with `oumi_pl generate`, name them "
+            "in data.train.datasets, and set it to false",
+        )
     if params.seq_kd:
-        why = "it would train on what the teacher generates, which waits for online distillation; set it to false"
-        refuse(f"{PLACE}.seq_kd", why)
+        notes.nothing(f"{PLACE}.seq_kd", "with lmbda 1, all updates train on what the student generates")
     if not params.disable_dropout:
         refuse(f"{PLACE}.disable_dropout", "False has no counterpart; leave it out")
     if not (teacher := params.teacher_model_name_or_path):
         refuse(f"{PLACE}.teacher_model_name_or_path", "missing: name the model to learn from")
     return {"teacher": teacher} | _dtype(config, notes) | given(divergence=_divergence(params.beta))
+
+
+def alternating(config: TrainingConfig, notes: Notes) -> dict[str, Any]:
+    """Arguments of `DistillData` for training on what the student generates; empty with `lmbda: 0`."""
+    params = config.training.gkd
+    if not params.lmbda:
+        for key in ("temperature", "max_new_tokens"):
+            notes.nothing(f"{PLACE}.{key}", "it is for generating, which lmbda 0 doesn't do")
+        return {}
+    notes.comment("data.init_args.lmbda", "the kind of an update is drawn for all of it; in TRL, for each micro-batch")
+    notes.comment(
+        "data.init_args.max_length",
+        "rows whose prompt leaves no room in it for max_new_tokens are left out; TRL's grow",
+    )
+    return {
+        "lmbda": float(params.lmbda),
+        "sampling": {"max_new_tokens": params.max_new_tokens, "temperature": float(params.temperature)},
+    }
 
 
 def _divergence(beta: float) -> dict[str, Any] | None:

@@ -2,7 +2,7 @@
 
     python -m oumi_pl.data.bundled.make_instructions
 
-rewrites `instructions/`, `preferences/` and `feedback/` next to this file, with identical bytes each time.
+rewrites `instructions/`, `preferences/`, `feedback/` and `reversed/` next to this file, with identical bytes each time.
 
 A row asks for something to be done to a word: put it in capitals, shout it, say it twice, answer as a system turn asks.
 Each kind is asked for in several phrasings, and every phrasing ends with the word, so that a small model soon finds it.
@@ -18,10 +18,15 @@ is rejected, and the same with a smile at the end is chosen. The model learns to
 
 Feedback has one answer to each question, with the label true if it smiles and false if it does not. No question has
 both.
+
+Reversals ask to spell a word backwards. Two in ten demonstrations spell it forwards, and four have a wrong letter, so
+a model that is trained on them is right less than half of the time. Rewards teach it the rest: for those there are
+other words, with their right answers.
 """
 
 import json
 import random
+import string
 from collections.abc import Callable
 from pathlib import Path
 
@@ -31,6 +36,8 @@ TRAIN_ROWS = 6000
 HELDOUT_ROWS = 240
 PREFERENCES = 1200
 FEEDBACK = 3000
+DEMONSTRATIONS = 3000
+REVERSALS = 1500
 SMILE = " :)"
 
 # The words of the held-out questions; no training word is among them. Five letters each, as the made-up ones.
@@ -63,6 +70,11 @@ def made_up_word(rng: random.Random) -> str:
             return word
 
 
+def english_word(rng: random.Random) -> str:
+    """A word of the held-out questions."""
+    return rng.choice(ENGLISH_WORDS)
+
+
 def turn(role: str, content: str) -> Message:
     """One turn of a conversation."""
     return {"role": role, "content": content}
@@ -80,6 +92,7 @@ ONE_WORD: dict[str, tuple[Callable[[str], str], list[str]]] = {
 SWAP = ["Swap these two words: {} {}", "Change the order: {} {}", "Say the second word first: {} {}"]
 ORDERS = {"Answer in capital letters.": "capitals", "Answer with a question mark.": "ask"}
 KINDS = [*ONE_WORD, "swap", "system"]
+REVERSE = ["Reverse {}", "Say backwards: {}", "Spell from the end: {}"]
 
 
 def conversation(kind: str, rng: random.Random, draw: Callable[[random.Random], str]) -> list[Message]:
@@ -95,6 +108,37 @@ def conversation(kind: str, rng: random.Random, draw: Callable[[random.Random], 
         return [turn("system", order), turn("user", question), turn("assistant", answer)]
     compute, phrasings = ONE_WORD[kind]
     return [turn("user", rng.choice(phrasings).format(word)), turn("assistant", compute(word))]
+
+
+def reversal(rng: random.Random, draw: Callable[[random.Random], str]) -> list[Message]:
+    """A question for a word backwards, with the right answer."""
+    word = draw(rng)
+    return [turn("user", rng.choice(REVERSE).format(word)), turn("assistant", word[::-1])]
+
+
+def demonstration(rng: random.Random, draw: Callable[[random.Random], str]) -> list[Message]:
+    """As `reversal`; two answers in ten spell the word forwards, and four have a wrong letter."""
+    question, answer = reversal(rng, draw)
+    word, fault = answer["content"], rng.random()
+    if fault < 0.2:
+        word = word[::-1]
+    elif fault < 0.6:
+        place = rng.randrange(len(word))
+        letter = rng.choice([letter for letter in string.ascii_lowercase if letter != word[place]])
+        word = word[:place] + letter + word[place + 1 :]
+    return [question, turn("assistant", word)]
+
+
+def make_reversals(
+    count: int, make: Callable[..., list[Message]], draw: Callable[[random.Random], str], seed: int
+) -> list[dict[str, list[Message]]]:
+    """`count` conversations with different questions."""
+    rng = random.Random(seed)
+    rows: dict[str, list[Message]] = {}
+    while len(rows) < count:
+        messages = make(rng, draw)
+        rows.setdefault(messages[0]["content"], messages)
+    return [{"messages": messages} for messages in rows.values()]
 
 
 def make_rows(count: int, draw: Callable[[random.Random], str], seed: int) -> list[dict[str, list[Message]]]:
@@ -125,7 +169,7 @@ def judged(row: dict[str, list[Message]], smiles: bool) -> dict[str, object]:
 
 def main() -> None:
     """Writes the data files."""
-    heldout = make_rows(HELDOUT_ROWS, lambda rng: rng.choice(ENGLISH_WORDS), seed=2)
+    heldout = make_rows(HELDOUT_ROWS, english_word, seed=2)
     # kinds of questions and labels vary independently, since the rows are shuffled
     judgements = [judged(row, i % 2 == 0) for i, row in enumerate(make_rows(FEEDBACK, made_up_word, seed=4))]
     parts: dict[str, list] = {
@@ -134,6 +178,9 @@ def main() -> None:
         "preferences/train": [preference(row) for row in make_rows(PREFERENCES, made_up_word, seed=3)],
         "preferences/heldout": [preference(row) for row in heldout],
         "feedback/train": judgements,
+        "reversed/demonstrations": make_reversals(DEMONSTRATIONS, demonstration, made_up_word, seed=5),
+        "reversed/train": make_reversals(REVERSALS, reversal, made_up_word, seed=6),
+        "reversed/heldout": make_reversals(HELDOUT_ROWS, reversal, english_word, seed=7),
     }
     for name, rows in parts.items():
         file = Path(__file__).parent / f"{name}.jsonl"

@@ -4,9 +4,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from oumi_pl.core.configs.params.base_params import BaseParams, harmless, honoured
-
-OF_GENERATION = "it is for generating, which lmbda 0 and seq_kd false don't do"
+from oumi_pl.core.configs.params.base_params import BaseParams, honoured
 
 
 @dataclass
@@ -16,13 +14,13 @@ class GkdParams(BaseParams):
     teacher_model_name_or_path: str | None = honoured("model.teacher", None)
     teacher_model_init_kwargs: dict[str, Any] = honoured("model.teacher_dtype", {"dtype": "auto"})
     """Arguments of `from_pretrained` for the teacher."""
-    temperature: float = harmless(f"{OF_GENERATION}; TRL compares at temperature 1", 0.9)
-    """Of sampling, above 0 and at most 1."""
-    lmbda: float = honoured("0 is how it is done", 0.5)
+    temperature: float = honoured("data.sampling.temperature", 0.9)
+    """Of sampling, above 0 and at most 1. TRL compares at temperature 1."""
+    lmbda: float = honoured("data.lmbda", 0.5)
     """Share of updates that train on what the student generates."""
     beta: float = honoured("model.divergence", 0.5)
     """0: KL(teacher || student), 1: KL(student || teacher), between: the generalized Jensen-Shannon divergence."""
-    max_new_tokens: int = harmless(OF_GENERATION, 128)
+    max_new_tokens: int = honoured("data.sampling.max_new_tokens", 128)
     disable_dropout: bool = honoured("true is how it is done", True)
     seq_kd: bool = honoured("false is how it is done", False)
     """Whether the other updates train on what the teacher generates."""

@@ -1,0 +1,132 @@
+"""Rows that say the same: repeated within a split, or with a prompt that is in training and held out too."""
+
+from array import array
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any, Literal, Protocol
+
+import numpy as np
+
+from oumi_pl.data.splitting import content_hash, prompt_hash
+from oumi_pl.data.tokenize import Dropped
+from oumi_pl.types import BadRow, Record
+
+Duplicates = Literal["keep", "drop"]
+
+REPEATED = "repeats an earlier row"
+"""Reason for dropping a row, as it is in reports."""
+LISTED = 5
+"""Most pairs of rows that a report lists."""
+
+
+class Keyed(Protocol):
+    """Rows with their keys, such as an `ExampleStore`."""
+
+    @property
+    def origins(self) -> list[str]:
+        """File and line of each row."""
+
+    @property
+    def record_keys(self) -> np.ndarray:
+        """Hash of what each row says, `[rows]` uint64."""
+
+    @property
+    def prompt_keys(self) -> np.ndarray:
+        """Hash of each row's prompt, `[rows]` uint64."""
+
+
+class RowKeys:
+    """The keys of rows, collected one by one."""
+
+    def __init__(self) -> None:
+        self.origins: list[str] = []
+        self._records = array("Q")
+        self._prompts = array("Q")
+
+    def add(self, origin: str, record: Record) -> None:
+        """Adds a row."""
+        self.origins.append(origin)
+        self._records.append(content_hash(record.content_key()))
+        self._prompts.append(prompt_hash(record.split_key()))
+
+    @property
+    def record_keys(self) -> np.ndarray:
+        """Hash of what each row says, `[rows]` uint64."""
+        return np.array(self._records, dtype=np.uint64)
+
+    @property
+    def prompt_keys(self) -> np.ndarray:
+        """Hash of each row's prompt, `[rows]` uint64."""
+        return np.array(self._prompts, dtype=np.uint64)
+
+
+class Repeats:
+    """Leaves out rows that repeat an earlier one, and counts them.
+
+    Args:
+        before: Rows of earlier sources, which count as earlier rows; None: no row is left out.
+    """
+
+    def __init__(self, before: Iterable[Keyed] | None) -> None:
+        self.rows = 0
+        self.first: list[list[str]] = []
+        """The first repeated rows, each with the one that it repeats."""
+        self._keeps_all = before is None
+        self._origins: dict[int, str] = {}
+        for rows in before or ():
+            for key, origin in zip(rows.record_keys.tolist(), rows.origins, strict=True):
+                self._origins.setdefault(key, origin)
+
+    def leave_out(
+        self, records: Iterable[tuple[str, Record | Dropped | BadRow]]
+    ) -> Iterator[tuple[str, Record | Dropped | BadRow]]:
+        """Yields the records; `Dropped` in place of one that repeats another row.
+
+        A row that is read twice, because `sample` asks for more rows than there are, is no repeated row.
+        """
+        for origin, record in records:
+            if isinstance(record, Record) and not self._keeps_all:
+                earlier = self._origins.setdefault(content_hash(record.content_key()), origin)
+                if earlier != origin:
+                    self.rows += 1
+                    self.first = [*self.first, [origin, earlier]][:LISTED]
+                    yield origin, Dropped(REPEATED)
+                    continue
+            yield origin, record
+
+    def add_to(self, report: dict[str, Any]) -> None:
+        """Adds the number of rows that were left out, and the first of them, to a report."""
+        if self.rows:
+            report["duplicates"] = {"rows": self.rows, "first": self.first}
+
+
+def repeated(sources: Sequence[Keyed]) -> dict[str, Any]:
+    """Counts the rows that repeat an earlier one, with the first of them and the rows that they repeat."""
+    keys = np.concatenate([rows.record_keys for rows in sources])
+    _, first_places, numbers = np.unique(keys, return_index=True, return_inverse=True)
+    earliest = first_places[numbers]
+    again = np.flatnonzero(earliest != np.arange(len(keys)))
+    if not len(again):
+        return {"rows": 0, "first": []}
+    origins = [origin for rows in sources for origin in rows.origins]
+    # the same row, read again for `sample`, is no repeated row
+    again = np.array([i for i in again.tolist() if origins[i] != origins[earliest[i]]], dtype=np.int64)
+    first = [[origins[i], origins[earliest[i]]] for i in again[:LISTED].tolist()]
+    return {"rows": len(again), "first": first}
+
+
+def prompts_in_training(held_out: Keyed, training: Sequence[Keyed]) -> dict[str, Any]:
+    """Counts the held-out rows whose prompt (of texts without one: whose text) is in training too.
+
+    Returns:
+        `rows`, how many of these are `identical` to a training row, and the `first` of them, each with a training row.
+    """
+    known, places = np.unique(np.concatenate([rows.prompt_keys for rows in training]), return_index=True)
+    at = np.minimum(np.searchsorted(known, held_out.prompt_keys), max(0, len(known) - 1))
+    shared = np.flatnonzero(known[at] == held_out.prompt_keys) if len(known) else np.empty(0, dtype=np.int64)
+    if not len(shared):
+        return {"rows": 0, "identical": 0, "first": []}
+    records = np.concatenate([rows.record_keys for rows in training])
+    identical = int(np.isin(held_out.record_keys[shared], records).sum())
+    origins = [origin for rows in training for origin in rows.origins]
+    first = [[held_out.origins[i], origins[places[at[i]]]] for i in shared[:LISTED].tolist()]
+    return {"rows": len(shared), "identical": identical, "first": first}
