@@ -3,8 +3,8 @@
     python -m tests.crash.damage --minutes 5
 
 Each trial copies a folder, damages a file in it, and runs a command in a forked child. Allowed are success and
-exit code 2 with one message. A traceback, another end, a run of more than a minute, and an escape sequence on the
-terminal are printed.
+exit code 2 with one message. A traceback, another end, a run of more than a minute, an escape sequence on the
+terminal, and weights that are used although they are damaged are printed.
 """
 
 import argparse
@@ -41,6 +41,8 @@ VALUES: tuple[Any, ...] = (
 """What a value in a JSON file is replaced by."""
 DEEP = "[" * 100_000
 SECONDS = 60.0
+WEIGHTS = "model.safetensors"
+"""A file that is never used if it is damaged."""
 
 
 def of_bytes(content: bytes, rng: random.Random, places: int) -> Iterator[tuple[str, bytes]]:
@@ -106,6 +108,11 @@ def damages(file: Path, rng: random.Random, places: int) -> Iterator[tuple[str, 
     yield from of_bytes(content, rng, places)
     if file.suffix == ".json":
         yield from of_json(content, rng, places)
+    if file.suffix == ".jsonl":
+        lines = content.splitlines(keepends=True)
+        place = rng.randrange(len(lines))
+        for what, line in of_json(lines[place], rng, places):
+            yield f"line {place + 1}: {what}", b"".join([*lines[:place], line + b"\n", *lines[place + 1 :]])
 
 
 FIT = ("fit", "--config", "r.yaml", "--name", "again", "--trainer.max_steps", "1", "--val_every", "null")
@@ -130,7 +137,10 @@ CASES: dict[str, tuple[str, ...]] = {
     "runs/r/config.yaml#compare": ("runs", "compare", "r", "s"),
     "runs/r/checkpoints/step-00000004.ckpt": ("fit", "--resume", "runs/r"),
     "runs/r/checkpoints/step-00000004.ckpt#export": EXPORT,
+    "model/model.safetensors#generate": ("generate", "--model", "model", "--prompt", "a", "--max_new_tokens", "2"),
     "rows.jsonl": FIT,
+    "rows.jsonl#preview": ("preview", "--config", "r.yaml"),
+    "rows.jsonl#generate": ("generate", "--model", "model", "--file", "rows.jsonl", "--max_new_tokens", "2"),
     "r.yaml": FIT,
 }
 """File, and after `#` what for -> the command that reads it."""
@@ -166,6 +176,8 @@ def trial(base: Path, place: Path, case: str, content: bytes | Callable[[Path], 
             return "traceback", text
         if "\x1b[2J" in text or "\x1b[31m" in text:
             return "escape sequence", text
+        if code == 0 and file.name == WEIGHTS:
+            return "silent", text
         return {0: "success", 2: "refused"}.get(code, f"exit code {code}"), text
     finally:
         shutil.rmtree(folder)

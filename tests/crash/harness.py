@@ -9,6 +9,7 @@ import csv
 import io
 import json
 import os
+import random
 import shutil
 import signal
 import sys
@@ -119,6 +120,23 @@ def prepare(folder: Path, kind: str = "SFT", changes: dict[str, Any] | None = No
     (folder / "r.yaml").write_text(yaml.safe_dump(recipe(kind, changes), sort_keys=False))
 
 
+YEAR = 365 * 86_400.0
+
+
+def jump(rng: random.Random) -> None:
+    """Makes the wall clock of this process jump at one in fifty looks at it."""
+    real, shift = time.time_ns, 0
+
+    def now() -> int:
+        nonlocal shift
+        if rng.random() < 0.02:
+            shift = int(rng.uniform(-YEAR, YEAR) * 1e9)
+        return real() + shift
+
+    time.time_ns = now
+    time.time = lambda: now() / 1e9
+
+
 class Faults:
     """Counts the operations that change files in a folder, and ends the process before one of them.
 
@@ -127,11 +145,18 @@ class Faults:
         kill_at: Number of the operation, from 0.
         kill_on: Its name and the end of its path instead, as in `("replace", "model")`.
         error: Raise this error there instead of killing, once.
+        clock: The wall clock jumps by up to a year, forwards and backwards, at moments that this seed chooses.
     """
 
     def __init__(
-        self, folder: Path, kill_at: int = -1, kill_on: tuple[str, str] | None = None, error: OSError | None = None
+        self,
+        folder: Path,
+        kill_at: int = -1,
+        kill_on: tuple[str, str] | None = None,
+        error: OSError | None = None,
+        clock: int | None = None,
     ) -> None:
+        self.clock = clock
         self.folder, self.kill_at, self.kill_on, self.error = str(folder.resolve()), kill_at, kill_on, error
         self.operations: list[str] = []
 
@@ -150,7 +175,9 @@ class Faults:
         self.operations.append(f"{name} {' '.join(text.removeprefix(self.folder) for text in texts)}")
 
     def install(self) -> None:
-        """Replaces the functions that change files, in this process."""
+        """Replaces the functions that change files, and those that read the clock, in this process."""
+        if self.clock is not None:
+            jump(random.Random(self.clock))
         for name in CHANGING_CALLS:
             setattr(os, name, self._counted(name, getattr(os, name)))
         opened = builtins.open
@@ -186,6 +213,7 @@ class Child:
         self.environment = environment or {}
         self.folder, self.counted = folder, folder / "operations.json"
         self.output = folder / f"output{self.environment.get('RANK', '')}.txt"
+        self.code: int | None = None
         self.pid = os.fork()
         if self.pid == 0:
             self._run(args, faults)
@@ -229,14 +257,20 @@ class Child:
         """
         end = time.monotonic() + seconds
         while True:
-            pid, status = os.waitpid(self.pid, os.WNOHANG)
-            if pid:
-                return os.waitstatus_to_exitcode(status)
+            if (code := self.poll()) is not None:
+                return code
             if time.monotonic() > end:
                 os.killpg(self.pid, signal.SIGKILL)
                 os.waitpid(self.pid, 0)
                 raise TimeoutError(f"a run took longer than {seconds} s:\n{self.text}")
             time.sleep(0.002)
+
+    def poll(self) -> int | None:
+        """The exit code; None while it runs."""
+        if self.code is None:
+            pid, status = os.waitpid(self.pid, os.WNOHANG)
+            self.code = os.waitstatus_to_exitcode(status) if pid else None
+        return self.code
 
     @property
     def text(self) -> str:
@@ -275,6 +309,22 @@ def torchrun(folder: Path, *args: str, processes: int = 2) -> str:
     codes = [child.wait() for child in children]
     assert not any(codes), f"exit codes {codes}\n" + "\n".join(child.text for child in children)
     return children[0].text
+
+
+def ended(children: list[Child], seconds: float = 30.0) -> list[int]:
+    """Waits for processes as a launcher does: if one fails, and the others don't end within `seconds`, it ends them."""
+    failed = end = None
+    while (codes := [child.poll() for child in children]).count(None):
+        now = time.monotonic()
+        if failed is None and any(codes):
+            failed, end = now, now + seconds
+        if end is not None and now > end:
+            for child in children:
+                if child.code is None:
+                    os.killpg(child.pid, signal.SIGTERM if now < failed + 2 * seconds else signal.SIGKILL)
+            end = failed + 2 * seconds if now < failed + 2 * seconds else now + 5
+        time.sleep(0.01)
+    return [code for code in codes if code is not None]
 
 
 def copy(source: Path, target: Path) -> Path:

@@ -28,7 +28,7 @@ import transformers
 
 import oumi_pl.config.cli
 from tests.crash import harness
-from tests.crash.harness import Child, Faults, copy, deviations, outcome, prepare, works
+from tests.crash.harness import YEAR, Child, Faults, copy, deviations, ended, outcome, prepare, ranks, torchrun, works
 
 IMPORTED = (peft, transformers, oumi_pl.config.cli)
 """What children would import otherwise, each for itself."""
@@ -61,8 +61,18 @@ class Recipe:
         self.seconds = time.monotonic() - begin
         self.operations = len(json.loads((whole / "operations.json").read_text()))
         self.expected = outcome(whole / "runs" / "r")
+        self._of_two_ranks: tuple[dict[str, Any], float] | None = None
         if rng.random() < 0.5 and (whole / "cache").exists():  # else each trial fills the caches
             shutil.copytree(whole / "cache", self.folder / "cache")
+
+    def of_two_ranks(self) -> tuple[dict[str, Any], float]:
+        """What an uninterrupted run on two processes leaves, and how many seconds it takes."""
+        if self._of_two_ranks is None:
+            whole = copy(self.folder, self.folder.with_name(f"{self.folder.name}-two"))
+            begin = time.monotonic()
+            torchrun(whole, *RESUME)
+            self._of_two_ranks = outcome(whole / "runs" / "r"), time.monotonic() - begin
+        return self._of_two_ranks
 
 
 def kill_at_operation(recipe: Recipe, folder: Path, rng: random.Random) -> list[str]:
@@ -142,9 +152,41 @@ def moved(recipe: Recipe, folder: Path, rng: random.Random) -> list[str]:
     return wrong + deviations(folder / "elsewhere" / "other", expected)
 
 
-def finish(recipe: Recipe, folder: Path) -> list[str]:
+def clock_jumps(recipe: Recipe, folder: Path, rng: random.Random) -> list[str]:
+    """The wall clock jumps while a run is killed and resumed, and its files have times of the past and the future."""
+    faults = Faults(folder, rng.randrange(recipe.operations), clock=rng.randrange(1 << 30))
+    Child(folder, *RESUME, faults=faults).wait()
+    for path in sorted(folder / name for name in ("runs", "cache")):
+        for inner in sorted(path.rglob("*")):
+            if rng.random() < 0.5:
+                at = time.time() + rng.uniform(-YEAR, YEAR)
+                os.utime(inner, (at, at))
+    return finish(recipe, folder, Faults(folder, clock=rng.randrange(1 << 30)))
+
+
+def two_ranks(recipe: Recipe, folder: Path, rng: random.Random) -> list[str]:
+    """Kills one or both of two processes at a random moment, or stops both; they resume together."""
+    expected, seconds = recipe.of_two_ranks()
+    children = ranks(folder, *RESUME)
+    time.sleep(rng.random() * seconds)
+    how = rng.choice(["one", "both", "stop"])
+    chosen = children if how != "one" else [rng.choice(children)]
+    for child in chosen:
+        os.killpg(child.pid, signal.SIGTERM if how == "stop" else signal.SIGKILL)
+    codes = ended(children)
+    # SIGTERM or SIGKILL of a rank that is left alone while it starts, and waits for the other, come from the launcher
+    expected_codes = {"one": {-9, -15, 0, 2, 143}, "both": {-9, 0}, "stop": {0, 143, -15}}[how]
+    wrong = [] if {*codes} <= expected_codes else [f"{how}: exit codes {codes}: {children[0].text[-400:]}"]
+    wrong += [f"{how}: traceback" for child in children if "Traceback" in child.text]
+    children = ranks(folder, *RESUME)
+    codes = ended(children)
+    wrong += [] if codes == [0, 0] else [f"{how}: resume: exit codes {codes}: {children[0].text[-600:]}"]
+    return wrong + deviations(folder / "runs" / "r", expected)
+
+
+def finish(recipe: Recipe, folder: Path, faults: Faults | None = None) -> list[str]:
     """Resumes until the run is finished; returns its differences from the uninterrupted run."""
-    child = Child(folder, *RESUME)
+    child = Child(folder, *RESUME, faults=faults)
     code = child.wait()
     wrong = [] if code == 0 else [f"resume: exit code {code}: {child.text[-600:]}"]
     if "Traceback" in child.text:
@@ -153,7 +195,7 @@ def finish(recipe: Recipe, folder: Path) -> list[str]:
 
 
 TRIALS: tuple[Callable[[Recipe, Path, random.Random], list[str]], ...] = (
-    *(kill_at_operation, kill_twice, kill_at_random, stop, full_disk, two_at_once, moved),
+    *(kill_at_operation, kill_twice, kill_at_random, stop, full_disk, two_at_once, moved, clock_jumps, two_ranks),
 )
 PER_RECIPE = 15
 

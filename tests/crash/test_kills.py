@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.crash.harness import Child, Faults, copy, deviations, outcome, prepare, ranks, works
+from tests.crash.harness import YEAR, Child, Faults, copy, deviations, ended, outcome, prepare, ranks, torchrun, works
 
 RESUME = ("fit", "--config", "r.yaml", "--resume", "auto")
 
@@ -45,6 +45,33 @@ def test_a_run_killed_at_a_file_operation_is_completed_by_a_resume(tmp_path, who
     if file.endswith("model"):
         assert "its training is complete; what is left: export, report" in text
         assert "step 1/5" not in text
+
+
+def test_a_clock_that_jumps_changes_nothing(tmp_path, whole):
+    start, expected = whole
+    folder = copy(start, tmp_path / "clock")
+    kill = ("replace", "checkpoints/step-00000004.ckpt")
+    assert Child(folder, *RESUME, faults=Faults(folder, kill_on=kill, clock=1)).wait() == -signal.SIGKILL
+    for number, path in enumerate(sorted(folder.rglob("*"))):
+        at = time.time() + (YEAR if number % 2 else -YEAR)
+        os.utime(path, (at, at))
+    works(folder, *RESUME, faults=Faults(folder, clock=2))
+    assert deviations(folder / "runs" / "r", expected) == []
+
+
+@pytest.mark.slow
+def test_two_processes_go_on_together_after_one_was_killed(tmp_path):
+    prepare(tmp_path / "start")
+    done = copy(tmp_path / "start", tmp_path / "whole")
+    torchrun(done, *RESUME)
+    folder = copy(tmp_path / "start", tmp_path / "killed")
+    first, second = ranks(folder, *RESUME)
+    while not any((folder / "runs").glob("r/checkpoints/step-*.ckpt")):
+        time.sleep(0.002)
+    os.kill(second.pid, signal.SIGKILL)
+    assert ended([first, second]) in ([2, -9], [0, -9])
+    torchrun(folder, *RESUME)
+    assert deviations(folder / "runs" / "r", outcome(done / "runs" / "r")) == []
 
 
 @pytest.mark.slow
