@@ -19,22 +19,23 @@ from oumi_pl.errors import UserError
 from oumi_pl.types import Batch, Conversation, Example, Record, Text, Update
 
 KIND = 1
-"""Sets the random numbers that choose an update's kind apart from others of the run's seed."""
+"""Appended to the seed, so that the choice of an update's kind has random numbers of its own."""
 
 
 class DistillData(RolloutData):
-    """Trains on completions that the student samples with the probability `lmbda`, and else on the rows' answers.
+    """Trains on completions that the student samples in a share `lmbda` of the updates, else on the rows' answers.
 
-    One kind is drawn for each update, as in GKD (Agarwal et al. 2023, arXiv:2306.13649, algorithm 1), from the seed,
-    the epoch and the update's place in it: ranks, micro-batches and resumes change nothing. The answer of a row is its
-    completion or the last turn, which has to be the assistant's; the student completes the tokens before it. Held-out
-    rows are evaluated on their answers. For answers alone use `SFTData`, for prompts without answers `RolloutData`.
+    The kind of each update is drawn as in GKD (Agarwal et al. 2023, arXiv:2306.13649, algorithm 1). It depends on
+    the seed, the epoch and the update's number only, so ranks, micro-batches and resuming don't change it. The
+    answer of a row is its completion or the last turn, which has to be the assistant's; the student completes the
+    tokens before it. Held-out rows are evaluated on their answers. For answers alone use `SFTData`, for prompts
+    without answers `RolloutData`.
 
     Args:
-        args: As of `TextData`.
+        args: As in `TextData`.
         lmbda: Probability from 0 to 1 that an update trains on sampled completions.
         completions: Completions sampled per prompt.
-        kwargs: As of `RolloutData`, but for those of rewards and of several updates per rollout.
+        kwargs: As in `RolloutData`, except those for rewards and for several updates per rollout.
     """
 
     formats: Formats = FORMATS
@@ -61,7 +62,7 @@ class DistillData(RolloutData):
             raise UserError(f"data.lmbda is {lmbda}, but has to be a probability, from 0 to 1")
         self.lmbda = lmbda
         self.most_prompt_tokens = self.room
-        """Most tokens of a prompt."""
+        """Maximum number of tokens of a prompt."""
         self.__prompts: dict[str, list[Prompt]] = {}
 
     def is_sampled(self, epoch: int, update: int) -> bool:
@@ -78,7 +79,7 @@ class DistillData(RolloutData):
     make_eval_loader = ChatData.make_eval_loader
 
     def setup(self, stage: str) -> None:
-        """As of `ExampleData`.
+        """See `ExampleData`.
 
         Raises:
             UserError: no row of a split is left, or weights are to be sharded.
@@ -190,7 +191,7 @@ class TokenizeAnswers(Tokenize):
     """Tokenizes rows whose answer is their completion, if that is text, or their last turn."""
 
     def mark(self, record: Record) -> Marked | Dropped:
-        """As of `Tokenize`.
+        """See `Tokenize`.
 
         Raises:
             UserError: a record has no prompt, or does not end with an answer.

@@ -1,4 +1,4 @@
-"""Rows that say the same: repeated within a split, or with a prompt that is in training and held out too."""
+"""Duplicates: rows that are repeated within a split, and held-out rows whose prompt is in training too."""
 
 from array import array
 from collections.abc import Iterable, Iterator, Sequence
@@ -15,7 +15,7 @@ Duplicates = Literal["keep", "drop"]
 REPEATED = "repeats an earlier row"
 """Reason for dropping a row, as it is in reports."""
 LISTED = 5
-"""Most pairs of rows that a report lists."""
+"""Maximum number of pairs of rows in a report."""
 
 
 class Keyed(Protocol):

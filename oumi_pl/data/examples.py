@@ -570,7 +570,7 @@ class ChatData(ExampleData):
 
     @property
     def line_column(self) -> str:
-        """As of `ExampleData`: a line is a user's turn for a chat model, and else a text."""
+        """See `ExampleData`: a line is a user's turn for a chat model, and else a text."""
         return "prompt" if self.tokenizer.chat_template else "text"
 
     def prompt_of(self, record: Record) -> tuple[list[int], str] | None:

@@ -37,9 +37,9 @@ TABLES = ("parquet", "arrow")
 """Kinds with built-in compression, which are not read as `.gz` or `.zst`."""
 
 LONGEST_LINE = 1 << 28
-"""Most bytes of a row of JSON lines: a compressed file, or one without line ends, could fill the memory."""
+"""Maximum bytes of a line of JSON lines: a compressed file, or one without line ends, could fill the memory."""
 DEEPEST = 100
-"""Most lists and objects within each other in a row: other code goes through them by recursion."""
+"""Maximum nesting depth of a row: other code recurses through it."""
 
 _BATCH = 1000  # rows of a table in memory
 _MAX_CELL = 2**31 - 1  # characters of a CSV cell; the module's own limit of 131,072 is too short for documents
@@ -51,10 +51,10 @@ _ZSTD_WINDOW = 1 << 31  # published dumps are made with `zstd --long=31`
 class Reading:
     """How text files are read.
 
-    documents: how a `.txt` file is divided into documents: not at all (`file`), at `blank_lines`, into `lines`, or at
-    each occurrence of this text. encoding: of text files. replace: replace bytes that it doesn't have by U+FFFD instead
-    of raising an error. counts: `replaced` counts those characters. strict: raise an error for something that isn't a
-    row; else yield a `BadRow` in its place, if the rows after it can be read.
+    documents: how a `.txt` file is divided into documents: not at all (`file`), at `blank_lines`, into `lines`, or
+    at each occurrence of this text. encoding: of text files. replace: replace undecodable bytes with U+FFFD instead
+    of raising an error. counts: `replaced` counts those characters. strict: raise an error for something that isn't
+    a row; else yield a `BadRow` in its place, if the rows after it can be read.
     """
 
     documents: str = "file"

@@ -355,7 +355,7 @@ class PretrainData(TextData):
         return report
 
     def held_out_rows(self) -> Iterator[tuple[str, str]]:
-        """As of `TextData`."""
+        """See `TextData`."""
         if isinstance(self.sources["validation"], float):
             for shards in self.shards("validation"):
                 yield from ((shards.name, origin) for origin in shards.held_out)

@@ -30,10 +30,10 @@ KIND = "ForSequenceClassification"
 class RewardModel(SampleReward):
     """Scores completions with a sequence-classification model of transformers that has one label.
 
-    If its tokenizer has the tokens and the chat template of the data, it reads the sampled token ids, with what the
-    template writes after a turn that ended. Else the conversation is rendered and tokenized as its own rows were.
-    The model is loaded at the first use, in its saved precision, on the device of the policy. It is no part of the
-    module: it has no gradient, and checkpoints don't hold it.
+    If its tokenizer has the vocabulary and the chat template of the data, it scores the sampled token ids, followed by
+    what the template writes after a finished turn. Otherwise the conversation is rendered and tokenized as in the
+    reward model's training. The model is loaded at the first use, in its saved precision, on the device of the policy.
+    It is not a submodule of the trained module: it gets no gradient, and checkpoints don't hold it.
 
     Args:
         path: A folder, such as the export of a `Reward` run, also of an adapter; or a hub id.
@@ -169,7 +169,7 @@ class RewardModel(SampleReward):
                 "data.max_length"
             )
         pad = text.pad_token_id
-        size = BATCH_SIZE if isinstance(pad, int) else 1  # without it, transformers finds no end of a padded row
+        size = BATCH_SIZE if isinstance(pad, int) else 1  # without one, transformers can't find a padded row's end
         order = sorted(range(len(rows)), key=lambda i: len(rows[i]))
         scores: dict[int, float] = {}
         for start in range(0, len(order), size):
@@ -187,7 +187,7 @@ def scored(model: "PreTrainedModel", rows: Sequence[Tensor], pad: int) -> Tensor
 
 
 def answered(prompt: Record, answer: str) -> Conversation | Text:
-    """A prompt with an answer; an answer that the prompt's row came with is left out."""
+    """A prompt with an answer; an answer that the row already has is replaced."""
     if isinstance(prompt, Text):
         return replace(prompt, prompt=prompt.prompt or prompt.text, text=answer)
     assert isinstance(prompt, Conversation)
@@ -199,7 +199,7 @@ def answered(prompt: Record, answer: str) -> Conversation | Text:
 
 
 def unfinished_ids(tokenize: Tokenize, record: Conversation | Text, answer: str) -> list[int]:
-    """Ids of a prompt with an answer that was cut: up to the end of its text, as if it went on.
+    """Ids of a prompt with an unfinished answer: up to its last character, without what ends a turn.
 
     Raises:
         UserError: it can't be rendered.

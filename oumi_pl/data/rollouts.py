@@ -32,9 +32,9 @@ from oumi_pl.rollouts.sampling import Completion, Engine, Generate, Sampling
 from oumi_pl.types import Batch, Example, Record, Segment
 
 OTHER_PROMPT = (0, 1)
-"""Sets the random numbers that choose a prompt of an extra round apart from those of completions, which have no fifth.
+"""Appended to the seed that draws the prompts of extra rounds; seeds of completions have at most four numbers.
 
-(To numpy, a seed with a 0 at its end is the same as without it.)
+The last is 1, since numpy ignores zeros at the end of a seed.
 """
 
 
@@ -60,31 +60,31 @@ class RolloutData(ChatData):
     micro-batches.
 
     Args:
-        args: As of `TextData`.
-        reward: A function `(completion, row) -> float` by its path, or several, with weights if it is a mapping; see
-            `oumi_pl.rollouts.rewards`. A path with a slash is the folder or the hub id of a reward model, whose score
-            it is. `Distill` needs none.
+        args: As in `TextData`.
+        reward: The dotted path of a function `(completion, row) -> float`; the folder or hub id of a reward model
+            (a name with a slash); or several, as a list, or as a mapping to their weights. See
+            `oumi_pl.rollouts.rewards`. `Distill` needs none.
         completions: Completions per prompt (a group), at least 2 if they are compared by a reward.
         sampling: How they are sampled.
         engine: What samples them; transformers' `generate` when left out.
-        steps_per_rollout: Updates whose prompts are completed at once, before the first of them.
+        steps_per_rollout: Number of updates whose completions are sampled together, before the first of them.
         iterations: How often each rollout is trained on.
         prompts_per_call: Prompts whose groups are sampled in one batch.
         extra_rounds: How often prompts whose completions all got the same total reward are replaced by prompts that
             are drawn from the epoch (similar to "dynamic sampling", Yu et al. 2025, arXiv:2503.14476, equation 11). If
             no round finds a group with different rewards, the original one stays. `train/extra_groups` counts the
             groups that were sampled in addition.
-        mask_truncated: Leave completions that `max_new_tokens` cut out of the loss.
-        overlong_tokens: The last so many of `max_new_tokens` reduce the reward in training, up to `overlong_penalty`
-            for all of them (Yu et al. 2025, arXiv:2503.14476, "soft overlong punishment"); 0 for none.
+        mask_truncated: Exclude completions that were truncated at `max_new_tokens` from the loss.
+        overlong_tokens: Over how many of the last of `max_new_tokens` the penalty in training grows linearly from 0 to
+            `overlong_penalty` (Yu et al. 2025, arXiv:2503.14476, "soft overlong punishment"); 0 for none.
         overlong_penalty: Taken from the total reward of a completion with `max_new_tokens`.
         eval_completions: Completions per held-out prompt, sampled if more than one; one is greedy.
-        success: Total reward from which on a held-out completion counts as solved.
+        success: Minimum total reward with which a held-out completion counts as solved.
         pass_at: The values of k for which `val/pass@k` is estimated from the `eval_completions`; 1 and all of them when
             left out.
         metrics: Further functions `(completion, row) -> float` by their paths, whose means over held-out completions
             are logged as `val/NAME`.
-        kwargs: As of `ChatData`.
+        kwargs: As in `ChatData`.
     """
 
     branching = True
@@ -269,7 +269,7 @@ class RolloutData(ChatData):
         return [cache_key(rows, *rendering, self.max_length, self.completions)]
 
     def held_out_rows(self) -> Iterator[tuple[str, str]]:
-        """As of `TextData`."""
+        """See `TextData`."""
         if isinstance(self.sources["validation"], float):
             self.all_prompts("validation")
             for report, keys in zip(self.__reports["validation"], self.__keys["validation"], strict=True):
@@ -280,7 +280,7 @@ class RolloutData(ChatData):
         return self.prompt_lengths(split) + self.completions * self.sampling.max_new_tokens
 
     def longest_path(self, splits: Iterable[str]) -> tuple[int, int] | None:
-        """As of `TextData`."""
+        """See `TextData`."""
         return None
 
     def report(self) -> dict[str, Any]:

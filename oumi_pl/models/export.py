@@ -63,7 +63,7 @@ def export_model(
         stop_tokens: Ids that end an answer besides EOS.
         card: Text of the model card.
         heads: Weights that a trainer type has beside the model, written to a separate file.
-        expected: As of `LM.probe_logits`, if `model` is a copy of the live model; computed of `model` if left out.
+        expected: `LM.probe_logits` of the live model, if `model` is a copy of it; computed from `model` if left out.
 
     Raises:
         UserError: an adapter would not fit its base on disk, sharded or quantised weights are to be merged, the folder

@@ -195,7 +195,7 @@ class Generate(Engine):
         sampling: Sampling,
         ends: Iterable[int],
     ) -> list[Completion]:
-        """As of `Engine`, in one batch."""
+        """See `Engine`; in one batch."""
         numbers = np.stack([uniforms(seed, sampling.max_new_tokens) for seed in seeds])
         return sample(policy.causal_lm.hf, tokenizer, prompts, numbers=numbers, sampling=sampling, ends=ends)
 
