@@ -87,7 +87,7 @@ def _readable(arguments: Sequence[str]) -> list[str]:
         try:
             argument.encode()
         except UnicodeEncodeError as error:
-            shown = os.fsencode(argument).decode(errors="backslashreplace")
+            shown = argument.encode(errors="backslashreplace").decode()
             raise UserError(f"argument {shown}: not UTF-8 text; rename the file or folder") from error
     return list(arguments)
 

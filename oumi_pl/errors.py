@@ -77,7 +77,7 @@ def reason(error: BaseException) -> str:
     import textwrap
 
     if isinstance(error, UnicodeEncodeError):  # a path, most likely
-        shown = error.object.encode(errors="surrogateescape").decode(errors="backslashreplace")
+        shown = error.object.encode(errors="backslashreplace").decode()
         return textwrap.shorten(f"not UTF-8 text: {shown}", 250)
     lines = str(error).strip().splitlines()
     if lines and lines[0].rstrip().endswith(":"):  # the first line only introduces the reason

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from oumi_pl.errors import nearby
+from oumi_pl.errors import nearby, reason
 
 
 @pytest.mark.parametrize(
@@ -26,3 +26,11 @@ def test_nearby(tmp_path, monkeypatch, path, end):
         (tmp_path / name).write_text("")
     said = nearby(Path(path), lambda p: p.suffix == ".jsonl")
     assert said.replace(str(tmp_path.resolve()), "HERE") == end
+
+
+@pytest.mark.parametrize("odd", ["\udcff", "\ud800"])
+def test_the_reason_of_a_path_that_is_no_text_can_be_printed(odd):
+    try:
+        f"/a/{odd}/b".encode()
+    except UnicodeEncodeError as error:
+        assert reason(error) == f"not UTF-8 text: /a/\\u{ord(odd):04x}/b"

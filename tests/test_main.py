@@ -117,7 +117,7 @@ def test_arguments_that_are_no_text_are_one_message(tmp_path):
         command = [sys.executable, "-m", "oumi_pl", *args]
         done = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, check=False)
         assert done.returncode == 2
-        assert done.stderr.startswith(b"error: argument \\xff")
+        assert done.stderr.startswith(b"error: argument \\udcff")
         assert done.stderr.count(b"\n") == 1
 
 

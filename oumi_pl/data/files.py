@@ -439,7 +439,8 @@ def _decoded(line: bytes, name: str, number: int, offset: int, how: Reading) -> 
     encoding = how.encoding if _ends_lines_as_ascii(how.encoding) else "utf-8"
     if encoding == "utf-8" and number == 1 and line.startswith((b"\xff\xfe", b"\xfe\xff")):
         right = f"save it as UTF-8, or name its encoding: {{path: {name}, encoding: utf-16}}"
-        raise UserError(f"{name}:1: expected UTF-8 text, found UTF-16 or UTF-32; {right}")
+        kind = "UTF-32" if line.startswith(b"\xff\xfe\0\0") else "UTF-16"
+        raise UserError(f"{name}:1: expected UTF-8 text, found {kind}; {right.replace('utf-16', kind.lower())}")
     if b"\0" in line:
         wrong = "expected text, found binary data (a zero byte); tables are read from .parquet and .arrow files"
         raise UserError(f"{name}:{number}: {wrong}")
