@@ -6,6 +6,7 @@ The parent has imported everything once, so a child costs what its training cost
 import builtins
 import contextlib
 import csv
+import faulthandler
 import io
 import json
 import os
@@ -232,6 +233,7 @@ class Child:
             handle = os.open(self.output, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
             os.dup2(handle, 1)
             os.dup2(handle, 2)
+            faulthandler.dump_traceback_later(200, file=2)  # where a run waits for ever, before `wait` gives up
             sys.stdout = os.fdopen(1, "w", buffering=1, closefd=False)
             sys.stderr = os.fdopen(2, "w", buffering=1, closefd=False)
             sys.path.insert(0, str(self.folder))
