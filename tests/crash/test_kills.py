@@ -11,8 +11,7 @@ import pytest
 
 from tests.crash.harness import YEAR, Child, Faults, copy, deviations, ended, outcome, prepare, ranks, torchrun, works
 
-# forks this process, and after tests that start threads (compilation, loaders) a child can wait for a lock for ever;
-# `.ci/run` runs this file in a process of its own
+# forks this process, and after tests that start threads (compilation, loaders) a child can wait for a lock for ever
 pytestmark = pytest.mark.slow
 
 RESUME = ("fit", "--config", "r.yaml", "--resume", "auto")
