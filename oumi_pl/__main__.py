@@ -11,7 +11,7 @@ from pathlib import Path
 from oumi_pl import __version__
 from oumi_pl.errors import UserError, machine_failure, nearest, versions
 from oumi_pl.terminal.screen import meanwhile
-from oumi_pl.terminal.text import echo, visible
+from oumi_pl.terminal.text import echo
 
 HELP = """\
 usage: oumi_pl COMMAND [options]          (or: python -m oumi_pl COMMAND)
@@ -96,7 +96,7 @@ def _report(error: Exception) -> int:
     """Prints an error and returns the exit code: a message for mistakes and full disks, a traceback for bugs."""
     message = str(error) if isinstance(error, UserError) else machine_failure(error)
     if message is not None:
-        echo(f"error: {visible(message)}", file=sys.stderr)
+        echo(f"error: {message}", file=sys.stderr)
         return 2
     import traceback
 

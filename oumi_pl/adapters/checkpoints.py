@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from oumi_pl.errors import UserError
-from oumi_pl.runs import checksums
+from oumi_pl.runs import checksums, folders
 
 FILE = "oumi_pl.pt"
 """Name of the file that `save` adds to an engine's checkpoint."""
@@ -19,24 +19,10 @@ _CHECKPOINT = re.compile(r"checkpoint-(\d+)$")
 def newest_whole(directory: Path) -> tuple[Path | None, dict[Path, str]]:
     """The newest complete checkpoint of an engine that is not damaged, and newer ones with what is wrong with them.
 
-    Reads them, which takes a second per 1.5 GB.
-
     Raises:
         UserError: there are complete checkpoints, and all are damaged.
     """
-    damaged: dict[Path, str] = {}
-    for path in _complete(directory):
-        why = checksums.damage(path)
-        if why is None:
-            return path, damaged
-        damaged[path] = why
-    if damaged:
-        listed = "; ".join(f"{path.name}: {why}" for path, why in damaged.items())
-        raise UserError(
-            f"--resume: all checkpoints in {directory} are damaged ({listed}); put a copy in their place, or remove "
-            "them to train from the start"
-        )
-    return None, damaged
+    return folders.first_whole(_complete(directory), directory)
 
 
 def _complete(directory: Path) -> Iterator[Path]:

@@ -550,9 +550,9 @@ def _own_format(name: str | None, trust: bool) -> str | None:
     Raises:
         UserError: it is a function outside the package, and `trust` is not set.
     """
-    from oumi_pl.runs.received import PACKAGE
+    from oumi_pl.runs.received import foreign_functions
 
-    if name is not None and "." in name and not name.startswith(PACKAGE) and not trust:
+    if not trust and any(foreign_functions(name)):
         raise UserError(
             f"--file: the recipe beside the model reads rows with the function {name}; if you trust where the model "
             "comes from, add --trust, or name a --format"

@@ -9,7 +9,7 @@ from oumi_pl.commands.parser import Parser
 from oumi_pl.errors import UserError, nearest
 from oumi_pl.report import listing
 from oumi_pl.runs import folders
-from oumi_pl.terminal.text import echo, visible
+from oumi_pl.terminal.text import echo
 
 ACTIONS = ("compare", "report")
 EPILOG = "also: oumi_pl runs compare A B ... (differing settings, overlaid curves); oumi_pl runs report RUN"
@@ -32,7 +32,7 @@ def main(args: list[str]) -> int:
     lines = [listing.line(run) for run in runs]
     echo(listing.table(lines, shutil.get_terminal_size().columns if sys.stdout.isatty() else None))
     for note in listing.notes(runs, lines):
-        echo(f"note: {visible(note)}")
+        echo(f"note: {note}")
     return 0
 
 
@@ -119,4 +119,4 @@ def _table(head: list[str], rows: list[list[str]]) -> str:
         [row[0].ljust(sizes[0]), *(c.rjust(s) for c, s in zip(row[1:], sizes[1:], strict=True))]
         for row in (head, *rows)
     ]
-    return visible("\n".join("  ".join(line).rstrip() for line in lines))
+    return "\n".join("  ".join(line).rstrip() for line in lines)

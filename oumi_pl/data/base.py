@@ -420,18 +420,18 @@ class TextData(L.LightningDataModule):
 
 
 def _checked_tokens(tokens: list[str]) -> list[str]:
-    """Refuses new tokens that can't be told apart.
+    """Checks the recipe's new tokens.
 
     Raises:
-        UserError: one is empty, is no text, or is there twice.
+        UserError: one is blank, is not a string, or occurs twice.
     """
     if isinstance(tokens, str):
-        raise UserError(f"data.tokens is the text {tokens!r}; it is a list of texts: [{tokens!r}]")
+        raise UserError(f"data.tokens is the string {tokens!r}; it has to be a list: [{tokens!r}]")
     for token in tokens:
         if not isinstance(token, str) or not token.strip():
-            raise UserError(f"data.tokens: {token!r} is no token; a new token is a text that isn't blank")
+            raise UserError(f"data.tokens: {token!r} can't be a token; name a string that isn't blank")
         if tokens.count(token) > 1:
-            raise UserError(f"data.tokens: {token!r} is there twice")
+            raise UserError(f"data.tokens: {token!r} occurs twice")
     return list(tokens)
 
 

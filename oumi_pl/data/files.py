@@ -118,9 +118,8 @@ def _json_lines(path: Path, name: str, how: Reading) -> Iterator[tuple[str, Row 
     for number, offset, data in _raw_lines(path, name, how, LONGEST_LINE):
         where = f"{name}:{number}"
         try:
-            line = _decoded(data, name, number, offset, how).removeprefix(
-                "\ufeff"
-            )  # of a file within, if files were concatenated
+            # files that were concatenated have the byte order mark of each
+            line = _decoded(data, name, number, offset, how).removeprefix("\ufeff")
             if line.strip():
                 yield where, _row(_parse(line.rstrip(), name, number), where)
         except RowError as error:
@@ -160,10 +159,10 @@ def _holds_lines(path: Path, name: str, how: Reading) -> bool:
     if second is None or not first.lstrip().startswith("{"):
         return False
     try:
-        parse_json(first)
+        json.loads(first)
     except json.JSONDecodeError:
         return False
-    except ValueError:  # JSON, but no row that can be used
+    except (ValueError, RecursionError):  # JSON, but not a row that can be used
         return True
     return True
 
@@ -438,9 +437,11 @@ def _decoded(line: bytes, name: str, number: int, offset: int, how: Reading) -> 
         line, offset = line[3:], 3
     encoding = how.encoding if _ends_lines_as_ascii(how.encoding) else "utf-8"
     if encoding == "utf-8" and number == 1 and line.startswith((b"\xff\xfe", b"\xfe\xff")):
-        right = f"save it as UTF-8, or name its encoding: {{path: {name}, encoding: utf-16}}"
         kind = "UTF-32" if line.startswith(b"\xff\xfe\0\0") else "UTF-16"
-        raise UserError(f"{name}:1: expected UTF-8 text, found {kind}; {right.replace('utf-16', kind.lower())}")
+        raise UserError(
+            f"{name}:1: expected UTF-8 text, found {kind}; save it as UTF-8, or name its encoding: "
+            f"{{path: {name}, encoding: {kind.lower()}}}"
+        )
     if b"\0" in line:
         wrong = "expected text, found binary data (a zero byte); tables are read from .parquet and .arrow files"
         raise UserError(f"{name}:{number}: {wrong}")
@@ -482,7 +483,7 @@ def parse_json(text: str) -> Any:
     """Parses JSON that has one value for each key, and whose lists and objects are at most `DEEPEST` levels deep.
 
     Raises:
-        ValueError: it has not; `json.JSONDecodeError` if it is no JSON.
+        ValueError: a key occurs twice, or it is nested too deeply; `json.JSONDecodeError` if it is not JSON.
     """
     too_deep = f"lists and objects are more than {DEEPEST} levels deep"
     try:

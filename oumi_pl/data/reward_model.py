@@ -207,8 +207,8 @@ def unfinished_ids(tokenize: Tokenize, record: Conversation | Text, answer: str)
     marked = tokenize.mark(record)
     assert isinstance(marked, Marked), "lost: keep drops nothing"
     (written,) = marked.texts
-    start, said = written.targets[0].start, answer.strip()
-    at = written.text.find(said, start)
-    end = len(written.text) if at < 0 else at + len(said)
+    start, text = written.targets[0].start, answer.strip()
+    at = written.text.find(text, start)
+    end = len(written.text) if at < 0 else at + len(text)
     (tokens,) = tokenize.tokens([Written(written.text[:end], [Target(0, start, end)])])
     return tokens.ids.tolist()

@@ -329,7 +329,7 @@ class Tokenize:
         return tokenized
 
     def _encoded(self, texts: Sequence[str]) -> "Iterator[Encoding]":
-        """Encodes texts, as many at once as fit into memory: an encoding takes up to 300 bytes per character."""
+        """Yields the encodings of texts, a few at a time: each takes up to 300 bytes of memory per character."""
         start = characters = 0
         for end, text in enumerate(texts, 1):
             characters += len(text)

@@ -55,7 +55,9 @@ def build_config(
 
     values = dict(config or {})
     if model is not None:
-        return _overridden(loaded(AutoConfig.from_pretrained, model, **hub), values)
+        pretrained = loaded(AutoConfig.from_pretrained, model, **hub)
+        _refuse_large_numbers(pretrained.to_dict(), f"model: {model}: config.json")
+        return _overridden(pretrained, values)
     model_type = values.pop("model_type", None)
     if model_type is None:
         raise UserError(
@@ -84,6 +86,19 @@ def build_config(
     except Exception as error:  # every architecture raises different errors for invalid values
         cause = " ".join(str(error).split()).rpartition("ValueError: ")[2]
         raise UserError(f"model.config: {cause}") from error
+
+
+def _refuse_large_numbers(value: Any, key: str) -> None:
+    """Refuses whole numbers beyond 64 bits, which torch can't take, anywhere in a config.
+
+    Raises:
+        UserError: names the key.
+    """
+    if isinstance(value, int) and abs(value) >= 2**63:
+        raise UserError(f"{key} is a number of {value.bit_length():,} bits, but has to fit into 64 bits")
+    items = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list | tuple) else ()
+    for name, item in items:
+        _refuse_large_numbers(item, f"{key}: {name}" if key.endswith("config.json") else f"{key}.{name}")
 
 
 def loaded(load: Any, name: str, **kwargs: Any) -> Any:

@@ -95,16 +95,17 @@ def _named_code(value: Any, place: str = "") -> Iterator[str]:
         elif key == "trust_remote_code" and item:
             yield f"{where}: true"
         elif key in FUNCTIONS:
-            yield from (f"{where}: {name}" for name in _paths(item) if not name.startswith(PACKAGE))
+            yield from (f"{where}: {name}" for name in foreign_functions(item))
         else:
             yield from _named_code(item, where)
 
 
-def _paths(value: Any) -> Iterator[str]:
-    """Yields the dotted names in a value: a name, a list of names, or a mapping from names to weights.
+def foreign_functions(value: Any) -> Iterator[str]:
+    """Yields the paths of code outside this package in a value: a name, a list of names, or a mapping from names.
 
     A filter may also be an expression, such as `score >= 3.5`, which is no code.
     """
     names = [value] if isinstance(value, str) else value
     if isinstance(names, list | tuple | Mapping):
-        yield from (name for name in names if isinstance(name, str) and DOTTED.fullmatch(name))
+        texts = (name for name in names if isinstance(name, str))
+        yield from (name for name in texts if DOTTED.fullmatch(name) and not name.startswith(PACKAGE))

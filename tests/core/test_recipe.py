@@ -72,12 +72,12 @@ def test_a_field_that_is_set_is_told_of_or_refused_by_its_name(section, tmp_path
         if path not in {field for field, now, default in walk(other) if now != default}:
             continue  # the config itself says it in another field
         try:
-            made = to_recipe(other)
+            translated = to_recipe(other)
         except UserError as error:
             assert str(error).startswith(f"{path}: "), (path, str(error))
         else:
-            told = made.became[path]
-            if not told.startswith("nothing: ") and (made.tree, made.resume) == (base.tree, base.resume):
+            outcome = translated.became[path]
+            if not outcome.startswith("nothing: ") and (translated.tree, translated.resume) == (base.tree, base.resume):
                 silent.append(path)
     assert silent == []
     assert len(paths) > 9
@@ -87,7 +87,7 @@ def test_a_field_that_is_set_is_told_of_or_refused_by_its_name(section, tmp_path
 
 
 def test_trl_sft_on_alpaca():
-    made = recipe(
+    translated = recipe(
         engine=None,
         model__model_max_length=2048,
         model__torch_dtype_str="bfloat16",
@@ -106,7 +106,7 @@ def test_trl_sft_on_alpaca():
         training__save_steps=100,
         training__include_performance_metrics=True,
     )
-    assert made.tree == {
+    assert translated.tree == {
         "seed_everything": 42,
         "engine": "trl",
         "model": {
@@ -137,25 +137,25 @@ def test_trl_sft_on_alpaca():
         "runs_dir": "output",
         "checkpoint": {"every": 100, "keep": 1000},
     }
-    assert made.became["training.learning_rate"] == "model.optimizer.lr"
-    assert made.became["training.include_performance_metrics"].startswith("nothing: ")
-    assert made.resume is None
+    assert translated.became["training.learning_rate"] == "model.optimizer.lr"
+    assert translated.became["training.include_performance_metrics"].startswith("nothing: ")
+    assert translated.resume is None
 
 
 def test_oumis_defaults_are_honoured():
-    made = recipe()
-    assert section(made, "model")["optimizer"] == {
+    translated = recipe()
+    assert section(translated, "model")["optimizer"] == {
         "class_path": "AdamW",
         "init_args": {"lr": 5e-5, "weight_decay": 0.0},
     }
-    assert section(made, "model")["schedule"] == {"class_path": "Linear"}
-    assert section(made, "model")["dtype"] == "auto"
-    assert section(made, "data")["max_length"] == 1024
-    assert section(made, "data")["batch_size"] == 8
-    assert made.tree["trainer"] == {"max_epochs": 3, "gradient_clip_val": 1.0}
-    assert made.tree["checkpoint"] == {"every": 500, "keep": 1000}
-    assert (made.tree["name"], made.tree["runs_dir"]) == ("output", ".")
-    assert "engine" not in made.tree
+    assert section(translated, "model")["schedule"] == {"class_path": "Linear"}
+    assert section(translated, "model")["dtype"] == "auto"
+    assert section(translated, "data")["max_length"] == 1024
+    assert section(translated, "data")["batch_size"] == 8
+    assert translated.tree["trainer"] == {"max_epochs": 3, "gradient_clip_val": 1.0}
+    assert translated.tree["checkpoint"] == {"every": 500, "keep": 1000}
+    assert (translated.tree["name"], translated.tree["runs_dir"]) == ("output", ".")
+    assert "engine" not in translated.tree
 
 
 @pytest.mark.parametrize(
@@ -168,9 +168,9 @@ def test_oumis_defaults_are_honoured():
     ],
 )
 def test_trainer_types(trainer_type, engine, data, module):
-    made = recipe(engine=None, training__trainer_type=trainer_type, model__model_max_length=64)
-    assert made.tree.get("engine") == engine
-    assert (made.tree["model"]["class_path"], made.tree["data"]["class_path"]) == (module, data)
+    translated = recipe(engine=None, training__trainer_type=trainer_type, model__model_max_length=64)
+    assert translated.tree.get("engine") == engine
+    assert (translated.tree["model"]["class_path"], translated.tree["data"]["class_path"]) == (module, data)
     assert (
         "engine"
         not in to_recipe(config(training__trainer_type=trainer_type, model__model_max_length=64), "lightning").tree
@@ -178,7 +178,7 @@ def test_trainer_types(trainer_type, engine, data, module):
 
 
 def test_trl_dpo():
-    made = recipe(
+    translated = recipe(
         {"dataset_name": "mlabonne/orpo-dpo-mix-40k"},
         engine=None,
         training__trainer_type="TRL_DPO",
@@ -186,11 +186,11 @@ def test_trl_dpo():
         training__data_seed=7,
         model__model_max_length=512,
     )
-    assert made.tree["engine"] == "trl"
-    assert made.tree["model"]["class_path"] == "DPO"
-    assert section(made, "model")["loss"] == {"class_path": "IPO", "init_args": {"beta": 0.2}}
-    assert section(made, "model")["optimizer"]["init_args"]["lr"] == 5e-5  # and not TRL's own 1e-6
-    assert made.tree["data"] == {
+    assert translated.tree["engine"] == "trl"
+    assert translated.tree["model"]["class_path"] == "DPO"
+    assert section(translated, "model")["loss"] == {"class_path": "IPO", "init_args": {"beta": 0.2}}
+    assert section(translated, "model")["optimizer"]["init_args"]["lr"] == 5e-5  # and not TRL's own 1e-6
+    assert translated.tree["data"] == {
         "class_path": "DPOData",
         "init_args": {
             "train": {
@@ -203,35 +203,35 @@ def test_trl_dpo():
             "seed": 7,
         },
     }
-    assert any("EOS twice" in text for text in made.comments["data"])
-    assert any("float32" in text for text in made.comments["model"])
+    assert any("EOS twice" in text for text in translated.comments["data"])
+    assert any("float32" in text for text in translated.comments["model"])
 
 
 def test_trl_kto():
     kwargs = '{"beta": 0.2, "undesirable_weight": 1.5, "loss_type": "kto", "max_length": 128}'
-    made = recipe(
+    translated = recipe(
         {"dataset_name": "trl-lib/kto-mix-14k"},
         engine=None,
         training__trainer_type="TRL_KTO",
         training__trainer_kwargs=kwargs,
     )
-    assert made.tree["engine"] == "trl"
-    assert made.tree["model"]["class_path"] == "KTO"
-    assert section(made, "model")["loss"] == {"class_path": "KTOLoss", "init_args": {"beta": 0.2}}
-    assert section(made, "model")["undesirable_weight"] == 1.5
-    assert "desirable_weight" not in section(made, "model")
-    assert made.tree["data"]["class_path"] == "KTOData"
-    assert section(made, "data")["train"] == "trl-lib/kto-mix-14k"
-    assert (section(made, "data")["max_length"], section(made, "data")["overflow"]) == (128, "keep_start")
-    assert any("to another prompt" in text for text in made.comments["data"])
+    assert translated.tree["engine"] == "trl"
+    assert translated.tree["model"]["class_path"] == "KTO"
+    assert section(translated, "model")["loss"] == {"class_path": "KTOLoss", "init_args": {"beta": 0.2}}
+    assert section(translated, "model")["undesirable_weight"] == 1.5
+    assert "desirable_weight" not in section(translated, "model")
+    assert translated.tree["data"]["class_path"] == "KTOData"
+    assert section(translated, "data")["train"] == "trl-lib/kto-mix-14k"
+    assert (section(translated, "data")["max_length"], section(translated, "data")["overflow"]) == (128, "keep_start")
+    assert any("to another prompt" in text for text in translated.comments["data"])
 
 
 def test_trl_kto_over_several_micro_batches():
     """TRL's divergence would be of each micro-batch; without one, TRL can do it."""
     several = {"training__trainer_type": "TRL_KTO", "training__gradient_accumulation_steps": 4}
-    made = recipe({"dataset_name": "org/feedback"}, engine=None, **several)
-    assert "engine" not in made.tree
-    assert any("a KL divergence over several micro-batches" in text for text in made.comments[""])
+    translated = recipe({"dataset_name": "org/feedback"}, engine=None, **several)
+    assert "engine" not in translated.tree
+    assert any("a KL divergence over several micro-batches" in text for text in translated.comments[""])
     apo = recipe(
         {"dataset_name": "org/feedback"},
         engine=None,
@@ -260,46 +260,46 @@ TURNS = {
 def test_trl_gkd(beta, divergence):
     """TRL's `beta` at 0 and 1 is the forward and the reverse KL."""
     init = '{"attn_implementation": "sdpa", "dtype": "bfloat16"}'
-    made = recipe(
+    translated = recipe(
         TURNS,
         engine=None,
         **GKD | {"training__gkd__beta": beta, "training__gkd__teacher_model_init_kwargs": init},
         training__gkd__temperature=0.7,
         model__model_max_length=256,
     )
-    assert (made.tree["engine"], made.tree["model"]["class_path"]) == ("trl", "Distill")
-    arguments = section(made, "model")
+    assert (translated.tree["engine"], translated.tree["model"]["class_path"]) == ("trl", "Distill")
+    arguments = section(translated, "model")
     assert (arguments["teacher"], arguments["teacher_dtype"]) == ("org/large", "bfloat16")
     assert arguments.get("divergence") == divergence
     assert "temperature" not in arguments
-    assert made.became["training.gkd.temperature"].startswith("nothing: ")
-    data = section(made, "data")
+    assert translated.became["training.gkd.temperature"].startswith("nothing: ")
+    data = section(translated, "data")
     assert (data["train_on"], data["max_length"], data["train"]["format"]) == ("last_turn", 256, ALPACA)
 
 
 def test_trl_gkd_on_what_the_student_generates():
     options = {"training__gkd__lmbda": 0.3, "training__gkd__temperature": 0.7, "training__gkd__max_new_tokens": 40}
-    made = recipe(TURNS, engine=None, **GKD | options, model__model_max_length=256)
-    assert (made.tree["engine"], made.tree["data"]["class_path"]) == ("trl", "DistillData")
-    data = section(made, "data")
+    translated = recipe(TURNS, engine=None, **GKD | options, model__model_max_length=256)
+    assert (translated.tree["engine"], translated.tree["data"]["class_path"]) == ("trl", "DistillData")
+    data = section(translated, "data")
     assert (data["lmbda"], data["sampling"]) == (0.3, {"max_new_tokens": 40, "temperature": 0.7})
     assert (data["max_length"], data["train"]["format"]) == (256, ALPACA)
     assert "train_on" not in data
-    assert made.became["training.gkd.lmbda"] == "data.lmbda"
-    assert made.became["training.gkd.temperature"] == "data.sampling.temperature"
+    assert translated.became["training.gkd.lmbda"] == "data.lmbda"
+    assert translated.became["training.gkd.temperature"] == "data.sampling.temperature"
     teacher_writes = recipe(TURNS, **GKD | {"training__gkd__lmbda": 1, "training__gkd__seq_kd": True})
     assert section(teacher_writes, "data")["lmbda"] == 1
     assert teacher_writes.became["training.gkd.seq_kd"].startswith("nothing: with lmbda 1")
 
 
 def test_the_section_of_gkd_is_read_by_gkd_alone():
-    made = recipe(training__gkd__teacher_model_name_or_path="org/large")
+    translated = recipe(training__gkd__teacher_model_name_or_path="org/large")
     path = "training.gkd.teacher_model_name_or_path"
-    assert made.became[path] == "nothing: it is only read with training.trainer_type TRL_GKD"
+    assert translated.became[path] == "nothing: it is only read with training.trainer_type TRL_GKD"
 
 
 def test_registered_documents():
-    made = recipe(
+    translated = recipe(
         {
             "dataset_name": "HuggingFaceFW/fineweb-edu",
             "subset": "sample-10BT",
@@ -310,8 +310,8 @@ def test_registered_documents():
         training__max_steps=10,
         model__model_max_length=64,
     )
-    assert made.tree["model"]["class_path"] == "Pretrain"
-    assert made.tree["data"] == {
+    assert translated.tree["model"]["class_path"] == "Pretrain"
+    assert translated.tree["data"] == {
         "class_path": "PretrainData",
         "init_args": {
             "train": {"path": "HuggingFaceFW/fineweb-edu", "config": "sample-10BT"},
@@ -321,15 +321,15 @@ def test_registered_documents():
             "batch_size": 8,
         },
     }
-    assert "seq_length" in made.became["model.model_max_length"]
+    assert "seq_length" in translated.became["model.model_max_length"]
 
 
 def test_packed_conversations():
-    made = recipe(data__train__pack=True, model__chat_template="zephyr", training__max_steps=3)
-    assert made.tree["data"]["class_path"].endswith(".PackedChatData")
-    assert section(made, "data")["template"] == "oumi/zephyr"
-    assert section(made, "data")["max_length"] == 1024
-    assert section(made, "data")["train"]["format"] == ALPACA
+    translated = recipe(data__train__pack=True, model__chat_template="zephyr", training__max_steps=3)
+    assert translated.tree["data"]["class_path"].endswith(".PackedChatData")
+    assert section(translated, "data")["template"] == "oumi/zephyr"
+    assert section(translated, "data")["max_length"] == 1024
+    assert section(translated, "data")["train"]["format"] == ALPACA
 
 
 def test_resuming():
@@ -347,13 +347,13 @@ def model_of(**changes):
 def test_frozen_layers_have_adapters_that_are_trained_as_in_oumi():
     frozen = {"model__freeze_layers": "[model.embed_tokens]"}
     assert model_of(**frozen)["freeze"] == ["model.embed_tokens"]
-    made = recipe(**frozen, training__use_peft=True)
-    assert "freeze" not in section(made, "model")
-    assert made.became["model.freeze_layers"].startswith("nothing: Oumi trains the adapters in these layers")
+    translated = recipe(**frozen, training__use_peft=True)
+    assert "freeze" not in section(translated, "model")
+    assert translated.became["model.freeze_layers"].startswith("nothing: Oumi trains the adapters in these layers")
 
 
 def test_lora():
-    made = recipe(
+    translated = recipe(
         training__use_peft=True,
         peft__lora_r=16,
         peft__lora_alpha=32,
@@ -364,7 +364,7 @@ def test_lora():
         peft__lora_init_weights="GAUSSIAN",
         peft__peft_save_mode="MERGED",
     )
-    assert section(made, "model")["lora"] == {
+    assert section(translated, "model")["lora"] == {
         "r": 16,
         "lora_alpha": 32,
         "lora_dropout": 0.05,
@@ -373,26 +373,26 @@ def test_lora():
         "bias": "all",
         "init_lora_weights": "gaussian",
     }
-    assert made.tree["export"] == {"merge": True}
+    assert translated.tree["export"] == {"merge": True}
     assert model_of(training__use_peft=True)["lora"] == {"r": 8, "lora_alpha": 8, "target_modules": None}
     all_linear = model_of(training__use_peft=True, peft__lora_target_modules="[all-linear]")
     assert all_linear["lora"] == {"r": 8, "lora_alpha": 8}
 
 
 def test_a_peft_block_alone_does_nothing():
-    made = recipe(peft__lora_r=16, peft__q_lora=True)
-    assert "lora" not in section(made, "model")
-    assert made.became["peft.lora_r"] == "nothing: it is only read with training.use_peft"
+    translated = recipe(peft__lora_r=16, peft__q_lora=True)
+    assert "lora" not in section(translated, "model")
+    assert translated.became["peft.lora_r"] == "nothing: it is only read with training.use_peft"
 
 
 def test_qlora():
-    made = model_of(
+    translated = model_of(
         training__use_peft=True,
         peft__q_lora=True,
         peft__bnb_4bit_quant_type="nf4",
         peft__bnb_4bit_compute_dtype="bfloat16",
     )
-    assert made["quantization"] == "nf4"
+    assert translated["quantization"] == "nf4"
     assert model_of(training__use_peft=True, peft__q_lora=True, peft__q_lora_bits=8)["quantization"] == "int8"
 
 
@@ -471,46 +471,46 @@ def test_schedules(changes, expected):
 
 
 def test_precision():
-    made = recipe(model__torch_dtype_str="float32", training__mixed_precision_dtype="BF16")
-    assert "dtype" not in section(made, "model")
-    assert made.tree["trainer"]["precision"] == "bf16-mixed"
+    translated = recipe(model__torch_dtype_str="float32", training__mixed_precision_dtype="BF16")
+    assert "dtype" not in section(translated, "model")
+    assert translated.tree["trainer"]["precision"] == "bf16-mixed"
     # pure bfloat16 is what Oumi means by its dtype: no autocast
     assert "precision" not in recipe(model__torch_dtype_str="bf16").tree["trainer"]
 
 
 def test_validation():
-    made = recipe(
+    translated = recipe(
         data__validation__datasets='[{"dataset_name": "yahma/alpaca-cleaned", "split": "train[:10]"}]',
         training__eval_strategy="steps",
         training__eval_steps=0.25,
         training__max_steps=10,
         training__per_device_eval_batch_size=2,
     )
-    assert section(made, "data")["validation"] == {
+    assert section(translated, "data")["validation"] == {
         "path": "yahma/alpaca-cleaned",
         "split": "train[:10]",
         "format": ALPACA,
     }
-    assert made.tree["val_every"] == 3  # transformers rounds up
-    assert section(made, "data")["eval_batch_size"] == 2
+    assert translated.tree["val_every"] == 3  # transformers rounds up
+    assert section(translated, "data")["eval_batch_size"] == 2
     quiet = recipe(data__validation__datasets='[{"dataset_name": "yahma/alpaca-cleaned"}]')
     assert "validation" not in section(quiet, "data")
 
 
 def test_fsdp(monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "4")
-    made = recipe(
+    translated = recipe(
         fsdp__enable_fsdp=True,
         fsdp__mixed_precision="bf16",
         model__torch_dtype_str="float32",
         fsdp__forward_prefetch=True,
         fsdp__auto_wrap_policy="TRANSFORMER_BASED_WRAP",
     )
-    assert made.tree["trainer"]["strategy"] == {
+    assert translated.tree["trainer"]["strategy"] == {
         "class_path": "ModelParallelStrategy",
         "init_args": {"data_parallel_size": 4, "tensor_parallel_size": 1},
     }
-    assert made.tree["trainer"]["precision"] == "bf16-mixed"
+    assert translated.tree["trainer"]["precision"] == "bf16-mixed"
     assert recipe(fsdp__enable_fsdp=True, fsdp__sharding_strategy="NO_SHARD").tree["trainer"]["strategy"] == "ddp"
     unused = recipe(fsdp__sharding_strategy="SHARD_GRAD_OP")
     assert "strategy" not in unused.tree["trainer"]
@@ -520,8 +520,8 @@ def test_fsdp(monkeypatch):
 
 def test_loggers(monkeypatch):
     monkeypatch.setenv("WANDB_PROJECT", "mine")
-    made = recipe(training__enable_wandb=True, training__enable_mlflow=True, training__run_name="a b")
-    wandb, mlflow, *_ = made.tree["trainer"]["logger"]
+    translated = recipe(training__enable_wandb=True, training__enable_mlflow=True, training__run_name="a b")
+    wandb, mlflow, *_ = translated.tree["trainer"]["logger"]
     assert wandb == {"class_path": "WandbLogger", "init_args": {"project": "mine", "name": "a_b"}}
     assert mlflow == {
         "class_path": "MLFlowLogger",
@@ -532,14 +532,14 @@ def test_loggers(monkeypatch):
 @pytest.mark.parametrize("installed", [True, False])
 def test_tensorboard_is_on_by_default_where_it_is_installed(installed, monkeypatch):
     monkeypatch.setattr("oumi_pl.core.recipe.trainer.find_spec", lambda name: object() if installed else None)
-    made = recipe(training__enable_tensorboard=True, training__output_dir="out/x")
+    translated = recipe(training__enable_tensorboard=True, training__output_dir="out/x")
     if installed:
-        (logger,) = made.tree["trainer"]["logger"]
+        (logger,) = translated.tree["trainer"]["logger"]
         arguments = {"save_dir": "out/tensorboard", "name": "x", "version": ""}
         assert logger == {"class_path": "TensorBoardLogger", "init_args": arguments}
     else:
-        assert "logger" not in made.tree["trainer"]
-        assert any("metrics.csv" in text for text in made.comments["trainer"])
+        assert "logger" not in translated.tree["trainer"]
+        assert any("metrics.csv" in text for text in translated.comments["trainer"])
 
 
 def test_a_config_of_defaults_names_what_is_missing():
@@ -555,24 +555,24 @@ def test_text_only_takes_the_text_model():
 def test_deepspeed_becomes_fsdp2_with_a_note(monkeypatch, stage):
     monkeypatch.setenv("WORLD_SIZE", "4")
     changes = {"model__torch_dtype_str": "float32", "deepspeed__offload_optimizer": "{device: CPU}"}
-    made = recipe(
+    translated = recipe(
         deepspeed__enable_deepspeed=True,
         deepspeed__zero_stage=stage,
         deepspeed__precision="BF16",
         engine=None,
         **changes,
     )
-    strategy = made.tree["trainer"]["strategy"]
+    strategy = translated.tree["trainer"]["strategy"]
     assert strategy["class_path"] == "ModelParallelStrategy"
     assert strategy["init_args"] == {"data_parallel_size": 4, "tensor_parallel_size": 1}
-    assert made.tree["trainer"]["precision"] == "bf16-mixed"
-    (note,) = (text for text in made.comments["trainer.strategy"] if stage in text)
+    assert translated.tree["trainer"]["precision"] == "bf16-mixed"
+    (note,) = (text for text in translated.comments["trainer.strategy"] if stage in text)
     assert "what it would offload stays on the GPUs" in note
 
 
 def test_offloaded_shards_stay_on_their_gpu_with_a_note():
-    made = recipe(fsdp__enable_fsdp=True, fsdp__cpu_offload=True)
-    assert any(text.startswith("cpu_offload: shards stay") for text in made.comments["trainer.strategy"])
+    translated = recipe(fsdp__enable_fsdp=True, fsdp__cpu_offload=True)
+    assert any(text.startswith("cpu_offload: shards stay") for text in translated.comments["trainer.strategy"])
 
 
 def test_what_torchdata_is_not_to_do_is_not_refused():

@@ -109,10 +109,10 @@ def test_a_run_goes_on_from_a_model_that_has_them(cli):
 @pytest.mark.parametrize(
     ("tokens", "message"),
     [
-        ("<ticket>", r"data\.tokens is the text '<ticket>'; it is a list of texts: \['<ticket>'\]"),
-        (["<a>", " "], r"data\.tokens: ' ' is no token"),
-        ([3], r"data\.tokens: 3 is no token"),
-        (["<a>", "<a>"], r"data\.tokens: '<a>' is there twice"),
+        ("<ticket>", r"data\.tokens is the string '<ticket>'; it has to be a list: \['<ticket>'\]"),
+        (["<a>", " "], r"data\.tokens: ' ' can't be a token"),
+        ([3], r"data\.tokens: 3 can't be a token"),
+        (["<a>", "<a>"], r"data\.tokens: '<a>' occurs twice"),
     ],
 )
 def test_mistakes_are_one_message(tokens, message):

@@ -1,6 +1,5 @@
 """Rows with values that no one expects: each is an example or a bad row with its line, for every kind of data."""
 
-import copy
 import json
 
 import numpy as np
@@ -17,7 +16,7 @@ from oumi_pl.data.sources import Source
 from oumi_pl.data.tokenizers import ByteTokenizer
 from oumi_pl.errors import UserError
 from oumi_pl.types import BadRow
-from tests.crash.damage import paths
+from tests.crash.damage import changed, paths
 
 VALUES = (None, True, -1, 0.5, 10**400, 1e308, -1e308, float("inf"), float("nan"), "", " ", "nan", "\0", "\x1b[31m")
 CONTAINERS = ([], {}, [[]], [None], {"a": {"b": 1}}, [{"role": "user"}], '{"a": 1, "a": 2}', "[" * 5000, "[-" * 50_000)
@@ -61,18 +60,6 @@ def odd_rows(row):
             yield changed(row, path, value)
         yield changed(row, path, None, removed=True)
     yield from (*VALUES[:1], *CONTAINERS)
-
-
-def changed(row, path, value, removed=False):
-    row = copy.deepcopy(row)
-    level = row
-    for key in path[:-1]:
-        level = level[key]
-    if removed:
-        del level[path[-1]]
-    else:
-        level[path[-1]] = value
-    return row
 
 
 def written(tmp_path, row):

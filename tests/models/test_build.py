@@ -373,6 +373,21 @@ def test_damaged_weights_are_refused(tmp_path):
         build_model(str(tmp_path))
 
 
+@pytest.mark.parametrize(
+    ("changes", "key"),
+    [
+        ({"attention_dropout": 10**400}, "attention_dropout"),
+        ({"rope_parameters": {"rope_type": "default", "rope_theta": 10**400}}, "rope_parameters.rope_theta"),
+    ],
+)
+def test_numbers_that_torch_can_not_take_are_refused_by_their_key(tmp_path, changes, key):
+    folder = pretrained(tmp_path / "model")
+    config = tmp_path / "model/config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | changes))
+    with pytest.raises(UserError, match=rf"config\.json: {key} is a number .* has to fit into 64 bits"):
+        build_model(str(folder))
+
+
 def test_a_config_that_leaves_layers_of_trained_weights_out_is_refused(tmp_path):
     folder = pretrained(tmp_path / "base")
     with pytest.raises(UserError, match=r"num_hidden_layers\): 9 trained weights .* left out, first model.layers.1"):
