@@ -571,7 +571,7 @@ def test_held_out_rows_are_evaluated_on_their_answers(tmp_path, teacher):
 
 
 REFUSED = {
-    "data.lmbda is 1.5, but a probability is from 0 to 1": {"lmbda": 1.5},
+    "data.lmbda is 1.5, but has to be a probability, from 0 to 1": {"lmbda": 1.5},
     "data.max_length is 6, which leaves no room for a prompt and 6 new tokens": {"max_length": 6},
 }
 
