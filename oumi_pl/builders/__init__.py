@@ -13,7 +13,7 @@ from oumi_pl.core.configs import (
 )
 from oumi_pl.core.recipe.model import model as model_section
 from oumi_pl.core.recipe.notes import Notes
-from oumi_pl.core.recipe.targets import template
+from oumi_pl.core.recipe.tokenizer import tokenizer_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -53,18 +53,7 @@ def build_tokenizer(model_params: ModelParams) -> "PreTrainedTokenizerBase":
     Raises:
         UserError: it can't be loaded, or there is no such template.
     """
-    from oumi_pl.data.sft import SFTData
-
-    pad = model_params.tokenizer_pad_token or model_params.tokenizer_kwargs.get("pad_token")
-    data = SFTData(
-        tokenizer=model_params.tokenizer_name or model_params.model_name,
-        pad_token=pad,
-        template=template(model_params, Notes(online=True)),
-        trust_remote_code=model_params.trust_remote_code,
-    )
-    if model_params.model_max_length:
-        data.tokenizer.model_max_length = model_params.model_max_length
-    return data.tokenizer
+    return tokenizer_of(model_params, Notes(online=True))
 
 
 def _config(model: ModelParams, peft: PeftParams, *, quantized: bool) -> TrainingConfig:

@@ -62,10 +62,7 @@ def test_losses_and_gradient_norms_are_those_of_oumi(files, tmp_path, monkeypatc
     for column, theirs in OUMI[name].items():
         ours = [float(row[f"train/{column}"]) for row in rows if row[f"train/{column}"]]
         expected = [factor * value for value in theirs]
-        if name in per_step.WINDOWS:
-            tolerance = per_step.WINDOWS[name] * (1 if column == "loss" else 10)
-        else:
-            tolerance = 1e-5
+        tolerance = per_step.WINDOWS.get(name, 1e-5) * (1 if column == "loss" else 10)
         assert ours[: len(theirs)] == pytest.approx(expected, rel=tolerance), column
 
 

@@ -4,7 +4,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from oumi_pl.core.configs import DatasetParams
+from oumi_pl.core.configs import DatasetParams, ModelParams
+from oumi_pl.core.recipe.custom import base_of, hub_path, registered_class, rows_file
 from oumi_pl.core.recipe.notes import Notes, given, refuse
 from oumi_pl.errors import nearest
 
@@ -17,7 +18,7 @@ class Registered(NamedTuple):
     kind: what its rows are: `chat`, `pair`, `feedback`, `prompt` or `document`. format: of the source; found from the
     columns if None. columns: of the source. kwargs: what `dataset_kwargs` may hold besides `ANY` and those of its kind.
     path: id on the hub, where that is not the name it is registered by; empty where `dataset_path` or a keyword has to
-    say. subset: the one that is read where the config names none.
+    say. subset: the one that is read where the config names none. cls: the class that the user registered.
     """
 
     kind: str
@@ -26,6 +27,7 @@ class Registered(NamedTuple):
     kwargs: tuple[str, ...] = ()
     path: str | None = None
     subset: str | None = None
+    cls: Any = None
 
 
 ANY = ("dataset_name_override",)
@@ -114,6 +116,9 @@ VISION = (
 VISION_KWARGS = ("processor_name", "processor_kwargs", "image_column", "question_column", "answer_column", "limit")
 """Keys of `dataset_kwargs` that only data with images have."""
 
+OWN_FORMATS = {"chat": f"{FORMATS}.messages", "pair": f"{FORMATS}.turns_preference", "prompt": f"{FORMATS}.prompt"}
+"""Kind of the user's own data sets -> how the rows that they give are read."""
+
 RAW = Registered("raw", kwargs=OF_KIND["chat"])
 READ = (".jsonl", ".json", ".parquet")
 
@@ -127,6 +132,9 @@ def entry_of(dataset: DatasetParams, place: str) -> Registered:
     name = dataset.dataset_name
     if "://" in name:
         refuse(f"{place}.dataset_name", f"{name!r} is an address; download it, and name the file as dataset_path")
+    if (cls := registered_class(dataset)) is not None:
+        kind = base_of(cls, place).kind
+        return Registered(kind, OWN_FORMATS.get(kind), cls=cls)
     for key in VISION_KWARGS:
         if key in dataset.dataset_kwargs:
             refuse(f"{place}.dataset_kwargs.{key}", "is for images, and images are not trained on")
@@ -145,6 +153,7 @@ def source(
     text_field: str | None = None,
     *,
     conversations: bool = False,
+    model: ModelParams | None = None,
 ) -> str | dict[str, Any] | None:
     """The source of a dataset; None if its share in the mixture is 0.
 
@@ -155,15 +164,19 @@ def source(
         seed: Of the run, where the dataset has none.
         text_field: Column of the text, of data that Oumi doesn't register.
         conversations: Whether the trainer type reads conversations, and not token ids.
+        model: The model, whose tokenizer a data set of the user's gets.
 
     Raises:
         UserError: it has images, options without a counterpart, or no rows that can be found.
     """
     entry = entry_of(dataset, place)
-    _check_kwargs(dataset, entry, place, conversations=conversations)
+    if entry.cls is None:
+        _check_kwargs(dataset, entry, place, conversations=conversations)
     if dataset.mixture_proportion == 0:
         notes.became[f"{place}.mixture_proportion"] = "the source is left out"
         return None
+    if entry.cls is not None:
+        return _own(dataset, entry, place, notes, seed, model)
     path, split = _path(dataset, entry, place, notes), dataset.split
     local_file = dataset.dataset_path is not None and Path(dataset.dataset_path).suffix != ""
     if local_file:
@@ -185,6 +198,26 @@ def source(
         notes.nothing(f"{place}.shuffle", "the run draws an order of its own for each epoch")
     notes.became[f"{place}.dataset_name"] = ", ".join(f"{key} {value}" for key, value in tree.items())
     return tree["path"] if set(tree) == {"path"} else tree
+
+
+def _own(
+    dataset: DatasetParams, entry: Registered, place: str, notes: Notes, seed: int, model: ModelParams | None
+) -> dict[str, Any]:
+    """The source of a data set that the user registered."""
+    path = hub_path(dataset, entry.cls) if entry.kind == "document" else None
+    where: dict[str, Any]
+    if path is None:
+        where = {"path": rows_file(dataset, entry.cls, place, notes, model), "name": dataset.dataset_name}
+    else:
+        text = dataset.dataset_kwargs.get("dataset_text_field", "text")
+        where = {"path": path, "config": dataset.subset or entry.cls.default_subset}
+        where |= {"split": dataset.split} if dataset.split != "train" else {}
+        where |= {"columns": {"text": text}} if text != "text" else {}
+    tree = given(**where, format=entry.format, weight=dataset.mixture_proportion, **_sample(dataset, place, seed))
+    for key in dataset.dataset_kwargs:
+        notes.became[f"{place}.dataset_kwargs.{key}"] = f"an argument of {entry.cls.__name__}"
+    notes.became[f"{place}.dataset_name"] = f"the rows of {entry.cls.__name__}, which is registered by this name"
+    return tree
 
 
 def _path(dataset: DatasetParams, entry: Registered, place: str, notes: Notes) -> str:
