@@ -176,7 +176,7 @@ def source(
         notes.became[f"{place}.mixture_proportion"] = "the source is left out"
         return None
     if entry.cls is not None:
-        return _own(dataset, entry, place, notes, seed, model)
+        return _own(dataset, entry, place, notes, seed, model=model)
     path, split = _path(dataset, entry, place, notes), dataset.split
     local_file = dataset.dataset_path is not None and Path(dataset.dataset_path).suffix != ""
     if local_file:
@@ -201,7 +201,7 @@ def source(
 
 
 def _own(
-    dataset: DatasetParams, entry: Registered, place: str, notes: Notes, seed: int, model: ModelParams | None
+    dataset: DatasetParams, entry: Registered, place: str, notes: Notes, seed: int, *, model: ModelParams | None
 ) -> dict[str, Any]:
     """The source of a data set that the user registered."""
     path = hub_path(dataset, entry.cls) if entry.kind == "document" else None

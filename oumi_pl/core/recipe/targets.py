@@ -51,8 +51,8 @@ def template(params: ModelParams, notes: Notes) -> str | None:
     if name.lower() in VISION_TEMPLATES:
         refuse("model.chat_template", f"{name} is for models that see, and images are not trained on")
     if name.lower() not in known:
-        own = "" if nearest(name, known) else "; leave it out for the tokenizer's own"
-        refuse("model.chat_template", f"Oumi has no template {name!r}{nearest(name, known) or own}")
+        near = nearest(name, [*known, "auto"])
+        refuse("model.chat_template", f"Oumi has no template {name!r}{near} 'auto' is the tokenizer's own")
     return known[name.lower()]
 
 
