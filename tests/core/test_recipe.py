@@ -622,3 +622,10 @@ def test_differences_in_what_carries_loss_are_noted():
     assert "newlines around it" in by_dataset.comments["data.init_args.train_on"][0]
     default = recipe(model__chat_template="default")
     assert any("ends with a newline too" in text for text in default.comments["data.init_args.template"])
+
+
+def test_options_of_adam_beside_another_optimizer_are_noted():
+    translated = recipe(training__optimizer="adafactor", training__adam_beta2=0.99)
+    assert translated.became["training.adam_beta2"] == "nothing: adafactor has no such option"
+    (note,) = translated.comments["model.init_args.optimizer"]
+    assert note == "adam_beta2: adafactor has no such option, and Oumi ignores it"

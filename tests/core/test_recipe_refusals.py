@@ -70,7 +70,6 @@ def dataset(**fields):
         # the loop
         ({"training__optimizer": "adamw"}, r"training\.optimizer: no counterpart of 'adamw'; did you mean"),
         ({"training__sgd_momentum": 0.9}, r"training\.sgd_momentum: TRL_SFT has no momentum"),
-        ({"training__optimizer": "sgd", "training__adam_beta1": 0.8}, r"training\.adam_beta1: sgd has no such option"),
         ({"training__lr_scheduler_type": "cosin"}, r"training\.lr_scheduler_type: .*'cosin'; did you mean 'cosine'"),
         ({"training__lr_scheduler_kwargs": '{"a": 1}'}, r"training\.lr_scheduler_kwargs\.a: linear has no such"),
         (

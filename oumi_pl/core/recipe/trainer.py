@@ -62,7 +62,7 @@ def engine_of(config: TrainingConfig, kind: str, requested: Engine | None, devic
             and training.trainer_kwargs.get("loss_type") != APO,
             "a KL divergence over several micro-batches",
         ),
-        "training.profiler": (profile_arguments(config.training), "profiling"),
+        "training.profiler": (profile_arguments(config.training) is not None, "profiling"),
         "training.save_epoch": (training.save_epoch and training.save_steps <= 0, "checkpoints by epoch"),
     }
     for path, (is_set, what) in only_lightning.items():
