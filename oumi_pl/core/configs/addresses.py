@@ -22,9 +22,7 @@ def config_path(text: str) -> Path:
         folder = Path(os.environ.get(VARIABLE) or FOLDER).expanduser()
         path = folder / text[len(ADDRESS) :].lstrip("/")
         if not path.is_file():
-            raise UserError(
-                f"{text} is an address; download the file and pass its path (Oumi hasn't fetched it: {path})"
-            )
+            raise UserError(f"{text} is an address; download the file and pass its path (not fetched: {path})")
         return path
     path = Path(text).expanduser()
     if path.suffix not in (".yaml", ".yml") and os.sep not in text and not path.exists():
