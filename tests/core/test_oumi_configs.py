@@ -12,7 +12,7 @@ import oumi_configs  # noqa: E402
 KNOWN = (
     "peft.q_lora: a quantized base is not sharded",
     "peft.llm_int8_skip_modules",
-    "data.train.datasets[6].subset: tatqa-arithmetic is one file of the data set",
+    "data.train.datasets[6].subset: tatqa-arithmetic is one file of the data set, and not in the cache",
 )
 """What text configs may still be refused for."""
 

@@ -13,6 +13,7 @@ from oumi_pl.core.datasets import BaseMapDataset, BasePretrainingDataset, BaseSf
 from oumi_pl.core.recipe import to_recipe
 from oumi_pl.core.registry import REGISTRY, RegistryType, register, register_dataset
 from oumi_pl.core.types.conversation import ContentItem, Conversation, Message, Role, Type
+from oumi_pl.data.formats import function_at
 from oumi_pl.errors import UserError
 from oumi_pl.train import train
 from tests.command_line import jsonl
@@ -284,3 +285,31 @@ def test_conversations_survive_json():
     ):
         with pytest.raises(UserError, match=message):
             Conversation(messages=[wrong])
+
+
+def test_a_registered_reward_is_called_as_trl_calls_it(files):
+    calls = []
+
+    @register("My_reward", RegistryType.REWARD_FUNCTION)
+    def count(completions, prompts, target, **kwargs):
+        calls.append((completions, prompts, target))
+        return [len(turns[0]["content"]) for turns in completions]
+
+    converted = recipe(
+        {"dataset_name": "openai/gsm8k"},
+        training__trainer_type="TRL_GRPO",
+        training__reward_functions='["my_reward"]',
+    )
+    path = section(converted, "data")["reward"]
+    assert path == "oumi_pl.core.recipe.registered_rewards.my_reward"
+    reward = function_at(path, "reward")
+    prompt = [{"role": "user", "content": "q"}]
+    assert reward(["a", "bcd"], [{"prompt": prompt, "target": 1}, {"prompt": prompt, "target": 2}]) == [1.0, 3.0]
+    said = [[{"role": "assistant", "content": text}] for text in ("a", "bcd")]
+    assert calls == [(said, [prompt, prompt], [1, 2])]
+    with pytest.raises(UserError, match=r"reward_functions: no counterpart of 'my_rewrd'; did you mean 'my_reward'"):
+        recipe(
+            {"dataset_name": "openai/gsm8k"},
+            training__trainer_type="TRL_GRPO",
+            training__reward_functions='["my_rewrd"]',
+        )

@@ -47,7 +47,7 @@ class TorchProfile(L.Callback):
         self.directory = directory
         self.cpu = cpu
         self.cuda = cuda
-        self.recorded = {
+        self.recorded: dict[str, Any] = {
             "record_shapes": record_shapes,
             "profile_memory": profile_memory,
             "with_stack": with_stack,

@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 
 from oumi_pl.core.configs import DatasetParams, ModelParams
 from oumi_pl.core.recipe.custom import base_of, hub_path, registered_class, rows_file
+from oumi_pl.core.recipe.files import hub_file
 from oumi_pl.core.recipe.notes import Notes, given, refuse
 from oumi_pl.errors import nearest
 
@@ -101,9 +102,13 @@ CHATQA = {
     "sft": "chatqa",
     "synthetic_convqa": "chatqa_full",
     "tatqa": "chatqa_number",
+    "tatqa-arithmetic": "chatqa_number",
+    "tatqa-others": "chatqa_span",
     **dict.fromkeys(("drop", "narrativeqa", "quoref", "ropes", "squad1.1", "squad2.0", "newsqa"), "chatqa_short"),
 }
 """Subset of ChatQA -> the function that reads its rows."""
+CHATQA_FILES = {"tatqa-arithmetic": "tatqa/train_arithmetic.json", "tatqa-others": "tatqa/train_others.json"}
+"""Subset of ChatQA that is no configuration on the hub -> its file there."""
 
 VISION = (
     "merve/vqav2-small", "hf_vision", "vl_sft", "vision_language_jsonl", "vision_dpo_jsonl",
@@ -184,9 +189,10 @@ def source(
         if "[" in split:
             refuse(f"{place}.split", f"{split!r}: Oumi reads a file as a whole; say sample_count for fewer rows")
         notes.nothing(f"{place}.split", "a file has one split, and is read as a whole")
+    is_file = entry.format == f"{FORMATS}.chatqa" and dataset.subset in CHATQA_FILES
     tree = given(
         path=path,
-        config=dataset.subset or (entry.subset if dataset.dataset_path is None else None),
+        config=None if is_file else dataset.subset or (entry.subset if dataset.dataset_path is None else None),
         split=None if local_file or split == "train" else split,
         format=_format(dataset, entry, place),
         columns=_columns(dataset, entry, text_field),
@@ -235,6 +241,8 @@ def _path(dataset: DatasetParams, entry: Registered, place: str, notes: Notes) -
             refuse(f"{place}.subset", "is for data from the hub, and dataset_path is local; leave it out")
         notes.became[f"{place}.dataset_path"] = "path"
         return str(dataset.dataset_path)
+    if entry.format == f"{FORMATS}.chatqa" and dataset.subset in CHATQA_FILES:
+        return _chatqa_file(dataset, place, notes)
     if "hf_dataset_path" in entry.kwargs:
         if not kwargs.get("hf_dataset_path"):
             refuse(f"{place}.dataset_kwargs.hf_dataset_path", "missing: the data set on the hub, or dataset_path")
@@ -262,11 +270,19 @@ def _format(dataset: DatasetParams, entry: Registered, place: str) -> str | None
 def _chatqa(dataset: DatasetParams, place: str) -> str:
     """The format of a subset of ChatQA."""
     subset = dataset.subset or "sft"
-    if subset in ("tatqa-arithmetic", "tatqa-others"):
-        refuse(f"{place}.subset", f"{subset} is one file of the data set; use tatqa, or text_sft_jsonl with its rows")
     if subset not in CHATQA:
         refuse(f"{place}.subset", f"ChatQA has no subset {subset!r}{nearest(subset, CHATQA)}")
     return f"{FORMATS}.{CHATQA[subset]}"
+
+
+def _chatqa_file(dataset: DatasetParams, place: str, notes: Notes) -> str:
+    """The file of a subset of ChatQA, in the hub's cache; fetched if files may be."""
+    repository, name = dataset.dataset_name, CHATQA_FILES[str(dataset.subset)]
+    path = hub_file(repository, name, kind="dataset", online=notes.online)
+    if path is None:
+        remedy = f"fetch it: hf download {repository} {name} --repo-type dataset"
+        refuse(f"{place}.subset", f"{dataset.subset} is one file of the data set, and not in the cache; {remedy}")
+    return str(path)
 
 
 def _columns(dataset: DatasetParams, entry: Registered, text_field: str | None) -> dict[str, str]:
