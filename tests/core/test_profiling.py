@@ -5,10 +5,12 @@ import json
 
 import yaml
 
-from oumi_pl.core.configs import TrainingConfig
+from oumi_pl.core.configs import TrainingConfig, TrainingParams
+from oumi_pl.core.trainers import Trainer
 from oumi_pl.train import train
 from tests.core.oumi import tiny_model
 from tests.core.test_train import CONFIG
+from tests.core.test_trainer import Points, Regression
 from tests.tiny import conversations, write_jsonl
 
 
@@ -28,3 +30,12 @@ def test_tables_and_trace_of_the_updates_that_the_schedule_names(tmp_path, monke
         trace = json.load(file)
     steps = {event["name"] for event in trace["traceEvents"] if str(event.get("name")).startswith("ProfilerStep#")}
     assert steps == {"ProfilerStep#2"}
+
+
+def test_oumis_own_trainer_records_the_whole_run(tmp_path):
+    args = TrainingParams(output_dir=str(tmp_path), max_steps=2, enable_tensorboard=False, save_final_model=False)
+    args.profiler.enable_cpu_profiling = True
+    Trainer(Regression(), args=args, train_dataset=Points()).train()
+    names = {path.name for path in (tmp_path / "profiler").iterdir()}
+    files = ("cpu_time_total.txt", "self_cpu_time_total.txt", "pt_trace.json.gz")
+    assert names == {f"prof_000_local_00_{name}" for name in files}

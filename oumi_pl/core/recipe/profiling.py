@@ -7,7 +7,7 @@ import lightning as L
 import torch
 
 from oumi_pl.callbacks.run_folder import run_directory
-from oumi_pl.core.configs import TrainingParams
+from oumi_pl.core.configs import ProfilerParams
 
 TABLES = ("time_total", "memory_usage")
 
@@ -115,9 +115,8 @@ class TorchProfile(L.Callback):
         profile.export_chrome_trace(str(folder / f"{self._prefix}_pt_trace.json.gz"))
 
 
-def profile_arguments(training: TrainingParams) -> dict[str, Any] | None:
+def profile_arguments(params: ProfilerParams) -> dict[str, Any] | None:
     """Arguments of `TorchProfile`, as far as they aren't the defaults; None if nothing is profiled."""
-    params = training.profiler
     if not (params.enable_cpu_profiling or params.enable_cuda_profiling):
         return None
     arguments: dict[str, Any] = {"directory": params.save_dir} if params.save_dir else {}

@@ -62,7 +62,7 @@ def engine_of(config: TrainingConfig, kind: str, requested: Engine | None, devic
             and training.trainer_kwargs.get("loss_type") != APO,
             "a KL divergence over several micro-batches",
         ),
-        "training.profiler": (profile_arguments(config.training) is not None, "profiling"),
+        "training.profiler": (profile_arguments(config.training.profiler) is not None, "profiling"),
         "training.save_epoch": (training.save_epoch and training.save_steps <= 0, "checkpoints by epoch"),
     }
     for path, (is_set, what) in only_lightning.items():
@@ -124,7 +124,7 @@ def _callbacks(config: TrainingConfig, notes: Notes) -> list[dict[str, Any]]:
     callbacks: list[dict[str, Any]] = []
     if config.training.save_epoch and config.training.save_steps <= 0:
         callbacks.append({"class_path": "oumi_pl.core.recipe.epochs.SaveEachEpoch"})
-    if (arguments := profile_arguments(config.training)) is not None:
+    if (arguments := profile_arguments(config.training.profiler)) is not None:
         callbacks.append({"class_path": "oumi_pl.core.recipe.profiling.TorchProfile", "init_args": arguments})
         for path in [path for path in notes.became if path.startswith("training.profiler.")]:
             notes.became[path] = "trainer.callbacks, TorchProfile"

@@ -221,7 +221,7 @@ class Trainer(BaseTrainer):
         It validates never: the flow decides when. Its own checkpoints are written only if a callback does so.
         """
         params, callbacks = self.params, [*self._lightning_callbacks]
-        if (arguments := profile_arguments(params)) is not None:
+        if (arguments := profile_arguments(params.profiler)) is not None:
             callbacks.append(TorchProfile(**arguments))
         local = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
         directory = params.telemetry_dir if params.include_performance_metrics and layout.rank == 0 else None
