@@ -72,7 +72,8 @@ def _train_registered(config: TrainingConfig, engine: Engine | None) -> None:
         raise UserError(
             f"--engine {engine}: {config.model.model_name!r} is registered, and Oumi's own trainer trains it"
         )
-    trainer_of(config).train()
+    with spoken():
+        trainer_of(config).train()
     if int(os.environ.get("RANK", "0")) == 0:
         echo(f"output -> {config.training.output_dir}")
 

@@ -174,6 +174,9 @@ def test_a_registered_model_needs_oumis_trainer_and_registered_rows(files):
     with pytest.raises(UserError, match=r"model\.load_pretrained_weights: .*set it to false"):
         train(given)
     given.model.load_pretrained_weights = False
+    given.model.freeze_layers = ["layers"]
+    with pytest.raises(UserError, match=r"model\.freeze_layers: the model has no module 'layers'"):
+        train(given)
     given.model.attn_implementation = "eager"
     with pytest.raises(UserError, match=r"model\.attn_implementation: is for models of transformers"):
         train(given)

@@ -220,6 +220,8 @@ def _own(
         where |= {"split": dataset.split} if dataset.split != "train" else {}
         where |= {"columns": {"text": text}} if text != "text" else {}
     tree = given(**where, format=entry.format, weight=dataset.mixture_proportion, **_sample(dataset, place, seed))
+    if "sample_seed" not in tree:
+        notes.nothing(f"{place}.shuffle", "the run draws an order of its own for each epoch")
     for key in dataset.dataset_kwargs:
         notes.became[f"{place}.dataset_kwargs.{key}"] = f"an argument of {entry.cls.__name__}"
     notes.became[f"{place}.dataset_name"] = f"the rows of {entry.cls.__name__}, which is registered by this name"
