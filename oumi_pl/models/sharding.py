@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, Literal, TypeVar, cast
 
 import lightning as L
 import torch
-from lightning.pytorch.strategies import ModelParallelStrategy
+from lightning.pytorch.strategies import ModelParallelStrategy, StrategyRegistry
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.tensor import DTensor, distribute_tensor
@@ -27,6 +27,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 T = TypeVar("T")
+FSDP2 = "fsdp2"
+"""The value of `trainer.strategy` for `Sharded()`."""
 Source = Literal["parts", "first rank", "every rank"]
 """Where a rank's part of the weights comes from: it loads its parts, the first rank sends them, or it loads everything
 and drops the rest, for models that are changed in ways which need all values."""
@@ -35,7 +37,7 @@ and drops the rest, for models that are changed in ways which need all values.""
 class Sharded(ModelParallelStrategy):
     """Divides the weights, gradients and optimizer states over devices: FSDP2, and HSDP with replicas.
 
-    `devices x num_nodes` has to be `shards x replicas`.
+    `strategy: fsdp2` divides them over all devices. Otherwise `devices x num_nodes` has to be `shards x replicas`.
 
     Args:
         shards: Devices over which each weight is divided; those that `replicas` leaves if it is left out.
@@ -92,6 +94,9 @@ class Sharded(ModelParallelStrategy):
     def distributed_sampler_kwargs(self) -> dict[str, Any]:
         """Every rank reads rows of its own."""
         return {"num_replicas": self.world_size, "rank": self.global_rank}
+
+
+StrategyRegistry.register(FSDP2, Sharded, description="Weights divided over all devices (FSDP2)", override=True)
 
 
 def is_to_be_sharded(module: L.LightningModule) -> bool:
@@ -235,7 +240,7 @@ def runnable(model: nn.Module) -> Iterator[None]:
     def take(module: nn.Module, *_: Any) -> None:
         module._parameters.update(of_module[module])
 
-    of_module = {m: {n: p for n, p in m._parameters.items() if hasattr(p, "part")} for m in model.modules()}
+    of_module = {m: {n: p for n, p in m.named_parameters(recurse=False) if hasattr(p, "part")} for m in model.modules()}
     hooks = []
     for module, weights in of_module.items():
         if weights:

@@ -11,25 +11,19 @@ import pytest
 import torch
 import yaml
 
+from tests.command_line import RECIPE
 from tests.conftest import free_port
-from tests.tiny import LLAMA, conversations, write_jsonl
+from tests.tiny import conversations, write_jsonl
 
 LAUNCH = Path(__file__).parents[2] / "recipes/launch"
 SKY_KEYS = {"name", "num_nodes", "resources", "envs", "file_mounts", "setup", "run", "workdir", "secrets", "config"}
 """Keys of a task, from SkyPilot's documentation."""
-RECIPE = {
-    "data": {"class_path": "SFTData", "init_args": {"train": "rows.jsonl", "batch_size": 2, "max_length": 128}},
-    "model": {"class_path": "SFT", "init_args": {"config": LLAMA, "optimizer": {"class_path": "torch.optim.SGD"}}},
-    "trainer": {"max_steps": 2, "accelerator": "cpu"},
-    "checkpoint": {"every": 1},
-}
-RECIPE["data"]["init_args"]["tokenizer"] = "oumi_pl.data.tokenizers.ByteTokenizer"
-RECIPE["model"]["init_args"]["optimizer"]["init_args"] = {"lr": 0.1}
 
 
 def prepared(folder: Path) -> Path:
     folder.mkdir()
-    (folder / "recipe.yaml").write_text(yaml.safe_dump(RECIPE))
+    tree = RECIPE | {"trainer": {"max_steps": 2, "accelerator": "cpu"}, "checkpoint": {"every": 1}}
+    (folder / "recipe.yaml").write_text(yaml.safe_dump(tree))
     write_jsonl(folder / "rows.jsonl", conversations(16))
     return folder
 
@@ -122,7 +116,8 @@ def test_torchrun_starts_a_group_again_after_a_rank_died(tmp_path):
         "        if trainer.global_step == 1 and trainer.global_rank == 1 and not Path('died').exists():\n"
         "            Path('died').touch()\n            os.kill(os.getpid(), signal.SIGKILL)\n"
     )
-    tree = RECIPE | {"trainer": RECIPE["trainer"] | {"callbacks": [{"class_path": "dying.Dying"}]}}
+    tree = yaml.safe_load((folder / "recipe.yaml").read_text())
+    tree["trainer"]["callbacks"] = [{"class_path": "dying.Dying"}]
     (folder / "recipe.yaml").write_text(yaml.safe_dump(tree))
     command = ["sh", str(LAUNCH / "torchrun.sh"), "recipe.yaml"]
     extra = {"DEVICES": "2", "RESTARTS": "1"}
