@@ -7,6 +7,7 @@ placeholders: tensors of the right shape with a single number behind them. Code 
 model to see which layers it calls, works on them as usual, and torch refuses to write to them.
 """
 
+import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from copy import deepcopy
@@ -154,7 +155,7 @@ class Parts(Loading):
         def part_of(weight: nn.Parameter) -> nn.Parameter:
             return _placeholder(weight, _part(weight.detach(), self.rank, self.ranks))
 
-        with _replacing(part_of, _is_loaded):
+        with _replacing(part_of, _is_loaded), _one_at_a_time():
             return load()
 
 
@@ -163,7 +164,7 @@ class Structure(Loading):
 
     def pretrained(self, load: Callable[[], T]) -> T:
         """Calls `load`, which reads the weights one at a time; none is kept."""
-        with _replacing(_placeholder, _is_loaded):
+        with _replacing(_placeholder, _is_loaded), _one_at_a_time():
             return load()
 
     def random(self, build: "Callable[[], PreTrainedModel]") -> "PreTrainedModel":
@@ -210,6 +211,20 @@ def _replacing(
         yield
     finally:
         nn.Module.register_parameter = register  # type: ignore[method-assign]
+
+
+@contextmanager
+def _one_at_a_time() -> Iterator[None]:
+    """Keeps the threads of transformers' loader from reading all weights before the first is taken."""
+    name = "HF_DEACTIVATE_ASYNC_LOAD"
+    before = os.environ.get(name)
+    os.environ[name] = "1"
+    try:
+        yield
+    finally:
+        del os.environ[name]
+        if before is not None:
+            os.environ[name] = before
 
 
 def _is_loaded(weight: nn.Parameter) -> bool:

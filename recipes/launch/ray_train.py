@@ -5,6 +5,7 @@ auto` continues from the newest checkpoint in RUNS_DIR, which all nodes have to 
 """
 
 import os
+import socket
 import subprocess
 import sys
 import time
@@ -14,10 +15,12 @@ import ray.train.torch
 
 
 def train(options: dict) -> None:
-    local = str(ray.train.get_context().get_local_world_size())
-    store = {"TORCHELASTIC_RUN_ID": "ray", "TORCHELASTIC_USE_AGENT_STORE": "True"}  # the ranks meet in Ray's store
+    with socket.socket() as free:
+        free.bind(("", 0))
+        port = ray.train.collective.broadcast_from_rank_zero(free.getsockname()[1])
+    ranks = {"MASTER_PORT": str(port), "LOCAL_WORLD_SIZE": str(ray.train.get_context().get_local_world_size())}
     command = [sys.executable, "-m", "oumi_pl", "fit", "--resume", "auto", "--runs_dir", options["runs"], "--config"]
-    process = subprocess.Popen([*command, *options["recipe"]], env=os.environ | store | {"LOCAL_WORLD_SIZE": local})
+    process = subprocess.Popen([*command, *options["recipe"]], env=os.environ | ranks | {"TORCHELASTIC_RUN_ID": "ray"})
     step, code = 0, None
     while code is None:
         time.sleep(5)
