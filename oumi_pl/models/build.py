@@ -242,13 +242,11 @@ def build_model(
 ) -> "PreTrainedModel":
     """Builds a causal LM in training mode, with new token rows, frozen parts and adapters.
 
-    Arguments are those of the modules.
-
-    `model` may also be the folder of an adapter, which is then merged into its base before training. Without `attn`,
-    transformers chooses (sdpa if the architecture has it). With `scoring`, builds the architecture's
-    sequence-classification model with one label: its head `score`, random if `model` has none, replaces that of the LM.
-    With `text_only`, the text model is taken out of one that has other parts. `loading` is how this rank gets the
-    weights of a model that will be sharded.
+    Arguments are those of the modules. `model` may also be the folder of an adapter, which is then merged into its base
+    before training. Without `attn`, transformers chooses (sdpa if the architecture has it). With `scoring`, builds the
+    architecture's sequence-classification model with one label: its head `score`, random if `model` has none, replaces
+    that of the LM. With `text_only`, the text model is taken out of one that has other parts. `loading` is how this
+    rank gets the weights of a model that will be sharded.
 
     Raises:
         UserError: something can't be loaded, or parts don't fit together.
@@ -265,11 +263,8 @@ def build_model(
     if base is None:
         hf = loading.random(lambda: _random_weights(hf_config, attn, dtype, trust_remote_code, scoring))
     else:
-        kwargs = _quantized(quantization) | hub
-        overrides = config or {}
-        hf = loading.pretrained(
-            lambda: _pretrained(base, hf_config, attn, dtype, scoring, overrides=overrides, **kwargs)
-        )
+        kwargs = {"overrides": config or {}} | _quantized(quantization) | hub
+        hf = loading.pretrained(lambda: _pretrained(base, hf_config, attn, dtype, scoring, **kwargs))
         hf = text_part(hf, attn) if text_only else hf
         hf.taken_from = None if scoring or text_only else whole_model(hf, base, hf_config, **hub)
     if scoring:
@@ -285,8 +280,7 @@ def build_model(
         hf = with_lora(hf, lora, added_tokens, revision, task="SEQ_CLS" if scoring else "CAUSAL_LM")
         freeze_adapters(hf, freeze)
         hf.why_not_alone = _why_not_alone(base, adapter, config or {}, new_rows)
-    # `from_pretrained` returns eval mode, which Lightning would keep
-    return hf.train()
+    return hf.train()  # `from_pretrained` returns eval mode, which Lightning would keep
 
 
 def source_of_weights(
