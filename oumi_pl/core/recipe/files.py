@@ -64,7 +64,7 @@ def hub_file(
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 
     try:
-        where = {"repo_type": kind, "revision": revision, "local_files_only": not online}
+        where: dict[str, Any] = {"repo_type": kind, "revision": revision, "local_files_only": not online}
         return Path(hf_hub_download(repository, name, **where))
     except (OSError, ValueError, HfHubHTTPError, HFValidationError):
         return None
