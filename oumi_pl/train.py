@@ -14,7 +14,9 @@ import yaml
 from oumi_pl.core.configs import PeftSaveMode, TrainingConfig
 from oumi_pl.core.layout import write_base, write_layout
 from oumi_pl.core.recipe import Engine, Recipe, to_recipe
+from oumi_pl.core.trainers.registered import registered_model, trainer_of
 from oumi_pl.core.words import spoken
+from oumi_pl.errors import UserError
 from oumi_pl.runs import lock
 from oumi_pl.runs.folders import CHECKPOINTS, CONFIG, read_state
 from oumi_pl.terminal.text import echo
@@ -24,6 +26,8 @@ LENGTH = ("max_steps", "max_epochs")
 
 def train(config: TrainingConfig, engine: Engine | None = None, verbose: bool = False) -> None:
     """Trains what an Oumi config describes, as the native recipe that it becomes.
+
+    A model that is registered (`oumi_pl.core.registry`) has no recipe; Oumi's own trainer trains it.
 
     Args:
         config: The config. Its paths are not looked at before they are read; `finalize_and_validate` does that.
@@ -35,6 +39,9 @@ def train(config: TrainingConfig, engine: Engine | None = None, verbose: bool = 
     """
     from oumi_pl.callbacks.stopping import Stopped
 
+    if registered_model(config.model) is not None:
+        _train_registered(config, engine)
+        return
     recipe = to_recipe(config, engine, online=True)
     if int(os.environ.get("RANK", "0")) == 0:
         lines = [*(became(recipe) if verbose else ()), *differences(recipe)]
@@ -57,6 +64,18 @@ def train(config: TrainingConfig, engine: Engine | None = None, verbose: bool = 
         if config.training.use_peft and config.peft.peft_save_mode == PeftSaveMode.ADAPTER_AND_BASE_MODEL:
             write_base(run, cli.model.causal_lm.hf)
         echo(f"output -> {run}")
+
+
+def _train_registered(config: TrainingConfig, engine: Engine | None) -> None:
+    """Trains a model that the user registered."""
+    if engine not in (None, "lightning"):
+        raise UserError(
+            f"--engine {engine}: {config.model.model_name!r} is registered, and Oumi's own trainer trains it"
+        )
+    with spoken():
+        trainer_of(config).train()
+    if int(os.environ.get("RANK", "0")) == 0:
+        echo(f"output -> {config.training.output_dir}")
 
 
 def became(recipe: Recipe) -> list[str]:

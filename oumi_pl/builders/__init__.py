@@ -1,5 +1,6 @@
-"""Builds a model and its tokenizer from Oumi's parameters, for use outside a run."""
+"""Oumi's builders: a model, its tokenizer, an optimizer and a trainer from Oumi's parameters, for use outside a run."""
 
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from oumi_pl.core.configs import (
@@ -13,12 +14,17 @@ from oumi_pl.core.configs import (
 )
 from oumi_pl.core.recipe.model import model as model_section
 from oumi_pl.core.recipe.notes import Notes
-from oumi_pl.core.recipe.targets import template
+from oumi_pl.core.recipe.tokenizer import tokenizer_of
+from oumi_pl.core.trainers import build_trainer
+from oumi_pl.errors import UserError, nearest
 
 if TYPE_CHECKING:
+    import torch
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-__all__ = ["build_model", "build_tokenizer"]
+__all__ = [
+    "build_chat_template", "build_model", "build_optimizer", "build_peft_model", "build_tokenizer", "build_trainer",
+]  # fmt: skip
 
 LATER = ("compile",)
 """What a run does to a model once it is built."""
@@ -44,6 +50,35 @@ def build_model(model_params: ModelParams, peft_params: PeftParams | None = None
     return build(args.pop("model", None), **args, **kwargs)
 
 
+def build_peft_model(base_model: Any, use_gradient_checkpointing: bool, peft_params: PeftParams) -> Any:
+    """Puts adapters into a model of `build_model`.
+
+    Args:
+        base_model: The model.
+        use_gradient_checkpointing: Of a quantized model, whose embeddings then give gradients.
+        peft_params: The adapters.
+    """
+    from peft import get_peft_model, prepare_model_for_kbit_training
+
+    if peft_params.q_lora:
+        base_model = prepare_model_for_kbit_training(base_model, use_gradient_checkpointing=use_gradient_checkpointing)
+    return get_peft_model(base_model, peft_params.to_lora())
+
+
+def build_chat_template(template_name: str) -> str:
+    """The Jinja text of one of Oumi's chat templates.
+
+    Raises:
+        UserError: there is no such template.
+    """
+    from oumi_pl.data import template
+
+    if (name := f"oumi/{template_name.lower()}") not in template.OUMI:
+        raise UserError(f"Oumi has no template {template_name!r}{nearest(name, template.OUMI)}")
+    file = Path(template.__file__).parent / "templates" / f"{name}.jinja"
+    return file.read_text(encoding="utf-8")
+
+
 def build_tokenizer(model_params: ModelParams) -> "PreTrainedTokenizerBase":
     """Loads the tokenizer with the chat template and the pad token that a run exports.
 
@@ -53,18 +88,18 @@ def build_tokenizer(model_params: ModelParams) -> "PreTrainedTokenizerBase":
     Raises:
         UserError: it can't be loaded, or there is no such template.
     """
-    from oumi_pl.data.sft import SFTData
+    return tokenizer_of(model_params, Notes(online=True))
 
-    pad = model_params.tokenizer_pad_token or model_params.tokenizer_kwargs.get("pad_token")
-    data = SFTData(
-        tokenizer=model_params.tokenizer_name or model_params.model_name,
-        pad_token=pad,
-        template=template(model_params, Notes(online=True)),
-        trust_remote_code=model_params.trust_remote_code,
-    )
-    if model_params.model_max_length:
-        data.tokenizer.model_max_length = model_params.model_max_length
-    return data.tokenizer
+
+def build_optimizer(model: "torch.nn.Module", config: TrainingParams) -> "torch.optim.Optimizer":
+    """Builds the optimizer of Oumi's own trainer over the trainable parameters of a model.
+
+    Raises:
+        UserError: there is no such optimizer, or nothing is trainable.
+    """
+    from oumi_pl.core.trainers.optimisation import build_optimizer as build
+
+    return build(model, config)
 
 
 def _config(model: ModelParams, peft: PeftParams, *, quantized: bool) -> TrainingConfig:

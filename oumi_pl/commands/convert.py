@@ -4,7 +4,6 @@ from pathlib import Path
 from typing import get_args
 
 from oumi_pl.commands.parser import Parser
-from oumi_pl.errors import UserError
 
 ENGINES = ("lightning", "trl", "hf")
 
@@ -16,11 +15,13 @@ def main(args: list[str]) -> int:
         __doc__,
         epilog="other options override values of the config, as in Oumi: --training.max_steps 100",
     )
-    parser.add_argument("config", type=Path, help="a config for `oumi train`")
+    parser.add_argument("config", help="a config for `oumi train`, or its address oumi://... if Oumi has fetched it")
     parser.add_argument("--engine", choices=ENGINES, help="who runs the loop (default: by Oumi's trainer type)")
     parser.add_argument("--devices", type=int, metavar="N", help="devices per node (default: all)")
     options, overrides = parser.parse_known_args(args)
-    print(convert(options.config.expanduser(), overrides, options.engine, options.devices), end="")
+    from oumi_pl.core.configs.addresses import config_path
+
+    print(convert(config_path(options.config), overrides, options.engine, options.devices), end="")
     return 0
 
 
@@ -36,8 +37,6 @@ def convert(path: Path, overrides: list[str], engine: str | None = None, devices
     Raises:
         UserError: the config can't be read, or something in it has no counterpart.
     """
-    if str(path).startswith("oumi:"):
-        raise UserError(f"convert: {path} is an address; download the file and pass its path")
     from oumi_pl.core.configs import TrainingConfig
     from oumi_pl.core.recipe import Engine, as_yaml, to_recipe
 

@@ -2,10 +2,8 @@
 
 import logging
 import sys
-from pathlib import Path
 
 from oumi_pl.commands.parser import Parser
-from oumi_pl.errors import UserError
 from oumi_pl.terminal.text import echo
 
 ENGINES = ("lightning", "trl", "hf")
@@ -19,7 +17,12 @@ def main(args: list[str]) -> int:
         __doc__,
         epilog="other options override values of the config, as in Oumi: --training.max_steps 100",
     )
-    parser.add_argument("-c", "--config", required=True, help="a config for `oumi train`")
+    parser.add_argument(
+        "-c",
+        "--config",
+        required=True,
+        help="a config for `oumi train`, or its address oumi://... if Oumi has fetched it",
+    )
     parser.add_argument("--engine", choices=ENGINES, help="who runs the loop (default: by Oumi's trainer type)")
     parser.add_argument(
         "-log",
@@ -32,13 +35,12 @@ def main(args: list[str]) -> int:
     options, overrides = parser.parse_known_args(args)
     if options.log_level is not None:
         logging.getLogger("oumi_pl").setLevel(options.log_level)
-    if options.config.startswith("oumi:"):
-        raise UserError(f"train: {options.config} is an address; download the file and pass its path")
     from oumi_pl.callbacks.stopping import Stopped
     from oumi_pl.core.configs import TrainingConfig
+    from oumi_pl.core.configs.addresses import config_path
     from oumi_pl.train import train
 
-    config = TrainingConfig.from_yaml_and_arg_list(Path(options.config).expanduser(), overrides)
+    config = TrainingConfig.from_yaml_and_arg_list(config_path(options.config), overrides)
     config.finalize_and_validate()
     try:
         train(config, options.engine, options.verbose)

@@ -6,15 +6,28 @@ from typing import Any
 import pytest
 import torch
 
-from oumi_pl.builders import build_model, build_tokenizer
+from oumi_pl.builders import (
+    build_chat_template,
+    build_model,
+    build_optimizer,
+    build_peft_model,
+    build_tokenizer,
+    build_trainer,
+)
 from oumi_pl.core.configs import (
+    BackwardPrefetch,
     BaseParams,
+    GkdParams,
+    GrpoParams,
     LoraWeightInitialization,
     ModelParams,
     PeftParams,
+    ShardingStrategy,
+    StateDictType,
     TrainerType,
     TrainingParams,
 )
+from oumi_pl.errors import UserError
 from tests.core.oumi import config, tiny_model
 from tests.tiny import conversations, write_jsonl
 
@@ -50,6 +63,31 @@ def test_the_builders_give_what_a_run_trains(model):
     )
     assert (tokenizer.pad_token, tokenizer.model_max_length) == ("<|endoftext|>", 99)
     assert "<|user|>" in tokenizer.apply_chat_template([{"role": "user", "content": "a"}], tokenize=False)
+
+
+def test_the_other_builders(model):
+    built = build_peft_model(build_model(ModelParams(model_name=model)), False, PeftParams(lora_r=2))
+    trained = {name for name, parameter in built.named_parameters() if parameter.requires_grad}
+    assert trained
+    assert all("lora_" in name for name in trained)
+    optimizer = build_optimizer(built, TrainingParams(optimizer="sgd", learning_rate=0.25))
+    assert isinstance(optimizer, torch.optim.SGD)
+    assert optimizer.param_groups[0]["lr"] == 0.25
+    assert "<|assistant|>" in build_chat_template("phi3-instruct")
+    with pytest.raises(UserError, match="did you mean 'oumi/zephyr'"):
+        build_chat_template("zephyrr")
+    assert callable(build_trainer(TrainerType.OUMI))
+
+
+def test_enums_and_sections_become_those_of_the_libraries():
+    fsdp = torch.distributed.fsdp
+    assert ShardingStrategy.HYBRID_SHARD_ZERO2.to_torch() is fsdp.ShardingStrategy._HYBRID_SHARD_ZERO2
+    assert StateDictType.FULL_STATE_DICT.to_torch() is fsdp.StateDictType.FULL_STATE_DICT
+    assert BackwardPrefetch.BACKWARD_PRE.to_torch() is fsdp.BackwardPrefetch.BACKWARD_PRE
+    assert BackwardPrefetch.NO_PREFETCH.to_torch() is None
+    assert GkdParams(beta=0.25).to_hf_trainer_kwargs()["beta"] == 0.25
+    assert "vllm_mode" not in GrpoParams(num_generations=4).to_hf_trainer_kwargs()
+    assert GrpoParams(num_generations=4).to_hf_trainer_kwargs()["num_generations"] == 4
 
 
 def test_peft_params_become_the_configs_of_the_libraries():

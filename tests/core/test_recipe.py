@@ -584,3 +584,48 @@ def test_the_trainer_type_is_the_reason_named_before_its_section():
         recipe(training__trainer_type="TRL_GOLD", training__gold__max_completion_length=8)
     with pytest.raises(UserError, match=r"training\.gold\.max_completion_length: GOLD is not among"):
         recipe(training__gold__max_completion_length=8)
+
+
+def test_the_former_name_of_the_length_is_read_with_a_note():
+    translated = recipe(training__trainer_kwargs='{"max_seq_length": 77}')
+    assert section(translated, "data")["max_length"] == 77
+    (note,) = (text for text in translated.comments["data.init_args.max_length"] if "max_seq_length" in text)
+    assert "TRL's former name" in note
+
+
+def test_a_profiler_is_a_callback_of_lightning():
+    translated = recipe(
+        engine=None,
+        training__profiler__enable_cpu_profiling=True,
+        training__profiler__record_shapes=True,
+        training__profiler__schedule__enable_schedule=True,
+    )
+    (callback,) = translated.tree["trainer"]["callbacks"]
+    assert callback["class_path"] == "oumi_pl.core.recipe.profiling.TorchProfile"
+    assert callback["init_args"] == {
+        "record_shapes": True,
+        "schedule": {"skip_first": 1, "wait": 0, "warmup": 1, "active": 3, "repeat": 1},
+    }
+    assert translated.became["training.profiler.record_shapes"] == "trainer.callbacks, TorchProfile"
+    assert "engine" not in translated.tree
+    assert any("can't do profiling" in text for text in translated.comments[""])
+
+
+def test_mxfp4_weights_are_dequantized_as_they_are_read():
+    kwargs = '{"quantization_config": {"quant_method": "mxfp4"}}'
+    expected = {"quantization_config": {"quant_method": "mxfp4", "dequantize": True}}
+    assert section(recipe(model__model_kwargs=kwargs), "model")["config"] == expected
+
+
+def test_differences_in_what_carries_loss_are_noted():
+    by_dataset = recipe({"dataset_name": "yahma/alpaca-cleaned", "dataset_kwargs": {"assistant_only": True}})
+    assert "newlines around it" in by_dataset.comments["data.init_args.train_on"][0]
+    default = recipe(model__chat_template="default")
+    assert any("ends with a newline too" in text for text in default.comments["data.init_args.template"])
+
+
+def test_options_of_adam_beside_another_optimizer_are_noted():
+    translated = recipe(training__optimizer="adafactor", training__adam_beta2=0.99)
+    assert translated.became["training.adam_beta2"] == "nothing: adafactor has no such option"
+    (note,) = translated.comments["model.init_args.optimizer"]
+    assert note == "adam_beta2: adafactor has no such option, and Oumi ignores it"

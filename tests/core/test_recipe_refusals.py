@@ -36,10 +36,14 @@ def dataset(**fields):
         ({"model__adapter_model": "a"}, r"model\.adapter_model: a is set, .* merge it into its base"),
         ({"model__torch_dtype_str": "float64"}, r"model\.torch_dtype_str: float64"),
         ({"model__chat_template": "zephyrr"}, r"model\.chat_template: .*'zephyrr'; did you mean 'zephyr'"),
+        ({"model__chat_template": "qwen2-instruct"}, r"'qwen2-instruct'; .*'auto' is the tokenizer's own$"),
         ({"model__chat_template": "llava"}, r"model\.chat_template: llava is for models that see"),
         ({"model__tokenizer_kwargs": '{"use_fast": false}'}, r"model\.tokenizer_kwargs\.use_fast"),
         ({"model__processor_kwargs": '{"a": 1}'}, r"model\.processor_kwargs: .*images are not trained on"),
-        ({"model__model_kwargs": '{"quantization_config": {}}'}, r"model\.model_kwargs\.quantization_config"),
+        (
+            {"model__model_kwargs": '{"quantization_config": {"quant_method": "awq"}}'},
+            r"model\.model_kwargs\.quantization_config: weights in awq can't be trained; name a model in full",
+        ),
         # adapters
         ({**PEFT, "peft__lora_init_weights": "PISA"}, r"peft\.lora_init_weights: PISA .*rewrites the base"),
         ({**PEFT, "peft__lora_init_weights": "EVA"}, r"peft\.lora_init_weights: EVA .*say that"),
@@ -66,7 +70,6 @@ def dataset(**fields):
         # the loop
         ({"training__optimizer": "adamw"}, r"training\.optimizer: no counterpart of 'adamw'; did you mean"),
         ({"training__sgd_momentum": 0.9}, r"training\.sgd_momentum: TRL_SFT has no momentum"),
-        ({"training__optimizer": "sgd", "training__adam_beta1": 0.8}, r"training\.adam_beta1: sgd has no such option"),
         ({"training__lr_scheduler_type": "cosin"}, r"training\.lr_scheduler_type: .*'cosin'; did you mean 'cosine'"),
         ({"training__lr_scheduler_kwargs": '{"a": 1}'}, r"training\.lr_scheduler_kwargs\.a: linear has no such"),
         (
@@ -84,9 +87,13 @@ def dataset(**fields):
         ({**FSDP, "engine": "hf"}, r"fsdp\.enable_fsdp: hf can't do several devices here"),
         ({"training__eval_strategy": "epoch"}, r"training\.eval_strategy: epoch needs a dataset in data\.validation"),
         ({"training__metrics_function": "f"}, r"training\.metrics_function: f is set"),
-        ({"training__profiler__enable_cpu_profiling": True}, r"training\.profiler\.enable_cpu_profiling: .*pytorch"),
+        ({"training__telemetry__track_gpu_temperature": True}, r"telemetry\.track_gpu_temperature: .*system metrics"),
+        (
+            {"training__profiler__enable_cpu_profiling": True, "engine": "trl"},
+            r"training\.profiler: trl can't do profiling here",
+        ),
         ({"training__output_dir": ".hidden"}, r"training\.output_dir: '\.hidden'"),
-        (kwargs('{"max_seq_length": 8}'), r"training\.trainer_kwargs\.max_seq_length: .*model\.model_max_length"),
+        (kwargs('{"max_seq_length": 8}', **DPO), r"trainer_kwargs\.max_seq_length: .*model\.model_max_length"),
         (kwargs('{"packin": true}'), r"training\.trainer_kwargs\.packin: has no counterpart; did you mean 'packing'"),
         (kwargs('{"loss_type": "dft"}'), r"training\.trainer_kwargs\.loss_type: 'dft' .*nll"),
         (kwargs('{"max_prompt_length": 8}', **DPO), r"training\.trainer_kwargs\.max_prompt_length"),

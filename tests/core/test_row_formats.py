@@ -193,7 +193,15 @@ def test_a_null_answer_of_questions_is_refused_and_not_trained_as_the_word_none(
         read(QUESTIONS, {}, {"instruction": "a", "output": None})
 
 
-def test_subsets_of_chatqa_that_are_single_files_are_refused():
-    with pytest.raises(UserError, match="tatqa-others is one file"):
+def test_subsets_of_chatqa_that_are_single_files_are_read_from_the_cache(monkeypatch):
+    with pytest.raises(UserError, match="tatqa-others is one file of the data set, and not in the cache; fetch it: hf"):
         read(CHATQA, {"subset": "tatqa-others"}, {})
+    monkeypatch.setattr("huggingface_hub.hf_hub_download", lambda repository, name, **_: f"/cache/{repository}/{name}")
+    row = {"messages": AB[:1], "document": None, "answers": ["b"]}
+    record = read(CHATQA, {"subset": "tatqa-others"}, row)
+    assert record.messages[0]["content"] == f"{SHORT[:-1]}, or a full and complete answer"
+    params = DatasetParams(dataset_name=CHATQA, subset="tatqa-arithmetic")
+    tree = source(params, "x", Notes(), seed=0)
+    assert tree["path"] == f"/cache/{CHATQA}/tatqa/train_arithmetic.json"
+    assert "config" not in tree
     assert source(DatasetParams(dataset_name=CHATQA), "x", Notes(), seed=0)["config"] == "sft"

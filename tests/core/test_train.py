@@ -163,3 +163,15 @@ def test_what_a_stopped_run_has_left_is_where_it_always_is(cli, monkeypatch):
     assert code == 130
     assert "stopped by SIGINT after step" in err
     assert {"out/run/trainer_state.json", "out/run/metrics_rank0000.jsonl"} <= cli.files()
+
+
+@pytest.mark.parametrize("command", [("train", "-c"), ("convert",)])
+def test_an_address_is_read_where_oumi_keeps_fetched_configs(cli, monkeypatch, command):
+    address = "oumi://configs/mine.yaml"
+    monkeypatch.setenv("OUMI_DIR", str(cli.directory / "fetched"))
+    assert "is an address; download the file" in cli.fails(*command, address)
+    assert "short names of configs are not known here" in cli.fails(*command, "llama3.1-8b")
+    (cli.directory / "fetched/configs").mkdir(parents=True)
+    cli.write("fetched/configs/mine.yaml", (cli.directory / "oumi.yaml").read_text())
+    monkeypatch.setattr("oumi_pl.train.train", lambda config, *_: print(f"length {config.model.model_max_length}"))
+    assert "128" in cli.works(*command, address)

@@ -44,9 +44,9 @@ EXPECTED = {
         "2<|end|>",
     ),
     "oumi/zephyr": (
-        "<|system|>\n Be brief. <eos>\n<|user|>\nHi<eos>\n<|assistant|>\n Ho <eos>\n"
+        "<|system|>\nBe brief.<eos>\n<|user|>\nHi<eos>\n<|assistant|>\nHo<eos>\n"
         "<|user|>\n1+1?<eos>\n<|assistant|>\n2<eos>\n",
-        " Ho <eos>",
+        "Ho<eos>",
         "2<eos>",
     ),
     "oumi/gpt2": (" Be brief. <eos>Hi<eos> Ho <eos>1+1?<eos>2<eos>", " Ho <eos>", "2<eos>"),

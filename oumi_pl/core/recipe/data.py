@@ -8,12 +8,14 @@ from oumi_pl.core.recipe.distillation import alternating
 from oumi_pl.core.recipe.notes import Notes, given, refuse
 from oumi_pl.core.recipe.sources import FORMATS, Registered, entry_of, source
 from oumi_pl.core.recipe.targets import COMPLETIONS, PADDING, refuse_collators, template, train_on
+from oumi_pl.core.recipe.trainer_kwargs import FORMER_LENGTH
 
 EVALUATION = ("training.per_device_eval_batch_size", "training.eval_steps")
 TRL_LENGTH = 1024
 """Where TRL cuts rows by default; also the window of `pack`."""
 PACKED_CHAT = "oumi_pl.data.packed_chat.PackedChatData"
-ADD_BOS = ("oumi/default", "oumi/phi3-instruct", "oumi/gpt2", "oumi/zephyr")
+DEFAULT = "oumi/default"
+ADD_BOS = (DEFAULT, "oumi/phi3-instruct", "oumi/gpt2", "oumi/zephyr")
 """Templates that don't write BOS themselves."""
 
 
@@ -259,6 +261,7 @@ def _sources(config: TrainingConfig, name: str, notes: Notes) -> Any:
             config.training.seed,
             text_field,
             conversations=config.training.trainer_type.name == "TRL_GKD",
+            model=config.model,
         )
         for number, dataset in enumerate(split.datasets)
     ]
@@ -281,11 +284,15 @@ def _template(config: TrainingConfig, notes: Notes) -> dict[str, Any]:
     if name in ADD_BOS:
         different = "a tokenizer that begins every text with BOS does so here; in Oumi not"
         notes.comment("data.init_args.template", different)
+    if name == DEFAULT:
+        different = "the last turn ends with a newline too, so that the model learns to stop; in Oumi nothing ends it"
+        notes.comment("data.init_args.template", different)
     return {} if name is None else {"template": name}
 
 
 def _max_length(config: TrainingConfig, notes: Notes) -> int:
-    length = config.model.model_max_length or config.training.trainer_kwargs.get("max_length")
+    kwargs = config.training.trainer_kwargs
+    length = config.model.model_max_length or kwargs.get("max_length") or kwargs.get(FORMER_LENGTH)
     if length is None and config.training.trainer_type.name in ("HF", "OUMI") and not config.data.train.pack:
         why = "missing: without it rows are cut where the tokenizer says, which is not known"
         refuse("model.model_max_length", why)

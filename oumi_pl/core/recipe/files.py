@@ -44,11 +44,27 @@ def _file(params: ModelParams, name: str, *, online: bool) -> Path | None:
     folder = Path(source).expanduser()
     if folder.is_dir():
         return folder / name if (folder / name).exists() else None
+    revision = params.model_revision if source == params.model_name else None
+    return hub_file(source, name, revision=revision, online=online)
+
+
+def hub_file(
+    repository: str, name: str, *, kind: str = "model", revision: str | None = None, online: bool
+) -> Path | None:
+    """A file of a repository on the hub, in the cache; None if it isn't there, or can't be reached.
+
+    Args:
+        repository: Its id.
+        name: Path of the file in it.
+        kind: `model` or `dataset`.
+        revision: Branch, tag or commit.
+        online: Whether it may be fetched.
+    """
     from huggingface_hub import hf_hub_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 
-    revision = params.model_revision if source == params.model_name else None
     try:
-        return Path(hf_hub_download(source, name, revision=revision, local_files_only=not online))
+        where: dict[str, Any] = {"repo_type": kind, "revision": revision, "local_files_only": not online}
+        return Path(hf_hub_download(repository, name, **where))
     except (OSError, ValueError, HfHubHTTPError, HFValidationError):
         return None

@@ -177,6 +177,11 @@ def chatqa_number(row: Row) -> Conversation:
     return _chatqa(row, "Answer the following question with a number from context or the math arithmetic")
 
 
+def chatqa_span(row: Row) -> Conversation:
+    """Reads the subset `tatqa-others` of ChatQA, as `chatqa` after a system turn."""
+    return _chatqa(row, f"{_SHORT}, or a full and complete answer")
+
+
 def chatqa_short(row: Row) -> Conversation:
     """Reads the subsets of ChatQA that ask for a short answer, as `chatqa` after a system turn."""
     return _chatqa(row, f"{_SHORT}.")

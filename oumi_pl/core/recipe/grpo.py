@@ -7,10 +7,12 @@ from oumi_pl.core.configs import TrainingConfig
 from oumi_pl.core.recipe import rewards
 from oumi_pl.core.recipe.notes import Notes, given, refuse
 from oumi_pl.core.recipe.trainer_kwargs import NO_OTHERS, PLACE, moving_reference
+from oumi_pl.core.registry import REGISTRY, RegistryType
 from oumi_pl.errors import nearest
 from oumi_pl.rollouts.advantages import Scale
 
 REWARDS = rewards.__name__
+REGISTERED = "oumi_pl.core.recipe.registered_rewards"
 NAMES = (
     *("count_letters", "countdown", "gsm8k"),
     *(f"{shape}_{words}tokens_completions" for shape in ("soft", "sharp") for words in (5, 10, 20)),
@@ -88,10 +90,11 @@ def reward(config: TrainingConfig) -> Any:
     names = [name for name in config.training.reward_functions or () if name]
     if not names:
         refuse(place, f"missing: name at least one; known: {', '.join(NAMES)}, or a function by its path")
+    own = REGISTRY.get_all(RegistryType.REWARD_FUNCTION) if config.training.trainer_type.name == "TRL_GRPO" else {}
     for name in names:
-        if name not in NAMES and "." not in name:
-            refuse(place, f"no counterpart of {name!r}{nearest(name, NAMES)}; or name a function by its path")
-    paths = [name if "." in name else f"{REWARDS}.{name}" for name in names]
+        if name not in NAMES and "." not in name and name.lower() not in own:
+            refuse(place, f"no counterpart of {name!r}{nearest(name, [*NAMES, *own])}; or name a function by its path")
+    paths = [f"{REGISTERED if name.lower() in own else REWARDS}.{name}" if "." not in name else name for name in names]
     weights = config.training.trainer_kwargs.get("reward_weights")
     if weights is not None and len(weights) != len(paths):
         refuse(f"{PLACE}.reward_weights", f"{len(weights)} weights of {len(paths)} rewards")

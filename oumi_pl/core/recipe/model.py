@@ -5,6 +5,7 @@ from typing import Any
 
 from oumi_pl.core.configs import ModelParams, TrainingConfig
 from oumi_pl.core.recipe.notes import Notes, given, refuse
+from oumi_pl.core.registry import REGISTRY
 
 CUSTOM = ("MLPEncoder", "CNNClassifier")
 DROPPED = ("architectures", "dtype", "torch_dtype", "transformers_version", "_name_or_path", "auto_map")
@@ -58,6 +59,8 @@ def _refuse_names(params: ModelParams) -> None:
     name = params.model_name
     if "://" in name:
         refuse("model.model_name", f"{name!r} is an address; name a model of the hub or a folder")
+    if REGISTRY.get_model(name) is not None:
+        refuse("model.model_name", f"{name!r} is registered: `train` trains it, and there is no recipe of it")
     if name in CUSTOM:
         refuse("model.model_name", f"Oumi's {name} is no language model; name a model of the hub or a folder")
     for key in params.tokenizer_kwargs:
@@ -69,7 +72,7 @@ def _weights(params: ModelParams, notes: Notes) -> dict[str, Any]:
     values = dict(params.model_kwargs)
     disable_dropout = values.pop("disable_dropout", False)
     if "quantization_config" in values:
-        refuse("model.model_kwargs.quantization_config", "weights that are quantized on the disk are not read")
+        values["quantization_config"] = _dequantized(values["quantization_config"], notes)
     if params.load_pretrained_weights:
         if disable_dropout:
             values = _no_dropout(_read_config(params)) | values
@@ -79,6 +82,17 @@ def _weights(params: ModelParams, notes: Notes) -> dict[str, Any]:
     shape |= _no_dropout(read) if disable_dropout else {}
     notes.became["model.model_name"] = "model.config, its shape with random weights, and data.tokenizer"
     return {"config": shape | values}
+
+
+def _dequantized(quantization: Any, notes: Notes) -> dict[str, Any]:
+    """How weights that are quantized on the disk are read: MXFP4 alone can be trained, once it is dequantized."""
+    place = "model.model_kwargs.quantization_config"
+    method = quantization.get("quant_method") if isinstance(quantization, dict) else quantization
+    if method != "mxfp4":
+        why = f"weights in {method} can't be trained; name a model in full precision, and peft.q_lora to quantize it"
+        refuse(place, why)
+    notes.became[place] = "model.config.quantization_config: the weights are dequantized as they are read"
+    return {"quant_method": method, "dequantize": True}
 
 
 def _read_config(params: ModelParams) -> Any:

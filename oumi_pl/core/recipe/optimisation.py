@@ -55,18 +55,20 @@ def optimizer(params: TrainingParams, notes: Notes) -> dict[str, Any]:
         hint = "; did you mean 'adamw_torch'?" if name.lower() in ("adam", "adamw") else ""
         near = hint or nearest(name, [*adam, "sgd", "adafactor"])
         refuse("training.optimizer", f"no counterpart of {name!r}{near}")
-    _refuse_options_of_others(params, name, name in adam, theirs)
+    _note_options_of_others(params, name, notes, is_adam=name in adam, theirs=theirs)
     if params.weight_decay and not theirs:
         notes.comment("model.init_args.optimizer", "Oumi's own trainer decays the scales of RMSNorm too; here not")
     notes.became["training.optimizer"] = f"model.optimizer, {path}"
     return {"class_path": path, "init_args": arguments | {"weight_decay": params.weight_decay}}
 
 
-def _refuse_options_of_others(params: TrainingParams, name: str, is_adam: bool, theirs: bool) -> None:
+def _note_options_of_others(params: TrainingParams, name: str, notes: Notes, *, is_adam: bool, theirs: bool) -> None:
+    """Notes options of AdamW that the optimizer doesn't have, and refuses a momentum that Oumi wouldn't read."""
     if not is_adam:
         for field, default in {"adam_beta1": 0.9, "adam_beta2": 0.999, "adam_epsilon": 1e-8}.items():
             if getattr(params, field) != default:
-                refuse(f"training.{field}", f"{name} has no such option; leave it out")
+                notes.nothing(f"training.{field}", f"{name} has no such option")
+                notes.comment("model.init_args.optimizer", f"{field}: {name} has no such option, and Oumi ignores it")
     if params.sgd_momentum and (theirs or name != "sgd"):
         refuse(
             "training.sgd_momentum",

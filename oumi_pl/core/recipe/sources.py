@@ -4,7 +4,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from oumi_pl.core.configs import DatasetParams
+from oumi_pl.core.configs import DatasetParams, ModelParams
+from oumi_pl.core.recipe.custom import base_of, hub_path, registered_class, rows_file
+from oumi_pl.core.recipe.files import hub_file
 from oumi_pl.core.recipe.notes import Notes, given, refuse
 from oumi_pl.errors import nearest
 
@@ -17,7 +19,7 @@ class Registered(NamedTuple):
     kind: what its rows are: `chat`, `pair`, `feedback`, `prompt` or `document`. format: of the source; found from the
     columns if None. columns: of the source. kwargs: what `dataset_kwargs` may hold besides `ANY` and those of its kind.
     path: id on the hub, where that is not the name it is registered by; empty where `dataset_path` or a keyword has to
-    say. subset: the one that is read where the config names none.
+    say. subset: the one that is read where the config names none. cls: the class that the user registered.
     """
 
     kind: str
@@ -26,6 +28,7 @@ class Registered(NamedTuple):
     kwargs: tuple[str, ...] = ()
     path: str | None = None
     subset: str | None = None
+    cls: Any = None
 
 
 ANY = ("dataset_name_override",)
@@ -99,9 +102,13 @@ CHATQA = {
     "sft": "chatqa",
     "synthetic_convqa": "chatqa_full",
     "tatqa": "chatqa_number",
+    "tatqa-arithmetic": "chatqa_number",
+    "tatqa-others": "chatqa_span",
     **dict.fromkeys(("drop", "narrativeqa", "quoref", "ropes", "squad1.1", "squad2.0", "newsqa"), "chatqa_short"),
 }
 """Subset of ChatQA -> the function that reads its rows."""
+CHATQA_FILES = {"tatqa-arithmetic": "tatqa/train_arithmetic.json", "tatqa-others": "tatqa/train_others.json"}
+"""Subset of ChatQA that is no configuration on the hub -> its file there."""
 
 VISION = (
     "merve/vqav2-small", "hf_vision", "vl_sft", "vision_language_jsonl", "vision_dpo_jsonl",
@@ -113,6 +120,9 @@ VISION = (
 
 VISION_KWARGS = ("processor_name", "processor_kwargs", "image_column", "question_column", "answer_column", "limit")
 """Keys of `dataset_kwargs` that only data with images have."""
+
+OWN_FORMATS = {"chat": f"{FORMATS}.messages", "pair": f"{FORMATS}.turns_preference", "prompt": f"{FORMATS}.prompt"}
+"""Kind of the user's own data sets -> how the rows that they give are read."""
 
 RAW = Registered("raw", kwargs=OF_KIND["chat"])
 READ = (".jsonl", ".json", ".parquet")
@@ -127,6 +137,9 @@ def entry_of(dataset: DatasetParams, place: str) -> Registered:
     name = dataset.dataset_name
     if "://" in name:
         refuse(f"{place}.dataset_name", f"{name!r} is an address; download it, and name the file as dataset_path")
+    if (cls := registered_class(dataset)) is not None:
+        kind = base_of(cls, place).kind
+        return Registered(kind, OWN_FORMATS.get(kind), cls=cls)
     for key in VISION_KWARGS:
         if key in dataset.dataset_kwargs:
             refuse(f"{place}.dataset_kwargs.{key}", "is for images, and images are not trained on")
@@ -145,6 +158,7 @@ def source(
     text_field: str | None = None,
     *,
     conversations: bool = False,
+    model: ModelParams | None = None,
 ) -> str | dict[str, Any] | None:
     """The source of a dataset; None if its share in the mixture is 0.
 
@@ -155,15 +169,19 @@ def source(
         seed: Of the run, where the dataset has none.
         text_field: Column of the text, of data that Oumi doesn't register.
         conversations: Whether the trainer type reads conversations, and not token ids.
+        model: The model, whose tokenizer a data set of the user's gets.
 
     Raises:
         UserError: it has images, options without a counterpart, or no rows that can be found.
     """
     entry = entry_of(dataset, place)
-    _check_kwargs(dataset, entry, place, conversations=conversations)
+    if entry.cls is None:
+        _check_kwargs(dataset, entry, place, conversations=conversations)
     if dataset.mixture_proportion == 0:
         notes.became[f"{place}.mixture_proportion"] = "the source is left out"
         return None
+    if entry.cls is not None:
+        return _own(dataset, entry, place, notes, seed, model=model)
     path, split = _path(dataset, entry, place, notes), dataset.split
     local_file = dataset.dataset_path is not None and Path(dataset.dataset_path).suffix != ""
     if local_file:
@@ -171,9 +189,10 @@ def source(
         if "[" in split:
             refuse(f"{place}.split", f"{split!r}: Oumi reads a file as a whole; say sample_count for fewer rows")
         notes.nothing(f"{place}.split", "a file has one split, and is read as a whole")
+    is_file = entry.format == f"{FORMATS}.chatqa" and dataset.subset in CHATQA_FILES
     tree = given(
         path=path,
-        config=dataset.subset or (entry.subset if dataset.dataset_path is None else None),
+        config=None if is_file else dataset.subset or (entry.subset if dataset.dataset_path is None else None),
         split=None if local_file or split == "train" else split,
         format=_format(dataset, entry, place),
         columns=_columns(dataset, entry, text_field),
@@ -185,6 +204,28 @@ def source(
         notes.nothing(f"{place}.shuffle", "the run draws an order of its own for each epoch")
     notes.became[f"{place}.dataset_name"] = ", ".join(f"{key} {value}" for key, value in tree.items())
     return tree["path"] if set(tree) == {"path"} else tree
+
+
+def _own(
+    dataset: DatasetParams, entry: Registered, place: str, notes: Notes, seed: int, *, model: ModelParams | None
+) -> dict[str, Any]:
+    """The source of a data set that the user registered."""
+    path = hub_path(dataset, entry.cls) if entry.kind == "document" else None
+    where: dict[str, Any]
+    if path is None:
+        where = {"path": rows_file(dataset, entry.cls, place, notes, model), "name": dataset.dataset_name}
+    else:
+        text = dataset.dataset_kwargs.get("dataset_text_field", "text")
+        where = {"path": path, "config": dataset.subset or entry.cls.default_subset}
+        where |= {"split": dataset.split} if dataset.split != "train" else {}
+        where |= {"columns": {"text": text}} if text != "text" else {}
+    tree = given(**where, format=entry.format, weight=dataset.mixture_proportion, **_sample(dataset, place, seed))
+    if "sample_seed" not in tree:
+        notes.nothing(f"{place}.shuffle", "the run draws an order of its own for each epoch")
+    for key in dataset.dataset_kwargs:
+        notes.became[f"{place}.dataset_kwargs.{key}"] = f"an argument of {entry.cls.__name__}"
+    notes.became[f"{place}.dataset_name"] = f"the rows of {entry.cls.__name__}, which is registered by this name"
+    return tree
 
 
 def _path(dataset: DatasetParams, entry: Registered, place: str, notes: Notes) -> str:
@@ -202,6 +243,8 @@ def _path(dataset: DatasetParams, entry: Registered, place: str, notes: Notes) -
             refuse(f"{place}.subset", "is for data from the hub, and dataset_path is local; leave it out")
         notes.became[f"{place}.dataset_path"] = "path"
         return str(dataset.dataset_path)
+    if entry.format == f"{FORMATS}.chatqa" and dataset.subset in CHATQA_FILES:
+        return _chatqa_file(dataset, place, notes)
     if "hf_dataset_path" in entry.kwargs:
         if not kwargs.get("hf_dataset_path"):
             refuse(f"{place}.dataset_kwargs.hf_dataset_path", "missing: the data set on the hub, or dataset_path")
@@ -229,11 +272,19 @@ def _format(dataset: DatasetParams, entry: Registered, place: str) -> str | None
 def _chatqa(dataset: DatasetParams, place: str) -> str:
     """The format of a subset of ChatQA."""
     subset = dataset.subset or "sft"
-    if subset in ("tatqa-arithmetic", "tatqa-others"):
-        refuse(f"{place}.subset", f"{subset} is one file of the data set; use tatqa, or text_sft_jsonl with its rows")
     if subset not in CHATQA:
         refuse(f"{place}.subset", f"ChatQA has no subset {subset!r}{nearest(subset, CHATQA)}")
     return f"{FORMATS}.{CHATQA[subset]}"
+
+
+def _chatqa_file(dataset: DatasetParams, place: str, notes: Notes) -> str:
+    """The file of a subset of ChatQA, in the hub's cache; fetched if files may be."""
+    repository, name = dataset.dataset_name, CHATQA_FILES[str(dataset.subset)]
+    path = hub_file(repository, name, kind="dataset", online=notes.online)
+    if path is None:
+        remedy = f"fetch it: hf download {repository} {name} --repo-type dataset"
+        refuse(f"{place}.subset", f"{dataset.subset} is one file of the data set, and not in the cache; {remedy}")
+    return str(path)
 
 
 def _columns(dataset: DatasetParams, entry: Registered, text_field: str | None) -> dict[str, str]:

@@ -51,7 +51,8 @@ def template(params: ModelParams, notes: Notes) -> str | None:
     if name.lower() in VISION_TEMPLATES:
         refuse("model.chat_template", f"{name} is for models that see, and images are not trained on")
     if name.lower() not in known:
-        refuse("model.chat_template", f"Oumi has no template {name!r}{nearest(name, [*known, 'auto'])}")
+        near = nearest(name, [*known, "auto"])
+        refuse("model.chat_template", f"Oumi has no template {name!r}{near} 'auto' is the tokenizer's own")
     return known[name.lower()]
 
 
@@ -79,6 +80,11 @@ def train_on(config: TrainingConfig, entries: list[Registered], notes: Notes) ->
         )
     elif assistant_only == {True}:
         tokens = "assistant"
+        notes.comment(
+            PLACE,
+            "assistant_only: what the assistant writes is found by the template; the newlines around it, which Oumi "
+            "trains, carry no loss",
+        )
     elif raw:
         tokens = _by_trl(config.training.trainer_kwargs, notes)
     else:

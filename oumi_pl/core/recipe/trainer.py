@@ -9,6 +9,7 @@ from typing import Any, Literal
 
 from oumi_pl.core.configs import TrainingConfig, TrainingParams
 from oumi_pl.core.recipe.notes import Notes, given, refuse
+from oumi_pl.core.recipe.profiling import profile_arguments
 from oumi_pl.runs.folders import CHECKPOINTS
 
 Engine = Literal["lightning", "trl", "hf"]
@@ -61,6 +62,7 @@ def engine_of(config: TrainingConfig, kind: str, requested: Engine | None, devic
             and training.trainer_kwargs.get("loss_type") != APO,
             "a KL divergence over several micro-batches",
         ),
+        "training.profiler": (profile_arguments(config.training.profiler) is not None, "profiling"),
         "training.save_epoch": (training.save_epoch and training.save_steps <= 0, "checkpoints by epoch"),
     }
     for path, (is_set, what) in only_lightning.items():
@@ -100,7 +102,6 @@ def trainer(config: TrainingConfig, notes: Notes, devices: int | None, engine: E
             "trainer.deterministic",
             "use_deterministic: Oumi sets cuDNN alone; here, other operations that aren't deterministic warn",
         )
-    by_epoch = training.save_epoch and training.save_steps <= 0
     strategy = _strategy(config, notes, devices) if engine == "lightning" else {}
     return (
         given(devices=devices)
@@ -113,10 +114,21 @@ def trainer(config: TrainingConfig, notes: Notes, devices: int | None, engine: E
             precision={"FP16": "16-mixed", "BF16": "bf16-mixed"}.get(training.mixed_precision_dtype.name),
             deterministic=training.full_determinism or (training.use_deterministic and "warn"),
             enable_model_summary=training.log_model_summary and engine == "lightning",
-            callbacks=[{"class_path": "oumi_pl.core.recipe.epochs.SaveEachEpoch"}] if by_epoch else None,
+            callbacks=_callbacks(config, notes),
             logger=_loggers(training, notes),
         )
     )
+
+
+def _callbacks(config: TrainingConfig, notes: Notes) -> list[dict[str, Any]]:
+    callbacks: list[dict[str, Any]] = []
+    if config.training.save_epoch and config.training.save_steps <= 0:
+        callbacks.append({"class_path": "oumi_pl.core.recipe.epochs.SaveEachEpoch"})
+    if (arguments := profile_arguments(config.training.profiler)) is not None:
+        callbacks.append({"class_path": "oumi_pl.core.recipe.profiling.TorchProfile", "init_args": arguments})
+        for path in [path for path in notes.became if path.startswith("training.profiler.")]:
+            notes.became[path] = "trainer.callbacks, TorchProfile"
+    return callbacks
 
 
 def _strategy(config: TrainingConfig, notes: Notes, devices: int | None) -> dict[str, Any]:

@@ -84,6 +84,8 @@ SHOWN = ("log_completions", "num_completions_to_print", "log_unique_prompts", "l
 
 GONE = ("max_seq_length", "max_prompt_length", "max_completion_length")
 """Arguments that TRL no longer has."""
+FORMER_LENGTH = "max_seq_length"
+"""What TRL's SFT called `max_length` before 0.20; Oumi's recipes still have it, on which TRL now fails."""
 
 ONLY = {"loss_type": ("nll",), "truncation_mode": ("keep_start",), "packing_strategy": ("bfd",)}
 """Argument of TRL's SFT -> the values that have a counterpart, which are its defaults."""
@@ -112,6 +114,11 @@ def note_kwargs(config: TrainingConfig, kind: str, notes: Notes) -> None:
             notes.became[place] = known[key]
         elif key in harmless:
             notes.became[place] = f"nothing: {harmless[key]}"
+        elif key == FORMER_LENGTH and kind in ("SFT", "Pretrain"):
+            notes.became[place] = "data.max_length"
+            notes.comment(
+                "data.init_args.max_length", f"{key} is TRL's former name of max_length, on which TRL now fails"
+            )
         elif key in GONE:
             refuse(place, "TRL has no such argument any more; set model.model_max_length")
         elif kind in ("SFT", "Pretrain") and key in ONLY:
@@ -120,8 +127,9 @@ def note_kwargs(config: TrainingConfig, kind: str, notes: Notes) -> None:
         else:
             refuse(place, f"has no counterpart{nearest(key, [*known, *harmless])}")
     notes.became.pop(PLACE, None)
-    if "max_length" in known and "max_length" in kwargs and config.model.model_max_length is not None:
-        notes.became[f"{PLACE}.max_length"] = "data.max_length, which is model.model_max_length"
+    for key in ("max_length", FORMER_LENGTH):
+        if key in kwargs and notes.became.get(f"{PLACE}.{key}") and config.model.model_max_length is not None:
+            notes.became[f"{PLACE}.{key}"] = "data.max_length, which is model.model_max_length"
 
 
 # --- the loss of TRL's DPO -------------------------------------------------------------------------------------------

@@ -15,8 +15,6 @@ NOT_HONOURED = {
     **{name: FIELDS[f"training.{name}"].why for name in OF_OTHER_TYPES},
     "dataloader_main_process_only": "every process reads its own share of the rows; leave it out or set it to false",
     "include_alternative_mfu_metrics": "FLOPs are counted by parameters only; leave it out",
-    "profiler.enable_cpu_profiling": "pass a Lightning profiler's callback, or profile with trainer_type: HF",
-    "profiler.enable_cuda_profiling": "pass a Lightning profiler's callback, or profile with trainer_type: HF",
     "telemetry.collect_telemetry_for_all_ranks": "telemetry is taken on rank 0",
     "telemetry.track_gpu_temperature": "temperatures are not read; a logger's system metrics have them",
 }

@@ -52,7 +52,7 @@ def to_hf(params: "TrainingParams", trainer_type: "TrainerType | None" = None) -
         raise UserError("training.metrics_function: there is no registry; give compute_metrics to the trainer instead")
     _refuse_unknown_names(params)
     passed = _arguments(params) | {"report_to": trackers(params)}
-    passed |= {"TRL_GKD": _gkd, "TRL_GRPO": _grpo}.get(kind.name, lambda _: {})(params)
+    passed |= _sections(params).get(kind.name, {})
     known = [field.name for field in dataclasses.fields(cls) if field.init]
     for name in params.trainer_kwargs:
         if name in passed:
@@ -106,21 +106,9 @@ def _refuse_unknown_names(params: "TrainingParams") -> None:
             raise UserError(f"training.{field}: transformers has no {value!r}{nearest(value, known)}")
 
 
-def _gkd(params: "TrainingParams") -> dict[str, Any]:
-    """The section `gkd` but for the teacher, which the trainer itself is given as `teacher_model`."""
-    section = {name: value for name, value in params.gkd if name != "teacher_model_name_or_path"}
-    section["teacher_model_init_kwargs"] = dict(section["teacher_model_init_kwargs"]) or None
-    return section
-
-
-def _grpo(params: "TrainingParams") -> dict[str, Any]:
-    """The section `grpo`: what is null has TRL's default, and vLLM's fields are passed if it is used."""
-    vllm = ("vllm_mode", "vllm_gpu_memory_utilization")
-    return {
-        name: value
-        for name, value in params.grpo
-        if name != "rollout_function" and value not in (None, {}) and (params.grpo.use_vllm or name not in vllm)
-    }
+def _sections(params: "TrainingParams") -> dict[str, dict[str, Any]]:
+    """Trainer type -> the arguments that its section sets."""
+    return {"TRL_GKD": params.gkd.to_hf_trainer_kwargs(), "TRL_GRPO": params.grpo.to_hf_trainer_kwargs()}
 
 
 def _arguments(params: "TrainingParams") -> dict[str, Any]:

@@ -15,6 +15,7 @@ from lightning.pytorch.callbacks import Checkpoint, ProgressBar
 from torch import nn
 from transformers import set_seed
 
+from oumi_pl.core.recipe.profiling import TorchProfile, profile_arguments
 from oumi_pl.core.trainers.base import BaseTrainer
 from oumi_pl.core.trainers.collate import Collator, default_collator, log_first_example
 from oumi_pl.core.trainers.data import Collate, DatasetModule
@@ -219,7 +220,9 @@ class Trainer(BaseTrainer):
 
         It validates never: the flow decides when. Its own checkpoints are written only if a callback does so.
         """
-        params, callbacks = self.params, self._lightning_callbacks
+        params, callbacks = self.params, [*self._lightning_callbacks]
+        if (arguments := profile_arguments(params.profiler)) is not None:
+            callbacks.append(TorchProfile(**arguments))
         local = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
         directory = params.telemetry_dir if params.include_performance_metrics and layout.rank == 0 else None
         precision: Any = {"BF16": "bf16-mixed", "FP16": "16-mixed"}.get(params.mixed_precision_dtype.name)

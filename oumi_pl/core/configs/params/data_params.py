@@ -35,6 +35,10 @@ class MixtureStrategy(StrEnum):
     FIRST_EXHAUSTED = "first_exhausted"
     ALL_EXHAUSTED = "all_exhausted"
 
+    def get_literal_value(self) -> str:
+        """The name of the strategy in `datasets`."""
+        return self.value
+
 
 class TrainTarget(StrEnum):
     """Which turns of a conversation carry loss."""

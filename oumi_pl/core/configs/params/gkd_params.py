@@ -25,6 +25,12 @@ class GkdParams(BaseParams):
     seq_kd: bool = honoured("false is how it is done", False)
     """Whether the other updates train on what the teacher generates."""
 
+    def to_hf_trainer_kwargs(self) -> dict[str, Any]:
+        """Arguments of TRL's `GKDConfig`; its trainer gets the teacher itself, as `teacher_model`."""
+        section = {name: value for name, value in self if name != "teacher_model_name_or_path"}
+        section["teacher_model_init_kwargs"] = dict(self.teacher_model_init_kwargs) or None
+        return section
+
     def _problems(self) -> Iterator[str]:
         if not 0 < self.temperature <= 1:
             yield f"temperature is {self.temperature:g}, but has to be above 0 and at most 1"

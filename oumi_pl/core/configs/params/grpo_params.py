@@ -35,6 +35,15 @@ class GrpoParams(BaseParams):
     log_completions: bool = harmless("it only decides what is shown while training", False)
     rollout_function: str | None = refused("there is no registry; subclass oumi_pl.rollouts.sampling.Engine", None)
 
+    def to_hf_trainer_kwargs(self) -> dict[str, Any]:
+        """Arguments of TRL's `GRPOConfig`: what is null has TRL's default, and vLLM's are passed if it is used."""
+        vllm = ("vllm_mode", "vllm_gpu_memory_utilization")
+        return {
+            name: value
+            for name, value in self
+            if name != "rollout_function" and value not in (None, {}) and (self.use_vllm or name not in vllm)
+        }
+
     def _problems(self) -> Iterator[str]:
         yield from self._below(1, "max_prompt_length", "max_completion_length", "num_generations")
         yield from self._no_share("temperature")

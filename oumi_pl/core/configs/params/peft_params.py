@@ -29,6 +29,10 @@ class LoraWeightInitialization(StrEnum):
     LOFTQ = "loftq"
     OLORA = "olora"
 
+    def get_literal_value(self) -> bool | str:
+        """PEFT's `init_lora_weights`."""
+        return {"RANDOM": False, "DEFAULT": True}.get(self.name, self.value)
+
 
 class TaskType(StrEnum):
     """PEFT's kinds of tasks, by PEFT's names."""
@@ -73,7 +77,6 @@ class PeftParams(BaseParams):
 
     def to_lora(self) -> Any:
         """The `peft.LoraConfig` of these parameters."""
-        names = {LoraWeightInitialization.RANDOM: False, LoraWeightInitialization.DEFAULT: True}
         targets: Any = self.lora_target_modules
         excluded = "|".join(f"({pattern})" for pattern in self.lora_exclude_modules or ())
         # imported by name, since reading a config must not import these libraries
@@ -87,7 +90,7 @@ class PeftParams(BaseParams):
             modules_to_save=self.lora_modules_to_save,
             bias=self.lora_bias,
             task_type=self.lora_task_type.value,
-            init_lora_weights=names.get(self.lora_init_weights, self.lora_init_weights.value),
+            init_lora_weights=self.lora_init_weights.get_literal_value(),
         )
 
     def to_bits_and_bytes(self) -> Any:

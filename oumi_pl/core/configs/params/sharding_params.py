@@ -3,6 +3,7 @@
 from collections.abc import Iterator
 from dataclasses import dataclass
 from enum import StrEnum
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +30,11 @@ class ShardingStrategy(StrEnum):
     NO_SHARD = "NO_SHARD"
     HYBRID_SHARD_ZERO2 = "HYBRID_SHARD_ZERO2"
 
+    def to_torch(self) -> Any:
+        """The member of `torch.distributed.fsdp.ShardingStrategy`."""
+        name = "_HYBRID_SHARD_ZERO2" if self is ShardingStrategy.HYBRID_SHARD_ZERO2 else self.name
+        return import_module("torch.distributed.fsdp").ShardingStrategy[name]
+
 
 class StateDictType(StrEnum):
     """How the weights of a checkpoint are stored."""
@@ -37,6 +43,10 @@ class StateDictType(StrEnum):
     SHARDED_STATE_DICT = "SHARDED_STATE_DICT"
     LOCAL_STATE_DICT = "LOCAL_STATE_DICT"
 
+    def to_torch(self) -> Any:
+        """The member of `torch.distributed.fsdp.StateDictType`."""
+        return import_module("torch.distributed.fsdp").StateDictType[self.name]
+
 
 class BackwardPrefetch(StrEnum):
     """When the next shards are fetched in the backward pass."""
@@ -44,6 +54,12 @@ class BackwardPrefetch(StrEnum):
     BACKWARD_PRE = "BACKWARD_PRE"
     BACKWARD_POST = "BACKWARD_POST"
     NO_PREFETCH = "NO_PREFETCH"
+
+    def to_torch(self) -> Any:
+        """The member of `torch.distributed.fsdp.BackwardPrefetch`; None for no prefetch."""
+        if self is BackwardPrefetch.NO_PREFETCH:
+            return None
+        return import_module("torch.distributed.fsdp").BackwardPrefetch[self.name]
 
 
 class AutoWrapPolicy(StrEnum):
@@ -147,6 +163,10 @@ class DeepSpeedParams(BaseParams):
     def shards(self) -> bool:
         """Whether it is enabled and divides something among devices."""
         return self.enable_deepspeed and self.zero_stage != ZeRORuntimeStage.ZERO_0
+
+    def is_zero3_enabled(self) -> bool:
+        """Whether weights are divided among devices too."""
+        return self.zero_stage == ZeRORuntimeStage.ZERO_3
 
     def _problems(self) -> Iterator[str]:
         stage = self.zero_stage

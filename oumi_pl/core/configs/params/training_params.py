@@ -92,8 +92,8 @@ FIXED = ("logging_nan_inf_filter", "push_to_hub", "dataloader_pin_memory")
 SHOWN = "it only decides what is shown while training"
 EVERY_STEP = "every step is written to metrics.csv"
 THROUGHPUT = "throughput is in metrics.csv in any case"
-PROFILE = "set trainer.profiler in the recipe, e.g. `profiler: pytorch`"
-"""Why fields are harmless or refused."""
+PROFILE = "trainer.callbacks, TorchProfile"
+"""What fields become, or why they are harmless."""
 
 
 @dataclass
@@ -102,8 +102,10 @@ class TelemetryParams(BaseParams):
 
     telemetry_dir: str | None = "telemetry"
     """Where it is written, within the output directory unless absolute; null: nowhere."""
-    collect_telemetry_for_all_ranks: bool = False
-    track_gpu_temperature: bool = False
+    collect_telemetry_for_all_ranks: bool = harmless(THROUGHPUT, False)
+    track_gpu_temperature: bool = refused(
+        "temperatures are not read; a tracker's system metrics have them (enable_wandb)", False
+    )
 
 
 @dataclass
@@ -128,8 +130,8 @@ class ProfilerParams(BaseParams):
     """What is recorded; off unless one of the two `enable_` is true."""
 
     save_dir: str | None = None
-    enable_cpu_profiling: bool = refused(PROFILE, False)
-    enable_cuda_profiling: bool = refused(PROFILE, False)
+    enable_cpu_profiling: bool = honoured(PROFILE, False)
+    enable_cuda_profiling: bool = honoured(PROFILE, False)
     record_shapes: bool = False
     profile_memory: bool = False
     with_stack: bool = False
