@@ -11,6 +11,7 @@ import sys
 import time
 from pathlib import Path
 
+import ray.train.collective
 import ray.train.torch
 
 
@@ -18,9 +19,10 @@ def train(options: dict) -> None:
     with socket.socket() as free:
         free.bind(("", 0))
         port = ray.train.collective.broadcast_from_rank_zero(free.getsockname()[1])
-    ranks = {"MASTER_PORT": str(port), "LOCAL_WORLD_SIZE": str(ray.train.get_context().get_local_world_size())}
+    local = ray.train.get_context().get_local_world_size()
+    ranks = {"MASTER_PORT": str(port), "LOCAL_WORLD_SIZE": str(local), "TORCHELASTIC_RUN_ID": "ray"}
     command = [sys.executable, "-m", "oumi_pl", "fit", "--resume", "auto", "--runs_dir", options["runs"], "--config"]
-    process = subprocess.Popen([*command, *options["recipe"]], env=os.environ | ranks | {"TORCHELASTIC_RUN_ID": "ray"})
+    process = subprocess.Popen([*command, *options["recipe"]], env=os.environ | ranks, cwd=options["folder"])
     step, code = 0, None
     while code is None:
         time.sleep(5)
@@ -35,6 +37,6 @@ def train(options: dict) -> None:
 if __name__ == "__main__":
     ray.init()
     scale = ray.train.ScalingConfig(num_workers=int(sys.argv[1]), use_gpu="GPU" in ray.cluster_resources())
-    config = {"runs": str(Path(sys.argv[2]).resolve()), "recipe": sys.argv[3:]}
+    config = {"folder": str(Path.cwd()), "runs": str(Path(sys.argv[2]).resolve()), "recipe": sys.argv[3:]}
     retries = ray.train.RunConfig(failure_config=ray.train.FailureConfig(max_failures=3))
     ray.train.torch.TorchTrainer(train, train_loop_config=config, scaling_config=scale, run_config=retries).fit()

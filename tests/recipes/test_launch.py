@@ -74,6 +74,25 @@ def test_the_task_of_skypilot_has_keys_that_it_knows():
     assert "--runs_dir /runs" in task["run"]
 
 
+@pytest.mark.slow
+def test_skypilot_reads_the_task():
+    sky = pytest.importorskip("sky", reason="needs SkyPilot: pip install skypilot")
+    task = sky.Task.from_yaml(str(LAUNCH / "skypilot.yml"))
+    assert task.num_nodes == 1
+    assert [storage.mode.name for storage in task.storage_mounts.values()] == ["MOUNT_CACHED"]
+
+
+@pytest.mark.slow
+def test_two_workers_of_ray_train_one_model(tmp_path):
+    pytest.importorskip("ray.train", reason="needs Ray: pip install 'ray[train]'")
+    folder = prepared(tmp_path / "two")
+    command = [sys.executable, str(LAUNCH / "ray_train.py"), "2", "runs", "recipe.yaml"]
+    done = subprocess.run(command, cwd=folder, env=environment(folder), capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert "{'step': 2}" in done.stdout + done.stderr
+    assert_trained_like_one_process(folder, tmp_path)
+
+
 @pytest.mark.parametrize(
     ("code", "is_queued"), [(0, False), (2, False), (128 + signal.SIGUSR1, True), (128 + signal.SIGTERM, True)]
 )
