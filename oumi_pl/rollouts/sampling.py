@@ -67,11 +67,33 @@ class Completion(NamedTuple):
     ids: np.ndarray
     """`[tokens]` int32, with the token that ended it."""
     logps: np.ndarray
-    """`[tokens]` float32: the log-probability of each under the distribution that it was sampled from."""
+    """`[sampled]` float32: the log-probability of each sampled token under the distribution that it was sampled from.
+
+    All tokens are sampled, except those of an environment.
+    """
     entropies: np.ndarray
-    """`[tokens]` float32: the entropy of that distribution, in nats."""
+    """`[sampled]` float32: the entropy of that distribution, in nats."""
     is_finished: bool
     """Whether it ended by itself; False if `max_new_tokens` cut it."""
+    replies: tuple[tuple[int, int], ...] = ()
+    """Where each turn of an environment starts and stops within `ids`."""
+
+    @property
+    def is_sampled(self) -> np.ndarray:
+        """Which tokens the policy sampled, `[tokens]` bool."""
+        sampled = np.ones(len(self.ids), dtype=bool)
+        for start, stop in self.replies:
+            sampled[start:stop] = False
+        return sampled
+
+    @property
+    def turns(self) -> list[tuple[bool, np.ndarray]]:
+        """Whether the policy sampled it, and the ids, of each turn."""
+        turns, end = [], 0
+        for start, stop in self.replies:
+            turns += [(True, self.ids[end:start]), (False, self.ids[start:stop])]
+            end = stop
+        return [*turns, (True, self.ids[end:])]
 
 
 def uniforms(seed: Sequence[int], tokens: int) -> np.ndarray:
