@@ -7,8 +7,19 @@ import numpy as np
 
 from oumi_pl.rollouts.environment import Environment, Reply, turn_ids
 from oumi_pl.rollouts.rewards import arithmetic
+from oumi_pl.types import Conversation
 
 CALL = re.compile(r"<calc>(.*?)</calc>", re.DOTALL)
+SYSTEM = (
+    "Solve the problem step by step. To calculate, end your turn with an expression such as <calc>3 * (4 + 5)</calc>; "
+    "you then get its value. When you are done, write the answer after ####."
+)
+
+
+def question(row: dict[str, Any]) -> Conversation:
+    """A format: the column `question`, after a system turn that says how to use the calculator."""
+    turns: Any = ({"role": "system", "content": SYSTEM}, {"role": "user", "content": row["question"]})
+    return Conversation(turns)
 
 
 class Calculator(Environment):
