@@ -205,7 +205,20 @@ class Engine(ABC):
 
 
 class Generate(Engine):
-    """The default: transformers' `generate` on the policy itself."""
+    """The default: transformers' `generate` on the policy itself.
+
+    Args:
+        bucket: Pads prompts to a multiple of so many tokens and allocates the cache of keys and values before the first
+            token, so that the shapes of calls repeat; transformers compiles such decoding on a GPU. 0 does neither.
+
+    Raises:
+        UserError: `bucket` is negative.
+    """
+
+    def __init__(self, bucket: int = 0) -> None:
+        if bucket < 0:
+            raise UserError(f"data.engine.bucket is {bucket}, but has to be 0 or more")
+        self.bucket = bucket
 
     def sample(
         self,
@@ -219,7 +232,8 @@ class Generate(Engine):
     ) -> list[Completion]:
         """See `Engine`; in one batch."""
         numbers = np.stack([uniforms(seed, sampling.max_new_tokens) for seed in seeds])
-        return sample(policy.causal_lm.hf, tokenizer, prompts, numbers=numbers, sampling=sampling, ends=ends)
+        settings: Any = {"numbers": numbers, "sampling": sampling, "ends": ends, "bucket": self.bucket}
+        return sample(policy.causal_lm.hf, tokenizer, prompts, **settings)
 
 
 @torch.no_grad()
@@ -232,6 +246,7 @@ def sample(
     sampling: Sampling,
     ends: Iterable[int],
     streamer: Any = None,
+    bucket: int = 0,
 ) -> list[Completion]:
     """Samples a completion for each prompt, in one batch. Training modes are left as they were.
 
@@ -243,9 +258,11 @@ def sample(
         sampling: The settings.
         ends: Token ids that end a completion.
         streamer: Of transformers, for a single prompt.
+        bucket: See `Generate`.
     """
     device = next(model.parameters()).device
     longest = max(map(len, prompts))
+    longest = -(-longest // bucket) * bucket if bucket else longest
     pad = tokenizer.pad_token_id if isinstance(tokenizer.pad_token_id, int) else 0
     ids = torch.tensor([[pad] * (longest - len(p)) + list(p) for p in prompts], device=device)
     mask = torch.tensor([[0] * (longest - len(p)) + [1] * len(p) for p in prompts], device=device)
@@ -266,8 +283,12 @@ def sample(
             temperature=None,
             top_p=None,
             top_k=None,
+            cache_implementation="static" if bucket else None,
             **PLAIN,
         )
+    for module in model.modules() if bucket else ():
+        # by which transformers would make the next cache longer than this call needs, but not after a resume
+        vars(module).pop("_previous_max_cache_length", None)
     tokens = out[:, longest:].cpu().numpy().astype(np.int32)
     logps, entropies = (torch.stack(v, 1).float().cpu().numpy() for v in (drawing.logps, drawing.entropies))
     completions = []
