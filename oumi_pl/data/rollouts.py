@@ -257,6 +257,19 @@ class RolloutData(ChatData):
                     f"data.max_length, which is {self.max_length}"
                 )
 
+            for rewards in filter(None, (self.rewards, self.metrics)):
+                self.__refuse_long(split, rewards)
+
+    def __refuse_long(self, split: str, rewards: Rewards) -> None:
+        for model in rewards.functions.values():
+            if isinstance(model, RewardModel):
+                model.refuse_long(self.all_prompts(split), self.sampling.max_new_tokens)
+                if self.environment is not None and not model.reads_ids:
+                    raise UserError(
+                        f"{model.key} has other tokens or another chat template than the policy, so it can't read "
+                        "completions of several turns; leave out data.environment, or name another reward"
+                    )
+
     def refuse_sharded_weights(self) -> None:
         """Refuses a strategy that shards weights, since ranks sample different numbers of batches.
 
@@ -330,11 +343,6 @@ class RolloutData(ChatData):
     def make_eval_loader(self, split: str) -> Any:
         """Creates a loader that completes this rank's share of the held-out prompts."""
         return EvalLoader(self, split)
-
-    @property
-    def policy(self) -> Any:
-        """The module of the run, a `Policy`."""
-        return self.trainer.lightning_module  # type: ignore[union-attr]
 
     # ---- rollouts
 
