@@ -206,6 +206,9 @@ VERL_REFUSED = {
     "a penalty in the reward": ({"algorithm__use_kl_in_reward": True}, r"algorithm\.use_kl_in_reward: True"),
     "entropy": ({"actor_rollout_ref__actor__entropy_coeff": 0.01}, r"actor\.entropy_coeff: 0\.01 has no counterpart"),
     "k1": ({"actor_rollout_ref__actor__kl_loss_type": "kl"}, r"kl_loss_type: 'kl' has no counterpart"),
+    "a metric of groups": (
+        {"algorithm__filter_groups": {"enable": True, "metric": "length"}}, r"filter_groups\.metric: 'length' has no"
+    ),
     "one completion": ({"actor_rollout_ref__rollout__n": 1}, r"rollout\.n: missing, or 1"),
     "updates": ({"actor_rollout_ref__actor__ppo_mini_batch_size": 48}, r"48 prompts of an update don't divide"),
 }  # fmt: skip
@@ -215,6 +218,25 @@ VERL_REFUSED = {
 def test_keys_of_verl_are_refused_by_their_path(tmp_path, overrides, message):
     with pytest.raises(UserError, match=rf"^training\.verl_config_overrides\..*{message}"):
         verl(tmp_path, **overrides)
+
+
+@pytest.mark.parametrize(("most", "rounds"), [(0, 10), (10, 9), (1, 0)])
+def test_dynamic_sampling_of_dapo_becomes_extra_rounds(tmp_path, most, rounds):
+    groups = {"enable": True, "metric": "acc", "max_num_gen_batches": most}
+    made = verl(tmp_path, algorithm__filter_groups=groups, data__gen_batch_size=512)
+    assert section(made, "data")["extra_rounds"] == rounds
+    assert "same reward" in made.comments["data.init_args.extra_rounds"][0]
+    place = "training.verl_config_overrides.algorithm.filter_groups"
+    assert made.became[f"{place}.max_num_gen_batches"] == "data.extra_rounds"
+    assert "extra_rounds" not in section(verl(tmp_path, algorithm__filter_groups=groups | {"enable": False}), "data")
+
+
+@pytest.mark.parametrize("place", ["reward_model__overlong_buffer", "reward_model__reward_kwargs__overlong_buffer_cfg"])
+def test_the_overlong_buffer_of_dapo_becomes_the_penalty_of_long_completions(tmp_path, place):
+    made = verl(tmp_path, **{place: {"enable": True, "len": 64, "penalty_factor": 0.5}})
+    data = section(made, "data")
+    assert (data["overlong_tokens"], data["overlong_penalty"]) == (64, 0.5)
+    assert "overlong_tokens" not in section(verl(tmp_path, **{place: {"enable": False, "len": 64}}), "data")
 
 
 def test_devices_that_do_not_divide_an_update(tmp_path):
