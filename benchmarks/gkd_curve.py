@@ -1,12 +1,13 @@
 """On-policy distillation (GKD): what a student that learned from bad answers takes over from a teacher, by `lmbda`.
 
-    python benchmarks/gkd_curve.py [--seeds 3] [--threads 2] [--out benchmarks/results]
+    python benchmarks/gkd_curve.py [--seeds 3] [--threads 2] [--runs_dir runs] [--out benchmarks/results]
 
-The student is `quickstart/grpo_start`, which learned to spell words backwards from demonstrations of which six in ten
-are wrong. The teacher has the same size and learned from right answers. Both are trained for each seed. Then the
-student is distilled on its own demonstrations: with `lmbda` 0 on these answers, most of which are wrong; with 1 on
-completions that it samples itself; with 0.5 on either. No run sees a right answer but in the teacher's distributions.
-Measured on the 240 held-out questions: the share of right answers, sampled at temperature 1 (four each) and greedy.
+The student is the model of `quickstart/grpo_start`, which learned to spell words backwards from demonstrations of which
+six in ten are wrong; the teacher is what `quickstart/grpo` made of it. Both are trained first if they have no finished
+run in `--runs_dir`. The student is distilled on its own demonstrations: with `lmbda` 0 on these answers, most of which
+are wrong; with 1 on completions that it samples itself; with 0.5 on either. No run sees a right answer but in the
+teacher's distributions. Measured on the 240 held-out questions: the share of right answers, sampled at temperature 1
+(four each) and greedy.
 """
 
 import argparse
@@ -18,11 +19,12 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from grpo_curve import Curve, column, fit
+from grpo_curve import RECIPE, START, Curve, column, fit
 
-START = "quickstart/grpo_start"
+from oumi_pl.config.files import trained
+
 LMBDAS = (0.0, 0.5, 1.0)
-UPDATES, EVERY = 40, 10
+UPDATES, EVERY = 20, 10
 """Updates of a run, and between two measurements."""
 
 
@@ -35,8 +37,8 @@ def recipe(student: Path, teacher: Path, lmbda: float) -> dict[str, Any]:
         "model": {
             "class_path": "Distill",
             "init_args": {
-                "model": str(student / "model"),
-                "teacher": str(teacher / "model"),
+                "model": str(student),
+                "teacher": str(teacher),
                 "optimizer": {"class_path": "AdamW", "init_args": {"lr": 3e-4, "weight_decay": 0.0}},
             },
         },
@@ -62,22 +64,22 @@ def recipe(student: Path, teacher: Path, lmbda: float) -> dict[str, Any]:
     }
 
 
-def curves(seed: int, threads: int) -> dict[float, tuple[Curve, Curve]]:
+def curves(student: Path, teacher: Path, seed: int, threads: int) -> dict[float, tuple[Curve, Curve]]:
     """Sampled and greedy right answers of a seed, by `lmbda`."""
-    seeded, results = ("--seed_everything", str(seed)), {}
-    with tempfile.TemporaryDirectory() as name:
-        folder = Path(name)
-        student = fit(START, folder, threads, *seeded)
-        teacher = fit(START, folder / "teacher", threads, *seeded, "--data.train", "bundled/reversed")
+    results = {}
+    with tempfile.TemporaryDirectory() as folder:
         for lmbda in LMBDAS:
-            file = folder / f"lmbda-{lmbda}.yaml"
+            file = Path(folder) / f"lmbda-{lmbda}.yaml"
             file.write_text(yaml.safe_dump(recipe(student, teacher, lmbda)))
-            run = fit(str(file), folder, threads, *seeded)
+            run = fit(str(file), Path(folder), threads, "--seed_everything", str(seed))
             results[lmbda] = column(run, "val/pass@1"), column(run, "val/exact_match")
-        initial = column(student, "val/exact_match")
-        taught = column(teacher, "val/exact_match")
-        print(f"{seed:4}  greedy: student {initial[max(initial)]:.1%}, teacher {taught[max(taught)]:.1%}", flush=True)
     return results
+
+
+def last(run: Path, name: str) -> float:
+    """The last value of a metric of the run that a model is from."""
+    values = column(run.parent, name)
+    return values[max(values)]
 
 
 def picture(runs: list[dict[float, tuple[Curve, Curve]]], out: Path) -> None:
@@ -105,14 +107,18 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--threads", type=int, default=os.cpu_count())
+    parser.add_argument("--runs_dir", type=Path, default=Path("runs"), help="where both models are, or are trained")
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results", help="folder of the picture")
     args = parser.parse_args()
     versions = ", ".join(f"{name} {version(name)}" for name in ("torch", "transformers", "lightning"))
     machine = platform.processor() or platform.machine()
     print(f"{versions}, python {platform.python_version()}; {machine}, {args.threads} threads")
+    student, teacher = (trained(name, args.runs_dir, "model").resolve() for name in (START, RECIPE))
+    name = "val/exact_match"
+    print(f"greedy: student {last(student, name):.1%}, teacher {last(teacher, name):.1%}", flush=True)
     runs = []
     for seed in range(1, args.seeds + 1):
-        runs.append(curves(seed, args.threads))
+        runs.append(curves(student, teacher, seed, args.threads))
         for lmbda, (sampled, greedy) in runs[-1].items():
             values = ("  ".join(f"{step}: {value:.1%}" for step, value in curve.items()) for curve in (sampled, greedy))
             print(f"{seed:4}  lmbda {lmbda:<4g} sampled {next(values)}; greedy {next(values)}", flush=True)

@@ -289,15 +289,21 @@ def sample(
     for module in model.modules() if bucket else ():
         # by which transformers would make the next cache longer than this call needs, but not after a resume
         vars(module).pop("_previous_max_cache_length", None)
-    tokens = out[:, longest:].cpu().numpy().astype(np.int32)
+    return _completions(
+        out[:, longest:], drawing, ending, [None] * len(prompts) if stopping is None else stopping.ended
+    )
+
+
+def _completions(out: Tensor, drawing: Draw, ending: Sequence[int], stops: Sequence[int | None]) -> list[Completion]:
+    """Cuts the rows of new tokens where they end: at an id of `ending`, or after as many tokens as a stop text says."""
+    tokens = out.cpu().numpy().astype(np.int32)
     logps, entropies = (torch.stack(v, 1).float().cpu().numpy() for v in (drawing.logps, drawing.entropies))
     completions = []
-    for row, sampled in enumerate(tokens):
+    for row, (sampled, end) in enumerate(zip(tokens, stops, strict=True)):
         hits = np.flatnonzero(np.isin(sampled, ending))
         length = int(hits[0]) + 1 if len(hits) else None
-        if stopping and (end := stopping.ended[row]) is not None:
+        if end is not None:
             length = end if length is None else min(length, end)
-        is_finished = length is not None
         kept = slice(length)
-        completions.append(Completion(sampled[kept], logps[row, kept], entropies[row, kept], is_finished))
+        completions.append(Completion(sampled[kept], logps[row, kept], entropies[row, kept], length is not None))
     return completions

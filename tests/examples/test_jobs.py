@@ -311,7 +311,7 @@ def test_online_dpo_takes_the_best_and_the_worst_of_each_group(tmp_path):
 
     def data(**kwargs):
         sampled = RolloutData(
-            str(file), reward=reward, completions=4, sampling=Sampling(6, temperature=1.5), seed=0, steps_per_rollout=1, iterations=2,
+            str(file), reward=reward, completions=4, sampling=Sampling(6, temperature=1.5), seed=0, iterations=2,
             **options | kwargs,
         )  # fmt: skip
         sampled.kept, groups = [], sampled.groups
