@@ -445,7 +445,7 @@ class RolloutData(ChatData):
         return groups
 
     def text_of(self, completion: Completion) -> str:
-        """The text of a completion, as rewards read it: without special tokens."""
+        """The text of a completion without special tokens, with the turns of an environment."""
         return str(self.tokenizer.decode(completion.ids, skip_special_tokens=True))
 
     def turns_of(self, completion: Completion) -> list[dict[str, str]]:

@@ -198,7 +198,8 @@ class Engine(ABC):
             policy: The module that is trained; `policy.causal_lm.hf` is its model.
             tokenizer: Its tokenizer.
             prompts: Token ids, at least one each.
-            seeds: Run seed, number of the prompt within the run, and index of the completion, of each prompt.
+            seeds: Run seed, number of the prompt within the run, and index of the completion, of each prompt; with an
+                extra round or a later turn some more numbers.
             sampling: The settings.
             ends: Token ids that end a completion.
         """
