@@ -216,6 +216,8 @@ class Generate(Engine):
         UserError: `bucket` is negative.
     """
 
+    bucket = 0
+
     def __init__(self, bucket: int = 0) -> None:
         if bucket < 0:
             raise UserError(f"data.engine.bucket is {bucket}, but has to be 0 or more")
