@@ -28,7 +28,7 @@ from oumi_pl.__main__ import main as command_line
 from oumi_pl.config.files import trained
 
 LMBDAS = (0.0, 0.5, 1.0)
-UPDATES, EVERY = 60, 15
+UPDATES, EVERY = 20, 5
 """Updates of a run, and between two measurements."""
 
 
