@@ -6,7 +6,9 @@ The student is the model of `quickstart/grpo_start`, which learned to spell word
 six in ten are wrong; the teacher is what `quickstart/grpo` made of it. Both are trained first if they have no finished
 run in `--runs_dir`. The student is distilled on its own demonstrations: with `lmbda` 0 on these answers, most of which
 are wrong; with 1 on completions that it samples itself; with 0.5 on either. No run sees a right answer but in the
-teacher's distributions. Measured on held-out questions: the share of right answers, sampled at temperature 1.
+teacher's distributions. Measured on 120 held-out questions: the share of right answers, four samples each at
+temperature 1, with the same random numbers in all validations. The seeds are of the distillation: all start from one
+student.
 """
 
 import argparse

@@ -148,10 +148,7 @@ LONG = 48
 @pytest.mark.slow
 @pytest.mark.parametrize("seed", [1, 2, 3])
 def test_with_padding_that_carries_loss_fewer_are(perfectible, seed):
-    """A weak fault, which alone would pass: advantages of a group add up to 0, so the padding's gradient mostly does.
-
-    `test_grpo.py` catches it exactly.
-    """
+    """By 3 to 5 points: the threshold of 95 % does not reliably show this fault; `test_grpo.py` catches it exactly."""
     assert share_solved(perfectible, seed=seed, engine=Padded(LONG)) < share_solved(perfectible, seed=seed) - 0.02
 
 
