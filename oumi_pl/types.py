@@ -170,7 +170,9 @@ class Example:
     NaN if it has none; all examples of a data set have the same names. cut: tokens were removed to fit. straddled: a
     token holds characters of both the prompt and a target. empty_answer: the only target is the end of the answer.
     notes: what else the data report counts. weights: `[tokens]` float32, above 0 where `loss_mask` is True: factors on
-    the losses of the tokens; None if all are 1.
+    the losses of the tokens; None if all are 1. path_masks: for each segment, which tokens of its path carry loss,
+    `[shared + length]` bool: a token that several paths share may carry loss in each of them, as completions that begin
+    alike do; `loss_mask` is then not read. None: a token carries loss once.
     """
 
     input_ids: np.ndarray
@@ -182,6 +184,7 @@ class Example:
     empty_answer: bool = False
     notes: tuple[str, ...] = ()
     weights: np.ndarray | None = None
+    path_masks: tuple[np.ndarray, ...] | None = None
 
     def __post_init__(self) -> None:
         if not self.segments:
@@ -190,7 +193,7 @@ class Example:
     @property
     def target_tokens(self) -> int:
         """Number of tokens that carry loss."""
-        return int(self.loss_mask.sum())
+        return sum(int(mask.sum()) for mask in self.path_masks or (self.loss_mask,))
 
     @property
     def target_weight(self) -> float:
@@ -242,7 +245,7 @@ class Batch(TypedDict):
     segments: list[Segment]  # their lengths add up to seq; each example begins with a root
     targets: torch.Tensor  # [targets] int64, the token to predict
     predictors: torch.Tensor  # [targets] int64, the position in the row whose hidden state predicts it
-    target_segments: torch.Tensor  # [targets] int64, ascending: the segment that contains it
+    target_segments: torch.Tensor  # [targets] int64, ascending: the segment that contains it, or whose path does
     fields: dict[str, torch.Tensor]  # [rows] float32 each: `Example.fields`
     sample_ids: list[int]  # [rows], ids of the examples; empty for the stand-in of a rank that ran out of rows
     weights: NotRequired[torch.Tensor]  # [targets] float32, factors on the losses; missing if all are 1

@@ -2,6 +2,7 @@
 
 import json
 import re
+from pathlib import Path
 
 import pytest
 import torch
@@ -158,3 +159,45 @@ def test_settings_of_the_file_and_monitors_are_checked(cli):
     assert "did you mean 'val/short'" in message
     cli.recipe()
     assert "rollouts: SFTData samples no completions" in cli.fails(*FIT, "--rollouts.max_megabytes", 3)
+
+
+# ---- the README's objective and reward, and an environment, from outside of the package
+
+ENVIRONMENT = """
+from oumi_pl.rollouts.environment import Environment
+
+
+class Lines(Environment):
+    def start(self, row, tokenizer, rng):
+        replies = iter([tokenizer.encode("go on: ", add_special_tokens=False), None])
+        return lambda ids: next(replies)
+"""
+
+
+def code_of_the_readme(name):
+    text = (Path(__file__).parents[1] / "README.md").read_text("utf-8")
+    return re.search(rf"```python\n# {name}\n(.*?)```", text, re.DOTALL)[1]
+
+
+def lines_of_code(code):
+    """Without imports, blank lines, docstrings and comments."""
+    lines = [line.strip() for line in code.splitlines()]
+    return [line for line in lines if line and not line.startswith(("#", '"""', "import ", "from "))]
+
+
+def test_the_readmes_objective_and_reward_train_from_outside_of_the_package(cli):
+    reward, objective = code_of_the_readme("my_rewards.py"), code_of_the_readme("my_objective.py")
+    assert len(lines_of_code(reward)) <= 5
+    assert len(lines_of_code(objective)) <= 15
+    for name, code in (("my_rewards", reward), ("my_objective", objective), ("my_environment", ENVIRONMENT)):
+        cli.write(f"{name}.py", code)
+    cli.write("prompts.jsonl", jsonl(*({"prompt": "say " + "ab" * i, "answer": "b"} for i in range(7))))
+    changes = {"reward": "my_rewards.right_number", "environment": {"class_path": "my_environment.Lines"}}
+    changes |= {"sampling": {"max_new_tokens": 16, "stop": list("aeiouAEIOU 123")}, "success": 1.0, "batch_size": 4}
+    cli.recipe(GRPO | {f"data.init_args.{name}": value for name, value in changes.items()} | {
+        "model.init_args.loss": {"class_path": "my_objective.PositiveOnly"}, "trainer.max_steps": 2,
+    })  # fmt: skip
+    cli.works(*FIT)
+    assert {turn["by"] for line in rollouts(cli, "runs/r") for turn in line["turns"]} == {"policy", "environment"}
+    assert "of them by the environment" in cli.works("preview", "--config", "r.yaml", "--rollouts", 2)
+    assert set(cli.column("runs/r", "train/loss")) == {1, 2}

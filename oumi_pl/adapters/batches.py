@@ -172,8 +172,9 @@ def _predictors(batch: Batch, arranged: Arranged) -> Tensor:
     if arranged.places is None:
         return predictors
     first = torch.tensor(segment_starts(batch["segments"]))[batch["target_segments"]]
-    # the first token of a segment is predicted in the segment that it continues; its own row repeats the predictor
-    return torch.where(predictors < first, arranged.places[first] - 1, arranged.places[predictors])
+    # a predictor may be in a segment that the target's own continues; the row of its path repeats it
+    positions = batch["position_ids"][0]
+    return arranged.places[first] - positions[first] + positions[predictors]
 
 
 class EngineLoader:

@@ -1,7 +1,8 @@
 """Samples several completions of held-out prompts at each validation, and logs pass@k and other scores."""
 
 import itertools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from typing import Any
 
 import lightning as L
@@ -9,14 +10,15 @@ import numpy as np
 
 from oumi_pl.callbacks.samples import generation, say_why_not
 from oumi_pl.data.examples import ChatData
-from oumi_pl.data.prompts import PromptReader, RecordWithRow
+from oumi_pl.data.prompts import Prompt, PromptReader, RecordWithRow
+from oumi_pl.data.reward_model import RewardModel, name_of
 from oumi_pl.data.rollouts import RolloutData
 from oumi_pl.errors import UserError
 from oumi_pl.rollouts.evaluation import checked_ks, pass_at_k
-from oumi_pl.rollouts.rewards import Rewards
+from oumi_pl.rollouts.rewards import Rewards, SampleReward, Scored
 from oumi_pl.rollouts.sampling import Completion, Sampling, sample, uniforms
 from oumi_pl.terminal.screen import working
-from oumi_pl.types import Row, RunModule
+from oumi_pl.types import Feedback, Preference, Record, RunModule
 
 
 class PassAtK(L.Callback):
@@ -28,7 +30,8 @@ class PassAtK(L.Callback):
     complete prompts.
 
     Args:
-        reward: Path of a function `(completion, row) -> float`, or several; see `oumi_pl.rollouts.rewards`.
+        reward: Path of a function `(completion, row) -> float`, the folder or hub id of a reward model, or several; see
+            `oumi_pl.rollouts.rewards`. With a reward model, set `success` to a score.
         success: Smallest total reward of a completion that counts as solved.
         completions: Completions per prompt; with 1, it is greedy.
         pass_at: The values of k; 1 and `completions` when left out.
@@ -57,8 +60,8 @@ class PassAtK(L.Callback):
         for name, value in (("completions", completions), ("rows", rows), ("batch_size", batch_size)):
             if value < 1:
                 raise UserError(f"PassAtK: {name} is {value}, but has to be at least 1")
-        self.rewards = Rewards(reward, "PassAtK.reward")
-        self.metrics = None if metrics is None else Rewards(metrics, "PassAtK.metrics")
+        self._reward, self._metrics = reward, metrics
+        self._resolve(lambda key, path: _Later(path))
         self.success = success
         self.completions = completions
         self.pass_at = checked_ks(pass_at, completions, "PassAtK.pass_at", "completions")
@@ -69,7 +72,14 @@ class PassAtK(L.Callback):
         self.batch_size = batch_size
         self.seed = seed
         self._generates = True
-        self._prompts: list[tuple[list[int], Row]] | None = None
+        self._prompts: list[Prompt] | None = None
+
+    def _resolve(self, load_model: Callable[[str, str], SampleReward]) -> None:
+        """Finds the functions and reward models."""
+        keys = "PassAtK.reward", "PassAtK.metrics"
+        of_reward, of_metrics = (partial(load_model, key) for key in keys)
+        self.rewards = Rewards(self._reward, keys[0], of_reward)
+        self.metrics = None if self._metrics is None else Rewards(self._metrics, keys[1], of_metrics)
 
     @property
     def validation_metrics(self) -> list[str]:
@@ -95,6 +105,14 @@ class PassAtK(L.Callback):
             raise UserError(f"PassAtK does not fit {type(data).__name__}: {instead}")
         if not self._generates:
             say_why_not("completions", pl_module)
+        if any(isinstance(function, _Later) for function in self._functions):
+            self._resolve(lambda key, path: RewardModel(path, data, key))
+
+    @property
+    def _functions(self) -> list[Any]:
+        return [
+            f for rewards in (self.rewards, self.metrics) if rewards is not None for f in rewards.functions.values()
+        ]
 
     def on_validation_epoch_end(self, trainer: Any, pl_module: RunModule) -> None:
         """Samples completions and logs their scores."""
@@ -107,25 +125,42 @@ class PassAtK(L.Callback):
         """Samples completions; returns pass@k and the mean of each metric by name."""
         data: ChatData = trainer.datamodule
         if self._prompts is None:
-            config = pl_module.causal_lm.base.config.get_text_config()
-            most = getattr(config, "max_position_embeddings", None) or float("inf")
-            fitting = (p for p in prompts_with_rows(data) if 0 < len(p[0]) <= most - self.sampling.max_new_tokens)
-            self._prompts = list(itertools.islice(fitting, self.rows))
-            if not self._prompts:
-                raise UserError(
-                    f"PassAtK: no held-out prompt leaves room for {self.sampling.max_new_tokens} new tokens in the "
-                    f"{most} positions of the model; lower sampling.max_new_tokens"
-                )
-        repeated = [(i, prompt, row) for i, (prompt, row) in enumerate(self._prompts) for _ in range(self.completions)]
+            self._prompts = self._fitting(pl_module, data)
+        repeated = [(i, prompt) for i, prompt in enumerate(self._prompts) for _ in range(self.completions)]
         with working(f"sampling {len(repeated)} completions"), generation(trainer, pl_module):
-            completions = self._sample(pl_module, data, [(i, prompt) for i, prompt, _ in repeated])
+            completions = self._sample(pl_module, data, [(i, prompt.ids) for i, prompt in repeated])
         texts = [str(data.tokenizer.decode(completion.ids, skip_special_tokens=True)) for completion in completions]
-        rows = [row for _, _, row in repeated]
-        totals = self.rewards.total(self.rewards.components(texts, rows))
+        samples = [Scored(p, c, text) for (_, p), c, text in zip(repeated, completions, texts, strict=True)]
+        rows = [prompt.row for _, prompt in repeated]
+        with generation(trainer, pl_module):
+            totals = self.rewards.total(self.rewards.components(texts, rows, samples))
+            values = np.empty((0, 0)) if self.metrics is None else self.metrics.components(texts, rows, samples)
         solved = (totals >= self.success).reshape(-1, self.completions)
         scores = {f"pass@{k}": float(pass_at_k(solved, k).mean()) for k in self.pass_at}
-        values = np.empty((0, 0)) if self.metrics is None else self.metrics.components(texts, rows)
         return scores | {name: float(values[:, i].mean()) for i, name in enumerate(self._metric_names)}
+
+    def _fitting(self, module: Any, data: ChatData) -> list[Prompt]:
+        """The first prompts that leave room for a completion, in the model and in reward models.
+
+        Raises:
+            UserError: there is none.
+        """
+        config = module.causal_lm.base.config.get_text_config()
+        models = [function for function in self._functions if isinstance(function, RewardModel)]
+        new, most = self.sampling.max_new_tokens, getattr(config, "max_position_embeddings", None) or float("inf")
+        fitting = (
+            prompt
+            for prompt in prompts_with_rows(data)
+            if 0 < len(prompt.ids) <= most - new and all(model.has_room(prompt, new) for model in models)
+        )
+        prompts = list(itertools.islice(fitting, self.rows))
+        if not prompts:
+            smallest = min([most, *(model.most_tokens for model in models)])
+            raise UserError(
+                f"PassAtK: no held-out prompt leaves room for {new} new tokens in the {smallest} positions of the "
+                "model; lower sampling.max_new_tokens"
+            )
+        return prompts
 
     def _sample(self, module: Any, data: ChatData, prompts: list[tuple[int, list[int]]]) -> list[Completion]:
         hf = module.causal_lm.hf
@@ -143,11 +178,28 @@ class PassAtK(L.Callback):
         return completions
 
 
-def prompts_with_rows(data: ChatData) -> Iterator[tuple[list[int], Row]]:
-    """Yields the prompt ids of each held-out row, and the row with its answer in the column `answer`."""
+class _Later(SampleReward):
+    """Stands for a reward model until there are data to read with it."""
+
+    def __init__(self, path: str) -> None:
+        self.__name__ = name_of(path)
+
+    def __call__(self, samples: Sequence[Scored]) -> list[float]:
+        raise AssertionError("`setup` loads it")
+
+
+def prompts_with_rows(data: ChatData) -> Iterator[Prompt]:
+    """Yields the prompt of each held-out row, and the row with its answer in the column `answer`."""
     sources, keep = data.taken("validation")
     for source in sources:
-        for _, record in PromptReader(source, data.formats).records(keep, strict=False):
+        for origin, record in PromptReader(source, data.formats).records(keep, strict=False):
             if isinstance(record, RecordWithRow):
                 ids, answer = data.tokenize.prompt_ids(record.record)
-                yield ids, {"answer": answer} | record.row
+                yield Prompt(ids, {"answer": answer} | record.row, origin, _answered(record.record))
+
+
+def _answered(record: Record) -> Record:
+    """The conversation or text that a record is about."""
+    if isinstance(record, Preference):
+        return record.chosen
+    return record.response if isinstance(record, Feedback) else record

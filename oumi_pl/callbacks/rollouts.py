@@ -28,8 +28,9 @@ class Rollouts(L.Callback):
 
     Each line is one completion: `update`, `origin` (file and line of the prompt), `prompt`, `completion`, `rewards` by
     name, `penalty` (the KL penalty, if it is in the reward), `total`, `advantage`, `length` in tokens, and `finished`
-    (false if it was truncated). A completion that several updates train on is written once, at the first. Does nothing
-    if the data module doesn't sample.
+    (false if it was truncated); with an environment also `turns`, each with `by` (`policy` or `environment`) and
+    `text`. A completion that several updates train on is written once, at the first. Does nothing if the data module
+    doesn't sample.
 
     Args:
         max_megabytes: Largest size of the file; the last line then names the update at which it stopped. 0 writes no
@@ -99,15 +100,19 @@ def described(data: RolloutData, trained: TrainedGroups, update: int) -> Iterato
         penalties = (group.penalties + data.overlong(group)).tolist()
         columns = (group.completions, group.components.tolist(), penalties, totals, advantages)
         for completion, components, penalty, total, advantage in zip(*columns, strict=True):
-            yield shared | {
-                "completion": data.text_of(completion),
-                "rewards": dict(zip(data.rewards.names, components, strict=True)),
-                "penalty": penalty,
-                "total": total,
-                "advantage": advantage,
-                "length": len(completion.ids),
-                "finished": completion.is_finished,
-            }
+            yield (
+                shared
+                | {
+                    "completion": data.text_of(completion),
+                    "rewards": dict(zip(data.rewards.names, components, strict=True)),
+                    "penalty": penalty,
+                    "total": total,
+                    "advantage": advantage,
+                    "length": len(completion.ids),
+                    "finished": completion.is_finished,
+                }
+                | ({} if data.environment is None else {"turns": data.turns_of(completion)})
+            )
 
 
 def cut_after(path: Path, update: int) -> tuple[int, bool]:

@@ -310,6 +310,11 @@ class TextData(L.LightningDataModule):
         return self.seed if self.seed is not None else int(os.environ.get("PL_GLOBAL_SEED", "0"))
 
     @property
+    def policy(self) -> Any:
+        """The module of the run."""
+        return self.trainer.lightning_module  # type: ignore[union-attr]
+
+    @property
     def layout(self) -> Layout:
         """How the rows of an update are divided in the current epoch, according to the trainer; `at(epoch)` in others.
 

@@ -23,22 +23,23 @@ def collate(rows: Sequence[FetchedRow], pad_id: int) -> Batch:
     if not examples:
         return stand_in(pad_id)
     segments: list[Segment] = []
+    targets: list[np.ndarray] = []
     predictors: list[np.ndarray] = []
     owners: list[np.ndarray] = []
     start = 0
     for example in examples:
         first = len(segments)
-        at = np.flatnonzero(example.loss_mask)
-        starts = np.array(segment_starts(example.segments)[:-1])
-        predictors.append(start + _predictors(example, at, starts))
-        owners.append(first + np.searchsorted(starts, at, side="right") - 1)
+        at, before, owner = _targets(example)
+        targets.append(example.input_ids[at])
+        predictors.append(start + before)
+        owners.append(first + owner)
         segments += [s if s.parent < 0 else s._replace(parent=s.parent + first) for s in example.segments]
         start += len(example.input_ids)
     batch: Batch = {
         "input_ids": _tensor([example.input_ids for example in examples]).unsqueeze(0),
         "position_ids": torch.from_numpy(position_ids(segments)).unsqueeze(0),
         "segments": segments,
-        "targets": _tensor([example.input_ids[example.loss_mask] for example in examples]),
+        "targets": _tensor(targets),
         "predictors": _tensor(predictors),
         "target_segments": _tensor(owners),
         "fields": _fields([example.fields for example in examples]),
@@ -65,6 +66,22 @@ def stand_in(pad_id: int) -> Batch:
         "fields": {},
         "sample_ids": [],
     }
+
+
+def _targets(example: Example) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Positions of the targets, of the tokens before them in their paths, and their segments, `[targets]` each."""
+    if example.path_masks is None:
+        at = np.flatnonzero(example.loss_mask)
+        starts = np.array(segment_starts(example.segments)[:-1])
+        return at, _predictors(example, at, starts), np.searchsorted(starts, at, side="right") - 1
+    # each path has targets of its own, also among the tokens that it shares
+    paths = [path_positions(example.segments, i) for i in range(len(example.segments))]
+    places = [np.flatnonzero(mask) for mask in example.path_masks]
+    return (
+        np.concatenate([path[at] for path, at in zip(paths, places, strict=True)]),
+        np.concatenate([path[at - 1] for path, at in zip(paths, places, strict=True)]),
+        np.repeat(np.arange(len(paths)), [len(at) for at in places]),
+    )
 
 
 def _predictors(example: Example, at: np.ndarray, starts: np.ndarray) -> np.ndarray:

@@ -7,6 +7,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -17,11 +18,16 @@ from oumi_pl.errors import UserError
 from oumi_pl.models.build import build_config, loaded, read_adapter_config, without_load_report
 from oumi_pl.models.hub import locate
 from oumi_pl.rollouts.rewards import SampleReward, Scored
+from oumi_pl.rollouts.sampling import Completion
 from oumi_pl.types import Conversation, Record, Text
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
+    from oumi_pl.data.prompts import Prompt
+
+LONGEST = 100
+"""How many of the longest prompts are rendered to find the one with the most tokens for a reward model."""
 BATCH_SIZE = 16
 """Completions that are scored at once."""
 KIND = "ForSequenceClassification"
@@ -37,7 +43,7 @@ class RewardModel(SampleReward):
 
     Args:
         path: A folder, such as the export of a `Reward` run, also of an adapter; or a hub id.
-        data: The `RolloutData` that samples.
+        data: The data module of the prompts.
         key: The key that names it, for messages.
 
     Raises:
@@ -47,9 +53,7 @@ class RewardModel(SampleReward):
     def __init__(self, path: str, data: Any, key: str = "data.reward") -> None:
         self.path = locate(path, key)
         self.key = f"{key}: {path}"
-        name = Path(path)
-        # the exports of runs are all called `model`
-        self.__name__ = name.parent.name if name.name == "model" and name.parent.name else name.name
+        self.__name__ = name_of(path)
         self._data = data
         self._refuse_other_models()
 
@@ -64,6 +68,45 @@ class RewardModel(SampleReward):
             raise UserError(f"{self.key} is {architecture}, not a reward model; train one with `fit`, module Reward")
         if config.num_labels != 1:
             raise UserError(f"{self.key} has {config.num_labels} labels; a reward model needs exactly one")
+
+    @cached_property
+    def most_tokens(self) -> int:
+        """Most tokens that it reads."""
+        base = self.path
+        if self._is_adapter:
+            base = read_adapter_config(Path(self.path)).get("base_model_name_or_path") or self.path
+        config = self._loaded(build_config, base, config=None, tokenizer=None, **self._hub)
+        return getattr(config.get_text_config(), "max_position_embeddings", None) or sys.maxsize
+
+    def refuse_long(self, prompts: Sequence["Prompt"], new_tokens: int) -> None:
+        """Checks that it can read the longest prompts with a completion.
+
+        Its own tokenizer may make more tokens of a completion than were sampled, which only its text shows.
+
+        Args:
+            prompts: All prompts.
+            new_tokens: Most tokens of a completion.
+
+        Raises:
+            UserError: it can't.
+        """
+        longest = sorted(prompts, key=lambda prompt: -len(prompt.ids))[: 1 if self.reads_ids else LONGEST]
+        tokens = max((self._tokens(prompt, new_tokens) for prompt in longest), default=0)
+        if tokens > self.most_tokens:
+            raise UserError(
+                f"{self.key} reads at most {self.most_tokens:,} tokens, but the longest prompt and {new_tokens:,} new "
+                f"tokens are {tokens:,}; lower data.max_length, so that longer prompts are left out, or "
+                "sampling.max_new_tokens"
+            )
+
+    def has_room(self, prompt: "Prompt", new_tokens: int) -> bool:
+        """Whether it can read a prompt with so many new tokens."""
+        return self._tokens(prompt, new_tokens) <= self.most_tokens
+
+    def _tokens(self, prompt: "Prompt", new_tokens: int) -> int:
+        nothing = np.zeros(0, np.float32)
+        ids = self.ids(Scored(prompt, Completion(np.zeros(0, np.int32), nothing, nothing, False), ""))
+        return len(ids) + new_tokens + (len(self._after_turn[1]) if self.reads_ids else 0)
 
     @property
     def _is_adapter(self) -> bool:
@@ -114,7 +157,7 @@ class RewardModel(SampleReward):
         return model.eval().requires_grad_(False)
 
     @cached_property
-    def _reads_ids(self) -> bool:
+    def reads_ids(self) -> bool:
         """Whether the sampled ids mean the same to it."""
         ours, theirs = self._data.tokenizer, self._own.tokenizer
         templates = theirs.chat_template in (None, ours.chat_template)
@@ -140,10 +183,10 @@ class RewardModel(SampleReward):
         Raises:
             UserError: the conversation can't be rendered.
         """
-        if self._reads_ids:
+        if self.reads_ids:
             ids = [*sample.prompt.ids, *sample.completion.ids.tolist()]
             end, after = self._after_turn
-            return ids + (after if ids[-1] == end else [])
+            return ids + (after if len(sample.completion.ids) and ids[-1] == end else [])
         record, tokenize = answered(sample.prompt.record, sample.text), self._own.tokenize
         try:
             if not sample.completion.is_finished:
@@ -162,11 +205,10 @@ class RewardModel(SampleReward):
         rows = [torch.tensor(self.ids(sample)) for sample in samples]
         model = self.model.to(self._data.policy.device)
         text = model.config.get_text_config()
-        most = getattr(text, "max_position_embeddings", None) or sys.maxsize
-        if (longest := max(map(len, rows), default=0)) > most:
+        if (longest := max(map(len, rows), default=0)) > self.most_tokens:
             raise UserError(
-                f"{self.key} reads at most {most:,} tokens, and a prompt with its completion has {longest:,}; lower "
-                "data.max_length"
+                f"{self.key} reads at most {self.most_tokens:,} tokens, and a prompt with its completion has "
+                f"{longest:,}; lower data.max_length"
             )
         pad = text.pad_token_id
         size = BATCH_SIZE if isinstance(pad, int) else 1  # without one, transformers can't find a padded row's end
@@ -176,6 +218,12 @@ class RewardModel(SampleReward):
             chosen = order[start : start + size]
             scores |= dict(zip(chosen, scored(model, [rows[i] for i in chosen], pad or 0).tolist(), strict=True))
         return [scores[i] for i in range(len(rows))]
+
+
+def name_of(path: str) -> str:
+    """What metrics call a reward model: its folder, or the run's, since exports of runs are all called `model`."""
+    name = Path(path)
+    return name.parent.name if name.name == "model" and name.parent.name else name.name
 
 
 def scored(model: "PreTrainedModel", rows: Sequence[Tensor], pad: int) -> Tensor:

@@ -160,6 +160,7 @@ def _to_plain(group: Group) -> dict[str, Any]:
         "logps": [torch.from_numpy(c.logps.copy()) for c in group.completions],
         "entropies": [torch.from_numpy(c.entropies.copy()) for c in group.completions],
         "finished": [c.is_finished for c in group.completions],
+        "replies": [[list(span) for span in c.replies] for c in group.completions],
         "components": torch.from_numpy(group.components.copy()),
         "penalties": torch.from_numpy(group.penalties.copy()),
         "extra": group.extra,
@@ -169,7 +170,13 @@ def _to_plain(group: Group) -> dict[str, Any]:
 def _from_plain(plain: Mapping[str, Any]) -> Group:
     """The inverse of `_to_plain`."""
     completions = [
-        Completion(plain["ids"][i].numpy(), plain["logps"][i].numpy(), plain["entropies"][i].numpy(), is_finished)
+        Completion(
+            plain["ids"][i].numpy(),
+            plain["logps"][i].numpy(),
+            plain["entropies"][i].numpy(),
+            is_finished,
+            tuple((start, stop) for start, stop in plain["replies"][i]),
+        )
         for i, is_finished in enumerate(plain["finished"])
     ]
     values = plain["components"].numpy(), plain["penalties"].numpy()

@@ -26,10 +26,11 @@ from oumi_pl.data.store import cache_key
 from oumi_pl.data.tokenize import Tokenize
 from oumi_pl.data.tokenizers import tokenizer_fingerprint
 from oumi_pl.errors import UserError
+from oumi_pl.rollouts.environment import Environment, sample_episodes
 from oumi_pl.rollouts.evaluation import checked_ks
 from oumi_pl.rollouts.rewards import Reward, Rewards, Scored
 from oumi_pl.rollouts.sampling import Completion, Engine, Generate, Sampling
-from oumi_pl.types import Batch, Example, Record, Segment
+from oumi_pl.types import Batch, Example, Record, Segment, beside
 
 OTHER_PROMPT = (0, 1)
 """Appended to the seed that draws the prompts of extra rounds; seeds of completions have at most four numbers.
@@ -67,6 +68,9 @@ class RolloutData(ChatData):
         completions: Completions per prompt (a group), at least 2 if they are compared by a reward.
         sampling: How they are sampled.
         engine: What samples them; transformers' `generate` when left out.
+        environment: Answers the policy's turns, with the results of tools for example, so that completions have several
+            turns; see `oumi_pl.rollouts.environment`. Its tokens carry no loss. Rewards get the policy's last turn, and
+            the texts of all turns as the row's column `turns`.
         steps_per_rollout: Number of updates whose completions are sampled together, before the first of them.
         iterations: How often each rollout is trained on.
         prompts_per_call: Prompts whose groups are sampled in one batch.
@@ -99,6 +103,7 @@ class RolloutData(ChatData):
         completions: int = 8,
         sampling: Sampling | None = None,
         engine: Engine | None = None,
+        environment: Environment | None = None,
         steps_per_rollout: int = 1,
         iterations: int = 1,
         prompts_per_call: int = 8,
@@ -136,6 +141,7 @@ class RolloutData(ChatData):
         self.completions = completions
         self.sampling = sampling or Sampling()
         self.engine = engine or Generate()
+        self.environment = environment
         self.steps_per_rollout = steps_per_rollout
         self.iterations = iterations
         self.prompts_per_call = prompts_per_call
@@ -251,6 +257,19 @@ class RolloutData(ChatData):
                     f"data.max_length, which is {self.max_length}"
                 )
 
+            for rewards in filter(None, (self.rewards, self.metrics)):
+                self.__refuse_long(split, rewards)
+
+    def __refuse_long(self, split: str, rewards: Rewards) -> None:
+        for model in rewards.functions.values():
+            if isinstance(model, RewardModel):
+                model.refuse_long(self.all_prompts(split), self.sampling.max_new_tokens)
+                if self.environment is not None and not model.reads_ids:
+                    raise UserError(
+                        f"{model.key} has other tokens or another chat template than the policy, so it can't read "
+                        "completions of several turns; leave out data.environment, or name another reward"
+                    )
+
     def refuse_sharded_weights(self) -> None:
         """Refuses a strategy that shards weights, since ranks sample different numbers of batches.
 
@@ -325,11 +344,6 @@ class RolloutData(ChatData):
         """Creates a loader that completes this rank's share of the held-out prompts."""
         return EvalLoader(self, split)
 
-    @property
-    def policy(self) -> Any:
-        """The module of the run, a `Policy`."""
-        return self.trainer.lightning_module  # type: ignore[union-attr]
-
     # ---- rollouts
 
     def training_groups(self, plan: Plan, epoch: int, rows: Iterable[int]) -> list[Group]:
@@ -396,19 +410,27 @@ class RolloutData(ChatData):
         repeated = [(number, prompts[prompt], member) for number, prompt in numbers for member in range(members)]
         own = self.policy.causal_lm.hf.generation_config.eos_token_id
         ends = {*self.stop_tokens, self.tokenizer.eos_token_id, *(own if isinstance(own, list) else [own])} - {None}
+        of_members = [prompt for _, prompt, _ in repeated]
+        settings: dict[str, Any] = {
+            "seeds": [(self.run_seed, number, member, *([extra] if extra else [])) for number, _, member in repeated],
+            "sampling": sampling,
+            "ends": ends,
+        }
         with self.trainer.precision_plugin.forward_context():  # type: ignore[union-attr]
-            completions = self.engine.sample(
-                self.policy,
-                self.tokenizer,
-                [prompt.ids for _, prompt, _ in repeated],
-                seeds=[(self.run_seed, number, member, *([extra] if extra else [])) for number, _, member in repeated],
-                sampling=sampling,
-                ends=ends,
-            )
+            if self.environment is None:
+                ids = [prompt.ids for prompt in of_members]
+                completions = self.engine.sample(self.policy, self.tokenizer, ids, **settings)
+            else:
+                of_run = self.engine, self.environment, self.policy, self.tokenizer
+                completions = sample_episodes(*of_run, of_members, **settings)
         started = time.perf_counter()
-        texts = [self.text_of(completion) for completion in completions]
-        rows = [prompt.row for _, prompt, _ in repeated]
-        samples = [Scored(p, c, text) for (_, p, _), c, text in zip(repeated, completions, texts, strict=True)]
+        samples = [Scored(p, c, self.text_of(c)) for p, c in zip(of_members, completions, strict=True)]
+        turns = [self.turns_of(completion) for completion in completions]
+        texts = [of_completion[-1]["text"] for of_completion in turns]
+        rows = [sample.prompt.row for sample in samples]
+        if self.environment is not None:
+            listed = [[turn["text"] for turn in of_completion] for of_completion in turns]
+            rows = [beside(row, {"turns": of_row}) for row, of_row in zip(rows, listed, strict=True)]
         components = self.rewards.components(texts, rows, samples)
         is_measured = self.metrics is not None and split != "train"
         metrics = self.metrics.components(texts, rows, samples) if is_measured else np.empty((len(texts), 0))  # type: ignore[union-attr]
@@ -423,8 +445,16 @@ class RolloutData(ChatData):
         return groups
 
     def text_of(self, completion: Completion) -> str:
-        """The text of a completion, as rewards read it: without special tokens."""
+        """The text of a completion without special tokens, with the turns of an environment."""
         return str(self.tokenizer.decode(completion.ids, skip_special_tokens=True))
+
+    def turns_of(self, completion: Completion) -> list[dict[str, str]]:
+        """The turns of a completion: who wrote each (`by`: `policy` or `environment`), and its `text`."""
+        decode = partial(self.tokenizer.decode, skip_special_tokens=True)
+        return [
+            {"by": "policy" if is_sampled else "environment", "text": str(decode(ids))}
+            for is_sampled, ids in completion.turns
+        ]
 
     @staticmethod
     def numbered(plan: Plan, epoch: int, rows: Iterable[int]) -> list[tuple[int, int]]:
@@ -432,8 +462,13 @@ class RolloutData(ChatData):
         return [(epoch * plan.rows + row, int(plan.row(row)[0])) for row in rows]
 
     def example(self, split: str, group: Group) -> Example:
-        """A group as a tree: the prompt with the first completion, and the others after the prompt."""
+        """A group as a tree: the prompt with the first completion, and the others after the prompt.
+
+        With an environment, each is after the longest beginning that it shares with an earlier one.
+        """
         prompt = self.all_prompts(split)[group.prompt].ids
+        if self.environment is not None:
+            return _tree(prompt, group.completions, self.mask_truncated)
         first, *others = group.completions
         segments = [Segment(len(prompt) + len(first.ids))]
         segments += [Segment(len(completion.ids), parent=0, shared=len(prompt)) for completion in others]
@@ -453,7 +488,7 @@ class RolloutData(ChatData):
         Besides the keys of `Batch`: `advantages`, `rewards` (the totals), `components` (`[completions, rewards]`),
         `penalties` (of the KL), `metrics` (`[completions, metrics]`), `lengths` and `finished`, for each completion,
         `sampled_logps` and `entropies` for each target, and the number of `completions` per prompt; with `extra_rounds`
-        in training, `extra_groups` for each completion.
+        in training, `extra_groups` for each completion; with an environment, the policy's `turns`.
         """
         examples = [self.example(split, group) for group in groups]
         batch: Any = collate([([g.prompt], [e]) for g, e in zip(groups, examples, strict=True)], self.pad_id)
@@ -476,6 +511,8 @@ class RolloutData(ChatData):
         batch["finished"] = _floats([c.is_finished for c in completions])
         batch["sampled_logps"] = _floats(np.concatenate([c.logps for c in kept]) if kept else [])
         batch["entropies"] = _floats(np.concatenate([c.entropies for c in kept]) if kept else [])
+        if self.environment is not None:
+            batch["turns"] = _floats([len(c.replies) + 1 for c in completions])
         if self.extra_rounds and split == "train":
             batch["extra_groups"] = _floats([group.extra for group in groups for _ in range(members)])
         batch["completions"] = members
@@ -490,6 +527,32 @@ class RolloutData(ChatData):
         lengths = np.array([len(completion.ids) for completion in group.completions])
         over = lengths - (self.sampling.max_new_tokens - self.overlong_tokens)
         return self.overlong_penalty * np.clip(over, 0, None) / max(1, self.overlong_tokens)
+
+
+def _tree(prompt: list[int], completions: Sequence[Completion], mask_truncated: bool) -> Example:
+    """A tree in which each completion continues the longest beginning that it shares with an earlier one.
+
+    A token that several of them sampled is computed once, and carries loss in each.
+    """
+    paths = [np.concatenate([prompt, completion.ids]).astype(np.int32) for completion in completions]
+    own, segments, masks = [], [], []
+    for i, (path, completion) in enumerate(zip(paths, completions, strict=True)):
+        shared = [_shared(path, other) for other in paths[:i]]
+        # a segment needs a token of its own, also if an earlier completion has them all
+        start = min(max(shared, default=0), len(path) - 1)
+        segments.append(Segment(len(path) - start, shared.index(max(shared)) if i else -1, start))
+        own.append(path[start:])
+        kept = completion.is_sampled & (completion.is_finished or not mask_truncated)
+        masks.append(np.concatenate([np.zeros(len(prompt), dtype=bool), kept]))
+    ids = np.concatenate(own)
+    return Example(ids, np.zeros(len(ids), dtype=bool), tuple(segments), path_masks=tuple(masks))
+
+
+def _shared(path: np.ndarray, other: np.ndarray) -> int:
+    """How many tokens two paths begin with alike."""
+    length = min(len(path), len(other))
+    different = np.flatnonzero(path[:length] != other[:length])
+    return int(different[0]) if len(different) else length
 
 
 def _floats(values: Any) -> Tensor:

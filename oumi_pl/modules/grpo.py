@@ -230,8 +230,7 @@ class GRPO(LanguageModule):
                 sums[SQUARES + name] = value.square().sum()
         sums["length"] = rollouts["lengths"].double().sum()
         sums["truncated"] = (1 - rollouts["finished"]).double().sum()
-        if "extra_groups" in rollouts:
-            sums["extra_groups"] = rollouts["extra_groups"].double().sum()
+        sums |= {name: rollouts[name].double().sum() for name in ("turns", "extra_groups") if name in rollouts}
         if completions > 1:
             groups = rewards.reshape(-1, completions)
             same = (groups == groups[:, :1]).all(1)

@@ -44,7 +44,7 @@ def prompts(
         prompt = known[i]
         columns = ", ".join(list(prompt.row)[:LISTED]) + (", ..." if len(prompt.row) > LISTED else "")
         facts = [prompt.origin, f"{len(prompt.ids):,} tokens", f"rewards read its columns {columns}"]
-        shown.append(Shown(f"{split} prompt {i + 1:,}", facts, [_section(decoder, "", prompt.ids, False)]))
+        shown.append(Shown(f"{split} prompt {i + 1:,}", facts, [_section(decoder, "", prompt.ids)]))
     return shown
 
 
@@ -65,7 +65,7 @@ def groups(data: RolloutData, decoder: Decoder, sampled: Sequence[Group], advant
         if data.rewards.names:
             mean = f"rewards {totals.min():.4g} to {totals.max():.4g}, mean {totals.mean():.4g}"
             facts += [mean if np.ptp(totals) else f"all rewards are {totals[0]:.4g}, so no advantage differs"]
-        sections = [_section(decoder, f"prompt ({len(prompt.ids):,} tokens)", prompt.ids, False)]
+        sections = [_section(decoder, f"prompt ({len(prompt.ids):,} tokens)", prompt.ids)]
         for i, completion in enumerate(group.completions):
             components = zip(data.rewards.names, group.components[i].tolist(), strict=True)
             parts = [f"{name} {value:.4g}" for name, value in components]
@@ -76,10 +76,12 @@ def groups(data: RolloutData, decoder: Decoder, sampled: Sequence[Group], advant
                 parts += [f"total {totals[i]:.4g}"] if is_sum else []
                 parts += [f"advantage {of_group[i]:+.4g}"]
             parts += [f"{len(completion.ids):,} tokens"]
+            replied = int((~completion.is_sampled).sum())
+            parts += [f"{replied:,} of them by the environment"] if replied else []
             parts += [] if completion.is_finished else [f"cut at {data.sampling.max_new_tokens:,}"]
-            carries_loss = completion.is_finished or not data.mask_truncated
+            carry_loss = completion.is_sampled & (completion.is_finished or not data.mask_truncated)
             title = f"completion {i + 1}: {', '.join(parts)}"
-            sections.append(_section(decoder, title, completion.ids.tolist(), carries_loss, len(prompt.ids)))
+            sections.append(_section(decoder, title, completion.ids.tolist(), carry_loss, len(prompt.ids)))
         shown.append(Shown(f"group {number:,}", facts, sections))
     return shown
 
@@ -107,5 +109,8 @@ def notes(data: RolloutData, sampled: Sequence[Group]) -> list[str]:
     return [f"{len(sampled):,} groups of {data.completions}: {'; '.join(facts)}", same_as]
 
 
-def _section(decoder: Decoder, title: str, ids: Sequence[int], carries_loss: bool, start: int = 0) -> Section:
-    return Section(title, [*decoder.pieces(ids, [carries_loss] * len(ids), range(start, start + len(ids)))])
+def _section(
+    decoder: Decoder, title: str, ids: Sequence[int], carry_loss: np.ndarray | None = None, start: int = 0
+) -> Section:
+    targets = np.zeros(len(ids), dtype=bool) if carry_loss is None else carry_loss
+    return Section(title, [*decoder.pieces(ids, targets, range(start, start + len(ids)))])

@@ -2,7 +2,8 @@
 
 A reward is any function `(completion: str, row: dict) -> float`, or a coroutine function of the same arguments; it may
 also be a class, whose object is called so. A batched reward takes lists of both and returns a list; mark it with
-`@batched`. In a conversation, the completion is the text of the assistant's answer.
+`@batched`. In a conversation, the completion is the text of the assistant's answer. With an environment it is that of
+the last turn, and the row has a column `turns`, the texts of all turns: the policy's, the environment's, and so on.
 """
 
 import asyncio

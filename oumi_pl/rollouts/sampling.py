@@ -67,11 +67,33 @@ class Completion(NamedTuple):
     ids: np.ndarray
     """`[tokens]` int32, with the token that ended it."""
     logps: np.ndarray
-    """`[tokens]` float32: the log-probability of each under the distribution that it was sampled from."""
+    """`[sampled]` float32: the log-probability of each sampled token under the distribution that it was sampled from.
+
+    All tokens are sampled, except those of an environment.
+    """
     entropies: np.ndarray
-    """`[tokens]` float32: the entropy of that distribution, in nats."""
+    """`[sampled]` float32: the entropy of that distribution, in nats."""
     is_finished: bool
     """Whether it ended by itself; False if `max_new_tokens` cut it."""
+    replies: tuple[tuple[int, int], ...] = ()
+    """Where each turn of an environment starts and stops within `ids`."""
+
+    @property
+    def is_sampled(self) -> np.ndarray:
+        """Which tokens the policy sampled, `[tokens]` bool."""
+        sampled = np.ones(len(self.ids), dtype=bool)
+        for start, stop in self.replies:
+            sampled[start:stop] = False
+        return sampled
+
+    @property
+    def turns(self) -> list[tuple[bool, np.ndarray]]:
+        """Whether the policy sampled it, and the ids, of each turn."""
+        turns, end = [], 0
+        for start, stop in self.replies:
+            turns += [(True, self.ids[end:start]), (False, self.ids[start:stop])]
+            end = stop
+        return [*turns, (True, self.ids[end:])]
 
 
 def uniforms(seed: Sequence[int], tokens: int) -> np.ndarray:
@@ -176,14 +198,30 @@ class Engine(ABC):
             policy: The module that is trained; `policy.causal_lm.hf` is its model.
             tokenizer: Its tokenizer.
             prompts: Token ids, at least one each.
-            seeds: Run seed, number of the prompt within the run, and index of the completion, of each prompt.
+            seeds: Run seed, number of the prompt within the run, and index of the completion, of each prompt; with an
+                extra round or a later turn some more numbers.
             sampling: The settings.
             ends: Token ids that end a completion.
         """
 
 
 class Generate(Engine):
-    """The default: transformers' `generate` on the policy itself."""
+    """The default: transformers' `generate` on the policy itself.
+
+    Args:
+        bucket: Pads prompts to a multiple of so many tokens and allocates the cache of keys and values before the first
+            token, so that the shapes of calls repeat; transformers compiles such decoding on a GPU. 0 does neither.
+
+    Raises:
+        UserError: `bucket` is negative.
+    """
+
+    bucket = 0
+
+    def __init__(self, bucket: int = 0) -> None:
+        if bucket < 0:
+            raise UserError(f"data.engine.bucket is {bucket}, but has to be 0 or more")
+        self.bucket = bucket
 
     def sample(
         self,
@@ -197,7 +235,8 @@ class Generate(Engine):
     ) -> list[Completion]:
         """See `Engine`; in one batch."""
         numbers = np.stack([uniforms(seed, sampling.max_new_tokens) for seed in seeds])
-        return sample(policy.causal_lm.hf, tokenizer, prompts, numbers=numbers, sampling=sampling, ends=ends)
+        settings: Any = {"numbers": numbers, "sampling": sampling, "ends": ends, "bucket": self.bucket}
+        return sample(policy.causal_lm.hf, tokenizer, prompts, **settings)
 
 
 @torch.no_grad()
@@ -210,6 +249,7 @@ def sample(
     sampling: Sampling,
     ends: Iterable[int],
     streamer: Any = None,
+    bucket: int = 0,
 ) -> list[Completion]:
     """Samples a completion for each prompt, in one batch. Training modes are left as they were.
 
@@ -221,9 +261,11 @@ def sample(
         sampling: The settings.
         ends: Token ids that end a completion.
         streamer: Of transformers, for a single prompt.
+        bucket: See `Generate`.
     """
     device = next(model.parameters()).device
     longest = max(map(len, prompts))
+    longest = -(-longest // bucket) * bucket if bucket else longest
     pad = tokenizer.pad_token_id if isinstance(tokenizer.pad_token_id, int) else 0
     ids = torch.tensor([[pad] * (longest - len(p)) + list(p) for p in prompts], device=device)
     mask = torch.tensor([[0] * (longest - len(p)) + [1] * len(p) for p in prompts], device=device)
@@ -244,17 +286,27 @@ def sample(
             temperature=None,
             top_p=None,
             top_k=None,
+            cache_implementation="static" if bucket else None,
             **PLAIN,
         )
-    tokens = out[:, longest:].cpu().numpy().astype(np.int32)
+    for module in model.modules() if bucket else ():
+        # by which transformers would make the next cache longer than this call needs, but not after a resume
+        vars(module).pop("_previous_max_cache_length", None)
+    return _completions(
+        out[:, longest:], drawing, ending, [None] * len(prompts) if stopping is None else stopping.ended
+    )
+
+
+def _completions(out: Tensor, drawing: Draw, ending: Sequence[int], stops: Sequence[int | None]) -> list[Completion]:
+    """Cuts the rows of new tokens where they end: at an id of `ending`, or after as many tokens as a stop text says."""
+    tokens = out.cpu().numpy().astype(np.int32)
     logps, entropies = (torch.stack(v, 1).float().cpu().numpy() for v in (drawing.logps, drawing.entropies))
     completions = []
-    for row, sampled in enumerate(tokens):
+    for row, (sampled, end) in enumerate(zip(tokens, stops, strict=True)):
         hits = np.flatnonzero(np.isin(sampled, ending))
         length = int(hits[0]) + 1 if len(hits) else None
-        if stopping and (end := stopping.ended[row]) is not None:
+        if end is not None:
             length = end if length is None else min(length, end)
-        is_finished = length is not None
         kept = slice(length)
-        completions.append(Completion(sampled[kept], logps[row, kept], entropies[row, kept], is_finished))
+        completions.append(Completion(sampled[kept], logps[row, kept], entropies[row, kept], length is not None))
     return completions

@@ -33,7 +33,9 @@ mean log-ratio of whole mismatched responses, as it is in the loss.
 | `train/reward`, `train/reward_std` | total reward, less the KL penalty if that is in it | the update's completions |
 | `train/rewards/NAME`, `/NAME_std` | a reward before its weight, if there are several | the update's completions |
 | `train/groups_without_variance` | share of prompts whose completions all got the same reward | the update |
-| `train/length` | tokens of a sampled completion | the update's completions |
+| `train/extra_groups` | groups sampled in place of one without variance | the update's groups |
+| `train/length` | tokens of a completion, with those of an environment | the update's completions |
+| `train/turns` | the policy's turns in a completion, with an environment | the update's completions |
 | `train/truncated` | share of completions that were cut at `max_new_tokens` | the update's completions |
 | `train/entropy` | entropy of the distribution that was sampled from, nats per token | the update's tokens |
 | `train/clipped/low`, `/high` | share of tokens whose ratio was clipped | the update's tokens |

@@ -6,11 +6,14 @@ import lightning as L
 import numpy as np
 import pytest
 import torch
+from transformers import AutoModelForSequenceClassification
 
 from oumi_pl.callbacks.pass_at_k import PassAtK, prompts_with_rows
+from oumi_pl.data.reward_model import RewardModel
 from oumi_pl.errors import UserError
 from oumi_pl.rollouts.rewards import exact_match
 from oumi_pl.rollouts.sampling import Sampling
+from tests.data.test_reward_model import reward_model
 from tests.modules.test_grpo import grpo, rollouts
 from tests.tiny import conversations, data, fit, module, trainer, write_jsonl
 
@@ -75,7 +78,7 @@ def test_it_changes_nothing_in_training(tmp_path, held_out):
 
 def test_rows_of_any_format_get_their_answer_for_the_built_in_rewards(tmp_path):
     file = write_jsonl(tmp_path / "alpaca.jsonl", [{"instruction": "say a", "output": "a"}] * 2)
-    (_, row), _ = prompts_with_rows(data(tmp_path, validation=file))
+    (_, row, *_), _ = prompts_with_rows(data(tmp_path, validation=file))
     assert row == {"answer": "a", "instruction": "say a", "output": "a"}
     assert exact_match("a", row) == 1
 
@@ -109,3 +112,54 @@ def test_mistakes_are_refused(message):
 def test_it_refuses_online_training_which_has_its_own_arguments(tmp_path):
     with pytest.raises(UserError, match=r"does not fit RolloutData: set data\.eval_completions"):
         trainer(max_steps=1, callbacks=[passes()]).fit(grpo(), rollouts(tmp_path))
+
+
+# ---- reward models
+
+
+def judged(path, judge, **kwargs):
+    """Metrics of a validation in which a reward model scores completions."""
+    file = write_jsonl(path / "val.jsonl", conversations(6, seed=4))
+    callback = PassAtK(judge, **kwargs)
+    runner = trainer(callbacks=[callback])
+    torch.manual_seed(0)
+    runner.validate(module(config={"initializer_range": 0.2}), data(path, validation=file), verbose=False)
+    return callback, {name: float(value) for name, value in runner.callback_metrics.items()}
+
+
+def test_a_reward_model_scores_completions_of_sft(tmp_path, monkeypatch):
+    judge, seen = reward_model(tmp_path / "runs/judge/model"), []
+    settings = {"completions": 3, "pass_at": [1, 3], "sampling": SAMPLING, "metrics": [judge], "success": 0.0}
+    score = RewardModel.__call__
+    monkeypatch.setattr(RewardModel, "__call__", lambda self, samples: seen.append(samples) or score(self, samples))
+    callback, metrics = judged(tmp_path, judge, **settings)
+    assert callback.validation_metrics == ["val/pass@1", "val/pass@3", "val/judge"]
+    samples, again = seen
+    assert [s.completion.ids.tolist() for s in samples] == [s.completion.ids.tolist() for s in again]
+    model = AutoModelForSequenceClassification.from_pretrained(judge).eval()
+    ids = [[*s.prompt.ids, *s.completion.ids] for s in samples]
+    assert not any(s.completion.is_finished for s in samples)
+    with torch.no_grad():
+        expected = np.array([float(model(input_ids=torch.tensor([row])).logits) for row in ids])
+    assert metrics["val/judge"] == pytest.approx(expected.mean(), abs=1e-5)
+    solved = (expected >= 0).reshape(6, 3)
+    assert 0 < solved.mean() < 1
+    assert metrics["val/pass@1"] == pytest.approx(solved.mean(), abs=1e-6)
+    assert metrics["val/pass@3"] == pytest.approx(solved.any(1).mean(), abs=1e-6)
+
+
+def test_prompts_that_a_reward_model_can_not_read_are_left_out(tmp_path):
+    settings = {"completions": 2, "sampling": SAMPLING}
+    lengths = sorted(len(p.ids) for p in prompts_with_rows(data(tmp_path, validation=write_jsonl(
+        tmp_path / "val.jsonl", conversations(6, seed=4)
+    ))))  # fmt: skip
+    most = lengths[2] + SAMPLING.max_new_tokens + 1  # a token for the line end after a turn
+    callback, _ = judged(tmp_path, reward_model(tmp_path / "short", max_position_embeddings=most), **settings)
+    assert sorted(len(prompt.ids) for prompt in callback._prompts) == lengths[:3]
+    with pytest.raises(UserError, match="no held-out prompt leaves room for 4 new tokens in the 8 positions"):
+        judged(tmp_path, reward_model(tmp_path / "shorter", max_position_embeddings=8), **settings)
+
+
+def test_a_folder_without_a_reward_model_is_refused_with_its_key(tmp_path):
+    with pytest.raises(UserError, match=r"PassAtK\.metrics: there is no folder '.*/nowhere/model'"):
+        judged(tmp_path, "exact_match", metrics=[str(tmp_path / "nowhere/model")], completions=2, sampling=SAMPLING)

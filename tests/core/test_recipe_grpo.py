@@ -206,6 +206,9 @@ VERL_REFUSED = {
     "a penalty in the reward": ({"algorithm__use_kl_in_reward": True}, r"algorithm\.use_kl_in_reward: True"),
     "entropy": ({"actor_rollout_ref__actor__entropy_coeff": 0.01}, r"actor\.entropy_coeff: 0\.01 has no counterpart"),
     "k1": ({"actor_rollout_ref__actor__kl_loss_type": "kl"}, r"kl_loss_type: 'kl' has no counterpart"),
+    "a metric of groups": (
+        {"algorithm__filter_groups": {"enable": True, "metric": "length"}}, r"filter_groups\.metric: 'length' has no"
+    ),
     "one completion": ({"actor_rollout_ref__rollout__n": 1}, r"rollout\.n: missing, or 1"),
     "updates": ({"actor_rollout_ref__actor__ppo_mini_batch_size": 48}, r"48 prompts of an update don't divide"),
 }  # fmt: skip
@@ -215,6 +218,25 @@ VERL_REFUSED = {
 def test_keys_of_verl_are_refused_by_their_path(tmp_path, overrides, message):
     with pytest.raises(UserError, match=rf"^training\.verl_config_overrides\..*{message}"):
         verl(tmp_path, **overrides)
+
+
+@pytest.mark.parametrize(("most", "rounds"), [(0, 10), (10, 9), (1, 0)])
+def test_dynamic_sampling_of_dapo_becomes_extra_rounds(tmp_path, most, rounds):
+    groups = {"enable": True, "metric": "acc", "max_num_gen_batches": most}
+    made = verl(tmp_path, algorithm__filter_groups=groups, data__gen_batch_size=512)
+    assert section(made, "data")["extra_rounds"] == rounds
+    assert "same reward" in made.comments["data.init_args.extra_rounds"][0]
+    place = "training.verl_config_overrides.algorithm.filter_groups"
+    assert made.became[f"{place}.max_num_gen_batches"] == "data.extra_rounds"
+    assert "extra_rounds" not in section(verl(tmp_path, algorithm__filter_groups=groups | {"enable": False}), "data")
+
+
+@pytest.mark.parametrize("place", ["reward_model__overlong_buffer", "reward_model__reward_kwargs__overlong_buffer_cfg"])
+def test_the_overlong_buffer_of_dapo_becomes_the_penalty_of_long_completions(tmp_path, place):
+    made = verl(tmp_path, **{place: {"enable": True, "len": 64, "penalty_factor": 0.5}})
+    data = section(made, "data")
+    assert (data["overlong_tokens"], data["overlong_penalty"]) == (64, 0.5)
+    assert "overlong_tokens" not in section(verl(tmp_path, **{place: {"enable": False, "len": 64}}), "data")
 
 
 def test_devices_that_do_not_divide_an_update(tmp_path):
@@ -376,6 +398,177 @@ def test_what_oumis_configs_set_trains_in_trl(rows, name, text, tmp_path, monkey
     assert (line.state("out/run")["status"], line.state("out/run")["step"]) == ("finished", 2)
     assert (line.directory / "out/run/model.safetensors").exists()
     assert set(line.column("out/run", "train/reward")) == {1, 2}
+
+
+# ---- Oumi's own configs (configs/examples of oumi 0.9), all that have no images
+
+CONFIGS = {
+    "grpo_tldr": """
+model: {model_name: Qwen/Qwen2-0.5B-Instruct, model_max_length: 8192, torch_dtype_str: bfloat16,
+  attn_implementation: sdpa}
+data:
+  train:
+    datasets:
+    - {dataset_name: trl-lib/tldr, split: train}
+training:
+  trainer_type: TRL_GRPO
+  save_steps: 500
+  per_device_train_batch_size: 2
+  gradient_accumulation_steps: 1
+  reward_functions: [soft_20tokens_completions]
+  enable_gradient_checkpointing: false
+  gradient_checkpointing_kwargs: {use_reentrant: false}
+  ddp_find_unused_parameters: false
+  optimizer: adamw_torch
+  empty_device_cache_steps: 1
+  compile: false
+  grpo: {use_vllm: true, vllm_gpu_memory_utilization: 0.4}
+  dataloader_num_workers: auto
+  dataloader_prefetch_factor: 32
+  max_steps: 500
+  logging_steps: 10
+  log_model_summary: false
+  output_dir: output/tldr.grpo
+  include_performance_metrics: false
+  enable_wandb: true
+  trainer_kwargs: {vllm_mode: colocate}
+""",
+    "letter_counting/grpo": """
+model: {model_name: meta-llama/Llama-3.2-3B-Instruct, model_max_length: 8192, torch_dtype_str: bfloat16,
+  attn_implementation: sdpa}
+data:
+  train:
+    datasets:
+    - {dataset_name: oumi-ai/oumi-letter-count, split: train}
+training:
+  trainer_type: TRL_GRPO
+  save_steps: 500
+  max_steps: 500
+  per_device_train_batch_size: 2
+  gradient_accumulation_steps: 1
+  learning_rate: 5e-7
+  lr_scheduler_type: cosine
+  warmup_steps: 20
+  reward_functions: [count_letters]
+  enable_gradient_checkpointing: false
+  gradient_checkpointing_kwargs: {use_reentrant: false}
+  ddp_find_unused_parameters: false
+  optimizer: adafactor
+  grpo: {num_generations: 4, use_vllm: true, vllm_gpu_memory_utilization: 0.4, epsilon: 1e-4}
+  dataloader_num_workers: auto
+  dataloader_prefetch_factor: 32
+  logging_steps: 10
+  output_dir: output/letter_counting.grpo
+  include_performance_metrics: false
+  enable_wandb: true
+  trainer_kwargs: {vllm_mode: colocate}
+""",
+    "grpo_verl_countdown": """
+model: {model_name: d1shs0ap/cognitive-behaviors-Llama-3.2-3B}
+data:
+  train:
+    datasets:
+    - {dataset_name: d1shs0ap/countdown, split: train}
+  validation:
+    datasets:
+    - {dataset_name: d1shs0ap/countdown, split: test}
+training:
+  trainer_type: VERL_GRPO
+  num_train_epochs: 1
+  save_steps: -1
+  eval_strategy: steps
+  eval_steps: 50
+  learning_rate: 1.0e-06
+  enable_gradient_checkpointing: true
+  reward_functions: [countdown]
+  grpo: {max_completion_length: 1024, use_vllm: true, temperature: 1.0, vllm_gpu_memory_utilization: 0.4}
+  verl_config_overrides:
+    data: {train_batch_size: 64, val_batch_size: 640, max_prompt_length: 256}
+    actor_rollout_ref:
+      model: {use_remove_padding: true}
+      actor: {use_kl_loss: true, kl_loss_coef: 0.001, kl_loss_type: low_var_kl, ppo_mini_batch_size: 16,
+        ppo_micro_batch_size_per_gpu: 2}
+      rollout: {log_prob_micro_batch_size_per_gpu: 2, tensor_model_parallel_size: 2, n: 16}
+      ref:
+        log_prob_micro_batch_size_per_gpu: 1
+        fsdp_config: {param_offload: true}
+    algorithm:
+      kl_ctrl: {kl_coef: 0.001}
+    trainer: {critic_warmup: 0, val_before_train: false, n_gpus_per_node: 2, nnodes: 1}
+  output_dir: output/grpo_verl_countdown
+  run_name: grpo_verl_countdown
+  enable_wandb: true
+""",
+    "grpo_verl_gsm8k": """
+model: {model_name: Qwen/Qwen2.5-0.5B-Instruct}
+data:
+  train:
+    datasets:
+    - {dataset_name: openai/gsm8k, subset: main, split: train}
+  validation:
+    datasets:
+    - {dataset_name: openai/gsm8k, subset: main, split: test}
+training:
+  trainer_type: VERL_GRPO
+  num_train_epochs: 15
+  save_steps: 10
+  eval_strategy: steps
+  eval_steps: 10
+  learning_rate: 1.0e-06
+  enable_gradient_checkpointing: true
+  reward_functions: [gsm8k]
+  grpo: {use_vllm: true, temperature: 1.0, vllm_gpu_memory_utilization: 0.4}
+  verl_config_overrides:
+    data: {train_batch_size: 256, max_prompt_length: 512, max_response_length: 256}
+    actor_rollout_ref:
+      actor: {use_kl_loss: true, kl_loss_coef: 0.001, kl_loss_type: low_var_kl, ppo_mini_batch_size: 64,
+        ppo_micro_batch_size_per_gpu: 4}
+      rollout: {log_prob_micro_batch_size_per_gpu: 8, tensor_model_parallel_size: 1, n: 16}
+      ref: {log_prob_micro_batch_size_per_gpu: 4}
+    algorithm:
+      kl_ctrl: {kl_coef: 0.001}
+    trainer: {val_before_train: false, n_gpus_per_node: 1, nnodes: 1}
+  output_dir: output/grpo_verl_gsm8k
+  run_name: grpo_verl_gsm8k
+""",
+}
+SMALL = {
+    "TRL_GRPO": {"training.per_device_train_batch_size": 4, "training.grpo.max_completion_length": 8},
+    "VERL_GRPO": {
+        "training.grpo.max_completion_length": 8, "training.verl_config_overrides.data.max_response_length": 8,
+        "training.verl_config_overrides.data.max_prompt_length": 900,  # a token for each byte
+        "training.verl_config_overrides.data.train_batch_size": 4,
+        "training.verl_config_overrides.actor_rollout_ref.actor.ppo_mini_batch_size": 2,
+        "training.verl_config_overrides.actor_rollout_ref.rollout.n": 4,
+    },
+}  # fmt: skip
+"""What makes them small enough for a test."""
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize(
+    "name", [name if "verl" in name else pytest.param(name, marks=pytest.mark.slow) for name in CONFIGS]
+)
+def test_oumis_configs_convert_and_the_recipes_run(rows, name, tmp_path, monkeypatch, capsys):
+    line, tree = CommandLine(tmp_path, monkeypatch, capsys), yaml.safe_load(CONFIGS[name])
+    line.write("whole.yaml", yaml.safe_dump(tree))
+    whole = yaml.safe_load(convert(line.directory / "whole.yaml", [], "lightning"))
+    assert (whole["model"]["class_path"], whole["data"]["class_path"]) == ("GRPO", "RolloutData")
+    for source in [entry for split in tree["data"].values() for entry in split["datasets"]]:
+        source["dataset_path"] = str(rows / f"{source['dataset_name'].replace('/', '-')}.jsonl")
+        source["split"] = "train"
+        source.pop("subset", None)  # local files have none
+    tree["model"]["model_name"] = str(rows / "tiny")
+    tree["training"] |= {"max_steps": 1, "output_dir": "out/run", "enable_wandb": False, "enable_tensorboard": False}
+    if "validation" in tree["data"]:
+        tree["training"]["eval_steps"] = 1
+    line.write("oumi.yaml", yaml.safe_dump(tree))
+    small = [f"--{key}={value}" for key, value in SMALL[tree["training"]["trainer_type"]].items()]
+    line.write("native.yaml", convert(line.directory / "oumi.yaml", small, "lightning"))
+    line.works("fit", "--config", "native.yaml", "--trainer.accelerator", "cpu", "--trainer.precision", "32-true")
+    assert line.state("out/run")["status"] == "finished"
+    assert line.column("out/run", "train/reward")
+    assert bool(line.column("out/run", "val/reward")) == ("validation" in tree["data"])
 
 
 def test_trl_has_the_section_of_grpo():

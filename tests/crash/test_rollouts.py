@@ -63,7 +63,9 @@ def test_thirty_kills_at_random_moments(tmp_path, whole):
             child.wait()
             continue
         os.killpg(child.pid, signal.SIGKILL)
-        assert child.wait() == -signal.SIGKILL
+        if (code := child.wait()) == 0:  # it was complete by the time of the signal
+            continue
+        assert code == -signal.SIGKILL
         killed += 1
         works(folder, *RESUME)
         assert deviations(folder / "runs" / "r", expected) == [], trial

@@ -19,6 +19,7 @@ from oumi_pl.data.rollouts import RolloutData
 from oumi_pl.data.tokenizers import ByteTokenizer
 from oumi_pl.errors import UserError
 from oumi_pl.modules.grpo import GRPO
+from oumi_pl.rollouts.calculator import Calculator
 from oumi_pl.rollouts.rewards import Rewards, Scored
 from oumi_pl.rollouts.sampling import Completion, Sampling
 from oumi_pl.runs.checkpoints import AtomicCheckpointIO
@@ -258,6 +259,29 @@ def test_rows_that_are_longer_than_its_positions_are_refused(tmp_path):
     samples = data(tmp_path, reward_model(tmp_path / "short", max_position_embeddings=40))
     with pytest.raises(UserError, match=r"/short reads at most 40 tokens, and a prompt with its completion has \d+"):
         samples.rewards.components(ANSWERS, ROWS, samples_of(samples, ANSWERS))
+
+
+@pytest.mark.parametrize("key", ["reward", "metrics"])
+@pytest.mark.parametrize("name", TOKENIZERS)
+def test_prompts_without_room_for_a_completion_in_its_positions_are_refused_at_the_start(tmp_path, name, key):
+    tokenizer = TOKENIZERS[name]()
+    judges = {}
+    for positions in (60, 500):
+        judges[positions] = reward_model(tmp_path / str(positions), tokenizer, max_position_embeddings=positions)
+    message = rf"data\.{key}: .*/60 reads at most 60 tokens, but the longest prompt and 40 new tokens are \d+; lower"
+    for positions, judge in judges.items():
+        samples = data(tmp_path, judge) if key == "reward" else data(tmp_path, "exact_match", metrics=[judge])
+        if positions == 500:
+            samples.setup("fit")
+            continue
+        with pytest.raises(UserError, match=message):
+            samples.setup("fit")
+
+
+def test_a_reward_model_with_other_tokens_can_not_read_several_turns(tmp_path):
+    judge = reward_model(tmp_path / "judge", TOKENIZERS["other tokens"]())
+    with pytest.raises(UserError, match=r"data\.reward: .*/judge has other tokens or another chat template"):
+        data(tmp_path, judge, environment=Calculator()).setup("fit")
 
 
 def test_where_there_is_only_text_a_reward_model_is_refused(tmp_path):

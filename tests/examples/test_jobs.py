@@ -1,5 +1,6 @@
 """The examples outside the package: each is short, uses public names only, and computes what a plain loop computes."""
 
+import copy
 import importlib
 import re
 import sys
@@ -14,12 +15,14 @@ from transformers import AutoModelForCausalLM
 
 from oumi_pl.config.cli import instantiate
 from oumi_pl.data.dpo import DPOData
+from oumi_pl.data.rollouts import RolloutData
 from oumi_pl.data.sft import SFTData
 from oumi_pl.data.tokenizers import ByteTokenizer
 from oumi_pl.losses.preference import Sigmoid
 from oumi_pl.models.lm import States
 from oumi_pl.modules.dpo import DPO
 from oumi_pl.modules.sft import SFT
+from oumi_pl.rollouts.sampling import Sampling
 from tests.tiny import LLAMA, conversations, distance, fit, module, pairs, sgd, trainer, weights
 
 FOLDER = Path(__file__).parents[2] / "recipes" / "examples"
@@ -55,8 +58,9 @@ def plain_logits(hf, data, split, ids):
     return torch.cat(logits), torch.cat(targets)
 
 
-def test_there_are_seven_of_at_most_forty_lines_that_use_public_names_only():
-    assert [file.stem for file in FILES] == ["curriculum", "dft", "gated", "influence", "sam", "taught", "tdpo"]
+def test_there_are_eight_of_at_most_forty_lines_that_use_public_names_only():
+    names = ["curriculum", "dft", "gated", "influence", "online_dpo", "sam", "taught", "tdpo"]
+    assert [file.stem for file in FILES] == names
     for file in FILES:
         text = file.read_text()
         assert len(text.splitlines()) <= 40, file.name
@@ -296,3 +300,57 @@ def test_influences_are_those_of_the_whole_hessian():
         expected = [-float(solution @ torch.autograd.grad(loss("train", [i]), parameters)[0]) for i in range(6)]
     assert got == pytest.approx(expected, rel=1e-3, abs=1e-5)
     assert max(expected) - min(expected) > 1e-3
+
+
+def test_online_dpo_takes_the_best_and_the_worst_of_each_group(tmp_path):
+    file, options = tmp_path / "prompts.jsonl", {"tokenizer": ByteTokenizer(), "max_length": 64, "batch_size": 4}
+    file.write_text("".join(f'{{"prompt": "{letter}"}}\n' for letter in "abcd"))
+
+    def reward(completion, row):
+        return float(len(completion.encode()) % 3) * (row["prompt"] != "d")
+
+    def data(**kwargs):
+        sampled = RolloutData(
+            str(file), reward=reward, completions=4, sampling=Sampling(6, temperature=1.5), seed=0, iterations=2,
+            **options | kwargs,
+        )  # fmt: skip
+        sampled.kept, groups = [], sampled.groups
+        sampled.groups = lambda *args: sampled.kept.append(groups(*args)) or sampled.kept[-1]
+        return sampled
+
+    def trained(micro_batches, **kwargs):
+        L.seed_everything(1)
+        policy = load("online_dpo").OnlineDPO(config=LLAMA | {"initializer_range": 0.2}, beta=0.5, optimizer=sgd)
+        trainer(max_steps=2, accumulate_grad_batches=micro_batches).fit(policy, samples := data(**kwargs))
+        return weights(policy), samples
+
+    ours, samples = trained(1)
+    assert distance(trained(4, batch_size=1)[0], ours) < 5e-6
+    (groups,) = samples.kept
+    L.seed_everything(1)
+    start = load("online_dpo").OnlineDPO(config=LLAMA | {"initializer_range": 0.2}, optimizer=sgd)
+    trainer().strategy.connect(start)
+    hf = start.build(ByteTokenizer().build()).hf.eval()
+    frozen, optimizer = copy.deepcopy(hf), torch.optim.SGD(hf.parameters(), lr=0.1)
+
+    def logp(model, group, i):
+        n = len(group.completions[i].ids)
+        ids = torch.tensor([*samples.all_prompts("train")[group.prompt].ids, *group.completions[i].ids])
+        logits = model(ids[None].long()).logits[0, -n - 1 : -1] / 1.5
+        return logits.log_softmax(-1).gather(-1, ids[-n:, None].long()).sum()
+
+    pairs = 0
+    for _ in range(2):
+        losses = []
+        for group in groups:
+            values = group.components[:, 0]
+            if values.max() > values.min():
+                best, worst = int(values.argmax()), int(values.argmin())
+                ratios = [logp(hf, group, i) - logp(frozen, group, i).detach() for i in (best, worst)]
+                losses.append(-F.logsigmoid(0.5 * (ratios[0] - ratios[1])))
+        pairs = len(losses)
+        optimizer.zero_grad()
+        (sum(losses) / len(groups)).backward()
+        optimizer.step()
+    assert 0 < pairs < len(groups)
+    assert distance({name: p.detach() for name, p in hf.named_parameters()}, ours) < 5e-6

@@ -1,5 +1,7 @@
 """Tokens are drawn from the requested distribution, with its log-probabilities."""
 
+import functools
+
 import numpy as np
 import pytest
 import torch
@@ -115,3 +117,26 @@ def test_the_training_mode_is_left_as_it_was(hf, tokenizer):
 def test_ranges(setting):
     with pytest.raises(UserError, match=f"sampling.{next(iter(setting))} is"):
         Sampling(**setting)
+
+
+def test_a_static_cache_and_prompts_of_repeating_lengths_sample_the_same_completions(hf, tokenizer, monkeypatch):
+    prompts, sampling, drawn = [[65, 66, 67], [65], list(range(20))], Sampling(max_new_tokens=8), numbers(3)
+    free = sample(hf, tokenizer, prompts, numbers=drawn, sampling=sampling, ends=list(range(40)))
+    widths, forward = [], hf.forward
+
+    @functools.wraps(forward)
+    def watched(*args, **kwargs):
+        widths.append((kwargs["input_ids"].shape[1], kwargs["attention_mask"].shape[-1]))
+        return forward(*args, **kwargs)
+
+    monkeypatch.setattr(hf, "forward", watched)
+    before = set(vars(hf))
+    for rows in ([0, 1, 2], [0, 1]):
+        kept = {"numbers": drawn[rows], "sampling": sampling, "ends": list(range(40)), "bucket": 32}
+        static = sample(hf, tokenizer, [prompts[i] for i in rows], **kept)
+        for row, completion in zip(rows, static, strict=True):
+            assert completion.ids.tolist() == free[row].ids.tolist()
+            assert np.abs(completion.logps - free[row].logps).max() < 1e-5
+    assert set(vars(hf)) == before  # a resumed run doesn't know the lengths of earlier calls
+    assert len({width for width, _ in widths}) == 2  # of prompts and of single tokens
+    assert len({length for _, length in widths}) == 1

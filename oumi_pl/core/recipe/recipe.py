@@ -93,9 +93,11 @@ def to_recipe(
 
 def _online(config: TrainingConfig, devices: int | None, notes: Notes) -> tuple[TrainingConfig, Online]:
     """The settings of online training, and the config with the micro-batches that they come to."""
+    more: dict[str, Any] = {}
     if config.training.trainer_type.name == "VERL_GRPO":
-        config = as_trl(config, devices, notes)
+        config, more = as_trl(config, devices, notes)
     sampled = online(config, notes)
+    sampled = dataclasses.replace(sampled, data=sampled.data | more)
     training = dataclasses.replace(config.training, gradient_accumulation_steps=sampled.micro_batches)
     return dataclasses.replace(config, training=training), sampled
 

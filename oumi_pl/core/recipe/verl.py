@@ -10,6 +10,14 @@ from oumi_pl.errors import nearest
 
 PLACE = "training.verl_config_overrides"
 ACTOR, ROLLOUT = "actor_rollout_ref.actor", "actor_rollout_ref.rollout"
+FILTER = "algorithm.filter_groups"
+OVERLONG = "reward_model.overlong_buffer"
+EARLIER = {"reward_model.reward_kwargs.overlong_buffer_cfg": OVERLONG}
+"""Section of verl -> another name of it."""
+METRICS = ("acc", "score", "seq_reward", "seq_final_reward")
+"""What verl can compare the completions of a group by; for rewards that are numbers, all are the reward."""
+MOST_ROUNDS = 10
+"""Rounds of prompts in place of those without variance where verl has no limit."""
 
 DEFAULTS: dict[str, tuple[Any, str]] = {
     "data.train_batch_size": (1024, "data.steps_per_rollout"),
@@ -34,6 +42,12 @@ DEFAULTS: dict[str, tuple[Any, str]] = {
     "algorithm.adv_estimator": ("grpo", "model.advantage"),
     "algorithm.norm_adv_by_std_in_grpo": (True, "model.advantage"),
     "algorithm.use_kl_in_reward": (False, "false is how it is done"),
+    f"{FILTER}.enable": (False, "data.extra_rounds"),
+    f"{FILTER}.metric": ("acc", "groups are compared by their total rewards"),
+    f"{FILTER}.max_num_gen_batches": (0, "data.extra_rounds"),
+    f"{OVERLONG}.enable": (False, "data.overlong_tokens"),
+    f"{OVERLONG}.len": (0, "data.overlong_tokens"),
+    f"{OVERLONG}.penalty_factor": (1.0, "data.overlong_penalty"),
 }
 """Key of verl -> its default, and what it becomes. None: that of another field."""
 OF_REWARD = "it is only read with algorithm.use_kl_in_reward"
@@ -42,6 +56,10 @@ HARMLESS = {
     "data.filter_overlong_prompts": "prompts that are too long are left out in any case",
     "data.truncation": "prompts that are too long are left out",
     "data.shuffle": "rows are shuffled in any case",
+    "data.gen_batch_size": "each group without variance is replaced by itself",
+    f"{OVERLONG}.log": "the penalty is in rollouts.jsonl",
+    "reward_model.reward_manager": "rewards are those of training.reward_functions",
+    "reward_model.reward_kwargs.max_resp_len": "it is data.max_response_length",
     "algorithm.kl_ctrl": OF_REWARD,
     "algorithm.kl_penalty": OF_REWARD,
     "actor_rollout_ref.model.use_remove_padding": "there is no padding",
@@ -76,8 +94,8 @@ UNREAD = (
 LOSSES = {"token-mean": "dapo", "seq-mean-token-mean": "grpo", "seq-mean-token-sum-norm": "dr_grpo"}
 
 
-def as_trl(config: TrainingConfig, devices: int | None, notes: Notes) -> TrainingConfig:
-    """The config of TRL_GRPO that trains as verl does.
+def as_trl(config: TrainingConfig, devices: int | None, notes: Notes) -> tuple[TrainingConfig, dict[str, Any]]:
+    """The config of TRL_GRPO that trains as verl does, and arguments of the data for which TRL has none.
 
     Raises:
         UserError: a key has no counterpart.
@@ -111,12 +129,15 @@ def as_trl(config: TrainingConfig, devices: int | None, notes: Notes) -> Trainin
     # verl's own choice: with weights in bfloat16, steps of 1e-6 would be lost in rounding
     translated.model.torch_dtype_str, training.mixed_precision_dtype = "float32", MixedPrecisionDtype.BF16
     notes.nothing("model.torch_dtype_str", "verl trains float32 weights, and computes in bfloat16")
-    return translated
+    return translated, _groups(values, notes)
 
 
 def _values(config: TrainingConfig, notes: Notes) -> dict[str, Any]:
     """The keys that decide what is trained, with verl's defaults."""
-    overrides = dict(_flat(config.training.verl_config_overrides))
+    overrides = {}
+    for key, value in _flat(config.training.verl_config_overrides):
+        section, _, name = key.rpartition(".")
+        overrides[f"{EARLIER.get(section, section)}.{name}" if section else key] = value
     for key, value in overrides.items():
         place = f"{PLACE}.{key}"
         if key in DEFAULTS:
@@ -177,6 +198,27 @@ def _objective(grpo: Any, values: dict[str, Any], notes: Notes) -> dict[str, Any
         "the update, and not of a micro-batch",
     )
     return kwargs
+
+
+def _groups(values: dict[str, Any], notes: Notes) -> dict[str, Any]:
+    """Arguments of the data for DAPO's dynamic sampling and its penalty of long completions."""
+    arguments: dict[str, Any] = {}
+    if values[f"{OVERLONG}.enable"]:
+        arguments["overlong_tokens"] = int(values[f"{OVERLONG}.len"])
+        arguments["overlong_penalty"] = float(values[f"{OVERLONG}.penalty_factor"])
+    if not values[f"{FILTER}.enable"]:
+        return arguments
+    if (metric := values[f"{FILTER}.metric"] or METRICS[0]) not in METRICS:
+        refuse(f"{PLACE}.{FILTER}.metric", f"{metric!r} has no counterpart{nearest(str(metric), METRICS)}")
+    batches = int(values[f"{FILTER}.max_num_gen_batches"])
+    arguments["extra_rounds"] = batches - 1 if batches > 0 else MOST_ROUNDS
+    limit = "" if batches > 0 else f", and after {MOST_ROUNDS} rounds"
+    notes.comment(
+        "data.init_args.extra_rounds",
+        "a group whose completions have the same reward, before penalties, is replaced by one of another prompt; if "
+        f"none is better{limit}, it stays, where verl stops the run",
+    )
+    return arguments
 
 
 def _updates(training: Any, values: dict[str, Any], devices: int) -> int:
