@@ -160,6 +160,9 @@ def _to_plain(group: Group) -> dict[str, Any]:
         "logps": [torch.from_numpy(c.logps.copy()) for c in group.completions],
         "entropies": [torch.from_numpy(c.entropies.copy()) for c in group.completions],
         "finished": [c.is_finished for c in group.completions],
+        "policy_logps": [
+            None if c.policy_logps is None else torch.from_numpy(c.policy_logps.copy()) for c in group.completions
+        ],
         "components": torch.from_numpy(group.components.copy()),
         "penalties": torch.from_numpy(group.penalties.copy()),
         "extra": group.extra,
@@ -168,8 +171,15 @@ def _to_plain(group: Group) -> dict[str, Any]:
 
 def _from_plain(plain: Mapping[str, Any]) -> Group:
     """The inverse of `_to_plain`."""
+    recomputed = plain.get("policy_logps", [None] * len(plain["ids"]))
     completions = [
-        Completion(plain["ids"][i].numpy(), plain["logps"][i].numpy(), plain["entropies"][i].numpy(), is_finished)
+        Completion(
+            plain["ids"][i].numpy(),
+            plain["logps"][i].numpy(),
+            plain["entropies"][i].numpy(),
+            is_finished,
+            None if recomputed[i] is None else recomputed[i].numpy(),
+        )
         for i, is_finished in enumerate(plain["finished"])
     ]
     values = plain["components"].numpy(), plain["penalties"].numpy()
