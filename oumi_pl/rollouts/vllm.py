@@ -39,7 +39,6 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from oumi_pl.errors import UserError, reason
-from oumi_pl.models.export import why_not_alone
 from oumi_pl.models.lora import merged
 from oumi_pl.rollouts.sampling import Completion, Engine, Sampling
 
@@ -216,7 +215,7 @@ def weights_of(policy: Any) -> dict[str, Tensor]:
     """
     hf = policy.causal_lm.hf
     if not policy.causal_lm.has_adapters:
-        return checkpoint_weights(hf)
+        return checkpoint_weights(hf, hf.state_dict())
     was_tied = policy.causal_lm.base.config.get_text_config().tie_word_embeddings
     whole = merged(copy.deepcopy(hf))
     if was_tied and not whole.config.get_text_config().tie_word_embeddings:
@@ -224,14 +223,21 @@ def weights_of(policy: Any) -> dict[str, Tensor]:
             "model.lora: the adapters change the embedding and the head differently, and vLLM was started with one "
             "weight for both; leave them out of the adapted layers"
         )
-    return checkpoint_weights(whole)
+    return checkpoint_weights(whole, whole.state_dict())
 
 
-def checkpoint_weights(hf: Any) -> dict[str, Tensor]:
+def base_weights(policy: Any) -> dict[str, Tensor]:
+    """The weights of an adapter's base by their names in checkpoints, each once."""
+    base = policy.causal_lm.base
+    state = {name: value for name, value in base.state_dict().items() if ".lora_" not in name}
+    return checkpoint_weights(base, {name.replace(".base_layer.", "."): value for name, value in state.items()})
+
+
+def checkpoint_weights(hf: Any, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """The weights of a model by their names in checkpoints; tied ones are listed once."""
     from transformers.core_model_loading import revert_weight_conversion
 
-    state = {name: value.detach() for name, value in hf.state_dict().items()}
+    state = {name: value.detach() for name, value in state.items()}
     for copied, source in getattr(hf, "all_tied_weights_keys", {}).items():
         if copied in state and source in state and state[copied].data_ptr() == state[source].data_ptr():
             del state[copied]
@@ -258,17 +264,16 @@ def temporary_folder(parent: str | None = None) -> Any:
     return folder
 
 
-def write_model(policy: Any, folder: Path) -> None:
-    """Writes a folder that vLLM loads as a model: configuration and weights."""
-    write_config(policy.causal_lm.base, folder)
-    write_weights(weights_of(policy), folder)
-
-
 def write_config(hf: Any, folder: Path) -> None:
-    """Writes the configuration of a model."""
+    """Writes the configuration of a model, as vLLM reads it."""
     config = copy.deepcopy(hf.config)
     config.architectures = [type(hf).__name__]
     config.save_pretrained(folder)
+
+
+def is_quantized(lm: Any) -> bool:
+    """Whether the base of an adapter is quantised; vLLM then loads it by its name, or the server has it."""
+    return bool(getattr(lm.base, "is_quantized", False))
 
 
 def rank_of(hf: Any) -> int:
@@ -289,6 +294,9 @@ def adapter_options(rank: int) -> dict[str, Any]:
 
 
 # ---- in this process
+
+CACHE = 2**30
+"""Bytes of keys and values for a few short completions."""
 
 OWN_OPTIONS = ("model", "tokenizer", "logprobs_mode", "enable_lora", "max_loras")
 """Arguments of `vllm.LLM` that the engine sets."""
@@ -346,16 +354,15 @@ class VLLM(VLLMEngine):
     def _build(self, policy: Any, folder: Path, is_adapter: bool) -> Any:
         lm = policy.causal_lm
         policy.data.tokenizer.save_pretrained(folder)
-        options: dict[str, Any] = {"model": str(folder)}
-        if is_adapter:
-            if why := why_not_alone(lm):
-                raise UserError(f"data.engine: vLLM can't load the adapter's base, because {why}; set merge: true")
-            write_config(lm.base, folder)  # vLLM looks for one beside the tokenizer
-            options = {"model": lm.base.config._name_or_path, **adapter_options(rank_of(lm.hf))}
+        write_config(lm.base, folder)
+        options: dict[str, Any] = {"model": str(folder), **(adapter_options(rank_of(lm.hf)) if is_adapter else {})}
+        if is_adapter and is_quantized(lm):
+            options["model"] = lm.base.config._name_or_path  # in full precision, as adapters are exported for
         else:
-            write_model(policy, folder)
+            write_weights(base_weights(policy) if is_adapter else weights_of(policy), folder)
         dtype = next(p.dtype for p in lm.base.parameters() if p.is_floating_point())
         defaults = {
+            "generation_config": "vllm",  # no settings of the model's own
             "dtype": str(dtype).removeprefix("torch."),
             "max_model_len": policy.data.max_length,
             "gpu_memory_utilization": self.gpu_memory_utilization,
@@ -400,17 +407,11 @@ def build_llm(**options: Any) -> Any:
     Raises:
         UserError: vLLM is not installed, or can't load the model.
     """
-    os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
-    try:
-        from vllm import LLM
-    except ImportError as error:
-        raise UserError(
-            f"vLLM can't be imported ({reason(error)}); install the extra: pip install 'oumi_pl[vllm]'"
-        ) from error
+    llm = import_llm()
     before = os.environ.get("VLLM_ENABLE_V1_MULTIPROCESSING")
     os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
     try:
-        return LLM(**options, generation_config="vllm", disable_log_stats=True, use_tqdm_on_load=False)
+        return llm(**options, disable_log_stats=True, use_tqdm_on_load=False)
     except Exception as error:  # of any of vLLM's parts
         raise UserError(f"vLLM can't load {options['model']}: {reason(error)}") from error
     finally:
@@ -418,6 +419,22 @@ def build_llm(**options: Any) -> Any:
             del os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"]
         else:
             os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = before
+
+
+def import_llm() -> Any:
+    """The class `vllm.LLM`.
+
+    Raises:
+        UserError: vLLM is not installed.
+    """
+    os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
+    try:
+        from vllm import LLM
+    except ImportError as error:
+        raise UserError(
+            f"vLLM can't be imported ({reason(error)}); install the extra: pip install 'oumi_pl[vllm]'"
+        ) from error
+    return LLM
 
 
 @contextmanager
@@ -443,10 +460,10 @@ class VLLMServer(VLLMEngine):
 
         VLLM_SERVER_DEV_MODE=1 vllm serve MODEL --logprobs-mode processed_logprobs
 
-    For LoRA, MODEL is the adapter's base, and add `VLLM_ALLOW_RUNTIME_LORA_UPDATING=1` and
-    `--enable-lora --max-lora-rank RANK`. The server must serve one run only, and be reachable by nobody else: its
-    development endpoints are not protected. Rank 0 sends the weights, as a folder that the server reads; all ranks
-    sample.
+    For LoRA, add `VLLM_ALLOW_RUNTIME_LORA_UPDATING=1` before and `--enable-lora --max-lora-rank RANK` after it. MODEL
+    may be any of the same architecture and tokenizer: its weights are replaced. The server serves one run at a time,
+    and should be reachable by nobody else: its development endpoints are not protected. Rank 0 sends the weights, as a
+    folder that the server reads; all ranks sample.
 
     Args:
         url: Where it listens.
@@ -503,11 +520,17 @@ class VLLMServer(VLLMEngine):
         is_adapter = self.sends_adapter(policy)
         if not self._base:
             self._base = self._model = self._checked(policy, is_adapter)
+        is_first = self.synchronised is None
+        if not is_adapter:
+            self._replace_weights(weights_of(policy))
+        elif is_first and not is_quantized(policy.causal_lm):
+            self._replace_weights(base_weights(policy))  # the server may have served another run before
         if is_adapter:
             self._replace_adapter(policy, f"{ADAPTER}{name}")
-            return
+
+    def _replace_weights(self, weights: Mapping[str, Tensor]) -> None:
         with temporary_folder(self.folder) as folder:
-            write_weights(weights_of(policy), Path(folder))
+            write_weights(weights, Path(folder))
             self._post("/collective_rpc", {"method": "reload_weights", "kwargs": {"weights_path": folder}})
 
     def _replace_adapter(self, policy: Any, name: str) -> None:

@@ -24,9 +24,9 @@ from oumi_pl.rollouts.sampling import Sampling, sample, uniforms
 class Model:
     """A model whose weights and adapters can be replaced."""
 
-    def __init__(self, folder):
+    def __init__(self, folder, tokenizer=None):
         self.hf = AutoModelForCausalLM.from_pretrained(folder).eval()
-        self.tokenizer = AutoTokenizer.from_pretrained(folder)
+        self.tokenizer = AutoTokenizer.from_pretrained(tokenizer or folder)
         self.adapters = {}
 
     def load(self, weights):
@@ -38,8 +38,10 @@ class Model:
         self.adapters[name] = PeftModel.from_pretrained(copy.deepcopy(self.hf), folder).eval()
 
     def complete(self, prompt, params, adapter=None):
-        assert params["ignore_eos"]
         assert params["logprobs"] == 0
+        own = self.hf.generation_config.eos_token_id
+        own = [] if params.get("ignore_eos") else own if isinstance(own, list) else [own]
+        params = {"top_p": 1.0, "top_k": 0, "min_p": 0.0, "seed": 0, "stop": (), "stop_token_ids": []} | params
         names = {"max_new_tokens": "max_tokens"} | {n: n for n in ("temperature", "top_p", "top_k", "min_p")}
         sampling = Sampling(**{ours: params[theirs] for ours, theirs in names.items()}, stop=tuple(params["stop"]))
         (completion,) = sample(
@@ -48,7 +50,7 @@ class Model:
             [prompt],
             numbers=uniforms((params["seed"],), params["max_tokens"])[None],
             sampling=sampling,
-            ends=params["stop_token_ids"],
+            ends=[*params["stop_token_ids"], *own],
         )
         reason = "stop" if completion.is_finished else "length"
         return completion.ids.tolist(), completion.logps.tolist(), reason
@@ -139,7 +141,7 @@ class LLM:
 
     def __init__(self, **options):
         self.options, self.calls = options, []
-        self.model = Model(options["model"])
+        self.model = Model(options["model"], options["tokenizer"])
         self.llm_engine = SimpleNamespace(add_lora=self.add_lora, remove_lora=self.remove_lora)
         torch.manual_seed(0)  # as vLLM does
         np.random.seed(0)
@@ -160,6 +162,8 @@ class LLM:
 
     def generate(self, inputs, params, lora_request, use_tqdm):
         torch.rand(3)
+        if lora_request is not None and lora_request.lora_int_id not in self.model.adapters:
+            self.model.add_adapter(lora_request.lora_int_id, lora_request.lora_path)
         results = []
         for prompt, of_prompt in zip(inputs, params, strict=True):
             adapter = None if lora_request is None else lora_request.lora_int_id
@@ -174,7 +178,7 @@ def install(monkeypatch):
     """Replaces the module `vllm` by a stand-in."""
     LLM.built = []
     vllm, lora, request = ModuleType("vllm"), ModuleType("vllm.lora"), ModuleType("vllm.lora.request")
-    vllm.LLM, vllm.SamplingParams = LLM, lambda **kwargs: kwargs
+    vllm.LLM, vllm.SamplingParams, vllm.__version__ = LLM, lambda **kwargs: kwargs, "0"
     request.LoRARequest = lambda name, number, path: SimpleNamespace(lora_name=name, lora_int_id=number, lora_path=path)
     for module in (vllm, lora, request):
         monkeypatch.setitem(sys.modules, module.__name__, module)

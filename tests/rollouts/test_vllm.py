@@ -90,8 +90,8 @@ POLICIES = {
 def test_a_server_samples_with_the_weights_of_each_update(tmp_path, folder, server, name):
     merge, lora = POLICIES[name]
     assert max(differences(tmp_path, folder, VLLMServer(server.url, merge=merge), lora=lora)) < 1e-5
-    sent = server.asked("/v1/load_lora_adapter" if name == "an adapter" else "/collective_rpc")
-    assert len(sent) == 2
+    assert len(server.asked("/v1/load_lora_adapter")) == (2 if name == "an adapter" else 0)
+    assert len(server.asked("/collective_rpc")) == (1 if name == "an adapter" else 2)  # the adapter's base, once
     assert len(server.model.adapters) == (name == "an adapter")
     of_update = [body["cache_salt"] for body in server.asked("/v1/completions")]
     assert len(set(of_update)) == 2  # a prompt's keys and values are never those of other weights
@@ -318,6 +318,11 @@ def test_a_server_without_what_is_needed_is_refused(tmp_path, folder):
     text = message(VLLMServer(small.url))
     assert f"the vLLM server at {small.url} does not answer" in text
     assert "VLLM_SERVER_DEV_MODE=1 vllm serve MODEL" in text
+
+
+def test_an_adapters_base_is_that_of_the_run_also_if_the_server_has_trained_another(tmp_path, folder, server):
+    differences(tmp_path, folder, VLLMServer(server.url))
+    assert max(differences(tmp_path, folder, VLLMServer(server.url), lora=LORA)) < 1e-5
 
 
 def test_adapters_that_a_killed_run_left_are_unloaded(tmp_path, folder, server):
