@@ -182,3 +182,8 @@ def install(monkeypatch):
     request.LoRARequest = lambda name, number, path: SimpleNamespace(lora_name=name, lora_int_id=number, lora_path=path)
     for module in (vllm, lora, request):
         monkeypatch.setitem(sys.modules, module.__name__, module)
+
+
+if __name__ == "__main__":  # a server in a process of its own
+    print(Server(sys.argv[1]).url, flush=True)
+    threading.Event().wait()

@@ -1,8 +1,11 @@
 """The vLLM engines against stand-ins: weights follow the policy, settings are passed on or refused, runs resume."""
 
 import json
+import os
+import subprocess
 import sys
 from dataclasses import replace
+from pathlib import Path
 
 import lightning as L
 import numpy as np
@@ -23,7 +26,7 @@ from oumi_pl.runs.checkpoints import AtomicCheckpointIO
 from oumi_pl.runs.folders import saved_steps
 from tests.modules.test_grpo import SAMPLING, Logged, rollouts, run, same
 from tests.rollouts import stand_ins
-from tests.tiny import LLAMA, trainer, weights
+from tests.tiny import LLAMA, distance, trainer, weights
 
 LORA = {"r": 4, "lora_alpha": 16, "target_modules": ["q_proj", "v_proj"]}
 TWO_UPDATES = {"batch_size": 2, "prompts_per_call": 1}
@@ -189,6 +192,40 @@ def test_on_policy_distillation_samples_with_it(tmp_path, folder, server):
     data = {"engine": VLLMServer(server.url), "reward": None, "completions": 1, "steps_per_rollout": 2, "batch_size": 2}
     run(tmp_path, student, data=data, max_steps=2)
     assert len(server.asked("/collective_rpc")) == 1
+
+
+WORKER = """
+import sys, torch
+from pathlib import Path
+sys.path.insert(0, {root!r})
+torch.set_num_threads(1)
+from oumi_pl.rollouts.vllm import VLLMServer
+from tests.modules.test_grpo import run
+from tests.rollouts.test_vllm import policy
+from tests.tiny import weights
+out = Path(sys.argv[1])
+module = policy({folder!r})
+data = {{"engine": VLLMServer({url!r}), "batch_size": 1, "prompts_per_call": 1, "iterations": 2}}
+run(out, module, 2, data, devices=2, strategy="ddp", max_steps=3)
+if module.global_rank == 0:
+    torch.save(weights(module), out / "weights.pt")
+"""
+
+
+@pytest.mark.slow
+def test_two_ranks_sample_from_one_server_and_train_as_one(tmp_path, folder, server):
+    script = tmp_path / "worker.py"
+    script.write_text(WORKER.format(root=str(Path(__file__).parents[2]), folder=str(folder), url=server.url))
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        [sys.executable, str(script), str(tmp_path)], env=environment, capture_output=True, text=True, timeout=240
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert len(server.asked("/collective_rpc")) == 2  # rank 0 sends
+    alone = policy(folder)
+    data = {"engine": VLLMServer(server.url), "batch_size": 4, "iterations": 2}
+    run(tmp_path, alone, data=data, max_steps=3)
+    assert distance(torch.load(tmp_path / "weights.pt"), weights(alone)) < 5e-6
 
 
 # ---- resumes
