@@ -70,7 +70,7 @@ def measured(name: str, options: argparse.Namespace, url: str) -> dict:
     of_prompts = [prompt_ids(tokenizer, f"Reverse {words[i % 8]}{i}") for i in range(options.prompts)]
     prompts = [prompt for prompt in of_prompts for _ in range(options.completions)]
     sampling = Sampling(max_new_tokens=options.tokens)
-    seconds, cpu, tokens, off = [], [], 0, []
+    seconds, cpu = [], []
     for repeat in range(options.repeats + 1):
         with torch.no_grad():
             for weight in policy.causal_lm.hf.parameters():
@@ -81,9 +81,8 @@ def measured(name: str, options: argparse.Namespace, url: str) -> dict:
         completions = engine.sample(policy, tokenizer, prompts, seeds=seeds, sampling=sampling, ends=[NO_TOKEN])
         seconds.append(time.perf_counter() - began)
         cpu.append(time.process_time() - began_cpu)
-        tokens = sum(len(completion.ids) for completion in completions)
-        off.append(differences(policy, prompts, completions, sampling))
-    off = np.concatenate(off)
+    tokens = sum(len(completion.ids) for completion in completions)
+    off = differences(policy, prompts, completions, sampling)
     return {
         "rate": tokens / statistics.median(seconds[1:]),
         "cpu": tokens / statistics.median(cpu[1:]),
