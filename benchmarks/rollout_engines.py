@@ -97,7 +97,7 @@ def serve(model: str, port: int) -> subprocess.Popen:
     program = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", model, "--port", str(port)]
     settings = ["--enforce-eager", "--dtype", "float32", "--logprobs-mode", "processed_logprobs"]
     server = subprocess.Popen(
-        [*program, *settings, "--max-model-len", "128"],
+        [*program, *settings, "--max-model-len", "128", "--no-enable-chunked-prefill"],
         env=os.environ | {"VLLM_SERVER_DEV_MODE": "1"},
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,

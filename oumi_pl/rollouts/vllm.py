@@ -25,6 +25,7 @@ import json
 import os
 import random
 import tempfile
+import weakref
 from abc import abstractmethod
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -75,7 +76,9 @@ class VLLMEngine(Engine):
     def __init__(self, merge: bool = False) -> None:
         self.merge = merge
         self.synchronised: str | None = None
-        """Hash of the weights that vLLM has; None before the first are sent."""
+        """Hash of the weights that vLLM has; None before the first of a policy are sent."""
+        self._of: Any = None
+        """Weak reference to the model whose weights it has."""
         self._written: Any = None
         """Temporary folder of the adapter that vLLM has, which may read it again."""
 
@@ -116,6 +119,8 @@ class VLLMEngine(Engine):
 
     def synchronise(self, policy: Any) -> None:
         """Sends the policy's weights, unless vLLM has them already."""
+        if self._of is None or self._of() is not policy.causal_lm:
+            self._of, self.synchronised = weakref.ref(policy.causal_lm), None  # frozen weights may differ, too
         name = weights_hash(policy.causal_lm.hf)
         if name != self.synchronised:
             self.send(policy, name)
@@ -345,11 +350,15 @@ class VLLM(VLLMEngine):
             is_new = self.llm is None
             if is_new:
                 self.llm = self._build(policy, Path(folder), is_adapter)
+            if not is_new and not is_adapter:
+                self._replace_weights(weights_of(policy))
+            elif not is_new and self.synchronised is None and not is_quantized(policy.causal_lm):
+                self._replace_weights(base_weights(policy))  # of another run before
             if is_adapter:
                 self._replace_adapter(policy, name)
-            elif not is_new:
-                weights = iter(weights_of(policy).items())
-                self.llm.collective_rpc("reload_weights", kwargs={"weights_iterator": weights})
+
+    def _replace_weights(self, weights: Mapping[str, Tensor]) -> None:
+        self.llm.collective_rpc("reload_weights", kwargs={"weights_iterator": iter(weights.items())})
 
     def _build(self, policy: Any, folder: Path, is_adapter: bool) -> Any:
         lm = policy.causal_lm
@@ -367,6 +376,8 @@ class VLLM(VLLMEngine):
             "max_model_len": policy.data.max_length,
             "gpu_memory_utilization": self.gpu_memory_utilization,
         }
+        if next(lm.base.parameters()).device.type == "cpu":
+            defaults["enable_chunked_prefill"] = False  # on CPUs, vLLM fails if a prompt with a seed is split
         return build_llm(**(defaults | self.options | options), tokenizer=str(folder), logprobs_mode=LOGPROBS_MODE)
 
     def _replace_adapter(self, policy: Any, name: str) -> None:
@@ -520,10 +531,9 @@ class VLLMServer(VLLMEngine):
         is_adapter = self.sends_adapter(policy)
         if not self._base:
             self._base = self._model = self._checked(policy, is_adapter)
-        is_first = self.synchronised is None
         if not is_adapter:
             self._replace_weights(weights_of(policy))
-        elif is_first and not is_quantized(policy.causal_lm):
+        elif self.synchronised is None and not is_quantized(policy.causal_lm):
             self._replace_weights(base_weights(policy))  # the server may have served another run before
         if is_adapter:
             self._replace_adapter(policy, f"{ADAPTER}{name}")
@@ -549,6 +559,11 @@ class VLLMServer(VLLMEngine):
         mode = config["model_config"]["logprobs_mode"]
         if mode != LOGPROBS_MODE:
             raise UserError(f"data.engine: {self.url} returns {mode}; start it with --logprobs-mode {LOGPROBS_MODE}")
+        if config["device_config"]["device_type"] == "cpu" and config["scheduler_config"]["enable_chunked_prefill"]:
+            raise UserError(
+                f"data.engine: {self.url} runs on CPUs, where vLLM fails if it splits a prompt whose completion has a "
+                "seed; start it with --no-enable-chunked-prefill"
+            )
         if is_adapter:
             rank = rank_of(policy.causal_lm.hf)
             lora = config.get("lora_config")

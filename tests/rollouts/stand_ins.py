@@ -65,7 +65,14 @@ class Server:
     def __init__(self, folder, logprobs_mode="processed_logprobs", max_lora_rank=8):
         self.model, self.requests, self.lock = Model(folder), [], threading.Lock()
         lora = {"max_lora_rank": max_lora_rank} if max_lora_rank else None
-        self.info = {"vllm_config": {"model_config": {"logprobs_mode": logprobs_mode}, "lora_config": lora}}
+        self.info = {
+            "vllm_config": {
+                "model_config": {"logprobs_mode": logprobs_mode},
+                "lora_config": lora,
+                "device_config": {"device_type": "cpu"},
+                "scheduler_config": {"enable_chunked_prefill": False},
+            }
+        }
         self.http = ThreadingHTTPServer(("127.0.0.1", 0), type("Handler", (Handler,), {"stand_in": self}))
         self.http.daemon_threads = True
         threading.Thread(target=self.http.serve_forever, daemon=True).start()

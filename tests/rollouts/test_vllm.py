@@ -11,6 +11,7 @@ import lightning as L
 import numpy as np
 import pytest
 import torch
+from transformers import AutoTokenizer
 
 from oumi_pl.callbacks.checkpoint import Checkpoints
 from oumi_pl.config.check import known_classes
@@ -348,6 +349,8 @@ def test_a_server_without_what_is_needed_is_refused(tmp_path, folder):
     assert "--enable-lora --max-lora-rank 8" in message(VLLMServer(small.url), lora=LORA)
     text = message(VLLMServer(small.url), lora=LORA | {"use_dora": True})
     assert text == "model.lora.use_dora: vLLM can't apply such an adapter; set data.engine.merge: true"
+    small.info["vllm_config"]["scheduler_config"]["enable_chunked_prefill"] = True
+    assert "start it with --no-enable-chunked-prefill" in message(VLLMServer(small.url))
     small.info = None
     assert "has no /server_info; start it with VLLM_SERVER_DEV_MODE=1" in message(VLLMServer(small.url))
     for server in (raw, small):
@@ -357,9 +360,18 @@ def test_a_server_without_what_is_needed_is_refused(tmp_path, folder):
     assert "VLLM_SERVER_DEV_MODE=1 vllm serve MODEL" in text
 
 
-def test_an_adapters_base_is_that_of_the_run_also_if_the_server_has_trained_another(tmp_path, folder, server):
+def test_an_adapters_base_is_that_of_the_run_also_if_another_was_before(tmp_path, folder, server, module):
     differences(tmp_path, folder, VLLMServer(server.url))
     assert max(differences(tmp_path, folder, VLLMServer(server.url), lora=LORA)) < 1e-5
+    hf = build_model(str(folder))
+    with torch.no_grad():
+        for weight in hf.parameters():
+            weight.mul_(1.5)
+    hf.save_pretrained(tmp_path / "other")
+    AutoTokenizer.from_pretrained(folder).save_pretrained(tmp_path / "other")
+    for engine in (VLLM(), VLLMServer(server.url)):
+        for of_run in (folder, tmp_path / "other", folder):
+            assert max(differences(tmp_path, of_run, engine, lora=LORA)) < 1e-5
 
 
 def test_adapters_that_a_killed_run_left_are_unloaded(tmp_path, folder, server):
