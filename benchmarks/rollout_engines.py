@@ -14,6 +14,7 @@ import platform
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
 import urllib.request
 from types import SimpleNamespace
@@ -41,9 +42,17 @@ ENGINES = {
 }
 
 
+def untied(hf):
+    """The model with a head of its own, which servers on CPUs need."""
+    if hf.config.tie_word_embeddings:
+        hf.lm_head.weight = torch.nn.Parameter(hf.lm_head.weight.detach().clone())
+        hf.config.tie_word_embeddings = False
+    return hf
+
+
 def policy_of(folder: str):
     """What the engines need of a module in training."""
-    lm = LM(AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval())
+    lm = LM(untied(AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()))
     tokenizer = AutoTokenizer.from_pretrained(folder)
     strategy = SimpleNamespace(broadcast=lambda value: value)
     trainer = SimpleNamespace(world_size=1, is_global_zero=True, strategy=strategy)
@@ -92,6 +101,14 @@ def measured(name: str, options: argparse.Namespace, url: str) -> dict:
     }
 
 
+def untied_copy(folder: str) -> str:
+    """A folder of the model with a head of its own."""
+    copy = tempfile.mkdtemp()
+    untied(AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)).save_pretrained(copy)
+    AutoTokenizer.from_pretrained(folder).save_pretrained(copy)
+    return copy
+
+
 def serve(model: str, port: int) -> subprocess.Popen:
     """Starts a server, and waits until it answers."""
     program = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", model, "--port", str(port)]
@@ -136,7 +153,7 @@ def main() -> None:
     print(f"{options.prompts} prompts x {options.completions} completions of {options.tokens} tokens, {options.model}")
     print(f"{'':22}{'tokens/s':>10}{'per CPU s':>11}{'difference':>12}{'largest':>10}")
     for name in ENGINES:
-        server = serve(options.model, options.port) if "Server" in name else None
+        server = serve(untied_copy(options.model), options.port) if "Server" in name else None
         try:
             command = [sys.executable, *sys.argv, "--only", name]
             out = subprocess.run(command, check=True, capture_output=True, text=True).stdout

@@ -221,9 +221,8 @@ def weights_of(policy: Any) -> dict[str, Tensor]:
     hf = policy.causal_lm.hf
     if not policy.causal_lm.has_adapters:
         return checkpoint_weights(hf, hf.state_dict())
-    was_tied = policy.causal_lm.base.config.get_text_config().tie_word_embeddings
     whole = merged(copy.deepcopy(hf))
-    if was_tied and not whole.config.get_text_config().tie_word_embeddings:
+    if is_tied(policy) and not whole.config.get_text_config().tie_word_embeddings:
         raise UserError(
             "model.lora: the adapters change the embedding and the head differently, and vLLM was started with one "
             "weight for both; leave them out of the adapted layers"
@@ -274,6 +273,27 @@ def write_config(hf: Any, folder: Path) -> None:
     config = copy.deepcopy(hf.config)
     config.architectures = [type(hf).__name__]
     config.save_pretrained(folder)
+
+
+def is_on_cpu(policy: Any) -> bool:
+    """Whether the policy, and so vLLM in its process, computes on a CPU."""
+    return bool(next(policy.causal_lm.base.parameters()).device.type == "cpu")
+
+
+def is_tied(policy: Any) -> bool:
+    """Whether the embedding and the head share a weight."""
+    return bool(policy.causal_lm.base.config.get_text_config().tie_word_embeddings)
+
+
+def pack_head(model: Any) -> None:
+    """Packs the output head of vLLM's model anew.
+
+    On CPUs, a head computes with a packed copy of its weight, which `reload_weights` of vLLM 0.32 leaves as it was if
+    the weight is the embedding's.
+    """
+    for module in model.modules():
+        if type(module).__name__ == "ParallelLMHead":
+            module.quant_method.process_weights_after_loading(module)
 
 
 def is_quantized(lm: Any) -> bool:
@@ -351,14 +371,16 @@ class VLLM(VLLMEngine):
             if is_new:
                 self.llm = self._build(policy, Path(folder), is_adapter)
             if not is_new and not is_adapter:
-                self._replace_weights(weights_of(policy))
+                self._replace_weights(policy, weights_of(policy))
             elif not is_new and self.synchronised is None and not is_quantized(policy.causal_lm):
-                self._replace_weights(base_weights(policy))  # of another run before
+                self._replace_weights(policy, base_weights(policy))  # of another run before
             if is_adapter:
                 self._replace_adapter(policy, name)
 
-    def _replace_weights(self, weights: Mapping[str, Tensor]) -> None:
+    def _replace_weights(self, policy: Any, weights: Mapping[str, Tensor]) -> None:
         self.llm.collective_rpc("reload_weights", kwargs={"weights_iterator": iter(weights.items())})
+        if is_on_cpu(policy) and is_tied(policy):
+            self.llm.apply_model(pack_head)
 
     def _build(self, policy: Any, folder: Path, is_adapter: bool) -> Any:
         lm = policy.causal_lm
@@ -376,7 +398,7 @@ class VLLM(VLLMEngine):
             "max_model_len": policy.data.max_length,
             "gpu_memory_utilization": self.gpu_memory_utilization,
         }
-        if next(lm.base.parameters()).device.type == "cpu":
+        if is_on_cpu(policy):
             defaults["enable_chunked_prefill"] = False  # on CPUs, vLLM fails if a prompt with a seed is split
         return build_llm(**(defaults | self.options | options), tokenizer=str(folder), logprobs_mode=LOGPROBS_MODE)
 
@@ -559,7 +581,13 @@ class VLLMServer(VLLMEngine):
         mode = config["model_config"]["logprobs_mode"]
         if mode != LOGPROBS_MODE:
             raise UserError(f"data.engine: {self.url} returns {mode}; start it with --logprobs-mode {LOGPROBS_MODE}")
-        if config["device_config"]["device_type"] == "cpu" and config["scheduler_config"]["enable_chunked_prefill"]:
+        is_cpu = config["device_config"]["device_type"] == "cpu"
+        if is_cpu and is_tied(policy) and not is_adapter:
+            raise UserError(
+                f"data.engine: {self.url} runs on CPUs, where vLLM can't replace the weight of a head that is the "
+                "embedding's; take VLLM, or untie them (model.config.tie_word_embeddings: false)"
+            )
+        if is_cpu and config["scheduler_config"]["enable_chunked_prefill"]:
             raise UserError(
                 f"data.engine: {self.url} runs on CPUs, where vLLM fails if it splits a prompt whose completion has a "
                 "seed; start it with --no-enable-chunked-prefill"

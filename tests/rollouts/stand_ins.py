@@ -62,14 +62,14 @@ class Model:
 class Server:
     """A server on a free port; `requests` are the bodies of all that it was asked, with their paths."""
 
-    def __init__(self, folder, logprobs_mode="processed_logprobs", max_lora_rank=8):
+    def __init__(self, folder, logprobs_mode="processed_logprobs", max_lora_rank=8, device="cuda"):
         self.model, self.requests, self.lock = Model(folder), [], threading.Lock()
         lora = {"max_lora_rank": max_lora_rank} if max_lora_rank else None
         self.info = {
             "vllm_config": {
                 "model_config": {"logprobs_mode": logprobs_mode},
                 "lora_config": lora,
-                "device_config": {"device_type": "cpu"},
+                "device_config": {"device_type": device},
                 "scheduler_config": {"enable_chunked_prefill": False},
             }
         }
@@ -159,6 +159,9 @@ class LLM:
         assert method == "reload_weights"
         self.calls.append(method)
         self.model.load(kwargs["weights_iterator"])
+
+    def apply_model(self, function):
+        self.calls.append(function.__name__)
 
     def add_lora(self, request):
         self.calls.append("add_lora")

@@ -106,7 +106,7 @@ def test_in_process_it_samples_with_the_weights_of_each_update(tmp_path, folder,
     merge, lora = POLICIES[name]
     assert max(differences(tmp_path, folder, VLLM(merge=merge), lora=lora)) < 1e-5
     (llm,) = stand_ins.LLM.built
-    assert llm.calls == (["add_lora"] * 2 if name == "an adapter" else ["reload_weights"])
+    assert llm.calls == (["add_lora"] * 2 if name == "an adapter" else ["reload_weights", "pack_head"])
     assert llm.options["max_model_len"] == 128
     assert llm.options["dtype"] == "float32"
 
@@ -349,11 +349,13 @@ def test_a_server_without_what_is_needed_is_refused(tmp_path, folder):
     assert "--enable-lora --max-lora-rank 8" in message(VLLMServer(small.url), lora=LORA)
     text = message(VLLMServer(small.url), lora=LORA | {"use_dora": True})
     assert text == "model.lora.use_dora: vLLM can't apply such an adapter; set data.engine.merge: true"
-    small.info["vllm_config"]["scheduler_config"]["enable_chunked_prefill"] = True
-    assert "start it with --no-enable-chunked-prefill" in message(VLLMServer(small.url))
+    cpu = stand_ins.Server(folder, device="cpu")
+    assert "can't replace the weight of a head that is the embedding's" in message(VLLMServer(cpu.url))
+    cpu.info["vllm_config"]["scheduler_config"]["enable_chunked_prefill"] = True
+    assert "start it with --no-enable-chunked-prefill" in message(VLLMServer(cpu.url), lora=LORA)
     small.info = None
     assert "has no /server_info; start it with VLLM_SERVER_DEV_MODE=1" in message(VLLMServer(small.url))
-    for server in (raw, small):
+    for server in (raw, small, cpu):
         server.close()
     text = message(VLLMServer(small.url))
     assert f"the vLLM server at {small.url} does not answer" in text

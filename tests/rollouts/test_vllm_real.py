@@ -51,14 +51,23 @@ def _small_cache():
     os.environ["VLLM_CPU_KVCACHE_SPACE"] = "1"  # GB
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    path = tmp_path_factory.mktemp("base")
+def new_model(path, **config):
     tokenizer = ByteTokenizer().build()
     torch.manual_seed(3)
-    build_model(None, config=CONFIG, tokenizer=tokenizer).save_pretrained(path)
+    build_model(None, config=CONFIG | config, tokenizer=tokenizer).save_pretrained(path)
     tokenizer.save_pretrained(path)
     return path
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return new_model(tmp_path_factory.mktemp("base"))
+
+
+@pytest.fixture(scope="module")
+def tied(tmp_path_factory):
+    """A model whose embedding and head share a weight."""
+    return new_model(tmp_path_factory.mktemp("tied"), tie_word_embeddings=True)
 
 
 @pytest.fixture(scope="module")
@@ -129,6 +138,24 @@ def test_in_process_it_samples_with_the_weights_of_each_update(tmp_path, folder,
     assert len(right) == 4
     assert max(right) < TOLERANCE, right
     print(name, "in process:", right)
+
+
+@pytest.mark.parametrize("name", POLICIES)
+def test_in_process_a_head_that_is_the_embedding_follows_it(tmp_path, tied, name, monkeypatch):
+    arguments, policy = POLICIES[name]
+    right = differences(tmp_path, tied, VLLM(options=OPTIONS, **arguments), **policy)
+    assert max(right) < TOLERANCE, right
+    print(name, "tied, in process:", right)
+    if name == "all weights":
+        monkeypatch.setattr(vllm, "pack_head", lambda model: None)
+        stale = differences(tmp_path, tied, VLLM(options=OPTIONS, **arguments), **policy)
+        assert min(stale[1:]) > 100 * TOLERANCE, stale
+        print("stale head:", stale)
+
+
+def test_a_server_on_a_cpu_refuses_a_head_that_is_the_embedding(tmp_path, tied, url):
+    with pytest.raises(UserError, match="can't replace the weight of a head that is the embedding's"):
+        differences(tmp_path, tied, VLLMServer(url))
 
 
 def test_in_process_stale_weights_would_be_noticed(tmp_path, folder):
