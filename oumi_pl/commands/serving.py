@@ -123,6 +123,7 @@ def _served(folder: Path, prompts: Sequence[Sequence[int]], room: int, ends: Seq
         config = read_adapter_config(folder)
         ranks = max([config["r"], *(config.get("rank_pattern") or {}).values()])
         options = {"model": config["base_model_name_or_path"], **engine.adapter_options(ranks)}
+        options["skip_tokenizer_init"] = True  # vLLM looks for a model's config beside the tokenizer
     llm = engine.build_llm(
         **options,
         tokenizer=str(folder),

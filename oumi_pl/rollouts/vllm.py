@@ -581,7 +581,7 @@ class VLLMServer(VLLMEngine):
         mode = config["model_config"]["logprobs_mode"]
         if mode != LOGPROBS_MODE:
             raise UserError(f"data.engine: {self.url} returns {mode}; start it with --logprobs-mode {LOGPROBS_MODE}")
-        is_cpu = config["device_config"]["device_type"] == "cpu"
+        is_cpu = config["device_config"]["device"] == "cpu"
         if is_cpu and is_tied(policy) and not is_adapter:
             raise UserError(
                 f"data.engine: {self.url} runs on CPUs, where vLLM can't replace the weight of a head that is the "

@@ -69,7 +69,7 @@ class Server:
             "vllm_config": {
                 "model_config": {"logprobs_mode": logprobs_mode},
                 "lora_config": lora,
-                "device_config": {"device_type": device},
+                "device_config": {"device": device},
                 "scheduler_config": {"enable_chunked_prefill": False},
             }
         }
