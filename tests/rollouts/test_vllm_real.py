@@ -1,5 +1,6 @@
 """The engines against a real vLLM: after updates, it samples with the weights of the policy."""
 
+import json
 import os
 import subprocess
 import sys
@@ -177,7 +178,12 @@ class SameSalt(VLLM):
 
 
 def test_cached_prompts_of_earlier_weights_would_be_noticed(tmp_path, folder):
-    stale = differences(tmp_path, folder, SameSalt(options=OPTIONS | {"block_size": 16, "enable_prefix_caching": True}))
+    beginning = "ab" * 20  # longer than a block of cached tokens
+    prompts = "".join(json.dumps({"prompt": beginning + str(i)}) + "\n" for i in range(7))
+    (tmp_path / "prompts.jsonl").write_text(prompts)
+    options = OPTIONS | {"block_size": 32, "enable_prefix_caching": True}
+    assert max(differences(tmp_path, folder, VLLM(options=options))) < TOLERANCE
+    stale = differences(tmp_path, folder, SameSalt(options=options))
     assert stale[0] < TOLERANCE
     assert min(stale[1:]) > 100 * TOLERANCE, stale
     print("stale prompts:", stale)
