@@ -136,6 +136,7 @@ def main() -> None:
     parser.add_argument("--completions", type=int, default=8)
     parser.add_argument("--tokens", type=int, default=48)
     parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--engines", nargs="+", choices=ENGINES, default=list(ENGINES))
     parser.add_argument("--port", type=int, default=8017)
     parser.add_argument("--only", choices=ENGINES, help=argparse.SUPPRESS)
     options = parser.parse_args()
@@ -152,7 +153,7 @@ def main() -> None:
     )
     print(f"{options.prompts} prompts x {options.completions} completions of {options.tokens} tokens, {options.model}")
     print(f"{'':22}{'tokens/s':>10}{'per CPU s':>11}{'difference':>12}{'largest':>10}")
-    for name in ENGINES:
+    for name in options.engines:
         server = serve(untied_copy(options.model), options.port) if "Server" in name else None
         try:
             command = [sys.executable, *sys.argv, "--only", name]
