@@ -14,6 +14,7 @@ PAGES = (
     "oumi_pl/callbacks/README.md",
     "oumi_pl/core/README.md",
     "oumi_pl/data/README.md",
+    "oumi_pl/rollouts/README.md",
     "recipes/notebooks/README.md",
 )
 LONGEST_LINE = 130

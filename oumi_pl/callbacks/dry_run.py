@@ -244,6 +244,11 @@ class _FullLength(Engine):
 
     def __init__(self, engine: Engine) -> None:
         self.engine = engine
+        self.is_exact = engine.is_exact
+
+    def synchronise(self, policy: Any) -> None:
+        """Does what the other engine does."""
+        self.engine.synchronise(policy)
 
     def sample(self, *args: Any, **kwargs: Any) -> list[Completion]:
         """Samples as the other engine does, but nothing ends a completion."""

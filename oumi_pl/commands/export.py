@@ -29,6 +29,11 @@ def main(args: list[str]) -> int:
     parser.add_argument("--merge", action="store_true", help="merge a LoRA adapter into its base weights")
     parser.add_argument("--trust", action="store_true", help=TRUST)
     parser.add_argument(
+        "--check",
+        choices=("vllm",),
+        help="load the folder with vLLM (the extra `vllm`), and compare its greedy completions with the model's",
+    )
+    parser.add_argument(
         "--push_to_hub", metavar="OWNER/NAME", help="also upload the folder to this repository, new and private"
     )
     parser.add_argument("--public", action="store_true", help="the repository is public")
@@ -39,8 +44,16 @@ def main(args: list[str]) -> int:
     checkpoint, output = find(options.checkpoint.expanduser()), options.output.expanduser()
     if options.push_to_hub:
         check_name(options.push_to_hub, "--push_to_hub")
+    if options.check:
+        from oumi_pl.rollouts.vllm import import_llm
+
+        import_llm()  # before the work of the export
     export_checkpoint(checkpoint, output, merge=options.merge, trust=options.trust)
     echo(f"exported {checkpoint} to {output}")
+    if options.check:
+        from oumi_pl.commands.serving import check_vllm
+
+        echo(str(check_vllm(output)))
     if options.push_to_hub:
         refuse_local_base(output, "--push_to_hub")
         settings = {"public": options.public, "overwrite": options.overwrite, "key": "--push_to_hub"}

@@ -26,7 +26,7 @@ from lightning.pytorch.cli import LightningArgumentParser
 from torch import Tensor
 from torch.optim import Optimizer
 
-from oumi_pl import callbacks, data, losses, modules, optim
+from oumi_pl import callbacks, data, losses, modules, optim, rollouts
 from oumi_pl.config.files import Option
 from oumi_pl.errors import UserError, nearest
 
@@ -80,7 +80,7 @@ def unwrapped_mistakes() -> Iterator[None]:
         raise
 
 
-for _package in (callbacks, data, losses, modules, optim):
+for _package in (callbacks, data, losses, modules, optim, rollouts):
     for _module in pkgutil.walk_packages(_package.__path__, f"{_package.__name__}."):
         importlib.import_module(_module.name)
 

@@ -161,6 +161,9 @@ def _to_plain(group: Group) -> dict[str, Any]:
         "entropies": [torch.from_numpy(c.entropies.copy()) for c in group.completions],
         "finished": [c.is_finished for c in group.completions],
         "replies": [[list(span) for span in c.replies] for c in group.completions],
+        "policy_logps": [
+            None if c.policy_logps is None else torch.from_numpy(c.policy_logps.copy()) for c in group.completions
+        ],
         "components": torch.from_numpy(group.components.copy()),
         "penalties": torch.from_numpy(group.penalties.copy()),
         "extra": group.extra,
@@ -169,6 +172,7 @@ def _to_plain(group: Group) -> dict[str, Any]:
 
 def _from_plain(plain: Mapping[str, Any]) -> Group:
     """The inverse of `_to_plain`."""
+    recomputed = plain.get("policy_logps", [None] * len(plain["ids"]))
     completions = [
         Completion(
             plain["ids"][i].numpy(),
@@ -176,6 +180,7 @@ def _from_plain(plain: Mapping[str, Any]) -> Group:
             plain["entropies"][i].numpy(),
             is_finished,
             tuple((start, stop) for start, stop in plain["replies"][i]),
+            None if recomputed[i] is None else recomputed[i].numpy(),
         )
         for i, is_finished in enumerate(plain["finished"])
     ]

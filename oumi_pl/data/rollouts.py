@@ -49,6 +49,12 @@ class Policy(Protocol):
     def advantages(self, rewards: np.ndarray) -> np.ndarray:
         """Maps the rewards of an update, `[prompts, completions]`, to advantages of the same shape."""
 
+    def recomputed(self, batch: Batch) -> np.ndarray | None:
+        """Log-probabilities under the policy of the targets of a batch of groups, `[targets]`; None if not needed.
+
+        Called for completions of an engine that is not exact.
+        """
+
     def penalties(self, batch: Batch) -> np.ndarray:
         """What is taken from the reward of each completion of a batch of groups, `[completions]`."""
 
@@ -142,6 +148,7 @@ class RolloutData(ChatData):
         self.sampling = sampling or Sampling()
         self.engine = engine or Generate()
         self.environment = environment
+        self.engine.check(self.sampling)
         self.steps_per_rollout = steps_per_rollout
         self.iterations = iterations
         self.prompts_per_call = prompts_per_call
@@ -395,6 +402,7 @@ class RolloutData(ChatData):
     ) -> list[Group]:
         layout, size = self.layout, self.prompts_per_call
         calls = [list(numbers[i : i + size]) for i in range(0, len(numbers), size)]
+        self.engine.synchronise(self.policy)
         mine = [self.__call(split, call, sampling, members, extra) for call in calls[layout.rank :: layout.ranks]]
         if layout.ranks == 1:
             return [group for of_call in mine for group in of_call]
@@ -438,11 +446,26 @@ class RolloutData(ChatData):
         for i, (_, prompt) in enumerate(numbers):
             of_prompt = slice(i * members, (i + 1) * members)
             group = Group(prompt, completions[of_prompt], components[of_prompt], np.zeros(members), metrics[of_prompt])
+            if split == "train" and not self.engine.is_exact:
+                group = self.__recomputed(group)
             penalties = self.policy.penalties(self.batch_of(split, [group])) if split == "train" else group.penalties
             groups.append(replace(group, penalties=penalties))
         if split == "train":
             self.seconds["rewarding"] += time.perf_counter() - started
         return groups
+
+    def __recomputed(self, group: Group) -> Group:
+        """The group with log-probabilities under the policy for all completions that carry loss, if they are needed."""
+        logps = self.policy.recomputed(self.batch_of("train", [group]))
+        if logps is None:
+            return group
+        completions, start = [], 0
+        for completion in group.completions:
+            is_kept = completion.is_finished or not self.mask_truncated
+            end = start + len(completion.logps) * is_kept
+            completions.append(completion._replace(policy_logps=logps[start:end] if is_kept else completion.logps))
+            start = end
+        return replace(group, completions=completions)
 
     def text_of(self, completion: Completion) -> str:
         """The text of a completion without special tokens, with the turns of an environment."""
@@ -488,7 +511,8 @@ class RolloutData(ChatData):
         Besides the keys of `Batch`: `advantages`, `rewards` (the totals), `components` (`[completions, rewards]`),
         `penalties` (of the KL), `metrics` (`[completions, metrics]`), `lengths` and `finished`, for each completion,
         `sampled_logps` and `entropies` for each target, and the number of `completions` per prompt; with `extra_rounds`
-        in training, `extra_groups` for each completion; with an environment, the policy's `turns`.
+        in training, `extra_groups` for each completion; with an environment, the policy's `turns`; `policy_logps` for
+        each target if they were recomputed.
         """
         examples = [self.example(split, group) for group in groups]
         batch: Any = collate([([g.prompt], [e]) for g, e in zip(groups, examples, strict=True)], self.pad_id)
@@ -513,6 +537,9 @@ class RolloutData(ChatData):
         batch["entropies"] = _floats(np.concatenate([c.entropies for c in kept]) if kept else [])
         if self.environment is not None:
             batch["turns"] = _floats([len(c.replies) + 1 for c in completions])
+        recomputed = [c.policy_logps for c in kept if c.policy_logps is not None]
+        if recomputed:
+            batch["policy_logps"] = _floats(np.concatenate(recomputed))
         if self.extra_rounds and split == "train":
             batch["extra_groups"] = _floats([group.extra for group in groups for _ in range(members)])
         batch["completions"] = members

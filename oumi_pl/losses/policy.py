@@ -15,7 +15,8 @@ TRL 1.16 computes the same for `grpo`, `dapo`, `dr_grpo` and, with `importance_s
 - `cispo`: TRL's `epsilon_high` bounds the ratio itself; its 1.28 is 0.28 here.
 - `dapo`: TRL clips symmetrically (0.2) unless `epsilon_high` is set.
 - KL: TRL's default is k3 with `kl_corrected: true`; `use_bias_correction_kl: false` is `kl_corrected: false`.
-- Old log-probabilities: TRL recomputes them with the policy that sampled; here they are recorded while sampling.
+- Old log-probabilities: TRL recomputes them with the policy that sampled; here they are recorded while sampling, and
+  recomputed only if an engine's log-probabilities are not exactly the policy's.
 - Advantages: the same formula (standard deviation with `n - 1`, plus 1e-4), in float64 here.
 """
 
@@ -39,6 +40,8 @@ class Completions:
     owners: `[targets]`, ascending: the completion of each token.
     advantages: `[completions]`.
     max_tokens: the most tokens that a completion could have had.
+    importance: `[targets]`, the weight of each token if another distribution than the policy sampled, of
+        `truncated_importance`; None if the policy itself did.
     """
 
     logps: Tensor
@@ -46,6 +49,7 @@ class Completions:
     owners: Tensor
     advantages: Tensor
     max_tokens: int
+    importance: Tensor | None = None
 
     @property
     def count(self) -> int:
@@ -63,8 +67,15 @@ class Completions:
 
     @cached_property
     def token_advantages(self) -> Tensor:
-        """The advantage of each token's completion, `[targets]`."""
-        return self.advantages[self.owners]
+        """The advantage of each token's completion, multiplied by the token's importance, `[targets]`.
+
+        A loss that is proportional to its advantage is corrected for the sampler if it reads these.
+        """
+        return self.weighted(self.advantages[self.owners])
+
+    def weighted(self, values: Tensor) -> Tensor:
+        """`values` `[targets]` multiplied by the importance of each token; unchanged if the policy itself sampled."""
+        return values if self.importance is None else values * self.importance
 
     @cached_property
     def log_ratios(self) -> Tensor:
@@ -73,7 +84,11 @@ class Completions:
 
 
 class PolicyLoss(ABC):
-    """A loss on sampled completions. To train with your own, subclass it and name the class by `class_path`."""
+    """A loss on sampled completions. To train with your own, subclass it and name the class by `class_path`.
+
+    Take the advantages of tokens from `completions.token_advantages`: they correct for an engine that samples with
+    other log-probabilities than the policy's.
+    """
 
     unit: ClassVar[Literal["rows", "targets"]] = "rows"
     """What the sum of the losses is divided by: the completions of the update, or their tokens."""
@@ -180,8 +195,11 @@ class GSPOLoss(ClippedLoss):
         super().__init__(epsilon, epsilon_high)
 
     def __call__(self, completions: Completions) -> Tensor:
-        """Computes one ratio and one loss per completion."""
-        return self._surrogate(self._ratios(completions), completions.advantages)
+        """Computes one ratio and one loss per completion, weighted by the mean importance of its tokens."""
+        losses = self._surrogate(self._ratios(completions), completions.advantages)
+        if completions.importance is None:
+            return losses
+        return losses * completions.sums(completions.importance) / completions.lengths
 
     def weights(self, completions: Completions) -> Tensor:
         """1 / tokens of the completion."""
@@ -237,7 +255,28 @@ class ReinforceLoss(PolicyLoss):
 
     def __call__(self, completions: Completions) -> Tensor:
         """Sums over the tokens of each completion."""
-        return -completions.advantages * completions.sums(completions.logps)
+        return -completions.advantages * completions.sums(completions.weighted(completions.logps))
+
+
+# ---- completions that another distribution sampled
+
+
+def truncated_importance(logps: Tensor, sampled_logps: Tensor, most: float) -> Tensor:
+    """The weight of each token that another distribution than the policy sampled, `[targets]`.
+
+    `w = min(pi(a) / mu(a), C)`: `pi` is the policy at the time of sampling, as training computes it, `mu` what the
+    engine sampled from, and `C` is `most`. A mean over tokens of `mu`, weighted by `pi / mu`, is one over tokens of
+    `pi`; the bound limits the variance for a small bias (Ionides 2008, "Truncated Importance Sampling", J. Comput.
+    Graph. Stat. 17(2); for engines that round otherwise than training: Yao et al. 2025, "Your Efficient RL Framework
+    Secretly Brings You Off-Policy RL Training"). Weights are per token, as in PPO: those of the tokens before it, which
+    would complete the ratio of a sequence, are left out.
+
+    Args:
+        logps: `[targets]`, log pi; no gradient passes through.
+        sampled_logps: `[targets]`, log mu.
+        most: The bound `C`, above 0.
+    """
+    return (logps.detach() - sampled_logps).exp().clamp(max=most)
 
 
 # ---- the penalty for leaving the reference

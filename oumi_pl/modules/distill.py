@@ -117,6 +117,10 @@ class Distill(LanguageModule):
         """Zeros: completions are not compared. See `oumi_pl.data.rollouts.Policy`."""
         return np.zeros_like(rewards)
 
+    def recomputed(self, batch: Batch) -> np.ndarray | None:
+        """None: the divergence has no ratio of policies."""
+        return None
+
     def penalties(self, batch: Batch) -> np.ndarray:
         """Zeros: there is no reward."""
         return np.zeros(len(batch["segments"]))

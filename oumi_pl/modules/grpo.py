@@ -10,7 +10,14 @@ from torch import Tensor
 from torch.optim import AdamW
 
 from oumi_pl.errors import UserError, nearest
-from oumi_pl.losses.policy import Completions, Estimator, GRPOLoss, PolicyLoss, kl_estimates
+from oumi_pl.losses.policy import (
+    Completions,
+    Estimator,
+    GRPOLoss,
+    PolicyLoss,
+    kl_estimates,
+    truncated_importance,
+)
 from oumi_pl.models.lm import States
 from oumi_pl.modules.base import LanguageModule
 from oumi_pl.modules.reference import Reference
@@ -43,6 +50,9 @@ class GRPO(LanguageModule):
         sync_every: Optimizer steps between updates of the reference towards the policy; needs a copy in memory.
         mixup: The policy's share in such an update, from 0 to 1: reference = mixup * policy + (1 - mixup) * reference.
         share_prompt: Compute the prompt of a group once for all completions. `auto`: if the model can do so exactly.
+        max_importance_ratio: Completions of an engine whose log-probabilities are not exactly the policy's (vLLM) are
+            weighted, token by token, by the ratio of the policy's probability to the engine's, at most this much: see
+            `oumi_pl.losses.policy.truncated_importance`. None leaves them as they are. Does nothing with `Generate`.
         kwargs: See `LanguageModule`.
     """
 
@@ -66,6 +76,7 @@ class GRPO(LanguageModule):
         sync_every: int | None = None,
         mixup: float = 0.6,
         share_prompt: Literal["auto"] | bool = "auto",
+        max_importance_ratio: float | None = 2.0,
         optimizer: OptimizerCallable = lambda params: AdamW(params, lr=1e-6, weight_decay=0.0),
         **kwargs: Any,
     ) -> None:
@@ -81,6 +92,9 @@ class GRPO(LanguageModule):
             )
         if kl and kl_corrected and (kl_in == "reward" or kl_estimator == "k2"):
             raise UserError("model.kl_corrected: is for k1 and k3 in the loss, the only ones that it corrects")
+        if max_importance_ratio is not None and not max_importance_ratio > 0:
+            raise UserError(f"model.max_importance_ratio is {max_importance_ratio}, but has to be above 0, or null")
+        self.max_importance_ratio = max_importance_ratio
         self.loss = loss or GRPOLoss()
         self.unit = self.loss.unit  # type: ignore[misc]
         self.advantage = advantage or GroupMean()
@@ -101,13 +115,27 @@ class GRPO(LanguageModule):
         return self.advantage(rewards)
 
     @torch.no_grad()
+    def recomputed(self, batch: Batch) -> np.ndarray | None:
+        """Log-probabilities of sampled tokens under the policy, `[targets]`, for completions of an engine that rounds.
+
+        None if the first update computes them anyway, and no other update follows.
+        """
+        data: Any = self.data
+        is_penalised = self.kl > 0 and self.kl_in == "reward"
+        if data.steps_per_rollout * data.iterations == 1 and not is_penalised:
+            return None
+        batch = self.trainer.strategy.batch_to_device(batch)
+        return self.causal_lm(batch, lambda states: states.logps(data.sampling.temperature)).float().cpu().numpy()
+
+    @torch.no_grad()
     def penalties(self, batch: Batch) -> np.ndarray:
         """The KL penalty to subtract from each reward, `[completions]`; zeros if the penalty is in the loss."""
         count = len(batch["segments"])
         if not self.kl or self.kl_in != "reward" or self.reference is None:
             return np.zeros(count)
         batch = self.trainer.strategy.batch_to_device(batch)
-        sampled = batch["sampled_logps"]  # type: ignore[typeddict-item]
+        rollouts: Any = batch
+        sampled = rollouts.get("policy_logps", rollouts["sampled_logps"])
         estimates = kl_estimates(sampled, self.ref_logps(batch), self.kl_estimator)
         sums = torch.zeros(count, device=estimates.device).index_add(0, batch["target_segments"], estimates)
         return self.kl * sums.double().cpu().numpy()
@@ -175,14 +203,25 @@ class GRPO(LanguageModule):
 
     def completions(self, rollouts: Any, logps: Tensor) -> Completions:
         """The completions of a batch, with their log-probabilities `[targets]` under the policy."""
-        old = logps.detach() if rollouts["on_policy"] else rollouts["sampled_logps"]
-        most = self.data.sampling.max_new_tokens  # type: ignore[union-attr]
-        return Completions(logps, old, rollouts["target_segments"], rollouts["advantages"], most)
+        data: Any = self.data
+        old = self.__old_logps(rollouts, logps)
+        completions = rollouts["target_segments"], rollouts["advantages"], data.sampling.max_new_tokens
+        if data.engine.is_exact or self.max_importance_ratio is None:
+            return Completions(logps, old, *completions)
+        importance = truncated_importance(old, rollouts["sampled_logps"], self.max_importance_ratio)
+        return Completions(logps, old, *completions, importance)
+
+    @staticmethod
+    def __old_logps(rollouts: Any, logps: Tensor) -> Tensor:
+        """Log-probabilities under the policy that sampled, `[targets]`; `logps` are those of the policy now."""
+        if rollouts["on_policy"]:
+            return logps.detach()
+        return rollouts.get("policy_logps", rollouts["sampled_logps"])
 
     def kl_terms(self, completions: Completions, ref_logps: Tensor) -> Tensor:
         """The KL penalty of each token in the loss, `[targets]`, before it is multiplied by `kl`."""
         estimates = kl_estimates(completions.logps, ref_logps, self.kl_estimator)
-        return estimates * completions.log_ratios.exp() if self.kl_corrected else estimates
+        return completions.weighted(estimates * completions.log_ratios.exp() if self.kl_corrected else estimates)
 
     def rollout_sums(self, rollouts: Any, completions: Completions) -> Sums:
         """Sums of the metrics of rewards and ratios; their `loss` is minus the reward, to be replaced by the caller."""
@@ -194,11 +233,12 @@ class GRPO(LanguageModule):
         return super().count(batch) | {"rows": len(rollouts["rewards"])}
 
     def metrics(self, sums: Sums, split: Split) -> dict[str, Tensor]:
-        """Means over completions; those of entropy, KL, clipping and `sampling_difference` are over tokens.
+        """Means over completions; those of entropy, KL, clipping, importance and `sampling_difference` over tokens.
 
         `NAME_std` is a standard deviation over completions. The loss of evaluation is minus the reward.
         """
         per_token = {"entropy", "kl", "clipped/low", "clipped/high", "sampling_difference"}
+        per_token |= {"importance/mean", "importance/truncated"}
         rows, targets = sums["rows"].clamp(min=1), sums["targets"].clamp(min=1)
         metrics = {
             name: value / (targets if name in per_token else rows)
@@ -250,14 +290,21 @@ class GRPO(LanguageModule):
     @torch.no_grad()
     def __token_sums(self, completions: Completions, rollouts: Any) -> Sums:
         low, high = self.loss.clipped(completions)
-        difference = (completions.logps.detach() - rollouts["sampled_logps"]).abs().double()
+        # policy_logps: the policy has moved since, so the difference of the engine alone is that of the first update
+        now = rollouts.get("policy_logps", completions.logps.detach())
+        difference = (now - rollouts["sampled_logps"]).abs().double()
         if rollouts["on_policy"] and len(difference) and not self.__warned and float(difference.mean()) > SAMPLED:
             self.__warned = True
             rank_zero_warn(
                 f"sampled and recomputed log-probabilities differ by {float(difference.mean()):.2g} nats per token: "
                 "sampling and training compute in different precision"
             )
-        return {
+        importance: Sums = {}
+        if completions.importance is not None and self.max_importance_ratio is not None:
+            is_truncated = completions.importance >= self.max_importance_ratio
+            importance["importance/mean"] = completions.importance.double().sum()
+            importance["importance/truncated"] = is_truncated.double().sum()
+        return importance | {
             "entropy": rollouts["entropies"].double().sum(),
             "clipped/low": low.double().sum(),
             "clipped/high": high.double().sum(),

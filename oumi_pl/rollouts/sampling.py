@@ -8,7 +8,7 @@ run on another number of ranks draw the same completions.
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -77,6 +77,9 @@ class Completion(NamedTuple):
     """Whether it ended by itself; False if `max_new_tokens` cut it."""
     replies: tuple[tuple[int, int], ...] = ()
     """Where each turn of an environment starts and stops within `ids`."""
+    policy_logps: np.ndarray | None = None
+    """`[sampled]` float32: the log-probability of each sampled token under the policy, recomputed, if `logps` are of an
+    engine whose are not exactly these."""
 
     @property
     def is_sampled(self) -> np.ndarray:
@@ -178,8 +181,24 @@ class _StopTexts(StoppingCriteria):
 class Engine(ABC):
     """Samples completions from the policy of a run."""
 
-    is_exact: ClassVar[bool] = True
-    """Whether its log-probabilities are those of the policy that is trained, but for rounding."""
+    is_exact: bool = True
+    """Whether its log-probabilities are those of the policy that is trained, computed by the same operations."""
+
+    def check(self, sampling: Sampling) -> None:  # noqa: B027 - engines need not override it
+        """Refuses settings that it can't honour; this one honours all.
+
+        Raises:
+            UserError: names the setting.
+        """
+
+    def synchronise(self, policy: Any) -> None:  # noqa: B027
+        """Brings the weights that sample up to date; called by all ranks before any of them samples.
+
+        Does nothing here: an engine that samples with the policy's own weights needs nothing.
+
+        Args:
+            policy: The module that is trained.
+        """
 
     @abstractmethod
     def sample(

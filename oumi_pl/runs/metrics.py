@@ -40,6 +40,7 @@ mean log-ratio of whole mismatched responses, as it is in the loss.
 | `train/entropy` | entropy of the distribution that was sampled from, nats per token | the update's tokens |
 | `train/clipped/low`, `/high` | share of tokens whose ratio was clipped | the update's tokens |
 | `train/sampling_difference` | distance of sampled and recomputed log-probabilities | the update's tokens |
+| `train/importance/mean`, `/truncated` | weights of tokens that vLLM sampled; share at the bound | its tokens |
 | `train/seconds/generating` | sampling, with waiting for other ranks; 0 if the completions are older | the update |
 | `train/seconds/rewarding` | rewards, and the KL penalty if that is in the reward | the update |
 | `train/seconds/training` | forward and backward passes, and the optimizer's step | the update |

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -14,12 +15,16 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 from oumi_pl.__main__ import main
 from oumi_pl.commands.export import export_checkpoint
+from oumi_pl.commands.serving import check_vllm
+from oumi_pl.data.tokenizers import ByteTokenizer
 from oumi_pl.errors import UserError
 from oumi_pl.models.build import build_model
 from oumi_pl.models.export import export_model, model_card
 from oumi_pl.models.lm import LM
+from oumi_pl.models.lora import with_lora
 from tests.models.test_export import assert_same, logits, names
 from tests.models.test_lora import plain_tokenizer, pretrained
+from tests.rollouts import stand_ins
 from tests.tiny import LLAMA, conversations, write_jsonl
 
 ROOT = Path(__file__).parents[2]
@@ -275,3 +280,84 @@ def test_a_sharded_run(tmp_path, lora):
     export_checkpoint(run / "checkpoints" / "step-00000002.ckpt", tmp_path / "last", merge=lora is not None)
     moved = logits(AutoModelForCausalLM.from_pretrained(tmp_path / "last")) - logits(live)
     assert moved.abs().max() > 1e-3
+
+
+# ---- `--check vllm`
+
+
+@pytest.fixture
+def vllm(monkeypatch):
+    """A stand-in for the module."""
+    stand_ins.install(monkeypatch)
+    return stand_ins.LLM
+
+
+def checked(run, path):
+    return main(["export", "--checkpoint", str(run), "--output", str(path / "exported"), "--check", "vllm"])
+
+
+def test_an_export_is_compared_with_what_vllm_serves(full_run, tmp_path, vllm, capsys):
+    assert checked(full_run, tmp_path) == 0
+    out = capsys.readouterr().out
+    assert re.search(r"serves it as it was trained: 8 greedy completions of \d+ tokens, whose log-probabilities", out)
+    (llm,) = vllm.built
+    assert llm.options["dtype"] == "float32"
+    assert llm.options["generation_config"] == "auto"  # end tokens are those that the folder names
+
+
+def test_an_adapter_is_compared_too(tmp_path, vllm):
+    tokenizer = ByteTokenizer().build()
+    build_model(None, config=LLAMA, tokenizer=tokenizer).save_pretrained(tmp_path / "base")
+    lora = {"r": 4, "init_lora_weights": False}
+    model = LM(with_lora(build_model(str(tmp_path / "base")), lora))
+    export_model(model, tmp_path / "adapter", tokenizer)
+    checked = check_vllm(tmp_path / "adapter")
+    assert checked.difference < 1e-4
+    (llm,) = vllm.built
+    assert llm.options["model"] == str(tmp_path / "base")
+    assert llm.options["max_lora_rank"] == 8
+
+
+def add_noise(served, monkeypatch):
+    with torch.no_grad():
+        for weight in served.hf.parameters():
+            weight.add_(0.01 * torch.randn_like(weight))
+
+
+def shift(served, monkeypatch):
+    complete = served.complete
+    shifted = lambda *args: (complete(*args)[0], [logp - 0.01 for logp in complete(*args)[1]], "stop")  # noqa: E731
+    monkeypatch.setattr(served, "complete", shifted)
+
+
+def end_early(served, monkeypatch):
+    complete = served.complete
+    cut = lambda *args: tuple(part[:3] for part in complete(*args))  # noqa: E731
+    monkeypatch.setattr(served, "complete", cut)
+
+
+FAULTS = {
+    "serves another model than was trained": add_noise,
+    "differ by up to 0.01 nats": shift,
+    "ends completions elsewhere": end_early,
+}
+
+
+@pytest.mark.parametrize("message", FAULTS)
+def test_what_vllm_serves_otherwise_is_an_error(full_run, tmp_path, vllm, capsys, monkeypatch, message):
+    load = stand_ins.Model.__init__
+
+    def load_with_fault(self, *args):
+        load(self, *args)
+        FAULTS[message](self, monkeypatch)
+
+    monkeypatch.setattr(stand_ins.Model, "__init__", load_with_fault)
+    assert checked(full_run, tmp_path) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_without_vllm_nothing_is_exported(full_run, tmp_path, capsys, monkeypatch):
+    monkeypatch.setitem(sys.modules, "vllm", None)
+    assert checked(full_run, tmp_path) == 2
+    assert "install the extra: pip install 'oumi_pl[vllm]'" in capsys.readouterr().err
+    assert not (tmp_path / "exported").exists()

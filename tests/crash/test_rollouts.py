@@ -3,6 +3,8 @@
 import os
 import random
 import signal
+import subprocess
+import sys
 import time
 
 import pytest
@@ -81,3 +83,51 @@ def test_rollouts_that_a_checkpoint_lacks_would_be_noticed(tmp_path, whole, monk
     monkeypatch.setattr(RolloutLoader, "load_state_dict", lambda self, state: load(self, {**state, "rollouts": []}))
     works(folder, *RESUME)
     assert "weights" in deviations(folder / "runs" / "r", expected)
+
+
+# ---- with a vLLM server, which outlives the run
+
+SERVER = """
+import os
+import signal
+
+from oumi_pl.rollouts.vllm import VLLMServer
+
+class Killed(VLLMServer):
+    calls = 0
+
+    def complete(self, *args):
+        Killed.calls += 1
+        if str(Killed.calls) == os.environ.get("KILL_IN_CALL"):
+            os.kill(os.getpid(), signal.SIGKILL)
+        return super().complete(*args)
+"""
+
+
+@pytest.fixture(scope="module")
+def whole_of_server(tmp_path_factory):
+    """The same as `whole`, with a stand-in for vLLM."""
+    root = tmp_path_factory.mktemp("server")
+    prepare(root / "model", "GRPO", {"trainer.max_steps": 1, "val_every": None})
+    works(root / "model", *RESUME)
+    program = [sys.executable, "-m", "tests.rollouts.stand_ins", str(root / "model/runs/r/model")]
+    server = subprocess.Popen(program, stdout=subprocess.PIPE, text=True)
+    url = server.stdout.readline().strip()
+    engine = {"class_path": "own_server.Killed", "init_args": {"url": url}}
+    prepare(root / "start", "GRPO", {"data.init_args.engine": engine, "data.init_args.iterations": 2})
+    (root / "start/own_server.py").write_text(SERVER)
+    done = copy(root / "start", root / "whole")
+    works(done, *RESUME)
+    yield root / "start", outcome(done / "runs" / "r")
+    server.terminate()
+    server.wait()
+
+
+@pytest.mark.parametrize("call", [1, 4, 8, 9])
+def test_a_run_that_was_killed_while_a_server_sampled_is_completed_by_a_resume(tmp_path, whole_of_server, call):
+    start, expected = whole_of_server
+    assert expected["rollouts"]
+    folder = copy(start, tmp_path / "killed")
+    assert killed_in(folder, call)
+    works(folder, *RESUME)
+    assert deviations(folder / "runs" / "r", expected) == []

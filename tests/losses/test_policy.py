@@ -2,6 +2,7 @@
 
 import itertools
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -17,6 +18,7 @@ from oumi_pl.losses.policy import (
     GSPOLoss,
     ReinforceLoss,
     kl_estimates,
+    truncated_importance,
 )
 
 VOCAB, LENGTH, MOST = 3, 3, 5
@@ -152,6 +154,66 @@ def test_the_sum_does_not_depend_on_micro_batches(completions, name):
         )
         parts.append(loss(part))
     torch.testing.assert_close(torch.cat(parts), whole, rtol=1e-12, atol=1e-12)
+
+
+# ---- completions that another distribution sampled
+
+TOKEN_LOSSES = {
+    "grpo": lambda rho, sequence, adv, logp, n: ppo(rho, adv) / n,
+    "bnpo": lambda rho, sequence, adv, logp, n: ppo(rho, adv),
+    "dapo": lambda rho, sequence, adv, logp, n: ppo(rho, adv),
+    "dr_grpo": lambda rho, sequence, adv, logp, n: ppo(rho, adv) / MOST,
+    "gspo": lambda rho, sequence, adv, logp, n: ppo(sequence, adv) / n,
+    "cispo": lambda rho, sequence, adv, logp, n: -min(float(rho), 1 + HIGH) * adv * logp,
+    "reinforce": lambda rho, sequence, adv, logp, n: -adv * logp,
+}
+"""The loss of a token, whose sum over a completion is the completion's loss."""
+
+
+@pytest.mark.parametrize("name", FORMULAS)
+def test_importance_weighs_the_loss_of_each_token(completions, name):
+    loss, token_loss = FORMULAS[name][0], TOKEN_LOSSES[name]
+    generator = torch.Generator().manual_seed(5)
+    sampled = completions.old_logps + torch.randn(len(completions.owners), generator=generator, dtype=torch.float64)
+    most = 1.5
+    weighted = replace(completions, importance=truncated_importance(completions.old_logps, sampled, most))
+    assert 0 < int((weighted.importance == most).sum()) < len(sampled)
+    expected = []
+    for i in range(5):
+        at = torch.nonzero(completions.owners == i).flatten().tolist()
+        ratios = [(completions.logps[t] - completions.old_logps[t]).exp() for t in at]
+        sequence = torch.exp(sum(completions.logps[t] - completions.old_logps[t] for t in at) / len(at))
+        total = 0.0
+        for t, rho in zip(at, ratios, strict=True):
+            weight = min(math.exp(float(completions.old_logps[t] - sampled[t])), most)
+            total += weight * token_loss(rho, sequence, float(completions.advantages[i]), completions.logps[t], len(at))
+        expected.append(total)
+    got, expected = loss(weighted), torch.stack(expected)
+    torch.testing.assert_close(got, expected, rtol=1e-12, atol=1e-12)
+    gradients = [torch.autograd.grad(x.sum(), completions.logps)[0] for x in (got, expected)]
+    torch.testing.assert_close(*gradients, rtol=1e-12, atol=1e-12)
+    assert not torch.allclose(loss(completions), expected, rtol=1e-3)
+    ones = replace(completions, importance=torch.ones_like(sampled))
+    assert torch.equal(loss(ones), loss(completions))
+
+
+def test_weighted_tokens_of_another_distribution_give_the_gradient_of_the_policy():
+    """By enumeration of one token: exactly, if no weight is bounded; a bound leaves a bias."""
+    torch.manual_seed(2)
+    logits = torch.randn(VOCAB, dtype=torch.float64, requires_grad=True)
+    logps, sampled = logits.log_softmax(-1), torch.randn(VOCAB, dtype=torch.float64).log_softmax(-1)
+    advantages = torch.randn(VOCAB, dtype=torch.float64)
+    (expected,) = torch.autograd.grad((logps.exp() * advantages).sum(), logits, retain_graph=True)
+
+    def gradient(most):
+        weights = None if most is None else truncated_importance(logps, sampled, most)
+        of_each = Completions(logps, logps.detach(), torch.arange(VOCAB), advantages, 1, weights)
+        mean = (sampled.exp() * ReinforceLoss()(of_each)).sum()
+        return torch.autograd.grad(mean, logits, retain_graph=True)[0]
+
+    torch.testing.assert_close(gradient(100.0), -expected, rtol=1e-10, atol=1e-12)
+    assert not torch.allclose(gradient(None), -expected, rtol=1e-2)
+    assert not torch.allclose(gradient(0.5), -expected, rtol=1e-2)
 
 
 # ---- the KL penalty

@@ -308,9 +308,12 @@ def test_rollouts_are_used_for_several_updates(tmp_path):
     assert max(moved[0], moved[4]) < 1e-5 < min(moved[1:4] + moved[5:])
 
 
-@pytest.mark.parametrize("step", range(1, 8))
-def test_a_resumed_run_is_bit_identical(tmp_path, step):
-    data = {"batch_size": 2, "steps_per_rollout": 2, "iterations": 2}
+@pytest.mark.parametrize(
+    ("step", "engine"), [*((step, Generate) for step in range(1, 8)), (1, "Warmer"), (6, "Warmer")]
+)
+def test_a_resumed_run_is_bit_identical(tmp_path, step, engine):
+    engine = Warmer() if engine == "Warmer" else engine()
+    data = {"batch_size": 2, "steps_per_rollout": 2, "iterations": 2, "engine": engine}
     adam = {"optimizer": lambda params: torch.optim.AdamW(params, lr=1e-2), "kl": 0.1}
     callbacks = [Checkpoints(every=1, keep=20)]
     callbacks[0].directory = tmp_path / "checkpoints"
@@ -325,6 +328,104 @@ def test_a_resumed_run_is_bit_identical(tmp_path, step):
     )
     ours, theirs = weights(resumed), weights(whole)
     assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+
+
+# ---- an engine that samples from another distribution than the policy
+
+
+class Warmer(Generate):
+    """Samples at another temperature, as an engine whose log-probabilities are not the policy's."""
+
+    is_exact = False
+
+    def sample(self, policy, tokenizer, prompts, *, sampling, **kwargs):
+        warmer = replace(sampling, temperature=1.4 * sampling.temperature)
+        return super().sample(policy, tokenizer, prompts, sampling=warmer, **kwargs)
+
+
+def weighted_loop(path, blocks, prompts, most, iterations=1):
+    """`plain_loop` for GRPO with clipped ratios, and tokens weighted by `min(policy / engine, most)`."""
+    L.seed_everything(1)
+    module = grpo()
+    trainer(max_epochs=1).strategy.connect(module)
+    hf = module.build(ByteTokenizer().build()).hf.eval()
+    optimizer = torch.optim.SGD(hf.parameters(), lr=0.1)
+
+    def logps_of(prompt, completion):
+        ids = torch.tensor([*prompt.ids, *completion.ids], dtype=torch.long)
+        n = len(completion.ids)
+        logits = hf(input_ids=ids[None]).logits[0, -n - 1 : -1] / SAMPLING.temperature
+        return logits.log_softmax(-1).gather(-1, ids[-n:, None]).squeeze(-1)
+
+    bounded = 0
+    for groups in blocks:
+        old = [[logps_of(prompts[g.prompt], c).detach() for c in g.completions] for g in groups]
+        for _ in range(iterations):
+            total, completions = 0.0, 0
+            for group, before in zip(groups, old, strict=True):
+                rewards = torch.tensor(group.components[:, 0], dtype=torch.float32)
+                advantages = (rewards - rewards.mean()) / (rewards.std() + 1e-4)
+                for completion, then, advantage in zip(group.completions, before, advantages, strict=True):
+                    now = logps_of(prompts[group.prompt], completion)
+                    for i in range(len(now)):
+                        weight = min(float((then[i] - completion.logps[i]).exp()), most)
+                        bounded += weight == most
+                        ratio = (now[i] - then[i]).exp()
+                        surrogate = torch.minimum(ratio * advantage, ratio.clamp(0.8, 1.2) * advantage)
+                        total = total - weight * surrogate / len(now)
+                    completions += 1
+            optimizer.zero_grad()
+            (total / completions).backward()
+            optimizer.step()
+    return {name: p.detach() for name, p in hf.named_parameters()}, bounded
+
+
+@pytest.mark.parametrize("iterations", [1, 2])
+def test_completions_of_another_distribution_are_weighted_as_in_a_plain_loop(tmp_path, iterations):
+    logged, module = Logged(), grpo(max_importance_ratio=1.3)
+    data = {"engine": Warmer(), "iterations": iterations}
+    samples = run(tmp_path, module, data=data, callbacks=[logged])
+    prompts = samples.all_prompts("train")
+    expected, bounded = weighted_loop(tmp_path, samples.sampled, prompts, 1.3, iterations)
+    assert bounded
+    assert distance(weights(module), expected) < 1e-6
+    for update in logged.updates:
+        assert 0 < update["train/importance/truncated"] < 1
+        assert update["train/importance/mean"] < 1.3
+        assert update["train/sampling_difference"] > 0.05
+    cut = grpo(max_importance_ratio=1.3)
+    run(tmp_path, cut, 4, data | {"batch_size": 1})
+    assert distance(weights(cut), expected) < 1e-6
+    # without weights, and without their bound, the update is another one
+    for fault in ({"max_importance_ratio": None}, {"max_importance_ratio": 100.0}):
+        run(tmp_path, other := grpo(**fault), data=data)
+        assert distance(weights(other), expected) > 1e-4
+
+
+def test_importance_weights_do_nothing_if_the_policy_itself_samples(tmp_path):
+    trained = []
+    for most in (None, 0.5):
+        logged, module = Logged(), grpo(max_importance_ratio=most)
+        run(tmp_path, module, data={"iterations": 2}, callbacks=[logged])
+        assert not any("importance" in name for name in logged.updates[0])
+        trained.append(weights(module))
+    assert all(torch.equal(value, trained[1][name]) for name, value in trained[0].items())
+    with pytest.raises(UserError, match="max_importance_ratio is 0, but has to be above 0, or null"):
+        grpo(max_importance_ratio=0)
+
+
+def test_log_probabilities_of_the_policy_are_those_of_the_tokens_that_carry_loss(tmp_path):
+    sampling = replace(SAMPLING, stop=tuple("abcdefghijklmnopqrstuvwxyz"))
+    data = {"engine": Warmer(), "iterations": 2, "mask_truncated": True, "sampling": sampling}
+    samples = run(tmp_path, grpo(), data=data, max_steps=1)
+    groups = samples.sampled[0]
+    finished = [c for group in groups for c in group.completions if c.is_finished]
+    truncated = [c for group in groups for c in group.completions if not c.is_finished]
+    assert finished
+    assert truncated
+    assert all(len(c.policy_logps) == len(c.ids) and np.abs(c.policy_logps - c.logps).max() > 0 for c in finished)
+    batch = samples.batch_of("train", groups)
+    assert len(batch["policy_logps"]) == len(batch["targets"]) == sum(len(c.ids) for c in finished)
 
 
 # ---- other prompts in place of groups without variance
