@@ -92,7 +92,7 @@ def kill_at_random(recipe: Recipe, folder: Path, rng: random.Random) -> list[str
     """Kills the process group at a random moment."""
     child = Child(folder, *RESUME)
     time.sleep(rng.random() * recipe.seconds)
-    os.killpg(child.pid, signal.SIGKILL)
+    child.kill(signal.SIGKILL)
     child.wait()
     return finish(recipe, folder)
 
@@ -100,11 +100,9 @@ def kill_at_random(recipe: Recipe, folder: Path, rng: random.Random) -> list[str
 def stop(recipe: Recipe, folder: Path, rng: random.Random) -> list[str]:
     """SIGTERM to the process group, loader workers included, once the run has begun."""
     child = Child(folder, *RESUME)
-    end = time.monotonic() + 30
-    while not (folder / "runs" / "r" / "metrics.csv").exists() and time.monotonic() < end:
-        time.sleep(0.005)
+    child.wait_until((folder / "runs" / "r" / "metrics.csv").exists, ends=True)
     time.sleep(rng.random() * recipe.seconds * 0.4)
-    os.killpg(child.pid, signal.SIGTERM)
+    child.kill(signal.SIGTERM)
     code = child.wait()
     wrong = [] if code in (0, 143) else [f"exit code {code}: {child.text[-600:]}"]
     return wrong + finish(recipe, folder)
@@ -130,7 +128,6 @@ def two_at_once(recipe: Recipe, folder: Path, rng: random.Random) -> list[str]:
     first = Child(folder, *RESUME)
     time.sleep(rng.random() * 0.5)
     second = Child(folder, *RESUME)
-    second.output = folder / "output.txt"
     codes = sorted((first.wait(), second.wait()))
     wrong = [] if codes in ([0, 2], [0, 0]) else [f"exit codes {codes}: {second.text[-600:]}"]
     return wrong + finish(recipe, folder)
@@ -172,7 +169,7 @@ def two_ranks(recipe: Recipe, folder: Path, rng: random.Random) -> list[str]:
     how = rng.choice(["one", "both", "stop"])
     chosen = children if how != "one" else [rng.choice(children)]
     for child in chosen:
-        os.killpg(child.pid, signal.SIGTERM if how == "stop" else signal.SIGKILL)
+        child.kill(signal.SIGTERM if how == "stop" else signal.SIGKILL)
     codes = ended(children)
     # SIGTERM or SIGKILL of a rank that is left alone while it starts, and waits for the other, come from the launcher
     expected_codes = {"one": {-9, -15, 0, 2, 143}, "both": {-9, 0}, "stop": {0, 143, -15}}[how]

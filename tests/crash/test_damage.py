@@ -11,9 +11,6 @@ from oumi_pl.report.record import Record
 from tests.crash.damage import CASES, damages, trial, world
 from tests.crash.harness import Child, copy, works
 
-# forked runs with time limits: beside other tests on a busy machine they time out
-pytestmark = pytest.mark.slow
-
 
 @pytest.fixture(scope="module")
 def base(tmp_path_factory):
