@@ -18,6 +18,7 @@ import signal
 import sys
 import time
 import traceback
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NoReturn
@@ -209,6 +210,8 @@ OF_A_RUN = ("PL_GLOBAL_SEED", "LOCAL_RANK", "RANK", "WORLD_SIZE")
 """Variables that a run sets for itself, and that another one must not inherit."""
 STACKS = signal.SIGUSR2
 """Makes a run print the stacks of its threads."""
+codes: Counter[int] = Counter()
+"""How many runs ended with which exit code."""
 _running: dict[int, "Child"] = {}
 
 
@@ -300,6 +303,7 @@ class Child:
             self.code = self.process.exitcode
             if self.code is not None:
                 _running.pop(self.pid, None)
+                codes[self.code] += 1
         return self.code
 
     @property

@@ -1,14 +1,14 @@
 """Damaged files end in one message, or in a right run: a fixed part of what `damage.py` tries at random."""
 
 import json
-import os
 import random
+from pathlib import Path
 
 import pytest
 import torch
 
 from oumi_pl.report.record import Record
-from tests.crash.damage import CASES, damages, trial, world
+from tests.crash.damage import CASES, as_link, as_pipe, damages, hostile, trial, world
 from tests.crash.harness import Child, copy, works
 
 
@@ -21,19 +21,6 @@ def assert_no_deviation(base, place, case, content):
     result, text = trial(base, place, case, content)
     assert result in ("success", "refused"), text
     return result, text
-
-
-def as_link(file):
-    """Replaces a file by a link to one that this user can read and a page should not show."""
-    secret = file.parent / "secret.txt"
-    secret.write_text("a secret\n")
-    file.unlink()
-    file.symlink_to(secret)
-
-
-def as_pipe(file):
-    file.unlink()
-    os.mkfifo(file)
 
 
 FIXED = {
@@ -107,12 +94,23 @@ def test_a_config_of_fewer_layers_than_the_weights_is_refused(base, tmp_path):
 @pytest.mark.parametrize("case", CASES)
 def test_damage_at_random_places_is_refused_or_harmless(base, tmp_path, case):
     rng = random.Random(case)
-    every = list(damages(base / case.partition("#")[0], rng, 3))
+    every = [*damages(base / case.partition("#")[0], rng, 3)]
     for _, content in rng.sample(every, min(8, len(every))):
         assert_no_deviation(base, tmp_path, case, content)
 
 
 # ---- hostile folders
+
+
+HOSTILE = [(case, what) for case in CASES for what, _ in hostile(Path(case))]
+FAST = {("runs/r/checkpoints/step-00000004.ckpt#export", what) for what in ("code", "folder with code")}
+
+
+@pytest.mark.parametrize(
+    ("case", "what"), [pytest.param(*one, marks=[] if one in FAST else pytest.mark.slow) for one in HOSTILE]
+)
+def test_what_others_put_in_the_place_of_a_file_is_refused_or_harmless(base, tmp_path, case, what):
+    assert_no_deviation(base, tmp_path, case, dict(hostile(Path(case)))[what])
 
 
 def test_the_page_shows_nothing_through_links(base, tmp_path):
