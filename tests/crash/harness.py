@@ -443,7 +443,7 @@ def deviations(run: Path, expected: dict[str, Any]) -> list[str]:
     """Differences of a run folder from the expected one, by name; leftover files count as differences."""
     try:
         actual = outcome(run)
-    except (OSError, ValueError, KeyError) as error:
+    except (OSError, ValueError, KeyError, RuntimeError) as error:
         return [f"unusable: {type(error).__name__}: {error}"]
     different = [name for name, value in expected.items() if actual[name] != value]
     leftovers = [path.name for path in (*run.parent.rglob("*.half"), *run.glob("lock.json"))]

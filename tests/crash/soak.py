@@ -201,7 +201,7 @@ def damaged_checkpoint(recipe: Recipe, folder: Path, rng: random.Random) -> list
     """Damages the newest checkpoint of a killed run, which is resumed from an older one, or from the start."""
     Child(folder, *RESUME, faults=Faults(folder, rng.randrange(recipe.operations // 2, recipe.operations - 1))).wait()
     directory = folder / "runs" / "r" / "checkpoints"
-    if newest := max(directory.glob("step-*.ckpt"), default=None):
+    if (newest := max(directory.glob("step-*.ckpt"), default=None)) and not is_finished(directory.parent):
         newest.write_bytes(damaged(newest, rng))
     child = Child(folder, *RESUME)
     if child.wait() == 2 and "all checkpoints in" in child.text:
@@ -213,6 +213,11 @@ def damaged_checkpoint(recipe: Recipe, folder: Path, rng: random.Random) -> list
         aside.unlink()
     wrong = [] if code == 0 else [f"exit code {code}: {child.text[-600:]}"]
     return wrong + deviations(folder / "runs" / "r", recipe.expected)
+
+
+def is_finished(run: Path) -> bool:
+    """Whether nothing is left to do, so that a resume reads no checkpoint."""
+    return json.loads((run / "run.json").read_text())["status"] == "finished"
 
 
 def damaged(file: Path, rng: random.Random) -> bytes:
