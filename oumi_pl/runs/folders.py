@@ -358,7 +358,9 @@ def newest_whole_checkpoint(run: Path) -> tuple[Path | None, dict[Path, str]]:
     return first_whole(reversed(saved_steps(run / CHECKPOINTS)), run / CHECKPOINTS)
 
 
-def first_whole(checkpoints: Iterable[Path], directory: Path) -> tuple[Path | None, dict[Path, str]]:
+def first_whole(
+    checkpoints: Iterable[Path], directory: Path, key: str = "--resume"
+) -> tuple[Path | None, dict[Path, str]]:
     """The first of some checkpoints that is not damaged, and those before it with what is wrong with them.
 
     Reads them, which takes a second per 1.5 GB.
@@ -366,6 +368,7 @@ def first_whole(checkpoints: Iterable[Path], directory: Path) -> tuple[Path | No
     Args:
         checkpoints: Complete checkpoints, newest first.
         directory: Where they are, for the message.
+        key: The key or option that asks for them, for the message.
 
     Raises:
         UserError: there are checkpoints, and all are damaged.
@@ -379,7 +382,7 @@ def first_whole(checkpoints: Iterable[Path], directory: Path) -> tuple[Path | No
     if damaged:
         listed = "; ".join(f"{path.name}: {why}" for path, why in damaged.items())
         raise UserError(
-            f"--resume: all checkpoints in {directory} are damaged ({listed}); put a copy in their place, or remove "
+            f"{key}: all checkpoints in {directory} are damaged ({listed}); put a copy in their place, or remove "
             "them to train from the start"
         )
     return None, damaged

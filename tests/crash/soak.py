@@ -3,7 +3,7 @@
     TMPDIR=/dev/shm python -m tests.crash.soak --minutes 10
 
 Damages caches, checkpoints and the files that commands read as well. Prints each deviation as it occurs, and a table
-after every 50 trials. README.md in this folder holds the last ones.
+after every 20 trials. README.md in this folder holds the last ones.
 """
 
 import argparse
@@ -253,7 +253,7 @@ TRIALS: tuple[Callable[[Recipe, Path, random.Random], list[str]], ...] = (
 )
 """Those that are named more often are cheaper."""
 PER_RECIPE = 30
-SHOWN = 50
+SHOWN = 20
 """Trials from one table to the next."""
 
 

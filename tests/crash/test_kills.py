@@ -74,6 +74,16 @@ def test_two_processes_go_on_together_after_one_was_killed(tmp_path):
     assert deviations(folder / "runs" / "r", outcome(done / "runs" / "r")) == []
 
 
+def test_a_finished_run_keeps_no_leftover_of_a_killed_resume(tmp_path, whole):
+    start, expected = whole
+    folder = copy(start, tmp_path / "killed")
+    for operation in ("unlink", "replace"):
+        Child(folder, *RESUME, faults=Faults(folder, kill_on=(operation, "lock.json"))).wait()
+    assert [*(folder / "runs/r").glob("lock.json.*.half")]
+    works(folder, *RESUME)
+    assert deviations(folder / "runs/r", expected) == []
+
+
 @pytest.mark.slow
 def test_repeating_the_command_does_nothing(tmp_path, whole):
     start, _ = whole
