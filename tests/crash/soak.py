@@ -247,9 +247,9 @@ def of_damage(recipe: Recipe, folder: Path, case: str, what: str, content: Any) 
 
 
 TRIALS: tuple[Callable[[Recipe, Path, random.Random], list[str]], ...] = (
-    *(kill_at_operation, kill_often, kill_often, kill_at_random, kill_at_random, stop, full_disk),
+    *(kill_at_operation, *(kill_often,) * 4, kill_at_random, kill_at_random, stop, full_disk),
     *(two_at_once, moved, clock_jumps, two_ranks),
-    *(damaged_cache, damaged_checkpoint, *(damaged_input,) * 6, hostile_folder, hostile_folder),
+    *(damaged_cache, damaged_checkpoint, *(damaged_input,) * 12, *(hostile_folder,) * 4),
 )
 """Those that are named more often are cheaper."""
 PER_RECIPE = 30

@@ -21,7 +21,7 @@ def whole(tmp_path_factory):
     root = tmp_path_factory.mktemp("crash")
     prepare(root / "start")
     done = copy(root / "start", root / "whole")
-    works(done, *RESUME)
+    works(done, *RESUME, faults=Faults(done))
     copy(done / "cache", root / "start" / "cache")
     return root / "start", outcome(done / "runs" / "r")
 
@@ -72,6 +72,43 @@ def test_two_processes_go_on_together_after_one_was_killed(tmp_path):
     assert ended([first, second]) in ([2, -9], [0, -9])
     torchrun(folder, *RESUME)
     assert deviations(folder / "runs" / "r", outcome(done / "runs" / "r")) == []
+
+
+def test_files_are_written_under_another_name_and_only_metrics_grow_in_their_place(whole):
+    start, _ = whole
+    operations = json.loads((start.with_name("whole") / "operations.json").read_text())
+    opened = {Path(operation.split(" ")[1]) for operation in operations if operation.startswith("open ")}
+    in_place = [path for path in opened if not any(p.startswith(".") or p.endswith(".half") for p in path.parts)]
+    assert in_place == [Path("/runs/r/metrics.csv")]
+    assert len(opened) > 20
+
+
+def test_others_can_read_the_files_of_caches_and_runs(whole):
+    start, _ = whole
+    for path in start.with_name("whole").rglob("*"):
+        needed = 0o005 if path.is_dir() else 0o004
+        assert path.stat().st_mode & needed == needed, path
+
+
+def test_a_full_disk_under_the_cache_is_named_with_the_variable_that_moves_it(tmp_path):
+    prepare(tmp_path / "full")
+    full = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(tmp_path / "full/cache/origins.txt"))
+    faults = Faults(tmp_path / "full", kill_on=("open", "origins.txt"), error=full)
+    failed = Child(tmp_path / "full", *RESUME, faults=faults)
+    assert failed.wait() == 2
+    assert "in the cache; free some space" in failed.text
+    assert "or set OUMI_PL_CACHE to a folder on another disk" in failed.text
+    works(tmp_path / "full", *RESUME)
+    assert not [*(tmp_path / "full/cache/examples").glob(".*")]
+
+
+def test_a_resume_lists_the_code_that_only_the_run_names(tmp_path):
+    prepare(tmp_path / "r", "GRPO", {"trainer.max_steps": 1, "val_every": None})
+    assert "runs code" not in works(tmp_path / "r", *RESUME)
+    note = "note: runs/r runs code that its config.yaml names: "
+    resumed = works(tmp_path / "r", "fit", "--resume", "runs/r", "--trainer.max_steps", "2")
+    assert f"{note}data.reward: own_rollouts.letters, data.engine.class_path: own_rollouts.Killed" in resumed
+    assert note not in works(tmp_path / "r", *RESUME, "--trainer.max_steps", "3")
 
 
 def test_a_finished_run_keeps_no_leftover_of_a_killed_resume(tmp_path, whole):
