@@ -191,6 +191,7 @@ def with_command(file: Path) -> None:
 FIT = ("fit", "--config", "r.yaml", "--name", "again", "--trainer.max_steps", "1", "--val_every", "null")
 FROM_MODEL = (*FIT, "--model.model", "model", "--model.config", "null", "--data.tokenizer", "null")
 EXPORT = ("export", "--checkpoint", "runs/r", "--output", "out")
+GENERATE = ("generate", "--model", "model", "--prompt", "a", "--max_new_tokens", "2")
 CASES: dict[str, tuple[str, ...]] = {
     "model/config.json": FROM_MODEL,
     "model/generation_config.json": FROM_MODEL,
@@ -210,7 +211,11 @@ CASES: dict[str, tuple[str, ...]] = {
     "runs/r/config.yaml#compare": ("runs", "compare", "r", "s"),
     "runs/r/checkpoints/step-00000004.ckpt": ("fit", "--resume", "runs/r"),
     "runs/r/checkpoints/step-00000004.ckpt#export": EXPORT,
-    "model/model.safetensors#generate": ("generate", "--model", "model", "--prompt", "a", "--max_new_tokens", "2"),
+    "model/model.safetensors#generate": GENERATE,
+    "model/config.json#generate": GENERATE,
+    "model/generation_config.json#generate": GENERATE,
+    "model/tokenizer.json#generate": GENERATE,
+    "model/tokenizer_config.json#generate": GENERATE,
     "rows.jsonl": FIT,
     "rows.jsonl#preview": ("preview", "--config", "r.yaml"),
     "rows.jsonl#generate": ("generate", "--model", "model", "--file", "rows.jsonl", "--max_new_tokens", "2"),
