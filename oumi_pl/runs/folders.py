@@ -122,6 +122,19 @@ def remove_leftovers(folder: Path) -> None:
             files.remove(path)
 
 
+_OF_PROCESS = re.compile(rf"\.(\d{{1,18}})@([^@]+){re.escape(HALF)}$")
+
+
+def remove_abandoned(directory: Path) -> None:
+    """Removes what processes of this host that no longer run were writing into a directory that others write to."""
+    for path in directory.glob(f"*{HALF}"):
+        match = _OF_PROCESS.search(path.name)
+        if match is None or match[2] != socket.gethostname() or int(match[1]) == os.getpid():
+            continue
+        if lock.began(int(match[1])) is None:
+            files.remove(path)
+
+
 def half_of(folder: Path) -> Path:
     """Where this process may write a folder before it gets its name; removes what killed processes left of it."""
     half = _half(folder)

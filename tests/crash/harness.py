@@ -446,6 +446,8 @@ def deviations(run: Path, expected: dict[str, Any]) -> list[str]:
     except (OSError, ValueError, KeyError, RuntimeError) as error:
         return [f"unusable: {type(error).__name__}: {error}"]
     different = [name for name, value in expected.items() if actual[name] != value]
-    leftovers = [path.name for path in (*run.parent.rglob("*.half"), *run.glob("lock.json"))]
+    cache = next((above / "cache" for above in run.parents if (above / "cache").is_dir()), run)
+    halves = (path for folder in {run.parent, cache} for path in folder.rglob("*.half"))
+    leftovers = [path.name for path in (*halves, *run.glob("lock.json"))]
     others = [path.name for path in run.parent.iterdir() if path.is_dir() and path.name != run.name]
     return different + [f"left {name}" for name in leftovers] + [f"another folder {name}" for name in others]

@@ -102,6 +102,18 @@ def test_a_full_disk_under_the_cache_is_named_with_the_variable_that_moves_it(tm
     assert not [*(tmp_path / "full/cache/examples").glob(".*")]
 
 
+@pytest.mark.parametrize("kill", [("open", "origins.txt"), ("replace", "000000.bin")])  # of examples, of the reference
+def test_what_a_killed_run_left_in_the_cache_is_removed_by_the_next_that_writes_there(tmp_path, kill):
+    prepare(tmp_path / "killed", "DPO")
+    works(copy(tmp_path / "killed", tmp_path / "whole"), *RESUME)
+    expected = outcome(tmp_path / "whole/runs/r")
+    faults = Faults(tmp_path / "killed", kill_on=kill)
+    assert Child(tmp_path / "killed", *RESUME, faults=faults).wait() == -signal.SIGKILL
+    assert [*(tmp_path / "killed/cache").rglob("*.half")]
+    works(tmp_path / "killed", *RESUME)
+    assert deviations(tmp_path / "killed/runs/r", expected) == []
+
+
 def test_a_resume_lists_the_code_that_only_the_run_names(tmp_path):
     prepare(tmp_path / "r", "GRPO", {"trainer.max_steps": 1, "val_every": None})
     assert "runs code" not in works(tmp_path / "r", *RESUME)
