@@ -33,6 +33,8 @@ def whole(tmp_path_factory):
         ("replace", "checkpoints/step-00000004.ckpt"),
         pytest.param("replace", "checkpoints/best.ckpt", marks=pytest.mark.slow),
         ("replace", "runs/r/model"),  # exported, but not in its place
+        pytest.param("unlink", "checkpoints/step-00000002.ckpt", marks=pytest.mark.slow),  # one of the older ones
+        ("unlink", "checkpoints/step-00000004.ckpt"),  # the last that is removed
         pytest.param("unlink", "runs/r/lock.json", marks=pytest.mark.slow),  # the very end
     ],
 )
