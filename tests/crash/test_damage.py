@@ -47,6 +47,21 @@ def test_a_run_goes_on_with_damaged_metrics_and_says_so(base, tmp_path):
     assert "1 damaged lines are left out" in text
 
 
+@pytest.mark.parametrize(
+    ("file", "key", "value"),
+    [
+        ("generation_config.json", "eos_token_id", {}),
+        pytest.param("generation_config.json", "eos_token_id", 1e400, marks=pytest.mark.slow),
+        ("tokenizer_config.json", "model_max_length", ""),
+    ],
+)
+def test_values_of_a_model_that_are_no_numbers_are_named_by_generate(base, tmp_path, file, key, value):
+    content = json.loads((base / "model" / file).read_text()) | {key: value}
+    result, text = assert_no_deviation(base, tmp_path, f"model/{file}#generate", json.dumps(content).encode())
+    assert result == "refused"
+    assert f"{key} in the {file} of model is" in text
+
+
 def without(*names):
     """Removes parts of a checkpoint."""
 
