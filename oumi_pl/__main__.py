@@ -208,7 +208,10 @@ def _fit(command: str, typed: list[tuple[str, str | None]]) -> int:
     with meanwhile("loading PyTorch and Lightning"):
         from oumi_pl.callbacks.stopping import Stopped
         from oumi_pl.config.cli import CLI
+        from oumi_pl.runs.received import code_of_run
 
+    if folder is not None and (code := code_of_run(trees[0], tree)):
+        echo(f"note: {folder} runs code that its {folders.CONFIG} names: {', '.join(code)}", file=sys.stderr)
     try:
         CLI([command, *args], recipe=recipe, resume=folder, trees=trees)
     except Stopped as stop:

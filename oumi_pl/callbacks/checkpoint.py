@@ -100,6 +100,7 @@ class Checkpoints(Checkpoint):
         `LastStep` makes the save happen earlier, in `on_train_batch_end`.
         """
         self.save(trainer)
+        self._remove_old(trainer)  # a kill after the last checkpoint can leave too many
 
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Keeps the weights if the monitored metric is the best so far, and saves if a checkpoint is due."""
@@ -141,7 +142,10 @@ class Checkpoints(Checkpoint):
         if ends(trainer):
             self.ending = {"steps": _total_steps(trainer), "by": ended_by(trainer)}
         _save_whole(trainer, self.directory / checkpoint_name(step))
-        if trainer.is_global_zero:
+        self._remove_old(trainer)
+
+    def _remove_old(self, trainer: L.Trainer) -> None:
+        if self.directory is not None and trainer.is_global_zero:
             for old in saved_steps(self.directory)[: -self.keep]:
                 remove(old)
 

@@ -6,6 +6,7 @@ from typing import Any
 from oumi_pl.commands.parser import Parser
 from oumi_pl.config import files as recipe_files
 from oumi_pl.errors import UserError
+from oumi_pl.runs.checksums import model_files
 from oumi_pl.runs.folders import refuse_unwritable
 from oumi_pl.terminal.text import echo
 
@@ -51,7 +52,8 @@ def prepare(recipe: dict[str, Any], output: Path | None = None) -> None:
     data.streaming = False
     prepared = {split: _prepare_split(data, split, output) for split in SPLITS if data.sources[split] is not None}
     if output is not None:
-        data.tokenizer.save_pretrained(output / "tokenizer")
+        with model_files(output / "tokenizer"):
+            data.tokenizer.save_pretrained(output / "tokenizer")
         named = [f"{split}: {_in_recipe(data, split, folders)}" for split, folders in prepared.items()]
         echo(f"in a recipe: {', '.join(named)}, tokenizer: {output / 'tokenizer'}")
 

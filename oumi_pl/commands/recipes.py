@@ -14,6 +14,9 @@ HELP = """\
 usage: oumi_pl recipes [FOLDER]             list recipes, in {folders}
        oumi_pl recipes show NAME            print a recipe
        oumi_pl recipes copy NAME FILE       copy a recipe, to change it
+
+A recipe runs the classes and functions that it names: train only with recipes that you trust. Showing and copying one
+runs nothing. README.md, "Security", lists what runs code and what never does.
 """
 WIDTH = 80
 """Width of the list."""

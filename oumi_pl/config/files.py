@@ -280,6 +280,7 @@ def resume_arguments(
         return None, recipe, args
     if _is_first_rank() and not _only_shows(args):
         lock.acquire(run)  # before reading its state, which another process may be changing
+        folders.remove_leftovers(run)  # here, since a finished run goes no further
     config = run / folders.CONFIG
     if not config.is_file():
         raise UserError(

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from oumi_pl.core.configs import TrainingConfig
+from oumi_pl.runs.checksums import model_files
 from oumi_pl.runs.folders import CHECKPOINTS, read_state
 
 NAMES = {"train/loss": "loss", "train/grad_norm": "grad_norm", "train/lr": "learning_rate"}
@@ -57,7 +58,8 @@ def write_base(run: Path, model: Any) -> None:
     from oumi_pl.core.trainers.kinds import bare
     from oumi_pl.core.trainers.saving import base_state
 
-    bare(model).save_pretrained(run, state_dict=base_state(model))
+    with model_files(run):
+        bare(model).save_pretrained(run, state_dict=base_state(model))
 
 
 def _rows(metrics: Path) -> list[dict[str, Any]]:

@@ -15,6 +15,7 @@ import numpy as np
 from oumi_pl.data.store import cache_key, cache_root
 from oumi_pl.runs import checksums
 from oumi_pl.runs.files import write
+from oumi_pl.runs.folders import remove_abandoned
 from oumi_pl.terminal.text import echo
 
 CHUNK = 512
@@ -61,6 +62,7 @@ class ReferenceLogps:
     def write(self, chunk: int, logps: np.ndarray) -> None:
         """Writes the values of a chunk's targets, in order of examples, in one step."""
         self.directory.mkdir(parents=True, exist_ok=True)
+        remove_abandoned(self.directory)
         if not (self.directory / MADE_FROM).exists():
             write(self.directory / MADE_FROM, json.dumps(self.parts, indent=1, default=str) + "\n")
         content = logps.astype(np.float32, copy=False).tobytes()

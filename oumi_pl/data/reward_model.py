@@ -19,6 +19,7 @@ from oumi_pl.models.build import build_config, loaded, read_adapter_config, with
 from oumi_pl.models.hub import locate
 from oumi_pl.rollouts.rewards import SampleReward, Scored
 from oumi_pl.rollouts.sampling import Completion
+from oumi_pl.runs.checksums import refuse_damaged_weights
 from oumi_pl.types import Conversation, Record, Text
 
 if TYPE_CHECKING:
@@ -140,13 +141,14 @@ class RewardModel(SampleReward):
         """The model, in evaluation mode.
 
         Raises:
-            UserError: it can't be loaded, or weights are missing.
+            UserError: it can't be loaded, or weights are missing or damaged.
         """
         from transformers import AutoModelForSequenceClassification
 
         arguments: dict[str, Any] = {"dtype": "auto", "output_loading_info": True, **self._hub}
         if self._is_adapter:
             arguments |= {"num_labels": 1, "pad_token_id": self._own.tokenizer.pad_token_id}
+        refuse_damaged_weights(Path(self.path), self.key)
         load = AutoModelForSequenceClassification.from_pretrained
         # the base of an adapter has no score head, so transformers draws one and reports it before the adapter replaces
         # it: neither from the run's random numbers nor on the screen

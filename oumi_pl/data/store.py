@@ -4,10 +4,8 @@ import contextlib
 import hashlib
 import itertools
 import json
-import os
 import shutil
 import sys
-import tempfile
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
@@ -28,7 +26,8 @@ from oumi_pl.data.splitting import Side
 from oumi_pl.data.tokenize import Dropped
 from oumi_pl.errors import UserError, cache_folder
 from oumi_pl.runs import checksums
-from oumi_pl.runs.files import sync, sync_all
+from oumi_pl.runs.files import remove, sync, sync_all
+from oumi_pl.runs.folders import half_of, remove_abandoned
 from oumi_pl.terminal.screen import track
 from oumi_pl.terminal.text import echo
 from oumi_pl.types import BadRow, Example, Record, Segment
@@ -70,11 +69,13 @@ def new_folder(directory: Path) -> Iterator[Path]:
     It gets a list of checksums, and is on disk before it gets its name.
     """
     directory.parent.mkdir(parents=True, exist_ok=True)
-    half = Path(tempfile.mkdtemp(prefix=f".{directory.name}-", dir=directory.parent))
+    remove_abandoned(directory.parent)
+    half = half_of(directory)
+    remove(half)
+    half.mkdir()
     try:
         yield half
         checksums.write_list(half)
-        half.chmod(0o755)  # mkdtemp lets only the owner read it
         sync_all(half)
         try:
             half.rename(directory)
@@ -101,7 +102,7 @@ def is_whole(directory: Path) -> bool:
     echo(f"the cache folder {directory} is damaged: {why}; it is written again", file=sys.stderr)
     try:
         # moved first: another process may be reading it, or removing it as well
-        gone = directory.with_name(f".{directory.name}-{os.getpid()}")
+        gone = half_of(directory)
         directory.rename(gone)
         shutil.rmtree(gone, ignore_errors=True)
     except OSError as error:

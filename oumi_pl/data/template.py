@@ -238,11 +238,15 @@ def compiled(source: str) -> Any:
     join = names["str_join"]
 
     def limited_join(parts: Any) -> Any:
-        parts = list(parts)
-        _refuse_long(sum(len(part) for part in parts if isinstance(part, str)))
-        return join(parts)
+        kept, size = [], 0
+        for part in parts:
+            size += len(part) if isinstance(part, str) else 0
+            _refuse_long(size)
+            kept.append(part)
+        return join(kept)
 
     names["str_join"] = limited_join
+    environment.concat = limited_join  # of all that the template writes
     return template
 
 
@@ -318,7 +322,10 @@ def _times(left: Any, right: Any) -> Any:
 
 def _percent(left: Any, right: Any) -> Any:
     if isinstance(left, str):
-        _refuse_long(max((int(width[:12]) for width in re.findall(r"\d+", left)), default=0))
+        widths = [int(width[:12]) for width in re.findall(r"\d+", left)]
+        if "*" in left and isinstance(right, tuple):  # a width that is given as a value
+            widths += [value for value in right if isinstance(value, int)]
+        _refuse_long(max(widths, default=0))
     return left % right
 
 

@@ -434,6 +434,7 @@ def _pretrained(
             f"model: {model} has weights of more layers than its config.json, first {dropped[0]}: they would be "
             "dropped; correct the config (num_hidden_layers)"
         )
+    refuse_odd_ids(hf, "model", model)
     new_head = {f"{SCORE}.weight"} if scoring else set()
     if missing := sorted(set(info["missing_keys"]) - new_head):
         raise UserError(
@@ -441,6 +442,26 @@ def _pretrained(
             "it has another architecture, or model.config adds weights to it"
         )
     return keep_differentiable(hf)
+
+
+def refuse_odd_ids(hf: "PreTrainedModel", key: str, model: str) -> None:
+    """Refuses token ids in `generation_config.json` that are no numbers: sampling and the export use them.
+
+    Args:
+        hf: The model.
+        key: The key or option that names it, for the message.
+        model: Its folder or hub id.
+
+    Raises:
+        UserError: names the first.
+    """
+    for name in ("bos_token_id", "eos_token_id", "pad_token_id") if hf.can_generate() else ():
+        value = getattr(hf.generation_config, name, None)
+        if not all(one is None or type(one) is int for one in (value if isinstance(value, list) else [value])):
+            raise UserError(
+                f"{key}: {name} in the generation_config.json of {model} is {value!a}; it has to be a token id, or a "
+                "list of them"
+            )
 
 
 def _dropped_layers(hf: "PreTrainedModel", unexpected: Iterable[str]) -> list[str]:

@@ -21,7 +21,7 @@ from oumi_pl.models.lora import merged
 from oumi_pl.models.sharding import is_sharded, whole
 from oumi_pl.models.text_part import copy_processors, put_back
 from oumi_pl.runs.checkpoints import read_sharded
-from oumi_pl.runs.checksums import refuse_damaged, refuse_damaged_weights, write_list_of_weights
+from oumi_pl.runs.checksums import model_files, refuse_damaged, refuse_damaged_weights
 from oumi_pl.runs.files import put, remove
 from oumi_pl.runs.folders import half_of
 
@@ -264,7 +264,7 @@ def _argument(config: Mapping[str, Any], section: str, name: str) -> Any:
 
 @contextmanager
 def _folder(directory: Path) -> Iterator[Path]:
-    """A temporary folder beside `directory` that replaces it if nothing fails, with checksums of the weights."""
+    """A temporary folder beside `directory` that replaces it if nothing fails, with checksums."""
     try:
         if directory.is_symlink() or (directory.exists() and (not directory.is_dir() or any(directory.iterdir()))):
             raise UserError(f"{directory} is there and not an empty folder; export to another one")
@@ -274,8 +274,8 @@ def _folder(directory: Path) -> Iterator[Path]:
     except OSError as error:
         raise UserError(f"can't write to {directory}: {error.strerror}") from error
     try:
-        yield half
-        write_list_of_weights(half)
+        with model_files(half):
+            yield half
         put(half, directory)
     finally:
         remove(half)

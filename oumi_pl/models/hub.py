@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from oumi_pl.errors import UserError, nearby, reason
+from oumi_pl.runs.checksums import refuse_damaged_tokenizer
 
 TIMEOUT = 10.0
 """Seconds to wait for the hub's first answer."""
@@ -26,12 +27,14 @@ def locate(name: str, key: str, revision: str | None = None) -> str:
 
     Raises:
         UserError: it is neither a folder nor in the cache nor on the hub, or the hub can't be reached.
+        DamagedError: it is a folder with a tokenizer that is not as this package has written it.
     """
     from huggingface_hub.errors import HFValidationError
     from huggingface_hub.utils import validate_repo_id
 
     path = Path(name).expanduser()
     if path.is_dir():
+        refuse_damaged_tokenizer(path, key)
         return str(path.resolve())
     if path.is_file():
         advice = "; export it first: oumi_pl export --checkpoint FILE --output DIR" if path.suffix == ".ckpt" else ""

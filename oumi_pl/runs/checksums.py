@@ -9,7 +9,9 @@ import json
 import os
 import zipfile
 import zlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from fnmatch import fnmatch
 from pathlib import Path
 
 from oumi_pl.errors import UserError
@@ -17,8 +19,12 @@ from oumi_pl.runs.files import remove, write
 
 LIST = "checksums.json"
 """File of a folder with sizes and checksums of the others, `{name: [bytes, CRC-32]}`, and one of its own."""
-WEIGHTS = "weights_checksums.json"
-"""The same of a model folder, for the files of weights alone: people edit the others, which are text."""
+MODEL = "model_checksums.json"
+"""The same of a model folder, for weights and tokenizer alone: people edit the others, which are text."""
+WEIGHTS = ("*.safetensors",)
+"""Files of weights in a model folder."""
+TOKENIZER = ("tokenizer.json", "*.model", "vocab.*", "merges.txt")
+"""Files of a tokenizer in a model folder."""
 BLOCK = 1 << 20
 """Bytes that are read at once."""
 
@@ -81,9 +87,16 @@ def add_list(folder: Path) -> None:
     write(folder / LIST, _as_list(listed))
 
 
-def write_list_of_weights(folder: Path) -> None:
-    """Writes the list of a model folder that is complete and has no other name yet."""
-    (folder / WEIGHTS).write_text(_as_list(of_files(sorted(folder.glob("*.safetensors")))))
+@contextmanager
+def model_files(folder: Path) -> Iterator[None]:
+    """Removes the list of a model folder whose weights or tokenizer are written in this block, and writes it after it.
+
+    A kill in the block leaves a folder without a list, not one whose list is wrong.
+    """
+    remove(folder / MODEL)
+    yield
+    paths = [path for name in (*WEIGHTS, *TOKENIZER) for path in sorted(folder.glob(name))]
+    write(folder / MODEL, _as_list(of_files(paths)))
 
 
 def refuse_damaged_weights(folder: Path, key: str) -> None:
@@ -96,14 +109,31 @@ def refuse_damaged_weights(folder: Path, key: str) -> None:
     Raises:
         DamagedError: says which file, and what to do if it was replaced on purpose.
     """
-    if not (folder / WEIGHTS).is_file():
+    _refuse_damaged_model(folder, key, WEIGHTS)
+
+
+def refuse_damaged_tokenizer(folder: Path, key: str) -> None:
+    """Refuses a model folder of ours with a damaged tokenizer; does nothing for other folders and hub ids.
+
+    Args:
+        folder: The folder.
+        key: The key or option that names it, for the message.
+
+    Raises:
+        DamagedError: says which file, and what to do if it was replaced on purpose.
+    """
+    _refuse_damaged_model(folder, key, TOKENIZER)
+
+
+def _refuse_damaged_model(folder: Path, key: str, names: tuple[str, ...]) -> None:
+    if not (folder / MODEL).is_file():
         return
     try:
-        why = _damage_of_folder(folder, WEIGHTS)
+        why = _damage_of_folder(folder, MODEL, names)
     except UNREADABLE as error:
-        why = f"its {WEIGHTS} can't be read ({error})"
+        why = f"its {MODEL} can't be read ({error})"
     if why:
-        raise DamagedError(f"{key}: {folder} is damaged: {why}; if that was on purpose, delete {WEIGHTS}")
+        raise DamagedError(f"{key}: {folder} is damaged: {why}; if that was on purpose, delete {MODEL}")
 
 
 def _as_list(listed: dict[str, list[int]]) -> str:
@@ -118,6 +148,8 @@ def damage(path: Path) -> str | None:
     try:
         if path.is_dir():
             return _damage_of_folder(path, LIST) if (path / LIST).exists() else None
+        if not path.is_file():
+            return "it is no file"  # reading a pipe would wait for ever
         return None if _is_known(path) else _damage_of_archive(path)
     except UNREADABLE as error:
         return f"it can't be read ({getattr(error, 'strerror', None) or error})"
@@ -156,12 +188,14 @@ def _damage_of_archive(path: Path) -> str | None:
     return None
 
 
-def _damage_of_folder(folder: Path, name_of_list: str) -> str | None:
+def _damage_of_folder(folder: Path, name_of_list: str, names: tuple[str, ...] = ("*",)) -> str | None:
     content = json.loads((folder / name_of_list).read_text())
     listed = content["files"]
     if of_json(listed) != content["crc32"]:
         return f"its {name_of_list} is not what its checksum says"
     for name, (size, crc32) in listed.items():
+        if not any(fnmatch(name, pattern) for pattern in names):
+            continue
         file = folder / name
         if not file.is_file():
             return f"its file {name} is missing"

@@ -10,6 +10,7 @@ import json
 import math
 import os
 import shutil
+import socket
 import stat
 from collections.abc import Iterator
 from pathlib import Path
@@ -26,7 +27,7 @@ def replacing(path: Path) -> Iterator[Path]:
     If the block fails, `path` stays as it was. Two processes that write the same file don't disturb each other: the
     last one wins.
     """
-    half = path.with_name(f"{path.name}.{os.getpid()}{HALF}")
+    half = path.with_name(f"{path.name}.{os.getpid()}@{socket.gethostname()}{HALF}")
     remove(half)
     try:
         yield half

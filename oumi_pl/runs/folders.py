@@ -122,6 +122,19 @@ def remove_leftovers(folder: Path) -> None:
             files.remove(path)
 
 
+_OF_PROCESS = re.compile(rf"\.(\d{{1,18}})@([^@]+){re.escape(HALF)}$")
+
+
+def remove_abandoned(directory: Path) -> None:
+    """Removes what processes of this host that no longer run were writing into a directory that others write to."""
+    for path in directory.glob(f"*{HALF}"):
+        match = _OF_PROCESS.search(path.name)
+        if match is None or match[2] != socket.gethostname() or int(match[1]) == os.getpid():
+            continue
+        if lock.began(int(match[1])) is None:
+            files.remove(path)
+
+
 def half_of(folder: Path) -> Path:
     """Where this process may write a folder before it gets its name; removes what killed processes left of it."""
     half = _half(folder)
@@ -358,7 +371,9 @@ def newest_whole_checkpoint(run: Path) -> tuple[Path | None, dict[Path, str]]:
     return first_whole(reversed(saved_steps(run / CHECKPOINTS)), run / CHECKPOINTS)
 
 
-def first_whole(checkpoints: Iterable[Path], directory: Path) -> tuple[Path | None, dict[Path, str]]:
+def first_whole(
+    checkpoints: Iterable[Path], directory: Path, key: str = "--resume"
+) -> tuple[Path | None, dict[Path, str]]:
     """The first of some checkpoints that is not damaged, and those before it with what is wrong with them.
 
     Reads them, which takes a second per 1.5 GB.
@@ -366,6 +381,7 @@ def first_whole(checkpoints: Iterable[Path], directory: Path) -> tuple[Path | No
     Args:
         checkpoints: Complete checkpoints, newest first.
         directory: Where they are, for the message.
+        key: The key or option that asks for them, for the message.
 
     Raises:
         UserError: there are checkpoints, and all are damaged.
@@ -379,7 +395,7 @@ def first_whole(checkpoints: Iterable[Path], directory: Path) -> tuple[Path | No
     if damaged:
         listed = "; ".join(f"{path.name}: {why}" for path, why in damaged.items())
         raise UserError(
-            f"--resume: all checkpoints in {directory} are damaged ({listed}); put a copy in their place, or remove "
+            f"{key}: all checkpoints in {directory} are damaged ({listed}); put a copy in their place, or remove "
             "them to train from the start"
         )
     return None, damaged

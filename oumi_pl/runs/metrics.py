@@ -69,6 +69,7 @@ from typing import Any
 from lightning.pytorch.loggers.logger import Logger, rank_zero_experiment
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
 
+from oumi_pl.errors import UserError
 from oumi_pl.runs import files
 from oumi_pl.runs.folders import step_in
 from oumi_pl.terminal.text import echo
@@ -175,10 +176,17 @@ class MetricsCSV(Logger):
 
 
 def _read(file: Path, notes: bool = False) -> list[dict[str, Any]]:
-    """The lines of a file by column, without damaged ones; with `notes`, prints how many those are."""
-    if not file.exists():
+    """The lines of a file by column, without damaged ones; with `notes`, prints how many those are.
+
+    Raises:
+        UserError: it can't be read, or is a link, a pipe or something else than a file.
+    """
+    try:
+        header, *lines = files.read(file).decode(errors="replace").splitlines() or [""]
+    except FileNotFoundError:
         return []
-    header, *lines = files.read(file).decode(errors="replace").splitlines() or [""]
+    except OSError as error:
+        raise UserError(f"{file} can't be read ({error.strerror}); remove it to go on without its lines") from error
     columns = next(csv.reader([header.replace("\0", "")]), [])
     cells = [line.split(",") for line in lines]  # below the header there are only numbers, so no quotes
     whole = [_is_row(line, columns) for line in cells]

@@ -17,6 +17,8 @@ from oumi_pl.errors import UserError
 METADATA = ".metadata"
 """File of a sharded checkpoint that says which file holds which part of which tensor: its description."""
 PACKAGE = "oumi_pl."
+LIBRARIES = ("torch.optim.", "lightning.")
+"""Packages whose classes recipes commonly name."""
 FUNCTIONS = ("architecture", "format", "where", "reward", "metrics")
 """Recipe keys whose values are paths of functions or classes."""
 DOTTED = re.compile(r"[^\W\d]\w*(\.[^\W\d]\w*)+")
@@ -79,6 +81,23 @@ def refuse_foreign(config: Mapping[str, Any], checkpoint: Path) -> None:
             f"--checkpoint: loading {checkpoint} would run code that its recipe names ({', '.join(named)}); if you "
             "trust where it comes from, add --trust"
         )
+
+
+def code_of_run(config: Mapping[str, Any], recipe: Mapping[str, Any]) -> list[str]:
+    """What a run's config would run that is in none of the libraries, and not in the recipe that the user has named.
+
+    A run folder that came from somebody else may name any code.
+
+    Args:
+        config: Content of the run's `config.yaml`.
+        recipe: Content of the recipe beside `--resume`; empty if there is none.
+
+    Returns:
+        `key path: name` of each.
+    """
+    own = {named.partition(": ")[2] for named in _named_code(recipe)}
+    named = {one: one.partition(": ")[2] for one in _named_code(config)}
+    return [one for one, name in named.items() if name not in own and not name.startswith(LIBRARIES)]
 
 
 def _named_code(value: Any, place: str = "") -> Iterator[str]:

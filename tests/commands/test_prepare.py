@@ -57,6 +57,15 @@ def test_prepared_shards_give_the_same_batches_as_their_texts(tmp_path, capsys, 
     assert batches(f"{output}/train", tokenizer, validation=f"{output}/validation") == expected
 
 
+def test_a_damaged_tokenizer_of_prepared_shards_is_refused(tmp_path):
+    output = tmp_path / "out"
+    main(["--config", recipe(tmp_path, corpus(tmp_path, 60).path), "--output", str(output)])
+    file = output / "tokenizer" / "tokenizer.json"
+    file.write_text(file.read_text().replace('"a": 97', '"a": 98').replace('"b": 98', '"b": 97'))
+    with pytest.raises(UserError, match=r"data\.tokenizer: .* its file tokenizer\.json is not what its checksum says"):
+        batches(str(output), str(output / "tokenizer"), validation=Source(str(output), split="validation"))
+
+
 def test_each_of_several_sources_has_a_folder_of_its_own(tmp_path):
     paths = [corpus(tmp_path, n).path for n in (20, 10)]
     assert main(["--config", recipe(tmp_path, paths), "--output", str(tmp_path / "out")]) == 0

@@ -49,6 +49,10 @@ def test_nearest_is_offered(tmp_path, monkeypatch, name, message):
     assert message in str(error.value)
 
 
+BOMB = "a0: &a0 [1]\n" + "".join(f"a{i + 1}: &a{i + 1} [{', '.join([f'*a{i}'] * 9)}]\n" for i in range(9))
+"""Ten lines that stand for 400 million values."""
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [
@@ -57,6 +61,7 @@ def test_nearest_is_offered(tmp_path, monkeypatch, name, message):
         ("a: 1\nb: !thing 2", "line 2: not valid YAML: could not determine a constructor for the tag '!thing'"),
         ("a: 1\n---\nb: 2", "line 2: not valid YAML: but found another document"),
         ("a: *b", "line 1: not valid YAML: found undefined alias 'b'"),
+        (BOMB, "r.yaml: not valid YAML: its aliases (*name) stand for more than 100,000 values"),
         ("text", "and this file is text"),
         ("3", "and this file is of type int"),
     ],

@@ -145,6 +145,10 @@ def test_the_trainer_of_transformers_evaluates_and_resumes(tmp_path):
     longer = made(max_steps=4)
     longer.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
     assert longer.hf_trainer.state.global_step == 4
+    weights = tmp_path / "checkpoint-4" / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-1] + b"\x7f")
+    with pytest.raises(UserError, match=r"checkpoint-4 is damaged: its file model\.safetensors is not what"):
+        made(max_steps=6).train(resume_from_checkpoint=str(tmp_path / "checkpoint-4"))
 
 
 def test_oumis_own_trainer_and_the_recipes(tmp_path):

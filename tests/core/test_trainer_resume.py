@@ -14,6 +14,8 @@ from transformers import TrainerCallback
 from oumi_pl.core.trainers import Trainer
 from oumi_pl.data.tokenizers import ByteTokenizer
 from oumi_pl.errors import UserError
+from oumi_pl.models.build import build_model
+from oumi_pl.runs.checksums import DamagedError
 from tests.core.test_trainer import Points, Regression, Stream, Worse, llama, logged, params, rows_of, token_rows
 
 
@@ -233,6 +235,43 @@ def test_only_checkpoints_that_fit_are_gone_on_from(tmp_path):
     other = Trainer(torch.nn.Linear(1, 1), args=params(tmp_path), train_dataset=Points())
     with pytest.raises(UserError, match="the weights are of another model"):
         other.train(str(tmp_path))
+
+
+def flip(file):
+    content = bytearray(file.read_bytes())
+    content[-5] ^= 1
+    file.write_bytes(content)
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "training_state.pt", "trainer_state.json"])
+def test_a_damaged_checkpoint_is_named_and_the_newest_whole_one_taken(tmp_path, caplog, name):
+    whole, cut = tmp_path / "whole", tmp_path / "cut"
+    run(whole, "map-style", max_steps=6).train()
+    run(cut, "map-style", max_steps=4).train()
+    flip(cut / "checkpoint-4" / name)
+    with pytest.raises(DamagedError, match=rf"checkpoint-4 is damaged: its file {name} is not what its checksum says"):
+        run(cut, "map-style", max_steps=6).train(str(cut / "checkpoint-4"))
+    run(cut, "map-style", max_steps=6, try_resume_from_last_checkpoint=True).train()
+    assert f"checkpoint-4 is damaged (its file {name} is not what its checksum says)" in caplog.text
+    assert same(ended(cut / "checkpoint-6"), ended(whole / "checkpoint-6"))
+    for folder in cut.glob("checkpoint-?"):
+        flip(folder / name)
+    with pytest.raises(UserError, match=r"training\.resume_from_checkpoint: all checkpoints in .* are damaged"):
+        run(cut, "map-style", max_steps=8).train(str(cut))
+
+
+def test_damaged_weights_of_a_finished_run_are_not_built_upon(tmp_path):
+    trainer = run(tmp_path, "transformers", max_steps=2)
+    trainer.train()
+    trainer.save_model()
+    tokenizer = ByteTokenizer().build()
+    build_model(str(tmp_path), tokenizer=tokenizer)
+    flip(tmp_path / "model.safetensors")
+    with pytest.raises(DamagedError, match=r"its file model\.safetensors is not what its checksum says"):
+        build_model(str(tmp_path), tokenizer=tokenizer)
+    trainer._written = None
+    trainer.save_model()  # into the same folder: the checksums are those of the new files
+    build_model(str(tmp_path), tokenizer=tokenizer)
 
 
 def test_a_checkpoint_of_other_trained_weights_is_refused(tmp_path):

@@ -2,14 +2,16 @@
 
     python -m tests.crash.damage --minutes 5
 
-Each trial copies a folder, damages a file in it, and runs a command in a forked child. Allowed are success and
-exit code 2 with one message. A traceback, another end, a run of more than a minute, an escape sequence on the
-terminal, and weights that are used although they are damaged are printed.
+Each trial copies a folder, damages a file in it, or puts a hostile one in its place, and runs a command. Allowed are
+success and exit code 2 with one message. A traceback, another end, a run of more than a minute, an escape sequence on
+the terminal, weights that are used although they are damaged, code that ran, and files that were read or written
+through links of a run folder are printed.
 """
 
 import argparse
 import json
 import os
+import pickle
 import random
 import shutil
 import tempfile
@@ -20,6 +22,9 @@ from pathlib import Path
 from typing import Any
 
 os.environ["HF_HUB_OFFLINE"] = "1"
+
+import torch
+import yaml
 
 from tests.crash.harness import Child, copy, prepare, works
 
@@ -115,9 +120,78 @@ def damages(file: Path, rng: random.Random, places: int) -> Iterator[tuple[str, 
             yield f"line {place + 1}: {what}", b"".join([*lines[:place], line + b"\n", *lines[place + 1 :]])
 
 
+SECRET = "a secret that no output may have"
+
+
+def hostile(file: Path) -> Iterator[tuple[str, Callable[[Path], None]]]:
+    """What somebody else may have put in the place of a file."""
+    yield "link to a secret", as_link
+    yield "link to itself", lambda file: (file.unlink(), file.symlink_to(file.name))
+    yield "pipe", as_pipe
+    yield "folder", lambda file: (file.unlink(), file.mkdir())
+    yield "code", as_code
+    if file.suffix == ".ckpt":
+        yield "folder with code", as_folder_with_code
+        yield "optimizer that runs a command", with_command
+
+
+def as_link(file: Path) -> None:
+    """A link to a file that this user can read and write, and nobody should see or change."""
+    victim(file).write_text(SECRET)
+    file.unlink()
+    file.symlink_to(victim(file))
+
+
+def victim(file: Path) -> Path:
+    """A file outside the run folder."""
+    return next(above for above in file.parents if above.name == "trial").with_name("victim.txt")
+
+
+def as_pipe(file: Path) -> None:
+    """Reading it waits for ever."""
+    file.unlink()
+    os.mkfifo(file)
+
+
+class Code:
+    """Writes a file when it is unpickled."""
+
+    def __init__(self, marker: Path) -> None:
+        self.marker = marker
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Path.write_text, (self.marker, "code ran")
+
+
+def as_code(file: Path) -> None:
+    """A pickle that runs code."""
+    torch.save({"state_dict": {}, "more": Code(victim(file))}, file)
+
+
+def as_folder_with_code(file: Path) -> None:
+    """A sharded checkpoint whose index runs code."""
+    file.unlink()
+    file.mkdir()
+    (file / ".metadata").write_bytes(pickle.dumps(Code(victim(file))))
+    (file / "__0_0.distcp").write_bytes(b"")
+    torch.save({"more": Code(victim(file))}, file / "meta.pt")
+
+
+def with_command(file: Path) -> None:
+    """A checkpoint whose recipe has an optimizer, a schedule and a callback that run a command."""
+    content = torch.load(file, weights_only=True)
+    config = yaml.safe_load(content["config"])
+    command = {"class_path": "os.system", "init_args": {"command": f"echo code ran > {victim(file)}"}}
+    config["model"]["init_args"] |= {"optimizer": command, "schedule": command}
+    config["trainer"]["callbacks"] = [command]
+    content["config"] = yaml.safe_dump(config)
+    torch.save(content, file)
+
+
 FIT = ("fit", "--config", "r.yaml", "--name", "again", "--trainer.max_steps", "1", "--val_every", "null")
 FROM_MODEL = (*FIT, "--model.model", "model", "--model.config", "null", "--data.tokenizer", "null")
 EXPORT = ("export", "--checkpoint", "runs/r", "--output", "out")
+GENERATE = ("generate", "--model", "model", "--prompt", "a", "--max_new_tokens", "2")
 CASES: dict[str, tuple[str, ...]] = {
     "model/config.json": FROM_MODEL,
     "model/generation_config.json": FROM_MODEL,
@@ -137,7 +211,11 @@ CASES: dict[str, tuple[str, ...]] = {
     "runs/r/config.yaml#compare": ("runs", "compare", "r", "s"),
     "runs/r/checkpoints/step-00000004.ckpt": ("fit", "--resume", "runs/r"),
     "runs/r/checkpoints/step-00000004.ckpt#export": EXPORT,
-    "model/model.safetensors#generate": ("generate", "--model", "model", "--prompt", "a", "--max_new_tokens", "2"),
+    "model/model.safetensors#generate": GENERATE,
+    "model/config.json#generate": GENERATE,
+    "model/generation_config.json#generate": GENERATE,
+    "model/tokenizer.json#generate": GENERATE,
+    "model/tokenizer_config.json#generate": GENERATE,
     "rows.jsonl": FIT,
     "rows.jsonl#preview": ("preview", "--config", "r.yaml"),
     "rows.jsonl#generate": ("generate", "--model", "model", "--file", "rows.jsonl", "--max_new_tokens", "2"),
@@ -161,8 +239,10 @@ def world(folder: Path) -> Path:
 def trial(base: Path, place: Path, case: str, content: bytes | Callable[[Path], None]) -> tuple[str, str]:
     """Runs a command on damaged files. Returns what came of it, `refused`, `success` or a deviation, and its output."""
     folder = copy(base, place / "trial")
+    file = folder / case.partition("#")[0]
+    outside = victim(file)
+    outside.write_text(SECRET)
     try:
-        file = folder / case.partition("#")[0]
         if callable(content):
             content(file)
         else:
@@ -176,11 +256,21 @@ def trial(base: Path, place: Path, case: str, content: bytes | Callable[[Path], 
             return "traceback", text
         if "\x1b[2J" in text or "\x1b[31m" in text:
             return "escape sequence", text
+        if outside.read_text() != SECRET:
+            return f"the file outside was changed to {outside.read_text()[:100]!r}", text
+        if case.startswith("runs/") and is_in(folder, SECRET):
+            return "the file outside was copied", text
         if code == 0 and file.name == WEIGHTS:
             return "silent", text
         return {0: "success", 2: "refused"}.get(code, f"exit code {code}"), text
     finally:
         shutil.rmtree(folder)
+
+
+def is_in(folder: Path, text: str) -> bool:
+    """Whether a file of a folder has a text; links are not followed."""
+    files = (path for path in folder.rglob("*") if path.is_file() and not path.is_symlink())
+    return any(text.encode() in path.read_bytes() for path in files)
 
 
 def main() -> None:
@@ -191,13 +281,6 @@ def main() -> None:
     parser.add_argument("--only", default="", help="only cases with this in their name")
     parser.add_argument("--places", type=int, default=6)
     options = parser.parse_args()
-    import peft
-    import transformers
-
-    import oumi_pl.config.cli
-
-    imported = (peft, transformers, oumi_pl.config.cli)
-    assert all(imported)
     rng, end, counts = random.Random(options.seed), time.monotonic() + 60 * options.minutes, Counter[str]()
     with tempfile.TemporaryDirectory() as temporary:
         base = world(Path(temporary) / "base")
@@ -205,7 +288,8 @@ def main() -> None:
             (case, what, content)
             for case in CASES
             if options.only in case
-            for what, content in damages(base / case.partition("#")[0], rng, options.places)
+            for of_kind in (damages(base / case.partition("#")[0], rng, options.places), hostile(Path(case)))
+            for what, content in of_kind
         ]
         rng.shuffle(every)
         for case, what, content in every:

@@ -1,14 +1,16 @@
-"""Runs command lines in forked children that are killed at a chosen file operation, and compares what runs leave.
+"""Runs command lines in forked processes that are killed at a chosen file operation, and compares what runs leave.
 
-The parent has imported everything once, so a child costs what its training costs.
+A server process has imported everything once, so a run costs what its training costs.
 """
 
+import atexit
 import builtins
 import contextlib
 import csv
 import faulthandler
 import io
 import json
+import multiprocessing
 import os
 import random
 import shutil
@@ -16,8 +18,10 @@ import signal
 import sys
 import time
 import traceback
+from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 import yaml
@@ -198,8 +202,31 @@ class Faults:
         return counted
 
 
+CONTEXT = multiprocessing.get_context("forkserver")
+CONTEXT.set_forkserver_preload(["tests.crash.server"])
+LIMIT = 120.0
+"""Seconds after which a run counts as one that waits for ever. It takes two, on a machine that many tests share ten."""
+OF_A_RUN = ("PL_GLOBAL_SEED", "LOCAL_RANK", "RANK", "WORLD_SIZE")
+"""Variables that a run sets for itself, and that another one must not inherit."""
+STACKS = signal.SIGUSR2
+"""Makes a run print the stacks of its threads."""
+codes: Counter[int] = Counter()
+"""How many runs ended with which exit code."""
+_running: dict[int, "Child"] = {}
+
+
+@atexit.register  # after `multiprocessing`, and so called before it waits for its processes
+def _end_all() -> None:
+    for child in _running.values():
+        child.kill(signal.SIGKILL)
+
+
 class Child:
-    """A command line in a forked process, in a folder.
+    """A command line in a process of its own, in a folder.
+
+    It is forked from a server process that has imported the package, and has one thread only. A fork of the tests'
+    process would inherit the locks that its other threads (of OpenMP, tokenizers, progress bars) hold at that moment,
+    and wait for ever.
 
     Args:
         folder: Its working directory, which also has its cache.
@@ -211,73 +238,126 @@ class Child:
     def __init__(
         self, folder: Path, *args: str, faults: Faults | None = None, environment: dict[str, str] | None = None
     ) -> None:
-        self.environment = environment or {}
-        self.folder, self.counted = folder, folder / "operations.json"
-        self.output = folder / f"output{self.environment.get('RANK', '')}.txt"
+        inherited = {name: value for name, value in os.environ.items() if name not in OF_A_RUN}
+        environment = {**inherited, "OUMI_PL_CACHE": str(folder / "cache"), **(environment or {})}
+        self.folder, self.output = folder, folder / f"output-{len([*folder.glob('output-*')])}.txt"
         self.code: int | None = None
-        self.pid = os.fork()
-        if self.pid == 0:
-            self._run(args, faults)
+        self.process = CONTEXT.Process(target=_run, args=(folder, self.output, args, faults, environment))
+        self.process.start()
+        assert self.process.pid is not None
+        self.pid = self.process.pid
+        _running[self.pid] = self
+        while self.poll() is None and not _leads_group(self.pid):
+            time.sleep(0.001)
 
-    def _run(self, args: tuple[str, ...], faults: Faults | None) -> None:
-        code = 1
-        try:
-            os.setpgid(0, 0)  # signals to its process group reach its loader workers, and not the tests
-            os.chdir(self.folder)
-            os.environ["OUMI_PL_CACHE"] = str(self.folder / "cache")
-            # a fork has none of the threads that the parent's tokenizers may have started, and would wait for them
-            os.environ["TOKENIZERS_PARALLELISM"] = "false"
-            for name in ("PL_GLOBAL_SEED", "LOCAL_RANK", "RANK", "WORLD_SIZE"):
-                os.environ.pop(name, None)
-            os.environ.update(self.environment)
-            handle = os.open(self.output, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
-            os.dup2(handle, 1)
-            os.dup2(handle, 2)
-            faulthandler.dump_traceback_later(200, file=2)  # where a run waits for ever, before `wait` gives up
-            sys.stdout = os.fdopen(1, "w", buffering=1, closefd=False)
-            sys.stderr = os.fdopen(2, "w", buffering=1, closefd=False)
-            sys.path.insert(0, str(self.folder))
-            if faults is not None:
-                faults.install()
-            code = main([*args])
-            if faults is not None:
-                self.counted.write_text(json.dumps(faults.operations))
-        except BaseException:
-            traceback.print_exc()
-        finally:
-            with contextlib.suppress(BaseException):
-                sys.stdout.flush()
-            os._exit(code)
+    def kill(self, signum: int) -> None:
+        """Sends a signal to its process group, loader workers included."""
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(self.pid, signum)
 
-    def wait(self, seconds: float = 300.0) -> int:
+    def wait(self, seconds: float | None = None) -> int:
         """The exit code; minus the signal that ended it.
 
-        A run takes two seconds; the default waits for one on a machine that many tests share.
+        Raises:
+            TimeoutError: it takes longer than `seconds`, or `LIMIT`. Its stacks are in the message.
+        """
+        self.wait_until(lambda: False, seconds, ends=True)
+        assert self.code is not None
+        return self.code
+
+    def wait_until(self, condition: Callable[[], object], seconds: float | None = None, ends: bool = False) -> None:
+        """Waits until a condition holds.
+
+        Args:
+            condition: Looked at every few milliseconds.
+            seconds: Limit, instead of `LIMIT`. Time in which the system let others run does not count.
+            ends: The run may end before.
 
         Raises:
             TimeoutError: it takes longer.
         """
-        end = time.monotonic() + seconds
-        while True:
-            if (code := self.poll()) is not None:
-                return code
-            if time.monotonic() > end:
-                os.killpg(self.pid, signal.SIGKILL)
-                os.waitpid(self.pid, 0)
-                raise TimeoutError(f"a run took longer than {seconds} s:\n{self.text}")
-            time.sleep(0.002)
+        limit, begin = LIMIT if seconds is None else seconds, time.monotonic()
+        while self.poll() is None and not condition():
+            self.end_after(limit, begin)
+            time.sleep(0.003)
+        assert ends or self.code is None, f"exit code {self.code}\n{self.text}"
+
+    def end_after(self, limit: float, begin: float) -> None:
+        """Ends a run that has taken longer than `limit` seconds since `begin`.
+
+        Raises:
+            TimeoutError: it has.
+        """
+        if time.monotonic() < begin + limit or time.monotonic() < begin + limit + queued(self.pid):
+            return
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(self.pid, STACKS)
+        time.sleep(1.0)
+        self.kill(signal.SIGKILL)
+        self.process.join()
+        raise TimeoutError(f"a run took longer than {limit} s:\n{self.text}")
 
     def poll(self) -> int | None:
         """The exit code; None while it runs."""
         if self.code is None:
-            pid, status = os.waitpid(self.pid, os.WNOHANG)
-            self.code = os.waitstatus_to_exitcode(status) if pid else None
+            self.code = self.process.exitcode
+            if self.code is not None:
+                _running.pop(self.pid, None)
+                codes[self.code] += 1
         return self.code
 
     @property
     def text(self) -> str:
         """What it printed."""
         return self.output.read_text(errors="replace") if self.output.exists() else ""
+
+
+def queued(pid: int) -> float:
+    """Seconds that a process and its children were ready to run, and had to wait for others."""
+    seconds = 0.0
+    with contextlib.suppress(OSError):
+        children = [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+        seconds = int(Path(f"/proc/{pid}/schedstat").read_text().split()[1]) / 1e9 + sum(map(queued, children))
+    return seconds
+
+
+def _leads_group(pid: int) -> bool:
+    try:
+        return os.getpgid(pid) == pid
+    except ProcessLookupError:
+        return False
+
+
+def _run(
+    folder: Path, output: Path, args: tuple[str, ...], faults: Faults | None, environment: dict[str, str]
+) -> NoReturn:
+    """Runs a command line in a child of the server, and ends it."""
+    code = 1
+    try:
+        handle = os.open(output, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+        os.dup2(handle, 1)
+        os.dup2(handle, 2)
+        sys.stdout = os.fdopen(1, "w", buffering=1, closefd=False)
+        sys.stderr = os.fdopen(2, "w", buffering=1, closefd=False)
+        threads = len([*Path(f"/proc/{os.getppid()}/task").iterdir()])
+        assert threads == 1, f"the server has {threads} threads: a fork inherits the locks that they hold"
+        os.chdir(folder)
+        os.environ.clear()
+        os.environ.update(environment)
+        faulthandler.register(STACKS, file=2, all_threads=True)
+        sys.path.insert(0, str(folder))
+        os.setpgid(0, 0)  # signals to its process group reach its loader workers, and not the tests
+        if faults is not None:
+            faults.install()
+        code = main([*args])
+        if faults is not None:
+            (folder / "operations.json").write_text(json.dumps(faults.operations))
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        with contextlib.suppress(BaseException):
+            sys.stdout.flush()
+        os._exit(code)
 
 
 def works(folder: Path, *args: str, faults: Faults | None = None) -> str:
@@ -315,7 +395,7 @@ def torchrun(folder: Path, *args: str, processes: int = 2) -> str:
 
 def ended(children: list[Child], seconds: float = 30.0) -> list[int]:
     """Waits for processes as a launcher does: if one fails, and the others don't end within `seconds`, it ends them."""
-    failed = end = None
+    failed, end, begin = None, None, time.monotonic()
     while (codes := [child.poll() for child in children]).count(None):
         now = time.monotonic()
         if failed is None and any(codes):
@@ -323,8 +403,10 @@ def ended(children: list[Child], seconds: float = 30.0) -> list[int]:
         if end is not None and now > end:
             for child in children:
                 if child.code is None:
-                    os.killpg(child.pid, signal.SIGTERM if now < failed + 2 * seconds else signal.SIGKILL)
+                    child.kill(signal.SIGTERM if now < failed + 2 * seconds else signal.SIGKILL)
             end = failed + 2 * seconds if now < failed + 2 * seconds else now + 5
+        for child in children:
+            child.end_after(LIMIT + seconds, begin)
         time.sleep(0.01)
     return [code for code in codes if code is not None]
 
@@ -361,9 +443,11 @@ def deviations(run: Path, expected: dict[str, Any]) -> list[str]:
     """Differences of a run folder from the expected one, by name; leftover files count as differences."""
     try:
         actual = outcome(run)
-    except (OSError, ValueError, KeyError) as error:
+    except (OSError, ValueError, KeyError, RuntimeError) as error:
         return [f"unusable: {type(error).__name__}: {error}"]
     different = [name for name, value in expected.items() if actual[name] != value]
-    leftovers = [path.name for path in (*run.parent.rglob("*.half"), *run.glob("lock.json"))]
+    cache = next((above / "cache" for above in run.parents if (above / "cache").is_dir()), run)
+    halves = (path for folder in {run.parent, cache} for path in folder.rglob("*.half"))
+    leftovers = [path.name for path in (*halves, *run.glob("lock.json"))]
     others = [path.name for path in run.parent.iterdir() if path.is_dir() and path.name != run.name]
     return different + [f"left {name}" for name in leftovers] + [f"another folder {name}" for name in others]

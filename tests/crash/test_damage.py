@@ -1,18 +1,15 @@
 """Damaged files end in one message, or in a right run: a fixed part of what `damage.py` tries at random."""
 
 import json
-import os
 import random
+from pathlib import Path
 
 import pytest
 import torch
 
 from oumi_pl.report.record import Record
-from tests.crash.damage import CASES, damages, trial, world
+from tests.crash.damage import CASES, as_link, as_pipe, damages, hostile, trial, world
 from tests.crash.harness import Child, copy, works
-
-# forked runs with time limits: beside other tests on a busy machine they time out
-pytestmark = pytest.mark.slow
 
 
 @pytest.fixture(scope="module")
@@ -24,19 +21,6 @@ def assert_no_deviation(base, place, case, content):
     result, text = trial(base, place, case, content)
     assert result in ("success", "refused"), text
     return result, text
-
-
-def as_link(file):
-    """Replaces a file by a link to one that this user can read and a page should not show."""
-    secret = file.parent / "secret.txt"
-    secret.write_text("a secret\n")
-    file.unlink()
-    file.symlink_to(secret)
-
-
-def as_pipe(file):
-    file.unlink()
-    os.mkfifo(file)
 
 
 FIXED = {
@@ -61,6 +45,21 @@ def test_a_run_goes_on_with_damaged_metrics_and_says_so(base, tmp_path):
     result, text = assert_no_deviation(base, tmp_path, "runs/r/metrics.csv#resume", b"".join(lines))
     assert result == "success"
     assert "1 damaged lines are left out" in text
+
+
+@pytest.mark.parametrize(
+    ("file", "key", "value"),
+    [
+        ("generation_config.json", "eos_token_id", {}),
+        pytest.param("generation_config.json", "eos_token_id", 1e400, marks=pytest.mark.slow),
+        ("tokenizer_config.json", "model_max_length", ""),
+    ],
+)
+def test_values_of_a_model_that_are_no_numbers_are_named_by_generate(base, tmp_path, file, key, value):
+    content = json.loads((base / "model" / file).read_text()) | {key: value}
+    result, text = assert_no_deviation(base, tmp_path, f"model/{file}#generate", json.dumps(content).encode())
+    assert result == "refused"
+    assert f"{key} in the {file} of model is" in text
 
 
 def without(*names):
@@ -110,12 +109,23 @@ def test_a_config_of_fewer_layers_than_the_weights_is_refused(base, tmp_path):
 @pytest.mark.parametrize("case", CASES)
 def test_damage_at_random_places_is_refused_or_harmless(base, tmp_path, case):
     rng = random.Random(case)
-    every = list(damages(base / case.partition("#")[0], rng, 3))
+    every = [*damages(base / case.partition("#")[0], rng, 3)]
     for _, content in rng.sample(every, min(8, len(every))):
         assert_no_deviation(base, tmp_path, case, content)
 
 
 # ---- hostile folders
+
+
+HOSTILE = [(case, what) for case in CASES for what, _ in hostile(Path(case))]
+FAST = {("runs/r/checkpoints/step-00000004.ckpt#export", what) for what in ("code", "folder with code")}
+
+
+@pytest.mark.parametrize(
+    ("case", "what"), [pytest.param(*one, marks=[] if one in FAST else pytest.mark.slow) for one in HOSTILE]
+)
+def test_what_others_put_in_the_place_of_a_file_is_refused_or_harmless(base, tmp_path, case, what):
+    assert_no_deviation(base, tmp_path, case, dict(hostile(Path(case)))[what])
 
 
 def test_the_page_shows_nothing_through_links(base, tmp_path):

@@ -8,9 +8,6 @@ import pytest
 
 from tests.crash.harness import Child, copy, deviations, outcome, prepare, works
 
-# forks this process, and after tests that start threads (compilation, loaders) a child can wait for a lock for ever
-pytestmark = pytest.mark.slow
-
 RESUME = ("fit", "--config", "r.yaml", "--resume", "auto")
 OWN = """
 import os

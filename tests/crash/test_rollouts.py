@@ -1,6 +1,5 @@
 """Online training that is killed, also while it samples, is completed by a resume as if nothing had happened."""
 
-import os
 import random
 import signal
 import subprocess
@@ -9,13 +8,16 @@ import time
 
 import pytest
 
-from oumi_pl.data.rollout_loader import RolloutLoader
 from tests.crash.harness import Child, copy, deviations, outcome, prepare, works
 
-# forked runs with time limits: beside other tests on a busy machine they time out
-pytestmark = pytest.mark.slow
-
 RESUME = ("fit", "--config", "r.yaml", "--resume", "auto")
+
+FORGETFUL = """
+from oumi_pl.data.rollout_loader import RolloutLoader
+
+load = RolloutLoader.load_state_dict
+RolloutLoader.load_state_dict = lambda self, state: load(self, {**state, "rollouts": []})
+"""
 
 
 @pytest.fixture(scope="module")
@@ -36,8 +38,6 @@ def killed_in(folder, call):
 
 # the engine is called 6 times for 3 updates, twice for a validation, and so again; a checkpoint follows update 2
 IN_VALIDATION = 8
-ENDED = os.WEXITED | os.WNOHANG | os.WNOWAIT
-"""Asks whether a process has ended, and leaves its exit code to `Child.wait`."""
 
 
 @pytest.mark.parametrize("call", [IN_VALIDATION, *(pytest.param(n, marks=pytest.mark.slow) for n in (1, 4, 9, 12, 16))])
@@ -58,13 +58,12 @@ def test_thirty_kills_at_random_moments(tmp_path, whole):
         folder, trial = copy(start, tmp_path / str(trial)), trial + 1
         began, moment = time.monotonic(), rng.uniform(0.1, 1.0) * seconds
         child = Child(folder, *RESUME)
-        while time.monotonic() < began + moment and not os.waitid(os.P_PID, child.pid, ENDED):
+        while time.monotonic() < began + moment and child.poll() is None:
             time.sleep(0.005)
-        if os.waitid(os.P_PID, child.pid, ENDED):  # complete before the moment: the machine has got faster
+        if child.poll() is not None:  # complete before the moment: the machine has got faster
             seconds = time.monotonic() - began
-            child.wait()
             continue
-        os.killpg(child.pid, signal.SIGKILL)
+        child.kill(signal.SIGKILL)
         if (code := child.wait()) == 0:  # it was complete by the time of the signal
             continue
         assert code == -signal.SIGKILL
@@ -74,13 +73,13 @@ def test_thirty_kills_at_random_moments(tmp_path, whole):
 
 
 @pytest.mark.slow
-def test_rollouts_that_a_checkpoint_lacks_would_be_noticed(tmp_path, whole, monkeypatch):
+def test_rollouts_that_a_checkpoint_lacks_would_be_noticed(tmp_path, whole):
     start, expected, _ = whole
     folder = copy(start, tmp_path / "killed")
     assert killed_in(folder, IN_VALIDATION)
     assert (folder / "runs/r/checkpoints/step-00000002.ckpt").exists()
-    load = RolloutLoader.load_state_dict
-    monkeypatch.setattr(RolloutLoader, "load_state_dict", lambda self, state: load(self, {**state, "rollouts": []}))
+    with (folder / "own_rollouts.py").open("a") as file:
+        file.write(FORGETFUL)
     works(folder, *RESUME)
     assert "weights" in deviations(folder / "runs" / "r", expected)
 

@@ -10,9 +10,6 @@ from tests.core.test_train import CONFIG
 from tests.crash.harness import Child, copy, prepare, torchrun, works
 from tests.tiny import conversations, write_jsonl
 
-# forked runs with time limits: beside other tests on a busy machine they time out
-pytestmark = pytest.mark.slow
-
 CHANGES = {
     "model.init_args.optimizer": {"class_path": "SGD", "init_args": {"lr": 0.1}},
     "model.init_args.config.attention_dropout": 0.0,

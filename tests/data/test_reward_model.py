@@ -1,6 +1,7 @@
 """Reward models as rewards of online training: the scores of transformers and of `score`, however ids are rendered."""
 
 import json
+from pathlib import Path
 
 import lightning as L
 import numpy as np
@@ -23,6 +24,7 @@ from oumi_pl.rollouts.calculator import Calculator
 from oumi_pl.rollouts.rewards import Rewards, Scored
 from oumi_pl.rollouts.sampling import Completion, Sampling
 from oumi_pl.runs.checkpoints import AtomicCheckpointIO
+from oumi_pl.runs.checksums import model_files
 from oumi_pl.runs.folders import saved_steps
 from tests.models.test_lora import plain_tokenizer, pretrained
 from tests.tiny import LLAMA, reward, reward_data, sgd, trainer
@@ -204,6 +206,16 @@ def test_a_policy_is_trained_on_the_scores_of_a_model_that_no_checkpoint_holds(t
     content = torch.load(saved_steps(checkpoints.directory)[0], weights_only=True)
     assert set(content["state_dict"]) == set(module.state_dict())
     assert not any("score" in name for name in content["state_dict"])
+
+
+def test_damaged_weights_are_refused_by_their_path(tmp_path):
+    folder = reward_model(tmp_path / "judge")
+    with model_files(Path(folder)):
+        pass
+    file = Path(folder) / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:-1] + b"\x7f")
+    with pytest.raises(UserError, match=r"reward.*/judge is damaged: its file model\.safetensors is not what"):
+        _ = data(tmp_path, folder).rewards.functions["judge"].model
 
 
 def test_loading_it_changes_no_random_numbers(tmp_path):

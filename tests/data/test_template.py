@@ -251,6 +251,21 @@ def test_a_template_that_loops_is_ended_and_not_rendered_again(short_limit):
         raise AssertionError("rendered again")
 
 
+GIANT = {
+    "repeated": "{{ 'a' * 10 ** 10 }}",
+    "added": "{% set n = namespace(a='a') %}{% for _ in range(99) %}{% set n.a = n.a + n.a %}{% endfor %}",
+    "joined": "{% set a = 'a' * 1000000 %}{% for _ in range(1000) %}{{ a }}{% endfor %}",
+    "centred": "{{ 'a' | center(10 ** 10) }}",
+    "formatted": "{{ '%0*d' | format(10 ** 9, 1) }}",
+}
+
+
+@pytest.mark.parametrize("source", GIANT.values(), ids=GIANT)
+def test_a_template_that_writes_giant_texts_is_ended(source):
+    with pytest.raises(template.TemplateLimitError, match="characters"), template.limits(source):
+        template.compiled(source).render()
+
+
 def test_time_in_which_this_process_does_not_run_is_not_counted(short_limit):
     """A machine that many programs share, or a laptop that sleeps, is no fault of the template."""
     with template.limits(LOOPS):

@@ -388,6 +388,14 @@ def test_numbers_that_torch_can_not_take_are_refused_by_their_key(tmp_path, chan
         build_model(str(folder))
 
 
+@pytest.mark.parametrize("value", [[[]], "", {}, [1, "a"], True])
+def test_token_ids_in_a_generation_config_that_are_no_numbers_are_refused(tmp_path, value):
+    folder = pretrained(tmp_path / "model")
+    (tmp_path / "model/generation_config.json").write_text(json.dumps({"eos_token_id": value}))
+    with pytest.raises(UserError, match=r"eos_token_id in the generation_config\.json of .* has to be a token id"):
+        build_model(str(folder), tokenizer=ByteTokenizer().build())
+
+
 def test_a_config_that_leaves_layers_of_trained_weights_out_is_refused(tmp_path):
     folder = pretrained(tmp_path / "base")
     with pytest.raises(UserError, match=r"num_hidden_layers\): 9 trained weights .* left out, first model.layers.1"):

@@ -7,19 +7,21 @@ import pytest
 import torch
 
 from oumi_pl.__main__ import main
-from oumi_pl.data.tokenizers import ByteTokenizer
+from oumi_pl.data.tokenizers import ByteTokenizer, load_tokenizer
 from oumi_pl.errors import UserError
 from oumi_pl.models.build import build_model
 from oumi_pl.models.export import export_model, read_checkpoint
+from oumi_pl.models.hub import locate
 from oumi_pl.models.lm import LM
 from oumi_pl.runs import checksums
 from oumi_pl.runs.checkpoints import AtomicCheckpointIO
 from oumi_pl.runs.checksums import (
     LIST,
-    WEIGHTS,
+    MODEL,
     DamagedError,
     damage,
     refuse_damaged,
+    refuse_damaged_tokenizer,
     refuse_damaged_weights,
     write_list,
 )
@@ -135,15 +137,22 @@ def model(tmp_path):
     return tmp_path / "model"
 
 
-def test_a_flipped_bit_anywhere_in_the_weights_of_a_model_is_noticed(model):
-    refuse_damaged_weights(model, "model")
-    for name in ("model.safetensors", WEIGHTS):
-        whole = (model / name).read_bytes()
-        for place in range(0, len(whole) - (name == WEIGHTS), 1 + len(whole) // 300):
-            (model / name).write_bytes(flipped(whole, place))
-            with pytest.raises(DamagedError, match=f"model: {model} is damaged"):
-                refuse_damaged_weights(model, "model")
-        (model / name).write_bytes(whole)
+@pytest.mark.parametrize(
+    ("name", "refuse_damaged_part"),
+    [
+        ("model.safetensors", refuse_damaged_weights),
+        (MODEL, refuse_damaged_weights),
+        ("tokenizer.json", refuse_damaged_tokenizer),
+        (MODEL, refuse_damaged_tokenizer),
+    ],
+)
+def test_a_flipped_bit_anywhere_in_weights_or_tokenizer_of_a_model_is_noticed(model, name, refuse_damaged_part):
+    refuse_damaged_part(model, "model")
+    whole = (model / name).read_bytes()
+    for place in range(0, len(whole) - (name == MODEL), 1 + len(whole) // 300):
+        (model / name).write_bytes(flipped(whole, place))
+        with pytest.raises(DamagedError, match=f"model: {model} is damaged"):
+            refuse_damaged_part(model, "model")
 
 
 def test_damaged_weights_are_neither_trained_on_nor_sampled_from(model, capsys):
@@ -154,10 +163,36 @@ def test_damaged_weights_are_neither_trained_on_nor_sampled_from(model, capsys):
         build_model(str(model), tokenizer=tokenizer)
     assert main(["generate", "--model", str(model), "--prompt", "a"]) == 2
     error = capsys.readouterr().err
-    assert f"if that was on purpose, delete {WEIGHTS}" in error
+    assert f"if that was on purpose, delete {MODEL}" in error
     assert error.count("\n") == 1
-    (model / WEIGHTS).unlink()  # as a model of somebody else, which has no checksums
+    (model / MODEL).unlink()  # as a model of somebody else, which has no checksums
     build_model(str(model), tokenizer=tokenizer)
+
+
+def swap_two_tokens(model):
+    """Damage of a tokenizer that it loads with: two letters get each other's ids."""
+    content = (model / "tokenizer.json").read_text()
+    assert all(content.count(f'"{letter}": {ord(letter)}') == 1 for letter in "ab")
+    swapped = content.replace('"a": 97', '"a": 98').replace('"b": 98', '"b": 97')
+    (model / "tokenizer.json").write_text(swapped)
+
+
+def test_a_damaged_tokenizer_is_neither_trained_on_nor_sampled_from(model, capsys):
+    swap_two_tokens(model)
+    with pytest.raises(
+        DamagedError, match=r"data\.tokenizer: .* its file tokenizer\.json is not what its checksum says"
+    ):
+        load_tokenizer(str(model))
+    assert main(["generate", "--model", str(model), "--prompt", "a"]) == 2
+    assert (
+        f"tokenizer.json is not what its checksum says; if that was on purpose, delete {MODEL}"
+        in capsys.readouterr().err
+    )
+    for key in ("model.reference", "model.teacher"):
+        with pytest.raises(DamagedError, match=key):
+            locate(str(model), key)
+    (model / MODEL).unlink()
+    assert load_tokenizer(str(model))("ab")["input_ids"] == [98, 97]
 
 
 def test_other_files_of_a_model_may_be_edited(model):

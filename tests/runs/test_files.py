@@ -1,6 +1,7 @@
 """Files are written whole or not at all."""
 
 import os
+import socket
 from pathlib import Path
 
 import pytest
@@ -14,7 +15,7 @@ def test_a_file_is_synced_before_it_is_renamed_and_its_folder_after(tmp_path, mo
     replace = os.replace
     monkeypatch.setattr(os, "replace", lambda *paths: (order.append("replace"), replace(*paths)))
     files.write(tmp_path / "file", "new")
-    assert order == [f"{tmp_path}/file.{os.getpid()}{files.HALF}", "replace", str(tmp_path)]
+    assert order == [f"{tmp_path}/file.{os.getpid()}@{socket.gethostname()}{files.HALF}", "replace", str(tmp_path)]
 
 
 def test_a_failed_write_leaves_the_old_file_and_nothing_else(tmp_path):
@@ -27,7 +28,7 @@ def test_a_failed_write_leaves_the_old_file_and_nothing_else(tmp_path):
 
 def test_a_file_is_not_written_through_a_link(tmp_path):
     (tmp_path / "victim").write_text("kept")
-    (tmp_path / f"file.{os.getpid()}{files.HALF}").symlink_to(tmp_path / "victim")
+    (tmp_path / f"file.{os.getpid()}@{socket.gethostname()}{files.HALF}").symlink_to(tmp_path / "victim")
     (tmp_path / "file").symlink_to(tmp_path / "victim")
     files.write(tmp_path / "file", "new")
     assert (tmp_path / "victim").read_text() == "kept"

@@ -1,16 +1,22 @@
 """`checkpoint-N` folders: which are complete, which is the last, and their `trainer_state.json`."""
 
 import json
+import logging
+import os
 import re
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from oumi_pl.errors import UserError
+from oumi_pl.runs.checksums import refuse_damaged
 from oumi_pl.runs.files import HALF, remove
+from oumi_pl.runs.folders import first_whole, set_aside
 
 if TYPE_CHECKING:
     from transformers.trainer_callback import TrainerState
+
+logger = logging.getLogger("oumi_pl")
 
 STATE = "trainer_state.json"
 TRAINING = "training_state.pt"
@@ -28,21 +34,31 @@ def checkpoints(output_dir: Path) -> list[Path]:
 def find_checkpoint(named: str | None, output_dir: Path, try_last: bool) -> Path | None:
     """Where a run resumes from: the folder that is named, else the last of `output_dir` if that may be tried.
 
-    An output folder is taken for the last checkpoint in it.
+    An output folder is taken for the last checkpoint in it. Damaged ones are passed over, with a warning.
 
     Raises:
-        UserError: if the named folder is not one of this trainer's checkpoints.
+        UserError: if the named folder is not one of this trainer's checkpoints, or all are damaged.
+        DamagedError: if the named checkpoint is damaged.
     """
     if named is None:
-        last = checkpoints(output_dir)[-1:] if try_last else []
-        return last[0] if last else None
+        return _last_whole(output_dir) if try_last else None
     folder = Path(named)
-    if not (folder / TRAINING).is_file() and (inside := checkpoints(folder)):
-        folder = inside[-1]
+    if not (folder / TRAINING).is_file() and (inside := _last_whole(folder)):
+        return inside
     if not (folder / TRAINING).is_file():
         why = "holds no " + TRAINING if folder.is_dir() else "is not there"
         raise UserError(f"training.resume_from_checkpoint: {folder} {why}; name a checkpoint-N folder of this trainer")
+    refuse_damaged(folder)
     return folder
+
+
+def _last_whole(output_dir: Path) -> Path | None:
+    last, damaged = first_whole(reversed(checkpoints(output_dir)), output_dir, "training.resume_from_checkpoint")
+    for path, why in damaged.items():
+        logger.warning("%s is damaged (%s); training goes on from %s", path, why, last)
+    if os.environ.get("RANK", "0") == "0":
+        set_aside(damaged)
+    return last
 
 
 def write_state(file: Path, state: "TrainerState") -> None:

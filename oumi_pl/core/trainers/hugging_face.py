@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, cast
 from oumi_pl.core.trainers.base import BaseTrainer
 from oumi_pl.core.trainers.kinds import Adapted
 from oumi_pl.errors import UserError
+from oumi_pl.runs.checksums import add_list, model_files, refuse_damaged
 from oumi_pl.terminal.text import echo
 
 if TYPE_CHECKING:
@@ -34,6 +35,8 @@ class HuggingFaceTrainer(BaseTrainer):
 
     def train(self, resume_from_checkpoint: str | None = None) -> None:
         """Trains to the end, from the start or from a checkpoint."""
+        if isinstance(resume_from_checkpoint, str):
+            refuse_damaged(Path(resume_from_checkpoint))
         self.hf_trainer.train(resume_from_checkpoint=resume_from_checkpoint)
 
     def save_state(self) -> None:
@@ -49,12 +52,18 @@ class HuggingFaceTrainer(BaseTrainer):
             config: The configuration of the run.
             final: Whether an adapter may be merged.
         """
+        trainer, output_dir = self.hf_trainer, Path(self.hf_trainer.args.output_dir)
+        if trainer.is_world_process_zero():
+            with model_files(output_dir):
+                self._write_model(output_dir, config, final)
+        else:
+            trainer.save_model(str(output_dir))
+
+    def _write_model(self, output_dir: Path, config: Any, final: bool) -> None:
         from oumi_pl.core.trainers.saving import save_weights
 
-        trainer, output_dir = self.hf_trainer, Path(self.hf_trainer.args.output_dir)
+        trainer = self.hf_trainer
         trainer.save_model(str(output_dir))
-        if not trainer.is_world_process_zero():
-            return
         if self.processor is not None:
             self.processor.save_pretrained(output_dir)
         model: Any = trainer.accelerator.unwrap_model(trainer.model)
@@ -130,4 +139,11 @@ def _hugging_face(
         os.environ["TENSORBOARD_LOGGING_DIR"] = directory  # transformers 5 reads it from nowhere else
     trainer = class_of(trainer_type.name, "trainer")(*args, **kwargs)
     trainer.callback_handler.callbacks[1:1] = callbacks
+
+    class AddsChecksums(TrainerCallback):
+        def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            if args.world_size == 1:  # other processes may still be writing files of theirs
+                add_list(Path(args.output_dir) / f"checkpoint-{state.global_step}")
+
+    trainer.add_callback(AddsChecksums())
     return HuggingFaceTrainer(trainer, processor)

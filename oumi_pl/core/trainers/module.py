@@ -24,7 +24,8 @@ from oumi_pl.core.trainers.saving import load_weights, save_weights
 from oumi_pl.errors import UserError
 from oumi_pl.modules.update import RestorableModule, Split
 from oumi_pl.optim import fuse, parameter_groups
-from oumi_pl.runs.files import HALF, remove
+from oumi_pl.runs.checksums import write_list
+from oumi_pl.runs.files import HALF, put, remove
 from oumi_pl.types import Sums
 
 if TYPE_CHECKING:
@@ -333,8 +334,8 @@ class LossModule(RestorableModule):
             if best == folder or best.is_dir():
                 state.best_model_checkpoint = str(best)
             write_state(half / STATE, state)
-            remove(folder)
-            half.replace(folder)
+            write_list(half)
+            put(half, folder)
             keep_last(self.output_dir, self.flow.args.save_total_limit, state.best_model_checkpoint)
         self.trainer.strategy.barrier("checkpoint written")
 

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from oumi_pl.core.trainers.kinds import Adapted, Pretrained, bare
 from oumi_pl.errors import UserError
 from oumi_pl.models.lora import merged
+from oumi_pl.runs.checksums import model_files, refuse_damaged_weights
 
 ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors")
 
@@ -29,18 +30,19 @@ def save_weights(model: nn.Module, directory: Path, tokenizer: Any = None, mode:
         UserError: if quantised weights are to be merged or written as a base.
     """
     directory.mkdir(parents=True, exist_ok=True)
-    if isinstance(model, Adapted):
-        _save_peft(model, directory, mode)
-    elif isinstance(model, Pretrained):
-        model.save_pretrained(directory)
-    else:
-        from safetensors.torch import save_model
+    with model_files(directory):
+        if isinstance(model, Adapted):
+            _save_peft(model, directory, mode)
+        elif isinstance(model, Pretrained):
+            model.save_pretrained(directory)
+        else:
+            from safetensors.torch import save_model
 
-        save_model(model, str(directory / "model.safetensors"))
-    if isinstance(tokenizer, Pretrained):
-        tokenizer.save_pretrained(directory)
-    for weights in directory.glob("*.safetensors"):
-        weights.chmod(0o644)  # safetensors writes them for the owner alone
+            save_model(model, str(directory / "model.safetensors"))
+        if isinstance(tokenizer, Pretrained):
+            tokenizer.save_pretrained(directory)
+        for weights in directory.glob("*.safetensors"):
+            weights.chmod(0o644)  # safetensors writes them for the owner alone
 
 
 def _save_peft(model: Any, directory: Path, mode: str) -> None:
@@ -50,7 +52,8 @@ def _save_peft(model: Any, directory: Path, mode: str) -> None:
         )
     if mode == "MERGED":
         adapter = directory / "adapter"
-        model.save_pretrained(adapter)
+        with model_files(adapter):
+            model.save_pretrained(adapter)
         for name in ADAPTER_FILES:  # a checkpoint of the adapter would be put on the merged model once more
             (directory / name).unlink(missing_ok=True)
         merged(copy.deepcopy(model)).save_pretrained(directory)
@@ -81,7 +84,9 @@ def load_weights(model: nn.Module, directory: Path) -> None:
 
     Raises:
         UserError: if the folder holds no weights, or those of another model.
+        DamagedError: if the weights are not as they were written.
     """
+    refuse_damaged_weights(directory, "training.resume_from_checkpoint")
     if isinstance(model, Adapted):
         from peft import load_peft_weights, set_peft_model_state_dict
 
