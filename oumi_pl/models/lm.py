@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, cast
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
 
 from oumi_pl.attention import NAME, packed, why_not_isolating, why_not_shared
 from oumi_pl.attention.probe import body_of, probing
@@ -389,6 +390,8 @@ class LM(nn.Module):
         Raises:
             UserError: the architecture changes its logits in a way that this wrapper does not reproduce.
         """
+        if not has_values(self):
+            return
         weight = next(p for p in self.base.parameters() if p.is_floating_point())
         vocabulary = len(cast("Tensor", self.base.get_input_embeddings().weight))
         places = torch.arange(PROBE_TOKENS, device=weight.device).unsqueeze(0)
@@ -471,6 +474,8 @@ class ScoringLM(LM):
         Raises:
             UserError: the architecture computes its score in a way that this wrapper does not reproduce.
         """
+        if not has_values(self):
+            return
         scores, weight = self.probe_logits().cpu(), cast("Tensor", self.base.get_input_embeddings().weight)
         with probing(self, weight.device):
             rows = [row[None].to(weight.device) for row in probe_rows(self.base.config)]
@@ -508,14 +513,24 @@ def are_near(ours: Tensor, theirs: Tensor, weight: Tensor) -> bool:
     return torch.allclose(ours, theirs, rtol=tolerance, atol=tolerance * float(theirs.abs().max()))
 
 
+def has_values(model: nn.Module) -> bool:
+    """Whether weights have values: not while a run is planned on fake tensors, nor on the meta device."""
+    weight = next(model.parameters())
+    return not (weight.is_meta or isinstance(weight, FakeTensor))
+
+
 def choose_layout(hf: Any, share: bool = True, longest: int = 0) -> tuple[Layout, str]:
     """Finds the cheapest layout that is exact for a model by running it, and the reason why no cheaper one is.
+
+    Without values nothing can be compared, and the cheapest layout is assumed to be exact.
 
     Args:
         hf: The model, unsharded; unchanged afterwards.
         share: Whether to try to compute shared tokens once; False also if nothing is shared.
         longest: Tokens of the longest row: lengths below it at which the config says that the model changes are tried.
     """
+    if not has_values(hf):
+        return forest if share else documents, ""
     why = ""
     if share:
         why = why_not_shared(hf) or ""

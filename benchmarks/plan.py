@@ -1,0 +1,230 @@
+"""Compares the peak memory that `oumi_pl plan` predicts with the peak of real runs on the CPU. Needs a C compiler.
+
+    python benchmarks/plan.py > benchmarks/results/plan_cpu.txt
+
+A real run is `fit --dry_run`: it trains on the largest micro-batch of the data, in one process or in several with gloo.
+What is measured is the peak of the bytes that torch's allocator for CPUs holds on rank 0 while it trains, in all
+threads, beyond those before the model was built. `allocations.c` counts them in `posix_memalign` and `free`; neither
+the planner nor torch takes part in that. `RSS` is the growth of the resident memory to its peak, which also has what
+libraries allocate by other functions, code that is loaded, and pages that the allocator keeps.
+"""
+
+import ctypes
+import json
+import os
+import platform
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+LLAMA = {
+    "model_type": "llama",
+    "hidden_size": 384,
+    "intermediate_size": 1024,
+    "num_hidden_layers": 6,
+    "num_attention_heads": 6,
+    "num_key_value_heads": 3,
+    "max_position_embeddings": 512,
+    "vocab_size": 4096,
+    "tie_word_embeddings": True,
+}
+OPTIMIZER = {"class_path": "AdamW", "init_args": {"lr": 1e-4}}
+BYTES = {"class_path": "ByteTokenizer"}
+SFT: dict[str, Any] = {
+    "model": {"class_path": "SFT", "init_args": {"config": LLAMA, "optimizer": OPTIMIZER}},
+    "data": {
+        "class_path": "SFTData",
+        "init_args": {
+            "train": "bundled/instructions",
+            "tokenizer": BYTES,
+            "max_length": 256,
+            "packing": True,
+            "batch_size": 4,
+        },
+    },
+    "trainer": {"max_steps": 3, "gradient_clip_val": 1.0, "accumulate_grad_batches": 2, "accelerator": "cpu"},
+}
+DPO: dict[str, Any] = {
+    "model": {"class_path": "DPO", "init_args": {"config": LLAMA, "optimizer": OPTIMIZER}},
+    "data": {
+        "class_path": "DPOData",
+        "init_args": {"train": "bundled/preferences", "tokenizer": BYTES, "max_length": 256, "batch_size": 16},
+    },
+    "trainer": SFT["trainer"],
+}
+PRETRAIN: dict[str, Any] = {
+    "model": {"class_path": "Pretrain", "init_args": {"config": LLAMA, "optimizer": OPTIMIZER}},
+    "data": {
+        "class_path": "PretrainData",
+        "init_args": {"train": "bundled/shakespeare", "tokenizer": BYTES, "max_length": 256, "batch_size": 4},
+    },
+    "trainer": SFT["trainer"],
+}
+CHECKPOINTING = {"model": {"init_args": {"gradient_checkpointing": True}}}
+LORA = {"model": {"init_args": {"lora": {"r": 16}}}}
+MIXED, HALF = ({"trainer": {"precision": precision}} for precision in ("bf16-mixed", "bf16-true"))
+ONE_MICRO_BATCH = {"trainer": {"accumulate_grad_batches": 1}}
+PADDED = {"data": {"init_args": {"packing": False}}}
+
+
+def merged(*trees: Any) -> Any:
+    """Nested mappings, of which later ones win."""
+    result: dict[str, Any] = {}
+    for tree in trees:
+        for key, value in tree.items():
+            old = result.get(key)
+            result[key] = merged(old, value) if isinstance(old, dict) and isinstance(value, dict) else value
+    return result
+
+
+def sharded(ranks: int) -> dict[str, Any]:
+    """The settings of FSDP2 over a number of ranks."""
+    sizes = {"data_parallel_size": ranks, "tensor_parallel_size": 1}
+    return {"trainer": {"strategy": {"class_path": "ModelParallelStrategy", "init_args": sizes}}}
+
+
+CONFIGURATIONS: dict[str, tuple[int, dict[str, Any]]] = {
+    "SFT, packed": (1, SFT),
+    "SFT, padded rows": (1, merged(SFT, PADDED)),
+    "SFT, packed, one micro-batch": (1, merged(SFT, ONE_MICRO_BATCH)),
+    "SFT, packed, checkpointing": (1, merged(SFT, CHECKPOINTING)),
+    "SFT, packed, LoRA": (1, merged(SFT, LORA)),
+    "SFT, packed, bf16-mixed": (1, merged(SFT, MIXED)),
+    "SFT, packed, bf16-true": (1, merged(SFT, HALF)),
+    "DPO": (1, DPO),
+    "DPO, LoRA": (1, merged(DPO, LORA)),
+    "pretraining": (1, PRETRAIN),
+    "pretraining, checkpointing, bf16-mixed": (1, merged(PRETRAIN, CHECKPOINTING, MIXED)),
+    "SFT, packed, DDP": (2, SFT),
+    "SFT, packed, FSDP2": (2, merged(SFT, sharded(2))),
+    "SFT, packed, checkpointing, FSDP2": (2, merged(SFT, CHECKPOINTING, sharded(2))),
+    "SFT, packed, LoRA, FSDP2": (2, merged(SFT, LORA, sharded(2))),
+    "SFT, packed, bf16-mixed, FSDP2": (2, merged(SFT, MIXED, sharded(2))),
+    "DPO, FSDP2": (2, merged(DPO, sharded(2))),
+    "pretraining, FSDP2": (2, merged(PRETRAIN, sharded(2))),
+    "SFT, packed, FSDP2 ": (4, merged(SFT, sharded(4))),
+    "SFT, packed, checkpointing, bf16-mixed, FSDP2": (4, merged(SFT, CHECKPOINTING, MIXED, sharded(4))),
+    "DPO, FSDP2 ": (4, merged(DPO, sharded(4))),
+    "DPO, LoRA, FSDP2": (4, merged(DPO, LORA, sharded(4))),
+    "pretraining, FSDP2 ": (4, merged(PRETRAIN, sharded(4))),
+}
+"""Name -> number of processes, and recipe."""
+
+
+# ---- in a process of its own
+
+
+def planned(recipe: Path, ranks: int) -> dict[str, float]:
+    """Bytes and seconds of a plan."""
+    from oumi_pl.plan.update import Settings, estimate
+
+    began = time.perf_counter()
+    result = estimate(Settings((recipe,), (), ranks, real_rows=True, on_gpu=False))
+    kinds = {kind.value: size for kind, size in result.peak.items()}
+    return {"peak": result.total, "seconds": time.perf_counter() - began, **kinds}
+
+
+def resident(name: str) -> int:
+    """A size in `/proc/self/status`, in bytes."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return 1024 * next(int(line.split()[1]) for line in lines if line.startswith(f"{name}:"))
+
+
+def measured(recipe: Path, ranks: int) -> dict[str, float]:
+    """Bytes at the peak of a real run."""
+    import lightning as L
+
+    from oumi_pl.callbacks.dry_run import dry_run
+    from oumi_pl.config import files
+    from oumi_pl.config.cli import CLI
+
+    counter = ctypes.CDLL(None)  # of `LD_PRELOAD`
+    counter.allocations_peak.restype = counter.allocations_in_use.restype = ctypes.c_int64
+
+    class Begin(L.Callback):
+        """Begins to measure before the first micro-batch."""
+
+        def on_train_start(self, *_: Any) -> None:
+            counter.allocations_reset_peak()
+            Path("/proc/self/clear_refs").write_text("5")  # resets the peak of the resident memory
+
+    class Run(CLI):
+        """Runs a `fit` as a dry run."""
+
+        def _run_subcommand(self, subcommand: str) -> None:
+            trainer: Any = self.trainer
+            trainer.callbacks.append(Begin())
+            before, resident_before = counter.allocations_in_use(), resident("VmRSS")
+            dry_run(trainer, self.model, self.datamodule)
+            self.peak = counter.allocations_peak() - before
+            self.resident = resident("VmHWM") - resident_before
+
+    run = Run(["fit", "--config", str(recipe), "--trainer.devices", str(ranks)], trees=[files.check(recipe)])
+    return {"peak": run.peak, "rss": run.resident}
+
+
+# ---- the table
+
+
+def in_processes(kind: str, recipe: Path, ranks: int, counter: Path) -> dict[str, float]:
+    """What `planned` or `measured` returns on rank 0."""
+    processes = ranks if kind == "measured" else 1
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = str(free.getsockname()[1])
+    started = []
+    for rank in range(processes):
+        env = dict(os.environ, OMP_NUM_THREADS="1", LD_PRELOAD=str(counter) if kind == "measured" else "")
+        if processes > 1:
+            sizes = dict.fromkeys(("WORLD_SIZE", "LOCAL_WORLD_SIZE"), str(processes))
+            env |= sizes | {"RANK": str(rank), "LOCAL_RANK": str(rank), "GROUP_RANK": "0", "MASTER_ADDR": "localhost"}
+            env |= {"MASTER_PORT": port, "TORCHELASTIC_RUN_ID": "benchmark", "TORCHELASTIC_RESTART_COUNT": "0"}
+        command = [sys.executable, __file__, kind, str(recipe), str(ranks)]
+        started.append(subprocess.Popen(command, env=env, cwd=recipe.parent, text=True, stdout=-1, stderr=-1))
+    outputs = [process.communicate(timeout=900) for process in started]
+    if any(process.returncode for process in started):
+        raise SystemExit(f"{kind} {recipe}:\n" + "\n".join(error for _, error in outputs))
+    return json.loads(outputs[0][0].splitlines()[-1])
+
+
+def main() -> None:
+    """Prints the table."""
+    import torch
+    import yaml
+
+    wanted = sys.argv[1:]
+    print(f"torch {torch.__version__}, Python {platform.python_version()}, {os.cpu_count()} cores of {processor()}")
+    print("MB at the peak of rank 0; planned on fake tensors, and measured in a real run\n")
+    print(f"{'':46}{'ranks':>5} {'planned':>8} {'measured':>8} {'error':>7} {'RSS':>6} {'plan':>6}")
+    errors = []
+    with tempfile.TemporaryDirectory() as folder:
+        counter, source = Path(folder) / "allocations.so", Path(__file__).with_name("allocations.c")
+        subprocess.run(["cc", "-O2", "-shared", "-fPIC", "-o", counter, source, "-ldl", "-lpthread"], check=True)
+        for name, (ranks, tree) in CONFIGURATIONS.items():
+            if wanted and not any(part in name for part in wanted):
+                continue
+            recipe = Path(folder) / "recipe.yaml"
+            recipe.write_text(yaml.safe_dump({"seed_everything": 1} | tree))
+            plan, run = (in_processes(kind, recipe, ranks, counter) for kind in ("planned", "measured"))
+            errors.append(plan["peak"] / run["peak"] - 1)
+            sizes = f"{plan['peak'] / 1e6:8.1f} {run['peak'] / 1e6:8.1f} {errors[-1]:+7.1%} {run['rss'] / 1e6:6.0f}"
+            print(f"{name.strip():46}{ranks:5} {sizes} {plan['seconds']:4.0f} s", flush=True)
+    print(f"\nlargest error {max(errors, key=abs):+.1%} over {len(errors)} configurations")
+
+
+def processor() -> str:
+    """The name of the processor."""
+    lines = Path("/proc/cpuinfo").read_text().splitlines()
+    return next((line.partition(": ")[2] for line in lines if line.startswith("model name")), platform.machine())
+
+
+if __name__ == "__main__":
+    if sys.argv[1:2] in (["planned"], ["measured"]):
+        kind, recipe, ranks = sys.argv[1:4]
+        print(json.dumps({"planned": planned, "measured": measured}[kind](Path(recipe), int(ranks))))
+    else:
+        main()
