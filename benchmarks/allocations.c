@@ -1,4 +1,4 @@
-/* Counts the bytes that torch's allocator for CPUs holds, in all threads: it is the caller of posix_memalign.
+/* Counts the bytes that torch's allocator for CPUs holds, in all threads: what libc10 gets from posix_memalign.
  *
  *     cc -O2 -shared -fPIC -o allocations.so allocations.c -ldl -lpthread; LD_PRELOAD=./allocations.so python ...
  */
@@ -8,6 +8,7 @@
 #include <stddef.h>
 #include <stdint.h>
 #include <stdlib.h>
+#include <string.h>
 
 #define SLOTS (1u << 20) /* of a hash table with linear probing */
 static struct { void *at; size_t size; } table[SLOTS];
@@ -26,6 +27,8 @@ int posix_memalign(void **out, size_t alignment, size_t size) {
   if (!real_posix_memalign) real_posix_memalign = dlsym(RTLD_NEXT, "posix_memalign");
   int code = real_posix_memalign(out, alignment, size);
   if (code || !*out || ((uintptr_t)*out & 63)) return code;
+  Dl_info caller;
+  if (!dladdr(__builtin_return_address(0), &caller) || !strstr(caller.dli_fname, "libc10.so")) return code;
   pthread_mutex_lock(&lock);
   uint32_t slot = slot_of(*out);
   while (table[slot].at) slot = (slot + 1) % SLOTS;

@@ -36,9 +36,9 @@ from oumi_pl.models.build import build_model
 from oumi_pl.models.lm import LM, disable_dropout, documents, forest
 from oumi_pl.modules.distill import Teacher
 from oumi_pl.modules.reference import FrozenModel, NoReference, Opened, Reference, WithoutAdapters
-from oumi_pl.plan.parts import Parts, initial_config, launched, parts_of
-from oumi_pl.plan.quantized import quantize
-from oumi_pl.plan.tracker import Collective, Costs, Kind, Tracker
+from oumi_pl.planning.parts import Parts, initial_config, launched, parts_of
+from oumi_pl.planning.quantized import quantize
+from oumi_pl.planning.tracker import Collective, Costs, Kind, Tracker
 from oumi_pl.types import Batch, Update
 
 MICRO_BATCHES = 2

@@ -14,7 +14,7 @@ from oumi_pl.config.files import PREFIX
 from oumi_pl.data.trained_bpe import TrainedBPE
 from oumi_pl.errors import UserError
 from oumi_pl.models.build import vocabulary
-from oumi_pl.plan.configs import KNOWN, config_of
+from oumi_pl.planning.configs import KNOWN, config_of
 
 KERNELS = ("eager", "sdpa")
 """Values of `model.attn` that run anywhere; others are planned with the attention for packed rows."""
