@@ -492,7 +492,7 @@ class RolloutData(ChatData):
         self.__prompts = {"train": [Prompt([0] * self.room, {}, "")]}
         batch: Any = self.batch_of("train", groups, np.zeros((rows, members)))
         self.__prompts = prompts
-        return batch | {"on_policy": True}
+        return batch | {"on_policy": False}  # so that no ratio has to be compared with 1
 
     def totals(self, groups: Sequence[Group]) -> np.ndarray:
         """The total reward of each completion after penalties, `[groups, completions]`."""

@@ -3,7 +3,6 @@
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -12,7 +11,6 @@ from oumi_pl.config import files as recipe_files
 from oumi_pl.config.cli import CLI
 from oumi_pl.config.files import PREFIX
 from oumi_pl.data.trained_bpe import TrainedBPE
-from oumi_pl.errors import UserError
 from oumi_pl.models.build import vocabulary
 from oumi_pl.planning.configs import KNOWN, config_of
 
@@ -79,7 +77,7 @@ def _sizes(tree: Mapping[str, Any], overrides: Sequence[str], devices: int) -> l
 
 def _describe(module: Any, data: Any, with_tokenizer: bool) -> None:
     """Replaces the names of models and tokenizers in a module and its data by configs and numbers of tokens."""
-    name, module.compile_layers = module.model_name, False
+    name, tokenizer_name, module.compile_layers = module.model_name, module.tokenizer_name, False
     module.attn = module.attn if module.attn in KERNELS else None
     if name is not None:
         config = initial_config(name, "model", module.revision)
@@ -87,11 +85,14 @@ def _describe(module: Any, data: Any, with_tokenizer: bool) -> None:
         module.dtype_name = dtype if module.dtype_name == "auto" else module.dtype_name
         module.model_name, module.config = None, config | (module.config or {})
     if with_tokenizer:
-        data.tokenizer_spec = data.tokenizer_spec or name
-    elif data.tokenizer_spec is None or name is not None:
-        data.__dict__["tokenizer"] = Vocabulary((module.config or {}).get("vocab_size"))
-    else:
+        data.tokenizer_spec = data.tokenizer_spec or tokenizer_name
+    elif data.tokenizer_spec is not None:
         data.__dict__["tokenizer"] = Vocabulary(vocabulary_of(data))
+    elif name is not None:
+        data.__dict__["tokenizer"] = Vocabulary(module.config["vocab_size"])
+    elif tokenizer_name is not None:  # that of a teacher
+        config = initial_config(tokenizer_name, "data.tokenizer")
+        data.__dict__["tokenizer"] = Vocabulary(config["vocab_size"])
 
 
 def initial_config(name: str, key: str, revision: str | None = None) -> dict[str, Any]:
@@ -124,15 +125,13 @@ class Vocabulary:
     """Takes the place of a tokenizer whose ids alone matter.
 
     Args:
-        size: Number of tokens; None if the config of the model doesn't say.
+        size: Number of tokens.
     """
 
     bos_token_id = eos_token_id = pad_token_id = 0
     chat_template = None
 
-    def __init__(self, size: int | None) -> None:
-        if size is None:
-            raise UserError("data.tokenizer: none is named, and a model with random weights has none")
+    def __init__(self, size: int) -> None:
         self.size = size
 
     def get_vocab(self) -> dict[str, int]:
@@ -141,8 +140,3 @@ class Vocabulary:
 
     def __len__(self) -> int:
         return self.size
-
-    @cached_property
-    def name_or_path(self) -> str:
-        """None."""
-        return ""

@@ -202,6 +202,7 @@ class _Run:
         strategy.setup_environment()
         # the model is built on the device, in its dtype; fake weights can't be replaced afterwards
         strategy.model_to_device = lambda: None
+        strategy.batch_to_device = lambda batch: batch
         trainer.precision_plugin.convert_module = lambda module: module
         if isinstance(strategy, DDPStrategy):
             strategy.configure_ddp = lambda: None  # its reducer, in C++, reads values; see `_prepare`
