@@ -18,6 +18,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -64,11 +65,10 @@ PRETRAIN: dict[str, Any] = {
     },
     "trainer": SFT["trainer"],
 }
-CHECKPOINTING = {"model": {"init_args": {"gradient_checkpointing": True}}}
+RECOMPUTATION = {"model": {"init_args": {"gradient_checkpointing": True}}}
 LORA = {"model": {"init_args": {"lora": {"r": 16}}}}
 MIXED, HALF = ({"trainer": {"precision": precision}} for precision in ("bf16-mixed", "bf16-true"))
-ONE_MICRO_BATCH = {"trainer": {"accumulate_grad_batches": 1}}
-PADDED = {"data": {"init_args": {"packing": False}}}
+ONE_DOCUMENT = {"data": {"init_args": {"packing": False}}}
 
 
 def merged(*trees: Any) -> Any:
@@ -89,28 +89,20 @@ def sharded(ranks: int) -> dict[str, Any]:
 
 CONFIGURATIONS: dict[str, tuple[int, dict[str, Any]]] = {
     "SFT, packed": (1, SFT),
-    "SFT, padded rows": (1, merged(SFT, PADDED)),
-    "SFT, packed, one micro-batch": (1, merged(SFT, ONE_MICRO_BATCH)),
-    "SFT, packed, checkpointing": (1, merged(SFT, CHECKPOINTING)),
-    "SFT, packed, LoRA": (1, merged(SFT, LORA)),
-    "SFT, packed, bf16-mixed": (1, merged(SFT, MIXED)),
-    "SFT, packed, bf16-true": (1, merged(SFT, HALF)),
+    "SFT, rows of one document": (1, merged(SFT, ONE_DOCUMENT)),
+    "SFT, packed, recomputation": (1, merged(SFT, RECOMPUTATION)),
+    "SFT, packed, LoRA, bf16-mixed": (1, merged(SFT, LORA, MIXED)),
     "DPO": (1, DPO),
-    "DPO, LoRA": (1, merged(DPO, LORA)),
-    "pretraining": (1, PRETRAIN),
-    "pretraining, checkpointing, bf16-mixed": (1, merged(PRETRAIN, CHECKPOINTING, MIXED)),
+    "pretraining, bf16-true": (1, merged(PRETRAIN, HALF)),
     "SFT, packed, DDP": (2, SFT),
     "SFT, packed, FSDP2": (2, merged(SFT, sharded(2))),
-    "SFT, packed, checkpointing, FSDP2": (2, merged(SFT, CHECKPOINTING, sharded(2))),
-    "SFT, packed, LoRA, FSDP2": (2, merged(SFT, LORA, sharded(2))),
-    "SFT, packed, bf16-mixed, FSDP2": (2, merged(SFT, MIXED, sharded(2))),
-    "DPO, FSDP2": (2, merged(DPO, sharded(2))),
+    "SFT, packed, recomputation, bf16-mixed, FSDP2": (2, merged(SFT, RECOMPUTATION, MIXED, sharded(2))),
+    "DPO, LoRA, FSDP2": (2, merged(DPO, LORA, sharded(2))),
     "pretraining, FSDP2": (2, merged(PRETRAIN, sharded(2))),
     "SFT, packed, FSDP2 ": (4, merged(SFT, sharded(4))),
-    "SFT, packed, checkpointing, bf16-mixed, FSDP2": (4, merged(SFT, CHECKPOINTING, MIXED, sharded(4))),
-    "DPO, FSDP2 ": (4, merged(DPO, sharded(4))),
-    "DPO, LoRA, FSDP2": (4, merged(DPO, LORA, sharded(4))),
-    "pretraining, FSDP2 ": (4, merged(PRETRAIN, sharded(4))),
+    "SFT, packed, LoRA, FSDP2": (4, merged(SFT, LORA, sharded(4))),
+    "DPO, FSDP2": (4, merged(DPO, sharded(4))),
+    "pretraining, recomputation, bf16-mixed, FSDP2": (4, merged(PRETRAIN, RECOMPUTATION, MIXED, sharded(4))),
 }
 """Name -> number of processes, and recipe."""
 
@@ -118,14 +110,16 @@ CONFIGURATIONS: dict[str, tuple[int, dict[str, Any]]] = {
 # ---- in a process of its own
 
 
-def planned(recipe: Path, ranks: int) -> dict[str, float]:
-    """Bytes and seconds of a plan."""
+def planned(recipes: Sequence[Path], ranks: Sequence[int]) -> list[dict[str, float]]:
+    """Bytes and seconds of plans."""
     from oumi_pl.planning.update import Settings, estimate
 
-    began = time.perf_counter()
-    result = estimate(Settings((recipe,), (), ranks, real_rows=True, on_gpu=False))
-    kinds = {kind.value: size for kind, size in result.peak.items()}
-    return {"peak": result.total, "seconds": time.perf_counter() - began, **kinds}
+    plans = []
+    for recipe, count in zip(recipes, ranks, strict=True):
+        began = time.process_time()
+        result = estimate(Settings((recipe,), (), count, real_rows=True, on_gpu=False))
+        plans.append({"peak": result.total, "seconds": time.process_time() - began})
+    return plans
 
 
 def resident(name: str) -> int:
@@ -171,24 +165,23 @@ def measured(recipe: Path, ranks: int) -> dict[str, float]:
 # ---- the table
 
 
-def in_processes(kind: str, recipe: Path, ranks: int, counter: Path) -> dict[str, float]:
-    """What `planned` or `measured` returns on rank 0."""
-    processes = ranks if kind == "measured" else 1
+def in_processes(command: Sequence[Any], folder: Path, ranks: int, environment: Mapping[str, str] = {}) -> Any:
+    """Runs this file in one process or in several ranks; returns what rank 0 prints."""
     with socket.socket() as free:
         free.bind(("localhost", 0))
         port = str(free.getsockname()[1])
     started = []
-    for rank in range(processes):
-        env = dict(os.environ, OMP_NUM_THREADS="1", LD_PRELOAD=str(counter) if kind == "measured" else "")
-        if processes > 1:
-            sizes = dict.fromkeys(("WORLD_SIZE", "LOCAL_WORLD_SIZE"), str(processes))
+    for rank in range(ranks):
+        env = dict(os.environ, OMP_NUM_THREADS="1", **environment)
+        if ranks > 1:
+            sizes = dict.fromkeys(("WORLD_SIZE", "LOCAL_WORLD_SIZE"), str(ranks))
             env |= sizes | {"RANK": str(rank), "LOCAL_RANK": str(rank), "GROUP_RANK": "0", "MASTER_ADDR": "localhost"}
             env |= {"MASTER_PORT": port, "TORCHELASTIC_RUN_ID": "benchmark", "TORCHELASTIC_RESTART_COUNT": "0"}
-        command = [sys.executable, __file__, kind, str(recipe), str(ranks)]
-        started.append(subprocess.Popen(command, env=env, cwd=recipe.parent, text=True, stdout=-1, stderr=-1))
-    outputs = [process.communicate(timeout=900) for process in started]
+        call = [sys.executable, __file__, *map(str, command)]
+        started.append(subprocess.Popen(call, env=env, cwd=folder, text=True, stdout=-1, stderr=-1))
+    outputs = [process.communicate() for process in started]
     if any(process.returncode for process in started):
-        raise SystemExit(f"{kind} {recipe}:\n" + "\n".join(error for _, error in outputs))
+        raise SystemExit(f"{command}:\n" + "\n".join(error for _, error in outputs))
     return json.loads(outputs[0][0].splitlines()[-1])
 
 
@@ -197,23 +190,25 @@ def main() -> None:
     import torch
     import yaml
 
-    wanted = sys.argv[1:]
     print(f"torch {torch.__version__}, Python {platform.python_version()}, {os.cpu_count()} cores of {processor()}")
-    print("MB at the peak of rank 0; planned on fake tensors, and measured in a real run\n")
+    print("MB at the peak of rank 0, planned on fake tensors and measured in a real run; seconds of a core per plan\n")
     print(f"{'':46}{'ranks':>5} {'planned':>8} {'measured':>8} {'error':>7} {'RSS':>6} {'plan':>6}")
+    wanted = {k: v for k, v in CONFIGURATIONS.items() if not sys.argv[1:] or any(part in k for part in sys.argv[1:])}
     errors = []
-    with tempfile.TemporaryDirectory() as folder:
-        counter, source = Path(folder) / "allocations.so", Path(__file__).with_name("allocations.c")
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        counter, source = folder / "allocations.so", Path(__file__).with_name("allocations.c")
         subprocess.run(["cc", "-O2", "-shared", "-fPIC", "-o", counter, source, "-ldl", "-lpthread"], check=True)
-        for name, (ranks, tree) in CONFIGURATIONS.items():
-            if wanted and not any(part in name for part in wanted):
-                continue
-            recipe = Path(folder) / "recipe.yaml"
-            recipe.write_text(yaml.safe_dump({"seed_everything": 1} | tree))
-            plan, run = (in_processes(kind, recipe, ranks, counter) for kind in ("planned", "measured"))
+        recipes, counts = [], [ranks for ranks, _ in wanted.values()]
+        for i, (_, tree) in enumerate(wanted.values()):
+            recipes.append(folder / f"{i}.yaml")
+            recipes[-1].write_text(yaml.safe_dump({"seed_everything": 1} | tree))
+        plans = in_processes(["planned", *recipes, *counts], folder, 1)
+        for name, recipe, ranks, plan in zip(wanted, recipes, counts, plans, strict=True):
+            run = in_processes(["measured", recipe, ranks], folder, ranks, {"LD_PRELOAD": str(counter)})
             errors.append(plan["peak"] / run["peak"] - 1)
             sizes = f"{plan['peak'] / 1e6:8.1f} {run['peak'] / 1e6:8.1f} {errors[-1]:+7.1%} {run['rss'] / 1e6:6.0f}"
-            print(f"{name.strip():46}{ranks:5} {sizes} {plan['seconds']:4.0f} s", flush=True)
+            print(f"{name.strip():46}{ranks:5} {sizes} {plan['seconds']:4.1f} s", flush=True)
     print(f"\nlargest error {max(errors, key=abs):+.1%} over {len(errors)} configurations")
 
 
@@ -224,8 +219,11 @@ def processor() -> str:
 
 
 if __name__ == "__main__":
-    if sys.argv[1:2] in (["planned"], ["measured"]):
-        kind, recipe, ranks = sys.argv[1:4]
-        print(json.dumps({"planned": planned, "measured": measured}[kind](Path(recipe), int(ranks))))
+    kind, *rest = sys.argv[1:] or [""]
+    if kind == "planned":
+        half = len(rest) // 2
+        print(json.dumps(planned([Path(recipe) for recipe in rest[:half]], [int(ranks) for ranks in rest[half:]])))
+    elif kind == "measured":
+        print(json.dumps(measured(Path(rest[0]), int(rest[1]))))
     else:
         main()

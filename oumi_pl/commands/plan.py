@@ -126,7 +126,10 @@ class _Shown:
         )
         memory, fits = self.search.memory, self.search.fits(result)
         verdict = "fits into" if fits else "does not fit into"
-        yield "peak", f"{gigabytes(result.total)} per device: {verdict} {gigabytes(memory)} ({result.total / memory:.0%})"
+        yield (
+            "peak",
+            f"{gigabytes(result.total)} per device: {verdict} {gigabytes(memory)} ({result.total / memory:.0%})",
+        )
         for kind, size in result.peak.items():
             yield f"  {kind.value}", gigabytes(size)
         held = ", ".join(f"{kind.value} {gigabytes(size)}" for kind, size in result.held.items())

@@ -42,9 +42,7 @@ def launched(devices: int) -> Iterator[None]:
         yield
 
 
-def parts_of(
-    configs: Sequence[Path], overrides: Sequence[str], devices: int, *, with_tokenizer: bool = False
-) -> Parts:
+def parts_of(configs: Sequence[Path], overrides: Sequence[str], devices: int, *, with_tokenizer: bool = False) -> Parts:
     """Builds trainer, module and data for a number of devices; call it within `launched`.
 
     Args:

@@ -13,8 +13,8 @@ from torch.distributed._tools.fake_collectives import CollectiveOp, collective_o
 from torch.distributed._tools.mem_tracker import MemTracker, _RefType
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._sharding_prop import ShardingPropagator
-from torch.utils._pytree import tree_leaves
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry, sdpa_backward_flop_count, sdpa_flop_count
 
 from oumi_pl.losses.linear_head import _ROW_ALIGNMENT
@@ -94,6 +94,7 @@ def _attention_backward_flops(grad: Tensor, query: Tensor, key: Tensor, value: T
 
 FLOPS: dict[Any, Callable[..., int]] = {
     **flop_registry,
+    aten.addmm_: flop_registry[aten.addmm],
     # torch's table lacks the kernels for CPUs
     aten._scaled_dot_product_flash_attention_for_cpu: _attention_flops,
     aten._scaled_dot_product_flash_attention_for_cpu_backward: _attention_backward_flops,

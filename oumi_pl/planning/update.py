@@ -21,7 +21,7 @@ from lightning.pytorch.callbacks import WeightAveraging
 from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy
 from lightning.pytorch.trainer import call
 from lightning.pytorch.trainer.states import TrainerFn
-from torch import Tensor
+from torch import Tensor, nn
 from torch._subclasses import FakeTensorMode
 from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException
 from torch.distributed.fsdp._fully_shard._fsdp_param import FSDPParam
@@ -98,9 +98,9 @@ def estimate(settings: Settings) -> Estimate:
         UserError: for a mistake in the recipe, and for parts that need values.
     """
     with launched(settings.devices), process_group(settings.devices), ExitStack() as stack:
-        parts = parts_of(
-            settings.configs, settings.overrides, settings.devices, with_tokenizer=settings.real_rows
-        )
+        # transformers looks for several documents in rows without a mask, in which our batches have one each
+        stack.enter_context(patch("transformers.masking_utils.find_packed_sequence_indices", lambda positions: None))
+        parts = parts_of(settings.configs, settings.overrides, settings.devices, with_tokenizer=settings.real_rows)
         if settings.on_gpu:
             stack.enter_context(patch.dict(linear_head.CHUNK_ELEMENTS, cpu=linear_head.CHUNK_ELEMENTS["cuda"]))
         try:
@@ -145,6 +145,33 @@ class Zeros(Opened):
 
 
 @contextmanager
+def casts_of_fake_weights() -> Iterator[None]:
+    """Makes casts of modules work: torch exchanges the contents of weights, which it can't do for fake ones.
+
+    Here a weight of another dtype takes its place, in all modules that share it.
+    """
+    others: dict[nn.Parameter, nn.Parameter] = {}
+
+    def apply(self: nn.Module, function: Callable[[Tensor], Tensor], recurse: bool = True) -> nn.Module:
+        for child in self.children() if recurse else ():
+            child._apply(function)
+        for name, weight in self._parameters.items():
+            if weight is None or weight in others.values():
+                continue
+            with torch.no_grad():
+                result = function(weight)
+            if result.dtype != weight.dtype:
+                others.setdefault(weight, nn.Parameter(result, weight.requires_grad))
+                self._parameters[name] = others[weight]
+        for name, buffer in self._buffers.items():
+            self._buffers[name] = None if buffer is None else function(buffer)
+        return self
+
+    with patch.object(nn.Module, "_apply", apply):
+        yield
+
+
+@contextmanager
 def gathered_weights(tracker: Tracker) -> Iterator[None]:
     """Counts weights that FSDP2 has gathered, and their gradients before these are reduced, as communication."""
     to_unsharded, hooked = FSDPParam.to_unsharded, set()
@@ -183,7 +210,7 @@ class _Run:
         """Builds the model, and runs the updates."""
         self._connect()
         batch = self._batch()
-        with self.mode:
+        with self.mode, casts_of_fake_weights():
             self._build()
         vocab = len(self.module.causal_lm.base.get_input_embeddings().weight)
         with self.mode, Tracker(vocab) as tracker, gathered_weights(tracker):
@@ -200,10 +227,7 @@ class _Run:
         strategy.connect(self.module)
         self.module.trainer = data.trainer = trainer
         strategy.setup_environment()
-        # the model is built on the device, in its dtype; fake weights can't be replaced afterwards
-        strategy.model_to_device = lambda: None
         strategy.batch_to_device = lambda batch: batch
-        trainer.precision_plugin.convert_module = lambda module: module
         if isinstance(strategy, DDPStrategy):
             strategy.configure_ddp = lambda: None  # its reducer, in C++, reads values; see `_prepare`
         self.module.total_steps = lambda: STEPS
@@ -335,7 +359,11 @@ class _Run:
         trainer, module, data = self.trainer, self.module, self.data
         *micro_batches, step = phases
         costs = Costs()
-        for phase, times in [(micro_batches[0], 1), (micro_batches[-1], trainer.accumulate_grad_batches - 1), (step, 1)]:
+        for phase, times in [
+            (micro_batches[0], 1),
+            (micro_batches[-1], trainer.accumulate_grad_batches - 1),
+            (step, 1),
+        ]:
             costs.add(phase, times)
         counts, parts = module.count(batch), trainer.accumulate_grad_batches * self.settings.devices
         (optimizer,) = trainer.optimizers
