@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
+from torch.distributed.tensor import DTensor
 
 from oumi_pl.attention import NAME, packed, why_not_isolating, why_not_shared
 from oumi_pl.attention.probe import body_of, probing
@@ -515,8 +516,9 @@ def are_near(ours: Tensor, theirs: Tensor, weight: Tensor) -> bool:
 
 def has_values(model: nn.Module) -> bool:
     """Whether weights have values: not while a run is planned on fake tensors, nor on the meta device."""
-    weight = next(model.parameters())
-    return not (weight.is_meta or isinstance(weight, FakeTensor))
+    weight: Tensor = next(model.parameters())
+    local = weight.to_local() if isinstance(weight, DTensor) else weight
+    return not (local.is_meta or isinstance(local, FakeTensor))
 
 
 def choose_layout(hf: Any, share: bool = True, longest: int = 0) -> tuple[Layout, str]:

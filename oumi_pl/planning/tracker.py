@@ -70,8 +70,8 @@ class Costs:
 
     def add(self, other: "Costs", times: int) -> None:
         """Adds costs a number of times."""
-        for mine, theirs in ((self.operations, other.operations), (self.collectives, other.collectives)):
-            mine.update({key: n * times for key, n in theirs.items()})  # type: ignore[attr-defined]
+        self.operations.update({operation: n * times for operation, n in other.operations.items()})
+        self.collectives.update({collective: n * times for collective, n in other.collectives.items()})
 
     @property
     def flops(self) -> int:

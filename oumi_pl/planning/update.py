@@ -8,6 +8,7 @@ What a run reads from values is replaced: batches have the largest rows that the
 the data), cached values of a reference are zeros, the layout for packed rows is assumed to be exact.
 """
 
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -98,6 +99,8 @@ def estimate(settings: Settings) -> Estimate:
         UserError: for a mistake in the recipe, and for parts that need values.
     """
     with launched(settings.devices), process_group(settings.devices), ExitStack() as stack:
+        stack.enter_context(warnings.catch_warnings())
+        warnings.filterwarnings("ignore", "Accessing the data pointer of FakeTensor")  # PEFT compares pointers
         # transformers looks for several documents in rows without a mask, in which our batches have one each
         stack.enter_context(patch("transformers.masking_utils.find_packed_sequence_indices", lambda positions: None))
         parts = parts_of(settings.configs, settings.overrides, settings.devices, with_tokenizer=settings.real_rows)
@@ -150,19 +153,19 @@ def casts_of_fake_weights() -> Iterator[None]:
 
     Here a weight of another dtype takes its place, in all modules that share it.
     """
-    others: dict[nn.Parameter, nn.Parameter] = {}
+    others: dict[int, tuple[nn.Parameter, nn.Parameter]] = {}  # old weights too, which keeps their ids unique
 
     def apply(self: nn.Module, function: Callable[[Tensor], Tensor], recurse: bool = True) -> nn.Module:
         for child in self.children() if recurse else ():
             child._apply(function)
         for name, weight in self._parameters.items():
-            if weight is None or weight in others.values():
+            if weight is None:
                 continue
             with torch.no_grad():
                 result = function(weight)
             if result.dtype != weight.dtype:
-                others.setdefault(weight, nn.Parameter(result, weight.requires_grad))
-                self._parameters[name] = others[weight]
+                others.setdefault(id(weight), (weight, nn.Parameter(result, weight.requires_grad)))
+                self._parameters[name] = others[id(weight)][1]
         for name, buffer in self._buffers.items():
             self._buffers[name] = None if buffer is None else function(buffer)
         return self
@@ -311,7 +314,7 @@ class _Run:
         for tensor in (*module.parameters(), *module.buffers(), *self.kept):
             tracker.mark(tensor, Kind.PARAMETERS)
         for parameter in trained:
-            parameter.grad = torch.zeros_like(parameter)
+            parameter.grad = torch.zeros_like(parameter, dtype=parameter.dtype)
             tracker.mark(parameter.grad, Kind.GRADIENTS)
             parameter.register_post_accumulate_grad_hook(lambda p: tracker.mark(p.grad, Kind.GRADIENTS))
         if isinstance(strategy, DDPStrategy) and not strategy._ddp_kwargs.get("gradient_as_bucket_view"):
