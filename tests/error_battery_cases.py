@@ -196,10 +196,7 @@ VALUES = {
 }
 
 NO_PACKING = "set data.packing to false (data.isolate, of PretrainData)"
-FSDP2 = (
-    "take FSDP2, strategy: {class_path: ModelParallelStrategy, init_args: {data_parallel_size: N, "
-    "tensor_parallel_size: 1}} (N is the number of devices)"
-)
+FSDP2 = "take strategy: fsdp2"
 TOGETHER = {
     "QLoRA without bitsandbytes": Case(
         "model.quantization needs bitsandbytes: pip install 'oumi_pl[gpu]'",

@@ -16,9 +16,9 @@ from lightning.pytorch.strategies import ModelParallelStrategy
 
 from oumi_pl.__main__ import main
 from oumi_pl.errors import UserError
-from oumi_pl.models.build import decoder_layers
 from oumi_pl.models.export import read_checkpoint
 from oumi_pl.models.lm import LM
+from oumi_pl.models.sharding import decoder_layers
 from oumi_pl.runs.folders import newest_checkpoint
 from tests.command_line import RECIPE
 from tests.conftest import free_port

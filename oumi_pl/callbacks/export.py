@@ -11,9 +11,9 @@ import yaml
 from oumi_pl.callbacks import find
 from oumi_pl.callbacks.checkpoint import Checkpoints
 from oumi_pl.callbacks.run_folder import RunFolder, completed, is_due, run_directory
-from oumi_pl.models.build import is_sharded
-from oumi_pl.models.export import model_card, read_checkpoint, whole, why_not_alone
+from oumi_pl.models.export import model_card, read_checkpoint, why_not_alone
 from oumi_pl.models.lm import LM
+from oumi_pl.models.sharding import is_sharded, whole
 from oumi_pl.runs import folders
 from oumi_pl.runs.files import remove
 from oumi_pl.runs.folders import CONFIG

@@ -14,8 +14,8 @@ import torch
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
 
 from oumi_pl.callbacks.run_folder import completed, run_directory
-from oumi_pl.models.build import is_sharded
 from oumi_pl.models.generation import complete
+from oumi_pl.models.sharding import is_sharded
 from oumi_pl.runs import files
 from oumi_pl.runs.checkpoints import rng_state, set_rng_state
 from oumi_pl.terminal.screen import styled, terminal_width, working

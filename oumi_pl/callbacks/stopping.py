@@ -1,4 +1,4 @@
-"""Ends a run between two updates: after its last one, or when SIGTERM or Ctrl-C asks for it."""
+"""Ends a run between two updates: after its last one, or when a signal asks for it."""
 
 import signal
 from pathlib import Path
@@ -11,6 +11,8 @@ from oumi_pl.callbacks import find_all
 from oumi_pl.callbacks.checkpoint import Checkpoints
 from oumi_pl.terminal.text import echo
 from oumi_pl.types import RunModule
+
+SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 
 
 class LastStep(L.Callback):
@@ -43,7 +45,10 @@ class Stopped(Exception):  # noqa: N818 - not an error: the run did as it was as
 
 
 class Preemption(L.Callback):
-    """Finishes the current update, saves and stops on SIGTERM or Ctrl-C. A second Ctrl-C stops at once.
+    """Finishes the current update, saves and stops on SIGTERM, SIGUSR1 or Ctrl-C. A second Ctrl-C stops at once.
+
+    SLURM sends SIGUSR1 before a job's time is over if it is asked to (`--signal=USR1@300`). Lightning would then save a
+    checkpoint of its own outside of the run folder.
 
     The handler only sets a flag. Ranks agree on it at the end of each update: a rank that stopped alone would leave the
     others waiting in a collective operation.
@@ -55,7 +60,7 @@ class Preemption(L.Callback):
 
     def on_train_start(self, trainer: Any, pl_module: RunModule) -> None:
         """Installs the handlers, after Lightning has installed its own."""
-        for signum in (signal.SIGTERM, signal.SIGINT):
+        for signum in SIGNALS:
             self._previous[signum] = signal.signal(signum, self._set_flag)
 
     @property

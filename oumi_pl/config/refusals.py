@@ -149,6 +149,8 @@ def refuse_unknown_devices(trainer: Mapping[str, Any]) -> None:
     from lightning.pytorch.accelerators import AcceleratorRegistry
     from lightning.pytorch.strategies import StrategyRegistry
 
+    import oumi_pl.models.sharding  # noqa: F401 - it registers a strategy
+
     if trainer.get("barebones"):
         raise UserError("trainer.barebones: a run needs callbacks and a logger, which it turns off; leave it out")
     if trainer.get("max_steps", -1) is None:
@@ -165,7 +167,7 @@ def refuse_unknown_devices(trainer: Mapping[str, Any]) -> None:
         raise UserError(f"trainer.accelerator: no {accelerator!r} device is visible; leave it out to use what there is")
     on_cpu = accelerator == "cpu" or (accelerator == "auto" and not there["gpu"] and not there["tpu"])
     _refuse_devices(trainer.get("devices", "auto"), on_cpu)
-    _refuse_strategy(trainer.get("strategy"), trainer.get("gradient_clip_val"), trainer.get("devices"))
+    _refuse_strategy(trainer.get("strategy"), trainer.get("gradient_clip_val"))
 
 
 def _refuse_devices(devices: Any, on_cpu: bool) -> None:
@@ -180,16 +182,15 @@ def _refuse_devices(devices: Any, on_cpu: bool) -> None:
         )
 
 
-def _refuse_strategy(strategy: Any, clip: float | None, devices: Any) -> None:
+def _refuse_strategy(strategy: Any, clip: float | None) -> None:
     """Refuses DeepSpeed, and clipping under FSDP1, which do not give access to the whole gradient."""
+    from oumi_pl.models.sharding import FSDP2
+
     name = strategy if isinstance(strategy, str) else type(strategy).__name__
-    size = str(devices) if str(devices).isdigit() else "N"
-    sizes = f"{{data_parallel_size: {size}, tensor_parallel_size: 1}}"
-    instead = f"take FSDP2, strategy: {{class_path: ModelParallelStrategy, init_args: {sizes}}}"
-    instead += "" if size != "N" else " (N is the number of devices)"
+    instead = "take strategy: fsdp2"
     if name.lower().startswith("deepspeed"):
         raise UserError(f"trainer.strategy: {name} keeps gradients where their norm can't be computed; {instead}")
-    if clip and name.lower().startswith("fsdp"):
+    if clip and name.lower().startswith("fsdp") and name != FSDP2:
         raise UserError(
             f"trainer.gradient_clip_val: under {name} no process sees the norm of all gradients, by which they are "
             f"clipped; {instead}, or leave out clipping"

@@ -8,7 +8,6 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, cast
 
-import lightning as L
 import torch
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import Tensor, nn
@@ -17,8 +16,8 @@ from oumi_pl import attention
 from oumi_pl.attention.interface import NO_PACKING
 from oumi_pl.errors import UserError, is_out_of_memory, nearest, reason
 from oumi_pl.models.hub import locate
-from oumi_pl.models.lm import LM
 from oumi_pl.models.lora import SCORE, merged, with_lora
+from oumi_pl.models.sharding import Loading, Source, is_empty
 from oumi_pl.models.text_part import text_part, whole_model
 from oumi_pl.runs.checksums import refuse_damaged_weights
 from oumi_pl.runs.files import parse
@@ -35,6 +34,8 @@ USUAL = ("gemma2", "gpt2", "llama", "mistral", "phi3", "qwen2", "qwen3", "smollm
 """Some architectures with a sequence-classification class, for messages."""
 BITSANDBYTES_ON_CPU = (0, 50)
 """The first version that quantizes and computes on CPUs."""
+_OWN_STARTS = (True, False, "gaussian", "orthogonal")
+"""Values of PEFT's `init_lora_weights` that don't read the weights of the base."""
 _HARMLESS = ("dropout", "pdrop", "router", "use_cache")
 """Parts of the names of config values that do not change what a trained model computes."""
 
@@ -136,6 +137,10 @@ def vocabulary(tokenizer: "PreTrainedTokenizerBase") -> int:
 def _overridden(hf_config: "PretrainedConfig", values: dict[str, Any]) -> "PretrainedConfig":
     values = _with_new_rope_names(values)
     _refuse_unknown_keys(hf_config, values)
+    if (other := values.get("model_type", hf_config.model_type)) != hf_config.model_type:
+        raise UserError(
+            f"model.config.model_type is {other!r}, and the pretrained model is {hf_config.model_type!r}; leave it out"
+        )
     for key, value in values.items():
         old = getattr(hf_config, key, None)
         if isinstance(value, dict) and old is not None and hasattr(old, "to_dict"):  # the config of a part of the model
@@ -233,20 +238,21 @@ def build_model(
     trust_remote_code: bool = False,
     scoring: bool = False,
     text_only: bool = False,
+    loading: Loading | None = None,
 ) -> "PreTrainedModel":
     """Builds a causal LM in training mode, with new token rows, frozen parts and adapters.
 
-    Arguments are those of the modules.
-
-    `model` may also be the folder of an adapter, which is then merged into its base before training. Without `attn`,
-    transformers chooses (sdpa if the architecture has it). With `scoring`, builds the architecture's
-    sequence-classification model with one label: its head `score`, random if `model` has none, replaces that of the LM.
-    With `text_only`, the text model is taken out of one that has other parts.
+    Arguments are those of the modules. `model` may also be the folder of an adapter, which is then merged into its base
+    before training. Without `attn`, transformers chooses (sdpa if the architecture has it). With `scoring`, builds the
+    architecture's sequence-classification model with one label: its head `score`, random if `model` has none, replaces
+    that of the LM. With `text_only`, the text model is taken out of one that has other parts. `loading` is how this
+    rank gets the weights of a model that will be sharded.
 
     Raises:
         UserError: something can't be loaded, or parts don't fit together.
     """
     attention.register()
+    loading = loading or Loading()
     base, adapter, revision = _located(model, revision)
     hub = {"revision": revision, "trust_remote_code": trust_remote_code}
     hf_config = build_config(base, config, tokenizer, **hub)
@@ -255,11 +261,10 @@ def build_model(
         _refuse_without_scores(hf_config)
         hf_config.num_labels = 1
     if base is None:
-        hf = _random_weights(hf_config, attn, dtype, trust_remote_code, scoring)
+        hf = loading.random(lambda: _random_weights(hf_config, attn, dtype, trust_remote_code, scoring))
     else:
-        hf = _pretrained(
-            base, hf_config, attn, dtype, scoring, overrides=config or {}, **_quantized(quantization), **hub
-        )
+        kwargs = {"overrides": config or {}} | _quantized(quantization) | hub
+        hf = loading.pretrained(lambda: _pretrained(base, hf_config, attn, dtype, scoring, **kwargs))
         hf = text_part(hf, attn) if text_only else hf
         hf.taken_from = None if scoring or text_only else whole_model(hf, base, hf_config, **hub)
     if scoring:
@@ -275,8 +280,37 @@ def build_model(
         hf = with_lora(hf, lora, added_tokens, revision, task="SEQ_CLS" if scoring else "CAUSAL_LM")
         freeze_adapters(hf, freeze)
         hf.why_not_alone = _why_not_alone(base, adapter, config or {}, new_rows)
-    # `from_pretrained` returns eval mode, which Lightning would keep
-    return hf.train()
+    return hf.train()  # `from_pretrained` returns eval mode, which Lightning would keep
+
+
+def source_of_weights(
+    model: str | None,
+    *,
+    config: dict[str, Any] | None,
+    tokenizer: "PreTrainedTokenizerBase | None",
+    added_tokens: Sequence[int],
+    lora: dict[str, Any] | None,
+    quantization: str | None,
+    revision: str | None,
+    trust_remote_code: bool,
+    text_only: bool,
+) -> Source:
+    """Where the ranks of a sharded run get the weights of a model, by what `build_model` does with them.
+
+    Arguments are those of `build_model`.
+    """
+    needs_values = lora is not None and (lora.get("use_dora") or lora.get("init_lora_weights", True) not in _OWN_STARTS)
+    if quantization is not None or text_only or needs_values:
+        return "every rank"
+    if model is None:
+        return "first rank"
+    base, adapter, revision = _located(model, revision)
+    if adapter:
+        return "every rank"
+    hf_config = build_config(base, config, tokenizer, revision=revision, trust_remote_code=trust_remote_code)
+    pad = None if tokenizer is None else tokenizer.pad_token_id
+    has_new_rows = bool(added_tokens) or (pad is not None and pad >= hf_config.get_text_config().vocab_size)
+    return "first rank" if has_new_rows else "parts"
 
 
 def _located(model: str | None, revision: str | None) -> tuple[str | None, str | None, str | None]:
@@ -587,7 +621,7 @@ def fit_vocabulary(
         hf.resize_token_embeddings(needed, mean_resizing=False)
     for layer in (hf.get_input_embeddings(), hf.get_output_embeddings()):
         for values in (getattr(layer, "weight", None), getattr(layer, "bias", None)):
-            if values is not None:
+            if values is not None and not is_empty(values):  # else another rank sends the values
                 values[new] = values[: min(new)].mean(dim=0, dtype=torch.float32).to(values.dtype)
     return max(0, needed - rows)
 
@@ -609,51 +643,3 @@ def freeze_adapters(hf: Any, freeze: Sequence[str]) -> None:
     """Freezes the adapters in modules of these names; `hf.adapter_weights` are the names of all adapters' weights."""
     hf.adapter_weights = frozenset(name for name, parameter in hf.named_parameters() if parameter.requires_grad)
     freeze_modules(hf.get_base_model(), freeze)
-
-
-def shard(model: LM, module: L.LightningModule) -> None:
-    """Shards each decoder layer, then the wrapper as the root, over the data-parallel ranks.
-
-    The root holds what is left: embeddings, final norm and head. It is gathered while the wrapper's `forward` runs,
-    which is where the chunked loss reads the head's weight. Does nothing under any other strategy.
-
-    Raises:
-        UserError: under tensor parallelism, for which no plan is written.
-    """
-    if not is_to_be_sharded(module):
-        return
-    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
-
-    mesh: Any = module.device_mesh
-    if mesh["tensor_parallel"].size() > 1:
-        raise UserError("trainer.strategy: tensor_parallel_size has to be 1; shard over data_parallel_size instead")
-    policy = MixedPrecisionPolicy()
-    if module.trainer.precision == "bf16-mixed":
-        # gather and multiply in bfloat16; keep weights, and sum gradients over ranks, in float32
-        policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
-    # heads beside the model, a reward head for example, are sharded and reduced like it
-    heads = [child for child in module.children() if child is not model and any(True for _ in child.parameters())]
-    for layer in [*decoder_layers(model), model, *heads]:
-        fully_shard(layer, mesh=mesh["data_parallel"], mp_policy=policy)
-
-
-def is_to_be_sharded(module: L.LightningModule) -> bool:
-    """Whether the strategy of the run is one for which `shard` shards."""
-    from lightning.pytorch.strategies import ModelParallelStrategy
-
-    return isinstance(module.trainer.strategy, ModelParallelStrategy)
-
-
-def is_sharded(model: nn.Module) -> bool:
-    """Whether each rank holds only parts of the weights."""
-    from torch.distributed.tensor import DTensor
-
-    return any(isinstance(p, DTensor) for p in model.parameters())
-
-
-def decoder_layers(model: LM) -> list[nn.Module]:
-    """The transformer blocks: the modules that the architecture lists as not to be split, without those within them."""
-    names = set(model.base._no_split_modules or [])
-    blocks = {name: m for name, m in model.base.named_modules() if type(m).__name__ in names}
-    # some architectures list a block and its parts, as Mamba does
-    return [m for name, m in blocks.items() if not any(name.startswith(f"{outer}.") for outer in blocks)]

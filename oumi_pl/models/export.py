@@ -14,10 +14,11 @@ from torch import Tensor
 
 from oumi_pl import __version__
 from oumi_pl.errors import UserError, reason
-from oumi_pl.models.build import is_sharded, keep_differentiable, without_load_report
+from oumi_pl.models.build import keep_differentiable, without_load_report
 from oumi_pl.models.given import is_plain
 from oumi_pl.models.lm import LM
 from oumi_pl.models.lora import merged
+from oumi_pl.models.sharding import is_sharded, whole
 from oumi_pl.models.text_part import copy_processors, put_back
 from oumi_pl.runs.checkpoints import read_sharded
 from oumi_pl.runs.checksums import refuse_damaged, refuse_damaged_weights, write_list_of_weights
@@ -151,13 +152,6 @@ def read_heads(folder: Path, heads: Mapping[str, Tensor]) -> None:
     with torch.no_grad():
         for name, value in saved.items():
             heads[name].copy_(value)
-
-
-def whole(value: Tensor) -> Tensor:
-    """The whole weight on the CPU. Sharded weights are gathered, so all ranks have to call this."""
-    from torch.distributed.tensor import DTensor
-
-    return (value.full_tensor() if isinstance(value, DTensor) else value).detach().cpu().contiguous()
 
 
 def why_not_alone(model: LM) -> str:

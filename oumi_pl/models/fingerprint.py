@@ -9,15 +9,22 @@ from torch import Tensor, nn
 
 from oumi_pl.models.build import loaded, read_adapter_config
 from oumi_pl.models.hub import locate
+from oumi_pl.models.sharding import is_sharded, whole
 
 _CHUNK = 1 << 24
 
 
 def weights_fingerprint(model: nn.Module) -> str:
-    """Hash of a model's parameters and buffers by name, dtype, shape and bytes: 32 hex digits."""
+    """Hash of a model's parameters and buffers by name, dtype, shape and bytes: 32 hex digits.
+
+    All ranks have to call it if the model is sharded; it is that of the whole model.
+    """
     entries = sorted(model.state_dict().items())
-    with ThreadPoolExecutor() as pool:  # hashing releases the GIL
-        parts = list(pool.map(_tensor_digest, (value for _, value in entries)))
+    if is_sharded(model):  # one at a time, since each is gathered whole
+        parts = [_tensor_digest(whole(value)) for _, value in entries]
+    else:
+        with ThreadPoolExecutor() as pool:  # hashing releases the GIL
+            parts = list(pool.map(_tensor_digest, (value for _, value in entries)))
     digest = hashlib.blake2b(digest_size=16)
     for (name, _), part in zip(entries, parts, strict=True):
         digest.update(name.encode() + b"\0" + part)

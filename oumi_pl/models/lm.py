@@ -7,7 +7,7 @@ gathers the wrapper's own parameters, the output head among them, only while `fo
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, cast
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, TypeVar, cast
 
 import numpy as np
 import torch
@@ -42,6 +42,7 @@ class Arranged(NamedTuple):
 
 
 Layout = Callable[[Batch], Arranged]
+T = TypeVar("T")
 
 
 def forest(batch: Batch) -> Arranged:
@@ -254,18 +255,40 @@ class LM(nn.Module):
             return []
         return [(n, t) for n, t in (*self.named_buffers(), *self.named_parameters()) if n in self._kept]
 
-    def forward(self, batch: Batch, compute: Callable[[States], Any] = States.logps) -> Any:
+    def forward(self, batch: Batch | None, compute: Callable[[Any], Any] = States.logps) -> Any:
         """Runs the model and returns `compute(states)`; by default the log-probabilities of the targets.
 
         Anything that needs the output head has to be in `compute`: sharded weights are gathered only while this runs.
+        Without a batch, the model does not run, and `compute` gets None.
         """
-        return compute(self.states(batch))
+        return compute(None if batch is None else self.states(batch))
+
+    def gathered(self, compute: Callable[[], T]) -> T:
+        """Returns `compute()`, during which the model can be called in any way.
+
+        Sharded weights outside of its layers are gathered while it runs; all ranks have to call it then.
+        """
+        return self(None, lambda _: compute())
 
     def states(self, batch: Batch) -> States:
         """Runs the model up to its last hidden states."""
         arranged = self.layout(batch)
         hidden, router_loss = self.hidden_states(arranged.inputs)
         return States(self, batch, arranged, hidden, router_loss)
+
+    def choose_layout(self, share: bool, longest: int) -> None:
+        """Sets the cheapest layout that is exact, by running the model; all ranks have to call it if it is sharded.
+
+        Args:
+            share: Whether to try to compute shared tokens once.
+            longest: Tokens of the longest row.
+        """
+        self.layout, why = self.gathered(lambda: choose_layout(self.hf, share, longest))
+        # a right layout was found, so what to change for another one is left out
+        self.layout_reason = why.partition("; ")[0]
+        if self.layout is padded and self.base.config._attn_implementation == NAME:
+            plain = "sdpa" if self.base._supports_sdpa else "eager"
+            self.base.set_attn_implementation(plain)
 
     def positions(self, batch: Batch) -> int:
         """Positions that are computed for a batch, padding and repeated tokens included."""
@@ -391,10 +414,18 @@ class LM(nn.Module):
         Raises:
             UserError: the architecture changes its logits in a way that this wrapper does not reproduce.
         """
+<<<<<<< HEAD
         if not has_values(self):
             return
         weight = next(p for p in self.base.parameters() if p.is_floating_point())
         vocabulary = len(cast("Tensor", self.base.get_input_embeddings().weight))
+=======
+        self.gathered(self._refuse_unknown_logits)
+
+    def _refuse_unknown_logits(self) -> None:
+        weight = cast("Tensor", self.base.get_input_embeddings().weight)
+        vocabulary = len(weight)
+>>>>>>> main
         places = torch.arange(PROBE_TOKENS, device=weight.device).unsqueeze(0)
         ids = places % vocabulary
         inputs: Inputs = {"input_ids": ids, "position_ids": places}
@@ -478,9 +509,9 @@ class ScoringLM(LM):
         if not has_values(self):
             return
         scores, weight = self.probe_logits().cpu(), cast("Tensor", self.base.get_input_embeddings().weight)
+        rows = [row[None].to(weight.device) for row in probe_rows(self.base.config)]
         with probing(self, weight.device):
-            rows = [row[None].to(weight.device) for row in probe_rows(self.base.config)]
-            own = torch.cat([plain_scores(self.base, row) for row in rows])
+            own = self.gathered(lambda: torch.cat([plain_scores(self.base, row) for row in rows]))
         if not are_near(scores, own, weight):
             raise UserError(
                 f"{type(self.base).__name__} computes its score in a way that is not supported, so rewards would be "
@@ -562,6 +593,21 @@ def with_layout(build: Callable[[bool], Any], share: bool = True, longest: int =
         hf = build(False)
     # a right answer was found, so what to change for another one is left out
     return wrap(hf, layout, reason.partition("; ")[0])
+
+
+def without_layout(build: Callable[[bool], Any], wrap: type[LM] = LM) -> LM:
+    """Builds a model whose weights are not there yet, so that no layout can be tried; `LM.choose_layout` does that.
+
+    Args:
+        build: See `with_layout`.
+        wrap: The class of the result.
+    """
+    state = torch.get_rng_state()
+    try:
+        return wrap(build(True))
+    except UserError as error:
+        torch.set_rng_state(state)
+        return wrap(build(False), padded, str(error).partition("; ")[0])
 
 
 def probe_ids(config: Any) -> Tensor:

@@ -11,6 +11,7 @@ from torch import nn
 
 from oumi_pl.attention.probe import body_of, probing
 from oumi_pl.errors import UserError, nearest, reason
+from oumi_pl.models.sharding import runnable
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -178,7 +179,7 @@ def _uncalled(hf: "PreTrainedModel", linear: Mapping[str, nn.Module]) -> set[str
     ]
     body = body_of(hf)
     try:
-        with probing(hf, hf.device):
+        with probing(hf, hf.device), runnable(hf):
             ids = torch.arange(2, 10, device=hf.device)[None] % hf.config.get_text_config().vocab_size
             body(input_ids=ids, use_cache=False)
     finally:

@@ -27,17 +27,34 @@ from oumi_pl.models.build import (
     DType,
     build_config,
     build_model,
-    decoder_layers,
-    is_sharded,
-    is_to_be_sharded,
     refuse_too_few_positions,
-    shard,
+    source_of_weights,
 )
 from oumi_pl.models.export import export_model, read_heads
 from oumi_pl.models.generation import complete
 from oumi_pl.models.given import adopt, as_model, set_attention
-from oumi_pl.models.lm import LM, ScoringLM, choose_layout, disable_dropout, forest, padded, with_layout
+from oumi_pl.models.lm import (
+    LM,
+    ScoringLM,
+    choose_layout,
+    disable_dropout,
+    forest,
+    padded,
+    with_layout,
+    without_layout,
+)
 from oumi_pl.models.lora import lora_config
+from oumi_pl.models.sharding import (
+    Loading,
+    Source,
+    decoder_layers,
+    is_sharded,
+    is_to_be_sharded,
+    loading_of,
+    reshard,
+    same_generator,
+    shard,
+)
 from oumi_pl.modules.reference import Reference
 from oumi_pl.modules.update import RestorableModule, Split
 from oumi_pl.optim import Constant, Schedule, fuse, parameter_groups, scale_rates
@@ -119,6 +136,7 @@ class LanguageModule(RestorableModule):
     """Metrics that are logged, but not shown in the terminal after a validation."""
     reference: Reference | None = None
     """The reference of a policy, if the trainer type sets one in its constructor. Dropout is then off."""
+    __loading = Loading()
     share_prompt: Literal["auto"] | bool = "auto"
     """Whether tokens that several segments share are computed once. `auto`: if the model can do so exactly."""
 
@@ -262,15 +280,21 @@ class LanguageModule(RestorableModule):
             stage = self.trainer.state.fn.value if self.trainer.state.fn else "fit"
             refuse_too_few_positions(model.base, data.max_length, data.longest_path(list(data.needed(stage))))
         self.__refuse_sharded_loss()
-        # before sharding: this runs layers outside of the wrapper's forward, which gathers sharded weights
-        model.refuse_unknown_logits()
         if dtype := HALF_PRECISION.get(str(self.trainer.precision)):
             # sharded parameters have to be of one dtype
             model.keep_dtypes(getattr(torch, dtype), parameters=not is_to_be_sharded(self))
-        self.on_model_built()
         if self.compile_layers:
             model.body.compile()
-        shard(model, self)
+        if is_to_be_sharded(self):
+            copies = self.reference is not None and self.reference.kind == "online"
+            copy = shard(model, self, self.__loading, copy=copies)
+            if self.reference is not None:
+                self.reference.sharded_copy = copy
+            self.__check_on_device()
+            reshard(model)
+        else:
+            model.refuse_unknown_logits()
+        self.on_model_built()
         self.__built = [model]
 
     def __prepared(self, model: LM) -> LM:
@@ -283,6 +307,7 @@ class LanguageModule(RestorableModule):
             share = self.data.branching and self.share_prompt is not False
             longest = 0 if self.__is_checked_on_device else self.__longest_row
             model.layout, model.layout_reason = choose_layout(model.hf, share, longest)
+        self.__loading = Loading()
         if not self.heads():
             self.make_heads(model)
         return model
@@ -318,7 +343,7 @@ class LanguageModule(RestorableModule):
         """Override to create what is trained beside the model, such as a reward head; assign it to `self`."""
 
     def on_model_built(self) -> None:
-        """Called once with the initial weights, before any are restored from a checkpoint or sharded."""
+        """Called once with the initial weights, before any are restored from a checkpoint; on all ranks if sharded."""
         if self.reference is not None:
             self.reference.remember(self.causal_lm)
 
@@ -351,20 +376,50 @@ class LanguageModule(RestorableModule):
                 trust_remote_code=self.trust_remote_code,
                 scoring=self.scoring,
                 text_only=self.text_only,
+                loading=self.__loading,
             )
 
+        self.__loading = loading_of(self, self.__source(tokenizer, added_tokens))
         builder = build if self.model_object is None else self.__given(tokenizer, added_tokens)
         wrap = ScoringLM if self.scoring else LM
         if branching is None:
             return wrap(builder(False))
-        # long rows are tried on the device if it is another one, see `begin_fit`
-        longest = 0 if self.__is_checked_on_device else self.__longest_row
-        model = with_layout(builder, branching and self.share_prompt is not False, longest, wrap)
-        if branching and self.share_prompt is True and model.layout is not forest:
-            raise UserError(f"model.share_prompt: {model.layout_reason}; leave it out to compute prompts twice")
+        if self._trainer is not None and is_to_be_sharded(self):
+            model = without_layout(builder, wrap)  # until the weights are there, see `configure_model`
+            same_generator(self)
+        else:
+            # long rows are tried on the device if it is another one, see `begin_fit`
+            longest = 0 if self.__is_checked_on_device else self.__longest_row
+            model = with_layout(builder, branching and self.share_prompt is not False, longest, wrap)
+            self.__refuse_repeated_prompts(model, branching)
         if self.reference is not None:
             disable_dropout(model)
         return model
+
+    def __source(self, tokenizer: Any, added_tokens: Sequence[int]) -> Source:
+        """Where the ranks get the weights, if the run shards them."""
+        if self.model_object is not None or self._trainer is None or not is_to_be_sharded(self):
+            return "every rank"
+        return source_of_weights(
+            self.model_name,
+            config=self.config,
+            tokenizer=tokenizer,
+            added_tokens=added_tokens,
+            lora=self.lora,
+            quantization=self.quantization,
+            revision=self.revision,
+            trust_remote_code=self.trust_remote_code,
+            text_only=self.text_only,
+        )
+
+    def __refuse_repeated_prompts(self, model: LM, branching: bool) -> None:
+        """Refuses a layout that repeats prompts, if they are to be shared.
+
+        Raises:
+            UserError: the model can't share them.
+        """
+        if branching and self.share_prompt is True and model.layout is not forest:
+            raise UserError(f"model.share_prompt: {model.layout_reason}; leave it out to compute prompts twice")
 
     def __given(self, tokenizer: Any, added_tokens: Sequence[int]) -> Callable[[bool], Any]:
         """Prepares the model that was passed as an object; returns what sets its attention, with packed rows or not."""
@@ -501,8 +556,9 @@ class LanguageModule(RestorableModule):
         # eager: compiling for the few tokens of the checks would take a minute each
         with torch.compiler.set_stance("force_eager") if self.compile_layers else nullcontext():
             if model.layout is not padded and data is not None:
-                share = data.branching and self.share_prompt is not False
-                model.layout, model.layout_reason = choose_layout(model.hf, share, self.__longest_row)
+                share, longest = data.branching and self.share_prompt is not False, self.__longest_row
+                model.choose_layout(share, longest)
+                self.__refuse_repeated_prompts(model, data.branching)
             model.refuse_unknown_logits()
 
     # ---- reference

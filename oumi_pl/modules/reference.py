@@ -18,10 +18,12 @@ from torch import Tensor
 
 from oumi_pl.attention import NAME
 from oumi_pl.errors import UserError
-from oumi_pl.models.build import DType, build_model, is_sharded
+from oumi_pl.models.build import DType, build_model
 from oumi_pl.models.fingerprint import model_fingerprint, weights_fingerprint
 from oumi_pl.models.hub import locate
 from oumi_pl.models.lm import LM, States, disable_dropout, with_layout
+from oumi_pl.models.sharding import whole
+from oumi_pl.runs.checkpoints import sharded_as
 from oumi_pl.terminal.screen import track
 from oumi_pl.types import Batch, RunModule
 
@@ -85,6 +87,8 @@ class Reference:
         """`none`, `adapters` (the base with its adapters disabled), `online` or `precomputed`."""
         self.opened: Opened | None = None
         """Computes or reads the log-probabilities; None until `open` is called."""
+        self.sharded_copy: LM | None = None
+        """A frozen copy of the initial model that is sharded as the policy is, in runs that shard it."""
         self._kept: LM | None = None
         self._fingerprint: str | None = None
         self._moved: dict[str, Tensor] | None = None
@@ -156,7 +160,7 @@ class Reference:
 
     def remember(self, model: LM) -> None:
         """Keeps a copy or a fingerprint of the initial model, before a checkpoint is restored into it."""
-        if self.kind == "online":
+        if self.kind == "online" and self.sharded_copy is None:
             self._kept = deepcopy(model)
         if self.kind == "online" or self._is_policy_on_disk:
             self._fingerprint = weights_fingerprint(model)
@@ -185,11 +189,11 @@ class Reference:
             self.opened = WithoutAdapters(self._module.causal_lm)
             self.description = "reference: the base model, adapters disabled"
         elif self.kind == "online" or in_memory:
-            if is_sharded(self._module.causal_lm):
-                raise UserError("model.reference: a frozen copy is not sharded; set reference: initial")
-            opened = FrozenModel(self._placed(self._kept or deepcopy(self._module.causal_lm)))
+            opened = FrozenModel(self.sharded_copy or self._placed(self._kept or deepcopy(self._module.causal_lm)))
             if self._moved:
-                opened.model.load_state_dict(self._moved, strict=False)
+                own = opened.model.state_dict()
+                moved = {name: sharded_as(value, own[name]) for name, value in self._moved.items()}
+                opened.model.load_state_dict(moved, strict=False)
             self.opened = opened
             moving = f", moved by {self.mixup:g} every {self.sync_every} steps" if self.sync_every else ""
             self.description = f"reference: a frozen copy of the initial model{moving}"
@@ -287,7 +291,7 @@ class Reference:
         state: dict[str, Any] = {"fingerprint": self._fingerprint}
         if self.sync_every is not None and isinstance(self.opened, FrozenModel):
             trained = {name for name, p in self._module.causal_lm.named_parameters() if p.requires_grad}
-            state["moved"] = {k: v for k, v in self.opened.model.state_dict().items() if k in trained}
+            state["moved"] = {k: whole(v) for k, v in self.opened.model.state_dict().items() if k in trained}
         return state
 
     def load_state(self, state: dict[str, Any]) -> None:

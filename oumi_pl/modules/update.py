@@ -23,7 +23,7 @@ from torch.optim import Optimizer
 from torchmetrics import SumMetric
 
 from oumi_pl.errors import UserError
-from oumi_pl.models.build import is_sharded
+from oumi_pl.models.sharding import is_sharded
 from oumi_pl.optim import ScheduledRates
 from oumi_pl.runs import checksums
 from oumi_pl.runs.checkpoints import (

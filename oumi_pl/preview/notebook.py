@@ -12,7 +12,7 @@ from oumi_pl.data.base import TextData
 from oumi_pl.data.examples import ExampleData
 from oumi_pl.data.pretrain import PretrainData
 from oumi_pl.errors import UserError
-from oumi_pl.models.build import decoder_layers
+from oumi_pl.models.sharding import decoder_layers
 from oumi_pl.modules.base import LanguageModule
 from oumi_pl.preview import examples, page, report, stream
 from oumi_pl.preview.pieces import Decoder

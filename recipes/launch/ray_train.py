@@ -1,0 +1,40 @@
+"""Trains a recipe on a Ray cluster: python ray_train.py WORKERS RUNS_DIR RECIPE [further options of `fit`]
+
+Each worker runs the command line in a process of its own. If one fails, Ray starts all of them again, and `--resume
+auto` continues from the newest checkpoint in RUNS_DIR, which all nodes have to see. Steps of checkpoints are reported.
+"""
+
+import os
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import ray.train.torch
+
+
+def train(options: dict) -> None:
+    with socket.socket() as free:
+        free.bind(("", 0))
+        port = ray.train.collective.broadcast_from_rank_zero(free.getsockname()[1])
+    ranks = {"MASTER_PORT": str(port), "LOCAL_WORLD_SIZE": str(ray.train.get_context().get_local_world_size())}
+    command = [sys.executable, "-m", "oumi_pl", "fit", "--resume", "auto", "--runs_dir", options["runs"], "--config"]
+    process = subprocess.Popen([*command, *options["recipe"]], env=os.environ | ranks | {"TORCHELASTIC_RUN_ID": "ray"})
+    step, code = 0, None
+    while code is None:
+        time.sleep(5)
+        last, steps = step, [int(p.stem[5:]) for p in Path(options["runs"]).glob("*/checkpoints/step-*.ckpt")]
+        step, code = ray.train.collective.broadcast_from_rank_zero((max(steps, default=0), process.poll()))
+        if step > last:
+            ray.train.report({"step": step})  # by all workers together
+    if code or process.wait():
+        raise RuntimeError(f"oumi_pl ended with exit code {code or process.returncode}; see its output above")
+
+
+if __name__ == "__main__":
+    ray.init()
+    scale = ray.train.ScalingConfig(num_workers=int(sys.argv[1]), use_gpu="GPU" in ray.cluster_resources())
+    config = {"runs": str(Path(sys.argv[2]).resolve()), "recipe": sys.argv[3:]}
+    retries = ray.train.RunConfig(failure_config=ray.train.FailureConfig(max_failures=3))
+    ray.train.torch.TorchTrainer(train, train_loop_config=config, scaling_config=scale, run_config=retries).fit()
