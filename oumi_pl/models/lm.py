@@ -414,18 +414,12 @@ class LM(nn.Module):
         Raises:
             UserError: the architecture changes its logits in a way that this wrapper does not reproduce.
         """
-<<<<<<< HEAD
-        if not has_values(self):
-            return
-        weight = next(p for p in self.base.parameters() if p.is_floating_point())
-        vocabulary = len(cast("Tensor", self.base.get_input_embeddings().weight))
-=======
-        self.gathered(self._refuse_unknown_logits)
+        if has_values(self):
+            self.gathered(self._refuse_unknown_logits)
 
     def _refuse_unknown_logits(self) -> None:
         weight = cast("Tensor", self.base.get_input_embeddings().weight)
         vocabulary = len(weight)
->>>>>>> main
         places = torch.arange(PROBE_TOKENS, device=weight.device).unsqueeze(0)
         ids = places % vocabulary
         inputs: Inputs = {"input_ids": ids, "position_ids": places}
