@@ -286,6 +286,9 @@ class _Run:
     def _frozen(self, reference: Reference) -> LM:
         """A copy of the initial model, or the other model that a reference names."""
         module, data = self.module, self.data
+        if reference.sharded_copy is not None:
+            self.kept += reference.sharded_copy.parameters()
+            return reference.sharded_copy
         dtype = reference.dtype or module.weights_dtype
         if reference.is_initial:
             config, quantization = module.config, None
