@@ -232,7 +232,7 @@ class _Run:
         strategy.setup_environment()
         strategy.batch_to_device = lambda batch: batch
         if isinstance(strategy, DDPStrategy):
-            strategy.configure_ddp = lambda: None  # its reducer, in C++, reads values; see `_prepare`
+            strategy.configure_ddp = lambda: None  # type: ignore[method-assign]  # its reducer, in C++, reads values; see `_prepare`
         self.module.total_steps = lambda: STEPS
 
     def _batch(self) -> dict[str, Any]:
@@ -283,7 +283,7 @@ class _Run:
         }
         return kinds[reference.kind]()
 
-    def _frozen(self, reference: Reference) -> LM:
+    def _frozen(self, reference: Any) -> LM:
         """A copy of the initial model, or the other model that a reference names."""
         module, data = self.module, self.data
         if reference.sharded_copy is not None:
