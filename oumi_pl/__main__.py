@@ -19,6 +19,7 @@ usage: oumi_pl COMMAND [options]          (or: python -m oumi_pl COMMAND)
   recipes   list, show, copy recipes:     oumi_pl recipes; recipes show NAME; recipes copy NAME FILE
   preview   show what the model will see: oumi_pl preview --config quickstart/sft
   fit       train on a recipe:            oumi_pl fit --config quickstart/sft
+  plan      memory and time beforehand:   oumi_pl plan --config RECIPE --devices 8 --memory 80
   runs      list and compare runs:        oumi_pl runs; runs compare A B
   generate  complete prompts:             oumi_pl generate --model runs/NAME/model --prompt TEXT
             or all rows of a file:        oumi_pl generate --model DIR --file rows.jsonl --output answers.jsonl
@@ -51,7 +52,7 @@ A recipe can name any Python class, so running a recipe can run any code: only r
 TRAINER_COMMANDS = ("fit", "validate", "test", "predict")
 COMMANDS = (
     *TRAINER_COMMANDS,
-    *("recipes", "preview", "runs", "generate", "score"),
+    *("recipes", "preview", "plan", "runs", "generate", "score"),
     *("prepare", "export", "push", "compare", "train", "convert"),
 )
 

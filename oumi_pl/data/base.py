@@ -12,6 +12,7 @@ import torch
 from lightning.pytorch.callbacks import GradientAccumulationScheduler
 from torch.utils.data import DataLoader
 
+from oumi_pl.data.collate import collate, full_document
 from oumi_pl.data.loader import PlanLoader
 from oumi_pl.data.plan import Layout, limited
 from oumi_pl.data.rollout_loader import RolloutLoader
@@ -22,7 +23,7 @@ from oumi_pl.data.template import ChatTemplate
 from oumi_pl.data.tokenizers import TokenizerFactory, load_tokenizer
 from oumi_pl.data.where import NoColumnError
 from oumi_pl.errors import UserError
-from oumi_pl.types import SPLITS, Row
+from oumi_pl.types import SPLITS, Batch, Example, Row
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -197,6 +198,15 @@ class TextData(L.LightningDataModule):
             f"data: the rows of {type(self).__name__} are a stream, and a cache belongs to examples: run the reference "
             "beside the model (`model.reference: online`; with Distill leave out `model.top_k`)"
         )
+
+    def full_row(self) -> list[Example]:
+        """The examples of the largest row that the settings allow, with any token ids, for planning without data."""
+        return [full_document(self.max_length)]
+
+    def full_batch(self, rows: int) -> Batch:
+        """A micro-batch of the largest rows that the settings allow, with any token ids."""
+        examples = self.full_row()
+        return collate([([row] * len(examples), examples) for row in range(rows)], 0)
 
     def largest_micro_batch(self) -> list[np.ndarray] | None:
         """Rows of the largest micro-batch of the first epoch, over all ranks; None if all are the same size."""

@@ -53,6 +53,20 @@ def collate(rows: Sequence[FetchedRow], pad_id: int) -> Batch:
     return batch
 
 
+def full_document(tokens: int, fields: Sequence[str] = ()) -> Example:
+    """An example of one document, whose tokens carry loss, with any token ids; the fields are 1."""
+    return Example(np.zeros(tokens, np.int32), np.arange(tokens) > 0, fields=dict.fromkeys(fields, 1.0))
+
+
+def full_tree(prompt: int, responses: Sequence[int], fields: Sequence[str] = ()) -> Example:
+    """An example of a prompt with responses of these lengths, which carry loss, with any token ids."""
+    first, *others = responses
+    segments = [Segment(prompt + first), *(Segment(n, parent=0, shared=prompt) for n in others)]
+    tokens = prompt + sum(responses)
+    ids, mask = np.zeros(tokens, np.int32), np.arange(tokens) >= prompt
+    return Example(ids, mask, tuple(segments), fields=dict.fromkeys(fields, 1.0))
+
+
 def stand_in(pad_id: int) -> Batch:
     """A micro-batch of two tokens without targets, for ranks that ran out of rows."""
     nothing = torch.empty(0, dtype=torch.long)

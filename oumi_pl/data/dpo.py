@@ -3,9 +3,11 @@
 from functools import cached_property
 from typing import Any
 
+from oumi_pl.data.collate import full_tree
 from oumi_pl.data.examples import ChatData
 from oumi_pl.data.pairs import TokenizePairs
 from oumi_pl.data.preferences import PREFERENCE_FORMATS
+from oumi_pl.types import Example
 
 
 class DPOData(ChatData):
@@ -37,6 +39,10 @@ class DPOData(ChatData):
     def row_name(self) -> str:
         """The unit of `batch_size`."""
         return "pack" if self.packing else "pair"
+
+    def full_row(self) -> list[Example]:
+        """See `TextData`: a pair whose prompt is a single token, so that both responses have almost `max_length`."""
+        return [full_tree(1, [self.max_length - 1] * 2, ["margin", *self.fields])]
 
     @property
     def capacity(self) -> int | None:

@@ -14,7 +14,7 @@ from torch.utils.data import ConcatDataset, DataLoader
 from oumi_pl.data import report as reports
 from oumi_pl.data.base import TextData
 from oumi_pl.data.code import code_of, settings_of
-from oumi_pl.data.collate import collate
+from oumi_pl.data.collate import collate, full_document
 from oumi_pl.data.duplicates import Duplicates
 from oumi_pl.data.formats import FORMATS, Formats
 from oumi_pl.data.loader import PlanLoader, eval_loader
@@ -141,6 +141,13 @@ class ExampleData(TextData):
     def capacity_for(self, split: str) -> int | None:
         """As `capacity`, but at least the tokens of the longest example, whose branches may add up to more."""
         return None if self.capacity is None else max(self.capacity, int(self.lengths(split).max(initial=0)))
+
+    def full_row(self) -> list[Example]:
+        """See `TextData`; a pack holds two documents, of two thirds and of one third of its tokens."""
+        if self.capacity is None:
+            return [full_document(self.max_length, self.fields)]
+        short = max(2, self.capacity // 3)
+        return [full_document(n, self.fields) for n in (max(2, self.capacity - short), short)]
 
     @property
     def has_branches(self) -> bool:

@@ -101,6 +101,10 @@ class KTOData(ChatData):
         """See `ChatData`."""
         return super().uncut(_checked(record).response)
 
+    def full_row(self) -> list[Example]:
+        """See `TextData`; the responses are desirable."""
+        return [replace(example, fields={"desirable": 1.0} | dict(example.fields)) for example in super().full_row()]
+
     def prompt_of(self, record: Record) -> tuple[list[int], str] | None:
         """Prompt ids and answer if the response is desirable, and of rows without a label; None for others."""
         if not isinstance(record, Feedback):

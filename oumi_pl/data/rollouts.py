@@ -545,6 +545,19 @@ class RolloutData(ChatData):
         batch["completions"] = members
         return batch
 
+    def full_batch(self, rows: int) -> Batch:
+        """See `TextData`: groups with the longest prompt, and completions of `max_new_tokens`."""
+        tokens, members = self.sampling.max_new_tokens, self.completions
+        nothing = np.zeros(tokens, np.float32)
+        completion = Completion(np.zeros(tokens, np.int32), nothing, nothing, is_finished=True)
+        components = np.zeros((members, len(self.rewards.names)))
+        groups = [Group(0, [completion] * members, components, np.zeros(members))] * rows
+        prompts = self.__prompts
+        self.__prompts = {"train": [Prompt([0] * self.room, {}, "")]}
+        batch: Any = self.batch_of("train", groups, np.zeros((rows, members)))
+        self.__prompts = prompts
+        return batch | {"on_policy": False}  # so that no ratio has to be compared with 1
+
     def totals(self, groups: Sequence[Group]) -> np.ndarray:
         """The total reward of each completion after penalties, `[groups, completions]`."""
         return np.stack([self.rewards.total(g.components) - g.penalties - self.overlong(g) for g in groups])

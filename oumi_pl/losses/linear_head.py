@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.autograd import forward_ad
 
 from oumi_pl.errors import UserError
@@ -50,7 +51,7 @@ def is_plain_linear(head: nn.Module, hidden: Tensor) -> bool:
     """
     return (
         type(head) is nn.Linear
-        and type(head.weight) is nn.Parameter
+        and type(head.weight) in (nn.Parameter, FakeTensor)  # fake while a run is planned
         and head.weight.device == hidden.device
         and head.weight.is_floating_point()
         and not (head._forward_hooks or head._forward_pre_hooks or head._backward_hooks or head._backward_pre_hooks)

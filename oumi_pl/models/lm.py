@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, TypeVar, cast
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
+from torch.distributed.tensor import DTensor
 
 from oumi_pl.attention import NAME, packed, why_not_isolating, why_not_shared
 from oumi_pl.attention.probe import body_of, probing
@@ -412,7 +414,8 @@ class LM(nn.Module):
         Raises:
             UserError: the architecture changes its logits in a way that this wrapper does not reproduce.
         """
-        self.gathered(self._refuse_unknown_logits)
+        if has_values(self):
+            self.gathered(self._refuse_unknown_logits)
 
     def _refuse_unknown_logits(self) -> None:
         weight = cast("Tensor", self.base.get_input_embeddings().weight)
@@ -497,6 +500,8 @@ class ScoringLM(LM):
         Raises:
             UserError: the architecture computes its score in a way that this wrapper does not reproduce.
         """
+        if not has_values(self):
+            return
         scores, weight = self.probe_logits().cpu(), cast("Tensor", self.base.get_input_embeddings().weight)
         rows = [row[None].to(weight.device) for row in probe_rows(self.base.config)]
         with probing(self, weight.device):
@@ -534,14 +539,25 @@ def are_near(ours: Tensor, theirs: Tensor, weight: Tensor) -> bool:
     return torch.allclose(ours, theirs, rtol=tolerance, atol=tolerance * float(theirs.abs().max()))
 
 
+def has_values(model: nn.Module) -> bool:
+    """Whether weights have values: not while a run is planned on fake tensors, nor on the meta device."""
+    weight: Tensor = next(model.parameters())
+    local = weight.to_local() if isinstance(weight, DTensor) else weight
+    return not (local.is_meta or isinstance(local, FakeTensor))
+
+
 def choose_layout(hf: Any, share: bool = True, longest: int = 0) -> tuple[Layout, str]:
     """Finds the cheapest layout that is exact for a model by running it, and the reason why no cheaper one is.
+
+    Without values nothing can be compared, and the cheapest layout is assumed to be exact.
 
     Args:
         hf: The model, unsharded; unchanged afterwards.
         share: Whether to try to compute shared tokens once; False also if nothing is shared.
         longest: Tokens of the longest row: lengths below it at which the config says that the model changes are tried.
     """
+    if not has_values(hf):
+        return forest if share else documents, ""
     why = ""
     if share:
         why = why_not_shared(hf) or ""

@@ -150,11 +150,11 @@ class KTO(LanguageModule):
         chosen, rejected = responses.desirable, ~responses.desirable
         right = torch.where(chosen, rewards > 0, rewards < 0).double() + 0.5 * (rewards == 0).double()
         return {
-            "rewards/chosen": rewards[chosen].sum(),
-            "rewards/rejected": rewards[rejected].sum(),
+            "rewards/chosen": torch.where(chosen, rewards, 0).sum(),
+            "rewards/rejected": torch.where(rejected, rewards, 0).sum(),
             "rewards/sign_accuracy": right.sum(),
-            "logps/chosen": logps[chosen].sum(),
-            "logps/rejected": logps[rejected].sum(),
+            "logps/chosen": torch.where(chosen, logps, 0).sum(),
+            "logps/rejected": torch.where(rejected, logps, 0).sum(),
             "chosen": chosen.sum(),
             "kl": responses.kl * len(chosen),
         }

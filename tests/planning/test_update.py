@@ -1,0 +1,193 @@
+"""A plan runs the recipe's own update without values: its memory, products and messages are those of a real one."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import pytest
+import torch
+import yaml
+from torch.profiler import ProfilerActivity, profile, record_function
+
+from oumi_pl.config import files
+from oumi_pl.config.cli import CLI
+from oumi_pl.errors import UserError
+from oumi_pl.planning.tracker import Kind
+from oumi_pl.planning.update import Settings, estimate
+from tests.tiny import LLAMA
+
+HIDDEN, INTERMEDIATE, LAYERS, VOCAB = 64, 128, 2, 512
+CONFIG = LLAMA | {
+    "hidden_size": HIDDEN,
+    "intermediate_size": INTERMEDIATE,
+    "vocab_size": VOCAB,
+    "tie_word_embeddings": False,
+}
+LINEAR = LAYERS * (HIDDEN * (HIDDEN + HIDDEN // 2 + HIDDEN // 2 + HIDDEN) + 3 * HIDDEN * INTERMEDIATE)
+"""Weights of the linear layers below the head."""
+WEIGHTS = LINEAR + 2 * VOCAB * HIDDEN + (2 * LAYERS + 1) * HIDDEN
+ROWS, TOKENS = 4, 128
+FSDP2 = {"class_path": "ModelParallelStrategy", "init_args": {"data_parallel_size": 8, "tensor_parallel_size": 1}}
+
+
+def recipe(folder, *, rows=None, **trainer):
+    """A recipe of pretraining, whose micro-batches are all alike; with rows, of SFT on them."""
+    data: dict[str, Any] = {
+        "train": str(folder / "rows.jsonl"),
+        "tokenizer": {"class_path": "ByteTokenizer"},
+        "max_length": TOKENS,
+        "batch_size": ROWS,
+    }
+    kind = "Pretrain" if rows is None else "SFT"
+    (folder / "rows.jsonl").write_text("\n".join(json.dumps(row) for row in rows or [{"text": "x" * 8_000}] * 3))
+    tree = {
+        "model": {"class_path": kind, "init_args": {"config": CONFIG}},
+        "data": {"class_path": f"{kind}Data", "init_args": data},
+        "trainer": {"max_steps": 2, "accelerator": "cpu", "gradient_clip_val": 1.0} | trainer,
+    }
+    path = folder / "recipe.yaml"
+    path.write_text(yaml.safe_dump(tree))
+    return path
+
+
+def planned(path, *options, devices=1, **settings):
+    return estimate(Settings((path,), options, devices, **settings))
+
+
+class Begin(L.Callback):
+    def on_train_start(self, *_):
+        with record_function("updates begin"):
+            torch.empty(1)
+
+
+class Measured(CLI):
+    """Trains under torch's profiler, which records what is allocated."""
+
+    def _run_subcommand(self, subcommand: str) -> None:
+        trainer: Any = self.trainer
+        trainer.callbacks, trainer.loggers = [Begin()], []
+        with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+            trainer.fit(self.model, datamodule=self.datamodule)
+        events = profiler.profiler.kineto_results.events()
+        begin = next(event.start_ns() for event in events if event.name() == "updates begin")
+        self.peak = in_use = 0
+        for at, size in sorted((event.start_ns(), event.nbytes()) for event in events if event.name() == "[memory]"):
+            in_use += size
+            self.peak = max(self.peak, in_use) if at >= begin else self.peak
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        (),
+        ("--model.gradient_checkpointing", "true", "--trainer.accumulate_grad_batches", "3"),
+        ("--model.lora.r", "8"),
+        ("--trainer.precision", "bf16-mixed"),
+        ("--model.optimizer", "SGD", "--model.optimizer.init_args.lr", "0.1"),
+    ],
+    ids=["plain", "recomputed", "lora", "bf16", "sgd"],
+)
+def test_the_peak_is_that_of_a_real_run(tmp_path, monkeypatch, options):
+    monkeypatch.chdir(tmp_path)
+    path = recipe(tmp_path)
+    plan = planned(path, *options, on_gpu=False)
+    run = Measured(["fit", "--config", str(path), *options], trees=[files.check(path)])
+    assert plan.total == pytest.approx(run.peak, rel=0.1)
+
+
+def test_the_peak_on_the_rows_of_the_data_is_that_of_a_real_run(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    turns = [{"role": "user", "content": "q" * 20}, {"role": "assistant", "content": "a" * 60}]
+    path = recipe(tmp_path, rows=[{"messages": turns}] * 8)
+    plan = planned(path, real_rows=True, on_gpu=False)
+    run = Measured(["fit", "--config", str(path)], trees=[files.check(path)])
+    assert plan.total == pytest.approx(run.peak, rel=0.1)
+    assert plan.tokens < planned(path).tokens == ROWS * TOKENS  # the largest rows that the settings allow
+
+
+def test_the_products_are_counted(tmp_path):
+    plan = planned(recipe(tmp_path))
+    assert plan.tokens == ROWS * TOKENS
+    linear, head = 6 * LINEAR * ROWS * TOKENS, 6 * VOCAB * HIDDEN * plan.targets
+    attention = 14 * LAYERS * HIDDEN * ROWS * TOKENS**2  # two products forward, five backward
+    assert plan.costs.flops == linear + head + attention
+    twice = planned(recipe(tmp_path), "--trainer.accumulate_grad_batches", "5")
+    assert twice.costs.flops == 5 * plan.costs.flops
+
+
+def test_what_is_held_is_divided_among_the_ranks(tmp_path):
+    one, eight, many = (planned(recipe(tmp_path, strategy=FSDP2), devices=n) for n in (1, 8, 1024))
+    assert one.held[Kind.OPTIMIZER] == pytest.approx(2 * 4 * WEIGHTS, rel=0.01)
+    for kind in (Kind.PARAMETERS, Kind.GRADIENTS, Kind.OPTIMIZER):
+        assert eight.held[kind] == pytest.approx(one.held[kind] / 8, rel=0.05)
+        assert many.held[kind] < eight.held[kind]
+    assert many.tokens == 1024 * one.tokens
+    assert eight.sharded
+
+
+def test_the_messages_of_ddp_are_its_gradients(tmp_path):
+    plan = planned(recipe(tmp_path, accumulate_grad_batches=3), devices=4)
+    assert plan.costs.sent == 2 * 3 / 4 * 4 * WEIGHTS  # float32, once per update
+    assert plan.peak[Kind.COMMUNICATION] == 4 * WEIGHTS  # the buckets
+    assert planned(recipe(tmp_path)).costs.sent == 0
+
+
+def test_the_messages_of_fsdp2_are_weights_and_gradients(tmp_path):
+    plan = planned(recipe(tmp_path, strategy=FSDP2, gradient_clip_val=None), devices=8)
+    sent = {message.name: n * message.sent for message, n in plan.costs.collectives.items()}
+    sizes = dict.fromkeys(sent, 0.0)
+    for message, n in plan.costs.collectives.items():
+        sizes[message.name] += n * message.sent
+    assert sizes["reduce_scatter"] == pytest.approx(7 / 8 * 4 * WEIGHTS, rel=0.01)
+    layers = 4 * (LINEAR + 2 * LAYERS * HIDDEN)  # gathered again for the backward pass
+    assert sizes["all_gather"] == pytest.approx(7 / 8 * (4 * WEIGHTS + layers), rel=0.01)
+
+
+@pytest.mark.parametrize(
+    ("name", "tokens"),
+    [("sft", 1024), ("dpo", 4080), ("kto", 2048), ("reward", 4080), ("grpo", 4736), ("distill", 512)],
+)
+def test_every_trainer_type_is_planned_without_its_model_or_rows(name, tokens):
+    plan = planned(files.find(f"quickstart/{name}"))
+    assert plan.tokens == tokens
+    assert plan.costs.flops > 0
+
+
+def test_a_teacher_and_a_frozen_copy_are_held(tmp_path):
+    cached, beside = (planned(files.find("quickstart/distill"), *extra) for extra in ((), ("--model.top_k", "8")))
+    assert cached.held[Kind.PARAMETERS] > 2 * beside.held[Kind.PARAMETERS]
+    initial, online = (
+        planned(files.find("quickstart/dpo"), "--model.reference", kind) for kind in ("initial", "online")
+    )
+    assert online.held[Kind.PARAMETERS] == 2 * initial.held[Kind.PARAMETERS]
+
+
+def test_quantized_weights_take_fewer_bits():
+    lora = planned(files.find("sft/smollm2_135m_lora"), "--model.config.num_hidden_layers", "2")
+    bits = ("--model.quantization", "nf4")
+    qlora = planned(files.find("sft/smollm2_135m_lora"), "--model.config.num_hidden_layers", "2", *bits)
+    saved = 2 * (576 * (576 + 192 + 192 + 576) + 3 * 576 * 1536) * (4 - 0.5 - 1 / 64)
+    assert lora.held[Kind.PARAMETERS] - qlora.held[Kind.PARAMETERS] == pytest.approx(saved, rel=0.01)
+
+
+def test_a_trainer_type_that_reads_values_is_refused(tmp_path, monkeypatch):
+    (tmp_path / "reading.py").write_text(
+        "from oumi_pl.modules.sft import SFT\n\n\n"
+        "class Reading(SFT):\n"
+        "    def loss_sums(self, batch, split):\n"
+        "        sums = super().loss_sums(batch, split)\n"
+        "        return sums if sums['loss'] > 0 else {}\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    path = recipe(tmp_path, rows=[{"prompt": "a", "completion": "b"}])
+    path.write_text(path.read_text().replace("class_path: SFT\n", "class_path: reading.Reading\n"))
+    with pytest.raises(UserError, match="plan: Reading reads values while it trains"):
+        planned(path)
+
+
+def test_nothing_of_a_plan_is_left_behind(tmp_path):
+    before = torch.distributed.is_initialized(), dict(__import__("os").environ)
+    planned(recipe(tmp_path), devices=2)
+    assert (torch.distributed.is_initialized(), dict(__import__("os").environ)) == before
+    assert Path("runs").exists() is False or not list(Path("runs").glob("recipe*"))
