@@ -5,6 +5,7 @@ import subprocess
 import sys
 
 import pytest
+import yaml
 
 from oumi_pl.__main__ import main
 
@@ -52,7 +53,34 @@ def test_the_fastest_layout_that_fits(capsys):
 def test_what_no_batch_can_help(capsys):
     text = output(capsys, "--memory", "0.05", code=1)
     assert "held all the time, whatever the batch" in text
-    assert "sharding over several devices (FSDP2)" in text
+    assert "--trainer.strategy fsdp2: sharding over several devices (FSDP2)" in text
+    assert "lora" not in text  # its weights are random
+
+
+@pytest.mark.parametrize(
+    ("trainer", "args", "devices"),
+    [
+        ({"devices": 2, "num_nodes": 2}, (), 4),
+        ({"devices": 2, "num_nodes": 2}, ("--trainer.devices", "3"), 6),
+        ({"devices": 2, "num_nodes": 2}, ("--trainer.num_nodes=1",), 2),
+        ({"devices": 2, "num_nodes": 2}, ("--devices", "5"), 5),
+        ({"devices": [0, 1]}, (), 2),
+        ({"devices": "auto"}, (), 1),
+    ],
+)
+def test_devices_are_those_of_all_nodes(capsys, tmp_path, trainer, args, devices):
+    (tmp_path / "devices.yaml").write_text(yaml.safe_dump({"trainer": trainer}))
+    text = output(capsys, "--config", str(tmp_path / "devices.yaml"), *args)
+    assert f"8 x 1 x {devices} (batch_size" in text
+
+
+def test_more_devices_get_the_same_update(capsys, tmp_path):
+    args = ("--trainer.strategy", "fsdp2", "--trainer.accumulate_grad_batches", "2", "--memory", "0.055")
+    text = output(capsys, *args, code=1)
+    devices, options = re.search(r"(\d+) devices (--.*) \(.*, the same update\)", text).groups()
+    after = output(capsys, *args, "--devices", devices, *options.split())
+    tokens = re.compile(r"update +([\d,]+) tokens")
+    assert tokens.search(after)[1] == tokens.search(text)[1]
 
 
 @pytest.mark.parametrize(
@@ -61,7 +89,10 @@ def test_what_no_batch_can_help(capsys):
         ((), "plan needs a recipe"),
         ((*RECIPE, "--card", "h10"), "unknown card 'h10'; did you mean 'h100'"),
         ((*RECIPE, "--devices", "0"), "--devices is 0, but has to be above 0"),
-        ((*RECIPE, "--memory", "-1"), "--memory is -1e+09"),
+        ((*RECIPE, "--devices", "2", "--trainer.devices", "2"), "--devices 2 is the number of all devices; leave out"),
+        ((*RECIPE, "--trainer.devices", "auto"), "--trainer.devices is auto, but plan needs a number above 0"),
+        ((*RECIPE, "--memory", "-1"), "--memory is -1, but has to be above 0"),
+        ((*RECIPE, "--memory", "nan"), "--memory is nan, but has to be above 0"),
         ((*RECIPE, "--fraction", "2"), "--fraction is 2"),
         ((*RECIPE, "--device", "2"), "--device"),
         ((*RECIPE, "--data.batch_siz", "2"), "data.batch_size"),
