@@ -56,7 +56,7 @@ def main(args: list[str]) -> int:
         from oumi_pl.planning.fit import Search
         from oumi_pl.planning.update import Settings, estimate
 
-    devices, of_node = _devices(configs, overrides, options.devices)
+    devices, of_node = devices_of(configs, overrides, options.devices)
     settings = Settings(configs, tuple(overrides), devices, of_node, real_rows=options.rows == "data")
     start = estimate(settings)
     search = Search(settings, start, memory)
@@ -84,7 +84,7 @@ def _parser() -> Parser:
     return parser
 
 
-def _devices(configs: tuple[Path, ...], overrides: list[str], total: int | None) -> tuple[int, int]:
+def devices_of(configs: tuple[Path, ...], overrides: list[str], total: int | None) -> tuple[int, int]:
     """The number of devices, and how many of them a node has.
 
     Args:

@@ -8,6 +8,7 @@ import pytest
 import yaml
 
 from oumi_pl.__main__ import main
+from oumi_pl.commands.plan import devices_of
 
 RECIPE = ("--config", "pretrain/c4_10m")
 
@@ -30,7 +31,7 @@ def peak(text):
 
 
 def test_the_table(capsys):
-    text = output(capsys, "--devices", "2", "--card", "a100")
+    text = output(capsys, "--trainer.devices", "2", "--card", "a100")
     for part in ("fits into 80.0 GB", "parameters", "head chunk", "communication", "TFLOP per update", "sent"):
         assert part in text
     assert "8,192 tokens: 8 x 1 x 2 (batch_size x accumulate_grad_batches x devices)" in text
@@ -58,29 +59,21 @@ def test_what_no_batch_can_help(capsys):
 
 
 @pytest.mark.parametrize(
-    ("trainer", "args", "devices"),
+    ("trainer", "args", "total", "devices", "of_node"),
     [
-        ({"devices": 2, "num_nodes": 2}, (), 4),
-        ({"devices": 2, "num_nodes": 2}, ("--trainer.devices", "3"), 6),
-        ({"devices": 2, "num_nodes": 2}, ("--trainer.num_nodes=1",), 2),
-        ({"devices": 2, "num_nodes": 2}, ("--devices", "5"), 5),
-        ({"devices": [0, 1]}, (), 2),
-        ({"devices": "auto"}, (), 1),
+        ({"devices": 2, "num_nodes": 3}, [], None, 6, 2),
+        ({"devices": 2, "num_nodes": 3}, ["--trainer.devices", "4"], None, 12, 4),
+        ({"devices": 2, "num_nodes": 3}, ["--trainer.num_nodes=1"], None, 2, 8),
+        ({"devices": 2, "num_nodes": 3}, [], 5, 5, 8),
+        ({"devices": [0, 1]}, [], None, 2, 8),
+        ({"devices": "auto"}, [], None, 1, 8),
+        ({}, ["--trainer.devices", "16"], None, 16, 8),
     ],
 )
-def test_devices_are_those_of_all_nodes(capsys, tmp_path, trainer, args, devices):
-    (tmp_path / "devices.yaml").write_text(yaml.safe_dump({"trainer": trainer}))
-    text = output(capsys, "--config", str(tmp_path / "devices.yaml"), *args)
-    assert f"8 x 1 x {devices} (batch_size" in text
-
-
-def test_more_devices_get_the_same_update(capsys, tmp_path):
-    args = ("--trainer.strategy", "fsdp2", "--trainer.accumulate_grad_batches", "2", "--memory", "0.055")
-    text = output(capsys, *args, code=1)
-    devices, options = re.search(r"(\d+) devices (--.*) \(.*, the same update\)", text).groups()
-    after = output(capsys, *args, "--devices", devices, *options.split())
-    tokens = re.compile(r"update +([\d,]+) tokens")
-    assert tokens.search(after)[1] == tokens.search(text)[1]
+def test_devices_are_those_of_all_nodes(tmp_path, trainer, args, total, devices, of_node):
+    path = tmp_path / "recipe.yaml"
+    path.write_text(yaml.safe_dump({"trainer": trainer}))
+    assert devices_of((path,), args, total) == (devices, of_node)
 
 
 @pytest.mark.parametrize(
