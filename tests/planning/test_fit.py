@@ -103,6 +103,7 @@ def test_an_update_that_cannot_be_divided_is_said_to_grow(search, capsys):
 def test_no_number_of_devices_is_enough(search, capsys):
     lines = advice(capsys, search(0.5))
     assert f"more than {MOST_DEVICES} devices would be needed" in lines[1]
+    assert lines[3].strip() == "cards with more memory"
     assert lines[2].strip() == "--model.lora.r 16: only adapters have gradients and optimizer state"
 
 
