@@ -111,12 +111,14 @@ def test_a_run_trains_as_with_generate(tmp_path, module, data):
     assert distance(*trained) < 5e-6
 
 
-def test_with_a_flash_kernel_log_probabilities_are_recomputed(tmp_path):
+def test_with_a_flash_kernel_log_probabilities_are_recomputed_and_importance_is_weighed(tmp_path):
     for flash in (True, False):
-        data = {"engine": ContinuousBatching(page_size=16, flash=flash)}
-        samples = run(tmp_path, grpo(), data=data, max_steps=1)
+        logged = Logged()
+        data = {"engine": ContinuousBatching(page_size=16, flash=flash), "iterations": 2}
+        samples = run(tmp_path, grpo(), data=data, max_steps=1, callbacks=[logged])
         completions = [completion for group in samples.sampled[0] for completion in group.completions]
         assert all((completion.policy_logps is not None) == flash for completion in completions)
+        assert ("train/importance/mean" in logged.updates[0]) == flash
 
 
 def test_a_stop_text_is_searched_in_few_prefixes(tokenizer):
