@@ -201,21 +201,24 @@ def _draw(sampling: Sampling, numbers: np.ndarray, lengths: list[int]) -> Any:
 
         def completion(self, row: int, ids: list[int], tokenizer: Any, ending: list[int]) -> Completion:
             """The completion of a row, cut after the first stop text."""
-
-            def has_stop(n: int) -> bool:
-                text = tokenizer.decode(ids[:n])
-                return any(stop in text for stop in sampling.stop)
-
-            length, is_finished = len(ids), ids[-1] in ending
-            if sampling.stop and has_stop(length):
-                # more tokens don't take a text away, so a binary search finds where it is complete
-                length, is_finished = bisect_left(range(length), True, lo=1, key=has_stop), True
-            kept = slice(length)
+            stopped = _stop_length(tokenizer, ids, sampling.stop) if sampling.stop else None
+            kept, is_finished = slice(stopped or len(ids)), stopped is not None or ids[-1] in ending
             return Completion(
                 np.array(ids[kept], np.int32), self.logps[row, kept], self.entropies[row, kept], is_finished
             )
 
     return Draw()
+
+
+def _stop_length(tokenizer: Any, ids: list[int], stops: Sequence[str]) -> int | None:
+    """How many of the tokens it takes until their text has one of the texts `stops`; None if it has none."""
+
+    def has_stop(n: int) -> bool:
+        text = tokenizer.decode(ids[:n])
+        return any(stop in text for stop in stops)
+
+    # more tokens don't take a text away, so a binary search finds where it is complete
+    return bisect_left(range(len(ids)), True, lo=1, key=has_stop) if has_stop(len(ids)) else None
 
 
 @contextmanager
