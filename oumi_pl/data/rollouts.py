@@ -550,13 +550,16 @@ class RolloutData(ChatData):
         """See `TextData`: groups with the longest prompt, and completions of `max_new_tokens`."""
         tokens, members = self.sampling.max_new_tokens, self.completions
         nothing = np.zeros(tokens, np.float32)
-        completion = Completion(np.zeros(tokens, np.int32), nothing, nothing, is_finished=True)
+        # with an environment, completions share what they begin with, so no two of these begin alike
+        completions = [Completion(np.full(tokens, i, np.int32), nothing, nothing, True) for i in range(members)]
         components = np.zeros((members, len(self.rewards.names)))
-        groups = [Group(0, [completion] * members, components, np.zeros(members))] * rows
+        groups = [Group(0, completions, components, np.zeros(members))] * rows
         prompts = self.__prompts
         self.__prompts = {"train": [Prompt([0] * self.room, {}, "")]}
-        batch: Any = self.batch_of("train", groups, np.zeros((rows, members)))
-        self.__prompts = prompts
+        try:
+            batch: Any = self.batch_of("train", groups, np.zeros((rows, members)))
+        finally:
+            self.__prompts = prompts
         return batch | {"on_policy": False}  # so that no ratio has to be compared with 1
 
     def totals(self, groups: Sequence[Group]) -> np.ndarray:

@@ -1,4 +1,4 @@
-"""The hardware that a recipe needs, in the words of its header."""
+"""The hardware that a recipe needs, as the header of the recipe writes it."""
 
 import math
 from pathlib import Path

@@ -24,6 +24,8 @@ class Parts(CLI):
     trainer: Any
     model: Any
     datamodule: Any
+    is_pretrained: bool
+    """Whether the recipe names a model, whose weights a run would load."""
 
     def with_initial_model(self, args: list[str]) -> list[str]:
         """Leaves `recipe:NAME` as it is: its config is enough."""
@@ -59,26 +61,27 @@ def parts_of(configs: Sequence[Path], overrides: Sequence[str], devices: int, *,
     args += [*overrides, *_sizes(recipe_files.merged(trees), overrides, devices)]
     args += ["--trainer.accelerator", "cpu", "--trainer.devices", str(devices), "--trainer.num_nodes", "1"]
     parts = Parts(["fit", *args], trees=trees)
-    _describe(parts.model, parts.datamodule, with_tokenizer)
+    parts.is_pretrained = parts.model.model_name is not None
+    _describe(parts.model, parts.datamodule, devices, with_tokenizer)
     return parts
 
 
 def _sizes(tree: Mapping[str, Any], overrides: Sequence[str], devices: int) -> list[str]:
     """The option that shards over all devices, for a recipe that names another number of them."""
     strategy = (tree.get("trainer") or {}).get("strategy")
-    key = "data_parallel_size"
-    named = isinstance(strategy, dict) and key in (strategy.get("init_args") or {})
-    if not named or any(key in override or "trainer.strategy" in override for override in overrides):
+    arguments = (strategy.get("init_args") or {}) if isinstance(strategy, dict) else {}
+    named = [key for key in ("data_parallel_size", "shards") if arguments.get(key) is not None]
+    if not named or any("trainer.strategy" in override for override in overrides):
         return []
-    return [f"--trainer.strategy.init_args.{key}", str(devices)]
+    return [f"--trainer.strategy.init_args.{named[0]}", str(max(1, devices // arguments.get("replicas", 1)))]
 
 
-def _describe(module: Any, data: Any, with_tokenizer: bool) -> None:
+def _describe(module: Any, data: Any, devices: int, with_tokenizer: bool) -> None:
     """Replaces the names of models and tokenizers in a module and its data by configs and numbers of tokens."""
     name, tokenizer_name, module.compile_layers = module.model_name, module.tokenizer_name, False
     module.attn = module.attn if module.attn in KERNELS else None
     if name is not None:
-        config = initial_config(name, "model", module.revision)
+        config = initial_config(name, "model", devices, module.revision)
         dtype = config.pop("dtype", "float32")
         module.dtype_name = dtype if module.dtype_name == "auto" else module.dtype_name
         module.model_name, module.config = None, config | (module.config or {})
@@ -89,19 +92,25 @@ def _describe(module: Any, data: Any, with_tokenizer: bool) -> None:
     elif name is not None:
         data.__dict__["tokenizer"] = Vocabulary(module.config["vocab_size"])
     elif tokenizer_name is not None:  # that of a teacher
-        config = initial_config(tokenizer_name, "data.tokenizer")
+        config = initial_config(tokenizer_name, "data.tokenizer", devices)
         data.__dict__["tokenizer"] = Vocabulary(config["vocab_size"])
 
 
-def initial_config(name: str, key: str, revision: str | None = None) -> dict[str, Any]:
-    """The config values of a model by name, also of `recipe:NAME`.
+def initial_config(name: str, key: str, devices: int, revision: str | None = None) -> dict[str, Any]:
+    """The config values of a model by name, also of `recipe:NAME`; call it within `launched`.
+
+    Args:
+        name: Folder, id on the hub, or `recipe:NAME`.
+        key: The key of the recipe that names it, for messages.
+        devices: Number of ranks.
+        revision: Branch, tag or commit on the hub.
 
     Raises:
         UserError: there is no such model or recipe.
     """
     if not name.startswith(PREFIX):
         return config_of(name, key, revision)
-    parts = parts_of([recipe_files.find(name.removeprefix(PREFIX))], [], int(os.environ["WORLD_SIZE"]))
+    parts = parts_of([recipe_files.find(name.removeprefix(PREFIX))], [], devices)
     return {"vocab_size": parts.datamodule.tokenizer.size} | parts.model.config
 
 

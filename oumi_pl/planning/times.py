@@ -2,7 +2,7 @@
 
 import torch
 
-from oumi_pl.planning.cards import NETWORK, NODE, Card
+from oumi_pl.planning.cards import NETWORK, Card
 from oumi_pl.planning.tracker import Costs
 
 
@@ -25,7 +25,7 @@ def compute_seconds(costs: Costs, card: Card, fraction: float) -> float:
 def message_seconds(costs: Costs, card: Card, fraction: float) -> float:
     """Seconds of the messages among ranks. The arguments are those of `compute_seconds`."""
     sent = (
-        (times * collective.sent, card.link if collective.ranks <= NODE else NETWORK)
+        (times * collective.sent, card.link if collective.nodes == 1 else NETWORK)
         for collective, times in costs.collectives.items()
     )
     return sum(size / speed for size, speed in sent) / fraction

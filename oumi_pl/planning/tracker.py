@@ -1,13 +1,14 @@
 """Counts what an update allocates, computes and communicates, operation by operation, without its values."""
 
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 from unittest.mock import patch
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 from torch.distributed._tools.fake_collectives import CollectiveOp, collective_ops, sync_ops
 from torch.distributed._tools.mem_tracker import MemTracker, _RefType
@@ -18,6 +19,7 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry, sdpa_backward_flop_count, sdpa_flop_count
 
 from oumi_pl.losses.linear_head import _ROW_ALIGNMENT
+from oumi_pl.planning.cards import NODE
 
 aten, c10d, functional = torch.ops.aten, torch.ops.c10d, torch.ops._c10d_functional
 
@@ -53,6 +55,8 @@ class Collective(NamedTuple):
     size: int
     """Bytes of the whole tensor."""
     ranks: int
+    nodes: int = 1
+    """Nodes that these ranks are on."""
 
     @property
     def sent(self) -> float:
@@ -120,12 +124,14 @@ class Tracker(MemTracker):
 
     Args:
         vocab: Tensors whose last dimension is the vocabulary are the head's chunk of logits.
+        ranks_per_node: Ranks on a node, which are consecutive.
     """
 
-    def __init__(self, vocab: int) -> None:
+    def __init__(self, vocab: int, ranks_per_node: int = NODE) -> None:
         super().__init__()
         self._ref_class = Kind
         self._is_paused = False
+        self._ranks_per_node = ranks_per_node
         self.costs = Costs()
         self.kind = Kind.ACTIVATIONS
         """The kind of what is allocated now."""
@@ -173,6 +179,11 @@ class Tracker(MemTracker):
         self._update_and_maybe_create_winfos(local, kind)
         self._note_peak()
 
+    def count_message(self, name: str, size: int, ranks: Sequence[int]) -> None:
+        """Counts a collective of a whole tensor, in bytes, among these ranks of the run."""
+        nodes = len({rank // self._ranks_per_node for rank in ranks})
+        self.costs.collectives[Collective(name, size, len(ranks), nodes)] += 1
+
     @property
     def peak(self) -> dict[Kind, int]:
         """Bytes of each kind at the moment at which most memory was in use."""
@@ -210,9 +221,9 @@ class Tracker(MemTracker):
                 self._peak_mem_snap[device] = dict(snapshot)
 
     def _count_collective(self, func: Any, result: Any, args: Any, kwargs: Any) -> None:
-        ranks = CollectiveOp.get_process_group(func, args).size()
+        ranks = dist.get_process_group_ranks(CollectiveOp.get_process_group(func, args))
         size = CollectiveOp.get_comm_tensor_size(func, result, args, kwargs)
-        self.costs.collectives[Collective(NAMES.get(func, str(func)), size, ranks)] += 1
+        self.count_message(NAMES.get(func, str(func)), size, ranks)
         for tensor in tree_leaves(args[:2]):
             if isinstance(tensor, Tensor) and tensor.untyped_storage().nbytes() == size:  # the buffer of all ranks
                 self.mark(tensor, Kind.COMMUNICATION)

@@ -37,9 +37,10 @@ from oumi_pl.models.build import build_model
 from oumi_pl.models.lm import LM, disable_dropout, documents, forest
 from oumi_pl.modules.distill import Teacher
 from oumi_pl.modules.reference import FrozenModel, NoReference, Opened, Reference, WithoutAdapters
+from oumi_pl.planning.cards import NODE
 from oumi_pl.planning.parts import Parts, initial_config, launched, parts_of
 from oumi_pl.planning.quantized import quantize
-from oumi_pl.planning.tracker import Collective, Costs, Kind, Tracker
+from oumi_pl.planning.tracker import Costs, Kind, Tracker
 from oumi_pl.types import Batch, Update
 
 MICRO_BATCHES = 2
@@ -53,13 +54,15 @@ class Settings:
     """What to plan.
 
     configs: recipes; later ones win. overrides: options such as `--data.batch_size 4`. devices: number of ranks.
-    real_rows: take the largest micro-batch of the recipe's data, which are read and tokenized, instead of the largest
-    rows that its settings allow. on_gpu: whether the output head takes the chunks of a GPU or those of a CPU.
+    devices_per_node: ranks of a node; messages to other nodes are slower. real_rows: take the largest micro-batch of
+    the recipe's data, which are read and tokenized, instead of the largest rows that its settings allow. on_gpu:
+    whether the output head takes the chunks of a GPU or those of a CPU.
     """
 
     configs: tuple[Path, ...]
     overrides: tuple[str, ...] = ()
     devices: int = 1
+    devices_per_node: int = NODE
     real_rows: bool = False
     on_gpu: bool = True
 
@@ -70,7 +73,8 @@ class Estimate:
 
     peak: bytes by kind when most memory is in use. held: bytes of parameters, gradients and optimizer state, which are
     there all the time. costs: of one update. tokens, targets: of an update over all ranks. batch_size, micro_batches:
-    rows of a micro-batch, and micro-batches of an update. sharded: whether ranks hold parts of the weights.
+    rows of a micro-batch, and micro-batches of a rank's update. sharded: whether ranks hold parts of the weights.
+    ways_to_hold_less: options of `fit` with which less would be held, each with what it does.
     """
 
     peak: dict[Kind, int]
@@ -85,6 +89,7 @@ class Estimate:
     gradient_checkpointing: bool
     strategy: str
     precision: str
+    ways_to_hold_less: tuple[str, ...] = ()
 
     @property
     def total(self) -> int:
@@ -202,6 +207,7 @@ class _Run:
 
     def __init__(self, parts: Parts, settings: Settings) -> None:
         self.trainer, self.module, self.data = parts.trainer, parts.model, parts.datamodule
+        self.is_pretrained = parts.is_pretrained
         self.settings = settings
         self.mode = FakeTensorMode(allow_non_fake_inputs=True)
         self.micro_batches = min(MICRO_BATCHES, self.trainer.accumulate_grad_batches)
@@ -216,7 +222,7 @@ class _Run:
         with self.mode, casts_of_fake_weights():
             self._build()
         vocab = len(self.module.causal_lm.base.get_input_embeddings().weight)
-        with self.mode, Tracker(vocab) as tracker, gathered_weights(tracker):
+        with self.mode, Tracker(vocab, self.settings.devices_per_node) as tracker, gathered_weights(tracker):
             batch = self._prepare(tracker, batch)
             phases = self._update(tracker, batch)
         return self._result(tracker, phases, batch)
@@ -254,7 +260,12 @@ class _Run:
 
     def _build(self) -> None:
         module, reference = self.module, self.module.reference
+        self._keep_adapters_in_float32()
         if module.quantization is not None:
+            if isinstance(self.trainer.strategy, ModelParallelStrategy):
+                raise UserError(
+                    "model.quantization: quantized weights are not sharded; take trainer.strategy ddp, or leave it out"
+                )
             built = module.on_model_built
 
             def quantize_and_go_on() -> None:
@@ -263,11 +274,29 @@ class _Run:
 
             module.on_model_built = quantize_and_go_on
         if reference is not None:
-            reference.remember = lambda model: None
+            reference.remember = lambda model: None  # it hashes the initial weights, which have no values
         call._call_configure_model(self.trainer)
         self.trainer.strategy.setup(self.trainer)
         if reference is not None:
-            reference.opened = self._opened(reference)
+            reference.opened = self._opened(reference)  # `open` would load weights, or a pass over the data
+
+    def _keep_adapters_in_float32(self) -> None:
+        """Casts the rank's parts of adapters too: assigning to `data` of a DTensor changes its dtype, not its part."""
+        module = self.module
+        keep = module.keep_adapters_in_float32
+
+        def keep_parts() -> None:
+            keep()
+            changed = False
+            for parameter in module.parameters():
+                part = getattr(parameter, "_local_tensor", parameter)
+                if part.dtype != parameter.dtype:
+                    parameter._local_tensor = part.to(parameter.dtype)
+                    changed = True
+            if changed:
+                module.causal_lm.to(module.device)  # FSDP2 keeps views of the parts, which it renews after a cast
+
+        module.keep_adapters_in_float32 = keep_parts
 
     def _opened(self, reference: Reference) -> Opened:
         """The reference, with zeros in place of what would be read from the cache."""
@@ -293,7 +322,8 @@ class _Run:
         if reference.is_initial:
             config, quantization = module.config, None
         else:
-            config, quantization = initial_config(reference.name, f"model.{reference.role}"), reference.quantization
+            config = initial_config(reference.name, f"model.{reference.role}", self.settings.devices)
+            quantization = reference.quantization
             own = config.pop("dtype", "float32")
             dtype = own if dtype == "auto" else dtype
         hf = build_model(None, config=config, tokenizer=data.tokenizer, dtype=dtype, attn=NAME)
@@ -353,7 +383,7 @@ class _Run:
         tracker.costs = Costs()
         if isinstance(strategy, DDPStrategy):
             size = size_of(p.grad for p in module.parameters() if p.grad is not None)
-            tracker.costs.collectives[Collective("all_reduce", size, self.settings.devices)] += 1
+            tracker.count_message("all_reduce", size, range(self.settings.devices))
         clip = trainer.gradient_clip_val
         if clip:
             module.configure_gradient_clipping(optimizer, clip, trainer.gradient_clip_algorithm)
@@ -390,4 +420,15 @@ class _Run:
             gradient_checkpointing=module.gradient_checkpointing,
             strategy=type(trainer.strategy).__name__,
             precision=str(trainer.precision),
+            ways_to_hold_less=tuple(self._ways_to_hold_less()),
         )
+
+    def _ways_to_hold_less(self) -> Iterator[str]:
+        module, is_sharded = self.module, isinstance(self.trainer.strategy, ModelParallelStrategy)
+        # completions are not sampled from sharded weights, and quantized weights are not sharded
+        if not is_sharded and not self.data.samples and module.quantization is None:
+            yield "--trainer.strategy fsdp2: sharding over several devices (FSDP2)"
+        if self.is_pretrained and module.lora is None:
+            yield "--model.lora.r 16: only adapters have gradients and optimizer state"
+        elif self.is_pretrained and module.quantization is None and not is_sharded:
+            yield "--model.quantization nf4: frozen weights in 4 bits"

@@ -5,8 +5,10 @@ import subprocess
 import sys
 
 import pytest
+import yaml
 
 from oumi_pl.__main__ import main
+from oumi_pl.commands.plan import devices_of
 
 RECIPE = ("--config", "pretrain/c4_10m")
 
@@ -29,7 +31,7 @@ def peak(text):
 
 
 def test_the_table(capsys):
-    text = output(capsys, "--devices", "2", "--card", "a100")
+    text = output(capsys, "--trainer.devices", "2", "--card", "a100")
     for part in ("fits into 80.0 GB", "parameters", "head chunk", "communication", "TFLOP per update", "sent"):
         assert part in text
     assert "8,192 tokens: 8 x 1 x 2 (batch_size x accumulate_grad_batches x devices)" in text
@@ -52,7 +54,26 @@ def test_the_fastest_layout_that_fits(capsys):
 def test_what_no_batch_can_help(capsys):
     text = output(capsys, "--memory", "0.05", code=1)
     assert "held all the time, whatever the batch" in text
-    assert "sharding over several devices (FSDP2)" in text
+    assert "--trainer.strategy fsdp2: sharding over several devices (FSDP2)" in text
+    assert "lora" not in text  # its weights are random
+
+
+@pytest.mark.parametrize(
+    ("trainer", "args", "total", "devices", "of_node"),
+    [
+        ({"devices": 2, "num_nodes": 3}, [], None, 6, 2),
+        ({"devices": 2, "num_nodes": 3}, ["--trainer.devices", "4"], None, 12, 4),
+        ({"devices": 2, "num_nodes": 3}, ["--trainer.num_nodes=1"], None, 2, 8),
+        ({"devices": 2, "num_nodes": 3}, [], 5, 5, 8),
+        ({"devices": [0, 1]}, [], None, 2, 8),
+        ({"devices": "auto"}, [], None, 1, 8),
+        ({}, ["--trainer.devices", "16"], None, 16, 8),
+    ],
+)
+def test_devices_are_those_of_all_nodes(tmp_path, trainer, args, total, devices, of_node):
+    path = tmp_path / "recipe.yaml"
+    path.write_text(yaml.safe_dump({"trainer": trainer}))
+    assert devices_of((path,), args, total) == (devices, of_node)
 
 
 @pytest.mark.parametrize(
@@ -61,7 +82,10 @@ def test_what_no_batch_can_help(capsys):
         ((), "plan needs a recipe"),
         ((*RECIPE, "--card", "h10"), "unknown card 'h10'; did you mean 'h100'"),
         ((*RECIPE, "--devices", "0"), "--devices is 0, but has to be above 0"),
-        ((*RECIPE, "--memory", "-1"), "--memory is -1e+09"),
+        ((*RECIPE, "--devices", "2", "--trainer.devices", "2"), "--devices 2 is the number of all devices; leave out"),
+        ((*RECIPE, "--trainer.devices", "auto"), "--trainer.devices is auto, but plan needs a number above 0"),
+        ((*RECIPE, "--memory", "-1"), "--memory is -1, but has to be above 0"),
+        ((*RECIPE, "--memory", "nan"), "--memory is nan, but has to be above 0"),
         ((*RECIPE, "--fraction", "2"), "--fraction is 2"),
         ((*RECIPE, "--device", "2"), "--device"),
         ((*RECIPE, "--data.batch_siz", "2"), "data.batch_size"),

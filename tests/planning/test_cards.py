@@ -31,10 +31,12 @@ def test_float32_has_a_peak_of_its_own():
 
 
 def test_ranks_of_other_nodes_are_reached_over_the_network():
-    near, far = Collective("all_gather", 10**9, 8), Collective("all_gather", 10**9, 16)
+    near, far = Collective("all_gather", 10**9, 8), Collective("all_gather", 10**9, 16, nodes=2)
     assert message_seconds(costs(messages=[near]), H100, 1.0) == pytest.approx(1e9 * 7 / 8 / H100.link)
     assert message_seconds(costs(messages=[far]), H100, 1.0) == pytest.approx(1e9 * 15 / 16 / NETWORK)
     assert Collective("all_reduce", 10**9, 8).sent == 2 * near.sent
+    replicas = Collective("all_reduce", 10**9, 2, nodes=2)  # a rank of each node
+    assert message_seconds(costs(messages=[replicas]), H100, 1.0) == pytest.approx(1e9 / NETWORK)
 
 
 def test_messages_are_sent_while_the_card_computes():

@@ -1,7 +1,8 @@
 """A plan runs the recipe's own update without values: its memory, products and messages are those of a real one."""
 
 import json
-from pathlib import Path
+import os
+from collections import Counter
 from typing import Any
 
 import lightning as L
@@ -13,6 +14,7 @@ from torch.profiler import ProfilerActivity, profile, record_function
 from oumi_pl.config import files
 from oumi_pl.config.cli import CLI
 from oumi_pl.errors import UserError
+from oumi_pl.planning.parts import launched, parts_of
 from oumi_pl.planning.tracker import Kind
 from oumi_pl.planning.update import Settings, estimate
 from tests.tiny import LLAMA
@@ -135,13 +137,45 @@ def test_the_messages_of_ddp_are_its_gradients(tmp_path):
 
 def test_the_messages_of_fsdp2_are_weights_and_gradients(tmp_path):
     plan = planned(recipe(tmp_path, strategy=FSDP2, gradient_clip_val=None), devices=8)
-    sent = {message.name: n * message.sent for message, n in plan.costs.collectives.items()}
-    sizes = dict.fromkeys(sent, 0.0)
+    sizes: Counter[str] = Counter()
     for message, n in plan.costs.collectives.items():
         sizes[message.name] += n * message.sent
     assert sizes["reduce_scatter"] == pytest.approx(7 / 8 * 4 * WEIGHTS, rel=0.01)
     layers = 4 * (LINEAR + 2 * LAYERS * HIDDEN)  # gathered again for the backward pass
     assert sizes["all_gather"] == pytest.approx(7 / 8 * (4 * WEIGHTS + layers), rel=0.01)
+
+
+@pytest.mark.parametrize(("devices", "of_node", "nodes"), [(16, 8, 2), (8, 4, 2), (8, 8, 1)])
+def test_messages_between_replicas_cross_nodes(tmp_path, devices, of_node, nodes):
+    """Each weight is divided over half of the ranks, which are consecutive; the other half is another replica."""
+    replicas = {"class_path": "Sharded", "init_args": {"replicas": 2}}
+    plan = planned(recipe(tmp_path, strategy=replicas), devices=devices, devices_per_node=of_node)
+    messages = {(message.name, message.ranks, message.nodes) for message in plan.costs.collectives}
+    assert ("all_reduce", 2, nodes) in messages
+    assert ("all_gather", devices // 2, 1) in messages
+
+
+def test_adapters_are_float32_under_fsdp2(tmp_path):
+    lora = ("--model.lora.r", "8", "--trainer.precision", "bf16-true")
+    whole, one, eight = (
+        planned(recipe(tmp_path, strategy=strategy), *lora, devices=devices)
+        for strategy, devices in (("auto", 1), ("fsdp2", 1), ("fsdp2", 8))
+    )
+    assert one.held == whole.held
+    assert one.held[Kind.OPTIMIZER] == pytest.approx(2 * one.held[Kind.GRADIENTS], rel=0.01)
+    for kind in (Kind.PARAMETERS, Kind.GRADIENTS, Kind.OPTIMIZER):
+        assert eight.held[kind] == pytest.approx(one.held[kind] / 8, rel=0.01)
+
+
+def test_completions_of_an_environment_are_as_large_as_others():
+    """Though completions share what they begin with there."""
+    options = ("--data.environment", "oumi_pl.rollouts.calculator.Calculator")
+    with launched(1):
+        data = parts_of([files.find("quickstart/grpo")], options, 1).datamodule
+    prompt, completions = 64 - 12, 8 * 12
+    batch = data.full_batch(2)
+    assert batch["input_ids"].numel() == 2 * (prompt + completions)
+    assert len(batch["targets"]) == 2 * completions
 
 
 @pytest.mark.parametrize(
@@ -171,6 +205,26 @@ def test_quantized_weights_take_fewer_bits():
     assert lora.held[Kind.PARAMETERS] - qlora.held[Kind.PARAMETERS] == pytest.approx(saved, rel=0.01)
 
 
+def test_quantized_weights_are_not_sharded():
+    options = ("--model.quantization", "nf4", "--trainer.strategy", "fsdp2")
+    with pytest.raises(UserError, match=r"model\.quantization: quantized weights are not sharded; take"):
+        planned(files.find("sft/smollm2_135m_lora"), "--model.config.num_hidden_layers", "2", *options, devices=2)
+
+
+@pytest.mark.parametrize(
+    ("options", "ways"),
+    [
+        ((), ["--trainer.strategy fsdp2", "--model.quantization nf4"]),
+        (("--model.lora", "null"), ["--trainer.strategy fsdp2", "--model.lora.r 16"]),
+        (("--model.quantization", "nf4"), []),
+        (("--trainer.strategy", "fsdp2"), []),
+    ],
+)
+def test_the_ways_to_hold_less_are_those_that_the_recipe_has_not_taken(options, ways):
+    plan = planned(files.find("sft/smollm2_135m_lora"), "--model.config.num_hidden_layers", "1", *options)
+    assert [way.partition(":")[0] for way in plan.ways_to_hold_less] == ways
+
+
 def test_a_trainer_type_that_reads_values_is_refused(tmp_path, monkeypatch):
     (tmp_path / "reading.py").write_text(
         "from oumi_pl.modules.sft import SFT\n\n\n"
@@ -186,8 +240,9 @@ def test_a_trainer_type_that_reads_values_is_refused(tmp_path, monkeypatch):
         planned(path)
 
 
-def test_nothing_of_a_plan_is_left_behind(tmp_path):
-    before = torch.distributed.is_initialized(), dict(__import__("os").environ)
-    planned(recipe(tmp_path), devices=2)
-    assert (torch.distributed.is_initialized(), dict(__import__("os").environ)) == before
-    assert Path("runs").exists() is False or not list(Path("runs").glob("recipe*"))
+def test_nothing_of_a_plan_is_left_behind(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    path = recipe(tmp_path)
+    before = torch.distributed.is_initialized(), dict(os.environ), sorted(tmp_path.iterdir())
+    planned(path, devices=2)
+    assert (torch.distributed.is_initialized(), dict(os.environ), sorted(tmp_path.iterdir())) == before
