@@ -92,7 +92,8 @@ def test_values_of_a_table_are_those_of_the_file(tmp_path, monkeypatch, source):
         "text": ["a", None],
         "is_good": [True, None],
         "day": [datetime.datetime(2020, 1, 1), None],
-        "turns": [[{"role": "user"}], None],
+        "turns": [[{"role": "user", "id": 2**60 + 1}, {"role": "user", "id": None}], None],
+        "answer": [{"value": 2**60 + 1}, {"value": None}],
     }
     table = datasets.Dataset.from_dict(columns)
     if source == "parquet":
@@ -104,11 +105,21 @@ def test_values_of_a_table_are_those_of_the_file(tmp_path, monkeypatch, source):
     else:
         monkeypatch.setattr(datasets, "load_dataset", lambda *args, **kwargs: table.select([1, 0]).select([1, 0]))
         first, second = (Rows()[number] for number in range(2))
-    assert second == dict.fromkeys(columns) | {"share": 0.5}
+    assert second == dict.fromkeys(columns) | {"share": 0.5, "answer": {"value": None}}
+    assert first["answer"] == columns["answer"][0]
     assert (type(first["number"]), first["number"]) == (int, 2**60 + 1)
     assert (first["share"], first["text"], first["is_good"]) == (None, "a", True)
     assert isinstance(first["turns"], np.ndarray)  # as in Oumi
-    assert list(first["turns"]) == [{"role": "user"}]
+    assert list(first["turns"]) == columns["turns"][0]
+
+
+def test_columns_that_the_library_decodes_are_decoded(tmp_path):
+    features = datasets.Features({"json": datasets.Json(), "image": datasets.Array2D((1, 2), "float32")})
+    rows = [{"json": {"a": 1}, "image": [[0.0, 1.0]]}, {"json": None, "image": [[2.0, 3.0]]}]
+    datasets.Dataset.from_list(rows, features=features).save_to_disk(tmp_path / "rows")
+    read = rows_of(tmp_path / "rows")
+    assert [row["json"] for row in read] == [{"a": 1}, None]
+    assert [row["image"].tolist() for row in read] == [row["image"] for row in rows]
 
 
 def test_a_damaged_table_is_named(tmp_path):

@@ -20,7 +20,7 @@ class BaseMapDataset(ABC):
 
     A row is a Series of pandas, as in Oumi, but its values are those of the file: integers stay integers, dates in JSON
     stay text, and what is missing is None. In Parquet and data sets of the hub, a list is an array of NumPy as in Oumi,
-    in which a missing number is NaN.
+    in which a missing float is NaN.
 
     Args:
         dataset_name: Id on the hub; `default_dataset` of the class when left out.
@@ -187,18 +187,23 @@ def _table(dataset: Any) -> "pd.DataFrame":
 
 
 def _exact(frame: "pd.DataFrame", table: "pa.Table") -> "pd.DataFrame":
-    """The columns of a table as objects: pandas makes floats of integers beside a null, and NaN of nulls."""
+    """The columns of a table as objects: pandas makes floats of integers beside a null, and NaN of nulls.
+
+    Args:
+        frame: The table as pandas converts it.
+        table: The table.
+    """
     import pandas as pd
-    import pyarrow as pa
 
     columns = {}
     for name in frame.columns:
-        values = frame[name].to_numpy(dtype=object, copy=True)
+        values = frame[name]
         column = table.column(name) if name in table.column_names else None
+        # types that `datasets` adds, such as JSON, are decoded in the frame alone
+        if column is not None and "extension<" not in str(column.type):
+            values = column.to_pandas(integer_object_nulls=True)
+        values = values.to_numpy(dtype=object, copy=True)
         if column is not None and column.null_count:
-            if pa.types.is_integer(column.type):
-                values[:] = column.to_pylist()
-            else:
-                values[column.is_null().to_numpy()] = None
+            values[column.is_null().to_numpy()] = None
         columns[name] = pd.Series(values, index=frame.index, dtype=object)
     return pd.DataFrame(columns, index=frame.index)

@@ -186,6 +186,9 @@ class BaseIterableDataset(BaseMapDataset):
 class BasePretrainingDataset(BaseIterableDataset):
     """Documents: rows with a text, which are tokenized and joined into windows by the recipe.
 
+    The recipe also reads the rows of a subclass that overrides nothing about reading them, streamed if
+    `data.train.stream` is set; no object of the class is then created.
+
     Args:
         seq_length: Tokens of a window; read from the config.
         dataset_text_field: Column of the text.
