@@ -129,7 +129,7 @@ def from_folder(name: str, trust_remote_code: bool = False, architecture: str | 
     quiet()
     path = locate(name, "--model")
     adapter = Path(path) / "adapter_config.json"
-    from oumi_pl.models.build import read_adapter_config, refuse_odd_ids
+    from oumi_pl.models.build import read_adapter_config, refuse_invalid_token_ids
     from oumi_pl.runs.checksums import refuse_damaged_weights
 
     refuse_damaged_weights(Path(path), "--model")
@@ -156,7 +156,7 @@ def from_folder(name: str, trust_remote_code: bool = False, architecture: str | 
         raise UserError(f"--model: can't load {name}: {reason(error)}") from error
     if not isinstance(tokenizer.model_max_length, int | float):
         raise UserError(f"--model: model_max_length in the tokenizer_config.json of {name} is not a number")
-    refuse_odd_ids(model, "--model", name)
+    refuse_invalid_token_ids(model, "--model", name)
     if missing := sorted(info["missing_keys"]):
         raise UserError(f"--model: {name} lacks {len(missing)} of the model's weights, first {missing[0]}")
     return Loaded(model, tokenizer, [], _recipe_of(Path(name).expanduser().absolute()))

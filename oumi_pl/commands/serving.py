@@ -24,7 +24,7 @@ HALF_TOLERANCE = 0.25
 """The same in half precision, in which logits around 20 are rounded to steps of 0.1."""
 
 
-class Checked(NamedTuple):
+class Comparison(NamedTuple):
     """How a served model compares with the exported one."""
 
     version: str
@@ -34,7 +34,7 @@ class Checked(NamedTuple):
     tokens: int
     difference: float
     """The largest of the log-probabilities of generated tokens, in nats."""
-    behind: float
+    gap: float
     """How much less likely than the most likely token a generated one is at most here, in nats; 0 if all are equal."""
 
     def __str__(self) -> str:
@@ -44,7 +44,7 @@ class Checked(NamedTuple):
         )
 
 
-def check_vllm(folder: Path) -> Checked:
+def check_vllm(folder: Path) -> Comparison:
     """Completes prompts greedily with vLLM and compares each token, its log-probability and where completions end.
 
     The expected values are those of transformers' model, loaded from the same folder; the export has compared that with
@@ -69,29 +69,30 @@ def check_vllm(folder: Path) -> Checked:
     room = min(MOST_TOKENS, positions - max(map(len, prompts)))
     ends = ends_of(model, tokenizer)
     dtype = str(next(p.dtype for p in model.parameters() if p.is_floating_point())).removeprefix("torch.")
-    outputs = _served(folder, prompts, room, ends, dtype)
-    differences, behind = [0.0], [0.0]
+    outputs = _vllm_outputs(folder, prompts, room, ends, dtype)
+    differences, gaps = [0.0], [0.0]
     for prompt, output in zip(prompts, outputs, strict=True):
         ids = torch.tensor([*prompt, *output.ids])
         with torch.no_grad():
             logps = model(input_ids=ids[None]).logits[0, len(prompt) - 1 : -1].float().log_softmax(-1)
         own = logps.gather(-1, ids[len(prompt) :, None]).squeeze(-1)
         differences.append(float((own - torch.tensor(output.logps)).abs().max()))
-        behind.append(float((logps.amax(-1) - own).max()))
+        gaps.append(float((logps.amax(-1) - own).max()))
         _refuse_other_end(output, room, ends)
     import vllm
 
     installed = vllm.__version__
     tokens = sum(len(output.ids) for output in outputs)
-    checked = Checked(installed, dtype, len(outputs), tokens, max(differences), max(behind))
+    comparison = Comparison(installed, dtype, len(outputs), tokens, max(differences), max(gaps))
     tolerance = TOLERANCE if dtype == "float32" else HALF_TOLERANCE
-    if not (checked.difference <= tolerance and checked.behind <= tolerance):
+    if not (comparison.difference <= tolerance and comparison.gap <= tolerance):
         raise UserError(
             f"--check vllm: vLLM {installed} serves another model than was trained: log-probabilities of its greedy "
-            f"completions differ by up to {checked.difference:.2g} nats, and its tokens are up to {checked.behind:.2g} "
-            f"less likely than the most likely ones ({tolerance:g} would be rounding); {folder} itself is right"
+            f"completions differ by up to {comparison.difference:.2g} nats, and its tokens are up to "
+            f"{comparison.gap:.2g} less likely than the most likely ones ({tolerance:g} would be rounding); {folder} "
+            "itself is right"
         )
-    return checked
+    return comparison
 
 
 def _refuse_other_end(output: Any, room: int, ends: Sequence[int]) -> None:
@@ -108,7 +109,9 @@ def _refuse_other_end(output: Any, room: int, ends: Sequence[int]) -> None:
         )
 
 
-def _served(folder: Path, prompts: Sequence[Sequence[int]], room: int, ends: Sequence[int], dtype: str) -> list[Any]:
+def _vllm_outputs(
+    folder: Path, prompts: Sequence[Sequence[int]], room: int, ends: Sequence[int], dtype: str
+) -> list[Any]:
     """Greedy completions of vLLM, each an `oumi_pl.rollouts.vllm.Output`.
 
     The end tokens of a whole model come from the folder's generation config, as they do when it is served.

@@ -172,6 +172,8 @@ def _to_plain(group: Group) -> dict[str, Any]:
 
 def _from_plain(plain: Mapping[str, Any]) -> Group:
     """The inverse of `_to_plain`."""
+    # checkpoints of earlier versions have neither
+    replies = plain.get("replies", [()] * len(plain["ids"]))
     recomputed = plain.get("policy_logps", [None] * len(plain["ids"]))
     completions = [
         Completion(
@@ -179,7 +181,7 @@ def _from_plain(plain: Mapping[str, Any]) -> Group:
             plain["logps"][i].numpy(),
             plain["entropies"][i].numpy(),
             is_finished,
-            tuple((start, stop) for start, stop in plain["replies"][i]),
+            tuple((start, stop) for start, stop in replies[i]),
             None if recomputed[i] is None else recomputed[i].numpy(),
         )
         for i, is_finished in enumerate(plain["finished"])

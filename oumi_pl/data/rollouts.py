@@ -33,9 +33,10 @@ from oumi_pl.rollouts.sampling import Completion, Engine, Generate, Sampling
 from oumi_pl.types import Batch, Example, Record, Segment, beside
 
 OTHER_PROMPT = (0, 1)
-"""Appended to the seed that draws the prompts of extra rounds; seeds of completions have at most four numbers.
+"""Appended to the seed that draws the prompts of extra rounds; the fifth number of a seed is then 1.
 
-The last is 1, since numpy ignores zeros at the end of a seed.
+Seeds of completions have at most four numbers, those of later turns six with a 0 there, and those of an
+environment a 2. The last is not 0, since numpy ignores zeros at the end of a seed.
 """
 
 

@@ -34,7 +34,7 @@ USUAL = ("gemma2", "gpt2", "llama", "mistral", "phi3", "qwen2", "qwen3", "smollm
 """Some architectures with a sequence-classification class, for messages."""
 BITSANDBYTES_ON_CPU = (0, 50)
 """The first version that quantizes and computes on CPUs."""
-_OWN_STARTS = (True, False, "gaussian", "orthogonal")
+_WEIGHT_FREE_INITS = (True, False, "gaussian", "orthogonal")
 """Values of PEFT's `init_lora_weights` that don't read the weights of the base."""
 _HARMLESS = ("dropout", "pdrop", "router", "use_cache")
 """Parts of the names of config values that do not change what a trained model computes."""
@@ -299,7 +299,9 @@ def source_of_weights(
 
     Arguments are those of `build_model`.
     """
-    needs_values = lora is not None and (lora.get("use_dora") or lora.get("init_lora_weights", True) not in _OWN_STARTS)
+    needs_values = lora is not None and (
+        lora.get("use_dora") or lora.get("init_lora_weights", True) not in _WEIGHT_FREE_INITS
+    )
     if quantization is not None or text_only or needs_values:
         return "every rank"
     if model is None:
@@ -434,7 +436,7 @@ def _pretrained(
             f"model: {model} has weights of more layers than its config.json, first {dropped[0]}: they would be "
             "dropped; correct the config (num_hidden_layers)"
         )
-    refuse_odd_ids(hf, "model", model)
+    refuse_invalid_token_ids(hf, "model", model)
     new_head = {f"{SCORE}.weight"} if scoring else set()
     if missing := sorted(set(info["missing_keys"]) - new_head):
         raise UserError(
@@ -444,7 +446,7 @@ def _pretrained(
     return keep_differentiable(hf)
 
 
-def refuse_odd_ids(hf: "PreTrainedModel", key: str, model: str) -> None:
+def refuse_invalid_token_ids(hf: "PreTrainedModel", key: str, model: str) -> None:
     """Refuses token ids in `generation_config.json` that are no numbers: sampling and the export use them.
 
     Args:

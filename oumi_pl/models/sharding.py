@@ -31,8 +31,12 @@ T = TypeVar("T")
 FSDP2 = "fsdp2"
 """The value of `trainer.strategy` for `Sharded()`."""
 Source = Literal["parts", "first rank", "every rank"]
-"""Where a rank's part of the weights comes from: it loads its parts, the first rank sends them, or it loads everything
-and drops the rest, for models that are changed in ways which need all values."""
+"""Where a rank's part of the weights comes from:
+
+- `parts`: it keeps its part of each weight as it is read.
+- `first rank`: that loads or draws all weights, and sends the others their parts.
+- `every rank`: it loads all weights and drops the rest, for models that are changed in ways which need all values.
+"""
 
 
 class Sharded(ModelParallelStrategy):
@@ -177,7 +181,7 @@ class Structure(Loading):
 
 
 class FirstRank(Loading):
-    """Loads all weights on the first rank, which sends the others their parts."""
+    """Loads all weights on the first rank, which sends the others their parts: `shard` recognises it."""
 
 
 def loading_of(module: L.LightningModule, source: Source) -> Loading:
@@ -248,19 +252,21 @@ def runnable(model: nn.Module) -> Iterator[None]:
     For what does not depend on values. Some kernels, such as grouped matrix products, take no placeholders.
     """
 
-    def give(module: nn.Module, _: Any) -> None:
-        for name, weight in of_module[module].items():
+    def materialise(module: nn.Module, _: Any) -> None:
+        for name, weight in placeholders[module].items():
             module._parameters[name] = nn.Parameter(torch.zeros_like(weight), weight.requires_grad)
 
-    def take(module: nn.Module, *_: Any) -> None:
-        module._parameters.update(of_module[module])
+    def restore(module: nn.Module, *_: Any) -> None:
+        module._parameters.update(placeholders[module])
 
-    of_module = {m: {n: p for n, p in m.named_parameters(recurse=False) if hasattr(p, "part")} for m in model.modules()}
+    placeholders = {
+        m: {n: p for n, p in m.named_parameters(recurse=False) if hasattr(p, "part")} for m in model.modules()
+    }
     hooks = []
-    for module, weights in of_module.items():
+    for module, weights in placeholders.items():
         if weights:
-            hooks.append(module.register_forward_pre_hook(give))
-            hooks.append(module.register_forward_hook(take, always_call=True))
+            hooks.append(module.register_forward_pre_hook(materialise))
+            hooks.append(module.register_forward_hook(restore, always_call=True))
     try:
         yield
     finally:
@@ -336,17 +342,19 @@ def shard(model: LM, module: L.LightningModule, loading: Loading, *, copy: bool 
             "model.reference: a quantized model can't be copied while it is sharded; set reference: initial"
         )
     # quantized weights are of a class of their own, and can't be cut here
-    values = {} if is_quantized else _take(model, mesh, loading)
+    values = {} if is_quantized else _detach_values(model, mesh, loading)
     second = deepcopy(model) if copy else None  # on the meta device, so without memory
     for layer in [*decoder_layers(model), model, *heads]:
         fully_shard(layer, mesh=mesh, mp_policy=policy)
     if values:
-        _fill(model, values, device, isinstance(loading, FirstRank | Structure))
+        _load_values(model, values, device, isinstance(loading, FirstRank | Structure))
     if second is not None:
         for layer in [*decoder_layers(second), second]:
             # the root, too, is divided again after a call: no backward pass follows that would need it
             fully_shard(layer, mesh=mesh, mp_policy=policy, reshard_after_forward=True)
-        _fill(second, {n: cast("DTensor", p).to_local().clone() for n, p in model.named_parameters()}, device, False)
+        _load_values(
+            second, {n: cast("DTensor", p).to_local().clone() for n, p in model.named_parameters()}, device, False
+        )
     return second
 
 
@@ -379,7 +387,7 @@ def _share(mesh: DeviceMesh) -> tuple[int, int]:
     return sharding.get_local_rank(), sharding.size()
 
 
-def _take(model: nn.Module, mesh: DeviceMesh, loading: Loading) -> dict[str, Tensor | None]:
+def _detach_values(model: nn.Module, mesh: DeviceMesh, loading: Loading) -> dict[str, Tensor | None]:
     """Takes the values out of a model, and leaves its weights on the meta device.
 
     Returns:
@@ -399,12 +407,12 @@ def _take(model: nn.Module, mesh: DeviceMesh, loading: Loading) -> dict[str, Ten
 
 
 @torch.no_grad()
-def _fill(model: nn.Module, values: dict[str, Tensor | None], device: torch.device, is_sent: bool) -> None:
+def _load_values(model: nn.Module, values: dict[str, Tensor | None], device: torch.device, is_sent: bool) -> None:
     """Gives sharded weights on the meta device their values; all ranks have to call it.
 
     Args:
         model: The sharded model.
-        values: What `_take` returned; emptied, so that no weight is kept longer than needed.
+        values: What `_detach_values` returned; emptied, so that no weight is kept longer than needed.
         device: Where the parts belong.
         is_sent: Whether the first rank sends the parts of the others.
     """
@@ -412,8 +420,8 @@ def _fill(model: nn.Module, values: dict[str, Tensor | None], device: torch.devi
         value = values.pop(name)
         sharded = cast("DTensor", weight)
         if is_sent:
-            whole = torch.empty(weight.shape, dtype=weight.dtype) if value is None else value
-            filled = distribute_tensor(whole.to(device), sharded.device_mesh, sharded.placements)
+            all_values = torch.empty(weight.shape, dtype=weight.dtype) if value is None else value
+            filled = distribute_tensor(all_values.to(device), sharded.device_mesh, sharded.placements)
         else:
             assert value is not None
             filled = DTensor.from_local(

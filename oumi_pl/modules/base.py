@@ -136,7 +136,7 @@ class LanguageModule(RestorableModule):
     """Metrics that are logged, but not shown in the terminal after a validation."""
     reference: Reference | None = None
     """The reference of a policy, if the trainer type sets one in its constructor. Dropout is then off."""
-    __loading = Loading()
+    __weight_loading = Loading()
     share_prompt: Literal["auto"] | bool = "auto"
     """Whether tokens that several segments share are computed once. `auto`: if the model can do so exactly."""
 
@@ -283,17 +283,19 @@ class LanguageModule(RestorableModule):
         if dtype := HALF_PRECISION.get(str(self.trainer.precision)):
             # sharded parameters have to be of one dtype
             model.keep_dtypes(getattr(torch, dtype), parameters=not is_to_be_sharded(self))
-        if self.compile_layers:
-            model.body.compile()
         if is_to_be_sharded(self):
+            if self.compile_layers:  # before its layers are sharded
+                model.body.compile()
             copies = self.reference is not None and self.reference.kind == "online"
-            copy = shard(model, self, self.__loading, copy=copies)
+            copy = shard(model, self, self.__weight_loading, copy=copies)
             if self.reference is not None:
                 self.reference.sharded_copy = copy
             self.__check_on_device()
             reshard(model)
         else:
             model.refuse_unknown_logits()
+            if self.compile_layers:  # after the check: compiling for its few tokens would take a minute
+                model.body.compile()
         self.on_model_built()
         self.__built = [model]
 
@@ -307,7 +309,7 @@ class LanguageModule(RestorableModule):
             share = self.data.branching and self.share_prompt is not False
             longest = 0 if self.__is_checked_on_device else self.__longest_row
             model.layout, model.layout_reason = choose_layout(model.hf, share, longest)
-        self.__loading = Loading()
+        self.__weight_loading = Loading()
         if not self.heads():
             self.make_heads(model)
         return model
@@ -376,10 +378,10 @@ class LanguageModule(RestorableModule):
                 trust_remote_code=self.trust_remote_code,
                 scoring=self.scoring,
                 text_only=self.text_only,
-                loading=self.__loading,
+                loading=self.__weight_loading,
             )
 
-        self.__loading = loading_of(self, self.__source(tokenizer, added_tokens))
+        self.__weight_loading = loading_of(self, self.__weight_source(tokenizer, added_tokens))
         builder = build if self.model_object is None else self.__given(tokenizer, added_tokens)
         wrap = ScoringLM if self.scoring else LM
         if branching is None:
@@ -391,12 +393,12 @@ class LanguageModule(RestorableModule):
             # long rows are tried on the device if it is another one, see `begin_fit`
             longest = 0 if self.__is_checked_on_device else self.__longest_row
             model = with_layout(builder, branching and self.share_prompt is not False, longest, wrap)
-            self.__refuse_repeated_prompts(model, branching)
+            self.__require_shared_prompts(model, branching)
         if self.reference is not None:
             disable_dropout(model)
         return model
 
-    def __source(self, tokenizer: Any, added_tokens: Sequence[int]) -> Source:
+    def __weight_source(self, tokenizer: Any, added_tokens: Sequence[int]) -> Source:
         """Where the ranks get the weights, if the run shards them."""
         if self.model_object is not None or self._trainer is None or not is_to_be_sharded(self):
             return "every rank"
@@ -412,7 +414,7 @@ class LanguageModule(RestorableModule):
             text_only=self.text_only,
         )
 
-    def __refuse_repeated_prompts(self, model: LM, branching: bool) -> None:
+    def __require_shared_prompts(self, model: LM, branching: bool) -> None:
         """Refuses a layout that repeats prompts, if they are to be shared.
 
         Raises:
@@ -558,7 +560,7 @@ class LanguageModule(RestorableModule):
             if model.layout is not padded and data is not None:
                 share, longest = data.branching and self.share_prompt is not False, self.__longest_row
                 model.choose_layout(share, longest)
-                self.__refuse_repeated_prompts(model, data.branching)
+                self.__require_shared_prompts(model, data.branching)
             model.refuse_unknown_logits()
 
     # ---- reference

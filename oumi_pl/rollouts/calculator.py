@@ -25,7 +25,7 @@ def question(row: dict[str, Any]) -> Conversation:
 class Calculator(Environment):
     """Answers a turn that has `<calc>3 * (4 + 5)</calc>` with a turn that has the value; a turn without a call is last.
 
-    What is no expression of numbers, `+ - * /` and parentheses has the value `error`.
+    Anything but numbers, `+ - * /` and parentheses gives `error`.
 
     Args:
         calls: Most calls of a completion: a turn after so many answers is the last.

@@ -1,5 +1,6 @@
 """An engine that samples with transformers' continuous batching: a completion that ends makes room for the next one."""
 
+from bisect import bisect_left
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
@@ -11,7 +12,7 @@ from torch import Tensor
 from oumi_pl.attention.probe import evaluating
 from oumi_pl.errors import UserError
 from oumi_pl.models.generation import PLAIN
-from oumi_pl.rollouts.sampling import Completion, Engine, Sampling, draw, truncated, uniforms
+from oumi_pl.rollouts.sampling import Completion, Engine, Sampling, draw, replaced, truncated, uniforms
 
 POLL = 1.0
 """Seconds between two looks at whether the thread that samples is still alive."""
@@ -21,15 +22,17 @@ class ContinuousBatching(Engine):
     """Samples as `Generate` does, the same completions, with transformers' continuous batching on the policy itself.
 
     All prompts of a call go into one queue. Each forward pass computes the next token of the running completions and
-    prefills waiting prompts, so no pass is spent on completions that have ended, and nothing is padded. Prompts that
-    begin alike share keys and values. Raise `data.prompts_per_call`: what is sampled in one call shares a queue.
+    prefills waiting prompts, so no pass is spent on completions that a token has ended, and nothing is padded. Stop
+    texts are looked for afterwards: until then their completions go on. Prompts that begin alike share keys and values.
+    Raise `data.prompts_per_call`: what is sampled in one call shares a queue.
 
     Args:
         page_size: Tokens of a page of the cache of keys and values.
         tokens: Most tokens of a forward pass; a longer prompt is prefilled in parts.
         requests: Most completions that run at the same time; they can't be more than `tokens`.
         pages: Pages of the cache; as many as `requests` completions need at most when left out. With fewer, some wait.
-        flash: Let transformers take a flash attention kernel on a GPU, which rounds differently from training.
+        flash: Let transformers take a flash attention kernel on a GPU, which rounds differently from training;
+            log-probabilities are then recomputed, as for vLLM.
 
     Raises:
         UserError: a value is below 1.
@@ -49,6 +52,7 @@ class ContinuousBatching(Engine):
                 raise UserError(f"data.engine.{name} is {value}, but has to be at least 1")
         self.page_size, self.tokens, self.pages, self.flash = page_size, tokens, pages, flash
         self.requests = min(requests, tokens)
+        self.is_exact = not flash
 
     @torch.no_grad()
     def sample(
@@ -60,6 +64,7 @@ class ContinuousBatching(Engine):
         seeds: Sequence[Sequence[int]],
         sampling: Sampling,
         ends: Iterable[int],
+        limits: Sequence[int] | None = None,
     ) -> list[Completion]:
         """See `Engine`. Training modes, attention and the random state are left as they were.
 
@@ -75,17 +80,18 @@ class ContinuousBatching(Engine):
             contexts.enter_context(evaluating(model))
             contexts.enter_context(_plain_attention(model))
             contexts.enter_context(_processors(model, drawing))
-            sampled = self._run(model, drawing, prompts, sampling.max_new_tokens, ending)
+            most = [sampling.max_new_tokens] * len(prompts) if limits is None else list(limits)
+            sampled = self._run(model, drawing, prompts, most, ending)
         return [drawing.completion(row, ids, tokenizer, ending) for row, ids in enumerate(sampled)]
 
     def _run(
-        self, model: Any, drawing: Any, prompts: Sequence[Sequence[int]], most: int, ending: list[int]
+        self, model: Any, drawing: Any, prompts: Sequence[Sequence[int]], most: list[int], ending: list[int]
     ) -> list[list[int]]:
-        """The sampled ids of each prompt."""
+        """The sampled ids of each prompt, at most `most`."""
         from transformers import GenerationConfig
 
         settings = GenerationConfig(
-            do_sample=False, max_new_tokens=most, eos_token_id=ending or -1, pad_token_id=0, **PLAIN
+            do_sample=False, max_new_tokens=max(most), eos_token_id=ending or -1, pad_token_id=0, **PLAIN
         )
         try:
             manager = model.init_continuous_batching(settings, self._config(prompts, most))
@@ -98,8 +104,8 @@ class ContinuousBatching(Engine):
             manager.warmup()  # creates the cache, which takes values of one dtype only
             cache = manager.batch_processor.cache
             cache.update = _cast(cache.update, model.dtype)
-        for row, prompt in enumerate(prompts):
-            manager.add_request(list(prompt), str(row), most, eos_token_id=ending or -1)
+        for row, (prompt, limit) in enumerate(zip(prompts, most, strict=True)):
+            manager.add_request(list(prompt), str(row), limit, eos_token_id=ending or -1)
         manager.start()
         try:
             return _results(manager, len(prompts))
@@ -107,10 +113,11 @@ class ContinuousBatching(Engine):
             manager.stop(block=True, hard_stop=True)
             manager.destroy()
 
-    def _config(self, prompts: Sequence[Sequence[int]], most: int) -> Any:
+    def _config(self, prompts: Sequence[Sequence[int]], most: Sequence[int]) -> Any:
         from transformers.generation.configuration_utils import ContinuousBatchingConfig
 
-        pages = sorted((-(-(len(prompt) + most) // self.page_size) for prompt in prompts), reverse=True)
+        lengths = [len(prompt) + limit for prompt, limit in zip(prompts, most, strict=True)]
+        pages = sorted((-(-length // self.page_size) for length in lengths), reverse=True)
         requests = min(self.requests, len(prompts))
         return ContinuousBatchingConfig(
             page_size=self.page_size,
@@ -194,12 +201,8 @@ def _draw(sampling: Sampling, numbers: np.ndarray, lengths: list[int]) -> Any:
 
         def completion(self, row: int, ids: list[int], tokenizer: Any, ending: list[int]) -> Completion:
             """The completion of a row, cut after the first stop text."""
-            length, is_finished = len(ids), ids[-1] in ending
-            for n in range(1, length + 1) if sampling.stop else ():
-                if any(stop in tokenizer.decode(ids[:n]) for stop in sampling.stop):
-                    length, is_finished = n, True
-                    break
-            kept = slice(length)
+            stopped = _stop_length(tokenizer, ids, sampling.stop) if sampling.stop else None
+            kept, is_finished = slice(stopped or len(ids)), stopped is not None or ids[-1] in ending
             return Completion(
                 np.array(ids[kept], np.int32), self.logps[row, kept], self.entropies[row, kept], is_finished
             )
@@ -207,12 +210,23 @@ def _draw(sampling: Sampling, numbers: np.ndarray, lengths: list[int]) -> Any:
     return Draw()
 
 
+def _stop_length(tokenizer: Any, ids: list[int], stops: Sequence[str]) -> int | None:
+    """How many of the tokens it takes until their text has one of the texts `stops`; None if it has none."""
+
+    def has_stop(n: int) -> bool:
+        text = tokenizer.decode(ids[:n])
+        return any(stop in text for stop in stops)
+
+    # more tokens don't take a text away, so a binary search finds where it is complete
+    return bisect_left(range(len(ids)), True, lo=1, key=has_stop) if has_stop(len(ids)) else None
+
+
 @contextmanager
 def _processors(model: Any, drawing: Any) -> Iterator[None]:
     """Makes a logits processor the only one of a model."""
     from transformers import LogitsProcessorList
 
-    with _replaced(model, "_get_logits_processor", lambda *_args, **_kwargs: LogitsProcessorList([drawing])):
+    with replaced(model, "_get_logits_processor", lambda *_args, **_kwargs: LogitsProcessorList([drawing])):
         yield
 
 
@@ -249,16 +263,3 @@ def _cast(update: Any, dtype: torch.dtype) -> Any:
         return update(keys.to(dtype), values.to(dtype), *args, **kwargs)
 
     return cast
-
-
-@contextmanager
-def _replaced(model: Any, name: str, value: Any) -> Iterator[None]:
-    """Sets an attribute of a model, and removes or restores it afterwards."""
-    before = vars(model).get(name)
-    setattr(model, name, value)
-    try:
-        yield
-    finally:
-        delattr(model, name)
-        if before is not None:
-            setattr(model, name, before)

@@ -3,6 +3,8 @@
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from operator import index
+from textwrap import shorten
 from typing import Any
 
 import numpy as np
@@ -14,7 +16,7 @@ Reply = Callable[[np.ndarray], Sequence[int] | None]
 """Maps the token ids of a turn of the policy, `[tokens]` int32, to those that follow; None if the episode is over."""
 
 LATER_TURNS = 0
-"""Comes before the number of a turn in the seed of its random numbers; the first turn has the seed without both."""
+"""Separates the completion's seed from the turn's number; the first turn uses the completion's seed alone."""
 ENVIRONMENT = 2
 """Ends the seed of an environment's own random numbers."""
 ANSWER = "0-answer-0"
@@ -54,7 +56,7 @@ class _Episode:
     entropies: list[np.ndarray] = field(default_factory=list)
     replies: list[tuple[int, int]] = field(default_factory=list)
     is_finished: bool = False
-    """Whether the environment, or the end of the policy's turn, ended it; not `max_new_tokens`."""
+    """Whether the environment ended it; False if `max_new_tokens` cut it, or left no room for a reply."""
 
     @property
     def room(self) -> int:
@@ -84,7 +86,7 @@ class _Episode:
             return False
         if len(ids):
             self.replies.append((len(self.ids), len(self.ids) + len(ids)))
-            self.ids += map(int, ids)
+            self.ids += ids
         return True
 
     @property
@@ -139,9 +141,10 @@ def sample_episodes(
             tokenizer,
             [[*episode.prompt.ids, *episode.ids] for episode in running],
             seeds=[episode.turn_seed(turn) for episode in running],
-            # a turn draws the same tokens however much room the others have, and is cut to its own
+            # a turn draws the same tokens however much room the others have
             sampling=replace(sampling, max_new_tokens=max(episode.room for episode in running)),
             ends=ends,
+            limits=[episode.room for episode in running],
         )
         turn += 1
         running = [e for e, sampled in zip(running, turns, strict=True) if _goes_on(e, sampled, name, turn, tokenizer)]
@@ -151,8 +154,17 @@ def sample_episodes(
 def _goes_on(episode: _Episode, turn: Completion, name: str, number: int, tokenizer: Any) -> bool:
     if not episode.add(turn):
         return False
-    ids = _checked(name, episode.prompt, number, episode.reply, turn.ids)
-    if ids is not None and not all(0 <= int(i) < len(tokenizer) for i in ids):
+    reply = _checked(name, episode.prompt, number, episode.reply, turn.ids)
+    if reply is None:
+        return episode.add_reply(None)
+    try:
+        ids = [index(i) for i in reply]
+    except TypeError:
+        raise UserError(
+            f"{name} returned {shorten(repr(reply), 100)}{_where(episode.prompt, number)}; return token ids, or None "
+            "to end the episode"
+        ) from None
+    if not all(0 <= i < len(tokenizer) for i in ids):
         raise UserError(f"{name} returned ids that the tokenizer doesn't have{_where(episode.prompt, number)}: {ids}")
     return episode.add_reply(ids)
 
@@ -182,7 +194,7 @@ def turn_ids(
 
     Args:
         tokenizer: One with a chat template.
-        ended: The ids of the policy's turn. What the template writes at a turn's end is added unless it ends them.
+        ended: The ids of the policy's turn. If `ended` lacks the template's end of turn, that is added.
         content: The text of the new turn.
         role: Its role.
         variables: Given to the template.

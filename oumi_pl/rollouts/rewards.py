@@ -368,9 +368,7 @@ class math:  # noqa: N801
         try:
             from math_verify import parse, verify
         except ImportError:
-            raise UserError(
-                "the reward `math` needs the package math-verify: pip install '.[math]' in a clone"
-            ) from None
+            raise UserError("the reward `math` needs the package math-verify: pip install 'oumi_pl[math]'") from None
         self._parse, self._verify = parse, verify
         self.__name__ = "math"
 

@@ -6,7 +6,8 @@ run on another number of ranks draw the same completions.
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -178,6 +179,16 @@ class _StopTexts(StoppingCriteria):
         return torch.tensor([end is not None for end in self.ended], device=input_ids.device)
 
 
+class _Limits(StoppingCriteria):
+    """Ends each row at its own length, `[rows]`, with its prompt."""
+
+    def __init__(self, lengths: Tensor) -> None:
+        self.lengths = lengths
+
+    def __call__(self, input_ids: Tensor, scores: Any, **kwargs: Any) -> Tensor:
+        return input_ids.shape[1] >= self.lengths
+
+
 class Engine(ABC):
     """Samples completions from the policy of a run."""
 
@@ -210,6 +221,7 @@ class Engine(ABC):
         seeds: Sequence[Sequence[int]],
         sampling: Sampling,
         ends: Iterable[int],
+        limits: Sequence[int] | None = None,
     ) -> list[Completion]:
         """Samples a completion for each prompt.
 
@@ -221,6 +233,8 @@ class Engine(ABC):
                 extra round or a later turn some more numbers.
             sampling: The settings.
             ends: Token ids that end a completion.
+            limits: Most tokens of each completion, if some have fewer than `sampling.max_new_tokens`, as the turns of
+                an environment have; the model may have no positions for more.
         """
 
 
@@ -251,11 +265,48 @@ class Generate(Engine):
         seeds: Sequence[Sequence[int]],
         sampling: Sampling,
         ends: Iterable[int],
+        limits: Sequence[int] | None = None,
     ) -> list[Completion]:
         """See `Engine`; in one batch."""
         numbers = np.stack([uniforms(seed, sampling.max_new_tokens) for seed in seeds])
         settings: Any = {"numbers": numbers, "sampling": sampling, "ends": ends, "bucket": self.bucket}
-        return sample(policy.causal_lm.hf, tokenizer, prompts, **settings)
+        if limits is None:
+            return sample(policy.causal_lm.hf, tokenizer, prompts, **settings)
+        last = [len(prompt) + limit - 1 for prompt, limit in zip(prompts, limits, strict=True)]
+        with _bounded_positions(policy.causal_lm.base, last):
+            return sample(policy.causal_lm.hf, tokenizer, prompts, limits=limits, **settings)
+
+
+@contextmanager
+def _bounded_positions(model: Any, last: Sequence[int]) -> Iterator[None]:
+    """Keeps the position of each row in `generate` from going past its last one.
+
+    `generate` computes rows that have ended until the longest ends; a model with learned positions would fail there.
+    """
+    update = model._update_model_kwargs_for_generation
+
+    def bounded(*args: Any, **kwargs: Any) -> Any:
+        values = update(*args, **kwargs)
+        if "position_ids" in values:
+            positions = values["position_ids"]
+            values["position_ids"] = torch.minimum(positions, positions.new_tensor(last)[:, None])
+        return values
+
+    with replaced(model, "_update_model_kwargs_for_generation", bounded):
+        yield
+
+
+@contextmanager
+def replaced(model: Any, name: str, value: Any) -> Iterator[None]:
+    """Sets an attribute of a model, and removes or restores it afterwards."""
+    before = vars(model).get(name)
+    setattr(model, name, value)
+    try:
+        yield
+    finally:
+        delattr(model, name)
+        if before is not None:
+            setattr(model, name, before)
 
 
 @torch.no_grad()
@@ -267,6 +318,7 @@ def sample(
     numbers: np.ndarray,
     sampling: Sampling,
     ends: Iterable[int],
+    limits: Sequence[int] | None = None,
     streamer: Any = None,
     bucket: int = 0,
 ) -> list[Completion]:
@@ -279,6 +331,7 @@ def sample(
         numbers: `[prompts, max_new_tokens]`, as of `uniforms`.
         sampling: The settings.
         ends: Token ids that end a completion.
+        limits: See `Engine.sample`.
         streamer: Of transformers, for a single prompt.
         bucket: See `Generate`.
     """
@@ -291,6 +344,9 @@ def sample(
     drawing = Draw(sampling, torch.from_numpy(numbers).to(device))
     stopping = _StopTexts(tokenizer, sampling.stop, longest, len(prompts)) if sampling.stop else None
     ending = sorted(set(ends))
+    criteria: list[Any] = [stopping] if stopping else []
+    if limits is not None:
+        criteria.append(_Limits(longest + torch.tensor(limits, device=device)))
     with evaluating(model):
         out = model.generate(
             input_ids=ids,
@@ -299,7 +355,7 @@ def sample(
             eos_token_id=ending or None,
             pad_token_id=pad,
             logits_processor=LogitsProcessorList([drawing]),
-            stopping_criteria=StoppingCriteriaList([stopping]) if stopping else None,
+            stopping_criteria=StoppingCriteriaList(criteria),
             streamer=streamer,
             do_sample=False,
             temperature=None,
@@ -311,9 +367,15 @@ def sample(
     for module in model.modules() if bucket else ():
         # by which transformers would make the next cache longer than this call needs, but not after a resume
         vars(module).pop("_previous_max_cache_length", None)
-    return _completions(
-        out[:, longest:], drawing, ending, [None] * len(prompts) if stopping is None else stopping.ended
-    )
+    stops = [None] * len(prompts) if stopping is None else stopping.ended
+    completions = _completions(out[:, longest:], drawing, ending, stops)
+    return completions if limits is None else list(map(_cut, completions, limits))
+
+
+def _cut(completion: Completion, limit: int) -> Completion:
+    """A completion of at most `limit` tokens; one that is cut is not finished."""
+    ids, logps, entropies, is_finished, *_ = completion
+    return Completion(ids[:limit], logps[:limit], entropies[:limit], is_finished and len(ids) <= limit)
 
 
 def _completions(out: Tensor, drawing: Draw, ending: Sequence[int], stops: Sequence[int | None]) -> list[Completion]:

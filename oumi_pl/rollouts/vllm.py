@@ -25,6 +25,7 @@ import json
 import os
 import random
 import tempfile
+import time
 import weakref
 from abc import abstractmethod
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -36,6 +37,7 @@ from urllib.parse import urlsplit
 
 import numpy as np
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -82,14 +84,41 @@ class VLLMEngine(Engine):
         self._written: Any = None
         """Temporary folder of the adapter that vLLM has, which may read it again."""
 
-    @abstractmethod
     def send(self, policy: Any, name: str) -> None:
-        """Sends the policy's weights to vLLM.
+        """Sends the policy's weights to vLLM: all of them, or its adapter, and before the first one the adapter's base.
 
         Args:
             policy: The module that is trained.
             name: Their hash.
+
+        Raises:
+            UserError: vLLM can't be used, or can't have these weights.
         """
+        is_adapter = self.sends_adapter(policy)
+        if not self.connect(policy, is_adapter):
+            if not is_adapter:
+                self.replace_weights(policy, weights_of(policy))
+            elif self.synchronised is None and not is_quantized(policy.causal_lm):
+                self.replace_weights(policy, base_weights(policy))  # vLLM may have those of another run
+        if is_adapter:
+            self.replace_adapter(policy, name)
+
+    @abstractmethod
+    def connect(self, policy: Any, is_adapter: bool) -> bool:
+        """Starts vLLM, or looks at the settings of a server, the first time; returns whether it now has the weights.
+
+        Args:
+            policy: The module that is trained.
+            is_adapter: Whether its adapter is sent, after the adapter's base.
+        """
+
+    @abstractmethod
+    def replace_weights(self, policy: Any, weights: Mapping[str, Tensor]) -> None:
+        """Replaces the weights of vLLM's model, by their names in checkpoints."""
+
+    @abstractmethod
+    def replace_adapter(self, policy: Any, name: str) -> None:
+        """Sends the policy's adapter, whose weights have the hash `name`, in place of the one before."""
 
     @abstractmethod
     def complete(self, prompts: Sequence[Sequence[int]], params: Sequence[dict[str, Any]]) -> list[Output]:
@@ -135,8 +164,9 @@ class VLLMEngine(Engine):
         seeds: Sequence[Sequence[int]],
         sampling: Sampling,
         ends: Iterable[int],
+        limits: Sequence[int] | None = None,
     ) -> list[Completion]:
-        """See `Engine`. Entropies are estimates: minus the log-probability of the sampled token, whose mean they are.
+        """See `Engine`; the entropy is estimated by minus the log-probability of the sampled token.
 
         Raises:
             UserError: vLLM can't sample this way, or fails.
@@ -145,6 +175,8 @@ class VLLMEngine(Engine):
         vocab = policy.causal_lm.hf.config.get_text_config().vocab_size
         ending = sorted({end for end in ends if end < vocab})
         params = [sampling_params(sampling, ending, seed) for seed in seeds]
+        for of_prompt, limit in zip(params, limits or (), strict=limits is not None):
+            of_prompt["max_tokens"] = limit
         completions = []
         for output in self.complete([list(prompt) for prompt in prompts], params):
             ids, logps = np.array(output.ids, dtype=np.int32), np.array(output.logps, dtype=np.float32)
@@ -251,21 +283,33 @@ def checkpoint_weights(hf: Any, state: Mapping[str, Tensor]) -> dict[str, Tensor
 def write_weights(weights: Mapping[str, Tensor], folder: Path) -> None:
     """Writes weights as a checkpoint of one file."""
     host = {name: value.cpu().contiguous() for name, value in weights.items()}
-    save_file(host, folder / "model.safetensors", metadata={"format": "pt"})
+    with _writing(folder):
+        save_file(host, folder / "model.safetensors", metadata={"format": "pt"})
 
 
 def written_adapter(policy: Any, parent: str | None = None) -> Any:
     """A temporary folder with the policy's adapter."""
     folder = temporary_folder(parent)
-    policy.causal_lm.hf.save_pretrained(folder.name, save_embedding_layers=False)
+    with _writing(folder.name):
+        policy.causal_lm.hf.save_pretrained(folder.name, save_embedding_layers=False)
     return folder
 
 
 def temporary_folder(parent: str | None = None) -> Any:
     """A folder that other users can read, as a server may be; it is removed with the returned object."""
-    folder = tempfile.TemporaryDirectory(prefix="oumi_pl-vllm-", dir=parent)
-    Path(folder.name).chmod(0o755)
+    with _writing(parent or tempfile.gettempdir()):
+        folder = tempfile.TemporaryDirectory(prefix="oumi_pl-vllm-", dir=parent)
+        Path(folder.name).chmod(0o755)
     return folder
+
+
+@contextmanager
+def _writing(folder: Path | str) -> Iterator[None]:
+    """Raises a `UserError` if a folder is missing, may not be written to, or its disk is full."""
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"data.engine: can't write weights for vLLM to {folder}: {reason(error)}") from error
 
 
 def write_config(hf: Any, folder: Path) -> None:
@@ -356,28 +400,28 @@ class VLLM(VLLMEngine):
         self._adapters = 0
 
     def send(self, policy: Any, name: str) -> None:
+        """See `VLLMEngine`."""
+        with _as_it_was():
+            super().send(policy, name)
+
+    def connect(self, policy: Any, is_adapter: bool) -> bool:
         """See `VLLMEngine`; builds the engine with the first weights.
 
         Raises:
             UserError: vLLM is not installed, can't load the model, or there is more than one rank.
         """
-        is_adapter = self.sends_adapter(policy)
         if policy.trainer.world_size > 1:
             raise UserError(
                 f"data.engine: VLLM is for one device, and the run has {policy.trainer.world_size}; take VLLMServer"
             )
-        with _as_it_was(), temporary_folder() as folder:
-            is_new = self.llm is None
-            if is_new:
-                self.llm = self._build(policy, Path(folder), is_adapter)
-            if not is_new and not is_adapter:
-                self._replace_weights(policy, weights_of(policy))
-            elif not is_new and self.synchronised is None and not is_quantized(policy.causal_lm):
-                self._replace_weights(policy, base_weights(policy))  # of another run before
-            if is_adapter:
-                self._replace_adapter(policy, name)
+        if self.llm is not None:
+            return False
+        with temporary_folder() as folder:
+            self.llm = self._build(policy, Path(folder), is_adapter)
+        return True
 
-    def _replace_weights(self, policy: Any, weights: Mapping[str, Tensor]) -> None:
+    def replace_weights(self, policy: Any, weights: Mapping[str, Tensor]) -> None:
+        """See `VLLMEngine`; they are handed over in memory."""
         self.llm.collective_rpc("reload_weights", kwargs={"weights_iterator": iter(weights.items())})
         if is_on_cpu(policy) and is_tied(policy):
             self.llm.apply_model(pack_head)
@@ -402,7 +446,8 @@ class VLLM(VLLMEngine):
             defaults["enable_chunked_prefill"] = False  # on CPUs, vLLM fails if a prompt with a seed is split
         return build_llm(**(defaults | self.options | options), tokenizer=str(folder), logprobs_mode=LOGPROBS_MODE)
 
-    def _replace_adapter(self, policy: Any, name: str) -> None:
+    def replace_adapter(self, policy: Any, name: str) -> None:
+        """See `VLLMEngine`; as files, which vLLM may read again."""
         from vllm.lora.request import LoRARequest
 
         written, before = written_adapter(policy), self._adapter
@@ -472,18 +517,29 @@ def import_llm() -> Any:
 
 @contextmanager
 def _as_it_was() -> Iterator[None]:
-    """Restores what vLLM changes in its process: random generators, which it seeds, and `torch.set_num_threads`."""
-    python, numpy, threads = random.getstate(), np.random.get_state(), torch.set_num_threads
+    """Restores what vLLM changes in its process: random generators, which it seeds, and the number of threads.
+
+    On CPUs, it also replaces the function `torch.set_num_threads` by one that does nothing.
+    """
+    python, numpy = random.getstate(), np.random.get_state()
+    threads, set_threads = torch.get_num_threads(), torch.set_num_threads
     with torch.random.fork_rng():
         try:
             yield
         finally:
             random.setstate(python)
             np.random.set_state(numpy)
-            torch.set_num_threads = threads
+            torch.set_num_threads = set_threads
+            torch.set_num_threads(threads)
 
 
 # ---- a server
+
+COMPLETIONS = "/v1/completions"
+TRIES = 4
+"""How often a request that changes nothing is sent, if the connection fails."""
+PAUSE = 1.0
+"""Seconds before the second try; they double before each further one."""
 
 
 class VLLMServer(VLLMEngine):
@@ -496,7 +552,8 @@ class VLLMServer(VLLMEngine):
     For LoRA, add `VLLM_ALLOW_RUNTIME_LORA_UPDATING=1` before and `--enable-lora --max-lora-rank RANK` after it. MODEL
     may be any of the same architecture and tokenizer: its weights are replaced. The server serves one run at a time,
     and should be reachable by nobody else: its development endpoints are not protected. Rank 0 sends the weights, as a
-    folder that the server reads; all ranks sample.
+    folder that the server reads; all ranks sample. A server that was restarted between two updates gets the weights
+    again; one that is restarted while it samples ends the run.
 
     Args:
         url: Where it listens.
@@ -527,46 +584,59 @@ class VLLMServer(VLLMEngine):
         """The server's name of its model."""
         self._model = ""
         """That of what is sampled from: the model or an adapter."""
+        self._instance: str | None = None
+        """vLLM's random name of the server's process."""
 
     def synchronise(self, policy: Any) -> None:
         """Sends the policy's weights from rank 0, unless the server has them already.
 
         Raises:
-            UserError: on all ranks, if it fails.
+            UserError: on all ranks, if it fails; rank 0 raises any other error as it is.
         """
-        strategy, problem = policy.trainer.strategy, None
+        error: Exception | None = None
+        message = None
         if policy.trainer.is_global_zero:
             try:
+                self._forget_if_restarted()
                 super().synchronise(policy)
-            except UserError as error:  # the others wait
-                problem = str(error)
-        problem, self.synchronised, self._model = strategy.broadcast((problem, self.synchronised, self._model))
-        if problem:
-            raise UserError(problem)
+            except Exception as failure:  # of any kind, since the other ranks wait
+                error, message = failure, str(failure)
+                if not isinstance(failure, UserError):
+                    message = f"data.engine: rank 0 failed, see its output: {type(failure).__name__}: {failure}"
+        state = message, self.synchronised, self._model, self._instance
+        message, self.synchronised, self._model, self._instance = policy.trainer.strategy.broadcast(state)
+        if error is not None:
+            raise error
+        if message is not None:
+            raise UserError(message)
 
-    def send(self, policy: Any, name: str) -> None:
+    def _forget_if_restarted(self) -> None:
+        """Forgets which weights the server has if it is a new process, which begins with those of its start."""
+        if self._instance is not None and self._instance_now() != self._instance:
+            self._base, self.synchronised, self._instance = "", None, None
+
+    def _instance_now(self) -> str:
+        return str(self._config(TRIES)["instance_id"])
+
+    def connect(self, policy: Any, is_adapter: bool) -> bool:
         """See `VLLMEngine`.
 
         Raises:
-            UserError: the server can't be reached, was started without what it needs, or refuses them.
+            UserError: the server can't be reached, or was started without what it needs.
         """
-        is_adapter = self.sends_adapter(policy)
         if not self._base:
             self._base = self._model = self._checked(policy, is_adapter)
-        if not is_adapter:
-            self._replace_weights(weights_of(policy))
-        elif self.synchronised is None and not is_quantized(policy.causal_lm):
-            self._replace_weights(base_weights(policy))  # the server may have served another run before
-        if is_adapter:
-            self._replace_adapter(policy, f"{ADAPTER}{name}")
+        return False
 
-    def _replace_weights(self, weights: Mapping[str, Tensor]) -> None:
+    def replace_weights(self, policy: Any, weights: Mapping[str, Tensor]) -> None:
+        """See `VLLMEngine`; as a folder that the server reads."""
         with temporary_folder(self.folder) as folder:
             write_weights(weights, Path(folder))
             self._post("/collective_rpc", {"method": "reload_weights", "kwargs": {"weights_path": folder}})
 
-    def _replace_adapter(self, policy: Any, name: str) -> None:
-        written = written_adapter(policy, self.folder)
+    def replace_adapter(self, policy: Any, name: str) -> None:
+        """See `VLLMEngine`; as a folder that the server reads."""
+        name, written = f"{ADAPTER}{name}", written_adapter(policy, self.folder)
         self._post("/v1/load_lora_adapter", {"lora_name": name, "lora_path": written.name})
         if self._model != self._base:
             self._post("/v1/unload_lora_adapter", {"lora_name": self._model})
@@ -574,43 +644,66 @@ class VLLMServer(VLLMEngine):
 
     def _checked(self, policy: Any, is_adapter: bool) -> str:
         """The name of the server's model, after a look at its settings."""
+        config = self._config()
         try:
-            config = json.loads(self._ask("GET", "/server_info?config_format=json"))["vllm_config"]
-        except KeyError:
-            raise UserError(f"data.engine.url: {self.url} is no vLLM server of version 0.32 or later") from None
-        mode = config["model_config"]["logprobs_mode"]
+            mode = config["model_config"]["logprobs_mode"]
+            is_cpu = config["device_config"]["device"] == "cpu"
+            splits_prompts = config["scheduler_config"]["enable_chunked_prefill"]
+            max_rank = (config.get("lora_config") or {"max_lora_rank": 0})["max_lora_rank"]
+            instance = str(config["instance_id"])
+        except (KeyError, TypeError):
+            raise self._is_another_server() from None
         if mode != LOGPROBS_MODE:
             raise UserError(f"data.engine: {self.url} returns {mode}; start it with --logprobs-mode {LOGPROBS_MODE}")
-        is_cpu = config["device_config"]["device"] == "cpu"
         if is_cpu and is_tied(policy) and not is_adapter:
             raise UserError(
                 f"data.engine: {self.url} runs on CPUs, where vLLM can't replace the weight of a head that is the "
                 "embedding's; take VLLM, or untie them (model.config.tie_word_embeddings: false)"
             )
-        if is_cpu and config["scheduler_config"]["enable_chunked_prefill"]:
+        if is_cpu and splits_prompts:
             raise UserError(
                 f"data.engine: {self.url} runs on CPUs, where vLLM fails if it splits a prompt whose completion has a "
                 "seed; start it with --no-enable-chunked-prefill"
             )
         if is_adapter:
             rank = rank_of(policy.causal_lm.hf)
-            lora = config.get("lora_config")
-            if not lora or lora["max_lora_rank"] < rank:
+            if max_rank < rank:
                 raise UserError(
                     f"data.engine: {self.url} can't apply adapters of rank {rank}; start it with "
                     "VLLM_ALLOW_RUNTIME_LORA_UPDATING=1 and --enable-lora --max-lora-rank "
                     f"{adapter_options(rank)['max_lora_rank']}, or set merge: true"
                 )
-        base, *adapters = [model["id"] for model in json.loads(self._ask("GET", "/v1/models"))["data"]]
+        base, *adapters = [model["id"] for model in self._json("GET", "/v1/models")["data"]]
         for name in adapters:  # of a run that was killed
             if name.startswith(ADAPTER):
                 self._post("/v1/unload_lora_adapter", {"lora_name": name})
+        self._instance = instance
         return str(base)
 
+    def _config(self, tries: int = 1) -> Any:
+        """The server's settings."""
+        try:
+            return self._json("GET", "/server_info?config_format=json", tries=tries)["vllm_config"]
+        except (KeyError, TypeError):
+            raise self._is_another_server() from None
+
+    def _is_another_server(self) -> UserError:
+        return UserError(f"data.engine.url: {self.url} is no vLLM server of version 0.32 or later")
+
     def complete(self, prompts: Sequence[Sequence[int]], params: Sequence[dict[str, Any]]) -> list[Output]:
-        """See `VLLMEngine`; one request for each completion, since a request has one seed."""
+        """See `VLLMEngine`; one request for each completion, since a request has one seed.
+
+        Raises:
+            UserError: the server fails, or was restarted, so that some completions may be of other weights.
+        """
         with ThreadPoolExecutor(min(self.requests, len(prompts))) as pool:
-            return list(pool.map(self._complete, prompts, params))
+            outputs = list(pool.map(self._complete, prompts, params))
+        if self._instance_now() != self._instance:
+            raise UserError(
+                f"data.engine: the vLLM server at {self.url} was restarted while it sampled, and has no longer the "
+                "policy's weights; continue from the last checkpoint"
+            )
+        return outputs
 
     def _complete(self, prompt: Sequence[int], params: Mapping[str, Any]) -> Output:
         body = {
@@ -621,13 +714,45 @@ class VLLMServer(VLLMEngine):
             "cache_salt": self.synchronised,
             **params,
         }
-        (choice,) = json.loads(self._post("/v1/completions", body))["choices"]
+        (choice,) = self._json("POST", COMPLETIONS, json.dumps(body), TRIES)["choices"]
         return Output(choice["token_ids"], choice["logprobs"]["token_logprobs"], choice["finish_reason"])
 
-    def _post(self, path: str, body: Mapping[str, Any]) -> bytes:
-        return self._ask("POST", path, json.dumps(body))
+    def _post(self, path: str, body: Mapping[str, Any]) -> None:
+        self._ask("POST", path, json.dumps(body))
 
-    def _ask(self, method: str, path: str, body: str | None = None) -> bytes:
+    def _json(self, method: str, path: str, body: str | None = None, tries: int = 1) -> Any:
+        content = self._ask(method, path, body, tries)
+        try:
+            return json.loads(content)
+        except ValueError:
+            raise self._is_another_server() from None
+
+    def _ask(self, method: str, path: str, body: str | None = None, tries: int = 1) -> bytes:
+        """The server's answer.
+
+        Args:
+            method: Of HTTP.
+            path: Below the server's address.
+            body: What is sent.
+            tries: How often, if the connection fails; more than once only if the request changes nothing.
+
+        Raises:
+            UserError: it does not answer, or refuses the request.
+        """
+        try:
+            for number in range(tries - 1):
+                try:
+                    return self._answer(method, path, body)
+                except (ConnectionError, http.client.IncompleteRead):
+                    time.sleep(PAUSE * 2**number)
+            return self._answer(method, path, body)
+        except (OSError, http.client.HTTPException) as error:
+            raise UserError(
+                f"data.engine.url: the vLLM server at {self.url} does not answer: {reason(error)}; start it with "
+                "VLLM_SERVER_DEV_MODE=1 vllm serve MODEL --logprobs-mode processed_logprobs"
+            ) from error
+
+    def _answer(self, method: str, path: str, body: str | None) -> bytes:
         parts = urlsplit(self.url)
         kind = http.client.HTTPSConnection if parts.scheme == "https" else http.client.HTTPConnection
         connection = kind(parts.hostname or "", parts.port, timeout=self.timeout)
@@ -635,19 +760,14 @@ class VLLMServer(VLLMEngine):
             connection.request(method, parts.path + path, body, {"Content-Type": "application/json"})
             response = connection.getresponse()
             content = response.read()
-        except (OSError, http.client.HTTPException) as error:
-            raise UserError(
-                f"data.engine.url: the vLLM server at {self.url} does not answer: {reason(error)}; start it with "
-                "VLLM_SERVER_DEV_MODE=1 vllm serve MODEL --logprobs-mode processed_logprobs"
-            ) from error
         finally:
             connection.close()
-        if response.status == http.HTTPStatus.NOT_FOUND:
+        text = content.decode(errors="replace")[:500]
+        if response.status == http.HTTPStatus.NOT_FOUND and path != COMPLETIONS:
             raise UserError(
                 f"data.engine: the vLLM server at {self.url} has no {path.partition('?')[0]}; start it with "
-                "VLLM_SERVER_DEV_MODE=1, and for LoRA VLLM_ALLOW_RUNTIME_LORA_UPDATING=1"
+                f"VLLM_SERVER_DEV_MODE=1, and for LoRA VLLM_ALLOW_RUNTIME_LORA_UPDATING=1. It answers: {text}"
             )
         if response.status >= http.HTTPStatus.BAD_REQUEST:
-            text = content.decode(errors="replace")[:500]
             raise UserError(f"data.engine: the vLLM server at {self.url} refused {path}: {response.status} {text}")
         return content

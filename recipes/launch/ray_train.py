@@ -1,7 +1,7 @@
 """Trains a recipe on a Ray cluster: python ray_train.py WORKERS RUNS_DIR RECIPE [further options of `fit`]
 
 Each worker runs the command line in a process of its own. If one fails, Ray starts all of them again, and `--resume
-auto` continues from the newest checkpoint in RUNS_DIR, which all nodes have to see. Steps of checkpoints are reported.
+auto` continues from the newest checkpoint in RUNS_DIR, which all nodes have to see and no other run may use.
 """
 
 import os
@@ -21,17 +21,22 @@ def train(options: dict) -> None:
         port = ray.train.collective.broadcast_from_rank_zero(free.getsockname()[1])
     local = ray.train.get_context().get_local_world_size()
     ranks = {"MASTER_PORT": str(port), "LOCAL_WORLD_SIZE": str(local), "TORCHELASTIC_RUN_ID": "ray"}
-    command = [sys.executable, "-m", "oumi_pl", "fit", "--resume", "auto", "--runs_dir", options["runs"], "--config"]
-    process = subprocess.Popen([*command, *options["recipe"]], env=os.environ | ranks, cwd=options["folder"])
-    step, code = 0, None
-    while code is None:
-        time.sleep(5)
-        last, steps = step, [int(p.stem[5:]) for p in Path(options["runs"]).glob("*/checkpoints/step-*.ckpt")]
-        step, code = ray.train.collective.broadcast_from_rank_zero((max(steps, default=0), process.poll()))
-        if step > last:
-            ray.train.report({"step": step})  # by all workers together
-    if code or process.wait():
-        raise RuntimeError(f"oumi_pl ended with exit code {code or process.returncode}; see its output above")
+    command = [sys.executable, "-m", "oumi_pl", "fit", "--resume", "auto", "--runs_dir", options["runs"]]
+    command += ["--trainer.devices", "auto", "--config", *options["recipe"]]
+    process = subprocess.Popen(command, env=os.environ | ranks, cwd=options["folder"])
+    step, is_running = 0, True
+    try:
+        while is_running and not process.poll():  # a worker whose process failed fails, and Ray ends the others
+            time.sleep(5)
+            last, steps = step, [int(p.stem[5:]) for p in Path(options["runs"]).glob("*/checkpoints/step-*.ckpt")]
+            now = (max(steps, default=0), process.poll() is None)
+            step, is_running = ray.train.collective.broadcast_from_rank_zero(now)
+            if step > last:
+                ray.train.report({"step": step})  # by all workers together
+        if code := process.wait():
+            raise RuntimeError(f"oumi_pl ended with exit code {code}; see its output above")
+    finally:
+        process.kill()
 
 
 if __name__ == "__main__":

@@ -10,13 +10,12 @@
 # Submit with `sbatch slurm.sh sft/llama3.1_8b_fsdp2`, after adapting the lines above. The run folder and OUMI_PL_CACHE
 # have to be on a disk that all nodes see.
 #
-# Five minutes before the time limit SLURM sends SIGUSR1. The run finishes its update, saves, and exits with 138; so does
-# preemption (SIGTERM, 143). This script then puts the job back into the queue, and `--resume auto` continues the run.
-# Any other exit code is that of the run: 0 finished, 1 a fault, 2 a mistake in the recipe or the command.
+# Five minutes before the time limit SLURM sends SIGUSR1. The run finishes its update, saves and exits with 138. This
+# script then puts the job back into the queue, and `--resume auto` continues the run. After SIGTERM (`scancel`, or
+# preemption, where SLURM itself requeues the job) the run saves as well, and exits with 143. Any other exit code is that
+# of the run: 0 finished, 1 a fault, 2 a mistake in the recipe or the command.
 srun --wait=60 python -m oumi_pl fit --resume auto --config "$@" \
   --trainer.devices "$SLURM_NTASKS_PER_NODE" --trainer.num_nodes "$SLURM_JOB_NUM_NODES"
 code=$?
-case $code in
-  138 | 143) scontrol requeue "$SLURM_JOB_ID" ;;
-esac
+[ $code = 138 ] && scontrol requeue "$SLURM_JOB_ID"
 exit $code

@@ -170,8 +170,8 @@ class Faults:
         texts = [os.path.abspath(os.fspath(path)) for path in paths if isinstance(path, str | Path)]  # noqa: PTH100
         if texts and not any(text.startswith(self.folder) for text in texts):
             return
-        is_chosen = self.kill_on is not None and self.kill_on[0] == name and texts[-1:] != []
-        is_chosen = is_chosen and texts[-1].endswith(self.kill_on[1]) if self.kill_on else False
+        operation, suffix = self.kill_on or ("", "")
+        is_chosen = operation == name and bool(texts) and texts[-1].endswith(suffix)
         if len(self.operations) == self.kill_at or is_chosen:
             self.kill_at, self.kill_on = -1, None
             if self.error is not None:
@@ -295,6 +295,7 @@ class Child:
         time.sleep(1.0)
         self.kill(signal.SIGKILL)
         self.process.join()
+        self.poll()
         raise TimeoutError(f"a run took longer than {limit} s:\n{self.text}")
 
     def poll(self) -> int | None:

@@ -45,7 +45,7 @@ class Start(L.Callback):
         weights = list(pl_module.parameters())
         assert trainer.world_size == 1 or all(isinstance(weight, DTensor) for weight in weights)
         self.fingerprint = weights_fingerprint(pl_module.causal_lm)
-        self.loading = type(pl_module._LanguageModule__loading).__name__
+        self.loading = type(pl_module._LanguageModule__weight_loading).__name__
 
 
 def made_pretrained(folder: Path) -> None:
@@ -103,7 +103,7 @@ if fault == "untied":
                 if weight is not None:
                     setattr(module, name, replace(weight))
     sharding._replace_parameters = replace_each
-    sharding._take = lambda model, mesh, loading, take=sharding._take: (
+    sharding._detach_values = lambda model, mesh, loading, take=sharding._detach_values: (
         (values := take(model, mesh, loading)) | {{"hf.lm_head.weight": values["hf.transformer.wte.weight"].clone()}}
     )
 elif fault == "no biases":

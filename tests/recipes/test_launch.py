@@ -58,7 +58,7 @@ def program(folder: Path, name: str, text: str) -> None:
 @pytest.mark.parametrize("file", sorted(LAUNCH.iterdir()), ids=lambda file: file.name)
 def test_a_file_is_a_page_in_its_language(file):
     text = file.read_text()
-    assert len(text.splitlines()) <= 40
+    assert len(text.splitlines()) <= 50
     if file.suffix == ".sh":
         subprocess.run(["sh", "-n", str(file)], check=True)
     elif file.suffix == ".py":
@@ -94,9 +94,9 @@ def test_two_workers_of_ray_train_one_model(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("code", "is_queued"), [(0, False), (2, False), (128 + signal.SIGUSR1, True), (128 + signal.SIGTERM, True)]
+    ("code", "is_queued"), [(0, False), (2, False), (128 + signal.SIGUSR1, True), (128 + signal.SIGTERM, False)]
 )
-def test_a_slurm_job_is_queued_again_if_it_was_asked_to_stop(tmp_path, code, is_queued):
+def test_a_slurm_job_is_queued_again_if_its_time_was_over(tmp_path, code, is_queued):
     program(tmp_path, "srun", f'echo "$@" > srun.txt; exit {code}')
     program(tmp_path, "scontrol", 'echo "$@" > scontrol.txt')
     slurm = {"SLURM_JOB_ID": "7", "SLURM_NTASKS_PER_NODE": "8", "SLURM_JOB_NUM_NODES": "2"}

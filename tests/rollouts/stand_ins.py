@@ -8,6 +8,7 @@ import json
 import random
 import sys
 import threading
+import uuid
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
@@ -63,7 +64,9 @@ class Server:
     """A server on a free port; `requests` are the bodies of all that it was asked, with their paths."""
 
     def __init__(self, folder, logprobs_mode="processed_logprobs", max_lora_rank=8, device="cuda"):
-        self.model, self.requests, self.lock = Model(folder), [], threading.Lock()
+        self.folder, self.requests, self.lock = folder, [], threading.Lock()
+        self.dropped = {}
+        """How many of the next requests of a path get no answer."""
         lora = {"max_lora_rank": max_lora_rank} if max_lora_rank else None
         self.info = {
             "vllm_config": {
@@ -73,6 +76,7 @@ class Server:
                 "scheduler_config": {"enable_chunked_prefill": False},
             }
         }
+        self.restart()
         self.http = ThreadingHTTPServer(("127.0.0.1", 0), type("Handler", (Handler,), {"stand_in": self}))
         self.http.daemon_threads = True
         threading.Thread(target=self.http.serve_forever, daemon=True).start()
@@ -84,6 +88,11 @@ class Server:
     def close(self):
         self.http.shutdown()
         self.http.server_close()
+
+    def restart(self):
+        """Becomes a new process: the initial weights, and no adapters."""
+        self.model = Model(self.folder)
+        self.info["vllm_config"]["instance_id"] = uuid.uuid4().hex[:5]
 
     def asked(self, path):
         return [body for where, body in self.requests if where == path]
@@ -128,7 +137,10 @@ class Handler(BaseHTTPRequestHandler):
             content, status = self.stand_in.answer(self.path, body), 200
         except Exception as error:
             content, status = {"error": repr(error)}, 500
-        text = json.dumps(content).encode()
+        if self.stand_in.dropped.get(self.path, 0):
+            self.stand_in.dropped[self.path] -= 1
+            return
+        text = json.dumps({"detail": "Not Found"} if content is None else content).encode()
         self.send_response(404 if content is None else status)
         self.send_header("Content-Length", str(len(text)))
         self.end_headers()

@@ -10,7 +10,7 @@ from oumi_pl.attention import NAME
 from oumi_pl.data.tokenizers import ByteTokenizer
 from oumi_pl.errors import UserError
 from oumi_pl.models.build import build_model
-from oumi_pl.rollouts.continuous import ContinuousBatching
+from oumi_pl.rollouts.continuous import ContinuousBatching, _draw
 from oumi_pl.rollouts.environment import Environment
 from oumi_pl.rollouts.sampling import Generate, Sampling
 from tests.modules.test_grpo import Logged, grpo, run, same
@@ -109,6 +109,33 @@ def test_a_run_trains_as_with_generate(tmp_path, module, data):
         trained.append(weights(policy))
     assert same(*sampled)
     assert distance(*trained) < 5e-6
+
+
+def test_with_a_flash_kernel_log_probabilities_are_recomputed_and_importance_is_weighed(tmp_path):
+    for flash in (True, False):
+        logged = Logged()
+        data = {"engine": ContinuousBatching(page_size=16, flash=flash), "iterations": 2}
+        samples = run(tmp_path, grpo(), data=data, max_steps=1, callbacks=[logged])
+        completions = [completion for group in samples.sampled[0] for completion in group.completions]
+        assert all((completion.policy_logps is not None) == flash for completion in completions)
+        assert ("train/importance/mean" in logged.updates[0]) == flash
+
+
+def test_a_stop_text_is_searched_in_few_prefixes(tokenizer):
+    calls = []
+
+    def decode(ids):
+        calls.append(len(ids))
+        return tokenizer.decode(ids)
+
+    text = "a" * 30 + "stop" + "b" * 30 + "stop"
+    ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+    for stop, length in (("top", 34), ("a", 1), ("bstop", len(ids)), ("no", len(ids))):
+        drawing = _draw(Sampling(len(ids), stop=("never", stop)), np.zeros((1, len(ids))), [1])
+        completion = drawing.completion(0, ids, SimpleNamespace(decode=decode), [])
+        assert completion.ids.tolist() == ids[:length]
+        assert completion.is_finished == (stop != "no")
+    assert len(calls) <= 4 * 8
 
 
 # ---- failures

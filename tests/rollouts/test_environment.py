@@ -2,6 +2,7 @@
 
 import json
 from dataclasses import replace
+from types import SimpleNamespace
 
 import lightning as L
 import numpy as np
@@ -17,11 +18,13 @@ from oumi_pl.data.rollouts import RolloutData
 from oumi_pl.data.tokenizers import ByteTokenizer
 from oumi_pl.errors import UserError
 from oumi_pl.losses.policy import BNPOLoss, DrGRPOLoss, GRPOLoss
+from oumi_pl.models.build import build_model
 from oumi_pl.models.lm import documents, padded
 from oumi_pl.modules.grpo import GRPO
 from oumi_pl.preview.groups import groups as shown_groups
 from oumi_pl.preview.pieces import Decoder
 from oumi_pl.rollouts.calculator import Calculator, value_of
+from oumi_pl.rollouts.continuous import ContinuousBatching
 from oumi_pl.rollouts.environment import Environment, sample_episodes, turn_ids
 from oumi_pl.rollouts.sampling import Completion, Engine, Generate, Sampling
 from oumi_pl.runs.checkpoints import AtomicCheckpointIO
@@ -259,6 +262,57 @@ def test_rollouts_and_the_preview_show_the_environments_turns(tmp_path):
         assert "".join(untrained) == "".join(chr(completion.ids[i]) for i in np.flatnonzero(~completion.is_sampled))
 
 
+class TwoTokensFirst(TwoTokens):
+    """Ends the first turn after two tokens, samples later ones with an engine, and keeps the lengths of their rows."""
+
+    def __init__(self, engine):
+        super().__init__()
+        self.engine, self.lengths = engine, []
+
+    def sample(self, policy, tokenizer, prompts, **kwargs):
+        if not self.calls:
+            return super().sample(policy, tokenizer, prompts, **kwargs)
+        turns = self.engine.sample(policy, tokenizer, prompts, **kwargs)
+        self.lengths += [len(prompt) + len(turn.ids) for prompt, turn in zip(prompts, turns, strict=True)]
+        return turns
+
+
+class Long(Environment):
+    """Answers the first turn with as many tokens as the row says."""
+
+    def start(self, row, tokenizer, rng):
+        replies = iter([[65] * row["tokens"], None])
+        return lambda ids: next(replies)
+
+
+@pytest.mark.parametrize("engine", [Generate(), Generate(bucket=8), ContinuousBatching(page_size=8)])
+def test_no_turn_is_sampled_past_the_positions_of_the_model_beside_a_shorter_one(engine):
+    tokenizer = ByteTokenizer().build()
+    torch.manual_seed(0)
+    config = {
+        "model_type": "gpt2",
+        "n_positions": 16,
+        "n_embd": 16,
+        "n_layer": 1,
+        "n_head": 2,
+        "initializer_range": 0.5,
+    }
+    hf = build_model(None, config=config, tokenizer=tokenizer)
+    policy = SimpleNamespace(causal_lm=SimpleNamespace(hf=hf, base=hf))
+    prompts = [Prompt(list(b"four"), {"tokens": tokens}, "rows.jsonl:1") for tokens in (6, 1, 3)]
+
+    def episodes(chosen):
+        recorded = TwoTokensFirst(engine)
+        settings = {"seeds": [(0, i, 0) for i in chosen], "sampling": Sampling(12), "ends": []}
+        sampled = sample_episodes(recorded, Long(), policy, tokenizer, [prompts[i] for i in chosen], **settings)
+        assert max(recorded.lengths) == 16
+        return [completion.ids.tolist() for completion in sampled]
+
+    together = episodes(range(3))
+    assert [len(ids) for ids in together] == [12, 12, 12]
+    assert together == [ids for i in range(3) for ids in episodes([i])]
+
+
 # ---- mistakes of environments
 
 
@@ -272,7 +326,13 @@ class Foreign(Environment):
         return lambda ids: [5, 1000]
 
 
+class Text(Environment):
+    def start(self, row, tokenizer, rng):
+        return lambda ids: "4"
+
+
 MISTAKES = {
+    r"data\.environment: Text returned '4' after turn 1 of .*:\d, the row \{.*; return token ids, or None": Text(),
     r"data\.environment: Fails failed after turn 1 of .*prompts\.jsonl:\d, the row \{'prompt'.*KeyError": Fails(),
     r"data\.environment: Foreign returned ids that the tokenizer doesn't have after turn 1 of .*:\d, ": Foreign(),
 }
@@ -293,7 +353,7 @@ class Says(Engine):
     def __init__(self, *texts):
         self.texts, self.read = list(texts), []
 
-    def sample(self, policy, tokenizer, prompts, *, seeds, sampling, ends):
+    def sample(self, policy, tokenizer, prompts, *, seeds, sampling, ends, limits=None):
         self.read += [tokenizer.decode(ids) for ids in prompts]
         ids = tokenizer(self.texts.pop(0), add_special_tokens=False)["input_ids"]
         kept = np.array(ids[: sampling.max_new_tokens], dtype=np.int32)

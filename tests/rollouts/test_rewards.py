@@ -179,5 +179,7 @@ def test_mathematical_equality(monkeypatch):
 
 def test_without_its_package_mathematical_equality_names_the_extra(monkeypatch):
     monkeypatch.setitem(sys.modules, "math_verify", None)
-    with pytest.raises(UserError, match=r"the reward `math` needs the package math-verify: pip install '\.\[math\]'"):
+    with pytest.raises(
+        UserError, match=r"the reward `math` needs the package math-verify: pip install 'oumi_pl\[math\]'"
+    ):
         Rewards("math")

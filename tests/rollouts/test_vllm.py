@@ -6,6 +6,7 @@ import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import lightning as L
 import numpy as np
@@ -21,7 +22,8 @@ from oumi_pl.errors import UserError
 from oumi_pl.models.build import build_model
 from oumi_pl.modules.distill import Distill
 from oumi_pl.modules.grpo import GRPO
-from oumi_pl.rollouts.sampling import Engine, Sampling
+from oumi_pl.rollouts import vllm
+from oumi_pl.rollouts.sampling import Engine, Generate, Sampling
 from oumi_pl.rollouts.vllm import VLLM, VLLMServer, sampling_params, weights_hash
 from oumi_pl.runs.checkpoints import AtomicCheckpointIO
 from oumi_pl.runs.folders import saved_steps
@@ -229,6 +231,67 @@ def test_two_ranks_sample_from_one_server_and_train_as_one(tmp_path, folder, ser
     assert distance(torch.load(tmp_path / "weights.pt"), weights(alone)) < 5e-6
 
 
+def test_each_completion_has_a_limit_of_its_own(tmp_path, folder, server):
+    samples = run(tmp_path, policy(folder), data={"engine": VLLMServer(server.url)}, max_steps=1)
+    settings = {"seeds": [(0, 0), (0, 1)], "sampling": Sampling(9), "ends": [], "limits": [3, 9]}
+    sampled = samples.engine.sample(samples.policy, samples.tokenizer, [[65], [66]], **settings)
+    assert [len(completion.ids) for completion in sampled] == [3, 9]
+
+
+def test_vllm_in_process_leaves_the_number_of_threads_alone(monkeypatch):
+    before, function = torch.get_num_threads(), torch.set_num_threads
+    with vllm._as_it_was():
+        torch.set_num_threads(before + 1)
+        torch.set_num_threads = lambda number: None  # as vLLM does on CPUs
+    assert torch.set_num_threads is function
+    assert torch.get_num_threads() == before
+
+
+# ---- restarts and connections that fail
+
+
+@pytest.mark.parametrize("lora", [None, LORA])
+def test_a_server_that_was_restarted_gets_the_weights_again(tmp_path, folder, server, lora):
+    samples = run(tmp_path, policy(folder, lora=lora), data={"engine": VLLMServer(server.url)}, max_steps=1)
+    engine, module = samples.engine, samples.policy
+    for _ in range(2):
+        engine.synchronise(module)
+        sent = len(server.asked("/collective_rpc")), len(server.asked("/v1/load_lora_adapter"))
+    server.restart()
+    engine.synchronise(module)
+    now = len(server.asked("/collective_rpc")), len(server.asked("/v1/load_lora_adapter"))
+    assert [b - a for a, b in zip(sent, now, strict=True)] == [1, int(lora is not None)]
+    prompts, seeds = [[65], [66]], [(0, 0), (0, 1)]
+    arguments = module, samples.tokenizer, prompts
+    settings = {"seeds": seeds, "sampling": Sampling(9, temperature=0.0), "ends": []}
+    expected = Generate().sample(*arguments, **settings)
+    sampled = engine.sample(*arguments, **settings)
+    assert max(np.abs(a.logps - b.logps).max() for a, b in zip(sampled, expected, strict=True)) < 1e-5
+
+
+def test_a_restart_while_completions_are_sampled_ends_the_run(tmp_path, folder, server):
+    class Restarted(VLLMServer):
+        def _complete(self, *args):
+            output = super()._complete(*args)
+            server.restart()
+            return output
+
+    with pytest.raises(UserError, match="was restarted while it sampled"):
+        run(tmp_path, policy(folder), data={"engine": Restarted(server.url, requests=1)}, max_steps=1)
+
+
+def test_only_requests_for_completions_are_repeated(tmp_path, folder, server, monkeypatch):
+    monkeypatch.setattr(vllm, "PAUSE", 0.0)
+    server.dropped = {"/v1/completions": vllm.TRIES - 1}
+    run(tmp_path, policy(folder), data={"engine": VLLMServer(server.url, requests=1)}, max_steps=1)
+    server.dropped = {"/v1/completions": vllm.TRIES}
+    with pytest.raises(UserError, match="does not answer"):
+        run(tmp_path, policy(folder), data={"engine": VLLMServer(server.url, requests=1)}, max_steps=1)
+    server.dropped = {"/collective_rpc": 1}
+    with pytest.raises(UserError, match="does not answer"):
+        run(tmp_path, policy(folder), data={"engine": VLLMServer(server.url)}, max_steps=1)
+
+
 # ---- resumes
 
 
@@ -302,6 +365,51 @@ def test_rollouts_that_a_checkpoint_lacks_would_be_noticed(folder, server, kille
 
 
 # ---- mistakes
+
+
+def raised_on_each_rank(engine, module):
+    """What rank 0 and another rank raise; the other one gets what rank 0 broadcasts, and would wait without it."""
+    sent, errors = [], []
+
+    def broadcast(state):
+        sent.append(state)
+        return sent[0]
+
+    for is_global_zero in (True, False):
+        trainer = SimpleNamespace(is_global_zero=is_global_zero, strategy=SimpleNamespace(broadcast=broadcast))
+        with pytest.raises(Exception) as error:
+            engine.synchronise(SimpleNamespace(trainer=trainer, causal_lm=module.causal_lm))
+        errors.append(error.value)
+    assert len(sent) == 2
+    return errors
+
+
+def test_an_error_of_rank_0_ends_all_ranks(tmp_path, folder, server, monkeypatch):
+    module = run(tmp_path, policy(folder), data={"engine": VLLMServer(server.url)}, max_steps=1).policy
+    missing = tmp_path / "missing"
+    first, second = raised_on_each_rank(VLLMServer(server.url, folder=str(missing)), module)
+    assert isinstance(first, UserError)
+    assert str(first) == str(second)
+    assert f"can't write weights for vLLM to {missing}: " in str(first)
+    monkeypatch.setattr(vllm, "weights_hash", lambda hf: {}["a fault of the package"])
+    first, second = raised_on_each_rank(VLLMServer(server.url), module)
+    assert isinstance(first, KeyError)
+    assert isinstance(second, UserError)
+    assert "rank 0 failed, see its output: KeyError: 'a fault of the package'" in str(second)
+
+
+def test_answers_that_are_not_those_of_vllm_are_refused(tmp_path, folder, server):
+    for info in ({}, {"vllm_config": "as text"}, {"vllm_config": {"model_config": {}}}):
+        server.info = info
+        with pytest.raises(UserError, match=r"is no vLLM server of version 0\.32 or later"):
+            run(tmp_path, policy(folder), data={"engine": VLLMServer(server.url)}, max_steps=1)
+
+
+def test_what_a_server_answers_to_an_unknown_path_is_in_the_message(server):
+    with pytest.raises(
+        UserError, match=r'has no /v1/load_lora; start it with .*\. It answers: \{"detail": "Not Found"\}'
+    ):
+        VLLMServer(server.url)._ask("POST", "/v1/load_lora", "{}")
 
 
 def test_recipes_know_the_engines_by_name():
