@@ -1,13 +1,16 @@
 """Oumi's registry: data sets and models of the user's own files, by the names that a config gives.
 
 Modules are found as Oumi finds them: the file that `OUMI_EXTRA_DEPS_FILE` names lists one Python file per line, and
-each is imported once before the first look-up. What Oumi itself registers is not here; see `core/recipe/sources.py`.
+each is imported by its path, once, before the first look-up. What Oumi itself registers is not here; see
+`core/recipe/sources.py`.
 """
 
+import hashlib
 import importlib
+import importlib.util
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from enum import Enum, auto
 from pathlib import Path
 from typing import Any, TypeVar
@@ -21,7 +24,9 @@ T = TypeVar("T")
 
 
 class RegistryType(Enum):
-    """What is registered. Configs of training name data sets and models; the others are kept for the user's files."""
+    """What is registered. Configs of training name data sets and models; the other types can be registered,
+    but training ignores them.
+    """
 
     CLOUD = auto()
     DATASET = auto()
@@ -41,6 +46,10 @@ class Registry:
     def __init__(self) -> None:
         self._values: dict[tuple[str, RegistryType], Any] = {}
         self._loaded: str | None = None
+        """The list whose files were imported."""
+        self._is_loading = False
+        self._modules: list[str] = []
+        """Names of the modules that were imported from it."""
 
     def register(self, name: str, type: RegistryType, value: Any) -> None:
         """Adds an object.
@@ -78,8 +87,12 @@ class Registry:
         return self.get(name, RegistryType.MODEL)
 
     def clear(self) -> None:
-        """Forgets everything that was registered."""
+        """Forgets everything that was registered; the next look-up runs the user's files again."""
         self._values.clear()
+        for name in self._modules:
+            sys.modules.pop(name, None)
+        self._modules.clear()
+        self._loaded = None
 
     def __getitem__(self, key: tuple[str, RegistryType]) -> Any:
         name, kind = key
@@ -88,38 +101,94 @@ class Registry:
         return self.get(name, kind)
 
     def _load(self) -> None:
-        """Imports the user's files, once."""
+        """Imports the user's files, once; after an error, the next look-up tries again."""
         listed = os.environ.get(VARIABLE) or None
-        if listed is not None and listed != self._loaded:
-            self._loaded = listed  # first: the files themselves may look something up
-            load_files(Path(listed).expanduser())
+        if listed is None or listed == self._loaded or self._is_loading:  # the files themselves may look something up
+            return
+        self._is_loading = True
+        try:
+            for path in listed_files(Path(listed).expanduser()):
+                self._import(path)
+            self._loaded = listed
+        finally:
+            self._is_loading = False
+
+    def _import(self, path: Path) -> None:
+        name = module_name(path)
+        self._modules.append(name)
+        try:
+            import_file(path, name)
+        except Exception as error:
+            # what it registered before it failed would be taken when it is imported again
+            self._values = {
+                key: value for key, value in self._values.items() if getattr(value, "__module__", None) != name
+            }
+            renamed = isinstance(error, ModuleNotFoundError) and str(error.name).partition(".")[0] == "oumi"
+            remedy = "; write oumi_pl in place of oumi in its imports" if renamed else ""
+            raise UserError(f"{VARIABLE}: {path} can't be imported: {type(error).__name__}: {error}{remedy}") from error
 
 
 REGISTRY = Registry()
 
 
-def load_files(requirements: Path) -> None:
-    """Imports the Python files that a text file lists, one path per line; `#` begins a comment.
+def listed_files(requirements: Path) -> Iterator[Path]:
+    """The Python files (or folders of packages) that a text file lists, one path per line; `#` begins a comment.
 
     Raises:
-        UserError: there is no such file, or a module can't be imported.
+        UserError: there is no such file, or a listed one doesn't exist.
     """
     if not requirements.is_file():
         raise UserError(f"{VARIABLE}: no file {str(requirements)!r}")
-    for line in requirements.read_text(encoding="utf-8").splitlines():
+    for number, line in enumerate(requirements.read_text(encoding="utf-8").split("\n"), 1):
         text = line.strip()
         if not text or text.startswith("#"):
             continue
         path = Path(text).expanduser()
-        folder = str(path.parent)
-        if folder not in sys.path:
-            sys.path.append(folder)
-        try:
-            importlib.import_module(path.stem)
-        except Exception as error:
-            renamed = isinstance(error, ModuleNotFoundError) and str(error.name).partition(".")[0] == "oumi"
-            remedy = "; write oumi_pl in place of oumi in its imports" if renamed else ""
-            raise UserError(f"{VARIABLE}: {text} can't be imported: {type(error).__name__}: {error}{remedy}") from error
+        if not _source(path).is_file():
+            raise UserError(f"{VARIABLE}: {requirements}:{number}: no file {text!r}")
+        yield path
+
+
+def module_name(path: Path) -> str:
+    """Name of the module of a file: its own if `import` finds this file by it, else one that no other module has.
+
+    With its own name, the user's files can import one another. The folder is added to `sys.path` for that.
+    """
+    folder = str(path.parent)
+    if folder not in sys.path:
+        sys.path.append(folder)
+    importlib.invalidate_caches()  # the file may be new
+    source = _source(path).resolve()
+    name = path.stem
+    try:
+        spec = importlib.util.find_spec(name) if name.isidentifier() else None
+    except ValueError:  # a module without a spec, such as __main__
+        spec = None
+    if spec is not None and spec.origin is not None and Path(spec.origin).resolve() == source:
+        return name
+    return f"{name}_{hashlib.blake2b(str(source).encode(), digest_size=8).hexdigest()}"
+
+
+def import_file(path: Path, name: str) -> None:
+    """Imports a file as the module `name`, unless it is imported already."""
+    if name in sys.modules:
+        return
+    spec = importlib.util.spec_from_file_location(name, _source(path))
+    assert spec is not None and spec.loader is not None  # its suffix is .py
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module
+    try:
+        spec.loader.exec_module(module)
+    except BaseException:
+        sys.modules.pop(name, None)
+        raise
+
+
+def _source(path: Path) -> Path:
+    """The file of a module, which may be named without its suffix, or by the folder of a package."""
+    if path.is_dir():
+        return path / "__init__.py"
+    return path.with_suffix(".py")
 
 
 def register(registry_name: str, registry_type: RegistryType) -> Callable[[T], T]:

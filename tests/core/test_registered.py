@@ -1,6 +1,7 @@
 """Data sets and models of a user's own file, which OUMI_EXTRA_DEPS_FILE lists, are found by the names in a config."""
 
 import csv
+import datetime
 import json
 import sys
 from pathlib import Path
@@ -9,7 +10,12 @@ import pytest
 import yaml
 
 from oumi_pl.core.configs import TrainingConfig
-from oumi_pl.core.datasets import BaseMapDataset, BasePretrainingDataset, BaseSftDataset
+from oumi_pl.core.datasets import (
+    BaseExperimentalGrpoDataset,
+    BaseMapDataset,
+    BasePretrainingDataset,
+    BaseSftDataset,
+)
 from oumi_pl.core.recipe import to_recipe
 from oumi_pl.core.registry import REGISTRY, RegistryType, register, register_dataset
 from oumi_pl.core.types.conversation import ContentItem, Conversation, Message, Role, Type
@@ -98,6 +104,7 @@ def files(tmp_path, monkeypatch):
     monkeypatch.setenv("OUMI_PL_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr(REGISTRY, "_values", {})
     monkeypatch.setattr(REGISTRY, "_loaded", None)
+    monkeypatch.setattr(REGISTRY, "_modules", [])
     monkeypatch.setattr(sys, "path", list(sys.path))
     monkeypatch.delitem(sys.modules, "my_oumi_things", raising=False)
     return tmp_path
@@ -202,6 +209,56 @@ def test_a_file_that_can_not_be_imported_is_named(files, monkeypatch, text, mess
     assert "my_oumi_things.py" in str(error.value)
 
 
+def test_a_file_with_the_name_of_another_module_is_imported_by_its_path(files):
+    text = "from oumi_pl.core.registry import RegistryType, register\n"
+    text += "register('{0}', RegistryType.REWARD_FUNCTION)(lambda **kwargs: '{0}')\n"
+    paths = [files / "datasets.py", files / "a/rewards.py", files / "b/rewards.py"]
+    for path in paths:
+        path.parent.mkdir(exist_ok=True)
+        path.write_text(text.format(path.relative_to(files)))
+    (files / "deps.txt").write_text("".join(f"{path}\n" for path in paths))
+    assert set(REGISTRY.get_all(RegistryType.REWARD_FUNCTION)) == {"datasets.py", "a/rewards.py", "b/rewards.py"}
+    assert REGISTRY.get("b/rewards.py", RegistryType.REWARD_FUNCTION)() == "b/rewards.py"
+
+
+def test_listed_files_import_one_another_once(files):
+    (files / "my_oumi_user.py").write_text("from my_oumi_things import Questions\n")
+    (files / "my_package").mkdir()
+    (files / "my_package/__init__.py").write_text("from . import part")
+    (files / "my_package/part.py").write_text("import my_oumi_things")
+    names = ("my_oumi_user.py", "my_package", "my_oumi_things.py")
+    (files / "deps.txt").write_text("".join(f"{files / name}\n" for name in names))
+    try:
+        assert REGISTRY.get_dataset("my/questions").__module__ == "my_oumi_things"
+    finally:
+        for name in ("my_oumi_user", "my_package", "my_package.part"):
+            sys.modules.pop(name, None)
+
+
+def test_a_file_that_failed_is_imported_again_at_the_next_look_up(files):
+    path = files / "my_oumi_things.py"
+    path.write_text(f"{FILE}\n1 / 0\n")
+    for _ in range(2):
+        with pytest.raises(UserError, match="ZeroDivisionError"):
+            REGISTRY.get_dataset("my/questions")
+    path.write_text(FILE)
+    assert REGISTRY.get_dataset("my/questions").__name__ == "Questions"
+
+
+def test_a_cleared_registry_runs_the_files_again(files):
+    first = REGISTRY.get_dataset("my/questions")
+    REGISTRY.clear()
+    again = REGISTRY.get_dataset("my/questions")
+    assert again.__name__ == "Questions"
+    assert again is not first
+
+
+def test_a_listed_file_that_is_missing_is_named(files):
+    (files / "deps.txt").write_text("# mine\ngone.py\n")
+    with pytest.raises(UserError, match=r"OUMI_EXTRA_DEPS_FILE: .*deps\.txt:2: no file 'gone\.py'"):
+        REGISTRY.get_dataset("my/questions")
+
+
 def test_a_list_that_is_missing_is_named(monkeypatch):
     monkeypatch.setattr(REGISTRY, "_loaded", None)
     monkeypatch.setenv("OUMI_EXTRA_DEPS_FILE", "gone.txt")
@@ -235,9 +292,14 @@ class Pile(BasePretrainingDataset):
     default_dataset = "my/pile"
 
 
+class Prompts(BaseExperimentalGrpoDataset):
+    def transform(self, sample):
+        return super().transform(sample) | {"day": datetime.date(2020, 1, 1)}
+
+
 def test_classes_whose_tokens_would_not_be_read_are_refused(files):
     register_dataset("my/tokens")(Tokens)
-    with pytest.raises(UserError, match=r"dataset_name: Tokens\.tokenize would not be called"):
+    with pytest.raises(UserError, match=r"dataset_name: Tokens\.tokenize would not be called.*; override transform"):
         recipe({"dataset_name": "my/tokens"})
     register_dataset("my/bare")(Points)
     with pytest.raises(UserError, match=r"Points is registered, but derives from none of BaseSftDataset"):
@@ -252,6 +314,29 @@ def test_documents_of_a_users_class_are_read_by_the_recipe(files):
     converted = recipe(dataset)
     assert section(converted, "data")["train"] == {"path": "my/pile", "columns": {"text": "body"}}
     assert section(converted, "data")["max_length"] == 16
+
+
+def test_an_unknown_argument_of_documents_is_refused(files):
+    register_dataset("my/pile")(Pile)
+    dataset = {"dataset_name": "my/pile", "dataset_kwargs": {"seq_length": 16, "dataset_text_feild": "body"}}
+    with pytest.raises(UserError, match=r"datasets\[0\]: Pile has no argument 'dataset_text_feild'; did you mean"):
+        recipe(dataset)
+
+
+def test_columns_of_a_users_prompts_reach_the_rewards(files):
+    register_dataset("my/prompts")(Prompts)
+    (files / "rows.jsonl").write_text(jsonl({"prompt": "What? ", "target": 3}))
+    dataset = {"dataset_name": "my/prompts", "dataset_path": "rows.jsonl"}
+    changes = {"training__trainer_type": "TRL_GRPO", "training__reward_functions": '["gsm8k"]'}
+    made = recipe(dataset, model__model_name=tiny_model(files / "tiny"), **changes)
+    assert rows_of(section(made, "data")["train"]) == [{"prompt": "What?", "target": 3, "day": "2020-01-01"}]
+
+
+def test_bytes_of_an_image_are_refused():
+    image = ContentItem(type=Type.IMAGE_BINARY, binary=b"png")
+    conversation = Conversation(messages=[Message(role=Role.USER, content=[image])])
+    with pytest.raises(UserError, match="a message of the user has an image_binary with binary; only text"):
+        conversation.to_dict()
 
 
 def test_conversations_survive_json():

@@ -1,7 +1,7 @@
 """Oumi's base classes of data sets, for the user's own: rows come from a file, a saved folder or the hub.
 
 Register a subclass with `oumi_pl.core.registry.register_dataset`, and a config can name it as `dataset_name`. Unlike in
-Oumi, a class for text says what a row is (`transform_conversation`, `transform_preference`), and not its tokens: chat
+Oumi, a class for text defines its rows (`transform_conversation`, `transform_preference`), and not their tokens: chat
 templates, masks and packing are those of `oumi_pl/data`.
 """
 

@@ -1,19 +1,26 @@
 """Data sets whose rows are in memory, as a pandas table."""
 
-import json
+import inspect
+import warnings
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from oumi_pl.errors import UserError
+from oumi_pl.data.files import kind_of, read_file
+from oumi_pl.errors import UserError, nearest
 
 if TYPE_CHECKING:
     import pandas as pd
+    import pyarrow as pa
 
 
 class BaseMapDataset(ABC):
-    """Rows of a file, of a folder of `save_to_disk` or of the hub; a subclass says what `transform` makes of one.
+    """Rows of a file, of a folder of `save_to_disk` or of the hub; `transform` of a subclass converts them.
+
+    A row is a Series of pandas, as in Oumi, but its values are those of the file: integers stay integers, dates in JSON
+    stay text, and what is missing is None. In Parquet and data sets of the hub, a list is an array of NumPy as in Oumi,
+    in which a missing float is NaN.
 
     Args:
         dataset_name: Id on the hub; `default_dataset` of the class when left out.
@@ -22,7 +29,8 @@ class BaseMapDataset(ABC):
         split: Split of a hub data set.
         trust_remote_code: Kept for subclasses; `datasets` runs no remote code.
         transform_num_workers: Kept for subclasses; rows are transformed in this process.
-        kwargs: `dataset_kwargs` that no class in between reads.
+        tokenizer: Kept for subclasses.
+        kwargs: Arguments that no class names; see `refuse_unknown`.
     """
 
     default_dataset: str | None = None
@@ -37,8 +45,10 @@ class BaseMapDataset(ABC):
         split: str | None = None,
         trust_remote_code: bool = False,
         transform_num_workers: str | int | None = None,
+        tokenizer: Any = None,
         **kwargs: Any,
     ) -> None:
+        refuse_unknown(type(self), kwargs)
         name = dataset_name or self.default_dataset
         if name is None:
             raise UserError(f"{type(self).__name__}: name a data set, or set default_dataset in the class")
@@ -52,7 +62,7 @@ class BaseMapDataset(ABC):
 
     @abstractmethod
     def transform(self, sample: Any) -> dict[str, Any]:
-        """What training gets of a row."""
+        """Converts a row to what training reads."""
 
     def __getitem__(self, idx: int) -> dict[str, Any]:
         return self.transform(self.raw(idx))
@@ -67,7 +77,10 @@ class BaseMapDataset(ABC):
 
     def raw(self, idx: int) -> Any:
         """A row as it is in the table."""
-        return self._data.iloc[idx]
+        row = self._data.iloc[idx]
+        if row.dtype == object:
+            return row
+        return self._data.iloc[[idx]].astype(object).iloc[0]  # else an integer beside a float would become one
 
     def as_generator(self) -> Iterator[dict[str, Any]]:
         """All rows, transformed."""
@@ -81,20 +94,20 @@ class BaseMapDataset(ABC):
         return self._load_hf_hub_dataset()
 
     def _load_local_dataset(self, path: str) -> "pd.DataFrame":
-        """Reads a file or a saved folder; values are those of the file, unlike with pandas' guesses."""
+        """Reads a file or a saved folder.
+
+        Raises:
+            UserError: there is none, or it can't be read; names file and line.
+        """
         import datasets
-        import pandas as pd
 
         place = Path(path).expanduser()
         if not place.exists():
             raise UserError(f"{type(self).__name__}: no file {path!r}")
-        if place.suffix == ".jsonl":
-            lines = place.read_text(encoding="utf-8").splitlines()
-            return pd.DataFrame([json.loads(line) for line in lines if line.strip()])
-        if place.suffix == ".json":
-            return pd.DataFrame(json.loads(place.read_text(encoding="utf-8")))
-        if place.suffix == ".parquet":
-            return pd.read_parquet(place)
+        if kind_of(place) in ("jsonl", "json"):
+            return _frame([row for _, row in read_file(place, path) if isinstance(row, dict)])
+        if kind_of(place) == "parquet":
+            return _read_parquet(place, path)
         if (place / "dataset_info.json").is_file():
             return _table(datasets.load_from_disk(str(place)))
         raise UserError(
@@ -103,15 +116,94 @@ class BaseMapDataset(ABC):
 
     def _load_hf_hub_dataset(self) -> "pd.DataFrame":
         """Reads a data set of the hub, or a folder of data files by its path."""
+        return _table(self._hub_split())
+
+    def _hub_split(self, *, streaming: bool = False) -> Any:
+        """The split of the hub, or its only one."""
         import datasets
 
-        loaded = datasets.load_dataset(self.dataset_name, self.dataset_subset, split=self.split)
+        loaded = datasets.load_dataset(self.dataset_name, self.dataset_subset, split=self.split, streaming=streaming)
         if isinstance(loaded, dict):
             if len(loaded) > 1:
                 raise UserError(f"{self.dataset_name}: there are several splits ({', '.join(loaded)}); name one")
             loaded = next(iter(loaded.values()))
-        return _table(loaded)
+        return loaded
+
+
+def refuse_unknown(cls: type, names: Iterable[str]) -> None:
+    """Refuses arguments that no class names; warns if a class of the user's takes `**kwargs`, since it may read them.
+
+    Args:
+        cls: A class of data sets.
+        names: Names of the arguments.
+
+    Raises:
+        UserError: names the first unknown argument, and the nearest known one.
+    """
+    parameters = {
+        parent: inspect.signature(vars(parent)["__init__"]).parameters.values()
+        for parent in cls.__mro__
+        if "__init__" in vars(parent) and parent not in (object, ABC)
+    }
+    every = [(parent, p) for parent, each in parameters.items() for p in each if p.name != "self"]
+    known = [p.name for _, p in every if p.kind not in (p.VAR_KEYWORD, p.VAR_POSITIONAL)]
+    takes_any = any(p.kind is p.VAR_KEYWORD and not _is_ours(parent) for parent, p in every)
+    for name in names:
+        if name in known:
+            continue
+        message = f"{cls.__name__} has no argument {name!r}{nearest(name, known)}"
+        if not takes_any:
+            raise UserError(message)
+        warnings.warn(f"{message}; it has an effect only if its **kwargs are read", stacklevel=3)
+
+
+def _is_ours(cls: type) -> bool:
+    return cls.__module__.startswith(f"{__package__}.")
+
+
+def _frame(rows: Sequence[Mapping[str, Any]]) -> "pd.DataFrame":
+    """Rows as a table whose values are as they are; a column that a row doesn't have is None."""
+    import pandas as pd
+
+    names = dict.fromkeys(name for row in rows for name in row)
+    columns = {name: pd.Series([row.get(name) for row in rows], dtype=object) for name in names}
+    return pd.DataFrame(columns, index=range(len(rows)))
+
+
+def _read_parquet(path: Path, name: str) -> "pd.DataFrame":
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    try:
+        table = pq.read_table(path)
+    except (OSError, pa.ArrowException) as error:
+        raise UserError(f"{name}: damaged, or not a file of this kind: {error}") from error
+    return _exact(table.to_pandas(), table)
 
 
 def _table(dataset: Any) -> "pd.DataFrame":
-    return dataset.with_format(None).to_pandas()
+    """A data set of the library `datasets` as a table."""
+    return _exact(dataset.with_format(None).to_pandas(), dataset.with_format("arrow")[:])
+
+
+def _exact(frame: "pd.DataFrame", table: "pa.Table") -> "pd.DataFrame":
+    """The columns of a table as objects: pandas makes floats of integers beside a null, and NaN of nulls.
+
+    Args:
+        frame: The table as pandas converts it.
+        table: The table.
+    """
+    import pandas as pd
+
+    columns = {}
+    for name in frame.columns:
+        values = frame[name]
+        column = table.column(name) if name in table.column_names else None
+        # types that `datasets` adds, such as JSON, are decoded in the frame alone
+        if column is not None and "extension<" not in str(column.type):
+            values = column.to_pandas(integer_object_nulls=True)
+        values = values.to_numpy(dtype=object, copy=True)
+        if column is not None and column.null_count:
+            values[column.is_null().to_numpy()] = None
+        columns[name] = pd.Series(values, index=frame.index, dtype=object)
+    return pd.DataFrame(columns, index=frame.index)

@@ -1,4 +1,4 @@
-"""Base classes of the user's data sets for text: what a row is, from which the recipe makes tokens."""
+"""Base classes of the user's data sets for text: they define the rows, from which the recipe makes tokens."""
 
 from abc import abstractmethod
 from collections.abc import Iterable, Iterator
@@ -12,14 +12,35 @@ from oumi_pl.errors import UserError
 
 
 class BaseSftDataset(BaseMapDataset):
-    """Rows that `transform_conversation` makes conversations of.
+    """Rows that `transform_conversation` converts to conversations.
 
     Args:
         tokenizer: Kept for subclasses.
-        kwargs: As in `BaseMapDataset`, and Oumi's options of tokenizing, which the recipe reads from the config.
+        task: Not used, as the other options of tokenizing: which tokens carry loss is read from the config.
+        return_tensors: Not used.
+        text_col: Not used.
+        assistant_only: Read from the config.
+        response_template: Not used.
+        instruction_template: Not used.
+        return_conversations: Not used.
+        return_conversations_format: Not used.
+        kwargs: As in `BaseMapDataset`.
     """
 
-    def __init__(self, *, tokenizer: Any = None, **kwargs: Any) -> None:
+    def __init__(
+        self,
+        *,
+        tokenizer: Any = None,
+        task: str = "auto",
+        return_tensors: bool = False,
+        text_col: str = "text",
+        assistant_only: bool = False,
+        response_template: str | None = None,
+        instruction_template: str | None = None,
+        return_conversations: bool = False,
+        return_conversations_format: str = "json",
+        **kwargs: Any,
+    ) -> None:
         super().__init__(**kwargs)
         self._tokenizer = tokenizer
         self._data = self._load_data()
@@ -42,7 +63,7 @@ class BaseSftDataset(BaseMapDataset):
 
 
 class BaseDpoDataset(BaseMapDataset):
-    """Rows with `prompt`, `chosen` and `rejected`, or whatever `transform_preference` makes these of.
+    """Rows with `prompt`, `chosen` and `rejected`, or rows that `transform_preference` converts to these.
 
     Args:
         tokenizer: Kept for subclasses.
@@ -79,9 +100,15 @@ BaseExperimentalDpoDataset = BaseDpoDataset
 
 
 class BaseExperimentalKtoDataset(BaseMapDataset):
-    """Rows with `prompt`, `completion` and `label`, or whatever `transform` makes these of."""
+    """Rows with `prompt`, `completion` and `label`, or rows that `transform` converts to these.
 
-    def __init__(self, *, tokenizer: Any = None, **kwargs: Any) -> None:
+    Args:
+        tokenizer: Not used.
+        return_tensors: Not used.
+        kwargs: As in `BaseMapDataset`.
+    """
+
+    def __init__(self, *, tokenizer: Any = None, return_tensors: bool = False, **kwargs: Any) -> None:
         super().__init__(**kwargs)
         self._data = self._load_data()
 
@@ -91,15 +118,33 @@ class BaseExperimentalKtoDataset(BaseMapDataset):
 
 
 class BaseExperimentalGrpoDataset(BaseMapDataset):
-    """Rows with a `prompt`, and whatever rewards read, as `transform` gives them."""
+    """Rows with a `prompt` and the columns that rewards read, or rows that `transform` converts to these.
 
-    def __init__(self, *, tokenizer: Any = None, **kwargs: Any) -> None:
+    Args:
+        tokenizer: Not used.
+        return_conversations: Not used.
+        kwargs: As in `BaseMapDataset`.
+    """
+
+    def __init__(self, *, tokenizer: Any = None, return_conversations: bool = False, **kwargs: Any) -> None:
         super().__init__(**kwargs)
         self._data = self._load_data()
 
     def transform(self, sample: Any) -> dict[str, Any]:
-        """`prompt` and `completion` of a row, without blanks around them."""
-        return {name: str(sample[name] or "").strip() for name in ("prompt", "completion")}
+        """All columns of a row; texts of `prompt` and `completion` without white space around them.
+
+        Raises:
+            UserError: there is no `prompt`.
+        """
+        row = {str(name): value for name, value in sample.items()}
+        if "prompt" not in row:
+            raise UserError(f"no column 'prompt'; there are {', '.join(row)}")
+        return row | {name: _stripped(row[name]) for name in ("prompt", "completion") if name in row}
+
+
+def _stripped(value: Any) -> Any:
+    """Text without white space around it, and none for None; turns as they are."""
+    return "" if value is None else value.strip() if isinstance(value, str) else value
 
 
 class BaseIterableDataset(BaseMapDataset):
@@ -107,11 +152,12 @@ class BaseIterableDataset(BaseMapDataset):
 
     Args:
         tokenizer: Kept for subclasses.
-        stream: Whether rows of the hub are streamed.
+        stream: Read rows of the hub one at a time, while iterating; they then have no number and no length. By default
+            all are read first (Oumi streams by default).
         kwargs: As in `BaseMapDataset`.
     """
 
-    def __init__(self, *, tokenizer: Any = None, stream: bool = True, **kwargs: Any) -> None:
+    def __init__(self, *, tokenizer: Any = None, stream: bool = False, **kwargs: Any) -> None:
         super().__init__(**kwargs)
         self._tokenizer = tokenizer
         self.stream = stream
@@ -123,8 +169,14 @@ class BaseIterableDataset(BaseMapDataset):
 
     def iter_raw(self) -> Iterator[Any]:
         """The rows as they are read."""
+        import pandas as pd
+
         rows: Any = self._data
-        yield from rows.to_dict("records") if hasattr(rows, "to_dict") else rows
+        yield from rows.to_dict("records") if isinstance(rows, pd.DataFrame) else rows
+
+    def _load_hf_hub_dataset(self) -> Any:
+        """Reads a data set of the hub, or opens it as a stream."""
+        return self._hub_split(streaming=True) if self.stream else super()._load_hf_hub_dataset()
 
     def transform(self, sample: Any) -> Any:
         """The row itself."""
@@ -134,13 +186,28 @@ class BaseIterableDataset(BaseMapDataset):
 class BasePretrainingDataset(BaseIterableDataset):
     """Documents: rows with a text, which are tokenized and joined into windows by the recipe.
 
+    The recipe also reads the rows of a subclass that overrides nothing about reading them, streamed if
+    `data.train.stream` is set; no object of the class is then created.
+
     Args:
         seq_length: Tokens of a window; read from the config.
         dataset_text_field: Column of the text.
-        kwargs: As in `BaseIterableDataset`, and Oumi's options of joining, which the recipe reads from the config.
+        append_concat_token: Not used: documents are joined by the recipe, as are the next two.
+        add_special_tokens: Not used.
+        skip_last: Not used.
+        kwargs: As in `BaseIterableDataset`.
     """
 
-    def __init__(self, *, seq_length: int | None = None, dataset_text_field: str = "text", **kwargs: Any) -> None:
+    def __init__(
+        self,
+        *,
+        seq_length: int | None = None,
+        dataset_text_field: str = "text",
+        append_concat_token: bool = True,
+        add_special_tokens: bool = True,
+        skip_last: bool = True,
+        **kwargs: Any,
+    ) -> None:
         self.seq_length = seq_length
         self._dataset_text_field = dataset_text_field
         super().__init__(**kwargs)

@@ -1,5 +1,6 @@
 """Data sets that the user registers, as sources: their rows are written to a file, which the recipe names."""
 
+import datetime
 import hashlib
 import json
 import os
@@ -14,6 +15,7 @@ import numpy as np
 
 from oumi_pl.core import datasets
 from oumi_pl.core.configs import DatasetParams, ModelParams
+from oumi_pl.core.datasets.base import refuse_unknown
 from oumi_pl.core.recipe.notes import Notes, refuse
 from oumi_pl.core.registry import REGISTRY
 from oumi_pl.errors import UserError, cache_folder
@@ -74,7 +76,7 @@ def base_of(cls: Any, place: str) -> Base:
     for name in BASES[parent].fixed:
         if getattr(cls, name, None) is not getattr(parent, name, None):
             instead = "transform_preference" if parent is datasets.BaseDpoDataset else "transform_conversation"
-            why = f"{cls.__name__}.{name} would not be called: tokens are made by the recipe; say the rows by {instead}"
+            why = f"{cls.__name__}.{name} would not be called: tokens are made by the recipe; override {instead}"
             refuse(f"{place}.dataset_name", why)
     return BASES[parent]
 
@@ -138,11 +140,19 @@ def rows_file(dataset: DatasetParams, cls: Any, place: str, notes: Notes, model:
     return str(path)
 
 
-def hub_path(dataset: DatasetParams, cls: Any) -> str | None:
-    """What a data set of documents reads, if the class leaves the reading to its base; None if it reads by itself."""
+def hub_path(dataset: DatasetParams, cls: Any, place: str) -> str | None:
+    """What a data set of documents reads, if the class leaves the reading to its base; None if it reads by itself.
+
+    Raises:
+        UserError: the class has no such argument.
+    """
     base = datasets.BasePretrainingDataset
     if any(getattr(cls, name) is not getattr(base, name) for name in READ):
         return None
+    try:
+        refuse_unknown(cls, [name for name in dataset.dataset_kwargs if name not in HANDED_ON])
+    except UserError as error:
+        raise UserError(f"{place}: {error}") from error
     named = dataset.dataset_kwargs.get("dataset_name_override") or dataset.dataset_name
     return str(dataset.dataset_path or named)
 
@@ -165,7 +175,9 @@ def _is_ours(file: str) -> bool:
 
 
 def _plain(value: Any) -> Any:
-    """A value of NumPy as Python's."""
+    """A value of NumPy as Python's, a date as text."""
+    if isinstance(value, datetime.date):
+        return value.isoformat()
     if isinstance(value, np.ndarray):
         return value.tolist()
     if isinstance(value, np.generic):

@@ -52,7 +52,11 @@ def online(config: TrainingConfig, notes: Notes) -> Online:
     tokens = training.grpo.max_completion_length or int(kwargs.get("max_completion_length") or TRL_LENGTH)
     prompts, micro_batches = _micro_batches(config, members, notes)
     if training.grpo.use_vllm:
-        notes.comment("data.init_args", "completions are sampled by transformers' generate, and not by vLLM")
+        notes.comment(
+            "data.init_args",
+            "completions are sampled by transformers' generate, and not by vLLM; for vLLM, convert with --engine "
+            "lightning and set data.engine to VLLM or VLLMServer",
+        )
     if training.gradient_accumulation_steps > 1 and kwargs.get("loss_type") == "bnpo":
         notes.comment("model.init_args.loss", "the mean over all tokens of an update; TRL's is that of a micro-batch")
     sampling = given(

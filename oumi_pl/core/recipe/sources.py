@@ -210,7 +210,7 @@ def _own(
     dataset: DatasetParams, entry: Registered, place: str, notes: Notes, seed: int, *, model: ModelParams | None
 ) -> dict[str, Any]:
     """The source of a data set that the user registered."""
-    path = hub_path(dataset, entry.cls) if entry.kind == "document" else None
+    path = hub_path(dataset, entry.cls, place) if entry.kind == "document" else None
     where: dict[str, Any]
     if path is None:
         where = {"path": rows_file(dataset, entry.cls, place, notes, model), "name": dataset.dataset_name}

@@ -51,7 +51,7 @@ class ContentItem:
         if self.content is None and self.binary is None:
             raise UserError(f"a {self.type} item has neither content nor binary")
         if self.is_text() and self.binary is not None:
-            raise UserError("a text item has no binary; say its text as content")
+            raise UserError("a text item has no binary; pass the text as content")
 
     def is_image(self) -> bool:
         """Whether it is an image."""
@@ -117,10 +117,16 @@ class Message:
         return separator.join(item.content or "" for item in self.text_content_items)
 
     def to_dict(self) -> dict[str, Any]:
-        """The fields that are set; `content: None` stays beside tool calls."""
+        """The fields that are set; `content: None` stays beside tool calls.
+
+        Raises:
+            UserError: an item holds bytes: images are not trained on.
+        """
         values = {name: value for name in self.__dataclass_fields__ if (value := getattr(self, name)) is not None}
         values["role"] = str(self.role)
         if isinstance(self.content, list):
+            if binary := next((item for item in self.content if item.binary is not None), None):
+                raise UserError(f"a message of the {self.role} has an {binary.type} with binary; only text can be used")
             values["content"] = [{"type": str(item.type), "content": item.content} for item in self.content]
         if self.tool_calls:
             values.setdefault("content", None)
