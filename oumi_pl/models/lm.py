@@ -223,6 +223,7 @@ class LM(nn.Module):
         """Why no cheaper layout could be used; empty for `forest`."""
         self.base.register_forward_pre_hook(_refuse_packed_rows, with_kwargs=True)
         self._kept: frozenset[str] = frozenset()
+        self._is_fixed = False
 
     @property
     def adapter_weights(self) -> frozenset[str]:
@@ -242,7 +243,16 @@ class LM(nn.Module):
         tensors = (*self.named_buffers(), *(self.named_parameters() if parameters else ()))
         self._kept = frozenset(name for name, t in tensors if t.is_floating_point() and t.dtype != dtype)
 
+    def fix_dtypes(self) -> None:
+        """Makes later casts of the module change no dtype, only devices.
+
+        FSDP2 takes note of dtypes when the model first runs, which is before Lightning casts it for `bf16-true`.
+        """
+        self._is_fixed = True
+
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
+        if self._is_fixed:
+            return super()._apply(lambda t: t.to(fn(torch.empty(0, dtype=t.dtype, device=t.device)).device), recurse)
         before = {name: tensor.data for name, tensor in self._kept_tensors()}
         super()._apply(fn, recurse)
         for name, tensor in self._kept_tensors():

@@ -309,7 +309,9 @@ def same_generator(module: L.LightningModule) -> None:
 # ---- sharding
 
 
-def shard(model: LM, module: L.LightningModule, loading: Loading, *, copy: bool = False) -> LM | None:
+def shard(
+    model: LM, module: L.LightningModule, loading: Loading, *, dtype: torch.dtype | None = None, copy: bool = False
+) -> LM | None:
     """Shards each decoder layer, then the wrapper as the root, over the data-parallel ranks.
 
     The root holds what is left: embeddings, final norm and head. It is gathered while the wrapper's `forward` runs,
@@ -319,6 +321,7 @@ def shard(model: LM, module: L.LightningModule, loading: Loading, *, copy: bool 
         model: The model, as `loading` built it.
         module: The module of the run, on its device.
         loading: How this rank got the weights.
+        dtype: Of all weights but adapters, which are float32; as they are if left out.
         copy: Whether a second sharded model with the same weights is needed.
 
     Returns:
@@ -342,7 +345,7 @@ def shard(model: LM, module: L.LightningModule, loading: Loading, *, copy: bool 
             "model.reference: a quantized model can't be copied while it is sharded; set reference: initial"
         )
     # quantized weights are of a class of their own, and can't be cut here
-    values = {} if is_quantized else _detach_values(model, mesh, loading)
+    values = {} if is_quantized else _detach_values(model, mesh, loading, dtype)
     second = deepcopy(model) if copy else None  # on the meta device, so without memory
     for layer in [*decoder_layers(model), model, *heads]:
         fully_shard(layer, mesh=mesh, mp_policy=policy)
@@ -387,8 +390,10 @@ def _share(mesh: DeviceMesh) -> tuple[int, int]:
     return sharding.get_local_rank(), sharding.size()
 
 
-def _detach_values(model: nn.Module, mesh: DeviceMesh, loading: Loading) -> dict[str, Tensor | None]:
-    """Takes the values out of a model, and leaves its weights on the meta device.
+def _detach_values(
+    model: LM, mesh: DeviceMesh, loading: Loading, dtype: torch.dtype | None
+) -> dict[str, Tensor | None]:
+    """Takes the values out of a model, and leaves its weights on the meta device, in their dtypes.
 
     Returns:
         Name of a weight -> this rank's part; if the first rank sends the parts, the whole there, and None elsewhere.
@@ -403,7 +408,17 @@ def _detach_values(model: nn.Module, mesh: DeviceMesh, loading: Loading) -> dict
             part = getattr(weight, "part", None)  # else a weight that was created here, such as an adapter's
             values[name] = _part(weight.detach(), *_share(mesh)) if part is None else part
     _replace_parameters(model, _on_meta)
-    return values
+    if dtype is None:
+        return values
+    adapters = {model.hf.get_parameter(name) for name in model.adapter_weights}
+    _replace_parameters(model, lambda weight: _cast(weight, torch.float32 if weight in adapters else dtype))
+    return {
+        name: value if value is None else value.to(model.get_parameter(name).dtype) for name, value in values.items()
+    }
+
+
+def _cast(weight: nn.Parameter, dtype: torch.dtype) -> nn.Parameter:
+    return nn.Parameter(weight.detach().to(dtype), weight.requires_grad)
 
 
 @torch.no_grad()

@@ -280,24 +280,36 @@ class LanguageModule(RestorableModule):
             stage = self.trainer.state.fn.value if self.trainer.state.fn else "fit"
             refuse_too_few_positions(model.base, data.max_length, data.longest_path(list(data.needed(stage))))
         self.__refuse_sharded_loss()
-        if dtype := HALF_PRECISION.get(str(self.trainer.precision)):
-            # sharded parameters have to be of one dtype
-            model.keep_dtypes(getattr(torch, dtype), parameters=not is_to_be_sharded(self))
-        if is_to_be_sharded(self):
-            if self.compile_layers:  # before its layers are sharded
-                model.body.compile()
-            copies = self.reference is not None and self.reference.kind == "online"
-            copy = shard(model, self, self.__weight_loading, copy=copies)
-            if self.reference is not None:
-                self.reference.sharded_copy = copy
-            self.__check_on_device()
-            reshard(model)
-        else:
-            model.refuse_unknown_logits()
-            if self.compile_layers:  # after the check: compiling for its few tokens would take a minute
-                model.body.compile()
+        self.__check_and_shard(model)
         self.on_model_built()
         self.__built = [model]
+
+    def __check_and_shard(self, model: LM) -> None:
+        """Compiles the model, shards it if the strategy does so, and checks its logits (and its layout, if sharded).
+
+        Raises:
+            UserError: the architecture computes its logits in an unknown way.
+        """
+        half = HALF_PRECISION.get(str(self.trainer.precision))
+        dtype = getattr(torch, half) if half else None
+        if not is_to_be_sharded(self):
+            model.refuse_unknown_logits()
+            if dtype is not None:
+                model.keep_dtypes(dtype)
+            if self.compile_layers:  # after the check: compiling for its few tokens would take a minute
+                model.body.compile()
+            return
+        if self.compile_layers:  # before its layers are sharded
+            model.body.compile()
+        copies = self.reference is not None and self.reference.kind == "online"
+        # FSDP2 wants one dtype for all weights that are trained
+        copy = shard(model, self, self.__weight_loading, dtype=dtype, copy=copies)
+        if self.reference is not None:
+            self.reference.sharded_copy = copy
+        if dtype is not None:
+            model.fix_dtypes()
+        self.__check_on_device()
+        reshard(model)
 
     def __prepared(self, model: LM) -> LM:
         """A model that the user assigned to `self.model`, with what `assemble` would have added."""
