@@ -393,11 +393,12 @@ class LanguageModule(RestorableModule):
                 loading=self.__weight_loading,
             )
 
-        self.__weight_loading = loading_of(self, self.__weight_source(tokenizer, added_tokens))
         builder = build if self.model_object is None else self.__given(tokenizer, added_tokens)
         wrap = ScoringLM if self.scoring else LM
-        if branching is None:
+        if branching is None:  # of a copy, which is whole in a sharded run, too
+            self.__weight_loading = Loading()
             return wrap(builder(False))
+        self.__weight_loading = loading_of(self, self.__weight_source(tokenizer, added_tokens))
         if self._trainer is not None and is_to_be_sharded(self):
             model = without_layout(builder, wrap)  # until the weights are there, see `configure_model`
             same_generator(self)

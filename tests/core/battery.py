@@ -275,7 +275,6 @@ REFUSED = {
     "reinforcement learning": (sft("").replace("TRL_SFT", "TRL_GRPO"), "data.train.datasets", "reads prompts"),
     "rewards": (sft("reward_functions: [f]"), "training.reward_functions", ""),
     # recipes that Oumi can't run either
-    "max_seq_length": (sft("trainer_kwargs: {max_seq_length: 64}"), "training.trainer_kwargs.max_seq_length", "model"),
     "beta of sft": (sft("trainer_kwargs: {beta: 0.1}"), "training.trainer_kwargs.beta", ""),
     "a field again": (sft("trainer_kwargs: {learning_rate: 1}"), "training.trainer_kwargs", "learning_rate"),
     "qwen2-instruct": (model("chat_template: qwen2-instruct"), "model.chat_template", "qwen2-instruct"),
