@@ -61,9 +61,6 @@ class Sharded(ModelParallelStrategy):
         process_group_backend: str | None = None,
         timeout: timedelta | None = None,
     ) -> None:
-        for name, size in (("shards", shards), ("replicas", replicas)):
-            if size is not None and size < 1:
-                raise UserError(f"trainer.strategy.{name} is {size}, but has to be at least 1")
         kwargs: dict[str, Any] = {} if timeout is None else {"timeout": timeout}
         super().__init__(
             save_distributed_checkpoint=save_distributed_checkpoint,
@@ -77,8 +74,12 @@ class Sharded(ModelParallelStrategy):
         """Starts the process group, and arranges the ranks in a mesh `replicas x shards`.
 
         Raises:
-            UserError: the sizes don't multiply to the number of devices.
+            UserError: a size is below 1, or they don't multiply to the number of devices.
         """
+        # not in the constructor: the parser would take it for a value of another type
+        for name, size in (("shards", self.shards), ("replicas", self.replicas)):
+            if size is not None and size < 1:
+                raise UserError(f"trainer.strategy.{name} is {size}, but has to be at least 1")
         world = self.num_processes * self.num_nodes
         shards = self.shards or max(1, world // self.replicas)
         if shards * self.replicas != world:

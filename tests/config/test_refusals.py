@@ -250,3 +250,16 @@ def test_the_advice_for_deepspeed_is_a_strategy_that_is_accepted(cli):
     advised = message.partition("take strategy: ")[2].split()[0]
     trainer = L.Trainer(accelerator="cpu", devices=2, strategy=advised, logger=False, enable_checkpointing=False)
     assert isinstance(trainer.strategy, Sharded)
+
+
+@pytest.mark.parametrize(
+    ("sizes", "says"),
+    [
+        ("--trainer.strategy.shards=0", "trainer.strategy.shards is 0, but has to be at least 1"),
+        ("--trainer.strategy.replicas=0", "trainer.strategy.replicas is 0, but has to be at least 1"),
+        ("--trainer.strategy.replicas=3", "trainer.strategy: replicas 3 does not divide 1 devices"),
+    ],
+)
+def test_sizes_of_sharding_that_can_not_be_are_refused(cli, sizes, says):
+    cli.recipe({})
+    assert says in cli.fails(*FIT, "--trainer.strategy=Sharded", sizes)

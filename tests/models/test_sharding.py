@@ -11,10 +11,9 @@ import pytest
 import torch
 from torch.distributed.tensor import DTensor
 
-from oumi_pl.errors import UserError
 from oumi_pl.models.build import build_model
 from oumi_pl.models.fingerprint import weights_fingerprint
-from oumi_pl.models.sharding import Parts, Sharded, Structure
+from oumi_pl.models.sharding import Parts, Structure
 from oumi_pl.modules.pretrain import Pretrain
 from oumi_pl.modules.sft import SFT
 from tests.conftest import free_port
@@ -232,9 +231,3 @@ def test_a_structure_draws_no_numbers_and_holds_no_weights():
     assert {n: p.shape for n, p in structure.named_parameters()} == {n: p.shape for n, p in whole.named_parameters()}
     assert all(p.untyped_storage().nbytes() == 4 for p in structure.parameters())
     assert all(torch.equal(structure.get_buffer(name), value) for name, value in whole.named_buffers())
-
-
-@pytest.mark.parametrize("sizes", [{"shards": 0}, {"replicas": 0}])
-def test_sizes_that_can_not_be_are_refused(sizes):
-    with pytest.raises(UserError, match=r"trainer.strategy.(shards|replicas) is 0, but has to be at least 1"):
-        Sharded(**sizes)
