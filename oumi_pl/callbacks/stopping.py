@@ -58,6 +58,13 @@ class Preemption(L.Callback):
         self._signal = 0
         self._previous: dict[int, Any] = {}
 
+    def on_fit_start(self, trainer: Any, pl_module: RunModule) -> None:
+        """Replaces Lightning's handler of SIGTERM, which is installed after this and before training starts.
+
+        That calls a collective operation wherever the signal finds it, and the ranks may then wait for each other for ever.
+        """
+        trainer._signal_connector._sigterm_notifier_fn = self._set_flag
+
     def on_train_start(self, trainer: Any, pl_module: RunModule) -> None:
         """Installs the handlers, after Lightning has installed its own."""
         for signum in SIGNALS:
