@@ -61,7 +61,7 @@ class Preemption(L.Callback):
     def on_fit_start(self, trainer: Any, pl_module: RunModule) -> None:
         """Replaces Lightning's handler of SIGTERM, which is installed after this and before training starts.
 
-        That calls a collective operation wherever the signal finds it, and the ranks may then wait for each other for ever.
+        That calls a collective operation wherever the signal finds it, and the ranks may then wait for ever.
         """
         trainer._signal_connector._sigterm_notifier_fn = self._set_flag
 
