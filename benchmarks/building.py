@@ -2,12 +2,13 @@
 
     python benchmarks/building.py [--ranks 4] [--hidden 2048] [--layers 16] [--folder DIR]
 
-Writes a random Llama as a model folder, then starts runs of `--ranks` processes on the CPU with FSDP2 up to their first
-update: once as they are built now, and once as before (`every rank`: each loads all weights, and keeps its shard).
-Memory is anonymous memory (RssAnon) of each process at its peak, less that before the model is built; pages of files
-that are mapped belong to the system's cache, which ranks share. `with checks` is the largest peak of a rank once the
-model has run on a few tokens, for which embeddings and head are gathered, as in every update. Also without weights on
-disk (`random`), where the first rank draws all of them.
+Writes a random Llama as a model folder in bfloat16, to train in float32, then starts runs of `--ranks` processes on
+the CPU with FSDP2 up to their first update: once as they are built now, and once as before (`every rank`: each loads
+all weights, and keeps its shard). Memory is anonymous memory (RssAnon) of a process at its peak, less that before the
+model is built; pages of files that are mapped belong to the system's cache, which ranks share. (Weights saved in the
+dtype of training are mapped, so that `every rank` shares them, too.) `with checks` is the largest peak of a rank once
+the model has run on a few tokens, for which embeddings and head are gathered, as in every update. Also without weights
+on disk (`random`), where the first rank draws all of them.
 """
 
 import argparse
@@ -124,17 +125,17 @@ def write_model(folder: Path, hidden: int, layers: int, vocabulary: int) -> floa
     )
     with torch.device("meta"):
         shapes = {n: p.shape for n, p in AutoModelForCausalLM.from_config(config).named_parameters()}
-    config.architectures, config.dtype = ["LlamaForCausalLM"], "float32"
+    config.architectures, config.dtype = ["LlamaForCausalLM"], "bfloat16"
     config.save_pretrained(folder)
     ByteTokenizer().build().save_pretrained(folder)
     index, total, groups = {}, 0, list(shapes)
     for number in range(0, len(groups), 20):
         file = f"model-{number:05d}.safetensors"
-        part = {name: torch.randn(shapes[name]) * 0.02 for name in groups[number : number + 20]}
+        part = {name: (torch.randn(shapes[name]) * 0.02).bfloat16() for name in groups[number : number + 20]}
         save_file(part, folder / file, metadata={"format": "pt"})
         index |= dict.fromkeys(part, file)
         total += sum(value.numel() for value in part.values())
-    content = {"metadata": {"total_size": 4 * total}, "weight_map": index}
+    content = {"metadata": {"total_size": 2 * total}, "weight_map": index}
     (folder / "model.safetensors.index.json").write_text(json.dumps(content))
     return total / 1e9
 
@@ -156,7 +157,8 @@ def main() -> None:
         folder = args.folder or Path(temporary)
         billions = write_model(folder / "model", args.hidden, args.layers, args.vocabulary)
         print(
-            f"Llama of {billions:.2f}e9 parameters in float32 ({4 * billions:.1f} GB), {args.ranks} processes; "
+            f"Llama of {billions:.2f}e9 parameters, saved in bfloat16, {4 * billions:.1f} GB in float32, "
+            f"{args.ranks} processes; "
             f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores, torch {version('torch')}, "
             f"transformers {version('transformers')}, lightning {version('lightning')}"
         )
@@ -175,7 +177,8 @@ def main() -> None:
             peaks = [result["peak"] for result in results]
             print(
                 f"{case:24}{peaks[0]:18.2f}{max(peaks[1:]):16.2f}{sum(peaks):12.2f}{results[0]['weights']:10.2f}"
-                f"{max(result['checked'] for result in results):14.2f}{max(r['seconds'] for r in results):10.1f}"
+                f"{max(result['checked'] for result in results):14.2f}{max(r['seconds'] for r in results):10.1f}",
+                flush=True,
             )
 
 
