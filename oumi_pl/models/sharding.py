@@ -234,16 +234,21 @@ def _one_at_a_time() -> Iterator[None]:
 
 def _is_loaded(weight: nn.Parameter) -> bool:
     """Whether transformers sets a weight that it has read; else it is missing and will be drawn, or is tied."""
-    return getattr(weight, "_is_hf_initialized", False) and not hasattr(weight, "part")
+    return getattr(weight, "_is_hf_initialized", False) and not isinstance(weight, Placeholder)
 
 
-def _placeholder(weight: nn.Parameter, part: Tensor | None = None) -> nn.Parameter:
-    """A parameter of the same shape and dtype without memory; `part` is this rank's part of the values, if known."""
-    values = torch.zeros((), dtype=weight.dtype).expand(weight.shape)
-    parameter: Any = nn.Parameter(values, weight.requires_grad)
-    parameter.__dict__.update(weight.__dict__)  # transformers marks weights that it has loaded
-    parameter.part = part
-    return parameter
+class Placeholder(nn.Parameter):
+    """A parameter of the shape and dtype of a weight, without its memory."""
+
+    part: Tensor | None
+    """This rank's part of the values; None if another rank sends it."""
+
+
+def _placeholder(weight: nn.Parameter, part: Tensor | None = None) -> Placeholder:
+    placeholder = Placeholder(torch.zeros((), dtype=weight.dtype).expand(weight.shape), weight.requires_grad)
+    placeholder.__dict__.update(weight.__dict__)  # transformers marks weights that it has loaded
+    placeholder.part = part
+    return placeholder
 
 
 @contextmanager
@@ -261,7 +266,7 @@ def runnable(model: nn.Module) -> Iterator[None]:
         module._parameters.update(placeholders[module])
 
     placeholders = {
-        m: {n: p for n, p in m.named_parameters(recurse=False) if hasattr(p, "part")} for m in model.modules()
+        m: {n: p for n, p in m.named_parameters(recurse=False) if isinstance(p, Placeholder)} for m in model.modules()
     }
     hooks = []
     for module, weights in placeholders.items():
@@ -277,7 +282,7 @@ def runnable(model: nn.Module) -> Iterator[None]:
 
 def is_empty(weight: nn.Parameter) -> bool:
     """Whether a weight is a placeholder on a rank that holds no part of it."""
-    return getattr(weight, "part", weight) is None
+    return isinstance(weight, Placeholder) and weight.part is None
 
 
 def _on_meta(weight: nn.Parameter) -> nn.Parameter:
@@ -405,9 +410,10 @@ def _detach_values(
             values[name] = None
         elif isinstance(loading, FirstRank):
             values[name] = weight.detach()
-        else:
-            part = getattr(weight, "part", None)  # else a weight that was created here, such as an adapter's
-            values[name] = _part(weight.detach(), *_share(mesh)) if part is None else part
+        elif isinstance(weight, Placeholder):
+            values[name] = weight.part
+        else:  # created here, such as an adapter's
+            values[name] = _part(weight.detach(), *_share(mesh))
     _replace_parameters(model, _on_meta)
     if dtype is None:
         return values

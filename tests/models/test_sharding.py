@@ -199,9 +199,11 @@ def test_the_parts_of_all_ranks_are_the_model(folder, name, ranks):
     whole = build_model(str(folder / name))
     parts = [build_model(str(folder / name), loading=Parts(rank, ranks)) for rank in range(ranks)]
     for weight, expected in whole.named_parameters(remove_duplicate=False):  # tied weights by both names
-        found = [model.get_parameter(weight) for model in parts]
-        assert all(p.untyped_storage().nbytes() == p.element_size() for p in found), "a placeholder holds one number"
-        assert torch.equal(torch.cat([p.part for p in found]), expected), weight
+        placeholders = [model.get_parameter(weight) for model in parts]
+        assert all(p.untyped_storage().nbytes() == p.element_size() for p in placeholders), (
+            "a placeholder holds one number"
+        )
+        assert torch.equal(torch.cat([p.part for p in placeholders]), expected), weight
     for buffer, expected in whole.named_buffers():
         assert all(torch.equal(model.get_buffer(buffer), expected) for model in parts), buffer
 
