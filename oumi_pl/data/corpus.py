@@ -31,13 +31,14 @@ class Part(NamedTuple):
     """The part of a source that a split uses.
 
     keep: which rows to use; all if None. render: renders conversations as texts, if rows may be conversations.
-    bad_rows: see `texts`.
+    bad_rows, before: see `texts`.
     """
 
     source: Source
     keep: Side | None = None
     render: Rendering | None = None
     bad_rows: OnBadRows | None = None
+    before: tuple[Shards, ...] | None = None
 
     @property
     def name(self) -> str:
@@ -75,7 +76,8 @@ class Part(NamedTuple):
 
     def texts(self, counts: RowCounts | None = None, streaming: bool = False) -> Iterator[str]:
         """Iterates over the documents' texts from the start."""
-        return texts(self.source, self.keep, counts, streaming, self.render, bad_rows=self.bad_rows)
+        how = {"bad_rows": self.bad_rows, "before": self.before}
+        return texts(self.source, self.keep, counts, streaming, self.render, **how)  # type: ignore[arg-type]
 
     def texts_with_rows(self) -> Iterator[tuple[str, Row]]:
         """As `texts`, each with its row."""
@@ -93,6 +95,8 @@ class Part(NamedTuple):
             made_from.append([source.ignore, source.label, source.template_variables])
         if self.bad_rows == "drop":
             made_from.append(self.bad_rows)
+        if self.before is not None:
+            made_from.append(["without repeated", *(shards.manifest["source"] for shards in self.before)])
         return made_from if self.render is None else [*made_from, self.render.template]
 
 
@@ -113,7 +117,7 @@ def shards_of(part: Part, tokenizer: "PreTrainedTokenizerBase") -> Shards:
     ids = tokenizer_fingerprint(tokenizer, chat=False)
     vocabulary = max(tokenizer.get_vocab().values(), default=-1) + 1
     if part.prepared is None:
-        directory = cache_root() / "tokens" / cache_key(FORMAT, part.made_from(), ids)
+        directory = cache_root() / "tokens" / cache_key(FORMAT, "keys", part.made_from(), ids)
         try:
             return _cached(part, tokenizer, directory, ids, vocabulary)
         except (DamagedError, OtherShardsError) as error:

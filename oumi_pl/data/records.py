@@ -6,6 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from oumi_pl.data.duplicates import KeyFiles
 from oumi_pl.data.formats import (
     FORMATS,
     Format,
@@ -361,6 +362,10 @@ class RowCounts(Counter[str]):
         """Rows that a format or `where` left out, by reason."""
         self.held_out: list[str] = []
         """File and line of each row that is used, if these are held-out rows of a source."""
+        self.keys: KeyFiles | None = None
+        """Gets the keys of the rows that are used."""
+        self.duplicates: dict[str, Any] = {}
+        """As `Repeats.add_to` adds it to a report."""
 
     def add_bad(self, origin: str, reason: str) -> None:
         """Adds a row that can't be used."""
