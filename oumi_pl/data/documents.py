@@ -162,8 +162,8 @@ def _is_used(document: str, origin: str, counts: RowCounts, repeats: Repeats) ->
         counts.add_dropped({REPEATED: 1})
         return False
     counts["kept"] += 1
-    if counts.keys is not None:
-        counts.keys.add(origin, record)
+    if counts.row_keys is not None:
+        counts.row_keys.add(origin, record)
     return True
 
 

@@ -3,7 +3,7 @@
 import os
 import struct
 from array import array
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
@@ -43,12 +43,16 @@ class RowKeys:
 
     def __init__(self) -> None:
         self.origins: list[str] = []
+        self.columns: dict[str, list[Any]] = {}
+        """Values that rows are drawn or ordered by."""
         self._records = array("Q")
         self._prompts = array("Q")
 
-    def add(self, origin: str, record: Record) -> None:
+    def add(self, origin: str, record: Record, columns: Mapping[str, Any] | None = None) -> None:
         """Adds a row."""
         self.origins.append(origin)
+        for name, value in (columns or {}).items():
+            self.columns.setdefault(name, []).append(value)
         self._records.append(content_hash(record.content_key()))
         self._prompts.append(prompt_hash(record.split_key()))
 

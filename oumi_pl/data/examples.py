@@ -15,10 +15,11 @@ from oumi_pl.data import report as reports
 from oumi_pl.data.base import TextData
 from oumi_pl.data.code import code_of, settings_of
 from oumi_pl.data.collate import collate, full_document
+from oumi_pl.data.draws import Draws, SampleBy, drawn
 from oumi_pl.data.duplicates import Duplicates
 from oumi_pl.data.formats import FORMATS, Formats
 from oumi_pl.data.loader import PlanLoader, eval_loader
-from oumi_pl.data.plan import Layout, Plan, mixture_epoch, plan_epoch, plan_in_order
+from oumi_pl.data.plan import Layout, Plan, mixture_counts, mixture_epoch, plan_epoch, plan_in_order
 from oumi_pl.data.prompts import PROMPT_FORMATS, PromptsWithRows, RecordsWithRows, RecordWithRow
 from oumi_pl.data.records import OnBadRows
 from oumi_pl.data.reference import ReferenceLogps
@@ -58,6 +59,12 @@ class ExampleData(TextData):
             leaves them out. The data report counts them in both cases.
         weight_by: What the weights of sources are shares of: `rows`, `tokens`, or `targets` (tokens that carry loss, by
             their weight). With long and short answers these differ; the data report shows all three.
+        sample_by: How often training rows are drawn, by a column. A column with numbers, such as `quality`, draws rows
+            in proportion to them. `{lang: {en: 0.7, de: 0.3}}` gives classes these shares of the rows of an epoch, and
+            `{lang: balanced}` gives all classes equal ones. The data report counts what is drawn.
+        order_by: Column whose value orders the training rows of each epoch, instead of a shuffle: the smallest first,
+            or the largest with `-` before the name. Rows with equal values are shuffled among themselves. Packs are
+            filled in this order.
         fields: Columns with numbers that a batch has by name in `batch["fields"]`, one number per row: NaN where a row
             has `null`.
         processes: Processes that tokenize rows, with the same result for any number. They call `encode`; files are read
@@ -73,6 +80,8 @@ class ExampleData(TextData):
         bad_rows: OnBadRows = "error",
         duplicates: Duplicates = "keep",
         weight_by: WeightBy = "rows",
+        sample_by: SampleBy | None = None,
+        order_by: str | None = None,
         fields: Sequence[str] = (),
         processes: int = 1,
         **kwargs: Any,
@@ -91,11 +100,13 @@ class ExampleData(TextData):
         self.bad_rows: OnBadRows = bad_rows
         self.duplicates: Duplicates = duplicates
         self.weight_by: WeightBy = weight_by
+        self.draws = Draws(sample_by, order_by)
         self.fields = list(fields)
         self.packing = packing
         self.group_by_length = group_by_length
         self.__stores: dict[str, list[ExampleStore]] = {}
         self.__same: dict[str, dict[str, Any]] = {}
+        self.__drawn_by: tuple[np.ndarray, np.ndarray] | None = None
 
     # ---- what a subclass defines
 
@@ -197,7 +208,8 @@ class ExampleData(TextData):
             sources, keep = self.taken(split)
             stores: list[ExampleStore] = []
             for source in sources:
-                stores.append(self.__store(source, keep, stores if self.drops_repeated(split) else None))
+                before = stores if self.drops_repeated(split) else None
+                stores.append(self.__store(source, keep, before, self.kept_columns(split)))
             names = [sorted(store.fields) for store in stores if len(store)]
             if names != names[:1] * len(names):
                 raise UserError(f"data.{split}: the examples of its sources have different fields: {names}")
@@ -264,7 +276,17 @@ class ExampleData(TextData):
                 if isinstance(record, RecordWithRow):
                     yield origin, record
 
-    def __store(self, source: Source, keep: Side | None, before: Sequence[ExampleStore] | None) -> ExampleStore:
+    def kept_columns(self, split: str) -> list[str]:
+        """Columns that rows of a split are drawn or ordered by."""
+        return self.draws.columns if split == "train" else []
+
+    def column_values(self, name: str) -> Sequence[Any]:
+        """The values of one of these columns, of each training example."""
+        return [value for store in self.stores("train") for value in store.columns.get(name, ())]
+
+    def __store(
+        self, source: Source, keep: Side | None, before: Sequence[ExampleStore] | None, kept: Sequence[str]
+    ) -> ExampleStore:
         key = [str(keep), tokenizer_fingerprint(self.tokenizer), self.max_length, self.encoding_key()]
         code = code_of(type(self), *(function for function, _ in self.formats))
         return example_store(
@@ -275,6 +297,7 @@ class ExampleData(TextData):
             self.formats,
             bad_rows=self.bad_rows,
             columns=self.fields,
+            kept=kept,
             processes=self.processes,
             before=before,
         )
@@ -332,13 +355,12 @@ class ExampleData(TextData):
     def plan(self, epoch: int) -> Plan:
         """The training plan of one epoch, a pure function of data, seed and epoch.
 
-        Override it for a curriculum. `lengths`, `targets` and `examples` describe the examples by id, and
+        Override it for a curriculum beyond `order_by`. `lengths`, `targets` and `examples` describe examples by id, and
         `Plan(example_ids, np.arange(len(example_ids) + 1), self.layout.rows_per_update)` trains on them in this order,
         one per row. A resumed run calls it again: it has to return the same plan for the same epoch.
         """
-        drawn = 0 if self.overfits else epoch
-        sizes = [len(store) for store in self.stores("train")]
-        ids = mixture_epoch(sizes, self.row_weights, self.run_seed, drawn)
+        ids = self.drawn([len(store) for store in self.stores("train")], 0 if self.overfits else epoch)
+        is_ordered = self.draws.ordered is not None and not self.overfits
         return plan_epoch(
             self.lengths("train"),
             np.sort(ids) if self.overfits else ids,
@@ -347,8 +369,36 @@ class ExampleData(TextData):
             epoch=epoch,
             capacity=self.capacity_for("train"),
             group_by_length=self.group_by_length,
-            shuffle=not self.overfits,
+            shuffle=not self.overfits and not is_ordered,
+            keep_order=is_ordered,
         )
+
+    def drawn(self, sizes: Sequence[int], epoch: int) -> np.ndarray:
+        """The training rows of an epoch by the weights of sources and `sample_by`, shuffled, or as `order_by` says.
+
+        Args:
+            sizes: Rows that each source has.
+            epoch: Counted from 0.
+        """
+        weights = self.row_weights
+        if self.draws.sampled is None:
+            ids = mixture_epoch(sizes, weights, self.run_seed, epoch)
+        else:
+            together = all(weight is None for weight in weights)
+            counts = mixture_counts(sizes, weights)
+            ids = drawn(sizes, counts, self.__weights_of_rows(sizes), self.run_seed, epoch, together=together)
+        return ids if self.draws.ordered is None else ids[np.argsort(self.__places[ids], kind="stable")]
+
+    def __weights_of_rows(self, sizes: Sequence[int]) -> tuple[np.ndarray, np.ndarray]:
+        if self.__drawn_by is None:
+            apart = any(weight is not None for weight in self.source_weights)
+            self.__drawn_by = self.draws.weights(self.column_values(self.draws.sampled or ""), sizes, apart)
+        return self.__drawn_by
+
+    @cached_property
+    def __places(self) -> np.ndarray:
+        """The place of each training row in the order of `order_by`."""
+        return self.draws.ranks(self.column_values(self.draws.ordered or ""))
 
     @property
     def source_weights(self) -> list[float | None]:
@@ -407,7 +457,7 @@ class ExampleData(TextData):
     def updates(self, epochs: int) -> int:
         """Number of optimizer updates in `epochs` epochs, within `limit_train_batches`."""
         weighted = any(weight is not None for weight in self.source_weights)
-        varies = weighted or type(self).plan is not ExampleData.plan  # a curriculum
+        varies = weighted or bool(self.draws.columns) or type(self).plan is not ExampleData.plan  # a curriculum
         first, layout, updates = self.plan(0).rows, self.layout, 0
         for epoch in range(epochs):
             # with weights each epoch draws other rows, which may need another number of packs
@@ -443,7 +493,7 @@ class ExampleData(TextData):
         names = [store.directory.name for store in self.stores("train")]
         weights = [weight for weight in self.source_weights if weight is not None]
         shares = [f"{weight / sum(weights):.6f} of the {self.weight_by}" for weight in weights]
-        return [*names, *shares] if len(names) > 1 else names
+        return [*names, *(shares if len(names) > 1 else []), *self.draws.identity]
 
     # ---- report
 
@@ -462,10 +512,16 @@ class ExampleData(TextData):
         if split == "train" and "sources" in report:
             shared = zip(report["sources"], self.__shares(plan.example_ids), strict=True)
             report["sources"] = [source | shares for source, shares in shared]
+        if split == "train":
+            report |= self.report_of_draws(plan.example_ids)
         if self.branching:
             spared = sum(store.shared for store in stores)
             report["saved_by_sharing"] = round(spared / max(1, spared + report["tokens"]), 6)
         return report
+
+    def report_of_draws(self, ids: np.ndarray) -> dict[str, Any]:
+        """The part of a report about the rows that an epoch draws; empty without `sample_by` and `order_by`."""
+        return self.draws.report({name: self.column_values(name) for name in self.draws.columns}, ids)
 
     def __repeated(self, split: str) -> dict[str, Any]:
         """The part of a report about rows that repeat others, counted once."""

@@ -274,13 +274,13 @@ def write_shards(
         return
     whole = _whole_shards(directory, np.dtype(tokenize.dtype))
     counts = RowCounts()
-    counts.keys = KeyFiles(directory)
+    counts.row_keys = KeyFiles(directory)
     try:
         _write_all(directory, documents(counts), tokenize, whole, name=name, shard_tokens=shard_tokens)
     except BaseException:
-        counts.keys.close(keep=False)
+        counts.row_keys.close(keep=False)
         raise
-    counts.keys.close(keep=True)
+    counts.row_keys.close(keep=True)
     totals = {key: sum(shard[key] for shard in whole) for key in ("documents", "tokens", "text_bytes")}
     report: dict[str, Any] = {key: counts[key] for key in ("rows", "kept", "empty", "replaced")}
     report |= {"dropped": dict(counts.dropped)} if counts.dropped else {}
