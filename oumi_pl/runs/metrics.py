@@ -47,6 +47,7 @@ mean log-ratio of whole mismatched responses, as it is in the loss.
 | `val/reward`, `/reward_std` | total reward of completions; `val/loss` is minus this | all of `validation` |
 | `val/pass@K` | probability that one of K completions is a success, an unbiased estimate | all of `validation` |
 | `val/NAME` | mean of a function in `data.metrics` or `PassAtK.metrics` over completions | all of `validation` |
+| `val/NAME`, `val/NAME/KEY` | mean of a function in `Metrics.metrics` over greedy completions | its rows |
 | `val/loss` | the training loss on held-out tokens or pairs | all of `validation` |
 | `val/nll` | cross-entropy in nats per target token; `val/loss` unless another loss is trained | all of `validation` |
 | `val/perplexity` | exp of `val/nll` | all of `validation` |
