@@ -361,8 +361,8 @@ def _add_output(parser: Parser) -> None:
         default=[],
         metavar="FUNCTION",
         help="path of a function (completion, row) -> number or mapping, or a built-in one: exact_match, rouge_l, "
-        "chrf, regex:PATTERN; writes its values, and prints their means with 95 %% intervals; may be repeated; the callback "
-        "Metrics logs the same ones while training",
+        "chrf, regex:PATTERN; writes its values, and prints their means with 95 %% intervals; may be repeated; the "
+        "callback Metrics logs the same ones while training",
     )
     parser.add_argument("--json", action="store_true", help="print a line of JSON per completion, with all columns")
 

@@ -169,9 +169,18 @@ class ExampleData(TextData):
 
     def make(self, split: str) -> None:
         """Tokenizes a split, unless it is in the cache."""
-        if split == "train" and self.weight_by != "rows" and all(weight is None for weight in self.source_weights):
-            raise UserError(f"data.weight_by: {self.weight_by} needs weights, and no source of data.train has one")
+        if split == "train":
+            self.refuse_missing_weights()
         self.stores(split)
+
+    def refuse_missing_weights(self) -> None:
+        """Refuses `weight_by` without weights.
+
+        Raises:
+            UserError: no training source has one.
+        """
+        if self.weight_by != "rows" and all(weight is None for weight in self.source_weights):
+            raise UserError(f"data.weight_by: {self.weight_by} needs weights, and no source of data.train has one")
 
     def setup(self, stage: str) -> None:
         """Opens the stores of a stage, and stops before weights are loaded if there is nothing to train on.
@@ -180,25 +189,33 @@ class ExampleData(TextData):
             UserError: no row of a split is left, or all answers are empty.
         """
         for split in self.needed(stage):
-            total = reports.merged([store.report for store in self.stores(split)])
-            if not total["kept"]:
-                if not total["rows"]:
-                    held_out = self.sources["validation"]
-                    raise UserError(
-                        f"data.validation: {held_out} of the rows of data.train, chosen by a hash of the prompt, "
-                        f"leaves none for {split}; name a source for validation, another fraction, or a data.group"
-                    )
-                reasons = ", ".join(f"{n} {reason}" for reason, n in total["dropped"].items())
-                advice = next((advice for part, advice in REMEDIES.items() if part in reasons), "")
+            self.check_split(split)
+
+    def check_split(self, split: str) -> None:
+        """Opens the stores of a split.
+
+        Raises:
+            UserError: no row is left, or all answers are empty.
+        """
+        total = reports.merged([store.report for store in self.stores(split)])
+        if not total["kept"]:
+            if not total["rows"]:
+                held_out = self.sources["validation"]
                 raise UserError(
-                    f"data.{split}: none of {total['rows']} rows is left ({reasons}){advice.format(self.max_length)}"
+                    f"data.validation: {held_out} of the rows of data.train, chosen by a hash of the prompt, "
+                    f"leaves none for {split}; name a source for validation, another fraction, or a data.group"
                 )
-            if split == "train" and total["empty_answers"] == total["kept"]:
-                which = "all" if total["kept"] == total["rows"] else "the"
-                raise UserError(
-                    f"data.{split}: the answers of {which} {total['kept']} rows are empty; the model would only learn "
-                    "to end at once"
-                )
+            reasons = ", ".join(f"{n} {reason}" for reason, n in total["dropped"].items())
+            advice = next((advice for part, advice in REMEDIES.items() if part in reasons), "")
+            raise UserError(
+                f"data.{split}: none of {total['rows']} rows is left ({reasons}){advice.format(self.max_length)}"
+            )
+        if split == "train" and total["empty_answers"] == total["kept"]:
+            which = "all" if total["kept"] == total["rows"] else "the"
+            raise UserError(
+                f"data.{split}: the answers of {which} {total['kept']} rows are empty; the model would only learn "
+                "to end at once"
+            )
 
     # ---- examples
 
@@ -292,7 +309,7 @@ class ExampleData(TextData):
         return example_store(
             source,
             [*key, code, settings_of(self)],
-            self.encode if self.processes == 1 else self.__alone().encode,
+            self.encode if self.processes == 1 else self.alone().encode,
             keep,
             self.formats,
             bad_rows=self.bad_rows,
@@ -302,7 +319,7 @@ class ExampleData(TextData):
             before=before,
         )
 
-    def __alone(self) -> "ExampleData":
+    def alone(self) -> "ExampleData":
         """A copy that can be sent to other processes: without the trainer, which can't."""
         alone = copy.copy(self)
         alone.trainer = None

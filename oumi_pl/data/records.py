@@ -74,7 +74,7 @@ class RecordReader:
         self._found: dict[frozenset[str], Format | UserError] = {}
 
     def records(
-        self, keep: Side | None = None, *, strict: bool = True
+        self, keep: Side | None = None, *, strict: bool = True, streaming: bool = False
     ) -> Iterator[tuple[str, Record | Dropped | BadRow]]:
         """Yields the records of each row with its origin (file and line), or the reason why it has none.
 
@@ -83,11 +83,12 @@ class RecordReader:
         Args:
             keep: Which rows to use; all when left out.
             strict: Raise an error at the first bad row instead of yielding a `BadRow`.
+            streaming: Read data from the hub without downloading them first.
 
         Raises:
             UserError: a row does not have the format, if `strict`.
         """
-        for origin, row in rows(self.source, strict=strict, counts=self.counts):
+        for origin, row in rows(self.source, streaming=streaming, strict=strict, counts=self.counts):
             if isinstance(row, BadRow):
                 yield origin, row
                 continue

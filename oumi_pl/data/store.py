@@ -380,8 +380,8 @@ def example_store(
 
     def examples() -> Iterator[Example]:
         bad = BadRows()
-        encode_all = partial(_with_fields, encode) if columns or kept else encode
-        yield from _encoded(records, report, encode_all, bad, processes=processes, keys=keys)
+        encode_records = partial(with_fields, encode) if columns or kept else encode
+        yield from _encoded(records, report, encode_records, bad, processes=processes, keys=keys)
         if bad.count and bad_rows == "error":
             raise bad.error(source.title, report["rows"])
         reader.add_left_out(report, keep)
@@ -402,7 +402,7 @@ def _format_key(source: Source, formats: Formats) -> list[Any]:
     return [source.format and format_name(source.format), code, table]
 
 
-def _with_fields(encode: Encode, records: Sequence[Record]) -> list[Example | Dropped]:
+def with_fields(encode: Encode, records: Sequence[Record]) -> list[Example | Dropped]:
     """Encodes the records of a `FieldReader`, and adds their numbers to the fields of the examples."""
     own = cast("Sequence[RecordWithFields]", records)
     pairs = zip(encode([one.record for one in own]), own, strict=True)
@@ -437,7 +437,7 @@ def _encoded(
             sent.append(batch)
             yield batch.records
 
-    of_batch = partial(_encode, encode)
+    of_batch = partial(encode_all, encode)
     alone = (of_batch(batch) for batch in batches()) if processes == 1 else None
     with contextlib.closing(alone or mapped(of_batch, batches(), processes, "data.processes")) as results:
         for result in results:
@@ -474,7 +474,7 @@ def _batches(records: Iterable[tuple[str, Record | Dropped | BadRow]]) -> Iterat
         yield batch
 
 
-def _encode(encode: Encode, records: list[Record]) -> list[Example | Dropped | BadRow]:
+def encode_all(encode: Encode, records: list[Record]) -> list[Example | Dropped | BadRow]:
     """Encodes a batch; if that fails, row by row, to find the bad ones."""
     try:
         return list(encode(records))
