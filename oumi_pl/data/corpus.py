@@ -13,7 +13,7 @@ from oumi_pl.data.formats import Format, format_name, resolve_format
 from oumi_pl.data.records import OnBadRows, RowCounts
 from oumi_pl.data.rendering import Rendering
 from oumi_pl.data.shards import FORMAT, MADE_FROM, MANIFEST, OtherShardsError, Shards, write_shards
-from oumi_pl.data.sources import Source, fingerprint, is_on_hub
+from oumi_pl.data.sources import Source, expected_rows, fingerprint, is_on_hub
 from oumi_pl.data.splitting import Side
 from oumi_pl.data.store import cache_key, cache_root
 from oumi_pl.data.tokenizers import tokenizer_fingerprint
@@ -143,4 +143,5 @@ def _cached(part: Part, tokenizer: "PreTrainedTokenizerBase", directory: Path, i
 def write_part(part: Part, tokenizer: "PreTrainedTokenizerBase", directory: Path) -> None:
     """Writes the shards of a source to a folder; continues an interrupted run."""
     made_from = {"tokenizer": tokenizer_fingerprint(tokenizer, chat=False), "source": part.made_from()}
-    write_shards(directory, part.texts, TokenizeDocuments(tokenizer), made_from, name=part.name)
+    total = expected_rows(part.source, part.keep)
+    write_shards(directory, part.texts, TokenizeDocuments(tokenizer), made_from, name=part.name, total=total)

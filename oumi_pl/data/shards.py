@@ -252,6 +252,7 @@ def write_shards(
     *,
     name: str,
     shard_tokens: int | None = None,
+    total: int | None = None,
 ) -> None:
     """Writes the shards of a source; continues after the last complete one, and does nothing if all are complete.
 
@@ -262,6 +263,7 @@ def write_shards(
         made_from: Everything that the shards depend on, including the fingerprint of the `tokenizer`.
         name: The source's name in messages and metrics.
         shard_tokens: Tokens after which a shard is closed; `SHARD_TOKENS` when left out.
+        total: Number of documents, for progress, if it is known.
 
     Raises:
         UserError: the folder holds other shards, or a row is invalid.
@@ -276,7 +278,7 @@ def write_shards(
     counts = RowCounts()
     counts.row_keys = KeyFiles(directory)
     try:
-        _write_all(directory, documents(counts), tokenize, whole, name=name, shard_tokens=shard_tokens)
+        _write_all(directory, documents(counts), tokenize, whole, name=name, shard_tokens=shard_tokens, total=total)
     except BaseException:
         counts.row_keys.close(keep=False)
         raise
@@ -302,11 +304,14 @@ def _write_all(
     *,
     name: str,
     shard_tokens: int,
+    total: int | None,
 ) -> None:
     """Writes the shards that follow those in `whole`, and adds them to it."""
     # documents in complete shards are read again for the counts, which costs little compared to tokenizing
-    rest = itertools.islice(documents, sum(shard["documents"] for shard in whole), None)
-    tracked = track(rest, f"tokenizing {name}", unit="documents")
+    done = sum(shard["documents"] for shard in whole)
+    rest = itertools.islice(documents, done, None)
+    left = None if total is None else max(0, total - done)
+    tracked = track(rest, f"tokenizing {name}", unit="documents", total=left)
     tokenized = itertools.chain.from_iterable(map(tokenize, in_chunks(tracked)))
     while shard := _write_shard(directory, len(whole), tokenized, shard_tokens):
         whole.append(shard)

@@ -21,7 +21,7 @@ from oumi_pl.data.duplicates import Repeats, RowKeys
 from oumi_pl.data.formats import FORMATS, Formats, format_name, resolve_format
 from oumi_pl.data.processes import mapped
 from oumi_pl.data.records import BadRows, OnBadRows, RecordWithFields, record_reader
-from oumi_pl.data.sources import Source, fingerprint, origin_names
+from oumi_pl.data.sources import Source, expected_rows, fingerprint, origin_names
 from oumi_pl.data.splitting import Side
 from oumi_pl.data.tokenize import Dropped
 from oumi_pl.errors import UserError, cache_folder
@@ -375,8 +375,8 @@ def example_store(
     report = _empty_report(source.title) | {"names": origin_names(source)}
     keys = RowKeys()
     reader = record_reader(source, formats, columns, kept)
-    repeats = Repeats(before)
-    records = repeats.leave_out(track(reader.records(keep, strict=False), f"tokenizing {source.title}"))
+    repeats, total = Repeats(before), expected_rows(source, keep)
+    records = repeats.leave_out(track(reader.records(keep, strict=False), f"tokenizing {source.title}", total=total))
 
     def examples() -> Iterator[Example]:
         bad = BadRows()
