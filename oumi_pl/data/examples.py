@@ -1,11 +1,13 @@
 """Base classes of data whose rows each become an example, and of such data with chat templates."""
 
 import copy
+import itertools
 import math
 from abc import abstractmethod
 from collections.abc import Iterable, Iterator, Sequence
 from datetime import date as Date
 from functools import cached_property, partial
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import numpy as np
@@ -283,15 +285,17 @@ class ExampleData(TextData):
 
     def records_with_rows(self, split: str) -> Iterator[tuple[str, RecordWithRow]]:
         """As `records`, each with its row."""
+        return itertools.chain.from_iterable(self.records_by_source(split))
+
+    def records_by_source(self, split: str) -> list[Iterator[tuple[str, RecordWithRow]]]:
+        """As `records_with_rows`, for each source."""
         sources, keep = self.taken(split)
         formats, reader = self.formats, RecordsWithRows
         if split == "predict":
             formats, reader = self.prompt_formats, PromptsWithRows
             sources = [by_line(source, self.line_column) for source in sources]
-        for source in sources:
-            for origin, record in reader(source, formats).records(keep, strict=self.bad_rows == "error"):
-                if isinstance(record, RecordWithRow):
-                    yield origin, record
+        strict = self.bad_rows == "error"
+        return [_usable(reader(source, formats).records(keep, strict=strict)) for source in sources]
 
     def kept_columns(self, split: str) -> list[str]:
         """Columns that rows of a split are drawn or ordered by."""
@@ -495,15 +499,37 @@ class ExampleData(TextData):
             **self.fetching,
         )
 
-    def eval_plan(self, split: str) -> tuple[Plan, Layout]:
-        """The plan of a pass over held-out examples, and its layout."""
+    def eval_plans(self, split: str) -> tuple[list[Plan], Layout]:
+        """The plans of a pass over held-out examples, one for each source that has any, and their layout."""
         layout = Layout(self.eval_batch_size, 1, self.layout.ranks, self.layout.rank)
-        return plan_in_order(self.lengths(split), layout.rows_per_update, capacity=self.capacity_for(split)), layout
+        plans, start = [], 0
+        for store in self.stores(split):
+            plan = plan_in_order(store.lengths, layout.rows_per_update, capacity=self.capacity_for(split))
+            if len(store):
+                plans.append(Plan(plan.example_ids + start, plan.row_starts, layout.rows_per_update))
+            start += len(store)
+        return plans, layout
 
     def make_eval_loader(self, split: str) -> DataLoader:
-        """Creates a loader with each example of a split once, longest first."""
-        collated = partial(collate, pad_id=self.pad_id)
-        return eval_loader(self.examples(split), *self.eval_plan(split), collated, **self.fetching)
+        """Creates a loader with each example of a split once: source by source, each with the longest first.
+
+        A batch has the number of its `source`, if there are several.
+        """
+        names = self.source_names(split)
+        ends = np.cumsum([len(store) for store in self.stores(split)]) if len(names) > 1 else None
+        collated = partial(_of_source, pad_id=self.pad_id, ends=ends)
+        return eval_loader(self.examples(split), *self.eval_plans(split), collated, **self.fetching)
+
+    def source_names(self, split: str) -> list[str]:
+        """Unique names of a split's sources, indexed by `source` of a held-out batch."""
+        names = [Path(source.title).stem for source in self.taken(split)[0]]
+        return [f"{name}-{i}" if names.count(name) > 1 else name for i, name in enumerate(names, 1)]
+
+    @property
+    def validation_metrics(self) -> list[str]:
+        """Names of metrics that validation logs because of its sources: the loss of each, if there are several."""
+        names = self.source_names("validation") if self.sources["validation"] is not None else []
+        return [f"val/loss/{name}" for name in names] if len(names) > 1 else []
 
     def made_from(self) -> list[str]:
         """Names of the stores, which are hashes of all that the examples depend on, and the weights of a mixture."""
@@ -547,6 +573,18 @@ class ExampleData(TextData):
             stores = self.stores(split)
             self.__same[split] = reports.describe_repeated(stores, [store.report for store in stores], training)
         return self.__same[split]
+
+
+def _usable(records: Iterable[tuple[str, Any]]) -> Iterator[tuple[str, RecordWithRow]]:
+    return ((origin, record) for origin, record in records if isinstance(record, RecordWithRow))
+
+
+def _of_source(rows: Any, pad_id: int, ends: np.ndarray | None) -> Batch:
+    """A held-out micro-batch, with the number of its source if `ends`, the last examples of sources, are known."""
+    batch = collate(rows, pad_id)
+    if ends is not None and batch["sample_ids"]:
+        batch["source"] = int(np.searchsorted(ends, batch["sample_ids"][0], side="right"))
+    return batch
 
 
 def largest_micro_batch(plan: Plan, lengths: np.ndarray, size: int) -> list[np.ndarray]:
@@ -668,9 +706,19 @@ class ChatData(ExampleData):
         return self.__prompts_with_rows(split)
 
     def __prompts_with_rows(self, split: str) -> Iterator[tuple[list[int], str, Row]]:
-        for _, record in self.records_with_rows(split):
+        return self.__prompts_of(self.records_with_rows(split))
+
+    def __prompts_of(self, records: Iterable[tuple[str, RecordWithRow]]) -> Iterator[tuple[list[int], str, Row]]:
+        for _, record in records:
             if (prompt := self.prompt_of(record.record)) is not None:
                 yield *prompt, record.row
+
+    def prompts_by_source(self, split: str) -> list[Iterator[tuple[list[int], str]]]:
+        """See `TextData`."""
+        if type(self).prompts is not ChatData.prompts:
+            return super().prompts_by_source(split)
+        sources = map(self.__prompts_of, self.records_by_source(split))
+        return [((ids, reference) for ids, reference, _ in prompts) for prompts in sources]
 
     @property
     def stop_tokens(self) -> list[int]:

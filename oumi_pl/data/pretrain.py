@@ -353,11 +353,17 @@ class PretrainData(TextData):
         if split == "predict":
             yield from ((ids, reference) for ids, reference, _ in self.prompts_with_rows(split))
             return
-        for shards in self.shards(split):
-            for ids in shards.read(0):
-                tokens = min(PROMPT_TOKENS, max(1, len(ids) // 2))
-                rest = ids[tokens : 2 * tokens].tolist()
-                yield ids[:tokens].tolist(), str(self.tokenizer.decode(rest, skip_special_tokens=True))
+        yield from itertools.chain.from_iterable(self.prompts_by_source(split))
+
+    def prompts_by_source(self, split: str) -> list[Iterator[tuple[list[int], str]]]:
+        """See `TextData`."""
+        return [self.prompts(split)] if split == "predict" else list(map(self.__beginnings, self.shards(split)))
+
+    def __beginnings(self, shards: Shards) -> Iterator[tuple[list[int], str]]:
+        for ids in shards.read(0):
+            tokens = min(PROMPT_TOKENS, max(1, len(ids) // 2))
+            rest = ids[tokens : 2 * tokens].tolist()
+            yield ids[:tokens].tolist(), str(self.tokenizer.decode(rest, skip_special_tokens=True))
 
     def prompts_with_rows(self, split: str) -> Iterator[tuple[list[int], str, Row]]:
         """As `prompts`; those of `predict` with their rows, of which a text file has one per line."""
