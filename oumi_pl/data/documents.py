@@ -116,9 +116,8 @@ def texts_with_rows(
         UserError: a row is no document (names file and line); and as for `rows`.
     """
     counts = RowCounts() if counts is None else counts
-    bad, repeats = counts.bad, Repeats(before)
+    bad, repeats, convert = counts.bad, Repeats(before), _converter(source, render)
     at_once = bad_rows is None or (bad_rows == "error" and streaming)
-    convert = _converter(source, render)
     for origin, row in rows(source, streaming=streaming, counts=counts, strict=at_once):
         if isinstance(row, BadRow):
             counts.add_bad(origin, row.reason)
