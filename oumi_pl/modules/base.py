@@ -10,8 +10,11 @@ import torch
 from lightning.pytorch.callbacks import (
     BackboneFinetuning,
     BaseFinetuning,
+    BasePredictionWriter,
     BatchSizeFinder,
+    Checkpoint,
     ModelPruning,
+    ProgressBar,
     StochasticWeightAveraging,
 )
 from lightning.pytorch.cli import OptimizerCallable
@@ -753,15 +756,19 @@ UNFIT = {
     "measures the memory of a batch_size, and a run that lacks memory says which one fits",
 }
 """Callbacks of Lightning that can't work -> why."""
+BASES = (BaseFinetuning, BasePredictionWriter, Checkpoint, ProgressBar)
+"""Base classes for callbacks, which do nothing by themselves, or crash."""
 
 
 def refuse_unfit_callbacks(callbacks: Sequence[Any]) -> None:
-    """Refuses callbacks of Lightning that expect the model before it is built, or change the plan during the run.
+    """Refuses callbacks that expect the model before it is built, change the plan during the run, or are base classes.
 
     Raises:
         UserError: there is one.
     """
     for callback in callbacks:
+        if type(callback) in BASES:
+            raise UserError(f"trainer.callbacks: {type(callback).__name__} is a base class; name a subclass of it")
         for kind, why in UNFIT.items():
             alone = getattr(callback, "_early_exit", False)  # `Tuner.scale_batch_size`, which trains nothing
             if isinstance(callback, kind) and not alone:
