@@ -298,7 +298,12 @@ def source_of_weights(
     """Where the ranks of a sharded run get the weights of a model, by what `build_model` does with them.
 
     Arguments are those of `build_model`.
+
+    Raises:
+        UserError: the weights can't be sharded.
     """
+    if quantization == "int8":  # its layers find their scales at the weight itself, which FSDP2 replaces
+        raise UserError("model.quantization: int8 weights can't be sharded; set nf4, or trainer.strategy ddp")
     needs_values = lora is not None and (
         lora.get("use_dora") or lora.get("init_lora_weights", True) not in _WEIGHT_FREE_INITS
     )

@@ -720,8 +720,8 @@ class LanguageModule(RestorableModule):
             for parameter in self.parameters():
                 if parameter.requires_grad and parameter.dtype in (torch.bfloat16, torch.float16):
                     parameter.data = parameter.data.float()
-            if is_sharded(self):  # FSDP keeps views of the values, which it renews after any cast of a module
-                self.causal_lm.to(self.device)
+            if is_sharded(self):  # FSDP keeps views of the values, which it renews after anything is applied to them
+                self.causal_lm._apply(lambda tensor: tensor)
 
     # ---- predict
 

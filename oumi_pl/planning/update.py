@@ -262,10 +262,6 @@ class _Run:
         module, reference = self.module, self.module.reference
         self._keep_adapters_in_float32()
         if module.quantization is not None:
-            if isinstance(self.trainer.strategy, ModelParallelStrategy):
-                raise UserError(
-                    "model.quantization: quantized weights are not sharded; take trainer.strategy ddp, or leave it out"
-                )
             built = module.on_model_built
 
             def quantize_and_go_on() -> None:
