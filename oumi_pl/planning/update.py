@@ -265,7 +265,7 @@ class _Run:
             built = module.on_model_built
 
             def quantize_and_go_on() -> None:
-                quantize(module.causal_lm, module.causal_lm.head, module.quantization)
+                quantize(module.causal_lm, module.causal_lm.head, module.quantization, module.unquantized)
                 built()
 
             module.on_model_built = quantize_and_go_on

@@ -127,8 +127,8 @@ if fault == "untied":
                 if weight is not None:
                     setattr(module, name, replace(weight))
     sharding._replace_parameters = replace_each
-    sharding._detach_values = lambda model, mesh, loading, take=sharding._detach_values: (
-        (values := take(model, mesh, loading)) | {{"hf.lm_head.weight": values["hf.transformer.wte.weight"].clone()}}
+    sharding._detach_values = lambda *args, take=sharding._detach_values: (
+        (values := take(*args)) | {{"hf.lm_head.weight": values["hf.transformer.wte.weight"].clone()}}
     )
 elif fault == "no biases":
     part = sharding._part

@@ -205,10 +205,18 @@ def test_quantized_weights_take_fewer_bits():
     assert lora.held[Kind.PARAMETERS] - qlora.held[Kind.PARAMETERS] == pytest.approx(saved, rel=0.01)
 
 
-def test_quantized_weights_are_not_sharded():
-    options = ("--model.quantization", "nf4", "--trainer.strategy", "fsdp2")
-    with pytest.raises(UserError, match=r"model\.quantization: quantized weights are not sharded; take"):
-        planned(files.find("sft/smollm2_135m_lora"), "--model.config.num_hidden_layers", "2", *options, devices=2)
+def test_quantized_weights_are_sharded():
+    options = ("--model.config.num_hidden_layers", "2", "--model.quantization", "nf4", "--trainer.strategy", "fsdp2")
+    one, two = (planned(files.find("sft/smollm2_135m_lora"), *options, devices=devices) for devices in (1, 2))
+    assert two.held[Kind.PARAMETERS] == pytest.approx(one.held[Kind.PARAMETERS] / 2, rel=0.02)
+
+
+def test_layers_that_are_not_quantized_are_counted_whole():
+    options = ("--model.config.num_hidden_layers", "2", "--model.quantization", "nf4")
+    names = ("--model.unquantized", "[down_proj]")
+    all_layers, without = (planned(files.find("sft/smollm2_135m_lora"), *options, *more) for more in ((), names))
+    more = 2 * 576 * 1536 * (4 - 0.5 - 1 / 64)
+    assert without.held[Kind.PARAMETERS] - all_layers.held[Kind.PARAMETERS] == pytest.approx(more, rel=0.01)
 
 
 @pytest.mark.parametrize(

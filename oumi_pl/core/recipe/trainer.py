@@ -150,7 +150,6 @@ def _strategy(config: TrainingConfig, notes: Notes) -> dict[str, Any]:
             STRATEGY, "HYBRID_SHARD shards within a node; on several, this shards over all, with equal numbers"
         )
     if fsdp.cpu_offload:
-        notes.became["fsdp.cpu_offload"] = "trainer.strategy Sharded, offload: true"
         notes.comment(STRATEGY, "offload: weights, gradients and optimizer states are kept and updated in host memory")
     return _fsdp2("fsdp.enable_fsdp", notes, offload=fsdp.cpu_offload) | section
 
@@ -173,7 +172,7 @@ def _deepspeed(config: TrainingConfig, notes: Notes) -> dict[str, Any]:
     if not params.shards:
         notes.comment(STRATEGY, "DDP takes the place of DeepSpeed's ZERO_0; the numbers are the same")
         return {"strategy": "ddp"} | section
-    offload = any(part and part.device != "none" for part in (params.offload_optimizer, params.offload_param))
+    offload = params.offload_optimizer is not None or params.offload_param is not None
     kept = "; offload: all of these are kept and updated in host memory" if offload else ""
     notes.comment(
         STRATEGY,
