@@ -9,9 +9,7 @@ ROOT = Path(__file__).parents[2] / "benchmarks"
 sys.path.append(str(ROOT))
 import oumi_configs  # noqa: E402
 
-KNOWN = (
-    "data.train.datasets[6].subset: tatqa-arithmetic is one file of the data set, and not in the cache",
-)
+KNOWN = ("data.train.datasets[6].subset: tatqa-arithmetic is one file of the data set, and not in the cache",)
 """What text configs may still be refused for."""
 
 
