@@ -497,7 +497,7 @@ def _load_values(
                 stride=weight.stride(),
             )
         if is_offloaded:  # `from_local` moves what it is given to the device
-            filled = filled.cpu()
+            filled = cast("DTensor", filled.cpu())
         _set(model, name, nn.Parameter(filled, weight.requires_grad))
 
 

@@ -75,9 +75,9 @@ class Estimate:
 
     peak: bytes by kind when most memory is in use. held: bytes of parameters, gradients and optimizer state, which are
     there all the time. offloaded: whether those are in host memory, and not in the peak. costs: of one update. tokens,
-    targets: of an update over all ranks. batch_size, micro_batches: rows of a micro-batch, and micro-batches of a rank's
-    update. sharded: whether ranks hold parts of the weights. ways_to_hold_less: options of `fit` with which less would be
-    held, each with what it does.
+    targets: of an update over all ranks. batch_size, micro_batches: rows of a micro-batch, and micro-batches of an
+    update of a rank. sharded: whether ranks hold parts of the weights. ways_to_hold_less: options of `fit` with which
+    less would be held, each with what it does.
     """
 
     peak: dict[Kind, int]
