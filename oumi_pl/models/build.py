@@ -1,5 +1,6 @@
 """Builds and loads causal language models: config, weights, new token rows, adapters. Nothing else loads weights."""
 
+import copy
 import inspect
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -232,6 +233,7 @@ def build_model(
     attn: str | None = None,
     lora: dict[str, Any] | None = None,
     quantization: Literal["nf4", "int8"] | None = None,
+    unquantized: Sequence[str] = (),
     freeze: Sequence[str] = (),
     gradient_checkpointing: bool = False,
     revision: str | None = None,
@@ -263,7 +265,8 @@ def build_model(
     if base is None:
         hf = loading.random(lambda: _random_weights(hf_config, attn, dtype, trust_remote_code, scoring))
     else:
-        kwargs = {"overrides": config or {}} | _quantized(quantization) | hub
+        kept = _not_to_quantize(hf_config, unquantized, trust_remote_code, scoring) if unquantized else None
+        kwargs = {"overrides": config or {}} | _quantized(quantization, kept) | hub
         hf = loading.pretrained(lambda: _pretrained(base, hf_config, attn, dtype, scoring, **kwargs))
         hf = text_part(hf, attn) if text_only else hf
         hf.taken_from = None if scoring or text_only else whole_model(hf, base, hf_config, **hub)
@@ -298,7 +301,12 @@ def source_of_weights(
     """Where the ranks of a sharded run get the weights of a model, by what `build_model` does with them.
 
     Arguments are those of `build_model`.
+
+    Raises:
+        UserError: the weights can't be sharded.
     """
+    if quantization == "int8":  # its layers find their scales at the weight itself, which FSDP2 replaces
+        raise UserError("model.quantization: int8 weights can't be sharded; set nf4, or trainer.strategy ddp")
     needs_values = lora is not None and (
         lora.get("use_dora") or lora.get("init_lora_weights", True) not in _WEIGHT_FREE_INITS
     )
@@ -525,7 +533,28 @@ def refuse_attention(attn: str | None, error: BaseException) -> None:
         ) from error
 
 
-def _quantized(quantization: str | None) -> dict[str, Any]:
+def _not_to_quantize(
+    hf_config: "PretrainedConfig", names: Sequence[str], trust_remote_code: bool, scoring: bool
+) -> list[str]:
+    """The modules of these names, and those that transformers would leave alone if none were named: heads.
+
+    Raises:
+        UserError: the model has no linear layer of a name.
+    """
+    from transformers.quantizers.base import get_keys_to_not_convert
+    from transformers.quantizers.quantizers_utils import should_convert_module
+
+    with torch.device("meta"):
+        hf = _random_weights(copy.deepcopy(hf_config), None, "float32", trust_remote_code, scoring)
+    linear = [name for name, module in hf.named_modules() if isinstance(module, nn.Linear)]
+    for name in names:
+        if all(should_convert_module(layer, [name]) for layer in linear):
+            ends = sorted({layer.rpartition(".")[2] for layer in linear})
+            raise UserError(f"model.unquantized: the model has no linear layer {name!r}{nearest(name, ends)}")
+    return [*get_keys_to_not_convert(hf), *names]
+
+
+def _quantized(quantization: str | None, kept: list[str] | None = None) -> dict[str, Any]:
     if quantization is None:
         return {}
     try:
@@ -541,10 +570,11 @@ def _quantized(quantization: str | None) -> dict[str, Any]:
     from transformers import BitsAndBytesConfig
 
     if quantization == "int8":
-        return {"quantization_config": BitsAndBytesConfig(load_in_8bit=True)}
+        return {"quantization_config": BitsAndBytesConfig(load_in_8bit=True, llm_int8_skip_modules=kept)}
     # QLoRA's storage format (Dettmers et al. 2023, arXiv:2305.14314)
     nf4 = BitsAndBytesConfig(
         load_in_4bit=True,
+        llm_int8_skip_modules=kept,  # in 4 bits as well
         bnb_4bit_quant_type="nf4",
         bnb_4bit_use_double_quant=True,
         bnb_4bit_compute_dtype=torch.bfloat16,

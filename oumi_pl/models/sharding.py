@@ -48,6 +48,8 @@ class Sharded(ModelParallelStrategy):
         shards: Devices over which each weight is divided; those that `replicas` leaves if it is left out.
         replicas: Groups of devices that hold all weights each. Weights are gathered within a group, which should be a
             node, and only gradients are summed between groups (HSDP).
+        offload: Keep parts in host memory between uses: weights, gradients and optimizer states, which are updated
+            there. It saves GPU memory, and takes longer.
         save_distributed_checkpoint: Write a folder with a file for each rank, instead of one file through rank 0.
         process_group_backend: `nccl` or `gloo`; that of the device when left out.
         timeout: After which a rank that waits for another gives up; 30 minutes when left out.
@@ -57,6 +59,8 @@ class Sharded(ModelParallelStrategy):
         self,
         shards: int | None = None,
         replicas: int = 1,
+        *,
+        offload: bool = False,
         save_distributed_checkpoint: bool = True,
         process_group_backend: str | None = None,
         timeout: timedelta | None = None,
@@ -69,6 +73,7 @@ class Sharded(ModelParallelStrategy):
         )
         self.shards = shards
         self.replicas = replicas
+        self.offload = offload
 
     def setup_environment(self) -> None:
         """Starts the process group, and arranges the ranks in a mesh `replicas x shards`.
@@ -89,12 +94,27 @@ class Sharded(ModelParallelStrategy):
             )
         # the base class checks its two sizes against the devices, and makes a mesh of them, which is replaced
         self._data_parallel_size, self._tensor_parallel_size = world, 1
+        if self.offload and self._process_group_backend is None and self.root_device.type == "cuda":
+            # the norm of gradients in host memory, and the files of a checkpoint, are communicated from there
+            self._process_group_backend = "cpu:gloo,cuda:nccl"
         super().setup_environment()
         if self.replicas > 1:
             device = self.root_device.type
             mesh = init_device_mesh(device, (self.replicas, shards), mesh_dim_names=("replicate", "shard"))
             self._device_mesh = mesh
             cast("Any", self.lightning_module)._device_mesh = mesh
+
+    def model_to_device(self) -> None:
+        """Moves the module to the device of the rank; of a model that is offloaded, what FSDP2 does not hold."""
+        if not self.offload:
+            super().model_to_device()
+            return
+        module, device = cast("Any", self.lightning_module), self.root_device
+        for child in module.children():
+            if not is_sharded(child):  # FSDP2 has moved the buffers of the others
+                child.to(device)
+        module._apply(lambda tensor: tensor.to(device), recurse=False)
+        module._device = device  # which `to` would set, and `module.device` returns
 
     @property
     def distributed_sampler_kwargs(self) -> dict[str, Any]:
@@ -336,35 +356,55 @@ def shard(
     Raises:
         UserError: under tensor parallelism, for which no plan is written, or a copy of a quantized model is needed.
     """
-    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+    from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, fully_shard
 
-    mesh, device = _mesh(module), module.trainer.strategy.root_device
-    policy = MixedPrecisionPolicy()
+    mesh, strategy = _mesh(module), module.trainer.strategy
+    device = strategy.root_device
+    kwargs: dict[str, Any] = {"mesh": mesh}
+    if isinstance(strategy, Sharded) and strategy.offload:
+        kwargs["offload_policy"] = CPUOffloadPolicy(pin_memory=device.type == "cuda")
     if module.trainer.precision == "bf16-mixed":
         # gather and multiply in bfloat16; keep weights, and sum gradients over ranks, in float32
-        policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
+        kwargs["mp_policy"] = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
     # heads beside the model, a reward head for example, are sharded and reduced like it
     heads = [child for child in module.children() if child is not model and any(True for _ in child.parameters())]
-    is_quantized = any(not p.is_floating_point() for p in model.parameters())
+    is_quantized = bool(quantized_layers(model))
     if is_quantized and copy:
         raise UserError(
             "model.reference: a quantized model can't be copied while it is sharded; set reference: initial"
         )
     # quantized weights are of a class of their own, and can't be cut here
     values = {} if is_quantized else _detach_values(model, mesh, loading, dtype)
+    for layer in quantized_layers(model).values():
+        _store_as_floats(layer)
     second = deepcopy(model) if copy else None  # on the meta device, so without memory
     for layer in [*decoder_layers(model), model, *heads]:
-        fully_shard(layer, mesh=mesh, mp_policy=policy)
+        fully_shard(layer, **kwargs)
+    is_offloaded = "offload_policy" in kwargs
     if values:
-        _load_values(model, values, device, isinstance(loading, FirstRank | Structure))
+        is_sent = isinstance(loading, FirstRank | Structure)
+        _load_values(model, values, device, is_sent=is_sent, is_offloaded=is_offloaded)
     if second is not None:
         for layer in [*decoder_layers(second), second]:
             # the root, too, is divided again after a call: no backward pass follows that would need it
-            fully_shard(layer, mesh=mesh, mp_policy=policy, reshard_after_forward=True)
-        _load_values(
-            second, {n: cast("DTensor", p).to_local().clone() for n, p in model.named_parameters()}, device, False
-        )
+            fully_shard(layer, **kwargs, reshard_after_forward=True)
+        values = {n: cast("DTensor", p).to_local().clone() for n, p in model.named_parameters()}
+        _load_values(second, values, device, is_sent=False, is_offloaded=is_offloaded)
     return second
+
+
+def quantized_layers(model: nn.Module) -> dict[str, Any]:
+    """The layers whose weights bitsandbytes has quantized to 4 bits, by name. They hold the scales of their weights."""
+    return {n: m for n, m in model.named_modules() if getattr(m, "quant_state", None) is not None}
+
+
+def _store_as_floats(layer: Any) -> None:
+    """Lets the bytes of a quantized weight pass for bfloat16, in which they are gathered: before torch 2.13, FSDP2
+    divides floating-point weights alone.
+    """
+    weight = layer.weight
+    weight.data = weight.data.view(-1).view(torch.bfloat16).view(-1, 1)
+    weight.quant_storage = layer.quant_storage = torch.bfloat16
 
 
 def reshard(model: nn.Module) -> None:
@@ -429,14 +469,17 @@ def _cast(weight: nn.Parameter, dtype: torch.dtype) -> nn.Parameter:
 
 
 @torch.no_grad()
-def _load_values(model: nn.Module, values: dict[str, Tensor | None], device: torch.device, is_sent: bool) -> None:
+def _load_values(
+    model: nn.Module, values: dict[str, Tensor | None], device: torch.device, *, is_sent: bool, is_offloaded: bool
+) -> None:
     """Gives sharded weights on the meta device their values; all ranks have to call it.
 
     Args:
         model: The sharded model.
         values: What `_detach_values` returned; emptied, so that no weight is kept longer than needed.
-        device: Where the parts belong.
+        device: That of the rank.
         is_sent: Whether the first rank sends the parts of the others.
+        is_offloaded: Whether the parts belong into host memory, and not on the device.
     """
     for name, weight in list(model.named_parameters()):
         value = values.pop(name)
@@ -453,6 +496,8 @@ def _load_values(model: nn.Module, values: dict[str, Tensor | None], device: tor
                 shape=weight.shape,
                 stride=weight.stride(),
             )
+        if is_offloaded:  # `from_local` moves what it is given to the device
+            filled = cast("DTensor", filled.cpu())
         _set(model, name, nn.Parameter(filled, weight.requires_grad))
 
 

@@ -110,6 +110,7 @@ class LanguageModule(RestorableModule):
         lora: Arguments of `peft.LoraConfig` (`r`, `lora_alpha`, `target_modules`, `use_dora`, ...); all linear layers
             unless `target_modules` says otherwise.
         quantization: Load the frozen weights in 4 or 8 bits (QLoRA); needs `lora` and bitsandbytes, on CPUs 0.50 of it.
+        unquantized: Names, or ends of names, of linear layers that `quantization` leaves as they are, beside the head.
         freeze: Names of modules whose parameters are not trained, adapters included.
         gradient_checkpointing: Recompute activations in the backward pass to save memory.
         compile: Compile the model's layers with `torch.compile`.
@@ -153,6 +154,7 @@ class LanguageModule(RestorableModule):
         attn: str | None = None,
         lora: dict[str, Any] | None = None,
         quantization: Literal["nf4", "int8"] | None = None,
+        unquantized: Sequence[str] = (),
         freeze: Sequence[str] = (),
         gradient_checkpointing: bool = False,
         compile: bool = False,
@@ -182,10 +184,7 @@ class LanguageModule(RestorableModule):
             raise UserError(
                 "model: name a model (`model: HuggingFaceTB/SmolLM2-135M`) or a `config: {model_type: llama, …}`"
             )
-        if quantization is not None and model is None:
-            raise UserError("model.quantization: there are no pretrained weights to load in fewer bits; name a model")
-        if quantization is not None and lora is None:
-            raise UserError("model.quantization: quantized weights can't be trained; add `lora: {r: 16}`")
+        _refuse_quantization(quantization, unquantized, model, lora)
         if lora is not None:
             lora_config(lora)  # a misspelt key is reported before any data is read
         if model is None:
@@ -198,6 +197,7 @@ class LanguageModule(RestorableModule):
         self.attn = attn
         self.lora = lora
         self.quantization = quantization
+        self.unquantized = unquantized
         self.freeze_modules = freeze
         self.gradient_checkpointing = gradient_checkpointing
         self.compile_layers = compile
@@ -387,6 +387,7 @@ class LanguageModule(RestorableModule):
                 attn=self.attn or (attention.NAME if packed else None),
                 lora=self.lora,
                 quantization=self.quantization,
+                unquantized=self.unquantized,
                 freeze=self.freeze_modules,
                 gradient_checkpointing=self.gradient_checkpointing,
                 revision=self.revision,
@@ -723,8 +724,8 @@ class LanguageModule(RestorableModule):
             for parameter in self.parameters():
                 if parameter.requires_grad and parameter.dtype in (torch.bfloat16, torch.float16):
                     parameter.data = parameter.data.float()
-            if is_sharded(self):  # FSDP keeps views of the values, which it renews after any cast of a module
-                self.causal_lm.to(self.device)
+            if is_sharded(self):  # FSDP keeps views of the values, which it renews after anything is applied to them
+                self.causal_lm._apply(lambda tensor: tensor)
 
     # ---- predict
 
@@ -745,6 +746,20 @@ class LanguageModule(RestorableModule):
             beside(columns, dict(zip(names, line, strict=True)))
             for columns, line in zip(batch["columns"], values, strict=True)
         ]
+
+
+def _refuse_quantization(quantization: str | None, unquantized: Sequence[str], model: Any, lora: Any) -> None:
+    """Refuses settings of a quantized base that don't go together.
+
+    Raises:
+        UserError: names what is missing.
+    """
+    if quantization is not None and model is None:
+        raise UserError("model.quantization: there are no pretrained weights to load in fewer bits; name a model")
+    if quantization is not None and lora is None:
+        raise UserError("model.quantization: quantized weights can't be trained; add `lora: {r: 16}`")
+    if unquantized and quantization is None:
+        raise UserError("model.unquantized: nothing is quantized; set quantization: nf4, or leave it out")
 
 
 UNFIT = {
