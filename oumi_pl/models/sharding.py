@@ -145,6 +145,12 @@ def is_to_be_sharded(module: L.LightningModule) -> bool:
     return isinstance(module.trainer.strategy, ModelParallelStrategy)
 
 
+def is_to_be_divided(module: L.LightningModule) -> bool:
+    """Whether layers will be divided over groups of ranks (tensor parallelism)."""
+    strategy = module.trainer.strategy
+    return isinstance(strategy, Sharded) and strategy.tensor > 1
+
+
 def is_sharded(model: nn.Module) -> bool:
     """Whether each rank holds only parts of the weights."""
     return any(isinstance(p, DTensor) for p in model.parameters())

@@ -265,7 +265,7 @@ def _run_of(module: nn.Module, style: Style, share: Share, group: dist.ProcessGr
     """The `forward` of a divided module, from whole or divided inputs, as its style says."""
     run = module.forward
     if style.dim is None:
-        return partial(_run_whole, module, run, style)
+        return _WholeModule(module, run, style, group)
     if isinstance(module, nn.Embedding):
         start = share.index * (module.num_embeddings // share.number)
         if module.padding_idx is not None:  # of the whole table; this part may lack it
@@ -275,9 +275,37 @@ def _run_of(module: nn.Module, style: Style, share: Share, group: dist.ProcessGr
     return partial(_run_columns if style.dim == 0 else _run_rows, module, run, style, share, group)
 
 
-def _run_whole(module: nn.Module, run: Callable[..., Any], style: Style, *args: Any, **kwargs: Any) -> Any:
-    with _local_parameters(module, Partial() if style.sees_own_heads else Replicate()):
-        return run(*args, **kwargs)
+class _WholeModule:
+    """The `forward` of a module that is whole on each rank.
+
+    Plans name norms of single heads, whose gradients are terms of a sum, but not all such modules: activations with
+    parameters, for example. So the ranks compare what they see when the module is first called.
+    """
+
+    def __init__(self, module: nn.Module, run: Callable[..., Any], style: Style, group: dist.ProcessGroup) -> None:
+        self.module, self.run, self.group = module, run, group
+        self.sees_own_heads: bool | None = style.sees_own_heads or None
+        """Whether the ranks apply it to different inputs; None if that is not known yet."""
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        if self.sees_own_heads is None:
+            self.sees_own_heads = _differ(args, self.group)
+        with _local_parameters(self.module, Partial() if self.sees_own_heads else Replicate()):
+            return self.run(*args, **kwargs)
+
+
+@torch.no_grad()
+def _differ(inputs: tuple[Any, ...], group: dist.ProcessGroup) -> bool | None:
+    """Whether the ranks of a group see different inputs of a module; None if they are all 0, which says nothing."""
+    tensors = [x.double() for x in inputs if isinstance(x, Tensor) and x.is_floating_point() and x.numel()]
+    if not tensors:
+        return False
+    own = torch.stack([torch.stack([x.sum(), x.square().sum(), x.abs().amax()]) for x in tensors])
+    every = [torch.empty_like(own) for _ in range(dist.get_world_size(group))]
+    dist.all_gather(every, own, group=group)
+    if not any(values.any() for values in every):
+        return None
+    return any(not torch.allclose(values, every[0], rtol=1e-5) for values in every)
 
 
 def _run_columns(

@@ -13,6 +13,7 @@ import torch
 
 from oumi_pl.modules.pretrain import Pretrain
 from oumi_pl.modules.sft import SFT
+from oumi_pl.types import TokenLoss
 from tests.conftest import free_port
 from tests.models.test_lora import pretrained
 from tests.models.test_sharding import LORA, Start
@@ -24,12 +25,31 @@ GEMMA3 = LLAMA | {"model_type": "gemma3_text", "head_dim": 8, "sliding_window": 
 GEMMA2 = LLAMA | {"model_type": "gemma2", "head_dim": 8, "final_logit_softcapping": 5.0, "attn_logit_softcapping": None}
 sft = functools.partial(SFT, optimizer=sgd)
 UPDATES, ROWS = 3, 4
+B = {k: v for k, v in LLAMA.items() if k != "model_type"} | {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
+OTHERS = {t: B | {"model_type": t} for t in ("phi3", "olmo2", "gpt_neox", "gemma2", "cohere", "smollm3", "granite", "mistral", "qwen2", "glm4", "starcoder2", "stablelm", "olmo3", "cohere2", "seed_oss", "helium", "glm", "phi", "nemotron", "exaone4", "ernie4_5", "apertus", "hunyuan_v1_dense", "arcee", "diffllama")}
+OTHERS["gpt_neox"].pop("num_key_value_heads"); OTHERS["helium"]["head_dim"]=8; OTHERS["hunyuan_v1_dense"]["head_dim"]=8; OTHERS["seed_oss"] |= {"attention_dropout":0.0,"residual_dropout":0.0}
+OTHERS["gemma2"] |= {"head_dim": 8, "final_logit_softcapping": 5.0, "attn_logit_softcapping": None, "query_pre_attn_scalar": 8}
+
+
+class Squared(TokenLoss):
+    def __call__(self, logits, targets):
+        return torch.nn.functional.cross_entropy(logits, targets, reduction="none") ** 2
+
+
+def distill(folder):
+    from oumi_pl.modules.distill import Distill
+    return Distill(model=str(folder / "qwen3"), teacher=str(folder / "llama"), optimizer=sgd)
+
+
+def distill_data(folder):
+    return data(folder)
 
 
 def make_pretrained(folder: Path) -> None:
     """The folders of models that the cases load."""
     pretrained(folder / "llama", **LLAMA)
     pretrained(folder / "biased", **BIASED)
+    pretrained(folder / "odd", room=1, **QWEN3)
     pretrained(folder / "qwen3", **QWEN3)  # tied, with norms of single heads
     pretrained(folder / "gemma3", **GEMMA3)  # tied, with a scale on embeddings
 
@@ -61,6 +81,16 @@ def cases(folder: Path) -> dict:
         "dpo": (lambda: dpo(base["llama"]), lambda: dpo_data(folder), {}),
         "dpo, a copy": (lambda: dpo(base["qwen3"], reference="online"), lambda: dpo_data(folder), {}),
         "kto": (lambda: kto(base["llama"]), lambda: kto_data(folder), {}),
+        "odd": (lambda: sft(model=str(folder / "odd")), lambda: data(folder, **packed), {}),
+        "odd dpo": (lambda: dpo(str(folder / "odd")), lambda: dpo_data(folder), {}),
+        "squared": (lambda: sft(model=base["qwen3"], loss=Squared()), lambda: data(folder), {}),
+        "bf16": (lambda: sft(model=base["qwen3"]), lambda: data(folder), {"precision": "bf16-mixed"}),
+        "bf16 true": (lambda: sft(model=base["qwen3"], lora=LORA), lambda: data(folder), {"precision": "bf16-true"}),
+        "frozen": (lambda: sft(model=base["qwen3"], freeze=["model.embed_tokens"]), lambda: data(folder), {}),
+        "distill": (lambda: distill(folder), lambda: distill_data(folder), {}),
+        **{k: (lambda k=k, c=c: sft(config=c), lambda: data(folder), {}) for k, c in OTHERS.items()},
+        "muon": (lambda: sft(model=base["qwen3"], optimizer=lambda p: __import__("oumi_pl.optim.muon").optim.muon.MuonAdamW(p, lr=0.01)), lambda: data(folder), {}),
+        "lora on phi3": (lambda: sft(config=OTHERS["phi3"], lora=LORA), lambda: data(folder), {}),
         "checkpointing": (
             lambda: sft(model=base["qwen3"], gradient_checkpointing=True),
             lambda: data(folder, **packed),
@@ -89,7 +119,12 @@ out, ranks, sizes, fault = Path(sys.argv[1]), int(sys.argv[2]), json.loads(sys.a
 results = {{}}
 for name in sys.argv[5:]:
     strategy = sharding.Sharded(**sizes, process_group_backend="gloo")
-    weights, module, start = trained(out, name, ranks // sizes["tensor"], devices=ranks, strategy=strategy)
+    try:
+        weights, module, start = trained(out, name, ranks // sizes["tensor"], devices=ranks, strategy=strategy)
+    except Exception as e:
+        print("FAILED", name, type(e), str(e)[:600], file=sys.stderr)
+        traceback.print_exc()
+        continue
     weights = {{n: sharding.whole(p) for n, p in weights.items()}}
     metrics = {{n: float(v) for n, v in module.trainer.callback_metrics.items()}}
     results[name] = {{"weights": weights, "metrics": metrics, "start": start.fingerprint}}
@@ -111,4 +146,5 @@ def on_processes(folder: Path, ranks: int, names, fault="none", **sizes) -> dict
         timeout=580,
     )
     assert done.returncode == 0, done.stderr[-6000:]
+    sys.stderr.write(done.stderr)
     return torch.load(folder / "results.pt", weights_only=True)
