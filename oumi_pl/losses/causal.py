@@ -11,7 +11,7 @@ Shapes: `n` tokens that carry a loss (callers select them *before* the head), `h
 import contextlib
 from collections.abc import Callable
 from dataclasses import replace
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
@@ -96,9 +96,7 @@ class CrossEntropy(TokenLoss):
         gradient.scatter_add_(-1, targets.unsqueeze(-1), gradient.new_full((len(targets), 1), smoothing - 1))
         return losses, gradient
 
-    def of_part(
-        self, logits: Tensor, targets: Tensor, vocabulary: Vocabulary
-    ) -> tuple[Tensor, Tensor, Tensor]:
+    def of_part(self, logits: Tensor, targets: Tensor, vocabulary: Vocabulary) -> tuple[Tensor, Tensor, Tensor]:
         """Computes losses, hits and gradient from some columns of the logits. Overwrites `logits`.
 
         Args:
@@ -209,7 +207,9 @@ def _tensors_of(head: nn.Module, hidden: Tensor) -> LocalHead | None:
     """Weight and bias of a plain linear head, or this rank's part of them; None if the head has to be called."""
     if is_transformed(hidden, head):
         return None
-    return LocalHead(head.weight, head.bias, ALL) if is_plain_linear(head, hidden) else divided_head(head, hidden)
+    if is_plain_linear(head, hidden):
+        return LocalHead(cast("Tensor", head.weight), cast("Tensor | None", head.bias), ALL)
+    return divided_head(head, hidden)
 
 
 def _sum_of_any_head(hidden: Tensor, head: nn.Module, task: LossTask, rows: list[slice]) -> tuple[Tensor, Tensor]:

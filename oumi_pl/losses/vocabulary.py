@@ -7,7 +7,6 @@ exponentials and the logits of its targets are reduced over the ranks; the logit
 from dataclasses import dataclass
 from typing import NamedTuple, cast
 
-import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
@@ -97,7 +96,7 @@ class LocalHead(NamedTuple):
 
 
 def divided_head(head: nn.Module, hidden: Tensor) -> LocalHead | None:
-    """This rank's part of a linear head whose weight a tensor group holds; None of any other head."""
+    """The part on this rank of a linear head whose weight a tensor group holds; None of any other head."""
     weight = getattr(head, "weight", None)
     if type(head) is not nn.Linear or not isinstance(weight, DTensor) or weight.device_mesh.ndim != 1:
         return None

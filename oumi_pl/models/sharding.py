@@ -66,6 +66,7 @@ class Sharded(ModelParallelStrategy):
         shards: int | None = None,
         replicas: int = 1,
         tensor: int = 1,
+        *,
         save_distributed_checkpoint: bool = True,
         process_group_backend: str | None = None,
         timeout: timedelta | None = None,
@@ -94,8 +95,9 @@ class Sharded(ModelParallelStrategy):
         world = self.num_processes * self.num_nodes
         shards = self.shards or max(1, world // (self.replicas * self.tensor))
         if shards * self.replicas * self.tensor != world:
-            sizes = {"shards": self.shards or 1, "replicas": self.replicas, "tensor": self.tensor}
-            left = " x ".join(f"{name} {size}" for name, size in sizes.items() if size > 1)
+            sizes = {"replicas": self.replicas, "tensor": self.tensor}
+            given = [f"shards {self.shards}"] * (self.shards is not None)
+            left = " x ".join(given + [f"{name} {size}" for name, size in sizes.items() if size > 1])
             raise UserError(
                 f"trainer.strategy: {left} does not divide {world} devices; shards x replicas x tensor has to be their "
                 "number"
@@ -201,8 +203,8 @@ class Parts(Loading):
         tensor: Which part of each divided layer is this rank's, of which it keeps its part.
     """
 
-    def __init__(self, rank: int, ranks: int, tensor: Share = Share()) -> None:
-        self.share, self.tensor = Share(rank, ranks), tensor
+    def __init__(self, rank: int, ranks: int, tensor: Share | None = None) -> None:
+        self.share, self.tensor = Share(rank, ranks), tensor or Share()
 
     def pretrained(self, load: Callable[[], T]) -> T:
         """Calls `load`. Weights are replaced as soon as they are set, so that only one is ever whole."""
@@ -248,7 +250,8 @@ def loading_of(module: L.LightningModule, source: Source) -> Loading:
         return Loading()
     tensor = _tensor_share(module)
     if source == "parts":
-        return Parts(*_share(_mesh(module)), tensor)
+        share = _share(_mesh(module))
+        return Parts(share.index, share.number, tensor)
     loading = Loading()
     if source == "first rank":
         loading = FirstRank() if module.trainer.global_rank == 0 else Structure()

@@ -14,11 +14,11 @@ features of different ranks share a mask.
 """
 
 import re
-from collections.abc import Callable, Iterator
+import weakref
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import partial
-from typing import Any, NamedTuple, cast
+from typing import Any, cast
 
 import torch
 import torch.distributed as dist
@@ -32,14 +32,15 @@ KEY = "trainer.strategy.tensor"
 INSTEAD = "leave it out, and divide the weights over all devices (strategy: fsdp2)"
 
 
-class Share(NamedTuple):
+@dataclass(frozen=True)
+class Share:
     """Which part of a divided dimension is this rank's."""
 
     index: int = 0
     number: int = 1
 
     def of(self, value: Tensor, dim: int | None) -> Tensor:
-        """This rank's part of a tensor, as torch divides it: the last parts may be empty. All of it if `dim` is None."""
+        """The part of a tensor, as torch divides it: the last parts may be empty. All of it if `dim` is None."""
         if dim is None or self.number == 1:
             return value
         parts = value.chunk(self.number, dim)
@@ -195,7 +196,7 @@ def _refuse_other_adapters(model: nn.Module) -> None:
             continue
         if type(module).__name__ != "Linear" or len(cast("Any", module).lora_magnitude_vector):
             raise UserError(
-                f"{KEY}: the adapter of {name} can't be divided: plain LoRA of linear layers can, but not DoRA, and not "
+                f"{KEY}: the adapter of {name} can't be divided: plain LoRA of linear layers can, but not DoRA, nor "
                 f"adapters of embeddings, rows of added tokens and experts; {INSTEAD}"
             )
 
@@ -245,6 +246,7 @@ def divide(model: nn.Module, styles: dict[nn.Module, Style], mesh: DeviceMesh) -
     """
     share = Share(mesh.get_local_rank(), mesh.size())
     divided: dict[int, nn.Parameter] = {}
+    copies = _Copies(mesh.get_group())
     for module in model.modules():
         style = styles.get(module, WHOLE)
         for name, weight in module._parameters.items():
@@ -258,32 +260,26 @@ def divide(model: nn.Module, styles: dict[nn.Module, Style], mesh: DeviceMesh) -
                 divided[id(weight)] = nn.Parameter(of_group, weight.requires_grad)
             module._parameters[name] = divided[id(weight)]
         if any(weight is not None for weight in module._parameters.values()):
-            module.forward = _run_of(module, style, share, mesh.get_group())
+            cast("Any", module).forward = _forward_of(module, style)(module, style, share, copies)
 
 
-def _run_of(module: nn.Module, style: Style, share: Share, group: dist.ProcessGroup) -> Callable[..., Any]:
-    """The `forward` of a divided module, from whole or divided inputs, as its style says."""
-    run = module.forward
-    if style.dim is None:
-        return _WholeModule(module, run, style, group)
-    if isinstance(module, nn.Embedding):
-        start = share.index * (module.num_embeddings // share.number)
-        if module.padding_idx is not None:  # of the whole table; this part may lack it
-            own = module.padding_idx - start
-            module.padding_idx = own if 0 <= own < module.num_embeddings // share.number else None
-        return partial(_run_embedding, module, run, start, group)
-    return partial(_run_columns if style.dim == 0 else _run_rows, module, run, style, share, group)
+class _Forward:
+    """The `forward` of a module of a tensor group."""
+
+    def __init__(self, module: nn.Module, style: Style, share: Share, copies: "_Copies") -> None:
+        self.module, self.run, self.style, self.share, self.copies = module, module.forward, style, share, copies
+        self.group = copies.group
 
 
-class _WholeModule:
-    """The `forward` of a module that is whole on each rank.
+class _Whole(_Forward):
+    """Of a module that is whole on each rank.
 
     Plans name norms of single heads, whose gradients are terms of a sum, but not all such modules: activations with
     parameters, for example. So the ranks compare what they see when the module is first called.
     """
 
-    def __init__(self, module: nn.Module, run: Callable[..., Any], style: Style, group: dist.ProcessGroup) -> None:
-        self.module, self.run, self.group = module, run, group
+    def __init__(self, module: nn.Module, style: Style, share: Share, copies: "_Copies") -> None:
+        super().__init__(module, style, share, copies)
         self.sees_own_heads: bool | None = style.sees_own_heads or None
         """Whether the ranks apply it to different inputs; None if that is not known yet."""
 
@@ -292,6 +288,57 @@ class _WholeModule:
             self.sees_own_heads = _differ(args, self.group)
         with _local_parameters(self.module, Partial() if self.sees_own_heads else Replicate()):
             return self.run(*args, **kwargs)
+
+
+class _Columns(_Forward):
+    """Of a linear layer that is divided by outputs."""
+
+    def __call__(self, x: Tensor) -> Tensor:
+        with _local_parameters(self.module, Partial()) as local:
+            if "bias" in local:
+                self.module._parameters["bias"] = cast("Any", self.share.of(local["bias"], 0))
+            output = self.run(self.copies.of(x))
+        return _Gathered.apply(output, self.share, self.group) if self.style.gathers_output else output
+
+
+class _Rows(_Forward):
+    """Of a linear layer that is divided by inputs."""
+
+    def __call__(self, x: Tensor) -> Tensor:
+        with _local_parameters(self.module, Replicate()) as local:
+            if "bias" in local:
+                self.module._parameters["bias"] = None
+            output = self.run(_Split.apply(x, self.share, self.group) if self.style.splits_input else x)
+        total = _Added.apply(output, self.group)
+        return total + local["bias"].to(total.dtype) if "bias" in local else total
+
+
+class _Tokens(_Forward):
+    """Of an embedding that is divided by tokens."""
+
+    def __init__(self, module: Any, style: Style, share: Share, copies: "_Copies") -> None:
+        super().__init__(module, style, share, copies)
+        self.number = module.num_embeddings // share.number
+        self.start = share.index * self.number
+        if module.padding_idx is not None:  # of the whole table; this part may lack it
+            own = module.padding_idx - self.start
+            module.padding_idx = own if 0 <= own < self.number else None
+
+    def __call__(self, ids: Tensor) -> Tensor:
+        own = ids - self.start
+        is_own = (own >= 0) & (own < self.number)
+        with _local_parameters(self.module, Replicate()):
+            vectors = self.run(own.where(is_own, 0))
+        return _Added.apply(vectors.masked_fill(~is_own.unsqueeze(-1), 0), self.group)
+
+
+def _forward_of(module: nn.Module, style: Style) -> type[_Forward]:
+    """The class of a module's `forward`."""
+    if style.dim is None:
+        return _Whole
+    if isinstance(module, nn.Embedding):
+        return _Tokens
+    return _Columns if style.dim == 0 else _Rows
 
 
 @torch.no_grad()
@@ -308,36 +355,6 @@ def _differ(inputs: tuple[Any, ...], group: dist.ProcessGroup) -> bool | None:
     return any(not torch.allclose(values, every[0], rtol=1e-5) for values in every)
 
 
-def _run_columns(
-    module: nn.Module, run: Callable[..., Tensor], style: Style, share: Share, group: dist.ProcessGroup, x: Tensor
-) -> Tensor:
-    with _local_parameters(module, Partial()) as local:
-        if module._parameters.get("bias") is not None:
-            module._parameters["bias"] = cast("Any", share.of(local["bias"], 0))
-        output = run(_Copied.apply(x, group))
-    return _Gathered.apply(output, share, group) if style.gathers_output else output
-
-
-def _run_rows(
-    module: nn.Module, run: Callable[..., Tensor], style: Style, share: Share, group: dist.ProcessGroup, x: Tensor
-) -> Tensor:
-    with _local_parameters(module, Replicate()) as local:
-        if "bias" in local:
-            module._parameters["bias"] = None
-        output = _Added.apply(run(_Split.apply(x, share, group) if style.splits_input else x), group)
-    return output + local["bias"].to(output.dtype) if "bias" in local else output
-
-
-def _run_embedding(
-    module: nn.Module, run: Callable[..., Tensor], start: int, group: dist.ProcessGroup, ids: Tensor
-) -> Tensor:
-    with _local_parameters(module, Replicate()) as local:
-        own = ids - start
-        is_own = (own >= 0) & (own < len(local["weight"]))
-        vectors = run(own.where(is_own, 0))
-    return _Added.apply(vectors.masked_fill(~is_own.unsqueeze(-1), 0), group)
-
-
 @contextmanager
 def _local_parameters(module: nn.Module, of_whole: Placement) -> Iterator[dict[str, Tensor]]:
     """Puts this rank's parts in place of a module's parameters.
@@ -348,15 +365,17 @@ def _local_parameters(module: nn.Module, of_whole: Placement) -> Iterator[dict[s
             term of it. FSDP2 adds up the terms.
     """
     before = {name: weight for name, weight in module._parameters.items() if isinstance(weight, DTensor)}
-    local = {
-        name: weight.to_local(grad_placements=[of_whole if weight.placements[0].is_replicate() else weight.placements[0]])
-        for name, weight in before.items()
-    }
+    local = {name: _local(cast("DTensor", weight), of_whole) for name, weight in before.items()}
     module._parameters.update(cast("Any", local))
     try:
         yield local
     finally:
         module._parameters.update(before)
+
+
+def _local(weight: DTensor, of_whole: Placement) -> Tensor:
+    (placement,) = weight.placements
+    return weight.to_local(grad_placements=[placement if isinstance(placement, Shard) else of_whole])
 
 
 # ---- between the ranks of a group
@@ -374,6 +393,33 @@ def _join(value: Tensor, number: int, group: dist.ProcessGroup) -> Tensor:
     return torch.cat(parts, -1)
 
 
+class _Copies:
+    """Whole tensors that go into divided layers. Layers with the same input share a copy, and the sum of its gradient.
+
+    For queries, keys and values that is one sum instead of three.
+    """
+
+    def __init__(self, group: dist.ProcessGroup) -> None:
+        self.group = group
+        self._source: weakref.ref[Tensor] | None = None
+        self._copy: Tensor | None = None
+
+    def of(self, x: Tensor) -> Tensor:
+        """The copy of a tensor, the last one if that is of the same tensor."""
+        if not (torch.is_grad_enabled() and x.requires_grad):
+            return x
+        copy = self._copy
+        if copy is None or self._source is None or self._source() is not x:
+            copy = _Copied.apply(x, self.group)
+            # the source first: dropping the last copy may free the last source, which is forgotten then
+            self._source, self._copy = weakref.ref(x, self._forget), copy
+        return copy
+
+    def _forget(self, source: "weakref.ref[Tensor]") -> None:
+        if source is self._source:
+            self._source = self._copy = None
+
+
 class _Copied(torch.autograd.Function):
     """A whole tensor that goes into a divided computation: its gradient is the sum of those of the ranks."""
 
@@ -383,7 +429,7 @@ class _Copied(torch.autograd.Function):
         return x.view_as(x)
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         return _sum(gradient, ctx.group), None
 
 
@@ -395,7 +441,7 @@ class _Added(torch.autograd.Function):
         return _sum(x, group)
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         return gradient, None
 
 
@@ -408,12 +454,12 @@ class _Gathered(torch.autograd.Function):
         return _join(x, share.number, group)
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         return ctx.share.of(gradient, -1).contiguous(), None, None
 
 
 class _Split(torch.autograd.Function):
-    """This rank's part of the last dimension of a tensor that is whole on all ranks."""
+    """The part of a rank along the last dimension of a tensor that is whole on all ranks."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, share: Share, group: dist.ProcessGroup) -> Tensor:
@@ -421,5 +467,5 @@ class _Split(torch.autograd.Function):
         return share.of(x, -1).contiguous()
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         return _join(gradient, ctx.share.number, ctx.group), None, None

@@ -35,6 +35,7 @@ from oumi_pl.errors import UserError
 from oumi_pl.losses import linear_head
 from oumi_pl.models.build import build_model
 from oumi_pl.models.lm import LM, disable_dropout, documents, forest
+from oumi_pl.models.sharding import Sharded
 from oumi_pl.modules.distill import Teacher
 from oumi_pl.modules.reference import FrozenModel, NoReference, Opened, Reference, WithoutAdapters
 from oumi_pl.planning.cards import NODE
@@ -233,6 +234,11 @@ class _Run:
         """Connects trainer, module and data as `fit` does, and leaves out what moves or compares values."""
         trainer, strategy, data = self.trainer, self.trainer.strategy, self.data
         trainer.callbacks, trainer.state.fn, trainer.datamodule = [], TrainerFn.FITTING, data
+        if isinstance(strategy, Sharded) and strategy.tensor > 1:
+            raise UserError(
+                "trainer.strategy.tensor: tensor parallelism is not planned; leave it out, or measure an update on the "
+                "devices (fit --dry_run)"
+            )
         strategy.connect(self.module)
         self.module.trainer = data.trainer = trainer
         strategy.setup_environment()
