@@ -11,9 +11,10 @@ model to see which layers it calls, works on them as usual, and torch refuses to
 
 import os
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from copy import deepcopy
 from datetime import timedelta
+from functools import partial
 from typing import TYPE_CHECKING, Any, Literal, TypeVar, cast
 
 import lightning as L
@@ -120,7 +121,7 @@ class Sharded(ModelParallelStrategy):
         """The ranks that read rows of their own."""
         # neighbours in the mesh compute on the same rows
         return DataRanks(
-            self.world_size // self.tensor,
+            max(1, self.world_size // self.tensor),
             self.global_rank // self.tensor,
             is_first=self.global_rank % self.tensor == 0,
             group=self._data_group,
@@ -208,7 +209,12 @@ class Parts(Loading):
 
     def pretrained(self, load: Callable[[], T]) -> T:
         """Calls `load`. Weights are replaced as soon as they are set, so that only one is ever whole."""
-        with tensor_parallel.noting_styles(self.tensor.number) as styles, _one_at_a_time():
+        noting = (
+            tensor_parallel.noting_styles(self.tensor.number, self.share.number)
+            if self.tensor.number > 1
+            else nullcontext({})
+        )
+        with noting as styles, _one_at_a_time():
 
             def part_of(weight: nn.Parameter, module: nn.Module, name: str) -> nn.Parameter:
                 dim = tensor_parallel.divided_dim(styles.get(module, tensor_parallel.WHOLE), name)
@@ -358,7 +364,7 @@ def _part(value: Tensor, divided: int | None, share: Share, tensor: Share) -> Te
         share: Of this rank among those over which FSDP2 divides.
         tensor: Of this rank in its tensor group.
     """
-    part = share.of(tensor.of(value, divided), tensor_parallel.sharded_dim(divided if tensor.number > 1 else None))
+    part = share.of(tensor.of(value, divided), tensor_parallel.sharded_dim(divided, value.shape, share.number))
     # a copy, so that the whole is freed
     return part.clone(memory_format=torch.contiguous_format)
 
@@ -418,7 +424,9 @@ def shard(
             "model.reference: a quantized model can't be copied while it is sharded; set reference: initial"
         )
     tensor = _tensor_mesh(module)
-    styles = {} if tensor is None else tensor_parallel.checked_styles(model.base, tensor.size())
+    shards = _share(mesh).number
+    styles = {} if tensor is None else tensor_parallel.checked_styles(model.base, tensor.size(), shards)
+    placement = partial(_placement, shards)
     # quantized weights are of a class of their own, and can't be cut here
     values = {} if is_quantized else _detach_values(model, mesh, loading, dtype, styles)
     second = deepcopy(model) if copy else None  # on the meta device, so without memory
@@ -426,15 +434,15 @@ def shard(
         for module_with_weights in (model, *heads):
             tensor_parallel.divide(module_with_weights, styles, tensor)
         if second is not None:
-            tensor_parallel.divide(second, tensor_parallel.checked_styles(second.base, tensor.size()), tensor)
+            tensor_parallel.divide(second, tensor_parallel.styles_of(second.base, tensor.size()), tensor)
     for layer in [*decoder_layers(model), model, *heads]:
-        fully_shard(layer, mesh=mesh, mp_policy=policy, shard_placement_fn=_placement)
+        fully_shard(layer, mesh=mesh, mp_policy=policy, shard_placement_fn=placement)
     if values:
         _load_values(model, values, device, isinstance(loading, FirstRank | Structure))
     if second is not None:
         for layer in [*decoder_layers(second), second]:
             # the root, too, is divided again after a call: no backward pass follows that would need it
-            fully_shard(layer, mesh=mesh, mp_policy=policy, shard_placement_fn=_placement, reshard_after_forward=True)
+            fully_shard(layer, mesh=mesh, mp_policy=policy, shard_placement_fn=placement, reshard_after_forward=True)
         _load_values(
             second, {n: cast("DTensor", p).to_local().clone() for n, p in model.named_parameters()}, device, False
         )
@@ -490,10 +498,12 @@ def _share(mesh: DeviceMesh) -> Share:
     return Share(sharding.get_local_rank(), sharding.size())
 
 
-def _placement(weight: nn.Parameter) -> Shard | None:
+def _placement(shards: int, weight: nn.Parameter) -> Shard | None:
     """The dimension along which FSDP2 divides a weight; None: the first."""
     divided = weight.placements[0] if isinstance(weight, DTensor) else None
-    return Shard(tensor_parallel.sharded_dim(divided.dim)) if isinstance(divided, Shard) else None
+    if not isinstance(divided, Shard):
+        return None
+    return Shard(tensor_parallel.sharded_dim(divided.dim, weight.shape, shards))
 
 
 def _detach_values(

@@ -117,12 +117,13 @@ def refuse_undividable(config: Any, size: int) -> None:
             raise UserError(f"{KEY} is {size}, but has to divide the {number} {name} of {text.model_type}; {right}")
 
 
-def styles_of(base: nn.Module, size: int) -> dict[nn.Module, Style]:
+def styles_of(base: nn.Module, size: int, shards: int = 1) -> dict[nn.Module, Style]:
     """How each module of a model of transformers is divided, adapters of LoRA included; others are whole.
 
     Args:
         base: The model, without PEFT's wrapper.
         size: Ranks of a tensor group.
+        shards: Ranks over which FSDP2 divides each part.
 
     Raises:
         UserError: a module can't be divided.
@@ -149,7 +150,7 @@ def styles_of(base: nn.Module, size: int) -> dict[nn.Module, Style]:
     styles |= dict.fromkeys(layers, VOCABULARY if is_even and can_be and isinstance(embedding, nn.Embedding) else WHOLE)
     for name, module in base.named_modules():
         if (style := styles.get(module, WHOLE)).dim is not None and hasattr(module, "weight"):
-            _refuse_other_layer(name, module, style, size)
+            _refuse_other_layer(name, module, style, size, shards)
     return styles
 
 
@@ -164,16 +165,21 @@ def _without_adapter(name: str) -> tuple[str, str | None]:
     return name.removesuffix(".base_layer"), None
 
 
-def _refuse_other_layer(name: str, module: nn.Module, style: Style, size: int) -> None:
+def _refuse_other_layer(name: str, module: nn.Module, style: Style, size: int, shards: int) -> None:
     weight = cast("Tensor", module.weight)
     if not isinstance(module, nn.Linear | nn.Embedding) or not weight.is_floating_point():
         raise UserError(f"{KEY}: {name} is a {type(module).__name__}, which can't be divided; {INSTEAD}")
+    sizes = " x ".join(map(str, weight.shape))
     if weight.shape[cast("int", style.dim)] % size:
-        sizes = " x ".join(map(str, weight.shape))
         raise UserError(f"{KEY} is {size}, but has to divide the weight of {name}, which is {sizes}; {INSTEAD}")
+    if style.dim == 0 and weight.shape[1] % shards and weight.shape[0] // size % shards:
+        raise UserError(
+            f"trainer.strategy: shards {shards} x tensor {size} can't divide the weight of {name}, which is {sizes}; "
+            "take fewer shards, and replicas"
+        )
 
 
-def checked_styles(base: Any, size: int) -> dict[nn.Module, Style]:
+def checked_styles(base: Any, size: int, shards: int = 1) -> dict[nn.Module, Style]:
     """The styles of a model that is built, if it can be divided; see `styles_of`.
 
     Raises:
@@ -181,7 +187,7 @@ def checked_styles(base: Any, size: int) -> dict[nn.Module, Style]:
     """
     refuse_undividable(base.config, size)
     _refuse_other_adapters(base)
-    return styles_of(base, size)
+    return styles_of(base, size, shards)
 
 
 def _refuse_other_adapters(model: nn.Module) -> None:
@@ -202,7 +208,7 @@ def _refuse_other_adapters(model: nn.Module) -> None:
 
 
 @contextmanager
-def noting_styles(size: int) -> Iterator[dict[nn.Module, Style]]:
+def noting_styles(size: int, shards: int) -> Iterator[dict[nn.Module, Style]]:
     """Yields the styles of all modules of transformers' models that are built within, before weights are loaded."""
     from transformers import PreTrainedModel
 
@@ -211,7 +217,7 @@ def noting_styles(size: int) -> Iterator[dict[nn.Module, Style]]:
 
     def noted(model: Any) -> None:
         post_init(model)
-        styles.update(styles_of(model, size))
+        styles.update(styles_of(model, size, shards))
 
     PreTrainedModel.post_init = noted  # type: ignore[method-assign]
     try:
@@ -228,9 +234,13 @@ def divided_dim(style: Style, name: str) -> int | None:
     return style.dim if name == "weight" else None
 
 
-def sharded_dim(divided: int | None) -> int:
-    """The dimension along which FSDP2 divides a weight further: the first one that is not divided yet."""
-    return 1 if divided == 0 else 0
+def sharded_dim(divided: int | None, shape: torch.Size, shards: int) -> int:
+    """The dimension along which FSDP2 divides a weight further.
+
+    That is the other one, if it is divided over the tensor group by rows. FSDP2 wants that one to be even, which the
+    rank of an adapter may not be; then it divides the rows again.
+    """
+    return 1 if divided == 0 and shape[1] % shards == 0 else 0
 
 
 # ---- modules

@@ -16,7 +16,7 @@ from transformers import AutoConfig
 from oumi_pl.errors import UserError
 from oumi_pl.losses.causal import CrossEntropy
 from oumi_pl.models.build import build_model
-from oumi_pl.models.sharding import Parts
+from oumi_pl.models.sharding import Parts, Sharded, data_ranks
 from oumi_pl.models.tensor_parallel import Share, _Copies, checked_styles, refuse_undividable
 from oumi_pl.modules.distill import Distill
 from oumi_pl.modules.pretrain import Pretrain
@@ -25,7 +25,21 @@ from oumi_pl.types import TokenLoss
 from tests.conftest import free_port
 from tests.models.test_lora import pretrained
 from tests.models.test_sharding import LORA, Start
-from tests.tiny import LLAMA, data, distance, dpo, dpo_data, fit, kto, kto_data, module, reward, reward_data, sgd
+from tests.tiny import (
+    LLAMA,
+    data,
+    distance,
+    dpo,
+    dpo_data,
+    fit,
+    kto,
+    kto_data,
+    module,
+    reward,
+    reward_data,
+    sgd,
+    trainer,
+)
 
 BIASED = LLAMA | {"attention_bias": True, "mlp_bias": True}
 QWEN3 = LLAMA | {"model_type": "qwen3", "head_dim": 8, "tie_word_embeddings": True}
@@ -79,6 +93,7 @@ def cases(folder: Path) -> dict:
         "smooth": (lambda: sft(model=base["qwen3"], loss=smooth), rows, {}),
         "squared": (lambda: sft(model=base["qwen3"], loss=Squared()), rows, {}),
         "lora": (lambda: sft(model=base["biased"], lora=LORA), packed_rows, {}),
+        "lora of odd rank": (lambda: sft(model=base["llama"], lora={"r": 3}), rows, {}),
         "lora on random": (lambda: module(lora=LORA), rows, {}),
         "lora on phi3": (lambda: sft(config=OTHERS["phi3"], lora=LORA), rows, {}),
         "dropout": (lambda: sft(model=base["biased"], lora=dropout), rows, {}),
@@ -92,12 +107,13 @@ def cases(folder: Path) -> dict:
     }
 
 
-def trained(folder: Path, name: str, ranks: int, **trainer) -> tuple[dict, L.LightningModule, Start]:
+def trained(folder: Path, name: str, ranks: int, **of_trainer) -> tuple[dict, L.LightningModule, Start]:
     """Trains a case with the same rows per update on any number of ranks that read rows of their own."""
     make_module, make_data, settings = cases(folder)[name]
     start, pl_module, rows = Start(), make_module(), make_data()
     rows.batch_size = ROWS // 4
-    settings = {"max_steps": UPDATES, "accumulate_grad_batches": 4 // ranks, "callbacks": [start]} | settings | trainer
+    defaults = {"max_steps": UPDATES, "accumulate_grad_batches": 4 // ranks, "callbacks": [start]}
+    settings = defaults | settings | of_trainer
     return fit(pl_module, rows, **settings), pl_module, start
 
 
@@ -215,7 +231,7 @@ def test_every_model_and_trainer_type_is_the_same_on_two_processes(folder):
 @pytest.mark.parametrize("sizes", [{"shards": 2}, {"shards": 1, "replicas": 2}], ids=["two shards", "two replicas"])
 def test_four_processes_train_what_one_trains(folder, sizes):
     names = ["packed", "qwen3", "gemma3", "biased", "odd", "random", "pretrain", "clipped", "recomputed", "lora"]
-    names += ["dropout", "reward", "dpo", "dpo, a copy", "kto", "distill"]
+    names += ["lora of odd rank", "dropout", "reward", "dpo", "dpo, a copy", "kto", "distill"]
     assert_equal_to_one_process(folder, on_processes(folder, 4, names, **sizes))
 
 
@@ -290,6 +306,33 @@ def test_layers_that_can_not_be_divided_are_refused_by_name(values, lora, messag
     base = model if lora is None else model.get_base_model()
     with pytest.raises(UserError, match=message):
         checked_styles(base, 2)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"compile": True}, "model.compile can't be had with trainer.strategy.tensor"),
+        ({"lora": {"use_dora": True}}, "model.lora.use_dora can't be had with trainer.strategy.tensor"),
+        ({"lora": LORA, "quantization": "nf4"}, "model.quantization can't be had with trainer.strategy.tensor"),
+    ],
+)
+def test_settings_are_refused_before_weights_are_loaded(settings, message):
+    pl_module = SFT("no/such-model", **settings)
+    pl_module.trainer = trainer(devices=2, strategy=Sharded(tensor=2))
+    with pytest.raises(UserError, match=message):
+        pl_module.configure_model()
+
+
+def test_ranks_of_a_group_read_the_same_rows():
+    strategy = Sharded(tensor=2)
+    run = trainer(devices=4, strategy=strategy)
+    seen = []
+    for rank in range(4):
+        strategy.cluster_environment.set_global_rank(rank)
+        ranks = data_ranks(run)
+        assert strategy.distributed_sampler_kwargs == {"num_replicas": ranks.number, "rank": ranks.index}
+        seen.append((ranks.number, ranks.index, ranks.is_first))
+    assert seen == [(2, 0, True), (2, 0, False), (2, 1, True), (2, 1, False)]
 
 
 def test_layers_with_the_same_input_share_the_sum_of_its_gradient():
