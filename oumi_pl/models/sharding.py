@@ -11,7 +11,7 @@ model to see which layers it calls, works on them as usual, and torch refuses to
 
 import os
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from copy import deepcopy
 from datetime import timedelta
 from functools import partial
@@ -209,12 +209,7 @@ class Parts(Loading):
 
     def pretrained(self, load: Callable[[], T]) -> T:
         """Calls `load`. Weights are replaced as soon as they are set, so that only one is ever whole."""
-        noting = (
-            tensor_parallel.noting_styles(self.tensor.number, self.share.number)
-            if self.tensor.number > 1
-            else nullcontext({})
-        )
-        with noting as styles, _one_at_a_time():
+        with tensor_parallel.noting_styles(self.tensor.number, self.share.number) as styles, _one_at_a_time():
 
             def part_of(weight: nn.Parameter, module: nn.Module, name: str) -> nn.Parameter:
                 dim = tensor_parallel.divided_dim(styles.get(module, tensor_parallel.WHOLE), name)

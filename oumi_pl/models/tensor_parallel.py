@@ -213,6 +213,9 @@ def noting_styles(size: int, shards: int) -> Iterator[dict[nn.Module, Style]]:
     from transformers import PreTrainedModel
 
     styles: dict[nn.Module, Style] = {}
+    if size == 1:  # nothing is divided, so nothing has to be refused
+        yield styles
+        return
     post_init = PreTrainedModel.post_init
 
     def noted(model: Any) -> None:
