@@ -304,6 +304,11 @@ class Placeholder(nn.Parameter):
     part: Tensor | None
     """This rank's part of the values; None if another rank sends it."""
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> "Placeholder":
+        """A parameter's own method would leave out the part. PEFT copies layers to train them beside adapters."""
+        memo[id(self)] = copy = _placeholder(self, None if self.part is None else self.part.clone())
+        return copy
+
 
 def _placeholder(weight: nn.Parameter, part: Tensor | None = None) -> Placeholder:
     placeholder = Placeholder(torch.zeros((), dtype=weight.dtype).expand(weight.shape), weight.requires_grad)

@@ -142,16 +142,21 @@ def styles_of(base: nn.Module, size: int, shards: int = 1) -> dict[nn.Module, St
         # of an adapter, the matrix next to the divided side of its layer
         if adapter is None or style.dim == {"lora_A": 1, "lora_B": 0}[adapter]:
             styles[module] = style
-    embedding, head = cast("Any", base).get_input_embeddings(), cast("Any", base).get_output_embeddings()
-    layers = [layer for layer in (embedding, head) if layer is not None]
-    is_even = all(len(layer.weight) % size == 0 for layer in layers)
-    can_be = type(head) is nn.Linear or head is None
-    # together, since they may share a weight
-    styles |= dict.fromkeys(layers, VOCABULARY if is_even and can_be and isinstance(embedding, nn.Embedding) else WHOLE)
+    styles |= _styles_of_vocabulary(cast("Any", base), size)
     for name, module in base.named_modules():
         if (style := styles.get(module, WHOLE)).dim is not None and hasattr(module, "weight"):
             _refuse_other_layer(name, module, style, size, shards)
     return styles
+
+
+def _styles_of_vocabulary(base: Any, size: int) -> dict[nn.Module, Style]:
+    """How embedding and output head are divided: both by tokens or neither, since they may share a weight."""
+    layers = [layer for layer in (base.get_input_embeddings(), base.get_output_embeddings()) if layer is not None]
+    # PEFT wraps a layer, beside an adapter or a copy that is trained
+    parts = {module: name for layer in layers for name, module in layer.named_modules()}
+    rows = [m for m, name in parts.items() if isinstance(m, nn.Linear | nn.Embedding) and "lora_A" not in name]
+    is_divided = bool(rows) and all(len(m.weight) % size == 0 for m in rows)
+    return dict.fromkeys(parts, WHOLE) | (dict.fromkeys(rows, VOCABULARY) if is_divided else {})
 
 
 def _without_adapter(name: str) -> tuple[str, str | None]:
@@ -298,7 +303,7 @@ class _Whole(_Forward):
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         if self.sees_own_heads is None:
-            self.sees_own_heads = _differ(args, self.group)
+            self.sees_own_heads = _differ((*args, *kwargs.values()), self.group)
         with _local_parameters(self.module, Partial() if self.sees_own_heads else Replicate()):
             return self.run(*args, **kwargs)
 
@@ -356,11 +361,11 @@ def _forward_of(module: nn.Module, style: Style) -> type[_Forward]:
 
 @torch.no_grad()
 def _differ(inputs: tuple[Any, ...], group: dist.ProcessGroup) -> bool | None:
-    """Whether the ranks of a group see different inputs of a module; None if they are all 0, which says nothing."""
-    tensors = [x.double() for x in inputs if isinstance(x, Tensor) and x.is_floating_point() and x.numel()]
-    if not tensors:
+    """Whether the ranks of a group see different inputs of a module; None if none has a value but 0 yet."""
+    tensors = [x.double() for x in inputs if isinstance(x, Tensor) and x.is_floating_point()]
+    if not tensors:  # tokens and positions are the same
         return False
-    own = torch.stack([torch.stack([x.sum(), x.square().sum(), x.abs().amax()]) for x in tensors])
+    own = torch.stack([torch.stack([x.sum(), x.square().sum(), x.abs().sum()]) for x in tensors])
     every = [torch.empty_like(own) for _ in range(dist.get_world_size(group))]
     dist.all_gather(every, own, group=group)
     if not any(values.any() for values in every):
@@ -439,7 +444,7 @@ class _Copied(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, group: dist.ProcessGroup) -> Tensor:
         ctx.group = group
-        return x.view_as(x)
+        return x.detach()  # not a view, which would keep its source alive
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:

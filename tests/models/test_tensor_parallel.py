@@ -52,6 +52,7 @@ OTHERS = {
     for name in ("phi3", "olmo2", "gemma2", "cohere", "qwen2", "glm4", "starcoder2", "phi", "apertus", "nemotron")
 }
 sft = functools.partial(SFT, optimizer=sgd)
+HEAD = ["q_proj", "down_proj", "lm_head"]
 UPDATES, ROWS = 3, 4
 
 
@@ -86,6 +87,7 @@ def cases(folder: Path) -> dict:
         "biased": (lambda: sft(model=base["biased"]), rows, {}),
         "odd": (lambda: sft(model=base["odd"]), packed_rows, {}),
         "random": (lambda: module(), packed_rows, {}),
+        "one head per rank": (lambda: module(config={"num_key_value_heads": 4}), packed_rows, {}),
         "pretrain": (lambda: Pretrain(config=QWEN3, optimizer=sgd), rows, {}),
         "clipped": (lambda: sft(model=base["qwen3"]), rows, {"gradient_clip_val": 0.1}),
         "recomputed": (lambda: sft(model=base["qwen3"], gradient_checkpointing=True), packed_rows, {}),
@@ -94,11 +96,14 @@ def cases(folder: Path) -> dict:
         "squared": (lambda: sft(model=base["qwen3"], loss=Squared()), rows, {}),
         "lora": (lambda: sft(model=base["biased"], lora=LORA), packed_rows, {}),
         "lora of odd rank": (lambda: sft(model=base["llama"], lora={"r": 3}), rows, {}),
+        "lora of the head": (lambda: sft(model=base["llama"], lora=LORA | {"target_modules": HEAD}), rows, {}),
+        "lora and the head": (lambda: sft(model=base["llama"], lora=LORA | {"modules_to_save": ["lm_head"]}), rows, {}),
         "lora on random": (lambda: module(lora=LORA), rows, {}),
         "lora on phi3": (lambda: sft(config=OTHERS["phi3"], lora=LORA), rows, {}),
         "dropout": (lambda: sft(model=base["biased"], lora=dropout), rows, {}),
         "reward": (lambda: reward(base["llama"]), lambda: reward_data(folder), {}),
         "dpo": (lambda: dpo(base["llama"]), lambda: dpo_data(folder), {}),
+        "dpo, adapters off": (lambda: dpo(base["qwen3"], lora=LORA), lambda: dpo_data(folder), {}),
         "dpo, odd": (lambda: dpo(base["odd"]), lambda: dpo_data(folder), {}),
         "dpo, a copy": (lambda: dpo(base["qwen3"], reference="online"), lambda: dpo_data(folder), {}),
         "kto": (lambda: kto(base["llama"]), lambda: kto_data(folder), {}),
@@ -233,6 +238,11 @@ def test_four_processes_train_what_one_trains(folder, sizes):
     names = ["packed", "qwen3", "gemma3", "biased", "odd", "random", "pretrain", "clipped", "recomputed", "lora"]
     names += ["lora of odd rank", "dropout", "reward", "dpo", "dpo, a copy", "kto", "distill"]
     assert_equal_to_one_process(folder, on_processes(folder, 4, names, **sizes))
+
+
+@pytest.mark.slow
+def test_four_processes_can_divide_four_heads(folder):
+    assert_equal_to_one_process(folder, on_processes(folder, 4, ["one head per rank"], tensor=4))
 
 
 @pytest.mark.slow
