@@ -120,12 +120,8 @@ class Sharded(ModelParallelStrategy):
     def data_ranks(self) -> DataRanks:
         """The ranks that read rows of their own."""
         # neighbours in the mesh compute on the same rows
-        return DataRanks(
-            max(1, self.world_size // self.tensor),
-            self.global_rank // self.tensor,
-            is_first=self.global_rank % self.tensor == 0,
-            group=self._data_group,
-        )
+        number = max(1, self.world_size // self.tensor)
+        return DataRanks(number, self.global_rank // self.tensor, self._data_group)
 
     @property
     def distributed_sampler_kwargs(self) -> dict[str, Any]:

@@ -54,8 +54,6 @@ class DataRanks:
     number: int
     index: int
     """Which of them this rank belongs to."""
-    is_first: bool = True
-    """Whether this rank is the first of its tensor group, which writes what all of them have computed."""
     group: dist.ProcessGroup | None = None
     """One rank of each tensor group, this one among them: sums over rows are over these. None: all ranks."""
 

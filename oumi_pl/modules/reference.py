@@ -503,8 +503,8 @@ def _computed(
 
     Every rank runs the model equally often, because all ranks have to gather sharded weights.
     """
-    data = data_ranks(trainer)
-    ranks, rank = data.number, data.index
+    reading = data_ranks(trainer)
+    ranks, rank = reading.number, reading.index
     for first in range(0, len(missing), ranks):
         chunks = missing[first : first + ranks]
         plans = [trainer.datamodule.in_batches(split, store.examples(chunk)) for chunk in chunks]
@@ -514,7 +514,7 @@ def _computed(
             ids = mine[step] if step < len(mine) else []
             logps |= _logps(trainer, model, split, ids, compute)
             yield ids
-        if mine and data.is_first:
+        if mine:
             store.write(chunks[rank], np.concatenate([logps[i] for i in store.examples(chunks[rank])]))
 
 
