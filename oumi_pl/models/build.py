@@ -262,6 +262,7 @@ def build_model(
     if scoring:
         _refuse_without_scores(hf_config)
         hf_config.num_labels = 1
+    loading.check(hf_config)
     if base is None:
         hf = loading.random(lambda: _random_weights(hf_config, attn, dtype, trust_remote_code, scoring))
     else:

@@ -52,6 +52,7 @@ from oumi_pl.models.sharding import (
     Source,
     decoder_layers,
     is_sharded,
+    is_to_be_divided,
     is_to_be_sharded,
     loading_of,
     reshard,
@@ -270,6 +271,7 @@ class LanguageModule(RestorableModule):
         if self.model is not None and self.model in self.__built:
             return
         refuse_unfit_callbacks(self.trainer.callbacks)  # type: ignore[attr-defined]
+        self.__refuse_undividable()
         if self.__built and self.reference is not None:
             self.reference.opened = None  # it was that of another model
         data = self.data
@@ -328,6 +330,20 @@ class LanguageModule(RestorableModule):
         if not self.heads():
             self.make_heads(model)
         return model
+
+    def __refuse_undividable(self) -> None:
+        """Refuses settings that can't be had with tensor parallelism, before weights are loaded.
+
+        Raises:
+            UserError: one is set.
+        """
+        if not is_to_be_divided(self):
+            return
+        dora = bool((self.lora or {}).get("use_dora"))
+        settings = {"compile": self.compile_layers, "quantization": self.quantization, "lora.use_dora": dora}
+        for key, value in settings.items():
+            if value:
+                raise UserError(f"model.{key} can't be had with trainer.strategy.tensor: leave one of them out")
 
     def __refuse_sharded_loss(self) -> None:
         """Refuses to shard the parameters of a loss, which is called where they are not gathered.

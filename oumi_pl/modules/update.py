@@ -23,7 +23,7 @@ from torch.optim import Optimizer
 from torchmetrics import SumMetric
 
 from oumi_pl.errors import UserError
-from oumi_pl.models.sharding import is_sharded
+from oumi_pl.models.sharding import data_ranks, is_sharded
 from oumi_pl.optim import ScheduledRates
 from oumi_pl.runs import checksums
 from oumi_pl.runs.checkpoints import (
@@ -176,7 +176,7 @@ class UpdateModule(L.LightningModule):
         update = batch.get("update")
         if update is not None:
             return update.parts / (update.units(self.unit) or 1)
-        if self.trainer.accumulate_grad_batches * self.trainer.world_size > 1:
+        if self.trainer.accumulate_grad_batches * data_ranks(self.trainer).number > 1:
             raise UserError(
                 "the batches lack the totals of their update (`update`), so a mean over several micro-batches or ranks "
                 "can't be computed; use a data module of oumi_pl, or one micro-batch on one device"
@@ -232,7 +232,7 @@ class UpdateModule(L.LightningModule):
             self.__is_counted, self.__batch = True, None
             self.add_to_update(sums | self.__counts(batch, sums["loss"].device))
             if (update := batch.get("update")) is not None:
-                self.__of_update = update.parts // self.trainer.world_size
+                self.__of_update = update.parts // data_ranks(self.trainer).number
                 self.__divisor += update.units(self.unit) / self.__of_update
                 self.__counted_batches += 1
         return objective * self.share(batch)
@@ -290,7 +290,7 @@ class UpdateModule(L.LightningModule):
         self.__forget_update()
         self.__finished, self.__is_counted = self.global_step, False
         if OWN_LOSS in sums:
-            metrics = {"loss": sums.pop(OWN_LOSS) / self.trainer.world_size}
+            metrics = {"loss": sums.pop(OWN_LOSS) / data_ranks(self.trainer).number}
             sums["loss"] = metrics["loss"] * (self.units(sums) or 1)
         else:
             sums |= {name: mean * self.units(sums) for name, mean in instead.items()}
@@ -420,7 +420,7 @@ class UpdateModule(L.LightningModule):
     def __log_evaluation(self, split: Split) -> None:
         if self.__evaluated.is_empty:  # a user's `validation_step` does not call ours, and logs for itself
             return
-        sums = self.__evaluated.take()
+        sums = self.__evaluated.take(data_ranks(self.trainer).group)
         of_sources = {name: sums.pop(name) for name in list(sums) if name.startswith((LOSS_OF, UNITS_OF))}
         metrics = self.metrics(sums, split) | self.__losses_of_sources(of_sources, split)
         logged = {f"{PREFIX[split]}/{name}": value.float() for name, value in metrics.items()}
@@ -470,8 +470,7 @@ class UpdateModule(L.LightningModule):
     def __over_ranks(self) -> Sums:
         names = sorted(self.__update)
         flat = torch.stack([self.__update[name] for name in names])
-        if self.trainer.world_size > 1:
-            flat = cast("Tensor", self.trainer.strategy.reduce(flat, reduce_op="sum"))
+        flat = data_ranks(self.trainer).total(flat, self.trainer.strategy)
         return dict(zip(names, flat, strict=True))
 
     def __epochs_done(self) -> float:
@@ -507,14 +506,15 @@ class EvaluationSums:
                 self._metrics[name] = _sum_metric(value.device)
             self._metrics[name].update(value.detach())
 
-    def take(self) -> Sums:
-        """Returns the sums over all batches and ranks, and starts again from zero."""
+    def take(self, group: Any = None) -> Sums:
+        """Returns the sums over all batches and the ranks of a group (None: all), and starts again from zero."""
         metrics, self._metrics = self._metrics, {}
         device = next(iter(metrics.values())).device
         totals = {}
         for name in _names_on_any_rank(metrics):
             metric = metrics.get(name, _sum_metric(device))
             metric.update(torch.zeros((), device=device))  # else torchmetrics warns on a rank without batches
+            metric.process_group = group
             totals[name] = metric.compute()
         return totals
 
@@ -600,7 +600,8 @@ class RestorableModule(UpdateModule):
         states: list[Any] = [rng_state()] * self.trainer.world_size
         if self.trainer.world_size > 1:
             torch.distributed.all_gather_object(states, rng_state())
-        checkpoint["rng"] = states
+        # ranks that read the same rows have the same generators
+        checkpoint["rng"] = states[:: self.trainer.world_size // data_ranks(self.trainer).number]
         checkpoint["tokens_seen"] = dict(self.tokens_seen)
         checkpoint["micro_batches"] = self.trainer.accumulate_grad_batches
         checkpoint["learning_rate"] = self.__learning_rate
@@ -640,7 +641,8 @@ class RestorableModule(UpdateModule):
         self.abandon_update()  # `lr_find` trains, and then restores the state from before
         states = checkpoint["rng"]
         # additional ranks keep the generators that they were seeded with
-        self.__rng_to_restore = states[self.global_rank] if self.global_rank < len(states) else None
+        rank = data_ranks(self.trainer).index
+        self.__rng_to_restore = states[rank] if rank < len(states) else None
         _recount(checkpoint["loops"], checkpoint["micro_batches"], self.__micro_batches(checkpoint["loops"]))
 
     def __refuse_incomplete(self, checkpoint: dict[str, Any]) -> None:
