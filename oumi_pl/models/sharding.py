@@ -424,17 +424,10 @@ def shard(
     Raises:
         UserError: the model can't be divided over a tensor group, or a copy of a quantized model is needed.
     """
-    from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, fully_shard
+    from torch.distributed.fsdp import fully_shard
 
-    mesh, strategy = _mesh(module), module.trainer.strategy
-    device = strategy.root_device
-    shards = _share(mesh).number
-    kwargs: dict[str, Any] = {"mesh": mesh, "shard_placement_fn": partial(_placement, shards)}
-    if isinstance(strategy, Sharded) and strategy.offload:
-        kwargs["offload_policy"] = CPUOffloadPolicy(pin_memory=device.type == "cuda")
-    if module.trainer.precision == "bf16-mixed":
-        # gather and multiply in bfloat16; keep weights, and sum gradients over ranks, in float32
-        kwargs["mp_policy"] = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
+    mesh, device = _mesh(module), module.trainer.strategy.root_device
+    kwargs = _settings(module, mesh)
     # heads beside the model, a reward head for example, are sharded and reduced like it
     heads = [child for child in module.children() if child is not model and any(True for _ in child.parameters())]
     is_quantized = bool(quantized_layers(model))
@@ -443,7 +436,7 @@ def shard(
             "model.reference: a quantized model can't be copied while it is sharded; set reference: initial"
         )
     tensor = _tensor_mesh(module)
-    styles = {} if tensor is None else tensor_parallel.checked_styles(model.base, tensor.size(), shards)
+    styles = {} if tensor is None else tensor_parallel.checked_styles(model.base, tensor.size(), _share(mesh).number)
     # quantized weights are of a class of their own, and can't be cut here
     values = {} if is_quantized else _detach_values(model, mesh, loading, dtype, styles)
     for layer in quantized_layers(model).values():
@@ -467,6 +460,20 @@ def shard(
         values = {n: cast("DTensor", p).to_local().clone() for n, p in model.named_parameters()}
         _load_values(second, values, device, is_sent=False, is_offloaded=is_offloaded)
     return second
+
+
+def _settings(module: L.LightningModule, mesh: DeviceMesh) -> dict[str, Any]:
+    """The arguments of `fully_shard`: where weights are divided, offloaded, and converted."""
+    from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy
+
+    strategy = module.trainer.strategy
+    settings: dict[str, Any] = {"mesh": mesh, "shard_placement_fn": partial(_placement, _share(mesh).number)}
+    if isinstance(strategy, Sharded) and strategy.offload:
+        settings["offload_policy"] = CPUOffloadPolicy(pin_memory=strategy.root_device.type == "cuda")
+    if module.trainer.precision == "bf16-mixed":
+        # gather and multiply in bfloat16; keep weights, and sum gradients over ranks, in float32
+        settings["mp_policy"] = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
+    return settings
 
 
 def quantized_layers(model: nn.Module) -> dict[str, Any]:
