@@ -245,10 +245,9 @@ def build_model(
     """Builds a causal LM in training mode, with new token rows, frozen parts and adapters.
 
     Arguments are those of the modules. `model` may also be the folder of an adapter, which is then merged into its base
-    before training. Without `attn`, transformers chooses (sdpa if the architecture has it). With `scoring`, builds the
-    architecture's sequence-classification model with one label: its head `score`, random if `model` has none, replaces
-    that of the LM. With `text_only`, the text model is taken out of one that has other parts. `loading` is how this
-    rank gets the weights of a model that will be sharded.
+    before training. Without `attn`, transformers chooses. With `scoring`, builds the architecture's
+    sequence-classification model with one label: its head `score`, random if `model` has none, replaces that of the LM.
+    With `text_only`, takes the text model out of one that has other parts. `loading` is how a rank gets its weights.
 
     Raises:
         UserError: something can't be loaded, or parts don't fit together.
