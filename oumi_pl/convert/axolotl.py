@@ -359,6 +359,7 @@ def _objective(settings: Settings, kind: str) -> dict[str, Any]:
             desirable_weight=float(settings.get("kto_desirable_weight") or 1.0),
             undesirable_weight=float(settings.get("kto_undesirable_weight") or 1.0),
         )
+    arguments: dict[str, Any]
     if kind == "Reward":
         value = settings.get("center_rewards_coefficient")
         arguments = {"center_rewards_coefficient": float(value)} if value else {}
@@ -376,7 +377,6 @@ def _objective(settings: Settings, kind: str) -> dict[str, Any]:
         # TRL's CPO subtracts gamma / beta from the difference, which beta then multiplies; its SFT term has cpo_alpha
         "simpo": ("SimPO", {"beta": beta, "gamma": float(settings.get("simpo_gamma") or 0.5)}),
     }
-    arguments: dict[str, Any]
     path, arguments = losses.get(str(name), ("", {}))
     if path:
         if name == "simpo" and settings.get("cpo_alpha", 1.0):
