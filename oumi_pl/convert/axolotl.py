@@ -37,7 +37,7 @@ TRANSLATED |= {
     "load_in_4bit": "model.quantization",
     "load_in_8bit": "model.quantization",
     **dict.fromkeys(("lora_r", "lora_alpha", "lora_dropout", "lora_modules_to_save", "lora_target_*"), "model.lora"),
-    **dict.fromkeys(("lora_fan_in_fan_out", "lora_exclude_modules", "peft_use_rslora", "peft_use_dora"), "model.lora"),
+    **dict.fromkeys(("lora_exclude_modules", "peft_use_rslora", "peft_use_dora"), "model.lora"),
     **dict.fromkeys(("peft_init_lora_weights", "lora_rank_pattern", "lora_alpha_pattern"), "model.lora"),
     **dict.fromkeys(("peft_layers_to_transform", "peft_layers_pattern"), "model.lora"),
     "lora_model_dir": "model.model",

@@ -61,10 +61,18 @@ NAMES = {
 
 WITHOUT_EFFECT = {
     **dict.fromkeys(("tf32", "torch_compile*", "use_liger_kernel", "liger_kernel_config", "use_cpu"), SPEED),
-    **dict.fromkeys(("gradient_checkpointing_kwargs", "activation_offloading", "ddp_*", "fsdp_config"), SPEED),
+    **dict.fromkeys(
+        ("gradient_checkpointing_kwargs", "activation_offloading", "activation_checkpointing*", "ddp_*", "fsdp_config"),
+        SPEED,
+    ),
     **dict.fromkeys(("dataloader_*", "low_cpu_mem_usage", "auto_find_batch_size", "torch_empty_cache_steps"), SPEED),
     **dict.fromkeys(("eval_accumulation_steps", "prediction_loss_only", "local_rank", "accelerator_config"), SPEED),
     **dict.fromkeys(("bf16_full_eval", "fp16_full_eval", "use_cache", "debug", "skip_memory_metrics"), SPEED),
+    **dict.fromkeys(
+        ("eval_do_concat_batches", "eval_use_gather_object", "batch_eval_metrics", "save_on_each_node"), SPEED
+    ),
+    **dict.fromkeys(("enable_jit_checkpoint", "parallelism_config", "length_column_name", "label_names"), SPEED),
+    **dict.fromkeys(("restore_callback_states_from_checkpoint", "do_predict"), SPEED),
     **dict.fromkeys(("logging_*", "log_level*", "log_on_each_node", "disable_tqdm", "run_name", "project"), LOGS),
     **dict.fromkeys(("trackio_*", "include_num_input_tokens_seen", "include_for_metrics", "eval_on_start"), LOGS),
     **dict.fromkeys(("push_to_hub*", "hub_*"), HUB),
@@ -245,17 +253,18 @@ def trainer(settings: Settings, *, epochs: float, mixed: str | None, devices: in
         UserError: epochs aren't whole.
     """
     steps = int(settings.get("max_steps", -1))
-    number = float(settings.get("num_train_epochs", epochs)) if steps > 0 else None
-    if number is not None:
+    whole = None
+    if steps <= 0:
         number = float(settings.noted("num_train_epochs", epochs, "trainer.max_epochs"))
         if not number.is_integer():
             settings.refuse("num_train_epochs", f"{number} epochs are no whole ones; set max_steps")
+        whole = int(number)
     accumulated = int(settings.get("gradient_accumulation_steps", 1))
     clip = float(settings.noted("max_grad_norm", 1.0, "trainer.gradient_clip_val"))
     return given(devices=devices) | given(
         strategy=strategy(settings),
         max_steps=steps if steps > 0 else None,
-        max_epochs=None if number is None else int(number),
+        max_epochs=whole,
         accumulate_grad_batches=None if accumulated == 1 else accumulated,
         gradient_clip_val=clip or None,
         precision={"bf16": "bf16-mixed", "fp16": "16-mixed"}.get(mixed or ""),
