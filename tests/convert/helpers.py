@@ -1,11 +1,14 @@
 """Converting small configs, and looking values up in the recipe."""
 
+from functools import cache
 from pathlib import Path
 from typing import Any
 
-from oumi_pl.config.cli import instantiate
+from oumi_pl.config.check import Checker, Parser, options
 from oumi_pl.convert import peers
 from oumi_pl.convert.settings import Settings
+from oumi_pl.data.base import TextData
+from oumi_pl.modules.base import LanguageModule
 
 
 def converted(values: dict[str, Any], trainer: str | None = None, folder: Path = Path()) -> tuple[dict, Settings]:
@@ -23,6 +26,14 @@ def at(tree: Any, place: str) -> Any:
     return tree
 
 
-def assert_builds(tree: dict[str, Any]) -> None:
-    """Module and data take their arguments, as `fit` builds them before anything is read."""
-    instantiate({"model": tree["model"], "data": tree["data"]})
+@cache
+def checker() -> Checker:
+    parser = Parser()
+    parser.add_subclass_arguments(LanguageModule, "model", fail_untyped=False)
+    parser.add_subclass_arguments(TextData, "data", fail_untyped=False)
+    return Checker(options(parser))
+
+
+def assert_fits(tree: dict[str, Any]) -> None:
+    """Module and data have these arguments, of these types."""
+    checker().check_recipe({"model": tree["model"], "data": tree["data"]})

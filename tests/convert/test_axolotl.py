@@ -4,7 +4,7 @@ import pytest
 
 from oumi_pl.convert.axolotl import KEYS
 from oumi_pl.errors import UserError
-from tests.convert.helpers import assert_builds, at, converted
+from tests.convert.helpers import assert_fits, at, converted
 
 SFT = {
     "base_model": "org/base",
@@ -112,7 +112,7 @@ def test_a_key_becomes_the_one_that_means_the_same(base, more, place, value):
     tree, settings = converted({key: one for key, one in (base | more).items() if one is not None})
     assert at(tree, place) == value
     assert set(more) - {key for key, one in more.items() if one is None} <= set(settings.notes.became) | {"plugins"}
-    assert_builds(tree)
+    assert_fits(tree)
 
 
 def test_every_default_that_is_written_out_is_called_one():

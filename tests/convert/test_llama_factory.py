@@ -7,7 +7,7 @@ import yaml
 
 from oumi_pl.convert.llama_factory import KEYS
 from oumi_pl.errors import UserError
-from tests.convert.helpers import assert_builds, at, converted
+from tests.convert.helpers import assert_fits, at, converted
 
 INFO = {
     "instructions": {"file_name": "instructions.json"},
@@ -117,7 +117,7 @@ def test_a_key_becomes_the_one_that_means_the_same(folder, more, place, value):
     tree, settings = converted({k: v for k, v in (SFT | more).items() if v is not None}, folder=folder)
     assert at(tree, place) == value
     assert {key for key, one in more.items() if one is not None} <= set(settings.notes.became)
-    assert_builds(tree)
+    assert_fits(tree)
 
 
 @pytest.mark.parametrize(
@@ -173,4 +173,4 @@ V1 = {"model": "org/base", "train_dataset": "data/v1.yaml", "model_class": "llm"
 def test_a_key_of_v1_becomes_the_one_that_means_the_same(folder, more, place, value):
     tree, _ = converted(V1 | more, folder=folder)
     assert at(tree, place) == value
-    assert_builds(tree)
+    assert_fits(tree)

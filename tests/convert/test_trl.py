@@ -8,7 +8,7 @@ from oumi_pl.commands.convert import text_of
 from oumi_pl.convert import peers
 from oumi_pl.convert.trl import KEYS
 from oumi_pl.errors import UserError
-from tests.convert.helpers import assert_builds, at, converted
+from tests.convert.helpers import assert_fits, at, converted
 
 ARGUMENTS = {"model_name_or_path": "org/base", "dataset_name": "org/rows"}
 
@@ -47,7 +47,7 @@ def test_a_default_that_is_written_out_is_trls(configs, trainer):
     assert lora["r"] == default(ModelConfig, "lora_r")
     if trainer in ("dpo", "kto"):
         assert at(tree, "model.loss.beta") == default(config, "beta")
-    assert_builds(tree)
+    assert_fits(tree)
 
 
 def test_every_argument_of_trl_is_translated_or_named_with_a_reason(configs):
@@ -96,7 +96,7 @@ def test_every_argument_of_trl_is_translated_or_named_with_a_reason(configs):
 def test_an_argument_becomes_the_key_that_means_the_same(trainer, more, place, value):
     tree, _ = converted(ARGUMENTS | more, trainer)
     assert at(tree, place) == value
-    assert_builds(tree)
+    assert_fits(tree)
 
 
 @pytest.mark.parametrize(
