@@ -52,17 +52,16 @@ def main() -> None:
         rows = [(str(file.relative_to(folder)), *result(file, check)) for file in sorted(folder.rglob("*.y*ml"))]
         rows = [row for row in rows if row[1]]
         counts = Counter(library for _, library, _, _ in rows)
+        counted = [kind for _, _, kind, _ in rows if kind not in dict(OUTSIDE)]
+        converts = counted.count("converts")
+        share = f"{100 * converts / max(1, len(counted)):.0f} %"
+        print(f"\n# {' and '.join(counts)}: {converts} of {len(counted)} convert and parse ({share})")
         for library in counts:
             _print(library, [(name, kind, reason) for name, other, kind, reason in rows if other == library])
 
 
 def _print(library: str, rows: list[tuple[str, str, str]]) -> None:
-    outside = [kind for kind, _ in OUTSIDE]
-    counted = [row for row in rows if row[1] not in outside]
-    converts = sum(kind == "converts" for _, kind, _ in counted)
-    print(
-        f"\n# {library}: {converts} of {len(counted)} convert and parse ({100 * converts / max(1, len(counted)):.0f} %)"
-    )
+    print(f"\n# {library}")
     for kind, count in Counter(kind for _, kind, _ in rows).most_common():
         print(f"#   {kind}: {count}")
     width = max(len(name) for name, _, _ in rows)
