@@ -98,6 +98,7 @@ class UpdateModule(L.LightningModule):
         self.__is_counted = False
         self.__finished = self.__stepped = -1
         self.__logged: set[str] = set()
+        self.__restored_metrics: dict[str, float] = {}
         self.__evaluated = EvaluationSums()
         self.__running: set[str] = set()
 
@@ -185,12 +186,30 @@ class UpdateModule(L.LightningModule):
         """Runs when the optimizers are set up, before a checkpoint is restored into them."""
 
     def begin_training(self) -> None:
-        """Runs before the first update, once a checkpoint is restored."""
+        """Runs before the first update, once a checkpoint is restored.
+
+        Restores the metrics of the checkpoint, which Lightning would drop at an earlier hook. A callback may read them
+        before they are logged again, for example `EarlyStopping` at the end of an epoch.
+        """
+        metrics, self.__restored_metrics = self.__restored_metrics, {}
+        self.trainer.callback_metrics.update({name: torch.tensor(value) for name, value in metrics.items()})
         self.__finished = self.__stepped = -1  # another trainer counts its steps from 0 again
         self.__update = {}
         for optimizer in self.trainer.optimizers:
             if isinstance(optimizer, Optimizer):  # `optimizer_step` is not called in manual optimisation
                 optimizer.register_step_post_hook(lambda *_: self.__after_step())
+
+    def add_to_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Adds the metrics that callbacks see, and which of them the last update has logged."""
+        checkpoint["metrics"] = {name: float(value) for name, value in self.trainer.callback_metrics.items()}
+        checkpoint["logged"] = sorted(self.__logged)
+
+    def restore_from(self, checkpoint: dict[str, Any]) -> None:
+        """Keeps the metrics of a checkpoint until training begins."""
+        if self._trainer is None or self.trainer.state.fn != "fit":
+            return
+        self.__restored_metrics = checkpoint.get("metrics", {})
+        self.__logged = {*checkpoint.get("logged", [])}
 
     def begin_batch(self, batch: Any, batch_idx: int) -> None:
         """Runs before each micro-batch."""
@@ -552,6 +571,7 @@ class RestorableModule(UpdateModule):
         The state of optimizers is saved by the names of weights, not by numbers: other ranks, another strategy or
         another `model.freeze` may number them differently.
         """
+        super().add_to_checkpoint(checkpoint)
         names = self.__optimized_names()
         if "optimizer_states" in checkpoint:
             by_number = zip(checkpoint["optimizer_states"], names, strict=True)
@@ -569,8 +589,6 @@ class RestorableModule(UpdateModule):
         checkpoint["optimizer_settings"] = self.optimizer_settings if pending is None else pending
         checkpoint["trained"] = {"at_start": self.__trained_at_start, "now": self.__trained()}
         checkpoint["plateau_metrics"] = self.__metrics_of_due_plateaus()
-        metrics = self.trainer.callback_metrics
-        checkpoint["metrics"] = {k: float(v) for k, v in metrics.items() if k.startswith(("train/", "val/"))}
 
     def restore_from(self, checkpoint: dict[str, Any]) -> None:
         """Restores what `add_to_checkpoint` added.
@@ -578,6 +596,7 @@ class RestorableModule(UpdateModule):
         Raises:
             UserError: the checkpoint is of another model, or holds too little to resume training.
         """
+        super().restore_from(checkpoint)
         is_fitting = self._trainer is not None and self.trainer.state.fn == "fit"
         if not (is_fitting and is_sharded(self)):  # else `__load_sharded` has done it
             self.__thaw(checkpoint.get("trained", {}))
