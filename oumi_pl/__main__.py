@@ -23,17 +23,18 @@ usage: oumi_pl COMMAND [options]          (or: python -m oumi_pl COMMAND)
   runs      list and compare runs:        oumi_pl runs; runs compare A B
   generate  complete prompts:             oumi_pl generate --model runs/NAME/model --prompt TEXT
             or all rows of a file:        oumi_pl generate --model DIR --file rows.jsonl --output answers.jsonl
+  chat      talk with a model:            oumi_pl chat --model DIR; or --run NAME
   score     score rows with a reward model: oumi_pl score --model DIR --input rows.jsonl --output scores.jsonl
 
   validate  compute validation metrics:   oumi_pl validate --config RECIPE --ckpt_path FILE
   test      compute metrics of the test rows
   predict   write a completion per row, as JSON lines
   prepare   tokenize a pretraining corpus once, into shards
-  export    write a checkpoint as a folder that transformers loads
+  export    write a checkpoint as a folder that transformers loads; --format gguf: for llama.cpp and Ollama
   push      upload a model to the hub:    oumi_pl push RUN OWNER/NAME (private; --dry_run lists its files)
   compare   compare training engines:     oumi_pl compare --config RECIPE --engines lightning,trl
   train     run an Oumi training config:  oumi_pl train -c oumi.yaml --training.max_steps 3
-  convert   print it as a recipe:         oumi_pl convert oumi.yaml
+  convert   print a config of Oumi, axolotl, LLaMA-Factory or TRL as a recipe: oumi_pl convert FILE
 
 options of fit, validate, test and predict:
   --config NAME|FILE      a recipe, by name or path; several are merged, the later wins
@@ -52,7 +53,7 @@ A recipe can name any Python class, so running a recipe can run any code: only r
 TRAINER_COMMANDS = ("fit", "validate", "test", "predict")
 COMMANDS = (
     *TRAINER_COMMANDS,
-    *("recipes", "preview", "plan", "runs", "generate", "score"),
+    *("recipes", "preview", "plan", "runs", "generate", "chat", "score"),
     *("prepare", "export", "push", "compare", "train", "convert"),
 )
 

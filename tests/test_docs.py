@@ -16,6 +16,7 @@ PAGES = (
     "oumi_pl/data/README.md",
     "oumi_pl/rollouts/README.md",
     "recipes/notebooks/README.md",
+    "recipes/serve/README.md",
 )
 LONGEST_LINE = 130
 

@@ -1,28 +1,106 @@
-"""Print an Oumi training config as a recipe."""
+"""Print a training config of Oumi, axolotl, LLaMA-Factory or TRL as a recipe."""
 
+from collections.abc import Mapping
 from pathlib import Path
-from typing import get_args
+from typing import Any, get_args
+
+import yaml
 
 from oumi_pl.commands.parser import Parser
+from oumi_pl.errors import UserError
 
 ENGINES = ("lightning", "trl", "hf")
+EPILOG = """\
+Whose config it is follows from its keys. TRL's may also be a command line (`convert "trl sft --model ..."`, or a shell
+script that holds one); its YAML needs --trainer. Other options override values of the config, as in the library:
+--training.max_steps 100, --learning_rate 1e-4. Comments say what became of each key, and name those that are not taken
+over with the reason. A key that changes what is trained and has no counterpart is refused."""
 
 
 def main(args: list[str]) -> int:
     """Runs the command; returns its exit code."""
-    parser = Parser(
-        "convert",
-        __doc__,
-        epilog="other options override values of the config, as in Oumi: --training.max_steps 100",
+    parser = Parser("convert", __doc__, epilog=EPILOG)
+    parser.add_argument("config", help="a config file, a command line of TRL's, or Oumi's address oumi://...")
+    parser.add_argument(
+        "--engine", choices=ENGINES, help="who runs the loop (default: lightning; by Oumi's trainer type)"
     )
-    parser.add_argument("config", help="a config for `oumi train`, or its address oumi://... if Oumi has fetched it")
-    parser.add_argument("--engine", choices=ENGINES, help="who runs the loop (default: by Oumi's trainer type)")
     parser.add_argument("--devices", type=int, metavar="N", help="devices per node (default: all)")
+    parser.add_argument("--trainer", metavar="NAME", help="of TRL's YAML: sft, dpo, kto or reward")
     options, overrides = parser.parse_known_args(args)
-    from oumi_pl.core.configs.addresses import config_path
-
-    print(convert(config_path(options.config), overrides, options.engine, options.devices), end="")
+    print(text_of(options.config, overrides, options.engine, options.devices, options.trainer), end="")
     return 0
+
+
+def text_of(
+    config: str, overrides: list[str], engine: str | None = None, devices: int | None = None, trainer: str | None = None
+) -> str:
+    """The text of the recipe that is equivalent to a config.
+
+    Args:
+        config: File, command line of TRL's, or Oumi's address.
+        overrides: `--learning_rate 1e-4` and the like.
+        engine: `lightning`, `trl` or `hf`.
+        devices: Devices per node.
+        trainer: `sft`, `dpo`, `kto` or `reward`, if it is TRL's YAML.
+
+    Raises:
+        UserError: the config can't be read, or something in it has no counterpart.
+    """
+    from oumi_pl.convert import peers
+    from oumi_pl.core.configs.addresses import config_path
+    from oumi_pl.core.recipe import as_yaml
+
+    if " " in config and peers.is_command(config):
+        text, path, name = config, Path(), "command line"
+    else:
+        path = config_path(config)
+        text, name = _read(path), path.name
+    tree = _tree(text)
+    library = peers.library_of(tree)
+    if peers.is_command(text) and library is None:
+        library, (trainer, arguments) = "TRL", peers.command(text)
+        tree = _from_command(arguments, path.parent)
+    if library is None:
+        return convert(path, overrides, engine, devices)
+    recipe, settings = peers.recipe(peers.overridden(tree, overrides), library, path.parent, trainer, devices)
+    if engine not in (None, "lightning"):
+        recipe = {"seed_everything": recipe["seed_everything"], "engine": engine} | recipe
+    lines = [f"Converted from {settings.keys.library}'s {name}.", "  python -m oumi_pl fit --config THIS_FILE"]
+    return as_yaml(recipe, settings.notes.comments, "\n".join([*lines, *settings.header()]))
+
+
+def _read(path: Path) -> str:
+    """The text of a file; empty if it can't be read, which Oumi's reader then says."""
+    try:
+        return path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError):
+        return ""
+
+
+def _tree(text: str) -> Any:
+    """The content of a YAML file; None if it is none."""
+    try:
+        return yaml.safe_load(text)
+    except yaml.YAMLError:
+        return None
+
+
+def _from_command(arguments: list[str], folder: Path) -> dict[str, Any]:
+    """The values of a command line, over those of the YAML that its --config names.
+
+    Raises:
+        UserError: there is no such file.
+    """
+    from oumi_pl.convert.peers import overridden
+
+    values = overridden({}, arguments)
+    if (name := values.pop("config", None)) is None:
+        return values
+    file = next((place for place in (Path(str(name)), folder / str(name)) if place.is_file()), None)
+    if file is None:
+        raise UserError(f"--config {name}: there is no such file")
+    tree = _tree(_read(file))
+    return {**(tree if isinstance(tree, Mapping) else {}), **values}
 
 
 def convert(path: Path, overrides: list[str], engine: str | None = None, devices: int | None = None) -> str:

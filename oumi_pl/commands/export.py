@@ -1,6 +1,7 @@
-"""Export a checkpoint as a folder that `transformers` loads."""
+"""Export a checkpoint as a folder that `transformers` loads, or as a GGUF file for llama.cpp and Ollama."""
 
 import copy
+import shutil
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -26,6 +27,14 @@ def main(args: list[str]) -> int:
         help="a .ckpt file, a sharded checkpoint, or a run folder (its best, else newest)",
     )
     parser.add_argument("--output", type=Path, required=True, help="folder to write to, new or empty")
+    parser.add_argument(
+        "--format",
+        choices=("transformers", "gguf"),
+        default="transformers",
+        help="gguf: model.gguf for llama.cpp, and Ollama's Modelfile; adapters are merged; --checkpoint may also be a "
+        "model folder",
+    )
+    parser.add_argument("--outtype", choices=("f16", "q8_0"), default="f16", help="of the matrices of a GGUF file")
     parser.add_argument("--merge", action="store_true", help="merge a LoRA adapter into its base weights")
     parser.add_argument("--trust", action="store_true", help=TRUST)
     parser.add_argument(
@@ -41,7 +50,14 @@ def main(args: list[str]) -> int:
     options = parser.parse_args(args)
     if (options.public or options.overwrite) and not options.push_to_hub:
         raise UserError("export: --public and --overwrite are about a repository; name it with --push_to_hub")
-    checkpoint, output = find(options.checkpoint.expanduser()), options.output.expanduser()
+    output = options.output.expanduser()
+    if options.format == "gguf":
+        if options.check or options.push_to_hub:
+            raise UserError("export: --check and --push_to_hub are for --format transformers")
+        export_gguf(options.checkpoint.expanduser(), output, options.outtype, trust=options.trust)
+        echo(f"exported {options.checkpoint} to {output / 'model.gguf'}")
+        return 0
+    checkpoint = find(options.checkpoint.expanduser())
     if options.push_to_hub:
         check_name(options.push_to_hub, "--push_to_hub")
     if options.check:
@@ -59,6 +75,37 @@ def main(args: list[str]) -> int:
         settings = {"public": options.public, "overwrite": options.overwrite, "key": "--push_to_hub"}
         echo(f"pushed to {push(output, options.push_to_hub, **settings)}")
     return 0
+
+
+def export_gguf(source: Path, output: Path, outtype: Any = "f16", *, trust: bool = False) -> None:
+    """Writes a checkpoint or a model folder as `model.gguf`, with Ollama's Modelfile beside it.
+
+    Args:
+        source: A checkpoint, a run folder (its best checkpoint, else its newest), or a folder of whole weights.
+        output: A new or empty folder.
+        outtype: `f16` or `q8_0`.
+        trust: Run code outside the package that the checkpoint's recipe names.
+
+    Raises:
+        UserError: the model can't be read, or llama.cpp's own converter is needed.
+    """
+    import tempfile
+
+    from oumi_pl.models.gguf_file import import_gguf, modelfile, write_gguf
+
+    import_gguf()  # before the work of the export
+    if output.exists() and (not output.is_dir() or any(output.iterdir())):
+        raise UserError(f"--output: {output} exists and is not an empty folder; name another one")
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = source
+        if not (source / "config.json").is_file():
+            folder = Path(scratch) / output.resolve().name
+            export_checkpoint(find(source), folder, merge=True, trust=trust)
+        half = Path(scratch) / "model.gguf"
+        write_gguf(folder, half, outtype, name=output.resolve().name)
+        output.mkdir(parents=True, exist_ok=True)
+        shutil.move(half, output / "model.gguf")
+        (output / "Modelfile").write_text(modelfile(folder, "model.gguf"), encoding="utf-8")
 
 
 def export_checkpoint(checkpoint: Path, output: Path, *, merge: bool = False, trust: bool = False) -> None:

@@ -2,9 +2,12 @@
 
 import copy
 import inspect
+import json
+import os
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, cast
@@ -23,6 +26,7 @@ from oumi_pl.models.text_part import text_part, whole_model
 from oumi_pl.runs.checksums import refuse_damaged_weights
 from oumi_pl.runs.files import parse
 from oumi_pl.terminal.screen import working
+from oumi_pl.terminal.text import echo
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
@@ -255,6 +259,8 @@ def build_model(
     attention.register()
     loading = loading or Loading()
     base, adapter, revision = _located(model, revision)
+    if model is not None and int(os.environ.get("RANK") or 0) == 0:
+        _say_what_is_not_read(Path(adapter or str(base)))
     hub = {"revision": revision, "trust_remote_code": trust_remote_code}
     hf_config = build_config(base, config, tokenizer, **hub)
     attn = _with_soft_cap(hf_config, attn)
@@ -283,6 +289,27 @@ def build_model(
         freeze_adapters(hf, freeze)
         hf.why_not_alone = _why_not_alone(base, adapter, config or {}, new_rows)
     return hf.train()  # `from_pretrained` returns eval mode, which Lightning would keep
+
+
+LEFT = {"optimizer": "optimizer.*", "schedule": "scheduler.pt", "random states": "rng_state*"}
+"""What a checkpoint of transformers' Trainer holds besides the weights -> its files."""
+
+
+@cache
+def _say_what_is_not_read(folder: Path) -> None:
+    """Prints, for a checkpoint of transformers' or TRL's trainers, that its weights alone are the start of this run."""
+    file = folder / "trainer_state.json"
+    if not file.is_file():
+        return
+    try:
+        step = json.loads(file.read_text(encoding="utf-8")).get("global_step", "?")
+    except (OSError, ValueError, AttributeError):
+        step = "?"
+    left = [name for name, files in LEFT.items() if next(folder.glob(files), None)]
+    echo(
+        f"note: {folder} is a checkpoint of transformers' Trainer, at step {step}: the run starts from its weights; "
+        f"not taken over: {', '.join([*left, 'step', 'position in the data'])}"
+    )
 
 
 def source_of_weights(

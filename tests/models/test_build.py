@@ -401,3 +401,24 @@ def test_a_config_that_leaves_layers_of_trained_weights_out_is_refused(tmp_path)
     with pytest.raises(UserError, match=r"num_hidden_layers\): 9 trained weights .* left out, first model.layers.1"):
         build_model(folder, config={"num_hidden_layers": 1})
     build_model(folder, config={"attention_dropout": 0.1})
+
+
+def test_a_checkpoint_of_transformers_trainer_gives_its_weights_and_says_what_it_does_not(tmp_path, capsys, tokenizer):
+    from transformers import Trainer, TrainingArguments
+
+    arguments = TrainingArguments(str(tmp_path), max_steps=1, save_steps=1, use_cpu=True, report_to="none")
+    rows = [{"input_ids": [1, 2, 3, 4], "labels": [1, 2, 3, 4]}] * 8
+    trainer = Trainer(model=save(tmp_path / "base", tokenizer), args=arguments, train_dataset=rows)
+    trainer.train()
+    folder = tmp_path / "checkpoint-1"
+    capsys.readouterr()
+    model = build_model(str(folder), tokenizer=tokenizer)
+    for name, value in trainer.model.state_dict().items():
+        assert torch.equal(model.state_dict()[name], value)
+    build_model(str(folder), tokenizer=tokenizer)  # the line is there once
+    assert capsys.readouterr().out == (
+        f"note: {folder} is a checkpoint of transformers' Trainer, at step 1: the run starts from its weights; "
+        "not taken over: optimizer, schedule, random states, step, position in the data\n"
+    )
+    build_model(str(tmp_path / "base"), tokenizer=tokenizer)
+    assert "note" not in capsys.readouterr().out

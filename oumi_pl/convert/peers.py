@@ -1,0 +1,96 @@
+"""Which library a config is of, by its keys, and its recipe."""
+
+import re
+import shlex
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from oumi_pl.convert import axolotl, llama_factory, llama_factory_v1, trl
+from oumi_pl.convert.settings import Settings, number
+from oumi_pl.errors import UserError
+
+COMMAND = re.compile(r"\btrl\s+(sft|dpo|kto|reward)\b|(?<![\w])(sft|dpo|kto|reward|reward_modeling)\.py\b")
+"""A command of TRL's, or the name of its script."""
+
+
+def library_of(tree: Any) -> str | None:
+    """`axolotl`, `LLaMA-Factory`, `LLaMA-Factory v1` or `TRL`; None for another, such as Oumi's."""
+    if not isinstance(tree, Mapping):
+        return None
+    if "base_model" in tree:
+        return "axolotl"
+    if "train_dataset" in tree and isinstance(tree.get("model"), str):
+        return "LLaMA-Factory v1"
+    if "model_name_or_path" in tree:
+        own = ("stage", "finetuning_type", "cutoff_len", "dataset", "dataset_dir", "template")
+        return "LLaMA-Factory" if any(key in tree for key in own) else "TRL"
+    return None
+
+
+def is_command(text: str) -> bool:
+    """Whether a text is a command line of TRL's, or a shell script with one."""
+    return COMMAND.search(text) is not None and "--" in text
+
+
+def overridden(values: Mapping[str, Any], overrides: list[str]) -> dict[str, Any]:
+    """The config with the options of a command line: `--key value`, `--key=value` or `key=value`; `-` counts as `_`.
+
+    Raises:
+        UserError: an argument belongs to no option.
+    """
+    tree, rest = dict(values), list(overrides)
+    while rest:
+        flag, equals, value = rest.pop(0).partition("=")
+        if not equals and not flag.startswith("--"):
+            raise UserError(f"{flag!r} belongs to no option; write --key value")
+        key = flag.removeprefix("--").replace("-", "_")
+        listed: list[str] = [value] if equals else []
+        while not equals and rest and not rest[0].startswith("--"):
+            listed.append(rest.pop(0))
+        read = [number(yaml.safe_load(one)) if one else one for one in listed]
+        tree[key] = True if not read else read[0] if len(read) == 1 else read
+    return tree
+
+
+def command(text: str) -> tuple[str, list[str]]:
+    """Trainer (`sft`, ...) and arguments of the first command of TRL's in a text; comments are left out.
+
+    Raises:
+        UserError: it can't be taken apart.
+    """
+    lines = text.replace("\\\n", " ").splitlines()
+    line = next(line for line in lines if COMMAND.search(line) and not line.lstrip().startswith("#"))
+    match = COMMAND.search(line)
+    assert match is not None
+    trainer = (match[1] or match[2]).removesuffix("_modeling")
+    try:
+        return trainer, shlex.split(line[match.end() :], comments=True)
+    except ValueError as error:
+        raise UserError(f"the command line can't be taken apart: {error}") from error
+
+
+def recipe(
+    values: Mapping[str, Any], library: str, folder: Path, trainer: str | None, devices: int | None
+) -> tuple[dict[str, Any], Settings]:
+    """The recipe of a config, and the notes on it.
+
+    Args:
+        values: The config.
+        library: As `library_of` returns it.
+        folder: Folder of the config.
+        trainer: TRL's trainer (`sft`, `dpo`, `kto`, `reward`), which its YAML doesn't say.
+        devices: Devices per node.
+
+    Raises:
+        UserError: something has no counterpart.
+    """
+    if library == "axolotl":
+        return axolotl.recipe(values, devices)
+    if library == "LLaMA-Factory":
+        return llama_factory.recipe(values, folder, devices)
+    if library == "LLaMA-Factory v1":
+        return llama_factory_v1.recipe(values, folder, devices)
+    return trl.recipe(values, trainer, devices)

@@ -1,0 +1,121 @@
+"""The settings of another library's config, and what is noted while they are translated."""
+
+import fnmatch
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from oumi_pl.core.recipe.notes import Notes, refuse
+from oumi_pl.errors import UserError, nearest
+
+UNKNOWN = "is unknown here"
+
+
+@dataclass(frozen=True)
+class Keys:
+    """What becomes of each key of a library's config.
+
+    A key may have `*` for any text. library: its name. translated: key -> key of the recipe. without_effect: key -> why
+    nothing that is trained depends on it. refused: key -> why it has no counterpart; allowed if it is off (false, 0,
+    empty). other_names: name of an argument of transformers' `TrainingArguments` (and of `peft` as TRL names it) -> the
+    library's name for it.
+    """
+
+    library: str
+    translated: Mapping[str, str]
+    without_effect: Mapping[str, str]
+    refused: Mapping[str, str] = field(default_factory=dict)
+    other_names: Mapping[str, str] = field(default_factory=dict)
+
+
+class Settings:
+    """The values of a config, whose defaults are noted beside the keys of the recipe that they become.
+
+    Args:
+        values: Content of the config. Keys whose value is null count as missing.
+        keys: What becomes of each key.
+
+    Raises:
+        UserError: a key is unknown, or set and refused; the message lists all of them.
+    """
+
+    def __init__(self, values: Mapping[str, Any], keys: Keys) -> None:
+        self.values = {str(key): value for key, value in values.items() if value is not None}
+        self.keys = keys
+        self.notes = Notes()
+        refused = []
+        for key, value in self.values.items():
+            if (place := _entry(keys.translated, key)) is not None:
+                self.notes.became[key] = place
+            elif (why := _entry(keys.without_effect, key)) is not None:
+                self.notes.became[key] = f"nothing: {why}"
+            elif (why := _entry(keys.refused, key)) is None:
+                refused.append(f"{key} {UNKNOWN}{nearest(key, keys.translated)}".rstrip(";"))
+            elif not value:
+                self.notes.became[key] = "nothing: it is off"
+            else:
+                refused.append(f"{key}: {why}")
+        if refused:
+            them = "it" if len(refused) == 1 else "them"
+            raise UserError(f"{'; '.join(refused)}. Remove {them} to convert the rest")
+
+    def name(self, argument: str) -> str:
+        """The library's name of an argument of transformers or TRL."""
+        return self.keys.other_names.get(argument, argument)
+
+    def has(self, argument: str) -> bool:
+        """Whether a value is set."""
+        return self.name(argument) in self.values
+
+    def get(self, argument: str, default: Any = None) -> Any:
+        """The value; the default if it is not set. Text that is a number, such as 2e-5 in YAML, is a number."""
+        value = self.values.get(self.name(argument), default)
+        return number(value) if isinstance(default, int | float) and not isinstance(default, bool) else value
+
+    def noted(self, argument: str, default: Any, place: str) -> Any:
+        """As `get`; a default is noted at its key of the recipe, since it may differ from the one here."""
+        if not self.has(argument):
+            self.notes.comment(place, f"{self.name(argument)}: {self.keys.library}'s default")
+        return self.get(argument, default)
+
+    def comment(self, place: str, text: str) -> None:
+        """Adds a comment to a key of the recipe."""
+        self.notes.comment(place, text)
+
+    def refuse(self, argument: str, why: str) -> Any:
+        """Refuses the value of a key.
+
+        Raises:
+            UserError: always.
+        """
+        refuse(self.name(argument), why)
+
+    def header(self) -> list[str]:
+        """Lines that say what became of each key that is set: first the translated ones, then the others by reason."""
+        by_reason: dict[str, list[str]] = {}
+        for key, became in self.notes.became.items():
+            by_reason.setdefault(became, []).append(key)
+        lines = [f"  {', '.join(names)}: {became}" for became, names in by_reason.items()]
+        is_nothing = [": nothing: " in line for line in lines]
+        kept = [line for line, nothing in zip(lines, is_nothing, strict=True) if not nothing]
+        dropped = [line.replace(": nothing: ", ": ") for line, no in zip(lines, is_nothing, strict=True) if no]
+        return [
+            *(["What its keys became:", *kept] if kept else []),
+            *(["Keys that are not taken over, with the reason:", *dropped] if dropped else []),
+        ]
+
+
+def _entry(table: Mapping[str, str], key: str) -> str | None:
+    """The value of a key, or of a pattern that it fits."""
+    if key in table:
+        return table[key]
+    return next((value for name, value in table.items() if "*" in name and fnmatch.fnmatchcase(key, name)), None)
+
+
+def number(value: Any) -> Any:
+    """A number that is written as text; anything else unchanged."""
+    if isinstance(value, str) and re.fullmatch(r"[-+]?(\d+\.?\d*|\.\d+)(e[-+]?\d+)?", value.strip().lower()):
+        as_float = float(value)
+        return int(as_float) if re.fullmatch(r"[-+]?\d+", value.strip()) else as_float
+    return value

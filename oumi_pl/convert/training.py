@@ -1,0 +1,352 @@
+"""What axolotl, LLaMA-Factory and TRL share: arguments of transformers' `TrainingArguments`, and of PEFT.
+
+Each function reads settings by their names in transformers (of PEFT's in TRL's `ModelConfig`), and gives a part of the
+recipe. Defaults that differ from ours are written out.
+"""
+
+from pathlib import Path
+from typing import Any
+
+from oumi_pl.convert.settings import Settings
+from oumi_pl.core.recipe.notes import given
+
+MODEL = "model.init_args"
+OPTIMIZER, SCHEDULE, LORA = f"{MODEL}.optimizer", f"{MODEL}.schedule", f"{MODEL}.lora"
+STRATEGY, VALIDATION = "trainer.strategy", "data.init_args.validation"
+
+SPEED = "it decides on speed or memory alone"
+LOGS = "it decides on what is logged or where; metrics.csv has every step"
+HUB = "upload the model with `oumi_pl push`"
+RESUME = "a run is continued with `fit --resume`"
+
+NAMES = {
+    "learning_rate": "model.optimizer.lr",
+    "optim": "model.optimizer",
+    "adam_beta1": "model.optimizer.betas",
+    "adam_beta2": "model.optimizer.betas",
+    "adam_epsilon": "model.optimizer.eps",
+    "weight_decay": "model.optimizer.weight_decay",
+    "lr_scheduler_type": "model.schedule",
+    "lr_scheduler_kwargs": "model.schedule",
+    "warmup_steps": "model.schedule.warmup",
+    "warmup_ratio": "model.schedule.warmup",
+    "per_device_train_batch_size": "data.batch_size",
+    "per_device_eval_batch_size": "data.eval_batch_size",
+    "gradient_accumulation_steps": "trainer.accumulate_grad_batches",
+    "max_grad_norm": "trainer.gradient_clip_val",
+    "num_train_epochs": "trainer.max_epochs",
+    "max_steps": "trainer.max_steps",
+    "bf16": "trainer.precision",
+    "fp16": "trainer.precision",
+    "seed": "seed_everything",
+    "output_dir": "runs_dir and name",
+    "gradient_checkpointing": "model.gradient_checkpointing",
+    "save_strategy": "checkpoint",
+    "save_steps": "checkpoint.every",
+    "save_total_limit": "checkpoint.keep",
+    "load_best_model_at_end": "checkpoint.monitor",
+    "metric_for_best_model": "checkpoint.monitor",
+    "greater_is_better": "checkpoint.mode",
+    "eval_strategy": "val_every",
+    "eval_steps": "val_every",
+    "report_to": "logger",
+    "deepspeed": "trainer.strategy",
+    "fsdp": "trainer.strategy",
+    "dataloader_num_workers": "data.workers",
+    "label_smoothing_factor": "model.loss.label_smoothing",
+    "group_by_length": "data.group_by_length",
+    "train_sampling_strategy": "data.group_by_length",
+}
+"""Argument of `TrainingArguments` that is read here -> key of the recipe."""
+
+WITHOUT_EFFECT = {
+    **dict.fromkeys(("tf32", "torch_compile*", "use_liger_kernel", "liger_kernel_config", "use_cpu"), SPEED),
+    **dict.fromkeys(
+        ("gradient_checkpointing_kwargs", "activation_offloading", "activation_checkpointing*", "ddp_*", "fsdp_config"),
+        SPEED,
+    ),
+    **dict.fromkeys(("dataloader_*", "low_cpu_mem_usage", "auto_find_batch_size", "torch_empty_cache_steps"), SPEED),
+    **dict.fromkeys(("eval_accumulation_steps", "prediction_loss_only", "local_rank", "accelerator_config"), SPEED),
+    **dict.fromkeys(("bf16_full_eval", "fp16_full_eval", "use_cache", "debug", "skip_memory_metrics"), SPEED),
+    **dict.fromkeys(
+        ("eval_do_concat_batches", "eval_use_gather_object", "batch_eval_metrics", "save_on_each_node"), SPEED
+    ),
+    **dict.fromkeys(("enable_jit_checkpoint", "parallelism_config", "length_column_name", "label_names"), SPEED),
+    **dict.fromkeys(("restore_callback_states_from_checkpoint", "do_predict"), SPEED),
+    **dict.fromkeys(("logging_*", "log_level*", "log_on_each_node", "disable_tqdm", "run_name", "project"), LOGS),
+    **dict.fromkeys(("trackio_*", "include_num_input_tokens_seen", "include_for_metrics", "eval_on_start"), LOGS),
+    **dict.fromkeys(("push_to_hub*", "hub_*"), HUB),
+    **dict.fromkeys(("resume_from_checkpoint", "overwrite_output_dir", "ignore_data_skip", "save_only_model"), RESUME),
+    "remove_unused_columns": "columns that a format doesn't read are not kept",
+    "average_tokens_across_devices": "the loss is that of all tokens of all devices",
+    "save_safetensors": "weights are written as safetensors",
+    "do_train": "`fit` trains",
+    "do_eval": "there is a validation wherever data.validation is set",
+    "eval_delay": "the first validation comes after val_every steps",
+    "data_seed": "rows are ordered by seed_everything",
+    "full_determinism": "set trainer.deterministic: true if operations have to be deterministic",
+}
+"""Argument of `TrainingArguments` -> why nothing depends on it."""
+
+REFUSED = {
+    "neftune_noise_alpha": "noise on embeddings has no counterpart",
+    "optim_target_modules": "it is for GaLore and APOLLO, which have no counterpart",
+    "optim_args": "set the optimizer's arguments in the recipe, as model.optimizer.init_args",
+}
+
+# --- the optimizer and its schedule -----------------------------------------------------------------------------------
+
+BNB = "bitsandbytes.optim"
+ADAM = {
+    **dict.fromkeys(("adamw_torch", "adamw_torch_fused", "adamw_hf", "adamw_apex_fused"), "AdamW"),
+    **dict.fromkeys(("adamw_torch_npu_fused", "adamw_torch_xla"), "AdamW"),
+    **dict.fromkeys(("adamw_bnb_8bit", "adamw_8bit", "adamw_torch_8bit", "adamw_torch_4bit"), f"{BNB}.AdamW8bit"),
+    "paged_adamw_8bit": f"{BNB}.PagedAdamW8bit",
+    "paged_adamw_32bit": f"{BNB}.PagedAdamW32bit",
+    "paged_adamw": f"{BNB}.PagedAdamW32bit",
+}
+LION = {
+    "lion": f"{BNB}.Lion",
+    "lion_32bit": f"{BNB}.Lion",
+    "lion_8bit": f"{BNB}.Lion8bit",
+    "paged_lion_8bit": f"{BNB}.PagedLion8bit",
+    "paged_lion_32bit": f"{BNB}.PagedLion32bit",
+}
+OPTIMIZER_NOTES = {
+    "adamw_torch_8bit": "adamw_torch_8bit is torchao's; bitsandbytes' also keeps states in 8 bits, rounded otherwise",
+    "adamw_torch_4bit": "adamw_torch_4bit keeps states in 4 bits; here they have 8",
+    "muon": "Muon's updates are scaled to the size of AdamW's, so that one rate serves both",
+}
+"""Name of an optimizer -> how it differs here."""
+
+
+def optimizer(settings: Settings, default: str, lr: float | None) -> dict[str, Any]:
+    """`model.optimizer`.
+
+    Args:
+        settings: The settings.
+        default: Name of the library's default.
+        lr: The library's default of the rate; None if it has none.
+
+    Raises:
+        UserError: there is no such optimizer, or no rate.
+    """
+    name = str(settings.noted("optim", default, OPTIMIZER)).removeprefix("OptimizerNames.").lower()
+    if lr is None and not settings.has("learning_rate"):
+        settings.refuse("learning_rate", "missing, and there is no default")
+    rate = settings.noted("learning_rate", 0.0 if lr is None else lr, OPTIMIZER)
+    arguments: dict[str, Any] = {"lr": float(rate)}
+    betas = [float(settings.get("adam_beta1", 0.9)), float(settings.get("adam_beta2", 0.999))]
+    decay = float(settings.get("weight_decay", 0.0))
+    if name in OPTIMIZER_NOTES:
+        settings.comment(OPTIMIZER, OPTIMIZER_NOTES[name])
+    if name in ADAM:
+        arguments |= {"betas": betas} if betas != [0.9, 0.999] else {}
+        eps = float(settings.get("adam_epsilon", 1e-8))
+        arguments |= {"eps": eps} if eps != 1e-8 else {}
+        path = ADAM[name]
+    elif name in LION:
+        arguments["betas"], path = betas, LION[name]
+    elif name == "muon":
+        arguments["betas"], path = betas, "MuonAdamW"
+    elif name == "sgd":
+        path = "SGD"
+    elif name == "adafactor":
+        path = "transformers.Adafactor"
+        arguments |= {"eps": [1e-30, 1e-3], "relative_step": False, "scale_parameter": False}
+    else:
+        settings.refuse("optim", f"{name!r} has no counterpart; use adamw_torch, or another of {', '.join(ADAM)}")
+    return {"class_path": path, "init_args": arguments | {"weight_decay": decay}}
+
+
+SCHEDULES = {
+    "linear": "Linear",
+    "cosine": "Cosine",
+    "cosine_with_min_lr": "Cosine",
+    "cosine_with_restarts": "CosineRestarts",
+    "constant": "Constant",
+    "constant_with_warmup": "Constant",
+    "warmup_stable_decay": "WarmupStableDecay",
+}
+"""Name of a schedule in transformers -> class."""
+SCHEDULE_ARGUMENTS = {"num_cycles": "cycles", "min_lr_rate": "floor", "min_lr": "floor", "num_decay_steps": "decay"}
+"""Key of `lr_scheduler_kwargs` -> argument; `min_lr` is divided by the rate."""
+
+
+def schedule(settings: Settings, default: str, default_warmup: float = 0.0) -> dict[str, Any] | None:
+    """`model.schedule`; None for a constant rate.
+
+    Raises:
+        UserError: there is no such schedule, or it doesn't take what is set.
+    """
+    name = str(settings.noted("lr_scheduler_type", default, SCHEDULE)).removeprefix("SchedulerType.").lower()
+    if name not in SCHEDULES:
+        settings.refuse("lr_scheduler_type", f"{name!r} has no counterpart; use one of {', '.join(SCHEDULES)}")
+    arguments = _warmup(settings, default_warmup)
+    if name == "constant":
+        return None  # which has no warm-up in transformers
+    for key, value in dict(settings.get("lr_scheduler_kwargs") or {}).items():
+        if key not in SCHEDULE_ARGUMENTS:
+            settings.refuse("lr_scheduler_kwargs", f"{key} has no counterpart for {name}")
+        ratio = float(value) / float(settings.get("learning_rate", 0.0)) if key == "min_lr" else value
+        arguments[SCHEDULE_ARGUMENTS[key]] = ratio
+    if name == "constant_with_warmup" and not arguments:
+        return None
+    return {"class_path": SCHEDULES[name]} | given(init_args=arguments)
+
+
+def _warmup(settings: Settings, default: float) -> dict[str, Any]:
+    """Steps, or their share of the run."""
+    steps, ratio = settings.get("warmup_steps", 0), settings.get("warmup_ratio", 0.0)
+    if not settings.has("warmup_steps") and not settings.has("warmup_ratio") and default:
+        settings.comment(SCHEDULE, f"{settings.name('warmup_ratio')}: {settings.keys.library}'s default")
+        ratio = default
+    steps = steps if settings.has("warmup_steps") and steps else ratio  # below 1 both are a share
+    return {"warmup": int(steps) if float(steps) >= 1 else float(steps)} if steps else {}
+
+
+# --- the model --------------------------------------------------------------------------------------------------------
+
+
+def lora(settings: Settings, defaults: dict[str, Any], targets: Any) -> dict[str, Any]:
+    """`model.lora`.
+
+    Args:
+        settings: The settings, read by their names in TRL.
+        defaults: The library's rank, alpha and dropout.
+        targets: `target_modules`; None for PEFT's choice, `all-linear` for our default.
+    """
+    args = {
+        "r": settings.noted("lora_r", defaults["r"], LORA),
+        "lora_alpha": settings.noted("lora_alpha", defaults["alpha"], LORA),
+    }
+    args |= given(lora_dropout=float(settings.noted("lora_dropout", defaults["dropout"], LORA)) or None)
+    if targets is None:
+        settings.comment(LORA, "target_modules: null leaves the choice to PEFT, by architecture")
+    args |= {} if targets == "all-linear" else {"target_modules": targets}
+    return args | given(
+        modules_to_save=settings.get("lora_modules_to_save"),
+        target_parameters=settings.get("lora_target_parameters"),
+        use_rslora=bool(settings.get("use_rslora")),
+        use_dora=bool(settings.get("use_dora")),
+    )
+
+
+def is_on(value: Any) -> bool:
+    """Whether a value of YAML means true: `auto` does."""
+    return value is not False and str(value).lower() not in ("false", "none", "0", "no", "")
+
+
+# --- the trainer ------------------------------------------------------------------------------------------------------
+
+
+def trainer(settings: Settings, *, epochs: float, mixed: str | None, devices: int | None) -> dict[str, Any]:
+    """The section `trainer`.
+
+    Args:
+        settings: The settings.
+        epochs: The library's default.
+        mixed: `bf16` or `fp16` if it computes in lower precision.
+        devices: Devices per node; None for all.
+
+    Raises:
+        UserError: epochs aren't whole.
+    """
+    steps = int(settings.get("max_steps", -1))
+    whole = None
+    if steps <= 0:
+        number = float(settings.noted("num_train_epochs", epochs, "trainer.max_epochs"))
+        if not number.is_integer():
+            settings.refuse("num_train_epochs", f"{number} epochs are no whole ones; set max_steps")
+        whole = int(number)
+    accumulated = int(settings.get("gradient_accumulation_steps", 1))
+    clip = float(settings.noted("max_grad_norm", 1.0, "trainer.gradient_clip_val"))
+    return given(devices=devices) | given(
+        strategy=strategy(settings),
+        max_steps=steps if steps > 0 else None,
+        max_epochs=whole,
+        accumulate_grad_batches=None if accumulated == 1 else accumulated,
+        gradient_clip_val=clip or None,
+        precision={"bf16": "bf16-mixed", "fp16": "16-mixed"}.get(mixed or ""),
+    )
+
+
+def strategy(settings: Settings) -> Any:
+    """`trainer.strategy`, if devices share weights or states; None for Lightning's choice."""
+    deepspeed, fsdp = settings.get("deepspeed"), settings.get("fsdp") or settings.get("fsdp_config")
+    if not deepspeed and not fsdp:
+        return None
+    if settings.get("load_in_4bit") or settings.get("load_in_8bit"):
+        settings.comment(STRATEGY, "a quantized base is not sharded here: each device holds it; the numbers are equal")
+        return "ddp"
+    if deepspeed and not fsdp and not _is_stage_3(deepspeed):
+        settings.comment(STRATEGY, "DDP takes the place of DeepSpeed below ZeRO-3; the numbers are equal")
+        return "ddp"
+    settings.comment(
+        STRATEGY,
+        "FSDP2 shards weights, gradients and optimizer states over all devices; nothing is offloaded, and the numbers "
+        "are equal",
+    )
+    return "fsdp2"
+
+
+def _is_stage_3(deepspeed: Any) -> bool:
+    if isinstance(deepspeed, dict):
+        return int(deepspeed.get("zero_optimization", {}).get("stage", 0)) == 3
+    name = Path(str(deepspeed)).stem.lower()
+    return any(stage in name for stage in ("zero3", "z3", "stage3", "zero_3"))
+
+
+NEVER = 1_000_000_000
+"""Steps that no run reaches."""
+ALL = 1000
+"""Checkpoints to keep, where the library keeps all."""
+
+
+def around(settings: Settings, *, output: str, save: str, save_steps: int, logger: Any) -> dict[str, Any]:
+    """The keys beside `trainer`: the run's folder, when it is saved and validated, its loggers.
+
+    Args:
+        settings: The settings.
+        output: The library's default of `output_dir`.
+        save: Its default of `save_strategy`: `steps`, `epoch` or `no`.
+        save_steps: Its default.
+        logger: `wandb` and the like, if the config names one.
+    """
+    folder = Path(str(settings.get("output_dir", output)))
+    section: dict[str, Any] = {"name": folder.name or "output", "runs_dir": str(folder.parent)}
+    when = str(settings.get("eval_strategy", "no"))
+    if when == "steps":
+        steps = settings.get("eval_steps", 0) or settings.get("logging_steps", 500)
+        if float(steps) >= 1:
+            section["val_every"] = int(steps)
+        else:
+            settings.comment("data", f"{settings.name('eval_steps')}: {steps} of the run; set val_every, in steps")
+    return section | given(checkpoint=_checkpoints(settings, save, save_steps), logger=logger)
+
+
+def _checkpoints(settings: Settings, save: str, save_steps: int) -> dict[str, Any]:
+    when = str(settings.get("save_strategy", save))
+    kept = given(keep=settings.get("save_total_limit"))
+    if settings.get("load_best_model_at_end") or when == "best":
+        metric = str(settings.get("metric_for_best_model") or "loss").removeprefix("eval_")
+        higher = settings.get("greater_is_better", not metric.endswith("loss"))
+        kept |= {"monitor": f"val/{metric}"} | ({"mode": "max"} if higher else {})
+    steps = float(settings.get("save_steps", save_steps))
+    if when == "no":
+        return {"enabled": False}
+    if when != "steps" or steps < 1:
+        settings.comment(
+            "checkpoint",
+            f"{settings.keys.library} saves {when if when != 'steps' else f'every {steps} of the run'}; "
+            "steps are counted here, 500 unless `every` says otherwise, and the end is always saved",
+        )
+        return kept
+    return {"every": int(steps)} | kept
+
+
+def loggers(value: Any) -> Any:
+    """`logger` from `report_to`; None without one that there is here."""
+    names = [value] if isinstance(value, str) else list(value or [])
+    known = [name for name in names if name in ("wandb", "tensorboard", "mlflow")]
+    return known[0] if len(known) == 1 else known or None
