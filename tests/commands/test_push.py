@@ -4,6 +4,7 @@ import base64
 import http.server
 import json
 import threading
+from contextlib import contextmanager
 from typing import ClassVar
 
 import pytest
@@ -88,20 +89,27 @@ class Hub(http.server.BaseHTTPRequestHandler):
         pass
 
 
+@contextmanager
+def serving():
+    """Runs a hub without repositories; yields its address."""
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Hub)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    Hub.repositories, Hub.requests = {}, []
+    yield f"http://127.0.0.1:{server.server_address[1]}"
+    server.shutdown()
+    server.server_close()
+
+
 @pytest.fixture
 def hub(monkeypatch):
     """The repositories of a hub that is running."""
-    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Hub)
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", f"http://127.0.0.1:{server.server_address[1]}")
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
     monkeypatch.setenv("HF_TOKEN", "hf_of_the_stand_in")
     for name in ("http_proxy", "HTTP_PROXY", "all_proxy", "ALL_PROXY"):
         monkeypatch.delenv(name, raising=False)
-    Hub.repositories, Hub.requests = {}, []
-    yield Hub.repositories
-    server.shutdown()
-    server.server_close()
+    with serving() as address:
+        monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", address)
+        yield Hub.repositories
 
 
 @pytest.fixture
