@@ -57,6 +57,8 @@ class Sharded(ModelParallelStrategy):
             node, and only gradients are summed between groups (HSDP).
         tensor: Devices that compute each layer together, on the same rows (tensor parallelism): neighbours, which
             should be of one node, since they exchange activations in each layer. It has to divide the model's heads.
+        offload: Keep parts in host memory between uses: weights, gradients and optimizer states, which are updated
+            there. It saves GPU memory, and takes longer.
         save_distributed_checkpoint: Write a folder with a file for each rank, instead of one file through rank 0.
         process_group_backend: `nccl` or `gloo`; that of the device when left out.
         timeout: After which a rank that waits for another gives up; 30 minutes when left out.
@@ -68,6 +70,7 @@ class Sharded(ModelParallelStrategy):
         replicas: int = 1,
         tensor: int = 1,
         *,
+        offload: bool = False,
         save_distributed_checkpoint: bool = True,
         process_group_backend: str | None = None,
         timeout: timedelta | None = None,
@@ -81,6 +84,7 @@ class Sharded(ModelParallelStrategy):
         self.shards = shards
         self.replicas = replicas
         self.tensor = tensor
+        self.offload = offload
         self._data_group: dist.ProcessGroup | None = None
 
     def setup_environment(self) -> None:
@@ -105,6 +109,9 @@ class Sharded(ModelParallelStrategy):
             )
         # the base class checks its two sizes against the devices, and makes a mesh of them, which is replaced
         self._data_parallel_size, self._tensor_parallel_size = world, 1
+        if self.offload and self._process_group_backend is None and self.root_device.type == "cuda":
+            # the norm of gradients in host memory, and the files of a checkpoint, are communicated from there
+            self._process_group_backend = "cpu:gloo,cuda:nccl"
         super().setup_environment()
         if self.replicas > 1 or self.tensor > 1:
             sizes = {"replicate": self.replicas, "shard": shards, "tensor": self.tensor}
@@ -124,6 +131,18 @@ class Sharded(ModelParallelStrategy):
         # neighbours in the mesh compute on the same rows
         number = max(1, self.world_size // self.tensor)
         return DataRanks(number, self.global_rank // self.tensor, self._data_group)
+
+    def model_to_device(self) -> None:
+        """Moves the module to the device of the rank; of a model that is offloaded, what FSDP2 does not hold."""
+        if not self.offload:
+            super().model_to_device()
+            return
+        module, device = cast("Any", self.lightning_module), self.root_device
+        for child in module.children():
+            if not is_sharded(child):  # FSDP2 has moved the buffers of the others
+                child.to(device)
+        module._apply(lambda tensor: tensor.to(device), recurse=False)
+        module._device = device  # which `to` would set, and `module.device` returns
 
     @property
     def distributed_sampler_kwargs(self) -> dict[str, Any]:
@@ -407,26 +426,23 @@ def shard(
     Raises:
         UserError: the model can't be divided over a tensor group, or a copy of a quantized model is needed.
     """
-    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+    from torch.distributed.fsdp import fully_shard
 
     mesh, device = _mesh(module), module.trainer.strategy.root_device
-    policy = MixedPrecisionPolicy()
-    if module.trainer.precision == "bf16-mixed":
-        # gather and multiply in bfloat16; keep weights, and sum gradients over ranks, in float32
-        policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
+    kwargs = _settings(module, mesh)
     # heads beside the model, a reward head for example, are sharded and reduced like it
     heads = [child for child in module.children() if child is not model and any(True for _ in child.parameters())]
-    is_quantized = any(not p.is_floating_point() for p in model.parameters())
+    is_quantized = bool(quantized_layers(model))
     if is_quantized and copy:
         raise UserError(
             "model.reference: a quantized model can't be copied while it is sharded; set reference: initial"
         )
     tensor = _tensor_mesh(module)
-    shards = _share(mesh).number
-    styles = {} if tensor is None else tensor_parallel.checked_styles(model.base, tensor.size(), shards)
-    placement = partial(_placement, shards)
+    styles = {} if tensor is None else tensor_parallel.checked_styles(model.base, tensor.size(), _share(mesh).number)
     # quantized weights are of a class of their own, and can't be cut here
     values = {} if is_quantized else _detach_values(model, mesh, loading, dtype, styles)
+    for layer in quantized_layers(model).values():
+        _store_as_floats(layer)
     second = deepcopy(model) if copy else None  # on the meta device, so without memory
     if tensor is not None:
         for module_with_weights in (model, *heads):
@@ -434,17 +450,46 @@ def shard(
         if second is not None:
             tensor_parallel.divide(second, tensor_parallel.styles_of(second.base, tensor.size()), tensor)
     for layer in [*decoder_layers(model), model, *heads]:
-        fully_shard(layer, mesh=mesh, mp_policy=policy, shard_placement_fn=placement)
+        fully_shard(layer, **kwargs)
+    is_offloaded = "offload_policy" in kwargs
     if values:
-        _load_values(model, values, device, isinstance(loading, FirstRank | Structure))
+        is_sent = isinstance(loading, FirstRank | Structure)
+        _load_values(model, values, device, is_sent=is_sent, is_offloaded=is_offloaded)
     if second is not None:
         for layer in [*decoder_layers(second), second]:
             # the root, too, is divided again after a call: no backward pass follows that would need it
-            fully_shard(layer, mesh=mesh, mp_policy=policy, shard_placement_fn=placement, reshard_after_forward=True)
-        _load_values(
-            second, {n: cast("DTensor", p).to_local().clone() for n, p in model.named_parameters()}, device, False
-        )
+            fully_shard(layer, **kwargs, reshard_after_forward=True)
+        values = {n: cast("DTensor", p).to_local().clone() for n, p in model.named_parameters()}
+        _load_values(second, values, device, is_sent=False, is_offloaded=is_offloaded)
     return second
+
+
+def _settings(module: L.LightningModule, mesh: DeviceMesh) -> dict[str, Any]:
+    """The arguments of `fully_shard`: where weights are divided, offloaded, and converted."""
+    from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy
+
+    strategy = module.trainer.strategy
+    settings: dict[str, Any] = {"mesh": mesh, "shard_placement_fn": partial(_placement, _share(mesh).number)}
+    if isinstance(strategy, Sharded) and strategy.offload:
+        settings["offload_policy"] = CPUOffloadPolicy(pin_memory=strategy.root_device.type == "cuda")
+    if module.trainer.precision == "bf16-mixed":
+        # gather and multiply in bfloat16; keep weights, and sum gradients over ranks, in float32
+        settings["mp_policy"] = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
+    return settings
+
+
+def quantized_layers(model: nn.Module) -> dict[str, Any]:
+    """The layers whose weights bitsandbytes has quantized to 4 bits, by name. They hold the scales of their weights."""
+    return {n: m for n, m in model.named_modules() if getattr(m, "quant_state", None) is not None}
+
+
+def _store_as_floats(layer: Any) -> None:
+    """Lets the bytes of a quantized weight pass for bfloat16, in which they are gathered: before torch 2.13, FSDP2
+    divides floating-point weights alone.
+    """
+    weight = layer.weight
+    weight.data = weight.data.view(-1).view(torch.bfloat16).view(-1, 1)
+    weight.quant_storage = layer.quant_storage = torch.bfloat16
 
 
 def reshard(model: nn.Module) -> None:
@@ -547,14 +592,17 @@ def _cast(weight: nn.Parameter, dtype: torch.dtype) -> nn.Parameter:
 
 
 @torch.no_grad()
-def _load_values(model: nn.Module, values: dict[str, Tensor | None], device: torch.device, is_sent: bool) -> None:
+def _load_values(
+    model: nn.Module, values: dict[str, Tensor | None], device: torch.device, *, is_sent: bool, is_offloaded: bool
+) -> None:
     """Gives sharded weights on the meta device their values; all ranks have to call it.
 
     Args:
         model: The sharded model.
         values: What `_detach_values` returned; emptied, so that no weight is kept longer than needed.
-        device: Where the parts belong.
+        device: That of the rank.
         is_sent: Whether the first rank sends the parts of the others.
+        is_offloaded: Whether the parts belong into host memory, and not on the device.
     """
     for name, weight in list(model.named_parameters()):
         value = values.pop(name)
@@ -573,6 +621,8 @@ def _load_values(model: nn.Module, values: dict[str, Tensor | None], device: tor
                 shape=weight.shape,
                 stride=weight.stride(),
             )
+        if is_offloaded:  # `from_local` moves what it is given to the device
+            filled = cast("DTensor", filled.cpu())
         _set(model, name, nn.Parameter(filled, weight.requires_grad))
 
 

@@ -10,8 +10,11 @@ import torch
 from lightning.pytorch.callbacks import (
     BackboneFinetuning,
     BaseFinetuning,
+    BasePredictionWriter,
     BatchSizeFinder,
+    Checkpoint,
     ModelPruning,
+    ProgressBar,
     StochasticWeightAveraging,
 )
 from lightning.pytorch.cli import OptimizerCallable
@@ -108,6 +111,7 @@ class LanguageModule(RestorableModule):
         lora: Arguments of `peft.LoraConfig` (`r`, `lora_alpha`, `target_modules`, `use_dora`, ...); all linear layers
             unless `target_modules` says otherwise.
         quantization: Load the frozen weights in 4 or 8 bits (QLoRA); needs `lora` and bitsandbytes, on CPUs 0.50 of it.
+        unquantized: Names, or ends of names, of linear layers that `quantization` leaves as they are, beside the head.
         freeze: Names of modules whose parameters are not trained, adapters included.
         gradient_checkpointing: Recompute activations in the backward pass to save memory.
         compile: Compile the model's layers with `torch.compile`.
@@ -151,6 +155,7 @@ class LanguageModule(RestorableModule):
         attn: str | None = None,
         lora: dict[str, Any] | None = None,
         quantization: Literal["nf4", "int8"] | None = None,
+        unquantized: Sequence[str] = (),
         freeze: Sequence[str] = (),
         gradient_checkpointing: bool = False,
         compile: bool = False,
@@ -180,10 +185,7 @@ class LanguageModule(RestorableModule):
             raise UserError(
                 "model: name a model (`model: HuggingFaceTB/SmolLM2-135M`) or a `config: {model_type: llama, …}`"
             )
-        if quantization is not None and model is None:
-            raise UserError("model.quantization: there are no pretrained weights to load in fewer bits; name a model")
-        if quantization is not None and lora is None:
-            raise UserError("model.quantization: quantized weights can't be trained; add `lora: {r: 16}`")
+        _refuse_quantization(quantization, unquantized, model, lora)
         if lora is not None:
             lora_config(lora)  # a misspelt key is reported before any data is read
         if model is None:
@@ -196,6 +198,7 @@ class LanguageModule(RestorableModule):
         self.attn = attn
         self.lora = lora
         self.quantization = quantization
+        self.unquantized = unquantized
         self.freeze_modules = freeze
         self.gradient_checkpointing = gradient_checkpointing
         self.compile_layers = compile
@@ -400,6 +403,7 @@ class LanguageModule(RestorableModule):
                 attn=self.attn or (attention.NAME if packed else None),
                 lora=self.lora,
                 quantization=self.quantization,
+                unquantized=self.unquantized,
                 freeze=self.freeze_modules,
                 gradient_checkpointing=self.gradient_checkpointing,
                 revision=self.revision,
@@ -736,8 +740,8 @@ class LanguageModule(RestorableModule):
             for parameter in self.parameters():
                 if parameter.requires_grad and parameter.dtype in (torch.bfloat16, torch.float16):
                     parameter.data = parameter.data.float()
-            if is_sharded(self):  # FSDP keeps views of the values, which it renews after any cast of a module
-                self.causal_lm.to(self.device)
+            if is_sharded(self):  # FSDP keeps views of the values, which it renews after anything is applied to them
+                self.causal_lm._apply(lambda tensor: tensor)
 
     # ---- predict
 
@@ -760,6 +764,20 @@ class LanguageModule(RestorableModule):
         ]
 
 
+def _refuse_quantization(quantization: str | None, unquantized: Sequence[str], model: Any, lora: Any) -> None:
+    """Refuses settings of a quantized base that don't go together.
+
+    Raises:
+        UserError: names what is missing.
+    """
+    if quantization is not None and model is None:
+        raise UserError("model.quantization: there are no pretrained weights to load in fewer bits; name a model")
+    if quantization is not None and lora is None:
+        raise UserError("model.quantization: quantized weights can't be trained; add `lora: {r: 16}`")
+    if unquantized and quantization is None:
+        raise UserError("model.unquantized: nothing is quantized; set quantization: nf4, or leave it out")
+
+
 UNFIT = {
     StochasticWeightAveraging: "copies the weights before they are built, and would average nothing; take "
     "WeightAveraging, or oumi_pl.callbacks.ema.EMA",
@@ -769,15 +787,19 @@ UNFIT = {
     "measures the memory of a batch_size, and a run that lacks memory says which one fits",
 }
 """Callbacks of Lightning that can't work -> why."""
+BASES = (BaseFinetuning, BasePredictionWriter, Checkpoint, ProgressBar)
+"""Base classes for callbacks, which do nothing by themselves, or crash."""
 
 
 def refuse_unfit_callbacks(callbacks: Sequence[Any]) -> None:
-    """Refuses callbacks of Lightning that expect the model before it is built, or change the plan during the run.
+    """Refuses callbacks that expect the model before it is built, change the plan during the run, or are base classes.
 
     Raises:
         UserError: there is one.
     """
     for callback in callbacks:
+        if type(callback) in BASES:
+            raise UserError(f"trainer.callbacks: {type(callback).__name__} is a base class; name a subclass of it")
         for kind, why in UNFIT.items():
             alone = getattr(callback, "_early_exit", False)  # `Tuner.scale_batch_size`, which trains nothing
             if isinstance(callback, kind) and not alone:

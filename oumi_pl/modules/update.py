@@ -66,6 +66,10 @@ OWN_WORK = {
 """Hooks that are empty in Lightning -> our method that runs before each, whatever a subclass makes of the hook."""
 
 
+LOSS_OF, UNITS_OF = "loss of", "units of"
+"""What the names of sums over one held-out source begin with."""
+
+
 class UpdateModule(L.LightningModule):
     """Implements all steps of a trainer type. Subclasses define the sums of a batch.
 
@@ -407,16 +411,33 @@ class UpdateModule(L.LightningModule):
     def __evaluate(self, batch: Any, split: Split) -> None:
         sums = self.loss_sums(batch, split)
         sums.pop("objective", None)
-        self.__evaluated.add(sums | self.__counts(batch, sums["loss"].device))
+        counted = sums | self.__counts(batch, sums["loss"].device)
+        if "source" in batch:  # of several: its loss by itself
+            source = f"source {batch['source']}: "
+            counted |= {f"{LOSS_OF} {source}": sums["loss"], f"{UNITS_OF} {source}": self.units(counted)}
+        self.__evaluated.add(counted)
 
     def __log_evaluation(self, split: Split) -> None:
         if self.__evaluated.is_empty:  # a user's `validation_step` does not call ours, and logs for itself
             return
-        metrics = self.metrics(self.__evaluated.take(data_ranks(self.trainer).group), split)
+        sums = self.__evaluated.take(data_ranks(self.trainer).group)
+        of_sources = {name: sums.pop(name) for name in list(sums) if name.startswith((LOSS_OF, UNITS_OF))}
+        metrics = self.metrics(sums, split) | self.__losses_of_sources(of_sources, split)
         logged = {f"{PREFIX[split]}/{name}": value.float() for name, value in metrics.items()}
         if self.trainer.state.fn == "fit":  # the column of `metrics.csv`
             logged["step"] = torch.tensor(float(self.global_step))
         self.log_dict(logged)
+
+    def __losses_of_sources(self, sums: Sums, split: Split) -> dict[str, Tensor]:
+        """The loss of each held-out source, `loss/NAME`."""
+        data = getattr(self.trainer, "datamodule", None) if sums else None
+        names = data.source_names(split) if data is not None else []
+        losses = {}
+        for i, name in enumerate(names if len(names) > 1 else ()):
+            source = f"source {i}: "
+            if (units := sums.get(f"{UNITS_OF} {source}")) is not None and units > 0:
+                losses[f"loss/{name}"] = sums[f"{LOSS_OF} {source}"] / units
+        return losses
 
     # ---- logging
 
