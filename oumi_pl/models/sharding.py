@@ -122,6 +122,8 @@ class Sharded(ModelParallelStrategy):
         if self.tensor > 1:
             data = _data_mesh(self.device_mesh)
             self._data_group = (data._flatten("data") if data.ndim > 1 else data).get_group()
+            # so that DTensor reduces the norm of gradients at once, not over one dimension after the other
+            self.device_mesh["shard", "tensor"]._flatten()
 
     @property
     def data_ranks(self) -> DataRanks:

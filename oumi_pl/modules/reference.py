@@ -22,7 +22,7 @@ from oumi_pl.models.build import DType, build_model
 from oumi_pl.models.fingerprint import model_fingerprint, weights_fingerprint
 from oumi_pl.models.hub import locate
 from oumi_pl.models.lm import LM, States, disable_dropout, with_layout
-from oumi_pl.models.sharding import data_ranks, whole
+from oumi_pl.models.sharding import data_ranks, reshard, whole
 from oumi_pl.runs.checkpoints import sharded_as
 from oumi_pl.terminal.screen import track
 from oumi_pl.types import Batch, RunModule
@@ -488,6 +488,7 @@ def precompute(
             pass
     finally:
         model.train(training)
+        reshard(model)  # what looks at the weights before the first update sees this rank's, not gathered copies
     trainer.strategy.barrier("reference computed")
     if lacking := store.missing():
         raise UserError(

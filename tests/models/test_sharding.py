@@ -56,6 +56,10 @@ class Start(L.Callback):
         self.fingerprint = weights_fingerprint(pl_module.causal_lm)
         self.loading = type(pl_module._LanguageModule__weight_loading).__name__
 
+    def on_train_start(self, trainer, pl_module):
+        meshes = {weight.device_mesh for weight in pl_module.parameters() if trainer.world_size > 1}
+        assert len(meshes) < 2, "weights are gathered before the first update"
+
 
 def made_pretrained(folder: Path) -> None:
     """The folders of models that the cases load."""
