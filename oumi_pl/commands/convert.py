@@ -8,6 +8,7 @@ import yaml
 
 from oumi_pl.commands.parser import Parser
 from oumi_pl.errors import UserError
+from oumi_pl.terminal.text import visible
 
 ENGINES = ("lightning", "trl", "hf")
 EPILOG = """\
@@ -66,7 +67,9 @@ def text_of(
     if engine not in (None, "lightning"):
         recipe = {"seed_everything": recipe["seed_everything"], "engine": engine} | recipe
     lines = [f"Converted from {settings.keys.library}'s {name}.", "  python -m oumi_pl fit --config THIS_FILE"]
-    return as_yaml(recipe, settings.notes.comments, "\n".join([*lines, *settings.header()]))
+    lines = [visible(line.replace("\n", " ")) for line in [*lines, *settings.header()]]
+    comments = {place: [visible(text) for text in texts] for place, texts in settings.notes.comments.items()}
+    return as_yaml(recipe, comments, "\n".join(lines))
 
 
 def _read(path: Path) -> str:

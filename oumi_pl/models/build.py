@@ -259,8 +259,7 @@ def build_model(
     attention.register()
     loading = loading or Loading()
     base, adapter, revision = _located(model, revision)
-    if model is not None and int(os.environ.get("RANK") or 0) == 0:
-        _say_what_is_not_read(Path(adapter or str(base)))
+    _say_what_is_not_read(adapter or base)
     hub = {"revision": revision, "trust_remote_code": trust_remote_code}
     hf_config = build_config(base, config, tokenizer, **hub)
     attn = _with_soft_cap(hf_config, attn)
@@ -296,10 +295,11 @@ LEFT = {"optimizer": "optimizer.*", "schedule": "scheduler.pt", "random states":
 
 
 @cache
-def _say_what_is_not_read(folder: Path) -> None:
+def _say_what_is_not_read(model: str | None) -> None:
     """Prints, for a checkpoint of transformers' or TRL's trainers, that its weights alone are the start of this run."""
+    folder = Path(model or "")
     file = folder / "trainer_state.json"
-    if not file.is_file():
+    if model is None or not file.is_file() or int(os.environ.get("RANK") or 0):
         return
     try:
         step = json.loads(file.read_text(encoding="utf-8")).get("global_step", "?")

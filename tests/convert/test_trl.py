@@ -3,6 +3,7 @@
 import dataclasses
 
 import pytest
+import yaml
 
 from oumi_pl.commands.convert import text_of
 from oumi_pl.convert import peers
@@ -155,3 +156,13 @@ def test_a_yaml_needs_the_trainer_and_options_override_it(tmp_path):
     assert "engine: trl" in text
     assert "devices: 2" in text
     assert "beta: 0.3" in text
+
+
+def test_a_key_or_value_can_end_no_comment(tmp_path):
+    file = tmp_path / "c.yaml"
+    values = {"base_model": "m", "learning_rate": 1e-4, "datasets": [{"path": "r", "type": "alpaca"}]}
+    values |= {"wandb_x\nmodel: {}": 1, "special_tokens": {"bos_token": "\x1b[31m\nmodel: {}"}}
+    file.write_text(yaml.safe_dump(values))
+    text = text_of(str(file), [])
+    assert "\x1b" not in text
+    assert yaml.safe_load(text)["model"]["init_args"]["model"] == "m"
