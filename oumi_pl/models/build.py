@@ -245,10 +245,9 @@ def build_model(
     """Builds a causal LM in training mode, with new token rows, frozen parts and adapters.
 
     Arguments are those of the modules. `model` may also be the folder of an adapter, which is then merged into its base
-    before training. Without `attn`, transformers chooses (sdpa if the architecture has it). With `scoring`, builds the
-    architecture's sequence-classification model with one label: its head `score`, random if `model` has none, replaces
-    that of the LM. With `text_only`, the text model is taken out of one that has other parts. `loading` is how this
-    rank gets the weights of a model that will be sharded.
+    before training. Without `attn`, transformers chooses. With `scoring`, builds the architecture's
+    sequence-classification model with one label: its head `score`, random if `model` has none, replaces that of the LM.
+    With `text_only`, takes the text model out of one that has other parts. `loading` is how a rank gets its weights.
 
     Raises:
         UserError: something can't be loaded, or parts don't fit together.
@@ -260,12 +259,12 @@ def build_model(
     hf_config = build_config(base, config, tokenizer, **hub)
     attn = _with_soft_cap(hf_config, attn)
     if scoring:
-        _refuse_without_scores(hf_config)
-        hf_config.num_labels = 1
+        _prepare_for_scores(hf_config)
+    loading.check(hf_config)
     if base is None:
         hf = loading.random(lambda: _random_weights(hf_config, attn, dtype, trust_remote_code, scoring))
     else:
-        kept = _not_to_quantize(hf_config, unquantized, trust_remote_code, scoring) if unquantized else None
+        kept = _not_to_quantize(hf_config, unquantized, trust_remote_code, scoring)
         kwargs = {"overrides": config or {}} | _quantized(quantization, kept) | hub
         hf = loading.pretrained(lambda: _pretrained(base, hf_config, attn, dtype, scoring, **kwargs))
         hf = text_part(hf, attn) if text_only else hf
@@ -351,7 +350,8 @@ def _torch_dtype(dtype: DType) -> torch.dtype:
     return getattr(torch, "float32" if dtype == "auto" else dtype)
 
 
-def _refuse_without_scores(hf_config: "PretrainedConfig") -> None:
+def _prepare_for_scores(hf_config: "PretrainedConfig") -> None:
+    """Sets one label in the config of a reward model; refuses an architecture that has no such model."""
     from transformers import MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING
 
     auto_map = getattr(hf_config, "auto_map", None) or {}
@@ -360,6 +360,7 @@ def _refuse_without_scores(hf_config: "PretrainedConfig") -> None:
             f"model: transformers has no sequence-classification class for {hf_config.model_type}, so nothing could "
             f"load a reward model of it; start from an architecture that has one, for example {', '.join(USUAL)}"
         )
+    hf_config.num_labels = 1
 
 
 def _refuse_other_heads(hf: "PreTrainedModel") -> None:
@@ -535,12 +536,16 @@ def refuse_attention(attn: str | None, error: BaseException) -> None:
 
 def _not_to_quantize(
     hf_config: "PretrainedConfig", names: Sequence[str], trust_remote_code: bool, scoring: bool
-) -> list[str]:
+) -> list[str] | None:
     """The modules of these names, and those that transformers would leave alone if none were named: heads.
+
+    None if no names are given, which leaves it to transformers.
 
     Raises:
         UserError: the model has no linear layer of a name.
     """
+    if not names:
+        return None
     from transformers.quantizers.base import get_keys_to_not_convert
     from transformers.quantizers.quantizers_utils import should_convert_module
 

@@ -10,8 +10,11 @@ import torch
 from lightning.pytorch.callbacks import (
     BackboneFinetuning,
     BaseFinetuning,
+    BasePredictionWriter,
     BatchSizeFinder,
+    Checkpoint,
     ModelPruning,
+    ProgressBar,
     StochasticWeightAveraging,
 )
 from lightning.pytorch.cli import OptimizerCallable
@@ -49,6 +52,7 @@ from oumi_pl.models.sharding import (
     Source,
     decoder_layers,
     is_sharded,
+    is_to_be_divided,
     is_to_be_sharded,
     loading_of,
     reshard,
@@ -267,6 +271,7 @@ class LanguageModule(RestorableModule):
         if self.model is not None and self.model in self.__built:
             return
         refuse_unfit_callbacks(self.trainer.callbacks)  # type: ignore[attr-defined]
+        self.__refuse_undividable()
         if self.__built and self.reference is not None:
             self.reference.opened = None  # it was that of another model
         data = self.data
@@ -325,6 +330,20 @@ class LanguageModule(RestorableModule):
         if not self.heads():
             self.make_heads(model)
         return model
+
+    def __refuse_undividable(self) -> None:
+        """Refuses settings that can't be had with tensor parallelism, before weights are loaded.
+
+        Raises:
+            UserError: one is set.
+        """
+        if not is_to_be_divided(self):
+            return
+        dora = bool((self.lora or {}).get("use_dora"))
+        settings = {"compile": self.compile_layers, "quantization": self.quantization, "lora.use_dora": dora}
+        for key, value in settings.items():
+            if value:
+                raise UserError(f"model.{key} can't be had with trainer.strategy.tensor: leave one of them out")
 
     def __refuse_sharded_loss(self) -> None:
         """Refuses to shard the parameters of a loss, which is called where they are not gathered.
@@ -768,15 +787,19 @@ UNFIT = {
     "measures the memory of a batch_size, and a run that lacks memory says which one fits",
 }
 """Callbacks of Lightning that can't work -> why."""
+BASES = (BaseFinetuning, BasePredictionWriter, Checkpoint, ProgressBar)
+"""Base classes for callbacks, which do nothing by themselves, or crash."""
 
 
 def refuse_unfit_callbacks(callbacks: Sequence[Any]) -> None:
-    """Refuses callbacks of Lightning that expect the model before it is built, or change the plan during the run.
+    """Refuses callbacks that expect the model before it is built, change the plan during the run, or are base classes.
 
     Raises:
         UserError: there is one.
     """
     for callback in callbacks:
+        if type(callback) in BASES:
+            raise UserError(f"trainer.callbacks: {type(callback).__name__} is a base class; name a subclass of it")
         for kind, why in UNFIT.items():
             alone = getattr(callback, "_early_exit", False)  # `Tuner.scale_batch_size`, which trains nothing
             if isinstance(callback, kind) and not alone:

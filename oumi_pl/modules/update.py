@@ -23,7 +23,7 @@ from torch.optim import Optimizer
 from torchmetrics import SumMetric
 
 from oumi_pl.errors import UserError
-from oumi_pl.models.sharding import is_sharded
+from oumi_pl.models.sharding import data_ranks, is_sharded
 from oumi_pl.optim import ScheduledRates
 from oumi_pl.runs import checksums
 from oumi_pl.runs.checkpoints import (
@@ -64,6 +64,10 @@ OWN_WORK = {
     "on_load_checkpoint": "restore_from",
 }
 """Hooks that are empty in Lightning -> our method that runs before each, whatever a subclass makes of the hook."""
+
+
+LOSS_OF, UNITS_OF = "loss of", "units of"
+"""What the names of sums over one held-out source begin with."""
 
 
 class UpdateModule(L.LightningModule):
@@ -172,7 +176,7 @@ class UpdateModule(L.LightningModule):
         update = batch.get("update")
         if update is not None:
             return update.parts / (update.units(self.unit) or 1)
-        if self.trainer.accumulate_grad_batches * self.trainer.world_size > 1:
+        if self.trainer.accumulate_grad_batches * data_ranks(self.trainer).number > 1:
             raise UserError(
                 "the batches lack the totals of their update (`update`), so a mean over several micro-batches or ranks "
                 "can't be computed; use a data module of oumi_pl, or one micro-batch on one device"
@@ -228,7 +232,7 @@ class UpdateModule(L.LightningModule):
             self.__is_counted, self.__batch = True, None
             self.add_to_update(sums | self.__counts(batch, sums["loss"].device))
             if (update := batch.get("update")) is not None:
-                self.__of_update = update.parts // self.trainer.world_size
+                self.__of_update = update.parts // data_ranks(self.trainer).number
                 self.__divisor += update.units(self.unit) / self.__of_update
                 self.__counted_batches += 1
         return objective * self.share(batch)
@@ -286,7 +290,7 @@ class UpdateModule(L.LightningModule):
         self.__forget_update()
         self.__finished, self.__is_counted = self.global_step, False
         if OWN_LOSS in sums:
-            metrics = {"loss": sums.pop(OWN_LOSS) / self.trainer.world_size}
+            metrics = {"loss": sums.pop(OWN_LOSS) / data_ranks(self.trainer).number}
             sums["loss"] = metrics["loss"] * (self.units(sums) or 1)
         else:
             sums |= {name: mean * self.units(sums) for name, mean in instead.items()}
@@ -407,16 +411,33 @@ class UpdateModule(L.LightningModule):
     def __evaluate(self, batch: Any, split: Split) -> None:
         sums = self.loss_sums(batch, split)
         sums.pop("objective", None)
-        self.__evaluated.add(sums | self.__counts(batch, sums["loss"].device))
+        counted = sums | self.__counts(batch, sums["loss"].device)
+        if "source" in batch:  # of several: its loss by itself
+            source = f"source {batch['source']}: "
+            counted |= {f"{LOSS_OF} {source}": sums["loss"], f"{UNITS_OF} {source}": self.units(counted)}
+        self.__evaluated.add(counted)
 
     def __log_evaluation(self, split: Split) -> None:
         if self.__evaluated.is_empty:  # a user's `validation_step` does not call ours, and logs for itself
             return
-        metrics = self.metrics(self.__evaluated.take(), split)
+        sums = self.__evaluated.take(data_ranks(self.trainer).group)
+        of_sources = {name: sums.pop(name) for name in list(sums) if name.startswith((LOSS_OF, UNITS_OF))}
+        metrics = self.metrics(sums, split) | self.__losses_of_sources(of_sources, split)
         logged = {f"{PREFIX[split]}/{name}": value.float() for name, value in metrics.items()}
         if self.trainer.state.fn == "fit":  # the column of `metrics.csv`
             logged["step"] = torch.tensor(float(self.global_step))
         self.log_dict(logged)
+
+    def __losses_of_sources(self, sums: Sums, split: Split) -> dict[str, Tensor]:
+        """The loss of each held-out source, `loss/NAME`."""
+        data = getattr(self.trainer, "datamodule", None) if sums else None
+        names = data.source_names(split) if data is not None else []
+        losses = {}
+        for i, name in enumerate(names if len(names) > 1 else ()):
+            source = f"source {i}: "
+            if (units := sums.get(f"{UNITS_OF} {source}")) is not None and units > 0:
+                losses[f"loss/{name}"] = sums[f"{LOSS_OF} {source}"] / units
+        return losses
 
     # ---- logging
 
@@ -449,8 +470,7 @@ class UpdateModule(L.LightningModule):
     def __over_ranks(self) -> Sums:
         names = sorted(self.__update)
         flat = torch.stack([self.__update[name] for name in names])
-        if self.trainer.world_size > 1:
-            flat = cast("Tensor", self.trainer.strategy.reduce(flat, reduce_op="sum"))
+        flat = data_ranks(self.trainer).total(flat, self.trainer.strategy)
         return dict(zip(names, flat, strict=True))
 
     def __epochs_done(self) -> float:
@@ -486,14 +506,15 @@ class EvaluationSums:
                 self._metrics[name] = _sum_metric(value.device)
             self._metrics[name].update(value.detach())
 
-    def take(self) -> Sums:
-        """Returns the sums over all batches and ranks, and starts again from zero."""
+    def take(self, group: Any = None) -> Sums:
+        """Returns the sums over all batches and the ranks of a group (None: all), and starts again from zero."""
         metrics, self._metrics = self._metrics, {}
         device = next(iter(metrics.values())).device
         totals = {}
         for name in _names_on_any_rank(metrics):
             metric = metrics.get(name, _sum_metric(device))
             metric.update(torch.zeros((), device=device))  # else torchmetrics warns on a rank without batches
+            metric.process_group = group
             totals[name] = metric.compute()
         return totals
 
@@ -579,7 +600,8 @@ class RestorableModule(UpdateModule):
         states: list[Any] = [rng_state()] * self.trainer.world_size
         if self.trainer.world_size > 1:
             torch.distributed.all_gather_object(states, rng_state())
-        checkpoint["rng"] = states
+        # ranks that read the same rows have the same generators
+        checkpoint["rng"] = states[:: self.trainer.world_size // data_ranks(self.trainer).number]
         checkpoint["tokens_seen"] = dict(self.tokens_seen)
         checkpoint["micro_batches"] = self.trainer.accumulate_grad_batches
         checkpoint["learning_rate"] = self.__learning_rate
@@ -619,7 +641,8 @@ class RestorableModule(UpdateModule):
         self.abandon_update()  # `lr_find` trains, and then restores the state from before
         states = checkpoint["rng"]
         # additional ranks keep the generators that they were seeded with
-        self.__rng_to_restore = states[self.global_rank] if self.global_rank < len(states) else None
+        rank = data_ranks(self.trainer).index
+        self.__rng_to_restore = states[rank] if rank < len(states) else None
         _recount(checkpoint["loops"], checkpoint["micro_batches"], self.__micro_batches(checkpoint["loops"]))
 
     def __refuse_incomplete(self, checkpoint: dict[str, Any]) -> None:

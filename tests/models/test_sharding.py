@@ -284,6 +284,14 @@ def test_adapters_are_drawn_as_on_a_whole_model(folder):
             assert torch.equal(part.get_parameter(name), expected)
 
 
+def test_a_layer_that_is_trained_whole_beside_adapters_keeps_its_part(folder):
+    model = build_model(str(folder / "llama"), lora=LORA | {"modules_to_save": ["lm_head"]}, loading=Parts(1, 2))
+    head = model.get_output_embeddings()
+    copied, original = head.modules_to_save["default"].weight, head.original_module.weight
+    assert copied is not original
+    assert torch.equal(copied.part, original.part)
+
+
 def test_a_placeholder_can_not_be_written_to(folder):
     weight = next(build_model(str(folder / "llama"), loading=Parts(0, 2)).parameters())
     with torch.no_grad(), pytest.raises(RuntimeError, match="more than one element of the written-to tensor"):

@@ -155,6 +155,11 @@ def test_messages_between_replicas_cross_nodes(tmp_path, devices, of_node, nodes
     assert ("all_gather", devices // 2, 1) in messages
 
 
+def test_tensor_parallelism_is_not_planned(tmp_path):
+    with pytest.raises(UserError, match="tensor parallelism is not planned; leave it out, or measure an update"):
+        planned(recipe(tmp_path, strategy={"class_path": "Sharded", "init_args": {"tensor": 2}}), devices=4)
+
+
 def test_adapters_are_float32_under_fsdp2(tmp_path):
     lora = ("--model.lora.r", "8", "--trainer.precision", "bf16-true")
     whole, one, eight = (
