@@ -43,8 +43,18 @@ def test_devices_that_contradict_the_launcher_are_refused(tmp_path):
     assert "trainer.devices: torchrun started 2 processes on each of 1 node, and the recipe has 1 on 1" in child.text
 
 
-@pytest.mark.parametrize("sharded", [False, pytest.param(True, marks=pytest.mark.slow)])
-def test_an_oumi_config_trains_one_model_on_two_processes(tmp_path, sharded):
+FSDP = ["--fsdp.enable_fsdp", "true"]
+
+
+@pytest.mark.parametrize(
+    "strategy",
+    [
+        pytest.param([], id="ddp"),
+        pytest.param(FSDP, id="fsdp", marks=pytest.mark.slow),
+        pytest.param([*FSDP, "--fsdp.cpu_offload", "true"], id="offloaded", marks=pytest.mark.slow),
+    ],
+)
+def test_an_oumi_config_trains_one_model_on_two_processes(tmp_path, strategy):
     start = tmp_path / "two"
     start.mkdir()
     tiny_model(start / "tiny")
@@ -53,8 +63,7 @@ def test_an_oumi_config_trains_one_model_on_two_processes(tmp_path, sharded):
     (start / "oumi.yaml").write_text(yaml.safe_dump(CONFIG | {"training": training}))
     one = copy(start, tmp_path / "one")
     works(one, "train", "-c", "oumi.yaml", "--engine", "lightning")
-    options = ["--training.gradient_accumulation_steps", "1"] + ["--fsdp.enable_fsdp", "true"] * sharded
-    torchrun(start, "train", "-c", "oumi.yaml", *options)
+    torchrun(start, "train", "-c", "oumi.yaml", "--training.gradient_accumulation_steps", "1", *strategy)
     assert [path.name for path in (start / "out").iterdir()] == ["run"]
     actual, expected = (load_file(folder / "out/run/model.safetensors") for folder in (start, one))
     assert_equal(actual, expected)
