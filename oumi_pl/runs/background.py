@@ -47,7 +47,9 @@ def _on_host(tensor: Any, storages: dict[int, torch.UntypedStorage]) -> Tensor:
     """Copies a tensor, or the tensors that a sharded or quantized one wraps; each storage once."""
     if is_traceable_wrapper_subclass(tensor):
         names, context = tensor.__tensor_flatten__()
-        parts = {name: _on_host(getattr(tensor, name), storages) for name in names}
+        # among them may be a mesh of ranks, which stays the same
+        parts = {name: getattr(tensor, name) for name in names}
+        parts = {n: _on_host(part, storages) if isinstance(part, Tensor) else part for n, part in parts.items()}
         return type(tensor).__tensor_unflatten__(parts, context, tensor.shape, tensor.stride())
     if tensor.layout != torch.strided or tensor.is_quantized:
         return tensor.detach().clone().cpu()

@@ -160,7 +160,7 @@ def test_an_asynchronous_save_that_fails_ends_the_run_with_its_error(tmp_path, m
 
     monkeypatch.setattr(checkpoint, "_write_file", full_disk)
     checkpoints = Checkpoints(every=2, asynchronous=True)
-    with pytest.raises(OSError, match="No space left on device: .*step-00000004.ckpt"):
+    with pytest.raises(OSError, match=r"No space left on device: .*step-00000004\.ckpt"):
         run(tmp_path, checkpoints, max_steps=1000)
     assert [p.name for p in checkpoints.directory.iterdir()] == ["step-00000002.ckpt"]
 
