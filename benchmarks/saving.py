@@ -1,6 +1,6 @@
 """How long training pauses for a checkpoint: while it is written, or while it is copied (`checkpoint.asynchronous`).
 
-    python benchmarks/saving.py [--ranks 1 2] [--hidden 512] [--layers 6] [--vocabulary 16384] [--every 8]
+    python benchmarks/saving.py [--ranks 1 2] [--hidden 512] [--layers 6] [--vocabulary 16384] [--every 4]
 
 Trains a random Llama on the CPU with AdamW, on one process and on two under FSDP2, and saves three times within a run
 (and once at its end, which every run waits for). `pause` is the time of the hooks that save, the median and the largest
@@ -52,7 +52,7 @@ def train(args: argparse.Namespace) -> None:
             is_saving = trainer.global_step % self.every == 0 and len(pauses) < SAVES
             thread = self._background._thread
             was_writing = thread is not None and thread.is_alive()
-            if trainer.global_step % self.every > 1:  # the first after a save is warmed up again
+            if trainer.global_step % self.every:
                 updates["writing" if was_writing else "quiet"].append(start - self.update_begun)
             begun["last"] = start
             super().on_train_batch_end(trainer, *rest)
@@ -98,6 +98,7 @@ def train(args: argparse.Namespace) -> None:
         callbacks=[checkpoints],
         plugins=[AtomicCheckpointIO()],
         enable_progress_bar=False,
+        enable_model_summary=False,
     )
     trainer.fit(SFT(config=config), data)
     newest = max(checkpoints.directory.glob("step-*.ckpt"))
@@ -129,7 +130,7 @@ def main() -> None:
     parser.add_argument("--hidden", type=int, default=512)
     parser.add_argument("--layers", type=int, default=6)
     parser.add_argument("--vocabulary", type=int, default=16384)
-    parser.add_argument("--every", type=int, default=8, help="updates from one checkpoint to the next")
+    parser.add_argument("--every", type=int, default=4, help="updates from one checkpoint to the next")
     parser.add_argument("--folder", type=Path, help="where to write checkpoints; a temporary folder if left out")
     parser.add_argument("--rank_count", type=int, help=argparse.SUPPRESS)
     parser.add_argument("--asynchronous", type=int, help=argparse.SUPPRESS)

@@ -100,7 +100,7 @@ def test_layers_that_are_compiled_for_fixed_lengths_are_compiled_again(tmp_path,
     compile_module = torch.nn.Module.compile
     monkeypatch.setattr(torch.nn.Module, "compile", lambda self, **_: compile_module(self, dynamic=False))
     with torch._dynamo.config.patch(recompile_limit=64):
-        assert three_epochs(tmp_path, "packed", compiled=True).of_epochs[-1] > 0
+        assert three_epochs(tmp_path, "packed", compiled=True).of_epochs[1] > 0
 
 
 @pytest.mark.slow
