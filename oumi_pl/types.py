@@ -345,6 +345,9 @@ class RunData(Protocol):
     def needed(self, stage: str) -> Iterator[str]:
         """The splits that a stage reads; refuses a stage whose split has no source."""
 
+    def prompts_by_source(self, split: str) -> list[Iterator[tuple[list[int], str]]]:
+        """As `prompts`, for each source of a split."""
+
     def prompts(self, split: str) -> Iterator[tuple[list[int], str]]:
         """Prompt ids and reference answer of each row of a split."""
 

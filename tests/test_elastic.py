@@ -20,12 +20,15 @@ from tests.tiny import conversations, distance, write_jsonl
 
 STEPS, HALF, ROWS = 4, 2, 8
 HSDP = '{"class_path": "Sharded", "init_args": {"replicas": 2}}'
+TENSOR = '{"class_path": "Sharded", "init_args": {"tensor": 2}}'
 LAYOUTS = {
     "one process": (1, "auto"),
     "ddp over two": (2, "ddp"),
     "two shards": (2, "fsdp2"),
     "four shards": (4, "fsdp2"),
     "two replicas of two shards": (4, HSDP),
+    "two tensor ranks": (2, TENSOR),
+    "two shards of two tensor ranks": (4, TENSOR),
 }
 """Number of processes and strategy."""
 
@@ -47,7 +50,8 @@ def fit(layout: str, source: str | None = None) -> list[str]:
     processes, strategy = LAYOUTS[layout]
     name = layout if source is None else f"{source} to {layout}"
     command = ["fit", "--config", "r.yaml", f"--name={name}", f"--trainer.devices={processes}"]
-    command += [f"--trainer.strategy={strategy}", f"--trainer.accumulate_grad_batches={ROWS // 2 // processes}"]
+    reading = processes // 2 if strategy == TENSOR else processes  # tensor ranks read the same rows
+    command += [f"--trainer.strategy={strategy}", f"--trainer.accumulate_grad_batches={ROWS // 2 // reading}"]
     if source is None:
         return command
     return [*command, f"--ckpt_path=runs/{source}/checkpoints/step-{HALF:08d}.ckpt"]

@@ -12,6 +12,7 @@ from pathlib import Path
 import lightning as L
 import pytest
 import torch
+from lightning.pytorch.callbacks import EarlyStopping
 
 from oumi_pl.callbacks.checkpoint import Checkpoints
 from oumi_pl.callbacks.stopping import LastStep
@@ -45,7 +46,9 @@ def adamw(params):
     return torch.optim.AdamW(params, lr=1e-2)
 
 
-def run(tmp_path, directory, kill=10**9, every=3, resume=None, seed=1, workers=0, validation=0.2, **kwargs):
+def run(
+    tmp_path, directory, kill=10**9, every=3, resume=None, seed=1, workers=0, validation=0.2, callbacks=(), **kwargs
+):
     checkpoints = Checkpoints(every=every, keep=1)
     checkpoints.directory = directory
     directory.mkdir(exist_ok=True)
@@ -58,6 +61,7 @@ def run(tmp_path, directory, kill=10**9, every=3, resume=None, seed=1, workers=0
         plugins=[AtomicCheckpointIO()],
     )
     sft_data = data(tmp_path, ROWS, batch_size=BATCH, workers=workers, validation=validation)
+    loop.callbacks[:0] = callbacks
     with contextlib.suppress(InterruptedError):
         loop.fit(sft, sft_data, ckpt_path=resume, weights_only=True)
     return sft, killer.seen
@@ -65,6 +69,31 @@ def run(tmp_path, directory, kill=10**9, every=3, resume=None, seed=1, workers=0
 
 def newest(directory):
     return max(directory.glob("step-*.ckpt"), default=None)
+
+
+class MetricsAtEpochEnds(L.Callback):
+    """Keeps the metrics that a callback sees at the end of each epoch."""
+
+    def __init__(self):
+        self.metrics = {}
+
+    def on_train_epoch_end(self, trainer, pl_module):
+        self.metrics[trainer.current_epoch] = {
+            name: float(value) for name, value in trainer.callback_metrics.items() if "second" not in name
+        }
+
+
+@pytest.mark.parametrize("epochs", [1, 2])
+def test_callbacks_see_the_metrics_of_the_killed_process_at_the_end_of_an_epoch(tmp_path, epochs):
+    whole, resumed = MetricsAtEpochEnds(), MetricsAtEpochEnds()
+    _, seen = run(tmp_path, tmp_path / "whole", every=1, callbacks=[whole])
+    run(tmp_path, tmp_path / "killed", epochs * len(seen) // 3, every=1)
+    # it reads the metric at the end of the epoch, before this process has validated
+    stopping = EarlyStopping("val/loss", patience=9, check_on_train_epoch_end=True)
+    run(tmp_path, tmp_path / "killed", every=1, resume=newest(tmp_path / "killed"), callbacks=[stopping, resumed])
+    assert [*resumed.metrics] == [*range(epochs - 1, 3)]
+    assert all(metrics == whole.metrics[epoch] for epoch, metrics in resumed.metrics.items())
+    assert "val/loss" in resumed.metrics[epochs - 1]
 
 
 @pytest.mark.parametrize("kill", [1, 5, 6, 7, 8, 11, 12, 13, 17])

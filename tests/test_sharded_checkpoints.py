@@ -1,6 +1,7 @@
 """Checkpoints of FSDP2: into it, out of it, as a folder of shards and as one file, with the best one and with LoRA."""
 
 import contextlib
+import functools
 import io
 import json
 import os
@@ -13,6 +14,7 @@ import pytest
 import torch
 import yaml
 from lightning.pytorch.strategies import ModelParallelStrategy
+from safetensors.torch import load_file
 
 from oumi_pl.__main__ import main
 from oumi_pl.errors import UserError
@@ -23,6 +25,7 @@ from oumi_pl.runs.folders import newest_checkpoint
 from tests.command_line import RECIPE
 from tests.conftest import free_port
 from tests.models.test_lora import pretrained
+from tests.models.test_sharding import WIDE, multiply_exactly
 from tests.tiny import conversations, data, distance, module, trainer, write_jsonl
 
 STEPS, HALF = 4, 2
@@ -59,6 +62,10 @@ def sharded(one_file: bool = False) -> list[str]:
     return [*accumulate, f"--trainer.strategy={json.dumps(strategy)}"]
 
 
+OFFLOADED = [
+    *("--trainer.accumulate_grad_batches=1", "--trainer.devices=2", "--trainer.strategy=Sharded"),
+    *("--trainer.strategy.offload=true", "--trainer.gradient_clip_val=1.0e6"),
+]
 DDP = ["--trainer.accumulate_grad_batches=1", "--trainer.devices=2", "--trainer.strategy=ddp"]
 
 
@@ -111,7 +118,22 @@ def frozen_commands(folder: Path) -> dict[str, list[str]]:
     return commands
 
 
-COMMANDS = {"checkpoints": commands, "frozen": frozen_commands}
+QLORA = ["--model.model=wide", "--model.config=null", "--model.lora={r: 2}", "--model.quantization=nf4"]
+
+
+def quantized_commands(folder: Path) -> dict[str, list[str]]:
+    """What runs on two processes with adapters on a quantized base."""
+    one = step_file(folder, "one")
+    return {
+        "qlora to shards": fit("shards", *QLORA, *sharded(), ckpt=one),
+        "qlora in one file": fit("file-start", *QLORA, *sharded(one_file=True)),
+        "qlora from one file": fit("file", *QLORA, *sharded(), ckpt=step_file(folder, "file-start")),
+        "qlora in shards": fit("start", *QLORA, *sharded()),
+        "qlora offloaded": fit("offloaded", *QLORA, *OFFLOADED, ckpt=step_file(folder, "start")),
+    }
+
+
+COMMANDS = {"checkpoints": commands, "frozen": frozen_commands, "quantized": quantized_commands}
 
 
 def run(command: list[str]) -> dict:
@@ -282,6 +304,46 @@ def test_sharded_runs_resume_with_other_frozen_weights_as_on_one_process(frozen,
     assert changed == (two.keys() - skipped if then == "frozen" else two.keys())
 
 
+@pytest.fixture(scope="module")
+def quantized(tmp_path_factory):
+    """A folder of runs with adapters on a quantized base, on two processes and on one."""
+    pytest.importorskip("bitsandbytes", "0.50")
+    folder = tmp_path_factory.mktemp("quantized")
+    recipe(folder)
+    pretrained(folder / "wide", **WIDE)
+    with pytest.MonkeyPatch.context() as patch:
+        multiply_exactly(functools.partial(patch.setattr, raising=False))
+        patch.chdir(folder)
+        patch.setenv("OUMI_PL_CACHE", str(folder / "cache"))
+        patch.setenv("OMP_NUM_THREADS", "1")
+        patch.setenv("MASTER_PORT", free_port())
+        ended = run(fit("one", *QLORA))
+        assert ended["code"] == 0, ended["err"]
+        results = on_two_processes(folder, "quantized")
+        results["qlora back", 0] = results["qlora back", 1] = run(fit("back", *QLORA, ckpt=step_file(folder, "start")))
+        return folder, results
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("case", "name"),
+    [
+        ("qlora in shards", "start"),
+        ("qlora in one file", "file-start"),
+        ("qlora to shards", "shards"),
+        ("qlora from one file", "file"),
+        ("qlora offloaded", "offloaded"),
+        ("qlora back", "back"),
+    ],
+)
+def test_adapters_on_a_sharded_quantized_base_resume_and_export_as_on_one_process(quantized, case, name):
+    folder, results = quantized
+    ended_well(results, case)
+    assert distance(final(folder, name), final(folder, "one")) < 1e-5
+    exported, of_one = (load_file(folder / f"runs/{run}/model/adapter_model.safetensors") for run in (name, "one"))
+    assert distance(exported, of_one) < 1e-5
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", ["shards", "file"])
 def test_python_refuses_to_go_on_from_the_best_weights_of_a_sharded_run(frozen, kind):
@@ -304,6 +366,8 @@ def fit_from_python(checkpoint: Path) -> dict:
 if __name__ == "__main__":  # on two processes: Lightning starts the second by running this file again
     os.chdir(sys.argv[1])
     torch.set_num_threads(1)
+    if sys.argv[2] == "quantized":
+        multiply_exactly()
     for number, (case, command) in enumerate(COMMANDS[sys.argv[2]](Path(sys.argv[1])).items()):
         result = fit_from_python(Path(command[0])) if case.endswith("from Python") else run(command)
         rank = os.environ.get("LOCAL_RANK", "0")

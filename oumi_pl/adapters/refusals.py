@@ -13,6 +13,7 @@ from oumi_pl.callbacks.advice import Advice, PreferenceWarnings
 from oumi_pl.callbacks.checkpoint import Checkpoints
 from oumi_pl.callbacks.export import Export
 from oumi_pl.callbacks.memory import Memory
+from oumi_pl.callbacks.metrics import Metrics
 from oumi_pl.callbacks.pass_at_k import PassAtK
 from oumi_pl.callbacks.predictions import Predictions
 from oumi_pl.callbacks.progress import ProgressLine
@@ -49,7 +50,7 @@ FITS: dict[type, tuple[str, ...]] = {
 """Trainer type -> the engines that can train it. A module counts as the first type that it is an instance of."""
 OBSERVERS = (
     *(RunFolder, Start, Throughput, PreferenceWarnings, ProgressLine, Rollouts, RolloutWarnings),
-    *(Advice, Answers, Samples, PassAtK, TrigramBaseline, Export, Report, Tracking),
+    *(Advice, Answers, Samples, PassAtK, Metrics, TrigramBaseline, Export, Report, Tracking),
 )
 """Callbacks that only observe what happens between two updates, so that any engine can call them."""
 REPLACED = (LastStep, Memory, Checkpoints, Preemption, Predictions)

@@ -128,8 +128,8 @@ class DryRun(L.Callback):
         if split == "train":
             ids = np.concatenate(self.largest or [])
         else:
-            plan, layout = data.eval_plan(split)
-            ids = plan.examples_of(0, layout, micro_batches=1)
+            plans, layout = data.eval_plans(split)
+            ids = plans[0].examples_of(0, layout, micro_batches=1)
         return SomeLogps(data.compared_ids(split, ids.tolist()), data.layout.ranks, cached)
 
     # ---- the run

@@ -11,6 +11,7 @@ import yaml
 from oumi_pl.callbacks import find
 from oumi_pl.callbacks.checkpoint import Checkpoints
 from oumi_pl.callbacks.run_folder import RunFolder, completed, is_due, run_directory
+from oumi_pl.data.licences import licence_of
 from oumi_pl.models.export import model_card, read_checkpoint, why_not_alone
 from oumi_pl.models.lm import LM
 from oumi_pl.models.sharding import is_sharded, whole
@@ -93,6 +94,7 @@ class Export(L.Callback):
                 parent=parent_text(folders.read_state(folder)),
                 generates=pl_module.generates,
                 chat=bool(data.tokenizer.chat_template),
+                licence=licence_of,
             ),
         )
         if trainer.is_global_zero:

@@ -2,7 +2,6 @@
 
 from typing import Any
 
-import torch
 from lightning.pytorch.loops.fit_loop import _FitLoop
 
 from oumi_pl.callbacks import find, find_all
@@ -36,8 +35,6 @@ class RunLoop(_FitLoop):
         if not checkpoints.has_ended(trainer):
             return super().run()
         trainer.should_stop = True
-        metrics = {name: torch.tensor(value) for name, value in folder.checkpoint_metrics.items()}
-        trainer._logger_connector._callback_metrics.update(metrics)
         self.on_run_start()
         trainer.lightning_module.restore_generators()  # samples may draw from them
         self.on_run_end()

@@ -84,8 +84,6 @@ class RunFolder(L.Callback):
         self.clock = Clock()
         self.phases: list[str] = []
         """The phases of `folders.PHASES` that are complete."""
-        self.checkpoint_metrics: dict[str, float] = {}
-        """In a resumed run, all metrics of the checkpoint."""
         self._before: dict[str, float] = {}
         self._without_folder: list[ModelCheckpoint] = []
         self.checkpoint_row: dict[str, Any] | None = None
@@ -245,7 +243,6 @@ class RunFolder(L.Callback):
         These paths are absolute. If the run folder was moved or copied, they are changed to its current place.
         """
         self.checkpoint_row = checkpoint.get("metrics_row")
-        self.checkpoint_metrics = checkpoint.get("metrics", {})
         for callback in self._without_folder:
             state = checkpoint.get("callbacks", {}).get(callback.state_key)
             if self.resume is not None and state is not None:

@@ -25,6 +25,8 @@ from oumi_pl.types import RunData, RunModule
 FILE = "samples.jsonl"
 CANDIDATES = 50
 """How many rows are searched for prompts whose completion fits into the model's positions."""
+SOURCES = 8
+"""Most sources of which a row is completed if there are more of them than `rows`."""
 LINES = 3
 """Most lines of a completion in the terminal; the file has all of it."""
 WIDTH = 100
@@ -87,7 +89,8 @@ class Samples(L.Callback):
     Args:
         prompts: Texts to complete. If left out, the prompts of the first held-out rows; without held-out rows, those of
             the first training rows, which are completed only at the start and at the end.
-        rows: Number of rows if `prompts` is left out. 0 turns samples off.
+        rows: Number of rows if `prompts` is left out, taken from the sources in turn, and at least one of each (of up
+            to 8). 0 turns samples off.
         max_new_tokens: Longest completion.
         temperature: Temperature of sampling; 0 is greedy. Sampling does not change the random numbers of training.
     """
@@ -175,9 +178,14 @@ class Samples(L.Callback):
                 split = "validation" if data.sources["validation"] is not None else "train"
                 if split == "train" and data.streaming:
                     raise ValueError("no rows are held out, and the training rows are streamed; set samples.prompts")
-                candidates = itertools.islice(data.prompts(split), CANDIDATES)
-                fitting = (row for row in candidates if self._has_room(row, pl_module))
-                self._chosen = list(itertools.islice(fitting, self.rows))
+                # at least one of each source, in turn
+                sources = [
+                    (row for row in itertools.islice(prompts, CANDIDATES) if self._has_room(row, pl_module))
+                    for prompts in data.prompts_by_source(split)
+                ]
+                turns = itertools.chain.from_iterable(itertools.zip_longest(*sources))
+                rows = max(self.rows, min(len(sources), SOURCES))
+                self._chosen = list(itertools.islice((row for row in turns if row is not None), rows))
         return self._chosen
 
     def _has_room(self, row: tuple[list[int], str], pl_module: RunModule) -> bool:

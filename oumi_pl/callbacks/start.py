@@ -97,6 +97,11 @@ def data_lines(data: RunData, report: dict[str, Any]) -> Iterator[tuple[str, str
         yield split, summary(rows)
         if any("share_of_rows" in source for source in rows.get("sources", ())):
             yield "mixture", mixture(rows["sources"])
+        if "drawn" in rows:
+            total = sum(rows["drawn"].values())
+            yield "drawn", ", ".join(f"{name}: {n:,} ({n / total:.1%})" for name, n in rows["drawn"].items())
+        if "order" in rows:
+            yield "order", rows["order"]
     for name in data.streamed:
         yield "train", f"{name}, tokenized while it is streamed"
 

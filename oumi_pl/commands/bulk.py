@@ -12,8 +12,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any, NamedTuple
 
-from oumi_pl.data.turns import is_finite
 from oumi_pl.errors import UserError
+from oumi_pl.rollouts.metrics import Metric, scores
 from oumi_pl.runs.files import replacing
 from oumi_pl.terminal.text import echo
 from oumi_pl.types import Row, beside
@@ -236,7 +236,7 @@ def run(
     prompts: Sequence[Prompt],
     part: Part,
     output: Path,
-    metrics: Mapping[str, Callable[[str, Row], Any]],
+    metrics: Mapping[str, Metric],
     *,
     samples: int,
     batch_size: int,
@@ -274,7 +274,7 @@ def run(
         for number in range(1, samples + 1):
             answer = part.answers[row, number]
             values = answer.values(samples=samples > 1, logprobs=logprobs)
-            for name, value in scores(metrics, answer.completion, prompt.row, row).items():
+            for name, value in scores(metrics, answer.completion, prompt.row, "--metric", f"row {row}").items():
                 of_row.setdefault(name, []).append(value)
                 values[name] = value
             lines.append(beside(prompt.row, values))
@@ -284,30 +284,6 @@ def run(
     part.path.unlink()
     rate = f" in {seconds:.1f} s, {len(missing) / seconds:.3g} a second" if missing and seconds > 0 else ""
     return [f"{len(lines):,} completions{rate} -> {output}", *(summary(name, v) for name, v in scored.items())]
-
-
-# ---- metrics
-
-
-def scores(metrics: Mapping[str, Callable[[str, Row], Any]], text: str, row: Row, number: int) -> dict[str, float]:
-    """The values of metrics for a completion, by name; a metric that returns a mapping has several.
-
-    Raises:
-        UserError: a metric fails, or returns something else than numbers.
-    """
-    values: dict[str, float] = {}
-    for name, metric in metrics.items():
-        try:
-            result = metric(text, dict(row))
-        except Exception as error:  # code of the user
-            reason = f"{type(error).__name__}: {error}"
-            raise UserError(f"--metric: {name} failed for row {number}: {reason}") from error
-        named = {f"{name}/{key}": v for key, v in result.items()} if isinstance(result, Mapping) else {name: result}
-        for key, value in named.items():
-            if not is_finite(value):
-                raise UserError(f"--metric: {key} is {value!r:.40} for row {number}, but has to be a finite number")
-            values[key] = float(value)
-    return values
 
 
 def interval(values: Sequence[float]) -> tuple[float, float, float]:

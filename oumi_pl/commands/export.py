@@ -76,6 +76,7 @@ def export_checkpoint(checkpoint: Path, output: Path, *, merge: bool = False, tr
     """
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
         raise UserError(f"--output: {output} exists and is not an empty folder; name another one")
+    from oumi_pl.data.licences import licence_of
     from oumi_pl.models.export import model_card
     from oumi_pl.runs.folders import read_state
     from oumi_pl.runs.lineage import parent_text
@@ -97,6 +98,7 @@ def export_checkpoint(checkpoint: Path, output: Path, *, merge: bool = False, tr
             parent=parent_text(read_state(checkpoint.resolve().parent.parent)),
             generates=module.generates,
             chat=bool(data.tokenizer.chat_template),
+            licence=licence_of,
         ),
     )
 

@@ -36,10 +36,10 @@ def main(args: list[str]) -> int:
     if options.model:
         _refuse_no_model(Path(options.model).expanduser())
     from oumi_pl.commands import bulk
-    from oumi_pl.rollouts.rewards import resolve
+    from oumi_pl.rollouts.metrics import resolve_all
     from oumi_pl.rollouts.sampling import Sampling
 
-    metrics = {name.rpartition(".")[2]: resolve(name, "--metric") for name in options.metric}
+    metrics = resolve_all(options.metric, "--metric")
     with meanwhile("loading the model"):
         if options.model:
             loaded = from_folder(options.model, options.trust_remote_code, options.architecture)
@@ -360,8 +360,9 @@ def _add_output(parser: Parser) -> None:
         action="append",
         default=[],
         metavar="FUNCTION",
-        help="path of a function (completion, row) -> number or mapping, or a built-in one such as exact_match; writes "
-        "its values, and prints their means with 95 %% intervals; may be repeated",
+        help="path of a function (completion, row) -> number or mapping, or a built-in one: exact_match, rouge_l, "
+        "chrf, regex:PATTERN; writes its values, and prints their means with 95 %% intervals; may be repeated; the "
+        "callback Metrics logs the same ones while training",
     )
     parser.add_argument("--json", action="store_true", help="print a line of JSON per completion, with all columns")
 

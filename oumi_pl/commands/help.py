@@ -31,6 +31,14 @@ HIDDEN = {
 """Options that a command accepts and ignores, so that one recipe works with all commands."""
 FOREIGN = ("builtins", "abc", "torch", "lightning", "transformers", "typing")
 """Packages with other docstring styles: for these, the descriptions parsed by jsonargparse are used."""
+OF_EVERY_RUN = frozenset(
+    (
+        *("Advice", "BuildModel", "Checkpoints", "DryRun", "Export", "History", "LastStep", "Memory", "Predictions"),
+        *("Preemption", "PreferenceWarnings", "ProgressLine", "Report", "RolloutWarnings", "Rollouts", "RunFolder"),
+        *("SaveConfigCallback", "Start", "Throughput", "Tracking"),
+    )
+)
+"""Callbacks that runs have by themselves, which a recipe has no use for: left out of the list."""
 FIRST = {
     "config NAME|FILE": "A recipe, by name or path; several are merged, the later wins.",
     "resume [RUN]": "Resume the last unfinished run of the recipe, or this run folder; `auto`: or start the run.",
@@ -118,6 +126,8 @@ def _class(topic: str, places: dict[str, dict[str, type]]) -> tuple[type, str] |
 
 def _place(place: str, classes: dict[str, type]) -> Iterator[str]:
     """The classes of a place: the own arguments of each, then the shared ones."""
+    if place == "trainer.callbacks":
+        classes = _useful(classes)
     if len(classes) > LISTED:
         yield from _heading(f"{place}: one of these; the arguments of one: --help NAME")
         for name, cls in sorted(classes.items()):
@@ -134,6 +144,14 @@ def _place(place: str, classes: dict[str, type]) -> Iterator[str]:
         yield from _section(f"{name}: {_summary(cls)}", own)
     if shared:
         yield from _section("each of them", shared)
+
+
+def _useful(callbacks: dict[str, type]) -> dict[str, type]:
+    """The callbacks that a recipe can use: without those that are refused, and those that every run has."""
+    from oumi_pl.modules.base import BASES, UNFIT
+
+    refused = (*BASES, *UNFIT)
+    return {name: cls for name, cls in callbacks.items() if name not in OF_EVERY_RUN and cls not in refused}
 
 
 def _page(cls: type, place: str) -> Iterator[str]:

@@ -170,14 +170,16 @@ class Printer:
         for kind, size in result.peak.items():
             yield f"  {kind.value}", gigabytes(size)
         held = ", ".join(f"{kind.value} {gigabytes(size)}" for kind, size in result.held.items())
-        yield "always held", f"{gigabytes(sum(result.held.values()))}: {held}"
+        place = "host memory" if result.offloaded else "always held"
+        yield place, f"{gigabytes(sum(result.held.values()))}: {held}"
         yield "computed", f"{result.costs.flops / 1e12:,.3g} TFLOP per update and device"
         yield "sent", f"{gigabytes(result.costs.sent)} per update and device" if result.devices > 1 else "nothing"
         each = self.seconds(result)
         yield (
             "time",
             f"about {roughly(each)} per update on {self.card.name} at {self.fraction:.0%} of its peak: "
-            f"{result.tokens / each:,.0f} tokens per second",
+            f"{result.tokens / each:,.0f} tokens per second"
+            + (", without the copies to and from host memory, and the step there" if result.offloaded else ""),
         )
 
     def fastest(self) -> int:

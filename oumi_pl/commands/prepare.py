@@ -76,11 +76,12 @@ def _prepare_split(data: Any, split: str, output: Path | None) -> list[str]:
         written = data.shards(split)
     else:
         folders = [output / (split if len(parts) == 1 else f"{split}-{i}") for i in range(1, len(parts) + 1)]
+        written = []
         for part, folder in zip(parts, folders, strict=True):
             if part.prepared is not None:
                 raise UserError(f"data.{split}: {part.prepared} has been prepared already; leave it out")
-            write_part(part, data.tokenizer, folder)
-        written = [Shards(folder, tokenizer_fingerprint(data.tokenizer, chat=False)) for folder in folders]
+            write_part(data.without_repeated(split, part, written), data.tokenizer, folder)
+            written.append(Shards(folder, tokenizer_fingerprint(data.tokenizer, chat=False)))
     for shards in written:
         ratio = shards.manifest["text_bytes"] / max(1, shards.tokens)
         echo(

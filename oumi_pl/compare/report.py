@@ -6,14 +6,14 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from oumi_pl.compare.run import Difference, Engine, allowed, relative
+from oumi_pl.compare.run import MOST_ROUNDING, ROUNDING, TOLERANCE, Engine, Outcome, allowed, relative
 
 MEANING = {  # quantity that differs -> what that means, and where to look for the cause
     "batch": "it trains on other tokens or targets",
     "target_tokens": "it counts other targets",
     "lr": "its learning rate is another",
-    "loss": "its loss is another on the same batch and weights: look at masks, shift, averaging and dropout",
-    "grad_norm": "its gradient is another though the loss agrees: look at how micro-batches are weighed",
+    "loss": "its loss is another on the same batch and weights",
+    "grad_norm": "its gradient is another though the loss agrees",
     "update": "its update is another though the gradient's norm agrees: look at clipping and the optimizer",
     "steps": "it takes another number of steps",
 }
@@ -42,15 +42,30 @@ def table(engines: Sequence[Engine]) -> str:
     return "\n".join(lines)
 
 
-def verdict(name: str, lead: str, steps: int, difference: Difference | None, tolerance: float) -> str:
-    """The result of one engine in a sentence."""
+WHOLE = {
+    None: "",
+    True: "; with each update in one micro-batch it agrees, so micro-batches are weighed otherwise",
+    False: "; with each update in one micro-batch it differs as well, so weighing micro-batches is not the cause",
+}
+"""Whether a difference is gone if each update is one micro-batch -> what that shows."""
+
+
+def verdict(name: str, lead: str, steps: int, outcome: Outcome, tolerance: float | None = None) -> str:
+    """The result of one engine in a sentence, with what was measured to judge it."""
+    difference, rounding = outcome.difference, outcome.rounding
+    own = ""
+    if rounding:
+        measured = ", ".join(f"{what} {value:.1e}" for what, value in rounding.items())
+        own = f" ({lead} cut into other micro-batches differs from itself by {measured}: that is rounding)"
     if difference is None:
-        return f"{name} equals {lead} in all {steps} steps, within {tolerance:g}"
+        allowed_now = f", or {ROUNDING:g} times {lead}'s rounding" if rounding else ""
+        return f"{name} equals {lead} in all {steps} steps, within {tolerance or TOLERANCE:g}{allowed_now}{own}"
     values = f"{lead} {_shown(difference.lead)}, {name} {_shown(difference.other)}"
     if difference.what == "update":
         values = f"by {difference.other:.2e} of {lead}'s"
     where = f"{name} differs from {lead} first in {difference.what} at step {difference.step} ({values})"
-    return f"{where}: {MEANING[difference.what]}"
+    more = own.replace("that is rounding", f"{ROUNDING:g} times that, at most {MOST_ROUNDING:g}, would be rounding")
+    return f"{where}: {MEANING[difference.what]}{WHOLE[outcome.whole]}{more}"
 
 
 def _shown(value: Any) -> str:

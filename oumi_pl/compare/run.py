@@ -8,11 +8,13 @@ import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from csv import DictReader
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+
+import yaml
 
 from oumi_pl.errors import UserError
 from oumi_pl.terminal.text import echo
@@ -29,6 +31,8 @@ ROLES = {"lead": "training", "held": "each step from the first engine's weights"
 """Role of a process -> its description in the terminal."""
 CHECKED = ("batch", "target_tokens", "lr", "loss", "grad_norm", "update")
 """Compared quantities, in the order in which a difference in one causes a difference in the next."""
+MEASURED = ("loss", "grad_norm", "update")
+"""Those of them that are rounded."""
 
 
 @dataclass
@@ -45,6 +49,14 @@ class Engine:
     free: list[dict[str, Any]] = field(default_factory=list)
 
 
+TOLERANCE = 1e-5
+"""Relative difference that is allowed if none is named."""
+ROUNDING = 4.0
+"""Without a named tolerance: how many times the lead's own rounding is allowed, which is measured if it is needed."""
+MOST_ROUNDING = 1e-3
+"""Larger differences are never taken for rounding."""
+
+
 @dataclass(frozen=True)
 class Difference:
     """The first difference between an engine and the lead: quantity, step, and both values."""
@@ -55,10 +67,31 @@ class Difference:
     other: Any
 
 
+@dataclass(frozen=True)
+class Outcome:
+    """The first difference of an engine to the lead, and what was tried to find its cause.
+
+    difference: None if all steps agree. rounding: by how much the lead differs from itself if its updates are cut into
+    other micro-batches, by quantity; empty if that was not needed. whole: whether the difference is gone if each update
+    is a single micro-batch; None if that was not tried.
+    """
+
+    difference: Difference | None
+    rounding: dict[str, float] = field(default_factory=dict)
+    whole: bool | None = None
+
+
 def compare(
-    recipe: Sequence[str], engines: Sequence[str], steps: int, folder: Path, worker: Sequence[str] = WORKER
-) -> list[Engine]:
-    """Trains a recipe on each engine, and returns the steps of the engines, the lead first.
+    recipe: Sequence[str],
+    engines: Sequence[str],
+    steps: int,
+    folder: Path,
+    worker: Sequence[str] = WORKER,
+    *,
+    tolerance: float | None = None,
+    update_tolerance: float | None = None,
+) -> tuple[list[Engine], list[Outcome]]:
+    """Trains a recipe on each engine, and returns the steps of the engines, the lead first, and how the others compare.
 
     Args:
         recipe: The file of a recipe, and overrides for `fit`.
@@ -66,6 +99,8 @@ def compare(
         steps: Optimizer steps; the schedule ends with the last.
         folder: Folder for runs, records and, temporarily, the weights of every step.
         worker: Command that runs one engine.
+        tolerance: See `first_difference`. None: `TOLERANCE`, or `ROUNDING` times the lead's rounding if that is more.
+        update_tolerance: See `first_difference`.
 
     Raises:
         UserError: an engine refuses the recipe.
@@ -73,18 +108,89 @@ def compare(
     """
     snapshots = folder / "weights"
 
-    def steps_of(engine: str, role: str) -> list[dict[str, Any]]:
-        echo(f"{engine}: {ROLES[role]}", file=sys.stderr, flush=True)
-        run_folder = folder / f"{engine}-{role}"
-        _run([*worker, engine, role, str(run_folder), str(snapshots), str(steps), *recipe], engine)
+    def steps_of(engine: str, role: str, cut: tuple[int, int] | None = None) -> list[dict[str, Any]]:
+        how = "" if cut is None else f", in {cut[1]} micro-batches of {cut[0]} per update"
+        echo(f"{engine}: {ROLES[role]}{how}", file=sys.stderr, flush=True)
+        run_folder = folder / (f"{engine}-{role}" if cut is None else f"{engine}-{cut[1]}x{cut[0]}")
+        sizes = () if cut is None else (f"--data.batch_size={cut[0]}", f"--trainer.accumulate_grad_batches={cut[1]}")
+        _run([*worker, engine, role, str(run_folder), str(snapshots), str(steps), *recipe, *sizes], engine)
         return read_steps(run_folder)
 
     try:
-        lead = steps_of(engines[0], "lead")
+        steps_of_lead = steps_of(engines[0], "lead")
+        lead = Engine(engines[0], steps_of_lead, steps_of_lead)
         others = [Engine(name, steps_of(name, "held"), steps_of(name, "free")) for name in engines[1:]]
+        sizes = sizes_of(folder / f"{engines[0]}-lead")
+        tests = _Tests(lead, lambda engine, cut: Engine(engine, steps_of(engine, "held", cut)), sizes)
+        outcomes = [tests.outcome(other, tolerance, update_tolerance) for other in others]
     finally:
         shutil.rmtree(snapshots, ignore_errors=True)
-    return [Engine(engines[0], lead, lead), *others]
+    return [lead, *others], outcomes
+
+
+class _Tests:
+    """Finds what a difference to the lead comes from, by running engines again with other micro-batches.
+
+    Args:
+        lead: The lead.
+        run: Runs an engine, each step from the lead's weights, with (rows of a micro-batch, micro-batches).
+        sizes: These two of the recipe; None if they are unknown.
+    """
+
+    def __init__(self, lead: Engine, run: Callable[[str, tuple[int, int]], Engine], sizes: tuple[int, int] | None):
+        self.lead = lead
+        self.run = run
+        self.sizes = sizes
+        self._rounding: dict[str, float] | None = None
+
+    def outcome(self, other: Engine, tolerance: float | None, update_tolerance: float | None) -> Outcome:
+        """The first difference of an engine, after what may be rounding was measured."""
+        of_rows, of_updates = tolerance or TOLERANCE, update_tolerance
+        difference = first_difference(self.lead, other, of_rows, of_updates)
+        rounding: dict[str, float] = {}
+        if difference is not None and tolerance is None and difference.what in MEASURED:
+            rounding = self.rounding()
+            difference = first_difference(self.lead, other, of_rows, of_updates, rounding)
+        whole = None
+        if difference is not None and difference.what in ("loss", "grad_norm") and self.sizes and self.sizes[1] > 1:
+            again = self.run(other.name, (self.sizes[0] * self.sizes[1], 1))
+            whole = first_difference(self.lead, again, of_rows, of_updates, rounding) is None
+        return Outcome(difference, rounding, whole)
+
+    def rounding(self) -> dict[str, float]:
+        """By how much the lead differs from itself if its updates are cut otherwise; runs it once."""
+        if self._rounding is None:
+            cut = other_cut(self.sizes) if self.sizes else None
+            again = None if cut is None else self.run(self.lead.name, cut)
+            self._rounding = {} if again is None else _largest_differences(self.lead, again)
+        return self._rounding
+
+
+def _largest_differences(lead: Engine, again: Engine) -> dict[str, float]:
+    pairs = list(zip(lead.held, again.held, strict=True))
+    largest = {what: max(relative(a[what], b[what]) for a, b in pairs) for what in ("loss", "grad_norm")}
+    return largest | {"update": max(line["update"] for line in again.held)}
+
+
+def sizes_of(folder: Path) -> tuple[int, int] | None:
+    """Rows of a micro-batch and micro-batches of an update, in the run of a worker; None if they are unknown."""
+    (file,) = folder.glob("runs/*/config.yaml")
+    config = yaml.safe_load(file.read_text(encoding="utf-8"))
+    rows = ((config.get("data") or {}).get("init_args") or {}).get("batch_size")
+    parts = (config.get("trainer") or {}).get("accumulate_grad_batches")
+    return (rows, parts) if isinstance(rows, int) and isinstance(parts, int) else None
+
+
+def other_cut(sizes: tuple[int, int]) -> tuple[int, int] | None:
+    """The same rows per update in more micro-batches, or fewer if each has one row; None for an update of one row."""
+    rows, parts = sizes
+    if rows > 1:
+        factor = next(n for n in range(2, rows + 1) if rows % n == 0)
+        return rows // factor, parts * factor
+    if parts > 1:
+        factor = next(n for n in range(2, parts + 1) if parts % n == 0)
+        return factor, parts // factor
+    return None
 
 
 def _run(command: Sequence[str], engine: str) -> None:
@@ -113,22 +219,31 @@ def read_steps(folder: Path) -> list[dict[str, Any]]:
 
 
 def first_difference(
-    lead: Engine, other: Engine, tolerance: float, update_tolerance: float | None = None
+    lead: Engine,
+    other: Engine,
+    tolerance: float,
+    update_tolerance: float | None = None,
+    rounding: Mapping[str, float] | None = None,
 ) -> Difference | None:
     """The first difference in the first step that differs; None if all steps agree.
 
     Hashes and counts have to be equal. Learning rate, loss and gradient norm may differ by `tolerance`, relative to the
     larger value. Updates may differ by `allowed(step, update_tolerance)`; `update_tolerance` defaults to `tolerance`.
+    If `rounding`, the lead's own, is known, `ROUNDING` times as much is allowed, but at most `MOST_ROUNDING`.
     """
+
+    def bound(what: str, least: float) -> float:
+        return max(least, min(MOST_ROUNDING, ROUNDING * (rounding or {}).get(what, 0.0)))
+
     for ours, theirs in zip(lead.held, other.held, strict=False):
         for what in CHECKED:
             if what == "update":
-                if not theirs[what] <= allowed(theirs, update_tolerance or tolerance):
+                if not theirs[what] <= allowed(theirs, bound(what, update_tolerance or tolerance)):
                     return Difference(what, ours["step"], 0.0, theirs[what])
             elif what in ("batch", "target_tokens"):
                 if ours[what] != theirs[what]:
                     return Difference(what, ours["step"], ours[what], theirs[what])
-            elif not relative(ours[what], theirs[what]) <= tolerance:
+            elif not relative(ours[what], theirs[what]) <= bound(what, tolerance):
                 return Difference(what, ours["step"], ours[what], theirs[what])
     if len(lead.held) != len(other.held):
         return Difference("steps", min(len(lead.held), len(other.held)) + 1, len(lead.held), len(other.held))

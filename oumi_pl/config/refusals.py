@@ -249,7 +249,8 @@ def _refuse_unknown_metric(monitor: str | None, callback: Any, model: Any, data:
     if monitor is None or any(own) or not getattr(model, "validation_metrics", ()) or monitor.startswith("train/"):
         return
     known = [name for part in (model, data, *callbacks) for name in getattr(part, "validation_metrics", ())]
-    if monitor not in known:
+    groups = [name for part in callbacks for name in getattr(part, "validation_groups", ())]
+    if monitor not in known and not any(monitor.startswith(f"{name}/") for name in groups):
         raise UserError(f"{_place(callback)}: unknown metric {monitor!r}{nearest(monitor, known)}")
 
 

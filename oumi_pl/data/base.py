@@ -172,6 +172,10 @@ class TextData(L.LightningDataModule):
     def prompts(self, split: str) -> Iterator[tuple[list[int], str]]:
         """Prompt ids and reference answer of each row of a split, for sampling completions."""
 
+    def prompts_by_source(self, split: str) -> list[Iterator[tuple[list[int], str]]]:
+        """As `prompts`, for each source of a split; a single iterator if its sources aren't told apart."""
+        return [self.prompts(split)]
+
     def prompts_with_rows(self, split: str) -> Iterator[tuple[list[int], str, Row]]:
         """As `prompts`, each with the columns of its row, which `predict` writes beside the completion."""
         return ((ids, reference, {}) for ids, reference in self.prompts(split))

@@ -13,7 +13,7 @@ from oumi_pl.data.formats import Format, format_name, resolve_format
 from oumi_pl.data.records import OnBadRows, RowCounts
 from oumi_pl.data.rendering import Rendering
 from oumi_pl.data.shards import FORMAT, MADE_FROM, MANIFEST, OtherShardsError, Shards, write_shards
-from oumi_pl.data.sources import Source, fingerprint, is_on_hub
+from oumi_pl.data.sources import Source, expected_rows, fingerprint, is_on_hub
 from oumi_pl.data.splitting import Side
 from oumi_pl.data.store import cache_key, cache_root
 from oumi_pl.data.tokenizers import tokenizer_fingerprint
@@ -31,13 +31,14 @@ class Part(NamedTuple):
     """The part of a source that a split uses.
 
     keep: which rows to use; all if None. render: renders conversations as texts, if rows may be conversations.
-    bad_rows: see `texts`.
+    bad_rows, before: see `texts`.
     """
 
     source: Source
     keep: Side | None = None
     render: Rendering | None = None
     bad_rows: OnBadRows | None = None
+    before: tuple[Shards, ...] | None = None
 
     @property
     def name(self) -> str:
@@ -75,7 +76,8 @@ class Part(NamedTuple):
 
     def texts(self, counts: RowCounts | None = None, streaming: bool = False) -> Iterator[str]:
         """Iterates over the documents' texts from the start."""
-        return texts(self.source, self.keep, counts, streaming, self.render, bad_rows=self.bad_rows)
+        how = {"bad_rows": self.bad_rows, "before": self.before}
+        return texts(self.source, self.keep, counts, streaming, self.render, **how)  # type: ignore[arg-type]
 
     def texts_with_rows(self) -> Iterator[tuple[str, Row]]:
         """As `texts`, each with its row."""
@@ -93,6 +95,8 @@ class Part(NamedTuple):
             made_from.append([source.ignore, source.label, source.template_variables])
         if self.bad_rows == "drop":
             made_from.append(self.bad_rows)
+        if self.before is not None:
+            made_from.append(["without repeated", *(shards.manifest["source"] for shards in self.before)])
         return made_from if self.render is None else [*made_from, self.render.template]
 
 
@@ -113,7 +117,7 @@ def shards_of(part: Part, tokenizer: "PreTrainedTokenizerBase") -> Shards:
     ids = tokenizer_fingerprint(tokenizer, chat=False)
     vocabulary = max(tokenizer.get_vocab().values(), default=-1) + 1
     if part.prepared is None:
-        directory = cache_root() / "tokens" / cache_key(FORMAT, part.made_from(), ids)
+        directory = cache_root() / "tokens" / cache_key(FORMAT, "keys", part.made_from(), ids)
         try:
             return _cached(part, tokenizer, directory, ids, vocabulary)
         except (DamagedError, OtherShardsError) as error:
@@ -139,4 +143,5 @@ def _cached(part: Part, tokenizer: "PreTrainedTokenizerBase", directory: Path, i
 def write_part(part: Part, tokenizer: "PreTrainedTokenizerBase", directory: Path) -> None:
     """Writes the shards of a source to a folder; continues an interrupted run."""
     made_from = {"tokenizer": tokenizer_fingerprint(tokenizer, chat=False), "source": part.made_from()}
-    write_shards(directory, part.texts, TokenizeDocuments(tokenizer), made_from, name=part.name)
+    total = expected_rows(part.source, part.keep)
+    write_shards(directory, part.texts, TokenizeDocuments(tokenizer), made_from, name=part.name, total=total)

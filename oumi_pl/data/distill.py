@@ -74,6 +74,7 @@ class DistillData(RolloutData):
     report = ChatData.report
     made_from = ChatData.made_from
     plan = ChatData.plan
+    column_values = ChatData.column_values
     held_out_rows = ChatData.held_out_rows
     lengths = ChatData.lengths
     make_eval_loader = ChatData.make_eval_loader

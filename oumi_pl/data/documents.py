@@ -4,11 +4,12 @@ Prepared shards and tokenizing on the fly both use this module, so they see the 
 """
 
 import re
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 import numpy as np
 
+from oumi_pl.data.duplicates import REPEATED, Keyed, Repeats
 from oumi_pl.data.formats import (
     FORMATS,
     Format,
@@ -81,9 +82,11 @@ def texts(
     render: Callable[[Conversation], str] | None = None,
     *,
     bad_rows: OnBadRows | None = None,
+    before: Sequence[Keyed] | None = None,
 ) -> Iterator[str]:
     """Yields the text of each document of a source, in order, without empty ones; arguments as of `texts_with_rows`."""
-    return (text for text, _ in texts_with_rows(source, keep, counts, streaming, render, bad_rows=bad_rows))
+    found = texts_with_rows(source, keep, counts, streaming, render, bad_rows=bad_rows, before=before)
+    return (text for text, _ in found)
 
 
 def texts_with_rows(
@@ -94,6 +97,7 @@ def texts_with_rows(
     render: Callable[[Conversation], str] | None = None,
     *,
     bad_rows: OnBadRows | None = None,
+    before: Sequence[Keyed] | None = None,
 ) -> Iterator[tuple[str, Row]]:
     """Yields the text of each document of a source, in order, and its row; without empty ones.
 
@@ -105,14 +109,15 @@ def texts_with_rows(
         render: Renders conversations as texts; without it, they are refused.
         bad_rows: Whether rows that can't be used are left out, or are an `error` that lists all of them, after which no
             further text is yielded. None stops at the first, as `error` does when streaming.
+        before: Documents that are left out here, and so are those that repeat another one of the source; None: all are
+            used.
 
     Raises:
         UserError: a row is no document (names file and line); and as for `rows`.
     """
     counts = RowCounts() if counts is None else counts
-    bad = counts.bad
+    bad, repeats, convert = counts.bad, Repeats(before), _converter(source, render)
     at_once = bad_rows is None or (bad_rows == "error" and streaming)
-    convert = _converter(source, render)
     for origin, row in rows(source, streaming=streaming, counts=counts, strict=at_once):
         if isinstance(row, BadRow):
             counts.add_bad(origin, row.reason)
@@ -137,14 +142,28 @@ def texts_with_rows(
             continue
         if bad.count and bad_rows == "error":
             continue  # what is wrong with the others is all that is left to find
-        kept = bool(document.strip())
-        counts["kept" if kept else "empty"] += 1
-        if kept:
+        if _is_used(document, origin, counts, repeats):
             counts.held_out += [origin] if keep is not None and keep.is_held_out else []
             yield document, row
     if bad.count and bad_rows == "error":
         raise bad.error(source.title, counts["rows"])
     counts["rows"] += counts.add_dropped(left_out(source, counts, keep))
+    repeats.add_to(counts.duplicates)
+
+
+def _is_used(document: str, origin: str, counts: RowCounts, repeats: Repeats) -> bool:
+    """Whether a document is neither empty nor repeated; counts it."""
+    if not document.strip():
+        counts["empty"] += 1
+        return False
+    record = Text(document)
+    if repeats.is_repeated(origin, record):
+        counts.add_dropped({REPEATED: 1})
+        return False
+    counts["kept"] += 1
+    if counts.row_keys is not None:
+        counts.row_keys.add(origin, record)
+    return True
 
 
 def _converter(source: Source, render: Callable[[Conversation], str] | None) -> Callable[[Row], str | Dropped]:

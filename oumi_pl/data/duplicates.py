@@ -1,13 +1,17 @@
 """Duplicates: rows that are repeated within a split, and held-out rows whose prompt is in training too."""
 
+import os
+import struct
 from array import array
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any, Literal, Protocol
 
 import numpy as np
 
 from oumi_pl.data.splitting import content_hash, prompt_hash
 from oumi_pl.data.tokenize import Dropped
+from oumi_pl.runs.files import sync
 from oumi_pl.types import BadRow, Record
 
 Duplicates = Literal["keep", "drop"]
@@ -22,7 +26,7 @@ class Keyed(Protocol):
     """Rows with their keys, such as an `ExampleStore`."""
 
     @property
-    def origins(self) -> list[str]:
+    def origins(self) -> Sequence[str]:
         """File and line of each row."""
 
     @property
@@ -39,12 +43,16 @@ class RowKeys:
 
     def __init__(self) -> None:
         self.origins: list[str] = []
+        self.columns: dict[str, list[Any]] = {}
+        """Values that rows are drawn or ordered by."""
         self._records = array("Q")
         self._prompts = array("Q")
 
-    def add(self, origin: str, record: Record) -> None:
+    def add(self, origin: str, record: Record, columns: Mapping[str, Any] | None = None) -> None:
         """Adds a row."""
         self.origins.append(origin)
+        for name, value in (columns or {}).items():
+            self.columns.setdefault(name, []).append(value)
         self._records.append(content_hash(record.content_key()))
         self._prompts.append(prompt_hash(record.split_key()))
 
@@ -57,6 +65,55 @@ class RowKeys:
     def prompt_keys(self) -> np.ndarray:
         """Hash of each row's prompt, `[rows]` uint64."""
         return np.array(self._prompts, dtype=np.uint64)
+
+
+class KeyFiles:
+    """The keys of rows, written to files one by one: a corpus may have more rows than fit into memory.
+
+    Args:
+        directory: Their folder. The files get their names when `close` is called.
+    """
+
+    KEYS = "keys.bin"
+    """Hashes of what each row says and of its prompt, `[rows, 2]` uint64."""
+    ORIGINS = "origins.txt"
+    """File and line of each row."""
+
+    def __init__(self, directory: Path) -> None:
+        self.directory = directory
+        self._files = {name: (directory / f".{name}.{os.getpid()}").open("wb") for name in (self.KEYS, self.ORIGINS)}
+
+    def add(self, origin: str, record: Record) -> None:
+        """Adds a row."""
+        keys = content_hash(record.content_key()), prompt_hash(record.split_key())
+        self._files[self.KEYS].write(struct.pack("<QQ", *keys))
+        self._files[self.ORIGINS].write(origin.replace("\n", " ").encode() + b"\n")
+
+    def close(self, *, keep: bool) -> None:
+        """Closes the files, and names or removes them."""
+        for name, file in self._files.items():
+            file.close()
+            half = Path(file.name)
+            if keep:
+                sync(half)
+                half.replace(self.directory / name)
+            else:
+                half.unlink(missing_ok=True)
+
+
+class Lines(Sequence[str]):
+    """The lines of a file, read when asked for."""
+
+    def __init__(self, file: Path) -> None:
+        self._bytes = np.fromfile(file, dtype=np.uint8)
+        self._ends = np.flatnonzero(self._bytes == ord("\n"))
+
+    def __len__(self) -> int:
+        return len(self._ends)
+
+    def __getitem__(self, index: Any) -> Any:
+        start = int(self._ends[index - 1]) + 1 if index else 0
+        return self._bytes[start : int(self._ends[index])].tobytes().decode()
 
 
 class Repeats:
@@ -86,16 +143,22 @@ class Repeats:
         file that is also in an earlier source is one.
         """
         for origin, record in records:
-            if isinstance(record, Record) and not self._keeps_all:
-                key = content_hash(record.content_key())
-                before, here = self._earlier.get(key), self._origins.setdefault(key, origin)
-                earlier = here if before is None else before
-                if before is not None or here != origin:
-                    self.rows += 1
-                    self.first = [*self.first, [origin, earlier]][:LISTED]
-                    yield origin, Dropped(REPEATED)
-                    continue
-            yield origin, record
+            if isinstance(record, Record) and self.is_repeated(origin, record):
+                yield origin, Dropped(REPEATED)
+            else:
+                yield origin, record
+
+    def is_repeated(self, origin: str, record: Record) -> bool:
+        """Whether the record repeats one of an earlier row; counts it."""
+        if self._keeps_all:
+            return False
+        key = content_hash(record.content_key())
+        before, here = self._earlier.get(key), self._origins.setdefault(key, origin)
+        if before is None and here == origin:
+            return False
+        self.rows += 1
+        self.first = [*self.first, [origin, here if before is None else before]][:LISTED]
+        return True
 
     def add_to(self, report: dict[str, Any]) -> None:
         """Adds the number of rows that were left out, and the first of them, to a report."""
@@ -111,16 +174,23 @@ def repeated(sources: Sequence[Keyed]) -> dict[str, Any]:
     again = np.flatnonzero(earliest != np.arange(len(keys)))
     if not len(again):
         return {"rows": 0, "first": []}
-    origins = [origin for rows in sources for origin in rows.origins]
-    number = np.repeat(np.arange(len(sources)), [len(rows.origins) for rows in sources])
+    place = _Places(sources)
+    pairs = ((place(i), place(earliest[i])) for i in again.tolist())
+    # not the same row, which `sample` reads several times
+    others = [(row, earlier) for row, earlier in pairs if row != earlier]
+    return {"rows": len(others), "first": [[row[1], earlier[1]] for row, earlier in others[:LISTED]]}
 
-    def is_read_again(i: int) -> bool:
-        """Whether it is the same row, which `sample` reads several times."""
-        return bool(number[i] == number[earliest[i]]) and origins[i] == origins[earliest[i]]
 
-    again = np.array([i for i in again.tolist() if not is_read_again(i)], dtype=np.int64)
-    first = [[origins[i], origins[earliest[i]]] for i in again[:LISTED].tolist()]
-    return {"rows": len(again), "first": first}
+class _Places:
+    """Number of the source, and origin, of rows that are counted over several sources."""
+
+    def __init__(self, sources: Sequence[Keyed]) -> None:
+        self.origins = [rows.origins for rows in sources]
+        self.starts = np.cumsum([0, *map(len, self.origins)])
+
+    def __call__(self, row: int) -> tuple[int, str]:
+        source = int(np.searchsorted(self.starts, row, side="right")) - 1
+        return source, self.origins[source][row - int(self.starts[source])]
 
 
 def prompts_in_training(held_out: Keyed, training: Sequence[Keyed]) -> dict[str, Any]:
@@ -136,6 +206,6 @@ def prompts_in_training(held_out: Keyed, training: Sequence[Keyed]) -> dict[str,
         return {"rows": 0, "identical": 0, "first": []}
     records = np.concatenate([rows.record_keys for rows in training])
     identical = int(np.isin(held_out.record_keys[shared], records).sum())
-    origins = [origin for rows in training for origin in rows.origins]
-    first = [[held_out.origins[i], origins[places[at[i]]]] for i in shared[:LISTED].tolist()]
+    place = _Places(training)
+    first = [[held_out.origins[i], place(places[at[i]])[1]] for i in shared[:LISTED].tolist()]
     return {"rows": len(shared), "identical": identical, "first": first}

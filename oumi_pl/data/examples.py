@@ -1,11 +1,13 @@
 """Base classes of data whose rows each become an example, and of such data with chat templates."""
 
 import copy
+import itertools
 import math
 from abc import abstractmethod
 from collections.abc import Iterable, Iterator, Sequence
 from datetime import date as Date
 from functools import cached_property, partial
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import numpy as np
@@ -15,10 +17,11 @@ from oumi_pl.data import report as reports
 from oumi_pl.data.base import TextData
 from oumi_pl.data.code import code_of, settings_of
 from oumi_pl.data.collate import collate, full_document
+from oumi_pl.data.draws import Draws, SampleBy, drawn
 from oumi_pl.data.duplicates import Duplicates
 from oumi_pl.data.formats import FORMATS, Formats
 from oumi_pl.data.loader import PlanLoader, eval_loader
-from oumi_pl.data.plan import Layout, Plan, mixture_epoch, plan_epoch, plan_in_order
+from oumi_pl.data.plan import Layout, Plan, mixture_counts, mixture_epoch, plan_epoch, plan_in_order
 from oumi_pl.data.prompts import PROMPT_FORMATS, PromptsWithRows, RecordsWithRows, RecordWithRow
 from oumi_pl.data.records import OnBadRows
 from oumi_pl.data.reference import ReferenceLogps
@@ -58,6 +61,12 @@ class ExampleData(TextData):
             leaves them out. The data report counts them in both cases.
         weight_by: What the weights of sources are shares of: `rows`, `tokens`, or `targets` (tokens that carry loss, by
             their weight). With long and short answers these differ; the data report shows all three.
+        sample_by: How often training rows are drawn, by a column. A column with numbers, such as `quality`, draws rows
+            in proportion to them. `{lang: {en: 0.7, de: 0.3}}` gives classes these shares of the rows of an epoch, and
+            `{lang: balanced}` gives all classes equal ones. The data report counts what is drawn.
+        order_by: Column whose value orders the training rows of each epoch, instead of a shuffle: the smallest first,
+            or the largest with `-` before the name. Rows with equal values are shuffled among themselves. Packs are
+            filled in this order.
         fields: Columns with numbers that a batch has by name in `batch["fields"]`, one number per row: NaN where a row
             has `null`.
         processes: Processes that tokenize rows, with the same result for any number. They call `encode`; files are read
@@ -73,6 +82,8 @@ class ExampleData(TextData):
         bad_rows: OnBadRows = "error",
         duplicates: Duplicates = "keep",
         weight_by: WeightBy = "rows",
+        sample_by: SampleBy | None = None,
+        order_by: str | None = None,
         fields: Sequence[str] = (),
         processes: int = 1,
         **kwargs: Any,
@@ -91,11 +102,13 @@ class ExampleData(TextData):
         self.bad_rows: OnBadRows = bad_rows
         self.duplicates: Duplicates = duplicates
         self.weight_by: WeightBy = weight_by
+        self.draws = Draws(sample_by, order_by)
         self.fields = list(fields)
         self.packing = packing
         self.group_by_length = group_by_length
         self.__stores: dict[str, list[ExampleStore]] = {}
         self.__same: dict[str, dict[str, Any]] = {}
+        self.__drawn_by: tuple[np.ndarray, np.ndarray] | None = None
 
     # ---- what a subclass defines
 
@@ -158,9 +171,18 @@ class ExampleData(TextData):
 
     def make(self, split: str) -> None:
         """Tokenizes a split, unless it is in the cache."""
-        if split == "train" and self.weight_by != "rows" and all(weight is None for weight in self.source_weights):
-            raise UserError(f"data.weight_by: {self.weight_by} needs weights, and no source of data.train has one")
+        if split == "train":
+            self.refuse_missing_weights()
         self.stores(split)
+
+    def refuse_missing_weights(self) -> None:
+        """Refuses `weight_by` without weights.
+
+        Raises:
+            UserError: no training source has one.
+        """
+        if self.weight_by != "rows" and all(weight is None for weight in self.source_weights):
+            raise UserError(f"data.weight_by: {self.weight_by} needs weights, and no source of data.train has one")
 
     def setup(self, stage: str) -> None:
         """Opens the stores of a stage, and stops before weights are loaded if there is nothing to train on.
@@ -169,25 +191,33 @@ class ExampleData(TextData):
             UserError: no row of a split is left, or all answers are empty.
         """
         for split in self.needed(stage):
-            total = reports.merged([store.report for store in self.stores(split)])
-            if not total["kept"]:
-                if not total["rows"]:
-                    held_out = self.sources["validation"]
-                    raise UserError(
-                        f"data.validation: {held_out} of the rows of data.train, chosen by a hash of the prompt, "
-                        f"leaves none for {split}; name a source for validation, another fraction, or a data.group"
-                    )
-                reasons = ", ".join(f"{n} {reason}" for reason, n in total["dropped"].items())
-                advice = next((advice for part, advice in REMEDIES.items() if part in reasons), "")
+            self.check_split(split)
+
+    def check_split(self, split: str) -> None:
+        """Opens the stores of a split.
+
+        Raises:
+            UserError: no row is left, or all answers are empty.
+        """
+        total = reports.merged([store.report for store in self.stores(split)])
+        if not total["kept"]:
+            if not total["rows"]:
+                held_out = self.sources["validation"]
                 raise UserError(
-                    f"data.{split}: none of {total['rows']} rows is left ({reasons}){advice.format(self.max_length)}"
+                    f"data.validation: {held_out} of the rows of data.train, chosen by a hash of the prompt, "
+                    f"leaves none for {split}; name a source for validation, another fraction, or a data.group"
                 )
-            if split == "train" and total["empty_answers"] == total["kept"]:
-                which = "all" if total["kept"] == total["rows"] else "the"
-                raise UserError(
-                    f"data.{split}: the answers of {which} {total['kept']} rows are empty; the model would only learn "
-                    "to end at once"
-                )
+            reasons = ", ".join(f"{n} {reason}" for reason, n in total["dropped"].items())
+            advice = next((advice for part, advice in REMEDIES.items() if part in reasons), "")
+            raise UserError(
+                f"data.{split}: none of {total['rows']} rows is left ({reasons}){advice.format(self.max_length)}"
+            )
+        if split == "train" and total["empty_answers"] == total["kept"]:
+            which = "all" if total["kept"] == total["rows"] else "the"
+            raise UserError(
+                f"data.{split}: the answers of {which} {total['kept']} rows are empty; the model would only learn "
+                "to end at once"
+            )
 
     # ---- examples
 
@@ -197,7 +227,8 @@ class ExampleData(TextData):
             sources, keep = self.taken(split)
             stores: list[ExampleStore] = []
             for source in sources:
-                stores.append(self.__store(source, keep, stores if self.drops_repeated(split) else None))
+                before = stores if self.drops_repeated(split) else None
+                stores.append(self.__store(source, keep, before, self.kept_columns(split)))
             names = [sorted(store.fields) for store in stores if len(store)]
             if names != names[:1] * len(names):
                 raise UserError(f"data.{split}: the examples of its sources have different fields: {names}")
@@ -254,32 +285,45 @@ class ExampleData(TextData):
 
     def records_with_rows(self, split: str) -> Iterator[tuple[str, RecordWithRow]]:
         """As `records`, each with its row."""
+        return itertools.chain.from_iterable(self.records_by_source(split))
+
+    def records_by_source(self, split: str) -> list[Iterator[tuple[str, RecordWithRow]]]:
+        """As `records_with_rows`, for each source."""
         sources, keep = self.taken(split)
         formats, reader = self.formats, RecordsWithRows
         if split == "predict":
             formats, reader = self.prompt_formats, PromptsWithRows
             sources = [by_line(source, self.line_column) for source in sources]
-        for source in sources:
-            for origin, record in reader(source, formats).records(keep, strict=self.bad_rows == "error"):
-                if isinstance(record, RecordWithRow):
-                    yield origin, record
+        strict = self.bad_rows == "error"
+        return [_usable(reader(source, formats).records(keep, strict=strict)) for source in sources]
 
-    def __store(self, source: Source, keep: Side | None, before: Sequence[ExampleStore] | None) -> ExampleStore:
+    def kept_columns(self, split: str) -> list[str]:
+        """Columns that rows of a split are drawn or ordered by."""
+        return self.draws.columns if split == "train" else []
+
+    def column_values(self, name: str) -> Sequence[Any]:
+        """The values of one of these columns, of each training example."""
+        return [value for store in self.stores("train") for value in store.columns.get(name, ())]
+
+    def __store(
+        self, source: Source, keep: Side | None, before: Sequence[ExampleStore] | None, kept: Sequence[str]
+    ) -> ExampleStore:
         key = [str(keep), tokenizer_fingerprint(self.tokenizer), self.max_length, self.encoding_key()]
         code = code_of(type(self), *(function for function, _ in self.formats))
         return example_store(
             source,
             [*key, code, settings_of(self)],
-            self.encode if self.processes == 1 else self.__alone().encode,
+            self.encode if self.processes == 1 else self.alone().encode,
             keep,
             self.formats,
             bad_rows=self.bad_rows,
             columns=self.fields,
+            kept=kept,
             processes=self.processes,
             before=before,
         )
 
-    def __alone(self) -> "ExampleData":
+    def alone(self) -> "ExampleData":
         """A copy that can be sent to other processes: without the trainer, which can't."""
         alone = copy.copy(self)
         alone.trainer = None
@@ -332,13 +376,12 @@ class ExampleData(TextData):
     def plan(self, epoch: int) -> Plan:
         """The training plan of one epoch, a pure function of data, seed and epoch.
 
-        Override it for a curriculum. `lengths`, `targets` and `examples` describe the examples by id, and
+        Override it for a curriculum beyond `order_by`. `lengths`, `targets` and `examples` describe examples by id, and
         `Plan(example_ids, np.arange(len(example_ids) + 1), self.layout.rows_per_update)` trains on them in this order,
         one per row. A resumed run calls it again: it has to return the same plan for the same epoch.
         """
-        drawn = 0 if self.overfits else epoch
-        sizes = [len(store) for store in self.stores("train")]
-        ids = mixture_epoch(sizes, self.row_weights, self.run_seed, drawn)
+        ids = self.drawn([len(store) for store in self.stores("train")], 0 if self.overfits else epoch)
+        is_ordered = self.draws.ordered is not None and not self.overfits
         return plan_epoch(
             self.lengths("train"),
             np.sort(ids) if self.overfits else ids,
@@ -347,8 +390,36 @@ class ExampleData(TextData):
             epoch=epoch,
             capacity=self.capacity_for("train"),
             group_by_length=self.group_by_length,
-            shuffle=not self.overfits,
+            shuffle=not self.overfits and not is_ordered,
+            keep_order=is_ordered,
         )
+
+    def drawn(self, sizes: Sequence[int], epoch: int) -> np.ndarray:
+        """The training rows of an epoch by the weights of sources and `sample_by`, shuffled, or as `order_by` says.
+
+        Args:
+            sizes: Rows that each source has.
+            epoch: Counted from 0.
+        """
+        weights = self.row_weights
+        if self.draws.sampled is None:
+            ids = mixture_epoch(sizes, weights, self.run_seed, epoch)
+        else:
+            together = all(weight is None for weight in weights)
+            counts = mixture_counts(sizes, weights)
+            ids = drawn(sizes, counts, self.__weights_of_rows(sizes), self.run_seed, epoch, together=together)
+        return ids if self.draws.ordered is None else ids[np.argsort(self.__places[ids], kind="stable")]
+
+    def __weights_of_rows(self, sizes: Sequence[int]) -> tuple[np.ndarray, np.ndarray]:
+        if self.__drawn_by is None:
+            apart = any(weight is not None for weight in self.source_weights)
+            self.__drawn_by = self.draws.weights(self.column_values(self.draws.sampled or ""), sizes, apart)
+        return self.__drawn_by
+
+    @cached_property
+    def __places(self) -> np.ndarray:
+        """The place of each training row in the order of `order_by`."""
+        return self.draws.ranks(self.column_values(self.draws.ordered or ""))
 
     @property
     def source_weights(self) -> list[float | None]:
@@ -407,7 +478,7 @@ class ExampleData(TextData):
     def updates(self, epochs: int) -> int:
         """Number of optimizer updates in `epochs` epochs, within `limit_train_batches`."""
         weighted = any(weight is not None for weight in self.source_weights)
-        varies = weighted or type(self).plan is not ExampleData.plan  # a curriculum
+        varies = weighted or bool(self.draws.columns) or type(self).plan is not ExampleData.plan  # a curriculum
         first, layout, updates = self.plan(0).rows, self.layout, 0
         for epoch in range(epochs):
             # with weights each epoch draws other rows, which may need another number of packs
@@ -428,22 +499,44 @@ class ExampleData(TextData):
             **self.fetching,
         )
 
-    def eval_plan(self, split: str) -> tuple[Plan, Layout]:
-        """The plan of a pass over held-out examples, and its layout."""
+    def eval_plans(self, split: str) -> tuple[list[Plan], Layout]:
+        """The plans of a pass over held-out examples, one for each source that has any, and their layout."""
         layout = Layout(self.eval_batch_size, 1, self.layout.ranks, self.layout.rank)
-        return plan_in_order(self.lengths(split), layout.rows_per_update, capacity=self.capacity_for(split)), layout
+        plans, start = [], 0
+        for store in self.stores(split):
+            plan = plan_in_order(store.lengths, layout.rows_per_update, capacity=self.capacity_for(split))
+            if len(store):
+                plans.append(Plan(plan.example_ids + start, plan.row_starts, layout.rows_per_update))
+            start += len(store)
+        return plans, layout
 
     def make_eval_loader(self, split: str) -> DataLoader:
-        """Creates a loader with each example of a split once, longest first."""
-        collated = partial(collate, pad_id=self.pad_id)
-        return eval_loader(self.examples(split), *self.eval_plan(split), collated, **self.fetching)
+        """Creates a loader with each example of a split once: source by source, each with the longest first.
+
+        A batch has the number of its `source`, if there are several.
+        """
+        names = self.source_names(split)
+        ends = np.cumsum([len(store) for store in self.stores(split)]) if len(names) > 1 else None
+        collated = partial(_of_source, pad_id=self.pad_id, ends=ends)
+        return eval_loader(self.examples(split), *self.eval_plans(split), collated, **self.fetching)
+
+    def source_names(self, split: str) -> list[str]:
+        """Unique names of a split's sources, indexed by `source` of a held-out batch."""
+        names = [Path(source.title).stem for source in self.taken(split)[0]]
+        return [f"{name}-{i}" if names.count(name) > 1 else name for i, name in enumerate(names, 1)]
+
+    @property
+    def validation_metrics(self) -> list[str]:
+        """Names of metrics that validation logs because of its sources: the loss of each, if there are several."""
+        names = self.source_names("validation") if self.sources["validation"] is not None else []
+        return [f"val/loss/{name}" for name in names] if len(names) > 1 else []
 
     def made_from(self) -> list[str]:
         """Names of the stores, which are hashes of all that the examples depend on, and the weights of a mixture."""
         names = [store.directory.name for store in self.stores("train")]
         weights = [weight for weight in self.source_weights if weight is not None]
         shares = [f"{weight / sum(weights):.6f} of the {self.weight_by}" for weight in weights]
-        return [*names, *shares] if len(names) > 1 else names
+        return [*names, *(shares if len(names) > 1 else []), *self.draws.identity]
 
     # ---- report
 
@@ -462,10 +555,16 @@ class ExampleData(TextData):
         if split == "train" and "sources" in report:
             shared = zip(report["sources"], self.__shares(plan.example_ids), strict=True)
             report["sources"] = [source | shares for source, shares in shared]
+        if split == "train":
+            report |= self.report_of_draws(plan.example_ids)
         if self.branching:
             spared = sum(store.shared for store in stores)
             report["saved_by_sharing"] = round(spared / max(1, spared + report["tokens"]), 6)
         return report
+
+    def report_of_draws(self, ids: np.ndarray) -> dict[str, Any]:
+        """The part of a report about the rows that an epoch draws; empty without `sample_by` and `order_by`."""
+        return self.draws.report({name: self.column_values(name) for name in self.draws.columns}, ids)
 
     def __repeated(self, split: str) -> dict[str, Any]:
         """The part of a report about rows that repeat others, counted once."""
@@ -474,6 +573,18 @@ class ExampleData(TextData):
             stores = self.stores(split)
             self.__same[split] = reports.describe_repeated(stores, [store.report for store in stores], training)
         return self.__same[split]
+
+
+def _usable(records: Iterable[tuple[str, Any]]) -> Iterator[tuple[str, RecordWithRow]]:
+    return ((origin, record) for origin, record in records if isinstance(record, RecordWithRow))
+
+
+def _of_source(rows: Any, pad_id: int, ends: np.ndarray | None) -> Batch:
+    """A held-out micro-batch, with the number of its source if `ends`, the last examples of sources, are known."""
+    batch = collate(rows, pad_id)
+    if ends is not None and batch["sample_ids"]:
+        batch["source"] = int(np.searchsorted(ends, batch["sample_ids"][0], side="right"))
+    return batch
 
 
 def largest_micro_batch(plan: Plan, lengths: np.ndarray, size: int) -> list[np.ndarray]:
@@ -595,9 +706,19 @@ class ChatData(ExampleData):
         return self.__prompts_with_rows(split)
 
     def __prompts_with_rows(self, split: str) -> Iterator[tuple[list[int], str, Row]]:
-        for _, record in self.records_with_rows(split):
+        return self.__prompts_of(self.records_with_rows(split))
+
+    def __prompts_of(self, records: Iterable[tuple[str, RecordWithRow]]) -> Iterator[tuple[list[int], str, Row]]:
+        for _, record in records:
             if (prompt := self.prompt_of(record.record)) is not None:
                 yield *prompt, record.row
+
+    def prompts_by_source(self, split: str) -> list[Iterator[tuple[list[int], str]]]:
+        """See `TextData`."""
+        if type(self).prompts is not ChatData.prompts:
+            return super().prompts_by_source(split)
+        sources = map(self.__prompts_of, self.records_by_source(split))
+        return [((ids, reference) for ids, reference, _ in prompts) for prompts in sources]
 
     @property
     def stop_tokens(self) -> list[int]:

@@ -135,9 +135,10 @@ class KTOData(ChatData):
 
     def evaluated_ids(self, split: str, batches: float) -> np.ndarray:
         """The rows in the first `batches` batches of every rank, in a pass over a held-out split."""
-        plan, layout = self.eval_plan(split)
-        passes = range(int(min(batches, len(plan))))
-        return np.concatenate([np.empty(0, np.int64), *(plan.examples_of(i, layout, 1) for i in passes)])
+        plans, layout = self.eval_plans(split)
+        passes = [(plan, i) for plan in plans for i in range(len(plan))]
+        taken = passes[: int(min(batches, len(passes)))]
+        return np.concatenate([np.empty(0, np.int64), *(plan.examples_of(i, layout, 1) for plan, i in taken)])
 
     def examples(self, split: str) -> Any:
         """The rows of a split, and after them their mismatched rows."""

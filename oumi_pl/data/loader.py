@@ -1,6 +1,6 @@
 """Loaders that follow a plan. The position of the training loader is two numbers: epoch and update."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -214,17 +214,19 @@ def refuse_other_rows(state: dict[str, Any], layout: Layout) -> None:
 
 def eval_loader(
     examples: Any,
-    plan: Plan,
+    plans: Sequence[Plan],
     layout: Layout,
     collate: Callable[[list], Any],
     *,
     workers: int = 0,
     pin_memory: bool = False,
 ) -> DataLoader:
-    """Creates a loader that follows a plan from the start in each pass, for validation and test."""
+    """Creates a loader that follows plans from the start in each pass, for validation and test."""
     return Loader(
         Rows(examples),
-        batch_sampler=[rows for update in range(len(plan)) for rows in plan.micro_batches(update, layout)],
+        batch_sampler=[
+            rows for plan in plans for update in range(len(plan)) for rows in plan.micro_batches(update, layout)
+        ],
         collate_fn=collate,
         num_workers=workers,
         pin_memory=pin_memory,

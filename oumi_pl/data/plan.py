@@ -44,6 +44,20 @@ def pack(lengths: np.ndarray, capacity: int, order: np.ndarray | None = None) ->
     return members, np.concatenate([[0], np.cumsum(np.bincount(pack_of))]).astype(np.int64)
 
 
+def pack_in_order(lengths: np.ndarray, capacity: int) -> tuple[np.ndarray, np.ndarray]:
+    """Packs examples into rows of `capacity` tokens in their order; lengths and result as of `pack`.
+
+    A row is closed at the first example that does not fit, so rows are less full.
+    """
+    starts, used = [0], 0
+    for i, length in enumerate(lengths.tolist()):
+        if used + length > capacity:
+            starts.append(i)
+            used = 0
+        used += length
+    return np.arange(len(lengths)), np.array([*starts, len(lengths)] if len(lengths) else [0], dtype=np.int64)
+
+
 def _best_fit(descending: np.ndarray, capacity: int) -> np.ndarray:
     """Assigns each length to a pack; returns the packs' numbers, `[n]`. `descending` is sorted, longest first."""
     # Handles all examples of a length at once, so that millions of them take seconds. `rooms` finds the tightest fit in
@@ -269,6 +283,7 @@ def plan_epoch(
     capacity: int | None = None,
     group_by_length: bool = True,
     shuffle: bool = True,
+    keep_order: bool = False,
 ) -> Plan:
     """Shuffles and arranges one epoch of training.
 
@@ -281,9 +296,12 @@ def plan_epoch(
         capacity: tokens per packed row; None leaves one example per row.
         group_by_length: without packing, put examples of similar length into the same update.
         shuffle: False keeps the order of `example_ids`, in every epoch; packs are ordered by their first example.
+        keep_order: Without shuffling, packs hold examples that follow each other as well.
     """
     rng = np.random.default_rng([seed, epoch])
     ids = rng.permutation(example_ids) if shuffle else np.asarray(example_ids)
+    if capacity is not None and keep_order:
+        return Plan(ids, pack_in_order(lengths[ids], capacity)[1], rows_per_update)
     if capacity is not None:
         members, starts = pack(lengths[ids], capacity, order=np.arange(len(ids)))
         rows = len(starts) - 1

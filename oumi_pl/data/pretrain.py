@@ -13,9 +13,10 @@ from torch.utils.data import DataLoader
 from oumi_pl.data.base import TextData
 from oumi_pl.data.corpus import Part, shards_of
 from oumi_pl.data.documents import Documents, TokenizeDocuments
+from oumi_pl.data.duplicates import Duplicates
 from oumi_pl.data.held_out import HeldOut, held_out_loader, sliding_windows
 from oumi_pl.data.plan import Layout, mixture_counts
-from oumi_pl.data.report import describe_consumed, describe_documents
+from oumi_pl.data.report import describe_consumed, describe_documents, describe_repeated, source_report
 from oumi_pl.data.row_stream import Exhausted, RowStream, TokenMixture, batch_of
 from oumi_pl.data.shards import Lengths, Shards
 from oumi_pl.data.sources import as_sources, by_line, find_files, is_on_hub
@@ -45,6 +46,9 @@ class PretrainData(TextData):
         isolate: Keep the documents of a row apart: attention doesn't cross their borders, positions restart at 0.
         streaming: Tokenize while training. Otherwise documents are tokenized into shards once, before the run.
         shuffle_buffer: Size, in rows, of the buffer that rows are drawn from; 0 keeps the order of the documents.
+        duplicates: What happens to training documents that repeat an earlier one word for word: `keep` uses them,
+            `drop` leaves them out, which takes about 300 bytes of memory per document. Unless they are streamed, the
+            data report counts them, and held-out documents that are in training too.
         exhausted: At the end of a source, `stop` ends the pass (an epoch); `restart` begins that source again, so that
             only `trainer.max_steps` ends the run.
         eval_stride: Tokens by which the window over a held-out document moves; `max_length` when left out. A smaller
@@ -60,12 +64,17 @@ class PretrainData(TextData):
         isolate: bool = False,
         streaming: bool = False,
         shuffle_buffer: int = 1024,
+        duplicates: Duplicates = "keep",
         exhausted: Exhausted = "stop",
         eval_stride: int | None = None,
         **kwargs: Any,
     ) -> None:
         super().__init__(*args, **kwargs)
-        for name, value, known in (("packing", packing, Packing), ("exhausted", exhausted, Exhausted)):
+        for name, value, known in (
+            ("packing", packing, Packing),
+            ("exhausted", exhausted, Exhausted),
+            ("duplicates", duplicates, Duplicates),
+        ):
             if value not in get_args(known):
                 raise UserError(f"data.{name}: unknown {value!r}{nearest(str(value), get_args(known))}")
         if shuffle_buffer < 0:
@@ -80,9 +89,11 @@ class PretrainData(TextData):
         self.method: Packing = packing
         self.streaming = streaming
         self.shuffle_buffer = shuffle_buffer
+        self.duplicates: Duplicates = duplicates
         self.exhausted: Exhausted = exhausted
         self.eval_stride = eval_stride or self.max_length
         self.__shards: dict[str, list[Shards]] = {}
+        self.__same: dict[str, dict[str, Any]] = {}
         if isinstance(self.tokenizer_spec, TrainedBPE):
             self.tokenizer_spec.corpus = self.__corpus
 
@@ -131,8 +142,27 @@ class PretrainData(TextData):
     def shards(self, split: str) -> list[Shards]:
         """A split's documents on disk: prepared, from the cache, or written now."""
         if split not in self.__shards:
-            self.__shards[split] = [shards_of(part, self.tokenizer) for part in self.parts(split)]
+            shards: list[Shards] = []
+            for part in self.parts(split):
+                shards.append(shards_of(self.without_repeated(split, part, shards), self.tokenizer))
+            self.__shards[split] = shards
         return self.__shards[split]
+
+    def without_repeated(self, split: str, part: Part, before: Sequence[Shards] = ()) -> Part:
+        """The part, without documents that repeat one of `before` or an earlier one of its own, if they are dropped.
+
+        Raises:
+            UserError: they are to be dropped from shards that were prepared.
+        """
+        is_held_out = split == "validation" and isinstance(self.sources["validation"], float)
+        if self.duplicates == "keep" or not (split == "train" or is_held_out):
+            return part
+        if part.prepared is not None:
+            raise UserError(
+                f"data.duplicates: {part.prepared} holds tokens; documents are dropped when they are prepared: set "
+                "`duplicates: drop` there, and leave it out here"
+            )
+        return part._replace(before=tuple(before))
 
     @cached_property
     def documents(self) -> Sequence[Documents]:
@@ -144,8 +174,17 @@ class PretrainData(TextData):
             shards_of(part, self.tokenizer)
             if part.prepared is not None
             else StreamedDocuments(part.name, partial(part.texts, streaming=True), tokenize, self.workers)
-            for part in self.parts("train")
+            for part in self.__streamed_parts()
         ]
+
+    def __streamed_parts(self) -> list[Part]:
+        parts = self.parts("train")
+        if self.duplicates == "drop" and len(parts) > 1:
+            raise UserError(
+                "data.duplicates: of several sources, repeated documents are only dropped from shards, since each "
+                "stream would have to read the sources before it; leave out data.streaming"
+            )
+        return [self.without_repeated("train", part) for part in parts]
 
     @property
     def streamed(self) -> list[str]:
@@ -314,11 +353,17 @@ class PretrainData(TextData):
         if split == "predict":
             yield from ((ids, reference) for ids, reference, _ in self.prompts_with_rows(split))
             return
-        for shards in self.shards(split):
-            for ids in shards.read(0):
-                tokens = min(PROMPT_TOKENS, max(1, len(ids) // 2))
-                rest = ids[tokens : 2 * tokens].tolist()
-                yield ids[:tokens].tolist(), str(self.tokenizer.decode(rest, skip_special_tokens=True))
+        yield from itertools.chain.from_iterable(self.prompts_by_source(split))
+
+    def prompts_by_source(self, split: str) -> list[Iterator[tuple[list[int], str]]]:
+        """See `TextData`."""
+        return [self.prompts(split)] if split == "predict" else list(map(self.__beginnings, self.shards(split)))
+
+    def __beginnings(self, shards: Shards) -> Iterator[tuple[list[int], str]]:
+        for ids in shards.read(0):
+            tokens = min(PROMPT_TOKENS, max(1, len(ids) // 2))
+            rest = ids[tokens : 2 * tokens].tolist()
+            yield ids[:tokens].tolist(), str(self.tokenizer.decode(rest, skip_special_tokens=True))
 
     def prompts_with_rows(self, split: str) -> Iterator[tuple[list[int], str, Row]]:
         """As `prompts`; those of `predict` with their rows, of which a text file has one per line."""
@@ -342,8 +387,9 @@ class PretrainData(TextData):
         shards = self.shards(split)
         if split != "train":
             windows = [sliding_windows(s.lengths, self.max_length, self.eval_stride) for s in shards]
-            return describe_documents(shards) | {"windows": sum(map(len, windows))}
+            return describe_documents(shards) | self.__repeated(split) | {"windows": sum(map(len, windows))}
         report = describe_documents(shards, across=self.method == "concat" and not self.isolate)
+        report |= self.__repeated(split)
         inputs = report["tokens"] - 1
         if self.method == "best_fit":
             inputs = report["target_tokens"] if self.isolate else report["tokens"]
@@ -353,6 +399,15 @@ class PretrainData(TextData):
             first = self.layout.at(0)
             report |= {"rows_planned": self.rows_per_pass, "updates_per_epoch": first.updates(self.rows_per_pass)}
         return report
+
+    def __repeated(self, split: str) -> dict[str, Any]:
+        """The part of a report about documents that repeat others, counted once."""
+        if split not in self.__same:
+            shards, training = self.shards(split), self.__shards.get("train") if split != "train" else None
+            is_known = all(s.has_keys for s in (*shards, *(training or ())))
+            reports = [source_report(s) for s in shards]
+            self.__same[split] = describe_repeated(shards, reports, training) if is_known else {}
+        return self.__same[split]
 
     def held_out_rows(self) -> Iterator[tuple[str, str]]:
         """See `TextData`."""

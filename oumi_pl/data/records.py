@@ -3,9 +3,10 @@
 import re
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from oumi_pl.data.duplicates import KeyFiles
 from oumi_pl.data.formats import (
     FORMATS,
     Format,
@@ -73,7 +74,7 @@ class RecordReader:
         self._found: dict[frozenset[str], Format | UserError] = {}
 
     def records(
-        self, keep: Side | None = None, *, strict: bool = True
+        self, keep: Side | None = None, *, strict: bool = True, streaming: bool = False
     ) -> Iterator[tuple[str, Record | Dropped | BadRow]]:
         """Yields the records of each row with its origin (file and line), or the reason why it has none.
 
@@ -82,11 +83,12 @@ class RecordReader:
         Args:
             keep: Which rows to use; all when left out.
             strict: Raise an error at the first bad row instead of yielding a `BadRow`.
+            streaming: Read data from the hub without downloading them first.
 
         Raises:
             UserError: a row does not have the format, if `strict`.
         """
-        for origin, row in rows(self.source, strict=strict, counts=self.counts):
+        for origin, row in rows(self.source, streaming=streaming, strict=strict, counts=self.counts):
             if isinstance(row, BadRow):
                 yield origin, row
                 continue
@@ -210,10 +212,16 @@ class RecordWithFields(Record):
 
     record: Record
     fields: dict[str, float]
+    columns: dict[str, Any] = field(default_factory=dict, repr=False)
+    """Columns that rows are drawn or ordered by; no part of what is trained."""
 
     def split_key(self) -> str:
         """That of the record."""
         return self.record.split_key()
+
+    def content_key(self) -> str:
+        """That of the record, with its fields."""
+        return super().content_key() if self.fields else self.record.content_key()
 
 
 class FieldReader(RecordReader):
@@ -223,11 +231,13 @@ class FieldReader(RecordReader):
         source: See `RecordReader`.
         formats: See `RecordReader`.
         columns: Columns with numbers; they need not be read by the format.
+        kept: Columns with numbers or texts that rows are drawn or ordered by.
     """
 
-    def __init__(self, source: Source, formats: Formats, columns: Sequence[str]) -> None:
+    def __init__(self, source: Source, formats: Formats, columns: Sequence[str], kept: Sequence[str] = ()) -> None:
         super().__init__(source, formats)
         self.columns = columns
+        self.kept = kept
 
     def read(self, row: Row) -> Sequence[Record | Dropped]:
         """The records of a row, each with the row's numbers.
@@ -235,13 +245,40 @@ class FieldReader(RecordReader):
         Raises:
             UserError: a row can't be read (see `RecordReader`), or a column has no number.
         """
+        records = super().read(row)
+        if not any(isinstance(record, Record) for record in records):
+            return records
         values = {column: _number(row, column) for column in self.columns}
-        return [
-            RecordWithFields(record, values) if isinstance(record, Record) else record for record in super().read(row)
-        ]
+        kept = {column: value_in(row, column) for column in self.kept}
+        return [RecordWithFields(one, values, kept) if isinstance(one, Record) else one for one in records]
 
     def _look_at_columns(self, row: Row, convert: Format) -> None:
-        super()._look_at_columns({name: value for name, value in row.items() if name not in self.columns}, convert)
+        others = {name: value for name, value in row.items() if name not in self.columns and name not in self.kept}
+        super()._look_at_columns(others, convert)
+
+
+def record_reader(
+    source: Source, formats: Formats, columns: Sequence[str] = (), kept: Sequence[str] = ()
+) -> RecordReader:
+    """The reader of a source: a `FieldReader` if some columns are read beside the records."""
+    return FieldReader(source, formats, columns, kept) if columns or kept else RecordReader(source, formats)
+
+
+def value_in(row: Row, column: str) -> Any:
+    """The number or text in a column that rows are drawn or ordered by.
+
+    Raises:
+        UserError: the row has none.
+    """
+    if column not in row:
+        raise UserError(f"data.sample_by, order_by: a row has no column {column!r}{nearest(column, row)}")
+    value = plain(row[column])
+    if (isinstance(value, str) and value) or is_finite(value):
+        return value
+    raise UserError(
+        f"data.sample_by, order_by: {column!r} is {value!r:.40} in a row, and has to be a number or a text; `where` "
+        "leaves such rows out"
+    )
 
 
 def _number(row: Row, column: str) -> float:
@@ -361,6 +398,10 @@ class RowCounts(Counter[str]):
         """Rows that a format or `where` left out, by reason."""
         self.held_out: list[str] = []
         """File and line of each row that is used, if these are held-out rows of a source."""
+        self.row_keys: KeyFiles | None = None
+        """Gets the keys of the rows that are used."""
+        self.duplicates: dict[str, Any] = {}
+        """As `Repeats.add_to` adds it to a report."""
 
     def add_bad(self, origin: str, reason: str) -> None:
         """Adds a row that can't be used."""

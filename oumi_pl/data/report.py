@@ -128,7 +128,7 @@ def describe_documents(shards: list[Shards], across: bool = False) -> dict[str, 
     lengths = np.concatenate([s.lengths for s in shards])
     counted = of_lengths(lengths)
     tokens = counted["tokens"]
-    sources = [_source_report(s) for s in shards]
+    sources = [source_report(s) for s in shards]
     text_bytes = sum(source["bytes"] for source in sources)
     dropped = Counter({"empty": sum(source["empty"] for source in sources)})
     for source in sources:
@@ -150,7 +150,8 @@ def describe_documents(shards: list[Shards], across: bool = False) -> dict[str, 
     return described | bad | ({"sources": sources} if len(sources) > 1 else {})
 
 
-def _source_report(shards: Shards) -> dict[str, Any]:
+def source_report(shards: Shards) -> dict[str, Any]:
+    """Counts of a source's documents."""
     counts = {"documents": len(shards), "tokens": shards.tokens, "bytes": int(shards.manifest["text_bytes"])}
     return {"source": shards.name} | shards.manifest["report"] | counts
 

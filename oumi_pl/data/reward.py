@@ -5,7 +5,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import pairwise
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -227,11 +226,6 @@ class RewardData(DPOData):
         return self.tokenize.prompt_ids(record.response if isinstance(record, Rated) else record)
 
     # ---- sources
-
-    def source_names(self, split: str) -> list[str]:
-        """Unique names of a split's sources, indexed by the field `source` of held-out rows."""
-        names = [Path(source.title).stem for source in self.taken(split)[0]]
-        return [f"{name}-{i}" if names.count(name) > 1 else name for i, name in enumerate(names, 1)]
 
     def examples(self, split: str) -> Any:
         """See `ExampleData`; held-out rows of several sources have the field `source`."""

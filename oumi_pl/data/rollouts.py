@@ -17,8 +17,9 @@ from oumi_pl.data.collate import collate
 from oumi_pl.data.duplicates import RowKeys
 from oumi_pl.data.examples import ChatData
 from oumi_pl.data.formats import FORMATS, Formats
-from oumi_pl.data.plan import Plan, mixture_epoch, plan_epoch
+from oumi_pl.data.plan import Plan, plan_epoch
 from oumi_pl.data.prompts import Prompt, prompt_only, read_prompts
+from oumi_pl.data.records import value_in
 from oumi_pl.data.reward_model import RewardModel
 from oumi_pl.data.rollout_loader import EvalLoader, Group, RolloutLoader
 from oumi_pl.data.sources import fingerprint
@@ -293,7 +294,7 @@ class RolloutData(ChatData):
         weights = self.source_weights if len(sources) > 1 else []
         rows = [[fingerprint(source) for source in sources], weights, str(keep), self.duplicates]
         rendering = tokenizer_fingerprint(self.tokenizer), self.template_variables
-        return [cache_key(rows, *rendering, self.max_length, self.completions)]
+        return [cache_key(rows, *rendering, self.max_length, self.completions), *self.draws.identity]
 
     def held_out_rows(self) -> Iterator[tuple[str, str]]:
         """See `TextData`."""
@@ -321,6 +322,7 @@ class RolloutData(ChatData):
         if split == "train":
             plan = self.plan(0)
             report |= {"rows_planned": plan.rows, "updates_per_epoch": len(plan) * self.iterations}
+            report |= self.report_of_draws(plan.example_ids)
         return report
 
     def prompt_lengths(self, split: str) -> np.ndarray:
@@ -333,9 +335,25 @@ class RolloutData(ChatData):
         """The prompts of each update of an epoch."""
         lengths = self.prompt_lengths("train")
         sizes = [report["kept"] for report in self.__reports["train"]]
-        ids = mixture_epoch(sizes, self.source_weights, self.run_seed, epoch)
+        ids = self.drawn(sizes, epoch)
         rows_per_update = self.layout.at(epoch).rows_per_update
-        return plan_epoch(lengths, ids, rows_per_update, seed=self.run_seed, epoch=epoch, group_by_length=False)
+        shuffle = self.draws.ordered is None
+        how: dict[str, Any] = {"group_by_length": False, "shuffle": shuffle}
+        return plan_epoch(lengths, ids, rows_per_update, seed=self.run_seed, epoch=epoch, **how)
+
+    def column_values(self, name: str) -> Sequence[Any]:
+        """See `ExampleData`.
+
+        Raises:
+            UserError: a row has no value in the column; names it.
+        """
+        values = []
+        for prompt in self.all_prompts("train"):
+            try:
+                values.append(value_in(prompt.row, name))
+            except UserError as error:
+                raise UserError(f"{prompt.origin}: {error}") from error
+        return values
 
     def updates(self, epochs: int) -> int:
         """Number of optimizer updates in `epochs` epochs."""

@@ -1,7 +1,7 @@
 """The stream of rows of pretraining: a mixture of documents, cut into windows and shuffled, with a position."""
 
 import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Literal
 
 import numpy as np
@@ -87,10 +87,17 @@ class TokenMixture:
             documents.
     """
 
-    def __init__(self, sources: Sequence[Documents], weights: Sequence[float | None], exhausted: Exhausted) -> None:
+    def __init__(
+        self,
+        sources: Sequence[Documents],
+        weights: Sequence[float | None],
+        exhausted: Exhausted,
+        measure: Callable[[Any], float] = len,
+    ) -> None:
         mixture_counts([1] * len(sources), weights)  # refuses invalid weights
         self.sources = sources
         self.exhausted = exhausted
+        self.measure = measure
         given = np.array([weight for weight in weights if weight is not None], dtype=np.float64)
         self.shares = given / given.sum() if len(given) else None
         self._current = 0
@@ -112,10 +119,12 @@ class TokenMixture:
             if ids is not None:
                 self.source = source
                 self._documents[source] += 1
-                self._tokens[source] += len(ids)
+                self._tokens[source] += self.measure(ids)
                 return ids
             if not self._documents[source]:
                 raise UserError(f"{self.sources[source].name}: there are no documents in it")
+            if not self._tokens[source] and self.exhausted == "restart":  # it would be read again and again
+                raise UserError(f"{self.sources[source].name}: none of its rows can be used")
             if not self._restart(source):
                 raise StopIteration
 
@@ -159,7 +168,7 @@ class TokenMixture:
         self._current = state["current"]
         self._documents: list[int] = list(state["documents"])
         self._passes: list[int] = list(state["passes"])
-        self._tokens: list[int] = list(state["tokens"])
+        self._tokens: list[float] = list(state["tokens"])
         self._iterators: list[Iterator[np.ndarray] | None] = [None] * len(self.sources)
 
 
@@ -216,7 +225,7 @@ class RowStream:
             self._before = self.mixture.state(), self.windows.state()
             ids = next(self.mixture, None)
             self._running = None if ids is None else [self.mixture.source, len(ids)]
-            rows = self.windows.finish() if ids is None else self.windows.rows(ids)
+            rows = self.windows.finish() if ids is None else self._rows(ids)
             self._out = skipped
             for row in itertools.islice(rows, skipped, None):
                 self._out += 1
@@ -224,6 +233,10 @@ class RowStream:
             if ids is None:
                 return
             skipped = 0
+
+    def _rows(self, item: Any) -> Iterator[Any]:
+        """The rows that are full once an item of the mixture is added."""
+        return self.windows.rows(item)
 
     def _draw(self) -> int:
         """An index in the buffer: a function of seed, epoch and the number of rows drawn so far."""

@@ -1,8 +1,9 @@
 """Token shards: the ids of a source's documents on disk, memory-mapped, with random access by document number.
 
 A folder of shards holds pairs of files `tokens-00000.bin` (the ids of all documents, concatenated) and
-`index-00000.npy` (per document: its end in the shard, bytes of its text, bytes of its targets' text), and
-`manifest.json`, written last, which has the checksums of all of them.
+`index-00000.npy` (per document: its end in the shard, bytes of its text, bytes of its targets' text); `keys.bin` and
+`origins.txt` (per document: hashes of its text, its file and line); and `manifest.json`, written last, which has the
+checksums of all of them.
 
 Tokens are checked in blocks, when a process reads a block for the first time, since a corpus may be large; the manifest
 and the indices when they are opened. Shards of older versions have no checksums, and are read without a check.
@@ -20,6 +21,7 @@ from typing import Any, cast
 import numpy as np
 
 from oumi_pl.data.documents import Document, TokenizeDocuments, in_chunks
+from oumi_pl.data.duplicates import KeyFiles, Lines
 from oumi_pl.data.records import RowCounts
 from oumi_pl.errors import UserError
 from oumi_pl.runs import checksums
@@ -122,6 +124,36 @@ class Shards:
         file = self.directory / HELD_OUT
         return file.read_text(encoding="utf-8").split("\n") if file.is_file() else []
 
+    @property
+    def has_keys(self) -> bool:
+        """Whether it is known which documents say the same; shards of earlier versions lack this."""
+        return "keys_crc32" in self.manifest
+
+    @cached_property
+    def origins(self) -> Lines:
+        """File and line of each document."""
+        return Lines(self._whole_file(KeyFiles.ORIGINS))
+
+    @property
+    def record_keys(self) -> np.ndarray:
+        """Hash of the text of each document, `[documents]` uint64."""
+        return self._keys[:, 0]
+
+    @property
+    def prompt_keys(self) -> np.ndarray:
+        """Hash of the text of each document but for white space and case, `[documents]` uint64."""
+        return self._keys[:, 1]
+
+    @cached_property
+    def _keys(self) -> np.ndarray:
+        return np.fromfile(self._whole_file(KeyFiles.KEYS), dtype="<u8").reshape(-1, 2)
+
+    def _whole_file(self, name: str) -> Path:
+        file = self.directory / name
+        if not file.is_file() or checksums.is_other(file, self.manifest["keys_crc32"][name]):
+            raise DamagedError(f"{file}: missing or damaged; prepare it again")
+        return file
+
     @cached_property
     def lengths(self) -> np.ndarray:
         """Tokens of every document, `[documents]`."""
@@ -220,6 +252,7 @@ def write_shards(
     *,
     name: str,
     shard_tokens: int | None = None,
+    total: int | None = None,
 ) -> None:
     """Writes the shards of a source; continues after the last complete one, and does nothing if all are complete.
 
@@ -230,6 +263,7 @@ def write_shards(
         made_from: Everything that the shards depend on, including the fingerprint of the `tokenizer`.
         name: The source's name in messages and metrics.
         shard_tokens: Tokens after which a shard is closed; `SHARD_TOKENS` when left out.
+        total: Number of documents, for progress, if it is known.
 
     Raises:
         UserError: the folder holds other shards, or a row is invalid.
@@ -242,21 +276,45 @@ def write_shards(
         return
     whole = _whole_shards(directory, np.dtype(tokenize.dtype))
     counts = RowCounts()
-    # documents in complete shards are read again for the counts, which costs little compared to tokenizing
-    rest = itertools.islice(documents(counts), sum(shard["documents"] for shard in whole), None)
-    tracked = track(rest, f"tokenizing {name}", unit="documents")
-    tokenized = itertools.chain.from_iterable(map(tokenize, in_chunks(tracked)))
-    while shard := _write_shard(directory, len(whole), tokenized, shard_tokens):
-        whole.append(shard)
+    counts.row_keys = KeyFiles(directory)
+    try:
+        _write_all(directory, documents(counts), tokenize, whole, name=name, shard_tokens=shard_tokens, total=total)
+    except BaseException:
+        counts.row_keys.close(keep=False)
+        raise
+    counts.row_keys.close(keep=True)
     totals = {key: sum(shard[key] for shard in whole) for key in ("documents", "tokens", "text_bytes")}
     report: dict[str, Any] = {key: counts[key] for key in ("rows", "kept", "empty", "replaced")}
     report |= {"dropped": dict(counts.dropped)} if counts.dropped else {}
     report |= {"bad_rows": counts.bad.report()} if counts.bad.count else {}
-    manifest = made_from | totals | {"name": name, "report": report, "shards": whole}
+    keys = {key: checksums.of_file(directory / key) for key in (KeyFiles.KEYS, KeyFiles.ORIGINS)}
+    manifest = made_from | totals | {"name": name, "report": report | counts.duplicates, "shards": whole}
+    manifest |= {"keys_crc32": keys}
     manifest["crc32"] = checksums.of_json(manifest)
     if counts.held_out:
         _write_whole(directory / HELD_OUT, "\n".join(counts.held_out).encode())
     _write_whole(directory / MANIFEST, json.dumps(manifest).encode())
+
+
+def _write_all(
+    directory: Path,
+    documents: Iterator[str],
+    tokenize: TokenizeDocuments,
+    whole: list[dict[str, Any]],
+    *,
+    name: str,
+    shard_tokens: int,
+    total: int | None,
+) -> None:
+    """Writes the shards that follow those in `whole`, and adds them to it."""
+    # documents in complete shards are read again for the counts, which costs little compared to tokenizing
+    done = sum(shard["documents"] for shard in whole)
+    rest = itertools.islice(documents, done, None)
+    left = None if total is None else max(0, total - done)
+    tracked = track(rest, f"tokenizing {name}", unit="documents", total=left)
+    tokenized = itertools.chain.from_iterable(map(tokenize, in_chunks(tracked)))
+    while shard := _write_shard(directory, len(whole), tokenized, shard_tokens):
+        whole.append(shard)
 
 
 def _check_origin(directory: Path, made_from: dict[str, Any]) -> None:

@@ -449,6 +449,29 @@ def fingerprint(source: Source) -> str:
     return digest.hexdigest()
 
 
+def expected_rows(source: Source, keep: Side | None = None) -> int | None:
+    """About how many rows of a source are read, for progress.
+
+    Returns:
+        None if it is unknown: with `where`, with slices, or if a file is damaged.
+    """
+    if source.where is not None:
+        return None
+    share = 1.0 if keep is None else keep.fraction if keep.is_held_out else 1 - keep.fraction
+    if source.sample is not None:
+        return round(share * source.sample)
+    try:
+        splits = _local_splits(source)
+        if splits is None:
+            return round(share * len(_load_hub(source)))
+        names = _names(source, splits)
+        if names != source.split.split("+"):
+            return None
+        return round(share * sum(splits[name].count() for name in names))
+    except UserError:  # reading the rows says so
+        return None
+
+
 def origin_names(source: Source) -> list[str]:
     """What the origins of a source's rows begin with, in order: names of files, or that of the data set.
 

@@ -20,8 +20,8 @@ from oumi_pl.data.code import code_of
 from oumi_pl.data.duplicates import Repeats, RowKeys
 from oumi_pl.data.formats import FORMATS, Formats, format_name, resolve_format
 from oumi_pl.data.processes import mapped
-from oumi_pl.data.records import BadRows, FieldReader, OnBadRows, RecordReader, RecordWithFields
-from oumi_pl.data.sources import Source, fingerprint, origin_names
+from oumi_pl.data.records import BadRows, OnBadRows, RecordWithFields, record_reader
+from oumi_pl.data.sources import Source, expected_rows, fingerprint, origin_names
 from oumi_pl.data.splitting import Side
 from oumi_pl.data.tokenize import Dropped
 from oumi_pl.errors import UserError, cache_folder
@@ -35,6 +35,7 @@ from oumi_pl.types import BadRow, Example, Record, Segment
 REPORT = "report.json"
 TABLES = "tables.npz"
 ORIGINS = "origins.txt"
+COLUMNS = "columns.json"
 FIELD = "field "
 """Prefix of the names of tables with fields of the examples."""
 
@@ -162,6 +163,12 @@ class ExampleStore:
         origins = (self.directory / ORIGINS).read_text(encoding="utf-8").split("\n")[: len(self)]
         return [self._origin(origin) for origin in origins] if self._renamed else origins
 
+    @cached_property
+    def columns(self) -> dict[str, list[Any]]:
+        """Values that rows are drawn or ordered by, of each example."""
+        file = self.directory / COLUMNS
+        return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+
     def rename(self, source: str, names: list[str]) -> None:
         """Sets the name of the source, and of the files that origins name: they may have been moved since."""
         self.report["source"] = source
@@ -287,6 +294,8 @@ def _write_keys(directory: Path, keys: RowKeys | None, count: int) -> dict[str, 
     origins = [f"row {i + 1}" for i in numbers.tolist()] if keys is None else keys.origins
     lines = (origin.replace("\n", " ") + "\n" for origin in origins)
     (directory / ORIGINS).write_text("".join(lines), encoding="utf-8")
+    if keys is not None and keys.columns:
+        (directory / COLUMNS).write_text(json.dumps(keys.columns), encoding="utf-8")
     if keys is None:
         return {"record_keys": numbers, "prompt_keys": numbers}
     return {"record_keys": keys.record_keys, "prompt_keys": keys.prompt_keys}
@@ -333,6 +342,7 @@ def example_store(
     *,
     bad_rows: OnBadRows = "error",
     columns: Sequence[str] = (),
+    kept: Sequence[str] = (),
     processes: int = 1,
     before: Sequence[ExampleStore] | None = None,
 ) -> ExampleStore:
@@ -346,6 +356,7 @@ def example_store(
         formats: The formats that rows may have.
         bad_rows: Whether rows that can't be used stop the run, after all rows were looked at, or are left out.
         columns: Columns with numbers, which become fields of the examples.
+        kept: Columns that are stored beside the examples.
         processes: How many processes call `encode`. The store is the same for any number.
         before: Stores whose rows are left out here, and so are rows that repeat another one of the source; None: all
             rows are used.
@@ -353,7 +364,7 @@ def example_store(
     Raises:
         UserError: rows can't be used; lists the reasons with the files and lines of the first rows.
     """
-    reading = [source.columns, source.ignore, source.label, source.template_variables, bad_rows, columns]
+    reading = [source.columns, source.ignore, source.label, source.template_variables, bad_rows, columns, kept]
     parts = [fingerprint(source), reading, *_format_key(source, formats), key, _own_code()]
     parts += [] if before is None else [[store.directory.name for store in before]]
     directory = cache_root() / "examples" / cache_key(*parts)
@@ -363,14 +374,14 @@ def example_store(
         return store
     report = _empty_report(source.title) | {"names": origin_names(source)}
     keys = RowKeys()
-    reader = FieldReader(source, formats, columns) if columns else RecordReader(source, formats)
-    repeats = Repeats(before)
-    records = repeats.leave_out(track(reader.records(keep, strict=False), f"tokenizing {source.title}"))
+    reader = record_reader(source, formats, columns, kept)
+    repeats, total = Repeats(before), expected_rows(source, keep)
+    records = repeats.leave_out(track(reader.records(keep, strict=False), f"tokenizing {source.title}", total=total))
 
     def examples() -> Iterator[Example]:
         bad = BadRows()
-        encode_all = partial(_with_fields, encode) if columns else encode
-        yield from _encoded(records, report, encode_all, bad, processes=processes, keys=keys)
+        encode_records = partial(with_fields, encode) if columns or kept else encode
+        yield from _encoded(records, report, encode_records, bad, processes=processes, keys=keys)
         if bad.count and bad_rows == "error":
             raise bad.error(source.title, report["rows"])
         reader.add_left_out(report, keep)
@@ -391,7 +402,7 @@ def _format_key(source: Source, formats: Formats) -> list[Any]:
     return [source.format and format_name(source.format), code, table]
 
 
-def _with_fields(encode: Encode, records: Sequence[Record]) -> list[Example | Dropped]:
+def with_fields(encode: Encode, records: Sequence[Record]) -> list[Example | Dropped]:
     """Encodes the records of a `FieldReader`, and adds their numbers to the fields of the examples."""
     own = cast("Sequence[RecordWithFields]", records)
     pairs = zip(encode([one.record for one in own]), own, strict=True)
@@ -426,7 +437,7 @@ def _encoded(
             sent.append(batch)
             yield batch.records
 
-    of_batch = partial(_encode, encode)
+    of_batch = partial(encode_all, encode)
     alone = (of_batch(batch) for batch in batches()) if processes == 1 else None
     with contextlib.closing(alone or mapped(of_batch, batches(), processes, "data.processes")) as results:
         for result in results:
@@ -442,7 +453,7 @@ def _encoded(
                     continue
                 _count(report, example)
                 if isinstance(example, Example):
-                    keys.add(origin, record)
+                    keys.add(origin, record, record.columns if isinstance(record, RecordWithFields) else None)
                     yield example
             if not report["kept"] and bad.count >= HOPELESS:  # no row fits the template, say
                 return
@@ -463,7 +474,7 @@ def _batches(records: Iterable[tuple[str, Record | Dropped | BadRow]]) -> Iterat
         yield batch
 
 
-def _encode(encode: Encode, records: list[Record]) -> list[Example | Dropped | BadRow]:
+def encode_all(encode: Encode, records: list[Record]) -> list[Example | Dropped | BadRow]:
     """Encodes a batch; if that fails, row by row, to find the bad ones."""
     try:
         return list(encode(records))

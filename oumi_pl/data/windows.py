@@ -122,7 +122,7 @@ class BestFit(Windows):
 
     def __init__(self, max_length: int, isolate: bool) -> None:
         super().__init__(max_length, isolate)
-        self._buffer = _Buffer(max_length)
+        self._buffer = Buffer(max_length)
 
     def rows(self, ids: np.ndarray) -> Iterator[Row]:
         """Adds a document's ids `[tokens]` and yields the rows that are full. Has to be exhausted."""
@@ -150,7 +150,7 @@ class BestFit(Windows):
 
     def count(self, lengths: Iterable[int]) -> int:
         """Number of rows for documents of these lengths, in this order."""
-        rows, buffer = 0, _Buffer(self.max_length)
+        rows, buffer = 0, Buffer(self.max_length)
         for length in lengths:
             cut = max(0, -(-(length - 1) // self.max_length) - 1)
             rest = length - cut * self.max_length
@@ -177,7 +177,7 @@ class BestFit(Windows):
         return Row(inputs, labels, np.array(sizes if self.isolate else [len(inputs)], dtype=np.int32))
 
 
-class _Buffer:
+class Buffer:
     """Items of known sizes, packed by best fit once there are enough of them.
 
     The emptiest pack stays in the buffer. Lists are only appended to or replaced: a snapshot is a list and a length.
@@ -190,15 +190,18 @@ class _Buffer:
         self._total = 0
 
     def restore(self, items: list[Any], sizes: list[int]) -> None:
+        """Continues with items of these sizes."""
         self.items, self.sizes, self._total = items, sizes, sum(sizes)
 
     def add(self, item: Any, size: int) -> list[list[Any]]:
+        """Adds an item; returns the packs that are due."""
         self.items.append(item)
         self.sizes.append(size)
         self._total += size
         return self.flush() if self._total >= BUFFERED_ROWS * self.capacity else []
 
     def flush(self, everything: bool = False) -> list[list[Any]]:
+        """Packs the items; returns the packs, without the emptiest one unless `everything`."""
         sizes = np.array(self.sizes, dtype=np.int64)
         members, starts = pack(sizes, self.capacity)
         packs = [sorted(members[start:stop].tolist()) for start, stop in itertools.pairwise(starts.tolist())]

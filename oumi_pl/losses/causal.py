@@ -10,7 +10,8 @@ Shapes: `n` tokens that carry a loss (callers select them *before* the head), `h
 
 import contextlib
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from dataclasses import replace
+from typing import Any, NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
@@ -36,6 +37,7 @@ from oumi_pl.losses.linear_head import (
     transformed,
 )
 from oumi_pl.losses.linear_logps import LinearLogps
+from oumi_pl.losses.vocabulary import ALL, LocalHead, Vocabulary, divided_head
 from oumi_pl.types import Sums, TokenLoss
 
 
@@ -93,6 +95,34 @@ class CrossEntropy(TokenLoss):
             gradient.sub_(smoothing / logits.shape[-1])
         gradient.scatter_add_(-1, targets.unsqueeze(-1), gradient.new_full((len(targets), 1), smoothing - 1))
         return losses, gradient
+
+    def of_part(self, logits: Tensor, targets: Tensor, vocabulary: Vocabulary) -> tuple[Tensor, Tensor, Tensor]:
+        """Computes losses, hits and gradient from some columns of the logits. Overwrites `logits`.
+
+        Args:
+            logits: `[n, columns]`, of this rank.
+            targets: `[n]`.
+            vocabulary: Which columns these are.
+
+        Returns:
+            The losses `[n]`, whether each target has the largest logit `[n]`, and the gradient of the sum of the losses
+            for the logits of this rank `[n, columns]`.
+        """
+        smoothing = self.label_smoothing
+        logits = logits.to(full_precision(logits.dtype))
+        number = vocabulary.total(logits.new_tensor(logits.shape[-1])) if smoothing else None
+        mean = None if number is None else vocabulary.total(logits.sum(-1)) / number
+        target_logits = vocabulary.at_target(logits, targets)
+        top = vocabulary.largest(logits.amax(-1))
+        total = vocabulary.total(logits.sub_(top.unsqueeze(-1)).exp_().sum(-1))
+        lse = top + total.log()
+        gradient = logits.div_(total.unsqueeze(-1))
+        if self.z_loss:
+            gradient.mul_((1 + 2 * self.z_loss * lse).unsqueeze(-1))
+        if number is not None:
+            gradient.sub_(smoothing / number)
+        vocabulary.add_at_target(gradient, targets, torch.full_like(lse, smoothing - 1))
+        return self._losses(lse, target_logits, mean), target_logits >= top, gradient
 
     def _losses(self, lse: Tensor, target_logits: Tensor, mean: Tensor | None) -> Tensor:
         losses = lse - target_logits
@@ -159,8 +189,11 @@ def token_loss_sum(
     _check(hidden, targets)
     task = LossTask(targets, transform, chunk_size, torch.is_grad_enabled(), token_loss, weights)
     rows = chunks(len(targets), _vocab(head), hidden.device, chunk_size)
-    if is_plain_linear(head, hidden) and not is_transformed(hidden, head):
-        loss_sum, correct = LinearTokenLoss.apply(hidden, head.weight, head.bias, task, *task.parameters)
+    tensors = _tensors_of(head, hidden)
+    # of a part of the vocabulary, only the loss of this package can be computed; others need all logits
+    if tensors is not None and (tensors.vocabulary is ALL or type(token_loss) is CrossEntropy):
+        task = replace(task, vocabulary=tensors.vocabulary)
+        loss_sum, correct = LinearTokenLoss.apply(hidden, tensors.weight, tensors.bias, task, *task.parameters)
     else:
         loss_sum, correct = _sum_of_any_head(hidden, head, task, rows)
     if not rows:  # so that the names are those of every other batch
@@ -168,6 +201,15 @@ def token_loss_sum(
         task.measure(hidden.new_zeros(0, _vocab(head), dtype=full_precision(hidden.dtype)), targets, None)
     # a copy, since activation checkpointing calls the loss again
     return TokenLossOutput(loss_sum, torch.tensor(len(targets), device=hidden.device), correct, dict(task.metrics))
+
+
+def _tensors_of(head: nn.Module, hidden: Tensor) -> LocalHead | None:
+    """Weight and bias of a plain linear head, or this rank's part of them; None if the head has to be called."""
+    if is_transformed(hidden, head):
+        return None
+    if is_plain_linear(head, hidden):
+        return LocalHead(cast("Tensor", head.weight), cast("Tensor | None", head.bias), ALL)
+    return divided_head(head, hidden)
 
 
 def _sum_of_any_head(hidden: Tensor, head: nn.Module, task: LossTask, rows: list[slice]) -> tuple[Tensor, Tensor]:
@@ -228,9 +270,9 @@ def token_logps(
         `[n]`, float32 (float64 in a float64 model).
     """
     _check(hidden, targets)
-    if is_plain_linear(head, hidden) and not is_transformed(hidden, head):
-        task = Task(targets, transform, chunk_size, torch.is_grad_enabled())
-        return LinearLogps.apply(hidden, head.weight, head.bias, task)
+    if (tensors := _tensors_of(head, hidden)) is not None:
+        task = Task(targets, transform, chunk_size, torch.is_grad_enabled(), vocabulary=tensors.vocabulary)
+        return LinearLogps.apply(hidden, tensors.weight, tensors.bias, task)
 
     def of_chunk(states: Tensor, wanted: Tensor, _: None) -> tuple[Tensor, ...]:
         logits = transformed(head(states), transform)

@@ -5,7 +5,7 @@ Shapes: `n` tokens, `hidden` the width of the model, `vocab`, `rows` the size of
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -13,6 +13,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch.autograd import forward_ad
 
 from oumi_pl.errors import UserError
+from oumi_pl.losses.vocabulary import ALL, Vocabulary
 from oumi_pl.types import Sums, TokenLoss
 
 Transform = Callable[[Tensor], Tensor]
@@ -75,6 +76,8 @@ class Task:
     chunk_size: int | None
     with_gradients: bool
     """Whether a backward pass will follow."""
+    vocabulary: Vocabulary = field(default=ALL, kw_only=True)
+    """Which columns of the logits this rank computes."""
 
     has_parameters = False
     """Whether the values depend on trained parameters besides the logits."""
@@ -184,6 +187,11 @@ class HeadGradients:
         """The gradients of hidden states `[n, hidden]`, weight `[vocab, hidden]` and bias `[vocab]`."""
         return self._hidden, self._weight, self._bias
 
+    def add_over(self, vocabulary: Vocabulary) -> None:
+        """Adds up what the columns of all ranks give for the hidden states, after the last chunk."""
+        if self._hidden is not None:
+            self._hidden = vocabulary.total(self._hidden)
+
     def add(self, rows: slice, by_logits: Tensor) -> None:
         """Adds a chunk, given the gradient of its logits, `[rows, vocab]` in full precision."""
         low = by_logits.to(self._head.dtype)
@@ -228,6 +236,7 @@ class LinearTokenLoss(torch.autograd.Function):
         if task.weights is not None:
             losses *= task.weights
         if gradients is not None:
+            gradients.add_over(task.vocabulary)
             ctx.save_for_backward(*gradients.tensors, hidden, weight, bias, *of_loss, *parameters)
             ctx.task, ctx.dtype = task, head.dtype
         correct = hits.sum()
@@ -457,6 +466,8 @@ def gradients_with_graph(
         Those of hidden states, weight, bias and parameters.
     """
     hidden, weight, bias = inputs
+    if task.vocabulary is not ALL:
+        raise UserError("trainer.strategy.tensor: gradients of gradients need all logits; train without tensor")
 
     def logits_of(states: Tensor, weight: Tensor, *others: Tensor) -> Tensor:
         own = None if bias is None else others[0].to(dtype)
@@ -503,6 +514,8 @@ def checked_losses(token_loss: TokenLoss, logits: Tensor, targets: Tensor) -> Te
 
 def without_gradient(task: LossTask, logits: Tensor, rows: slice) -> tuple[Tensor, Tensor]:
     """Returns the losses `[n]` of a chunk, and whether each target has the largest logit `[n]`."""
+    if task.vocabulary is not ALL:
+        return _of_part(task, logits, rows)[:2]
     targets = task.targets[rows]
     logits = transformed(logits, task.transform)
     task.measure(logits, targets, task.weights_of(rows))
@@ -517,6 +530,8 @@ def with_gradient(
     The gradient is that of the weighted sum; the losses are without weights. Adds the gradients of the parameters of
     the loss to `of_loss`. May overwrite `logits`.
     """
+    if task.vocabulary is not ALL:
+        return _of_part(task, logits, rows)
     targets, weights = task.targets[rows], task.weights_of(rows)
     quick = None if of_loss else _quick_method(task.token_loss)
     leaf, last = (logits, logits) if quick and task.transform is None else leaf_and_logits(logits, task.transform)
@@ -538,6 +553,16 @@ def with_gradient(
     if gradient is None:  # a loss of the targets alone
         gradient = torch.zeros_like(inputs)
     return losses.detach(), hits, to_leaf(leaf, last, gradient)
+
+
+def _of_part(task: LossTask, logits: Tensor, rows: slice) -> tuple[Tensor, Tensor, Tensor]:
+    """What `with_gradient` returns, from the columns of this rank, for losses that have a method `of_part`."""
+    leaf, last = (logits, logits) if task.transform is None else leaf_and_logits(logits, task.transform)
+    values = last if last is logits else last.detach().clone()
+    losses, hits, gradient = cast("Any", task.token_loss).of_part(values, task.targets[rows], task.vocabulary)
+    if (weights := task.weights_of(rows)) is not None:
+        gradient = gradient * weights.to(gradient.dtype).unsqueeze(-1)
+    return losses, hits, to_leaf(leaf, last, gradient)
 
 
 def _factors(task: LossTask, upstream: Tensor) -> Tensor:

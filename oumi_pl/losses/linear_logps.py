@@ -9,7 +9,6 @@ from oumi_pl.losses.linear_head import (
     HeadGradients,
     LinearHead,
     Task,
-    at_target,
     chunks,
     full_precision,
     gradients_with_graph,
@@ -18,6 +17,7 @@ from oumi_pl.losses.linear_head import (
     to_leaf,
     transformed,
 )
+from oumi_pl.losses.vocabulary import Vocabulary
 
 KEPT_ELEMENTS = {"cpu": 2**25}
 """Entries of the softmax kept for the backward pass, per type of device; the rest is recomputed. 128 MB of float32 on a
@@ -41,15 +41,15 @@ class LinearLogps(torch.autograd.Function):
         with torch.autocast(hidden.device.type, enabled=False):
             for number, rows in enumerate(chunks(len(hidden), head.vocab, hidden.device, task.chunk_size)):
                 logits = transformed(head.logits(rows), task.transform)
-                target_logits = at_target(logits, targets[rows])
+                target_logits = task.vocabulary.at_target(logits, targets[rows])
                 if in_place:
-                    lse[rows], total = _exponentials(logits)
+                    lse[rows], total = _exponentials(logits, task.vocabulary)
                     budget -= logits.numel()
                     if budget >= 0:
                         ctx.kept[number] = logits, total
                         head.keep()
                 else:
-                    lse[rows] = logits.logsumexp(-1)
+                    lse[rows] = task.vocabulary.logsumexp(logits)
                 logps[rows] = target_logits - lse[rows]
         ctx.save_for_backward(hidden, weight, bias, lse)
         ctx.task, ctx.dtype = task, head.dtype
@@ -76,22 +76,25 @@ def _gradients(ctx: Any, upstream: Tensor) -> HeadGradients:
     gradients = HeadGradients(head, ctx.needs_input_grad[:3])
     for number, rows in enumerate(chunks(len(hidden), head.vocab, hidden.device, task.chunk_size)):
         # The gradient of a log-probability with respect to the logits is one-hot - softmax.
-        weights, wanted = upstream[rows].unsqueeze(-1), task.targets[rows].unsqueeze(-1)
+        weights, wanted = upstream[rows].unsqueeze(-1), task.targets[rows]
         if number in ctx.kept:
             exponentials, total = ctx.kept[number] if graph_is_kept() else ctx.kept.pop(number)
             scale = exponentials.mul if graph_is_kept() else exponentials.mul_
-            gradients.add(rows, scale(-weights / total).scatter_add_(-1, wanted, weights))
+            by_logits = scale(-weights / total)
+            gradients.add(rows, task.vocabulary.add_at_target(by_logits, wanted, upstream[rows]))
             continue
         leaf, logits = leaf_and_logits(head.logits(rows), task.transform)
         # a transform may have saved its output for backward
         shift = logits.detach().sub if task.transform else logits.sub_
-        gradient = shift(lse[rows].unsqueeze(-1)).exp_().mul_(-weights).scatter_add_(-1, wanted, weights)
+        gradient = shift(lse[rows].unsqueeze(-1)).exp_().mul_(-weights)
+        gradient = task.vocabulary.add_at_target(gradient, wanted, upstream[rows])
         gradients.add(rows, to_leaf(leaf, logits, gradient))
+    gradients.add_over(task.vocabulary)
     return gradients
 
 
-def _exponentials(logits: Tensor) -> tuple[Tensor, Tensor]:
+def _exponentials(logits: Tensor, vocabulary: Vocabulary) -> tuple[Tensor, Tensor]:
     """Overwrites logits `[n, vocab]` with `exp(logits - max)`; returns logsumexp `[n]` and the sums `[n, 1]`."""
-    top = logits.amax(-1, keepdim=True)
-    total = logits.sub_(top).exp_().sum(-1, keepdim=True)
+    top = vocabulary.largest(logits.amax(-1, keepdim=True))
+    total = vocabulary.total(logits.sub_(top).exp_().sum(-1, keepdim=True))
     return (top + total.log()).squeeze(-1), total

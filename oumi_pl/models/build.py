@@ -1,5 +1,6 @@
 """Builds and loads causal language models: config, weights, new token rows, adapters. Nothing else loads weights."""
 
+import copy
 import inspect
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -232,6 +233,7 @@ def build_model(
     attn: str | None = None,
     lora: dict[str, Any] | None = None,
     quantization: Literal["nf4", "int8"] | None = None,
+    unquantized: Sequence[str] = (),
     freeze: Sequence[str] = (),
     gradient_checkpointing: bool = False,
     revision: str | None = None,
@@ -243,10 +245,9 @@ def build_model(
     """Builds a causal LM in training mode, with new token rows, frozen parts and adapters.
 
     Arguments are those of the modules. `model` may also be the folder of an adapter, which is then merged into its base
-    before training. Without `attn`, transformers chooses (sdpa if the architecture has it). With `scoring`, builds the
-    architecture's sequence-classification model with one label: its head `score`, random if `model` has none, replaces
-    that of the LM. With `text_only`, the text model is taken out of one that has other parts. `loading` is how this
-    rank gets the weights of a model that will be sharded.
+    before training. Without `attn`, transformers chooses. With `scoring`, builds the architecture's
+    sequence-classification model with one label: its head `score`, random if `model` has none, replaces that of the LM.
+    With `text_only`, takes the text model out of one that has other parts. `loading` is how a rank gets its weights.
 
     Raises:
         UserError: something can't be loaded, or parts don't fit together.
@@ -258,12 +259,13 @@ def build_model(
     hf_config = build_config(base, config, tokenizer, **hub)
     attn = _with_soft_cap(hf_config, attn)
     if scoring:
-        _refuse_without_scores(hf_config)
-        hf_config.num_labels = 1
+        _prepare_for_scores(hf_config)
+    loading.check(hf_config)
     if base is None:
         hf = loading.random(lambda: _random_weights(hf_config, attn, dtype, trust_remote_code, scoring))
     else:
-        kwargs = {"overrides": config or {}} | _quantized(quantization) | hub
+        kept = _not_to_quantize(hf_config, unquantized, trust_remote_code, scoring)
+        kwargs = {"overrides": config or {}} | _quantized(quantization, kept) | hub
         hf = loading.pretrained(lambda: _pretrained(base, hf_config, attn, dtype, scoring, **kwargs))
         hf = text_part(hf, attn) if text_only else hf
         hf.taken_from = None if scoring or text_only else whole_model(hf, base, hf_config, **hub)
@@ -298,7 +300,12 @@ def source_of_weights(
     """Where the ranks of a sharded run get the weights of a model, by what `build_model` does with them.
 
     Arguments are those of `build_model`.
+
+    Raises:
+        UserError: the weights can't be sharded.
     """
+    if quantization == "int8":  # its layers find their scales at the weight itself, which FSDP2 replaces
+        raise UserError("model.quantization: int8 weights can't be sharded; set nf4, or trainer.strategy ddp")
     needs_values = lora is not None and (
         lora.get("use_dora") or lora.get("init_lora_weights", True) not in _WEIGHT_FREE_INITS
     )
@@ -343,7 +350,8 @@ def _torch_dtype(dtype: DType) -> torch.dtype:
     return getattr(torch, "float32" if dtype == "auto" else dtype)
 
 
-def _refuse_without_scores(hf_config: "PretrainedConfig") -> None:
+def _prepare_for_scores(hf_config: "PretrainedConfig") -> None:
+    """Sets one label in the config of a reward model; refuses an architecture that has no such model."""
     from transformers import MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING
 
     auto_map = getattr(hf_config, "auto_map", None) or {}
@@ -352,6 +360,7 @@ def _refuse_without_scores(hf_config: "PretrainedConfig") -> None:
             f"model: transformers has no sequence-classification class for {hf_config.model_type}, so nothing could "
             f"load a reward model of it; start from an architecture that has one, for example {', '.join(USUAL)}"
         )
+    hf_config.num_labels = 1
 
 
 def _refuse_other_heads(hf: "PreTrainedModel") -> None:
@@ -525,7 +534,32 @@ def refuse_attention(attn: str | None, error: BaseException) -> None:
         ) from error
 
 
-def _quantized(quantization: str | None) -> dict[str, Any]:
+def _not_to_quantize(
+    hf_config: "PretrainedConfig", names: Sequence[str], trust_remote_code: bool, scoring: bool
+) -> list[str] | None:
+    """The modules of these names, and those that transformers would leave alone if none were named: heads.
+
+    None if no names are given, which leaves it to transformers.
+
+    Raises:
+        UserError: the model has no linear layer of a name.
+    """
+    if not names:
+        return None
+    from transformers.quantizers.base import get_keys_to_not_convert
+    from transformers.quantizers.quantizers_utils import should_convert_module
+
+    with torch.device("meta"):
+        hf = _random_weights(copy.deepcopy(hf_config), None, "float32", trust_remote_code, scoring)
+    linear = [name for name, module in hf.named_modules() if isinstance(module, nn.Linear)]
+    for name in names:
+        if all(should_convert_module(layer, [name]) for layer in linear):
+            ends = sorted({layer.rpartition(".")[2] for layer in linear})
+            raise UserError(f"model.unquantized: the model has no linear layer {name!r}{nearest(name, ends)}")
+    return [*get_keys_to_not_convert(hf), *names]
+
+
+def _quantized(quantization: str | None, kept: list[str] | None = None) -> dict[str, Any]:
     if quantization is None:
         return {}
     try:
@@ -541,10 +575,11 @@ def _quantized(quantization: str | None) -> dict[str, Any]:
     from transformers import BitsAndBytesConfig
 
     if quantization == "int8":
-        return {"quantization_config": BitsAndBytesConfig(load_in_8bit=True)}
+        return {"quantization_config": BitsAndBytesConfig(load_in_8bit=True, llm_int8_skip_modules=kept)}
     # QLoRA's storage format (Dettmers et al. 2023, arXiv:2305.14314)
     nf4 = BitsAndBytesConfig(
         load_in_4bit=True,
+        llm_int8_skip_modules=kept,  # in 4 bits as well
         bnb_4bit_quant_type="nf4",
         bnb_4bit_use_double_quant=True,
         bnb_4bit_compute_dtype=torch.bfloat16,

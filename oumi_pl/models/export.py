@@ -3,7 +3,7 @@
 import copy
 import json
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -189,6 +189,7 @@ def model_card(
     parent: str = "",
     generates: bool = False,
     chat: bool = False,
+    licence: Callable[[str], str | None] = lambda path: None,
 ) -> str:
     """The text of a model card: base model, data, parent, use, metrics and recipe.
 
@@ -201,11 +202,13 @@ def model_card(
         parent: The run that training went on from, in words.
         generates: Whether the model completes prompts.
         chat: Whether its tokenizer has a chat template.
+        licence: Returns the licence of a data source by its path; None if it isn't known.
     """
     base = _argument(config, "model", "model")
     sources = _argument(config, "data", "train")
     sources = [_path(source) for source in (sources if isinstance(sources, list) else [sources])]
-    data = ", ".join(f"`{shown_path(source)}`" for source in sources)
+    known = {str(source): licence(source) if isinstance(source, str) else None for source in sources}
+    data = ", ".join(f"`{shown_path(path)}`{f' (licence: {name})' if name else ''}" for path, name in known.items())
     trainer = str((config.get("model") or {}).get("class_path", "")).rsplit(".", 1)[-1]
     header = [f"library_name: {'peft' if adapter else 'transformers'}", "tags: [oumi_pl]"]
     if base and (name := cached_name(base) or (None if Path(base).expanduser().exists() else base)):

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from oumi_pl.models.build import loaded, read_adapter_config
 from oumi_pl.models.hub import locate
-from oumi_pl.models.sharding import is_sharded, whole
+from oumi_pl.models.sharding import is_sharded, quantized_layers, whole
 
 _CHUNK = 1 << 24
 
@@ -19,12 +19,17 @@ def weights_fingerprint(model: nn.Module) -> str:
 
     All ranks have to call it if the model is sharded; it is that of the whole model.
     """
-    entries = sorted(model.state_dict().items())
+    state = model.state_dict()
+    quantized = quantized_layers(model)
+    for name, layer in quantized.items():  # which are left out of the state while the weights are sharded
+        state |= {f"{name}.weight.{key}": value for key, value in layer.quant_state.as_dict(packed=True).items()}
+    entries = sorted(state.items())
+    as_bytes = {f"{name}.weight" for name in quantized}  # stored in one dtype or another
     if is_sharded(model):  # one at a time, since each is gathered whole
-        parts = [_tensor_digest(whole(value)) for _, value in entries]
+        parts = [_tensor_digest(whole(value), name in as_bytes) for name, value in entries]
     else:
         with ThreadPoolExecutor() as pool:  # hashing releases the GIL
-            parts = list(pool.map(_tensor_digest, (value for _, value in entries)))
+            parts = list(pool.map(lambda entry: _tensor_digest(entry[1], entry[0] in as_bytes), entries))
     digest = hashlib.blake2b(digest_size=16)
     for (name, _), part in zip(entries, parts, strict=True):
         digest.update(name.encode() + b"\0" + part)
@@ -66,9 +71,11 @@ def _folder_digest(folder: Path) -> str:
     return digest.hexdigest()
 
 
-def _tensor_digest(value: Tensor) -> bytes:
-    digest = hashlib.blake2b(f"{value.dtype} {list(value.shape)}".encode(), digest_size=16)
+def _tensor_digest(value: Tensor, as_bytes: bool = False) -> bytes:
     flat = value.detach().cpu().contiguous().view(-1)
+    if as_bytes:
+        value = flat.view(torch.uint8)[:, None]
+    digest = hashlib.blake2b(f"{value.dtype} {list(value.shape)}".encode(), digest_size=16)
     if flat.numel():
         digest.update(flat.view(torch.uint8).numpy().data)
     return digest.digest()

@@ -317,6 +317,15 @@ class LM(nn.Module):
         return hasattr(self.hf, "peft_config")
 
     @property
+    def device(self) -> torch.device:
+        """The device that the model computes on. Parts of sharded weights may be kept on another, the CPU."""
+        weight: Tensor = next(self.parameters())
+        if not isinstance(weight, DTensor):
+            return weight.device
+        kind = weight.device_mesh.device_type
+        return torch.device(kind, torch.cuda.current_device()) if kind == "cuda" else torch.device(kind)
+
+    @property
     def body(self) -> nn.Module:
         """The part of the model that returns hidden states."""
         return body_of(self.base)
@@ -375,9 +384,8 @@ class LM(nn.Module):
         They are computed within `forward`: under FSDP2 all ranks have to call this. Their device and dtype are those
         of the computation. Restores random generators and training modes.
         """
-        ids = probe_ids(self.base.config)
-        parameter = next(self.parameters())
-        length, device = ids.shape[1], parameter.device
+        ids, device = probe_ids(self.base.config), self.device
+        length = ids.shape[1]
         batch: Any = {
             "input_ids": ids.to(device),
             "position_ids": torch.arange(length, device=device)[None],
@@ -486,7 +494,7 @@ class ScoringLM(LM):
     def probe_logits(self) -> Tensor:
         """Scores of a few rows of random tokens, `[rows]`; otherwise see `LM`."""
         rows = probe_rows(self.base.config)
-        lengths, device = [len(row) for row in rows], next(self.parameters()).device
+        lengths, device = [len(row) for row in rows], self.device
         batch: Any = {
             "input_ids": torch.cat(rows)[None].to(device),
             "position_ids": torch.cat([torch.arange(n) for n in lengths])[None].to(device),
@@ -513,8 +521,8 @@ class ScoringLM(LM):
         if not has_values(self):
             return
         scores, weight = self.probe_logits().cpu(), cast("Tensor", self.base.get_input_embeddings().weight)
-        rows = [row[None].to(weight.device) for row in probe_rows(self.base.config)]
-        with probing(self, weight.device):
+        rows = [row[None].to(self.device) for row in probe_rows(self.base.config)]
+        with probing(self, self.device):
             own = self.gathered(lambda: torch.cat([plain_scores(self.base, row) for row in rows]))
         if not are_near(scores, own, weight):
             raise UserError(

@@ -10,8 +10,11 @@ import torch
 from lightning.pytorch.callbacks import (
     BackboneFinetuning,
     BaseFinetuning,
+    BasePredictionWriter,
     BatchSizeFinder,
+    Checkpoint,
     ModelPruning,
+    ProgressBar,
     StochasticWeightAveraging,
 )
 from lightning.pytorch.cli import OptimizerCallable
@@ -50,6 +53,7 @@ from oumi_pl.models.sharding import (
     compile_layers,
     decoder_layers,
     is_sharded,
+    is_to_be_divided,
     is_to_be_sharded,
     loading_of,
     reshard,
@@ -108,6 +112,7 @@ class LanguageModule(RestorableModule):
         lora: Arguments of `peft.LoraConfig` (`r`, `lora_alpha`, `target_modules`, `use_dora`, ...); all linear layers
             unless `target_modules` says otherwise.
         quantization: Load the frozen weights in 4 or 8 bits (QLoRA); needs `lora` and bitsandbytes, on CPUs 0.50 of it.
+        unquantized: Names, or ends of names, of linear layers that `quantization` leaves as they are, beside the head.
         freeze: Names of modules whose parameters are not trained, adapters included.
         gradient_checkpointing: Recompute activations in the backward pass to save memory.
         compile: Compile the model's layers with `torch.compile`.
@@ -151,6 +156,7 @@ class LanguageModule(RestorableModule):
         attn: str | None = None,
         lora: dict[str, Any] | None = None,
         quantization: Literal["nf4", "int8"] | None = None,
+        unquantized: Sequence[str] = (),
         freeze: Sequence[str] = (),
         gradient_checkpointing: bool = False,
         compile: bool = False,
@@ -180,10 +186,7 @@ class LanguageModule(RestorableModule):
             raise UserError(
                 "model: name a model (`model: HuggingFaceTB/SmolLM2-135M`) or a `config: {model_type: llama, …}`"
             )
-        if quantization is not None and model is None:
-            raise UserError("model.quantization: there are no pretrained weights to load in fewer bits; name a model")
-        if quantization is not None and lora is None:
-            raise UserError("model.quantization: quantized weights can't be trained; add `lora: {r: 16}`")
+        _refuse_quantization(quantization, unquantized, model, lora)
         if lora is not None:
             lora_config(lora)  # a misspelt key is reported before any data is read
         if model is None:
@@ -196,6 +199,7 @@ class LanguageModule(RestorableModule):
         self.attn = attn
         self.lora = lora
         self.quantization = quantization
+        self.unquantized = unquantized
         self.freeze_modules = freeze
         self.gradient_checkpointing = gradient_checkpointing
         self.compile_layers = compile
@@ -268,6 +272,7 @@ class LanguageModule(RestorableModule):
         if self.model is not None and self.model in self.__built:
             return
         refuse_unfit_callbacks(self.trainer.callbacks)  # type: ignore[attr-defined]
+        self.__refuse_undividable()
         if self.__built and self.reference is not None:
             self.reference.opened = None  # it was that of another model
         data = self.data
@@ -327,6 +332,20 @@ class LanguageModule(RestorableModule):
             self.make_heads(model)
         return model
 
+    def __refuse_undividable(self) -> None:
+        """Refuses settings that can't be had with tensor parallelism, before weights are loaded.
+
+        Raises:
+            UserError: one is set.
+        """
+        if not is_to_be_divided(self):
+            return
+        dora = bool((self.lora or {}).get("use_dora"))
+        settings = {"compile": self.compile_layers, "quantization": self.quantization, "lora.use_dora": dora}
+        for key, value in settings.items():
+            if value:
+                raise UserError(f"model.{key} can't be had with trainer.strategy.tensor: leave one of them out")
+
     def __refuse_sharded_loss(self) -> None:
         """Refuses to shard the parameters of a loss, which is called where they are not gathered.
 
@@ -385,6 +404,7 @@ class LanguageModule(RestorableModule):
                 attn=self.attn or (attention.NAME if packed else None),
                 lora=self.lora,
                 quantization=self.quantization,
+                unquantized=self.unquantized,
                 freeze=self.freeze_modules,
                 gradient_checkpointing=self.gradient_checkpointing,
                 revision=self.revision,
@@ -721,8 +741,8 @@ class LanguageModule(RestorableModule):
             for parameter in self.parameters():
                 if parameter.requires_grad and parameter.dtype in (torch.bfloat16, torch.float16):
                     parameter.data = parameter.data.float()
-            if is_sharded(self):  # FSDP keeps views of the values, which it renews after any cast of a module
-                self.causal_lm.to(self.device)
+            if is_sharded(self):  # FSDP keeps views of the values, which it renews after anything is applied to them
+                self.causal_lm._apply(lambda tensor: tensor)
 
     # ---- predict
 
@@ -745,6 +765,20 @@ class LanguageModule(RestorableModule):
         ]
 
 
+def _refuse_quantization(quantization: str | None, unquantized: Sequence[str], model: Any, lora: Any) -> None:
+    """Refuses settings of a quantized base that don't go together.
+
+    Raises:
+        UserError: names what is missing.
+    """
+    if quantization is not None and model is None:
+        raise UserError("model.quantization: there are no pretrained weights to load in fewer bits; name a model")
+    if quantization is not None and lora is None:
+        raise UserError("model.quantization: quantized weights can't be trained; add `lora: {r: 16}`")
+    if unquantized and quantization is None:
+        raise UserError("model.unquantized: nothing is quantized; set quantization: nf4, or leave it out")
+
+
 UNFIT = {
     StochasticWeightAveraging: "copies the weights before they are built, and would average nothing; take "
     "WeightAveraging, or oumi_pl.callbacks.ema.EMA",
@@ -754,15 +788,19 @@ UNFIT = {
     "measures the memory of a batch_size, and a run that lacks memory says which one fits",
 }
 """Callbacks of Lightning that can't work -> why."""
+BASES = (BaseFinetuning, BasePredictionWriter, Checkpoint, ProgressBar)
+"""Base classes for callbacks, which do nothing by themselves, or crash."""
 
 
 def refuse_unfit_callbacks(callbacks: Sequence[Any]) -> None:
-    """Refuses callbacks of Lightning that expect the model before it is built, or change the plan during the run.
+    """Refuses callbacks that expect the model before it is built, change the plan during the run, or are base classes.
 
     Raises:
         UserError: there is one.
     """
     for callback in callbacks:
+        if type(callback) in BASES:
+            raise UserError(f"trainer.callbacks: {type(callback).__name__} is a base class; name a subclass of it")
         for kind, why in UNFIT.items():
             alone = getattr(callback, "_early_exit", False)  # `Tuner.scale_batch_size`, which trains nothing
             if isinstance(callback, kind) and not alone:

@@ -11,6 +11,7 @@ from oumi_pl.errors import UserError
 from oumi_pl.losses.responses import KTOLoss
 from oumi_pl.models.build import DType
 from oumi_pl.models.lm import States
+from oumi_pl.models.sharding import data_ranks
 from oumi_pl.modules.base import LanguageModule
 from oumi_pl.modules.reference import Reference
 from oumi_pl.modules.update import Split
@@ -229,15 +230,15 @@ class KTO(LanguageModule):
         batches = data.in_batches(split, ids)
         total = torch.zeros((), device=self.device, dtype=torch.float64 if self.device.type != "mps" else torch.float32)
         # every rank runs the model equally often, because all ranks have to gather sharded weights
-        for first in range(0, len(batches), trainer.world_size):
-            mine = first + trainer.global_rank
+        ranks = data_ranks(trainer)
+        for first in range(0, len(batches), ranks.number):
+            mine = first + ranks.index
             part = data.batch(split, batches[mine] if mine < len(batches) else [])
             part = trainer.strategy.batch_to_device(part)
             total += (self.causal_lm(part) - self.reference.logps(part, split)).sum(dtype=total.dtype)
         # under autocast, weights that were cast without gradient must not be read by the forward pass that follows
         torch.clear_autocast_cache()
-        if trainer.world_size > 1:
-            total = cast("Tensor", trainer.strategy.reduce(total, reduce_op="sum"))
+        total = ranks.total(total, trainer.strategy)
         return (total / max(1, len(ids))).clamp(min=0).float()
 
     # ---- checks

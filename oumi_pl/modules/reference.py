@@ -22,7 +22,7 @@ from oumi_pl.models.build import DType, build_model
 from oumi_pl.models.fingerprint import model_fingerprint, weights_fingerprint
 from oumi_pl.models.hub import locate
 from oumi_pl.models.lm import LM, States, disable_dropout, with_layout
-from oumi_pl.models.sharding import whole
+from oumi_pl.models.sharding import data_ranks, whole
 from oumi_pl.runs.checkpoints import sharded_as
 from oumi_pl.terminal.screen import track
 from oumi_pl.types import Batch, RunModule
@@ -482,7 +482,7 @@ def precompute(
     try:
         batches = _computed(trainer, model, split, store, missing, compute=compute)
         if trainer.is_global_zero and missing:
-            total = sum(len(store.examples(chunk)) for chunk in missing) // trainer.world_size
+            total = sum(len(store.examples(chunk)) for chunk in missing) // data_ranks(trainer).number
             batches = track(batches, f"{what}, {split}", total=total, unit="rows", size=len)
         for _ in batches:
             pass
@@ -503,7 +503,8 @@ def _computed(
 
     Every rank runs the model equally often, because all ranks have to gather sharded weights.
     """
-    ranks, rank = trainer.world_size, trainer.global_rank
+    reading = data_ranks(trainer)
+    ranks, rank = reading.number, reading.index
     for first in range(0, len(missing), ranks):
         chunks = missing[first : first + ranks]
         plans = [trainer.datamodule.in_batches(split, store.examples(chunk)) for chunk in chunks]

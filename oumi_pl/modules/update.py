@@ -23,7 +23,7 @@ from torch.optim import Optimizer
 from torchmetrics import SumMetric
 
 from oumi_pl.errors import UserError
-from oumi_pl.models.sharding import is_sharded
+from oumi_pl.models.sharding import data_ranks, is_sharded
 from oumi_pl.optim import ScheduledRates
 from oumi_pl.runs import checksums
 from oumi_pl.runs.checkpoints import (
@@ -66,6 +66,10 @@ OWN_WORK = {
 """Hooks that are empty in Lightning -> our method that runs before each, whatever a subclass makes of the hook."""
 
 
+LOSS_OF, UNITS_OF = "loss of", "units of"
+"""What the names of sums over one held-out source begin with."""
+
+
 class UpdateModule(L.LightningModule):
     """Implements all steps of a trainer type. Subclasses define the sums of a batch.
 
@@ -98,6 +102,7 @@ class UpdateModule(L.LightningModule):
         self.__is_counted = False
         self.__finished = self.__stepped = -1
         self.__logged: set[str] = set()
+        self.__restored_metrics: dict[str, float] = {}
         self.__evaluated = EvaluationSums()
         self.__running: set[str] = set()
 
@@ -171,7 +176,7 @@ class UpdateModule(L.LightningModule):
         update = batch.get("update")
         if update is not None:
             return update.parts / (update.units(self.unit) or 1)
-        if self.trainer.accumulate_grad_batches * self.trainer.world_size > 1:
+        if self.trainer.accumulate_grad_batches * data_ranks(self.trainer).number > 1:
             raise UserError(
                 "the batches lack the totals of their update (`update`), so a mean over several micro-batches or ranks "
                 "can't be computed; use a data module of oumi_pl, or one micro-batch on one device"
@@ -185,12 +190,30 @@ class UpdateModule(L.LightningModule):
         """Runs when the optimizers are set up, before a checkpoint is restored into them."""
 
     def begin_training(self) -> None:
-        """Runs before the first update, once a checkpoint is restored."""
+        """Runs before the first update, once a checkpoint is restored.
+
+        Restores the metrics of the checkpoint, which Lightning would drop at an earlier hook. A callback may read them
+        before they are logged again, for example `EarlyStopping` at the end of an epoch.
+        """
+        metrics, self.__restored_metrics = self.__restored_metrics, {}
+        self.trainer.callback_metrics.update({name: torch.tensor(value) for name, value in metrics.items()})
         self.__finished = self.__stepped = -1  # another trainer counts its steps from 0 again
         self.__update = {}
         for optimizer in self.trainer.optimizers:
             if isinstance(optimizer, Optimizer):  # `optimizer_step` is not called in manual optimisation
                 optimizer.register_step_post_hook(lambda *_: self.__after_step())
+
+    def add_to_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Adds the metrics that callbacks see, and which of them the last update has logged."""
+        checkpoint["metrics"] = {name: float(value) for name, value in self.trainer.callback_metrics.items()}
+        checkpoint["logged"] = sorted(self.__logged)
+
+    def restore_from(self, checkpoint: dict[str, Any]) -> None:
+        """Keeps the metrics of a checkpoint until training begins."""
+        if self._trainer is None or self.trainer.state.fn != "fit":
+            return
+        self.__restored_metrics = checkpoint.get("metrics", {})
+        self.__logged = {*checkpoint.get("logged", [])}
 
     def begin_batch(self, batch: Any, batch_idx: int) -> None:
         """Runs before each micro-batch."""
@@ -209,7 +232,7 @@ class UpdateModule(L.LightningModule):
             self.__is_counted, self.__batch = True, None
             self.add_to_update(sums | self.__counts(batch, sums["loss"].device))
             if (update := batch.get("update")) is not None:
-                self.__of_update = update.parts // self.trainer.world_size
+                self.__of_update = update.parts // data_ranks(self.trainer).number
                 self.__divisor += update.units(self.unit) / self.__of_update
                 self.__counted_batches += 1
         return objective * self.share(batch)
@@ -267,7 +290,7 @@ class UpdateModule(L.LightningModule):
         self.__forget_update()
         self.__finished, self.__is_counted = self.global_step, False
         if OWN_LOSS in sums:
-            metrics = {"loss": sums.pop(OWN_LOSS) / self.trainer.world_size}
+            metrics = {"loss": sums.pop(OWN_LOSS) / data_ranks(self.trainer).number}
             sums["loss"] = metrics["loss"] * (self.units(sums) or 1)
         else:
             sums |= {name: mean * self.units(sums) for name, mean in instead.items()}
@@ -388,16 +411,33 @@ class UpdateModule(L.LightningModule):
     def __evaluate(self, batch: Any, split: Split) -> None:
         sums = self.loss_sums(batch, split)
         sums.pop("objective", None)
-        self.__evaluated.add(sums | self.__counts(batch, sums["loss"].device))
+        counted = sums | self.__counts(batch, sums["loss"].device)
+        if "source" in batch:  # of several: its loss by itself
+            source = f"source {batch['source']}: "
+            counted |= {f"{LOSS_OF} {source}": sums["loss"], f"{UNITS_OF} {source}": self.units(counted)}
+        self.__evaluated.add(counted)
 
     def __log_evaluation(self, split: Split) -> None:
         if self.__evaluated.is_empty:  # a user's `validation_step` does not call ours, and logs for itself
             return
-        metrics = self.metrics(self.__evaluated.take(), split)
+        sums = self.__evaluated.take(data_ranks(self.trainer).group)
+        of_sources = {name: sums.pop(name) for name in list(sums) if name.startswith((LOSS_OF, UNITS_OF))}
+        metrics = self.metrics(sums, split) | self.__losses_of_sources(of_sources, split)
         logged = {f"{PREFIX[split]}/{name}": value.float() for name, value in metrics.items()}
         if self.trainer.state.fn == "fit":  # the column of `metrics.csv`
             logged["step"] = torch.tensor(float(self.global_step))
         self.log_dict(logged)
+
+    def __losses_of_sources(self, sums: Sums, split: Split) -> dict[str, Tensor]:
+        """The loss of each held-out source, `loss/NAME`."""
+        data = getattr(self.trainer, "datamodule", None) if sums else None
+        names = data.source_names(split) if data is not None else []
+        losses = {}
+        for i, name in enumerate(names if len(names) > 1 else ()):
+            source = f"source {i}: "
+            if (units := sums.get(f"{UNITS_OF} {source}")) is not None and units > 0:
+                losses[f"loss/{name}"] = sums[f"{LOSS_OF} {source}"] / units
+        return losses
 
     # ---- logging
 
@@ -430,8 +470,7 @@ class UpdateModule(L.LightningModule):
     def __over_ranks(self) -> Sums:
         names = sorted(self.__update)
         flat = torch.stack([self.__update[name] for name in names])
-        if self.trainer.world_size > 1:
-            flat = cast("Tensor", self.trainer.strategy.reduce(flat, reduce_op="sum"))
+        flat = data_ranks(self.trainer).total(flat, self.trainer.strategy)
         return dict(zip(names, flat, strict=True))
 
     def __epochs_done(self) -> float:
@@ -467,14 +506,15 @@ class EvaluationSums:
                 self._metrics[name] = _sum_metric(value.device)
             self._metrics[name].update(value.detach())
 
-    def take(self) -> Sums:
-        """Returns the sums over all batches and ranks, and starts again from zero."""
+    def take(self, group: Any = None) -> Sums:
+        """Returns the sums over all batches and the ranks of a group (None: all), and starts again from zero."""
         metrics, self._metrics = self._metrics, {}
         device = next(iter(metrics.values())).device
         totals = {}
         for name in _names_on_any_rank(metrics):
             metric = metrics.get(name, _sum_metric(device))
             metric.update(torch.zeros((), device=device))  # else torchmetrics warns on a rank without batches
+            metric.process_group = group
             totals[name] = metric.compute()
         return totals
 
@@ -552,6 +592,7 @@ class RestorableModule(UpdateModule):
         The state of optimizers is saved by the names of weights, not by numbers: other ranks, another strategy or
         another `model.freeze` may number them differently.
         """
+        super().add_to_checkpoint(checkpoint)
         names = self.__optimized_names()
         if "optimizer_states" in checkpoint:
             by_number = zip(checkpoint["optimizer_states"], names, strict=True)
@@ -559,7 +600,8 @@ class RestorableModule(UpdateModule):
         states: list[Any] = [rng_state()] * self.trainer.world_size
         if self.trainer.world_size > 1:
             torch.distributed.all_gather_object(states, rng_state())
-        checkpoint["rng"] = states
+        # ranks that read the same rows have the same generators
+        checkpoint["rng"] = states[:: self.trainer.world_size // data_ranks(self.trainer).number]
         checkpoint["tokens_seen"] = dict(self.tokens_seen)
         checkpoint["micro_batches"] = self.trainer.accumulate_grad_batches
         checkpoint["learning_rate"] = self.__learning_rate
@@ -569,8 +611,6 @@ class RestorableModule(UpdateModule):
         checkpoint["optimizer_settings"] = self.optimizer_settings if pending is None else pending
         checkpoint["trained"] = {"at_start": self.__trained_at_start, "now": self.__trained()}
         checkpoint["plateau_metrics"] = self.__metrics_of_due_plateaus()
-        metrics = self.trainer.callback_metrics
-        checkpoint["metrics"] = {k: float(v) for k, v in metrics.items() if k.startswith(("train/", "val/"))}
 
     def restore_from(self, checkpoint: dict[str, Any]) -> None:
         """Restores what `add_to_checkpoint` added.
@@ -578,6 +618,7 @@ class RestorableModule(UpdateModule):
         Raises:
             UserError: the checkpoint is of another model, or holds too little to resume training.
         """
+        super().restore_from(checkpoint)
         is_fitting = self._trainer is not None and self.trainer.state.fn == "fit"
         if not (is_fitting and is_sharded(self)):  # else `__load_sharded` has done it
             self.__thaw(checkpoint.get("trained", {}))
@@ -600,7 +641,8 @@ class RestorableModule(UpdateModule):
         self.abandon_update()  # `lr_find` trains, and then restores the state from before
         states = checkpoint["rng"]
         # additional ranks keep the generators that they were seeded with
-        self.__rng_to_restore = states[self.global_rank] if self.global_rank < len(states) else None
+        rank = data_ranks(self.trainer).index
+        self.__rng_to_restore = states[rank] if rank < len(states) else None
         _recount(checkpoint["loops"], checkpoint["micro_batches"], self.__micro_batches(checkpoint["loops"]))
 
     def __refuse_incomplete(self, checkpoint: dict[str, Any]) -> None:

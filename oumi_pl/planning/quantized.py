@@ -1,5 +1,6 @@
 """Linear layers with the memory and the products of layers in 4 or 8 bits; they have no values."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -49,15 +50,20 @@ class _Product(torch.autograd.Function):
         return gradient @ ctx.layer.decoded(gradient.dtype), None
 
 
-def quantize(model: nn.Module, head: nn.Module, kind: str) -> None:
+def quantize(model: nn.Module, head: nn.Module, kind: str, kept: Sequence[str] = ()) -> None:
     """Replaces the frozen linear layers of a model, except its output head, as bitsandbytes does.
 
     Args:
         model: The model, with its adapters.
         head: The output head.
         kind: A key of `BITS`.
+        kept: Names of layers that are left as they are, as `model.unquantized` has them.
     """
-    for parent in list(model.modules()):
+    from transformers.quantizers.quantizers_utils import should_convert_module
+
+    for path, parent in list(model.named_modules()):
         for name, layer in list(parent.named_children()):
-            if type(layer) is nn.Linear and layer is not head and not layer.weight.requires_grad:
+            is_frozen = type(layer) is nn.Linear and layer is not head and not layer.weight.requires_grad
+            # without what PEFT adds to a name
+            if is_frozen and should_convert_module(f"{path}.{name}".removesuffix(".base_layer"), list(kept)):
                 setattr(parent, name, QuantizedLinear(layer, BITS[kind]))

@@ -1,7 +1,7 @@
 """Counts what an update allocates, computes and communicates, operation by operation, without its values."""
 
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
@@ -125,10 +125,12 @@ class Tracker(MemTracker):
     Args:
         vocab: Tensors whose last dimension is the vocabulary are the head's chunk of logits.
         ranks_per_node: Ranks on a node, which are consecutive.
+        offloaded: What is kept in host memory, which is not counted.
     """
 
-    def __init__(self, vocab: int, ranks_per_node: int = NODE) -> None:
+    def __init__(self, vocab: int, ranks_per_node: int = NODE, offloaded: Collection[Kind] = ()) -> None:
         super().__init__()
+        self._on_device = [kind for kind in Kind if kind not in offloaded]
         self._ref_class = Kind
         self._is_paused = False
         self._ranks_per_node = ranks_per_node
@@ -189,7 +191,7 @@ class Tracker(MemTracker):
         """Bytes of each kind at the moment at which most memory was in use."""
         total: Counter[Kind] = Counter()
         for snapshot in self._peak_mem_snap.values():
-            total.update({kind: snapshot[kind] for kind in Kind})
+            total.update({kind: snapshot[kind] for kind in self._on_device})
         return dict(total)
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -216,8 +218,9 @@ class Tracker(MemTracker):
 
     def _note_peak(self) -> None:
         for device, snapshot in self._curr_mem_snap.items():
-            if self._peak_mem.get(device, 0) < snapshot["Total"]:
-                self._peak_mem[device] = snapshot["Total"]
+            used = sum(snapshot[kind] for kind in self._on_device)
+            if self._peak_mem.get(device, 0) < used:
+                self._peak_mem[device] = used
                 self._peak_mem_snap[device] = dict(snapshot)
 
     def _count_collective(self, func: Any, result: Any, args: Any, kwargs: Any) -> None:

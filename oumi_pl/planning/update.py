@@ -35,6 +35,7 @@ from oumi_pl.errors import UserError
 from oumi_pl.losses import linear_head
 from oumi_pl.models.build import build_model
 from oumi_pl.models.lm import LM, disable_dropout, documents, forest
+from oumi_pl.models.sharding import Sharded
 from oumi_pl.modules.distill import Teacher
 from oumi_pl.modules.reference import FrozenModel, NoReference, Opened, Reference, WithoutAdapters
 from oumi_pl.planning.cards import NODE
@@ -43,6 +44,7 @@ from oumi_pl.planning.quantized import quantize
 from oumi_pl.planning.tracker import Costs, Kind, Tracker
 from oumi_pl.types import Batch, Update
 
+HELD = (Kind.PARAMETERS, Kind.GRADIENTS, Kind.OPTIMIZER)
 MICRO_BATCHES = 2
 """Most micro-batches of an update that are run: from the second on, memory no longer grows."""
 STEPS = 1_000_000
@@ -72,9 +74,10 @@ class Estimate:
     """An update of a rank.
 
     peak: bytes by kind when most memory is in use. held: bytes of parameters, gradients and optimizer state, which are
-    there all the time. costs: of one update. tokens, targets: of an update over all ranks. batch_size, micro_batches:
-    rows of a micro-batch, and micro-batches of a rank's update. sharded: whether ranks hold parts of the weights.
-    ways_to_hold_less: options of `fit` with which less would be held, each with what it does.
+    there all the time. offloaded: whether those are in host memory, and not in the peak. costs: of one update. tokens,
+    targets: of an update over all ranks. batch_size, micro_batches: rows of a micro-batch, and micro-batches of an
+    update of a rank. sharded: whether ranks hold parts of the weights. ways_to_hold_less: options of `fit` with which
+    less would be held, each with what it does.
     """
 
     peak: dict[Kind, int]
@@ -90,6 +93,7 @@ class Estimate:
     strategy: str
     precision: str
     ways_to_hold_less: tuple[str, ...] = ()
+    offloaded: bool = False
 
     @property
     def total(self) -> int:
@@ -211,6 +215,7 @@ class _Run:
         self.settings = settings
         self.mode = FakeTensorMode(allow_non_fake_inputs=True)
         self.micro_batches = min(MICRO_BATCHES, self.trainer.accumulate_grad_batches)
+        self.is_offloaded = isinstance(self.trainer.strategy, Sharded) and self.trainer.strategy.offload
         self.copies = sum(isinstance(callback, WeightAveraging) for callback in self.trainer.callbacks)
         self.kept: list[Tensor] = []
         """What the run holds beside module and optimizer."""
@@ -222,7 +227,8 @@ class _Run:
         with self.mode, casts_of_fake_weights():
             self._build()
         vocab = len(self.module.causal_lm.base.get_input_embeddings().weight)
-        with self.mode, Tracker(vocab, self.settings.devices_per_node) as tracker, gathered_weights(tracker):
+        tracker = Tracker(vocab, self.settings.devices_per_node, HELD if self.is_offloaded else ())
+        with self.mode, tracker, gathered_weights(tracker):
             batch = self._prepare(tracker, batch)
             phases = self._update(tracker, batch)
         return self._result(tracker, phases, batch)
@@ -233,6 +239,11 @@ class _Run:
         """Connects trainer, module and data as `fit` does, and leaves out what moves or compares values."""
         trainer, strategy, data = self.trainer, self.trainer.strategy, self.data
         trainer.callbacks, trainer.state.fn, trainer.datamodule = [], TrainerFn.FITTING, data
+        if isinstance(strategy, Sharded) and strategy.tensor > 1:
+            raise UserError(
+                "trainer.strategy.tensor: tensor parallelism is not planned; leave it out, or measure an update on the "
+                "devices (fit --dry_run)"
+            )
         strategy.connect(self.module)
         self.module.trainer = data.trainer = trainer
         strategy.setup_environment()
@@ -262,14 +273,10 @@ class _Run:
         module, reference = self.module, self.module.reference
         self._keep_adapters_in_float32()
         if module.quantization is not None:
-            if isinstance(self.trainer.strategy, ModelParallelStrategy):
-                raise UserError(
-                    "model.quantization: quantized weights are not sharded; take trainer.strategy ddp, or leave it out"
-                )
             built = module.on_model_built
 
             def quantize_and_go_on() -> None:
-                quantize(module.causal_lm, module.causal_lm.head, module.quantization)
+                quantize(module.causal_lm, module.causal_lm.head, module.quantization, module.unquantized)
                 built()
 
             module.on_model_built = quantize_and_go_on
@@ -346,6 +353,9 @@ class _Run:
                 self.kept += [torch.empty_like(p) for p in module.parameters()]
         for tensor in (*module.parameters(), *module.buffers(), *self.kept):
             tracker.mark(tensor, Kind.PARAMETERS)
+        if self.is_offloaded:  # all but the buffers
+            for tensor in module.buffers():
+                tracker.mark(tensor, Kind.ACTIVATIONS)
         for parameter in trained:
             parameter.grad = torch.zeros_like(parameter, dtype=parameter.dtype)
             tracker.mark(parameter.grad, Kind.GRADIENTS)
@@ -405,6 +415,7 @@ class _Run:
         (optimizer,) = trainer.optimizers
         return Estimate(
             peak=tracker.peak,
+            offloaded=self.is_offloaded,
             held={
                 Kind.PARAMETERS: size_of((*module.parameters(), *module.buffers(), *self.kept)),
                 Kind.GRADIENTS: size_of(p for p in module.parameters() if p.requires_grad),
@@ -425,10 +436,12 @@ class _Run:
 
     def _ways_to_hold_less(self) -> Iterator[str]:
         module, is_sharded = self.module, isinstance(self.trainer.strategy, ModelParallelStrategy)
-        # completions are not sampled from sharded weights, and quantized weights are not sharded
-        if not is_sharded and not self.data.samples and module.quantization is None:
+        # completions are not sampled from sharded weights, and weights in 8 bits are not sharded
+        if not is_sharded and not self.data.samples and module.quantization != "int8":
             yield "--trainer.strategy fsdp2: sharding over several devices (FSDP2)"
+        elif is_sharded and not self.is_offloaded and not self.data.samples:
+            yield "--trainer.strategy Sharded --trainer.strategy.offload true: what is held is kept in host memory"
         if self.is_pretrained and module.lora is None:
             yield "--model.lora.r 16: only adapters have gradients and optimizer state"
-        elif self.is_pretrained and module.quantization is None and not is_sharded:
+        elif self.is_pretrained and module.quantization is None:
             yield "--model.quantization nf4: frozen weights in 4 bits"

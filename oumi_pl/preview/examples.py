@@ -9,7 +9,7 @@ import numpy as np
 
 from oumi_pl.data.duplicates import Repeats
 from oumi_pl.data.examples import ChatData, ExampleData
-from oumi_pl.data.records import FieldReader, RecordReader, RecordWithFields
+from oumi_pl.data.records import RecordWithFields, record_reader
 from oumi_pl.data.sources import Source
 from oumi_pl.data.splitting import Side
 from oumi_pl.data.store import ExampleStore
@@ -100,10 +100,9 @@ def _records(
     data: ExampleData, split: str, source: Source, keep: Side | None, number: int
 ) -> Iterator[tuple[str, Record | Dropped | BadRow]]:
     """The records of a split's source, its number counted from 0, as its store was made from them."""
-    if not data.drops_repeated(split):
-        return RecordReader(source, data.formats).records(keep, strict=False)
-    reader = FieldReader(source, data.formats, data.fields) if data.fields else RecordReader(source, data.formats)
-    records = Repeats(data.stores(split)[:number]).leave_out(reader.records(keep, strict=False))
+    records = record_reader(source, data.formats, data.fields, data.kept_columns(split)).records(keep, strict=False)
+    if data.drops_repeated(split):
+        records = Repeats(data.stores(split)[:number]).leave_out(records)
     return ((origin, one.record if isinstance(one, RecordWithFields) else one) for origin, one in records)
 
 

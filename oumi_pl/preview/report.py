@@ -59,6 +59,7 @@ def _lines(report: dict[str, Any]) -> dict[str, str]:
         lines[name] = f"{_share(rows_apart, report['kept'])}, {report['turns_apart_tokens']:,} tokens more"
     if "template_date" in report:
         lines["today, for the chat template"] = report["template_date"]
+    lines |= _drawn(report)
     for key in ("documents", "replaced", "split"):
         if report.get(key):
             name = {"replaced": "characters that weren't UTF-8", "split": "documents longer than a row"}.get(key, key)
@@ -76,6 +77,13 @@ def _lines(report: dict[str, Any]) -> dict[str, str]:
         if key in report:
             lines[name] = f"{report[key]:.1%}"
     return lines
+
+
+def _drawn(report: dict[str, Any]) -> dict[str, str]:
+    """What `sample_by` and `order_by` do."""
+    drawn = report.get("drawn", {})
+    lines = {f"drawn in the first epoch, {name}": _share(n, sum(drawn.values())) for name, n in drawn.items()}
+    return lines | ({"order": report["order"]} if "order" in report else {})
 
 
 def _tokens(report: dict[str, Any]) -> dict[str, str]:

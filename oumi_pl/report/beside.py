@@ -61,6 +61,7 @@ def groups(records: Sequence[Record], names: Sequence[str]) -> list[Group]:
     for i, run in enumerate(records):
         settings = flat({key: value for key, value in run.config.items() if key not in PLACES})
         shown = {key: value for key, value in settings.items() if key not in SEEDS and value is not None}
+        shown |= rows_by_source(run)
         shown["parent"] = run.part("parent").get("step")  # a branch is no repetition of a run from the start
         by_settings.setdefault(json.dumps(shown, sort_keys=True, default=str), []).append(i)
     grouped = []
@@ -127,13 +128,32 @@ def _best(run: Record) -> str:
 
 
 def differences(records: Sequence[Record]) -> dict[str, list[str]]:
-    """The dotted config keys whose values differ, with the value of each run; then the same for the machines."""
+    """The dotted config keys whose values differ, with the value of each run; then the same for data and machines."""
     configs = [flat({key: value for key, value in run.config.items() if key not in PLACES}) for run in records]
     machines = []
     for run in records:
         kept = {key: value for key, value in run.part("environment").items() if key in MACHINE}
         machines.append(flat({"environment": kept | {"oumi_pl": run.state.get("oumi_pl")}}))
-    return _differing(configs) | _differing(machines)
+    return _differing(configs) | _differing([rows_by_source(run) for run in records]) | _differing(machines)
+
+
+def rows_by_source(run: Record) -> dict[str, str]:
+    """Rows that were kept of each source, by split and name, and the tokens of each split."""
+    counted = {}
+    section = run.config.get("data")
+    arguments = section.get("init_args") if isinstance(section, dict) else None
+    for split, report in run.data.items():
+        if not isinstance(report, dict):
+            continue
+        sources = [source for source in report.get("sources") or [] if isinstance(source, dict)]
+        named = arguments.get(split) if isinstance(arguments, dict) else None
+        alone = named.get("path") if isinstance(named, dict) else named
+        for source in sources or [{"source": alone if isinstance(alone, str) else "", "kept": report.get("kept")}]:
+            if isinstance(kept := source.get("kept"), int):
+                counted[f"rows of {split} {source.get('source', '')}".rstrip()] = f"{kept:,}"
+        if isinstance(tokens := report.get("tokens"), int):
+            counted[f"tokens of {split}"] = f"{tokens:,}"
+    return counted
 
 
 def _differing(trees: Sequence[Mapping[str, Any]]) -> dict[str, list[str]]:

@@ -43,6 +43,8 @@ ROWS = {
     "empty_answers": ("empty answers", "n"),
     "straddled": ("a token crosses the border of prompt and answer", "n"),
     "notes": ("notes", "reasons"),
+    "drawn": ("drawn in the first epoch", "reasons"),
+    "order": ("order", "text"),
     "turns_apart": ("a branch for each turn", "n"),
     "turns_apart_tokens": ("tokens that the branches add", "n"),
     "template_date": ("today, for the chat template", "text"),

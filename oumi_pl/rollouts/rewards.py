@@ -220,17 +220,25 @@ def _name(reward: Reward) -> str:
     return str(getattr(reward, "__name__", type(reward).__name__))
 
 
+REGEX = "regex:"
+
+
 def is_model(path: str) -> bool:
     """Whether the path of a reward is that of a reward model: paths of functions have no slash."""
-    return "/" in path
+    return "/" in path and not path.startswith(REGEX)
 
 
 def resolve(path: str, key: str = "data.reward") -> Reward:
-    """Finds a reward by the name of a built-in one, or by `module.function`.
+    """Finds a reward by the name of a built-in one, by `module.function`, or as `regex:PATTERN` (see `Matches`).
 
     Raises:
-        UserError: there is no such function.
+        UserError: there is no such function, or the pattern is no regular expression.
     """
+    if path.startswith(REGEX):
+        try:
+            return Matches(path.removeprefix(REGEX))
+        except re.error as error:
+            raise UserError(f"{key}: {path} is no regular expression: {error}") from error
     module, _, name = path.rpartition(".")
     try:
         value = getattr(importlib.import_module(module or __name__), name)
@@ -356,6 +364,44 @@ class Matches:
     def __call__(self, completion: str, row: Mapping[str, Any]) -> float:
         """Returns 1 or 0."""
         return float(self.pattern.fullmatch(completion) is not None)
+
+
+class rouge_l:  # noqa: N801
+    """ROUGE-L of the completion and the expected answer: the F-measure of their longest common subsequence of words.
+
+    Needs the package rouge-score, the extra `metrics`. Words are those of its tokenizer, without stemming.
+    """
+
+    def __init__(self) -> None:
+        try:
+            from rouge_score.rouge_scorer import RougeScorer
+        except ImportError:
+            raise UserError("rouge_l needs the package rouge-score: pip install 'oumi_pl[metrics]'") from None
+        self._scorer = RougeScorer(["rougeL"])
+        self.__name__ = "rouge_l"
+
+    def __call__(self, completion: str, row: Mapping[str, Any]) -> float:
+        """Returns a value from 0 to 1."""
+        return float(self._scorer.score(answer_of(row), completion)["rougeL"].fmeasure)
+
+
+class chrf:  # noqa: N801
+    """chrF2 of the completion and the expected answer: the F-score of their n-grams of characters, from 0 to 100.
+
+    Needs the package sacrebleu, the extra `metrics`.
+    """
+
+    def __init__(self) -> None:
+        try:
+            from sacrebleu.metrics import CHRF
+        except ImportError:
+            raise UserError("chrf needs the package sacrebleu: pip install 'oumi_pl[metrics]'") from None
+        self._metric = CHRF()
+        self.__name__ = "chrf"
+
+    def __call__(self, completion: str, row: Mapping[str, Any]) -> float:
+        """Returns a value from 0 to 100."""
+        return float(self._metric.sentence_score(completion, [answer_of(row)]).score)
 
 
 class math:  # noqa: N801

@@ -47,7 +47,9 @@ mean log-ratio of whole mismatched responses, as it is in the loss.
 | `val/reward`, `/reward_std` | total reward of completions; `val/loss` is minus this | all of `validation` |
 | `val/pass@K` | probability that one of K completions is a success, an unbiased estimate | all of `validation` |
 | `val/NAME` | mean of a function in `data.metrics` or `PassAtK.metrics` over completions | all of `validation` |
+| `val/NAME`, `val/NAME/KEY` | mean of a function in `Metrics.metrics` over greedy completions | its rows |
 | `val/loss` | the training loss on held-out tokens or pairs | all of `validation` |
+| `val/loss/SOURCE` | the same of one source, if there are several | all of it |
 | `val/nll` | cross-entropy in nats per target token; `val/loss` unless another loss is trained | all of `validation` |
 | `val/perplexity` | exp of `val/nll` | all of `validation` |
 | `val/bits_per_byte` | bits per byte of UTF-8 text, which compares tokenizers; of pretraining | all of `validation` |

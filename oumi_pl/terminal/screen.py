@@ -319,7 +319,9 @@ def track(
                 bar.update(task, completed=count)
                 shown = now
             if not rewritten and now - printed > LINE_EVERY:
-                sys.stderr.write(f"{what}: {count:,}{of} {unit}\n")
+                left = (now - start) * (total - count) / count if total and 0 < count <= total else None
+                until = "" if left is None else f", about {left:,.0f} s left"
+                sys.stderr.write(f"{what}: {count:,}{of} {unit}{until}\n")
                 printed = now
     seconds = time.monotonic() - start
     if seconds > SHOW_AFTER:

@@ -5,6 +5,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from transformers import LlamaConfig
 
 from oumi_pl.callbacks import samples as samples_module
 from oumi_pl.callbacks.predictions import Predictions
@@ -16,7 +17,7 @@ from oumi_pl.models.generation import complete
 from oumi_pl.modules.pretrain import Pretrain
 from oumi_pl.report.record import Record
 from tests.command_line import CommandLine
-from tests.tiny import LLAMA, module, sgd, trainer, weights
+from tests.tiny import LLAMA, module, sgd, trainer, weights, write_jsonl
 from tests.tiny import data as sft_data
 
 TEXTS = [f"document {i} says {i * i} times nothing" for i in range(30)]
@@ -202,3 +203,24 @@ def test_each_run_writes_samples_unless_it_is_told_not_to_or_has_answers(cli):
     _, _, output = cli.run("fit", "--config", "r.yaml", "--trainer.callbacks=[]", "--samples.rows=0", "--name", "none")
     assert "samples\n" not in output
     assert not (cli.directory / "runs/none/samples.jsonl").exists()
+
+
+def chosen_of(data, rows):
+    """The prompts that a run with these held-out rows samples, as text."""
+    model = SimpleNamespace(causal_lm=SimpleNamespace(base=SimpleNamespace(config=LlamaConfig())))
+    loop = SimpleNamespace(datamodule=data, strategy=None)
+    samples = Samples(rows=rows, max_new_tokens=4)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(samples_module, "sharded", lambda *_: False)
+        return [data.tokenizer.decode(ids) for ids, _ in samples._choose(loop, model)]
+
+
+@pytest.mark.parametrize(("rows", "count"), [(1, 3), (5, 5)])
+def test_every_source_has_a_sample(tmp_path, rows, count):
+    turns = {name: [{"prompt": f"{name}{i}", "completion": "A"} for i in range(9)] for name in "abc"}
+    files = [write_jsonl(tmp_path / f"{name}.jsonl", lines) for name, lines in turns.items()]
+    prompts = chosen_of(sft_data(tmp_path, validation=files), rows)
+    assert [text[:2] for text in prompts] == ["a0", "b0", "c0", "a1", "b1"][:count]
+    texts = [write_jsonl(tmp_path / f"{n}.txt.jsonl", [{"text": f"{n} says much"} for _ in range(3)]) for n in "xyz"]
+    documents = PretrainData(texts[0], texts, tokenizer=ByteTokenizer(chat_template=False), max_length=16)
+    assert [text[:1] for text in chosen_of(documents, rows)] == ["x", "y", "z", "x", "y"][:count]

@@ -14,8 +14,10 @@ from oumi_pl.commands.help import _default, _kind
 from oumi_pl.config.check import arguments
 from oumi_pl.config.cli import CLI
 from oumi_pl.data.sft import SFTData
-from oumi_pl.modules.base import LanguageModule
+from oumi_pl.errors import UserError
+from oumi_pl.modules.base import BASES, LanguageModule, refuse_unfit_callbacks
 from tests.command_line import CommandLine
+from tests.test_lightning_features import FEATURES
 
 
 @pytest.fixture
@@ -121,6 +123,26 @@ def test_topics_with_many_classes_and_with_one(ask):
     assert options(ask("fit", "--help", "AdamW"))[:2] == ["model.optimizer.lr", "model.optimizer.betas"]
     assert "aligned" not in ask("fit", "--help", "AdamW")  # torch's formulas are for a browser
     assert "trainer.max_steps" in options(ask("fit", "--help", "trainer"))
+
+
+def test_every_listed_callback_is_one_that_a_recipe_can_use(ask):
+    """Lightning's are those that the table of features calls working, ours those that no run has by itself."""
+    listed = set(re.findall(r"^  ([A-Z]\w+) ", ask("fit", "--help", "trainer.callbacks"), re.MULTILINE))
+    working = {name for name, feature in FEATURES.items() if name[0].isupper() and not feature.refused}
+    own = {"Answers", "EMA", "Metrics", "PassAtK", "Samples", "TrigramBaseline"}
+    classes = help_pages._places()["trainer.callbacks"]
+    assert {name for name in listed if not classes[name].__module__.startswith("tests.")} == working | own
+    assert classes.keys() >= help_pages.OF_EVERY_RUN - {"BuildModel"}, "no name that is gone"
+
+
+@pytest.mark.parametrize("kind", BASES)
+def test_a_base_class_of_callbacks_is_refused(kind):
+    class Mine(kind):
+        pass
+
+    with pytest.raises(UserError, match=f"trainer.callbacks: {kind.__name__} is a base class; name a subclass of it"):
+        refuse_unfit_callbacks([object.__new__(kind)])
+    refuse_unfit_callbacks([object.__new__(Mine)])
 
 
 def test_a_callback_is_shown_as_a_recipe_has_it(ask):

@@ -133,6 +133,21 @@ def test_compare_shows_results_and_differing_settings(here, capsys):
     assert "of different kinds" not in out
 
 
+def test_differences_in_data_are_named_by_source_and_count(here, capsys):
+    """Also if the configs are equal, since a file may have changed; such runs are no repetitions of each other."""
+    for name, kept in (("base-1", 10), ("base-2", 12)):
+        folder = run_folder(here, name, seed=int(name[-1]))
+        sources = [{"source": "a.jsonl", "kept": kept}, {"source": "b.jsonl", "kept": 5}]
+        train = {"rows": 20, "kept": kept + 5, "tokens": 100 * kept, "sources": sources}
+        (folder / "data.json").write_text(json.dumps({"train": train, "validation": {"kept": 3, "tokens": 40}}))
+    out = works(capsys, "compare", "base-1", "base-2")
+    assert "  rows of train a.jsonl: 10 | 12\n" in out
+    assert "  tokens of train: 1,000 | 1,200\n" in out
+    assert "b.jsonl" not in out
+    assert "validation" not in out.partition("settings")[2]
+    assert "standard deviation" not in out
+
+
 def test_runs_that_differ_only_in_their_seed_are_one_group_with_error_bars(here, capsys):
     for name, seed, lr, loss in (
         ("base-1", 1, 0.1, 2.0),

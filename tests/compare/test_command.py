@@ -20,6 +20,17 @@ def test_a_recipe_on_two_engines(cli):
     assert "is not empty" in cli.run("compare", "--config", "r.yaml")[2]
 
 
+@pytest.mark.slow
+def test_rounding_is_measured_where_engines_differ_by_little(cli, monkeypatch):
+    """With a tolerance that no engine meets, the first engine is run again with other micro-batches."""
+    monkeypatch.setattr("oumi_pl.compare.run.TOLERANCE", 1e-12)
+    cli.recipe({"data.init_args.batch_size": 4, "trainer.accumulate_grad_batches": 2})
+    code, out, err = cli.run("compare", "--config", "r.yaml", "--engines", "lightning,hf", "--steps", "3")
+    assert code == 0, out + err
+    assert "lightning: each step from the first engine's weights, in 4 micro-batches of 2 per update" in err
+    assert "or 4 times lightning's rounding (lightning cut into other micro-batches differs from itself by loss" in out
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [

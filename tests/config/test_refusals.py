@@ -258,6 +258,8 @@ def test_the_advice_for_deepspeed_is_a_strategy_that_is_accepted(cli):
         ("--trainer.strategy.shards=0", "trainer.strategy.shards is 0, but has to be at least 1"),
         ("--trainer.strategy.replicas=0", "trainer.strategy.replicas is 0, but has to be at least 1"),
         ("--trainer.strategy.replicas=3", "trainer.strategy: replicas 3 does not divide 1 devices"),
+        ("--trainer.strategy.tensor=0", "trainer.strategy.tensor is 0, but has to be at least 1"),
+        ("--trainer.strategy.tensor=2", "trainer.strategy: tensor 2 does not divide 1 devices"),
     ],
 )
 def test_sizes_of_sharding_that_can_not_be_are_refused(cli, sizes, says):

@@ -1,11 +1,14 @@
 """A configuration that is saved is read back the same."""
 
+from dataclasses import dataclass
+from enum import Enum
 from io import StringIO
 from pathlib import Path
+from typing import Any, Optional
 
 import pytest
 
-from oumi_pl.core.configs import TrainingConfig, TrainingParams, TrainTarget
+from oumi_pl.core.configs import BaseConfig, OumiConfigError, TrainingConfig, TrainingParams, TrainTarget
 from tests.core.oumi_yaml import load, refused
 
 SAVED = {
@@ -61,3 +64,31 @@ def test_it_is_logged_as_yaml(caplog):
 
 def test_sections_give_their_fields_in_order():
     assert list(dict(TrainingParams()))[:2] == ["use_peft", "trainer_type"]
+
+
+class Color(Enum):
+    RED = "red"
+
+
+@dataclass
+class Own(BaseConfig):
+    """A user's config: fields without a default, and of types that Oumi's own have not."""
+
+    name: str
+    color: Color
+    folder: Path
+    content: bytes
+    anything: Any
+    limit: Optional[int]  # noqa: UP045 - as many write it
+    rate: float = 0.5
+    more: Any = None
+
+
+def test_a_config_of_the_users_own_is_saved_and_read_back(tmp_path):
+    config = Own("n", Color.RED, Path("a/b"), b"\x00text", anything=None, limit=None, more=[1, {"x": 2}])
+    config.to_yaml(tmp_path / "own.yaml")
+    assert Own.from_yaml(tmp_path / "own.yaml") == config
+    changed = Own.from_yaml_and_arg_list(tmp_path / "own.yaml", ["--limit=3", "--rate=1", "--color=RED"])
+    assert (changed.limit, changed.rate, changed.folder) == (3, 1.0, Path("a/b"))
+    with pytest.raises(OumiConfigError, match="color: missing, and there is no default"):
+        Own.from_str("name: n")

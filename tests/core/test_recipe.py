@@ -506,16 +506,13 @@ def test_fsdp(monkeypatch):
         fsdp__forward_prefetch=True,
         fsdp__auto_wrap_policy="TRANSFORMER_BASED_WRAP",
     )
-    assert translated.tree["trainer"]["strategy"] == {
-        "class_path": "ModelParallelStrategy",
-        "init_args": {"data_parallel_size": 4, "tensor_parallel_size": 1},
-    }
+    assert translated.tree["trainer"]["strategy"] == "fsdp2"
     assert translated.tree["trainer"]["precision"] == "bf16-mixed"
     assert recipe(fsdp__enable_fsdp=True, fsdp__sharding_strategy="NO_SHARD").tree["trainer"]["strategy"] == "ddp"
     unused = recipe(fsdp__sharding_strategy="SHARD_GRAD_OP")
     assert "strategy" not in unused.tree["trainer"]
     given = to_recipe(config(fsdp__enable_fsdp=True), devices=8).tree["trainer"]
-    assert (given["devices"], given["strategy"]["init_args"]["data_parallel_size"]) == (8, 8)
+    assert (given["devices"], given["strategy"]) == (8, "fsdp2")
 
 
 def test_loggers(monkeypatch):
@@ -551,6 +548,9 @@ def test_text_only_takes_the_text_model():
     assert section(recipe(model__text_only=True), "model")["text_only"] is True
 
 
+OFFLOADED = {"class_path": "Sharded", "init_args": {"offload": True}}
+
+
 @pytest.mark.parametrize("stage", ["ZERO_1", "ZERO_2", "ZERO_3"])
 def test_deepspeed_becomes_fsdp2_with_a_note(monkeypatch, stage):
     monkeypatch.setenv("WORLD_SIZE", "4")
@@ -562,17 +562,41 @@ def test_deepspeed_becomes_fsdp2_with_a_note(monkeypatch, stage):
         engine=None,
         **changes,
     )
-    strategy = translated.tree["trainer"]["strategy"]
-    assert strategy["class_path"] == "ModelParallelStrategy"
-    assert strategy["init_args"] == {"data_parallel_size": 4, "tensor_parallel_size": 1}
+    assert translated.tree["trainer"]["strategy"] == OFFLOADED
     assert translated.tree["trainer"]["precision"] == "bf16-mixed"
     (note,) = (text for text in translated.comments["trainer.strategy"] if stage in text)
-    assert "what it would offload stays on the GPUs" in note
+    assert note.endswith("offload: all of these are kept and updated in host memory")
+    kept = recipe(deepspeed__enable_deepspeed=True, deepspeed__zero_stage=stage)
+    assert kept.tree["trainer"]["strategy"] == "fsdp2"
 
 
-def test_offloaded_shards_stay_on_their_gpu_with_a_note():
+def test_offloaded_shards_are_kept_in_host_memory_with_a_note():
     translated = recipe(fsdp__enable_fsdp=True, fsdp__cpu_offload=True)
-    assert any(text.startswith("cpu_offload: shards stay") for text in translated.comments["trainer.strategy"])
+    assert translated.tree["trainer"]["strategy"] == OFFLOADED
+    assert any(text.startswith("offload: weights, gradients") for text in translated.comments["trainer.strategy"])
+
+
+@pytest.mark.parametrize("engine", ["fsdp__enable_fsdp", "deepspeed__enable_deepspeed"])
+def test_a_quantized_base_is_sharded(engine):
+    zero = {"deepspeed__zero_stage": "ZERO_3"} if engine.startswith("deepspeed") else {}
+    translated = recipe(
+        training__use_peft=True,
+        peft__q_lora=True,
+        peft__bnb_4bit_quant_type="nf4",
+        peft__bnb_4bit_compute_dtype="bfloat16",
+        **{engine: True},
+        **zero,
+    )
+    assert translated.tree["trainer"]["strategy"] == "fsdp2"
+    assert section(translated, "model")["quantization"] == "nf4"
+
+
+def test_layers_that_are_not_to_be_quantized_are_passed_on():
+    translated = recipe(
+        training__use_peft=True, peft__q_lora=True, peft__q_lora_bits=8, peft__llm_int8_skip_modules="[out_proj]"
+    )
+    assert section(translated, "model")["unquantized"] == ["out_proj"]
+    assert any(text.startswith("the head is not") for text in translated.comments["model.init_args.unquantized"])
 
 
 def test_what_torchdata_is_not_to_do_is_not_refused():

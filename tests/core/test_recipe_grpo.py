@@ -98,9 +98,39 @@ def test_completions_of_several_updates():
     assert section(made, "data")["steps_per_rollout"] == 3
 
 
-def test_vllm_is_noted():
-    made = grpo(kwargs={"vllm_mode": "colocate"}, training__grpo__use_vllm=True)
-    assert any("generate, and not by vLLM" in text for text in made.comments["data.init_args"])
+VLLM = {"kwargs": {"vllm_mode": "colocate"}, "training__grpo__use_vllm": True}
+
+
+@pytest.mark.parametrize("engine", [None, "lightning"])
+def test_vllm_in_the_process_samples_where_it_is_installed(monkeypatch, engine):
+    monkeypatch.setattr("oumi_pl.core.recipe.grpo.find_spec", lambda name: object())
+    more = {"training__grpo__vllm_gpu_memory_utilization": 0.4}
+    made = grpo(**VLLM | {"kwargs": {"vllm_mode": "colocate", "vllm_max_model_length": 99}}, engine=engine, **more)
+    arguments = {"gpu_memory_utilization": 0.4, "options": {"max_model_len": 99}}
+    assert section(made, "data")["engine"] == {"class_path": "VLLM", "init_args": arguments}
+    assert "engine" not in made.tree  # Lightning
+    assert made.became["training.grpo.use_vllm"] == "data.engine VLLM"
+    assert any("can't sample with vLLM here" in text for text in made.comments.get("", [])) is (engine is None)
+    assert "engine" not in section(grpo(engine=engine), "data")
+
+
+@pytest.mark.parametrize(
+    ("installed", "changes", "remedy"),
+    [
+        (False, {}, "not installed: pip install 'oumi_pl[vllm]'"),
+        (True, {"kwargs": {"vllm_mode": "server"}}, "start `vllm serve` as VLLMServer describes"),
+        (True, {"engine": "trl"}, "name lightning"),
+        (True, {"devices": "2"}, "on one device alone: start a server"),
+    ],
+)
+def test_generate_samples_with_a_note_where_vllm_can_not(monkeypatch, installed, changes, remedy):
+    monkeypatch.setattr("oumi_pl.core.recipe.grpo.find_spec", lambda name: object() if installed else None)
+    changes = dict(changes)
+    monkeypatch.setenv("WORLD_SIZE", changes.pop("devices", "1"))
+    made = grpo(**VLLM | changes)
+    assert "engine" not in section(made, "data")
+    (note,) = (text for text in made.comments["data.init_args"] if "generate, and not by vLLM" in text)
+    assert remedy in note
     assert made.became["training.trainer_kwargs.vllm_mode"].startswith("nothing: completions are sampled by generate")
 
 

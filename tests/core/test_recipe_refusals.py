@@ -53,7 +53,7 @@ def dataset(**fields):
             {**PEFT, "peft__q_lora": True, "peft__bnb_4bit_quant_type": "nf4"},
             r"peft\.bnb_4bit_compute_dtype: float32 has no counterpart; set bfloat16",
         ),
-        ({**PEFT, **FSDP, "peft__q_lora": True}, r"peft\.q_lora: a quantized base is not sharded"),
+        ({**PEFT, **FSDP, "peft__q_lora": True, "peft__q_lora_bits": 8}, r"peft\.q_lora_bits: 8 bits are not sharded"),
         (
             {**PEFT, **FSDP, "peft__peft_save_mode": "ADAPTER_AND_BASE_MODEL"},
             r"peft\.peft_save_mode: .*set ADAPTER_ONLY",
@@ -64,7 +64,6 @@ def dataset(**fields):
         ({**ZERO, "deepspeed__precision": "FP16"}, r"deepspeed\.precision: fp16 is not sharded"),
         ({**ZERO, "deepspeed__gradient_clipping": 3}, r"deepspeed\.gradient_clipping: 3, but section training says 1"),
         ({**ZERO, "deepspeed__deepspeed_config_path": "x.json"}, r"deepspeed_config_path: .*name zero_stage"),
-        ({**ZERO, **PEFT, "peft__q_lora": True}, r"peft\.q_lora: a quantized base is not sharded; leave deepspeed out"),
         ({**ZERO, "engine": "trl"}, r"deepspeed\.enable_deepspeed: trl can't do several devices"),
         ({"training__nccl_default_timeout_minutes": 3}, r"training\.nccl_default_timeout_minutes: 3\.0 is set"),
         # the loop

@@ -58,9 +58,15 @@ def test_the_recipe_that_convert_prints_gives_the_same_losses(cli, options, colu
                 assert float(ours[step]) == pytest.approx(float(value), rel=1e-5, abs=1e-7), (column, step)
 
 
-def test_oumis_users_find_their_files(cli):
-    out = cli.works("train", "-c", "oumi.yaml")
+def test_oumis_users_find_their_files_and_what_became_of_each_key(cli):
+    code, out, err = cli.run("train", "-c", "oumi.yaml", "-v")
+    assert code == 0, err
     assert "output -> out/run" in out
+    printed = [line for line in err.splitlines() if line.startswith(("training.", "model.", "data."))]
+    became = dict(line.split(maxsplit=1) for line in printed)
+    set_here = {f"training.{key}" for key in CONFIG["training"]} | {f"model.{key}" for key in CONFIG["model"]}
+    assert set_here <= became.keys()
+    assert became["training.learning_rate"] == "model.optimizer.lr"
     found = {name.removeprefix("out/run/") for name in cli.files() if name.startswith("out/run/")}
     wanted = {"model.safetensors", "config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json"}
     wanted |= {"trainer_state.json", "metrics_rank0000.jsonl", "telemetry/training_config.yaml", "checkpoint-2"}
@@ -75,17 +81,6 @@ def test_oumis_users_find_their_files(cli):
     assert json.loads((run / "telemetry/world_size.json").read_text()) == {"WORLD_SIZE": 1}
     saved = yaml.safe_load((run / "telemetry/training_config.yaml").read_text())
     assert saved["training"]["max_steps"] == 4
-
-
-def test_each_key_is_told_with_what_it_became(cli):
-    code, _, err = cli.run("train", "-c", "oumi.yaml", "-v", "--training.max_steps", "1")
-    assert code == 0
-    told = dict(
-        line.split(maxsplit=1) for line in err.splitlines() if line.startswith(("training.", "model.", "data."))
-    )
-    set_here = {f"training.{key}" for key in CONFIG["training"]} | {f"model.{key}" for key in CONFIG["model"]}
-    assert set_here <= told.keys()
-    assert told["training.learning_rate"] == "model.optimizer.lr"
 
 
 def test_what_differs_from_oumi_is_printed_before_the_run(cli):

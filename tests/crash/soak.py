@@ -66,7 +66,9 @@ class Recipe:
     def of_two_ranks(self) -> tuple[dict[str, Any], float]:
         """What an uninterrupted run on two processes leaves, and how many seconds it takes."""
         if self._of_two_ranks is None:
-            whole = copy(self.folder, self.folder.with_name(f"{self.folder.name}-two"))
+            whole = self.folder.with_name(f"{self.folder.name}-two")
+            shutil.rmtree(whole, ignore_errors=True)  # of a run that did not end in time on a busy machine
+            copy(self.folder, whole)
             begin = time.monotonic()
             torchrun(whole, *RESUME)
             self._of_two_ranks = outcome(whole / "runs" / "r"), time.monotonic() - begin

@@ -12,7 +12,9 @@ from oumi_pl.data.duplicates import REPEATED
 from oumi_pl.data.formats import messages
 from oumi_pl.data.rollouts import RolloutData
 from oumi_pl.data.sft import SFTData
+from oumi_pl.data.shards import Shards
 from oumi_pl.data.sources import Source
+from oumi_pl.data.splitting import content_hash
 from oumi_pl.data.tokenizers import ByteTokenizer
 from oumi_pl.errors import UserError
 from oumi_pl.preview.examples import numbered
@@ -219,3 +221,52 @@ def test_held_out_prompts_and_documents_are_named_by_file_and_line(tmp_path):
     lines = [int(row.removeprefix(f"{texts}:")) for _, row in data.held_out_rows()]
     assert [f"Document {line - 1}." for line in lines] == list(data.parts("validation")[0].texts())
     assert not list(sft(file, file).held_out_rows())
+
+
+def test_documents_that_repeat_others_are_counted_and_dropped(tmp_path):
+    """Of shards, prepared or cached; across sources, and between training and what is held out."""
+    texts = [{"id": i, "text": f"Document number {i % 5} of the corpus."} for i in range(8)]
+    first = write(tmp_path / "first.jsonl", texts)
+    second = write(tmp_path / "second.jsonl", [{"text": "Something else."}, texts[2], {"text": "  "}])
+    held_out = write(
+        tmp_path / "held_out.jsonl", [{"text": "DOCUMENT number 3  of the corpus."}, texts[1], {"text": "x"}]
+    )
+    kept = pretrain_data([first, second], validation=held_out)
+    report = kept.report()
+    assert report["train"]["duplicates"] == {
+        "rows": 4,
+        "first": [*([f"{first}:{i}", f"{first}:{i - 5}"] for i in (6, 7, 8)), [f"{second}:2", f"{first}:3"]],
+    }
+    assert "4 repeat an earlier row" in summary(report["train"])
+    shared = {"rows": 2, "identical": 1, "first": [[f"{held_out}:{i}", f"{first}:{j}"] for i, j in ((1, 4), (2, 2))]}
+    assert report["validation"]["prompts_in_training"] == shared
+    dropped = pretrain_data([first, second], validation=held_out, duplicates="drop")
+    report = dropped.report()
+    assert report["train"]["dropped"] == {"empty": 1, REPEATED: 4}
+    assert [source["documents"] for source in report["train"]["sources"]] == [5, 1]
+    assert report["train"]["rows"] == 11 == report["train"]["kept"] + 5
+    assert report["validation"]["prompts_in_training"] == shared
+    assert kept.made_from() != dropped.made_from()
+
+
+def test_streamed_documents_are_dropped_alike(tmp_path):
+    texts = write(tmp_path / "rows.jsonl", [{"text": f"Document number {i % 7}."} for i in range(30)])
+    batches = [
+        [batch["input_ids"].tolist() for batch in pretrain_data(texts, duplicates="drop", **how).train_dataloader()]
+        for how in ({}, {"streaming": True}, {"streaming": True, "workers": 2})
+    ]
+    assert batches[0] == batches[1] == batches[2]
+    with pytest.raises(UserError, match=r"data\.duplicates: of several sources, .* leave out data\.streaming"):
+        _ = pretrain_data([texts, texts], duplicates="drop", streaming=True).documents
+
+
+def test_the_keys_of_a_corpus_are_written_beside_its_tokens(tmp_path):
+    texts = [f"Document number {i % 9} {'long ' * i}" for i in range(40)]
+    file = write(tmp_path / "rows.jsonl", [{"text": text} for text in texts])
+    (shards,) = pretrain_data(file).shards("train")
+    assert list(shards.origins) == [f"{file}:{i}" for i in range(1, 41)]
+    assert shards.record_keys.tolist() == [content_hash(Text(text).content_key()) for text in texts]
+    (shards.directory / "keys.bin").write_bytes(b"")
+    shards = Shards(shards.directory, shards.manifest["tokenizer"])
+    with pytest.raises(UserError, match=r"keys\.bin: missing or damaged; prepare it again"):
+        _ = shards.prompt_keys

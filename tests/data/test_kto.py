@@ -282,7 +282,7 @@ def test_plans_loaders_and_reports_only_see_the_rows(tmp_path):
     assert (report["train"]["kept"], report["train"]["updates_per_epoch"]) == (20, 5)
     assert data.updates(2) == 10
     assert sorted(data.evaluated_ids("validation", float("inf"))) == list(range(9))
-    longest_first = data.eval_plan("validation")[0].example_ids
+    longest_first = data.eval_plans("validation")[0][0].example_ids
     assert data.evaluated_ids("validation", 2).tolist() == longest_first[:4].tolist()
 
 

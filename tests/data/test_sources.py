@@ -2,9 +2,13 @@ from pathlib import Path
 
 import pytest
 
-from oumi_pl.data.sources import Source, as_sources, fingerprint
+from oumi_pl.data.sft import SFTData
+from oumi_pl.data.sources import Source, as_sources, expected_rows, fingerprint
+from oumi_pl.data.splitting import Side
+from oumi_pl.data.tokenizers import ByteTokenizer
 from oumi_pl.errors import UserError
 from tests.data.source_files import ROWS, lines, mistake, read, values, write
+from tests.tiny import write_jsonl
 
 SHARED = Path(__file__).parents[2] / ".." / "shared" / "data"
 
@@ -194,3 +198,19 @@ def test_real_files():
     assert len(read(str(SHARED / "gsm8k"), split="test")) == 1319
     assert len(read(str(SHARED / "hh-rlhf" / "*.jsonl.gz"))) == 2312
     assert len(read(str(SHARED / "tinyshakespeare" / "input.txt"))) == 1
+
+
+def test_the_rows_of_a_source_are_known_before_they_are_tokenized(tmp_path, monkeypatch):
+    """For the progress of preparing: with samples, fractions and several files; None where it would be a guess."""
+    file = write_jsonl(tmp_path / "rows.jsonl", [{"prompt": f"Q{i}", "completion": "A"} for i in range(40)])
+    assert expected_rows(Source(file)) == 40
+    assert expected_rows(Source(str(tmp_path)), Side(0.1, is_held_out=True)) == 4
+    assert expected_rows(Source(file, sample=10), Side(0.1, is_held_out=False)) == 9
+    assert expected_rows(Source([{"text": "a"}] * 3)) == 3
+    assert expected_rows(Source(file, where="prompt == 'Q1'")) is None
+    assert expected_rows(Source(file, split="train[:5]")) is None
+    totals = []
+    monkeypatch.setattr("oumi_pl.data.store.track", lambda items, what, total: totals.append(total) or items)
+    data = SFTData(file, 0.1, tokenizer=ByteTokenizer())
+    data.setup("fit")
+    assert totals == [36, 4]

@@ -75,6 +75,23 @@ def test_loss_and_gradients_are_those_of_the_dequantized_weights(base, quantizat
 
 
 @pytest.mark.parametrize("quantization", ["nf4", "int8"])
+def test_named_layers_and_the_head_are_not_quantized(base, quantization):
+    original = dict(AutoModelForCausalLM.from_pretrained(base).named_modules())
+    hf = build_model(base, quantization=quantization, unquantized=["o_proj", "model.layers.1.mlp"])
+    left = {name for name, layer in hf.named_modules() if type(layer) is torch.nn.Linear}
+    second = {f"model.layers.1.mlp.{name}_proj" for name in ("gate", "up", "down")}
+    assert left == {"lm_head", *second, *(f"model.layers.{i}.self_attn.o_proj" for i in (0, 1))}
+    assert all(torch.equal(hf.get_submodule(name).weight, original[name].weight) for name in left)
+
+
+def test_a_layer_that_the_model_does_not_have_is_refused(base):
+    with pytest.raises(UserError, match=r"model\.unquantized: .* no linear layer 'o_prj'; did you mean 'o_proj'"):
+        build_model(base, quantization="nf4", unquantized=["o_prj"])
+    with pytest.raises(UserError, match=r"model\.unquantized: nothing is quantized"):
+        SFT(base, unquantized=["o_proj"])
+
+
+@pytest.mark.parametrize("quantization", ["nf4", "int8"])
 def test_the_loss_in_the_precision_of_a_run(base, quantization):
     """4-bit weights are multiplied in bfloat16."""
     quantized, plain = both(base, quantization, exact=False)

@@ -11,9 +11,10 @@ import pytest
 import torch
 from torch.distributed.tensor import DTensor
 
+from oumi_pl.models import sharding
 from oumi_pl.models.build import build_model
 from oumi_pl.models.fingerprint import weights_fingerprint
-from oumi_pl.models.sharding import Parts, Structure
+from oumi_pl.models.sharding import Parts, Sharded, Structure
 from oumi_pl.modules.pretrain import Pretrain
 from oumi_pl.modules.sft import SFT
 from tests.conftest import free_port
@@ -31,8 +32,17 @@ QWEN3_MOE = LLAMA | {
     "moe_intermediate_size": 16,
 }
 LORA = {"r": 2}
+WIDE = {"hidden_size": 64, "intermediate_size": 128}
+"""Rows of whole blocks of weights that share a scale once they are quantized."""
 sft = functools.partial(SFT, optimizer=sgd)
 UPDATES, ROWS = 2, 4
+
+
+def multiply_exactly(setattr=setattr) -> None:
+    """Makes 4-bit layers compute in float32: bfloat16 would blow up differences in the last digits."""
+    from bitsandbytes.nn import Linear4bit
+
+    setattr(Linear4bit, "compute_dtype", property(lambda layer: torch.float32, lambda layer, dtype: None))
 
 
 class Start(L.Callback):
@@ -53,12 +63,14 @@ def made_pretrained(folder: Path) -> None:
     pretrained(folder / "tied", **GPT2)  # with biases, too
     pretrained(folder / "experts", **QWEN3_MOE)
     pretrained(folder / "plain", plain_tokenizer(), **LLAMA)
+    pretrained(folder / "wide", **LLAMA | WIDE)
 
 
 def cases(folder: Path) -> dict:
     """Name -> a module, its data, and how the first rank gets the weights."""
     packed: dict = {"packing": True, "max_length": 64, "group_by_length": False}
-    base = {name: str(folder / name) for name in ("llama", "tied", "experts", "plain")}
+    base = {name: str(folder / name) for name in ("llama", "tied", "experts", "plain", "wide")}
+    qlora = {"model": base["wide"], "lora": LORA, "quantization": "nf4"}
     own_tokenizer = {"tokenizer": None, "template": "chatml"}
     return {
         "pretrained": (lambda: sft(model=base["llama"]), lambda: data(folder, **packed), "Parts"),
@@ -74,8 +86,19 @@ def cases(folder: Path) -> dict:
         "reward": (lambda: reward(base["llama"]), lambda: reward_data(folder), "Parts"),
         "dpo": (lambda: dpo(base["llama"]), lambda: dpo_data(folder), "Parts"),
         "dpo, a copy": (lambda: dpo(base["llama"], reference="online"), lambda: dpo_data(folder), "Parts"),
+        "qlora": (lambda: sft(**qlora, gradient_checkpointing=True), lambda: data(folder, **packed), "Loading"),
+        "qlora, dpo": (lambda: dpo(**qlora), lambda: dpo_data(folder), "Loading"),
+        "qlora, offloaded": (lambda: sft(**qlora), lambda: data(folder, **packed), "Loading"),
+        "lora, offloaded": (lambda: sft(model=base["llama"], lora=LORA), lambda: data(folder, **packed), "Parts"),
+        "random, offloaded": (lambda: module(), lambda: data(folder, **packed), "FirstRank"),
+        "dpo, a copy, offloaded": (lambda: dpo(base["llama"], reference="online"), lambda: dpo_data(folder), "Parts"),
         "dpo, moving": (lambda: dpo(base["tied"], sync_every=1), lambda: dpo_data(folder), "Parts"),
     }
+
+
+def as_bytes(weights: dict) -> dict:
+    """Quantized weights `[bytes, 1]` as numbers, in whatever dtype they are stored; others as they are."""
+    return {n: w.view(torch.uint8).flatten().float() if w.shape[1:] == (1,) else w for n, w in weights.items()}
 
 
 def trained(folder: Path, name: str, ranks: int, **trainer) -> tuple[dict, L.LightningModule, Start]:
@@ -84,16 +107,18 @@ def trained(folder: Path, name: str, ranks: int, **trainer) -> tuple[dict, L.Lig
     start, pl_module, rows = Start(), make_module(), make_data()
     rows.batch_size = ROWS // 4
     settings = {"max_steps": UPDATES, "accumulate_grad_batches": 4 // ranks, "callbacks": [start]} | trainer
-    return fit(pl_module, rows, **settings), pl_module, start
+    weights = fit(pl_module, rows, **settings)
+    return (as_bytes(weights) if ranks == 1 else weights), pl_module, start
 
 
 WORKER = """
 import sys, torch
 from pathlib import Path
+from torch.distributed.fsdp import FSDPModule
 sys.path.insert(0, {root!r})
 torch.set_num_threads(1)
 import oumi_pl.models.sharding as sharding
-from tests.models.test_sharding import trained
+from tests.models.test_sharding import as_bytes, multiply_exactly, trained
 out, ranks, replicas, fault = Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3]), sys.argv[4]
 if fault == "untied":
     def replace_each(model, replace):
@@ -102,8 +127,8 @@ if fault == "untied":
                 if weight is not None:
                     setattr(module, name, replace(weight))
     sharding._replace_parameters = replace_each
-    sharding._detach_values = lambda model, mesh, loading, take=sharding._detach_values: (
-        (values := take(model, mesh, loading)) | {{"hf.lm_head.weight": values["hf.transformer.wte.weight"].clone()}}
+    sharding._detach_values = lambda *args, take=sharding._detach_values: (
+        (values := take(*args)) | {{"hf.lm_head.weight": values["hf.transformer.wte.weight"].clone()}}
     )
 elif fault == "no biases":
     part = sharding._part
@@ -111,11 +136,28 @@ elif fault == "no biases":
 elif fault == "mean over one dimension":
     mesh = sharding._mesh
     sharding._mesh = lambda module: mesh(module)["shard"]
+elif fault == "scales of another layer":
+    import bitsandbytes, oumi_pl.modules.base as base
+    def shard_and_swap(model, *args, **kwargs):
+        copy = sharding.shard(model, *args, **kwargs)
+        first, *_, last = [m for m in model.modules() if isinstance(m, bitsandbytes.nn.Linear4bit) and
+                           m.in_features == m.out_features]
+        first.quant_state, last.quant_state = last.quant_state, first.quant_state
+        return copy
+    base.shard = shard_and_swap
+elif fault == "adapters on in the reference":
+    import contextlib, peft
+    peft.PeftModel.disable_adapter = lambda self: contextlib.nullcontext()
+if any("qlora" in name for name in sys.argv[5:]):
+    multiply_exactly()
 results = {{}}
 for name in sys.argv[5:]:
-    strategy = sharding.Sharded(replicas=replicas, process_group_backend="gloo")
+    is_offloaded = "offloaded" in name
+    strategy = sharding.Sharded(replicas=replicas, offload=is_offloaded, process_group_backend="gloo")
     weights, module, start = trained(out, name, ranks, devices=ranks, strategy=strategy)
-    weights = {{n: sharding.whole(p) for n, p in weights.items()}}
+    weights = as_bytes({{n: sharding.whole(p) for n, p in weights.items()}})
+    groups = [m._get_fsdp_state()._fsdp_param_group for m in module.modules() if isinstance(m, FSDPModule)]
+    assert all(part.offload_to_cpu == is_offloaded for group in groups for part in group.fsdp_params)
     results[name] = {{"weights": weights, "loss": float(module.trainer.callback_metrics["train/loss"]),
                      "start": start.fingerprint, "loading": start.loading, "notes": module.notes}}
 if torch.distributed.get_rank() == 0:
@@ -149,6 +191,7 @@ def distances(folder: Path, results: dict) -> dict[str, float]:
 @pytest.fixture
 def folder(tmp_path, monkeypatch):
     monkeypatch.setenv("OUMI_PL_CACHE", str(tmp_path / "cache"))
+    multiply_exactly(functools.partial(monkeypatch.setattr, raising=False))
     made_pretrained(tmp_path)
     return tmp_path
 
@@ -165,7 +208,9 @@ def assert_equal_to_one_process(folder: Path, results: dict) -> None:
 
 
 def test_two_processes_train_what_one_trains(folder):
-    assert_equal_to_one_process(folder, on_processes(folder, 2, ["pretrained", "tied", "lora", "dpo, a copy"]))
+    assert_equal_to_one_process(
+        folder, on_processes(folder, 2, ["pretrained", "tied", "lora", "dpo, a copy", "qlora", "lora, offloaded"])
+    )
 
 
 @pytest.mark.slow
@@ -176,18 +221,39 @@ def test_every_way_to_build_a_model_is_the_same_on_two_processes(folder):
 @pytest.mark.slow
 @pytest.mark.parametrize("replicas", [1, 2], ids=["four shards", "two replicas of two shards"])
 def test_four_processes_train_what_one_trains(folder, replicas):
-    names = ["pretrained", "tied", "experts", "random", "lora", "dpo", "dpo, a copy", "reward"]
+    names = ["pretrained", "tied", "experts", "random", "lora", "dpo", "dpo, a copy", "reward", "qlora"]
     assert_equal_to_one_process(folder, on_processes(folder, 4, names, replicas))
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("fault", "name", "replicas"),
-    [("untied", "tied", 1), ("no biases", "tied", 1), ("mean over one dimension", "pretrained", 2)],
+    [
+        ("untied", "tied", 1),
+        ("no biases", "tied", 1),
+        ("mean over one dimension", "pretrained", 2),
+        ("scales of another layer", "qlora", 1),
+        ("adapters on in the reference", "qlora, dpo", 1),
+    ],
 )
 def test_a_fault_in_sharding_would_be_caught(folder, fault, name, replicas):
     ranks = 4 if replicas > 1 else 2
     assert distances(folder, on_processes(folder, ranks, [name], replicas, fault))[name] > 1e-4
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="parts in host memory beside a device need a GPU")
+def test_offloaded_parts_are_updated_in_host_memory_and_the_model_runs_on_the_gpu(folder):
+    """On the same GPU, one rank with offload and one without."""
+    results = []
+    for offload in (False, True):
+        pl_module = sft(model=str(folder / "llama"))
+        strategy = Sharded(offload=offload)
+        options = {"accelerator": "gpu", "strategy": strategy, "max_steps": UPDATES, "gradient_clip_val": 0.1}
+        results.append({n: sharding.whole(p) for n, p in fit(pl_module, data(folder), **options).items()})
+        kind = "cpu" if offload else "cuda"
+        assert {p.to_local().device.type for p in pl_module.parameters()} == {kind}
+        assert {b.device.type for b in pl_module.buffers()} == {pl_module.device.type} == {"cuda"}
+    assert distance(results[1], results[0]) < 1e-5
 
 
 # ---- in one process
@@ -216,6 +282,14 @@ def test_adapters_are_drawn_as_on_a_whole_model(folder):
     for name, expected in whole.named_parameters():
         if "lora_" in name:
             assert torch.equal(part.get_parameter(name), expected)
+
+
+def test_a_layer_that_is_trained_whole_beside_adapters_keeps_its_part(folder):
+    model = build_model(str(folder / "llama"), lora=LORA | {"modules_to_save": ["lm_head"]}, loading=Parts(1, 2))
+    head = model.get_output_embeddings()
+    copied, original = head.modules_to_save["default"].weight, head.original_module.weight
+    assert copied is not original
+    assert torch.equal(copied.part, original.part)
 
 
 def test_a_placeholder_can_not_be_written_to(folder):

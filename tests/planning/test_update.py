@@ -155,6 +155,11 @@ def test_messages_between_replicas_cross_nodes(tmp_path, devices, of_node, nodes
     assert ("all_gather", devices // 2, 1) in messages
 
 
+def test_tensor_parallelism_is_not_planned(tmp_path):
+    with pytest.raises(UserError, match="tensor parallelism is not planned; leave it out, or measure an update"):
+        planned(recipe(tmp_path, strategy={"class_path": "Sharded", "init_args": {"tensor": 2}}), devices=4)
+
+
 def test_adapters_are_float32_under_fsdp2(tmp_path):
     lora = ("--model.lora.r", "8", "--trainer.precision", "bf16-true")
     whole, one, eight = (
@@ -197,32 +202,49 @@ def test_a_teacher_and_a_frozen_copy_are_held(tmp_path):
     assert online.held[Kind.PARAMETERS] == 2 * initial.held[Kind.PARAMETERS]
 
 
-def test_quantized_weights_take_fewer_bits():
-    lora = planned(files.find("sft/smollm2_135m_lora"), "--model.config.num_hidden_layers", "2")
+def test_quantized_weights_take_fewer_bits_also_sharded_and_but_for_named_layers():
+    def parameters(*options, devices=1):
+        options = ("--model.config.num_hidden_layers", "1", *options)
+        return planned(files.find("sft/smollm2_135m_lora"), *options, devices=devices).held[Kind.PARAMETERS]
+
     bits = ("--model.quantization", "nf4")
-    qlora = planned(files.find("sft/smollm2_135m_lora"), "--model.config.num_hidden_layers", "2", *bits)
-    saved = 2 * (576 * (576 + 192 + 192 + 576) + 3 * 576 * 1536) * (4 - 0.5 - 1 / 64)
-    assert lora.held[Kind.PARAMETERS] - qlora.held[Kind.PARAMETERS] == pytest.approx(saved, rel=0.01)
+    whole, quantized, down = 576 * (576 + 192 + 192 + 576) + 3 * 576 * 1536, parameters(*bits), 576 * 1536
+    saved = 4 - 0.5 - 1 / 64
+    assert parameters() - quantized == pytest.approx(whole * saved, rel=0.01)
+    assert parameters(*bits, "--model.unquantized", "[down_proj]") - quantized == pytest.approx(down * saved, rel=0.01)
+    assert parameters(*bits, "--trainer.strategy", "fsdp2", devices=2) == pytest.approx(quantized / 2, rel=0.05)
 
 
-def test_quantized_weights_are_not_sharded():
-    options = ("--model.quantization", "nf4", "--trainer.strategy", "fsdp2")
-    with pytest.raises(UserError, match=r"model\.quantization: quantized weights are not sharded; take"):
-        planned(files.find("sft/smollm2_135m_lora"), "--model.config.num_hidden_layers", "2", *options, devices=2)
+OFFLOADED = ("--trainer.strategy", "Sharded", "--trainer.strategy.offload", "true")
+
+
+def test_what_is_offloaded_is_held_but_not_in_the_peak():
+    recipe = files.find("quickstart/sft")
+    sharded, offloaded = (
+        planned(recipe, *options, devices=2) for options in (("--trainer.strategy", "fsdp2"), OFFLOADED)
+    )
+    held = {Kind.PARAMETERS, Kind.GRADIENTS, Kind.OPTIMIZER}
+    assert offloaded.held == sharded.held
+    assert offloaded.offloaded
+    assert not held & offloaded.peak.keys()
+    rest = sum(size for kind, size in sharded.peak.items() if kind not in held)
+    assert rest <= offloaded.total < sharded.total
 
 
 @pytest.mark.parametrize(
     ("options", "ways"),
     [
         ((), ["--trainer.strategy fsdp2", "--model.quantization nf4"]),
+        (("--model.quantization", "int8"), []),
+        (OFFLOADED, ["--model.quantization nf4"]),
         (("--model.lora", "null"), ["--trainer.strategy fsdp2", "--model.lora.r 16"]),
-        (("--model.quantization", "nf4"), []),
-        (("--trainer.strategy", "fsdp2"), []),
+        (("--model.quantization", "nf4"), ["--trainer.strategy fsdp2"]),
+        (("--trainer.strategy", "fsdp2"), ["--trainer.strategy Sharded", "--model.quantization nf4"]),
     ],
 )
 def test_the_ways_to_hold_less_are_those_that_the_recipe_has_not_taken(options, ways):
     plan = planned(files.find("sft/smollm2_135m_lora"), "--model.config.num_hidden_layers", "1", *options)
-    assert [way.partition(":")[0] for way in plan.ways_to_hold_less] == ways
+    assert [way.partition(":")[0].partition(" --")[0] for way in plan.ways_to_hold_less] == ways
 
 
 def test_a_trainer_type_that_reads_values_is_refused(tmp_path, monkeypatch):

@@ -89,3 +89,11 @@ def test_what_goes_on_is_told_on_a_terminal_and_taken_away(monkeypatch):
         with pytest.raises(KeyError), meanwhile("loading"):
             raise KeyError
         assert sys.stderr.getvalue() == expected
+
+
+def test_progress_in_a_file_has_the_rows_done_their_total_and_the_time_left(monkeypatch, capsys):
+    monkeypatch.setattr(screen, "LINE_EVERY", -1)
+    assert list(screen.track(iter("abc"), "tokenizing rows.jsonl", total=4)) == ["a", "b", "c"]
+    assert "tokenizing rows.jsonl: 2 of 4 rows, about 0 s left" in capsys.readouterr().err
+    list(screen.track(iter("abc"), "tokenizing rows.jsonl"))
+    assert "tokenizing rows.jsonl: 2 rows\n" in capsys.readouterr().err

@@ -12,6 +12,7 @@ from typing import Any, Self, TypeVar
 from oumi_pl.core.configs.params.base_params import (
     BaseParams,
     OumiConfigError,
+    default_of,
     fields_of,
     hints,
     members,
@@ -77,7 +78,7 @@ class BaseConfig(BaseParams):
         from oumi_pl.core.configs import yaml_text
 
         tree = yaml_text.parsed(text, name, literal)
-        tree = yaml_text.resolved(as_tree(cls()), tree, yaml_text.typed_pairs(arg_list))
+        tree = yaml_text.resolved(_defaults(cls), tree, yaml_text.typed_pairs(arg_list))
         config = _section(cls, tree, "", cls)
         config.refuse_missing()
         return config
@@ -139,6 +140,19 @@ def as_tree(value: Any) -> Any:
     return value
 
 
+def _required(cls: type[BaseParams]) -> list[str]:
+    """Fields without a default, which subclasses of a user may have."""
+    return [field.name for field in dataclasses.fields(cls) if default_of(field) is dataclasses.MISSING]
+
+
+def _defaults(cls: type[BaseParams]) -> Any:
+    """The tree of a section that nothing is said about; without the fields that have to be set."""
+    if not _required(cls):
+        return as_tree(cls())
+    fields = ((field.name, default_of(field)) for field in dataclasses.fields(cls))
+    return {name: as_tree(default) for name, default in fields if default is not dataclasses.MISSING}
+
+
 def _section(cls: type[T], tree: Any, place: str, root: type[BaseParams]) -> T:
     """A section of a tree; `root` is what the whole tree is, for the message about an unknown key."""
     if not isinstance(tree, Mapping):
@@ -147,6 +161,9 @@ def _section(cls: type[T], tree: Any, place: str, root: type[BaseParams]) -> T:
     for key in tree:
         if key not in fields:
             raise OumiConfigError(_unknown(str(key), start, list(fields), root))
+    for name in _required(cls):
+        if name not in tree:
+            raise OumiConfigError(f"{start}{name}: missing, and there is no default")
     values = {key: _value(value, fields[key], f"{start}{key}", root) for key, value in tree.items()}
     try:
         return cls(**values)

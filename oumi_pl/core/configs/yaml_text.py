@@ -145,7 +145,7 @@ def _writable(value: Any, place: str) -> Any:
 
 
 def _is_plain(value: Any, place: str) -> bool:
-    if value is None or type(value) in (str, int, float, bool, dict, list):
+    if value is None or type(value) in (str, int, float, bool, bytes, dict, list):
         return True
     warnings.warn(f"{place}: {value!r} can't be written as YAML and is left out", stacklevel=4)
     return False

@@ -1,6 +1,8 @@
 """Online training of an Oumi config: objective, rewards and rollouts of `TRL_GRPO`."""
 
+import os
 from dataclasses import dataclass
+from importlib.util import find_spec
 from typing import Any, get_args
 
 from oumi_pl.core.configs import TrainingConfig
@@ -12,6 +14,7 @@ from oumi_pl.errors import nearest
 from oumi_pl.rollouts.advantages import Scale
 
 REWARDS = rewards.__name__
+GRPO, UTILIZATION = "training.grpo", "vllm_gpu_memory_utilization"
 REGISTERED = "oumi_pl.core.recipe.registered_rewards"
 NAMES = (
     *("count_letters", "countdown", "gsm8k"),
@@ -51,12 +54,6 @@ def online(config: TrainingConfig, notes: Notes) -> Online:
     members = training.grpo.num_generations or int(kwargs.get("num_generations") or TRL_COMPLETIONS)
     tokens = training.grpo.max_completion_length or int(kwargs.get("max_completion_length") or TRL_LENGTH)
     prompts, micro_batches = _micro_batches(config, members, notes)
-    if training.grpo.use_vllm:
-        notes.comment(
-            "data.init_args",
-            "completions are sampled by transformers' generate, and not by vLLM; for vLLM, convert with --engine "
-            "lightning and set data.engine to VLLM or VLLMServer",
-        )
     if training.gradient_accumulation_steps > 1 and kwargs.get("loss_type") == "bnpo":
         notes.comment("model.init_args.loss", "the mean over all tokens of an update; TRL's is that of a micro-batch")
     sampling = given(
@@ -82,6 +79,49 @@ def online(config: TrainingConfig, notes: Notes) -> Online:
         # one completion is greedy
         data["eval_batch_size"] = max(1, training.per_device_eval_batch_size // data["eval_completions"])
     return Online(_module(kwargs, training.grpo.epsilon, notes), data, micro_batches)
+
+
+def vllm(config: TrainingConfig, requested: str | None, devices: int | None, notes: Notes) -> dict[str, Any]:
+    """`data.engine`, if the config asks for vLLM and that can be had.
+
+    Args:
+        config: The config.
+        requested: The engine of the training loop that the user asks for.
+        devices: Devices per node; None for as many as there are.
+        notes: Where comments go.
+    """
+    params, kwargs = config.training.grpo, config.training.trainer_kwargs
+    if not params.use_vllm:
+        return {}
+    if why := _why_not_vllm(kwargs.get("vllm_mode") or params.vllm_mode, requested, devices):
+        notes.comment(
+            "data.init_args",
+            f"completions are sampled by transformers' generate, and not by vLLM{why}, set data.engine",
+        )
+        return {}
+    notes.became |= {f"{GRPO}.{name}": "data.engine VLLM" for name in ("use_vllm", "vllm_mode", UTILIZATION)}
+    notes.became |= {f"{PLACE}.{name}": "data.engine VLLM" for name in ("vllm_mode", UTILIZATION) if name in kwargs}
+    share = float(kwargs.get(UTILIZATION, getattr(params, UTILIZATION)))
+    options = given(max_model_len=kwargs.get("vllm_max_model_length"))
+    if options:
+        notes.became[f"{PLACE}.vllm_max_model_length"] = "data.engine.options"
+    arguments = {"gpu_memory_utilization": share} | given(options=options)
+    return {"engine": {"class_path": "VLLM", "init_args": arguments}}
+
+
+def _why_not_vllm(mode: str | None, requested: str | None, devices: int | None) -> str:
+    """Why `generate` takes the place of vLLM, and what to do; empty if it does not."""
+    import torch
+
+    if mode == "server":
+        return ", since TRL's server is not understood here: start `vllm serve` as VLLMServer describes"
+    if requested == "trl":
+        return ", since --engine trl samples with that alone: name lightning"
+    if find_spec("vllm") is None:
+        return ", which is not installed: pip install 'oumi_pl[vllm]', or start a server"
+    if (devices or int(os.environ.get("WORLD_SIZE", "0")) or torch.cuda.device_count()) > 1:
+        return ", which runs in the process on one device alone: start a server"
+    return ""
 
 
 def reward(config: TrainingConfig) -> Any:

@@ -178,11 +178,14 @@ def _quantization(config: TrainingConfig, notes: Notes) -> dict[str, Any]:
     peft = config.peft
     if not peft.q_lora:
         return {}
-    if config.is_sharded:
-        section = "fsdp" if config.fsdp.enable_fsdp else "deepspeed"
-        refuse("peft.q_lora", f"a quantized base is not sharded; leave {section} out, or train LoRA on a whole base")
+    skipped = peft.llm_int8_skip_modules or []
+    if skipped:
+        notes.comment("model.init_args.unquantized", "the head is not quantized either; in Oumi it is, unless named")
+    kept = {"unquantized": skipped} if skipped else {}
     if peft.q_lora_bits == 8:
-        return {"quantization": "int8"}
+        if config.is_sharded:
+            refuse("peft.q_lora_bits", "8 bits are not sharded; set 4, or leave section fsdp or deepspeed out")
+        return {"quantization": "int8"} | kept
     if peft.bnb_4bit_quant_type != "nf4":
         refuse("peft.bnb_4bit_quant_type", f"{peft.bnb_4bit_quant_type} has no counterpart; set nf4")
     if peft.bnb_4bit_compute_dtype not in ("bfloat16", "bf16"):
@@ -191,4 +194,4 @@ def _quantization(config: TrainingConfig, notes: Notes) -> dict[str, Any]:
     notes.nothing("peft.use_bnb_nested_quant", "the constants of quantization are quantized in any case")
     if not peft.use_bnb_nested_quant:
         notes.comment("model.init_args.quantization", "the constants of quantization are quantized too (nested)")
-    return {"quantization": "nf4"}
+    return {"quantization": "nf4"} | kept

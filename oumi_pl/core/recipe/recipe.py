@@ -10,7 +10,7 @@ from oumi_pl.core.recipe import optimisation
 from oumi_pl.core.recipe import trainer as trainer_section
 from oumi_pl.core.recipe.distillation import distillation
 from oumi_pl.core.recipe.fields import note_fields
-from oumi_pl.core.recipe.grpo import Online, online
+from oumi_pl.core.recipe.grpo import Online, online, vllm
 from oumi_pl.core.recipe.model import model
 from oumi_pl.core.recipe.notes import Notes
 from oumi_pl.core.recipe.trainer import ENGINES, Engine, engine_of
@@ -54,7 +54,7 @@ def to_recipe(
     note_kwargs(config, kind, notes)
     sampled = None
     if kind == "GRPO":
-        config, sampled = _online(config, devices, notes)
+        config, sampled = _online(config, engine, devices, notes)
     training = config.training
     module = model(config, notes) | _objective(config, kind, notes)
     module |= sampled.module if sampled is not None else {}
@@ -66,6 +66,9 @@ def to_recipe(
             "model", "random weights begin with scaled residual projections, in Oumi as the architecture does"
         )
     chosen = engine_of(config, kind, engine, devices, notes)
+    if chosen == "trl" and sampled is not None and "engine" in sampled.data:
+        notes.comment("", "Lightning drives it, and not trl, which can't sample with vLLM here")
+        chosen = "lightning"
     tree: dict[str, Any] = {"seed_everything": training.seed}
     tree |= {"engine": chosen} if chosen != "lightning" else {}
     tree |= {
@@ -91,13 +94,15 @@ def to_recipe(
     return Recipe(tree, notes.became, notes.comments, trainer_section.resume(training))
 
 
-def _online(config: TrainingConfig, devices: int | None, notes: Notes) -> tuple[TrainingConfig, Online]:
+def _online(
+    config: TrainingConfig, engine: Engine | None, devices: int | None, notes: Notes
+) -> tuple[TrainingConfig, Online]:
     """The settings of online training, and the config with the micro-batches that they come to."""
     more: dict[str, Any] = {}
     if config.training.trainer_type.name == "VERL_GRPO":
         config, more = as_trl(config, devices, notes)
     sampled = online(config, notes)
-    sampled = dataclasses.replace(sampled, data=sampled.data | more)
+    sampled = dataclasses.replace(sampled, data=sampled.data | more | vllm(config, engine, devices, notes))
     training = dataclasses.replace(config.training, gradient_accumulation_steps=sampled.micro_batches)
     return dataclasses.replace(config, training=training), sampled
 

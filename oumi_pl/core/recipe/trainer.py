@@ -102,7 +102,7 @@ def trainer(config: TrainingConfig, notes: Notes, devices: int | None, engine: E
             "trainer.deterministic",
             "use_deterministic: Oumi sets cuDNN alone; here, other operations that aren't deterministic warn",
         )
-    strategy = _strategy(config, notes, devices) if engine == "lightning" else {}
+    strategy = _strategy(config, notes) if engine == "lightning" else {}
     return (
         given(devices=devices)
         | strategy
@@ -131,15 +131,13 @@ def _callbacks(config: TrainingConfig, notes: Notes) -> list[dict[str, Any]]:
     return callbacks
 
 
-def _strategy(config: TrainingConfig, notes: Notes, devices: int | None) -> dict[str, Any]:
+def _strategy(config: TrainingConfig, notes: Notes) -> dict[str, Any]:
     """`trainer.strategy`, and the precision that goes with it."""
     fsdp = config.fsdp
     if config.deepspeed.enable_deepspeed:
-        return _deepspeed(config, notes, devices)
+        return _deepspeed(config, notes)
     if not fsdp.enable_fsdp:
         return {"strategy": "ddp_find_unused_parameters_true"} if config.training.ddp_find_unused_parameters else {}
-    if fsdp.cpu_offload:
-        notes.comment(STRATEGY, "cpu_offload: shards stay on their GPU; if memory runs out, take more GPUs or LoRA")
     section: dict[str, Any] = _sharded_precision(config, "fsdp.mixed_precision", fsdp.mixed_precision, notes)
     name = fsdp.sharding_strategy.name
     if name == "NO_SHARD":
@@ -151,10 +149,12 @@ def _strategy(config: TrainingConfig, notes: Notes, devices: int | None) -> dict
         notes.comment(
             STRATEGY, "HYBRID_SHARD shards within a node; on several, this shards over all, with equal numbers"
         )
-    return _fsdp2("fsdp.enable_fsdp", notes, devices) | section
+    if fsdp.cpu_offload:
+        notes.comment(STRATEGY, "offload: weights, gradients and optimizer states are kept and updated in host memory")
+    return _fsdp2("fsdp.enable_fsdp", notes, offload=fsdp.cpu_offload) | section
 
 
-def _deepspeed(config: TrainingConfig, notes: Notes, devices: int | None) -> dict[str, Any]:
+def _deepspeed(config: TrainingConfig, notes: Notes) -> dict[str, Any]:
     """`trainer.strategy` for DeepSpeed's ZeRO, and the precision that goes with it."""
     params, training = config.deepspeed, config.training
     same = {
@@ -172,24 +172,19 @@ def _deepspeed(config: TrainingConfig, notes: Notes, devices: int | None) -> dic
     if not params.shards:
         notes.comment(STRATEGY, "DDP takes the place of DeepSpeed's ZERO_0; the numbers are the same")
         return {"strategy": "ddp"} | section
-    offload = params.offload_optimizer or params.offload_param
-    kept = "; what it would offload stays on the GPUs" if offload else ""
+    offload = params.offload_optimizer is not None or params.offload_param is not None
+    kept = "; offload: all of these are kept and updated in host memory" if offload else ""
     notes.comment(
         STRATEGY,
         f"FSDP2, which shards weights, gradients and optimizer states, takes the place of DeepSpeed's "
         f"{params.zero_stage.name}; the numbers are the same{kept}",
     )
-    return _fsdp2("deepspeed.enable_deepspeed", notes, devices) | section
+    return _fsdp2("deepspeed.enable_deepspeed", notes, offload=offload) | section
 
 
-def _fsdp2(place: str, notes: Notes, devices: int | None) -> dict[str, Any]:
-    import torch
-
-    size = devices or int(os.environ.get("WORLD_SIZE", "0")) or max(1, torch.cuda.device_count())
-    notes.comment(STRATEGY, "FSDP2 shards over all GPUs; data_parallel_size of the recipe is their number")
-    notes.became[place] = f"trainer.strategy ModelParallelStrategy (FSDP2) over {size} devices"
-    arguments = {"data_parallel_size": size, "tensor_parallel_size": 1}
-    return {"strategy": {"class_path": "ModelParallelStrategy", "init_args": arguments}}
+def _fsdp2(place: str, notes: Notes, *, offload: bool) -> dict[str, Any]:
+    notes.became[place] = "trainer.strategy fsdp2, over all devices"
+    return {"strategy": {"class_path": "Sharded", "init_args": {"offload": True}} if offload else "fsdp2"}
 
 
 def _sharded_precision(config: TrainingConfig, place: str, name: str | None, notes: Notes) -> dict[str, Any]:

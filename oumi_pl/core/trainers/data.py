@@ -251,7 +251,7 @@ class DatasetModule(L.LightningDataModule):
             return Loader(rows, batch_size=None, collate_fn=self.collate, num_workers=number, generator=seeded)
         number = len(self.evaluation)
         plan = Plan(np.arange(number), np.arange(number + 1), layout.rows_per_update)
-        return eval_loader(self.evaluation, plan, layout, self.collate.planned, workers=self.workers)
+        return eval_loader(self.evaluation, [plan], layout, self.collate.planned, workers=self.workers)
 
     def begin(self, epoch: int) -> None:
         """Called right before the first row of a pass through a map-style dataset is read."""

@@ -261,8 +261,8 @@ def hints(cls: Any) -> dict[str, Any]:
 
 
 def members(hint: Any) -> tuple[Any, ...]:
-    """The types that a field may have: `int | None` has two."""
-    return typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
+    """The types that a field may have: `int | None` has two, and so has `Optional[int]`."""
+    return typing.get_args(hint) if typing.get_origin(hint) in (types.UnionType, typing.Union) else (hint,)
 
 
 def section_in(hint: Any) -> type[BaseParams] | None:
@@ -294,7 +294,7 @@ def converted(value: Any, hint: Any, name: str) -> Any:
     """
     kinds = members(hint)
     if value is None:
-        if type(None) in kinds:
+        if type(None) in kinds or Any in kinds:
             return None
         raise OumiConfigError(
             f"{name}: null is given, but {_expected(kinds)} is needed; leave the key out for the default"
@@ -323,7 +323,8 @@ def _single(value: Any, kind: Any, name: str) -> Any:
         return dict(value)
     if isinstance(kind, type) and issubclass(kind, Enum):
         return _member(value, kind, name)
-    if isinstance(kind, type) and dataclasses.is_dataclass(kind) and isinstance(value, kind):
+    is_other = isinstance(kind, type) and kind not in (*PLAIN, str, list, dict)  # a class of a subclass's own field
+    if is_other and isinstance(value, kind):
         return value
     if origin in PLAIN and (plain := PLAIN[origin](value)) is not None:
         return plain
@@ -362,6 +363,7 @@ PLAIN: dict[Any, Callable[[Any], Any]] = {
     bool: lambda value: TRUTHS.get(str(value).lower()),
     str: _text,
     Any: lambda value: value,
+    Path: lambda value: Path(value) if isinstance(value, str | Path) else None,
 }
 """Type -> the value in it; None if it can't be converted."""
 

@@ -28,7 +28,7 @@ class GkdParams(BaseParams):
     def to_hf_trainer_kwargs(self) -> dict[str, Any]:
         """Arguments of TRL's `GKDConfig`; its trainer gets the teacher itself, as `teacher_model`."""
         section = {name: value for name, value in self if name != "teacher_model_name_or_path"}
-        section["teacher_model_init_kwargs"] = dict(self.teacher_model_init_kwargs) or None
+        section["teacher_model_init_kwargs"] = {"dtype": "auto"} | self.teacher_model_init_kwargs
         return section
 
     def _problems(self) -> Iterator[str]:

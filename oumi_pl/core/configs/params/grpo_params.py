@@ -7,6 +7,7 @@ from typing import Any
 from oumi_pl.core.configs.params.base_params import BaseParams, harmless, honoured, refused
 
 OF_VLLM = "completions are sampled by generate, which draws from the same distribution"
+"""Where vLLM is not installed, or can't be used."""
 
 
 @dataclass

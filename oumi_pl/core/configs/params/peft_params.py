@@ -68,7 +68,8 @@ class PeftParams(BaseParams):
     q_lora: bool = honoured("model.quantization", False)
     q_lora_bits: int = honoured("model.quantization", 4)
     bnb_4bit_quant_type: str = honoured("model.quantization", "fp4")
-    llm_int8_skip_modules: list[str] | None = refused("all linear layers but the head are quantized", None)
+    llm_int8_skip_modules: list[str] | None = honoured("model.unquantized", None)
+    """Layers that keep the precision of the weights, in 4 bits as well."""
     use_bnb_nested_quant: bool = honoured("model.quantization, which nests", False)
     """Whether the quantization's constants are quantized as well."""
     bnb_4bit_quant_storage: str = harmless("it only decides how the 4-bit numbers are stored in memory", "uint8")

@@ -79,7 +79,7 @@ class FSDPParams(BaseParams):
 
     enable_fsdp: bool = honoured("trainer.strategy", False)
     sharding_strategy: ShardingStrategy = honoured("trainer.strategy", ShardingStrategy.FULL_SHARD)
-    cpu_offload: bool = harmless("shards stay on their GPU; the numbers are the same", False)
+    cpu_offload: bool = honoured("trainer.strategy Sharded, offload", False)
     mixed_precision: str | None = honoured("trainer.precision", None)
     """Type of the computation, `bf16` or `fp16`; null: that of the weights."""
     backward_prefetch: BackwardPrefetch = harmless(SPEED, BackwardPrefetch.BACKWARD_PRE)
