@@ -175,7 +175,7 @@ def attend(
     if not torch.compiler.is_compiling() and current_blocks.get() is not None:
         name = type(module).__name__
         raise UserError(f"{name} ignores transformers' mask functions: its documents can't be packed; {NO_PACKING}")
-    return sdpa_attention_forward(module, query, key, value, attention_mask, **settings)  # type: ignore[arg-type]
+    return sdpa_attention_forward(module, query, key, value, attention_mask, **settings)
 
 
 # compiled layers call it as it is: compiled itself, it would be so again for every number and length of documents

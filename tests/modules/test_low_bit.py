@@ -33,7 +33,7 @@ def train(folder, optimizer, checkpoints=None, resume=None):
     loop = trainer(
         max_steps=6, callbacks=callbacks, enable_checkpointing=bool(checkpoints), plugins=[AtomicCheckpointIO()]
     )
-    with torch._dynamo.config.patch(disable=True):  # its step would be compiled, which takes a minute
+    with torch.compiler.set_stance("force_eager"):  # its step would be compiled, which takes a minute
         loop.fit(module, data(folder, 32, batch_size=2), ckpt_path=resume)
     return module, losses
 
