@@ -72,7 +72,10 @@ def test_engines_that_cannot_train_a_trainer_type():
         ({"gradient_clip_val": 1.0, "gradient_clip_algorithm": "value"}, "clips by norm"),
         ({"precision": "64-true"}, "trainer.precision: 64-true is unknown"),
         ({"devices": 2, "strategy": "ddp"}, "trains on one device, and this run has 2"),
-        ({"callbacks": [Checkpoints(asynchronous=True)]}, "checkpoint.asynchronous: --engine hf waits for its files"),
+        (
+            {"callbacks": [Checkpoints(asynchronous=True)], "enable_checkpointing": True},
+            "checkpoint.asynchronous: --engine hf waits for its files",
+        ),
     ],
 )
 def test_settings_of_lightning_alone(settings, message):
