@@ -141,7 +141,7 @@ def main() -> None:
     versions = ", ".join(f"{name} {version(name)}" for name in ("torch", "lightning", "transformers"))
     print(f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores, {versions}")
     print(
-        f"{'':28}{'checkpoint GB':>14}{'pause s':>9}{'largest':>9}{'on disk after s':>17}{'copy GB':>9}"
+        f"{'':34}{'checkpoint GB':>14}{'pause s':>9}{'largest':>9}{'on disk after s':>17}{'copy GB':>9}"
         f"{'update s, quiet':>17}{'writing':>9}"
     )
     with tempfile.TemporaryDirectory() as temporary:
@@ -158,7 +158,7 @@ def main() -> None:
                 writing = "" if of_updates["writing"] is None else f"{of_updates['writing']:.2f}"
                 layout = "one process" if ranks == 1 else f"FSDP2, {ranks} processes"
                 print(
-                    f"{layout + (', asynchronous' if asynchronous else ''):28}{results[0]['size']:14.2f}"
+                    f"{layout + (', asynchronous' if asynchronous else ''):34}{results[0]['size']:14.2f}"
                     f"{statistics.median(pauses):9.2f}{max(pauses):9.2f}"
                     f"{statistics.median(results[0]['durations']):17.2f}{results[0]['copy']:9.2f}"
                     f"{of_updates['quiet']:17.2f}{writing:>9}",
