@@ -121,6 +121,8 @@ def refuse_settings(engine: str, trainer: Any) -> None:
         if is_set:
             raise UserError(f"trainer.{name} has no effect with --engine {engine}; leave it out, {INSTEAD}")
     for callback in trainer.callbacks:
+        if isinstance(callback, Checkpoints) and callback.asynchronous:
+            raise UserError(f"checkpoint.asynchronous: --engine {engine} waits for its files; leave it out, {INSTEAD}")
         if not isinstance(callback, OBSERVERS + REPLACED):
             name = type(callback).__name__
             place = "trainer.max_time" if name == "Timer" else f"trainer.callbacks: {name}"

@@ -168,15 +168,27 @@ def attend(
     """
     from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
-    blocks = attention_mask if isinstance(attention_mask, Blocks) else None
+    if isinstance(attention_mask, Blocks):
+        return _attend_blocks(module, query, key, value, attention_mask, settings), None
+    _refuse_unknown_terms(module, settings, None)
+    # what is compiled was checked before, and would be interrupted by looking at the variable
+    if not torch.compiler.is_compiling() and current_blocks.get() is not None:
+        name = type(module).__name__
+        raise UserError(f"{name} ignores transformers' mask functions: its documents can't be packed; {NO_PACKING}")
+    return sdpa_attention_forward(module, query, key, value, attention_mask, **settings)
+
+
+# compiled layers call it as it is: compiled itself, it would be so again for every number and length of documents
+@torch.compiler.disable
+def _attend_blocks(  # noqa: PLR0917
+    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, blocks: Blocks, settings: dict[str, Any]
+) -> Tensor:
+    """Attends within blocks; arguments and result are those of `attend`."""
+    from transformers.integrations.sdpa_attention import sdpa_attention_forward
+
     _refuse_unknown_terms(module, settings, blocks)
-    if blocks is None:
-        if current_blocks.get() is not None:
-            name = type(module).__name__
-            raise UserError(f"{name} ignores transformers' mask functions: its documents can't be packed; {NO_PACKING}")
-        return sdpa_attention_forward(module, query, key, value, attention_mask, **settings)  # type: ignore[arg-type]
     if varlen_fits(query, value, blocks, settings):
-        return attend_varlen(query, key, value, blocks, settings.get("scaling")), None
+        return attend_varlen(query, key, value, blocks, settings.get("scaling"))
     # One call per block, with the shapes it would have alone: same kernels, same rounding, and no `seq x seq` mask.
     # Split, not sliced: the backward pass of each slice would allocate a gradient of the whole row.
     queries, keys, values = (x.split(blocks.lengths, dim=2) for x in (query, key, value))
@@ -184,7 +196,7 @@ def attend(
     for i, (block, mask) in enumerate(zip(blocks.blocks, blocks.masks, strict=True)):
         k, v = _along_path(keys, i, block), _along_path(values, i, block)
         outputs.append(sdpa_attention_forward(module, queries[i], k, v, mask, **settings)[0])
-    return torch.cat(outputs, dim=1), None
+    return torch.cat(outputs, dim=1)
 
 
 def _along_path(own: tuple[Tensor, ...], index: int, block: Block) -> Tensor:

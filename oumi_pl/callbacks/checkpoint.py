@@ -1,19 +1,24 @@
 """Writes checkpoints between two updates, and removes an old one only after the new one is complete."""
 
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import lightning as L
 import torch
 from lightning.pytorch.callbacks import Checkpoint, Timer, WeightAveraging
+from lightning.pytorch.strategies import ModelParallelStrategy, Strategy
+from torch.distributed.checkpoint import CheckpointException, FileSystemWriter, save
+from torch.distributed.checkpoint.utils import _DistWrapper
 
 from oumi_pl.callbacks import find_all
 from oumi_pl.errors import UserError, nearest
 from oumi_pl.runs import checksums
-from oumi_pl.runs.checkpoints import saved_at
+from oumi_pl.runs.background import Background, snapshot
+from oumi_pl.runs.checkpoints import META, saved_at
 from oumi_pl.runs.files import HALF, put, remove
 from oumi_pl.runs.folders import TIME, checkpoint_name, saved_steps
 from oumi_pl.runs.metrics import MetricsCSV
@@ -31,6 +36,8 @@ class Checkpoints(Checkpoint):
         monitor: Metric that decides what is best, `val/loss` for example; without it no `best.ckpt` is written.
         mode: Whether lower (`min`) or higher (`max`) values are better.
         enabled: Whether to write checkpoints at all. A run without them can't be resumed.
+        asynchronous: Train on while a checkpoint is written. Training waits only while weights and optimizer state are
+            copied, which takes as much host memory as a checkpoint takes on disk, until that is written.
     """
 
     def __init__(
@@ -40,12 +47,15 @@ class Checkpoints(Checkpoint):
         monitor: str | None = None,
         mode: Literal["min", "max"] = "min",
         enabled: bool = True,
+        *,
+        asynchronous: bool = False,
     ) -> None:
         if every < 1 or keep < 1:
             raise UserError(f"checkpoint: every ({every}) and keep ({keep}) have to be at least 1")
         if monitor is not None and not enabled:
             raise UserError(f"checkpoint.monitor: without checkpoints the best by {monitor!r} can't be kept; drop one")
         self.enabled = enabled
+        self.asynchronous = asynchronous
         self.every = every
         self.keep = keep
         self.monitor = monitor
@@ -61,12 +71,31 @@ class Checkpoints(Checkpoint):
         """Total steps of the run and what ended it, if the checkpoint is that of the last update."""
         self._saved_step = -1
         self._due = False
+        self._background = Background()
+        self._group: torch.distributed.ProcessGroup | None = None
+
+    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        """Refuses a strategy whose checkpoints can't be written while it trains on.
+
+        Raises:
+            UserError: names it.
+        """
+        known = (Strategy.save_checkpoint, ModelParallelStrategy.save_checkpoint)
+        if self.asynchronous and type(trainer.strategy).save_checkpoint not in known:
+            name = type(trainer.strategy).__name__
+            raise UserError(
+                f"checkpoint.asynchronous: {name} writes checkpoints in its own way, while training waits; leave it "
+                "out, or train with strategy ddp or fsdp2"
+            )
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Forgets the best score of the checkpoint unless its weights are those of `best.ckpt` in this run's folder.
 
         They are not if the checkpoint is of another run, or if `best.ckpt` was written later than the checkpoint.
         """
+        if self.asynchronous and _writes_shards(trainer) and trainer.world_size > 1:
+            # the threads that write must not meet those that train in one group, and NCCL has one order of operations
+            self._group = torch.distributed.new_group(backend="gloo")
         if self.directory is not None and (self.directory / checkpoint_name(trainer.global_step)).exists():
             self._saved_step = trainer.global_step
         best = None if self.directory is None else self.directory / "best.ckpt"
@@ -87,11 +116,12 @@ class Checkpoints(Checkpoint):
         If validation follows, saves after it. The last update is saved before and after: a run that is killed in its
         last validation repeats only that.
         """
+        self._background.raise_error()
         if trainer.fit_loop._should_accumulate() or (trainer.global_step % self.every and not ends(trainer)):
             return
         self._due = validation_follows(trainer)
         if not self._due or ends(trainer):
-            self.save(trainer)
+            self._save(trainer)
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Saves the last step if that has not been done.
@@ -106,31 +136,60 @@ class Checkpoints(Checkpoint):
         """Keeps the weights if the monitored metric is the best so far, and saves if a checkpoint is due."""
         if trainer.sanity_checking or self.directory is None:
             return
-        if self.monitor is not None:
-            self._keep_best(trainer, self.directory, self.monitor)
+        is_best = self.monitor is not None and self._keep_best(trainer, self.directory, self.monitor)
         if self._due or ends(trainer):
             self._saved_step = -1  # the checkpoint from before the validation is replaced
-            self.save(trainer)
+            self._save(trainer, beside_best=is_best)
 
-    def _keep_best(self, trainer: L.Trainer, directory: Path, monitor: str) -> None:
+    def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
+        """Waits for the checkpoint that is being written. The error that ended the run is the one to report."""
+        with suppress(Exception):
+            self._background.wait()
+
+    def _keep_best(self, trainer: L.Trainer, directory: Path, monitor: str) -> bool:
+        """Writes `best.ckpt` if the metric is the best so far; whether it is."""
         if monitor not in trainer.callback_metrics:
             hint = nearest(monitor, trainer.callback_metrics)
             raise UserError(f"checkpoint.monitor: unknown metric {monitor!r}{hint}")
         score = float(trainer.callback_metrics[monitor])
-        if self.best_score is None or (score < self.best_score if self.mode == "min" else score > self.best_score):
-            self.best_score = score
-            self.best_model_path = str(directory / "best.ckpt")
-            with _validated_weights(trainer):
-                _save_whole(trainer, Path(self.best_model_path), weights_only=True)
+        best = self.best_score
+        if best is not None and (score >= best if self.mode == "min" else score <= best):
+            return False
+        self.best_score = score
+        self.best_model_path = str(directory / "best.ckpt")
+        self.finish(trainer)
+        with _validated_weights(trainer):
+            self._write(trainer, Path(self.best_model_path), weights_only=True)
+        return True
 
     def save(self, trainer: L.Trainer) -> None:
         """Writes a checkpoint of this step unless there is one, then removes the oldest beyond `keep`.
 
-        The rows of `metrics.csv` up to this step are on disk before the checkpoint.
+        The rows of `metrics.csv` up to this step are on disk before the checkpoint. All of it is when this returns.
+        """
+        self._save(trainer)
+        self.finish(trainer)
+
+    def finish(self, trainer: L.Trainer) -> None:
+        """Waits until what was saved is on disk, on all ranks; raises the error if that failed."""
+        if self.asynchronous:
+            with working("waiting for the last checkpoint"):
+                self._background.wait()
+                trainer.strategy.barrier("checkpoint written in the background")
+
+    def _save(self, trainer: L.Trainer, beside_best: bool = False) -> None:
+        """As `save`; if asynchronous, the files are written afterwards.
+
+        Args:
+            trainer: The trainer.
+            beside_best: Whether `best.ckpt` of this step may still be in the making. Otherwise, this waits for an
+                earlier checkpoint, so that host memory holds one at most.
         """
         step = trainer.global_step
         if self.directory is None or step == self._saved_step:
             return
+        if not beside_best:
+            self.finish(trainer)
         for logger in trainer.loggers:
             if isinstance(logger, MetricsCSV):
                 logger.flush()
@@ -141,12 +200,33 @@ class Checkpoints(Checkpoint):
         self.ending = None
         if ends(trainer):
             self.ending = {"steps": _total_steps(trainer), "by": ended_by(trainer)}
-        _save_whole(trainer, self.directory / checkpoint_name(step))
-        self._remove_old(trainer)
+        self._write(trainer, self.directory / checkpoint_name(step))
 
-    def _remove_old(self, trainer: L.Trainer) -> None:
+    def _write(self, trainer: L.Trainer, path: Path, weights_only: bool = False) -> None:
+        """Writes a checkpoint and removes old ones, or starts a thread that does."""
+        remove_old = partial(self._remove_old, trainer, is_replaced=self.validation_due and ends(trainer))
+        if not self.asynchronous:
+            _save_whole(trainer, path, weights_only)
+            remove_old()
+            return
+        with working(f"copying {path.name}"):
+            write = _copied(trainer, path, weights_only, self._group)
+
+        def work() -> None:
+            write()
+            remove_old()
+
+        self._background.start(work)
+
+    def _remove_old(self, trainer: L.Trainer, is_replaced: bool = False) -> None:
+        """Removes the oldest checkpoints beyond `keep`; one less if the newest is a folder that is soon replaced.
+
+        A folder can't be replaced in one step. A kill between two leaves the one before it to go on from.
+        """
         if self.directory is not None and trainer.is_global_zero:
-            for old in saved_steps(self.directory)[: -self.keep]:
+            steps = saved_steps(self.directory)
+            keep = self.keep + (is_replaced and bool(steps) and steps[-1].is_dir())
+            for old in steps[:-keep]:
                 remove(old)
 
     def state_dict(self) -> dict[str, Any]:
@@ -215,27 +295,114 @@ def _validated_weights(trainer: L.Trainer) -> Iterator[None]:
             average._swap_models(trainer.lightning_module)
 
 
-def _write_checksums(trainer: L.Trainer, folder: Path) -> None:
-    """Writes the checksums of a sharded checkpoint, of which each rank reads its share."""
-    paths = sorted(path for path in folder.iterdir() if path.is_file())
-    own = checksums.of_files(paths[trainer.global_rank :: trainer.world_size])
-    shares: list[Any] = [own] * trainer.world_size
-    if trainer.world_size > 1:
-        torch.distributed.all_gather_object(shares, own)
-    if trainer.is_global_zero:
-        checksums.write_list(folder, {name: sums for share in shares for name, sums in share.items()})
+def _writes_shards(trainer: L.Trainer) -> bool:
+    """Whether checkpoints are folders, to which each rank writes its part."""
+    strategy = trainer.strategy
+    is_known = type(strategy).save_checkpoint is ModelParallelStrategy.save_checkpoint
+    return is_known and bool(cast("ModelParallelStrategy", strategy)._save_distributed_checkpoint)
 
 
-def _save_whole(trainer: L.Trainer, path: Path, weights_only: bool = False) -> None:
+def _save_whole(trainer: Any, path: Path, weights_only: bool = False) -> None:
     """Saves under a temporary name, syncs and renames: a kill may leave half of a sharded checkpoint's directory."""
     half = path.with_name(path.name + HALF)
     with working(f"saving {path.name}"):
-        trainer.save_checkpoint(half, weights_only=weights_only)
-        trainer.strategy.barrier("checkpoint written")
-        if half.is_dir():
-            _write_checksums(trainer, half)
-    if trainer.is_global_zero:
-        put(half, path)
+        if _writes_shards(trainer):
+            with trainer.profiler.profile("save_checkpoint"):
+                content = trainer._checkpoint_connector.dump_checkpoint(weights_only)
+                _write_shards(content, half, path, _DistWrapper(None, trainer.world_size > 1, 0))
+        else:
+            trainer.save_checkpoint(half, weights_only=weights_only)
+            trainer.strategy.barrier("checkpoint written")
+            if trainer.is_global_zero:
+                put(half, path)
     trainer.strategy.barrier("checkpoint in place")
-    if torch.cuda.is_available():  # returns what gathering weights and optimizer state allocated
+    _free_gathered()
+
+
+def _copied(
+    trainer: Any, path: Path, weights_only: bool, group: torch.distributed.ProcessGroup | None
+) -> Callable[[], None]:
+    """Copies what `_save_whole` would save; returns a function that writes it, without the trainer.
+
+    Args:
+        trainer: The trainer; all ranks have to call this.
+        path: Of the checkpoint.
+        weights_only: Leave out what only training needs.
+        group: A group of all ranks that only these functions use, if each writes its part.
+    """
+    half = path.with_name(path.name + HALF)
+    with trainer.profiler.profile("save_checkpoint"):
+        content = trainer._checkpoint_connector.dump_checkpoint(weights_only)
+        write: Callable[[], None] = _nothing
+        if _writes_shards(trainer):
+            write = partial(_write_shards, snapshot(content), half, path, _DistWrapper(group, group is not None, 0))
+        elif trainer.is_global_zero:
+            write = partial(_write_file, trainer.strategy.checkpoint_io, snapshot(content), half, path)
+    _free_gathered()
+    return write
+
+
+def _nothing() -> None:
+    """What a rank writes if another one has everything."""
+
+
+def _write_file(checkpoint_io: Any, content: dict[str, Any], half: Path, path: Path) -> None:
+    checkpoint_io.save_checkpoint(content, half)
+    put(half, path)
+
+
+class _Shards(FileSystemWriter):
+    """Writes the shards of a rank. Its error is the one of the file system, such as a full disk."""
+
+    def write_data(self, plan: Any, planner: Any) -> Any:
+        """As of the base class; torch's writer of tensors fails again on closing, with an error that hides the cause.
+
+        Errors are sent to the other ranks, and what caused them is not.
+        """
+        try:
+            return super().write_data(plan, planner)
+        except RuntimeError as error:
+            if isinstance(error.__context__, OSError):
+                raise OSError(error.__context__.errno, error.__context__.strerror, str(self.path)) from error
+            raise
+
+
+def _write_shards(content: dict[str, Any], half: Path, path: Path, ranks: _DistWrapper) -> None:
+    """Writes a folder, as `ModelParallelStrategy` does, with checksums. An error of one rank is raised on all.
+
+    Args:
+        content: The checkpoint, without the parts of other ranks; emptied.
+        half: Where it is written.
+        path: The name that it gets when it is complete.
+        ranks: The ranks that call this.
+    """
+    shards = {"state_dict": content.pop("state_dict")}
+    shards |= {f"optimizer_{i}": state for i, state in enumerate(content.pop("optimizer_states", []))}
+    try:
+        ranks.broadcast("folder", lambda: half.mkdir(parents=True, exist_ok=True))
+        save(
+            shards,
+            storage_writer=_Shards(half, single_file_per_rank=True),
+            process_group=ranks.group,
+            no_dist=not ranks.use_dist,
+        )
+        ranks.broadcast("meta", lambda: torch.save(content, half / META))
+        _write_checksums(half, ranks)
+        ranks.broadcast("name", lambda: put(half, path))
+    except CheckpointException as failed:  # torch's summary, which is no `Exception`
+        raise failed.failures[min(failed.failures)][0] from failed
+
+
+def _write_checksums(folder: Path, ranks: _DistWrapper) -> None:
+    """Writes the checksums of a sharded checkpoint, of which each rank reads its share."""
+    paths = sorted(path for path in folder.iterdir() if path.is_file())
+    own = paths[ranks.get_rank() :: ranks.get_world_size()]
+    shares = ranks.all_gather("checksums", lambda: checksums.of_files(own))
+    listed = {name: sums for share in shares for name, sums in share.items()}
+    ranks.broadcast("list", lambda: checksums.write_list(folder, listed))
+
+
+def _free_gathered() -> None:
+    """Returns the device memory that gathering weights and optimizer state allocated."""
+    if torch.cuda.is_available():
         torch.cuda.empty_cache()

@@ -513,6 +513,8 @@ def _imported(name: str, place: str) -> Any:
         missing = str(error.name)
         if module_name != missing and not module_name.startswith(f"{missing}."):
             raise UserError(f"{place}: {name}: its module imports {missing!r}, which is not installed") from error
+        if missing.partition(".")[0] == "torchao":
+            raise UserError(f"{place}: {name} needs torchao: pip install 'oumi_pl[low-bit]'") from error
         raise UserError(f"{place}: {name}: there is no module {missing!r}{_nearby_module(missing)}") from error
     except SyntaxError as error:
         raise UserError(f"{place}: {name}: {error.filename} line {error.lineno}: {error.msg}") from error

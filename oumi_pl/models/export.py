@@ -20,7 +20,7 @@ from oumi_pl.models.lm import LM
 from oumi_pl.models.lora import merged
 from oumi_pl.models.sharding import is_sharded, whole
 from oumi_pl.models.text_part import copy_processors, put_back
-from oumi_pl.runs.checkpoints import read_sharded
+from oumi_pl.runs.checkpoints import read_sharded, read_tensors
 from oumi_pl.runs.checksums import model_files, refuse_damaged, refuse_damaged_weights
 from oumi_pl.runs.files import put, remove
 from oumi_pl.runs.folders import half_of
@@ -171,8 +171,10 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
     refuse_damaged(path)
     try:
         if path.is_file():
-            return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+            return read_tensors(path, mmap=True)
         return read_sharded(path, optimizers=False)
+    except UserError:
+        raise
     except Exception as error:  # a damaged file can raise anything
         raise UserError(f"--checkpoint: {path} can't be read as a checkpoint: {reason(error)}") from error
 

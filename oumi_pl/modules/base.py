@@ -50,6 +50,7 @@ from oumi_pl.models.lora import lora_config
 from oumi_pl.models.sharding import (
     Loading,
     Source,
+    compile_layers,
     decoder_layers,
     is_sharded,
     is_to_be_divided,
@@ -302,10 +303,10 @@ class LanguageModule(RestorableModule):
             if dtype is not None:
                 model.keep_dtypes(dtype)
             if self.compile_layers:  # after the check: compiling for its few tokens would take a minute
-                model.body.compile()
+                compile_layers(model, self.gradient_checkpointing)
             return
         if self.compile_layers:  # before its layers are sharded
-            model.body.compile()
+            compile_layers(model, self.gradient_checkpointing)
         copies = self.reference is not None and self.reference.kind == "online"
         # FSDP2 wants one dtype for all weights that are trained
         copy = shard(model, self, self.__weight_loading, dtype=dtype, copy=copies)

@@ -1,5 +1,7 @@
 """Writes checkpoints atomically, so that a kill at any moment leaves a complete one; reads the state of generators."""
 
+import importlib
+import pickle
 import random
 import warnings
 from pathlib import Path
@@ -61,12 +63,37 @@ class AtomicCheckpointIO(TorchCheckpointIO):
         try:
             if is_sharded_checkpoint(Path(path)):
                 return read_sharded(Path(path))
-            content = super().load_checkpoint(path, map_location, weights_only=weights_only is not False)
+            if weights_only is False:
+                content = super().load_checkpoint(path, map_location, weights_only=False)
+            else:
+                content = read_tensors(path, map_location)
+        except UserError:
+            raise
         except Exception as error:  # any error of torch's is about this file
             raise UserError(f"{path}: can't be read as a checkpoint: {str(error).partition(chr(10))[0]}") from error
         if not is_handover and (not isinstance(content, dict) or "state_dict" not in content):
             raise UserError(f"{path}: is not a checkpoint of a run (it has no state_dict)")
         return content
+
+
+def read_tensors(path: Path | str, map_location: Any = "cpu", mmap: bool = False) -> Any:
+    """Reads a file of tensors and plain containers, without running code from it.
+
+    torchao's quantized states of optimizers are tensors, too, and torch knows them once they are imported.
+
+    Raises:
+        UserError: the file has such states, and torchao is not installed.
+    """
+    try:
+        return torch.load(path, map_location=map_location, weights_only=True, mmap=mmap)
+    except pickle.UnpicklingError as error:
+        if "torchao.optim." not in str(error):
+            raise
+        try:
+            importlib.import_module("torchao.optim")
+        except ImportError as missing:
+            raise UserError(f"{path}: its optimizer is one of torchao: pip install 'oumi_pl[low-bit]'") from missing
+    return torch.load(path, map_location=map_location, weights_only=True, mmap=mmap)
 
 
 def is_sharded_checkpoint(path: Path) -> bool:
@@ -112,7 +139,7 @@ def read_sharded(path: Path, optimizers: bool = True) -> dict[str, Any]:
 def read_unsharded(path: Path) -> dict[str, Any]:
     """Reads a file, mapped to memory, or what a folder of shards holds besides weights and optimizers."""
     file = path / META if path.is_dir() else path
-    return torch.load(file, map_location="cpu", weights_only=True, mmap=True)
+    return read_tensors(file, mmap=True)
 
 
 def weight_names(path: Path) -> set[str]:

@@ -37,12 +37,21 @@ def replacing(path: Path) -> Iterator[Path]:
 
 
 def put(half: Path, path: Path) -> None:
-    """Syncs a finished file or folder, and renames it to `path`, which it replaces."""
+    """Syncs a finished file or folder, and renames it to `path`, which it replaces.
+
+    A folder that is replaced has another name for a moment. A kill just then leaves none of this name, but never a part
+    of one.
+    """
     sync_all(half)
+    before = None
     if path.is_dir() and not path.is_symlink():  # nothing can be renamed onto a non-empty folder
-        remove(path)
+        before = path.with_name(f"{path.name}.before{HALF}")
+        remove(before)
+        path.rename(before)
     half.replace(path)
     sync(path.parent)
+    if before is not None:
+        remove(before)
 
 
 def write(path: Path, content: str | bytes) -> None:

@@ -17,7 +17,7 @@ from oumi_pl.errors import UserError
 METADATA = ".metadata"
 """File of a sharded checkpoint that says which file holds which part of which tensor: its description."""
 PACKAGE = "oumi_pl."
-LIBRARIES = ("torch.optim.", "lightning.")
+LIBRARIES = ("torch.optim.", "torchao.optim.", "lightning.")
 """Packages whose classes recipes commonly name."""
 FUNCTIONS = ("architecture", "format", "where", "reward", "metrics")
 """Recipe keys whose values are paths of functions or classes."""

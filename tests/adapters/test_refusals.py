@@ -8,6 +8,7 @@ import torch
 
 from oumi_pl import adapters
 from oumi_pl.adapters.losses import dpo_settings
+from oumi_pl.callbacks.checkpoint import Checkpoints
 from oumi_pl.callbacks.ema import EMA
 from oumi_pl.errors import UserError
 from oumi_pl.losses.causal import CrossEntropy
@@ -71,6 +72,10 @@ def test_engines_that_cannot_train_a_trainer_type():
         ({"gradient_clip_val": 1.0, "gradient_clip_algorithm": "value"}, "clips by norm"),
         ({"precision": "64-true"}, "trainer.precision: 64-true is unknown"),
         ({"devices": 2, "strategy": "ddp"}, "trains on one device, and this run has 2"),
+        (
+            {"callbacks": [Checkpoints(asynchronous=True)], "enable_checkpointing": True},
+            "checkpoint.asynchronous: --engine hf waits for its files",
+        ),
     ],
 )
 def test_settings_of_lightning_alone(settings, message):

@@ -16,6 +16,7 @@ import random
 import shutil
 import signal
 import sys
+import threading
 import time
 import traceback
 from collections import Counter
@@ -23,10 +24,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NoReturn
 
-import torch
 import yaml
 
 from oumi_pl.__main__ import main
+from oumi_pl.models.export import read_checkpoint
 from tests.conftest import free_port
 from tests.tiny import LLAMA, conversations, feedback, pairs, write_jsonl
 
@@ -151,6 +152,7 @@ class Faults:
         kill_on: Its name and the end of its path instead, as in `("replace", "model")`.
         error: Raise this error there instead of killing, once.
         clock: The wall clock jumps by up to a year, forwards and backwards, at moments that this seed chooses.
+        thread: Only operations of the thread of this name count.
     """
 
     def __init__(
@@ -160,13 +162,16 @@ class Faults:
         kill_on: tuple[str, str] | None = None,
         error: OSError | None = None,
         clock: int | None = None,
+        thread: str | None = None,
     ) -> None:
-        self.clock = clock
+        self.clock, self.thread = clock, thread
         self.folder, self.kill_at, self.kill_on, self.error = str(folder.resolve()), kill_at, kill_on, error
         self.operations: list[str] = []
 
     def count(self, name: str, *paths: Any) -> None:
         """Counts an operation."""
+        if self.thread not in (None, threading.current_thread().name):
+            return
         texts = [os.path.abspath(os.fspath(path)) for path in paths if isinstance(path, str | Path)]  # noqa: PTH100
         if texts and not any(text.startswith(self.folder) for text in texts):
             return
@@ -369,13 +374,21 @@ def works(folder: Path, *args: str, faults: Faults | None = None) -> str:
     return child.text
 
 
-def ranks(folder: Path, *args: str, processes: int = 2) -> list[Child]:
-    """Starts a command line in several processes, with the environment that torchrun gives them."""
+def ranks(folder: Path, *args: str, processes: int = 2, faults: dict[int, Faults] | None = None) -> list[Child]:
+    """Starts a command line in several processes, with the environment that torchrun gives them.
+
+    Args:
+        folder: The working directory of all.
+        args: The command line.
+        processes: How many.
+        faults: What happens to the file operations of a rank.
+    """
     port = free_port()
     return [
         Child(
             folder,
             *args,
+            faults=(faults or {}).get(rank),
             environment={
                 **{"RANK": str(rank), "LOCAL_RANK": str(rank), "GROUP_RANK": "0", "TORCHELASTIC_RUN_ID": "none"},
                 **{"WORLD_SIZE": str(processes), "LOCAL_WORLD_SIZE": str(processes)},
@@ -424,7 +437,7 @@ def outcome(run: Path) -> dict[str, Any]:
     with (run / "metrics.csv").open(newline="") as lines:
         rows = [{k: v for k, v in row.items() if k not in CHANGING} for row in csv.DictReader(lines)]
     newest = max((run / "checkpoints").glob("step-*.ckpt"))
-    checkpoint = torch.load(newest, weights_only=True)
+    checkpoint = read_checkpoint(newest)
     model = {path.name: path.read_bytes() for path in (run / "model").glob("*") if path.suffix != ".md"}
     return {
         "status": state["status"],

@@ -35,6 +35,7 @@ VARIANTS: tuple[dict[str, Any], ...] = (
     {"trainer.accumulate_grad_batches": 2},
     {"data.init_args.validation": None, "checkpoint.monitor": None, "val_every": None},
     {"checkpoint.monitor": None, "checkpoint.keep": 2},
+    {"checkpoint.asynchronous": True},
     {"trainer.callbacks": [{"class_path": "EMA", "init_args": {"decay": 0.5}}]},
     {"trainer.callbacks": [{"class_path": "EarlyStopping", "init_args": {"monitor": "val/loss", "mode": "max"}}]},
     {"model.init_args.lora": {"r": 2}, "export.merge": True},
