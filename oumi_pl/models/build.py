@@ -244,7 +244,7 @@ def build_model(
     trust_remote_code: bool = False,
     scoring: bool = False,
     text_only: bool = False,
-    loading: Loading | None = None,
+    loading: Loading = Loading(),  # noqa: B008 - it is not changed
 ) -> "PreTrainedModel":
     """Builds a causal LM in training mode, with new token rows, frozen parts and adapters.
 
@@ -257,7 +257,6 @@ def build_model(
         UserError: something can't be loaded, or parts don't fit together.
     """
     attention.register()
-    loading = loading or Loading()
     base, adapter, revision = _located(model, revision)
     _say_what_is_not_read(adapter or base)
     hub = {"revision": revision, "trust_remote_code": trust_remote_code}

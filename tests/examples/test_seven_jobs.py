@@ -41,7 +41,9 @@ def write_tickets(folder):
     rows = [{"ticket": q, "answer": a, "lang": "en", "quality": 3} for q, a in map(ticket, range(60))]
     rows += rows[:20]
     rows += [{"ticket": f"Lost {i}", "answer": "", "lang": "en", "quality": 3} for i in range(5)]
-    rows += [{"ticket": f"Paket für Köln {i}", "answer": "Ja, morgen früh", "lang": "de", "quality": 3} for i in range(5)]
+    rows += [
+        {"ticket": f"Paket für Köln {i}", "answer": "Ja, morgen früh", "lang": "de", "quality": 3} for i in range(5)
+    ]
     rows += [{"ticket": f"spam {i}", "answer": "spam", "lang": "en", "quality": 1} for i in range(5)]
     write_csv(folder / "tickets.csv", [{"id": i} | row for i, row in enumerate(rows)], ["id", *rows[0]])
     new = [{"ticket": ticket(i)[0], "customer": f"Müller {i}"} for i in range(100, 112)]
@@ -127,9 +129,13 @@ def test_the_seven_jobs(tmp_path):
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
 
     report = json.loads((tmp_path / "runs/tickets/data.json").read_text())
-    counts = json.dumps(report)
-    assert "20" in counts
-    assert "empty" in counts
+    dropped = {"train": 0, "validation": 0}
+    for split in dropped:
+        reasons = report[split]["dropped"]
+        dropped[split] = sum(n for reason, n in reasons.items() if "repeats" in reason)
+        assert report[split]["kept"] == report[split]["rows"] - sum(reasons.values())
+    assert sum(dropped.values()) >= 20
+    assert sum(n for reason, n in report["train"]["dropped"].items() if "where" in reason) == 10
     state = json.loads((tmp_path / "runs/killed/run.json").read_text())
     assert (state["status"], state["step"]) == ("finished", 40)
     assert "killed" in json.dumps(json.loads((tmp_path / "runs/branch/run.json").read_text())["parent"])
