@@ -19,6 +19,7 @@ from oumi_pl.terminal.text import echo
 from oumi_pl.types import Row, beside
 
 if TYPE_CHECKING:
+    from oumi_pl.commands.serving import Served
     from oumi_pl.rollouts.sampling import Sampling
 
 PART = ".part"
@@ -73,6 +74,8 @@ class Completer(NamedTuple):
     """Ids that end a completion."""
     sampling: "Sampling"
     seed: int
+    served: "Served | None" = None
+    """The model in vLLM; None samples with `generate`."""
 
     def __call__(
         self, prompts: Sequence[tuple[int, int, Prompt]], on_text: Callable[[str], None] | None = None
@@ -93,15 +96,21 @@ class Completer(NamedTuple):
         from oumi_pl.rollouts.sampling import sample, uniforms
 
         limit = prompts[0][2].limit
-        completions = sample(
-            self.model,
-            self.tokenizer,
-            [prompt.ids for _, _, prompt in prompts],
-            numbers=np.stack([uniforms((self.seed, row, number), limit) for row, number, _ in prompts]),
-            sampling=dataclasses.replace(self.sampling, max_new_tokens=limit),
-            ends=self.ends,
-            streamer=None if on_text is None else TextStreamer(self.tokenizer, on_text),
-        )
+        ids_of_prompts = [prompt.ids for _, _, prompt in prompts]
+        seeds = [(self.seed, row, number) for row, number, _ in prompts]
+        sampling = dataclasses.replace(self.sampling, max_new_tokens=limit)
+        if self.served is not None:
+            completions = self.served.sample(ids_of_prompts, seeds, sampling, self.ends)
+        else:
+            completions = sample(
+                self.model,
+                self.tokenizer,
+                ids_of_prompts,
+                numbers=np.stack([uniforms(seed, limit) for seed in seeds]),
+                sampling=sampling,
+                ends=self.ends,
+                streamer=None if on_text is None else TextStreamer(self.tokenizer, on_text),
+            )
         answers = []
         for (row, number, _), completion in zip(prompts, completions, strict=True):
             text = str(self.tokenizer.decode(completion.ids, skip_special_tokens=True))

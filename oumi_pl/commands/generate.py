@@ -15,6 +15,8 @@ from oumi_pl.terminal.text import echo, visible
 
 LONGEST = 256
 """Default for the most tokens of a completion."""
+BATCH, VLLM_BATCH = 16, 256
+"""Defaults for the prompts of a batch. vLLM divides them itself; after each batch they are in the file."""
 
 
 class Loaded(NamedTuple):
@@ -46,23 +48,27 @@ def main(args: list[str]) -> int:
         else:
             loaded = from_checkpoint(options.checkpoint.expanduser(), trust=options.trust)
     prompts = _prompts(loaded, texts, options)
-    import torch
-
     from oumi_pl.models.generation import ends_of
 
-    loaded.model.to("cuda" if torch.cuda.is_available() else "cpu")
     sampling = Sampling(
         options.max_new_tokens or LONGEST, options.temperature, options.top_p or 1.0, stop=tuple(options.stop)
     )
     seed = options.seed if options.temperature else 0  # a greedy completion draws nothing
     ends = ends_of(loaded.model, loaded.tokenizer, loaded.stop)
     complete = bulk.Completer(loaded.model, loaded.tokenizer, ends, sampling, seed or 0)
+    if options.engine == "vllm":
+        complete = complete._replace(model=None, served=_served(loaded, prompts, Path(options.model)))
+    else:
+        import torch
+
+        loaded.model.to("cuda" if torch.cuda.is_available() else "cpu")
     if options.output is None:
         _print(complete._replace(seed=secrets.randbits(32) if seed is None else seed), prompts, options)
         return 0
     settings = {
         "model": options.model or str(options.checkpoint),
         "weights": bulk.stamps(Path(options.model or options.checkpoint).expanduser()),
+        "engine": options.engine,
         "prompts": bulk.hashed(prompts),
         "max_new_tokens": sampling.max_new_tokens,
         "temperature": sampling.temperature,
@@ -86,11 +92,32 @@ def main(args: list[str]) -> int:
     return 0
 
 
+def _served(loaded: Loaded, prompts: list[Any], folder: Path) -> Any:
+    """Loads the model into vLLM, which takes most of the memory of a GPU.
+
+    Raises:
+        UserError: vLLM is not installed, or can't load it.
+    """
+    import torch
+
+    from oumi_pl.commands.serving import Served
+    from oumi_pl.rollouts.vllm import CACHE, LOGPROBS_MODE
+
+    dtype = str(next(p.dtype for p in loaded.model.parameters() if p.is_floating_point())).removeprefix("torch.")
+    options: dict[str, Any] = {"generation_config": "vllm", "logprobs_mode": LOGPROBS_MODE, "dtype": dtype}
+    if not torch.cuda.is_available():
+        # on CPUs, vLLM fails if a prompt with a seed is split
+        options |= {"kv_cache_memory_bytes": CACHE, "enforce_eager": True, "enable_chunked_prefill": False}
+    longest = max(len(prompt.ids) + prompt.limit for prompt in prompts)
+    with meanwhile("loading the model into vLLM"):
+        return Served(folder.expanduser(), longest, **options)
+
+
 def _print(complete: Any, prompts: list[Any], options: argparse.Namespace) -> None:
     """Prints completions: on a terminal while they are generated, one after the other, and else in batches."""
     from oumi_pl.commands import bulk
 
-    if options.json or not sys.stdout.isatty():
+    if options.json or complete.served is not None or not sys.stdout.isatty():
         for prompt, answer in bulk.in_order(complete, prompts, options.samples, options.batch_size):
             values = answer.values(samples=options.samples > 1, logprobs=options.logprobs)
             values.pop("row")
@@ -280,6 +307,8 @@ def _options(args: list[str]) -> argparse.Namespace:
     for add in (_add_model, _add_prompts, _add_sampling, _add_output):
         add(parser)
     options = parser.parse_args(args)
+    if options.batch_size is None:
+        options.batch_size = VLLM_BATCH if options.engine == "vllm" else BATCH
     _check(options)
     if options.output is not None:
         options.output = _checked_output(options.output.expanduser())
@@ -323,7 +352,18 @@ def _add_prompts(parser: Parser) -> None:
 
 
 def _add_sampling(parser: Parser) -> None:
-    parser.add_argument("--batch_size", type=int, default=16, metavar="N", help="prompts per batch (default: 16)")
+    parser.add_argument(
+        "--engine",
+        choices=("generate", "vllm"),
+        default="generate",
+        help="what completes: transformers' generate (default), or vLLM with the folder --model (the extra `vllm`)",
+    )
+    parser.add_argument(
+        "--batch_size",
+        type=int,
+        metavar="N",
+        help=f"prompts per batch (default: {BATCH}; {VLLM_BATCH} with vllm)",
+    )
     parser.add_argument("--samples", type=int, default=1, metavar="N", help="completions per prompt (default: 1)")
     parser.add_argument(
         "--stop",
@@ -379,6 +419,11 @@ def _check(options: argparse.Namespace) -> None:
         raise UserError(f"--top_p is {options.top_p:g}, but has to be above 0 and at most 1")
     if options.top_p is not None and options.temperature == 0:
         raise UserError("--top_p is for sampling: add --temperature, since completions are greedy without it")
+    if options.engine == "vllm" and (not options.model or options.architecture):
+        raise UserError(
+            "--engine vllm takes an exported model, --model DIR; of a checkpoint: oumi_pl export --checkpoint FILE "
+            "--output DIR"
+        )
     if options.raw and options.system is not None:
         raise UserError("--system needs the chat template, which --raw leaves out")
     _check_bulk(options)

@@ -1,10 +1,13 @@
-"""Checks that an engine serves an exported model as it was trained: `export --check vllm`."""
+"""An exported model in vLLM, for `export --check vllm`, which compares it, and for `generate --engine vllm`."""
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from oumi_pl.errors import UserError
+
+if TYPE_CHECKING:
+    from oumi_pl.rollouts.sampling import Completion, Sampling
 
 PROMPTS = (
     "Hello",
@@ -116,34 +119,87 @@ def _vllm_outputs(
 
     The end tokens of a whole model come from the folder's generation config, as they do when it is served.
     """
-    from oumi_pl.models.build import read_adapter_config
-    from oumi_pl.rollouts import vllm as engine
+    from oumi_pl.rollouts.vllm import CACHE
 
-    options: dict[str, Any] = {"model": str(folder)}
-    request = None
-    is_adapter = (folder / "adapter_config.json").is_file()
-    if is_adapter:
-        config = read_adapter_config(folder)
-        ranks = max([config["r"], *(config.get("rank_pattern") or {}).values()])
-        options = {"model": config["base_model_name_or_path"], **engine.adapter_options(ranks)}
-        options["skip_tokenizer_init"] = True  # vLLM looks for a model's config beside the tokenizer
-    llm = engine.build_llm(
-        **options,
-        tokenizer=str(folder),
+    served = Served(
+        folder,
+        max(map(len, prompts)) + room,
         dtype=dtype,
-        max_model_len=max(map(len, prompts)) + room,
-        kv_cache_memory_bytes=engine.CACHE,
+        kv_cache_memory_bytes=CACHE,
         enforce_eager=True,
         generation_config="auto",
     )
-    from vllm import SamplingParams
+    stop = {"stop_token_ids": list(ends)} if served.request is not None else {}
+    params = {"max_tokens": room, "temperature": 0.0, "logprobs": 0, **stop}
+    return served.complete(prompts, [params] * len(prompts))
 
-    if is_adapter:
-        from vllm.lora.request import LoRARequest
 
-        request = LoRARequest("exported", 1, str(folder))
-    stop = {"stop_token_ids": list(ends)} if is_adapter else {}
-    params = SamplingParams(max_tokens=room, temperature=0.0, logprobs=0, detokenize=False, **stop)
-    inputs: Any = [{"prompt_token_ids": list(prompt)} for prompt in prompts]
-    results = llm.generate(inputs, [params] * len(inputs), lora_request=request, use_tqdm=False)
-    return [engine.output_of(result.outputs[0]) for result in results]
+class Served:
+    """An exported model that vLLM has loaded in this process.
+
+    Args:
+        folder: The model, or an adapter whose base is on disk or on the hub.
+        longest: Most tokens of a prompt and its completion.
+        options: More arguments of `vllm.LLM`.
+
+    Raises:
+        UserError: vLLM is not installed, or can't load it.
+    """
+
+    def __init__(self, folder: Path, longest: int, **options: Any) -> None:
+        from oumi_pl.models.build import read_adapter_config
+        from oumi_pl.rollouts import vllm as engine
+
+        self.request: Any = None
+        """Names the adapter, if it is one."""
+        model: dict[str, Any] = {"model": str(folder)}
+        is_adapter = (folder / "adapter_config.json").is_file()
+        if is_adapter:
+            config = read_adapter_config(folder)
+            ranks = max([config["r"], *(config.get("rank_pattern") or {}).values()])
+            model = {"model": config["base_model_name_or_path"], **engine.adapter_options(ranks)}
+            model["skip_tokenizer_init"] = True  # vLLM looks for a model's config beside the tokenizer
+        self.llm = engine.build_llm(**model, tokenizer=str(folder), max_model_len=longest, **options)
+        if is_adapter:
+            from vllm.lora.request import LoRARequest
+
+            self.request = LoRARequest("exported", 1, str(folder))
+
+    def complete(self, prompts: Sequence[Sequence[int]], params: Sequence[dict[str, Any]]) -> list[Any]:
+        """Completes prompts of token ids, each with its `vllm.SamplingParams`; returns an `Output` for each."""
+        from vllm import SamplingParams
+
+        from oumi_pl.rollouts.vllm import output_of
+
+        inputs: Any = [{"prompt_token_ids": list(prompt)} for prompt in prompts]
+        settings = [SamplingParams(**p, detokenize=bool(p.get("stop"))) for p in params]
+        results = self.llm.generate(inputs, settings, lora_request=self.request, use_tqdm=False)
+        return [output_of(result.outputs[0]) for result in results]
+
+    def sample(
+        self,
+        prompts: Sequence[Sequence[int]],
+        seeds: Sequence[Sequence[int]],
+        sampling: "Sampling",
+        ends: Sequence[int],
+    ) -> list["Completion"]:
+        """Completes prompts as `oumi_pl.rollouts.sampling.sample` does, with random numbers of vLLM's own.
+
+        Args:
+            prompts: Token ids.
+            seeds: Of each prompt's random numbers, which do not depend on the other prompts.
+            sampling: Longest completion, temperature, stop texts.
+            ends: Ids that end a completion.
+        """
+        import numpy as np
+
+        from oumi_pl.rollouts.sampling import Completion
+        from oumi_pl.rollouts.vllm import sampling_params
+
+        outputs = self.complete(prompts, [sampling_params(sampling, ends, seed) for seed in seeds])
+        completions = []
+        for output in outputs:
+            ids, logps = np.array(output.ids, dtype=np.int32), np.array(output.logps, dtype=np.float32)
+            is_finished = output.finish_reason == "stop" or (len(ids) > 0 and int(ids[-1]) in ends)
+            completions.append(Completion(ids, logps, -logps, is_finished))
+        return completions

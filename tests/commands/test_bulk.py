@@ -19,6 +19,7 @@ from oumi_pl.models.build import build_model
 from oumi_pl.models.export import export_model
 from oumi_pl.models.lm import LM
 from tests.models.test_lora import pretrained
+from tests.rollouts import stand_ins
 from tests.tiny import write_jsonl
 
 QUESTIONS = ["a", "a longer question", "mid", "the longest question of them all", "b", "cc"]
@@ -87,6 +88,38 @@ def test_rows_of_csv_of_lines_and_of_turns_are_completed_alike(folder, capsys, t
         assert generate(folder, "--file", name, "--output", f"{name}.out.jsonl") == 0
         assert [line["completion"] for line in lines(f"{name}.out.jsonl")] == expected, name
     assert [line["answer"] for line in lines("answered.jsonl.out.jsonl")] == ["gold"] * 6
+
+
+def test_vllm_completes_the_same_rows(folder, capsys, tmp_path, monkeypatch):
+    expected = one_by_one(folder, capsys)
+    stand_ins.install(monkeypatch)
+    rows = write_jsonl(tmp_path / "in.jsonl", ROWS)
+    assert generate(folder, "--engine", "vllm", "--file", rows, "--output", "out.jsonl", "--logprobs") == 0
+    assert [line["completion"] for line in lines("out.jsonl")] == expected
+    assert generate(folder, "--file", rows, "--output", "here.jsonl", "--logprobs") == 0
+    for served, here in zip(lines("out.jsonl"), lines("here.jsonl"), strict=True):
+        assert (served["token_ids"], served["finished"]) == (here["token_ids"], here["finished"])
+        assert served["logprobs"] == pytest.approx(here["logprobs"], abs=1e-5)
+    (llm,) = stand_ins.LLM.built
+    assert llm.options["generation_config"] == "vllm"
+
+
+def test_a_sample_of_vllm_does_not_depend_on_the_batch(folder, tmp_path, monkeypatch):
+    stand_ins.install(monkeypatch)
+    rows = write_jsonl(tmp_path / "in.jsonl", ROWS)
+    sampled = ("--engine", "vllm", "--file", rows, "--temperature", 1, "--samples", 2, "--seed", 5)
+    assert generate(folder, *sampled, "--output", "one.jsonl", "--batch_size", 1) == 0
+    assert generate(folder, *sampled, "--output", "all.jsonl") == 0
+    assert lines("one.jsonl") == lines("all.jsonl")
+    assert len({line["completion"] for line in lines("all.jsonl")}) > len(ROWS)
+
+
+def test_vllm_needs_an_exported_model_and_the_extra(folder, capsys, tmp_path, monkeypatch):
+    assert main(["generate", "--engine", "vllm", "--checkpoint", "runs/r", "--prompt", "a"]) == 2
+    assert "--engine vllm takes an exported model, --model DIR" in capsys.readouterr().err
+    monkeypatch.setitem(sys.modules, "vllm", None)
+    assert generate(folder, "--engine", "vllm", "--prompt", "a") == 2
+    assert "pip install 'oumi_pl[vllm]'" in capsys.readouterr().err
 
 
 def test_a_column_named_as_one_of_ours_is_kept_under_another_name(folder, tmp_path):

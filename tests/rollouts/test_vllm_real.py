@@ -13,6 +13,7 @@ import pytest
 import torch
 from transformers import AutoTokenizer
 
+from oumi_pl.__main__ import main
 from oumi_pl.commands.serving import check_vllm
 from oumi_pl.data.tokenizers import ByteTokenizer
 from oumi_pl.errors import UserError
@@ -26,7 +27,7 @@ from oumi_pl.rollouts.sampling import Generate, Sampling, truncated
 from oumi_pl.rollouts.vllm import VLLM, VLLMServer
 from tests.conftest import free_port
 from tests.modules.test_grpo import SAMPLING, Logged, run
-from tests.tiny import LLAMA
+from tests.tiny import LLAMA, write_jsonl
 
 pytest.importorskip("vllm", reason="needs vLLM's own environment; CONTRIBUTING.md has the commands that create it")
 pytestmark = pytest.mark.slow
@@ -313,3 +314,21 @@ def test_a_model_that_vllm_reads_otherwise_would_be_noticed(folder, monkeypatch)
     with pytest.raises(UserError, match="serves another model than was trained") as error:
         check_vllm(folder)
     print(error.value)
+
+
+KEYS = ("id", "completion", "token_ids", "finished")
+
+
+def test_rows_of_a_file_are_completed_as_by_generate(tmp_path, folder):
+    rows = write_jsonl(tmp_path / "rows.jsonl", [{"prompt": f"say {n}", "id": n} for n in range(20)])
+    command = ["generate", "--model", str(folder), "--file", str(rows), "--max_new_tokens", "12", "--logprobs"]
+    lines = {}
+    for engine in ("generate", "vllm"):
+        output = tmp_path / f"{engine}.jsonl"
+        assert main([*command, "--engine", engine, "--output", str(output)]) == 0
+        lines[engine] = [json.loads(line) for line in output.read_text().splitlines()]
+    for served, here in zip(lines["vllm"], lines["generate"], strict=True):
+        assert [served[k] for k in ("id", "token_ids", "finished")] == [
+            here[k] for k in ("id", "token_ids", "finished")
+        ]
+        assert served["logprobs"] == pytest.approx(here["logprobs"], abs=TOLERANCE)
