@@ -58,6 +58,9 @@ KNOWN: dict[str, dict[str, Any]] = {
     | {"hidden_size": 1024, "intermediate_size": 3072, "num_hidden_layers": 28, "num_attention_heads": 16},
     "Qwen/Qwen3-4B": _QWEN3
     | {"hidden_size": 2560, "intermediate_size": 9728, "num_hidden_layers": 36, "num_attention_heads": 32},
+    "meta-llama/Llama-3.2-1B": _LLAMA_8B
+    | {"hidden_size": 2048, "intermediate_size": 8192, "num_hidden_layers": 16, "head_dim": 64}
+    | {"tie_word_embeddings": True},
     "meta-llama/Llama-3.1-8B": _LLAMA_8B,
     "meta-llama/Llama-3.1-8B-Instruct": _LLAMA_8B,
     "openai-community/gpt2": {"model_type": "gpt2", "vocab_size": 50257, "dtype": "float32"},

@@ -19,8 +19,17 @@ def test_the_hardware_of_a_recipe_is_what_its_plan_needs(name):
     assert HARDWARE[name] == hardware(files.shipped() / f"{name}.yaml"), "python benchmarks/hardware.py writes it"
 
 
-def test_some_hardware_is_planned():
+def test_the_hardware_of_all_recipes_for_gpus_is_planned():
+    assert {name for name, words in HARDWARE.items() if "GPU" in words} == set(PLANNED)
     assert set(FAST) <= set(PLANNED)
+
+
+def test_the_readme_names_the_hardware_of_the_recipes():
+    readme = (files.shipped().parent / "README.md").read_text()
+    rows = [line for line in readme.splitlines() if line.startswith("| `") and "/" in line]
+    for name in PLANNED:
+        (row,) = [row for row in rows if f"`{name}`" in row.split("|")[1]]
+        assert HARDWARE[name] in row.split("|")[3], name
 
 
 def test_the_words():
