@@ -131,7 +131,8 @@ def test_every_listed_callback_is_one_that_a_recipe_can_use(ask):
     working = {name for name, feature in FEATURES.items() if name[0].isupper() and not feature.refused}
     own = {"Answers", "EMA", "Metrics", "PassAtK", "Samples", "TrigramBaseline"}
     classes = help_pages._places()["trainer.callbacks"]
-    assert {name for name in listed if not classes[name].__module__.startswith("tests.")} == working | own
+    rooms = ("lightning.", "oumi_pl.callbacks.")  # other tests of this process may have imported or defined more
+    assert {name for name in listed if classes[name].__module__.startswith(rooms)} == working | own
     assert classes.keys() >= help_pages.OF_EVERY_RUN - {"BuildModel"}, "no name that is gone"
 
 

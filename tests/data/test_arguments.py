@@ -34,6 +34,8 @@ EXAMPLES = SHARED | {"packing": True, "group_by_length": False, "bad_rows": "dro
 EXAMPLES |= {"duplicates": "drop", "weight_by": "tokens"}
 EXAMPLES |= {"template": "plain", "overflow": "drop"}
 EXAMPLES |= {"template_variables": {"mood": 1}, "lost": "drop", "add_eos": True, "fields": ["margin"]}
+DRAWN = {"sample_by": "quality", "order_by": "level"}
+EXAMPLES |= DRAWN
 STREAM = SHARED | {
     "packing": "best_fit",
     "isolate": True,
@@ -41,9 +43,10 @@ STREAM = SHARED | {
     "shuffle_buffer": 4,
     "exhausted": "restart",
     "eval_stride": 16,
+    "duplicates": "drop",
 }
 ARGUMENTS = {
-    SFTData: EXAMPLES | {"train_on": "all", "turns": "apart"},
+    SFTData: EXAMPLES | {"train_on": "all", "turns": "apart", "streaming": True, "shuffle_buffer": 4},
     DPOData: EXAMPLES,
     PretrainData: STREAM,
     PackedChatData: STREAM | {"template": "plain", "bad_rows": "drop"},
@@ -55,20 +58,31 @@ NAMED_OTHERWISE = {"tokenizer": "tokenizer_spec", "tokens": "new_tokens", "templ
 def stored(data):
     """The values of arguments as a data module holds them."""
     values = vars(data) | data.sources | {name: vars(data).get(own) for name, own in NAMED_OTHERWISE.items()}
-    return values | ({"packing": data.method} if isinstance(data, PretrainData) else {})
+    if isinstance(data, PretrainData):
+        return values | {"packing": data.method}
+    return values | {"sample_by": data.draws.sampled, "order_by": data.draws.ordered}
+
+
+def together(cls):
+    """The arguments of a class, in sets that go together: rows that are streamed can't be drawn or ordered."""
+    arguments, streamed = ARGUMENTS[cls], {"streaming", "shuffle_buffer"}
+    if not streamed | DRAWN.keys() <= arguments.keys():
+        return [arguments]
+    return [{k: v for k, v in arguments.items() if k not in others} for others in (streamed, DRAWN)]
 
 
 @pytest.mark.parametrize("cls", ARGUMENTS)
 def test_a_recipe_sets_every_argument(cls):
     name = f"{cls.__module__}.{cls.__name__}"
-    recipe = {
-        "model": {"class_path": "SFT", "init_args": {"config": LLAMA}},
-        "data": {"class_path": name, "init_args": ARGUMENTS[cls]},
-    }
-    _, data = instantiate(recipe)
-    assert type(data) is cls
-    values = stored(data)
-    assert {argument: values[argument] for argument in ARGUMENTS[cls]} == ARGUMENTS[cls]
+    for arguments in together(cls):
+        recipe = {
+            "model": {"class_path": "SFT", "init_args": {"config": LLAMA}},
+            "data": {"class_path": name, "init_args": arguments},
+        }
+        _, data = instantiate(recipe)
+        assert type(data) is cls
+        values = stored(data)
+        assert {argument: values[argument] for argument in arguments} == arguments
 
 
 @pytest.mark.parametrize("cls", ARGUMENTS)

@@ -11,6 +11,7 @@ from pathlib import Path
 import lightning as L
 import pytest
 import torch
+from lightning.pytorch.utilities.rank_zero import rank_zero_only
 from transformers import AutoConfig
 
 from oumi_pl.errors import UserError
@@ -335,7 +336,8 @@ def test_settings_are_refused_before_weights_are_loaded(settings, message):
         pl_module.configure_model()
 
 
-def test_ranks_of_a_group_read_the_same_rows():
+def test_ranks_of_a_group_read_the_same_rows(monkeypatch):
+    monkeypatch.setattr(rank_zero_only, "rank", 0, raising=False)  # which the environment below changes
     strategy = Sharded(tensor=2)
     run = trainer(devices=4, strategy=strategy)
     seen = []

@@ -100,7 +100,7 @@ def test_fixed_shapes_compile_once(tmp_path, monkeypatch):
         return graph.forward
 
     real = torch.nn.Module.compile
-    monkeypatch.setattr(torch.nn.Module, "compile", lambda self: real(self, backend=backend))
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda self, **kwargs: real(self, backend=backend, **kwargs))
     torch._dynamo.reset()
     steps = []
 
