@@ -9,7 +9,7 @@ from typing import Any
 import lightning as L
 
 from oumi_pl.callbacks.pass_at_k import prompts_with_rows
-from oumi_pl.callbacks.samples import generation, say_why_not
+from oumi_pl.callbacks.samples import generation, refuse_sharded, say_why_not
 from oumi_pl.data.examples import ChatData
 from oumi_pl.data.prompts import Prompt
 from oumi_pl.data.rollouts import RolloutData
@@ -68,8 +68,9 @@ class Metrics(L.Callback):
         """Drops the prompts of an earlier data module; prints a note if the model can't complete prompts.
 
         Raises:
-            UserError: the data have no prompts with answers.
+            UserError: the data have no prompts with answers, or the weights are divided over devices.
         """
+        refuse_sharded(trainer, "Metrics")
         self._prompts = None
         self._generates = pl_module.generates
         data = trainer.datamodule
@@ -79,6 +80,17 @@ class Metrics(L.Callback):
             raise UserError(f"Metrics does not fit {type(data).__name__}: {instead}")
         if not self._generates:
             say_why_not("completions", pl_module)
+
+    def on_train_start(self, trainer: Any, pl_module: RunModule) -> None:
+        """Calls the metrics once, with the answer of the first row: a mistake in one shows now.
+
+        Raises:
+            UserError: a metric fails, or returns something else than numbers.
+        """
+        if self._generates:
+            self._prompts = self._fitting(pl_module, trainer.datamodule)
+            row, origin = self._prompts[0].row, self._prompts[0].origin
+            scores(self.metrics, str(row.get("answer", "")), row, KEY, f"the row {origin}")
 
     def on_validation_epoch_end(self, trainer: Any, pl_module: RunModule) -> None:
         """Completes the prompts and logs the means."""

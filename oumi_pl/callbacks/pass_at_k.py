@@ -8,7 +8,7 @@ from typing import Any
 import lightning as L
 import numpy as np
 
-from oumi_pl.callbacks.samples import generation, say_why_not
+from oumi_pl.callbacks.samples import generation, refuse_sharded, say_why_not
 from oumi_pl.data.examples import ChatData
 from oumi_pl.data.prompts import Prompt, PromptReader, RecordWithRow
 from oumi_pl.data.reward_model import RewardModel, name_of
@@ -94,8 +94,9 @@ class PassAtK(L.Callback):
         """Drops the prompts of an earlier data module; prints a note if the model can't complete prompts.
 
         Raises:
-            UserError: the data have no prompts with answers.
+            UserError: the data have no prompts with answers, or the weights are divided over devices.
         """
+        refuse_sharded(trainer, "PassAtK")
         self._prompts = None
         self._generates = pl_module.generates
         data = trainer.datamodule

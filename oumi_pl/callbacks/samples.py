@@ -14,6 +14,7 @@ import torch
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
 
 from oumi_pl.callbacks.run_folder import completed, run_directory
+from oumi_pl.errors import UserError
 from oumi_pl.models.generation import complete
 from oumi_pl.models.sharding import is_sharded
 from oumi_pl.runs import files
@@ -202,11 +203,29 @@ def say_why_not(what: str, pl_module: RunModule) -> None:
 
 def sharded(trainer: Any, pl_module: RunModule) -> bool:
     """Whether no rank holds all weights, so that none can generate by itself."""
+    return shards_weights(trainer) or is_sharded(pl_module.causal_lm)
+
+
+def shards_weights(trainer: Any) -> bool:
+    """Whether the strategy divides weights over ranks, which is known before a model is built."""
     from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
 
     # `is_sharded` looks for DTensors; these strategies shard in other ways, or only while the model runs
     strategies = DeepSpeedStrategy | FSDPStrategy | ModelParallelStrategy
-    return isinstance(trainer.strategy, strategies) or is_sharded(pl_module.causal_lm)
+    return isinstance(trainer.strategy, strategies)
+
+
+def refuse_sharded(trainer: Any, name: str) -> None:
+    """Refuses a callback that completes prompts in a run whose strategy divides the weights.
+
+    Raises:
+        UserError: names the callback, and what to do.
+    """
+    if shards_weights(trainer):
+        raise UserError(
+            f"trainer.callbacks: {name} completes prompts while training, which it can't with weights that "
+            "trainer.strategy divides over devices; leave it out, and score an exported model with generate --metric"
+        )
 
 
 @contextlib.contextmanager
@@ -301,6 +320,10 @@ class Answers(L.Callback):
         self._generates = pl_module.generates
         if not self._generates:
             say_why_not("answers", pl_module)
+        elif shards_weights(trainer):
+            self._generates = False
+            if trainer.is_global_zero:
+                sys.stderr.write("no answers are written: trainer.strategy divides the weights over devices\n")
 
     def on_train_start(self, trainer: Any, pl_module: RunModule) -> None:
         """Answers once with the initial weights."""

@@ -109,7 +109,10 @@ class Chat:
 def _lines() -> Iterator[str]:
     """The lines of standard input, without white space around them; on a terminal, with a prompt for each."""
     if not sys.stdin.isatty():
-        yield from (line.strip() for line in sys.stdin)
+        try:
+            yield from map(_checked, sys.stdin)
+        except UnicodeDecodeError as error:
+            raise UserError("chat: the input is not UTF-8") from error
         return
     with contextlib.suppress(ImportError):
         import readline  # noqa: F401 - `input` then has a history and arrow keys
@@ -120,7 +123,20 @@ def _lines() -> Iterator[str]:
         except (EOFError, KeyboardInterrupt):
             print()
             return
-        yield line.strip()
+        yield _checked(line)
+
+
+def _checked(line: str) -> str:
+    """A line without white space around it.
+
+    Raises:
+        UserError: it is not UTF-8, so that it has no text.
+    """
+    try:
+        line.encode()  # bytes that are no UTF-8 are read as surrogates
+    except UnicodeEncodeError as error:
+        raise UserError("chat: the input is not UTF-8") from error
+    return line.strip()
 
 
 def _loaded(options: argparse.Namespace) -> Loaded:

@@ -62,7 +62,11 @@ def text_of(
         library, (trainer, arguments) = "TRL", peers.command(text)
         tree = _from_command(arguments, path.parent)
     if library is None:
+        if not text.strip() and path.is_file() and path.stat().st_size <= len(text.encode()):
+            raise UserError(f"{path}: this file is empty")
         return convert(path, overrides, engine, devices)
+    if trainer is not None and library != "TRL":
+        raise UserError(f"--trainer is for TRL's YAML, and {name} is a config of {library}, which says it itself")
     recipe, settings = peers.recipe(peers.overridden(tree, overrides), library, path.parent, trainer, devices)
     if engine not in (None, "lightning"):
         recipe = {"seed_everything": recipe["seed_everything"], "engine": engine} | recipe

@@ -34,7 +34,7 @@ def main(args: list[str]) -> int:
         help="gguf: model.gguf for llama.cpp, and Ollama's Modelfile; adapters are merged; --checkpoint may also be a "
         "model folder",
     )
-    parser.add_argument("--outtype", choices=("f16", "q8_0"), default="f16", help="of the matrices of a GGUF file")
+    parser.add_argument("--outtype", choices=("f16", "q8_0"), help="of the matrices of a GGUF file (default: f16)")
     parser.add_argument("--merge", action="store_true", help="merge a LoRA adapter into its base weights")
     parser.add_argument("--trust", action="store_true", help=TRUST)
     parser.add_argument(
@@ -50,11 +50,13 @@ def main(args: list[str]) -> int:
     options = parser.parse_args(args)
     if (options.public or options.overwrite) and not options.push_to_hub:
         raise UserError("export: --public and --overwrite are about a repository; name it with --push_to_hub")
+    if options.outtype and options.format != "gguf":
+        raise UserError("export: --outtype is of GGUF files; add --format gguf")
     output = options.output.expanduser()
     if options.format == "gguf":
         if options.check or options.push_to_hub:
             raise UserError("export: --check and --push_to_hub are for --format transformers")
-        export_gguf(options.checkpoint.expanduser(), output, options.outtype, trust=options.trust)
+        export_gguf(options.checkpoint.expanduser(), output, options.outtype or "f16", trust=options.trust)
         echo(f"exported {options.checkpoint} to {output / 'model.gguf'}")
         return 0
     checkpoint = find(options.checkpoint.expanduser())

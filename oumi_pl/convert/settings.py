@@ -10,6 +10,21 @@ from oumi_pl.core.recipe.notes import Notes, refuse
 from oumi_pl.errors import UserError, nearest
 
 UNKNOWN = "is unknown here"
+NUMBERS = frozenset(
+    """
+    adam_beta1 adam_beta2 adam_epsilon beta buffer_size cosine_constant_lr_ratio cosine_min_lr_ratio cpo_alpha
+    cutoff_len dpo_label_smoothing eaft_alpha eaft_k early_stopping_patience embedding_lr embedding_lr_scale
+    eta_min eval_batch_size freeze_trainable_layers gradient_accumulation_steps kto_chosen_weight
+    kto_desirable_weight kto_rejected_weight kto_undesirable_weight label_smoothing_factor ld_alpha
+    learning_rate logging_steps lora_alpha lora_dropout lora_r lora_rank loraplus_lr_ratio max_grad_norm
+    max_length max_steps micro_batch_size num_epochs num_train_epochs orpo_alpha per_device_eval_batch_size
+    per_device_train_batch_size pref_beta pref_ftx rl_beta seed save_total_limit sequence_len simpo_gamma
+    val_set_size val_size warmup_ratio warmup_steps weight_decay
+    """.split()  # noqa: SIM905 - a list has a line for each
+)
+"""Keys of the libraries whose values are numbers."""
+SWITCHES = frozenset(("bf16", "fp16", "pure_bf16"))
+"""Keys that are true or false, or `auto`; axolotl has `full` as well."""
 
 
 @dataclass(frozen=True)
@@ -44,6 +59,7 @@ class Settings:
         self.values = {str(key): value for key, value in values.items() if value is not None}
         self.keys = keys
         self.notes = Notes()
+        self._refuse_other_types()
         refused = []
         for key, value in self.values.items():
             if (place := _entry(keys.translated, key)) is not None:
@@ -59,6 +75,25 @@ class Settings:
         if refused:
             them = "it" if len(refused) == 1 else "them"
             raise UserError(f"{'; '.join(refused)}. Remove {them} to convert the rest")
+
+    def _refuse_other_types(self) -> None:
+        """Refuses values that are no numbers, or neither true nor false, where the libraries have such.
+
+        Raises:
+            UserError: names all of them.
+        """
+        wrong = [
+            f"{key}: {value!r:.40} is not a number"
+            for key, value in self.values.items()
+            if key in NUMBERS and (isinstance(value, bool) or not isinstance(number(value), int | float))
+        ]
+        wrong += [
+            f"{key}: {value!r:.40} is neither true nor false"
+            for key, value in self.values.items()
+            if key in SWITCHES and str(value).lower() not in ("true", "false", "auto", "full")
+        ]
+        if wrong:
+            raise UserError("; ".join(wrong))
 
     def name(self, argument: str) -> str:
         """The library's name of an argument of transformers or TRL."""

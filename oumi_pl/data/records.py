@@ -271,13 +271,13 @@ def value_in(row: Row, column: str) -> Any:
         UserError: the row has none.
     """
     if column not in row:
-        raise UserError(f"data.sample_by, order_by: a row has no column {column!r}{nearest(column, row)}")
+        raise UserError(f"data.sample_by or data.order_by: a row has no column {column!r}{nearest(column, row)}")
     value = plain(row[column])
     if (isinstance(value, str) and value) or is_finite(value):
         return value
     raise UserError(
-        f"data.sample_by, order_by: {column!r} is {value!r:.40} in a row, and has to be a number or a text; `where` "
-        "leaves such rows out"
+        f"data.sample_by or data.order_by: {column!r} is {value!r:.40} in a row, and has to be a number or a text; "
+        "`where` leaves such rows out"
     )
 
 

@@ -11,6 +11,7 @@ import functools
 import importlib
 import inspect
 import re
+import sys
 from abc import ABC, abstractmethod
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from itertools import takewhile
@@ -19,7 +20,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from oumi_pl.errors import UserError
+from oumi_pl.errors import UserError, nearest
 
 Reward = Callable[..., Any]
 
@@ -245,7 +246,10 @@ def resolve(path: str, key: str = "data.reward") -> Reward:
     except ImportError as error:
         raise UserError(f"{key}: can't import {module}: {error}") from error
     except AttributeError:
-        where = f"{module} has no {name}" if module else f"no built-in reward {name!r}; give the path of a function"
+        own = vars(sys.modules[module or __name__])
+        known = [n for n, v in own.items() if inspect.isfunction(v) and v.__module__ == own["__name__"] and n[0] != "_"]
+        where = f"{module} has no {name}" if module else f"no built-in reward or metric {name!r}"
+        where += nearest(name, [n for n in known if module or n not in ("is_model", "resolve")])
         raise UserError(f"{key}: {where}") from None
     if not callable(value):
         raise UserError(f"{key}: {path} is a {type(value).__name__}, not a function")

@@ -99,7 +99,11 @@ def test_built_in_metrics_are_those_of_the_literature():
         (["chrf"], "sacrebleu.metrics", r"pip install 'oumi_pl\[metrics\]'"),
         (["regex:("], None, r"Metrics\.metrics: regex:\( is no regular expression"),
         (["exact_match", "exact_match"], None, "two metrics have the name exact_match"),
-        (["exact_mach"], None, r"Metrics\.metrics: no built-in reward 'exact_mach'"),
+        (
+            ["exact_mach"],
+            None,
+            r"Metrics\.metrics: no built-in reward or metric 'exact_mach'; did you mean 'exact_match'",
+        ),
         ([], None, r"Metrics\.metrics: name at least one"),
     ],
 )

@@ -99,7 +99,7 @@ MISTAKES = {
     r"PassAtK\.pass_at: 8 is not from 1 to 4, the completions": {"pass_at": [8]},
     "completions is 0": {"completions": 0},
     "greedy completions of a prompt are all the same": {"sampling": Sampling(temperature=0.0)},
-    r"PassAtK\.metrics: no built-in reward 'no_such'": {"metrics": ["no_such"]},
+    r"PassAtK\.metrics: no built-in reward or metric 'no_such'; known:": {"metrics": ["no_such"]},
 }
 
 

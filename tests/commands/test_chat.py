@@ -96,3 +96,11 @@ def test_one_model_is_named():
         chat.main([])
     with pytest.raises(UserError, match="--top_p above 0"):
         chat.main(["--model", "x", "--top_p", "0"])
+
+
+@pytest.mark.parametrize("errors", ["strict", "surrogateescape"])
+def test_bytes_that_are_no_text_are_refused(monkeypatch, folder, errors, capsys):
+    stdin = io.TextIOWrapper(io.BytesIO(b"Say \xff\xfe\n"), encoding="utf-8", errors=errors)
+    monkeypatch.setattr("sys.stdin", stdin)
+    assert main(["chat", "--model", str(folder)]) == 2
+    assert "chat: the input is not UTF-8" in capsys.readouterr().err

@@ -3,6 +3,7 @@
 import pytest
 
 from oumi_pl.convert.axolotl import KEYS
+from oumi_pl.convert.settings import Settings
 from oumi_pl.errors import UserError
 from tests.convert.helpers import assert_fits, at, converted
 
@@ -191,3 +192,17 @@ def test_a_chat_is_read_as_its_keys_say(dataset, expected):
         return
     source = at(converted(values)[0], "data.train")
     assert expected.items() <= source.items()
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"num_epochs": "many"}, "num_epochs: 'many' is not a number"),
+        ({"micro_batch_size": [2], "lora_r": "eight"}, "micro_batch_size: [2] is not a number; lora_r: 'eight' is not"),
+        ({"bf16": "maybe"}, "bf16: 'maybe' is neither true nor false"),
+    ],
+)
+def test_values_of_other_types_are_refused_by_name(changes, message):
+    with pytest.raises(UserError) as error:
+        Settings({"base_model": "some/model"} | changes, KEYS)
+    assert message in str(error.value)

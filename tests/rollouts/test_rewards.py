@@ -75,7 +75,7 @@ def test_a_failing_reward_names_the_row(reward):
 
 
 PATHS = {
-    "exakt": "no built-in reward 'exakt'; give the path of a function",
+    "exakt": "no built-in reward or metric 'exakt'",
     "tests.rollouts.test_rewards.nope": "tests.rollouts.test_rewards has no nope",
     "not_there.f": "can't import not_there",
     "tests.rollouts.test_rewards.ROWS": "is a list, not a function",
