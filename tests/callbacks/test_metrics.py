@@ -10,7 +10,7 @@ from oumi_pl.callbacks.metrics import Metrics
 from oumi_pl.errors import UserError
 from oumi_pl.rollouts.metrics import resolve_all, scores
 from tests.command_line import GONE, CommandLine
-from tests.tiny import conversations, write_jsonl
+from tests.tiny import conversations, data, module, sgd, trainer, write_jsonl
 
 SCORES = """
 def score(completion, row):
@@ -112,6 +112,14 @@ def test_mistakes_are_one_message(metrics, package, message, monkeypatch):
         monkeypatch.setitem(sys.modules, package, None)
     with pytest.raises(UserError, match=message):
         Metrics(metrics)
+
+
+@pytest.mark.parametrize("wrong", [lambda completion, row: completion, lambda completion: 1.0], ids=["text", "row"])
+def test_a_mistake_in_a_metric_shows_before_the_first_update(tmp_path, wrong):
+    sft = module(sgd)
+    with pytest.raises(UserError, match=r"Metrics\.metrics: <lambda> (is|failed)"):
+        trainer(max_epochs=1, callbacks=[Metrics([wrong])]).fit(sft, data(tmp_path, 6, validation=0.5))
+    assert sft.global_step == 0
 
 
 def test_a_metric_that_is_not_logged_can_not_be_monitored(cli):
