@@ -43,10 +43,12 @@ class Export(L.Callback):
         if not self.enabled or folder is None or trainer.fast_dev_run or not is_due(trainer, "export"):
             return
         checkpoints = find(trainer, Checkpoints)
+        if checkpoints is not None:
+            checkpoints.finish(trainer)  # the best weights may still be being written
         best = "" if checkpoints is None else checkpoints.best_model_path
         metrics: dict[str, Any] = dict(trainer.callback_metrics)
         last = None
-        if best and Path(best).exists():
+        if trainer.strategy.broadcast(bool(best) and Path(best).exists()):
             last = {name: value.detach().clone() for name, value in pl_module.state_dict().items()}
             metrics = _load(pl_module, Path(best))
         step = trainer.global_step if last is None else step_saved(Path(best))

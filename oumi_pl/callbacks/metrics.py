@@ -104,8 +104,21 @@ class Metrics(L.Callback):
         data: ChatData = trainer.datamodule
         if self._prompts is None:
             self._prompts = self._fitting(pl_module, data)
+        texts = self._completions(trainer, pl_module, self._prompts)
+        means: dict[str, float] | UserError = {}
+        if trainer.is_global_zero:  # a metric may differ between two calls, and the best checkpoint is chosen by it
+            try:
+                means = self._means_of(texts, self._prompts)
+            except UserError as error:
+                means = error
+        means = trainer.strategy.broadcast(means)
+        if isinstance(means, UserError):
+            raise means
+        return means
+
+    def _means_of(self, texts: Sequence[str], prompts: Sequence[Prompt]) -> dict[str, float]:
         values: defaultdict[str, list[float]] = defaultdict(list)
-        for prompt, text in zip(self._prompts, self._completions(trainer, pl_module, self._prompts), strict=True):
+        for prompt, text in zip(prompts, texts, strict=True):
             for name, value in scores(self.metrics, text, prompt.row, KEY, f"the row {prompt.origin}").items():
                 values[name].append(value)
         return {name: math.fsum(numbers) / len(numbers) for name, numbers in values.items()}

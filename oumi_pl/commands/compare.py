@@ -69,7 +69,7 @@ def _compare(title: str, recipe: list[str], engines: list[str], options: argpars
     from oumi_pl.compare import report
     from oumi_pl.compare.run import TOLERANCE, compare
 
-    tolerance = options.tolerance or TOLERANCE
+    tolerance = TOLERANCE if options.tolerance is None else options.tolerance
     updates = max(tolerance, BFLOAT16) if "Muon" in options.optimizer else None
     how = {"tolerance": options.tolerance, "update_tolerance": updates}
     results, outcomes = compare(recipe, engines, options.steps, folder, **how)

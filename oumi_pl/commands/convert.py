@@ -58,7 +58,7 @@ def text_of(
         text, name = _read(path), path.name
     tree = _tree(text)
     library = peers.library_of(tree)
-    if peers.is_command(text) and library is None:
+    if library is None and not isinstance(tree, Mapping) and peers.is_command(text):
         library, (trainer, arguments) = "TRL", peers.command(text)
         tree = _from_command(arguments, path.parent)
     if library is None:

@@ -59,7 +59,8 @@ def verdict(name: str, lead: str, steps: int, outcome: Outcome, tolerance: float
         own = f" ({lead} cut into other micro-batches differs from itself by {measured}: that is rounding)"
     if difference is None:
         allowed_now = f", or {ROUNDING:g} times {lead}'s rounding" if rounding else ""
-        return f"{name} equals {lead} in all {steps} steps, within {tolerance or TOLERANCE:g}{allowed_now}{own}"
+        bound = TOLERANCE if tolerance is None else tolerance
+        return f"{name} equals {lead} in all {steps} steps, within {bound:g}{allowed_now}{own}"
     values = f"{lead} {_shown(difference.lead)}, {name} {_shown(difference.other)}"
     if difference.what == "update":
         values = f"by {difference.other:.2e} of {lead}'s"

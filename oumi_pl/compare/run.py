@@ -145,7 +145,7 @@ class _Tests:
 
     def outcome(self, other: Engine, tolerance: float | None, update_tolerance: float | None) -> Outcome:
         """The first difference of an engine, after what may be rounding was measured."""
-        of_rows, of_updates = tolerance or TOLERANCE, update_tolerance
+        of_rows, of_updates = TOLERANCE if tolerance is None else tolerance, update_tolerance
         difference = first_difference(self.lead, other, of_rows, of_updates)
         rounding: dict[str, float] = {}
         if difference is not None and tolerance is None and difference.what in MEASURED:
@@ -235,10 +235,11 @@ def first_difference(
     def bound(what: str, least: float) -> float:
         return max(least, min(MOST_ROUNDING, ROUNDING * (rounding or {}).get(what, 0.0)))
 
+    of_updates = tolerance if update_tolerance is None else update_tolerance
     for ours, theirs in zip(lead.held, other.held, strict=False):
         for what in CHECKED:
             if what == "update":
-                if not theirs[what] <= allowed(theirs, bound(what, update_tolerance or tolerance)):
+                if not theirs[what] <= allowed(theirs, bound(what, of_updates)):
                     return Difference(what, ours["step"], 0.0, theirs[what])
             elif what in ("batch", "target_tokens"):
                 if ours[what] != theirs[what]:

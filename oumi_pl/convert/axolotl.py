@@ -260,7 +260,10 @@ def _model(settings: Settings) -> dict[str, Any]:
     adapter = settings.get("adapter")
     if adapter not in (None, "lora", "qlora"):
         settings.refuse("adapter", f"{adapter} has no counterpart; use lora or qlora")
-    if adapter and not settings.get("lora_model_dir"):
+    if settings.get("lora_model_dir"):
+        training.refuse_quantized_adapter(settings, "lora_model_dir")
+        settings.comment(training.LORA, training.NEW_ADAPTER)
+    if adapter:
         init["lora"] = training.lora(settings, {"r": 8, "alpha": 8, "dropout": 0.0}, _targets(settings)) | _more_lora(
             settings
         )

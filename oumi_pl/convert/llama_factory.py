@@ -192,7 +192,10 @@ def _model(settings: Settings) -> dict[str, Any]:
         init["dtype"] = "bfloat16"
         if method == "lora":
             settings.comment(f"{MODEL}.dtype", "of the frozen weights; the adapter is trained in float32")
-    if method == "lora" and not adapter:
+    if adapter:
+        training.refuse_quantized_adapter(settings, "adapter_name_or_path")
+        settings.comment(training.LORA, training.NEW_ADAPTER)
+    if method == "lora":
         rank = settings.get("lora_rank", 8)
         defaults = {"r": 8, "alpha": 2 * int(rank), "dropout": 0.0}
         targets = str(settings.noted("lora_target", "all", training.LORA))

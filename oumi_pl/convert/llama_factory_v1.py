@@ -152,7 +152,10 @@ def _model(settings: Settings) -> dict[str, Any]:
         settings.refuse("peft_config", f"{peft.get('name')}: {OTHER_METHOD}")
     if peft.get("adapter_name_or_path"):
         init["model"] = peft["adapter_name_or_path"]
-    elif peft.get("name") == "lora":
+        settings.comment(training.LORA, training.NEW_ADAPTER)
+        if settings.get("quant_config"):
+            settings.refuse("quant_config", training.MERGE_FIRST)
+    if peft.get("name") == "lora":
         targets = peft.get("target_modules", "all")
         init["lora"] = {"r": peft.get("r", 8), "lora_alpha": peft.get("lora_alpha", 16)} | given(
             lora_dropout=float(peft.get("lora_dropout", 0.05)) or None,

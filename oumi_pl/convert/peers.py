@@ -31,8 +31,9 @@ def library_of(tree: Any) -> str | None:
 
 
 def is_command(text: str) -> bool:
-    """Whether a text is a command line of TRL's, or a shell script with one."""
-    return COMMAND.search(text) is not None and "--" in text
+    """Whether a text is a command line of TRL's, or a shell script with one. Comments don't count."""
+    lines = [line for line in text.splitlines() if not line.lstrip().startswith("#")]
+    return any(COMMAND.search(line) for line in lines) and any("--" in line for line in lines)
 
 
 def overridden(values: Mapping[str, Any], overrides: list[str]) -> dict[str, Any]:

@@ -271,13 +271,29 @@ def trainer(settings: Settings, *, epochs: float, mixed: str | None, devices: in
     )
 
 
+NEW_ADAPTER = "a new adapter: the one that is continued is merged into its base, which the export then needs"
+MERGE_FIRST = "merge the adapter into its base (`export --merge`) and name that folder: 4 or 8 bits can't take it up"
+
+
+def refuse_quantized_adapter(settings: Settings, key: str) -> None:
+    """Refuses an adapter that is continued on a quantized base, into which it can't be merged.
+
+    Raises:
+        UserError: it is so.
+    """
+    if any(settings.get(name) for name in ("quantization_bit", "load_in_4bit", "load_in_8bit")) or (
+        settings.get("adapter") == "qlora"
+    ):
+        settings.refuse(key, MERGE_FIRST)
+
+
 def strategy(settings: Settings) -> Any:
     """`trainer.strategy`, if devices share weights or states; None for Lightning's choice."""
     deepspeed, fsdp = settings.get("deepspeed"), settings.get("fsdp") or settings.get("fsdp_config")
     if not deepspeed and not fsdp:
         return None
-    if settings.get("load_in_4bit") or settings.get("load_in_8bit"):
-        settings.comment(STRATEGY, "a quantized base is not sharded here: each device holds it; the numbers are equal")
+    if settings.get("load_in_8bit") or settings.get("quantization_bit") == 8:
+        settings.comment(STRATEGY, "a base in 8 bits is not sharded here: each device holds it; the numbers are equal")
         return "ddp"
     if deepspeed and not fsdp and not _is_stage_3(deepspeed):
         settings.comment(STRATEGY, "DDP takes the place of DeepSpeed below ZeRO-3; the numbers are equal")

@@ -98,7 +98,9 @@ class LocalHead(NamedTuple):
 def divided_head(head: nn.Module, hidden: Tensor) -> LocalHead | None:
     """The part on this rank of a linear head whose weight a tensor group holds; None of any other head."""
     weight = getattr(head, "weight", None)
-    if type(head) is not nn.Linear or not isinstance(weight, DTensor) or weight.device_mesh.ndim != 1:
+    if type(head) is not nn.Linear or not isinstance(weight, DTensor):
+        return None
+    if weight.device_mesh.mesh_dim_names != ("tensor",):  # of FSDP2, which a call of the wrapper gathers
         return None
     if weight.device.type != hidden.device.type or not weight.is_floating_point() or head._forward_hooks:
         return None

@@ -1,5 +1,6 @@
 """Metrics of completions: functions `(completion, row) -> number or mapping`, in bulk and while training."""
 
+import contextlib
 import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -58,7 +59,8 @@ def scores(metrics: Mapping[str, Metric], text: str, row: Mapping[str, Any], key
         named = {f"{name}/{part}": v for part, v in result.items()} if isinstance(result, Mapping) else {name: result}
         for full_name, value in named.items():
             if not isinstance(value, bool | int | float) and hasattr(value, "item"):  # a number of numpy or torch
-                value = value.item()  # noqa: PLW2901
+                with contextlib.suppress(ValueError, RuntimeError):  # several numbers, which is refused below
+                    value = value.item()  # noqa: PLW2901
             if not isinstance(value, bool | int | float) or not math.isfinite(value):
                 raise UserError(f"{key}: {full_name} is {value!r:.40} for {place}, but has to be a finite number")
             values[full_name] = float(value)

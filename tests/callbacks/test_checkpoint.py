@@ -8,7 +8,7 @@ import lightning as L
 import pytest
 import torch
 
-from oumi_pl.callbacks import checkpoint
+from oumi_pl.callbacks import checkpoint, export
 from oumi_pl.callbacks.checkpoint import Checkpoints
 from oumi_pl.errors import UserError
 from oumi_pl.runs import background
@@ -182,6 +182,25 @@ def test_an_error_in_training_waits_for_the_checkpoint_that_is_being_written(tmp
     with pytest.raises(ValueError, match="in training"):
         run(tmp_path, checkpoints, before=[Fails()], limit_val_batches=0)
     assert [p.name for p in checkpoints.directory.iterdir()] == ["step-00000003.ckpt"]
+
+
+def test_an_export_waits_for_the_best_weights(tmp_path, monkeypatch):
+    write, present = checkpoint._write_file, []
+
+    def write_late(*args):
+        time.sleep(0.3)
+        write(*args)
+
+    class Exports(export.Export):
+        def write(self, trainer, pl_module, folder, metrics):
+            present.append({path.name for path in (folder / "checkpoints").iterdir()})
+
+    monkeypatch.setattr(checkpoint, "_write_file", write_late)
+    monkeypatch.setattr(export, "run_directory", lambda trainer: tmp_path)
+    monkeypatch.setattr(export, "is_due", lambda *_: True)
+    monkeypatch.setattr(export, "completed", lambda *_: None)
+    run(tmp_path, Checkpoints(every=9, monitor="val/loss", asynchronous=True), before=[Exports()], max_steps=2)
+    assert ["best.ckpt" in names for names in present] == [True]
 
 
 def test_work_that_failed_is_raised_once_and_ends_the_work_after_it():
