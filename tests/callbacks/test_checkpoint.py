@@ -199,7 +199,7 @@ def test_an_export_waits_for_the_best_weights(tmp_path, monkeypatch):
     monkeypatch.setattr(export, "run_directory", lambda trainer: tmp_path)
     monkeypatch.setattr(export, "is_due", lambda *_: True)
     monkeypatch.setattr(export, "completed", lambda *_: None)
-    run(tmp_path, Checkpoints(every=9, monitor="val/loss", asynchronous=True), before=[Exports()], max_steps=2)
+    run(tmp_path, Checkpoints(every=9, monitor="val/loss", asynchronous=True), before=[Exports()], max_steps=1)
     assert ["best.ckpt" in names for names in present] == [True]
 
 
