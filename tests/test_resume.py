@@ -71,6 +71,27 @@ def newest(directory):
     return max(directory.glob("step-*.ckpt"), default=None)
 
 
+class Epochs(L.Callback):
+    """Keeps the epochs that were logged, by step."""
+
+    def __init__(self):
+        self.by_step = {}
+
+    def on_train_batch_end(self, trainer, *_):
+        if not trainer.fit_loop._should_accumulate():
+            self.by_step[trainer.global_step] = float(trainer.callback_metrics["epoch"])
+
+
+@pytest.mark.parametrize("validation", [None, 0.2])
+def test_a_run_resumed_at_the_end_of_an_epoch_and_again_within_the_next_counts_its_epochs(tmp_path, validation):
+    whole, resumed = Epochs(), Epochs()
+    _, seen = run(tmp_path, tmp_path / "whole", every=1, validation=validation, callbacks=[whole])
+    for kill in (len(seen) // 3, 3, 10**9):  # at the end of the first epoch, after an update of the second, and never
+        resume = newest(tmp_path / "killed")
+        run(tmp_path, tmp_path / "killed", kill, 1, resume, validation=validation, callbacks=[resumed])
+    assert resumed.by_step == whole.by_step
+
+
 class MetricsAtEpochEnds(L.Callback):
     """Keeps the metrics that a callback sees at the end of each epoch."""
 

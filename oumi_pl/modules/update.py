@@ -218,6 +218,12 @@ class UpdateModule(L.LightningModule):
     def begin_batch(self, batch: Any, batch_idx: int) -> None:
         """Runs before each micro-batch."""
         self.__batch, self.__is_counted = batch, False
+        epochs = self.trainer.fit_loop.epoch_progress
+        if epochs.total.ready == epochs.total.completed:
+            # A run that was resumed at the end of an epoch: Lightning does not count the next one as begun, and a resume
+            # from a checkpoint within that one would begin it again.
+            epochs.increment_ready()
+            epochs.increment_started()
 
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
         """Returns the micro-batch's share of the update's mean loss.
