@@ -104,11 +104,13 @@ class Shards:
                     begin = end
 
     def check(self) -> None:
-        """Reads all blocks of tokens that this process has not read yet.
+        """Reads the keys of documents, and all blocks of tokens that this process has not read yet.
 
         Raises:
-            DamagedError: one is not as it was written.
+            DamagedError: something is not as it was written.
         """
+        for name in self.manifest.get("keys_crc32", {}):
+            self._whole_file(name)
         for shard, (tokens, blocks) in enumerate(zip(self._tokens, self._blocks, strict=True)):
             if blocks is not None:
                 self._check_blocks(shard, 0, len(tokens))

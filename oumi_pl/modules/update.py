@@ -220,7 +220,7 @@ class UpdateModule(L.LightningModule):
         self.__batch, self.__is_counted = batch, False
         epochs = self.trainer.fit_loop.epoch_progress
         if epochs.total.ready == epochs.total.completed:
-            # A run that was resumed at the end of an epoch: Lightning does not count the next one as begun, and a resume
+            # The run was resumed at the end of an epoch: Lightning does not count the next one as begun, and a resume
             # from a checkpoint within that one would begin it again.
             epochs.increment_ready()
             epochs.increment_started()

@@ -29,7 +29,7 @@ def source(tmp_path):
     return write_jsonl(tmp_path / "rows.jsonl", [{"text": f"Document {i} of the corpus."} for i in range(20)])
 
 
-NAMES = ("tokens-00000.bin", "index-00000.npy", MANIFEST)
+NAMES = ("tokens-00000.bin", "index-00000.npy", "keys.bin", "origins.txt", MANIFEST)
 
 
 @pytest.mark.parametrize("name", NAMES)
