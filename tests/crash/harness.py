@@ -353,11 +353,13 @@ def _run(
         faulthandler.register(STACKS, file=2, all_threads=True)
         sys.path.insert(0, str(folder))
         os.setpgid(0, 0)  # signals to its process group reach its loader workers, and not the tests
+        record = (folder / "operations.json").open("w") if faults is not None else None
         if faults is not None:
             faults.install()
         code = main([*args])
-        if faults is not None:
-            (folder / "operations.json").write_text(json.dumps(faults.operations))
+        if faults is not None and record is not None:  # opened before, so that this is no operation of the run
+            record.write(json.dumps(faults.operations))
+            record.close()
     except BaseException:
         traceback.print_exc()
     finally:
