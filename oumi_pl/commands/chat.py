@@ -1,4 +1,4 @@
-"""Talk with a model in the terminal. /clear begins anew, /exit or the end of input ends, Ctrl-C stops an answer."""
+"""Talk with a model in the terminal. /clear starts over, /exit or the end of input ends, Ctrl-C stops an answer."""
 
 import argparse
 import contextlib
@@ -30,7 +30,7 @@ def main(args: list[str]) -> int:
     if options.seed is not None:
         torch.manual_seed(options.seed)
     if sys.stdin.isatty():
-        echo("/clear begins anew, /exit ends, Ctrl-C stops an answer", file=sys.stderr)
+        echo("/clear starts over, /exit ends, Ctrl-C stops an answer", file=sys.stderr)
     conversation = Chat(loaded, options)
     for line in _lines():
         if line in EXIT:
