@@ -182,7 +182,7 @@ class Checkpoints(Checkpoint):
 
         Args:
             trainer: The trainer.
-            beside_best: Whether `best.ckpt` of this step may still be in the making. Otherwise, this waits for an
+            beside_best: Whether `best.ckpt` of this step may still be being written. Otherwise, this waits for an
                 earlier checkpoint, so that host memory holds one at most.
         """
         step = trainer.global_step

@@ -224,13 +224,19 @@ def _kind(settings: Settings) -> str:
 
 
 def _bf16(settings: Settings) -> bool:
-    return is_on(settings.get("bf16", False)) or bool(settings.get("bfloat16"))
+    return _is_bf16_on(settings) or bool(settings.get("bfloat16"))
+
+
+def _is_bf16_on(settings: Settings) -> bool:
+    """Whether `bf16` is on: `auto`, its default, is on cards that have it; null, or another precision, is not."""
+    is_off = "bf16" in settings.null or any(settings.get(name) for name in ("fp16", "float16", "bfloat16"))
+    return is_on(settings.get("bf16", not is_off))
 
 
 def _mixed(settings: Settings) -> str | None:
     if settings.get("fp8"):
         settings.comment("trainer.precision", "fp8: matrices are multiplied in bfloat16, which is more exact")
-    if is_on(settings.get("bf16", False)):
+    if _is_bf16_on(settings):
         return "bf16"
     return "fp16" if settings.get("fp16") else None
 

@@ -148,9 +148,9 @@ def _source(settings: Settings, one: dict[str, Any], kind: str) -> dict[str, Any
             settings.comment(TRAIN, f"{path}: only its {', '.join(files)}: fetch it and name it as path")
         else:
             path = str(files[0])
-    found = {"path": path} | given(config=one.get("name"), revision=one.get("revision"))
-    found |= {"split": one["split"]} if one.get("split", "train") != "train" else {}
-    return found | _READERS[kind](settings, one)
+    source = {"path": path} | given(config=one.get("name"), revision=one.get("revision"))
+    source |= {"split": one["split"]} if one.get("split", "train") != "train" else {}
+    return source | _READERS[kind](settings, one)
 
 
 def _conversations(settings: Settings, one: Mapping[str, Any]) -> dict[str, Any]:

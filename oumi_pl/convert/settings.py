@@ -57,6 +57,8 @@ class Settings:
 
     def __init__(self, values: Mapping[str, Any], keys: Keys) -> None:
         self.values = {str(key): value for key, value in values.items() if value is not None}
+        self.null = {str(key) for key, value in values.items() if value is None}
+        """Keys that are null, for those where that is another value than the default."""
         self.keys = keys
         self.notes = Notes()
         self._refuse_other_types()

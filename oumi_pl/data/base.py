@@ -173,7 +173,7 @@ class TextData(L.LightningDataModule):
         """Prompt ids and reference answer of each row of a split, for sampling completions."""
 
     def prompts_by_source(self, split: str) -> list[Iterator[tuple[list[int], str]]]:
-        """As `prompts`, for each source of a split; a single iterator if its sources aren't told apart."""
+        """As `prompts`, for each source of a split; one iterator for all of them if they can't be separated."""
         return [self.prompts(split)]
 
     def prompts_with_rows(self, split: str) -> Iterator[tuple[list[int], str, Row]]:

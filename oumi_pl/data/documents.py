@@ -85,8 +85,8 @@ def texts(
     before: Sequence[Keyed] | None = None,
 ) -> Iterator[str]:
     """Yields the text of each document of a source, in order, without empty ones; arguments as of `texts_with_rows`."""
-    found = texts_with_rows(source, keep, counts, streaming, render, bad_rows=bad_rows, before=before)
-    return (text for text, _ in found)
+    pairs = texts_with_rows(source, keep, counts, streaming, render, bad_rows=bad_rows, before=before)
+    return (text for text, _ in pairs)
 
 
 def texts_with_rows(

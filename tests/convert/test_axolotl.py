@@ -32,10 +32,12 @@ PAIRS = SFT | {"rl": "dpo", "datasets": [{"path": "org/pairs", "type": "chatml.i
         (SFT, {}, "data.group_by_length", False),
         (SFT, {}, "data.packing", None),
         (SFT, {}, "data.train_on", None),
-        (SFT, {}, "trainer.precision", None),
+        (SFT, {}, "trainer.precision", "bf16-mixed"),  # axolotl's default of bf16 is auto
         (SFT, {}, "seed_everything", 42),
         # keys of the model
         (SFT, {"bf16": "auto"}, "model.dtype", "bfloat16"),
+        (SFT, {"bf16": False}, "trainer.precision", None),
+        (SFT, {"fp16": True}, "trainer.precision", "16-mixed"),
         (SFT, {"bf16": "auto"}, "trainer.precision", "bf16-mixed"),
         (SFT, {"fp16": True}, "model.dtype", "float32"),
         (SFT, {"gradient_checkpointing": True}, "model.gradient_checkpointing", True),
@@ -114,6 +116,11 @@ def test_a_key_becomes_the_one_that_means_the_same(base, more, place, value):
     assert at(tree, place) == value
     assert set(more) - {key for key, one in more.items() if one is None} <= set(settings.notes.became) | {"plugins"}
     assert_fits(tree)
+
+
+def test_bf16_that_is_null_is_off():
+    tree, _ = converted(SFT | {"bf16": None})
+    assert at(tree, "trainer.precision") is None
 
 
 def test_every_default_that_is_written_out_is_called_one():
