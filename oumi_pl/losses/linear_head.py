@@ -26,8 +26,8 @@ CHUNK_ELEMENTS = {"cpu": 2**24, "cuda": 2**26}
 MIN_ROWS = 128
 """Smallest chunk, however large the vocabulary: each chunk reads the head's weight and its gradient once."""
 COLUMNS = {"cpu": 2048}
-"""Columns of the logits per matrix product, per type of device (all elsewhere): what a product reads and writes stays in
-a processor's cache."""
+"""Columns of the logits per matrix product, per type of device (all elsewhere): what a product reads and writes stays
+in a processor's cache."""
 BLOCK_ELEMENTS = {"cpu": 2**18}
 """Logits per step of a softmax, per type of device (the chunk elsewhere): several passes over 1 MB of float32."""
 _ROW_ALIGNMENT = 64  # elements; see `LinearHead.logits`
