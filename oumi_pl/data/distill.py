@@ -76,6 +76,7 @@ class DistillData(RolloutData):
     plan = ChatData.plan
     column_values = ChatData.column_values
     held_out_rows = ChatData.held_out_rows
+    row_texts = ChatData.row_texts
     lengths = ChatData.lengths
     make_eval_loader = ChatData.make_eval_loader
 

@@ -174,14 +174,14 @@ def repeated(sources: Sequence[Keyed]) -> dict[str, Any]:
     again = np.flatnonzero(earliest != np.arange(len(keys)))
     if not len(again):
         return {"rows": 0, "first": []}
-    place = _Places(sources)
+    place = Places(sources)
     pairs = ((place(i), place(earliest[i])) for i in again.tolist())
     # not the same row, which `sample` reads several times
     others = [(row, earlier) for row, earlier in pairs if row != earlier]
     return {"rows": len(others), "first": [[row[1], earlier[1]] for row, earlier in others[:LISTED]]}
 
 
-class _Places:
+class Places:
     """Number of the source, and origin, of rows that are counted over several sources."""
 
     def __init__(self, sources: Sequence[Keyed]) -> None:
@@ -189,6 +189,7 @@ class _Places:
         self.starts = np.cumsum([0, *map(len, self.origins)])
 
     def __call__(self, row: int) -> tuple[int, str]:
+        """The number of the source, and the origin, of a row."""
         source = int(np.searchsorted(self.starts, row, side="right")) - 1
         return source, self.origins[source][row - int(self.starts[source])]
 
@@ -206,6 +207,6 @@ def prompts_in_training(held_out: Keyed, training: Sequence[Keyed]) -> dict[str,
         return {"rows": 0, "identical": 0, "first": []}
     records = np.concatenate([rows.record_keys for rows in training])
     identical = int(np.isin(held_out.record_keys[shared], records).sum())
-    place = _Places(training)
+    place = Places(training)
     first = [[held_out.origins[i], place(places[at[i]])[1]] for i in shared[:LISTED].tolist()]
     return {"rows": len(shared), "identical": identical, "first": first}

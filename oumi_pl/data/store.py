@@ -365,7 +365,7 @@ def example_store(
         UserError: rows can't be used; lists the reasons with the files and lines of the first rows.
     """
     reading = [source.columns, source.ignore, source.label, source.template_variables, bad_rows, columns, kept]
-    parts = [fingerprint(source), reading, *_format_key(source, formats), key, _own_code()]
+    parts = [fingerprint(source), reading, *_format_key(source, formats), key, own_code()]
     parts += [] if before is None else [[store.directory.name for store in before]]
     directory = cache_root() / "examples" / cache_key(*parts)
     if is_whole(directory):
@@ -491,7 +491,7 @@ def encode_all(encode: Encode, records: list[Record]) -> list[Example | Dropped 
     return encoded
 
 
-def _own_code() -> str:
+def own_code() -> str:
     """Hash of this package's code that makes examples, so that no version reads another's cache."""
     here = Path(__file__).parent
     digest = hashlib.blake2b(digest_size=16)

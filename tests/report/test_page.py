@@ -206,10 +206,14 @@ def test_repeated_rows_are_shown_with_the_first_of_them(tmp_path):
     data["train"]["duplicates"] = {"rows": 2, "first": [["a.jsonl:5", "a.jsonl:1"]]}
     data["validation"] = data["train"] | {
         "prompts_in_training": {"rows": 3, "identical": 1, "first": [["b.jsonl:1", "a.jsonl:9"]]},
-        "sources": [{"source": "b.jsonl", "rows": 8, "prompts_in_training": 3}],
+        "text_in_training": {"rows": 4, "half": 2, "first": [["b.jsonl:2", "a.jsonl:8"]]},
+        "near_duplicates": {"rows": 0, "first": []},
+        "sources": [{"source": "b.jsonl", "rows": 8, "prompts_in_training": 3, "text_in_training": 4}],
     }
     (folder / "data.json").write_text(json.dumps(data))
     _, elements = read(folder)
     assert "2: a.jsonl:5 = a.jsonl:1" in elements.text
     assert "3: b.jsonl:1 = a.jsonl:9" in elements.text
     assert "prompts in training" in elements.text
+    assert "4: b.jsonl:2 ~ a.jsonl:8" in elements.text
+    assert "text in training" in elements.text
