@@ -202,6 +202,8 @@ class RolloutData(ChatData):
         names = [*(f"pass@{k}" for k in self.pass_at), *self.metric_names]
         names += [f"rewards/{name}" for name in self.rewards.names] if len(self.rewards.names) > 1 else []
         names += ["groups_without_variance"] if self.eval_completions > 1 else []
+        sources = self.source_names("validation") if self.sources["validation"] is not None else []
+        names += [f"reward/{name}" for name in sources] if len(sources) > 1 else []
         return [f"val/{name}" for name in names]
 
     @cached_property
@@ -552,7 +554,8 @@ class RolloutData(ChatData):
         `penalties` (of the KL), `metrics` (`[completions, metrics]`), `lengths` and `finished`, for each completion,
         `sampled_logps` and `entropies` for each target, and the number of `completions` per prompt; with `extra_rounds`
         in training, `extra_groups` for each completion; with an environment, the policy's `turns`; `policy_logps` for
-        each target if they were recomputed.
+        each target if they were recomputed; of several sources, the number of the one that each completion's prompt is
+        from (`sources`).
         """
         examples = [self.example(split, group) for group in groups]
         batch: Any = collate([([g.prompt], [e]) for g, e in zip(groups, examples, strict=True)], self.pad_id)
@@ -582,6 +585,11 @@ class RolloutData(ChatData):
             batch["policy_logps"] = _floats(np.concatenate(recomputed))
         if self.extra_rounds and split == "train":
             batch["extra_groups"] = _floats([group.extra for group in groups for _ in range(members)])
+        reports = self.__reports.get(split, [])
+        if len(reports) > 1:
+            ends = np.cumsum([report["kept"] for report in reports])
+            of_groups = np.searchsorted(ends, [group.prompt for group in groups], side="right")
+            batch["sources"] = torch.as_tensor(np.repeat(of_groups, members))
         batch["completions"] = members
         return batch
 
