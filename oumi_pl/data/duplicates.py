@@ -1,6 +1,5 @@
 """Duplicates: rows that are repeated within a split, and held-out rows whose prompt is in training too."""
 
-import os
 import struct
 from array import array
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -12,6 +11,7 @@ import numpy as np
 from oumi_pl.data.splitting import content_hash, prompt_hash
 from oumi_pl.data.tokenize import Dropped
 from oumi_pl.runs.files import sync
+from oumi_pl.runs.folders import half_of
 from oumi_pl.types import BadRow, Record
 
 Duplicates = Literal["keep", "drop"]
@@ -81,13 +81,14 @@ class KeyFiles:
 
     def __init__(self, directory: Path) -> None:
         self.directory = directory
-        self._files = {name: (directory / f".{name}.{os.getpid()}").open("wb") for name in (self.KEYS, self.ORIGINS)}
+        self._files = {name: half_of(directory / name).open("wb") for name in (self.KEYS, self.ORIGINS)}
 
     def add(self, origin: str, record: Record) -> None:
         """Adds a row."""
         keys = content_hash(record.content_key()), prompt_hash(record.split_key())
         self._files[self.KEYS].write(struct.pack("<QQ", *keys))
-        self._files[self.ORIGINS].write(origin.replace("\n", " ").encode() + b"\n")
+        # a file's name may have bytes that aren't UTF-8, which Python reads as halves of surrogate pairs
+        self._files[self.ORIGINS].write(origin.replace("\n", " ").encode(errors="surrogateescape") + b"\n")
 
     def close(self, *, keep: bool) -> None:
         """Closes the files, and names or removes them."""
@@ -113,7 +114,7 @@ class Lines(Sequence[str]):
 
     def __getitem__(self, index: Any) -> Any:
         start = int(self._ends[index - 1]) + 1 if index else 0
-        return self._bytes[start : int(self._ends[index])].tobytes().decode()
+        return self._bytes[start : int(self._ends[index])].tobytes().decode(errors="surrogateescape")
 
 
 class Repeats:

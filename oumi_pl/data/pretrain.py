@@ -361,13 +361,15 @@ class PretrainData(TextData):
     def prompts(self, split: str) -> Iterator[tuple[list[int], str]]:
         """The beginning of each document of a split, and as much of its continuation; for `predict`, whole texts."""
         if split == "predict":
-            yield from ((ids, reference) for ids, reference, _ in self.prompts_with_rows(split))
+            yield from ((ids, reference) for ids, reference, _ in self.__texts_to_continue())
             return
-        yield from itertools.chain.from_iterable(self.prompts_by_source(split))
+        yield from itertools.chain.from_iterable(map(self.__beginnings, self.shards(split)))
 
     def prompts_by_source(self, split: str) -> list[Iterator[tuple[list[int], str]]]:
         """See `TextData`."""
-        return [self.prompts(split)] if split == "predict" else list(map(self.__beginnings, self.shards(split)))
+        if split == "predict" or type(self).prompts is not PretrainData.prompts:
+            return super().prompts_by_source(split)
+        return list(map(self.__beginnings, self.shards(split)))
 
     def __beginnings(self, shards: Shards) -> Iterator[tuple[list[int], str]]:
         for ids in shards.read(0):
@@ -376,12 +378,15 @@ class PretrainData(TextData):
             yield ids[:tokens].tolist(), str(self.tokenizer.decode(rest, skip_special_tokens=True))
 
     def prompts_with_rows(self, split: str) -> Iterator[tuple[list[int], str, Row]]:
-        """As `prompts`; those of `predict` with their rows, of which a text file has one per line."""
-        if split != "predict":
-            yield from super().prompts_with_rows(split)
-            return
+        """As `prompts`; those of `predict` with their rows, unless a subclass has prompts of its own."""
+        if split != "predict" or type(self).prompts is not PretrainData.prompts:
+            return super().prompts_with_rows(split)
+        return self.__texts_to_continue()
+
+    def __texts_to_continue(self) -> Iterator[tuple[list[int], str, Row]]:
+        """The texts of `predict`, of which a text file has one per line, with their rows."""
         tokenize = TokenizeDocuments(self.tokenizer)
-        parts = [part._replace(source=by_line(part.source)) for part in self.parts(split)]
+        parts = [part._replace(source=by_line(part.source)) for part in self.parts("predict")]
         for text, row in itertools.chain.from_iterable(part.texts_with_rows() for part in parts):
             yield tokenize.prompt(text), "", row
 

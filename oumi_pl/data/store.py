@@ -160,7 +160,9 @@ class ExampleStore:
     @cached_property
     def origins(self) -> list[str]:
         """File and line of each example's row."""
-        origins = (self.directory / ORIGINS).read_text(encoding="utf-8").split("\n")[: len(self)]
+        origins = (
+            (self.directory / ORIGINS).read_text(encoding="utf-8", errors="surrogateescape").split("\n")[: len(self)]
+        )
         return [self._origin(origin) for origin in origins] if self._renamed else origins
 
     @cached_property
@@ -293,7 +295,8 @@ def _write_keys(directory: Path, keys: RowKeys | None, count: int) -> dict[str, 
     numbers = np.arange(count, dtype=np.uint64)
     origins = [f"row {i + 1}" for i in numbers.tolist()] if keys is None else keys.origins
     lines = (origin.replace("\n", " ") + "\n" for origin in origins)
-    (directory / ORIGINS).write_text("".join(lines), encoding="utf-8")
+    # a file's name may have bytes that aren't UTF-8, which Python reads as halves of surrogate pairs
+    (directory / ORIGINS).write_text("".join(lines), encoding="utf-8", errors="surrogateescape")
     if keys is not None and keys.columns:
         (directory / COLUMNS).write_text(json.dumps(keys.columns), encoding="utf-8")
     if keys is None:
