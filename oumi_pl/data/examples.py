@@ -66,7 +66,7 @@ class ExampleData(TextData):
             leaves them out. The data report counts them in both cases.
         near_duplicates: Also count rows that are nearly the same: those of a split that share at least half of their
             runs of 13 words with an earlier row, and held-out rows that share one with training. They are counted and
-            never left out, not by `duplicates: drop` either: two questions about one long text are near, too. Takes
+            never left out, not even with `duplicates: drop`: two questions about one long text are near, too. Takes
             seconds per 10,000 rows, once.
         weight_by: What the weights of sources are shares of: `rows`, `tokens`, or `targets` (tokens that carry loss, by
             their weight). With long and short answers these differ; the data report shows all three.

@@ -51,7 +51,7 @@ class PretrainData(TextData):
             data report counts them, and held-out documents that are in training too.
         near_duplicates: Also count documents that are nearly the same: those of a split that share at least half of
             their runs of 13 words with an earlier one, and held-out documents that share one with training. They are
-            counted and never left out, not by `duplicates: drop` either. Takes seconds per 10,000 documents, once, and
+            counted and never left out, not even with `duplicates: drop`. Takes seconds per 10,000 documents, once, and
             8 bytes of disk per word meanwhile.
         exhausted: At the end of a source, `stop` ends the pass (an epoch); `restart` begins that source again, so that
             only `trainer.max_steps` ends the run.

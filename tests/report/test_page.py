@@ -144,6 +144,7 @@ def test_meanings_come_from_the_table_of_metrics():
     assert meaning("val/perplexity/web") == meaning("val/perplexity") == "exp of val/nll"
     assert meaning("val/something") == meaning("val") == ""
     assert meaning("val/pass@8") == meaning("val/pass@1") != ""
+    assert meaning("val/reward/easy") == meaning("val/reward") != ""
     assert meaning("val/rewards/gsm8k") == meaning("train/rewards/gsm8k_std") != meaning("train/rewards/chosen_std")
 
 
@@ -161,6 +162,7 @@ def online(tmp_path):
     folder = run_folder(tmp_path, steps=0)
     columns = {f"train/{name}": {1: 0.5, 2: 0.6} for name in ("reward", "rewards/right", "rewards/right_std", "loss")}
     columns |= {f"train/{name}": {1: 0.5, 2: 0.6} for name in ("rewards/short", "length", "entropy", "kl", "truncated")}
+    columns |= {f"train/reward/{name}": {1: 0.5, 2: 0.6} for name in ("easy", "hard")}
     columns |= {f"train/seconds/{name}": {1: 0.5, 2: 0.6} for name in ("generating", "rewarding", "training")}
     write_metrics(folder, columns | {f"val/{name}": {2: 0.25} for name in ("loss", "reward", "pass@1", "pass@4")})
     lines = [
@@ -192,9 +194,16 @@ def test_groups_show_the_best_and_the_worst_completion_of_a_prompt_over_time(onl
 
 def test_online_training_is_summarised_by_rewards_instead_of_its_loss(online):
     _, elements = online
-    for shown in ("Training reward", "Validation reward", "pass@4", "Reward by component", "Completion length"):
+    for shown in (
+        "Training reward",
+        "Validation reward",
+        "pass@4",
+        "Reward by component",
+        "Reward by source",
+        "Completion length",
+    ):
         assert shown in elements.text
-    for shown in ("Entropy of the policy", "KL divergence", "Seconds per update", "Policy loss"):
+    for shown in ("Reward by source", "Entropy of the policy", "KL divergence", "Seconds per update", "Policy loss"):
         assert shown in elements.text
     for hidden in ("Training loss", "Validation loss", "nats per target token"):
         assert hidden not in elements.text
