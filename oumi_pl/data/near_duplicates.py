@@ -21,6 +21,7 @@ import hashlib
 import json
 import re
 import tempfile
+import zlib
 from array import array
 from bisect import bisect_right
 from collections import Counter, defaultdict
@@ -114,8 +115,10 @@ def _counted(sources: Sequence[RowTexts], training: Sequence[RowTexts] | None) -
     names = [None if rows is None else [source.name for source in rows] for rows in (sources, training)]
     file = cache_root() / "near_duplicates" / f"{cache_key(*names, WORDS, COMMON, own_code())}.json"
     try:
-        return dict(json.loads(file.read_bytes()))
-    except (FileNotFoundError, ValueError):  # or damaged
+        cached = json.loads(file.read_bytes())
+        if cached["crc32"] == zlib.crc32(json.dumps(cached["counts"]).encode()):
+            return dict(cached["counts"])
+    except (FileNotFoundError, ValueError, LookupError, TypeError):  # none, or a damaged one
         pass
     counts: dict[str, Any] = {}
     of_sources = [Grams(source) for source in sources]
@@ -125,7 +128,7 @@ def _counted(sources: Sequence[RowTexts], training: Sequence[RowTexts] | None) -
         counts["in_training"] = text_in_training(of_sources, _numbered(training, map(Grams, training)))
     file.parent.mkdir(parents=True, exist_ok=True)
     remove_abandoned(file.parent)
-    files.write(file, json.dumps(counts))
+    files.write(file, json.dumps({"crc32": zlib.crc32(json.dumps(counts).encode()), "counts": counts}))
     return counts
 
 

@@ -214,7 +214,7 @@ class Shards:
     def _checked(self, ids: np.ndarray, shard: int) -> np.ndarray:
         """Returns the ids if all are in the vocabulary: larger ones would index past the embedding table."""
         if self._vocabulary is not None and len(ids) and (largest := int(ids.max())) >= self._vocabulary:
-            raise UserError(
+            raise DamagedError(
                 f"{self.directory / f'tokens-{shard:05}.bin'}: holds the id {largest}, and the tokenizer has "
                 f"{self._vocabulary}: it was overwritten or damaged; prepare it again"
             )

@@ -211,8 +211,15 @@ def test_the_report_names_near_rows_of_training_and_of_every_held_out_source(tmp
     monkeypatch.setattr(near_duplicates, "grams_of", lambda text: pytest.fail("counted again"))
     again = SFTData(train, [first, second], **OPTIONS)
     assert opened(again) == report
-    # `drop` leaves out what repeats a row word for word, and near rows are counted as before
+    # and counts again if they are damaged: a digit would be wrong in silence
     monkeypatch.undo()
+    monkeypatch.setenv("OUMI_PL_CACHE", str(tmp_path / "cache"))
+    files = list((tmp_path / "cache" / "near_duplicates").glob("*.json"))
+    assert len(files) == 2
+    for file in files:
+        file.write_text(file.read_text().replace('"rows": 1', '"rows": 3'))
+    assert opened(SFTData(train, [first, second], **OPTIONS)) == report
+    # `drop` leaves out what repeats a row word for word, and near rows are counted as before
     monkeypatch.setenv("OUMI_PL_CACHE", str(tmp_path / "other"))
     dropped = opened(SFTData(train, [first, second], **OPTIONS, duplicates="drop"))["train"]
     assert dropped["dropped"] == {REPEATED: 1}
