@@ -4,6 +4,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import yaml
+
 from oumi_pl.convert import training
 from oumi_pl.convert.settings import Keys, Settings
 from oumi_pl.convert.training import MODEL, SPEED
@@ -27,6 +29,10 @@ _MODEL = {
     **dict.fromkeys(
         ("load_in_4bit", "load_in_8bit", "bnb_4bit_quant_type", "use_bnb_nested_quant"), "model.quantization"
     ),
+}
+_DEVICES = {
+    **dict.fromkeys(("accelerate_config", "config_file"), "trainer.strategy"),
+    "num_processes": "trainer.devices",
 }
 _DATA = {
     **dict.fromkeys(("dataset_name", "datasets"), "data.train"),
@@ -65,7 +71,8 @@ _OF_REWARD = {
 
 WITHOUT_EFFECT = training.WITHOUT_EFFECT | {
     **dict.fromkeys(("padding_free", "pad_to_multiple_of", "dataset_num_proc", "precompute_ref_*"), SPEED),
-    **dict.fromkeys(("bnb_4bit_quant_storage", "num_processes", "config_file", "accelerate_config"), SPEED),
+    **dict.fromkeys(("bnb_4bit_quant_storage",), SPEED),
+    "launcher": "it decides on how processes are started",
     "dataset_kwargs": "rows are tokenized here in any case",
     "ignore_bias_buffers": "buffers are not synchronised",
     "lora_task_type": "it follows from the trainer type",
@@ -86,9 +93,17 @@ ONLY = {
     "bnb_4bit_quant_type": ("nf4",),
 }
 """Argument -> the values that have a counterpart."""
+UNCUT = 32_768
+"""Tokens of a row where TRL cuts none: longer ones stop the run."""
+NULL = {"max_grad_norm": 0.0, "gradient_checkpointing": False, "max_length": UNCUT}
+"""Argument -> the value that null stands for; of others it is the default, or refused by TRL."""
 KEYS = {
     name: Keys(
-        "TRL", training.NAMES | _MODEL | _DATA | own | {"f_divergence_type": "model.loss"}, WITHOUT_EFFECT, REFUSED
+        "TRL",
+        training.NAMES | _MODEL | _DEVICES | _DATA | own | {"f_divergence_type": "model.loss"},
+        WITHOUT_EFFECT,
+        REFUSED,
+        null=NULL,
     )
     for name, own in {"sft": _OF_SFT, "dpo": _OF_DPO, "kto": _OF_KTO, "reward": _OF_REWARD}.items()
 }
@@ -113,19 +128,15 @@ def recipe(values: Mapping[str, Any], name: str | None, devices: int | None = No
             settings.refuse(argument, f"{settings.get(argument)!r} has no counterpart; the only value is {known[0]}")
     if not settings.has("model_name_or_path") and not settings.has("model"):
         settings.refuse("model_name_or_path", "missing, and there is no default")
-    kind = TRAINERS[name]
     data = _data(settings, name)
     init = _model(settings) | _OBJECTIVES[name](settings)
     init["optimizer"] = training.optimizer(settings, "adamw_torch_fused", RATES[name])
     if (schedule := training.schedule(settings, "linear")) is not None:
         init["schedule"] = schedule
     mixed = "fp16" if settings.get("fp16") else "bf16" if settings.noted("bf16", True, "trainer.precision") else None
-    tree = {
-        "seed_everything": int(settings.noted("seed", 42, "seed_everything")),
-        "model": {"class_path": kind, "init_args": init},
-        "data": data,
-        "trainer": training.trainer(settings, epochs=3.0, mixed=mixed, devices=devices),
-    }
+    devices = _launch(settings, devices)
+    trainer = training.trainer(settings, epochs=3.0, mixed=mixed, devices=devices)
+    tree = training.sections(settings, TRAINERS[name], init, data, trainer)
     logger = training.loggers(settings.get("report_to"))
     return tree | training.around(
         settings, output="trainer_output", save="steps", save_steps=500, logger=logger
@@ -147,6 +158,46 @@ def trainer_name(name: str | None) -> str:
             else f"--trainer {name}: unknown; there are {', '.join(TRAINERS)}"
         )
     return name
+
+
+LAUNCH_KEYS = Keys(
+    "accelerate",
+    dict.fromkeys(("fsdp_config", "deepspeed_config", "num_processes", "num_machines"), "trainer"),
+    {"mixed_precision": "bf16 and fp16 decide", "*": "it decides on how processes are started"},
+    {"parallelism_config": training.REFUSED["parallelism_config"]},
+)
+"""What becomes of the keys of a config of `accelerate`."""
+ZERO = {"zero1": 1, "zero2": 2, "zero3": 3}
+SUPPLIED: dict[str, dict[str, Any]] = {
+    **{name: {"fsdp_config": {"offload_params": False}, "num_processes": 8} for name in ("fsdp1", "fsdp2")},
+    **{name: {"deepspeed_config": {"zero_stage": stage}, "num_processes": 8} for name, stage in ZERO.items()},
+    "multi_gpu": {"num_processes": 8},
+    "single_gpu": {"num_processes": 1},
+}
+"""TRL's own configs of `accelerate`, without what decides on nothing here."""
+
+
+def _launch(settings: Settings, devices: int | None) -> int | None:
+    """Devices per node; the strategy that a config of `accelerate` names is set as transformers names it."""
+    name = settings.get("accelerate_config") or settings.get("config_file")
+    values = SUPPLIED.get(str(name), {})
+    if name is not None and not values:
+        if Path(str(name)).is_file():
+            values = yaml.safe_load(Path(str(name)).read_text(encoding="utf-8")) or {}
+        else:
+            settings.comment("trainer", f"{name}: there is no such file here; set devices and strategy as it says")
+    config = Settings(values, LAUNCH_KEYS, settings, str(name))
+    if (fsdp := config.get("fsdp_config")) is not None:
+        settings.values.setdefault("fsdp", "full_shard")
+        settings.values.setdefault("fsdp_config", fsdp)
+    if (deepspeed := config.get("deepspeed_config")) is not None:
+        if file := deepspeed.get("deepspeed_config_file"):
+            settings.values.setdefault("deepspeed", file)
+        offload = {part: {"device": deepspeed.get(f"{part}_device")} for part in ("offload_optimizer", "offload_param")}
+        stage = {"stage": deepspeed.get("zero_stage", 2)}
+        settings.values.setdefault("deepspeed", {"zero_optimization": stage | offload})
+    processes = settings.get("num_processes", config.get("num_processes", 0))
+    return devices or (int(processes) // int(config.get("num_machines", 1)) or None)
 
 
 def _model(settings: Settings) -> dict[str, Any]:
@@ -177,10 +228,12 @@ def _data(settings: Settings, name: str) -> dict[str, Any]:
     text = settings.get("dataset_text_field", "text")
     columns = {"columns": {"text": text}} if text != "text" else {}
     if settings.has("datasets"):
-        listed = [_dataset(settings, one) | columns for one in settings.get("datasets")]
+        values = settings.get("datasets")
+        listed = [_dataset(settings, one, f"datasets[{i}]") | columns for i, one in enumerate(values)]
     elif settings.has("dataset_name"):
         first = {"path": settings.get("dataset_name"), "name": settings.get("dataset_config")}
-        listed = [_dataset(settings, first | {"split": settings.get("dataset_train_split", "train")}) | columns]
+        first |= {"split": settings.get("dataset_train_split", "train")}
+        listed = [_dataset(settings, first, "dataset_name") | columns]
     else:
         settings.refuse("dataset_name", "missing, so there is nothing to train on")
     args: dict[str, Any] = {"train": listed[0] if len(listed) == 1 else listed}
@@ -188,29 +241,33 @@ def _data(settings: Settings, name: str) -> dict[str, Any]:
         args["validation"] = listed[0] | {"split": settings.get("dataset_test_split", "test")}
     args |= given(pad_token=settings.get("pad_token"), template=_template(settings))
     args["max_length"] = int(settings.noted("max_length", 1024, "data.init_args.max_length"))
-    args["overflow"] = "keep_start"
+    args["overflow"] = "error" if args["max_length"] == UNCUT else "keep_start"
     args["batch_size"] = int(settings.noted("per_device_train_batch_size", 8, "data.init_args.batch_size"))
     args |= given(eval_batch_size=settings.get("per_device_eval_batch_size"))
     args |= given(
         workers=settings.get("dataloader_num_workers") or None,
         trust_remote_code=bool(settings.get("trust_remote_code")),
     )
-    return {"class_path": f"{TRAINERS[name]}Data", "init_args": args | (_tokens(settings) if name == "sft" else {})}
+    return args | (_tokens(settings) if name == "sft" else {})
 
 
-def _dataset(settings: Settings, one: Mapping[str, Any]) -> dict[str, Any]:
-    for key in one:
-        if key not in ("path", "name", "data_dir", "data_files", "split", "columns"):
-            settings.refuse("datasets", f"{one.get('path')}: unknown key {key}")
-    files = one.get("data_files")
-    if one.get("data_dir") or (files and one.get("path") not in ("json", "csv", "parquet", "text")):
-        settings.refuse(
-            "datasets", f"{one.get('path')}: of a data set no single files are read; fetch them, and name them"
-        )
-    source: dict[str, Any] = {"path": str(files if files else one.get("path"))} | given(config=one.get("name"))
-    if one.get("columns"):
-        settings.comment(TRAIN, f"columns {', '.join(one['columns'])}: other columns that a format reads are read too")
-    return source | ({"split": one["split"]} if one.get("split", "train") != "train" else {})
+DATASET_KEYS = Keys(
+    "TRL",
+    dict.fromkeys(("path", "name", "split", "data_files", "columns"), "a source"),
+    refused={"data_dir": "of a data set no single files are read; fetch them, and name them"},
+)
+"""What becomes of the keys of a data set."""
+
+
+def _dataset(settings: Settings, values: Mapping[str, Any], place: str) -> dict[str, Any]:
+    one = Settings(values, DATASET_KEYS, settings, place)
+    files, path = one.get("data_files"), one.get("path")
+    if files and path not in ("json", "csv", "parquet", "text"):
+        settings.refuse("datasets", f"{path}: of a data set no single files are read; fetch them, and name them")
+    source: dict[str, Any] = {"path": str(files if files else path)} | given(config=one.get("name"))
+    if columns := one.get("columns"):
+        settings.comment(TRAIN, f"columns {', '.join(columns)}: other columns that a format reads are read too")
+    return source | ({"split": one.get("split")} if one.get("split", "train") != "train" else {})
 
 
 def _tokens(settings: Settings) -> dict[str, Any]:

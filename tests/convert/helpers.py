@@ -6,15 +6,51 @@ from typing import Any
 
 from oumi_pl.config.check import Checker, Parser, options
 from oumi_pl.convert import peers
-from oumi_pl.convert.settings import Settings
+from oumi_pl.convert.settings import Keys, Settings
 from oumi_pl.data.base import TextData
+from oumi_pl.errors import UserError
 from oumi_pl.modules.base import LanguageModule
 
 
-def converted(values: dict[str, Any], trainer: str | None = None, folder: Path = Path()) -> tuple[dict, Settings]:
+def converted(
+    values: dict[str, Any], trainer: str | None = None, folder: Path = Path(), devices: int | None = None
+) -> tuple[dict, Settings]:
     library = peers.library_of(values)
     assert library is not None
-    return peers.recipe(values, library, folder, trainer, None)
+    return peers.recipe(values, library, folder, trainer, devices)
+
+
+def silent_keys(base: dict[str, Any], samples: dict[str, Any], keys: Keys, **how: Any) -> list[str]:
+    """Keys whose sample changes neither the recipe nor its comments, and that are not named with a reason either."""
+    silent = []
+    for key, value in samples.items():
+        rest = {name: one for name, one in base.items() if name != key}
+        try:
+            without, unset = converted(rest, **how)
+            tree, settings = converted(rest | {key: value}, **how)
+        except (UserError, AssertionError):  # refused, or without it the config is of no library
+            continue
+        changed = (tree, settings.notes.comments) != (without, unset.notes.comments)
+        named = [one for name, one in settings.notes.became.items() if name.split(".")[0].split("[")[0] == key]
+        if not changed and not any(one.startswith("nothing: ") for one in named):
+            silent.append(key)
+    assert samples.keys() >= {key for key in keys.translated if "*" not in key} - {"plugins"}, "a key without a sample"
+    return silent
+
+
+def changed_by_null(base: dict[str, Any], samples: dict[str, Any], keys: Keys, **how: Any) -> set[str]:
+    """Keys for which null is another value than the default."""
+    changed = set()
+    for key in samples:
+        rest = {name: one for name, one in base.items() if name != key}
+        try:
+            without, unset = converted(rest, **how)
+        except (UserError, AssertionError):
+            continue
+        tree, settings = converted(rest | {key: None}, **how)
+        if (tree, settings.notes.comments) != (without, unset.notes.comments):
+            changed.add(key)
+    return changed
 
 
 def at(tree: Any, place: str) -> Any:

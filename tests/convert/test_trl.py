@@ -9,7 +9,8 @@ from oumi_pl.commands.convert import text_of
 from oumi_pl.convert import peers
 from oumi_pl.convert.trl import KEYS
 from oumi_pl.errors import UserError
-from tests.convert.helpers import assert_fits, at, converted
+from tests.convert import samples
+from tests.convert.helpers import assert_fits, at, changed_by_null, converted, silent_keys
 
 ARGUMENTS = {"model_name_or_path": "org/base", "dataset_name": "org/rows"}
 
@@ -119,6 +120,54 @@ def test_what_has_no_counterpart_is_refused_by_name(trainer, more, message):
     assert message in str(error.value)
 
 
+SAMPLES = samples.TRAINING | samples.TRL | {"bf16": False}
+
+
+@pytest.mark.parametrize("more", [{}, {"use_peft": True}, {"eval_strategy": "steps"}])
+@pytest.mark.parametrize("trainer", KEYS)
+def test_every_argument_changes_the_recipe_or_is_named_with_a_reason(trainer, more):
+    known = {key: value for key, value in SAMPLES.items() if key in KEYS[trainer].translated}
+    assert silent_keys(ARGUMENTS | more, known, KEYS[trainer], trainer=trainer) == []
+
+
+@pytest.mark.parametrize("trainer", KEYS)
+def test_null_is_the_default_but_where_trl_reads_it_otherwise(trainer):
+    known = {key: value for key, value in SAMPLES.items() if key in KEYS[trainer].translated}
+    changed = changed_by_null(ARGUMENTS, known, KEYS[trainer], trainer=trainer)
+    assert changed == {"max_grad_norm", "gradient_checkpointing", "max_length"}
+    tree, _ = converted(ARGUMENTS | {"max_length": None}, trainer)
+    assert at(tree, "data.overflow") == "error"  # TRL cuts no row then
+
+
+@pytest.mark.parametrize(
+    ("options", "strategy", "devices"),
+    [
+        ("--accelerate_config fsdp2", "fsdp2", 8),
+        ("--accelerate_config zero3 --num_processes 2", "fsdp2", 2),
+        ("--accelerate_config zero2 --num_processes 2", "ddp", 2),
+        ("--accelerate_config single_gpu", None, 1),
+        ("--config_file {folder}/own.yaml", {"class_path": "Sharded", "init_args": {"offload": True}}, 3),
+        ("--fsdp full_shard --fsdp_config {folder}/fsdp.json",
+         {"class_path": "Sharded", "init_args": {"offload": True}}, None),
+        ("--fsdp 'full_shard offload'", {"class_path": "Sharded", "init_args": {"offload": True}}, None),
+    ],
+)  # fmt: skip
+def test_devices_and_strategy_are_those_that_accelerate_would_start(tmp_path, options, strategy, devices):
+    own = {"distributed_type": "FSDP", "fsdp_config": {"fsdp_offload_params": True}, "num_processes": 6}
+    (tmp_path / "own.yaml").write_text(yaml.safe_dump(own | {"num_machines": 2}))
+    (tmp_path / "fsdp.json").write_text('{"offload_params": true}')
+    text = text_of(f"trl sft --model_name_or_path m --dataset_name d {options.format(folder=tmp_path)}", [])
+    tree = yaml.safe_load(text)
+    assert (tree["trainer"].get("strategy"), tree["trainer"].get("devices")) == (strategy, devices)
+
+
+def test_the_options_of_a_launcher_are_read_or_named(tmp_path):
+    (tmp_path / "run.sh").write_text(SCRIPT.replace("--config_file fsdp.yaml", "--num-processes=4 --multi_gpu"))
+    text = text_of(str(tmp_path / "run.sh"), [])
+    assert yaml.safe_load(text)["trainer"]["devices"] == 4
+    assert "launcher: it decides on how processes are started" in text
+
+
 SCRIPT = """\
 #!/bin/sh
 # trl dpo --an old line
@@ -142,6 +191,7 @@ def test_a_command_line_is_read_from_a_string_a_script_and_its_yaml(tmp_path, wr
     }[wrapped]
     text = text_of(given, [])
     assert "path: org/my rows" in text
+    assert ("fsdp.yaml: there is no such file here" in text) == (wrapped == "a script")
     assert "lr: 2.0e-4" in text
     assert "target_modules: [q_proj, v_proj]" in text
     assert "class_path: SFT\n" in text
