@@ -293,13 +293,7 @@ def _model(settings: Settings) -> dict[str, Any]:
         init["lora"] = training.lora(settings, {"r": 8, "alpha": 8, "dropout": 0.0}, _targets(settings)) | _more_lora(
             settings
         )
-    if adapter == "qlora" and settings.get("load_in_8bit"):
-        settings.refuse("load_in_8bit", "the base of qlora has 4 bits")
-    bits = {"nf4": settings.get("load_in_4bit") or adapter == "qlora", "int8": settings.get("load_in_8bit")}
-    for key in ("load_in_4bit", "load_in_8bit"):
-        if settings.get(key) and not adapter:
-            settings.became_nothing(key, "only the base of an adapter is quantized")
-    init |= given(quantization=next((name for name, is_set in bits.items() if is_set and adapter), None))
+    init |= given(quantization=_quantization(settings))
     return init | given(
         attn=_attention(settings),
         gradient_checkpointing=is_on(settings.get("gradient_checkpointing", False)),
@@ -307,6 +301,18 @@ def _model(settings: Settings) -> dict[str, Any]:
         trust_remote_code=bool(settings.get("trust_remote_code")),
         groups=_groups(settings),
     )
+
+
+def _quantization(settings: Settings) -> str | None:
+    adapter = settings.get("adapter")
+    if adapter == "qlora" and settings.get("load_in_8bit"):
+        settings.refuse("load_in_8bit", "the base of qlora has 4 bits")
+    if adapter == "qlora" or (adapter and settings.get("load_in_4bit")):
+        return "nf4"
+    for key in ("load_in_4bit", "load_in_8bit"):
+        if settings.get(key) and not adapter:
+            settings.became_nothing(key, "only the base of an adapter is quantized")
+    return "int8" if adapter and settings.get("load_in_8bit") else None
 
 
 ATTENTION = {

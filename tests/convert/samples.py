@@ -4,12 +4,13 @@ TRAINING = {
     "learning_rate": 0.5, "optim": "sgd", "adam_beta1": 0.5, "adam_beta2": 0.5, "adam_epsilon": 1e-3,
     "weight_decay": 0.5, "lr_scheduler_type": "cosine", "lr_scheduler_kwargs": {"num_cycles": 2}, "warmup_steps": 7,
     "warmup_ratio": 0.7, "per_device_train_batch_size": 7, "per_device_eval_batch_size": 9,
-    "gradient_accumulation_steps": 9, "max_grad_norm": 0.5, "num_train_epochs": 5, "max_steps": 55, "bf16": True, "fp16": True, "seed": 7,
-    "output_dir": "a/b", "gradient_checkpointing": False, "save_strategy": "epoch", "save_steps": 77,
-    "save_total_limit": 7, "load_best_model_at_end": True, "metric_for_best_model": "acc", "greater_is_better": True,
-    "eval_strategy": "steps", "eval_steps": 77, "report_to": "wandb", "deepspeed": "zero3.json", "fsdp": "full_shard",
-    "fsdp_config": {"offload_params": True}, "accelerator_config": {"even_batches": True}, "dataloader_num_workers": 3,
-    "label_smoothing_factor": 0.1, "group_by_length": True, "train_sampling_strategy": "group_by_length",
+    "gradient_accumulation_steps": 9, "max_grad_norm": 0.5, "num_train_epochs": 5, "max_steps": 55, "bf16": True,
+    "fp16": True, "seed": 7, "output_dir": "a/b", "gradient_checkpointing": False, "save_strategy": "epoch",
+    "save_steps": 77, "save_total_limit": 7, "load_best_model_at_end": True, "metric_for_best_model": "acc",
+    "greater_is_better": True, "eval_strategy": "steps", "eval_steps": 77, "report_to": "wandb", "deepspeed": "zero3.json",
+    "fsdp": "full_shard", "fsdp_config": {"offload_params": True}, "accelerator_config": {"even_batches": True},
+    "dataloader_num_workers": 3, "label_smoothing_factor": 0.1, "group_by_length": True,
+    "train_sampling_strategy": "group_by_length",
 }  # fmt: skip
 """Arguments of transformers' `TrainingArguments`."""
 
