@@ -7,10 +7,10 @@ TRAINING = {
     "gradient_accumulation_steps": 9, "max_grad_norm": 0.5, "num_train_epochs": 5, "max_steps": 55, "bf16": True,
     "fp16": True, "seed": 7, "output_dir": "a/b", "gradient_checkpointing": False, "save_strategy": "epoch",
     "save_steps": 77, "save_total_limit": 7, "load_best_model_at_end": True, "metric_for_best_model": "acc",
-    "greater_is_better": True, "eval_strategy": "steps", "eval_steps": 77, "report_to": "wandb", "deepspeed": "zero3.json",
-    "fsdp": "full_shard", "fsdp_config": {"offload_params": True}, "accelerator_config": {"even_batches": True},
-    "dataloader_num_workers": 3, "label_smoothing_factor": 0.1, "group_by_length": True,
-    "train_sampling_strategy": "group_by_length",
+    "greater_is_better": True, "eval_strategy": "steps", "eval_steps": 77, "report_to": "wandb",
+    "deepspeed": "zero3.json", "fsdp": "full_shard", "fsdp_config": {"offload_params": True},
+    "accelerator_config": {"even_batches": True}, "dataloader_num_workers": 3, "label_smoothing_factor": 0.1,
+    "group_by_length": True, "train_sampling_strategy": "group_by_length",
 }  # fmt: skip
 """Arguments of transformers' `TrainingArguments`."""
 
