@@ -69,6 +69,7 @@ TRANSLATED |= {
     **dict.fromkeys(("special_tokens", "tokens"), "data.pad_token and tokens"),
     "dataset_exact_deduplication": "data.duplicates",
     "streaming": "data.streaming",
+    "streaming_multipack_buffer_size": "data.shuffle_buffer",
     **dict.fromkeys(("shuffle_merged_datasets", "sample_packing_sequentially", "curriculum_sampling"), "data.train"),
     "evals_per_epoch": "trainer.val_check_interval",
     "saves_per_epoch": "checkpoint.every",
@@ -76,6 +77,7 @@ TRANSLATED |= {
     **dict.fromkeys(("use_eaft", "eaft_alpha", "eaft_k"), "model.loss"),
     "early_stopping_patience": "trainer.callbacks, EarlyStopping",
     **dict.fromkeys(("dp_shard_size", "dp_replicate_size", "tensor_parallel_size"), "trainer.strategy"),
+    "expert_parallel_size": "trainer.strategy",
     "context_parallel_size": "the rows of each device",
     **dict.fromkeys(("wandb_project", "use_wandb", "use_tensorboard", "use_mlflow", "mlflow_tracking_uri"), "logger"),
     "plugins": "each by its name",
@@ -85,20 +87,34 @@ TRANSLATED |= {
 
 WITHOUT_EFFECT = training.WITHOUT_EFFECT | {
     **dict.fromkeys(("gradient_checkpointing_kwargs", "flash_*", "flex_*", "sdp_attention", "xformers_*"), SPEED),
-    **dict.fromkeys(("fsdp_*", "liger_*", "cut_cross_entropy", "lora_*_kernel", "use_kernels", "fused_*"), SPEED),
+    **dict.fromkeys(
+        (
+            "fsdp_version",
+            "fsdp_final_state_dict_type",
+            "liger_*",
+            "cut_cross_entropy",
+            "lora_*_kernel",
+            "use_kernels",
+            "fused_*",
+        ),
+        SPEED,
+    ),
     **dict.fromkeys(("use_scattermoe", "use_sonicmoe", "experts_implementation", "quantize_moe_experts"), SPEED),
     **dict.fromkeys(
         ("tiled_mlp*", "activation_offloading", "torchdistx_path", "device_map", "gpu_memory_limit"), SPEED
     ),
     **dict.fromkeys(
-        ("expert_parallel_*", "heads_k_stride", "ring_attn_func", "ddp*", "use_ray", "ray_*", "dataset_num_proc"), SPEED
+        ("expert_parallel_backend", "heads_k_stride", "ring_attn_func", "ddp*", "use_ray", "ray_*", "dataset_num_proc"),
+        SPEED,
     ),
     **dict.fromkeys(
         ("dataset_processes", "dataset_keep_in_memory", "eval_sample_packing", "pad_to_sequence_len"), SPEED
     ),
     **dict.fromkeys(("sample_packing_*", "max_packed_sequence_len", "total_num_tokens", "group_by_length_*"), SPEED),
-    **dict.fromkeys(("bnb_config_kwargs", "gptq_*", "use_dsv4_kernels", "use_glm_dsa_kernels", "dsv4_*"), SPEED),
-    **dict.fromkeys(("gemma4_hybrid_attn_impl", "llama4_linearized_experts", "streaming_multipack_*"), SPEED),
+    **dict.fromkeys(
+        ("dataset_num_proc", "bnb_config_kwargs", "gptq_*", "use_dsv4_kernels", "use_glm_dsa_kernels", "dsv4_*"), SPEED
+    ),
+    **dict.fromkeys(("gemma4_hybrid_attn_impl", "llama4_linearized_experts", "streaming_multipack_buffers"), SPEED),
     **dict.fromkeys(("experimental_skip_move_to_device", "fp8_*", "torch_dtype", "use_onebitllms_*"), SPEED),
     **dict.fromkeys(("wandb_*", "mlflow_*", "comet_*", "swanlab_*", "use_swanlab", "trackio_*"), training.LOGS),
     **dict.fromkeys(
@@ -124,7 +140,7 @@ WITHOUT_EFFECT = training.WITHOUT_EFFECT | {
     ),
     "freeze_mm_modules": "the text alone is trained",
     "report_to": training.LOGS,
-    "train_sampling_strategy": "axolotl does not read it",
+    **dict.fromkeys(("train_sampling_strategy", "context_parapllel_size"), "axolotl does not read it"),
     "default_system_message": "it replaces a text that no template of axolotl has",
     "eot_tokens": "the end of a turn is where the template ends it",
     "reinit_weights": "it belongs to pretraining from random weights",
@@ -209,8 +225,10 @@ def _today(values: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _ranks(settings: Settings) -> training.Ranks:
-    """How axolotl arranges the devices: world = shards x replicas x tensor x context parallel size."""
+    """How axolotl arranges the devices: shards x experts x replicas x tensor x context is their number."""
     shards, replicas = (int(settings.get(f"dp_{name}_size", 1)) for name in ("shard", "replicate"))
+    # experts are sharded as all weights are, over the devices that hold some of them
+    shards *= int(settings.get("expert_parallel_size", 1)) if shards > 1 else 1
     return training.Ranks(
         shards if shards > 1 else None,
         # of shards alone, there are as many groups as fit

@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
+from oumi_pl.convert import training
 from oumi_pl.convert.settings import Keys, Settings
 from oumi_pl.core.recipe.notes import given
 
@@ -103,17 +104,17 @@ def data(settings: Settings, kind: str) -> tuple[str, dict[str, Any]]:
     Raises:
         UserError: something has no counterpart.
     """
-    listed = _listed(settings, "datasets") or _listed(settings, "pretraining_dataset")
+    pretraining = bool(settings.get("pretraining_dataset"))
+    listed = _listed(settings, "pretraining_dataset")[:1] or _listed(settings, "datasets")
     if not listed:
         settings.refuse("datasets", "missing, so there is nothing to train on")
-    pretraining = settings.has("pretraining_dataset") and not settings.has("datasets")
     texts = [pretraining or _type(one).partition(":")[0] in TEXTS for one in listed]
     kind = "Pretrain" if kind == "SFT" and all(texts) else kind
     args = _tokenizer(settings) | {"train": _unlisted([_source(settings, one, kind) for one in listed])}
     args |= _validation(settings, kind, args["train"])
     args["max_length"] = int(settings.noted("sequence_len", 512, "data.init_args.max_length"))
     if kind == "Pretrain":
-        return kind, args | _documents(settings, streamed=pretraining)
+        return kind, args | _documents(settings, streamed=pretraining) | _loading(settings)
     name = _template_name(settings, listed)
     args |= given(template=_template(settings, name), template_variables=settings.get("chat_template_kwargs"))
     args["overflow"] = _overflow(settings)
@@ -232,6 +233,8 @@ def _check_turns(settings: Settings, one: Settings) -> None:
 
 
 def _documents_source(settings: Settings, one: Settings) -> dict[str, Any]:
+    if _type(one, "pretrain").partition(":")[0] not in (*TEXTS, "c4"):
+        settings.refuse("datasets", f"{one.get('path')}: type {_type(one)} of texts has no counterpart")
     return _renamed({"text": one.get("field", one.get("text_column", "text"))})
 
 
@@ -315,11 +318,10 @@ def _rows(settings: Settings, kind: str) -> dict[str, Any]:
     if settings.get("streaming"):
         settings.comment(TRAIN, "rows are read and tokenized before training, and not streamed")
     if kind != "SFT":
-        return section
+        return section | training.by_length(settings, kind)
     section |= given(train_on="all" if settings.get("train_on_inputs") else None)
-    if settings.get("sample_packing"):
-        return section | {"packing": True}
-    return section | {"group_by_length": bool(settings.get("group_by_length", False))}
+    packed = settings.get("sample_packing")
+    return section | ({"packing": True} if packed else training.by_length(settings, kind))
 
 
 def _loading(settings: Settings) -> dict[str, Any]:
@@ -336,13 +338,17 @@ def _documents(settings: Settings, *, streamed: bool) -> dict[str, Any]:
         "documents are packed whole, and only those longer than a row are divided; each token is trained once"
         + (", where axolotl's windows overlap by up to 256 tokens" if streamed else ""),
     )
-    isolated = not streamed or settings.get("pretrain_multipack_attn") is not False
-    section: dict[str, Any] = {"packing": "best_fit", "isolate": isolated}
-    if streamed:
-        if int(settings.get("max_steps", -1)) <= 0:
-            settings.refuse("max_steps", "missing: data that are streamed have no known end")
-        section |= {"streaming": True, "exhausted": "restart"}
-    return section | _loading(settings)
+    section: dict[str, Any] = {"packing": "best_fit", "isolate": True}
+    if settings.has("sample_packing") and not settings.get("sample_packing"):
+        settings.comment("data", "sample_packing: documents are packed in any case")
+    if not streamed:
+        return section | _rows(settings, "Pretrain")
+    if int(settings.get("max_steps", -1)) <= 0:
+        settings.refuse("max_steps", "missing: data that are streamed have no known end")
+    section["isolate"] = settings.get("pretrain_multipack_attn") is not False
+    is_shuffled = settings.get("shuffle_merged_datasets") is not False
+    buffer = int(settings.get("streaming_multipack_buffer_size", 10_000)) if is_shuffled else 0
+    return section | {"streaming": True, "shuffle_buffer": buffer, "exhausted": "restart"}
 
 
 # --- the template -----------------------------------------------------------------------------------------------------
@@ -356,7 +362,12 @@ Template = tuple[str, str | None]
 def _template_name(settings: Settings, listed: list[Settings]) -> Template | None:
     """The template that renders the rows; None if none does."""
     chats = [one for one in listed if _type(one) not in INSTRUCTIONS and _type(one).partition(":")[0] not in TEXTS]
-    of_all = _named(settings) if chats else None
+    if not chats:
+        for key in ("chat_template", "chat_template_jinja"):
+            if settings.has(key):
+                settings.became_nothing(key, "there are no turns that it would render")
+        return None
+    of_all = _named(settings)
     named = {_named(one) or of_all or (_in_type(_type(one)) or TOKENIZERS, None) for one in chats}
     if len(named) > 1:
         names = sorted(jinja or name for name, jinja in named)

@@ -86,6 +86,7 @@ WITHOUT_EFFECT = training.WITHOUT_EFFECT | {
     **dict.fromkeys(("hf_hub_token", "ms_hub_token", "om_hub_token", "export_*"), training.HUB),
     **dict.fromkeys(("eval_on_each_dataset", "use_swanlab", "use_trackio"), training.LOGS),
     "gradient_checkpointing": "disable_gradient_checkpointing decides",
+    "mixed_precision": "bf16 and fp16 decide",
     "ignore_pad_token_for_loss": "padding carries no loss",
     "loraplus_lr_embedding": "adapters of embeddings are not trained at a rate of their own",
     "resize_vocab": "the embeddings grow by data.tokens",
@@ -280,7 +281,7 @@ def _objective(settings: Settings, kind: str) -> dict[str, Any]:
             "loss": {"class_path": "KTOLoss", "init_args": {"beta": float(settings.get("pref_beta", 0.1))}},
             "desirable_weight": float(settings.get("kto_chosen_weight", 1.0)),
             "undesirable_weight": float(settings.get("kto_rejected_weight", 1.0)),
-        }
+        } | given(reference=settings.get("ref_model"))
     if kind == "Reward":
         settings.comment(MODEL, "the score is read at the last token that is not the pad token, by a head without bias")
         return {"loss": {"class_path": "BradleyTerry"}}
@@ -306,18 +307,17 @@ def preference_loss(settings: Settings) -> dict[str, Any]:
         UserError: it has no counterpart.
     """
     name, beta = str(settings.get("pref_loss", "sigmoid")), float(settings.get("pref_beta", 0.1))
+    loss: dict[str, Any]
     if name == "orpo":
-        return {"class_path": "ORPO", "init_args": {"beta": beta}}
-    if name == "simpo":
+        loss = {"class_path": "ORPO", "init_args": {"beta": beta}}
+    elif name == "simpo":
         # gamma / beta is subtracted before beta multiplies, so that gamma is that of the paper
-        return {"class_path": "SimPO", "init_args": {"beta": beta, "gamma": float(settings.get("simpo_gamma", 0.5))}}
-    if name not in LOSSES:
+        loss = {"class_path": "SimPO", "init_args": {"beta": beta, "gamma": float(settings.get("simpo_gamma", 0.5))}}
+    elif name in LOSSES:
+        smoothing = float(settings.get("dpo_label_smoothing", 0.0))
+        loss = {"class_path": LOSSES[name], "init_args": {"beta": beta} | given(label_smoothing=smoothing or None)}
+    else:
         settings.refuse("pref_loss", f"{name!r} has no counterpart; use one of {', '.join((*LOSSES, 'orpo', 'simpo'))}")
-    smoothing = float(settings.get("dpo_label_smoothing", 0.0))
-    loss: dict[str, Any] = {
-        "class_path": LOSSES[name],
-        "init_args": {"beta": beta} | given(label_smoothing=smoothing or None),
-    }
     if settings.get("ld_alpha") is not None:
         loss = {"class_path": "LDDPO", "init_args": {"loss": loss, "alpha": float(settings.get("ld_alpha", 1.0))}}
     if weight := float(settings.get("pref_ftx", 0.0)):
@@ -360,7 +360,7 @@ def _data(settings: Settings, kind: str, folder: Path) -> dict[str, Any]:
         "rows are cut at the end; LLaMA-Factory divides what fits by the lengths of prompt and answer",
     )
     args |= given(processes=settings.get("preprocessing_num_workers")) | _loading(settings)
-    return args | (_rows(settings) if kind == "SFT" else {})
+    return args | _rows(settings, kind)
 
 
 def _names(value: Any) -> list[str]:
@@ -513,6 +513,9 @@ def _mix(settings: Settings, sources: list[dict[str, Any]], strategy: str) -> No
 
 
 def _documents(settings: Settings) -> dict[str, Any]:
+    training.by_length(settings, "Pretrain")
+    if settings.get("disable_shuffling"):
+        settings.comment(TRAIN, "documents are shuffled; LLaMA-Factory takes them in order")
     if settings.get("packing") is False:
         settings.comment("data", "packing: false: documents are packed whole, and longer ones divided")
         return {"packing": "best_fit", "isolate": True}
@@ -528,14 +531,18 @@ def _documents(settings: Settings) -> dict[str, Any]:
     return section
 
 
-def _rows(settings: Settings) -> dict[str, Any]:
+def _rows(settings: Settings, kind: str) -> dict[str, Any]:
+    if settings.get("streaming"):
+        settings.comment(TRAIN, "rows are read and tokenized before training, and not streamed")
+    if settings.get("disable_shuffling"):
+        settings.comment(TRAIN, "rows are shuffled; LLaMA-Factory takes them in order")
+    if kind != "SFT":
+        return training.by_length(settings, kind)
     section: dict[str, Any] = {}
     if settings.get("train_on_prompt"):
         section["train_on"] = "all"
     elif settings.get("mask_history"):
         section["train_on"] = "last_turn"
-    if settings.get("streaming"):
-        settings.comment(TRAIN, "rows are read and tokenized before training, and not streamed")
     if settings.get("packing") or settings.get("neat_packing"):
         if not settings.get("neat_packing"):
             settings.comment(
@@ -543,10 +550,7 @@ def _rows(settings: Settings) -> dict[str, Any]:
                 "rows of a pack don't see each other; in LLaMA-Factory they do unless neat_packing is set",
             )
         return section | {"packing": True}
-    by_length = settings.get("group_by_length") or settings.get("train_sampling_strategy") == "group_by_length"
-    if settings.get("disable_shuffling"):
-        settings.comment(TRAIN, "rows are shuffled; LLaMA-Factory takes them in order")
-    return section | {"group_by_length": bool(by_length)}
+    return section | training.by_length(settings, kind)
 
 
 def _loading(settings: Settings) -> dict[str, Any]:

@@ -87,7 +87,8 @@ DISTRIBUTION_KEYS = Keys(
     "LLaMA-Factory",
     dict.fromkeys(("name", "config_file", "offload_params"), "trainer.strategy"),
     {
-        **dict.fromkeys(("reshard_after_forward", "pin_memory", "mixed_precision"), SPEED),
+        **dict.fromkeys(("reshard_after_forward", "pin_memory", "ep_size", "ep_dispatcher"), SPEED),
+        **dict.fromkeys(("hook_modules", "fsdp_implementation", "fsdp_ignored_modules"), SPEED),
         "dcp_path": "the model is loaded from its own files",
     },
 )

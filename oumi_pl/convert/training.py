@@ -79,6 +79,7 @@ WITHOUT_EFFECT = {
     ),
     **dict.fromkeys(("enable_jit_checkpoint", "length_column_name", "label_names"), SPEED),
     **dict.fromkeys(("restore_callback_states_from_checkpoint", "do_predict"), SPEED),
+    **dict.fromkeys(("fsdp_min_num_params", "fsdp_transformer_layer_cls_to_wrap"), SPEED),
     **dict.fromkeys(("logging_*", "log_level*", "log_on_each_node", "disable_tqdm", "run_name", "project"), LOGS),
     **dict.fromkeys(("trackio_*", "include_num_input_tokens_seen", "include_for_metrics", "eval_on_start"), LOGS),
     **dict.fromkeys(("push_to_hub*", "hub_*"), HUB),
@@ -237,6 +238,16 @@ def lora(settings: Settings, defaults: dict[str, Any], targets: Any) -> dict[str
         use_rslora=bool(settings.get("use_rslora")),
         use_dora=bool(settings.get("use_dora")),
     )
+
+
+def by_length(settings: Settings, kind: str) -> dict[str, Any]:
+    """`data.group_by_length`, which the data of SFT alone have; a comment for other data."""
+    is_set = bool(settings.get("group_by_length")) or settings.get("train_sampling_strategy") == "group_by_length"
+    if kind == "SFT":
+        return {"group_by_length": is_set}
+    if is_set:
+        settings.comment("data", "group_by_length: rows of any length follow each other")
+    return {}
 
 
 def is_on(value: Any) -> bool:

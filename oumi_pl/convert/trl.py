@@ -49,8 +49,6 @@ _OF_SFT = {
     "assistant_only_loss": "data.train_on",
     "chat_template_path": "data.template",
     "loss_type": "model.loss",
-    "dataset_streaming": "a comment",
-    "eval_packing": "a comment",
     "packing_strategy": "data.packing",
     "truncation_mode": "data.overflow",
 }
@@ -72,6 +70,7 @@ _OF_REWARD = {
 WITHOUT_EFFECT = training.WITHOUT_EFFECT | {
     **dict.fromkeys(("padding_free", "pad_to_multiple_of", "dataset_num_proc", "precompute_ref_*"), SPEED),
     **dict.fromkeys(("bnb_4bit_quant_storage",), SPEED),
+    "eval_packing": "the loss of validation is that of the rows in any layout",
     "launcher": "it decides on how processes are started",
     "dataset_kwargs": "rows are tokenized here in any case",
     "ignore_bias_buffers": "buffers are not synchronised",
@@ -209,7 +208,12 @@ def _model(settings: Settings) -> dict[str, Any]:
         targets = targets[0] if isinstance(targets, list) and len(targets) == 1 else targets
         init["lora"] = training.lora(settings, LORA_DEFAULTS, targets)
         bits = {"nf4": settings.get("load_in_4bit"), "int8": settings.get("load_in_8bit")}
+        if settings.get("load_in_4bit") and not settings.get("use_bnb_nested_quant"):
+            settings.comment(f"{MODEL}.quantization", "the constants of quantization are quantized too")
         init |= given(quantization=next((name for name, is_set in bits.items() if is_set), None))
+    for key in ("load_in_4bit", "load_in_8bit"):
+        if settings.get(key) and not settings.get("use_peft"):
+            settings.became_nothing(key, "only the base of an adapter is quantized")
     attention = settings.get("attn_implementation")
     revision = settings.get("model_revision")
     checkpointing = bool(settings.noted("gradient_checkpointing", True, f"{MODEL}.gradient_checkpointing"))
@@ -248,7 +252,7 @@ def _data(settings: Settings, name: str) -> dict[str, Any]:
         workers=settings.get("dataloader_num_workers") or None,
         trust_remote_code=bool(settings.get("trust_remote_code")),
     )
-    return args | (_tokens(settings) if name == "sft" else {})
+    return args | (_tokens(settings) if name == "sft" else training.by_length(settings, TRAINERS[name]))
 
 
 DATASET_KEYS = Keys(
@@ -283,8 +287,7 @@ def _tokens(settings: Settings) -> dict[str, Any]:
             "data.init_args.packing", "rows of a pack never see each other; in TRL they do without flash attention"
         )
         return {"train_on": train_on, "packing": True}
-    by_length = settings.get("group_by_length") or settings.get("train_sampling_strategy") == "group_by_length"
-    return {"train_on": train_on, "group_by_length": bool(by_length)}
+    return {"train_on": train_on} | training.by_length(settings, "SFT")
 
 
 def _template(settings: Settings) -> str | None:
@@ -308,9 +311,8 @@ def _dpo(settings: Settings) -> dict[str, Any]:
     named = settings.get("loss_type") or "sigmoid"
     names = [str(one) for one in (named if isinstance(named, list) else [named])]
     losses = [_single(settings, one) for one in names]
-    loss = losses[0]
-    if len(losses) > 1:
-        weights = settings.get("loss_weights") or [1.0] * len(losses)
+    loss, weights = losses[0], settings.get("loss_weights") or [1.0] * len(losses)
+    if len(losses) > 1 or weights != [1.0]:
         loss = {"class_path": "WeightedSum", "init_args": {"losses": losses, "weights": [float(w) for w in weights]}}
     if settings.has("ld_alpha"):
         loss = {"class_path": "LDDPO", "init_args": {"loss": loss, "alpha": float(settings.get("ld_alpha", 1.0))}}

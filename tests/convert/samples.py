@@ -36,6 +36,7 @@ AXOLOTL = {
     "unfrozen_parameters": ["a"], "use_eaft": True, "eaft_alpha": 2.0, "eaft_k": 3, "early_stopping_patience": 2,
     "dp_shard_size": 2, "dp_replicate_size": 2, "tensor_parallel_size": 2, "context_parallel_size": 2,
     "wandb_project": "a", "use_wandb": True, "use_tensorboard": True, "use_mlflow": True, "mlflow_tracking_uri": "a",
+    "streaming_multipack_buffer_size": 9, "expert_parallel_size": 2,
     "fp8": True, "min_sample_len": 3, "optimizer": "sgd", "lr_scheduler": "linear", "micro_batch_size": 7,
     "eval_batch_size": 9, "num_epochs": 5,
 }  # fmt: skip
@@ -73,8 +74,8 @@ TRL = {
     "load_in_8bit": True, "bnb_4bit_quant_type": "fp4", "use_bnb_nested_quant": True, "dataset_name": "o/q",
     "datasets": [{"path": "a"}], "dataset_config": "c", "dataset_train_split": "s", "dataset_test_split": "ss",
     "max_length": 77, "pad_token": "p", "packing": True, "dataset_text_field": "body", "completion_only_loss": True,
-    "assistant_only_loss": True, "chat_template_path": "a.jinja", "loss_type": "ipo", "dataset_streaming": True,
-    "eval_packing": True, "packing_strategy": "wrapped", "truncation_mode": "keep_end", "beta": 0.5,
+    "assistant_only_loss": True, "chat_template_path": "a.jinja", "loss_type": "ipo",
+    "packing_strategy": "wrapped", "truncation_mode": "keep_end", "beta": 0.5,
     "loss_weights": [2.0], "label_smoothing": 0.1, "discopop_tau": 0.1, "ld_alpha": 0.5, "sync_ref_model": True,
     "ref_model_sync_steps": 3, "ref_model_mixup_alpha": 0.1, "desirable_weight": 2.0, "undesirable_weight": 2.0,
     "center_rewards_coefficient": 0.1, "f_divergence_type": "js", "accelerate_config": "zero3", "config_file": "x.yaml",

@@ -144,7 +144,7 @@ KINDS = {
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_every_key_changes_the_recipe_or_is_named_with_a_reason(kind):
-    defaults = ["load_in_4bit"] if kind == "QLoRA" else []
+    defaults = {"QLoRA": ["load_in_4bit"], "texts": ["sample_packing"], "stream": ["sample_packing"]}.get(kind, [])
     assert silent_keys(KINDS[kind], SAMPLES, KEYS) == defaults
 
 
@@ -154,7 +154,9 @@ def test_a_key_that_no_code_reads_would_be_noticed(monkeypatch):
     assert {"lora_r", "eaft_alpha", "simpo_gamma"} <= set(silent)
 
 
-@pytest.mark.parametrize(("kind", "changed"), [("SFT", {"bf16", "shuffle_merged_datasets"}), ("texts", {"bf16"})])
+@pytest.mark.parametrize(
+    ("kind", "changed"), [("SFT", {"bf16", "shuffle_merged_datasets"}), ("DPO", {"bf16", "shuffle_merged_datasets"})]
+)
 def test_null_is_the_default_but_where_axolotl_reads_it_otherwise(kind, changed):
     assert changed_by_null(KINDS[kind], SAMPLES, KEYS) == changed
 
@@ -162,6 +164,16 @@ def test_null_is_the_default_but_where_axolotl_reads_it_otherwise(kind, changed)
 def test_null_turns_off_what_is_on_by_default():
     assert at(converted(KINDS["stream"])[0], "data.isolate") is True
     assert at(converted(KINDS["stream"] | {"pretrain_multipack_attn": None})[0], "data.isolate") is False
+    assert at(converted(KINDS["stream"])[0], "data.shuffle_buffer") == 10_000
+    assert at(converted(KINDS["stream"] | {"shuffle_merged_datasets": None})[0], "data.shuffle_buffer") == 0
+
+
+def test_a_stream_is_the_first_of_pretraining_dataset_also_beside_datasets():
+    tree, settings = converted(
+        KINDS["stream"] | {"datasets": SFT["datasets"], "pretraining_dataset": ["org/a", "org/b"]}
+    )
+    assert at(tree, "data.train") == {"path": "org/a"}
+    assert {"datasets", "pretraining_dataset[1].path"} <= set(settings.notes.became)
 
 
 def test_every_default_that_is_written_out_is_called_one():
@@ -316,6 +328,7 @@ def sharded(**arguments):
         (FSDP, {"dp_shard_size": 4}, 8, sharded(shards=4, replicas=2)),
         (FSDP, {"dp_shard_size": 4}, None, sharded(shards=4)),
         (FSDP, {"dp_shard_size": 1}, None, "fsdp2"),
+        (FSDP, {"dp_shard_size": 2, "expert_parallel_size": 2}, 4, sharded(shards=4)),
         (FSDP, {"dp_shard_size": 2, "tensor_parallel_size": 2}, 4, sharded(shards=2, tensor=2)),
         (FSDP, {"dp_shard_size": 2, "context_parallel_size": 2}, 4, sharded(shards=4)),
         (FSDP, {"dp_shard_size": 2, "context_parallel_size": 4}, 8, sharded(shards=4, tensor=2)),

@@ -97,6 +97,8 @@ def folder(tmp_path_factory):
         ),
         ({"stage": "dpo", "dataset": "pairs", "pref_loss": "simpo"}, "model.loss.gamma", 0.5),
         ({"stage": "dpo", "dataset": "pairs", "pref_ftx": 0.5}, "model.loss.weights", [1.0, 0.5]),
+        ({"stage": "dpo", "dataset": "pairs", "pref_loss": "orpo", "pref_ftx": 0.5}, "model.loss.weights", [1.0, 0.5]),
+        ({"stage": "kto", "dataset": "thumbs", "ref_model": "org/ref"}, "model.reference", "org/ref"),
         (
             {"stage": "kto", "dataset": "thumbs"},
             "data.train.columns",

@@ -89,6 +89,7 @@ def test_every_argument_of_trl_is_translated_or_named_with_a_reason(configs):
         ("sft", {"warmup_ratio": 0.1, "lr_scheduler_type": "cosine"}, "model.schedule.warmup", 0.1),
         ("sft", {"bf16": False}, "trainer.precision", None),
         ("dpo", {"loss_type": ["sigmoid", "sft"], "loss_weights": [1, 0.5]}, "model.loss.weights", [1.0, 0.5]),
+        ("dpo", {"loss_weights": [2.0]}, "model.loss.weights", [2.0]),
         ("dpo", {"loss_type": "ipo", "beta": 0.2}, "model.loss", {"class_path": "IPO", "init_args": {"beta": 0.2}}),
         ("dpo", {"sync_ref_model": True}, "model.sync_every", 512),
         ("kto", {"desirable_weight": 1.5}, "model.desirable_weight", 1.5),
