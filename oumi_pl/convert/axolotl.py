@@ -226,15 +226,15 @@ def _today(values: Mapping[str, Any]) -> dict[str, Any]:
 
 def _ranks(settings: Settings) -> training.Ranks:
     """How axolotl arranges the devices: shards x experts x replicas x tensor x context is their number."""
-    shards, replicas = (int(settings.get(f"dp_{name}_size", 1)) for name in ("shard", "replicate"))
+    shards, replicas = (training.size(settings, f"dp_{name}_size") for name in ("shard", "replicate"))
     # experts are sharded as all weights are, over the devices that hold some of them
-    shards *= int(settings.get("expert_parallel_size", 1)) if shards > 1 else 1
+    shards *= training.size(settings, "expert_parallel_size") if shards > 1 else 1
     return training.Ranks(
         shards if shards > 1 else None,
         # of shards alone, there are as many groups as fit
         replicas if replicas > 1 else None if shards > 1 else 1,
-        int(settings.get("tensor_parallel_size", 1)),
-        int(settings.get("context_parallel_size", 1)),
+        training.size(settings, "tensor_parallel_size"),
+        training.size(settings, "context_parallel_size"),
     )
 
 
@@ -252,7 +252,8 @@ def _kind(settings: Settings) -> str:
         if int(settings.get("num_labels", 1)) != 1:
             settings.refuse("num_labels", "classes other than a score have no counterpart")
         return "Reward"
-    if (name := settings.get("rl")) not in RL:
+    name = settings.get("rl")
+    if name is not None and str(name) not in RL:
         settings.refuse("rl", f"{name}: {OTHER_TRAINER}")
     return RL[name]
 
@@ -450,6 +451,7 @@ def _preference_loss(settings: Settings) -> dict[str, Any]:
     if name == "simpo":
         return _simpo(settings, beta)
     listed = settings.get("dpo_loss_type") or ["sigmoid"]
+    listed = [listed] if isinstance(listed, str) else [str(one) for one in listed]
     if len(listed) > 1 or listed[0] not in DPO_LOSSES:
         settings.refuse("dpo_loss_type", f"{listed}: name one of {', '.join(DPO_LOSSES)}")
     arguments = {"beta": beta} | given(label_smoothing=float(settings.get("dpo_label_smoothing") or 0.0) or None)
@@ -484,6 +486,7 @@ def _callbacks(settings: Settings, data: Mapping[str, Any]) -> dict[str, Any]:
     if patterns and settings.get("adapter"):
         settings.notes.became["unfrozen_parameters"] = "nothing: with an adapter, the base is frozen"
     elif patterns:
+        patterns = [str(pattern) for pattern in ([patterns] if isinstance(patterns, str) else patterns)]
         if any("[" in pattern and pattern.endswith("]") and ":" in pattern for pattern in patterns):
             settings.refuse("unfrozen_parameters", "ranges of rows have no counterpart")
         callbacks.append({"class_path": "oumi_pl.convert.train_only.TrainOnly", "init_args": {"patterns": patterns}})

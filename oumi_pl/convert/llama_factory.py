@@ -177,11 +177,9 @@ def recipe(values: Mapping[str, Any], folder: Path, devices: int | None = None) 
 
 def _ranks(settings: Settings) -> training.Ranks:
     """How Megatron arranges the devices, which divides all weights among them."""
-    tensor, *others = (
-        int(settings.get(key, 1))
-        for key in ("tensor_model_parallel_size", "pipeline_model_parallel_size", "context_parallel_size")
-    )
-    experts = int(settings.get("expert_model_parallel_size", 1))
+    tensor = training.size(settings, "tensor_model_parallel_size")
+    others = [training.size(settings, key) for key in ("pipeline_model_parallel_size", "context_parallel_size")]
+    experts = training.size(settings, "expert_model_parallel_size")
     if settings.get("use_megatron_bridge"):  # where LLaMA-Factory counts them among the devices that share rows
         others.append(experts)
         settings.became_nothing("use_megatron_bridge", SPEED)
@@ -458,7 +456,7 @@ def _source(settings: Settings, name: str, info: tuple[Path, dict[str, Any]] | N
         settings.refuse("dataset", f"{name} is not in {folder / 'dataset_info.json'}")
     entry = Settings(table[name], ENTRY_KEYS, settings, f"dataset_info.{name}")
     named = entry.part("columns", COLUMN_KEYS)
-    place = entry.get("hf_hub_url") or (str(folder / entry.get("file_name")) if entry.has("file_name") else None)
+    place = entry.get("hf_hub_url") or (str(folder / str(entry.get("file_name"))) if entry.has("file_name") else None)
     if place is None:
         settings.refuse("dataset", f"{name}: only files and data sets of the hub are read (hf_hub_url, file_name)")
     source: dict[str, Any] = {"path": place} | given(config=entry.get("subset"))
@@ -563,6 +561,7 @@ def _loading(settings: Settings) -> dict[str, Any]:
 
 def _template(settings: Settings) -> str | None:
     name = settings.get("template")
+    name = None if name is None else str(name)
     if name is None:
         settings.comment("data", "template: the tokenizer's own, as in LLaMA-Factory")
         return None
@@ -576,4 +575,4 @@ def _template(settings: Settings) -> str | None:
             f"template {name}: the tokenizer's own is used; LLaMA-Factory has a copy of its own, "
             "which may differ in system text and empty thoughts",
         )
-    return TEMPLATES.get(str(name))
+    return TEMPLATES.get(name)

@@ -228,8 +228,8 @@ def _distribution(settings: Settings, devices: int | None) -> tuple[int | None, 
     elif plug_in.get("name"):
         settings.values["fsdp"] = plug_in.get("name")
         settings.values["fsdp_config"] = {"offload_params": bool(plug_in.get("offload_params"))}
-    shards, replicas = settings.get("mp_shard_size"), int(settings.get("mp_replicate_size", 1))
-    sharing = int(settings.get("cp_size", 1))
+    shards, replicas = settings.get("mp_shard_size"), training.size(settings, "mp_replicate_size")
+    sharing = training.size(settings, "cp_size")
     if ranks := settings.get("dp_size"):
         devices = devices or int(ranks) * sharing
     if rows := settings.get("global_batch_size"):

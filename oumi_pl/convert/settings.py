@@ -13,19 +13,41 @@ UNKNOWN = "is unknown here"
 UNREAD = "it has no effect beside the other keys"
 NUMBERS = frozenset(
     """
-    adam_beta1 adam_beta2 adam_epsilon beta buffer_size cosine_constant_lr_ratio cosine_min_lr_ratio cpo_alpha
-    cutoff_len dpo_label_smoothing eaft_alpha eaft_k early_stopping_patience embedding_lr embedding_lr_scale
-    eta_min eval_batch_size freeze_trainable_layers gradient_accumulation_steps kto_chosen_weight
-    kto_desirable_weight kto_rejected_weight kto_undesirable_weight label_smoothing_factor ld_alpha
-    learning_rate logging_steps lora_alpha lora_dropout lora_r lora_rank loraplus_lr_ratio max_grad_norm
-    max_length max_steps micro_batch_size num_epochs num_train_epochs orpo_alpha per_device_eval_batch_size
-    per_device_train_batch_size pref_beta pref_ftx rl_beta seed save_total_limit sequence_len simpo_gamma
+    adam_beta1 adam_beta2 adam_epsilon batch_size beta buffer_size center_rewards_coefficient
+    context_parallel_size cosine_constant_lr_ratio cosine_min_lr_ratio cp_size cpo_alpha cutoff_len
+    desirable_weight dp_replicate_size dp_shard_size dp_size dpo_label_smoothing eaft_alpha eaft_k
+    early_stopping_patience early_stopping_steps embedding_lr embedding_lr_scale eta_min eval_batch_size
+    eval_steps expert_model_parallel_size expert_parallel_size freeze_trainable_layers global_batch_size
+    gradient_accumulation_steps kto_chosen_weight kto_desirable_weight kto_rejected_weight
+    kto_undesirable_weight label_smoothing label_smoothing_factor ld_alpha learning_rate logging_steps
+    lora_alpha lora_dropout lora_r lora_rank loraplus_lr_ratio max_grad_norm max_length max_samples max_steps
+    micro_batch_size mp_replicate_size mp_shard_size num_epochs num_processes num_samples num_train_epochs
+    orpo_alpha per_device_eval_batch_size per_device_train_batch_size pipeline_model_parallel_size pref_beta
+    pref_ftx rl_beta save_steps save_total_limit seed sequence_len simpo_gamma skip
+    streaming_multipack_buffer_size tensor_model_parallel_size tensor_parallel_size undesirable_weight
     val_set_size val_size warmup_ratio warmup_steps weight_decay
     """.split()  # noqa: SIM905 - a list has a line for each
 )
 """Keys of the libraries whose values are numbers."""
 SWITCHES = frozenset(("bf16", "fp16", "pure_bf16"))
 """Keys that are true or false, or `auto`; axolotl has `full` as well."""
+MAPPINGS = frozenset(
+    (
+        "lr_scheduler_kwargs",
+        "model_config",
+        "model_quantization_config_kwargs",
+        "chat_template_kwargs",
+        "special_tokens",
+    )
+)
+LISTS = frozenset(
+    (
+        *("datasets", "test_datasets", "pretraining_dataset", "plugins", "unfrozen_parameters", "dpo_loss_type"),
+        *("dataset", "eval_dataset", "add_tokens", "add_special_tokens", "report_to", "loss_weights"),
+        *("data_files", "roles_to_train"),
+    )
+)
+"""Keys whose values are lists; a single one may stand for itself."""
 
 
 @dataclass(frozen=True)
@@ -56,10 +78,12 @@ class Settings:
         place: Key of the part, such as `datasets[0]`.
 
     Raises:
-        UserError: a key is unknown, or set and refused; the message lists all of them.
+        UserError: they are no mapping, or a key is unknown, or set and refused; the message lists all of them.
     """
 
     def __init__(self, values: Mapping[str, Any], keys: Keys, whole: "Settings | None" = None, place: str = "") -> None:
+        if not isinstance(values, Mapping):
+            raise UserError(f"{place}: {values!r:.40} is no mapping")
         with_null = {str(key): keys.null.get(str(key)) if value is None else value for key, value in values.items()}
         self.values = {key: value for key, value in with_null.items() if value is not None}
         self.keys = keys
@@ -96,9 +120,7 @@ class Settings:
             UserError: it is no mapping, or a key in it is unknown or refused.
         """
         value = self.get(key)
-        if value is not None and not isinstance(value, Mapping):
-            self.refuse(key, f"{value!r:.40} is no mapping")
-        return Settings(value or {}, keys, self, f"{self.place}{self.name(key)}")
+        return Settings({} if value is None else value, keys, self, f"{self.place}{self.name(key)}")
 
     def became_nothing(self, key: str, why: str) -> None:
         """Notes that a key is not taken over."""
@@ -113,7 +135,7 @@ class Settings:
             part.name_unread()
 
     def _refuse_other_types(self) -> None:
-        """Refuses values that are no numbers, or neither true nor false, where the libraries have such.
+        """Refuses values of other types than those that the libraries have.
 
         Raises:
             UserError: names all of them.
@@ -128,6 +150,12 @@ class Settings:
             for key, value in self.values.items()
             if key in SWITCHES and str(value).lower() not in ("true", "false", "auto", "full")
         ]
+        for keys, types, kind in ((MAPPINGS, Mapping, "mapping"), (LISTS, list | tuple | str | Mapping, "list")):
+            wrong += [
+                f"{self.place}{key}: {value!r:.40} is no {kind}"
+                for key, value in self.values.items()
+                if key in keys and not isinstance(value, types)
+            ]
         if wrong:
             raise UserError("; ".join(wrong))
 

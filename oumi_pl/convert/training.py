@@ -323,6 +323,11 @@ class Ranks:
     sharing: int = 1
 
 
+def size(settings: Settings, key: str) -> int:
+    """A number of devices, 1 if it is left out."""
+    return max(1, int(settings.get(key, 1)))
+
+
 def divide_rows(settings: Settings, ranks: Ranks, batch_size: int) -> Ranks:
     """Keeps the rows of an update where devices that read the same rows become devices with rows of their own.
 
@@ -454,6 +459,8 @@ def _fsdp(settings: Settings) -> tuple[bool, bool, str]:
             settings.comment(STRATEGY, f"fsdp_config: {config} is not here, so whether it offloads is not known")
             return True, "offload" in words, ""
         config = json.loads(Path(config).read_text(encoding="utf-8"))
+    if config and not isinstance(config, Mapping):
+        settings.refuse("fsdp_config", f"{config!r:.40} is no mapping")
     keys = {str(key).removeprefix("fsdp_"): value for key, value in (config or {}).items()}
     part = Settings(keys, FSDP_KEYS, settings, "fsdp_config")
     sharding = str(part.get("sharding_strategy", "")).upper()

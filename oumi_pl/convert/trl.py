@@ -7,7 +7,7 @@ from typing import Any
 import yaml
 
 from oumi_pl.convert import training
-from oumi_pl.convert.settings import Keys, Settings
+from oumi_pl.convert.settings import Keys, Settings, number
 from oumi_pl.convert.training import MODEL, SPEED
 from oumi_pl.core.recipe.notes import given
 from oumi_pl.core.recipe.trainer_kwargs import LOSSES, RESPONSE_LOSSES, SMOOTHED
@@ -270,7 +270,7 @@ def _dataset(settings: Settings, values: Mapping[str, Any], place: str) -> dict[
         settings.refuse("datasets", f"{path}: of a data set no single files are read; fetch them, and name them")
     source: dict[str, Any] = {"path": str(files if files else path)} | given(config=one.get("name"))
     if columns := one.get("columns"):
-        settings.comment(TRAIN, f"columns {', '.join(columns)}: other columns that a format reads are read too")
+        settings.comment(TRAIN, f"columns {columns}: other columns that a format reads are read too")
     return source | ({"split": one.get("split")} if one.get("split", "train") != "train" else {})
 
 
@@ -312,8 +312,14 @@ def _dpo(settings: Settings) -> dict[str, Any]:
     names = [str(one) for one in (named if isinstance(named, list) else [named])]
     losses = [_single(settings, one) for one in names]
     loss, weights = losses[0], settings.get("loss_weights") or [1.0] * len(losses)
+    weights = [number(weight) for weight in weights]
+    if not all(isinstance(weight, int | float) for weight in weights):
+        settings.refuse("loss_weights", f"{weights!r:.40} are no numbers")
     if len(losses) > 1 or weights != [1.0]:
-        loss = {"class_path": "WeightedSum", "init_args": {"losses": losses, "weights": [float(w) for w in weights]}}
+        loss = {
+            "class_path": "WeightedSum",
+            "init_args": {"losses": losses, "weights": [float(w) for w in weights]},
+        }
     if settings.has("ld_alpha"):
         loss = {"class_path": "LDDPO", "init_args": {"loss": loss, "alpha": float(settings.get("ld_alpha", 1.0))}}
     return {"loss": loss} | _moving(settings)

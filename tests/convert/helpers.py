@@ -1,5 +1,6 @@
 """Converting small configs, and looking values up in the recipe."""
 
+from contextlib import suppress
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -73,3 +74,19 @@ def checker() -> Checker:
 def assert_fits(tree: dict[str, Any]) -> None:
     """Module and data have these arguments, of these types."""
     checker().check_recipe({"model": tree["model"], "data": tree["data"]})
+
+
+OF_ANY_TYPE = (3, "x", [3], {"a": 1}, True)
+
+
+def refuse_in_one_message(base: dict[str, Any], keys: Keys, within: str | None = None, **how: Any) -> None:
+    """Values of any type are converted, or refused as a mistake of the user: no other error comes.
+
+    within: key of a list of which the first entry is changed, instead of the config itself.
+    """
+    for key in (key for key in keys.translated if "*" not in key):
+        for value in OF_ANY_TYPE:
+            values = base | ({key: value} if within is None else {within: [base[within][0] | {key: value}]})
+            if peers.library_of(values) is not None:
+                with suppress(UserError):
+                    converted(values, **how)

@@ -1,6 +1,7 @@
 """LLaMA-Factory's YAML, of the trainers that it has had for long and of `v1`."""
 
 import json
+from contextlib import suppress
 
 import pytest
 import yaml
@@ -9,7 +10,7 @@ from oumi_pl.convert import llama_factory_v1
 from oumi_pl.convert.llama_factory import KEYS
 from oumi_pl.errors import UserError
 from tests.convert import samples
-from tests.convert.helpers import assert_fits, at, changed_by_null, converted, silent_keys
+from tests.convert.helpers import assert_fits, at, changed_by_null, converted, refuse_in_one_message, silent_keys
 
 INFO = {
     "instructions": {"file_name": "instructions.json"},
@@ -172,6 +173,19 @@ def test_every_key_changes_the_recipe_or_is_named_with_a_reason(folder, kind):
     assert silent_keys(KINDS[kind], SAMPLES, KEYS, folder=folder) == off
 
 
+@pytest.mark.parametrize("kind", ["QLoRA", "freeze", "DPO", "texts"])
+def test_values_of_any_type_are_converted_or_refused(folder, kind):
+    refuse_in_one_message(KINDS[kind], KEYS, folder=folder)
+
+
+@pytest.mark.parametrize("value", [3, "x", [], {"columns": 3}, {"file_name": 3}, {"file_name": "a", "columns": []}])
+def test_an_entry_of_any_type_is_converted_or_refused(tmp_path, value):
+    (tmp_path / "t.yaml").write_text(yaml.safe_dump({"one": value}))
+    for values in (SFT | {"dataset": "one", "dataset_dir": {"one": value}}, V1 | {"train_dataset": "t.yaml"}):
+        with suppress(UserError):
+            converted(values, folder=tmp_path)
+
+
 def test_null_is_the_default_but_where_llama_factory_reads_it_otherwise(folder):
     assert changed_by_null(KINDS["SFT"], SAMPLES, KEYS, folder=folder) == {"max_grad_norm"}
     assert changed_by_null(KINDS["QLoRA"], SAMPLES, KEYS, folder=folder) == {"max_grad_norm", "double_quantization"}
@@ -255,6 +269,11 @@ KINDS_V1 = {
     "DPO": V1 | {"train_dataset": "data/v1_pairs.yaml"},
     "FSDP": V1 | {"dist_config": {"name": "fsdp2"}},
 }
+
+
+@pytest.mark.parametrize("kind", ["QLoRA", "DPO"])
+def test_values_of_any_type_are_converted_or_refused_in_v1(folder, kind):
+    refuse_in_one_message(KINDS_V1[kind], llama_factory_v1.KEYS, folder=folder)
 
 
 @pytest.mark.parametrize("kind", KINDS_V1)

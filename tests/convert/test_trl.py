@@ -7,10 +7,10 @@ import yaml
 
 from oumi_pl.commands.convert import text_of
 from oumi_pl.convert import peers
-from oumi_pl.convert.trl import KEYS
+from oumi_pl.convert.trl import DATASET_KEYS, KEYS
 from oumi_pl.errors import UserError
 from tests.convert import samples
-from tests.convert.helpers import assert_fits, at, changed_by_null, converted, silent_keys
+from tests.convert.helpers import assert_fits, at, changed_by_null, converted, refuse_in_one_message, silent_keys
 
 ARGUMENTS = {"model_name_or_path": "org/base", "dataset_name": "org/rows"}
 
@@ -129,6 +129,13 @@ SAMPLES = samples.TRAINING | samples.TRL | {"bf16": False}
 def test_every_argument_changes_the_recipe_or_is_named_with_a_reason(trainer, more):
     known = {key: value for key, value in SAMPLES.items() if key in KEYS[trainer].translated}
     assert silent_keys(ARGUMENTS | more, known, KEYS[trainer], trainer=trainer) == []
+
+
+@pytest.mark.parametrize("trainer", KEYS)
+def test_values_of_any_type_are_converted_or_refused(trainer):
+    refuse_in_one_message(ARGUMENTS | {"use_peft": True}, KEYS[trainer], trainer=trainer)
+    datasets = [{"path": "org/rows"}]
+    refuse_in_one_message(ARGUMENTS | {"datasets": datasets}, DATASET_KEYS, within="datasets", trainer=trainer)
 
 
 @pytest.mark.parametrize("trainer", KEYS)
