@@ -85,7 +85,7 @@ def _launched(words: list[str]) -> list[str]:
     while rest:
         word = rest.pop(0)
         flag = word.replace("-", "_").replace("__", "--", 1)
-        if rest and (flag in NUMBER or flag == "--config_file"):
+        if rest and (flag in NUMBER or flag in ("--config_file", "--num_machines")):
             options += ["--num_processes" if flag in NUMBER else flag, rest.pop(0)]
         elif word.startswith("-"):
             others.append(word)

@@ -21,7 +21,7 @@ NUMBERS = frozenset(
     gradient_accumulation_steps kto_chosen_weight kto_desirable_weight kto_rejected_weight
     kto_undesirable_weight label_smoothing label_smoothing_factor ld_alpha learning_rate logging_steps
     lora_alpha lora_dropout lora_r lora_rank loraplus_lr_ratio max_grad_norm max_length max_samples max_steps
-    micro_batch_size mp_replicate_size mp_shard_size num_epochs num_processes num_samples num_train_epochs
+    micro_batch_size mp_replicate_size mp_shard_size num_epochs num_machines num_processes num_samples num_train_epochs
     orpo_alpha per_device_eval_batch_size per_device_train_batch_size pipeline_model_parallel_size pref_beta
     pref_ftx rl_beta save_steps save_total_limit seed sequence_len simpo_gamma skip
     streaming_multipack_buffer_size tensor_model_parallel_size tensor_parallel_size undesirable_weight

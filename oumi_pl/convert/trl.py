@@ -33,6 +33,8 @@ _MODEL = {
 _DEVICES = {
     **dict.fromkeys(("accelerate_config", "config_file"), "trainer.strategy"),
     "num_processes": "trainer.devices",
+    "num_machines": "trainer.num_nodes",
+    "launcher": "nothing",
 }
 _DATA = {
     **dict.fromkeys(("dataset_name", "datasets"), "data.train"),
@@ -71,7 +73,6 @@ WITHOUT_EFFECT = training.WITHOUT_EFFECT | {
     **dict.fromkeys(("padding_free", "pad_to_multiple_of", "dataset_num_proc", "precompute_ref_*"), SPEED),
     **dict.fromkeys(("bnb_4bit_quant_storage",), SPEED),
     "eval_packing": "the loss of validation is that of the rows in any layout",
-    "launcher": "it decides on how processes are started",
     "dataset_kwargs": "rows are tokenized here in any case",
     "ignore_bias_buffers": "buffers are not synchronised",
     "lora_task_type": "it follows from the trainer type",
@@ -133,8 +134,8 @@ def recipe(values: Mapping[str, Any], name: str | None, devices: int | None = No
     if (schedule := training.schedule(settings, "linear")) is not None:
         init["schedule"] = schedule
     mixed = "fp16" if settings.get("fp16") else "bf16" if settings.noted("bf16", True, "trainer.precision") else None
-    devices = _launch(settings, devices)
-    trainer = training.trainer(settings, epochs=3.0, mixed=mixed, devices=devices)
+    launched = _launch(settings, devices)
+    trainer = launched | training.trainer(settings, epochs=3.0, mixed=mixed, devices=launched.get("devices"))
     tree = training.sections(settings, TRAINERS[name], init, data, trainer)
     logger = training.loggers(settings.get("report_to"))
     return tree | training.around(
@@ -159,10 +160,11 @@ def trainer_name(name: str | None) -> str:
     return name
 
 
+STARTING = "it decides on how processes are started"
 LAUNCH_KEYS = Keys(
     "accelerate",
     dict.fromkeys(("fsdp_config", "deepspeed_config", "num_processes", "num_machines"), "trainer"),
-    {"mixed_precision": "bf16 and fp16 decide", "*": "it decides on how processes are started"},
+    {"mixed_precision": "bf16 and fp16 decide", "*": STARTING},
     {"parallelism_config": training.REFUSED["parallelism_config"]},
 )
 """What becomes of the keys of a config of `accelerate`."""
@@ -176,8 +178,8 @@ SUPPLIED: dict[str, dict[str, Any]] = {
 """TRL's own configs of `accelerate`, without what decides on nothing here."""
 
 
-def _launch(settings: Settings, devices: int | None) -> int | None:
-    """Devices per node; the strategy that a config of `accelerate` names is set as transformers names it."""
+def _launch(settings: Settings, devices: int | None) -> dict[str, Any]:
+    """Devices per node and nodes; the strategy of a config of `accelerate` is set as transformers names it."""
     name = settings.get("accelerate_config") or settings.get("config_file")
     values = SUPPLIED.get(str(name), {})
     if name is not None and not values:
@@ -195,8 +197,12 @@ def _launch(settings: Settings, devices: int | None) -> int | None:
         offload = {part: {"device": deepspeed.get(f"{part}_device")} for part in ("offload_optimizer", "offload_param")}
         stage = {"stage": deepspeed.get("zero_stage", 2)}
         settings.values.setdefault("deepspeed", {"zero_optimization": stage | offload})
-    processes = settings.get("num_processes", config.get("num_processes", 0))
-    return devices or (int(processes) // int(config.get("num_machines", 1)) or None)
+    for option in str(settings.get("launcher", "")).split():  # each by its name
+        settings.notes.became[f"launcher.{option}"] = f"nothing: {STARTING}"
+    settings.notes.became.pop("launcher", None)
+    processes = int(settings.get("num_processes", config.get("num_processes", 0)))
+    machines = max(1, int(settings.get("num_machines", config.get("num_machines", 1))))
+    return given(devices=devices or processes // machines or None, num_nodes=machines if machines > 1 else None)
 
 
 def _model(settings: Settings) -> dict[str, Any]:

@@ -170,10 +170,12 @@ def test_devices_and_strategy_are_those_that_accelerate_would_start(tmp_path, op
 
 
 def test_the_options_of_a_launcher_are_read_or_named(tmp_path):
-    (tmp_path / "run.sh").write_text(SCRIPT.replace("--config_file fsdp.yaml", "--num-processes=4 --multi_gpu"))
+    (tmp_path / "run.sh").write_text(
+        SCRIPT.replace("--config_file fsdp.yaml", "--num-processes=4 --num_machines 2 --multi_gpu")
+    )
     text = text_of(str(tmp_path / "run.sh"), [])
-    assert yaml.safe_load(text)["trainer"]["devices"] == 4
-    assert "launcher: it decides on how processes are started" in text
+    assert yaml.safe_load(text)["trainer"]["devices"] == 2  # of each machine
+    assert "--multi_gpu of the launcher: it decides on how processes are started" in text
 
 
 SCRIPT = """\
