@@ -1,5 +1,8 @@
 """axolotl's YAML: each key becomes the one that means the same, or is named with the reason."""
 
+import itertools
+import math
+
 import pytest
 
 from oumi_pl.convert import training
@@ -381,6 +384,15 @@ def test_devices_that_share_rows_keep_the_rows_of_an_update(base):
 def test_devices_that_share_rows_would_change_the_update_unnoticed(monkeypatch):
     monkeypatch.setattr(training, "divide_rows", lambda settings, ranks, batch_size: ranks)
     assert set(wrong_rows(SFT)) == {sizes for sizes in SIZES if sizes[3] > 1}
+
+
+def test_the_sizes_of_the_strategy_multiply_to_the_devices():
+    for shards, replicas, (_, _, tensor, context) in itertools.product((2, 4), (1, 2), SIZES):
+        devices = shards * replicas * tensor * context
+        more = {"dp_shard_size": shards, "tensor_parallel_size": tensor, "context_parallel_size": context}
+        more |= {"dp_replicate_size": replicas, "micro_batch_size": 1}
+        strategy = at(converted(FSDP | more, devices=devices)[0], "trainer.strategy.init_args")
+        assert math.prod(strategy.values()) == devices
 
 
 @pytest.mark.parametrize("key", ["context_parallel_size", "sequence_parallel_degree"])

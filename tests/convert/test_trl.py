@@ -170,12 +170,12 @@ def test_devices_and_strategy_are_those_that_accelerate_would_start(tmp_path, op
 
 
 def test_the_options_of_a_launcher_are_read_or_named(tmp_path):
-    (tmp_path / "run.sh").write_text(
-        SCRIPT.replace("--config_file fsdp.yaml", "--num-processes=4 --num_machines 2 --multi_gpu")
-    )
+    options = "--num-processes=4 --num_machines 2 --multi_gpu"
+    (tmp_path / "run.sh").write_text(SCRIPT.replace("--config_file fsdp.yaml", options))
     text = text_of(str(tmp_path / "run.sh"), [])
-    assert yaml.safe_load(text)["trainer"]["devices"] == 2  # of each machine
-    assert "--multi_gpu of the launcher: it decides on how processes are started" in text
+    trainer = yaml.safe_load(text)["trainer"]
+    assert (trainer["devices"], trainer["num_nodes"]) == (2, 2)
+    assert "launcher.--multi_gpu: it decides on how processes are started" in text
 
 
 SCRIPT = """\
