@@ -4,15 +4,17 @@ Each function reads settings by their names in transformers (of PEFT's in TRL's 
 recipe. Defaults that differ from ours are written out.
 """
 
-import json
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import yaml
+
 from oumi_pl.convert.settings import Keys, Settings
 from oumi_pl.core.recipe.notes import given
+from oumi_pl.errors import UserError, reason
 
 MODEL = "model.init_args"
 OPTIMIZER, SCHEDULE, LORA = f"{MODEL}.optimizer", f"{MODEL}.schedule", f"{MODEL}.lora"
@@ -412,6 +414,8 @@ def strategy(settings: Settings, ranks: Ranks, devices: int | None = None) -> An
     if settings.has("accelerator_config"):
         settings.became_nothing("accelerator_config", SPEED)
     deepspeed = settings.get("deepspeed")
+    if isinstance(deepspeed, str):
+        deepspeed = read(deepspeed) or deepspeed
     is_fsdp, offload, sharding = _fsdp(settings)
     offload |= bool(deepspeed) and _offloads(deepspeed)
     if not deepspeed and not is_fsdp and ranks.tensor == 1:
@@ -450,15 +454,29 @@ def _sharded(settings: Settings, ranks: Ranks, devices: int | None, *, offload: 
     return {"class_path": "Sharded", "init_args": arguments} if arguments else "fsdp2"
 
 
+def read(name: str) -> Any:
+    """The content of a JSON or YAML file that a config names; None if it is not here.
+
+    Raises:
+        UserError: it is neither.
+    """
+    if not Path(name).is_file():
+        return None
+    try:
+        return yaml.safe_load(Path(name).read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise UserError(f"{name}: can't be read as JSON or YAML: {reason(error)}") from error
+
+
 def _fsdp(settings: Settings) -> tuple[bool, bool, str]:
     """Whether FSDP is on, whether it offloads, and its sharding strategy as it is named."""
     named, config = settings.get("fsdp"), settings.get("fsdp_config")
     words = str(named or "").replace("'", " ").replace(",", " ").strip("[]").split() if named is not True else []
     if isinstance(config, str):  # a file, as on command lines
-        if not Path(config).is_file():
+        if (content := read(config)) is None:
             settings.comment(STRATEGY, f"fsdp_config: {config} is not here, so whether it offloads is not known")
             return True, "offload" in words, ""
-        config = json.loads(Path(config).read_text(encoding="utf-8"))
+        config = content
     if config and not isinstance(config, Mapping):
         settings.refuse("fsdp_config", f"{config!r:.40} is no mapping")
     keys = {str(key).removeprefix("fsdp_"): value for key, value in (config or {}).items()}

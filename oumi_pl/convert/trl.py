@@ -4,8 +4,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from oumi_pl.convert import training
 from oumi_pl.convert.settings import Keys, Settings, number
 from oumi_pl.convert.training import MODEL, SPEED
@@ -95,7 +93,7 @@ ONLY = {
 """Argument -> the values that have a counterpart."""
 UNCUT = 32_768
 """Tokens of a row where TRL cuts none: longer ones stop the run."""
-NULL = {"max_grad_norm": 0.0, "gradient_checkpointing": False, "max_length": UNCUT}
+NULL = {"max_grad_norm": 0.0, "gradient_checkpointing": False, "max_length": -1}
 """Argument -> the value that null stands for; of others it is the default, or refused by TRL."""
 KEYS = {
     name: Keys(
@@ -181,17 +179,14 @@ SUPPLIED: dict[str, dict[str, Any]] = {
 def _launch(settings: Settings, devices: int | None) -> dict[str, Any]:
     """Devices per node and nodes; the strategy of a config of `accelerate` is set as transformers names it."""
     name = settings.get("accelerate_config") or settings.get("config_file")
-    values = SUPPLIED.get(str(name), {})
-    if name is not None and not values:
-        if Path(str(name)).is_file():
-            values = yaml.safe_load(Path(str(name)).read_text(encoding="utf-8")) or {}
-        else:
-            settings.comment("trainer", f"{name}: there is no such file here; set devices and strategy as it says")
-    config = Settings(values, LAUNCH_KEYS, settings, str(name))
+    values = SUPPLIED.get(str(name))
+    if name is not None and values is None and (values := training.read(str(name))) is None:
+        settings.comment("trainer", f"{name}: there is no such file here; set devices and strategy as it says")
+    config = Settings(values or {}, LAUNCH_KEYS, settings, str(name))
     if (fsdp := config.get("fsdp_config")) is not None:
         settings.values.setdefault("fsdp", "full_shard")
         settings.values.setdefault("fsdp_config", fsdp)
-    if (deepspeed := config.get("deepspeed_config")) is not None:
+    if isinstance(deepspeed := config.get("deepspeed_config"), Mapping):
         if file := deepspeed.get("deepspeed_config_file"):
             settings.values.setdefault("deepspeed", file)
         offload = {part: {"device": deepspeed.get(f"{part}_device")} for part in ("offload_optimizer", "offload_param")}
@@ -250,8 +245,10 @@ def _data(settings: Settings, name: str) -> dict[str, Any]:
     if str(settings.get("eval_strategy", "no")) != "no":
         args["validation"] = listed[0] | {"split": settings.get("dataset_test_split", "test")}
     args |= given(pad_token=settings.get("pad_token"), template=_template(settings))
-    args["max_length"] = int(settings.noted("max_length", 1024, "data.init_args.max_length"))
-    args["overflow"] = "error" if args["max_length"] == UNCUT else "keep_start"
+    length = int(settings.noted("max_length", 1024, "data.init_args.max_length"))
+    args |= {"max_length": length if length > 0 else UNCUT, "overflow": "keep_start" if length > 0 else "error"}
+    if length < 0:
+        settings.comment("data.init_args.max_length", "TRL cuts no row; a longer one stops the run here: raise this")
     args["batch_size"] = int(settings.noted("per_device_train_batch_size", 8, "data.init_args.batch_size"))
     args |= given(eval_batch_size=settings.get("per_device_eval_batch_size"))
     args |= given(

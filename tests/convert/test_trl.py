@@ -7,7 +7,7 @@ import yaml
 
 from oumi_pl.commands.convert import text_of
 from oumi_pl.convert import peers
-from oumi_pl.convert.trl import DATASET_KEYS, KEYS
+from oumi_pl.convert.trl import DATASET_KEYS, KEYS, UNCUT
 from oumi_pl.errors import UserError
 from tests.convert import samples
 from tests.convert.helpers import assert_fits, at, changed_by_null, converted, refuse_in_one_message, silent_keys
@@ -145,6 +145,7 @@ def test_null_is_the_default_but_where_trl_reads_it_otherwise(trainer):
     assert changed == {"max_grad_norm", "gradient_checkpointing", "max_length"}
     tree, _ = converted(ARGUMENTS | {"max_length": None}, trainer)
     assert at(tree, "data.overflow") == "error"  # TRL cuts no row then
+    assert at(converted(ARGUMENTS | {"max_length": UNCUT}, trainer)[0], "data.overflow") == "keep_start"
 
 
 @pytest.mark.parametrize(
@@ -154,6 +155,7 @@ def test_null_is_the_default_but_where_trl_reads_it_otherwise(trainer):
         ("--accelerate_config zero3 --num_processes 2", "fsdp2", 2),
         ("--accelerate_config zero2 --num_processes 2", "ddp", 2),
         ("--accelerate_config single_gpu", None, 1),
+        ("--deepspeed {folder}/mine.json", "fsdp2", None),
         ("--config_file {folder}/own.yaml", {"class_path": "Sharded", "init_args": {"offload": True}}, 3),
         ("--fsdp full_shard --fsdp_config {folder}/fsdp.json",
          {"class_path": "Sharded", "init_args": {"offload": True}}, None),
@@ -163,10 +165,18 @@ def test_null_is_the_default_but_where_trl_reads_it_otherwise(trainer):
 def test_devices_and_strategy_are_those_that_accelerate_would_start(tmp_path, options, strategy, devices):
     own = {"distributed_type": "FSDP", "fsdp_config": {"fsdp_offload_params": True}, "num_processes": 6}
     (tmp_path / "own.yaml").write_text(yaml.safe_dump(own | {"num_machines": 2}))
+    (tmp_path / "mine.json").write_text('{"zero_optimization": {"stage": 3}}')
     (tmp_path / "fsdp.json").write_text('{"offload_params": true}')
     text = text_of(f"trl sft --model_name_or_path m --dataset_name d {options.format(folder=tmp_path)}", [])
     tree = yaml.safe_load(text)
     assert (tree["trainer"].get("strategy"), tree["trainer"].get("devices")) == (strategy, devices)
+
+
+@pytest.mark.parametrize("option", ["--deepspeed", "--fsdp_config", "--config_file"])
+def test_a_file_that_can_not_be_read_is_named(tmp_path, option):
+    (tmp_path / "x.json").write_text("{")
+    with pytest.raises(UserError, match=r"x\.json: can't be read as JSON or YAML: "):
+        text_of(f"trl sft --model_name_or_path m --dataset_name d {option} {tmp_path}/x.json", [])
 
 
 def test_the_options_of_a_launcher_are_read_or_named(tmp_path):
