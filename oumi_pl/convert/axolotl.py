@@ -104,7 +104,7 @@ WITHOUT_EFFECT = training.WITHOUT_EFFECT | {
         ("tiled_mlp*", "activation_offloading", "torchdistx_path", "device_map", "gpu_memory_limit"), SPEED
     ),
     **dict.fromkeys(
-        ("expert_parallel_backend", "heads_k_stride", "ring_attn_func", "ddp*", "use_ray", "ray_*", "dataset_num_proc"),
+        ("expert_parallel_*", "heads_k_stride", "ring_attn_func", "ddp*", "use_ray", "ray_*", "dataset_num_proc"),
         SPEED,
     ),
     **dict.fromkeys(
@@ -114,7 +114,7 @@ WITHOUT_EFFECT = training.WITHOUT_EFFECT | {
     **dict.fromkeys(
         ("dataset_num_proc", "bnb_config_kwargs", "gptq_*", "use_dsv4_kernels", "use_glm_dsa_kernels", "dsv4_*"), SPEED
     ),
-    **dict.fromkeys(("gemma4_hybrid_attn_impl", "llama4_linearized_experts", "streaming_multipack_buffers"), SPEED),
+    **dict.fromkeys(("gemma4_hybrid_attn_impl", "llama4_linearized_experts", "streaming_multipack_*"), SPEED),
     **dict.fromkeys(("experimental_skip_move_to_device", "fp8_*", "torch_dtype", "use_onebitllms_*"), SPEED),
     **dict.fromkeys(("wandb_*", "mlflow_*", "comet_*", "swanlab_*", "use_swanlab", "trackio_*"), training.LOGS),
     **dict.fromkeys(
