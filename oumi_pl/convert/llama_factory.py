@@ -481,7 +481,15 @@ def _source(settings: Settings, name: str, info: tuple[Path, dict[str, Any]] | N
     if source["format"] in ("sharegpt", "sharegpt_preference") and renamed.get("conversations") == "messages":
         source["format"] = source["format"].replace("sharegpt", "messages")
         del renamed["conversations"]
-    return source | given(columns=renamed)
+    return source | given(columns=renamed, ignore=_unnamed(entry, named, read))
+
+
+def _unnamed(entry: Settings, named: Settings, read: tuple[str, ...]) -> list[str]:
+    """Columns with the name of a field that LLaMA-Factory leaves out, since `columns` names others but not this one."""
+    if not entry.has("columns"):
+        return []
+    fields = [COLUMNS[key] for key in read if key in ("query", "history", *SHARED_COLUMNS) and not named.get(key)]
+    return [field for field in fields if field not in named.values.values()]
 
 
 ROLE_TAGS = {

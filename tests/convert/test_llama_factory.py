@@ -81,7 +81,11 @@ def folder(tmp_path_factory):
         # rows
         ({}, "data.train.format", "oumi_pl.convert.formats.joined_alpaca"),
         ({"max_samples": 10}, "data.train.split", "train[:10]"),
-        ({"dataset": "chats"}, "data.train", {"path": "org/chats", "format": "messages"}),
+        (
+            {"dataset": "chats"},
+            "data.train",
+            {"path": "org/chats", "format": "messages", "ignore": ["system", "tools"]},
+        ),
         ({"val_size": 0.1}, "data.validation", 0.1),
         ({"mask_history": True}, "data.train_on", "last_turn"),
         ({"train_on_prompt": True}, "data.train_on", "all"),
@@ -213,6 +217,24 @@ def test_a_key_of_a_data_set_that_is_not_read_is_named(tmp_path, entry, stage, u
     names = {name for name in became if name.startswith("dataset_info.")}
     assert names == {f"dataset_info.one.{name}" for name in unused}
     assert all(became[name].startswith("nothing: ") for name in names)
+
+
+@pytest.mark.parametrize(
+    ("entry", "ignored"),
+    [
+        ({"file_name": "a.json"}, None),
+        ({"file_name": "a.json", "columns": {"prompt": "q", "response": "r"}}, ["input", "history", "system", "tools"]),
+        (
+            {"file_name": "a.json", "columns": {"prompt": "q", "query": None, "system": "s"}},
+            ["input", "history", "tools"],
+        ),
+        ({"file_name": "a.json", "columns": {"prompt": "input", "history": "h"}}, ["system", "tools"]),
+        ({"file_name": "a.json", "formatting": "sharegpt", "columns": {"messages": "m", "tools": "t"}}, ["system"]),
+    ],
+)
+def test_columns_that_are_not_named_beside_others_are_left_out(tmp_path, entry, ignored):
+    values = SFT | {"dataset": "one", "dataset_dir": {"one": entry}}
+    assert at(converted(values, folder=tmp_path)[0], "data.train.ignore") == ignored
 
 
 def test_a_folder_of_a_data_set_is_refused_by_name(tmp_path):
