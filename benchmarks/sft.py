@@ -206,6 +206,7 @@ def main() -> None:
     parser.add_argument("--rows", type=Path, help="jsonl of question/answer or prompt/completion rows")
     parser.add_argument("--tokenizer", type=Path, help="directory of a tokenizer")
     parser.add_argument("--shape", choices=SHAPES, default="17m")
+    parser.add_argument("--cases", nargs="+", choices=CASES, default=CASES)
     parser.add_argument("--steps", type=int, default=12)
     parser.add_argument("--threads", type=int, default=os.cpu_count())
     for hidden in ("child", "case", "options"):
@@ -221,7 +222,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
         prepare(folder, args.rows, args.tokenizer)
-        for case in CASES:
+        for case in args.cases:
             ours: dict[str, float] = {}
             for engine, options in ENGINES:
                 got = measure(engine, case, options, args, folder)

@@ -114,6 +114,7 @@ def _online_panels(metrics: Mapping[str, Column]) -> list[Panel]:
         Line(f"train/{name}", label, color) for (name, label), color in zip(names, COLORS, strict=False)
     )
     components = sorted(name for name in metrics if re.fullmatch(r"train/rewards/.+(?<!_std)", name))
+    sources = sorted(name for name in metrics if name.startswith("train/reward/"))
     shares = (
         Line("train/groups_without_variance", "groups without variance", blue),
         Line("train/truncated", "truncated completions", orange),
@@ -123,6 +124,7 @@ def _online_panels(metrics: Mapping[str, Column]) -> list[Panel]:
     return [
         Panel("Reward", both("reward")),
         Panel("Reward by component", _in_colors(components, "train/rewards/")),
+        Panel("Reward by source", _in_colors(sources, "train/reward/")),
         Panel("Standard deviation of rewards", train(("reward_std", "")), low=0.0),
         Panel("Solved held-out prompts", _in_colors(_passes(metrics), "val/"), 0.0, 1.0),
         Panel("Exact answers, share of held-out", (Line("val/exact_match", "validation", orange),), 0.0, 1.0),
