@@ -114,7 +114,7 @@ def test_comments_stand_before_the_key_that_they_are_about():
     assert yaml.safe_load("\n".join(lines)) == tree
 
 
-def test_resuming_is_told(file):
+def test_resuming_is_reported(file):
     text = convert(file, ["--training.try_resume_from_last_checkpoint=true"])
     assert re.search(r"fit --config THIS_FILE --resume$", text, re.MULTILINE)
 

@@ -121,7 +121,7 @@ PYTHON = {
 
 
 @pytest.mark.parametrize(("make", "message"), PYTHON.values(), ids=PYTHON)
-def test_python_is_told_the_same(make, message):
+def test_python_is_reported_the_same(make, message):
     assert refused(make).startswith(message)
 
 
