@@ -46,16 +46,24 @@ def write_gguf(folder: Path, file: Path, outtype: OutType = "f16", name: str = "
         name: Of the model; the folder's when left out.
 
     Raises:
-        UserError: `gguf` isn't installed, or llama.cpp's own converter is needed.
+        UserError: `gguf` isn't installed, weights are missing, or llama.cpp's own converter is needed.
     """
     gguf = import_gguf()
     config, tokenizer = read(folder, outtype)
     architecture = ARCHITECTURES[config.model_type]
     names = gguf.get_tensor_name_map(_architecture(gguf, architecture), config.num_hidden_layers)
-    known = {key: names.get_name(key, try_suffixes=(".weight", ".bias")) for key in _names(folder, config)}
+    known, expected = (
+        {key: names.get_name(key, try_suffixes=(".weight", ".bias")) for key in keys}
+        for keys in (_names(folder, config), _expected_names(config))
+    )
     for key, written in known.items():
         if written is None:
             refuse(f"a weight {key}", CONVERTER.format(folder=folder, outtype=outtype))
+    if missing := [key for key, written in expected.items() if written not in known.values()]:
+        raise UserError(
+            f"--format gguf: {len(missing)} of {len(expected)} weights of {folder} are missing, such as {missing[0]}; "
+            "it needs model.safetensors, or all files that model.safetensors.index.json names"
+        )
     writer = gguf.GGUFWriter(file, architecture)
     writer.add_name(name or folder.resolve().name)
     writer.add_file_type(gguf.LlamaFileType[{"f16": "MOSTLY_F16", "q8_0": "MOSTLY_Q8_0"}[outtype]])
@@ -191,7 +199,12 @@ def _llama3_factors(rope: Mapping[str, Any], head_dim: int) -> np.ndarray:
 
 
 def _files(folder: Path) -> list[Path]:
-    return sorted(folder.glob("model*.safetensors"))
+    """The file of the weights, or those that the index names; only those that exist."""
+    index = folder / "model.safetensors.index.json"
+    names = {"model.safetensors"}
+    if index.is_file() and not (folder / "model.safetensors").is_file():
+        names = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
+    return [folder / name for name in sorted(names) if (folder / name).is_file()]
 
 
 def _is_written(name: str, config: Any) -> bool:
@@ -205,6 +218,16 @@ def _names(folder: Path, config: Any) -> Iterator[str]:
     for file in _files(folder):
         with safe_open(file, "pt") as tensors:
             yield from (name for name in tensors.keys() if _is_written(name, config))  # noqa: SIM118 - it is no dict
+
+
+def _expected_names(config: Any) -> Iterator[str]:
+    """The names of the weights that transformers' model of this config has."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config)
+    yield from (name for name in model.state_dict() if _is_written(name, config))
 
 
 def _weights(folder: Path, config: Any, *, interleaved: bool) -> Iterator[tuple[str, np.ndarray]]:

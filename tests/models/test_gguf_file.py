@@ -1,6 +1,7 @@
 """GGUF files: read back, and run by llama.cpp where llama-cpp-python is installed."""
 
 import json
+import shutil
 
 import numpy as np
 import pytest
@@ -260,6 +261,34 @@ def test_a_weight_that_llama_cpp_does_not_know_is_refused_before_anything_is_rea
     with pytest.raises(UserError, match=r"a weight model\.layers\.0\.self_attn\.gate\.weight"):
         write_gguf(folder, tmp_path / "m.gguf")
     assert not (tmp_path / "m.gguf").exists()
+
+
+@pytest.mark.parametrize(
+    ("lost", "count", "first"),
+    [
+        ("model.safetensors", 21, "model.embed_tokens.weight"),  # a folder with pytorch_model.bin, for example
+        ("model-00002-of-00003.safetensors", None, "model."),
+    ],
+)
+def test_a_folder_without_some_weights_is_refused(tmp_path, folders, lost, count, first):
+    folder = tmp_path / "m"
+    shutil.copytree(folders["llama"], folder)
+    if "-of-" in lost:
+        AutoModelForCausalLM.from_pretrained(folder).save_pretrained(folder, max_shard_size="150KB")
+        (folder / "model.safetensors").unlink(missing_ok=True)
+        write_gguf(folder, tmp_path / "whole.gguf")
+        assert differences(folders["llama"], "llama", tmp_path / "whole.gguf", 1e-3) == []
+    (folder / lost).unlink()
+    with pytest.raises(UserError, match=rf"{count or '[0-9]+'} of 21 weights of .* are missing, such as {first}"):
+        write_gguf(folder, tmp_path / "m.gguf")
+    assert not (tmp_path / "m.gguf").exists()
+
+
+def test_files_that_no_index_names_are_left_out(tmp_path, folders):
+    shutil.copytree(folders["llama"], tmp_path / "m")
+    shutil.copy(folders["llama"] / "model.safetensors", tmp_path / "m/model-old.safetensors")
+    write_gguf(tmp_path / "m", tmp_path / "m.gguf")
+    assert differences(folders["llama"], "llama", tmp_path / "m.gguf", 1e-3) == []
 
 
 def test_export_writes_the_file_from_a_model_folder_and_refuses_what_does_not_belong_to_it(tmp_path, folders):
