@@ -1,7 +1,6 @@
 """Export a checkpoint as a folder that `transformers` loads, or as a GGUF file for llama.cpp and Ollama."""
 
 import copy
-import tempfile
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -92,25 +91,22 @@ def export_gguf(source: Path, output: Path, outtype: Any = "f16", *, trust: bool
         UserError: the model can't be read, or llama.cpp's own converter is needed.
     """
     from oumi_pl.models.gguf_file import import_gguf, modelfile, read, write_gguf
-    from oumi_pl.runs.files import HALF, replacing
-    from oumi_pl.runs.folders import refuse_unwritable
+    from oumi_pl.runs.files import remove
+    from oumi_pl.runs.folders import filling, refuse_unwritable
 
     import_gguf()  # before the work of the export
     _refuse_used(output)
-    refuse_unwritable(output.parent, "--output")
-    output.parent.mkdir(parents=True, exist_ok=True)
-    # beside the output, where there is room for it
-    with tempfile.TemporaryDirectory(prefix=f"{output.name}.", suffix=HALF, dir=output.parent) as scratch:
-        folder = source
+    refuse_unwritable(output, "--output")
+    with filling(output) as half:
+        folder, scratch = source, half / "weights"  # on the disk of the output, where there is room for it
         if not (source / "config.json").is_file():
-            folder = Path(scratch) / output.resolve().name
+            folder = scratch / output.resolve().name
             _export_whole(source, folder, outtype, trust=trust)
         read(folder, outtype)
         text = modelfile(folder, "model.gguf")
-        with replacing(output) as half:
-            half.mkdir()
-            write_gguf(folder, half / "model.gguf", outtype, name=output.resolve().name)
-            (half / "Modelfile").write_text(text, encoding="utf-8")
+        write_gguf(folder, half / "model.gguf", outtype, name=output.resolve().name)
+        (half / "Modelfile").write_text(text, encoding="utf-8")
+        remove(scratch)
 
 
 def _export_whole(source: Path, folder: Path, outtype: str, *, trust: bool) -> None:
@@ -127,6 +123,9 @@ def _export_whole(source: Path, folder: Path, outtype: str, *, trust: bool) -> N
 
 
 def _refuse_used(output: Path) -> None:
+    from oumi_pl.runs.folders import half_for
+
+    half_for(output)  # a killed export may have left something in it
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
         raise UserError(f"--output: {output} exists and is not an empty folder; name another one")
 

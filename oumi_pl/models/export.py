@@ -4,7 +4,7 @@ import copy
 import json
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -22,8 +22,7 @@ from oumi_pl.models.sharding import is_sharded, whole
 from oumi_pl.models.text_part import copy_processors, put_back
 from oumi_pl.runs.checkpoints import read_sharded, read_tensors
 from oumi_pl.runs.checksums import model_files, refuse_damaged, refuse_damaged_weights
-from oumi_pl.runs.files import put, remove
-from oumi_pl.runs.folders import half_of
+from oumi_pl.runs.folders import filling, half_for
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -269,21 +268,17 @@ def _argument(config: Mapping[str, Any], section: str, name: str) -> Any:
 
 @contextmanager
 def _folder(directory: Path) -> Iterator[Path]:
-    """A temporary folder beside `directory` that replaces it if nothing fails, with checksums."""
-    try:
-        if directory.is_symlink() or (directory.exists() and (not directory.is_dir() or any(directory.iterdir()))):
-            raise UserError(f"{directory} is there and not an empty folder; export to another one")
-        directory.parent.mkdir(parents=True, exist_ok=True)
-        half = half_of(directory)
-        half.mkdir()
-    except OSError as error:
-        raise UserError(f"can't write to {directory}: {error.strerror}") from error
-    try:
+    """A temporary folder whose content is in `directory` if nothing fails, with checksums."""
+    with ExitStack() as stack:
+        try:
+            half_for(directory)  # a killed process may have left something in it
+            if directory.is_symlink() or (directory.exists() and (not directory.is_dir() or any(directory.iterdir()))):
+                raise UserError(f"{directory} is there and not an empty folder; export to another one")
+            half = stack.enter_context(filling(directory))
+        except OSError as error:
+            raise UserError(f"can't write to {directory}: {error.strerror}") from error
         with model_files(half):
             yield half
-        put(half, directory)
-    finally:
-        remove(half)
 
 
 @contextmanager

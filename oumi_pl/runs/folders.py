@@ -145,6 +145,34 @@ def half_of(folder: Path) -> Path:
     return half
 
 
+@contextlib.contextmanager
+def filling(folder: Path) -> Iterator[Path]:
+    """Yields a temporary folder whose content is in `folder`, which is new or empty, at the end of the block.
+
+    A new folder is complete or not there, and is written beside its place. One that exists may be the working directory
+    or a mount: it stays, is written to from within, and each of its files is complete.
+    """
+    half = half_for(folder)
+    half.mkdir(parents=True)
+    try:
+        yield half
+        files.sync_all(half)
+        if half.parent == folder.resolve():
+            for entry in sorted(half.iterdir()):
+                entry.rename(half.parent / entry.name)
+        else:
+            half.rename(folder.resolve())  # which fails if somebody else has filled it meanwhile
+        files.sync(half.parent)
+    finally:
+        files.remove(half)
+
+
+def half_for(folder: Path) -> Path:
+    """Where `filling` writes; removes what killed processes left of it."""
+    folder = folder.resolve()
+    return half_of(folder / folder.name if folder.is_dir() else folder)
+
+
 def _half(folder: Path) -> Path:
     return folder.with_name(f".{folder.name}.{os.getpid()}@{socket.gethostname()}{HALF}")
 

@@ -1,5 +1,7 @@
 """Exported folders load in plain transformers with the logits of the live model, which is left unchanged."""
 
+from pathlib import Path
+
 import pytest
 import torch
 from peft import PeftModel
@@ -256,10 +258,15 @@ def test_adapters_whose_base_is_not_that_on_the_disk(tmp_path, folder, config, w
     assert_same(tmp_path / "out", model.hf, 1e-5)
 
 
-def test_only_new_or_empty_folders_are_written(tmp_path):
+def test_only_new_or_empty_folders_are_written(tmp_path, monkeypatch):
     model = LM(build_model(None, config=LLAMA | {"vocab_size": 97}))
     (tmp_path / "empty").mkdir()
-    export_model(model, tmp_path / "empty")
+    before = (tmp_path / "empty").stat().st_ino
+    monkeypatch.chdir(tmp_path / "empty")
+    export_model(model, Path())
+    assert_same(tmp_path / "empty", model.hf)
+    assert (tmp_path / "empty").stat().st_ino == before
+    assert [path.name for path in tmp_path.iterdir()] == ["empty"]
     (tmp_path / "file").write_text("mine")
     for there in ("empty", "file"):
         with pytest.raises(UserError, match=f"{there} is there and not an empty folder"):

@@ -1,7 +1,10 @@
 """GGUF files: read back, and run by llama.cpp where llama-cpp-python is installed."""
 
 import json
+import os
 import shutil
+import socket
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -17,6 +20,8 @@ from oumi_pl.data.tokenizers import ByteTokenizer
 from oumi_pl.errors import UserError
 from oumi_pl.models import gguf_file
 from oumi_pl.models.gguf_file import modelfile, pre_tokenizer, write_gguf
+from oumi_pl.runs.files import HALF
+from oumi_pl.runs.folders import RUN, remove_leftovers
 
 gguf = pytest.importorskip("gguf", reason="needs gguf: pip install 'oumi_pl[gguf]'")
 
@@ -29,6 +34,8 @@ SHAPE = {
     "max_position_embeddings": 256,
     "initializer_range": 0.2,
 }
+NO_PID = 2**22 + 1
+"""Larger than the id of any process."""
 KINDS = {
     "llama": {},
     "mistral": {"sliding_window": None},
@@ -297,6 +304,31 @@ def test_export_writes_the_file_from_a_model_folder_and_refuses_what_does_not_be
     assert sorted(file.name for file in (tmp_path / "out").iterdir()) == ["Modelfile", "model.gguf"]
     assert main([*command, "--output", str(tmp_path / "out")]) == 2
     assert main([*command, "--output", str(tmp_path / "new"), "--check", "vllm"]) == 2
+
+
+def test_an_export_fills_a_folder_that_exists_and_takes_no_other_process_for_a_killed_one(
+    tmp_path, folders, monkeypatch
+):
+    (tmp_path / RUN).write_text("{}")  # a run folder, whose leftovers a resume removes
+    output = tmp_path / "out"
+    output.mkdir()
+    (output / f".out.{NO_PID}@{socket.gethostname()}{HALF}").mkdir()  # of a process that was killed
+    monkeypatch.chdir(output)
+    before, whole = output.stat().st_ino, gguf_file.write_gguf
+
+    def write_beside_a_resume(*args, **kwargs):
+        with monkeypatch.context() as other:
+            other.setattr("os.getpid", os.getppid)
+            for folder in (tmp_path, output):
+                remove_leftovers(folder)
+        whole(*args, **kwargs)
+
+    monkeypatch.setattr(gguf_file, "write_gguf", write_beside_a_resume)
+    for name in (".", "../new"):
+        export_gguf(folders["llama"], Path(name))
+        assert sorted(file.name for file in Path(name).iterdir()) == ["Modelfile", "model.gguf"]
+    assert output.stat().st_ino == before  # of a mount or the working directory, the name can't move
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["new", "out", RUN]
 
 
 # --- llama.cpp --------------------------------------------------------------------------------------------------------
