@@ -1,5 +1,6 @@
 """Which library a config is of, by its keys, and its recipe."""
 
+import json
 import re
 import shlex
 from collections.abc import Mapping
@@ -74,19 +75,22 @@ def command(text: str) -> tuple[str, list[str]]:
         raise UserError(f"the command line can't be taken apart: {error}") from error
 
 
-NUMBER = ("--num_processes", "--nproc_per_node")
-"""Options of `accelerate launch` and torchrun that say how many processes there are."""
+LAUNCH_OPTIONS = ("--config_file", "--num_processes", "--num_machines", "--nproc_per_node", "--nnodes")
+"""Options of `accelerate launch` and torchrun that decide on devices."""
+TORCHRUN = re.compile(r"torchrun|torch\.distributed\.(run|launch)")
 
 
 def _launched(words: list[str]) -> list[str]:
     """The options of a launcher before a script that decide on devices; the others are named together."""
     rest = [part for word in words for part in (word.split("=", 1) if word.startswith("--") else (word,))]
     options, others = [], []
+    if any(TORCHRUN.fullmatch(Path(word).name) for word in words):
+        options += ["--nproc_per_node", "1"]  # its default
     while rest:
         word = rest.pop(0)
         flag = word.replace("-", "_").replace("__", "--", 1)
-        if rest and (flag in NUMBER or flag in ("--config_file", "--num_machines")):
-            options += ["--num_processes" if flag in NUMBER else flag, rest.pop(0)]
+        if rest and flag in LAUNCH_OPTIONS:
+            options += [flag, json.dumps(rest.pop(0))]  # quoted: 1:2 is a number in YAML
         elif word.startswith("-"):
             others.append(word)
     return options + ([f"--launcher={' '.join(others)}"] if others else [])

@@ -30,8 +30,8 @@ _MODEL = {
 }
 _DEVICES = {
     **dict.fromkeys(("accelerate_config", "config_file"), "trainer.strategy"),
-    "num_processes": "trainer.devices",
-    "num_machines": "trainer.num_nodes",
+    **dict.fromkeys(("num_processes", "nproc_per_node"), "trainer.devices"),
+    **dict.fromkeys(("num_machines", "nnodes"), "trainer.num_nodes"),
     "launcher": "nothing",
 }
 _DATA = {
@@ -197,7 +197,30 @@ def _launch(settings: Settings, devices: int | None) -> dict[str, Any]:
     settings.notes.became.pop("launcher", None)
     processes = int(settings.get("num_processes", config.get("num_processes", 0)))
     machines = max(1, int(settings.get("num_machines", config.get("num_machines", 1))))
-    return given(devices=devices or processes // machines or None, num_nodes=machines if machines > 1 else None)
+    if settings.has("nnodes") or settings.has("nproc_per_node"):
+        machines, per_node = _torchrun(settings)
+    else:
+        per_node = processes // machines or None
+    return given(devices=devices or per_node, num_nodes=machines if machines > 1 else None)
+
+
+def _torchrun(settings: Settings) -> tuple[int, int | None]:
+    """Nodes and devices per node of torchrun; None for all devices.
+
+    Raises:
+        UserError: they are neither numbers nor words of torchrun.
+    """
+    least, _, most = str(settings.get("nnodes", 1)).partition(":")
+    nodes, per_node = number(most or least), number(settings.get("nproc_per_node", 1))
+    if not isinstance(nodes, int) or nodes < 1:
+        settings.refuse("nnodes", f"{nodes!r:.40} is neither a number nor a range such as 1:2")
+    if most not in ("", least):
+        settings.comment("trainer", f"nnodes {least}:{most}: set num_nodes to the number of nodes; the most are taken")
+    if per_node in ("auto", "gpu", "cpu", "xpu"):
+        return nodes, None
+    if not isinstance(per_node, int) or per_node < 1:
+        settings.refuse("nproc_per_node", f"{per_node!r:.40} is neither a number nor auto, gpu, cpu or xpu")
+    return nodes, per_node
 
 
 def _model(settings: Settings) -> dict[str, Any]:
@@ -314,10 +337,12 @@ def _dpo(settings: Settings) -> dict[str, Any]:
     named = settings.get("loss_type") or "sigmoid"
     names = [str(one) for one in (named if isinstance(named, list) else [named])]
     losses = [_single(settings, one) for one in names]
-    loss, weights = losses[0], settings.get("loss_weights") or [1.0] * len(losses)
-    weights = [number(weight) for weight in weights]
-    if not all(isinstance(weight, int | float) for weight in weights):
+    loss, named = losses[0], settings.get("loss_weights", [1.0] * len(losses))
+    weights = [number(weight) for weight in (named if isinstance(named, list) else [named])]
+    if not all(isinstance(weight, int | float) and not isinstance(weight, bool) for weight in weights):
         settings.refuse("loss_weights", f"{weights!r:.40} are no numbers")
+    if len(weights) != len(losses):
+        settings.refuse("loss_weights", f"{len(weights)} for {len(losses)} of loss_type; each loss has a weight")
     if len(losses) > 1 or weights != [1.0]:
         loss = {
             "class_path": "WeightedSum",

@@ -79,5 +79,5 @@ TRL = {
     "loss_weights": [2.0], "label_smoothing": 0.1, "discopop_tau": 0.1, "ld_alpha": 0.5, "sync_ref_model": True,
     "ref_model_sync_steps": 3, "ref_model_mixup_alpha": 0.1, "desirable_weight": 2.0, "undesirable_weight": 2.0,
     "center_rewards_coefficient": 0.1, "f_divergence_type": "js", "accelerate_config": "zero3", "config_file": "x.yaml",
-    "num_processes": 4, "num_machines": 2, "launcher": "--multi_gpu",
+    "num_processes": 4, "num_machines": 2, "nproc_per_node": 4, "nnodes": 2, "launcher": "--multi_gpu",
 }  # fmt: skip

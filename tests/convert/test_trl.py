@@ -188,6 +188,46 @@ def test_the_options_of_a_launcher_are_read_or_named(tmp_path):
     assert "launcher.--multi_gpu: it decides on how processes are started" in text
 
 
+@pytest.mark.parametrize(
+    ("launcher", "devices", "nodes"),
+    [
+        ("torchrun --nnodes 2 --nproc_per_node 8", 8, 2),
+        ("torchrun --nnodes=2:2 --nproc-per-node=8", 8, 2),
+        ("torchrun --nnodes 1:4 --nproc_per_node gpu", None, 4),
+        ("python -m torch.distributed.run --nproc_per_node auto", None, None),
+        ("torchrun --master_port 29501", 1, None),
+        ("accelerate launch --num_machines 2 --num_processes 16", 8, 2),
+    ],
+)
+def test_devices_and_nodes_are_those_that_a_launcher_would_start(tmp_path, launcher, devices, nodes):
+    (tmp_path / "run.sh").write_text(SCRIPT.replace("accelerate launch --config_file fsdp.yaml", launcher))
+    trainer = yaml.safe_load(text_of(str(tmp_path / "run.sh"), []))["trainer"]
+    assert (trainer.get("devices"), trainer.get("num_nodes")) == (devices, nodes)
+
+
+@pytest.mark.parametrize("option", ["--nnodes x", "--nproc_per_node many"])
+def test_a_number_of_nodes_or_devices_that_is_none_is_refused(tmp_path, option):
+    (tmp_path / "run.sh").write_text(SCRIPT.replace("accelerate launch --config_file fsdp.yaml", f"torchrun {option}"))
+    with pytest.raises(UserError, match=rf"{option.split()[0][2:]}: '{option.split()[1]}' is neither a number nor"):
+        text_of(str(tmp_path / "run.sh"), [])
+
+
+@pytest.mark.parametrize(
+    ("options", "weights"),
+    [("--loss_weights 0.5", [0.5]), ("--loss_type sigmoid sft --loss_weights 1 0.5", [1.0, 0.5]),
+     ("--config {file}", [0.25])],
+)  # fmt: skip
+def test_weights_of_losses_are_a_list_or_a_single_number(tmp_path, options, weights):
+    (tmp_path / "c.yaml").write_text("loss_weights: '0.25'\n")
+    text = text_of(f"trl dpo --model_name_or_path m --dataset_name d {options.format(file=tmp_path / 'c.yaml')}", [])
+    assert at(yaml.safe_load(text), "model.loss.weights") == weights
+
+
+def test_losses_without_a_weight_each_are_refused():
+    with pytest.raises(UserError, match="loss_weights: 1 for 2 of loss_type"):
+        text_of("trl dpo --model_name_or_path m --dataset_name d --loss_type sigmoid sft --loss_weights 0.5", [])
+
+
 SCRIPT = """\
 #!/bin/sh
 # trl dpo --an old line
