@@ -460,7 +460,7 @@ def _preference_loss(settings: Settings) -> dict[str, Any]:
 
 def _simpo(settings: Settings, beta: float) -> dict[str, Any]:
     # TRL's CPO subtracts gamma / beta from the difference, which beta then multiplies; its SFT term has cpo_alpha
-    arguments = {"beta": beta, "gamma": float(settings.get("simpo_gamma") or 0.5)}
+    arguments = {"beta": beta, "gamma": float(settings.get("simpo_gamma", 0.5))}
     simpo = {"class_path": "SimPO", "init_args": arguments}
     if not (weight := float(settings.get("cpo_alpha", 1.0))):
         return simpo

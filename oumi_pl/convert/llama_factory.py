@@ -463,10 +463,10 @@ def _source(settings: Settings, name: str, info: tuple[Path, dict[str, Any]] | N
     source |= {"split": entry.get("split")} if entry.get("split", "train") != "train" else {}
     most = settings.get("max_samples")
     if samples := entry.get("num_samples"):
-        source["sample"] = min(samples, most or samples)
+        source["sample"] = int(min(samples, most or samples))
         settings.comment(TRAIN, "num_samples: the first ones, repeated if there are fewer; LLaMA-Factory draws them")
     elif most:
-        source["split"] = f"{source.get('split', 'train')}[:{most}]"
+        source["split"] = f"{source.get('split', 'train')}[:{int(most)}]"
     if kind == "Pretrain":
         text = named.get("prompt", "text" if named.values else "instruction")
         return source | ({"columns": {"text": text}} if text != "text" else {})

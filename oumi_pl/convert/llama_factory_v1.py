@@ -230,29 +230,32 @@ def _distribution(settings: Settings, devices: int | None) -> tuple[int | None, 
         settings.values["fsdp_config"] = {"offload_params": bool(plug_in.get("offload_params"))}
     shards, replicas = settings.get("mp_shard_size"), training.size(settings, "mp_replicate_size")
     sharing = training.size(settings, "cp_size")
-    if ranks := settings.get("dp_size"):
-        devices = devices or int(ranks) * sharing
+    if groups := settings.get("dp_size"):
+        devices = devices or int(groups) * sharing
     if rows := settings.get("global_batch_size"):
         devices = devices or sharing
-        _accumulate(settings, int(rows), devices, sharing)
+        sharing = math.gcd(sharing, devices)  # on other devices than LLaMA-Factory's, fewer share rows
+        _accumulate(settings, int(rows), devices // sharing)
     # the groups that hold all weights span devices that share rows as well
     ranks = training.divide_rows(settings, training.Ranks(sharing=sharing), 1)
+    if rows and devices:
+        of_device = settings.values["micro_batch_size"] * settings.values["gradient_accumulation_steps"]
+        settings.comment(
+            "trainer",
+            f"global_batch_size: an update has {of_device * devices // ranks.tensor} rows on {devices} devices; for N of "
+            "them, convert with --devices N",
+        )
     shards = None if shards is None else int(shards) // ranks.tensor
     return devices, training.Ranks(shards if (shards or 1) > 1 else None, replicas, ranks.tensor)
 
 
-def _accumulate(settings: Settings, rows: int, devices: int, sharing: int) -> None:
-    """Sets batch size and accumulation so that an update has its rows on these devices.
+def _accumulate(settings: Settings, rows: int, groups: int) -> None:
+    """Sets batch size and accumulation so that an update has its rows on so many devices, or groups that share rows.
 
     Raises:
         UserError: the rows can't be divided among them.
     """
-    groups = max(1, devices // sharing)
     if rows % groups:
         settings.refuse("global_batch_size", f"{rows} rows are no multiple of the {groups} devices that read them")
     size = math.gcd(rows // groups, int(settings.get("per_device_train_batch_size", 1)))
     settings.values |= {"micro_batch_size": size, "gradient_accumulation_steps": rows // groups // size}
-    settings.comment(
-        "trainer",
-        f"global_batch_size: an update has {rows} rows on {devices} devices; for N of them, convert with --devices N",
-    )

@@ -43,7 +43,7 @@ MAPPINGS = frozenset(
 LISTS = frozenset(
     (
         *("datasets", "test_datasets", "pretraining_dataset", "plugins", "unfrozen_parameters", "dpo_loss_type"),
-        *("dataset", "eval_dataset", "add_tokens", "add_special_tokens", "report_to", "loss_weights"),
+        *("dataset", "eval_dataset", "add_tokens", "add_special_tokens", "report_to"),
         *("data_files", "roles_to_train"),
     )
 )
@@ -95,6 +95,7 @@ class Settings:
         if whole is not None:
             whole.parts.append(self)
         self._refuse_other_types()
+        self.values |= {key: _read(value) for key, value in self.values.items() if key in NUMBERS}
         refused = []
         for key, value in self.values.items():
             if (target := _entry(keys.translated, key)) is not None:
@@ -211,6 +212,12 @@ def _entry(table: Mapping[str, str], key: str) -> str | None:
     if key in table:
         return table[key]
     return next((value for name, value in table.items() if "*" in name and fnmatch.fnmatchcase(key, name)), None)
+
+
+def _read(value: Any) -> Any:
+    """A number that may be written as text, such as 1e3 in YAML 1.1: a whole one is an integer."""
+    read = number(value)
+    return int(read) if isinstance(value, str) and float(read).is_integer() else read
 
 
 def number(value: Any) -> Any:

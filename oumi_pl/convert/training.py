@@ -417,7 +417,8 @@ def strategy(settings: Settings, ranks: Ranks, devices: int | None = None) -> An
     if isinstance(deepspeed, str):
         deepspeed = read(deepspeed) or deepspeed
     is_fsdp, offload, sharding = _fsdp(settings)
-    offload |= bool(deepspeed) and _offloads(deepspeed)
+    is_stage_3, zero_offloads = _zero(settings, deepspeed)
+    offload |= zero_offloads
     if not deepspeed and not is_fsdp and ranks.tensor == 1:
         if ranks.shards or (ranks.replicas or 1) > 1:
             settings.comment("trainer", "without FSDP, each device holds all weights")
@@ -425,10 +426,10 @@ def strategy(settings: Settings, ranks: Ranks, devices: int | None = None) -> An
     if settings.get("load_in_8bit") or settings.get("quantization_bit") == 8:
         settings.comment(STRATEGY, "a base in 8 bits is not sharded here: each device holds it; the numbers are equal")
         return "ddp"
-    if sharding in ("NO_SHARD", "3") and ranks.tensor == 1:
+    if sharding == "NO_SHARD" and ranks.tensor == 1:
         settings.comment(STRATEGY, "DDP takes the place of FSDP without sharding; the numbers are equal")
         return "ddp"
-    if deepspeed and not is_fsdp and not offload and not _is_stage_3(deepspeed) and ranks.tensor == 1:
+    if deepspeed and not is_fsdp and not offload and not is_stage_3 and ranks.tensor == 1:
         settings.comment(STRATEGY, "DDP takes the place of DeepSpeed below ZeRO-3; the numbers are equal")
         return "ddp"
     return _sharded(settings, ranks, devices, offload=offload)
@@ -469,38 +470,57 @@ def read(name: str) -> Any:
 
 
 def _fsdp(settings: Settings) -> tuple[bool, bool, str]:
-    """Whether FSDP is on, whether it offloads, and its sharding strategy as it is named."""
+    """Whether FSDP is on, whether it offloads, and its sharding strategy; empty if none is named."""
     named, config = settings.get("fsdp"), settings.get("fsdp_config")
     words = str(named or "").replace("'", " ").replace(",", " ").strip("[]").split() if named is not True else []
     if isinstance(config, str):  # a file, as on command lines
         if (content := read(config)) is None:
             settings.comment(STRATEGY, f"fsdp_config: {config} is not here, so whether it offloads is not known")
-            return True, "offload" in words, ""
+            return True, "offload" in words, _sharding(settings, *words)
         config = content
     if config and not isinstance(config, Mapping):
         settings.refuse("fsdp_config", f"{config!r:.40} is no mapping")
     keys = {str(key).removeprefix("fsdp_"): value for key, value in (config or {}).items()}
     part = Settings(keys, FSDP_KEYS, settings, "fsdp_config")
-    sharding = str(part.get("sharding_strategy", "")).upper()
-    if sharding.startswith("HYBRID"):
-        settings.comment(STRATEGY, f"{sharding}: set replicas to the number of nodes to shard within each (Sharded)")
+    reshard = keys.get("reshard_after_forward")  # FSDP1's is its sharding strategy, FSDP2's is true or false
+    if sharding := _sharding(settings, part.get("sharding_strategy"), reshard, *words):
+        settings.notes.became.pop("fsdp_config.reshard_after_forward", None)
     return bool(named or config), is_on(part.get("offload_params", False)) or "offload" in words, sharding
 
 
-def _is_stage_3(deepspeed: Any) -> bool:
-    if isinstance(deepspeed, Mapping):
-        return int(deepspeed.get("zero_optimization", {}).get("stage", 0)) == 3
-    name = Path(str(deepspeed)).stem.lower()
-    return any(stage in name for stage in ("zero3", "z3", "stage3", "zero_3"))
+SHARDING = ("FULL_SHARD", "SHARD_GRAD_OP", "NO_SHARD", "HYBRID_SHARD", "HYBRID_SHARD_ZERO2")
+"""Sharding strategies of FSDP1, which may also be given by their numbers, from 1."""
 
 
-def _offloads(deepspeed: Any) -> bool:
-    """Whether DeepSpeed keeps parameters or optimizer states in host memory, by its config or the name of its file."""
+def _sharding(settings: Settings, *values: Any) -> str:
+    """The first of some values that is a sharding strategy; empty without one."""
+    numbers = {str(i): name for i, name in enumerate(SHARDING, start=1)}
+    names = [numbers.get(str(value), str(value).upper().lstrip("_")) for value in values]
+    sharding = next((name for name in names if name in SHARDING), "")
+    if sharding.startswith("HYBRID"):
+        settings.comment(STRATEGY, f"{sharding}: set replicas to the number of nodes to shard within each (Sharded)")
+    return sharding
+
+
+def _zero(settings: Settings, deepspeed: Any) -> tuple[bool, bool]:
+    """Whether DeepSpeed shards weights (ZeRO-3), and whether it keeps weights or states in host memory.
+
+    Args:
+        settings: The settings.
+        deepspeed: Its config, or the name of its file.
+
+    Raises:
+        UserError: the config has another shape.
+    """
     if not isinstance(deepspeed, Mapping):
-        return "offload" in Path(str(deepspeed)).stem.lower()
-    zero = deepspeed.get("zero_optimization", {})
-    parts = (zero.get(key) or {} for key in ("offload_optimizer", "offload_param"))
-    return any(part.get("device", "none") not in (None, "none") for part in parts)
+        name = Path(str(deepspeed)).stem.lower()
+        return any(stage in name for stage in ("zero3", "z3", "stage3", "zero_3")), "offload" in name
+    zero = deepspeed.get("zero_optimization") or {}
+    if not isinstance(zero, Mapping):
+        settings.refuse("deepspeed", f"zero_optimization: {zero!r:.40} is no mapping")
+    parts = [zero.get(key) or {} for key in ("offload_optimizer", "offload_param")]
+    devices = [part.get("device") if isinstance(part, Mapping) else part for part in parts]
+    return str(zero.get("stage", 0)) == "3", any(device not in (None, "none") for device in devices)
 
 
 def sections(

@@ -342,6 +342,12 @@ def sharded(**arguments):
          sharded(replicas=2, offload=True)),
         (SFT, {"fsdp": ["full_shard", "offload"]}, None, sharded(offload=True)),
         (SFT, {"fsdp_config": {"sharding_strategy": "NO_SHARD"}}, None, "ddp"),
+        (SFT, {"fsdp": "no_shard auto_wrap"}, None, "ddp"),
+        (SFT, {"fsdp_config": {"sharding_strategy": 3}}, None, "ddp"),
+        (SFT, {"fsdp_config": {"reshard_after_forward": "NO_SHARD"}}, None, "ddp"),
+        (SFT, {"fsdp_config": {"reshard_after_forward": False}}, None, "fsdp2"),
+        (SFT, {"deepspeed": {"zero_optimization": None}}, None, "ddp"),
+        (SFT, {"deepspeed": {"zero_optimization": {"stage": "3", "offload_optimizer": None}}}, None, "fsdp2"),
         (SFT, {"deepspeed": "deepspeed_configs/zero3_bf16_cpuoffload_all.json"}, None, sharded(offload=True)),
         (SFT, {"deepspeed": {"zero_optimization": {"stage": 3, "offload_param": {"device": "cpu"}}}}, None,
          sharded(offload=True)),
@@ -351,6 +357,30 @@ def sharded(**arguments):
 def test_sizes_and_offloading_become_those_of_the_strategy(base, more, devices, strategy):
     tree, _ = converted(base | more | {"micro_batch_size": 2}, devices=devices)
     assert at(tree, "trainer.strategy") == strategy
+
+
+@pytest.mark.parametrize(
+    "more",
+    [{"fsdp": "hybrid_shard auto_wrap"}, {"fsdp": ["hybrid_shard_zero2"]}, {"fsdp_config": {"sharding_strategy": 4}},
+     {"fsdp_config": {"sharding_strategy": "5"}}, {"fsdp_config": {"fsdp_sharding_strategy": "HYBRID_SHARD"}},
+     {"fsdp_config": {"reshard_after_forward": "hybrid_shard"}}],
+)  # fmt: skip
+def test_hybrid_sharding_is_named_in_a_comment(more):
+    tree, settings = converted(SFT | more)
+    assert "set replicas to the number of nodes" in str(settings.notes.comments["trainer.strategy"])
+    assert at(tree, "trainer.strategy") == "fsdp2"
+    assert "fsdp_config.reshard_after_forward" not in settings.notes.became
+
+
+def test_a_deepspeed_config_of_another_type_is_refused():
+    with pytest.raises(UserError, match="deepspeed: zero_optimization: 3 is no mapping"):
+        converted(SFT | {"deepspeed": {"zero_optimization": 3}})
+
+
+@pytest.mark.parametrize(("gamma", "expected"), [({}, 0.5), ({"simpo_gamma": 0}, 0.0), ({"simpo_gamma": "1e0"}, 1.0)])
+def test_simpos_margin_may_be_zero(gamma, expected):
+    tree, _ = converted(KINDS["SimPO"] | gamma | {"cpo_alpha": 0})
+    assert at(tree, "model.loss.gamma") == expected
 
 
 def rows_of(tree, devices):

@@ -243,10 +243,13 @@ def test_a_folder_of_a_data_set_is_refused_by_name(tmp_path):
         converted(values, folder=tmp_path)
 
 
-def test_the_smaller_number_of_samples_is_used(tmp_path):
+@pytest.mark.parametrize("most", [5, "5", "5e0", 5.0])  # 5e0 is text in YAML 1.1
+def test_the_smaller_number_of_samples_is_used(tmp_path, most):
     entry = {"file_name": "a.json", "num_samples": 9}
-    values = SFT | {"dataset": "one", "dataset_dir": {"one": entry}, "max_samples": 5}
-    assert at(converted(values, folder=tmp_path)[0], "data.train.sample") == 5
+    values = SFT | {"dataset": "one", "dataset_dir": {"one": entry}, "max_samples": most}
+    assert repr(at(converted(values, folder=tmp_path)[0], "data.train.sample")) == "5"
+    del entry["num_samples"]
+    assert at(converted(values, folder=tmp_path)[0], "data.train.split") == "train[:5]"
 
 
 V1 = {"model": "org/base", "train_dataset": "data/v1.yaml", "model_class": "llm", "max_steps": 3}
@@ -354,6 +357,23 @@ def test_devices_that_share_rows_keep_the_rows_of_an_update(folder, shared, accu
     more = {"micro_batch_size": 2, "cp_size": shared, "global_batch_size": 2 * accumulated * (8 // shared)}
     tree, _ = converted(V1 | more, folder=folder, devices=8)
     assert rows_of(tree, 8) == more["global_batch_size"]
+
+
+@pytest.mark.parametrize("devices", [1, 2, 3, 6, 12])
+@pytest.mark.parametrize("shared", [2, 4])
+def test_an_update_keeps_its_rows_on_other_devices_than_those_of_cp_size(folder, devices, shared):
+    more = {"micro_batch_size": 2, "cp_size": shared, "global_batch_size": 12}
+    tree, _ = converted(V1 | more, folder=folder, devices=devices)
+    assert rows_of(tree, devices) == 12
+    assert devices % (at(tree, "trainer.strategy.tensor") or 1) == 0
+
+
+def test_the_comment_says_how_many_rows_an_update_has_on_a_quantized_base_as_well(folder):
+    more = {"cp_size": 4, "global_batch_size": 2, "micro_batch_size": 2, "peft_config": {"name": "lora"}}
+    for base, rows in ((V1, 2), (V1 | {"quant_config": {"name": "bnb"}}, 4)):
+        tree, settings = converted(base | more, folder=folder, devices=4)
+        assert rows_of(tree, 4) == rows
+        assert f"an update has {rows} rows on 4 devices" in str(settings.notes.comments["trainer"])
 
 
 def test_rows_that_can_not_be_divided_among_devices_are_refused(folder):
