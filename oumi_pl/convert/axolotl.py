@@ -167,12 +167,12 @@ REFUSED = training.REFUSED | {
 }
 WITHOUT_EFFECT = {key: why for key, why in WITHOUT_EFFECT.items() if key not in REFUSED}
 
-NULL = dict.fromkeys(("bf16", "shuffle_merged_datasets", "pretrain_multipack_attn"), False)
+MEANING_OF_NULL = dict.fromkeys(("bf16", "shuffle_merged_datasets", "pretrain_multipack_attn"), False)
 """Key that is on by default -> what null means: axolotl fills its defaults in first, and then leaves null keys out."""
 
 TRANSLATED = {key: place for key, place in TRANSLATED.items() if key not in WITHOUT_EFFECT}
 
-KEYS = Keys("axolotl", TRANSLATED, WITHOUT_EFFECT, REFUSED, OTHER_NAMES, NULL)
+KEYS = Keys("axolotl", TRANSLATED, WITHOUT_EFFECT, REFUSED, OTHER_NAMES, MEANING_OF_NULL)
 
 PLUGINS = {
     "cut_cross_entropy": SPEED,

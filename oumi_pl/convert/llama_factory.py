@@ -116,10 +116,10 @@ REFUSED = training.REFUSED | {
 }
 """Key -> why it is refused if it is on."""
 
-NULL = {"max_grad_norm": 0.0, "double_quantization": False}
+MEANING_OF_NULL = {"max_grad_norm": 0.0, "double_quantization": False}
 """Key -> the value that null stands for; of others it is the default, or refused by LLaMA-Factory."""
 
-KEYS = Keys("LLaMA-Factory", TRANSLATED, WITHOUT_EFFECT, REFUSED, OTHER_NAMES, NULL)
+KEYS = Keys("LLaMA-Factory", TRANSLATED, WITHOUT_EFFECT, REFUSED, OTHER_NAMES, MEANING_OF_NULL)
 
 STAGES = {"sft": "SFT", "pt": "Pretrain", "dpo": "DPO", "kto": "KTO", "rm": "Reward"}
 """`stage` -> trainer type."""

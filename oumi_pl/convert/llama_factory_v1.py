@@ -53,9 +53,9 @@ WITHOUT_EFFECT = {
     "model_class": "the model is of the class that its files name",
 }
 REFUSED = {"lr_scheduler_config": "schedules of plug-ins have no counterpart", "image_*": IMAGES, "video_*": IMAGES}
-NULL = dict.fromkeys(("bf16", "enable_activation_checkpointing"), False)
+MEANING_OF_NULL = dict.fromkeys(("bf16", "enable_activation_checkpointing"), False)
 """Key that is on by default -> what null means."""
-KEYS = Keys("LLaMA-Factory", TRANSLATED, WITHOUT_EFFECT, REFUSED, OTHER_NAMES, NULL)
+KEYS = Keys("LLaMA-Factory", TRANSLATED, WITHOUT_EFFECT, REFUSED, OTHER_NAMES, MEANING_OF_NULL)
 
 PEFT_KEYS = Keys(
     "LLaMA-Factory",
@@ -75,7 +75,7 @@ QUANTIZATION_KEYS = Keys(
     "LLaMA-Factory",
     dict.fromkeys(("name", "quantization_bit", "quantization_type", "double_quantization"), "model.quantization"),
     {"compute_dtype": "layers compute in trainer.precision"},
-    null={"double_quantization": False},
+    meaning_of_null={"double_quantization": False},
 )
 OPTIMIZER_KEYS = Keys(
     "LLaMA-Factory",
@@ -242,8 +242,8 @@ def _distribution(settings: Settings, devices: int | None) -> tuple[int | None, 
         of_device = settings.values["micro_batch_size"] * settings.values["gradient_accumulation_steps"]
         settings.comment(
             "trainer",
-            f"global_batch_size: an update has {of_device * devices // ranks.tensor} rows on {devices} devices; for N of "
-            "them, convert with --devices N",
+            f"global_batch_size: an update has {of_device * devices // ranks.tensor} rows on {devices} devices; "
+            "for N of them, convert with --devices N",
         )
     shards = None if shards is None else int(shards) // ranks.tensor
     return devices, training.Ranks(shards if (shards or 1) > 1 else None, replicas, ranks.tensor)

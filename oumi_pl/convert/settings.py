@@ -10,7 +10,7 @@ from oumi_pl.core.recipe.notes import Notes, refuse
 from oumi_pl.errors import UserError, nearest
 
 UNKNOWN = "is unknown here"
-UNREAD = "it has no effect beside the other keys"
+UNREAD = "not used, given the other keys"
 NUMBERS = frozenset(
     """
     adam_beta1 adam_beta2 adam_epsilon batch_size beta buffer_size center_rewards_coefficient
@@ -57,7 +57,8 @@ class Keys:
     A key may have `*` for any text. library: its name. translated: key -> key of the recipe. without_effect: key -> why
     nothing that is trained depends on it. refused: key -> why it has no counterpart; allowed if it is off (false, 0,
     empty). other_names: name of an argument of transformers' `TrainingArguments` (and of `peft` as TRL names it) -> the
-    library's name for it. null: key -> the value that null stands for, where that is another one than the default.
+    library's name for it. meaning_of_null: key -> the value that null stands for, where that is another one than the
+    default.
     """
 
     library: str
@@ -65,14 +66,14 @@ class Keys:
     without_effect: Mapping[str, str] = field(default_factory=dict)
     refused: Mapping[str, str] = field(default_factory=dict)
     other_names: Mapping[str, str] = field(default_factory=dict)
-    null: Mapping[str, Any] = field(default_factory=dict)
+    meaning_of_null: Mapping[str, Any] = field(default_factory=dict)
 
 
 class Settings:
     """The values of a config, whose defaults are noted beside the keys of the recipe that they become.
 
     Args:
-        values: Content of the config. Keys whose value is null count as missing, but for those of `keys.null`.
+        values: Content of the config. Keys whose value is null count as missing, unless it means something else.
         keys: What becomes of each key.
         whole: The settings of which these are a part; their notes are shared.
         place: Key of the part, such as `datasets[0]`.
@@ -84,8 +85,9 @@ class Settings:
     def __init__(self, values: Mapping[str, Any], keys: Keys, whole: "Settings | None" = None, place: str = "") -> None:
         if not isinstance(values, Mapping):
             raise UserError(f"{place}: {values!r:.40} is no mapping")
-        with_null = {str(key): keys.null.get(str(key)) if value is None else value for key, value in values.items()}
-        self.values = {key: value for key, value in with_null.items() if value is not None}
+        named = {str(key): value for key, value in values.items()}
+        named |= {key: keys.meaning_of_null.get(key) for key, value in named.items() if value is None}
+        self.values = {key: value for key, value in named.items() if value is not None}
         self.keys = keys
         self.place = f"{place}." if place else ""
         self.notes: Notes = Notes() if whole is None else whole.notes
@@ -129,7 +131,7 @@ class Settings:
         self.notes.became[f"{self.place}{key}"] = f"nothing: {why}"
 
     def name_unread(self) -> None:
-        """Notes the keys that were not read, also those of parts: they have no effect beside the others."""
+        """Notes the keys that were not read, also those of parts: given the others, they are not used."""
         for key in [key for key in self.values if key in self.unread]:
             self.became_nothing(key, UNREAD)
         for part in self.parts:

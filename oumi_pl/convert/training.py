@@ -314,9 +314,9 @@ def refuse_quantized_adapter(settings: Settings, key: str) -> None:
 class Ranks:
     """How a library arranges the devices of a run.
 
-    shards: devices over which each weight is divided; None for those that are left. replicas: groups of devices that
-    hold all weights each; None for as many as there are. tensor: devices that compute each layer together. sharing:
-    devices that read the same rows besides, for context or pipeline parallelism.
+    shards: devices over which each weight is divided; None: all remaining devices. replicas: groups of devices that
+    hold all weights each; None: as many as fit. tensor: devices that compute each layer together. sharing: further
+    devices that read the same rows (context, pipeline).
     """
 
     shards: int | None = None
@@ -334,7 +334,7 @@ def divide_rows(settings: Settings, ranks: Ranks, batch_size: int) -> Ranks:
     """Keeps the rows of an update where devices that read the same rows become devices with rows of their own.
 
     Context and pipeline parallelism have no counterpart, and a quantized base no tensor parallelism: each device reads
-    fewer rows instead. Rows that can't be divided so are shared by devices that compute each layer together.
+    fewer rows instead. Where that leaves a remainder, those devices form a tensor group.
 
     Args:
         settings: The settings, whose rows per device and accumulation are changed.

@@ -43,6 +43,7 @@ _DATA = {
     "pad_token": "data.pad_token",
 }
 _OF_SFT = {
+    "label_smoothing_factor": training.NAMES["label_smoothing_factor"],
     "packing": "data.packing",
     "dataset_text_field": "data.train.columns",
     "completion_only_loss": "data.train_on",
@@ -93,15 +94,18 @@ ONLY = {
 """Argument -> the values that have a counterpart."""
 UNCUT = 32_768
 """Tokens of a row where TRL cuts none: longer ones stop the run."""
-NULL = {"max_grad_norm": 0.0, "gradient_checkpointing": False, "max_length": -1}
+MEANING_OF_NULL = {"max_grad_norm": 0.0, "gradient_checkpointing": False, "max_length": -1}
 """Argument -> the value that null stands for; of others it is the default, or refused by TRL."""
+_SHARED = _MODEL | _DEVICES | _DATA | {"f_divergence_type": "model.loss"}
+_SHARED |= {key: place for key, place in training.NAMES.items() if key != "label_smoothing_factor"}
+_SMOOTHING = {"label_smoothing_factor": "only SFT's loss reads it"}
 KEYS = {
     name: Keys(
         "TRL",
-        training.NAMES | _MODEL | _DEVICES | _DATA | own | {"f_divergence_type": "model.loss"},
-        WITHOUT_EFFECT,
+        _SHARED | own,
+        WITHOUT_EFFECT | ({} if name == "sft" else _SMOOTHING),
         REFUSED,
-        null=NULL,
+        meaning_of_null=MEANING_OF_NULL,
     )
     for name, own in {"sft": _OF_SFT, "dpo": _OF_DPO, "kto": _OF_KTO, "reward": _OF_REWARD}.items()
 }

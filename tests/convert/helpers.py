@@ -1,5 +1,6 @@
 """Converting small configs, and looking values up in the recipe."""
 
+import itertools
 from contextlib import suppress
 from functools import cache
 from pathlib import Path
@@ -7,7 +8,7 @@ from typing import Any
 
 from oumi_pl.config.check import Checker, Parser, options
 from oumi_pl.convert import peers
-from oumi_pl.convert.settings import Keys, Settings
+from oumi_pl.convert.settings import UNREAD, Keys, Settings
 from oumi_pl.data.base import TextData
 from oumi_pl.errors import UserError
 from oumi_pl.modules.base import LanguageModule
@@ -37,6 +38,26 @@ def silent_keys(base: dict[str, Any], samples: dict[str, Any], keys: Keys, **how
             silent.append(key)
     assert samples.keys() >= {key for key in keys.translated if "*" not in key} - {"plugins"}, "a key without a sample"
     return silent
+
+
+def never_read(kinds: dict[str, Any], samples: dict[str, Any], **how: Any) -> list[str]:
+    """Keys that are not used in any of some configs, alone or beside one other key: no code may read them."""
+
+    def becomes(key: str, values: dict[str, Any]) -> str | None:
+        try:
+            return converted(values, **how)[1].notes.became.get(key)
+        except UserError:
+            return "refused"
+
+    def is_read(key: str, values: dict[str, Any]) -> bool:
+        became = becomes(key, values | {key: samples[key]})
+        return became not in (f"nothing: {UNREAD}", "refused") or (
+            became == "refused" != becomes(key, {name: value for name, value in values.items() if name != key})
+        )
+
+    unread = [key for key in samples if not any(is_read(key, base) for base in kinds.values())]
+    pairs = [base | {other: samples[other]} for base, other in itertools.product(kinds.values(), samples)]
+    return [key for key in unread if not any(is_read(key, values) for values in pairs)]
 
 
 def changed_by_null(base: dict[str, Any], samples: dict[str, Any], keys: Keys, **how: Any) -> set[str]:

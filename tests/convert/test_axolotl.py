@@ -2,15 +2,16 @@
 
 import itertools
 import math
+from dataclasses import replace
 
 import pytest
 
-from oumi_pl.convert import training
+from oumi_pl.convert import axolotl, training
 from oumi_pl.convert.axolotl import KEYS
 from oumi_pl.convert.settings import Settings
 from oumi_pl.errors import UserError
 from tests.convert import samples
-from tests.convert.helpers import assert_fits, at, changed_by_null, converted, silent_keys
+from tests.convert.helpers import assert_fits, at, changed_by_null, converted, never_read, silent_keys
 
 SFT = {
     "base_model": "org/base",
@@ -151,6 +152,13 @@ def test_every_key_changes_the_recipe_or_is_named_with_a_reason(kind):
     assert silent_keys(KINDS[kind], SAMPLES, KEYS) == defaults
 
 
+def test_every_translated_key_is_read_in_some_config(monkeypatch):
+    assert never_read(KINDS, SAMPLES) == []
+    forgotten = replace(KEYS, translated=KEYS.translated | {"forgotten": "model.x"})
+    monkeypatch.setattr(axolotl, "KEYS", forgotten)
+    assert never_read(KINDS, {"forgotten": 1}) == ["forgotten"]
+
+
 def test_a_key_that_no_code_reads_would_be_noticed(monkeypatch):
     monkeypatch.setattr(Settings, "name_unread", lambda settings: None)
     silent = silent_keys(SFT, SAMPLES, KEYS)
@@ -273,9 +281,9 @@ def test_a_chat_is_read_as_its_keys_say(dataset, expected):
         ({"ds_type": "json"}, "a file is read as its ending says"),
         ({"field_prompt": "q"}, "within a type of your own"),
         ({"shards_idx": 0}, "it is off"),
-        ({"type": "alpaca", "roles": {"user": ["x"]}}, "it has no effect beside the other keys"),
+        ({"type": "alpaca", "roles": {"user": ["x"]}}, "not used, given the other keys"),
         ({"type": "alpaca", "message_field_training_detail": ""}, "it is off"),
-        ({"message_property_mappings": {"role": "role"}, "field_thinking": "a"}, "it has no effect"),
+        ({"message_property_mappings": {"role": "role"}, "field_thinking": "a"}, "not used"),
         ({"chat_template_jinja": "mine.jinja"}, "axolotl reads it beside `chat_template: jinja` alone"),
     ],
 )

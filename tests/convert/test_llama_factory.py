@@ -2,15 +2,24 @@
 
 import json
 from contextlib import suppress
+from dataclasses import replace
 
 import pytest
 import yaml
 
-from oumi_pl.convert import llama_factory_v1
+from oumi_pl.convert import llama_factory, llama_factory_v1
 from oumi_pl.convert.llama_factory import KEYS
 from oumi_pl.errors import UserError
 from tests.convert import samples
-from tests.convert.helpers import assert_fits, at, changed_by_null, converted, refuse_in_one_message, silent_keys
+from tests.convert.helpers import (
+    assert_fits,
+    at,
+    changed_by_null,
+    converted,
+    never_read,
+    refuse_in_one_message,
+    silent_keys,
+)
 
 INFO = {
     "instructions": {"file_name": "instructions.json"},
@@ -190,6 +199,19 @@ def test_an_entry_of_any_type_is_converted_or_refused(tmp_path, value):
             converted(values, folder=tmp_path)
 
 
+def test_every_translated_key_is_read_in_some_config(folder, monkeypatch):
+    stream = SFT | {"stage": "pt", "streaming": True, "max_steps": 9}
+    simpo = KINDS_V1["DPO"] | {"pref_loss": "simpo"}
+    for module, kinds, values in (
+        (llama_factory, KINDS | {"stream": stream}, SAMPLES),
+        (llama_factory_v1, KINDS_V1 | {"SimPO": simpo}, SAMPLES_V1),
+    ):
+        assert never_read(kinds, values, folder=folder) == []
+        forgotten = replace(module.KEYS, translated=module.KEYS.translated | {"forgotten": "model.x"})
+        monkeypatch.setattr(module, "KEYS", forgotten)
+        assert never_read(kinds, {"forgotten": 1}, folder=folder) == ["forgotten"]
+
+
 def test_null_is_the_default_but_where_llama_factory_reads_it_otherwise(folder):
     assert changed_by_null(KINDS["SFT"], SAMPLES, KEYS, folder=folder) == {"max_grad_norm"}
     assert changed_by_null(KINDS["QLoRA"], SAMPLES, KEYS, folder=folder) == {"max_grad_norm", "double_quantization"}
@@ -315,7 +337,7 @@ def test_null_turns_off_what_is_on_by_default_in_v1(folder):
     ("more", "name", "why"),
     [
         ({"peft_config": {"name": "lora", "infer_dtype": "auto"}}, "peft_config.infer_dtype", "it decides on exports"),
-        ({"peft_config": {"name": "freeze", "r": 4}}, "peft_config.r", "it has no effect beside the other keys"),
+        ({"peft_config": {"name": "freeze", "r": 4}}, "peft_config.r", "not used, given the other keys"),
         ({"quant_config": {"name": "bnb", "compute_dtype": "x"}}, "quant_config.compute_dtype", "layers compute in"),
         ({"dist_config": {"name": "fsdp2", "dcp_path": "x"}}, "dist_config.dcp_path", "the model is loaded from"),
         ({"optim_config": {"name": "muon", "lr": 1}}, "optim_config.lr", "learning_rate overrides it"),

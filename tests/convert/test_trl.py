@@ -10,7 +10,15 @@ from oumi_pl.convert import peers
 from oumi_pl.convert.trl import DATASET_KEYS, KEYS, UNCUT
 from oumi_pl.errors import UserError
 from tests.convert import samples
-from tests.convert.helpers import assert_fits, at, changed_by_null, converted, refuse_in_one_message, silent_keys
+from tests.convert.helpers import (
+    assert_fits,
+    at,
+    changed_by_null,
+    converted,
+    never_read,
+    refuse_in_one_message,
+    silent_keys,
+)
 
 ARGUMENTS = {"model_name_or_path": "org/base", "dataset_name": "org/rows"}
 
@@ -129,6 +137,18 @@ SAMPLES = samples.TRAINING | samples.TRL | {"bf16": False}
 def test_every_argument_changes_the_recipe_or_is_named_with_a_reason(trainer, more):
     known = {key: value for key, value in SAMPLES.items() if key in KEYS[trainer].translated}
     assert silent_keys(ARGUMENTS | more, known, KEYS[trainer], trainer=trainer) == []
+
+
+@pytest.mark.parametrize("trainer", KEYS)
+def test_every_translated_argument_is_read_in_some_config(trainer, monkeypatch):
+    known = {key: value for key, value in SAMPLES.items() if key in KEYS[trainer].translated}
+    del known["model"]  # which is read where there is no model_name_or_path
+    more = ({}, {"use_peft": True}, {"eval_strategy": "steps"}, {"loss_type": "discopop"} if trainer == "dpo" else {})
+    kinds = {str(one): ARGUMENTS | one for one in more}
+    assert never_read(kinds, known, trainer=trainer) == []
+    forgotten = dataclasses.replace(KEYS[trainer], translated=KEYS[trainer].translated | {"forgotten": "model.x"})
+    monkeypatch.setitem(KEYS, trainer, forgotten)
+    assert never_read(kinds, {"forgotten": 1}, trainer=trainer) == ["forgotten"]
 
 
 @pytest.mark.parametrize("trainer", KEYS)
