@@ -314,7 +314,7 @@ def svg(panel: Panel, metrics: Mapping[str, Column], resumed: Sequence[int] = ()
     markup = re.sub(r'(<svg[^>]*?) width="[^"]*"', r"\1", re.sub(r'(<svg[^>]*?) height="[^"]*"', r"\1", markup))
     markup = re.sub(r"font: ([\d.]+px) [^;\"]*", r"font-size: \1", markup)
     own = re.sub(r"\W+", "", panel.title)  # ids are shared by all SVG elements of a page
-    markup = re.sub(r'(id="|url\(#|href="#)', rf"\1{own}-", markup)
+    markup = re.sub(r'(id="|url\(#|href="#)', rf"\g<1>{own}-", markup)
     for i, color in enumerate(COLORS):
         markup = markup.replace(color, f"var(--c{i})")
     return markup.replace(INK, "var(--ink)").replace(FAINT, "var(--faint)").replace("\n", " ").strip()
