@@ -381,7 +381,8 @@ class RunModule(Protocol):
     """Whether the model completes prompts, so that it can be sampled from."""
     generation_settings: dict[str, Any]
     """Arguments of `oumi_pl.models.generation.complete` for `predict`."""
-    gradient_checkpointing: bool
+    gradient_checkpointing: Any
+    """False, True, or an `oumi_pl.models.recomputation.Recomputation`."""
     last_update: dict[str, float]
     """Sums of the last update over all micro-batches and ranks."""
     lora: dict[str, Any] | None

@@ -47,6 +47,7 @@ from oumi_pl.models.lm import (
     without_layout,
 )
 from oumi_pl.models.lora import lora_config
+from oumi_pl.models.recomputation import Recomputation
 from oumi_pl.models.sharding import (
     Loading,
     Source,
@@ -114,7 +115,8 @@ class LanguageModule(RestorableModule):
         quantization: Load the frozen weights in 4 or 8 bits (QLoRA); needs `lora` and bitsandbytes, on CPUs 0.50 of it.
         unquantized: Names, or ends of names, of linear layers that `quantization` leaves as they are, beside the head.
         freeze: Names of modules whose parameters are not trained, adapters included.
-        gradient_checkpointing: Recompute activations in the backward pass to save memory.
+        gradient_checkpointing: Recompute activations in the backward pass to save memory: those of all layers (`true`),
+            or what a policy says: `EveryNth`, `Selective`, `Offload`.
         compile: Compile the model's layers with `torch.compile`.
         revision: Branch, tag or commit of the model on the hub.
         trust_remote_code: Run code that came with the model.
@@ -158,7 +160,7 @@ class LanguageModule(RestorableModule):
         quantization: Literal["nf4", "int8"] | None = None,
         unquantized: Sequence[str] = (),
         freeze: Sequence[str] = (),
-        gradient_checkpointing: bool = False,
+        gradient_checkpointing: bool | Recomputation = False,
         compile: bool = False,
         revision: str | None = None,
         trust_remote_code: bool = False,
@@ -303,10 +305,10 @@ class LanguageModule(RestorableModule):
             if dtype is not None:
                 model.keep_dtypes(dtype)
             if self.compile_layers:  # after the check: compiling for its few tokens would take a minute
-                compile_layers(model, self.gradient_checkpointing)
+                compile_layers(model)
             return
         if self.compile_layers:  # before its layers are sharded
-            compile_layers(model, self.gradient_checkpointing)
+            compile_layers(model)
         copies = self.reference is not None and self.reference.kind == "online"
         # FSDP2 wants one dtype for all weights that are trained
         copy = shard(model, self, self.__weight_loading, dtype=dtype, copy=copies)

@@ -33,8 +33,10 @@ from oumi_pl.attention import NAME
 from oumi_pl.callbacks.memory import size_of, state_size
 from oumi_pl.errors import UserError
 from oumi_pl.losses import linear_head
+from oumi_pl.models import recomputation
 from oumi_pl.models.build import build_model
 from oumi_pl.models.lm import LM, disable_dropout, documents, forest
+from oumi_pl.models.recomputation import OnHost
 from oumi_pl.models.sharding import Sharded
 from oumi_pl.modules.distill import Teacher
 from oumi_pl.modules.reference import FrozenModel, NoReference, Opened, Reference, WithoutAdapters
@@ -228,7 +230,7 @@ class _Run:
             self._build()
         vocab = len(self.module.causal_lm.base.get_input_embeddings().weight)
         tracker = Tracker(vocab, self.settings.devices_per_node, HELD if self.is_offloaded else ())
-        with self.mode, tracker, gathered_weights(tracker):
+        with self.mode, tracker, gathered_weights(tracker), self._offloaded_activations(tracker):
             batch = self._prepare(tracker, batch)
             phases = self._update(tracker, batch)
         return self._result(tracker, phases, batch)
@@ -401,6 +403,24 @@ class _Run:
             optimizer.step()
         return [*phases, tracker.costs]
 
+    @contextmanager
+    def _offloaded_activations(self, tracker: Tracker) -> Iterator[None]:
+        """Leaves out activations that a GPU would move to host memory."""
+        if not self.settings.on_gpu:
+            yield
+            return
+
+        class Uncounted(OnHost):
+            def __init__(self, tensor: Tensor) -> None:
+                with tracker.paused():
+                    self.copy = torch.empty_like(tensor)
+
+            def to_device(self) -> Tensor:
+                return torch.empty_like(self.copy)
+
+        with patch.object(recomputation, "to_host", Uncounted):
+            yield
+
     def _result(self, tracker: Tracker, phases: list[Costs], batch: dict[str, Any]) -> Estimate:
         trainer, module, data = self.trainer, self.module, self.data
         *micro_batches, step = phases
@@ -428,7 +448,7 @@ class _Run:
             micro_batches=trainer.accumulate_grad_batches,
             devices=self.settings.devices,
             sharded=isinstance(trainer.strategy, ModelParallelStrategy),
-            gradient_checkpointing=module.gradient_checkpointing,
+            gradient_checkpointing=bool(module.gradient_checkpointing),
             strategy=type(trainer.strategy).__name__,
             precision=str(trainer.precision),
             ways_to_hold_less=tuple(self._ways_to_hold_less()),
