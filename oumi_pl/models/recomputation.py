@@ -3,14 +3,14 @@
 `gradient_checkpointing: true` keeps the inputs of each layer and runs the layer again in the backward pass. The
 policies here keep more of it, or keep it in host memory. A policy of your own is a subclass of `Recomputation`.
 
-All of them go through the function that transformers' layers call in place of their `forward`, so they run inside of the
+All of them go through the function that transformers' layers call in place of their `forward`, so they run inside the
 hooks of FSDP2, and gradients are those without recomputation: random numbers are drawn again from the same state.
 """
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -31,6 +31,9 @@ Run = Callable[..., Any]
 class Recomputation(ABC):
     """Decides what each layer keeps for its backward pass."""
 
+    sees_operations: ClassVar[bool] = False
+    """Whether it looks at single operations, which layers that are compiled do not show."""
+
     @abstractmethod
     def function_of(self, layer: nn.Module, index: int) -> Run | None:
         """The function that runs a layer; None: the layer keeps all that its backward pass needs.
@@ -45,7 +48,7 @@ class Full(Recomputation):
     """Keeps the inputs of each layer, and recomputes the layer: what `true` stands for."""
 
     def function_of(self, layer: nn.Module, index: int) -> Run:
-        """torch's checkpoint."""
+        """Returns torch's checkpoint."""
         return partial(checkpoint, use_reentrant=False)
 
 
@@ -60,7 +63,7 @@ class EveryNth(Recomputation):
         self.n = n
 
     def function_of(self, layer: nn.Module, index: int) -> Run | None:
-        """torch's checkpoint for every n-th layer.
+        """Returns torch's checkpoint for every n-th layer.
 
         Raises:
             UserError: `n` is below 1.
@@ -73,11 +76,13 @@ class EveryNth(Recomputation):
 class Selective(Recomputation):
     """Keeps the results of matrix products and of attention, and recomputes the rest: norms, activations, sums.
 
-    These take little time, but about half of the memory.
+    These take little time, but about half of the memory. Layers that are compiled do so by themselves.
     """
 
+    sees_operations = True
+
     def function_of(self, layer: nn.Module, index: int) -> Run:
-        """torch's checkpoint, with a policy for operations."""
+        """Returns torch's checkpoint, with a policy for operations."""
         contexts = partial(create_selective_checkpoint_contexts, _products_and_attention)
         return partial(checkpoint, use_reentrant=False, context_fn=contexts)
 
@@ -106,9 +111,9 @@ PRODUCTS = {"mm", "addmm", "_scaled_mm", "_grouped_mm", "_scaled_grouped_mm"}
 def _products_and_attention(_: Any, operation: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
     """Whether the result of an operation is kept."""
     namespace, _, name = operation._schema.name.partition("::")
-    is_attention = "attention" in name or "attn" in name
-    is_kept = is_attention and not _draws_numbers(operation, args, kwargs) or (namespace == "aten" and name in PRODUCTS)
-    return CheckpointPolicy.MUST_SAVE if is_kept else CheckpointPolicy.PREFER_RECOMPUTE
+    is_product = namespace == "aten" and name in PRODUCTS
+    is_attention = ("attention" in name or "attn" in name) and not _draws_numbers(operation, args, kwargs)
+    return CheckpointPolicy.MUST_SAVE if is_product or is_attention else CheckpointPolicy.PREFER_RECOMPUTE
 
 
 def _draws_numbers(operation: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
@@ -166,6 +171,20 @@ def as_policy(setting: bool | Recomputation) -> Recomputation | None:
     return Full() if setting is True else setting or None
 
 
+def refuse_compiled(setting: bool | Recomputation) -> None:
+    """Refuses a policy that can't be had with compiled layers.
+
+    Raises:
+        UserError: it is one.
+    """
+    policy = as_policy(setting)
+    if policy is not None and policy.sees_operations:
+        raise UserError(
+            f"{KEY}: {type(policy).__name__} can't be had with model.compile: compiled layers recompute what takes "
+            "little time by themselves; leave one of them out"
+        )
+
+
 def recompute(hf: "PreTrainedModel", setting: bool | Recomputation, name: str | None = None) -> None:
     """Lets the layers of a model keep what a policy says.
 
@@ -200,4 +219,6 @@ def is_recomputed(hf: "PreTrainedModel", block: nn.Module) -> bool:
     """Whether a block of a model does not run by its own `forward` alone."""
     from transformers.modeling_layers import GradientCheckpointingLayer
 
-    return block.gradient_checkpointing if isinstance(block, GradientCheckpointingLayer) else hf.is_gradient_checkpointing
+    return (
+        block.gradient_checkpointing if isinstance(block, GradientCheckpointingLayer) else hf.is_gradient_checkpointing
+    )

@@ -47,7 +47,7 @@ from oumi_pl.models.lm import (
     without_layout,
 )
 from oumi_pl.models.lora import lora_config
-from oumi_pl.models.recomputation import Recomputation
+from oumi_pl.models.recomputation import Recomputation, refuse_compiled
 from oumi_pl.models.sharding import (
     Loading,
     Source,
@@ -189,6 +189,8 @@ class LanguageModule(RestorableModule):
                 "model: name a model (`model: HuggingFaceTB/SmolLM2-135M`) or a `config: {model_type: llama, …}`"
             )
         _refuse_quantization(quantization, unquantized, model, lora)
+        if compile:
+            refuse_compiled(gradient_checkpointing)
         if lora is not None:
             lora_config(lora)  # a misspelt key is reported before any data is read
         if model is None:

@@ -2,7 +2,7 @@
 
 Fake tensors (`torch._subclasses.FakeTensorMode`) have shapes and dtypes but no values, and a fake process group answers
 collectives for any number of ranks. So a model of any size runs for an update on a laptop, in seconds. An update of at
-most two micro-batches after a first one, whose gradients are zeros, reaches the peak of the whole run.
+most two micro-batches, after a step with gradients of zeros, reaches the peak of the whole run.
 
 What a run reads from values is replaced: batches have the largest rows that the settings allow (or are the largest of
 the data), cached values of a reference are zeros, the layout for packed rows is assumed to be exact.
@@ -346,7 +346,7 @@ class _Run:
     def _prepare(self, tracker: Tracker, batch: dict[str, Any]) -> dict[str, Any]:
         """Brings the run to the end of an update; returns the batch as fake tensors, with its update's totals.
 
-        Then there are gradients, which are released after the next forward pass, and an optimizer state.
+        Then there is an optimizer state, and gradients that are released next.
         """
         module, strategy = self.module, self.trainer.strategy
         trained = [p for p in module.parameters() if p.requires_grad]
@@ -384,11 +384,10 @@ class _Run:
         trainer, module, strategy = self.trainer, self.module, self.trainer.strategy
         (optimizer,) = trainer.optimizers
         phases = []
+        optimizer.zero_grad()  # as after the last update, see `UpdateModule.optimizer_step`
         for micro_batch in range(self.micro_batches):
             tracker.costs = Costs()
             loss = strategy.training_step(batch, micro_batch)
-            if micro_batch == 0:
-                optimizer.zero_grad()  # Lightning does so after the forward pass
             strategy.backward(loss / trainer.accumulate_grad_batches, optimizer)
             del loss
             phases.append(tracker.costs)

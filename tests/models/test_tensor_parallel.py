@@ -17,6 +17,7 @@ from transformers import AutoConfig
 from oumi_pl.errors import UserError
 from oumi_pl.losses.causal import CrossEntropy
 from oumi_pl.models.build import build_model
+from oumi_pl.models.recomputation import EveryNth, Selective
 from oumi_pl.models.sharding import Parts, Sharded, data_ranks
 from oumi_pl.models.tensor_parallel import Share, _Copies, checked_styles, refuse_undividable
 from oumi_pl.modules.distill import Distill
@@ -92,6 +93,8 @@ def cases(folder: Path) -> dict:
         "pretrain": (lambda: Pretrain(config=QWEN3, optimizer=sgd), rows, {}),
         "clipped": (lambda: sft(model=base["qwen3"]), rows, {"gradient_clip_val": 0.1}),
         "recomputed": (lambda: sft(model=base["qwen3"], gradient_checkpointing=True), packed_rows, {}),
+        "selective": (lambda: sft(model=base["qwen3"], gradient_checkpointing=Selective()), packed_rows, {}),
+        "every second": (lambda: sft(model=base["biased"], gradient_checkpointing=EveryNth(2)), rows, {}),
         "frozen": (lambda: sft(model=base["qwen3"], freeze=["model.embed_tokens"]), rows, {}),
         "smooth": (lambda: sft(model=base["qwen3"], loss=smooth), rows, {}),
         "squared": (lambda: sft(model=base["qwen3"], loss=Squared()), rows, {}),
@@ -227,7 +230,7 @@ def folder(tmp_path_factory):
 
 
 def test_two_processes_that_divide_layers_train_what_one_trains(folder):
-    assert_equal_to_one_process(folder, on_processes(folder, 2, ["qwen3", "lora", "dpo"]))
+    assert_equal_to_one_process(folder, on_processes(folder, 2, ["qwen3", "lora", "dpo", "selective"]))
 
 
 @pytest.mark.slow
