@@ -377,6 +377,8 @@ class RunModule(Protocol):
     details: ClassVar[tuple[str, ...]]
     """Metrics that are logged, but not shown in the terminal after a validation."""
     dtype_name: Any
+    fp8: Any
+    """Whether layers multiply in fp8; or `emulated`."""
     generates: ClassVar[bool]
     """Whether the model completes prompts, so that it can be sampled from."""
     generation_settings: dict[str, Any]

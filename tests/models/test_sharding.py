@@ -106,6 +106,8 @@ def cases(folder: Path) -> dict:
             lambda: dpo_data(folder),
             "Parts",
         ),
+        "fp8": (lambda: sft(model=base["llama"], fp8="emulated"), lambda: data(folder, **packed), "Parts"),
+        "dpo, fp8": (lambda: dpo(base["llama"], reference="online", fp8="emulated"), lambda: dpo_data(folder), "Parts"),
         "kept elsewhere": (lambda: sft(model=base["llama"], **elsewhere), lambda: data(folder, **packed), "Parts"),
         "dpo, moving": (lambda: dpo(base["tied"], sync_every=1), lambda: dpo_data(folder), "Parts"),
     }

@@ -133,5 +133,5 @@ def test_a_recomputed_layer_is_compiled_as_well(tmp_path, compilations, policy):
 
 def test_a_policy_for_single_operations_is_refused():
     """Compiled code reuses the memory of its products."""
-    with pytest.raises(UserError, match="Selective can't be had with model.compile"):
+    with pytest.raises(UserError, match=r"Selective can't be had with model\.compile"):
         SFT(config=LLAMA, compile=True, gradient_checkpointing=Selective())
