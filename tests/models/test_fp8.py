@@ -140,7 +140,7 @@ def test_a_run_resumes_exactly_and_exports_plain_weights(tmp_path, policy):
     assert {
         n.removeprefix("model.hf."): v for n, v in resumed.state_dict().items()
     }.keys() == exported.state_dict().keys()
-    plain = fit(module(), data(tmp_path, 16, batch_size=2, packing=True, max_length=64), max_steps=4)
+    plain = fit(module(), data(tmp_path, 16, batch_size=2, packing=True, max_length=64), seed=0, max_steps=4)
     assert 0 < distance(plain, weights(whole_run)) < 0.1
 
 
