@@ -241,11 +241,6 @@ class _Run:
         """Connects trainer, module and data as `fit` does, and leaves out what moves or compares values."""
         trainer, strategy, data = self.trainer, self.trainer.strategy, self.data
         trainer.callbacks, trainer.state.fn, trainer.datamodule = [], TrainerFn.FITTING, data
-        if isinstance(strategy, Sharded) and strategy.tensor > 1:
-            raise UserError(
-                "trainer.strategy.tensor: tensor parallelism is not planned; leave it out, or measure an update on the "
-                "devices (fit --dry_run)"
-            )
         strategy.connect(self.module)
         self.module.trainer = data.trainer = trainer
         strategy.setup_environment()
