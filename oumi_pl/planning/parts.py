@@ -73,7 +73,8 @@ def _sizes(tree: Mapping[str, Any], overrides: Sequence[str], devices: int) -> l
     named = [key for key in ("data_parallel_size", "shards") if arguments.get(key) is not None]
     if not named or any("trainer.strategy" in override for override in overrides):
         return []
-    return [f"--trainer.strategy.init_args.{named[0]}", str(max(1, devices // arguments.get("replicas", 1)))]
+    others = arguments.get("replicas", 1) * arguments.get("tensor", 1)
+    return [f"--trainer.strategy.init_args.{named[0]}", str(max(1, devices // others))]
 
 
 def _describe(module: Any, data: Any, devices: int, with_tokenizer: bool) -> None:

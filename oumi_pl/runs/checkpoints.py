@@ -223,14 +223,24 @@ def as_kept(value: Any, like: Any) -> Any:
         value: As it was saved.
         like: The optimizer's own one, which is overwritten if it is quantized; None if it has none.
     """
-    local = like.to_local() if isinstance(like, DTensor) else like
+    local: Any = like.to_local() if isinstance(like, DTensor) else like
     if not isinstance(value, Tensor) or local is None or type(value) is type(local) is Tensor:
         return sharded_as(value, like)
     if type(value) is type(like):
         return value
     floats = sharded_as(value if type(value) is Tensor else value.dequantize(), like)
-    local.copy_(floats.to_local() if isinstance(floats, DTensor) else floats)
+    floats = floats.to_local() if isinstance(floats, DTensor) else floats
+    local.copy_(floats)
+    if type(local) is not Tensor:
+        # the codes of torchao reach from -0.993 to 1: blocks whose largest value is negative would shrink each time
+        lost = _largest(floats, local.block_size) / _largest(local.dequantize(), local.block_size)
+        local.scale.mul_(lost.nan_to_num(1.0))
     return like
+
+
+def _largest(values: Tensor, block_size: int) -> Tensor:
+    """The largest absolute value of each block, `[blocks]`."""
+    return values.abs().view(-1, block_size).amax(-1)
 
 
 def sharded_as(value: Any, like: Any) -> Any:

@@ -168,7 +168,8 @@ def trained(placements, shape):
     return weight.detach() if placements is None else weight.detach().full_tensor()
 
 layouts = [(Shard(0), Replicate()), (Shard(0), Shard(1)), (Shard(1), Shard(0)), (Replicate(), Shard(0))]
-cases = [(shape, layout) for shape in ((64, 32), (32, 64)) for layout in layouts] + [((4, 32, 16), layouts[0])] * (not fault)
+cases = [(shape, layout) for shape in ((64, 32), (32, 64)) for layout in layouts]
+cases += [((4, 32, 16), layouts[0])] * (not fault)
 distances = [float((trained(layout, shape) - trained(None, shape)).norm()) for shape, layout in cases]
 assert not torch.isnan(torch.tensor(distances)).any()
 assert (max(distances) > 1e-2) if fault else (max(distances) == 0), distances
