@@ -29,7 +29,7 @@ from oumi_pl.convert.peers import library_of
 from oumi_pl.errors import UserError
 
 OUTSIDE = (
-    ("images or audio", "image|audio|vision"),
+    ("images or audio", r"image|audio|\bvision"),
     ("another trainer type", "this trainer type has no counterpart|PPO has no counterpart"),
 )
 """Kind of a refusal that is not counted -> what its message matches."""

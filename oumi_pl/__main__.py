@@ -34,7 +34,7 @@ usage: oumi_pl COMMAND [options]          (or: python -m oumi_pl COMMAND)
   push      upload a model to the hub:    oumi_pl push RUN OWNER/NAME (private; --dry_run lists its files)
   compare   compare training engines:     oumi_pl compare --config RECIPE --engines lightning,trl
   train     run an Oumi training config:  oumi_pl train -c oumi.yaml --training.max_steps 3
-  convert   print a config of Oumi, axolotl, LLaMA-Factory or TRL as a recipe: oumi_pl convert FILE
+  convert   a config of Oumi, axolotl, LLaMA-Factory or TRL as a recipe: oumi_pl convert FILE --output NEW
 
 options of fit, validate, test and predict:
   --config NAME|FILE      a recipe, by name or path; several are merged, the later wins

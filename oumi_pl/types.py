@@ -3,6 +3,7 @@
 Shapes use `batch` (rows of a tensor), `seq` (tokens of a row), `targets` (tokens that carry loss), `rows` (examples).
 """
 
+import json
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -56,6 +57,10 @@ class Record:
             return repr(self)
         return f"{type(self).__name__} {vars(self)}"  # the default representation has an address in memory
 
+    def full_text(self) -> str:
+        """The text whose words are compared to find near duplicates: all that the record says."""
+        return self.content_key()
+
 
 def beside(row: Row, values: Row) -> Row:
     """The columns of a row and `values`; columns of the row with a name of `values` are kept as `source_NAME`."""
@@ -85,6 +90,15 @@ class Conversation(Record):
         turns = self.messages[:border] or self.messages
         return "\n".join(f"{turn['role']}: {turn['content'] or turn}" for turn in turns)
 
+    def full_text(self) -> str:
+        """Contents, reasoning and calls of all turns but the system's, which many rows share."""
+        texts: list[str | None] = []
+        for turn in self.messages:
+            if turn["role"] not in ("system", "developer"):
+                calls = json.dumps(turn["tool_calls"], ensure_ascii=False) if turn.get("tool_calls") else None
+                texts += [turn.get("reasoning_content"), turn["content"], calls]
+        return "\n".join(filter(None, texts))
+
 
 @dataclass(frozen=True)
 class Text(Record):
@@ -100,6 +114,10 @@ class Text(Record):
     def split_key(self) -> str:
         """The prompt; the text if there is none."""
         return self.prompt or self.text
+
+    def full_text(self) -> str:
+        """Prompt and text."""
+        return self.prompt + self.text
 
 
 @dataclass(frozen=True)
@@ -118,6 +136,10 @@ class Preference(Record):
     def split_key(self) -> str:
         """The prompt."""
         return self.chosen.split_key()
+
+    def full_text(self) -> str:
+        """Both responses, each with the prompt."""
+        return f"{self.chosen.full_text()}\n{self.rejected.full_text()}"
 
 
 @dataclass(frozen=True)
@@ -141,6 +163,10 @@ class Feedback(Record):
     def split_key(self) -> str:
         """The prompt."""
         return self.response.split_key()
+
+    def full_text(self) -> str:
+        """Prompt and response."""
+        return self.response.full_text()
 
 
 class Segment(NamedTuple):

@@ -42,6 +42,7 @@ LIGHT = {
         "a recipe is a mapping (model:, data:, trainer:), and this file is a list",
     ),
     "empty": (["fit", "--config", "empty.yaml"], 2, "and this file is empty"),
+    "comments alone": (["fit", "--config", "comments.yaml"], 2, "comments.yaml has no settings; write model:, data:"),
     "not UTF-8": (["fit", "--config", "latin.yaml"], 2, "latin.yaml line 2: not UTF-8 text; save the recipe as UTF-8"),
     "no such date": (["fit", "--config", "date.yaml"], 2, "date.yaml: not valid YAML: "),
     "nothing to resume": (
@@ -62,7 +63,8 @@ LIGHT = {
 FILES = {
     "one.yaml": b"model: SFT\n",
     "list.yaml": b"- 1\n",
-    "empty.yaml": b"# nothing\n",
+    "empty.yaml": b"\n",
+    "comments.yaml": b"# nothing\n\n# model:\n",
     "broken.yaml": b"a: 1\n  b: [\n",
     "twice.yaml": b"a:\n  b: 1\n  c: 2\n  b: 3\n",
     "latin.yaml": b"# x\n# caf\xe9\n",

@@ -89,7 +89,7 @@ def test_what_is_exported_with_an_average_is_the_average(cli):
     assert all(torch.equal(again[name], value) for name, value in exported.items())
 
 
-def test_the_end_tells_what_was_read_of_each_source_and_the_start_what_is_streamed(cli):
+def test_the_end_reports_what_was_read_of_each_source_and_the_start_what_is_streamed(cli):
     write_jsonl(cli.directory / "more.jsonl", [{"text": f"another {i}"} for i in range(50)])
     sources = [{"path": "texts.jsonl", "weight": 3}, {"path": "more.jsonl", "weight": 1}]
     cli.recipe(CHANGES | {"data.init_args.train": sources, "data.init_args.streaming": True})
@@ -115,7 +115,7 @@ def test_a_branch_without_the_average_goes_on_from_the_trained_weights_and_says_
     assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
 
 
-def test_a_rate_that_jumps_at_a_checkpoint_is_told(cli, recwarn):
+def test_a_rate_that_jumps_at_a_checkpoint_is_reported(cli, recwarn):
     cli.works("fit", "--config", "r.yaml", "--trainer.max_steps", "6")
     decayed = "runs/r/checkpoints/step-00000006.ckpt"
     cli.works("fit", "--config", "r.yaml", "--ckpt_path", decayed, "--name", "on", "--trainer.max_steps", "12")

@@ -175,6 +175,21 @@ def _shortened(reason: str) -> str:
     return reason if len(reason) <= REASON else f"{reason[: REASON - 3]}..."
 
 
+def _repeated(report: dict[str, Any]) -> list[str]:
+    """Rows that say the same as others, or nearly the same."""
+    parts = []
+    if "duplicates" in report and REPEATED not in report["dropped"]:
+        parts.append(f"{report['duplicates']['rows']:,} repeat an earlier row")
+    if shared := report.get("prompts_in_training"):
+        parts.append(f"{shared['rows']:,} with a prompt that is in training too")
+    if near := report.get("near_duplicates"):
+        parts.append(f"{near['rows']:,} near an earlier row")
+    if shared := report.get("text_in_training"):
+        half = f" ({shared['half']:,} with half of their text)" if shared["half"] else ""
+        parts.append(f"{shared['rows']:,} with 13 words in a row that are in training too{half}")
+    return parts
+
+
 def summary(report: dict[str, Any]) -> str:
     """The report of a split in one line."""
     kept = "all" if report["kept"] == report["rows"] else f"{report['kept']:,}"
@@ -182,10 +197,7 @@ def summary(report: dict[str, Any]) -> str:
     if report.get("documents", report["kept"]) != report["kept"]:
         parts.append(f"{report['documents']:,} documents")
     parts += [f"{n:,} dropped ({_shortened(reason)})" for reason, n in report["dropped"].items()]
-    if "duplicates" in report and REPEATED not in report["dropped"]:
-        parts.append(f"{report['duplicates']['rows']:,} repeat an earlier row")
-    if shared := report.get("prompts_in_training"):
-        parts.append(f"{shared['rows']:,} with a prompt that is in training too")
+    parts += _repeated(report)
     if report["cut"]:
         parts.append(f"{report['cut']:,} cut to length")
     if report["straddled"]:

@@ -1,4 +1,4 @@
-"""Print a training config of Oumi, axolotl, LLaMA-Factory or TRL as a recipe."""
+"""Print a training config of Oumi, axolotl, LLaMA-Factory or TRL as a recipe, or write it to a file."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -8,7 +8,8 @@ import yaml
 
 from oumi_pl.commands.parser import Parser
 from oumi_pl.errors import UserError
-from oumi_pl.terminal.text import visible
+from oumi_pl.runs.files import write
+from oumi_pl.terminal.text import echo, visible
 
 ENGINES = ("lightning", "trl", "hf")
 EPILOG = """\
@@ -27,9 +28,37 @@ def main(args: list[str]) -> int:
     )
     parser.add_argument("--devices", type=int, metavar="N", help="devices per node (default: all)")
     parser.add_argument("--trainer", metavar="NAME", help="of TRL's YAML: sft, dpo, kto or reward")
+    parser.add_argument("--output", type=Path, metavar="FILE", help="write the recipe to this new file instead")
+    parser.add_argument("--overwrite", action="store_true", help="replace the file if it exists")
     options, overrides = parser.parse_known_args(args)
-    print(text_of(options.config, overrides, options.engine, options.devices, options.trainer), end="")
+    if options.overwrite and options.output is None:
+        raise UserError("convert: --overwrite is about a file; name it with --output")
+    output = None if options.output is None else _checked(options.output.expanduser(), options.overwrite)
+    text = text_of(options.config, overrides, options.engine, options.devices, options.trainer)
+    if output is None:
+        print(text, end="")
+        return 0
+    try:
+        write(output, text)
+    except OSError as error:
+        raise UserError(f"--output: can't write to {output}: {error.strerror}") from error
+    echo(f"converted {options.config} to {output}: oumi_pl fit --config {output}")
     return 0
+
+
+def _checked(output: Path, overwrite: bool) -> Path:
+    """Checks, before the work, that a file can be written.
+
+    Raises:
+        UserError: it exists and is not to be overwritten, or there is no such folder.
+    """
+    if output.is_dir():
+        raise UserError(f"--output: {output} is a folder; name a file")
+    if (output.exists() or output.is_symlink()) and not overwrite:
+        raise UserError(f"--output: {output} exists; name another file, or replace it with --overwrite")
+    if not output.parent.is_dir():
+        raise UserError(f"--output: there is no folder {output.parent}")
+    return output
 
 
 def text_of(
@@ -64,6 +93,8 @@ def text_of(
     if library is None:
         if not text.strip() and path.is_file() and path.stat().st_size <= len(text.encode()):
             raise UserError(f"{path}: this file is empty")
+        if text.strip() and all(not line.strip() or line.lstrip().startswith("#") for line in text.splitlines()):
+            raise UserError(f"{path} has no settings; all of its lines are comments")
         return convert(path, overrides, engine, devices)
     if trainer is not None and library != "TRL":
         raise UserError(f"--trainer is for TRL's YAML, and {name} is a config of {library}, which says it itself")

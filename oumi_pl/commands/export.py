@@ -1,7 +1,7 @@
 """Export a checkpoint as a folder that `transformers` loads, or as a GGUF file for llama.cpp and Ollama."""
 
 import copy
-import shutil
+import tempfile
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -91,23 +91,44 @@ def export_gguf(source: Path, output: Path, outtype: Any = "f16", *, trust: bool
     Raises:
         UserError: the model can't be read, or llama.cpp's own converter is needed.
     """
-    import tempfile
-
-    from oumi_pl.models.gguf_file import import_gguf, modelfile, write_gguf
+    from oumi_pl.models.gguf_file import import_gguf, modelfile, read, write_gguf
+    from oumi_pl.runs.files import HALF, replacing
+    from oumi_pl.runs.folders import refuse_unwritable
 
     import_gguf()  # before the work of the export
-    if output.exists() and (not output.is_dir() or any(output.iterdir())):
-        raise UserError(f"--output: {output} exists and is not an empty folder; name another one")
-    with tempfile.TemporaryDirectory() as scratch:
+    _refuse_used(output)
+    refuse_unwritable(output.parent, "--output")
+    output.parent.mkdir(parents=True, exist_ok=True)
+    # beside the output, where there is room for it
+    with tempfile.TemporaryDirectory(prefix=f"{output.name}.", suffix=HALF, dir=output.parent) as scratch:
         folder = source
         if not (source / "config.json").is_file():
             folder = Path(scratch) / output.resolve().name
-            export_checkpoint(find(source), folder, merge=True, trust=trust)
-        half = Path(scratch) / "model.gguf"
-        write_gguf(folder, half, outtype, name=output.resolve().name)
-        output.mkdir(parents=True, exist_ok=True)
-        shutil.move(half, output / "model.gguf")
-        (output / "Modelfile").write_text(modelfile(folder, "model.gguf"), encoding="utf-8")
+            _export_whole(source, folder, outtype, trust=trust)
+        read(folder, outtype)
+        text = modelfile(folder, "model.gguf")
+        with replacing(output) as half:
+            half.mkdir()
+            write_gguf(folder, half / "model.gguf", outtype, name=output.resolve().name)
+            (half / "Modelfile").write_text(text, encoding="utf-8")
+
+
+def _export_whole(source: Path, folder: Path, outtype: str, *, trust: bool) -> None:
+    """Writes the whole weights of a checkpoint, unless they can't be written as GGUF."""
+    from oumi_pl.models.gguf_file import refuse_other
+
+    checkpoint = find(source)
+    parts = built(checkpoint, trust=trust)
+    module, data, *_ = parts
+    merge = " --merge" if module.lora is not None else ""
+    before = f"oumi_pl export --checkpoint {source} --output DIR{merge}\n  "
+    refuse_other(module.causal_lm.base.config, data.tokenizer, "DIR", outtype, before)
+    _save(checkpoint, parts, folder, merge=True)
+
+
+def _refuse_used(output: Path) -> None:
+    if output.exists() and (not output.is_dir() or any(output.iterdir())):
+        raise UserError(f"--output: {output} exists and is not an empty folder; name another one")
 
 
 def export_checkpoint(checkpoint: Path, output: Path, *, merge: bool = False, trust: bool = False) -> None:
@@ -123,14 +144,18 @@ def export_checkpoint(checkpoint: Path, output: Path, *, merge: bool = False, tr
         UserError: if the checkpoint can't be read or has no config, its base model can't be loaded, or the folder is
             not empty.
     """
-    if output.exists() and (not output.is_dir() or any(output.iterdir())):
-        raise UserError(f"--output: {output} exists and is not an empty folder; name another one")
+    _refuse_used(output)
+    _save(checkpoint, built(checkpoint, trust=trust), output, merge=merge)
+
+
+def _save(checkpoint: Path, parts: "Parts", output: Path, *, merge: bool) -> None:
+    """Writes what `built` returned as a model folder."""
     from oumi_pl.data.licences import licence_of
     from oumi_pl.models.export import model_card
     from oumi_pl.runs.folders import read_state
     from oumi_pl.runs.lineage import parent_text
 
-    module, data, config, content = built(checkpoint, trust=trust)
+    module, data, config, content = parts
     adapter = module.lora is not None and not merge
     module.save(
         output,
@@ -180,9 +205,11 @@ def load_checkpoint(path: str | Path, *, trust: bool = False) -> LoadedCheckpoin
     return LoadedCheckpoint(module.eval(), data.tokenizer, data, config, content.get("metrics", {}))
 
 
-def built(
-    checkpoint: Path, *, for_batches: bool = False, trust: bool = False
-) -> tuple[Any, Any, dict[str, Any], dict[str, Any]]:
+Parts = tuple[Any, Any, dict[str, Any], dict[str, Any]]
+"""Module, data, parsed config, and the whole content of a checkpoint."""
+
+
+def built(checkpoint: Path, *, for_batches: bool = False, trust: bool = False) -> Parts:
     """Builds module and data from the config in a checkpoint, and loads the weights.
 
     Args:

@@ -3,7 +3,6 @@
 import argparse
 import itertools
 import json
-import os
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -11,7 +10,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from oumi_pl.commands.parser import Parser
 from oumi_pl.errors import UserError
-from oumi_pl.runs.files import HALF
+from oumi_pl.runs.folders import half_of
 from oumi_pl.terminal.screen import meanwhile
 from oumi_pl.terminal.text import echo
 
@@ -54,7 +53,7 @@ def main(args: list[str]) -> int:
     with meanwhile("loading the model"):
         scorer = load(options.model, options.max_length, options.overflow, options.trust_remote_code)
     rewards: list[list[float]] = []
-    half = output.with_name(f"{output.name}.{os.getpid()}{HALF}")
+    half = half_of(output)
     try:
         with half.open("x", encoding="utf-8") as out:
             for row, scores in scored(scorer, lines, options.batch_size, options.input):

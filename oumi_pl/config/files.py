@@ -128,6 +128,8 @@ def check(path: Path) -> dict[str, Any]:
         mark = getattr(error, "problem_mark", None)
         where = f" line {mark.line + 1}" if mark else ""
         raise UserError(f"{path}{where}: not valid YAML: {getattr(error, 'problem', None) or error}") from error
+    if value is None and text.strip():
+        raise UserError(f"{path} has no settings; write model:, data: and trainer: into it, or copy a recipe")
     if not isinstance(value, dict):
         kind = {type(None): "empty", list: "a list", str: "text"}.get(type(value), f"of type {type(value).__name__}")
         raise UserError(f"{path}: a recipe is a mapping (model:, data:, trainer:), and this file is {kind}")

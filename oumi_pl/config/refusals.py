@@ -140,6 +140,10 @@ def launched_devices(trainer: Mapping[str, Any]) -> dict[str, Any]:
     return {"devices": local if left_out else devices, "num_nodes": world // local}
 
 
+STRATEGIES = ("auto", "ddp", "fsdp2", "Sharded")
+"""The documented values of `trainer.strategy`."""
+
+
 def refuse_unknown_devices(trainer: Mapping[str, Any]) -> None:
     """Checks accelerator, devices and strategy of the trainer before Lightning does.
 
@@ -159,7 +163,9 @@ def refuse_unknown_devices(trainer: Mapping[str, Any]) -> None:
     for key, names in {"accelerator": accelerators, "strategy": strategies}.items():
         name, known = trainer.get(key), ["auto", "gpu", *names] if key == "accelerator" else ["auto", *names]
         if isinstance(name, str) and name not in known:
-            raise UserError(f"trainer.{key}: unknown {key} {name!r}{nearest(name, known)}")
+            # of Lightning's strategies, those that this package is tested with
+            right = STRATEGIES if key == "strategy" else known
+            raise UserError(f"trainer.{key}: unknown {key} {name!r}{nearest(name, right)}")
     there = {name: AcceleratorRegistry[name]["accelerator"].is_available() for name in accelerators}
     there |= {"gpu": there["cuda"] or there["mps"], "auto": True}
     accelerator = trainer.get("accelerator")

@@ -52,7 +52,7 @@ TRANSLATED |= {
     "batch_size": "trainer.accumulate_grad_batches",
     "model_config": "model.config",
     **dict.fromkeys(("rl_beta", "orpo_alpha", "simpo_gamma", "cpo_alpha", "dpo_label_smoothing"), "model.loss"),
-    **dict.fromkeys(("dpo_loss_type", "dpo_use_weighting", "rl_adv_coef", "trl"), "model.loss"),
+    **dict.fromkeys(("dpo_loss_type", "trl"), "model.loss"),
     **dict.fromkeys(
         ("kto_desirable_weight", "kto_undesirable_weight"), "model.desirable_weight and undesirable_weight"
     ),
@@ -64,41 +64,56 @@ TRANSLATED |= {
     "sample_packing": "data.packing",
     "pretrain_multipack_attn": "data.isolate",
     "train_on_inputs": "data.train_on",
-    **dict.fromkeys(("chat_template", "chat_template_jinja", "default_system_message"), "data.template"),
+    **dict.fromkeys(("chat_template", "chat_template_jinja"), "data.template"),
     "chat_template_kwargs": "data.template_variables",
     **dict.fromkeys(("special_tokens", "tokens"), "data.pad_token and tokens"),
     "dataset_exact_deduplication": "data.duplicates",
     "streaming": "data.streaming",
+    "streaming_multipack_buffer_size": "data.shuffle_buffer",
     **dict.fromkeys(("shuffle_merged_datasets", "sample_packing_sequentially", "curriculum_sampling"), "data.train"),
     "evals_per_epoch": "trainer.val_check_interval",
     "saves_per_epoch": "checkpoint.every",
     "unfrozen_parameters": "trainer.callbacks, TrainOnly",
     **dict.fromkeys(("use_eaft", "eaft_alpha", "eaft_k"), "model.loss"),
     "early_stopping_patience": "trainer.callbacks, EarlyStopping",
-    **dict.fromkeys(("dp_shard_size", "dp_replicate_size"), "trainer.strategy"),
+    **dict.fromkeys(("dp_shard_size", "dp_replicate_size", "tensor_parallel_size"), "trainer.strategy"),
+    "expert_parallel_size": "trainer.strategy",
+    "context_parallel_size": "the rows of each device",
     **dict.fromkeys(("wandb_project", "use_wandb", "use_tensorboard", "use_mlflow", "mlflow_tracking_uri"), "logger"),
     "plugins": "each by its name",
-    "freeze_mm_modules": "model.freeze",
     **dict.fromkeys(("fp8", "min_sample_len"), "a comment"),
 }
 """Key -> key of the recipe."""
 
 WITHOUT_EFFECT = training.WITHOUT_EFFECT | {
     **dict.fromkeys(("gradient_checkpointing_kwargs", "flash_*", "flex_*", "sdp_attention", "xformers_*"), SPEED),
-    **dict.fromkeys(("fsdp_*", "liger_*", "cut_cross_entropy", "lora_*_kernel", "use_kernels", "fused_*"), SPEED),
+    **dict.fromkeys(
+        (
+            "fsdp_version",
+            "fsdp_final_state_dict_type",
+            "liger_*",
+            "cut_cross_entropy",
+            "lora_*_kernel",
+            "use_kernels",
+            "fused_*",
+        ),
+        SPEED,
+    ),
     **dict.fromkeys(("use_scattermoe", "use_sonicmoe", "experts_implementation", "quantize_moe_experts"), SPEED),
     **dict.fromkeys(
         ("tiled_mlp*", "activation_offloading", "torchdistx_path", "device_map", "gpu_memory_limit"), SPEED
     ),
-    **dict.fromkeys(("tensor_parallel_size", "context_parallel_size", "context_parapllel_size"), SPEED),
     **dict.fromkeys(
-        ("expert_parallel_*", "sequence_parallel_*", "ddp*", "use_ray", "ray_*", "dataset_num_proc"), SPEED
+        ("expert_parallel_*", "heads_k_stride", "ring_attn_func", "ddp*", "use_ray", "ray_*", "dataset_num_proc"),
+        SPEED,
     ),
     **dict.fromkeys(
         ("dataset_processes", "dataset_keep_in_memory", "eval_sample_packing", "pad_to_sequence_len"), SPEED
     ),
     **dict.fromkeys(("sample_packing_*", "max_packed_sequence_len", "total_num_tokens", "group_by_length_*"), SPEED),
-    **dict.fromkeys(("bnb_config_kwargs", "gptq_*", "use_dsv4_kernels", "use_glm_dsa_kernels", "dsv4_*"), SPEED),
+    **dict.fromkeys(
+        ("dataset_num_proc", "bnb_config_kwargs", "gptq_*", "use_dsv4_kernels", "use_glm_dsa_kernels", "dsv4_*"), SPEED
+    ),
     **dict.fromkeys(("gemma4_hybrid_attn_impl", "llama4_linearized_experts", "streaming_multipack_*"), SPEED),
     **dict.fromkeys(("experimental_skip_move_to_device", "fp8_*", "torch_dtype", "use_onebitllms_*"), SPEED),
     **dict.fromkeys(("wandb_*", "mlflow_*", "comet_*", "swanlab_*", "use_swanlab", "trackio_*"), training.LOGS),
@@ -123,6 +138,10 @@ WITHOUT_EFFECT = training.WITHOUT_EFFECT | {
         ("strict", "debug", "skip_prepare_dataset", "is_*_derived_model", "test_value", "full_finetune"),
         "it decides on nothing that is trained",
     ),
+    "freeze_mm_modules": "the text alone is trained",
+    "report_to": training.LOGS,
+    **dict.fromkeys(("train_sampling_strategy", "context_parapllel_size"), "axolotl does not read it"),
+    "default_system_message": "it replaces a text that no template of axolotl has",
     "eot_tokens": "the end of a turn is where the template ends it",
     "reinit_weights": "it belongs to pretraining from random weights",
     "gptq": "it is off",
@@ -138,6 +157,8 @@ REFUSED = training.REFUSED | {
     **dict.fromkeys(
         ("relora*", "jagged_*", "lisa_*", "qat", "llmcompressor", "lr_groups", "neftune_*"), NO_SUCH_METHOD
     ),
+    "dpo_use_weighting": "weights by the probability of responses (WPO) have no counterpart",
+    "rl_adv_coef": OTHER_TRAINER,
     **dict.fromkeys(("noisy_embedding_alpha", "peft", "rex", "loss_*"), NO_SUCH_METHOD),
     **dict.fromkeys(("use_onebitllms",), NO_SUCH_METHOD),
     "gptq": "weights quantized by GPTQ are not trained on; name the model in full precision and adapter: qlora",
@@ -146,7 +167,12 @@ REFUSED = training.REFUSED | {
 }
 WITHOUT_EFFECT = {key: why for key, why in WITHOUT_EFFECT.items() if key not in REFUSED}
 
-KEYS = Keys("axolotl", TRANSLATED, WITHOUT_EFFECT, REFUSED, OTHER_NAMES)
+NULL = dict.fromkeys(("bf16", "shuffle_merged_datasets", "pretrain_multipack_attn"), False)
+"""Key that is on by default -> what null means: axolotl fills its defaults in first, and then leaves null keys out."""
+
+TRANSLATED = {key: place for key, place in TRANSLATED.items() if key not in WITHOUT_EFFECT}
+
+KEYS = Keys("axolotl", TRANSLATED, WITHOUT_EFFECT, REFUSED, OTHER_NAMES, NULL)
 
 PLUGINS = {
     "cut_cross_entropy": SPEED,
@@ -168,21 +194,17 @@ def recipe(values: Mapping[str, Any], devices: int | None = None) -> tuple[dict[
         UserError: something has no counterpart.
     """
     settings = Settings(_today(values), KEYS)
-    if rows := settings.get("batch_size"):  # of an update
+    if rows := settings.get("batch_size"):  # of an update, for each device
         settings.values["gradient_accumulation_steps"] = max(1, int(rows) // int(settings.get("micro_batch_size", 1)))
+    ranks = training.divide_rows(settings, _ranks(settings), 1)
     _check_plugins(settings)
     kind, section = data(settings, _kind(settings))
     init = _model(settings) | _objective(settings, kind)
     init["optimizer"] = training.optimizer(settings, "adamw_torch_fused", None)
     if (schedule := _schedule(settings)) is not None:
         init["schedule"] = schedule
-    trainer = training.trainer(settings, epochs=1.0, mixed=_mixed(settings), devices=devices)
-    tree = {
-        "seed_everything": int(settings.noted("seed", 42, "seed_everything")),
-        "model": {"class_path": kind, "init_args": init},
-        "data": section,
-        "trainer": trainer | _callbacks(settings, section["init_args"]),
-    }
+    trainer = training.trainer(settings, epochs=1.0, mixed=_mixed(settings), devices=devices, ranks=ranks)
+    tree = training.sections(settings, kind, init, section, trainer | _callbacks(settings, section))
     around = training.around(
         settings, output="model-out", save=_saves(settings), save_steps=500, logger=_logger(settings)
     )
@@ -191,8 +213,8 @@ def recipe(values: Mapping[str, Any], devices: int | None = None) -> tuple[dict[
 
 def _today(values: Mapping[str, Any]) -> dict[str, Any]:
     """The config with axolotl's former names under today's."""
-    former = {"adam_eps": "adam_epsilon", "flash_attention": "flash_attention"}
-    today = {former.get(key, key): value for key, value in values.items()}
+    former = {"adam_eps": "adam_epsilon", "sequence_parallel_degree": "context_parallel_size"}
+    today = {former.get(key, key): value for key, value in values.items() if values.get(former.get(key, "")) is None}
     tokens = today.get("tokens")
     if isinstance(tokens, Mapping):  # as `special_tokens` was written
         today["special_tokens"] = {**tokens, **(today.get("special_tokens") or {})}
@@ -200,6 +222,20 @@ def _today(values: Mapping[str, Any]) -> dict[str, Any]:
     if today.get("warmup_steps") == 1:
         today["warmup_steps"] = 2  # which is what axolotl makes of it
     return today
+
+
+def _ranks(settings: Settings) -> training.Ranks:
+    """How axolotl arranges the devices: shards x experts x replicas x tensor x context is their number."""
+    shards, replicas = (training.size(settings, f"dp_{name}_size") for name in ("shard", "replicate"))
+    # experts are sharded as all weights are, over the devices that hold some of them
+    shards *= training.size(settings, "expert_parallel_size") if shards > 1 else 1
+    return training.Ranks(
+        shards if shards > 1 else None,
+        # of shards alone, there are as many groups as fit
+        replicas if replicas > 1 else None if shards > 1 else 1,
+        training.size(settings, "tensor_parallel_size"),
+        training.size(settings, "context_parallel_size"),
+    )
 
 
 def _check_plugins(settings: Settings) -> None:
@@ -212,12 +248,14 @@ def _check_plugins(settings: Settings) -> None:
 
 
 def _kind(settings: Settings) -> str:
+    if settings.get("reward_model"):
+        if int(settings.get("num_labels", 1)) != 1:
+            settings.refuse("num_labels", "classes other than a score have no counterpart")
+        return "Reward"
     name = settings.get("rl")
-    if name not in RL:
+    if name is not None and str(name) not in RL:
         settings.refuse("rl", f"{name}: {OTHER_TRAINER}")
-    if int(settings.get("num_labels", 1)) != 1:
-        settings.refuse("num_labels", "classes other than a score have no counterpart")
-    return "Reward" if settings.get("reward_model") else RL[name]
+    return RL[name]
 
 
 # --- the model --------------------------------------------------------------------------------------------------------
@@ -229,13 +267,13 @@ def _bf16(settings: Settings) -> bool:
 
 def _is_bf16_on(settings: Settings) -> bool:
     """Whether `bf16` is on: `auto`, its default, is on cards that have it; null, or another precision, is not."""
-    is_off = "bf16" in settings.null or any(settings.get(name) for name in ("fp16", "float16", "bfloat16"))
+    is_off = any(settings.get(name) for name in ("fp16", "float16", "bfloat16"))
     return is_on(settings.get("bf16", not is_off))
 
 
 def _mixed(settings: Settings) -> str | None:
     if settings.get("fp8"):
-        settings.comment("trainer.precision", "fp8: matrices are multiplied in bfloat16, which is more exact")
+        settings.comment("trainer.precision", training.FP8)
     if _is_bf16_on(settings):
         return "bf16"
     return "fp16" if settings.get("fp16") else None
@@ -244,7 +282,8 @@ def _mixed(settings: Settings) -> str | None:
 def _model(settings: Settings) -> dict[str, Any]:
     init: dict[str, Any] = {"model": settings.get("lora_model_dir") or settings.get("base_model")}
     if settings.get("model_quantization_config"):
-        if settings.get("model_quantization_config") != "Mxfp4Config":
+        dequantized = (settings.get("model_quantization_config_kwargs") or {}).get("dequantize")
+        if settings.get("model_quantization_config") != "Mxfp4Config" or not dequantized:
             settings.refuse("model_quantization_config", "only Mxfp4Config, dequantized, can be trained")
         init["config"] = {"quantization_config": {"quant_method": "mxfp4", "dequantize": True}}
     if settings.get("model_config"):
@@ -273,8 +312,7 @@ def _model(settings: Settings) -> dict[str, Any]:
         init["lora"] = training.lora(settings, {"r": 8, "alpha": 8, "dropout": 0.0}, _targets(settings)) | _more_lora(
             settings
         )
-    bits = {"nf4": settings.get("load_in_4bit") or adapter == "qlora", "int8": settings.get("load_in_8bit")}
-    init |= given(quantization=next((name for name, is_set in bits.items() if is_set and adapter), None))
+    init |= given(quantization=_quantization(settings))
     return init | given(
         attn=_attention(settings),
         gradient_checkpointing=is_on(settings.get("gradient_checkpointing", False)),
@@ -282,6 +320,18 @@ def _model(settings: Settings) -> dict[str, Any]:
         trust_remote_code=bool(settings.get("trust_remote_code")),
         groups=_groups(settings),
     )
+
+
+def _quantization(settings: Settings) -> str | None:
+    adapter = settings.get("adapter")
+    if adapter == "qlora" and settings.get("load_in_8bit"):
+        settings.refuse("load_in_8bit", "the base of qlora has 4 bits")
+    if adapter == "qlora" or (adapter and settings.get("load_in_4bit")):
+        return "nf4"
+    for key in ("load_in_4bit", "load_in_8bit"):
+        if settings.get(key) and not adapter:
+            settings.became_nothing(key, "only the base of an adapter is quantized")
+    return "int8" if adapter and settings.get("load_in_8bit") else None
 
 
 ATTENTION = {
@@ -306,8 +356,9 @@ def _attention(settings: Settings) -> str | None:
 def _targets(settings: Settings) -> Any:
     listed = settings.get("lora_target_modules") or None
     if settings.get("lora_target_linear"):
-        beyond = [name for name in listed or () if name in ("embed_tokens", "lm_head", "wte")] if listed else []
-        if beyond:
+        if listed:
+            settings.became_nothing("lora_target_modules", "lora_target_linear takes all linear layers")
+        if beyond := [name for name in listed or () if name in ("embed_tokens", "lm_head", "wte")]:
             settings.comment(LORA, f"lora_target_linear: all linear layers; {', '.join(beyond)} are left out")
         return "all-linear"
     return listed if listed is not None or not settings.get("lora_target_parameters") else []
@@ -359,15 +410,24 @@ def _schedule(settings: Settings) -> dict[str, Any] | None:
 DPO_LOSSES = {"sigmoid": "Sigmoid", "hinge": "Hinge", "ipo": "IPO", "robust": "Robust", "apo_zero": "APOZero"}
 
 
+TRL_KEYS = Keys("axolotl", {"beta": "model.loss"}, {"*": "only online training reads it"})
+"""What becomes of the keys of `trl`."""
+
+
+def _beta(settings: Settings, default: float = 0.1) -> float:
+    of_trl = settings.part("trl", TRL_KEYS).get("beta")
+    return float(settings.get("rl_beta", default) if of_trl is None else of_trl)
+
+
 def _objective(settings: Settings, kind: str) -> dict[str, Any]:
-    beta = float((settings.get("trl") or {}).get("beta") or settings.get("rl_beta") or 0.1)
-    name = settings.get("rl")
     if kind == "KTO":
         return given(
-            loss={"class_path": "KTOLoss", "init_args": {"beta": beta}},
+            loss={"class_path": "KTOLoss", "init_args": {"beta": _beta(settings)}},
             desirable_weight=float(settings.get("kto_desirable_weight") or 1.0),
             undesirable_weight=float(settings.get("kto_undesirable_weight") or 1.0),
         )
+    if kind == "DPO":
+        return {"loss": _preference_loss(settings)}
     arguments: dict[str, Any]
     if kind == "Reward":
         value = settings.get("center_rewards_coefficient")
@@ -376,29 +436,37 @@ def _objective(settings: Settings, kind: str) -> dict[str, Any]:
     if settings.get("use_eaft"):
         arguments = {"alpha": float(settings.get("eaft_alpha", 1.0)), "top_k": int(settings.get("eaft_k", 20))}
         return {"loss": {"class_path": "oumi_pl.convert.losses.EntropyWeighted", "init_args": arguments}}
-    if kind != "DPO":
-        smoothing = settings.get("label_smoothing_factor")
-        arguments = {"label_smoothing": float(smoothing)} if smoothing else {}
-        return {"loss": {"class_path": "CrossEntropy", "init_args": arguments}} if arguments else {}
-    losses: dict[str, tuple[str, dict[str, Any]]] = {
-        "ipo": ("IPO", {"beta": beta}),
-        "orpo": ("ORPO", {"beta": float(settings.get("orpo_alpha") or beta)}),
-        # TRL's CPO subtracts gamma / beta from the difference, which beta then multiplies; its SFT term has cpo_alpha
-        "simpo": ("SimPO", {"beta": beta, "gamma": float(settings.get("simpo_gamma") or 0.5)}),
-    }
-    path, arguments = losses.get(str(name), ("", {}))
-    if path:
-        if name == "simpo" and settings.get("cpo_alpha", 1.0):
-            settings.comment(f"{MODEL}.loss", "cpo_alpha: TRL adds an SFT term with this weight, here as SFTTerm")
-            simpo = {"class_path": "SimPO", "init_args": arguments}
-            weights = [1.0, float(settings.get("cpo_alpha", 1.0))]
-            path, arguments = "WeightedSum", {"losses": [simpo, {"class_path": "SFTTerm"}], "weights": weights}
-        return {"loss": {"class_path": path, "init_args": arguments}}
+    smoothing = settings.get("label_smoothing_factor")
+    arguments = {"label_smoothing": float(smoothing)} if smoothing else {}
+    return {"loss": {"class_path": "CrossEntropy", "init_args": arguments}} if arguments else {}
+
+
+def _preference_loss(settings: Settings) -> dict[str, Any]:
+    name = settings.get("rl")
+    if name == "orpo":
+        return {"class_path": "ORPO", "init_args": {"beta": _beta(settings, settings.get("orpo_alpha", 0.1))}}
+    beta = _beta(settings)
+    if name == "ipo":
+        return {"class_path": "IPO", "init_args": {"beta": beta}}
+    if name == "simpo":
+        return _simpo(settings, beta)
     listed = settings.get("dpo_loss_type") or ["sigmoid"]
+    listed = [listed] if isinstance(listed, str) else [str(one) for one in listed]
     if len(listed) > 1 or listed[0] not in DPO_LOSSES:
         settings.refuse("dpo_loss_type", f"{listed}: name one of {', '.join(DPO_LOSSES)}")
     arguments = {"beta": beta} | given(label_smoothing=float(settings.get("dpo_label_smoothing") or 0.0) or None)
-    return {"loss": {"class_path": DPO_LOSSES[listed[0]], "init_args": arguments}}
+    return {"class_path": DPO_LOSSES[listed[0]], "init_args": arguments}
+
+
+def _simpo(settings: Settings, beta: float) -> dict[str, Any]:
+    # TRL's CPO subtracts gamma / beta from the difference, which beta then multiplies; its SFT term has cpo_alpha
+    arguments = {"beta": beta, "gamma": float(settings.get("simpo_gamma") or 0.5)}
+    simpo = {"class_path": "SimPO", "init_args": arguments}
+    if not (weight := float(settings.get("cpo_alpha", 1.0))):
+        return simpo
+    settings.comment(f"{MODEL}.loss", "cpo_alpha: TRL adds an SFT term with this weight, here as SFTTerm")
+    losses = [simpo, {"class_path": "SFTTerm"}]
+    return {"class_path": "WeightedSum", "init_args": {"losses": losses, "weights": [1.0, weight]}}
 
 
 # --- when it is saved, validated and stopped --------------------------------------------------------------------------
@@ -418,6 +486,7 @@ def _callbacks(settings: Settings, data: Mapping[str, Any]) -> dict[str, Any]:
     if patterns and settings.get("adapter"):
         settings.notes.became["unfrozen_parameters"] = "nothing: with an adapter, the base is frozen"
     elif patterns:
+        patterns = [str(pattern) for pattern in ([patterns] if isinstance(patterns, str) else patterns)]
         if any("[" in pattern and pattern.endswith("]") and ":" in pattern for pattern in patterns):
             settings.refuse("unfrozen_parameters", "ranges of rows have no counterpart")
         callbacks.append({"class_path": "oumi_pl.convert.train_only.TrainOnly", "init_args": {"patterns": patterns}})

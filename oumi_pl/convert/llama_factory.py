@@ -1,6 +1,7 @@
 """LLaMA-Factory's YAML as a recipe. What each key means was read in its sources (`hparams`, `data`, `train`)."""
 
 import json
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,7 @@ OTHER_NAMES = {
     "lora_modules_to_save": "additional_target",
 }
 
-TRANSLATED = training.NAMES | {
+TRANSLATED = {key: place for key, place in training.NAMES.items() if key != "gradient_checkpointing"} | {
     "model_name_or_path": "model.model",
     "adapter_name_or_path": "model.model",
     "model_revision": "model.revision",
@@ -30,7 +31,7 @@ TRANSLATED = training.NAMES | {
     "finetuning_type": "model.lora and freeze",
     **dict.fromkeys(("lora_rank", "lora_alpha", "lora_dropout", "lora_target", "additional_target"), "model.lora"),
     **dict.fromkeys(("use_rslora", "use_dora", "create_new_adapter"), "model.lora"),
-    **dict.fromkeys(("loraplus_lr_ratio", "loraplus_lr_embedding"), "model.groups"),
+    "loraplus_lr_ratio": "model.groups",
     **dict.fromkeys(("quantization_bit", "quantization_type", "double_quantization"), "model.quantization"),
     "quantization_method": "model.quantization",
     "pure_bf16": "model.dtype and trainer.precision",
@@ -50,33 +51,44 @@ TRANSLATED = training.NAMES | {
     **dict.fromkeys(("packing", "neat_packing"), "data.packing"),
     "streaming": "data.streaming",
     "buffer_size": "data.shuffle_buffer",
-    **dict.fromkeys(("add_tokens", "add_special_tokens", "new_special_tokens_config"), "data.tokens"),
+    **dict.fromkeys(("add_tokens", "add_special_tokens"), "data.tokens"),
     **dict.fromkeys(
         ("freeze_trainable_layers", "freeze_trainable_modules", "use_llama_pro"), "trainer.callbacks, TrainOnly"
     ),
     **dict.fromkeys(("use_dft_loss", "use_eaft_loss", "eaft_alpha"), "model.loss"),
     "early_stopping_steps": "trainer.callbacks, EarlyStopping",
     "preprocessing_num_workers": "data.processes",
-    **dict.fromkeys(("use_swanlab", "use_trackio"), "logger"),
-    "fp8": "trainer.precision",
+    "fp8": "a comment",
     "disable_shuffling": "a comment",
+    "tensor_model_parallel_size": "trainer.strategy",
+    **dict.fromkeys(
+        ("pipeline_model_parallel_size", "context_parallel_size", "expert_model_parallel_size", "use_megatron_bridge"),
+        "the rows of each device",
+    ),
 }
 """Key -> key of the recipe."""
 
 WITHOUT_EFFECT = training.WITHOUT_EFFECT | {
     **dict.fromkeys(("flash_attn", "enable_liger_kernel", "use_unsloth*", "shift_attn_*", "use_v1_kernels"), SPEED),
     **dict.fromkeys(("ddp_timeout", "fp8_*", "use_reentrant_gc", "low_cpu_mem_usage", "use_kt", "kt_*"), SPEED),
-    **dict.fromkeys(("use_mca", "use_megatron_bridge", "*_model_parallel_size", "sequence_parallel", "moe_*"), SPEED),
+    **dict.fromkeys(("use_mca", "virtual_pipeline_model_parallel_size", "sequence_parallel", "moe_*"), SPEED),
     **dict.fromkeys(("bias_activation_fusion", "apply_rope_fusion", "use_distributed_optimizer", "overlap_*"), SPEED),
-    **dict.fromkeys(("recompute_granularity", "context_parallel_size", "ray_*", "use_packed_sequences"), SPEED),
+    **dict.fromkeys(("recompute_granularity", "ray_*", "use_packed_sequences"), SPEED),
     **dict.fromkeys(("preprocessing_batch_size", "overwrite_cache", "tokenized_path", "use_fast_tokenizer"), SPEED),
-    **dict.fromkeys(("data_shared_file_system", "upcast_*", "fsdp_*", "use_cache", "cache_dir", "cp_size"), SPEED),
+    **dict.fromkeys(("data_shared_file_system", "upcast_*", "use_cache", "cache_dir"), SPEED),
     **dict.fromkeys(
         ("plot_loss", "compute_accuracy", "swanlab_*", "include_effective_tokens_per_second"), training.LOGS
     ),
-    **dict.fromkeys(("eval_num_beams", "predict_with_generate", "print_param_status", "infer_*"), training.LOGS),
+    **dict.fromkeys(
+        ("eval_num_beams", "predict_with_generate", "print_param_status", "infer_*"),
+        training.LOGS,
+    ),
     **dict.fromkeys(("hf_hub_token", "ms_hub_token", "om_hub_token", "export_*"), training.HUB),
+    **dict.fromkeys(("eval_on_each_dataset", "use_swanlab", "use_trackio"), training.LOGS),
+    "gradient_checkpointing": "disable_gradient_checkpointing decides",
+    "mixed_precision": "bf16 and fp16 decide",
     "ignore_pad_token_for_loss": "padding carries no loss",
+    "loraplus_lr_embedding": "adapters of embeddings are not trained at a rate of their own",
     "resize_vocab": "the embeddings grow by data.tokens",
     "split_special_tokens": "special tokens in a text are single tokens",
     "do_predict": "completions are written by `predict` and `generate`",
@@ -96,6 +108,7 @@ REFUSED = training.REFUSED | {
     **dict.fromkeys(("ppo_*", "reward_model*"), "PPO has no counterpart; GRPO is near"),
     **dict.fromkeys(("ref_model_adapters", "ref_model_quantization_bit"), "the reference is a whole model"),
     "use_hyper_parallel": "it has no counterpart; use trainer.strategy",
+    "new_special_tokens_config": "embeddings that start from descriptions have no counterpart; name add_special_tokens",
     "tool_format": "tools are written by the template",
     "default_system": "put it into the rows as their system turn",
     "preserve_thinking": "it has no counterpart; the template decides",
@@ -103,7 +116,10 @@ REFUSED = training.REFUSED | {
 }
 """Key -> why it is refused if it is on."""
 
-KEYS = Keys("LLaMA-Factory", TRANSLATED, WITHOUT_EFFECT, REFUSED, OTHER_NAMES)
+NULL = {"max_grad_norm": 0.0, "double_quantization": False}
+"""Key -> the value that null stands for; of others it is the default, or refused by LLaMA-Factory."""
+
+KEYS = Keys("LLaMA-Factory", TRANSLATED, WITHOUT_EFFECT, REFUSED, OTHER_NAMES, NULL)
 
 STAGES = {"sft": "SFT", "pt": "Pretrain", "dpo": "DPO", "kto": "KTO", "rm": "Reward"}
 """`stage` -> trainer type."""
@@ -135,6 +151,7 @@ def recipe(values: Mapping[str, Any], folder: Path, devices: int | None = None) 
         UserError: something has no counterpart.
     """
     settings = Settings(values, KEYS)
+    ranks = training.divide_rows(settings, _ranks(settings), 8)
     stage = str(settings.noted("stage", "sft", "model"))
     if stage not in STAGES:
         settings.refuse("stage", f"{stage} has no counterpart; there are {', '.join(STAGES)}")
@@ -147,34 +164,72 @@ def recipe(values: Mapping[str, Any], folder: Path, devices: int | None = None) 
     if (schedule := training.schedule(settings, "linear")) is not None:
         init["schedule"] = schedule
     mixed = "bf16" if settings.get("bf16") else "fp16" if settings.get("fp16") else None
-    trainer = training.trainer(settings, epochs=3.0, mixed=mixed, devices=devices)
+    trainer = training.trainer(settings, epochs=3.0, mixed=mixed, devices=devices, ranks=ranks)
+    if settings.get("fp8"):
+        settings.comment("trainer.precision" if mixed else "trainer", training.FP8)
     if settings.get("pure_bf16"):
         trainer["precision"] = "bf16-true"
     trainer |= given(callbacks=_callbacks(settings))
-    tree = {
-        "seed_everything": int(settings.noted("seed", 42, "seed_everything")),
-        "model": {"class_path": kind, "init_args": init},
-        "data": section,
-        "trainer": trainer,
-    }
+    tree = training.sections(settings, kind, init, section, trainer)
     logger = training.loggers(settings.get("report_to"))
     return tree | training.around(settings, output="saves", save="steps", save_steps=500, logger=logger), settings
 
 
+def _ranks(settings: Settings) -> training.Ranks:
+    """How Megatron arranges the devices, which divides all weights among them."""
+    tensor = training.size(settings, "tensor_model_parallel_size")
+    others = [training.size(settings, key) for key in ("pipeline_model_parallel_size", "context_parallel_size")]
+    experts = training.size(settings, "expert_model_parallel_size")
+    if settings.get("use_megatron_bridge"):  # where LLaMA-Factory counts them among the devices that share rows
+        others.append(experts)
+        settings.became_nothing("use_megatron_bridge", SPEED)
+    if max(tensor, experts, *others) > 1:
+        settings.values.setdefault("fsdp", "full_shard")
+    return training.Ranks(tensor=tensor, sharing=math.prod(others))
+
+
 def _callbacks(settings: Settings) -> list[dict[str, Any]]:
-    callbacks = []
-    if settings.get("finetuning_type") == "freeze":
-        if settings.get("freeze_trainable_modules", "all") != "all":
-            settings.refuse(
-                "freeze_trainable_modules", "parts of layers are named by TrainOnly's patterns in the recipe"
-            )
-        arguments: dict[str, Any] = {"last_layers": int(settings.get("freeze_trainable_layers", 2))}
-        arguments |= given(spread=bool(settings.get("use_llama_pro")))
-        callbacks.append({"class_path": "oumi_pl.convert.train_only.TrainOnly", "init_args": arguments})
+    callbacks = freeze(settings) if settings.get("finetuning_type") == "freeze" else []
     if patience := settings.get("early_stopping_steps"):
         stop = {"monitor": "val/loss", "patience": int(patience)}
         callbacks.append({"class_path": "lightning.pytorch.callbacks.EarlyStopping", "init_args": stop})
     return callbacks
+
+
+def freeze(settings: Settings) -> list[dict[str, Any]]:
+    """The callback that trains some layers alone.
+
+    Raises:
+        UserError: parts of layers are named.
+    """
+    if settings.get("freeze_trainable_modules", "all") != "all":
+        settings.refuse("freeze_trainable_modules", "parts of layers are named by TrainOnly's patterns in the recipe")
+    arguments: dict[str, Any] = {"last_layers": int(settings.get("freeze_trainable_layers", 2))}
+    arguments |= given(spread=bool(settings.get("use_llama_pro")))
+    return [{"class_path": "oumi_pl.convert.train_only.TrainOnly", "init_args": arguments}]
+
+
+def quantization(settings: Settings, bits: Any) -> str | None:
+    """`model.quantization`; None without.
+
+    Raises:
+        UserError: it is not bitsandbytes' with 4 or 8 bits.
+    """
+    if bits is None:
+        return None
+    if str(settings.get("quantization_method", "bnb")).lower() not in ("bnb", "bitsandbytes") or bits not in (4, 8):
+        settings.refuse("quantization_bit", f"{bits}: the base is quantized by bitsandbytes, to 4 or 8")
+    if bits == 4 and settings.get("quantization_type", "nf4") != "nf4":
+        settings.refuse("quantization_type", "4 bits are nf4")
+    if bits == 4 and settings.get("double_quantization") is False:
+        settings.comment(f"{MODEL}.quantization", "the constants of quantization are quantized too")
+    return {4: "nf4", 8: "int8"}[bits]
+
+
+def find(name: str, folder: Path) -> Path | None:
+    """A file or folder of a config: as it is named, or in or above the folder of the config."""
+    places = [Path(name), *(place / name for place in (folder, *folder.resolve().parents))]
+    return next((place for place in places if place.exists()), None)
 
 
 # --- the model --------------------------------------------------------------------------------------------------------
@@ -203,14 +258,7 @@ def _model(settings: Settings) -> dict[str, Any]:
         if isinstance(saved := settings.get("lora_modules_to_save"), str):
             settings.values["additional_target"] = [one.strip() for one in saved.split(",")]
         init["lora"] = training.lora(settings, defaults, modules)
-    bits = settings.get("quantization_bit")
-    if bits is not None and (
-        str(settings.get("quantization_method", "bnb")).lower() not in ("bnb", "bitsandbytes") or bits not in (4, 8)
-    ):
-        settings.refuse("quantization_bit", f"{bits}: the base is quantized by bitsandbytes, to 4 or 8")
-    init |= given(quantization={4: "nf4", 8: "int8"}.get(bits or 0))
-    if bits == 4 and settings.get("double_quantization") is False:
-        settings.comment(f"{MODEL}.quantization", "the constants of quantization are quantized too")
+    init |= given(quantization=quantization(settings, settings.get("quantization_bit")))
     if ratio := settings.get("loraplus_lr_ratio", 0.0):
         init["groups"] = {"*lora_B*": {"lr_factor": float(ratio)}}
     return init | given(
@@ -224,15 +272,14 @@ LOSSES = {"sigmoid": "Sigmoid", "hinge": "Hinge", "ipo": "IPO"}
 
 
 def _objective(settings: Settings, kind: str) -> dict[str, Any]:
-    beta = float(settings.get("pref_beta", 0.1))
     if kind == "KTO":
         if settings.get("pref_ftx", 0.0):
             settings.refuse("pref_ftx", "KTO has no SFT term here")
         return {
-            "loss": {"class_path": "KTOLoss", "init_args": {"beta": beta}},
+            "loss": {"class_path": "KTOLoss", "init_args": {"beta": float(settings.get("pref_beta", 0.1))}},
             "desirable_weight": float(settings.get("kto_chosen_weight", 1.0)),
             "undesirable_weight": float(settings.get("kto_rejected_weight", 1.0)),
-        }
+        } | given(reference=settings.get("ref_model"))
     if kind == "Reward":
         settings.comment(MODEL, "the score is read at the last token that is not the pad token, by a head without bias")
         return {"loss": {"class_path": "BradleyTerry"}}
@@ -248,28 +295,27 @@ def _objective(settings: Settings, kind: str) -> dict[str, Any]:
             if smoothing
             else {}
         )
-    return {"loss": preference_loss(settings, beta)} | given(reference=settings.get("ref_model"))
+    return {"loss": preference_loss(settings)} | given(reference=settings.get("ref_model"))
 
 
-def preference_loss(settings: Settings, beta: float) -> dict[str, Any]:
+def preference_loss(settings: Settings) -> dict[str, Any]:
     """`model.loss` of `pref_loss` and what belongs to it.
 
     Raises:
         UserError: it has no counterpart.
     """
-    name = str(settings.get("pref_loss", "sigmoid"))
+    name, beta = str(settings.get("pref_loss", "sigmoid")), float(settings.get("pref_beta", 0.1))
+    loss: dict[str, Any]
     if name == "orpo":
-        return {"class_path": "ORPO", "init_args": {"beta": beta}}
-    if name == "simpo":
+        loss = {"class_path": "ORPO", "init_args": {"beta": beta}}
+    elif name == "simpo":
         # gamma / beta is subtracted before beta multiplies, so that gamma is that of the paper
-        return {"class_path": "SimPO", "init_args": {"beta": beta, "gamma": float(settings.get("simpo_gamma", 0.5))}}
-    if name not in LOSSES:
+        loss = {"class_path": "SimPO", "init_args": {"beta": beta, "gamma": float(settings.get("simpo_gamma", 0.5))}}
+    elif name in LOSSES:
+        smoothing = float(settings.get("dpo_label_smoothing", 0.0))
+        loss = {"class_path": LOSSES[name], "init_args": {"beta": beta} | given(label_smoothing=smoothing or None)}
+    else:
         settings.refuse("pref_loss", f"{name!r} has no counterpart; use one of {', '.join((*LOSSES, 'orpo', 'simpo'))}")
-    smoothing = float(settings.get("dpo_label_smoothing", 0.0))
-    loss: dict[str, Any] = {
-        "class_path": LOSSES[name],
-        "init_args": {"beta": beta} | given(label_smoothing=smoothing or None),
-    }
     if settings.get("ld_alpha") is not None:
         loss = {"class_path": "LDDPO", "init_args": {"loss": loss, "alpha": float(settings.get("ld_alpha", 1.0))}}
     if weight := float(settings.get("pref_ftx", 0.0)):
@@ -302,7 +348,7 @@ def _data(settings: Settings, kind: str, folder: Path) -> dict[str, Any]:
     args |= given(tokens=_names(settings.get("add_tokens")) + _names(settings.get("add_special_tokens")) or None)
     args["max_length"] = int(settings.noted("cutoff_len", 2048, "data.init_args.max_length"))
     if kind == "Pretrain":
-        return {"class_path": "PretrainData", "init_args": args | _documents(settings) | _loading(settings)}
+        return args | _documents(settings) | _loading(settings)
     args |= given(template=_template(settings))
     if settings.has("enable_thinking"):
         args["template_variables"] = {"enable_thinking": bool(settings.get("enable_thinking"))}
@@ -312,7 +358,7 @@ def _data(settings: Settings, kind: str, folder: Path) -> dict[str, Any]:
         "rows are cut at the end; LLaMA-Factory divides what fits by the lengths of prompt and answer",
     )
     args |= given(processes=settings.get("preprocessing_num_workers")) | _loading(settings)
-    return {"class_path": f"{kind}Data", "init_args": args | (_rows(settings) if kind == "SFT" else {})}
+    return args | _rows(settings, kind)
 
 
 def _names(value: Any) -> list[str]:
@@ -333,8 +379,7 @@ def _dataset_info(settings: Settings, folder: Path) -> tuple[Path, dict[str, Any
         return None
     if str(name).startswith("REMOTE:"):
         settings.refuse("dataset_dir", f"{name}: download it (hf download --repo-type dataset), and name that folder")
-    places = [Path(name), *(place / str(name) for place in (folder, *folder.resolve().parents))]
-    file = next((place / "dataset_info.json" for place in places if (place / "dataset_info.json").is_file()), None)
+    file = find(f"{name}/dataset_info.json", folder)
     if file is None:
         settings.refuse(
             "dataset_dir",
@@ -370,8 +415,37 @@ ALPACA = {
 }
 """Trainer type -> how alpaca's columns are read."""
 CHATS = {"SFT": "sharegpt", "DPO": "sharegpt_preference", "Reward": "sharegpt_preference", "KTO": "feedback"}
-MEDIA = ("images", "videos", "audios")
-DEFAULTS = ("prompt", "query", "response")
+ENTRY_KEYS = Keys(
+    "LLaMA-Factory",
+    {
+        **dict.fromkeys(("hf_hub_url", "file_name", "subset", "split", "num_samples", "formatting"), "a source"),
+        **dict.fromkeys(("script_url", "cloud_file_name"), "a source"),
+        **dict.fromkeys(("columns", "tags"), "columns"),
+    },
+    {
+        "ranking": "pairs are read by the trainer types of pairs",
+        **dict.fromkeys(("ms_hub_url", "om_hub_url"), "it is read from another place"),
+    },
+    {
+        "folder": "a folder of a data set on the hub is no source; fetch its files, and name them",
+    },
+)
+"""What becomes of the keys of a data set in `dataset_info.json`."""
+COLUMN_KEYS = Keys(
+    "LLaMA-Factory",
+    dict.fromkeys(COLUMNS, "columns"),
+    {"*": "LLaMA-Factory does not read it"},
+    dict.fromkeys(("images", "videos", "audios"), IMAGES),
+)
+"""What becomes of the keys of its `columns`."""
+SHARED_COLUMNS = ("system", "tools")
+OF_SHAPE = {
+    "alpaca": ("prompt", "query", "history", *SHARED_COLUMNS),
+    "chat": ("messages", *SHARED_COLUMNS),
+}
+OF_KIND = {"SFT": ("response",), "KTO": ("response", "kto_tag"), "DPO": ("chosen", "rejected")}
+OF_KIND["Reward"] = OF_KIND["DPO"]
+"""Trainer type -> columns of its responses; conversations have none of their own."""
 
 
 def _source(settings: Settings, name: str, info: tuple[Path, dict[str, Any]] | None, kind: str) -> dict[str, Any]:
@@ -380,34 +454,42 @@ def _source(settings: Settings, name: str, info: tuple[Path, dict[str, Any]] | N
     folder, table = info
     if name not in table:
         settings.refuse("dataset", f"{name} is not in {folder / 'dataset_info.json'}")
-    entry = table[name]
-    columns = {key: column for key, column in entry.get("columns", {}).items() if column}
-    if any(column in columns for column in MEDIA):
-        settings.refuse("dataset", f"{name}: {IMAGES}")
-    place = entry.get("hf_hub_url") or (str(folder / entry["file_name"]) if "file_name" in entry else None)
+    entry = Settings(table[name], ENTRY_KEYS, settings, f"dataset_info.{name}")
+    named = entry.part("columns", COLUMN_KEYS)
+    place = entry.get("hf_hub_url") or (str(folder / str(entry.get("file_name"))) if entry.has("file_name") else None)
     if place is None:
         settings.refuse("dataset", f"{name}: only files and data sets of the hub are read (hf_hub_url, file_name)")
     source: dict[str, Any] = {"path": place} | given(config=entry.get("subset"))
-    source |= {"split": entry["split"]} if entry.get("split", "train") != "train" else {}
+    source |= {"split": entry.get("split")} if entry.get("split", "train") != "train" else {}
+    most = settings.get("max_samples")
     if samples := entry.get("num_samples"):
-        source["sample"] = samples
+        source["sample"] = min(samples, most or samples)
         settings.comment(TRAIN, "num_samples: the first ones, repeated if there are fewer; LLaMA-Factory draws them")
-    elif samples := settings.get("max_samples"):
-        source["split"] = f"{source.get('split', 'train')}[:{samples}]"
+    elif most:
+        source["split"] = f"{source.get('split', 'train')}[:{most}]"
     if kind == "Pretrain":
-        text = columns.get("prompt", "instruction" if not columns else "text")
+        text = named.get("prompt", "text" if named.values else "instruction")
         return source | ({"columns": {"text": text}} if text != "text" else {})
-    shape = entry.get("formatting", "alpaca")
-    if shape == "alpaca":
-        source["format"] = f"{FORMATS}.{ALPACA[kind]}"
+    if entry.get("formatting", "alpaca") == "alpaca":
+        source["format"], read = f"{FORMATS}.{ALPACA[kind]}", (*OF_SHAPE["alpaca"], *OF_KIND[kind])
     else:
-        _check_tags(settings, name, entry.get("tags", {}))
-        source["format"] = CHATS[kind]
-    renamed = {COLUMNS[key]: column for key, column in columns.items() if key in COLUMNS and COLUMNS[key] != column}
+        _check_tags(settings, name, entry.get("tags") or {})
+        responses = [key for key in OF_KIND[kind] if key != "response"]
+        source["format"], read = CHATS[kind], (*OF_SHAPE["chat"], *responses)
+    columns = {COLUMNS[key]: named.get(key) for key in read if named.get(key)}
+    renamed = {field: column for field, column in columns.items() if field != column}
     if source["format"] in ("sharegpt", "sharegpt_preference") and renamed.get("conversations") == "messages":
         source["format"] = source["format"].replace("sharegpt", "messages")
         del renamed["conversations"]
-    return source | given(columns=renamed)
+    return source | given(columns=renamed, ignore=_unnamed(entry, named, read))
+
+
+def _unnamed(entry: Settings, named: Settings, read: tuple[str, ...]) -> list[str]:
+    """Columns with the name of a field that LLaMA-Factory leaves out, since `columns` names others but not this one."""
+    if not entry.has("columns"):
+        return []
+    fields = [COLUMNS[key] for key in read if key in ("query", "history", *SHARED_COLUMNS) and not named.get(key)]
+    return [field for field in fields if field not in named.values.values()]
 
 
 ROLE_TAGS = {
@@ -437,6 +519,9 @@ def _mix(settings: Settings, sources: list[dict[str, Any]], strategy: str) -> No
 
 
 def _documents(settings: Settings) -> dict[str, Any]:
+    training.by_length(settings, "Pretrain")
+    if settings.get("disable_shuffling"):
+        settings.comment(TRAIN, "documents are shuffled; LLaMA-Factory takes them in order")
     if settings.get("packing") is False:
         settings.comment("data", "packing: false: documents are packed whole, and longer ones divided")
         return {"packing": "best_fit", "isolate": True}
@@ -452,14 +537,18 @@ def _documents(settings: Settings) -> dict[str, Any]:
     return section
 
 
-def _rows(settings: Settings) -> dict[str, Any]:
+def _rows(settings: Settings, kind: str) -> dict[str, Any]:
+    if settings.get("streaming"):
+        settings.comment(TRAIN, "rows are read and tokenized before training, and not streamed")
+    if settings.get("disable_shuffling"):
+        settings.comment(TRAIN, "rows are shuffled; LLaMA-Factory takes them in order")
+    if kind != "SFT":
+        return training.by_length(settings, kind)
     section: dict[str, Any] = {}
     if settings.get("train_on_prompt"):
         section["train_on"] = "all"
     elif settings.get("mask_history"):
         section["train_on"] = "last_turn"
-    if settings.get("streaming"):
-        settings.comment(TRAIN, "rows are read and tokenized before training, and not streamed")
     if settings.get("packing") or settings.get("neat_packing"):
         if not settings.get("neat_packing"):
             settings.comment(
@@ -467,10 +556,7 @@ def _rows(settings: Settings) -> dict[str, Any]:
                 "rows of a pack don't see each other; in LLaMA-Factory they do unless neat_packing is set",
             )
         return section | {"packing": True}
-    by_length = settings.get("group_by_length") or settings.get("train_sampling_strategy") == "group_by_length"
-    if settings.get("disable_shuffling"):
-        settings.comment(TRAIN, "rows are shuffled; LLaMA-Factory takes them in order")
-    return section | {"group_by_length": bool(by_length)}
+    return section | training.by_length(settings, kind)
 
 
 def _loading(settings: Settings) -> dict[str, Any]:
@@ -483,6 +569,7 @@ def _loading(settings: Settings) -> dict[str, Any]:
 
 def _template(settings: Settings) -> str | None:
     name = settings.get("template")
+    name = None if name is None else str(name)
     if name is None:
         settings.comment("data", "template: the tokenizer's own, as in LLaMA-Factory")
         return None
@@ -496,4 +583,4 @@ def _template(settings: Settings) -> str | None:
             f"template {name}: the tokenizer's own is used; LLaMA-Factory has a copy of its own, "
             "which may differ in system text and empty thoughts",
         )
-    return TEMPLATES.get(str(name))
+    return TEMPLATES.get(name)

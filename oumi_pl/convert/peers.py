@@ -68,9 +68,28 @@ def command(text: str) -> tuple[str, list[str]]:
     assert match is not None
     trainer = (match[1] or match[2]).removesuffix("_modeling")
     try:
-        return trainer, shlex.split(line[match.end() :], comments=True)
+        launcher, arguments = shlex.split(line[: match.start()]), shlex.split(line[match.end() :], comments=True)
+        return trainer, [*_launched(launcher), *arguments]
     except ValueError as error:
         raise UserError(f"the command line can't be taken apart: {error}") from error
+
+
+NUMBER = ("--num_processes", "--nproc_per_node")
+"""Options of `accelerate launch` and torchrun that say how many processes there are."""
+
+
+def _launched(words: list[str]) -> list[str]:
+    """The options of a launcher before a script that decide on devices; the others are named together."""
+    rest = [part for word in words for part in (word.split("=", 1) if word.startswith("--") else (word,))]
+    options, others = [], []
+    while rest:
+        word = rest.pop(0)
+        flag = word.replace("-", "_").replace("__", "--", 1)
+        if rest and (flag in NUMBER or flag in ("--config_file", "--num_machines")):
+            options += ["--num_processes" if flag in NUMBER else flag, rest.pop(0)]
+        elif word.startswith("-"):
+            others.append(word)
+    return options + ([f"--launcher={' '.join(others)}"] if others else [])
 
 
 def recipe(
@@ -89,9 +108,12 @@ def recipe(
         UserError: something has no counterpart.
     """
     if library == "axolotl":
-        return axolotl.recipe(values, devices)
-    if library == "LLaMA-Factory":
-        return llama_factory.recipe(values, folder, devices)
-    if library == "LLaMA-Factory v1":
-        return llama_factory_v1.recipe(values, folder, devices)
-    return trl.recipe(values, trainer, devices)
+        tree, settings = axolotl.recipe(values, devices)
+    elif library == "LLaMA-Factory":
+        tree, settings = llama_factory.recipe(values, folder, devices)
+    elif library == "LLaMA-Factory v1":
+        tree, settings = llama_factory_v1.recipe(values, folder, devices)
+    else:
+        tree, settings = trl.recipe(values, trainer, devices)
+    settings.name_unread()
+    return tree, settings

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from oumi_pl.convert import training
-from oumi_pl.convert.settings import Keys, Settings
+from oumi_pl.convert.settings import Keys, Settings, number
 from oumi_pl.convert.training import MODEL, SPEED
 from oumi_pl.core.recipe.notes import given
 from oumi_pl.core.recipe.trainer_kwargs import LOSSES, RESPONSE_LOSSES, SMOOTHED
@@ -28,6 +28,12 @@ _MODEL = {
         ("load_in_4bit", "load_in_8bit", "bnb_4bit_quant_type", "use_bnb_nested_quant"), "model.quantization"
     ),
 }
+_DEVICES = {
+    **dict.fromkeys(("accelerate_config", "config_file"), "trainer.strategy"),
+    "num_processes": "trainer.devices",
+    "num_machines": "trainer.num_nodes",
+    "launcher": "nothing",
+}
 _DATA = {
     **dict.fromkeys(("dataset_name", "datasets"), "data.train"),
     "dataset_config": "data.train.config",
@@ -43,8 +49,6 @@ _OF_SFT = {
     "assistant_only_loss": "data.train_on",
     "chat_template_path": "data.template",
     "loss_type": "model.loss",
-    "dataset_streaming": "a comment",
-    "eval_packing": "a comment",
     "packing_strategy": "data.packing",
     "truncation_mode": "data.overflow",
 }
@@ -65,7 +69,8 @@ _OF_REWARD = {
 
 WITHOUT_EFFECT = training.WITHOUT_EFFECT | {
     **dict.fromkeys(("padding_free", "pad_to_multiple_of", "dataset_num_proc", "precompute_ref_*"), SPEED),
-    **dict.fromkeys(("bnb_4bit_quant_storage", "num_processes", "config_file", "accelerate_config"), SPEED),
+    **dict.fromkeys(("bnb_4bit_quant_storage",), SPEED),
+    "eval_packing": "the loss of validation is that of the rows in any layout",
     "dataset_kwargs": "rows are tokenized here in any case",
     "ignore_bias_buffers": "buffers are not synchronised",
     "lora_task_type": "it follows from the trainer type",
@@ -86,9 +91,17 @@ ONLY = {
     "bnb_4bit_quant_type": ("nf4",),
 }
 """Argument -> the values that have a counterpart."""
+UNCUT = 32_768
+"""Tokens of a row where TRL cuts none: longer ones stop the run."""
+NULL = {"max_grad_norm": 0.0, "gradient_checkpointing": False, "max_length": -1}
+"""Argument -> the value that null stands for; of others it is the default, or refused by TRL."""
 KEYS = {
     name: Keys(
-        "TRL", training.NAMES | _MODEL | _DATA | own | {"f_divergence_type": "model.loss"}, WITHOUT_EFFECT, REFUSED
+        "TRL",
+        training.NAMES | _MODEL | _DEVICES | _DATA | own | {"f_divergence_type": "model.loss"},
+        WITHOUT_EFFECT,
+        REFUSED,
+        null=NULL,
     )
     for name, own in {"sft": _OF_SFT, "dpo": _OF_DPO, "kto": _OF_KTO, "reward": _OF_REWARD}.items()
 }
@@ -113,19 +126,15 @@ def recipe(values: Mapping[str, Any], name: str | None, devices: int | None = No
             settings.refuse(argument, f"{settings.get(argument)!r} has no counterpart; the only value is {known[0]}")
     if not settings.has("model_name_or_path") and not settings.has("model"):
         settings.refuse("model_name_or_path", "missing, and there is no default")
-    kind = TRAINERS[name]
     data = _data(settings, name)
     init = _model(settings) | _OBJECTIVES[name](settings)
     init["optimizer"] = training.optimizer(settings, "adamw_torch_fused", RATES[name])
     if (schedule := training.schedule(settings, "linear")) is not None:
         init["schedule"] = schedule
     mixed = "fp16" if settings.get("fp16") else "bf16" if settings.noted("bf16", True, "trainer.precision") else None
-    tree = {
-        "seed_everything": int(settings.noted("seed", 42, "seed_everything")),
-        "model": {"class_path": kind, "init_args": init},
-        "data": data,
-        "trainer": training.trainer(settings, epochs=3.0, mixed=mixed, devices=devices),
-    }
+    launched = _launch(settings, devices)
+    trainer = launched | training.trainer(settings, epochs=3.0, mixed=mixed, devices=launched.get("devices"))
+    tree = training.sections(settings, TRAINERS[name], init, data, trainer)
     logger = training.loggers(settings.get("report_to"))
     return tree | training.around(
         settings, output="trainer_output", save="steps", save_steps=500, logger=logger
@@ -149,6 +158,48 @@ def trainer_name(name: str | None) -> str:
     return name
 
 
+STARTING = "it decides on how processes are started"
+LAUNCH_KEYS = Keys(
+    "accelerate",
+    dict.fromkeys(("fsdp_config", "deepspeed_config", "num_processes", "num_machines"), "trainer"),
+    {"mixed_precision": "bf16 and fp16 decide", "*": STARTING},
+    {"parallelism_config": training.REFUSED["parallelism_config"]},
+)
+"""What becomes of the keys of a config of `accelerate`."""
+ZERO = {"zero1": 1, "zero2": 2, "zero3": 3}
+SUPPLIED: dict[str, dict[str, Any]] = {
+    **{name: {"fsdp_config": {"offload_params": False}, "num_processes": 8} for name in ("fsdp1", "fsdp2")},
+    **{name: {"deepspeed_config": {"zero_stage": stage}, "num_processes": 8} for name, stage in ZERO.items()},
+    "multi_gpu": {"num_processes": 8},
+    "single_gpu": {"num_processes": 1},
+}
+"""TRL's own configs of `accelerate`, without what decides on nothing here."""
+
+
+def _launch(settings: Settings, devices: int | None) -> dict[str, Any]:
+    """Devices per node and nodes; the strategy of a config of `accelerate` is set as transformers names it."""
+    name = settings.get("accelerate_config") or settings.get("config_file")
+    values = SUPPLIED.get(str(name))
+    if name is not None and values is None and (values := training.read(str(name))) is None:
+        settings.comment("trainer", f"{name}: there is no such file here; set devices and strategy as it says")
+    config = Settings(values or {}, LAUNCH_KEYS, settings, str(name))
+    if (fsdp := config.get("fsdp_config")) is not None:
+        settings.values.setdefault("fsdp", "full_shard")
+        settings.values.setdefault("fsdp_config", fsdp)
+    if isinstance(deepspeed := config.get("deepspeed_config"), Mapping):
+        if file := deepspeed.get("deepspeed_config_file"):
+            settings.values.setdefault("deepspeed", file)
+        offload = {part: {"device": deepspeed.get(f"{part}_device")} for part in ("offload_optimizer", "offload_param")}
+        stage = {"stage": deepspeed.get("zero_stage", 2)}
+        settings.values.setdefault("deepspeed", {"zero_optimization": stage | offload})
+    for option in str(settings.get("launcher", "")).split():  # each by its name
+        settings.notes.became[f"launcher.{option}"] = f"nothing: {STARTING}"
+    settings.notes.became.pop("launcher", None)
+    processes = int(settings.get("num_processes", config.get("num_processes", 0)))
+    machines = max(1, int(settings.get("num_machines", config.get("num_machines", 1))))
+    return given(devices=devices or processes // machines or None, num_nodes=machines if machines > 1 else None)
+
+
 def _model(settings: Settings) -> dict[str, Any]:
     init: dict[str, Any] = {"model": settings.get("model_name_or_path") or settings.get("model")}
     dtype = str(settings.get("dtype") or settings.get("torch_dtype") or "float32").removeprefix("torch.")
@@ -158,7 +209,12 @@ def _model(settings: Settings) -> dict[str, Any]:
         targets = targets[0] if isinstance(targets, list) and len(targets) == 1 else targets
         init["lora"] = training.lora(settings, LORA_DEFAULTS, targets)
         bits = {"nf4": settings.get("load_in_4bit"), "int8": settings.get("load_in_8bit")}
+        if settings.get("load_in_4bit") and not settings.get("use_bnb_nested_quant"):
+            settings.comment(f"{MODEL}.quantization", "the constants of quantization are quantized too")
         init |= given(quantization=next((name for name, is_set in bits.items() if is_set), None))
+    for key in ("load_in_4bit", "load_in_8bit"):
+        if settings.get(key) and not settings.get("use_peft"):
+            settings.became_nothing(key, "only the base of an adapter is quantized")
     attention = settings.get("attn_implementation")
     revision = settings.get("model_revision")
     checkpointing = bool(settings.noted("gradient_checkpointing", True, f"{MODEL}.gradient_checkpointing"))
@@ -177,40 +233,48 @@ def _data(settings: Settings, name: str) -> dict[str, Any]:
     text = settings.get("dataset_text_field", "text")
     columns = {"columns": {"text": text}} if text != "text" else {}
     if settings.has("datasets"):
-        listed = [_dataset(settings, one) | columns for one in settings.get("datasets")]
+        values = settings.get("datasets")
+        listed = [_dataset(settings, one, f"datasets[{i}]") | columns for i, one in enumerate(values)]
     elif settings.has("dataset_name"):
         first = {"path": settings.get("dataset_name"), "name": settings.get("dataset_config")}
-        listed = [_dataset(settings, first | {"split": settings.get("dataset_train_split", "train")}) | columns]
+        first |= {"split": settings.get("dataset_train_split", "train")}
+        listed = [_dataset(settings, first, "dataset_name") | columns]
     else:
         settings.refuse("dataset_name", "missing, so there is nothing to train on")
     args: dict[str, Any] = {"train": listed[0] if len(listed) == 1 else listed}
     if str(settings.get("eval_strategy", "no")) != "no":
         args["validation"] = listed[0] | {"split": settings.get("dataset_test_split", "test")}
     args |= given(pad_token=settings.get("pad_token"), template=_template(settings))
-    args["max_length"] = int(settings.noted("max_length", 1024, "data.init_args.max_length"))
-    args["overflow"] = "keep_start"
+    length = int(settings.noted("max_length", 1024, "data.init_args.max_length"))
+    args |= {"max_length": length if length > 0 else UNCUT, "overflow": "keep_start" if length > 0 else "error"}
+    if length < 0:
+        settings.comment("data.init_args.max_length", "TRL cuts no row; a longer one stops the run here: raise this")
     args["batch_size"] = int(settings.noted("per_device_train_batch_size", 8, "data.init_args.batch_size"))
     args |= given(eval_batch_size=settings.get("per_device_eval_batch_size"))
     args |= given(
         workers=settings.get("dataloader_num_workers") or None,
         trust_remote_code=bool(settings.get("trust_remote_code")),
     )
-    return {"class_path": f"{TRAINERS[name]}Data", "init_args": args | (_tokens(settings) if name == "sft" else {})}
+    return args | (_tokens(settings) if name == "sft" else training.by_length(settings, TRAINERS[name]))
 
 
-def _dataset(settings: Settings, one: Mapping[str, Any]) -> dict[str, Any]:
-    for key in one:
-        if key not in ("path", "name", "data_dir", "data_files", "split", "columns"):
-            settings.refuse("datasets", f"{one.get('path')}: unknown key {key}")
-    files = one.get("data_files")
-    if one.get("data_dir") or (files and one.get("path") not in ("json", "csv", "parquet", "text")):
-        settings.refuse(
-            "datasets", f"{one.get('path')}: of a data set no single files are read; fetch them, and name them"
-        )
-    source: dict[str, Any] = {"path": str(files if files else one.get("path"))} | given(config=one.get("name"))
-    if one.get("columns"):
-        settings.comment(TRAIN, f"columns {', '.join(one['columns'])}: other columns that a format reads are read too")
-    return source | ({"split": one["split"]} if one.get("split", "train") != "train" else {})
+DATASET_KEYS = Keys(
+    "TRL",
+    dict.fromkeys(("path", "name", "split", "data_files", "columns"), "a source"),
+    refused={"data_dir": "of a data set no single files are read; fetch them, and name them"},
+)
+"""What becomes of the keys of a data set."""
+
+
+def _dataset(settings: Settings, values: Mapping[str, Any], place: str) -> dict[str, Any]:
+    one = Settings(values, DATASET_KEYS, settings, place)
+    files, path = one.get("data_files"), one.get("path")
+    if files and path not in ("json", "csv", "parquet", "text"):
+        settings.refuse("datasets", f"{path}: of a data set no single files are read; fetch them, and name them")
+    source: dict[str, Any] = {"path": str(files if files else path)} | given(config=one.get("name"))
+    if columns := one.get("columns"):
+        settings.comment(TRAIN, f"columns {columns}: other columns that a format reads are read too")
+    return source | ({"split": one.get("split")} if one.get("split", "train") != "train" else {})
 
 
 def _tokens(settings: Settings) -> dict[str, Any]:
@@ -226,8 +290,7 @@ def _tokens(settings: Settings) -> dict[str, Any]:
             "data.init_args.packing", "rows of a pack never see each other; in TRL they do without flash attention"
         )
         return {"train_on": train_on, "packing": True}
-    by_length = settings.get("group_by_length") or settings.get("train_sampling_strategy") == "group_by_length"
-    return {"train_on": train_on, "group_by_length": bool(by_length)}
+    return {"train_on": train_on} | training.by_length(settings, "SFT")
 
 
 def _template(settings: Settings) -> str | None:
@@ -251,10 +314,15 @@ def _dpo(settings: Settings) -> dict[str, Any]:
     named = settings.get("loss_type") or "sigmoid"
     names = [str(one) for one in (named if isinstance(named, list) else [named])]
     losses = [_single(settings, one) for one in names]
-    loss = losses[0]
-    if len(losses) > 1:
-        weights = settings.get("loss_weights") or [1.0] * len(losses)
-        loss = {"class_path": "WeightedSum", "init_args": {"losses": losses, "weights": [float(w) for w in weights]}}
+    loss, weights = losses[0], settings.get("loss_weights") or [1.0] * len(losses)
+    weights = [number(weight) for weight in weights]
+    if not all(isinstance(weight, int | float) for weight in weights):
+        settings.refuse("loss_weights", f"{weights!r:.40} are no numbers")
+    if len(losses) > 1 or weights != [1.0]:
+        loss = {
+            "class_path": "WeightedSum",
+            "init_args": {"losses": losses, "weights": [float(w) for w in weights]},
+        }
     if settings.has("ld_alpha"):
         loss = {"class_path": "LDDPO", "init_args": {"loss": loss, "alpha": float(settings.get("ld_alpha", 1.0))}}
     return {"loss": loss} | _moving(settings)

@@ -76,6 +76,8 @@ class DistillData(RolloutData):
     plan = ChatData.plan
     column_values = ChatData.column_values
     held_out_rows = ChatData.held_out_rows
+    row_texts = ChatData.row_texts
+    validation_metrics = ChatData.validation_metrics
     lengths = ChatData.lengths
     make_eval_loader = ChatData.make_eval_loader
 

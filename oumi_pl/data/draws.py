@@ -3,6 +3,7 @@
 import json
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from datetime import date
 from math import isfinite
 from typing import Any
 
@@ -13,6 +14,8 @@ from oumi_pl.errors import UserError, nearest
 
 SampleBy = str | dict[str, Any]
 BALANCED = "balanced"
+YAML_BOOLEANS = {"no": "false", "off": "false", "false": "false", "yes": "true", "on": "true", "true": "true"}
+"""Words that YAML reads as booleans if they are not in quotes -> the class that such a boolean names."""
 LISTED = 12
 """Most classes in a report."""
 
@@ -40,9 +43,10 @@ class Draws:
         for key, column in (("sample_by", self.sampled), ("order_by", self.ordered)):
             if column is not None and not column.strip():
                 raise UserError(f"data.{key} names no column")
-        self.identity = [
-            f"{key}: {json.dumps(v)}" for key, v in (("sample_by", sample_by), ("order_by", order_by)) if v
-        ]
+        drawn_by: Any = sample_by
+        if isinstance(sample_by, Mapping):
+            drawn_by = {self.sampled: BALANCED if self.shares is None else _by_class(*sample_by.values())}
+        self.identity = [f"{key}: {json.dumps(v)}" for key, v in (("sample_by", drawn_by), ("order_by", order_by)) if v]
         """What a checkpoint keeps of both, to refuse a resume with others."""
 
     @property
@@ -67,12 +71,13 @@ class Draws:
             return weights, np.zeros(len(weights), dtype=np.int64)
         classes = [class_of(value) for value in values]
         counts = Counter(classes)
-        shares = dict.fromkeys(counts, 1.0) if self.shares is None else self.shares
+        shares = dict.fromkeys(counts, 1.0) if self.shares is None else self.__as_written(self.shares, counts)
         for name in counts:
             if name not in shares:
+                quoted = " in quotes" if name.lower() in YAML_BOOLEANS else ""
                 raise UserError(
                     f"data.sample_by: {counts[name]:,} rows have {self.sampled} {name!r}, which has no share"
-                    f"{nearest(name, shares)}; add it (0 leaves them out)"
+                    f"{nearest(name, shares)}; add it{quoted} (0 leaves them out)"
                 )
         for name, share in shares.items():
             if share and name not in counts:
@@ -85,6 +90,24 @@ class Draws:
         self.__refuse_zeros(weights, sizes, apart)
         numbers = {name: number for number, name in enumerate(sorted(counts))}
         return weights, np.array([numbers[name] for name in classes], dtype=np.int64)
+
+    def __as_written(self, shares: Mapping[str, float], counts: Mapping[str, int]) -> dict[str, float]:
+        """The shares of classes, with the names that rows have for those that YAML reads as true or false.
+
+        Raises:
+            UserError: rows have several such names.
+        """
+        named = dict(shares)
+        for name in {"true", "false"} & shares.keys() - counts.keys():
+            meant = [other for other in counts if other not in shares and YAML_BOOLEANS.get(other.lower()) == name]
+            if len(meant) > 1:
+                raise UserError(
+                    f"data.sample_by: YAML reads {' and '.join(meant)} as {name}, and rows have several of these as "
+                    f"{self.sampled}; put the names of classes in quotes, as {meant[0]!r}"
+                )
+            if meant:
+                named[meant[0]] = named.pop(name)
+        return named
 
     def __refuse_zeros(self, weights: np.ndarray, sizes: Sequence[int], apart: bool) -> None:
         parts = np.split(weights, np.cumsum(sizes)[:-1]) if apart else [weights]
@@ -133,8 +156,14 @@ class Draws:
 
 
 def class_of(value: Any) -> str:
-    """The name of a class: text as it is, another value as JSON writes it (`true`, `3`)."""
+    """The name of a class: text as it is, another value as JSON writes it (`true`, `3`), a date as ISO 8601."""
+    if isinstance(value, date):  # which YAML makes of a class's name without quotes
+        return str(value)
     return value if isinstance(value, str) else json.dumps(plain(value))
+
+
+def _by_class(shares: Mapping[Any, Any]) -> dict[str, Any]:
+    return {class_of(name): share for name, share in shares.items()}
 
 
 def drawn(
@@ -190,6 +219,8 @@ def _classes(sample_by: Mapping[str, Any]) -> tuple[str, dict[str, float] | None
     if len(sample_by) != 1:
         raise UserError(f"data.sample_by names {len(sample_by)} columns, and rows are drawn by one: {example}")
     ((column, shares),) = sample_by.items()
+    if isinstance(column, bool):
+        raise UserError(f"data.sample_by: YAML reads the column's name as {class_of(column)}; put it in quotes")
     if shares == BALANCED:
         return str(column), None
     if not isinstance(shares, Mapping) or not shares:
@@ -199,7 +230,7 @@ def _classes(sample_by: Mapping[str, Any]) -> tuple[str, dict[str, float] | None
             raise UserError(f"data.sample_by: the share of {name!r} is {share!r}, and has to be a number of at least 0")
     if not any(shares.values()):
         raise UserError("data.sample_by: all shares are 0")
-    return str(column), {class_of(name): float(share) for name, share in shares.items()}
+    return str(column), {name: float(share) for name, share in _by_class(shares).items()}
 
 
 def _weight(column: str | None, value: Any) -> float:

@@ -1,6 +1,5 @@
 """Duplicates: rows that are repeated within a split, and held-out rows whose prompt is in training too."""
 
-import os
 import struct
 from array import array
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -12,6 +11,7 @@ import numpy as np
 from oumi_pl.data.splitting import content_hash, prompt_hash
 from oumi_pl.data.tokenize import Dropped
 from oumi_pl.runs.files import sync
+from oumi_pl.runs.folders import half_of
 from oumi_pl.types import BadRow, Record
 
 Duplicates = Literal["keep", "drop"]
@@ -81,13 +81,14 @@ class KeyFiles:
 
     def __init__(self, directory: Path) -> None:
         self.directory = directory
-        self._files = {name: (directory / f".{name}.{os.getpid()}").open("wb") for name in (self.KEYS, self.ORIGINS)}
+        self._files = {name: half_of(directory / name).open("wb") for name in (self.KEYS, self.ORIGINS)}
 
     def add(self, origin: str, record: Record) -> None:
         """Adds a row."""
         keys = content_hash(record.content_key()), prompt_hash(record.split_key())
         self._files[self.KEYS].write(struct.pack("<QQ", *keys))
-        self._files[self.ORIGINS].write(origin.replace("\n", " ").encode() + b"\n")
+        # a file's name may have bytes that aren't UTF-8, which Python reads as halves of surrogate pairs
+        self._files[self.ORIGINS].write(origin.replace("\n", " ").encode(errors="surrogateescape") + b"\n")
 
     def close(self, *, keep: bool) -> None:
         """Closes the files, and names or removes them."""
@@ -113,7 +114,7 @@ class Lines(Sequence[str]):
 
     def __getitem__(self, index: Any) -> Any:
         start = int(self._ends[index - 1]) + 1 if index else 0
-        return self._bytes[start : int(self._ends[index])].tobytes().decode()
+        return self._bytes[start : int(self._ends[index])].tobytes().decode(errors="surrogateescape")
 
 
 class Repeats:
@@ -174,14 +175,14 @@ def repeated(sources: Sequence[Keyed]) -> dict[str, Any]:
     again = np.flatnonzero(earliest != np.arange(len(keys)))
     if not len(again):
         return {"rows": 0, "first": []}
-    place = _Places(sources)
+    place = Places(sources)
     pairs = ((place(i), place(earliest[i])) for i in again.tolist())
     # not the same row, which `sample` reads several times
     others = [(row, earlier) for row, earlier in pairs if row != earlier]
     return {"rows": len(others), "first": [[row[1], earlier[1]] for row, earlier in others[:LISTED]]}
 
 
-class _Places:
+class Places:
     """Number of the source, and origin, of rows that are counted over several sources."""
 
     def __init__(self, sources: Sequence[Keyed]) -> None:
@@ -189,6 +190,7 @@ class _Places:
         self.starts = np.cumsum([0, *map(len, self.origins)])
 
     def __call__(self, row: int) -> tuple[int, str]:
+        """The number of the source, and the origin, of a row."""
         source = int(np.searchsorted(self.starts, row, side="right")) - 1
         return source, self.origins[source][row - int(self.starts[source])]
 
@@ -206,6 +208,6 @@ def prompts_in_training(held_out: Keyed, training: Sequence[Keyed]) -> dict[str,
         return {"rows": 0, "identical": 0, "first": []}
     records = np.concatenate([rows.record_keys for rows in training])
     identical = int(np.isin(held_out.record_keys[shared], records).sum())
-    place = _Places(training)
+    place = Places(training)
     first = [[held_out.origins[i], place(places[at[i]])[1]] for i in shared[:LISTED].tolist()]
     return {"rows": len(shared), "identical": identical, "first": first}

@@ -5,7 +5,7 @@ from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 from functools import cached_property, partial
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 import torch
@@ -13,6 +13,7 @@ from lightning.pytorch.strategies import ModelParallelStrategy
 from torch import Tensor
 
 from oumi_pl.data import report as reports
+from oumi_pl.data.code import code_of
 from oumi_pl.data.collate import collate
 from oumi_pl.data.duplicates import RowKeys
 from oumi_pl.data.examples import ChatData
@@ -32,6 +33,9 @@ from oumi_pl.rollouts.evaluation import checked_ks
 from oumi_pl.rollouts.rewards import Reward, Rewards, Scored
 from oumi_pl.rollouts.sampling import Completion, Engine, Generate, Sampling
 from oumi_pl.types import Batch, Example, Record, Segment, beside
+
+if TYPE_CHECKING:
+    from oumi_pl.data.near_duplicates import RowTexts
 
 OTHER_PROMPT = (0, 1)
 """Appended to the seed that draws the prompts of extra rounds; the fifth number of a seed is then 1.
@@ -198,6 +202,8 @@ class RolloutData(ChatData):
         names = [*(f"pass@{k}" for k in self.pass_at), *self.metric_names]
         names += [f"rewards/{name}" for name in self.rewards.names] if len(self.rewards.names) > 1 else []
         names += ["groups_without_variance"] if self.eval_completions > 1 else []
+        sources = self.source_names("validation") if self.sources["validation"] is not None else []
+        names += [f"reward/{name}" for name in sources] if len(sources) > 1 else []
         return [f"val/{name}" for name in names]
 
     @cached_property
@@ -250,6 +256,8 @@ class RolloutData(ChatData):
     def make(self, split: str) -> None:
         """Reads the prompts."""
         self.all_prompts(split)
+        if self.near_duplicates:
+            self.report()
 
     def setup(self, stage: str) -> None:
         """Stops before weights are loaded if completions can't be sampled.
@@ -318,12 +326,27 @@ class RolloutData(ChatData):
     def __report_of(self, split: str) -> dict[str, Any]:
         report = reports.merged(self.__reports[split]) | reports.of_lengths(self.prompt_lengths(split))
         training = self.__keys.get("train") if split != "train" else None
-        report |= reports.describe_repeated(self.__keys[split], self.__reports[split], training)
+        described = reports.describe_repeated(self.__keys[split], self.__reports[split], training)
+        if self.near_duplicates:
+            described = self.with_near_duplicates(split, described, self.__reports[split], training is not None)
+        report |= described
         if split == "train":
             plan = self.plan(0)
             report |= {"rows_planned": plan.rows, "updates_per_epoch": len(plan) * self.iterations}
             report |= self.report_of_draws(plan.example_ids)
         return report
+
+    def row_texts(self, split: str) -> "list[RowTexts]":
+        """See `ExampleData`: the texts of the prompts, with answers if their rows have any."""
+        from oumi_pl.data.near_duplicates import RowTexts, name_of
+
+        prompts, of_sources, start = self.all_prompts(split), [], 0
+        code = code_of(type(self), *(function for function, _ in self.formats))
+        for keys, report in zip(self.__keys[split], self.__reports[split], strict=True):
+            texts = partial(_texts_of, prompts[start : start + len(keys.origins)])
+            of_sources.append(RowTexts(name_of(keys, code), keys, texts, report["source"]))
+            start += len(keys.origins)
+        return of_sources
 
     def prompt_lengths(self, split: str) -> np.ndarray:
         """Tokens of each prompt, `[prompts]`."""
@@ -531,7 +554,8 @@ class RolloutData(ChatData):
         `penalties` (of the KL), `metrics` (`[completions, metrics]`), `lengths` and `finished`, for each completion,
         `sampled_logps` and `entropies` for each target, and the number of `completions` per prompt; with `extra_rounds`
         in training, `extra_groups` for each completion; with an environment, the policy's `turns`; `policy_logps` for
-        each target if they were recomputed.
+        each target if they were recomputed; of several sources, the number of the one that each completion's prompt is
+        from (`sources`).
         """
         examples = [self.example(split, group) for group in groups]
         batch: Any = collate([([g.prompt], [e]) for g, e in zip(groups, examples, strict=True)], self.pad_id)
@@ -561,6 +585,11 @@ class RolloutData(ChatData):
             batch["policy_logps"] = _floats(np.concatenate(recomputed))
         if self.extra_rounds and split == "train":
             batch["extra_groups"] = _floats([group.extra for group in groups for _ in range(members)])
+        reports = self.__reports.get(split, [])
+        if len(reports) > 1:
+            ends = np.cumsum([report["kept"] for report in reports])
+            of_groups = np.searchsorted(ends, [group.prompt for group in groups], side="right")
+            batch["sources"] = torch.as_tensor(np.repeat(of_groups, members))
         batch["completions"] = members
         return batch
 
@@ -589,6 +618,11 @@ class RolloutData(ChatData):
         lengths = np.array([len(completion.ids) for completion in group.completions])
         over = lengths - (self.sampling.max_new_tokens - self.overlong_tokens)
         return self.overlong_penalty * np.clip(over, 0, None) / max(1, self.overlong_tokens)
+
+
+def _texts_of(prompts: Sequence[Prompt]) -> Iterator[tuple[int, str]]:
+    """The number and the text of each prompt's record."""
+    return ((number, prompt.record.full_text()) for number, prompt in enumerate(prompts) if prompt.record is not None)
 
 
 def _tree(prompt: list[int], completions: Sequence[Completion], mask_truncated: bool) -> Example:

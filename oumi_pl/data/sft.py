@@ -111,8 +111,9 @@ class SFTData(ChatData):
 
     def __refuse_what_needs_all_rows(self) -> None:
         """Refuses settings that a stream can't honour."""
-        for key, column in (("order_by", self.draws.ordered), ("sample_by", self.draws.sampled)):
-            if column is not None:
+        needs_all = {"order_by": self.draws.ordered, "sample_by": self.draws.sampled}
+        for key, value in (needs_all | {"near_duplicates": self.near_duplicates or None}).items():
+            if value is not None:
                 raise UserError(f"data.{key} needs all rows before training; leave out data.streaming")
         if self.sources["train"] is not None:
             mixture_counts([1] * len(self.source_weights), self.source_weights)  # refuses invalid weights

@@ -24,9 +24,10 @@ from oumi_pl.data.documents import Document, TokenizeDocuments, in_chunks
 from oumi_pl.data.duplicates import KeyFiles, Lines
 from oumi_pl.data.records import RowCounts
 from oumi_pl.errors import UserError
-from oumi_pl.runs import checksums
+from oumi_pl.runs import checksums, files
 from oumi_pl.runs.checksums import DamagedError
 from oumi_pl.runs.files import sync
+from oumi_pl.runs.folders import half_of, remove_abandoned
 from oumi_pl.terminal.screen import track
 
 FORMAT = 1
@@ -124,7 +125,7 @@ class Shards:
     def held_out(self) -> list[str]:
         """File and line of each document, if they were held out of a source; else empty."""
         file = self.directory / HELD_OUT
-        return file.read_text(encoding="utf-8").split("\n") if file.is_file() else []
+        return file.read_text(encoding="utf-8", errors="surrogateescape").split("\n") if file.is_file() else []
 
     @property
     def has_keys(self) -> bool:
@@ -213,7 +214,7 @@ class Shards:
     def _checked(self, ids: np.ndarray, shard: int) -> np.ndarray:
         """Returns the ids if all are in the vocabulary: larger ones would index past the embedding table."""
         if self._vocabulary is not None and len(ids) and (largest := int(ids.max())) >= self._vocabulary:
-            raise UserError(
+            raise DamagedError(
                 f"{self.directory / f'tokens-{shard:05}.bin'}: holds the id {largest}, and the tokenizer has "
                 f"{self._vocabulary}: it was overwritten or damaged; prepare it again"
             )
@@ -271,6 +272,7 @@ def write_shards(
         UserError: the folder holds other shards, or a row is invalid.
     """
     directory.mkdir(parents=True, exist_ok=True)
+    remove_abandoned(directory)
     shard_tokens = shard_tokens or SHARD_TOKENS
     made_from = {"format": FORMAT, "dtype": np.dtype(tokenize.dtype).name, "shard_tokens": shard_tokens} | made_from
     _check_origin(directory, made_from)
@@ -294,8 +296,8 @@ def write_shards(
     manifest |= {"keys_crc32": keys}
     manifest["crc32"] = checksums.of_json(manifest)
     if counts.held_out:
-        _write_whole(directory / HELD_OUT, "\n".join(counts.held_out).encode())
-    _write_whole(directory / MANIFEST, json.dumps(manifest).encode())
+        files.write(directory / HELD_OUT, "\n".join(counts.held_out).encode(errors="surrogateescape"))
+    files.write(directory / MANIFEST, json.dumps(manifest))
 
 
 def _write_all(
@@ -325,7 +327,7 @@ def _check_origin(directory: Path, made_from: dict[str, Any]) -> None:
     if not file.exists():
         if any(directory.glob("tokens-*.bin")):
             raise OtherShardsError(f"{directory}: holds shards of unknown origin; name another folder, or remove it")
-        _write_whole(file, text.encode())
+        files.write(file, text)
     elif file.read_bytes() != text.encode():
         raise OtherShardsError(
             f"{directory}: holds shards of other texts, another tokenizer or other settings; name another folder, or "
@@ -364,7 +366,8 @@ def _write_shard(
 ) -> dict[str, Any] | None:
     """Writes one shard, tokens first; None if no documents are left."""
     index: list[tuple[int, int, int]] = []
-    half = directory / f".tokens-{number:05}.{os.getpid()}"
+    tokens, of_documents = directory / f"tokens-{number:05}.bin", directory / f"index-{number:05}.npy"
+    half = half_of(tokens)
     end = 0
     try:
         with half.open("wb") as out:
@@ -378,23 +381,16 @@ def _write_shard(
             os.fsync(out.fileno())
         if not index:
             return None
-        half.replace(directory / f"tokens-{number:05}.bin")
-        half = directory / f".index-{number:05}.{os.getpid()}.npy"
-        np.save(half, np.array(index, dtype=np.int64))
+        half.replace(tokens)
+        half = half_of(of_documents)
+        with half.open("wb") as out:  # `np.save` would add a suffix to a name
+            np.save(out, np.array(index, dtype=np.int64))
         sync(half)
-        half.replace(directory / f"index-{number:05}.npy")
+        half.replace(of_documents)
         sync(directory)
     finally:
         half.unlink(missing_ok=True)
     return _described(directory, number, np.array(index, dtype=np.int64))
-
-
-def _write_whole(file: Path, content: bytes) -> None:
-    half = file.with_name(f".{file.name}.{os.getpid()}")
-    half.write_bytes(content)
-    sync(half)
-    half.replace(file)
-    sync(file.parent)
 
 
 class Lengths:

@@ -160,7 +160,9 @@ class ExampleStore:
     @cached_property
     def origins(self) -> list[str]:
         """File and line of each example's row."""
-        origins = (self.directory / ORIGINS).read_text(encoding="utf-8").split("\n")[: len(self)]
+        origins = (
+            (self.directory / ORIGINS).read_text(encoding="utf-8", errors="surrogateescape").split("\n")[: len(self)]
+        )
         return [self._origin(origin) for origin in origins] if self._renamed else origins
 
     @cached_property
@@ -293,7 +295,8 @@ def _write_keys(directory: Path, keys: RowKeys | None, count: int) -> dict[str, 
     numbers = np.arange(count, dtype=np.uint64)
     origins = [f"row {i + 1}" for i in numbers.tolist()] if keys is None else keys.origins
     lines = (origin.replace("\n", " ") + "\n" for origin in origins)
-    (directory / ORIGINS).write_text("".join(lines), encoding="utf-8")
+    # a file's name may have bytes that aren't UTF-8, which Python reads as halves of surrogate pairs
+    (directory / ORIGINS).write_text("".join(lines), encoding="utf-8", errors="surrogateescape")
     if keys is not None and keys.columns:
         (directory / COLUMNS).write_text(json.dumps(keys.columns), encoding="utf-8")
     if keys is None:
@@ -365,7 +368,7 @@ def example_store(
         UserError: rows can't be used; lists the reasons with the files and lines of the first rows.
     """
     reading = [source.columns, source.ignore, source.label, source.template_variables, bad_rows, columns, kept]
-    parts = [fingerprint(source), reading, *_format_key(source, formats), key, _own_code()]
+    parts = [fingerprint(source), reading, *_format_key(source, formats), key, own_code()]
     parts += [] if before is None else [[store.directory.name for store in before]]
     directory = cache_root() / "examples" / cache_key(*parts)
     if is_whole(directory):
@@ -491,7 +494,7 @@ def encode_all(encode: Encode, records: list[Record]) -> list[Example | Dropped 
     return encoded
 
 
-def _own_code() -> str:
+def own_code() -> str:
     """Hash of this package's code that makes examples, so that no version reads another's cache."""
     here = Path(__file__).parent
     digest = hashlib.blake2b(digest_size=16)

@@ -16,6 +16,8 @@ from oumi_pl.errors import UserError
 from oumi_pl.losses.vocabulary import ALL, Vocabulary
 from oumi_pl.types import Sums, TokenLoss
 
+QuickMethod = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
+"""Losses and gradient of logits and targets: see `CrossEntropy.loss_and_gradient`."""
 Transform = Callable[[Tensor], Tensor]
 """Maps float32 logits `[n, vocab]` element by element to the final ones: a soft cap, a scale."""
 
@@ -23,6 +25,11 @@ CHUNK_ELEMENTS = {"cpu": 2**24, "cuda": 2**26}
 """Logits alive at a time, per type of device: 64 MB of float32 on a CPU, where larger chunks ran no faster."""
 MIN_ROWS = 128
 """Smallest chunk, however large the vocabulary: each chunk reads the head's weight and its gradient once."""
+COLUMNS = {"cpu": 2048}
+"""Columns of the logits per matrix product, per type of device (all elsewhere): what a product reads and writes stays
+in a processor's cache."""
+BLOCK_ELEMENTS = {"cpu": 2**18}
+"""Logits per step of a softmax, per type of device (the chunk elsewhere): several passes over 1 MB of float32."""
 _ROW_ALIGNMENT = 64  # elements; see `LinearHead.logits`
 
 
@@ -159,8 +166,14 @@ class LinearHead:
             width = -(-self.vocab // _ROW_ALIGNMENT) * _ROW_ALIGNMENT
             self._buffer = torch.empty(len(states) + 1, width, dtype=self.dtype, device=states.device)
         out = self._buffer[: len(states), : self.vocab]
-        torch.mm(states, self.weight.t(), out=out)
+        for columns in self.columns():
+            torch.mm(states, self.weight[columns].t(), out=out[:, columns])
         return out if self.bias is None else out.add_(self.bias)
+
+    def columns(self) -> list[slice]:
+        """The columns of each matrix product with the weight."""
+        width = COLUMNS.get(self.weight.device.type, self.vocab)
+        return [slice(begin, begin + width) for begin in range(0, self.vocab, width)]
 
     def keep(self) -> None:
         """Gives the last returned logits to the caller: the next call allocates a new buffer."""
@@ -170,8 +183,8 @@ class LinearHead:
 class HeadGradients:
     """Gradients of a sum over tokens for hidden states, weight and bias, accumulated chunk by chunk.
 
-    `tensors` holds the three; None for one that is not needed. Those of the head are summed in full precision: rounding
-    chunks to bfloat16 before adding them would bias the sum.
+    `tensors` holds the three; None for one that is not needed. Those of the head are summed in full precision: a sum
+    in bfloat16 would lose what later chunks add.
     """
 
     def __init__(self, head: LinearHead, needed: Sequence[bool]) -> None:
@@ -193,19 +206,37 @@ class HeadGradients:
             self._hidden = vocabulary.total(self._hidden)
 
     def add(self, rows: slice, by_logits: Tensor) -> None:
-        """Adds a chunk, given the gradient of its logits, `[rows, vocab]` in full precision."""
+        """Adds a chunk, given the gradient of its logits, `[rows, vocab]`."""
         low = by_logits.to(self._head.dtype)
         states = self._head.hidden[rows]
+        if self._bias is not None:
+            self._bias += by_logits.sum(0, dtype=self._bias.dtype)
+        if low.device.type in COLUMNS and low.dtype != full_precision(low.dtype):
+            self._add_rounded(rows, low, states)
+            return
         if self._hidden is not None:
             torch.mm(low, self._head.weight, out=self._hidden[rows])
-        if self._bias is not None:
-            self._bias += by_logits.sum(0)
         if self._weight is None:
             return
         if self._weight.is_cuda and low.dtype != self._weight.dtype:
             torch.addmm(self._weight, low.t(), states, out_dtype=self._weight.dtype, out=self._weight)
         else:
             self._weight.addmm_(by_logits.t(), states.to(by_logits.dtype))
+
+    def _add_rounded(self, rows: slice, low: Tensor, states: Tensor) -> None:
+        """Adds a chunk in bfloat16 or float16 on a CPU, whose products have no float32 result.
+
+        The product of each chunk is rounded once, as the only product of a batch would be, and added in float32.
+        """
+        of_states = torch.zeros_like(states, dtype=full_precision(low.dtype))
+        for columns in self._head.columns():
+            part = low[:, columns]
+            if self._hidden is not None:
+                of_states += part @ self._head.weight[columns]
+            if self._weight is not None:
+                self._weight[columns] += part.t() @ states
+        if self._hidden is not None:
+            self._hidden[rows] = of_states
 
 
 class LinearTokenLoss(torch.autograd.Function):
@@ -534,6 +565,8 @@ def with_gradient(
         return _of_part(task, logits, rows)
     targets, weights = task.targets[rows], task.weights_of(rows)
     quick = None if of_loss else _quick_method(task.token_loss)
+    if quick and task.transform is None and logits.device.type in BLOCK_ELEMENTS:
+        return _in_place(task, quick, logits, rows)
     leaf, last = (logits, logits) if quick and task.transform is None else leaf_and_logits(logits, task.transform)
     hits = is_largest(last, targets)
     task.measure(last, targets, weights)
@@ -555,6 +588,29 @@ def with_gradient(
     return losses.detach(), hits, to_leaf(leaf, last, gradient)
 
 
+def _in_place(task: LossTask, quick: QuickMethod, logits: Tensor, rows: slice) -> tuple[Tensor, Tensor, Tensor]:
+    """What `with_gradient` returns, by a few rows at a time; the gradient overwrites the logits, in their dtype."""
+    losses = torch.empty(len(logits), dtype=full_precision(logits.dtype))
+    hits = torch.empty(len(logits), dtype=torch.bool)
+    height = max(1, BLOCK_ELEMENTS[logits.device.type] // logits.shape[1])
+    begins = range(0, len(logits), height)
+    for begin in begins[:1] if isinstance(logits, FakeTensor) else begins:  # a plan needs the memory of one block
+        own = slice(begin, begin + height)
+        block = logits[own]
+        of_all = slice(rows.start + begin, min(rows.start + begin + height, rows.stop))
+        targets, weights = task.targets[of_all], task.weights_of(of_all)
+        last = block.to(losses.dtype)
+        hits[own] = is_largest(last, targets)
+        task.measure(last, targets, weights)
+        values, gradient = quick(last, targets)
+        losses[own] = values.detach()
+        if weights is not None:
+            gradient *= weights.to(gradient.dtype).unsqueeze(-1)
+        if gradient is not block:
+            block.copy_(gradient)
+    return losses, hits, logits
+
+
 def _of_part(task: LossTask, logits: Tensor, rows: slice) -> tuple[Tensor, Tensor, Tensor]:
     """What `with_gradient` returns, from the columns of this rank, for losses that have a method `of_part`."""
     leaf, last = (logits, logits) if task.transform is None else leaf_and_logits(logits, task.transform)
@@ -570,7 +626,7 @@ def _factors(task: LossTask, upstream: Tensor) -> Tensor:
     return upstream.expand(len(task.targets)) if task.weights is None else upstream * task.weights
 
 
-def _quick_method(token_loss: TokenLoss) -> Callable[[Tensor, Tensor], tuple[Tensor, Tensor]] | None:
+def _quick_method(token_loss: TokenLoss) -> QuickMethod | None:
     """Finds `loss_and_gradient`, unless a subclass overrides only the loss, for which it would be wrong."""
     for cls in type(token_loss).__mro__:
         if "loss_and_gradient" in vars(cls):

@@ -37,6 +37,7 @@ def write_gguf(folder: Path, file: Path, outtype: OutType = "f16", name: str = "
     """Writes a model folder as a GGUF file, with its tokenizer, chat template and special tokens.
 
     Matrices are float16 (or in blocks of 8 bits, where the length of their rows is a multiple of 32), vectors float32.
+    Nothing is written before everything is known to be writable.
 
     Args:
         folder: A folder of whole weights, as `export` writes it.
@@ -48,30 +49,22 @@ def write_gguf(folder: Path, file: Path, outtype: OutType = "f16", name: str = "
         UserError: `gguf` isn't installed, or llama.cpp's own converter is needed.
     """
     gguf = import_gguf()
-    from transformers import AutoConfig, AutoTokenizer
-
-    if (folder / "adapter_config.json").is_file():
-        raise UserError(f"{folder} holds an adapter alone, and GGUF needs whole weights: export its checkpoint")
-    config = AutoConfig.from_pretrained(folder)
-    if config.model_type not in ARCHITECTURES:
-        refuse(f"the architecture {config.model_type}", folder, outtype)
-    if getattr(config, "quantization_config", None):
-        refuse("weights that are quantized already", folder, outtype)
+    config, tokenizer = read(folder, outtype)
     architecture = ARCHITECTURES[config.model_type]
-    tokenizer = AutoTokenizer.from_pretrained(folder)
+    names = gguf.get_tensor_name_map(_architecture(gguf, architecture), config.num_hidden_layers)
+    known = {key: names.get_name(key, try_suffixes=(".weight", ".bias")) for key in _names(folder, config)}
+    for key, written in known.items():
+        if written is None:
+            refuse(f"a weight {key}", CONVERTER.format(folder=folder, outtype=outtype))
     writer = gguf.GGUFWriter(file, architecture)
     writer.add_name(name or folder.resolve().name)
     writer.add_file_type(gguf.LlamaFileType[{"f16": "MOSTLY_F16", "q8_0": "MOSTLY_Q8_0"}[outtype]])
-    factors = _add_shape(writer, config, folder, outtype)
-    _add_tokenizer(writer, tokenizer, config.vocab_size, folder, outtype)
+    factors = _add_shape(writer, config)
+    _add_tokenizer(writer, tokenizer, config.vocab_size, folder)
     if factors is not None:
         writer.add_tensor("rope_freqs.weight", factors)
-    names = gguf.get_tensor_name_map(_architecture(gguf, architecture), config.num_hidden_layers)
     for key, values in _weights(folder, config, interleaved=architecture in INTERLEAVED):
-        known = names.get_name(key, try_suffixes=(".weight", ".bias"))
-        if known is None:
-            refuse(f"a weight {key}", folder, outtype)
-        _add_tensor(gguf, writer, known, values, outtype)
+        _add_tensor(gguf, writer, known[key], values, outtype)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
@@ -91,14 +84,64 @@ def import_gguf() -> Any:
     return gguf
 
 
-def refuse(what: str, folder: Path, outtype: str) -> NoReturn:
-    """Refuses a model that only llama.cpp's own converter may know.
+def read(folder: Path, outtype: str) -> tuple[Any, Any]:
+    """Config and tokenizer of a model folder that can be written.
+
+    Raises:
+        UserError: it can't be.
+    """
+    from transformers import AutoConfig, AutoTokenizer
+
+    if (folder / "adapter_config.json").is_file():
+        raise UserError(f"{folder} holds an adapter alone, and GGUF needs whole weights: export its checkpoint")
+    config = AutoConfig.from_pretrained(folder)
+    refuse_other(config, None, folder, outtype)  # before its tokenizer, which may be none of transformers'
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    refuse_other(config, tokenizer, folder, outtype)
+    return config, tokenizer
+
+
+def refuse_other(config: Any, tokenizer: Any, folder: Path | str, outtype: str, before: str = "") -> None:
+    """Refuses a model or a tokenizer that only llama.cpp's own converter may know.
+
+    Args:
+        config: The model's, of transformers.
+        tokenizer: Its tokenizer; None leaves it out.
+        folder: Of the model, for the command of llama.cpp's converter.
+        outtype: `f16` or `q8_0`.
+        before: Command that writes the folder, if it is none yet.
+
+    Raises:
+        UserError: it is one; the message has the command.
+    """
+    if (what := _other(config, tokenizer)) is not None:
+        refuse(what, before + CONVERTER.format(folder=folder, outtype=outtype))
+
+
+def refuse(what: str, command: str) -> NoReturn:
+    """Refuses a model, with the command that may write it.
 
     Raises:
         UserError: always.
     """
-    command = CONVERTER.format(folder=folder, outtype=outtype)
     raise UserError(f"--format gguf: {what} is not written here ({', '.join(ARCHITECTURES)} are); use\n  {command}")
+
+
+def _other(config: Any, tokenizer: Any) -> str | None:
+    """What of a model is not written here; None if everything is."""
+    if config.model_type not in ARCHITECTURES:
+        return f"the architecture {config.model_type}"
+    if getattr(config, "quantization_config", None):
+        return "weights that are quantized already"
+    if getattr(config, "use_sliding_window", False):
+        return "a sliding window"
+    rope = dict(getattr(config, "rope_parameters", None) or {})
+    if float(rope.get("partial_rotary_factor", 1.0)) != 1.0:
+        return "a rotary embedding of a part of the dimensions"
+    if (kind := rope.get("rope_type", "default")) not in ("default", "linear", "llama3"):
+        return f"positions scaled by {kind}"
+    known = tokenizer is None or pre_tokenizer(json.loads(tokenizer.backend_tokenizer.to_str())) is not None
+    return None if known else "this tokenizer"
 
 
 def _architecture(gguf: Any, name: str) -> Any:
@@ -108,12 +151,10 @@ def _architecture(gguf: Any, name: str) -> Any:
 # --- what the model looks like ----------------------------------------------------------------------------------------
 
 
-def _add_shape(writer: Any, config: Any, folder: Path, outtype: str) -> np.ndarray | None:
+def _add_shape(writer: Any, config: Any) -> np.ndarray | None:
     """Writes the sizes of a model. Returns the factors on the wavelengths of its positions, if it has some."""
     heads = config.num_attention_heads
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // heads
-    if getattr(config, "use_sliding_window", False):
-        refuse("a sliding window", folder, outtype)
     writer.add_vocab_size(config.vocab_size)
     writer.add_context_length(config.max_position_embeddings)
     writer.add_embedding_length(config.hidden_size)
@@ -125,20 +166,13 @@ def _add_shape(writer: Any, config: Any, folder: Path, outtype: str) -> np.ndarr
     writer.add_value_length(head_dim)
     writer.add_layer_norm_rms_eps(config.rms_norm_eps)
     rope = dict(getattr(config, "rope_parameters", None) or {})
-    if float(rope.get("partial_rotary_factor", 1.0)) != 1.0:
-        refuse("a rotary embedding of a part of the dimensions", folder, outtype)
     writer.add_rope_dimension_count(head_dim)
     writer.add_rope_freq_base(float(rope.get("rope_theta", 10_000.0)))
     kind = rope.get("rope_type", "default")
-    if kind == "default":
-        return None
     if kind == "linear":
         writer.add_rope_scaling_type(import_gguf().RopeScalingType.LINEAR)
         writer.add_rope_scaling_factor(float(rope["factor"]))
-        return None
-    if kind != "llama3":
-        refuse(f"positions scaled by {kind}", folder, outtype)
-    return _llama3_factors(rope, head_dim)
+    return _llama3_factors(rope, head_dim) if kind == "llama3" else None
 
 
 def _llama3_factors(rope: Mapping[str, Any], head_dim: int) -> np.ndarray:
@@ -156,6 +190,23 @@ def _llama3_factors(rope: Mapping[str, Any], head_dim: int) -> np.ndarray:
 # --- its weights ------------------------------------------------------------------------------------------------------
 
 
+def _files(folder: Path) -> list[Path]:
+    return sorted(folder.glob("model*.safetensors"))
+
+
+def _is_written(name: str, config: Any) -> bool:
+    return not name.endswith("rotary_emb.inv_freq") and not (name == "lm_head.weight" and config.tie_word_embeddings)
+
+
+def _names(folder: Path, config: Any) -> Iterator[str]:
+    """The names of the weights, of which no values are read."""
+    from safetensors import safe_open
+
+    for file in _files(folder):
+        with safe_open(file, "pt") as tensors:
+            yield from (name for name in tensors.keys() if _is_written(name, config))  # noqa: SIM118 - it is no dict
+
+
 def _weights(folder: Path, config: Any, *, interleaved: bool) -> Iterator[tuple[str, np.ndarray]]:
     """Name and values `[out, in]` in float32 of each weight, one file of the folder after the other."""
     import torch
@@ -163,11 +214,9 @@ def _weights(folder: Path, config: Any, *, interleaved: bool) -> Iterator[tuple[
 
     heads = config.num_attention_heads
     groups = getattr(config, "num_key_value_heads", None) or heads
-    for file in sorted(folder.glob("model*.safetensors")):
+    for file in _files(folder):
         with safe_open(file, "pt") as tensors:
-            for name in sorted(tensors.keys()):
-                if name.endswith("rotary_emb.inv_freq") or (name == "lm_head.weight" and config.tie_word_embeddings):
-                    continue
+            for name in sorted(name for name in tensors.keys() if _is_written(name, config)):  # noqa: SIM118
                 values = tensors.get_tensor(name).to(torch.float32).numpy()
                 part = name.rpartition(".")[0].rpartition(".")[2]
                 if interleaved and part in ("q_proj", "k_proj"):
@@ -195,15 +244,12 @@ def _add_tensor(gguf: Any, writer: Any, name: str, values: np.ndarray, outtype: 
 # --- its tokenizer ----------------------------------------------------------------------------------------------------
 
 
-def _add_tokenizer(writer: Any, tokenizer: "PreTrainedTokenizerBase", size: int, folder: Path, outtype: str) -> None:
+def _add_tokenizer(writer: Any, tokenizer: "PreTrainedTokenizerBase", size: int, folder: Path) -> None:
     backend = json.loads(tokenizer.backend_tokenizer.to_str())
-    pre = pre_tokenizer(backend)
-    if pre is None:
-        refuse("this tokenizer", folder, outtype)
     tokens, types = _vocabulary(tokenizer, size)
     merges = [merge if isinstance(merge, str) else " ".join(merge) for merge in backend["model"]["merges"]]
     writer.add_tokenizer_model("gpt2")
-    writer.add_tokenizer_pre(pre)
+    writer.add_tokenizer_pre(pre_tokenizer(backend))
     writer.add_token_list(tokens)
     writer.add_token_types(types)
     writer.add_token_merges(merges or [""])  # llama.cpp wants a list; no pair of tokens is empty
@@ -299,8 +345,7 @@ def modelfile(folder: Path, file_name: str) -> str:
     stops = [tokenizer.decode([token]) for token in stop_tokens(folder)]
     lines = ["# ollama create NAME -f Modelfile && ollama run NAME", f"FROM ./{file_name}"]
     if tokenizer.chat_template:
-        written = tokenizer.apply_chat_template(_TURNS, tokenize=False, add_generation_prompt=True)
-        written = re.sub(f"^{re.escape(tokenizer.bos_token or '')}", "", written)  # llama.cpp adds it
+        written = _rendered(tokenizer)
         fitting = [family for family in FAMILIES.values() if _renders(*family) == written]
         if fitting:
             turn = fitting[0][0].format(role="{{ .Role }}", content="{{ .Content }}")
@@ -308,6 +353,17 @@ def modelfile(folder: Path, file_name: str) -> str:
         else:
             lines.append("# The chat template is in the file; if Ollama knows none like it, write it as TEMPLATE here.")
     return "\n".join([*lines, *(f"PARAMETER stop {json.dumps(stop)}" for stop in stops), ""])
+
+
+def _rendered(tokenizer: Any) -> str | None:
+    """What the chat template writes for some turns, without the BOS that llama.cpp adds; None if it refuses them."""
+    from jinja2 import TemplateError
+
+    try:
+        written = tokenizer.apply_chat_template(_TURNS, tokenize=False, add_generation_prompt=True)
+    except TemplateError:  # of a system turn, for example
+        return None
+    return re.sub(f"^{re.escape(tokenizer.bos_token or '')}", "", written)
 
 
 def _renders(turn: str, start: str) -> str:

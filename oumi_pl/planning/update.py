@@ -123,6 +123,8 @@ def estimate(settings: Settings) -> Estimate:
         parts = parts_of(settings.configs, settings.overrides, settings.devices, with_tokenizer=settings.real_rows)
         if settings.on_gpu:
             stack.enter_context(patch.dict(linear_head.CHUNK_ELEMENTS, cpu=linear_head.CHUNK_ELEMENTS["cuda"]))
+            for of_cpus in (linear_head.COLUMNS, linear_head.BLOCK_ELEMENTS):
+                stack.enter_context(patch.dict(of_cpus, clear=True))
         try:
             return _Run(parts, settings).estimate()
         except (DataDependentOutputException, DynamicOutputShapeException) as error:

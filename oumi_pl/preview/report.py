@@ -125,12 +125,21 @@ def _repeated(report: dict[str, Any]) -> dict[str, str]:
         identical = f", {shared['identical']:,} of them identical rows" if shared["identical"] else ""
         rows = _share(shared["rows"], report["kept"])
         lines["with a prompt that is in training too"] = f"{rows}{identical}: {_pairs(shared['first'])}"
+    if near := report.get("near_duplicates"):
+        lines["near an earlier row"] = _with_pairs(_share(near["rows"], report["kept"]), near["first"], "~")
+    if shared := report.get("text_in_training"):
+        counted = f"{_share(shared['rows'], report['kept'])}, {shared['half']:,} of them with half of their text"
+        lines["with 13 words in a row that are in training too"] = _with_pairs(counted, shared["first"], "~")
     return lines
 
 
-def _pairs(pairs: list[list[str]]) -> str:
+def _pairs(pairs: list[list[str]], sign: str = "=") -> str:
     """Rows, each with the earlier one, or the one in training, that it is the same as."""
-    return ", ".join(f"{row} = {other}" for row, other in pairs)
+    return ", ".join(f"{row} {sign} {other}" for row, other in pairs)
+
+
+def _with_pairs(count: str, pairs: list[list[str]], sign: str) -> str:
+    return f"{count}: {_pairs(pairs, sign)}" if pairs else count
 
 
 def _share(count: int, total: int) -> str:

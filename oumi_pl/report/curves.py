@@ -63,13 +63,18 @@ class Panel:
     """A value to compare with, such as chance, drawn as a thin line."""
 
 
+MOST = 12
+"""Panels of metrics that have no known name, at most."""
+
+
 def panels(metrics: Mapping[str, Column]) -> list[Panel]:
-    """The panels for these metrics, the most informative first."""
+    """The panels for these metrics, the most informative first; one for each if none of them has a known name."""
     blue, orange, green, purple = COLORS[:4]
     # single responses (KTO) have margins as well, of the means over all good and all bad rows
     units = {"rewards/sign_accuracy": "Loss per row", "rewards/margins": "Loss per pair"}
     titles = (title for name, title in units.items() if f"train/{name}" in metrics or f"val/{name}" in metrics)
     loss = next(titles, "Loss, nats per target token")
+    unknown = [Panel(name, (Line(name, "", blue),)) for name in metrics]
     if "train/reward" in metrics:
         return _filled(_online_panels(metrics), metrics)
     both = lambda name: (Line(f"train/{name}", "training", blue), Line(f"val/{name}", "validation", orange))  # noqa: E731
@@ -98,7 +103,7 @@ def panels(metrics: Mapping[str, Column]) -> list[Panel]:
     ]
     if not _same(metrics, "val/nll", "val/loss"):
         candidates.insert(1, Panel("Cross-entropy, nats per target token", (Line("val/nll", "validation", orange),)))
-    return _filled(candidates, metrics)
+    return _filled(candidates, metrics) or unknown[:MOST]
 
 
 def _online_panels(metrics: Mapping[str, Column]) -> list[Panel]:
@@ -109,6 +114,7 @@ def _online_panels(metrics: Mapping[str, Column]) -> list[Panel]:
         Line(f"train/{name}", label, color) for (name, label), color in zip(names, COLORS, strict=False)
     )
     components = sorted(name for name in metrics if re.fullmatch(r"train/rewards/.+(?<!_std)", name))
+    sources = sorted(name for name in metrics if name.startswith("train/reward/"))
     shares = (
         Line("train/groups_without_variance", "groups without variance", blue),
         Line("train/truncated", "truncated completions", orange),
@@ -118,6 +124,7 @@ def _online_panels(metrics: Mapping[str, Column]) -> list[Panel]:
     return [
         Panel("Reward", both("reward")),
         Panel("Reward by component", _in_colors(components, "train/rewards/")),
+        Panel("Reward by source", _in_colors(sources, "train/reward/")),
         Panel("Standard deviation of rewards", train(("reward_std", "")), low=0.0),
         Panel("Solved held-out prompts", _in_colors(_passes(metrics), "val/"), 0.0, 1.0),
         Panel("Exact answers, share of held-out", (Line("val/exact_match", "validation", orange),), 0.0, 1.0),

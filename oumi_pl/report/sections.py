@@ -38,6 +38,8 @@ ROWS = {
     "bad_rows": ("of these, rows that can't be used", "first rows"),
     "duplicates": ("repeat an earlier row", "pairs"),
     "prompts_in_training": ("with a prompt that is in training too", "pairs"),
+    "near_duplicates": ("near an earlier row (half of their runs of 13 words)", "near pairs"),
+    "text_in_training": ("with 13 words in a row that are in training too", "near pairs"),
     "unread_columns": ("columns that aren't read", "names"),
     "cut": ("cut to length", "n"),
     "empty_answers": ("empty answers", "n"),
@@ -291,8 +293,10 @@ def _cell(value: Any, kind: str) -> str:
         return "\n".join(f"{number(n)} ({reason})" for reason, n in value.items())
     if kind == "first rows" and isinstance(value, dict):
         return "\n".join(f"{', '.join(rows['first'])}: {reason}" for reason, rows in value.items())
-    if kind == "pairs" and isinstance(value, dict):
-        return f"{number(value['rows'])}: {', '.join(' = '.join(pair) for pair in value['first'])}"
+    if kind in ("pairs", "near pairs") and isinstance(value, dict):
+        sign = " = " if kind == "pairs" else " ~ "
+        pairs = ", ".join(sign.join(pair) for pair in value["first"])
+        return f"{number(value['rows'])}: {pairs}" if pairs else number(value["rows"])
     if isinstance(value, list):
         return ", ".join(map(str, value))
     return f"{value:.1%}" if kind == "%" and isinstance(value, int | float) else number(value)

@@ -32,6 +32,7 @@ mean log-ratio of whole mismatched responses, as it is in the loss.
 | `train/rows_per_second` | rows (pairs) over wall time, where the loss is a mean over rows | the update |
 | `train/reward`, `train/reward_std` | total reward, less the KL penalty if that is in it | the update's completions |
 | `train/rewards/NAME`, `/NAME_std` | a reward before its weight, if there are several | the update's completions |
+| `train/reward/SOURCE` | `train/reward` of the prompts of one source, if there are several | its completions |
 | `train/groups_without_variance` | share of prompts whose completions all got the same reward | the update |
 | `train/extra_groups` | groups sampled in place of one without variance | the update's groups |
 | `train/length` | tokens of a completion, with those of an environment | the update's completions |
@@ -45,6 +46,7 @@ mean log-ratio of whole mismatched responses, as it is in the loss.
 | `train/seconds/rewarding` | rewards, and the KL penalty if that is in the reward | the update |
 | `train/seconds/training` | forward and backward passes, and the optimizer's step | the update |
 | `val/reward`, `/reward_std` | total reward of completions; `val/loss` is minus this | all of `validation` |
+| `val/reward/SOURCE` | the same of the prompts of one source, if there are several | its completions |
 | `val/pass@K` | probability that one of K completions is a success, an unbiased estimate | all of `validation` |
 | `val/NAME` | mean of a function in `data.metrics` or `PassAtK.metrics` over completions | all of `validation` |
 | `val/NAME`, `val/NAME/KEY` | mean of a function in `Metrics.metrics` over greedy completions | its rows |

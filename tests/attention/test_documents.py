@@ -8,6 +8,7 @@ import transformers
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import causal_mask_function
 
 from oumi_pl.attention import (
     NAME,
@@ -215,6 +216,23 @@ def test_dropout_and_scaling_reach_each_document():
         expected = nn.functional.scaled_dot_product_attention(*piece, scale=0.3, is_causal=True)
         assert torch.equal(got[:, rows], expected.transpose(1, 2))
     assert not torch.equal(interface.attend(layer, query, key, value, mask, scaling=0.3, dropout=dropout)[0], got)
+
+
+def test_attention_in_bfloat16_is_that_of_float32_rounded():
+    """On a CPU, where torch's attention takes longer in bfloat16."""
+    layer = nn.Module()
+    layer.is_causal = True
+    states = torch.randn(3, 1, 2, sum(LENGTHS), 8, generator=torch.Generator().manual_seed(0), dtype=torch.bfloat16)
+    with packed([Segment(length) for length in LENGTHS]):
+        size = sum(LENGTHS)
+        mask = interface.make_mask(batch_size=1, q_length=size, kv_length=size, mask_function=causal_mask_function)
+        result, _ = interface.attend(layer, *states, mask)
+        expected, _ = interface.attend(layer, *states.float(), mask)
+        with torch.autocast("cpu", torch.bfloat16):
+            assert torch.equal(interface.attend(layer, *states.float(), mask)[0], result)
+    assert result.dtype == torch.bfloat16
+    assert torch.equal(result, expected.bfloat16())
+    assert not torch.equal(result, sdpa_attention_forward(layer, *states, None, is_causal=True)[0])
 
 
 def faulty(module, query, key, value, mask, **settings):

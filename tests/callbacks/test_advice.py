@@ -58,7 +58,7 @@ def parts(
     return made_trainer, made_module
 
 
-def test_half_precision_weights_under_adam_are_told_how_many_stand_still():
+def test_half_precision_weights_that_adam_does_not_move_are_reported():
     weights = torch.tensor([[1e-4, 1.0], [0.5, -0.5]], dtype=torch.bfloat16)
     said = advice.rounded_away(*parts(weights))
     assert "bfloat16" in said
@@ -90,7 +90,7 @@ def test_other_weights_are_not(made):
         ({"lr": 5e-2, "model": None, "optimizer": MuonAdamW}, "above"),
     ],
 )
-def test_a_learning_rate_far_from_the_usual_is_told_with_the_usual(kwargs, word):
+def test_a_learning_rate_far_from_the_usual_is_reported_with_the_usual(kwargs, word):
     said = advice.unusual_lr(*parts(**kwargs))
     assert f"the learning rate {kwargs['lr']:.2g} is {word} what is usual" in said
     assert "set model.optimizer.lr to" in said
@@ -122,7 +122,7 @@ def test_no_shipped_recipe_has_an_unusual_learning_rate(name):
     assert low <= args["optimizer"]["init_args"]["lr"] <= high
 
 
-def test_many_cut_rows_are_told():
+def test_many_cut_rows_are_reported():
     report = {"train": {"kept": 200, "cut": 3}}
     said = advice.cut_rows(*parts(report=lambda: report))
     assert said.startswith("1.5% of the train rows are cut to data.max_length 128 (3 of 200)")
@@ -131,7 +131,7 @@ def test_many_cut_rows_are_told():
     assert advice.cut_rows(*parts(report=lambda: {"train": {"kept": 0, "cut": 0}})) is None
 
 
-def test_a_template_that_is_not_the_models_own_is_told():
+def test_a_template_that_is_not_the_models_own_is_reported():
     tokenizer = ByteTokenizer().build()
     own = tokenizer.chat_template
     plain = load_template(tokenizer, "plain")
@@ -147,13 +147,13 @@ def test_a_template_that_is_not_the_models_own_is_told():
         assert advice.other_template(*parts(**silent)) is None
 
 
-def test_a_missing_pad_token_is_told_with_what_stands_in():
+def test_a_missing_pad_token_is_reported_with_its_substitute():
     tokenizer = SimpleNamespace(pad_token="<end>")
     assert "no pad token, so <end> is used instead" in advice.no_pad_token(*parts(own_pad=None, tokenizer=tokenizer))
     assert advice.no_pad_token(*parts()) is None
 
 
-def test_missing_validation_is_told():
+def test_missing_validation_is_reported():
     assert "set data.validation" in advice.no_validation(*parts(sources={"train": "rows.jsonl", "validation": None}))
     assert advice.no_validation(*parts()) is None
 
@@ -172,13 +172,13 @@ def noisy(mean, seed=0, size=0.1):
 
 
 @pytest.mark.parametrize("loss", [lambda step: 2.5, noisy(lambda step: 2.5)], ids=["constant", "noisy"])
-def test_a_loss_that_stands_still_is_told_once(loss):
+def test_a_loss_that_stands_still_is_reported_once(loss):
     (said,) = course([loss(step) for step in range(500)])
     assert "the loss does not move: 2." in said
     assert "learning rate (0.001)" in said
 
 
-def test_a_loss_that_rises_is_told_once():
+def test_a_loss_that_rises_is_reported_once():
     (said,) = course([noisy(lambda step: 2.0 + 0.01 * step)(step) for step in range(300)])
     assert "the loss rises: 2." in said
 
@@ -202,7 +202,7 @@ def test_nothing_is_expected_of_a_warm_up():
     assert course(losses, lr=lambda step: 1e-3 if step >= 200 else 1e-4) == []
 
 
-def test_a_loss_that_stays_no_number_is_told_once():
+def test_a_loss_that_stays_no_number_is_reported_once():
     nan = float("nan")
     (said,) = course([2.0, *[nan] * 30])
     assert "the loss has been nan for 10 updates" in said
@@ -219,7 +219,7 @@ def test_only_what_is_no_number_in_a_row_counts_and_float16_is_named_where_it_is
     assert [watch.update(loss, 1e-3, 1e-3) for loss in (2.0, *[nan] * 20)] == [None] * 21
 
 
-def test_waiting_is_measured_between_batches_and_told_once(monkeypatch):
+def test_waiting_is_measured_between_batches_and_reported_once(monkeypatch):
     now = [0.0]
     monkeypatch.setattr(advice.time, "perf_counter", lambda: now[0])
 
@@ -283,7 +283,7 @@ def test_a_warning_is_noted_once_in_a_run_that_is_resumed(tmp_path):
     assert json.loads((tmp_path / "run.json").read_text())["warnings"] == ["a", "b"]
 
 
-def test_each_run_of_a_process_is_told_where_its_warning_comes_from(monkeypatch):
+def test_each_run_of_a_process_shows_where_its_warning_comes_from(monkeypatch):
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("default")  # as Python has it: a text once per place
         for rank in (0, 0, 1):

@@ -133,7 +133,7 @@ def test_nothing_measured_yet(cli, device):
     assert "bf16-mixed" in lines[3]
 
 
-def test_a_dry_run_is_told_of_the_whole_update(cli, device):
+def test_a_dry_run_knows_the_whole_update(cli, device):
     """It tries two micro-batches of six, and what is to be turned is of the run."""
     lines = out_of_memory(cli, "--dry_run", "--data.batch_size", "4", "--trainer.accumulate_grad_batches", "6")
     assert "--data.batch_size 2 --trainer.accumulate_grad_batches 12 (the same updates)" in lines[2]

@@ -23,7 +23,7 @@ def run(updates, loss=None, pairs=16):
 START = (0.5, 0.0, 0.0)
 
 
-def test_right_at_once_is_told_once(recwarn):
+def test_right_at_once_is_reported_once(recwarn):
     run([START, *[(1.0, 0.2, -0.2)] * 4])
     assert len(recwarn) == 1
     assert "all 32 pairs are ranked correctly after 3 updates" in str(recwarn[0].message)
@@ -45,7 +45,7 @@ def falling(n):
     return [(0.8, -0.1 * i, -0.3 * i) for i in range(1, n + 1)]
 
 
-def test_likelihoods_that_fall_on_both_sides_are_told_once(recwarn):
+def test_likelihoods_that_fall_on_both_sides_are_reported_once(recwarn):
     run([START, *falling(3 * DISPLACED)])
     assert len(recwarn) == 1
     assert f"for {DISPLACED} updates the chosen responses have become less likely" in str(recwarn[0].message)

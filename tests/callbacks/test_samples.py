@@ -187,7 +187,7 @@ def cli(tmp_path, monkeypatch, capsys):
     return CommandLine(tmp_path, monkeypatch, capsys)
 
 
-def test_each_run_writes_samples_unless_it_is_told_not_to_or_has_answers(cli):
+def test_each_run_writes_samples_unless_they_are_turned_off_or_it_has_answers(cli):
     held_out = {"data.init_args.validation": 0.5, "samples": {"max_new_tokens": 4}}
     cli.recipe(held_out)
     _, _, output = cli.run("fit", "--config", "r.yaml")

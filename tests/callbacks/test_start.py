@@ -63,7 +63,7 @@ def test_on_a_terminal_nothing_is_wider_and_what_goes_on_is_indented(begun, monk
     assert all(line[: start.LABEL].endswith(" ") for line in lines[first:])
 
 
-def test_a_loss_is_told_with_what_it_says_of_itself():
+def test_a_loss_is_shown_with_its_own_description():
     assert described(CrossEntropy()).startswith("CrossEntropy: Cross entropy per token")
     assert described(WeightedSum([Sigmoid(), Sigmoid()], [1.0, 1.0])).startswith("WeightedSum of Sigmoid, Sigmoid")
 

@@ -114,7 +114,7 @@ def test_comments_stand_before_the_key_that_they_are_about():
     assert yaml.safe_load("\n".join(lines)) == tree
 
 
-def test_resuming_is_told(file):
+def test_resuming_is_reported(file):
     text = convert(file, ["--training.try_resume_from_last_checkpoint=true"])
     assert re.search(r"fit --config THIS_FILE --resume$", text, re.MULTILINE)
 
@@ -130,3 +130,44 @@ def test_mistakes(file):
         main([])
     with pytest.raises(UserError, match=r"training\.max_step\b.*max_steps"):
         main([str(file), "--training.max_step", "3"])
+
+
+def test_a_file_of_comments_alone_has_no_settings(tmp_path):
+    file = tmp_path / "c.yaml"
+    file.write_text("# base_model: x\n\n  # learning_rate: 1\n")
+    with pytest.raises(UserError, match=r"c\.yaml has no settings; all of its lines are comments"):
+        main([str(file)])
+
+
+def test_the_recipe_is_written_to_a_new_file(file, tmp_path, capsys):
+    assert main([str(file), "--output", str(tmp_path / "mine.yaml"), "--training.max_steps", "7"]) == 0
+    assert (tmp_path / "mine.yaml").read_text() == TEXT.replace("max_steps: 10", "max_steps: 7")
+    assert (
+        capsys.readouterr().out
+        == f"converted {file} to {tmp_path}/mine.yaml: oumi_pl fit --config {tmp_path}/mine.yaml\n"
+    )
+
+
+def test_a_conversion_that_fails_writes_nothing(file, tmp_path):
+    with pytest.raises(UserError, match="max_steps"):
+        main([str(file), "--output", str(tmp_path / "mine.yaml"), "--training.max_step", "3"])
+    assert list(tmp_path.iterdir()) == [file]
+
+
+def test_a_file_that_exists_is_replaced_only_with_overwrite(file, tmp_path):
+    mine = tmp_path / "mine.yaml"
+    mine.write_text("mine")
+    with pytest.raises(UserError, match=r"mine\.yaml exists; name another file, or replace it with --overwrite"):
+        main([str(file), "--output", str(mine)])
+    with pytest.raises(UserError, match="max_steps"):
+        main([str(file), "--output", str(mine), "--overwrite", "--training.max_step", "3"])
+    assert mine.read_text() == "mine"
+    assert main([str(file), "--output", str(mine), "--overwrite"]) == 0
+    assert mine.read_text() == TEXT
+
+
+def test_places_that_can_not_be_written_are_refused_before_the_work(file, tmp_path):
+    with pytest.raises(UserError, match="is a folder; name a file"):
+        main([str(file), "--output", str(tmp_path)])
+    with pytest.raises(UserError, match="--output: there is no folder"):
+        main([str(file), "--output", str(tmp_path / "none/mine.yaml")])

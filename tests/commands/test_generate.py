@@ -258,7 +258,7 @@ def light_answers(tmp_path_factory):
 
 
 @pytest.mark.parametrize("case", MISTAKES)
-def test_a_mistake_is_told_before_anything_is_loaded(light_answers, case):
+def test_a_mistake_is_reported_before_anything_is_loaded(light_answers, case):
     code, text = light_answers[case]
     assert MISTAKES[case][1] in text
     assert code == 2

@@ -144,7 +144,7 @@ def test_help_has_an_example_of_the_main_uses(capsys):
         assert use in out
 
 
-def test_sources_of_a_mixture_are_told_apart(cli):
+def test_sources_of_a_mixture_are_distinguished(cli):
     cli.write("more.jsonl", jsonl({"prompt": "a? ", "completion": "b"}, {"prompt": "", "completion": ""}))
     mixture = [{"path": "rows.jsonl", "weight": 3}, {"path": "more.jsonl", "weight": 1}]
     cli.recipe({"data.init_args.train": mixture, "data.init_args.validation": "rows.jsonl"})

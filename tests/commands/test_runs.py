@@ -167,6 +167,12 @@ def test_runs_that_differ_only_in_their_seed_are_one_group_with_error_bars(here,
     assert "standard deviation" not in works(capsys, "compare", "base-1", "other")
 
 
+def test_runs_without_a_metric_of_a_known_name_are_drawn(here, capsys):
+    for name in ("one", "two"):
+        write_metrics(run_folder(here, name), {"of_my_module": {1: 2.0, 2: 1.0}})
+    assert "picture -> runs/compare.png" in works(capsys, "compare", "one", "two")
+
+
 def test_runs_with_other_losses_are_compared_with_a_warning(here, capsys):
     run_folder(here, "one")
     run_folder(here, "two", model={"trainer": "DPO", "loss": "Sigmoid"})

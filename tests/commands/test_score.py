@@ -1,6 +1,7 @@
 """`score`: rows in, rewards out, the same as in plain transformers."""
 
 import json
+import socket
 import subprocess
 import sys
 
@@ -70,7 +71,12 @@ def test_conversations_and_texts_get_the_scores_of_transformers(cli, model):
 
 def test_pairs_get_two_rewards(cli, model):
     rows = [*pairs(6), pairs(1)[0] | {"rejected": pairs(1)[0]["chosen"]}]  # the last one has equal responses
+    killed = subprocess.Popen(["true"])
+    killed.wait()
+    left = cli.directory / f".out.jsonl.{killed.pid}@{socket.gethostname()}.half"
+    left.touch()
     out, lines = scores(cli, model, rows)
+    assert not left.exists(), "what a killed process was writing"
     for name in ("chosen", "rejected"):
         expected = plainly(model, [row["prompt"] + row[name] for row in rows])
         assert [line[f"reward_{name}"] for line in lines] == pytest.approx(expected, abs=1e-5)

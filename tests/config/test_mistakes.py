@@ -123,6 +123,8 @@ VALUES = {
         "unknown accelerator 'gpuu'; did you mean 'gpu'?",
     ),
     "strategy": ({"trainer.strategy": "ddpp"}, "trainer.strategy: unknown strategy 'ddpp'; did you mean 'ddp'?"),
+    "strategy of a later version": ({"trainer.strategy": "fsdp3"}, "unknown strategy 'fsdp3'; did you mean 'fsdp2'?"),
+    "strategy unlike any": ({"trainer.strategy": "zero"}, "known: 'Sharded', 'auto', 'ddp', 'fsdp2'"),
     "clipping": ({"trainer.gradient_clip_algorithm": "vale"}, "trainer: `gradient_clip_algorithm` vale is invalid"),
     "architecture": (
         {"model.init_args.config.model_type": "lama"},

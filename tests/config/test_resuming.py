@@ -33,7 +33,7 @@ def test_the_same_in_other_words(recipe):
     assert differing(recipe, RUN) == []
 
 
-def test_other_values_are_told_by_their_option():
+def test_other_values_are_named_by_their_option():
     recipe = {
         "model": {"class_path": "DPO", "init_args": {"optimizer": {"init_args": {"lr": 1e-4}}, "dtype": "bfloat16"}},
         "data": {"init_args": {"train": [{"path": "b.jsonl"}]}},

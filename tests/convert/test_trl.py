@@ -7,9 +7,10 @@ import yaml
 
 from oumi_pl.commands.convert import text_of
 from oumi_pl.convert import peers
-from oumi_pl.convert.trl import KEYS
+from oumi_pl.convert.trl import DATASET_KEYS, KEYS, UNCUT
 from oumi_pl.errors import UserError
-from tests.convert.helpers import assert_fits, at, converted
+from tests.convert import samples
+from tests.convert.helpers import assert_fits, at, changed_by_null, converted, refuse_in_one_message, silent_keys
 
 ARGUMENTS = {"model_name_or_path": "org/base", "dataset_name": "org/rows"}
 
@@ -88,6 +89,7 @@ def test_every_argument_of_trl_is_translated_or_named_with_a_reason(configs):
         ("sft", {"warmup_ratio": 0.1, "lr_scheduler_type": "cosine"}, "model.schedule.warmup", 0.1),
         ("sft", {"bf16": False}, "trainer.precision", None),
         ("dpo", {"loss_type": ["sigmoid", "sft"], "loss_weights": [1, 0.5]}, "model.loss.weights", [1.0, 0.5]),
+        ("dpo", {"loss_weights": [2.0]}, "model.loss.weights", [2.0]),
         ("dpo", {"loss_type": "ipo", "beta": 0.2}, "model.loss", {"class_path": "IPO", "init_args": {"beta": 0.2}}),
         ("dpo", {"sync_ref_model": True}, "model.sync_every", 512),
         ("kto", {"desirable_weight": 1.5}, "model.desirable_weight", 1.5),
@@ -119,6 +121,73 @@ def test_what_has_no_counterpart_is_refused_by_name(trainer, more, message):
     assert message in str(error.value)
 
 
+SAMPLES = samples.TRAINING | samples.TRL | {"bf16": False}
+
+
+@pytest.mark.parametrize("more", [{}, {"use_peft": True}, {"eval_strategy": "steps"}])
+@pytest.mark.parametrize("trainer", KEYS)
+def test_every_argument_changes_the_recipe_or_is_named_with_a_reason(trainer, more):
+    known = {key: value for key, value in SAMPLES.items() if key in KEYS[trainer].translated}
+    assert silent_keys(ARGUMENTS | more, known, KEYS[trainer], trainer=trainer) == []
+
+
+@pytest.mark.parametrize("trainer", KEYS)
+def test_values_of_any_type_are_converted_or_refused(trainer):
+    refuse_in_one_message(ARGUMENTS | {"use_peft": True}, KEYS[trainer], trainer=trainer)
+    datasets = [{"path": "org/rows"}]
+    refuse_in_one_message(ARGUMENTS | {"datasets": datasets}, DATASET_KEYS, within="datasets", trainer=trainer)
+
+
+@pytest.mark.parametrize("trainer", KEYS)
+def test_null_is_the_default_but_where_trl_reads_it_otherwise(trainer):
+    known = {key: value for key, value in SAMPLES.items() if key in KEYS[trainer].translated}
+    changed = changed_by_null(ARGUMENTS, known, KEYS[trainer], trainer=trainer)
+    assert changed == {"max_grad_norm", "gradient_checkpointing", "max_length"}
+    tree, _ = converted(ARGUMENTS | {"max_length": None}, trainer)
+    assert at(tree, "data.overflow") == "error"  # TRL cuts no row then
+    assert at(converted(ARGUMENTS | {"max_length": UNCUT}, trainer)[0], "data.overflow") == "keep_start"
+
+
+@pytest.mark.parametrize(
+    ("options", "strategy", "devices"),
+    [
+        ("--accelerate_config fsdp2", "fsdp2", 8),
+        ("--accelerate_config zero3 --num_processes 2", "fsdp2", 2),
+        ("--accelerate_config zero2 --num_processes 2", "ddp", 2),
+        ("--accelerate_config single_gpu", None, 1),
+        ("--deepspeed {folder}/mine.json", "fsdp2", None),
+        ("--config_file {folder}/own.yaml", {"class_path": "Sharded", "init_args": {"offload": True}}, 3),
+        ("--fsdp full_shard --fsdp_config {folder}/fsdp.json",
+         {"class_path": "Sharded", "init_args": {"offload": True}}, None),
+        ("--fsdp 'full_shard offload'", {"class_path": "Sharded", "init_args": {"offload": True}}, None),
+    ],
+)  # fmt: skip
+def test_devices_and_strategy_are_those_that_accelerate_would_start(tmp_path, options, strategy, devices):
+    own = {"distributed_type": "FSDP", "fsdp_config": {"fsdp_offload_params": True}, "num_processes": 6}
+    (tmp_path / "own.yaml").write_text(yaml.safe_dump(own | {"num_machines": 2}))
+    (tmp_path / "mine.json").write_text('{"zero_optimization": {"stage": 3}}')
+    (tmp_path / "fsdp.json").write_text('{"offload_params": true}')
+    text = text_of(f"trl sft --model_name_or_path m --dataset_name d {options.format(folder=tmp_path)}", [])
+    tree = yaml.safe_load(text)
+    assert (tree["trainer"].get("strategy"), tree["trainer"].get("devices")) == (strategy, devices)
+
+
+@pytest.mark.parametrize("option", ["--deepspeed", "--fsdp_config", "--config_file"])
+def test_a_file_that_can_not_be_read_is_named(tmp_path, option):
+    (tmp_path / "x.json").write_text("{")
+    with pytest.raises(UserError, match=r"x\.json: can't be read as JSON or YAML: "):
+        text_of(f"trl sft --model_name_or_path m --dataset_name d {option} {tmp_path}/x.json", [])
+
+
+def test_the_options_of_a_launcher_are_read_or_named(tmp_path):
+    options = "--num-processes=4 --num_machines 2 --multi_gpu"
+    (tmp_path / "run.sh").write_text(SCRIPT.replace("--config_file fsdp.yaml", options))
+    text = text_of(str(tmp_path / "run.sh"), [])
+    trainer = yaml.safe_load(text)["trainer"]
+    assert (trainer["devices"], trainer["num_nodes"]) == (2, 2)
+    assert "launcher.--multi_gpu: it decides on how processes are started" in text
+
+
 SCRIPT = """\
 #!/bin/sh
 # trl dpo --an old line
@@ -142,6 +211,7 @@ def test_a_command_line_is_read_from_a_string_a_script_and_its_yaml(tmp_path, wr
     }[wrapped]
     text = text_of(given, [])
     assert "path: org/my rows" in text
+    assert ("fsdp.yaml: there is no such file here" in text) == (wrapped == "a script")
     assert "lr: 2.0e-4" in text
     assert "target_modules: [q_proj, v_proj]" in text
     assert "class_path: SFT\n" in text

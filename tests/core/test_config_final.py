@@ -121,7 +121,7 @@ PYTHON = {
 
 
 @pytest.mark.parametrize(("make", "message"), PYTHON.values(), ids=PYTHON)
-def test_python_is_told_the_same(make, message):
+def test_python_raises_the_same_message(make, message):
     assert refused(make).startswith(message)
 
 

@@ -36,7 +36,7 @@ AROUND = ("training.trainer_type=TRL_SFT", "fsdp.use_orig_params=false", "data.t
 
 
 @pytest.mark.parametrize("first", range(len(SEVEN_WRONGS)))
-def test_of_several_wrongs_the_first_is_told(first):
+def test_of_several_wrongs_the_first_is_reported(first):
     """Each hides those after it; two shardings contradict each other only as long as both are on."""
     typed = [wrong for wrong, _ in SEVEN_WRONGS[first:]] + ["deepspeed.enable_deepspeed=true"]
     sharded = f"fsdp.enable_fsdp={str(first <= 2).lower()}"

@@ -56,7 +56,7 @@ def changed(value):
 
 
 @pytest.mark.parametrize("section", SECTIONS)
-def test_a_field_that_is_set_is_told_of_or_refused_by_its_name(section, tmp_path):
+def test_a_field_that_is_set_is_reported_or_refused_by_its_name(section, tmp_path):
     """Each plain field of a section is changed alone."""
     given = {"model__model_name": tiny_model(tmp_path)} | SECTIONS[section]
     base, paths, silent = to_recipe(config(**given)), [], []

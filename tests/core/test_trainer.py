@@ -243,7 +243,7 @@ def test_what_is_not_honoured_is_refused_by_name(tmp_path, values, message):
         Trainer(Regression(), args=params(tmp_path, **values), train_dataset=Points())
 
 
-def test_missing_data_and_missing_losses_are_told(tmp_path):
+def test_missing_data_and_missing_losses_are_reported(tmp_path):
     with pytest.raises(UserError, match="nothing to train on"):
         Trainer(Regression(), args=params(tmp_path))
     with pytest.raises(UserError, match="has no rows"):

@@ -109,7 +109,7 @@ def test_its_patience_is_resumed(tmp_path):
     assert logged(tmp_path, "val/loss") == [1, 0, 1, 2, 3]
 
 
-def test_a_metric_that_is_not_there_is_told(tmp_path):
+def test_a_metric_that_is_not_there_is_reported(tmp_path):
     with pytest.raises(UserError, match="did you mean 'eval_loss'"):
         trained(tmp_path, [], trainer_kwargs={"metric_for_best_model": "los"}, **EVALUATED)
 

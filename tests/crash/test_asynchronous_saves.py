@@ -84,6 +84,19 @@ def test_a_full_disk_ends_the_run_with_the_message_of_a_synchronous_save(tmp_pat
     assert json.loads((folder / "runs/r/run.json").read_text())["status"] == "failed"
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp2"])
+def test_runs_of_two_processes_are_those_of_synchronous_saves(tmp_path, strategy):
+    finished = []
+    for asynchronous in (False, True):
+        folder = tmp_path / str(asynchronous)
+        prepare(folder, changes={"checkpoint.asynchronous": asynchronous, "trainer.strategy": strategy})
+        torchrun(folder, *RESUME)
+        finished.append({k: v for k, v in outcome(folder / "runs" / "r").items() if k != "config"})
+    assert deviations(tmp_path / "True/runs/r", finished[0]) == []
+    assert finished[0]["checkpoints"] == ["best.ckpt", "step-00000005.ckpt"]
+
+
 def kills(tmp_path, changes, processes, trials, seed):
     """Kills runs of several processes while they write checkpoints, and resumes each: how they deviate."""
     rng, wrong = random.Random(seed), []

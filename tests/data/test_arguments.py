@@ -34,8 +34,8 @@ EXAMPLES = SHARED | {"packing": True, "group_by_length": False, "bad_rows": "dro
 EXAMPLES |= {"duplicates": "drop", "weight_by": "tokens"}
 EXAMPLES |= {"template": "plain", "overflow": "drop"}
 EXAMPLES |= {"template_variables": {"mood": 1}, "lost": "drop", "add_eos": True, "fields": ["margin"]}
-DRAWN = {"sample_by": "quality", "order_by": "level"}
-EXAMPLES |= DRAWN
+NEED_ALL_ROWS = {"sample_by": "quality", "order_by": "level", "near_duplicates": True}
+EXAMPLES |= NEED_ALL_ROWS
 STREAM = SHARED | {
     "packing": "best_fit",
     "isolate": True,
@@ -44,6 +44,7 @@ STREAM = SHARED | {
     "exhausted": "restart",
     "eval_stride": 16,
     "duplicates": "drop",
+    "near_duplicates": True,
 }
 ARGUMENTS = {
     SFTData: EXAMPLES | {"train_on": "all", "turns": "apart", "streaming": True, "shuffle_buffer": 4},
@@ -64,11 +65,11 @@ def stored(data):
 
 
 def together(cls):
-    """The arguments of a class, in sets that go together: rows that are streamed can't be drawn or ordered."""
+    """The arguments of a class, in sets that go together: what needs all rows beforehand doesn't go with streaming."""
     arguments, streamed = ARGUMENTS[cls], {"streaming", "shuffle_buffer"}
-    if not streamed | DRAWN.keys() <= arguments.keys():
+    if "streaming" not in arguments:
         return [arguments]
-    return [{k: v for k, v in arguments.items() if k not in others} for others in (streamed, DRAWN)]
+    return [{k: v for k, v in arguments.items() if k not in others} for others in (streamed, NEED_ALL_ROWS)]
 
 
 @pytest.mark.parametrize("cls", ARGUMENTS)

@@ -4,6 +4,7 @@ from collections import Counter
 
 import numpy as np
 import pytest
+import yaml
 
 from oumi_pl.callbacks.start import data_lines
 from oumi_pl.data.dpo import DPOData
@@ -175,6 +176,73 @@ def test_pairs_and_prompts_are_ordered_too(tmp_path):
 def test_mistakes_are_one_message(rows, kwargs, message):
     with pytest.raises(UserError, match=message):
         sft(rows, **kwargs).plan(0)
+
+
+@pytest.mark.parametrize("packing", [False, True])
+@pytest.mark.parametrize("sample_by", [{"lang": {"de": 0.7, "en": 0.3}}, "quality"])
+def test_rows_that_are_drawn_by_one_column_come_in_the_order_of_another(rows, sample_by, packing):
+    both, alone = (sft(rows, sample_by=sample_by, order_by=order, packing=packing) for order in ("-level", None))
+    for epoch in (0, 1):
+        levels = column(both, "level", epoch)
+        assert levels == sorted(levels, reverse=True)
+        times = [np.bincount(data.plan(epoch).example_ids, minlength=40).tolist() for data in (both, alone)]
+        assert times[0] == times[1], "each row is drawn as often as without an order"
+        assert max(times[0]) > 1
+    report = both.report()["train"]
+    assert report["drawn"] == alone.report()["train"]["drawn"]
+    assert report["order"] == f"by level, from {column(both, 'level')[0]} to {column(both, 'level')[-1]}"
+    assert both.made_from() != alone.made_from()
+
+
+FAULTS = {
+    "each row once": lambda sizes, counts, *args, **kwargs: np.arange(sum(sizes)),
+    "in the order in which they are drawn": None,
+}
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_wrong_draws_and_orders_would_be_caught(rows, monkeypatch, fault):
+    if FAULTS[fault] is None:
+        monkeypatch.setattr(Draws, "ranks", lambda self, values: np.zeros(len(values), dtype=np.int64))
+    else:
+        monkeypatch.setattr("oumi_pl.data.examples.drawn", FAULTS[fault])
+    with pytest.raises(AssertionError):
+        test_rows_that_are_drawn_by_one_column_come_in_the_order_of_another(rows, "quality", packing=False)
+
+
+def test_rows_may_be_drawn_and_ordered_by_the_same_column(rows):
+    languages = column(sft(rows, sample_by={"lang": "balanced"}, order_by="lang"), "lang")
+    assert languages == ["de"] * 20 + ["en"] * 20
+
+
+def shares_of(text, values):
+    """The weight of each row by `sample_by` in YAML."""
+    weights, _ = Draws(yaml.safe_load(text), None).weights(values, [len(values)], apart=False)
+    return (weights / weights.sum()).round(6).tolist()
+
+
+def test_classes_that_yaml_reads_as_something_else_are_found_as_the_rows_write_them():
+    assert shares_of("{lang: {no: 0.2, sv: 0.8}}", ["no", "sv"]) == [0.2, 0.8]
+    assert shares_of("{lang: {NO: 0.2, yes: 0.8}}", ["No", "yes"]) == [0.2, 0.8]
+    assert shares_of("{passed: {no: 0.2, true: 0.8}}", [False, True]) == [0.2, 0.8]
+    assert shares_of("{passed: {'true': 0.2, 'no': 0.8}}", [True, "no"]) == [0.2, 0.8]
+    assert shares_of("{level: {1: 0.2, 2: 0.8}}", ["1", 2]) == [0.2, 0.8]
+    assert shares_of("{day: {2024-01-31: 0.2, x: 0.8}}", ["2024-01-31", "x"]) == [0.2, 0.8]
+    assert Draws({"lang": {False: 1, "sv": 1.0}}, None).identity == ['sample_by: {"lang": {"false": 1, "sv": 1.0}}']
+
+
+@pytest.mark.parametrize(
+    ("text", "values", "message"),
+    [
+        ("{lang: {no: 1}}", ["no", "off"], r"YAML reads no and off as false, .* in quotes, as 'no'"),
+        ("{lang: {sv: 1}}", ["no", "sv"], r"1 rows have lang 'no', which has no share.* add it in quotes"),
+        ("{lang: {no: 1}}", ["sv"], r"1 rows have lang 'sv', which has no share"),
+        ("{on: balanced}", ["a"], r"YAML reads the column's name as true; put it in quotes"),
+    ],
+)
+def test_classes_that_yaml_makes_ambiguous_are_one_message(text, values, message):
+    with pytest.raises(UserError, match=message):
+        shares_of(text, values)
 
 
 def test_numbers_and_texts_are_not_ordered_together():

@@ -1,7 +1,9 @@
 """Rows that say the same are counted: within training, and between training and what is held out."""
 
 import json
+import os
 import random
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -171,6 +173,29 @@ def test_rows_of_a_separate_validation_file_are_not_dropped(tmp_path):
     report = opened(sft(file, write(tmp_path / "held.jsonl", [row(5), row(5)]), duplicates="drop"))
     assert report["train"]["kept"] == 1
     assert report["validation"]["kept"] == 2
+
+
+def test_files_whose_names_are_not_utf_8_are_named(tmp_path):
+    """Their bytes are kept, as in all that Python says about such files."""
+    folder = tmp_path / "rows"
+    folder.mkdir()
+    name = os.fsdecode(os.fsencode(folder) + b"/caf\xe9.jsonl")
+    rows = [row(i % 9) | {"text": f"Document {i % 9}."} for i in range(30)]
+    try:
+        write(Path(name), rows)
+    except OSError:
+        pytest.skip("this file system has no such names")
+    data = sft(str(folder), 0.3)
+    report = opened(data)
+    origins = [origin for split in ("train", "validation") for store in data.stores(split) for origin in store.origins]
+    assert {*origins} == {f"{name}:{i}" for i in range(1, 31)}
+    assert report["train"]["duplicates"]["first"][0][0].startswith(name)
+    assert all(origin.startswith(name) for _, origin in data.held_out_rows())
+    # and by a second process, from the cache
+    assert opened(sft(str(folder), 0.3)) == report
+    documents = pretrain_data(Source(str(folder), ignore=["messages"]), validation=0.3)
+    assert len({*documents.shards("train")[0].origins} | {origin for _, origin in documents.held_out_rows()}) == 30
+    assert all(origin.startswith(name) for _, origin in documents.held_out_rows())
 
 
 def test_an_unknown_value_is_refused():

@@ -9,6 +9,7 @@ import pytest
 from oumi_pl.data.held_out import sliding_windows
 from oumi_pl.data.plan import Layout
 from oumi_pl.data.pretrain import PretrainData
+from oumi_pl.data.tokenizers import ByteTokenizer
 from tests.data.corpora import corpus, documents, pretrain_data
 
 LENGTHS = np.array([1, 2, 8, 9, 10, 17, 18, 100, 3])
@@ -76,3 +77,24 @@ def test_prompts_are_beginnings_of_held_out_documents(tmp_path):
         prompt = bytes(ids).decode()
         assert 1 <= len(prompt) <= 32
         assert text.startswith(prompt + reference)
+
+
+class Numbered(PretrainData):
+    """Has prompts of its own, which are those of the class with a number."""
+
+    def prompts(self, split):
+        for number, (ids, reference) in enumerate(super().prompts(split)):
+            yield [number, *ids], reference
+
+
+def test_prompts_of_a_subclass_are_used_everywhere(tmp_path):
+    held_out = [corpus(tmp_path, 3, 5), corpus(tmp_path, 2, 6)]
+    settings = {"tokenizer": ByteTokenizer(chat_template=False), "validation": held_out, "predict": held_out}
+    own, plain = (kind(corpus(tmp_path), **settings) for kind in (Numbered, PretrainData))
+    expected = [([number, *ids], reference) for number, (ids, reference) in enumerate(plain.prompts("validation"))]
+    (prompts,) = own.prompts_by_source("validation")  # they can't be separated
+    assert list(prompts) == list(own.prompts("validation")) == expected
+    assert [len([*prompts]) for prompts in plain.prompts_by_source("validation")] == [3, 2]
+    texts = [(ids, row) for ids, _, row in plain.prompts_with_rows("predict")]
+    assert [ids for ids, _, _ in own.prompts_with_rows("predict")] == [[i, *ids] for i, (ids, _) in enumerate(texts)]
+    assert all(row["text"] for _, row in texts)

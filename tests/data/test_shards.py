@@ -1,6 +1,9 @@
 """Shards: documents are read as they were written, a killed preparation is resumed, damage is noticed."""
 
 import json
+import os
+import signal
+import socket
 from collections import Counter
 
 import numpy as np
@@ -71,6 +74,27 @@ def test_a_killed_and_restarted_preparation_writes_the_same_bytes(tmp_path, kill
     assert content(tmp_path / "killed") == content(tmp_path / "whole")
     assert all(content(tmp_path / "killed")[name] == value for name, value in kept.items())
     assert not [file for file in (tmp_path / "killed").iterdir() if file.name.startswith(".")]
+
+
+def test_what_a_killed_process_was_writing_is_removed_at_the_next_start(tmp_path):
+    def dying():
+        yield from TEXTS[:25]
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("oumi_pl.data.documents.CHUNK_DOCUMENTS", 1)
+        child = os.fork()
+        if child == 0:
+            write(tmp_path, dying(), shard_tokens=700)
+        os.waitpid(child, 0)
+    (tmp_path / f".keys.bin.{os.getppid()}@{socket.gethostname()}.half").touch()  # of one that still runs
+    left = {file.name.partition(f".{child}@")[0] for file in tmp_path.glob(".*.half") if str(child) in file.name}
+    assert {".keys.bin", ".origins.txt"} < left
+    assert len(left) == 3, "and the tokens of a shard"
+    write(tmp_path, shard_tokens=700)
+    assert [file.name for file in tmp_path.iterdir() if file.name.startswith(".")] == [
+        f".keys.bin.{os.getppid()}@{socket.gethostname()}.half"
+    ]
 
 
 def test_whole_shards_are_not_tokenized_again(tmp_path, monkeypatch):

@@ -129,7 +129,7 @@ def test_all_code_that_makes_examples_is_part_of_the_caches_key(monkeypatch):
     hashed = []
     read = Path.read_bytes
     monkeypatch.setattr(Path, "read_bytes", lambda self: hashed.append(self) or read(self))
-    store._own_code()
+    store.own_code()
     here = Path(store.__file__).parent
     assert {here / "pairs.py", here / "preferences.py", here / "store.py", here.parent / "types.py"} <= set(hashed)
     for file in hashed:

@@ -278,6 +278,27 @@ def test_bfloat16(name, mode):
             assert (a.float() - b.float()).norm() <= 1e-2 * b.float().norm()
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_columns_and_rows_at_a_time_change_nothing(dtype, monkeypatch):
+    """With a vocabulary of several products, and chunks of several steps of the softmax."""
+    hidden, targets, head = make(40, dtype, bias=True)
+    weights = torch.rand(40, generator=torch.Generator().manual_seed(1))
+    inputs = hidden, *head.parameters()
+
+    def results():
+        output = token_loss_sum(hidden, targets, head, LOSSES["both"][0], weights=weights, chunk_size=16)
+        logps = token_logps(hidden, targets, head, chunk_size=16)
+        graded = gradients(output.loss_sum, *inputs), gradients(logps.sum(), *inputs)
+        return [output.loss_sum, output.correct, logps, *graded[0], *graded[1]]
+
+    expected = results()
+    monkeypatch.setitem(linear_head.COLUMNS, "cpu", 4)
+    monkeypatch.setitem(linear_head.BLOCK_ELEMENTS, "cpu", 3 * VOCAB)
+    for value, other in zip(results(), expected, strict=True):
+        difference = (value.double() - other.double()).norm()
+        assert difference <= (1e-10 if dtype == torch.float64 else 5e-3) * other.double().norm()
+
+
 def test_autocast_leaves_float64_alone():
     hidden, targets, head = make()
     with torch.autocast("cpu", torch.bfloat16):

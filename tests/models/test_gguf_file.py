@@ -5,7 +5,7 @@ import json
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
@@ -243,6 +243,23 @@ def test_ollamas_file_has_the_turns_of_the_template_and_the_stop_tokens(folders)
         '<|im_start|>assistant\n"""\n'
         'PARAMETER stop "<|im_end|>"\nPARAMETER stop "<|endoftext|>"\n'
     )
+
+
+def test_a_template_that_refuses_a_system_turn_is_left_to_ollama(tmp_path, folders):
+    tokenizer = AutoTokenizer.from_pretrained(folders["llama"])
+    tokenizer.chat_template = "{{ raise_exception('no system turns') }}"
+    tokenizer.save_pretrained(tmp_path)
+    assert "# The chat template is in the file;" in modelfile(tmp_path, "m.gguf")
+
+
+def test_a_weight_that_llama_cpp_does_not_know_is_refused_before_anything_is_read(tmp_path, monkeypatch):
+    folder = saved(tmp_path / "m", "llama", attention_bias=False)
+    whole = load_file(folder / "model.safetensors")
+    save_file(whole | {"model.layers.0.self_attn.gate.weight": torch.zeros(2, 2)}, folder / "model.safetensors")
+    monkeypatch.setattr(gguf_file, "_weights", lambda *args, **kwargs: pytest.fail("read"))
+    with pytest.raises(UserError, match=r"a weight model\.layers\.0\.self_attn\.gate\.weight"):
+        write_gguf(folder, tmp_path / "m.gguf")
+    assert not (tmp_path / "m.gguf").exists()
 
 
 def test_export_writes_the_file_from_a_model_folder_and_refuses_what_does_not_belong_to_it(tmp_path, folders):

@@ -113,14 +113,14 @@ def test_the_reference_of_an_adapter_is_its_base_with_the_adapter(tmp_path, base
     assert abs(first["logps/chosen"] - below["logps/chosen"]) > 0.1
 
 
-def test_dropout_that_survives_is_told(tmp_path, base, monkeypatch):
+def test_dropout_that_survives_is_reported(tmp_path, base, monkeypatch):
     monkeypatch.setattr("oumi_pl.modules.base.disable_dropout", lambda model: None)
     for kwargs in ({}, {"reference": "online"}, {"lora": LORA}):
         with pytest.raises(UserError, match=r"before the first update the policy has to equal its reference.*dropout"):
             first_update(tmp_path, base, **kwargs)
 
 
-def test_adapters_that_do_not_start_at_zero_are_told(tmp_path, base):
+def test_adapters_that_do_not_start_at_zero_are_reported(tmp_path, base):
     with pytest.raises(UserError, match=r"has to equal its reference.*model\.lora\.init_lora_weights"):
         first_update(tmp_path, base, lora=LORA | {"init_lora_weights": False})
     # a copy in memory has them too: the model that training starts from
@@ -128,7 +128,7 @@ def test_adapters_that_do_not_start_at_zero_are_told(tmp_path, base):
     assert first["loss"] == torch.tensor(math.log(2)).item()
 
 
-def test_a_loss_that_is_not_what_it_says_is_told(tmp_path, base):
+def test_a_loss_that_is_not_what_it_says_is_reported(tmp_path, base):
     class Doubled(Sigmoid):
         def __call__(self, pairs):
             return 2 * super().__call__(pairs)

@@ -42,7 +42,8 @@ def rollouts(path, **kwargs):
     if not file.exists():
         file.write_text("".join(json.dumps({"prompt": "say " + "ab" * i}) + "\n" for i in range(PROMPTS)))
     defaults = {"tokenizer": ByteTokenizer(), "max_length": 128, "batch_size": 4, "completions": 3, "seed": 0}
-    return RolloutData(str(file), **defaults | {"reward": vowels, "sampling": SAMPLING} | kwargs)
+    defaults |= {"train": str(file)}
+    return RolloutData(**defaults | {"reward": vowels, "sampling": SAMPLING} | kwargs)
 
 
 def grpo(**kwargs):
@@ -237,7 +238,11 @@ def cut_last(groups):
 
 class Logged(L.Callback):
     def __init__(self):
-        self.updates = []
+        self.updates, self.validations = [], []
+
+    def on_validation_end(self, trainer, *_):
+        metrics = trainer.callback_metrics
+        self.validations.append({k: float(v) for k, v in metrics.items() if k.startswith("val/")})
 
     def on_train_batch_end(self, trainer, *_):
         if not trainer.fit_loop._should_accumulate():
@@ -266,15 +271,87 @@ import sys, torch
 from pathlib import Path
 sys.path.insert(0, {root!r})
 torch.set_num_threads(1)
-from tests.modules.test_grpo import DYNAMIC, grpo, run
+from tests.modules.test_grpo import DYNAMIC, Logged, grpo, of_two_sources, run
 from tests.tiny import weights
 out = Path(sys.argv[1])
-for name, data in (("weights", {{}}), ("dynamic", DYNAMIC | {{"prompts_per_call": 1}})):
-    module = grpo()
-    run(out, module, 2, data | {{"batch_size": 1}}, devices=2, strategy="ddp")
+for name, data in (("weights", of_two_sources(out)), ("dynamic", DYNAMIC | {{"prompts_per_call": 1}})):
+    module, logged = grpo(), Logged()
+    run(out, module, 2, data | {{"batch_size": 1}}, callbacks=[logged], devices=2, strategy="ddp")
     if module.global_rank == 0:
-        torch.save(weights(module), out / (name + ".pt"))
+        torch.save((weights(module), logged.updates, logged.validations), out / (name + ".pt"))
 """
+
+
+def of_two_sources(path):
+    """Settings with 7 prompts of two files, of which a validation has 3 and 2; each row names its file."""
+    lines = [
+        json.dumps({"prompt": "say " + "ab" * i, "of": "easy" if i % 3 else "hard"}) + "\n" for i in range(PROMPTS)
+    ]
+    files = {}
+    for split, taken in (("train", lines), ("validation", lines[:5])):
+        for name in ("easy", "hard"):
+            files[split, name] = path / split / f"{name}.jsonl"
+            files[split, name].parent.mkdir(exist_ok=True)
+            files[split, name].write_text("".join(line for line in taken if f'"{name}"' in line))
+    return {s: [str(file) for (split, _), file in files.items() if split == s] for s in ("train", "validation")}
+
+
+def rewards_by_source(samples, groups):
+    """The mean reward of the completions of each source, counted by hand."""
+    decode, by_source = ByteTokenizer().build().decode, {}
+    for split, group in groups:
+        row = samples.all_prompts(split)[group.prompt].row
+        rewards = [vowels(decode(c.ids, skip_special_tokens=True), row) for c in group.completions]
+        by_source.setdefault(row["of"], []).extend(rewards)
+    return {name: np.mean(rewards) for name, rewards in by_source.items()}
+
+
+def assert_rewards_are_those_of_sources(logged, samples, prefix):
+    """`logged` are metrics, and `samples` the data module and the groups that they are of."""
+    expected = {f"{prefix}/{name}": mean for name, mean in rewards_by_source(*samples).items()}
+    assert {k: v for k, v in logged.items() if k.startswith(f"{prefix}/")} == pytest.approx(expected, rel=1e-6)
+
+
+def check_rewards_of_sources(path, micro_batches, **sizes):
+    """Those of each update, over micro-batches, and of validation, against a count by hand."""
+    logged = Logged()
+    samples = run(path, grpo(), micro_batches, of_two_sources(path) | sizes, callbacks=[logged])
+    assert len(logged.updates) == 4
+    for update, groups in zip(logged.updates, samples.sampled[:4], strict=True):
+        assert_rewards_are_those_of_sources(update, (samples, [("train", group) for group in groups]), "train/reward")
+    (validation,) = logged.validations
+    of_validation = [("validation", group) for groups in samples.sampled[4:] for group in groups]
+    assert_rewards_are_those_of_sources(validation, (samples, of_validation), "val/reward")
+    return samples, logged
+
+
+@pytest.mark.parametrize(("micro_batches", "sizes"), [(1, (2, 5)), (2, (1, 2))])
+def test_each_source_has_its_reward(tmp_path, micro_batches, sizes):
+    batch_size, eval_batch_size = sizes
+    sizes = {"batch_size": batch_size, "eval_batch_size": eval_batch_size}
+    samples, logged = check_rewards_of_sources(tmp_path, micro_batches, **sizes)
+    counts = [len([name for name in update if name.startswith("train/reward/")]) for update in logged.updates]
+    assert {*counts} == {1, 2}, "an update without prompts of a source has none of it"
+    assert samples.validation_metrics == ["val/pass@1", "val/reward/easy", "val/reward/hard"]
+
+
+def test_a_single_source_has_no_reward_of_its_own(tmp_path):
+    logged = Logged()
+    samples = run(tmp_path, grpo(), data={"validation": str(tmp_path / "prompts.jsonl")}, callbacks=[logged])
+    assert not [name for name in logged.validations[0] | logged.updates[0] if "/reward/" in name]
+    assert samples.validation_metrics == ["val/pass@1"]
+
+
+def test_rewards_of_another_source_would_be_caught(tmp_path, monkeypatch):
+    original = RolloutData.batch_of
+
+    def batch_of(*args):
+        batch = original(*args)
+        return batch | {"sources": 1 - batch["sources"]}
+
+    monkeypatch.setattr(RolloutData, "batch_of", batch_of)
+    with pytest.raises(AssertionError):
+        check_rewards_of_sources(tmp_path, 1, batch_size=2)
 
 
 def test_two_processes_train_as_one(tmp_path):
@@ -288,10 +365,17 @@ def test_two_processes_train_as_one(tmp_path):
         timeout=240,
     )
     assert done.returncode == 0, done.stderr[-3000:]
-    for name, data in (("weights", {}), ("dynamic", DYNAMIC)):
-        module = grpo()
-        run(tmp_path, module, data=data)
-        assert distance(torch.load(tmp_path / f"{name}.pt"), weights(module)) < 5e-6
+    for name, data in (("weights", of_two_sources(tmp_path)), ("dynamic", DYNAMIC)):
+        module, logged = grpo(), Logged()
+        run(tmp_path, module, data=data, callbacks=[logged])
+        trained, updates, validations = torch.load(tmp_path / f"{name}.pt")
+        assert distance(trained, weights(module)) < 5e-6
+        for ours, theirs in zip([*updates, *validations], [*logged.updates, *logged.validations], strict=True):
+            of_sources = {key: value for key, value in theirs.items() if "/reward/" in key}
+            assert {key: value for key, value in ours.items() if "/reward/" in key} == pytest.approx(
+                of_sources, rel=1e-5
+            )
+            assert of_sources or name == "dynamic"
 
 
 # ---- several updates per rollout

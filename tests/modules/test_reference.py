@@ -273,7 +273,7 @@ def test_a_smaller_vocabulary_is_refused(tmp_path, base):
         run(tmp_path, base, reference=str(tmp_path / "reference"))
 
 
-def test_a_model_that_is_not_there_is_told(tmp_path, base):
+def test_a_missing_model_is_reported(tmp_path, base):
     with pytest.raises(UserError, match=r"model\.reference"):
         run(tmp_path, base, reference=str(tmp_path / "nowhere"))
 

@@ -3,6 +3,8 @@
 import pytest
 import torch
 
+from oumi_pl.data.distill import DistillData
+from oumi_pl.data.tokenizers import ByteTokenizer
 from tests import tiny
 from tests.tiny import write_jsonl
 
@@ -44,3 +46,5 @@ def test_the_loss_of_a_source_can_be_monitored(tmp_path):
     assert tiny.data(tmp_path, validation=files).validation_metrics == ["val/loss/a", "val/loss/b"]
     assert tiny.data(tmp_path, validation=files[0]).validation_metrics == []
     assert tiny.data(tmp_path).validation_metrics == []
+    distilled = DistillData(files[0], files, tokenizer=ByteTokenizer())
+    assert distilled.validation_metrics == ["val/loss/a", "val/loss/b"]

@@ -106,7 +106,7 @@ def test_invalid_settings_are_refused():
         (WarmupStableDecay(200, decay=5), "warmup takes 200 steps"),
     ],
 )
-def test_what_does_not_fit_into_the_run_is_told(schedule, told):
+def test_what_does_not_fit_into_the_run_is_reported(schedule, told):
     doubts = schedule.doubts(100)
     assert bool(doubts) == (told is not None)
     assert all(told in doubt for doubt in doubts)
@@ -141,7 +141,7 @@ def test_a_schedule_that_gives_no_number_is_refused(number):
         optimized(Halved(number))
 
 
-def test_doubts_are_told_by_the_first_rank_alone(monkeypatch):
+def test_the_first_rank_alone_warns(monkeypatch):
     with pytest.warns(UserWarning, match="warmup takes 9 steps"):
         optimized(Linear(9))
     monkeypatch.setattr(rank_zero_only, "rank", 1, raising=False)

@@ -74,7 +74,7 @@ def test_nothing_that_is_shown_drives_a_terminal_or_hides():
     assert odd <= {"\n", "\u200c", "\u200d"}  # line ends, and joiners
 
 
-def test_what_is_replaced_is_told():
+def test_what_is_replaced_is_reported():
     assert visible(["a\x1b[0m\r\n\tb\u202e⟦"]) == ["a⟨ESC⟩[0m⟨CR⟩⏎\n⇥   b⟨U+202E⟩⟨U+27E6⟩"]
 
 

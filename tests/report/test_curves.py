@@ -67,6 +67,16 @@ def test_any_series_is_drawn_without_a_warning(tmp_path, values, recwarn):
     assert not [str(w.message) for w in recwarn]
 
 
+def test_metrics_without_a_known_name_have_a_panel_each(tmp_path):
+    """Those of a module of the user's, or of a file whose first line is damaged."""
+    metrics = {"arb_up/grod": column([2, 1]), "speed": column([3])}
+    assert titles(metrics) == ["arb_up/grod", "speed"]
+    assert titles({f"m{i}": column([i]) for i in range(50)}) == [f"m{i}" for i in range(12)]
+    curves.png(metrics, "run", tmp_path / "c.png")
+    assert (tmp_path / "c.png").read_bytes().startswith(b"\x89PNG")
+    assert titles(metrics | {"train/loss": column([1])}) == ["Loss, nats per target token"]
+
+
 def test_a_source_may_have_any_name(tmp_path):
     sources = ["_corpus", "a$b_{c$", "<b>&amp", r"\frac$\frac$"]
     metrics = {f"val/bits_per_byte{name}": column([2.0, 1.0]) for name in ["", *(f"/{source}" for source in sources)]}

@@ -144,6 +144,7 @@ def test_meanings_come_from_the_table_of_metrics():
     assert meaning("val/perplexity/web") == meaning("val/perplexity") == "exp of val/nll"
     assert meaning("val/something") == meaning("val") == ""
     assert meaning("val/pass@8") == meaning("val/pass@1") != ""
+    assert meaning("val/reward/easy") == meaning("val/reward") != ""
     assert meaning("val/rewards/gsm8k") == meaning("train/rewards/gsm8k_std") != meaning("train/rewards/chosen_std")
 
 
@@ -161,6 +162,7 @@ def online(tmp_path):
     folder = run_folder(tmp_path, steps=0)
     columns = {f"train/{name}": {1: 0.5, 2: 0.6} for name in ("reward", "rewards/right", "rewards/right_std", "loss")}
     columns |= {f"train/{name}": {1: 0.5, 2: 0.6} for name in ("rewards/short", "length", "entropy", "kl", "truncated")}
+    columns |= {f"train/reward/{name}": {1: 0.5, 2: 0.6} for name in ("easy", "hard")}
     columns |= {f"train/seconds/{name}": {1: 0.5, 2: 0.6} for name in ("generating", "rewarding", "training")}
     write_metrics(folder, columns | {f"val/{name}": {2: 0.25} for name in ("loss", "reward", "pass@1", "pass@4")})
     lines = [
@@ -192,9 +194,16 @@ def test_groups_show_the_best_and_the_worst_completion_of_a_prompt_over_time(onl
 
 def test_online_training_is_summarised_by_rewards_instead_of_its_loss(online):
     _, elements = online
-    for shown in ("Training reward", "Validation reward", "pass@4", "Reward by component", "Completion length"):
+    for shown in (
+        "Training reward",
+        "Validation reward",
+        "pass@4",
+        "Reward by component",
+        "Reward by source",
+        "Completion length",
+    ):
         assert shown in elements.text
-    for shown in ("Entropy of the policy", "KL divergence", "Seconds per update", "Policy loss"):
+    for shown in ("Reward by source", "Entropy of the policy", "KL divergence", "Seconds per update", "Policy loss"):
         assert shown in elements.text
     for hidden in ("Training loss", "Validation loss", "nats per target token"):
         assert hidden not in elements.text
@@ -206,10 +215,14 @@ def test_repeated_rows_are_shown_with_the_first_of_them(tmp_path):
     data["train"]["duplicates"] = {"rows": 2, "first": [["a.jsonl:5", "a.jsonl:1"]]}
     data["validation"] = data["train"] | {
         "prompts_in_training": {"rows": 3, "identical": 1, "first": [["b.jsonl:1", "a.jsonl:9"]]},
-        "sources": [{"source": "b.jsonl", "rows": 8, "prompts_in_training": 3}],
+        "text_in_training": {"rows": 4, "half": 2, "first": [["b.jsonl:2", "a.jsonl:8"]]},
+        "near_duplicates": {"rows": 0, "first": []},
+        "sources": [{"source": "b.jsonl", "rows": 8, "prompts_in_training": 3, "text_in_training": 4}],
     }
     (folder / "data.json").write_text(json.dumps(data))
     _, elements = read(folder)
     assert "2: a.jsonl:5 = a.jsonl:1" in elements.text
     assert "3: b.jsonl:1 = a.jsonl:9" in elements.text
     assert "prompts in training" in elements.text
+    assert "4: b.jsonl:2 ~ a.jsonl:8" in elements.text
+    assert "text in training" in elements.text

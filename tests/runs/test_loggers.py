@@ -128,7 +128,7 @@ def test_a_resumed_run_goes_on_where_it_was(command, stand_ins):
     assert output[("train/loss", 2)] == first[("train/loss", 2)]
 
 
-def test_what_fails_is_told(command, stand_ins):
+def test_what_fails_is_reported(command, stand_ins):
     command.recipe({"trainer.callbacks": [{"class_path": "failing.Fails"}]})
     command.write(
         "failing.py",
@@ -141,7 +141,7 @@ def test_what_fails_is_told(command, stand_ins):
 
 
 @pytest.mark.parametrize("name", loggers.PACKAGES)
-def test_a_package_that_is_missing_is_told_before_anything_is_written(command, monkeypatch, name):
+def test_a_missing_package_is_reported_before_anything_is_written(command, monkeypatch, name):
     monkeypatch.setattr(loggers, "find_spec", lambda package: None)
     message = command.fails("fit", "--config", "r.yaml", "--logger", name)
     assert message.startswith(f"error: logger: {name} needs {name}")
@@ -241,7 +241,7 @@ def test_wandb_without_a_key_is_refused_at_once_unless_it_is_offline(monkeypatch
         loggers.refuse_unusable(["wandb"])
 
 
-def test_a_server_that_is_away_is_told_at_once(command, monkeypatch):
+def test_a_server_that_is_away_is_reported_at_once(command, monkeypatch):
     monkeypatch.setattr(loggers, "PACKAGES", dict.fromkeys(loggers.PACKAGES, ()))
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))  # and nobody listens

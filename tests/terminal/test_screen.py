@@ -82,7 +82,7 @@ def test_what_people_write_stays_as_it_is():
     ]
 
 
-def test_what_goes_on_is_told_on_a_terminal_and_taken_away(monkeypatch):
+def test_progress_is_shown_on_a_terminal_and_removed(monkeypatch):
     monkeypatch.setenv("TERM", "xterm")
     for tty, expected in ((True, "loading …\r\033[K"), (False, "")):
         monkeypatch.setattr(sys, "stderr", Stream(tty))

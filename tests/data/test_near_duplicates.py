@@ -1,0 +1,290 @@
+"""Near duplicates by runs of 13 words, against a plain loop over all pairs of rows."""
+
+import json
+import random
+import re
+
+import numpy as np
+import pytest
+
+from oumi_pl.callbacks.start import summary
+from oumi_pl.data import near_duplicates
+from oumi_pl.data.distill import DistillData
+from oumi_pl.data.dpo import DPOData
+from oumi_pl.data.duplicates import REPEATED, RowKeys
+from oumi_pl.data.near_duplicates import RowTexts, grams_of, with_near_duplicates
+from oumi_pl.data.rollouts import RolloutData
+from oumi_pl.data.sft import SFTData
+from oumi_pl.data.tokenizers import ByteTokenizer
+from oumi_pl.errors import UserError
+from oumi_pl.preview.report import _repeated
+from oumi_pl.types import Conversation, Feedback, Preference, Text
+from tests.data.test_pretrain import pretrain_data
+from tests.data.test_splitting import turns, write
+
+OPTIONS = {"tokenizer": ByteTokenizer(), "template": "chatml", "max_length": 2048, "near_duplicates": True}
+VOCABULARY = [f"word{i}" for i in range(500)]
+
+
+def sentences(rng, count, words):
+    return [" ".join(rng.choices(VOCABULARY, k=words)).capitalize() + "." for _ in range(count)]
+
+
+def change_a_word(text, rng):
+    words = text.split(" ")
+    words[len(words) // 2] = rng.choice(VOCABULARY)
+    return " ".join(words)
+
+
+def swap_neighbours(text, rng):
+    """Each 13 words are as before but for their order."""
+    words = text.split(" ")
+    for i in range(0, len(words) - 1, 8):
+        words[i], words[i + 1] = words[i + 1], words[i]
+    return " ".join(words)
+
+
+def reorder(text, rng):
+    parts = text.split(". ")
+    rng.shuffle(parts)
+    return ". ".join(parts)
+
+
+CHANGES = {
+    "one word": change_a_word,
+    "a sentence appended": lambda text, rng: text + " " + sentences(rng, 1, 12)[0],
+    "sentences in another order": reorder,
+    "neighbours swapped": swap_neighbours,
+    "case and punctuation": lambda text, rng: text.upper().replace(".", " !"),
+    "the first half": lambda text, rng: text[: len(text) // 2],
+    "twice": lambda text, rng: f"{text} {text}",
+    "nothing": lambda text, rng: text,
+}
+INSTRUCTION = "Read the following passage with care and answer the question about it in a short sentence of your own: "
+
+
+def corpus(seed, count=180, originals=()):
+    """Texts of 1 to 160 words, half of them a changed copy of another; some begin with a long instruction."""
+    rng = random.Random(seed)
+    texts = list(originals)
+    for number in range(count):
+        if texts and number % 2:
+            text = CHANGES[rng.choice([*CHANGES])](rng.choice(texts), rng)
+        else:
+            text = " ".join(sentences(rng, rng.randint(1, 5), rng.choice((1, 8, 20, 32))))
+        texts.append(INSTRUCTION + text if rng.random() < 0.2 else text)
+    return texts[len(originals) :]
+
+
+def grams(text):
+    words = re.findall("[a-z0-9]+", text.lower())
+    return {tuple(words[i : i + 13]) for i in range(len(words) - 12)} or {tuple(words)}
+
+
+def near_by_a_loop(texts):
+    kept, near, seen = [], [], set()
+    for number, text in enumerate(texts):
+        if text in seen:
+            continue  # word for word
+        seen.add(text)
+        own = grams(text)
+        for other, theirs in kept:
+            if len(own & theirs) / len(own | theirs) >= 0.5:
+                near.append((number, other))
+                break
+        else:
+            kept.append((number, own))
+    return near
+
+
+def in_training_by_a_loop(texts, training):
+    """Numbers of the held-out rows, those of them that are half in training, and the training rows of each."""
+    of_training = [(number, grams(text)) for number, text in enumerate(training) if text not in training[:number]]
+    rows, half, others = [], [], {}
+    for number, text in enumerate(texts):
+        own = grams(text)
+        owners = {gram: [other for other, theirs in of_training if gram in theirs] for gram in own}
+        known = [gram for gram in own if owners[gram]]
+        if 2 * len(known) >= len(own):
+            half.append(number)
+        elif not any(0 < len(owners[gram]) <= 10 for gram in own):
+            continue
+        rows.append(number)
+        others[number] = {other for gram in known for other in owners[gram]}
+    return rows, half, others
+
+
+def row_texts(title, texts):
+    keys = RowKeys()
+    for number, text in enumerate(texts):
+        keys.add(f"{title}:{number}", Text(text))
+    return RowTexts(title, keys, lambda: enumerate(texts), title)
+
+
+def agrees_with_the_loops(monkeypatch):
+    monkeypatch.setattr(near_duplicates, "LISTED", 10_000)
+    monkeypatch.setattr(near_duplicates, "BLOCK", 7)
+    training = corpus(1)
+    held_out = corpus(2, 60, training)
+    whole = with_near_duplicates({}, [], [row_texts("a", training[:50]), row_texts("b", training[50:])], None)
+    places = [f"a:{i}" for i in range(50)] + [f"b:{i}" for i in range(len(training) - 50)]
+    expected = near_by_a_loop(training)
+    shown = with_near_duplicates({}, [], [row_texts("h", held_out)], [row_texts("t", training)])["text_in_training"]
+    rows, half, others = in_training_by_a_loop(held_out, training)
+    assert 20 < len(expected) < 80, "near rows are neither rare nor all"
+    assert len(half) < len(rows) < len(held_out)
+    return (
+        whole["near_duplicates"] == {"rows": len(expected), "first": [[places[i], places[j]] for i, j in expected]}
+        and (shown["rows"], shown["half"]) == (len(rows), len(half))
+        and [row for row, _ in shown["first"]] == [f"h:{i}" for i in rows]
+        and all(int(other[2:]) in others[int(row[2:])] for row, other in shown["first"])
+    )
+
+
+def test_they_are_those_of_a_loop_over_all_pairs(monkeypatch):
+    assert agrees_with_the_loops(monkeypatch)
+
+
+FAULTS = {
+    "12 words": ("WORDS", 12),
+    "the order of words": ("_FACTOR", 1),
+    "common phrases": ("COMMON", 10_000),
+    "too few are looked up": ("_prefix", lambda size, least: size // 4 + 1),
+    "any shared run is near": ("_is_near", lambda own, theirs: len(np.intersect1d(own, theirs)) > 0),
+    "repeated rows": ("_numbered", lambda sources, of: [(i, g[i]) for g in of for i in range(len(g))]),
+}
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_faults_would_be_caught(monkeypatch, fault):
+    monkeypatch.setattr(near_duplicates, *FAULTS[fault])
+    assert not agrees_with_the_loops(monkeypatch)
+
+
+def test_words_are_compared_without_case_and_punctuation_in_any_script():
+    assert grams_of("One, two -- THREE!").tolist() == grams_of("one two three").tolist()
+    assert len(grams_of("one two three")) == 1
+    assert len(grams_of(" ... ")) == len(grams_of("")) == 0
+    assert len(grams_of(" ".join(VOCABULARY[:20]))) == 8
+    assert grams_of("one two").tolist() != grams_of("two one").tolist()
+    # a script without spaces: each character is a word
+    chinese = "人工智能正在改变我们的生活方式和工作方式"
+    assert len(grams_of(chinese)) == len(chinese) - 12
+    assert np.isin(grams_of(chinese), grams_of("今天" + chinese + "。ok")).all()
+
+
+def long_text(seed, words=100):
+    return " ".join(random.Random(seed).choices(VOCABULARY, k=words))
+
+
+def opened(data):
+    for split in ("train", "validation"):
+        if data.sources[split] is not None:
+            data.make(split)
+    return data.report()
+
+
+def test_the_report_names_near_rows_of_training_and_of_every_held_out_source(tmp_path, monkeypatch):
+    rows = [{"messages": [{"role": "system", "content": INSTRUCTION}, *turns("Why?", long_text(i))]} for i in range(6)]
+    near = {"messages": turns("Why?", long_text(1) + " indeed.")}
+    train = write(tmp_path / "train.jsonl", [*rows[:5], {"id": 9} | rows[0], near, {"messages": turns("W", "x")}])
+    first = write(
+        tmp_path / "first.jsonl", [rows[5], {"messages": turns("What?", " ".join(long_text(2).split()[:30]))}]
+    )
+    second = write(tmp_path / "second.jsonl", [{"messages": turns("Who?", "Nobody.")}, {"messages": turns("w", "X!")}])
+    report = opened(SFTData(train, [first, second], **OPTIONS))
+    assert report["train"]["near_duplicates"] == {"rows": 1, "first": [[f"{train}:7", f"{train}:2"]]}
+    assert report["train"]["duplicates"]["rows"] == 1, "which is not counted as near"
+    assert report["validation"]["near_duplicates"] == {"rows": 0, "first": []}
+    assert report["validation"]["text_in_training"] == {
+        "rows": 2,
+        "half": 2,
+        "first": [[f"{first}:2", f"{train}:3"], [f"{second}:2", f"{train}:8"]],
+    }
+    assert [source["text_in_training"] for source in report["validation"]["sources"]] == [1, 1]
+    assert "1 near an earlier row" in summary(report["train"])
+    assert "2 with 13 words in a row that are in training too (2 with half of their text)" in summary(
+        report["validation"]
+    )
+    assert f"{train}:7 ~ {train}:2" in _repeated(report["train"])["near an earlier row"]
+    # a second run reads the counts from the cache
+    monkeypatch.setattr(near_duplicates, "grams_of", lambda text: pytest.fail("counted again"))
+    again = SFTData(train, [first, second], **OPTIONS)
+    assert opened(again) == report
+    # and counts again if they are damaged: a digit would be wrong in silence
+    monkeypatch.undo()
+    monkeypatch.setenv("OUMI_PL_CACHE", str(tmp_path / "cache"))
+    files = list((tmp_path / "cache" / "near_duplicates").glob("*.json"))
+    assert len(files) == 2
+    for file in files:
+        file.write_text(file.read_text().replace('"rows": 1', '"rows": 3'))
+    assert opened(SFTData(train, [first, second], **OPTIONS)) == report
+    # `drop` leaves out what repeats a row word for word, and near rows are counted as before
+    monkeypatch.setenv("OUMI_PL_CACHE", str(tmp_path / "other"))
+    dropped = opened(SFTData(train, [first, second], **OPTIONS, duplicates="drop"))["train"]
+    assert dropped["dropped"] == {REPEATED: 1}
+    assert dropped["near_duplicates"] == report["train"]["near_duplicates"]
+
+
+def test_without_the_option_nothing_is_counted_and_a_run_can_be_resumed_with_either(tmp_path):
+    file = write(tmp_path / "train.jsonl", [{"messages": turns("Why?", long_text(i))} for i in range(4)])
+    counted, plain = SFTData(file, **OPTIONS), SFTData(file, **OPTIONS | {"near_duplicates": False})
+    counted.make("train")
+    plain.make("train")
+    assert "near_duplicates" in counted.report()["train"]
+    assert "near_duplicates" not in plain.report()["train"]
+    assert counted.made_from() == plain.made_from()
+
+
+def test_pairs_prompts_and_distilled_answers_are_compared_too(tmp_path):
+    good, bad = long_text(1), long_text(2)
+    pairs = [{"prompt": long_text(i, 30), "chosen": good[9 * i :], "rejected": bad[9 * i :]} for i in (0, 1)]
+    file = write(tmp_path / "pairs.jsonl", pairs)
+    held_out = write(tmp_path / "held.jsonl", [{"prompt": "What?", "chosen": "Yes.", "rejected": bad}])
+    report = opened(DPOData(file, held_out, **OPTIONS))
+    assert report["train"]["near_duplicates"]["rows"] == 1
+    assert report["validation"]["text_in_training"]["first"] == [[f"{held_out}:1", f"{file}:1"]]
+    prompts = write(tmp_path / "prompts.jsonl", [{"prompt": good}, {"prompt": bad}, {"prompt": good + " Why?"}])
+    other = write(tmp_path / "other.jsonl", [{"prompt": change_a_word(bad, random.Random(1))}])
+    report = opened(RolloutData([prompts, other], prompts, **OPTIONS, reward=len))
+    expected = [[f"{prompts}:3", f"{prompts}:1"], [f"{other}:1", f"{prompts}:2"]]
+    assert report["train"]["near_duplicates"] == {"rows": 2, "first": expected}
+    assert report["validation"]["text_in_training"]["rows"] == 3
+    answers = [{"prompt": "Why?", "completion": text} for text in (good, bad, good + " Indeed.")]
+    report = opened(DistillData(write(tmp_path / "answers.jsonl", answers), **OPTIONS))
+    assert report["train"]["near_duplicates"]["rows"] == 1
+
+
+def test_documents_are_compared_cached_or_prepared(tmp_path):
+    texts = [*({"text": long_text(i)} for i in range(3)), {"text": long_text(1) + " More."}, {"text": long_text(2)}]
+    train = write(tmp_path / "train.jsonl", texts)
+    held_out = write(tmp_path / "held.jsonl", [{"text": long_text(9)}, {"text": f"Then {long_text(0)[-200:]}"}])
+    expected = {"rows": 1, "first": [[f"{train}:4", f"{train}:2"]]}
+    data = pretrain_data(train, validation=held_out, near_duplicates=True)
+    report = opened(data)
+    assert report["train"]["near_duplicates"] == expected
+    assert report["validation"]["text_in_training"] == {
+        "rows": 1, "half": 1, "first": [[f"{held_out}:2", f"{train}:1"]]
+    }  # fmt: skip
+    (shards,) = data.shards("train")
+    prepared = opened(pretrain_data(str(shards.directory), near_duplicates=True))
+    assert prepared["train"]["near_duplicates"] == expected
+
+
+@pytest.mark.parametrize("kind", [SFTData, pretrain_data])
+def test_rows_that_are_streamed_cannot_be_compared(kind):
+    with pytest.raises(UserError, match=r"data\.near_duplicates needs all .* leave out data\.streaming"):
+        kind("x.jsonl", tokenizer=ByteTokenizer(), near_duplicates=True, streaming=True)
+
+
+def test_the_text_of_a_row_is_all_but_the_system_turn():
+    call = {"type": "function", "function": {"name": "look_up", "arguments": {"word": "über"}}}
+    messages = (
+        {"role": "system", "content": "Be brief."},
+        {"role": "user", "content": "What is it?"},
+        {"role": "assistant", "content": None, "reasoning_content": "Hm.", "tool_calls": [call]},
+    )
+    conversation = Conversation(messages)
+    assert conversation.full_text() == "What is it?\nHm.\n" + json.dumps([call], ensure_ascii=False)
+    assert Feedback(conversation, True).full_text() == conversation.full_text()
+    assert Preference(Text("a", "p "), Text("b", "p ")).full_text() == "p a\np b"
