@@ -43,9 +43,9 @@ class _Muon(Muon):
 def _orthogonal(update: Tensor, *settings: Any) -> Tensor:
     """The nearest orthogonal matrices by Newton-Schulz iterations in bfloat16, sharded as the update is.
 
-    Each rank computes them of whole matrices: of shards, products would be sums of rounded ones. Iterations enlarge what
-    rounding adds to small singular values, so updates still differ, by up to percents, where gradients differ in their
-    last digits.
+    Each rank computes them of whole matrices: of shards, products would be sums of rounded ones. Iterations enlarge
+    what rounding adds to small singular values, so updates still differ, by up to percents, where gradients differ in
+    their last digits.
     """
     if isinstance(update, DTensor):
         mesh, half = update.device_mesh, cast("DTensor", update.bfloat16())
