@@ -482,7 +482,7 @@ def _pretrained(
 
 
 def refuse_invalid_token_ids(hf: "PreTrainedModel", key: str, model: str) -> None:
-    """Refuses token ids in `generation_config.json` that are no numbers: sampling and the export use them.
+    """Refuses token ids in `generation_config.json` that can't be ids: sampling and the export use them.
 
     Args:
         hf: The model.
@@ -494,7 +494,9 @@ def refuse_invalid_token_ids(hf: "PreTrainedModel", key: str, model: str) -> Non
     """
     for name in ("bos_token_id", "eos_token_id", "pad_token_id") if hf.can_generate() else ():
         value = getattr(hf.generation_config, name, None)
-        if not all(one is None or type(one) is int for one in (value if isinstance(value, list) else [value])):
+        ids = value if isinstance(value, list) else [value]
+        # -1 stands for none in some models; what is larger than any vocabulary doesn't fit into a tensor of ids
+        if not all(one is None or (type(one) is int and -1 <= one < 2**31) for one in ids):
             raise UserError(
                 f"{key}: {name} in the generation_config.json of {model} is {value!a}; it has to be a token id, or a "
                 "list of them"

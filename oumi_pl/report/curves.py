@@ -63,7 +63,7 @@ class Panel:
     """A value to compare with, such as chance, drawn as a thin line."""
 
 
-MOST = 12
+MOST_UNKNOWN = 12
 """Panels of metrics that have no known name, at most."""
 
 
@@ -103,7 +103,7 @@ def panels(metrics: Mapping[str, Column]) -> list[Panel]:
     ]
     if not _same(metrics, "val/nll", "val/loss"):
         candidates.insert(1, Panel("Cross-entropy, nats per target token", (Line("val/nll", "validation", orange),)))
-    return _filled(candidates, metrics) or unknown[:MOST]
+    return _filled(candidates, metrics) or unknown[:MOST_UNKNOWN]
 
 
 def _online_panels(metrics: Mapping[str, Column]) -> list[Panel]:
