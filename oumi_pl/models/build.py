@@ -21,6 +21,7 @@ from oumi_pl.attention.interface import NO_PACKING
 from oumi_pl.errors import UserError, is_out_of_memory, nearest, reason
 from oumi_pl.models.hub import locate
 from oumi_pl.models.lora import SCORE, merged, with_lora
+from oumi_pl.models.recomputation import Recomputation, recompute
 from oumi_pl.models.sharding import Loading, Source, is_empty
 from oumi_pl.models.text_part import text_part, whole_model
 from oumi_pl.runs.checksums import refuse_damaged_weights
@@ -239,7 +240,7 @@ def build_model(
     quantization: Literal["nf4", "int8"] | None = None,
     unquantized: Sequence[str] = (),
     freeze: Sequence[str] = (),
-    gradient_checkpointing: bool = False,
+    gradient_checkpointing: bool | Recomputation = False,
     revision: str | None = None,
     trust_remote_code: bool = False,
     scoring: bool = False,
@@ -280,8 +281,7 @@ def build_model(
         hf = _with_adapter_merged(hf, adapter)
     new_rows = 0 if base is None or tokenizer is None else fit_vocabulary(hf, tokenizer, added_tokens)
     freeze_modules(hf, freeze)
-    if gradient_checkpointing:
-        hf.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    recompute(hf, gradient_checkpointing)
     if lora is not None:
         hf = with_lora(hf, lora, added_tokens, revision, task="SEQ_CLS" if scoring else "CAUSAL_LM")
         freeze_adapters(hf, freeze)
