@@ -22,6 +22,8 @@ LEAST_CAPABILITY = (8, 9)
 """Compute capability of the first cards with such products: Ada (L40S, RTX 4090) and Hopper (H100)."""
 MULTIPLE = 16
 """What sizes have to be multiples of."""
+ROUTERS = ("gate", "router")
+"""Layers that choose the experts of a token: rounding would change the choice."""
 
 
 def refuse_unfit_device(setting: FP8, device: torch.device) -> None:
@@ -41,7 +43,7 @@ def refuse_unfit_device(setting: FP8, device: torch.device) -> None:
 
 
 def convert(blocks: list[nn.Module], setting: FP8) -> None:
-    """Lets the linear layers of blocks multiply in fp8, but not adapters, and none whose sizes are no multiples of 16.
+    """Lets the linear layers of blocks multiply in fp8, but not adapters, routers, and sizes that 16 does not divide.
 
     Call it before blocks are compiled or sharded.
 
@@ -63,8 +65,11 @@ def convert(blocks: list[nn.Module], setting: FP8) -> None:
 
 
 def _is_converted(layer: nn.Module, name: str) -> bool:
-    is_adapter = any(part.startswith("lora_") for part in name.split("."))
-    return type(layer) is nn.Linear and not is_adapter and not any(size % MULTIPLE for size in layer.weight.shape)
+    parts = name.split(".")
+    is_adapter = any(part.startswith("lora_") for part in parts)
+    is_router = parts[-1] in ROUTERS
+    is_fitting = type(layer) is nn.Linear and not any(size % MULTIPLE for size in layer.weight.shape)
+    return is_fitting and not is_adapter and not is_router
 
 
 def fp8_layers(model: nn.Module) -> list[Any]:
@@ -76,7 +81,7 @@ def fp8_layers(model: nn.Module) -> list[Any]:
 @contextmanager
 def exact_products(model: nn.Module) -> Iterator[None]:
     """Lets a model multiply without rounding, for comparisons: scales in fp8 depend on all tokens of a batch."""
-    layers = fp8_layers(model)
+    layers = [layer for layer in fp8_layers(model) if "forward" not in vars(layer)]  # calls may be nested
     for layer in layers:
         layer.forward = MethodType(nn.Linear.forward, layer)
     try:

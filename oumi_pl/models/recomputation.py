@@ -90,7 +90,8 @@ class Selective(Recomputation):
 class Offload(Recomputation):
     """Moves what layers keep to host memory, and back for the backward pass. Weights stay where they are.
 
-    On a CPU nothing is moved.
+    Without `recompute`, a tensor that several operations keep is moved for each of them, and under bf16-mixed so are
+    the copies of weights in bfloat16. On a CPU nothing is moved.
 
     Args:
         recompute: Whether layers are recomputed, so that only their inputs are kept.
@@ -202,7 +203,7 @@ def recompute(hf: "PreTrainedModel", setting: bool | Recomputation, name: str | 
     if policy is None:
         return
     if not hf.supports_gradient_checkpointing:
-        raise UserError(f"{KEY}: {name} has no such switch; leave it out, or recompute in forward")
+        raise UserError(f"{KEY}: {name} does not support it; leave it out, or recompute in forward")
     hf.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     layers = {path: m for path, m in hf.named_modules() if isinstance(m, GradientCheckpointingLayer)}
     if not layers and setting is not True:

@@ -316,7 +316,7 @@ class LanguageModule(RestorableModule):
                 compile_layers(model)
             return
         convert(decoder_layers(model) or [model.body], self.fp8)  # before layers are sharded
-        if self.compile_layers:  # as well
+        if self.compile_layers:  # also before sharding
             compile_layers(model)
         copies = self.reference is not None and self.reference.kind == "online"
         # FSDP2 wants one dtype for all weights that are trained

@@ -22,6 +22,25 @@ from tests.tiny import LLAMA, data, distance, dpo, dpo_data, fit, module, traine
 from tests.trees import batch_of_rows
 
 pytest.importorskip("torchao.float8")
+
+
+def test_adapters_routers_and_odd_sizes_are_not_converted():
+    layer, odd = torch.nn.Linear(32, 64), torch.nn.Linear(32, 40)
+    names = ("self_attn.q_proj", "mlp.gate_proj", "mlp.gate", "moe.router", "q_proj.lora_A.default")
+    assert [fp8._is_converted(layer, name) for name in names] == [True, True, False, False, False]
+    assert not fp8._is_converted(odd, "mlp.up_proj")
+
+
+def test_exact_products_may_be_nested():
+    hf = torch.nn.Sequential(torch.nn.Linear(32, 32))
+    convert([hf], "emulated")
+    with exact_products(hf):
+        with exact_products(hf):
+            assert all("forward" in vars(layer) for layer in fp8_layers(hf))
+        assert all("forward" in vars(layer) for layer in fp8_layers(hf))
+    assert not any("forward" in vars(layer) for layer in fp8_layers(hf))
+
+
 E4M3, E5M2 = torch.float8_e4m3fn, torch.float8_e5m2
 emulated = functools.partial(module, fp8="emulated")
 LAYER = {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"}
