@@ -230,10 +230,10 @@ def _classes(sample_by: Mapping[str, Any]) -> tuple[str, dict[str, float] | None
             raise UserError(f"data.sample_by: the share of {name!r} is {share!r}, and has to be a number of at least 0")
     for name, count in Counter(map(class_of, shares)).items():
         if count > 1:
-            advice = (
-                "; YAML reads no, off, yes and on without quotes as false and true" if name in YAML_BOOLEANS else ""
+            hint = (
+                "; without quotes, YAML reads no and off as false, yes and on as true" if name in YAML_BOOLEANS else ""
             )
-            raise UserError(f"data.sample_by: {column} has {count} shares for the class {name!r}{advice}")
+            raise UserError(f"data.sample_by: {column} has {count} shares for the class {name!r}{hint}")
     if not any(shares.values()):
         raise UserError("data.sample_by: all shares are 0")
     return str(column), {name: float(share) for name, share in _by_class(shares).items()}

@@ -351,6 +351,27 @@ def test_prepared_documents_without_keys_are_refused(tmp_path):
     assert "near_duplicates" not in opened(pretrain_data(str(shards.directory)))["train"]
 
 
+def test_each_split_of_prompts_is_counted_once(tmp_path, monkeypatch):
+    prompts = write(tmp_path / "prompts.jsonl", [{"prompt": long_text(i)} for i in range(3)])
+    data = RolloutData(prompts, prompts, **OPTIONS, reward=len)
+    counted, count = [], near_duplicates._counted
+    monkeypatch.setattr(near_duplicates, "_counted", lambda *args: counted.append(args) or count(*args))
+    assert opened(data) == data.report()
+    assert len(counted) == 2
+
+
+@pytest.mark.parametrize("kind", [SFTData, pretrain_data, RolloutData])
+def test_texts_of_rows_can_be_read_again(tmp_path, monkeypatch, kind):
+    row = {"text": "A document."} if kind is pretrain_data else {"messages": turns("Why?", "Because.")}
+    options = {"near_duplicates": True} if kind is pretrain_data else OPTIONS
+    read, count = [], near_duplicates._counted
+    monkeypatch.setattr(near_duplicates, "_counted", lambda *args: read.append(args[0]) or count(*args))
+    reward = {"reward": len} if kind is RolloutData else {}
+    opened(kind(write(tmp_path / "rows.jsonl", [row]), **options, **reward))
+    assert list(read[0][0].texts()) == list(read[0][0].texts())
+    assert len(list(read[0][0].texts())) == 1
+
+
 def test_documents_are_compared_cached_or_prepared(tmp_path):
     texts = [*({"text": long_text(i)} for i in range(3)), {"text": long_text(1) + " More."}, {"text": long_text(2)}]
     train = write(tmp_path / "train.jsonl", texts)
